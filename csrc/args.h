@@ -1,0 +1,107 @@
+// What one call of the cell works on. The CPU and the CUDA kernels take the same structs.
+//
+// Letters used for shapes here and in every kernel:
+//   T time steps, N batch, Cin input channels, C output channels (the state's),
+//   H, W input image, Ho, Wo state image (ceil(H / stride)), Hp, Wp pooled image (floor mode).
+// The convolution's 4C output channels come in the order i, f, o, g.
+// Strides are counted in elements. A null pointer means "absent" or "not wanted".
+#pragma once
+
+#include <cstdint>
+
+namespace snnlstm {
+
+enum class DType : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
+enum class Reset : int { subtract = 0, zero = 1, none = 2 };
+enum class Pool : int { none = 0, max = 1, avg = 2 };
+
+// The numbers are those of snnlstm/surrogate.py.
+enum class Surrogate : int {
+  none = 0,
+  atan = 1,
+  fast_sigmoid = 2,
+  sigmoid = 3,
+  straight_through = 4,
+  triangular = 5,
+  heaviside = 6,
+  spike_rate_escape = 7,
+  sparse_fast_sigmoid = 8,
+  stochastic = 9,
+  leaky = 10,
+};
+
+// The computation, without its data: everything that decides sizes and the choice of kernel.
+struct Cell {
+  DType dtype = DType::float32;
+  int64_t T = 1, N = 0, Cin = 0, C = 0, H = 0, W = 0;
+  int kernel_h = 1, kernel_w = 1;
+  int stride_h = 1, stride_w = 1;      // of the input convolution; the recurrent one has stride 1
+  int dilation_h = 1, dilation_w = 1;  // of both
+  Pool pool = Pool::none;
+  int pool_h = 1, pool_w = 1;  // window and stride; 1, 1 without pooling
+  Reset reset = Reset::none;
+  Surrogate surrogate = Surrogate::atan;
+  double surrogate_p0 = 2, surrogate_p1 = 0;
+  bool inhibition = false;
+  int num_levels = 0;  // of the state quantiser; 0: none
+
+  int64_t pad_h() const { return int64_t(dilation_h) * (kernel_h - 1) / 2; }
+  int64_t pad_w() const { return int64_t(dilation_w) * (kernel_w - 1) / 2; }
+  int64_t Ho() const { return (H + stride_h - 1) / stride_h; }
+  int64_t Wo() const { return (W + stride_w - 1) / stride_w; }
+  int64_t Hp() const { return Ho() / pool_h; }
+  int64_t Wp() const { return Wo() / pool_w; }
+};
+
+// A tensor of the caller's, with up to five dimensions: time, batch, channel, row, column.
+// A tensor without a time axis has stride[0] = 0.
+struct View {
+  void* data = nullptr;
+  int64_t stride[5] = {0, 0, 0, 0, 0};
+};
+
+struct ForwardArgs {
+  Cell cell;
+  View x;                       // (T, N, Cin, H, W)
+  View syn0, mem0;              // (N, C, Ho, Wo) states before the first step
+  const void* weight = nullptr;     // packed by pack_weight()
+  const void* bias = nullptr;       // (4C,), contiguous
+  const void* threshold = nullptr;  // (C,), or one number with threshold_stride = 0
+  int64_t threshold_stride = 0;
+  double graded = 1;                // graded_spikes_factor
+  const void* levels = nullptr;     // (num_levels,), ascending
+  bool record = false;  // syn and mem are written for every t, else after the last step only
+  View spk;             // (T, N, C, Hp, Wp)
+  View syn, mem;        // (T, N, C, Ho, Wo) or, with stride[0] = 0, (N, C, Ho, Wo)
+  void* saved_gates = nullptr;  // training: activated gates, layout of the backend's choice
+  void* saved_syn = nullptr;    // training: syn after every step, layout of the backend's choice
+  int64_t* winner = nullptr;    // (T, N): flat index (C, Hp, Wp) of the spike that inhibition lets through
+  void* workspace = nullptr;
+  int threads = 1;  // CPU
+};
+
+struct BackwardArgs {
+  Cell cell;
+  View x, syn0, mem0;
+  const void* weight = nullptr;  // packed by pack_weight() with backward = true
+  const void* threshold = nullptr;
+  int64_t threshold_stride = 0;
+  double graded = 1;
+  const void* levels = nullptr;
+  const void* saved_gates = nullptr;
+  const void* saved_syn = nullptr;
+  const int64_t* winner = nullptr;
+  View noise;                // (T, N, C, Hp, Wp) uniform in [0, 1): the stochastic surrogate only
+  View grad_spk;             // (T, N, C, Hp, Wp)
+  View grad_syn, grad_mem;   // as ForwardArgs::syn and mem; record says which form
+  bool record = false;
+  View grad_x;               // (T, N, Cin, H, W)
+  View grad_syn0, grad_mem0; // (N, C, Ho, Wo)
+  void* grad_weight = nullptr;     // (4C, Cin + C, kernel_h, kernel_w), contiguous
+  void* grad_bias = nullptr;       // (4C,)
+  void* grad_threshold = nullptr;  // (C,): summed over everything but the channels
+  void* workspace = nullptr;
+  int threads = 1;
+};
+
+}  // namespace snnlstm

@@ -1,0 +1,160 @@
+// The formulas of one neuron, forward and backward: written once, used by the CPU kernels, the
+// CUDA kernels and the emulated CUDA kernels.
+//
+// A backend says how it computes with a class M of static functions:
+//   M::R            a real number, or a vector of them, with + - * / and comparisons
+//   M::splat(c)     the constant c in every lane
+//   M::where(mask, a, b), with mask what a comparison of two R gives
+//   M::sigmoid(R), M::tanh(R), M::exp(R), M::abs(R)
+//
+// The cell is snntorch.SConv2dLSTM's: a ConvLSTM (Shi et al. 2015, https://arxiv.org/abs/1506.04214)
+// whose hidden state is thresholded; surrogate gradients as in snntorch.surrogate.
+#pragma once
+
+#include "args.h"
+
+#if defined(__CUDACC__)
+#define SNNLSTM_HD __host__ __device__ __forceinline__
+#else
+// Inlined always: no copy that was compiled for one instruction set can be linked into another's.
+#define SNNLSTM_HD __attribute__((always_inline)) inline
+#endif
+
+namespace snnlstm {
+
+template <class R>
+struct Gates {
+  R i, f, o, g;
+};
+
+// Gradients of one step of one neuron.
+template <class R>
+struct NeuronGrad {
+  Gates<R> pre;  // with respect to the gates before their activation functions
+  R syn_prev;    // with respect to the synaptic current that the step started from
+};
+
+template <class M>
+struct Neuron {
+  using R = typename M::R;
+
+  static SNNLSTM_HD Gates<R> activate(const Gates<R>& pre) {
+    return {M::sigmoid(pre.i), M::sigmoid(pre.f), M::sigmoid(pre.o), M::tanh(pre.g)};
+  }
+
+  // Synaptic current (the LSTM's cell state) after the step; a: activated gates.
+  static SNNLSTM_HD R next_syn(const Gates<R>& a, R syn_prev) {
+    return a.f * syn_prev + a.i * a.g;
+  }
+
+  // Membrane potential (the LSTM's hidden state) before the reset. tanh_syn: of the synaptic
+  // current before its quantisation.
+  static SNNLSTM_HD R next_mem(R o, R tanh_syn) { return o * tanh_syn; }
+
+  // The spike, and the reset: which looks at the membrane potential that the step started from.
+  static SNNLSTM_HD auto fires(R mem, R threshold) { return mem - threshold > M::splat(0); }
+
+  // reset * threshold counts as 0 where there is no reset, for an infinite threshold too.
+  template <class Mask>
+  static SNNLSTM_HD R after_reset(Reset mechanism, R mem, Mask reset, R threshold) {
+    switch (mechanism) {
+      case Reset::subtract:
+        return M::where(reset, mem - threshold, mem);
+      case Reset::zero:
+        return M::where(reset, mem - mem, mem);  // not the constant 0: NaN stays NaN
+      default:
+        return mem;
+    }
+  }
+
+  // mem_grad: with respect to mem after reset and quantisation (which passes gradients straight
+  // through), the spike's and the later steps' parts included; syn_grad: likewise for syn.
+  // a: activated gates. With Reset::zero a neuron that was reset passes nothing on.
+  template <class Mask>
+  static SNNLSTM_HD NeuronGrad<R> backward(Reset mechanism, const Gates<R>& a, R syn_prev,
+                                           R tanh_syn, Mask reset, R mem_grad, R syn_grad) {
+    const R one = M::splat(1);
+    if (mechanism == Reset::zero) mem_grad = M::where(reset, M::splat(0), mem_grad);
+    const R ds = syn_grad + mem_grad * a.o * (one - tanh_syn * tanh_syn);
+    NeuronGrad<R> d;
+    d.pre.i = ds * a.g * a.i * (one - a.i);
+    d.pre.f = ds * syn_prev * a.f * (one - a.f);
+    d.pre.o = mem_grad * tanh_syn * a.o * (one - a.o);
+    d.pre.g = ds * a.i * (one - a.g * a.g);
+    d.syn_prev = ds * a.f;
+    return d;
+  }
+
+  // d spike / d u at u = mem - threshold. noise: uniform in [0, 1), read by the stochastic kind.
+  static SNNLSTM_HD R surrogate_gradient(Surrogate kind, R u, R p0, R p1, R noise) {
+    const R zero = M::splat(0), one = M::splat(1);
+    switch (kind) {
+      case Surrogate::atan: {
+        const R z = M::splat(1.57079632679489661923) * p0 * u;
+        return p0 * M::splat(0.5) / (one + z * z);
+      }
+      case Surrogate::fast_sigmoid: {
+        const R d = p0 * M::abs(u) + one;
+        return one / (d * d);
+      }
+      case Surrogate::sigmoid:
+        return p0 * M::sigmoid(p0 * u) * M::sigmoid(-(p0 * u));  // 1 - s without cancellation
+      case Surrogate::straight_through:
+        return one;
+      case Surrogate::triangular:
+        return M::where(u >= zero, -p0, p0);
+      case Surrogate::heaviside:
+        return M::where(u > zero, one, zero);
+      case Surrogate::spike_rate_escape:
+        return p1 * M::exp(-(p0 * M::abs(u - one)));
+      case Surrogate::sparse_fast_sigmoid: {
+        const R d = p0 * M::abs(u) + one;
+        return M::where(u > p1, one / (d * d), zero);
+      }
+      case Surrogate::stochastic:
+        return M::where(u > zero, one, (noise - M::splat(0.5) + p0) * p1);
+      case Surrogate::leaky:
+        return M::where(u > zero, one, p0);
+      default:
+        return zero;
+    }
+  }
+};
+
+// Nearest of n ascending levels by |level - x| as T rounds it. An exact tie takes the lowest
+// index, as do NaN and the infinities (all their distances are equal).
+template <class T>
+SNNLSTM_HD T quantise(T x, const T* levels, int n) {
+  if (!(x - x == T(0))) return levels[0];
+  const auto distance = [&](int k) {
+    const T d = levels[k] - x;
+    return d < T(0) ? -d : d;
+  };
+  int lo = 0, hi = n;  // becomes the first level that is not below x
+  while (lo < hi) {
+    const int mid = (lo + hi) / 2;
+    if (levels[mid] < x)
+      lo = mid + 1;
+    else
+      hi = mid;
+  }
+  int best = lo < n ? lo : n - 1;
+  if (best > 0 && distance(best - 1) <= distance(best)) --best;
+  // Far from all levels, and where levels repeat, rounded distances tie. They never rise on the
+  // way to best, so the tied ones are a run that ends there, and its first wins.
+  if (best > 0 && distance(best - 1) == distance(best)) {
+    const T shortest = distance(best);
+    lo = 0, hi = best;
+    while (lo < hi) {
+      const int mid = (lo + hi) / 2;
+      if (distance(mid) > shortest)
+        lo = mid + 1;
+      else
+        hi = mid;
+    }
+    best = lo;
+  }
+  return levels[best];
+}
+
+}  // namespace snnlstm
