@@ -1,0 +1,163 @@
+"""Builds snnlstm._C with CMake and Ninja; the metadata is in pyproject.toml.
+
+Environment
+    SNNLSTM_CUDA            off | on; unset: the CUDA half is built where a CUDA compiler is found
+    CUDACXX, CUDA_HOME      where nvcc is (then PATH, then the pip package nvidia-cuda-nvcc)
+    SNNLSTM_LOCAL_VERSION   e.g. cu13: the wheel becomes snnlstm-0.1.0+cu13
+    MAX_JOBS, CMAKE_BUILD_PARALLEL_LEVEL   how many compilers run at once
+    CMAKE_ARGS              further arguments for CMake
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+VERSION_FILE = ROOT / "snnlstm" / "version.py"
+
+
+def version() -> str:
+    found = re.search(r'^__version__ = "(.+)"$', VERSION_FILE.read_text(), re.MULTILINE)
+    assert found, f"{VERSION_FILE} has no __version__"
+    local = os.environ.get("SNNLSTM_LOCAL_VERSION", "")
+    return f"{found[1]}+{local}" if local and "+" not in found[1] else found[1]
+
+
+def say(text: str) -> None:
+    print(f"snnlstm: {text}", file=sys.stderr, flush=True)
+
+
+def nvcc_candidates():
+    """(where it was named, path) in order of preference."""
+    if os.environ.get("CUDACXX"):
+        yield "CUDACXX", shutil.which(os.environ["CUDACXX"]) or os.environ["CUDACXX"]
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            yield name, str(Path(os.environ[name]) / "bin" / "nvcc")
+    if on_path := shutil.which("nvcc"):
+        yield "PATH", on_path
+    for folder in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
+        for path in sorted(Path(folder or ".").glob("nvidia/cu*/bin/nvcc"), reverse=True):
+            yield "pip package nvidia-cuda-nvcc", str(path)
+    yield "default place", "/usr/local/cuda/bin/nvcc"
+
+
+def find_nvcc() -> tuple[str | None, str]:
+    """The CUDA compiler to use, or None; and why, in words."""
+    wish = os.environ.get("SNNLSTM_CUDA", "").strip().lower()
+    if wish not in ("", "auto", "on", "off", "1", "0"):
+        raise CompileError(f"SNNLSTM_CUDA is {wish!r}; accepted: on, off, or unset (automatic)")
+    if wish in ("off", "0"):
+        return None, "SNNLSTM_CUDA=off"
+    tried = []
+    for where, path in nvcc_candidates():
+        try:
+            done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
+        except OSError as error:
+            if where != "default place":
+                tried.append(f"{where}: {path}: {error.strerror}")
+            continue
+        if done.returncode == 0:
+            return path, f"found through {where}"
+        tried.append(f"{where}: {path} --version failed: {done.stderr.strip()[:200]}")
+    reason = "no CUDA compiler found" + (f" ({'; '.join(tried)})" if tried else "")
+    if wish in ("on", "1"):
+        raise CompileError(
+            f"SNNLSTM_CUDA=on, but {reason}.\n"
+            "Looked at CUDACXX, CUDA_HOME, PATH and the pip package nvidia-cuda-nvcc. Either set "
+            "CUDACXX=/path/to/nvcc, or `pip install nvidia-cuda-nvcc nvidia-cuda-runtime "
+            "nvidia-cuda-cccl` (CUDA 13), or unset SNNLSTM_CUDA to build the CPU half alone."
+        )
+    return None, reason
+
+
+class CMakeBuild(build_ext):
+    """One extension, snnlstm._C, by way of csrc/CMakeLists.txt."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        nvcc, why = find_nvcc()
+        say(f"CUDA half: {'with ' + nvcc if nvcc else 'not built'} ({why})")
+
+        # Not setuptools' temporary folder: kept, so that `pip install -e .` again is incremental.
+        flavour = "cuda" if nvcc else "cpu"
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{self.plat_name}-{flavour}"
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path.cwd() / self.get_ext_fullpath(ext.name)
+        arguments = [
+            "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={ninja()}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DSNNLSTM_VERSION={version()}",
+            f"-DSNNLSTM_CUDA={'ON' if nvcc else 'OFF'}",
+            f"-DSNNLSTM_CUDA_WHY={why}",
+            f"-DSNNLSTM_MODULE={target.name}",
+        ]  # fmt: skip
+        if nvcc:
+            arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+        arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        run("configuring", ["cmake", "-S", str(ROOT / "csrc"), "-B", str(build), *arguments])
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.environ.get("MAX_JOBS")
+        run("compiling", ["cmake", "--build", str(build), *(["-j", jobs] if jobs else [])])
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(
+            missing_ok=True
+        )  # a process may have the old file mapped: never write into it
+        shutil.copy2(build / target.name, target)
+        say(f"built {target.name} {version()}, {flavour}")
+
+
+class BuildPy(build_py):
+    """Writes the local version (such as +cu13) into the wheel's copy of version.py."""
+
+    def run(self) -> None:
+        super().run()
+        if os.environ.get("SNNLSTM_LOCAL_VERSION") and not self.editable_mode:
+            copy = Path(self.build_lib) / "snnlstm" / "version.py"
+            text = re.sub(
+                r'(?m)^__version__ = ".+"$', f'__version__ = "{version()}"', copy.read_text()
+            )
+            copy.unlink()
+            copy.write_text(text)
+
+
+def ninja() -> str:
+    found = shutil.which("ninja")
+    if not found:
+        raise CompileError("ninja not found: pip install ninja")
+    return found
+
+
+def run(what: str, command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True)
+    except FileNotFoundError:
+        raise CompileError(f"{command[0]} not found: pip install {command[0]}") from None
+    except subprocess.CalledProcessError as error:
+        raise CompileError(
+            f"{what} snnlstm._C failed (exit status {error.returncode}); the cause is above.\n"
+            f"The command was: {shlex.join(command)}"
+        ) from None
+
+
+setup(
+    version=version(),
+    ext_modules=[Extension("snnlstm._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},
+)
