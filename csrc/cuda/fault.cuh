@@ -1,0 +1,59 @@
+// Seeded faults: places at which a kernel can be broken on purpose, to show that the tests see it.
+//
+//   if (!fault(Fault::missing_wait)) cp_async_wait<0>();
+//   const int row = y + dy - pad + (fault(Fault::wrong_halo) ? 1 : 0);
+//
+// fault() is a constant `false` unless the emulation is built with
+//   -DSNNLSTM_FAULT=n           fault number n is compiled in, or
+//   -DSNNLSTM_FAULT_SWITCH      the emulation chooses one at run time (one build for all faults),
+// so a normal build holds no trace of it. Use it in a plain `if` or `?:`, not in `if constexpr`.
+// Where one kind of fault has several places, number them: fault(Fault::missing_wait, 1);
+// the compiled-in fault is then chosen with -DSNNLSTM_FAULT_PLACE=1.
+#pragma once
+
+namespace snnlstm::cuda {
+
+enum class Fault : int {
+  none = 0,
+  missing_wait = 1,               // no cp.async wait before data is used
+  missing_barrier_read = 2,       // no barrier between a write of shared memory and others' reads
+  missing_barrier_overwrite = 3,  // no barrier between reads and the next overwrite
+  missing_syncwarp = 4,           // lanes of a warp exchange data without __syncwarp
+  wrong_halo = 5,                 // an index into the neighbourhood off by one
+  wrong_tail_mask = 6,            // the last, partial tile is masked one too far or too near
+  swapped_gates = 7,              // two of the four gates change places
+  wrong_fragment_row = 8,         // an accumulator is taken for that of another row
+  missing_zero_fill = 9,          // padding is left as it was
+  wrong_split_k = 10,             // a part of the split sum is dropped or counted twice
+  wrong_stride = 11,              // a stride of another dimension
+  missing_reset = 12,             // the reset of the membrane potential is left out
+};
+
+#if defined(SNNLSTM_FAULT_SWITCH) && !defined(__CUDACC__)
+
+// Defined by the emulation.
+extern int chosen_fault, chosen_fault_place;
+
+inline bool fault(Fault which, int place = 0) {
+  return int(which) == chosen_fault && place == chosen_fault_place;
+}
+
+#else
+
+#if !defined(SNNLSTM_FAULT)
+#define SNNLSTM_FAULT 0
+#endif
+#if !defined(SNNLSTM_FAULT_PLACE)
+#define SNNLSTM_FAULT_PLACE 0
+#endif
+
+#if defined(__CUDACC__)
+__host__ __device__
+#endif
+constexpr bool fault(Fault which, int place = 0) {
+  return SNNLSTM_FAULT != 0 && int(which) == SNNLSTM_FAULT && place == SNNLSTM_FAULT_PLACE;
+}
+
+#endif
+
+}  // namespace snnlstm::cuda

@@ -1,0 +1,290 @@
+// What kernels are written against: inline PTX under nvcc, an emulation (tests/simt) under g++.
+//
+// A kernel is ordinary CUDA C++: __global__, threadIdx, __syncthreads(), __syncwarp(),
+// __shfl_xor_sync(), __ballot_sync(), atomicAdd(), float4 and their like exist in both builds.
+// What CUDA C++ has no short name for is below:
+//   shared_memory<T>()                      the block's dynamic shared memory, as one struct
+//   cp_async, cp_async_commit, cp_async_wait  asynchronous copies global -> shared
+//   ldmatrix, ldmatrix_transposed           8x8 tiles of 16-bit elements, shared -> fragments
+//   mma                                     tensor core multiply-add on fragments
+//   load, load_read_only, store             whole vectors (64 and 128 bits) in one access
+//   launch                                  a checked launch
+// and in half.cuh the types fp16, bf16, tf32; in fault.cuh the seeded faults.
+//
+// To run in both builds a kernel keeps to this:
+// - Shared memory is the one struct of shared_memory<T>(), whose size goes into Launch. It holds
+//   no constructor and no initial values. A static __shared__ variable does not compile here.
+// - No early return before the last barrier or warp collective: threads without work go along,
+//   masked. The block size is a multiple of 32.
+// - All arguments are passed by value (pointers, numbers, plain structs). Kernels read nothing
+//   else: no __constant__ and no __device__ variables.
+// - Blocks speak to each other through atomics alone. A block never waits for another one.
+// - Accesses of 8 and 16 bytes go through load() and store(), not through a cast pointer: the
+//   emulation counts them as one, and g++ would split a struct copy. Accesses of one element are
+//   plain `p[i]`.
+// - Local variables need no __restrict__, but pointers must not be compared with, or derived
+//   from, one of another array: the emulation checks each access against the array it falls into.
+// - The kernel may use fault() where the tests should be able to break it.
+// - The test of a `__CUDA_ARCH__` is written `if constexpr (arch::has_mma)`. sm_75 has neither
+//   cp.async nor the mma shapes below: cp_async falls back to a plain copy, mma does not exist.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+// Collectives take, in the emulation, the place where they were called, for its reports.
+#define SNNLSTM_SITE
+#else
+#include "simt.h"
+#define SNNLSTM_SITE , ::simt::Site site = ::simt::Site::here()
+#endif
+
+#include "fault.cuh"
+#include "half.cuh"
+
+#if defined(__CUDACC__)
+#define SNNLSTM_DEVICE __device__ __forceinline__
+#else
+#define SNNLSTM_DEVICE inline
+#endif
+
+namespace snnlstm::cuda {
+
+constexpr unsigned full_warp = 0xffffffffu;
+
+namespace arch {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool has_mma = false;       // m16n8k16 of fp16 and bf16, m16n8k8 of tf32
+constexpr bool has_cp_async = false;  // else cp_async copies at once
+#else
+constexpr bool has_mma = true;
+constexpr bool has_cp_async = true;
+#endif
+}  // namespace arch
+
+// The block's dynamic shared memory, 128-byte aligned. Poisoned, not zeroed, at the start.
+template <class T>
+SNNLSTM_DEVICE T& shared_memory() {
+#if defined(__CUDACC__)
+  extern __shared__ __align__(128) unsigned char snnlstm_shared[];
+  return *reinterpret_cast<T*>(snnlstm_shared);
+#else
+  return *static_cast<T*>(::simt::shared_memory(sizeof(T)));
+#endif
+}
+
+// ---- asynchronous copies -----------------------------------------------------------------------
+
+// Copies Bytes (4, 8, 16) from global to shared memory, both aligned to Bytes; of the source only
+// the first source_bytes are read, the rest of the target becomes zero (0: all zero, and the source
+// is not touched). The data is there for this thread after cp_async_wait, for others after a
+// barrier on top of that. 16 bytes bypass L1.
+template <int Bytes>
+SNNLSTM_DEVICE void cp_async(void* shared, const void* global, int source_bytes = Bytes) {
+  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
+#if !defined(__CUDACC__)
+  ::simt::cp_async(shared, global, Bytes, source_bytes);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const auto target = uint32_t(__cvta_generic_to_shared(shared));
+  if constexpr (Bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global),
+                 "r"(source_bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(global),
+                 "n"(Bytes), "r"(source_bytes)
+                 : "memory");
+  }
+#else
+  auto* to = static_cast<uint32_t*>(shared);
+  auto* from = static_cast<const unsigned char*>(global);
+#pragma unroll
+  for (int word = 0; word < Bytes / 4; ++word) {
+    uint32_t value = 0;
+    const int left = source_bytes - 4 * word;
+    if (left >= 4) {
+      value = reinterpret_cast<const uint32_t*>(from)[word];
+    } else {
+      for (int byte = 0; byte < left; ++byte) value |= uint32_t(from[4 * word + byte]) << 8 * byte;
+    }
+    to[word] = value;
+  }
+#endif
+}
+
+// Closes the group of this thread's copies since the last commit.
+SNNLSTM_DEVICE void cp_async_commit() {
+#if !defined(__CUDACC__)
+  ::simt::cp_async_commit();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most Pending of this thread's latest groups are still under way.
+template <int Pending>
+SNNLSTM_DEVICE void cp_async_wait() {
+#if !defined(__CUDACC__)
+  ::simt::cp_async_wait(Pending);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+#endif
+}
+
+// ---- fragments ---------------------------------------------------------------------------------
+
+// Loads Count (1, 2, 4) tiles of 8 rows x 8 elements of 16 bits. Lane l hands over the address of
+// row l % 8 of tile l / 8, 16-byte aligned (lanes from 8 * Count on: any valid address). Register i
+// receives from tile i the elements [lane / 4][2 * (lane % 4)] (bits 0 to 15) and [..][.. + 1].
+// All 32 lanes take part.
+template <int Count>
+SNNLSTM_DEVICE void ldmatrix(uint32_t (&r)[Count], const void* row SNNLSTM_SITE) {
+  static_assert(Count == 1 || Count == 2 || Count == 4, "ldmatrix loads 1, 2 or 4 tiles");
+#if !defined(__CUDACC__)
+  ::simt::ldmatrix(r, row, Count, false, site);
+#else
+  const auto from = uint32_t(__cvta_generic_to_shared(row));
+  if constexpr (Count == 1) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                 : "=r"(r[0])
+                 : "r"(from)
+                 : "memory");
+  } else if constexpr (Count == 2) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(from)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from)
+                 : "memory");
+  }
+#endif
+}
+
+// The same with each tile transposed: register i receives [2 * (lane % 4)][lane / 4] and
+// [2 * (lane % 4) + 1][lane / 4].
+template <int Count>
+SNNLSTM_DEVICE void ldmatrix_transposed(uint32_t (&r)[Count], const void* row SNNLSTM_SITE) {
+  static_assert(Count == 1 || Count == 2 || Count == 4, "ldmatrix loads 1, 2 or 4 tiles");
+#if !defined(__CUDACC__)
+  ::simt::ldmatrix(r, row, Count, true, site);
+#else
+  const auto from = uint32_t(__cvta_generic_to_shared(row));
+  if constexpr (Count == 1) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                 : "=r"(r[0])
+                 : "r"(from)
+                 : "memory");
+  } else if constexpr (Count == 2) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(from)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from)
+                 : "memory");
+  }
+#endif
+}
+
+// mma<T>(d, a, b): d += a * b on the tensor cores, a 16 x K and b K x 8, d 16 x 8 in float.
+// With g = lane / 4 and t = lane % 4 the lane holds
+//   d[0], d[1]   (g, 2t), (g, 2t + 1)          d[2], d[3]   (g + 8, 2t), (g + 8, 2t + 1)
+// fp16, bf16, K = 16; pairs (k, k + 1) in one register, k in bits 0 to 15
+//   a[0] (g, 2t)   a[1] (g + 8, 2t)   a[2] (g, 2t + 8)   a[3] (g + 8, 2t + 8)
+//   b[0] (2t, g)   b[1] (2t + 8, g)
+// tf32, K = 8
+//   a[0] (g, t)    a[1] (g + 8, t)    a[2] (g, t + 4)    a[3] (g + 8, t + 4)
+//   b[0] (t, g)    b[1] (t + 4, g)
+// Source: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "mma.m16n8k8".
+template <class T>
+struct MmaShape {
+  static constexpr int m = 16, n = 8, k = sizeof(T) == 2 ? 16 : 8;
+};
+
+template <class T>
+SNNLSTM_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] SNNLSTM_SITE);
+
+#if !defined(__CUDACC__)
+
+template <>
+inline void mma<fp16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                      ::simt::Site site) {
+  ::simt::mma(::simt::MmaType::fp16, d, a, b, site);
+}
+template <>
+inline void mma<bf16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                      ::simt::Site site) {
+  ::simt::mma(::simt::MmaType::bf16, d, a, b, site);
+}
+template <>
+inline void mma<tf32>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                      ::simt::Site site) {
+  ::simt::mma(::simt::MmaType::tf32, d, a, b, site);
+}
+
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+
+#define SNNLSTM_MMA(T, shape_and_types)                                                         \
+  template <>                                                                                   \
+  SNNLSTM_DEVICE void mma<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {   \
+    asm volatile("mma.sync.aligned." shape_and_types                                            \
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"             \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));           \
+  }
+SNNLSTM_MMA(fp16, "m16n8k16.row.col.f32.f16.f16.f32")
+SNNLSTM_MMA(bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
+SNNLSTM_MMA(tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef SNNLSTM_MMA
+
+#endif
+
+// ---- vectors -----------------------------------------------------------------------------------
+
+// One access of sizeof(V) bytes (V: float2, float4, uint2, uint4, int2, int4, double2 or a scalar),
+// p aligned to it, in global or shared memory.
+template <class V>
+SNNLSTM_DEVICE V load(const void* p) {
+#if defined(__CUDACC__)
+  return *static_cast<const V*>(p);
+#else
+  V v;
+  ::simt::load(&v, p, sizeof(V));
+  return v;
+#endif
+}
+
+// The same from global memory that nobody writes while the kernel runs (ld.global.nc).
+template <class V>
+SNNLSTM_DEVICE V load_read_only(const void* p) {
+#if defined(__CUDACC__)
+  return __ldg(static_cast<const V*>(p));
+#else
+  V v;
+  ::simt::load(&v, p, sizeof(V));
+  return v;
+#endif
+}
+
+template <class V>
+SNNLSTM_DEVICE void store(void* p, V v) {
+#if defined(__CUDACC__)
+  *static_cast<V*>(p) = v;
+#else
+  ::simt::store(p, &v, sizeof(V));
+#endif
+}
+
+}  // namespace snnlstm::cuda
+
+#include "launch.cuh"
