@@ -3,6 +3,7 @@
 Environment
     SNNLSTM_CUDA            off | on; unset: the CUDA half is built where a CUDA compiler is found
     CUDACXX, CUDA_HOME      where nvcc is (then PATH, then the pip package nvidia-cuda-nvcc)
+    SNNLSTM_CUDA_ARCHS      compute capabilities, such as "80;90": fewer make a quicker build
     SNNLSTM_LOCAL_VERSION   e.g. cu13: the wheel becomes snnlstm-0.1.0+cu13
     MAX_JOBS, CMAKE_BUILD_PARALLEL_LEVEL   how many compilers run at once
     CMAKE_ARGS              further arguments for CMake
@@ -10,6 +11,7 @@ Environment
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -41,8 +43,6 @@ def say(text: str) -> None:
 
 def nvcc_candidates():
     """(where it was named, path) in order of preference."""
-    if os.environ.get("CUDACXX"):
-        yield "CUDACXX", shutil.which(os.environ["CUDACXX"]) or os.environ["CUDACXX"]
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):
             yield name, str(Path(os.environ[name]) / "bin" / "nvcc")
@@ -51,29 +51,41 @@ def nvcc_candidates():
     for folder in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
         for path in sorted(Path(folder or ".").glob("nvidia/cu*/bin/nvcc"), reverse=True):
             yield "pip package nvidia-cuda-nvcc", str(path)
-    yield "default place", "/usr/local/cuda/bin/nvcc"
+    if Path("/usr/local/cuda/bin/nvcc").exists():
+        yield "/usr/local/cuda", "/usr/local/cuda/bin/nvcc"
+
+
+def trouble_with(nvcc: str) -> str | None:
+    """Why that compiler cannot be used, or None where it runs."""
+    try:
+        done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60)
+    except OSError as error:
+        return f"{nvcc}: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return f"{nvcc} --version: no answer within 60 s"
+    return f"{nvcc} --version: {done.stderr.strip()[:200]}" if done.returncode else None
 
 
 def find_nvcc() -> tuple[str | None, str]:
     """The CUDA compiler to use, or None; and why, in words."""
     wish = os.environ.get("SNNLSTM_CUDA", "").strip().lower()
-    if wish not in ("", "auto", "on", "off", "1", "0"):
+    if wish not in ("", "on", "off"):
         raise CompileError(f"SNNLSTM_CUDA is {wish!r}; accepted: on, off, or unset (automatic)")
-    if wish in ("off", "0"):
+    if wish == "off":
         return None, "SNNLSTM_CUDA=off"
+    if named := os.environ.get("CUDACXX"):  # named by hand: another one would be a surprise
+        nvcc = shutil.which(named) or named
+        if trouble := trouble_with(nvcc):
+            raise CompileError(f"CUDACXX is {named!r}, which cannot be run: {trouble}")
+        return nvcc, "named by CUDACXX"
     tried = []
-    for where, path in nvcc_candidates():
-        try:
-            done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
-        except OSError as error:
-            if where != "default place":
-                tried.append(f"{where}: {path}: {error.strerror}")
-            continue
-        if done.returncode == 0:
-            return path, f"found through {where}"
-        tried.append(f"{where}: {path} --version failed: {done.stderr.strip()[:200]}")
+    for where, nvcc in nvcc_candidates():
+        trouble = trouble_with(nvcc)
+        if not trouble:
+            return nvcc, f"found through {where}"
+        tried.append(f"{where}: {trouble}")
     reason = "no CUDA compiler found" + (f" ({'; '.join(tried)})" if tried else "")
-    if wish in ("on", "1"):
+    if wish == "on":
         raise CompileError(
             f"SNNLSTM_CUDA=on, but {reason}.\n"
             "Looked at CUDACXX, CUDA_HOME, PATH and the pip package nvidia-cuda-nvcc. Either set "
@@ -90,11 +102,13 @@ class CMakeBuild(build_ext):
         import pybind11
 
         nvcc, why = find_nvcc()
-        say(f"CUDA half: {'with ' + nvcc if nvcc else 'not built'} ({why})")
+        say(f"CUDA compiler: {nvcc or 'none'} ({why})")
 
         # Not setuptools' temporary folder: kept, so that `pip install -e .` again is incremental.
-        flavour = "cuda" if nvcc else "cpu"
-        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{self.plat_name}-{flavour}"
+        # A folder per compiler: CMake cannot change compilers in one that it has configured.
+        compilers = [os.environ.get("CC"), os.environ.get("CXX"), nvcc, str(self.debug)]
+        key = hashlib.sha1(repr(compilers).encode()).hexdigest()[:6]
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{self.plat_name}-{key}"
         build.mkdir(parents=True, exist_ok=True)
         target = Path.cwd() / self.get_ext_fullpath(ext.name)
         arguments = [
@@ -110,17 +124,22 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         if nvcc:
             arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+            archs = os.environ.get("SNNLSTM_CUDA_ARCHS", "75;80;86;89;90;100;120")
+            arguments.append(f"-DSNNLSTM_CUDA_ARCHS={archs}")
         arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        run("configuring", ["cmake", "-S", str(ROOT / "csrc"), "-B", str(build), *arguments])
+        hint = "\nSNNLSTM_CUDA=off builds the CPU half alone." if nvcc else ""
+        run("configuring", ["cmake", "-S", str(ROOT / "csrc"), "-B", str(build), *arguments], hint)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.environ.get("MAX_JOBS")
-        run("compiling", ["cmake", "--build", str(build), *(["-j", jobs] if jobs else [])])
+        run("compiling", ["cmake", "--build", str(build), *(["-j", jobs] if jobs else [])], hint)
 
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(
             missing_ok=True
         )  # a process may have the old file mapped: never write into it
         shutil.copy2(build / target.name, target)
-        say(f"built {target.name} {version()}, {flavour}")
+        cuda = re.search(r'"cuda", "(.*)"', (build / "build_info.h").read_text())
+        say(f"built {target.name}, version {version()}")
+        say(f"CUDA half {cuda[1] if cuda else 'unknown'}")
 
 
 class BuildPy(build_py):
@@ -144,7 +163,7 @@ def ninja() -> str:
     return found
 
 
-def run(what: str, command: list[str]) -> None:
+def run(what: str, command: list[str], hint: str = "") -> None:
     try:
         subprocess.run(command, check=True)
     except FileNotFoundError:
@@ -152,7 +171,7 @@ def run(what: str, command: list[str]) -> None:
     except subprocess.CalledProcessError as error:
         raise CompileError(
             f"{what} snnlstm._C failed (exit status {error.returncode}); the cause is above.\n"
-            f"The command was: {shlex.join(command)}"
+            f"The command was: {shlex.join(command)}{hint}"
         ) from None
 
 

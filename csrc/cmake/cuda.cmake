@@ -1,0 +1,53 @@
+# The CUDA kernels: machine code for every supported GPU that the compiler knows, and PTX of the
+# newest for those to come. Sets WITH_CUDA, CUDA_VERSION, CUDA_ARCHS, CUDA_STATUS, CUDA_OBJECTS and
+# CUDA_LIBRARIES.
+set(SNNLSTM_CUDA_ARCHS "75;80;86;89;90;100;120"
+    CACHE STRING "compute capabilities; those that the compiler does not know are left out")
+
+# nvcc may be a wrapper script in a folder of its own, or a pip package, whose libraries lie in
+# lib and not in lib64: ask nvcc itself where things are.
+execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch
+                OUTPUT_VARIABLE known RESULT_VARIABLE failed ERROR_VARIABLE trouble)
+if(failed)
+  message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} --list-gpu-arch failed:\n${trouble}")
+endif()
+set(archs "")
+foreach(arch IN LISTS SNNLSTM_CUDA_ARCHS)
+  if(known MATCHES "compute_${arch}\n")
+    list(APPEND archs ${arch})
+  endif()
+endforeach()
+if(NOT archs)
+  string(REGEX REPLACE "\n" " " known "${known}")
+  message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} knows none of the GPUs ${SNNLSTM_CUDA_ARCHS}; "
+                      "it knows: ${known}")
+endif()
+list(GET archs -1 newest)
+list(TRANSFORM archs APPEND "-real" OUTPUT_VARIABLE CMAKE_CUDA_ARCHITECTURES)
+list(APPEND CMAKE_CUDA_ARCHITECTURES ${newest}-virtual)
+
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
+enable_language(CUDA)
+
+# Static: importing needs no CUDA library and no driver.
+find_library(CUDART_STATIC cudart_static REQUIRED
+             HINTS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} ${CMAKE_CUDA_COMPILER_TOOLKIT_ROOT}/lib
+                   ${CMAKE_CUDA_COMPILER_TOOLKIT_ROOT}/lib64)
+find_package(Threads REQUIRED)
+add_library(kernels_cuda OBJECT ${CUDA_SOURCES})
+target_include_directories(kernels_cuda PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}
+                                                ${CMAKE_CURRENT_BINARY_DIR})
+target_compile_options(kernels_cuda PRIVATE
+  --expt-relaxed-constexpr -Xfatbin=-compress-all --threads=2
+  -Xcompiler=-Wall,-Wextra,-Wno-unused-parameter)
+
+set(WITH_CUDA 1)
+set(CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})
+list(JOIN archs " " CUDA_ARCHS)
+string(APPEND CUDA_ARCHS " ${newest}+ptx")
+set(CUDA_STATUS "built with nvcc ${CUDA_VERSION} for sm_${CUDA_ARCHS} (${SNNLSTM_CUDA_WHY})")
+set(CUDA_OBJECTS $<TARGET_OBJECTS:kernels_cuda>)
+set(CUDA_LIBRARIES ${CUDART_STATIC} Threads::Threads rt)
