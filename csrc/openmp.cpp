@@ -1,14 +1,15 @@
 // One OpenMP runtime in the process: torch's.
 //
-// torch brings its own libgomp. Its name depends on the wheel (libgomp.so.1, libgomp-a34b3233.so.1,
-// with the SONAME changed alike; conda builds have libiomp5 or libomp in its place), so linking to
-// libgomp.so.1 may bring a second copy with a second pool of threads, which fight over the cores.
-// So nothing is linked: GCC turns `#pragma omp` into calls of the functions below, which pass them
-// on to the very library that gives libtorch_cpu.so its GOMP_parallel. libiomp5 and libomp export
-// the same functions. They are hidden: no other library sees them.
+// torch brings its own libgomp. Its name depends on the wheel: libgomp.so.1 (2.13, x86-64),
+// libgomp-a34b3233.so.1 (2.4, x86-64), torch.libs/libgomp-804f19d4.so.1.0.0 with the SONAME changed
+// alike and loaded locally (2.4, Arm); conda builds have libiomp5 or libomp in its place. A link to
+// libgomp.so.1 would bring a second copy into some of these processes, with a second pool of
+// threads that fight torch's over the cores. So nothing is linked: GCC turns `#pragma omp` into
+// calls of the functions below, which pass them on to the very library that gives libtorch_cpu.so
+// its GOMP_parallel (libiomp5 and libomp have it too). They are hidden: no other library sees them.
 //
-// A kernel that needs a function which is missing here fails to load with "undefined symbol:
-// GOMP_..."; tests/test_packaging.py looks for these. Add it below.
+// Code that needs a function which is missing here makes a module that fails to load with
+// "undefined symbol: GOMP_..."; tests/test_packaging.py looks for these. Add it below.
 #include "openmp.h"
 
 #include <dlfcn.h>
@@ -20,19 +21,22 @@ struct Runtime {
   const char* path = "";
 
   Runtime() {
-    // By SONAME, already loaded or not at all. _GNU_SOURCE's RTLD_NOLOAD never loads.
-    void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-    void* parallel = torch ? dlsym(torch, "GOMP_parallel") : nullptr;
+    void* parallel = nullptr;
+    // By SONAME: found where torch has been imported, never loaded by this.
+    if (void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD)) {
+      parallel = dlsym(torch, "GOMP_parallel");
+    }
+    // A torch that is built otherwise, or none: what the process has, or else the system.
+    if (!parallel) parallel = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    if (!parallel) {
+      if (void* system = dlopen("libgomp.so.1", RTLD_LAZY)) {
+        parallel = dlsym(system, "GOMP_parallel");
+      }
+    }
     Dl_info info;
     if (parallel && dladdr(parallel, &info) && info.dli_fname) {
       handle = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
-      path = info.dli_fname;
-    }
-    // No torch, or one without OpenMP: whatever the system has.
-    if (!handle) {
-      handle = dlopen("libgomp.so.1", RTLD_LAZY);
-      parallel = handle ? dlsym(handle, "GOMP_parallel") : nullptr;
-      path = parallel && dladdr(parallel, &info) && info.dli_fname ? info.dli_fname : "";
+      if (handle) path = info.dli_fname;
     }
   }
 };
