@@ -1,0 +1,68 @@
+# Each command works from a fresh clone: it makes .venv, installs the package there, and runs.
+#   make demo PYTHON=python3.12     another interpreter
+#   make test ARGS="-k surrogate"   arguments for the program that is run
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+# For make wheel: empty (as found), cpu or 13
+CUDA   ?=
+
+RUN      := $(VENV)/bin/python
+SOURCES  := pyproject.toml setup.py snnlstm/version.py \
+            $(shell find csrc -type f -not -name '*.md' 2>/dev/null)
+CXX_CODE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench wheel clean distclean
+
+help:  ## print this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+demo: $(VENV)/.installed  ## train on moving handwritten digits, snnTorch's cell beside ours
+	$(RUN) -m benchmarks.demo $(ARGS)
+
+test: $(VENV)/.installed  ## run the tests
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(VENV)/.installed  ## measure every provider on every shape
+	$(RUN) -m benchmarks $(ARGS)
+
+lint: $(VENV)/.linters  ## ruff, mypy and clang-format, changing nothing
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_CODE)
+
+format: $(VENV)/.linters  ## let ruff and clang-format rewrite the code
+	$(VENV)/bin/ruff check --fix-only .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_CODE)
+
+wheel: $(VENV)/.linters  ## build sdist and wheel into dist/ (CUDA=cpu|13: +cpu or +cu13)
+	$(if $(filter-out cpu 13,$(CUDA)),$(error CUDA is '$(CUDA)'; accepted: cpu, 13, or nothing))
+	$(if $(CUDA),SNNLSTM_CUDA=$(if $(filter cpu,$(CUDA)),off,on) \
+	    SNNLSTM_LOCAL_VERSION=$(if $(filter cpu,$(CUDA)),cpu,cu$(CUDA))) \
+	    $(RUN) -m build --outdir dist $(if $(CUDA),--wheel) .
+
+clean:  ## remove what builds and runs have made
+	rm -rf build dist out *.egg-info snnlstm/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -f $(VENV)/.installed
+	find snnlstm tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean  ## clean, and remove the virtual environment
+	rm -rf $(VENV)
+
+# ---- the virtual environment ---------------------------------------------------------------------
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "snnlstm needs Python 3.10 or newer, and '$(PYTHON)' is not: make ... PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Installed anew when the native code or the metadata changes; Python code needs no reinstallation.
+$(VENV)/.installed: $(SOURCES) | $(RUN)
+	$(RUN) -m pip install --disable-pip-version-check -e ".[test,bench]"
+	@touch $@
+
+$(VENV)/.linters: pyproject.toml | $(VENV)/.installed
+	$(RUN) -m pip install --disable-pip-version-check ruff clang-format mypy build
+	@touch $@

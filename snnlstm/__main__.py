@@ -1,0 +1,218 @@
+"""`python -m snnlstm`: what was built, what was found, and what is wrong with it.
+
+For bug reports and for installations that behave strangely, so nothing here may fail: whatever is
+missing or broken is part of the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# What a fact is where it could not be had: a sentence that starts with this.
+MISSING = "missing: "
+
+
+def attempt(probe: Callable[[], Any]) -> Any:
+    """What `probe` returns, or "missing: " and the reason where it raises."""
+    try:
+        return probe()
+    except (Exception, SystemExit) as error:  # even an import may exit
+        text = " ".join(str(error).split())
+        return (
+            f"{MISSING}{type(error).__name__}: {text}" if text else MISSING + type(error).__name__
+        )
+
+
+def is_missing(fact: Any) -> bool:
+    return isinstance(fact, str) and fact.startswith(MISSING)
+
+
+def module_version(name: str) -> str:
+    """A module's version, or why it cannot be imported."""
+    return attempt(lambda: str(getattr(importlib.import_module(name), "__version__", "unknown")))
+
+
+def own_version() -> str:
+    return attempt(lambda: importlib.import_module("snnlstm.version").__version__)
+
+
+def native_facts() -> dict[str, Any]:
+    """What snnlstm._C says of itself. With torch imported before, so that its OpenMP is found."""
+    attempt(lambda: importlib.import_module("torch"))
+    core = attempt(lambda: importlib.import_module("snnlstm._C"))
+    if is_missing(core):
+        return {"core": core, "isas": [], "isa": core, "openmp": core, "build": {}}
+    return {
+        "core": str(getattr(core, "__file__", "unknown")),
+        "isas": attempt(lambda: list(core.isa_names())),
+        "isa": attempt(lambda: str(core.isa_name())),
+        "openmp": attempt(lambda: str(core.openmp_library())),
+        "build": attempt(lambda: {str(k): str(v) for k, v in dict(core.build_info()).items()}),
+    }
+
+
+def torch_facts() -> dict[str, Any]:
+    """torch's version, threads and GPUs."""
+    torch = attempt(lambda: importlib.import_module("torch"))
+    if is_missing(torch):
+        return {"version": torch, "cuda": None, "threads": None, "devices": [], "notes": []}
+    with warnings.catch_warnings(record=True) as caught:  # a broken driver warns
+        warnings.simplefilter("always")
+        devices = attempt(lambda: gpus(torch))
+    return {
+        "version": attempt(lambda: str(torch.__version__)),
+        "cuda": attempt(lambda: torch.version.cuda),
+        "threads": attempt(lambda: torch.get_num_threads()),
+        "devices": devices,
+        "notes": [" ".join(str(w.message).split()) for w in caught],
+    }
+
+
+def gpus(torch: Any) -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    return [
+        {
+            "name": torch.cuda.get_device_name(i),
+            "capability": list(torch.cuda.get_device_capability(i)),
+        }
+        for i in range(torch.cuda.device_count())
+    ]
+
+
+def collect() -> dict[str, Any]:
+    """Everything, ready for JSON."""
+    native = native_facts()
+    torch = torch_facts()
+    facts = {
+        "version": own_version(),
+        "path": str(Path(__file__).resolve().parent),
+        "python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "executable": sys.executable,
+        "platform": attempt(platform.platform),
+        "numpy": module_version("numpy"),
+        "snntorch": module_version("snntorch"),
+        "forced_isa": os.environ.get("SNNLSTM_ISA"),
+        "native": native,
+        "torch": torch,
+    }
+    facts["problems"] = problems(facts)
+    return facts
+
+
+def problems(facts: dict[str, Any]) -> list[str]:
+    """What keeps the native kernels from running here, and what to do about it."""
+    found = []
+    native, torch = facts["native"], facts["torch"]
+    if is_missing(torch["version"]):
+        found.append(f"torch cannot be imported ({torch['version']}): pip install torch")
+    if is_missing(native["core"]):
+        found.append(
+            f"the native kernels cannot be loaded ({native['core']}); in a checkout, build them "
+            "with `pip install -e .`"
+        )
+    elif is_missing(native["isa"]):
+        found.append(f"no instruction set could be chosen ({native['isa']})")
+    elif native["openmp"] == "":
+        found.append("no OpenMP runtime was found: the kernels run on one thread")
+    if is_missing(facts["numpy"]):
+        found.append(f"numpy cannot be imported ({facts['numpy']}): pip install numpy")
+    if is_missing(torch["devices"]):
+        found.append(f"torch cannot use the GPU ({torch['devices']})")
+    elif torch["devices"] and not is_missing(native["core"]):
+        found += gpu_problems(native["build"], torch["devices"])
+    return found
+
+
+def gpu_problems(build: Any, devices: list[dict[str, Any]]) -> list[str]:
+    if not isinstance(build, dict) or not build.get("cuda_archs"):
+        return [
+            "there is a GPU, but this build has no CUDA kernels: on CUDA tensors the reference "
+            "path runs. Install a CUDA wheel, or build with SNNLSTM_CUDA=on where nvcc is"
+        ]
+    # "75 80 ... 120 120+ptx": code for X.Y runs on X.Z with Z >= Y, PTX on all that is newer.
+    archs = [int(a) for a in build["cuda_archs"].split() if a.isdigit()]
+    ptx = [int(a.removesuffix("+ptx")) for a in build["cuda_archs"].split() if a.endswith("+ptx")]
+    found = []
+    for device in devices:
+        major, minor = device["capability"]
+        capability = 10 * major + minor
+        native = any(a // 10 == major and a <= capability for a in archs)
+        if not native and not any(p <= capability for p in ptx):
+            found.append(
+                f"{device['name']} (compute capability {major}.{minor}) is not among the GPUs "
+                f"that this build has code for ({build['cuda_archs']})"
+            )
+    return found
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The report for people."""
+    native, torch, build = facts["native"], facts["torch"], facts["native"]["build"]
+    build = build if isinstance(build, dict) else {}
+    isas = native["isas"]
+    forced = f" (forced by SNNLSTM_ISA={facts['forced_isa']})" if facts["forced_isa"] else ""
+    devices = torch["devices"]
+    if not devices:
+        devices = "none" if torch["cuda"] else "none (torch is built without CUDA)"
+    elif isinstance(devices, list):
+        devices = ", ".join(
+            f"{d['name']} (sm_{d['capability'][0]}{d['capability'][1]})" for d in devices
+        )
+    rows: list[tuple[str, Any]] = [
+        ("snnlstm", f"{facts['version']}  {facts['path']}"),
+        ("Python", f"{facts['python']}  {facts['executable']}"),
+        ("platform", facts["platform"]),
+        ("torch", torch["version"]),
+        ("numpy", facts["numpy"]),
+        ("snntorch", facts["snntorch"]),
+        ("", ""),
+        ("native core", native["core"]),
+        ("compiler", build.get("compiler", "unknown")),
+        (
+            "instruction sets",
+            ", ".join(isas) if isinstance(isas, list) and isas else isas or "none",
+        ),
+        ("in use", f"{native['isa']}{forced}"),
+        ("threads", torch["threads"] if torch["threads"] is not None else "unknown"),
+        ("OpenMP", native["openmp"] or "none"),
+        ("", ""),
+        ("CUDA kernels", build.get("cuda", "unknown")),
+        ("torch's CUDA", torch["cuda"] or "none"),
+        ("GPUs", devices),
+        *(("note", note) for note in torch["notes"]),
+    ]
+    width = max(len(name) for name, _ in rows) + 2
+    lines = [f"{name:<{width}}{value}".rstrip() for name, value in rows]
+    lines.append("")
+    if facts["problems"]:
+        lines += [f"problem: {text}" for text in facts["problems"]]
+    else:
+        lines.append("Nothing is wrong.")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m snnlstm",
+        description="Prints which kernels were built, which are in use here, and what is missing.",
+        epilog="SNNLSTM_ISA forces an instruction set, such as SNNLSTM_ISA=avx2.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    options = parser.parse_args(arguments)
+    facts = collect()
+    print(json.dumps(facts, indent=2) if options.json else table(facts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
