@@ -1,0 +1,478 @@
+"""Every check of an argument: of the constructor, of forward and of the functional form.
+
+A check returns the argument in its normal form or raises: TypeError for a wrong type or
+dtype, ValueError for a wrong value. The message names the argument, what came and what is
+accepted. Nothing is modified before all checks have passed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .options import CellOptions, Pool, Reset
+from .quant import StateQuant
+from .snntorch import recognise_quant, recognise_surrogate
+from .surrogate import NONE, Surrogate, atan
+
+__all__ = ["RESETS", "Call", "check_call", "make_options"]
+
+RESETS: tuple[Reset, ...] = ("subtract", "zero", "none")
+"""The reset mechanisms; the position is ``reset_mechanism_val`` in a state_dict."""
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Call(NamedTuple):
+    """Checked arguments of :func:`snnlstm.reference.run`, in its order."""
+
+    x: Tensor
+    syn: Tensor
+    mem: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    threshold: Tensor
+    graded: Tensor
+    options: CellOptions
+
+
+# ---- values -----------------------------------------------------------------------------
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a real number and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Check a yes-or-no argument: a bool, or one of the ints 0 and 1."""
+    if isinstance(value, bool) or (isinstance(value, Integral) and value in (0, 1)):
+        return bool(value)
+    if type(value).__name__ == "bool":  # numpy's, without importing numpy
+        return bool(value)
+    raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+def integer(name: str, value: Any, least: int = 1) -> int:
+    """Check an int that is at least `least`."""
+    if not _is_int(value):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def pair(name: str, value: Any, lengths: tuple[int, ...] = (2,)) -> tuple[int, int]:
+    """Check an int or a sequence of ints, each at least 1; returns (height, width)."""
+    if _is_int(value):
+        value = (value, value)
+    elif not isinstance(value, (tuple, list)) or not all(map(_is_int, value)):
+        raise TypeError(f"{name} must be an int or a tuple of two ints, got {value!r}")
+    elif len(value) not in lengths:
+        raise ValueError(f"{name} must be an int or a tuple of two ints, got {value!r}")
+    if min(value) < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+    return int(value[0]), int(value[-1])
+
+
+def kernel(name: str, value: Any) -> tuple[int, int]:
+    """Check a kernel size: odd, so that one padding keeps the size of the state."""
+    size = pair(name, value)
+    if size[0] % 2 == 0 or size[1] % 2 == 0:
+        raise ValueError(
+            f"{name} must be odd, got {value!r}: the recurrent convolution has to keep the "
+            "size of the state, and with an even kernel no symmetric padding does"
+        )
+    return size
+
+
+def pooling(max_pool: Any, avg_pool: Any) -> tuple[Pool, tuple[int, int]]:
+    """Check both pooling arguments; anything falsy is off."""
+    if max_pool and avg_pool:
+        raise ValueError(
+            "Only one of either `max_pool` or `avg_pool` may be specified, not both: got "
+            f"max_pool={max_pool!r} and avg_pool={avg_pool!r}"
+        )
+    for kind, value in (("max", max_pool), ("avg", avg_pool)):
+        if value:
+            size = pair(f"{kind}_pool", value, lengths=(1, 2))  # torch accepts one as well
+            if size != (1, 1):
+                return cast(Pool, kind), size
+    return "none", (1, 1)
+
+
+def reset_mechanism(value: Any) -> Reset:
+    """Check the name of a reset mechanism."""
+    if value not in RESETS:
+        raise ValueError(
+            f"reset_mechanism must be set to either 'subtract', 'zero', or 'none', got {value!r}"
+        )
+    return cast(Reset, value)
+
+
+def surrogate(spike_grad: Any, disable: bool = False) -> Surrogate | Callable[[Tensor], Tensor]:
+    """Check `spike_grad`; snnTorch's closures become the :class:`Surrogate` of their kind."""
+    if spike_grad is not None and not callable(spike_grad):
+        raise TypeError(
+            "spike_grad must be a callable such as snnlstm.surrogate.atan(), or None, "
+            f"got {spike_grad!r}"
+        )
+    if disable:
+        return NONE
+    if spike_grad is None:
+        return atan()
+    return recognise_surrogate(spike_grad)
+
+
+def quantiser(state_quant: Any) -> StateQuant | Callable[[Tensor], Tensor] | None:
+    """Check `state_quant`; None and False are off, snnTorch's closures are recognised."""
+    if state_quant is None or state_quant is False:
+        return None
+    if not callable(state_quant):
+        raise TypeError(
+            "state_quant must be a callable such as snnlstm.quant.state_quant(), or False, "
+            f"got {state_quant!r}"
+        )
+    return recognise_quant(state_quant)
+
+
+def real_tensor(name: str, value: Any) -> Tensor:
+    """Check a number, a tensor or what torch.as_tensor takes: real, and not empty."""
+    if isinstance(value, bool) or isinstance(value, str) or value is None:
+        raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name} must be a number or a tensor, got {value!r}") from error
+    if value.dtype is torch.bool or value.dtype.is_complex:
+        raise TypeError(f"{name} must be real, got a tensor of {value.dtype}")
+    if value.numel() == 0:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(value.shape)}")
+    return value
+
+
+def dtype_or_none(name: str, value: Any) -> torch.dtype | None:
+    """Check a dtype of the module."""
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype or None, got {value!r}")
+    if value is not None and value not in DTYPES:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {value}")
+    return value
+
+
+def device_or_none(name: str, value: Any) -> torch.device | None:
+    """Check a device of the module."""
+    if value is None:
+        return None
+    try:
+        return torch.device(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a torch.device or its name, got {value!r}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{name} must be a torch.device or its name, got {value!r}") from error
+
+
+# ---- shapes -----------------------------------------------------------------------------
+
+
+def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    return len(shape) <= len(target) and all(
+        size == 1 or size == want for size, want in zip(reversed(shape), reversed(target))
+    )
+
+
+def channel_broadcast(name: str, shape: Sequence[int], channels: int) -> None:
+    """Check, before any image is known, that a shape can broadcast to (N, C, H, W)."""
+    if len(shape) > 4 or (len(shape) >= 3 and shape[-3] not in (1, channels)):
+        raise ValueError(
+            f"{name} must broadcast to mem's shape (N, {channels}, H, W), "
+            f"got shape {tuple(shape)}"
+        )
+
+
+def state_broadcast(
+    name: str, shape: Sequence[int], state: Sequence[int], options: CellOptions
+) -> None:
+    """Check that a shape broadcasts to that of mem, and to that of the pooled mem."""
+    if all(size == 1 for size in shape[-2:]) and len(shape) <= 2:
+        return
+    pooled = (*state[:2], state[2] // options.pool_size[0], state[3] // options.pool_size[1])
+    if not _broadcasts(shape, state) or not _broadcasts(shape, pooled):
+        both = f"mem's shape {tuple(state)}"
+        if options.pool != "none":
+            both += f" and to the pooled one {pooled}"
+        raise ValueError(f"{name} must broadcast to {both}, got shape {tuple(shape)}")
+
+
+def pool_fits(state: Sequence[int], options: CellOptions) -> None:
+    """Check that at least one pooling window fits into the state."""
+    if state[2] < options.pool_size[0] or state[3] < options.pool_size[1]:
+        raise ValueError(
+            f"{options.pool}_pool must not be larger than the state, got {options.pool_size} "
+            f"for a state of {state[2]} x {state[3]}"
+        )
+
+
+# ---- tensors ----------------------------------------------------------------------------
+
+
+def state_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype of the states and of spk: weight's, but at least float32 under autocast."""
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.promote_types(weight.dtype, torch.float32)
+    return weight.dtype
+
+
+def input_tensor(x: Any, weight: Tensor, in_channels: int) -> Tensor:
+    """Check the input; returns it in the dtype of the states."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dim() not in (4, 5):
+        raise ValueError(
+            f"x must have shape (N, {in_channels}, H, W) for one step or "
+            f"(T, N, {in_channels}, H, W) for a sequence, got {tuple(x.shape)}"
+        )
+    if x.shape[-3] != in_channels:
+        raise ValueError(f"x must have {in_channels} channels, got shape {tuple(x.shape)}")
+    if x.shape[-2] == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have at least one pixel, got shape {tuple(x.shape)}")
+    return _converted("x", x, weight)
+
+
+def _converted(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
+    """`tensor` in the dtype of the states, where the conversion loses nothing."""
+    if tensor.device != weight.device:
+        raise ValueError(
+            f"{name} must be on weight's device {weight.device}, got one on {tensor.device}"
+        )
+    dtype = state_dtype(weight)
+    if tensor.dtype != dtype:
+        if torch.promote_types(tensor.dtype, dtype) != dtype:
+            raise TypeError(
+                f"{name} must be of {dtype}, as weight is, or convert to it without loss, "
+                f"got {tensor.dtype}"
+            )
+        tensor = tensor.to(dtype)
+    return tensor
+
+
+def is_empty_state(state: Tensor) -> bool:
+    """Whether this is the (0,) tensor that stands for "start from zeros"."""
+    return state.dim() == 1 and state.shape[0] == 0
+
+
+def state_tensor(name: str, state: Any, shape: Sequence[int], x: Tensor, weight: Tensor) -> Tensor:
+    """Check a state that the caller gave; an empty one becomes zeros.
+
+    Parameters
+    ----------
+    name : str
+        ``"syn"`` or ``"mem"``.
+    state : Tensor
+        Of `shape`, or (0,).
+    shape : sequence of int
+        (N, C, Ho, Wo).
+    x : Tensor
+        The checked input, for the dtype and device of zeros.
+    weight : Tensor
+    """
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(state).__name__}")
+    if is_empty_state(state):
+        return x.new_zeros(shape)
+    if tuple(state.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)} (or (0,), which means zeros), "
+            f"got {tuple(state.shape)}"
+        )
+    return _converted(name, state, weight)
+
+
+def scalar_like(
+    name: str, value: Any, x: Tensor, state: Sequence[int], options: CellOptions
+) -> Tensor:
+    """Check a threshold or graded factor; returns it in x's dtype and on x's device."""
+    if is_number(value):
+        return torch.full((), float(value), dtype=x.dtype, device=x.device)
+    tensor = value if isinstance(value, Tensor) else real_tensor(name, value)
+    if tensor.dim():
+        real_tensor(name, tensor)
+        state_broadcast(name, tensor.shape, state, options)
+    if tensor.dtype == x.dtype and tensor.device == x.device:
+        return tensor
+    real_tensor(name, tensor)
+    if tensor.device != x.device and tensor.dim():
+        raise ValueError(f"{name} must be on x's device {x.device}, got one on {tensor.device}")
+    return tensor.to(x.device, x.dtype)
+
+
+def weight_tensors(weight: Any, bias: Any) -> tuple[int, int]:
+    """Check weight and bias; returns (Cin, C)."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {weight!r}")
+    if weight.dtype not in DTYPES:
+        raise TypeError(
+            f"weight must be of one of {', '.join(map(str, DTYPES))}, got {weight.dtype}"
+        )
+    channels = weight.shape[0] // 4 if weight.dim() == 4 else 0
+    if channels == 0 or weight.shape[0] % 4 or weight.shape[1] < channels:
+        raise ValueError(
+            f"weight must have shape (4C, Cin + C, kh, kw), got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        if not isinstance(bias, Tensor):
+            raise TypeError(f"bias must be a tensor or None, got {bias!r}")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape ({4 * channels},), got {tuple(bias.shape)}")
+        if bias.dtype != weight.dtype:
+            raise TypeError(f"bias must be of {weight.dtype}, as weight is, got {bias.dtype}")
+        if bias.device != weight.device:
+            raise ValueError(
+                f"bias must be on weight's device {weight.device}, got one on {bias.device}"
+            )
+    return weight.shape[1] - channels, channels
+
+
+# ---- whole calls ------------------------------------------------------------------------
+
+
+def make_options(
+    kernel_size: Any,
+    *,
+    stride: Any,
+    dilation: Any,
+    reset: Any,
+    max_pool: Any,
+    avg_pool: Any,
+    surrogate: Surrogate | Callable[[Tensor], Tensor],
+    quant: StateQuant | Callable[[Tensor], Tensor] | None,
+    inhibition: Any,
+    checkpoint: Any,
+    sequence: bool = False,
+    record: bool = False,
+) -> CellOptions:
+    """Check what describes a cell, and put it into its normal form.
+
+    `surrogate` and `quant` come from the checks of these names.
+    """
+    pool, pool_size = pooling(max_pool, avg_pool)
+    return CellOptions(
+        kernel_size=kernel("kernel_size", kernel_size),
+        stride=pair("stride", stride),
+        dilation=pair("dilation", dilation),
+        reset=reset_mechanism(reset),
+        pool=pool,
+        pool_size=pool_size,
+        surrogate=surrogate,
+        quant=quant,
+        inhibition=flag("inhibition", inhibition),
+        sequence=sequence,
+        record=record,
+        checkpoint=flag("checkpoint", checkpoint),
+    )
+
+
+# typed: stride=True must not find what stride=1 left. Foreign callables stay out of the
+# cache, which would keep them alive.
+_cached_options = functools.lru_cache(maxsize=256, typed=True)(make_options)
+
+
+def check_record(record: Any, sequence: bool) -> bool:
+    """Check `record`, which only a sequence has."""
+    if flag("record", record) and not sequence:
+        raise ValueError("record=True needs a sequence: x of shape (T, N, Cin, H, W), got one step")
+    return bool(record)
+
+
+def check_call(
+    x: Any,
+    syn: Any = None,
+    mem: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    threshold: Any = 1.0,
+    spike_grad: Any = None,
+    surrogate_disable: Any = False,
+    reset_mechanism: Any = "none",
+    max_pool: Any = 0,
+    avg_pool: Any = 0,
+    state_quant: Any = None,
+    graded_spikes_factor: Any = 1.0,
+    inhibition: Any = False,
+    stride: Any = 1,
+    dilation: Any = 1,
+    record: Any = False,
+    checkpoint: Any = False,
+) -> Call:
+    """Check every argument of the functional form and put it into its normal form.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`snnlstm.functional.sconv2dlstm` documents.
+    """
+    in_channels, channels = weight_tensors(weight, bias)
+    x = input_tensor(x, weight, in_channels)
+    sequence = x.dim() == 5
+    grad = surrogate(spike_grad, flag("surrogate_disable", surrogate_disable))
+    quant = quantiser(state_quant)
+    ours = isinstance(grad, Surrogate) and (quant is None or isinstance(quant, StateQuant))
+    make: Callable[..., CellOptions] = make_options
+    if ours and not torch.compiler.is_compiling():
+        make = _cached_options
+        max_pool, avg_pool, stride, dilation = map(_hashable, (max_pool, avg_pool, stride, dilation))
+    options = make(
+        tuple(weight.shape[2:]),
+        stride=stride,
+        dilation=dilation,
+        reset=reset_mechanism,
+        max_pool=max_pool,
+        avg_pool=avg_pool,
+        surrogate=grad,
+        quant=quant,
+        inhibition=inhibition,
+        checkpoint=checkpoint,
+        sequence=sequence,
+        record=check_record(record, sequence),
+    )
+    shape = (x.shape[-4], channels, *options.state_size(x.shape[-2], x.shape[-1]))
+    pool_fits(shape, options)
+    states = []
+    for name, state in (("syn", syn), ("mem", mem)):
+        if state is None:
+            states.append(x.new_zeros(shape))
+        else:
+            states.append(state_tensor(name, state, shape, x, weight))
+    return Call(
+        x,
+        states[0],
+        states[1],
+        weight,
+        bias,
+        scalar_like("threshold", threshold, x, shape, options),
+        scalar_like("graded_spikes_factor", graded_spikes_factor, x, shape, options),
+        options,
+    )
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def never_spikes(threshold: Any) -> bool:
+    """Whether no mem can exceed the threshold: mem = o * tanh(syn) is at most 1."""
+    if isinstance(threshold, Tensor):
+        return not threshold.is_meta and bool((threshold.detach() >= 1).all())
+    return is_number(threshold) and not math.isnan(threshold) and threshold >= 1

@@ -1,0 +1,165 @@
+"""The stateless form of the cell, and the one place that starts an implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .arguments import check_call
+from .options import CellOptions
+from .path import Path, choose
+
+try:
+    from . import autograd as _autograd
+except ImportError:  # the core is missing; path.py says so and never chooses it
+    _autograd = None
+
+__all__ = ["sconv2dlstm"]
+
+
+def compute(
+    x: Tensor,
+    syn: Tensor,
+    mem: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    graded: Tensor,
+    options: CellOptions,
+    conv: Callable[[Tensor], Tensor] | None = None,
+    conv_reason: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Path]:
+    """Choose an implementation for arguments that have been checked, and run it.
+
+    Parameters
+    ----------
+    x, syn, mem, weight, bias, threshold, graded, options
+        As :func:`snnlstm.reference.run` takes them.
+    conv : callable, optional
+        Called in place of the convolution if `conv_reason` says that it must be.
+    conv_reason : str, optional
+        What :func:`snnlstm.path.conv_reason` said.
+
+    Returns
+    -------
+    spk, syn, mem : Tensor
+    path : Path
+    """
+    path = choose(x, syn, mem, weight, bias, threshold, graded, options, conv_reason)
+    if path.native:
+        assert _autograd is not None
+        out = _autograd.run(x, syn, mem, weight, bias, threshold, graded, options)
+    else:
+        call = conv if conv_reason is not None else None
+        out = reference.run(x, syn, mem, weight, bias, threshold, graded, options, call)
+    return (*out, path)
+
+
+def sconv2dlstm(
+    x: Tensor,
+    syn: Tensor | None = None,
+    mem: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    threshold: float | Tensor = 1.0,
+    spike_grad: Callable[[Tensor], Tensor] | None = None,
+    surrogate_disable: bool = False,
+    reset_mechanism: str = "none",
+    max_pool: Any = 0,
+    avg_pool: Any = 0,
+    state_quant: Any = None,
+    graded_spikes_factor: float | Tensor = 1.0,
+    inhibition: bool = False,
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    record: bool = False,
+    checkpoint: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one step, or a sequence of them, of a spiking convolutional LSTM.
+
+    ``C`` is ``weight.shape[0] // 4`` and ``Ho, Wo`` are ``ceil(H / stride[0])`` and
+    ``ceil(W / stride[1])``. The formulas stand in :mod:`snnlstm.reference`.
+
+    Parameters
+    ----------
+    x : Tensor
+        (N, Cin, H, W) is one step, (T, N, Cin, H, W) a sequence. Of weight's dtype, or one
+        that converts to it without loss, such as bool.
+    syn, mem : Tensor, optional
+        (N, C, Ho, Wo), synaptic current and membrane potential before the first step, of
+        weight's dtype. None and a tensor of shape (0,) mean zeros.
+    weight : Tensor
+        (4C, Cin + C, kh, kw), kh and kw odd; gates in the order i, f, o, g. Required.
+    bias : Tensor, optional
+        (4C,).
+    threshold : float or Tensor, default 1.0
+        Broadcasts to (N, C, Ho, Wo) and to the pooled size. mem never exceeds 1, so the
+        default never spikes: 0.1 and below are usual.
+    spike_grad : callable, optional
+        A surrogate of :mod:`snnlstm.surrogate` or :mod:`snntorch.surrogate`, or any callable;
+        ``atan()`` by default.
+    surrogate_disable : bool, default False
+        spk carries no gradient.
+    reset_mechanism : {"none", "subtract", "zero"}
+        What a neuron whose mem exceeded the threshold before the step does to its mem.
+    max_pool, avg_pool : int or (int, int), default 0
+        Pools mem before the threshold; 0 is off. At most one of them.
+    state_quant : callable, optional
+        A :class:`snnlstm.quant.StateQuant`, a quantiser of snnTorch, or any callable.
+    graded_spikes_factor : float or Tensor, default 1.0
+        Multiplies spk.
+    inhibition : bool, default False
+        Of each sample only the neuron with the highest (pooled) mem may spike.
+    stride, dilation : int or (int, int), default 1
+        Of the convolution; the stride applies to x alone.
+    record : bool, default False
+        With a sequence: return syn and mem of every step.
+    checkpoint : bool, default False
+        Recompute the gates in the backward pass instead of keeping them.
+
+    Returns
+    -------
+    spk : Tensor
+        (N, C, Ho // pool, Wo // pool), with a leading T for a sequence.
+    syn, mem : Tensor
+        (N, C, Ho, Wo) after the last step, or (T, N, C, Ho, Wo) with `record`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong type or dtype.
+    ValueError
+        If a shape, size, device or name does not fit.
+
+    References
+    ----------
+    Shi et al., "Convolutional LSTM network", NeurIPS 2015; Eshraghian et al., "Training
+    spiking neural networks using lessons from deep learning", Proc. IEEE 111, 2023;
+    ``snntorch.SConv2dLSTM`` 1.0.0.
+    """
+    call = check_call(
+        x,
+        syn,
+        mem,
+        weight,
+        bias,
+        threshold=threshold,
+        spike_grad=spike_grad,
+        surrogate_disable=surrogate_disable,
+        reset_mechanism=reset_mechanism,
+        max_pool=max_pool,
+        avg_pool=avg_pool,
+        state_quant=state_quant,
+        graded_spikes_factor=graded_spikes_factor,
+        inhibition=inhibition,
+        stride=stride,
+        dilation=dilation,
+        record=record,
+        checkpoint=checkpoint,
+    )
+    return compute(*call)[:3]

@@ -1,0 +1,291 @@
+"""Which implementation runs a call, and why.
+
+:func:`choose` decides between the native kernels and :mod:`snnlstm.reference`; the answer is
+a :class:`Path`, which the module shows as ``cell.path``. Nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+from .options import CellOptions
+from .quant import StateQuant
+from .surrogate import Surrogate
+
+__all__ = ["Path", "algorithm", "choose", "get_algorithm", "set_algorithm"]
+
+logger = logging.getLogger("snnlstm")
+
+try:
+    # native.name(device_type, options) -> str names the kernels that run a call;
+    # native.DEVICES is the set of device types that the core was built for.
+    from . import native as _native
+except ImportError as error:  # a checkout that was not built, or a core that does not load
+    _native = None
+    _MISSING = "the compiled core is missing"
+    if getattr(error, "name", None) not in ("snnlstm._C", "snnlstm.native", "snnlstm", None):
+        _MISSING = f"the compiled core does not load: {error}"
+
+
+@dataclass(frozen=True)
+class Path:
+    """The implementation that ran a call.
+
+    Parameters
+    ----------
+    name : str
+        ``"reference"``, or what the native kernels are, such as ``"cpu-avx2-direct"``.
+    reason : str
+        Why, in plain words.
+    slow : bool, default False
+        Whether this is a fallback where the caller could expect the native kernels; those are
+        logged once per module and reason.
+    """
+
+    name: str
+    reason: str
+    slow: bool = False
+
+    @property
+    def native(self) -> bool:
+        """Whether the native kernels ran."""
+        return self.name != "reference"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+ALGORITHMS = ("auto", "direct", "winograd")
+_algorithm = "auto"
+_algorithm_lock = threading.Lock()
+
+
+def set_algorithm(name: str) -> None:
+    """Choose the convolution algorithm of the native kernels, for the whole process.
+
+    The setting is one global (not per thread: the backward pass runs in threads of its own).
+    A call reads it once, in its forward pass, and its backward pass keeps to that.
+
+    Parameters
+    ----------
+    name : {"auto", "direct", "winograd"}
+        ``"auto"``, the default, takes the fastest by shape; ``"direct"`` has the smallest
+        rounding error of the sums; ``"winograd"`` is used wherever the kernel size allows.
+
+    Raises
+    ------
+    ValueError
+        If `name` is none of these.
+    """
+    global _algorithm
+    if name not in ALGORITHMS:
+        raise ValueError(f"name must be one of {', '.join(ALGORITHMS)}, got {name!r}")
+    with _algorithm_lock:
+        _algorithm = name
+
+
+def get_algorithm() -> str:
+    """Return the name last given to :func:`set_algorithm`, ``"auto"`` by default."""
+    return _algorithm
+
+
+@contextmanager
+def algorithm(name: str) -> Iterator[None]:
+    """Use the algorithm `name` within a ``with`` block; see :func:`set_algorithm`.
+
+    The setting is process-wide: other threads see it too while the block runs.
+    """
+    before = get_algorithm()
+    set_algorithm(name)
+    try:
+        yield
+    finally:
+        set_algorithm(before)
+
+
+def conv_reason(
+    conv: nn.Module, weight_shape: tuple[int, int, int, int], options: CellOptions
+) -> str | None:
+    """Why the kernels cannot stand in for a call of `conv`; None if they can.
+
+    They can where `conv` is a plain nn.Conv2d of the geometry of `options` whose forward was
+    neither replaced nor hooked: only then is calling it the same as using its weight.
+
+    Parameters
+    ----------
+    conv : nn.Module
+        The cell's ``conv``.
+    weight_shape : (int, int, int, int)
+        The (4C, Cin + C, kh, kw) that the cell was made with.
+    options : CellOptions
+    """
+    if type(conv) is not nn.Conv2d:
+        return f"conv is a {type(conv).__name__}, not a plain nn.Conv2d"
+    if (
+        conv._forward_pre_hooks
+        or conv._forward_hooks
+        or conv._backward_hooks
+        or conv._backward_pre_hooks
+    ):
+        return "conv carries hooks"
+    if nn_module._has_any_global_hook():
+        return "global module hooks are registered"
+    if "forward" in conv.__dict__:
+        return "conv.forward was replaced"
+    if (
+        conv.stride != (1, 1)
+        or conv.padding != options.padding
+        or conv.dilation != options.dilation
+        or conv.groups != 1
+        or conv.padding_mode != "zeros"
+        or tuple(conv.weight.shape) != weight_shape
+    ):
+        return "conv has another geometry than the cell"
+    return None
+
+
+def _plain(tensor: Tensor | None) -> bool:
+    return tensor is None or type(tensor) is Tensor or type(tensor) is nn.Parameter
+
+
+def _varies_along_channels_only(threshold: Tensor) -> bool:
+    shape = threshold.shape
+    return threshold.numel() == 1 or (
+        len(shape) >= 3 and threshold.numel() == shape[-3]
+    )
+
+
+def _quiet(
+    x: Tensor,
+    syn: Tensor,
+    mem: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    graded: Tensor,
+) -> str | None:
+    """Reasons for the reference path that nobody expects to be fast."""
+    if torch.compiler.is_compiling():
+        if getattr(torch.compiler, "is_exporting", bool)():
+            return "torch.export traces plain operators"
+        return None
+    if not all(map(_plain, (x, syn, mem, weight, bias, threshold, graded))):
+        return "a tensor is of a subclass"
+    if torch._C._get_tracing_state() is not None or torch.onnx.is_in_onnx_export():
+        return "tracing records plain operators"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if x.layout is not torch.strided or weight.layout is not torch.strided:
+        return "x or weight is not strided"
+    if x.is_neg() or syn.is_neg() or mem.is_neg():
+        return "a tensor is a lazily negated view"
+    return None
+
+
+def _loud(
+    x: Tensor, threshold: Tensor, graded: Tensor, options: CellOptions, conv: str | None
+) -> str | None:
+    """Reasons for the reference path where speed could be expected."""
+    if conv is not None:
+        return conv
+    if not isinstance(options.surrogate, Surrogate):
+        return "spike_grad is a foreign callable"
+    if options.quant is not None:
+        if not isinstance(options.quant, StateQuant):
+            return "state_quant is a foreign callable"
+        if options.quant.levels.dtype not in (torch.float32, x.dtype):
+            return f"state_quant has levels of {options.quant.levels.dtype}"
+    if not _varies_along_channels_only(threshold):
+        return "the threshold varies along the batch or the image"
+    if graded.requires_grad:
+        return "graded_spikes_factor requires a gradient"
+    if graded.numel() != 1:
+        return "graded_spikes_factor is not a single number"
+    return None
+
+
+def choose(
+    x: Tensor,
+    syn: Tensor,
+    mem: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    graded: Tensor,
+    options: CellOptions,
+    conv: str | None = None,
+) -> Path:
+    """Decide which implementation runs a call whose arguments have been checked.
+
+    Parameters
+    ----------
+    x, syn, mem, weight, bias, threshold, graded, options
+        As `snnlstm.reference.run` takes them.
+    conv : str, optional
+        What :func:`conv_reason` said of the convolution module, if there is one.
+
+    Returns
+    -------
+    Path
+    """
+    device = x.device.type
+    if device not in ("cpu", "cuda"):
+        return Path("reference", f"there are no kernels for device {device}")
+    reason = _quiet(x, syn, mem, weight, bias, threshold, graded)
+    if reason is None and (x.numel() == 0 or x.shape[-3] == 0):
+        reason = "x is empty"
+    if reason is not None:
+        return Path("reference", reason)
+    reason = _loud(x, threshold, graded, options, conv)
+    if reason is not None:
+        return Path("reference", reason, slow=True)
+    if _native is None:
+        return Path("reference", _MISSING, slow=True)
+    return _choose_native(device, x.dtype, options)
+
+
+def _choose_native(device: str, dtype: torch.dtype, options: CellOptions) -> Path:
+    assert _native is not None
+    if device not in _native.DEVICES:
+        return Path("reference", f"the core was built without its {device} half", slow=True)
+    if device == "cpu":
+        if torch.is_autocast_enabled("cpu"):
+            return Path("reference", "autocast on the CPU", slow=True)
+        if dtype not in (torch.float32, torch.float64):
+            return Path("reference", f"there are no CPU kernels for {dtype}", slow=True)
+    return Path(_native.name(device, options), "the native kernels cover this call")
+
+
+_logged_missing = False
+
+
+def log_fallback(path: Path, seen: set[str]) -> None:
+    """Log a slow `path`, unless its reason is in `seen`, which remembers it.
+
+    That the core is missing says nothing of the module, so it is logged once per process.
+    """
+    global _logged_missing
+    if not path.slow or path.reason in seen or torch.compiler.is_compiling():
+        return
+    seen.add(path.reason)
+    if path.reason == _missing_reason():
+        if _logged_missing:
+            return
+        _logged_missing = True
+    logger.warning("SConv2dLSTM runs the reference path: %s", path.reason)
+
+
+def _missing_reason() -> Any:
+    return _MISSING if _native is None else None

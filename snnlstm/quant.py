@@ -1,0 +1,259 @@
+"""Quantisation of the states to a fixed set of levels, with a straight-through gradient.
+
+:func:`state_quant` makes the same levels as ``snntorch.functional.quant.state_quant`` of
+snntorch 1.0.0, and the object works as ``state_quant`` of any neuron of snnTorch. Where
+snnTorch needs (elements x levels) of memory, this needs little more than the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["StateQuant", "state_quant"]
+
+# Elements that are quantised at a time: the temporaries of one block fit a core's cache.
+_BLOCK = 1 << 16
+
+
+def _first_true(
+    predicate: Callable[[Tensor], Tensor], last: Tensor, count: int
+) -> Tensor:
+    """Binary search: the first index in [0, last] at which a monotone predicate holds.
+
+    `predicate` maps indices to bools, false then true; where it holds nowhere the answer
+    is `last`. `count` is an upper bound of ``last + 1``.
+    """
+    low, high = torch.zeros_like(last), last
+    for _ in range((count - 1).bit_length()):
+        middle = (low + high) // 2
+        holds = predicate(middle)
+        high = torch.where(holds, middle, high)
+        low = torch.where(holds | (low >= high), low, middle + 1)
+    return high
+
+
+def _nearest_sorted(x: Tensor, levels: Tensor) -> Tensor:
+    """Index of the nearest of ascending levels.
+
+    Exactly ``(levels - x[..., None]).abs().min(-1).indices``, rounding of the distances
+    included: rounding is monotone, so on each side of x the distances still ascend, only no
+    longer strictly. The least distance is that of a neighbour of x, and the levels below x
+    that tie with it are found by bisection. Infinite x ties everywhere: index 0.
+    """
+    count = levels.numel()
+    above = torch.bucketize(x, levels)
+    high, low = above.clamp(max=count - 1), (above - 1).clamp(min=0)
+    least = torch.minimum((levels[high] - x).abs(), (levels[low] - x).abs())
+    index = _first_true(lambda k: (levels[k] - x).abs() <= least, high, count)
+    return torch.where(x.isnan(), 0, index)
+
+
+def _nearest_any(x: Tensor, levels: Tensor) -> Tensor:
+    """As above for levels in any order, in one pass per level."""
+    index = torch.zeros_like(x, dtype=torch.int64)
+    least = (levels[0] - x).abs()
+    for k in range(1, levels.numel()):
+        distance = (levels[k] - x).abs()
+        closer = distance < least
+        index = torch.where(closer, k, index)
+        least = torch.where(closer, distance, least)
+    return index
+
+
+def _quantise(x: Tensor, levels: Tensor, ascending: bool) -> Tensor:
+    """Nearest level of every element, of x's shape and dtype."""
+    nearest = _nearest_sorted if ascending else _nearest_any
+
+    def block(part: Tensor) -> Tensor:
+        # Distances are compared in the wider of both dtypes, as snnTorch does.
+        wide = part.to(torch.promote_types(part.dtype, levels.dtype))
+        return levels[nearest(wide, levels.to(wide.dtype))].to(x.dtype)
+
+    levels = levels.to(x.device)
+    if torch.compiler.is_compiling() or x.numel() <= _BLOCK:
+        return block(x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for part, result in zip(x.reshape(-1).split(_BLOCK), out.view(-1).split(_BLOCK)):
+        result.copy_(block(part))
+    return out
+
+
+class _Quantise(torch.autograd.Function):
+    """Nearest level; the gradient passes unchanged, also where x is out of range."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, levels: Tensor, ascending: bool) -> Tensor:
+        return _quantise(x, levels, ascending)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return grad, None, None
+
+
+class _QuantiseForwardMode(_Quantise):
+    """As above with forward-mode AD; apart because torch.compile refuses a Function with jvp."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return tangent.view_as(tangent)
+
+
+class StateQuant:
+    """Rounds to the nearest of a set of levels.
+
+    ``|level - x|`` is compared in floating point; an exact tie takes the lowest index, and
+    NaN and infinities take index 0. Instances compare and hash by their levels.
+
+    Parameters
+    ----------
+    levels : Tensor
+        (n,), n >= 1, finite, floating. Copied to the CPU. Ascending levels are fastest.
+
+    Raises
+    ------
+    TypeError
+        If `levels` is not a floating tensor.
+    ValueError
+        If it is not one-dimensional, is empty or holds NaN or infinity.
+    """
+
+    def __init__(self, levels: Tensor) -> None:
+        if not isinstance(levels, Tensor) or not levels.is_floating_point():
+            raise TypeError(f"levels must be a floating point tensor, got {levels!r}")
+        if levels.dim() != 1 or levels.numel() == 0:
+            raise ValueError(f"levels must have shape (n,) with n >= 1, got {tuple(levels.shape)}")
+        if not bool(levels.isfinite().all()):
+            raise ValueError("levels must be finite")
+        self._levels = levels.detach().to("cpu", copy=True).contiguous()
+        self._values = tuple(self._levels.tolist())
+        self._ascending = bool((self._levels.diff() >= 0).all())
+        self._key = (self._values, self._levels.dtype)
+
+    @property
+    def levels(self) -> Tensor:
+        """The levels, (n,), on the CPU. Do not write to it."""
+        return self._levels
+
+    @property
+    def ascending(self) -> bool:
+        """Whether no level is lower than the one before."""
+        return self._ascending
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Nearest level of each element, of x's shape, dtype and device."""
+        quantise = _Quantise if torch.compiler.is_compiling() else _QuantiseForwardMode
+        return quantise.apply(x, self._levels, self._ascending)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StateQuant) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        values = self._values
+        return f"StateQuant({len(values)} levels, {min(values):g} to {max(values):g})"
+
+
+# Base of the geometric spacing by number of bits; more than 7 bits take the last.
+_MULTIPLIERS = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.925, 0.95)
+
+
+def _steps(count: int, base: float, span: float) -> list[float]:
+    """`count` geometric steps, the widest first, that add up to `span`."""
+    # Summed from the smallest, and scaled by a quotient, for levels that equal snnTorch's
+    # to the last bit.
+    room = sum(base**j for j in reversed(range(count))) / span if count else 1.0
+    return [base**j / room for j in range(count)]
+
+
+def _geometric_levels(
+    count: int, lowest: float, centre: float, highest: float, base: float
+) -> list[float]:
+    """Levels from `lowest` to `highest` that lie densest around `centre`."""
+    below = math.floor(count * ((centre - lowest) / (highest - lowest)))
+    levels, value = [], lowest
+    for step in _steps(below, base, centre - lowest):
+        levels.append(value)
+        value += step
+    value = centre
+    for step in reversed(_steps(count - below, base, highest - centre)):
+        value += step
+        levels.append(value)
+    return levels
+
+
+def state_quant(
+    num_bits: int = 8,
+    uniform: bool = True,
+    thr_centered: bool = True,
+    threshold: float = 1,
+    lower_limit: float = 0,
+    upper_limit: float = 0.2,
+    multiplier: float | None = None,
+) -> StateQuant:
+    """Make a quantiser with ``2**num_bits`` levels, as snnTorch's function of this name.
+
+    Parameters
+    ----------
+    num_bits : int, default 8
+        Number of bits of a state, at least 1 and at most 16.
+    uniform : bool, default True
+        Equal distances; otherwise geometric ones.
+    thr_centered : bool, default True
+        Geometric levels lie densest around the threshold; otherwise around 0.
+    threshold : float, default 1
+        Sets the range, together with the limits.
+    lower_limit, upper_limit : float, default 0 and 0.2
+        Levels reach from ``-threshold * (1 + lower_limit)`` to
+        ``threshold * (1 + upper_limit)``.
+    multiplier : float, optional
+        Base of the geometric distances; by default one that fits `num_bits`.
+
+    Returns
+    -------
+    StateQuant
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is no number or leaves no range.
+    """
+    if isinstance(num_bits, bool) or not isinstance(num_bits, int):
+        raise TypeError(f"num_bits must be an int, got {num_bits!r}")
+    if not 1 <= num_bits <= 16:
+        raise ValueError(f"num_bits must lie between 1 and 16, got {num_bits}")
+    numbers = {"threshold": threshold, "lower_limit": lower_limit, "upper_limit": upper_limit}
+    if multiplier is not None:
+        numbers["multiplier"] = multiplier
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value!r}")
+
+    count = 2**num_bits
+    lowest = -threshold - threshold * lower_limit
+    highest = threshold + threshold * upper_limit
+    if uniform:
+        return StateQuant(torch.linspace(lowest, highest, count))
+    centre = threshold if thr_centered else 0
+    if not lowest < highest or not lowest <= centre <= highest:
+        raise ValueError(
+            "threshold, lower_limit and upper_limit must leave a range around the threshold, "
+            f"got levels from {lowest:g} to {highest:g}"
+        )
+    base = _MULTIPLIERS[min(num_bits, 8) - 1] if multiplier is None else multiplier
+    return StateQuant(torch.tensor(_geometric_levels(count, lowest, centre, highest, base)))

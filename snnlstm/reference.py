@@ -1,0 +1,236 @@
+"""The cell in plain torch: any device, any dtype, any order of differentiation.
+
+This is the oracle of the native kernels, and the path for everything that they cannot do.
+One idea is written once: what a step computes stands here in :func:`_step`, in
+the words of snntorch 1.0.0's ``SConv2dLSTM``, with its defects repaired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .options import CellOptions
+from .surrogate import Surrogate
+
+__all__ = ["fire", "reset_signal", "run", "sconv2dlstm"]
+
+
+def reset_signal(mem: Tensor, threshold: Tensor, surrogate: Callable[[Tensor], Tensor]) -> Tensor:
+    """Spikes of the state before the step, which reset it; they carry no gradient.
+
+    Parameters
+    ----------
+    mem : Tensor
+        (N, C, H, W), membrane potential.
+    threshold : Tensor
+        Broadcasts to mem's shape.
+    surrogate : callable
+        ``spike_grad`` of the cell.
+
+    Returns
+    -------
+    Tensor
+        (N, C, H, W), 1 where ``mem > threshold``, else 0.
+    """
+    return surrogate(mem - threshold).detach().to(mem.dtype, copy=True)
+
+
+def fire(
+    mem: Tensor,
+    threshold: Tensor,
+    graded: Tensor,
+    surrogate: Callable[[Tensor], Tensor],
+    quant: Callable[[Tensor], Tensor] | None = None,
+    inhibition: bool = False,
+) -> Tensor:
+    """Spikes of a (pooled) membrane potential, times the graded factor.
+
+    Parameters
+    ----------
+    mem : Tensor
+        (N, C, H, W), membrane potential.
+    threshold, graded : Tensor
+        Broadcast to mem's shape.
+    surrogate : callable
+        Applied to ``mem - threshold``.
+    quant : callable, optional
+        Applied to mem first.
+    inhibition : bool, default False
+        Only the neuron with the highest mem of each sample may spike; a tie goes to the lowest
+        index, and NaN counts as the highest, as in torch.argmax.
+
+    Returns
+    -------
+    Tensor
+        (N, C, H, W).
+    """
+    if quant is not None:
+        mem = quant(mem)
+    spk = surrogate(mem - threshold).to(mem.dtype)  # snnTorch's own always give float32
+    if inhibition:
+        flat = mem.detach().flatten(1)
+        winner = flat.argmax(1, keepdim=True)
+        # The mask is a product, not a selection, so that the suppressed get a zero gradient.
+        spk = spk * torch.zeros_like(flat).scatter(1, winner, 1).view_as(mem)
+    return spk * graded
+
+
+def _gates(
+    x: Tensor,
+    mem: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: CellOptions,
+    conv: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """Pre-activations of the gates, (N, 4C, Ho, Wo)."""
+    if options.stride == (1, 1):
+        both = torch.cat([x, mem], 1)
+        if conv is not None:
+            return conv(both)
+        return F.conv2d(both, weight, bias, 1, options.padding, options.dilation)
+    # The stride applies to the input alone: the recurrent half keeps the size of the state.
+    of_x, of_mem = weight.split([x.shape[1], mem.shape[1]], 1)
+    return F.conv2d(x, of_x, bias, options.stride, options.padding, options.dilation) + F.conv2d(
+        mem, of_mem, None, 1, options.padding, options.dilation
+    )
+
+
+def _step(
+    x: Tensor,
+    syn: Tensor,
+    mem: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    graded: Tensor,
+    options: CellOptions,
+    conv: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One time step; returns spk, syn and mem."""
+    surrogate, quant = options.surrogate, options.quant
+    reset: Tensor | None = None
+    # A foreign callable may draw random numbers: it is called as often as in snnTorch.
+    if options.reset != "none" or not isinstance(surrogate, Surrogate):
+        reset = reset_signal(mem, threshold, surrogate)
+
+    # Under autocast the gates come in the autocast dtype; the states stay in theirs.
+    gates = _gates(x, mem, weight, bias, options, conv).to(mem.dtype)
+    i, f, o, g = gates.chunk(4, 1)
+    syn = torch.sigmoid(f) * syn + torch.sigmoid(i) * torch.tanh(g)
+    mem = torch.sigmoid(o) * torch.tanh(syn)
+
+    if options.reset == "subtract":
+        # A threshold may be infinite where nothing is reset: 0 * inf must not make NaN.
+        mem = mem - torch.where(reset != 0, reset * threshold, 0)
+    elif options.reset == "zero":
+        mem = mem * (1 - reset)
+    if quant is not None:
+        syn, mem = quant(syn), quant(mem)
+
+    pooled = mem
+    if options.pool == "max":
+        pooled = F.max_pool2d(mem, options.pool_size)
+    elif options.pool == "avg":
+        pooled = F.avg_pool2d(mem, options.pool_size)
+    return fire(pooled, threshold, graded, surrogate, quant, options.inhibition), syn, mem
+
+
+def run(
+    x: Tensor,
+    syn: Tensor,
+    mem: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    graded: Tensor,
+    options: CellOptions,
+    conv: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one step or a whole sequence; the arguments have been checked.
+
+    Parameters
+    ----------
+    x : Tensor
+        (N, Cin, H, W), or (T, N, Cin, H, W) with ``options.sequence``.
+    syn, mem : Tensor
+        (N, C, Ho, Wo), states before the first step, of x's dtype and device.
+    weight : Tensor
+        (4C, Cin + C, kh, kw), gates in the order i, f, o, g.
+    bias : Tensor or None
+        (4C,).
+    threshold, graded : Tensor
+        Broadcast to mem's shape and to the pooled one.
+    options : CellOptions
+    conv : callable, optional
+        Maps (N, Cin + C, H, W) to (N, 4C, H, W); called in place of the convolution with
+        `weight` and `bias`. Needs a stride of 1.
+
+    Returns
+    -------
+    spk, syn, mem : Tensor
+        spk (N, C, Hp, Wp) or (T, N, C, Hp, Wp); syn and mem (N, C, Ho, Wo), or
+        (T, N, C, Ho, Wo) with ``options.record``. Tensors of their own, never views.
+    """
+    step: Callable[..., tuple[Tensor, Tensor, Tensor]] = _step
+    if options.checkpoint and torch.is_grad_enabled():
+        step = _checkpointed_step
+    if not options.sequence:
+        return step(x, syn, mem, weight, bias, threshold, graded, options, conv)
+    if x.shape[0] == 0:
+        return _no_steps(x, syn, mem, options)
+    spks, syns, mems = [], [], []
+    for x_t in x:
+        spk, syn, mem = step(x_t, syn, mem, weight, bias, threshold, graded, options, conv)
+        spks.append(spk)
+        if options.record:
+            syns.append(syn)
+            mems.append(mem)
+    if options.record:
+        return torch.stack(spks), torch.stack(syns), torch.stack(mems)
+    return torch.stack(spks), syn, mem
+
+
+def _checkpointed_step(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return checkpoint(_step, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _no_steps(
+    x: Tensor, syn: Tensor, mem: Tensor, options: CellOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    (ph, pw), (n, c, h, w) = options.pool_size, mem.shape
+    spk = x.new_empty((0, n, c, h // ph, w // pw))
+    if options.record:
+        return spk, x.new_empty((0, n, c, h, w)), x.new_empty((0, n, c, h, w))
+    return spk, syn.clone(), mem.clone()
+
+
+def sconv2dlstm(
+    x: Tensor,
+    syn: Tensor | None = None,
+    mem: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the cell in plain torch; arguments, results and errors as the fast form's.
+
+    Parameters
+    ----------
+    x, syn, mem, weight, bias, **options
+        As :func:`snnlstm.functional.sconv2dlstm` takes them.
+
+    Returns
+    -------
+    spk, syn, mem : Tensor
+        As :func:`snnlstm.functional.sconv2dlstm` returns them.
+    """
+    from .arguments import check_call  # the checks need this package's other modules
+
+    return run(*check_call(x, syn, mem, weight, bias, **options))

@@ -1,0 +1,326 @@
+"""Surrogate gradients: spikes whose derivative is replaced by a smooth one.
+
+The forward pass of every surrogate is the Heaviside step ``spk = (x > 0)``; only the
+backward pass differs. A :class:`Surrogate` is an immutable description, a kind and at most
+two numbers, which the native kernels evaluate inside their own loops. It is also a plain
+callable, so the same object works as ``spike_grad`` of any neuron of snnTorch::
+
+    snntorch.Leaky(beta=0.9, spike_grad=snnlstm.surrogate.atan(alpha=2.0))
+
+The formulas follow snntorch 1.0.0 (``snntorch/surrogate.py``), with two of its defects
+repaired: :func:`sigmoid` stays finite for very negative inputs and :func:`LSO` can be called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "LSO",
+    "NONE",
+    "SFS",
+    "SSO",
+    "Surrogate",
+    "atan",
+    "custom_surrogate",
+    "fast_sigmoid",
+    "heaviside",
+    "sigmoid",
+    "spike_rate_escape",
+    "straight_through_estimator",
+    "triangular",
+]
+
+
+class Kind(NamedTuple):
+    """One row of the table of surrogates."""
+
+    name: str
+    parameters: tuple[str, ...]
+    factor: Callable[[Tensor, float, float], Tensor]
+    """(x, p0, p1) -> what the incoming gradient is multiplied with, of x's shape."""
+
+
+def _fast_sigmoid(x: Tensor, slope: float) -> Tensor:
+    return 1 / (slope * x.abs() + 1) ** 2
+
+
+# The position in this tuple is the number of the kind in csrc/cell.h.
+KINDS: tuple[Kind, ...] = (
+    Kind("none", (), lambda x, p0, p1: torch.zeros_like(x)),
+    Kind("atan", ("alpha",), lambda x, p0, p1: p0 / 2 / (1 + (math.pi / 2 * p0 * x) ** 2)),
+    Kind("fast_sigmoid", ("slope",), lambda x, p0, p1: _fast_sigmoid(x, p0)),
+    # s(kx) * s(-kx) instead of e^(-kx) / (1 + e^(-kx))^2, which overflows for very negative x
+    Kind(
+        "sigmoid",
+        ("slope",),
+        lambda x, p0, p1: p0 * torch.sigmoid(p0 * x) * torch.sigmoid(-p0 * x),
+    ),
+    Kind("straight_through_estimator", (), lambda x, p0, p1: torch.ones_like(x)),
+    Kind(
+        "triangular",
+        ("threshold",),
+        lambda x, p0, p1: torch.where(x >= 0, torch.full_like(x, -p0), torch.full_like(x, p0)),
+    ),
+    Kind("heaviside", (), lambda x, p0, p1: (x > 0).to(x.dtype)),
+    Kind(
+        "spike_rate_escape",
+        ("beta", "slope"),
+        lambda x, p0, p1: p1 * torch.exp(-p0 * (x - 1).abs()),
+    ),
+    Kind(
+        "SFS",
+        ("slope", "B"),
+        lambda x, p0, p1: torch.where(x > p1, _fast_sigmoid(x, p0), torch.zeros_like(x)),
+    ),
+    Kind(
+        "SSO",
+        ("mean", "variance"),
+        lambda x, p0, p1: torch.where(
+            x > 0, torch.ones_like(x), (torch.rand_like(x) - 0.5 + p0) * p1
+        ),
+    ),
+    Kind(
+        "LSO",
+        ("slope",),
+        lambda x, p0, p1: torch.where(x > 0, torch.ones_like(x), torch.full_like(x, p0)),
+    ),
+)
+
+_NUMBERS = {kind.name: number for number, kind in enumerate(KINDS)}
+
+
+class _Spike(torch.autograd.Function):
+    """Heaviside step with the derivative of one kind; differentiable any number of times."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, kind: int, p0: float, p1: float) -> Tensor:
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, ctx.kind, ctx.p0, ctx.p1 = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        (x,) = ctx.saved_tensors
+        return grad * KINDS[ctx.kind].factor(x, ctx.p0, ctx.p1), None, None, None
+
+
+class _SpikeForwardMode(_Spike):
+    """As above with forward-mode AD; apart because torch.compile refuses a Function with jvp."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, ctx.kind, ctx.p0, ctx.p1 = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return tangent * KINDS[ctx.kind].factor(x, ctx.p0, ctx.p1)
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A surrogate gradient, described by its kind and parameters.
+
+    Make one with the functions of this module. Equal kind and parameters compare and hash
+    equal, and instances can be copied and pickled.
+
+    Parameters
+    ----------
+    kind : int
+        Row of the table ``KINDS``; 0 is "no gradient" (``surrogate_disable``).
+    p0, p1 : float
+        Parameters in the order of the row; 0.0 where the kind has none.
+    """
+
+    kind: int
+    p0: float = 0.0
+    p1: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Name of the kind, for example ``"atan"``."""
+        return KINDS[self.kind].name
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Spike where ``x > 0``.
+
+        Parameters
+        ----------
+        x : Tensor
+            Membrane potential minus threshold, any shape, a floating dtype.
+
+        Returns
+        -------
+        Tensor
+            1 where ``x > 0`` and 0 elsewhere (also where x is NaN), of x's shape and dtype.
+        """
+        if self.kind == 0:
+            return (x > 0).to(x.dtype)
+        # Only dynamo refuses jvp, so only dynamo gets the Function without it.
+        spike = _Spike if torch.compiler.is_compiling() else _SpikeForwardMode
+        return spike.apply(x, self.kind, self.p0, self.p1)
+
+    def factor(self, x: Tensor) -> Tensor:
+        """Return d spk / d x as the backward pass uses it, of x's shape and dtype."""
+        return KINDS[self.kind].factor(x, self.p0, self.p1)
+
+    def __repr__(self) -> str:
+        parameters = zip(KINDS[self.kind].parameters, (self.p0, self.p1))
+        return f"{self.name}({', '.join(f'{name}={value:g}' for name, value in parameters)})"
+
+
+NONE = Surrogate(0)
+"""No gradient through the spike: what ``surrogate_disable=True`` runs."""
+
+
+def make(name: str, **parameters: Any) -> Surrogate:
+    """Make the surrogate called `name`; every parameter must be a finite number.
+
+    Raises
+    ------
+    TypeError
+        If a parameter is not a number.
+    ValueError
+        If a parameter is infinite or NaN.
+    """
+    for key, value in parameters.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{key} of {name} must be a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{key} of {name} must be finite, got {value!r}")
+    return Surrogate(_NUMBERS[name], *(float(value) for value in parameters.values()))
+
+
+def atan(alpha: float = 2.0) -> Surrogate:
+    r"""Arc tangent, the default: ``alpha/2 / (1 + (pi/2 * alpha * x)^2)``.
+
+    Fang et al., "Incorporating learnable membrane time constants to enhance learning of
+    spiking neural networks", ICCV 2021.
+    """
+    return make("atan", alpha=alpha)
+
+
+def fast_sigmoid(slope: float = 25) -> Surrogate:
+    r"""Fast sigmoid: ``1 / (slope * |x| + 1)^2``.
+
+    Zenke and Ganguli, "SuperSpike", Neural Computation 30, 2018.
+    """
+    return make("fast_sigmoid", slope=slope)
+
+
+def sigmoid(slope: float = 25) -> Surrogate:
+    r"""Derivative of the sigmoid: ``slope * s * (1 - s)`` with ``s = 1 / (1 + e^(-slope * x))``.
+
+    Zenke and Ganguli, "SuperSpike", Neural Computation 30, 2018. Finite for every finite x.
+    """
+    return make("sigmoid", slope=slope)
+
+
+def straight_through_estimator() -> Surrogate:
+    """Straight-through estimator: 1 everywhere.
+
+    Bengio et al., "Estimating or propagating gradients through stochastic neurons", 2013.
+    """
+    return make("straight_through_estimator")
+
+
+def triangular(threshold: float = 1) -> Surrogate:
+    """``threshold`` where x < 0 and ``-threshold`` where x >= 0, as snnTorch runs it."""
+    return make("triangular", threshold=threshold)
+
+
+def heaviside() -> Surrogate:
+    """The step itself: 1 where x > 0, else 0."""
+    return make("heaviside")
+
+
+def spike_rate_escape(beta: float = 1, slope: float = 25) -> Surrogate:
+    """Escape rate of the Boltzmann distribution: ``slope * e^(-beta * |x - 1|)``.
+
+    Gerstner and Kistler, "Spiking neuron models", Cambridge University Press, 2002.
+    """
+    return make("spike_rate_escape", beta=beta, slope=slope)
+
+
+def SFS(slope: float = 25, B: float = 1) -> Surrogate:
+    """Sparse fast sigmoid: that of :func:`fast_sigmoid` where x > B, else 0.
+
+    Perez-Nieves and Goodman, "Sparse spiking gradient descent", NeurIPS 2021.
+    """
+    return make("SFS", slope=slope, B=B)
+
+
+def SSO(mean: float = 0, variance: float = 0.2) -> Surrogate:
+    """Stochastic spike operator: 1 where x > 0, else ``(u - 0.5 + mean) * variance``.
+
+    u is drawn anew, uniformly from [0, 1), in every backward pass with torch's global
+    generator of x's device.
+    """
+    return make("SSO", mean=mean, variance=variance)
+
+
+def LSO(slope: float = 0.1) -> Surrogate:
+    """Leaky spike operator: 1 where x > 0, else ``slope``."""
+    return make("LSO", slope=slope)
+
+
+class _CustomSpike(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, function: Callable) -> Tensor:
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, ctx.function = inputs
+        ctx.save_for_backward(x, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, spk = ctx.saved_tensors
+        # A clone, because such functions like to work in place.
+        return ctx.function(x, grad.clone(), spk), None
+
+
+@dataclass(frozen=True)
+class _Custom:
+    function: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _CustomSpike.apply(x, self.function)
+
+
+def custom_surrogate(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Callable[[Tensor], Tensor]:
+    """Surrogate whose backward pass is ``function(x, grad, spk)``.
+
+    Parameters
+    ----------
+    function : callable
+        Takes the membrane potential minus threshold, the incoming gradient and the spikes,
+        all of one shape, and returns the gradient of x. It runs in Python, between the
+        kernels: a cell that uses it takes the reference path.
+
+    Raises
+    ------
+    TypeError
+        If `function` is not callable.
+    """
+    if not callable(function):
+        raise TypeError(f"function must be callable, got {function!r}")
+    return _Custom(function)
