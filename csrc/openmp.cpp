@@ -8,8 +8,9 @@
 // calls of the functions below, which pass them on to the very library that gives libtorch_cpu.so
 // its GOMP_parallel (libiomp5 and libomp have it too). They are hidden: no other library sees them.
 //
-// Code that needs a function which is missing here makes a module that fails to load with
-// "undefined symbol: GOMP_..."; tests/test_packaging.py looks for these. Add it below.
+// These are the functions that parallel regions need (work is handed out with atomics, not with
+// `omp for`). Code that needs another makes a module that fails to load with "undefined symbol:
+// GOMP_..."; tests/test_packaging.py looks for these. Add it below.
 #include "openmp.h"
 
 #include <dlfcn.h>
@@ -53,21 +54,6 @@ F* find(F*, const char* name) {
   return handle ? reinterpret_cast<F*>(dlsym(handle, name)) : nullptr;
 }
 
-// What is left of a work-shared loop when one thread runs it all.
-struct SerialLoop {
-  long start = 0, end = 0, step = 1;
-};
-thread_local SerialLoop serial_loop;
-
-bool take_all(long* first, long* last) {
-  SerialLoop& loop = serial_loop;
-  const bool some = loop.step > 0 ? loop.start < loop.end : loop.start > loop.end;
-  *first = loop.start;
-  *last = loop.end;
-  loop.start = loop.end;
-  return some;
-}
-
 }  // namespace
 
 namespace snnlstm {
@@ -96,53 +82,11 @@ int omp_get_max_threads() {
   return 1;
 }
 
-int omp_in_parallel() {
-  SNNLSTM_PASS_ON(omp_in_parallel);
-  return 0;
-}
-
 void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags) {
   SNNLSTM_PASS_ON(GOMP_parallel, body, data, threads, flags);
   body(data);
 }
 
 void GOMP_barrier() { SNNLSTM_PASS_ON(GOMP_barrier); }
-void GOMP_critical_start() { SNNLSTM_PASS_ON(GOMP_critical_start); }
-void GOMP_critical_end() { SNNLSTM_PASS_ON(GOMP_critical_end); }
-void GOMP_atomic_start() { SNNLSTM_PASS_ON(GOMP_atomic_start); }
-void GOMP_atomic_end() { SNNLSTM_PASS_ON(GOMP_atomic_end); }
-
-bool GOMP_single_start() {
-  SNNLSTM_PASS_ON(GOMP_single_start);
-  return true;
-}
-
-// schedule(dynamic) and schedule(guided): GCC calls the "nonmonotonic" ones unless told otherwise.
-#define SNNLSTM_LOOP(kind)                                                                      \
-  bool GOMP_loop_##kind##_start(long start, long end, long step, long chunk, long* first,       \
-                                long* last) {                                                   \
-    SNNLSTM_PASS_ON(GOMP_loop_##kind##_start, start, end, step, chunk, first, last);            \
-    serial_loop = {start, end, step};                                                           \
-    return take_all(first, last);                                                               \
-  }                                                                                             \
-  bool GOMP_loop_##kind##_next(long* first, long* last) {                                       \
-    SNNLSTM_PASS_ON(GOMP_loop_##kind##_next, first, last);                                      \
-    return take_all(first, last);                                                               \
-  }                                                                                             \
-  void GOMP_parallel_loop_##kind(void (*body)(void*), void* data, unsigned threads, long start, \
-                                 long end, long step, long chunk, unsigned flags) {             \
-    SNNLSTM_PASS_ON(GOMP_parallel_loop_##kind, body, data, threads, start, end, step, chunk,    \
-                    flags);                                                                     \
-    serial_loop = {start, end, step};                                                           \
-    body(data);                                                                                 \
-  }
-
-SNNLSTM_LOOP(dynamic)
-SNNLSTM_LOOP(guided)
-SNNLSTM_LOOP(nonmonotonic_dynamic)
-SNNLSTM_LOOP(nonmonotonic_guided)
-
-void GOMP_loop_end() { SNNLSTM_PASS_ON(GOMP_loop_end); }
-void GOMP_loop_end_nowait() { SNNLSTM_PASS_ON(GOMP_loop_end_nowait); }
 
 }  // extern "C"
