@@ -28,6 +28,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 VERSION_FILE = ROOT / "snnlstm" / "version.py"
+DEFAULT_CUDA = Path("/usr/local/cuda")
 
 
 def version() -> str:
@@ -51,19 +52,28 @@ def nvcc_candidates():
     for folder in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
         for path in sorted(Path(folder or ".").glob("nvidia/cu*/bin/nvcc"), reverse=True):
             yield "pip package nvidia-cuda-nvcc", str(path)
-    if Path("/usr/local/cuda/bin/nvcc").exists():
-        yield "/usr/local/cuda", "/usr/local/cuda/bin/nvcc"
+    if (DEFAULT_CUDA / "bin" / "nvcc").exists():
+        yield str(DEFAULT_CUDA), str(DEFAULT_CUDA / "bin" / "nvcc")
 
 
 def trouble_with(nvcc: str) -> str | None:
-    """Why that compiler cannot be used, or None where it runs."""
+    """Why that compiler cannot be used, or None where it can."""
     try:
         done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60)
     except OSError as error:
         return f"{nvcc}: {error.strerror}"
     except subprocess.TimeoutExpired:
         return f"{nvcc} --version: no answer within 60 s"
-    return f"{nvcc} --version: {done.stderr.strip()[:200]}" if done.returncode else None
+    if done.returncode:
+        return f"{nvcc} --version: {done.stderr.strip()[:200]}"
+    release = re.search(r"release (\d+)\.(\d+)", done.stdout)
+    tag = re.fullmatch(r"cu(\d+)", os.environ.get("SNNLSTM_LOCAL_VERSION", ""))
+    if tag and release and tag[1] != release[1]:
+        raise CompileError(
+            f"SNNLSTM_LOCAL_VERSION is {tag[0]}, but {nvcc} is CUDA {release[1]}.{release[2]}: "
+            "the wheel would be named after a CUDA that it was not built with"
+        )
+    return None
 
 
 def find_nvcc() -> tuple[str | None, str]:
@@ -102,6 +112,12 @@ class CMakeBuild(build_ext):
         import pybind11
 
         nvcc, why = find_nvcc()
+        tag = os.environ.get("SNNLSTM_LOCAL_VERSION", "")
+        if (tag == "cpu" and nvcc) or (tag.startswith("cu") and not nvcc):
+            half = "with" if nvcc else "without"
+            raise CompileError(
+                f"SNNLSTM_LOCAL_VERSION is {tag}, but this build is {half} the CUDA half ({why})"
+            )
         say(f"CUDA compiler: {nvcc or 'none'} ({why})")
 
         # Not setuptools' temporary folder: kept, so that `pip install -e .` again is incremental.

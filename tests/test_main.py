@@ -1,0 +1,201 @@
+"""`python -m snnlstm` reports what is there, and never fails where something is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import snnlstm
+from snnlstm import __main__ as report
+
+# A sitecustomize module that makes the modules named in BLOCK fail to import.
+BLOCKER = """
+import os, sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name in os.environ.get("BLOCK", "").split():
+            raise ImportError(f"blocked: {name}")
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs `python -m snnlstm` with some modules blocked; returns (stdout, stderr)."""
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+
+    def run(*arguments: str, block: str = "", **environment: str) -> tuple[str, str]:
+        root = str(Path(snnlstm.__file__).parents[1])
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), root]),
+            "BLOCK": block,
+            **environment,
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "snnlstm", *arguments],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout, done.stderr
+
+    return run
+
+
+def test_table_and_json_tell_the_same(run):
+    text, _ = run()
+    facts = json.loads(run("--json")[0])
+    assert facts["version"] == snnlstm.__version__
+    assert facts["torch"]["version"] == torch.__version__
+    assert facts["native"]["isa"] in facts["native"]["isas"]
+    assert facts["problems"] == []
+    for fact in (
+        facts["version"], facts["path"], facts["python"], facts["platform"], facts["numpy"],
+        facts["native"]["core"], facts["native"]["openmp"], facts["native"]["build"]["cuda"],
+        ", ".join(facts["native"]["isas"]),
+    ):  # fmt: skip
+        assert fact in text
+    assert "Nothing is wrong." in text
+
+
+def test_one_column_of_values(run):
+    """Every value starts at the same column."""
+    lines = [line for line in run()[0].splitlines() if line]
+    column = lines[0].index(snnlstm.__version__)
+    for line in lines[:-1]:
+        assert line[column - 2 : column] == "  "
+        assert line[column] != " "
+
+
+def test_a_forced_instruction_set_shows(run):
+    text, _ = run(SNNLSTM_ISA="baseline")
+    assert "baseline (forced by SNNLSTM_ISA=baseline)" in text
+
+
+def test_an_unknown_instruction_set_is_a_problem(run):
+    text, _ = run(SNNLSTM_ISA="pentium")
+    assert "problem: " in text
+    assert "pentium" in text
+
+
+@pytest.mark.parametrize("name", ["snnlstm._C", "numpy", "snntorch", "torch"])
+def test_a_module_that_cannot_be_imported(run, name):
+    facts = json.loads(run("--json", block=name)[0])
+    text, _ = run(block=name)
+    assert f"blocked: {name}" in text
+    problems = "\n".join(facts["problems"])
+    if name == "snntorch":  # optional
+        assert facts["problems"] == []
+    else:
+        assert f"blocked: {name}" in problems
+
+
+def test_everything_missing_at_once(run):
+    text, _ = run(block="snnlstm._C numpy snntorch torch")
+    assert text.count("blocked: ") >= 4
+    assert snnlstm.__version__ in text
+
+
+def test_unknown_arguments_are_refused():
+    with pytest.raises(SystemExit) as caught:
+        report.main(["--xml"])
+    assert caught.value.code == 2
+
+
+# ---- GPUs that are not here ----------------------------------------------------------------------
+
+
+def fake_torch(*capabilities: tuple[int, int], error: Exception | None = None):
+    """A torch that sees GPUs of these compute capabilities, or whose driver fails."""
+
+    def is_available():
+        if error:
+            raise error
+        return bool(capabilities)
+
+    cuda = types.SimpleNamespace(
+        is_available=is_available,
+        device_count=lambda: len(capabilities),
+        get_device_name=lambda i: f"GPU number {i}",
+        get_device_capability=lambda i: capabilities[i],
+    )
+    return types.SimpleNamespace(
+        __version__="9.9", version=types.SimpleNamespace(cuda="13.0"), cuda=cuda,
+        get_num_threads=lambda: 3,
+    )  # fmt: skip
+
+
+def fake_core(archs: str):
+    return types.SimpleNamespace(
+        __file__="_C.so", isa_names=lambda: ["baseline"], isa_name=lambda: "baseline",
+        openmp_library=lambda: "libgomp.so.1",
+        build_info=lambda: {"cuda": "built", "cuda_archs": archs},
+    )  # fmt: skip
+
+
+def problems_with(monkeypatch, torch_module, archs: str) -> list[str]:
+    monkeypatch.setitem(sys.modules, "torch", torch_module)
+    monkeypatch.setitem(sys.modules, "snnlstm._C", fake_core(archs))
+    facts = report.collect()
+    json.dumps(facts)
+    assert report.table(facts)
+    return facts["problems"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "covered"),
+    [
+        ((8, 0), "80 80+ptx", True),
+        ((8, 9), "80 90 90+ptx", True),  # code for 8.0 runs on 8.9
+        ((7, 5), "80 90 90+ptx", False),
+        ((10, 3), "80 90 90+ptx", True),  # by way of PTX
+        ((7, 5), "75", True),
+        ((9, 0), "80 86", False),  # other major, no PTX
+        ((8, 0), "86 86+ptx", False),
+    ],
+)
+def test_a_gpu_that_the_build_has_no_code_for(monkeypatch, capability, archs, covered):
+    problems = problems_with(monkeypatch, fake_torch(capability), archs)
+    assert len(problems) == (0 if covered else 1)
+    if not covered:
+        assert f"{capability[0]}.{capability[1]}" in problems[0]
+
+
+def test_a_gpu_and_a_build_without_cuda(monkeypatch):
+    (problem,) = problems_with(monkeypatch, fake_torch((8, 0)), "")
+    assert "no CUDA kernels" in problem
+
+
+def test_a_broken_driver(monkeypatch):
+    broken = fake_torch(error=RuntimeError("CUDA driver version is insufficient"))
+    (problem,) = problems_with(monkeypatch, broken, "80 80+ptx")
+    assert "driver version is insufficient" in problem
+
+
+def test_a_core_of_another_version(monkeypatch):
+    """A core that lacks a function is a problem, not a crash."""
+    monkeypatch.setitem(sys.modules, "snnlstm._C", types.SimpleNamespace(__file__="old.so"))
+    facts = report.collect()
+    assert any("isa_name" in problem for problem in facts["problems"])
+    assert "old.so" in report.table(facts)
+
+
+def test_what_torch_warns_of_is_shown(monkeypatch):
+    def is_available():
+        import warnings
+
+        warnings.warn("the driver is too old", stacklevel=1)
+        return False
+
+    module = fake_torch()
+    module.cuda.is_available = is_available
+    monkeypatch.setitem(sys.modules, "torch", module)
+    assert "the driver is too old" in report.table(report.collect())

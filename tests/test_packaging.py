@@ -1,0 +1,185 @@
+"""The built module: what it links, what it exports, and whose threads it uses."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import snnlstm
+from snnlstm import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = Path(_C.__file__)
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc and ELF files")
+
+
+def output(*command: str | Path, **options) -> str:
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=300, **options
+    )
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def tool(name: str) -> str:
+    """A program of binutils, which every C++ compiler on Linux comes with."""
+    return shutil.which(name) or pytest.skip(f"{name} is not installed")
+
+
+def test_one_version_everywhere():
+    assert importlib.metadata.version("snnlstm") == snnlstm.__version__
+    assert _C.build_info()["version"] == snnlstm.__version__
+
+
+# ---- no torch inside -----------------------------------------------------------------------------
+
+
+def test_no_source_includes_a_torch_header():
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".h", ".cu", ".cuh"}]
+    if not sources:
+        pytest.skip("an installed package without its sources")
+    for source in sources:
+        assert not re.search(r'#include\s*[<"](torch|ATen|c10|THC)/', source.read_text()), source
+
+
+@linux
+def test_links_nothing_but_the_language_runtime():
+    needed = re.findall(r"NEEDED.*\[(.+)\]", output(tool("readelf"), "-d", CORE))
+    allowed = r"(libstdc\+\+|libgcc_s|libm|libc|libdl|libpthread|librt|ld-linux-[\w-]+)\.so\.\d+"
+    assert needed
+    assert [name for name in needed if not re.fullmatch(allowed, name)] == []
+    assert "R(UN)?PATH" not in output(tool("readelf"), "-d", CORE)
+
+
+@linux
+def test_exports_its_entry_point_alone():
+    """Symbols of ours, of pybind11 and of the CUDA runtime stay inside."""
+    defined = output(tool("nm"), "-D", "--defined-only", CORE).split("\n")
+    names = {line.split()[-1] for line in defined if line}
+    # std:: templates are shared by the linker whatever the visibility; they collide with nothing.
+    assert {name for name in names if not name.startswith(("_ZNSt", "_ZNKSt", "_ZSt", "_ZTVSt",
+            "_ZTISt", "_ZTSSt", "_ZTIN", "_ZTSN"))} == {"PyInit__C"}  # fmt: skip
+
+
+@linux
+def test_leaves_no_openmp_or_cuda_symbol_to_the_loader():
+    """csrc/openmp.cpp passes OpenMP calls on; one that it lacks would fail at import."""
+    undefined = output(tool("nm"), "-D", "--undefined-only", CORE)
+    assert re.findall(r"\b(?:GOMP_|omp_|__kmpc_|cuda|cu[A-Z])\w*", undefined) == []
+
+
+@linux
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="instruction sets of x86-64")
+def test_wide_instructions_stay_in_their_namespace():
+    """Code for a newer processor must not be linked into what every processor runs."""
+    wide_ok = re.compile(r"\b(avx2|avx512|wide)::")
+    intruders, function, seen = set(), "", 0
+    text = output(tool("objdump"), "-d", "-C", "--no-show-raw-insn", CORE)
+    for line in text.split("\n"):
+        if line.endswith(">:"):
+            function = line[line.index("<") + 1 : -2]
+        elif "%ymm" in line or "%zmm" in line:
+            if wide_ok.search(function):
+                seen += 1
+            elif not function.startswith("cuda"):
+                intruders.add(function)
+    assert seen > 0
+    assert intruders == set()
+
+
+# ---- one OpenMP runtime, torch's -----------------------------------------------------------------
+
+COUNT_LIBRARIES = """
+import os, re
+def runtimes():
+    maps = open("/proc/self/maps").read()
+    return sorted(set(re.findall(r"/\\S*/lib(?:gomp|iomp5|omp)[^/\\s]*\\.so[^/\\s]*", maps)))
+def threads():
+    return len(os.listdir("/proc/self/task"))
+"""
+
+
+def python(code: str, *, folder: Path, **environment: str) -> str:
+    """Runs code in an interpreter of its own, outside the source tree."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(snnlstm.__file__).parents[1]),
+        **environment,
+    }
+    return output(sys.executable, "-c", COUNT_LIBRARIES + code, cwd=folder, env=environment)
+
+
+@linux
+def test_one_openmp_runtime_in_the_process(tmp_path):
+    """With torch alone and with the cell, the same libraries are mapped."""
+    printed = python(
+        """
+import torch
+before = runtimes()
+import snnlstm
+cell = snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.1)
+cell(torch.rand(2, 2, 16, 16))
+assert cell.path.name.startswith("cpu-"), cell.path
+from snnlstm import _C
+print(before == runtimes(), len(before), _C.openmp_library() in before)
+""",
+        folder=tmp_path,
+    )
+    assert printed.split() == ["True", "1", "True"]
+
+
+@linux
+def test_no_threads_beside_torchs(tmp_path):
+    printed = python(
+        """
+import torch, snnlstm
+torch.set_num_threads(4)
+cell = snnlstm.SConv2dLSTM(2, 32, 3, threshold=0.1)
+x = torch.rand(4, 2, 64, 64)
+for _ in range(3):
+    torch.conv2d(torch.rand(8, 16, 64, 64), torch.rand(16, 16, 3, 3))
+    torch.rand(1 << 22).add_(1)
+before = threads()
+with torch.no_grad():
+    for _ in range(3):
+        cell(x)
+assert cell.path.name.startswith("cpu-"), cell.path
+print(threads() - before)
+""",
+        folder=tmp_path,
+        OMP_NUM_THREADS="4",
+    )
+    assert int(printed) <= 0
+
+
+@linux
+@pytest.mark.skipif(not shutil.which("gcc"), reason="no C compiler")
+def test_finds_the_runtime_of_a_torch_that_renamed_it(tmp_path):
+    """As in repaired wheels: torch's copy has a name and a SONAME of its own."""
+    gomp, torch_cpu = tmp_path / "libgomp-0123abcd.so.1.0.0", tmp_path / "libtorch_cpu.so"
+    (tmp_path / "gomp.c").write_text("void GOMP_parallel(void) {}")
+    (tmp_path / "torch.c").write_text("void GOMP_parallel(void); void f(void) { GOMP_parallel(); }")
+    shared = ["gcc", "-shared", "-fPIC"]
+    output(*shared, f"-Wl,-soname,{gomp.name}", tmp_path / "gomp.c", "-o", gomp)
+    output(*shared, f"-Wl,-soname,{torch_cpu.name},-rpath,$ORIGIN", tmp_path / "torch.c", gomp,
+           "-o", torch_cpu)  # fmt: skip
+    printed = python(
+        f"""
+import ctypes, importlib.util
+torch_cpu = ctypes.CDLL({str(torch_cpu)!r})
+spec = importlib.util.spec_from_file_location("snnlstm._C", {str(CORE)!r})
+core = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(core)
+print(core.openmp_library(), *runtimes())
+""",
+        folder=tmp_path,
+    )
+    assert printed.split() == [str(gomp), str(gomp)]

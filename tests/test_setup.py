@@ -1,0 +1,132 @@
+"""How setup.py finds the CUDA compiler, and what it says where it cannot."""
+
+from __future__ import annotations
+
+import os
+import runpy
+from pathlib import Path
+
+import pytest
+
+setuptools = pytest.importorskip("setuptools")
+
+SETUP = Path(__file__).resolve().parents[1] / "setup.py"
+pytestmark = pytest.mark.skipif(not SETUP.exists(), reason="not in a source tree")
+
+NVCC = "#!/bin/sh\n[ \"$1\" = --version ] && echo 'release 13.0' && exit 0\nexit 1\n"
+BROKEN = "#!/bin/sh\necho 'cannot execute cicc' >&2\nexit 1\n"
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """setup.py's names, in an environment that knows of no CUDA compiler."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    names = runpy.run_path(str(SETUP))
+    for variable in ("SNNLSTM_CUDA", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "SNNLSTM_LOCAL_VERSION"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    # Neither the interpreter's own packages nor /usr/local/cuda are looked at.
+    candidates = names["nvcc_candidates"]
+    variables = candidates.__globals__
+    monkeypatch.setattr(variables["sysconfig"], "get_path", lambda name: str(tmp_path / "site"))
+    monkeypatch.setattr(variables["sys"], "path", [])
+    monkeypatch.setitem(variables, "DEFAULT_CUDA", tmp_path / "default")
+    return names
+
+
+def program(path: Path, text: str = NVCC) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_no_compiler_builds_the_cpu_half(build):
+    assert build["find_nvcc"]() == (None, "no CUDA compiler found")
+
+
+def test_on_without_a_compiler_is_an_error_that_helps(build, monkeypatch):
+    monkeypatch.setenv("SNNLSTM_CUDA", "on")
+    with pytest.raises(Exception, match="SNNLSTM_CUDA=on, but no CUDA compiler found") as caught:
+        build["find_nvcc"]()
+    assert "CUDACXX" in str(caught.value)
+    assert "nvidia-cuda-nvcc" in str(caught.value)
+
+
+def test_off_wins_over_everything(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("SNNLSTM_CUDA", "off")
+    monkeypatch.setenv("CUDACXX", program(tmp_path / "nvcc"))
+    assert build["find_nvcc"]() == (None, "SNNLSTM_CUDA=off")
+
+
+def test_any_other_wish_is_refused(build, monkeypatch):
+    monkeypatch.setenv("SNNLSTM_CUDA", "maybe")
+    with pytest.raises(Exception, match="'maybe'; accepted: on, off"):
+        build["find_nvcc"]()
+
+
+def test_the_order_of_preference(build, monkeypatch, tmp_path):
+    """CUDACXX, CUDA_HOME, PATH, the pip package, the default place: each hides the later ones."""
+    found = []
+
+    def note(path: str) -> None:
+        nvcc, why = build["find_nvcc"]()
+        assert nvcc == path
+        found.append(why)
+
+    note(program(tmp_path / "default/bin/nvcc"))
+    note(program(tmp_path / "site/nvidia/cu13/bin/nvcc"))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    note(program(tmp_path / "path/nvcc"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    note(program(tmp_path / "home/bin/nvcc"))
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "named/nvcc"))
+    note(program(tmp_path / "named/nvcc"))
+    assert [why.split()[-1] for why in found[1:]] == [
+        "nvidia-cuda-nvcc", "PATH", "CUDA_HOME", "CUDACXX"
+    ]  # fmt: skip
+
+
+def test_a_home_without_a_compiler_is_passed_over(build, monkeypatch, tmp_path):
+    """Run-time images set CUDA_HOME and have no nvcc."""
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert "CUDA_HOME" in build["find_nvcc"]()[1]
+    path = program(tmp_path / "default/bin/nvcc")
+    assert build["find_nvcc"]()[0] == path
+
+
+def test_a_compiler_that_does_not_run_is_passed_over(build, monkeypatch, tmp_path):
+    program(tmp_path / "default/bin/nvcc", BROKEN)
+    nvcc, why = build["find_nvcc"]()
+    assert nvcc is None
+    assert "cannot execute cicc" in why
+
+
+@pytest.mark.parametrize("text", [None, BROKEN])
+def test_a_named_compiler_must_run(build, monkeypatch, tmp_path, text):
+    path = tmp_path / "nvcc"
+    if text:
+        program(path, text)
+    program(tmp_path / "default/bin/nvcc")
+    monkeypatch.setenv("CUDACXX", str(path))
+    with pytest.raises(Exception, match="CUDACXX"):
+        build["find_nvcc"]()
+
+
+def test_the_local_version(build, monkeypatch):
+    plain = build["version"]()
+    monkeypatch.setenv("SNNLSTM_LOCAL_VERSION", "cu13")
+    assert build["version"]() == plain + "+cu13"
+
+
+def test_a_wheel_is_not_called_after_another_cuda(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("SNNLSTM_LOCAL_VERSION", "cu12")
+    monkeypatch.setenv("CUDACXX", program(tmp_path / "nvcc"))
+    with pytest.raises(Exception, match=r"cu12.*13\.0"):
+        build["find_nvcc"]()
+
+
+def test_no_compiler_needed_means_none_is_run(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("SNNLSTM_CUDA", "off")
+    monkeypatch.setenv("CUDACXX", os.devnull)
+    assert build["find_nvcc"]()[0] is None
