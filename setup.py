@@ -121,9 +121,9 @@ class CMakeBuild(build_ext):
         say(f"CUDA compiler: {nvcc or 'none'} ({why})")
 
         # Not setuptools' temporary folder: kept, so that `pip install -e .` again is incremental.
-        # A folder per compiler: CMake cannot change compilers in one that it has configured.
-        compilers = [os.environ.get("CC"), os.environ.get("CXX"), nvcc, str(self.debug)]
-        key = hashlib.sha1(repr(compilers).encode()).hexdigest()[:6]
+        # CMake can change neither compilers nor the source's place in one that it has configured.
+        fixed = [ROOT, os.environ.get("CC"), os.environ.get("CXX"), nvcc, self.debug]
+        key = hashlib.sha1(repr(fixed).encode()).hexdigest()[:6]
         build = ROOT / "build" / f"{sys.implementation.cache_tag}-{self.plat_name}-{key}"
         build.mkdir(parents=True, exist_ok=True)
         target = Path.cwd() / self.get_ext_fullpath(ext.name)
