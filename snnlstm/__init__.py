@@ -2,10 +2,14 @@
 
 from . import functional, quant, reference, surrogate
 from .path import algorithm, set_algorithm
-
-__version__ = "0.1.0"
+from .sconv2dlstm import SConv2dLSTM
+from .snntorch import accelerate
+from .version import __version__
 
 __all__ = [
+    "SConv2dLSTM",
+    "__version__",
+    "accelerate",
     "algorithm",
     "functional",
     "quant",

@@ -148,7 +148,7 @@ def quantiser(state_quant: Any) -> StateQuant | Callable[[Tensor], Tensor] | Non
 
 def real_tensor(name: str, value: Any) -> Tensor:
     """Check a number, a tensor or what torch.as_tensor takes: real, and not empty."""
-    if isinstance(value, bool) or isinstance(value, str) or value is None:
+    if value is None or isinstance(value, (bool, str)):
         raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
     if not isinstance(value, Tensor):
         try:
@@ -188,7 +188,8 @@ def device_or_none(name: str, value: Any) -> torch.device | None:
 
 def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
     return len(shape) <= len(target) and all(
-        size == 1 or size == want for size, want in zip(reversed(shape), reversed(target))
+        size == 1 or size == want
+        for size, want in zip(reversed(shape), reversed(target), strict=False)
     )
 
 
@@ -196,8 +197,7 @@ def channel_broadcast(name: str, shape: Sequence[int], channels: int) -> None:
     """Check, before any image is known, that a shape can broadcast to (N, C, H, W)."""
     if len(shape) > 4 or (len(shape) >= 3 and shape[-3] not in (1, channels)):
         raise ValueError(
-            f"{name} must broadcast to mem's shape (N, {channels}, H, W), "
-            f"got shape {tuple(shape)}"
+            f"{name} must broadcast to mem's shape (N, {channels}, H, W), got shape {tuple(shape)}"
         )
 
 
@@ -327,9 +327,7 @@ def weight_tensors(weight: Any, bias: Any) -> tuple[int, int]:
         )
     channels = weight.shape[0] // 4 if weight.dim() == 4 else 0
     if channels == 0 or weight.shape[0] % 4 or weight.shape[1] < channels:
-        raise ValueError(
-            f"weight must have shape (4C, Cin + C, kh, kw), got {tuple(weight.shape)}"
-        )
+        raise ValueError(f"weight must have shape (4C, Cin + C, kh, kw), got {tuple(weight.shape)}")
     if bias is not None:
         if not isinstance(bias, Tensor):
             raise TypeError(f"bias must be a tensor or None, got {bias!r}")
@@ -432,7 +430,9 @@ def check_call(
     make: Callable[..., CellOptions] = make_options
     if ours and not torch.compiler.is_compiling():
         make = _cached_options
-        max_pool, avg_pool, stride, dilation = map(_hashable, (max_pool, avg_pool, stride, dilation))
+        max_pool, avg_pool, stride, dilation = map(
+            _hashable, (max_pool, avg_pool, stride, dilation)
+        )
     options = make(
         tuple(weight.shape[2:]),
         stride=stride,

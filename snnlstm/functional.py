@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import reference
@@ -16,7 +15,7 @@ from .path import Path, choose
 try:
     from . import autograd as _autograd
 except ImportError:  # the core is missing; path.py says so and never chooses it
-    _autograd = None
+    _autograd = None  # type: ignore[assignment]
 
 __all__ = ["sconv2dlstm"]
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from torch import Tensor
-
-from .quant import StateQuant
-from .surrogate import Surrogate
+from .surrogate import NONE
 
 __all__ = ["CellOptions", "Pool", "Reset"]
 
@@ -55,8 +51,8 @@ class CellOptions:
     reset: Reset = "none"
     pool: Pool = "none"
     pool_size: tuple[int, int] = (1, 1)
-    surrogate: Surrogate | Callable[[Tensor], Tensor] = Surrogate(1, 2.0)
-    quant: StateQuant | Callable[[Tensor], Tensor] | None = None
+    surrogate: Any = NONE
+    quant: Any = None
     inhibition: bool = False
     sequence: bool = False
     record: bool = False

@@ -31,7 +31,7 @@ try:
     # native.DEVICES is the set of device types that the core was built for.
     from . import native as _native
 except ImportError as error:  # a checkout that was not built, or a core that does not load
-    _native = None
+    _native = None  # type: ignore[assignment]
     _MISSING = "the compiled core is missing"
     if getattr(error, "name", None) not in ("snnlstm._C", "snnlstm.native", "snnlstm", None):
         _MISSING = f"the compiled core does not load: {error}"
@@ -160,9 +160,7 @@ def _plain(tensor: Tensor | None) -> bool:
 
 def _varies_along_channels_only(threshold: Tensor) -> bool:
     shape = threshold.shape
-    return threshold.numel() == 1 or (
-        len(shape) >= 3 and threshold.numel() == shape[-3]
-    )
+    return threshold.numel() == 1 or (len(shape) >= 3 and threshold.numel() == shape[-3])
 
 
 def _quiet(
@@ -207,6 +205,8 @@ def _loud(
             return "state_quant is a foreign callable"
         if options.quant.levels.dtype not in (torch.float32, x.dtype):
             return f"state_quant has levels of {options.quant.levels.dtype}"
+        if not options.quant.ascending:
+            return "state_quant has levels that do not ascend"
     if not _varies_along_channels_only(threshold):
         return "the threshold varies along the batch or the image"
     if graded.requires_grad:

@@ -21,9 +21,7 @@ __all__ = ["StateQuant", "state_quant"]
 _BLOCK = 1 << 16
 
 
-def _first_true(
-    predicate: Callable[[Tensor], Tensor], last: Tensor, count: int
-) -> Tensor:
+def _first_true(predicate: Callable[[Tensor], Tensor], last: Tensor, count: int) -> Tensor:
     """Binary search: the first index in [0, last] at which a monotone predicate holds.
 
     `predicate` maps indices to bools, false then true; where it holds nowhere the answer
@@ -79,7 +77,8 @@ def _quantise(x: Tensor, levels: Tensor, ascending: bool) -> Tensor:
     if torch.compiler.is_compiling() or x.numel() <= _BLOCK:
         return block(x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for part, result in zip(x.reshape(-1).split(_BLOCK), out.view(-1).split(_BLOCK)):
+    parts = x.reshape(-1).split(_BLOCK)
+    for part, result in zip(parts, out.view(-1).split(_BLOCK), strict=True):
         result.copy_(block(part))
     return out
 

@@ -115,7 +115,7 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One time step; returns spk, syn and mem."""
     surrogate, quant = options.surrogate, options.quant
-    reset: Tensor | None = None
+    reset = mem.new_zeros(())
     # A foreign callable may draw random numbers: it is called as often as in snnTorch.
     if options.reset != "none" or not isinstance(surrogate, Surrogate):
         reset = reset_signal(mem, threshold, surrogate)
@@ -128,7 +128,7 @@ def _step(
 
     if options.reset == "subtract":
         # A threshold may be infinite where nothing is reset: 0 * inf must not make NaN.
-        mem = mem - torch.where(reset != 0, reset * threshold, 0)
+        mem = mem - torch.where(reset.bool(), reset * threshold, 0)
     elif options.reset == "zero":
         mem = mem * (1 - reset)
     if quant is not None:

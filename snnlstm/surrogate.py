@@ -180,7 +180,7 @@ class Surrogate:
         return KINDS[self.kind].factor(x, self.p0, self.p1)
 
     def __repr__(self) -> str:
-        parameters = zip(KINDS[self.kind].parameters, (self.p0, self.p1))
+        parameters = zip(KINDS[self.kind].parameters, (self.p0, self.p1), strict=False)
         return f"{self.name}({', '.join(f'{name}={value:g}' for name, value in parameters)})"
 
 

@@ -1,0 +1,504 @@
+"""The module: arguments, state and return values of the cell."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import arguments, reference
+from .functional import compute
+from .options import CellOptions
+from .path import Path, conv_reason, log_fallback
+from .state import StatefulCell
+from .surrogate import NONE
+
+__all__ = ["SConv2dLSTM"]
+
+# Attributes that describe the computation: how each is checked when it is set.
+_CHECKS: dict[str, Callable[[SConv2dLSTM, Any], Any]] = {
+    "spike_grad": lambda cell, value: arguments.surrogate(value),
+    "state_quant": lambda cell, value: arguments.quantiser(value) or False,
+    "surrogate_disable": lambda cell, value: arguments.flag("surrogate_disable", value),
+    "inhibition": lambda cell, value: arguments.flag("inhibition", value),
+    "checkpoint": lambda cell, value: arguments.flag("checkpoint", value),
+    "init_hidden": lambda cell, value: arguments.flag("init_hidden", value),
+    "output": lambda cell, value: arguments.flag("output", value),
+    "max_pool": lambda cell, value: _checked_pool(value, 0, value),
+    "avg_pool": lambda cell, value: _checked_pool(0, value, value),
+    "stride": lambda cell, value: arguments.pair("stride", value),
+    "dilation": lambda cell, value: arguments.pair("dilation", value),
+}
+
+
+def _checked_pool(max_pool: Any, avg_pool: Any, value: Any) -> Any:
+    arguments.pooling(max_pool, avg_pool)
+    return value
+
+
+class SConv2dLSTM(StatefulCell):
+    """Spiking convolutional LSTM cell: snnTorch's, faster.
+
+    A drop-in replacement for ``snntorch.SConv2dLSTM`` (1.0.0), of which it is a subclass where
+    snnTorch is installed: the same constructor, attributes, results and state_dict. What one
+    step computes is, with ``spike(u) = 1 where u > 0``::
+
+        reset = spike(mem - threshold)
+        i, f, o, g = conv(cat[x, mem]).chunk(4)
+        syn = sigmoid(f) * syn + sigmoid(i) * tanh(g)
+        mem = sigmoid(o) * tanh(syn), then the reset
+        spk = spike(pool(mem) - threshold)
+
+    **The cell is stateful, also with init_hidden=False.** A state that is not passed is the
+    one that the last call left, not zero. A new cell starts from zeros; so do
+    :meth:`reset_mem`, :meth:`reset_hidden`, a state of shape (0,), and an input whose batch or
+    image size differs from the last one's.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        Cin of the input and C of the states.
+    kernel_size : int or (int, int)
+        Odd. The padding keeps the image size.
+    bias : bool, default True
+        Whether ``conv`` has a bias.
+    max_pool, avg_pool : int or (int, int), default 0
+        Pool mem before the threshold; 0 is off. At most one of them. The returned mem is not
+        pooled.
+    threshold : float or Tensor, default 1.0
+        Broadcasts to mem's shape, for example (C, 1, 1). It is copied. mem never exceeds 1, so
+        the default never spikes: 0.1 and below are usual.
+    spike_grad : callable, optional
+        Surrogate gradient, ``snnlstm.surrogate.atan()`` by default. snnTorch's are recognised;
+        the attribute ``spike_grad`` then is our equivalent. Any other callable works on the
+        reference path.
+    surrogate_disable : bool, default False
+        spk carries no gradient.
+    init_hidden : bool, default False
+        The states live in the cell only: a call takes the input alone and returns spk.
+    inhibition : bool, default False
+        Of each sample only the neuron with the highest (pooled) mem may spike.
+    learn_threshold : bool, default False
+        The threshold is a parameter.
+    reset_mechanism : {"none", "subtract", "zero"}
+        What a neuron whose mem exceeded the threshold before the step does to its new mem.
+    state_quant : callable, default False
+        Quantises syn and mem: ``snnlstm.quant.state_quant(...)``, snnTorch's, or any callable.
+    output : bool, default False
+        With `init_hidden`: return spk, syn and mem.
+    stride : int or (int, int), default 1
+        Of the convolution of the input; the states are (N, C, ceil(H / sh), ceil(W / sw)).
+    dilation : int or (int, int), default 1
+        Of the whole convolution.
+    device : torch.device or str, optional
+        Of the parameters and buffers.
+    dtype : torch.dtype, optional
+        float32, float64, float16 or bfloat16.
+    checkpoint : bool, default False
+        Recompute the gates in the backward pass instead of keeping them.
+
+    Attributes
+    ----------
+    conv : nn.Conv2d
+        weight (4C, Cin + C, kh, kw), gates in the order i, f, o, g, and bias (4C,).
+    threshold : Tensor or nn.Parameter
+        May be set to a number.
+    syn, mem : Tensor
+        Stored states, (N, C, Ho, Wo), or (0,) before the first call. May be set by hand. They
+        are in no state_dict and no buffers, but move with the cell.
+    spk : Tensor or None
+        The last spikes.
+    path : snnlstm.path.Path or None
+        Which implementation ran the last call, and why.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of the wrong type, or does not fit.
+
+    References
+    ----------
+    Shi et al., "Convolutional LSTM network", NeurIPS 2015; Eshraghian et al., "Training
+    spiking neural networks using lessons from deep learning", Proc. IEEE 111, 2023.
+    """
+
+    spk: Tensor | None = None
+    threshold: Tensor
+    graded_spikes_factor: Tensor
+    reset_mechanism_val: Tensor
+    path: Path | None = None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        bias: bool = True,
+        max_pool: int | tuple[int, int] = 0,
+        avg_pool: int | tuple[int, int] = 0,
+        threshold: float | Tensor = 1.0,
+        spike_grad: Callable[[Tensor], Tensor] | None = None,
+        surrogate_disable: bool = False,
+        init_hidden: bool = False,
+        inhibition: bool = False,
+        learn_threshold: bool = False,
+        reset_mechanism: str = "none",
+        state_quant: Any = False,
+        output: bool = False,
+        *,
+        stride: int | tuple[int, int] = 1,
+        dilation: int | tuple[int, int] = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        checkpoint: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        arguments.integer("in_channels", in_channels)
+        arguments.integer("out_channels", out_channels)
+        kernel = arguments.kernel("kernel_size", kernel_size)
+        arguments.pooling(max_pool, avg_pool)
+        bias = arguments.flag("bias", bias)
+        learn_threshold = arguments.flag("learn_threshold", learn_threshold)
+        device = arguments.device_or_none("device", device)
+        dtype = arguments.dtype_or_none("dtype", dtype) or torch.get_default_dtype()
+        arguments.channel_broadcast(
+            "threshold", arguments.real_tensor("threshold", threshold).shape, out_channels
+        )
+
+        self._options: dict[tuple[bool, bool], CellOptions] = {}
+        self._logged: set[str] = set()
+        self._reset_source: tuple[Any, ...] | None = None
+        self._initial_threshold = (
+            threshold.detach().cpu().clone() if isinstance(threshold, Tensor) else threshold
+        )
+        # In the order in which the reference assigns them: a surrogate or a quantiser that is
+        # an nn.Module becomes a submodule, and comes before conv in the state_dict.
+        self.spike_grad = arguments.surrogate(spike_grad, surrogate_disable)
+        self.init_hidden = init_hidden
+        self.inhibition = inhibition
+        self.output = output
+        self.surrogate_disable = surrogate_disable
+        self.state_quant = state_quant
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel_size
+        self.max_pool = max_pool
+        self.avg_pool = avg_pool
+        self.bias = bias
+        self.stride = stride
+        self.dilation = dilation
+        self.checkpoint = checkpoint
+        self._reset_mechanism = arguments.reset_mechanism(reset_mechanism)
+        self.padding = self._describe(False, False).padding
+
+        conv = nn.Conv2d(
+            in_channels + out_channels,
+            4 * out_channels,
+            kernel,
+            padding=self.padding,
+            dilation=self.dilation,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        values = torch.as_tensor(threshold).detach().to(conv.weight.device, dtype, copy=True)
+        if learn_threshold:
+            self.threshold = nn.Parameter(values)
+        else:
+            self.register_buffer("threshold", values)
+            if not state_quant and arguments.never_spikes(threshold):
+                warnings.warn(
+                    f"threshold={threshold} is never exceeded: mem = o * tanh(syn) is at most 1, "
+                    "so this cell never spikes. Use a lower threshold (0.1 and below are usual) "
+                    "or learn_threshold=True.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        self.register_buffer("graded_spikes_factor", conv.weight.new_ones(()))
+        self.register_buffer("reset_mechanism_val", self._reset_index(conv.weight.device))
+        self.conv = conv
+        self._init_state(conv.weight)
+
+    # ---- what is computed -----------------------------------------------------------------
+
+    def _describe(self, sequence: bool, record: bool) -> CellOptions:
+        """Return the options of a call, from a cache that setting an attribute empties."""
+        key = (sequence, record)
+        options = self._options.get(key)
+        if options is None:
+            quant = self.state_quant
+            options = self._options[key] = arguments.make_options(
+                self.kernel_size,
+                stride=self.stride,
+                dilation=self.dilation,
+                reset=self._reset_mechanism,
+                max_pool=self.max_pool,
+                avg_pool=self.avg_pool,
+                surrogate=NONE if self.surrogate_disable else self.spike_grad,
+                quant=None if quant is False else quant,
+                inhibition=self.inhibition,
+                checkpoint=self.checkpoint,
+                sequence=sequence,
+                record=record,
+            )
+        return options
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHECKS:
+            super().__setattr__(name, _CHECKS[name](self, value))
+            self._options = {}
+        elif name in ("threshold", "graded_spikes_factor") and arguments.is_number(value):
+            self._set_number(name, float(value))
+        else:
+            super().__setattr__(name, value)
+            if name == "reset_mechanism_val":
+                self._follow_reset_mechanism_val()
+
+    def _set_number(self, name: str, value: float) -> None:
+        """Give all elements of a parameter or buffer one value."""
+        tensor = getattr(self, name)
+        if isinstance(tensor, nn.Parameter):  # optimizers know this object
+            with torch.no_grad():
+                tensor.fill_(value)
+        else:  # a new tensor: the old one may be saved for a backward pass
+            super().__setattr__(name, torch.full_like(tensor, value))
+
+    @property
+    def reset_mechanism(self) -> str:
+        """ "subtract", "zero" or "none"; setting it changes what runs from the next call on."""
+        return self._reset_mechanism
+
+    @reset_mechanism.setter
+    def reset_mechanism(self, value: str) -> None:
+        self._reset_mechanism = arguments.reset_mechanism(value)
+        self.reset_mechanism_val = self._reset_index(self.reset_mechanism_val.device)
+
+    def _reset_index(self, device: torch.device) -> Tensor:
+        return torch.tensor(arguments.RESETS.index(self._reset_mechanism), device=device)
+
+    def _follow_reset_mechanism_val(self) -> None:
+        """Make what runs agree with the buffer, after the buffer was set or loaded."""
+        index = self.reset_mechanism_val
+        if index.is_meta:
+            return
+        if int(index) not in range(len(arguments.RESETS)):
+            raise ValueError(f"reset_mechanism_val must be 0, 1 or 2, got {int(index)}")
+        self._reset_mechanism = arguments.RESETS[int(index)]
+        self._options = {}
+
+    # ---- the call -------------------------------------------------------------------------
+
+    def forward(
+        self,
+        x: Tensor,
+        syn: Tensor | None = None,
+        mem: Tensor | None = None,
+        *,
+        record: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Run one step, or a whole sequence.
+
+        Parameters
+        ----------
+        x : Tensor
+            (N, Cin, H, W) is one step, (T, N, Cin, H, W) a sequence: the same as T calls, in
+            one. Of the cell's dtype, or one that converts to it without loss, such as bool.
+        syn, mem : Tensor, optional
+            (N, C, Ho, Wo), or (0,), which means zeros. None goes on from the stored state.
+        record : bool, default False
+            With a sequence: return syn and mem of every step.
+
+        Returns
+        -------
+        spk : Tensor
+            (N, C, Ho // pool, Wo // pool), with a leading T for a sequence.
+        syn, mem : Tensor
+            (N, C, Ho, Wo) after the last step, or (T, N, C, Ho, Wo) with `record`. Not
+            returned with ``init_hidden=True`` and ``output=False``.
+
+        Raises
+        ------
+        TypeError
+            If an argument is of the wrong type or dtype, or if a state is passed although
+            ``init_hidden=True``.
+        ValueError
+            If a shape or device does not fit. After an error the stored state is as before.
+        """
+        if self.init_hidden and not (syn is None and mem is None):
+            raise TypeError(
+                "`mem` or `syn` should not be passed as an argument while `init_hidden=True`"
+            )
+        conv, channels = self.conv, self.out_channels
+        weight, bias = self._parameters_of_conv(x)
+        x = arguments.input_tensor(x, weight, self.in_channels)
+        sequence = x.dim() == 5
+        options = self._describe(sequence, arguments.check_record(record, sequence))
+        shape = (x.shape[-4], channels, *options.state_size(x.shape[-2], x.shape[-1]))
+        arguments.pool_fits(shape, options)
+        if syn is None:
+            syn = self._stored("syn", shape, x)
+        else:
+            syn = arguments.state_tensor("syn", syn, shape, x, weight)
+        if mem is None:
+            mem = self._stored("mem", shape, x)
+        else:
+            mem = arguments.state_tensor("mem", mem, shape, x, weight)
+        threshold = arguments.scalar_like("threshold", self.threshold, x, shape, options)
+        graded = arguments.scalar_like(
+            "graded_spikes_factor", self.graded_spikes_factor, x, shape, options
+        )
+        kernel = (4 * channels, self.in_channels + channels, *options.kernel_size)
+        foreign = conv_reason(conv, kernel, options)
+        if foreign is not None and options.stride != (1, 1):
+            raise ValueError(
+                f"conv must be a plain nn.Conv2d without hooks where stride is not 1: {foreign}"
+            )
+
+        before = mem
+        spk, syn, mem, path = compute(
+            x, syn, mem, weight, bias, threshold, graded, options, conv, foreign
+        )
+        self._store(spk, syn, mem, path, options, before, threshold)
+        if self.init_hidden and not self.output:
+            return spk
+        return spk, syn, mem
+
+    def _parameters_of_conv(self, x: Any) -> tuple[Tensor, Tensor | None]:
+        """weight and bias; of a foreign conv any floating parameter, for dtype and device."""
+        conv = self.conv
+        if type(conv) is nn.Conv2d:
+            return conv.weight, conv.bias
+        for parameter in conv.parameters():
+            if parameter.dtype in arguments.DTYPES:
+                return parameter, None
+        if not isinstance(x, Tensor) or x.dtype not in arguments.DTYPES:
+            return self.graded_spikes_factor, None
+        return x, None
+
+    def _store(
+        self,
+        spk: Tensor,
+        syn: Tensor,
+        mem: Tensor,
+        path: Path,
+        options: CellOptions,
+        before: Tensor,
+        threshold: Tensor,
+    ) -> None:
+        """Keep the results of a call that succeeded."""
+        log_fallback(path, self._logged)
+        self.path = path
+        self.spk = spk
+        if options.record:
+            # Copies of the last step: snnTorch detaches states in place, which views refuse.
+            if syn.shape[0] == 0:
+                return
+            syn, mem = syn[-1].clone(), mem[-1].clone()
+        self.syn = syn
+        self.mem = mem
+        self._reset_source = None
+        if not options.sequence:
+            if isinstance(threshold, nn.Parameter):
+                threshold = threshold.detach().clone()  # an optimizer writes to it in place
+            self._reset_source = (before, _version(before), threshold, options.surrogate)
+
+    @property
+    def reset(self) -> Tensor | None:
+        """Reset signal of the last step call, (N, C, Ho, Wo): 1 where mem before it spiked.
+
+        Computed when it is read. None before the first call and after a sequence.
+
+        Raises
+        ------
+        RuntimeError
+            If the mem that was passed to the last call has been modified in place since.
+        """
+        if self._reset_source is None:
+            return None
+        before, version, threshold, surrogate = self._reset_source
+        if _version(before) != version:
+            raise RuntimeError(
+                "reset can no longer be computed: the mem that was passed to the last call was "
+                "modified in place; read reset before that"
+            )
+        with torch.no_grad():
+            return reference.reset_signal(before, threshold, surrogate)
+
+    def fire(self, mem: Tensor) -> Tensor:
+        """Spikes of a membrane potential: quantised, thresholded and graded.
+
+        Parameters
+        ----------
+        mem : Tensor
+            (N, C, H, W), already pooled.
+
+        Returns
+        -------
+        Tensor
+            (N, C, H, W).
+        """
+        options = self._describe(False, False)
+        return reference.fire(
+            mem,
+            self.threshold,
+            self.graded_spikes_factor,
+            options.surrogate,
+            options.quant,
+            options.inhibition,
+        )
+
+    def mem_reset(self, mem: Tensor) -> Tensor:
+        """Reset signal of a membrane potential: 1 where it exceeds the threshold, detached."""
+        surrogate = self._describe(False, False).surrogate
+        return reference.reset_signal(mem, self.threshold, surrogate)
+
+    # ---- saving and loading ---------------------------------------------------------------
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+        try:
+            self._follow_reset_mechanism_val()
+        except ValueError as error:
+            error_msgs = rest[-1]
+            error_msgs.append(str(error))
+
+    def reset_parameters(self) -> None:
+        """Give parameters and buffers their initial values again; the states become zero."""
+        self.conv.reset_parameters()
+        with torch.no_grad():
+            self.threshold.copy_(torch.as_tensor(self._initial_threshold))
+            self.graded_spikes_factor.fill_(1)
+            self.reset_mechanism_val.copy_(self._reset_index(self.reset_mechanism_val.device))
+        self.reset_mem()
+
+    def _drop_caches(self) -> None:
+        self._options = {}
+        self._reset_source = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state["_options"], state["_reset_source"], state["_logged"] = {}, None, set()
+        state.pop("spk", None)  # it hangs on the graph of the last call
+        return state
+
+    def extra_repr(self) -> str:
+        """Arguments that differ from their defaults."""
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
+        defaults = {"stride": (1, 1), "dilation": (1, 1), "max_pool": 0, "avg_pool": 0}
+        defaults |= {"reset_mechanism": "none", "inhibition": False, "init_hidden": False}
+        for name, default in defaults.items():
+            value = getattr(self, name)
+            if value != default:
+                parts.append(f"{name}={value!r}")
+        if self.threshold.numel() == 1 and not self.threshold.is_meta:
+            parts.append(f"threshold={self.threshold.item():g}")
+        return ", ".join(parts)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

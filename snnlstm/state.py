@@ -1,0 +1,121 @@
+"""The states of a cell: where they are stored, moved, reset, copied and pickled.
+
+syn and mem are plain attributes. As buffers, DistributedDataParallel would overwrite those of
+all ranks with the first one's, and as parameters (which nn.Module makes of an nn.Parameter)
+they would be trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .snntorch import Base, clear_registries, live, register
+
+__all__ = ["StatefulCell"]
+
+
+class StatefulCell(Base):
+    """What SConv2dLSTM inherits to keep its states.
+
+    Attributes
+    ----------
+    syn, mem : Tensor
+        (N, C, Ho, Wo), or (0,) before the first call.
+    """
+
+    syn: Tensor
+    mem: Tensor
+
+    def _init_state(self, like: Tensor) -> None:
+        """Start without a state, on the device and in the dtype of `like`; enter the registry."""
+        self.syn = like.detach().new_zeros(0)
+        self.mem = like.detach().new_zeros(0)
+        register(self)
+
+    def _drop_caches(self) -> None:
+        """Forget what hangs on the last call or is made from attributes."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("syn", "mem"):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {value!r}")
+            object.__setattr__(self, name, value)  # past nn.Module, for an nn.Parameter
+        else:
+            super().__setattr__(name, value)
+
+    def _stored(self, name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
+        """Return the stored state if it fits `shape`, else zeros; in x's dtype, on its device."""
+        stored = getattr(self, name)
+        if stored.shape != shape:
+            return x.new_zeros(shape)
+        if stored.dtype == x.dtype and stored.device == x.device:
+            return stored
+        return stored.to(x.device, x.dtype)
+
+    def reset_mem(self) -> tuple[Tensor, Tensor]:
+        """Set the stored states to zero and return them, syn and mem."""
+        self.syn = torch.zeros_like(self.syn)
+        self.mem = torch.zeros_like(self.mem)
+        return self.syn, self.mem
+
+    def init_sconv2dlstm(self) -> tuple[Tensor, Tensor]:
+        """Deprecated name of :meth:`reset_mem`."""
+        return self.reset_mem()
+
+    @classmethod
+    def reset_hidden(cls) -> None:
+        """Set the stored states of all living cells to zero."""
+        for cell in list(live):
+            cell.reset_mem()
+
+    @classmethod
+    def detach_hidden(cls) -> None:
+        """Detach the stored states of all living cells from the graph, in place."""
+        for cell in list(live):
+            for name in ("syn", "mem"):
+                state = getattr(cell, name)
+                if state.is_leaf or state._is_view():  # which in place would harm, or refuse
+                    setattr(cell, name, state.detach())
+                else:
+                    state.detach_()
+
+    @classmethod
+    def init(cls) -> None:
+        """Forget all cells: reset_hidden and detach_hidden no longer reach them."""
+        clear_registries()
+
+    @staticmethod
+    def detach(*args: Tensor) -> None:
+        """Detach the given states from the graph, in place."""
+        for state in args:
+            state.detach_()
+
+    @staticmethod
+    def zeros(*args: Tensor) -> None:
+        """Do nothing, as in snnTorch, where this leaves its arguments alone."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatefulCell:
+        super()._apply(fn, recurse)
+        for name in ("syn", "mem"):
+            old = getattr(self, name)
+            new = fn(old)
+            # Out of meta comes memory that nobody has written.
+            setattr(self, name, torch.zeros_like(new) if old.is_meta else new)
+        self._drop_caches()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        # The graph that hangs on a state can be neither copied nor pickled.
+        for name in ("syn", "mem"):
+            state[name] = state[name].detach()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+        self._drop_caches()
+        register(self)
