@@ -1,0 +1,102 @@
+// The choice of instruction set, once at run time.
+#include <cstdlib>
+#include <stdexcept>
+
+#include "api.h"
+
+namespace snnlstm {
+
+#define SNNLSTM_DECLARE(isa)              \
+  namespace isa {                         \
+  extern const cpu::Kernels kernels;      \
+  }
+SNNLSTM_DECLARE(baseline)
+#if defined(__x86_64__)
+SNNLSTM_DECLARE(avx2)
+SNNLSTM_DECLARE(avx512)
+SNNLSTM_DECLARE(wide)
+#endif
+#undef SNNLSTM_DECLARE
+
+namespace cpu {
+namespace {
+
+struct Isa {
+  const char* name;
+  const Kernels* kernels;
+  bool usable;
+  bool chosen_by_itself;
+};
+
+// Best last. `wide` is AVX-512's tiles in AVX2's instructions: slow, but it lets the tiles be
+// tested on machines without AVX-512.
+const std::vector<Isa>& all() {
+  static const std::vector<Isa> sets = [] {
+    std::vector<Isa> s;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512bw");
+    s.push_back({"wide", &wide::kernels, avx2, false});
+    s.push_back({"baseline", &baseline::kernels, true, true});
+    s.push_back({"avx2", &avx2::kernels, avx2, true});
+    s.push_back({"avx512", &avx512::kernels, avx512, true});
+#else
+    s.push_back({"baseline", &baseline::kernels, true, true});
+#endif
+    return s;
+  }();
+  return sets;
+}
+
+const Isa& find(const std::string& name) {
+  std::string usable;
+  for (const Isa& isa : all()) {
+    if (!isa.usable) continue;
+    if (name == isa.name) return isa;
+    usable += (usable.empty() ? "" : ", ") + std::string(isa.name);
+  }
+  throw std::invalid_argument("instruction set '" + name + "' is not usable here; usable: " + usable);
+}
+
+const Isa* best() {
+  const Isa* chosen = nullptr;
+  for (const Isa& isa : all())
+    if (isa.usable && isa.chosen_by_itself) chosen = &isa;
+  return chosen;
+}
+
+const Isa*& current() {
+  static const Isa* isa = [] {
+    const char* forced = std::getenv("SNNLSTM_ISA");
+    return forced && *forced ? &find(forced) : best();
+  }();
+  return isa;
+}
+
+}  // namespace
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (const Isa& isa : all())
+    if (isa.usable) names.push_back(isa.name);
+  return names;
+}
+std::string isa_name() { return current()->name; }
+void set_isa(const std::string& name) { current() = &find(name); }
+
+Sizes sizes(const Cell& cell, int threads) { return current()->kernels->sizes(cell, threads); }
+void pack_weight(const Cell& cell, const void* weight, bool backward, void* packed) {
+  current()->kernels->pack_weight(cell, weight, backward, packed);
+}
+void forward(const ForwardArgs& args) { current()->kernels->forward(args); }
+void backward(const BackwardArgs& args) { current()->kernels->backward(args); }
+void evaluate(const std::string& function, DType dtype, const void* in, void* out, int64_t count) {
+  if (!current()->kernels->evaluate(function.c_str(), dtype, in, out, count))
+    throw std::invalid_argument("function must be exp, sigmoid or tanh, got '" + function + "'");
+}
+
+}  // namespace cpu
+}  // namespace snnlstm

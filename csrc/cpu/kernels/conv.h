@@ -1,0 +1,114 @@
+// The inner product of every convolution here: a register tile of P pixels by NV vectors of
+// output channels, summed over runs of contiguous input values.
+//
+//   out[p][NV * VL] (+)= sum over runs, k:  in[p * pixel_stride + run.in + k] * w[run.w + k][NV * VL]
+//
+// With the input channels-last, the taps of one kernel row and all their channels lie side by
+// side: a run is a kernel row (or, where that is not so, one tap). The weight is packed in the
+// order in which the tile reads it.
+#pragma once
+
+#include "simd.h"
+
+SNNLSTM_BEGIN_ISA
+
+struct Run {
+  int64_t in;  // from the output pixel's place in the input, in elements
+  int64_t w;   // row of the packed weight
+  int64_t len;
+};
+
+// Largest P for NV vectors: the accumulators, one broadcast per pixel and a weight must fit in the
+// registers (16 of them, or 32 with AVX-512 and on Arm).
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kAccumulators = 24;
+#else
+constexpr int kAccumulators = 12;
+#endif
+template <int NV>
+constexpr int kMaxPixels = kAccumulators / NV < 8 ? kAccumulators / NV : 8;
+
+enum class Start { zero, bias, add };
+
+template <class S, int NV, int P>
+SNNLSTM_INLINE void conv_tile(const typename S::Scalar* in, int64_t pixel_stride, const Run* runs,
+                              int num_runs, const typename S::Scalar* w, Start start,
+                              const typename S::Scalar* bias, typename S::Scalar* out,
+                              int64_t out_stride) {
+  using R = typename S::R;
+  constexpr int VL = S::lanes;
+  R acc[P][NV];
+#pragma GCC unroll 32
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v)
+      acc[p][v] = start == Start::zero   ? R{}
+                  : start == Start::bias ? S::load(bias + v * VL)
+                                         : S::load(out + p * out_stride + v * VL);
+  for (int r = 0; r < num_runs; ++r) {
+    const typename S::Scalar* a = in + runs[r].in;
+    const typename S::Scalar* b = w + runs[r].w * (NV * VL);
+    const int64_t len = runs[r].len;
+    for (int64_t k = 0; k < len; ++k) {
+      // The shorter side waits in registers while the longer one streams past.
+      if constexpr (P <= NV) {
+        R x[P];
+#pragma GCC unroll 32
+        for (int p = 0; p < P; ++p) x[p] = S::splat(a[p * pixel_stride + k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+          const R weight = S::load(b + v * VL);
+#pragma GCC unroll 32
+          for (int p = 0; p < P; ++p) acc[p][v] += x[p] * weight;
+        }
+      } else {
+        R weight[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) weight[v] = S::load(b + v * VL);
+#pragma GCC unroll 32
+        for (int p = 0; p < P; ++p) {
+          const R x = S::splat(a[p * pixel_stride + k]);
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) acc[p][v] += x * weight[v];
+        }
+      }
+      b += NV * VL;
+    }
+  }
+#pragma GCC unroll 32
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) S::store(out + p * out_stride + v * VL, acc[p][v]);
+}
+
+// `count` pixels of one row, in tiles of nearly equal size.
+template <class S, int NV>
+void conv_row(const typename S::Scalar* in, int64_t pixel_stride, const Run* runs, int num_runs,
+              const typename S::Scalar* w, Start start, const typename S::Scalar* bias,
+              typename S::Scalar* out, int64_t out_stride, int64_t count) {
+  constexpr int P = kMaxPixels<NV>;
+  for (int64_t done = 0, tiles = (count + P - 1) / P; tiles > 0; --tiles) {
+    const int64_t n = (count - done + tiles - 1) / tiles;
+    const auto* a = in + done * pixel_stride;
+    auto* o = out + done * out_stride;
+    switch (n) {
+#define SNNLSTM_TILE(n)                                                                         \
+  case n:                                                                                       \
+    if constexpr (n <= P)                                                                       \
+      conv_tile<S, NV, n>(a, pixel_stride, runs, num_runs, w, start, bias, o, out_stride);      \
+    break;
+      SNNLSTM_TILE(1)
+      SNNLSTM_TILE(2)
+      SNNLSTM_TILE(3)
+      SNNLSTM_TILE(4)
+      SNNLSTM_TILE(5)
+      SNNLSTM_TILE(6)
+      SNNLSTM_TILE(7)
+      SNNLSTM_TILE(8)
+#undef SNNLSTM_TILE
+    }
+    done += n;
+  }
+}
+
+SNNLSTM_END_ISA

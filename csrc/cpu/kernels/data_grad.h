@@ -1,0 +1,96 @@
+// The data gradient of a convolution: with stride 1 a convolution of the gates' gradient with the
+// flipped kernel. With a stride, the output pixels of each remainder modulo the stride see their own
+// subset of the taps.
+#pragma once
+
+#include "layout.h"
+
+SNNLSTM_BEGIN_ISA
+
+template <class T, int VL>
+class DataGrad {
+  using S = Simd<T, VL>;
+
+ public:
+  DataGrad(const DataGrad&) = delete;
+  DataGrad& operator=(const DataGrad&) = delete;
+
+  // channels in `vectors` vectors, on an image of `width` columns, seen through a convolution of the
+  // given stride.
+  DataGrad(const Layout<T, VL>& l, int64_t vectors, int64_t width, int stride_h, int stride_w)
+      : l_(l),
+        vectors_(vectors),
+        width_(width),
+        sh_(stride_h),
+        sw_(stride_w),
+        lists_(new RunList[stride_h * stride_w]) {
+    const int64_t pixel = 4 * l.Cp, row = l.Wm * pixel, max_len = chunk();
+    if (sh_ == 1 && sw_ == 1) {
+      lists_[0].window(l.c, pixel, row, pixel, 0, max_len);
+      return;
+    }
+    for (int a = 0; a < sh_; ++a)
+      for (int b = 0; b < sw_; ++b) {
+        RunList& list = lists_[a * sw_ + b];
+        list.reserve(l.taps * (pixel / max_len + 1));
+        for (int64_t i = 0; i < l.c.kernel_h; ++i)
+          for (int64_t j = 0; j < l.c.kernel_w; ++j) {
+            const int64_t h = a + l.ph - i * l.c.dilation_h, w = b + l.pw - j * l.c.dilation_w;
+            if (h % sh_ != 0 || w % sw_ != 0) continue;
+            const int64_t tap = l.taps - 1 - (i * l.c.kernel_w + j);
+            list.add({(h / sh_ + l.ph) * row + (w / sw_ + l.pw) * pixel, tap * pixel, pixel}, max_len);
+          }
+      }
+  }
+  ~DataGrad() { delete[] lists_; }
+
+  int64_t row_size() const { return width_ * vectors_ * VL; }
+
+  // Rows [begin, end) into out, channels-last. d_gates: the image's, border included.
+  void rows(const T* d_gates, const T* weight, int64_t begin, int64_t end, T* out) const {
+    switch (tile_vectors(vectors_)) {
+      case 4:
+        return sweep<4>(d_gates, weight, begin, end, out);
+      case 2:
+        return sweep<2>(d_gates, weight, begin, end, out);
+      default:
+        return sweep<1>(d_gates, weight, begin, end, out);
+    }
+  }
+
+ private:
+  int64_t chunk() const { return chunk_length<T>(tile_vectors(vectors_) * VL); }
+
+  template <int NV>
+  void sweep(const T* d_gates, const T* weight, int64_t begin, int64_t end, T* out) const {
+    const int64_t channels = vectors_ * VL, pixel = 4 * l_.Cp, row = l_.Wm * pixel;
+    for (int64_t block = 0; block < vectors_; block += NV)
+      for (int64_t a = 0; a < sh_; ++a)
+        for (int64_t b = 0; b < sw_; ++b) {
+          const RunList& list = lists_[a * sw_ + b];
+          const int64_t first = begin + ((a - begin) % sh_ + sh_) % sh_;
+          const int64_t columns = (width_ - b + sw_ - 1) / sw_;
+          if (columns <= 0) continue;
+          Start start = Start::zero;
+          const auto pass = [&](const Run* runs, int count) {
+            for (int64_t h = first; h < end; h += sh_)
+              conv_row<S, NV>(d_gates + h / sh_ * row, pixel, runs, count, weight + block * VL * l_.Kg,
+                              start, nullptr,
+                              out + (h - begin) * row_size() + b * channels + block * VL,
+                              sw_ * channels, columns);
+            start = Start::add;
+          };
+          if (list.count() > 0)
+            list.chunks(chunk(), pass);
+          else
+            pass(nullptr, 0);  // no tap reaches these pixels: their gradient is zero
+        }
+  }
+
+  const Layout<T, VL>& l_;
+  int64_t vectors_, width_;
+  int64_t sh_, sw_;
+  RunList* lists_;
+};
+
+SNNLSTM_END_ISA

@@ -1,0 +1,77 @@
+// Pooling and spiking: what happens to the membrane potential on its way to the spike, and the way
+// of the spike's gradient back.
+#pragma once
+
+#include "layout.h"
+#include "math.h"
+
+SNNLSTM_BEGIN_ISA
+
+template <class M>
+SNNLSTM_INLINE typename M::R quantise_lanes(typename M::R v, const typename M::Scalar* levels,
+                                            int num_levels) {
+  for (int k = 0; k < M::lanes; ++k) v[k] = quantise<typename M::Scalar>(v[k], levels, num_levels);
+  return v;
+}
+
+// One pooling window of channels-last rows. mem: its first pixel and channel.
+template <class M>
+struct Window {
+  using T = typename M::Scalar;
+  using R = typename M::R;
+  using Mask = typename M::Mask;
+
+  // As torch.nn.functional.max_pool2d: a NaN wins, of equal ones the first. where: its place.
+  static SNNLSTM_INLINE R max(const Cell& c, const T* mem, int64_t row, int64_t pixel, Mask& where) {
+    R best = M::load(mem);
+    where = Mask{};
+    typename M::Bits place = 0;
+    for (int i = 0; i < c.pool_h; ++i)
+      for (int j = 0; j < c.pool_w; ++j, ++place) {
+        const R v = M::load(mem + i * row + j * pixel);
+        const Mask better = (v > best) | (v != v);
+        best = M::where(better, v, best);
+        where = better ? Mask{} + place : where;
+      }
+    return best;
+  }
+
+  static SNNLSTM_INLINE R mean(const Cell& c, const T* mem, int64_t row, int64_t pixel) {
+    R sum{};
+    for (int i = 0; i < c.pool_h; ++i)
+      for (int j = 0; j < c.pool_w; ++j) sum += M::load(mem + i * row + j * pixel);
+    return sum / T(c.pool_h * c.pool_w);
+  }
+
+  // Adds the gradient of the pooled value to its window.
+  static SNNLSTM_INLINE void spread(const Cell& c, R grad, Mask where, T* out, int64_t row,
+                                    int64_t pixel) {
+    if (c.pool == Pool::avg) grad = grad / T(c.pool_h * c.pool_w);
+    typename M::Bits place = 0;
+    for (int i = 0; i < c.pool_h; ++i)
+      for (int j = 0; j < c.pool_w; ++j, ++place) {
+        T* p = out + i * row + j * pixel;
+        const R g = c.pool == Pool::max ? M::where(where == Mask{} + place, grad, R{}) : grad;
+        M::store(p, M::load(p) + g);
+      }
+  }
+};
+
+// The membrane potential that the threshold sees, at one pooled pixel: pooled and, with a
+// quantiser, quantised once more. mem: first pixel of the window.
+template <class M>
+SNNLSTM_INLINE typename M::R pooled_mem(const Cell& c, const typename M::Scalar* mem, int64_t row,
+                                        int64_t pixel, const typename M::Scalar* levels,
+                                        typename M::Mask& where) {
+  typename M::R v;
+  if (c.pool == Pool::max)
+    v = Window<M>::max(c, mem, row, pixel, where);
+  else if (c.pool == Pool::avg)
+    v = Window<M>::mean(c, mem, row, pixel);
+  else
+    v = M::load(mem);
+  if (c.num_levels > 0) v = quantise_lanes<M>(v, levels, c.num_levels);
+  return v;
+}
+
+SNNLSTM_END_ISA

@@ -1,0 +1,306 @@
+// The forward pass of a sequence: for every step and block of rows the gate convolution, with the
+// LSTM update, reset, quantisation, pooling and spike right behind it, while the gates of the block
+// still lie in L1.
+#pragma once
+
+#include "fire.h"
+#include "rows.h"
+#include "schedule.h"
+
+SNNLSTM_BEGIN_ISA
+
+template <class T, int VL>
+class Forward {
+  using M = Math<T, VL>;
+  using S = Simd<T, VL>;
+  using R = typename S::R;
+  using Mask = typename S::Mask;
+  static constexpr int kGates = 4 * VL;
+
+ public:
+  explicit Forward(const ForwardArgs& args)
+      : a_(args), l_(args.cell), tasks_(l_, args.threads), training_(args.saved_gates != nullptr) {
+    Arena arena(args.workspace);
+    carve(arena);
+  }
+
+  static int64_t workspace(const Cell& cell, int threads) {
+    ForwardArgs args;
+    args.cell = cell;
+    args.threads = threads;
+    Forward f(args);
+    Arena arena(nullptr);
+    f.carve(arena);
+    return arena.bytes();
+  }
+
+  void run() {
+    const Cell& c = a_.cell;
+    x_runs_.window(c, c.Cin, l_.Wx * c.Cin, c.Cin, 0, kChunk);
+    mem_runs_.window(c, c.C, l_.Wm * l_.Cp, l_.Cp, l_.Kx, kChunk);
+    pack_vectors();
+    const Phases phases(counters_, c.T + 1);
+    parallel(a_.threads, double(c.N) * l_.pixels * l_.K() * 4 * c.C, [&](int thread) {
+      phases.run(0, tasks_.count, [&](int64_t task) { import_states(task); });
+      for (int64_t t = 0; t < c.T; ++t)
+        phases.run(t + 1, tasks_.count, [&](int64_t task) { step(t, task, thread); });
+    });
+  }
+
+ private:
+  static constexpr int64_t kChunk = chunk_length<T>(kGates);
+
+  struct Scratch {
+    T* patch;   // input rows under a block, with border
+    T* gates;   // (block rows, Wo, 4, VL)
+    T* pooled;  // (Wp, Cp)
+  };
+
+  void carve(Arena& arena) {
+    const Cell& c = a_.cell;
+    counters_ = arena.take<Phases::Counter>(c.T + 1);
+    bias_ = arena.take<T>(l_.Cb * kGates);
+    threshold_ = arena.take<T>(l_.Cp);
+    for (T*& mem : mem_) mem = arena.take<T>(c.N * l_.mem_image());
+    syn_ = arena.take<T>(c.N * l_.state_image());
+    scratch_ = arena.take<Scratch>(a_.threads);
+    block_ = l_.block_rows();
+    const int64_t patch_rows = (block_ - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
+    for (int k = 0; k < a_.threads; ++k) {
+      const Scratch s{arena.take<T>(patch_rows * l_.Wx * c.Cin), arena.take<T>(block_ * l_.Wo * kGates),
+                      arena.take<T>(l_.Wp * l_.Cp)};
+      if (scratch_) scratch_[k] = s;
+    }
+  }
+
+  void pack_vectors() {
+    const Cell& c = a_.cell;
+    const T* bias = static_cast<const T*>(a_.bias);
+    const T* threshold = static_cast<const T*>(a_.threshold);
+    for (int64_t ch = 0; ch < l_.Cp; ++ch) {
+      for (int gate = 0; gate < 4; ++gate)
+        bias_[ch / VL * kGates + gate * VL + ch % VL] =
+            bias && ch < c.C ? bias[gate * c.C + ch] : T(0);
+      threshold_[ch] = ch < c.C ? threshold[ch * a_.threshold_stride] : T(1);
+    }
+  }
+
+  T* mem_row(int64_t t, int64_t n, int64_t h) const {  // of the state after step t - 1, border included
+    return mem_[t & 1] + n * l_.mem_image() + h * l_.Wm * l_.Cp;
+  }
+  T* mem_inner(int64_t t, int64_t n, int64_t h) const {
+    return mem_row(t, n, h + l_.ph) + l_.pw * l_.Cp;
+  }
+  const T* syn_before(int64_t t, int64_t n) const {
+    const T* base = training_ && t > 0 ? saved_syn(t - 1) : syn_;
+    return base + n * l_.state_image();
+  }
+  T* syn_after(int64_t t, int64_t n) const {
+    return (training_ ? saved_syn(t) : syn_) + n * l_.state_image();
+  }
+  T* saved_syn(int64_t t) const {
+    return static_cast<T*>(a_.saved_syn) + t * a_.cell.N * l_.state_image();
+  }
+
+  void import_states(int64_t task) {
+    const int64_t n = tasks_.image(task), begin = tasks_.begin(task), end = tasks_.end(task);
+    const int64_t row = l_.Wm * l_.Cp, border = l_.pw * l_.Cp;
+    for (int which = 0; which < 2; ++which) {
+      for (int64_t h = begin; h < end; ++h) {
+        T* p = mem_row(which, n, h + l_.ph);
+        std::memset(p, 0, border * sizeof(T));
+        std::memset(p + row - border, 0, border * sizeof(T));
+      }
+      if (begin == 0) std::memset(mem_row(which, n, 0), 0, l_.ph * row * sizeof(T));
+      if (end == l_.Ho)
+        std::memset(mem_row(which, n, l_.Ho + l_.ph), 0, l_.ph * row * sizeof(T));
+    }
+    for (int64_t h = begin; h < end; ++h) {
+      import_row(a_.mem0, n, h, mem_inner(0, n, h));
+      import_row(a_.syn0, n, h, syn_ + n * l_.state_image() + h * l_.Wo * l_.Cp);
+    }
+  }
+
+  void import_row(const View& v, int64_t n, int64_t h, T* dst) {
+    const T* src = static_cast<const T*>(v.data) + n * v.stride[1] + h * v.stride[3];
+    if (l_.Cp > a_.cell.C) std::memset(dst, 0, l_.Wo * l_.Cp * sizeof(T));
+    load_row<S>(src, v.stride[2], v.stride[4], l_.Wo, a_.cell.C, dst, l_.Cp);
+  }
+
+  void step(int64_t t, int64_t task, int thread) {
+    const Scratch& s = scratch_[thread];
+    const int64_t n = tasks_.image(task), begin = tasks_.begin(task), end = tasks_.end(task);
+    for (int64_t b0 = begin; b0 < end; b0 += block_) {
+      const int64_t b1 = b0 + block_ < end ? b0 + block_ : end;
+      gather_x(t, n, b0, b1, s.patch);
+      for (int64_t cb = 0; cb < l_.Cb; ++cb) {
+        convolve(t, n, b0, b1, cb, s);
+        for (int64_t h = b0; h < b1; ++h)
+          update(t, n, h, cb, s.gates + (h - b0) * l_.Wo * kGates);
+      }
+    }
+    write_states(t, n, begin, end);
+    if (a_.cell.inhibition)
+      fire_winner(t, n, s);
+    else
+      for (int64_t h = begin / a_.cell.pool_h; h < l_.Hp && (h + 1) * a_.cell.pool_h <= end; ++h)
+        fire_row(t, n, h, s);
+  }
+
+  // The input rows under state rows [b0, b1), channels-last with their zero border.
+  void gather_x(int64_t t, int64_t n, int64_t b0, int64_t b1, T* patch) {
+    const Cell& c = a_.cell;
+    const T* x = static_cast<const T*>(a_.x.data) + t * a_.x.stride[0] + n * a_.x.stride[1];
+    const int64_t first = b0 * c.stride_h - l_.ph;
+    const int64_t rows = (b1 - b0 - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
+    const int64_t row = l_.Wx * c.Cin, border = l_.pw * c.Cin;
+    for (int64_t k = 0; k < rows; ++k, patch += row) {
+      const int64_t h = first + k;
+      if (h < 0 || h >= c.H) {
+        std::memset(patch, 0, row * sizeof(T));
+        continue;
+      }
+      std::memset(patch, 0, border * sizeof(T));
+      std::memset(patch + row - border, 0, border * sizeof(T));
+      load_row<S>(x + h * a_.x.stride[3], a_.x.stride[2], a_.x.stride[4], c.W, c.Cin, patch + border,
+                  c.Cin);
+    }
+  }
+
+  void convolve(int64_t t, int64_t n, int64_t b0, int64_t b1, int64_t cb, const Scratch& s) {
+    const Cell& c = a_.cell;
+    const T* w = static_cast<const T*>(a_.weight) + cb * l_.K() * kGates;
+    Start start = Start::bias;
+    const auto sweep = [&](const RunList& list, const T* in, int64_t row, int64_t pixel) {
+      list.chunks(kChunk, [&](const Run* runs, int count) {
+        for (int64_t h = 0; h < b1 - b0; ++h)
+          conv_row<S, 4>(in + h * row, pixel, runs, count, w, start, bias_ + cb * kGates,
+                         s.gates + h * l_.Wo * kGates, kGates, l_.Wo);
+        start = Start::add;
+      });
+    };
+    sweep(x_runs_, s.patch, c.stride_h * l_.Wx * c.Cin, c.stride_w * c.Cin);
+    sweep(mem_runs_, mem_row(t, n, b0), l_.Wm * l_.Cp, l_.Cp);
+  }
+
+  // LSTM update, reset and quantisation of one row and channel block.
+  void update(int64_t t, int64_t n, int64_t h, int64_t cb, const T* gates) {
+    const Cell& c = a_.cell;
+    const T* levels = static_cast<const T*>(a_.levels);
+    const R threshold = S::load(threshold_ + cb * VL);
+    const int64_t place = h * l_.Wo * l_.Cp + cb * VL;
+    const T* syn_in = syn_before(t, n) + place;
+    T* syn_out = syn_after(t, n) + place;
+    const T* mem_in = mem_inner(t, n, h) + cb * VL;
+    T* mem_out = mem_inner(t + 1, n, h) + cb * VL;
+    T* saved = training_ ? static_cast<T*>(a_.saved_gates) +
+                               ((t * c.N + n) * l_.pixels + h * l_.Wo) * 4 * l_.Cp + cb * kGates
+                         : nullptr;
+    for (int64_t w = 0; w < l_.Wo; ++w, gates += kGates) {
+      const Gates<R> act = Neuron<M>::activate({S::load(gates), S::load(gates + VL),
+                                                S::load(gates + 2 * VL), S::load(gates + 3 * VL)});
+      R syn = Neuron<M>::next_syn(act, S::load(syn_in + w * l_.Cp));
+      const Mask reset = Neuron<M>::fires(S::load(mem_in + w * l_.Cp), threshold);
+      R mem = Neuron<M>::next_mem(act.o, M::tanh(syn));
+      mem = Neuron<M>::after_reset(c.reset, mem, reset, threshold);
+      if (c.num_levels > 0) {
+        syn = quantise_lanes<M>(syn, levels, c.num_levels);
+        mem = quantise_lanes<M>(mem, levels, c.num_levels);
+      }
+      S::store(syn_out + w * l_.Cp, syn);
+      S::store(mem_out + w * l_.Cp, mem);
+      if (saved) {
+        T* p = saved + w * 4 * l_.Cp;
+        S::store(p, act.i);
+        S::store(p + VL, act.f);
+        S::store(p + 2 * VL, S::flag(act.o, reset));
+        S::store(p + 3 * VL, act.g);
+      }
+    }
+  }
+
+  void write_states(int64_t t, int64_t n, int64_t begin, int64_t end) {
+    if (!a_.record && t != a_.cell.T - 1) return;
+    const auto same = [](R v, int64_t) { return v; };
+    const auto put = [&](const View& v, const T* src, int64_t h) {
+      T* dst = static_cast<T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
+      store_row<S>(src, l_.Cp, l_.Wo, a_.cell.C, dst, v.stride[2], v.stride[4], same);
+    };
+    for (int64_t h = begin; h < end; ++h) {
+      put(a_.syn, syn_after(t, n) + h * l_.Wo * l_.Cp, h);
+      put(a_.mem, mem_inner(t + 1, n, h), h);
+    }
+  }
+
+  // Row h of the pooled image: channels-last pixels, `stride` apart.
+  const T* pooled_row(int64_t t, int64_t n, int64_t h, const Scratch& s, int64_t& stride) {
+    const Cell& c = a_.cell;
+    const T* mem = mem_inner(t + 1, n, h * c.pool_h);
+    stride = l_.Cp;
+    if (c.pool == Pool::none) return mem;  // quantised already
+    Mask unused;
+    for (int64_t w = 0; w < l_.Wp; ++w)
+      for (int64_t ch = 0; ch < l_.Cp; ch += VL)
+        S::store(s.pooled + w * l_.Cp + ch,
+                 pooled_mem<M>(c, mem + w * c.pool_w * l_.Cp + ch, l_.Wm * l_.Cp, l_.Cp,
+                               static_cast<const T*>(a_.levels), unused));
+    return s.pooled;
+  }
+
+  T* spk_row(int64_t t, int64_t n, int64_t h) {
+    const View& v = a_.spk;
+    return static_cast<T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
+  }
+
+  void fire_row(int64_t t, int64_t n, int64_t h, const Scratch& s) {
+    int64_t stride;
+    const T* row = pooled_row(t, n, h, s, stride);
+    const R spike = S::splat(T(a_.graded)), silent = S::splat(T(0) * T(a_.graded));
+    store_row<S>(row, stride, l_.Wp, a_.cell.C, spk_row(t, n, h), a_.spk.stride[2], a_.spk.stride[4],
+                 [&](R mem, int64_t ch) {
+                   return S::where(Neuron<M>::fires(mem, S::load(threshold_ + ch)), spike, silent);
+                 });
+  }
+
+  // Inhibition: of all neurons of a sample only the one with the highest (pooled) membrane potential
+  // may spike; the lowest index in (C, Hp, Wp) among equals; a NaN counts as highest, as in
+  // torch.argmax.
+  void fire_winner(int64_t t, int64_t n, const Scratch& s) {
+    const Cell& c = a_.cell;
+    const View& v = a_.spk;
+    int64_t winner = -1;
+    T best = 0;
+    for (int64_t h = 0; h < l_.Hp; ++h) {
+      int64_t stride;
+      const T* row = pooled_row(t, n, h, s, stride);
+      for (int64_t ch = 0; ch < c.C; ++ch)
+        for (int64_t w = 0; w < l_.Wp; ++w) {
+          const T mem = row[w * stride + ch];
+          const int64_t index = (ch * l_.Hp + h) * l_.Wp + w;
+          const bool higher = winner < 0 || mem > best || (mem != mem && best == best);
+          const bool equal = mem == best || (mem != mem && best != best);
+          if (higher || (equal && index < winner)) best = mem, winner = index;
+        }
+      store_row<S>(row, stride, l_.Wp, c.C, spk_row(t, n, h), v.stride[2], v.stride[4],
+                   [&](R, int64_t) { return S::splat(T(0) * T(a_.graded)); });
+    }
+    if (a_.winner) a_.winner[t * c.N + n] = winner;
+    if (winner < 0) return;
+    const int64_t ch = winner / (l_.Hp * l_.Wp), h = winner / l_.Wp % l_.Hp, w = winner % l_.Wp;
+    if (best - threshold_[ch] > T(0))
+      spk_row(t, n, h)[ch * v.stride[2] + w * v.stride[4]] = T(a_.graded);
+  }
+
+  const ForwardArgs& a_;
+  Layout<T, VL> l_;
+  RowTasks tasks_;
+  bool training_;
+  int64_t block_ = 1;
+  RunList x_runs_, mem_runs_;
+  Phases::Counter* counters_ = nullptr;
+  T *bias_ = nullptr, *threshold_ = nullptr, *syn_ = nullptr;
+  T* mem_[2] = {nullptr, nullptr};
+  Scratch* scratch_ = nullptr;
+};
+
+SNNLSTM_END_ISA

@@ -1,0 +1,36 @@
+// The vector lengths that are compiled for this instruction set, and the choice between them.
+#pragma once
+
+#include "../../args.h"
+#include "simd.h"
+
+SNNLSTM_BEGIN_ISA
+
+#if defined(__AVX512F__) || defined(SNNLSTM_WIDE)
+constexpr int kWideBytes = 64, kNarrowBytes = 32;
+#elif defined(__AVX2__)
+constexpr int kWideBytes = 32, kNarrowBytes = 16;
+#else
+constexpr int kWideBytes = 16, kNarrowBytes = 16;
+#endif
+
+template <class T, int VL>
+struct Lanes {
+  using Scalar = T;
+  static constexpr int count = VL;
+};
+
+// f(Lanes<T, VL>): the wide vectors, unless the narrow ones hold all channels.
+template <class F>
+auto with_lanes(const Cell& c, F&& f) {
+  const auto choose = [&](auto number) {
+    using T = decltype(number);
+    constexpr int wide = kWideBytes / sizeof(T), narrow = kNarrowBytes / sizeof(T);
+    if constexpr (narrow < wide)
+      if (c.C <= narrow) return f(Lanes<T, narrow>{});
+    return f(Lanes<T, wide>{});
+  };
+  return c.dtype == DType::float64 ? choose(double{}) : choose(float{});
+}
+
+SNNLSTM_END_ISA

@@ -1,0 +1,180 @@
+// How the kernels keep data between the caller's tensors.
+//
+// Images are channels-last, so that a vector holds neighbouring channels and a tap's inputs lie
+// side by side. Channels are counted in blocks of VL: Cb blocks, Cp = Cb * VL channels, of which
+// those from C on are zero.
+//   x        (rows, W + 2 pad, Cin)               zero border, task-local or for one time step
+//   mem      (N, Ho + 2 pad, Wo + 2 pad, Cp)      zero border: the recurrent convolution reads it
+//   syn      (N, Ho * Wo, Cp)
+//   gates    (N, Ho * Wo, Cb, 4, VL)              the four gates of a channel in four vectors;
+//                                                 the sign of the output gate says "was reset"
+//   d gates  (N, Ho + 2 pad, Wo + 2 pad, Cb, 4, VL)
+// Packed weights, K counting (kernel row, kernel column, input channel):
+//   forward   (Cb, Kx + Km, 4, VL)                Kx rows for x, then Km for mem
+//   backward  (Cin blocks, Kg, NV * VL), then (C blocks, Kg, NV * VL)
+//             Kg counts (flipped kernel row, flipped kernel column, Cb, 4, VL)
+#pragma once
+
+#include "conv.h"
+
+SNNLSTM_BEGIN_ISA
+
+// Hands out pieces of one allocation, each on a cache line of its own. Without memory it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* p = base_ ? base_ + (-reinterpret_cast<uintptr_t>(base_) & 63) + used_ : nullptr;
+    used_ += (count * int64_t(sizeof(T)) + 63) & ~int64_t(63);
+    return reinterpret_cast<T*>(p);
+  }
+  int64_t bytes() const { return used_ + 64; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Output channels in `vectors` vectors: how many of them a register tile takes.
+inline int tile_vectors(int64_t vectors) {
+  return vectors % 4 == 0 ? 4 : vectors % 2 == 0 ? 2 : 1;
+}
+
+template <class T, int VL>
+struct Layout {
+  explicit Layout(const Cell& cell)
+      : c(cell),
+        Ho(cell.Ho()),
+        Wo(cell.Wo()),
+        Hp(cell.Hp()),
+        Wp(cell.Wp()),
+        ph(cell.pad_h()),
+        pw(cell.pad_w()),
+        Cb((cell.C + VL - 1) / VL),
+        Cp(Cb * VL),
+        pixels(Ho * Wo),
+        Wx(cell.W + 2 * pw),
+        Wm(Wo + 2 * pw),
+        taps(cell.kernel_h * cell.kernel_w),
+        Kx(taps * cell.Cin),
+        Km(taps * cell.C),
+        Kg(taps * 4 * Cp),
+        x_blocks((cell.Cin + VL - 1) / VL) {}
+
+  Cell c;
+  int64_t Ho, Wo, Hp, Wp, ph, pw, Cb, Cp, pixels, Wx, Wm, taps, Kx, Km, Kg, x_blocks;
+
+  int64_t K() const { return Kx + Km; }
+  int64_t mem_image() const { return (Ho + 2 * ph) * Wm * Cp; }
+  int64_t x_image() const { return (c.H + 2 * ph) * Wx * c.Cin; }
+  int64_t state_image() const { return pixels * Cp; }
+  int64_t gates_image() const { return pixels * 4 * Cp; }
+  int64_t packed_forward() const { return Cb * K() * 4 * VL; }
+  int64_t packed_backward() const { return (x_blocks + Cb) * Kg * VL; }
+
+  // Rows whose gates of one channel block fit in half of a 32 KiB L1.
+  int64_t block_rows() const {
+    const int64_t rows = 16384 / (Wo * 4 * VL * int64_t(sizeof(T)));
+    return rows < 1 ? 1 : rows < Ho ? rows : Ho;
+  }
+
+  // Rows that one task takes: a block, but enough tasks for everybody; whole pooling windows.
+  int64_t task_rows(int threads) const {
+    int64_t rows = block_rows();
+    const int64_t wanted = 4 * threads;
+    while (rows > 1 && c.N * ((Ho + rows - 1) / rows) < wanted) rows = (rows + 1) / 2;
+    if (c.inhibition) return Ho;  // the winner is sought among all neurons of a sample
+    rows = rows / c.pool_h * c.pool_h;
+    return rows < c.pool_h ? c.pool_h : rows;
+  }
+};
+
+// Blocks of rows of all N images, as tasks. The last block of an image takes the rows that no
+// pooling window covers, too.
+struct RowTasks {
+  int64_t rows, per_image, count;
+  template <class L>
+  RowTasks(const L& l, int threads) : rows(l.task_rows(threads)) {
+    const int64_t covered = l.Hp * l.c.pool_h;
+    per_image = covered > 0 ? (covered + rows - 1) / rows : 1;
+    count = l.c.N * per_image;
+    image_rows_ = l.Ho;
+  }
+  int64_t image(int64_t task) const { return task / per_image; }
+  int64_t begin(int64_t task) const { return task % per_image * rows; }
+  int64_t end(int64_t task) const {
+    return task % per_image == per_image - 1 ? image_rows_ : begin(task) + rows;
+  }
+  int64_t most_rows() const {
+    const int64_t last = image_rows_ - (per_image - 1) * rows;
+    return rows > last ? (per_image > 1 ? rows : last) : last;
+  }
+
+ private:
+  int64_t image_rows_;
+};
+
+// Which input values a convolution sums for one output pixel, cut into chunks whose weights stay in
+// L1 while many pixels pass over them.
+class RunList {
+ public:
+  RunList() = default;
+  RunList(const RunList&) = delete;
+  RunList& operator=(const RunList&) = delete;
+  ~RunList() { delete[] runs_; }
+
+  // A dense window of kernel_h x kernel_w taps of `channels` values each. In the input a row is
+  // row_stride apart and a pixel pixel_stride; weight_row: of the first tap.
+  void window(const Cell& c, int64_t channels, int64_t row_stride, int64_t pixel_stride,
+              int64_t weight_row, int64_t max_len) {
+    const bool whole_rows = c.dilation_w == 1 && pixel_stride == channels;
+    const int64_t pieces = whole_rows ? 1 : c.kernel_w;
+    const int64_t len = whole_rows ? c.kernel_w * channels : channels;
+    reserve(c.kernel_h * pieces * (len / max_len + 1));
+    for (int64_t i = 0; i < c.kernel_h; ++i)
+      for (int64_t j = 0; j < pieces; ++j)
+        add({i * c.dilation_h * row_stride + j * c.dilation_w * pixel_stride,
+             weight_row + (i * pieces + j) * len, len},
+            max_len);
+  }
+  void reserve(int64_t count) {
+    delete[] runs_;
+    runs_ = new Run[count];
+    count_ = 0;
+  }
+  void add(Run run, int64_t max_len) {
+    const int64_t parts = (run.len + max_len - 1) / max_len;
+    for (int64_t p = 0; p < parts; ++p) {
+      const int64_t a = run.len * p / parts, b = run.len * (p + 1) / parts;
+      runs_[count_++] = {run.in + a, run.w + a, b - a};
+    }
+  }
+  int count() const { return count_; }
+  const Run* data() const { return runs_; }
+
+  // Calls f(first run, number of runs) for stretches of at most max_len values.
+  template <class F>
+  void chunks(int64_t max_len, F&& f) const {
+    for (int first = 0; first < count_;) {
+      int64_t len = 0;
+      int n = 0;
+      while (first + n < count_ && (n == 0 || len + runs_[first + n].len <= max_len))
+        len += runs_[first + n++].len;
+      f(runs_ + first, n);
+      first += n;
+    }
+  }
+
+ private:
+  Run* runs_ = nullptr;
+  int count_ = 0;
+};
+
+// Values of K whose weights (NV * VL each) fill about 12 KiB.
+template <class T>
+constexpr int64_t chunk_length(int64_t outputs) {
+  return 12288 / (outputs * int64_t(sizeof(T)));
+}
+
+SNNLSTM_END_ISA

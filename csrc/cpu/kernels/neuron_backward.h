@@ -1,0 +1,277 @@
+// The pointwise part of the backward pass, for a block of rows of one time step: spike, pooling,
+// reset, LSTM. It leaves what the step's convolutions need: d gates, mem before the step and x, each
+// channels-last with a zero border, in two buffers by turns.
+#pragma once
+
+#include "fire.h"
+#include "rows.h"
+
+SNNLSTM_BEGIN_ISA
+
+template <class T, int VL>
+class NeuronBackward {
+  using M = Math<T, VL>;
+  using S = Simd<T, VL>;
+  using R = typename S::R;
+  using Mask = typename S::Mask;
+  static constexpr int kGates = 4 * VL;
+
+ public:
+  NeuronBackward(const BackwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks)
+      : a_(a), l_(l), tasks_(tasks) {}
+
+  void carve(Arena& arena) {
+    const Cell& c = a_.cell;
+    threshold_ = arena.take<T>(l_.Cp);
+    threshold_sums_ = arena.take<T>(tasks_.count * l_.Cp);
+    bias_sums_ = arena.take<T>(tasks_.count * 4 * l_.Cp);
+    for (int k = 0; k < 2; ++k) {
+      d_gates_[k] = arena.take<T>(c.N * 4 * l_.mem_image());
+      mem_[k] = arena.take<T>(c.N * l_.mem_image());
+      x_[k] = arena.take<T>(c.N * l_.x_image());
+    }
+    syn0_ = arena.take<T>(c.N * l_.state_image());
+    d_syn_ = arena.take<T>(c.N * l_.state_image());
+    scratch_ = arena.take<Scratch>(a_.threads);
+    const int64_t rows = tasks_.most_rows() * l_.Wo * l_.Cp;
+    for (int k = 0; k < a_.threads; ++k) {
+      const Scratch s{arena.take<T>(rows), arena.take<T>(rows), arena.take<T>(l_.Wo * l_.Cp),
+                      arena.take<T>(l_.Wo * l_.Cp)};
+      if (scratch_) scratch_[k] = s;
+    }
+  }
+
+  // Of the step t and sample n, each with its border.
+  T* d_gates(int64_t t, int64_t n) const { return d_gates_[t & 1] + n * 4 * l_.mem_image(); }
+  T* mem_before(int64_t t, int64_t n) const { return mem_[t & 1] + n * l_.mem_image(); }
+  T* x(int64_t t, int64_t n) const { return x_[t & 1] + n * l_.x_image(); }
+  // The rows of a task: the gradient of mem as the next step's convolution gives it.
+  T* mem_grad(int thread) const { return scratch_[thread].mem_grad; }
+
+  void pack_vectors() {
+    const T* threshold = static_cast<const T*>(a_.threshold);
+    for (int64_t ch = 0; ch < l_.Cp; ++ch)
+      threshold_[ch] = ch < a_.cell.C ? threshold[ch * a_.threshold_stride] : T(1);
+  }
+
+  // Zero borders, zero sums, zero gradient of the last syn; the first syn, channels-last.
+  void clear(int64_t task) {
+    const int64_t n = tasks_.image(task), begin = tasks_.begin(task), end = tasks_.end(task);
+    std::memset(threshold_sums_ + task * l_.Cp, 0, l_.Cp * sizeof(T));
+    std::memset(bias_sums_ + task * 4 * l_.Cp, 0, 4 * l_.Cp * sizeof(T));
+    const int64_t row = l_.Wo * l_.Cp;
+    std::memset(d_syn_ + n * l_.state_image() + begin * row, 0, (end - begin) * row * sizeof(T));
+    for (int64_t h = begin; h < end; ++h)
+      read_row(a_.syn0, n, h, syn0_ + n * l_.state_image() + h * row);
+    if (begin > 0) return;
+    for (int k = 0; k < 2; ++k) {
+      std::memset(d_gates(k, n), 0, 4 * l_.mem_image() * sizeof(T));
+      std::memset(mem_before(k, n), 0, l_.mem_image() * sizeof(T));
+      std::memset(x(k, n), 0, l_.x_image() * sizeof(T));
+    }
+  }
+
+  // Before the last step nothing has come back yet.
+  void start(int64_t task, int thread) {
+    const int64_t rows = tasks_.end(task) - tasks_.begin(task);
+    std::memset(mem_grad(thread), 0, rows * l_.Wo * l_.Cp * sizeof(T));
+  }
+
+  void rows(int64_t t, int64_t task, int thread) {
+    const Scratch& s = scratch_[thread];
+    const int64_t n = tasks_.image(task), begin = tasks_.begin(task), end = tasks_.end(task);
+    const int64_t row = l_.Wo * l_.Cp;
+    const bool states = a_.record || t == a_.cell.T - 1;
+    gather_x(t, n, begin, end);
+    for (int64_t h = begin; h < end; ++h) {
+      if (states && a_.grad_mem.data) add_row(a_.grad_mem, t, n, h, s.mem_grad + (h - begin) * row, s);
+      if (states && a_.grad_syn.data)
+        add_row(a_.grad_syn, t, n, h, d_syn_ + n * l_.state_image() + h * row, s);
+      recompute_mem(t, n, h, s.mem + (h - begin) * row, l_.Cp);
+      T* before = mem_before(t, n) + ((h + l_.ph) * l_.Wm + l_.pw) * l_.Cp;
+      if (t > 0)
+        recompute_mem(t - 1, n, h, before, l_.Cp);
+      else
+        read_row(a_.mem0, n, h, before);
+    }
+    if (a_.grad_spk.data && a_.cell.surrogate != Surrogate::none) spike(t, n, task, s);
+    for (int64_t h = begin; h < end; ++h) step(t, n, h, task, s.mem_grad + (h - begin) * row);
+    if (t == 0 && a_.grad_syn0.data)
+      for (int64_t h = begin; h < end; ++h)
+        write_row(a_.grad_syn0, n, h, d_syn_ + n * l_.state_image() + h * row);
+  }
+
+  void write_row(const View& v, int64_t n, int64_t h, const T* src) const {
+    store_row<S>(src, l_.Cp, l_.Wo, a_.cell.C,
+                 static_cast<T*>(v.data) + n * v.stride[1] + h * v.stride[3], v.stride[2], v.stride[4],
+                 [](R g, int64_t) { return g; });
+  }
+
+  // Bias and threshold gradients of one channel block, over all tasks in order.
+  void reduce(int64_t cb) const {
+    const int64_t C = a_.cell.C;
+    for (int64_t lane = 0; lane < VL && cb * VL + lane < C; ++lane) {
+      const int64_t ch = cb * VL + lane;
+      if (a_.grad_threshold) {
+        T sum = 0;
+        for (int64_t k = 0; k < tasks_.count; ++k) sum += threshold_sums_[k * l_.Cp + ch];
+        static_cast<T*>(a_.grad_threshold)[ch] = sum;
+      }
+      for (int gate = 0; a_.grad_bias && gate < 4; ++gate) {
+        T sum = 0;
+        for (int64_t k = 0; k < tasks_.count; ++k)
+          sum += bias_sums_[k * 4 * l_.Cp + cb * kGates + gate * VL + lane];
+        static_cast<T*>(a_.grad_bias)[gate * C + ch] = sum;
+      }
+    }
+  }
+
+ private:
+  struct Scratch {
+    T *mem_grad, *mem;   // the task's rows, (rows, Wo, Cp)
+    T *row, *noise_row;  // one row
+  };
+
+  const T* gates(int64_t t, int64_t n, int64_t h) const {
+    return static_cast<const T*>(a_.saved_gates) +
+           ((t * a_.cell.N + n) * l_.pixels + h * l_.Wo) * 4 * l_.Cp;
+  }
+  const T* syn_after(int64_t t, int64_t n, int64_t h) const {  // t = -1: the first syn
+    const T* base = t < 0 ? syn0_ : static_cast<const T*>(a_.saved_syn) + t * a_.cell.N * l_.state_image();
+    return base + n * l_.state_image() + h * l_.Wo * l_.Cp;
+  }
+
+  void read_row(const View& v, int64_t n, int64_t h, T* dst, int64_t t = 0) const {
+    const T* src = static_cast<const T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
+    if (l_.Cp > a_.cell.C) std::memset(dst, 0, l_.Wo * l_.Cp * sizeof(T));
+    load_row<S>(src, v.stride[2], v.stride[4], l_.Wo, a_.cell.C, dst, l_.Cp);
+  }
+  void add_row(const View& v, int64_t t, int64_t n, int64_t h, T* dst, const Scratch& s) const {
+    read_row(v, n, h, s.row, a_.record ? t : 0);
+    for (int64_t k = 0; k < l_.Wo * l_.Cp; k += VL) S::store(dst + k, S::load(dst + k) + S::load(s.row + k));
+  }
+
+  // The input rows that belong to state rows [begin, end); the last task takes the rest.
+  void gather_x(int64_t t, int64_t n, int64_t begin, int64_t end) const {
+    if (!a_.grad_weight) return;
+    const Cell& c = a_.cell;
+    const T* src = static_cast<const T*>(a_.x.data) + t * a_.x.stride[0] + n * a_.x.stride[1];
+    const int64_t last = end == l_.Ho ? c.H : end * c.stride_h;
+    for (int64_t h = begin * c.stride_h; h < last; ++h)
+      load_row<S>(src + h * a_.x.stride[3], a_.x.stride[2], a_.x.stride[4], c.W, c.Cin,
+                  x(t, n) + ((h + l_.ph) * l_.Wx + l_.pw) * c.Cin, c.Cin);
+  }
+
+  // tanh of the synaptic current before its quantisation.
+  R tanh_syn(const T* gate, const T* syn, const T* syn_prev) const {
+    if (a_.cell.num_levels == 0) return M::tanh(S::load(syn));
+    const Gates<R> act = load(gate);
+    return M::tanh(Neuron<M>::next_syn(act, S::load(syn_prev)));
+  }
+  static Gates<R> load(const T* gate) {
+    return {S::load(gate), S::load(gate + VL), S::abs(S::load(gate + 2 * VL)), S::load(gate + 3 * VL)};
+  }
+
+  // mem after step t, from what was saved.
+  void recompute_mem(int64_t t, int64_t n, int64_t h, T* out, int64_t stride) const {
+    const Cell& c = a_.cell;
+    const T *gate = gates(t, n, h), *syn = syn_after(t, n, h), *syn_prev = syn_after(t - 1, n, h);
+    for (int64_t k = 0; k < l_.Wo; ++k)
+      for (int64_t ch = 0; ch < l_.Cp; ch += VL, gate += kGates, syn += VL, syn_prev += VL) {
+        const R o = S::load(gate + 2 * VL);
+        R mem = Neuron<M>::next_mem(S::abs(o), tanh_syn(gate, syn, syn_prev));
+        mem = Neuron<M>::after_reset(c.reset, mem, S::flagged(o), S::load(threshold_ + ch));
+        if (c.num_levels > 0)
+          mem = quantise_lanes<M>(mem, static_cast<const T*>(a_.levels), c.num_levels);
+        S::store(out + k * stride + ch, mem);
+      }
+  }
+
+  // Adds the spikes' gradient to the rows of mem_grad.
+  void spike(int64_t t, int64_t n, int64_t task, const Scratch& s) const {
+    const Cell& c = a_.cell;
+    const int64_t begin = tasks_.begin(task), row = l_.Wo * l_.Cp;
+    T* sums = threshold_sums_ + task * l_.Cp;
+    const R p0 = S::splat(T(c.surrogate_p0)), p1 = S::splat(T(c.surrogate_p1));
+    const T graded = T(a_.graded);
+    for (int64_t h = begin / c.pool_h; h < l_.Hp && (h + 1) * c.pool_h <= tasks_.end(task); ++h) {
+      pooled_row(a_.grad_spk, t, n, h, s.row);
+      if (a_.noise.data) pooled_row(a_.noise, t, n, h, s.noise_row);
+      if (c.inhibition) keep_winner(a_.winner[t * c.N + n], h, s.row);
+      const int64_t top = (h * c.pool_h - begin) * row;
+      for (int64_t w = 0; w < l_.Wp; ++w)
+        for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
+          Mask where{};
+          const int64_t place = top + w * c.pool_w * l_.Cp + ch;
+          const R mem = pooled_mem<M>(c, s.mem + place, row, l_.Cp, static_cast<const T*>(a_.levels), where);
+          const R noise = a_.noise.data ? S::load(s.noise_row + w * l_.Cp + ch) : R{};
+          const R slope =
+              Neuron<M>::surrogate_gradient(c.surrogate, mem - S::load(threshold_ + ch), p0, p1, noise);
+          const R grad = slope * (S::load(s.row + w * l_.Cp + ch) * graded);
+          S::store(sums + ch, S::load(sums + ch) - grad);
+          if (c.pool == Pool::none)
+            S::store(s.mem_grad + place, S::load(s.mem_grad + place) + grad);
+          else
+            Window<M>::spread(c, grad, where, s.mem_grad + place, row, l_.Cp);
+        }
+    }
+  }
+
+  void pooled_row(const View& v, int64_t t, int64_t n, int64_t h, T* dst) const {
+    const T* src = static_cast<const T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
+    if (l_.Cp > a_.cell.C) std::memset(dst, 0, l_.Wp * l_.Cp * sizeof(T));
+    load_row<S>(src, v.stride[2], v.stride[4], l_.Wp, a_.cell.C, dst, l_.Cp);
+  }
+  void keep_winner(int64_t winner, int64_t h, T* row) const {
+    const bool here = winner >= 0 && winner / l_.Wp % l_.Hp == h;
+    const int64_t place = here ? winner % l_.Wp * l_.Cp + winner / (l_.Wp * l_.Hp) : 0;
+    const T kept = here ? row[place] : T(0);
+    std::memset(row, 0, l_.Wp * l_.Cp * sizeof(T));
+    if (here) row[place] = kept;
+  }
+
+  // Reset and LSTM of one row.
+  void step(int64_t t, int64_t n, int64_t h, int64_t task, const T* mem_grad) const {
+    const Cell& c = a_.cell;
+    const T *gate = gates(t, n, h), *syn = syn_after(t, n, h), *syn_prev = syn_after(t - 1, n, h);
+    T* d_syn = d_syn_ + n * l_.state_image() + h * l_.Wo * l_.Cp;
+    T* out = d_gates(t, n) + ((h + l_.ph) * l_.Wm + l_.pw) * 4 * l_.Cp;
+    T *bias_sums = bias_sums_ + task * 4 * l_.Cp, *threshold_sums = threshold_sums_ + task * l_.Cp;
+    for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
+      R bias[4] = {R{}, R{}, R{}, R{}}, threshold{};
+      for (int64_t w = 0; w < l_.Wo; ++w) {
+        const int64_t k = w * l_.Cp + ch;
+        const T* g = gate + 4 * k;
+        const Mask reset = S::flagged(S::load(g + 2 * VL));
+        const R grad = S::load(mem_grad + k);
+        const NeuronGrad<R> d =
+            Neuron<M>::backward(c.reset, load(g), S::load(syn_prev + k), tanh_syn(g, syn + k, syn_prev + k),
+                                reset, grad, S::load(d_syn + k));
+        if (c.reset == Reset::subtract) threshold -= S::where(reset, grad, R{});
+        S::store(d_syn + k, d.syn_prev);
+        const R pre[4] = {d.pre.i, d.pre.f, d.pre.o, d.pre.g};
+        for (int v = 0; v < 4; ++v) {
+          S::store(out + 4 * k + v * VL, pre[v]);
+          bias[v] += pre[v];
+        }
+      }
+      for (int v = 0; v < 4; ++v) {
+        T* sum = bias_sums + 4 * ch + v * VL;
+        S::store(sum, S::load(sum) + bias[v]);
+      }
+      S::store(threshold_sums + ch, S::load(threshold_sums + ch) + threshold);
+    }
+  }
+
+  const BackwardArgs& a_;
+  const Layout<T, VL>& l_;
+  const RowTasks& tasks_;
+  T *threshold_ = nullptr, *threshold_sums_ = nullptr, *bias_sums_ = nullptr;
+  T* d_gates_[2] = {nullptr, nullptr};
+  T* mem_[2] = {nullptr, nullptr};
+  T* x_[2] = {nullptr, nullptr};
+  T *syn0_ = nullptr, *d_syn_ = nullptr;
+  Scratch* scratch_ = nullptr;
+};
+
+SNNLSTM_END_ISA

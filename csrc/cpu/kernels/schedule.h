@@ -1,0 +1,56 @@
+// Threads: one OpenMP region a call, in which the phases of a sequence follow each other. The tasks
+// of a phase are handed out one by one, so a thread whose core is busy elsewhere takes fewer; the
+// next phase starts when the tasks are done, not when every thread has come.
+#pragma once
+
+#include <omp.h>
+#include <sched.h>
+
+#include "layout.h"
+
+SNNLSTM_BEGIN_ISA
+
+class Phases {
+ public:
+  struct alignas(64) Counter {
+    int64_t next, done;
+  };
+
+  static int64_t counters(int64_t phases) { return phases; }
+  Phases(Counter* counters, int64_t phases) : counters_(counters) {
+    std::memset(static_cast<void*>(counters), 0, sizeof(Counter) * phases);
+  }
+
+  // f(task) for every task of the phase; returns when all are done, whoever did them.
+  template <class F>
+  void run(int64_t phase, int64_t tasks, F&& f) const {
+    Counter& c = counters_[phase];
+    for (;;) {
+      const int64_t task = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED);
+      if (task >= tasks) break;
+      f(task);
+      __atomic_fetch_add(&c.done, 1, __ATOMIC_RELEASE);
+    }
+    for (int spins = 0; __atomic_load_n(&c.done, __ATOMIC_ACQUIRE) < tasks; ++spins) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+      if (spins > 4096) sched_yield();
+    }
+  }
+
+ private:
+  Counter* counters_;
+};
+
+// body(thread number) on as many threads as are worth it: a step must bring each some 10 us of work.
+template <class F>
+void parallel(int threads, double multiply_adds_per_step, F&& body) {
+  const double worth = multiply_adds_per_step / 2e5;
+  if (worth < threads) threads = worth < 1 ? 1 : int(worth);
+  if (threads <= 1) return body(0);
+#pragma omp parallel num_threads(threads)
+  body(omp_get_thread_num());
+}
+
+SNNLSTM_END_ISA

@@ -1,0 +1,83 @@
+// Vectors of VL numbers of type T, by GCC's and Clang's vector extensions: the same source for
+// every instruction set. This header is compiled once per set, into a namespace of its own, and
+// everything is inlined: code of one set must never be linked into another's.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../../cell.h"
+
+#define SNNLSTM_INLINE __attribute__((always_inline)) inline
+#define SNNLSTM_BEGIN_ISA namespace snnlstm { namespace SNNLSTM_ISA {
+#define SNNLSTM_END_ISA }}
+
+SNNLSTM_BEGIN_ISA
+
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  using type = int32_t;
+};
+template <>
+struct BitsOf<double> {
+  using type = int64_t;
+};
+
+template <class T, int VL>
+struct Simd {
+  using Scalar = T;
+  using Bits = typename BitsOf<T>::type;
+  static constexpr int lanes = VL;
+  typedef T R __attribute__((vector_size(VL * sizeof(T))));
+  typedef Bits Mask __attribute__((vector_size(VL * sizeof(T))));
+  typedef T Unaligned __attribute__((vector_size(VL * sizeof(T)), aligned(sizeof(T)), may_alias));
+
+  static SNNLSTM_INLINE R splat(T c) { return c - R{}; }  // c - 0 keeps the sign of a zero
+  static SNNLSTM_INLINE R load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
+  static SNNLSTM_INLINE void store(T* p, R v) { *reinterpret_cast<Unaligned*>(p) = v; }
+  static SNNLSTM_INLINE R where(Mask m, R a, R b) { return m ? a : b; }
+  static SNNLSTM_INLINE R abs(R v) {
+    return reinterpret_cast<R>(reinterpret_cast<Mask>(v) & ~sign_bit());
+  }
+  static SNNLSTM_INLINE Mask sign_bit() { return reinterpret_cast<Mask>(splat(T(-0.0))); }
+
+  // A flag that rides in the sign of a number that is never negative.
+  static SNNLSTM_INLINE R flag(R v, Mask m) {
+    return reinterpret_cast<R>(reinterpret_cast<Mask>(v) | (m & sign_bit()));
+  }
+  static SNNLSTM_INLINE Mask flagged(R v) { return reinterpret_cast<Mask>(v) < Mask{}; }
+
+  static SNNLSTM_INLINE R load_first(const T* p, int n) {
+    R v{};
+    for (int k = 0; k < n; ++k) v[k] = p[k];
+    return v;
+  }
+  static SNNLSTM_INLINE void store_first(T* p, R v, int n) {
+    for (int k = 0; k < n; ++k) p[k] = v[k];
+  }
+
+  // rows[a][b] becomes rows[b][a], in log2(VL) rounds of interleaving.
+  static SNNLSTM_INLINE void transpose(R (&rows)[VL]) {
+    Mask low, high;
+    for (int k = 0; k < VL; ++k) {
+      low[k] = (k & 1 ? VL : 0) + k / 2;
+      high[k] = (k & 1 ? VL : 0) + (k + VL) / 2;
+    }
+#pragma GCC unroll 8
+    for (int round = 1; round < VL; round *= 2) {
+      R out[VL];
+#pragma GCC unroll 16
+      for (int k = 0; k < VL / 2; ++k) {
+        out[2 * k] = __builtin_shuffle(rows[k], rows[k + VL / 2], low);
+        out[2 * k + 1] = __builtin_shuffle(rows[k], rows[k + VL / 2], high);
+      }
+#pragma GCC unroll 16
+      for (int k = 0; k < VL; ++k) rows[k] = out[k];
+    }
+  }
+};
+
+SNNLSTM_END_ISA

@@ -1,0 +1,114 @@
+"""The cell as one autograd Function over the native kernels.
+
+Saved for the backward pass: the arguments, and per time step the activated gates and syn.
+mem and the reset are recomputed from these (the reset rides in a sign bit of the gates).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+from .options import CellOptions
+
+__all__ = ["run"]
+
+
+class _SConv2dLSTM(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        syn: Tensor,
+        mem: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        threshold: Tensor,
+        graded: Tensor,
+        options: CellOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        factor = float(graded)
+        spk, new_syn, new_mem, saved = native.forward(
+            x, syn, mem, weight, bias, threshold, factor, options, training=True
+        )
+        assert saved is not None
+        ctx.save_for_backward(x, syn, mem, weight, bias, threshold, graded, *saved)
+        ctx.options, ctx.graded = options, factor
+        ctx.set_materialize_grads(False)
+        if options.surrogate.kind == 0:
+            ctx.mark_non_differentiable(spk)
+        return spk, new_syn, new_mem
+
+    @staticmethod
+    def backward(ctx: Any, grad_spk: Any, grad_syn: Any, grad_mem: Any) -> tuple:
+        x, syn, mem, weight, bias, threshold, graded, *saved = ctx.saved_tensors
+        grads = (grad_spk, grad_syn, grad_mem)
+        wanted = ctx.needs_input_grad[:6]
+        if all(grad is None for grad in grads):
+            return (None,) * 8
+        if torch.is_grad_enabled():  # create_graph: derivatives of these gradients are wanted
+            inputs = (x, syn, mem, weight, bias, threshold)
+            return (*_differentiable(inputs, graded, ctx.options, grads, wanted), None, None)
+        out = native.backward(
+            x,
+            syn,
+            mem,
+            weight,
+            threshold,
+            ctx.graded,
+            ctx.options,
+            native.Saved(*saved),
+            *grads,
+            wanted=wanted,
+        )
+        return (*out, None, None)
+
+
+def _differentiable(
+    inputs: tuple[Tensor | None, ...],
+    graded: Tensor,
+    options: CellOptions,
+    grads: tuple[Tensor | None, ...],
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The same gradients in plain torch, as a graph that can be differentiated again."""
+    # Aliases: one input may have been computed from another, and only direct paths count here.
+    own = [None if t is None else t.view_as(t) for t in inputs]
+    outputs = reference.run(*own, graded, options)
+    pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad]
+    sources = [t for t, want in zip(own, wanted) if want]
+    if not pairs:
+        return (None,) * len(inputs)
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            sources,
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return tuple(next(found) if want else None for want in wanted)
+
+
+def run(
+    x: Tensor,
+    syn: Tensor,
+    mem: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    graded: Tensor,
+    options: CellOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the native kernels; arguments and results as :func:`snnlstm.reference.run`'s.
+
+    The threshold is one number or one a channel, `graded` a single number without gradient.
+    """
+    inputs = (x, syn, mem, weight, bias, threshold)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _SConv2dLSTM.apply(*inputs, graded, options)
+    return native.forward(*inputs, float(graded), options, training=False)[:3]

@@ -1,0 +1,376 @@
+"""The only module that talks to the compiled core: addresses, sizes, packed weights, workspaces.
+
+The core takes raw memory and allocates none; everything it reads and writes is a torch tensor
+that is kept alive here while it runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch  # before the core, which uses the OpenMP runtime that torch has loaded
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import _C
+from .options import CellOptions
+
+__all__ = ["DEVICES", "Gradients", "Result", "Saved", "backward", "evaluate", "forward", "name"]
+
+DEVICES = frozenset({"cpu"})
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_RESETS = {"subtract": 0, "zero": 1, "none": 2}
+_POOLS = {"none": 0, "max": 1, "avg": 2}
+
+
+def name(device: str, options: CellOptions) -> str:
+    """Name of the kernels that run a call, such as ``"cpu-avx2-direct"``."""
+    return f"{device}-{_C.isa_name()}-direct"
+
+
+class Saved(NamedTuple):
+    """What a forward pass keeps for its backward pass, beside its arguments.
+
+    Attributes
+    ----------
+    gates : Tensor
+        Activated gates of every step, in the kernels' own layout.
+    syn : Tensor
+        syn after every step, in the kernels' own layout.
+    winner : Tensor
+        (T, N) int64, the neuron that inhibition let through; empty without inhibition.
+    """
+
+    gates: Tensor
+    syn: Tensor
+    winner: Tensor
+
+
+class Result(NamedTuple):
+    """Outputs of :func:`forward`; `saved` is None in inference."""
+
+    spk: Tensor
+    syn: Tensor
+    mem: Tensor
+    saved: Saved | None
+
+
+class Gradients(NamedTuple):
+    """Gradients of the arguments of :func:`forward`; None where not wanted."""
+
+    x: Tensor | None
+    syn: Tensor | None
+    mem: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    threshold: Tensor | None
+
+
+@lru_cache(maxsize=1024)
+def _cell(
+    options: CellOptions,
+    dtype: torch.dtype,
+    time: int,
+    shape: tuple[int, int, int, int],
+    channels: int,
+) -> Any:
+    surrogate, quant = options.surrogate, options.quant
+    n, cin, h, w = shape
+    return _C.Cell(
+        dtype=_DTYPES[dtype],
+        T=time,
+        N=n,
+        Cin=cin,
+        C=channels,
+        H=h,
+        W=w,
+        kernel=options.kernel_size,
+        stride=options.stride,
+        dilation=options.dilation,
+        pool=_POOLS[options.pool],
+        pool_size=options.pool_size,
+        reset=_RESETS[options.reset],
+        surrogate=surrogate.kind,
+        p0=surrogate.p0,
+        p1=surrogate.p1,
+        inhibition=options.inhibition,
+        num_levels=0 if quant is None else quant.levels.numel(),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _sizes(cell: Any, threads: int, isa: str) -> Any:
+    return _C.cpu_sizes(cell, threads)
+
+
+def _describe(x: Tensor, mem: Tensor, options: CellOptions) -> tuple[Any, int, Any]:
+    """Cell, number of threads and sizes of a call."""
+    time = x.shape[0] if options.sequence else 1
+    cell = _cell(options, x.dtype, time, tuple(x.shape[-4:]), mem.shape[1])
+    threads = torch.get_num_threads()
+    return cell, threads, _sizes(cell, threads, _C.isa_name())
+
+
+def _view(tensor: Tensor | None) -> tuple[int, ...] | None:
+    """Address and five strides; the time stride of a tensor without time is 0."""
+    if tensor is None:
+        return None
+    strides = tensor.stride()
+    return (tensor.data_ptr(), *((0,) * (5 - len(strides))), *strides)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _bytes(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8)
+
+
+class _Workspace(threading.local):
+    """One workspace a thread, kept between calls: fresh pages cost more than small layers do."""
+
+    LARGEST_KEPT = 64 << 20  # bytes
+
+    def __init__(self) -> None:
+        self.kept = _bytes(0)
+
+    def get(self, count: int) -> Tensor:
+        if self.kept.numel() >= count:
+            return self.kept
+        workspace = _bytes(count)
+        if count <= self.LARGEST_KEPT:
+            self.kept = workspace
+        return workspace
+
+
+_workspace = _Workspace()
+
+
+class _Packed:
+    """A weight in the kernels' layouts, and a copy of the weight that they were made from."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.original = weight.detach().clone(memory_format=torch.contiguous_format)
+        self.layouts: dict[tuple[str, bool], Tensor] = {}
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether it was made from just this weight, compared byte for byte.
+
+        Neither the address nor the version counter tells: ``weight.data.add_(...)`` changes
+        neither of them.
+        """
+        own = self.original
+        if own.shape != weight.shape or own.dtype != weight.dtype:
+            return False
+        size = own.numel() * own.element_size()
+        return bool(_C.same_bytes(own.data_ptr(), weight.data_ptr(), size))
+
+
+_packed = WeakTensorKeyDictionary()
+_packed_lock = threading.Lock()
+
+
+def _pack(weight: Tensor, cell: Any, size: int, backward: bool) -> Tensor:
+    """`weight` in the kernels' layout, made once for each of its values."""
+    contiguous = weight.detach().contiguous()
+    key = (_C.isa_name(), backward)
+    with _packed_lock:
+        entry = _packed.get(weight)
+        if entry is None or not entry.fits(contiguous):
+            entry = _packed[weight] = _Packed(contiguous)
+        layout = entry.layouts.get(key)
+        if layout is None:
+            layout = _bytes(size)
+            _C.cpu_pack_weight(cell, entry.original.data_ptr(), backward, layout.data_ptr())
+            entry.layouts[key] = layout
+    return layout
+
+
+def _levels(options: CellOptions, dtype: torch.dtype) -> Tensor | None:
+    return None if options.quant is None else options.quant.levels.to(dtype).contiguous()
+
+
+def _threshold(threshold: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Contiguous numbers and their stride along the channels: 0 for a single one."""
+    flat = threshold.detach().to(dtype).reshape(-1).contiguous()
+    return flat, 0 if flat.numel() == 1 else 1
+
+
+def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An output of `shape` ending in (C, H, W), channels-last where the images of x are."""
+    if x.stride(-3) != 1 or x.shape[-3] == 1 or x.is_contiguous():
+        return x.new_empty(shape)
+    *lead, c, h, w = shape
+    strides = [1, w * c, c]
+    size = c * h * w
+    for count in reversed(lead):
+        strides.insert(0, size)
+        size *= count
+    return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
+
+
+def forward(
+    x: Tensor,
+    syn: Tensor,
+    mem: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    graded: float,
+    options: CellOptions,
+    training: bool,
+) -> Result:
+    """Run the forward kernels.
+
+    Parameters
+    ----------
+    x, syn, mem, weight, bias, threshold, options
+        As :func:`snnlstm.reference.run` takes them; threshold is one number or one a channel.
+    graded : float
+        Multiplies spk.
+    training : bool
+        Whether to keep what :func:`backward` needs.
+    """
+    cell, threads, sizes = _describe(x, mem, options)
+    packed = _pack(weight, cell, sizes.packed_forward, backward=False)
+    bias = None if bias is None else bias.detach().contiguous()
+    thresholds, threshold_stride = _threshold(threshold, x.dtype)
+    levels = _levels(options, x.dtype)
+    (n, c, ho, wo), (ph, pw) = mem.shape, options.pool_size
+    time = (x.shape[0],) if options.sequence else ()
+    state_time = time if options.record else ()
+    spk = _empty(x, (*time, n, c, ho // ph, wo // pw))
+    new_syn = _empty(x, (*state_time, n, c, ho, wo))
+    new_mem = _empty(x, (*state_time, n, c, ho, wo))
+    saved = None
+    if training:
+        winners = (*(time or (1,)), n) if options.inhibition else (0,)
+        saved = Saved(
+            _bytes(sizes.saved_gates).view(x.dtype),
+            _bytes(sizes.saved_syn).view(x.dtype),
+            torch.empty(winners, dtype=torch.int64),
+        )
+    workspace = _workspace.get(sizes.forward_workspace)
+    _C.cpu_forward(
+        cell,
+        threads,
+        options.record,
+        _view(x),
+        _view(syn),
+        _view(mem),
+        packed.data_ptr(),
+        _address(bias),
+        thresholds.data_ptr(),
+        threshold_stride,
+        graded,
+        _address(levels),
+        _view(spk),
+        _view(new_syn),
+        _view(new_mem),
+        _address(saved and saved.gates),
+        _address(saved and saved.syn),
+        saved.winner.data_ptr() if saved and options.inhibition else 0,
+        workspace.data_ptr(),
+    )
+    return Result(spk, new_syn, new_mem, saved)
+
+
+def backward(
+    x: Tensor,
+    syn: Tensor,
+    mem: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    graded: float,
+    options: CellOptions,
+    saved: Saved,
+    grad_spk: Tensor | None,
+    grad_syn: Tensor | None,
+    grad_mem: Tensor | None,
+    wanted: tuple[bool, bool, bool, bool, bool, bool],
+) -> Gradients:
+    """Run the backward kernels.
+
+    Parameters
+    ----------
+    x, syn, mem, weight, threshold, graded, options
+        What :func:`forward` was given.
+    saved : Saved
+        What it kept.
+    grad_spk, grad_syn, grad_mem : Tensor or None
+        Gradients of its outputs, in any memory layout; None for zeros.
+    wanted : tuple of bool
+        Which gradients are computed, in the order of :class:`Gradients`.
+    """
+    cell, threads, sizes = _describe(x, mem, options)
+    packed = _pack(weight, cell, sizes.packed_backward, backward=True)
+    thresholds, threshold_stride = _threshold(threshold, x.dtype)
+    levels = _levels(options, x.dtype)
+    channels = mem.shape[1]
+    grads = Gradients(
+        _empty(x, tuple(x.shape)) if wanted[0] else None,
+        torch.empty_like(syn, memory_format=torch.contiguous_format) if wanted[1] else None,
+        torch.empty_like(mem, memory_format=torch.contiguous_format) if wanted[2] else None,
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[3] else None,
+        x.new_empty(4 * channels) if wanted[4] else None,
+        x.new_empty(channels) if wanted[5] else None,
+    )
+    workspace = _workspace.get(sizes.backward_workspace)
+    noise = _noise(x, mem, options, grad_spk)
+    _C.cpu_backward(
+        cell,
+        threads,
+        options.record,
+        _view(x),
+        _view(syn),
+        _view(mem),
+        packed.data_ptr(),
+        thresholds.data_ptr(),
+        threshold_stride,
+        graded,
+        _address(levels),
+        saved.gates.data_ptr(),
+        saved.syn.data_ptr(),
+        saved.winner.data_ptr() if options.inhibition else 0,
+        _view(noise),
+        _view(grad_spk),
+        _view(grad_syn),
+        _view(grad_mem),
+        _view(grads.x),
+        _view(grads.syn),
+        _view(grads.mem),
+        _address(grads.weight),
+        _address(grads.bias),
+        _address(grads.threshold),
+        workspace.data_ptr(),
+    )
+    if grads.threshold is not None:
+        total = grads.threshold.sum() if threshold.numel() == 1 else grads.threshold
+        grads = grads._replace(threshold=total.reshape(threshold.shape).to(threshold.dtype))
+    return grads
+
+
+def _noise(x: Tensor, mem: Tensor, options: CellOptions, grad_spk: Tensor | None) -> Tensor | None:
+    """Uniform numbers of the stochastic surrogate, (T, N, C, Hp, Wp), else None.
+
+    Drawn one block a step, last step first: the order in which a loop over steps draws them.
+    """
+    if grad_spk is None or options.surrogate.name != "SSO":
+        return None
+    steps = grad_spk if options.sequence else grad_spk.unsqueeze(0)
+    noise = torch.empty_like(steps, memory_format=torch.contiguous_format)
+    for t in reversed(range(noise.shape[0])):
+        noise[t].uniform_()
+    return noise
+
+
+def evaluate(function: str, x: Tensor) -> Tensor:
+    """``exp``, ``sigmoid`` or ``tanh`` of x as the CPU kernels compute it; float32 or float64."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _C.cpu_evaluate(function, _DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), x.numel())
+    return out
