@@ -28,7 +28,8 @@ logger = logging.getLogger("snnlstm")
 
 try:
     # native.name(device_type, options) -> str names the kernels that run a call;
-    # native.DEVICES is the set of device types that the core was built for.
+    # native.DEVICES is the set of device types that the core was built for, native.TRACEABLE
+    # whether dynamo can trace autograd.run and native.name (through the operators of ops.py).
     from . import native as _native
 except ImportError as error:  # a checkout that was not built, or a core that does not load
     _native = None  # type: ignore[assignment]
@@ -258,6 +259,8 @@ def choose(
 
 def _choose_native(device: str, dtype: torch.dtype, options: CellOptions) -> Path:
     assert _native is not None
+    if torch.compiler.is_compiling() and not getattr(_native, "TRACEABLE", False):
+        return Path("reference", "torch.compile fuses plain operators", slow=True)
     if device not in _native.DEVICES:
         return Path("reference", f"the core was built without its {device} half", slow=True)
     if device == "cpu":

@@ -170,7 +170,7 @@ class SConv2dLSTM(StatefulCell):
 
         self._options: dict[tuple[bool, bool], CellOptions] = {}
         self._logged: set[str] = set()
-        self._reset_source: tuple[Any, ...] | None = None
+        self._reset_source: _ResetSource | None = None
         self._initial_threshold = (
             threshold.detach().cpu().clone() if isinstance(threshold, Tensor) else threshold
         )
@@ -399,11 +399,7 @@ class SConv2dLSTM(StatefulCell):
             syn, mem = syn[-1].clone(), mem[-1].clone()
         self.syn = syn
         self.mem = mem
-        self._reset_source = None
-        if not options.sequence:
-            if isinstance(threshold, nn.Parameter):
-                threshold = threshold.detach().clone()  # an optimizer writes to it in place
-            self._reset_source = (before, _version(before), threshold, options.surrogate)
+        self._reset_source = None if options.sequence else _ResetSource(before, threshold, options)
 
     @property
     def reset(self) -> Tensor | None:
@@ -416,16 +412,7 @@ class SConv2dLSTM(StatefulCell):
         RuntimeError
             If the mem that was passed to the last call has been modified in place since.
         """
-        if self._reset_source is None:
-            return None
-        before, version, threshold, surrogate = self._reset_source
-        if _version(before) != version:
-            raise RuntimeError(
-                "reset can no longer be computed: the mem that was passed to the last call was "
-                "modified in place; read reset before that"
-            )
-        with torch.no_grad():
-            return reference.reset_signal(before, threshold, surrogate)
+        return None if self._reset_source is None else self._reset_source.signal()
 
     def fire(self, mem: Tensor) -> Tensor:
         """Spikes of a membrane potential: quantised, thresholded and graded.
@@ -500,5 +487,33 @@ class SConv2dLSTM(StatefulCell):
         return ", ".join(parts)
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+class _ResetSource:
+    """The reset signal of a step, computed when it is asked for: hardly anybody does.
+
+    Dynamo cannot watch for modifications in place, so there it is computed at once.
+    """
+
+    def __init__(self, mem: Tensor, threshold: Tensor, options: CellOptions) -> None:
+        self.reset: Tensor | None = None
+        if torch.compiler.is_compiling():
+            self.reset = reference.reset_signal(mem, threshold, options.surrogate)
+            return
+        if isinstance(threshold, nn.Parameter):
+            threshold = threshold.detach().clone()  # an optimizer writes to it in place
+        self.mem, self.version = mem, self._version(mem)
+        self.threshold, self.surrogate = threshold, options.surrogate
+
+    @staticmethod
+    def _version(tensor: Tensor) -> int:
+        return 0 if tensor.is_inference() else tensor._version
+
+    def signal(self) -> Tensor:
+        if self.reset is not None:
+            return self.reset
+        if self._version(self.mem) != self.version:
+            raise RuntimeError(
+                "reset can no longer be computed: the mem that was passed to the last call was "
+                "modified in place; read reset before that"
+            )
+        with torch.no_grad():
+            return reference.reset_signal(self.mem, self.threshold, self.surrogate)
