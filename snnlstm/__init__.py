@@ -1,10 +1,19 @@
 """A faster drop-in replacement for snnTorch's SConv2dLSTM."""
 
-from . import functional, quant, reference, surrogate
-from .path import algorithm, set_algorithm
-from .sconv2dlstm import SConv2dLSTM
-from .snntorch import accelerate
+import sys
+
 from .version import __version__
+
+try:
+    from . import functional, quant, reference, surrogate
+    from .path import algorithm, set_algorithm
+    from .sconv2dlstm import SConv2dLSTM
+    from .snntorch import accelerate
+except Exception:
+    # `python -m snnlstm` (Python calls it "-m" while it imports the package) is there to say what
+    # is missing or broken, be it torch itself.
+    if sys.argv[:1] != ["-m"]:
+        raise
 
 __all__ = [
     "SConv2dLSTM",
