@@ -155,6 +155,12 @@ def conv_reason(
     return None
 
 
+def exporting() -> bool:
+    """Whether torch.export or an ONNX exporter is tracing."""
+    # torch.compiler.is_exporting came after the oldest torch that is supported.
+    return getattr(torch.compiler, "is_exporting", bool)() or torch.onnx.is_in_onnx_export()
+
+
 def _plain(tensor: Tensor | None) -> bool:
     return tensor is None or type(tensor) is Tensor or type(tensor) is nn.Parameter
 
@@ -174,13 +180,13 @@ def _quiet(
     graded: Tensor,
 ) -> str | None:
     """Reasons for the reference path that nobody expects to be fast."""
+    if exporting():
+        return "an export records plain operators"
     if torch.compiler.is_compiling():
-        if getattr(torch.compiler, "is_exporting", bool)():
-            return "torch.export traces plain operators"
         return None
     if not all(map(_plain, (x, syn, mem, weight, bias, threshold, graded))):
         return "a tensor is of a subclass"
-    if torch._C._get_tracing_state() is not None or torch.onnx.is_in_onnx_export():
+    if torch._C._get_tracing_state() is not None:
         return "tracing records plain operators"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"

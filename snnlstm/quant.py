@@ -44,7 +44,7 @@ def _nearest_sorted(x: Tensor, levels: Tensor) -> Tensor:
     longer strictly. The least distance is that of a neighbour of x, and the levels below x
     that tie with it are found by bisection. Infinite x ties everywhere: index 0.
     """
-    count = levels.numel()
+    count = int(levels.numel())  # a tensor while torch.jit traces
     above = torch.bucketize(x, levels)
     high, low = above.clamp(max=count - 1), (above - 1).clamp(min=0)
     least = torch.minimum((levels[high] - x).abs(), (levels[low] - x).abs())
@@ -56,7 +56,7 @@ def _nearest_any(x: Tensor, levels: Tensor) -> Tensor:
     """As above for levels in any order, in one pass per level."""
     index = torch.zeros_like(x, dtype=torch.int64)
     least = (levels[0] - x).abs()
-    for k in range(1, levels.numel()):
+    for k in range(1, int(levels.numel())):
         distance = (levels[k] - x).abs()
         closer = distance < least
         index = torch.where(closer, k, index)

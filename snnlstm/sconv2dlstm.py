@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import arguments, reference
 from .functional import compute
 from .options import CellOptions
-from .path import Path, conv_reason, log_fallback
+from .path import Path, conv_reason, exporting, log_fallback
 from .state import StatefulCell
 from .surrogate import NONE
 
@@ -296,7 +296,7 @@ class SConv2dLSTM(StatefulCell):
         x: Tensor,
         syn: Tensor | None = None,
         mem: Tensor | None = None,
-        *,
+        *extra: Any,
         record: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Run one step, or a whole sequence.
@@ -326,7 +326,15 @@ class SConv2dLSTM(StatefulCell):
             ``init_hidden=True``.
         ValueError
             If a shape or device does not fit. After an error the stored state is as before.
+
+        Notes
+        -----
+        torch.export and the ONNX exporters record one call. The states are stored outside of
+        what they record: pass syn and mem, and feed the returned ones to the next call.
         """
+        # The ONNX exporter of torch.jit passes the defaults of keywords as further positions.
+        if extra and not torch.onnx.is_in_onnx_export():
+            raise TypeError(f"forward takes x, syn and mem, and record by name; got also {extra}")
         if self.init_hidden and not (syn is None and mem is None):
             raise TypeError(
                 "`mem` or `syn` should not be passed as an argument while `init_hidden=True`"
@@ -389,6 +397,8 @@ class SConv2dLSTM(StatefulCell):
         threshold: Tensor,
     ) -> None:
         """Keep the results of a call that succeeded."""
+        if exporting():  # a program carries no attributes, and keeping tracers would spoil us
+            return
         log_fallback(path, self._logged)
         self.path = path
         self.spk = spk
