@@ -1,0 +1,254 @@
+"""The layers that the suite times: built-in shapes, own shapes from the command line, and counts.
+
+Counts (floating-point operations, fewest bytes) are those of direct convolution. An algorithm with
+fewer operations can therefore show an effective rate above the machine's peak.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+
+MODES = ("forward", "backward", "both")
+"""forward: inference. backward: backward alone, after an untimed forward. both: training."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer on one input: x is (steps, batch, cin, height, width).
+
+    density: share of non-zero values in a binary x; None draws x from a normal distribution.
+    threshold: 0.1 unless told: |mem| <= 1, so the default of 1.0 could never spike.
+    goals: (forward, training) speed-ups over snnTorch eager that the project aims at, or None.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    cin: int
+    cout: int
+    height: int
+    width: int
+    kernel: tuple[int, int] = (3, 3)
+    max_pool: int = 0
+    avg_pool: int = 0
+    reset: str = "none"
+    quant_bits: int = 0
+    threshold: float = 0.1
+    density: float | None = 0.1
+    goals: tuple[float, float] | None = None
+
+    @property
+    def grad_x(self) -> bool:
+        """Whether training counts the gradient of x: not for a network's first layer."""
+        return self.cin > 4
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        """Shape of syn and mem."""
+        return self.batch, self.cout, self.height, self.width
+
+    @property
+    def spike_shape(self) -> tuple[int, int, int, int, int]:
+        """Shape of the whole sequence's spikes."""
+        pool = self.max_pool or self.avg_pool or 1
+        return self.steps, self.batch, self.cout, self.height // pool, self.width // pool
+
+    @property
+    def options(self) -> str:
+        """What differs from a plain cell, as text; `parse_case` reads it back."""
+        told = [
+            (self.max_pool, f"max_pool={self.max_pool}"),
+            (self.avg_pool, f"avg_pool={self.avg_pool}"),
+            (self.reset != "none", f"reset={self.reset}"),
+            (self.quant_bits, f"quant={self.quant_bits}"),
+            (self.threshold != 0.1, f"threshold={self.threshold:g}"),
+        ]
+        return " ".join(text for used, text in told if used)
+
+    @property
+    def title(self) -> str:
+        """Shape and options in one line."""
+        kernel = "x".join(map(str, dict.fromkeys(self.kernel)))
+        x = "dense x" if self.density is None else f"{self.density:.0%} x"
+        shape = f"T={self.steps} N={self.batch} {self.cin}->{self.cout} {self.height}x{self.width}"
+        return f"{shape} k{kernel}, {x}" + (f", {self.options}" if self.options else "")
+
+    def goal(self, mode: str) -> float | None:
+        """The speed-up aimed at in `mode`, or None (there is none for backward alone)."""
+        if self.goals is None or mode == "backward":
+            return None
+        return self.goals[0 if mode == "forward" else 1]
+
+    def make_input(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+        """x of shape (steps, batch, cin, height, width), drawn on the CPU: equal on any device."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (self.steps, self.batch, self.cin, self.height, self.width)
+        if self.density is None:
+            x = torch.randn(shape, generator=generator)
+        else:
+            x = (torch.rand(shape, generator=generator) < self.density).float()
+        return x.to(device, dtype)
+
+    def flops(self, mode: str) -> int:
+        """Floating-point operations of the convolutions of one time step."""
+        pixels = self.batch * self.height * self.width
+        taps = self.kernel[0] * self.kernel[1]
+        forward = 2 * pixels * taps * 4 * self.cout * (self.cin + self.cout)
+        data = 2 * pixels * taps * 4 * self.cout * (self.cout + self.cin * self.grad_x)
+        backward = data + forward  # the weight gradient costs what the forward pass costs
+        return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
+
+    def fewest_bytes(self, mode: str, element: int) -> int:
+        """Bytes that one time step has to move at least, each value once; element: bytes of one.
+
+        Forward: read x, syn, mem and the weights, write syn, mem and spk. Training also writes
+        the four activated gates and reads them back with both states and the spikes' gradient.
+        """
+        state = math.prod(self.state_shape)
+        x = self.batch * self.cin * self.height * self.width
+        spikes = math.prod(self.spike_shape[1:])
+        weights = 4 * self.cout * (self.cin + self.cout) * self.kernel[0] * self.kernel[1]
+        forward = x + 4 * state + spikes + weights
+        backward = 4 * state + x * (1 + self.grad_x) + 6 * state + spikes + 2 * weights
+        counts = {
+            "forward": forward,
+            "backward": backward,
+            "both": forward + 4 * state + backward,
+        }
+        return element * counts[mode]
+
+
+def _named(*cases: Case) -> dict[str, Case]:
+    return {case.name: case for case in cases}
+
+
+_MID = Case("mid", 8, 8, 32, 64, 32, 32, goals=(5, 4.5))
+_BIG = Case("big", 4, 8, 64, 128, 32, 32, goals=(5, 5))
+
+CPU_CASES = _named(
+    Case("tiny", 20, 1, 2, 16, 16, 16, goals=(12, 9)),
+    Case("mnist", 10, 32, 1, 8, 28, 28, goals=(4.5, 4.5)),
+    Case("doc2", 10, 32, 8, 8, 14, 14, avg_pool=2, goals=(4, 4)),
+    Case("audio", 20, 8, 1, 16, 129, 33, max_pool=2, goals=(4, 4)),
+    Case("dvs", 10, 16, 2, 32, 32, 32, goals=(5, 4.5)),
+    _MID,
+    _BIG,
+    Case("k5", 8, 8, 16, 32, 32, 32, kernel=(5, 5), goals=(3, 3)),
+    dataclasses.replace(_MID, name="zero", reset="zero", goals=(8, 7)),
+    dataclasses.replace(_MID, name="quant", quant_bits=8, goals=(100, 50)),
+    dataclasses.replace(_MID, name="mid-dense", density=None, goals=(3.5, 3.5)),
+    dataclasses.replace(_BIG, name="big-dense", density=None, goals=(3.5, 3.5)),
+)
+
+# Layers as networks on DVS128 Gesture have them: 2 polarities in, 64 or 128 pixels a side.
+GPU_CASES = _named(
+    Case("dvs64", 16, 16, 2, 32, 64, 64),
+    Case("dvs128", 16, 16, 2, 32, 128, 128),
+    Case("wide64", 16, 16, 64, 128, 64, 64),
+    Case("wide128", 16, 16, 64, 128, 128, 128),
+)
+
+LONG_CASE = Case("long", 40, 8, 16, 32, 32, 32)
+"""A long sequence, for memory: measured at each of LONG_STEPS."""
+LONG_STEPS = (5, 10, 20, 40)
+
+QUICK_CASES = ("tiny", "mnist", "doc2", "dvs", "mid", "k5")
+
+CASES = {**CPU_CASES, **GPU_CASES, LONG_CASE.name: LONG_CASE}
+
+
+def find_cases(names: list[str]) -> list[Case]:
+    """Built-in cases by name; "cpu" and "gpu" stand for a whole table.
+
+    Raises ValueError naming the shape that is not known.
+    """
+    found: dict[str, Case] = {}
+    for name in names:
+        if name in ("cpu", "gpu"):
+            found |= CPU_CASES if name == "cpu" else GPU_CASES
+        elif name in CASES:
+            found[name] = CASES[name]
+        else:
+            known = ", ".join(CASES)
+            raise ValueError(f"--shapes: no shape is called {name!r}; known: {known}, cpu, gpu")
+    return list(found.values())
+
+
+def parse_case(text: str) -> Case:
+    """A shape given on the command line: "T N Cin Cout H W k [option=value ...]".
+
+    k is "3" or "3x5". Options: max_pool, avg_pool, reset, quant (bits), threshold, density (a
+    share, or "dense"), name. Raises ValueError naming the part that is wrong.
+    """
+    words = text.replace(",", " ").split()
+    numbers = [word for word in words if "=" not in word]
+    if len(numbers) != 7:
+        raise ValueError(
+            f'--shape: expected "T N Cin Cout H W k [option=value ...]", '
+            f"got {len(numbers)} numbers in {text!r}"
+        )
+    sizes = [_positive(label, word) for label, word in zip("T N Cin Cout H W".split(), numbers)]
+    kernel = [_positive("k", side) for side in numbers[6].lower().split("x")]
+    if len(kernel) > 2 or any(side % 2 == 0 for side in kernel):
+        raise ValueError(f"--shape: k must be odd, as 3 or 3x5, got {numbers[6]!r}")
+    given: dict[str, object] = {"name": "own-" + "-".join(numbers)}
+    for word in words:
+        if "=" in word:
+            given |= _option(*word.split("=", 1))
+    case = Case(steps=sizes[0], batch=sizes[1], cin=sizes[2], cout=sizes[3], height=sizes[4],
+                width=sizes[5], kernel=(kernel[0], kernel[-1]), **given)  # type: ignore[arg-type]
+    if case.max_pool and case.avg_pool:
+        raise ValueError("--shape: only one of max_pool and avg_pool may be given, got both")
+    if min(case.spike_shape) < 1:
+        raise ValueError(f"--shape: the pool is larger than the image in {text!r}")
+    return case
+
+
+def _positive(label: str, word: str) -> int:
+    if not word.isdigit() or int(word) < 1:
+        raise ValueError(f"--shape: {label} must be a positive whole number, got {word!r}")
+    return int(word)
+
+
+def _option(key: str, value: str) -> dict[str, object]:
+    if key in ("max_pool", "avg_pool"):
+        return {key: _positive(key, value)}
+    if key == "quant":
+        bits = _positive(key, value)
+        if bits > 16:
+            raise ValueError(f"--shape: quant must be 1 to 16 bits, got {value!r}")
+        return {"quant_bits": bits}
+    if key == "reset":
+        if value not in ("none", "subtract", "zero"):
+            raise ValueError(f"--shape: reset must be none, subtract or zero, got {value!r}")
+        return {"reset": value}
+    if key == "density":
+        return {"density": parse_density(value, "--shape: density")}
+    if key == "threshold":
+        try:
+            return {"threshold": float(value)}
+        except ValueError:
+            raise ValueError(f"--shape: threshold must be a number, got {value!r}") from None
+    if key == "name" and value:
+        return {"name": value}
+    raise ValueError(
+        f"--shape: unknown option {key}={value!r}; known: max_pool, avg_pool, reset, quant, "
+        "threshold, density, name"
+    )
+
+
+def parse_density(text: str, label: str = "--density") -> float | None:
+    """A share of non-zero values in 0..1, or "dense" (None: normally distributed x)."""
+    if text == "dense":
+        return None
+    try:
+        density = float(text)
+    except ValueError:
+        density = -1.0
+    if not 0 <= density <= 1:
+        raise ValueError(f'{label} must be a share from 0 to 1 or "dense", got {text!r}')
+    return density

@@ -1,0 +1,226 @@
+"""The command line of `python -m benchmarks`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import compare, machine, report
+from benchmarks.cases import CASES, MODES, QUICK_CASES, find_cases, parse_case, parse_density
+from benchmarks.providers import PROVIDERS, QUICK_PROVIDERS, Setting, find_providers
+from benchmarks.rows import read_rows, write_rows
+from benchmarks.suite import Plan, Suite
+from benchmarks.timing import Budget
+
+DTYPES = ("float32", "tf32", "float64", "bfloat16", "float16")
+
+EPILOG = f"""\
+shapes:
+{chr(10).join(f"  {case.name:<10} {case.title}" for case in CASES.values())}
+
+providers:
+{chr(10).join(f"  {name:<19} {provider.title}" for name, provider in PROVIDERS.items())}
+
+examples:
+  python -m benchmarks --quick
+  python -m benchmarks --shapes mid big --mode both --goals --out out/before
+  python -m benchmarks --shape "8 4 32 48 30 40 3x5 reset=zero density=0.02"
+  python -m benchmarks --compare out/before out/after
+  python -m benchmarks --device cuda --shapes gpu --dtype float32 tf32 bfloat16
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of the suite."""
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Time snnlstm's SConv2dLSTM beside snnTorch's and others, in interleaved "
+        "rounds, weigh their memory, and write rows (CSV, JSON) and plots.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = p.add_argument_group("what to measure")
+    what.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="NAME",
+        help='built-in shapes from the list below; "cpu" and "gpu" stand for whole tables '
+        "(default: cpu, or gpu with --device cuda)",
+    )
+    what.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        metavar='"T N Cin Cout H W k ..."',
+        help="a shape of your own, may be repeated; options after k: max_pool=2 avg_pool=2 "
+        "reset=zero quant=8 threshold=0.1 density=0.1 (or density=dense) name=mine",
+    )
+    what.add_argument(
+        "--providers",
+        nargs="+",
+        metavar="NAME",
+        help="from the list below; snntorch is always among them (default: all that run here)",
+    )
+    what.add_argument(
+        "--mode",
+        nargs="+",
+        choices=MODES,
+        help="forward: inference; backward: backward alone; both: training (default: all three)",
+    )
+    what.add_argument(
+        "--density",
+        metavar="D",
+        help='share of ones in x, or "dense" for normally distributed x, in place of the shapes\' '
+        "own (0.1 mostly)",
+    )
+    what.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    what.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=["float32"],
+        help="tf32: float32 tensors on tensor cores (CUDA)",
+    )
+    what.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        metavar="N",
+        help="threads of torch, and so of every provider (default: torch's own, %(default)s here)",
+    )
+    what.add_argument("--seed", type=int, default=0, help="of weights and x (default: 0)")
+    how = p.add_argument_group("how long")
+    how.add_argument("--quick", action="store_true", help="fewer of everything: under 2 minutes")
+    how.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="time for one shape in one mode, all providers together (default: 12; --quick: 1.5)",
+    )
+    how.add_argument(
+        "--memory",
+        choices=("all", "long", "off"),
+        help="peak memory of each shape and against T, against T only, or not (default: all; "
+        "--quick: long)",
+    )
+    out = p.add_argument_group("what to show")
+    out.add_argument("--goals", action="store_true", help="set the speed-ups against our goals")
+    out.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="directory for rows.csv, rows.json and the plots (default: out/bench-DATE-TIME)",
+    )
+    out.add_argument("--no-plots", action="store_true", help="write rows only")
+    other = p.add_argument_group("instead of measuring")
+    other.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="what changed from run A to run B (directories or files of rows), and what is noise",
+    )
+    other.add_argument("--plot", type=Path, metavar="DIR", help="draw the plots of a run again")
+    return p
+
+
+def plan_from(args: argparse.Namespace, dtype: str) -> Plan:
+    """The plan that the arguments ask for; raises ValueError naming the argument that is wrong."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: cuda was asked for, but torch sees no CUDA device")
+    if dtype == "tf32" and args.device != "cuda":
+        raise ValueError("--dtype: tf32 needs --device cuda")
+    if args.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    if args.seconds is not None and not args.seconds > 0:
+        raise ValueError(f"--seconds must be positive, got {args.seconds}")
+    own = [parse_case(text) for text in args.shape]
+    names = args.shapes
+    if names is None and not own:
+        quick = list(QUICK_CASES) if args.device == "cpu" else ["dvs64", "wide64"]
+        names = quick if args.quick else ["cpu" if args.device == "cpu" else "gpu"]
+    cases = find_cases(names or []) + own
+    if args.density is not None:
+        density = parse_density(args.density)
+        cases = [dataclasses.replace(case, density=density, goals=None) for case in cases]
+    providers = args.providers or (list(QUICK_PROVIDERS) if args.quick else list(PROVIDERS))
+    return Plan(
+        cases=cases,
+        providers=find_providers(providers),
+        modes=args.mode or (["forward", "both"] if args.quick else list(MODES)),
+        setting=Setting(args.device, dtype, args.seed),
+        threads=args.threads,
+        budget=Budget(seconds=args.seconds or (1.5 if args.quick else 12.0)),
+        memory=args.memory or ("long" if args.quick else "all"),
+        long_steps=(10, 40) if args.quick else Plan.long_steps,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 1 if a provider computes something else."""
+    p = parser()
+    args = p.parse_args(arguments)
+    try:
+        if args.compare:
+            print(compare.report(*map(read_rows, args.compare)))
+            return 0
+        if args.plot:
+            return _draw(read_rows(args.plot), args.plot if args.plot.is_dir() else args.plot.parent)
+        plans = [plan_from(args, dtype) for dtype in dict.fromkeys(args.dtype)]
+    except ValueError as error:
+        p.error(str(error))
+    return _measure(plans, args)
+
+
+def _measure(plans: list[Plan], args: argparse.Namespace) -> int:
+    now = datetime.datetime.now()
+    out = args.out or Path("out") / f"bench-{now:%Y%m%d-%H%M%S}"
+    rows, disagreements = [], []
+    begin = time.perf_counter()
+    for plan in plans:
+        suite = Suite(plan)
+        origin = suite.origin
+        print(
+            f"snnlstm {origin['version']} at {origin['commit']}, torch {origin['torch']}, "
+            f"snntorch {origin['snntorch']}\n{origin['device']}, {plan.threads} threads, "
+            f"{plan.setting.dtype}\n"
+        )
+        if machine.busy_cores() > 0.5:
+            print(
+                f"The machine is busy ({machine.busy_cores():.1f} cores in the last minute): "
+                "ratios will still be fair, milliseconds will not.\n"
+            )
+        outcome = suite.run()
+        rows += outcome.rows
+        disagreements += outcome.disagreements
+        print(report.summary(outcome.rows, args.goals))
+        table = report.memory_table(outcome.rows, args.goals)
+        print(f"\n{table}\n" if table else "")
+        print(report.peaks_line(outcome.peaks))
+    for path in write_rows(rows, out):
+        print(f"wrote {path}")
+    if not args.no_plots:
+        _draw(rows, out)
+    print(f"took {time.perf_counter() - begin:.0f} s")
+    for line in disagreements:
+        print(f"NOT TIMED, computes something else: {line}", file=sys.stderr)
+    return 1 if disagreements else 0
+
+
+def _draw(rows: list, directory: Path) -> int:
+    try:
+        from benchmarks.plots import draw_all
+
+        drawn = draw_all(rows, directory)
+    except ImportError as error:
+        print(f"no plots: {error} (pip install 'snnlstm[bench]')", file=sys.stderr)
+        return 1
+    for path in drawn:
+        print(f"wrote {path}")
+    return 0

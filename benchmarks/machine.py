@@ -1,0 +1,128 @@
+"""The machine a run was made on: its names, and the peaks that it really reaches."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.providers.base import Setting
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What the machine reached in this run: a matrix product and a copy, the best of several."""
+
+    gflops: float
+    gbytes: float
+    """Bytes read plus bytes written by the copy, in 1e9 a second."""
+
+
+def describe(setting: Setting) -> dict[str, str]:
+    """What every row says about where it comes from: version, commit, device, date, torch..."""
+    return {
+        "version": package_version("snnlstm"),
+        "commit": git_commit(),
+        "device": device_name(setting.device),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "snntorch": package_version("snntorch"),
+        "python": platform.python_version(),
+    }
+
+
+def package_version(name: str) -> str:
+    """The imported package's version, or "missing"."""
+    try:
+        return str(__import__(name).__version__)
+    except (ImportError, AttributeError):
+        return "missing"
+
+
+def git_commit() -> str:
+    """Short commit of this checkout, with "+" where files differ from it, or "unknown"."""
+    command = ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the CPU's with its widest vector unit."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"
+
+
+def busy_cores() -> float:
+    """The system's load over the last minute, in cores; 0 where it is not known."""
+    try:
+        return os.getloadavg()[0]
+    except OSError:
+        return 0.0
+
+
+def available_bytes() -> int:
+    """Memory that can be had on the host without swapping."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure_peak(setting: Setting, seconds: float = 1.0) -> Peak:
+    """Largest rate of a square matrix product and of a copy, in the setting's dtype.
+
+    `seconds` go to each of the two. A matrix product is what a machine does best: convolutions
+    are held against it, not against a number from a data sheet.
+    """
+    setting.apply_precision()
+    device, dtype = torch.device(setting.device), setting.torch_dtype
+    side = 8192 if setting.device == "cuda" else 1536
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    b = torch.randn(side, side, device=device, dtype=dtype)
+    product = torch.empty_like(a)
+    best = _best_seconds(lambda: torch.mm(a, b, out=product), setting.device, seconds)
+    gflops = 2 * side**3 / best / 1e9
+    del a, b, product
+    # Beyond any cache, so that the copy is one of memory.
+    count = (1 << 30 if setting.device == "cuda" else 1 << 28) // dtype.itemsize
+    source = torch.ones(count, device=device, dtype=dtype)
+    target = torch.zeros_like(source)
+    best = _best_seconds(lambda: target.copy_(source), setting.device, seconds)
+    return Peak(gflops, 2 * count * dtype.itemsize / best / 1e9)
+
+
+def _best_seconds(call: Callable[[], object], device: str, seconds: float) -> float:
+    call()
+    best = float("inf")
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,181 @@
+"""What a provider is: one way of running a layer over a sequence, ready to be timed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.cases import Case
+
+Tensor = torch.Tensor
+Spikes = Tensor | list[Tensor]
+"""The spikes of a sequence: (T, N, C, Ho, Wo), or a list of T tensors (N, C, Ho, Wo)."""
+
+
+class Unavailable(Exception):
+    """A provider cannot run a case here; the text says why."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all providers of a run share.
+
+    device: "cpu" or "cuda". dtype: "float32", "tf32" (float32 tensors, tensor cores), "float64",
+    "bfloat16" or "float16". seed: of the weights and of x.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Type of x, states and weights."""
+        return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
+
+    def apply_precision(self) -> None:
+        """Allow tensor cores for float32 under "tf32" and forbid them under anything else."""
+        torch.backends.cudnn.allow_tf32 = self.dtype == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = self.dtype == "tf32"
+
+
+class Provider:
+    """A layer built for `case`, with weights that depend on the seed alone.
+
+    Subclasses define `sequence`, and `why_not` where they cannot run everything. `states` says how
+    many tensors of the state's size training holds per time step, for the memory guard.
+    """
+
+    name = "provider"
+    title = "what it is, in a few words"
+    states = 16
+
+    def __init__(self, case: Case, setting: Setting) -> None:
+        self.case = case
+        self.setting = setting
+        setting.apply_precision()
+        torch.manual_seed(setting.seed)
+        self.cell = self.build_cell()
+        self.cell.to(setting.device, setting.torch_dtype)
+
+    @classmethod
+    def why_not(cls, case: Case, setting: Setting) -> str | None:
+        """Why the provider cannot run `case` here, or None if it can."""
+        return None
+
+    @classmethod
+    def bytes_needed(cls, case: Case, setting: Setting, mode: str) -> int:
+        """A rough upper bound on what a run allocates, to refuse before the machine swaps."""
+        element = setting.torch_dtype.itemsize
+        state = math.prod(case.state_shape) * element
+        x = case.steps * case.batch * case.cin * case.height * case.width * element
+        kept = case.steps if mode != "forward" else 1
+        return 3 * x + (cls.states + 4) * state * kept
+
+    def build_cell(self) -> torch.nn.Module:
+        """The cell, freshly initialised from torch's global generator."""
+        raise NotImplementedError
+
+    def sequence(self, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Spikes, Tensor, Tensor]:
+        """T time steps: x (T, N, Cin, H, W), states (N, C, H, W) to spikes and the last states."""
+        raise NotImplementedError
+
+    def context(self) -> AbstractContextManager[None]:
+        """What has to be in force while the provider runs, forward and backward."""
+        return nullcontext()
+
+    @property
+    def spike_dtype(self) -> torch.dtype:
+        """Type of the spikes that `sequence` gives."""
+        return self.setting.torch_dtype
+
+    @property
+    def path(self) -> str:
+        """Which implementation ran last, for the report; empty where there is only one."""
+        return ""
+
+    def prepare(self, mode: str) -> tuple[Callable[[], object], Callable[[], object]]:
+        """(setup, run): `run` is what is timed, `setup` goes before each call of it, untimed.
+
+        forward runs without gradients. In the other modes the setup clears the gradients and moves
+        the weights by a rounding error or two, as an optimizer's step does between two batches:
+        whatever a provider derives from its weights has to be derived anew, inside the timing.
+        """
+        x, syn, mem = self.inputs(mode)
+        if mode == "forward":
+
+            def infer() -> object:
+                with torch.no_grad():
+                    return self.sequence(x, syn, mem)
+
+            return _nothing, infer
+
+        gradient = self.spike_gradient()
+        parameters = list(self.cell.parameters())
+        nudge = _Nudge(self.cell.conv.weight)
+        held: list[Spikes] = []
+
+        def clear() -> None:
+            held.clear()
+            x.grad = None
+            for parameter in parameters:
+                parameter.grad = None
+            nudge()
+
+        def backward(spikes: Spikes) -> None:
+            # Listed spikes are not stacked: snnTorch's loop is not charged for a copy.
+            if isinstance(spikes, list):
+                torch.autograd.backward(spikes, list(gradient.unbind(0)))
+            else:
+                spikes.backward(gradient)
+
+        def train() -> None:
+            backward(self.sequence(x, syn, mem)[0])
+
+        def forward_first() -> None:
+            clear()
+            held.append(self.sequence(x, syn, mem)[0])
+
+        if mode == "backward":
+            return forward_first, lambda: backward(held.pop())
+        return clear, train
+
+    def inputs(self, mode: str, steps: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x and zero states; x asks for a gradient in training where the case counts it.
+
+        steps: use only so many time steps of the case.
+        """
+        case, setting = self.case, self.setting
+        device = torch.device(setting.device)
+        x = case.make_input(device, setting.torch_dtype, setting.seed)[:steps]
+        x.requires_grad_(mode != "forward" and case.grad_x)
+        # Two tensors: the same one twice makes torch.compile specialise on their being equal.
+        syn = torch.zeros(case.state_shape, device=device, dtype=setting.torch_dtype)
+        return x, syn, torch.zeros_like(syn)
+
+    def spike_gradient(self) -> Tensor:
+        """The gradient that training sends into the spikes: normal, (T, N, C, Ho, Wo)."""
+        generator = torch.Generator().manual_seed(self.setting.seed + 1)
+        gradient = torch.randn(self.case.spike_shape, generator=generator)
+        return gradient.to(self.setting.device, self.spike_dtype)
+
+
+class _Nudge:
+    """Moves a weight back and forth by one part in a million."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.factor = 1 + 1e-6 if weight.element_size() > 2 else 1 + 1e-2
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        self.weight.mul_(self.factor)
+        self.factor = 1 / self.factor
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,131 @@
+"""The suite's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from benchmarks.cases import MODES, Case
+from benchmarks.machine import Peak
+from benchmarks.providers import BASELINE, PROVIDERS
+from benchmarks.rows import Row
+from benchmarks.tables import format_table
+
+MODE_TITLES = {
+    "forward": "forward (inference)",
+    "backward": "backward alone",
+    "both": "forward + backward (training)",
+}
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A value with so many significant digits and no exponent; nothing for None."""
+    if value is None:
+        return ""
+    if value == 0:
+        return "0"
+    text = f"{value:.{digits}g}"
+    return f"{float(text):.0f}" if "e" in text and value >= 1 else text
+
+
+def case_block(case: Case, mode: str, rows: Sequence[Row]) -> str:
+    """One case in one mode: a line per provider."""
+    header = ["provider", "p20", "p50", "p80", "speed-up", "GFLOP/s", "of peak", "MiB", "rounds"]
+    cells = []
+    for row in rows:
+        share = row.gflops / row.peak_gflops if row.gflops and row.peak_gflops else None
+        cells.append(
+            [
+                row.provider,
+                number(row.p20_ms),
+                number(row.p50_ms),
+                number(row.p80_ms),
+                "" if row.speedup is None else f"{row.speedup:.2f}x",
+                number(row.gflops),
+                "" if share is None else f"{share:.0%}",
+                number(row.peak_mib),
+                str(row.rounds),
+            ]
+        )
+    table = format_table(header, cells)
+    notes = [f"  {row.provider}: {row.note}" for row in rows if row.note]
+    paths = sorted({(row.path, row.provider) for row in rows if row.path})
+    notes += [f"  {name}: ran {path}" for path, name in paths]
+    title = f"{case.name}  {MODE_TITLES[mode]}  [{case.title}], ms per time step"
+    return "\n".join([title, table, *notes, ""])
+
+
+def summary(rows: Iterable[Row], goals: bool) -> str:
+    """Speed-ups of all cases: one line per case and mode, one column per provider."""
+    timed = [row for row in rows if row.speedup is not None]
+    if not timed:
+        return "Nothing was timed against the baseline."
+    names = [name for name in PROVIDERS if any(row.provider == name for row in timed)]
+    names.remove(BASELINE)
+    header = ["case", "mode", f"{BASELINE} ms", *names]
+    header += ["goal", ""] if goals else []
+    lines = []
+    met = wanted = 0
+    for case, mode in dict.fromkeys((row.case, row.mode) for row in timed):
+        found = {row.provider: row for row in timed if (row.case, row.mode) == (case, mode)}
+        cells = [case, mode, number(found[BASELINE].p50_ms)]
+        cells += [f"{found[name].speedup:.2f}x" if name in found else "-" for name in names]
+        if goals:
+            ours = found.get("snnlstm")
+            goal = ours.goal if ours else None
+            verdict = ""
+            if ours and ours.speedup and goal:
+                wanted += 1
+                met += ours.speedup >= goal
+                verdict = "met" if ours.speedup >= goal else "missed"
+            cells += [f"{goal:g}x" if goal else "-", verdict]
+        lines.append(cells)
+    text = [
+        f"Speed-up over {BASELINE} (ratio of medians of interleaved rounds)",
+        format_table(header, lines, left=2),
+    ]
+    if goals and wanted:
+        text.append(f"{met} of {wanted} goals met (the goals are for snnlstm by sequence).")
+    return "\n".join(text)
+
+
+def memory_table(rows: Iterable[Row], goals: bool) -> str:
+    """Peak memory of the long sequence against T; empty where it was not measured."""
+    rows = [row for row in rows if row.case == "long" and row.p50_ms is None]
+    if not rows:
+        return ""
+    names = [name for name in PROVIDERS if any(row.provider == name for row in rows)]
+    lines = []
+    notes: dict[str, None] = {}
+    for mode in MODES:
+        for steps in dict.fromkeys(row.steps for row in rows if row.mode == mode):
+            found = {row.provider: row for row in rows if (row.steps, row.mode) == (steps, mode)}
+            baseline = found[BASELINE].peak_mib if BASELINE in found else None
+            cells = [mode, str(steps)]
+            for name in names:
+                peak = found[name].peak_mib if name in found else None
+                ratio = "" if not baseline or peak is None else f" ({peak / baseline:.2f})"
+                cells.append("-" if peak is None else f"{peak:.1f}{ratio}")
+            lines.append(cells)
+            notes |= {f"{row.provider}: {row.note}": None for row in found.values() if row.note}
+    first = rows[0]
+    text = [
+        f"Peak memory in MiB (and as a share of {BASELINE}'s), N={first.batch} "
+        f"{first.cin}->{first.cout} {first.height}x{first.width}, beyond weights and x",
+        format_table(["mode", "T", *names], lines, left=1),
+        *notes,
+    ]
+    if goals:
+        text.append("Goals in training at T=40: snnlstm 0.42, snnlstm-checkpoint 0.22.")
+    return "\n".join(text)
+
+
+def peaks_line(peaks: Sequence[Peak]) -> str:
+    """The machine's own peaks, before and after the run, and whether it stayed the same machine."""
+    first, last = peaks[0], peaks[-1]
+    text = (
+        f"Machine's peak, measured in this run: matrix product {first.gflops:.0f} GFLOP/s, copy "
+        f"{first.gbytes:.1f} GB/s; after the run {last.gflops:.0f} and {last.gbytes:.1f}."
+    )
+    if abs(last.gflops / first.gflops - 1) > 0.1:
+        text += "\nThey differ by more than 10 %: something else ran meanwhile. Do not trust ms."
+    return text

@@ -1,0 +1,116 @@
+"""Interleaved timing: each round runs every provider once, in a new order.
+
+What disturbs a machine for a while (another program, a change of clock) then hits all providers
+alike, and the ratio of their medians stays true where two separate runs would differ.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Runner = tuple[Callable[[], object], Callable[[], object]]
+"""(setup, run): setup is not timed."""
+
+WARM_UP = 4
+"""Runs before timing: torch.compile settles its guards in three, caches and pages in one."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long one case in one mode may take, over all providers, and how many rounds at least."""
+
+    seconds: float = 12.0
+    fewest: int = 5
+    most: int = 400
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """The 20th, 50th and 80th percentile of the timed seconds, and how many there were."""
+
+    p20: float
+    p50: float
+    p80: float
+    rounds: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Quantiles:
+        """Quantiles of at least one sample, interpolated linearly."""
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0], 1)
+        cuts = statistics.quantiles(samples, n=10, method="inclusive")
+        return cls(cuts[1], statistics.median(samples), cuts[7], len(samples))
+
+
+def clock(run: Callable[[], object], device: str) -> float:
+    """Seconds of one call; on CUDA between two events on the current stream."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        result = run()
+        end.record()
+        end.synchronize()
+        del result
+        return start.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    result = run()
+    elapsed = time.perf_counter() - begin
+    del result  # freeing is not timed: in a network the next layer still holds it
+    return elapsed
+
+
+def warm_up(runner: Runner, device: str, budget: Budget) -> None:
+    """Run a provider until it has settled; slow ones get fewer runs."""
+    setup, run = runner
+    spent = 0.0
+    for done in range(WARM_UP):
+        setup()
+        spent += clock(run, device)
+        if done and spent > budget.seconds / 2:
+            break
+
+
+def time_interleaved(
+    runners: Mapping[str, Runner],
+    device: str,
+    budget: Budget,
+    tick: Callable[[float], None] = lambda share: None,
+    seed: int = 0,
+) -> dict[str, Quantiles]:
+    """Time warmed-up runners against each other.
+
+    tick is told the share of the work (0..1) that is done, after every round. Garbage collection
+    is off while the clock runs.
+    """
+    names = list(runners)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(seed)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    begin = time.perf_counter()
+    try:
+        for done in range(1, budget.most + 1):
+            order.shuffle(names)
+            for name in names:
+                setup, run = runners[name]
+                setup()
+                samples[name].append(clock(run, device))
+            spent = time.perf_counter() - begin
+            if done >= budget.fewest and spent >= budget.seconds:
+                break
+            by_time = min(spent / budget.seconds, done / budget.fewest)
+            tick(min(1.0, max(by_time, done / budget.most)))
+    finally:
+        if collecting:
+            gc.enable()
+    tick(1.0)
+    return {name: Quantiles.of(times) for name, times in samples.items()}
