@@ -1,0 +1,244 @@
+#include "count.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <map>
+#include <unordered_map>
+#include <vector>
+
+#include "machine.h"
+
+namespace simt {
+
+namespace {
+
+constexpr size_t sector_bytes = 32;
+constexpr unsigned banks = 32, bank_bytes = 4;
+
+struct Totals {
+  uint64_t launches = 0, blocks = 0, threads = 0, shared_bytes = 0;
+  // Global memory: one request is what a warp's lanes ask for with one instruction.
+  uint64_t global_read_requests = 0, global_read_sectors = 0, global_read_fewest = 0;
+  uint64_t global_write_requests = 0, global_write_sectors = 0, global_write_fewest = 0;
+  uint64_t global_atomics = 0;
+  uint64_t bytes_requested = 0;  // by lanes, each time
+  uint64_t bytes_read = 0, bytes_written = 0;  // distinct bytes, per launch
+  // Shared memory: one wavefront serves each bank once.
+  uint64_t shared_requests = 0, shared_wavefronts = 0, shared_fewest = 0;
+  uint64_t mma_fp16 = 0, mma_bf16 = 0, mma_tf32 = 0;
+};
+
+std::map<std::string, Totals> totals;
+Totals* now = nullptr;
+
+struct Request {
+  Space space;
+  Access kind;
+  uint32_t lanes = 0;
+  uint16_t bytes = 0;
+  std::array<uintptr_t, warp_size> address;
+};
+
+// The n-th time that lanes pass one instruction is one request.
+struct Instruction {
+  std::array<uint32_t, warp_size> times{};
+  std::vector<Request> requests;
+};
+
+struct WarpLog {
+  std::unordered_map<const void*, Instruction> instructions;
+};
+
+std::vector<WarpLog> logs;
+
+// Which bytes of an array a launch has touched.
+struct Touched {
+  std::vector<bool> read, written;
+};
+std::unordered_map<size_t, Touched> touched;
+
+void count_global(const Request& r) {
+  std::array<uintptr_t, warp_size> starts;
+  size_t n = 0;
+  for (unsigned lane = 0; lane < warp_size; ++lane) {
+    if (r.lanes >> lane & 1) starts[n++] = r.address[lane];
+  }
+  std::sort(starts.begin(), starts.begin() + n);
+  uint64_t sectors = 0, distinct = 0;
+  uintptr_t next_sector = 0, covered = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const uintptr_t end = starts[i] + r.bytes;
+    distinct += end - std::min(end, std::max(starts[i], covered));
+    covered = std::max(covered, end);
+    const uintptr_t first = std::max(starts[i] / sector_bytes, next_sector);
+    const uintptr_t last = (end - 1) / sector_bytes;
+    if (last + 1 > first) sectors += last + 1 - first;
+    next_sector = std::max(next_sector, last + 1);
+  }
+  const uint64_t fewest = (distinct + sector_bytes - 1) / sector_bytes;
+  if (r.kind == Access::write) {
+    ++now->global_write_requests;
+    now->global_write_sectors += sectors;
+    now->global_write_fewest += fewest;
+  } else {
+    ++now->global_read_requests;
+    now->global_read_sectors += sectors;
+    now->global_read_fewest += fewest;
+  }
+  now->bytes_requested += n * r.bytes;
+}
+
+// Accesses of 8 and 16 bytes go half and quarter warp by half and quarter warp.
+void count_shared(const Request& r) {
+  const unsigned lanes_at_once = r.bytes <= 4 ? 32 : r.bytes == 8 ? 16 : 8;
+  ++now->shared_requests;
+  for (unsigned first = 0; first < warp_size; first += lanes_at_once) {
+    std::array<uintptr_t, 4 * banks> words;
+    size_t n = 0;
+    for (unsigned lane = first; lane < first + lanes_at_once; ++lane) {
+      if (!(r.lanes >> lane & 1)) continue;
+      const uintptr_t low = r.address[lane] / bank_bytes;
+      const uintptr_t high = (r.address[lane] + r.bytes - 1) / bank_bytes;
+      for (uintptr_t word = low; word <= high; ++word) words[n++] = word;
+    }
+    if (n == 0) continue;
+    std::sort(words.begin(), words.begin() + n);
+    n = size_t(std::unique(words.begin(), words.begin() + n) - words.begin());
+    std::array<unsigned, banks> load{};
+    unsigned most = 0;
+    for (size_t i = 0; i < n; ++i) most = std::max(most, ++load[words[i] % banks]);
+    now->shared_wavefronts += most;
+    now->shared_fewest += 1;
+  }
+}
+
+void count_log(WarpLog& log) {
+  for (auto& item : log.instructions) {
+    for (const Request& r : item.second.requests) {
+      if (r.space == Space::shared) {
+        count_shared(r);
+      } else if (r.kind == Access::atomic) {
+        ++now->global_atomics;
+      } else {
+        count_global(r);
+      }
+    }
+    item.second.requests.clear();
+    item.second.times.fill(0);
+  }
+}
+
+void touch(const Place& place, size_t bytes, bool write, bool read) {
+  Touched& t = touched[place.allocation->id];
+  if (t.read.empty()) {
+    t.read.resize(place.allocation->bytes);
+    t.written.resize(place.allocation->bytes);
+  }
+  for (size_t b = place.offset; b < place.offset + bytes; ++b) {
+    if (read && !t.read[b]) {
+      t.read[b] = true;
+      ++now->bytes_read;
+    }
+    if (write && !t.written[b]) {
+      t.written[b] = true;
+      ++now->bytes_written;
+    }
+  }
+}
+
+}  // namespace
+
+void begin_count_launch(const Geometry& g) {
+  now = &totals[g.name];
+  ++now->launches;
+  now->blocks += uint64_t(g.grid.x) * g.grid.y * g.grid.z;
+  now->threads = uint64_t(g.block.x) * g.block.y * g.block.z;
+  now->shared_bytes = g.shared_bytes;
+  logs.clear();
+  logs.resize(machine().warps.size());
+  touched.clear();
+}
+
+void end_count_launch() {
+  if (now != nullptr) count_interval();
+  now = nullptr;
+}
+
+void count_access(Thread& thread, const Place& place, size_t bytes, Access kind, const void* pc) {
+  if (now == nullptr || kind == Access::copy_done) return;
+  if (place.space == Space::global) {
+    touch(place, bytes, kind == Access::write || kind == Access::atomic,
+          kind != Access::write);
+  }
+  const bool source = kind == Access::copy_source;
+  // cp.async is one instruction with two requests: one to either memory.
+  const void* key = source ? static_cast<const char*>(pc) - 1 : pc;
+  Instruction& instruction = logs[thread.warp->id].instructions[key];
+  const uint32_t time = instruction.times[thread.lane]++;
+  if (time == instruction.requests.size()) {
+    instruction.requests.push_back({place.space, kind, 0, uint16_t(bytes), {}});
+  }
+  Request& request = instruction.requests[time];
+  request.lanes |= 1u << thread.lane;
+  request.bytes = std::max(request.bytes, uint16_t(bytes));
+  const size_t base = place.space == Space::shared
+                          ? 0
+                          : reinterpret_cast<uintptr_t>(place.allocation->start);
+  request.address[thread.lane] = base + place.offset;
+}
+
+void count_mma(int type) {
+  if (now == nullptr) return;
+  ++(type == 0 ? now->mma_fp16 : type == 1 ? now->mma_bf16 : now->mma_tf32);
+}
+
+void count_warp(Warp& warp) {
+  if (now != nullptr) count_log(logs[warp.id]);
+}
+
+void count_interval() {
+  for (WarpLog& log : logs) count_log(log);
+}
+
+void forget_count_map(size_t id) { touched.erase(id); }
+
+void reset_counters() { totals.clear(); }
+
+std::string counters_as_json() {
+  std::string text = "{";
+  for (const auto& [name, t] : totals) {
+    if (text.size() > 1) text += ", ";
+    text += "\"" + name + "\": {";
+    const std::pair<const char*, uint64_t> numbers[] = {
+        {"launches", t.launches},
+        {"blocks", t.blocks},
+        {"threads", t.threads},
+        {"shared_bytes", t.shared_bytes},
+        {"global_read_requests", t.global_read_requests},
+        {"global_read_sectors", t.global_read_sectors},
+        {"global_read_fewest", t.global_read_fewest},
+        {"global_write_requests", t.global_write_requests},
+        {"global_write_sectors", t.global_write_sectors},
+        {"global_write_fewest", t.global_write_fewest},
+        {"global_atomics", t.global_atomics},
+        {"bytes_requested", t.bytes_requested},
+        {"bytes_read", t.bytes_read},
+        {"bytes_written", t.bytes_written},
+        {"shared_requests", t.shared_requests},
+        {"shared_wavefronts", t.shared_wavefronts},
+        {"shared_fewest", t.shared_fewest},
+        {"mma_fp16", t.mma_fp16},
+        {"mma_bf16", t.mma_bf16},
+        {"mma_tf32", t.mma_tf32},
+    };
+    for (const auto& [key, value] : numbers) {
+      if (text.back() != '{') text += ", ";
+      text += std::string("\"") + key + "\": " + std::to_string(value);
+    }
+    text += "}";
+  }
+  return text + "}";
+}
+
+}  // namespace simt

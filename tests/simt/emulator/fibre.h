@@ -1,0 +1,48 @@
+// Fibres: stacks that the host thread switches between. Nothing but the stack and the registers
+// that a function call preserves is kept.
+#pragma once
+
+#include <cstddef>
+
+#if defined(__SANITIZE_ADDRESS__)
+#define SIMT_ASAN 1
+#endif
+
+namespace simt {
+
+class Fibre {
+ public:
+  // Lowest and highest address of the stack; a page without access lies below it.
+  const char* low() const { return low_; }
+  const char* high() const { return high_; }
+
+  void allocate(size_t bytes, size_t offset);
+  void release();
+  // Makes this the fibre of the host thread's own stack.
+  void adopt();
+  // The next switch to this fibre calls entry(argument), which must never return.
+  void prepare(void (*entry)(void*), void* argument);
+
+  Fibre() = default;
+
+ private:
+  friend void switch_fibre(Fibre& from, Fibre& to);
+  friend void leave_fibre(Fibre& from, Fibre& to);
+  friend void entered_fibre(Fibre& self);
+
+  char* map_ = nullptr;
+  size_t map_bytes_ = 0;
+  char* low_ = nullptr;
+  char* high_ = nullptr;
+  void* state_ = nullptr;  // the saved stack pointer, or a ucontext_t
+  void* asan_stack_ = nullptr;
+};
+
+// Goes on in `to`; returns when something switches back to `from`.
+void switch_fibre(Fibre& from, Fibre& to);
+// The same for a fibre that will not be resumed before its next prepare().
+void leave_fibre(Fibre& from, Fibre& to);
+// The first thing that an entry function calls.
+void entered_fibre(Fibre& self);
+
+}  // namespace simt

@@ -1,0 +1,165 @@
+// ldmatrix and the tensor core's multiply-add, with the fragment layouts of the PTX ISA
+// ("Warp-level matrix load instruction" and "Matrix Fragments for mma").
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include <cmath>
+#include <cstring>
+
+#include "checks.h"
+#include "count.h"
+#include "machine.h"
+#include "memory.h"
+
+namespace simt {
+
+namespace {
+
+constexpr unsigned all_lanes = 0xffffffffu;
+
+float from_fp16(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  const int exponent = h >> 10 & 31, mantissa = h & 1023;
+  float magnitude;
+  if (exponent == 31) {
+    magnitude = mantissa != 0 ? NAN : INFINITY;
+  } else if (exponent == 0) {
+    magnitude = std::ldexp(float(mantissa), -24);
+  } else {
+    uint32_t bits = uint32_t(exponent + 112) << 23 | uint32_t(mantissa) << 13;
+    std::memcpy(&magnitude, &bits, 4);
+  }
+  return h & 0x8000 ? -magnitude : magnitude;
+#endif
+}
+
+float from_upper_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+template <MmaType type>
+float element(uint32_t word, int half) {
+  if constexpr (type == MmaType::tf32) {
+    return from_upper_bits(word & 0xffffe000u);  // the tensor core does not look at the rest
+  } else {
+    const auto bits = uint16_t(word >> 16 * half);
+    if constexpr (type == MmaType::bf16) return from_upper_bits(uint32_t(bits) << 16);
+    return from_fp16(bits);
+  }
+}
+
+// Products are exact in float for all three types; the order and the rounding of the tensor core's
+// sums is not documented, here they are plain float additions in the order of k.
+template <MmaType type>
+void multiply(Machine&, Warp& warp, unsigned) {
+  constexpr int K = type == MmaType::tf32 ? 8 : 16;
+  constexpr int per_word = type == MmaType::tf32 ? 1 : 2;
+  float a[16][K], b[K][8], d[16][8];
+  for (unsigned lane = 0; lane < warp_size; ++lane) {
+    const Offer& o = warp.lanes[lane].offer;
+    const int g = int(lane) / 4, t = int(lane) % 4;
+    for (int half = 0; half < per_word; ++half) {
+      const int k = per_word * t + half;
+      a[g][k] = element<type>(o.a[0], half);
+      a[g + 8][k] = element<type>(o.a[1], half);
+      a[g][k + K / 2] = element<type>(o.a[2], half);
+      a[g + 8][k + K / 2] = element<type>(o.a[3], half);
+      b[k][g] = element<type>(o.b[0], half);
+      b[k + K / 2][g] = element<type>(o.b[1], half);
+    }
+    for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * t + i % 2] = o.d[i];
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < K; ++k) {
+      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+    }
+  }
+  for (unsigned lane = 0; lane < warp_size; ++lane) {
+    const int g = int(lane) / 4, t = int(lane) % 4;
+    float* out = warp.lanes[lane].offer.d;
+    for (int i = 0; i < 4; ++i) out[i] = d[g + i / 2 * 8][2 * t + i % 2];
+  }
+  count_mma(int(type));
+}
+
+// What each lane receives is read by that lane, whoever handed over the row's address. Transposed
+// elements are taken with their neighbour, which another lane of the warp reads in any case.
+void check_parts(Warp& warp, int count, bool transposed) {
+  for (unsigned lane = 0; lane < warp_size; ++lane) {
+    const unsigned g = lane / 4, t = lane % 4;
+    for (int i = 0; i < count; ++i) {
+      for (unsigned half = 0; half < (transposed ? 2u : 1u); ++half) {
+        const Offer& row = warp.lanes[8 * i + (transposed ? 2 * t + half : g)].offer;
+        const unsigned word = transposed ? g / 2 : t;
+        check_matrix_part(warp.lanes[lane], static_cast<const char*>(row.row) + 4 * word, 4,
+                          row.pc);
+      }
+    }
+  }
+}
+
+template <int Count, bool transposed>
+void load_tiles(Machine&, Warp& warp, unsigned) {
+  uint16_t tiles[Count][8][8];
+  for (int l = 0; l < 8 * Count; ++l) {
+    Thread& owner = warp.lanes[l];
+    const char* row = static_cast<const char*>(owner.offer.row);
+    check_matrix_row(owner, row, owner.offer.pc);
+    std::memcpy(tiles[l / 8][l % 8], row, 16);
+  }
+  check_parts(warp, Count, transposed);
+  for (unsigned lane = 0; lane < warp_size; ++lane) {
+    uint32_t* r = warp.lanes[lane].offer.r;
+    const unsigned g = lane / 4, t = lane % 4;
+    for (int i = 0; i < Count; ++i) {
+      const auto& tile = tiles[i];
+      const uint32_t lo = transposed ? tile[2 * t][g] : tile[g][2 * t];
+      const uint32_t hi = transposed ? tile[2 * t + 1][g] : tile[g][2 * t + 1];
+      r[i] = lo | hi << 16;
+    }
+  }
+}
+
+}  // namespace
+
+void mma(MmaType type, float* d, const uint32_t* a, const uint32_t* b, Site site) {
+  Machine& m = machine();
+  if (m.compute_capability < 80) m.fail("mma at " + describe(site) + " needs sm_80");
+  Offer& offer = m.current->offer;
+  offer.d = d;
+  offer.a = a;
+  offer.b = b;
+  switch (type) {
+    case MmaType::fp16:
+      m.collective(Operation::mma, 0, all_lanes, site, multiply<MmaType::fp16>);
+      break;
+    case MmaType::bf16:
+      m.collective(Operation::mma, 1, all_lanes, site, multiply<MmaType::bf16>);
+      break;
+    case MmaType::tf32:
+      m.collective(Operation::mma, 2, all_lanes, site, multiply<MmaType::tf32>);
+      break;
+  }
+}
+
+void ldmatrix(uint32_t* r, const void* row, int count, bool transposed, Site site) {
+  Machine& m = machine();
+  Offer& offer = m.current->offer;
+  offer.r = r;
+  offer.row = row;
+  offer.pc = __builtin_return_address(0);
+  using Finish = void (*)(Machine&, Warp&, unsigned);
+  static const Finish finish[2][3] = {
+      {load_tiles<1, false>, load_tiles<2, false>, load_tiles<4, false>},
+      {load_tiles<1, true>, load_tiles<2, true>, load_tiles<4, true>}};
+  const int size = count == 1 ? 0 : count == 2 ? 1 : 2;
+  m.collective(Operation::ldmatrix, 2 * size + transposed, all_lanes, site,
+               finish[transposed][size]);
+}
+
+}  // namespace simt

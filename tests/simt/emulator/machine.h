@@ -1,0 +1,147 @@
+// The emulated machine: one block at a time, its threads as fibres, its warps as collectives.
+#pragma once
+
+#include <cstdint>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "fibre.h"
+#include "simt.h"
+
+namespace simt {
+
+constexpr unsigned warp_size = 32;
+constexpr size_t most_shared_bytes = 227 * 1024;  // of one block, on sm_90
+
+enum class State : uint8_t { ready, at_collective, at_barrier, done };
+enum class Operation : uint8_t { sync, shuffle, vote, ldmatrix, mma };
+
+// What a thread brings to a collective, and where it wants the result.
+struct Offer {
+  uint64_t value = 0;  // of a shuffle; a predicate
+  int lane = 0, width = 32;
+  const void* row = nullptr;
+  const uint32_t *a = nullptr, *b = nullptr;
+  uint32_t* r = nullptr;
+  float* d = nullptr;
+  const void* pc = nullptr;
+};
+
+struct Copy {  // one cp.async under way
+  char* to;
+  const char* from;
+  int bytes, source_bytes;
+  unsigned group;
+  const void* pc;
+};
+
+struct Warp;
+
+struct Thread {
+  Fibre fibre;
+  uint3 index{};
+  unsigned id = 0, lane = 0;
+  Warp* warp = nullptr;
+  State state = State::ready;
+  Site site{};
+  Offer offer;
+  std::vector<Copy> copies;
+  unsigned committed = 0;  // groups so far
+  bool fenced = false;     // __threadfence() since the last plain write
+  // seen[l]: everything that lane l did before that event of the warp happened before what this
+  // thread does now. Events are the warp's __syncwarp calls, counted since the last barrier.
+  uint32_t seen[warp_size]{};
+};
+
+// Lanes that wait together in one collective.
+struct Group {
+  Operation operation;
+  int variant;  // mode of the operation: all lanes must agree
+  unsigned mask, arrived;
+  Site site;
+};
+
+struct Warp {
+  unsigned id = 0;
+  Thread* lanes = nullptr;
+  unsigned size = 0;  // lanes that exist
+  unsigned done = 0, at_barrier = 0;
+  uint32_t events = 0;
+  std::vector<Group> groups;
+};
+
+enum class Policy : int { in_order, shuffled, ahead };
+
+class Machine {
+ public:
+  // ---- settings
+  Policy policy = Policy::in_order;
+  uint64_t seed = 0;
+  int compute_capability = 80;
+
+  // ---- the launch
+  Geometry geometry{};
+  unsigned block_number = 0;      // in the order in which blocks run
+  uint32_t epoch = 0;             // counts barriers over all blocks and launches: never falls
+  uint32_t block_epoch = 0;       // epoch at the start of this block
+  uint32_t launch_epoch = 0;      // epoch at the start of this launch
+  std::vector<Thread> threads;    // of this block
+  std::vector<Warp> warps;
+  Thread* current = nullptr;      // null: the host runs
+  unsigned arrived = 0, finished = 0;  // threads at the barrier; threads that have returned
+  Site barrier_site{};
+  std::string error;
+
+  void run(const Geometry& geometry, void (*body)(void*), void* context);
+  // Ends the launch with an error; called on a thread's fibre.
+  [[noreturn]] void fail(std::string message);
+  // Lets others run: the next thread of this pass or, after a barrier, whoever the policy chooses.
+  void yield(bool to_host);
+  std::string name(const Thread& thread) const;
+  // Where this thread and the one with that number are, for reports of races.
+  std::string name_of(unsigned thread_id) const;
+
+  void barrier(Site site);
+  // Waits until all lanes of the mask are here; the last one runs finish(warp, mask).
+  void collective(Operation operation, int variant, unsigned mask, Site site,
+                  void (*finish)(Machine&, Warp&, unsigned mask));
+
+  bool failed() const { return !error.empty(); }
+  const Fibre& host_fibre() const { return host_; }
+
+ private:
+  Fibre host_;
+  void (*body_)(void*) = nullptr;
+  void* context_ = nullptr;
+  std::mt19937_64 random_;
+
+  static void entry(void* thread);
+  void prepare_block(uint3 block);
+  void run_block();
+  // Runs each ready thread of pass_ to its next collective or barrier; true if there was one.
+  bool run_pass();
+  Thread* next_of_pass();
+  void enter(Thread& thread);
+  bool resume_warp(Warp& warp, bool shuffle_lanes);
+  void fill_pass(unsigned first, unsigned count);
+  bool round_ahead();
+  void release_barrier();
+  void check_collective(const Thread& thread, Operation operation, int variant, unsigned mask,
+                        Site site);
+  std::string stuck() const;
+  std::vector<Thread*> pass_;
+  size_t at_ = 0;  // the next of pass_
+  std::vector<unsigned> warp_order_;
+  uint32_t planned_epoch_ = 0;
+  bool lockstep_ = false, shuffle_lanes_ = false;
+};
+
+extern Machine the_machine;
+inline Machine& machine() { return the_machine; }
+
+std::string describe(Site site);
+const char* describe(Operation operation);
+std::string describe_pc(const void* pc);
+
+}  // namespace simt

@@ -1,0 +1,274 @@
+#include "memory.h"
+
+#include <link.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#include "checks.h"
+#include "machine.h"
+
+#if defined(SIMT_ASAN)
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace simt {
+
+namespace {
+
+constexpr size_t guard_bytes = 1024;
+constexpr unsigned char guard_pattern = 0xa5;
+
+struct Shared {
+  char* base = nullptr;
+  size_t bytes = 0;
+  Shared() {
+    base = static_cast<char*>(std::aligned_alloc(1024, most_shared_bytes + 2 * guard_bytes));
+    if (base == nullptr) throw std::bad_alloc();
+    base += guard_bytes;
+  }
+};
+
+Shared& shared() {
+  static Shared the_shared_memory;
+  return the_shared_memory;
+}
+
+struct Image {  // the loaded segments of this very module: code, constants and variables
+  uintptr_t low = 0, high = 0;
+  Image() {
+    dl_iterate_phdr(
+        [](dl_phdr_info* info, size_t, void* self) {
+          const auto probe = reinterpret_cast<uintptr_t>(&threadIdx);
+          uintptr_t low = ~uintptr_t(0), high = 0;
+          bool here = false;
+          for (int i = 0; i < info->dlpi_phnum; ++i) {
+            const auto& segment = info->dlpi_phdr[i];
+            if (segment.p_type != PT_LOAD) continue;
+            const uintptr_t start = info->dlpi_addr + segment.p_vaddr;
+            const uintptr_t end = start + segment.p_memsz;
+            low = std::min(low, start);
+            high = std::max(high, end);
+            here |= probe >= start && probe < end;
+          }
+          if (!here) return 0;
+          static_cast<Image*>(self)->low = low;
+          static_cast<Image*>(self)->high = high;
+          return 1;
+        },
+        this);
+  }
+};
+
+Image& image() {
+  static Image the_image;
+  return the_image;
+}
+
+std::vector<Allocation> registry;  // sorted by start
+size_t next_id = 1;
+size_t last_hit = 0;
+
+bool inside(const Fibre& fibre, const void* p) {
+  return p >= fibre.low() && p < fibre.high();
+}
+
+}  // namespace
+
+char* shared_base() { return shared().base; }
+size_t shared_size() { return shared().bytes; }
+std::vector<Allocation>& allocations() { return registry; }
+
+Place locate(const void* p) {
+  const Machine& m = machine();
+  const char* c = static_cast<const char*>(p);
+  const Shared& s = shared();
+  const auto offset = size_t(c - s.base);
+  if (offset < s.bytes) return {Space::shared, offset, nullptr};
+  if (m.current != nullptr && inside(m.current->fibre, p)) return {Space::local, 0, nullptr};
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  if (address - image().low < image().high - image().low) return {Space::image, 0, nullptr};
+  if (last_hit < registry.size()) {
+    Allocation& a = registry[last_hit];
+    if (size_t(c - a.start) < a.bytes) return {Space::global, size_t(c - a.start), &a};
+  }
+  auto next = std::upper_bound(registry.begin(), registry.end(), c,
+                               [](const char* x, const Allocation& a) { return x < a.start; });
+  if (next != registry.begin()) {
+    Allocation& a = *--next;
+    if (size_t(c - a.start) < a.bytes) {
+      last_hit = size_t(next - registry.begin());
+      return {Space::global, size_t(c - a.start), &a};
+    }
+  }
+  if (inside(m.host_fibre(), p)) return {Space::local, 0, nullptr};
+  return {Space::unknown, 0, nullptr};
+}
+
+void register_allocation(const void* start, size_t bytes, std::string name, bool writable) {
+  const char* c = static_cast<const char*>(start);
+  auto next = std::upper_bound(registry.begin(), registry.end(), c,
+                               [](const char* x, const Allocation& a) { return x < a.start; });
+  const bool overlaps_next = next != registry.end() && c + bytes > next->start;
+  const bool overlaps_previous =
+      next != registry.begin() && std::prev(next)->start + std::prev(next)->bytes > c;
+  if (overlaps_next || overlaps_previous) {
+    throw std::runtime_error("the array '" + name + "' overlaps '" +
+                             (overlaps_next ? next : std::prev(next))->name + "'");
+  }
+  registry.insert(next, Allocation{c, bytes, std::move(name), writable, next_id++});
+  last_hit = 0;
+}
+
+bool unregister_allocation(const void* start) {
+  for (auto a = registry.begin(); a != registry.end(); ++a) {
+    if (a->start != start) continue;
+    forget_allocation(a->id);
+    registry.erase(a);
+    return true;
+  }
+  return false;
+}
+
+std::string describe_address(const void* p) {
+  const char* c = static_cast<const char*>(p);
+  const Shared& s = shared();
+  if (c >= s.base - guard_bytes && c < s.base + most_shared_bytes + guard_bytes) {
+    return "byte " + std::to_string(c - s.base) + " of the block's " + std::to_string(s.bytes) +
+           " bytes of shared memory";
+  }
+  const Place place = locate(p);
+  if (place.space == Space::global) {
+    return "byte " + std::to_string(place.offset) + " of '" + place.allocation->name + "' (" +
+           std::to_string(place.allocation->bytes) + " bytes)";
+  }
+  const Allocation* nearest = nullptr;
+  size_t distance = size_t(1) << 20;
+  bool behind = false;
+  for (const Allocation& a : registry) {
+    const bool after = c >= a.start + a.bytes;
+    const size_t d = after ? size_t(c - a.start) - a.bytes : size_t(a.start - c);
+    if (d < distance) {
+      nearest = &a;
+      distance = d;
+      behind = after;
+    }
+  }
+  if (nearest == nullptr) return "no array that was registered";
+  return std::to_string(distance) + " bytes " + (behind ? "behind the end" : "before the start") +
+         " of '" + nearest->name + "' (" + std::to_string(nearest->bytes) + " bytes)";
+}
+
+void prepare_shared_memory(size_t bytes) {
+  Shared& s = shared();
+#if defined(SIMT_ASAN)
+  __asan_unpoison_memory_region(s.base - guard_bytes, most_shared_bytes + 2 * guard_bytes);
+#endif
+  s.bytes = bytes;
+  std::memset(s.base, 0xff, bytes);
+  std::memset(s.base - guard_bytes, guard_pattern, guard_bytes);
+  std::memset(s.base + bytes, guard_pattern, guard_bytes);
+#if defined(SIMT_ASAN)
+  __asan_poison_memory_region(s.base - guard_bytes, guard_bytes);
+  __asan_poison_memory_region(s.base + bytes, most_shared_bytes - bytes + guard_bytes);
+#endif
+}
+
+std::string check_shared_guard() {
+#if !defined(SIMT_ASAN)
+  const Shared& s = shared();
+  for (size_t i = 0; i < guard_bytes; ++i) {
+    for (const char* p : {s.base + s.bytes + i, s.base - 1 - i}) {
+      if (static_cast<unsigned char>(*p) == guard_pattern) continue;
+      return "a thread wrote to " + describe_address(p);
+    }
+  }
+#endif
+  return "";
+}
+
+// ---- what kernels call ------------------------------------------------------------------------
+
+void* shared_memory(size_t bytes) {
+  if (bytes > shared().bytes) {
+    machine().fail("the kernel uses " + std::to_string(bytes) +
+                   " bytes of shared memory, but was launched with " +
+                   std::to_string(shared().bytes));
+  }
+  return shared().base;
+}
+
+void load(void* value, const void* p, size_t bytes) {
+  access(*machine().current, p, bytes, Access::read, __builtin_return_address(0));
+  std::memcpy(value, p, bytes);
+}
+
+void store(void* p, const void* value, size_t bytes) {
+  access(*machine().current, p, bytes, Access::write, __builtin_return_address(0));
+  std::memcpy(p, value, bytes);
+}
+
+uint64_t begin_atomic(void* p, size_t bytes) {
+  Thread& thread = *machine().current;
+  access(thread, p, bytes, Access::atomic, __builtin_return_address(0));
+  synchronise_atomic(thread, p);
+  uint64_t value = 0;
+  std::memcpy(&value, p, bytes);
+  return value;
+}
+
+void end_atomic(void* p, uint64_t value, size_t bytes) { std::memcpy(p, &value, bytes); }
+
+void fence_memory(Thread& thread) { thread.fenced = true; }
+
+// ---- asynchronous copies ----------------------------------------------------------------------
+
+static void finish_copy(Thread& thread, const Copy& copy) {
+  access(thread, copy.to, size_t(copy.bytes), Access::copy_done, copy.pc);
+  if (copy.source_bytes > 0) std::memcpy(copy.to, copy.from, size_t(copy.source_bytes));
+  std::memset(copy.to + copy.source_bytes, 0, size_t(copy.bytes - copy.source_bytes));
+}
+
+void cp_async(void* to, const void* from, int bytes, int source_bytes) {
+  Machine& m = machine();
+  Thread& thread = *m.current;
+  const void* pc = __builtin_return_address(0);
+  if (source_bytes < 0 || source_bytes > bytes) {
+    m.fail(m.name(thread) + ": cp_async of " + std::to_string(bytes) + " bytes with " +
+           std::to_string(source_bytes) + " source bytes at " + describe_pc(pc));
+  }
+  if (locate(to).space != Space::shared) {
+    m.fail(m.name(thread) + ": the target of cp_async is no shared memory but " +
+           describe_address(to) + ", at " + describe_pc(pc));
+  }
+  if (reinterpret_cast<uintptr_t>(from) % unsigned(bytes) != 0) {
+    m.fail(m.name(thread) + ": the source of cp_async is not aligned to " +
+           std::to_string(bytes) + " bytes at " + describe_pc(pc));
+  }
+  if (source_bytes > 0) access(thread, from, size_t(source_bytes), Access::copy_source, pc);
+  const Copy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes, source_bytes,
+                  thread.committed, pc};
+  access(thread, to, size_t(bytes), Access::copy_issue, pc);
+  std::memset(to, 0xff, size_t(bytes));
+  if (m.compute_capability < 80) {
+    finish_copy(thread, copy);
+  } else {
+    thread.copies.push_back(copy);
+  }
+}
+
+void cp_async_commit() { ++machine().current->committed; }
+
+void cp_async_wait(int pending) {
+  Thread& thread = *machine().current;
+  size_t done = 0;
+  while (done < thread.copies.size() &&
+         int64_t(thread.copies[done].group) < int64_t(thread.committed) - pending) {
+    finish_copy(thread, thread.copies[done++]);
+  }
+  thread.copies.erase(thread.copies.begin(), thread.copies.begin() + long(done));
+}
+
+}  // namespace simt

@@ -1,0 +1,49 @@
+// The machine's memories: the block's shared memory and the arrays that kernels were given.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace simt {
+
+struct Thread;
+
+struct Allocation {
+  const char* start = nullptr;
+  size_t bytes = 0;
+  std::string name;
+  bool writable = true;
+  size_t id = 0;  // never used twice
+};
+
+enum class Space : uint8_t { shared, global, local, image, unknown };
+
+struct Place {
+  Space space;
+  size_t offset;            // into the shared memory or the allocation
+  Allocation* allocation;   // of Space::global
+};
+
+// Says where p lies; for the thread that runs, its own stack and the host's are local.
+Place locate(const void* p);
+
+// Arrays that kernels may use. While at least one is registered, an access that is in none of them
+// is an error; two must not overlap.
+void register_allocation(const void* start, size_t bytes, std::string name, bool writable);
+bool unregister_allocation(const void* start);
+std::vector<Allocation>& allocations();
+// A word about where p lies with respect to the nearest array, for reports.
+std::string describe_address(const void* p);
+
+char* shared_base();
+size_t shared_size();
+// Fills the block's shared memory with 0xff: NaN for every floating point type, -1 for integers.
+void prepare_shared_memory(size_t bytes);
+// What was overwritten behind the shared memory, or "".
+std::string check_shared_guard();
+
+void fence_memory(Thread& thread);
+
+}  // namespace simt

@@ -1,0 +1,293 @@
+#include "race.h"
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "machine.h"
+
+namespace simt {
+
+namespace {
+
+// Who, when: the epoch counts barriers, the event counts the warp's __syncwarp calls since.
+struct Record {
+  uint32_t epoch = 0, event = 0;
+  int32_t pc = 0;  // relative to a symbol of this module
+  uint16_t thread = 0;
+  bool atomic = false;
+};
+
+int32_t shorten(const void* pc) {
+  return int32_t(static_cast<const char*>(pc) - reinterpret_cast<const char*>(&threadIdx));
+}
+const void* lengthen(int32_t pc) { return reinterpret_cast<const char*>(&threadIdx) + pc; }
+
+// The history of a piece of memory, as far as a race can still come of it.
+struct Cell {
+  Record write;
+  Record read;              // the last one
+  uint32_t read_lanes = 0;  // lanes of read's warp that read with the same epoch and event
+  Record read_elsewhere;    // of another warp than `read`, same block
+  Record other_read, other_write;  // of another block of this launch
+  uint32_t flight_epoch = 0;       // of a cp.async under way; 0: none
+  int32_t flight_pc = 0;
+  uint16_t flight_thread = 0;
+};
+
+// One cell per 4 bytes; words that were accessed in parts have one per byte instead.
+class Shadow {
+ public:
+  explicit Shadow(size_t bytes) : words_((bytes + 3) / 4), split_(words_.size(), 0) {}
+
+  template <class Visit>
+  void each(size_t offset, size_t bytes, Visit&& visit) {
+    size_t at = offset;
+    const size_t end = offset + bytes;
+    while (at < end) {
+      const size_t word = at / 4;
+      const size_t stop = std::min(end, 4 * word + 4);
+      const bool whole = stop - at == 4;
+      if (whole && !split_[word]) {
+        visit(words_[word], at);
+      } else {
+        if (!split_[word]) split(word);
+        for (size_t b = at; b < stop; ++b) visit(parts_[b], b);
+      }
+      at = stop;
+    }
+  }
+
+  // The next launch or block starts with whole words again.
+  void join() {
+    for (const size_t word : split_words_) split_[word] = 0;
+    split_words_.clear();
+  }
+
+ private:
+  std::vector<Cell> words_;
+  std::vector<uint8_t> split_;
+  std::vector<Cell> parts_;
+  std::vector<size_t> split_words_;
+
+  void split(size_t word) {
+    if (parts_.empty()) parts_.resize(words_.size() * 4);
+    split_[word] = 1;
+    split_words_.push_back(word);
+    for (size_t b = 4 * word; b < 4 * word + 4; ++b) parts_[b] = words_[word];
+  }
+};
+
+Shadow& shared_shadow() {
+  static Shadow the_shadow(most_shared_bytes);
+  return the_shadow;
+}
+
+std::unordered_map<size_t, std::unique_ptr<Shadow>> global_shadows;
+
+Shadow& shadow_of(const Allocation& allocation) {
+  auto& shadow = global_shadows[allocation.id];
+  if (shadow == nullptr) shadow = std::make_unique<Shadow>(allocation.bytes);
+  return *shadow;
+}
+
+// What a block has published through a fence and an atomic, and what this block has seen of it.
+struct Published {
+  uint32_t first, last;  // epochs of the block up to its last barrier: [first, last)
+  uint16_t thread;       // of the publisher, whose own accesses of epoch `last` count too
+};
+std::unordered_map<const void*, std::vector<Published>> published;
+std::map<uint32_t, Published> acquired;  // by `first`
+uint32_t acquired_block = 0;
+
+bool seen_across_blocks(const Record& r) {
+  if (acquired_block != machine().block_epoch) return false;
+  auto next = acquired.upper_bound(r.epoch);
+  if (next == acquired.begin()) return false;
+  const Published& p = std::prev(next)->second;
+  return r.epoch < p.last || (r.epoch == p.last && r.thread == p.thread);
+}
+
+bool from_other_block(const Record& r) {
+  const Machine& m = machine();
+  return r.epoch >= m.launch_epoch && r.epoch < m.block_epoch;
+}
+
+// True where the access of r is not ordered before what `thread` does now.
+bool races(const Record& r, const Thread& thread, bool global) {
+  const Machine& m = machine();
+  if (r.epoch < m.block_epoch) {
+    return global && r.epoch >= m.launch_epoch && !seen_across_blocks(r);
+  }
+  if (r.epoch < m.epoch || r.thread == thread.id) return false;
+  if (r.thread / warp_size != thread.warp->id) return true;
+  return thread.seen[r.thread % warp_size] <= r.event;
+}
+
+[[noreturn]] void report(const char* first, const Record& r, const char* second,
+                         const Thread& thread, const char* address, const void* pc) {
+  Machine& m = machine();
+  const char* remedy = "no barrier between them";
+  if (from_other_block(r)) {
+    remedy = "nothing orders blocks";
+  } else if (r.thread / warp_size == thread.warp->id) {
+    remedy = "neither a barrier nor a __syncwarp between them";
+  }
+  m.fail(std::string("race: ") + m.name(thread) + " " + second + " " + describe_address(address) +
+         " at " + describe_pc(pc) + "; " + m.name_of(r.thread) +
+         (from_other_block(r) ? " of an earlier block " : " ") + first + " it at " +
+         describe_pc(lengthen(r.pc)) + ", " + remedy);
+}
+
+struct Context {
+  Thread& thread;
+  const char* start;  // of the memory that the shadow describes
+  bool global;
+  const void* pc;
+};
+
+void check_flight(const Cell& cell, const Context& c, const char* what, size_t offset) {
+  Machine& m = machine();
+  if (cell.flight_epoch < m.block_epoch) return;  // of another block, which has been checked
+  const bool own = cell.flight_thread == c.thread.id;
+  m.fail(std::string("race: ") + m.name(c.thread) + " " + what + " " +
+         describe_address(c.start + offset) + " at " + describe_pc(c.pc) + " while a cp_async of " +
+         (own ? "its own" : m.name_of(cell.flight_thread)) + " to it is under way, issued at " +
+         describe_pc(lengthen(cell.flight_pc)) + ": cp_async_wait is missing or waits for too little");
+}
+
+void on_read(Cell& cell, const Context& c, bool must_be_written, size_t offset) {
+  Machine& m = machine();
+  const Thread& thread = c.thread;
+  check_flight(cell, c, "reads", offset);
+  if (races(cell.write, thread, c.global)) {
+    report("writes", cell.write, "reads", thread, c.start + offset, c.pc);
+  }
+  if (c.global && races(cell.other_write, thread, c.global)) {
+    report("writes", cell.other_write, "reads", thread, c.start + offset, c.pc);
+  }
+  if (must_be_written && cell.write.epoch < m.block_epoch) {
+    m.fail("uninitialised: " + m.name(thread) + " reads " + describe_address(c.start + offset) +
+           ", which nobody has written, at " + describe_pc(c.pc));
+  }
+  Record& last = cell.read;
+  const uint32_t bit = 1u << thread.lane;
+  const bool same_warp = last.thread / warp_size == thread.warp->id;
+  if (last.epoch == m.epoch && same_warp && last.event == thread.warp->events) {
+    cell.read_lanes |= bit;
+  } else {
+    if (last.epoch == m.epoch && !same_warp) cell.read_elsewhere = last;
+    if (c.global && from_other_block(last)) cell.other_read = last;
+    cell.read_lanes = bit;
+  }
+  last = {m.epoch, thread.warp->events, shorten(c.pc), uint16_t(thread.id), false};
+}
+
+void on_write(Cell& cell, const Context& c, bool atomic, const char* what, size_t offset) {
+  Machine& m = machine();
+  const Thread& thread = c.thread;
+  const char* address = c.start + offset;
+  check_flight(cell, c, what, offset);
+  if (!(atomic && cell.write.atomic) && races(cell.write, thread, c.global)) {
+    report("writes", cell.write, what, thread, address, c.pc);
+  }
+  if (c.global) {
+    if (!(atomic && cell.other_write.atomic) && races(cell.other_write, thread, c.global)) {
+      report("writes", cell.other_write, what, thread, address, c.pc);
+    }
+    if (races(cell.other_read, thread, c.global)) {
+      report("reads", cell.other_read, what, thread, address, c.pc);
+    }
+  }
+  if (cell.read.epoch == m.epoch && cell.read.thread / warp_size == thread.warp->id) {
+    for (unsigned lane = 0; lane < warp_size; ++lane) {
+      if (!(cell.read_lanes >> lane & 1)) continue;
+      Record r = cell.read;
+      r.thread = uint16_t(thread.warp->id * warp_size + lane);
+      if (races(r, thread, c.global)) report("reads", r, what, thread, address, c.pc);
+    }
+  } else if (races(cell.read, thread, c.global)) {
+    report("reads", cell.read, what, thread, address, c.pc);
+  }
+  if (races(cell.read_elsewhere, thread, c.global)) {
+    report("reads", cell.read_elsewhere, what, thread, address, c.pc);
+  }
+  if (c.global && from_other_block(cell.write)) cell.other_write = cell.write;
+  cell.write = {m.epoch, thread.warp->events, shorten(c.pc), uint16_t(thread.id), atomic};
+}
+
+}  // namespace
+
+void check_race(Thread& thread, const Place& place, size_t bytes, Access kind, const void* pc) {
+  const bool global = place.space == Space::global;
+  Shadow& shadow = global ? shadow_of(*place.allocation) : shared_shadow();
+  if (global && kind == Access::write) thread.fenced = false;
+  const Context c{thread, global ? place.allocation->start : shared_base(), global, pc};
+  switch (kind) {
+    case Access::read:
+    case Access::copy_source:
+      shadow.each(place.offset, bytes,
+                  [&](Cell& cell, size_t at) { on_read(cell, c, !global, at); });
+      break;
+    case Access::write:
+      shadow.each(place.offset, bytes,
+                  [&](Cell& cell, size_t at) { on_write(cell, c, false, "writes", at); });
+      break;
+    case Access::atomic:
+      shadow.each(place.offset, bytes, [&](Cell& cell, size_t at) {
+        on_write(cell, c, true, "atomically changes", at);
+      });
+      break;
+    case Access::copy_issue:
+      shadow.each(place.offset, bytes, [&](Cell& cell, size_t at) {
+        on_write(cell, c, false, "copies asynchronously to", at);
+        cell.flight_epoch = machine().epoch;
+        cell.flight_pc = shorten(pc);
+        cell.flight_thread = uint16_t(thread.id);
+      });
+      break;
+    case Access::copy_done: {
+      // The copy happens somewhere between issue and wait: it counts as the latest of it.
+      const Record now{machine().epoch, thread.warp->events, shorten(pc), uint16_t(thread.id), false};
+      shadow.each(place.offset, bytes, [&](Cell& cell, size_t) {
+        cell.flight_epoch = 0;
+        cell.write = now;
+      });
+      break;
+    }
+  }
+}
+
+void check_matrix_race(Thread& thread, const Place& place, size_t bytes, const void* pc) {
+  const Context c{thread, shared_base(), false, pc};
+  shared_shadow().each(place.offset, bytes,
+                       [&](Cell& cell, size_t at) { on_read(cell, c, false, at); });
+}
+
+void begin_race_block() { shared_shadow().join(); }
+
+void begin_race_launch() {
+  for (auto& shadow : global_shadows) shadow.second->join();
+  published.clear();
+  acquired.clear();
+  acquired_block = 0;
+}
+
+void order_by_atomic(Thread& thread, const void* p) {
+  const Machine& m = machine();
+  if (acquired_block != m.block_epoch) {
+    acquired_block = m.block_epoch;
+    acquired.clear();
+  }
+  auto& list = published[p];
+  for (const Published& item : list) {
+    if (item.first != m.block_epoch) acquired[item.first] = item;
+  }
+  if (thread.fenced) list.push_back({m.block_epoch, m.epoch, uint16_t(thread.id)});
+}
+
+void forget_race_shadow(size_t id) { global_shadows.erase(id); }
+
+}  // namespace simt

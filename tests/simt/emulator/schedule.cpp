@@ -1,0 +1,278 @@
+// Which thread runs next, and the life of a launch.
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+
+#include "checks.h"
+#include "machine.h"
+#include "memory.h"
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace simt {
+
+namespace {
+constexpr size_t stack_bytes = 256 * 1024;
+}
+
+Machine the_machine;
+
+void run(const Geometry& geometry, void (*body)(void*), void* context) {
+  machine().run(geometry, body, context);
+}
+
+void Machine::entry(void* argument) {
+  auto& thread = *static_cast<Thread*>(argument);
+  Machine& m = machine();
+  entered_fibre(thread.fibre);
+  m.body_(m.context_);
+  if (!thread.copies.empty()) {
+    m.fail(m.name(thread) + " returns with copies under way: cp_async without cp_async_wait at " +
+           describe_pc(thread.copies.front().pc));
+  }
+  thread.state = State::done;
+  thread.warp->done |= 1u << thread.lane;
+  ++m.finished;
+  for (const Group& group : thread.warp->groups) {
+    if (group.mask >> thread.lane & 1) {
+      m.fail(m.name(thread) + " returns while others of its warp wait for it in " +
+             describe(group.operation) + " at " + describe(group.site));
+    }
+  }
+  if (m.arrived > 0) {
+    m.fail(m.name(thread) + " returns while others wait for it in __syncthreads at " +
+           describe(m.barrier_site));
+  }
+  Thread* next = m.next_of_pass();
+  if (next != nullptr) m.enter(*next);
+  leave_fibre(thread.fibre, next != nullptr ? next->fibre : m.host_);
+  __builtin_unreachable();
+}
+
+void Machine::fail(std::string message) {
+  error = std::move(message);
+  leave_fibre(current->fibre, host_);
+  __builtin_unreachable();
+}
+
+Thread* Machine::next_of_pass() {
+  while (at_ < pass_.size()) {
+    Thread* next = pass_[at_++];
+    if (next->state == State::ready) return next;
+  }
+  return nullptr;
+}
+
+void Machine::enter(Thread& thread) {
+  current = &thread;
+  threadIdx = thread.index;
+}
+
+void Machine::yield(bool to_host) {
+  Fibre& own = current->fibre;
+  Thread* next = to_host ? nullptr : next_of_pass();
+  if (next != nullptr) {
+    // From thread to thread, without a detour over the host: half as many switches.
+    enter(*next);
+    switch_fibre(own, next->fibre);
+  } else {
+    switch_fibre(own, host_);
+  }
+}
+
+bool Machine::run_pass() {
+  bool progress = false;
+  at_ = 0;
+  while (Thread* thread = next_of_pass()) {
+    progress = true;
+    enter(*thread);
+    switch_fibre(host_, thread->fibre);
+    current = nullptr;
+    if (failed()) break;
+  }
+  return progress;
+}
+
+void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
+  const std::string where = std::string("kernel '") + g.name + "' launched at " + g.file + ":" +
+                            std::to_string(g.line) + ": ";
+  const uint64_t size = uint64_t(g.block.x) * g.block.y * g.block.z;
+  if (size == 0 || size > 1024 || size % warp_size != 0) {
+    throw std::runtime_error(where + "a block of " + std::to_string(size) +
+                             " threads; accepted are multiples of 32 up to 1024");
+  }
+  if (g.grid.x > 0x7fffffffu || g.grid.y > 65535 || g.grid.z > 65535) {
+    throw std::runtime_error(where + "a grid of (" + std::to_string(g.grid.x) + ", " +
+                             std::to_string(g.grid.y) + ", " + std::to_string(g.grid.z) +
+                             ") blocks; accepted are up to (2147483647, 65535, 65535)");
+  }
+  if (g.shared_bytes > most_shared_bytes) {
+    throw std::runtime_error(where + std::to_string(g.shared_bytes) +
+                             " bytes of shared memory; a block has at most " +
+                             std::to_string(most_shared_bytes));
+  }
+  if (current != nullptr) throw std::runtime_error(where + "a launch inside a kernel");
+
+  geometry = g;
+  body_ = body;
+  context_ = context;
+  error.clear();
+  blockDim = g.block;
+  gridDim = g.grid;
+  host_.adopt();
+  random_.seed(seed);
+  launch_epoch = ++epoch;
+
+  if (threads.size() < size) {
+    const size_t before = threads.size();
+    threads.resize(size);
+    for (size_t i = before; i < size; ++i) threads[i].fibre.allocate(stack_bytes, i * 448);
+  }
+  warps.resize(size / warp_size);
+  begin_launch_checks(g);
+
+  const uint64_t blocks = uint64_t(g.grid.x) * g.grid.y * g.grid.z;
+  std::vector<uint64_t> order(blocks);
+  std::iota(order.begin(), order.end(), uint64_t(0));
+  if (policy != Policy::in_order) std::shuffle(order.begin(), order.end(), random_);
+  block_number = 0;
+  for (const uint64_t b : order) {
+    prepare_block({unsigned(b % g.grid.x), unsigned(b / g.grid.x % g.grid.y),
+                   unsigned(b / g.grid.x / g.grid.y)});
+    run_block();
+    if (error.empty()) error = end_block_checks();
+    ++block_number;
+    if (failed()) break;
+  }
+  ++epoch;
+  current = nullptr;
+  end_launch_checks();
+  if (failed()) throw std::runtime_error(where + error);
+}
+
+void Machine::prepare_block(uint3 block) {
+  blockIdx = block;
+  arrived = finished = 0;
+  block_epoch = ++epoch;
+  planned_epoch_ = 0;
+  const unsigned size = geometry.block.x * geometry.block.y * geometry.block.z;
+  for (unsigned w = 0; w < warps.size(); ++w) {
+    Warp& warp = warps[w];
+    warp.id = w;
+    warp.lanes = &threads[w * warp_size];
+    warp.size = std::min(warp_size, size - w * warp_size);
+    warp.done = warp.at_barrier = 0;
+    warp.events = 0;
+    warp.groups.clear();
+  }
+  for (unsigned i = 0; i < size; ++i) {
+    Thread& t = threads[i];
+    t.id = i;
+    t.lane = i % warp_size;
+    t.warp = &warps[i / warp_size];
+    t.index = {i % geometry.block.x, i / geometry.block.x % geometry.block.y,
+               i / geometry.block.x / geometry.block.y};
+    t.state = State::ready;
+    t.copies.clear();
+    t.committed = 0;
+    t.fenced = false;
+    std::fill(std::begin(t.seen), std::end(t.seen), 0u);
+    t.fibre.prepare(entry, &t);
+  }
+  prepare_shared_memory(geometry.shared_bytes);
+  begin_block_checks();
+}
+
+void Machine::run_block() {
+  const unsigned size = unsigned(warps.size()) * warp_size;
+  while (finished < size && !failed()) {
+    bool progress = false;
+    switch (policy) {
+      case Policy::in_order:
+        // All warps in step: each thread runs to its next collective or barrier, in order.
+        fill_pass(0, size);
+        progress = run_pass();
+        break;
+      case Policy::shuffled:
+        fill_pass(0, size);
+        std::shuffle(pass_.begin(), pass_.end(), random_);
+        progress = run_pass();
+        break;
+      case Policy::ahead:
+        progress = round_ahead();
+        break;
+    }
+    if (!progress && !failed()) error = stuck();
+  }
+}
+
+void Machine::fill_pass(unsigned first, unsigned count) {
+  pass_.resize(count);
+  for (unsigned i = 0; i < count; ++i) pass_[i] = &threads[first + i];
+}
+
+// Between two barriers one random warp goes as far as it can before the others start; these follow
+// in step or, every other time, one after the other, so that the last one lags behind all.
+bool Machine::round_ahead() {
+  if (planned_epoch_ != epoch) {
+    planned_epoch_ = epoch;
+    warp_order_.resize(warps.size());
+    std::iota(warp_order_.begin(), warp_order_.end(), 0u);
+    std::shuffle(warp_order_.begin(), warp_order_.end(), random_);
+    lockstep_ = random_() & 1;
+    shuffle_lanes_ = random_() & 1;
+  }
+  bool progress = false;
+  const uint32_t started = epoch;
+  for (const unsigned w : warp_order_) {
+    if (lockstep_ && w != warp_order_[0]) {
+      progress |= resume_warp(warps[w], shuffle_lanes_);
+    } else {
+      while (epoch == started && !failed() && resume_warp(warps[w], shuffle_lanes_)) {
+        progress = true;
+      }
+    }
+    if (failed() || epoch != started) return true;
+  }
+  return progress;
+}
+
+bool Machine::resume_warp(Warp& warp, bool shuffle_lanes) {
+  fill_pass(warp.id * warp_size, warp_size);
+  if (shuffle_lanes) std::shuffle(pass_.begin(), pass_.end(), random_);
+  return run_pass();
+}
+
+std::string Machine::name(const Thread& t) const {
+  return "thread (" + std::to_string(t.index.x) + ", " + std::to_string(t.index.y) + ", " +
+         std::to_string(t.index.z) + ") [warp " + std::to_string(t.warp->id) + ", lane " +
+         std::to_string(t.lane) + "] of block (" + std::to_string(blockIdx.x) + ", " +
+         std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) + ")";
+}
+
+std::string Machine::name_of(unsigned id) const {
+  const unsigned x = geometry.block.x, y = geometry.block.y;
+  return "thread (" + std::to_string(id % x) + ", " + std::to_string(id / x % y) + ", " +
+         std::to_string(id / x / y) + ") [warp " + std::to_string(id / warp_size) + ", lane " +
+         std::to_string(id % warp_size) + "]";
+}
+
+std::string Machine::stuck() const {
+  std::string text = "the block is stuck:";
+  for (const Warp& warp : warps) {
+    if (warp.at_barrier != 0) {
+      text += " warp " + std::to_string(warp.id) + " waits in __syncthreads at " +
+              describe(barrier_site) + ";";
+    }
+    for (const Group& group : warp.groups) {
+      char missing[16];
+      std::snprintf(missing, sizeof(missing), "%08x", group.mask & ~group.arrived);
+      text += " warp " + std::to_string(warp.id) + " waits in " + describe(group.operation) +
+              " at " + describe(group.site) + " for lanes " + missing + ";";
+    }
+  }
+  return text;
+}
+
+}  // namespace simt

@@ -1,0 +1,144 @@
+"""Each thing that a kernel must not do is reported, and its innocent twin is not."""
+
+import ctypes
+import re
+
+import numpy as np
+import pytest
+from emulator import EmulationError, symbolise
+from own import own_kernels
+
+# What the report says, and whether the plain build reports it too.
+CASES = {
+    "divergent_barriers": ("divergent barriers: .*waits in __syncthreads", True),
+    "return_before_barrier": ("returns while others wait|have returned", True),
+    "uneven_loop": ("returns while others wait|have returned", True),
+    "barrier_in_one_warp": ("the block is stuck|divergent barriers", True),
+    "barrier_against_shuffle": ("waits in __syncthreads .* while others of its warp", True),
+    "mask_without_self": ("lacks its own lane", True),
+    "masks_differ": ("divergent collectives", True),
+    "places_differ": ("divergent collectives", True),
+    "lane_has_returned": ("returns while others|lanes 0x80000000 have returned", True),
+    "shuffle_from_outside_mask": ("shuffles from lane 16, which mask 0x0000ffff lacks", True),
+    "width_of_three": ("width 3; accepted are", True),
+    "active_mask": ("__activemask", True),
+    "shared_index": ("index out of bounds: 64 at .*violations.cu", False),
+    "shared_pointer": ("shared memory", True),
+    "read_behind": ("out of bounds: .*0 bytes behind the end of 'in'", False),
+    "write_before": ("out of bounds: .*4 bytes before the start of 'out'", False),
+    "vector_behind": ("out of bounds: .*behind the end of 'in'", True),
+    "copy_from_behind": ("out of bounds: .*behind the end of 'in'", True),
+    "write_input": ("write to an input: .*'in'", False),
+    "write_static": ("write to a static variable", False),
+    "misaligned_vector": ("misaligned", True),
+    "misaligned_copy": ("misaligned", True),
+    "misaligned_rows": ("misaligned ldmatrix", True),
+    "copy_to_register": ("the target of cp_async is no shared memory", True),
+    "overflow": ("signed overflow in an addition at .*violations.cu", False),
+    "read_before_wait": ("while a cp_async of its own to it is under way", False),
+    "wait_for_too_little": ("while a cp_async of its own to it is under way", False),
+    "wait_without_commit": ("while a cp_async of its own to it is under way", False),
+    "return_with_copies": ("returns with copies under way", True),
+    "wait_without_barrier": ("race|uninitialised", False),
+    "read_before_write": ("race|uninitialised", False),
+    "overwrite_before_read": ("race: .*, no barrier between them", False),
+    "lanes_without_syncwarp": ("race|uninitialised", False),
+    "syncwarp_of_others": ("race|uninitialised", False),
+    "shuffle_is_no_fence": ("race: .*neither a barrier nor a __syncwarp between them", False),
+    "rows_without_syncwarp": ("race: .*neither a barrier nor a __syncwarp between them", False),
+    "never_written": ("uninitialised: .*, which nobody has written", False),
+    "same_element": ("race: .* writes byte 0 of 'out'", False),
+    "blocks_write": ("race: .*nothing orders blocks", False),
+    "blocks_read": ("race: .*nothing orders blocks", False),
+    "atomic_and_plain": ("race: .*nothing orders blocks", False),
+    "last_block_without_fence": ("race: .*nothing orders blocks", False),
+}
+SCHEDULES = [("in_order", 0), ("shuffled", 1), ("shuffled", 2), ("ahead", 1), ("ahead", 2)]
+
+
+def violate(emulator, name, bad):
+    given = np.arange(64, dtype=np.float32)
+    out = np.zeros(64, np.float32)
+    counter = np.zeros(1, np.uint32)
+    function = emulator.lib.violate
+    function.restype = ctypes.c_char_p
+    with emulator.arrays(**{"in": given, "out": (out, "w"), "counter": (counter, "w")}):
+        problem = function(
+            name.encode(),
+            int(bad),
+            *(ctypes.c_void_p(a.ctypes.data) for a in (given, out, counter)),
+        )
+    return symbolise(problem.decode()) if problem else ""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_checked_build_reports_it_under_every_schedule(name):
+    emulator = own_kernels("checked")
+    for schedule in SCHEDULES:
+        emulator.schedule(*schedule)
+        report = violate(emulator, name, True)
+        assert re.search(CASES[name][0], report), f"{schedule}: {report!r}"
+        assert f"kernel '{name}'" in report
+    emulator.reset()
+
+
+@pytest.mark.parametrize("variant", ["plain", "checked"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_innocent_twin_passes(variant, name):
+    emulator = own_kernels(variant)
+    for schedule in SCHEDULES:
+        emulator.schedule(*schedule)
+        assert violate(emulator, name, False) == "", schedule
+    emulator.reset()
+
+
+@pytest.mark.parametrize("name", [n for n, (_, plain) in CASES.items() if plain])
+def test_plain_build_reports_what_primitives_can_see(name):
+    emulator = own_kernels("plain")
+    for schedule in SCHEDULES:
+        emulator.schedule(*schedule)
+        assert re.search(CASES[name][0], violate(emulator, name, True)), schedule
+    emulator.reset()
+
+
+def test_a_report_names_the_thread_and_the_line():
+    report = violate(own_kernels("checked"), "read_behind", True)
+    assert "thread (63, 0, 0) [warp 1, lane 31] of block (0, 0, 0)" in report
+    assert re.search(r"violations\.cu:\d+ \(.*read_behind", report)
+
+
+def test_a_failed_launch_leaves_nothing_behind():
+    emulator = own_kernels("checked")
+    for name in ("read_before_wait", "divergent_barriers", "return_with_copies"):
+        assert violate(emulator, name, True)
+        assert violate(emulator, name, False) == ""
+
+
+@pytest.mark.parametrize(
+    ("blocks", "block_y", "threads", "shared_bytes", "message"),
+    [
+        (1, 1, 33, 0, "a block of 33 threads; accepted are multiples of 32 up to 1024"),
+        (1, 1, 1056, 0, "a block of 1056 threads"),
+        (1, 70000, 32, 0, "a grid of"),
+        (1, 1, 32, 228 * 1024, "bytes of shared memory; a block has at most"),
+    ],
+)
+def test_launches_that_no_gpu_accepts(blocks, block_y, threads, shared_bytes, message):
+    with pytest.raises(EmulationError, match=message):
+        own_kernels("plain").call("launch_nothing", blocks, block_y, threads, shared_bytes)
+
+
+def test_an_empty_grid_runs_nothing():
+    emulator = own_kernels("plain")
+    emulator.checks(counters=True)
+    emulator.call("launch_nothing", 0, 1, 32, 0)
+    assert emulator.counters() == {}
+    emulator.reset()
+
+
+def test_overlapping_arrays_are_refused():
+    x = np.zeros(8, np.float32)
+    emulator = own_kernels("plain")
+    with pytest.raises(ValueError, match="the array 'b' overlaps 'a'"):
+        with emulator.arrays(a=x, b=x[4:]):
+            pass
