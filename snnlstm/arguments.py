@@ -229,7 +229,10 @@ def pool_fits(state: Sequence[int], options: CellOptions) -> None:
 
 def state_dtype(weight: Tensor) -> torch.dtype:
     """Dtype of the states and of spk: weight's, but at least float32 under autocast."""
-    if torch.is_autocast_enabled(weight.device.type):
+    device = weight.device.type
+    # Only of the devices that have autocast may be asked whether it is on.
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    if known and torch.is_autocast_enabled(device):
         return torch.promote_types(weight.dtype, torch.float32)
     return weight.dtype
 

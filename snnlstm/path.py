@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +25,18 @@ __all__ = ["Path", "algorithm", "choose", "get_algorithm", "set_algorithm"]
 
 logger = logging.getLogger("snnlstm")
 
+_MISSING = "the compiled core is missing"
+
 try:
     # native.name(device_type, options) -> str names the kernels that run a call;
     # native.DEVICES is the set of device types that the core was built for, native.TRACEABLE
     # whether dynamo can trace autograd.run and native.name (through the operators of ops.py).
     from . import native as _native
-except ImportError as error:  # a checkout that was not built, or a core that does not load
+except ModuleNotFoundError:  # a checkout that was not built
     _native = None  # type: ignore[assignment]
-    _MISSING = "the compiled core is missing"
-    if getattr(error, "name", None) not in ("snnlstm._C", "snnlstm.native", "snnlstm", None):
-        _MISSING = f"the compiled core does not load: {error}"
+except ImportError as error:
+    _native = None  # type: ignore[assignment]
+    _MISSING = f"the compiled core does not load: {error}"
 
 
 @dataclass(frozen=True)
@@ -289,12 +290,8 @@ def log_fallback(path: Path, seen: set[str]) -> None:
     if not path.slow or path.reason in seen or torch.compiler.is_compiling():
         return
     seen.add(path.reason)
-    if path.reason == _missing_reason():
+    if path.reason == _MISSING:
         if _logged_missing:
             return
         _logged_missing = True
     logger.warning("SConv2dLSTM runs the reference path: %s", path.reason)
-
-
-def _missing_reason() -> Any:
-    return _MISSING if _native is None else None

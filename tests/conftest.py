@@ -1,0 +1,60 @@
+"""Fixtures that all tests share."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import hypothesis
+import pytest
+import torch
+
+import snnlstm.path
+
+# Fresh examples on a developer's machine, the same ones on every run of CI. A failure prints
+# what is needed to see it again.
+hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+CORE = snnlstm.path._native is not None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the cell under test."""
+
+    name: str
+    device: torch.device
+    native: bool
+
+    def check(self, path: "snnlstm.path.Path | None", native: bool = True) -> None:
+        """Assert which path a call took; `native`: whether the kernels can do this call."""
+        assert path is not None
+        assert path.native == (self.native and native), str(path)
+
+
+def _backends() -> list[Backend]:
+    backends = [Backend("reference", torch.device("cpu"), native=False)]
+    if CORE:
+        backends.append(Backend("cpu", torch.device("cpu"), native=True))
+    if CORE and torch.cuda.is_available() and "cuda" in snnlstm.path._native.DEVICES:
+        backends.append(Backend("cuda", torch.device("cuda"), native=True))
+    return backends
+
+
+@pytest.fixture(params=_backends(), ids=lambda backend: backend.name, scope="session")
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Run a test once for each implementation that is there; "reference" hides the core."""
+    found: Backend = request.param
+    if found.native:
+        yield found
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snnlstm.path, "_native", None)
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def _same_start(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(2)

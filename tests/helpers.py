@@ -1,0 +1,70 @@
+"""Cells of both libraries with the same weights, and what is done with them."""
+
+import warnings
+from typing import Any
+
+import snntorch
+import torch
+from torch import Tensor, nn
+
+import snnlstm
+
+THRESHOLD = 0.1  # one at which cells spike
+
+
+def quietly(make: Any, *args: Any, **kwargs: Any) -> Any:
+    """Construct without the warnings about inhibition (snnTorch) and thresholds (ours)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return make(*args, **kwargs)
+
+
+def ours(*args: Any, seed: int = 0, **kwargs: Any) -> snnlstm.SConv2dLSTM:
+    """A cell of 2 -> 3 channels, 3x3, with threshold 0.1, unless `args` say otherwise."""
+    torch.manual_seed(seed)
+    kwargs.setdefault("threshold", THRESHOLD)
+    return quietly(snnlstm.SConv2dLSTM, *(args or (2, 3, 3)), **kwargs)
+
+
+def theirs(*args: Any, seed: int = 0, **kwargs: Any) -> snntorch.SConv2dLSTM:
+    """snnTorch's cell with the same weights as :func:`ours` of the same arguments."""
+    torch.manual_seed(seed)
+    kwargs.setdefault("threshold", THRESHOLD)
+    return quietly(snntorch.SConv2dLSTM, *(args or (2, 3, 3)), **kwargs)
+
+
+def twins(*args: Any, **kwargs: Any) -> tuple[snnlstm.SConv2dLSTM, snntorch.SConv2dLSTM]:
+    """Our cell and snnTorch's, equal."""
+    return ours(*args, **kwargs), theirs(*args, **kwargs)
+
+
+def steps(time: int, *shape: int, seed: int = 1, density: float = 0.3) -> Tensor:
+    """(T, N, Cin, H, W) of spikes."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(time, *shape, generator=generator) < density).float()
+
+
+def states(*shape: int, seed: int = 2) -> tuple[Tensor, Tensor]:
+    """syn and mem as a running cell has them: mem within (-1, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    syn = torch.randn(*shape, generator=generator)
+    return syn, torch.tanh(torch.randn(*shape, generator=generator) / 3)
+
+
+def close(actual: Any, expected: Any, atol: float = 2e-6, rtol: float = 1e-5) -> None:
+    """Assert that tensors (or tuples of them) agree; NaN equals NaN."""
+    if isinstance(actual, Tensor):
+        torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol, equal_nan=True)
+        return
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        close(one, other, atol, rtol)
+
+
+def same_gradients(one: nn.Module, other: nn.Module, atol: float = 2e-5) -> None:
+    """Assert that all parameters of two modules have the same gradients."""
+    pairs = dict(other.named_parameters())
+    for name, parameter in one.named_parameters():
+        expected = pairs[name].grad
+        assert expected is not None
+        close(parameter.grad, expected, atol=atol, rtol=1e-4)
