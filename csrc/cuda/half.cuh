@@ -134,6 +134,7 @@ SNNLSTM_BOTH tf32 from_float<tf32>(float x) {
   return y;
 #else
   uint32_t u = detail::bits_of(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return tf32{0x7fffe000u};  // a NaN stays one
   if ((u & 0x7f800000u) != 0x7f800000u) u += 0x1000u;
   return tf32{u & 0xffffe000u};
 #endif

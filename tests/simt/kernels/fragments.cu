@@ -1,0 +1,83 @@
+// Probes: one mma or ldmatrix on registers and tiles that the test chooses; conversions.
+#include "entry.h"
+#include "primitives.cuh"
+
+using namespace snnlstm::cuda;
+
+namespace {
+
+template <class T>
+__global__ void one_mma(const uint32_t* a, const uint32_t* b, const float* c, float* d) {
+  const int lane = int(threadIdx.x);
+  uint32_t ra[4], rb[2];
+  float rd[4];
+  for (int i = 0; i < 4; ++i) ra[i] = a[4 * lane + i];
+  for (int i = 0; i < 2; ++i) rb[i] = b[2 * lane + i];
+  for (int i = 0; i < 4; ++i) rd[i] = c[4 * lane + i];
+  if constexpr (arch::has_mma) mma<T>(rd, ra, rb);
+  for (int i = 0; i < 4; ++i) d[4 * lane + i] = rd[i];
+}
+
+struct Tiles {
+  alignas(16) uint16_t row[32][8];
+};
+
+template <int Count, bool transposed>
+__global__ void one_ldmatrix(const uint16_t* tiles, uint32_t* r) {
+  auto& s = shared_memory<Tiles>();
+  const int lane = int(threadIdx.x);
+  for (int i = lane; i < 64 * Count; i += 32) s.row[i / 8][i % 8] = tiles[i];
+  __syncwarp();
+  uint32_t v[Count];
+  const void* row = s.row[lane % (8 * Count)];
+  if constexpr (transposed) {
+    ldmatrix_transposed(v, row);
+  } else {
+    ldmatrix(v, row);
+  }
+  for (int i = 0; i < Count; ++i) r[Count * lane + i] = v[i];
+}
+
+}  // namespace
+
+ENTRY probe_mma(int type, const uint32_t* a, const uint32_t* b, const float* c, float* d) {
+  return guarded([&] {
+    const Launch how{"one_mma", 1, 32};
+    switch (type) {
+      case 0: return launch(how, one_mma<fp16>, a, b, c, d);
+      case 1: return launch(how, one_mma<bf16>, a, b, c, d);
+      default: return launch(how, one_mma<tf32>, a, b, c, d);
+    }
+  });
+}
+
+ENTRY probe_ldmatrix(int count, int transposed, const uint16_t* tiles, uint32_t* r) {
+  return guarded([&] {
+    const Launch how{"one_ldmatrix", 1, 32, sizeof(Tiles)};
+    switch (count + 8 * transposed) {
+      case 1: return launch(how, one_ldmatrix<1, false>, tiles, r);
+      case 2: return launch(how, one_ldmatrix<2, false>, tiles, r);
+      case 4: return launch(how, one_ldmatrix<4, false>, tiles, r);
+      case 9: return launch(how, one_ldmatrix<1, true>, tiles, r);
+      case 10: return launch(how, one_ldmatrix<2, true>, tiles, r);
+      default: return launch(how, one_ldmatrix<4, true>, tiles, r);
+    }
+  });
+}
+
+// Bit patterns of float32 to those of the other type, in 32 bits each, or (back) the other way.
+ENTRY convert(int type, int back, const uint32_t* in, uint32_t* out, int n) {
+  return guarded([&] {
+    for (int i = 0; i < n; ++i) {
+      const float x = detail::float_of(in[i]);
+      switch (type + 4 * back) {
+        case 0: out[i] = from_float<fp16>(x).bits; break;
+        case 1: out[i] = from_float<bf16>(x).bits; break;
+        case 2: out[i] = from_float<tf32>(x).bits; break;
+        case 4: out[i] = detail::bits_of(to_float(fp16{uint16_t(in[i])})); break;
+        case 5: out[i] = detail::bits_of(to_float(bf16{uint16_t(in[i])})); break;
+        default: out[i] = detail::bits_of(to_float(tf32{in[i]})); break;
+      }
+    }
+  });
+}
