@@ -1,0 +1,384 @@
+"""Where the states come from, where they go, and who may touch them."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import snntorch
+import torch
+from helpers import close, ours, states, steps, theirs, twins
+from torch import nn
+
+import snnlstm
+
+
+def test_a_step_call_returns_spk_syn_mem(backend):
+    one, other = twins()
+    x = steps(4, 2, 2, 6, 7)
+    syn, mem = states(2, 3, 6, 7)
+    mine, reference = (None, syn, mem), (None, syn, mem)
+    for t in range(4):
+        mine, reference = one(x[t], *mine[1:]), other(x[t], *reference[1:])
+        close(mine, reference)
+        assert mine[0] is one.spk
+        assert mine[1] is one.syn
+        assert mine[2] is one.mem
+
+
+def test_with_init_hidden_it_returns_spk_alone_unless_output(backend):
+    x = steps(2, 2, 2, 6, 7)
+    for output in (False, True):
+        one, other = twins(init_hidden=True, output=output)
+        for t in range(2):
+            mine, reference = one(x[t]), other(x[t])
+            assert isinstance(mine, tuple) == output == isinstance(reference, tuple)
+            close(mine, reference)
+    assert isinstance(ours(output=True)(x[0]), tuple)
+
+
+def test_a_state_that_is_not_passed_is_the_stored_one_not_zero(backend):
+    one, other = twins()
+    x = steps(4, 2, 2, 6, 7)
+    for t in range(4):
+        close(one(x[t]), other(x[t]))
+    assert not torch.equal(one.syn, ours()(x[3])[1])
+    syn, mem = states(2, 3, 6, 7)
+    close(one(x[0], syn=syn), other(x[0], syn=syn))
+    close(one(x[0], mem=mem), other(x[0], mem=mem))
+
+
+@pytest.mark.parametrize("how", ["reset_mem", "reset_hidden", "zeros", "empty", "init_sconv2dlstm"])
+def test_what_restarts_the_state(backend, how):
+    x = steps(2, 2, 2, 6, 7)
+    cell, fresh = ours(), ours()
+    cell(x[0])
+    args = ()
+    if how == "zeros":
+        args = (torch.zeros(2, 3, 6, 7), torch.zeros(2, 3, 6, 7))
+    elif how == "empty":
+        args = (torch.zeros(0), torch.zeros(0))
+    else:
+        getattr(cell, how)()
+    close(cell(x[1], *args), fresh(x[1]), atol=0, rtol=0)
+
+
+def test_reset_mem_of_a_fresh_cell_returns_empty_tensors_that_mean_zeros(backend):
+    one, other = twins()
+    mine, reference = one.reset_mem(), other.reset_mem()
+    assert mine[0].shape == reference[0].shape == (0,)
+    x = steps(1, 2, 2, 6, 7)[0]
+    close(one(x, *mine), other(x, *reference))
+
+
+def test_a_stored_state_of_another_size_is_replaced_by_zeros(backend):
+    one, other = twins()
+    for shape in ((2, 2, 6, 7), (3, 2, 6, 7), (3, 2, 5, 5), (1, 2, 5, 5)):
+        x = steps(1, *shape)[0]
+        close(one(x), other(x))
+
+
+@pytest.mark.parametrize("name", ["syn", "mem"])
+def test_an_explicit_state_of_a_wrong_shape_is_refused(name):
+    cell = ours()
+    x = torch.zeros(2, 2, 6, 7)
+    for shape in ((1, 3, 6, 7), (2, 3, 7, 6), (2, 4, 6, 7), (3, 6, 7), (), (2, 0, 6, 7)):
+        with pytest.raises(ValueError, match=rf"{name} must have shape \(2, 3, 6, 7\)"):
+            cell(x, **{name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_fresh_states_have_the_dtype_and_the_device_of_the_computation(dtype):
+    cell = ours().to(dtype)
+    x = torch.zeros(1, 2, 5, 5, dtype=dtype)
+    assert {t.dtype for t in cell(x)} == {dtype}
+    assert cell.syn.dtype == dtype
+    meta = ours().to("meta")
+    meta.syn, meta.mem = torch.zeros(0), torch.zeros(0)
+    assert meta(torch.empty(1, 2, 5, 5, device="meta"))[1].is_meta
+
+
+def test_explicit_states_with_init_hidden_raise_before_anything_changes():
+    cell = ours(init_hidden=True)
+    cell(steps(1, 1, 2, 5, 5)[0])
+    syn, mem = cell.syn, cell.mem
+    for kwargs in ({"syn": torch.ones(1, 3, 5, 5)}, {"mem": torch.ones(1, 3, 5, 5)}):
+        with pytest.raises(TypeError, match="should not be passed .* `init_hidden=True`"):
+            cell(torch.zeros(1, 2, 5, 5), **kwargs)
+        assert cell.syn is syn
+        assert cell.mem is mem
+
+
+def test_a_parameter_passed_as_a_state_gets_gradients_and_is_not_registered(backend):
+    cell = ours()
+    names = list(cell.state_dict())
+    syn, mem = (nn.Parameter(state) for state in states(1, 3, 5, 5))
+    x = steps(2, 1, 2, 5, 5)
+    cell(x[0], syn, mem)[2].sum().backward()
+    assert syn.grad.any()
+    assert mem.grad.any()
+    cell.syn, cell.mem = syn, mem  # by hand, too
+    cell(x[1])[2].sum().backward()
+    assert list(cell.state_dict()) == names
+    assert len(list(cell.parameters())) == 2
+    cell(x[0])
+    backend.check(cell.path)
+
+
+def test_a_failed_call_leaves_the_state_as_it_was():
+    def broken(u):
+        raise ArithmeticError("broken")
+
+    cell = ours()
+    cell(steps(1, 1, 2, 5, 5)[0])
+    syn, mem, spk, path = cell.syn, cell.mem, cell.spk, cell.path
+    good = torch.zeros(1, 2, 5, 5)
+    cell.spike_grad = broken
+    with pytest.raises(ArithmeticError):
+        cell(good, torch.ones(1, 3, 5, 5), torch.ones(1, 3, 5, 5))
+    cell.spike_grad = None
+    with pytest.raises(ValueError, match="mem"):
+        cell(good, torch.ones(1, 3, 5, 5), torch.ones(1, 3, 5, 6))
+    assert (cell.syn, cell.mem, cell.spk, cell.path) == (syn, mem, spk, path)
+
+
+def test_the_callers_tensors_are_never_modified(backend):
+    for reset in ("subtract", "zero", "none"):
+        cell = ours(reset_mechanism=reset, state_quant=snnlstm.quant.state_quant(4))
+        syn, mem = states(2, 3, 6, 7)
+        x = steps(1, 2, 2, 6, 7)[0]
+        given = [t.requires_grad_() for t in (x, syn, mem)]
+        before = [t.detach().clone() for t in given]
+        out = cell(*given)
+        torch.stack([t.sum() for t in out]).sum().backward()
+        for tensor, copied in zip(given, before, strict=True):
+            assert torch.equal(tensor, copied)
+            assert tensor._version == 0
+        assert not any(o.data_ptr() == g.data_ptr() for o in out for g in given)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["spk", "syn", "mem"])
+@pytest.mark.parametrize("recurrent", [False, True])
+@pytest.mark.parametrize("pool", [{}, {"max_pool": 2}], ids=str)
+def test_editing_a_returned_tensor_in_place_corrupts_no_gradient(backend, which, recurrent, pool):
+    """Either autograd notices, or the gradient is that of the unedited tensors."""
+
+    def run(edit):
+        cell = ours(reset_mechanism="subtract", **pool)
+        x = steps(2, 1, 2, 6, 6)
+        out = cell(x[0])
+        # What the loss sees is taken before the edit.
+        loss = sum((o * torch.arange(o.numel()).view_as(o)).sum() for o in out)
+        if recurrent:
+            loss = loss + cell(x[1])[2].sum()
+        if edit:
+            with torch.no_grad():
+                out[which].zero_()
+        loss.backward()
+        return cell.conv.weight.grad
+
+    expected = run(edit=False)
+    try:
+        actual = run(edit=True)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017 (one outcome of two)
+    else:
+        close(actual, expected)
+
+
+def test_detaching_a_returned_state_in_place_cuts_the_graph(backend):
+    cell = ours()
+    x = steps(2, 1, 2, 5, 5).requires_grad_()
+    _, syn, mem = cell(x[0])
+    syn.detach_()
+    mem.detach_()
+    cell(x[1])[2].sum().backward()
+    assert not x.grad[0].any()
+    assert x.grad[1].any()
+
+
+def test_copies_and_pickles_after_a_call_in_grad_mode(backend):
+    cell = ours(spike_grad=snnlstm.surrogate.fast_sigmoid(5), reset_mechanism="zero")
+    x = steps(2, 1, 2, 5, 5)
+    cell(x[0])
+    for other in (copy.deepcopy(cell), pickle.loads(pickle.dumps(cell)), copy.copy(cell)):
+        assert other.spk is None
+        assert not other.mem.requires_grad
+        assert torch.equal(other.mem, cell.mem.detach())
+        assert other.spike_grad == cell.spike_grad
+        close(other(x[1]), ours(reset_mechanism="zero")(x[1], cell.syn, cell.mem))
+        other.reset_mem()
+        assert cell.mem.any()  # a copy has a state of its own
+
+
+def test_a_copy_is_registered_too():
+    cell = ours()
+    cell(torch.ones(1, 2, 5, 5))
+    copied, loaded = copy.deepcopy(cell), pickle.loads(pickle.dumps(cell))
+    snnlstm.SConv2dLSTM.reset_hidden()
+    assert not copied.mem.any()
+    assert not loaded.mem.any()
+
+
+def test_cells_are_not_kept_alive():
+    cell = ours()
+    cell(torch.ones(1, 2, 5, 5))
+    seen, entries = weakref.ref(cell), len(snntorch.SpikingNeuron.instances)
+    del cell
+    gc.collect()
+    assert seen() is None
+    assert len(snntorch.SpikingNeuron.instances) == entries - 1
+    snntorch.Leaky.reset_hidden()  # walks the list
+
+
+@pytest.mark.parametrize("library", [snnlstm.SConv2dLSTM, snntorch.SConv2dLSTM])
+def test_reset_hidden_and_detach_hidden_reach_all_living_cells(library):
+    cells = [ours(), ours(init_hidden=True), ours(stride=2)]
+    x = torch.ones(1, 2, 5, 5)
+    for cell in cells:
+        cell(x)
+        assert cell.mem.requires_grad
+    mems = [cell.mem for cell in cells]
+    library.detach_hidden()
+    for cell, mem in zip(cells, mems, strict=True):
+        assert cell.mem is mem
+        assert not mem.requires_grad
+    library.reset_hidden()
+    for cell in cells:
+        assert not cell.mem.any()
+        assert not cell.syn.any()
+
+
+def test_the_registries_survive_being_cleared(monkeypatch):
+    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", [])
+    before = ours()
+    before(torch.ones(1, 2, 5, 5))
+    snntorch.SpikingNeuron.init()
+    after = ours()
+    after(torch.ones(1, 2, 5, 5))
+    snnlstm.SConv2dLSTM.reset_hidden()  # ours keeps its own registry
+    assert not before.mem.any()
+    assert not after.mem.any()
+    snnlstm.SConv2dLSTM.init()
+    after(torch.ones(1, 2, 5, 5))
+    snnlstm.SConv2dLSTM.reset_hidden()
+    assert after.mem.any()
+    assert snntorch.SpikingNeuron.instances == []
+
+
+def test_detach_hidden_leaves_parameters_and_views_alone():
+    cell = ours()
+    parameter = nn.Parameter(torch.ones(1, 3, 5, 5))
+    cell.syn = parameter
+    cell.mem = (parameter * 2)[:]
+    snnlstm.SConv2dLSTM.detach_hidden()
+    assert parameter.requires_grad
+    assert not cell.syn.requires_grad
+    assert not cell.mem.requires_grad
+
+
+def test_states_are_no_buffers_but_move_with_the_cell():
+    cell = ours()
+    cell(torch.ones(1, 2, 5, 5))
+    assert "mem" not in dict(cell.named_buffers())
+    assert "mem" not in cell.state_dict()
+    cell.double()
+    assert cell.syn.dtype == cell.mem.dtype == torch.float64
+    cell.half()
+    assert cell.syn.dtype == torch.float16
+    cell.to("meta")
+    assert cell.syn.is_meta
+    assert cell.mem.is_meta
+
+
+def test_a_state_set_by_hand_is_used(backend):
+    one, other = twins(init_hidden=True, output=True)
+    for cell in (one, other):
+        cell.syn, cell.mem = states(2, 3, 6, 7)
+    x = steps(1, 2, 2, 6, 7)[0]
+    close(one(x), other(x))
+    with pytest.raises(TypeError, match="mem must be a tensor"):
+        one.mem = None
+
+
+def test_reset_is_computed_from_the_mem_before_the_call(backend):
+    cell = ours(learn_threshold=True)
+    assert cell.reset is None
+    syn, mem = states(1, 3, 5, 5)
+    cell(steps(1, 1, 2, 5, 5)[0], syn, mem)
+    expected = (mem > 0.1).float()
+    with torch.no_grad():
+        cell.threshold.fill_(100)  # as an optimizer does; the reset was another
+    assert torch.equal(cell.reset, expected)
+    mem.zero_()
+    with pytest.raises(RuntimeError, match="reset can no longer be computed"):
+        _ = cell.reset
+    cell(steps(2, 1, 2, 5, 5))
+    assert cell.reset is None  # of a sequence
+
+
+# ---- sequences ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_sequence_is_as_many_step_calls(backend, record, explicit):
+    whole, single = ours(reset_mechanism="subtract"), theirs(reset_mechanism="subtract")
+    x = steps(5, 2, 2, 6, 7).requires_grad_()
+    again = x.detach().clone().requires_grad_()
+    start = states(2, 3, 6, 7) if explicit else (None, None)
+    spk, syn, mem = whole(x, *start, record=record)
+    backend.check(whole.path)
+    state, out = start, []
+    for t in range(5):
+        out.append(single(again[t], *state))
+        state = out[-1][1:]
+    spks, syns, mems = map(torch.stack, zip(*out, strict=True))
+    close(spk, spks)
+    close((syn, mem), (syns, mems) if record else (syns[-1], mems[-1]))
+    close((whole.syn, whole.mem), (syns[-1], mems[-1]))
+    weights = torch.linspace(-1, 1, 5).view(-1, 1, 1, 1, 1)
+    (spk * weights).sum().add((mem * weights if record else mem).sum()).backward()
+    (spks * weights).sum().add((mems * weights if record else mems[-1]).sum()).backward()
+    close(x.grad, again.grad, atol=1e-5, rtol=1e-4)
+    close(whole.conv.weight.grad, single.conv.weight.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_states_are_carried_from_sequences_to_steps_and_back(backend):
+    one, other = twins(reset_mechanism="zero")
+    x = steps(7, 2, 2, 6, 7)
+    parts = [one(x[:3])[0], one(x[3])[0][None], one(x[4:6], record=True)[0], one(x[6])[0][None]]
+    close(torch.cat(parts), torch.stack([other(x[t])[0] for t in range(7)]))
+    assert not one.mem._is_view()
+
+
+def test_a_sequence_of_no_steps_leaves_the_states_unchanged(backend):
+    cell = ours(max_pool=2)
+    cell(steps(1, 2, 2, 6, 7)[0])
+    syn, mem = cell.syn.clone(), cell.mem.clone()
+    for record in (False, True):
+        spk, s, m = cell(torch.zeros(0, 2, 2, 6, 7), record=record)
+        assert spk.shape == (0, 2, 3, 3, 3)
+        assert torch.equal(cell.syn, syn)
+        assert torch.equal(cell.mem, mem)
+        assert s.shape == m.shape == ((0, 2, 3, 6, 7) if record else (2, 3, 6, 7))
+
+
+@pytest.mark.parametrize("pool", [{}, {"max_pool": 2}, {"avg_pool": 2}], ids=str)
+def test_an_empty_batch_works(backend, pool):
+    cell = ours(inhibition=True, **pool)
+    for x in (torch.zeros(0, 2, 6, 7), torch.zeros(3, 0, 2, 6, 7)):
+        cell.reset_mem()
+        spk, syn, mem = cell(x)
+        assert spk.shape[-4] == 0
+        assert syn.shape == mem.shape == (0, 3, 6, 7)
+        (spk.sum() + mem.sum()).backward()
+        assert not cell.conv.weight.grad.any()
+
+
+def test_record_with_init_hidden_and_output(backend):
+    x = steps(3, 1, 2, 5, 5)
+    assert ours(init_hidden=True)(x, record=True).shape == (3, 1, 3, 5, 5)
+    out = ours(init_hidden=True, output=True)(x, record=True)
+    assert [tuple(o.shape) for o in out] == [(3, 1, 3, 5, 5)] * 3
