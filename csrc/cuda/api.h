@@ -1,0 +1,59 @@
+// The CUDA half's entry points, twins of csrc/cpu/api.h. All memory is the caller's, on the device;
+// nothing here allocates, synchronises or creates a stream, so every call can be captured in a
+// graph. Errors (of CUDA, or a shape that cannot be run) are thrown as std::runtime_error.
+#pragma once
+
+#include <string>
+
+#include "../args.h"
+
+namespace snnlstm::cuda {
+
+// In which numbers the convolutions multiply; they always add in float (float64: double).
+enum class Matrix : int {
+  exact = 0,     // the states' own type; float32 without tensor cores, 16-bit types with them
+  tf32 = 1,      // float32 rounded to 10 bits of mantissa
+  tf32x3 = 2,    // float32 as two tf32 numbers: full precision from tensor cores
+  float16 = 3,   // autocast: states stay float32
+  bfloat16 = 4,
+};
+
+enum class Algorithm : int {
+  automatic = 0,
+  fma = 1,  // without tensor cores
+  mma = 2,  // with; std::runtime_error where that cannot be
+};
+
+// Where and how to run. The same for all calls that share packed weights, saved tensors or sizes.
+struct Target {
+  int compute_capability = 80;  // 10 * major + minor
+  int multiprocessors = 108;
+  int64_t shared_bytes = 163 * 1024;  // that one block may have
+  void* stream = nullptr;
+  Matrix matrix = Matrix::exact;
+  Algorithm algorithm = Algorithm::automatic;
+};
+
+// What the current device is.
+Target current_target(void* stream);
+
+// Sizes in bytes.
+struct Sizes {
+  int64_t packed_forward, packed_backward;  // pack_weight()'s result
+  int64_t saved_gates, saved_syn;           // for all T steps
+  int64_t forward_workspace, backward_workspace;
+};
+
+Sizes sizes(const Cell& cell, const Target& target);
+
+// weight: (4C, Cin + C, kernel_h, kernel_w), contiguous, in the cell's dtype.
+void pack_weight(const Cell& cell, const void* weight, bool backward, void* packed,
+                 const Target& target);
+
+void forward(const ForwardArgs& args, const Target& target);
+void backward(const BackwardArgs& args, const Target& target);
+
+// "fma" or "mma-<operands>": what automatic chooses, or what was asked for.
+std::string algorithm_name(const Cell& cell, const Target& target);
+
+}  // namespace snnlstm::cuda

@@ -1,0 +1,106 @@
+// Spikes from mem in a kernel of their own: pooling windows that cross the tiles of the forward
+// step, and inhibition, which looks at a whole sample.
+#pragma once
+
+#include "neuron_forward.cuh"
+
+namespace snnlstm::cuda {
+
+constexpr int kFireThreads = 256;
+
+struct FireStep {
+  Fire fire;
+  Tensor mem;  // (T, N, C, Ho, Wo), one step of it
+  int N;
+  int64_t* winner;  // (N,), inhibition alone; may be null
+};
+
+// The i-th of a sample's thresholded neurons, neighbouring numbers side by side in memory.
+struct PooledIndex {
+  int c, y, x;
+  SNNLSTM_DEVICE PooledIndex(const Fire& f, int64_t i) {
+    if (f.spk.c == 1) {
+      c = int(i % f.C), i /= f.C;
+      x = int(i % f.Wp), y = int(i / f.Wp);
+    } else {
+      x = int(i % f.Wp), i /= f.Wp;
+      y = int(i % f.Hp), c = int(i / f.Hp);
+    }
+  }
+  SNNLSTM_DEVICE int64_t flat(const Fire& f) const { return (int64_t(c) * f.Hp + y) * f.Wp + x; }
+};
+
+template <class S>
+SNNLSTM_DEVICE RealOf<S> thresholded_mem(const FireStep& p, int n, const PooledIndex& at) {
+  const Fire& f = p.fire;
+  const S* mem =
+      image_of<const S>(p.mem, 0, n) + offset(p.mem, at.c, at.y * f.pool_h, at.x * f.pool_w);
+  const auto value = [&](int i, int j) { return to_real(mem[i * p.mem.h + j * p.mem.w]); };
+  int where;
+  return f.pool == Pool::none ? value(0, 0) : pooled<S>(f, value, where);
+}
+
+// One thread a pooled neuron.
+template <class S>
+__global__ void __launch_bounds__(kFireThreads) fire_windows(const __grid_constant__ FireStep p) {
+  const Fire& f = p.fire;
+  const int64_t per_sample = int64_t(f.C) * f.Hp * f.Wp;
+  const int64_t i = int64_t(blockIdx.x) * kFireThreads + threadIdx.x;
+  if (i >= per_sample * p.N) return;
+  const int n = int(i / per_sample);
+  const PooledIndex at(f, i % per_sample);
+  image_of<S>(f.spk, 0, n)[offset(f.spk, at.c, at.y, at.x)] =
+      from_real<S>(spike_of<S>(f, thresholded_mem<S>(p, n, at), threshold_of<S>(f, at.c)));
+}
+
+template <class R>
+struct WinnerShared {
+  R value[kFireThreads];
+  int64_t index[kFireThreads];
+};
+
+// Of all neurons of a sample only the one with the highest (pooled) mem may spike: the lowest index
+// in (C, Hp, Wp) among equals; a NaN counts as highest, as in torch.argmax. One block a sample.
+template <class S>
+__global__ void __launch_bounds__(kFireThreads) fire_winner(const __grid_constant__ FireStep p) {
+  using R = RealOf<S>;
+  auto& shared = shared_memory<WinnerShared<R>>();
+  const Fire& f = p.fire;
+  const int n = int(blockIdx.x), tid = int(threadIdx.x);
+  const int64_t count = int64_t(f.C) * f.Hp * f.Wp;
+  const auto better = [](R a, int64_t ia, R b, int64_t ib) {  // index -1: no neuron
+    if (ia < 0 || ib < 0) return ib < 0 && ia >= 0;
+    const bool nan_a = a != a, nan_b = b != b;
+    if (nan_a || nan_b) return nan_a && (!nan_b || ia < ib);
+    return a > b || (a == b && ia < ib);
+  };
+  R best = 0;
+  int64_t best_index = -1;
+  for (int64_t i = tid; i < count; i += kFireThreads) {
+    const PooledIndex at(f, i);
+    const R mem = thresholded_mem<S>(p, n, at);
+    const int64_t flat = at.flat(f);
+    if (better(mem, flat, best, best_index)) best = mem, best_index = flat;
+    image_of<S>(f.spk, 0, n)[offset(f.spk, at.c, at.y, at.x)] =
+        from_real<S>(R(0) * R(f.graded));
+  }
+  shared.value[tid] = best, shared.index[tid] = best_index;
+  for (int half = kFireThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (tid < half && better(shared.value[tid + half], shared.index[tid + half], shared.value[tid],
+                             shared.index[tid])) {
+      shared.value[tid] = shared.value[tid + half];
+      shared.index[tid] = shared.index[tid + half];
+    }
+  }
+  __syncthreads();
+  if (tid > 0) return;
+  const int64_t winner = shared.index[0];
+  if (p.winner != nullptr) p.winner[n] = winner;
+  if (winner < 0) return;
+  const int c = int(winner / (int64_t(f.Hp) * f.Wp)), y = int(winner / f.Wp % f.Hp);
+  image_of<S>(f.spk, 0, n)[offset(f.spk, c, y, int(winner % f.Wp))] =
+      from_real<S>(spike_of<S>(f, shared.value[0], threshold_of<S>(f, c)));
+}
+
+}  // namespace snnlstm::cuda

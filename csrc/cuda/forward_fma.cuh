@@ -1,0 +1,54 @@
+// One forward step without tensor cores. See fma.cuh for the tile; a thread's 4 columns are the four
+// gates of one channel, so a block covers 16 channels.
+#pragma once
+
+#include "fma.cuh"
+#include "neuron_forward.cuh"
+
+namespace snnlstm::cuda {
+
+struct ForwardFma {
+  Tiling tiling;
+  Segment x, mem;
+  NeuronForward neuron;
+};
+
+namespace fma {
+constexpr int kChannels = kColumns / 4;
+// Of the mem tile: a half warp stores pairs of pixels of two channels, to different banks.
+constexpr int kMemPitch = kPixels + 16;
+static_assert(kChannels * kMemPitch * sizeof(float) <= sizeof(Shared<float>), "it takes its place");
+}  // namespace fma
+
+template <class S>
+__global__ void __launch_bounds__(fma::kThreads) forward_fma(const __grid_constant__ ForwardFma p) {
+  using R = RealOf<S>;
+  auto& shared = shared_memory<fma::Shared<R>>();
+  const Block block = block_of(p.tiling, blockIdx.x);
+  fma::Gemm<S> gemm(shared, p.tiling, block);
+  R acc[4][2][4] = {};
+  gemm.add(p.x, acc);
+  gemm.add(p.mem, acc);
+  __syncthreads();  // shared memory becomes the mem tile
+
+  const MemTile<R> mem_tile{&shared.a[0][0][0], fma::kMemPitch};
+  const ForwardTile<S, S> tile(p.neuron, p.tiling, block, mem_tile);
+  const int channel = gemm.column() / 4;
+#pragma unroll 1
+  for (int i = 0; i < 4; ++i) {  // a loop that stays one: the accumulators are moved instead
+    R sum[4][2][1];
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate)
+#pragma unroll
+      for (int px = 0; px < 2; ++px) {
+        sum[gate][px][0] = acc[0][px][gate];
+#pragma unroll
+        for (int k = 0; k < 3; ++k) acc[k][px][gate] = acc[k + 1][px][gate];
+      }
+    tile.patch(gemm.pixel(i), block.column * fma::kChannels + channel, channel, sum);
+  }
+  __syncthreads();
+  tile.template finish<fma::kChannels>(block.column * fma::kChannels);
+}
+
+}  // namespace snnlstm::cuda

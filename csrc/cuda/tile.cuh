@@ -1,0 +1,104 @@
+// How an image is cut into tiles, and what a convolution reads for one.
+//
+//      x0       x0 + w
+//   y0 +-----------+        One block computes one tile of one image for one group of output
+//      | m = 0 1 2 |        channels. Pixel m of the tile is (y0 + m / w, x0 + m % w). The tile's
+//      |  w  ...   |        shape is chosen at run time: full rows where the image is narrow, so
+//      +-----------+ y0 + h that neighbouring pixels are neighbours in memory too, and whole
+//                           pooling windows.
+// Blocks are numbered with the channel group fastest: those that read the same pixels run together.
+#pragma once
+
+#include "tensor.cuh"
+
+namespace snnlstm::cuda {
+
+// Division by a number that is only known at run time, without the GPU's 20 instructions for it:
+// Granlund and Montgomery 1994, https://doi.org/10.1145/178243.178249, figure 4.1.
+struct Divisor {
+  unsigned value = 1, factor = 1, shift1 = 0, shift2 = 0;
+
+  Divisor() = default;
+  explicit Divisor(int64_t d) : value(unsigned(d)) {
+    unsigned log = 0;
+    while ((uint64_t(1) << log) < value) ++log;
+    factor = unsigned(((uint64_t(1) << 32) * ((uint64_t(1) << log) - value)) / value + 1);
+    shift1 = log < 1 ? log : 1;
+    shift2 = log < 1 ? 0 : log - 1;
+  }
+  SNNLSTM_BOTH unsigned divide(unsigned n) const {
+    const unsigned high = unsigned((uint64_t(factor) * n) >> 32);
+    return (high + ((n - high) >> shift1)) >> shift2;
+  }
+  // n becomes the quotient; returns the remainder.
+  SNNLSTM_BOTH unsigned split(unsigned& n) const {
+    const unsigned quotient = divide(n), rest = n - quotient * value;
+    n = quotient;
+    return rest;
+  }
+};
+
+struct Tiling {
+  int h = 1, w = 1;           // pixels of a tile
+  Divisor by_w;               // w once more
+  Divisor by_rows, by_cols;   // tiles of an image
+  Divisor by_columns;         // channel groups
+  Divisor by_window, by_windows;  // pooling windows in a row of the tile, in the tile
+  Divisor by_batch;           // images per time step
+  int64_t images = 0;         // in this launch: batch, or batch * T
+
+  int64_t tiles() const { return images * by_rows.value * by_cols.value; }
+  int64_t blocks() const { return tiles() * by_columns.value; }
+};
+
+struct Block {
+  int t, n, y0, x0, column;
+  unsigned tile;  // number of the tile among all images
+};
+
+SNNLSTM_DEVICE Block block_of(const Tiling& tiling, unsigned index) {
+  Block b;
+  b.column = int(tiling.by_columns.split(index));
+  b.tile = index;
+  b.x0 = int(tiling.by_cols.split(index)) * tiling.w;
+  b.y0 = int(tiling.by_rows.split(index)) * tiling.h;
+  b.n = int(tiling.by_batch.split(index));
+  b.t = int(index);
+  return b;
+}
+
+// Pixels m and m + 1 of the tile.
+SNNLSTM_DEVICE Place place_of(const Tiling& tiling, const Block& b, int m, int height, int width) {
+  Place p;
+  p.t = b.t, p.n = b.n;
+  unsigned row = unsigned(m);
+  int col = int(tiling.by_w.split(row));
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    p.y[k] = b.y0 + int(row), p.x[k] = b.x0 + col;
+    const int limit = width + (fault(Fault::wrong_tail_mask) ? 1 : 0);
+    p.valid[k] = int(row) < tiling.h && p.y[k] < height && p.x[k] < limit;
+    if (++col == tiling.w) col = 0, ++row;
+  }
+  return p;
+}
+
+// One of the images that a convolution sums over: K = taps x channels. Output pixel (y, x), tap
+// (i, j) read the source pixel at row (y * step_h + i * dilation_h - pad_h) / up_h, where that is a
+// whole number inside the image, else 0; columns likewise.
+struct Segment {
+  Tensor src;        // (T, N, channels, height, width)
+  int channels = 0;  // 0: the segment is absent
+  int height = 0, width = 0;
+  int taps_h = 1, taps_w = 1;
+  int dilation_h = 1, dilation_w = 1;
+  int pad_h = 0, pad_w = 0;
+  int step_h = 1, step_w = 1;  // stride of the convolution
+  Divisor up_h, up_w;          // stride of the convolution whose transpose this is
+  const void* weight = nullptr;  // packed, of the first column block; layout: fma.cuh, mma.cuh
+  int64_t weight_pitch = 0;      // elements from one column block to the next
+
+  SNNLSTM_BOTH int taps() const { return taps_h * taps_w; }
+};
+
+}  // namespace snnlstm::cuda
