@@ -99,7 +99,7 @@ __global__ void sum_all(const float* x, float* parts, unsigned* counter, float* 
     float total = 0;
     for (int w = 0; w < 8; ++w) total += s.warp_sum[w];
     parts[blockIdx.x] = total;
-    if (!fault(Fault::missing_wait)) __threadfence();
+    if (!fault(Fault::missing_wait, 1)) __threadfence();
     s.last = atomicAdd(counter, 1u) == gridDim.x - 1;
   }
   __syncthreads();

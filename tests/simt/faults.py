@@ -1,0 +1,29 @@
+"""Seeded faults: their names and numbers in fault.cuh, and where kernels have placed them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from build import ROOT
+
+HEADER = ROOT / "csrc" / "cuda" / "fault.cuh"
+
+
+def fault_numbers() -> dict[str, int]:
+    """``{"missing_wait": 1, ...}`` as fault.cuh has them."""
+    body = re.search(r"enum class Fault : int \{(.*?)\};", HEADER.read_text(), re.DOTALL)[1]
+    return {name: int(n) for name, n in re.findall(r"(\w+) = (\d+)", body) if n != "0"}
+
+
+def placed_faults(paths: Iterable[Path]) -> list[tuple[str, int]]:
+    """The (name, place) of every ``fault(Fault::name, place)`` in these sources."""
+    found = set()
+    for path in paths:
+        if path.name in ("fault.cuh", "primitives.cuh"):
+            continue
+        code = re.sub(r"//[^\n]*", "", path.read_text())
+        for name, place in re.findall(r"\bfault\(\s*Fault::(\w+)\s*(?:,\s*(\d+)\s*)?\)", code):
+            found.add((name, int(place or 0)))
+    return sorted(found)
