@@ -118,11 +118,14 @@ PYBIND11_MODULE(_C, m) {
   py::class_<cpu::Sizes>(m, "CpuSizes")
       .def_readonly("packed_forward", &cpu::Sizes::packed_forward)
       .def_readonly("packed_backward", &cpu::Sizes::packed_backward)
-      .def_readonly("saved_gates", &cpu::Sizes::saved_gates)
-      .def_readonly("saved_syn", &cpu::Sizes::saved_syn)
       .def_readonly("forward_workspace", &cpu::Sizes::forward_workspace)
       .def_readonly("backward_workspace", &cpu::Sizes::backward_workspace);
   m.def("cpu_sizes", &cpu::sizes);
+  m.def("cpu_padded_channels", [](int dtype, int64_t C) {
+    Cell cell;
+    cell.dtype = DType(dtype), cell.C = C;
+    return cpu::padded_channels(cell);
+  });
   m.def("cpu_pack_weight", [](const Cell& cell, Address weight, bool backward, Address packed) {
     py::gil_scoped_release release;
     cpu::pack_weight(cell, at(weight), backward, at(packed));

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import native, ops, reference
 from .options import CellOptions
 
 __all__ = ["run"]
@@ -109,6 +109,9 @@ def run(
     The threshold is one number or one a channel, `graded` a single number without gradient.
     """
     inputs = (x, syn, mem, weight, bias, threshold)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if torch.compiler.is_compiling():
+        return ops.run(*inputs, graded, options, training)
+    if training:
         return _SConv2dLSTM.apply(*inputs, graded, options)
     return native.forward(*inputs, float(graded), options, training=False)[:3]

@@ -7,6 +7,7 @@ that is kept alive here while it runs.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -37,11 +38,12 @@ class Saved(NamedTuple):
     Attributes
     ----------
     gates : Tensor
-        Activated gates of every step, in the kernels' own layout.
+        (T, N, Ho * Wo, 4 Cp), the activated gates of every step in the kernels' own order;
+        Cp is C, padded to whole vectors.
     syn : Tensor
-        syn after every step, in the kernels' own layout.
+        (T, N, Ho * Wo, Cp), syn after every step.
     winner : Tensor
-        (T, N) int64, the neuron that inhibition let through; empty without inhibition.
+        (T, N) int64, the neuron that inhibition let through; (0,) without inhibition.
     """
 
     gates: Tensor
@@ -213,6 +215,28 @@ def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
 
 
+def empty_result(x: Tensor, mem: Tensor, options: CellOptions, training: bool) -> Result:
+    """What :func:`forward` returns, uninitialised; also for tensors without memory."""
+    (n, c, ho, wo), (ph, pw) = mem.shape, options.pool_size
+    time = (x.shape[0],) if options.sequence else ()
+    state_time = time if options.record else ()
+    saved = None
+    if training:
+        steps = time or (1,)
+        padded = _C.cpu_padded_channels(_DTYPES[x.dtype], c)
+        saved = Saved(
+            x.new_empty((*steps, n, ho * wo, 4 * padded)),
+            x.new_empty((*steps, n, ho * wo, padded)),
+            x.new_empty((*steps, n) if options.inhibition else (0,), dtype=torch.int64),
+        )
+    return Result(
+        _empty(x, (*time, n, c, ho // ph, wo // pw)),
+        _empty(x, (*state_time, n, c, ho, wo)),
+        _empty(x, (*state_time, n, c, ho, wo)),
+        saved,
+    )
+
+
 def forward(
     x: Tensor,
     syn: Tensor,
@@ -240,20 +264,7 @@ def forward(
     bias = None if bias is None else bias.detach().contiguous()
     thresholds, threshold_stride = _threshold(threshold, x.dtype)
     levels = _levels(options, x.dtype)
-    (n, c, ho, wo), (ph, pw) = mem.shape, options.pool_size
-    time = (x.shape[0],) if options.sequence else ()
-    state_time = time if options.record else ()
-    spk = _empty(x, (*time, n, c, ho // ph, wo // pw))
-    new_syn = _empty(x, (*state_time, n, c, ho, wo))
-    new_mem = _empty(x, (*state_time, n, c, ho, wo))
-    saved = None
-    if training:
-        winners = (*(time or (1,)), n) if options.inhibition else (0,)
-        saved = Saved(
-            _bytes(sizes.saved_gates).view(x.dtype),
-            _bytes(sizes.saved_syn).view(x.dtype),
-            torch.empty(winners, dtype=torch.int64),
-        )
+    spk, new_syn, new_mem, saved = empty_result(x, mem, options, training)
     workspace = _workspace.get(sizes.forward_workspace)
     _C.cpu_forward(
         cell,
@@ -279,6 +290,18 @@ def forward(
     return Result(spk, new_syn, new_mem, saved)
 
 
+def empty_gradients(
+    x: Tensor, syn: Tensor, mem: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> Gradients:
+    """The gradients that are wanted, uninitialised; the threshold's one a channel, (C,)."""
+    c = mem.shape[1]
+    shapes = (x.shape, syn.shape, mem.shape, weight.shape, (4 * c,), (c,))
+    out = [x.new_empty(shape) if want else None for shape, want in zip(shapes, wanted)]
+    if wanted[0]:
+        out[0] = _empty(x, tuple(x.shape))
+    return Gradients(*out)
+
+
 def backward(
     x: Tensor,
     syn: Tensor,
@@ -291,7 +314,7 @@ def backward(
     grad_spk: Tensor | None,
     grad_syn: Tensor | None,
     grad_mem: Tensor | None,
-    wanted: tuple[bool, bool, bool, bool, bool, bool],
+    wanted: Sequence[bool],
 ) -> Gradients:
     """Run the backward kernels.
 
@@ -303,22 +326,14 @@ def backward(
         What it kept.
     grad_spk, grad_syn, grad_mem : Tensor or None
         Gradients of its outputs, in any memory layout; None for zeros.
-    wanted : tuple of bool
+    wanted : sequence of bool
         Which gradients are computed, in the order of :class:`Gradients`.
     """
     cell, threads, sizes = _describe(x, mem, options)
     packed = _pack(weight, cell, sizes.packed_backward, backward=True)
     thresholds, threshold_stride = _threshold(threshold, x.dtype)
     levels = _levels(options, x.dtype)
-    channels = mem.shape[1]
-    grads = Gradients(
-        _empty(x, tuple(x.shape)) if wanted[0] else None,
-        torch.empty_like(syn, memory_format=torch.contiguous_format) if wanted[1] else None,
-        torch.empty_like(mem, memory_format=torch.contiguous_format) if wanted[2] else None,
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[3] else None,
-        x.new_empty(4 * channels) if wanted[4] else None,
-        x.new_empty(channels) if wanted[5] else None,
-    )
+    grads = empty_gradients(x, syn, mem, weight, wanted)
     workspace = _workspace.get(sizes.backward_workspace)
     noise = _noise(x, mem, options, grad_spk)
     _C.cpu_backward(

@@ -12,11 +12,13 @@ namespace snnlstm::cpu {
 // Sizes in bytes.
 struct Sizes {
   int64_t packed_forward, packed_backward;  // pack_weight()'s result
-  int64_t saved_gates, saved_syn;           // for all T steps
   int64_t forward_workspace, backward_workspace;
 };
 
 Sizes sizes(const Cell& cell, int threads);
+
+// C rounded up to whole vectors: what a pixel of saved_syn holds, and a quarter of saved_gates.
+int64_t padded_channels(const Cell& cell);
 
 // weight: (4C, Cin + C, kernel_h, kernel_w), contiguous.
 void pack_weight(const Cell& cell, const void* weight, bool backward, void* packed);
@@ -36,6 +38,7 @@ void set_isa(const std::string& name);  // std::invalid_argument where it cannot
 // What each instruction set's build provides.
 struct Kernels {
   Sizes (*sizes)(const Cell&, int);
+  int64_t (*padded_channels)(const Cell&);
   void (*pack_weight)(const Cell&, const void*, bool, void*);
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);

@@ -88,6 +88,7 @@ std::string isa_name() { return current()->name; }
 void set_isa(const std::string& name) { current() = &find(name); }
 
 Sizes sizes(const Cell& cell, int threads) { return current()->kernels->sizes(cell, threads); }
+int64_t padded_channels(const Cell& cell) { return current()->kernels->padded_channels(cell); }
 void pack_weight(const Cell& cell, const void* weight, bool backward, void* packed) {
   current()->kernels->pack_weight(cell, weight, backward, packed);
 }

@@ -15,11 +15,16 @@ static cpu::Sizes sizes(const Cell& cell, int threads) {
     cpu::Sizes s;
     s.packed_forward = l.packed_forward() * item;
     s.packed_backward = l.packed_backward() * item;
-    s.saved_gates = cell.T * cell.N * l.gates_image() * item;
-    s.saved_syn = cell.T * cell.N * l.state_image() * item;
     s.forward_workspace = forward_workspace(cell, threads);
     s.backward_workspace = backward_workspace(cell, threads);
     return s;
+  });
+}
+
+static int64_t padded_channels(const Cell& cell) {
+  return with_lanes(cell, [&](auto lanes) {
+    constexpr int VL = decltype(lanes)::count;
+    return (cell.C + VL - 1) / VL * VL;
   });
 }
 
@@ -66,6 +71,6 @@ static bool evaluate(const char* name, DType dtype, const void* in, void* out, i
 }
 
 extern const cpu::Kernels kernels;
-const cpu::Kernels kernels = {sizes, pack_weight, forward, backward, evaluate};
+const cpu::Kernels kernels = {sizes, padded_channels, pack_weight, forward, backward, evaluate};
 
 SNNLSTM_END_ISA

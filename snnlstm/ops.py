@@ -1,0 +1,200 @@
+"""The native kernels as torch.library operators, for torch.compile.
+
+``snnlstm::forward`` and ``snnlstm::backward`` are opaque to the compiler: it sees shapes, from
+the fake kernels here, and keeps the calls in its graph. Outside of torch.compile
+:mod:`snnlstm.autograd` calls the kernels directly, which is quicker for small layers.
+
+An operator takes tensors, numbers and lists of numbers only, so a CellOptions travels as three
+of them: see :func:`_encode`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+from .options import CellOptions
+from .quant import StateQuant
+from .surrogate import Surrogate
+
+__all__ = ["run"]
+
+_RESETS = ("subtract", "zero", "none")
+_POOLS = ("none", "max", "avg")
+
+
+def _encode(options: CellOptions) -> tuple[list[int], list[float], Tensor | None]:
+    surrogate = options.surrogate
+    numbers = [
+        *options.kernel_size,
+        *options.stride,
+        *options.dilation,
+        *options.pool_size,
+        _RESETS.index(options.reset),
+        _POOLS.index(options.pool),
+        surrogate.kind,
+        int(options.inhibition),
+        int(options.sequence),
+        int(options.record),
+        int(options.checkpoint),
+    ]
+    levels = None if options.quant is None else options.quant.levels
+    return numbers, [surrogate.p0, surrogate.p1], levels
+
+
+def _decode(numbers: list[int], parameters: list[float], levels: Tensor | None) -> CellOptions:
+    kh, kw, sh, sw, dh, dw, ph, pw, reset, pool, kind, *flags = numbers
+    inhibition, sequence, record, checkpoint = map(bool, flags)
+    return CellOptions(
+        (kh, kw),
+        (sh, sw),
+        (dh, dw),
+        _RESETS[reset],
+        _POOLS[pool],
+        (ph, pw),
+        Surrogate(kind, *parameters),
+        None if levels is None else StateQuant(levels),
+        inhibition,
+        sequence,
+        record,
+        checkpoint,
+    )
+
+
+def _saved_or_empty(x: Tensor, saved: native.Saved | None) -> tuple[Tensor, Tensor, Tensor]:
+    if saved is None:
+        return x.new_empty(0), x.new_empty(0), x.new_empty(0, dtype=torch.int64)
+    return tuple(saved)
+
+
+@torch.library.custom_op("snnlstm::forward", mutates_args=())
+def _forward(
+    x: Tensor,
+    syn: Tensor,
+    mem: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    graded: Tensor,
+    levels: Tensor | None,
+    numbers: list[int],
+    parameters: list[float],
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = _decode(numbers, parameters, levels)
+    *out, saved = native.forward(
+        x, syn, mem, weight, bias, threshold, float(graded), options, training
+    )
+    return (*out, *_saved_or_empty(x, saved))
+
+
+@_forward.register_fake
+def _(
+    x, syn, mem, weight, bias, threshold, graded, levels, numbers, parameters, training
+):
+    options = _decode(numbers, parameters, None)
+    *out, saved = native.empty_result(x, mem, options, training)
+    return (*out, *_saved_or_empty(x, saved))
+
+
+@torch.library.custom_op("snnlstm::backward", mutates_args=())
+def _backward(
+    x: Tensor,
+    syn: Tensor,
+    mem: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    graded: Tensor,
+    levels: Tensor | None,
+    numbers: list[int],
+    parameters: list[float],
+    gates: Tensor,
+    saved_syn: Tensor,
+    winner: Tensor,
+    grad_spk: Tensor,
+    grad_syn: Tensor,
+    grad_mem: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out = native.backward(
+        x,
+        syn,
+        mem,
+        weight,
+        threshold,
+        float(graded),
+        _decode(numbers, parameters, levels),
+        native.Saved(gates, saved_syn, winner),
+        grad_spk,
+        grad_syn,
+        grad_mem,
+        wanted,
+    )
+    return tuple(x.new_empty(0) if grad is None else grad for grad in out)
+
+
+@_backward.register_fake
+def _(
+    x,
+    syn,
+    mem,
+    weight,
+    threshold,
+    graded,
+    levels,
+    numbers,
+    parameters,
+    gates,
+    saved_syn,
+    winner,
+    grad_spk,
+    grad_syn,
+    grad_mem,
+    wanted,
+):
+    out = native.empty_gradients(x, syn, mem, weight, wanted)
+    if wanted[5]:
+        out = out._replace(threshold=torch.empty_like(threshold))
+    return tuple(x.new_empty(0) if grad is None else grad for grad in out)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, syn, mem, weight, _, threshold, graded, levels, numbers, parameters, _ = inputs
+    ctx.save_for_backward(x, syn, mem, weight, threshold, graded, levels, *output[3:])
+    ctx.numbers, ctx.parameters = numbers, parameters
+
+
+def _backward_of_forward(ctx: Any, *grads: Tensor) -> tuple:
+    *saved, gates, saved_syn, winner = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:6])
+    out = _backward(
+        *saved, ctx.numbers, ctx.parameters, gates, saved_syn, winner, *grads[:3], wanted
+    )
+    return (*(g if want else None for g, want in zip(out, wanted)), *(None,) * 5)
+
+
+_forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+
+
+def run(
+    x: Tensor,
+    syn: Tensor,
+    mem: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    graded: Tensor,
+    options: CellOptions,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`snnlstm.autograd.run`, in a form that torch.compile keeps in its graph."""
+    numbers, parameters, levels = _encode(options)
+    spk, new_syn, new_mem, *_ = _forward(
+        x, syn, mem, weight, bias, threshold, graded, levels, numbers, parameters, training
+    )
+    if options.surrogate.kind == 0:
+        spk = spk.detach()
+    return spk, new_syn, new_mem
