@@ -29,7 +29,6 @@ list(APPEND CMAKE_CUDA_ARCHITECTURES ${newest}-virtual)
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
-set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
 enable_language(CUDA)
 
 # Static: importing needs no CUDA library and no driver.
