@@ -26,7 +26,7 @@
 //   from, one of another array: the emulation checks each access against the array it falls into.
 // - The kernel may use fault() where the tests should be able to break it.
 // - The test of a `__CUDA_ARCH__` is written `if constexpr (arch::has_mma)`. sm_75 has neither
-//   cp.async nor the mma shapes below: cp_async falls back to a plain copy, mma does not exist.
+//   cp.async nor the mma shapes below: cp_async falls back to a plain copy, mma traps.
 #pragma once
 
 #include <cstddef>
@@ -211,8 +211,19 @@ struct MmaShape {
   static constexpr int m = 16, n = 8, k = sizeof(T) == 2 ? 16 : 8;
 };
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+
+template <class T>
+SNNLSTM_DEVICE void mma(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]) {
+  __trap();  // a launcher has chosen the wrong kernel
+}
+
+#else
+
 template <class T>
 SNNLSTM_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] SNNLSTM_SITE);
+
+#endif
 
 #if !defined(__CUDACC__)
 

@@ -1,0 +1,152 @@
+"""NVIDIA's command-line tools, where they are installed: compile for every GPU, read what ptxas
+says of registers and local memory, and disassemble.
+
+nvcc comes with a CUDA toolkit or PyPI's nvidia-cuda-nvcc; cuobjdump and nvdisasm from PyPI's
+nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm (both are needed). None of them needs a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha1
+from pathlib import Path
+
+from build import CACHE, ROOT
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel needs on one architecture. Bytes of local memory: frame and spills."""
+
+    kernel: str
+    arch: int
+    registers: int
+    frame: int
+    spilled: int = 0
+
+
+@cache
+def find(tool: str) -> str | None:
+    """Path of nvcc, cuobjdump or nvdisasm, or None."""
+    folders = [Path(os.environ[v]) / "bin" for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ]
+    folders.append(Path("/usr/local/cuda/bin"))
+    spec = importlib.util.find_spec("nvidia")
+    for root in spec.submodule_search_locations or [] if spec else []:
+        folders += sorted(Path(root).glob("*/bin"))
+    if tool == "nvcc" and os.environ.get("CUDACXX"):
+        return os.environ["CUDACXX"]
+    return shutil.which(tool) or next((p for f in folders if (p := shutil.which(tool, path=f))), None)
+
+
+@cache
+def known_architectures() -> tuple[int, ...]:
+    """Those of ARCHITECTURES that this nvcc can compile for."""
+    text = _run([find("nvcc"), "--list-gpu-arch"])
+    return tuple(a for a in ARCHITECTURES if f"compute_{a}\n" in text)
+
+
+def compile_fatbin(source: Path, archs: tuple[int, ...]) -> tuple[Path, str]:
+    """Machine code of `source` for each architecture, and what ptxas said.
+
+    Kept under ``build/simt`` until a file that it includes changes.
+    """
+    nvcc = find("nvcc")
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "--threads=0"]
+    flags += [f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'csrc'}"]
+    listed = _run([nvcc, *flags, "-M", str(source)]).replace("\\\n", " ").split(":", 1)[1].split()
+    key = sha1(" ".join([nvcc, *flags, str(source), *map(str, archs)]).encode())
+    for name in sorted(set(listed)):
+        if Path(name).resolve().is_relative_to(ROOT):
+            key.update(Path(name).read_bytes())
+    CACHE.mkdir(parents=True, exist_ok=True)
+    binary = CACHE / f"{source.stem}-{key.hexdigest()[:16]}.fatbin"
+    log = binary.with_suffix(".log")
+    if not (binary.exists() and log.exists()):
+        for_each = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        temporary = binary.with_name(f".{os.getpid()}-{binary.name}")
+        done = subprocess.run(
+            [nvcc, *flags, *for_each, "-fatbin", str(source), "-o", str(temporary)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"nvcc {source}:\n{done.stderr}{done.stdout}")
+        log.write_text(done.stderr + done.stdout)
+        os.replace(temporary, binary)
+    return binary, log.read_text()
+
+
+def resources_of_log(log: str) -> list[Resources]:
+    """From the output of ``ptxas -v``."""
+    pattern = re.compile(
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)a?'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers",
+        re.DOTALL,
+    )
+    rows = pattern.findall(log)
+    names = demangle([row[0] for row in rows])
+    return [
+        Resources(name, int(arch), int(registers), int(frame), int(stores) + int(loads))
+        for name, (_, arch, frame, stores, loads, registers) in zip(names, rows, strict=True)
+    ]
+
+
+def resources_of_binary(binary: Path) -> list[Resources]:
+    """From a fatbin, an object or a shared library; a spill shows as a frame."""
+    arch, rows = 0, []
+    kernel = ""
+    for line in _run([find("cuobjdump"), "-res-usage", str(binary)], tools=True).splitlines():
+        if found := re.match(r"arch = sm_(\d+)", line):
+            arch = int(found[1])
+        elif found := re.match(r"\s*Function (\w+):", line):
+            kernel = found[1]
+        elif found := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
+            rows.append((kernel, arch, int(found[1]), int(found[2]) + int(found[3])))
+    names = demangle([row[0] for row in rows])
+    return [Resources(n, *row[1:]) for n, row in zip(names, rows, strict=True)]
+
+
+def architectures_of_binary(binary: Path) -> set[int]:
+    listed = _run([find("cuobjdump"), "--list-elf", str(binary)], tools=True)
+    return {int(a) for a in re.findall(r"sm_(\d+)a?\.cubin", listed)}
+
+
+def disassemble(binary: Path, arch: int) -> dict[str, list[str]]:
+    """Instructions with their modifiers ("LDG.E.128"), by kernel."""
+    text = _run([find("cuobjdump"), "-sass", "-arch", f"sm_{arch}", str(binary)], tools=True)
+    code: dict[str, list[str]] = {}
+    now: list[str] = []
+    for line in text.splitlines():
+        if found := re.search(r"Function : (\w+)", line):
+            now = code.setdefault(found[1], [])
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+            now.append(found[1])
+    return dict(zip(demangle(list(code)), code.values(), strict=True))
+
+
+def demangle(names: list[str]) -> list[str]:
+    tool = shutil.which("c++filt")
+    if not tool or not names:
+        return names
+    done = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True)
+    return [n.replace("(anonymous namespace)::", "") for n in done.stdout.splitlines()]
+
+
+def _run(command: list[str], tools: bool = False) -> str:
+    environment = dict(os.environ)
+    if tools and find("nvdisasm"):  # cuobjdump looks for it on PATH
+        environment["PATH"] = f"{Path(find('nvdisasm')).parent}:{environment.get('PATH', '')}"
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout

@@ -1,0 +1,99 @@
+"""Kernels compile with nvcc for every architecture, and fit into registers.
+
+The project's own kernels are looked at in the installed module, which is built for all
+architectures, where cuobjdump is at hand; the long run compiles them anew and reads ptxas's report.
+"""
+
+from pathlib import Path
+
+import gpu_tools
+import pytest
+from build import KERNELS, ROOT
+
+needs_nvcc = pytest.mark.skipif(gpu_tools.find("nvcc") is None, reason="there is no nvcc")
+needs_cuobjdump = pytest.mark.skipif(
+    None in (gpu_tools.find("cuobjdump"), gpu_tools.find("nvdisasm")),
+    reason="pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm",
+)
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+TUNED = (80, 90)  # the architectures whose registers and shared memory were chosen with care
+
+
+def overflowing(resources):
+    """Kernels that need local memory, but those of float64, which are not tuned."""
+    return [r for r in resources if (r.frame or r.spilled) and "double" not in r.kernel]
+
+
+def installed_module() -> Path:
+    """The built extension module, or a skip."""
+    core = pytest.importorskip("snnlstm._C")
+    facts = core.build_info()
+    if not any("cuda" in k.lower() and str(v) not in ("", "0", "False") for k, v in facts.items()):
+        pytest.skip("the installed module has no CUDA half")
+    path = Path(core.__file__)
+    if b"nv_fatbin" not in path.read_bytes():
+        pytest.skip("the installed module has no CUDA half")
+    return path
+
+
+@needs_nvcc
+def test_the_primitives_compile_for_every_architecture():
+    archs = gpu_tools.known_architectures()
+    assert set(archs) >= set(TUNED)
+    _, log = gpu_tools.compile_fatbin(KERNELS / "gemm.cu", archs)
+    assert "warning" not in log
+    resources = gpu_tools.resources_of_log(log)
+    assert {r.arch for r in resources} == set(archs)
+    assert {r.kernel.split("<")[0].split()[-1] for r in resources} >= {"half_gemm", "tf32_gemm"}
+    assert overflowing(r for r in resources if r.arch in TUNED) == []
+
+
+@needs_nvcc
+def test_local_memory_is_seen(tmp_path):
+    source = tmp_path / "local.cu"
+    source.write_text(
+        "__global__ void indexed(int* p) {\n"
+        "  int a[64];\n"
+        "  for (int i = 0; i < 64; ++i) a[i] = p[i];\n"
+        "  for (int i = 0; i < 64; ++i) p[i] = a[p[i] & 63];\n"
+        "}\n"
+        "__global__ void __launch_bounds__(1024, 2) crowded(float* p) {\n"
+        "  float a[64];\n"
+        "  for (int i = 0; i < 64; ++i) a[i] = p[i];\n"
+        "  __syncthreads();\n"
+        "  for (int i = 0; i < 64; ++i) p[i] = a[63 - i] + a[i ^ 5];\n"
+        "}\n"
+    )
+    binary, log = gpu_tools.compile_fatbin(source, (80,))
+    bad = overflowing(gpu_tools.resources_of_log(log))
+    assert {r.kernel.split("(")[0] for r in bad} == {"indexed", "crowded"}
+    assert all(r.spilled for r in bad if "crowded" in r.kernel)
+    if gpu_tools.find("cuobjdump") and gpu_tools.find("nvdisasm"):
+        assert len(overflowing(gpu_tools.resources_of_binary(binary))) == 2
+
+
+@needs_nvcc
+@pytest.mark.simt_long
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
+def test_every_source_compiles_for_every_architecture(source):
+    archs = gpu_tools.known_architectures()
+    _, log = gpu_tools.compile_fatbin(source, archs)
+    assert "warning" not in log
+    resources = gpu_tools.resources_of_log(log)
+    if resources:
+        assert {r.arch for r in resources} == set(archs)
+    assert overflowing(r for r in resources if r.arch in TUNED) == []
+
+
+@needs_cuobjdump
+def test_the_installed_module_holds_code_for_every_architecture():
+    archs = gpu_tools.architectures_of_binary(installed_module())
+    expected = gpu_tools.known_architectures() if gpu_tools.find("nvcc") else (80, 90)
+    assert archs >= set(expected)
+
+
+@needs_cuobjdump
+def test_the_installed_kernels_need_no_local_memory():
+    resources = gpu_tools.resources_of_binary(installed_module())
+    assert {r.arch for r in resources} >= set(TUNED)
+    assert overflowing(r for r in resources if r.arch in TUNED) == []
