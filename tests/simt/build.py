@@ -86,7 +86,7 @@ def build(
     variant: str = "plain",
     defines: tuple[str, ...] = (),
     includes: tuple[Path, ...] = (),
-    extra: tuple[str, ...] = (),
+    host_sources: tuple[Path, ...] = (),
 ) -> Path:
     """Builds ``sources`` (.cu and .cpp) together with the emulator.
 
@@ -97,7 +97,7 @@ def build(
     variant: a key of VARIANTS.
     defines: such as ``("SNNLSTM_FAULT=3",)``.
     includes: further directories of headers.
-    extra: further flags, for the sources only.
+    host_sources: further files that hold no kernels: compiled plainly in every variant.
 
     Raises
     ------
@@ -106,14 +106,12 @@ def build(
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test workers want the same objects
-        return _build(name, sources, variant, defines, includes, extra)
+        return _build(name, sources, variant, defines, includes, host_sources)
 
 
-def _build(name, sources, variant, defines, includes, extra) -> Path:
+def _build(name, sources, variant, defines, includes, host_sources) -> Path:
     ident = compiler_id()
-    own = [
-        *VARIANTS[variant],
-        *extra,
+    common = [
         *(f"-D{d}" for d in defines),
         *(f"-I{i}" for i in includes),
         f"-I{ROOT / 'csrc' / 'cuda'}",
@@ -121,9 +119,11 @@ def _build(name, sources, variant, defines, includes, extra) -> Path:
         f"-I{HERE / 'emulator'}",
     ]
     # The emulator itself is never instrumented; under AddressSanitizer it tells of its fibres.
-    emulator = ["-O3", f"-I{HERE / 'emulator'}", *(VARIANTS["asan"] if variant == "asan" else [])]
+    plain = VARIANTS["asan"] if variant == "asan" else []
+    emulator = ["-O3", f"-I{HERE / 'emulator'}", *plain]
     hooks = variant in ("checked", "faults")
-    jobs = [(Path(s), own) for s in sources]
+    jobs = [(Path(s), [*VARIANTS[variant], *common]) for s in sources]
+    jobs += [(Path(s), [*plain, *common]) for s in host_sources]
     jobs += [(s, emulator) for s in EMULATOR if hooks or s.name != "hooks.cpp"]
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 2) as pool:
         objects = list(pool.map(lambda job: _object(job[0], job[1], ident), jobs))
