@@ -1,0 +1,249 @@
+"""Quantisation of the states: levels, ties, extremes, gradients, memory."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import hypothesis.strategies as st
+import pytest
+import snntorch
+import torch
+from helpers import close, ours, states, steps, twins
+from hypothesis import given
+from snntorch.functional.quant import state_quant as theirs
+
+import snnlstm
+from snnlstm.quant import StateQuant, state_quant
+from snnlstm.snntorch import recognise_quant
+
+
+def plainly(x, levels):
+    """The definition: least |level - x|, lowest index on ties; index 0 for NaN."""
+    return levels[(levels - x[..., None]).abs().min(-1).indices].to(x.dtype)
+
+
+def hard_points(levels):
+    """Numbers at which a shortcut could differ from the definition."""
+    middles = (levels[1:] + levels[:-1]) / 2
+    edges = torch.cat([levels, middles])
+    near = torch.cat([torch.nextafter(edges, torch.full_like(edges, s * 9)) for s in (-1, 1)])
+    huge = torch.tensor([1.0, -1.0])[:, None] * 2.0 ** torch.arange(0, 126, 3)
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, 3.4e38])
+    wide = torch.cat([torch.randn(300) * scale for scale in (1, 1e3, 1e7, 1e30)])
+    return torch.cat([edges, near, huge.flatten(), huge.flatten() + 1, special, wide])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8, 10])
+@pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize("centred", [True, False])
+def test_levels_and_values_equal_snntorchs_bit_for_bit(bits, uniform, centred):
+    for kwargs in ({}, {"threshold": 0.1, "lower_limit": 0.3, "upper_limit": 0.7}):
+        reference = theirs(bits, uniform, centred, **kwargs)
+        quant = state_quant(bits, uniform, centred, **kwargs)
+        assert torch.equal(quant.levels, reference.__closure__[0].cell_contents)
+        x = hard_points(quant.levels)
+        assert torch.equal(quant(x), reference(x))
+
+
+def test_a_given_multiplier_is_used():
+    for kwargs in ({"multiplier": 0.6}, {"multiplier": 1.5, "thr_centered": False}):
+        quant = state_quant(4, False, **kwargs)
+        reference = theirs(4, False, **kwargs)
+        assert torch.equal(quant.levels, reference.__closure__[0].cell_contents)
+
+
+@given(
+    st.lists(st.floats(-8, 8, width=16), min_size=1, max_size=9),
+    st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    st.randoms(use_true_random=False),
+)
+def test_any_levels_give_what_the_definition_gives(values, dtype, random):
+    """In ascending order, with repeated levels, and in no order at all."""
+    shuffled = random.sample(values, len(values))
+    for levels in (torch.tensor(sorted(values)), torch.tensor(shuffled)):
+        x = hard_points(levels).to(dtype)
+        actual = StateQuant(levels)(x)
+        assert actual.dtype == dtype
+        assert torch.equal(actual, plainly(x, levels))
+
+
+def test_an_exact_tie_takes_the_lowest_index():
+    assert StateQuant(torch.tensor([0.0, 1.0]))(torch.tensor([0.5])) == 0
+    assert StateQuant(torch.tensor([1.0, 0.0]))(torch.tensor([0.5])) == 1
+
+
+def test_nan_and_infinities_take_index_0(backend):
+    quant = state_quant(3)
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    assert torch.equal(quant(x), quant.levels[0].expand(3))
+    one, other = twins(state_quant=quant)
+    syn, mem = states(1, 3, 5, 5)
+    syn[0, 0, 2, 2], syn[0, 1, 2, 2], syn[0, 2, 2, 2] = x
+    close(one(torch.zeros(1, 2, 5, 5), syn, mem), other(torch.zeros(1, 2, 5, 5), syn, mem))
+    backend.check(one.path)
+
+
+def test_the_gradient_passes_straight_through_out_of_range_too():
+    x = torch.tensor([-50.0, -0.3, 0.2, 50.0, torch.nan], requires_grad=True)
+    grad = torch.tensor([1.0, -2.0, 3.0, 4.0, 5.0])
+    state_quant(2)(x).backward(grad)
+    assert torch.equal(x.grad, grad)
+
+
+def test_memory_is_not_elements_times_levels():
+    """The 32 x 64 x 32 x 32 tensor at 8 bits, for which snnTorch needs 6 GiB."""
+    code = """
+import resource, torch, snnlstm
+torch.set_num_threads(1)
+quant = snnlstm.quant.state_quant(8)
+x = torch.randn(32, 64, 32, 32)
+quant(x[:1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+quant(x)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 3 * 8 * 1024  # KiB; the result is 8 MiB
+
+
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+@pytest.mark.parametrize("pool", [{}, {"max_pool": 2}, {"avg_pool": 2}], ids=str)
+@pytest.mark.parametrize("bits", [2, 6])
+def test_the_cell_quantises_as_snntorchs(backend, reset, pool, bits):
+    """syn and mem after the reset, mem from the unquantised syn, and once more to fire."""
+    quant = theirs(bits, threshold=0.6)
+    one, other = twins(state_quant=quant, reset_mechanism=reset, threshold=0.02, **pool)
+    assert isinstance(one.state_quant, StateQuant)
+    syn, mem = states(2, 3, 6, 8)
+    x = steps(3, 2, 2, 6, 8)
+    for cell in (one, other):
+        s, m, loss = syn, mem, 0
+        for x_t in x:
+            spk, s, m = cell(x_t, s, m)
+            loss = loss + spk.sum() + (s * 2).sum() + m.sum()
+        loss.backward()
+    close((one.spk, one.syn, one.mem), (other.spk, other.syn, other.mem))
+    for mine, reference in zip(one.parameters(), other.parameters(), strict=True):
+        close(mine.grad, reference.grad, atol=2e-4, rtol=1e-4)
+    backend.check(one.path)
+
+
+def test_fire_quantises_the_average_once_more(backend):
+    """A pool of 0 and 1 averages to 0.5: only its rounding, down to 0, keeps it silent."""
+    quant = StateQuant(torch.tensor([0.0, 1.0]))
+    cell = ours(1, 1, 1, avg_pool=2, state_quant=quant, threshold=0.4)
+    with torch.no_grad():
+        cell.conv.weight.zero_()
+        cell.conv.bias.copy_(torch.tensor([-99.0, 99.0, 99.0, 0.0]))  # syn stays, o is open
+    syn = torch.tensor([[[[5.0, 5.0], [0.0, 0.0]]]])
+    spk, _, mem = cell(torch.zeros(1, 1, 2, 2), syn, torch.zeros(1, 1, 2, 2))
+    assert mem.flatten().tolist() == [1, 1, 0, 0]
+    assert not spk.any()
+    backend.check(cell.path)
+
+
+def test_any_other_callable_works(backend):
+    class Rounded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return (x * 8).round() / 8
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    one, other = twins(state_quant=Rounded.apply, avg_pool=2)
+    x = steps(2, 2, 2, 6, 7)
+    for cell in (one, other):
+        cell(x[0])
+        cell(x[1])[0].sum().backward()
+    close((one.spk, one.syn, one.mem), (other.spk, other.syn, other.mem))
+    close(one.conv.weight.grad, other.conv.weight.grad, atol=1e-4)
+    assert str(one.path) == "reference (state_quant is a foreign callable)"
+
+
+def test_levels_that_the_kernels_cannot_take_use_the_reference_path(backend):
+    for levels, reason in (
+        (torch.linspace(-1, 1, 5, dtype=torch.float64), "levels of torch.float64"),
+        (torch.linspace(1, -1, 5), "levels that do not ascend"),
+    ):
+        cell = ours(state_quant=StateQuant(levels))
+        assert torch.isin(cell(steps(1, 1, 2, 5, 5)[0])[2], levels.float()).all()
+        assert reason in cell.path.reason
+
+
+def test_it_works_in_snntorchs_neurons():
+    results = []
+    for library in (state_quant, theirs):
+        leaky = snntorch.Leaky(beta=0.9, state_quant=library(4))
+        x = torch.linspace(-1, 2, 31, requires_grad=True)
+        spk, mem = leaky(x, leaky.reset_mem())
+        mem.sum().backward()
+        results.append((spk, mem, x.grad))
+    close(*results)
+
+
+def test_it_differentiates_forward_and_under_vmap_and_compiles():
+    quant, x = state_quant(4), torch.linspace(-2, 2, 64)
+    out, tangent = torch.func.jvp(quant, (x,), (torch.arange(64.0),))
+    assert torch.equal(out, quant(x))
+    assert torch.equal(tangent, torch.arange(64.0))
+    assert torch.equal(torch.func.vmap(quant)(x.view(8, 8)).flatten(), quant(x))
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(quant, fullgraph=True, backend="aot_eager")(x), quant(x))
+
+
+def test_it_can_be_copied_pickled_hashed_and_printed():
+    quant = state_quant(4)
+    assert copy.deepcopy(quant) == pickle.loads(pickle.dumps(quant)) == quant
+    assert len({quant, state_quant(4), state_quant(5)}) == 2
+    assert quant != state_quant(4, threshold=2)
+    assert repr(quant) == "StateQuant(16 levels, -1 to 1.2)"
+
+
+def test_levels_are_copied():
+    levels = torch.tensor([0.0, 1.0])
+    quant = StateQuant(levels)
+    levels.fill_(7)
+    assert quant.levels.tolist() == [0, 1]
+
+
+def test_what_is_not_snntorchs_quantiser_stays_what_it_is():
+    spoiled = theirs(2, threshold=float("inf"))
+    for foreign in (spoiled, len, snnlstm.surrogate.atan(), lambda x: x):
+        assert recognise_quant(foreign) is foreign
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"num_bits": 2.5}, TypeError, "num_bits must be an int"),
+        ({"num_bits": True}, TypeError, "num_bits must be an int"),
+        ({"num_bits": 0}, ValueError, "num_bits must lie between 1 and 16, got 0"),
+        ({"threshold": "1"}, TypeError, "threshold must be a number"),
+        ({"upper_limit": float("nan")}, ValueError, "upper_limit must be finite"),
+        ({"multiplier": [1]}, TypeError, "multiplier must be a number"),
+        ({"uniform": False, "threshold": 0}, ValueError, "threshold, .* must leave a range"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_state_quant_are_refused(kwargs, error, match):
+    with pytest.raises(error, match=match):
+        state_quant(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("levels", "error"),
+    [
+        ([0.0, 1.0], TypeError),
+        (torch.arange(3), TypeError),
+        (torch.zeros(0), ValueError),
+        (torch.zeros(2, 2), ValueError),
+        (torch.tensor([0.0, torch.nan]), ValueError),
+    ],
+    ids=str,
+)
+def test_bad_levels_are_refused(levels, error):
+    with pytest.raises(error, match="levels must be|levels must have"):
+        StateQuant(levels)

@@ -1,0 +1,305 @@
+"""Every row of the table of surrogates: alone, in snnTorch's neurons and in the cell."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import snntorch
+import snntorch.surrogate as theirs
+import torch
+from helpers import close, ours, states, steps, twins
+
+from snnlstm import surrogate
+from snnlstm.snntorch import recognise_surrogate
+
+# name -> parameters that are not the defaults
+ROWS = {
+    "atan": {"alpha": 3.5},
+    "fast_sigmoid": {"slope": 7},
+    "sigmoid": {"slope": 4},
+    "straight_through_estimator": {},
+    "triangular": {"threshold": 0.4},
+    "heaviside": {},
+    "spike_rate_escape": {"beta": 2.0, "slope": 3},
+    "SFS": {"slope": 5, "B": 0.1},
+    "SSO": {"mean": 0.3, "variance": 0.5},
+    "LSO": {"slope": 0.2},
+}
+ALL = [(name, kwargs) for name, row in ROWS.items() for kwargs in ([{}, row] if row else [{}])]
+each = pytest.mark.parametrize(("name", "kwargs"), ALL, ids=str)
+
+
+def points() -> torch.Tensor:
+    return torch.cat([torch.linspace(-3, 3, 101), torch.tensor([0.0, -0.0, 1.0, 0.1])])
+
+
+def gradient(spike, x, weights=None):
+    x = x.clone().requires_grad_()
+    torch.manual_seed(3)
+    spk = spike(x)
+    spk.backward(torch.ones_like(spk) if weights is None else weights)
+    return spk.detach(), x.grad
+
+
+def test_the_table_has_every_row():
+    assert [kind.name for kind in surrogate.KINDS] == ["none", *ROWS]
+    for number, name in enumerate(ROWS, 1):
+        assert getattr(surrogate, name)().kind == number
+        assert getattr(surrogate, name)().name == name
+
+
+@each
+def test_it_spikes_and_differentiates_as_snntorchs(name, kwargs):
+    x, weights = points(), torch.linspace(-1, 1, 105)
+    reference = getattr(theirs, name)(**kwargs)
+    if name == "LSO":  # snnTorch's raises TypeError (it calls another Function): the row instead
+        slope = kwargs.get("slope", 0.1)
+        expected = (x > 0).float(), torch.where(x > 0, 1.0, slope) * weights
+    else:
+        expected = gradient(reference, x, weights)
+    close(gradient(getattr(surrogate, name)(**kwargs), x, weights), expected, atol=1e-6)
+
+
+def test_snntorchs_LSO_is_broken():
+    with pytest.raises(TypeError):
+        theirs.LSO()(torch.ones(1))
+
+
+@each
+def test_factor_is_the_formula_of_the_table(name, kwargs):
+    """The formulas once more, written down from the literature in float64."""
+    x = points().double()
+    p = {
+        "atan": {"alpha": 2.0},
+        "fast_sigmoid": {"slope": 25},
+        "sigmoid": {"slope": 25},
+        "triangular": {"threshold": 1},
+        "spike_rate_escape": {"beta": 1, "slope": 25},
+        "SFS": {"slope": 25, "B": 1},
+        "SSO": {"mean": 0, "variance": 0.2},
+        "LSO": {"slope": 0.1},
+    }.get(name, {}) | kwargs
+    k = p.get("slope", 0)
+    s = 1 / (1 + torch.exp(-k * x))
+    torch.manual_seed(9)
+    u = torch.rand_like(x)
+    expected = {
+        "atan": lambda: p["alpha"] / 2 / (1 + (math.pi / 2 * p["alpha"] * x) ** 2),
+        "fast_sigmoid": lambda: 1 / (k * x.abs() + 1) ** 2,
+        "sigmoid": lambda: k * s * (1 - s),
+        "straight_through_estimator": lambda: torch.ones_like(x),
+        "triangular": lambda: torch.where(x < 0, p["threshold"], -p["threshold"]).double(),
+        "heaviside": lambda: (x > 0).double(),
+        "spike_rate_escape": lambda: k * torch.exp(-p["beta"] * (x - 1).abs()),
+        "SFS": lambda: (x > p["B"]) / (k * x.abs() + 1) ** 2,
+        "SSO": lambda: torch.where(x > 0, 1.0, (u - 0.5 + p["mean"]) * p["variance"]),
+        "LSO": lambda: torch.where(x > 0, 1.0, k).double(),
+    }[name]()
+    torch.manual_seed(9)
+    close(getattr(surrogate, name)(**kwargs).factor(x), expected, atol=1e-14)
+
+
+@each
+def test_snntorchs_closure_is_recognised(name, kwargs):
+    closure = getattr(theirs, name)(**kwargs)
+    assert recognise_surrogate(closure) == getattr(surrogate, name)(**kwargs)
+    assert ours(spike_grad=closure).spike_grad == getattr(surrogate, name)(**kwargs)
+
+
+def test_what_is_no_closure_of_snntorch_stays_what_it_is():
+    def inner(x):
+        return x
+
+    inner.__module__, inner.__qualname__ = "snntorch.surrogate", "atan.<locals>.inner"
+    tensor_slope = theirs.fast_sigmoid(torch.tensor(25.0))  # perhaps one that is learned
+    custom = theirs.custom_surrogate(lambda x, grad, spk: grad)
+    for foreign in (inner, tensor_slope, custom, torch.nn.ReLU(), len, theirs.atan(math.nan)):
+        assert recognise_surrogate(foreign) is foreign
+
+
+@each
+def test_the_cell_gives_the_gradients_of_its_surrogate(backend, name, kwargs):
+    if name == "LSO":
+        closure = getattr(surrogate, name)(**kwargs)  # works in snnTorch's cell, too
+    else:
+        closure = getattr(theirs, name)(**kwargs)
+    one, other = twins(spike_grad=closure, reset_mechanism="subtract", learn_threshold=True)
+    x = steps(3, 2, 2, 6, 7)
+    weights = torch.linspace(-1, 1, 2 * 3 * 6 * 7).view(2, 3, 6, 7)
+    for cell in (one, other):
+        syn, mem = states(2, 3, 6, 7)
+        loss = 0
+        for t in range(3):
+            spk, syn, mem = cell(x[t], syn, mem)
+            loss = loss + (spk * weights * (t + 1)).sum()
+        torch.manual_seed(4)  # of SSO's noise
+        loss.backward()
+    backend.check(one.path)
+    for mine, reference in zip(one.parameters(), other.parameters(), strict=True):
+        scale = max(1.0, float(reference.grad.abs().max()))
+        close(mine.grad / scale, reference.grad / scale, atol=1e-5)
+
+
+def test_SSO_draws_its_noise_last_step_first(backend):
+    """A whole sequence draws what the step calls draw, in the order in which they do."""
+    x = steps(3, 2, 2, 6, 8)
+    grads = []
+    for whole in (True, False):
+        cell = ours(spike_grad=surrogate.SSO(variance=2.0), max_pool=2)
+        spk = cell(x)[0] if whole else torch.stack([cell(x_t)[0] for x_t in x])
+        torch.manual_seed(4)
+        (spk * torch.arange(1, 4).view(-1, 1, 1, 1, 1)).sum().backward()
+        grads.append(cell.conv.weight.grad)
+    close(*grads, atol=1e-4, rtol=1e-4)
+
+
+def test_sigmoid_is_finite_for_very_negative_inputs(backend):
+    x = torch.tensor([-1e4, -100.0, 100.0, 1e4])
+    assert not gradient(theirs.sigmoid(), x)[1].isfinite().all()  # e^-kx overflows there
+    spk, grad = gradient(surrogate.sigmoid(), x)
+    assert grad.isfinite().all()
+    cell = ours(spike_grad=surrogate.sigmoid(slope=1e4), threshold=0.9)
+    cell(steps(1, 1, 2, 5, 5)[0])[0].sum().backward()
+    assert cell.conv.weight.grad.isfinite().all()
+    # and its far right does not cancel to zero
+    close(gradient(surrogate.sigmoid(1), torch.tensor([30.0]))[1], torch.tensor([9.3576e-14]), 0)
+
+
+def test_surrogate_disable_gives_spikes_without_gradient_but_states_with(backend):
+    for cell in twins(surrogate_disable=True, spike_grad=None):
+        spk, syn, mem = cell(steps(1, 1, 2, 5, 5)[0])
+        assert not spk.requires_grad
+        assert syn.requires_grad
+        mem.sum().backward()
+        assert cell.conv.weight.grad.any()
+    assert ours(surrogate_disable=True).spike_grad == surrogate.NONE
+    late = ours()
+    late.surrogate_disable = True
+    assert not late(torch.zeros(1, 2, 5, 5))[0].requires_grad
+
+
+def test_custom_surrogate_runs_the_users_function(backend):
+    def double(x, grad, spk):
+        grad *= 2  # in place, as snnTorch's own examples do
+        return grad * spk
+
+    x, weights = points(), torch.linspace(-1, 1, 105)
+    close(
+        gradient(surrogate.custom_surrogate(double), x, weights),
+        gradient(theirs.custom_surrogate(double), x, weights),
+    )
+    one, other = twins(spike_grad=theirs.custom_surrogate(double), reset_mechanism="subtract")
+    x = steps(2, 2, 2, 6, 7)
+    for cell in (one, other):
+        cell(x[0])
+        cell(x[1])[0].sum().backward()
+    close(one.conv.weight.grad, other.conv.weight.grad, atol=1e-4)
+    assert str(one.path) == "reference (spike_grad is a foreign callable)"
+
+
+def test_a_foreign_spike_grad_also_makes_the_reset(backend):
+    """snnTorch computes the reset with spike_grad itself, here one that never rests."""
+
+    def soft(u):
+        return torch.sigmoid(4 * u)
+
+    for reset in ("subtract", "zero"):
+        one, other = twins(spike_grad=soft, reset_mechanism=reset, learn_threshold=True)
+        x = steps(3, 2, 2, 6, 7)
+        for cell in (one, other):
+            loss = sum(sum(o.sum() for o in cell(x_t)) for x_t in x)
+            loss.backward()
+        close((one.spk, one.syn, one.mem, one.reset), (other.spk, other.syn, other.mem, other.reset))
+        close(one.conv.weight.grad, other.conv.weight.grad, atol=1e-4, rtol=1e-4)
+        close(one.threshold.grad, other.threshold.grad, atol=1e-4, rtol=1e-4)
+
+
+@each
+def test_it_works_alone_in_snntorchs_neurons(name, kwargs):
+    spikes = []
+    for library in (surrogate, theirs):
+        if name == "LSO":
+            library = surrogate
+        leaky = snntorch.Leaky(beta=0.9, spike_grad=getattr(library, name)(**kwargs))
+        x = torch.linspace(-1, 2, 31, requires_grad=True)
+        spk, mem = leaky(x, leaky.reset_mem())
+        spk, mem = leaky(x, mem)
+        torch.manual_seed(0)
+        (spk.sum() + mem.sum()).backward()
+        spikes.append((spk, mem, x.grad))
+    close(*spikes)
+
+
+@each
+def test_it_can_be_copied_pickled_hashed_and_printed(name, kwargs):
+    spike = getattr(surrogate, name)(**kwargs)
+    assert copy.deepcopy(spike) == pickle.loads(pickle.dumps(spike)) == spike
+    assert len({spike, getattr(surrogate, name)(**kwargs)}) == 1
+    assert eval(repr(spike), vars(surrogate)) == spike
+    with pytest.raises(AttributeError):
+        spike.p0 = 3.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_spikes_have_the_dtype_of_their_input(dtype):
+    for name in ROWS:
+        spk, grad = gradient(getattr(surrogate, name)(), points().to(dtype))
+        assert spk.dtype == grad.dtype == dtype
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "SSO"])
+def test_it_can_be_differentiated_twice(name):
+    """The gradient's own derivative is that of the factor."""
+    x = torch.linspace(-2, 2.21, 50, dtype=torch.float64, requires_grad=True)
+    spike = getattr(surrogate, name)(**ROWS[name])
+    (first,) = torch.autograd.grad(spike(x).sum(), x, create_graph=True)
+    actual = torch.zeros_like(x)
+    if first.requires_grad:
+        (actual,) = torch.autograd.grad(first.sum(), x)
+    other = x.detach().requires_grad_()
+    factor = spike.factor(other)
+    expected = torch.zeros_like(x)
+    if factor.requires_grad:
+        (expected,) = torch.autograd.grad(factor.sum(), other)
+    close(actual, expected)
+    eps = 1e-6
+    numeric = (spike.factor(x.detach() + eps) - spike.factor(x.detach() - eps)) / (2 * eps)
+    close(actual, numeric, atol=1e-5, rtol=1e-5)
+
+
+@each
+def test_it_works_in_forward_mode_and_under_vmap(name, kwargs):
+    spike = getattr(surrogate, name)(**kwargs)
+    x, tangent = points(), torch.linspace(-1, 1, 105)
+    torch.manual_seed(3)
+    out, jvp = torch.func.jvp(spike, (x,), (tangent,))
+    expected = gradient(spike, x, tangent)
+    close((out, jvp), expected)
+    if name != "SSO":
+        batched = torch.func.vmap(torch.func.grad(lambda row: spike(row).sum()))(x.view(15, 7))
+        close(batched.flatten(), gradient(spike, x)[1])
+
+
+@each
+def test_it_compiles_without_a_graph_break(name, kwargs):
+    torch._dynamo.reset()
+    spike = getattr(surrogate, name)(**kwargs)
+    compiled = torch.compile(spike, fullgraph=True, backend="aot_eager")
+    if name == "SSO":
+        spk, grad = gradient(compiled, points())
+        assert grad[points() > 0].eq(1).all()
+    else:
+        close(gradient(compiled, points()), gradient(spike, points()))
+
+
+def test_bad_parameters_are_refused():
+    with pytest.raises(TypeError, match="alpha of atan must be a number, got '2'"):
+        surrogate.atan("2")
+    with pytest.raises(TypeError, match="slope of sigmoid"):
+        surrogate.sigmoid(True)
+    with pytest.raises(ValueError, match="slope of fast_sigmoid must be finite, got nan"):
+        surrogate.fast_sigmoid(math.nan)
+    with pytest.raises(TypeError, match="function must be callable"):
+        surrogate.custom_surrogate(3)
