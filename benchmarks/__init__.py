@@ -1,1 +1,1 @@
-"""What snnlstm is measured with: `python -m benchmarks` (the suite), `python -m benchmarks.demo`."""
+"""How snnlstm is measured: `python -m benchmarks`, the suite, and `python -m benchmarks.demo`."""

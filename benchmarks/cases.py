@@ -191,7 +191,8 @@ def parse_case(text: str) -> Case:
             f'--shape: expected "T N Cin Cout H W k [option=value ...]", '
             f"got {len(numbers)} numbers in {text!r}"
         )
-    sizes = [_positive(label, word) for label, word in zip("T N Cin Cout H W".split(), numbers)]
+    labels = ("T", "N", "Cin", "Cout", "H", "W")
+    sizes = [_positive(label, word) for label, word in zip(labels, numbers[:6], strict=True)]
     kernel = [_positive("k", side) for side in numbers[6].lower().split("x")]
     if len(kernel) > 2 or any(side % 2 == 0 for side in kernel):
         raise ValueError(f"--shape: k must be odd, as 3 or 3x5, got {numbers[6]!r}")
@@ -199,8 +200,16 @@ def parse_case(text: str) -> Case:
     for word in words:
         if "=" in word:
             given |= _option(*word.split("=", 1))
-    case = Case(steps=sizes[0], batch=sizes[1], cin=sizes[2], cout=sizes[3], height=sizes[4],
-                width=sizes[5], kernel=(kernel[0], kernel[-1]), **given)  # type: ignore[arg-type]
+    case = Case(
+        steps=sizes[0],
+        batch=sizes[1],
+        cin=sizes[2],
+        cout=sizes[3],
+        height=sizes[4],
+        width=sizes[5],
+        kernel=(kernel[0], kernel[-1]),
+        **given,
+    )  # type: ignore[arg-type]
     if case.max_pool and case.avg_pool:
         raise ValueError("--shape: only one of max_pool and avg_pool may be given, got both")
     if min(case.spike_shape) < 1:

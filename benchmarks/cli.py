@@ -14,7 +14,7 @@ import torch
 from benchmarks import compare, machine, report
 from benchmarks.cases import CASES, MODES, QUICK_CASES, find_cases, parse_case, parse_density
 from benchmarks.providers import PROVIDERS, QUICK_PROVIDERS, Setting, find_providers
-from benchmarks.rows import read_rows, write_rows
+from benchmarks.rows import Row, read_rows, write_rows
 from benchmarks.suite import Plan, Suite
 from benchmarks.timing import Budget
 
@@ -171,7 +171,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(compare.report(*map(read_rows, args.compare)))
             return 0
         if args.plot:
-            return _draw(read_rows(args.plot), args.plot if args.plot.is_dir() else args.plot.parent)
+            return _draw(
+                read_rows(args.plot), args.plot if args.plot.is_dir() else args.plot.parent
+            )
         plans = [plan_from(args, dtype) for dtype in dict.fromkeys(args.dtype)]
     except ValueError as error:
         p.error(str(error))
@@ -213,7 +215,7 @@ def _measure(plans: list[Plan], args: argparse.Namespace) -> int:
     return 1 if disagreements else 0
 
 
-def _draw(rows: list, directory: Path) -> int:
+def _draw(rows: list[Row], directory: Path) -> int:
     try:
         from benchmarks.plots import draw_all
 

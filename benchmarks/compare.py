@@ -40,21 +40,26 @@ def compare_rows(before: list[Row], after: list[Row]) -> list[Change]:
 
 
 def _compare(before: Row, after: Row) -> Change:
-    assert before.p50_ms and before.p20_ms and before.p80_ms
-    assert after.p50_ms and after.p20_ms and after.p80_ms
-    change = after.p50_ms / before.p50_ms - 1
-    spread = max((row.p80_ms - row.p20_ms) / row.p50_ms for row in (before, after))  # type: ignore[operator]
+    (low, median, high), (new_low, new_median, new_high) = _band(before), _band(after)
+    change = new_median / median - 1
+    spread = max((high - low) / median, (new_high - new_low) / new_median)
     if min(before.rounds, after.rounds) < FEWEST_ROUNDS:
         verdict = "too few rounds"
     elif abs(change) <= SMALLEST_CHANGE:
         verdict = "noise"
-    elif after.p80_ms < before.p20_ms:
+    elif new_high < low:
         verdict = "faster"
-    elif after.p20_ms > before.p80_ms:
+    elif new_low > high:
         verdict = "slower"
     else:
         verdict = "noise"
     return Change(before, after, change, spread, verdict)
+
+
+def _band(row: Row) -> tuple[float, float, float]:
+    if row.p20_ms is None or row.p50_ms is None or row.p80_ms is None:
+        raise ValueError(f"the row {row.key} holds no times")
+    return row.p20_ms, row.p50_ms, row.p80_ms
 
 
 def report(before: list[Row], after: list[Row]) -> str:
@@ -88,7 +93,7 @@ def report(before: list[Row], after: list[Row]) -> str:
             f"{statistics.median(drift):+.1%} in the median: take that off before believing a row; "
             "A x and B x (speed-up over it) have it taken off."
         )
-    counts = {verdict: 0 for verdict in ("faster", "slower", "noise", "too few rounds")}
+    counts = dict.fromkeys(("faster", "slower", "noise", "too few rounds"), 0)
     for change in changes:
         counts[change.verdict] += 1
     lines.append(
@@ -105,7 +110,7 @@ def _ratio(speedup: float | None) -> str:
 
 
 def _memory(change: Change) -> str:
-    before, after = change.before.peak_mib, change.after.peak_mib
+    before, after = change.before.live_mib, change.after.live_mib
     return "" if not before or after is None else f"{after / before - 1:+.0%}"
 
 

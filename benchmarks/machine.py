@@ -97,20 +97,17 @@ def measure_peak(setting: Setting, seconds: float = 1.0) -> Peak:
     are held against it, not against a number from a data sheet.
     """
     setting.apply_precision()
-    device, dtype = torch.device(setting.device), setting.torch_dtype
+    on = {"device": setting.device, "dtype": setting.torch_dtype}
     side = 8192 if setting.device == "cuda" else 1536
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    b = torch.randn(side, side, device=device, dtype=dtype)
+    a, b = torch.randn(side, side, **on), torch.randn(side, side, **on)
     product = torch.empty_like(a)
-    best = _best_seconds(lambda: torch.mm(a, b, out=product), setting.device, seconds)
-    gflops = 2 * side**3 / best / 1e9
-    del a, b, product
+    multiplying = _best_seconds(lambda: torch.mm(a, b, out=product), setting.device, seconds)
     # Beyond any cache, so that the copy is one of memory.
-    count = (1 << 30 if setting.device == "cuda" else 1 << 28) // dtype.itemsize
-    source = torch.ones(count, device=device, dtype=dtype)
+    size = 1 << 30 if setting.device == "cuda" else 1 << 28
+    source = torch.ones(size // setting.torch_dtype.itemsize, **on)
     target = torch.zeros_like(source)
-    best = _best_seconds(lambda: target.copy_(source), setting.device, seconds)
-    return Peak(gflops, 2 * count * dtype.itemsize / best / 1e9)
+    copying = _best_seconds(lambda: target.copy_(source), setting.device, seconds)
+    return Peak(2 * side**3 / multiplying / 1e9, 2 * size / copying / 1e9)
 
 
 def _best_seconds(call: Callable[[], object], device: str, seconds: float) -> float:

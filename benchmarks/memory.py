@@ -1,18 +1,22 @@
 """Peak memory, measured and not computed.
 
-On the CPU each case runs in a fresh process whose resident set is watched by the kernel: the
-high-water mark (VmHWM) is reset right before the call and read right after it, and what was
-resident before is taken off. This sees everything that touches memory: torch's tensors, oneDNN's
-scratch space, a library's workspace. For it to be exact, malloc has to take every large block from
-the system and give it back at once, which MALLOC_MMAP_THRESHOLD_ makes it do. (torch's profiler,
-which sees torch's allocator alone, agrees within 1 % for snnTorch's cell.)
+On the CPU a fresh process is watched by the kernel: the high-water mark of its resident set
+(VmHWM) is reset right before the call and read right after it, and what was resident before is
+taken off. This sees all memory that is touched: torch's tensors, oneDNN's scratch space, a
+library's own workspace. It is done twice:
 
-On CUDA it is torch.cuda.max_memory_allocated, less what was allocated before the call.
+- live: malloc is told to take every large block from the system and to give it back at once
+  (MALLOC_MMAP_THRESHOLD_), so that the resident set is exactly what is in use. torch's profiler,
+  which sees torch's own allocator alone, says the same within 1 % for snnTorch's cell.
+- resident: malloc as it comes. It keeps and splits freed blocks; what a process really needs is
+  larger by this fragmentation, and varies by a few per cent from run to run.
+
+On CUDA live is torch.cuda.max_memory_allocated and resident is max_memory_reserved, both less what
+there was before the call.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
 import json
@@ -22,15 +26,15 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from benchmarks import resident
 from benchmarks.cases import Case
 from benchmarks.machine import ROOT, available_bytes
 from benchmarks.providers import PROVIDERS, Provider, Setting, Unavailable
 
-MALLOC = {
+GIVE_BACK = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_TOP_PAD_": "0",
@@ -63,36 +67,70 @@ class Job:
     provider: str
 
 
+@dataclass(frozen=True)
+class Found:
+    """Peak memory of a job in MiB, or a note that says why there is none."""
+
+    live: float | None = None
+    resident: float | None = None
+    note: str = ""
+
+
 def measure(
     jobs: list[Job],
     setting: Setting,
     threads: int,
-    tick: Callable[[int], None] = lambda done: None,
-) -> list[float | str]:
-    """Peak MiB of each job beyond weights and x, or why there is no number.
+    tick: Callable[[float], None] = lambda share: None,
+) -> list[Found]:
+    """Peak memory of each job beyond weights and x.
 
-    tick is told how many jobs are done, after each.
+    tick is told the share of the work (0..1) that is done.
     """
-    results: list[float | str] = []
-    while len(results) < len(jobs):
-        if setting.device == "cuda":
-            results.append(_guarded(jobs[len(results)], setting, _cuda_peak))
-            tick(len(results))
-        else:
-            # A process that is killed takes one job with it; the next one does the rest.
-            _measure_in_child(jobs, results, setting, threads, tick)
-    return results
+    if setting.device == "cuda":
+        found = []
+        for done, job in enumerate(jobs, 1):
+            answer = _guarded(job, setting, _cuda_peak)
+            found.append(Found(*answer) if isinstance(answer, list) else Found(note=answer))
+            tick(done / len(jobs))
+        return found
+    live = _in_children(jobs, setting, threads, GIVE_BACK, lambda share: tick(share / 2))
+    resident = _in_children(jobs, setting, threads, {}, lambda share: tick(0.5 + share / 2))
+    return [
+        Found(note=one if isinstance(one, str) else other)
+        if isinstance(one, str) or isinstance(other, str)
+        else Found(one[0], other[0])
+        for one, other in zip(live, resident, strict=True)
+    ]
 
 
-def _measure_in_child(
+Answer = list[float] | str
+"""Peaks in MiB, or why there are none."""
+
+
+def _in_children(
     jobs: list[Job],
-    results: list[float | str],
     setting: Setting,
     threads: int,
-    tick: Callable[[int], None],
+    environment: dict[str, str],
+    tick: Callable[[float], None],
+) -> list[Answer]:
+    answers: list[Answer] = []
+    while len(answers) < len(jobs):
+        # A process that is killed takes one job with it; the next process does the rest.
+        _in_child(jobs, answers, setting, threads, environment, tick)
+    return answers
+
+
+def _in_child(
+    jobs: list[Job],
+    answers: list[Answer],
+    setting: Setting,
+    threads: int,
+    environment: dict[str, str],
+    tick: Callable[[float], None],
 ) -> None:
     request = {
-        "jobs": [dataclasses.asdict(job) for job in jobs[len(results) :]],
+        "jobs": [dataclasses.asdict(job) for job in jobs[len(answers) :]],
         "setting": dataclasses.asdict(setting),
         "threads": threads,
     }
@@ -103,25 +141,23 @@ def _measure_in_child(
             stderr=errors,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **MALLOC},
+            env={**os.environ, **environment},
         )
         assert child.stdout is not None
         for line in child.stdout:
             if line.startswith(ANSWER):
-                results.append(json.loads(line.removeprefix(ANSWER)))
-                tick(len(results))
+                answers.append(json.loads(line.removeprefix(ANSWER)))
+                tick(len(answers) / len(jobs))
         status = child.wait()
-        if len(results) < len(jobs):
+        if len(answers) < len(jobs):
             errors.seek(0)
             last = (errors.read().strip().splitlines() or ["no message"])[-1]
             killed = "the process was killed, most likely for want of memory"
-            results.append(killed if status == -9 else f"failed: {last}")
-            tick(len(results))
+            answers.append(killed if status == -9 else f"failed: {last}")
+            tick(len(answers) / len(jobs))
 
 
-def _guarded(
-    job: Job, setting: Setting, peak: Callable[[Provider, str], float]
-) -> float | str:
+def _guarded(job: Job, setting: Setting, peak: Callable[[Provider, str], list[float]]) -> Answer:
     provider, case, mode = PROVIDERS[job.provider], job.case, job.mode
     reason = provider.why_not(case, setting) or shortage(provider, case, setting, mode)
     if reason:
@@ -135,61 +171,38 @@ def _guarded(
         run()
         del setup, run
         return peak(provider(case, setting), mode)
-    except Unavailable as error:
+    except (Unavailable, resident.Unsupported) as error:
         return str(error)
     except (MemoryError, RuntimeError) as error:  # torch's allocator raises RuntimeError
         return f"failed: {str(error).splitlines()[0]}"
 
 
-def _cuda_peak(provider: Provider, mode: str) -> float:
+def _cuda_peak(provider: Provider, mode: str) -> list[float]:
     setup, run = Provider.prepare(provider, mode)
     setup()
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     with provider.context():
         kept = run()
     torch.cuda.synchronize()
     del kept
-    return (torch.cuda.max_memory_allocated() - before) / MIB
+    after = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return [(peak - start) / MIB for peak, start in zip(after, before, strict=True)]
 
 
-def _resident_peak(provider: Provider, mode: str) -> float:
+def _resident_peak(provider: Provider, mode: str) -> list[float]:
     # Provider.prepare, not the subclass's, which may run the cell once to see what it does.
     setup, run = Provider.prepare(provider, mode)
     setup()
-    gc.collect()
-    _trim()
-    _reset_high_water()
-    before = _status("VmRSS")
+    before = resident.watch()
     with provider.context():
         kept = run()
-    peak = _status("VmHWM")
+    peak = resident.high_water()
     del kept
-    return max(0, peak - before) / MIB
-
-
-def _trim() -> None:
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # another C library
-        pass
-
-
-def _reset_high_water() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set
-    except OSError as error:
-        raise Unavailable(f"peak memory needs Linux's /proc/self/clear_refs ({error})") from None
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise Unavailable(f"/proc/self/status has no {field}")
+    return [max(0, peak - before) / MIB]
 
 
 def _main() -> None:

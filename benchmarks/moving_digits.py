@@ -16,6 +16,9 @@ import torch.nn.functional as F
 
 Tensor = torch.Tensor
 
+CHUNK = 64
+"""Digits that are rendered at a time: bounds the memory, changes nothing else."""
+
 
 @dataclass(frozen=True)
 class Motion:
@@ -28,11 +31,11 @@ class Motion:
     contrast: brightness change (of a range 0..1) above which a pixel sends an event.
     """
 
-    canvas: int = 32
+    canvas: int = 24
     digit: int = 16
-    steps: int = 10
-    speed: tuple[float, float] = (1.0, 2.5)
-    contrast: float = 0.15
+    steps: int = 8
+    speed: tuple[float, float] = (1.0, 3.0)
+    contrast: float = 0.1
 
     def __post_init__(self) -> None:
         if not 8 <= self.digit < self.canvas:
@@ -122,12 +125,17 @@ def events(frames: Tensor, contrast: float) -> Tensor:
     return torch.stack([change > contrast, change < -contrast], dim=2).to(frames.dtype)
 
 
-def moving_digits(images: Tensor, motion: Motion, seed: int) -> Tensor:
+def moving_digits(images: Tensor, motion: Motion, seed: int, out: Tensor | None = None) -> Tensor:
     """Event sequences (T, n, 2, canvas, canvas), float32, time first as the cells take it.
 
-    Each of the images (n, 8, 8) gets a motion of its own, drawn from `seed` alone.
+    Each of the images (n, 8, 8) gets a motion of its own, drawn from `seed` alone. out: a tensor
+    of that shape to write into.
     """
     generator = torch.Generator().manual_seed(seed)
     corners = trajectories(len(images), motion, generator)
-    seen = events(render(images, corners, motion), motion.contrast)
-    return seen.transpose(0, 1).contiguous()
+    if out is None:
+        out = torch.empty(motion.steps, len(images), 2, motion.canvas, motion.canvas)
+    for part in torch.arange(len(images)).split(CHUNK):
+        frames = render(images[part], corners[part], motion)
+        out[:, part] = events(frames, motion.contrast).transpose(0, 1)
+    return out

@@ -109,8 +109,9 @@ def speedup(rows: Sequence[Row]) -> Any:
                 end = max(value, 1) * 1.04
                 panel.text(end, y, f"{value:.2g}x", va="center", fontsize=7)
         panel.set_xscale("log")
-        panel.set_xlim(min(0.7, 0.8 * shortest), max(2.0, 1.6 * longest))
-        ticks = [t for t in (0.25, 0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200) if t < 1.6 * longest]
+        low, high = min(0.7, 0.8 * shortest), max(2.0, 1.6 * longest)
+        panel.set_xlim(low, high)
+        ticks = [t for t in (0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200) if low < t < high]
         panel.set_xticks(ticks, [f"{t:g}x" for t in ticks])
         panel.minorticks_off()
         panel.axvline(1, color="black", linewidth=1)
@@ -148,19 +149,17 @@ def roofline(rows: Sequence[Row]) -> Any:
     bandwidth = rows[0].peak_gbytes or 1.0
     for panel, mode in zip(panels[0], modes, strict=True):
         here = [row for row in rows if row.mode == mode]
-        low = 0.6 * min(min(row.intensity or 1 for row in here), peak / bandwidth)
+        low = 0.4 * min(min(row.intensity or 1 for row in here), peak / bandwidth)
         high = 2.5 * max(max(row.intensity or 1 for row in here), peak / bandwidth)
         ridge = peak / bandwidth
         panel.plot([low, ridge, high], [low * bandwidth, peak, peak], color="black", linewidth=1.2)
-        panel.text(
-            high, peak * 1.05, f"matrix product {peak:.0f} GFLOP/s", ha="right", fontsize=8
-        )
+        panel.text(high, peak * 1.05, f"matrix product {peak:.0f} GFLOP/s", ha="right", fontsize=8)
         panel.annotate(
             f"copy {bandwidth:.1f} GB/s",
-            (ridge, peak),
-            xytext=(-6, -2),
+            (low, low * bandwidth),
+            xytext=(4, 0),
             textcoords="offset points",
-            ha="right",
+            va="top",
             fontsize=8,
         )
         for name in _names(here):
@@ -179,6 +178,12 @@ def roofline(rows: Sequence[Row]) -> Any:
         panel.set_xscale("log")
         panel.set_yscale("log")
         panel.set_xlim(low, high)
+        top = max(peak, *(row.gflops or 0 for row in rows))
+        panel.set_ylim(0.4 * min(row.gflops or peak for row in rows), 2.5 * top)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
         panel.grid(which="major", alpha=0.25)
         panel.set_title(MODE_TITLES[mode], fontsize=10)
         panel.set_xlabel("operations per byte that must move (FLOP/B)")
@@ -196,15 +201,14 @@ def _label_columns(panel: Any, rows: Sequence[Row]) -> None:
     """Write each case's name over its highest point; names that share a place share a label."""
     tops: dict[float, tuple[float, list[str]]] = {}
     for row in rows:
-        assert row.intensity and row.gflops
-        x = row.intensity
+        x, y = row.intensity or 1.0, row.gflops or 0.0
         for known in tops:
             if abs(known / x - 1) < 0.08:
                 x = known
         height, names = tops.get(x, (0.0, []))
         if row.case not in names:
             names.append(row.case)
-        tops[x] = (max(height, row.gflops), names)
+        tops[x] = (max(height, y), names)
     for x, (height, names) in tops.items():
         panel.annotate(
             "\n".join(reversed(names)),
@@ -218,7 +222,7 @@ def _label_columns(panel: Any, rows: Sequence[Row]) -> None:
 
 def memory(rows: Sequence[Row]) -> Any:
     """Peak memory against the length of the sequence, inference and training."""
-    rows = [row for row in rows if row.case == "long" and row.peak_mib is not None]
+    rows = [row for row in rows if row.case == "long" and row.live_mib is not None]
     if not rows:
         return None
     plt = pyplot()
@@ -228,22 +232,22 @@ def memory(rows: Sequence[Row]) -> Any:
     )
     for panel, mode in zip(panels[0], modes, strict=True):
         for name in _names(rows):
-            points = sorted(
-                (row.steps, row.peak_mib or 0.0)
-                for row in rows
-                if (row.provider, row.mode) == (name, mode)
-            )
-            if not points:
-                continue
+            here = [row for row in rows if (row.provider, row.mode) == (name, mode)]
+            here.sort(key=lambda row: row.steps)
             colour, marker, _ = STYLE[name]
-            panel.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name)
+            steps = [row.steps for row in here]
+            live = [row.live_mib for row in here]
+            resident = [row.resident_mib for row in here]
+            panel.plot(steps, live, color=colour, marker=marker, label=name)
+            panel.plot(steps, resident, color=colour, linestyle=":", linewidth=1.2)
         panel.set_title(MODE_TITLES[mode], fontsize=10)
         panel.set_xlabel("time steps T")
         panel.set_ylim(bottom=0)
         panel.set_xlim(left=0)
         panel.grid(alpha=0.25)
     panels[0][0].set_ylabel("peak memory beyond weights and x (MiB)")
-    panels[0][-1].legend(fontsize=8)
+    panels[0][0].plot([], [], color="#555555", linestyle=":", label="resident")
+    panels[0][0].legend(fontsize=8)
     first = rows[0]
     shape = f"N={first.batch} {first.cin}->{first.cout} {first.height}x{first.width}"
     figure.suptitle(f"{shape}, measured\n{_origin(rows)}", fontsize=8)

@@ -29,7 +29,8 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def case_block(case: Case, mode: str, rows: Sequence[Row]) -> str:
     """One case in one mode: a line per provider."""
-    header = ["provider", "p20", "p50", "p80", "speed-up", "GFLOP/s", "of peak", "MiB", "rounds"]
+    header = ["provider", "p20", "p50", "p80", "speed-up", "GFLOP/s", "of peak", "live MiB"]
+    header += ["resident", "rounds"]
     cells = []
     for row in rows:
         share = row.gflops / row.peak_gflops if row.gflops and row.peak_gflops else None
@@ -42,7 +43,8 @@ def case_block(case: Case, mode: str, rows: Sequence[Row]) -> str:
                 "" if row.speedup is None else f"{row.speedup:.2f}x",
                 number(row.gflops),
                 "" if share is None else f"{share:.0%}",
-                number(row.peak_mib),
+                number(row.live_mib),
+                number(row.resident_mib),
                 str(row.rounds),
             ]
         )
@@ -95,28 +97,31 @@ def memory_table(rows: Iterable[Row], goals: bool) -> str:
         return ""
     names = [name for name in PROVIDERS if any(row.provider == name for row in rows)]
     lines = []
-    notes: dict[str, None] = {}
     for mode in MODES:
         for steps in dict.fromkeys(row.steps for row in rows if row.mode == mode):
             found = {row.provider: row for row in rows if (row.steps, row.mode) == (steps, mode)}
-            baseline = found[BASELINE].peak_mib if BASELINE in found else None
-            cells = [mode, str(steps)]
-            for name in names:
-                peak = found[name].peak_mib if name in found else None
-                ratio = "" if not baseline or peak is None else f" ({peak / baseline:.2f})"
-                cells.append("-" if peak is None else f"{peak:.1f}{ratio}")
-            lines.append(cells)
-            notes |= {f"{row.provider}: {row.note}": None for row in found.values() if row.note}
+            for field in ("live", "resident"):
+                peaks = {name: getattr(row, f"{field}_mib") for name, row in found.items()}
+                cells = [_of_baseline(peaks.get(name), peaks.get(BASELINE)) for name in names]
+                lines.append([mode, str(steps), field, *cells])
+    notes = dict.fromkeys(f"{row.provider}: {row.note}" for row in rows if row.note)
     first = rows[0]
     text = [
         f"Peak memory in MiB (and as a share of {BASELINE}'s), N={first.batch} "
-        f"{first.cin}->{first.cout} {first.height}x{first.width}, beyond weights and x",
-        format_table(["mode", "T", *names], lines, left=1),
+        f"{first.cin}->{first.cout} {first.height}x{first.width}, beyond weights and x.\n"
+        "live: in use; resident: taken from the system, fragmentation included.",
+        format_table(["mode", "T", "", *names], lines, left=3),
         *notes,
     ]
     if goals:
         text.append("Goals in training at T=40: snnlstm 0.42, snnlstm-checkpoint 0.22.")
     return "\n".join(text)
+
+
+def _of_baseline(peak: float | None, baseline: float | None) -> str:
+    if peak is None:
+        return "-"
+    return f"{peak:.1f} ({peak / baseline:.2f})" if baseline else f"{peak:.1f}"
 
 
 def peaks_line(peaks: Sequence[Peak]) -> str:

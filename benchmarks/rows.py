@@ -58,7 +58,10 @@ class Row:
     peak_gbytes: float | None = None
     intensity: float | None = None
     """Operations over the fewest bytes that a step has to move."""
-    peak_mib: float | None = None
+    live_mib: float | None = None
+    """Peak of memory in use beyond weights and x (see benchmarks/memory.py)."""
+    resident_mib: float | None = None
+    """Peak of what the process took from the system for it, fragmentation included."""
     note: str = ""
 
     @property

@@ -112,7 +112,7 @@ class Suite:
                 for name in providers
                 if name in times
             ]
-            rows = [_with_peak(row, weighed.get((row.provider, mode))) for row in rows]
+            rows = [_with_memory(row, weighed.get((row.provider, mode))) for row in rows]
             self.outcome.rows += rows
             if rows:
                 self.write(case_block(case, mode, rows))
@@ -174,15 +174,13 @@ class Suite:
             return {}
         return time_interleaved(runners, plan.setting.device, plan.budget, tick, plan.setting.seed)
 
-    def weigh(self, case: Case, names: list[str]) -> dict[tuple[str, str], float | str]:
+    def weigh(self, case: Case, names: list[str]) -> dict[tuple[str, str], memory.Found]:
         """Peak memory of the case's providers in inference and in training."""
         plan, tick = self.plan, self.progress()
         self.tell(f"{case.name}: memory")
         modes = [mode for mode in plan.modes if mode != "backward"]
         jobs = [memory.Job(case, mode, name) for mode in modes for name in names]
-        found = memory.measure(
-            jobs, plan.setting, plan.threads, lambda done: tick(done / len(jobs))
-        )
+        found = memory.measure(jobs, plan.setting, plan.threads, tick)
         tick(1.0)
         return {(job.provider, job.mode): peak for job, peak in zip(jobs, found, strict=True)}
 
@@ -198,12 +196,10 @@ class Suite:
             for kind in kinds
             if kind.why_not(LONG_CASE, plan.setting) is None
         ]
-        found = memory.measure(
-            jobs, plan.setting, plan.threads, lambda done: tick(done / len(jobs))
-        )
+        found = memory.measure(jobs, plan.setting, plan.threads, tick)
         for job, peak in zip(jobs, found, strict=True):
             row = self.row(job.case, job.mode, job.provider, None, None, None)
-            self.outcome.rows.append(_with_peak(row, peak))
+            self.outcome.rows.append(_with_memory(row, peak))
 
     def row(
         self,
@@ -252,7 +248,8 @@ class Suite:
 _WEIGHED_LONG = (BASELINE, "hoisted", "snnlstm", "snnlstm-checkpoint")
 
 
-def _with_peak(row: Row, peak: float | str | None) -> Row:
-    if isinstance(peak, str):
-        return dataclasses.replace(row, note=f"memory: {peak}")
-    return dataclasses.replace(row, peak_mib=peak)
+def _with_memory(row: Row, found: memory.Found | None) -> Row:
+    if found is None:
+        return row
+    note = f"memory: {found.note}" if found.note else row.note
+    return dataclasses.replace(row, live_mib=found.live, resident_mib=found.resident, note=note)

@@ -1,0 +1,1 @@
+"""A spiking ConvLSTM learns moving digits: snnTorch's cell and ours. `python -m benchmarks.demo`"""
