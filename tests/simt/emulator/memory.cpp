@@ -24,48 +24,47 @@ constexpr unsigned char guard_pattern = 0xa5;
 struct Shared {
   char* base = nullptr;
   size_t bytes = 0;
-  Shared() {
-    base = static_cast<char*>(std::aligned_alloc(1024, most_shared_bytes + 2 * guard_bytes));
-    if (base == nullptr) throw std::bad_alloc();
-    base += guard_bytes;
-  }
 };
 
+Shared the_shared;
+
 Shared& shared() {
-  static Shared the_shared_memory;
-  return the_shared_memory;
+  if (the_shared.base == nullptr) {
+    void* p = std::aligned_alloc(1024, most_shared_bytes + 2 * guard_bytes);
+    if (p == nullptr) throw std::bad_alloc();
+    the_shared.base = static_cast<char*>(p) + guard_bytes;
+  }
+  return the_shared;
 }
 
 struct Image {  // the loaded segments of this very module: code, constants and variables
   uintptr_t low = 0, high = 0;
-  Image() {
-    dl_iterate_phdr(
-        [](dl_phdr_info* info, size_t, void* self) {
-          const auto probe = reinterpret_cast<uintptr_t>(&threadIdx);
-          uintptr_t low = ~uintptr_t(0), high = 0;
-          bool here = false;
-          for (int i = 0; i < info->dlpi_phnum; ++i) {
-            const auto& segment = info->dlpi_phdr[i];
-            if (segment.p_type != PT_LOAD) continue;
-            const uintptr_t start = info->dlpi_addr + segment.p_vaddr;
-            const uintptr_t end = start + segment.p_memsz;
-            low = std::min(low, start);
-            high = std::max(high, end);
-            here |= probe >= start && probe < end;
-          }
-          if (!here) return 0;
-          static_cast<Image*>(self)->low = low;
-          static_cast<Image*>(self)->high = high;
-          return 1;
-        },
-        this);
-  }
 };
 
-Image& image() {
-  static Image the_image;
-  return the_image;
+Image find_image() {
+  Image found;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* result) {
+        const auto probe = reinterpret_cast<uintptr_t>(&threadIdx);
+        Image image{~uintptr_t(0), 0};
+        bool here = false;
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+          const auto& segment = info->dlpi_phdr[i];
+          if (segment.p_type != PT_LOAD) continue;
+          const uintptr_t start = info->dlpi_addr + segment.p_vaddr;
+          const uintptr_t end = start + segment.p_memsz;
+          image.low = std::min(image.low, start);
+          image.high = std::max(image.high, end);
+          here |= probe >= start && probe < end;
+        }
+        if (here) *static_cast<Image*>(result) = image;
+        return int(here);
+      },
+      &found);
+  return found;
 }
+
+const Image the_image = find_image();
 
 std::vector<Allocation> registry;  // sorted by start
 size_t next_id = 1;
@@ -84,12 +83,11 @@ std::vector<Allocation>& allocations() { return registry; }
 Place locate(const void* p) {
   const Machine& m = machine();
   const char* c = static_cast<const char*>(p);
-  const Shared& s = shared();
-  const auto offset = size_t(c - s.base);
-  if (offset < s.bytes) return {Space::shared, offset, nullptr};
+  const auto offset = size_t(c - the_shared.base);
+  if (offset < the_shared.bytes) return {Space::shared, offset, nullptr};
   if (m.current != nullptr && inside(m.current->fibre, p)) return {Space::local, 0, nullptr};
   const auto address = reinterpret_cast<uintptr_t>(p);
-  if (address - image().low < image().high - image().low) return {Space::image, 0, nullptr};
+  if (address - the_image.low < the_image.high - the_image.low) return {Space::image, 0, nullptr};
   if (last_hit < registry.size()) {
     Allocation& a = registry[last_hit];
     if (size_t(c - a.start) < a.bytes) return {Space::global, size_t(c - a.start), &a};

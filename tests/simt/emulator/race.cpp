@@ -148,9 +148,9 @@ struct Context {
   const void* pc;
 };
 
-void check_flight(const Cell& cell, const Context& c, const char* what, size_t offset) {
+[[noreturn]] __attribute__((noinline)) void report_flight(const Cell& cell, const Context& c,
+                                                           const char* what, size_t offset) {
   Machine& m = machine();
-  if (cell.flight_epoch < m.block_epoch) return;  // of another block, which has been checked
   const bool own = cell.flight_thread == c.thread.id;
   m.fail(std::string("race: ") + m.name(c.thread) + " " + what + " " +
          describe_address(c.start + offset) + " at " + describe_pc(c.pc) + " while a cp_async of " +
@@ -158,10 +158,14 @@ void check_flight(const Cell& cell, const Context& c, const char* what, size_t o
          describe_pc(lengthen(cell.flight_pc)) + ": cp_async_wait is missing or waits for too little");
 }
 
-void on_read(Cell& cell, const Context& c, bool must_be_written, size_t offset) {
-  Machine& m = machine();
+// A copy of another block's, which had been checked, does not count.
+inline void check_flight(const Cell& cell, const Context& c, const char* what, size_t offset) {
+  if (cell.flight_epoch >= machine().block_epoch) report_flight(cell, c, what, offset);
+}
+
+void check_read(const Cell& cell, const Context& c, bool must_be_written, size_t offset) {
+  const Machine& m = machine();
   const Thread& thread = c.thread;
-  check_flight(cell, c, "reads", offset);
   if (races(cell.write, thread, c.global)) {
     report("writes", cell.write, "reads", thread, c.start + offset, c.pc);
   }
@@ -169,8 +173,18 @@ void on_read(Cell& cell, const Context& c, bool must_be_written, size_t offset) 
     report("writes", cell.other_write, "reads", thread, c.start + offset, c.pc);
   }
   if (must_be_written && cell.write.epoch < m.block_epoch) {
-    m.fail("uninitialised: " + m.name(thread) + " reads " + describe_address(c.start + offset) +
+    machine().fail("uninitialised: " + m.name(thread) + " reads " + describe_address(c.start + offset) +
            ", which nobody has written, at " + describe_pc(c.pc));
+  }
+}
+
+inline void on_read(Cell& cell, const Context& c, bool must_be_written, size_t offset) {
+  const Machine& m = machine();
+  const Thread& thread = c.thread;
+  check_flight(cell, c, "reads", offset);
+  // Most reads are of what this block wrote before the last barrier.
+  if (c.global || cell.write.epoch < m.block_epoch || cell.write.epoch >= m.epoch) {
+    check_read(cell, c, must_be_written, offset);
   }
   Record& last = cell.read;
   const uint32_t bit = 1u << thread.lane;
