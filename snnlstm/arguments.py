@@ -120,6 +120,15 @@ def reset_mechanism(value: Any) -> Reset:
     return cast(Reset, value)
 
 
+def reset_mechanism_val(value: Tensor) -> Reset | None:
+    """Check the number of a reset mechanism; None for a tensor without data."""
+    if value.is_meta:
+        return None
+    if value.numel() != 1 or value.item() not in range(len(RESETS)):
+        raise ValueError(f"reset_mechanism_val must be 0, 1 or 2, got {value}")
+    return RESETS[int(value)]
+
+
 def surrogate(spike_grad: Any, disable: bool = False) -> Surrogate | Callable[[Tensor], Tensor]:
     """Check `spike_grad`; snnTorch's closures become the :class:`Surrogate` of their kind."""
     if spike_grad is not None and not callable(spike_grad):

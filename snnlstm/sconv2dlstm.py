@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import arguments, reference
 from .functional import compute
-from .options import CellOptions
+from .options import CellOptions, Reset
 from .path import Path, conv_reason, exporting, log_fallback
 from .state import StatefulCell
 from .surrogate import NONE
@@ -252,10 +252,12 @@ class SConv2dLSTM(StatefulCell):
             self._options = {}
         elif name in ("threshold", "graded_spikes_factor") and arguments.is_number(value):
             self._set_number(name, float(value))
+        elif name == "reset_mechanism_val" and isinstance(value, Tensor):
+            reset = arguments.reset_mechanism_val(value)
+            super().__setattr__(name, value)
+            self._follow_reset_mechanism(reset)
         else:
             super().__setattr__(name, value)
-            if name == "reset_mechanism_val":
-                self._follow_reset_mechanism_val()
 
     def _set_number(self, name: str, value: float) -> None:
         """Give all elements of a parameter or buffer one value."""
@@ -279,15 +281,11 @@ class SConv2dLSTM(StatefulCell):
     def _reset_index(self, device: torch.device) -> Tensor:
         return torch.tensor(arguments.RESETS.index(self._reset_mechanism), device=device)
 
-    def _follow_reset_mechanism_val(self) -> None:
-        """Make what runs agree with the buffer, after the buffer was set or loaded."""
-        index = self.reset_mechanism_val
-        if index.is_meta:
-            return
-        if int(index) not in range(len(arguments.RESETS)):
-            raise ValueError(f"reset_mechanism_val must be 0, 1 or 2, got {int(index)}")
-        self._reset_mechanism = arguments.RESETS[int(index)]
-        self._options = {}
+    def _follow_reset_mechanism(self, reset: Reset | None) -> None:
+        """Make what runs agree with the buffer; None is one that cannot be read."""
+        if reset is not None:
+            self._reset_mechanism = reset
+            self._options = {}
 
     # ---- the call -------------------------------------------------------------------------
 
@@ -459,7 +457,7 @@ class SConv2dLSTM(StatefulCell):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
         try:
-            self._follow_reset_mechanism_val()
+            self._follow_reset_mechanism(arguments.reset_mechanism_val(self.reset_mechanism_val))
         except ValueError as error:
             error_msgs = rest[-1]
             error_msgs.append(str(error))

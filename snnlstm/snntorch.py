@@ -211,5 +211,5 @@ def _adopt(old: Any) -> nn.Module:
     cell._non_persistent_buffers_set = old._non_persistent_buffers_set - set(states)
     cell._initial_threshold = cell.threshold.detach().clone()
     cell.syn, cell.mem = states["syn"], states["mem"]
-    cell._follow_reset_mechanism_val()
+    cell.reset_mechanism_val = cell.reset_mechanism_val  # which sets what runs, too
     return cell

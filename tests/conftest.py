@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import hypothesis
 import pytest
 import torch
+from kernels import isa, kernels  # noqa: F401  (fixtures for every test)
 
 import snnlstm.path
 

@@ -46,9 +46,7 @@ def assert_spikes(
     assert inside.double().mean() <= allowed, "too many potentials in the band"
 
 
-def assert_quantised(
-    value: Tensor, exact: Tensor, levels: Tensor, band: float = 2e-6
-) -> None:
+def assert_quantised(value: Tensor, exact: Tensor, levels: Tensor, band: float = 2e-6) -> None:
     """Check quantised values against the exact ones from before the quantisation.
 
     Every value must be a level, and no other level may be nearer by more than `band`.

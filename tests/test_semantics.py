@@ -236,7 +236,7 @@ def test_kernel_size_is_an_int_a_tuple_or_a_list_and_padding_is_its_half(backend
 
 @pytest.mark.parametrize("kernel", [2, (3, 4), [2, 3]], ids=str)
 def test_even_kernels_are_refused_by_the_constructor(kernel):
-    with pytest.raises(ValueError, match="kernel_size must be odd.*size of the state"):
+    with pytest.raises(ValueError, match=r"kernel_size must be odd.*size of the state"):
         ours(2, 3, kernel)
 
 
@@ -390,7 +390,7 @@ def test_conv_is_a_plain_conv2d_with_its_initial_values_bit_for_bit():
 @pytest.mark.parametrize("learn", [False, True])
 def test_state_dicts_are_interchangeable_both_ways(learn):
     one, other = ours(learn_threshold=learn), theirs(learn_threshold=learn, seed=5)
-    keys = "threshold graded_spikes_factor reset_mechanism_val conv.weight conv.bias".split()
+    keys = ["threshold", "graded_spikes_factor", "reset_mechanism_val", "conv.weight", "conv.bias"]
     assert list(one.state_dict()) == list(other.state_dict()) == keys
     assert [n for n, _ in one.named_parameters()] == [n for n, _ in other.named_parameters()]
     assert next(iter(dict(one.named_parameters()))) == ("threshold" if learn else "conv.weight")

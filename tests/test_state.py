@@ -104,7 +104,7 @@ def test_explicit_states_with_init_hidden_raise_before_anything_changes():
     cell(steps(1, 1, 2, 5, 5)[0])
     syn, mem = cell.syn, cell.mem
     for kwargs in ({"syn": torch.ones(1, 3, 5, 5)}, {"mem": torch.ones(1, 3, 5, 5)}):
-        with pytest.raises(TypeError, match="should not be passed .* `init_hidden=True`"):
+        with pytest.raises(TypeError, match=r"should not be passed .* `init_hidden=True`"):
             cell(torch.zeros(1, 2, 5, 5), **kwargs)
         assert cell.syn is syn
         assert cell.mem is mem

@@ -210,7 +210,9 @@ def test_a_foreign_spike_grad_also_makes_the_reset(backend):
         for cell in (one, other):
             loss = sum(sum(o.sum() for o in cell(x_t)) for x_t in x)
             loss.backward()
-        close((one.spk, one.syn, one.mem, one.reset), (other.spk, other.syn, other.mem, other.reset))
+        close(
+            (one.spk, one.syn, one.mem, one.reset), (other.spk, other.syn, other.mem, other.reset)
+        )
         close(one.conv.weight.grad, other.conv.weight.grad, atol=1e-4, rtol=1e-4)
         close(one.threshold.grad, other.threshold.grad, atol=1e-4, rtol=1e-4)
 
