@@ -58,8 +58,8 @@ class StatefulCell(Base):
 
     def reset_mem(self) -> tuple[Tensor, Tensor]:
         """Set the stored states to zero and return them, syn and mem."""
-        self.syn = torch.zeros_like(self.syn)
-        self.mem = torch.zeros_like(self.mem)
+        self.syn = _zeros_like(self.syn)
+        self.mem = _zeros_like(self.mem)
         return self.syn, self.mem
 
     def init_sconv2dlstm(self) -> tuple[Tensor, Tensor]:
@@ -119,3 +119,10 @@ class StatefulCell(Base):
         nn.Module.__setstate__(self, state)
         self._drop_caches()
         register(self)
+
+
+def _zeros_like(state: Tensor) -> Tensor:
+    try:
+        return torch.zeros_like(state)
+    except RuntimeError:  # it outlived the torch.func transform in which it was computed
+        return torch.zeros(0)

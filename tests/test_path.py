@@ -1,0 +1,240 @@
+"""Which implementation runs, that the answer is said, and that it is right."""
+
+import logging
+
+import pytest
+import torch
+from conftest import CORE
+from helpers import close, ours, states, steps, theirs, twins
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import snnlstm
+from snnlstm.path import Path
+
+X, START = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7)
+
+
+class Lora(nn.Module):
+    """A wrapper as adapter libraries make them."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.low = nn.Conv2d(5, 12, 1, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.low(x)
+
+
+def hook(cell):
+    cell.conv.register_forward_hook(lambda module, args, out: out * 1.5)
+
+
+def pre_hook(cell):
+    cell.conv.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+
+
+def backward_hook(cell):
+    cell.conv.register_full_backward_hook(lambda module, grads, out: (grads[0] * 2,))
+
+
+def weight_norm(cell):
+    parametrizations.weight_norm(cell.conv)
+
+
+def spectral_norm(cell):
+    torch.manual_seed(1)
+    parametrizations.spectral_norm(cell.conv)
+
+
+def old_weight_norm(cell):
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(cell.conv)
+
+
+def pruning(cell):
+    prune.l1_unstructured(cell.conv, "weight", 0.5)
+
+
+def lora(cell):
+    torch.manual_seed(1)
+    cell.conv = Lora(cell.conv)
+
+
+def swapped(cell):
+    torch.manual_seed(1)
+    cell.conv = nn.Sequential(nn.Conv2d(5, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 12, 1))
+
+
+def another_kernel(cell):
+    torch.manual_seed(1)
+    cell.conv = nn.Conv2d(5, 12, 1)
+
+
+def reflecting(cell):
+    torch.manual_seed(1)
+    cell.conv = nn.Conv2d(5, 12, 3, padding=1, padding_mode="reflect")
+
+
+def replaced_forward(cell):
+    forward = cell.conv.forward
+    cell.conv.forward = lambda x: forward(x) * 0.5
+
+
+CHANGES = [
+    hook, pre_hook, backward_hook, weight_norm, spectral_norm, old_weight_norm, pruning, lora,
+    swapped, another_kernel, reflecting, replaced_forward,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("reset", ["none", "zero"])
+def test_a_changed_conv_takes_effect_on_the_reference_path(change, reset):
+    one, other = twins(reset_mechanism=reset)
+    for cell in (one, other):
+        change(cell)
+        cell.eval()  # spectral_norm: one power iteration a call, and snnTorch's "zero" calls twice
+    mem = [START[1].clone().requires_grad_() for _ in range(2)]
+    for cell, start in zip((one, other), mem, strict=True):
+        out = cell(X, START[0], start)
+        sum(o.sum() for o in out).backward()
+    assert one.path.name == "reference"
+    assert "conv" in one.path.reason
+    close((one.spk, one.syn, one.mem), (other.spk, other.syn, other.mem))
+    close(mem[0].grad, mem[1].grad, atol=1e-5)
+    if "weight_norm" in change.__name__:  # which only writes the same weight in another way
+        return
+    plain = ours(reset_mechanism=reset)
+    start = START[1].clone().requires_grad_()
+    sum(o.sum() for o in plain(X, START[0], start)).backward()
+    same = torch.equal(plain.mem, one.mem) and torch.equal(start.grad, mem[0].grad)
+    assert not same
+
+
+def test_global_hooks_take_effect():
+    cell = ours()
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: out * 2 if isinstance(module, nn.Conv2d) else None
+    )
+    try:
+        doubled = cell(X, *START)
+    finally:
+        handle.remove()
+    assert "global module hooks" in cell.path.reason
+    assert not torch.equal(doubled[1], cell(X, *START)[1])
+
+
+def test_a_changed_conv_with_a_stride_is_refused():
+    cell = ours(stride=2)
+    hook(cell)
+    with pytest.raises(ValueError, match="conv must be a plain nn.Conv2d .* stride .* hooks"):
+        cell(X)
+
+
+def test_a_fallback_is_logged_once_per_module_and_reason(caplog):
+    with caplog.at_level(logging.WARNING, logger="snnlstm"):
+        cells = [ours(spike_grad=lambda u: u.sigmoid()) for _ in range(2)]
+        for cell in cells * 3:
+            cell(X)
+        hook(cells[0])
+        cells[0](X)
+    said = [record.message for record in caplog.records if "foreign" in record.message]
+    assert said == ["SConv2dLSTM runs the reference path: spike_grad is a foreign callable"] * 2
+    assert sum("conv carries hooks" in record.message for record in caplog.records) == 1
+
+
+def test_what_nobody_expects_to_be_fast_is_not_logged(caplog):
+    with caplog.at_level(logging.INFO, logger="snnlstm"), torch.device("meta"):
+        cell = ours()
+        cell(torch.empty(1, 2, 5, 5))
+    assert cell.path == Path("reference", "there are no kernels for device meta")
+    assert not caplog.records
+
+
+def test_the_path_is_none_before_the_first_call():
+    assert ours().path is None
+
+
+@pytest.mark.skipif(not CORE, reason="the core is not built")
+def test_the_native_path_says_what_it_is():
+    cell = ours()
+    cell(X)
+    assert cell.path.name.startswith("cpu-")
+    assert str(cell.path) == f"{cell.path.name} ({cell.path.reason})"
+
+
+@pytest.mark.skipif(not CORE, reason="the core is not built")
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: ours(spike_grad=torch.sigmoid), "spike_grad is a foreign callable"),
+        (lambda: ours(state_quant=torch.round), "state_quant is a foreign callable"),
+        (lambda: ours(threshold=torch.rand(6, 7)), "the threshold varies"),
+        (lambda: ours(dtype=torch.bfloat16), "no CPU kernels for torch.bfloat16"),
+        (lambda: ours(dtype=torch.float16), "no CPU kernels for torch.float16"),
+    ],
+)
+def test_reasons_for_the_reference_path(make, reason):
+    cell = make()
+    cell(X.to(cell.conv.weight.dtype))
+    assert cell.path.name == "reference"
+    assert cell.path.slow
+    assert reason in cell.path.reason
+
+
+def test_tensors_that_the_kernels_cannot_read_are_computed_all_the_same():
+    expected = ours()(X, *START)
+
+    class Tagged(torch.Tensor):
+        pass
+
+    cell = ours()
+    close([o.as_subclass(torch.Tensor) for o in cell(X.as_subclass(Tagged), *START)], expected)
+    assert "subclass" in cell.path.reason
+    negated = torch.complex(torch.zeros_like(X), -X).conj().imag
+    assert negated.is_neg()
+    close(cell(negated, *START), expected)
+    assert "negated" in cell.path.reason
+
+
+def test_torch_func_transforms_and_forward_mode():
+    cell, x = ours(), X.double()
+    cell.double()
+    start = [state.double() for state in START]
+    params = dict(cell.named_parameters())
+
+    def loss(params):
+        return torch.func.functional_call(cell, params, (x, *start))[2].square().sum()
+
+    grads = torch.func.grad(loss)(params)
+    expected = ours().double()
+    expected(x, *start)[2].square().sum().backward()
+    close(grads["conv.weight"], expected.conv.weight.grad, atol=1e-9)
+
+    tangents = {name: torch.randn_like(value) for name, value in params.items()}
+    _, jvp = torch.func.jvp(loss, (params,), (tangents,))
+    close(jvp, sum((grads[name] * tangents[name]).sum() for name in params), atol=1e-9)
+
+    each = torch.func.vmap(lambda row: cell(row, start[0][:1], start[1][:1])[1])(x[:, None])
+    close(each[0], ours().double()(x[:1], start[0][:1], start[1][:1])[1], atol=1e-12)
+    cell.reset_mem()  # although the stored state died with the transform
+    close(cell(x)[1], ours().double()(x)[1], atol=1e-12)
+
+
+def test_the_fallback_for_a_missing_core_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(snnlstm.path, "_native", None)
+    monkeypatch.setattr(snnlstm.path, "_logged_missing", False)
+    with caplog.at_level(logging.WARNING, logger="snnlstm"):
+        for cell in (ours(), ours()):
+            cell(X)
+    assert str(cell.path) == f"reference ({snnlstm.path._MISSING})"
+    assert len(caplog.records) == 1  # once per process
+
+
+def test_results_do_not_depend_on_the_path(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(snnlstm.path, "_native", None)
+        expected = ours()(X, *START)
+    close(ours()(X, *START), expected)
+    close(theirs()(X, *START), expected)
