@@ -24,6 +24,7 @@ struct Shared {
   R a[2][kDepth][kPixels];
   R b[2][kDepth][kColumns];
   int4 where[2][kDepth];  // for each row of A: channel (negative: none), row and column of its tap
+  R vectors[5 * kColumns];  // of the epilogue
 };
 
 SNNLSTM_BOTH int64_t depth(const Segment& s) {
@@ -96,13 +97,13 @@ class Gemm {
       const int4 where =
           load<int4>(&shared_.where[buffer][tid_ / kPixels + k * (kThreads / kPixels)]);
       int y = row_ * s.step_h + where.y, x = col_ * s.step_w + where.z;
-      bool real = inside_ && where.x >= 0 && y >= 0 && x >= 0;
+      bool real = inside_ && where.x >= 0;
       if (up) {
         unsigned row = unsigned(y), col = unsigned(x);
-        real = real && s.up_h.split(row) == 0 && s.up_w.split(col) == 0;
+        real = real && y >= 0 && x >= 0 && s.up_h.split(row) == 0 && s.up_w.split(col) == 0;
         y = int(row), x = int(col);
       }
-      real = real && y < s.height && x < s.width;
+      real = real && inside(y, s.height) && inside(x, s.width);
       next_[k] = real ? to_real(image[offset(s.src, where.x, y, x)]) : R(0);
     }
   }

@@ -1,7 +1,6 @@
 // The forward pass of a sequence: which kernels, in which order, on which memory. One launch a step
 // (and a second where the spike needs a whole sample or windows that cross tiles).
 #include "launch.h"
-#include "plan.h"
 
 namespace snnlstm::cuda {
 
@@ -10,8 +9,11 @@ namespace {
 class Forward {
  public:
   Forward(const ForwardArgs& args, const Target& target)
-      : a_(args), target_(target), s_(args.cell), size_(size_of(args.cell.dtype)) {
-    plan();
+      : a_(args),
+        target_(target),
+        s_(args.cell),
+        plan_(plan_forward(args.cell, target)),
+        size_(size_of(args.cell.dtype)) {
     Arena arena(args.workspace);
     carve(arena);
   }
@@ -27,23 +29,17 @@ class Forward {
 
   void run() {
     for (int64_t t = 0; t < s_.c.T; ++t) {
-      step(t);
-      if (!fires_) fire(t);
+      const NeuronForward n = neuron(t);
+      if (plan_.mma())
+        step_mma(t, n);
+      else
+        step_fma(t, n);
+      if (!plan_.fires) fire(t);
     }
   }
 
  private:
-  static constexpr int kHeld = 1;  // channels that a thread of the FMA kernel holds
-
-  void plan() {
-    const Cell& c = s_.c;
-    tiling_.images = c.N;
-    tiling_.by_batch = Divisor(std::max<int64_t>(c.N, 1));
-    tiling_.by_columns = Divisor(ceil_div(c.C, fma::kChannels));
-    const bool windows = c.pool != Pool::none;
-    fires_ = !c.inhibition && choose_tile(c, s_.Ho, s_.Wo, fma::kPixels, windows, tiling_);
-    if (!fires_) choose_tile(c, s_.Ho, s_.Wo, fma::kPixels, false, tiling_);
-  }
+  Stream stream() const { return static_cast<Stream>(target_.stream); }
 
   // The states between two steps, where the caller keeps none.
   void carve(Arena& arena) {
@@ -56,7 +52,7 @@ class Forward {
   bool writes_states(int64_t t) const { return a_.record || t == s_.c.T - 1; }
 
   Tensor state(const View& v, int64_t t) const {
-    return tensor(v, size_, t, {1, s_.c.N, s_.c.C, s_.Ho, s_.Wo}, kHeld);
+    return tensor(v, size_, t, {1, s_.c.N, s_.c.C, s_.Ho, s_.Wo}, plan_.held());
   }
   Tensor mem_before(int64_t t) const {
     if (t == 0) return state(a_.mem0, 0);
@@ -79,7 +75,7 @@ class Forward {
     NeuronForward n;
     n.C = int(c.C), n.Cp = int(s_.Cp), n.Ho = int(s_.Ho), n.Wo = int(s_.Wo);
     n.reset = c.reset;
-    n.fires = fires_;
+    n.fires = plan_.fires;
     n.bias = a_.bias;
     n.syn_in = syn_before(t), n.mem_in = mem_before(t);
     if (writes_states(t))
@@ -93,7 +89,7 @@ class Forward {
         n.syn_keep = image(syn_, s_);
     }
     if (training())
-      n.gates_out = image(static_cast<char*>(a_.saved_gates) + t * s_.gates() * size_, s_, 4);
+      n.gates_out = image(static_cast<char*>(a_.saved_gates) + t * s_.gates() * gate_size(plan_.multiply, s_.c.dtype), s_, 4);
     n.fire = fire_of(t);
     return n;
   }
@@ -106,36 +102,49 @@ class Forward {
     f.num_levels = c.num_levels, f.levels = a_.levels;
     f.threshold = a_.threshold, f.threshold_stride = a_.threshold_stride;
     f.graded = a_.graded;
-    f.spk = tensor(a_.spk, size_, t, {1, c.N, c.C, c.Hp(), c.Wp()}, kHeld);
+    f.spk = tensor(a_.spk, size_, t, {1, c.N, c.C, c.Hp(), c.Wp()}, plan_.held());
     return f;
   }
 
-  void step(int64_t t) const {
+  Segment x_segment(int64_t t, int held) const {
     const Cell& c = s_.c;
-    ForwardFma p;
-    p.tiling = tiling_;
-    p.neuron = neuron(t);
-    const int64_t real = c.dtype == DType::float64 ? 8 : 4;
-    p.x = window(tensor(a_.x, size_, t, {1, c.N, c.Cin, c.H, c.W}, 1), c.Cin, c.H, c.W);
-    p.x.step_h = c.stride_h, p.x.step_w = c.stride_w;
-    p.mem = window(p.neuron.mem_in, c.C, s_.Ho, s_.Wo);
-    p.x.weight = a_.weight;
-    p.x.weight_pitch = fma::depth(p.x) * fma::kColumns;
-    p.mem.weight_pitch = fma::depth(p.mem) * fma::kColumns;
-    p.mem.weight = static_cast<const char*>(a_.weight) +
-                   ceil_div(4 * c.C, fma::kColumns) * p.x.weight_pitch * real;
-    launch_forward_fma(c.dtype, p, static_cast<Stream>(target_.stream));
+    Segment s = input_window(c);
+    s.src = tensor(a_.x, size_, t, {1, c.N, c.Cin, c.H, c.W}, held);
+    return s;
+  }
+  Segment mem_segment(const NeuronForward& n) const {
+    Segment s = state_window(s_.c);
+    s.src = n.mem_in;
+    return s;
   }
 
-  Segment window(const Tensor& src, int64_t channels, int64_t height, int64_t width) const {
-    const Cell& c = s_.c;
-    Segment s;
-    s.src = src;
-    s.channels = int(channels), s.height = int(height), s.width = int(width);
-    s.taps_h = c.kernel_h, s.taps_w = c.kernel_w;
-    s.dilation_h = c.dilation_h, s.dilation_w = c.dilation_w;
-    s.pad_h = int(c.pad_h()), s.pad_w = int(c.pad_w());
-    return s;
+  void step_fma(int64_t t, const NeuronForward& n) const {
+    ForwardFma p;
+    p.tiling = plan_.tiling;
+    p.neuron = n;
+    p.x = x_segment(t, 1), p.mem = mem_segment(n);
+    const int64_t real = std::max(size_, 4);
+    p.x.weight = a_.weight;
+    p.x.weight_pitch = fma::depth(p.x) * fma::kColumns;
+    p.mem.weight = static_cast<const char*>(a_.weight) +
+                   ceil_div(4 * s_.c.C, fma::kColumns) * p.x.weight_pitch * real;
+    p.mem.weight_pitch = fma::depth(p.mem) * fma::kColumns;
+    launch_forward_fma(s_.c.dtype, p, stream());
+  }
+
+  void step_mma(int64_t t, const NeuronForward& n) const {
+    ForwardMma p;
+    p.tiling = plan_.tiling;
+    p.neuron = n;
+    const MmaDepth x = x_depth(s_.c, plan_.multiply), mem = mem_depth(s_.c, plan_.multiply);
+    MmaBuilder builder(type_of(plan_.multiply), plan_.warps_n, plan_.tiles);
+    builder.add(x_segment(t, 4), x, size_, p.tiling);
+    builder.add(mem_segment(n), mem, size_, p.tiling);
+    builder.finish(a_.weight, 0, x.units() + mem.units(), plan_.threads());
+    p.conv = builder.conv;
+    p.mem_pitch = plan_.mem_pitch();
+    p.vectors = int(forward_shared_bytes(plan_, p.conv, s_.c.pool != Pool::none));
+    launch_forward_mma(plan_, s_.c.dtype, p, stream());
   }
 
   void fire(int64_t t) const {
@@ -144,50 +153,23 @@ class Forward {
     p.mem = mem_after(t);
     p.N = int(s_.c.N);
     p.winner = a_.winner ? a_.winner + t * s_.c.N : nullptr;
-    launch_fire(s_.c.dtype, p, s_.c.inhibition, static_cast<Stream>(target_.stream));
+    launch_fire(s_.c.dtype, p, s_.c.inhibition, stream());
   }
 
   const ForwardArgs& a_;
   const Target& target_;
   Shape s_;
+  ForwardPlan plan_;
   int size_;
-  Tiling tiling_;
-  bool fires_ = true;
   void *mem_[2] = {nullptr, nullptr}, *syn_ = nullptr;
 };
 
 }  // namespace
 
-Sizes sizes(const Cell& cell, const Target& target) {
-  const Shape s(cell);
-  const int64_t size = size_of(cell.dtype), real = std::max<int64_t>(size, 4);
-  const auto packed = [&](int64_t columns, int64_t channels) {
-    return round_up(columns, fma::kColumns) * round_up(s.taps * channels, fma::kDepth) * real;
-  };
-  Sizes z;
-  z.packed_forward = packed(4 * cell.C, cell.Cin) + packed(4 * cell.C, cell.C);
-  z.packed_backward = packed(cell.Cin, 4 * s.Cp) + packed(cell.C, 4 * s.Cp);
-  z.saved_gates = cell.T * s.gates() * size;
-  z.saved_syn = std::max<int64_t>(cell.T - 1, 0) * s.state() * size;
-  z.forward_workspace = Forward::workspace(cell, target);
-  z.backward_workspace = 0;
-  return z;
-}
-
-void pack_weight(const Cell& cell, const void* weight, bool backward, void* packed,
-                 const Target& target) {
-  const Shape s(cell);
-  const int64_t real = std::max<int64_t>(size_of(cell.dtype), 4);
-  char* to = static_cast<char*>(packed);
-  for (const Use use : {backward ? Use::gates_to_x : Use::x_to_gates,
-                        backward ? Use::gates_to_mem : Use::mem_to_gates}) {
-    const WeightMap map{weight, int(cell.C), int(s.Cp), int(cell.Cin), int(s.taps), use};
-    launch_pack_fma(cell.dtype, map, to, static_cast<Stream>(target.stream));
-    to += round_up(map.columns(), fma::kColumns) *
-          round_up(s.taps * map.depth_channels(), fma::kDepth) * real;
-  }
-}
-
 void forward(const ForwardArgs& args, const Target& target) { Forward(args, target).run(); }
+
+int64_t forward_workspace(const Cell& cell, const Target& target) {
+  return Forward::workspace(cell, target);
+}
 
 }  // namespace snnlstm::cuda

@@ -1,11 +1,10 @@
 #include "launch.h"
-#include "plan.h"
 
 namespace snnlstm::cuda {
 
 void launch_forward_fma(DType dtype, const ForwardFma& p, Stream stream) {
   with_type(dtype, [&](auto type) {
-    using S = decltype(type);
+    using S = typename decltype(type)::type;
     const Launch how{"forward step (fma)", dim3(unsigned(p.tiling.blocks())), dim3(fma::kThreads),
                      sizeof(fma::Shared<RealOf<S>>), stream};
     launch(how, &forward_fma<S>, p);
@@ -14,7 +13,7 @@ void launch_forward_fma(DType dtype, const ForwardFma& p, Stream stream) {
 
 void launch_fire(DType dtype, const FireStep& p, bool inhibition, Stream stream) {
   with_type(dtype, [&](auto type) {
-    using S = decltype(type);
+    using S = typename decltype(type)::type;
     if (inhibition) {
       const Launch how{"fire (inhibition)", dim3(unsigned(p.N)), dim3(kFireThreads),
                        sizeof(WinnerShared<RealOf<S>>), stream};

@@ -25,6 +25,9 @@ __global__ void __launch_bounds__(fma::kThreads) forward_fma(const __grid_consta
   using R = RealOf<S>;
   auto& shared = shared_memory<fma::Shared<R>>();
   const Block block = block_of(p.tiling, blockIdx.x);
+  const ForwardTile<S, S> tile(p.neuron, p.tiling, block, block.column * fma::kChannels,
+                               fma::kChannels, shared.vectors);
+  tile.load_vectors();
   fma::Gemm<S> gemm(shared, p.tiling, block);
   R acc[4][2][4] = {};
   gemm.add(p.x, acc);
@@ -32,8 +35,6 @@ __global__ void __launch_bounds__(fma::kThreads) forward_fma(const __grid_consta
   __syncthreads();  // shared memory becomes the mem tile
 
   const MemTile<R> mem_tile{&shared.a[0][0][0], fma::kMemPitch};
-  const ForwardTile<S, S> tile(p.neuron, p.tiling, block, mem_tile);
-  const int channel = gemm.column() / 4;
 #pragma unroll 1
   for (int i = 0; i < 4; ++i) {  // a loop that stays one: the accumulators are moved instead
     R sum[4][2][1];
@@ -45,10 +46,10 @@ __global__ void __launch_bounds__(fma::kThreads) forward_fma(const __grid_consta
 #pragma unroll
         for (int k = 0; k < 3; ++k) acc[k][px][gate] = acc[k + 1][px][gate];
       }
-    tile.patch(gemm.pixel(i), block.column * fma::kChannels + channel, channel, sum);
+    tile.patch(gemm.pixel(i), gemm.column() / 4, sum, mem_tile);
   }
   __syncthreads();
-  tile.template finish<fma::kChannels>(block.column * fma::kChannels);
+  tile.finish(mem_tile);
 }
 
 }  // namespace snnlstm::cuda

@@ -89,19 +89,35 @@ struct MemTile {
 };
 
 // S: type of the caller's tensors and of the states; G: of everything that has gates.
+// The block's channels are c0 ... c0 + channels - 1, channels a power of two.
 template <class S, class G>
 class ForwardTile {
  public:
   using R = RealOf<S>;
   using N = Neuron<Math<R>>;
 
+  // vectors: (5, channels) in shared memory: the biases of i, f, o, g and the threshold.
   SNNLSTM_DEVICE ForwardTile(const NeuronForward& p, const Tiling& tiling, const Block& block,
-                             MemTile<R> mem_tile)
-      : p_(p), tiling_(tiling), block_(block), mem_tile_(mem_tile) {}
+                             int c0, int channels, R* vectors)
+      : p_(p), tiling_(tiling), block_(block), c0_(c0), channels_(channels), vectors_(vectors) {}
 
-  // Pixels m, m + 1 and channels c0 ... c0 + CH - 1. sum[gate][pixel][channel].
+  // To be called before a barrier.
+  SNNLSTM_DEVICE void load_vectors() const {
+    for (int i = int(threadIdx.x); i < 5 * channels_; i += int(blockDim.x)) {
+      const int row = i / channels_, c = c0_ + (i & (channels_ - 1));
+      R value = row == 4 ? R(1) : R(0);
+      if (c < p_.C && row == 4)
+        value = threshold_of<S>(p_.fire, c);
+      else if (c < p_.C && p_.bias != nullptr)
+        value = to_real(static_cast<const S*>(p_.bias)[row * p_.C + c]);
+      vectors_[i] = value;
+    }
+  }
+
+  // Pixels m, m + 1 and CH of the block's channels from `first` on. sum[gate][pixel][channel].
   template <int CH>
-  SNNLSTM_DEVICE void patch(int m, int c0, int tile_channel, R (&sum)[4][2][CH]) const {
+  SNNLSTM_DEVICE void patch(int m, int first, R (&sum)[4][2][CH], MemTile<R> mem_tile) const {
+    const int c0 = c0_ + first;
     const Place at = place_of(tiling_, block_, m, p_.Ho, p_.Wo);
     if (p_.sums_out.present()) {
 #pragma unroll
@@ -123,20 +139,23 @@ class ForwardTile {
           for (int ch = 0; ch < CH; ++ch) sum[gate][px][ch] += more[px][ch];
       }
     }
+    R threshold[CH];
 #pragma unroll
     for (int ch = 0; ch < CH; ++ch) {
-      const int c = c0 + ch;
-      const R threshold = threshold_of<S>(p_.fire, c);
-      const Gates<R> bias = {bias_of(0, c), bias_of(1, c), bias_of(2, c), bias_of(3, c)};
+      const R* vector = vectors_ + first + ch;
+      const Gates<R> bias = {vector[0], vector[channels_], vector[2 * channels_],
+                             vector[3 * channels_]};
+      threshold[ch] = vector[4 * channels_];
 #pragma unroll
       for (int px = 0; px < 2; ++px) {
         const int i = fault(Fault::swapped_gates) ? 1 : 0;
-        const Gates<R> a = N::activate({sum[i][px][ch] + bias.i, sum[1 - i][px][ch] + bias.f,
-                                        sum[2][px][ch] + bias.o, sum[3][px][ch] + bias.g});
-        const bool reset = resets && N::fires(mem[px][ch], threshold);
+        const Gates<R> a =
+            N::activate({sum[i][px][ch] + bias.i, sum[1 - i][px][ch] + bias.f,
+                         sum[2][px][ch] + bias.o, sum[3][px][ch] + bias.g});
+        const bool reset = resets && N::fires(mem[px][ch], threshold[ch]);
         syn[px][ch] = N::next_syn(a, syn[px][ch]);
         mem[px][ch] = N::after_reset(
-            p_.reset, N::next_mem(a.o, Math<R>::tanh(syn[px][ch])), reset, threshold);
+            p_.reset, N::next_mem(a.o, Math<R>::tanh(syn[px][ch])), reset, threshold[ch]);
         sum[0][px][ch] = a.i;
         sum[1][px][ch] = a.f;
         sum[2][px][ch] = flagged(a.o, reset);
@@ -148,8 +167,17 @@ class ForwardTile {
       for (int gate = 0; gate < 4; ++gate) store_patch<G>(p_.gates_out, at, c0, sum[gate], gate);
     }
     if (p_.fire.num_levels > 0) {
-      for_each_value(syn, [&](R x, int, int) { return quantised<S>(p_.fire, x); });
-      for_each_value(mem, [&](R x, int, int) { return quantised<S>(p_.fire, x); });
+#pragma unroll 1
+      for (int k = 0; k < 2; ++k) {  // syn, then mem
+        for_each_value(syn, [&](R x, int, int) { return quantised<S>(p_.fire, x); });
+#pragma unroll
+        for (int px = 0; px < 2; ++px)
+#pragma unroll
+          for (int ch = 0; ch < CH; ++ch) {
+            const R swap = syn[px][ch];
+            syn[px][ch] = mem[px][ch], mem[px][ch] = swap;
+          }
+      }
     }
     if (p_.syn_keep.present()) store_patch<S>(p_.syn_keep, at, c0, syn);
     if (p_.mem_keep.present()) store_patch<S>(p_.mem_keep, at, c0, mem);
@@ -158,7 +186,7 @@ class ForwardTile {
 #pragma unroll
       for (int ch = 0; ch < CH; ++ch) {
         const R pair[2] = {rounded<S>(mem[0][ch]), rounded<S>(mem[1][ch])};
-        store_vector<R>(&mem_tile_.at(tile_channel + ch, m), pair);
+        store_vector<R>(&mem_tile.at(first + ch, m), pair);
       }
     }
     // The caller's tensors, in one loop: the code that knows all layouts is there once.
@@ -175,49 +203,45 @@ class ForwardTile {
           const R m_now = rounded<S>(mem[px][ch]);
           v[px][ch] = k == 0   ? syn[px][ch]
                       : k == 1 ? m_now
-                               : spike_of<S>(p_.fire, m_now, threshold_of<S>(p_.fire, c0 + ch));
+                               : spike_of<S>(p_.fire, m_now, threshold[ch]);
         }
       store_patch<S>(out, at, c0, v);
     }
   }
 
   // Does nothing without pooling. To be called by all threads, after a barrier: the tile's whole
-  // windows, channels c0 ... c0 + Channels - 1.
-  template <int Channels>
-  SNNLSTM_DEVICE void finish(int c0) const {
+  // windows.
+  SNNLSTM_DEVICE void finish(MemTile<R> mem_tile) const {
     const Fire& f = p_.fire;
     if (!p_.fires || f.pool == Pool::none || p_.sums_out.present()) return;
     const unsigned windows = tiling_.by_windows.value;
     const bool by_channel = f.spk.c == 1;  // neighbouring threads write neighbouring elements
     S* spk = image_of<S>(f.spk, block_.t, block_.n);
 #pragma unroll 1
-    for (unsigned i = threadIdx.x; i < windows * Channels; i += blockDim.x) {
+    for (unsigned i = threadIdx.x; i < windows * unsigned(channels_); i += blockDim.x) {
       unsigned row = i, ch = i;
       if (by_channel)
-        ch = i % Channels, row = i / Channels;
+        ch = i & unsigned(channels_ - 1), row = i / unsigned(channels_);
       else
         row = tiling_.by_windows.split(ch);
-      const int col = int(tiling_.by_window.split(row)), c = c0 + int(ch);
+      const int col = int(tiling_.by_window.split(row)), c = c0_ + int(ch);
       const int y = block_.y0 / f.pool_h + int(row), x = block_.x0 / f.pool_w + col;
       if (c >= f.C || y >= f.Hp || x >= f.Wp) continue;
       const int m = int(row) * f.pool_h * tiling_.w + col * f.pool_w;
       int where;
       const R value = pooled<S>(
-          f, [&](int i, int j) { return mem_tile_.at(int(ch), m + i * tiling_.w + j); }, where);
-      spk[offset(f.spk, c, y, x)] = from_real<S>(spike_of<S>(f, value, threshold_of<S>(f, c)));
+          f, [&](int i, int j) { return mem_tile.at(int(ch), m + i * tiling_.w + j); }, where);
+      spk[offset(f.spk, c, y, x)] =
+          from_real<S>(spike_of<S>(f, value, vectors_[4 * channels_ + int(ch)]));
     }
   }
 
  private:
-  SNNLSTM_DEVICE R bias_of(int gate, int c) const {
-    if (p_.bias == nullptr || c >= p_.C) return 0;
-    return to_real(static_cast<const S*>(p_.bias)[gate * p_.C + c]);
-  }
-
   const NeuronForward& p_;
   const Tiling& tiling_;
   const Block& block_;
-  MemTile<R> mem_tile_;
+  int c0_, channels_;
+  R* vectors_;
 };
 
 }  // namespace snnlstm::cuda

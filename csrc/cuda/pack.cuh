@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fma.cuh"
+#include "mma.cuh"
 
 namespace snnlstm::cuda {
 
@@ -18,13 +19,13 @@ struct WeightMap {
   int C, Cp, Cin, taps;
   Use use;
 
-  bool forward() const { return use == Use::x_to_gates || use == Use::mem_to_gates; }
-  int input_channels() const {
+  SNNLSTM_BOTH bool forward() const { return use == Use::x_to_gates || use == Use::mem_to_gates; }
+  SNNLSTM_BOTH int input_channels() const {
     return use == Use::x_to_gates || use == Use::gates_to_x ? Cin : C;
   }
   // Columns: channels with their gates, or channels.
-  int columns() const { return forward() ? 4 * C : input_channels(); }
-  int depth_channels() const { return forward() ? input_channels() : 4 * Cp; }
+  SNNLSTM_BOTH int columns() const { return forward() ? 4 * C : input_channels(); }
+  SNNLSTM_BOTH int depth_channels() const { return forward() ? input_channels() : 4 * Cp; }
 };
 
 // The weight between output channel c of a gate and an input channel of the half that is packed.
@@ -49,12 +50,76 @@ __global__ void __launch_bounds__(fma::kThreads)
     const int64_t k = chunk * fma::kDepth + i / fma::kColumns;
     const int column = columns + i % fma::kColumns;
     const int tap = int(k / channels), channel = int(k % channels);
-    const bool forward = map.use == Use::x_to_gates || map.use == Use::mem_to_gates;
-    out[i] = forward ? weight_at<S>(map, column % 4, column / 4, channel, tap)
+    out[i] = map.forward() ? weight_at<S>(map, column % 4, column / 4, channel, tap)
              : tap < map.taps
                  ? weight_at<S>(map, channel / map.Cp, channel % map.Cp, column, map.taps - 1 - tap)
                  : RealOf<S>(0);
   }
+}
+
+// Units of one segment in the order in which mma.cuh walks; see there for what a unit holds.
+struct MmaPacking {
+  WeightMap map;
+  int channels = 0;   // of the walk: K channels, or with patches (tap, channel)
+  bool patches = false;
+  int taps = 1;       // of the walk
+  int units = 0;      // of this segment
+  int64_t pitch = 0;  // words from one column block to the next
+  int tiles = 2, warp_columns = 1;
+};
+
+// One thread a word of 32 bits: two 16-bit weights of neighbouring channels, or one float.
+template <class Op, class S>
+__global__ void __launch_bounds__(256)
+    pack_mma(const __grid_constant__ MmaPacking p, uint32_t* packed) {
+  using Element = typename Operand<Op>::Element;
+  constexpr int kPerWord = 4 / sizeof(Element), kPerStep = 8 * kPerWord;
+  const int unit_words = p.warp_columns * (p.tiles / 2) * (mma_tile::kPairBytes / 4);
+  const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  const int unit = int(i / unit_words);
+  if (unit >= p.units) return;
+  int rest = int(i % unit_words);
+  const int word = rest % 4, lane = rest / 4 % 32, pair = rest / 128 % (p.tiles / 2);
+  const int warp_column = rest / 128 / (p.tiles / 2);
+
+  // K: unit = (chunk, tap, step); all chunks but the last have two steps
+  const int full = 2 * p.taps, chunk = unit / full;
+  const int chunks = (p.channels + 2 * kPerStep - 1) / (2 * kPerStep);
+  const int steps = chunk + 1 < chunks ? 2 : (p.units - chunk * full) / p.taps;
+  const int tap = (unit - chunk * full) / steps, step = (unit - chunk * full) % steps;
+  const int k = (2 * chunk + step) * kPerStep + (lane % 4 + word % 2 * 4) * kPerWord;
+
+  // N: which gate and channel the column is
+  const bool forward = p.map.forward();
+  const int n = lane / 4, tile = 2 * pair + word / 2;
+  const int warps = int(blockIdx.y) * p.warp_columns + warp_column;
+  const int of_pair = 4 * (n / 2) + 2 * (tile % 2) + n % 2;  // mma.cuh: pairs of n-tiles
+  int gate = 0, column;
+  if (!forward)
+    column = warps * 8 * p.tiles + 16 * pair + of_pair;
+  else if (p.tiles == 8)
+    gate = pair, column = warps * 16 + of_pair;
+  else
+    gate = tile, column = warps * 8 + n;
+
+  float value[2] = {0, 0};
+#pragma unroll
+  for (int e = 0; e < kPerWord; ++e) {
+    int channel = k + e, source_tap = tap;
+    if (p.patches) source_tap = channel / p.map.Cin, channel %= p.map.Cin;
+    if (channel >= p.map.depth_channels()) continue;
+    value[e] = forward ? weight_at<S>(p.map, gate, column, channel, source_tap)
+                       : weight_at<S>(p.map, channel / p.map.Cp, channel % p.map.Cp, column,
+                                      p.map.taps - 1 - source_tap);
+  }
+  uint32_t bits;
+  if constexpr (kPerWord == 2)
+    bits = pack<Element>(value[0], value[1]);
+  else if constexpr (std::is_same_v<Op, tf32>)
+    bits = from_float<tf32>(value[0]).bits;
+  else
+    bits = detail::bits_of(value[0]);
+  packed[blockIdx.y * p.pitch + i] = bits;
 }
 
 }  // namespace snnlstm::cuda

@@ -61,14 +61,15 @@ inline bool choose_tile(const Cell& c, int64_t height, int64_t width, int pixels
         std::min(pixels / w / unit_h * unit_h, round_up(std::max<int64_t>(height, 1), unit_h));
     const int64_t rows = std::max<int64_t>(ceil_div(height, h), 1);
     const int64_t cols = std::max<int64_t>(ceil_div(width, w), 1);
-    const int64_t read = (h + 2 * c.pad_h()) * (w + 2 * c.pad_w());
+    int64_t read = (h + 2 * c.pad_h()) * (w + 2 * c.pad_w());
+    if (w >= width) read -= read / 5;  // whole rows are read without breaks
     const int64_t cost = rows * cols * (4 * pixels + read);
     if (best < 0 || cost < best) {
       best = cost;
       tiling.h = int(h), tiling.w = int(w);
-      tiling.by_w = Divisor(w), tiling.by_rows = Divisor(rows), tiling.by_cols = Divisor(cols);
-      tiling.by_window = Divisor(std::max<int64_t>(w / c.pool_w, 1));
-      tiling.by_windows = Divisor(std::max<int64_t>(h / c.pool_h * (w / c.pool_w), 1));
+      tiling.by_w = SmallDivisor(w), tiling.by_rows = Divisor(rows), tiling.by_cols = Divisor(cols);
+      tiling.by_window = SmallDivisor(std::max<int64_t>(w / c.pool_w, 1));
+      tiling.by_windows = SmallDivisor(std::max<int64_t>(h / c.pool_h * (w / c.pool_w), 1));
     }
     if (w >= width) break;
   }

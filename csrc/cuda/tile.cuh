@@ -38,12 +38,32 @@ struct Divisor {
   }
 };
 
+// The same in two instructions, for numbers within a block: right where n * value < 2^31.
+struct SmallDivisor {
+  unsigned value = 1, factor = 1u << 31;
+
+  SmallDivisor() = default;
+  explicit SmallDivisor(int64_t d)
+      : value(unsigned(d)), factor(unsigned(((int64_t(1) << 31) + d - 1) / d)) {}
+  SNNLSTM_BOTH unsigned divide(unsigned n) const {
+    return unsigned((uint64_t(n << 1) * factor) >> 32);
+  }
+  SNNLSTM_BOTH unsigned split(unsigned& n) const {
+    const unsigned quotient = divide(n), rest = n - quotient * value;
+    n = quotient;
+    return rest;
+  }
+};
+
+// 0 <= i < n in one comparison.
+SNNLSTM_BOTH bool inside(int i, int n) { return unsigned(i) < unsigned(n); }
+
 struct Tiling {
   int h = 1, w = 1;           // pixels of a tile
-  Divisor by_w;               // w once more
+  SmallDivisor by_w;          // w once more
   Divisor by_rows, by_cols;   // tiles of an image
   Divisor by_columns;         // channel groups
-  Divisor by_window, by_windows;  // pooling windows in a row of the tile, in the tile
+  SmallDivisor by_window, by_windows;  // pooling windows in a row of the tile, in the tile
   Divisor by_batch;           // images per time step
   int64_t images = 0;         // in this launch: batch, or batch * T
 
@@ -94,7 +114,7 @@ struct Segment {
   int dilation_h = 1, dilation_w = 1;
   int pad_h = 0, pad_w = 0;
   int step_h = 1, step_w = 1;  // stride of the convolution
-  Divisor up_h, up_w;          // stride of the convolution whose transpose this is
+  SmallDivisor up_h, up_w;     // stride of the convolution whose transpose this is
   const void* weight = nullptr;  // packed, of the first column block; layout: fma.cuh, mma.cuh
   int64_t weight_pitch = 0;      // elements from one column block to the next
 

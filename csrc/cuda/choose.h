@@ -1,0 +1,143 @@
+// Which kernels run a cell, and their tiles: decided from the cell and the target alone, so that
+// packed weights, saved tensors and workspaces of one cell always fit together.
+#pragma once
+
+#include "forward_fma.cuh"
+#include "plan_mma.h"
+
+namespace snnlstm::cuda {
+
+// What the convolutions multiply with.
+enum class Multiply : int { fma, fp16, bf16, tf32, tf32x3 };
+
+inline const char* name_of(Multiply m) {
+  constexpr const char* names[] = {"fma", "mma-fp16", "mma-bf16", "mma-tf32", "mma-3xtf32"};
+  return names[int(m)];
+}
+
+inline Multiply wanted_multiply(const Cell& cell, const Target& target) {
+  const bool possible = target.compute_capability >= 80 && target.algorithm != Algorithm::fma;
+  if (!possible || cell.dtype == DType::float64) return Multiply::fma;
+  if (cell.dtype == DType::float16) return Multiply::fp16;
+  if (cell.dtype == DType::bfloat16) return Multiply::bf16;
+  switch (target.matrix) {
+    case Matrix::tf32:
+      return Multiply::tf32;
+    case Matrix::tf32x3:
+      return Multiply::tf32x3;
+    case Matrix::float16:
+      return Multiply::fp16;
+    case Matrix::bfloat16:
+      return Multiply::bf16;
+    default:
+      return Multiply::fma;
+  }
+}
+
+inline MmaType type_of(Multiply m) {
+  MmaType t;
+  t.element = m == Multiply::fp16 || m == Multiply::bf16 ? 2 : 4;
+  return t;
+}
+
+// Bytes of the saved gates' elements, and of all else that has gates.
+inline int gate_size(Multiply m, DType dtype) {
+  return m == Multiply::fma ? size_of(dtype) : type_of(m).element;
+}
+
+// The two halves of the gates' convolution, without their data.
+inline Segment input_window(const Cell& c) {
+  Segment s;
+  s.channels = int(c.Cin), s.height = int(c.H), s.width = int(c.W);
+  s.taps_h = c.kernel_h, s.taps_w = c.kernel_w;
+  s.dilation_h = c.dilation_h, s.dilation_w = c.dilation_w;
+  s.pad_h = int(c.pad_h()), s.pad_w = int(c.pad_w());
+  s.step_h = c.stride_h, s.step_w = c.stride_w;
+  return s;
+}
+inline Segment state_window(const Cell& c) {
+  Segment s = input_window(c);
+  s.channels = int(c.C), s.height = int(c.Ho()), s.width = int(c.Wo());
+  s.step_h = s.step_w = 1;
+  return s;
+}
+
+struct ForwardPlan {
+  Multiply multiply = Multiply::fma;
+  Tiling tiling;       // of one time step
+  bool fires = true;   // the step fires, else a kernel behind it
+  int tiles = 0;       // mma: n-tiles of a warp, 8 (16 channels) or 4 (8 channels)
+  int warps_m = 0, warps_n = 0;
+
+  bool mma() const { return multiply != Multiply::fma; }
+  int threads() const { return mma() ? 32 * warps_m * warps_n : fma::kThreads; }
+  int held() const { return mma() ? tiles / 2 : 1; }  // channels of a thread
+  int channels() const { return mma() ? 2 * tiles * warps_n : fma::kChannels; }  // of a block
+  int mem_pitch() const { return 32 * warps_m + (tiles == 8 ? 2 : 4); }
+};
+
+inline MmaDepth x_depth(const Cell& c, Multiply m) {
+  return MmaDepth(type_of(m), int64_t(c.kernel_h) * c.kernel_w, c.Cin, true);
+}
+inline MmaDepth mem_depth(const Cell& c, Multiply m) {
+  return MmaDepth(type_of(m), int64_t(c.kernel_h) * c.kernel_w, c.C, false);
+}
+
+// Bytes of shared memory of a tensor core step: of the convolution, or of what takes its place.
+inline int64_t forward_shared_bytes(const ForwardPlan& plan, const MmaConv& conv, bool pools) {
+  int64_t epilogue = int64_t(8 * plan.held()) * plan.threads() * 4;
+  if (pools) epilogue += int64_t(plan.channels()) * plan.mem_pitch() * 4;
+  return round_up(std::max<int64_t>(conv.shared_bytes(), epilogue), 128);
+}
+
+inline bool place(ForwardPlan& plan, const Cell& c, int pixels) {
+  const bool windows = c.pool != Pool::none;
+  plan.tiling = Tiling();
+  plan.fires = !c.inhibition && choose_tile(c, c.Ho(), c.Wo(), pixels, windows, plan.tiling);
+  if (!plan.fires) choose_tile(c, c.Ho(), c.Wo(), pixels, false, plan.tiling);
+  plan.tiling.images = c.N;
+  plan.tiling.by_batch = Divisor(std::max<int64_t>(c.N, 1));
+  plan.tiling.by_columns = Divisor(ceil_div(c.C, plan.channels()));
+  return plan.fires || c.inhibition || !windows;
+}
+
+inline ForwardPlan plan_forward(const Cell& c, const Target& target) {
+  ForwardPlan plan;
+  plan.multiply = wanted_multiply(c, target);
+  if (plan.mma()) {
+    plan.tiles = c.C <= 8 ? 4 : 8;
+    struct {
+      int m, n;
+    } const shapes[] = {{4, 2}, {4, 1}, {2, 2}, {2, 1}};
+    ForwardPlan best;
+    for (const auto& shape : shapes) {
+      if (shape.n == 2 && c.C <= 16) continue;
+      plan.warps_m = shape.m, plan.warps_n = shape.n;
+      place(plan, c, 32 * shape.m);
+      MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);
+      builder.add(input_window(c), x_depth(c, plan.multiply), 4, plan.tiling);
+      builder.add(state_window(c), mem_depth(c, plan.multiply), 4, plan.tiling);
+      builder.finish(nullptr, 0, 0, plan.threads());
+      const int64_t bytes =
+          forward_shared_bytes(plan, builder.conv, c.pool != Pool::none) + 5 * plan.channels() * 4;
+      if (bytes > target.shared_bytes) continue;
+      best = plan;
+      // Large blocks fetch less, but all multiprocessors should have one.
+      if (plan.tiling.blocks() >= target.multiprocessors) break;
+    }
+    if (best.mma()) return best;
+    if (target.algorithm == Algorithm::mma)
+      throw std::runtime_error("the neighbourhood of a tile does not fit in " +
+                               std::to_string(target.shared_bytes) +
+                               " bytes of shared memory: algorithm mma cannot run this cell");
+    plan = ForwardPlan();
+  } else if (target.algorithm == Algorithm::mma) {
+    throw std::runtime_error("algorithm mma needs compute capability 8.0 and a matrix type; got " +
+                             std::to_string(target.compute_capability) + " and matrix " +
+                             std::to_string(int(target.matrix)));
+  }
+  place(plan, c, fma::kPixels);
+  return plan;
+}
+
+}  // namespace snnlstm::cuda

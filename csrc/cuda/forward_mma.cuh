@@ -1,0 +1,86 @@
+// One forward step on tensor cores. See mma.cuh for the tile. The four gates of a channel meet in one
+// thread: a warp's n-tiles are
+//   Pairs = 2: 4 gates x (pair of tiles of 16 channels), a thread holds 4 neighbouring channels
+//   Pairs = 1: 4 gates x (tile of 8 channels), a thread holds 2
+#pragma once
+
+#include "mma.cuh"
+#include "neuron_forward.cuh"
+
+namespace snnlstm::cuda {
+
+struct ForwardMma {
+  Tiling tiling;
+  MmaConv conv;
+  NeuronForward neuron;
+  int mem_pitch = 0;  // of the mem tile
+  int vectors = 0;    // where biases and thresholds lie in shared memory, bytes
+};
+
+constexpr int kMmaThreads = 256;
+
+// The sums that a thread holds of an m16 tile, as sum[gate][pixel][channel].
+template <int Tiles>
+SNNLSTM_DEVICE void take(const float (&acc)[4 * Tiles][4], float (&sum)[4][2][2 * Tiles]) {
+#pragma unroll
+  for (int gate = 0; gate < 4; ++gate)
+#pragma unroll
+    for (int half = 0; half < Tiles; ++half)
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        sum[gate][r / 2][2 * half + r % 2] = acc[gate * Tiles + half][r];
+}
+
+// f(k, vector k of the sums).
+template <int CH, class F>
+SNNLSTM_DEVICE void for_each_vector(float (&sum)[4][2][CH], F&& f) {
+  float* flat = &sum[0][0][0];
+#pragma unroll
+  for (int k = 0; k < 2 * CH; ++k) {
+    float4 v = make_float4(flat[4 * k], flat[4 * k + 1], flat[4 * k + 2], flat[4 * k + 3]);
+    f(k, v);
+    flat[4 * k] = v.x, flat[4 * k + 1] = v.y, flat[4 * k + 2] = v.z, flat[4 * k + 3] = v.w;
+  }
+}
+
+// S: type of the caller's tensors and the states. Op: what is multiplied.
+template <class Op, class S, int Tiles>
+__global__ void __launch_bounds__(kMmaThreads, 2)
+    forward_mma(const __grid_constant__ ForwardMma p) {
+  if constexpr (arch::has_mma) {
+    using G = typename Operand<Op>::Element;
+    constexpr int kTiles = 4 * Tiles, kHeld = 2 * Tiles, kChannels = 8 * Tiles;
+    auto* shared = &shared_memory<unsigned char>();
+    const Block block = block_of(p.tiling, blockIdx.x);
+    const int channels = p.conv.warp_columns * kChannels;
+    auto* vectors = reinterpret_cast<float*>(shared + p.vectors);
+    const ForwardTile<S, G> tile(p.neuron, p.tiling, block, block.column * channels, channels,
+                                 vectors);
+    tile.load_vectors();
+    MmaGemm<Op, S, kTiles> gemm(p.conv, shared, p.tiling, block);
+    float acc[2][kTiles][4];
+    gemm.run(acc);
+
+    // The second m16 tile waits in shared memory: the epilogue wants its registers.
+    auto* parked = reinterpret_cast<float*>(shared) + 4 * threadIdx.x;
+    float sum[4][2][kHeld];
+    take<Tiles>(acc[1], sum);
+    for_each_vector(sum, [&](int k, float4& v) { store(parked + k * 4 * int(blockDim.x), v); });
+    take<Tiles>(acc[0], sum);
+    const MemTile<float> mem_tile{
+        reinterpret_cast<float*>(shared) + 8 * kHeld * int(blockDim.x), p.mem_pitch};
+    const int first = gemm.warp_column() * kChannels + kHeld * gemm.quad();
+#pragma unroll 1
+    for (int mi = 0; mi < 2; ++mi) {
+      if (mi == 1)
+        for_each_vector(sum, [&](int k, float4& v) {
+          v = load<float4>(parked + k * 4 * int(blockDim.x));
+        });
+      tile.patch(gemm.pixel(mi), first, sum, mem_tile);
+    }
+    __syncthreads();
+    tile.finish(mem_tile);
+  }
+}
+
+}  // namespace snnlstm::cuda

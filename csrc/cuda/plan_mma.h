@@ -1,0 +1,131 @@
+// Host side of mma.cuh: the neighbourhoods, the stream of weights and the shared memory of a launch.
+#pragma once
+
+#include "mma.cuh"
+#include "plan.h"
+
+namespace snnlstm::cuda {
+
+// What an operand type means for the layout.
+struct MmaType {
+  int element = 2;  // bytes
+  int per_group() const { return mma_tile::kGroupBytes / element; }
+  int per_step() const { return 2 * per_group(); }
+  int per_chunk() const { return mma_tile::kGroups * per_group(); }
+};
+
+// K of a segment in the order of the walk: chunks of channels, taps, k-steps.
+struct MmaDepth {
+  bool patches = false;
+  int64_t channels = 0;  // of the walk
+  int64_t taps = 1, chunks = 0;
+  int tail_steps = 0;
+
+  // may_patch: lay out (tap, channel) side by side where that makes fewer units.
+  MmaDepth(const MmaType& type, int64_t taps_of, int64_t channels_of, bool may_patch) {
+    const auto steps = [&](int64_t k) { return ceil_div(k, type.per_step()); };
+    patches = may_patch && channels_of <= 4 && taps_of * channels_of <= 2 * type.per_chunk() &&
+              steps(taps_of * channels_of) < taps_of * steps(channels_of);
+    channels = patches ? taps_of * channels_of : channels_of;
+    taps = patches ? 1 : taps_of;
+    chunks = ceil_div(channels, type.per_chunk());
+    tail_steps = int(steps(channels - (chunks - 1) * type.per_chunk()));
+  }
+  int64_t units() const { return taps * (2 * (chunks - 1) + tail_steps); }
+  int64_t shortest_chunk() const { return taps * std::min(tail_steps, chunks > 1 ? 2 : tail_steps); }
+};
+
+// How the source may be read. size: bytes of its elements.
+inline Feed feed_of(const Segment& s, const MmaType& type, const MmaDepth& depth, int size) {
+  if (depth.patches) return Feed::patches;
+  const int unit = size == type.element ? type.per_group() : 4;
+  const Tensor& a = s.src;
+  const bool dense = a.c == 1 && s.channels % unit == 0 && a.w % unit == 0 && a.h % unit == 0 &&
+                     a.n % unit == 0 && a.t % unit == 0 &&
+                     reinterpret_cast<uintptr_t>(a.data) % 16 == 0;
+  if (!dense) return Feed::gather;
+  return size == type.element ? Feed::async : Feed::vectors;
+}
+
+inline MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDepth& depth,
+                              int size, const Tiling& tiling) {
+  MmaSegment m;
+  m.s = s;
+  m.feed = feed_of(s, type, depth, size);
+  m.taps = int(depth.taps), m.taps_w = depth.patches ? 1 : s.taps_w;
+  m.chunks = int(depth.chunks), m.tail_steps = depth.tail_steps;
+  if (depth.patches) {
+    m.halo_h = tiling.h, m.halo_w = m.pitch = tiling.w;
+    m.by_run = SmallDivisor(tiling.h * tiling.w);
+    m.by_channels = SmallDivisor(s.channels), m.by_taps_w = SmallDivisor(s.taps_w);
+    m.by_halo_w = SmallDivisor(m.halo_w);
+    return m;
+  }
+  const auto reach = [](int tile, int step, int taps, int dilation, int up) {
+    return up > 1 ? (tile - 1 + (taps - 1) * dilation) / up + 2
+                  : (tile - 1) * step + (taps - 1) * dilation + 1;
+  };
+  m.halo_h = reach(tiling.h, s.step_h, s.taps_h, s.dilation_h, int(s.up_h.value));
+  m.halo_w = reach(tiling.w, s.step_w, s.taps_w, s.dilation_w, int(s.up_w.value));
+  m.by_halo_w = SmallDivisor(m.halo_w);
+  m.step_h = s.step_h, m.step_w = s.step_w;
+  // An m16 tile that goes over a row's end finds the next row on the banks where this one would
+  // have gone on, if both are a multiple of 16 pixels apart.
+  m.pitch = m.halo_w;
+  if (tiling.w % 16 != 0 && s.step_w == 1 && s.up_w.value == 1) {
+    const int wanted = m.halo_w + (tiling.w - m.halo_w % 16 + 32) % 16;
+    if (5 * wanted <= 8 * m.halo_w) m.pitch = wanted;
+  }
+  m.align = 32 / size;
+  m.whole_rows = tiling.by_cols.value == 1 && s.up_w.value == 1 && tiling.w >= s.width;
+  m.by_col = SmallDivisor(m.whole_rows ? s.width : round_up(m.halo_w + m.align - 1, m.align));
+  m.by_run = SmallDivisor(m.whole_rows
+                              ? round_up(int64_t(m.halo_h) * s.width + m.align - 1, m.align)
+                              : int64_t(m.halo_h) * m.by_col.value);
+  return m;
+}
+
+inline int64_t neighbourhood_bytes(const MmaSegment& m) {
+  return round_up(mma_tile::row_offset(m.halo_h * m.pitch) + 16, 128);
+}
+
+// Puts segments together. units: of the whole packed weight (all segments that were packed
+// together), first: the first unit that this launch reads.
+struct MmaBuilder {
+  MmaType type;
+  int warp_columns, tiles;  // n-tiles of a warp
+  MmaConv conv;
+  int64_t shortest = 1 << 20;
+
+  MmaBuilder(const MmaType& type_of, int warp_columns_of, int tiles_of)
+      : type(type_of), warp_columns(warp_columns_of), tiles(tiles_of) {
+    conv.warp_columns = warp_columns;
+    conv.unit_bytes = unit_bytes();
+  }
+  int unit_bytes() const { return warp_columns * (tiles / 2) * mma_tile::kPairBytes; }
+
+  void add(const Segment& s, const MmaDepth& depth, int size, const Tiling& tiling) {
+    MmaSegment& m = conv.segment[conv.segments++];
+    m = mma_segment(s, type, depth, size, tiling);
+    conv.units += int(depth.units());
+    conv.buffer_bytes = int(std::max<int64_t>(conv.buffer_bytes, neighbourhood_bytes(m)));
+    shortest = std::min(shortest, depth.shortest_chunk());
+  }
+
+  // The stages: about 8 KiB each, and none longer than a chunk.
+  void finish(const void* weight, int64_t first_unit, int64_t packed_units, int threads) {
+    conv.stage_units = int(std::max<int64_t>(std::min<int64_t>(8192 / conv.unit_bytes, shortest), 1));
+    conv.weight = static_cast<const char*>(weight) + first_unit * conv.unit_bytes;
+    conv.weight_pitch = packed_units * conv.unit_bytes;
+    for (int k = 0; k < conv.segments; ++k) {
+      MmaSegment& m = conv.segment[k];
+      if (m.feed != Feed::gather && m.feed != Feed::vectors) continue;
+      const int64_t per_group = m.feed == Feed::vectors ? m.halo_h * m.halo_w : m.by_run.value;
+      const int64_t turns = ceil_div(mma_tile::kGroups * per_group, threads);
+      const int64_t stages = std::max<int64_t>(shortest / conv.stage_units, 1);
+      m.turns = int(ceil_div(turns, stages));
+    }
+  }
+};
+
+}  // namespace snnlstm::cuda
