@@ -60,6 +60,7 @@ $(RUN):
 
 # Installed anew when the native code or the metadata changes; Python code needs no reinstallation.
 $(VENV)/.installed: $(SOURCES) | $(RUN)
+	@echo "Installing snnlstm and what it needs into $(VENV); the first time takes some minutes ..."
 	$(RUN) -m pip install --disable-pip-version-check -e ".[test,bench]"
 	@touch $@
 

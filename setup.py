@@ -146,7 +146,8 @@ class CMakeBuild(build_ext):
         hint = "\nSNNLSTM_CUDA=off builds the CPU half alone." if nvcc else ""
         run("configuring", ["cmake", "-S", str(ROOT / "csrc"), "-B", str(build), *arguments], hint)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.environ.get("MAX_JOBS")
-        run("compiling", ["cmake", "--build", str(build), *(["-j", jobs] if jobs else [])], hint)
+        jobs = jobs or str(os.cpu_count() or 1)
+        run("compiling", ["cmake", "--build", str(build), "-j", jobs], hint)
 
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(
