@@ -2,9 +2,11 @@
 
 The digits are the 1797 images of 8x8 pixels that scikit-learn carries (UCI "Optical Recognition of
 Handwritten Digits", https://archive.ics.uci.edu/dataset/80). Nothing is downloaded. Each digit is
-enlarged, moves in a straight line over a dark canvas and bounces off its borders; an event camera
-reports where the brightness changed from one frame to the next: ON events where it rose, OFF events
-where it fell. Everything random comes from one seed.
+enlarged and circles over a dark canvas; an event camera reports where the brightness changed from
+one frame to the next: ON events where it rose, OFF events where it fell. An edge that moves along
+itself sends no events; going round once shows every edge (for the same reason the camera of
+N-MNIST moved in closed triangles: Orchard et al., Front. Neurosci. 9:437, 2015). Everything random
+comes from one seed.
 """
 
 from __future__ import annotations
@@ -27,20 +29,29 @@ class Motion:
     canvas: side of the square canvas, in pixels.
     digit: side of the enlarged digit, in pixels; less than `canvas`.
     steps: number of event frames T (the camera looks at T + 1 brightness frames).
-    speed: (slowest, fastest) speed in pixels per frame; the direction is uniform.
+    radius: (smallest, largest) radius of the circle in pixels; where on the canvas the circle
+        lies, where on it the digit starts, and which way round it goes are uniform.
+    turns: how often it goes round in the T frames.
     contrast: brightness change (of a range 0..1) above which a pixel sends an event.
     """
 
     canvas: int = 24
     digit: int = 16
     steps: int = 8
-    speed: tuple[float, float] = (1.0, 3.0)
+    radius: tuple[float, float] = (2.0, 3.5)
+    turns: float = 1.0
     contrast: float = 0.1
 
     def __post_init__(self) -> None:
         if not 8 <= self.digit < self.canvas:
             raise ValueError(
                 f"digit must be at least 8 and less than canvas ({self.canvas}), got {self.digit}"
+            )
+        smallest, largest = self.radius
+        if not 0 <= smallest <= largest <= (self.canvas - self.digit) / 2:
+            raise ValueError(
+                "radius must be (smallest, largest) with a circle that fits: at most "
+                f"{(self.canvas - self.digit) / 2}, got {self.radius}"
             )
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
@@ -70,20 +81,16 @@ def load_split(seed: int, test_share: float = 0.2) -> tuple[Tensor, Tensor, Tens
 
 
 def trajectories(count: int, motion: Motion, generator: torch.Generator) -> Tensor:
-    """Top-left corners (count, T + 1, 2) as (row, column), float32, inside the canvas throughout.
-
-    A digit that reaches a border bounces: the straight line is folded back at 0 and at
-    canvas - digit.
-    """
-    room = float(motion.canvas - motion.digit)
-    start = torch.rand(count, 1, 2, generator=generator) * room
-    slowest, fastest = motion.speed
-    speed = slowest + (fastest - slowest) * torch.rand(count, 1, generator=generator)
-    angle = 2 * torch.pi * torch.rand(count, 1, generator=generator)
-    velocity = torch.stack([speed * angle.sin(), speed * angle.cos()], dim=-1)
-    time = torch.arange(motion.steps + 1, dtype=torch.float32).view(1, -1, 1)
-    unfolded = (start + velocity * time).remainder(2 * room)
-    return torch.minimum(unfolded, 2 * room - unfolded)
+    """Top-left corners (count, T + 1, 2) as (row, column), float32, inside the canvas always."""
+    smallest, largest = motion.radius
+    room = motion.canvas - motion.digit
+    radius = smallest + (largest - smallest) * torch.rand(count, 1, 1, generator=generator)
+    centre = radius + (room - 2 * radius) * torch.rand(count, 1, 2, generator=generator)
+    start = 2 * torch.pi * torch.rand(count, 1, generator=generator)
+    sense = 2.0 * torch.randint(2, (count, 1), generator=generator) - 1
+    turned = torch.linspace(0, 2 * torch.pi * motion.turns, motion.steps + 1)
+    angle = start + sense * turned
+    return centre + radius * torch.stack([angle.sin(), angle.cos()], dim=-1)
 
 
 def render(images: Tensor, corners: Tensor, motion: Motion) -> Tensor:

@@ -107,8 +107,7 @@ def time_interleaved(
             spent = time.perf_counter() - begin
             if done >= budget.fewest and spent >= budget.seconds:
                 break
-            by_time = min(spent / budget.seconds, done / budget.fewest)
-            tick(min(1.0, max(by_time, done / budget.most)))
+            tick(min(1.0, spent / max(budget.seconds, 1e-9), done / budget.fewest))
     finally:
         if collecting:
             gc.enable()

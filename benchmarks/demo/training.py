@@ -166,7 +166,7 @@ def request(network: str, recipe: Recipe, motion: Motion) -> str:
 
 def _main() -> None:
     asked = json.loads(sys.argv[1])
-    asked["motion"]["speed"] = tuple(asked["motion"]["speed"])
+    asked["motion"]["radius"] = tuple(asked["motion"]["radius"])
     # Both are imported whichever is trained, so that both processes start equally large.
     import snntorch  # noqa: F401
 
