@@ -30,6 +30,9 @@ enum class Surrogate : int {
   leaky = 10,
 };
 
+// How the CPU kernels sum over the input's taps; cpu/choose.cpp decides.
+enum class Way : int { direct = 0, sparse = 1, winograd = 2 };
+
 // The computation, without its data: everything that decides sizes and the choice of kernel.
 struct Cell {
   DType dtype = DType::float32;
@@ -44,6 +47,8 @@ struct Cell {
   double surrogate_p0 = 2, surrogate_p1 = 0;
   bool inhibition = false;
   int num_levels = 0;  // of the state quantiser; 0: none
+  int tile = 0;        // CPU: Winograd tile (outputs a side) of the recurrent half; 0: direct
+  Way x_way = Way::direct;  // CPU: of the input half
 
   int64_t pad_h() const { return int64_t(dilation_h) * (kernel_h - 1) / 2; }
   int64_t pad_w() const { return int64_t(dilation_w) * (kernel_w - 1) / 2; }
@@ -64,7 +69,9 @@ struct ForwardArgs {
   Cell cell;
   View x;                       // (T, N, Cin, H, W)
   View syn0, mem0;              // (N, C, Ho, Wo) states before the first step
-  const void* weight = nullptr;     // packed by pack_weight()
+  const void* weight = nullptr;      // packed by pack_weight()
+  const void* weight_mem = nullptr;  // CPU: Winograd's weight of the recurrent half
+  const void* weight_x = nullptr;    // CPU: and of the input half
   const void* bias = nullptr;       // (4C,), contiguous
   const void* threshold = nullptr;  // (C,), or one number with threshold_stride = 0
   int64_t threshold_stride = 0;
@@ -83,7 +90,9 @@ struct ForwardArgs {
 struct BackwardArgs {
   Cell cell;
   View x, syn0, mem0;
-  const void* weight = nullptr;  // packed by pack_weight() with backward = true
+  const void* weight = nullptr;      // packed by pack_weight() for the backward pass
+  const void* weight_mem = nullptr;  // CPU: Winograd's weight of the recurrent half
+  const void* weight_x = nullptr;    // CPU: and of the input half
   const void* threshold = nullptr;
   int64_t threshold_stride = 0;
   double graded = 1;

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstring>
 
 #include "build_info.h"
@@ -30,6 +31,15 @@ View view(const py::object& from) {
   return v;
 }
 
+// The part of `count` values that is not zero, from a sample spread over all of them.
+template <class T>
+double density(const T* x, int64_t count) {
+  const int64_t step = count / 16384 | 1;  // odd, against the period of channels and columns
+  int64_t seen = 0, nonzero = 0;
+  for (int64_t k = 0; k < count; k += step, ++seen) nonzero += x[k] != T(0);
+  return seen ? double(nonzero) / double(seen) : 1;
+}
+
 Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, int64_t H, int64_t W,
                std::pair<int, int> kernel, std::pair<int, int> stride, std::pair<int, int> dilation,
                int pool, std::pair<int, int> pool_size, int reset, int surrogate, double p0,
@@ -51,14 +61,15 @@ Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, int64_t 
 }
 
 void cpu_forward(const Cell& cell, int threads, bool record, py::object x, py::object syn0,
-                 py::object mem0, Address weight, Address bias, Address threshold,
+                 py::object mem0, std::array<Address, 3> weights, Address bias, Address threshold,
                  int64_t threshold_stride, double graded, Address levels, py::object spk,
                  py::object syn, py::object mem, Address saved_gates, Address saved_syn,
                  Address winner, Address workspace) {
   ForwardArgs a;
   a.cell = cell, a.threads = threads, a.record = record;
   a.x = view(x), a.syn0 = view(syn0), a.mem0 = view(mem0);
-  a.weight = at(weight), a.bias = at(bias), a.levels = at(levels);
+  a.weight = at(weights[0]), a.weight_mem = at(weights[1]), a.weight_x = at(weights[2]);
+  a.bias = at(bias), a.levels = at(levels);
   a.threshold = at(threshold), a.threshold_stride = threshold_stride, a.graded = graded;
   a.spk = view(spk), a.syn = view(syn), a.mem = view(mem);
   a.saved_gates = at(saved_gates), a.saved_syn = at(saved_syn);
@@ -68,7 +79,8 @@ void cpu_forward(const Cell& cell, int threads, bool record, py::object x, py::o
 }
 
 void cpu_backward(const Cell& cell, int threads, bool record, py::object x, py::object syn0,
-                  py::object mem0, Address weight, Address threshold, int64_t threshold_stride,
+                  py::object mem0, std::array<Address, 3> weights, Address threshold,
+                  int64_t threshold_stride,
                   double graded, Address levels, Address saved_gates, Address saved_syn,
                   Address winner, py::object noise, py::object grad_spk, py::object grad_syn,
                   py::object grad_mem, py::object grad_x, py::object grad_syn0,
@@ -77,7 +89,8 @@ void cpu_backward(const Cell& cell, int threads, bool record, py::object x, py::
   BackwardArgs a;
   a.cell = cell, a.threads = threads, a.record = record;
   a.x = view(x), a.syn0 = view(syn0), a.mem0 = view(mem0);
-  a.weight = at(weight), a.levels = at(levels);
+  a.weight = at(weights[0]), a.weight_mem = at(weights[1]), a.weight_x = at(weights[2]);
+  a.levels = at(levels);
   a.threshold = at(threshold), a.threshold_stride = threshold_stride, a.graded = graded;
   a.saved_gates = at(saved_gates), a.saved_syn = at(saved_syn);
   a.winner = static_cast<const int64_t*>(at(winner)), a.noise = view(noise);
@@ -104,31 +117,40 @@ PYBIND11_MODULE(_C, m) {
     return std::memcmp(at(a), at(b), count) == 0;
   });
 
+  m.def("density", [](Address x, int dtype, int64_t count) {
+    return DType(dtype) == DType::float64 ? density(static_cast<const double*>(at(x)), count)
+                                          : density(static_cast<const float*>(at(x)), count);
+  });
+
   py::class_<Cell>(m, "Cell")
       .def(py::init(&make_cell), py::kw_only(), py::arg("dtype"), py::arg("T"), py::arg("N"),
            py::arg("Cin"), py::arg("C"), py::arg("H"), py::arg("W"), py::arg("kernel"),
            py::arg("stride"), py::arg("dilation"), py::arg("pool"), py::arg("pool_size"),
            py::arg("reset"), py::arg("surrogate"), py::arg("p0"), py::arg("p1"),
-           py::arg("inhibition"), py::arg("num_levels"));
+           py::arg("inhibition"), py::arg("num_levels"))
+      .def_readonly("tile", &Cell::tile)
+      .def_property_readonly("x_way", [](const Cell& cell) { return int(cell.x_way); });
 
   // CPU
   m.def("isa_names", &cpu::isa_names);
   m.def("isa_name", &cpu::isa_name);
   m.def("set_isa", &cpu::set_isa);
-  py::class_<cpu::Sizes>(m, "CpuSizes")
-      .def_readonly("packed_forward", &cpu::Sizes::packed_forward)
-      .def_readonly("packed_backward", &cpu::Sizes::packed_backward)
-      .def_readonly("forward_workspace", &cpu::Sizes::forward_workspace)
-      .def_readonly("backward_workspace", &cpu::Sizes::backward_workspace);
-  m.def("cpu_sizes", &cpu::sizes);
+  m.def("cpu_choose", [](const Cell& cell, int algorithm, double density) {
+    return cpu::choose(cell, cpu::Algorithm(algorithm), density);
+  });
+  m.def("cpu_forward_workspace", &cpu::forward_workspace);
+  m.def("cpu_backward_workspace", &cpu::backward_workspace);
   m.def("cpu_padded_channels", [](int dtype, int64_t C) {
     Cell cell;
     cell.dtype = DType(dtype), cell.C = C;
     return cpu::padded_channels(cell);
   });
-  m.def("cpu_pack_weight", [](const Cell& cell, Address weight, bool backward, Address packed) {
+  m.def("cpu_packed_bytes", [](const Cell& cell, int form) {
+    return cpu::packed_bytes(cell, cpu::Form(form));
+  });
+  m.def("cpu_pack_weight", [](const Cell& cell, int form, Address weight, Address packed) {
     py::gil_scoped_release release;
-    cpu::pack_weight(cell, at(weight), backward, at(packed));
+    cpu::pack_weight(cell, cpu::Form(form), at(weight), at(packed));
   });
   m.def("cpu_forward", &cpu_forward);
   m.def("cpu_backward", &cpu_backward);

@@ -14,7 +14,9 @@ from torch import Tensor
 from . import native, ops, reference
 from .options import CellOptions
 
-__all__ = ["run"]
+__all__ = ["last_name", "run"]
+
+last_name = native.last_name
 
 
 class _SConv2dLSTM(torch.autograd.Function):
@@ -29,14 +31,15 @@ class _SConv2dLSTM(torch.autograd.Function):
         threshold: Tensor,
         graded: Tensor,
         options: CellOptions,
+        algorithm: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         factor = float(graded)
         spk, new_syn, new_mem, saved = native.forward(
-            x, syn, mem, weight, bias, threshold, factor, options, training=True
+            x, syn, mem, weight, bias, threshold, factor, options, True, algorithm
         )
         assert saved is not None
         ctx.save_for_backward(x, syn, mem, weight, bias, threshold, graded, *saved)
-        ctx.options, ctx.graded = options, factor
+        ctx.options, ctx.graded, ctx.algorithm = options, factor, algorithm
         ctx.set_materialize_grads(False)
         if options.surrogate.kind == 0:
             ctx.mark_non_differentiable(spk)
@@ -48,10 +51,10 @@ class _SConv2dLSTM(torch.autograd.Function):
         grads = (grad_spk, grad_syn, grad_mem)
         wanted = ctx.needs_input_grad[:6]
         if all(grad is None for grad in grads):
-            return (None,) * 8
+            return (None,) * 9
         if torch.is_grad_enabled():  # create_graph: derivatives of these gradients are wanted
             inputs = (x, syn, mem, weight, bias, threshold)
-            return (*_differentiable(inputs, graded, ctx.options, grads, wanted), None, None)
+            return (*_differentiable(inputs, graded, ctx.options, grads, wanted), *(None,) * 3)
         out = native.backward(
             x,
             syn,
@@ -63,8 +66,9 @@ class _SConv2dLSTM(torch.autograd.Function):
             native.Saved(*saved),
             *grads,
             wanted=wanted,
+            algorithm=ctx.algorithm,
         )
-        return (*out, None, None)
+        return (*out, *(None,) * 3)
 
 
 def _differentiable(
@@ -103,15 +107,17 @@ def run(
     threshold: Tensor,
     graded: Tensor,
     options: CellOptions,
+    algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the native kernels; arguments and results as :func:`snnlstm.reference.run`'s.
 
-    The threshold is one number or one a channel, `graded` a single number without gradient.
+    The threshold is one number or one a channel, `graded` a single number without gradient;
+    `algorithm` is one of ``native.ALGORITHMS``.
     """
     inputs = (x, syn, mem, weight, bias, threshold)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     if torch.compiler.is_compiling():
-        return ops.run(*inputs, graded, options, training)
+        return ops.run(*inputs, graded, options, training, algorithm)
     if training:
-        return _SConv2dLSTM.apply(*inputs, graded, options)
-    return native.forward(*inputs, float(graded), options, training=False)[:3]
+        return _SConv2dLSTM.apply(*inputs, graded, options, algorithm)
+    return native.forward(*inputs, float(graded), options, False, algorithm)[:3]

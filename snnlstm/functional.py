@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from .arguments import check_call
 from .options import CellOptions
-from .path import Path, choose
+from .path import Path, choose, get_algorithm
 
 try:
     from . import autograd as _autograd
@@ -51,7 +51,11 @@ def compute(
     path = choose(x, syn, mem, weight, bias, threshold, graded, options, conv_reason)
     if path.native:
         assert _autograd is not None
-        out = _autograd.run(x, syn, mem, weight, bias, threshold, graded, options)
+        out = _autograd.run(
+            x, syn, mem, weight, bias, threshold, graded, options, get_algorithm()
+        )
+        if not torch.compiler.is_compiling():
+            path = Path(_autograd.last_name(), path.reason)
     else:
         call = conv if conv_reason is not None else None
         out = reference.run(x, syn, mem, weight, bias, threshold, graded, options, call)

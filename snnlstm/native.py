@@ -21,15 +21,38 @@ from .options import CellOptions
 __all__ = ["DEVICES", "Gradients", "Result", "Saved", "backward", "evaluate", "forward", "name"]
 
 DEVICES = frozenset({"cpu"})
+TRACEABLE = True  # torch.compile keeps the kernels in its graph: ops.py
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _RESETS = {"subtract": 0, "zero": 1, "none": 2}
 _POOLS = {"none": 0, "max": 1, "avg": 2}
 
 
+ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/cpu/api.h
+
+# What the environment variable and the cost model know by number.
+_X_WAYS = ("", "-sparse", "")
+
+
 def name(device: str, options: CellOptions) -> str:
-    """Name of the kernels that run a call, such as ``"cpu-avx2-direct"``."""
-    return f"{device}-{_C.isa_name()}-direct"
+    """Name of the kernels for a device, such as ``"cpu-avx2"``; :func:`last_name` says more."""
+    return f"{device}-{_C.isa_name()}"
+
+
+class _Last(threading.local):
+    name = ""
+
+
+_last = _Last()
+
+
+def last_name() -> str:
+    """What this thread's last forward pass ran, such as ``"cpu-avx2-winograd4-sparse"``.
+
+    ``direct`` or ``winogradM`` (tiles of M x M outputs) is the recurrent convolution, ``sparse``
+    says that the input's zeros were skipped.
+    """
+    return _last.name
 
 
 class Saved(NamedTuple):
@@ -104,16 +127,29 @@ def _cell(
 
 
 @lru_cache(maxsize=1024)
-def _sizes(cell: Any, threads: int, isa: str) -> Any:
-    return _C.cpu_sizes(cell, threads)
+def _choose(cell: Any, algorithm: str, percent: int) -> Any:
+    return _C.cpu_choose(cell, ALGORITHMS.index(algorithm), percent / 100)
 
 
-def _describe(x: Tensor, mem: Tensor, options: CellOptions) -> tuple[Any, int, Any]:
-    """Cell, number of threads and sizes of a call."""
+@lru_cache(maxsize=1024)
+def _workspace_bytes(cell: Any, threads: int, isa: str, backward: bool) -> int:
+    size = _C.cpu_backward_workspace if backward else _C.cpu_forward_workspace
+    return size(cell, threads)
+
+
+def _density(x: Tensor) -> float:
+    """Roughly which part of x is not zero, from at most some ten thousand of its values."""
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return _C.density(x.data_ptr(), _DTYPES[x.dtype], x.numel())
+    return int(torch.count_nonzero(x)) / max(x.numel(), 1)
+
+
+def _describe(x: Tensor, mem: Tensor, options: CellOptions, algorithm: str) -> tuple[Any, int]:
+    """Cell with its convolution algorithms, and the number of threads."""
     time = x.shape[0] if options.sequence else 1
     cell = _cell(options, x.dtype, time, tuple(x.shape[-4:]), mem.shape[1])
-    threads = torch.get_num_threads()
-    return cell, threads, _sizes(cell, threads, _C.isa_name())
+    percent = round(100 * _density(x)) if x.shape[-3] > 2 else 100
+    return _choose(cell, algorithm, percent), torch.get_num_threads()
 
 
 def _view(tensor: Tensor | None) -> tuple[int, ...] | None:
@@ -153,11 +189,11 @@ _workspace = _Workspace()
 
 
 class _Packed:
-    """A weight in the kernels' layouts, and a copy of the weight that they were made from."""
+    """A weight in the kernels' forms, and a copy of the weight that they were made from."""
 
     def __init__(self, weight: Tensor) -> None:
         self.original = weight.detach().clone(memory_format=torch.contiguous_format)
-        self.layouts: dict[tuple[str, bool], Tensor] = {}
+        self.forms: dict[tuple[str, int, int], Tensor] = {}
 
     def fits(self, weight: Tensor) -> bool:
         """Whether it was made from just this weight, compared byte for byte.
@@ -175,21 +211,28 @@ class _Packed:
 _packed = WeakTensorKeyDictionary()
 _packed_lock = threading.Lock()
 
+_WINOGRAD = 2  # csrc/args.h: Way::winograd
 
-def _pack(weight: Tensor, cell: Any, size: int, backward: bool) -> Tensor:
-    """`weight` in the kernels' layout, made once for each of its values."""
+
+def _pack(weight: Tensor, cell: Any, backward: bool, grad_x: bool = False) -> list[Tensor | None]:
+    """The forms of `weight` that a call reads, each made once for each of the weight's values."""
+    tiles_of_x = grad_x if backward else cell.x_way == _WINOGRAD
+    needed = (True, cell.tile > 0, cell.tile > 0 and tiles_of_x)
     contiguous = weight.detach().contiguous()
-    key = (_C.isa_name(), backward)
+    isa = _C.isa_name()
     with _packed_lock:
         entry = _packed.get(weight)
         if entry is None or not entry.fits(contiguous):
             entry = _packed[weight] = _Packed(contiguous)
-        layout = entry.layouts.get(key)
-        if layout is None:
-            layout = _bytes(size)
-            _C.cpu_pack_weight(cell, entry.original.data_ptr(), backward, layout.data_ptr())
-            entry.layouts[key] = layout
-    return layout
+        out: list[Tensor | None] = []
+        for number, need in enumerate(needed, start=3 if backward else 0):
+            key = (isa, number, cell.tile)
+            form = entry.forms.get(key)
+            if need and form is None:
+                form = entry.forms[key] = _bytes(_C.cpu_packed_bytes(cell, number))
+                _C.cpu_pack_weight(cell, number, entry.original.data_ptr(), form.data_ptr())
+            out.append(form if need else None)
+    return out
 
 
 def _levels(options: CellOptions, dtype: torch.dtype) -> Tensor | None:
@@ -247,6 +290,7 @@ def forward(
     graded: float,
     options: CellOptions,
     training: bool,
+    algorithm: str = "auto",
 ) -> Result:
     """Run the forward kernels.
 
@@ -258,14 +302,16 @@ def forward(
         Multiplies spk.
     training : bool
         Whether to keep what :func:`backward` needs.
+    algorithm : str
+        One of ``ALGORITHMS``.
     """
-    cell, threads, sizes = _describe(x, mem, options)
-    packed = _pack(weight, cell, sizes.packed_forward, backward=False)
+    cell, threads = _describe(x, mem, options, algorithm)
+    packed = _pack(weight, cell, backward=False)
     bias = None if bias is None else bias.detach().contiguous()
     thresholds, threshold_stride = _threshold(threshold, x.dtype)
     levels = _levels(options, x.dtype)
     spk, new_syn, new_mem, saved = empty_result(x, mem, options, training)
-    workspace = _workspace.get(sizes.forward_workspace)
+    workspace = _workspace.get(_workspace_bytes(cell, threads, _C.isa_name(), backward=False))
     _C.cpu_forward(
         cell,
         threads,
@@ -273,7 +319,7 @@ def forward(
         _view(x),
         _view(syn),
         _view(mem),
-        packed.data_ptr(),
+        [_address(form) for form in packed],
         _address(bias),
         thresholds.data_ptr(),
         threshold_stride,
@@ -287,6 +333,8 @@ def forward(
         saved.winner.data_ptr() if saved and options.inhibition else 0,
         workspace.data_ptr(),
     )
+    way = f"winograd{cell.tile}" if cell.tile else "direct"
+    _last.name = f"{name('cpu', options)}-{way}{_X_WAYS[cell.x_way]}"
     return Result(spk, new_syn, new_mem, saved)
 
 
@@ -315,6 +363,7 @@ def backward(
     grad_syn: Tensor | None,
     grad_mem: Tensor | None,
     wanted: Sequence[bool],
+    algorithm: str = "auto",
 ) -> Gradients:
     """Run the backward kernels.
 
@@ -328,13 +377,15 @@ def backward(
         Gradients of its outputs, in any memory layout; None for zeros.
     wanted : sequence of bool
         Which gradients are computed, in the order of :class:`Gradients`.
+    algorithm : str
+        One of ``ALGORITHMS``.
     """
-    cell, threads, sizes = _describe(x, mem, options)
-    packed = _pack(weight, cell, sizes.packed_backward, backward=True)
+    cell, threads = _describe(x, mem, options, algorithm)
+    packed = _pack(weight, cell, backward=True, grad_x=wanted[0])
     thresholds, threshold_stride = _threshold(threshold, x.dtype)
     levels = _levels(options, x.dtype)
     grads = empty_gradients(x, syn, mem, weight, wanted)
-    workspace = _workspace.get(sizes.backward_workspace)
+    workspace = _workspace.get(_workspace_bytes(cell, threads, _C.isa_name(), backward=True))
     noise = _noise(x, mem, options, grad_spk)
     _C.cpu_backward(
         cell,
@@ -343,7 +394,7 @@ def backward(
         _view(x),
         _view(syn),
         _view(mem),
-        packed.data_ptr(),
+        [_address(form) for form in packed],
         thresholds.data_ptr(),
         threshold_stride,
         graded,
@@ -376,10 +427,9 @@ def _noise(x: Tensor, mem: Tensor, options: CellOptions, grad_spk: Tensor | None
     """
     if grad_spk is None or options.surrogate.name != "SSO":
         return None
-    steps = grad_spk if options.sequence else grad_spk.unsqueeze(0)
-    noise = torch.empty_like(steps, memory_format=torch.contiguous_format)
-    for t in reversed(range(noise.shape[0])):
-        noise[t].uniform_()
+    noise = _empty(x, tuple(grad_spk.shape))
+    for step in reversed(noise.unbind()) if options.sequence else (noise,):
+        step.uniform_()
     return noise
 
 

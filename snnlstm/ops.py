@@ -83,17 +83,18 @@ def _forward(
     numbers: list[int],
     parameters: list[float],
     training: bool,
+    algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = _decode(numbers, parameters, levels)
     *out, saved = native.forward(
-        x, syn, mem, weight, bias, threshold, float(graded), options, training
+        x, syn, mem, weight, bias, threshold, float(graded), options, training, algorithm
     )
     return (*out, *_saved_or_empty(x, saved))
 
 
 @_forward.register_fake
 def _(
-    x, syn, mem, weight, bias, threshold, graded, levels, numbers, parameters, training
+    x, syn, mem, weight, bias, threshold, graded, levels, numbers, parameters, training, algorithm
 ):
     options = _decode(numbers, parameters, None)
     *out, saved = native.empty_result(x, mem, options, training)
@@ -118,6 +119,7 @@ def _backward(
     grad_syn: Tensor,
     grad_mem: Tensor,
     wanted: list[bool],
+    algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     out = native.backward(
         x,
@@ -132,6 +134,7 @@ def _backward(
         grad_syn,
         grad_mem,
         wanted,
+        algorithm,
     )
     return tuple(x.new_empty(0) if grad is None else grad for grad in out)
 
@@ -154,6 +157,7 @@ def _(
     grad_syn,
     grad_mem,
     wanted,
+    algorithm,
 ):
     out = native.empty_gradients(x, syn, mem, weight, wanted)
     if wanted[5]:
@@ -162,18 +166,26 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, syn, mem, weight, _, threshold, graded, levels, numbers, parameters, _ = inputs
+    x, syn, mem, weight, _, threshold, graded, levels, numbers, parameters, _, algorithm = inputs
     ctx.save_for_backward(x, syn, mem, weight, threshold, graded, levels, *output[3:])
-    ctx.numbers, ctx.parameters = numbers, parameters
+    ctx.numbers, ctx.parameters, ctx.algorithm = numbers, parameters, algorithm
 
 
 def _backward_of_forward(ctx: Any, *grads: Tensor) -> tuple:
     *saved, gates, saved_syn, winner = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:6])
     out = _backward(
-        *saved, ctx.numbers, ctx.parameters, gates, saved_syn, winner, *grads[:3], wanted
+        *saved,
+        ctx.numbers,
+        ctx.parameters,
+        gates,
+        saved_syn,
+        winner,
+        *grads[:3],
+        wanted,
+        ctx.algorithm,
     )
-    return (*(g if want else None for g, want in zip(out, wanted)), *(None,) * 5)
+    return (*(g if want else None for g, want in zip(out, wanted)), *(None,) * 6)
 
 
 _forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
@@ -189,11 +201,12 @@ def run(
     graded: Tensor,
     options: CellOptions,
     training: bool,
+    algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`snnlstm.autograd.run`, in a form that torch.compile keeps in its graph."""
     numbers, parameters, levels = _encode(options)
     spk, new_syn, new_mem, *_ = _forward(
-        x, syn, mem, weight, bias, threshold, graded, levels, numbers, parameters, training
+        x, syn, mem, weight, bias, threshold, graded, levels, numbers, parameters, training, algorithm
     )
     if options.surrogate.kind == 0:
         spk = spk.detach()

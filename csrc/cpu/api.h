@@ -9,19 +9,35 @@
 
 namespace snnlstm::cpu {
 
-// Sizes in bytes.
-struct Sizes {
-  int64_t packed_forward, packed_backward;  // pack_weight()'s result
-  int64_t forward_workspace, backward_workspace;
-};
+enum class Algorithm : int { automatic = 0, direct = 1, winograd = 2 };
 
-Sizes sizes(const Cell& cell, int threads);
+// The cell with the ways of its convolutions filled in (tile, x_way). density: the part of x's values
+// that are not zero.
+Cell choose(const Cell& cell, Algorithm algorithm, double density);
+
+// Whether there are Winograd forms of the cell's convolutions.
+bool has_tiles(const Cell& cell);
+
+// Bytes that a call needs as its workspace.
+int64_t forward_workspace(const Cell& cell, int threads);
+int64_t backward_workspace(const Cell& cell, int threads);
 
 // C rounded up to whole vectors: what a pixel of saved_syn holds, and a quarter of saved_gates.
 int64_t padded_channels(const Cell& cell);
 
+// The forms of a weight: ForwardArgs' and BackwardArgs' weight, weight_mem and weight_x.
+enum class Form : int {
+  forward = 0,
+  forward_mem_tiles = 1,
+  forward_x_tiles = 2,
+  backward = 3,
+  backward_mem_tiles = 4,
+  backward_x_tiles = 5,
+};
+
 // weight: (4C, Cin + C, kernel_h, kernel_w), contiguous.
-void pack_weight(const Cell& cell, const void* weight, bool backward, void* packed);
+int64_t packed_bytes(const Cell& cell, Form form);
+void pack_weight(const Cell& cell, Form form, const void* weight, void* packed);
 
 void forward(const ForwardArgs& args);
 void backward(const BackwardArgs& args);
@@ -37,9 +53,12 @@ void set_isa(const std::string& name);  // std::invalid_argument where it cannot
 
 // What each instruction set's build provides.
 struct Kernels {
-  Sizes (*sizes)(const Cell&, int);
+  bool (*has_tiles)(const Cell&);
+  int64_t (*forward_workspace)(const Cell&, int);
+  int64_t (*backward_workspace)(const Cell&, int);
   int64_t (*padded_channels)(const Cell&);
-  void (*pack_weight)(const Cell&, const void*, bool, void*);
+  int64_t (*packed_bytes)(const Cell&, Form);
+  void (*pack_weight)(const Cell&, Form, const void*, void*);
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
   bool (*evaluate)(const char*, DType, const void*, void*, int64_t);

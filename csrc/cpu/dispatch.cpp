@@ -87,10 +87,19 @@ std::vector<std::string> isa_names() {
 std::string isa_name() { return current()->name; }
 void set_isa(const std::string& name) { current() = &find(name); }
 
-Sizes sizes(const Cell& cell, int threads) { return current()->kernels->sizes(cell, threads); }
+bool has_tiles(const Cell& cell) { return current()->kernels->has_tiles(cell); }
+int64_t forward_workspace(const Cell& cell, int threads) {
+  return current()->kernels->forward_workspace(cell, threads);
+}
+int64_t backward_workspace(const Cell& cell, int threads) {
+  return current()->kernels->backward_workspace(cell, threads);
+}
 int64_t padded_channels(const Cell& cell) { return current()->kernels->padded_channels(cell); }
-void pack_weight(const Cell& cell, const void* weight, bool backward, void* packed) {
-  current()->kernels->pack_weight(cell, weight, backward, packed);
+int64_t packed_bytes(const Cell& cell, Form form) {
+  return current()->kernels->packed_bytes(cell, form);
+}
+void pack_weight(const Cell& cell, Form form, const void* weight, void* packed) {
+  current()->kernels->pack_weight(cell, form, weight, packed);
 }
 void forward(const ForwardArgs& args) { current()->kernels->forward(args); }
 void backward(const BackwardArgs& args) { current()->kernels->backward(args); }

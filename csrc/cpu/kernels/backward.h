@@ -1,7 +1,7 @@
 // The backward pass of a sequence, last step first. One phase a step, in which these run side by side:
 //   rows     the recurrent data gradient of step t, and behind it, while the rows lie in cache, the
 //            pointwise backward of step t - 1 (neuron_backward.h)
-//   inputs   the data gradient of x, where it is wanted
+//   inputs   the data gradient of x, where it is wanted (with Winograd the rows tasks do it too)
 //   weights  step t's part of the weight gradient; each task owns its part of the result, so the sum
 //            does not depend on who computes what when
 // Memory beside the results: two time steps of d gates, mem and x, whatever T is.
@@ -19,7 +19,13 @@ template <class T, int VL>
 class Backward {
   using S = Simd<T, VL>;
   static constexpr int kGates = 4 * VL;
-  static constexpr int64_t kPiece = 48;  // rows of K in a weight gradient task
+  static constexpr int64_t kPiece = 48;      // rows of K in a weight gradient task
+  static constexpr int64_t kTilePiece = 64;  // with Winograd: input channels
+
+  struct Scratch {
+    T* x;                   // rows of the gradient of x
+    T *values, *products;   // Winograd: tiles.h
+  };
 
  public:
   explicit Backward(const BackwardArgs& args)
@@ -34,7 +40,7 @@ class Backward {
     mem_runs_.window(c, c.C, l_.Wm * l_.Cp, l_.Cp, l_.Kx, kPiece);
     x_rows_ = l_.block_rows();
     x_blocks_ = (c.H + x_rows_ - 1) / x_rows_;
-    const int64_t slices = l_.Cb * (x_runs_.count() + mem_runs_.count());
+    const int64_t slices = l_.Cb * pieces();
     splits_ = 16 / slices < 1 ? 1 : 16 / slices;
     if (splits_ > c.N) splits_ = c.N < 1 ? 1 : c.N;
     Arena arena(args.workspace);
@@ -53,9 +59,9 @@ class Backward {
 
   void run() {
     const Cell& c = a_.cell;
-    const int64_t T_ = c.T, slices = l_.Cb * (x_runs_.count() + mem_runs_.count());
+    const int64_t T_ = c.T, slices = l_.Cb * pieces();
     const int64_t weight_tasks = a_.grad_weight ? splits_ * slices : 0;
-    const int64_t x_tasks = a_.grad_x.data ? c.N * x_blocks_ : 0;
+    const int64_t x_tasks = a_.grad_x.data && !l_.tiled_x() ? c.N * x_blocks_ : 0;
     const Phases phases(counters_, T_ + 3);
     neuron_.pack_vectors();
     parallel(a_.threads, 3 * double(c.N) * l_.pixels * l_.K() * 4 * c.C, [&](int thread) {
@@ -63,8 +69,7 @@ class Backward {
         if (task < tasks_.count)
           neuron_.clear(task);
         else
-          std::memset(partial_ + (task - tasks_.count) * l_.packed_forward(), 0,
-                      l_.packed_forward() * sizeof(T));
+          clear_sums(task - tasks_.count);
       });
       phases.run(1, tasks_.count, [&](int64_t task) {
         neuron_.start(task, thread);
@@ -76,9 +81,10 @@ class Backward {
           task -= tasks_.count;
           if (task < x_tasks) return inputs(t, task, thread);
           task -= x_tasks;
-          weights(t, task / slices, task % slices);
+          weights(t, task / slices, task % slices, thread);
         });
       phases.run(T_ + 2, l_.Cb, [&](int64_t cb) {
+        if (a_.grad_weight) finish_tiles(cb);
         if (a_.grad_weight)
           Packing<T, VL>::weight_gradient(l_, partial_, splits_, cb, static_cast<T*>(a_.grad_weight));
         neuron_.reduce(cb);
@@ -88,68 +94,173 @@ class Backward {
 
  private:
   void carve(Arena& arena) {
-    counters_ = arena.take<Phases::Counter>(a_.cell.T + 3);
+    const Cell& c = a_.cell;
+    counters_ = arena.take<Phases::Counter>(c.T + 3);
     partial_ = arena.take<T>(splits_ * l_.packed_forward());
+    mem_sums_ = arena.take<T>(splits_ * tile_sums(c.C));
+    x_sums_ = arena.take<T>(c.x_way == Way::winograd ? splits_ * tile_sums(c.Cin) : 0);
     neuron_.carve(arena);
-    x_scratch_ = arena.take<T>(a_.threads * x_rows_ * to_x_.row_size());
+    scratch_ = arena.take<Scratch>(a_.threads);
+    const int64_t rows = l_.tiled_x() ? l_.block_rows() : x_rows_;
+    for (int k = 0; k < a_.threads; ++k) {
+      const TileBlock<T> b = tiles(l_.block_rows());
+      const int64_t weight_values = point_stride<T>(b.count() * (kTilePiece + VL));
+      const Scratch s{arena.take<T>(rows * to_x_.row_size()),
+                      arena.take<T>(l_.points * (b.values_stride > weight_values ? b.values_stride : weight_values)),
+                      arena.take<T>(l_.points * b.products_stride)};
+      if (scratch_) scratch_[k] = s;
+    }
+  }
+
+  int64_t tile_sums(int64_t channels) const { return l_.Cb * l_.points * channels * kGates; }
+  void clear_sums(int64_t split) {
+    const Cell& c = a_.cell;
+    std::memset(partial_ + split * l_.packed_forward(), 0, l_.packed_forward() * sizeof(T));
+    std::memset(mem_sums_ + split * tile_sums(c.C), 0, tile_sums(c.C) * sizeof(T));
+    if (c.x_way == Way::winograd)
+      std::memset(x_sums_ + split * tile_sums(c.Cin), 0, tile_sums(c.Cin) * sizeof(T));
+  }
+
+  // d gates of a block of state rows, in tiles.
+  TileBlock<T> tiles(int64_t rows) const {
+    const int64_t tile_rows = (rows + l_.tile - 1) / l_.tile;
+    const int64_t most = l_.block_rows() / l_.tile * l_.tile_columns();
+    return {tile_rows, l_.tile_columns(), 4 * l_.Cp, point_stride<T>(most * 4 * l_.Cp),
+            point_stride<T>(most * kGates)};
   }
 
   void rows(int64_t t, int64_t task, int thread) {
-    if (t == 0 && !a_.grad_mem0.data) return;
+    const bool mem_wanted = t > 0 || a_.grad_mem0.data, x_wanted = a_.grad_x.data && l_.tiled_x();
+    if (!mem_wanted && !x_wanted) return;
     const int64_t n = tasks_.image(task), begin = tasks_.begin(task), end = tasks_.end(task);
     T* mem_grad = neuron_.mem_grad(thread);
-    const T* weight = static_cast<const T*>(a_.weight) + l_.x_blocks * l_.Kg * VL;
     const int64_t block = l_.block_rows();
-    for (int64_t h = begin; h < end; h += block)
-      to_mem_.rows(neuron_.d_gates(t, n), weight, h, h + block < end ? h + block : end,
-                   mem_grad + (h - begin) * l_.Wo * l_.Cp);
+    for (int64_t h = begin; h < end; h += block) {
+      const int64_t stop = h + block < end ? h + block : end;
+      T* out = mem_wanted ? mem_grad + (h - begin) * l_.Wo * l_.Cp : nullptr;
+      if (a_.cell.tile == 0)
+        to_mem_.rows(neuron_.d_gates(t, n),
+                     static_cast<const T*>(a_.weight) + l_.x_blocks * l_.Kg * VL, h, stop, out);
+      else if constexpr (kHasWinograd<T, VL>)
+        with_winograd<S>(a_.cell.kernel_h, a_.cell.tile, [&](auto form) {
+          tiled<decltype(form)>(t, n, h, stop, x_wanted, out, scratch_[thread]);
+        });
+    }
     if (t > 0) return neuron_.rows(t - 1, task, thread);
-    for (int64_t h = begin; h < end; ++h)
+    for (int64_t h = begin; mem_wanted && h < end; ++h)
       neuron_.write_row(a_.grad_mem0, n, h, mem_grad + (h - begin) * l_.Wo * l_.Cp);
   }
 
+  // Data gradients of state rows [begin, end) by Winograd: mem's into mem_grad, unless null; x's.
+  template <class W>
+  void tiled(int64_t t, int64_t n, int64_t begin, int64_t end, bool x_wanted, T* mem_grad,
+             const Scratch& s) {
+    const TileBlock<T> b = tiles(end - begin);
+    const int64_t pixel = 4 * l_.Cp, row = l_.Wm * pixel;
+    transform_inputs<W, S>(b, W::tile, neuron_.d_gates(t, n) + begin * row, row, pixel, s.values);
+    if (mem_grad)
+      to_mem_.template tiles<W>(b, s.values, static_cast<const T*>(a_.weight_mem), s.products, begin, end,
+                                mem_grad);
+    if (!x_wanted) return;
+    to_x_.template tiles<W>(b, s.values, static_cast<const T*>(a_.weight_x), s.products, begin, end, s.x);
+    write_x(t, n, begin, end, s.x);
+  }
+
   void inputs(int64_t t, int64_t task, int thread) {
-    const Cell& c = a_.cell;
-    const View& v = a_.grad_x;
     const int64_t n = task / x_blocks_, begin = task % x_blocks_ * x_rows_;
-    const int64_t end = begin + x_rows_ < c.H ? begin + x_rows_ : c.H;
-    T* rows = x_scratch_ + thread * x_rows_ * to_x_.row_size();
+    const int64_t end = begin + x_rows_ < a_.cell.H ? begin + x_rows_ : a_.cell.H;
+    T* rows = scratch_[thread].x;
     to_x_.rows(neuron_.d_gates(t, n), static_cast<const T*>(a_.weight), begin, end, rows);
+    write_x(t, n, begin, end, rows);
+  }
+
+  void write_x(int64_t t, int64_t n, int64_t begin, int64_t end, const T* rows) {
+    const View& v = a_.grad_x;
     for (int64_t h = begin; h < end; ++h)
-      store_row<S>(rows + (h - begin) * to_x_.row_size(), l_.x_blocks * VL, c.W, c.Cin,
+      store_row<S>(rows + (h - begin) * to_x_.row_size(), l_.x_blocks * VL, a_.cell.W, a_.cell.Cin,
                    static_cast<T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3],
                    v.stride[2], v.stride[4], [](typename S::R g, int64_t) { return g; });
   }
 
-  // Samples of one split, channel block and run of K.
-  void weights(int64_t t, int64_t split, int64_t slice) {
+  // Pieces of K that weight gradient tasks take.
+  static int64_t tile_pieces(int64_t channels) { return (channels + kTilePiece - 1) / kTilePiece; }
+  int64_t x_pieces() const {
+    return a_.cell.x_way == Way::winograd ? tile_pieces(a_.cell.Cin) : x_runs_.count();
+  }
+  int64_t pieces() const {
+    return x_pieces() + (a_.cell.tile > 0 ? tile_pieces(a_.cell.C) : mem_runs_.count());
+  }
+
+  void weights(int64_t t, int64_t split, int64_t slice, int thread) {
     const Cell& c = a_.cell;
     const int64_t cb = slice % l_.Cb, index = slice / l_.Cb;
-    const bool of_x = index < x_runs_.count();
-    const Run run = of_x ? x_runs_.data()[index] : mem_runs_.data()[index - x_runs_.count()];
-    T* out = partial_ + split * l_.packed_forward() + (cb * l_.K() + run.w) * kGates;
-    const int64_t d_pixel = 4 * l_.Cp, d_row = l_.Wm * d_pixel;
-    int64_t chunk = 128 / l_.Wo;
-    if (chunk < 1) chunk = 1;
+    const bool of_x = index < x_pieces();
+    const int64_t piece = of_x ? index : index - x_pieces();
+    if (of_x ? c.x_way != Way::winograd : c.tile == 0)
+      weights_directly(t, split, cb, of_x, piece);
+    else if constexpr (kHasWinograd<T, VL>)
+      with_winograd<S>(c.kernel_h, c.tile, [&](auto form) {
+        weights_by_tiles<decltype(form)>(t, split, cb, of_x, piece, scratch_[thread]);
+      });
+  }
+
+  template <class W>
+  void weights_by_tiles(int64_t t, int64_t split, int64_t cb, bool of_x, int64_t piece,
+                        const Scratch& s) {
+    const Cell& c = a_.cell;
+    const int64_t channels = of_x ? c.Cin : c.C, first = piece * kTilePiece;
+    const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
+    T* sums = (of_x ? x_sums_ : mem_sums_) + split * tile_sums(channels) +
+              (cb * W::points * channels + first) * kGates;
+    const int64_t block = l_.block_rows();
     for (int64_t n = c.N * split / splits_; n < c.N * (split + 1) / splits_; ++n)
-      for (int64_t h = 0; h < l_.Ho; h += chunk) {
-        PixelRows<T> p;
-        p.d_gates = neuron_.d_gates(t, n) + (h + l_.ph) * d_row + l_.pw * d_pixel + cb * kGates;
-        p.d_row = d_row;
-        p.d_pixel = d_pixel;
-        p.rows = h + chunk < l_.Ho ? chunk : l_.Ho - h;
-        p.pixels = l_.Wo;
-        if (of_x) {
-          p.in = neuron_.x(t, n) + h * c.stride_h * l_.Wx * c.Cin;
-          p.in_row = c.stride_h * l_.Wx * c.Cin;
-          p.in_pixel = c.stride_w * c.Cin;
-        } else {
-          p.in = neuron_.mem_before(t, n) + h * l_.Wm * l_.Cp;
-          p.in_row = l_.Wm * l_.Cp;
-          p.in_pixel = l_.Cp;
-        }
-        weight_grad_run<S>(p, run.in, run.len, out);
+      for (int64_t h = 0; h < l_.Ho; h += block) {
+        PixelRows<T> p = pixel_rows(t, n, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x);
+        p.in += first;
+        weight_grad_tiles<W, S>(p, len, s.values, s.products, sums, channels * kGates);
       }
+  }
+
+  // From the sums at the points to the weight gradient's rows of K.
+  void finish_tiles(int64_t cb) {
+    if constexpr (!kHasWinograd<T, VL>) return;
+    const Cell& c = a_.cell;
+    if (c.tile > 0)
+      Packing<T, VL>::gradient_from_tiles(l_, mem_sums_, splits_, cb, c.C, l_.Kx, partial_);
+    if (c.x_way == Way::winograd)
+      Packing<T, VL>::gradient_from_tiles(l_, x_sums_, splits_, cb, c.Cin, 0, partial_);
+  }
+
+  // What the weight gradient of rows [h, h + rows) and channel block cb sums over.
+  PixelRows<T> pixel_rows(int64_t t, int64_t n, int64_t h, int64_t rows, int64_t cb, bool of_x) {
+    const Cell& c = a_.cell;
+    PixelRows<T> p;
+    p.d_pixel = 4 * l_.Cp;
+    p.d_row = l_.Wm * p.d_pixel;
+    p.d_gates = neuron_.d_gates(t, n) + (h + l_.ph) * p.d_row + l_.pw * p.d_pixel + cb * kGates;
+    p.rows = rows;
+    p.pixels = l_.Wo;
+    if (of_x) {
+      p.in_row = c.stride_h * l_.Wx * c.Cin;
+      p.in_pixel = c.stride_w * c.Cin;
+      p.in = neuron_.x(t, n) + h * p.in_row;
+    } else {
+      p.in_row = l_.Wm * l_.Cp;
+      p.in_pixel = l_.Cp;
+      p.in = neuron_.mem_before(t, n) + h * p.in_row;
+    }
+    return p;
+  }
+
+  void weights_directly(int64_t t, int64_t split, int64_t cb, bool of_x, int64_t piece) {
+    const Cell& c = a_.cell;
+    const Run run = (of_x ? x_runs_ : mem_runs_).data()[piece];
+    T* out = partial_ + split * l_.packed_forward() + (cb * l_.K() + run.w) * kGates;
+    const int64_t chunk = 128 / l_.Wo < 1 ? 1 : 128 / l_.Wo;
+    for (int64_t n = c.N * split / splits_; n < c.N * (split + 1) / splits_; ++n)
+      for (int64_t h = 0; h < l_.Ho; h += chunk)
+        weight_grad_run<S>(pixel_rows(t, n, h, h + chunk < l_.Ho ? chunk : l_.Ho - h, cb, of_x), run.in,
+                           run.len, out);
   }
 
   const BackwardArgs& a_;
@@ -160,7 +271,8 @@ class Backward {
   RunList x_runs_, mem_runs_;
   int64_t x_rows_, x_blocks_, splits_;
   Phases::Counter* counters_ = nullptr;
-  T *partial_ = nullptr, *x_scratch_ = nullptr;
+  T *partial_ = nullptr, *mem_sums_ = nullptr, *x_sums_ = nullptr;
+  Scratch* scratch_ = nullptr;
 };
 
 SNNLSTM_END_ISA

@@ -28,12 +28,18 @@ constexpr int kAccumulators = 12;
 template <int NV>
 constexpr int kMaxPixels = kAccumulators / NV < 8 ? kAccumulators / NV : 8;
 
-enum class Start { zero, bias, add };
+// What the sums of a row of pixels start from: nothing, the same for every pixel (a bias), or what the
+// output holds already.
+template <class T>
+struct Start {
+  const T* from = nullptr;
+  int64_t pixel_stride = 0;
+};
 
 template <class S, int NV, int P>
 SNNLSTM_INLINE void conv_tile(const typename S::Scalar* in, int64_t pixel_stride, const Run* runs,
-                              int num_runs, const typename S::Scalar* w, Start start,
-                              const typename S::Scalar* bias, typename S::Scalar* out,
+                              int num_runs, const typename S::Scalar* w,
+                              Start<typename S::Scalar> start, typename S::Scalar* out,
                               int64_t out_stride) {
   using R = typename S::R;
   constexpr int VL = S::lanes;
@@ -42,9 +48,7 @@ SNNLSTM_INLINE void conv_tile(const typename S::Scalar* in, int64_t pixel_stride
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v)
-      acc[p][v] = start == Start::zero   ? R{}
-                  : start == Start::bias ? S::load(bias + v * VL)
-                                         : S::load(out + p * out_stride + v * VL);
+      acc[p][v] = start.from ? S::load(start.from + p * start.pixel_stride + v * VL) : R{};
   for (int r = 0; r < num_runs; ++r) {
     const typename S::Scalar* a = in + runs[r].in;
     const typename S::Scalar* b = w + runs[r].w * (NV * VL);
@@ -84,7 +88,7 @@ SNNLSTM_INLINE void conv_tile(const typename S::Scalar* in, int64_t pixel_stride
 // `count` pixels of one row, in tiles of nearly equal size.
 template <class S, int NV>
 void conv_row(const typename S::Scalar* in, int64_t pixel_stride, const Run* runs, int num_runs,
-              const typename S::Scalar* w, Start start, const typename S::Scalar* bias,
+              const typename S::Scalar* w, Start<typename S::Scalar> start,
               typename S::Scalar* out, int64_t out_stride, int64_t count) {
   constexpr int P = kMaxPixels<NV>;
   for (int64_t done = 0, tiles = (count + P - 1) / P; tiles > 0; --tiles) {
@@ -95,7 +99,7 @@ void conv_row(const typename S::Scalar* in, int64_t pixel_stride, const Run* run
 #define SNNLSTM_TILE(n)                                                                         \
   case n:                                                                                       \
     if constexpr (n <= P)                                                                       \
-      conv_tile<S, NV, n>(a, pixel_stride, runs, num_runs, w, start, bias, o, out_stride);      \
+      conv_tile<S, NV, n>(a, pixel_stride, runs, num_runs, w, start, o, out_stride);            \
     break;
       SNNLSTM_TILE(1)
       SNNLSTM_TILE(2)
@@ -107,6 +111,7 @@ void conv_row(const typename S::Scalar* in, int64_t pixel_stride, const Run* run
       SNNLSTM_TILE(8)
 #undef SNNLSTM_TILE
     }
+    if (start.from) start.from += n * start.pixel_stride;
     done += n;
   }
 }

@@ -1,9 +1,10 @@
 // The data gradient of a convolution: with stride 1 a convolution of the gates' gradient with the
 // flipped kernel. With a stride, the output pixels of each remainder modulo the stride see their own
-// subset of the taps.
+// subset of the taps. With Winograd the transformed gates' gradient of a block of tiles is shared by
+// the recurrent and the input half.
 #pragma once
 
-#include "layout.h"
+#include "tiles.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -58,7 +59,41 @@ class DataGrad {
     }
   }
 
+  // The same by Winograd, for the rows of one block of tiles. values: the block's d gates,
+  // transformed; weight: (blocks of vectors, points, 4 Cp, NV * VL).
+  template <class W>
+  void tiles(const TileBlock<T>& b, const T* values, const T* weight, T* products, int64_t begin,
+             int64_t end, T* out) const {
+    switch (tile_vectors(vectors_)) {
+      case 4:
+        return tile_sweep<W, 4>(b, values, weight, products, end - begin, out);
+      case 2:
+        return tile_sweep<W, 2>(b, values, weight, products, end - begin, out);
+      default:
+        return tile_sweep<W, 1>(b, values, weight, products, end - begin, out);
+    }
+  }
+
  private:
+  template <class W, int NV>
+  void tile_sweep(const TileBlock<T>& b, const T* values, const T* weight, T* products, int64_t rows,
+                  T* out) const {
+    const int64_t channels = vectors_ * VL;
+    for (int64_t block = 0; block < vectors_; block += NV) {
+      multiply<S, NV>(b, W::points, values, weight + block * VL * W::points * b.channels, b.channels,
+                      false, products);
+      for (int64_t tile = 0; tile < b.count(); ++tile) {
+        const int64_t h0 = tile / b.columns * W::tile, w0 = tile % b.columns * W::tile;
+        for (int v = 0; v < NV; ++v)
+          W::template outputs<W::tile>(
+              products + (tile * NV + v) * VL, b.products_stride, [&](int i, int j, typename S::R g) {
+                if (h0 + i < rows && w0 + j < width_)
+                  S::store(out + ((h0 + i) * width_ + w0 + j) * channels + (block + v) * VL, g);
+              });
+      }
+    }
+  }
+
   int64_t chunk() const { return chunk_length<T>(tile_vectors(vectors_) * VL); }
 
   template <int NV>
@@ -71,14 +106,15 @@ class DataGrad {
           const int64_t first = begin + ((a - begin) % sh_ + sh_) % sh_;
           const int64_t columns = (width_ - b + sw_ - 1) / sw_;
           if (columns <= 0) continue;
-          Start start = Start::zero;
+          bool add = false;
           const auto pass = [&](const Run* runs, int count) {
-            for (int64_t h = first; h < end; h += sh_)
+            for (int64_t h = first; h < end; h += sh_) {
+              T* o = out + (h - begin) * row_size() + b * channels + block * VL;
               conv_row<S, NV>(d_gates + h / sh_ * row, pixel, runs, count, weight + block * VL * l_.Kg,
-                              start, nullptr,
-                              out + (h - begin) * row_size() + b * channels + block * VL,
-                              sw_ * channels, columns);
-            start = Start::add;
+                              add ? Start<T>{o, sw_ * channels} : Start<T>{}, o, sw_ * channels,
+                              columns);
+            }
+            add = true;
           };
           if (list.count() > 0)
             list.chunks(chunk(), pass);

@@ -6,6 +6,7 @@
 #include "fire.h"
 #include "rows.h"
 #include "schedule.h"
+#include "tiles.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -52,8 +53,9 @@ class Forward {
 
   struct Scratch {
     T* patch;   // input rows under a block, with border
-    T* gates;   // (block rows, Wo, 4, VL)
+    T* gates;   // (block rows, or one row of tiles, Wr, 4, VL)
     T* pooled;  // (Wp, Cp)
+    T *mem_values, *x_values, *products;  // Winograd: tiles.h
   };
 
   void carve(Arena& arena) {
@@ -66,11 +68,23 @@ class Forward {
     scratch_ = arena.take<Scratch>(a_.threads);
     block_ = l_.block_rows();
     const int64_t patch_rows = (block_ - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
+    const TileBlock<T> of_mem = tiles(block_, l_.Cp), of_x = tiles(block_, x_channels());
     for (int k = 0; k < a_.threads; ++k) {
-      const Scratch s{arena.take<T>(patch_rows * l_.Wx * c.Cin), arena.take<T>(block_ * l_.Wo * kGates),
-                      arena.take<T>(l_.Wp * l_.Cp)};
+      const Scratch s{arena.take<T>(patch_rows * l_.Wx * c.Cin + VL),
+                      arena.take<T>((c.tile > 0 ? l_.tile : block_) * l_.Wr * kGates),
+                      arena.take<T>(l_.Wp * l_.Cp),
+                      arena.take<T>(l_.points * of_mem.values_stride),
+                      arena.take<T>(c.x_way == Way::winograd ? l_.points * of_x.values_stride : 0),
+                      arena.take<T>(l_.points * of_mem.products_stride)};
       if (scratch_) scratch_[k] = s;
     }
+  }
+
+  int64_t x_channels() const { return l_.x_blocks * VL; }
+  TileBlock<T> tiles(int64_t rows, int64_t channels) const {
+    const int64_t tile_rows = (rows + l_.tile - 1) / l_.tile, most = block_ / l_.tile * l_.tile_columns();
+    return {tile_rows, l_.tile_columns(), channels, point_stride<T>(most * channels),
+            point_stride<T>(most * kGates)};
   }
 
   void pack_vectors() {
@@ -104,16 +118,16 @@ class Forward {
 
   void import_states(int64_t task) {
     const int64_t n = tasks_.image(task), begin = tasks_.begin(task), end = tasks_.end(task);
-    const int64_t row = l_.Wm * l_.Cp, border = l_.pw * l_.Cp;
+    const int64_t row = l_.Wm * l_.Cp, left = l_.pw * l_.Cp, right = (l_.pw + l_.Wo) * l_.Cp;
     for (int which = 0; which < 2; ++which) {
       for (int64_t h = begin; h < end; ++h) {
         T* p = mem_row(which, n, h + l_.ph);
-        std::memset(p, 0, border * sizeof(T));
-        std::memset(p + row - border, 0, border * sizeof(T));
+        std::memset(p, 0, left * sizeof(T));
+        std::memset(p + right, 0, (row - right) * sizeof(T));
       }
       if (begin == 0) std::memset(mem_row(which, n, 0), 0, l_.ph * row * sizeof(T));
       if (end == l_.Ho)
-        std::memset(mem_row(which, n, l_.Ho + l_.ph), 0, l_.ph * row * sizeof(T));
+        std::memset(mem_row(which, n, l_.Ho + l_.ph), 0, (l_.Hr - l_.Ho + l_.ph) * row * sizeof(T));
     }
     for (int64_t h = begin; h < end; ++h) {
       import_row(a_.mem0, n, h, mem_inner(0, n, h));
@@ -133,11 +147,11 @@ class Forward {
     for (int64_t b0 = begin; b0 < end; b0 += block_) {
       const int64_t b1 = b0 + block_ < end ? b0 + block_ : end;
       gather_x(t, n, b0, b1, s.patch);
-      for (int64_t cb = 0; cb < l_.Cb; ++cb) {
-        convolve(t, n, b0, b1, cb, s);
-        for (int64_t h = b0; h < b1; ++h)
-          update(t, n, h, cb, s.gates + (h - b0) * l_.Wo * kGates);
-      }
+      if (a_.cell.tile == 0)
+        direct(t, n, b0, b1, s);
+      else if constexpr (kHasWinograd<T, VL>)
+        with_winograd<S>(a_.cell.kernel_h, a_.cell.tile,
+                         [&](auto form) { tiled<decltype(form)>(t, n, b0, b1, s); });
     }
     write_states(t, n, begin, end);
     if (a_.cell.inhibition)
@@ -152,8 +166,9 @@ class Forward {
     const Cell& c = a_.cell;
     const T* x = static_cast<const T*>(a_.x.data) + t * a_.x.stride[0] + n * a_.x.stride[1];
     const int64_t first = b0 * c.stride_h - l_.ph;
-    const int64_t rows = (b1 - b0 - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
-    const int64_t row = l_.Wx * c.Cin, border = l_.pw * c.Cin;
+    const int64_t height = l_.tiled_x() ? l_.round_up(b1 - b0, l_.tile) : b1 - b0;
+    const int64_t rows = (height - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
+    const int64_t row = l_.Wx * c.Cin, border = l_.pw * c.Cin, right = (l_.pw + c.W) * c.Cin;
     for (int64_t k = 0; k < rows; ++k, patch += row) {
       const int64_t h = first + k;
       if (h < 0 || h >= c.H) {
@@ -161,26 +176,81 @@ class Forward {
         continue;
       }
       std::memset(patch, 0, border * sizeof(T));
-      std::memset(patch + row - border, 0, border * sizeof(T));
+      std::memset(patch + right, 0, (row - right) * sizeof(T));
       load_row<S>(x + h * a_.x.stride[3], a_.x.stride[2], a_.x.stride[4], c.W, c.Cin, patch + border,
                   c.Cin);
     }
   }
 
-  void convolve(int64_t t, int64_t n, int64_t b0, int64_t b1, int64_t cb, const Scratch& s) {
-    const Cell& c = a_.cell;
+  // Sums `list` over state rows [h0, h1) into the gate buffer: added, or to the bias. in: what the
+  // first of them sees.
+  void sweep(const RunList& list, const T* in, int64_t row, int64_t pixel, int64_t h0, int64_t h1,
+             int64_t cb, bool add, const Scratch& s) {
     const T* w = static_cast<const T*>(a_.weight) + cb * l_.K() * kGates;
-    Start start = Start::bias;
-    const auto sweep = [&](const RunList& list, const T* in, int64_t row, int64_t pixel) {
-      list.chunks(kChunk, [&](const Run* runs, int count) {
-        for (int64_t h = 0; h < b1 - b0; ++h)
-          conv_row<S, 4>(in + h * row, pixel, runs, count, w, start, bias_ + cb * kGates,
-                         s.gates + h * l_.Wo * kGates, kGates, l_.Wo);
-        start = Start::add;
-      });
-    };
-    sweep(x_runs_, s.patch, c.stride_h * l_.Wx * c.Cin, c.stride_w * c.Cin);
-    sweep(mem_runs_, mem_row(t, n, b0), l_.Wm * l_.Cp, l_.Cp);
+    list.chunks(kChunk, [&](const Run* runs, int count) {
+      for (int64_t h = h0; h < h1; ++h) {
+        T* out = s.gates + (h - h0) * l_.Wr * kGates;
+        conv_row<S, 4>(in + (h - h0) * row, pixel, runs, count, w,
+                       add ? Start<T>{out, kGates} : Start<T>{bias_ + cb * kGates, 0}, out, kGates,
+                       l_.Wo);
+      }
+      add = true;
+    });
+  }
+
+  // The bias and the input half of state rows [h0, h1); the patch begins at row b0.
+  void sweep_x(int64_t b0, int64_t h0, int64_t h1, int64_t cb, const Scratch& s) {
+    const int64_t row = a_.cell.stride_h * l_.Wx * a_.cell.Cin;
+    sweep(x_runs_, s.patch + (h0 - b0) * row, row, a_.cell.stride_w * a_.cell.Cin, h0, h1, cb, false,
+          s);
+  }
+
+  void direct(int64_t t, int64_t n, int64_t b0, int64_t b1, const Scratch& s) {
+    for (int64_t cb = 0; cb < l_.Cb; ++cb) {
+      sweep_x(b0, b0, b1, cb, s);
+      sweep(mem_runs_, mem_row(t, n, b0), l_.Wm * l_.Cp, l_.Cp, b0, b1, cb, true, s);
+      for (int64_t h = b0; h < b1; ++h) update(t, n, h, cb, s.gates + (h - b0) * l_.Wr * kGates);
+    }
+  }
+
+  // The recurrent half by Winograd, and the input half too or not; the gates of one row of tiles at a
+  // time are put together and used.
+  template <class W>
+  void tiled(int64_t t, int64_t n, int64_t b0, int64_t b1, const Scratch& s) {
+    const Cell& c = a_.cell;
+    const TileBlock<T> of_mem = tiles(b1 - b0, l_.Cp), of_x = tiles(b1 - b0, x_channels());
+    const bool x_too = c.x_way == Way::winograd;
+    transform_inputs<W, S>(of_mem, W::tile, mem_row(t, n, b0), l_.Wm * l_.Cp, l_.Cp, s.mem_values);
+    if (x_too) transform_inputs<W, S>(of_x, W::tile, s.patch, l_.Wx * c.Cin, c.Cin, s.x_values);
+    for (int64_t cb = 0; cb < l_.Cb; ++cb) {
+      const T* weight = static_cast<const T*>(a_.weight_mem) + cb * W::points * c.C * kGates;
+      multiply<S, 4>(of_mem, W::points, s.mem_values, weight, c.C, false, s.products);
+      if (x_too) {
+        weight = static_cast<const T*>(a_.weight_x) + cb * W::points * c.Cin * kGates;
+        multiply<S, 4>(of_x, W::points, s.x_values, weight, c.Cin, true, s.products);
+      }
+      for (int64_t r = 0; r < of_mem.rows; ++r) {
+        const int64_t h0 = b0 + r * W::tile, h1 = h0 + W::tile < b1 ? h0 + W::tile : b1;
+        if (!x_too) sweep_x(b0, h0, h1, cb, s);
+        add_tiles<W>(of_mem, r, cb, !x_too, s);
+        for (int64_t h = h0; h < h1; ++h) update(t, n, h, cb, s.gates + (h - h0) * l_.Wr * kGates);
+      }
+    }
+  }
+
+  // The outputs of one row of tiles, added to the gate buffer or, without `add`, to the bias.
+  template <class W>
+  void add_tiles(const TileBlock<T>& b, int64_t r, int64_t cb, bool add, const Scratch& s) {
+    for (int64_t column = 0; column < b.columns; ++column)
+      for (int gate = 0; gate < 4; ++gate) {
+        const T* products = s.products + (r * b.columns + column) * kGates + gate * VL;
+        const R bias = S::load(bias_ + cb * kGates + gate * VL);
+        T* out = s.gates + column * W::tile * kGates + gate * VL;
+        W::template outputs<W::tile>(products, b.products_stride, [&](int i, int j, R v) {
+          T* p = out + (i * l_.Wr + j) * kGates;
+          S::store(p, v + (add ? S::load(p) : bias));
+        });
+      }
   }
 
   // LSTM update, reset and quantisation of one row and channel block.

@@ -9,10 +9,15 @@
 //   gates    (N, Ho * Wo, Cb, 4, VL)              the four gates of a channel in four vectors;
 //                                                 the sign of the output gate says "was reset"
 //   d gates  (N, Ho + 2 pad, Wo + 2 pad, Cb, 4, VL)
+// With Winograd the images are rounded up to whole tiles, with zeros.
+//
 // Packed weights, K counting (kernel row, kernel column, input channel):
 //   forward   (Cb, Kx + Km, 4, VL)                Kx rows for x, then Km for mem
 //   backward  (Cin blocks, Kg, NV * VL), then (C blocks, Kg, NV * VL)
 //             Kg counts (flipped kernel row, flipped kernel column, Cb, 4, VL)
+// and for Winograd, of either half:
+//   forward   (Cb, points, Cin or C, 4, VL)
+//   backward  (Cin or C blocks, points, 4 Cp, NV * VL)
 #pragma once
 
 #include "conv.h"
@@ -45,8 +50,12 @@ template <class T, int VL>
 struct Layout {
   explicit Layout(const Cell& cell)
       : c(cell),
+        tile(cell.tile > 0 ? cell.tile : 1),
+        points(cell.tile > 0 ? (cell.tile + cell.kernel_h - 1) * (cell.tile + cell.kernel_h - 1) : 0),
         Ho(cell.Ho()),
         Wo(cell.Wo()),
+        Hr(round_up(Ho, tile)),
+        Wr(round_up(Wo, tile)),
         Hp(cell.Hp()),
         Wp(cell.Wp()),
         ph(cell.pad_h()),
@@ -54,8 +63,9 @@ struct Layout {
         Cb((cell.C + VL - 1) / VL),
         Cp(Cb * VL),
         pixels(Ho * Wo),
-        Wx(cell.W + 2 * pw),
-        Wm(Wo + 2 * pw),
+        Hx((tiled_x() ? Hr : cell.H) + 2 * ph),
+        Wx((tiled_x() ? Wr : cell.W) + 2 * pw),
+        Wm(Wr + 2 * pw),
         taps(cell.kernel_h * cell.kernel_w),
         Kx(taps * cell.Cin),
         Km(taps * cell.C),
@@ -63,30 +73,43 @@ struct Layout {
         x_blocks((cell.Cin + VL - 1) / VL) {}
 
   Cell c;
-  int64_t Ho, Wo, Hp, Wp, ph, pw, Cb, Cp, pixels, Wx, Wm, taps, Kx, Km, Kg, x_blocks;
+  int64_t tile, points;            // Winograd: outputs a side, products a tile; else 1, 0
+  int64_t Ho, Wo, Hr, Wr, Hp, Wp;  // Hr, Wr: the state's image in whole tiles
+  int64_t ph, pw, Cb, Cp, pixels;
+  int64_t Hx, Wx, Wm;              // with border
+  int64_t taps, Kx, Km, Kg, x_blocks;
+
+  static int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+  // Whether the input half has the tiles of the recurrent one.
+  bool tiled_x() const { return c.tile > 0 && c.stride_h == 1 && c.stride_w == 1; }
+  int64_t tile_columns() const { return Wr / tile; }
 
   int64_t K() const { return Kx + Km; }
-  int64_t mem_image() const { return (Ho + 2 * ph) * Wm * Cp; }
-  int64_t x_image() const { return (c.H + 2 * ph) * Wx * c.Cin; }
+  int64_t mem_image() const { return (Hr + 2 * ph) * Wm * Cp; }
+  int64_t x_image() const { return Hx * Wx * c.Cin; }
   int64_t state_image() const { return pixels * Cp; }
   int64_t gates_image() const { return pixels * 4 * Cp; }
   int64_t packed_forward() const { return Cb * K() * 4 * VL; }
   int64_t packed_backward() const { return (x_blocks + Cb) * Kg * VL; }
 
-  // Rows whose gates of one channel block fit in half of a 32 KiB L1.
+  // Rows that are worked on at a time: those whose gates of one channel block fit in half of a 32 KiB
+  // L1; with Winograd some 32 tiles, which share every weight that is read.
   int64_t block_rows() const {
-    const int64_t rows = 16384 / (Wo * 4 * VL * int64_t(sizeof(T)));
-    return rows < 1 ? 1 : rows < Ho ? rows : Ho;
+    const int64_t rows = c.tile > 0 ? tile * ((32 + tile_columns() - 1) / tile_columns())
+                                    : 16384 / (Wo * 4 * VL * int64_t(sizeof(T)));
+    return rows < 1 ? 1 : rows < Hr ? rows : Hr;
   }
 
-  // Rows that one task takes: a block, but enough tasks for everybody; whole pooling windows.
+  // Rows that one task takes: a block, but enough tasks for everybody; whole pooling windows and tiles.
   int64_t task_rows(int threads) const {
     int64_t rows = block_rows();
     const int64_t wanted = 4 * threads;
     while (rows > 1 && c.N * ((Ho + rows - 1) / rows) < wanted) rows = (rows + 1) / 2;
-    if (c.inhibition) return Ho;  // the winner is sought among all neurons of a sample
-    rows = rows / c.pool_h * c.pool_h;
-    return rows < c.pool_h ? c.pool_h : rows;
+    if (c.inhibition) return Hr;  // the winner is sought among all neurons of a sample
+    int64_t unit = c.pool_h;
+    while (unit % tile != 0) unit += c.pool_h;
+    rows = rows / unit * unit;
+    return rows < unit ? unit : rows;
   }
 };
 

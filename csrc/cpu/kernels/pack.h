@@ -3,6 +3,7 @@
 #pragma once
 
 #include "layout.h"
+#include "winograd.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -41,6 +42,59 @@ struct Packing {
     backward_half(l, weight, l.c.Cin, l.c.C, l.Cb, packed + l.x_blocks * l.Kg * VL);
   }
 
+  // Winograd's weights of the input channels [first, first + count), of the gates.
+  static void forward_tiles(const L& l, const T* weight, int64_t first, int64_t count, T* packed) {
+    for (int64_t cb = 0; cb < l.Cb; ++cb)
+      for (int64_t k = 0; k < count; ++k)
+        tile_weights(l, 4,
+                     [&](int64_t tap, int64_t v, int64_t lane) {
+                       const int64_t ch = cb * VL + lane;
+                       return ch < l.c.C ? weight[source(l, v * l.c.C + ch, first + k, tap)] : T(0);
+                     },
+                     packed + (cb * l.points * count + k) * 4 * VL, count * 4 * VL);
+  }
+
+  // And of the data gradient, from the gates to those channels; `vectors` vectors of them.
+  static void backward_tiles(const L& l, const T* weight, int64_t first, int64_t count, int64_t vectors,
+                             T* packed) {
+    const int64_t nv = tile_vectors(vectors), gates = 4 * l.Cp;
+    for (int64_t block = 0; block < vectors; block += nv)
+      for (int64_t g = 0; g < gates; ++g) {
+        const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
+        tile_weights(l, nv,
+                     [&](int64_t tap, int64_t v, int64_t lane) {
+                       const int64_t k = (block + v) * VL + lane;
+                       return ch < l.c.C && k < count
+                                  ? weight[source(l, gate * l.c.C + ch, first + k, l.taps - 1 - tap)]
+                                  : T(0);
+                     },
+                     packed + (block * l.points * gates + g * nv) * VL, gates * nv * VL);
+      }
+  }
+
+  // The sums of the weight gradient at Winograd's points, `splits` times (Cb, points, count, 4, VL), to
+  // rows of K of the first direct partial (Cb, K, 4, VL), from `row` on.
+  static void gradient_from_tiles(const L& l, const T* sums, int64_t splits, int64_t cb, int64_t count,
+                                  int64_t row, T* partial) {
+    using S = Simd<T, VL>;
+    const int64_t size = l.Cb * l.points * count * 4 * VL;
+    with_winograd<S>(l.c.kernel_h, int(l.tile), [&](auto form) {
+      using W = decltype(form);
+      for (int64_t k = 0; k < count * 4; ++k) {
+        const T* in = sums + cb * l.points * count * 4 * VL + k * VL;
+        T total[W::points * VL];
+        for (int p = 0; p < W::points; ++p) {
+          auto sum = S::load(in + p * count * 4 * VL);
+          for (int64_t s = 1; s < splits; ++s) sum += S::load(in + s * size + p * count * 4 * VL);
+          S::store(total + p * VL, sum);
+        }
+        W::template outputs<W::kernel>(total, VL, [&](int i, int j, typename S::R v) {
+          S::store(partial + (cb * l.K() + row + (i * W::kernel + j) * count) * 4 * VL + k * VL, v);
+        });
+      }
+    });
+  }
+
   // partial: `splits` times (Cb, K, 4, VL), summed in order. Writes the gradient of channel block cb.
   static void weight_gradient(const L& l, const T* partial, int64_t splits, int64_t cb, T* grad) {
     const int64_t size = l.Cb * l.K() * 4 * VL;
@@ -58,6 +112,26 @@ struct Packing {
   }
 
  private:
+  // tap_value(tap, vector, lane) transformed, in double precision; point p goes to out + p * stride.
+  template <class F>
+  static void tile_weights(const L& l, int64_t vectors, F&& tap_value, T* out, int64_t stride) {
+    using S = Simd<double, VL>;
+    double taps[25 * VL];
+    with_winograd<S>(l.c.kernel_h, int(l.tile), [&](auto form) {
+      using W = decltype(form);
+      for (int64_t v = 0; v < vectors; ++v) {
+        for (int64_t tap = 0; tap < l.taps; ++tap)
+          for (int64_t lane = 0; lane < VL; ++lane) taps[tap * VL + lane] = tap_value(tap, v, lane);
+        W::template taps<W::kernel>(
+            [&](int i, int j) { return S::load(taps + (i * W::kernel + j) * VL); },
+            [&](int i, int j, typename S::R value) {
+              T* p = out + (i * W::A + j) * stride + v * VL;
+              for (int lane = 0; lane < VL; ++lane) p[lane] = T(value[lane]);
+            });
+      }
+    });
+  }
+
   static void backward_half(const L& l, const T* weight, int64_t first, int64_t count, int64_t vectors,
                             T* packed) {
     const int64_t width = tile_vectors(vectors) * VL;

@@ -15,6 +15,14 @@
 
 SNNLSTM_BEGIN_ISA
 
+#if defined(__AVX512F__) || defined(SNNLSTM_WIDE)
+constexpr int kWideBytes = 64, kNarrowBytes = 32;
+#elif defined(__AVX2__)
+constexpr int kWideBytes = 32, kNarrowBytes = 16;
+#else
+constexpr int kWideBytes = 16, kNarrowBytes = 16;
+#endif
+
 template <class T>
 struct BitsOf;
 template <>

@@ -39,7 +39,7 @@ inline constexpr LaneTable kLaneTable;
 
 // Appends the nonzeros among x[0 .. count), count <= 8, to the end of a list:
 // label[n] = first + (place in x << shift), value[n]. Returns how many. Reads x[0 .. 8) and writes
-// whole vectors, so both need room for eight.
+// whole vectors: kListSlack.
 template <int shift>
 SNNLSTM_INLINE int64_t append_nonzeros(const float* x, int64_t count, int32_t first, int32_t* label,
                                        float* value) {
@@ -78,24 +78,70 @@ SNNLSTM_INLINE int64_t append_nonzeros(const double* x, int64_t count, int32_t f
 
 constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 
-// Entries after the end of every list that vectors may overwrite.
+// Entries after the end of every list, and values after the end of x, that vectors may touch.
 constexpr int64_t kListSlack = 8;
 
-// All nonzeros of `count` contiguous values; `readable` of them exist (count <= readable).
+// The same for `rows` times `count` values, row_step apart, whose labels begin label_step apart. Not
+// inlined: among its callers' variables the loop would run out of registers.
 template <int shift, class T>
-SNNLSTM_INLINE int64_t list_nonzeros(const T* x, int64_t count, int64_t readable, int32_t first,
-                                     int32_t* label, T* value) {
-  int64_t n = 0, k = 0;
-  for (; k + 8 <= readable && k < count; k += 8)
-    n += append_nonzeros<shift>(x + k, count - k < 8 ? count - k : 8, first + int32_t(k << shift),
-                                label + n, value + n);
-  if (k < count) {
-    T last[8] = {};
-    std::memcpy(last, x + k, (count - k) * sizeof(T));
-    n += append_nonzeros<shift>(last, count - k, first + int32_t(k << shift), label + n, value + n);
+__attribute__((noinline)) int64_t list_nonzeros(const T* x, int64_t row_step, int64_t rows,
+                                                int64_t count, int32_t first, int32_t label_step,
+                                                int32_t* label, T* value) {
+  const T* const before = value;
+  for (; rows > 0; --rows, x += row_step, first += label_step) {
+    int64_t k = 0;
+    for (; k + 8 <= count; k += 8) {
+      const int64_t more = append_nonzeros<shift>(x + k, 8, first + int32_t(k << shift), label, value);
+      label += more;
+      value += more;
+    }
+    if (k < count) {
+      const int64_t more =
+          append_nonzeros<shift>(x + k, count - k, first + int32_t(k << shift), label, value);
+      label += more;
+      value += more;
+    }
   }
-  return n;
+  return value - before;
 }
+
+// Four values, each of which is splat in its turn: a load less for each of them where a vector's
+// lanes can be spread by one instruction.
+template <class S>
+struct Quad {
+  using T = typename S::Scalar;
+  using R = typename S::R;
+  static constexpr int bytes = S::lanes * sizeof(T);
+#if defined(__AVX512F__)
+  static constexpr bool spreads = sizeof(T) == 4;
+#elif defined(__AVX2__)
+  static constexpr bool spreads = sizeof(T) == 4 && bytes <= 32;
+#else
+  static constexpr bool spreads = false;
+#endif
+  explicit SNNLSTM_INLINE Quad(const T* p) : from(p) {
+#if defined(__AVX2__)
+    if constexpr (spreads && bytes == 16) all = R(_mm_loadu_ps(p));
+    if constexpr (spreads && bytes == 32) all = R(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)));
+#endif
+#if defined(__AVX512F__)
+    if constexpr (spreads && bytes == 64) all = R(_mm512_broadcast_f32x4(_mm_loadu_ps(p)));
+#endif
+  }
+  template <int k>
+  SNNLSTM_INLINE R splat() const {
+#if defined(__AVX2__)
+    if constexpr (spreads && bytes == 16) return R(_mm_permute_ps(__m128(all), k * 0x55));
+    if constexpr (spreads && bytes == 32) return R(_mm256_permute_ps(__m256(all), k * 0x55));
+#endif
+#if defined(__AVX512F__)
+    if constexpr (spreads && bytes == 64) return R(_mm512_permute_ps(__m512(all), k * 0x55));
+#endif
+    return S::splat(from[k]);
+  }
+  const T* from;
+  R all;
+};
 
 // Forward: the sum over x's nonzeros for a block of rows.
 //
@@ -151,7 +197,7 @@ class SparseInput {
     const int64_t entries = list_count() * Wx_ * rows_ * c_.Cin + kListSlack;
     s.label = arena.take<int32_t>(entries);
     s.value = arena.take<T>(entries);
-    s.histogram = arena.take<int32_t>(longest() + 1);
+    s.histogram = arena.take<int32_t>((longest() + 1) * kWays);
     s.windows = arena.take<Window>(groups() * block_rows_ * Wo_);
     s.stretches = arena.take<Stretch>(groups() * most_stretches());
     s.stretches_end = arena.take<int32_t>(groups());
@@ -160,20 +206,16 @@ class SparseInput {
   // Lists the nonzeros under `rows` output rows. patch: (rows, Wx, Cin), the input rows from the first
   // output row's first tap on.
   void build(const T* patch, int64_t rows, const Lists& s) const {
-    const int64_t row_size = Wx_ * c_.Cin;
-    const int64_t patch_size =
-        ((rows - 1) * c_.stride_h + (c_.kernel_h - 1) * c_.dilation_h + 1) * row_size;
+    const int64_t row = Wx_ * c_.Cin, listed_rows = c_.kernel_h * c_.dilation_h;
     int64_t n = 0;
     if (shared()) {
-      for (int64_t r = 0; r * row_size < patch_size; ++r)
-        n = list_row(patch + r * row_size, patch_size - r * row_size, 1, n, s.begin + r * (Wx_ + 1), s);
+      const int64_t lists = (rows - 1) * c_.stride_h + listed_rows - c_.dilation_h + 1;
+      for (int64_t r = 0; r < lists; ++r) n = list_row(patch + r * row, 1, n, s.begin + r * (Wx_ + 1), s);
     } else {
       for (int64_t h = 0; h < rows; ++h)
-        for (int64_t g = 0; g < row_groups_; ++g) {
-          const int64_t first = (h * c_.stride_h + g * rows_ * c_.dilation_h) * row_size;
-          n = list_row(patch + first, patch_size - first, group(g * column_groups_).rows, n,
-                       s.begin + (h * row_groups_ + g) * (Wx_ + 1), s);
-        }
+        for (int64_t g = 0; g < row_groups_; ++g)
+          n = list_row(patch + (h * c_.stride_h + g * rows_ * c_.dilation_h) * row,
+                       group(g * column_groups_).rows, n, s.begin + (h * row_groups_ + g) * (Wx_ + 1), s);
     }
     for (int64_t g = 0; g < groups(); ++g) sort_windows(g, rows, s);
   }
@@ -200,7 +242,12 @@ class SparseInput {
   }
 
  private:
-  static constexpr int64_t kWeightBytes = 24576;
+#ifndef WB
+#define WB 24576
+#endif
+  static constexpr int64_t kWeightBytes = WB;
+  // Neighbours are often equally long: they are counted apart, not to wait for each other.
+  static constexpr int kWays = 2;
 
   bool shared() const { return rows_ == 1; }
   int64_t groups() const { return row_groups_ * column_groups_; }
@@ -221,18 +268,17 @@ class SparseInput {
     return p;
   }
 
-  int64_t list_row(const T* x, int64_t readable, int64_t rows, int64_t n, int32_t* begin,
-                   const Lists& s) const {
-    const int64_t row_step = c_.dilation_h * Wx_ * c_.Cin;
-    for (int64_t residue = 0; residue < c_.dilation_w; ++residue)
-      for (int64_t q = residue, m = 0; q < Wx_; q += c_.dilation_w, ++m) {
+  // The nonzeros of `rows` kernel rows' input rows, column by column, behind the n entries before.
+  int64_t list_row(const T* x, int64_t rows, int64_t n, int32_t* begin, const Lists& s) const {
+    const int64_t Cin = c_.Cin, row_step = c_.dilation_h * Wx_ * Cin, dilation = c_.dilation_w;
+    const int64_t kernel_w = c_.kernel_w, columns = Wx_;
+    int32_t* const label = s.label;
+    T* const value = s.value;
+    for (int64_t residue = 0; residue < dilation; ++residue)
+      for (int64_t q = residue, m = 0; q < columns; q += dilation, ++m) {
         *begin++ = int32_t(n);
-        for (int64_t i = 0; i < rows; ++i) {
-          const int64_t from = i * row_step + q * c_.Cin;
-          n += list_nonzeros<kShift>(x + from, c_.Cin, readable - from,
-                                     int32_t((i * c_.kernel_w + m) * c_.Cin * kGates), s.label + n,
-                                     s.value + n);
-        }
+        n += list_nonzeros<kShift>(x + q * Cin, row_step, rows, Cin, int32_t(m * Cin * kGates),
+                                   int32_t(kernel_w * Cin * kGates), label + n, value + n);
       }
     *begin = int32_t(n);
     return n;
@@ -241,43 +287,52 @@ class SparseInput {
   // The windows of one group by the number of their entries.
   void sort_windows(int64_t g, int64_t rows, const Lists& s) const {
     const Group p = group(g);
-    std::memset(s.histogram, 0, (longest() + 1) * sizeof(int32_t));
-    each_window(g, p, rows, s, [&](int32_t length, const Window&) { ++s.histogram[length]; });
+    std::memset(s.histogram, 0, (longest() + 1) * kWays * sizeof(int32_t));
+    int32_t* const histogram = s.histogram;
+    int32_t longest_here = 0;
+    each_window(g, p, rows, s, [&](int64_t w, int32_t length, const Window&) {
+      ++histogram[length * kWays + w % kWays];
+      longest_here = length > longest_here ? length : longest_here;
+    });
     Stretch* stretch = s.stretches + g * most_stretches();
     int32_t count = 0, place = 0;
-    for (int64_t length = 0; length <= longest(); ++length) {
-      const int32_t here = s.histogram[length];
-      if (here == 0) continue;
-      stretch[count++] = {int32_t(length), here};
-      s.histogram[length] = place;
-      place += here;
+    for (int64_t length = 0; length <= longest_here; ++length) {
+      const int32_t before = place;
+      for (int way = 0; way < kWays; ++way) {
+        int32_t& here = histogram[length * kWays + way];
+        place += here;
+        here = place - here;
+      }
+      if (place > before) stretch[count++] = {int32_t(length), place - before};
     }
     s.stretches_end[g] = count;
     Window* windows = s.windows + g * block_rows_ * Wo_;
-    each_window(g, p, rows, s, [&](int32_t length, const Window& window) {
-      windows[s.histogram[length]++] = window;
+    each_window(g, p, rows, s, [&](int64_t w, int32_t length, const Window& window) {
+      windows[histogram[length * kWays + w % kWays]++] = window;
     });
   }
 
   template <class F>
   SNNLSTM_INLINE void each_window(int64_t g, const Group& p, int64_t rows, const Lists& s,
                                   F&& f) const {
-    const int64_t columns = Wx_ / c_.dilation_w, longer = Wx_ % c_.dilation_w;
-    const int64_t step = c_.stride_w / c_.dilation_w, residue_step = c_.stride_w % c_.dilation_w;
+    const int64_t dilation = c_.dilation_w, columns = Wx_ / dilation, longer = Wx_ % dilation;
+    const int64_t step = c_.stride_w / dilation, residue_step = c_.stride_w % dilation;
+    const int64_t span = p.columns, pixel = c_.Cin * kGates, Wo = Wo_;
     for (int64_t h = 0; h < rows; ++h) {
       const int64_t list = shared() ? h * c_.stride_h + p.row * c_.dilation_h
                                     : h * row_groups_ + g / column_groups_;
-      const int32_t* begin = s.begin + list * (Wx_ + 1) + p.column;
+      const int32_t* const begin = s.begin + list * (Wx_ + 1) + p.column;
       // Column w * stride_w is the m-th of its residue; those of lower residues come before.
-      int64_t residue = 0, m = 0;
-      for (int64_t w = 0; w < Wo_; ++w) {
-        const int64_t before = residue * columns + (residue < longer ? residue : longer);
+      int64_t residue = 0, m = 0, before = 0;
+      int32_t out = int32_t(h * out_row_);
+      for (int64_t w = 0; w < Wo; ++w, out += kGates) {
         const int32_t first = begin[before + m];
-        f(begin[before + m + p.columns] - first,
-          Window{int32_t(h * out_row_ + w * kGates), first, int32_t(m * c_.Cin * kGates)});
-        residue += residue_step;
+        f(w, begin[before + m + span] - first, Window{out, first, int32_t(m * pixel)});
         m += step;
-        if (residue >= c_.dilation_w) residue -= c_.dilation_w, ++m;
+        if (residue_step == 0) continue;
+        residue += residue_step;
+        if (residue >= dilation) residue -= dilation, ++m;
+        before = residue * columns + (residue < longer ? residue : longer);
       }
     }
   }
@@ -298,14 +353,36 @@ class SparseInput {
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) acc[p][v] = S::load(from + v * VL);
     }
-    for (int64_t k = 0; k < length; ++k)
+    int64_t k = 0;
+    const auto add = [&](R(&sum)[4], const T* row, R x) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) sum[v] += x * S::load(row + v * VL);
+    };
+    for (; k + 4 <= length; k += 4)
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
-        const T* row = w[p] + label[p][k];
-        const R x = S::splat(value[p][k]);
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) acc[p][v] += x * S::load(row + v * VL);
+        uint64_t labels[2];  // two by one load: loads are what there is most of
+        std::memcpy(labels, label[p] + k, sizeof(labels));
+        const Quad<S> x(value[p] + k);
+        add(acc[p], w[p] + uint32_t(labels[0]), x.template splat<0>());
+        add(acc[p], w[p] + (labels[0] >> 32), x.template splat<1>());
+        add(acc[p], w[p] + uint32_t(labels[1]), x.template splat<2>());
+        add(acc[p], w[p] + (labels[1] >> 32), x.template splat<3>());
       }
+    if (length & 2) {
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        uint64_t labels;
+        std::memcpy(&labels, label[p] + k, sizeof(labels));
+        add(acc[p], w[p] + uint32_t(labels), S::splat(value[p][k]));
+        add(acc[p], w[p] + (labels >> 32), S::splat(value[p][k + 1]));
+      }
+      k += 2;
+    }
+    if (length & 1) {
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) add(acc[p], w[p] + label[p][k], S::splat(value[p][k]));
+    }
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
@@ -380,9 +457,9 @@ class SparseWeightGrad {
     for (int64_t y = s.first; y < s.first + s.rows; ++y)
       for (int64_t q = l_.pw; q < l_.pw + c_.W; ++q) {
         const int64_t residue = y % c_.stride_h * c_.stride_w + q % c_.stride_w;
-        const int64_t from = (y * l_.Wx + q) * c_.Cin, end = (s.first + s.rows) * l_.Wx * c_.Cin;
-        const int64_t more = list_nonzeros<0>(x + from, c_.Cin, end - from,
-                                              int32_t(residue * c_.Cin), t.key + n, t.value + n);
+        const int64_t from = (y * l_.Wx + q) * c_.Cin;
+        const int64_t more = list_nonzeros<0>(x + from, 0, 1, c_.Cin, int32_t(residue * c_.Cin), 0,
+                                              t.key + n, t.value + n);
         const int32_t place =
             int32_t(((y / c_.stride_h - top(s)) * width_ + left_ + q / c_.stride_w) * kGates);
         for (int64_t k = 0; k < more; ++k) t.place[n + k] = place;

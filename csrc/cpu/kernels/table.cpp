@@ -7,20 +7,6 @@
 
 SNNLSTM_BEGIN_ISA
 
-static cpu::Sizes sizes(const Cell& cell, int threads) {
-  return with_lanes(cell, [&](auto lanes) {
-    using L = decltype(lanes);
-    const Layout<typename L::Scalar, L::count> l(cell);
-    const int64_t item = sizeof(typename L::Scalar);
-    cpu::Sizes s;
-    s.packed_forward = l.packed_forward() * item;
-    s.packed_backward = l.packed_backward() * item;
-    s.forward_workspace = forward_workspace(cell, threads);
-    s.backward_workspace = backward_workspace(cell, threads);
-    return s;
-  });
-}
-
 static int64_t padded_channels(const Cell& cell) {
   return with_lanes(cell, [&](auto lanes) {
     constexpr int VL = decltype(lanes)::count;
@@ -28,15 +14,54 @@ static int64_t padded_channels(const Cell& cell) {
   });
 }
 
-static void pack_weight(const Cell& cell, const void* weight, bool backward, void* packed) {
+// Whether the layer's convolutions have Winograd forms here.
+static bool has_tiles(const Cell& c) {
+  if (c.kernel_h != c.kernel_w || (c.kernel_h != 3 && c.kernel_h != 5)) return false;
+  if (c.dilation_h != 1 || c.dilation_w != 1) return false;
+  return with_lanes(c, [](auto lanes) {
+    using L = decltype(lanes);
+    return kHasWinograd<typename L::Scalar, L::count>;
+  });
+}
+
+using cpu::Form;
+
+static int64_t packed_bytes(const Cell& cell, Form form) {
+  return with_lanes(cell, [&](auto lanes) {
+    using L = decltype(lanes);
+    const Layout<typename L::Scalar, L::count> l(cell);
+    const int64_t tiles = l.points * 4 * l.Cp, counts[] = {l.packed_forward(),
+                                                         tiles * cell.C,
+                                                         tiles * cell.Cin,
+                                                         l.packed_backward(),
+                                                         tiles * l.Cp,
+                                                         tiles * l.x_blocks * L::count};
+    return counts[int(form)] * int64_t(sizeof(typename L::Scalar));
+  });
+}
+
+static void pack_weight(const Cell& cell, Form form, const void* weight, void* packed) {
   with_lanes(cell, [&](auto lanes) {
     using L = decltype(lanes);
     using T = typename L::Scalar;
+    using P = Packing<T, L::count>;
     const Layout<T, L::count> l(cell);
-    if (backward)
-      Packing<T, L::count>::backward(l, static_cast<const T*>(weight), static_cast<T*>(packed));
-    else
-      Packing<T, L::count>::forward(l, static_cast<const T*>(weight), static_cast<T*>(packed));
+    const T* from = static_cast<const T*>(weight);
+    T* to = static_cast<T*>(packed);
+    if (form == Form::forward) return P::forward(l, from, to);
+    if (form == Form::backward) return P::backward(l, from, to);
+    if constexpr (kHasWinograd<T, L::count>) switch (form) {
+      case Form::forward_mem_tiles:
+        return P::forward_tiles(l, from, cell.Cin, cell.C, to);
+      case Form::forward_x_tiles:
+        return P::forward_tiles(l, from, 0, cell.Cin, to);
+      case Form::backward_mem_tiles:
+        return P::backward_tiles(l, from, cell.Cin, cell.C, l.Cb, to);
+      case Form::backward_x_tiles:
+        return P::backward_tiles(l, from, 0, cell.Cin, l.x_blocks, to);
+      default:
+        return;
+    }
   });
 }
 
@@ -71,6 +96,7 @@ static bool evaluate(const char* name, DType dtype, const void* in, void* out, i
 }
 
 extern const cpu::Kernels kernels;
-const cpu::Kernels kernels = {sizes, padded_channels, pack_weight, forward, backward, evaluate};
+const cpu::Kernels kernels = {has_tiles, forward_workspace, backward_workspace, padded_channels, packed_bytes, pack_weight,
+                                forward, backward, evaluate};
 
 SNNLSTM_END_ISA
