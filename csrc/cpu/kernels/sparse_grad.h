@@ -1,0 +1,216 @@
+// The weight gradient of the input half where x is mostly zeros.
+//
+// For a few input rows there is a list per input channel: where it is nonzero. A register tile
+// sums, over such a list, value * d gates for a few taps at once; the d gates of one channel block
+// lie compactly in L1. With strides, input pixels of different residues meet different taps: they
+// are listed apart.
+//
+// Every sum runs over the pixels in their order, as weight_grad.h's does: the result is the same.
+#pragma once
+
+#include "sparse_list.h"
+
+SNNLSTM_BEGIN_ISA
+
+template <class T, int VL>
+class SparseWeightGrad {
+  using S = Simd<T, VL>;
+  using R = typename S::R;
+  using L = Layout<T, VL>;
+  static constexpr int kGates = 4 * VL;
+  static constexpr int kTaps = kAccumulators / 4;
+
+ public:
+  // Of one sample's rows [first, first + rows) of x, border included.
+  struct Lists {
+    int64_t first, rows;
+    bool finite;
+    int32_t *begin, *place;  // begin: (residues, Cin), and the end
+    T* value;
+  };
+  // One thread's.
+  struct Scratch {
+    int32_t *key, *place, *next;
+    T *value, *d_gates;
+  };
+
+  explicit SparseWeightGrad(const L& l)
+      : c_(l.c), l_(l), keys_(c_.stride_h * c_.stride_w * c_.Cin) {
+    above_ = (c_.kernel_h - 1) * c_.dilation_h / c_.stride_h;
+    left_ = (c_.kernel_w - 1) * c_.dilation_w / c_.stride_w;
+    width_ = left_ + (l.pw + c_.W - 1) / c_.stride_w + 1;
+    const int64_t fit = kBytes / (width_ * kGates * int64_t(sizeof(T)));
+    rows_ = (fit < 1 ? 1 : fit) * c_.stride_h;
+    if (rows_ > c_.H) rows_ = c_.H;
+    blocks_ = rows_ > 0 ? (c_.H + rows_ - 1) / rows_ : 0;
+  }
+
+  // A sample's rows are worked on in so many blocks.
+  int64_t blocks() const { return blocks_; }
+
+  void carve(Arena& arena, Lists& s) const {
+    s.begin = arena.take<int32_t>(keys_ + 1);
+    s.place = arena.take<int32_t>(entries());
+    s.value = arena.take<T>(entries());
+  }
+  void carve(Arena& arena, Scratch& s) const {
+    s.key = arena.take<int32_t>(entries());
+    s.place = arena.take<int32_t>(entries());
+    s.next = arena.take<int32_t>(keys_ + 1);
+    s.value = arena.take<T>(entries());
+    s.d_gates = arena.take<T>(((rows_ - 1) / c_.stride_h + 2 + above_) * width_ * kGates);
+  }
+
+  // x: a sample, (H + 2 pad, Wx, Cin).
+  void build(const T* x, int64_t block, const Scratch& t, Lists& s) const {
+    s.first = l_.ph + block * rows_;
+    s.rows = c_.H - block * rows_ < rows_ ? c_.H - block * rows_ : rows_;
+    std::memset(t.next, 0, (keys_ + 1) * sizeof(int32_t));
+    const int64_t Cin = c_.Cin, stride_w = c_.stride_w;
+    int64_t n = 0;
+    for (int64_t y = s.first; y < s.first + s.rows; ++y) {
+      const int64_t row_key = y % c_.stride_h * stride_w;
+      const int64_t row_place = (y / c_.stride_h - top(s)) * width_ + left_;
+      int64_t residue = l_.pw % stride_w, column = l_.pw / stride_w;
+      const T* from = x + (y * l_.Wx + l_.pw) * Cin;
+      for (int64_t q = 0; q < c_.W; ++q, from += Cin) {
+        const int64_t more = list_nonzeros<0>(from, 0, 1, Cin, int32_t((row_key + residue) * Cin),
+                                              0, t.key + n, t.value + n);
+        const int32_t place = int32_t((row_place + column) * kGates);
+        for (int64_t k = 0; k < more; k += kListSlack)
+          for (int64_t slot = 0; slot < kListSlack; ++slot) t.place[n + k + slot] = place;
+        n += more;
+        if (++residue == stride_w) residue = 0, ++column;
+      }
+    }
+    for (int64_t k = 0; k < n; ++k) ++t.next[t.key[k]];
+    int32_t sum = 0;
+    for (int64_t key = 0; key <= keys_; ++key) {
+      s.begin[key] = sum;
+      sum += t.next[key];
+      t.next[key] = s.begin[key];
+    }
+    T excess = 0;  // becomes NaN if any value is infinite or NaN
+    for (int64_t k = 0; k < n; ++k) {
+      const int32_t to = t.next[t.key[k]]++;
+      s.place[to] = t.place[k];
+      s.value[to] = t.value[k];
+      excess += t.value[k] - t.value[k];
+    }
+    s.finite = excess == T(0);
+  }
+
+  // out (Kx, 4, VL) += the part of these rows for one channel block. d_gates: the sample's, at its
+  // corner (border included) and the channel block.
+  void run(const Lists& s, const T* d_gates, const Scratch& t, T* out) const {
+    gather(s, d_gates, t.d_gates);
+    for (int64_t ry = 0; ry < c_.stride_h; ++ry)
+      for (int64_t rq = 0; rq < c_.stride_w; ++rq) {
+        const int32_t* begin = s.begin + (ry * c_.stride_w + rq) * c_.Cin;
+        Tap taps[kTaps];
+        int count = 0;
+        for (int64_t i = 0; i < c_.kernel_h; ++i)
+          for (int64_t j = 0; j < c_.kernel_w; ++j) {
+            const int64_t y = i * c_.dilation_h - ry, q = j * c_.dilation_w - rq;
+            if (y % c_.stride_h != 0 || q % c_.stride_w != 0) continue;
+            const int64_t back = (y / c_.stride_h * width_ + q / c_.stride_w) * kGates;
+            taps[count] = {t.d_gates - back, out + (i * c_.kernel_w + j) * c_.Cin * kGates};
+            if (!s.finite)
+              add_inside(s, begin, back, taps[count]);
+            else if (++count == kTaps)
+              sweep(s, begin, taps, count), count = 0;
+          }
+        sweep(s, begin, taps, count);
+      }
+  }
+
+ private:
+  static constexpr int64_t kBytes = 20480;
+
+  struct Tap {
+    const T* d_gates;  // of the output pixel that sees input pixel 0 with this tap
+    T* out;            // (Cin, 4, VL)
+  };
+
+  int64_t entries() const { return rows_ * c_.W * c_.Cin + kListSlack; }
+  // The output row of the gathered d gates' row 0: the lowest that the lists' first row meets.
+  int64_t top(const Lists& s) const { return s.first / c_.stride_h - above_; }
+
+  // The d gates that the rows of the lists meet, and zeros where there is no output pixel.
+  void gather(const Lists& s, const T* d_gates, T* out) const {
+    const int64_t d_pixel = 4 * l_.Cp, pixel = kGates * sizeof(T);
+    const int64_t last = (s.first + s.rows - 1) / c_.stride_h;
+    for (int64_t h = top(s); h <= last; ++h, out += width_ * kGates) {
+      if (h < 0 || h >= l_.Ho) {
+        std::memset(out, 0, width_ * pixel);
+        continue;
+      }
+      const T* d = d_gates + ((h + l_.ph) * l_.Wm + l_.pw) * d_pixel;
+      std::memset(out, 0, left_ * pixel);
+      T* to = out + left_ * kGates;
+      const int64_t count = l_.Wo < width_ - left_ ? l_.Wo : width_ - left_;
+      for (int64_t w = 0; w < count; ++w, to += kGates, d += d_pixel)
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) S::store(to + v * VL, S::load(d + v * VL));
+      std::memset(to, 0, (width_ - left_ - count) * pixel);
+    }
+  }
+
+  // One tap, with the zeros around the d gates left out: zero times infinity is not nothing.
+  void add_inside(const Lists& s, const int32_t* begin, int64_t back, const Tap& tap) const {
+    for (int64_t ci = 0; ci < c_.Cin; ++ci)
+      for (int32_t k = begin[ci]; k < begin[ci + 1]; ++k) {
+        const int64_t pixel = (s.place[k] - back) / kGates;
+        const int64_t h = pixel / width_ + top(s), w = pixel % width_ - left_;
+        if (h < 0 || h >= l_.Ho || w < 0 || w >= l_.Wo) continue;
+        for (int64_t v = 0; v < kGates; ++v)
+          tap.out[ci * kGates + v] += s.value[k] * tap.d_gates[s.place[k] + v];
+      }
+  }
+
+  void sweep(const Lists& s, const int32_t* begin, const Tap* taps, int count) const {
+    switch (count) {
+#define SNNLSTM_TILE(n)                                    \
+  case n:                                                  \
+    if constexpr (n <= kTaps) channels<n>(s, begin, taps); \
+    break;
+      SNNLSTM_TILE(1)
+      SNNLSTM_TILE(2)
+      SNNLSTM_TILE(3)
+      SNNLSTM_TILE(4)
+      SNNLSTM_TILE(5)
+      SNNLSTM_TILE(6)
+#undef SNNLSTM_TILE
+    }
+  }
+
+  template <int J>
+  void channels(const Lists& s, const int32_t* begin, const Tap* taps) const {
+    for (int64_t ci = 0; ci < c_.Cin; ++ci) {
+      R acc[J][4];
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j)
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) acc[j][v] = S::load(taps[j].out + ci * kGates + v * VL);
+      for (int32_t k = begin[ci]; k < begin[ci + 1]; ++k) {
+        const R x = S::splat(s.value[k]);
+        const int64_t place = s.place[k];
+#pragma GCC unroll 8
+        for (int j = 0; j < J; ++j)
+#pragma GCC unroll 4
+          for (int v = 0; v < 4; ++v) acc[j][v] += x * S::load(taps[j].d_gates + place + v * VL);
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j)
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) S::store(taps[j].out + ci * kGates + v * VL, acc[j][v]);
+    }
+  }
+
+  Cell c_;
+  L l_;
+  // d gates are gathered in rows of width_ pixels; above_, left_: how far the taps reach back.
+  int64_t keys_, rows_, blocks_, above_, left_, width_;
+};
+
+SNNLSTM_END_ISA

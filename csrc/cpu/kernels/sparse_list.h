@@ -1,0 +1,119 @@
+// Lists of the nonzeros of x: what sparse.h and sparse_grad.h share.
+#pragma once
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "layout.h"
+
+SNNLSTM_BEGIN_ISA
+
+// How many of n values are not zero (NaN is not; -0.0 is).
+template <class S, class T = typename S::Scalar>
+int64_t count_nonzero(const T* x, int64_t n) {
+  typename S::Mask sum{};
+  int64_t k = 0, total = 0;
+  for (; k + S::lanes <= n; k += S::lanes) sum -= S::load(x + k) != typename S::R{};
+  for (; k < n; ++k) total += x[k] != T(0);
+  for (int lane = 0; lane < S::lanes; ++lane) total += sum[lane];
+  return total;
+}
+
+#if defined(__AVX2__)
+// For every set of 8 lanes: its members, in order.
+struct LaneTable {
+  alignas(64) uint8_t lanes[256][8];
+  constexpr LaneTable() : lanes() {
+    for (int set = 0; set < 256; ++set)
+      for (int lane = 0, n = 0; lane < 8; ++lane)
+        if (set >> lane & 1) lanes[set][n++] = uint8_t(lane);
+  }
+};
+inline constexpr LaneTable kLaneTable;
+#endif
+
+// Appends the nonzeros among x[0 .. count), count <= 8, to the end of a list:
+// label[n] = first + (place in x << shift), value[n]. Returns how many. Reads x[0 .. 8) and writes
+// whole vectors: kListSlack.
+template <int shift>
+SNNLSTM_INLINE int64_t append_nonzeros(const float* x, int64_t count, int32_t first, int32_t* label,
+                                       float* value) {
+#if defined(__AVX2__)
+  const __m256 v = _mm256_loadu_ps(x);
+  const unsigned set =
+      unsigned(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ))) &
+      ((1u << count) - 1);
+  const __m256i lanes = _mm256_cvtepu8_epi32(
+      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLaneTable.lanes[set])));
+  _mm256_storeu_ps(value, _mm256_permutevar8x32_ps(v, lanes));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(label),
+                      _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_slli_epi32(lanes, shift)));
+  return __builtin_popcount(set);
+#else
+  int64_t n = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    label[n] = first + int32_t(k << shift);
+    value[n] = x[k];
+    n += x[k] != 0.0f;
+  }
+  return n;
+#endif
+}
+
+template <int shift>
+SNNLSTM_INLINE int64_t append_nonzeros(const double* x, int64_t count, int32_t first,
+                                       int32_t* label, double* value) {
+  int64_t n = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    label[n] = first + int32_t(k << shift);
+    value[n] = x[k];
+    n += x[k] != 0.0;
+  }
+  return n;
+}
+
+// Bytes that one instruction loads.
+#if defined(__AVX512F__)
+constexpr int kNativeBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kNativeBytes = 32;
+#else
+constexpr int kNativeBytes = 16;
+#endif
+// Instructions per vector: the unit of the cost estimates.
+template <class T, int VL>
+constexpr double kVectorCost =
+    VL * int(sizeof(T)) > kNativeBytes ? VL * int(sizeof(T)) / double(kNativeBytes) : 1.0;
+
+constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
+
+// Entries after the end of every list, and values after the end of x, that vectors may touch.
+constexpr int64_t kListSlack = 8;
+
+// The same for `rows` times `count` values, row_step apart, whose labels begin label_step apart.
+// Not inlined: among its callers' variables the loop would run out of registers.
+template <int shift, class T>
+__attribute__((noinline)) int64_t list_nonzeros(const T* x, int64_t row_step, int64_t rows,
+                                                int64_t count, int32_t first, int32_t label_step,
+                                                int32_t* label, T* value) {
+  const T* const before = value;
+  for (; rows > 0; --rows, x += row_step, first += label_step) {
+    int64_t k = 0;
+    for (; k + 8 <= count; k += 8) {
+      const int64_t more =
+          append_nonzeros<shift>(x + k, 8, first + int32_t(k << shift), label, value);
+      label += more;
+      value += more;
+    }
+    if (k < count) {
+      const int64_t more =
+          append_nonzeros<shift>(x + k, count - k, first + int32_t(k << shift), label, value);
+      label += more;
+      value += more;
+    }
+  }
+  return value - before;
+}
+
+SNNLSTM_END_ISA
