@@ -1,7 +1,8 @@
 """The cell as one autograd Function over the native kernels.
 
 Saved for the backward pass: the arguments, and per time step the activated gates and syn.
-mem and the reset are recomputed from these (the reset rides in a sign bit of the gates).
+mem and the reset are recomputed from these (the reset rides in a sign bit of the gates). With
+``checkpoint`` the gates are recomputed too: checkpoint.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, ops, reference
+from . import checkpoint, native, ops, reference
 from .options import CellOptions
 
 __all__ = ["last_name", "run"]
@@ -34,10 +35,11 @@ class _SConv2dLSTM(torch.autograd.Function):
         algorithm: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         factor = float(graded)
-        spk, new_syn, new_mem, saved = native.forward(
-            x, syn, mem, weight, bias, threshold, factor, options, True, algorithm
-        )
-        assert saved is not None
+        arguments = (x, syn, mem, weight, bias, threshold, factor, options)
+        if options.checkpoint:
+            (spk, new_syn, new_mem, _), saved = checkpoint.forward(*arguments, algorithm)
+        else:
+            spk, new_syn, new_mem, saved = native.forward(*arguments, True, algorithm)
         ctx.save_for_backward(x, syn, mem, weight, bias, threshold, graded, *saved)
         ctx.options, ctx.graded, ctx.algorithm = options, factor, algorithm
         ctx.set_materialize_grads(False)
@@ -55,19 +57,12 @@ class _SConv2dLSTM(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: derivatives of these gradients are wanted
             inputs = (x, syn, mem, weight, bias, threshold)
             return (*_differentiable(inputs, graded, ctx.options, grads, wanted), *(None,) * 3)
-        out = native.backward(
-            x,
-            syn,
-            mem,
-            weight,
-            threshold,
-            ctx.graded,
-            ctx.options,
-            native.Saved(*saved),
-            *grads,
-            wanted=wanted,
-            algorithm=ctx.algorithm,
-        )
+        tensors, rest = (x, syn, mem, weight), (threshold, ctx.graded, ctx.options)
+        how = (*grads, wanted, ctx.algorithm)
+        if ctx.options.checkpoint:
+            out = checkpoint.backward(*tensors, bias, *rest, saved, *how)
+        else:
+            out = native.backward(*tensors, *rest, native.Saved(*saved), *how)
         return (*out, *(None,) * 3)
 
 

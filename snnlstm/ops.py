@@ -45,6 +45,9 @@ def _encode(options: CellOptions) -> tuple[list[int], list[float], Tensor | None
     return numbers, [surrogate.p0, surrogate.p1], levels
 
 
+_CHECKPOINT = 14  # its place in the numbers
+
+
 def _decode(numbers: list[int], parameters: list[float], levels: Tensor | None) -> CellOptions:
     kh, kw, sh, sw, dh, dw, ph, pw, reset, pool, kind, *flags = numbers
     inhibition, sequence, record, checkpoint = map(bool, flags)
@@ -166,14 +169,27 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, syn, mem, weight, _, threshold, graded, levels, numbers, parameters, _, algorithm = inputs
-    ctx.save_for_backward(x, syn, mem, weight, threshold, graded, levels, *output[3:])
+    x, syn, mem, weight, bias, threshold, graded, levels, numbers, parameters, _, algorithm = inputs
+    ctx.save_for_backward(x, syn, mem, weight, threshold, graded, levels, bias, *output[3:])
     ctx.numbers, ctx.parameters, ctx.algorithm = numbers, parameters, algorithm
 
 
 def _backward_of_forward(ctx: Any, *grads: Tensor) -> tuple:
-    *saved, gates, saved_syn, winner = ctx.saved_tensors
+    *saved, bias, gates, saved_syn, winner = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:6])
+    if ctx.numbers[_CHECKPOINT]:  # nothing was kept: compute the gates again
+        *first, threshold, graded, levels = saved
+        gates, saved_syn, winner = _forward(
+            *first,
+            bias,
+            threshold,
+            graded,
+            levels,
+            ctx.numbers,
+            ctx.parameters,
+            True,
+            ctx.algorithm,
+        )[3:]
     out = _backward(
         *saved,
         ctx.numbers,
@@ -205,6 +221,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`snnlstm.autograd.run`, in a form that torch.compile keeps in its graph."""
     numbers, parameters, levels = _encode(options)
+    training = training and not options.checkpoint
     spk, new_syn, new_mem, *_ = _forward(
         x, syn, mem, weight, bias, threshold, graded, levels, numbers, parameters, training, algorithm
     )
