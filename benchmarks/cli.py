@@ -195,7 +195,7 @@ def _measure(plans: list[Plan], args: argparse.Namespace) -> int:
         )
         if machine.busy_cores() > 0.5:
             print(
-                f"The machine is busy ({machine.busy_cores():.1f} cores in the last minute): "
+                f"The machine is busy (a load of {machine.busy_cores():.1f} in the last minute): "
                 "ratios will still be fair, milliseconds will not.\n"
             )
         outcome = suite.run()

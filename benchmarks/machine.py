@@ -99,6 +99,8 @@ def measure_peak(setting: Setting, seconds: float = 1.0) -> Peak:
     setting.apply_precision()
     on = {"device": setting.device, "dtype": setting.torch_dtype}
     side = 8192 if setting.device == "cuda" else 1536
+    if setting.device == "cpu" and setting.torch_dtype.itemsize < 4:
+        side = 384  # many CPUs have no such unit, and take seconds for what is larger
     a, b = torch.randn(side, side, **on), torch.randn(side, side, **on)
     product = torch.empty_like(a)
     multiplying = _best_seconds(lambda: torch.mm(a, b, out=product), setting.device, seconds)

@@ -28,6 +28,9 @@ STYLE = {
 }
 """provider -> (colour, marker, hatch)"""
 
+DETAILS = ("snnlstm-direct", "snnlstm-winograd", "snnlstm-checkpoint")
+"""Providers that the table lists and the plots of speed leave out, so that they stay legible."""
+
 
 def pyplot() -> Any:
     """matplotlib.pyplot, drawing to files only."""
@@ -41,23 +44,27 @@ def pyplot() -> Any:
 
 
 def draw_all(rows: Sequence[Row], directory: Path) -> list[Path]:
-    """Draw every plot for which there are rows; returns the files."""
+    """Draw every plot for which there are rows, one set per dtype; returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for name, draw in (("speedup", speedup), ("roofline", roofline), ("memory", memory)):
-        figure = draw(rows)
-        if figure is not None:
-            path = directory / f"{name}.png"
-            figure.savefig(path, dpi=150)
-            pyplot().close(figure)
-            drawn.append(path)
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    for dtype in dtypes:
+        suffix = f"-{dtype}" if len(dtypes) > 1 else ""
+        chosen = [row for row in rows if row.dtype == dtype]
+        for name, draw in (("speedup", speedup), ("roofline", roofline), ("memory", memory)):
+            figure = draw(chosen)
+            if figure is not None:
+                path = directory / f"{name}{suffix}.png"
+                figure.savefig(path, dpi=150)
+                pyplot().close(figure)
+                drawn.append(path)
     return drawn
 
 
 def _origin(rows: Sequence[Row]) -> str:
     row = rows[0]
     return (
-        f"{row.device}, {row.threads} threads, torch {row.torch}, "
+        f"{row.device}, {row.threads} threads, {row.dtype}, torch {row.torch}, "
         f"snnlstm {row.version} ({row.commit}), {row.date[:10]}"
     )
 
@@ -67,101 +74,98 @@ def _names(rows: Sequence[Row]) -> list[str]:
 
 
 def speedup(rows: Sequence[Row]) -> Any:
-    """Bars of speed-up over snnTorch eager, one panel per mode; None without timed rows."""
-    rows = [row for row in rows if row.speedup and row.provider != BASELINE]
+    """Bars of speed-up over snnTorch eager, inference and training; None without timed rows."""
+    rows = [row for row in rows if row.speedup and row.provider not in (BASELINE, *DETAILS)]
+    rows = [row for row in rows if row.mode != "backward"]  # the table has it
     if not rows:
         return None
     plt = pyplot()
     modes = [mode for mode in MODES if any(row.mode == mode for row in rows)]
     cases = list(dict.fromkeys(row.case for row in rows))
     names = _names(rows)
-    bar = 0.8 / len(names)
-    figure, panels = plt.subplots(
-        1,
-        len(modes),
-        sharey=True,
-        squeeze=False,
-        figsize=(2.5 + 3.6 * len(modes), 2.0 + 0.21 * len(cases) * (len(names) + 1)),
-        layout="constrained",
-    )
-    longest = max(row.speedup or 0 for row in rows)
-    shortest = min(row.speedup or 1 for row in rows)
-    for panel, mode in zip(panels[0], modes, strict=True):
+    values = [row.speedup or 1.0 for row in rows]
+    low, high = min(0.7, 0.8 * min(values)), max(2.0, 1.7 * max(values))
+    figure, panels = _panels(modes, 4.2, 1.6 + 0.14 * len(cases) * (len(names) + 1), sharey=True)
+    for panel, mode in zip(panels, modes, strict=True):
         for place, name in enumerate(names):
-            colour, _, hatch = STYLE[name]
-            found = {row.case: row for row in rows if (row.provider, row.mode) == (name, mode)}
-            for number, case in enumerate(cases):
-                if case not in found:
-                    continue
-                value = found[case].speedup or 0
-                y = number + (place - (len(names) - 1) / 2) * bar
-                panel.barh(
-                    y,
-                    value - 1,
-                    left=1,
-                    height=0.9 * bar,
-                    color=colour,
-                    hatch=hatch,
-                    edgecolor="white",
-                    linewidth=0.5,
-                    label=name if number == 0 else None,
-                )
-                end = max(value, 1) * 1.04
-                panel.text(end, y, f"{value:.2g}x", va="center", fontsize=7)
+            _bars(panel, rows, cases, mode, name, place, len(names))
         panel.set_xscale("log")
-        low, high = min(0.7, 0.8 * shortest), max(2.0, 1.6 * longest)
         panel.set_xlim(low, high)
-        ticks = [t for t in (0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200) if low < t < high]
+        ticks = [t for t in (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low < t < high]
         panel.set_xticks(ticks, [f"{t:g}x" for t in ticks])
         panel.minorticks_off()
         panel.axvline(1, color="black", linewidth=1)
         panel.set_title(MODE_TITLES[mode], fontsize=10)
-        panel.set_xlabel(f"speed-up over {BASELINE} eager")
-    panels[0][0].set_yticks(range(len(cases)), cases)
-    panels[0][0].invert_yaxis()
+        panel.set_xlabel("speed-up over snnTorch eager")
+    panels[0].set_yticks(range(len(cases)), cases)
+    panels[0].set_ylim(len(cases) - 0.5, -0.5)
     handles = [
         plt.Rectangle((0, 0), 1, 1, facecolor=STYLE[n][0], hatch=STYLE[n][2], edgecolor="white")
         for n in names
     ]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)))
+    figure.legend(handles, names, loc="outside lower center", ncols=min(5, len(names)))
     figure.suptitle(_origin(rows), fontsize=8)
     return figure
+
+
+def _panels(modes: Sequence[str], width: float, height: float, sharey: bool) -> tuple[Any, Any]:
+    figure, panels = pyplot().subplots(
+        1,
+        len(modes),
+        sharey=sharey,
+        squeeze=False,
+        figsize=(1.2 + width * len(modes), height),
+        layout="constrained",
+    )
+    return figure, panels[0]
+
+
+def _bars(
+    panel: Any, rows: Sequence[Row], cases: list[str], mode: str, name: str, place: int, of: int
+) -> None:
+    """One provider's bars, from 1 to its speed-up, each in its place among `of` in its case."""
+    colour, _, hatch = STYLE[name]
+    height = 0.8 / of
+    for row in rows:
+        if (row.mode, row.provider) != (mode, name) or not row.speedup:
+            continue
+        y = cases.index(row.case) + (place - (of - 1) / 2) * height
+        panel.barh(
+            y,
+            row.speedup - 1,
+            left=1,
+            height=0.9 * height,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0.5,
+        )
+        digits = 2 if row.speedup < 1 else 1 if row.speedup < 10 else 0
+        text = f"{row.speedup:.{digits}f}x"
+        panel.text(1.04 * max(row.speedup, 1), y, text, va="center", fontsize=7)
 
 
 def roofline(rows: Sequence[Row]) -> Any:
     """Effective GFLOP/s against operations per byte, under the roofs of this run's machine."""
     rows = [row for row in rows if row.gflops and row.intensity and row.peak_gflops]
-    shown = ("snntorch", "snntorch-compile", "hoisted", "snnlstm")
-    rows = [row for row in rows if row.provider in shown and row.mode != "backward"]
+    rows = [row for row in rows if row.provider not in DETAILS and row.mode != "backward"]
+    # What a quantised cell costs in snnTorch is no convolution: it would stretch the axis.
+    rows = [row for row in rows if "quant" not in row.options]
     if not rows:
         return None
     plt = pyplot()
     modes = [mode for mode in MODES if any(row.mode == mode for row in rows)]
-    figure, panels = plt.subplots(
-        1,
-        len(modes),
-        sharey=True,
-        squeeze=False,
-        figsize=(1.0 + 5.2 * len(modes), 5.0),
-        layout="constrained",
-    )
-    peak = rows[0].peak_gflops or 1.0
-    bandwidth = rows[0].peak_gbytes or 1.0
-    for panel, mode in zip(panels[0], modes, strict=True):
+    figure, panels = _panels(modes, 5.0, 5.4, sharey=True)
+    peak, bandwidth = rows[0].peak_gflops or 1.0, rows[0].peak_gbytes or 1.0
+    ridge = peak / bandwidth
+    rates = [row.gflops or peak for row in rows]
+    for panel, mode in zip(panels, modes, strict=True):
         here = [row for row in rows if row.mode == mode]
-        low = 0.4 * min(min(row.intensity or 1 for row in here), peak / bandwidth)
-        high = 2.5 * max(max(row.intensity or 1 for row in here), peak / bandwidth)
-        ridge = peak / bandwidth
+        places = [row.intensity or ridge for row in here]
+        low, high = 0.4 * min(*places, ridge), 1.6 * max(*places, ridge)
         panel.plot([low, ridge, high], [low * bandwidth, peak, peak], color="black", linewidth=1.2)
-        panel.text(high, peak * 1.05, f"matrix product {peak:.0f} GFLOP/s", ha="right", fontsize=8)
-        panel.annotate(
-            f"copy {bandwidth:.1f} GB/s",
-            (low, low * bandwidth),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="top",
-            fontsize=8,
-        )
+        panel.text(1.05 * low, 1.04 * peak, f"matrix product {peak:.0f} GFLOP/s", fontsize=8)
+        panel.text(1.05 * low, low * bandwidth, f"copy {bandwidth:.1f} GB/s", va="top", fontsize=8)
         for name in _names(here):
             colour, marker, _ = STYLE[name]
             points = [row for row in here if row.provider == name]
@@ -170,25 +174,24 @@ def roofline(rows: Sequence[Row]) -> Any:
                 [row.gflops for row in points],
                 c=colour,
                 marker=marker,
-                s=60 if marker == "*" else 28,
+                s=70 if marker == "*" else 28,
                 label=name,
                 zorder=3,
             )
-        _label_columns(panel, here)
         panel.set_xscale("log")
         panel.set_yscale("log")
         panel.set_xlim(low, high)
-        top = max(peak, *(row.gflops or 0 for row in rows))
-        panel.set_ylim(0.4 * min(row.gflops or peak for row in rows), 2.5 * top)
+        panel.set_ylim(0.25 * min(rates), 2.0 * max(peak, *rates))
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter("")
-        panel.grid(which="major", alpha=0.25)
+        _name_columns(panel, here)
         panel.set_title(MODE_TITLES[mode], fontsize=10)
         panel.set_xlabel("operations per byte that must move (FLOP/B)")
-    panels[0][0].set_ylabel("effective GFLOP/s (direct convolution's operations)")
-    panels[0][0].legend(loc="lower right", fontsize=8)
+    panels[0].set_ylabel("effective GFLOP/s (direct convolution's operations)")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(5, len(names)))
     figure.suptitle(
         "Above the roof: fewer operations than direct convolution (Winograd, zeros skipped)\n"
         + _origin(rows),
@@ -197,25 +200,26 @@ def roofline(rows: Sequence[Row]) -> Any:
     return figure
 
 
-def _label_columns(panel: Any, rows: Sequence[Row]) -> None:
-    """Write each case's name over its highest point; names that share a place share a label."""
-    tops: dict[float, tuple[float, list[str]]] = {}
+def _name_columns(panel: Any, rows: Sequence[Row]) -> None:
+    """A thin line through the points of each case, and its name at the foot of it."""
+    columns: dict[float, list[str]] = {}
     for row in rows:
-        x, y = row.intensity or 1.0, row.gflops or 0.0
-        for known in tops:
-            if abs(known / x - 1) < 0.08:
-                x = known
-        height, names = tops.get(x, (0.0, []))
+        intensity = row.intensity or 1.0
+        # Cases that lie within a few per cent share a line.
+        near = [x for x in columns if abs(x / intensity - 1) < 0.05]
+        names = columns.setdefault(near[0] if near else intensity, [])
         if row.case not in names:
             names.append(row.case)
-        tops[x] = (max(height, y), names)
-    for x, (height, names) in tops.items():
-        panel.annotate(
-            "\n".join(reversed(names)),
-            (x, height),
-            xytext=(0, 6),
-            textcoords="offset points",
-            ha="center",
+    for x, names in columns.items():
+        panel.axvline(x, color="#CCCCCC", linewidth=0.8, zorder=0)
+        panel.text(
+            x,
+            0.015,
+            ", ".join(names),
+            transform=panel.get_xaxis_transform(),
+            rotation=90,
+            ha="right",
+            va="bottom",
             fontsize=7,
         )
 
@@ -225,12 +229,9 @@ def memory(rows: Sequence[Row]) -> Any:
     rows = [row for row in rows if row.case == "long" and row.live_mib is not None]
     if not rows:
         return None
-    plt = pyplot()
     modes = [mode for mode in MODES if any(row.mode == mode for row in rows)]
-    figure, panels = plt.subplots(
-        1, len(modes), squeeze=False, figsize=(1.0 + 4.2 * len(modes), 4.0), layout="constrained"
-    )
-    for panel, mode in zip(panels[0], modes, strict=True):
+    figure, panels = _panels(modes, 4.2, 4.0, sharey=False)
+    for panel, mode in zip(panels, modes, strict=True):
         for name in _names(rows):
             here = [row for row in rows if (row.provider, row.mode) == (name, mode)]
             here.sort(key=lambda row: row.steps)
@@ -245,9 +246,9 @@ def memory(rows: Sequence[Row]) -> Any:
         panel.set_ylim(bottom=0)
         panel.set_xlim(left=0)
         panel.grid(alpha=0.25)
-    panels[0][0].set_ylabel("peak memory beyond weights and x (MiB)")
-    panels[0][0].plot([], [], color="#555555", linestyle=":", label="resident")
-    panels[0][0].legend(fontsize=8)
+    panels[0].set_ylabel("peak memory beyond weights and x (MiB)")
+    panels[0].plot([], [], color="#555555", linestyle=":", label="resident")
+    panels[0].legend(fontsize=8)
     first = rows[0]
     shape = f"N={first.batch} {first.cin}->{first.cout} {first.height}x{first.width}"
     figure.suptitle(f"{shape}, measured\n{_origin(rows)}", fontsize=8)

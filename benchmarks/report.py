@@ -50,8 +50,9 @@ def case_block(case: Case, mode: str, rows: Sequence[Row]) -> str:
         )
     table = format_table(header, cells)
     notes = [f"  {row.provider}: {row.note}" for row in rows if row.note]
-    paths = sorted({(row.path, row.provider) for row in rows if row.path})
-    notes += [f"  {name}: ran {path}" for path, name in paths]
+    for path in dict.fromkeys(row.path for row in rows if row.path):
+        ran = ", ".join(row.provider for row in rows if row.path == path)
+        notes.append(f"  {path}: {ran}")
     title = f"{case.name}  {MODE_TITLES[mode]}  [{case.title}], ms per time step"
     return "\n".join([title, table, *notes, ""])
 
@@ -63,7 +64,7 @@ def summary(rows: Iterable[Row], goals: bool) -> str:
         return "Nothing was timed against the baseline."
     names = [name for name in PROVIDERS if any(row.provider == name for row in timed)]
     names.remove(BASELINE)
-    header = ["case", "mode", f"{BASELINE} ms", *names]
+    header = ["case", "mode", f"{BASELINE}\nms", *(_in_lines(name) for name in names)]
     header += ["goal", ""] if goals else []
     lines = []
     met = wanted = 0
@@ -90,6 +91,11 @@ def summary(rows: Iterable[Row], goals: bool) -> str:
     return "\n".join(text)
 
 
+def _in_lines(name: str) -> str:
+    """A provider's name as a heading: its family above, what sets it apart below."""
+    return name.replace("-", "\n", 1)
+
+
 def memory_table(rows: Iterable[Row], goals: bool) -> str:
     """Peak memory of the long sequence against T; empty where it was not measured."""
     rows = [row for row in rows if row.case == "long" and row.p50_ms is None]
@@ -110,7 +116,7 @@ def memory_table(rows: Iterable[Row], goals: bool) -> str:
         f"Peak memory in MiB (and as a share of {BASELINE}'s), N={first.batch} "
         f"{first.cin}->{first.cout} {first.height}x{first.width}, beyond weights and x.\n"
         "live: in use; resident: taken from the system, fragmentation included.",
-        format_table(["mode", "T", "", *names], lines, left=3),
+        format_table(["mode", "T", "", *map(_in_lines, names)], lines, left=3),
         *notes,
     ]
     if goals:
@@ -128,8 +134,9 @@ def peaks_line(peaks: Sequence[Peak]) -> str:
     """The machine's own peaks, before and after the run, and whether it stayed the same machine."""
     first, last = peaks[0], peaks[-1]
     text = (
-        f"Machine's peak, measured in this run: matrix product {first.gflops:.0f} GFLOP/s, copy "
-        f"{first.gbytes:.1f} GB/s; after the run {last.gflops:.0f} and {last.gbytes:.1f}."
+        f"Machine's peak, measured in this run: matrix product {number(first.gflops)} GFLOP/s, "
+        f"copy {number(first.gbytes)} GB/s; after the run {number(last.gflops)} and "
+        f"{number(last.gbytes)}."
     )
     if abs(last.gflops / first.gflops - 1) > 0.1:
         text += "\nThey differ by more than 10 %: something else ran meanwhile. Do not trust ms."
