@@ -45,6 +45,7 @@ COMMON = [
 ]
 # Reports and counters name accesses by their address in the code: no duplicated paths.
 INSTRUMENT = [
+    "-O1",  # compiles in half the time, and runs hardly slower
     "-fsanitize=thread",
     "-fsanitize=bounds,signed-integer-overflow,shift,integer-divide-by-zero",
     "-fno-sanitize-recover=all",

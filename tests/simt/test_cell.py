@@ -1,0 +1,135 @@
+"""The project's CUDA kernels, emulated, against the float64 reference: every type and precision.
+
+The cases and the oracle are those of the CPU kernels (tests/cases.py, tests/oracle.py). All runs
+are checked: bounds, races, uninitialised shared memory, divergence; outputs and workspaces hold
+NaN before.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from backend import SOURCES, simt_core
+from cases import Case, cases, wanting_gradients
+from hypothesis import HealthCheck, given, settings
+from oracle import check_steps
+
+from snnlstm import autograd
+from snnlstm.options import CellOptions
+
+pytestmark = pytest.mark.skipif(not SOURCES, reason="there are no CUDA kernels")
+
+SCHEDULES = [("in_order", 0), ("shuffled", 1), ("ahead", 1)]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A type of the states, how products are formed, and the error that a step may add."""
+
+    dtype: torch.dtype
+    matrix: str
+    algorithm: str
+    error: float
+    compute_capability: int = 80
+
+
+MODES = {
+    "float64": Mode(torch.float64, "exact", "automatic", 1e-12),
+    "float32": Mode(torch.float32, "exact", "fma", 2e-6),
+    "float32 on sm_75": Mode(torch.float32, "exact", "automatic", 2e-6, 75),
+    "tf32x3": Mode(torch.float32, "tf32x3", "mma", 5e-6),
+    "tf32": Mode(torch.float32, "tf32", "mma", 4e-3),
+    "float16 states": Mode(torch.float16, "exact", "mma", 3e-3),
+    "bfloat16 states": Mode(torch.bfloat16, "exact", "mma", 3e-2),
+    "float16 autocast": Mode(torch.float32, "float16", "mma", 4e-3),
+    "bfloat16 autocast": Mode(torch.float32, "bfloat16", "mma", 3e-2),
+    "float16 without tensor cores": Mode(torch.float16, "exact", "fma", 3e-3),
+    "bfloat16 on sm_75": Mode(torch.bfloat16, "exact", "automatic", 3e-2, 75),
+}
+
+SEQUENCE = CellOptions((3, 3), sequence=True, record=True)
+PLAIN = Case(SEQUENCE, torch.float32, 3, 2, 5, 9, 7, 10)
+
+
+def with_options(case: Case = PLAIN, **changes: object) -> Case:
+    return replace(case, options=replace(case.options, **changes))
+
+
+CASES = {
+    "plain": PLAIN,
+    "one step": with_options(sequence=False, record=False),
+    "one pixel": replace(PLAIN, height=1, width=1),
+    "one channel": replace(PLAIN, in_channels=1, channels=1),
+    "wide": replace(PLAIN, time=2, batch=1, in_channels=16, channels=24, height=16, width=16),
+    "channels last": replace(
+        PLAIN, in_channels=8, channels=16, height=8, width=8, layouts=("channels_last",) * 4
+    ),
+    "sliced": replace(PLAIN, layouts=("sliced",) * 4),
+    "kernel 5x1": with_options(kernel_size=(5, 1), reset="subtract"),
+    "kernel 1x1": with_options(kernel_size=(1, 1), reset="zero"),
+    "stride, dilation": with_options(stride=(2, 3), dilation=(2, 1)),
+    "max pool": with_options(pool="max", pool_size=(2, 2), reset="subtract"),
+    "uneven average pool": with_options(pool="avg", pool_size=(3, 2)),
+    "inhibition": with_options(inhibition=True, reset="zero"),
+    "threshold per channel": replace(PLAIN, threshold="column", bias=False, graded=0.7),
+}
+
+
+@pytest.fixture
+def core():
+    found = simt_core("faults")
+    yield found
+    found.reset()
+
+
+def recorded(case: Case) -> Case:
+    return case.recorded() if case.options.sequence else case
+
+
+def check(core, case: Case, mode: Mode) -> None:
+    """One inference and one training forward call, judged step by step."""
+    case = recorded(replace(case, dtype=mode.dtype))
+    inputs = case.inputs()
+    core.target(
+        matrix=mode.matrix,
+        algorithm=mode.algorithm,
+        compute_capability=mode.compute_capability,
+    )
+    with core.installed():
+        with torch.no_grad():
+            out = autograd.run(*inputs, case.options)
+        check_steps(case, inputs, out, mode.error)
+        trained = autograd.run(*wanting_gradients(inputs), case.options)
+    for one, other in zip(trained, out, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("mode", MODES)
+def test_forward(core, mode, name):
+    schedule = SCHEDULES[(list(MODES).index(mode) + list(CASES).index(name)) % 3]
+    core.schedule(*schedule)
+    check(core, CASES[name], MODES[mode])
+
+
+@pytest.mark.simt_long
+@pytest.mark.parametrize("mode", MODES)
+def test_forward_of_random_calls(core, mode):
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(cases((MODES[mode].dtype,)))
+    def check_case(case: Case) -> None:
+        core.schedule("ahead", case.seed)
+        check(core, case, MODES[mode])
+
+    check_case()
+
+
+@pytest.mark.simt_long
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("mode", ["float32", "tf32", "bfloat16 states"])
+def test_forward_with_one_warp_ahead(core, mode, seed):
+    """Twenty orders of events, over all cases in turn."""
+    core.schedule("ahead", seed)
+    names = list(CASES)
+    for k in range(3):
+        check(core, CASES[names[(seed + 7 * k) % len(names)]], MODES[mode])
