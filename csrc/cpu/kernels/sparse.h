@@ -117,12 +117,12 @@ class SparseInput {
   double cycles(double density) const {
     const double values = double(l_.Kx), listed = shared() ? 1 + 2.0 / block_rows_ : c_.kernel_h;
     const double lists = 10 + listed * (5 + 5 * ((c_.Cin + 7) / 8)) + 12.0 * groups();
-    return (kVectorCost<T, VL>)*(2.75 * density * values + 18.0 * groups()) + lists / l_.Cb;
+    return kVectorCost<T, VL> * (2.75 * density * values + 18.0 * groups()) + lists / l_.Cb;
   }
-  double direct_cycles() const { return (kVectorCost<T, VL>)*(2.15 * l_.Kx + 7); }
+  double direct_cycles() const { return kVectorCost<T, VL> * (2.15 * l_.Kx + 7); }
 
   // Lists the nonzeros under `rows` output rows. patch: (rows, Wx, Cin), the input rows from the
-  // first output row's first tap on.
+  // first output row's first tap on, and kListSlack readable values behind them.
   void build(const T* patch, int64_t rows, const Lists& s) const {
     const int64_t row = Wx_ * c_.Cin, listed_rows = c_.kernel_h * c_.dilation_h;
     int64_t n = 0;
@@ -162,9 +162,9 @@ class SparseInput {
   }
 
  private:
-  // Of a group. More than a 32 KiB L1: longer windows are worth some loads from L2. Measured at 10
-  // %, 32 -> 64 channels, 3 x 3: 16 KiB 1.00, 24 KiB 0.95, 36 KiB (all taps) 0.87 of the time; with
-  // 64 channels 72 KiB (all) is slower than 24 by a fifth.
+  // Of a group. More than a 32 KiB L1: longer windows are worth some loads from L2. Time with 3 x 3
+  // taps, 32 -> 64 channels, 10 % dense: 16 KiB 1.00, 24 KiB 0.95, 36 KiB (all taps) 0.87; with 64
+  // channels 72 KiB (all) takes a fifth longer than 24.
   static constexpr int64_t kWeightBytes = 40960;
   // Neighbours are often equally long: they are counted apart, not to wait for each other.
   static constexpr int kWays = 2;
