@@ -18,6 +18,9 @@ Cell choose(const Cell& cell, Algorithm algorithm, double density);
 // Whether there are Winograd forms of the cell's convolutions.
 bool has_tiles(const Cell& cell);
 
+// What the input half costs from lists of its nonzeros, as a part of what it costs directly.
+double sparse_cost(const Cell& cell, double density);
+
 // Bytes that a call needs as its workspace.
 int64_t forward_workspace(const Cell& cell, int threads);
 int64_t backward_workspace(const Cell& cell, int threads);
@@ -54,6 +57,7 @@ void set_isa(const std::string& name);  // std::invalid_argument where it cannot
 // What each instruction set's build provides.
 struct Kernels {
   bool (*has_tiles)(const Cell&);
+  double (*sparse_cost)(const Cell&, double density);
   int64_t (*forward_workspace)(const Cell&, int);
   int64_t (*backward_workspace)(const Cell&, int);
   int64_t (*padded_channels)(const Cell&);

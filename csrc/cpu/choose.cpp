@@ -26,23 +26,26 @@ Cell choose(const Cell& cell, Algorithm algorithm, double density) {
   Cell c = cell;
   c.tile = 0;
   c.x_way = Way::direct;
-  (void)density;
-  if (algorithm == Algorithm::direct || !has_tiles(c)) return c;
-  const bool x_fits = c.stride_h == 1 && c.stride_w == 1;
+  if (algorithm == Algorithm::direct) return c;
   const bool forced = algorithm == Algorithm::winograd;
-  double best = direct_cost(c, double(c.C));
-  for (const Tiling t : {Tiling{4, 6}, Tiling{2, 4}}) {
-    if (c.kernel_h == 5 && t.tile != 2) continue;
-    const Tiling used = c.kernel_h == 5 ? Tiling{2, 6} : t;
-    const double cost = tile_cost(c, used, double(c.C));
-    if (cost < best || (forced && c.tile == 0)) best = cost, c.tile = used.tile;
+  if (has_tiles(c)) {
+    double best = direct_cost(c, double(c.C));
+    for (const int tile : {4, 2}) {
+      const Tiling t = {tile, tile + c.kernel_h - 1};
+      if (t.inputs > 6) continue;
+      const double cost = tile_cost(c, t, double(c.C));
+      if (cost < best || (forced && c.tile == 0)) best = cost, c.tile = tile;
+    }
   }
-  if (c.tile > 0 && x_fits) {
-    const Tiling used = {c.tile, c.tile + c.kernel_h - 1};
+  double best = direct_cost(c, double(c.Cin));
+  if (c.tile > 0 && c.stride_h == 1 && c.stride_w == 1) {
+    const Tiling t = {c.tile, c.tile + c.kernel_h - 1};
     // beside the recurrent half the outputs are transformed anyway
-    const double cost = tile_cost(c, used, double(c.Cin)) - 16 * used.inputs * used.inputs / double(c.tile * c.tile);
-    if (forced || cost < direct_cost(c, double(c.Cin))) c.x_way = Way::winograd;
+    const double cost = tile_cost(c, t, double(c.Cin)) - tile_cost(c, t, 0);
+    if (forced || cost < best) best = cost, c.x_way = Way::winograd;
   }
+  if (!forced && density < 1 && sparse_cost(c, density) * direct_cost(c, double(c.Cin)) < best)
+    c.x_way = Way::sparse;
   return c;
 }
 

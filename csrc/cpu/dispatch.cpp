@@ -88,6 +88,9 @@ std::string isa_name() { return current()->name; }
 void set_isa(const std::string& name) { current() = &find(name); }
 
 bool has_tiles(const Cell& cell) { return current()->kernels->has_tiles(cell); }
+double sparse_cost(const Cell& cell, double density) {
+  return current()->kernels->sparse_cost(cell, density);
+}
 int64_t forward_workspace(const Cell& cell, int threads) {
   return current()->kernels->forward_workspace(cell, threads);
 }

@@ -11,6 +11,7 @@
 #include "neuron_backward.h"
 #include "pack.h"
 #include "schedule.h"
+#include "sparse_grad.h"
 #include "weight_grad.h"
 
 SNNLSTM_BEGIN_ISA
@@ -22,9 +23,14 @@ class Backward {
   static constexpr int64_t kPiece = 48;      // rows of K in a weight gradient task
   static constexpr int64_t kTilePiece = 64;  // with Winograd: input channels
 
+  static constexpr int64_t kListUses = 4;    // channel blocks that share the lists of a sparse x
+  using Sparse = SparseWeightGrad<T, VL>;
+
   struct Scratch {
-    T* x;                   // rows of the gradient of x
-    T *values, *products;   // Winograd: tiles.h
+    T* x;                  // rows of the gradient of x
+    T *values, *products;  // Winograd: tiles.h
+    typename Sparse::Lists lists;
+    typename Sparse::Scratch listing;
   };
 
  public:
@@ -34,6 +40,7 @@ class Backward {
         tasks_(l_, args.threads),
         to_mem_(l_, l_.Cb, l_.Wo, 1, 1),
         to_x_(l_, l_.x_blocks, args.cell.W, args.cell.stride_h, args.cell.stride_w),
+        sparse_(l_),
         neuron_(a_, l_, tasks_) {
     const Cell& c = a_.cell;
     x_runs_.window(c, c.Cin, l_.Wx * c.Cin, c.Cin, 0, kPiece);
@@ -105,9 +112,15 @@ class Backward {
     for (int k = 0; k < a_.threads; ++k) {
       const TileBlock<T> b = tiles(l_.block_rows());
       const int64_t weight_values = point_stride<T>(b.count() * (kTilePiece + VL));
-      const Scratch s{arena.take<T>(rows * to_x_.row_size()),
-                      arena.take<T>(l_.points * (b.values_stride > weight_values ? b.values_stride : weight_values)),
-                      arena.take<T>(l_.points * b.products_stride)};
+      const int64_t values = b.values_stride > weight_values ? b.values_stride : weight_values;
+      Scratch s;
+      s.x = arena.take<T>(rows * to_x_.row_size());
+      s.values = arena.take<T>(l_.points * values);
+      s.products = arena.take<T>(l_.points * b.products_stride);
+      if (c.x_way == Way::sparse) {
+        sparse_.carve(arena, s.lists);
+        sparse_.carve(arena, s.listing);
+      }
       if (scratch_) scratch_[k] = s;
     }
   }
@@ -185,6 +198,7 @@ class Backward {
   // Pieces of K that weight gradient tasks take.
   static int64_t tile_pieces(int64_t channels) { return (channels + kTilePiece - 1) / kTilePiece; }
   int64_t x_pieces() const {
+    if (a_.cell.x_way == Way::sparse) return 1;
     return a_.cell.x_way == Way::winograd ? tile_pieces(a_.cell.Cin) : x_runs_.count();
   }
   int64_t pieces() const {
@@ -196,12 +210,27 @@ class Backward {
     const int64_t cb = slice % l_.Cb, index = slice / l_.Cb;
     const bool of_x = index < x_pieces();
     const int64_t piece = of_x ? index : index - x_pieces();
-    if (of_x ? c.x_way != Way::winograd : c.tile == 0)
+    if (of_x && c.x_way == Way::sparse)
+      weights_by_lists(t, split, cb, scratch_[thread]);
+    else if (of_x ? c.x_way != Way::winograd : c.tile == 0)
       weights_directly(t, split, cb, of_x, piece);
     else if constexpr (kHasWinograd<T, VL>)
       with_winograd<S>(c.kernel_h, c.tile, [&](auto form) {
         weights_by_tiles<decltype(form)>(t, split, cb, of_x, piece, scratch_[thread]);
       });
+  }
+
+  // Of x, from the lists of its nonzeros: the first of some channel blocks does them all.
+  void weights_by_lists(int64_t t, int64_t split, int64_t cb, Scratch& s) {
+    if (cb % kListUses != 0) return;
+    const Cell& c = a_.cell;
+    for (int64_t n = c.N * split / splits_; n < c.N * (split + 1) / splits_; ++n)
+      for (int64_t block = 0; block < sparse_.blocks(); ++block) {
+        sparse_.build(neuron_.x(t, n), block, s.listing, s.lists);
+        for (int64_t b = cb; b < cb + kListUses && b < l_.Cb; ++b)
+          sparse_.run(s.lists, neuron_.d_gates(t, n) + b * kGates, s.listing,
+                      partial_ + split * l_.packed_forward() + b * l_.K() * kGates);
+      }
   }
 
   template <class W>
@@ -267,6 +296,7 @@ class Backward {
   Layout<T, VL> l_;
   RowTasks tasks_;
   DataGrad<T, VL> to_mem_, to_x_;
+  Sparse sparse_;
   NeuronBackward<T, VL> neuron_;
   RunList x_runs_, mem_runs_;
   int64_t x_rows_, x_blocks_, splits_;

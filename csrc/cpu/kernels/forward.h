@@ -6,6 +6,7 @@
 #include "fire.h"
 #include "rows.h"
 #include "schedule.h"
+#include "sparse.h"
 #include "tiles.h"
 
 SNNLSTM_BEGIN_ISA
@@ -20,7 +21,13 @@ class Forward {
 
  public:
   explicit Forward(const ForwardArgs& args)
-      : a_(args), l_(args.cell), tasks_(l_, args.threads), training_(args.saved_gates != nullptr) {
+      : a_(args),
+        l_(args.cell),
+        tasks_(l_, args.threads),
+        training_(args.saved_gates != nullptr),
+        block_(l_.block_rows()),
+        strip_(args.cell.tile > 0 ? l_.tile : block_),
+        sparse_(l_, strip_) {
     Arena arena(args.workspace);
     carve(arena);
   }
@@ -53,8 +60,9 @@ class Forward {
 
   struct Scratch {
     T* patch;   // input rows under a block, with border
-    T* gates;   // (block rows, or one row of tiles, Wr, 4, VL)
+    T* gates;   // (strip rows, Wr, 4, VL)
     T* pooled;  // (Wp, Cp)
+    typename SparseInput<T, VL>::Lists* lists;  // of x's nonzeros, for every strip of a block
     T *mem_values, *x_values, *products;  // Winograd: tiles.h
   };
 
@@ -66,16 +74,22 @@ class Forward {
     for (T*& mem : mem_) mem = arena.take<T>(c.N * l_.mem_image());
     syn_ = arena.take<T>(c.N * l_.state_image());
     scratch_ = arena.take<Scratch>(a_.threads);
-    block_ = l_.block_rows();
     const int64_t patch_rows = (block_ - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
     const TileBlock<T> of_mem = tiles(block_, l_.Cp), of_x = tiles(block_, x_channels());
     for (int k = 0; k < a_.threads; ++k) {
+      const int64_t strips = c.x_way == Way::sparse ? block_ / strip_ : 0;
       const Scratch s{arena.take<T>(patch_rows * l_.Wx * c.Cin + VL),
-                      arena.take<T>((c.tile > 0 ? l_.tile : block_) * l_.Wr * kGates),
+                      arena.take<T>(strip_ * l_.Wr * kGates),
                       arena.take<T>(l_.Wp * l_.Cp),
+                      arena.take<typename SparseInput<T, VL>::Lists>(strips),
                       arena.take<T>(l_.points * of_mem.values_stride),
                       arena.take<T>(c.x_way == Way::winograd ? l_.points * of_x.values_stride : 0),
                       arena.take<T>(l_.points * of_mem.products_stride)};
+      for (int64_t strip = 0; strip < strips; ++strip) {
+        typename SparseInput<T, VL>::Lists lists;
+        sparse_.carve(arena, lists);
+        if (s.lists) s.lists[strip] = lists;
+      }
       if (scratch_) scratch_[k] = s;
     }
   }
@@ -147,6 +161,7 @@ class Forward {
     for (int64_t b0 = begin; b0 < end; b0 += block_) {
       const int64_t b1 = b0 + block_ < end ? b0 + block_ : end;
       gather_x(t, n, b0, b1, s.patch);
+      if (a_.cell.x_way == Way::sparse) list_x(b0, b1, s);
       if (a_.cell.tile == 0)
         direct(t, n, b0, b1, s);
       else if constexpr (kHasWinograd<T, VL>)
@@ -198,9 +213,20 @@ class Forward {
     });
   }
 
-  // The bias and the input half of state rows [h0, h1); the patch begins at row b0.
+  void list_x(int64_t b0, int64_t b1, const Scratch& s) {
+    const int64_t row = a_.cell.stride_h * l_.Wx * a_.cell.Cin;
+    for (int64_t h = b0; h < b1; h += strip_)
+      sparse_.build(s.patch + (h - b0) * row, h + strip_ < b1 ? strip_ : b1 - h,
+                    s.lists[(h - b0) / strip_]);
+  }
+
+  // The bias and the input half of a strip, state rows [h0, h1); the patch begins at row b0.
   void sweep_x(int64_t b0, int64_t h0, int64_t h1, int64_t cb, const Scratch& s) {
     const int64_t row = a_.cell.stride_h * l_.Wx * a_.cell.Cin;
+    if (a_.cell.x_way == Way::sparse)
+      return sparse_.convolve(s.lists[(h0 - b0) / strip_],
+                              static_cast<const T*>(a_.weight) + cb * l_.K() * kGates,
+                              bias_ + cb * kGates, s.gates);
     sweep(x_runs_, s.patch + (h0 - b0) * row, row, a_.cell.stride_w * a_.cell.Cin, h0, h1, cb, false,
           s);
   }
@@ -365,7 +391,8 @@ class Forward {
   Layout<T, VL> l_;
   RowTasks tasks_;
   bool training_;
-  int64_t block_ = 1;
+  int64_t block_, strip_;  // rows worked on at a time; rows whose gates are in the buffer at a time
+  SparseInput<T, VL> sparse_;
   RunList x_runs_, mem_runs_;
   Phases::Counter* counters_ = nullptr;
   T *bias_ = nullptr, *threshold_ = nullptr, *syn_ = nullptr;

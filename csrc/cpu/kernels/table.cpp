@@ -4,6 +4,7 @@
 #include "lanes.h"
 #include "math.h"
 #include "pack.h"
+#include "sparse.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -21,6 +22,16 @@ static bool has_tiles(const Cell& c) {
   return with_lanes(c, [](auto lanes) {
     using L = decltype(lanes);
     return kHasWinograd<typename L::Scalar, L::count>;
+  });
+}
+
+// What the input half costs from lists of its nonzeros, of what it costs directly.
+static double sparse_cost(const Cell& cell, double density) {
+  return with_lanes(cell, [&](auto lanes) {
+    using L = decltype(lanes);
+    const Layout<typename L::Scalar, L::count> l(cell);
+    const SparseInput<typename L::Scalar, L::count> sparse(l, cell.tile > 0 ? l.tile : l.block_rows());
+    return sparse.cycles(density) / sparse.direct_cycles();
   });
 }
 
@@ -96,7 +107,7 @@ static bool evaluate(const char* name, DType dtype, const void* in, void* out, i
 }
 
 extern const cpu::Kernels kernels;
-const cpu::Kernels kernels = {has_tiles, forward_workspace, backward_workspace, padded_channels, packed_bytes, pack_weight,
+const cpu::Kernels kernels = {has_tiles, sparse_cost, forward_workspace, backward_workspace, padded_channels, packed_bytes, pack_weight,
                                 forward, backward, evaluate};
 
 SNNLSTM_END_ISA
