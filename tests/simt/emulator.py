@@ -15,6 +15,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,20 @@ class EmulationError(RuntimeError):
     """A kernel did what it must not do; the text says which thread, where in the source."""
 
 
+class Spot(NamedTuple):
+    """One line of a kernel: its requests to a memory, their cost, and the fewest possible.
+
+    In wavefronts of shared memory, or sectors of 32 bytes of global memory.
+    """
+
+    kernel: str
+    place: str
+    space: str
+    requests: int
+    cost: int
+    fewest: int
+
+
 class Emulator:
     """Settings hold until they are changed; each test asks for what it needs."""
 
@@ -33,6 +48,7 @@ class Emulator:
         self.lib = ctypes.CDLL(str(library))
         self.lib.simt_register.restype = ctypes.c_char_p
         self.lib.simt_counters.restype = ctypes.c_char_p
+        self.lib.simt_spots.restype = ctypes.c_char_p
         self.instrumented = bool(self.lib.simt_instrumented())
         self.reset()
 
@@ -60,6 +76,15 @@ class Emulator:
     def counters(self) -> dict[str, dict[str, int]]:
         """Totals since the last reset, by kernel name (see emulator/count.cpp)."""
         return json.loads(self.lib.simt_counters().decode())
+
+    def spots(self) -> list[Spot]:
+        """The same by line of the source, the most wasteful first."""
+        joint: dict[tuple[str, str, str], list[int]] = {}
+        for kernel, place, space, *numbers in json.loads(self.lib.simt_spots().decode()):
+            sums = joint.setdefault((kernel, symbolise(place), space), [0, 0, 0])
+            sums[:] = [a + b for a, b in zip(sums, numbers, strict=True)]
+        found = [Spot(*key, *sums) for key, sums in joint.items()]
+        return sorted(found, key=lambda s: s.fewest - s.cost)
 
     def reset_counters(self) -> None:
         self.lib.simt_reset_counters()

@@ -116,3 +116,10 @@ def test_without_counters_nothing_is_counted(emulator):
     emulator.checks(counters=False)
     own.half_gemm(emulator, "bf16", 64, 32, 96)
     assert emulator.counters() == {}
+
+
+def test_the_most_wasteful_line_comes_first(emulator):
+    count(emulator, "columns")
+    worst = emulator.spots()[0]
+    assert (worst.kernel, worst.space, worst.cost, worst.fewest) == ("columns", "shared", 32, 1)
+    assert "counts.cu" in worst.place

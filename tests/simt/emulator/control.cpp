@@ -61,3 +61,8 @@ SIMT_EXPORT const char* simt_counters() {
   text = simt::counters_as_json();
   return text.c_str();
 }
+
+SIMT_EXPORT const char* simt_spots() {
+  text = simt::spots_as_json();
+  return text.c_str();
+}

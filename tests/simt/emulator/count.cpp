@@ -29,8 +29,16 @@ struct Totals {
   uint64_t mma_fp16 = 0, mma_bf16 = 0, mma_tf32 = 0;
 };
 
+// The same for one instruction.
+struct Spot {
+  bool shared = false;
+  uint64_t requests = 0, cost = 0, fewest = 0;
+};
+
 std::map<std::string, Totals> totals;
+std::map<std::string, std::map<const void*, Spot>> spots;
 Totals* now = nullptr;
+std::map<const void*, Spot>* spots_now = nullptr;
 
 struct Request {
   Space space;
@@ -58,7 +66,7 @@ struct Touched {
 };
 std::unordered_map<size_t, Touched> touched;
 
-void count_global(const Request& r) {
+void count_global(const Request& r, Spot& spot) {
   std::array<uintptr_t, warp_size> starts;
   size_t n = 0;
   for (unsigned lane = 0; lane < warp_size; ++lane) {
@@ -87,10 +95,13 @@ void count_global(const Request& r) {
     now->global_read_fewest += fewest;
   }
   now->bytes_requested += n * r.bytes;
+  spot.cost += sectors;
+  spot.fewest += fewest;
 }
 
 // Accesses of 8 and 16 bytes go half and quarter warp by half and quarter warp.
-void count_shared(const Request& r) {
+void count_shared(const Request& r, Spot& spot) {
+  spot.shared = true;
   const unsigned lanes_at_once = r.bytes <= 4 ? 32 : r.bytes == 8 ? 16 : 8;
   ++now->shared_requests;
   for (unsigned first = 0; first < warp_size; first += lanes_at_once) {
@@ -110,18 +121,23 @@ void count_shared(const Request& r) {
     for (size_t i = 0; i < n; ++i) most = std::max(most, ++load[words[i] % banks]);
     now->shared_wavefronts += most;
     now->shared_fewest += 1;
+    spot.cost += most;
+    spot.fewest += 1;
   }
 }
 
 void count_log(WarpLog& log) {
   for (auto& item : log.instructions) {
+    if (item.second.requests.empty()) continue;
+    Spot& spot = (*spots_now)[item.first];
+    spot.requests += item.second.requests.size();
     for (const Request& r : item.second.requests) {
       if (r.space == Space::shared) {
-        count_shared(r);
+        count_shared(r, spot);
       } else if (r.kind == Access::atomic) {
         ++now->global_atomics;
       } else {
-        count_global(r);
+        count_global(r, spot);
       }
     }
     item.second.requests.clear();
@@ -151,6 +167,7 @@ void touch(const Place& place, size_t bytes, bool write, bool read) {
 
 void begin_count_launch(const Geometry& g) {
   now = &totals[g.name];
+  spots_now = &spots[g.name];
   ++now->launches;
   now->blocks += uint64_t(g.grid.x) * g.grid.y * g.grid.z;
   now->threads = uint64_t(g.block.x) * g.block.y * g.block.z;
@@ -203,7 +220,23 @@ void count_interval() {
 
 void forget_count_map(size_t id) { touched.erase(id); }
 
-void reset_counters() { totals.clear(); }
+void reset_counters() {
+  totals.clear();
+  spots.clear();
+}
+
+std::string spots_as_json() {
+  std::string text = "[";
+  for (const auto& [kernel, by_place] : spots) {
+    for (const auto& [pc, spot] : by_place) {
+      if (text.size() > 1) text += ", ";
+      text += "[\"" + kernel + "\", \"" + describe_pc(pc) + "\", \"" +
+              (spot.shared ? "shared" : "global") + "\", " + std::to_string(spot.requests) + ", " +
+              std::to_string(spot.cost) + ", " + std::to_string(spot.fewest) + "]";
+    }
+  }
+  return text + "]";
+}
 
 std::string counters_as_json() {
   std::string text = "{";

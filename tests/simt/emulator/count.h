@@ -23,5 +23,8 @@ void forget_count_map(size_t allocation_id);
 void reset_counters();
 // {"kernel": {"launches": ..., ...}, ...}
 std::string counters_as_json();
+// [[kernel, place, "shared" or "global", requests, cost, fewest], ...] by instruction; cost in
+// wavefronts or sectors.
+std::string spots_as_json();
 
 }  // namespace simt

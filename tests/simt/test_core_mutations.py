@@ -1,0 +1,73 @@
+"""Seeded faults in the project's CUDA kernels: each one that is placed must be caught.
+
+One build switches them at run time. A fault counts as caught when a check reports it or the result
+is judged wrong; the runs are the cases of test_cell.py, those first that are likely to show it.
+"""
+
+import pytest
+import test_cell
+from backend import SOURCES, simt_core
+from build import ROOT
+from emulator import EmulationError
+from faults import fault_numbers, placed_faults
+
+pytestmark = pytest.mark.skipif(not SOURCES, reason="there are no CUDA kernels")
+
+CUDA = ROOT / "csrc" / "cuda"
+NUMBERS = fault_numbers()
+OURS = ("fault.cuh", "primitives.cuh")  # they speak of both
+PLACED = placed_faults([*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *SOURCES])
+RUNS = [
+    ("float32", "plain"),
+    ("tf32", "wide"),
+    ("bfloat16 states", "channels last"),
+    ("bfloat16 states", "short chunks"),
+    ("float32", "wide"),
+    ("bfloat16 states", "plain"),
+    ("tf32x3", "sliced"),
+    ("float16 autocast", "wide"),
+    ("tf32", "max pool"),
+    ("float32", "max pool"),
+    ("tf32", "one channel"),
+    ("tf32", "inhibition"),
+    ("float32", "kernel 5x1"),
+]
+
+
+@pytest.fixture
+def core():
+    found = simt_core("faults")
+    yield found
+    found.reset()
+
+
+def report(core, mode, case) -> str:
+    """ "" where the run is fine."""
+    try:
+        test_cell.check(core, test_cell.CASES[case], test_cell.MODES[mode])
+    except (AssertionError, EmulationError) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+@pytest.mark.parametrize(("name", "place"), PLACED)
+def test_a_fault_is_caught(core, name, place):
+    core.fault(NUMBERS[name], place)
+    core.schedule("ahead", 1)
+    assert any(report(core, *run) for run in RUNS), f"no run notices {name}, place {place}"
+
+
+def test_the_runs_pass_without_a_fault(core):
+    core.schedule("ahead", 1)
+    assert [report(core, *run) for run in RUNS] == [""] * len(RUNS)
+
+
+def test_every_kind_of_fault_is_placed():
+    """But those whose subject the kernels do not have."""
+    code = "".join(p.read_text() for p in [*CUDA.glob("*.cuh"), *SOURCES] if p.name not in OURS)
+    kinds = set(NUMBERS)
+    if "__syncwarp" not in code:
+        kinds.discard("missing_syncwarp")
+    if not list(CUDA.glob("*backward*.cu")):
+        kinds -= {"wrong_split_k", "wrong_stride"}
+    assert {name for name, _ in PLACED} >= kinds
