@@ -11,7 +11,7 @@ from torch import Tensor
 from . import reference
 from .arguments import check_call
 from .options import CellOptions
-from .path import Path, choose, get_algorithm
+from .path import Path, choose, get_algorithm, native_path
 
 try:
     from . import autograd as _autograd
@@ -52,11 +52,9 @@ def compute(
     path = choose(x, syn, mem, weight, bias, threshold, graded, options, conv_reason)
     if path.native:
         assert _autograd is not None
-        out = _autograd.run(
-            x, syn, mem, weight, bias, threshold, graded, options, get_algorithm()
-        )
-        if not torch.compiler.is_compiling():
-            path = Path(_autograd.last_name(), path.reason)
+        out = _autograd.run(x, syn, mem, weight, bias, threshold, graded, options, get_algorithm())
+        if not torch.compiler.is_compiling():  # which algorithm it was is known afterwards
+            path = native_path(_autograd.last_name())
     else:
         call = conv if conv_reason is not None else None
         out = reference.run(x, syn, mem, weight, bias, threshold, graded, options, call)

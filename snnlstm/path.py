@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +25,6 @@ from .surrogate import Surrogate
 __all__ = ["Path", "algorithm", "choose", "get_algorithm", "set_algorithm"]
 
 logger = logging.getLogger("snnlstm")
-
-_MISSING = "the compiled core is missing"
-
-try:
-    # native.name(device_type, options) -> str names the kernels that run a call;
-    # native.DEVICES is the set of device types that the core was built for, native.TRACEABLE
-    # whether dynamo can trace autograd.run and native.name (through the operators of ops.py).
-    from . import native as _native
-except ModuleNotFoundError:  # a checkout that was not built
-    _native = None  # type: ignore[assignment]
-except ImportError as error:
-    _native = None  # type: ignore[assignment]
-    _MISSING = f"the compiled core does not load: {error}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +53,33 @@ class Path:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
+
+
+_MISSING = "the compiled core is missing"
+_NATIVE_REASON = "the native kernels cover this call"
+
+try:
+    # native.name(device_type, options) -> str names the kernels that run a call;
+    # native.DEVICES is the set of device types that the core was built for, native.TRACEABLE
+    # whether dynamo can trace autograd.run (through the operators of ops.py).
+    from . import native as _native
+except ModuleNotFoundError:  # a checkout that was not built
+    _native = None  # type: ignore[assignment]
+except ImportError as error:
+    _native = None  # type: ignore[assignment]
+    _MISSING = f"the compiled core does not load: {error}"
+
+# Made once: dynamo cannot trace a call into the core.
+_NATIVE_PATHS = {
+    device: Path(_native.name(device, CellOptions((1, 1))), _NATIVE_REASON)
+    for device in (() if _native is None else _native.DEVICES)
+}
+
+
+@lru_cache(maxsize=64)
+def native_path(name: str) -> Path:
+    """Path of a call that the native kernels called `name` ran."""
+    return Path(name, _NATIVE_REASON)
 
 
 ALGORITHMS = ("auto", "direct", "winograd")
@@ -261,10 +276,10 @@ def choose(
         return Path("reference", reason, slow=True)
     if _native is None:
         return Path("reference", _MISSING, slow=True)
-    return _choose_native(device, x.dtype, options)
+    return _choose_native(device, x.dtype)
 
 
-def _choose_native(device: str, dtype: torch.dtype, options: CellOptions) -> Path:
+def _choose_native(device: str, dtype: torch.dtype) -> Path:
     assert _native is not None
     if torch.compiler.is_compiling() and not getattr(_native, "TRACEABLE", False):
         return Path("reference", "torch.compile fuses plain operators", slow=True)
@@ -275,7 +290,7 @@ def _choose_native(device: str, dtype: torch.dtype, options: CellOptions) -> Pat
             return Path("reference", "autocast on the CPU", slow=True)
         if dtype not in (torch.float32, torch.float64):
             return Path("reference", f"there are no CPU kernels for {dtype}", slow=True)
-    return Path(_native.name(device, options), "the native kernels cover this call")
+    return _NATIVE_PATHS[device]
 
 
 _logged_missing = False

@@ -115,7 +115,7 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One time step; returns spk, syn and mem."""
     surrogate, quant = options.surrogate, options.quant
-    reset = mem.new_zeros(())
+    reset: Any = None
     # A foreign callable may draw random numbers: it is called as often as in snnTorch.
     if options.reset != "none" or not isinstance(surrogate, Surrogate):
         reset = reset_signal(mem, threshold, surrogate)

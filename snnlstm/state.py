@@ -96,7 +96,9 @@ class StatefulCell(Base):
 
     @staticmethod
     def zeros(*args: Tensor) -> None:
-        """Do nothing, as in snnTorch, where this leaves its arguments alone."""
+        """Set the given states to zero, in place (what snnTorch's documents, but does not do)."""
+        for state in args:
+            state.detach().zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatefulCell:
         super()._apply(fn, recurse)

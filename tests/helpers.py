@@ -52,10 +52,13 @@ def states(*shape: int, seed: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def close(actual: Any, expected: Any, atol: float = 2e-6, rtol: float = 1e-5) -> None:
-    """Assert that tensors (or tuples of them) agree; NaN equals NaN."""
+    """Assert that tensors, or tuples or dicts of them, agree; NaN equals NaN."""
     if isinstance(actual, Tensor):
         torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol, equal_nan=True)
         return
+    if isinstance(actual, dict):
+        assert list(actual) == list(expected)
+        actual, expected = actual.values(), expected.values()
     assert len(actual) == len(expected)
     for one, other in zip(actual, expected, strict=True):
         close(one, other, atol, rtol)

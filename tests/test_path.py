@@ -128,7 +128,7 @@ def test_global_hooks_take_effect():
 def test_a_changed_conv_with_a_stride_is_refused():
     cell = ours(stride=2)
     hook(cell)
-    with pytest.raises(ValueError, match="conv must be a plain nn.Conv2d .* stride .* hooks"):
+    with pytest.raises(ValueError, match=r"conv must be a plain nn.Conv2d .* stride .* hooks"):
         cell(X)
 
 
