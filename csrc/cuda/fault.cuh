@@ -50,7 +50,7 @@ inline bool fault(Fault which, int place = 0) {
 #if defined(__CUDACC__)
 __host__ __device__
 #endif
-constexpr bool fault(Fault which, int place = 0) {
+    constexpr bool fault(Fault which, int place = 0) {
   return SNNLSTM_FAULT != 0 && int(which) == SNNLSTM_FAULT && place == SNNLSTM_FAULT_PLACE;
 }
 

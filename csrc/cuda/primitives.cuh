@@ -245,13 +245,13 @@ inline void mma<tf32>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
 
 #elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 
-#define SNNLSTM_MMA(T, shape_and_types)                                                         \
-  template <>                                                                                   \
-  SNNLSTM_DEVICE void mma<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {   \
-    asm volatile("mma.sync.aligned." shape_and_types                                            \
-                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"             \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));           \
+#define SNNLSTM_MMA(T, shape_and_types)                                                       \
+  template <>                                                                                 \
+  SNNLSTM_DEVICE void mma<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+    asm volatile("mma.sync.aligned." shape_and_types                                          \
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"           \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));         \
   }
 SNNLSTM_MMA(fp16, "m16n8k16.row.col.f32.f16.f16.f32")
 SNNLSTM_MMA(bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")

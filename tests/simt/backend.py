@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from ctypes import c_double, c_int64, c_void_p
 
 import torch
-from build import HERE, ROOT, build
+from builder import HERE, ROOT, build
 from emulator import EmulationError, Emulator, symbolise
 from torch import Tensor
 
@@ -251,5 +251,5 @@ def _levels(options: CellOptions, dtype: torch.dtype) -> Tensor | None:
 
 @functools.cache
 def simt_core(variant: str = "plain", defines: tuple[str, ...] = ()) -> Core:
-    """Builds and loads the emulated core; see build.VARIANTS."""
+    """Builds and loads the emulated core; see builder.VARIANTS."""
     return Core(build("core", list(SOURCES), variant, defines, (HERE,), (BRIDGE,)))

@@ -13,7 +13,7 @@ def ratio(cost: int, fewest: int) -> float:
 
 
 def read_sectors(c: Counters) -> float:
-    """Sectors of 32 bytes that reads of global memory fetch, over the fewest that hold the bytes."""
+    """Sectors of 32 bytes that reads of global memory fetch, over the fewest that suffice."""
     return ratio(c["global_read_sectors"], c["global_read_fewest"])
 
 

@@ -1,9 +1,9 @@
 """A library of emulated kernels, seen from Python.
 
-    emulator = Emulator(build("kernels", [...], "checked"))
-    emulator.schedule("ahead", seed=3)
-    with emulator.arrays(a=a, out=(out, "w")):
-        emulator.call("run_gemm", a, out, 64, 64, 64)
+emulator = Emulator(build("kernels", [...], "checked"))
+emulator.schedule("ahead", seed=3)
+with emulator.arrays(a=a, out=(out, "w")):
+    emulator.call("run_gemm", a, out, 64, 64, 64)
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def symbolise(text: str) -> str:
             return match[0]
         lines = out.splitlines()
         # Innermost first: the wrappers of the primitives say nothing about the kernel.
-        for function, where in zip(lines[::2], lines[1::2]):
+        for function, where in zip(lines[::2], lines[1::2], strict=False):
             if not re.search(r"(simt\.h|primitives\.cuh|launch\.cuh|half\.cuh):", where):
                 name = function.replace("(anonymous namespace)::", "").split("(")[0]
                 return f"{where.split(' (')[0]} ({name})"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from build import ROOT
+from builder import ROOT
 
 HEADER = ROOT / "csrc" / "cuda" / "fault.cuh"
 

@@ -17,7 +17,7 @@ from functools import cache
 from hashlib import sha1
 from pathlib import Path
 
-from build import CACHE, ROOT
+from builder import CACHE, ROOT
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
@@ -43,7 +43,9 @@ def find(tool: str) -> str | None:
         folders += sorted(Path(root).glob("*/bin"))
     if tool == "nvcc" and os.environ.get("CUDACXX"):
         return os.environ["CUDACXX"]
-    return shutil.which(tool) or next((p for f in folders if (p := shutil.which(tool, path=f))), None)
+    return shutil.which(tool) or next(
+        (p for f in folders if (p := shutil.which(tool, path=f))), None
+    )
 
 
 @cache
@@ -138,7 +140,9 @@ def demangle(names: list[str]) -> list[str]:
     tool = shutil.which("c++filt")
     if not tool or not names:
         return names
-    done = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [tool], input="\n".join(names), capture_output=True, text=True, check=True
+    )
     return [n.replace("(anonymous namespace)::", "") for n in done.stdout.splitlines()]
 
 

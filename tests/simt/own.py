@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from build import KERNELS, build
+from builder import KERNELS, build
 from emulator import Emulator
 
 SOURCES = sorted(KERNELS.glob("*.cu"))

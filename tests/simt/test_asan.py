@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from build import HERE, compiler
-
+from builder import HERE, compiler
 
 pytestmark = pytest.mark.simt_long
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import gpu_tools
 import pytest
-from build import KERNELS, ROOT
+from builder import KERNELS, ROOT
 
 needs_nvcc = pytest.mark.skipif(gpu_tools.find("nvcc") is None, reason="there is no nvcc")
 needs_cuobjdump = pytest.mark.skipif(

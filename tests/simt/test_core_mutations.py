@@ -7,7 +7,7 @@ is judged wrong; the runs are the cases of test_cell.py, those first that are li
 import pytest
 import test_cell
 from backend import SOURCES, simt_core
-from build import ROOT
+from builder import ROOT
 from emulator import EmulationError
 from faults import fault_numbers, placed_faults
 

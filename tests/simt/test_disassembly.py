@@ -5,7 +5,7 @@ import re
 
 import gpu_tools
 import pytest
-from build import KERNELS
+from builder import KERNELS
 from test_compiles import installed_module, needs_cuobjdump, needs_nvcc
 
 pytestmark = needs_cuobjdump

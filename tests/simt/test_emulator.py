@@ -22,7 +22,9 @@ def scheduled(emulator, request):
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
-@pytest.mark.parametrize(("M", "N", "K", "splits"), [(64, 32, 96, 1), (33, 40, 72, 2), (5, 8, 8, 1)])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "splits"), [(64, 32, 96, 1), (33, 40, 72, 2), (5, 8, 8, 1)]
+)
 def test_products_of_16_bit_types(scheduled, kind, M, N, K, splits):
     result, expected = own.half_gemm(scheduled, kind, M, N, K, splits)
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ the race detector and the schedule "ahead" exist.
 import numpy as np
 import own
 import pytest
-from build import KERNELS, build
+from builder import KERNELS, build
 from emulator import EmulationError, Emulator
 from faults import fault_numbers, placed_faults
 

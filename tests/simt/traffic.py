@@ -131,10 +131,8 @@ def main() -> None:
             print(counters.table(seen))
             if not args.training:
                 print(f"over the fewest: {cost(seen, case, MODES[mode])}")
-            for spot in core.spots()[: args.lines]:
-                print(
-                    f"  {spot.cost:>8} for {spot.fewest:<8} {spot.space}  {spot.kernel}: {spot.place}"
-                )
+            for s in core.spots()[: args.lines]:
+                print(f"  {s.cost:>8} for {s.fewest:<8} {s.space}  {s.kernel}: {s.place}")
 
 
 if __name__ == "__main__":

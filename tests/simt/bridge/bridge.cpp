@@ -21,9 +21,7 @@ namespace {
 
 cuda::Target the_target;
 
-size_t element_size(DType t) {
-  return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2;
-}
+size_t element_size(DType t) { return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2; }
 
 // Arrays of one call. Those that share memory become one: views may interleave.
 class Arrays {
@@ -193,8 +191,8 @@ void backward(const SimtCell& cell, const SimtBackward& s) {
   arrays.add("grad_x", s.grad_x, input, c.dtype, true);
   arrays.add("grad_syn0", s.grad_syn0, state, c.dtype, true);
   arrays.add("grad_mem0", s.grad_mem0, state, c.dtype, true);
-  arrays.add("grad_weight", s.grad_weight,
-             4 * c.C * (c.Cin + c.C) * c.kernel_h * c.kernel_w * size, true, true);
+  arrays.add("grad_weight", s.grad_weight, 4 * c.C * (c.Cin + c.C) * c.kernel_h * c.kernel_w * size,
+             true, true);
   arrays.add("grad_bias", s.grad_bias, 4 * c.C * size, true, true);
   arrays.add("grad_threshold", s.grad_threshold, c.C * size, true, true);
   arrays.add("workspace", s.workspace, z.backward_workspace, true, true);

@@ -22,8 +22,9 @@ std::string describe_pc(const void* pc) {
   if (pc == nullptr || dladdr(pc, &info) == 0) return "an unknown place";
   char text[32];
   // The call lies before the address that it returns to.
-  std::snprintf(text, sizeof(text), "+0x%zx>",
-                size_t(static_cast<const char*>(pc) - static_cast<const char*>(info.dli_fbase)) - 1);
+  std::snprintf(
+      text, sizeof(text), "+0x%zx>",
+      size_t(static_cast<const char*>(pc) - static_cast<const char*>(info.dli_fbase)) - 1);
   return std::string("<") + info.dli_fname + text;
 }
 
@@ -31,12 +32,17 @@ namespace {
 
 const char* verb(Access kind) {
   switch (kind) {
-    case Access::read: return "reads";
-    case Access::write: return "writes";
-    case Access::atomic: return "atomically changes";
-    case Access::copy_source: return "copies asynchronously from";
+    case Access::read:
+      return "reads";
+    case Access::write:
+      return "writes";
+    case Access::atomic:
+      return "atomically changes";
+    case Access::copy_source:
+      return "copies asynchronously from";
     case Access::copy_issue:
-    case Access::copy_done: return "copies asynchronously to";
+    case Access::copy_done:
+      return "copies asynchronously to";
   }
   return "?";
 }
@@ -66,7 +72,8 @@ void access(Thread& thread, const void* p, size_t bytes, Access kind, const void
   const Checks& c = checks();
   const Place place = locate(p);
   switch (place.space) {
-    case Space::local: return;
+    case Space::local:
+      return;
     case Space::image:
       if (is_write(kind)) fail_access("write to a static variable", thread, p, bytes, kind, pc);
       return;

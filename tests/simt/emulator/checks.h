@@ -18,7 +18,7 @@ enum class Access : uint8_t { read, write, atomic, copy_source, copy_issue, copy
 struct Checks {
   bool instrumented = false;  // plain accesses are reported too (the build with hooks)
   bool bounds = true;
-  bool races = true;   // only in the instrumented build
+  bool races = true;  // only in the instrumented build
   bool counters = false;
 };
 

@@ -10,17 +10,20 @@
 
 namespace simt {
 
-std::string describe(Site site) {
-  return std::string(site.file) + ":" + std::to_string(site.line);
-}
+std::string describe(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 
 const char* describe(Operation operation) {
   switch (operation) {
-    case Operation::sync: return "__syncwarp";
-    case Operation::shuffle: return "a shuffle";
-    case Operation::vote: return "a vote";
-    case Operation::ldmatrix: return "ldmatrix";
-    case Operation::mma: return "mma";
+    case Operation::sync:
+      return "__syncwarp";
+    case Operation::shuffle:
+      return "a shuffle";
+    case Operation::vote:
+      return "a vote";
+    case Operation::ldmatrix:
+      return "ldmatrix";
+    case Operation::mma:
+      return "mma";
   }
   return "?";
 }
@@ -88,14 +91,12 @@ void Machine::release_barrier() {
 void Machine::check_collective(const Thread& thread, Operation operation, int variant,
                                unsigned mask, Site site) {
   const Warp& warp = *thread.warp;
-  const std::string here =
-      name(thread) + " calls " + describe(operation) + " at " + describe(site);
+  const std::string here = name(thread) + " calls " + describe(operation) + " at " + describe(site);
   if (!(mask >> thread.lane & 1)) {
     fail(here + " with mask " + hex(mask) + ", which lacks its own lane");
   }
   if (mask & warp.done) {
-    fail(here + " with mask " + hex(mask) + "; lanes " + hex(mask & warp.done) +
-         " have returned");
+    fail(here + " with mask " + hex(mask) + "; lanes " + hex(mask & warp.done) + " have returned");
   }
   if (mask & warp.at_barrier) {
     fail(here + " with mask " + hex(mask) + "; lanes " + hex(mask & warp.at_barrier) +
@@ -233,21 +234,24 @@ uint64_t shuffle(Shuffle mode, unsigned mask, uint64_t value, int lane, int widt
 unsigned vote(Vote mode, unsigned mask, bool predicate, Site site) {
   Thread& thread = self();
   thread.offer.value = predicate;
-  machine().collective(
-      Operation::vote, int(mode), mask, site, [](Machine&, Warp& warp, unsigned m) {
-        unsigned ballot = 0;
-        for (unsigned l = 0; l < warp_size; ++l) {
-          if (m >> l & 1) ballot |= unsigned(warp.lanes[l].offer.value) << l;
-        }
-        for (unsigned l = 0; l < warp_size; ++l) {
-          if (m >> l & 1) warp.lanes[l].offer.value = ballot;
-        }
-      });
+  machine().collective(Operation::vote, int(mode), mask, site,
+                       [](Machine&, Warp& warp, unsigned m) {
+                         unsigned ballot = 0;
+                         for (unsigned l = 0; l < warp_size; ++l) {
+                           if (m >> l & 1) ballot |= unsigned(warp.lanes[l].offer.value) << l;
+                         }
+                         for (unsigned l = 0; l < warp_size; ++l) {
+                           if (m >> l & 1) warp.lanes[l].offer.value = ballot;
+                         }
+                       });
   const unsigned ballot = unsigned(thread.offer.value);
   switch (mode) {
-    case Vote::ballot: return ballot;
-    case Vote::any: return ballot != 0;
-    case Vote::all: return ballot == mask;
+    case Vote::ballot:
+      return ballot;
+    case Vote::any:
+      return ballot != 0;
+    case Vote::all:
+      return ballot == mask;
   }
   return 0;
 }

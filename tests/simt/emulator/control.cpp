@@ -32,9 +32,7 @@ SIMT_EXPORT void simt_checks(int bounds, int races, int counters) {
 
 SIMT_EXPORT int simt_instrumented() { return simt::checks().instrumented; }
 
-SIMT_EXPORT void simt_compute_capability(int value) {
-  simt::machine().compute_capability = value;
-}
+SIMT_EXPORT void simt_compute_capability(int value) { simt::machine().compute_capability = value; }
 
 SIMT_EXPORT void simt_fault(int which, int place) {
   snnlstm::cuda::chosen_fault = which;

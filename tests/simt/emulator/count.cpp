@@ -22,7 +22,7 @@ struct Totals {
   uint64_t global_read_requests = 0, global_read_sectors = 0, global_read_fewest = 0;
   uint64_t global_write_requests = 0, global_write_sectors = 0, global_write_fewest = 0;
   uint64_t global_atomics = 0;
-  uint64_t bytes_requested = 0;  // by lanes, each time
+  uint64_t bytes_requested = 0;                // by lanes, each time
   uint64_t bytes_read = 0, bytes_written = 0;  // distinct bytes, per launch
   // Shared memory: one wavefront serves each bank once.
   uint64_t shared_requests = 0, shared_wavefronts = 0, shared_fewest = 0;
@@ -185,8 +185,7 @@ void end_count_launch() {
 void count_access(Thread& thread, const Place& place, size_t bytes, Access kind, const void* pc) {
   if (now == nullptr || kind == Access::copy_done) return;
   if (place.space == Space::global) {
-    touch(place, bytes, kind == Access::write || kind == Access::atomic,
-          kind != Access::write);
+    touch(place, bytes, kind == Access::write || kind == Access::atomic, kind != Access::write);
   }
   const bool source = kind == Access::copy_source;
   // cp.async is one instruction with two requests: one to either memory.
@@ -199,9 +198,8 @@ void count_access(Thread& thread, const Place& place, size_t bytes, Access kind,
   Request& request = instruction.requests[time];
   request.lanes |= 1u << thread.lane;
   request.bytes = std::max(request.bytes, uint16_t(bytes));
-  const size_t base = place.space == Space::shared
-                          ? 0
-                          : reinterpret_cast<uintptr_t>(place.allocation->start);
+  const size_t base =
+      place.space == Space::shared ? 0 : reinterpret_cast<uintptr_t>(place.allocation->start);
   request.address[thread.lane] = base + place.offset;
 }
 

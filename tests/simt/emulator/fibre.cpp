@@ -100,12 +100,12 @@ void Fibre::prepare(void (*entry)(void*), void* argument) {
   *--stack = nullptr;  // keeps the stack pointer 16-byte aligned at simt_start's call
   *--stack = nullptr;
   *--stack = reinterpret_cast<void*>(simt_start);
-  *--stack = nullptr;                          // rbp
-  *--stack = nullptr;                          // rbx
-  *--stack = argument;                         // r12
-  *--stack = reinterpret_cast<void*>(entry);   // r13
-  *--stack = nullptr;                          // r14
-  *--stack = nullptr;                          // r15
+  *--stack = nullptr;                         // rbp
+  *--stack = nullptr;                         // rbx
+  *--stack = argument;                        // r12
+  *--stack = reinterpret_cast<void*>(entry);  // r13
+  *--stack = nullptr;                         // r14
+  *--stack = nullptr;                         // r15
   state_ = stack;
 }
 
@@ -125,8 +125,8 @@ void Fibre::prepare(void (*entry)(void*), void* argument) {
   context->uc_stack.ss_size = size_t(high_ - low_);
   context->uc_link = nullptr;
   const auto e = reinterpret_cast<uintptr_t>(entry), v = reinterpret_cast<uintptr_t>(argument);
-  makecontext(context, reinterpret_cast<void (*)()>(trampoline), 4, unsigned(e),
-              unsigned(e >> 32), unsigned(v), unsigned(v >> 32));
+  makecontext(context, reinterpret_cast<void (*)()>(trampoline), 4, unsigned(e), unsigned(e >> 32),
+              unsigned(v), unsigned(v >> 32));
 }
 
 static void swap(void** from, void* to) {

@@ -34,8 +34,8 @@ struct SourceLocation {  // of the sanitisers' interface
 [[noreturn]] void stop(const char* what, const void* data, const std::string& details = "") {
   const auto& where = *static_cast<const SourceLocation*>(data);
   simt::Machine& m = simt::machine();
-  const std::string text = std::string(what) + details + " at " + where.file + ":" +
-                           std::to_string(where.line);
+  const std::string text =
+      std::string(what) + details + " at " + where.file + ":" + std::to_string(where.line);
   if (m.current == nullptr) {
     std::fprintf(stderr, "%s\n", text.c_str());
     std::abort();
@@ -45,14 +45,14 @@ struct SourceLocation {  // of the sanitisers' interface
 
 }  // namespace
 
-#define SIMT_HOOK(name, bytes, kind)                                  \
-  extern "C" void __tsan_##name(void* p) {                            \
-    note(p, bytes, Access::kind, __builtin_return_address(0));        \
+#define SIMT_HOOK(name, bytes, kind)                           \
+  extern "C" void __tsan_##name(void* p) {                     \
+    note(p, bytes, Access::kind, __builtin_return_address(0)); \
   }
-#define SIMT_HOOKS(bytes)                        \
-  SIMT_HOOK(read##bytes, bytes, read)            \
-  SIMT_HOOK(write##bytes, bytes, write)          \
-  SIMT_HOOK(unaligned_read##bytes, bytes, read)  \
+#define SIMT_HOOKS(bytes)                       \
+  SIMT_HOOK(read##bytes, bytes, read)           \
+  SIMT_HOOK(write##bytes, bytes, write)         \
+  SIMT_HOOK(unaligned_read##bytes, bytes, read) \
   SIMT_HOOK(unaligned_write##bytes, bytes, write)
 SIMT_HOOKS(1)
 SIMT_HOOKS(2)

@@ -70,9 +70,7 @@ std::vector<Allocation> registry;  // sorted by start
 size_t next_id = 1;
 size_t last_hit = 0;
 
-bool inside(const Fibre& fibre, const void* p) {
-  return p >= fibre.low() && p < fibre.high();
-}
+bool inside(const Fibre& fibre, const void* p) { return p >= fibre.low() && p < fibre.high(); }
 
 }  // namespace
 
@@ -242,12 +240,16 @@ void cp_async(void* to, const void* from, int bytes, int source_bytes) {
            describe_address(to) + ", at " + describe_pc(pc));
   }
   if (reinterpret_cast<uintptr_t>(from) % unsigned(bytes) != 0) {
-    m.fail(m.name(thread) + ": the source of cp_async is not aligned to " +
-           std::to_string(bytes) + " bytes at " + describe_pc(pc));
+    m.fail(m.name(thread) + ": the source of cp_async is not aligned to " + std::to_string(bytes) +
+           " bytes at " + describe_pc(pc));
   }
   if (source_bytes > 0) access(thread, from, size_t(source_bytes), Access::copy_source, pc);
-  const Copy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes, source_bytes,
-                  thread.committed, pc};
+  const Copy copy{static_cast<char*>(to),
+                  static_cast<const char*>(from),
+                  bytes,
+                  source_bytes,
+                  thread.committed,
+                  pc};
   access(thread, to, size_t(bytes), Access::copy_issue, pc);
   std::memset(to, 0xff, size_t(bytes));
   if (m.compute_capability < 80) {

@@ -22,8 +22,8 @@ enum class Space : uint8_t { shared, global, local, image, unknown };
 
 struct Place {
   Space space;
-  size_t offset;            // into the shared memory or the allocation
-  Allocation* allocation;   // of Space::global
+  size_t offset;           // into the shared memory or the allocation
+  Allocation* allocation;  // of Space::global
 };
 
 // Says where p lies; for the thread that runs, its own stack and the host's are local.

@@ -28,9 +28,9 @@ const void* lengthen(int32_t pc) { return reinterpret_cast<const char*>(&threadI
 // The history of a piece of memory, as far as a race can still come of it.
 struct Cell {
   Record write;
-  Record read;              // the last one
-  uint32_t read_lanes = 0;  // lanes of read's warp that read with the same epoch and event
-  Record read_elsewhere;    // of another warp than `read`, same block
+  Record read;                     // the last one
+  uint32_t read_lanes = 0;         // lanes of read's warp that read with the same epoch and event
+  Record read_elsewhere;           // of another warp than `read`, same block
   Record other_read, other_write;  // of another block of this launch
   uint32_t flight_epoch = 0;       // of a cp.async under way; 0: none
   int32_t flight_pc = 0;
@@ -149,13 +149,14 @@ struct Context {
 };
 
 [[noreturn]] __attribute__((noinline)) void report_flight(const Cell& cell, const Context& c,
-                                                           const char* what, size_t offset) {
+                                                          const char* what, size_t offset) {
   Machine& m = machine();
   const bool own = cell.flight_thread == c.thread.id;
   m.fail(std::string("race: ") + m.name(c.thread) + " " + what + " " +
          describe_address(c.start + offset) + " at " + describe_pc(c.pc) + " while a cp_async of " +
          (own ? "its own" : m.name_of(cell.flight_thread)) + " to it is under way, issued at " +
-         describe_pc(lengthen(cell.flight_pc)) + ": cp_async_wait is missing or waits for too little");
+         describe_pc(lengthen(cell.flight_pc)) +
+         ": cp_async_wait is missing or waits for too little");
 }
 
 // A copy of another block's, which had been checked, does not count.
@@ -173,8 +174,9 @@ void check_read(const Cell& cell, const Context& c, bool must_be_written, size_t
     report("writes", cell.other_write, "reads", thread, c.start + offset, c.pc);
   }
   if (must_be_written && cell.write.epoch < m.block_epoch) {
-    machine().fail("uninitialised: " + m.name(thread) + " reads " + describe_address(c.start + offset) +
-           ", which nobody has written, at " + describe_pc(c.pc));
+    machine().fail("uninitialised: " + m.name(thread) + " reads " +
+                   describe_address(c.start + offset) + ", which nobody has written, at " +
+                   describe_pc(c.pc));
   }
 }
 
@@ -264,7 +266,8 @@ void check_race(Thread& thread, const Place& place, size_t bytes, Access kind, c
       break;
     case Access::copy_done: {
       // The copy happens somewhere between issue and wait: it counts as the latest of it.
-      const Record now{machine().epoch, thread.warp->events, shorten(pc), uint16_t(thread.id), false};
+      const Record now{machine().epoch, thread.warp->events, shorten(pc), uint16_t(thread.id),
+                       false};
       shadow.each(place.offset, bytes, [&](Cell& cell, size_t) {
         cell.flight_epoch = 0;
         cell.write = now;

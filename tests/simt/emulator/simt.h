@@ -25,14 +25,10 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-#define SIMT_VECTORS(T, name)                                                                 \
-  struct alignas(2 * sizeof(T)) name##2 {                                                     \
-    T x, y;                                                                                   \
-  };                                                                                          \
-  struct alignas(sizeof(T) == 8 ? 16 : 4 * sizeof(T)) name##4 {                               \
-    T x, y, z, w;                                                                             \
-  };                                                                                          \
-  __forceinline__ name##2 make_##name##2(T x, T y) { return {x, y}; }                         \
+#define SIMT_VECTORS(T, name)                                                    \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                             \
+  struct alignas(sizeof(T) == 8 ? 16 : 4 * sizeof(T)) name##4 { T x, y, z, w; }; \
+  __forceinline__ name##2 make_##name##2(T x, T y) { return {x, y}; }            \
   __forceinline__ name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 SIMT_VECTORS(unsigned char, uchar)
 SIMT_VECTORS(unsigned short, ushort)
@@ -182,7 +178,7 @@ __forceinline__ T atomicExch(T* p, typename ::simt::Same<T>::type v) {
 }
 template <class T>
 __forceinline__ T atomicCAS(T* p, typename ::simt::Same<T>::type compare,
-                          typename ::simt::Same<T>::type v) {
+                            typename ::simt::Same<T>::type v) {
   return ::simt::change(p, [compare, v](T old) { return old == compare ? v : old; });
 }
 
@@ -215,8 +211,8 @@ __forceinline__ float __fdividef(float a, float b) { return a / b; }
 __forceinline__ float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 __forceinline__ float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
 
-#define SIMT_MIN_MAX(T)                                            \
-  __forceinline__ T min(T a, T b) { return b < a ? b : a; }        \
+#define SIMT_MIN_MAX(T)                                     \
+  __forceinline__ T min(T a, T b) { return b < a ? b : a; } \
   __forceinline__ T max(T a, T b) { return a < b ? b : a; }
 SIMT_MIN_MAX(int)
 SIMT_MIN_MAX(unsigned)

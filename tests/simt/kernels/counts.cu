@@ -55,7 +55,9 @@ __global__ void uneven(const float* x, float* y) {
 
 // ---- shared -------------------------------------------------------------------------------------
 
-__global__ void rows(const float*, float* y) { y[threadIdx.x] = fill() + shared().a[3][threadIdx.x]; }
+__global__ void rows(const float*, float* y) {
+  y[threadIdx.x] = fill() + shared().a[3][threadIdx.x];
+}
 __global__ void columns(const float*, float* y) {
   y[threadIdx.x] = fill() + shared().a[threadIdx.x][3];
 }
@@ -110,11 +112,11 @@ struct Case {
 };
 #define CASE(name) {#name, name}
 const Case cases[] = {
-    CASE(neighbours),     CASE(shifted),        CASE(every_other), CASE(every_eighth),
-    CASE(same_for_all),   CASE(vectors),        CASE(some_lanes),  CASE(again),
-    CASE(uneven),         CASE(rows),           CASE(columns),     CASE(padded_columns),
-    CASE(two_way),        CASE(broadcast),      CASE(shared_vectors), CASE(narrow_tile),
-    CASE(wide_tile),      CASE(copies),         CASE(only_fill),   CASE(three_mma),
+    CASE(neighbours),   CASE(shifted),   CASE(every_other),    CASE(every_eighth),
+    CASE(same_for_all), CASE(vectors),   CASE(some_lanes),     CASE(again),
+    CASE(uneven),       CASE(rows),      CASE(columns),        CASE(padded_columns),
+    CASE(two_way),      CASE(broadcast), CASE(shared_vectors), CASE(narrow_tile),
+    CASE(wide_tile),    CASE(copies),    CASE(only_fill),      CASE(three_mma),
     CASE(atomics),
 };
 

@@ -44,9 +44,12 @@ ENTRY probe_mma(int type, const uint32_t* a, const uint32_t* b, const float* c, 
   return guarded([&] {
     const Launch how{"one_mma", 1, 32};
     switch (type) {
-      case 0: return launch(how, one_mma<fp16>, a, b, c, d);
-      case 1: return launch(how, one_mma<bf16>, a, b, c, d);
-      default: return launch(how, one_mma<tf32>, a, b, c, d);
+      case 0:
+        return launch(how, one_mma<fp16>, a, b, c, d);
+      case 1:
+        return launch(how, one_mma<bf16>, a, b, c, d);
+      default:
+        return launch(how, one_mma<tf32>, a, b, c, d);
     }
   });
 }
@@ -55,12 +58,18 @@ ENTRY probe_ldmatrix(int count, int transposed, const uint16_t* tiles, uint32_t*
   return guarded([&] {
     const Launch how{"one_ldmatrix", 1, 32, sizeof(Tiles)};
     switch (count + 8 * transposed) {
-      case 1: return launch(how, one_ldmatrix<1, false>, tiles, r);
-      case 2: return launch(how, one_ldmatrix<2, false>, tiles, r);
-      case 4: return launch(how, one_ldmatrix<4, false>, tiles, r);
-      case 9: return launch(how, one_ldmatrix<1, true>, tiles, r);
-      case 10: return launch(how, one_ldmatrix<2, true>, tiles, r);
-      default: return launch(how, one_ldmatrix<4, true>, tiles, r);
+      case 1:
+        return launch(how, one_ldmatrix<1, false>, tiles, r);
+      case 2:
+        return launch(how, one_ldmatrix<2, false>, tiles, r);
+      case 4:
+        return launch(how, one_ldmatrix<4, false>, tiles, r);
+      case 9:
+        return launch(how, one_ldmatrix<1, true>, tiles, r);
+      case 10:
+        return launch(how, one_ldmatrix<2, true>, tiles, r);
+      default:
+        return launch(how, one_ldmatrix<4, true>, tiles, r);
     }
   });
 }
@@ -71,12 +80,24 @@ ENTRY convert(int type, int back, const uint32_t* in, uint32_t* out, int n) {
     for (int i = 0; i < n; ++i) {
       const float x = detail::float_of(in[i]);
       switch (type + 4 * back) {
-        case 0: out[i] = from_float<fp16>(x).bits; break;
-        case 1: out[i] = from_float<bf16>(x).bits; break;
-        case 2: out[i] = from_float<tf32>(x).bits; break;
-        case 4: out[i] = detail::bits_of(to_float(fp16{uint16_t(in[i])})); break;
-        case 5: out[i] = detail::bits_of(to_float(bf16{uint16_t(in[i])})); break;
-        default: out[i] = detail::bits_of(to_float(tf32{in[i]})); break;
+        case 0:
+          out[i] = from_float<fp16>(x).bits;
+          break;
+        case 1:
+          out[i] = from_float<bf16>(x).bits;
+          break;
+        case 2:
+          out[i] = from_float<tf32>(x).bits;
+          break;
+        case 4:
+          out[i] = detail::bits_of(to_float(fp16{uint16_t(in[i])}));
+          break;
+        case 5:
+          out[i] = detail::bits_of(to_float(bf16{uint16_t(in[i])}));
+          break;
+        default:
+          out[i] = detail::bits_of(to_float(tf32{in[i]}));
+          break;
       }
     }
   });

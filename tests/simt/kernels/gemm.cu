@@ -96,8 +96,7 @@ __global__ void add_splits(const float* parts, float* d, int elements, int split
 }
 
 template <class T>
-void half_product(const T* a, const T* b, float* parts, float* d, int M, int N, int K,
-                  int splits) {
+void half_product(const T* a, const T* b, float* parts, float* d, int M, int N, int K, int splits) {
   const int steps = (K + depth - 1) / depth;
   const int per_split = (steps + splits - 1) / splits * depth;
   const dim3 grid((N + tile - 1) / tile, (M + tile - 1) / tile, splits);

@@ -122,17 +122,19 @@ ENTRY run_sum_rows(const float* x, float* sums, int rows, int columns, int width
   return guarded([&] {
     const Launch how{"sum_rows", (rows * width + 127) / 128, 128};
     switch (width) {
-      case 4: return launch(how, sum_rows<4>, x, sums, rows, columns);
-      case 8: return launch(how, sum_rows<8>, x, sums, rows, columns);
-      default: return launch(how, sum_rows<32>, x, sums, rows, columns);
+      case 4:
+        return launch(how, sum_rows<4>, x, sums, rows, columns);
+      case 8:
+        return launch(how, sum_rows<8>, x, sums, rows, columns);
+      default:
+        return launch(how, sum_rows<32>, x, sums, rows, columns);
     }
   });
 }
 
 ENTRY run_sum_halves(const float* x, float* sums, int rows, int columns) {
-  return guarded([&] {
-    launch(Launch{"sum_halves", 1, dim3(rows * 16)}, sum_halves, x, sums, columns);
-  });
+  return guarded(
+      [&] { launch(Launch{"sum_halves", 1, dim3(rows * 16)}, sum_halves, x, sums, columns); });
 }
 
 ENTRY run_box_sum(const float* x, float* y, int H, int W) {
@@ -155,7 +157,6 @@ ENTRY run_sum_all(const float* x, float* parts, unsigned* counter, float* sum, i
 }
 
 ENTRY run_sum_columns(const float* x, float* sums, int rows, int columns) {
-  return guarded([&] {
-    launch(Launch{"sum_columns", rows, 64}, sum_columns, x, sums, rows, columns);
-  });
+  return guarded(
+      [&] { launch(Launch{"sum_columns", rows, 64}, sum_columns, x, sums, rows, columns); });
 }

@@ -99,9 +99,7 @@ __global__ void width_of_three(Data d) {
   d.out[threadIdx.x] = float(__shfl_xor_sync(full_warp, int(threadIdx.x), 1, d.bad ? 3 : 4));
 }
 
-__global__ void active_mask(Data d) {
-  d.out[threadIdx.x] = d.bad ? float(__activemask()) : 1.0f;
-}
+__global__ void active_mask(Data d) { d.out[threadIdx.x] = d.bad ? float(__activemask()) : 1.0f; }
 
 // ---- bounds -------------------------------------------------------------------------------------
 
@@ -349,27 +347,48 @@ struct Case {
 #define CASE(name) {#name, name, 1}
 #define CASE_OF_TWO(name) {#name, name, 2}
 const Case cases[] = {
-    CASE(divergent_barriers),      CASE(return_before_barrier),
-    CASE(uneven_loop),             CASE(barrier_in_one_warp),
-    CASE(barrier_against_shuffle), CASE(mask_without_self),
-    CASE(masks_differ),            CASE(places_differ),
-    CASE(lane_has_returned),       CASE(shuffle_from_outside_mask),
-    CASE(width_of_three),          CASE(active_mask),
-    CASE(shared_index),            CASE(shared_pointer),
-    CASE(read_behind),             CASE(write_before),
-    CASE(vector_behind),           CASE(copy_from_behind),
-    CASE(write_input),             CASE(write_static),
-    CASE(misaligned_vector),       CASE(misaligned_copy),
-    CASE(misaligned_rows),         CASE(copy_to_register),
-    CASE(overflow),                CASE(read_before_wait),
-    CASE(wait_for_too_little),     CASE(wait_without_commit),
-    CASE(return_with_copies),      CASE(wait_without_barrier),
-    CASE(read_before_write),       CASE(overwrite_before_read),
-    CASE(lanes_without_syncwarp),  CASE(syncwarp_of_others),
-    CASE(shuffle_is_no_fence),     CASE(rows_without_syncwarp),
-    CASE(never_written),           CASE(same_element),
-    CASE_OF_TWO(blocks_write),            CASE_OF_TWO(blocks_read),
-    CASE_OF_TWO(atomic_and_plain),        CASE_OF_TWO(last_block_without_fence),
+    CASE(divergent_barriers),
+    CASE(return_before_barrier),
+    CASE(uneven_loop),
+    CASE(barrier_in_one_warp),
+    CASE(barrier_against_shuffle),
+    CASE(mask_without_self),
+    CASE(masks_differ),
+    CASE(places_differ),
+    CASE(lane_has_returned),
+    CASE(shuffle_from_outside_mask),
+    CASE(width_of_three),
+    CASE(active_mask),
+    CASE(shared_index),
+    CASE(shared_pointer),
+    CASE(read_behind),
+    CASE(write_before),
+    CASE(vector_behind),
+    CASE(copy_from_behind),
+    CASE(write_input),
+    CASE(write_static),
+    CASE(misaligned_vector),
+    CASE(misaligned_copy),
+    CASE(misaligned_rows),
+    CASE(copy_to_register),
+    CASE(overflow),
+    CASE(read_before_wait),
+    CASE(wait_for_too_little),
+    CASE(wait_without_commit),
+    CASE(return_with_copies),
+    CASE(wait_without_barrier),
+    CASE(read_before_write),
+    CASE(overwrite_before_read),
+    CASE(lanes_without_syncwarp),
+    CASE(syncwarp_of_others),
+    CASE(shuffle_is_no_fence),
+    CASE(rows_without_syncwarp),
+    CASE(never_written),
+    CASE(same_element),
+    CASE_OF_TWO(blocks_write),
+    CASE_OF_TWO(blocks_read),
+    CASE_OF_TWO(atomic_and_plain),
+    CASE_OF_TWO(last_block_without_fence),
 };
 
 }  // namespace
