@@ -7,6 +7,10 @@ ARGS   ?=
 # For make wheel: empty (as found), cpu or 13
 CUDA   ?=
 
+ifneq ($(filter-out cpu 13,$(CUDA)),)
+$(error CUDA is '$(CUDA)'; accepted: cpu, 13, or nothing)
+endif
+
 RUN      := $(VENV)/bin/python
 SOURCES  := pyproject.toml setup.py snnlstm/version.py \
             $(shell find csrc -type f -not -name '*.md' 2>/dev/null)
@@ -38,11 +42,12 @@ format: $(VENV)/.linters  ## let ruff and clang-format rewrite the code
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_CODE)
 
+# CUDA=13 takes the machine's nvcc, or PyPI's where there is none.
+WHEEL_ENV_cpu := SNNLSTM_CUDA=off SNNLSTM_LOCAL_VERSION=cpu
+WHEEL_ENV_13   = SNNLSTM_LOCAL_VERSION=cu13 \
+                 SNNLSTM_CUDA=$(if $(or $(CUDACXX),$(shell command -v nvcc)),on,pip)
 wheel: $(VENV)/.linters  ## build sdist and wheel into dist/ (CUDA=cpu|13: +cpu or +cu13)
-	$(if $(filter-out cpu 13,$(CUDA)),$(error CUDA is '$(CUDA)'; accepted: cpu, 13, or nothing))
-	$(if $(CUDA),SNNLSTM_CUDA=$(if $(filter cpu,$(CUDA)),off,on) \
-	    SNNLSTM_LOCAL_VERSION=$(if $(filter cpu,$(CUDA)),cpu,cu$(CUDA))) \
-	    $(RUN) -m build --outdir dist $(if $(CUDA),--wheel) .
+	$(WHEEL_ENV_$(CUDA)) $(RUN) -m build --outdir dist $(if $(CUDA),--wheel) .
 
 clean:  ## remove what builds and runs have made
 	rm -rf build dist out *.egg-info snnlstm/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,7 +1,8 @@
 """Builds snnlstm._C with CMake and Ninja; the metadata is in pyproject.toml.
 
 Environment
-    SNNLSTM_CUDA            off | on; unset: the CUDA half is built where a CUDA compiler is found
+    SNNLSTM_CUDA            off | on | pip; unset: the CUDA half is built where a CUDA compiler is
+                            found; pip: with the one on PyPI, fetched for this build alone
     CUDACXX, CUDA_HOME      where nvcc is (then PATH, then the pip package nvidia-cuda-nvcc)
     SNNLSTM_CUDA_ARCHS      compute capabilities, such as "80;90": fewer make a quicker build
     SNNLSTM_LOCAL_VERSION   e.g. cu13: the wheel becomes snnlstm-0.1.0+cu13
@@ -29,6 +30,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 VERSION_FILE = ROOT / "snnlstm" / "version.py"
 DEFAULT_CUDA = Path("/usr/local/cuda")
+CUDA_FROM_PIP = ["nvidia-cuda-nvcc==13.*", "nvidia-cuda-runtime==13.*", "nvidia-cuda-cccl==13.*"]
 
 
 def version() -> str:
@@ -42,6 +44,17 @@ def say(text: str) -> None:
     print(f"snnlstm: {text}", file=sys.stderr, flush=True)
 
 
+def cuda_wish() -> str:
+    return os.environ.get("SNNLSTM_CUDA", "").strip().lower()
+
+
+def nvcc_from_pip():
+    """(what it is, path) of each nvcc that is installed as a pip package."""
+    for folder in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
+        for path in sorted(Path(folder or ".").glob("nvidia/cu*/bin/nvcc"), reverse=True):
+            yield "pip package nvidia-cuda-nvcc", str(path)
+
+
 def nvcc_candidates():
     """(where it was named, path) in order of preference."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
@@ -49,9 +62,7 @@ def nvcc_candidates():
             yield name, str(Path(os.environ[name]) / "bin" / "nvcc")
     if on_path := shutil.which("nvcc"):
         yield "PATH", on_path
-    for folder in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
-        for path in sorted(Path(folder or ".").glob("nvidia/cu*/bin/nvcc"), reverse=True):
-            yield "pip package nvidia-cuda-nvcc", str(path)
+    yield from nvcc_from_pip()
     if (DEFAULT_CUDA / "bin" / "nvcc").exists():
         yield str(DEFAULT_CUDA), str(DEFAULT_CUDA / "bin" / "nvcc")
 
@@ -78,29 +89,33 @@ def trouble_with(nvcc: str) -> str | None:
 
 def find_nvcc() -> tuple[str | None, str]:
     """The CUDA compiler to use, or None; and why, in words."""
-    wish = os.environ.get("SNNLSTM_CUDA", "").strip().lower()
-    if wish not in ("", "on", "off"):
-        raise CompileError(f"SNNLSTM_CUDA is {wish!r}; accepted: on, off, or unset (automatic)")
+    wish = cuda_wish()
+    if wish not in ("", "on", "off", "pip"):
+        raise CompileError(
+            f"SNNLSTM_CUDA is {wish!r}; accepted: on, off, pip, or unset (automatic)"
+        )
     if wish == "off":
         return None, "SNNLSTM_CUDA=off"
-    if named := os.environ.get("CUDACXX"):  # named by hand: another one would be a surprise
+    named = os.environ.get("CUDACXX")
+    if named and wish != "pip":  # named by hand: another one would be a surprise
         nvcc = shutil.which(named) or named
         if trouble := trouble_with(nvcc):
             raise CompileError(f"CUDACXX is {named!r}, which cannot be run: {trouble}")
         return nvcc, "named by CUDACXX"
     tried = []
-    for where, nvcc in nvcc_candidates():
+    for where, nvcc in nvcc_from_pip() if wish == "pip" else nvcc_candidates():
         trouble = trouble_with(nvcc)
         if not trouble:
             return nvcc, f"found through {where}"
         tried.append(f"{where}: {trouble}")
     reason = "no CUDA compiler found" + (f" ({'; '.join(tried)})" if tried else "")
-    if wish == "on":
+    if wish:
         raise CompileError(
-            f"SNNLSTM_CUDA=on, but {reason}.\n"
-            "Looked at CUDACXX, CUDA_HOME, PATH and the pip package nvidia-cuda-nvcc. Either set "
-            "CUDACXX=/path/to/nvcc, or `pip install nvidia-cuda-nvcc nvidia-cuda-runtime "
-            "nvidia-cuda-cccl` (CUDA 13), or unset SNNLSTM_CUDA to build the CPU half alone."
+            f"SNNLSTM_CUDA={wish}, but {reason}.\n"
+            "Looked at CUDACXX, CUDA_HOME, PATH and the pip package nvidia-cuda-nvcc. Set "
+            "CUDACXX=/path/to/nvcc, or SNNLSTM_CUDA=pip to have pip fetch CUDA 13's compiler for "
+            "the build (not with --no-build-isolation), or unset SNNLSTM_CUDA to build the CPU "
+            "half alone."
         )
     return None, reason
 
@@ -194,6 +209,8 @@ def run(what: str, command: list[str], hint: str = "") -> None:
 
 setup(
     version=version(),
+    # Asked for by pip as further build requirements; nothing else uses it.
+    setup_requires=CUDA_FROM_PIP if cuda_wish() == "pip" else [],
     ext_modules=[Extension("snnlstm._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},
 )

@@ -50,7 +50,7 @@ def test_on_without_a_compiler_is_an_error_that_helps(build, monkeypatch):
     with pytest.raises(Exception, match="SNNLSTM_CUDA=on, but no CUDA compiler found") as caught:
         build["find_nvcc"]()
     assert "CUDACXX" in str(caught.value)
-    assert "nvidia-cuda-nvcc" in str(caught.value)
+    assert "SNNLSTM_CUDA=pip" in str(caught.value)
 
 
 def test_off_wins_over_everything(build, monkeypatch, tmp_path):
@@ -59,9 +59,18 @@ def test_off_wins_over_everything(build, monkeypatch, tmp_path):
     assert build["find_nvcc"]() == (None, "SNNLSTM_CUDA=off")
 
 
+def test_pip_means_the_pip_package_and_no_other(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("SNNLSTM_CUDA", "pip")
+    monkeypatch.setenv("CUDACXX", program(tmp_path / "named/nvcc"))
+    with pytest.raises(Exception, match="SNNLSTM_CUDA=pip, but no CUDA compiler found"):
+        build["find_nvcc"]()
+    path = program(tmp_path / "site/nvidia/cu13/bin/nvcc")
+    assert build["find_nvcc"]()[0] == path
+
+
 def test_any_other_wish_is_refused(build, monkeypatch):
     monkeypatch.setenv("SNNLSTM_CUDA", "maybe")
-    with pytest.raises(Exception, match="'maybe'; accepted: on, off"):
+    with pytest.raises(Exception, match="'maybe'; accepted: on, off, pip"):
         build["find_nvcc"]()
 
 
