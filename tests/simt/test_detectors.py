@@ -48,6 +48,8 @@ CASES = {
     "rows_without_syncwarp": ("race: .*neither a barrier nor a __syncwarp between them", False),
     "never_written": ("uninitialised: .*, which nobody has written", False),
     "same_element": ("race: .* writes byte 0 of 'out'", False),
+    "halves_of_a_word": ("race|uninitialised", False),
+    "bytes_of_a_word": ("race|uninitialised", False),
     "blocks_write": ("race: .*nothing orders blocks", False),
     "blocks_read": ("race: .*nothing orders blocks", False),
     "atomic_and_plain": ("race: .*nothing orders blocks", False),
