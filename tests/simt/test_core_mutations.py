@@ -6,6 +6,7 @@ is judged wrong; the runs are the cases of test_cell.py, those first that are li
 
 import pytest
 import test_cell
+import test_cell_gradients
 from backend import SOURCES, simt_core
 from builder import ROOT
 from emulator import EmulationError
@@ -33,6 +34,18 @@ RUNS = [
     ("float32", "kernel 5x1"),
 ]
 
+HAS_BACKWARD = not test_cell_gradients.pytestmark.args[0]
+BACKWARD_RUNS = [
+    ("float32", "plain"),
+    ("tf32x3", "plain"),
+    ("bfloat16 states", "channels last"),
+    ("tf32x3", "wide"),
+    ("bfloat16 states", "short chunks"),
+    ("float32", "max pool"),
+    ("tf32x3", "stride, dilation"),
+    ("float32", "inhibition"),
+]
+
 
 @pytest.fixture
 def core():
@@ -41,7 +54,7 @@ def core():
     found.reset()
 
 
-def report(core, mode, case) -> str:
+def forward_report(core, mode, case) -> str:
     """ "" where the run is fine."""
     try:
         test_cell.check(core, test_cell.CASES[case], test_cell.MODES[mode])
@@ -50,16 +63,32 @@ def report(core, mode, case) -> str:
     return ""
 
 
+def backward_report(core, mode, case) -> str:
+    errors = test_cell_gradients.EXACT | test_cell_gradients.COARSE
+    try:
+        test_cell_gradients.check(core, test_cell.CASES[case], test_cell.MODES[mode], errors[mode])
+    except (AssertionError, EmulationError) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+def reports(core):
+    """What each run says, one after the other."""
+    yield from (forward_report(core, *run) for run in RUNS)
+    if HAS_BACKWARD:
+        yield from (backward_report(core, *run) for run in BACKWARD_RUNS)
+
+
 @pytest.mark.parametrize(("name", "place"), PLACED)
 def test_a_fault_is_caught(core, name, place):
     core.fault(NUMBERS[name], place)
     core.schedule("ahead", 1)
-    assert any(report(core, *run) for run in RUNS), f"no run notices {name}, place {place}"
+    assert any(reports(core)), f"no run notices {name}, place {place}"
 
 
 def test_the_runs_pass_without_a_fault(core):
     core.schedule("ahead", 1)
-    assert [report(core, *run) for run in RUNS] == [""] * len(RUNS)
+    assert not any(found := list(reports(core))), found
 
 
 def test_every_kind_of_fault_is_placed():
