@@ -7,9 +7,6 @@
 
 namespace snnlstm::cuda {
 
-// What the convolutions multiply with.
-enum class Multiply : int { fma, fp16, bf16, tf32, tf32x3 };
-
 inline const char* name_of(Multiply m) {
   constexpr const char* names[] = {"fma", "mma-fp16", "mma-bf16", "mma-tf32", "mma-3xtf32"};
   return names[int(m)];
@@ -34,15 +31,11 @@ inline Multiply wanted_multiply(const Cell& cell, const Target& target) {
   }
 }
 
-inline MmaType type_of(Multiply m) {
-  MmaType t;
-  t.element = m == Multiply::fp16 || m == Multiply::bf16 ? 2 : 4;
-  return t;
-}
+inline MmaType type_of(Multiply m) { return MmaType(m); }
 
-// Bytes of the saved gates' elements, and of all else that has gates.
-inline int gate_size(Multiply m, DType dtype) {
-  return m == Multiply::fma ? size_of(dtype) : type_of(m).element;
+// Type of the saved gates, and of all else that has gates.
+inline DType gate_type(Multiply m, DType dtype) {
+  return m == Multiply::fma ? dtype : type_of(m).type();
 }
 
 // The two halves of the gates' convolution, without their data.
@@ -115,8 +108,8 @@ inline ForwardPlan plan_forward(const Cell& c, const Target& target) {
       plan.warps_m = shape.m, plan.warps_n = shape.n;
       place(plan, c, 32 * shape.m);
       MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);
-      builder.add(input_window(c), x_depth(c, plan.multiply), 4, plan.tiling);
-      builder.add(state_window(c), mem_depth(c, plan.multiply), 4, plan.tiling);
+      builder.add(input_window(c), x_depth(c, plan.multiply), plan.tiling);
+      builder.add(state_window(c), mem_depth(c, plan.multiply), plan.tiling);
       builder.finish(nullptr, 0, 0, plan.threads());
       const int64_t bytes =
           forward_shared_bytes(plan, builder.conv, c.pool != Pool::none) + 5 * plan.channels() * 4;

@@ -30,18 +30,20 @@ struct PooledIndex {
   SNNLSTM_DEVICE int64_t flat(const Fire& f) const { return (int64_t(c) * f.Hp + y) * f.Wp + x; }
 };
 
-template <class S>
-SNNLSTM_DEVICE RealOf<S> thresholded_mem(const FireStep& p, int n, const PooledIndex& at) {
+template <class R>
+SNNLSTM_DEVICE R thresholded_mem(const FireStep& p, int n, const PooledIndex& at) {
   const Fire& f = p.fire;
-  const S* mem =
-      image_of<const S>(p.mem, 0, n) + offset(p.mem, at.c, at.y * f.pool_h, at.x * f.pool_w);
-  const auto value = [&](int i, int j) { return to_real(mem[i * p.mem.h + j * p.mem.w]); };
+  const void* mem = image_of(p.mem, 0, n);
+  const int first = offset(p.mem, at.c, at.y * f.pool_h, at.x * f.pool_w);
+  const auto value = [&](int i, int j) {
+    return read<R>(mem, p.mem.type, first + i * p.mem.h + j * p.mem.w);
+  };
   int where;
-  return f.pool == Pool::none ? value(0, 0) : pooled<S>(f, value, where);
+  return f.pool == Pool::none ? value(0, 0) : pooled<R>(f, value, where);
 }
 
 // One thread a pooled neuron.
-template <class S>
+template <class R>
 __global__ void __launch_bounds__(kFireThreads) fire_windows(const __grid_constant__ FireStep p) {
   const Fire& f = p.fire;
   const int64_t per_sample = int64_t(f.C) * f.Hp * f.Wp;
@@ -49,8 +51,8 @@ __global__ void __launch_bounds__(kFireThreads) fire_windows(const __grid_consta
   if (i >= per_sample * p.N) return;
   const int n = int(i / per_sample);
   const PooledIndex at(f, i % per_sample);
-  image_of<S>(f.spk, 0, n)[offset(f.spk, at.c, at.y, at.x)] =
-      from_real<S>(spike_of<S>(f, thresholded_mem<S>(p, n, at), threshold_of<S>(f, at.c)));
+  write(image_of(f.spk, 0, n), f.spk.type, offset(f.spk, at.c, at.y, at.x),
+        spike_of(f, thresholded_mem<R>(p, n, at), threshold_of<R>(f, at.c)));
 }
 
 template <class R>
@@ -61,9 +63,8 @@ struct WinnerShared {
 
 // Of all neurons of a sample only the one with the highest (pooled) mem may spike: the lowest index
 // in (C, Hp, Wp) among equals; a NaN counts as highest, as in torch.argmax. One block a sample.
-template <class S>
+template <class R>
 __global__ void __launch_bounds__(kFireThreads) fire_winner(const __grid_constant__ FireStep p) {
-  using R = RealOf<S>;
   auto& shared = shared_memory<WinnerShared<R>>();
   const Fire& f = p.fire;
   const int n = int(blockIdx.x), tid = int(threadIdx.x);
@@ -78,11 +79,11 @@ __global__ void __launch_bounds__(kFireThreads) fire_winner(const __grid_constan
   int64_t best_index = -1;
   for (int64_t i = tid; i < count; i += kFireThreads) {
     const PooledIndex at(f, i);
-    const R mem = thresholded_mem<S>(p, n, at);
+    const R mem = thresholded_mem<R>(p, n, at);
     const int64_t flat = at.flat(f);
     if (better(mem, flat, best, best_index)) best = mem, best_index = flat;
-    image_of<S>(f.spk, 0, n)[offset(f.spk, at.c, at.y, at.x)] =
-        from_real<S>(R(0) * R(f.graded));
+    write(image_of(f.spk, 0, n), f.spk.type, offset(f.spk, at.c, at.y, at.x),
+          R(0) * R(f.graded));
   }
   shared.value[tid] = best, shared.index[tid] = best_index;
   for (int half = kFireThreads / 2; half > 0; half /= 2) {
@@ -99,8 +100,8 @@ __global__ void __launch_bounds__(kFireThreads) fire_winner(const __grid_constan
   if (p.winner != nullptr) p.winner[n] = winner;
   if (winner < 0) return;
   const int c = int(winner / (int64_t(f.Hp) * f.Wp)), y = int(winner / f.Wp % f.Hp);
-  image_of<S>(f.spk, 0, n)[offset(f.spk, c, y, int(winner % f.Wp))] =
-      from_real<S>(spike_of<S>(f, shared.value[0], threshold_of<S>(f, c)));
+  write(image_of(f.spk, 0, n), f.spk.type, offset(f.spk, c, y, int(winner % f.Wp)),
+        spike_of(f, shared.value[0], threshold_of<R>(f, c)));
 }
 
 }  // namespace snnlstm::cuda

@@ -32,10 +32,32 @@ SNNLSTM_BOTH int64_t depth(const Segment& s) {
   return (k + kDepth - 1) / kDepth * kDepth;
 }
 
-template <class S>
+// First of the thread's two pixels of a pair, first of its columns.
+SNNLSTM_DEVICE int pixel(int pair) { return 16 * pair + 2 * (int(threadIdx.x) % 8); }
+SNNLSTM_DEVICE int column() { return 4 * (int(threadIdx.x) / 8); }
+
+// acc[pair][pixel][column] += a * b for one chunk of K.
+template <class R>
+SNNLSTM_DEVICE void multiply(const R (&a)[kDepth][kPixels], const R (&b)[kDepth][kColumns],
+                             R (&acc)[4][2][4]) {
+#pragma unroll 4
+  for (int k = 0; k < kDepth; ++k) {
+    R left[4][2], right[4];
+    load_vector(&b[k][column()], right);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) load_vector(&a[k][pixel(i)], left[i]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int px = 0; px < 2; ++px)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) acc[i][px][c] += left[i][px] * right[c];
+  }
+}
+
+template <class R>
 class Gemm {
  public:
-  using R = RealOf<S>;
   static constexpr int kVector = 16 / sizeof(R);  // elements in a 16-byte copy
 
   SNNLSTM_DEVICE Gemm(Shared<R>& shared, const Tiling& tiling, const Block& block)
@@ -45,9 +67,6 @@ class Gemm {
     row_ = block.y0 + int(row);
     inside_ = int(row) < tiling.h;
   }
-
-  SNNLSTM_DEVICE static int pixel(int pair) { return 16 * pair + 2 * (int(threadIdx.x) % 8); }
-  SNNLSTM_DEVICE static int column() { return 4 * (int(threadIdx.x) / 8); }
 
   // acc[pair][pixel][column] += segment * its weights.
   SNNLSTM_DEVICE void add(const Segment& s, R (&acc)[4][2][4]) {
@@ -68,7 +87,7 @@ class Gemm {
         fetch(s, buffer ^ 1);
       }
       if (chunk >= 0) {
-        multiply(buffer, acc);
+        multiply(shared_.a[buffer], shared_.b[buffer], acc);
         locate(s, buffer);
       }
       if (more) put(fault(Fault::missing_barrier_overwrite) ? buffer : buffer ^ 1);
@@ -90,7 +109,7 @@ class Gemm {
 
   // The next chunk's A, from global memory into registers.
   SNNLSTM_DEVICE void fetch(const Segment& s, int buffer) {
-    const S* image = image_of<const S>(s.src, block_.t, block_.n);
+    const void* image = image_of(s.src, block_.t, block_.n);
     const bool up = s.up_h.value > 1 || s.up_w.value > 1;
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
@@ -104,7 +123,7 @@ class Gemm {
         y = int(row), x = int(col);
       }
       real = real && inside(y, s.height) && inside(x, s.width);
-      next_[k] = real ? to_real(image[offset(s.src, where.x, y, x)]) : R(0);
+      next_[k] = real ? read<R>(image, s.src.type, offset(s.src, where.x, y, x)) : R(0);
     }
   }
 
@@ -119,22 +138,6 @@ class Gemm {
     for (int i = tid_; i < kDepth * kColumns / kVector; i += kThreads)
       cp_async<16>(to + i * kVector, weight + i * kVector);
     cp_async_commit();
-  }
-
-  SNNLSTM_DEVICE void multiply(int buffer, R (&acc)[4][2][4]) {
-#pragma unroll 4
-    for (int k = 0; k < kDepth; ++k) {
-      R a[4][2], b[4];
-      load_vector<R>(&shared_.b[buffer][k][column()], b);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) load_vector<R>(&shared_.a[buffer][k][pixel(i)], a[i]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int px = 0; px < 2; ++px)
-#pragma unroll
-          for (int c = 0; c < 4; ++c) acc[i][px][c] += a[i][px] * b[c];
-    }
   }
 
   Shared<R>& shared_;

@@ -13,7 +13,8 @@ class Forward {
         target_(target),
         s_(args.cell),
         plan_(plan_forward(args.cell, target)),
-        size_(size_of(args.cell.dtype)) {
+        type_(args.cell.dtype),
+        size_(bytes_of(type_)) {
     Arena arena(args.workspace);
     carve(arena);
   }
@@ -52,22 +53,26 @@ class Forward {
   bool writes_states(int64_t t) const { return a_.record || t == s_.c.T - 1; }
 
   Tensor state(const View& v, int64_t t) const {
-    return tensor(v, size_, t, {1, s_.c.N, s_.c.C, s_.Ho, s_.Wo}, plan_.held());
+    return tensor(v, type_, t, {1, s_.c.N, s_.c.C, s_.Ho, s_.Wo}, plan_.held());
   }
   Tensor mem_before(int64_t t) const {
     if (t == 0) return state(a_.mem0, 0);
-    return a_.record ? state(a_.mem, t - 1) : as_tensor(image(mem_[t & 1], s_));
+    return a_.record ? state(a_.mem, t - 1) : as_tensor(image(mem_[t & 1], s_, type_));
   }
   Tensor syn_before(int64_t t) const {
     if (t == 0) return state(a_.syn0, 0);
     if (training()) return as_tensor(saved_syn(t - 1));
-    return a_.record ? state(a_.syn, t - 1) : as_tensor(image(syn_, s_));
+    return a_.record ? state(a_.syn, t - 1) : as_tensor(image(syn_, s_, type_));
   }
   Image saved_syn(int64_t t) const {
-    return image(static_cast<char*>(a_.saved_syn) + t * s_.state() * size_, s_);
+    return image(static_cast<char*>(a_.saved_syn) + t * s_.state() * size_, s_, type_);
+  }
+  Image saved_gates(int64_t t) const {
+    const DType type = gate_type(plan_.multiply, type_);
+    return image(static_cast<char*>(a_.saved_gates) + t * s_.gates() * bytes_of(type), s_, type, 4);
   }
   Tensor mem_after(int64_t t) const {
-    return writes_states(t) ? state(a_.mem, t) : as_tensor(image(mem_[(t + 1) & 1], s_));
+    return writes_states(t) ? state(a_.mem, t) : as_tensor(image(mem_[(t + 1) & 1], s_, type_));
   }
 
   NeuronForward neuron(int64_t t) const {
@@ -81,15 +86,15 @@ class Forward {
     if (writes_states(t))
       n.syn_out = state(a_.syn, t), n.mem_out = state(a_.mem, t);
     else
-      n.mem_keep = image(mem_[(t + 1) & 1], s_);
+      n.mem_keep = image(mem_[(t + 1) & 1], s_, type_);
     if (t + 1 < s_.c.T) {
       if (training())
         n.syn_keep = saved_syn(t);
       else if (!a_.record)
-        n.syn_keep = image(syn_, s_);
+        n.syn_keep = image(syn_, s_, type_);
     }
     if (training())
-      n.gates_out = image(static_cast<char*>(a_.saved_gates) + t * s_.gates() * gate_size(plan_.multiply, s_.c.dtype), s_, 4);
+      n.gates_out = saved_gates(t);
     n.fire = fire_of(t);
     return n;
   }
@@ -102,14 +107,14 @@ class Forward {
     f.num_levels = c.num_levels, f.levels = a_.levels;
     f.threshold = a_.threshold, f.threshold_stride = a_.threshold_stride;
     f.graded = a_.graded;
-    f.spk = tensor(a_.spk, size_, t, {1, c.N, c.C, c.Hp(), c.Wp()}, plan_.held());
+    f.spk = tensor(a_.spk, type_, t, {1, c.N, c.C, c.Hp(), c.Wp()}, plan_.held());
     return f;
   }
 
   Segment x_segment(int64_t t, int held) const {
     const Cell& c = s_.c;
     Segment s = input_window(c);
-    s.src = tensor(a_.x, size_, t, {1, c.N, c.Cin, c.H, c.W}, held);
+    s.src = tensor(a_.x, type_, t, {1, c.N, c.Cin, c.H, c.W}, held);
     return s;
   }
   Segment mem_segment(const NeuronForward& n) const {
@@ -129,7 +134,7 @@ class Forward {
     p.mem.weight = static_cast<const char*>(a_.weight) +
                    ceil_div(4 * s_.c.C, fma::kColumns) * p.x.weight_pitch * real;
     p.mem.weight_pitch = fma::depth(p.mem) * fma::kColumns;
-    launch_forward_fma(s_.c.dtype, p, stream());
+    launch_forward_fma(p, stream());
   }
 
   void step_mma(int64_t t, const NeuronForward& n) const {
@@ -138,13 +143,13 @@ class Forward {
     p.neuron = n;
     const MmaDepth x = x_depth(s_.c, plan_.multiply), mem = mem_depth(s_.c, plan_.multiply);
     MmaBuilder builder(type_of(plan_.multiply), plan_.warps_n, plan_.tiles);
-    builder.add(x_segment(t, 4), x, size_, p.tiling);
-    builder.add(mem_segment(n), mem, size_, p.tiling);
+    builder.add(x_segment(t, 4), x, p.tiling);
+    builder.add(mem_segment(n), mem, p.tiling);
     builder.finish(a_.weight, 0, x.units() + mem.units(), plan_.threads());
     p.conv = builder.conv;
     p.mem_pitch = plan_.mem_pitch();
     p.vectors = int(forward_shared_bytes(plan_, p.conv, s_.c.pool != Pool::none));
-    launch_forward_mma(plan_, s_.c.dtype, p, stream());
+    launch_forward_mma(plan_, p, stream());
   }
 
   void fire(int64_t t) const {
@@ -153,13 +158,14 @@ class Forward {
     p.mem = mem_after(t);
     p.N = int(s_.c.N);
     p.winner = a_.winner ? a_.winner + t * s_.c.N : nullptr;
-    launch_fire(s_.c.dtype, p, s_.c.inhibition, stream());
+    launch_fire(p, s_.c.inhibition, stream());
   }
 
   const ForwardArgs& a_;
   const Target& target_;
   Shape s_;
   ForwardPlan plan_;
+  DType type_;
   int size_;
   void *mem_[2] = {nullptr, nullptr}, *syn_ = nullptr;
 };

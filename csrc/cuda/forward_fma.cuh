@@ -20,15 +20,14 @@ constexpr int kMemPitch = kPixels + 16;
 static_assert(kChannels * kMemPitch * sizeof(float) <= sizeof(Shared<float>), "it takes its place");
 }  // namespace fma
 
-template <class S>
+template <class R>
 __global__ void __launch_bounds__(fma::kThreads) forward_fma(const __grid_constant__ ForwardFma p) {
-  using R = RealOf<S>;
   auto& shared = shared_memory<fma::Shared<R>>();
   const Block block = block_of(p.tiling, blockIdx.x);
-  const ForwardTile<S, S> tile(p.neuron, p.tiling, block, block.column * fma::kChannels,
-                               fma::kChannels, shared.vectors);
+  const ForwardTile<R> tile(p.neuron, p.tiling, block, block.column * fma::kChannels,
+                            fma::kChannels, shared.vectors);
   tile.load_vectors();
-  fma::Gemm<S> gemm(shared, p.tiling, block);
+  fma::Gemm<R> gemm(shared, p.tiling, block);
   R acc[4][2][4] = {};
   gemm.add(p.x, acc);
   gemm.add(p.mem, acc);
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(fma::kThreads) forward_fma(const __grid_consta
 #pragma unroll
         for (int k = 0; k < 3; ++k) acc[k][px][gate] = acc[k + 1][px][gate];
       }
-    tile.patch(gemm.pixel(i), gemm.column() / 4, sum, mem_tile);
+    tile.patch(fma::pixel(i), fma::column() / 4, sum, mem_tile);
   }
   __syncthreads();
   tile.finish(mem_tile);

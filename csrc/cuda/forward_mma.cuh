@@ -43,21 +43,19 @@ SNNLSTM_DEVICE void for_each_vector(float (&sum)[4][2][CH], F&& f) {
   }
 }
 
-// S: type of the caller's tensors and the states. Op: what is multiplied.
-template <class Op, class S, int Tiles>
+template <class Element, int Tiles>
 __global__ void __launch_bounds__(kMmaThreads, 2)
     forward_mma(const __grid_constant__ ForwardMma p) {
   if constexpr (arch::has_mma) {
-    using G = typename Operand<Op>::Element;
     constexpr int kTiles = 4 * Tiles, kHeld = 2 * Tiles, kChannels = 8 * Tiles;
     auto* shared = &shared_memory<unsigned char>();
     const Block block = block_of(p.tiling, blockIdx.x);
     const int channels = p.conv.warp_columns * kChannels;
     auto* vectors = reinterpret_cast<float*>(shared + p.vectors);
-    const ForwardTile<S, G> tile(p.neuron, p.tiling, block, block.column * channels, channels,
-                                 vectors);
+    const ForwardTile<float> tile(p.neuron, p.tiling, block, block.column * channels, channels,
+                                  vectors);
     tile.load_vectors();
-    MmaGemm<Op, S, kTiles> gemm(p.conv, shared, p.tiling, block);
+    MmaGemm<Element, kTiles, true> gemm(p.conv, shared, p.tiling, block);
     float acc[2][kTiles][4];
     gemm.run(acc);
 

@@ -8,39 +8,119 @@
 
 namespace snnlstm::cuda {
 
-template <class S>
-struct Compute {
-  using type = float;
-};
-template <>
-struct Compute<double> {
-  using type = double;
-};
-// What numbers stored as S are computed in.
-template <class S>
-using RealOf = typename Compute<S>::type;
+// Kernels are compiled for R = float and R = double, the type they compute in. What type an array
+// holds is known at run time: double with R = double, else float or one of the 16-bit types. (One
+// kernel for each combination would be a hundred kernels.)
 
-SNNLSTM_BOTH double to_real(double x) { return x; }
-template <class S>
-SNNLSTM_BOTH float to_real(S x) {
-  return to_float(x);
+SNNLSTM_BOTH int bytes_of(DType type) {
+  return type == DType::float32 ? 4 : type == DType::float64 ? 8 : 2;
 }
 
-template <class S>
-SNNLSTM_BOTH S from_real(RealOf<S> x) {
-  if constexpr (sizeof(S) == 8)
-    return x;
-  else
-    return from_float<S>(x);
+SNNLSTM_DEVICE float from_bits16(DType type, unsigned bits) {
+  return type == DType::bfloat16 ? to_float(bf16{uint16_t(bits)}) : to_float(fp16{uint16_t(bits)});
+}
+SNNLSTM_DEVICE unsigned to_bits16(DType type, float x) {
+  return type == DType::bfloat16 ? from_float<bf16>(x).bits : from_float<fp16>(x).bits;
+}
+// Two numbers in one register, lo in bits 0 to 15.
+SNNLSTM_DEVICE unsigned pack16(DType type, float lo, float hi) {
+  return type == DType::bfloat16 ? pack<bf16>(lo, hi) : pack<fp16>(lo, hi);
+}
+
+// Element i of an array.
+template <class R>
+SNNLSTM_DEVICE R read(const void* array, DType type, int64_t i) {
+  if constexpr (sizeof(R) == 8) {
+    return static_cast<const double*>(array)[i];
+  } else {
+    if (type == DType::float32) return static_cast<const float*>(array)[i];
+    return from_bits16(type, static_cast<const uint16_t*>(array)[i]);
+  }
+}
+template <class R>
+SNNLSTM_DEVICE void write(void* array, DType type, int64_t i, R x) {
+  if constexpr (sizeof(R) == 8) {
+    static_cast<double*>(array)[i] = x;
+  } else {
+    if (type == DType::float32)
+      static_cast<float*>(array)[i] = x;
+    else
+      static_cast<uint16_t*>(array)[i] = uint16_t(to_bits16(type, x));
+  }
 }
 
 // As it would be read back after having been stored.
-template <class S>
-SNNLSTM_BOTH RealOf<S> rounded(RealOf<S> x) {
-  if constexpr (sizeof(S) == 2)
-    return to_float(from_float<S>(x));
-  else
+template <class R>
+SNNLSTM_DEVICE R rounded(DType type, R x) {
+  if constexpr (sizeof(R) == 8)
     return x;
+  else
+    return type == DType::float32 ? x : from_bits16(type, to_bits16(type, x));
+}
+
+// N numbers of type R (in shared memory) in one access, or two.
+template <class R, int N>
+SNNLSTM_DEVICE void load_vector(const R* p, R (&v)[N]) {
+  if constexpr (sizeof(R) == 8) {
+#pragma unroll
+    for (int k = 0; k < N; k += 2) {
+      const double2 d = load<double2>(p + k);
+      v[k] = d.x, v[k + 1] = d.y;
+    }
+  } else if constexpr (N == 2) {
+    const float2 d = load<float2>(p);
+    v[0] = d.x, v[1] = d.y;
+  } else {
+    const float4 d = load<float4>(p);
+    v[0] = d.x, v[1] = d.y, v[2] = d.z, v[3] = d.w;
+  }
+}
+template <class R, int N>
+SNNLSTM_DEVICE void store_vector(R* p, const R (&v)[N]) {
+  if constexpr (sizeof(R) == 8) {
+#pragma unroll
+    for (int k = 0; k < N; k += 2) store(p + k, make_double2(v[k], v[k + 1]));
+  } else if constexpr (N == 2) {
+    store(p, make_float2(v[0], v[1]));
+  } else {
+    store(p, make_float4(v[0], v[1], v[2], v[3]));
+  }
+}
+
+// N (1, 2, 4) elements of an array from element i on, aligned to their size, in one access (4
+// doubles: two).
+template <class R, int N>
+SNNLSTM_DEVICE void read_vector(const void* array, DType type, int64_t i, R (&v)[N]) {
+  if constexpr (N == 1) {
+    v[0] = read<R>(array, type, i);
+  } else if (sizeof(R) == 8 || type == DType::float32) {
+    load_vector<R>(static_cast<const R*>(array) + i, v);
+  } else if constexpr (sizeof(R) == 4) {
+    const uint16_t* p = static_cast<const uint16_t*>(array) + i;
+    unsigned word[N / 2];
+    if constexpr (N == 2) {
+      word[0] = load<unsigned>(p);
+    } else {
+      const uint2 d = load<uint2>(p);
+      word[0] = d.x, word[1] = d.y;
+    }
+#pragma unroll
+    for (int k = 0; k < N; ++k) v[k] = from_bits16(type, word[k / 2] >> (16 * (k % 2)) & 0xffff);
+  }
+}
+template <class R, int N>
+SNNLSTM_DEVICE void write_vector(void* array, DType type, int64_t i, const R (&v)[N]) {
+  if constexpr (N == 1) {
+    write<R>(array, type, i, v[0]);
+  } else if (sizeof(R) == 8 || type == DType::float32) {
+    store_vector<R>(static_cast<R*>(array) + i, v);
+  } else if constexpr (sizeof(R) == 4) {
+    uint16_t* p = static_cast<uint16_t*>(array) + i;
+    if constexpr (N == 2)
+      store(p, pack16(type, v[0], v[1]));
+    else
+      store(p, make_uint2(pack16(type, v[0], v[1]), pack16(type, v[2], v[3])));
+  }
 }
 
 // cell.h's M for one real number.

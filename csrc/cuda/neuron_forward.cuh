@@ -22,7 +22,7 @@ struct Fire {
   const void* threshold = nullptr;  // (C,) or, with stride 0, one number
   int64_t threshold_stride = 0;
   double graded = 1;
-  Tensor spk;  // (T, N, C, Hp, Wp)
+  Tensor spk;  // (T, N, C, Hp, Wp); its type is that of the threshold and the bias, too
 };
 
 struct NeuronForward {
@@ -39,35 +39,34 @@ struct NeuronForward {
   Image gates_out;             // training
 };
 
-template <class S>
-SNNLSTM_DEVICE RealOf<S> quantised(const Fire& f, RealOf<S> x) {
+template <class R>
+SNNLSTM_DEVICE R quantised(const Fire& f, R x) {
   if (f.num_levels == 0) return x;
-  return rounded<S>(quantise(rounded<S>(x), static_cast<const RealOf<S>*>(f.levels), f.num_levels));
+  const DType type = f.spk.type;
+  return rounded(type, quantise(rounded(type, x), static_cast<const R*>(f.levels), f.num_levels));
 }
 
-template <class S>
-SNNLSTM_DEVICE RealOf<S> threshold_of(const Fire& f, int c) {
-  return c < f.C ? to_real(static_cast<const S*>(f.threshold)[c * f.threshold_stride])
-                 : RealOf<S>(1);
+template <class R>
+SNNLSTM_DEVICE R threshold_of(const Fire& f, int c) {
+  return c < f.C ? read<R>(f.threshold, f.spk.type, c * f.threshold_stride) : R(1);
 }
 
-template <class S>
-SNNLSTM_DEVICE RealOf<S> spike_of(const Fire& f, RealOf<S> mem, RealOf<S> threshold) {
-  const RealOf<S> graded = RealOf<S>(f.graded);
-  return Neuron<Math<RealOf<S>>>::fires(mem, threshold) ? graded : RealOf<S>(0) * graded;
+template <class R>
+SNNLSTM_DEVICE R spike_of(const Fire& f, R mem, R threshold) {
+  const R graded = R(f.graded);
+  return Neuron<Math<R>>::fires(mem, threshold) ? graded : R(0) * graded;
 }
 
 // A window of mem, pooled as torch.nn.functional does: in max pooling a NaN wins, of equals the
 // first. at(i, j): element (i, j) of the window. where: the number of the maximum's place.
-template <class S, class At>
-SNNLSTM_DEVICE RealOf<S> pooled(const Fire& f, At&& at, int& where) {
-  using R = RealOf<S>;
+template <class R, class At>
+SNNLSTM_DEVICE R pooled(const Fire& f, At&& at, int& where) {
   R value = 0;
   where = 0;
   if (f.pool == Pool::avg) {
     for (int i = 0; i < f.pool_h; ++i)
       for (int j = 0; j < f.pool_w; ++j) value += at(i, j);
-    value = rounded<S>(value / R(f.pool_h * f.pool_w));
+    value = rounded(f.spk.type, value / R(f.pool_h * f.pool_w));
   } else {
     value = at(0, 0);
     for (int i = 0; i < f.pool_h; ++i)
@@ -76,7 +75,7 @@ SNNLSTM_DEVICE RealOf<S> pooled(const Fire& f, At&& at, int& where) {
         if (v > value || v != v) value = v, where = i * f.pool_w + j;
       }
   }
-  return quantised<S>(f, value);
+  return quantised(f, value);
 }
 
 // The mem of a tile, for pooling: [channel][pixel], each row padded against bank conflicts.
@@ -88,12 +87,10 @@ struct MemTile {
   SNNLSTM_DEVICE R& at(int channel, int pixel) const { return data[channel * pitch + pixel]; }
 };
 
-// S: type of the caller's tensors and of the states; G: of everything that has gates.
 // The block's channels are c0 ... c0 + channels - 1, channels a power of two.
-template <class S, class G>
+template <class R>
 class ForwardTile {
  public:
-  using R = RealOf<S>;
   using N = Neuron<Math<R>>;
 
   // vectors: (5, channels) in shared memory: the biases of i, f, o, g and the threshold.
@@ -107,9 +104,9 @@ class ForwardTile {
       const int row = i / channels_, c = c0_ + (i & (channels_ - 1));
       R value = row == 4 ? R(1) : R(0);
       if (c < p_.C && row == 4)
-        value = threshold_of<S>(p_.fire, c);
+        value = threshold_of<R>(p_.fire, c);
       else if (c < p_.C && p_.bias != nullptr)
-        value = to_real(static_cast<const S*>(p_.bias)[row * p_.C + c]);
+        value = read<R>(p_.bias, p_.fire.spk.type, row * p_.C + c);
       vectors_[i] = value;
     }
   }
@@ -121,18 +118,18 @@ class ForwardTile {
     const Place at = place_of(tiling_, block_, m, p_.Ho, p_.Wo);
     if (p_.sums_out.present()) {
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) store_patch<R>(p_.sums_out, at, c0, sum[gate], gate);
+      for (int gate = 0; gate < 4; ++gate) store_patch(p_.sums_out, at, c0, sum[gate], gate);
       return;
     }
     R syn[2][CH], mem[2][CH] = {};
-    load_patch<S>(p_.syn_in, at, c0, syn);
+    load_patch(p_.syn_in, at, c0, syn);
     const bool resets = p_.reset != Reset::none && !fault(Fault::missing_reset);
-    if (resets) load_patch<S>(p_.mem_in, at, c0, mem);
+    if (resets) load_patch(p_.mem_in, at, c0, mem);
     if (p_.sums_in.present()) {
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) {
         R more[2][CH];
-        load_patch<R>(p_.sums_in, at, c0, more, gate);
+        load_patch(p_.sums_in, at, c0, more, gate);
 #pragma unroll
         for (int px = 0; px < 2; ++px)
 #pragma unroll
@@ -164,12 +161,12 @@ class ForwardTile {
     }
     if (p_.gates_out.present()) {
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) store_patch<G>(p_.gates_out, at, c0, sum[gate], gate);
+      for (int gate = 0; gate < 4; ++gate) store_patch(p_.gates_out, at, c0, sum[gate], gate);
     }
     if (p_.fire.num_levels > 0) {
 #pragma unroll 1
       for (int k = 0; k < 2; ++k) {  // syn, then mem
-        for_each_value(syn, [&](R x, int, int) { return quantised<S>(p_.fire, x); });
+        for_each_value(syn, [&](R x, int, int) { return quantised(p_.fire, x); });
 #pragma unroll
         for (int px = 0; px < 2; ++px)
 #pragma unroll
@@ -179,14 +176,19 @@ class ForwardTile {
           }
       }
     }
-    if (p_.syn_keep.present()) store_patch<S>(p_.syn_keep, at, c0, syn);
-    if (p_.mem_keep.present()) store_patch<S>(p_.mem_keep, at, c0, mem);
+    const DType type = p_.fire.spk.type;
+#pragma unroll
+    for (int px = 0; px < 2; ++px)
+#pragma unroll
+      for (int ch = 0; ch < CH; ++ch) mem[px][ch] = rounded(type, mem[px][ch]);
+    if (p_.syn_keep.present()) store_patch(p_.syn_keep, at, c0, syn);
+    if (p_.mem_keep.present()) store_patch(p_.mem_keep, at, c0, mem);
     const bool pools = p_.fire.pool != Pool::none;
     if (p_.fires && pools) {
 #pragma unroll
       for (int ch = 0; ch < CH; ++ch) {
-        const R pair[2] = {rounded<S>(mem[0][ch]), rounded<S>(mem[1][ch])};
-        store_vector<R>(&mem_tile.at(first + ch, m), pair);
+        const R pair[2] = {mem[0][ch], mem[1][ch]};
+        store_vector(&mem_tile.at(first + ch, m), pair);
       }
     }
     // The caller's tensors, in one loop: the code that knows all layouts is there once.
@@ -199,13 +201,11 @@ class ForwardTile {
 #pragma unroll
       for (int ch = 0; ch < CH; ++ch)
 #pragma unroll
-        for (int px = 0; px < 2; ++px) {
-          const R m_now = rounded<S>(mem[px][ch]);
+        for (int px = 0; px < 2; ++px)
           v[px][ch] = k == 0   ? syn[px][ch]
-                      : k == 1 ? m_now
-                               : spike_of<S>(p_.fire, m_now, threshold[ch]);
-        }
-      store_patch<S>(out, at, c0, v);
+                      : k == 1 ? mem[px][ch]
+                               : spike_of(p_.fire, mem[px][ch], threshold[ch]);
+      store_patch(out, at, c0, v);
     }
   }
 
@@ -216,7 +216,7 @@ class ForwardTile {
     if (!p_.fires || f.pool == Pool::none || p_.sums_out.present()) return;
     const unsigned windows = tiling_.by_windows.value;
     const bool by_channel = f.spk.c == 1;  // neighbouring threads write neighbouring elements
-    S* spk = image_of<S>(f.spk, block_.t, block_.n);
+    void* spk = image_of(f.spk, block_.t, block_.n);
 #pragma unroll 1
     for (unsigned i = threadIdx.x; i < windows * unsigned(channels_); i += blockDim.x) {
       unsigned row = i, ch = i;
@@ -229,10 +229,10 @@ class ForwardTile {
       if (c >= f.C || y >= f.Hp || x >= f.Wp) continue;
       const int m = int(row) * f.pool_h * tiling_.w + col * f.pool_w;
       int where;
-      const R value = pooled<S>(
+      const R value = pooled<R>(
           f, [&](int i, int j) { return mem_tile.at(int(ch), m + i * tiling_.w + j); }, where);
-      spk[offset(f.spk, c, y, x)] =
-          from_real<S>(spike_of<S>(f, value, vectors_[4 * channels_ + int(ch)]));
+      write(spk, f.spk.type, offset(f.spk, c, y, x),
+            spike_of(f, value, vectors_[4 * channels_ + int(ch)]));
     }
   }
 

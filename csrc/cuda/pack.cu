@@ -3,28 +3,24 @@
 
 namespace snnlstm::cuda {
 
-void launch_pack_fma(DType dtype, const WeightMap& map, void* packed, Stream stream) {
-  with_type(dtype, [&](auto type) {
-    using S = typename decltype(type)::type;
+void launch_pack_fma(const WeightMap& map, void* packed, Stream stream) {
+  with_real(map.type, [&](auto real) {
+    using R = decltype(real);
     const int channels = map.depth_channels();
     const int64_t depth = round_up(int64_t(map.taps) * channels, fma::kDepth);
     const Launch how{"pack weight (fma)",
                      dim3(unsigned(depth / fma::kDepth),
                           unsigned(ceil_div(map.columns(), fma::kColumns))),
                      dim3(fma::kThreads), 0, stream};
-    launch(how, &pack_fma<S>, map, static_cast<RealOf<S>*>(packed), depth, channels);
+    launch(how, &pack_fma<R>, map, static_cast<R*>(packed), depth, channels);
   });
 }
 
-void launch_pack_mma(Multiply multiply, DType dtype, const MmaPacking& p, int column_blocks,
-                     void* packed, Stream stream) {
-  with_operand(multiply, dtype, [&](auto op, auto type) {
-    const int64_t words = int64_t(p.units) * p.warp_columns * (p.tiles / 2) * 128;
-    const Launch how{"pack weight (mma)", dim3(unsigned(ceil_div(words, 256)), column_blocks),
-                     dim3(256), 0, stream};
-    launch(how, &pack_mma<typename decltype(op)::type, typename decltype(type)::type>, p,
-           static_cast<uint32_t*>(packed));
-  });
+void launch_pack_mma(const MmaPacking& p, int column_blocks, void* packed, Stream stream) {
+  const int64_t words = int64_t(p.units) * p.warp_columns * (p.tiles / 2) * 128;
+  const Launch how{"pack weight (mma)", dim3(unsigned(ceil_div(words, 256)), column_blocks),
+                   dim3(256), 0, stream};
+  launch(how, &pack_mma<256>, p, static_cast<uint32_t*>(packed));
 }
 
 namespace {
@@ -39,16 +35,16 @@ struct Packer {
 
   WeightMap map(Use use) const {
     const Shape s(cell);
-    return {weight, int(cell.C), int(s.Cp), int(cell.Cin), int(s.taps), use};
+    return {weight, cell.dtype, int(cell.C), int(s.Cp), int(cell.Cin), int(s.taps), use};
   }
   Stream stream() const { return static_cast<Stream>(target.stream); }
 
   void fma(Use use) {
     const WeightMap m = map(use);
-    if (packed) launch_pack_fma(cell.dtype, m, packed + bytes, stream());
+    if (packed) launch_pack_fma(m, packed + bytes, stream());
     bytes += round_up(m.columns(), fma::kColumns) *
              round_up(int64_t(m.taps) * m.depth_channels(), fma::kDepth) *
-             std::max(size_of(cell.dtype), 4);
+             std::max(bytes_of(cell.dtype), 4);
   }
 
   // Segments of one stream of weights.
@@ -61,14 +57,14 @@ struct Packer {
     for (const auto& [use, depth] : segments) {
       MmaPacking p;
       p.map = map(use);
+      p.multiply = multiply;
       p.channels = int(depth.channels), p.patches = depth.patches;
       p.taps = int(depth.taps), p.units = int(depth.units());
       p.pitch = units * builder.unit_bytes() / 4;
       p.tiles = tiles, p.warp_columns = warps_n;
       blocks = ceil_div(p.map.forward() ? cell.C : p.map.columns(), channels);
       if (packed)
-        launch_pack_mma(multiply, cell.dtype, p, int(blocks),
-                        packed + bytes + first * builder.unit_bytes(), stream());
+        launch_pack_mma(p, int(blocks), packed + bytes + first * builder.unit_bytes(), stream());
       first += p.units;
     }
     bytes += blocks * units * builder.unit_bytes();
@@ -93,10 +89,10 @@ Sizes sizes(const Cell& cell, const Target& target) {
   Sizes z;
   z.packed_forward = forward.bytes, z.packed_backward = backward.bytes;
   z.saved_gates =
-      cell.T * s.gates() * gate_size(plan_forward(cell, target).multiply, cell.dtype);
-  z.saved_syn = std::max<int64_t>(cell.T - 1, 0) * s.state() * size_of(cell.dtype);
+      cell.T * s.gates() * bytes_of(gate_type(plan_forward(cell, target).multiply, cell.dtype));
+  z.saved_syn = std::max<int64_t>(cell.T - 1, 0) * s.state() * bytes_of(cell.dtype);
   z.forward_workspace = forward_workspace(cell, target);
-  z.backward_workspace = 0;
+  z.backward_workspace = backward_workspace(cell, target);
   return z;
 }
 

@@ -14,10 +14,6 @@ namespace snnlstm::cuda {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-inline int size_of(DType t) {
-  return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2;
-}
-
 struct Shape {
   explicit Shape(const Cell& cell)
       : c(cell),
@@ -76,12 +72,13 @@ inline bool choose_tile(const Cell& c, int64_t height, int64_t width, int pixels
   return best >= 0;
 }
 
-// The caller's tensor, element size `size`, from time step t on. extent: T, N, channels, H, W.
-// width: channels that a thread holds.
-inline Tensor tensor(const View& v, int size, int64_t t, const int64_t (&extent)[5], int width,
-                     bool whole_pairs = true) {
+// The caller's tensor from time step t on. extent: T, N, channels, H, W. width: channels that a
+// thread holds.
+inline Tensor tensor(const View& v, DType type, int64_t t, const int64_t (&extent)[5], int width) {
   Tensor a;
+  a.type = type;
   if (v.data == nullptr) return a;
+  const int size = bytes_of(type);
   a.data = static_cast<char*>(v.data) + t * v.stride[0] * size;
   a.t = v.stride[0], a.n = v.stride[1];
   a.c = int(v.stride[2]), a.h = int(v.stride[3]), a.w = int(v.stride[4]);
@@ -100,7 +97,7 @@ inline Tensor tensor(const View& v, int size, int64_t t, const int64_t (&extent)
   const bool c_dense = a.c == 1 || extent[2] == 1, w_dense = a.w == 1 || extent[4] == 1;
   if (width > 1 && c_dense && extent[2] % width == 0 && multiple(width, 2))
     a.access = Access::channels;
-  else if (whole_pairs && w_dense && extent[4] % 2 == 0 && multiple(2, 4))
+  else if (w_dense && extent[4] % 2 == 0 && multiple(2, 4))
     a.access = Access::rows;
   else
     a.access = Access::scalar;
@@ -108,9 +105,10 @@ inline Tensor tensor(const View& v, int size, int64_t t, const int64_t (&extent)
 }
 
 // An image of ours, (N, Ho, Wo, planes, Cp), and the same as a Tensor.
-inline Image image(void* data, const Shape& s, int planes = 1) {
+inline Image image(void* data, const Shape& s, DType type, int planes = 1) {
   Image a;
   a.data = data;
+  a.type = type;
   a.n = s.pixels * planes * s.Cp, a.t = s.c.N * a.n;
   a.width = int(s.Wo), a.planes = planes, a.Cp = int(s.Cp);
   return a;
@@ -121,6 +119,7 @@ inline Tensor as_tensor(const Image& i) {
   a.data = i.data;
   a.t = i.t, a.n = i.n, a.c = 1, a.w = i.planes * i.Cp, a.h = i.width * a.w;
   a.channels = i.planes * i.Cp;
+  a.type = i.type;
   a.access = Access::channels;
   return a;
 }

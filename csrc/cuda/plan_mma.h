@@ -8,7 +8,17 @@ namespace snnlstm::cuda {
 
 // What an operand type means for the layout.
 struct MmaType {
+  Multiply multiply = Multiply::fma;
   int element = 2;  // bytes
+
+  MmaType() = default;
+  explicit MmaType(Multiply m)
+      : multiply(m), element(m == Multiply::fp16 || m == Multiply::bf16 ? 2 : 4) {}
+  DType type() const {  // of elements in shared memory
+    return multiply == Multiply::fp16   ? DType::float16
+           : multiply == Multiply::bf16 ? DType::bfloat16
+                                        : DType::float32;
+  }
   int per_group() const { return mma_tile::kGroupBytes / element; }
   int per_step() const { return 2 * per_group(); }
   int per_chunk() const { return mma_tile::kGroups * per_group(); }
@@ -35,23 +45,23 @@ struct MmaDepth {
   int64_t shortest_chunk() const { return taps * std::min(tail_steps, chunks > 1 ? 2 : tail_steps); }
 };
 
-// How the source may be read. size: bytes of its elements.
-inline Feed feed_of(const Segment& s, const MmaType& type, const MmaDepth& depth, int size) {
+// How the source may be read.
+inline Feed feed_of(const Segment& s, const MmaType& type, const MmaDepth& depth) {
   if (depth.patches) return Feed::patches;
-  const int unit = size == type.element ? type.per_group() : 4;
+  const int unit = s.src.type == type.type() ? type.per_group() : 4;
   const Tensor& a = s.src;
   const bool dense = a.c == 1 && s.channels % unit == 0 && a.w % unit == 0 && a.h % unit == 0 &&
                      a.n % unit == 0 && a.t % unit == 0 &&
                      reinterpret_cast<uintptr_t>(a.data) % 16 == 0;
   if (!dense) return Feed::gather;
-  return size == type.element ? Feed::async : Feed::vectors;
+  return s.src.type == type.type() ? Feed::async : Feed::vectors;
 }
 
 inline MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDepth& depth,
-                              int size, const Tiling& tiling) {
+                              const Tiling& tiling) {
   MmaSegment m;
   m.s = s;
-  m.feed = feed_of(s, type, depth, size);
+  m.feed = feed_of(s, type, depth);
   m.taps = int(depth.taps), m.taps_w = depth.patches ? 1 : s.taps_w;
   m.chunks = int(depth.chunks), m.tail_steps = depth.tail_steps;
   if (depth.patches) {
@@ -76,7 +86,7 @@ inline MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDe
     const int wanted = m.halo_w + (tiling.w - m.halo_w % 16 + 32) % 16;
     if (5 * wanted <= 8 * m.halo_w) m.pitch = wanted;
   }
-  m.align = 32 / size;
+  m.align = 32 / bytes_of(s.src.type);
   m.whole_rows = tiling.by_cols.value == 1 && s.up_w.value == 1 && tiling.w >= s.width;
   m.by_col = SmallDivisor(m.whole_rows ? s.width : round_up(m.halo_w + m.align - 1, m.align));
   m.by_run = SmallDivisor(m.whole_rows
@@ -99,14 +109,15 @@ struct MmaBuilder {
 
   MmaBuilder(const MmaType& type_of, int warp_columns_of, int tiles_of)
       : type(type_of), warp_columns(warp_columns_of), tiles(tiles_of) {
+    conv.multiply = type.multiply;
     conv.warp_columns = warp_columns;
     conv.unit_bytes = unit_bytes();
   }
-  int unit_bytes() const { return warp_columns * (tiles / 2) * mma_tile::kPairBytes; }
+  int unit_bytes() const { return warp_columns * (tiles / 2) * mma_gemm::kPairBytes; }
 
-  void add(const Segment& s, const MmaDepth& depth, int size, const Tiling& tiling) {
+  void add(const Segment& s, const MmaDepth& depth, const Tiling& tiling) {
     MmaSegment& m = conv.segment[conv.segments++];
-    m = mma_segment(s, type, depth, size, tiling);
+    m = mma_segment(s, type, depth, tiling);
     conv.units += int(depth.units());
     conv.buffer_bytes = int(std::max<int64_t>(conv.buffer_bytes, neighbourhood_bytes(m)));
     shortest = std::min(shortest, depth.shortest_chunk());
@@ -120,7 +131,8 @@ struct MmaBuilder {
     for (int k = 0; k < conv.segments; ++k) {
       MmaSegment& m = conv.segment[k];
       if (m.feed != Feed::gather && m.feed != Feed::vectors) continue;
-      const int64_t per_group = m.feed == Feed::vectors ? m.halo_h * m.halo_w : m.by_run.value;
+      const int64_t per_group =
+          m.feed == Feed::vectors ? type.per_group() / 4 * m.halo_h * m.halo_w : m.by_run.value;
       const int64_t turns = ceil_div(mma_tile::kGroups * per_group, threads);
       const int64_t stages = std::max<int64_t>(shortest / conv.stage_units, 1);
       m.turns = int(ceil_div(turns, stages));

@@ -12,13 +12,16 @@ from ctypes import Structure, byref, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch
-from build import build
+from builder import build
 from emulator import EmulationError, Emulator, symbolise
 
 from snnlstm.options import CellOptions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), Path(__file__).parent / "kernels/cell.cpp"]
+SOURCES = [
+    *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
+    Path(__file__).parent / "kernels/cell.cpp",
+]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 RESETS = {"subtract": 0, "zero": 1, "none": 2}
@@ -108,7 +111,9 @@ def to_channels_last(t: torch.Tensor) -> torch.Tensor:
 class Cell:
     """Runs the kernels of one library; `target` says for which GPU they choose."""
 
-    def __init__(self, library: Path, matrix: str = "exact", algorithm: str = "automatic", **target):
+    def __init__(
+        self, library: Path, matrix: str = "exact", algorithm: str = "automatic", **target
+    ):
         self.emulator = Emulator(library)
         fields = {"compute_capability": 80, "multiprocessors": 4, "shared_bytes": 163 * 1024}
         self.target = PlainTarget(
@@ -220,6 +225,45 @@ class Cell:
         )
         saved = given["saved_gates"], given["saved_syn"], given["winner"]
         return given["spk"], given["syn"], given["mem"], saved
+
+    def backward(
+        self, x, syn, mem, weight, threshold, graded, options, saved, grads, noise=None, last=False
+    ):
+        """Gradients of x, syn, mem, weight, bias and threshold; grads: of spk, syn and mem."""
+        cell = self.describe(x, mem, options)
+        sizes = self.sizes(cell)
+        given = {
+            "x": x,
+            "syn0": syn,
+            "mem0": mem,
+            "weight": self.pack(cell, weight, sizes.packed_backward, True),
+            **self._constants(x.dtype, threshold, options),
+            "saved_gates": saved[0],
+            "saved_syn": saved[1],
+            "winner": saved[2],
+            "noise": noise,
+            **dict(zip(("grad_spk", "grad_syn", "grad_mem"), grads)),
+            "grad_x": nan_like(tuple(x.shape), x, last),
+            "grad_syn0": nan_like(tuple(syn.shape), x, last),
+            "grad_mem0": nan_like(tuple(mem.shape), x, last),
+            "grad_weight": nan_like(tuple(weight.shape), x),
+            "grad_bias": nan_like((weight.shape[0],), x),
+            "grad_threshold": nan_like((mem.shape[1],), x),
+            "workspace": nan(sizes.backward_workspace),
+        }
+        outputs = tuple(
+            f"grad_{name}" for name in ("x", "syn0", "mem0", "weight", "bias", "threshold")
+        )
+        self._run(
+            "snnlstm_backward",
+            cell,
+            given,
+            (*outputs, "workspace"),
+            threshold_stride=int(given["threshold"].numel() > 1),
+            graded=graded,
+            record=options.record,
+        )
+        return tuple(given[name] for name in outputs)
 
 
 def library(variant: str = "plain") -> Path:

@@ -87,3 +87,14 @@ ENTRY snnlstm_forward(const PlainCell* cell, const PlainTarget* target, const Pl
     cuda::forward(a, target_of(*target));
   });
 }
+ENTRY snnlstm_backward(const PlainCell* cell, const PlainTarget* target, const PlainArgs* from) {
+  return guarded([&] {
+    auto a = common<BackwardArgs>(*cell, *from);
+    a.noise = from->noise;
+    a.grad_spk = from->grad_spk, a.grad_syn = from->grad_syn, a.grad_mem = from->grad_mem;
+    a.grad_x = from->grad_x, a.grad_syn0 = from->grad_syn0, a.grad_mem0 = from->grad_mem0;
+    a.grad_weight = from->grad_weight, a.grad_bias = from->grad_bias;
+    a.grad_threshold = from->grad_threshold;
+    cuda::backward(a, target_of(*target));
+  });
+}

@@ -1,0 +1,223 @@
+// The backward pass of a sequence, last step first: which kernels, in which order, on which memory.
+// One launch a step, then one for the first mem's gradient, one for x's and a few for the parameters.
+#include "launch.h"
+
+namespace snnlstm::cuda {
+
+namespace {
+
+class Backward {
+ public:
+  Backward(const BackwardArgs& args, const Target& target)
+      : a_(args),
+        target_(target),
+        s_(args.cell),
+        plan_(plan_backward(args.cell, target)),
+        type_(args.cell.dtype),
+        real_(type_ == DType::float64 ? DType::float64 : DType::float32),
+        gate_type_(gate_type(plan_forward(args.cell, target).multiply, type_)) {
+    Arena arena(args.workspace);
+    carve(arena);
+  }
+
+  static int64_t workspace(const Cell& cell, const Target& target) {
+    BackwardArgs args;
+    args.cell = cell;
+    Backward b(args, target);
+    Arena arena(nullptr);
+    b.carve(arena);
+    return arena.bytes();
+  }
+
+  void run() {
+    const Cell& c = s_.c;
+    for (int64_t t = c.T - 1; t >= 0; --t) step(t);
+    if (a_.grad_mem0.data) data_gradient(plan_.to_mem, Use::gates_to_mem, mem0_gradient());
+    if (a_.grad_x.data) data_gradient(plan_.to_x, Use::gates_to_x, x_gradient());
+    if (a_.grad_weight) weight_gradient();
+    if (a_.grad_bias || a_.grad_threshold) {
+      ReduceSums p;
+      p.sums = sums_;
+      p.blocks = plan_.to_mem.tiling.tiles();
+      p.C = int(c.C), p.total = int(plan_.to_mem.tiling.by_columns.value * plan_.to_mem.channels());
+      p.grad_bias = a_.grad_bias, p.grad_threshold = a_.grad_threshold;
+      p.type = type_;
+      launch_reduce_sums(p, stream());
+    }
+  }
+
+ private:
+  Stream stream() const { return static_cast<Stream>(target_.stream); }
+
+  void carve(Arena& arena) {
+    const Cell& c = s_.c;
+    d_gates_ = arena.take(c.T * s_.gates() * bytes_of(gate_type_));
+    mem_ = arena.take(std::max<int64_t>(c.T - 1, 0) * s_.state() * bytes_of(gate_type_));
+    d_syn_ = arena.take(s_.state() * bytes_of(real_));
+    const int64_t channels = plan_.to_mem.tiling.by_columns.value * plan_.to_mem.channels();
+    sums_ = arena.take(plan_.to_mem.tiling.tiles() * 5 * channels * bytes_of(real_));
+    if (!plan_.spreads) spikes_ = arena.take(s_.state() * bytes_of(real_));
+    parts_ = arena.take(std::max(plan_.x_grad.part_bytes(real_), plan_.mem_grad.part_bytes(real_)));
+  }
+
+  Image d_gates(int64_t t) const {
+    return image(static_cast<char*>(d_gates_) + t * s_.gates() * bytes_of(gate_type_), s_,
+                 gate_type_, 4);
+  }
+  Tensor state(const View& v, int64_t t) const {
+    return tensor(v, type_, t, {1, s_.c.N, s_.c.C, s_.Ho, s_.Wo}, 4);
+  }
+
+  NeuronBackward neuron(int64_t t) const {
+    const Cell& c = s_.c;
+    NeuronBackward n;
+    n.C = int(c.C), n.Cp = int(s_.Cp), n.Ho = int(s_.Ho), n.Wo = int(s_.Wo);
+    n.reset = c.reset;
+    Fire& f = n.fire;
+    f.C = int(c.C), f.Hp = int(c.Hp()), f.Wp = int(c.Wp());
+    f.pool = c.pool, f.pool_h = c.pool_h, f.pool_w = c.pool_w;
+    f.num_levels = c.num_levels, f.levels = a_.levels;
+    f.threshold = a_.threshold, f.threshold_stride = a_.threshold_stride;
+    f.graded = a_.graded;
+    f.spk = tensor(a_.grad_spk, type_, t, {1, c.N, c.C, c.Hp(), c.Wp()}, 4);
+    n.spreads = plan_.spreads;
+    n.surrogate = c.surrogate, n.p0 = c.surrogate_p0, n.p1 = c.surrogate_p1;
+    n.noise = tensor(a_.noise, type_, t, {1, c.N, c.C, c.Hp(), c.Wp()}, 4);
+    n.winner = c.inhibition ? a_.winner + t * c.N : nullptr;
+    n.gates = image(const_cast<char*>(static_cast<const char*>(a_.saved_gates)) +
+                        t * s_.gates() * bytes_of(gate_type_),
+                    s_, gate_type_, 4);
+    n.syn_prev =
+        t == 0 ? state(a_.syn0, 0)
+               : as_tensor(image(const_cast<char*>(static_cast<const char*>(a_.saved_syn)) +
+                                     (t - 1) * s_.state() * bytes_of(type_),
+                                 s_, type_));
+    if (a_.record || t == c.T - 1) {
+      n.grad_syn = state(a_.grad_syn, a_.record ? t : 0);
+      n.grad_mem = state(a_.grad_mem, a_.record ? t : 0);
+    }
+    if (t < c.T - 1) n.d_syn_in = image(d_syn_, s_, real_);
+    if (t > 0)
+      n.d_syn_out = image(d_syn_, s_, real_);
+    else
+      n.grad_syn0 = state(a_.grad_syn0, 0);
+    n.d_gates = d_gates(t);
+    if (a_.grad_weight && t < c.T - 1)
+      n.mem_keep = image(static_cast<char*>(mem_) + t * s_.state() * bytes_of(gate_type_), s_,
+                         gate_type_);
+    if (a_.grad_bias || a_.grad_threshold) n.sums = sums_;
+    n.first_sums = t == c.T - 1;
+    return n;
+  }
+
+  // The convolution of d_gates with the transposed weights: gradient of x, or of mem.
+  Segment transposed(const Image& gates, bool of_x) const {
+    Segment s = state_window(s_.c);
+    s.channels = int(4 * s_.Cp);
+    s.src = as_tensor(gates);
+    if (of_x) {
+      s.up_h = SmallDivisor(s_.c.stride_h), s.up_w = SmallDivisor(s_.c.stride_w);
+    }
+    return s;
+  }
+
+  void step(int64_t t) const {
+    const Cell& c = s_.c;
+    NeuronBackward n = neuron(t);
+    if (!plan_.spreads && n.fire.spk.present() && n.surrogate != Surrogate::none) {
+      SpreadStep p;
+      p.tiling = plan_.to_mem.tiling;
+      p.neuron = n;
+      p.spikes = n.spikes_in = image(spikes_, s_, real_);
+      launch_spread(p, stream());
+    }
+    Segment s;
+    if (t < c.T - 1) s = transposed(d_gates(t + 1), false);
+    run_step(plan_.to_mem, Use::gates_to_mem, s, n, Tensor());
+  }
+
+  struct Output {
+    Tensor tensor;
+    Image gates;
+    int height, width;
+  };
+  Output mem0_gradient() const {
+    return {state(a_.grad_mem0, 0), d_gates(0), int(s_.Ho), int(s_.Wo)};
+  }
+  Output x_gradient() const {
+    const Cell& c = s_.c;
+    return {tensor(a_.grad_x, type_, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4), d_gates(0), int(c.H),
+            int(c.W)};
+  }
+  void data_gradient(const DataPlan& plan, Use use, const Output& out) const {
+    NeuronBackward n;
+    n.Ho = out.height, n.Wo = out.width;
+    run_step(plan, use, transposed(out.gates, use == Use::gates_to_x), n, out.tensor);
+  }
+
+  void run_step(const DataPlan& plan, Use use, Segment s, const NeuronBackward& n,
+                const Tensor& out) const {
+    const char* weight =
+        static_cast<const char*>(a_.weight) + (use == Use::gates_to_mem ? plan_.x_bytes(s_.c) : 0);
+    BackwardFma p;
+    p.tiling = plan.tiling;
+    s.weight = weight;
+    s.weight_pitch = fma::depth(s) * fma::kColumns;
+    p.d_gates = s;
+    p.neuron = n;
+    p.out = out;
+    launch_backward_fma(p, type_, stream());
+  }
+
+  void weight_gradient() const {
+    const Cell& c = s_.c;
+    Segment x = input_window(c);
+    x.src = tensor(a_.x, type_, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
+    weight_part(plan_.x_grad, x, Tensor(), 0);
+    Segment mem = state_window(c);
+    mem.src = state(a_.mem0, 0);
+    Tensor later;
+    if (c.T > 1) later = as_tensor(image(mem_, s_, gate_type_));
+    weight_part(plan_.mem_grad, mem, later, c.Cin);
+  }
+
+  void weight_part(const WeightPlan& plan, const Segment& in, const Tensor& later,
+                   int64_t first_channel) const {
+    const Cell& c = s_.c;
+    WeightGrad p;
+    p.in = in, p.later = later;
+    p.d_gates = d_gates(0);
+    p.tiling = plan.tiling;
+    p.Ho = int(s_.Ho), p.Wo = int(s_.Wo);
+    p.rows = int(4 * s_.Cp), p.columns = int(s_.taps * in.channels);
+    p.share = plan.share, p.total = plan.total;
+    p.parts = parts_, p.part_rows = plan.part_rows, p.part_columns = plan.part_columns;
+    launch_weight_grad_fma(p, plan.splits, real_, stream());
+    ReduceWeight r;
+    r.parts = parts_, r.splits = plan.splits;
+    r.part_rows = plan.part_rows, r.part_columns = plan.part_columns;
+    r.C = int(c.C), r.Cp = int(s_.Cp), r.taps = int(s_.taps);
+    r.channels = in.channels, r.tap_stride = plan.tap_stride;
+    r.first_channel = int(first_channel), r.all_channels = int(c.Cin + c.C);
+    r.grad = a_.grad_weight, r.type = type_;
+    launch_reduce_weight(r, stream());
+  }
+
+  const BackwardArgs& a_;
+  const Target& target_;
+  Shape s_;
+  BackwardPlan plan_;
+  DType type_, real_, gate_type_;
+  void *d_gates_ = nullptr, *mem_ = nullptr, *d_syn_ = nullptr, *sums_ = nullptr;
+  void *spikes_ = nullptr, *parts_ = nullptr;
+};
+
+}  // namespace
+
+void backward(const BackwardArgs& args, const Target& target) { Backward(args, target).run(); }
+
+int64_t backward_workspace(const Cell& cell, const Target& target) {
+  return Backward::workspace(cell, target);
+}
+
+}  // namespace snnlstm::cuda

@@ -1,0 +1,57 @@
+#include "launch.h"
+
+namespace snnlstm::cuda {
+
+void launch_backward_fma(const BackwardFma& p, DType type, Stream stream) {
+  with_real(type, [&](auto real) {
+    using R = decltype(real);
+    const bool gathers = !p.out.present() && p.neuron.fire.pool != Pool::none && p.neuron.spreads;
+    const Launch how{p.out.present() ? "data gradient (fma)" : "backward step (fma)",
+                     dim3(unsigned(p.tiling.blocks())), dim3(fma::kThreads),
+                     fma::BackwardShared<R>::bytes(gathers), stream};
+    launch(how, &backward_fma<R>, p);
+  });
+}
+
+void launch_spread(const SpreadStep& p, Stream stream) {
+  with_real(p.neuron.fire.spk.type, [&](auto real) {
+    using R = decltype(real);
+    const Fire& f = p.neuron.fire;
+    const int64_t windows = int64_t(p.tiling.images) * f.C * f.Hp * f.Wp;
+    const Launch how{"spread spikes", dim3(unsigned(ceil_div(windows, kSpreadThreads))),
+                     dim3(kSpreadThreads), 0, stream};
+    launch(how, &spread_spikes<R>, p);
+  });
+}
+
+void launch_weight_grad_fma(const WeightGrad& p, int splits, DType type, Stream stream) {
+  with_real(type, [&](auto real) {
+    using R = decltype(real);
+    const Launch how{"weight gradient (fma)",
+                     dim3(unsigned(p.part_columns / 64), unsigned(p.part_rows / 64), splits),
+                     dim3(fma::kThreads), sizeof(fma::WeightGradShared<R>), stream};
+    launch(how, &weight_grad_fma<R>, p);
+  });
+}
+
+void launch_reduce_weight(const ReduceWeight& p, Stream stream) {
+  with_real(p.type, [&](auto real) {
+    using R = decltype(real);
+    const Launch how{"add weight gradients",
+                     dim3(unsigned(ceil_div(int64_t(p.taps) * p.channels, kReduceThreads)),
+                          unsigned(4 * p.C)),
+                     dim3(kReduceThreads), 0, stream};
+    launch(how, &reduce_weight<R>, p);
+  });
+}
+
+void launch_reduce_sums(const ReduceSums& p, Stream stream) {
+  with_real(p.type, [&](auto real) {
+    using R = decltype(real);
+    const Launch how{"add bias and threshold gradients", dim3(unsigned(ceil_div(p.C, 32)), 5),
+                     dim3(kReduceThreads), sizeof(ReduceShared<R>), stream};
+    launch(how, &reduce_sums<R>, p);
+  });
+}
+
+}  // namespace snnlstm::cuda

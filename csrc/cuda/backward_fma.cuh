@@ -1,0 +1,77 @@
+// One step of the backward pass without tensor cores: as backward_mma.cuh, on the tile of fma.cuh. A
+// thread's 4 columns are 4 neighbouring channels; a block covers 64.
+#pragma once
+
+#include "fma.cuh"
+#include "neuron_backward.cuh"
+
+namespace snnlstm::cuda {
+
+struct BackwardFma {
+  Tiling tiling;
+  Segment d_gates;  // of the step after; no channels: there is none
+  NeuronBackward neuron;
+  Tensor out;       // present: the convolution is stored here, and nothing else is done
+};
+
+namespace fma {
+template <class R>
+struct BackwardShared {
+  Shared<R> gemm;
+  R row_sums[5 * kColumns];
+  R mem[kColumns * kMemPitch];  // left out where it is not needed
+  static constexpr size_t bytes(bool with_mem) {
+    return with_mem ? sizeof(BackwardShared) : sizeof(BackwardShared) - sizeof(mem);
+  }
+};
+static_assert(sizeof(Shared<float>::a) + sizeof(Shared<float>::b) >= 32 * kThreads * sizeof(float),
+              "the accumulators take the place of A and B");
+}  // namespace fma
+
+template <class R>
+__global__ void __launch_bounds__(fma::kThreads)
+    backward_fma(const __grid_constant__ BackwardFma p) {
+  auto* bytes = &shared_memory<unsigned char>();
+  auto& shared = *reinterpret_cast<fma::BackwardShared<R>*>(bytes);
+  const Block block = block_of(p.tiling, blockIdx.x);
+  const int c0 = block.column * fma::kColumns;
+  const BackwardTile<R> tile(p.neuron, p.tiling, block, c0, fma::kColumns, shared.gemm.vectors);
+  if (!p.out.present()) tile.load_vectors();
+  fma::Gemm<R> gemm(shared.gemm, p.tiling, block);
+  R acc[4][2][4] = {};
+  gemm.add(p.d_gates, acc);
+  __syncthreads();
+
+  R* parked = &shared.gemm.a[0][0][0] + 4 * threadIdx.x;
+  constexpr int stride = 4 * fma::kThreads;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) store_vector(parked + i * stride, acc[i / 2][i % 2]);
+  const MemTile<R> mem_tile{shared.mem, fma::kMemPitch};
+#pragma unroll 1
+  for (int phase = tile.gathers() && !p.out.present() ? 0 : 1; phase < 2; ++phase) {
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) {
+      const R* patch = parked + 2 * i * stride;
+      if (p.out.present()) {
+        const Place at =
+            place_of(p.tiling, block, fma::pixel(i), p.neuron.Ho, p.neuron.Wo);
+        R v[2][4];
+        load_vector(patch, v[0]), load_vector(patch + stride, v[1]);
+        store_patch(p.out, at, c0 + fma::column(), v);
+      } else {
+        tile.patch(fma::pixel(i), fma::column(), phase == 0, patch, stride, mem_tile,
+                   shared.row_sums, 1, i == 0);
+      }
+    }
+    if (phase == 0) {
+      __syncthreads();
+      tile.spread(mem_tile);
+      __syncthreads();
+    }
+  }
+  if (p.out.present()) return;
+  __syncthreads();
+  tile.write_sums(shared.row_sums, 1);
+}
+
+}  // namespace snnlstm::cuda

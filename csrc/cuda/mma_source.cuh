@@ -1,0 +1,286 @@
+// How a convolution's source comes into shared memory for the tensor cores: the neighbourhood of a
+// tile, 64 bytes of channels (a chunk) at a time.
+//
+//     pixel 0 | 4 groups of 16 bytes      A pixel's row starts at 64 p + 16 (p / 2) bytes: then reads
+//     pixel 1 | 4 groups                  of every other pixel (ldmatrix in mma.cuh), of 8 neighbours
+//     (16 bytes of padding)               (weight_grad_mma.cuh) and the stores, which write
+//     pixel 2 | ...                       neighbours, all touch every bank once.
+//
+// Rows and columns around the image are zeros.
+#pragma once
+
+#include "tile.cuh"
+
+namespace snnlstm::cuda {
+
+// What the convolutions multiply with. tf32x3: float32 as the sum of two tf32 numbers, multiplied in
+// three parts.
+enum class Multiply : int { fma, fp16, bf16, tf32, tf32x3 };
+
+// How a segment's source comes into shared memory.
+enum class Feed : int {
+  async,    // 16 bytes of channels, as they are
+  vectors,  // the same, converted on the way
+  gather,   // element by element: contiguous images, odd channel counts, anything
+  patches,  // few channels: K = (tap, channel) laid out for each pixel, one tap
+};
+
+namespace mma_tile {
+constexpr int kGroups = 4;  // 16-byte groups of a chunk
+constexpr int kGroupBytes = 16;
+
+// Where pixel p's row of groups starts, in bytes.
+SNNLSTM_BOTH int row_offset(int p) { return 64 * p + 16 * (p >> 1); }
+}  // namespace mma_tile
+
+struct MmaSegment {
+  Segment s;  // s.weight: unused
+  Feed feed = Feed::gather;
+  int taps = 1, taps_w = 1;      // of the walk through shared memory: 1 with patches
+  int chunks = 0, tail_steps = 0;  // k-steps (1 or 2) of the last chunk
+  int halo_h = 0, halo_w = 0;    // the neighbourhood
+  int pitch = 0;                 // pixels from one of its rows to the next, in shared memory
+  int step_h = 1, step_w = 1;    // neighbourhood pixels from a tile pixel to the next
+  SmallDivisor by_halo_w;
+  // gather: the order in which threads take pixels, so that a warp starts at a sector
+  bool whole_rows = false;       // the neighbourhood's rows are the image's: runs pass row ends
+  int align = 8;                 // elements of a sector
+  SmallDivisor by_run, by_col;        // threads of a group of channels, of a row
+  int turns = 1;                 // of each thread, for one chunk, in one stage of the weights
+  SmallDivisor by_channels, by_taps_w;  // patches
+
+  SNNLSTM_BOTH int steps(int chunk) const { return chunk + 1 < chunks ? 2 : tail_steps; }
+};
+
+// Element: what lies in shared memory: float (tf32, tf32x3: rounded when it is read) or the bits of
+// an fp16 or bf16. AnyFeed: else all sources are our own images (Feed::async).
+template <class Element, bool AnyFeed>
+class MmaSource {
+ public:
+  static constexpr bool kHalf = sizeof(Element) == 2;
+  static constexpr int kPerGroup = mma_tile::kGroupBytes / sizeof(Element);
+  static constexpr int kPerChunk = mma_tile::kGroups * kPerGroup;
+
+  SNNLSTM_DEVICE MmaSource(Multiply multiply, const Tiling& tiling)
+      : multiply_(multiply), tiling_(tiling) {}
+
+  // The tile that is read for; its t may differ from the block's.
+  SNNLSTM_DEVICE void move_to(const Block& at) { at_ = at; }
+
+  // Source coordinates of the neighbourhood's first pixel.
+  SNNLSTM_DEVICE static int origin(int tile, int step, int pad, const SmallDivisor& up) {
+    const int first = tile * step - pad;
+    return first >= 0 ? int(up.divide(unsigned(first))) : -int(up.divide(unsigned(-first - 1))) - 1;
+  }
+  SNNLSTM_DEVICE int origin_h(const Segment& s) const {
+    return origin(at_.y0, s.step_h, s.pad_h, s.up_h);
+  }
+  SNNLSTM_DEVICE int origin_w(const Segment& s) const {
+    return origin(at_.x0, s.step_w, s.pad_w, s.up_w);
+  }
+
+
+  // Begins to load a chunk. What has begun with cp_async is there after a wait, the rest after turn()
+  // was called often enough and end(), or after finish(). border: write the zeros around the image,
+  // too; they stay while more chunks of the same place come to the buffer.
+  SNNLSTM_DEVICE void start(const MmaSegment& seg, int chunk, unsigned char* buffer, bool border) {
+    chunk_ = chunk, buffer_ = buffer;
+    in_flight_.target = -1;
+    next_item_ = int(threadIdx.x), items_ = 0;
+    if (!AnyFeed || seg.feed == Feed::async) {
+      copy_async(seg, chunk, buffer);
+    } else if (seg.feed != Feed::patches) {
+      if (border) fill_border(seg, buffer);
+      items_ = items(seg, chunk);
+    }
+  }
+
+  // All at once. Patches, which start() leaves alone, are always laid out like this.
+  SNNLSTM_DEVICE void finish(const MmaSegment& seg) {
+    if constexpr (AnyFeed) {
+      if (seg.feed == Feed::patches) return lay_out(seg, chunk_, buffer_);
+#pragma unroll 1
+      for (; next_item_ < items_; next_item_ += 3 * int(blockDim.x))
+        transfer<3>(seg, chunk_, next_item_, buffer_);
+    }
+  }
+
+  // Loads begin, and the ones before them end: they have the time between two calls.
+  SNNLSTM_DEVICE void turn(const MmaSegment& seg) {
+    if constexpr (AnyFeed) {
+#pragma unroll 1
+      for (int k = 0; k < seg.turns; ++k) {
+        put(seg, in_flight_, buffer_);
+        in_flight_.target = -1;
+        if (next_item_ < items_) fetch(seg, chunk_, next_item_, in_flight_);
+        next_item_ += int(blockDim.x);
+      }
+    }
+  }
+  SNNLSTM_DEVICE void end(const MmaSegment& seg) const {
+    if constexpr (AnyFeed) put(seg, in_flight_, buffer_);
+  }
+
+ private:
+  SNNLSTM_DEVICE int groups(const MmaSegment& seg, int chunk) const { return 2 * seg.steps(chunk); }
+
+  // Number of thread's turns that a chunk needs.
+  SNNLSTM_DEVICE int items(const MmaSegment& seg, int chunk) const {
+    const int pixels = seg.halo_h * seg.halo_w;
+    return groups(seg, chunk) * (seg.feed == Feed::async     ? pixels
+                                 : seg.feed == Feed::vectors ? kPerGroup / 4 * pixels
+                                                             : int(seg.by_run.value));
+  }
+
+  // One turn: 16 bytes of one pixel (8 where vectors are narrowed), on their way from global to
+  // shared memory.
+  struct Item {
+    int target = -1;  // bytes from the buffer's start; -1: nothing to do
+    float value[kPerGroup];
+  };
+
+  SNNLSTM_DEVICE void fetch(const MmaSegment& seg, int chunk, int number, Item& item) const {
+    const Segment& s = seg.s;
+    const void* image = image_of(s.src, at_.t, at_.n);
+    item.target = -1;
+    unsigned rest = unsigned(number);
+    if (seg.feed == Feed::vectors) {  // 4 channels: a warp's loads lie side by side
+      const int lanes = (kPerGroup / 4) * groups(seg, chunk);
+      const int part = number & (lanes - 1);
+      unsigned row = unsigned(number) / unsigned(lanes);
+      const int col = int(seg.by_halo_w.split(row));
+      const int y = origin_h(s) + int(row), x = origin_w(s) + col;
+      const int c = chunk * kPerChunk + part * 4;
+      if (int(row) >= seg.halo_h || !inside(y, s.height) || !inside(x, s.width)) return;
+      item.target =
+          mma_tile::row_offset(int(row) * seg.pitch + col) + part * 4 * int(sizeof(Element));
+      float v[4] = {0, 0, 0, 0};
+      if (c < s.channels) read_vector<float>(image, s.src.type, offset(s.src, c, y, x), v);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) item.value[e] = v[e];
+    } else {
+      const int top = origin_h(s), left = origin_w(s);
+      const int run = int(seg.by_run.split(rest)), group = int(rest);
+      const int mask = seg.align - 1;
+      const int skew = seg.whole_rows ? (top * s.width) & mask : 0;
+      const int begin = seg.whole_rows ? 0 : left & ~mask;
+      if (run < skew || group >= groups(seg, chunk)) return;
+      unsigned row = unsigned(run - skew);
+      const int x = begin + int(seg.by_col.split(row)), y = top + int(row);
+      const int col = x - left;
+      if (int(row) >= seg.halo_h || !inside(col, seg.halo_w) || !inside(y, s.height) ||
+          !inside(x, s.width))
+        return;
+      item.target = mma_tile::row_offset(int(row) * seg.pitch + col) + group * 16;
+      const int c = chunk * kPerChunk + group * kPerGroup;
+      const int from = offset(s.src, c, y, x);
+#pragma unroll
+      for (int k = 0; k < kPerGroup; ++k)
+        item.value[k] = c + k < s.channels ? read<float>(image, s.src.type, from + k * s.src.c) : 0;
+    }
+  }
+
+  // Patches are two chunks at most, and laid out at once.
+  SNNLSTM_DEVICE void lay_out(const MmaSegment& seg, int chunk, unsigned char* buffer) const {
+    const Segment& s = seg.s;
+    const void* image = image_of(s.src, at_.t, at_.n);
+#pragma unroll 1
+    for (int i = int(threadIdx.x); i < items(seg, chunk); i += int(blockDim.x)) {
+      unsigned rest = unsigned(i);
+      const int pixel = int(seg.by_run.split(rest)), group = int(rest);
+      unsigned row = unsigned(pixel);
+      const int col = int(tiling_.by_w.split(row));
+      const int top = (at_.y0 + int(row)) * s.step_h - s.pad_h;
+      const int left = (at_.x0 + col) * s.step_w - s.pad_w;
+      unsigned tap = unsigned(chunk * kPerChunk + group * kPerGroup);
+      int c = int(seg.by_channels.split(tap));
+      int tap_w = int(seg.by_taps_w.split(tap)), tap_h = int(tap);
+      float v[kPerGroup];
+#pragma unroll
+      for (int k = 0; k < kPerGroup; ++k) {
+        const int y = top + tap_h * s.dilation_h, x = left + tap_w * s.dilation_w;
+        const bool real = tap_h < s.taps_h && inside(y, s.height) && inside(x, s.width);
+        v[k] = real ? read<float>(image, s.src.type, offset(s.src, c, y, x)) : 0;
+        if (++c == s.channels) c = 0, ++tap_w;
+        if (tap_w == s.taps_w) tap_w = 0, ++tap_h;
+      }
+      store_group(buffer + mma_tile::row_offset(pixel) + group * 16, v);
+    }
+  }
+
+  SNNLSTM_DEVICE void put(const MmaSegment& seg, const Item& item, unsigned char* buffer) const {
+    if (item.target < 0) return;
+    unsigned char* to = buffer + item.target;
+    if (kHalf && seg.feed == Feed::vectors) {
+      store(to, make_uint2(pack16(element(), item.value[0], item.value[1]),
+                           pack16(element(), item.value[2], item.value[3])));
+    } else {
+      store_group(to, item.value);
+    }
+  }
+  SNNLSTM_DEVICE DType element() const {
+    return multiply_ == Multiply::bf16 ? DType::bfloat16 : DType::float16;
+  }
+
+  SNNLSTM_DEVICE void store_group(unsigned char* to, const float (&v)[kPerGroup]) const {
+    if constexpr (kHalf)
+      store(to, make_uint4(pack16(element(), v[0], v[1]), pack16(element(), v[2], v[3]),
+                           pack16(element(), v[4], v[5]), pack16(element(), v[6], v[7])));
+    else
+      store(to, make_float4(v[0], v[1], v[2], v[3]));
+  }
+
+  // Turns first, first + threads, ...: Count of them, all loads before the first store.
+  template <int Count>
+  SNNLSTM_DEVICE void transfer(const MmaSegment& seg, int chunk, int first, unsigned char* buffer) const {
+    Item item[Count];
+#pragma unroll
+    for (int k = 0; k < Count; ++k) fetch(seg, chunk, first + k * int(blockDim.x), item[k]);
+#pragma unroll
+    for (int k = 0; k < Count; ++k) put(seg, item[k], buffer);
+  }
+
+  SNNLSTM_DEVICE void copy_async(const MmaSegment& seg, int chunk, unsigned char* buffer) const {
+    const Segment& s = seg.s;
+    const auto* image = static_cast<const Element*>(image_of(s.src, at_.t, at_.n));
+    const int lanes = groups(seg, chunk), count = items(seg, chunk);
+    const int top = origin_h(s), left = origin_w(s);
+    for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
+      const int group = i & (lanes - 1);
+      unsigned row = unsigned(i) / unsigned(lanes);
+      const int col = int(seg.by_halo_w.split(row));
+      const int y = top + int(row), x = left + col, c = chunk * kPerChunk + group * kPerGroup;
+      const bool real = inside(y, s.height) && inside(x, s.width) && c < s.channels;
+      const int shift = fault(Fault::wrong_halo, 1) && x + 1 < s.width ? 1 : 0;
+      cp_async<16>(
+          buffer + mma_tile::row_offset(int(row) * seg.pitch + col) + group * 16,
+          real ? image + offset(s.src, c, y, x + shift) : image, real ? 16 : 0);
+    }
+  }
+
+  // Zeros around the image. They stay while a segment's chunks pass through the buffer; copy_async
+  // writes its own.
+  SNNLSTM_DEVICE void fill_border(const MmaSegment& seg, unsigned char* buffer) const {
+    if (fault(Fault::missing_zero_fill)) return;
+    const Segment& s = seg.s;
+    const int top = origin_h(s), left = origin_w(s);
+    for (int i = int(threadIdx.x); i < seg.halo_h * seg.halo_w; i += int(blockDim.x)) {
+      unsigned row = unsigned(i);
+      const int col = int(seg.by_halo_w.split(row));
+      const int y = top + int(row), x = left + col;
+      if (inside(y, s.height) && inside(x, s.width)) continue;
+      unsigned char* to = buffer + mma_tile::row_offset(int(row) * seg.pitch + col);
+#pragma unroll
+      for (int g = 0; g < mma_tile::kGroups; ++g) store(to + 16 * g, make_uint4(0, 0, 0, 0));
+    }
+  }
+
+  Multiply multiply_;
+  const Tiling& tiling_;
+  Block at_;
+  int chunk_ = 0, next_item_ = 0, items_ = 0;  // of the load that is under way
+  unsigned char* buffer_ = nullptr;
+  Item in_flight_;
+};
+
+}  // namespace snnlstm::cuda

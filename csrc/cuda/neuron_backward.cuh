@@ -1,0 +1,310 @@
+// The pointwise part of the backward pass of one time step: spike, pooling, reset, LSTM. Shared by all
+// backward kernels, which differ in how they come by the recurrent gradient of mem.
+//
+// Of the forward pass it has the activated gates and syn before the step, and computes the rest anew.
+//   d_gates   (T, N, Ho, Wo, 4, Cp)  gradient of the gates before activation, for the convolutions
+//   mem_keep  (T, N, Ho, Wo, Cp)     mem after the step, for the weight gradient
+//   d_syn     (N, Ho, Wo, Cp)        in the compute type, passed from step to step
+#pragma once
+
+#include "neuron_forward.cuh"
+
+namespace snnlstm::cuda {
+
+struct NeuronBackward {
+  int C = 0, Cp = 0, Ho = 0, Wo = 0;
+  Reset reset = Reset::none;
+  Fire fire;                  // its spk is the gradient of spk, absent where it is not wanted
+  bool spreads = true;        // pooling: in this kernel, else one before it has written spikes_in
+  Surrogate surrogate = Surrogate::none;
+  double p0 = 0, p1 = 0;
+  Tensor noise;               // (T, N, C, Hp, Wp)
+  const int64_t* winner = nullptr;  // (T, N) from this launch's first step on; null: no inhibition
+  Image gates;                // as the forward pass saved them
+  Tensor syn_prev;
+  Tensor grad_syn, grad_mem;  // of the caller, for the states after this step
+  Image spikes_in;            // gradient of mem through the spikes, compute type
+  Image d_syn_in, d_syn_out;  // may be the same
+  Tensor grad_syn0;           // present: takes the place of d_syn_out
+  Image d_gates, mem_keep;
+  // (blocks of pixels, 5, columns * channels): sums over the block's pixels of d_gates and, last, the
+  // gradient of the threshold, added up from launch to launch. Null: not wanted.
+  void* sums = nullptr;
+  bool first_sums = true;     // set, do not add
+};
+
+template <class R>
+class BackwardTile {
+ public:
+  using N = Neuron<Math<R>>;
+
+  // vectors: (channels,) thresholds in shared memory.
+  SNNLSTM_DEVICE BackwardTile(const NeuronBackward& p, const Tiling& tiling, const Block& block,
+                              int c0, int channels, R* vectors)
+      : p_(p), tiling_(tiling), block_(block), c0_(c0), channels_(channels), vectors_(vectors) {}
+
+  SNNLSTM_DEVICE void load_vectors() const {
+    for (int i = int(threadIdx.x); i < channels_; i += int(blockDim.x))
+      vectors_[i] = threshold_of<R>(p_.fire, c0_ + i);
+  }
+
+  SNNLSTM_DEVICE bool spikes() const {
+    return p_.fire.spk.present() && p_.surrogate != Surrogate::none;
+  }
+  // Whether the tile's mem is wanted as a whole before the gradients can be computed.
+  SNNLSTM_DEVICE bool gathers() const {
+    return spikes() && p_.fire.pool != Pool::none && p_.spreads;
+  }
+
+  // The gradient that a spike passes to the mem that it was made from. u: mem - threshold; y, x: its
+  // (pooled) row and column.
+  SNNLSTM_DEVICE R spike_gradient(int c, int y, int x, R u, R grad) const {
+    const Fire& f = p_.fire;
+    R noise = 0;
+    if (p_.noise.present())
+      noise = read<R>(image_of(p_.noise, block_.t, block_.n), p_.noise.type,
+                      offset(p_.noise, c, y, x));
+    if (p_.winner != nullptr) {
+      const int64_t flat = (int64_t(c) * f.Hp + y) * f.Wp + x;
+      if (p_.winner[block_.t * int64_t(tiling_.by_batch.value) + block_.n] != flat) return 0;
+    }
+    return N::surrogate_gradient(p_.surrogate, u, R(p_.p0), R(p_.p1), noise) *
+           (grad * R(f.graded));
+  }
+
+  // mem after the step, of one neuron.
+  SNNLSTM_DEVICE R mem_at(int c, int y, int x, R threshold) const {
+    const void* gates = image_of(p_.gates, block_.t, block_.n);
+    R gate[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) gate[k] = read<R>(gates, p_.gates.type, offset(p_.gates, k, c, y, x));
+    const R syn_prev = read<R>(image_of(p_.syn_prev, block_.t, block_.n), p_.syn_prev.type,
+                               offset(p_.syn_prev, c, y, x));
+    const Gates<R> a = {gate[0], gate[1], Math<R>::abs(gate[2]), gate[3]};
+    const R mem = N::next_mem(a.o, Math<R>::tanh(N::next_syn(a, syn_prev)));
+    return rounded(p_.syn_prev.type,
+                   quantised(p_.fire, N::after_reset(p_.reset, mem, is_flagged(gate[2]), threshold)));
+  }
+
+  // Pixels m, m + 1 and 4 of the block's channels from `first` on. d_mem: the thread's recurrent
+  // gradients of mem, of pixel k at d_mem + k * stride.
+  // row_sums, (5, channels) in shared memory for each row of warps: gets the sums of d_gates and of
+  // the threshold's gradient, over the lanes that differ in the three bits from `bit` on; set where
+  // `set`, else added to. With `gather` the patch only writes mem into the tile.
+  SNNLSTM_DEVICE void patch(int m, int first, bool gather, const R* recurrent, int stride,
+                            MemTile<R> tile, R* row_sums, int bit, bool set) const {
+    const Place at = place_of(tiling_, block_, m, p_.Ho, p_.Wo);
+    const int c0 = c0_ + first;
+    R gate[4][2][4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) load_patch(p_.gates, at, c0, gate[k], k);
+    R d_syn[2][4], d_mem[2][4], syn_prev[2][4] = {}, spike[2][4] = {};
+    if (p_.d_syn_in.present())
+      load_patch(p_.d_syn_in, at, c0, d_syn);
+    else
+      clear(d_syn);
+#pragma unroll
+    for (int px = 0; px < 2; ++px) load_vector(recurrent + px * stride, d_mem[px]);
+    // The caller's tensors, in one loop: the code that knows all layouts is there once.
+    const bool direct = spikes() && p_.fire.pool == Pool::none;
+#pragma unroll 1
+    for (int k = gather ? 3 : 0; k < 4; ++k) {
+      const Tensor& in = k == 0   ? p_.grad_mem
+                         : k == 1 ? p_.grad_syn
+                         : k == 2 ? p_.fire.spk
+                                  : p_.syn_prev;
+      if (!in.present() || (k == 2 && !direct)) continue;
+      R v[2][4];
+      load_patch(in, at, c0, v);
+#pragma unroll
+      for (int px = 0; px < 2; ++px)
+#pragma unroll
+        for (int ch = 0; ch < 4; ++ch) {
+          if (k == 0) d_mem[px][ch] += v[px][ch];
+          if (k == 1) d_syn[px][ch] += v[px][ch];
+          if (k == 2) spike[px][ch] = v[px][ch];
+          if (k == 3) syn_prev[px][ch] = v[px][ch];
+        }
+    }
+    R threshold[4], tanh_syn[2][4], mem[2][4];
+    load_vector(vectors_ + first, threshold);
+#pragma unroll
+    for (int ch = 0; ch < 4; ++ch)
+#pragma unroll
+      for (int px = 0; px < 2; ++px) {
+        const Gates<R> a = activated(gate, px, ch);
+        tanh_syn[px][ch] = Math<R>::tanh(N::next_syn(a, syn_prev[px][ch]));
+        mem[px][ch] = N::after_reset(p_.reset, N::next_mem(a.o, tanh_syn[px][ch]),
+                                     is_flagged(gate[2][px][ch]), threshold[ch]);
+      }
+    const DType type = p_.syn_prev.type;
+    if (p_.fire.num_levels > 0)
+      for_each_value(mem, [&](R x, int, int) { return quantised(p_.fire, x); });
+#pragma unroll
+    for (int px = 0; px < 2; ++px)
+#pragma unroll
+      for (int ch = 0; ch < 4; ++ch) mem[px][ch] = rounded(type, mem[px][ch]);
+    if (gather) {
+#pragma unroll
+      for (int ch = 0; ch < 4; ++ch) {
+        const R pair[2] = {mem[0][ch], mem[1][ch]};
+        store_vector(&tile.at(first + ch, m), pair);
+      }
+      return;
+    }
+    if (p_.mem_keep.present()) store_patch(p_.mem_keep, at, c0, mem);
+    if (direct) {
+#pragma unroll
+      for (int px = 0; px < 2; ++px)
+#pragma unroll
+        for (int ch = 0; ch < 4; ++ch) mem[px][ch] -= threshold[ch];
+      for_each_value(spike, [&](R grad, int px, int ch) {
+        const R u = mem[0][0];
+        rotate(mem);
+        const bool real = (px ? at.valid[1] : at.valid[0]) && c0 + ch < p_.C;
+        return real ? spike_gradient(c0 + ch, px ? at.y[1] : at.y[0], px ? at.x[1] : at.x[0], u,
+                                     grad)
+                    : R(0);
+      });
+    } else if (p_.spikes_in.present()) {
+      load_patch(p_.spikes_in, at, c0, spike);
+    } else if (gathers()) {
+#pragma unroll
+      for (int ch = 0; ch < 4; ++ch) {
+        R pair[2];
+        load_vector(&tile.at(first + ch, m), pair);
+        spike[0][ch] = pair[0], spike[1][ch] = pair[1];
+      }
+    }
+    R of_threshold[2][4];
+#pragma unroll
+    for (int px = 0; px < 2; ++px) {
+      // Behind the last whole window nothing is pooled.
+      const bool pooled = p_.fire.pool == Pool::none || (at.y[px] < p_.fire.Hp * p_.fire.pool_h &&
+                                                         at.x[px] < p_.fire.Wp * p_.fire.pool_w);
+#pragma unroll
+      for (int ch = 0; ch < 4; ++ch) {
+        const bool real = pooled && at.valid[px] && c0 + ch < p_.C;
+        const R through_spike = real ? spike[px][ch] : R(0);
+        const R grad = at.valid[px] ? d_mem[px][ch] + through_spike : R(0);
+        const Gates<R> a = activated(gate, px, ch);
+        const bool reset = is_flagged(gate[2][px][ch]);
+        const NeuronGrad<R> d = N::backward(p_.reset, a, syn_prev[px][ch], tanh_syn[px][ch], reset,
+                                            grad, d_syn[px][ch]);
+        d_syn[px][ch] = d.syn_prev;
+        gate[0][px][ch] = d.pre.i, gate[1][px][ch] = d.pre.f;
+        gate[2][px][ch] = d.pre.o, gate[3][px][ch] = d.pre.g;
+        of_threshold[px][ch] =
+            -through_spike - (p_.reset == Reset::subtract && reset ? grad : R(0));
+      }
+    }
+    if (p_.d_gates.present()) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) store_patch(p_.d_gates, at, c0, gate[k], k);
+    }
+    if (p_.grad_syn0.present())
+      store_patch(p_.grad_syn0, at, c0, d_syn);
+    else if (p_.d_syn_out.present())
+      store_patch(p_.d_syn_out, at, c0, d_syn);
+    if (p_.sums == nullptr) return;
+    R sum[5][4];
+#pragma unroll
+    for (int ch = 0; ch < 4; ++ch) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum[k][ch] = gate[k][0][ch] + gate[k][1][ch];
+      sum[4][ch] = of_threshold[0][ch] + of_threshold[1][ch];
+    }
+    reduce(sum, first, bit, row_sums, set);
+  }
+
+  // Between two barriers, after the mem of the whole tile was gathered: each window's mem becomes the
+  // gradient that it gets through its spike.
+  SNNLSTM_DEVICE void spread(MemTile<R> tile) const {
+    const Fire& f = p_.fire;
+    const unsigned windows = tiling_.by_windows.value;
+    const bool by_channel = f.spk.c == 1;
+    const void* grads = image_of(f.spk, block_.t, block_.n);
+#pragma unroll 1
+    for (unsigned i = threadIdx.x; i < windows * unsigned(channels_); i += blockDim.x) {
+      unsigned row = i, ch = i;
+      if (by_channel)
+        ch = i & unsigned(channels_ - 1), row = i / unsigned(channels_);
+      else
+        row = tiling_.by_windows.split(ch);
+      const int col = int(tiling_.by_window.split(row)), c = c0_ + int(ch);
+      const int y = block_.y0 / f.pool_h + int(row), x = block_.x0 / f.pool_w + col;
+      if (c >= f.C || y >= f.Hp || x >= f.Wp) continue;
+      const int m = int(row) * f.pool_h * tiling_.w + col * f.pool_w;
+      const auto at = [&](int k, int j) -> R& { return tile.at(int(ch), m + k * tiling_.w + j); };
+      int where;
+      const R mem = pooled<R>(f, at, where);
+      R grad = read<R>(grads, f.spk.type, offset(f.spk, c, y, x));
+      grad = spike_gradient(c, y, x, mem - vectors_[ch], grad);
+      if (f.pool == Pool::avg) grad /= R(f.pool_h * f.pool_w);
+      int place = 0;
+      for (int k = 0; k < f.pool_h; ++k)
+        for (int j = 0; j < f.pool_w; ++j, ++place)
+          at(k, j) = f.pool == Pool::avg || place == where ? grad : R(0);
+    }
+  }
+
+  // After a barrier: the block's sums to global memory. total: channels of all column blocks.
+  SNNLSTM_DEVICE void write_sums(const R* row_sums, int rows) const {
+    if (p_.sums == nullptr) return;
+    const int total = int(tiling_.by_columns.value) * channels_;
+    R* out = static_cast<R*>(p_.sums) + int64_t(block_.tile) * 5 * total + c0_;
+    for (int i = int(threadIdx.x); i < 5 * channels_; i += int(blockDim.x)) {
+      const int k = i / channels_, ch = i & (channels_ - 1);
+      R value = p_.first_sums ? R(0) : out[k * total + ch];
+      for (int row = 0; row < rows; ++row) value += row_sums[row * 5 * channels_ + i];
+      out[k * total + ch] = value;
+    }
+  }
+
+ private:
+  // Over 8 lanes: each exchange halves the channels that a lane goes on with, the last one does not.
+  SNNLSTM_DEVICE void reduce(const R (&sum)[5][4], int first, int bit, R* row_sums,
+                             bool set) const {
+    const bool upper = (int(threadIdx.x) & bit) != 0, odd = (int(threadIdx.x) & 2 * bit) != 0;
+#pragma unroll
+    for (int k = 0; k < 5; ++k) {
+      R two[2];
+#pragma unroll
+      for (int ch = 0; ch < 2; ++ch) {
+        const R mine = upper ? sum[k][2 + ch] : sum[k][ch], other = upper ? sum[k][ch] : sum[k][2 + ch];
+        two[ch] = mine + __shfl_xor_sync(full_warp, other, bit);
+      }
+      const R mine = odd ? two[1] : two[0], other = odd ? two[0] : two[1];
+      R one = mine + __shfl_xor_sync(full_warp, other, 2 * bit);
+      one += __shfl_xor_sync(full_warp, one, 4 * bit);
+      if ((int(threadIdx.x) & 4 * bit) != 0) continue;
+      R& out = row_sums[k * channels_ + first + (upper ? 2 : 0) + (odd ? 1 : 0)];
+      out = set ? one : out + one;
+    }
+  }
+  // The next value of v comes to v[0][0].
+  SNNLSTM_DEVICE static void rotate(R (&v)[2][4]) {
+    R* flat = &v[0][0];
+    const R first = flat[0];
+#pragma unroll
+    for (int i = 0; i < 7; ++i) flat[i] = flat[i + 1];
+    flat[7] = first;
+  }
+  SNNLSTM_DEVICE static void clear(R (&v)[2][4]) {
+#pragma unroll
+    for (int px = 0; px < 2; ++px)
+#pragma unroll
+      for (int ch = 0; ch < 4; ++ch) v[px][ch] = 0;
+  }
+  SNNLSTM_DEVICE static Gates<R> activated(const R (&gate)[4][2][4], int px, int ch) {
+    return {gate[0][px][ch], gate[1][px][ch], Math<R>::abs(gate[2][px][ch]), gate[3][px][ch]};
+  }
+
+  const NeuronBackward& p_;
+  const Tiling& tiling_;
+  const Block& block_;
+  int c0_, channels_;
+  R* vectors_;
+};
+
+}  // namespace snnlstm::cuda

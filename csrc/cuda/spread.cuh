@@ -1,0 +1,45 @@
+// The spikes' gradient on its way to mem in a kernel of its own, for pooling windows that cross the
+// tiles of the backward step.
+#pragma once
+
+#include "neuron_backward.cuh"
+
+namespace snnlstm::cuda {
+
+constexpr int kSpreadThreads = 128;
+
+struct SpreadStep {
+  Tiling tiling;  // its batch alone
+  NeuronBackward neuron;
+  Image spikes;   // (N, Ho, Wo, Cp) in the compute type: written inside of whole windows
+};
+
+// One thread a window and channel.
+template <class R>
+__global__ void __launch_bounds__(kSpreadThreads)
+    spread_spikes(const __grid_constant__ SpreadStep p) {
+  const Fire& f = p.neuron.fire;
+  const int64_t per_sample = int64_t(f.C) * f.Hp * f.Wp;
+  int64_t i = int64_t(blockIdx.x) * kSpreadThreads + threadIdx.x;
+  if (i >= per_sample * p.tiling.by_batch.value) return;
+  const Block block{0, int(i / per_sample), 0, 0, 0, 0};
+  i %= per_sample;
+  const int c = int(i % f.C), x = int(i / f.C % f.Wp), y = int(i / f.C / f.Wp);
+  const BackwardTile<R> tile(p.neuron, p.tiling, block, 0, 1, nullptr);
+  const R threshold = threshold_of<R>(f, c);
+  const int top = y * f.pool_h, left = x * f.pool_w;
+  int where;
+  const R mem = pooled<R>(
+      f, [&](int k, int j) { return tile.mem_at(c, top + k, left + j, threshold); }, where);
+  R grad = read<R>(image_of(f.spk, 0, block.n), f.spk.type, offset(f.spk, c, y, x));
+  grad = tile.spike_gradient(c, y, x, mem - threshold, grad);
+  if (f.pool == Pool::avg) grad /= R(f.pool_h * f.pool_w);
+  R* out = static_cast<R*>(image_of(p.spikes, 0, block.n));
+  int place = 0;
+  for (int k = 0; k < f.pool_h; ++k)
+    for (int j = 0; j < f.pool_w; ++j, ++place)
+      out[offset(p.spikes, 0, c, top + k, left + j)] =
+          f.pool == Pool::avg || place == where ? grad : R(0);
+}
+
+}  // namespace snnlstm::cuda

@@ -1,0 +1,177 @@
+// The weight gradient of one of the two convolutions, over all time steps at once:
+//   dW[(gate, c)][tap][ci] = sum over t, n, y, x of d_gates[t, n, y, x, gate, c] * in[.. + tap, ci]
+// a GEMM whose K are the pixels of the whole sequence. K is split over blocks that each write a part
+// of the sum; a second kernel adds the parts in order, so that the result is the same every time.
+//   parts  (splits, rows, columns): rows (gate, c) of 4 Cp, columns (tap, ci), each filled up to the
+//          kernel's tiles
+#pragma once
+
+#include "fma.cuh"
+
+namespace snnlstm::cuda {
+
+struct WeightGrad {
+  Segment in;     // what was convolved; its src: at all t, or only before the first step
+  Tensor later;   // present: in's source from t = 1 on, at t - 1 (mem after each step)
+  Image d_gates;  // (T, N, Ho, Wo, 4, Cp), one piece
+  Tiling tiling;  // of all T * N images
+  int Ho = 0, Wo = 0;
+  int rows = 0, columns = 0;  // 4 Cp; taps * channels
+  int64_t share = 0;          // of a split: pixels (fma) or tiles (mma)
+  int64_t total = 0;          // pixels, or tiles
+  void* parts = nullptr;
+  int part_rows = 0, part_columns = 0;
+
+  SNNLSTM_DEVICE const Tensor& source(int t) const {
+    return t > 0 && later.present() ? later : in.src;
+  }
+  SNNLSTM_DEVICE int source_time(int t) const { return t > 0 && later.present() ? t - 1 : t; }
+};
+
+// ---- without tensor cores: 64 rows x 64 columns a block, 16 pixels at a time ---------------------
+
+namespace fma {
+template <class R>
+struct WeightGradShared {
+  R a[2][kDepth][kPixels];   // d_gates: "pixels" are rows of the gradient here
+  R b[2][kDepth][kColumns];  // source
+  int4 where[2][kDepth];     // t (negative: none), n, y, x
+};
+}  // namespace fma
+
+// grid: (column blocks, row blocks, splits)
+template <class R>
+__global__ void __launch_bounds__(fma::kThreads)
+    weight_grad_fma(const __grid_constant__ WeightGrad p) {
+  auto& shared = shared_memory<fma::WeightGradShared<R>>();
+  const int tid = int(threadIdx.x), lane = tid % 64, first = tid / 64;
+  const int row = int(blockIdx.y) * 64 + lane, column = int(blockIdx.x) * 64 + lane;
+  const Segment& s = p.in;
+  const int tap = column / s.channels, channel = column % s.channels;
+  const int shift_y = tap / s.taps_w * s.dilation_h - s.pad_h;
+  const int shift_x = tap % s.taps_w * s.dilation_w - s.pad_w;
+  const int64_t begin = blockIdx.z * p.share;
+  const int64_t end = begin + p.share < p.total ? begin + p.share : p.total;
+  const int chunks = begin < end ? int((end - begin + fma::kDepth - 1) / fma::kDepth) : 0;
+
+  const auto locate = [&](int chunk) {
+    if (tid >= fma::kDepth) return;
+    const int64_t i = begin + int64_t(chunk) * fma::kDepth + tid;
+    const int64_t size = int64_t(p.Ho) * p.Wo, image = i / size;
+    const int pixel = int(i % size), batch = int(p.tiling.by_batch.value);
+    store(&shared.where[chunk & 1][tid],
+          make_int4(i < end ? int(image / batch) : -1, int(image % batch), pixel / p.Wo,
+                    pixel % p.Wo));
+  };
+  R next_a[fma::kLoads], next_b[fma::kLoads];
+  const auto fetch = [&](int chunk) {
+#pragma unroll
+    for (int k = 0; k < fma::kLoads; ++k) {
+      const int4 at = load<int4>(&shared.where[chunk & 1][first + 2 * k]);
+      const int64_t i = begin + int64_t(chunk) * fma::kDepth + first + 2 * k;
+      next_a[k] = at.x >= 0 && row < p.rows
+                      ? read<R>(p.d_gates.data, p.d_gates.type, i * p.rows + row)
+                      : R(0);
+      const int y = at.z * s.step_h + shift_y, x = at.w * s.step_w + shift_x;
+      const bool real = at.x >= 0 && column < p.columns && inside(y, s.height) && inside(x, s.width);
+      const Tensor& src = p.source(at.x);
+      next_b[k] = real ? read<R>(image_of(src, p.source_time(at.x), at.y), src.type,
+                                 offset(src, channel, y, x))
+                       : R(0);
+    }
+  };
+
+  R acc[4][2][4] = {};
+  locate(0);
+  locate(1);
+  for (int chunk = -1; chunk < chunks; ++chunk) {
+    __syncthreads();
+    const bool more = chunk + 1 < chunks;
+    if (more) fetch(chunk + 1);
+    if (chunk >= 0) {
+      fma::multiply(shared.a[chunk & 1], shared.b[chunk & 1], acc);
+      locate(chunk + 2);
+    }
+    if (more) {
+#pragma unroll
+      for (int k = 0; k < fma::kLoads; ++k) {
+        shared.a[(chunk + 1) & 1][first + 2 * k][lane] = next_a[k];
+        shared.b[(chunk + 1) & 1][first + 2 * k][lane] = next_b[k];
+      }
+    }
+  }
+  R* part = static_cast<R*>(p.parts) + int64_t(blockIdx.z) * p.part_rows * p.part_columns;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int px = 0; px < 2; ++px)
+      store_vector(part + int64_t(blockIdx.y * 64 + fma::pixel(i) + px) * p.part_columns +
+                       blockIdx.x * 64 + fma::column(),
+                   acc[i][px]);
+}
+
+// ---- adding the parts ---------------------------------------------------------------------------
+
+struct ReduceWeight {
+  const void* parts = nullptr;
+  int splits = 1, part_rows = 0, part_columns = 0;
+  int C = 0, Cp = 0, taps = 1;
+  int channels = 0, tap_stride = 0;        // of the columns: tap * tap_stride + ci
+  int first_channel = 0, all_channels = 0;  // of the weight's input channels
+  void* grad = nullptr;                    // (4C, all_channels, taps)
+  DType type = DType::float32;
+};
+
+constexpr int kReduceThreads = 256;
+
+// grid: (columns, 4C); one thread a column.
+template <class R>
+__global__ void __launch_bounds__(kReduceThreads)
+    reduce_weight(const __grid_constant__ ReduceWeight p) {
+  const int i = int(blockIdx.x) * kReduceThreads + int(threadIdx.x);
+  if (i >= p.taps * p.channels) return;
+  const int tap = i / p.channels, ci = i % p.channels;
+  const int gate = int(blockIdx.y) / p.C, c = int(blockIdx.y) % p.C;
+  const R* part = static_cast<const R*>(p.parts) +
+                  int64_t(gate * p.Cp + c) * p.part_columns + tap * p.tap_stride + ci;
+  R sum = 0;
+  for (int k = fault(Fault::wrong_split_k) ? 1 : 0; k < p.splits; ++k)
+    sum += part[int64_t(k) * p.part_rows * p.part_columns];
+  write(p.grad, p.type,
+        (int64_t(blockIdx.y) * p.all_channels + p.first_channel + ci) * p.taps + tap, sum);
+}
+
+struct ReduceSums {
+  const void* sums = nullptr;  // (blocks, 5, total), see NeuronBackward
+  int64_t blocks = 0;
+  int C = 0, total = 0;
+  void *grad_bias = nullptr, *grad_threshold = nullptr;  // (4C,), (C,); either may be null
+  DType type = DType::float32;
+};
+
+template <class R>
+struct ReduceShared {
+  R sum[kReduceThreads / 32][32];
+};
+
+// grid: (channels / 32, 5): 32 channels of the bias of one gate, or of the threshold.
+template <class R>
+__global__ void __launch_bounds__(kReduceThreads)
+    reduce_sums(const __grid_constant__ ReduceSums p) {
+  auto& shared = shared_memory<ReduceShared<R>>();
+  constexpr int kRows = kReduceThreads / 32;
+  const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) / 32;
+  const int c = int(blockIdx.x) * 32 + lane, k = int(blockIdx.y);
+  const R* from = static_cast<const R*>(p.sums) + int64_t(k) * p.total + c;
+  R sum = 0;
+  if (c < p.C)
+    for (int64_t b = row; b < p.blocks; b += kRows) sum += from[b * 5 * p.total];
+  shared.sum[row][lane] = sum;
+  __syncthreads();
+  if (row > 0 || c >= p.C) return;
+  for (int i = 1; i < kRows; ++i) sum += shared.sum[i][lane];
+  if (k < 4 && p.grad_bias != nullptr) write(p.grad_bias, p.type, k * p.C + c, sum);
+  if (k == 4 && p.grad_threshold != nullptr) write(p.grad_threshold, p.type, c, sum);
+}
+
+}  // namespace snnlstm::cuda
