@@ -135,8 +135,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_names", &cpu::isa_names);
   m.def("isa_name", &cpu::isa_name);
   m.def("set_isa", &cpu::set_isa);
-  m.def("cpu_choose", [](const Cell& cell, int algorithm, double density) {
-    return cpu::choose(cell, cpu::Algorithm(algorithm), density);
+  m.def("cpu_choose", [](const Cell& cell, int algorithm, double density, bool tame) {
+    return cpu::choose(cell, cpu::Algorithm(algorithm), density, tame);
   });
   m.def("cpu_forward_workspace", &cpu::forward_workspace);
   m.def("cpu_backward_workspace", &cpu::backward_workspace);

@@ -127,8 +127,8 @@ def _cell(
 
 
 @lru_cache(maxsize=1024)
-def _choose(cell: Any, algorithm: str, percent: int) -> Any:
-    return _C.cpu_choose(cell, ALGORITHMS.index(algorithm), percent / 100)
+def _choose(cell: Any, algorithm: str, percent: int, tame: bool) -> Any:
+    return _C.cpu_choose(cell, ALGORITHMS.index(algorithm), percent / 100, tame)
 
 
 @lru_cache(maxsize=1024)
@@ -144,12 +144,14 @@ def _density(x: Tensor) -> float:
     return int(torch.count_nonzero(x)) / max(x.numel(), 1)
 
 
-def _describe(x: Tensor, mem: Tensor, options: CellOptions, algorithm: str) -> tuple[Any, int]:
+def _describe(
+    x: Tensor, mem: Tensor, weight: _Packed, options: CellOptions, algorithm: str
+) -> tuple[Any, int]:
     """Cell with its convolution algorithms, and the number of threads."""
     time = x.shape[0] if options.sequence else 1
     cell = _cell(options, x.dtype, time, tuple(x.shape[-4:]), mem.shape[1])
     percent = round(100 * _density(x)) if x.shape[-3] > 2 else 100
-    return _choose(cell, algorithm, percent), torch.get_num_threads()
+    return _choose(cell, algorithm, percent, weight.tame), torch.get_num_threads()
 
 
 def _view(tensor: Tensor | None) -> tuple[int, ...] | None:
@@ -189,10 +191,21 @@ _workspace = _Workspace()
 
 
 class _Packed:
-    """A weight in the kernels' forms, and a copy of the weight that they were made from."""
+    """A weight in the kernels' forms, and a copy of the weight that they were made from.
+
+    Attributes
+    ----------
+    tame : bool
+        Whether the gates' root mean square per unit of input is at most ``GAIN``: so far
+        Winograd's rounding errors stay small over long sequences. nn.Conv2d's initial weights
+        have 0.58.
+    """
+
+    GAIN = 3.0
 
     def __init__(self, weight: Tensor) -> None:
         self.original = weight.detach().clone(memory_format=torch.contiguous_format)
+        self.tame = bool(self.original.norm() <= self.GAIN * weight.shape[0] ** 0.5)
         self.forms: dict[tuple[str, int, int], Tensor] = {}
 
     def fits(self, weight: Tensor) -> bool:
@@ -214,24 +227,31 @@ _packed_lock = threading.Lock()
 _WINOGRAD = 2  # csrc/args.h: Way::winograd
 
 
-def _pack(weight: Tensor, cell: Any, backward: bool, grad_x: bool = False) -> list[Tensor | None]:
-    """The forms of `weight` that a call reads, each made once for each of the weight's values."""
-    tiles_of_x = grad_x if backward else cell.x_way == _WINOGRAD
-    needed = (True, cell.tile > 0, cell.tile > 0 and tiles_of_x)
+def _look_up(weight: Tensor) -> _Packed:
     contiguous = weight.detach().contiguous()
-    isa = _C.isa_name()
     with _packed_lock:
         entry = _packed.get(weight)
         if entry is None or not entry.fits(contiguous):
             entry = _packed[weight] = _Packed(contiguous)
-        out: list[Tensor | None] = []
-        for number, need in enumerate(needed, start=3 if backward else 0):
-            key = (isa, number, cell.tile)
-            form = entry.forms.get(key)
-            if need and form is None:
-                form = entry.forms[key] = _bytes(_C.cpu_packed_bytes(cell, number))
-                _C.cpu_pack_weight(cell, number, entry.original.data_ptr(), form.data_ptr())
-            out.append(form if need else None)
+    return entry
+
+
+def _pack(
+    weight: _Packed, cell: Any, backward: bool, grad_x: bool = False
+) -> list[Tensor | None]:
+    """The forms of `weight` that a call reads, each made once for each of the weight's values."""
+    tiles_of_x = grad_x if backward else cell.x_way == _WINOGRAD
+    needed = (True, cell.tile > 0, cell.tile > 0 and tiles_of_x)
+    isa = _C.isa_name()
+    out: list[Tensor | None] = []
+    for number, need in enumerate(needed, start=3 if backward else 0):
+        key = (isa, number, cell.tile if number % 3 else 0)
+        form = weight.forms.get(key)
+        if need and form is None:
+            form = _bytes(_C.cpu_packed_bytes(cell, number))
+            _C.cpu_pack_weight(cell, number, weight.original.data_ptr(), form.data_ptr())
+            weight.forms[key] = form  # when it is whole: other threads may look
+        out.append(form if need else None)
     return out
 
 
@@ -305,8 +325,9 @@ def forward(
     algorithm : str
         One of ``ALGORITHMS``.
     """
-    cell, threads = _describe(x, mem, options, algorithm)
-    packed = _pack(weight, cell, backward=False)
+    entry = _look_up(weight)
+    cell, threads = _describe(x, mem, entry, options, algorithm)
+    packed = _pack(entry, cell, backward=False)
     bias = None if bias is None else bias.detach().contiguous()
     thresholds, threshold_stride = _threshold(threshold, x.dtype)
     levels = _levels(options, x.dtype)
@@ -380,8 +401,9 @@ def backward(
     algorithm : str
         One of ``ALGORITHMS``.
     """
-    cell, threads = _describe(x, mem, options, algorithm)
-    packed = _pack(weight, cell, backward=True, grad_x=wanted[0])
+    entry = _look_up(weight)
+    cell, threads = _describe(x, mem, entry, options, algorithm)
+    packed = _pack(entry, cell, backward=True, grad_x=wanted[0])
     thresholds, threshold_stride = _threshold(threshold, x.dtype)
     levels = _levels(options, x.dtype)
     grads = empty_gradients(x, syn, mem, weight, wanted)

@@ -22,13 +22,13 @@ double tile_cost(const Cell& c, Tiling t, double channels) {
 
 }  // namespace
 
-Cell choose(const Cell& cell, Algorithm algorithm, double density) {
+Cell choose(const Cell& cell, Algorithm algorithm, double density, bool tame) {
   Cell c = cell;
   c.tile = 0;
   c.x_way = Way::direct;
   if (algorithm == Algorithm::direct) return c;
   const bool forced = algorithm == Algorithm::winograd;
-  if (has_tiles(c)) {
+  if (has_tiles(c) && (tame || forced)) {
     double best = direct_cost(c, double(c.C));
     for (const int tile : {4, 2}) {
       const Tiling t = {tile, tile + c.kernel_h - 1};

@@ -26,7 +26,7 @@ class Forward {
         tasks_(l_, args.threads),
         training_(args.saved_gates != nullptr),
         block_(l_.block_rows()),
-        strip_(args.cell.tile > 0 ? l_.tile : block_),
+        strip_(l_.strip_rows()),
         sparse_(l_, strip_) {
     Arena arena(args.workspace);
     carve(arena);
@@ -77,8 +77,8 @@ class Forward {
     const int64_t patch_rows = (block_ - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
     const TileBlock<T> of_mem = tiles(block_, l_.Cp), of_x = tiles(block_, x_channels());
     for (int k = 0; k < a_.threads; ++k) {
-      const int64_t strips = c.x_way == Way::sparse ? block_ / strip_ : 0;
-      const Scratch s{arena.take<T>(patch_rows * l_.Wx * c.Cin + VL),
+      const int64_t strips = c.x_way == Way::sparse ? (block_ + strip_ - 1) / strip_ : 0;
+      const Scratch s{arena.take<T>(patch_rows * l_.Wx * c.Cin + kReadAhead),
                       arena.take<T>(strip_ * l_.Wr * kGates),
                       arena.take<T>(l_.Wp * l_.Cp),
                       arena.take<typename SparseInput<T, VL>::Lists>(strips),
@@ -255,24 +255,25 @@ class Forward {
         weight = static_cast<const T*>(a_.weight_x) + cb * W::points * c.Cin * kGates;
         multiply<S, 4>(of_x, W::points, s.x_values, weight, c.Cin, true, s.products);
       }
-      for (int64_t r = 0; r < of_mem.rows; ++r) {
-        const int64_t h0 = b0 + r * W::tile, h1 = h0 + W::tile < b1 ? h0 + W::tile : b1;
+      for (int64_t h0 = b0; h0 < b1; h0 += strip_) {
+        const int64_t h1 = h0 + strip_ < b1 ? h0 + strip_ : b1;
         if (!x_too) sweep_x(b0, h0, h1, cb, s);
-        add_tiles<W>(of_mem, r, cb, !x_too, s);
+        for (int64_t h = h0; h < h1; h += W::tile)
+          add_tiles<W>(of_mem, (h - b0) / W::tile, cb, !x_too, s.products, s.gates + (h - h0) * l_.Wr * kGates);
         for (int64_t h = h0; h < h1; ++h) update(t, n, h, cb, s.gates + (h - h0) * l_.Wr * kGates);
       }
     }
   }
 
-  // The outputs of one row of tiles, added to the gate buffer or, without `add`, to the bias.
+  // The outputs of one row of tiles, added to the gates or, without `add`, to the bias.
   template <class W>
-  void add_tiles(const TileBlock<T>& b, int64_t r, int64_t cb, bool add, const Scratch& s) {
+  void add_tiles(const TileBlock<T>& b, int64_t r, int64_t cb, bool add, const T* products, T* gates) {
     for (int64_t column = 0; column < b.columns; ++column)
       for (int gate = 0; gate < 4; ++gate) {
-        const T* products = s.products + (r * b.columns + column) * kGates + gate * VL;
+        const T* in = products + (r * b.columns + column) * kGates + gate * VL;
         const R bias = S::load(bias_ + cb * kGates + gate * VL);
-        T* out = s.gates + column * W::tile * kGates + gate * VL;
-        W::template outputs<W::tile>(products, b.products_stride, [&](int i, int j, R v) {
+        T* out = gates + column * W::tile * kGates + gate * VL;
+        W::template outputs<W::tile>(in, b.products_stride, [&](int i, int j, R v) {
           T* p = out + (i * l_.Wr + j) * kGates;
           S::store(p, v + (add ? S::load(p) : bias));
         });

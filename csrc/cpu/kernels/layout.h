@@ -24,6 +24,9 @@
 
 SNNLSTM_BEGIN_ISA
 
+// Elements behind an image that vector code may read, and throws away.
+constexpr int64_t kReadAhead = 16;
+
 // Hands out pieces of one allocation, each on a cache line of its own. Without memory it only counts.
 class Arena {
  public:
@@ -98,6 +101,13 @@ struct Layout {
     const int64_t rows = c.tile > 0 ? tile * ((32 + tile_columns() - 1) / tile_columns())
                                     : 16384 / (Wo * 4 * VL * int64_t(sizeof(T)));
     return rows < 1 ? 1 : rows < Hr ? rows : Hr;
+  }
+
+  // Rows of a block whose gates of one channel block are put together at a time, in L1.
+  int64_t strip_rows() const {
+    if (c.tile == 0) return block_rows();
+    const int64_t rows = 16384 / (Wr * 4 * VL * int64_t(sizeof(T))) / tile * tile;
+    return rows < tile ? tile : rows < block_rows() ? rows : block_rows();
   }
 
   // Rows that one task takes: a block, but enough tasks for everybody; whole pooling windows and tiles.

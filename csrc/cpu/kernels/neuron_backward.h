@@ -28,7 +28,7 @@ class NeuronBackward {
     for (int k = 0; k < 2; ++k) {
       d_gates_[k] = arena.take<T>(c.N * 4 * l_.mem_image());
       mem_[k] = arena.take<T>(c.N * l_.mem_image());
-      x_[k] = arena.take<T>(c.N * l_.x_image() + VL);  // a vector may be read at the last pixel
+      x_[k] = arena.take<T>(c.N * l_.x_image() + kReadAhead);
     }
     syn0_ = arena.take<T>(c.N * l_.state_image());
     d_syn_ = arena.take<T>(c.N * l_.state_image());

@@ -5,7 +5,8 @@
 // lie compactly in L1. With strides, input pixels of different residues meet different taps: they
 // are listed apart.
 //
-// Every sum runs over the pixels in their order, as weight_grad.h's does: the result is the same.
+// As in weight_grad.h every sum runs over the pixels of a block in their order, and is then added to
+// the result.
 #pragma once
 
 #include "sparse_list.h"
@@ -208,7 +209,7 @@ class SparseWeightGrad {
 #pragma GCC unroll 8
       for (int j = 0; j < J; ++j)
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) acc[j][v] = S::load(taps[j].out + ci * kGates + v * VL);
+        for (int v = 0; v < 4; ++v) acc[j][v] = R{};
       for (int32_t k = begin[ci]; k < begin[ci + 1]; ++k) {
         const R x = S::splat(s.value[k]);
         const int64_t place = s.place[k];
@@ -220,7 +221,10 @@ class SparseWeightGrad {
 #pragma GCC unroll 8
       for (int j = 0; j < J; ++j)
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) S::store(taps[j].out + ci * kGates + v * VL, acc[j][v]);
+        for (int v = 0; v < 4; ++v) {
+          T* p = taps[j].out + ci * kGates + v * VL;
+          S::store(p, S::load(p) + acc[j][v]);
+        }
     }
   }
 

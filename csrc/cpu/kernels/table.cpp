@@ -30,7 +30,7 @@ static double sparse_cost(const Cell& cell, double density) {
   return with_lanes(cell, [&](auto lanes) {
     using L = decltype(lanes);
     const Layout<typename L::Scalar, L::count> l(cell);
-    const SparseInput<typename L::Scalar, L::count> sparse(l, cell.tile > 0 ? l.tile : l.block_rows());
+    const SparseInput<typename L::Scalar, L::count> sparse(l, l.strip_rows());
     return sparse.cycles(density) / sparse.direct_cycles();
   });
 }

@@ -25,7 +25,7 @@ SNNLSTM_INLINE void weight_grad_tile(const PixelRows<T>& p, int64_t in_offset, T
 #pragma GCC unroll 8
   for (int k = 0; k < KB; ++k)
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) acc[k][v] = S::load(out + (k * 4 + v) * VL);
+    for (int v = 0; v < 4; ++v) acc[k][v] = R{};  // small sums, rounded less than on top of `out`
   for (int64_t h = 0; h < p.rows; ++h) {
     const T* a = p.in + in_offset + h * p.in_row;
     const T* d = p.d_gates + h * p.d_row;
@@ -44,7 +44,10 @@ SNNLSTM_INLINE void weight_grad_tile(const PixelRows<T>& p, int64_t in_offset, T
 #pragma GCC unroll 8
   for (int k = 0; k < KB; ++k)
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) S::store(out + (k * 4 + v) * VL, acc[k][v]);
+    for (int v = 0; v < 4; ++v) {
+      T* p = out + (k * 4 + v) * VL;
+      S::store(p, S::load(p) + acc[k][v]);
+    }
 }
 
 // `len` neighbouring input values, in tiles of nearly equal size.
