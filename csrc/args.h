@@ -46,8 +46,8 @@ struct Cell {
   Surrogate surrogate = Surrogate::atan;
   double surrogate_p0 = 2, surrogate_p1 = 0;
   bool inhibition = false;
-  int num_levels = 0;  // of the state quantiser; 0: none
-  int tile = 0;        // CPU: Winograd tile (outputs a side) of the recurrent half; 0: direct
+  int num_levels = 0;       // of the state quantiser; 0: none
+  int tile = 0;             // CPU: Winograd tile (outputs a side) of the recurrent half; 0: direct
   Way x_way = Way::direct;  // CPU: of the input half
 
   int64_t pad_h() const { return int64_t(dilation_h) * (kernel_h - 1) / 2; }
@@ -67,22 +67,23 @@ struct View {
 
 struct ForwardArgs {
   Cell cell;
-  View x;                       // (T, N, Cin, H, W)
-  View syn0, mem0;              // (N, C, Ho, Wo) states before the first step
+  View x;                            // (T, N, Cin, H, W)
+  View syn0, mem0;                   // (N, C, Ho, Wo) states before the first step
   const void* weight = nullptr;      // packed by pack_weight()
   const void* weight_mem = nullptr;  // CPU: Winograd's weight of the recurrent half
   const void* weight_x = nullptr;    // CPU: and of the input half
-  const void* bias = nullptr;       // (4C,), contiguous
-  const void* threshold = nullptr;  // (C,), or one number with threshold_stride = 0
+  const void* bias = nullptr;        // (4C,), contiguous
+  const void* threshold = nullptr;   // (C,), or one number with threshold_stride = 0
   int64_t threshold_stride = 0;
-  double graded = 1;                // graded_spikes_factor
-  const void* levels = nullptr;     // (num_levels,), ascending
+  double graded = 1;             // graded_spikes_factor
+  const void* levels = nullptr;  // (num_levels,), ascending
   bool record = false;  // syn and mem are written for every t, else after the last step only
   View spk;             // (T, N, C, Hp, Wp)
   View syn, mem;        // (T, N, C, Ho, Wo) or, with stride[0] = 0, (N, C, Ho, Wo)
   void* saved_gates = nullptr;  // training: activated gates, layout of the backend's choice
   void* saved_syn = nullptr;    // training: syn after every step, layout of the backend's choice
-  int64_t* winner = nullptr;    // (T, N): flat index (C, Hp, Wp) of the spike that inhibition lets through
+  int64_t* winner =
+      nullptr;  // (T, N): flat index (C, Hp, Wp) of the spike that inhibition lets through
   void* workspace = nullptr;
   int threads = 1;  // CPU
 };
@@ -100,12 +101,12 @@ struct BackwardArgs {
   const void* saved_gates = nullptr;
   const void* saved_syn = nullptr;
   const int64_t* winner = nullptr;
-  View noise;                // (T, N, C, Hp, Wp) uniform in [0, 1): the stochastic surrogate only
-  View grad_spk;             // (T, N, C, Hp, Wp)
-  View grad_syn, grad_mem;   // as ForwardArgs::syn and mem; record says which form
+  View noise;               // (T, N, C, Hp, Wp) uniform in [0, 1): the stochastic surrogate only
+  View grad_spk;            // (T, N, C, Hp, Wp)
+  View grad_syn, grad_mem;  // as ForwardArgs::syn and mem; record says which form
   bool record = false;
-  View grad_x;               // (T, N, Cin, H, W)
-  View grad_syn0, grad_mem0; // (N, C, Ho, Wo)
+  View grad_x;                     // (T, N, Cin, H, W)
+  View grad_syn0, grad_mem0;       // (N, C, Ho, Wo)
   void* grad_weight = nullptr;     // (4C, Cin + C, kernel_h, kernel_w), contiguous
   void* grad_bias = nullptr;       // (4C,)
   void* grad_threshold = nullptr;  // (C,): summed over everything but the channels

@@ -80,10 +80,9 @@ void cpu_forward(const Cell& cell, int threads, bool record, py::object x, py::o
 
 void cpu_backward(const Cell& cell, int threads, bool record, py::object x, py::object syn0,
                   py::object mem0, std::array<Address, 3> weights, Address threshold,
-                  int64_t threshold_stride,
-                  double graded, Address levels, Address saved_gates, Address saved_syn,
-                  Address winner, py::object noise, py::object grad_spk, py::object grad_syn,
-                  py::object grad_mem, py::object grad_x, py::object grad_syn0,
+                  int64_t threshold_stride, double graded, Address levels, Address saved_gates,
+                  Address saved_syn, Address winner, py::object noise, py::object grad_spk,
+                  py::object grad_syn, py::object grad_mem, py::object grad_x, py::object grad_syn0,
                   py::object grad_mem0, Address grad_weight, Address grad_bias,
                   Address grad_threshold, Address workspace) {
   BackwardArgs a;
@@ -145,17 +144,16 @@ PYBIND11_MODULE(_C, m) {
     cell.dtype = DType(dtype), cell.C = C;
     return cpu::padded_channels(cell);
   });
-  m.def("cpu_packed_bytes", [](const Cell& cell, int form) {
-    return cpu::packed_bytes(cell, cpu::Form(form));
-  });
+  m.def("cpu_packed_bytes",
+        [](const Cell& cell, int form) { return cpu::packed_bytes(cell, cpu::Form(form)); });
   m.def("cpu_pack_weight", [](const Cell& cell, int form, Address weight, Address packed) {
     py::gil_scoped_release release;
     cpu::pack_weight(cell, cpu::Form(form), at(weight), at(packed));
   });
   m.def("cpu_forward", &cpu_forward);
   m.def("cpu_backward", &cpu_backward);
-  m.def("cpu_evaluate", [](const std::string& function, int dtype, Address in, Address out,
-                           int64_t count) {
-    cpu::evaluate(function, DType(dtype), at(in), at(out), count);
-  });
+  m.def("cpu_evaluate",
+        [](const std::string& function, int dtype, Address in, Address out, int64_t count) {
+          cpu::evaluate(function, DType(dtype), at(in), at(out), count);
+        });
 }

@@ -7,8 +7,9 @@
 //   M::where(mask, a, b), with mask what a comparison of two R gives
 //   M::sigmoid(R), M::tanh(R), M::exp(R), M::abs(R)
 //
-// The cell is snntorch.SConv2dLSTM's: a ConvLSTM (Shi et al. 2015, https://arxiv.org/abs/1506.04214)
-// whose hidden state is thresholded; surrogate gradients as in snntorch.surrogate.
+// The cell is snntorch.SConv2dLSTM's: a ConvLSTM (Shi et al. 2015,
+// https://arxiv.org/abs/1506.04214) whose hidden state is thresholded; surrogate gradients as in
+// snntorch.surrogate.
 #pragma once
 
 #include "args.h"
@@ -43,9 +44,7 @@ struct Neuron {
   }
 
   // Synaptic current (the LSTM's cell state) after the step; a: activated gates.
-  static SNNLSTM_HD R next_syn(const Gates<R>& a, R syn_prev) {
-    return a.f * syn_prev + a.i * a.g;
-  }
+  static SNNLSTM_HD R next_syn(const Gates<R>& a, R syn_prev) { return a.f * syn_prev + a.i * a.g; }
 
   // Membrane potential (the LSTM's hidden state) before the reset. tanh_syn: of the synaptic
   // current before its quantisation.

@@ -36,6 +36,7 @@ class _SConv2dLSTM(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         factor = float(graded)
         arguments = (x, syn, mem, weight, bias, threshold, factor, options)
+        saved: Any
         if options.checkpoint:
             (spk, new_syn, new_mem, _), saved = checkpoint.forward(*arguments, algorithm)
         else:
@@ -75,10 +76,12 @@ def _differentiable(
 ) -> tuple[Tensor | None, ...]:
     """The same gradients in plain torch, as a graph that can be differentiated again."""
     # Aliases: one input may have been computed from another, and only direct paths count here.
-    own = [None if t is None else t.view_as(t) for t in inputs]
-    outputs = reference.run(*own, graded, options)
-    pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad]
-    sources = [t for t, want in zip(own, wanted) if want]
+    own: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
+    outputs = reference.run(*own, graded=graded, options=options)
+    pairs = [
+        (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
+    ]
+    sources: list[Any] = [t for t, want in zip(own, wanted, strict=True) if want]
     if not pairs:
         return (None,) * len(inputs)
     found = iter(

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import native
@@ -76,13 +75,12 @@ def _last_first(items: list[Any]) -> Iterator[tuple[int, Any]]:
 
 def _with_carry(grad: Tensor | None, segment: slice, carry: Tensor | None) -> Tensor | None:
     """Gradient of a recorded state over a segment; the next segment's is added to its last step."""
-    if grad is None and carry is None:
-        return None
-    if grad is None:
-        length = segment.stop - segment.start
-        out = carry.new_zeros((length, *carry.shape))
-    else:
+    if grad is not None:
         out = grad[segment].clone()
+    elif carry is not None:
+        out = carry.new_zeros((segment.stop - segment.start, *carry.shape))
+    else:
+        return None
     if carry is not None:
         out[-1] += carry
     return out
@@ -115,32 +113,37 @@ def backward(
     sums: list[Tensor | None] = [None, None, None]  # weight, bias, threshold
     carry_syn, carry_mem = (None, None) if options.record else (grad_syn, grad_mem)
     for k, segment in _last_first(segments):
-        start = states[2 * k : 2 * k + 2]
+        first_syn, first_mem = states[2 * k], states[2 * k + 1]
         part = x[segment]
         saved = native.forward(
-            part, *start, weight, bias, threshold, graded, inner, True, algorithm
+            part, first_syn, first_mem, weight, bias, threshold, graded, inner, True, algorithm
         ).saved
         assert saved is not None
         if options.record:
-            into = [_with_carry(g, segment, c) for g, c in ((grad_syn, carry_syn), (grad_mem, carry_mem))]
+            into = [
+                _with_carry(g, segment, c)
+                for g, c in ((grad_syn, carry_syn), (grad_mem, carry_mem))
+            ]
         else:
             into = [carry_syn, carry_mem]
         want_states = (True, True) if k > 0 else wanted[1:3]
         grads = native.backward(
             part,
-            *start,
+            first_syn,
+            first_mem,
             weight,
             threshold,
             graded,
             inner,
             saved,
             None if grad_spk is None else grad_spk[segment],
-            *into,
-            wanted=(wanted[0], *want_states, *wanted[3:]),
-            algorithm=algorithm,
+            into[0],
+            into[1],
+            (wanted[0], *want_states, *wanted[3:]),
+            algorithm,
         )
         carry_syn, carry_mem = grads.syn, grads.mem
-        if total.x is not None:
+        if total.x is not None and grads.x is not None:
             total.x[segment] = grads.x
         for place, grad in enumerate(grads[3:]):
             so_far = sums[place]

@@ -1,4 +1,4 @@
-"""The only module that talks to the compiled core: addresses, sizes, packed weights, workspaces.
+"""Calls of the compiled core: addresses, sizes, workspaces. Nothing else calls its kernels.
 
 The core takes raw memory and allocates none; everything it reads and writes is a torch tensor
 that is kept alive here while it runs.
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch  # before the core, which uses the OpenMP runtime that torch has loaded
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _C
 from .options import CellOptions
+from .packing import Packed, look_up, pack
 
 __all__ = ["DEVICES", "Gradients", "Result", "Saved", "backward", "evaluate", "forward", "name"]
 
@@ -145,7 +145,7 @@ def _density(x: Tensor) -> float:
 
 
 def _describe(
-    x: Tensor, mem: Tensor, weight: _Packed, options: CellOptions, algorithm: str
+    x: Tensor, mem: Tensor, weight: Packed, options: CellOptions, algorithm: str
 ) -> tuple[Any, int]:
     """Cell with its convolution algorithms, and the number of threads."""
     time = x.shape[0] if options.sequence else 1
@@ -188,71 +188,6 @@ class _Workspace(threading.local):
 
 
 _workspace = _Workspace()
-
-
-class _Packed:
-    """A weight in the kernels' forms, and a copy of the weight that they were made from.
-
-    Attributes
-    ----------
-    tame : bool
-        Whether the gates' root mean square per unit of input is at most ``GAIN``: so far
-        Winograd's rounding errors stay small over long sequences. nn.Conv2d's initial weights
-        have 0.58.
-    """
-
-    GAIN = 3.0
-
-    def __init__(self, weight: Tensor) -> None:
-        self.original = weight.detach().clone(memory_format=torch.contiguous_format)
-        self.tame = bool(self.original.norm() <= self.GAIN * weight.shape[0] ** 0.5)
-        self.forms: dict[tuple[str, int, int], Tensor] = {}
-
-    def fits(self, weight: Tensor) -> bool:
-        """Whether it was made from just this weight, compared byte for byte.
-
-        Neither the address nor the version counter tells: ``weight.data.add_(...)`` changes
-        neither of them.
-        """
-        own = self.original
-        if own.shape != weight.shape or own.dtype != weight.dtype:
-            return False
-        size = own.numel() * own.element_size()
-        return bool(_C.same_bytes(own.data_ptr(), weight.data_ptr(), size))
-
-
-_packed = WeakTensorKeyDictionary()
-_packed_lock = threading.Lock()
-
-_WINOGRAD = 2  # csrc/args.h: Way::winograd
-
-
-def _look_up(weight: Tensor) -> _Packed:
-    contiguous = weight.detach().contiguous()
-    with _packed_lock:
-        entry = _packed.get(weight)
-        if entry is None or not entry.fits(contiguous):
-            entry = _packed[weight] = _Packed(contiguous)
-    return entry
-
-
-def _pack(
-    weight: _Packed, cell: Any, backward: bool, grad_x: bool = False
-) -> list[Tensor | None]:
-    """The forms of `weight` that a call reads, each made once for each of the weight's values."""
-    tiles_of_x = grad_x if backward else cell.x_way == _WINOGRAD
-    needed = (True, cell.tile > 0, cell.tile > 0 and tiles_of_x)
-    isa = _C.isa_name()
-    out: list[Tensor | None] = []
-    for number, need in enumerate(needed, start=3 if backward else 0):
-        key = (isa, number, cell.tile if number % 3 else 0)
-        form = weight.forms.get(key)
-        if need and form is None:
-            form = _bytes(_C.cpu_packed_bytes(cell, number))
-            _C.cpu_pack_weight(cell, number, weight.original.data_ptr(), form.data_ptr())
-            weight.forms[key] = form  # when it is whole: other threads may look
-        out.append(form if need else None)
-    return out
 
 
 def _levels(options: CellOptions, dtype: torch.dtype) -> Tensor | None:
@@ -325,9 +260,9 @@ def forward(
     algorithm : str
         One of ``ALGORITHMS``.
     """
-    entry = _look_up(weight)
+    entry = look_up(weight)
     cell, threads = _describe(x, mem, entry, options, algorithm)
-    packed = _pack(entry, cell, backward=False)
+    packed = pack(entry, cell, backward=False)
     bias = None if bias is None else bias.detach().contiguous()
     thresholds, threshold_stride = _threshold(threshold, x.dtype)
     levels = _levels(options, x.dtype)
@@ -365,7 +300,7 @@ def empty_gradients(
     """The gradients that are wanted, uninitialised; the threshold's one a channel, (C,)."""
     c = mem.shape[1]
     shapes = (x.shape, syn.shape, mem.shape, weight.shape, (4 * c,), (c,))
-    out = [x.new_empty(shape) if want else None for shape, want in zip(shapes, wanted)]
+    out = [x.new_empty(shape) if want else None for shape, want in zip(shapes, wanted, strict=True)]
     if wanted[0]:
         out[0] = _empty(x, tuple(x.shape))
     return Gradients(*out)
@@ -401,9 +336,9 @@ def backward(
     algorithm : str
         One of ``ALGORITHMS``.
     """
-    entry = _look_up(weight)
+    entry = look_up(weight)
     cell, threads = _describe(x, mem, entry, options, algorithm)
-    packed = _pack(entry, cell, backward=True, grad_x=wanted[0])
+    packed = pack(entry, cell, backward=True, grad_x=wanted[0])
     thresholds, threshold_stride = _threshold(threshold, x.dtype)
     levels = _levels(options, x.dtype)
     grads = empty_gradients(x, syn, mem, weight, wanted)

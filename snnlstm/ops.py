@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from . import native
-from .options import CellOptions
+from .options import CellOptions, Pool, Reset
 from .quant import StateQuant
 from .surrogate import Surrogate
 
 __all__ = ["run"]
 
-_RESETS = ("subtract", "zero", "none")
-_POOLS = ("none", "max", "avg")
+_RESETS: tuple[Reset, ...] = ("subtract", "zero", "none")
+_POOLS: tuple[Pool, ...] = ("none", "max", "avg")
 
 
 def _encode(options: CellOptions) -> tuple[list[int], list[float], Tensor | None]:
@@ -50,6 +50,7 @@ _CHECKPOINT = 14  # its place in the numbers
 
 def _decode(numbers: list[int], parameters: list[float], levels: Tensor | None) -> CellOptions:
     kh, kw, sh, sw, dh, dw, ph, pw, reset, pool, kind, *flags = numbers
+    p0, p1 = parameters
     inhibition, sequence, record, checkpoint = map(bool, flags)
     return CellOptions(
         (kh, kw),
@@ -58,7 +59,7 @@ def _decode(numbers: list[int], parameters: list[float], levels: Tensor | None) 
         _RESETS[reset],
         _POOLS[pool],
         (ph, pw),
-        Surrogate(kind, *parameters),
+        Surrogate(kind, p0, p1),
         None if levels is None else StateQuant(levels),
         inhibition,
         sequence,
@@ -70,7 +71,11 @@ def _decode(numbers: list[int], parameters: list[float], levels: Tensor | None) 
 def _saved_or_empty(x: Tensor, saved: native.Saved | None) -> tuple[Tensor, Tensor, Tensor]:
     if saved is None:
         return x.new_empty(0), x.new_empty(0), x.new_empty(0, dtype=torch.int64)
-    return tuple(saved)
+    return saved.gates, saved.syn, saved.winner
+
+
+def _gradients_or_empty(x: Tensor, grads: native.Gradients) -> Any:
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @torch.library.custom_op("snnlstm::forward", mutates_args=())
@@ -89,10 +94,10 @@ def _forward(
     algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = _decode(numbers, parameters, levels)
-    *out, saved = native.forward(
+    spk, new_syn, new_mem, saved = native.forward(
         x, syn, mem, weight, bias, threshold, float(graded), options, training, algorithm
     )
-    return (*out, *_saved_or_empty(x, saved))
+    return (spk, new_syn, new_mem, *_saved_or_empty(x, saved))
 
 
 @_forward.register_fake
@@ -139,7 +144,7 @@ def _backward(
         wanted,
         algorithm,
     )
-    return tuple(x.new_empty(0) if grad is None else grad for grad in out)
+    return _gradients_or_empty(x, out)
 
 
 @_backward.register_fake
@@ -165,7 +170,7 @@ def _(
     out = native.empty_gradients(x, syn, mem, weight, wanted)
     if wanted[5]:
         out = out._replace(threshold=torch.empty_like(threshold))
-    return tuple(x.new_empty(0) if grad is None else grad for grad in out)
+    return _gradients_or_empty(x, out)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -201,7 +206,7 @@ def _backward_of_forward(ctx: Any, *grads: Tensor) -> tuple:
         wanted,
         ctx.algorithm,
     )
-    return (*(g if want else None for g, want in zip(out, wanted)), *(None,) * 6)
+    return (*(g if want else None for g, want in zip(out, wanted, strict=True)), *(None,) * 6)
 
 
 _forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
@@ -223,7 +228,18 @@ def run(
     numbers, parameters, levels = _encode(options)
     training = training and not options.checkpoint
     spk, new_syn, new_mem, *_ = _forward(
-        x, syn, mem, weight, bias, threshold, graded, levels, numbers, parameters, training, algorithm
+        x,
+        syn,
+        mem,
+        weight,
+        bias,
+        threshold,
+        graded,
+        levels,
+        numbers,
+        parameters,
+        training,
+        algorithm,
     )
     if options.surrogate.kind == 0:
         spk = spk.detach()

@@ -1,5 +1,6 @@
 // Which way each convolution is summed: a cost model in multiply-adds of one vector, per pixel and
-// channel block, with what the transforms cost beside them. benchmarks/NOTES.md has the measurements.
+// channel block, with what the transforms cost beside them. benchmarks/NOTES.md has the
+// measurements.
 #include "api.h"
 
 namespace snnlstm::cpu {
@@ -9,14 +10,17 @@ struct Tiling {
   int tile, inputs;  // outputs and inputs of a tile, a side
 };
 
-double direct_cost(const Cell& c, double channels) { return c.kernel_h * c.kernel_w * channels * 4; }
+double direct_cost(const Cell& c, double channels) {
+  return c.kernel_h * c.kernel_w * channels * 4;
+}
 
 // The products, the transform of the outputs (of four gates) and the transform of the inputs, which
 // all channel blocks share. Tiles that stick out of the image count whole.
 double tile_cost(const Cell& c, Tiling t, double channels) {
   const double points = t.inputs * t.inputs;
   const auto up = [&](int64_t n) { return double((n + t.tile - 1) / t.tile * t.tile) / double(n); };
-  const double per_tile = points * (4 * channels * 1.15 + 4 * 4) + points * 5 * channels / double(c.C);
+  const double per_tile =
+      points * (4 * channels * 1.15 + 4 * 4) + points * 5 * channels / double(c.C);
   return per_tile / (t.tile * t.tile) * up(c.Ho()) * up(c.Wo());
 }
 

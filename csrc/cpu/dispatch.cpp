@@ -6,9 +6,9 @@
 
 namespace snnlstm {
 
-#define SNNLSTM_DECLARE(isa)              \
-  namespace isa {                         \
-  extern const cpu::Kernels kernels;      \
+#define SNNLSTM_DECLARE(isa)         \
+  namespace isa {                    \
+  extern const cpu::Kernels kernels; \
   }
 SNNLSTM_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -58,7 +58,8 @@ const Isa& find(const std::string& name) {
     if (name == isa.name) return isa;
     usable += (usable.empty() ? "" : ", ") + std::string(isa.name);
   }
-  throw std::invalid_argument("instruction set '" + name + "' is not usable here; usable: " + usable);
+  throw std::invalid_argument("instruction set '" + name +
+                              "' is not usable here; usable: " + usable);
 }
 
 const Isa* best() {

@@ -1,8 +1,10 @@
-// The backward pass of a sequence, last step first. One phase a step, in which these run side by side:
+// The backward pass of a sequence, last step first. One phase a step, in which these run side by
+// side:
 //   rows     the recurrent data gradient of step t, and behind it, while the rows lie in cache, the
 //            pointwise backward of step t - 1 (neuron_backward.h)
 //   inputs   the data gradient of x, where it is wanted (with Winograd the rows tasks do it too)
-//   weights  step t's part of the weight gradient; each task owns its part of the result, so the sum
+//   weights  step t's part of the weight gradient; each task owns its part of the result, so the
+//   sum
 //            does not depend on who computes what when
 // Memory beside the results: two time steps of d gates, mem and x, whatever T is.
 #pragma once
@@ -23,7 +25,7 @@ class Backward {
   static constexpr int64_t kPiece = 48;      // rows of K in a weight gradient task
   static constexpr int64_t kTilePiece = 64;  // with Winograd: input channels
 
-  static constexpr int64_t kListUses = 4;    // channel blocks that share the lists of a sparse x
+  static constexpr int64_t kListUses = 4;  // channel blocks that share the lists of a sparse x
   using Sparse = SparseWeightGrad<T, VL>;
 
   struct Scratch {
@@ -93,7 +95,8 @@ class Backward {
       phases.run(T_ + 2, l_.Cb, [&](int64_t cb) {
         if (a_.grad_weight) finish_tiles(cb);
         if (a_.grad_weight)
-          Packing<T, VL>::weight_gradient(l_, partial_, splits_, cb, static_cast<T*>(a_.grad_weight));
+          Packing<T, VL>::weight_gradient(l_, partial_, splits_, cb,
+                                          static_cast<T*>(a_.grad_weight));
         neuron_.reduce(cb);
       });
     });
@@ -172,10 +175,11 @@ class Backward {
     const int64_t pixel = 4 * l_.Cp, row = l_.Wm * pixel;
     transform_inputs<W, S>(b, W::tile, neuron_.d_gates(t, n) + begin * row, row, pixel, s.values);
     if (mem_grad)
-      to_mem_.template tiles<W>(b, s.values, static_cast<const T*>(a_.weight_mem), s.products, begin, end,
-                                mem_grad);
+      to_mem_.template tiles<W>(b, s.values, static_cast<const T*>(a_.weight_mem), s.products,
+                                begin, end, mem_grad);
     if (!x_wanted) return;
-    to_x_.template tiles<W>(b, s.values, static_cast<const T*>(a_.weight_x), s.products, begin, end, s.x);
+    to_x_.template tiles<W>(b, s.values, static_cast<const T*>(a_.weight_x), s.products, begin, end,
+                            s.x);
     write_x(t, n, begin, end, s.x);
   }
 
@@ -288,8 +292,8 @@ class Backward {
     const int64_t chunk = 128 / l_.Wo < 1 ? 1 : 128 / l_.Wo;
     for (int64_t n = c.N * split / splits_; n < c.N * (split + 1) / splits_; ++n)
       for (int64_t h = 0; h < l_.Ho; h += chunk)
-        weight_grad_run<S>(pixel_rows(t, n, h, h + chunk < l_.Ho ? chunk : l_.Ho - h, cb, of_x), run.in,
-                           run.len, out);
+        weight_grad_run<S>(pixel_rows(t, n, h, h + chunk < l_.Ho ? chunk : l_.Ho - h, cb, of_x),
+                           run.in, run.len, out);
   }
 
   const BackwardArgs& a_;

@@ -1,7 +1,8 @@
 // The inner product of every convolution here: a register tile of P pixels by NV vectors of
 // output channels, summed over runs of contiguous input values.
 //
-//   out[p][NV * VL] (+)= sum over runs, k:  in[p * pixel_stride + run.in + k] * w[run.w + k][NV * VL]
+//   out[p][NV * VL] (+)= sum over runs, k:  in[p * pixel_stride + run.in + k] * w[run.w + k][NV *
+//   VL]
 //
 // With the input channels-last, the taps of one kernel row and all their channels lie side by
 // side: a run is a kernel row (or, where that is not so, one tap). The weight is packed in the
@@ -28,8 +29,8 @@ constexpr int kAccumulators = 12;
 template <int NV>
 constexpr int kMaxPixels = kAccumulators / NV < 8 ? kAccumulators / NV : 8;
 
-// What the sums of a row of pixels start from: nothing, the same for every pixel (a bias), or what the
-// output holds already.
+// What the sums of a row of pixels start from: nothing, the same for every pixel (a bias), or what
+// the output holds already.
 template <class T>
 struct Start {
   const T* from = nullptr;
@@ -88,18 +89,18 @@ SNNLSTM_INLINE void conv_tile(const typename S::Scalar* in, int64_t pixel_stride
 // `count` pixels of one row, in tiles of nearly equal size.
 template <class S, int NV>
 void conv_row(const typename S::Scalar* in, int64_t pixel_stride, const Run* runs, int num_runs,
-              const typename S::Scalar* w, Start<typename S::Scalar> start,
-              typename S::Scalar* out, int64_t out_stride, int64_t count) {
+              const typename S::Scalar* w, Start<typename S::Scalar> start, typename S::Scalar* out,
+              int64_t out_stride, int64_t count) {
   constexpr int P = kMaxPixels<NV>;
   for (int64_t done = 0, tiles = (count + P - 1) / P; tiles > 0; --tiles) {
     const int64_t n = (count - done + tiles - 1) / tiles;
     const auto* a = in + done * pixel_stride;
     auto* o = out + done * out_stride;
     switch (n) {
-#define SNNLSTM_TILE(n)                                                                         \
-  case n:                                                                                       \
-    if constexpr (n <= P)                                                                       \
-      conv_tile<S, NV, n>(a, pixel_stride, runs, num_runs, w, start, o, out_stride);            \
+#define SNNLSTM_TILE(n)                                                              \
+  case n:                                                                            \
+    if constexpr (n <= P)                                                            \
+      conv_tile<S, NV, n>(a, pixel_stride, runs, num_runs, w, start, o, out_stride); \
     break;
       SNNLSTM_TILE(1)
       SNNLSTM_TILE(2)

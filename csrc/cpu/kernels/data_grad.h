@@ -1,7 +1,7 @@
 // The data gradient of a convolution: with stride 1 a convolution of the gates' gradient with the
-// flipped kernel. With a stride, the output pixels of each remainder modulo the stride see their own
-// subset of the taps. With Winograd the transformed gates' gradient of a block of tiles is shared by
-// the recurrent and the input half.
+// flipped kernel. With a stride, the output pixels of each remainder modulo the stride see their
+// own subset of the taps. With Winograd the transformed gates' gradient of a block of tiles is
+// shared by the recurrent and the input half.
 #pragma once
 
 #include "tiles.h"
@@ -16,8 +16,8 @@ class DataGrad {
   DataGrad(const DataGrad&) = delete;
   DataGrad& operator=(const DataGrad&) = delete;
 
-  // channels in `vectors` vectors, on an image of `width` columns, seen through a convolution of the
-  // given stride.
+  // channels in `vectors` vectors, on an image of `width` columns, seen through a convolution of
+  // the given stride.
   DataGrad(const Layout<T, VL>& l, int64_t vectors, int64_t width, int stride_h, int stride_w)
       : l_(l),
         vectors_(vectors),
@@ -39,7 +39,8 @@ class DataGrad {
             const int64_t h = a + l.ph - i * l.c.dilation_h, w = b + l.pw - j * l.c.dilation_w;
             if (h % sh_ != 0 || w % sw_ != 0) continue;
             const int64_t tap = l.taps - 1 - (i * l.c.kernel_w + j);
-            list.add({(h / sh_ + l.ph) * row + (w / sw_ + l.pw) * pixel, tap * pixel, pixel}, max_len);
+            list.add({(h / sh_ + l.ph) * row + (w / sw_ + l.pw) * pixel, tap * pixel, pixel},
+                     max_len);
           }
       }
   }
@@ -76,17 +77,18 @@ class DataGrad {
 
  private:
   template <class W, int NV>
-  void tile_sweep(const TileBlock<T>& b, const T* values, const T* weight, T* products, int64_t rows,
-                  T* out) const {
+  void tile_sweep(const TileBlock<T>& b, const T* values, const T* weight, T* products,
+                  int64_t rows, T* out) const {
     const int64_t channels = vectors_ * VL;
     for (int64_t block = 0; block < vectors_; block += NV) {
-      multiply<S, NV>(b, W::points, values, weight + block * VL * W::points * b.channels, b.channels,
-                      false, products);
+      multiply<S, NV>(b, W::points, values, weight + block * VL * W::points * b.channels,
+                      b.channels, false, products);
       for (int64_t tile = 0; tile < b.count(); ++tile) {
         const int64_t h0 = tile / b.columns * W::tile, w0 = tile % b.columns * W::tile;
         for (int v = 0; v < NV; ++v)
           W::template outputs<W::tile>(
-              products + (tile * NV + v) * VL, b.products_stride, [&](int i, int j, typename S::R g) {
+              products + (tile * NV + v) * VL, b.products_stride,
+              [&](int i, int j, typename S::R g) {
                 if (h0 + i < rows && w0 + j < width_)
                   S::store(out + ((h0 + i) * width_ + w0 + j) * channels + (block + v) * VL, g);
               });
@@ -110,9 +112,9 @@ class DataGrad {
           const auto pass = [&](const Run* runs, int count) {
             for (int64_t h = first; h < end; h += sh_) {
               T* o = out + (h - begin) * row_size() + b * channels + block * VL;
-              conv_row<S, NV>(d_gates + h / sh_ * row, pixel, runs, count, weight + block * VL * l_.Kg,
-                              add ? Start<T>{o, sw_ * channels} : Start<T>{}, o, sw_ * channels,
-                              columns);
+              conv_row<S, NV>(
+                  d_gates + h / sh_ * row, pixel, runs, count, weight + block * VL * l_.Kg,
+                  add ? Start<T>{o, sw_ * channels} : Start<T>{}, o, sw_ * channels, columns);
             }
             add = true;
           };

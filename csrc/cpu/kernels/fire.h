@@ -22,7 +22,8 @@ struct Window {
   using Mask = typename M::Mask;
 
   // As torch.nn.functional.max_pool2d: a NaN wins, of equal ones the first. where: its place.
-  static SNNLSTM_INLINE R max(const Cell& c, const T* mem, int64_t row, int64_t pixel, Mask& where) {
+  static SNNLSTM_INLINE R max(const Cell& c, const T* mem, int64_t row, int64_t pixel,
+                              Mask& where) {
     R best = M::load(mem);
     where = Mask{};
     typename M::Bits place = 0;

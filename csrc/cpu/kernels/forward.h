@@ -59,11 +59,11 @@ class Forward {
   static constexpr int64_t kChunk = chunk_length<T>(kGates);
 
   struct Scratch {
-    T* patch;   // input rows under a block, with border
-    T* gates;   // (strip rows, Wr, 4, VL)
-    T* pooled;  // (Wp, Cp)
+    T* patch;                                   // input rows under a block, with border
+    T* gates;                                   // (strip rows, Wr, 4, VL)
+    T* pooled;                                  // (Wp, Cp)
     typename SparseInput<T, VL>::Lists* lists;  // of x's nonzeros, for every strip of a block
-    T *mem_values, *x_values, *products;  // Winograd: tiles.h
+    T *mem_values, *x_values, *products;        // Winograd: tiles.h
   };
 
   void carve(Arena& arena) {
@@ -96,7 +96,8 @@ class Forward {
 
   int64_t x_channels() const { return l_.x_blocks * VL; }
   TileBlock<T> tiles(int64_t rows, int64_t channels) const {
-    const int64_t tile_rows = (rows + l_.tile - 1) / l_.tile, most = block_ / l_.tile * l_.tile_columns();
+    const int64_t tile_rows = (rows + l_.tile - 1) / l_.tile,
+                  most = block_ / l_.tile * l_.tile_columns();
     return {tile_rows, l_.tile_columns(), channels, point_stride<T>(most * channels),
             point_stride<T>(most * kGates)};
   }
@@ -113,7 +114,8 @@ class Forward {
     }
   }
 
-  T* mem_row(int64_t t, int64_t n, int64_t h) const {  // of the state after step t - 1, border included
+  T* mem_row(int64_t t, int64_t n,
+             int64_t h) const {  // of the state after step t - 1, border included
     return mem_[t & 1] + n * l_.mem_image() + h * l_.Wm * l_.Cp;
   }
   T* mem_inner(int64_t t, int64_t n, int64_t h) const {
@@ -192,8 +194,8 @@ class Forward {
       }
       std::memset(patch, 0, border * sizeof(T));
       std::memset(patch + right, 0, (row - right) * sizeof(T));
-      load_row<S>(x + h * a_.x.stride[3], a_.x.stride[2], a_.x.stride[4], c.W, c.Cin, patch + border,
-                  c.Cin);
+      load_row<S>(x + h * a_.x.stride[3], a_.x.stride[2], a_.x.stride[4], c.W, c.Cin,
+                  patch + border, c.Cin);
     }
   }
 
@@ -227,8 +229,8 @@ class Forward {
       return sparse_.convolve(s.lists[(h0 - b0) / strip_],
                               static_cast<const T*>(a_.weight) + cb * l_.K() * kGates,
                               bias_ + cb * kGates, s.gates);
-    sweep(x_runs_, s.patch + (h0 - b0) * row, row, a_.cell.stride_w * a_.cell.Cin, h0, h1, cb, false,
-          s);
+    sweep(x_runs_, s.patch + (h0 - b0) * row, row, a_.cell.stride_w * a_.cell.Cin, h0, h1, cb,
+          false, s);
   }
 
   void direct(int64_t t, int64_t n, int64_t b0, int64_t b1, const Scratch& s) {
@@ -239,8 +241,8 @@ class Forward {
     }
   }
 
-  // The recurrent half by Winograd, and the input half too or not; the gates of one row of tiles at a
-  // time are put together and used.
+  // The recurrent half by Winograd, and the input half too or not; the gates of one row of tiles at
+  // a time are put together and used.
   template <class W>
   void tiled(int64_t t, int64_t n, int64_t b0, int64_t b1, const Scratch& s) {
     const Cell& c = a_.cell;
@@ -259,7 +261,8 @@ class Forward {
         const int64_t h1 = h0 + strip_ < b1 ? h0 + strip_ : b1;
         if (!x_too) sweep_x(b0, h0, h1, cb, s);
         for (int64_t h = h0; h < h1; h += W::tile)
-          add_tiles<W>(of_mem, (h - b0) / W::tile, cb, !x_too, s.products, s.gates + (h - h0) * l_.Wr * kGates);
+          add_tiles<W>(of_mem, (h - b0) / W::tile, cb, !x_too, s.products,
+                       s.gates + (h - h0) * l_.Wr * kGates);
         for (int64_t h = h0; h < h1; ++h) update(t, n, h, cb, s.gates + (h - h0) * l_.Wr * kGates);
       }
     }
@@ -267,7 +270,8 @@ class Forward {
 
   // The outputs of one row of tiles, added to the gates or, without `add`, to the bias.
   template <class W>
-  void add_tiles(const TileBlock<T>& b, int64_t r, int64_t cb, bool add, const T* products, T* gates) {
+  void add_tiles(const TileBlock<T>& b, int64_t r, int64_t cb, bool add, const T* products,
+                 T* gates) {
     for (int64_t column = 0; column < b.columns; ++column)
       for (int gate = 0; gate < 4; ++gate) {
         const T* in = products + (r * b.columns + column) * kGates + gate * VL;
@@ -294,8 +298,8 @@ class Forward {
                                ((t * c.N + n) * l_.pixels + h * l_.Wo) * 4 * l_.Cp + cb * kGates
                          : nullptr;
     for (int64_t w = 0; w < l_.Wo; ++w, gates += kGates) {
-      const Gates<R> act = Neuron<M>::activate({S::load(gates), S::load(gates + VL),
-                                                S::load(gates + 2 * VL), S::load(gates + 3 * VL)});
+      const Gates<R> act = Neuron<M>::activate(
+          {S::load(gates), S::load(gates + VL), S::load(gates + 2 * VL), S::load(gates + 3 * VL)});
       R syn = Neuron<M>::next_syn(act, S::load(syn_in + w * l_.Cp));
       const Mask reset = Neuron<M>::fires(S::load(mem_in + w * l_.Cp), threshold);
       R mem = Neuron<M>::next_mem(act.o, M::tanh(syn));
@@ -353,15 +357,15 @@ class Forward {
     int64_t stride;
     const T* row = pooled_row(t, n, h, s, stride);
     const R spike = S::splat(T(a_.graded)), silent = S::splat(T(0) * T(a_.graded));
-    store_row<S>(row, stride, l_.Wp, a_.cell.C, spk_row(t, n, h), a_.spk.stride[2], a_.spk.stride[4],
-                 [&](R mem, int64_t ch) {
+    store_row<S>(row, stride, l_.Wp, a_.cell.C, spk_row(t, n, h), a_.spk.stride[2],
+                 a_.spk.stride[4], [&](R mem, int64_t ch) {
                    return S::where(Neuron<M>::fires(mem, S::load(threshold_ + ch)), spike, silent);
                  });
   }
 
-  // Inhibition: of all neurons of a sample only the one with the highest (pooled) membrane potential
-  // may spike; the lowest index in (C, Hp, Wp) among equals; a NaN counts as highest, as in
-  // torch.argmax.
+  // Inhibition: of all neurons of a sample only the one with the highest (pooled) membrane
+  // potential may spike; the lowest index in (C, Hp, Wp) among equals; a NaN counts as highest, as
+  // in torch.argmax.
   void fire_winner(int64_t t, int64_t n, const Scratch& s) {
     const Cell& c = a_.cell;
     const View& v = a_.spk;

@@ -27,7 +27,8 @@ SNNLSTM_BEGIN_ISA
 // Elements behind an image that vector code may read, and throws away.
 constexpr int64_t kReadAhead = 16;
 
-// Hands out pieces of one allocation, each on a cache line of its own. Without memory it only counts.
+// Hands out pieces of one allocation, each on a cache line of its own. Without memory it only
+// counts.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -45,16 +46,15 @@ class Arena {
 };
 
 // Output channels in `vectors` vectors: how many of them a register tile takes.
-inline int tile_vectors(int64_t vectors) {
-  return vectors % 4 == 0 ? 4 : vectors % 2 == 0 ? 2 : 1;
-}
+inline int tile_vectors(int64_t vectors) { return vectors % 4 == 0 ? 4 : vectors % 2 == 0 ? 2 : 1; }
 
 template <class T, int VL>
 struct Layout {
   explicit Layout(const Cell& cell)
       : c(cell),
         tile(cell.tile > 0 ? cell.tile : 1),
-        points(cell.tile > 0 ? (cell.tile + cell.kernel_h - 1) * (cell.tile + cell.kernel_h - 1) : 0),
+        points(cell.tile > 0 ? (cell.tile + cell.kernel_h - 1) * (cell.tile + cell.kernel_h - 1)
+                             : 0),
         Ho(cell.Ho()),
         Wo(cell.Wo()),
         Hr(round_up(Ho, tile)),
@@ -79,7 +79,7 @@ struct Layout {
   int64_t tile, points;            // Winograd: outputs a side, products a tile; else 1, 0
   int64_t Ho, Wo, Hr, Wr, Hp, Wp;  // Hr, Wr: the state's image in whole tiles
   int64_t ph, pw, Cb, Cp, pixels;
-  int64_t Hx, Wx, Wm;              // with border
+  int64_t Hx, Wx, Wm;  // with border
   int64_t taps, Kx, Km, Kg, x_blocks;
 
   static int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -95,8 +95,8 @@ struct Layout {
   int64_t packed_forward() const { return Cb * K() * 4 * VL; }
   int64_t packed_backward() const { return (x_blocks + Cb) * Kg * VL; }
 
-  // Rows that are worked on at a time: those whose gates of one channel block fit in half of a 32 KiB
-  // L1; with Winograd some 32 tiles, which share every weight that is read.
+  // Rows that are worked on at a time: those whose gates of one channel block fit in half of a 32
+  // KiB L1; with Winograd some 32 tiles, which share every weight that is read.
   int64_t block_rows() const {
     const int64_t rows = c.tile > 0 ? tile * ((32 + tile_columns() - 1) / tile_columns())
                                     : 16384 / (Wo * 4 * VL * int64_t(sizeof(T)));
@@ -110,7 +110,8 @@ struct Layout {
     return rows < tile ? tile : rows < block_rows() ? rows : block_rows();
   }
 
-  // Rows that one task takes: a block, but enough tasks for everybody; whole pooling windows and tiles.
+  // Rows that one task takes: a block, but enough tasks for everybody; whole pooling windows and
+  // tiles.
   int64_t task_rows(int threads) const {
     int64_t rows = block_rows();
     const int64_t wanted = 4 * threads;

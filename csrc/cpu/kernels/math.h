@@ -14,8 +14,8 @@ struct ExpConstants<float> {
   static constexpr int mantissa = 23, bias = 127;
   // ln(2) in two parts, the first with few enough digits that n * ln2_high is exact
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  static constexpr float limit = 87.0f;          // exp(-limit) is still a normal number
-  static constexpr float round = 12582912.0f;    // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float limit = 87.0f;        // exp(-limit) is still a normal number
+  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   // (exp(r) - 1 - r) / r^2, from r^0 upwards: 1/2!, 1/3!, ... economised (minimax)
   static constexpr int terms = 6;
   static constexpr float c[6] = {5.0000001201e-1f, 1.6666665459e-1f, 4.1665795894e-2f,
@@ -81,9 +81,7 @@ struct Math : Simd<T, VL> {
   }
 
  private:
-  static SNNLSTM_INLINE Mask Mask_bias() {
-    return Mask{} + typename S::Bits(K::bias);
-  }
+  static SNNLSTM_INLINE Mask Mask_bias() { return Mask{} + typename S::Bits(K::bias); }
 };
 
 SNNLSTM_END_ISA

@@ -1,6 +1,6 @@
 // The pointwise part of the backward pass, for a block of rows of one time step: spike, pooling,
-// reset, LSTM. It leaves what the step's convolutions need: d gates, mem before the step and x, each
-// channels-last with a zero border, in two buffers by turns.
+// reset, LSTM. It leaves what the step's convolutions need: d gates, mem before the step and x,
+// each channels-last with a zero border, in two buffers by turns.
 #pragma once
 
 #include "fire.h"
@@ -84,7 +84,8 @@ class NeuronBackward {
     const bool states = a_.record || t == a_.cell.T - 1;
     gather_x(t, n, begin, end);
     for (int64_t h = begin; h < end; ++h) {
-      if (states && a_.grad_mem.data) add_row(a_.grad_mem, t, n, h, s.mem_grad + (h - begin) * row, s);
+      if (states && a_.grad_mem.data)
+        add_row(a_.grad_mem, t, n, h, s.mem_grad + (h - begin) * row, s);
       if (states && a_.grad_syn.data)
         add_row(a_.grad_syn, t, n, h, d_syn_ + n * l_.state_image() + h * row, s);
       recompute_mem(t, n, h, s.mem + (h - begin) * row, l_.Cp);
@@ -103,8 +104,8 @@ class NeuronBackward {
 
   void write_row(const View& v, int64_t n, int64_t h, const T* src) const {
     store_row<S>(src, l_.Cp, l_.Wo, a_.cell.C,
-                 static_cast<T*>(v.data) + n * v.stride[1] + h * v.stride[3], v.stride[2], v.stride[4],
-                 [](R g, int64_t) { return g; });
+                 static_cast<T*>(v.data) + n * v.stride[1] + h * v.stride[3], v.stride[2],
+                 v.stride[4], [](R g, int64_t) { return g; });
   }
 
   // Bias and threshold gradients of one channel block, over all tasks in order.
@@ -137,18 +138,21 @@ class NeuronBackward {
            ((t * a_.cell.N + n) * l_.pixels + h * l_.Wo) * 4 * l_.Cp;
   }
   const T* syn_after(int64_t t, int64_t n, int64_t h) const {  // t = -1: the first syn
-    const T* base = t < 0 ? syn0_ : static_cast<const T*>(a_.saved_syn) + t * a_.cell.N * l_.state_image();
+    const T* base =
+        t < 0 ? syn0_ : static_cast<const T*>(a_.saved_syn) + t * a_.cell.N * l_.state_image();
     return base + n * l_.state_image() + h * l_.Wo * l_.Cp;
   }
 
   void read_row(const View& v, int64_t n, int64_t h, T* dst, int64_t t = 0) const {
-    const T* src = static_cast<const T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
+    const T* src =
+        static_cast<const T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
     if (l_.Cp > a_.cell.C) std::memset(dst, 0, l_.Wo * l_.Cp * sizeof(T));
     load_row<S>(src, v.stride[2], v.stride[4], l_.Wo, a_.cell.C, dst, l_.Cp);
   }
   void add_row(const View& v, int64_t t, int64_t n, int64_t h, T* dst, const Scratch& s) const {
     read_row(v, n, h, s.row, a_.record ? t : 0);
-    for (int64_t k = 0; k < l_.Wo * l_.Cp; k += VL) S::store(dst + k, S::load(dst + k) + S::load(s.row + k));
+    for (int64_t k = 0; k < l_.Wo * l_.Cp; k += VL)
+      S::store(dst + k, S::load(dst + k) + S::load(s.row + k));
   }
 
   // The input rows that belong to state rows [begin, end); the last task takes the rest.
@@ -169,7 +173,8 @@ class NeuronBackward {
     return M::tanh(Neuron<M>::next_syn(act, S::load(syn_prev)));
   }
   static Gates<R> load(const T* gate) {
-    return {S::load(gate), S::load(gate + VL), S::abs(S::load(gate + 2 * VL)), S::load(gate + 3 * VL)};
+    return {S::load(gate), S::load(gate + VL), S::abs(S::load(gate + 2 * VL)),
+            S::load(gate + 3 * VL)};
   }
 
   // mem after step t, from what was saved.
@@ -203,10 +208,11 @@ class NeuronBackward {
         for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
           Mask where{};
           const int64_t place = top + w * c.pool_w * l_.Cp + ch;
-          const R mem = pooled_mem<M>(c, s.mem + place, row, l_.Cp, static_cast<const T*>(a_.levels), where);
+          const R mem =
+              pooled_mem<M>(c, s.mem + place, row, l_.Cp, static_cast<const T*>(a_.levels), where);
           const R noise = a_.noise.data ? S::load(s.noise_row + w * l_.Cp + ch) : R{};
-          const R slope =
-              Neuron<M>::surrogate_gradient(c.surrogate, mem - S::load(threshold_ + ch), p0, p1, noise);
+          const R slope = Neuron<M>::surrogate_gradient(c.surrogate, mem - S::load(threshold_ + ch),
+                                                        p0, p1, noise);
           const R grad = slope * (S::load(s.row + w * l_.Cp + ch) * graded);
           S::store(sums + ch, S::load(sums + ch) - grad);
           if (c.pool == Pool::none)
@@ -218,7 +224,8 @@ class NeuronBackward {
   }
 
   void pooled_row(const View& v, int64_t t, int64_t n, int64_t h, T* dst) const {
-    const T* src = static_cast<const T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
+    const T* src =
+        static_cast<const T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
     if (l_.Cp > a_.cell.C) std::memset(dst, 0, l_.Wp * l_.Cp * sizeof(T));
     load_row<S>(src, v.stride[2], v.stride[4], l_.Wp, a_.cell.C, dst, l_.Cp);
   }
@@ -244,9 +251,9 @@ class NeuronBackward {
         const T* g = gate + 4 * k;
         const Mask reset = S::flagged(S::load(g + 2 * VL));
         const R grad = S::load(mem_grad + k);
-        const NeuronGrad<R> d =
-            Neuron<M>::backward(c.reset, load(g), S::load(syn_prev + k), tanh_syn(g, syn + k, syn_prev + k),
-                                reset, grad, S::load(d_syn + k));
+        const NeuronGrad<R> d = Neuron<M>::backward(c.reset, load(g), S::load(syn_prev + k),
+                                                    tanh_syn(g, syn + k, syn_prev + k), reset, grad,
+                                                    S::load(d_syn + k));
         if (c.reset == Reset::subtract) threshold -= S::where(reset, grad, R{});
         S::store(d_syn + k, d.syn_prev);
         const R pre[4] = {d.pre.i, d.pre.f, d.pre.o, d.pre.g};

@@ -11,7 +11,8 @@ template <class T, int VL>
 struct Packing {
   using L = Layout<T, VL>;
 
-  // Place of the weight from input channel ci (x's first, then mem's) to gate channel g at tap (i, j).
+  // Place of the weight from input channel ci (x's first, then mem's) to gate channel g at tap (i,
+  // j).
   static int64_t source(const L& l, int64_t g, int64_t ci, int64_t tap) {
     return (g * (l.c.Cin + l.c.C) + ci) * l.taps + tap;
   }
@@ -46,36 +47,38 @@ struct Packing {
   static void forward_tiles(const L& l, const T* weight, int64_t first, int64_t count, T* packed) {
     for (int64_t cb = 0; cb < l.Cb; ++cb)
       for (int64_t k = 0; k < count; ++k)
-        tile_weights(l, 4,
-                     [&](int64_t tap, int64_t v, int64_t lane) {
-                       const int64_t ch = cb * VL + lane;
-                       return ch < l.c.C ? weight[source(l, v * l.c.C + ch, first + k, tap)] : T(0);
-                     },
-                     packed + (cb * l.points * count + k) * 4 * VL, count * 4 * VL);
+        tile_weights(
+            l, 4,
+            [&](int64_t tap, int64_t v, int64_t lane) {
+              const int64_t ch = cb * VL + lane;
+              return ch < l.c.C ? weight[source(l, v * l.c.C + ch, first + k, tap)] : T(0);
+            },
+            packed + (cb * l.points * count + k) * 4 * VL, count * 4 * VL);
   }
 
   // And of the data gradient, from the gates to those channels; `vectors` vectors of them.
-  static void backward_tiles(const L& l, const T* weight, int64_t first, int64_t count, int64_t vectors,
-                             T* packed) {
+  static void backward_tiles(const L& l, const T* weight, int64_t first, int64_t count,
+                             int64_t vectors, T* packed) {
     const int64_t nv = tile_vectors(vectors), gates = 4 * l.Cp;
     for (int64_t block = 0; block < vectors; block += nv)
       for (int64_t g = 0; g < gates; ++g) {
         const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
-        tile_weights(l, nv,
-                     [&](int64_t tap, int64_t v, int64_t lane) {
-                       const int64_t k = (block + v) * VL + lane;
-                       return ch < l.c.C && k < count
-                                  ? weight[source(l, gate * l.c.C + ch, first + k, l.taps - 1 - tap)]
-                                  : T(0);
-                     },
-                     packed + (block * l.points * gates + g * nv) * VL, gates * nv * VL);
+        tile_weights(
+            l, nv,
+            [&](int64_t tap, int64_t v, int64_t lane) {
+              const int64_t k = (block + v) * VL + lane;
+              return ch < l.c.C && k < count
+                         ? weight[source(l, gate * l.c.C + ch, first + k, l.taps - 1 - tap)]
+                         : T(0);
+            },
+            packed + (block * l.points * gates + g * nv) * VL, gates * nv * VL);
       }
   }
 
-  // The sums of the weight gradient at Winograd's points, `splits` times (Cb, points, count, 4, VL), to
-  // rows of K of the first direct partial (Cb, K, 4, VL), from `row` on.
-  static void gradient_from_tiles(const L& l, const T* sums, int64_t splits, int64_t cb, int64_t count,
-                                  int64_t row, T* partial) {
+  // The sums of the weight gradient at Winograd's points, `splits` times (Cb, points, count, 4,
+  // VL), to rows of K of the first direct partial (Cb, K, 4, VL), from `row` on.
+  static void gradient_from_tiles(const L& l, const T* sums, int64_t splits, int64_t cb,
+                                  int64_t count, int64_t row, T* partial) {
     using S = Simd<T, VL>;
     const int64_t size = l.Cb * l.points * count * 4 * VL;
     with_winograd<S>(l.c.kernel_h, int(l.tile), [&](auto form) {
@@ -95,7 +98,8 @@ struct Packing {
     });
   }
 
-  // partial: `splits` times (Cb, K, 4, VL), summed in order. Writes the gradient of channel block cb.
+  // partial: `splits` times (Cb, K, 4, VL), summed in order. Writes the gradient of channel block
+  // cb.
   static void weight_gradient(const L& l, const T* partial, int64_t splits, int64_t cb, T* grad) {
     const int64_t size = l.Cb * l.K() * 4 * VL;
     forward_rows(l, [&](int64_t k, int64_t ci, int64_t tap) {
@@ -112,7 +116,8 @@ struct Packing {
   }
 
  private:
-  // tap_value(tap, vector, lane) transformed, in double precision; point p goes to out + p * stride.
+  // tap_value(tap, vector, lane) transformed, in double precision; point p goes to out + p *
+  // stride.
   template <class F>
   static void tile_weights(const L& l, int64_t vectors, F&& tap_value, T* out, int64_t stride) {
     using S = Simd<double, VL>;
@@ -132,8 +137,8 @@ struct Packing {
     });
   }
 
-  static void backward_half(const L& l, const T* weight, int64_t first, int64_t count, int64_t vectors,
-                            T* packed) {
+  static void backward_half(const L& l, const T* weight, int64_t first, int64_t count,
+                            int64_t vectors, T* packed) {
     const int64_t width = tile_vectors(vectors) * VL;
     for (int64_t block = 0; block < vectors * VL; block += width)
       for (int64_t tap = l.taps - 1; tap >= 0; --tap)

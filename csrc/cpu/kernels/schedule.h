@@ -43,7 +43,8 @@ class Phases {
   Counter* counters_;
 };
 
-// body(thread number) on as many threads as are worth it: a step must bring each some 10 us of work.
+// body(thread number) on as many threads as are worth it: a step must bring each some 10 us of
+// work.
 template <class F>
 void parallel(int threads, double multiply_adds_per_step, F&& body) {
   const double worth = multiply_adds_per_step / 2e5;

@@ -10,8 +10,12 @@
 #include "../../cell.h"
 
 #define SNNLSTM_INLINE __attribute__((always_inline)) inline
-#define SNNLSTM_BEGIN_ISA namespace snnlstm { namespace SNNLSTM_ISA {
-#define SNNLSTM_END_ISA }}
+#define SNNLSTM_BEGIN_ISA \
+  namespace snnlstm {     \
+  namespace SNNLSTM_ISA {
+#define SNNLSTM_END_ISA \
+  }                     \
+  }
 
 SNNLSTM_BEGIN_ISA
 

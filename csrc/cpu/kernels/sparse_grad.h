@@ -5,8 +5,8 @@
 // lie compactly in L1. With strides, input pixels of different residues meet different taps: they
 // are listed apart.
 //
-// As in weight_grad.h every sum runs over the pixels of a block in their order, and is then added to
-// the result.
+// As in weight_grad.h every sum runs over the pixels of a block in their order, and is then added
+// to the result.
 #pragma once
 
 #include "sparse_list.h"

@@ -41,12 +41,9 @@ static int64_t packed_bytes(const Cell& cell, Form form) {
   return with_lanes(cell, [&](auto lanes) {
     using L = decltype(lanes);
     const Layout<typename L::Scalar, L::count> l(cell);
-    const int64_t tiles = l.points * 4 * l.Cp, counts[] = {l.packed_forward(),
-                                                         tiles * cell.C,
-                                                         tiles * cell.Cin,
-                                                         l.packed_backward(),
-                                                         tiles * l.Cp,
-                                                         tiles * l.x_blocks * L::count};
+    const int64_t tiles = l.points * 4 * l.Cp,
+                  counts[] = {l.packed_forward(),  tiles * cell.C, tiles * cell.Cin,
+                              l.packed_backward(), tiles * l.Cp,   tiles * l.x_blocks * L::count};
     return counts[int(form)] * int64_t(sizeof(typename L::Scalar));
   });
 }
@@ -62,17 +59,17 @@ static void pack_weight(const Cell& cell, Form form, const void* weight, void* p
     if (form == Form::forward) return P::forward(l, from, to);
     if (form == Form::backward) return P::backward(l, from, to);
     if constexpr (kHasWinograd<T, L::count>) switch (form) {
-      case Form::forward_mem_tiles:
-        return P::forward_tiles(l, from, cell.Cin, cell.C, to);
-      case Form::forward_x_tiles:
-        return P::forward_tiles(l, from, 0, cell.Cin, to);
-      case Form::backward_mem_tiles:
-        return P::backward_tiles(l, from, cell.Cin, cell.C, l.Cb, to);
-      case Form::backward_x_tiles:
-        return P::backward_tiles(l, from, 0, cell.Cin, l.x_blocks, to);
-      default:
-        return;
-    }
+        case Form::forward_mem_tiles:
+          return P::forward_tiles(l, from, cell.Cin, cell.C, to);
+        case Form::forward_x_tiles:
+          return P::forward_tiles(l, from, 0, cell.Cin, to);
+        case Form::backward_mem_tiles:
+          return P::backward_tiles(l, from, cell.Cin, cell.C, l.Cb, to);
+        case Form::backward_x_tiles:
+          return P::backward_tiles(l, from, 0, cell.Cin, l.x_blocks, to);
+        default:
+          return;
+      }
   });
 }
 
@@ -107,7 +104,8 @@ static bool evaluate(const char* name, DType dtype, const void* in, void* out, i
 }
 
 extern const cpu::Kernels kernels;
-const cpu::Kernels kernels = {has_tiles, sparse_cost, forward_workspace, backward_workspace, padded_channels, packed_bytes, pack_weight,
-                                forward, backward, evaluate};
+const cpu::Kernels kernels = {has_tiles,       sparse_cost,  forward_workspace, backward_workspace,
+                              padded_channels, packed_bytes, pack_weight,       forward,
+                              backward,        evaluate};
 
 SNNLSTM_END_ISA

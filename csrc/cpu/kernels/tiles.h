@@ -1,7 +1,8 @@
 // Winograd on blocks of tiles (winograd.h has the transforms of one): transform all tiles of a
 // block, then for each of the A * A points one matrix product over the channels
 //
-//   products[point][tile][NV * VL] (+)= sum over k:  values[point][tile][k] * weight[point][k][NV * VL]
+//   products[point][tile][NV * VL] (+)= sum over k:  values[point][tile][k] * weight[point][k][NV *
+//   VL]
 //
 // A point's rows of weight and products stay in L1 while the block's tiles pass over them, and the
 // block is chosen to keep `values` and `products` in L2.
@@ -12,8 +13,8 @@
 
 SNNLSTM_BEGIN_ISA
 
-// Elements between the points of `count` elements each. An odd number of cache lines: the points of a
-// tile must not all fall into the same sets of the cache.
+// Elements between the points of `count` elements each. An odd number of cache lines: the points of
+// a tile must not all fall into the same sets of the cache.
 template <class T>
 inline int64_t point_stride(int64_t count) {
   constexpr int64_t line = 64 / sizeof(T);
@@ -23,8 +24,8 @@ inline int64_t point_stride(int64_t count) {
 // Tile rows [first row / M, ...) of one image, each of all its columns of tiles.
 template <class T>
 struct TileBlock {
-  int64_t rows, columns;       // of tiles
-  int64_t channels;            // of values, per tile; whole vectors
+  int64_t rows, columns;  // of tiles
+  int64_t channels;       // of values, per tile; whole vectors
   int64_t values_stride, products_stride;
 
   int64_t count() const { return rows * columns; }
@@ -53,8 +54,8 @@ void multiply(const TileBlock<T>& b, int points, const T* values, const T* weigh
     if (add) start = {out, width};
     for (int64_t first = 0; first < len; first += chunk) {
       const Run run{first, first, len - first < chunk ? len - first : chunk};
-      conv_row<S, NV>(values + k * b.values_stride, b.channels, &run, 1, weight + k * len * width, start,
-                      out, width, b.count());
+      conv_row<S, NV>(values + k * b.values_stride, b.channels, &run, 1, weight + k * len * width,
+                      start, out, width, b.count());
       start = {out, width};
     }
   }

@@ -58,9 +58,9 @@ void weight_grad_run(const PixelRows<T>& p, int64_t in_offset, int64_t len, T* o
     const int64_t n = (len - done + tiles - 1) / tiles;
     T* o = out + done * 4 * S::lanes;
     switch (n) {
-#define SNNLSTM_TILE(n)                                                          \
-  case n:                                                                        \
-    if constexpr (n <= KB) weight_grad_tile<S, n>(p, in_offset + done, o);       \
+#define SNNLSTM_TILE(n)                                                    \
+  case n:                                                                  \
+    if constexpr (n <= KB) weight_grad_tile<S, n>(p, in_offset + done, o); \
     break;
       SNNLSTM_TILE(1)
       SNNLSTM_TILE(2)
@@ -74,30 +74,40 @@ void weight_grad_run(const PixelRows<T>& p, int64_t in_offset, int64_t len, T* o
   }
 }
 
-// The same by Winograd for one block of tiles and one channel block: the inputs and the gates' gradient
-// transformed, and their products summed over the tiles: sums (points, channels, 4, VL), of which the
-// `len` channels from `in` on are worked on.
+// The same by Winograd for one block of tiles and one channel block: the inputs and the gates'
+// gradient transformed, and their products summed over the tiles: sums (points, channels, 4, VL),
+// of which the `len` channels from `in` on are worked on.
 template <class W, class S, class T = typename S::Scalar>
 void weight_grad_tiles(const PixelRows<T>& p, int64_t len, T* values, T* d_values, T* sums,
                        int64_t sums_stride) {
   constexpr int VL = S::lanes, kGates = 4 * VL;
-  const int64_t columns = (p.pixels + W::tile - 1) / W::tile, rows = (p.rows + W::tile - 1) / W::tile;
+  const int64_t columns = (p.pixels + W::tile - 1) / W::tile,
+                rows = (p.rows + W::tile - 1) / W::tile;
   const int64_t channels = (len + VL - 1) / VL * VL;
   const TileBlock<T> b{rows, columns, channels, point_stride<T>(rows * columns * channels),
                        point_stride<T>(rows * columns * kGates)};
   transform_inputs<W, S>(b, W::tile, p.in, p.in_row, p.in_pixel, values);
   for (int64_t tile = 0; tile < b.count(); ++tile) {
-    const T* corner = p.d_gates + tile / columns * W::tile * p.d_row + tile % columns * W::tile * p.d_pixel;
+    const T* corner =
+        p.d_gates + tile / columns * W::tile * p.d_row + tile % columns * W::tile * p.d_pixel;
     for (int v = 0; v < 4; ++v) {
       T* out = d_values + tile * kGates + v * VL;
       W::template taps<W::tile>(
           [&](int i, int j) { return S::load(corner + i * p.d_row + j * p.d_pixel + v * VL); },
-          [&](int i, int j, typename S::R g) { S::store(out + (i * W::A + j) * b.products_stride, g); });
+          [&](int i, int j, typename S::R g) {
+            S::store(out + (i * W::A + j) * b.products_stride, g);
+          });
     }
   }
   for (int point = 0; point < W::points; ++point) {
-    const PixelRows<T> tiles{values + point * b.values_stride, 0, channels,
-                             d_values + point * b.products_stride, 0, kGates, 1, b.count()};
+    const PixelRows<T> tiles{values + point * b.values_stride,
+                             0,
+                             channels,
+                             d_values + point * b.products_stride,
+                             0,
+                             kGates,
+                             1,
+                             b.count()};
     weight_grad_run<S>(tiles, 0, len, sums + point * sums_stride);
   }
 }

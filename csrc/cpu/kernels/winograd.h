@@ -1,13 +1,13 @@
-// Winograd's minimal filtering F(M x M, R x R) (Lavin and Gray 2016, https://arxiv.org/abs/1509.09308):
-// a tile of M x M outputs from A x A inputs, A = M + R - 1, by A * A products a channel instead of
-// M * M * R * R. For 3 x 3 taps and M = 4 that is a quarter of the work, M = 2: 4/9; for 5 x 5 and
-// M = 2: 36/100.
+// Winograd's minimal filtering F(M x M, R x R) (Lavin and Gray 2016,
+// https://arxiv.org/abs/1509.09308): a tile of M x M outputs from A x A inputs, A = M + R - 1, by A
+// * A products a channel instead of M * M * R * R. For 3 x 3 taps and M = 4 that is a quarter of
+// the work, M = 2: 4/9; for 5 x 5 and M = 2: 36/100.
 //
 //   outputs = AT [ (BT inputs B) * (G taps GT) ] A        sums over channels inside the brackets
 //
-// The interpolation points are 0, 1, -1 and infinity for A = 4, and 2, -2 besides for A = 6, so that
-// the transforms are the same few sums for every M and R: AT and G are Vandermonde matrices of the
-// points, G's rows scaled. The weight gradient is the same thing with the roles changed: R x R
+// The interpolation points are 0, 1, -1 and infinity for A = 4, and 2, -2 besides for A = 6, so
+// that the transforms are the same few sums for every M and R: AT and G are Vandermonde matrices of
+// the points, G's rows scaled. The weight gradient is the same thing with the roles changed: R x R
 // outputs, with the M x M gradients of a tile in the place of the taps.
 #pragma once
 
@@ -82,7 +82,8 @@ struct Winograd {
   using D = Transform<R, T, A>;
 
   // A x A pixels of VL channels; value k goes to out + k * stride.
-  static SNNLSTM_INLINE void inputs(const T* in, int64_t row, int64_t pixel, T* out, int64_t stride) {
+  static SNNLSTM_INLINE void inputs(const T* in, int64_t row, int64_t pixel, T* out,
+                                    int64_t stride) {
     both<A, A>([&](int i, int j) { return S::load(in + i * row + j * pixel); },
                [](const R(&x)[A], R(&y)[A]) { D::inputs(x, y); },
                [&](int i, int j, R v) { S::store(out + (i * A + j) * stride, v); });
@@ -133,8 +134,8 @@ SNNLSTM_INLINE void with_winograd(int kernel, int tile, F&& f) {
   return f(Winograd<S, 2, 3>{});
 }
 
-// Compiled for float32 in the wide vectors alone: float64 is there for its accuracy, and layers of so
-// few channels have little to gain.
+// Compiled for float32 in the wide vectors alone: float64 is there for its accuracy, and layers of
+// so few channels have little to gain.
 template <class T, int VL>
 constexpr bool kHasWinograd = sizeof(T) == 4 && VL * sizeof(T) == kWideBytes;
 

@@ -1,0 +1,82 @@
+"""Weights in the order in which the kernels read them, made once for each of their values.
+
+Kept beside the weight (never in a state_dict, never pickled) until its values change, and compared
+with it byte for byte in every call: one to three hundredths of a step.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch  # before the core, which uses the OpenMP runtime that torch has loaded
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import _C
+
+__all__ = ["Packed", "look_up", "pack"]
+
+
+class Packed:
+    """A weight in the kernels' forms, and a copy of the weight that they were made from.
+
+    Attributes
+    ----------
+    tame : bool
+        Whether the gates' root mean square per unit of input is at most ``GAIN``: so far
+        Winograd's rounding errors stay small over long sequences. nn.Conv2d's initial weights
+        have 0.58.
+    """
+
+    GAIN = 3.0
+
+    def __init__(self, weight: Tensor) -> None:
+        self.original = weight.detach().clone(memory_format=torch.contiguous_format)
+        self.tame = bool(self.original.norm() <= self.GAIN * weight.shape[0] ** 0.5)
+        self.forms: dict[tuple[str, int, int], Tensor] = {}
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether it was made from just this weight, compared byte for byte.
+
+        Neither the address nor the version counter tells: ``weight.data.add_(...)`` changes
+        neither of them.
+        """
+        own = self.original
+        if own.shape != weight.shape or own.dtype != weight.dtype:
+            return False
+        size = own.numel() * own.element_size()
+        return bool(_C.same_bytes(own.data_ptr(), weight.data_ptr(), size))
+
+
+_packed = WeakTensorKeyDictionary()
+_packed_lock = threading.Lock()
+
+_WINOGRAD = 2  # csrc/args.h: Way::winograd
+
+
+def look_up(weight: Tensor) -> Packed:
+    """Everything packed from `weight`'s present values; kept as long as the tensor lives."""
+    contiguous = weight.detach().contiguous()
+    with _packed_lock:
+        entry = _packed.get(weight)
+        if entry is None or not entry.fits(contiguous):
+            entry = _packed[weight] = Packed(contiguous)
+    return entry
+
+
+def pack(weight: Packed, cell: Any, backward: bool, grad_x: bool = False) -> list[Tensor | None]:
+    """The forms of `weight` that a call reads, each made once for each of the weight's values."""
+    tiles_of_x = grad_x if backward else cell.x_way == _WINOGRAD
+    needed = (True, cell.tile > 0, cell.tile > 0 and tiles_of_x)
+    isa = _C.isa_name()
+    out: list[Tensor | None] = []
+    for number, need in enumerate(needed, start=3 if backward else 0):
+        key = (isa, number, cell.tile if number % 3 else 0)
+        form = weight.forms.get(key)
+        if need and form is None:
+            form = torch.empty(_C.cpu_packed_bytes(cell, number), dtype=torch.uint8)
+            _C.cpu_pack_weight(cell, number, weight.original.data_ptr(), form.data_ptr())
+            weight.forms[key] = form  # when it is whole: other threads may look
+        out.append(form if need else None)
+    return out
