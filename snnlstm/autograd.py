@@ -77,7 +77,8 @@ def _differentiable(
     """The same gradients in plain torch, as a graph that can be differentiated again."""
     # Aliases: one input may have been computed from another, and only direct paths count here.
     own: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
-    outputs = reference.run(*own, graded=graded, options=options)
+    x, syn, mem, weight, bias, threshold = own
+    outputs = reference.run(x, syn, mem, weight, bias, threshold, graded, options)
     pairs = [
         (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
     ]

@@ -45,7 +45,7 @@ def _nearest_sorted(x: Tensor, levels: Tensor) -> Tensor:
     that tie with it are found by bisection. Infinite x ties everywhere: index 0.
     """
     count = int(levels.numel())  # a tensor while torch.jit traces
-    above = torch.bucketize(x, levels)
+    above = torch.bucketize(x.contiguous(), levels)
     high, low = above.clamp(max=count - 1), (above - 1).clamp(min=0)
     least = torch.minimum((levels[high] - x).abs(), (levels[low] - x).abs())
     index = _first_true(lambda k: (levels[k] - x).abs() <= least, high, count)
