@@ -1,4 +1,4 @@
-"""Gradients of the project's CUDA kernels, emulated, against float64 autograd through the reference.
+"""Gradients of the CUDA kernels, emulated, against float64 autograd through the reference.
 
 Where products are as good as float32's, every option is tried and the decisions (resets, maxima,
 levels) agree with the reference's. Coarser products decide otherwise here and there: they are
