@@ -1,6 +1,6 @@
 // The backward pass of a sequence, last step first: which kernels, in which order, on which memory.
 // One launch a step, then one for the first mem's gradient, one for x's and a few for the parameters.
-#include "launch.h"
+#include "packer.h"
 
 namespace snnlstm::cuda {
 
@@ -110,14 +110,9 @@ class Backward {
     return n;
   }
 
-  // The convolution of d_gates with the transposed weights: gradient of x, or of mem.
   Segment transposed(const Image& gates, bool of_x) const {
-    Segment s = state_window(s_.c);
-    s.channels = int(4 * s_.Cp);
+    Segment s = gates_window(s_.c, of_x);
     s.src = as_tensor(gates);
-    if (of_x) {
-      s.up_h = SmallDivisor(s_.c.stride_h), s.up_w = SmallDivisor(s_.c.stride_w);
-    }
     return s;
   }
 
@@ -155,18 +150,36 @@ class Backward {
     run_step(plan, use, transposed(out.gates, use == Use::gates_to_x), n, out.tensor);
   }
 
+  // s without channels: there is nothing to convolve.
   void run_step(const DataPlan& plan, Use use, Segment s, const NeuronBackward& n,
                 const Tensor& out) const {
-    const char* weight =
-        static_cast<const char*>(a_.weight) + (use == Use::gates_to_mem ? plan_.x_bytes(s_.c) : 0);
-    BackwardFma p;
+    Packer before(s_.c, target_);
+    if (use == Use::gates_to_mem) before.transposed(plan_.to_x, Use::gates_to_x);
+    const char* weight = static_cast<const char*>(a_.weight) + before.bytes();
+    if (!plan.mma()) {
+      BackwardFma p;
+      p.tiling = plan.tiling;
+      s.weight = weight;
+      s.weight_pitch = fma::depth(s) * fma::kColumns;
+      p.d_gates = s;
+      p.neuron = n;
+      p.out = out;
+      return launch_backward_fma(p, type_, stream());
+    }
+    BackwardMma p;
     p.tiling = plan.tiling;
-    s.weight = weight;
-    s.weight_pitch = fma::depth(s) * fma::kColumns;
-    p.d_gates = s;
+    MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);
+    const MmaDepth depth = gates_depth(s_.c, plan.multiply);
+    if (s.channels > 0) builder.add(s, depth, p.tiling);
+    builder.finish(weight, 0, depth.units(), plan.threads());
+    p.conv = builder.conv;
     p.neuron = n;
     p.out = out;
-    launch_backward_fma(p, type_, stream());
+    const bool gathers = !out.present() && s_.c.pool != Pool::none && plan_.spreads;
+    const BackwardShared layout(plan, p.conv, gathers);
+    p.mem_tile = layout.mem_tile, p.mem_pitch = layout.mem_pitch;
+    p.vectors = layout.vectors, p.row_sums = layout.row_sums;
+    launch_backward_mma(plan, p, layout.bytes, stream());
   }
 
   void weight_gradient() const {

@@ -2,15 +2,47 @@
 #pragma once
 
 #include "backward_fma.cuh"
+#include "backward_mma.cuh"
 #include "choose.h"
 
 namespace snnlstm::cuda {
 
-// A convolution with the transposed weights.
+// A convolution with the transposed weights, of d_gates, for the gradient of x or mem.
 struct DataPlan {
+  Multiply multiply = Multiply::fma;
   Tiling tiling;
+  int tiles = 0, warps_m = 0, warps_n = 0;  // mma: n-tiles of a warp (8 channels each), warps
 
-  int channels() const { return fma::kColumns; }  // of a block
+  bool mma() const { return multiply != Multiply::fma; }
+  int threads() const { return mma() ? 32 * warps_m * warps_n : fma::kThreads; }
+  int channels() const { return mma() ? 8 * tiles * warps_n : fma::kColumns; }  // of a block
+};
+
+inline MmaDepth gates_depth(const Cell& c, Multiply m) {
+  return MmaDepth(type_of(m), int64_t(c.kernel_h) * c.kernel_w, 4 * Shape(c).Cp, false);
+}
+
+// The convolution's source: d_gates, padded and with taps reversed like the forward convolution's.
+inline Segment gates_window(const Cell& c, bool of_x) {
+  Segment s = state_window(c);
+  s.channels = int(4 * Shape(c).Cp);
+  if (of_x) s.up_h = SmallDivisor(c.stride_h), s.up_w = SmallDivisor(c.stride_w);
+  return s;
+}
+
+// Shared memory of a tensor core step, in bytes from its start: the convolution, in whose place come
+// the parked accumulators and the mem tile, then the thresholds and the sums.
+struct BackwardShared {
+  int mem_tile, mem_pitch, vectors, row_sums, bytes;
+
+  BackwardShared(const DataPlan& plan, const MmaConv& conv, bool with_mem) {
+    mem_tile = 8 * plan.tiles * plan.threads() * 4;
+    mem_pitch = 32 * plan.warps_m + 2;
+    const int epilogue = mem_tile + (with_mem ? plan.channels() * mem_pitch * 4 : 0);
+    vectors = int(round_up(std::max(conv.shared_bytes(), epilogue), 128));
+    row_sums = vectors + plan.channels() * 4;
+    bytes = row_sums + plan.warps_m * 5 * plan.channels() * 4;
+  }
 };
 
 struct WeightPlan {
@@ -25,17 +57,9 @@ struct WeightPlan {
 };
 
 struct BackwardPlan {
-  Multiply multiply = Multiply::fma;
   bool spreads = true;  // pooling windows do not cross tiles: the step does it all
   DataPlan to_mem, to_x;
   WeightPlan x_grad, mem_grad;
-
-  // Bytes of the packed weights for x, which lie before those for mem.
-  int64_t x_bytes(const Cell& c) const {
-    const Shape s(c);
-    return round_up(c.Cin, fma::kColumns) * round_up(s.taps * 4 * s.Cp, fma::kDepth) *
-           std::max(bytes_of(c.dtype), 4);
-  }
 };
 
 inline void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns, int channels) {
@@ -59,17 +83,52 @@ inline WeightPlan plan_weight(const Cell& c, const Target& target, int64_t chann
   return w;
 }
 
+// Tiles of a data gradient; with `windows` only such as hold whole pooling windows. False where that
+// cannot be.
+inline bool plan_data(DataPlan& plan, const Cell& c, const Target& target, bool of_x, bool windows) {
+  const int64_t height = of_x ? c.H : c.Ho(), width = of_x ? c.W : c.Wo();
+  const int64_t columns = of_x ? c.Cin : c.C, images = of_x ? c.T * c.N : c.N;
+  const auto place = [&](DataPlan& p, int pixels) {
+    p.tiling = Tiling();
+    if (!choose_tile(c, height, width, pixels, windows, p.tiling)) return false;
+    cover(p.tiling, c, images, columns, p.channels());
+    return true;
+  };
+  DataPlan best;
+  plan.multiply = plan_forward(c, target).multiply;  // the gates' type is the forward pass's choice
+  if (plan.mma()) {
+    plan.tiles = columns <= 32 ? 2 : 8;
+    struct {
+      int m, n;
+    } const shapes[] = {{2, 2}, {4, 1}, {2, 1}};
+    for (const auto& shape : shapes) {
+      if ((shape.n == 2) != (columns > 16 && columns <= 32)) continue;
+      plan.warps_m = shape.m, plan.warps_n = shape.n;
+      if (!place(plan, 32 * shape.m)) continue;
+      MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);
+      builder.add(gates_window(c, of_x), gates_depth(c, plan.multiply), plan.tiling);
+      builder.finish(nullptr, 0, 0, plan.threads());
+      if (BackwardShared(plan, builder.conv, windows).bytes > target.shared_bytes) continue;
+      best = plan;
+      if (plan.tiling.blocks() >= target.multiprocessors) break;
+    }
+    if (best.mma()) {
+      plan = best;
+      return true;
+    }
+  }
+  plan = DataPlan();
+  const size_t bytes = c.dtype == DType::float64 ? fma::BackwardShared<double>::bytes(windows)
+                                                 : fma::BackwardShared<float>::bytes(windows);
+  return int64_t(bytes) <= target.shared_bytes && place(plan, fma::kPixels);
+}
+
 inline BackwardPlan plan_backward(const Cell& c, const Target& target) {
   BackwardPlan plan;
   const bool windows = c.pool != Pool::none;
-  const size_t bytes = c.dtype == DType::float64 ? fma::BackwardShared<double>::bytes(windows)
-                                                 : fma::BackwardShared<float>::bytes(windows);
-  plan.spreads = int64_t(bytes) <= target.shared_bytes &&
-                 choose_tile(c, c.Ho(), c.Wo(), fma::kPixels, windows, plan.to_mem.tiling);
-  if (!plan.spreads) choose_tile(c, c.Ho(), c.Wo(), fma::kPixels, false, plan.to_mem.tiling);
-  cover(plan.to_mem.tiling, c, c.N, c.C, plan.to_mem.channels());
-  choose_tile(c, c.H, c.W, fma::kPixels, false, plan.to_x.tiling);
-  cover(plan.to_x.tiling, c, c.T * c.N, c.Cin, plan.to_x.channels());
+  plan.spreads = plan_data(plan.to_mem, c, target, false, windows);
+  if (!plan.spreads) plan_data(plan.to_mem, c, target, false, false);
+  plan_data(plan.to_x, c, target, true, false);
   plan.x_grad = plan_weight(c, target, c.Cin);
   plan.mem_grad = plan_weight(c, target, c.C);
   return plan;

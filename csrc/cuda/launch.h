@@ -20,6 +20,8 @@ void launch_forward_mma(const ForwardPlan& plan, const ForwardMma& p, Stream str
 void launch_fire(const FireStep& p, bool inhibition, Stream stream);
 
 void launch_backward_fma(const BackwardFma& p, DType type, Stream stream);
+void launch_backward_mma(const DataPlan& plan, const BackwardMma& p, int shared_bytes,
+                         Stream stream);
 void launch_spread(const SpreadStep& p, Stream stream);
 void launch_weight_grad_fma(const WeightGrad& p, int splits, DType type, Stream stream);
 void launch_reduce_weight(const ReduceWeight& p, Stream stream);

@@ -198,11 +198,13 @@ class MmaGemm {
 #pragma unroll
     for (int mi = 0; mi < 2; ++mi) {
       const int odd = fault(Fault::wrong_fragment_row) ? 0 : lane >> 3 & 1;
-      unsigned y = unsigned(warp_row_ * mma_gemm::kWarpPixels + mi * 16 + 2 * (lane % 8) + odd);
+      int m = warp_row_ * mma_gemm::kWarpPixels + mi * 16 + 2 * (lane % 8) + odd;
+      const int pixels = tiling_.h * tiling_.w;
+      if (m >= pixels) m &= 15;  // any pixel, on the same banks
+      unsigned y = unsigned(m < pixels ? m : 0);
       int x = int(tiling_.by_w.split(y));
-      if (int(y) >= tiling_.h) y = 0, x = 0;
       int p = (int(y) * seg.step_h + tap_h * s.dilation_h) * seg.pitch + x * seg.step_w +
-              tap_w * s.dilation_w;
+              tap_w * s.dilation_w + seg.lead;
       if (fault(Fault::wrong_halo, 2)) p += 1;
       row[mi] = buffer * p_.buffer_bytes + mma_tile::row_offset(p) + (lane >> 4) * 16;
       if (up) {
@@ -211,7 +213,8 @@ class MmaGemm {
         unsigned source_y = unsigned(v), source_x = unsigned(u);
         const bool real = v >= 0 && u >= 0 && s.up_h.split(source_y) == 0 &&
                           s.up_w.split(source_x) == 0;
-        p = (int(source_y) - source_.origin_h(s)) * seg.pitch + int(source_x) - source_.origin_w(s);
+        p = (int(source_y) - source_.origin_h(s)) * seg.pitch + int(source_x) - source_.origin_w(s) +
+            seg.lead;
         row[mi] = real ? buffer * p_.buffer_bytes + mma_tile::row_offset(p) + (lane >> 4) * 16
                        : int(zeros() - shared_);
       }

@@ -39,6 +39,7 @@ struct MmaSegment {
   int taps = 1, taps_w = 1;      // of the walk through shared memory: 1 with patches
   int chunks = 0, tail_steps = 0;  // k-steps (1 or 2) of the last chunk
   int halo_h = 0, halo_w = 0;    // the neighbourhood
+  int lead = 0;                  // unused pixels before a row: even columns lie on even pixels
   int pitch = 0;                 // pixels from one of its rows to the next, in shared memory
   int step_h = 1, step_w = 1;    // neighbourhood pixels from a tile pixel to the next
   SmallDivisor by_halo_w;
@@ -153,7 +154,7 @@ class MmaSource {
       const int c = chunk * kPerChunk + part * 4;
       if (int(row) >= seg.halo_h || !inside(y, s.height) || !inside(x, s.width)) return;
       item.target =
-          mma_tile::row_offset(int(row) * seg.pitch + col) + part * 4 * int(sizeof(Element));
+          mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) + part * 4 * int(sizeof(Element));
       float v[4] = {0, 0, 0, 0};
       if (c < s.channels) read_vector<float>(image, s.src.type, offset(s.src, c, y, x), v);
 #pragma unroll
@@ -171,7 +172,7 @@ class MmaSource {
       if (int(row) >= seg.halo_h || !inside(col, seg.halo_w) || !inside(y, s.height) ||
           !inside(x, s.width))
         return;
-      item.target = mma_tile::row_offset(int(row) * seg.pitch + col) + group * 16;
+      item.target = mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) + group * 16;
       const int c = chunk * kPerChunk + group * kPerGroup;
       const int from = offset(s.src, c, y, x);
 #pragma unroll
@@ -253,7 +254,7 @@ class MmaSource {
       const bool real = inside(y, s.height) && inside(x, s.width) && c < s.channels;
       const int shift = fault(Fault::wrong_halo, 1) && x + 1 < s.width ? 1 : 0;
       cp_async<16>(
-          buffer + mma_tile::row_offset(int(row) * seg.pitch + col) + group * 16,
+          buffer + mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) + group * 16,
           real ? image + offset(s.src, c, y, x + shift) : image, real ? 16 : 0);
     }
   }
@@ -269,7 +270,7 @@ class MmaSource {
       const int col = int(seg.by_halo_w.split(row));
       const int y = top + int(row), x = left + col;
       if (inside(y, s.height) && inside(x, s.width)) continue;
-      unsigned char* to = buffer + mma_tile::row_offset(int(row) * seg.pitch + col);
+      unsigned char* to = buffer + mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col);
 #pragma unroll
       for (int g = 0; g < mma_tile::kGroups; ++g) store(to + 16 * g, make_uint4(0, 0, 0, 0));
     }

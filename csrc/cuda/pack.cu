@@ -1,5 +1,5 @@
 // Packed weights and the sizes of all that the caller brings.
-#include "launch.h"
+#include "packer.h"
 
 namespace snnlstm::cuda {
 
@@ -23,73 +23,15 @@ void launch_pack_mma(const MmaPacking& p, int column_blocks, void* packed, Strea
   launch(how, &pack_mma<256>, p, static_cast<uint32_t*>(packed));
 }
 
-namespace {
-
-// Packs, or without memory only counts the bytes.
-struct Packer {
-  const Cell& cell;
-  const Target& target;
-  const void* weight;
-  char* packed;
-  int64_t bytes = 0;
-
-  WeightMap map(Use use) const {
-    const Shape s(cell);
-    return {weight, cell.dtype, int(cell.C), int(s.Cp), int(cell.Cin), int(s.taps), use};
-  }
-  Stream stream() const { return static_cast<Stream>(target.stream); }
-
-  void fma(Use use) {
-    const WeightMap m = map(use);
-    if (packed) launch_pack_fma(m, packed + bytes, stream());
-    bytes += round_up(m.columns(), fma::kColumns) *
-             round_up(int64_t(m.taps) * m.depth_channels(), fma::kDepth) *
-             std::max(bytes_of(cell.dtype), 4);
-  }
-
-  // Segments of one stream of weights.
-  void mma(Multiply multiply, int tiles, int warps_n, int channels,
-           std::initializer_list<std::pair<Use, MmaDepth>> segments) {
-    const MmaBuilder builder(type_of(multiply), warps_n, tiles);
-    int64_t units = 0, first = 0;
-    for (const auto& s : segments) units += s.second.units();
-    int64_t blocks = 0;
-    for (const auto& [use, depth] : segments) {
-      MmaPacking p;
-      p.map = map(use);
-      p.multiply = multiply;
-      p.channels = int(depth.channels), p.patches = depth.patches;
-      p.taps = int(depth.taps), p.units = int(depth.units());
-      p.pitch = units * builder.unit_bytes() / 4;
-      p.tiles = tiles, p.warp_columns = warps_n;
-      blocks = ceil_div(p.map.forward() ? cell.C : p.map.columns(), channels);
-      if (packed)
-        launch_pack_mma(p, int(blocks), packed + bytes + first * builder.unit_bytes(), stream());
-      first += p.units;
-    }
-    bytes += blocks * units * builder.unit_bytes();
-  }
-
-  void forward() {
-    const ForwardPlan plan = plan_forward(cell, target);
-    if (!plan.mma()) return fma(Use::x_to_gates), fma(Use::mem_to_gates);
-    mma(plan.multiply, plan.tiles, plan.warps_n, plan.channels(),
-        {{Use::x_to_gates, x_depth(cell, plan.multiply)},
-         {Use::mem_to_gates, mem_depth(cell, plan.multiply)}});
-  }
-  void backward() { fma(Use::gates_to_x), fma(Use::gates_to_mem); }
-};
-
-}  // namespace
-
 Sizes sizes(const Cell& cell, const Target& target) {
   const Shape s(cell);
-  Packer forward{cell, target, nullptr, nullptr}, backward{cell, target, nullptr, nullptr};
-  forward.forward(), backward.backward();
+  Packer forward(cell, target), backward(cell, target);
+  forward.forward();
+  backward.backward(plan_backward(cell, target));
+  const DType gates = gate_type(plan_forward(cell, target).multiply, cell.dtype);
   Sizes z;
-  z.packed_forward = forward.bytes, z.packed_backward = backward.bytes;
-  z.saved_gates =
-      cell.T * s.gates() * bytes_of(gate_type(plan_forward(cell, target).multiply, cell.dtype));
+  z.packed_forward = forward.bytes(), z.packed_backward = backward.bytes();
+  z.saved_gates = cell.T * s.gates() * bytes_of(gates);
   z.saved_syn = std::max<int64_t>(cell.T - 1, 0) * s.state() * bytes_of(cell.dtype);
   z.forward_workspace = forward_workspace(cell, target);
   z.backward_workspace = backward_workspace(cell, target);
@@ -98,8 +40,11 @@ Sizes sizes(const Cell& cell, const Target& target) {
 
 void pack_weight(const Cell& cell, const void* weight, bool backward, void* packed,
                  const Target& target) {
-  Packer packer{cell, target, weight, static_cast<char*>(packed)};
-  backward ? packer.backward() : packer.forward();
+  Packer packer(cell, target, weight, packed);
+  if (backward)
+    packer.backward(plan_backward(cell, target));
+  else
+    packer.forward();
 }
 
 std::string algorithm_name(const Cell& cell, const Target& target) {

@@ -46,7 +46,7 @@ class Arena {
 };
 
 // A tile of at most `pixels` pixels that holds whole pooling windows, or false where there is none.
-// Its width is even: threads hold pairs. Fewest tiles win; of equal ones the smaller neighbourhood.
+// Its width is even: threads hold pairs. Fewest pixels of tiles and of neighbourhoods win.
 inline bool choose_tile(const Cell& c, int64_t height, int64_t width, int pixels, bool windows,
                         Tiling& tiling) {
   const int64_t unit_h = windows ? c.pool_h : 1;
@@ -57,8 +57,8 @@ inline bool choose_tile(const Cell& c, int64_t height, int64_t width, int pixels
         std::min(pixels / w / unit_h * unit_h, round_up(std::max<int64_t>(height, 1), unit_h));
     const int64_t rows = std::max<int64_t>(ceil_div(height, h), 1);
     const int64_t cols = std::max<int64_t>(ceil_div(width, w), 1);
-    int64_t read = (h + 2 * c.pad_h()) * (w + 2 * c.pad_w());
-    if (w >= width) read -= read / 5;  // whole rows are read without breaks
+    // Sectors of 8 numbers: a row that goes on beyond the tile costs one more at each end.
+    const int64_t read = (h + 2 * c.pad_h()) * (ceil_div(w, 8) + (w < width ? 2 : 0)) * 8;
     const int64_t cost = rows * cols * (4 * pixels + read);
     if (best < 0 || cost < best) {
       best = cost;

@@ -81,9 +81,10 @@ inline MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDe
   m.step_h = s.step_h, m.step_w = s.step_w;
   // An m16 tile that goes over a row's end finds the next row on the banks where this one would
   // have gone on, if both are a multiple of 16 pixels apart.
-  m.pitch = m.halo_w;
+  m.lead = s.step_w == 1 && s.up_w.value == 1 ? s.pad_w & 1 : 0;
+  m.pitch = int(round_up(m.lead + m.halo_w, 2));
   if (tiling.w % 16 != 0 && s.step_w == 1 && s.up_w.value == 1) {
-    const int wanted = m.halo_w + (tiling.w - m.halo_w % 16 + 32) % 16;
+    const int wanted = m.pitch + (tiling.w - m.pitch % 16 + 32) % 16;
     if (5 * wanted <= 8 * m.halo_w) m.pitch = wanted;
   }
   m.align = 32 / bytes_of(s.src.type);
