@@ -25,7 +25,8 @@ class Backward {
   static constexpr int64_t kPiece = 48;      // rows of K in a weight gradient task
   static constexpr int64_t kTilePiece = 64;  // with Winograd: input channels
 
-  static constexpr int64_t kListUses = 4;  // channel blocks that share the lists of a sparse x
+  // Channel blocks whose weight gradients share the lists, or the transformed tiles, of the input.
+  static constexpr int64_t kShared = 4;
   using Sparse = SparseWeightGrad<T, VL>;
 
   struct Scratch {
@@ -49,8 +50,8 @@ class Backward {
     mem_runs_.window(c, c.C, l_.Wm * l_.Cp, l_.Cp, l_.Kx, kPiece);
     x_rows_ = l_.block_rows();
     x_blocks_ = (c.H + x_rows_ - 1) / x_rows_;
-    const int64_t slices = l_.Cb * pieces();
-    splits_ = 16 / slices < 1 ? 1 : 16 / slices;
+    const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
+    splits_ = 16 / tasks < 1 ? 1 : 16 / tasks;
     if (splits_ > c.N) splits_ = c.N < 1 ? 1 : c.N;
     Arena arena(args.workspace);
     carve(arena);
@@ -113,12 +114,11 @@ class Backward {
     scratch_ = arena.take<Scratch>(a_.threads);
     const int64_t rows = l_.tiled_x() ? l_.block_rows() : x_rows_;
     for (int k = 0; k < a_.threads; ++k) {
-      const TileBlock<T> b = tiles(l_.block_rows());
-      const int64_t weight_values = point_stride<T>(b.count() * (kTilePiece + VL));
-      const int64_t values = b.values_stride > weight_values ? b.values_stride : weight_values;
+      const int64_t most = 4 * l_.Cp > kTilePiece + VL ? 4 * l_.Cp : kTilePiece + VL;
+      const TileBlock<T> b = tiles(l_.block_rows(), most);
       Scratch s;
       s.x = arena.take<T>(rows * to_x_.row_size());
-      s.values = arena.take<T>(l_.points * values);
+      s.values = arena.take<T>(l_.points * b.values_stride);
       s.products = arena.take<T>(l_.points * b.products_stride);
       if (c.x_way == Way::sparse) {
         sparse_.carve(arena, s.lists);
@@ -137,11 +137,11 @@ class Backward {
       std::memset(x_sums_ + split * tile_sums(c.Cin), 0, tile_sums(c.Cin) * sizeof(T));
   }
 
-  // d gates of a block of state rows, in tiles.
-  TileBlock<T> tiles(int64_t rows) const {
+  // A block of state rows in tiles, of so many input channels.
+  TileBlock<T> tiles(int64_t rows, int64_t channels) const {
     const int64_t tile_rows = (rows + l_.tile - 1) / l_.tile;
     const int64_t most = l_.block_rows() / l_.tile * l_.tile_columns();
-    return {tile_rows, l_.tile_columns(), 4 * l_.Cp, point_stride<T>(most * 4 * l_.Cp),
+    return {tile_rows, l_.tile_columns(), channels, point_stride<T>(most * channels),
             point_stride<T>(most * kGates)};
   }
 
@@ -171,7 +171,7 @@ class Backward {
   template <class W>
   void tiled(int64_t t, int64_t n, int64_t begin, int64_t end, bool x_wanted, T* mem_grad,
              const Scratch& s) {
-    const TileBlock<T> b = tiles(end - begin);
+    const TileBlock<T> b = tiles(end - begin, 4 * l_.Cp);
     const int64_t pixel = 4 * l_.Cp, row = l_.Wm * pixel;
     transform_inputs<W, S>(b, W::tile, neuron_.d_gates(t, n) + begin * row, row, pixel, s.values);
     if (mem_grad)
@@ -226,12 +226,12 @@ class Backward {
 
   // Of x, from the lists of its nonzeros: the first of some channel blocks does them all.
   void weights_by_lists(int64_t t, int64_t split, int64_t cb, Scratch& s) {
-    if (cb % kListUses != 0) return;
+    if (cb % kShared != 0) return;
     const Cell& c = a_.cell;
     for (int64_t n = c.N * split / splits_; n < c.N * (split + 1) / splits_; ++n)
       for (int64_t block = 0; block < sparse_.blocks(); ++block) {
         sparse_.build(neuron_.x(t, n), block, s.listing, s.lists);
-        for (int64_t b = cb; b < cb + kListUses && b < l_.Cb; ++b)
+        for (int64_t b = cb; b < cb + kShared && b < l_.Cb; ++b)
           sparse_.run(s.lists, neuron_.d_gates(t, n) + b * kGates, s.listing,
                       partial_ + split * l_.packed_forward() + b * l_.K() * kGates);
       }
@@ -240,17 +240,20 @@ class Backward {
   template <class W>
   void weights_by_tiles(int64_t t, int64_t split, int64_t cb, bool of_x, int64_t piece,
                         const Scratch& s) {
+    if (cb % kShared != 0) return;
     const Cell& c = a_.cell;
     const int64_t channels = of_x ? c.Cin : c.C, first = piece * kTilePiece;
     const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
-    T* sums = (of_x ? x_sums_ : mem_sums_) + split * tile_sums(channels) +
-              (cb * W::points * channels + first) * kGates;
-    const int64_t block = l_.block_rows();
+    const int64_t block = l_.block_rows(), stride = channels * kGates;
+    T* sums = (of_x ? x_sums_ : mem_sums_) + split * tile_sums(channels) + first * kGates;
     for (int64_t n = c.N * split / splits_; n < c.N * (split + 1) / splits_; ++n)
       for (int64_t h = 0; h < l_.Ho; h += block) {
         PixelRows<T> p = pixel_rows(t, n, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x);
-        p.in += first;
-        weight_grad_tiles<W, S>(p, len, s.values, s.products, sums, channels * kGates);
+        const TileBlock<T> b = tiles(p.rows, (len + VL - 1) / VL * VL);
+        transform_inputs<W, S>(b, W::tile, p.in + first, p.in_row, p.in_pixel, s.values);
+        for (int64_t k = cb; k < cb + kShared && k < l_.Cb; ++k, p.d_gates += kGates)
+          weight_grad_tiles<W, S>(p, b, s.values, len, s.products, sums + k * W::points * stride,
+                                  stride);
       }
   }
 

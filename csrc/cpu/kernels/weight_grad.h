@@ -74,22 +74,16 @@ void weight_grad_run(const PixelRows<T>& p, int64_t in_offset, int64_t len, T* o
   }
 }
 
-// The same by Winograd for one block of tiles and one channel block: the inputs and the gates'
-// gradient transformed, and their products summed over the tiles: sums (points, channels, 4, VL),
-// of which the `len` channels from `in` on are worked on.
+// The same by Winograd, for one block of tiles: the gates' gradient of one channel block
+// transformed, and its products with the transformed inputs (tiles.h) summed over the tiles: sums
+// (points, sums_stride), of which `len` rows of (4, VL) are worked on. p.in is not looked at.
 template <class W, class S, class T = typename S::Scalar>
-void weight_grad_tiles(const PixelRows<T>& p, int64_t len, T* values, T* d_values, T* sums,
-                       int64_t sums_stride) {
+void weight_grad_tiles(const PixelRows<T>& p, const TileBlock<T>& b, const T* values, int64_t len,
+                       T* d_values, T* sums, int64_t sums_stride) {
   constexpr int VL = S::lanes, kGates = 4 * VL;
-  const int64_t columns = (p.pixels + W::tile - 1) / W::tile,
-                rows = (p.rows + W::tile - 1) / W::tile;
-  const int64_t channels = (len + VL - 1) / VL * VL;
-  const TileBlock<T> b{rows, columns, channels, point_stride<T>(rows * columns * channels),
-                       point_stride<T>(rows * columns * kGates)};
-  transform_inputs<W, S>(b, W::tile, p.in, p.in_row, p.in_pixel, values);
   for (int64_t tile = 0; tile < b.count(); ++tile) {
     const T* corner =
-        p.d_gates + tile / columns * W::tile * p.d_row + tile % columns * W::tile * p.d_pixel;
+        p.d_gates + tile / b.columns * W::tile * p.d_row + tile % b.columns * W::tile * p.d_pixel;
     for (int v = 0; v < 4; ++v) {
       T* out = d_values + tile * kGates + v * VL;
       W::template taps<W::tile>(
@@ -102,7 +96,7 @@ void weight_grad_tiles(const PixelRows<T>& p, int64_t len, T* values, T* d_value
   for (int point = 0; point < W::points; ++point) {
     const PixelRows<T> tiles{values + point * b.values_stride,
                              0,
-                             channels,
+                             b.channels,
                              d_values + point * b.products_stride,
                              0,
                              kGates,
