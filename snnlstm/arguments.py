@@ -144,8 +144,8 @@ def surrogate(spike_grad: Any, disable: bool = False) -> Surrogate | Callable[[T
 
 
 def quantiser(state_quant: Any) -> StateQuant | Callable[[Tensor], Tensor] | None:
-    """Check `state_quant`; None and False are off, snnTorch's closures are recognised."""
-    if state_quant is None or state_quant is False:
+    """Check `state_quant`; None, False and 0 are off, snnTorch's closures are recognised."""
+    if state_quant is None or (isinstance(state_quant, int) and not state_quant):
         return None
     if not callable(state_quant):
         raise TypeError(

@@ -96,8 +96,9 @@ def set_algorithm(name: str) -> None:
     Parameters
     ----------
     name : {"auto", "direct", "winograd"}
-        ``"auto"``, the default, takes the fastest by shape; ``"direct"`` has the smallest
-        rounding error of the sums; ``"winograd"`` is used wherever the kernel size allows.
+        ``"auto"``, the default, takes the fastest by shape. ``"direct"`` sums products as they
+        stand. ``"winograd"`` is used wherever the kernel size allows; it rounds a little more,
+        and a NaN or an infinity spreads over the few pixels of the tile in which it lies.
 
     Raises
     ------

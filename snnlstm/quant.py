@@ -70,7 +70,7 @@ def _quantise(x: Tensor, levels: Tensor, ascending: bool) -> Tensor:
 
     def block(part: Tensor) -> Tensor:
         # Distances are compared in the wider of both dtypes, as snnTorch does.
-        wide = part.to(torch.promote_types(part.dtype, levels.dtype))
+        wide = part.to(torch.promote_types(part.dtype, levels.dtype)).contiguous()
         return levels[nearest(wide, levels.to(wide.dtype))].to(x.dtype)
 
     levels = levels.to(x.device)
