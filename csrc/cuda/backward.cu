@@ -205,7 +205,10 @@ class Backward {
     p.rows = int(4 * s_.Cp), p.columns = int(s_.taps * in.channels);
     p.share = plan.share, p.total = plan.total;
     p.parts = parts_, p.part_rows = plan.part_rows, p.part_columns = plan.part_columns;
-    launch_weight_grad_fma(p, plan.splits, real_, stream());
+    if (plan.mma())
+      weight_part_mma(plan, p, first_channel == 0);
+    else
+      launch_weight_grad_fma(p, plan.splits, real_, stream());
     ReduceWeight r;
     r.parts = parts_, r.splits = plan.splits;
     r.part_rows = plan.part_rows, r.part_columns = plan.part_columns;
@@ -214,6 +217,26 @@ class Backward {
     r.first_channel = int(first_channel), r.all_channels = int(c.Cin + c.C);
     r.grad = a_.grad_weight, r.type = type_;
     launch_reduce_weight(r, stream());
+  }
+
+  void weight_part_mma(const WeightPlan& plan, const WeightGrad& grad, bool of_x) const {
+    const MmaType type(plan.multiply);
+    const MmaDepth depth =
+        of_x ? x_depth(s_.c, plan.multiply) : mem_depth(s_.c, plan.multiply);
+    WeightGradMma p;
+    p.grad = grad;
+    p.multiply = plan.multiply;
+    p.warp_rows = plan.warp_rows;
+    p.column_pitch = plan.column_pitch;
+    p.buffer_bytes = plan.buffer_bytes;
+    Segment in = grad.in;
+    for (MmaSegment& m : p.source) {
+      m = mma_segment(in, type, depth, plan.tiling);
+      // A chunk comes in the time of 4 k-steps.
+      m.turns = int(ceil_div(ceil_div(chunk_turns(m, type), plan.threads()), 4));
+      if (grad.later.present()) in.src = grad.later;
+    }
+    launch_weight_grad_mma(plan, p, stream());
   }
 
   const BackwardArgs& a_;

@@ -4,6 +4,7 @@
 #include "backward_fma.cuh"
 #include "backward_mma.cuh"
 #include "choose.h"
+#include "weight_grad_mma.cuh"
 
 namespace snnlstm::cuda {
 
@@ -46,11 +47,21 @@ struct BackwardShared {
 };
 
 struct WeightPlan {
+  Multiply multiply = Multiply::fma;
   Tiling tiling;
   int splits = 1;
-  int64_t share = 0, total = 0;
+  int64_t share = 0, total = 0;  // pixels or tiles
   int part_rows = 0, part_columns = 0, tap_stride = 0;
+  // mma
+  int warp_rows = 0, column_pitch = 0, column_blocks = 0, buffer_bytes = 0;
 
+  bool mma() const { return multiply != Multiply::fma; }
+  int threads() const { return 32 * weight_tile::kWarpColumns * warp_rows; }
+  int shared_bytes() const {
+    const MmaType type(multiply);
+    return 2 * weight_tile::stage_bytes(warp_rows * 32 / (64 / type.element),
+                                        weight_tile::kChannels / (64 / type.element), buffer_bytes);
+  }
   int64_t part_bytes(DType real) const {
     return int64_t(splits) * part_rows * part_columns * bytes_of(real);
   }
@@ -68,18 +79,46 @@ inline void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns
   tiling.by_columns = Divisor(ceil_div(columns, channels));
 }
 
-inline WeightPlan plan_weight(const Cell& c, const Target& target, int64_t channels) {
+// Two blocks for each multiprocessor; each gets `least` of the total, or more.
+inline void split(WeightPlan& w, const Target& target, int64_t blocks, int64_t least, int64_t unit) {
+  const int64_t wanted = std::max<int64_t>(2 * target.multiprocessors / blocks, 1);
+  w.splits = int(std::max<int64_t>(std::min({wanted, w.total / least, int64_t(1024)}), 1));
+  w.share = round_up(ceil_div(w.total, w.splits), unit);
+  w.splits = int(std::max<int64_t>(ceil_div(w.total, std::max<int64_t>(w.share, 1)), 1));
+}
+
+// The gradient of one half of the weight; in: the window of its source.
+inline WeightPlan plan_weight(const Cell& c, const Target& target, const Segment& in, bool of_x) {
   const Shape s(c);
   WeightPlan w;
+  w.multiply = plan_forward(c, target).multiply;
+  if (w.mma()) {
+    const MmaDepth depth = of_x ? x_depth(c, w.multiply) : mem_depth(c, w.multiply);
+    const MmaType type(w.multiply);
+    choose_tile(c, s.Ho, s.Wo, weight_tile::kPixels, false, w.tiling);
+    cover(w.tiling, c, c.T * c.N, 1, 1);
+    w.buffer_bytes = int(neighbourhood_bytes(mma_segment(in, type, depth, w.tiling)));
+    w.column_pitch = int(round_up(depth.channels, weight_tile::kChannels));
+    w.part_columns = int(depth.taps * w.column_pitch);
+    w.tap_stride = depth.patches ? in.channels : w.column_pitch;
+    w.column_blocks = int(w.column_pitch / weight_tile::kChannels *
+                          ceil_div(depth.taps, weight_tile::kTaps));
+    w.total = w.tiling.tiles();
+    for (w.warp_rows = type.element == 2 && 4 * s.Cp > 64 ? 4 : 2; w.warp_rows > 0; --w.warp_rows) {
+      w.part_rows = int(round_up(4 * s.Cp, 32 * w.warp_rows));
+      if (w.warp_rows != 3 && w.shared_bytes() <= target.shared_bytes && w.total < 1ll << 31) {
+        split(w, target, int64_t(w.column_blocks) * (w.part_rows / (32 * w.warp_rows)), 4, 1);
+        return w;
+      }
+    }
+    w = WeightPlan();
+  }
   cover(w.tiling, c, c.T * c.N, 1, 1);
-  w.part_rows = int(round_up(4 * s.Cp, 64)), w.part_columns = int(round_up(s.taps * channels, 64));
-  w.tap_stride = int(channels);
+  w.part_rows = int(round_up(4 * s.Cp, 64));
+  w.part_columns = int(round_up(s.taps * in.channels, 64));
+  w.tap_stride = in.channels;
   w.total = c.T * c.N * s.pixels;
-  // Two blocks for each multiprocessor, none with less than 256 pixels.
-  const int64_t blocks = int64_t(w.part_rows / 64) * (w.part_columns / 64);
-  const int64_t wanted = std::max<int64_t>(2 * target.multiprocessors / blocks, 1);
-  w.splits = int(std::max<int64_t>(std::min({wanted, w.total / 256, int64_t(1024)}), 1));
-  w.share = round_up(ceil_div(w.total, w.splits), fma::kDepth);
+  split(w, target, int64_t(w.part_rows / 64) * (w.part_columns / 64), 256, fma::kDepth);
   return w;
 }
 
@@ -129,8 +168,8 @@ inline BackwardPlan plan_backward(const Cell& c, const Target& target) {
   plan.spreads = plan_data(plan.to_mem, c, target, false, windows);
   if (!plan.spreads) plan_data(plan.to_mem, c, target, false, false);
   plan_data(plan.to_x, c, target, true, false);
-  plan.x_grad = plan_weight(c, target, c.Cin);
-  plan.mem_grad = plan_weight(c, target, c.C);
+  plan.x_grad = plan_weight(c, target, input_window(c), true);
+  plan.mem_grad = plan_weight(c, target, state_window(c), false);
   return plan;
 }
 

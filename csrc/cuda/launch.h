@@ -24,6 +24,7 @@ void launch_backward_mma(const DataPlan& plan, const BackwardMma& p, int shared_
                          Stream stream);
 void launch_spread(const SpreadStep& p, Stream stream);
 void launch_weight_grad_fma(const WeightGrad& p, int splits, DType type, Stream stream);
+void launch_weight_grad_mma(const WeightPlan& plan, const WeightGradMma& p, Stream stream);
 void launch_reduce_weight(const ReduceWeight& p, Stream stream);
 void launch_reduce_sums(const ReduceSums& p, Stream stream);
 

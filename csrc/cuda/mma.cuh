@@ -89,7 +89,7 @@ class MmaGemm {
     for (int buffer = 0; buffer < 2 && more; ++buffer) {  // the first two chunks
       const MmaSegment& seg = p_.segment[load_at.segment];
       source_.start(seg, load_at.chunk, buffer_at(buffer), true);
-      source_.finish(seg);
+      source_.template finish<3>(seg);
       more = advance(load_at);
     }
     for (int k = 0; k < mma_gemm::kStages - 1; ++k) copy_stage();

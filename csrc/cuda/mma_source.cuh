@@ -96,13 +96,15 @@ class MmaSource {
     }
   }
 
-  // All at once. Patches, which start() leaves alone, are always laid out like this.
+  // All at once, Count loads at a time. Patches, which start() leaves alone, are always laid out like
+  // this.
+  template <int Count>
   SNNLSTM_DEVICE void finish(const MmaSegment& seg) {
     if constexpr (AnyFeed) {
       if (seg.feed == Feed::patches) return lay_out(seg, chunk_, buffer_);
 #pragma unroll 1
-      for (; next_item_ < items_; next_item_ += 3 * int(blockDim.x))
-        transfer<3>(seg, chunk_, next_item_, buffer_);
+      for (; next_item_ < items_; next_item_ += Count * int(blockDim.x))
+        transfer<Count>(seg, chunk_, next_item_, buffer_);
     }
   }
 

@@ -96,6 +96,13 @@ inline MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDe
   return m;
 }
 
+// Threads' turns for a full chunk that is not copied asynchronously.
+inline int64_t chunk_turns(const MmaSegment& m, const MmaType& type) {
+  return mma_tile::kGroups * (m.feed == Feed::vectors
+                                  ? int64_t(type.per_group() / 4) * m.halo_h * m.halo_w
+                                  : int64_t(m.by_run.value));
+}
+
 inline int64_t neighbourhood_bytes(const MmaSegment& m) {
   return round_up(mma_tile::row_offset(m.halo_h * m.pitch) + 16, 128);
 }
@@ -132,9 +139,7 @@ struct MmaBuilder {
     for (int k = 0; k < conv.segments; ++k) {
       MmaSegment& m = conv.segment[k];
       if (m.feed != Feed::gather && m.feed != Feed::vectors) continue;
-      const int64_t per_group =
-          m.feed == Feed::vectors ? type.per_group() / 4 * m.halo_h * m.halo_w : m.by_run.value;
-      const int64_t turns = ceil_div(mma_tile::kGroups * per_group, threads);
+      const int64_t turns = ceil_div(chunk_turns(m, type), threads);
       const int64_t stages = std::max<int64_t>(shortest / conv.stage_units, 1);
       m.turns = int(ceil_div(turns, stages));
     }
