@@ -127,7 +127,7 @@ def _cell(
 
 
 @lru_cache(maxsize=1024)
-def _choose(cell: Any, algorithm: str, percent: int, tame: bool) -> Any:
+def _choose(cell: Any, algorithm: str, percent: int, tame: bool, isa: str) -> Any:
     return _C.cpu_choose(cell, ALGORITHMS.index(algorithm), percent / 100, tame)
 
 
@@ -151,7 +151,8 @@ def _describe(
     time = x.shape[0] if options.sequence else 1
     cell = _cell(options, x.dtype, time, tuple(x.shape[-4:]), mem.shape[1])
     percent = round(100 * _density(x)) if x.shape[-3] > 2 else 100
-    return _choose(cell, algorithm, percent, weight.tame), torch.get_num_threads()
+    chosen = _choose(cell, algorithm, percent, weight.tame, _C.isa_name())
+    return chosen, torch.get_num_threads()
 
 
 def _view(tensor: Tensor | None) -> tuple[int, ...] | None:
