@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import hypothesis
 import pytest
+import snntorch
 import torch
 from kernels import isa, kernels  # noqa: F401  (fixtures for every test)
 
@@ -56,6 +57,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 @pytest.fixture(autouse=True)
-def _same_start(request: pytest.FixtureRequest) -> None:
+def _same_start() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
+    # snnTorch keeps all of its cells, and some of them cannot be detached.
+    snntorch.SpikingNeuron.instances.clear()

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import snntorch
+import snntorch.functional.quant
 import torch
 from helpers import close, ours, states, steps, theirs, twins
 from torch import nn
@@ -248,6 +249,26 @@ def test_reset_hidden_and_detach_hidden_reach_all_living_cells(library):
     for cell in cells:
         assert not cell.mem.any()
         assert not cell.syn.any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"state_quant": snntorch.functional.quant.state_quant(4)},  # snnTorch's cell fails here
+        {"reset_mechanism": "zero", "avg_pool": 2},
+        {"stride": 2, "inhibition": True},
+    ],
+    ids=str,
+)
+def test_stored_states_can_be_detached_in_place(backend, options):
+    cell = ours(**options)
+    for x in (torch.ones(1, 2, 5, 5), torch.ones(2, 1, 2, 5, 5)):
+        for record in {False, x.dim() == 5}:
+            cell(x, record=record)
+            assert cell.mem.requires_grad
+            snntorch.SConv2dLSTM.detach_hidden()
+            assert not cell.mem.requires_grad
+            assert not cell.syn.requires_grad
 
 
 def test_the_registries_survive_being_cleared(monkeypatch):
