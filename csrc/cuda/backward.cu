@@ -57,7 +57,8 @@ class Backward {
     const int64_t channels = plan_.to_mem.tiling.by_columns.value * plan_.to_mem.channels();
     sums_ = arena.take(plan_.to_mem.tiling.tiles() * 5 * channels * bytes_of(real_));
     if (!plan_.spreads) spikes_ = arena.take(s_.state() * bytes_of(real_));
-    parts_ = arena.take(std::max(plan_.x_grad.part_bytes(real_), plan_.mem_grad.part_bytes(real_)));
+    parts_[0] = arena.take(plan_.x_grad.part_bytes(real_));
+    parts_[1] = arena.take(plan_.mem_grad.part_bytes(real_));
   }
 
   Image d_gates(int64_t t) const {
@@ -184,47 +185,51 @@ class Backward {
 
   void weight_gradient() const {
     const Cell& c = s_.c;
-    Segment x = input_window(c);
-    x.src = tensor(a_.x, type_, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
-    weight_part(plan_.x_grad, x, Tensor(), 0);
-    Segment mem = state_window(c);
-    mem.src = state(a_.mem0, 0);
-    Tensor later;
-    if (c.T > 1) later = as_tensor(image(mem_, s_, gate_type_));
-    weight_part(plan_.mem_grad, mem, later, c.Cin);
-  }
-
-  void weight_part(const WeightPlan& plan, const Segment& in, const Tensor& later,
-                   int64_t first_channel) const {
-    const Cell& c = s_.c;
-    WeightGrad p;
-    p.in = in, p.later = later;
-    p.d_gates = d_gates(0);
-    p.tiling = plan.tiling;
-    p.Ho = int(s_.Ho), p.Wo = int(s_.Wo);
-    p.rows = int(4 * s_.Cp), p.columns = int(s_.taps * in.channels);
-    p.share = plan.share, p.total = plan.total;
-    p.parts = parts_, p.part_rows = plan.part_rows, p.part_columns = plan.part_columns;
-    if (plan.mma())
-      weight_part_mma(plan, p, first_channel == 0);
-    else
-      launch_weight_grad_fma(p, plan.splits, real_, stream());
-    ReduceWeight r;
-    r.parts = parts_, r.splits = plan.splits;
-    r.part_rows = plan.part_rows, r.part_columns = plan.part_columns;
+    WeightGrad grad[2];
+    const WeightPlan* plans[2] = {&plan_.x_grad, &plan_.mem_grad};
+    grad[0].in = input_window(c);
+    grad[0].in.src = tensor(a_.x, type_, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
+    grad[1].in = state_window(c);
+    grad[1].in.src = state(a_.mem0, 0);
+    if (c.T > 1) grad[1].later = as_tensor(image(mem_, s_, gate_type_));
+    ReduceWeights r;
+    for (int k = 0; k < 2; ++k) {
+      WeightGrad& g = grad[k];
+      const WeightPlan& plan = *plans[k];
+      g.d_gates = d_gates(0);
+      g.tiling = plan.tiling;
+      g.Ho = int(s_.Ho), g.Wo = int(s_.Wo);
+      g.rows = int(4 * s_.Cp), g.columns = int(s_.taps * g.in.channels);
+      g.share = plan.share, g.total = plan.total;
+      g.parts = parts_[k], g.part_rows = plan.part_rows, g.part_columns = plan.part_columns;
+      ReduceWeight& h = r.half[k];
+      h.parts = parts_[k], h.splits = plan.splits;
+      h.part_rows = plan.part_rows, h.part_columns = plan.part_columns;
+      h.channels = g.in.channels, h.tap_stride = plan.tap_stride;
+      h.first_channel = k == 0 ? 0 : int(c.Cin);
+    }
+    if (plan_.x_grad.mma()) {
+      WeightGradJobs jobs;
+      for (int k = 0; k < 2; ++k) jobs.job[k] = weight_job(*plans[k], grad[k], k == 0);
+      launch_weight_grad_mma(plan_, jobs, stream());
+    } else {
+      for (int k = 0; k < 2; ++k)
+        launch_weight_grad_fma(grad[k], plans[k]->splits, real_, stream());
+    }
     r.C = int(c.C), r.Cp = int(s_.Cp), r.taps = int(s_.taps);
-    r.channels = in.channels, r.tap_stride = plan.tap_stride;
-    r.first_channel = int(first_channel), r.all_channels = int(c.Cin + c.C);
+    r.all_channels = int(c.Cin + c.C);
     r.grad = a_.grad_weight, r.type = type_;
     launch_reduce_weight(r, stream());
   }
 
-  void weight_part_mma(const WeightPlan& plan, const WeightGrad& grad, bool of_x) const {
+  WeightGradMma weight_job(const WeightPlan& plan, const WeightGrad& grad, bool of_x) const {
     const MmaType type(plan.multiply);
     const MmaDepth depth =
         of_x ? x_depth(s_.c, plan.multiply) : mem_depth(s_.c, plan.multiply);
     WeightGradMma p;
     p.grad = grad;
+    p.column_blocks = plan.column_blocks, p.row_blocks = plan.row_blocks();
+    p.splits = plan.splits;
     p.multiply = plan.multiply;
     p.warp_rows = plan.warp_rows;
     p.column_pitch = plan.column_pitch;
@@ -236,7 +241,7 @@ class Backward {
       m.turns = int(ceil_div(ceil_div(chunk_turns(m, type), plan.threads()), 4));
       if (grad.later.present()) in.src = grad.later;
     }
-    launch_weight_grad_mma(plan, p, stream());
+    return p;
   }
 
   const BackwardArgs& a_;
@@ -245,7 +250,7 @@ class Backward {
   BackwardPlan plan_;
   DType type_, real_, gate_type_;
   void *d_gates_ = nullptr, *mem_ = nullptr, *d_syn_ = nullptr, *sums_ = nullptr;
-  void *spikes_ = nullptr, *parts_ = nullptr;
+  void *spikes_ = nullptr, *parts_[2] = {nullptr, nullptr};
 };
 
 }  // namespace

@@ -34,13 +34,15 @@ void launch_weight_grad_fma(const WeightGrad& p, int splits, DType type, Stream 
   });
 }
 
-void launch_reduce_weight(const ReduceWeight& p, Stream stream) {
-  with_real(p.type, [&](auto real) {
+void launch_reduce_weight(const ReduceWeights& given, Stream stream) {
+  with_real(given.type, [&](auto real) {
     using R = decltype(real);
+    ReduceWeights p = given;
+    const int64_t of_one = p.pitch() * int64_t(sizeof(R));
+    while (p.chunk > 1 && p.chunk * of_one > 48 * 1024) p.chunk /= 2;
     const Launch how{"add weight gradients",
-                     dim3(unsigned(ceil_div(int64_t(p.taps) * p.channels, kReduceThreads)),
-                          unsigned(4 * p.C)),
-                     dim3(kReduceThreads), 0, stream};
+                     dim3(unsigned(p.chunks(0) + p.chunks(1)), unsigned(4 * p.C)),
+                     dim3(kReduceThreads), size_t(p.chunk * of_one), stream};
     launch(how, &reduce_weight<R>, p);
   });
 }

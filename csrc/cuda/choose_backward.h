@@ -57,6 +57,7 @@ struct WeightPlan {
 
   bool mma() const { return multiply != Multiply::fma; }
   int threads() const { return 32 * weight_tile::kWarpColumns * warp_rows; }
+  int row_blocks() const { return part_rows / (32 * warp_rows); }
   int shared_bytes() const {
     const MmaType type(multiply);
     return 2 * weight_tile::stage_bytes(warp_rows * 32 / (64 / type.element),
@@ -79,40 +80,42 @@ inline void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns
   tiling.by_columns = Divisor(ceil_div(columns, channels));
 }
 
-// Two blocks for each multiprocessor; each gets `least` of the total, or more.
-inline void split(WeightPlan& w, const Target& target, int64_t blocks, int64_t least, int64_t unit) {
+// Shares the total out: two blocks for each multiprocessor, each with `least` of it or more. blocks:
+// of all column and row blocks of the launch.
+inline void split(WeightPlan& w, const Target& target, int64_t blocks, int64_t least,
+                  int64_t unit) {
   const int64_t wanted = std::max<int64_t>(2 * target.multiprocessors / blocks, 1);
-  w.splits = int(std::max<int64_t>(std::min({wanted, w.total / least, int64_t(1024)}), 1));
-  w.share = round_up(ceil_div(w.total, w.splits), unit);
-  w.splits = int(std::max<int64_t>(ceil_div(w.total, std::max<int64_t>(w.share, 1)), 1));
+  const int64_t splits = std::max<int64_t>(std::min({wanted, w.total / least, int64_t(1024)}), 1);
+  w.share = std::max<int64_t>(round_up(ceil_div(w.total, splits), unit), 1);
+  w.splits = int(std::max<int64_t>(ceil_div(w.total, w.share), 1));
 }
 
-// The gradient of one half of the weight; in: the window of its source.
-inline WeightPlan plan_weight(const Cell& c, const Target& target, const Segment& in, bool of_x) {
+// One half of the weight's gradient on tensor cores, but for its splits.
+inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int warp_rows) {
   const Shape s(c);
+  const MmaType type(multiply);
+  const Segment in = of_x ? input_window(c) : state_window(c);
+  const MmaDepth depth = of_x ? x_depth(c, multiply) : mem_depth(c, multiply);
   WeightPlan w;
-  w.multiply = plan_forward(c, target).multiply;
-  if (w.mma()) {
-    const MmaDepth depth = of_x ? x_depth(c, w.multiply) : mem_depth(c, w.multiply);
-    const MmaType type(w.multiply);
-    choose_tile(c, s.Ho, s.Wo, weight_tile::kPixels, false, w.tiling);
-    cover(w.tiling, c, c.T * c.N, 1, 1);
-    w.buffer_bytes = int(neighbourhood_bytes(mma_segment(in, type, depth, w.tiling)));
-    w.column_pitch = int(round_up(depth.channels, weight_tile::kChannels));
-    w.part_columns = int(depth.taps * w.column_pitch);
-    w.tap_stride = depth.patches ? in.channels : w.column_pitch;
-    w.column_blocks = int(w.column_pitch / weight_tile::kChannels *
-                          ceil_div(depth.taps, weight_tile::kTaps));
-    w.total = w.tiling.tiles();
-    for (w.warp_rows = type.element == 2 && 4 * s.Cp > 64 ? 4 : 2; w.warp_rows > 0; --w.warp_rows) {
-      w.part_rows = int(round_up(4 * s.Cp, 32 * w.warp_rows));
-      if (w.warp_rows != 3 && w.shared_bytes() <= target.shared_bytes && w.total < 1ll << 31) {
-        split(w, target, int64_t(w.column_blocks) * (w.part_rows / (32 * w.warp_rows)), 4, 1);
-        return w;
-      }
-    }
-    w = WeightPlan();
-  }
+  w.multiply = multiply;
+  w.warp_rows = warp_rows;
+  choose_tile(c, s.Ho, s.Wo, weight_tile::kPixels, false, w.tiling);
+  cover(w.tiling, c, c.T * c.N, 1, 1);
+  w.total = w.tiling.tiles();
+  w.buffer_bytes = int(neighbourhood_bytes(mma_segment(in, type, depth, w.tiling)));
+  w.column_pitch = int(round_up(depth.channels, weight_tile::kChannels));
+  w.part_rows = int(round_up(4 * s.Cp, 32 * warp_rows));
+  w.part_columns = int(depth.taps * w.column_pitch);
+  w.tap_stride = depth.patches ? in.channels : w.column_pitch;
+  w.column_blocks = int(w.column_pitch / weight_tile::kChannels *
+                        ceil_div(depth.taps, weight_tile::kTaps));
+  return w;
+}
+
+inline WeightPlan weight_fma(const Cell& c, const Target& target, bool of_x) {
+  const Shape s(c);
+  const Segment in = of_x ? input_window(c) : state_window(c);
+  WeightPlan w;
   cover(w.tiling, c, c.T * c.N, 1, 1);
   w.part_rows = int(round_up(4 * s.Cp, 64));
   w.part_columns = int(round_up(s.taps * in.channels, 64));
@@ -120,6 +123,26 @@ inline WeightPlan plan_weight(const Cell& c, const Target& target, const Segment
   w.total = c.T * c.N * s.pixels;
   split(w, target, int64_t(w.part_rows / 64) * (w.part_columns / 64), 256, fma::kDepth);
   return w;
+}
+
+// Both halves, on the same kind of block.
+inline void plan_weights(BackwardPlan& plan, const Cell& c, const Target& target) {
+  const Multiply multiply = plan_forward(c, target).multiply;
+  for (const int warp_rows : {4, 2, 1}) {
+    if (multiply == Multiply::fma) break;
+    if (warp_rows == 4 && (MmaType(multiply).element != 2 || 4 * Shape(c).Cp <= 64)) continue;
+    WeightPlan x = weight_tiles(c, multiply, true, warp_rows);
+    WeightPlan mem = weight_tiles(c, multiply, false, warp_rows);
+    const int bytes = std::max(x.shared_bytes(), mem.shared_bytes());
+    if (bytes > target.shared_bytes || x.total >= int64_t(1) << 31) continue;
+    const int64_t blocks = int64_t(x.column_blocks + mem.column_blocks) * x.row_blocks();
+    split(x, target, blocks, 4, 1);
+    split(mem, target, blocks, 4, 1);
+    plan.x_grad = x, plan.mem_grad = mem;
+    return;
+  }
+  plan.x_grad = weight_fma(c, target, true);
+  plan.mem_grad = weight_fma(c, target, false);
 }
 
 // Tiles of a data gradient; with `windows` only such as hold whole pooling windows. False where that
@@ -168,8 +191,7 @@ inline BackwardPlan plan_backward(const Cell& c, const Target& target) {
   plan.spreads = plan_data(plan.to_mem, c, target, false, windows);
   if (!plan.spreads) plan_data(plan.to_mem, c, target, false, false);
   plan_data(plan.to_x, c, target, true, false);
-  plan.x_grad = plan_weight(c, target, input_window(c), true);
-  plan.mem_grad = plan_weight(c, target, state_window(c), false);
+  plan_weights(plan, c, target);
   return plan;
 }
 

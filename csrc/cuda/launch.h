@@ -14,7 +14,7 @@
 namespace snnlstm::cuda {
 
 void launch_pack_fma(const WeightMap& map, void* packed, Stream stream);
-void launch_pack_mma(const MmaPacking& p, int column_blocks, void* packed, Stream stream);
+void launch_pack_mma(const MmaPackings& p, int jobs, Stream stream);
 void launch_forward_fma(const ForwardFma& p, Stream stream);
 void launch_forward_mma(const ForwardPlan& plan, const ForwardMma& p, Stream stream);
 void launch_fire(const FireStep& p, bool inhibition, Stream stream);
@@ -24,8 +24,8 @@ void launch_backward_mma(const DataPlan& plan, const BackwardMma& p, int shared_
                          Stream stream);
 void launch_spread(const SpreadStep& p, Stream stream);
 void launch_weight_grad_fma(const WeightGrad& p, int splits, DType type, Stream stream);
-void launch_weight_grad_mma(const WeightPlan& plan, const WeightGradMma& p, Stream stream);
-void launch_reduce_weight(const ReduceWeight& p, Stream stream);
+void launch_weight_grad_mma(const BackwardPlan& plan, const WeightGradJobs& p, Stream stream);
+void launch_reduce_weight(const ReduceWeights& p, Stream stream);
 void launch_reduce_sums(const ReduceSums& p, Stream stream);
 
 int64_t forward_workspace(const Cell& cell, const Target& target);

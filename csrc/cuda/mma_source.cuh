@@ -39,7 +39,7 @@ struct MmaSegment {
   int taps = 1, taps_w = 1;      // of the walk through shared memory: 1 with patches
   int chunks = 0, tail_steps = 0;  // k-steps (1 or 2) of the last chunk
   int halo_h = 0, halo_w = 0;    // the neighbourhood
-  int lead = 0;                  // unused pixels before a row: even columns lie on even pixels
+  int lead = 0;                  // unused pixels before a row
   int pitch = 0;                 // pixels from one of its rows to the next, in shared memory
   int step_h = 1, step_w = 1;    // neighbourhood pixels from a tile pixel to the next
   SmallDivisor by_halo_w;

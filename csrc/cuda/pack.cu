@@ -16,11 +16,23 @@ void launch_pack_fma(const WeightMap& map, void* packed, Stream stream) {
   });
 }
 
-void launch_pack_mma(const MmaPacking& p, int column_blocks, void* packed, Stream stream) {
-  const int64_t words = int64_t(p.units) * p.warp_columns * (p.tiles / 2) * 128;
-  const Launch how{"pack weight (mma)", dim3(unsigned(ceil_div(words, 256)), column_blocks),
-                   dim3(256), 0, stream};
-  launch(how, &pack_mma<256>, p, static_cast<uint32_t*>(packed));
+void launch_pack_mma(const MmaPackings& given, int jobs, Stream stream) {
+  MmaPackings p = given;
+  int chunks = 0, pairs = 0;
+  size_t bytes = 0;
+  for (int k = 0; k < jobs; ++k) {
+    MmaPacking& job = p.job[k];
+    chunks = std::max(chunks, job.chunks), pairs = std::max(pairs, job.pairs);
+    const bool forward = job.map.forward();
+    const int length = (forward ? job.patches ? job.map.Cin : job.per_chunk() : 16) * job.map.taps;
+    const size_t of_job = size_t(forward ? 16 : job.per_chunk()) * (length | 1) * sizeof(float);
+    if (of_job > 48 * 1024) continue;
+    job.row_pitch = length | 1;
+    bytes = std::max(bytes, of_job);
+  }
+  const Launch how{"pack weight (mma)", dim3(unsigned(chunks), unsigned(pairs), unsigned(jobs)),
+                   dim3(256), bytes, stream};
+  launch(how, &pack_mma<256>, p);
 }
 
 Sizes sizes(const Cell& cell, const Target& target) {

@@ -61,67 +61,128 @@ __global__ void __launch_bounds__(fma::kThreads)
 struct MmaPacking {
   WeightMap map;
   Multiply multiply = Multiply::tf32;
-  int channels = 0;   // of the walk: K channels, or with patches (tap, channel)
+  int channels = 0;    // of the walk: K channels, or with patches (tap, channel)
   bool patches = false;
-  int taps = 1;       // of the walk
-  int units = 0;      // of this segment
-  int64_t pitch = 0;  // words from one column block to the next
+  int taps = 1;        // of the walk
+  int units = 0;       // of this segment
+  int first_unit = 0;  // among those of its stream
+  int64_t pitch = 0;   // words from one column block to the next
   int tiles = 2, warp_columns = 1;
+  int chunks = 0, pairs = 0;  // chunks of K; pairs of n-tiles in all column blocks
+  int row_pitch = 0;          // of the weights in shared memory; 0: they do not fit there
+  uint32_t* packed = nullptr;
+
+  SNNLSTM_BOTH int per_word() const {
+    return multiply == Multiply::fp16 || multiply == Multiply::bf16 ? 2 : 1;
+  }
+  SNNLSTM_BOTH int per_chunk() const { return 16 * per_word(); }  // channels
 };
 
-// One thread a word of 32 bits: two 16-bit weights of neighbouring channels, or one float.
+// All segments of one call in one launch.
+struct MmaPackings {
+  MmaPacking job[2];
+};
+
+// One chunk of K for one pair of n-tiles: 16 columns. The weights come through shared memory, row by
+// row as they lie: forward a row is a column's (channels of the chunk, taps), transposed it is a K
+// channel's (16 columns, taps).
 template <int Threads>
-__global__ void __launch_bounds__(Threads)
-    pack_mma(const __grid_constant__ MmaPacking p, uint32_t* packed) {
-  const bool half = p.multiply == Multiply::fp16 || p.multiply == Multiply::bf16;
-  const int per_word = half ? 2 : 1, per_step = 8 * per_word;
-  const int unit_words = p.warp_columns * (p.tiles / 2) * (mma_gemm::kPairBytes / 4);
-  const int64_t i = int64_t(blockIdx.x) * Threads + threadIdx.x;
-  const int unit = int(i / unit_words);
-  if (unit >= p.units) return;
-  int rest = int(i % unit_words);
-  const int word = rest % 4, lane = rest / 4 % 32, pair = rest / 128 % (p.tiles / 2);
-  const int warp_column = rest / 128 / (p.tiles / 2);
-
-  // K: unit = (chunk, tap, step); all chunks but the last have two steps
-  const int full = 2 * p.taps, chunk = unit / full;
-  const int chunks = (p.channels + 2 * per_step - 1) / (2 * per_step);
-  const int steps = chunk + 1 < chunks ? 2 : (p.units - chunk * full) / p.taps;
-  const int tap = (unit - chunk * full) / steps, step = (unit - chunk * full) % steps;
-  const int k = (2 * chunk + step) * per_step + (lane % 4 + word % 2 * 4) * per_word;
-
-  // N: which gate and channel the column is
-  const bool forward = p.map.forward();
-  const int n = lane / 4, tile = 2 * pair + word / 2;
-  const int warps = int(blockIdx.y) * p.warp_columns + warp_column;
-  const int of_pair = 4 * (n / 2) + 2 * (tile % 2) + n % 2;  // mma.cuh: pairs of n-tiles
-  int gate = 0, column;
-  if (!forward)
-    column = warps * 8 * p.tiles + 16 * pair + of_pair;
-  else if (p.tiles == 8)
-    gate = pair, column = warps * 16 + of_pair;
-  else
-    gate = tile, column = warps * 8 + n;
-
-  float value[2] = {0, 0};
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    int channel = k + e, source_tap = tap;
-    if (p.patches) source_tap = channel / p.map.Cin, channel %= p.map.Cin;
-    if (e >= per_word || channel >= p.map.depth_channels()) continue;
-    value[e] = forward ? weight_at<float>(p.map, gate, column, channel, source_tap)
-                       : weight_at<float>(p.map, channel / p.map.Cp, channel % p.map.Cp, column,
-                                      p.map.taps - 1 - source_tap);
+class MmaPacker {
+ public:
+  SNNLSTM_DEVICE MmaPacker(const MmaPacking& p, int chunk, int pair, float* shared)
+      : p_(p), map_(p.map), shared_(shared), chunk_(chunk) {
+    const int of_warp = p.tiles / 2;
+    pair_ = pair % of_warp;
+    warp_column_ = pair / of_warp % p.warp_columns;
+    block_ = pair / of_warp / p.warp_columns;
+    const int warps = block_ * p.warp_columns + warp_column_;
+    first_column_ = !map_.forward()  ? warps * 8 * p.tiles + 16 * pair_
+                    : p.tiles == 8 ? warps * 16
+                                   : warps * 8;
+    first_k_ = p.patches ? 0 : chunk * p.per_chunk();
   }
-  uint32_t bits;
-  if (half)
-    bits = pack16(p.multiply == Multiply::bf16 ? DType::bfloat16 : DType::float16, value[0],
-                  value[1]);
-  else if (p.multiply == Multiply::tf32)
-    bits = from_float<tf32>(value[0]).bits;
-  else
-    bits = detail::bits_of(value[0]);
-  packed[blockIdx.y * p.pitch + i] = bits;
+
+  SNNLSTM_DEVICE void load() const {
+    if (p_.row_pitch == 0) return;
+    const int rows = map_.forward() ? 16 : p_.per_chunk();
+    const int length = (map_.forward() ? row_channels() : 16) * map_.taps;
+    for (int i = int(threadIdx.x); i < rows * length; i += Threads) {
+      const int row = i / length, rest = i % length;
+      shared_[row * p_.row_pitch + rest] = at_place(row, rest / map_.taps, rest % map_.taps);
+    }
+  }
+
+  SNNLSTM_DEVICE void store_units() const {
+    const int full = 2 * p_.taps;
+    const int steps = chunk_ + 1 < p_.chunks ? 2 : (p_.units - chunk_ * full) / p_.taps;
+    const int unit_words = p_.warp_columns * (p_.tiles / 2) * 128;
+    uint32_t* out = p_.packed + block_ * p_.pitch +
+                    int64_t(p_.first_unit + chunk_ * full) * unit_words +
+                    (warp_column_ * (p_.tiles / 2) + pair_) * 128;
+    for (int i = int(threadIdx.x); i < p_.taps * steps * 128; i += Threads) {
+      const int unit = i / 128, word = i % 4, lane = i / 4 % 32;
+      const int tap = unit / steps, step = unit % steps;
+      const int k = (step * 8 + lane % 4 + word % 2 * 4) * p_.per_word();  // in the chunk
+      const int n = lane / 4, tile = word / 2;
+      float v[2];
+      v[0] = value(n, tile, k, tap);
+      v[1] = p_.per_word() == 2 ? value(n, tile, k + 1, tap) : 0;
+      uint32_t bits = detail::bits_of(v[0]);
+      if (p_.per_word() == 2)
+        bits = pack16(p_.multiply == Multiply::bf16 ? DType::bfloat16 : DType::float16, v[0], v[1]);
+      else if (p_.multiply == Multiply::tf32)
+        bits = from_float<tf32>(v[0]).bits;
+      out[int64_t(unit) * unit_words + i % 128] = bits;
+    }
+  }
+
+ private:
+  SNNLSTM_DEVICE int row_channels() const { return p_.patches ? map_.Cin : p_.per_chunk(); }
+
+  // Row, channel or column in it, and tap (as in the weight), of the block's piece of the weight.
+  SNNLSTM_DEVICE float at_place(int row, int inner, int tap) const {
+    if (map_.forward()) {
+      const bool by_gate = p_.tiles != 8;  // the pair's tiles are two gates of 8 channels
+      const int gate = by_gate ? 2 * pair_ + row / 8 : pair_;
+      const int c = first_column_ + (by_gate ? row % 8 : row), input = first_k_ + inner;
+      return input < map_.depth_channels() ? weight_at<float>(map_, gate, c, input, tap) : 0;
+    }
+    const int k = first_k_ + row;
+    return k < map_.depth_channels() ? weight_at<float>(map_, k / map_.Cp, k % map_.Cp,
+                                                        first_column_ + inner, tap)
+                                     : 0;
+  }
+
+  // Column n of a tile of the pair, channel k of the chunk, tap of the walk.
+  SNNLSTM_DEVICE float value(int n, int tile, int k, int tap) const {
+    const bool by_gate = map_.forward() && p_.tiles != 8;
+    int column = by_gate ? 8 * tile + n : 4 * (n / 2) + 2 * tile + n % 2;  // mma.cuh: pairs
+    if (p_.patches) {
+      k += chunk_ * p_.per_chunk();
+      tap = k / map_.Cin, k %= map_.Cin;
+      if (tap >= map_.taps) return 0;
+    }
+    int row = column;
+    if (!map_.forward()) row = k, k = column, tap = map_.taps - 1 - tap;
+    return p_.row_pitch == 0 ? at_place(row, k, tap)
+                             : shared_[row * p_.row_pitch + k * map_.taps + tap];
+  }
+
+  const MmaPacking& p_;
+  const WeightMap& map_;
+  float* shared_;
+  int chunk_, pair_, warp_column_, block_, first_column_, first_k_;
+};
+
+// grid: (chunks, pairs, segments), each as many as the segment with the most has.
+template <int Threads>
+__global__ void __launch_bounds__(Threads) pack_mma(const __grid_constant__ MmaPackings p) {
+  const MmaPacking& job = p.job[blockIdx.z];
+  const bool real = int(blockIdx.x) < job.chunks && int(blockIdx.y) < job.pairs;
+  const MmaPacker<Threads> packer(job, int(blockIdx.x), int(blockIdx.y), &shared_memory<float>());
+  if (real) packer.load();
+  __syncthreads();
+  if (real) packer.store_units();
 }
 
 }  // namespace snnlstm::cuda

@@ -20,11 +20,13 @@ class Packer {
     mma(plan.multiply, plan.tiles, plan.warps_n, plan.channels(),
         {{Use::x_to_gates, x_depth(cell_, plan.multiply)},
          {Use::mem_to_gates, mem_depth(cell_, plan.multiply)}});
+    flush();
   }
   // First for the gradient of x, then for that of mem.
   void backward(const BackwardPlan& plan) {
     transposed(plan.to_x, Use::gates_to_x);
     transposed(plan.to_mem, Use::gates_to_mem);
+    flush();
   }
   void transposed(const DataPlan& plan, Use use) {
     if (!plan.mma()) return fma(use);
@@ -59,14 +61,23 @@ class Packer {
       p.multiply = multiply;
       p.channels = int(depth.channels), p.patches = depth.patches;
       p.taps = int(depth.taps), p.units = int(depth.units());
+      p.first_unit = int(first);
       p.pitch = units * builder.unit_bytes() / 4;
       p.tiles = tiles, p.warp_columns = warps_n;
       blocks = ceil_div(p.map.forward() ? cell_.C : p.map.columns(), channels);
-      if (packed_)
-        launch_pack_mma(p, int(blocks), packed_ + bytes_ + first * builder.unit_bytes(), stream());
+      p.chunks = int(depth.chunks), p.pairs = int(blocks * warps_n * (tiles / 2));
+      if (packed_) {
+        p.packed = reinterpret_cast<uint32_t*>(packed_ + bytes_);
+        jobs_.job[count_++] = p;
+      }
       first += p.units;
     }
     bytes_ += blocks * units * builder.unit_bytes();
+  }
+
+  void flush() {
+    if (count_ > 0) launch_pack_mma(jobs_, count_, stream());
+    count_ = 0;
   }
 
   const Cell& cell_;
@@ -74,6 +85,8 @@ class Packer {
   const void* weight_;
   char* packed_;
   int64_t bytes_ = 0;
+  MmaPackings jobs_;
+  int count_ = 0;
 };
 
 }  // namespace snnlstm::cuda

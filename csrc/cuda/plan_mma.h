@@ -81,9 +81,11 @@ inline MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDe
   m.step_h = s.step_h, m.step_w = s.step_w;
   // An m16 tile that goes over a row's end finds the next row on the banks where this one would
   // have gone on, if both are a multiple of 16 pixels apart.
-  m.lead = s.step_w == 1 && s.up_w.value == 1 ? s.pad_w & 1 : 0;
-  m.pitch = int(round_up(m.lead + m.halo_w, 2));
-  if (tiling.w % 16 != 0 && s.step_w == 1 && s.up_w.value == 1) {
+  // Gathered pixels are stored 8 at a time from an even column on, which must be an even pixel.
+  const bool plain = s.step_w == 1 && s.up_w.value == 1;
+  m.lead = plain && m.feed == Feed::gather ? s.pad_w & 1 : 0;
+  m.pitch = int(round_up(m.halo_w + 1, 2));  // the same for all feeds
+  if (tiling.w % 16 != 0 && plain) {
     const int wanted = m.pitch + (tiling.w - m.pitch % 16 + 32) % 16;
     if (5 * wanted <= 8 * m.halo_w) m.pitch = wanted;
   }

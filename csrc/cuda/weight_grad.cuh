@@ -115,30 +115,52 @@ __global__ void __launch_bounds__(fma::kThreads)
 struct ReduceWeight {
   const void* parts = nullptr;
   int splits = 1, part_rows = 0, part_columns = 0;
+  int channels = 0, tap_stride = 0;  // of the columns: tap * tap_stride + ci
+  int first_channel = 0;             // of the weight's input channels
+};
+
+// Both halves of the weight in one launch.
+struct ReduceWeights {
+  ReduceWeight half[2];
   int C = 0, Cp = 0, taps = 1;
-  int channels = 0, tap_stride = 0;        // of the columns: tap * tap_stride + ci
-  int first_channel = 0, all_channels = 0;  // of the weight's input channels
-  void* grad = nullptr;                    // (4C, all_channels, taps)
+  int all_channels = 0;  // Cin + C
+  int chunk = 32;        // input channels of a block
+  void* grad = nullptr;  // (4C, all_channels, taps)
   DType type = DType::float32;
+
+  SNNLSTM_BOTH int pitch() const { return taps | 1; }  // of a channel in shared memory
+  SNNLSTM_BOTH int chunks(int k) const { return (half[k].channels + chunk - 1) / chunk; }
 };
 
 constexpr int kReduceThreads = 256;
 
-// grid: (columns, 4C); one thread a column.
+// grid: (chunks of input channels of x, then of mem; 4C). The sums go through shared memory, (chunk,
+// pitch): the parts have the channels innermost, the gradient the taps.
 template <class R>
 __global__ void __launch_bounds__(kReduceThreads)
-    reduce_weight(const __grid_constant__ ReduceWeight p) {
-  const int i = int(blockIdx.x) * kReduceThreads + int(threadIdx.x);
-  if (i >= p.taps * p.channels) return;
-  const int tap = i / p.channels, ci = i % p.channels;
+    reduce_weight(const __grid_constant__ ReduceWeights p) {
+  R* sums = &shared_memory<R>();
+  const bool second = int(blockIdx.x) >= p.chunks(0);
+  const ReduceWeight& h = p.half[second ? 1 : 0];
+  const int c0 = (int(blockIdx.x) - (second ? p.chunks(0) : 0)) * p.chunk;
+  const int channels = h.channels - c0 < p.chunk ? h.channels - c0 : p.chunk;
   const int gate = int(blockIdx.y) / p.C, c = int(blockIdx.y) % p.C;
-  const R* part = static_cast<const R*>(p.parts) +
-                  int64_t(gate * p.Cp + c) * p.part_columns + tap * p.tap_stride + ci;
-  R sum = 0;
-  for (int k = fault(Fault::wrong_split_k) ? 1 : 0; k < p.splits; ++k)
-    sum += part[int64_t(k) * p.part_rows * p.part_columns];
-  write(p.grad, p.type,
-        (int64_t(blockIdx.y) * p.all_channels + p.first_channel + ci) * p.taps + tap, sum);
+  const R* parts = static_cast<const R*>(h.parts) + int64_t(gate * p.Cp + c) * h.part_columns + c0;
+  const int64_t part = int64_t(h.part_rows) * h.part_columns;
+  for (int i = int(threadIdx.x); i < p.taps * p.chunk; i += kReduceThreads) {
+    const int tap = i / p.chunk, ci = i % p.chunk;
+    if (ci >= channels) continue;
+    R sum = 0;
+#pragma unroll 4
+    for (int k = fault(Fault::wrong_split_k) ? 1 : 0; k < h.splits; ++k)
+      sum += parts[k * part + tap * h.tap_stride + ci];
+    sums[ci * p.pitch() + tap] = sum;
+  }
+  __syncthreads();
+  const int64_t out =
+      (int64_t(blockIdx.y) * p.all_channels + h.first_channel + c0) * p.taps;
+  for (int i = int(threadIdx.x); i < channels * p.taps; i += kReduceThreads)
+    write(p.grad, p.type, out + i, sums[i / p.taps * p.pitch() + i % p.taps]);
 }
 
 struct ReduceSums {

@@ -21,11 +21,17 @@ namespace snnlstm::cuda {
 
 struct WeightGradMma {
   WeightGrad grad;          // share and total count tiles
+  int column_blocks = 0, row_blocks = 0, splits = 0;
   MmaSegment source[2];     // before the first step or at all times; from t = 1 on
   Multiply multiply = Multiply::tf32;
   int warp_rows = 1;
   int column_pitch = 0;     // of parts: from one tap's columns to the next
   int buffer_bytes = 0;     // of one neighbourhood chunk
+};
+
+// Both halves of the weight in one launch.
+struct WeightGradJobs {
+  WeightGradMma job[2];
 };
 
 namespace weight_tile {
@@ -49,19 +55,23 @@ class WeightGemm {
   static constexpr int kSteps = weight_tile::kPixels / (kHalf ? 16 : 8);
   using Accumulators = float[weight_tile::kTaps][2][2][4];
 
-  SNNLSTM_DEVICE WeightGemm(const WeightGradMma& p, unsigned char* shared)
+  // index: of the block among the job's: columns fastest, then rows, then splits.
+  SNNLSTM_DEVICE WeightGemm(const WeightGradMma& p, int index, unsigned char* shared)
       : p_(p), shared_(shared), source_(p.multiply, p.grad.tiling) {
+    const int column = index % p.column_blocks;
+    row_ = index / p.column_blocks % p.row_blocks;
+    split_ = index / p.column_blocks / p.row_blocks;
     warp_ = int(threadIdx.x) / 32, lane_ = int(threadIdx.x) % 32;
     planes_ = p.warp_rows * 32 / kPerPlane;
     const int groups = (p.source[0].taps + weight_tile::kTaps - 1) / weight_tile::kTaps;
-    first_tap_ = int(blockIdx.x) % groups * weight_tile::kTaps;
-    channels_ = int(blockIdx.x) / groups;
+    first_tap_ = column % groups * weight_tile::kTaps;
+    channels_ = column / groups;
   }
 
   SNNLSTM_DEVICE void run(Accumulators& acc) {
 #pragma unroll
     for (int i = 0; i < weight_tile::kTaps * 16; ++i) (&acc[0][0][0][0])[i] = 0;
-    const int64_t begin = blockIdx.z * p_.grad.share;
+    const int64_t begin = split_ * p_.grad.share;
     const int64_t end = begin + p_.grad.share < p_.grad.total ? begin + p_.grad.share : p_.grad.total;
 #pragma unroll 1
     for (int64_t i = begin - 1; i < end; ++i) {  // computes tile i, fetches tile i + 1
@@ -84,7 +94,11 @@ class WeightGemm {
         }
         cp_async_commit();
       }
-      if (!computes) continue;
+      const int lead = next.lead;
+      if (!computes) {
+        lead_ = lead;
+        continue;
+      }
 #pragma unroll 1
       for (int step = 0; step < kSteps; ++step) {
         if (in_turns) {
@@ -97,14 +111,15 @@ class WeightGemm {
         multiply(buffer, step, acc);
       }
       if (in_turns) source_.end(next);
+      lead_ = lead;
     }
   }
 
   SNNLSTM_DEVICE void write(const Accumulators& acc) const {
     const int g = lane_ / 4, t = lane_ % 4;
     float* parts = static_cast<float*>(p_.grad.parts) +
-                   int64_t(blockIdx.z) * p_.grad.part_rows * p_.grad.part_columns;
-    const int row = (int(blockIdx.y) * p_.warp_rows + warp_ / 2) * 32 + g;
+                   int64_t(split_) * p_.grad.part_rows * p_.grad.part_columns;
+    const int row = (row_ * p_.warp_rows + warp_ / 2) * 32 + g;
     const int column = channels_ * weight_tile::kChannels + warp_ % 2 * 16 + 2 * t;
 #pragma unroll
     for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
@@ -140,7 +155,7 @@ class WeightGemm {
     const Tiling& tiling = p_.grad.tiling;
     const auto* image = static_cast<const Element*>(image_of(p_.grad.d_gates, at.t, at.n));
     const int units = 4 * planes_, per_unit = 16 / int(sizeof(Element));
-    const int first = int(blockIdx.y) * p_.warp_rows * 32;
+    const int first = row_ * p_.warp_rows * 32;
     for (int i = int(threadIdx.x); i < weight_tile::kPixels * units; i += int(blockDim.x)) {
       const int unit = i & (units - 1), m = i / units;
       unsigned y = unsigned(m);
@@ -162,7 +177,7 @@ class WeightGemm {
     if (m >= pixels) m &= 15;  // its d_gates are zero: any pixel, on the same banks
     unsigned y = unsigned(m < pixels ? m : 0);
     const int x = int(tiling.by_w.split(y));
-    return int(y) * p_.source[0].step_h * p_.source[0].pitch + x * p_.source[0].step_w + p_.source[0].lead;
+    return int(y) * p_.source[0].step_h * p_.source[0].pitch + x * p_.source[0].step_w + lead_;
   }
   SNNLSTM_DEVICE int shift(int tap) const {
     const int tap_h = tap / p_.source[0].taps_w, tap_w = tap - tap_h * p_.source[0].taps_w;
@@ -253,15 +268,19 @@ class WeightGemm {
   const WeightGradMma& p_;
   unsigned char* shared_;
   MmaSource<Element, true> source_;
-  int warp_, lane_, planes_, first_tap_, channels_;
+  int warp_, lane_, planes_, first_tap_, channels_, row_, split_;
+  int lead_ = 0;  // of the tile that is computed
 };
 
-// grid: (chunks of 32 input channels x groups of 3 taps, row tiles, splits)
 template <class Element>
 __global__ void __launch_bounds__(weight_tile::kMaxThreads, 2)
-    weight_grad_mma(const __grid_constant__ WeightGradMma p) {
+    weight_grad_mma(const __grid_constant__ WeightGradJobs p) {
   if constexpr (arch::has_mma) {
-    WeightGemm<Element> gemm(p, &shared_memory<unsigned char>());
+    const WeightGradMma& first = p.job[0];
+    const int blocks = first.column_blocks * first.row_blocks * first.splits;
+    const bool second = int(blockIdx.x) >= blocks;
+    WeightGemm<Element> gemm(p.job[second ? 1 : 0], int(blockIdx.x) - (second ? blocks : 0),
+                             &shared_memory<unsigned char>());
     float acc[weight_tile::kTaps][2][2][4];
     gemm.run(acc);
     gemm.write(acc);
