@@ -64,11 +64,13 @@ $(RUN):
 	$(PYTHON) -m venv $(VENV)
 
 # Installed anew when the native code or the metadata changes; Python code needs no reinstallation.
+# What it needs is looked at again only when pyproject.toml is newer than the last installation.
+NO_DEPS = $(if $(wildcard $@),$(if $(filter pyproject.toml,$?),,--no-deps))
 $(VENV)/.installed: $(SOURCES) | $(RUN)
 	@echo "Installing snnlstm and what it needs into $(VENV); the first time takes some minutes ..."
-	$(RUN) -m pip install --disable-pip-version-check -e ".[test,bench]"
+	$(RUN) -m pip install --disable-pip-version-check $(NO_DEPS) -e ".[test,bench]"
 	@touch $@
 
 $(VENV)/.linters: pyproject.toml | $(VENV)/.installed
-	$(RUN) -m pip install --disable-pip-version-check ruff clang-format mypy build
+	$(RUN) -m pip install --disable-pip-version-check ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1 build
 	@touch $@
