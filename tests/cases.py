@@ -1,0 +1,224 @@
+"""Random calls of the cell, for hypothesis: options, shapes, memory layouts and numbers."""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from snnlstm import surrogate
+from snnlstm.options import CellOptions
+from snnlstm.quant import StateQuant, state_quant
+
+# Differentiable by numbers: atan to SFS; with a jump at the threshold: the rest but the last.
+SURROGATES = (
+    surrogate.atan(2.0),
+    surrogate.fast_sigmoid(25),
+    surrogate.sigmoid(25),
+    surrogate.straight_through_estimator(),
+    surrogate.triangular(0.8),
+    surrogate.heaviside(),
+    surrogate.spike_rate_escape(1, 25),
+    surrogate.SFS(25, 0.01),
+    surrogate.SSO(0.1, 0.2),
+    surrogate.LSO(0.1),
+    surrogate.NONE,
+)
+LAYOUTS = ("contiguous", "channels_last", "sliced", "strided", "transposed", "shifted", "expanded")
+
+
+class Inputs(NamedTuple):
+    """Arguments of snnlstm.reference.run, but for the options."""
+
+    x: Tensor
+    syn: Tensor
+    mem: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    threshold: Tensor
+    graded: Tensor
+
+    def double(self) -> "Inputs":
+        """The same numbers in float64, contiguous and apart from any graph."""
+        return Inputs(*(None if t is None else t.detach().double().contiguous() for t in self))
+
+
+def wanting_gradients(inputs: Inputs) -> Inputs:
+    """The same memory as leaves that require a gradient, but for the graded factor."""
+    *leaves, graded = (None if t is None else t.detach() for t in inputs)
+    return Inputs(*(None if t is None else t.requires_grad_() for t in leaves), graded)
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """`values` in memory of the given layout; what lies around them is NaN.
+
+    "expanded" repeats the first entry along the first dimension, with stride 0.
+    """
+    if layout == "contiguous":
+        return values.contiguous()
+    if layout == "expanded":
+        return values[:1].expand_as(values)
+    if layout == "channels_last":
+        return values.movedim(-3, -1).contiguous().movedim(-1, -3)
+    if layout == "transposed":
+        return values.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "shifted":  # off the alignment of any vector
+        return values.new_empty(values.numel() + 1)[1:].view(values.shape).copy_(values)
+    step = {"sliced": 1, "strided": 2}[layout]
+    around = values.new_full([step * n + 2 for n in values.shape], torch.nan)
+    inside = around[tuple(slice(1, 1 + step * n, step) for n in values.shape)]
+    return inside.copy_(values)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the cell, without its numbers."""
+
+    options: CellOptions
+    dtype: torch.dtype
+    time: int
+    batch: int
+    in_channels: int
+    channels: int
+    height: int
+    width: int
+    threshold: str = "number"  # or "column" (C, 1, 1), or "four" (1, C, 1, 1)
+    bias: bool = True
+    graded: float = 1.0
+    density: float = 1.0  # the part of x that is not zero
+    spikes: bool = False  # x is 0 and 1, else normally distributed
+    layouts: tuple[str, ...] = ("contiguous",) * 4  # of x, states, weight, output gradients
+    seed: int = 0
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        return (self.batch, self.channels, *self.options.state_size(self.height, self.width))
+
+    def inputs(self) -> Inputs:
+        """Numbers for this case, the same at every call."""
+        random = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=random, dtype=torch.float64).to(self.dtype)
+
+        lead = (self.time,) if self.options.sequence else ()
+        x = normal(*lead, self.batch, self.in_channels, self.height, self.width)
+        kept = torch.rand(x.shape, generator=random) < self.density
+        x = torch.where(kept, torch.ones_like(x) if self.spikes else x, 0)
+        c, fan_in = self.channels, self.in_channels + self.channels
+        kh, kw = self.options.kernel_size
+        weight = normal(4 * c, fan_in, kh, kw) / (fan_in * kh * kw) ** 0.5
+        shape = {"number": (), "column": (c, 1, 1), "four": (1, c, 1, 1)}[self.threshold]
+        threshold = torch.rand(shape, generator=random, dtype=torch.float64).to(self.dtype)
+        of_x, of_states, of_weight, _ = self.layouts
+        return Inputs(
+            laid_out(x, of_x),
+            laid_out(normal(*self.state_shape), of_states),
+            laid_out(normal(*self.state_shape) * 0.3, of_states),
+            laid_out(weight, of_weight),
+            normal(4 * c) * 0.2 if self.bias else None,
+            threshold * 0.2,
+            torch.tensor(self.graded, dtype=self.dtype),
+        )
+
+    @property
+    def output_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of spk, syn and mem."""
+        options, (n, c, ho, wo) = self.options, self.state_shape
+        (ph, pw), lead = options.pool_size, (self.time,) if options.sequence else ()
+        states = (*(lead if options.record else ()), n, c, ho, wo)
+        return (*lead, n, c, ho // ph, wo // pw), states, states
+
+    def output_gradients(self) -> tuple[Tensor, ...]:
+        """Random gradients of spk, syn and mem, the same at every call."""
+        random = torch.Generator().manual_seed(self.seed + 1)
+        return tuple(
+            laid_out(
+                torch.randn(shape, generator=random, dtype=torch.float64).to(self.dtype),
+                self.layouts[3],
+            )
+            for shape in self.output_shapes
+        )
+
+    def recorded(self) -> "Case":
+        """The same call, of which every state is returned."""
+        return replace(self, options=replace(self.options, record=self.options.sequence))
+
+
+_SIDES = st.one_of(st.integers(1, 9), st.sampled_from([11, 13, 16, 17, 19]))
+# Around the vectors of 4, 8 and 16 lanes, and two of them.
+_CHANNELS = st.one_of(st.integers(1, 9), st.sampled_from([11, 13, 16, 17, 23, 24, 33]))
+_KERNELS = st.one_of(
+    st.just((3, 3)),
+    st.tuples(st.sampled_from([1, 3, 5]), st.sampled_from([1, 3, 5])),
+    st.sampled_from([(7, 1), (1, 7), (5, 5)]),
+)
+_MOST_WORK = 1_000_000  # multiply-adds of a gate and step that are tested with a batch
+_QUANTS: tuple[StateQuant | None, ...] = (
+    None,
+    None,
+    None,
+    state_quant(4, threshold=0.5),
+    state_quant(2, uniform=False, threshold=0.3),
+    StateQuant(torch.tensor([-0.5, 0.0, 0.0, 0.25])),
+)
+
+
+@st.composite
+def options(draw: Any, height: int, width: int) -> CellOptions:
+    """Any options that an image of this size allows."""
+    plain = draw(st.booleans())  # half of the cases: what Winograd can take
+    sizes = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    kernel = draw(_KERNELS)
+    stride = (1, 1) if plain else draw(sizes)
+    dilation = (1, 1) if plain else draw(sizes)
+    ho, wo = -(-height // stride[0]), -(-width // stride[1])
+    pool = draw(st.sampled_from(["none", "max", "avg"]))
+    pool_size = (1, 1)
+    if pool != "none":
+        pool_size = draw(st.tuples(st.integers(1, min(3, ho)), st.integers(1, min(3, wo))))
+    sequence = draw(st.booleans())
+    return CellOptions(
+        kernel,
+        stride,
+        dilation,
+        draw(st.sampled_from(["none", "subtract", "zero"])),
+        pool,
+        pool_size,
+        draw(st.sampled_from(SURROGATES)),
+        draw(st.sampled_from(_QUANTS)),
+        draw(st.sampled_from([False, False, False, True])),
+        sequence,
+        sequence and draw(st.booleans()),
+        draw(st.booleans()),
+    )
+
+
+@st.composite
+def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)) -> Case:
+    """Any call that the kernels can do."""
+    height, width = draw(_SIDES), draw(_SIDES)
+    chosen = draw(options(height, width))
+    layout = st.sampled_from(LAYOUTS)
+    batch, in_channels, channels = draw(st.integers(1, 3)), draw(_CHANNELS), draw(_CHANNELS)
+    (kh, kw), (ho, wo) = chosen.kernel_size, chosen.state_size(height, width)
+    if batch * ho * wo * kh * kw * channels * (in_channels + channels) > _MOST_WORK:
+        batch, in_channels = 1, min(in_channels, 5)
+    return Case(
+        chosen,
+        draw(st.sampled_from(dtypes)),
+        draw(st.integers(1, 5)) if chosen.sequence else 1,
+        batch,
+        in_channels,
+        channels,
+        height,
+        width,
+        draw(st.sampled_from(["number", "column", "four"])),
+        draw(st.booleans()),
+        draw(st.sampled_from([1.0, 0.7, -2.0])),
+        draw(st.sampled_from([1.0, 0.3, 0.1, 0.02])),
+        draw(st.booleans()),
+        (draw(layout), draw(layout), draw(layout), draw(layout)),
+        draw(st.integers(0, 2**16)),
+    )

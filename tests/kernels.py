@@ -1,0 +1,102 @@
+"""The fixture `kernels`: every way in which the core can run a call on this processor."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import snnlstm
+import snnlstm.path
+from snnlstm.options import CellOptions
+
+native = snnlstm.path._native
+ISAS: list[str] = native._C.isa_names() if native else []
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One instruction set and one setting of :func:`snnlstm.set_algorithm`."""
+
+    isa: str
+    algorithm: str
+
+    def state_error(self, dtype: torch.dtype) -> float:
+        """Largest absolute error that a step may add to syn and mem.
+
+        For sums of some hundred products of order 1 with weights at their default init. Winograd's
+        transforms cancel: F(4x4, 3x3) costs about a decimal digit.
+        """
+        if dtype == torch.float64:
+            return 1e-13 if self.algorithm == "direct" else 1e-12
+        return 2e-6 if self.algorithm == "direct" else 2e-5
+
+    def gradient_error(self, dtype: torch.dtype) -> float:
+        """Largest error of a gradient, relative to its largest element."""
+        if dtype == torch.float64:
+            return 1e-11
+        return 2e-5 if self.algorithm == "direct" else 2e-4
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Those for which there are kernels of this algorithm; Winograd's are in float32."""
+        both = (torch.float32, torch.float64)
+        return both[:1] if self.algorithm == "winograd" else both
+
+    def run(
+        self,
+        x: Tensor,
+        syn: Tensor,
+        mem: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        threshold: Tensor,
+        graded: Tensor,
+        options: CellOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What :func:`snnlstm.reference.run` computes, by these kernels."""
+        tensors = (x, syn, mem, weight, bias, threshold, graded)
+        return snnlstm.autograd.run(*tensors, options, self.algorithm)
+
+
+def _id(kernels: Kernels) -> str:
+    return f"{kernels.isa}-{kernels.algorithm}"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For the oracle: on small tensors threads of torch's cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def use(kernels: Kernels) -> Iterator[Kernels]:
+    """Run with these kernels until the generator is resumed."""
+    before = native._C.isa_name()
+    native._C.set_isa(kernels.isa)
+    try:
+        with snnlstm.algorithm(kernels.algorithm):
+            yield kernels
+    finally:
+        native._C.set_isa(before)
+
+
+@pytest.fixture(
+    params=[Kernels(isa, algorithm) for isa in ISAS for algorithm in native.ALGORITHMS], ids=_id
+)
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    """Run a test once for each instruction set and algorithm; without the core it is skipped."""
+    yield from use(request.param)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test once for each instruction set, where the convolution does not matter."""
+    for _ in use(Kernels(request.param, "auto")):
+        yield request.param

@@ -1,0 +1,94 @@
+"""Memory that shows what is done to it: outputs and workspaces are poisoned, and fenced in.
+
+The core takes all its memory from torch.empty and its relatives. In :func:`poisoned` these
+return memory filled with a pattern, between two fences: a result that was not written keeps the
+pattern, one that was computed from memory nobody wrote is wrong, and a write past the end
+breaks a fence.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from snnlstm import native, packing
+
+NAN = 0xFF  # as float32, float64: NaN; as int64: -1
+HUGE = 0x7F  # as float32, float64: 3.4e38, 1.4e306; as int64: 9.2e18
+_FENCE = 256  # bytes
+_FENCE_BYTE = 0xA5
+
+
+def _storage_bytes(shape: tuple[int, ...], strides: tuple[int, ...], item: int) -> int:
+    if 0 in shape:
+        return 0
+    return item * (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)))
+
+
+class _Fenced:
+    """Allocator of poisoned tensors; `blocks` remembers their memory, fences included."""
+
+    def __init__(self, pattern: int) -> None:
+        self.pattern = pattern
+        self.blocks: list[np.ndarray] = []
+
+    def new(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        item = dtype.itemsize
+        size = _storage_bytes(shape, strides, item)
+        block = np.full(size + 2 * _FENCE, self.pattern, np.uint8)
+        block[:_FENCE] = block[-_FENCE:] = _FENCE_BYTE
+        self.blocks.append(block)
+        storage = torch.from_numpy(block).untyped_storage()
+        # Not a view: autograd treats views among the outputs of a Function differently.
+        return torch.tensor([], dtype=dtype).set_(storage, _FENCE // item, shape, strides)
+
+    def check(self) -> None:
+        for block in self.blocks:
+            for fence in (block[:_FENCE], block[-_FENCE:]):
+                assert (fence == _FENCE_BYTE).all(), "memory beside a tensor was written"
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, size = [], 1
+    for n in reversed(shape):
+        strides.append(size)
+        size *= max(n, 1)
+    return tuple(reversed(strides))
+
+
+@contextmanager
+def poisoned(pattern: int) -> Iterator[_Fenced]:
+    """Poison what the core is given to write to while the block runs, then check the fences."""
+    fenced = _Fenced(pattern)
+
+    def contiguous(*shape, dtype=None, **_):
+        shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        return fenced.new(shape, _contiguous_strides(shape), dtype)
+
+    class Torch:
+        """What native.py and packing.py see as torch."""
+
+        empty = staticmethod(contiguous)
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+        @staticmethod
+        def empty_strided(shape, strides, *, dtype, device=None):
+            return fenced.new(tuple(shape), tuple(strides), dtype)
+
+    def new_empty(self, *shape, dtype=None, **_):
+        return contiguous(*shape, dtype=dtype or self.dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (native, packing):
+            patch.setattr(module, "torch", Torch())
+        patch.setattr(Tensor, "new_empty", new_empty)
+        patch.setattr(native, "_workspace", native._Workspace())  # nothing kept from before
+        patch.setattr(packing, "_packed", WeakTensorKeyDictionary())
+        yield fenced
+    fenced.check()

@@ -1,0 +1,534 @@
+"""The backward kernels against float64 autograd through the reference, and autograd's own rules.
+
+Native calls on random cases run on poisoned and fenced memory: see poison.py.
+"""
+
+import gc
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import LAYOUTS, SURROGATES, Case, Inputs, cases, wanting_gradients
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernels import Kernels, native, one_thread
+from oracle import decisions
+from poison import HUGE, NAN, poisoned
+from torch import Tensor
+
+from snnlstm import autograd, reference, surrogate
+from snnlstm.options import CellOptions
+from snnlstm.quant import StateQuant, state_quant
+
+pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+
+NAMES = ("x", "syn", "mem", "weight", "bias", "threshold")
+OUTPUTS = ("spk", "syn", "mem")
+PLAIN = Case(
+    CellOptions((3, 3), sequence=True, record=True, surrogate=surrogate.atan(), reset="subtract"),
+    torch.float32,
+    time=3,
+    batch=2,
+    in_channels=5,
+    channels=9,
+    height=7,
+    width=10,
+    threshold="column",
+)
+DOUBLE = replace(PLAIN, dtype=torch.float64)
+
+
+def with_options(case: Case = PLAIN, **changes: object) -> Case:
+    return replace(case, options=replace(case.options, **changes))
+
+
+def gradients(
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    inputs: Inputs,
+    options: CellOptions,
+    output_gradients: Sequence[Tensor | None],
+    wanted: Sequence[str] = NAMES,
+    noise: int = 0,
+) -> dict[str, Tensor]:
+    """Gradients of the inputs that are `wanted`, by name; None for an output leaves it unused."""
+    leaves = wanting_gradients(inputs)
+    for name in NAMES:
+        leaf = getattr(leaves, name)
+        if leaf is not None:
+            leaf.requires_grad_(name in wanted)
+    out = run(*leaves, options)
+    pairs = [
+        (o, g.to(o.dtype))
+        for o, g in zip(out, output_gradients, strict=True)
+        if g is not None and o.requires_grad
+    ]
+    sources = {n: getattr(leaves, n) for n in wanted if getattr(leaves, n) is not None}
+    if not pairs or not sources:
+        return {name: torch.zeros_like(leaf) for name, leaf in sources.items()}
+    torch.manual_seed(noise)
+    found = torch.autograd.grad(
+        [o for o, _ in pairs],
+        list(sources.values()),
+        [g for _, g in pairs],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(sources, found, strict=True))
+
+
+def compare(
+    actual: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    error: float,
+    output_gradients: Sequence[Tensor | None],
+) -> None:
+    """Each gradient within `error` of its largest element."""
+    assert actual.keys() == exact.keys()
+    terms = sum(float(g.double().abs().sum()) for g in output_gradients if g is not None)
+    for name, one in actual.items():
+        other = exact[name].double()
+        assert one.shape == other.shape
+        assert one.isfinite().all(), name
+        scale = float(other.abs().max())
+        if name == "threshold":
+            # One number or few, that many terms of either sign add up to.
+            scale = max(scale, terms)
+        worst = float((one.double() - other).abs().max())
+        assert worst <= error * scale + 1e-30, f"{name}: {worst:.3g} where {scale:.3g} is largest"
+
+
+def agrees(kernels: Kernels, case: Case, inputs: Inputs) -> bool:
+    """Whether the kernels decide as the reference does wherever the function jumps."""
+    options = case.recorded().options
+    with torch.no_grad():
+        own = kernels.run(*inputs, options)
+        exact = reference.run(*inputs.double(), options)
+    pairs = zip(decisions(case, inputs, *own[1:]), decisions(case, inputs, *exact[1:]), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+def check(
+    kernels: Kernels,
+    case: Case,
+    outputs: Sequence[str] = OUTPUTS,
+    wanted: Sequence[str] = NAMES,
+    pattern: int = NAN,
+) -> bool:
+    """Compare one case; False if rounding led kernels and reference to different decisions."""
+    inputs = case.inputs()
+    with one_thread():
+        if not agrees(kernels, case, inputs):
+            return False
+    grads = [
+        g if name in outputs else None
+        for name, g in zip(OUTPUTS, case.output_gradients(), strict=True)
+    ]
+    with poisoned(pattern):
+        actual = gradients(kernels.run, inputs, case.options, grads, wanted)
+    with one_thread():
+        exact = gradients(reference.run, inputs.double(), case.options, grads, wanted)
+        compare(actual, exact, kernels.gradient_error(case.dtype), grads)
+    for name, leaf in zip(NAMES, inputs, strict=False):
+        assert name not in actual or actual[name].shape == leaf.shape
+    return True
+
+
+def subsets(of: Sequence[str]) -> st.SearchStrategy[tuple[str, ...]]:
+    return st.sets(st.sampled_from(of), min_size=1).map(lambda s: tuple(sorted(s)))
+
+
+def test_options_in_random_combination(kernels):
+    count: Counter[bool] = Counter()
+
+    @settings(max_examples=25, suppress_health_check=list(HealthCheck))
+    @given(cases(), subsets(OUTPUTS), subsets(NAMES), st.sampled_from([NAN, HUGE]))
+    def check_case(case: Case, outputs: tuple, wanted: tuple, pattern: int) -> None:
+        options = case.options
+        # In float64 the oracle draws the same noise, and means of levels round the same way.
+        if options.surrogate.name == "SSO" or (options.quant and options.pool == "avg"):
+            case = replace(case, dtype=torch.float64)
+        compared = check(kernels, case, outputs, wanted, pattern)
+        assert compared or case.dtype == torch.float32
+        count[compared] += 1
+
+    check_case()
+    assert count[False] <= 0.2 * count.total(), "too few cases were compared"
+
+
+UNEVEN = StateQuant(torch.tensor([-0.51, -0.13, 0.021, 0.1, 0.27]))
+ALONE = {
+    "plain": PLAIN,
+    "one step": with_options(sequence=False, record=False),
+    "last states": with_options(record=False),
+    "no reset": with_options(reset="none"),
+    "reset to zero": with_options(reset="zero"),
+    "one threshold": replace(PLAIN, threshold="number"),
+    "a threshold a channel, 4-D": replace(PLAIN, threshold="four"),
+    "max_pool": with_options(pool="max", pool_size=(2, 3)),  # 7 x 10: both leave a remainder
+    "avg_pool": with_options(pool="avg", pool_size=(2, 3)),
+    "a window as large as the image": with_options(pool="max", pool_size=(7, 10)),
+    "inhibition": with_options(inhibition=True),
+    "inhibition of pooled": with_options(inhibition=True, pool="avg", pool_size=(3, 2)),
+    "quantised": with_options(quant=state_quant(3, threshold=0.4)),
+    "quantised twice": with_options(quant=UNEVEN, pool="avg", pool_size=(1, 3)),
+    "quantised, ties in every window": with_options(
+        quant=StateQuant(torch.tensor([0.0, 0.15])), pool="max", pool_size=(3, 3)
+    ),
+    "kernel 1x1": with_options(kernel_size=(1, 1)),
+    "kernel 5x5": with_options(kernel_size=(5, 5)),
+    "kernel 1x7": with_options(kernel_size=(1, 7)),
+    "kernel 9x3, larger than the image": with_options(kernel_size=(9, 3)),
+    "stride": with_options(stride=(2, 3)),
+    "a stride beyond the kernel": with_options(kernel_size=(1, 1), stride=(3, 2)),
+    "dilation": with_options(dilation=(2, 3)),
+    "dilation and stride": with_options(dilation=(3, 2), stride=(2, 2), kernel_size=(5, 3)),
+    "no bias": replace(PLAIN, bias=False),
+    "graded": replace(PLAIN, graded=-0.3),
+    "checkpoint": with_options(replace(PLAIN, time=7), checkpoint=True),
+    "checkpoint, last states": with_options(checkpoint=True, record=False, reset="zero"),
+    "checkpoint, inhibition": with_options(checkpoint=True, inhibition=True),
+    "few spikes": replace(PLAIN, density=0.03, spikes=True, in_channels=17),
+    "few spikes, strided": with_options(
+        replace(PLAIN, density=0.03, spikes=True, in_channels=17, height=13),
+        stride=(2, 3),
+        dilation=(1, 2),
+    ),
+    "sparse numbers": replace(PLAIN, density=0.1, in_channels=9, channels=5, height=11),
+    "sparse numbers, 5x5": with_options(
+        replace(PLAIN, density=0.1, in_channels=9), kernel_size=(5, 5)
+    ),
+    "nothing": replace(PLAIN, density=0.0),
+    "one pixel": replace(PLAIN, height=1, width=1),
+    "one row": replace(PLAIN, height=1, width=29),
+    "one column": replace(PLAIN, height=29, width=1),
+    "primes": replace(PLAIN, batch=3, in_channels=7, channels=11, height=13, width=17),
+    "one channel": replace(PLAIN, in_channels=1, channels=1),
+    "a tall image": replace(PLAIN, time=2, batch=1, height=61, width=19, channels=5),
+    "a wide image": replace(PLAIN, time=2, batch=1, height=3, width=275, channels=5),
+    "many channels": replace(PLAIN, time=2, batch=1, in_channels=71, channels=35, height=5),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_each_option_alone(kernels, name):
+    for dtype in kernels.dtypes:
+        case = replace(ALONE[name], dtype=dtype)
+        # A case in which rounding decides proves nothing: take the next numbers.
+        assert any(check(kernels, replace(case, seed=seed)) for seed in range(3))
+
+
+@pytest.mark.parametrize("kind", SURROGATES, ids=lambda s: s.name)
+def test_each_surrogate(isa, kind):
+    kernels = Kernels(isa, "auto")
+    assert check(kernels, with_options(DOUBLE, surrogate=kind))
+    assert check(kernels, with_options(DOUBLE, surrogate=kind, pool="max", pool_size=(2, 2)))
+    assert check(kernels, with_options(DOUBLE, surrogate=kind, pool="avg", pool_size=(2, 2)))
+
+
+def test_the_stochastic_surrogate_draws_the_noise_of_the_reference_in_float32(kernels):
+    case = with_options(surrogate=surrogate.SSO(0.1, 0.5))
+    inputs = case.inputs()
+    grads = case.output_gradients()
+    own, other = (
+        gradients(run, inputs, case.options, grads, noise=5) for run in (kernels.run, reference.run)
+    )
+    compare(own, other, 1e-4, grads)
+    again = gradients(kernels.run, inputs, case.options, grads, noise=6)
+    assert not torch.equal(own["weight"], again["weight"])
+
+
+@pytest.mark.parametrize("outputs", [*itertools.combinations(OUTPUTS, 1), ("spk", "mem")], ids=str)
+def test_gradients_through_spikes_through_states_and_through_both(isa, outputs):
+    for record in (True, False):
+        for reset in ("none", "subtract", "zero"):
+            case = with_options(DOUBLE, record=record, reset=reset)
+            assert check(Kernels(isa, "auto"), case, outputs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layouts(kernels, layout):
+    """The same numbers in another layout give the same bits."""
+    for which in range(4):
+        layouts = ["contiguous"] * 4
+        layouts[which] = layout
+        case = replace(PLAIN, time=2, batch=1, layouts=tuple(layouts))
+        inputs = case.inputs()
+        grads = case.output_gradients()
+        contiguous = Inputs(*(None if t is None else t.contiguous() for t in inputs))
+        one = gradients(kernels.run, inputs, case.options, grads)
+        other = gradients(kernels.run, contiguous, case.options, [g.contiguous() for g in grads])
+        for name in NAMES:
+            assert torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5)], ids=str)
+def test_every_size_of_image_up_to_13(kernels, kernel):
+    """Every way in which tiles of 2 x 2, 4 x 4 or 6 pixels can be cut off."""
+    # Without a jump anywhere, so that every case can be compared; 9 channels for Winograd.
+    case = with_options(kernel_size=kernel, reset="none", record=False)
+    case = replace(case, time=1, batch=1, in_channels=2, channels=9)
+    for height in range(1, 14):
+        for width in range(1, 14):
+            sized = replace(case, height=height, width=width)
+            inputs = sized.inputs()
+            grads = [None, *sized.output_gradients()[1:]]
+            with poisoned(HUGE):
+                actual = gradients(kernels.run, inputs, sized.options, grads)
+            with one_thread():
+                exact = gradients(reference.run, inputs.double(), sized.options, grads)
+            compare(actual, exact, kernels.gradient_error(sized.dtype), grads)
+
+
+def test_a_hundred_steps_stay_accurate(kernels):
+    """Relative errors in norm, at default init: the documented 2e-5."""
+    case = replace(with_options(reset="none"), time=100, batch=1, in_channels=4, channels=16)
+    inputs = replace(case, density=0.3).inputs()
+    with one_thread():
+        grads = [None, None, case.output_gradients()[2]]
+        exact = gradients(reference.run, inputs.double(), case.options, grads)
+    actual = gradients(kernels.run, inputs, case.options, grads)
+    for name in ("x", "syn", "mem", "weight", "bias"):
+        assert (actual[name] - exact[name]).norm() / exact[name].norm() < 2e-5, name
+
+
+# ---- numbers against numbers ---------------------------------------------------------------------
+TINY = Case(
+    CellOptions((3, 3), sequence=True, record=True, surrogate=surrogate.NONE),
+    torch.float64,
+    time=2,
+    batch=2,
+    in_channels=1,
+    channels=2,
+    height=3,
+    width=4,
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        with_options(TINY, reset="subtract"),
+        with_options(TINY, reset="zero"),
+        with_options(TINY, stride=(2, 1)),
+        with_options(TINY, kernel_size=(1, 3), dilation=(1, 2)),
+        replace(with_options(TINY, record=False, reset="subtract"), threshold="column"),
+        replace(with_options(TINY, sequence=False, record=False, reset="subtract"), bias=False),
+    ],
+    ids=str,
+)
+def test_gradcheck_of_syn_and_mem(isa, case):
+    *leaves, graded = wanting_gradients(case.inputs())
+    present = [leaf for leaf in leaves if leaf is not None]
+
+    def states(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        rest = iter(tensors)
+        arguments = [None if leaf is None else next(rest) for leaf in leaves]
+        return autograd.run(*arguments, graded, case.options)[1:]
+
+    # The derivative is checked at both ends of the step of 1e-6: no reset may flip in between.
+    mem = states(*present)[1].detach()
+    mems = torch.cat([case.inputs().mem[None], mem if case.options.record else mem[None]])
+    assert (mems - case.inputs().threshold).abs().min() > 1e-5
+    assert torch.autograd.gradcheck(states, present, nondet_tol=0)
+
+
+@pytest.mark.parametrize(
+    "chosen", [surrogate.NONE, surrogate.atan(), surrogate.sigmoid(5)], ids=lambda s: s.name
+)
+def test_second_order_gradients_are_those_of_the_reference(chosen):
+    case = replace(with_options(DOUBLE, surrogate=chosen), time=2, batch=1, height=4, width=5)
+    second = []
+    for run in (autograd.run, reference.run):
+        inputs = wanting_gradients(case.inputs())
+        used = [out for out in run(*inputs, case.options) if out.requires_grad]
+        grads = [g.requires_grad_() for g in case.output_gradients()[-len(used) :]]
+        leaves = inputs[:6]
+        first = torch.autograd.grad(used, leaves, grads, create_graph=True)
+        penalty = sum((g**2).sum() for g in first)
+        second.append((first, torch.autograd.grad(penalty, [*leaves, *grads])))
+    for own, other in zip(*second, strict=True):
+        for one, exact in zip(own, other, strict=True):
+            torch.testing.assert_close(one, exact, atol=1e-9, rtol=1e-9)
+
+
+def test_gradgradcheck_of_syn_and_mem():
+    case = replace(with_options(TINY, reset="subtract"), height=2, width=2, batch=1)
+    *leaves, graded = wanting_gradients(case.inputs())
+    assert torch.autograd.gradgradcheck(
+        lambda *t: autograd.run(*t, graded, case.options)[1:], leaves, atol=1e-4, fast_mode=True
+    )
+
+
+# ---- sequences and steps -------------------------------------------------------------------------
+def leaves_and_gradients(case: Case) -> tuple[Inputs, tuple[Tensor, ...]]:
+    inputs = wanting_gradients(case.inputs())
+    return inputs, case.output_gradients()
+
+
+def total(out: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    return sum((o * g).sum() for o, g in zip(out, grads, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"reset": "zero", "pool": "avg", "pool_size": (2, 2)}])
+def test_step_calls_have_the_gradients_of_a_sequence(kernels, options):
+    for dtype in kernels.dtypes:
+        case = replace(with_options(**options), dtype=dtype)
+        inputs, grads = leaves_and_gradients(case)
+        out = kernels.run(*inputs, case.options)
+        whole = torch.autograd.grad(total(out, grads), inputs[:6])
+
+        step = replace(case.options, sequence=False, record=False)
+        syn, mem, steps = inputs.syn, inputs.mem, []
+        for x in inputs.x:
+            spk, syn, mem = kernels.run(x, syn, mem, *inputs[3:], step)
+            steps.append((spk, syn, mem))
+        out = [torch.stack(of) for of in zip(*steps, strict=True)]
+        parts = torch.autograd.grad(total(out, grads), inputs[:6])
+        compare(
+            dict(zip(NAMES, parts, strict=True)),
+            dict(zip(NAMES, whole, strict=True)),
+            kernels.gradient_error(dtype),
+            grads,
+        )
+
+
+def test_states_carry_gradients_from_call_to_call(kernels):
+    """Two sequences of 3 and 4 steps, the second from the states of the first: one of 7."""
+    for dtype in kernels.dtypes:
+        case = replace(PLAIN, dtype=dtype, time=7)
+        inputs, grads = leaves_and_gradients(case)
+        whole = torch.autograd.grad(total(kernels.run(*inputs, case.options), grads), inputs[:6])
+        spk, syn, mem = kernels.run(inputs.x[:3], *inputs[1:], case.options)
+        first = total((spk, syn, mem), [g[:3] for g in grads])
+        out = kernels.run(inputs.x[3:], syn[-1], mem[-1], *inputs[3:], case.options)
+        parts = torch.autograd.grad(first + total(out, [g[3:] for g in grads]), inputs[:6])
+        compare(
+            dict(zip(NAMES, parts, strict=True)),
+            dict(zip(NAMES, whole, strict=True)),
+            kernels.gradient_error(dtype),
+            grads,
+        )
+
+
+# ---- autograd's rules ----------------------------------------------------------------------------
+def test_any_subset_of_the_inputs_can_want_gradients(kernels):
+    case = replace(PLAIN, time=2)
+    inputs = case.inputs()
+    grads = case.output_gradients()
+    everything = gradients(kernels.run, inputs, case.options, grads)
+    for size in range(1, len(NAMES) + 1):
+        for wanted in itertools.combinations(NAMES, size):
+            some = gradients(kernels.run, inputs, case.options, grads, wanted)
+            for name in wanted:
+                assert torch.equal(some[name], everything[name]), (wanted, name)
+
+
+def test_unwanted_gradients_are_not_computed(monkeypatch):
+    seen = []
+    backward = native._C.cpu_backward
+    monkeypatch.setattr(native._C, "cpu_backward", lambda *a: seen.append(a) or backward(*a))
+    for wanted in NAMES:
+        inputs = PLAIN.inputs()
+        grads = PLAIN.output_gradients()
+        gradients(autograd.run, inputs, PLAIN.options, grads, [wanted])
+    for arguments, wanted in zip(seen, NAMES, strict=True):
+        given = arguments[-7:-1]  # x, syn, mem, weight, bias, threshold; then the workspace
+        assert [bool(a) for a in given] == [name == wanted for name in NAMES]
+
+
+def test_without_gradients_nothing_is_kept():
+    inputs = PLAIN.inputs()
+    assert not any(out.requires_grad for out in autograd.run(*inputs, PLAIN.options))
+    with torch.no_grad():
+        out = autograd.run(*wanting_gradients(inputs), PLAIN.options)
+    assert not any(o.requires_grad for o in out)
+
+
+def test_spikes_without_surrogate_are_not_differentiable():
+    case = with_options(surrogate=surrogate.NONE)
+    spk, syn, mem = autograd.run(*wanting_gradients(case.inputs()), case.options)
+    assert not spk.requires_grad
+    assert syn.requires_grad
+    assert mem.requires_grad
+
+
+def test_a_retained_graph_gives_equal_gradients_again(kernels):
+    inputs, grads = leaves_and_gradients(PLAIN)
+    loss = total(kernels.run(*inputs, PLAIN.options), grads)
+    one = torch.autograd.grad(loss, inputs[:6], retain_graph=True)
+    other = torch.autograd.grad(loss, inputs[:6])
+    for first, second in zip(one, other, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_a_graph_is_used_up_and_its_memory_freed():
+    inputs, grads = leaves_and_gradients(PLAIN)
+    with poisoned(NAN) as fenced:
+        out = autograd.run(*inputs, PLAIN.options)
+    blocks = [weakref.ref(block) for block in fenced.blocks]
+    fenced.blocks.clear()
+    loss = total(out, grads)
+    del out
+    assert any(block() is not None for block in blocks)
+    loss.backward()
+    gc.collect()
+    assert all(block() is None for block in blocks)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["x", "syn", "mem", "weight", "threshold"])
+def test_editing_an_input_in_place_is_noticed(name):
+    inputs = PLAIN.inputs()
+    leaves = wanting_gradients(inputs)
+    # Not leaves themselves: those refuse to be edited anyway.
+    held = Inputs(*(None if t is None else t.clone() for t in leaves))
+    out = autograd.run(*held, PLAIN.options)
+    with torch.no_grad():
+        getattr(held, name).mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out[2].sum().backward()
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_editing_an_output_in_place_gives_right_gradients(name):
+    """What a caller does to returned tensors enters the graph, and nothing else changes."""
+    for case in (PLAIN, with_options(sequence=False, record=False), with_options(record=False)):
+        inputs, grads = leaves_and_gradients(case)
+        outcomes = []
+        for in_place in (True, False):
+            out = dict(zip(OUTPUTS, autograd.run(*inputs, case.options), strict=True))
+            if in_place:
+                out[name].mul_(3).add_(1)
+            else:
+                out[name] = out[name] * 3 + 1
+            outcomes.append(torch.autograd.grad(total(tuple(out.values()), grads), inputs[:6]))
+        for one, other in zip(*outcomes, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_editing_a_state_that_went_into_a_second_call_is_noticed():
+    step = with_options(sequence=False, record=False)
+    inputs = wanting_gradients(step.inputs())
+    _, syn, mem = autograd.run(*inputs, step.options)
+    out = autograd.run(inputs.x, syn, mem, *inputs[3:], step.options)
+    mem.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out[2].sum().backward()
+
+
+def test_detaching_in_place_cuts_the_graph():
+    step = with_options(sequence=False, record=False)
+    inputs = wanting_gradients(step.inputs())
+    _, syn, mem = autograd.run(*inputs, step.options)
+    mem.detach_()
+    syn.detach_()
+    out = autograd.run(inputs.x, syn, mem, *inputs[3:], step.options)
+    out[2].sum().backward()
+    assert inputs.syn.grad is None
+    assert inputs.mem.grad is None
+    assert inputs.weight.grad.any()

@@ -1,0 +1,293 @@
+"""The forward kernels against the float64 reference, on every instruction set and algorithm.
+
+All native calls of this file run on poisoned and fenced memory: see poison.py.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import LAYOUTS, Case, Inputs, cases, wanting_gradients
+from hypothesis import HealthCheck, given, settings
+from kernels import Kernels, native, one_thread
+from oracle import check_steps
+from poison import HUGE, NAN, poisoned
+from torch import Tensor
+
+import snnlstm
+from snnlstm import reference
+from snnlstm.functional import sconv2dlstm
+from snnlstm.options import CellOptions
+from snnlstm.quant import StateQuant, state_quant
+
+pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+
+PLAIN = Case(CellOptions((3, 3), sequence=True, record=True), torch.float32, 3, 2, 5, 9, 7, 10)
+
+
+def run(
+    kernels: Kernels, case: Case, inputs: Inputs, pattern: int = NAN
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inference on poisoned memory."""
+    with torch.no_grad(), poisoned(pattern) as fenced:
+        out = kernels.run(*inputs, case.options)
+    assert len(fenced.blocks) >= 4, "the poison does not reach spk, syn, mem and the workspace"
+    return out
+
+
+def check(case: Case, kernels: Kernels) -> None:
+    """Every form of one forward call: judged once, and equal to the others bit for bit."""
+    inputs, recorded = case.inputs(), case.recorded()
+    before = [None if t is None else t.clone() for t in inputs]
+    out = run(kernels, recorded, inputs)
+    assert tuple(tensor.shape for tensor in out) == recorded.output_shapes
+    assert {tensor.dtype for tensor in out} == {case.dtype}
+    with one_thread():
+        check_steps(recorded, inputs, out, kernels.state_error(case.dtype))
+
+    last = out
+    if case.options.sequence and not case.options.record:
+        last = (out[0], out[1][-1], out[2][-1])
+    same(run(kernels, case, inputs, HUGE), last)
+    with poisoned(HUGE):
+        trained = kernels.run(*wanting_gradients(inputs), case.options)
+    same(trained, last)
+    for tensor, kept in zip(inputs, before, strict=True):
+        assert tensor is None or torch.equal(tensor, kept), "an input was written to"
+
+
+def same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def with_options(case: Case = PLAIN, **changes: object) -> Case:
+    return replace(case, options=replace(case.options, **changes))
+
+
+def test_options_in_random_combination(kernels):
+    @settings(max_examples=25, suppress_health_check=list(HealthCheck))
+    @given(cases())
+    def check_case(case: Case) -> None:
+        check(case, kernels)
+
+    check_case()
+
+
+DUPLICATES = StateQuant(torch.tensor([-0.5, 0.0, 0.0, 0.25]))
+ALONE = {
+    "plain": PLAIN,
+    "one step": with_options(sequence=False, record=False),
+    "last states": with_options(record=False),
+    "reset by subtraction": with_options(reset="subtract"),
+    "reset to zero": with_options(reset="zero"),
+    "max_pool": with_options(pool="max", pool_size=(2, 3)),  # 7 x 10: both leave a remainder
+    "avg_pool": with_options(pool="avg", pool_size=(2, 3)),
+    "a window as large as the image": with_options(pool="max", pool_size=(7, 10)),
+    "inhibition": with_options(inhibition=True),
+    "inhibition of pooled": with_options(inhibition=True, pool="max", pool_size=(3, 2)),
+    "quantised": with_options(quant=state_quant(5, threshold=0.4)),
+    "quantised twice": with_options(
+        quant=state_quant(3, threshold=0.4), pool="avg", pool_size=(2, 2)
+    ),
+    "quantised to equal levels": with_options(quant=DUPLICATES),
+    "quantised to one level": with_options(quant=StateQuant(torch.tensor([0.15]))),
+    "quantised with ties": with_options(quant=state_quant(3, threshold=0.4), inhibition=True),
+    "kernel 1x1": with_options(kernel_size=(1, 1)),
+    "kernel 5x5": with_options(kernel_size=(5, 5)),
+    "kernel 1x7": with_options(kernel_size=(1, 7)),
+    "kernel 9x3, larger than the image": with_options(kernel_size=(9, 3)),
+    "stride": with_options(stride=(2, 3)),
+    "a stride beyond the kernel": with_options(kernel_size=(1, 1), stride=(3, 2)),
+    "dilation": with_options(dilation=(2, 3)),
+    "dilation and stride": with_options(dilation=(3, 2), stride=(2, 2), kernel_size=(5, 3)),
+    "no bias": replace(PLAIN, bias=False),
+    "a threshold a channel": replace(PLAIN, threshold="column"),
+    "a threshold a channel, 4-D": replace(PLAIN, threshold="four"),
+    "graded": replace(PLAIN, graded=0.3),
+    "graded by less than nothing": replace(PLAIN, graded=-1.5),
+    "checkpoint": with_options(replace(PLAIN, time=7), checkpoint=True),
+    "checkpoint, last states": with_options(checkpoint=True, record=False, reset="zero"),
+    "few spikes": replace(PLAIN, density=0.03, spikes=True, in_channels=17),
+    "few spikes, strided": with_options(
+        replace(PLAIN, density=0.03, spikes=True, in_channels=17, height=13),
+        stride=(2, 3),
+        dilation=(1, 2),
+    ),
+    "many spikes": replace(PLAIN, density=0.6, spikes=True),
+    "sparse numbers": replace(PLAIN, density=0.1, in_channels=9, channels=5, height=11),
+    "sparse numbers, 5x5": with_options(
+        replace(PLAIN, density=0.1, in_channels=9), kernel_size=(5, 5)
+    ),
+    "nothing": replace(PLAIN, density=0.0),
+    "one pixel": replace(PLAIN, height=1, width=1),
+    "one row": replace(PLAIN, height=1, width=29),
+    "one column": replace(PLAIN, height=29, width=1),
+    "primes": replace(PLAIN, batch=3, in_channels=7, channels=11, height=13, width=17),
+    "one channel": replace(PLAIN, in_channels=1, channels=1),
+    # More than one block of rows a task, and rows that fill a block alone.
+    "a tall image": replace(PLAIN, time=2, batch=1, height=61, width=19, channels=5),
+    "a wide image": replace(PLAIN, time=2, batch=1, height=3, width=275, channels=5),
+    # More inputs than one chunk of weights holds, for x and for mem.
+    "many channels": replace(PLAIN, time=2, batch=1, in_channels=71, channels=35, height=5),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_each_option_alone(kernels, name):
+    for dtype in kernels.dtypes:
+        check(replace(ALONE[name], dtype=dtype), kernels)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 8, 12, 16, 24])
+def test_whole_and_broken_vectors(kernels, channels):
+    """Numbers of channels around the vectors of 2, 4, 8 and 16 lanes."""
+    for count in (channels - 1, channels, channels + 1):
+        if count > 0:
+            check(replace(PLAIN, time=1, channels=count, height=3, width=9), kernels)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5)], ids=str)
+def test_every_size_of_image_up_to_13(kernels, kernel):
+    """Every way in which tiles of 2 x 2, 4 x 4 or 6 pixels can be cut off."""
+    # 9 channels: Winograd takes those that fill more than half of a vector.
+    case = replace(with_options(kernel_size=kernel), time=2, batch=1, in_channels=2, channels=9)
+    for height in range(1, 14):
+        for width in range(1, 14):
+            sized = replace(case, height=height, width=width)
+            inputs = sized.inputs()
+            out = run(kernels, sized, inputs)
+            with one_thread():
+                check_steps(sized, inputs, out, kernels.state_error(sized.dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", ["x", "states", "weight"])
+def test_memory_layouts(kernels, which, layout):
+    layouts = ["contiguous"] * 4
+    layouts[["x", "states", "weight"].index(which)] = layout
+    case = replace(PLAIN, time=2, batch=2, layouts=tuple(layouts), threshold="column")
+    inputs = case.inputs()
+    contiguous = Inputs(*(None if t is None else t.contiguous() for t in inputs))
+    same(
+        run(kernels, case, inputs), run(kernels, case, contiguous)
+    )  # whose results are tested above
+
+
+def test_outputs_are_channels_last_where_x_is(kernels):
+    for options in ({}, {"record": False}, {"sequence": False, "record": False}):
+        case = with_options(replace(PLAIN, layouts=("channels_last",) * 4), **options)
+        for tensor in run(kernels, case, case.inputs()):
+            assert tensor.flatten(0, -4).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_step_calls_equal_a_sequence(kernels):
+    case = with_options(reset="subtract", quant=state_quant(6, threshold=0.4))
+    for chosen in (case, with_options(reset="zero", pool="avg", pool_size=(2, 2))):
+        inputs = chosen.inputs()
+        spks, syns, mems = run(kernels, chosen, inputs)
+        step = with_options(chosen, sequence=False, record=False)
+        syn, mem = inputs.syn, inputs.mem
+        for t in range(chosen.time):
+            spk, syn, mem = run(kernels, step, inputs._replace(x=inputs.x[t], syn=syn, mem=mem))
+            torch.testing.assert_close(syn, syns[t], atol=kernels.state_error(chosen.dtype), rtol=0)
+            if kernels.algorithm == "direct":  # the others may choose by the length of x
+                same((spk, syn, mem), (spks[t], syns[t], mems[t]))
+            syn, mem = syns[t], mems[t]
+
+
+def test_a_hundred_steps_stay_accurate(kernels):
+    """Relative error of mem in norm, at default init, against float64: the documented 5e-6."""
+    case = replace(PLAIN, time=100, batch=1, in_channels=4, channels=16, height=8, width=8)
+    inputs = replace(case, density=0.3).inputs()
+    mem = run(kernels, case, inputs)[2].double()
+    with one_thread():
+        exact = reference.run(*inputs.double(), case.options)[2]
+    assert (mem - exact).norm() / exact.norm() < 5e-6
+    assert (mem[-1] - exact[-1]).norm() / exact[-1].norm() < 5e-6
+
+
+def test_inhibition_lets_the_lowest_of_equal_neurons_win(kernels):
+    """All potentials equal: neuron (0, 0, 0) wins in every sample and step."""
+    case = with_options(replace(PLAIN, height=40, width=30, bias=False), inhibition=True)
+    inputs = case.inputs()
+    inputs.weight.zero_()
+    inputs.threshold.fill_(0.01)
+    spk = run(kernels, case, inputs._replace(syn=torch.ones_like(inputs.syn)))[0]
+    assert (spk.flatten(2).argmax(-1) == 0).all()
+    assert (spk.flatten(2).sum(-1) == 1).all()
+
+
+# ---- NaN and infinity ----------------------------------------------------------------------------
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("where", ["x", "syn", "mem", "weight", "bias", "threshold"])
+def test_nan_and_infinity_go_where_the_reference_lets_them(kernels, where, value):
+    for options in (
+        {"reset": "subtract", "pool": "max", "pool_size": (2, 2)},
+        {"reset": "zero", "pool": "avg", "pool_size": (2, 2)},
+        {"reset": "subtract", "quant": state_quant(4, threshold=0.4)},
+        {"inhibition": True},
+    ):
+        case = with_options(replace(PLAIN, time=2, threshold="column"), **options)
+        if "quant" in options and kernels.algorithm != "direct":
+            continue  # which makes a NaN a number: the lowest level
+        inputs = case.inputs()
+        tensor = getattr(inputs, where)
+        tensor[(0,) * tensor.dim()] = value
+        tensor[(-1,) * tensor.dim()] = value
+        out = run(kernels, case, inputs)
+        exactly = native.last_name().endswith("-direct")
+        with one_thread():
+            exact = reference.run(*inputs.double(), case.options)
+        for name, one, other in zip(("spk", "syn", "mem"), out, exact, strict=True):
+            if exactly:
+                assert torch.equal(one.isnan(), other.isnan()), name
+            else:  # tiles mix their pixels, and subtract
+                assert not (other.isnan() & ~one.isnan()).any(), name
+            settled = ~one.isnan() & ~other.isnan()
+            if exactly or name != "spk":  # a potential that became NaN does not spike
+                one, other = one[settled], other[settled].to(one.dtype)
+                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_nan_spoils_no_other_sample(kernels):
+    for case in (PLAIN, replace(PLAIN, batch=5, channels=16)):
+        inputs = case.inputs()
+        clean = run(kernels, case, inputs)
+        inputs.x[1, 1] = torch.nan
+        for one, other in zip(run(kernels, case, inputs), clean, strict=True):
+            assert torch.equal(one[0], other[0])  # nor an earlier step
+            assert torch.equal(one[:, 0], other[:, 0])
+            assert torch.equal(one[:, 2:], other[:, 2:])
+
+
+# ---- nothing to do -------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [(0, 2, 5, 5), (3, 0, 2, 5, 5), (0, 2, 2, 5, 5)], ids=str)
+def test_an_empty_batch_or_sequence(kernels, shape):
+    weight = torch.randn(12, 5, 3, 3, requires_grad=True)
+    record = len(shape) == 5
+    spk, syn, mem = sconv2dlstm(torch.zeros(shape), weight=weight, max_pool=2, record=record)
+    assert spk.shape == (*shape[:-3], 3, 2, 2)
+    assert syn.shape == mem.shape == (*shape[:-3], 3, 5, 5)
+    if spk.requires_grad:  # no step, no gradient
+        (spk.sum() + mem.sum()).backward()
+        assert not weight.grad.any()
+
+
+def test_the_module_takes_these_kernels(kernels):
+    cell = snnlstm.SConv2dLSTM(3, 16, 3, threshold=0.1)
+    cell(torch.zeros(2, 3, 6, 6))
+    assert str(cell.path).startswith(f"cpu-{kernels.isa}-")
+    assert kernels.algorithm == "auto" or kernels.algorithm in cell.path.name
+
+
+def test_the_cases_reach_every_kernel(isa):
+    """Otherwise the tests above would say nothing of those that they never run."""
+    seen = set()
+    for algorithm in native.ALGORITHMS:
+        for case in ALONE.values():
+            run(Kernels(isa, algorithm), case, case.inputs())
+            seen.add(native.last_name().removeprefix(f"cpu-{isa}-"))
+    assert seen == {
+        "direct", "direct-sparse", "winograd2", "winograd2-sparse", "winograd4", "winograd4-sparse"
+    }  # fmt: skip

@@ -1,0 +1,141 @@
+"""exp, sigmoid and tanh of the CPU kernels against extended precision, in units in the last place.
+
+Largest errors on every instruction set, in float32 and in float64, over all arguments:
+
+======== ======== ================================================
+function error    outside of that
+======== ======== ================================================
+exp      1.1 ulp  abs(x) > 87 (708 in float64) counts as 87 (708)
+sigmoid  2.75 ulp x < -87 (-708): between 0 and 2e-38 (4e-308)
+tanh     2.75 ulp
+======== ======== ================================================
+
+NaN gives NaN. One ulp is the distance of the two floats around the exact value.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from snnlstm import path
+
+native = path._native
+pytestmark = [
+    pytest.mark.skipif(native is None, reason="the core is not built"),
+    pytest.mark.skipif(
+        np.finfo(np.longdouble).nmant <= 52, reason="no type here is wider than float64"
+    ),
+]
+
+DTYPES = {
+    "float32": (torch.float32, np.float32, 87.0),
+    "float64": (torch.float64, np.float64, 708.0),
+}
+ERRORS = {"exp": 1.1, "sigmoid": 2.75, "tanh": 2.75}
+
+
+def exact(function: str, x: np.ndarray) -> np.ndarray:
+    wide = x.astype(np.longdouble)
+    if function == "sigmoid":
+        # Of -|x|, where nothing overflows or cancels; the other half by symmetry.
+        half = np.exp(-np.abs(wide)) / (1 + np.exp(-np.abs(wide)))
+        return np.where(wide < 0, half, 1 - half)
+    return {"exp": np.exp, "tanh": np.tanh}[function](wide)
+
+
+def arguments(kind: type, limit: float) -> np.ndarray:
+    """Floats of every magnitude and sign, and all that lie beside something special."""
+    random = np.random.default_rng(0)
+    bits, unsigned = (32, np.uint32) if kind is np.float32 else (64, np.uint64)
+    any_bits = random.integers(0, 2**bits, 200_000, dtype=unsigned).view(kind)
+    usual = random.normal(0, 4, 200_000).astype(kind)
+    even = np.linspace(-1.1 * limit, 1.1 * limit, 200_001).astype(kind)
+    halves = np.arange(-200, 200) * np.log(2) / 2  # where the reduction of the argument switches
+    info = np.finfo(kind)
+    special = [0, limit, 20, 1, 0.5, info.tiny, info.smallest_subnormal, info.max, info.eps]
+    special = np.concatenate([halves, special]).astype(kind)
+    with np.errstate(over="ignore"):
+        beside = [np.nextafter(special, kind(to)) for to in (-np.inf, np.inf)]
+    positive = np.concatenate([any_bits, usual, even, special, *beside])
+    return np.concatenate([positive, -positive, np.array([-np.inf, np.inf, np.nan], kind)])
+
+
+def evaluate(function: str, x: np.ndarray) -> np.ndarray:
+    return native.evaluate(function, torch.from_numpy(x)).numpy()
+
+
+def ulps(actual: np.ndarray, wide: np.ndarray) -> np.ndarray:
+    """Distance in units in the last place of the exact value."""
+    size = np.abs(wide).astype(actual.dtype)
+    size = np.where(size > np.abs(wide), np.nextafter(size, 0, dtype=size.dtype), size)
+    return np.abs(actual - wide) / np.spacing(size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", ERRORS)
+def test_error_in_units_in_the_last_place(isa, function, dtype):
+    _, kind, limit = DTYPES[dtype]
+    x = arguments(kind, limit)
+    x = x[np.isfinite(x)]
+    if function == "exp":
+        x = x[np.abs(x) <= limit]
+    elif function == "sigmoid":
+        x = x[x >= -limit]
+    error = ulps(evaluate(function, x), exact(function, x))
+    worst = int(error.argmax())
+    assert error[worst] <= ERRORS[function], f"{error[worst]:.2f} ulp at {float(x[worst])!r}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_far_out_values_are_bounded(isa, dtype):
+    _, kind, limit = DTYPES[dtype]
+    x = arguments(kind, limit)
+    far = x[x > limit]
+    assert len(far) > 1000
+    ceiling, floor = evaluate("exp", np.array([limit, -limit], kind))
+    assert (evaluate("exp", far) == ceiling).all()
+    assert (evaluate("exp", -far) == floor).all()
+    small = evaluate("sigmoid", -far)
+    assert ((small >= 0) & (small <= floor * kind(1.000001))).all()
+    assert (evaluate("sigmoid", far) == 1).all()
+    assert (evaluate("tanh", far) == 1).all()
+    assert (evaluate("tanh", -far) == -1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tanh_is_odd_and_keeps_the_sign_of_zero(isa, dtype):
+    _, kind, limit = DTYPES[dtype]
+    x = arguments(kind, limit)
+    x = x[~np.isnan(x)]
+    bits = np.uint32 if kind is np.float32 else np.uint64
+    forward, backward = evaluate("tanh", x), evaluate("tanh", -x)
+    assert (forward.view(bits) == (-backward).view(bits)).all()
+    tiny = x[np.abs(x) < np.finfo(kind).eps / 4]
+    assert len(tiny) > 1000
+    assert (evaluate("tanh", tiny).view(bits) == tiny.view(bits)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", ERRORS)
+def test_nan_stays_nan_in_every_lane(isa, function, dtype):
+    torch_type, kind, _ = DTYPES[dtype]
+    for count in range(1, 40):
+        x = torch.zeros(count, dtype=torch_type)
+        x[-1] = torch.nan
+        for sign in (1, -1):
+            out = native.evaluate(function, x * sign)
+            assert out[-1].isnan()
+            assert (out[:-1] == getattr(torch, function)(torch.zeros(1))).all()
+
+
+@pytest.mark.parametrize("function", ERRORS)
+def test_values_do_not_depend_on_the_instruction_set_by_more_than_rounding(isa, function):
+    x = torch.linspace(-20, 20, 10_001)
+    torch.testing.assert_close(
+        native.evaluate(function, x), getattr(torch, function)(x), atol=0, rtol=6e-7
+    )
+
+
+def test_an_unknown_function_is_refused():
+    with pytest.raises(ValueError, match="exp, sigmoid or tanh, got 'cosh'"):
+        native.evaluate("cosh", torch.zeros(1))

@@ -1,0 +1,164 @@
+"""What is kept for the backward pass, and what a call takes beside its outputs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, wanting_gradients
+from kernels import native
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from snnlstm import autograd, packing, surrogate
+from snnlstm.options import CellOptions
+from snnlstm.quant import state_quant
+
+pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+
+OPTIONS = CellOptions((3, 3), sequence=True, surrogate=surrogate.atan(), reset="subtract")
+# 16 channels: whole vectors on every instruction set, in float32 and in float64.
+PLAIN = Case(OPTIONS, torch.float32, 10, 2, 8, 16, 12, 13, threshold="column")
+VARIANTS = {
+    "plain": PLAIN,
+    "recorded": replace(PLAIN, options=replace(OPTIONS, record=True)),
+    "one step": replace(PLAIN, time=1, options=replace(OPTIONS, sequence=False)),
+    "pooled": replace(PLAIN, options=replace(OPTIONS, pool="max", pool_size=(2, 2))),
+    "quantised": replace(PLAIN, options=replace(OPTIONS, quant=state_quant(8))),
+    "float64": replace(PLAIN, dtype=torch.float64),
+    "few spikes": replace(PLAIN, density=0.03, spikes=True),
+}
+
+
+def storage(tensor: Tensor) -> tuple[int, int]:
+    """Address and bytes of a tensor's memory."""
+    return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+
+
+def kept_bytes(kernels, case: Case) -> int:
+    """Bytes that autograd keeps and that neither the caller nor the outputs hold anyway."""
+    leaves = wanting_gradients(case.inputs())
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        address, size = storage(tensor)
+        saved[address] = size
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = kernels.run(*leaves, case.options)
+    assert saved
+    held = {storage(t)[0] for t in (*leaves, *out) if t is not None}
+    return sum(size for address, size in saved.items() if address not in held)
+
+
+def state_bytes(case: Case) -> int:
+    n, c, ho, wo = case.state_shape
+    return n * c * ho * wo * case.dtype.itemsize
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_training_keeps_the_activated_gates_and_syn(kernels, name):
+    """Four gates and syn: five state-sized tensors a step, and nothing else."""
+    case = VARIANTS[name]
+    assert kept_bytes(kernels, case) == 5 * case.time * state_bytes(case)
+
+
+def test_inhibition_keeps_one_index_a_sample_more(kernels):
+    case = replace(PLAIN, options=replace(OPTIONS, inhibition=True))
+    indices = 8 * case.time * case.batch
+    assert kept_bytes(kernels, case) == 5 * case.time * state_bytes(case) + indices
+
+
+def test_checkpoint_keeps_states_alone(kernels):
+    """Two state-sized tensors where a segment ends: fewer than two a step, and ever fewer."""
+    case = replace(PLAIN, options=replace(OPTIONS, checkpoint=True))
+    for time in (1, 4, 10, 40):
+        kept = kept_bytes(kernels, replace(case, time=time)) / state_bytes(case)
+        assert kept <= 2 * (time - 1)
+    assert kept <= 2 * (2.5 * 40) ** 0.5  # 40 steps: some sqrt(5/2 T) segments
+
+
+class Allocations(TorchDispatchMode):
+    """Memory that torch allocates, by address; what was freed in between counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        before = {storage(t)[0] for t in args if isinstance(t, Tensor)}
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor) and storage(tensor)[0] not in before | self._seen:
+                self._seen.add(storage(tensor)[0])
+                self.found.append(storage(tensor)[1])
+        return out
+
+
+def taken_in_inference(kernels, case: Case) -> tuple[int, int]:
+    """Bytes of outputs, and of everything else that a second call of inference allocates."""
+    inputs = case.inputs()
+    with torch.no_grad():
+        kernels.run(*inputs, case.options)  # packs the weight
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "_workspace", native._Workspace())
+            with Allocations() as taken:
+                out = kernels.run(*inputs, case.options)
+    outputs = sum(storage(o)[1] for o in out)
+    return outputs, sum(taken.found) - outputs
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_time(
+    kernels, checkpoint
+):
+    case = replace(PLAIN, options=replace(OPTIONS, checkpoint=checkpoint))
+    sizes = {}
+    for time in (2, 20, 200):
+        outputs, others = taken_in_inference(kernels, replace(case, time=time))
+        spk = time * state_bytes(case)
+        assert outputs == spk + 2 * state_bytes(case)
+        # One counter of tasks, a cache line, for every step.
+        sizes[time] = others - 64 * time
+    assert len(set(sizes.values())) == 1, sizes
+    assert sizes[2] < 16 * state_bytes(case)
+
+
+def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):
+    sizes = set()
+    for time in (2, 20, 200):
+        case = replace(PLAIN, time=time)
+        inputs = case.inputs()
+        weight = packing.look_up(inputs.weight)
+        cell, threads = native._describe(inputs.x, inputs.mem, weight, OPTIONS, kernels.algorithm)
+        counters = 64 * time
+        size = native._workspace_bytes(cell, threads, kernels.isa, backward=True)
+        sizes.add(size - counters)
+    assert len(sizes) == 1
+
+
+def test_no_gradient_no_memory(kernels):
+    """Without grad mode nothing is kept, also where the weight wants a gradient."""
+    leaves = wanting_gradients(PLAIN.inputs())
+    saved = []
+    with saved_tensors_hooks(saved.append, lambda t: t), torch.no_grad():
+        out = kernels.run(*leaves, OPTIONS)
+    assert not saved
+    assert all(o.grad_fn is None for o in out)
+
+
+def test_the_workspace_is_kept_between_calls_and_let_go_where_it_is_large(monkeypatch):
+    monkeypatch.setattr(native, "_workspace", native._Workspace())
+    inputs = PLAIN.inputs()
+    with torch.no_grad():
+        autograd.run(*inputs, OPTIONS)
+        kept = native._workspace.kept
+        assert kept.numel() > 0
+        autograd.run(*inputs, OPTIONS)
+        assert native._workspace.kept is kept
+        monkeypatch.setattr(native._Workspace, "LARGEST_KEPT", kept.numel())
+        large = replace(PLAIN, time=1, height=120, width=130)
+        autograd.run(*large.inputs(), OPTIONS)
+    assert native._workspace.kept is kept

@@ -1,0 +1,174 @@
+"""The kernels as torch.library operators, and under torch.compile."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, wanting_gradients
+from kernels import native
+from torch import Tensor
+from torch.library import opcheck
+
+import snnlstm
+from snnlstm import autograd, ops, surrogate
+from snnlstm.options import CellOptions
+from snnlstm.quant import state_quant
+
+pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+
+PLAIN = Case(
+    CellOptions((3, 3), sequence=True, surrogate=surrogate.atan(), reset="subtract"),
+    torch.float32,
+    time=3,
+    batch=2,
+    in_channels=2,
+    channels=3,
+    height=6,
+    width=8,
+    threshold="column",
+)
+CASES = {
+    "plain": PLAIN,
+    "one step": replace(PLAIN, options=replace(PLAIN.options, sequence=False)),
+    "recorded": replace(PLAIN, options=replace(PLAIN.options, record=True)),
+    "pooled": replace(PLAIN, options=replace(PLAIN.options, pool="max", pool_size=(2, 3))),
+    "inhibition": replace(PLAIN, options=replace(PLAIN.options, inhibition=True)),
+    "quantised": replace(PLAIN, options=replace(PLAIN.options, quant=state_quant(4))),
+    "strided": replace(PLAIN, options=replace(PLAIN.options, stride=(2, 1), dilation=(1, 2))),
+    "no bias": replace(PLAIN, bias=False, threshold="number"),
+    "float64": replace(PLAIN, dtype=torch.float64),
+    "channels_last": replace(PLAIN, layouts=("channels_last",) * 4),
+    "no surrogate": replace(PLAIN, options=replace(PLAIN.options, surrogate=surrogate.NONE)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Arguments of the two operators as they are called in a graph."""
+    seen: dict[str, list[tuple]] = {"_forward": [], "_backward": []}
+    for name, arguments in seen.items():
+        op = getattr(ops, name)
+
+        def recorded(*a, _op=op, _seen=arguments):
+            _seen.append(a)
+            return _op(*a)
+
+        monkeypatch.setattr(ops, name, recorded)
+    return seen
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name, calls):
+    """Schema, autograd registration, fake kernels and their strides, dynamic shapes."""
+    case = CASES[name]
+    inputs = wanting_gradients(case.inputs())
+    out = ops.run(*inputs, case.options, True, "auto")
+    used = [o for o in out if o.requires_grad]
+    torch.autograd.backward(used, [torch.randn_like(o) for o in used])
+    (forward,), backward = calls["_forward"], calls["_backward"]
+    opcheck(torch.ops.snnlstm.forward.default, forward)
+    assert backward
+    opcheck(torch.ops.snnlstm.backward.default, [
+        a.detach() if isinstance(a, Tensor) else a for a in backward[0]
+    ])  # fmt: skip
+
+
+def step(case: Case, run, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Outputs and all gradients."""
+    leaves = wanting_gradients(type(case.inputs())(*inputs))
+    out = run(*leaves, case.options)
+    used = [o for o in out if o.requires_grad]
+    loss = sum((o * o.detach().cos()).sum() for o in used)
+    return (
+        *out,
+        *torch.autograd.grad(loss, [t for t in leaves if t is not None and t.requires_grad]),
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_calls_equal_plain_ones(name):
+    case = CASES[name]
+    compiled = torch.compile(autograd.run, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        inputs = replace(case, seed=seed).inputs()
+        for one, other in zip(
+            step(case, compiled, *inputs), step(case, autograd.run, *inputs), strict=True
+        ):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+            assert one.stride() == other.stride()
+
+
+def test_compiled_inference_keeps_nothing(calls):
+    compiled = torch.compile(autograd.run, fullgraph=True, backend="aot_eager")
+    inputs = PLAIN.inputs()
+    for one, other in zip(
+        compiled(*inputs, PLAIN.options), autograd.run(*inputs, PLAIN.options), strict=True
+    ):
+        assert torch.equal(one, other)
+        assert not one.requires_grad
+
+
+def test_one_graph_serves_all_sizes():
+    compiles = []
+
+    def backend(graph, example_inputs):
+        compiles.append(graph)
+        return graph
+
+    compiled = torch.compile(autograd.run, fullgraph=True, backend=backend, dynamic=True)
+    for time, batch, height, width in ((3, 2, 6, 8), (4, 3, 7, 9), (5, 4, 8, 11), (2, 5, 12, 6)):
+        case = replace(PLAIN, time=time, batch=batch, height=height, width=width)
+        inputs = case.inputs()
+        with torch.no_grad():
+            out = compiled(*inputs, case.options)
+            expected = autograd.run(*inputs, case.options)
+        for one, other in zip(out, expected, strict=True):
+            assert torch.equal(one, other)
+    assert len(compiles) <= 2
+
+
+def test_dynamic_shapes_in_training():
+    compiled = torch.compile(autograd.run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for time, batch, height in ((3, 2, 6), (4, 3, 7), (5, 4, 9)):
+        case = replace(PLAIN, time=time, batch=batch, height=height)
+        inputs = case.inputs()
+        for one, other in zip(
+            step(case, compiled, *inputs), step(case, autograd.run, *inputs), strict=True
+        ):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = snnlstm.SConv2dLSTM(2, 4, 3, threshold=0.05, max_pool=2)
+        self.two = snnlstm.SConv2dLSTM(4, 4, 3, threshold=0.05, reset_mechanism="zero")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.one.reset_mem()
+        self.two.reset_mem()
+        spk = self.two(self.one(x)[0])[0]
+        return spk.flatten(2).mean((0, 2))
+
+
+def test_inductor_trains_a_network_as_eager_does():
+    torch.manual_seed(0)
+    net = Net()
+    compiled = torch.compile(net, fullgraph=True)
+    x = (torch.rand(3, 2, 2, 8, 8) < 0.3).float()
+    grads = []
+    for run in (net, compiled):
+        net.zero_grad()
+        out = run(x)
+        (out - torch.tensor([1.0, 0.0, 0.5, 0.2])).square().sum().backward()
+        grads.append([out.detach(), *(p.grad.clone() for p in net.parameters())])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    assert all(g.any() for g in grads[0])

@@ -1,0 +1,364 @@
+"""Packed weights: one packing for each value of a weight, and never one of an older value.
+
+Neither the address nor the version counter of a tensor says that its numbers are the same:
+``weight.data.add_(...)`` and ``torch._foreach_add_`` on ``.data`` change neither.
+"""
+
+import copy
+import gc
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from kernels import Kernels, native, one_thread, use
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+import snnlstm
+from snnlstm import packing, reference, surrogate
+from snnlstm.options import CellOptions
+
+pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+
+OPTIONS = CellOptions((3, 3), surrogate=surrogate.atan(), reset="subtract")
+
+
+@pytest.fixture(autouse=True)
+def packings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A cache of this test's own, and the forms (their numbers) that were packed into it."""
+    packed: list[int] = []
+    pack = native._C.cpu_pack_weight
+    monkeypatch.setattr(packing, "_packed", WeakTensorKeyDictionary())
+    monkeypatch.setattr(
+        native._C, "cpu_pack_weight", lambda cell, form, *rest: (
+            packed.append(form), pack(cell, form, *rest)
+        )
+    )  # fmt: skip
+    return packed
+
+
+def make() -> snnlstm.SConv2dLSTM:
+    torch.manual_seed(3)
+    return snnlstm.SConv2dLSTM(3, 16, 3, threshold=0.05, reset_mechanism="subtract")
+
+
+def call(cell: snnlstm.SConv2dLSTM, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n, _, h, w = x.shape
+    start = x.new_zeros(n, cell.out_channels, h, w)
+    out = cell(x, start, start.clone())
+    assert cell.path is not None
+    assert cell.path.native, str(cell.path)
+    return out
+
+
+def exact(cell: snnlstm.SConv2dLSTM, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n, _, h, w = x.shape
+    start = x.new_zeros(n, cell.out_channels, h, w)
+    with torch.no_grad(), one_thread():
+        return reference.run(
+            x, start, start, cell.conv.weight, cell.conv.bias, cell.threshold,
+            torch.ones((), dtype=x.dtype), OPTIONS
+        )  # fmt: skip
+
+
+def image(dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 3, 6, 7, generator=generator).to(dtype)
+
+
+def by_optimizer(cell: snnlstm.SConv2dLSTM) -> None:
+    optimizer = torch.optim.SGD(cell.parameters(), lr=0.5)
+    call(cell, image())[2].sum().backward()
+    optimizer.step()
+
+
+def by_one_number(cell: snnlstm.SConv2dLSTM) -> None:
+    """The smallest change there is: one bit of the last of all weights."""
+    last = cell.conv.weight.data.view(-1)[-1:]
+    last.copy_(torch.nextafter(last, torch.full_like(last, torch.inf)))
+
+
+def by_no_grad(cell: snnlstm.SConv2dLSTM) -> None:
+    with torch.no_grad():
+        cell.conv.weight.add_(0.1)
+
+
+def by_data_add(cell: snnlstm.SConv2dLSTM) -> None:
+    cell.conv.weight.data.add_(0.1)
+
+
+def by_foreach_on_data(cell: snnlstm.SConv2dLSTM) -> None:
+    torch._foreach_add_([cell.conv.weight.data], 0.1)
+
+
+def by_clamp_of_data(cell: snnlstm.SConv2dLSTM) -> None:
+    cell.conv.weight.data.clamp_(-0.05, 0.05)
+
+
+def by_detach(cell: snnlstm.SConv2dLSTM) -> None:
+    cell.conv.weight.detach().mul_(1.5)
+
+
+def by_numpy(cell: snnlstm.SConv2dLSTM) -> None:
+    cell.conv.weight.detach().numpy()[...] *= 1.5
+
+
+def by_assigning_data(cell: snnlstm.SConv2dLSTM) -> None:
+    cell.conv.weight.data = cell.conv.weight.data * 1.5
+
+
+def by_a_view(cell: snnlstm.SConv2dLSTM) -> None:
+    with torch.no_grad():
+        cell.conv.weight[-1].zero_()
+
+
+def by_load_state_dict(cell: snnlstm.SConv2dLSTM) -> None:
+    state = {name: value * 1.5 for name, value in cell.state_dict().items()}
+    state["reset_mechanism_val"] = cell.reset_mechanism_val.clone()
+    state["graded_spikes_factor"] = torch.ones(())
+    cell.load_state_dict(state)
+
+
+def by_assigning_load_state_dict(cell: snnlstm.SConv2dLSTM) -> None:
+    state = {name: value.clone() for name, value in cell.state_dict().items()}
+    state["conv.weight"] *= 1.5
+    cell.load_state_dict(state, assign=True)
+
+
+def by_a_new_parameter(cell: snnlstm.SConv2dLSTM) -> None:
+    cell.conv.weight = nn.Parameter(cell.conv.weight.detach() * 1.5)
+
+
+def by_a_new_conv(cell: snnlstm.SConv2dLSTM) -> None:
+    conv = copy.deepcopy(cell.conv)
+    conv.weight.data.mul_(1.5)
+    cell.conv = conv
+
+
+def by_initialising(cell: snnlstm.SConv2dLSTM) -> None:
+    nn.init.orthogonal_(cell.conv.weight)
+
+
+def by_swapping_contents(cell: snnlstm.SConv2dLSTM) -> None:
+    other = nn.Parameter(cell.conv.weight.detach() * 1.5)
+    torch.utils.swap_tensors(cell.conv.weight, other)
+
+
+CHANGES = [value for name, value in dict(globals()).items() if name.startswith("by_")]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_a_changed_weight_is_used_at_once(kernels, change: Callable):
+    cell, x = make(), image()
+    before = [t.detach().clone() for t in call(cell, x)]
+    call(cell, x)[2].sum().backward()  # the backward form is packed too
+    change(cell)
+    cell.zero_grad()
+    torch.testing.assert_close(call(cell, x)[1:], exact(cell, x)[1:], atol=2e-5, rtol=0)
+    if change is not by_one_number:
+        assert not torch.allclose(call(cell, x)[1], before[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("change", [c for c in CHANGES if c not in (by_optimizer, by_one_number)])
+def test_a_changed_weight_is_used_in_the_backward_pass(change: Callable):
+    """One gradient before the change; after it those of a cell that never saw the old weight."""
+    cell, x = make(), image().requires_grad_()
+    (old,) = torch.autograd.grad(call(cell, x)[2].sum(), x)
+    change(cell)
+    fresh = make()
+    fresh.load_state_dict(cell.state_dict())
+    (actual,) = torch.autograd.grad(call(cell, x)[2].sum(), x)
+    (expected,) = torch.autograd.grad(call(fresh, x)[2].sum(), x)
+    assert torch.equal(actual, expected)
+    assert not torch.allclose(actual, old, atol=1e-3)
+
+
+def test_one_changed_bit_is_seen(kernels, packings):
+    """Comparing samples or sums of the weight would not do."""
+    cell, x = make(), image()
+    call(cell, x)
+    once = len(packings)
+    for place in (0, 1, cell.conv.weight.numel() // 2, -1):
+        number = cell.conv.weight.data.view(-1)[place : place + 1 or None]
+        number.view(torch.int32).bitwise_xor_(1)
+        packings.clear()
+        with torch.no_grad():
+            call(cell, x)
+        assert len(packings) == once, place
+
+
+def test_a_weight_changed_between_forward_and_backward():
+    """Through the version counter it is an error; behind its back the new value counts, as in
+    torch's own convolution, which keeps the tensor and no copy."""
+    cell, x = make(), image().requires_grad_()
+    loss = call(cell, x)[2].sum()
+    with torch.no_grad():
+        cell.conv.weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+    # With x alone in the loss's way, d x is linear in the weight that the backward pass reads.
+    cell = make()
+    (before,) = torch.autograd.grad(call(cell, x)[2].sum(), x)
+    loss = call(cell, x)[2].sum()
+    cell.conv.weight.data.mul_(2)
+    (after,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(after, 2 * before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_module_that_is_cast(dtype):
+    cell = make()
+    call(cell, image())
+    cell.double()
+    torch.testing.assert_close(
+        call(cell, image(torch.float64))[1:], exact(cell, image(torch.float64))[1:]
+    )
+    cell.to(dtype).float()
+    cell.conv.weight.data.add_(0.1)
+    torch.testing.assert_close(call(cell, image())[1:], exact(cell, image())[1:], atol=1e-5, rtol=0)
+
+
+def test_a_module_that_is_moved_there_and_back():
+    cell, x = make(), image()
+    expected = call(cell, x)
+    cell.to("meta")
+    cell.to_empty(device="cpu")
+    cell.load_state_dict(make().state_dict())
+    for one, other in zip(call(cell, x), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_weight_is_packed_once_for_each_of_its_values(kernels, packings):
+    cell, x = make(), image()
+    for value in range(3):
+        packings.clear()
+        for _ in range(4):  # step calls, forward and backward
+            (call(cell, x)[2].sum() + call(cell, x)[0].sum()).backward()
+            with torch.no_grad():
+                call(cell, x)
+        assert packings, value
+        assert len(packings) == len(set(packings)), value
+        cell.conv.weight.data.mul_(1.1)
+
+
+def test_each_instruction_set_and_algorithm_has_forms_of_its_own():
+    cell, x = make(), image()
+    for _ in range(2):
+        for isa in native._C.isa_names():
+            for algorithm in native.ALGORITHMS:
+                for _kernels in use(Kernels(isa, algorithm)):
+                    out, expected = call(cell, x), exact(cell, x)
+                    torch.testing.assert_close(out[1:], expected[1:], atol=2e-5, rtol=0)
+
+
+def test_weights_of_one_shape_that_are_divided_otherwise():
+    """(4C, Cin + C) says all; but kernels of one size and other strides share a packing."""
+    weight = torch.randn(32, 11, 3, 3) / 10
+    x = image()
+    for stride in ((1, 1), (2, 2), (1, 3)):
+        for dilation in ((1, 1), (2, 1)):
+            options = CellOptions((3, 3), stride, dilation)
+            state = torch.zeros(2, 8, *options.state_size(6, 7))
+            arguments = (x, state, state, weight, None, torch.tensor(0.1), torch.ones(()), options)
+            out, expected = snnlstm.autograd.run(*arguments), reference.run(*arguments)
+            torch.testing.assert_close(out[1:], expected[1:], atol=2e-5, rtol=0)
+
+
+def test_python_threads_that_share_a_weight(packings):
+    cell, x = make(), image()
+    expected = exact(cell, x)
+    wrong = []
+
+    def work() -> None:
+        with torch.no_grad():
+            for _ in range(20):
+                out = snnlstm.functional.sconv2dlstm(
+                    x, weight=cell.conv.weight, bias=cell.conv.bias, threshold=0.05
+                )
+                if not torch.allclose(out[1], expected[1], atol=2e-5):
+                    wrong.append(out)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(packings) <= len(threads) * len(set(packings))  # some at the same time
+
+
+# ---- where the packed weights live ---------------------------------------------------------------
+def test_an_entry_dies_with_its_weight():
+    cell, x = make(), image()
+    call(cell, x)
+    assert len(packing._packed) == 1
+    conv = cell.conv
+    cell.conv = copy.deepcopy(conv)
+    call(cell, x)
+    assert len(packing._packed) == 2
+    del conv
+    gc.collect()
+    assert len(packing._packed) == 1
+    del cell
+    gc.collect()
+    assert len(packing._packed) == 0
+
+
+def test_temporary_weights_leave_nothing_behind():
+    cell, x = make(), image()
+    mask = torch.ones_like(cell.conv.weight)
+    for _ in range(5):
+        out = snnlstm.functional.sconv2dlstm(x, weight=cell.conv.weight * mask, threshold=0.05)
+        out[2].sum().backward()
+    del out
+    gc.collect()
+    assert len(packing._packed) == 0
+
+
+def test_an_old_value_is_not_kept():
+    cell, x = make(), image()
+    for _ in range(3):
+        call(cell, x)[2].sum().backward()
+        cell.conv.weight.data.mul_(1.1)
+    (entry,) = packing._packed.values()
+    assert len(entry.forms) <= 6  # three forms for each direction
+
+
+def test_packed_weights_are_not_saved(tmp_path):
+    cell, x = make(), image()
+    sizes = []
+    for _ in range(2):
+        state = cell.state_dict()
+        assert list(state) == [
+            "threshold", "graded_spikes_factor", "reset_mechanism_val", "conv.weight", "conv.bias"
+        ]  # fmt: skip
+        cell.reset_mem()
+        torch.save(cell, tmp_path / "cell.pt")
+        torch.save(state, tmp_path / "state.pt")
+        sizes.append(
+            [
+                len(pickle.dumps(cell)),
+                len(pickle.dumps(state)),
+                (tmp_path / "cell.pt").stat().st_size,
+                (tmp_path / "state.pt").stat().st_size,
+            ]
+        )
+        call(cell, x)
+    (saved, after), weight = sizes, cell.conv.weight.numel() * 4
+    assert all(two - one < weight / 4 for one, two in zip(saved, after, strict=True))
+
+
+def test_a_copy_packs_for_itself(packings):
+    cell, x = make(), image()
+    call(cell, x)
+    twin = copy.deepcopy(cell)
+    packings.clear()
+    twin.conv.weight.data.mul_(2)
+    torch.testing.assert_close(call(twin, x)[1:], exact(twin, x)[1:], atol=2e-5, rtol=0)
+    assert packings
+    packings.clear()
+    call(cell, x)
+    assert not packings

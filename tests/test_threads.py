@@ -1,0 +1,159 @@
+"""Results do not depend on how many threads there are, nor on who else is calling."""
+
+import os
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, wanting_gradients
+from kernels import native
+from torch import Tensor
+
+from snnlstm import autograd, reference, surrogate
+from snnlstm.options import CellOptions
+
+pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+
+OPTIONS = CellOptions(
+    (3, 3), sequence=True, record=True, surrogate=surrogate.atan(), reset="subtract"
+)
+# Enough work a step that seven threads are used: schedule.h gives each some 200,000 products.
+LARGE = Case(OPTIONS, torch.float32, 3, 4, 8, 16, 16, 18, threshold="column")
+CASES = {
+    "large": LARGE,
+    "one sample": replace(LARGE, batch=1, height=40, width=41),
+    "pooled": replace(LARGE, options=replace(OPTIONS, pool="max", pool_size=(3, 2))),
+    "inhibition": replace(LARGE, options=replace(OPTIONS, inhibition=True)),
+    "strided": replace(LARGE, options=replace(OPTIONS, stride=(2, 1)), height=33),
+    "few spikes": replace(LARGE, density=0.03, spikes=True, in_channels=17),
+    "5x5": replace(LARGE, options=replace(OPTIONS, kernel_size=(5, 5))),
+    "float64": replace(LARGE, dtype=torch.float64, batch=2),
+    "small": replace(LARGE, batch=1, height=4, width=4, channels=3),
+}
+THREADS = (1, 2, 3, 7)
+
+
+def train(kernels, case: Case) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and gradients."""
+    leaves = wanting_gradients(case.inputs())
+    out = kernels.run(*leaves, case.options)
+    loss = sum((o * g).sum() for o, g in zip(out, case.output_gradients(), strict=True))
+    return [o.detach() for o in out], list(torch.autograd.grad(loss, leaves[:6]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_of_threads(kernels, name):
+    """Outputs equal bit for bit; gradients too with one number of threads, and close across."""
+    case = CASES[name]
+    first = None
+    for count in THREADS:
+        torch.set_num_threads(count)
+        out, grads = train(kernels, case)
+        again = train(kernels, case)
+        for one, other in zip(out + grads, again[0] + again[1], strict=True):
+            assert torch.equal(one, other), f"{count} threads, twice"
+        if first is None:
+            first = out, grads
+        for one, other in zip(out, first[0], strict=True):
+            assert torch.equal(one, other), f"{count} threads against {THREADS[0]}"
+        for one, other in zip(grads, first[1], strict=True):
+            scale = float(other.abs().max())
+            torch.testing.assert_close(one, other, atol=1e-5 * scale, rtol=0)
+
+
+def test_a_hundred_runs_are_equal(kernels):
+    """A race that shows itself seldom."""
+    torch.set_num_threads(3)
+    case = replace(LARGE, batch=2, channels=8)
+    out, grads = train(kernels, case)
+    for _ in range(30):
+        again = train(kernels, case)
+        for one, other in zip(out + grads, again[0] + again[1], strict=True):
+            assert torch.equal(one, other)
+
+
+def test_callers_at_the_same_time(kernels):
+    """Python threads with inputs of their own, each of which uses several threads."""
+    torch.set_num_threads(2)
+    cases = [replace(LARGE, batch=1, seed=seed, channels=4 + seed) for seed in range(4)]
+    expected = [train(kernels, case) for case in cases]
+    wrong, errors = [], []
+
+    def work(number: int) -> None:
+        try:
+            torch.set_num_threads(2)
+            for _ in range(5):
+                out, grads = train(kernels, cases[number])
+                known = expected[number]
+                for one, other in zip(out + grads, known[0] + known[1], strict=True):
+                    if not torch.equal(one, other):
+                        wrong.append(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert not wrong
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_gil_is_released(direction):
+    """Python goes on while the kernels run."""
+    torch.set_num_threads(1)
+    case = replace(LARGE, time=40, channels=32, options=replace(OPTIONS, record=False))
+    leaves = wanting_gradients(case.inputs())
+    out = autograd.run(*leaves, case.options)
+    spans: list[tuple[float, float]] = []
+
+    def work() -> None:
+        begin = time.perf_counter()
+        if direction == "forward":
+            with torch.no_grad():
+                autograd.run(*leaves, case.options)
+        else:
+            out[2].sum().backward()
+        spans.append((begin, time.perf_counter()))
+
+    ticks = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    while thread.is_alive():
+        ticks.append(time.perf_counter())
+        time.sleep(0.001)
+    thread.join()
+    ((begin, end),) = spans
+    assert end - begin > 0.02, "too short a call to say anything"
+    # Nearly all of the call is one call of the core: held, the GIL would leave it a few ticks.
+    during = [t for t in ticks if begin + 0.2 * (end - begin) < t < end - 0.2 * (end - begin)]
+    assert len(during) >= 3
+
+
+def test_the_number_of_threads_is_torchs(kernels):
+    """No thread of the core's own: one pool, of which set_num_threads says how much is used."""
+
+    def running() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("no /proc")
+    torch.set_num_threads(2)
+    torch.ones(200_000).exp_()  # torch's own parallel region brings the pool up
+    before = running()
+    train(kernels, LARGE)
+    assert running() == before
+
+
+def test_more_threads_than_work():
+    torch.set_num_threads(7)
+    case = Case(OPTIONS, torch.float32, 2, 1, 1, 1, 1, 1)
+    inputs = case.inputs()
+    for one, other in zip(
+        autograd.run(*inputs, OPTIONS), reference.run(*inputs, OPTIONS), strict=True
+    ):
+        torch.testing.assert_close(one, other)
