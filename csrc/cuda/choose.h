@@ -59,6 +59,7 @@ struct ForwardPlan {
   Multiply multiply = Multiply::fma;
   Tiling tiling;       // of one time step
   bool fires = true;   // the step fires, else a kernel behind it
+  bool hoists = false;  // the input half of all time steps comes first, in one launch
   int tiles = 0;       // mma: n-tiles of a warp, 8 (16 channels) or 4 (8 channels)
   int warps_m = 0, warps_n = 0;
 
@@ -94,7 +95,18 @@ inline bool place(ForwardPlan& plan, const Cell& c, int pixels) {
   return plan.fires || c.inhibition || !windows;
 }
 
-inline ForwardPlan plan_forward(const Cell& c, const Target& target) {
+// Hoisting the input half out of the sequence costs 8 numbers a neuron and step to be written and
+// read. It pays where a step leaves multiprocessors idle, so that its time is that of one block: the
+// block's work shrinks, and the input half runs on all of them.
+inline bool pays_to_hoist(const ForwardPlan& plan, const Cell& c, const Target& target) {
+  constexpr int64_t most_bytes = 256 << 20;
+  const Shape s(c);
+  const int64_t bytes = c.T * s.gates() * (c.dtype == DType::float64 ? 8 : 4);
+  return c.T >= 4 && plan.tiling.blocks() <= target.multiprocessors && 3 * c.Cin >= c.C &&
+         bytes <= most_bytes;
+}
+
+inline ForwardPlan plan_step(const Cell& c, const Target& target) {
   ForwardPlan plan;
   plan.multiply = wanted_multiply(c, target);
   if (plan.mma()) {
@@ -130,6 +142,12 @@ inline ForwardPlan plan_forward(const Cell& c, const Target& target) {
                              std::to_string(int(target.matrix)));
   }
   place(plan, c, fma::kPixels);
+  return plan;
+}
+
+inline ForwardPlan plan_forward(const Cell& c, const Target& target) {
+  ForwardPlan plan = plan_step(c, target);
+  plan.hoists = pays_to_hoist(plan, c, target);
   return plan;
 }
 

@@ -14,6 +14,7 @@ class Forward {
         s_(args.cell),
         plan_(plan_forward(args.cell, target)),
         type_(args.cell.dtype),
+        real_(type_ == DType::float64 ? DType::float64 : DType::float32),
         size_(bytes_of(type_)) {
     Arena arena(args.workspace);
     carve(arena);
@@ -29,12 +30,9 @@ class Forward {
   }
 
   void run() {
+    if (plan_.hoists && s_.c.T > 0) hoist();
     for (int64_t t = 0; t < s_.c.T; ++t) {
-      const NeuronForward n = neuron(t);
-      if (plan_.mma())
-        step_mma(t, n);
-      else
-        step_fma(t, n);
+      step(t);
       if (!plan_.fires) fire(t);
     }
   }
@@ -47,6 +45,7 @@ class Forward {
     if (s_.c.T < 2) return;
     for (void*& mem : mem_) mem = arena.take(s_.state() * size_);
     syn_ = arena.take(s_.state() * size_);
+    if (plan_.hoists) sums_ = arena.take(s_.c.T * s_.gates() * bytes_of(real_));
   }
 
   bool training() const { return a_.saved_gates != nullptr; }
@@ -111,10 +110,14 @@ class Forward {
     return f;
   }
 
-  Segment x_segment(int64_t t, int held) const {
+  Image sums(int64_t t) const {
+    return image(static_cast<char*>(sums_) + t * s_.gates() * bytes_of(real_), s_, real_, 4);
+  }
+  // The input of steps t ... t + steps - 1.
+  Segment x_segment(int64_t t, int64_t steps) const {
     const Cell& c = s_.c;
     Segment s = input_window(c);
-    s.src = tensor(a_.x, type_, t, {1, c.N, c.Cin, c.H, c.W}, held);
+    s.src = tensor(a_.x, type_, t, {steps, c.N, c.Cin, c.H, c.W}, 4);
     return s;
   }
   Segment mem_segment(const NeuronForward& n) const {
@@ -123,29 +126,45 @@ class Forward {
     return s;
   }
 
-  void step_fma(int64_t t, const NeuronForward& n) const {
-    ForwardFma p;
-    p.tiling = plan_.tiling;
-    p.neuron = n;
-    p.x = x_segment(t, 1), p.mem = mem_segment(n);
-    const int64_t real = std::max(size_, 4);
-    p.x.weight = a_.weight;
-    p.x.weight_pitch = fma::depth(p.x) * fma::kColumns;
-    p.mem.weight = static_cast<const char*>(a_.weight) +
-                   ceil_div(4 * s_.c.C, fma::kColumns) * p.x.weight_pitch * real;
-    p.mem.weight_pitch = fma::depth(p.mem) * fma::kColumns;
-    launch_forward_fma(p, stream());
+  // The gate sums' input half, for all time steps.
+  void hoist() const {
+    NeuronForward n;
+    n.C = int(s_.c.C), n.Cp = int(s_.Cp), n.Ho = int(s_.Ho), n.Wo = int(s_.Wo);
+    n.fire = fire_of(0);
+    n.sums_out = sums(0);
+    Tiling tiling = plan_.tiling;
+    tiling.images = s_.c.T * s_.c.N;
+    launch(tiling, n, x_segment(0, s_.c.T), Segment());
+  }
+  void step(int64_t t) const {
+    NeuronForward n = neuron(t);
+    if (plan_.hoists) n.sums_in = sums(t);
+    launch(plan_.tiling, n, plan_.hoists ? Segment() : x_segment(t, 1), mem_segment(n));
   }
 
-  void step_mma(int64_t t, const NeuronForward& n) const {
-    ForwardMma p;
-    p.tiling = plan_.tiling;
-    p.neuron = n;
-    const MmaDepth x = x_depth(s_.c, plan_.multiply), mem = mem_depth(s_.c, plan_.multiply);
+  // One launch; segments without channels are left out.
+  void launch(const Tiling& tiling, const NeuronForward& n, Segment x, Segment mem) const {
+    if (!plan_.mma()) {
+      ForwardFma p;
+      p.tiling = tiling;
+      p.neuron = n;
+      const int64_t x_pitch = fma::depth(input_window(s_.c)) * fma::kColumns;
+      x.weight = a_.weight, x.weight_pitch = x_pitch;
+      mem.weight = static_cast<const char*>(a_.weight) +
+                   ceil_div(4 * s_.c.C, fma::kColumns) * x_pitch * bytes_of(real_);
+      mem.weight_pitch = fma::depth(mem) * fma::kColumns;
+      p.x = x, p.mem = mem;
+      return launch_forward_fma(p, stream());
+    }
+    const MmaDepth of_x = x_depth(s_.c, plan_.multiply), of_mem = mem_depth(s_.c, plan_.multiply);
     MmaBuilder builder(type_of(plan_.multiply), plan_.warps_n, plan_.tiles);
-    builder.add(x_segment(t, 4), x, p.tiling);
-    builder.add(mem_segment(n), mem, p.tiling);
-    builder.finish(a_.weight, 0, x.units() + mem.units(), plan_.threads());
+    if (x.channels > 0) builder.add(x, of_x, tiling);
+    if (mem.channels > 0) builder.add(mem, of_mem, tiling);
+    builder.finish(a_.weight, x.channels > 0 ? 0 : of_x.units(), of_x.units() + of_mem.units(),
+                   plan_.threads());
+    ForwardMma p;
+    p.tiling = tiling;
+    p.neuron = n;
     p.conv = builder.conv;
     p.mem_pitch = plan_.mem_pitch();
     p.vectors = int(forward_shared_bytes(plan_, p.conv, s_.c.pool != Pool::none));
@@ -165,9 +184,9 @@ class Forward {
   const Target& target_;
   Shape s_;
   ForwardPlan plan_;
-  DType type_;
+  DType type_, real_;
   int size_;
-  void *mem_[2] = {nullptr, nullptr}, *syn_ = nullptr;
+  void *mem_[2] = {nullptr, nullptr}, *syn_ = nullptr, *sums_ = nullptr;
 };
 
 }  // namespace
