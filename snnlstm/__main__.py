@@ -101,6 +101,7 @@ def collect() -> dict[str, Any]:
         "platform": attempt(platform.platform),
         "numpy": module_version("numpy"),
         "snntorch": module_version("snntorch"),
+        "devices": attempt(lambda: sorted(importlib.import_module("snnlstm.native").DEVICES)),
         "forced_isa": os.environ.get("SNNLSTM_ISA"),
         "native": native,
         "torch": torch,
@@ -129,27 +130,29 @@ def problems(facts: dict[str, Any]) -> list[str]:
     if is_missing(torch["devices"]):
         found.append(f"torch cannot use the GPU ({torch['devices']})")
     elif torch["devices"] and not is_missing(native["core"]):
-        found += gpu_problems(native["build"], torch["devices"])
+        found += gpu_problems(native["build"], torch["devices"], facts["devices"])
     return found
 
 
-def gpu_problems(build: Any, devices: list[dict[str, Any]]) -> list[str]:
+def gpu_problems(build: Any, gpus: list[dict[str, Any]], devices: Any) -> list[str]:
     if not isinstance(build, dict) or not build.get("cuda_archs"):
         return [
-            "there is a GPU, but this build has no CUDA kernels: on CUDA tensors the reference "
-            "path runs. Install a CUDA wheel, or build with SNNLSTM_CUDA=on where nvcc is"
+            "there is a GPU, but this build has no CUDA kernels: CUDA tensors take the reference "
+            "path. Install a CUDA wheel, or build with SNNLSTM_CUDA=on where nvcc is"
         ]
-    # "75 80 ... 120 120+ptx": code for X.Y runs on X.Z with Z >= Y, PTX on all that is newer.
+    if "cuda" not in devices:
+        return ["this version does not use its CUDA kernels: CUDA tensors take the reference path"]
+    # "75 80 ... 120 80+ptx": code for X.Y runs on X.Z with Z >= Y, PTX on all that is newer.
     archs = [int(a) for a in build["cuda_archs"].split() if a.isdigit()]
     ptx = [int(a.removesuffix("+ptx")) for a in build["cuda_archs"].split() if a.endswith("+ptx")]
     found = []
-    for device in devices:
-        major, minor = device["capability"]
+    for gpu in gpus:
+        major, minor = gpu["capability"]
         capability = 10 * major + minor
         native = any(a // 10 == major and a <= capability for a in archs)
         if not native and not any(p <= capability for p in ptx):
             found.append(
-                f"{device['name']} (compute capability {major}.{minor}) is not among the GPUs "
+                f"{gpu['name']} (compute capability {major}.{minor}) is not among the GPUs "
                 f"that this build has code for ({build['cuda_archs']})"
             )
     return found
@@ -183,6 +186,10 @@ def table(facts: dict[str, Any]) -> str:
             ", ".join(isas) if isinstance(isas, list) and isas else isas or "none",
         ),
         ("in use", f"{native['isa']}{forced}"),
+        (
+            "used on",
+            ", ".join(facts["devices"]) if isinstance(facts["devices"], list) else facts["devices"],
+        ),
         ("threads", torch["threads"] if torch["threads"] is not None else "unknown"),
         ("OpenMP", native["openmp"] or "none"),
         ("", ""),

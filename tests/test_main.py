@@ -50,9 +50,10 @@ def run(tmp_path):
     return run
 
 
-def test_table_and_json_tell_the_same(run):
-    text, _ = run()
+def test_table_and_json_tell_the_same(run, capsys):
     facts = json.loads(run("--json")[0])
+    assert report.main([]) == 0
+    text = capsys.readouterr().out
     assert facts["version"] == snnlstm.__version__
     assert facts["torch"]["version"] == torch.__version__
     assert facts["native"]["isa"] in facts["native"]["isas"]
@@ -83,15 +84,17 @@ def test_an_unknown_instruction_set_is_a_problem(run):
 
 
 @pytest.mark.parametrize("name", ["snnlstm._C", "numpy", "torch"])
-def test_a_needed_module_that_cannot_be_imported(run, name):
-    text, _ = run(block=name)
-    problems = [line for line in text.splitlines() if line.startswith("problem: ")]
-    assert any(f"blocked: {name}" in problem for problem in problems)
+def test_a_needed_module_that_cannot_be_imported(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)  # makes the import fail
+    facts = report.collect()
+    assert any(name in problem for problem in facts["problems"])
+    assert f"import of {name} halted" in report.table(facts)
 
 
-def test_snntorch_is_optional(run):
-    facts = json.loads(run("--json", block="snntorch")[0])
-    assert "blocked: snntorch" in facts["snntorch"]
+def test_snntorch_is_optional(monkeypatch):
+    monkeypatch.setitem(sys.modules, "snntorch", None)
+    facts = report.collect()
+    assert report.is_missing(facts["snntorch"])
     assert facts["problems"] == []
 
 
@@ -138,7 +141,9 @@ def fake_core(archs: str):
     )  # fmt: skip
 
 
-def problems_with(monkeypatch, torch_module, archs: str) -> list[str]:
+def problems_with(monkeypatch, torch_module, archs: str, *devices: str) -> list[str]:
+    native = types.SimpleNamespace(DEVICES={"cpu", *(devices or ("cuda",))})
+    monkeypatch.setitem(sys.modules, "snnlstm.native", native)
     monkeypatch.setitem(sys.modules, "torch", torch_module)
     monkeypatch.setitem(sys.modules, "snnlstm._C", fake_core(archs))
     facts = report.collect()
@@ -169,6 +174,11 @@ def test_a_gpu_that_the_build_has_no_code_for(monkeypatch, capability, archs, co
 def test_a_gpu_and_a_build_without_cuda(monkeypatch):
     (problem,) = problems_with(monkeypatch, fake_torch((8, 0)), "")
     assert "no CUDA kernels" in problem
+
+
+def test_a_gpu_and_a_version_that_leaves_it_alone(monkeypatch):
+    (problem,) = problems_with(monkeypatch, fake_torch((8, 0)), "80 80+ptx", "cpu")
+    assert "does not use its CUDA kernels" in problem
 
 
 def test_a_broken_driver(monkeypatch):
