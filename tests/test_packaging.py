@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,39 @@ def test_wide_instructions_stay_in_their_namespace():
                 intruders.add(function)
     assert seen > 0
     assert intruders == set()
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+
+def fatbin_contents(data: bytes) -> set[tuple[str, int]]:
+    """What fat binaries in a file hold: ("ptx" or "elf", compute capability).
+
+    Layout as nvcc 12 and 13 write it: a header of 16 bytes (magic, version, header size, size of
+    what follows), then images, each with a header (kind, -, header size, size, ..., capability).
+    """
+    contents = set()
+    for found in re.finditer(re.escape(b"\x50\xed\x55\xba\x01\x00\x10\x00"), data):
+        place, end = found.end() + 8, found.end() + 8
+        end += struct.unpack_from("<Q", data, found.end())[0]
+        while place < end:
+            kind, _, header, size = struct.unpack_from("<HHIQ", data, place)
+            (capability,) = struct.unpack_from("<I", data, place + 28)
+            contents.add(({1: "ptx", 2: "elf"}.get(kind, str(kind)), capability))
+            place += header + size
+    return contents
+
+
+def test_holds_code_for_every_gpu_that_it_claims():
+    archs = _C.build_info()["cuda_archs"]
+    if not archs:
+        pytest.skip(f"CUDA half {_C.build_info()['cuda']}")
+    claimed = {
+        ("ptx" if arch.endswith("+ptx") else "elf", int(arch.removesuffix("+ptx")))
+        for arch in archs.split()
+    }
+    assert fatbin_contents(CORE.read_bytes()) == claimed
+    assert CORE.stat().st_size < 20e6
 
 
 # ---- one OpenMP runtime, torch's -----------------------------------------------------------------
