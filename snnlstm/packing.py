@@ -1,17 +1,17 @@
 """Weights in the order in which the kernels read them, made once for each of their values.
 
-Kept beside the weight (never in a state_dict, never pickled) until its values change, and compared
-with it byte for byte in every call: one to three hundredths of a step.
+Kept as long as the weight's storage lives (never in a state_dict, never pickled) and until its values
+change: it is compared with the weight byte for byte in every call, one to three hundredths of a step.
 """
 
 from __future__ import annotations
 
 import threading
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch  # before the core, which uses the OpenMP runtime that torch has loaded
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _C
 
@@ -49,7 +49,9 @@ class Packed:
         return bool(_C.same_bytes(own.data_ptr(), weight.data_ptr(), size))
 
 
-_packed = WeakTensorKeyDictionary()
+# By storage and, as many weights may lie in one, by place. Not by tensor: torch refuses to swap the
+# contents of tensors that have weak references.
+_packed: WeakKeyDictionary[torch.UntypedStorage, dict[tuple, Packed]] = WeakKeyDictionary()
 _packed_lock = threading.Lock()
 
 _WINOGRAD = 2  # csrc/args.h: Way::winograd
@@ -58,10 +60,12 @@ _WINOGRAD = 2  # csrc/args.h: Way::winograd
 def look_up(weight: Tensor) -> Packed:
     """Everything packed from `weight`'s present values; kept as long as the tensor lives."""
     contiguous = weight.detach().contiguous()
+    place = (weight.storage_offset(), weight.shape, weight.stride(), weight.dtype)
     with _packed_lock:
-        entry = _packed.get(weight)
+        entries = _packed.setdefault(weight.untyped_storage(), {})
+        entry = entries.get(place)
         if entry is None or not entry.fits(contiguous):
-            entry = _packed[weight] = Packed(contiguous)
+            entry = entries[place] = Packed(contiguous)
     return entry
 
 

@@ -8,12 +8,12 @@ breaks a fence.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from snnlstm import native, packing
 
@@ -89,6 +89,6 @@ def poisoned(pattern: int) -> Iterator[_Fenced]:
             patch.setattr(module, "torch", Torch())
         patch.setattr(Tensor, "new_empty", new_empty)
         patch.setattr(native, "_workspace", native._Workspace())  # nothing kept from before
-        patch.setattr(packing, "_packed", WeakTensorKeyDictionary())
+        patch.setattr(packing, "_packed", WeakKeyDictionary())
         yield fenced
     fenced.check()
