@@ -22,6 +22,9 @@ enum class Algorithm : int {
   automatic = 0,
   fma = 1,  // without tensor cores
   mma = 2,  // with; std::runtime_error where that cannot be
+  // torch's own convolution and pointwise_forward() / pointwise_backward(): what choose_algorithm()
+  // may say, but nothing that forward() and backward() do
+  pointwise = 3,
 };
 
 // Where and how to run. The same for all calls that share packed weights, saved tensors or sizes.
@@ -34,7 +37,7 @@ struct Target {
   Algorithm algorithm = Algorithm::automatic;
 };
 
-// What the current device is.
+// What the current device is. std::runtime_error where there is none, or one that cannot be used.
 Target current_target(void* stream);
 
 // Sizes in bytes.
@@ -53,7 +56,23 @@ void pack_weight(const Cell& cell, const void* weight, bool backward, void* pack
 void forward(const ForwardArgs& args, const Target& target);
 void backward(const BackwardArgs& args, const Target& target);
 
-// "fma" or "mma-<operands>": what automatic chooses, or what was asked for.
+// The neurons alone, one step (cell.T is 1), behind a convolution of torch's. gate_sums: what it gives
+// for cat[x, mem], (1, N, 4C, Ho, Wo) of type gate_type (the states', or under autocast a 16-bit
+// type). Of args x, weight and workspace are unused; bias is null where the sums hold it already.
+// saved_gates as large as sizes() says for Algorithm::fma; saved_syn unused.
+void pointwise_forward(const ForwardArgs& args, const View& gate_sums, DType gate_type,
+                       const Target& target);
+
+// d_gates: gets the gradient of gate_sums. Of args x, mem0, weight, grad_x, grad_mem0, grad_weight
+// and grad_bias are unused. workspace: pointwise_workspace().
+void pointwise_backward(const BackwardArgs& args, const View& d_gates, DType gate_type,
+                        const Target& target);
+int64_t pointwise_workspace(const Cell& cell, const Target& target);
+
+// What is likely to be fastest: fma, mma or pointwise. See choose.h for how it is estimated.
+Algorithm choose_algorithm(const Cell& cell, const Target& target);
+
+// "fma" or "mma-<operands>": what forward() and backward() run for this target.
 std::string algorithm_name(const Cell& cell, const Target& target);
 
 }  // namespace snnlstm::cuda

@@ -1,5 +1,6 @@
 // The backward pass of a sequence, last step first: which kernels, in which order, on which memory.
 // One launch a step, then one for the first mem's gradient, one for x's and a few for the parameters.
+#include "neuron_args.h"
 #include "packer.h"
 
 namespace snnlstm::cuda {
@@ -65,43 +66,22 @@ class Backward {
     return image(static_cast<char*>(d_gates_) + t * s_.gates() * bytes_of(gate_type_), s_,
                  gate_type_, 4);
   }
-  Tensor state(const View& v, int64_t t) const {
-    return tensor(v, type_, t, {1, s_.c.N, s_.c.C, s_.Ho, s_.Wo}, 4);
-  }
-
   NeuronBackward neuron(int64_t t) const {
     const Cell& c = s_.c;
-    NeuronBackward n;
-    n.C = int(c.C), n.Cp = int(s_.Cp), n.Ho = int(s_.Ho), n.Wo = int(s_.Wo);
-    n.reset = c.reset;
-    Fire& f = n.fire;
-    f.C = int(c.C), f.Hp = int(c.Hp()), f.Wp = int(c.Wp());
-    f.pool = c.pool, f.pool_h = c.pool_h, f.pool_w = c.pool_w;
-    f.num_levels = c.num_levels, f.levels = a_.levels;
-    f.threshold = a_.threshold, f.threshold_stride = a_.threshold_stride;
-    f.graded = a_.graded;
-    f.spk = tensor(a_.grad_spk, type_, t, {1, c.N, c.C, c.Hp(), c.Wp()}, 4);
+    NeuronBackward n = neuron_backward(a_, t);
     n.spreads = plan_.spreads;
-    n.surrogate = c.surrogate, n.p0 = c.surrogate_p0, n.p1 = c.surrogate_p1;
-    n.noise = tensor(a_.noise, type_, t, {1, c.N, c.C, c.Hp(), c.Wp()}, 4);
-    n.winner = c.inhibition ? a_.winner + t * c.N : nullptr;
     n.gates = image(const_cast<char*>(static_cast<const char*>(a_.saved_gates)) +
                         t * s_.gates() * bytes_of(gate_type_),
                     s_, gate_type_, 4);
-    n.syn_prev =
-        t == 0 ? state(a_.syn0, 0)
-               : as_tensor(image(const_cast<char*>(static_cast<const char*>(a_.saved_syn)) +
-                                     (t - 1) * s_.state() * bytes_of(type_),
-                                 s_, type_));
-    if (a_.record || t == c.T - 1) {
-      n.grad_syn = state(a_.grad_syn, a_.record ? t : 0);
-      n.grad_mem = state(a_.grad_mem, a_.record ? t : 0);
-    }
+    if (t > 0)
+      n.syn_prev = as_tensor(image(const_cast<char*>(static_cast<const char*>(a_.saved_syn)) +
+                                       (t - 1) * s_.state() * bytes_of(type_),
+                                   s_, type_));
     if (t < c.T - 1) n.d_syn_in = image(d_syn_, s_, real_);
     if (t > 0)
       n.d_syn_out = image(d_syn_, s_, real_);
     else
-      n.grad_syn0 = state(a_.grad_syn0, 0);
+      n.grad_syn0 = state_tensor(c, a_.grad_syn0, 0, 4);
     n.d_gates = d_gates(t);
     if (a_.grad_weight && t < c.T - 1)
       n.mem_keep = image(static_cast<char*>(mem_) + t * s_.state() * bytes_of(gate_type_), s_,
@@ -138,7 +118,7 @@ class Backward {
     int height, width;
   };
   Output mem0_gradient() const {
-    return {state(a_.grad_mem0, 0), d_gates(0), int(s_.Ho), int(s_.Wo)};
+    return {state_tensor(s_.c, a_.grad_mem0, 0, 4), d_gates(0), int(s_.Ho), int(s_.Wo)};
   }
   Output x_gradient() const {
     const Cell& c = s_.c;
@@ -190,7 +170,7 @@ class Backward {
     grad[0].in = input_window(c);
     grad[0].in.src = tensor(a_.x, type_, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
     grad[1].in = state_window(c);
-    grad[1].in.src = state(a_.mem0, 0);
+    grad[1].in.src = state_tensor(c, a_.mem0, 0, 4);
     if (c.T > 1) grad[1].later = as_tensor(image(mem_, s_, gate_type_));
     ReduceWeights r;
     for (int k = 0; k < 2; ++k) {

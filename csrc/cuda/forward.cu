@@ -1,6 +1,7 @@
 // The forward pass of a sequence: which kernels, in which order, on which memory. One launch a step
 // (and a second where the spike needs a whole sample or windows that cross tiles).
 #include "launch.h"
+#include "neuron_args.h"
 
 namespace snnlstm::cuda {
 
@@ -52,7 +53,7 @@ class Forward {
   bool writes_states(int64_t t) const { return a_.record || t == s_.c.T - 1; }
 
   Tensor state(const View& v, int64_t t) const {
-    return tensor(v, type_, t, {1, s_.c.N, s_.c.C, s_.Ho, s_.Wo}, plan_.held());
+    return state_tensor(s_.c, v, t, plan_.held());
   }
   Tensor mem_before(int64_t t) const {
     if (t == 0) return state(a_.mem0, 0);
@@ -75,39 +76,18 @@ class Forward {
   }
 
   NeuronForward neuron(int64_t t) const {
-    const Cell& c = s_.c;
-    NeuronForward n;
-    n.C = int(c.C), n.Cp = int(s_.Cp), n.Ho = int(s_.Ho), n.Wo = int(s_.Wo);
-    n.reset = c.reset;
+    NeuronForward n = neuron_forward(a_, t, plan_.held());
     n.fires = plan_.fires;
-    n.bias = a_.bias;
     n.syn_in = syn_before(t), n.mem_in = mem_before(t);
-    if (writes_states(t))
-      n.syn_out = state(a_.syn, t), n.mem_out = state(a_.mem, t);
-    else
-      n.mem_keep = image(mem_[(t + 1) & 1], s_, type_);
+    if (!writes_states(t)) n.mem_keep = image(mem_[(t + 1) & 1], s_, type_);
     if (t + 1 < s_.c.T) {
       if (training())
         n.syn_keep = saved_syn(t);
       else if (!a_.record)
         n.syn_keep = image(syn_, s_, type_);
     }
-    if (training())
-      n.gates_out = saved_gates(t);
-    n.fire = fire_of(t);
+    if (training()) n.gates_out = saved_gates(t);
     return n;
-  }
-
-  Fire fire_of(int64_t t) const {
-    const Cell& c = s_.c;
-    Fire f;
-    f.C = int(c.C), f.Hp = int(c.Hp()), f.Wp = int(c.Wp());
-    f.pool = c.pool, f.pool_h = c.pool_h, f.pool_w = c.pool_w;
-    f.num_levels = c.num_levels, f.levels = a_.levels;
-    f.threshold = a_.threshold, f.threshold_stride = a_.threshold_stride;
-    f.graded = a_.graded;
-    f.spk = tensor(a_.spk, type_, t, {1, c.N, c.C, c.Hp(), c.Wp()}, plan_.held());
-    return f;
   }
 
   Image sums(int64_t t) const {
@@ -130,7 +110,7 @@ class Forward {
   void hoist() const {
     NeuronForward n;
     n.C = int(s_.c.C), n.Cp = int(s_.Cp), n.Ho = int(s_.Ho), n.Wo = int(s_.Wo);
-    n.fire = fire_of(0);
+    n.fire = fire_of(a_, a_.spk, 0, plan_.held());
     n.sums_out = sums(0);
     Tiling tiling = plan_.tiling;
     tiling.images = s_.c.T * s_.c.N;
@@ -173,7 +153,7 @@ class Forward {
 
   void fire(int64_t t) const {
     FireStep p;
-    p.fire = fire_of(t);
+    p.fire = fire_of(a_, a_.spk, t, plan_.held());
     p.mem = mem_after(t);
     p.N = int(s_.c.N);
     p.winner = a_.winner ? a_.winner + t * s_.c.N : nullptr;

@@ -86,13 +86,15 @@ class BackwardTile {
                    quantised(p_.fire, N::after_reset(p_.reset, mem, is_flagged(gate[2]), threshold)));
   }
 
-  // Pixels m, m + 1 and 4 of the block's channels from `first` on. d_mem: the thread's recurrent
-  // gradients of mem, of pixel k at d_mem + k * stride.
+  // Pixels m, m + 1 and 4 of the block's channels from `first` on. recurrent: the thread's
+  // gradients of mem, of pixel k at recurrent + k * stride; null: there are none.
   // row_sums, (5, channels) in shared memory for each row of warps: gets the sums of d_gates and of
   // the threshold's gradient, over the lanes that differ in the three bits from `bit` on; set where
-  // `set`, else added to. With `gather` the patch only writes mem into the tile.
+  // `set`, else added to. With `gather` the patch only writes mem into the tile. gate_grads: four
+  // tensors of the caller's that d_gates go to, too.
   SNNLSTM_DEVICE void patch(int m, int first, bool gather, const R* recurrent, int stride,
-                            MemTile<R> tile, R* row_sums, int bit, bool set) const {
+                            MemTile<R> tile, R* row_sums, int bit, bool set,
+                            const Tensor* gate_grads = nullptr) const {
     const Place at = place_of(tiling_, block_, m, p_.Ho, p_.Wo);
     const int c0 = c0_ + first;
     R gate[4][2][4];
@@ -103,8 +105,12 @@ class BackwardTile {
       load_patch(p_.d_syn_in, at, c0, d_syn);
     else
       clear(d_syn);
+    if (recurrent == nullptr) {
+      clear(d_mem);
+    } else {
 #pragma unroll
-    for (int px = 0; px < 2; ++px) load_vector(recurrent + px * stride, d_mem[px]);
+      for (int px = 0; px < 2; ++px) load_vector(recurrent + px * stride, d_mem[px]);
+    }
     // The caller's tensors, in one loop: the code that knows all layouts is there once.
     const bool direct = spikes() && p_.fire.pool == Pool::none;
 #pragma unroll 1
@@ -201,6 +207,10 @@ class BackwardTile {
     if (p_.d_gates.present()) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) store_patch(p_.d_gates, at, c0, gate[k], k);
+    }
+    if (gate_grads != nullptr) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) store_patch(gate_grads[k], at, c0, gate[k]);
     }
     if (p_.grad_syn0.present())
       store_patch(p_.grad_syn0, at, c0, d_syn);

@@ -1,4 +1,5 @@
 // Packed weights and the sizes of all that the caller brings.
+#include "estimate.h"
 #include "packer.h"
 
 namespace snnlstm::cuda {
@@ -57,6 +58,13 @@ void pack_weight(const Cell& cell, const void* weight, bool backward, void* pack
     packer.backward(plan_backward(cell, target));
   else
     packer.forward();
+}
+
+Algorithm choose_algorithm(const Cell& cell, const Target& target) {
+  if (target.algorithm == Algorithm::pointwise) return target.algorithm;
+  return target.algorithm == Algorithm::automatic ? estimate(cell, target)
+         : plan_forward(cell, target).mma()       ? Algorithm::mma
+                                                  : Algorithm::fma;
 }
 
 std::string algorithm_name(const Cell& cell, const Target& target) {

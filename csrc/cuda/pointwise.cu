@@ -1,0 +1,110 @@
+// The neurons alone, behind torch's own convolution.
+#include "pointwise.cuh"
+
+#include "launch.h"
+#include "neuron_args.h"
+
+namespace snnlstm::cuda {
+
+namespace {
+
+struct Plan {
+  Tiling tiling;
+  bool whole_windows;
+
+  explicit Plan(const Cell& c) {
+    whole_windows = choose_tile(c, c.Ho(), c.Wo(), pointwise::kPixels, c.pool != Pool::none, tiling);
+    if (!whole_windows) choose_tile(c, c.Ho(), c.Wo(), pointwise::kPixels, false, tiling);
+    cover(tiling, c, c.N, c.C, pointwise::kChannels);
+  }
+  int64_t channels() const { return int64_t(tiling.by_columns.value) * pointwise::kChannels; }
+};
+
+DType real_type(DType t) { return t == DType::float64 ? DType::float64 : DType::float32; }
+
+// Gate k of a tensor (1, N, 4C, Ho, Wo).
+Tensor gate_of(const View& all, DType type, const Cell& c, int k) {
+  View v = all;
+  v.data = static_cast<char*>(all.data) + k * c.C * all.stride[2] * bytes_of(type);
+  return tensor(v, type, 0, {1, c.N, c.C, c.Ho(), c.Wo()}, 4);
+}
+
+}  // namespace
+
+void pointwise_forward(const ForwardArgs& args, const View& gate_sums, DType gate_type,
+                       const Target& target) {
+  const Cell& c = args.cell;
+  const Plan plan(c);
+  const auto stream = static_cast<Stream>(target.stream);
+  PointwiseForward p;
+  p.tiling = plan.tiling;
+  for (int k = 0; k < 4; ++k) p.sums[k] = gate_of(gate_sums, gate_type, c, k);
+  p.neuron = neuron_forward(args, 0, 4);
+  p.neuron.fires = plan.whole_windows && !c.inhibition;
+  if (args.saved_gates) p.neuron.gates_out = image(args.saved_gates, Shape(c), c.dtype, 4);
+  with_real(c.dtype, [&](auto real) {
+    using R = decltype(real);
+    const Launch how{"pointwise forward", dim3(unsigned(p.tiling.blocks())),
+                     dim3(pointwise::kThreads), sizeof(pointwise::Shared<R>), stream};
+    launch(how, &pointwise_forward<R>, p);
+  });
+  if (p.neuron.fires) return;
+  FireStep fire;
+  fire.fire = p.neuron.fire;
+  fire.mem = p.neuron.mem_out;
+  fire.N = int(c.N);
+  fire.winner = args.winner;
+  launch_fire(fire, c.inhibition, stream);
+}
+
+void pointwise_backward(const BackwardArgs& args, const View& d_gates, DType gate_type,
+                        const Target& target) {
+  const Cell& c = args.cell;
+  const Shape s(c);
+  const Plan plan(c);
+  const auto stream = static_cast<Stream>(target.stream);
+  const DType real = real_type(c.dtype);
+  Arena arena(args.workspace);
+  void* sums = arena.take(plan.tiling.tiles() * 5 * plan.channels() * bytes_of(real));
+  PointwiseBackward p;
+  p.tiling = plan.tiling;
+  NeuronBackward& n = p.neuron;
+  n = neuron_backward(args, 0);
+  n.gates = image(const_cast<void*>(args.saved_gates), s, c.dtype, 4);
+  n.grad_syn0 = tensor(args.grad_syn0, c.dtype, 0, {1, c.N, c.C, s.Ho, s.Wo}, 4);
+  n.spreads = plan.whole_windows;
+  if (args.grad_threshold) n.sums = sums;
+  for (int k = 0; k < 4; ++k) p.d_gates[k] = gate_of(d_gates, gate_type, c, k);
+  if (!n.spreads && n.fire.spk.present() && n.surrogate != Surrogate::none) {
+    SpreadStep spread;
+    spread.tiling = plan.tiling;
+    spread.neuron = n;
+    spread.spikes = n.spikes_in = image(arena.take(s.state() * bytes_of(real)), s, real);
+    launch_spread(spread, stream);
+  }
+  with_real(c.dtype, [&](auto zero) {
+    using R = decltype(zero);
+    const Launch how{"pointwise backward", dim3(unsigned(p.tiling.blocks())),
+                     dim3(pointwise::kThreads), sizeof(pointwise::Shared<R>), stream};
+    launch(how, &pointwise_backward<R>, p);
+  });
+  if (!args.grad_threshold) return;
+  ReduceSums r;
+  r.sums = sums;
+  r.blocks = plan.tiling.tiles();
+  r.C = int(c.C), r.total = int(plan.channels());
+  r.grad_threshold = args.grad_threshold;
+  r.type = c.dtype;
+  launch_reduce_sums(r, stream);
+}
+
+int64_t pointwise_workspace(const Cell& cell, const Target&) {
+  const Plan plan(cell);
+  const int real = bytes_of(real_type(cell.dtype));
+  Arena arena(nullptr);
+  arena.take(plan.tiling.tiles() * 5 * plan.channels() * real);
+  if (!plan.whole_windows) arena.take(Shape(cell).state() * real);
+  return arena.bytes();
+}
+
+}  // namespace snnlstm::cuda

@@ -1,0 +1,85 @@
+// The neurons alone, behind a convolution that somebody else has computed: forward and backward of one
+// step. One thread a patch of 2 pixels x 4 channels, a block 64 pixels x 16 channels.
+//   gate sums  (N, 4C, Ho, Wo)  what the convolution gives, in any layout; d_gates likewise
+#pragma once
+
+#include "neuron_backward.cuh"
+
+namespace snnlstm::cuda {
+
+namespace pointwise {
+constexpr int kThreads = 128, kPixels = 64, kChannels = 16;
+constexpr int kMemPitch = kPixels + 2;
+
+template <class R>
+struct Shared {
+  R vectors[5 * kChannels];
+  R sums[5 * kChannels * kThreads / 32];
+  R mem[kChannels * kMemPitch];
+};
+
+// Of the thread: first of its pixels, first of its channels in the block.
+SNNLSTM_DEVICE int pixel() {
+  return int(threadIdx.x) / 32 * 16 + 2 * (int(threadIdx.x) % 32 / 4);
+}
+SNNLSTM_DEVICE int channel() { return 4 * (int(threadIdx.x) % 4); }
+}  // namespace pointwise
+
+struct PointwiseForward {
+  Tiling tiling;
+  Tensor sums[4];  // of each gate, (1, N, C, Ho, Wo)
+  NeuronForward neuron;
+};
+
+template <class R>
+__global__ void __launch_bounds__(pointwise::kThreads)
+    pointwise_forward(const __grid_constant__ PointwiseForward p) {
+  auto& shared = shared_memory<pointwise::Shared<R>>();
+  const Block block = block_of(p.tiling, blockIdx.x);
+  const int c0 = block.column * pointwise::kChannels;
+  const ForwardTile<R> tile(p.neuron, p.tiling, block, c0, pointwise::kChannels, shared.vectors);
+  const MemTile<R> mem_tile{shared.mem, pointwise::kMemPitch};
+  tile.load_vectors();
+  const Place at =
+      place_of(p.tiling, block, pointwise::pixel(), p.neuron.Ho, p.neuron.Wo);
+  R sum[4][2][4];
+#pragma unroll
+  for (int gate = 0; gate < 4; ++gate)
+    load_patch(p.sums[gate], at, c0 + pointwise::channel(), sum[gate]);
+  __syncthreads();
+  tile.patch(pointwise::pixel(), pointwise::channel(), sum, mem_tile);
+  __syncthreads();
+  tile.finish(mem_tile);
+}
+
+struct PointwiseBackward {
+  Tiling tiling;
+  NeuronBackward neuron;  // its d_gates are absent
+  Tensor d_gates[4];      // as PointwiseForward::sums
+};
+
+template <class R>
+__global__ void __launch_bounds__(pointwise::kThreads)
+    pointwise_backward(const __grid_constant__ PointwiseBackward p) {
+  auto& shared = shared_memory<pointwise::Shared<R>>();
+  const Block block = block_of(p.tiling, blockIdx.x);
+  const int c0 = block.column * pointwise::kChannels;
+  const BackwardTile<R> tile(p.neuron, p.tiling, block, c0, pointwise::kChannels, shared.vectors);
+  const MemTile<R> mem_tile{shared.mem, pointwise::kMemPitch};
+  tile.load_vectors();
+  __syncthreads();
+  R* row_sums = shared.sums + int(threadIdx.x) / 32 * 5 * pointwise::kChannels;
+#pragma unroll 1
+  for (int phase = tile.gathers() ? 0 : 1; phase < 2; ++phase) {
+    tile.patch(pointwise::pixel(), pointwise::channel(), phase == 0, static_cast<const R*>(nullptr),
+               0, mem_tile, row_sums, 4, true, p.d_gates);
+    __syncthreads();
+    if (phase == 0) {
+      tile.spread(mem_tile);
+      __syncthreads();
+    }
+  }
+  tile.write_sums(shared.sums, pointwise::kThreads / 32);
+}
+
+}  // namespace snnlstm::cuda
