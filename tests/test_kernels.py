@@ -148,10 +148,11 @@ def test_whole_and_broken_vectors(kernels, channels):
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5)], ids=str)
-def test_every_size_of_image_up_to_13(kernels, kernel):
-    """Every way in which tiles of 2 x 2, 4 x 4 or 6 pixels can be cut off."""
+def test_every_size_of_image_up_to_13(isa, kernel):
+    """Every way in which tiles of 2 x 2 or 4 x 4 can be cut off."""
+    kernels = Kernels(isa, "winograd")
     # 9 channels: Winograd takes those that fill more than half of a vector.
-    case = replace(with_options(kernel_size=kernel), time=2, batch=1, in_channels=2, channels=9)
+    case = replace(with_options(kernel_size=kernel), time=1, batch=1, in_channels=2, channels=9)
     for height in range(1, 14):
         for width in range(1, 14):
             sized = replace(case, height=height, width=width)

@@ -123,7 +123,8 @@ def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_tim
         # One counter of tasks, a cache line, for every step.
         sizes[time] = others - 64 * time
     assert len(set(sizes.values())) == 1, sizes
-    assert sizes[2] < 16 * state_bytes(case)
+    # A few states, and what a core's L2 holds of Winograd's tiles for every thread.
+    assert sizes[2] < 16 * state_bytes(case) + torch.get_num_threads() * (512 << 10)
 
 
 def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):

@@ -155,7 +155,7 @@ class Net(torch.nn.Module):
         self.one.reset_mem()
         self.two.reset_mem()
         spk = self.two(self.one(x)[0])[0]
-        return spk.flatten(2).mean((0, 2))
+        return spk.flatten(3).mean((0, 3))
 
 
 def test_inductor_trains_a_network_as_eager_does():

@@ -1,0 +1,291 @@
+// Random calls of the CPU kernels of one instruction set, for a build with sanitizers.
+//
+//   driver CASES SEED
+//
+// Every buffer is an allocation of its own, exactly as large as the interface says, so that
+// AddressSanitizer sees the first byte beside it. With ThreadSanitizer the OpenMP region is made
+// of std::thread (below), whose synchronisation the sanitizer knows. Says what it ran; every output
+// must be written and finite.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/api.h"
+
+namespace snnlstm::SNNLSTM_ISA {
+extern const cpu::Kernels kernels;
+}
+
+// ---- the OpenMP runtime, as far as the kernels use it --------------------------------------------
+static thread_local int thread_number = 0;
+extern "C" int omp_get_thread_num() { return thread_number; }
+extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned count, unsigned) {
+  std::vector<std::thread> team;
+  for (unsigned k = 1; k < count; ++k)
+    team.emplace_back([=] {
+      thread_number = int(k);
+      body(data);
+    });
+  body(data);
+  for (std::thread& member : team) member.join();
+}
+
+namespace {
+
+using namespace snnlstm;
+using cpu::Form;
+
+std::mt19937_64 random_bits;
+
+int64_t between(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(random_bits);
+}
+template <class T>
+T one_of(std::initializer_list<T> values) {
+  return values.begin()[between(0, int64_t(values.size()) - 1)];
+}
+
+// A tensor in memory of exactly its extent. What is not an element of it is NaN.
+template <class T>
+class Tensor {
+ public:
+  // shape: 4 or 5 sizes. As contiguous, channels-last or a slice of something larger.
+  explicit Tensor(std::vector<int64_t> shape) : shape_(shape) {
+    const int dims = int(shape.size()), layout = int(between(0, 2));
+    std::vector<int> order;  // dimensions, the fastest first
+    for (int d = dims - 1; d >= 0; --d) order.push_back(d);
+    if (layout == 1) order = {dims - 3, dims - 1, dims - 2}, push_leading(order, dims - 4);
+    const int64_t gap = layout == 2 ? between(1, 3) : 0;
+    strides_.resize(dims);
+    int64_t step = layout == 2 ? between(1, 2) : 1;
+    for (int d : order) {
+      strides_[d] = step;
+      step = step * shape[d] + gap;
+    }
+    count_ = 1;
+    for (int d = 0; d < dims; ++d) count_ += (shape[d] - 1) * strides_[d];
+    data_.reset(new T[count_]);
+    std::fill_n(data_.get(), count_, T(NAN));
+  }
+
+  template <class F>
+  void fill(F&& value) {
+    each([&](T& element) { element = value(); });
+  }
+  void check(const char* name) {
+    each([&](T& element) {
+      if (std::isfinite(element)) return;
+      std::fprintf(stderr, "%s was not written, or is not finite\n", name);
+      std::exit(3);
+    });
+  }
+  View view() const {
+    View v;
+    v.data = data_.get();
+    for (size_t d = 0; d < strides_.size(); ++d)
+      v.stride[5 - strides_.size() + d] = strides_[d];
+    return v;
+  }
+
+ private:
+  static void push_leading(std::vector<int>& order, int d) {
+    for (; d >= 0; --d) order.push_back(d);
+  }
+  template <class F>
+  void each(F&& f, size_t d = 0, int64_t at = 0) {
+    if (d == shape_.size()) return f(data_[at]);
+    for (int64_t k = 0; k < shape_[d]; ++k) each(f, d + 1, at + k * strides_[d]);
+  }
+
+  std::vector<int64_t> shape_, strides_;
+  int64_t count_;
+  std::unique_ptr<T[]> data_;
+};
+
+// Bytes of its own, filled with 0xFF: NaN, or -1.
+class Bytes {
+ public:
+  explicit Bytes(int64_t count) : data_(new char[count]), count_(count) {
+    std::memset(data_.get(), 0xFF, size_t(count));
+  }
+  void* get() const { return data_.get(); }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data_.get());
+  }
+  template <class T>
+  void check(const char* name) const {
+    for (int64_t k = 0; k < count_ / int64_t(sizeof(T)); ++k)
+      if (!std::isfinite(as<T>()[k])) {
+        std::fprintf(stderr, "%s was not written, or is not finite\n", name);
+        std::exit(3);
+      }
+  }
+
+ private:
+  std::unique_ptr<char[]> data_;
+  int64_t count_;
+};
+
+Cell random_cell() {
+  Cell c;
+  c.T = between(1, 3);
+  c.N = between(1, 3);
+  c.Cin = one_of<int64_t>({1, 2, 3, 5, 8, 9, 17});
+  c.C = one_of<int64_t>({1, 2, 3, 4, 5, 7, 8, 9, 11, 16, 17, 24});
+  c.H = between(1, 15), c.W = between(1, 19);
+  if (between(0, 9) == 0) c.W = between(60, 150), c.H = between(1, 5);
+  c.kernel_h = c.kernel_w = one_of({1, 3, 3, 3, 5});
+  if (between(0, 3) == 0) {
+    c.kernel_w = one_of({1, 3, 5, 7});
+    c.stride_h = int(between(1, 3)), c.stride_w = int(between(1, 3));
+    c.dilation_h = int(between(1, 3)), c.dilation_w = int(between(1, 2));
+  }
+  c.reset = one_of({Reset::subtract, Reset::zero, Reset::none});
+  c.pool = one_of({Pool::none, Pool::max, Pool::avg});
+  if (c.pool != Pool::none) {
+    c.pool_h = int(between(1, std::min<int64_t>(3, c.Ho())));
+    c.pool_w = int(between(1, std::min<int64_t>(3, c.Wo())));
+  }
+  c.surrogate = Surrogate(between(0, 10));
+  c.surrogate_p0 = 0.5, c.surrogate_p1 = 0.25;
+  c.inhibition = between(0, 4) == 0;
+  c.num_levels = between(0, 2) == 0 ? int(between(1, 9)) : 0;
+  return c;
+}
+
+void choose_ways(Cell& c, const cpu::Kernels& kernels) {
+  if (kernels.has_tiles(c) && between(0, 2) > 0) c.tile = c.kernel_h == 3 ? one_of({2, 4}) : 2;
+  const bool tiles_of_x = c.tile > 0 && c.stride_h == 1 && c.stride_w == 1;
+  c.x_way = tiles_of_x ? one_of({Way::direct, Way::sparse, Way::winograd})
+                       : one_of({Way::direct, Way::sparse});
+}
+
+template <class T>
+void run(Cell c, const cpu::Kernels& kernels) {
+  std::normal_distribution<double> normal;
+  const auto number = [&] { return T(normal(random_bits)); };
+  const int threads = int(between(1, 4));
+  const bool record = between(0, 1), training = between(0, 3) > 0, has_bias = between(0, 3) > 0;
+  const bool per_channel = between(0, 1);
+  const int64_t item = sizeof(T), Ho = c.Ho(), Wo = c.Wo(), K = c.kernel_h * c.kernel_w;
+
+  Tensor<T> x({c.T, c.N, c.Cin, c.H, c.W}), syn0({c.N, c.C, Ho, Wo}), mem0({c.N, c.C, Ho, Wo});
+  const double density = one_of({1.0, 0.3, 0.05, 0.0});
+  x.fill([&] { return std::generate_canonical<double, 32>(random_bits) < density ? number() : T(0); });
+  syn0.fill(number);
+  mem0.fill([&] { return number() / 3; });
+
+  Bytes weight(4 * c.C * (c.Cin + c.C) * K * item), bias(4 * c.C * item);
+  const double scale = 1 / std::sqrt(double(K * (c.Cin + c.C)));
+  for (int64_t k = 0; k < 4 * c.C * (c.Cin + c.C) * K; ++k) weight.as<T>()[k] = T(number() * scale);
+  for (int64_t k = 0; k < 4 * c.C; ++k) bias.as<T>()[k] = number() / 4;
+  const auto pack = [&](Form form) {
+    Bytes packed(kernels.packed_bytes(c, form));
+    kernels.pack_weight(c, form, weight.get(), packed.get());
+    return packed;
+  };
+  const auto pack_if = [&](bool needed, Form form) { return needed ? pack(form) : Bytes(0); };
+
+  Bytes threshold((per_channel ? c.C : 1) * item), levels(c.num_levels * item);
+  for (int64_t k = 0; k < (per_channel ? c.C : 1); ++k) threshold.as<T>()[k] = T(0.05 * k);
+  for (int k = 0; k < c.num_levels; ++k) levels.as<T>()[k] = T(k - 3) / 8;
+
+  const std::vector<int64_t> state = {c.N, c.C, Ho, Wo};
+  const std::vector<int64_t> states = record ? std::vector<int64_t>{c.T, c.N, c.C, Ho, Wo} : state;
+  Tensor<T> spk({c.T, c.N, c.C, c.Hp(), c.Wp()}), syn(states), mem(states);
+  const int64_t padded = kernels.padded_channels(c), rows = c.T * c.N * Ho * Wo * padded;
+  Bytes gates(4 * rows * item), saved_syn(rows * item), winner(c.T * c.N * 8);
+  {
+    const Bytes direct = pack(Form::forward);
+    const Bytes of_mem = pack_if(c.tile > 0, Form::forward_mem_tiles);
+    const Bytes of_x = pack_if(c.x_way == Way::winograd, Form::forward_x_tiles);
+    const Bytes workspace(kernels.forward_workspace(c, threads));
+    ForwardArgs a;
+    a.cell = c, a.threads = threads, a.record = record;
+    a.x = x.view(), a.syn0 = syn0.view(), a.mem0 = mem0.view();
+    a.weight = direct.get(), a.weight_mem = of_mem.get(), a.weight_x = of_x.get();
+    a.bias = has_bias ? bias.get() : nullptr;
+    a.threshold = threshold.get(), a.threshold_stride = per_channel;
+    a.graded = 0.7, a.levels = levels.get();
+    a.spk = spk.view(), a.syn = syn.view(), a.mem = mem.view();
+    if (training) a.saved_gates = gates.get(), a.saved_syn = saved_syn.get();
+    if (training && c.inhibition) a.winner = winner.as<int64_t>();
+    a.workspace = workspace.get();
+    kernels.forward(a);
+  }
+  spk.check("spk"), syn.check("syn"), mem.check("mem");
+  if (!training) return;
+
+  Tensor<T> grad_spk({c.T, c.N, c.C, c.Hp(), c.Wp()}), grad_syn(states), grad_mem(states);
+  Tensor<T> noise({c.T, c.N, c.C, c.Hp(), c.Wp()});
+  grad_spk.fill(number), grad_syn.fill(number), grad_mem.fill(number);
+  noise.fill([&] { return T(0.25); });
+  Tensor<T> grad_x({c.T, c.N, c.Cin, c.H, c.W}), grad_syn0(state), grad_mem0(state);
+  const Bytes grad_weight(4 * c.C * (c.Cin + c.C) * K * item), grad_bias(4 * c.C * item),
+      grad_threshold(c.C * item);
+  const auto wanted = [&] { return between(0, 4) > 0; };
+  const bool want_x = wanted(), want_syn = wanted(), want_mem = wanted(), want_weight = wanted();
+  const Bytes direct = pack(Form::backward);
+  const Bytes of_mem = pack_if(c.tile > 0, Form::backward_mem_tiles);
+  const Bytes of_x = pack_if(c.tile > 0 && want_x, Form::backward_x_tiles);
+  const Bytes workspace(kernels.backward_workspace(c, threads));
+  BackwardArgs a;
+  a.cell = c, a.threads = threads, a.record = record;
+  a.x = x.view(), a.syn0 = syn0.view(), a.mem0 = mem0.view();
+  a.weight = direct.get(), a.weight_mem = of_mem.get(), a.weight_x = of_x.get();
+  a.threshold = threshold.get(), a.threshold_stride = per_channel;
+  a.graded = 0.7, a.levels = levels.get();
+  a.saved_gates = gates.get(), a.saved_syn = saved_syn.get();
+  if (c.inhibition) a.winner = winner.as<int64_t>();
+  if (c.surrogate == Surrogate::stochastic) a.noise = noise.view();
+  if (wanted()) a.grad_spk = grad_spk.view();
+  if (wanted()) a.grad_syn = grad_syn.view();
+  if (wanted()) a.grad_mem = grad_mem.view();
+  if (want_x) a.grad_x = grad_x.view();
+  if (want_syn) a.grad_syn0 = grad_syn0.view();
+  if (want_mem) a.grad_mem0 = grad_mem0.view();
+  if (want_weight) a.grad_weight = grad_weight.get();
+  a.grad_bias = grad_bias.get(), a.grad_threshold = grad_threshold.get();
+  a.workspace = workspace.get();
+  kernels.backward(a);
+  if (want_x) grad_x.check("grad_x");
+  if (want_syn) grad_syn0.check("grad_syn0");
+  if (want_mem) grad_mem0.check("grad_mem0");
+  if (want_weight) grad_weight.check<T>("grad_weight");
+  grad_bias.check<T>("grad_bias"), grad_threshold.check<T>("grad_threshold");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 100, seed = argc > 2 ? std::atoi(argv[2]) : 0;
+  const cpu::Kernels& kernels = SNNLSTM_ISA::kernels;
+  int ways[3] = {0, 0, 0}, tiles[5] = {0, 0, 0, 0, 0};
+  for (int k = 0; k < cases; ++k) {
+    random_bits.seed(uint64_t(seed) * 1000003 + k);
+    Cell c = random_cell();
+    c.dtype = one_of({DType::float32, DType::float64});
+    choose_ways(c, kernels);
+    ++ways[int(c.x_way)], ++tiles[c.tile];
+    if (std::getenv("VERBOSE"))
+      std::fprintf(stderr,
+                   "case %d: T=%d N=%d Cin=%d C=%d %dx%d kernel %dx%d stride %dx%d dilation %dx%d "
+                   "pool %d %dx%d tile %d way %d\n",
+                   k, int(c.T), int(c.N), int(c.Cin), int(c.C), int(c.H), int(c.W), c.kernel_h,
+                   c.kernel_w, c.stride_h, c.stride_w, c.dilation_h, c.dilation_w, int(c.pool),
+                   c.pool_h, c.pool_w, c.tile, int(c.x_way));
+    if (c.dtype == DType::float64)
+      run<double>(c, kernels);
+    else
+      run<float>(c, kernels);
+  }
+  std::printf("%d cases; tiles: none %d, 2x2 %d, 4x4 %d; input: direct %d, sparse %d, winograd %d\n",
+              cases, tiles[0], tiles[2], tiles[4], ways[0], ways[1], ways[2]);
+}

@@ -1,0 +1,169 @@
+"""Builds the CPU kernels with a sanitizer and runs random calls of them.
+
+    python tests/sanitizers/run.py address     out-of-bounds accesses, undefined behaviour
+    python tests/sanitizers/run.py thread      data races
+
+No torch and no Python in the program: driver.cpp calls the kernels of one instruction set. For
+"address" the pieces of a workspace are fenced in as well (see FENCED_ARENA), and every piece
+starts as NaN. The build takes one to two minutes and is kept in build/sanitizers until a source
+changes. Needs GCC or Clang with the sanitizers' runtime libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DFENCED"],
+    "thread": ["-fsanitize=thread"],
+}
+ISAS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "wide": ["-mavx2", "-mfma", "-DSNNLSTM_WIDE=1"],
+}
+
+# Takes the place of layout.h's class: between the pieces that it hands out lies memory that
+# AddressSanitizer lets nobody touch.
+FENCED_ARENA = """
+}}
+#include <sanitizer/asan_interface.h>
+SNNLSTM_BEGIN_ISA
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t size = count * int64_t(sizeof(T)), whole = (size + 63) & ~int64_t(63);
+    char* p = base_ ? base_ + (-reinterpret_cast<uintptr_t>(base_) & 63) + used_ : nullptr;
+    if (p) __asan_poison_memory_region(p + size, whole - size + 128);
+    used_ += whole + 128;
+    return reinterpret_cast<T*>(p);
+  }
+  int64_t bytes() const { return used_ + 64; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+"""
+
+
+def default_isa() -> str:
+    """The best one that every usual machine runs; AVX-512's tiles are tested as ``wide``."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "baseline"
+    has_avx2 = re.search(r"\bavx2\b", flags) and re.search(r"\bfma\b", flags)
+    return "avx2" if platform.machine() in ("x86_64", "AMD64") and has_avx2 else "baseline"
+
+
+def compiler() -> str | None:
+    """The C++ compiler to use, or None."""
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+
+
+def supported(sanitizer: str) -> bool:
+    """Whether the compiler can link and run a program with this sanitizer."""
+    found = compiler()
+    if found is None:
+        return False
+    program = ROOT / "build" / "sanitizers" / f"try-{sanitizer}"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    flags = [f for f in SANITIZERS[sanitizer] if f.startswith("-f")]
+    command = [found, *flags, "-x", "c++", "-", "-o", str(program)]
+    done = subprocess.run(command, input="int main() {}", text=True, capture_output=True)
+    return done.returncode == 0 and subprocess.run([program], capture_output=True).returncode == 0
+
+
+def _patched_layout(folder: Path) -> None:
+    """layout.h with the fenced arena, and all files beside it."""
+    shutil.copytree(CSRC, folder, dirs_exist_ok=True)
+    layout = folder / "cpu" / "kernels" / "layout.h"
+    text, count = re.subn(
+        r"class Arena \{.*?\n\};\n", lambda _: FENCED_ARENA, layout.read_text(), flags=re.DOTALL
+    )
+    assert count == 1, "class Arena is no longer in layout.h: adapt FENCED_ARENA"
+    layout.write_text(text)
+
+
+def build(sanitizer: str, isa: str) -> Path:
+    """The driver, compiled with `sanitizer` for `isa`."""
+    kernels = sorted((CSRC / "cpu" / "kernels").iterdir())
+    sources = [*kernels, CSRC / "args.h", CSRC / "cell.h", CSRC / "cpu" / "api.h", *HERE.iterdir()]
+    content = b"".join(f.read_bytes() for f in sources if f.is_file())
+    key = hashlib.sha1(content).hexdigest()[:10]
+    folder = ROOT / "build" / "sanitizers" / f"{sanitizer}-{isa}-{key}"
+    program = folder / "driver"
+    if program.exists():
+        return program
+    for old in folder.parent.glob(f"{sanitizer}-{isa}-*"):
+        shutil.rmtree(old)
+    folder.mkdir(parents=True)
+    csrc = CSRC
+    if "-DFENCED" in SANITIZERS[sanitizer]:
+        csrc = folder / "csrc"
+        _patched_layout(csrc)
+    cxx = compiler()
+    assert cxx, "no C++ compiler"
+    flags = ["-std=gnu++17", "-O1", "-g1", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+    flags += [*SANITIZERS[sanitizer], *ISAS[isa], f"-DSNNLSTM_ISA={isa}", f"-I{csrc}"]
+
+    def compile_one(source: Path) -> Path:
+        out = folder / f"{source.stem}.o"
+        # The driver brings the OpenMP runtime itself.
+        openmp = [] if source.parent == HERE else ["-fopenmp"]
+        command = [cxx, *flags, *openmp, "-c", str(source), "-o", str(out)]
+        subprocess.run(command, check=True)
+        return out
+
+    units = sorted((csrc / "cpu" / "kernels").glob("*.cpp"), key=lambda f: -f.stat().st_size)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, [*units, HERE / "driver.cpp"]))
+    unfinished = program.with_suffix(".new")
+    command = [cxx, *flags, *map(str, objects), "-pthread", "-o", str(unfinished)]
+    subprocess.run(command, check=True)
+    unfinished.rename(program)
+    return program
+
+
+def run(sanitizer: str, isa: str, cases: int, seed: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run `cases` random calls; a finding is a non-zero exit status and a report on stderr."""
+    environment = {
+        **os.environ,
+        "ASAN_OPTIONS": "detect_leaks=1:halt_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1",
+    }
+    command = [str(build(sanitizer, isa)), str(cases), str(seed)]
+    return subprocess.run(command, env=environment, text=True, capture_output=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sanitizer", choices=SANITIZERS)
+    parser.add_argument("--isa", choices=ISAS, default=default_isa())
+    parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    done = run(chosen.sanitizer, chosen.isa, chosen.cases, chosen.seed)
+    print(done.stdout + done.stderr, end="")
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
