@@ -17,7 +17,7 @@ SOURCES  := pyproject.toml setup.py snnlstm/version.py \
 CXX_CODE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench wheel clean distclean
+.PHONY: help demo test test-simt lint format bench wheel clean distclean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -26,7 +26,10 @@ demo: $(VENV)/.installed  ## train on moving handwritten digits, snnTorch's cell
 	$(RUN) -m benchmarks.demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --ignore=tests/simt $(ARGS)
+
+test-simt: $(VENV)/.installed  ## run the CUDA kernels, as far as there are any, in the emulator
+	$(RUN) -m pytest tests/simt $(ARGS)
 
 bench: $(VENV)/.installed  ## measure every provider on every shape
 	$(RUN) -m benchmarks $(ARGS)
@@ -64,11 +67,11 @@ $(RUN):
 	$(PYTHON) -m venv $(VENV)
 
 # Installed anew when the native code or the metadata changes; Python code needs no reinstallation.
-# What it needs is looked at again only when pyproject.toml is newer than the last installation.
+# Without the CUDA half, unless asked for: nothing calls it yet. What it needs is looked at again only when pyproject.toml is newer than the last installation.
 NO_DEPS = $(if $(wildcard $@),$(if $(filter pyproject.toml,$?),,--no-deps))
 $(VENV)/.installed: $(SOURCES) | $(RUN)
 	@echo "Installing snnlstm and what it needs into $(VENV); the first time takes some minutes ..."
-	$(RUN) -m pip install --disable-pip-version-check $(NO_DEPS) -e ".[test,bench]"
+	SNNLSTM_CUDA=$${SNNLSTM_CUDA:-off} $(RUN) -m pip install --disable-pip-version-check $(NO_DEPS) -e ".[test,bench]"
 	@touch $@
 
 $(VENV)/.linters: pyproject.toml | $(VENV)/.installed
