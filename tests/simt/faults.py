@@ -17,13 +17,13 @@ def fault_numbers() -> dict[str, int]:
     return {name: int(n) for name, n in re.findall(r"(\w+) = (\d+)", body) if n != "0"}
 
 
-def placed_faults(paths: Iterable[Path]) -> list[tuple[str, int]]:
-    """The (name, place) of every ``fault(Fault::name, place)`` in these sources."""
-    found = set()
+def placed_faults(paths: Iterable[Path]) -> dict[tuple[str, int], str]:
+    """Every ``fault(Fault::name, place)`` in these sources: (name, place), and in which file."""
+    found = {}
     for path in paths:
         if path.name in ("fault.cuh", "primitives.cuh"):
             continue
         code = re.sub(r"//[^\n]*", "", path.read_text())
         for name, place in re.findall(r"\bfault\(\s*Fault::(\w+)\s*(?:,\s*(\d+)\s*)?\)", code):
-            found.add((name, int(place or 0)))
-    return sorted(found)
+            found[name, int(place or 0)] = path.name
+    return dict(sorted(found.items()))

@@ -83,6 +83,15 @@ CASES = {
 }
 
 
+def crossed(modes, names):
+    """Every mode with every case; a third of them, all modes and cases among these, at once, the
+    rest in the long run."""
+    for i, mode in enumerate(modes):
+        for j, name in enumerate(names):
+            first = (i + j) % 3 == 0 or name == "plain"
+            yield pytest.param(mode, name, marks=[] if first else pytest.mark.simt_long)
+
+
 @pytest.fixture
 def core():
     found = simt_core("faults")
@@ -112,8 +121,7 @@ def check(core, case: Case, mode: Mode) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "name"), crossed(MODES, CASES))
 def test_forward(core, mode, name):
     schedule = SCHEDULES[(list(MODES).index(mode) + list(CASES).index(name)) % 3]
     core.schedule(*schedule)

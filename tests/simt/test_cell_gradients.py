@@ -14,7 +14,7 @@ from cases import Case, cases, wanting_gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import decisions
-from test_cell import CASES, MODES, PLAIN, Mode, with_options
+from test_cell import CASES, MODES, PLAIN, Mode, crossed, with_options
 
 from snnlstm import autograd, reference, surrogate
 
@@ -49,6 +49,7 @@ JUMPING = {
     "every neuron's own surrogate": with_options(surrogate=surrogate.sigmoid(25), reset="zero"),
     "stochastic": with_options(surrogate=surrogate.SSO(0.1, 0.2)),
     "no gradient of spikes": with_options(surrogate=surrogate.NONE),
+    "kernel 5x5": with_options(kernel_size=(5, 5)),
     "no bias": replace(PLAIN, bias=False),
 }
 SCHEDULES = [("in_order", 0), ("shuffled", 1), ("ahead", 1)]
@@ -141,8 +142,7 @@ def check(core, case: Case, mode: Mode, error: float, outputs=OUTPUTS, wanted=NA
     return True
 
 
-@pytest.mark.parametrize("name", JUMPING)
-@pytest.mark.parametrize("mode", EXACT)
+@pytest.mark.parametrize(("mode", "name"), crossed(EXACT, JUMPING))
 def test_exact_gradients(core, mode, name):
     if name == "stochastic" and mode != "float64":
         pytest.skip("in float64 the oracle draws the same noise")
@@ -150,8 +150,7 @@ def test_exact_gradients(core, mode, name):
     assert check(core, JUMPING[name], MODES[mode], EXACT[mode]), "choose another seed"
 
 
-@pytest.mark.parametrize("name", SMOOTH)
-@pytest.mark.parametrize("mode", COARSE)
+@pytest.mark.parametrize(("mode", "name"), crossed(COARSE, SMOOTH))
 def test_coarse_gradients(core, mode, name):
     core.schedule(*SCHEDULES[(list(COARSE).index(mode) + list(SMOOTH).index(name)) % 3])
     assert check(core, SMOOTH[name], MODES[mode], COARSE[mode])
@@ -167,7 +166,7 @@ def test_a_deterministic_result_is_the_same_under_every_schedule(core):
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        case = CASES["wide"]
+        case = CASES["channels last"]
         inputs = case.inputs()
         grads = output_gradients(case)
         seen = []
