@@ -398,21 +398,16 @@ class SConv2dLSTM(StatefulCell):
         if exporting():  # a program carries no attributes, and keeping tracers would spoil us
             return
         log_fallback(path, self._logged)
-        kept: dict[str, Any] = {"path": path, "spk": spk}
-        # A recorded sequence of no steps has no last states: those before it stay.
-        if not options.record or syn.shape[0] > 0:
-            if options.record:
-                # Copies: snnTorch detaches states in place, which views refuse.
-                syn, mem = syn[-1].clone(), mem[-1].clone()
-            kept["syn"], kept["mem"] = syn, mem
-        kept["_reset_source"] = (
-            None if options.sequence else _ResetSource(before, threshold, options)
-        )
-        if torch.compiler.is_compiling():  # dynamo follows attributes, not dictionaries
-            for name, value in kept.items():
-                setattr(self, name, value)
-        else:  # as setattr, without nn.Module's search for parameters
-            self.__dict__.update(kept)
+        self.path = path
+        self.spk = spk
+        if options.record:
+            # Copies of the last step: snnTorch detaches states in place, which views refuse.
+            if syn.shape[0] == 0:
+                return
+            syn, mem = syn[-1].clone(), mem[-1].clone()
+        self.syn = syn
+        self.mem = mem
+        self._reset_source = None if options.sequence else _ResetSource(before, threshold, options)
 
     @property
     def reset(self) -> Tensor | None:
@@ -511,7 +506,7 @@ class _ResetSource:
         if torch.compiler.is_compiling():
             self.reset = reference.reset_signal(mem, threshold, options.surrogate)
             return
-        if type(threshold) is nn.Parameter:
+        if isinstance(threshold, nn.Parameter):
             threshold = threshold.detach().clone()  # an optimizer writes to it in place
         self.mem, self.version = mem, self._version(mem)
         self.threshold, self.surrogate = threshold, options.surrogate
