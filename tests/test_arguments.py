@@ -248,6 +248,7 @@ FUNCTIONAL = [
     ("surrogate_disable", "no", TypeError),
     ("reset_mechanism", "sub", ValueError),
     ("max_pool", 1.5, TypeError),
+    ("max_pool", {2: 2}, TypeError),
     ("max_pool", 6, ValueError),
     ("avg_pool", (2, 2, 2), ValueError),
     ("state_quant", 8, TypeError),
