@@ -7,11 +7,10 @@ accepted. Nothing is modified before all checks have passed.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,25 +20,12 @@ from .quant import StateQuant
 from .snntorch import recognise_quant, recognise_surrogate
 from .surrogate import NONE, Surrogate, atan
 
-__all__ = ["RESETS", "Call", "check_call", "make_options"]
+__all__ = ["DTYPES", "RESETS", "make_options"]
 
 RESETS: tuple[Reset, ...] = ("subtract", "zero", "none")
 """The reset mechanisms; the position is ``reset_mechanism_val`` in a state_dict."""
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-class Call(NamedTuple):
-    """Checked arguments of :func:`snnlstm.reference.run`, in its order."""
-
-    x: Tensor
-    syn: Tensor
-    mem: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    threshold: Tensor
-    graded: Tensor
-    options: CellOptions
 
 
 # ---- values -----------------------------------------------------------------------------
@@ -354,7 +340,7 @@ def weight_tensors(weight: Any, bias: Any) -> tuple[int, int]:
     return weight.shape[1] - channels, channels
 
 
-# ---- whole calls ------------------------------------------------------------------------
+# ---- the whole ------------------------------------------------------------------------
 
 
 def make_options(
@@ -393,94 +379,11 @@ def make_options(
     )
 
 
-# typed: stride=True must not find what stride=1 left. Foreign callables stay out of the
-# cache, which would keep them alive.
-_cached_options = functools.lru_cache(maxsize=256, typed=True)(make_options)
-
-
 def check_record(record: Any, sequence: bool) -> bool:
     """Check `record`, which only a sequence has."""
     if flag("record", record) and not sequence:
         raise ValueError("record=True needs a sequence: x of shape (T, N, Cin, H, W), got one step")
     return bool(record)
-
-
-def check_call(
-    x: Any,
-    syn: Any = None,
-    mem: Any = None,
-    weight: Any = None,
-    bias: Any = None,
-    *,
-    threshold: Any = 1.0,
-    spike_grad: Any = None,
-    surrogate_disable: Any = False,
-    reset_mechanism: Any = "none",
-    max_pool: Any = 0,
-    avg_pool: Any = 0,
-    state_quant: Any = None,
-    graded_spikes_factor: Any = 1.0,
-    inhibition: Any = False,
-    stride: Any = 1,
-    dilation: Any = 1,
-    record: Any = False,
-    checkpoint: Any = False,
-) -> Call:
-    """Check every argument of the functional form and put it into its normal form.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As :func:`snnlstm.functional.sconv2dlstm` documents.
-    """
-    in_channels, channels = weight_tensors(weight, bias)
-    x = input_tensor(x, weight, in_channels)
-    sequence = x.dim() == 5
-    grad = surrogate(spike_grad, flag("surrogate_disable", surrogate_disable))
-    quant = quantiser(state_quant)
-    ours = isinstance(grad, Surrogate) and (quant is None or isinstance(quant, StateQuant))
-    make: Callable[..., CellOptions] = make_options
-    if ours and not torch.compiler.is_compiling():
-        make = _cached_options
-        max_pool, avg_pool, stride, dilation = map(
-            _hashable, (max_pool, avg_pool, stride, dilation)
-        )
-    options = make(
-        tuple(weight.shape[2:]),
-        stride=stride,
-        dilation=dilation,
-        reset=reset_mechanism,
-        max_pool=max_pool,
-        avg_pool=avg_pool,
-        surrogate=grad,
-        quant=quant,
-        inhibition=inhibition,
-        checkpoint=checkpoint,
-        sequence=sequence,
-        record=check_record(record, sequence),
-    )
-    shape = (x.shape[-4], channels, *options.state_size(x.shape[-2], x.shape[-1]))
-    pool_fits(shape, options)
-    states = []
-    for name, state in (("syn", syn), ("mem", mem)):
-        if state is None:
-            states.append(x.new_zeros(shape))
-        else:
-            states.append(state_tensor(name, state, shape, x, weight))
-    return Call(
-        x,
-        states[0],
-        states[1],
-        weight,
-        bias,
-        scalar_like("threshold", threshold, x, shape, options),
-        scalar_like("graded_spikes_factor", graded_spikes_factor, x, shape, options),
-        options,
-    )
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def never_spikes(threshold: Any) -> bool:

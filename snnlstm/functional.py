@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .arguments import check_call
+from . import arguments, reference
 from .options import CellOptions
 from .path import Path, choose, get_algorithm, native_path
+from .quant import StateQuant
+from .surrogate import Surrogate
 
 try:
     from . import autograd as _autograd
@@ -19,6 +21,19 @@ except ImportError:  # the core is missing; path.py says so and never chooses it
     _autograd = None  # type: ignore[assignment]
 
 __all__ = ["sconv2dlstm"]
+
+
+class Call(NamedTuple):
+    """Checked arguments of :func:`snnlstm.reference.run`, in its order."""
+
+    x: Tensor
+    syn: Tensor
+    mem: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    threshold: Tensor
+    graded: Tensor
+    options: CellOptions
 
 
 def compute(
@@ -165,3 +180,92 @@ def sconv2dlstm(
         checkpoint=checkpoint,
     )
     return compute(*call)[:3]
+
+
+# typed: stride=True must not find what stride=1 left.
+_cached_options = lru_cache(maxsize=256, typed=True)(arguments.make_options)
+
+
+def _options(*, surrogate: Any, quant: Any, **others: Any) -> CellOptions:
+    """Check what describes the cell, once for equal arguments.
+
+    Foreign callables stay out of the cache, which would keep them alive.
+    """
+    ours = isinstance(surrogate, Surrogate) and (quant is None or isinstance(quant, StateQuant))
+    if ours and not torch.compiler.is_compiling():
+        try:
+            return _cached_options(surrogate=surrogate, quant=quant, **others)
+        except TypeError:  # a wrong type, perhaps one that cannot be hashed: say which below
+            pass
+    return arguments.make_options(surrogate=surrogate, quant=quant, **others)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def check_call(
+    x: Any,
+    syn: Any = None,
+    mem: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    threshold: Any = 1.0,
+    spike_grad: Any = None,
+    surrogate_disable: Any = False,
+    reset_mechanism: Any = "none",
+    max_pool: Any = 0,
+    avg_pool: Any = 0,
+    state_quant: Any = None,
+    graded_spikes_factor: Any = 1.0,
+    inhibition: Any = False,
+    stride: Any = 1,
+    dilation: Any = 1,
+    record: Any = False,
+    checkpoint: Any = False,
+) -> Call:
+    """Check every argument of the functional form and put it into its normal form.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`snnlstm.functional.sconv2dlstm` documents.
+    """
+    in_channels, channels = arguments.weight_tensors(weight, bias)
+    x = arguments.input_tensor(x, weight, in_channels)
+    sequence = x.dim() == 5
+    options = _options(
+        kernel_size=tuple(weight.shape[2:]),
+        stride=_hashable(stride),
+        dilation=_hashable(dilation),
+        reset=reset_mechanism,
+        max_pool=_hashable(max_pool),
+        avg_pool=_hashable(avg_pool),
+        surrogate=arguments.surrogate(
+            spike_grad, arguments.flag("surrogate_disable", surrogate_disable)
+        ),
+        quant=arguments.quantiser(state_quant),
+        inhibition=inhibition,
+        checkpoint=checkpoint,
+        sequence=sequence,
+        record=arguments.check_record(record, sequence),
+    )
+    shape = (x.shape[-4], channels, *options.state_size(x.shape[-2], x.shape[-1]))
+    arguments.pool_fits(shape, options)
+    states = []
+    for name, state in (("syn", syn), ("mem", mem)):
+        if state is None:
+            states.append(x.new_zeros(shape))
+        else:
+            states.append(arguments.state_tensor(name, state, shape, x, weight))
+    return Call(
+        x,
+        states[0],
+        states[1],
+        weight,
+        bias,
+        arguments.scalar_like("threshold", threshold, x, shape, options),
+        arguments.scalar_like("graded_spikes_factor", graded_spikes_factor, x, shape, options),
+        options,
+    )

@@ -172,10 +172,13 @@ def conv_reason(
     return None
 
 
+# torch.compiler.is_exporting is younger than the oldest torch that is supported.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)
+
+
 def exporting() -> bool:
-    """Whether torch.export or an ONNX exporter is tracing."""
-    # torch.compiler.is_exporting came after the oldest torch that is supported.
-    return getattr(torch.compiler, "is_exporting", bool)() or torch.onnx.is_in_onnx_export()
+    """Whether torch.export, and with it the ONNX exporter that is built on it, is tracing."""
+    return _is_exporting()
 
 
 def _plain(tensor: Tensor | None) -> bool:

@@ -231,6 +231,6 @@ def sconv2dlstm(
     spk, syn, mem : Tensor
         As :func:`snnlstm.functional.sconv2dlstm` returns them.
     """
-    from .arguments import check_call  # the checks need this package's other modules
+    from .functional import check_call  # which imports this module
 
     return run(*check_call(x, syn, mem, weight, bias, **options))

@@ -13,7 +13,7 @@ from . import arguments, reference
 from .functional import compute
 from .options import CellOptions, Reset
 from .path import Path, conv_reason, exporting, log_fallback
-from .state import StatefulCell
+from .state import ResetSource, StatefulCell
 from .surrogate import NONE
 
 __all__ = ["SConv2dLSTM"]
@@ -170,7 +170,7 @@ class SConv2dLSTM(StatefulCell):
 
         self._options: dict[tuple[bool, bool], CellOptions] = {}
         self._logged: set[str] = set()
-        self._reset_source: _ResetSource | None = None
+        self._reset_source: ResetSource | None = None
         self._initial_threshold = (
             threshold.detach().cpu().clone() if isinstance(threshold, Tensor) else threshold
         )
@@ -398,16 +398,21 @@ class SConv2dLSTM(StatefulCell):
         if exporting():  # a program carries no attributes, and keeping tracers would spoil us
             return
         log_fallback(path, self._logged)
-        self.path = path
-        self.spk = spk
-        if options.record:
-            # Copies of the last step: snnTorch detaches states in place, which views refuse.
-            if syn.shape[0] == 0:
-                return
-            syn, mem = syn[-1].clone(), mem[-1].clone()
-        self.syn = syn
-        self.mem = mem
-        self._reset_source = None if options.sequence else _ResetSource(before, threshold, options)
+        kept: dict[str, Any] = {"path": path, "spk": spk}
+        # A recorded sequence of no steps has no last states: those before it stay.
+        if not options.record or syn.shape[0] > 0:
+            if options.record:
+                # Copies: snnTorch detaches states in place, which views refuse.
+                syn, mem = syn[-1].clone(), mem[-1].clone()
+            kept["syn"], kept["mem"] = syn, mem
+        kept["_reset_source"] = (
+            None if options.sequence else ResetSource(before, threshold, options)
+        )
+        if torch.compiler.is_compiling():  # dynamo follows attributes, not dictionaries
+            for name, value in kept.items():
+                setattr(self, name, value)
+        else:  # as setattr, without nn.Module's search for parameters
+            self.__dict__.update(kept)
 
     @property
     def reset(self) -> Tensor | None:
@@ -493,35 +498,3 @@ class SConv2dLSTM(StatefulCell):
         if self.threshold.numel() == 1 and not self.threshold.is_meta:
             parts.append(f"threshold={self.threshold.item():g}")
         return ", ".join(parts)
-
-
-class _ResetSource:
-    """The reset signal of a step, computed when it is asked for: hardly anybody does.
-
-    Dynamo cannot watch for modifications in place, so there it is computed at once.
-    """
-
-    def __init__(self, mem: Tensor, threshold: Tensor, options: CellOptions) -> None:
-        self.reset: Tensor | None = None
-        if torch.compiler.is_compiling():
-            self.reset = reference.reset_signal(mem, threshold, options.surrogate)
-            return
-        if isinstance(threshold, nn.Parameter):
-            threshold = threshold.detach().clone()  # an optimizer writes to it in place
-        self.mem, self.version = mem, self._version(mem)
-        self.threshold, self.surrogate = threshold, options.surrogate
-
-    @staticmethod
-    def _version(tensor: Tensor) -> int:
-        return 0 if tensor.is_inference() else tensor._version
-
-    def signal(self) -> Tensor:
-        if self.reset is not None:
-            return self.reset
-        if self._version(self.mem) != self.version:
-            raise RuntimeError(
-                "reset can no longer be computed: the mem that was passed to the last call was "
-                "modified in place; read reset before that"
-            )
-        with torch.no_grad():
-            return reference.reset_signal(self.mem, self.threshold, self.surrogate)

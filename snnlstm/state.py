@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .options import CellOptions
+from .reference import reset_signal
 from .snntorch import Base, clear_registries, live, register
 
-__all__ = ["StatefulCell"]
+__all__ = ["ResetSource", "StatefulCell"]
 
 
 class StatefulCell(Base):
@@ -128,3 +130,36 @@ def _zeros_like(state: Tensor) -> Tensor:
         return torch.zeros_like(state)
     except RuntimeError:  # it outlived the torch.func transform in which it was computed
         return torch.zeros(0)
+
+
+class ResetSource:
+    """The reset signal of a step, computed when it is asked for: hardly anybody does.
+
+    Dynamo cannot watch for modifications in place, so there it is computed at once.
+    """
+
+    def __init__(self, mem: Tensor, threshold: Tensor, options: CellOptions) -> None:
+        self.reset: Tensor | None = None
+        if torch.compiler.is_compiling():
+            self.reset = reset_signal(mem, threshold, options.surrogate)
+            return
+        if type(threshold) is nn.Parameter:
+            threshold = threshold.detach().clone()  # an optimizer writes to it in place
+        self.mem, self.version = mem, self._version(mem)
+        self.threshold, self.surrogate = threshold, options.surrogate
+
+    @staticmethod
+    def _version(tensor: Tensor) -> int:
+        return 0 if tensor.is_inference() else tensor._version
+
+    def signal(self) -> Tensor:
+        """Return the reset signal, of mem's shape; see :attr:`SConv2dLSTM.reset`."""
+        if self.reset is not None:
+            return self.reset
+        if self._version(self.mem) != self.version:
+            raise RuntimeError(
+                "reset can no longer be computed: the mem that was passed to the last call was "
+                "modified in place; read reset before that"
+            )
+        with torch.no_grad():
+            return reset_signal(self.mem, self.threshold, self.surrogate)
