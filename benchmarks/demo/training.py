@@ -34,7 +34,7 @@ class Recipe:
     samples: how many of the training digits are used; 0 is all of them.
     """
 
-    epochs: int = 10
+    epochs: int = 12
     batch: int = 16
     rate: float = 1e-2
     samples: int = 0
