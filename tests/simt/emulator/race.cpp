@@ -43,7 +43,11 @@ class Shadow {
   explicit Shadow(size_t bytes) : words_((bytes + 3) / 4), split_(words_.size(), 0) {}
 
   template <class Visit>
-  void each(size_t offset, size_t bytes, Visit&& visit) {
+  __attribute__((always_inline)) void each(size_t offset, size_t bytes, Visit&& visit) {
+    if (bytes == 4 && offset % 4 == 0 && !split_[offset / 4]) {
+      visit(words_[offset / 4], offset);
+      return;
+    }
     size_t at = offset;
     const size_t end = offset + bytes;
     while (at < end) {
@@ -80,10 +84,8 @@ class Shadow {
   }
 };
 
-Shadow& shared_shadow() {
-  static Shadow the_shadow(most_shared_bytes);
-  return the_shadow;
-}
+Shadow the_shared_shadow(most_shared_bytes);
+inline Shadow& shared_shadow() { return the_shared_shadow; }
 
 std::unordered_map<size_t, std::unique_ptr<Shadow>> global_shadows;
 
