@@ -64,7 +64,7 @@ def calls(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["plain", "one step", "inhibition", "no bias", "channels_last"])
 def test_opcheck(name, calls):
     """Schema, autograd registration, fake kernels and their strides, dynamic shapes."""
     case = CASES[name]
