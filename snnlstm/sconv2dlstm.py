@@ -10,36 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments, reference
+from .description import DescribedCell
 from .functional import compute
-from .options import CellOptions, Reset
+from .options import CellOptions
 from .path import Path, conv_reason, exporting, log_fallback
-from .state import ResetSource, StatefulCell
-from .surrogate import NONE
+from .state import ResetSource
 
 __all__ = ["SConv2dLSTM"]
 
-# Attributes that describe the computation: how each is checked when it is set.
-_CHECKS: dict[str, Callable[[SConv2dLSTM, Any], Any]] = {
-    "spike_grad": lambda cell, value: arguments.surrogate(value),
-    "state_quant": lambda cell, value: arguments.quantiser(value) or False,
-    "surrogate_disable": lambda cell, value: arguments.flag("surrogate_disable", value),
-    "inhibition": lambda cell, value: arguments.flag("inhibition", value),
-    "checkpoint": lambda cell, value: arguments.flag("checkpoint", value),
-    "init_hidden": lambda cell, value: arguments.flag("init_hidden", value),
-    "output": lambda cell, value: arguments.flag("output", value),
-    "max_pool": lambda cell, value: _checked_pool(value, 0, value),
-    "avg_pool": lambda cell, value: _checked_pool(0, value, value),
-    "stride": lambda cell, value: arguments.pair("stride", value),
-    "dilation": lambda cell, value: arguments.pair("dilation", value),
-}
 
-
-def _checked_pool(max_pool: Any, avg_pool: Any, value: Any) -> Any:
-    arguments.pooling(max_pool, avg_pool)
-    return value
-
-
-class SConv2dLSTM(StatefulCell):
+class SConv2dLSTM(DescribedCell):
     """Spiking convolutional LSTM cell: snnTorch's, faster.
 
     A drop-in replacement for ``snntorch.SConv2dLSTM`` (1.0.0), of which it is a subclass where
@@ -126,9 +106,6 @@ class SConv2dLSTM(StatefulCell):
     """
 
     spk: Tensor | None = None
-    threshold: Tensor
-    graded_spikes_factor: Tensor
-    reset_mechanism_val: Tensor
     path: Path | None = None
 
     def __init__(
@@ -168,9 +145,8 @@ class SConv2dLSTM(StatefulCell):
             "threshold", arguments.real_tensor("threshold", threshold).shape, out_channels
         )
 
-        self._options: dict[tuple[bool, bool], CellOptions] = {}
+        self._drop_caches()
         self._logged: set[str] = set()
-        self._reset_source: ResetSource | None = None
         self._initial_threshold = (
             threshold.detach().cpu().clone() if isinstance(threshold, Tensor) else threshold
         )
@@ -221,71 +197,6 @@ class SConv2dLSTM(StatefulCell):
         self.register_buffer("reset_mechanism_val", self._reset_index(conv.weight.device))
         self.conv = conv
         self._init_state(conv.weight)
-
-    # ---- what is computed -----------------------------------------------------------------
-
-    def _describe(self, sequence: bool, record: bool) -> CellOptions:
-        """Return the options of a call, from a cache that setting an attribute empties."""
-        key = (sequence, record)
-        options = self._options.get(key)
-        if options is None:
-            quant = self.state_quant
-            options = self._options[key] = arguments.make_options(
-                self.kernel_size,
-                stride=self.stride,
-                dilation=self.dilation,
-                reset=self._reset_mechanism,
-                max_pool=self.max_pool,
-                avg_pool=self.avg_pool,
-                surrogate=NONE if self.surrogate_disable else self.spike_grad,
-                quant=None if quant is False else quant,
-                inhibition=self.inhibition,
-                checkpoint=self.checkpoint,
-                sequence=sequence,
-                record=record,
-            )
-        return options
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _CHECKS:
-            super().__setattr__(name, _CHECKS[name](self, value))
-            self._options = {}
-        elif name in ("threshold", "graded_spikes_factor") and arguments.is_number(value):
-            self._set_number(name, float(value))
-        elif name == "reset_mechanism_val" and isinstance(value, Tensor):
-            reset = arguments.reset_mechanism_val(value)
-            super().__setattr__(name, value)
-            self._follow_reset_mechanism(reset)
-        else:
-            super().__setattr__(name, value)
-
-    def _set_number(self, name: str, value: float) -> None:
-        """Give all elements of a parameter or buffer one value."""
-        tensor = getattr(self, name)
-        if isinstance(tensor, nn.Parameter):  # optimizers know this object
-            with torch.no_grad():
-                tensor.fill_(value)
-        else:  # a new tensor: the old one may be saved for a backward pass
-            super().__setattr__(name, torch.full_like(tensor, value))
-
-    @property
-    def reset_mechanism(self) -> str:
-        """ "subtract", "zero" or "none"; setting it changes what runs from the next call on."""
-        return self._reset_mechanism
-
-    @reset_mechanism.setter
-    def reset_mechanism(self, value: str) -> None:
-        self._reset_mechanism = arguments.reset_mechanism(value)
-        self.reset_mechanism_val = self._reset_index(self.reset_mechanism_val.device)
-
-    def _reset_index(self, device: torch.device) -> Tensor:
-        return torch.tensor(arguments.RESETS.index(self._reset_mechanism), device=device)
-
-    def _follow_reset_mechanism(self, reset: Reset | None) -> None:
-        """Make what runs agree with the buffer; None is one that cannot be read."""
-        if reset is not None:
-            self._reset_mechanism = reset
-            self._options = {}
 
     # ---- the call -------------------------------------------------------------------------
 
@@ -457,16 +368,6 @@ class SConv2dLSTM(StatefulCell):
 
     # ---- saving and loading ---------------------------------------------------------------
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *rest: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
-        try:
-            self._follow_reset_mechanism(arguments.reset_mechanism_val(self.reset_mechanism_val))
-        except ValueError as error:
-            error_msgs = rest[-1]
-            error_msgs.append(str(error))
-
     def reset_parameters(self) -> None:
         """Give parameters and buffers their initial values again; the states become zero."""
         self.conv.reset_parameters()
@@ -475,16 +376,6 @@ class SConv2dLSTM(StatefulCell):
             self.graded_spikes_factor.fill_(1)
             self.reset_mechanism_val.copy_(self._reset_index(self.reset_mechanism_val.device))
         self.reset_mem()
-
-    def _drop_caches(self) -> None:
-        self._options = {}
-        self._reset_source = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        state["_options"], state["_reset_source"], state["_logged"] = {}, None, set()
-        state.pop("spk", None)  # it hangs on the graph of the last call
-        return state
 
     def extra_repr(self) -> str:
         """Arguments that differ from their defaults."""

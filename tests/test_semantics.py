@@ -331,9 +331,21 @@ def test_a_reset_mechanism_that_is_set_or_loaded_is_what_runs(backend, reset):
         close(assigned(x, syn, mem), expected)
 
 
+def test_loading_an_unknown_reset_mechanism_is_refused():
+    cell = ours(reset_mechanism="zero")
+    state = cell.state_dict() | {"reset_mechanism_val": torch.tensor(7)}
+    with pytest.raises(RuntimeError, match="reset_mechanism_val must be 0, 1 or 2"):
+        cell.load_state_dict(state)
+    assert cell.reset_mechanism == "zero"
+
+
 def test_the_meta_device_works():
     with torch.device("meta"):
         cell = ours()
+        cell(torch.empty(1, 2, 5, 5))
+        cell.reset_mechanism = "zero"
+        assert cell._describe(False, False).reset == "zero"
+        cell.reset_mechanism = "none"
     assert all(value.is_meta for value in cell.state_dict().values())
     assert cell(torch.empty(1, 2, 5, 5, device="meta"))[0].shape == (1, 3, 5, 5)
     cell.to_empty(device="cpu")

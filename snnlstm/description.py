@@ -1,0 +1,134 @@
+"""The attributes that describe what a cell computes: checked when set, and turned to options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import arguments
+from .options import CellOptions, Reset
+from .state import ResetSource, StatefulCell
+from .surrogate import NONE
+
+__all__ = ["DescribedCell"]
+
+# How each attribute is checked when it is set.
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "spike_grad": lambda value: arguments.surrogate(value),
+    "state_quant": lambda value: arguments.quantiser(value) or False,
+    "surrogate_disable": lambda value: arguments.flag("surrogate_disable", value),
+    "inhibition": lambda value: arguments.flag("inhibition", value),
+    "checkpoint": lambda value: arguments.flag("checkpoint", value),
+    "init_hidden": lambda value: arguments.flag("init_hidden", value),
+    "output": lambda value: arguments.flag("output", value),
+    "max_pool": lambda value: _checked_pool(value, 0, value),
+    "avg_pool": lambda value: _checked_pool(0, value, value),
+    "stride": lambda value: arguments.pair("stride", value),
+    "dilation": lambda value: arguments.pair("dilation", value),
+}
+
+
+def _checked_pool(max_pool: Any, avg_pool: Any, value: Any) -> Any:
+    arguments.pooling(max_pool, avg_pool)
+    return value
+
+
+class DescribedCell(StatefulCell):
+    """What SConv2dLSTM inherits so that its attributes may be set at any time.
+
+    What runs is what the attributes say, from the next call on.
+    """
+
+    threshold: Tensor
+    graded_spikes_factor: Tensor
+    reset_mechanism_val: Tensor
+    _reset_mechanism: Reset
+    _reset_source: ResetSource | None
+    _options: dict[tuple[bool, bool], CellOptions]
+
+    def _describe(self, sequence: bool, record: bool) -> CellOptions:
+        """Return the options of a call, from a cache that setting an attribute empties."""
+        key = (sequence, record)
+        options = self._options.get(key)
+        if options is None:
+            quant = self.state_quant
+            options = self._options[key] = arguments.make_options(
+                self.kernel_size,
+                stride=self.stride,
+                dilation=self.dilation,
+                reset=self._reset_mechanism,
+                max_pool=self.max_pool,
+                avg_pool=self.avg_pool,
+                surrogate=NONE if self.surrogate_disable else self.spike_grad,
+                quant=None if quant is False else quant,
+                inhibition=self.inhibition,
+                checkpoint=self.checkpoint,
+                sequence=sequence,
+                record=record,
+            )
+        return options
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHECKS:
+            super().__setattr__(name, _CHECKS[name](value))
+            self._options = {}
+        elif name in ("threshold", "graded_spikes_factor") and arguments.is_number(value):
+            self._set_number(name, float(value))
+        elif name == "reset_mechanism_val" and isinstance(value, Tensor):
+            reset = arguments.reset_mechanism_val(value)
+            super().__setattr__(name, value)
+            self._follow_reset_mechanism(reset)
+        else:
+            super().__setattr__(name, value)
+
+    def _set_number(self, name: str, value: float) -> None:
+        """Give all elements of a parameter or buffer one value."""
+        tensor = getattr(self, name)
+        if isinstance(tensor, nn.Parameter):  # optimizers know this object
+            with torch.no_grad():
+                tensor.fill_(value)
+        else:  # a new tensor: the old one may be saved for a backward pass
+            super().__setattr__(name, torch.full_like(tensor, value))
+
+    @property
+    def reset_mechanism(self) -> str:
+        """Name of the reset mechanism: "subtract", "zero" or "none"."""
+        return self._reset_mechanism
+
+    @reset_mechanism.setter
+    def reset_mechanism(self, value: str) -> None:
+        self._reset_mechanism = arguments.reset_mechanism(value)
+        self.reset_mechanism_val = self._reset_index(self.reset_mechanism_val.device)
+        self._options = {}
+
+    def _reset_index(self, device: torch.device) -> Tensor:
+        return torch.tensor(arguments.RESETS.index(self._reset_mechanism), device=device)
+
+    def _follow_reset_mechanism(self, reset: Reset | None) -> None:
+        """Make what runs agree with the buffer; None is one that cannot be read."""
+        if reset is not None:
+            self._reset_mechanism = reset
+            self._options = {}
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+        try:
+            self._follow_reset_mechanism(arguments.reset_mechanism_val(self.reset_mechanism_val))
+        except ValueError as error:
+            error_msgs = rest[-1]
+            error_msgs.append(str(error))
+
+    def _drop_caches(self) -> None:
+        self._options = {}
+        self._reset_source = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state["_options"], state["_reset_source"], state["_logged"] = {}, None, set()
+        state.pop("spk", None)  # it hangs on the graph of the last call
+        return state
