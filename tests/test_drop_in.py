@@ -431,10 +431,23 @@ def test_inference_mode_and_no_grad(backend):
         backend.check(cell.path)
 
 
-def test_data_parallel_replicas_do_not_broadcast_states():
-    """DistributedDataParallel broadcasts buffers: the states are none."""
-    cell = ours()
-    cell(X)
-    names = {name for name, _ in cell.named_buffers()}
-    assert names == {"threshold", "graded_spikes_factor", "reset_mechanism_val"}
-    assert cell._non_persistent_buffers_set == set()
+def _one_rank(rank, store):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    cell, alone = ours(), ours()
+    parallel = nn.parallel.DistributedDataParallel(cell)
+    for batch in (2, 2, 1 + rank):  # the last batches differ, as those of a data set do
+        x = steps(1, batch, 2, 6, 6, seed=10 * rank + batch)[0]
+        spk, syn, mem = parallel(x)
+        close((spk, syn, mem), alone(x))
+        (spk.sum() + mem.sum()).backward()
+        snnlstm.SConv2dLSTM.detach_hidden()
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel_ranks_keep_their_own_states(tmp_path):
+    """snnTorch's states are buffers: rank 0's replace those of the others."""
+    assert not {"syn", "mem"} & {name for name, _ in ours().named_buffers()}
+    torch.multiprocessing.spawn(_one_rank, (tmp_path / "store",), nprocs=2)
