@@ -100,15 +100,15 @@ class Suite:
         return tick
 
     def run_case(self, case: Case) -> None:
-        """Check, time and weigh one case, and print its table."""
+        """Check, weigh and time one case, and print its tables."""
         plan = self.plan
         self.tell(f"{case.name}: checking")
         providers = self.checked(case)
-        timed = {mode: self.time(case, mode, providers) for mode in plan.modes}
         weighed = self.weigh(case, list(providers)) if plan.memory == "all" else {}
-        for mode, times in timed.items():
+        for mode in plan.modes:
+            times = self.time(case, mode, providers)
             rows = [
-                self.row(case, mode, name, times.get(name), times.get(BASELINE), providers[name])
+                self.row(case, mode, name, times[name], times.get(BASELINE), providers[name])
                 for name in providers
                 if name in times
             ]

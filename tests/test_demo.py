@@ -175,6 +175,6 @@ def test_demo_runs(tmp_path):
     assert "Both started from the same" in done.stdout
     found = json.loads((tmp_path / "demo.json").read_text())
     losses = [found[name]["losses"] for name in ("snntorch", "snnlstm")]
-    assert len(losses[0]) == 15
+    assert len(losses[0]) == 8
     assert demo_report.largest_difference(*losses) < 0.1
     assert (tmp_path / "demo.png").stat().st_size > 10_000

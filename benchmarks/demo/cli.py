@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         help="for both networks (default: torch's own, %(default)s here)",
     )
     p.add_argument(
-        "--quick", action="store_true", help="a look only: 1 epoch of 240 digits, learns little"
+        "--quick", action="store_true", help="a look only: 1 epoch of 128 digits, learns little"
     )
     p.add_argument(
         "--out",
@@ -64,7 +64,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
         raise ValueError(f"--seed must lie in 0..2147483647, got {args.seed}")
     common = {"seed": args.seed, "device": args.device, "threads": args.threads}
     if args.quick:
-        return Recipe(epochs=1, samples=240, **common)
+        return Recipe(epochs=1, samples=128, **common)
     return Recipe(epochs=args.epochs, **common)
 
 
