@@ -16,10 +16,8 @@ void launch_backward_fma(const BackwardFma& p, DType type, Stream stream) {
 void launch_spread(const SpreadStep& p, Stream stream) {
   with_real(p.neuron.fire.spk.type, [&](auto real) {
     using R = decltype(real);
-    const Fire& f = p.neuron.fire;
-    const int64_t windows = int64_t(p.tiling.images) * f.C * f.Hp * f.Wp;
-    const Launch how{"spread spikes", dim3(unsigned(ceil_div(windows, kSpreadThreads))),
-                     dim3(kSpreadThreads), 0, stream};
+    const int64_t blocks = p.tiling.images * blocks_of_sample(p.neuron.fire, kSpreadThreads);
+    const Launch how{"spread spikes", dim3(unsigned(blocks)), dim3(kSpreadThreads), 0, stream};
     launch(how, &spread_spikes<R>, p);
   });
 }

@@ -18,16 +18,16 @@ struct FireStep {
 // The i-th of a sample's thresholded neurons, neighbouring numbers side by side in memory.
 struct PooledIndex {
   int c, y, x;
-  SNNLSTM_DEVICE PooledIndex(const Fire& f, int64_t i) {
+  SNNLSTM_DEVICE PooledIndex(const Fire& f, int i) {
     if (f.spk.c == 1) {
-      c = int(i % f.C), i /= f.C;
-      x = int(i % f.Wp), y = int(i / f.Wp);
+      c = i % f.C, i /= f.C;
+      x = i % f.Wp, y = i / f.Wp;
     } else {
-      x = int(i % f.Wp), i /= f.Wp;
-      y = int(i % f.Hp), c = int(i / f.Hp);
+      x = i % f.Wp, i /= f.Wp;
+      y = i % f.Hp, c = i / f.Hp;
     }
   }
-  SNNLSTM_DEVICE int64_t flat(const Fire& f) const { return (int64_t(c) * f.Hp + y) * f.Wp + x; }
+  SNNLSTM_DEVICE int flat(const Fire& f) const { return (c * f.Hp + y) * f.Wp + x; }
 };
 
 template <class R>
@@ -42,15 +42,20 @@ SNNLSTM_DEVICE R thresholded_mem(const FireStep& p, int n, const PooledIndex& at
   return f.pool == Pool::none ? value(0, 0) : pooled<R>(f, value, where);
 }
 
-// One thread a pooled neuron.
+// One thread a pooled neuron, of one sample in a block. grid: blocks_of_sample for each sample.
+SNNLSTM_BOTH int neurons_of_sample(const Fire& f) { return f.C * f.Hp * f.Wp; }
+SNNLSTM_BOTH int blocks_of_sample(const Fire& f, int threads) {
+  return (neurons_of_sample(f) + threads - 1) / threads;
+}
+
 template <class R>
 __global__ void __launch_bounds__(kFireThreads) fire_windows(const __grid_constant__ FireStep p) {
   const Fire& f = p.fire;
-  const int64_t per_sample = int64_t(f.C) * f.Hp * f.Wp;
-  const int64_t i = int64_t(blockIdx.x) * kFireThreads + threadIdx.x;
-  if (i >= per_sample * p.N) return;
-  const int n = int(i / per_sample);
-  const PooledIndex at(f, i % per_sample);
+  const int blocks = blocks_of_sample(f, kFireThreads);
+  const int n = int(blockIdx.x) / blocks;
+  const int i = int(blockIdx.x) % blocks * kFireThreads + int(threadIdx.x);
+  if (i >= neurons_of_sample(f)) return;
+  const PooledIndex at(f, i);
   write(image_of(f.spk, 0, n), f.spk.type, offset(f.spk, at.c, at.y, at.x),
         spike_of(f, thresholded_mem<R>(p, n, at), threshold_of<R>(f, at.c)));
 }
@@ -58,29 +63,29 @@ __global__ void __launch_bounds__(kFireThreads) fire_windows(const __grid_consta
 template <class R>
 struct WinnerShared {
   R value[kFireThreads];
-  int64_t index[kFireThreads];
+  int index[kFireThreads];
 };
 
 // Of all neurons of a sample only the one with the highest (pooled) mem may spike: the lowest index
 // in (C, Hp, Wp) among equals; a NaN counts as highest, as in torch.argmax. One block a sample.
 template <class R>
-__global__ void __launch_bounds__(kFireThreads) fire_winner(const __grid_constant__ FireStep p) {
+__global__ void __launch_bounds__(kFireThreads, 2) fire_winner(const __grid_constant__ FireStep p) {
   auto& shared = shared_memory<WinnerShared<R>>();
   const Fire& f = p.fire;
   const int n = int(blockIdx.x), tid = int(threadIdx.x);
-  const int64_t count = int64_t(f.C) * f.Hp * f.Wp;
-  const auto better = [](R a, int64_t ia, R b, int64_t ib) {  // index -1: no neuron
+  const int count = neurons_of_sample(f);
+  const auto better = [](R a, int ia, R b, int ib) {  // index -1: no neuron
     if (ia < 0 || ib < 0) return ib < 0 && ia >= 0;
     const bool nan_a = a != a, nan_b = b != b;
     if (nan_a || nan_b) return nan_a && (!nan_b || ia < ib);
     return a > b || (a == b && ia < ib);
   };
   R best = 0;
-  int64_t best_index = -1;
-  for (int64_t i = tid; i < count; i += kFireThreads) {
+  int best_index = -1;
+  for (int i = tid; i < count; i += kFireThreads) {
     const PooledIndex at(f, i);
     const R mem = thresholded_mem<R>(p, n, at);
-    const int64_t flat = at.flat(f);
+    const int flat = at.flat(f);
     if (better(mem, flat, best, best_index)) best = mem, best_index = flat;
     write(image_of(f.spk, 0, n), f.spk.type, offset(f.spk, at.c, at.y, at.x),
           R(0) * R(f.graded));
@@ -96,11 +101,11 @@ __global__ void __launch_bounds__(kFireThreads) fire_winner(const __grid_constan
   }
   __syncthreads();
   if (tid > 0) return;
-  const int64_t winner = shared.index[0];
+  const int winner = shared.index[0];
   if (p.winner != nullptr) p.winner[n] = winner;
   if (winner < 0) return;
-  const int c = int(winner / (int64_t(f.Hp) * f.Wp)), y = int(winner / f.Wp % f.Hp);
-  write(image_of(f.spk, 0, n), f.spk.type, offset(f.spk, c, y, int(winner % f.Wp)),
+  const int c = winner / (f.Hp * f.Wp), y = winner / f.Wp % f.Hp;
+  write(image_of(f.spk, 0, n), f.spk.type, offset(f.spk, c, y, winner % f.Wp),
         spike_of(f, shared.value[0], threshold_of<R>(f, c)));
 }
 

@@ -19,9 +19,8 @@ void launch_fire(const FireStep& p, bool inhibition, Stream stream) {
                        sizeof(WinnerShared<R>), stream};
       return launch(how, &fire_winner<R>, p);
     }
-    const int64_t neurons = int64_t(p.N) * p.fire.C * p.fire.Hp * p.fire.Wp;
-    const Launch how{"fire", dim3(unsigned(ceil_div(neurons, kFireThreads))), dim3(kFireThreads), 0,
-                     stream};
+    const int blocks = blocks_of_sample(p.fire, kFireThreads);
+    const Launch how{"fire", dim3(unsigned(p.N * blocks)), dim3(kFireThreads), 0, stream};
     launch(how, &fire_windows<R>, p);
   });
 }

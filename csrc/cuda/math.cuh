@@ -123,23 +123,44 @@ SNNLSTM_DEVICE void write_vector(void* array, DType type, int64_t i, const R (&v
   }
 }
 
+#if defined(__CUDA_ARCH__)
+// In double precision these are long: called, not inlined 24 times over.
+__device__ __noinline__ double exp_double(double x) { return exp(x); }
+__device__ __noinline__ double tanh_double(double x) { return tanh(x); }
+#endif
+
 // cell.h's M for one real number.
 template <class Real>
 struct Math {
   using R = Real;
   static SNNLSTM_HD R splat(double c) { return R(c); }
   static SNNLSTM_HD R where(bool mask, R a, R b) { return mask ? a : b; }
+  static SNNLSTM_HD R abs(R x) { return std::fabs(x); }
+#if defined(__CUDA_ARCH__)
+  static SNNLSTM_HD R exp(R x) {
+    if constexpr (sizeof(R) == 8)
+      return exp_double(x);
+    else
+      return expf(x);
+  }
+  static SNNLSTM_HD R tanh(R x) {
+    if constexpr (sizeof(R) == 8)
+      return tanh_double(x);
+    else
+      return tanhf(x);
+  }
+  static SNNLSTM_HD R sigmoid(R x) {
+    const R below = R(1) + exp(-x);
+    if constexpr (sizeof(R) == 8)
+      return R(1) / below;
+    else
+      return __fdividef(1.0f, below);  // 2 ulp; an overflow of exp gives 0, as it should
+  }
+#else
   static SNNLSTM_HD R exp(R x) { return std::exp(x); }
   static SNNLSTM_HD R tanh(R x) { return std::tanh(x); }
-  static SNNLSTM_HD R abs(R x) { return std::fabs(x); }
-  static SNNLSTM_HD R sigmoid(R x) {
-    const R below = R(1) + std::exp(-x);
-#if defined(__CUDA_ARCH__)
-    // 2 ulp; an overflow of exp gives 0, as it should.
-    if constexpr (sizeof(R) == 4) return __fdividef(1.0f, below);
+  static SNNLSTM_HD R sigmoid(R x) { return R(1) / (R(1) + std::exp(-x)); }
 #endif
-    return R(1) / below;
-  }
 };
 
 // A flag that rides in the sign of a number that is never negative, -0 included.

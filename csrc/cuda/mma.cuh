@@ -101,25 +101,38 @@ class MmaGemm {
         for (int r = 0; r < 4; ++r) acc[mi][nt][r] = 0;
 
     // Chunk 0 fetches nothing; while chunk k is computed, chunk k + 1 is on its way.
-    bool working = p_.segments > 0;
+    bool working = p_.segments > 0, first = true;
 #pragma unroll 1
-    for (int buffer = 0; working; buffer ^= 1) {
+    for (int buffer = 0; working; buffer ^= 1, first = false) {
       const MmaSegment& seg = p_.segment[at.segment];
       const int steps = seg.steps(at.chunk);
-      begin_chunk();
-      loading_ = unit_ > 0 && more;
+      begin_chunk(first);
+      loading_ = !first && more;
       stages_since_load_ = loading_ ? 0 : mma_gemm::kStages;
       const MmaSegment& next = p_.segment[more ? load_at.segment : 0];
       if (loading_) source_.start(next, load_at.chunk, buffer_at(buffer ^ 1), load_at.chunk < 2);
+      const bool up = seg.s.up_h.value > 1 || seg.s.up_w.value > 1;
+      int pixel[2], tap_h = 0, tap_w = 0;
+#pragma unroll
+      for (int mi = 0; mi < 2; ++mi) {
+        unsigned y;
+        int x;
+        pixel[mi] = pixel_of_lane(seg, mi, y, x);
+      }
 #pragma unroll 1
       for (int tap = 0; tap < seg.taps; ++tap) {
         int row[2];
-        locate_rows(seg, tap, buffer, row);
+        const int shift = tap_h * seg.s.dilation_h * seg.pitch + tap_w * seg.s.dilation_w;
+#pragma unroll
+        for (int mi = 0; mi < 2; ++mi)
+          row[mi] = up ? row_of_transposed(seg, mi, tap_h, tap_w, buffer)
+                       : row_of(pixel[mi] + shift, buffer);
+        if (++tap_w == seg.taps_w) tap_w = 0, ++tap_h;
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {
-          if (unit_ % p_.stage_units == 0) next_stage(next);
+          if (units_left_ == 0) next_stage(next);
           multiply(row, step, acc);
-          ++unit_;
+          weights_ += p_.unit_bytes, --units_left_;
         }
       }
       if (loading_) {
@@ -168,14 +181,16 @@ class MmaGemm {
     if (!fault(Fault::missing_wait, 1)) cp_async_wait<mma_gemm::kStages - 2>();
     if (!fault(Fault::missing_barrier_read, 1)) __syncthreads();
     copy_stage();
+    units_left_ = p_.stage_units;
+    if (weights_ == mma_gemm::kStages * p_.stage_bytes()) weights_ = 0;
     ++stages_since_load_;
     if (loading_) source_.turn(loading);
   }
 
   // After this the chunk's data is there for all threads, and the other buffer is free.
-  SNNLSTM_DEVICE void begin_chunk() {
+  SNNLSTM_DEVICE void begin_chunk(bool first) {
     if (!fault(Fault::missing_wait, 2)) {
-      if (unit_ == 0) {
+      if (first) {
         cp_async_wait<mma_gemm::kStages - 2>();
       } else if (stages_since_load_ < mma_gemm::kStages) {
         // Short chunks; long ones have waited for their copies at their stages.
@@ -188,47 +203,46 @@ class MmaGemm {
 
   // ---- multiplication ----------------------------------------------------------------------------
 
-  // This lane's row for ldmatrix, in each m16 tile: the shared memory of its pixel's neighbour at
-  // the tap.
-  SNNLSTM_DEVICE void locate_rows(const MmaSegment& seg, int tap, int buffer, int (&row)[2]) const {
-    const Segment& s = seg.s;
+  // This lane's pixel for ldmatrix, in m16 tile mi, as a pixel of the neighbourhood (at tap 0, 0).
+  SNNLSTM_DEVICE int pixel_of_lane(const MmaSegment& seg, int mi, unsigned& y, int& x) const {
     const int lane = int(threadIdx.x) % 32;
-    const int tap_h = tap / seg.taps_w, tap_w = tap - tap_h * seg.taps_w;
-    const bool up = s.up_h.value > 1 || s.up_w.value > 1;
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi) {
-      const int odd = fault(Fault::wrong_fragment_row) ? 0 : lane >> 3 & 1;
-      int m = warp_row_ * mma_gemm::kWarpPixels + mi * 16 + 2 * (lane % 8) + odd;
-      const int pixels = tiling_.h * tiling_.w;
-      if (m >= pixels) m &= 15;  // any pixel, on the same banks
-      unsigned y = unsigned(m < pixels ? m : 0);
-      int x = int(tiling_.by_w.split(y));
-      int p = (int(y) * seg.step_h + tap_h * s.dilation_h) * seg.pitch + x * seg.step_w +
-              tap_w * s.dilation_w + seg.lead;
-      if (fault(Fault::wrong_halo, 2)) p += 1;
-      row[mi] = buffer * p_.buffer_bytes + mma_tile::row_offset(p) + (lane >> 4) * 16;
-      if (up) {
-        const int v = block_.y0 + int(y) - s.pad_h + tap_h * s.dilation_h;
-        const int u = block_.x0 + x - s.pad_w + tap_w * s.dilation_w;
-        unsigned source_y = unsigned(v), source_x = unsigned(u);
-        const bool real = v >= 0 && u >= 0 && s.up_h.split(source_y) == 0 &&
-                          s.up_w.split(source_x) == 0;
-        p = (int(source_y) - source_.origin_h(s)) * seg.pitch + int(source_x) - source_.origin_w(s) +
-            seg.lead;
-        row[mi] = real ? buffer * p_.buffer_bytes + mma_tile::row_offset(p) + (lane >> 4) * 16
-                       : int(zeros() - shared_);
-      }
-    }
+    const int odd = fault(Fault::wrong_fragment_row) ? 0 : lane >> 3 & 1;
+    int m = warp_row_ * mma_gemm::kWarpPixels + mi * 16 + 2 * (lane % 8) + odd;
+    const int pixels = tiling_.h * tiling_.w;
+    if (m >= pixels) m &= 15;  // any pixel, on the same banks
+    y = unsigned(m < pixels ? m : 0);
+    x = int(tiling_.by_w.split(y));
+    return int(y) * seg.step_h * seg.pitch + x * seg.step_w + seg.lead +
+           (fault(Fault::wrong_halo, 2) ? 1 : 0);
+  }
+
+  // Its row in shared memory, for neighbourhood pixel p: in bytes.
+  SNNLSTM_DEVICE int row_of(int p, int buffer) const {
+    return buffer * p_.buffer_bytes + mma_tile::row_offset(p) + (int(threadIdx.x) % 32 >> 4) * 16;
+  }
+
+  // The same where the convolution is a strided one's transpose: not every pixel has a source.
+  SNNLSTM_DEVICE int row_of_transposed(const MmaSegment& seg, int mi, int tap_h, int tap_w,
+                                       int buffer) const {
+    const Segment& s = seg.s;
+    unsigned y;
+    int x;
+    pixel_of_lane(seg, mi, y, x);
+    const int v = block_.y0 + int(y) - s.pad_h + tap_h * s.dilation_h;
+    const int u = block_.x0 + x - s.pad_w + tap_w * s.dilation_w;
+    unsigned source_y = unsigned(v), source_x = unsigned(u);
+    const bool real =
+        v >= 0 && u >= 0 && s.up_h.split(source_y) == 0 && s.up_w.split(source_x) == 0;
+    const int p = (int(source_y) - source_.origin_h(s)) * seg.pitch + int(source_x) -
+                  source_.origin_w(s) + seg.lead;
+    return real ? row_of(p, buffer) : int(zeros() - shared_);
   }
 
   SNNLSTM_DEVICE void multiply(const int (&row)[2], int step, Accumulators& acc) const {
     uint32_t a[2][4];
 #pragma unroll
     for (int mi = 0; mi < 2; ++mi) ldmatrix(a[mi], shared_ + row[mi] + step * 32);
-    const unsigned char* b = stages_ +
-                             unit_ / p_.stage_units % mma_gemm::kStages * p_.stage_bytes() +
-                             unit_ % p_.stage_units * p_.unit_bytes +
-                             warp_column_ * (NT / 2 * mma_gemm::kPairBytes) +
+    const unsigned char* b = stages_ + weights_ + warp_column_ * (NT / 2 * mma_gemm::kPairBytes) +
                              int(threadIdx.x) % 32 * 16;
     if constexpr (kHalf) {
       if (p_.multiply == Multiply::bf16)
@@ -301,7 +315,8 @@ class MmaGemm {
   const Block& block_;
   const unsigned char* weight_;
   int warp_column_, warp_row_;
-  int unit_ = 0, copied_ = 0;
+  int copied_ = 0;                    // stages of the stream, so far
+  int weights_ = 0, units_left_ = 0;  // where the next unit lies in the ring; units in its stage
   bool loading_ = false;
   int stages_since_load_ = 0;
   MmaSource<Element, AnyFeed> source_;

@@ -65,7 +65,7 @@ class BackwardTile {
       noise = read<R>(image_of(p_.noise, block_.t, block_.n), p_.noise.type,
                       offset(p_.noise, c, y, x));
     if (p_.winner != nullptr) {
-      const int64_t flat = (int64_t(c) * f.Hp + y) * f.Wp + x;
+      const int flat = (c * f.Hp + y) * f.Wp + x;
       if (p_.winner[block_.t * int64_t(tiling_.by_batch.value) + block_.n] != flat) return 0;
     }
     return N::surrogate_gradient(p_.surrogate, u, R(p_.p0), R(p_.p1), noise) *
@@ -209,8 +209,19 @@ class BackwardTile {
       for (int k = 0; k < 4; ++k) store_patch(p_.d_gates, at, c0, gate[k], k);
     }
     if (gate_grads != nullptr) {
+#pragma unroll 1
+      for (int k = 0; k < 4; ++k) {
+        R v[2][4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) store_patch(gate_grads[k], at, c0, gate[k]);
+        for (int i = 0; i < 8; ++i) {
+          const int px = i / 4, ch = i % 4;
+          v[px][ch] = k == 0   ? gate[0][px][ch]
+                      : k == 1 ? gate[1][px][ch]
+                      : k == 2 ? gate[2][px][ch]
+                               : gate[3][px][ch];
+        }
+        store_patch(gate_grads[k], at, c0, v);
+      }
     }
     if (p_.grad_syn0.present())
       store_patch(p_.grad_syn0, at, c0, d_syn);

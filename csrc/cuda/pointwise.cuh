@@ -42,10 +42,17 @@ __global__ void __launch_bounds__(pointwise::kThreads)
   tile.load_vectors();
   const Place at =
       place_of(p.tiling, block, pointwise::pixel(), p.neuron.Ho, p.neuron.Wo);
-  R sum[4][2][4];
+  R sum[4][2][4] = {};
+#pragma unroll 1
+  for (int k = 0; k < 4; ++k) {  // one copy of the code that knows all layouts
+    R v[2][4];
+    load_patch(p.sums[k], at, c0 + pointwise::channel(), v);
 #pragma unroll
-  for (int gate = 0; gate < 4; ++gate)
-    load_patch(p.sums[gate], at, c0 + pointwise::channel(), sum[gate]);
+    for (int gate = 0; gate < 4; ++gate)
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (gate == k) sum[gate][i / 4][i % 4] = v[i / 4][i % 4];
+  }
   __syncthreads();
   tile.patch(pointwise::pixel(), pointwise::channel(), sum, mem_tile);
   __syncthreads();

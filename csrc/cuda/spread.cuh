@@ -2,6 +2,7 @@
 // tiles of the backward step.
 #pragma once
 
+#include "fire.cuh"
 #include "neuron_backward.cuh"
 
 namespace snnlstm::cuda {
@@ -14,17 +15,16 @@ struct SpreadStep {
   Image spikes;   // (N, Ho, Wo, Cp) in the compute type: written inside of whole windows
 };
 
-// One thread a window and channel.
+// One thread a window and channel, of one sample in a block. grid: blocks_of_sample for each sample.
 template <class R>
 __global__ void __launch_bounds__(kSpreadThreads)
     spread_spikes(const __grid_constant__ SpreadStep p) {
   const Fire& f = p.neuron.fire;
-  const int64_t per_sample = int64_t(f.C) * f.Hp * f.Wp;
-  int64_t i = int64_t(blockIdx.x) * kSpreadThreads + threadIdx.x;
-  if (i >= per_sample * p.tiling.by_batch.value) return;
-  const Block block{0, int(i / per_sample), 0, 0, 0, 0};
-  i %= per_sample;
-  const int c = int(i % f.C), x = int(i / f.C % f.Wp), y = int(i / f.C / f.Wp);
+  const int blocks = blocks_of_sample(f, kSpreadThreads);
+  const int i = int(blockIdx.x) % blocks * kSpreadThreads + int(threadIdx.x);
+  if (i >= neurons_of_sample(f)) return;
+  const Block block{0, int(blockIdx.x) / blocks, 0, 0, 0, 0};
+  const int c = i % f.C, x = i / f.C % f.Wp, y = i / f.C / f.Wp;
   const BackwardTile<R> tile(p.neuron, p.tiling, block, 0, 1, nullptr);
   const R threshold = threshold_of<R>(f, c);
   const int top = y * f.pool_h, left = x * f.pool_w;

@@ -17,12 +17,8 @@ WIDE = ("mid", "big")
 
 # What is above its goal for now, with the bound that must hold meanwhile.
 ABOVE = {
-    ("mnist", "tf32"): {"sectors": 1.45, "banks": 1.30},
-    ("mnist", "bfloat16 states"): {"sectors": 1.60, "banks": 1.30},
-    ("mid", "tf32"): {"sectors": 1.25, "banks": 1.30},
-    ("mid", "bfloat16 states"): {"sectors": 1.20, "banks": 1.30},
-    ("big", "tf32"): {"sectors": 1.25, "banks": 1.30},
-    ("big", "bfloat16 states"): {"sectors": 1.25, "banks": 1.30},
+    # Rows of 28 elements of 2 bytes begin and end within a sector.
+    ("mnist", "bfloat16 states"): {"sectors": 1.20},
 }
 
 

@@ -5,20 +5,48 @@ import re
 
 import gpu_tools
 import pytest
-from builder import KERNELS
-from test_compiles import installed_module, needs_cuobjdump, needs_nvcc
+from builder import KERNELS, ROOT
+from test_compiles import TUNED, installed_module, needs_cuobjdump, needs_nvcc
 
 pytestmark = needs_cuobjdump
+
+CUDA = ROOT / "csrc" / "cuda"
 
 HALF = ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4")
 TF32 = ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4")
 
-# Patterns of kernel names in csrc/cuda, and how their instructions must begin.
-EXPECTED: dict[str, tuple[str, ...]] = {}
+BOTH_HALVES = ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "LDGSTS.E.BYPASS.128")
+VECTORS = ("LDG.E.128", "STG.E.128")
+
+# By file of csrc/cuda: patterns of kernel names, and how instructions of theirs must begin (a space
+# ends the name). A kernel of 16-bit types holds code for both of them.
+EXPECTED = {
+    "forward_mma": {
+        r"forward_mma<float, \d>": (*TF32, "LDG.E.128"),
+        r"forward_mma<unsigned short, \d>": (*BOTH_HALVES, "LDSM.16.M88.4", "LDG.E.128"),
+        r"forward_mma<.*, 2>": VECTORS,
+    },
+    "backward_mma": {
+        r"backward_mma<float, \d>": (*TF32, *VECTORS),
+        r"backward_mma<unsigned short, \d>": (*BOTH_HALVES, "LDSM.16.M88.4", *VECTORS),
+        r"weight_grad_mma<float>": ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128"),
+        r"weight_grad_mma<unsigned short>": (*BOTH_HALVES, "LDSM.16.MT88.4"),
+    },
+    "pointwise": {r"pointwise_(forward|backward)<": VECTORS},
+}
+KERNEL_PATTERNS = [(file, p) for file, patterns in EXPECTED.items() for p in patterns]
 
 
 def missing(code: list[str], expected: tuple[str, ...]) -> list[str]:
-    return [e for e in expected if not any(i.startswith(e) for i in code)]
+    return [e for e in expected if not any(f"{i} ".startswith(e) for i in code)]
+
+
+def check(binary, arch: int, file: str, pattern: str) -> None:
+    code = gpu_tools.disassemble(binary, arch)
+    found = {name: c for name, c in code.items() if re.search(pattern, name)}
+    assert found, f"no kernel matches {pattern}"
+    for name, instructions in found.items():
+        assert missing(instructions, EXPECTED[file][pattern]) == [], name
 
 
 @needs_nvcc
@@ -44,10 +72,15 @@ def test_sm_75_has_neither_and_does_without():
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("pattern", EXPECTED)
-def test_installed_kernels(pattern, arch):
-    code = gpu_tools.disassemble(installed_module(), arch)
-    found = {name: c for name, c in code.items() if re.search(pattern, name)}
-    assert found, f"no kernel matches {pattern}"
-    for name, instructions in found.items():
-        assert missing(instructions, EXPECTED[pattern]) == [], name
+@pytest.mark.parametrize(("file", "pattern"), KERNEL_PATTERNS)
+def test_installed_kernels(file, pattern, arch):
+    check(installed_module(), arch, file, pattern)
+
+
+@needs_nvcc
+@pytest.mark.simt_long
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("file", "pattern"), KERNEL_PATTERNS)
+def test_kernels_compiled_anew(file, pattern, arch):
+    binary, _ = gpu_tools.compile_fatbin(CUDA / f"{file}.cu", TUNED)
+    check(binary, arch, file, pattern)
