@@ -5,10 +5,12 @@
 //
 //   outputs = AT [ (BT inputs B) * (G taps GT) ] A        sums over channels inside the brackets
 //
-// The interpolation points are 0, 1, -1 and infinity for A = 4, and 2, -2 besides for A = 6, so
-// that the transforms are the same few sums for every M and R: AT and G are Vandermonde matrices of
-// the points, G's rows scaled. The weight gradient is the same thing with the roles changed: R x R
-// outputs, with the M x M gradients of a tile in the place of the taps.
+// The interpolation points are 0, 1, -1 and infinity for A = 4, and 0, 2/3, -2/3, 3/2, -3/2 and
+// infinity for A = 6, so that the transforms are the same few sums for every M and R: AT and G are
+// Vandermonde matrices of the points, G's rows scaled. Pairs +-p share their even and odd sums.
+// Reciprocal points near 1 keep the entries of all three matrices small: the error is less than half
+// of that of the usual 0, +-1, +-2 (benchmarks/NOTES.md). The weight gradient is the same thing with
+// the roles changed: R x R outputs, with the M x M gradients of a tile in the place of the taps.
 #pragma once
 
 #include "conv.h"
@@ -20,6 +22,10 @@ template <class R, class T, int A>
 struct Transform {
   static_assert(A == 4 || A == 6);
 
+  // The points +-p and +-q; of A = 4 only +-p.
+  static constexpr double p = A == 4 ? 1 : 2. / 3, q = 1.5;
+  static constexpr double pp = p * p, qq = q * q;
+
   // BT: A inputs to A values.
   static SNNLSTM_INLINE void inputs(const R (&x)[A], R (&y)[A]) {
     if constexpr (A == 4) {
@@ -27,15 +33,15 @@ struct Transform {
       y[1] = x[1] + x[2];
       y[2] = x[2] - x[1];
       y[3] = x[3] - x[1];
-    } else {
-      const R even1 = x[4] - T(4) * x[2], odd1 = x[3] - T(4) * x[1];
-      const R even2 = x[4] - x[2], odd2 = T(2) * (x[3] - x[1]);
-      y[0] = T(4) * x[0] - T(5) * x[2] + x[4];
-      y[1] = even1 + odd1;
-      y[2] = even1 - odd1;
-      y[3] = even2 + odd2;
-      y[4] = even2 - odd2;
-      y[5] = T(4) * x[1] - T(5) * x[3] + x[5];
+    } else {  // with p q = 1
+      const R even1 = x[4] - T(qq) * x[2], odd1 = x[3] - T(qq) * x[1];
+      const R even2 = x[4] - T(pp) * x[2], odd2 = x[3] - T(pp) * x[1];
+      y[0] = x[0] - T(pp + qq) * x[2] + x[4];
+      y[1] = even1 + T(p) * odd1;
+      y[2] = even1 - T(p) * odd1;
+      y[3] = even2 + T(q) * odd2;
+      y[4] = even2 - T(q) * odd2;
+      y[5] = x[1] - T(pp + qq) * x[3] + x[5];
     }
   }
 
@@ -43,10 +49,10 @@ struct Transform {
   template <int M>
   static SNNLSTM_INLINE void outputs(const R (&y)[A], R (&out)[M]) {
     const R sum1 = y[1] + y[2], difference1 = y[1] - y[2];
-    for (int p = 0; p < M; ++p) out[p] = p % 2 ? difference1 : sum1;
+    for (int k = 0; k < M; ++k) out[k] = T(power(p, k)) * (k % 2 ? difference1 : sum1);
     if constexpr (A == 6) {
       const R sum2 = y[3] + y[4], difference2 = y[3] - y[4];
-      for (int p = 0; p < M; ++p) out[p] += T(1 << p) * (p % 2 ? difference2 : sum2);
+      for (int k = 0; k < M; ++k) out[k] += T(power(q, k)) * (k % 2 ? difference2 : sum2);
     }
     out[0] += y[0];
     out[M - 1] += y[A - 1];
@@ -55,22 +61,22 @@ struct Transform {
   // G: N taps to A values.
   template <int N>
   static SNNLSTM_INLINE void taps(const R (&x)[N], R (&y)[A]) {
-    R even1 = x[0], odd1 = x[1];
-    for (int j = 2; j < N; ++j) (j % 2 ? odd1 : even1) += x[j];
-    if constexpr (A == 4) {
-      y[0] = x[0];
-      y[1] = T(0.5) * (even1 + odd1);
-      y[2] = T(0.5) * (even1 - odd1);
-    } else {
-      R even2 = x[0], odd2 = T(2) * x[1];
-      for (int j = 2; j < N; ++j) (j % 2 ? odd2 : even2) += T(1 << j) * x[j];
-      y[0] = T(0.25) * x[0];
-      y[1] = T(-1. / 6) * (even1 + odd1);
-      y[2] = T(-1. / 6) * (even1 - odd1);
-      y[3] = T(1. / 24) * (even2 + odd2);
-      y[4] = T(1. / 24) * (even2 - odd2);
-    }
+    y[0] = x[0];
+    pair(x, p, A == 4 ? 0.5 : 0.5 / (pp * (pp - qq)), y[1], y[2]);
+    if constexpr (A == 6) pair(x, q, 0.5 / (qq * (qq - pp)), y[3], y[4]);
     y[A - 1] = x[N - 1];
+  }
+
+ private:
+  static constexpr double power(double base, int n) { return n == 0 ? 1 : base * power(base, n - 1); }
+
+  // plus, minus = scale * (the polynomial with coefficients x at r, at -r).
+  template <int N>
+  static SNNLSTM_INLINE void pair(const R (&x)[N], double r, double scale, R& plus, R& minus) {
+    R even = T(scale) * x[0], odd = T(scale * r) * x[1];
+    for (int k = 2; k < N; ++k) (k % 2 ? odd : even) += T(scale * power(r, k)) * x[k];
+    plus = even + odd;
+    minus = even - odd;
   }
 };
 
