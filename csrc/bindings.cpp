@@ -11,6 +11,7 @@
 #include "build_info.h"
 #include "cpu/api.h"
 #include "openmp.h"
+#include "pages.h"
 
 namespace py = pybind11;
 using namespace snnlstm;
@@ -111,6 +112,8 @@ PYBIND11_MODULE(_C, m) {
     return facts;
   });
   m.def("openmp_library", &openmp_library);
+  m.def("prefer_huge_pages",
+        [](Address memory, size_t bytes) { prefer_huge_pages(at(memory), bytes); });
   m.def("same_bytes", [](Address a, Address b, size_t count) {
     py::gil_scoped_release release;
     return std::memcmp(at(a), at(b), count) == 0;

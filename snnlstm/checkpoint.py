@@ -54,6 +54,7 @@ def forward(
     if len(segments) == 1:
         return native.forward(x, syn, mem, *arguments, options, False, algorithm), []
     result = native.empty_result(x, mem, options, training=False)
+    native.prefer_huge_pages(result[:3])
     boundaries: list[Tensor] = []
     part = result
     for segment in segments:

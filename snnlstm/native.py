@@ -7,7 +7,7 @@ that is kept alive here while it runs.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -167,8 +167,20 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+_HUGE_PAGE = 2 << 20  # bytes
+
+
+def prefer_huge_pages(tensors: Iterable[Tensor | None]) -> None:
+    """Where tensors that nobody has written to yet are large, let huge pages back them."""
+    for tensor in tensors:
+        if tensor is not None and tensor.nbytes >= 2 * _HUGE_PAGE:
+            _C.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
+
+
 def _bytes(count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.uint8)
+    memory = torch.empty(count, dtype=torch.uint8)
+    prefer_huge_pages([memory])
+    return memory
 
 
 class _Workspace(threading.local):
@@ -268,6 +280,7 @@ def forward(
     thresholds, threshold_stride = _threshold(threshold, x.dtype)
     levels = _levels(options, x.dtype)
     spk, new_syn, new_mem, saved = empty_result(x, mem, options, training)
+    prefer_huge_pages((spk, new_syn, new_mem, *(saved or ())))
     workspace = _workspace.get(_workspace_bytes(cell, threads, _C.isa_name(), backward=False))
     _C.cpu_forward(
         cell,
@@ -343,6 +356,7 @@ def backward(
     thresholds, threshold_stride = _threshold(threshold, x.dtype)
     levels = _levels(options, x.dtype)
     grads = empty_gradients(x, syn, mem, weight, wanted)
+    prefer_huge_pages(grads)
     workspace = _workspace.get(_workspace_bytes(cell, threads, _C.isa_name(), backward=True))
     noise = _noise(x, mem, options, grad_spk)
     _C.cpu_backward(

@@ -284,8 +284,9 @@ class Forward {
       }
   }
 
-  // LSTM update, reset and quantisation of one row and channel block.
-  void update(int64_t t, int64_t n, int64_t h, int64_t cb, const T* gates) {
+  // LSTM update, reset and quantisation of one row and channel block. Two passes, each with one
+  // chain of exp and division per pixel: the processor has more pixels in flight.
+  void update(int64_t t, int64_t n, int64_t h, int64_t cb, T* gates) {
     const Cell& c = a_.cell;
     const T* levels = static_cast<const T*>(a_.levels);
     const R threshold = S::load(threshold_ + cb * VL);
@@ -297,12 +298,25 @@ class Forward {
     T* saved = training_ ? static_cast<T*>(a_.saved_gates) +
                                ((t * c.N + n) * l_.pixels + h * l_.Wo) * 4 * l_.Cp + cb * kGates
                          : nullptr;
-    for (int64_t w = 0; w < l_.Wo; ++w, gates += kGates) {
+    for (int64_t w = 0; w < l_.Wo; ++w) {
+      T* g = gates + w * kGates;
       const Gates<R> act = Neuron<M>::activate(
-          {S::load(gates), S::load(gates + VL), S::load(gates + 2 * VL), S::load(gates + 3 * VL)});
-      R syn = Neuron<M>::next_syn(act, S::load(syn_in + w * l_.Cp));
+          {S::load(g), S::load(g + VL), S::load(g + 2 * VL), S::load(g + 3 * VL)});
+      S::store(g, Neuron<M>::next_syn(act, S::load(syn_in + w * l_.Cp)));
+      S::store(g + 2 * VL, act.o);
+      if (saved) {
+        T* p = saved + w * 4 * l_.Cp;
+        S::store(p, act.i);
+        S::store(p + VL, act.f);
+        S::store(p + 3 * VL, act.g);
+      }
+    }
+    for (int64_t w = 0; w < l_.Wo; ++w) {
+      const T* g = gates + w * kGates;
+      R syn = S::load(g);
+      const R o = S::load(g + 2 * VL);
       const Mask reset = Neuron<M>::fires(S::load(mem_in + w * l_.Cp), threshold);
-      R mem = Neuron<M>::next_mem(act.o, M::tanh(syn));
+      R mem = Neuron<M>::next_mem(o, M::tanh(syn));
       mem = Neuron<M>::after_reset(c.reset, mem, reset, threshold);
       if (c.num_levels > 0) {
         syn = quantise_lanes<M>(syn, levels, c.num_levels);
@@ -310,13 +324,7 @@ class Forward {
       }
       S::store(syn_out + w * l_.Cp, syn);
       S::store(mem_out + w * l_.Cp, mem);
-      if (saved) {
-        T* p = saved + w * 4 * l_.Cp;
-        S::store(p, act.i);
-        S::store(p + VL, act.f);
-        S::store(p + 2 * VL, S::flag(act.o, reset));
-        S::store(p + 3 * VL, act.g);
-      }
+      if (saved) S::store(saved + w * 4 * l_.Cp + 2 * VL, S::flag(o, reset));
     }
   }
 

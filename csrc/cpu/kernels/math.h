@@ -43,11 +43,8 @@ struct Math : Simd<T, VL> {
   using S::splat;
   using S::where;
 
-  // x = n ln(2) + r: power = 2^n and fraction = exp(r) - 1. NaN gives NaN.
+  // x = n ln(2) + r: power = 2^n and fraction = exp(r) - 1, for |x| <= limit. NaN gives NaN.
   static SNNLSTM_INLINE void exp_parts(R x, R& power, R& fraction) {
-    const R limit = splat(K::limit);
-    x = where(x > limit, limit, x);
-    x = where(x < -limit, -limit, x);
     const R shifted = x * T(1.44269504088896340736) + K::round;
     const R n = shifted - K::round;
     R r = x - n * K::ln2_high;
@@ -62,6 +59,7 @@ struct Math : Simd<T, VL> {
 
   static SNNLSTM_INLINE R exp(R x) {
     R power, fraction;
+    x = S::greater(splat(-K::limit), S::lesser(splat(K::limit), x));
     exp_parts(x, power, fraction);
     return power * fraction + power;
   }
@@ -70,8 +68,7 @@ struct Math : Simd<T, VL> {
 
   // e = exp(2|x|) - 1 without cancellation; tanh = e / (e + 2) keeps the relative error near 0.
   static SNNLSTM_INLINE R tanh(R x) {
-    const R y = S::abs(x);
-    const R bounded = where(y > splat(T(20)), splat(T(20)), y);
+    const R bounded = S::lesser(splat(T(20)), S::abs(x));
     R power, fraction;
     exp_parts(bounded + bounded, power, fraction);
     const R e = power * fraction + (power - T(1));

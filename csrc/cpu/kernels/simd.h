@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "../../cell.h"
 
 #define SNNLSTM_INLINE __attribute__((always_inline)) inline
@@ -38,6 +42,34 @@ struct BitsOf<double> {
   using type = int64_t;
 };
 
+// One instruction on x86-64, which compilers do not find where NaN must be kept.
+template <class R>
+SNNLSTM_INLINE R lesser_of(R a, R b) {
+  return a < b ? a : b;
+}
+template <class R>
+SNNLSTM_INLINE R greater_of(R a, R b) {
+  return a > b ? a : b;
+}
+#if defined(__x86_64__)
+SNNLSTM_INLINE __m128 lesser_of(__m128 a, __m128 b) { return _mm_min_ps(a, b); }
+SNNLSTM_INLINE __m128 greater_of(__m128 a, __m128 b) { return _mm_max_ps(a, b); }
+SNNLSTM_INLINE __m128d lesser_of(__m128d a, __m128d b) { return _mm_min_pd(a, b); }
+SNNLSTM_INLINE __m128d greater_of(__m128d a, __m128d b) { return _mm_max_pd(a, b); }
+#endif
+#if defined(__AVX2__)
+SNNLSTM_INLINE __m256 lesser_of(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+SNNLSTM_INLINE __m256 greater_of(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+SNNLSTM_INLINE __m256d lesser_of(__m256d a, __m256d b) { return _mm256_min_pd(a, b); }
+SNNLSTM_INLINE __m256d greater_of(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
+#endif
+#if defined(__AVX512F__)
+SNNLSTM_INLINE __m512 lesser_of(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
+SNNLSTM_INLINE __m512 greater_of(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+SNNLSTM_INLINE __m512d lesser_of(__m512d a, __m512d b) { return _mm512_min_pd(a, b); }
+SNNLSTM_INLINE __m512d greater_of(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
+#endif
+
 template <class T, int VL>
 struct Simd {
   using Scalar = T;
@@ -51,6 +83,9 @@ struct Simd {
   static SNNLSTM_INLINE R load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static SNNLSTM_INLINE void store(T* p, R v) { *reinterpret_cast<Unaligned*>(p) = v; }
   static SNNLSTM_INLINE R where(Mask m, R a, R b) { return m ? a : b; }
+  // a < b ? a : b and a > b ? a : b: of a NaN and b, b.
+  static SNNLSTM_INLINE R lesser(R a, R b) { return lesser_of(a, b); }
+  static SNNLSTM_INLINE R greater(R a, R b) { return greater_of(a, b); }
   static SNNLSTM_INLINE R abs(R v) {
     return reinterpret_cast<R>(reinterpret_cast<Mask>(v) & ~sign_bit());
   }

@@ -1,0 +1,12 @@
+// Where fresh memory comes from.
+#pragma once
+
+#include <cstddef>
+
+namespace snnlstm {
+
+// Asks for huge pages in memory that is about to be written for the first time. A page fault per
+// 4 KiB costs a small layer as much as its arithmetic does. Does nothing where there are none.
+void prefer_huge_pages(void* memory, size_t bytes);
+
+}  // namespace snnlstm
