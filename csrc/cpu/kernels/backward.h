@@ -31,6 +31,7 @@ class Backward {
 
   struct Scratch {
     T* x;                  // rows of the gradient of x
+    T* d_gates;            // of one channel block and some pixels
     T *values, *products;  // Winograd: tiles.h
     typename Sparse::Lists lists;
     typename Sparse::Scratch listing;
@@ -48,6 +49,8 @@ class Backward {
     const Cell& c = a_.cell;
     x_runs_.window(c, c.Cin, l_.Wx * c.Cin, c.Cin, 0, kPiece);
     mem_runs_.window(c, c.C, l_.Wm * l_.Cp, l_.Cp, l_.Kx, kPiece);
+    x_groups_ = groups(x_runs_);
+    mem_groups_ = groups(mem_runs_);
     x_rows_ = l_.block_rows();
     x_blocks_ = (c.H + x_rows_ - 1) / x_rows_;
     const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
@@ -118,6 +121,7 @@ class Backward {
       const TileBlock<T> b = tiles(l_.block_rows(), most);
       Scratch s;
       s.x = arena.take<T>(rows * to_x_.row_size());
+      s.d_gates = arena.take<T>(l_.Cb > 1 ? pixel_block_rows() * l_.Wo * kGates : 0);
       s.values = arena.take<T>(l_.points * b.values_stride);
       s.products = arena.take<T>(l_.points * b.products_stride);
       if (c.x_way == Way::sparse) {
@@ -203,10 +207,15 @@ class Backward {
   static int64_t tile_pieces(int64_t channels) { return (channels + kTilePiece - 1) / kTilePiece; }
   int64_t x_pieces() const {
     if (a_.cell.x_way == Way::sparse) return 1;
-    return a_.cell.x_way == Way::winograd ? tile_pieces(a_.cell.Cin) : x_runs_.count();
+    return a_.cell.x_way == Way::winograd ? tile_pieces(a_.cell.Cin) : x_groups_;
   }
   int64_t pieces() const {
-    return x_pieces() + (a_.cell.tile > 0 ? tile_pieces(a_.cell.C) : mem_runs_.count());
+    return x_pieces() + (a_.cell.tile > 0 ? tile_pieces(a_.cell.C) : mem_groups_);
+  }
+  static int64_t groups(const RunList& list) {
+    int64_t count = 0;
+    list.chunks(kPiece, [&](const Run*, int) { ++count; });
+    return count;
   }
 
   void weights(int64_t t, int64_t split, int64_t slice, int thread) {
@@ -217,7 +226,7 @@ class Backward {
     if (of_x && c.x_way == Way::sparse)
       weights_by_lists(t, split, cb, scratch_[thread]);
     else if (of_x ? c.x_way != Way::winograd : c.tile == 0)
-      weights_directly(t, split, cb, of_x, piece);
+      weights_directly(t, split, cb, of_x, piece, scratch_[thread]);
     else if constexpr (kHasWinograd<T, VL>)
       with_winograd<S>(c.kernel_h, c.tile, [&](auto form) {
         weights_by_tiles<decltype(form)>(t, split, cb, of_x, piece, scratch_[thread]);
@@ -288,15 +297,37 @@ class Backward {
     return p;
   }
 
-  void weights_directly(int64_t t, int64_t split, int64_t cb, bool of_x, int64_t piece) {
-    const Cell& c = a_.cell;
-    const Run run = (of_x ? x_runs_ : mem_runs_).data()[piece];
-    T* out = partial_ + split * l_.packed_forward() + (cb * l_.K() + run.w) * kGates;
-    const int64_t chunk = 128 / l_.Wo < 1 ? 1 : 128 / l_.Wo;
-    for (int64_t n = c.N * split / splits_; n < c.N * (split + 1) / splits_; ++n)
-      for (int64_t h = 0; h < l_.Ho; h += chunk)
-        weight_grad_run<S>(pixel_rows(t, n, h, h + chunk < l_.Ho ? chunk : l_.Ho - h, cb, of_x),
-                           run.in, run.len, out);
+  // Rows of pixels whose d gates of one channel block stay in L1 while all of a piece passes by.
+  int64_t pixel_block_rows() const {
+    const int64_t rows = 128 / l_.Wo;
+    return rows < 1 ? 1 : rows < l_.Ho ? rows : l_.Ho;
+  }
+
+  void weights_directly(int64_t t, int64_t split, int64_t cb, bool of_x, int64_t piece,
+                        const Scratch& s) {
+    T* out = partial_ + split * l_.packed_forward() + cb * l_.K() * kGates;
+    const int64_t block = pixel_block_rows();
+    (of_x ? x_runs_ : mem_runs_).chunks(kPiece, [&](const Run* runs, int count) {
+      if (piece-- != 0) return;
+      for (int64_t n = a_.cell.N * split / splits_; n < a_.cell.N * (split + 1) / splits_; ++n)
+        for (int64_t h = 0; h < l_.Ho; h += block) {
+          PixelRows<T> p = pixel_rows(t, n, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x);
+          if (l_.Cb > 1) gather_d_gates(p, s.d_gates);
+          for (int r = 0; r < count; ++r)
+            weight_grad_run<S>(p, runs[r].in, runs[r].len, out + runs[r].w * kGates);
+        }
+    });
+  }
+
+  // Side by side: pixels of many channels are so far apart that few sets of the cache hold them.
+  void gather_d_gates(PixelRows<T>& p, T* to) const {
+    T* dst = to;
+    for (int64_t h = 0; h < p.rows; ++h)
+      for (int64_t w = 0; w < p.pixels; ++w, dst += kGates)
+        std::memcpy(dst, p.d_gates + h * p.d_row + w * p.d_pixel, kGates * sizeof(T));
+    p.d_gates = to;
+    p.d_pixel = kGates;
+    p.d_row = p.pixels * kGates;
   }
 
   const BackwardArgs& a_;
@@ -306,6 +337,7 @@ class Backward {
   Sparse sparse_;
   NeuronBackward<T, VL> neuron_;
   RunList x_runs_, mem_runs_;
+  int64_t x_groups_, mem_groups_;  // pieces of the runs
   int64_t x_rows_, x_blocks_, splits_;
   Phases::Counter* counters_ = nullptr;
   T *partial_ = nullptr, *mem_sums_ = nullptr, *x_sums_ = nullptr;

@@ -1,6 +1,7 @@
 // The pointwise part of the backward pass, for a block of rows of one time step: spike, pooling,
 // reset, LSTM. It leaves what the step's convolutions need: d gates, mem before the step and x,
-// each channels-last with a zero border, in two buffers by turns.
+// each channels-last with a zero border, in two buffers by turns. (So mem before the step after is
+// still there: mem after the step, whose spikes these are.)
 #pragma once
 
 #include "fire.h"
@@ -35,7 +36,7 @@ class NeuronBackward {
     scratch_ = arena.take<Scratch>(a_.threads);
     const int64_t rows = tasks_.most_rows() * l_.Wo * l_.Cp;
     for (int k = 0; k < a_.threads; ++k) {
-      const Scratch s{arena.take<T>(rows), arena.take<T>(rows), arena.take<T>(l_.Wo * l_.Cp),
+      const Scratch s{arena.take<T>(rows), arena.take<T>(l_.Wo * l_.Cp),
                       arena.take<T>(l_.Wo * l_.Cp)};
       if (scratch_) scratch_[k] = s;
     }
@@ -44,6 +45,9 @@ class NeuronBackward {
   // Of the step t and sample n, each with its border.
   T* d_gates(int64_t t, int64_t n) const { return d_gates_[t & 1] + n * 4 * l_.mem_image(); }
   T* mem_before(int64_t t, int64_t n) const { return mem_[t & 1] + n * l_.mem_image(); }
+  T* mem_row(int64_t t, int64_t n, int64_t h) const {  // without its border
+    return mem_before(t, n) + ((h + l_.ph) * l_.Wm + l_.pw) * l_.Cp;
+  }
   T* x(int64_t t, int64_t n) const { return x_[t & 1] + n * l_.x_image(); }
   // The rows of a task: the gradient of mem as the next step's convolution gives it.
   T* mem_grad(int thread) const { return scratch_[thread].mem_grad; }
@@ -88,12 +92,11 @@ class NeuronBackward {
         add_row(a_.grad_mem, t, n, h, s.mem_grad + (h - begin) * row, s);
       if (states && a_.grad_syn.data)
         add_row(a_.grad_syn, t, n, h, d_syn_ + n * l_.state_image() + h * row, s);
-      recompute_mem(t, n, h, s.mem + (h - begin) * row, l_.Cp);
-      T* before = mem_before(t, n) + ((h + l_.ph) * l_.Wm + l_.pw) * l_.Cp;
+      if (t == a_.cell.T - 1) recompute_mem(t, n, h, mem_row(t + 1, n, h));
       if (t > 0)
-        recompute_mem(t - 1, n, h, before, l_.Cp);
+        recompute_mem(t - 1, n, h, mem_row(t, n, h));
       else
-        read_row(a_.mem0, n, h, before);
+        read_row(a_.mem0, n, h, mem_row(t, n, h));
     }
     if (a_.grad_spk.data && a_.cell.surrogate != Surrogate::none) spike(t, n, task, s);
     for (int64_t h = begin; h < end; ++h) step(t, n, h, task, s.mem_grad + (h - begin) * row);
@@ -129,7 +132,7 @@ class NeuronBackward {
 
  private:
   struct Scratch {
-    T *mem_grad, *mem;   // the task's rows, (rows, Wo, Cp)
+    T* mem_grad;         // the task's rows, (rows, Wo, Cp)
     T *row, *noise_row;  // one row
   };
 
@@ -178,7 +181,7 @@ class NeuronBackward {
   }
 
   // mem after step t, from what was saved.
-  void recompute_mem(int64_t t, int64_t n, int64_t h, T* out, int64_t stride) const {
+  void recompute_mem(int64_t t, int64_t n, int64_t h, T* out) const {
     const Cell& c = a_.cell;
     const T *gate = gates(t, n, h), *syn = syn_after(t, n, h), *syn_prev = syn_after(t - 1, n, h);
     for (int64_t k = 0; k < l_.Wo; ++k)
@@ -188,7 +191,7 @@ class NeuronBackward {
         mem = Neuron<M>::after_reset(c.reset, mem, S::flagged(o), S::load(threshold_ + ch));
         if (c.num_levels > 0)
           mem = quantise_lanes<M>(mem, static_cast<const T*>(a_.levels), c.num_levels);
-        S::store(out + k * stride + ch, mem);
+        S::store(out + k * l_.Cp + ch, mem);
       }
   }
 
@@ -204,12 +207,13 @@ class NeuronBackward {
       if (a_.noise.data) pooled_row(a_.noise, t, n, h, s.noise_row);
       if (c.inhibition) keep_winner(a_.winner[t * c.N + n], h, s.row);
       const int64_t top = (h * c.pool_h - begin) * row;
+      const T* mem_after = mem_row(t + 1, n, h * c.pool_h);
       for (int64_t w = 0; w < l_.Wp; ++w)
         for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
           Mask where{};
-          const int64_t place = top + w * c.pool_w * l_.Cp + ch;
-          const R mem =
-              pooled_mem<M>(c, s.mem + place, row, l_.Cp, static_cast<const T*>(a_.levels), where);
+          const int64_t column = w * c.pool_w * l_.Cp + ch, place = top + column;
+          const R mem = pooled_mem<M>(c, mem_after + column, l_.Wm * l_.Cp, l_.Cp,
+                                      static_cast<const T*>(a_.levels), where);
           const R noise = a_.noise.data ? S::load(s.noise_row + w * l_.Cp + ch) : R{};
           const R slope = Neuron<M>::surrogate_gradient(c.surrogate, mem - S::load(threshold_ + ch),
                                                         p0, p1, noise);
