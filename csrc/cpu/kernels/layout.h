@@ -96,10 +96,16 @@ struct Layout {
   int64_t packed_backward() const { return (x_blocks + Cb) * Kg * VL; }
 
   // Rows that are worked on at a time: those whose gates of one channel block fit in half of a 32
-  // KiB L1; with Winograd some 32 tiles, which share every weight that is read.
+  // KiB L1; with Winograd some 32 tiles, which share every weight that is read, or 64 where their
+  // values and products fit in L2.
   int64_t block_rows() const {
-    const int64_t rows = c.tile > 0 ? tile * ((32 + tile_columns() - 1) / tile_columns())
-                                    : 16384 / (Wo * 4 * VL * int64_t(sizeof(T)));
+    if (c.tile > 0) {
+      const int64_t bytes = points * (Cp + 4 * VL) * int64_t(sizeof(T));  // of a tile
+      const int64_t tiles = 64 * bytes <= 448 << 10 ? 64 : 32;
+      const int64_t rows = tile * ((tiles + tile_columns() - 1) / tile_columns());
+      return rows < Hr ? rows : Hr;
+    }
+    const int64_t rows = 16384 / (Wo * 4 * VL * int64_t(sizeof(T)));
     return rows < 1 ? 1 : rows < Hr ? rows : Hr;
   }
 
