@@ -6,6 +6,7 @@ from .version import __version__
 
 try:
     from . import functional, quant, reference, surrogate
+    from .blocks import empty_cache
     from .path import algorithm, set_algorithm
     from .sconv2dlstm import SConv2dLSTM
     from .snntorch import accelerate
@@ -20,6 +21,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "algorithm",
+    "empty_cache",
     "functional",
     "quant",
     "reference",

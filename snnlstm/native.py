@@ -7,14 +7,14 @@ that is kept alive here while it runs.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch  # before the core, which uses the OpenMP runtime that torch has loaded
 from torch import Tensor
 
-from . import _C
+from . import _C, blocks
 from .options import CellOptions
 from .packing import Packed, look_up, pack
 
@@ -167,34 +167,25 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-_HUGE_PAGE = 2 << 20  # bytes
-
-
 def prefer_huge_pages(tensors: Iterable[Tensor | None]) -> None:
     """Where tensors that nobody has written to yet are large, let huge pages back them."""
     for tensor in tensors:
-        if tensor is not None and tensor.nbytes >= 2 * _HUGE_PAGE:
+        if tensor is not None and tensor.nbytes >= blocks.SMALLEST:
             _C.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
-def _bytes(count: int) -> Tensor:
-    memory = torch.empty(count, dtype=torch.uint8)
-    prefer_huge_pages([memory])
-    return memory
-
-
 class _Workspace(threading.local):
-    """One workspace a thread, kept between calls: fresh pages cost more than small layers do."""
+    """One workspace a thread, kept between calls: it lies in caches that other blocks do not."""
 
     LARGEST_KEPT = 64 << 20  # bytes
 
     def __init__(self) -> None:
-        self.kept = _bytes(0)
+        self.kept = blocks.empty((0,), torch.uint8)
 
     def get(self, count: int) -> Tensor:
         if self.kept.numel() >= count:
             return self.kept
-        workspace = _bytes(count)
+        workspace = blocks.empty((count,), torch.uint8)
         if count <= self.LARGEST_KEPT:
             self.kept = workspace
         return workspace
@@ -226,8 +217,18 @@ def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
 
 
-def empty_result(x: Tensor, mem: Tensor, options: CellOptions, training: bool) -> Result:
-    """What :func:`forward` returns, uninitialised; also for tensors without memory."""
+def empty_result(
+    x: Tensor,
+    mem: Tensor,
+    options: CellOptions,
+    training: bool,
+    new: Callable[..., Tensor] | None = None,
+) -> Result:
+    """What :func:`forward` returns, uninitialised; also for tensors without memory.
+
+    `new` makes what is saved: ``x.new_empty``, if None.
+    """
+    new = new or x.new_empty
     (n, c, ho, wo), (ph, pw) = mem.shape, options.pool_size
     time = (x.shape[0],) if options.sequence else ()
     state_time = time if options.record else ()
@@ -236,9 +237,9 @@ def empty_result(x: Tensor, mem: Tensor, options: CellOptions, training: bool) -
         steps = time or (1,)
         padded = _C.cpu_padded_channels(_DTYPES[x.dtype], c)
         saved = Saved(
-            x.new_empty((*steps, n, ho * wo, 4 * padded)),
-            x.new_empty((*steps, n, ho * wo, padded)),
-            x.new_empty((*steps, n) if options.inhibition else (0,), dtype=torch.int64),
+            new((*steps, n, ho * wo, 4 * padded), dtype=x.dtype),
+            new((*steps, n, ho * wo, padded), dtype=x.dtype),
+            new((*steps, n) if options.inhibition else (0,), dtype=torch.int64),
         )
     return Result(
         _empty(x, (*time, n, c, ho // ph, wo // pw)),
@@ -279,8 +280,8 @@ def forward(
     bias = None if bias is None else bias.detach().contiguous()
     thresholds, threshold_stride = _threshold(threshold, x.dtype)
     levels = _levels(options, x.dtype)
-    spk, new_syn, new_mem, saved = empty_result(x, mem, options, training)
-    prefer_huge_pages((spk, new_syn, new_mem, *(saved or ())))
+    spk, new_syn, new_mem, saved = empty_result(x, mem, options, training, blocks.empty)
+    prefer_huge_pages((spk, new_syn, new_mem))
     workspace = _workspace.get(_workspace_bytes(cell, threads, _C.isa_name(), backward=False))
     _C.cpu_forward(
         cell,

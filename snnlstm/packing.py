@@ -1,7 +1,8 @@
 """Weights in the order in which the kernels read them, made once for each of their values.
 
-Kept as long as the weight's storage lives (never in a state_dict, never pickled) and until its values
-change: it is compared with the weight byte for byte in every call, one to three hundredths of a step.
+Kept as long as the weight's storage lives (never in a state_dict, never pickled) and until its
+values change: it is compared with the weight byte for byte in every call, one to three hundredths
+of a step.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def pack(weight: Packed, cell: Any, backward: bool, grad_x: bool = False) -> lis
         key = (isa, number, cell.tile if number % 3 else 0)
         form = weight.forms.get(key)
         if need and form is None:
-            form = torch.empty(_C.cpu_packed_bytes(cell, number), dtype=torch.uint8)
+            form = torch.empty(_C.cpu_packed_bytes(cell, number), dtype=torch.uint8, device="cpu")
             _C.cpu_pack_weight(cell, number, weight.original.data_ptr(), form.data_ptr())
             weight.forms[key] = form  # when it is whole: other threads may look
         out.append(form if need else None)

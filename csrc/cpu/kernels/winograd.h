@@ -8,9 +8,10 @@
 // The interpolation points are 0, 1, -1 and infinity for A = 4, and 0, 2/3, -2/3, 3/2, -3/2 and
 // infinity for A = 6, so that the transforms are the same few sums for every M and R: AT and G are
 // Vandermonde matrices of the points, G's rows scaled. Pairs +-p share their even and odd sums.
-// Reciprocal points near 1 keep the entries of all three matrices small: the error is less than half
-// of that of the usual 0, +-1, +-2 (benchmarks/NOTES.md). The weight gradient is the same thing with
-// the roles changed: R x R outputs, with the M x M gradients of a tile in the place of the taps.
+// Reciprocal points near 1 keep the entries of all three matrices small: the error is less than
+// half of that of the usual 0, +-1, +-2 (benchmarks/NOTES.md). The weight gradient is the same
+// thing with the roles changed: R x R outputs, with the M x M gradients of a tile in the place of
+// the taps.
 #pragma once
 
 #include "conv.h"
@@ -68,7 +69,9 @@ struct Transform {
   }
 
  private:
-  static constexpr double power(double base, int n) { return n == 0 ? 1 : base * power(base, n - 1); }
+  static constexpr double power(double base, int n) {
+    return n == 0 ? 1 : base * power(base, n - 1);
+  }
 
   // plus, minus = scale * (the polynomial with coefficients x at r, at -r).
   template <int N>

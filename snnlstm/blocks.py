@@ -1,0 +1,73 @@
+"""Large blocks of CPU memory, used again by the next call.
+
+A system clears every page that it hands out, and what a training pass keeps for its backward pass
+goes back to it each time: the clearing took up to a third of a forward pass. Blocks that tensors
+have let go of are kept here instead, as torch keeps CUDA's, and dropped before a block of another
+size is taken, so that they do not add to what is in use at the most.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["SMALLEST", "empty", "empty_cache", "free_bytes"]
+
+SMALLEST = 4 << 20  # bytes; less comes from torch, that is, from malloc
+CACHE_LINE = 64  # bytes; vectors that lie across two cost twice
+KEPT = 1 << 30  # bytes in blocks that nobody uses, at most
+
+_free: list[np.ndarray] = []  # oldest first
+_lock = threading.RLock()  # a block may come back in the middle of a call, by garbage collection
+
+
+def empty_cache() -> None:
+    """Give the blocks that no tensor uses back to the system."""
+    with _lock:
+        _free.clear()
+
+
+def free_bytes() -> int:
+    """Bytes in blocks that no tensor uses."""
+    with _lock:
+        return sum(block.nbytes for block in _free)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor, contiguous; its block comes back when nothing refers to it."""
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if size < SMALLEST:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    block = _take(size + CACHE_LINE)
+    begin = -block.ctypes.data % CACHE_LINE
+    view = block[begin : begin + size]
+    weakref.finalize(view, _give_back, block).atexit = False
+    return torch.from_numpy(view).view(dtype).view(shape)
+
+
+def _take(size: int) -> np.ndarray:
+    with _lock:
+        for k in range(len(_free) - 1, -1, -1):
+            if size <= _free[k].nbytes <= size + size // 4:
+                return _free.pop(k)
+        _drop(free_bytes() - size)
+    return np.empty(size, np.uint8)  # in huge pages, where NumPy finds them
+
+
+def _give_back(block: np.ndarray) -> None:
+    with _lock:
+        _free.append(block)
+        _drop(KEPT)
+
+
+def _drop(keep: int) -> None:
+    """Forget the oldest blocks until at most `keep` bytes are left."""
+    while _free and free_bytes() > keep:
+        del _free[0]

@@ -1,0 +1,115 @@
+"""Large blocks are used again, and do not add to what is in use at the most."""
+
+import gc
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import snnlstm
+from snnlstm import blocks
+
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _no_free_blocks() -> Iterator[None]:
+    snnlstm.empty_cache()
+    yield
+    snnlstm.empty_cache()
+
+
+def megabytes(count: int) -> torch.Tensor:
+    return blocks.empty((count, MIB // 4), torch.float32)
+
+
+def test_what_it_returns():
+    tensor = blocks.empty((3, 5, 2 * MIB), torch.float64)
+    assert tensor.shape == (3, 5, 2 * MIB)
+    assert tensor.dtype == torch.float64
+    assert tensor.is_contiguous()
+    assert tensor.data_ptr() % blocks.CACHE_LINE == 0
+    assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert blocks.empty((0,), torch.int64).shape == (0,)
+
+
+def test_a_block_that_nothing_refers_to_is_used_again():
+    first = megabytes(8)
+    address, view = first.data_ptr(), first[3:].view(-1)
+    del first
+    assert megabytes(8).data_ptr() != address, "a view was still there"
+    snnlstm.empty_cache()
+    del view
+    assert megabytes(7).data_ptr() == address
+
+
+def test_two_tensors_never_share_a_block():
+    held = [megabytes(5) for _ in range(4)]
+    del held[1:3]
+    held += [megabytes(5) for _ in range(3)]
+    assert len({tensor.data_ptr() for tensor in held}) == len(held)
+
+
+def test_small_tensors_are_torch_s_own():
+    del_me = blocks.empty((blocks.SMALLEST - 1,), torch.uint8)
+    del del_me
+    assert blocks.free_bytes() == 0
+
+
+def test_free_blocks_make_room_for_one_of_another_size():
+    held = [megabytes(8), megabytes(8), megabytes(8)]
+    del held
+    before = blocks.free_bytes()
+    assert before >= 24 * MIB
+    large = megabytes(16)
+    assert before - blocks.free_bytes() >= large.nbytes
+
+
+def test_what_is_kept_is_bounded(monkeypatch):
+    monkeypatch.setattr(blocks, "KEPT", 20 * MIB)
+    held = [megabytes(8) for _ in range(4)]
+    del held
+    assert 0 < blocks.free_bytes() <= 20 * MIB
+
+
+def test_the_default_device_does_not_matter():
+    with torch.device("meta"):
+        assert blocks.empty((3,), torch.float32).device.type == "cpu"
+        assert megabytes(8).device.type == "cpu"
+
+
+def test_threads():
+    def work() -> None:
+        for k in range(200):
+            tensors = [megabytes(4 + k % 3) for _ in range(3)]
+            for number, tensor in enumerate(tensors):
+                tensor[0, :8] = number
+            failures.extend(n for n, t in enumerate(tensors) if not bool((t[0, :8] == n).all()))
+
+    failures: list[int] = []
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_training_hands_its_blocks_back():
+    cell = snnlstm.SConv2dLSTM(2, 32, 3, threshold=0.1)
+    if snnlstm.path._native is None:
+        pytest.skip("the core is not built")
+    x = torch.rand(12, 4, 2, 32, 32)
+    addresses = set()
+    for _ in range(4):
+        cell.reset_mem()
+        spk = cell(x)[0]
+        saved = spk.grad_fn.saved_tensors
+        addresses.add(max(saved, key=lambda tensor: tensor.nbytes).data_ptr())
+        del saved
+        spk.sum().backward()
+        cell.reset_mem()
+        del spk
+        gc.collect()
+    assert len(addresses) == 1
