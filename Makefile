@@ -67,11 +67,11 @@ $(RUN):
 	$(PYTHON) -m venv $(VENV)
 
 # Installed anew when the native code or the metadata changes; Python code needs no reinstallation.
-# Without the CUDA half, unless asked for: nothing calls it yet. What it needs is looked at again only when pyproject.toml is newer than the last installation.
+# What it needs is looked at again only when pyproject.toml is newer than the last installation.
 NO_DEPS = $(if $(wildcard $@),$(if $(filter pyproject.toml,$?),,--no-deps))
 $(VENV)/.installed: $(SOURCES) | $(RUN)
 	@echo "Installing snnlstm and what it needs into $(VENV); the first time takes some minutes ..."
-	SNNLSTM_CUDA=$${SNNLSTM_CUDA:-off} $(RUN) -m pip install --disable-pip-version-check $(NO_DEPS) -e ".[test,bench]"
+	$(RUN) -m pip install --disable-pip-version-check $(NO_DEPS) -e ".[test,bench]"
 	@touch $@
 
 $(VENV)/.linters: pyproject.toml | $(VENV)/.installed
