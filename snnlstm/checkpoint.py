@@ -36,7 +36,7 @@ def forward(
     weight: Tensor,
     bias: Tensor | None,
     threshold: Tensor,
-    graded: float,
+    graded: Tensor,
     options: CellOptions,
     algorithm: str,
 ) -> tuple[native.Result, list[Tensor]]:
@@ -93,7 +93,7 @@ def backward(
     weight: Tensor,
     bias: Tensor | None,
     threshold: Tensor,
-    graded: float,
+    graded: Tensor,
     options: CellOptions,
     boundaries: list[Tensor],
     grad_spk: Tensor | None,

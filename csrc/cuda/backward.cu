@@ -16,7 +16,7 @@ class Backward {
         plan_(plan_backward(args.cell, target)),
         type_(args.cell.dtype),
         real_(type_ == DType::float64 ? DType::float64 : DType::float32),
-        gate_type_(gate_type(plan_forward(args.cell, target).multiply, type_)) {
+        gate_type_(gate_type(type_, target.matrix)) {
     Arena arena(args.workspace);
     carve(arena);
   }
@@ -217,6 +217,7 @@ class Backward {
     Segment in = grad.in;
     for (MmaSegment& m : p.source) {
       m = mma_segment(in, type, depth, plan.tiling);
+      m.tail_steps = 2;  // every warp reads its 16 channels: whole chunks, with zeros behind the last
       // A chunk comes in the time of 4 k-steps.
       m.turns = int(ceil_div(ceil_div(chunk_turns(m, type), plan.threads()), 4));
       if (grad.later.present()) in.src = grad.later;

@@ -33,11 +33,6 @@ inline Multiply wanted_multiply(const Cell& cell, const Target& target) {
 
 inline MmaType type_of(Multiply m) { return MmaType(m); }
 
-// Type of the saved gates, and of all else that has gates.
-inline DType gate_type(Multiply m, DType dtype) {
-  return m == Multiply::fma ? dtype : type_of(m).type();
-}
-
 // The two halves of the gates' convolution, without their data.
 inline Segment input_window(const Cell& c) {
   Segment s;

@@ -32,6 +32,15 @@ inline Rates rates_of(const Target& t) {
   return r;
 }
 
+// Parts of the rates that a good kernel of each kind reaches.
+constexpr double cudnn_part = 0.7, mma_part = 0.75, fma_part = 0.5;
+
+// For float32 at full precision: whether three tf32 products take less time than one of fp32.
+inline bool tensor_cores_beat_fma(const Target& target) {
+  const Rates r = rates_of(target);
+  return target.compute_capability >= 80 && r.tf32 / 3 * r.mma_sync * mma_part > r.fp32 * fma_part;
+}
+
 inline Algorithm estimate(const Cell& c, const Target& target) {
   const ForwardPlan plan = plan_forward(c, target);
   const Algorithm fused = plan.mma() ? Algorithm::mma : Algorithm::fma;
@@ -42,13 +51,13 @@ inline Algorithm estimate(const Cell& c, const Target& target) {
   const bool half = MmaType(plan.multiply).element == 2 && plan.mma();
   const double size = bytes_of(c.dtype), operand = half ? 2 : size;
 
-  // What cuDNN would multiply with, and at which part of the rate a good kernel runs.
-  constexpr double cudnn_part = 0.7, ours_part = 0.75, fma_part = 0.5, launches = 8e-6;
+  constexpr double launches = 8e-6;
+  // What cuDNN would multiply with.
   const double rate = (half                               ? r.half
                        : plan.multiply == Multiply::tf32 ? r.tf32
                                                          : r.fp32) * 1e12;
   const double x3 = plan.multiply == Multiply::tf32x3 ? 3 : 1;
-  const double our_rate = plan.mma() ? (half ? r.half : r.tf32 / x3) * r.mma_sync * ours_part * 1e12
+  const double our_rate = plan.mma() ? (half ? r.half : r.tf32 / x3) * r.mma_sync * mma_part * 1e12
                                      : r.fp32 * fma_part * 1e12;
   const double state_bytes = (double(c.N) * c.Cin * c.H * c.W + 5 * neurons) * size;
   const double extra_bytes = 2 * (double(c.N) * c.Cin * c.H * c.W + neurons + 4 * neurons) * operand;

@@ -68,7 +68,7 @@ class Forward {
     return image(static_cast<char*>(a_.saved_syn) + t * s_.state() * size_, s_, type_);
   }
   Image saved_gates(int64_t t) const {
-    const DType type = gate_type(plan_.multiply, type_);
+    const DType type = gate_type(type_, target_.matrix);
     return image(static_cast<char*>(a_.saved_gates) + t * s_.gates() * bytes_of(type), s_, type, 4);
   }
   Tensor mem_after(int64_t t) const {

@@ -69,7 +69,7 @@ class BackwardTile {
       if (p_.winner[block_.t * int64_t(tiling_.by_batch.value) + block_.n] != flat) return 0;
     }
     return N::surrogate_gradient(p_.surrogate, u, R(p_.p0), R(p_.p1), noise) *
-           (grad * R(f.graded));
+           (grad * graded_of<R>(f));
   }
 
   // mem after the step, of one neuron.
