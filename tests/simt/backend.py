@@ -123,3 +123,16 @@ def simt_core(variant: str = "plain", defines: tuple[str, ...] = ()) -> Core:
     """Builds and loads the emulated core; see builder.VARIANTS."""
     includes = (Path(sysconfig.get_path("include")), Path(pybind11.get_include()))
     return Core(build("core", list(SOURCES), variant, defines, includes, (BRIDGE,)))
+
+
+@contextlib.contextmanager
+def emulated() -> Iterator[None]:
+    """The backend "simt" of the ordinary tests: float32 at full precision, one warp ahead."""
+    core = simt_core("faults")
+    core.schedule("ahead", seed=1)
+    core.device(compute_capability=86)
+    try:
+        with core.installed(), float32_precision("ieee"):
+            yield
+    finally:
+        core.reset()
