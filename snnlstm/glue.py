@@ -137,9 +137,7 @@ def empty_like_images(
     return torch.empty_strided(shape, strides, dtype=dtype, device=x.device)
 
 
-def empty_outputs(
-    x: Tensor, mem: Tensor, options: CellOptions
-) -> tuple[Tensor, Tensor, Tensor]:
+def empty_outputs(x: Tensor, mem: Tensor, options: CellOptions) -> tuple[Tensor, Tensor, Tensor]:
     """spk, syn and mem of a call, uninitialised."""
     (n, c, ho, wo), (ph, pw) = mem.shape, options.pool_size
     time = (x.shape[0],) if options.sequence else ()
@@ -171,9 +169,7 @@ def with_threshold_of(grads: Gradients, threshold: Tensor) -> Gradients:
     return grads._replace(threshold=total.reshape(threshold.shape).to(threshold.dtype))
 
 
-def stochastic_noise(
-    x: Tensor, options: CellOptions, grad_spk: Tensor | None
-) -> Tensor | None:
+def stochastic_noise(x: Tensor, options: CellOptions, grad_spk: Tensor | None) -> Tensor | None:
     """Uniform numbers of the stochastic surrogate, (T, N, C, Hp, Wp), else None.
 
     Drawn one block a step, last step first: the order in which a loop over steps draws them.

@@ -94,9 +94,7 @@ def forward(
         One of ``snnlstm.path.ALGORITHMS``.
     """
     half = HALVES[x.device.type]
-    return half.forward(
-        x, syn, mem, weight, bias, threshold, graded, options, training, algorithm
-    )
+    return half.forward(x, syn, mem, weight, bias, threshold, graded, options, training, algorithm)
 
 
 def backward(

@@ -1,7 +1,8 @@
 """Weights in the order in which the kernels read them, made once for each of their values.
 
-Kept as long as the weight's storage lives (never in a state_dict, never pickled) and until its values
-change: it is compared with the weight byte for byte in every call, one to three hundredths of a step.
+Kept as long as the weight's storage lives (never in a state_dict, never pickled) and until its
+values change: it is compared with the weight byte for byte in every call, one to three hundredths
+of a step.
 """
 
 from __future__ import annotations

@@ -133,7 +133,9 @@ def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):
         case = replace(PLAIN, time=time)
         inputs = case.inputs()
         weight = packing.look_up(inputs.weight)
-        cell, threads = native.cpu._describe(inputs.x, inputs.mem, weight, OPTIONS, kernels.algorithm)
+        cell, threads = native.cpu._describe(
+            inputs.x, inputs.mem, weight, OPTIONS, kernels.algorithm
+        )
         counters = 64 * time
         size = native.cpu._workspace_bytes(cell, threads, kernels.isa, backward=True)
         sizes.add(size - counters)

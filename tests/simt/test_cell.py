@@ -18,6 +18,7 @@ from oracle import check_steps
 
 from snnlstm import autograd
 from snnlstm.options import CellOptions
+from snnlstm.quant import state_quant
 
 SCHEDULES = [("in_order", 0), ("shuffled", 1), ("ahead", 1)]
 
@@ -105,6 +106,12 @@ CASES = {
     "max pool": with_options(pool="max", pool_size=(2, 2), reset="subtract"),
     "uneven average pool": with_options(pool="avg", pool_size=(3, 2)),
     "inhibition": with_options(inhibition=True, reset="zero"),
+    "pooled inhibition": with_options(inhibition=True, pool="max", pool_size=(2, 2)),
+    "one window": with_options(pool="max", pool_size=(7, 10)),
+    "quantised": with_options(quant=state_quant(3), reset="subtract"),
+    "quantised and pooled": with_options(
+        quant=state_quant(4, uniform=False), pool="max", pool_size=(2, 2)
+    ),
     "threshold per channel": replace(PLAIN, threshold="column", bias=False, graded=0.7),
 }
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from oracle import decisions
 from test_cell import CASES, MODES, PLAIN, Mode, crossed, with_options
 
-from snnlstm import autograd, reference, surrogate
+from snnlstm import reference, surrogate
 
 # Errors relative to the largest element of a gradient.
 EXACT = {
