@@ -28,9 +28,10 @@ inline View view(const py::handle& from) {
 }
 
 inline Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, int64_t H, int64_t W,
-               std::pair<int, int> kernel, std::pair<int, int> stride, std::pair<int, int> dilation,
-               int pool, std::pair<int, int> pool_size, int reset, int surrogate, double p0,
-               double p1, bool inhibition, int num_levels) {
+                      std::pair<int, int> kernel, std::pair<int, int> stride,
+                      std::pair<int, int> dilation, int pool, std::pair<int, int> pool_size,
+                      int reset, int surrogate, double p0, double p1, bool inhibition,
+                      int num_levels) {
   Cell c;
   c.dtype = DType(dtype);
   c.T = T, c.N = N, c.Cin = Cin, c.C = C, c.H = H, c.W = W;

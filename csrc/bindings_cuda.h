@@ -1,5 +1,5 @@
-// The CUDA half for Python: csrc/cuda/api.h over addresses. bindings.cpp includes it where that half
-// is built; the tests build it on top of the emulated kernels.
+// The CUDA half for Python: csrc/cuda/api.h over addresses. bindings.cpp includes it where that
+// half is built; the tests build it on top of the emulated kernels.
 #pragma once
 
 #include "bindings.h"

@@ -11,10 +11,10 @@ namespace snnlstm::cuda {
 
 // In which numbers the convolutions multiply; they always add in float (float64: double).
 enum class Matrix : int {
-  exact = 0,     // the states' own type; float32 without tensor cores, 16-bit types with them
-  tf32 = 1,      // float32 rounded to 10 bits of mantissa
-  tf32x3 = 2,    // float32 as two tf32 numbers: full precision from tensor cores
-  float16 = 3,   // autocast: states stay float32
+  exact = 0,    // the states' own type; float32 without tensor cores, 16-bit types with them
+  tf32 = 1,     // float32 rounded to 10 bits of mantissa
+  tf32x3 = 2,   // float32 as two tf32 numbers: full precision from tensor cores
+  float16 = 3,  // autocast: states stay float32
   bfloat16 = 4,
 };
 
@@ -53,8 +53,8 @@ Sizes sizes(const Cell& cell, const Target& target);
 // the states', or under autocast the matrix type.
 DType gate_type(DType states, Matrix matrix);
 
-// C rounded up to whole vectors: saved_gates are (T, N, Ho, Wo, 4, Cp), saved_syn (T - 1, N, Ho, Wo,
-// Cp) in the states' type.
+// C rounded up to whole vectors: saved_gates are (T, N, Ho, Wo, 4, Cp), saved_syn (T - 1, N, Ho,
+// Wo, Cp) in the states' type.
 int64_t padded_channels(int64_t C);
 
 // weight: (4C, Cin + C, kernel_h, kernel_w), contiguous, in the cell's dtype.
@@ -64,13 +64,13 @@ void pack_weight(const Cell& cell, const void* weight, bool backward, void* pack
 void forward(const ForwardArgs& args, const Target& target);
 void backward(const BackwardArgs& args, const Target& target);
 
-// The neurons alone, one step (cell.T is 1), behind a convolution of torch's. gate_sums: what it gives
-// for cat[x, mem], (1, N, 4C, Ho, Wo) of the gate_type(). Of args x, weight and workspace are unused;
-// bias is null where the sums hold it already; saved_gates and saved_syn are this step's.
+// The neurons alone, one step (cell.T is 1), behind a convolution of torch's. gate_sums: what it
+// gives for cat[x, mem], (1, N, 4C, Ho, Wo) of the gate_type(). Of args x, weight and workspace are
+// unused; bias is null where the sums hold it already; saved_gates and saved_syn are this step's.
 void pointwise_forward(const ForwardArgs& args, const View& gate_sums, const Target& target);
 
-// d_gates: gets the gradient of gate_sums. mem_after: gets mem after the step, (N, Ho, Wo, Cp) of the
-// gate_type(), unless it is null. Of args x, mem0, weight, grad_x, grad_mem0, grad_weight and
+// d_gates: gets the gradient of gate_sums. mem_after: gets mem after the step, (N, Ho, Wo, Cp) of
+// the gate_type(), unless it is null. Of args x, mem0, weight, grad_x, grad_mem0, grad_weight and
 // grad_bias are unused. workspace: pointwise_workspace().
 void pointwise_backward(const BackwardArgs& args, const View& d_gates, void* mem_after,
                         const Target& target);

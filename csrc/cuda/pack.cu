@@ -9,10 +9,10 @@ void launch_pack_fma(const WeightMap& map, void* packed, Stream stream) {
     using R = decltype(real);
     const int channels = map.depth_channels();
     const int64_t depth = round_up(int64_t(map.taps) * channels, fma::kDepth);
-    const Launch how{"pack weight (fma)",
-                     dim3(unsigned(depth / fma::kDepth),
-                          unsigned(ceil_div(map.columns(), fma::kColumns))),
-                     dim3(fma::kThreads), 0, stream};
+    const Launch how{
+        "pack weight (fma)",
+        dim3(unsigned(depth / fma::kDepth), unsigned(ceil_div(map.columns(), fma::kColumns))),
+        dim3(fma::kThreads), 0, stream};
     launch(how, &pack_fma<R>, map, static_cast<R*>(packed), depth, channels);
   });
 }

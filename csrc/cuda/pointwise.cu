@@ -1,8 +1,7 @@
 // The neurons alone, behind torch's own convolution.
-#include "pointwise.cuh"
-
 #include "launch.h"
 #include "neuron_args.h"
+#include "pointwise.cuh"
 
 namespace snnlstm::cuda {
 
@@ -13,7 +12,8 @@ struct Plan {
   bool whole_windows;
 
   explicit Plan(const Cell& c) {
-    whole_windows = choose_tile(c, c.Ho(), c.Wo(), pointwise::kPixels, c.pool != Pool::none, tiling);
+    whole_windows =
+        choose_tile(c, c.Ho(), c.Wo(), pointwise::kPixels, c.pool != Pool::none, tiling);
     if (!whole_windows) choose_tile(c, c.Ho(), c.Wo(), pointwise::kPixels, false, tiling);
     cover(tiling, c, c.N, c.C, pointwise::kChannels);
   }

@@ -1,6 +1,6 @@
-// The emulated CUDA half as a Python module: the bindings of the real one, with every array of a call
-// registered with the emulator, so that an access beside one is an error, and with what a call must
-// write poisoned before.
+// The emulated CUDA half as a Python module: the bindings of the real one, with every array of a
+// call registered with the emulator, so that an access beside one is an error, and with what a call
+// must write poisoned before.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -104,13 +104,15 @@ int64_t weight_bytes(const Cell& c) {
 template <class Args>
 void add_inputs(Arrays& arrays, const Args& a, const Extents& e, int64_t packed) {
   const Cell& c = a.cell;
-  const auto size = int64_t(element_size(c.dtype)), real = int64_t(element_size(compute_type(c.dtype)));
+  const auto size = int64_t(element_size(c.dtype)),
+             real = int64_t(element_size(compute_type(c.dtype)));
   arrays.add("x", a.x, e.input, c.dtype, Does::reads);
   arrays.add("syn0", a.syn0, e.state, c.dtype, Does::reads);
   arrays.add("mem0", a.mem0, e.state, c.dtype, Does::reads);
   arrays.add("packed weight", a.weight, packed, Does::reads);
   arrays.add("threshold", a.threshold,
-             (a.threshold_stride == 0 ? 1 : (c.C - 1) * a.threshold_stride + 1) * size, Does::reads);
+             (a.threshold_stride == 0 ? 1 : (c.C - 1) * a.threshold_stride + 1) * size,
+             Does::reads);
   arrays.add("graded factor", a.graded_factor, real, Does::reads);
   arrays.add("levels", a.levels, c.num_levels * real, Does::reads);
 }
@@ -127,8 +129,8 @@ void add_forward(Arrays& arrays, const ForwardArgs& a, const cuda::Target& targe
   arrays.add("syn", a.syn, e.states, c.dtype, states);
   arrays.add("mem", a.mem, e.states, c.dtype, states);
   arrays.add("saved gates", a.saved_gates, z.saved_gates, Does::writes);
-  const int64_t syn_of_step = c.N * c.Ho() * c.Wo() * cuda::padded_channels(c.C) *
-                              int64_t(element_size(c.dtype));
+  const int64_t syn_of_step =
+      c.N * c.Ho() * c.Wo() * cuda::padded_channels(c.C) * int64_t(element_size(c.dtype));
   arrays.add("saved syn", a.saved_syn, in_place ? syn_of_step : z.saved_syn, Does::writes);
   arrays.add("winner", a.winner, c.T * c.N * 8, Does::writes);
   arrays.add("workspace", a.workspace, z.forward_workspace, Does::writes);
