@@ -65,8 +65,9 @@ def nvcc_candidates():
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):
             yield name, str(Path(os.environ[name]) / "bin" / "nvcc")
-    if on_path := shutil.which("nvcc"):
-        yield "PATH", on_path
+    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        if on_path := shutil.which("nvcc", path=folder):
+            yield "PATH", on_path
     yield from nvcc_from_pip()
     if (DEFAULT_CUDA / "bin" / "nvcc").exists():
         yield str(DEFAULT_CUDA), str(DEFAULT_CUDA / "bin" / "nvcc")
@@ -85,10 +86,7 @@ def trouble_with(nvcc: str) -> str | None:
     release = re.search(r"release (\d+)\.(\d+)", done.stdout)
     tag = re.fullmatch(r"cu(\d+)", os.environ.get("SNNLSTM_LOCAL_VERSION", ""))
     if tag and release and tag[1] != release[1]:
-        raise CompileError(
-            f"SNNLSTM_LOCAL_VERSION is {tag[0]}, but {nvcc} is CUDA {release[1]}.{release[2]}: "
-            "the wheel would be named after a CUDA that it was not built with"
-        )
+        return f"{nvcc}: of CUDA {release[1]}.{release[2]}, and the wheel is to be named {tag[0]}"
     return None
 
 
@@ -105,7 +103,7 @@ def find_nvcc() -> tuple[str | None, str]:
     if named and wish != "pip":  # named by hand: another one would be a surprise
         nvcc = shutil.which(named) or named
         if trouble := trouble_with(nvcc):
-            raise CompileError(f"CUDACXX is {named!r}, which cannot be run: {trouble}")
+            raise CompileError(f"CUDACXX is {named!r}, which cannot be used: {trouble}")
         return nvcc, "named by CUDACXX"
     tried = []
     for where, nvcc in nvcc_from_pip() if wish == "pip" else nvcc_candidates():

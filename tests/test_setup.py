@@ -137,8 +137,18 @@ def test_the_local_version(build, monkeypatch):
 def test_a_wheel_is_not_called_after_another_cuda(build, monkeypatch, tmp_path):
     monkeypatch.setenv("SNNLSTM_LOCAL_VERSION", "cu12")
     monkeypatch.setenv("CUDACXX", program(tmp_path / "nvcc"))
-    with pytest.raises(Exception, match=r"cu12.*13\.0"):
+    with pytest.raises(Exception, match=r"CUDACXX.*13\.0.*cu12"):
         build["find_nvcc"]()
+
+
+def test_the_compiler_of_the_cuda_that_the_wheel_is_named_after(build, monkeypatch, tmp_path):
+    """The first on PATH may be of another CUDA."""
+    monkeypatch.setenv("SNNLSTM_LOCAL_VERSION", "cu12")
+    monkeypatch.setenv("PATH", os.pathsep.join(str(tmp_path / name) for name in ("new", "old")))
+    program(tmp_path / "new/nvcc")
+    assert "of CUDA 13.0" in build["find_nvcc"]()[1]
+    older = program(tmp_path / "old/nvcc", NVCC.replace("13.0", "12.4"))
+    assert build["find_nvcc"]()[0] == older
 
 
 def test_no_compiler_needed_means_none_is_run(build, monkeypatch, tmp_path):
