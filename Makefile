@@ -4,11 +4,11 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
-# For make wheel: empty (as found), cpu or 13
+# For make wheel: empty (as found), cpu, 12 or 13
 CUDA   ?=
 
-ifneq ($(filter-out cpu 13,$(CUDA)),)
-$(error CUDA is '$(CUDA)'; accepted: cpu, 13, or nothing)
+ifneq ($(filter-out cpu 12 13,$(CUDA)),)
+$(error CUDA is '$(CUDA)'; accepted: cpu, 12, 13, or nothing)
 endif
 
 RUN      := $(VENV)/bin/python
@@ -45,11 +45,13 @@ format: $(VENV)/.linters  ## let ruff and clang-format rewrite the code
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_CODE)
 
-# CUDA=13 takes the machine's nvcc, or PyPI's where there is none.
+# CUDA=12 needs an nvcc 12 in CUDACXX or on PATH: PyPI has none. CUDA=13 takes the machine's nvcc 13,
+# or PyPI's where there is none.
+NVCC_13 = $(or $(CUDACXX),$(shell nvcc --version 2>/dev/null | grep 'release 13'))
 WHEEL_ENV_cpu := SNNLSTM_CUDA=off SNNLSTM_LOCAL_VERSION=cpu
-WHEEL_ENV_13   = SNNLSTM_LOCAL_VERSION=cu13 \
-                 SNNLSTM_CUDA=$(if $(or $(CUDACXX),$(shell command -v nvcc)),on,pip)
-wheel: $(VENV)/.linters  ## build sdist and wheel into dist/ (CUDA=cpu|13: +cpu or +cu13)
+WHEEL_ENV_12  := SNNLSTM_CUDA=on SNNLSTM_LOCAL_VERSION=cu12
+WHEEL_ENV_13   = SNNLSTM_CUDA=$(if $(NVCC_13),on,pip) SNNLSTM_LOCAL_VERSION=cu13
+wheel: $(VENV)/.linters  ## build sdist and wheel into dist/ (CUDA=cpu|12|13: the wheel +cpu, +cu12 or +cu13)
 	$(WHEEL_ENV_$(CUDA)) $(RUN) -m build --outdir dist $(if $(CUDA),--wheel) .
 
 clean:  ## remove what builds and runs have made
@@ -67,11 +69,11 @@ $(RUN):
 	$(PYTHON) -m venv $(VENV)
 
 # Installed anew when the native code or the metadata changes; Python code needs no reinstallation.
-# Without the CUDA half, unless asked for: nothing calls it yet. What it needs is looked at again only when pyproject.toml is newer than the last installation.
+# What it needs is looked at again only when pyproject.toml is newer than the last installation.
 NO_DEPS = $(if $(wildcard $@),$(if $(filter pyproject.toml,$?),,--no-deps))
 $(VENV)/.installed: $(SOURCES) | $(RUN)
 	@echo "Installing snnlstm and what it needs into $(VENV); the first time takes some minutes ..."
-	SNNLSTM_CUDA=$${SNNLSTM_CUDA:-off} $(RUN) -m pip install --disable-pip-version-check $(NO_DEPS) -e ".[test,bench]"
+	$(RUN) -m pip install --disable-pip-version-check $(NO_DEPS) -e ".[test,bench]"
 	@touch $@
 
 $(VENV)/.linters: pyproject.toml | $(VENV)/.installed

@@ -1,10 +1,11 @@
 """Builds snnlstm._C with CMake and Ninja; the metadata is in pyproject.toml.
 
 Environment
-    SNNLSTM_CUDA            off | on | pip; unset: the CUDA half is built where a CUDA compiler is
-                            found; pip: with the one on PyPI, fetched for this build alone
+    SNNLSTM_CUDA            off | on | pip; unset: the CUDA half is built where both a CUDA compiler
+                            and a GPU are found, and for the GPUs found; on: for every GPU;
+                            pip: too, with the compiler on PyPI, fetched for this build alone
     CUDACXX, CUDA_HOME      where nvcc is (then PATH, then the pip package nvidia-cuda-nvcc)
-    SNNLSTM_CUDA_ARCHS      compute capabilities, such as "80;90": fewer make a quicker build
+    SNNLSTM_CUDA_ARCHS      compute capabilities, such as "80;90", or "native" for the GPUs found
     SNNLSTM_LOCAL_VERSION   e.g. cu13: the wheel becomes snnlstm-0.1.0+cu13
     MAX_JOBS, CMAKE_BUILD_PARALLEL_LEVEL   how many compilers run at once
     CMAKE_ARGS              further arguments for CMake
@@ -12,6 +13,7 @@ Environment
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
@@ -30,6 +32,9 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 VERSION_FILE = ROOT / "snnlstm" / "version.py"
 DEFAULT_CUDA = Path("/usr/local/cuda")
+DRIVER = "libcuda.so.1"
+ALL_ARCHS = "75;80;86;89;90;100;120"
+OLDEST_ARCH = 75
 CUDA_FROM_PIP = ["nvidia-cuda-nvcc==13.*", "nvidia-cuda-runtime==13.*", "nvidia-cuda-cccl==13.*"]
 
 
@@ -60,8 +65,9 @@ def nvcc_candidates():
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):
             yield name, str(Path(os.environ[name]) / "bin" / "nvcc")
-    if on_path := shutil.which("nvcc"):
-        yield "PATH", on_path
+    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        if on_path := shutil.which("nvcc", path=folder):
+            yield "PATH", on_path
     yield from nvcc_from_pip()
     if (DEFAULT_CUDA / "bin" / "nvcc").exists():
         yield str(DEFAULT_CUDA), str(DEFAULT_CUDA / "bin" / "nvcc")
@@ -80,10 +86,7 @@ def trouble_with(nvcc: str) -> str | None:
     release = re.search(r"release (\d+)\.(\d+)", done.stdout)
     tag = re.fullmatch(r"cu(\d+)", os.environ.get("SNNLSTM_LOCAL_VERSION", ""))
     if tag and release and tag[1] != release[1]:
-        raise CompileError(
-            f"SNNLSTM_LOCAL_VERSION is {tag[0]}, but {nvcc} is CUDA {release[1]}.{release[2]}: "
-            "the wheel would be named after a CUDA that it was not built with"
-        )
+        return f"{nvcc}: of CUDA {release[1]}.{release[2]}, and the wheel is to be named {tag[0]}"
     return None
 
 
@@ -100,7 +103,7 @@ def find_nvcc() -> tuple[str | None, str]:
     if named and wish != "pip":  # named by hand: another one would be a surprise
         nvcc = shutil.which(named) or named
         if trouble := trouble_with(nvcc):
-            raise CompileError(f"CUDACXX is {named!r}, which cannot be run: {trouble}")
+            raise CompileError(f"CUDACXX is {named!r}, which cannot be used: {trouble}")
         return nvcc, "named by CUDACXX"
     tried = []
     for where, nvcc in nvcc_from_pip() if wish == "pip" else nvcc_candidates():
@@ -120,20 +123,67 @@ def find_nvcc() -> tuple[str | None, str]:
     return None, reason
 
 
+def gpus() -> list[int]:
+    """Compute capabilities (10 * major + minor) of the GPUs that the driver shows, if any."""
+    try:
+        driver = ctypes.CDLL(DRIVER)
+    except OSError:
+        return []
+    count, device, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    found = set()
+    for index in range(count.value):
+        driver.cuDeviceGet(ctypes.byref(device), index)
+        numbers = []
+        for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+            driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+            numbers.append(value.value)
+        found.add(10 * numbers[0] + numbers[1])
+    return sorted(found)
+
+
+def cuda_plan() -> tuple[str | None, str, str]:
+    """The CUDA compiler or None, the compute capabilities to build for, and why, in words.
+
+    A plain `pip install .` builds for the GPUs of this machine alone, and nothing where there are
+    none: code for every GPU takes a multiple of the time.
+    """
+    nvcc, why = find_nvcc()
+    archs = os.environ.get("SNNLSTM_CUDA_ARCHS", "").strip()
+    if not nvcc:
+        return None, "", why
+    if archs and archs != "native":
+        return nvcc, archs, why
+    if cuda_wish() and not archs:
+        return nvcc, ALL_ARCHS, why
+    here = gpus()
+    usable = [arch for arch in here if arch >= OLDEST_ARCH]
+    if usable:
+        return nvcc, ";".join(map(str, usable)), f"{why}, for the GPUs found here"
+    lack = f"only GPUs older than {OLDEST_ARCH / 10}" if here else "no GPU"
+    if archs:
+        raise CompileError(
+            f"SNNLSTM_CUDA_ARCHS=native, but {lack} found; name compute capabilities, such as "
+            f"{ALL_ARCHS!r}"
+        )
+    return None, "", f"{lack} here; SNNLSTM_CUDA=on builds it for all GPUs, with {nvcc}"
+
+
 class CMakeBuild(build_ext):
     """One extension, snnlstm._C, by way of csrc/CMakeLists.txt."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        nvcc, why = find_nvcc()
+        nvcc, archs, why = cuda_plan()
         tag = os.environ.get("SNNLSTM_LOCAL_VERSION", "")
         if (tag == "cpu" and nvcc) or (tag.startswith("cu") and not nvcc):
             half = "with" if nvcc else "without"
             raise CompileError(
                 f"SNNLSTM_LOCAL_VERSION is {tag}, but this build is {half} the CUDA half ({why})"
             )
-        say(f"CUDA compiler: {nvcc or 'none'} ({why})")
+        say(f"CUDA half: {nvcc or 'left out'} ({why})")
 
         # Not setuptools' temporary folder: kept, so that `pip install -e .` again is incremental.
         # CMake can change neither compilers nor the source's place in one that it has configured.
@@ -155,7 +205,6 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         if nvcc:
             arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
-            archs = os.environ.get("SNNLSTM_CUDA_ARCHS", "75;80;86;89;90;100;120")
             arguments.append(f"-DSNNLSTM_CUDA_ARCHS={archs}")
         arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         hint = "\nSNNLSTM_CUDA=off builds the CPU half alone." if nvcc else ""

@@ -4,7 +4,8 @@
 //   T time steps, N batch, Cin input channels, C output channels (the state's),
 //   H, W input image, Ho, Wo state image (ceil(H / stride)), Hp, Wp pooled image (floor mode).
 // The convolution's 4C output channels come in the order i, f, o, g.
-// Strides are counted in elements. A null pointer means "absent" or "not wanted".
+// Strides are counted in elements. A null pointer means "absent" or "not wanted". The compute type
+// is double for float64 and float for all others.
 #pragma once
 
 #include <cstdint>
@@ -75,8 +76,9 @@ struct ForwardArgs {
   const void* bias = nullptr;        // (4C,), contiguous
   const void* threshold = nullptr;   // (C,), or one number with threshold_stride = 0
   int64_t threshold_stride = 0;
-  double graded = 1;             // graded_spikes_factor
-  const void* levels = nullptr;  // (num_levels,), ascending
+  double graded = 1;                    // graded_spikes_factor
+  const void* graded_factor = nullptr;  // CUDA: the same on the device, in the compute type
+  const void* levels = nullptr;         // (num_levels,), ascending; CUDA: in the compute type
   bool record = false;  // syn and mem are written for every t, else after the last step only
   View spk;             // (T, N, C, Hp, Wp)
   View syn, mem;        // (T, N, C, Ho, Wo) or, with stride[0] = 0, (N, C, Ho, Wo)
@@ -97,6 +99,7 @@ struct BackwardArgs {
   const void* threshold = nullptr;
   int64_t threshold_stride = 0;
   double graded = 1;
+  const void* graded_factor = nullptr;
   const void* levels = nullptr;
   const void* saved_gates = nullptr;
   const void* saved_syn = nullptr;

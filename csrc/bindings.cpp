@@ -1,9 +1,5 @@
 // What Python sees of the core. No logic: names, numbers and addresses, and the GIL released.
-//
-// A tensor of the caller's comes as a tuple (address, and strides of time, batch, channel, row and
-// column, in elements), or None. Other memory comes as its address, or 0.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
 #include <array>
 #include <cstring>
@@ -13,24 +9,14 @@
 #include "openmp.h"
 #include "pages.h"
 
-namespace py = pybind11;
+#if SNNLSTM_WITH_CUDA
+#include "bindings_cuda.h"
+#endif
+
 using namespace snnlstm;
+using namespace snnlstm::bindings;
 
 namespace {
-
-using Address = uintptr_t;
-
-void* at(Address address) { return reinterpret_cast<void*>(address); }
-
-View view(const py::object& from) {
-  View v;
-  if (from.is_none()) return v;
-  const auto fields = from.cast<py::tuple>();
-  if (fields.size() != 6) throw py::value_error("a tensor is (address, 5 strides)");
-  v.data = at(fields[0].cast<Address>());
-  for (int k = 0; k < 5; ++k) v.stride[k] = fields[k + 1].cast<int64_t>();
-  return v;
-}
 
 // The part of `count` values that is not zero, from a sample spread over all of them.
 template <class T>
@@ -39,26 +25,6 @@ double density(const T* x, int64_t count) {
   int64_t seen = 0, nonzero = 0;
   for (int64_t k = 0; k < count; k += step, ++seen) nonzero += x[k] != T(0);
   return seen ? double(nonzero) / double(seen) : 1;
-}
-
-Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, int64_t H, int64_t W,
-               std::pair<int, int> kernel, std::pair<int, int> stride, std::pair<int, int> dilation,
-               int pool, std::pair<int, int> pool_size, int reset, int surrogate, double p0,
-               double p1, bool inhibition, int num_levels) {
-  Cell c;
-  c.dtype = DType(dtype);
-  c.T = T, c.N = N, c.Cin = Cin, c.C = C, c.H = H, c.W = W;
-  std::tie(c.kernel_h, c.kernel_w) = kernel;
-  std::tie(c.stride_h, c.stride_w) = stride;
-  std::tie(c.dilation_h, c.dilation_w) = dilation;
-  c.pool = Pool(pool);
-  std::tie(c.pool_h, c.pool_w) = pool_size;
-  c.reset = Reset(reset);
-  c.surrogate = Surrogate(surrogate);
-  c.surrogate_p0 = p0, c.surrogate_p1 = p1;
-  c.inhibition = inhibition;
-  c.num_levels = num_levels;
-  return c;
 }
 
 void cpu_forward(const Cell& cell, int threads, bool record, py::object x, py::object syn0,
@@ -124,14 +90,7 @@ PYBIND11_MODULE(_C, m) {
                                           : density(static_cast<const float*>(at(x)), count);
   });
 
-  py::class_<Cell>(m, "Cell")
-      .def(py::init(&make_cell), py::kw_only(), py::arg("dtype"), py::arg("T"), py::arg("N"),
-           py::arg("Cin"), py::arg("C"), py::arg("H"), py::arg("W"), py::arg("kernel"),
-           py::arg("stride"), py::arg("dilation"), py::arg("pool"), py::arg("pool_size"),
-           py::arg("reset"), py::arg("surrogate"), py::arg("p0"), py::arg("p1"),
-           py::arg("inhibition"), py::arg("num_levels"))
-      .def_readonly("tile", &Cell::tile)
-      .def_property_readonly("x_way", [](const Cell& cell) { return int(cell.x_way); });
+  bind_cell(m);
 
   // CPU
   m.def("isa_names", &cpu::isa_names);
@@ -159,4 +118,8 @@ PYBIND11_MODULE(_C, m) {
         [](const std::string& function, int dtype, Address in, Address out, int64_t count) {
           cpu::evaluate(function, DType(dtype), at(in), at(out), count);
         });
+
+#if SNNLSTM_WITH_CUDA
+  bind_cuda(m);
+#endif
 }

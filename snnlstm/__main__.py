@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import cuda_check
+
 # What a fact is where it could not be had: a sentence that starts with this.
 MISSING = "missing: "
 
@@ -64,13 +66,16 @@ def torch_facts() -> dict[str, Any]:
     """torch's version, threads and GPUs."""
     torch = attempt(lambda: importlib.import_module("torch"))
     if is_missing(torch):
-        return {"version": torch, "cuda": None, "threads": None, "devices": [], "notes": []}
+        return {"version": torch, "cuda": None, "driver": None, "threads": None, "devices": [],
+                "notes": []}  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:  # a broken driver warns
         warnings.simplefilter("always")
         devices = attempt(lambda: gpus(torch))
+        driver = attempt(cuda_check.driver_version)
     return {
         "version": attempt(lambda: str(torch.__version__)),
         "cuda": attempt(lambda: torch.version.cuda),
+        "driver": driver,
         "threads": attempt(lambda: torch.get_num_threads()),
         "devices": devices,
         "notes": [" ".join(str(w.message).split()) for w in caught],
@@ -130,32 +135,19 @@ def problems(facts: dict[str, Any]) -> list[str]:
     if is_missing(torch["devices"]):
         found.append(f"torch cannot use the GPU ({torch['devices']})")
     elif torch["devices"] and not is_missing(native["core"]):
-        found += gpu_problems(native["build"], torch["devices"], facts["devices"])
+        found += gpu_problems(native["build"], torch["driver"], torch["devices"])
     return found
 
 
-def gpu_problems(build: Any, gpus: list[dict[str, Any]], devices: Any) -> list[str]:
-    if not isinstance(build, dict) or not build.get("cuda_archs"):
-        return [
-            "there is a GPU, but this build has no CUDA kernels: CUDA tensors take the reference "
-            "path. Install a CUDA wheel, or build with SNNLSTM_CUDA=on where nvcc is"
-        ]
-    if "cuda" not in devices:
-        return ["this version does not use its CUDA kernels: CUDA tensors take the reference path"]
-    # "75 80 ... 120 80+ptx": code for X.Y runs on X.Z with Z >= Y, PTX on all that is newer.
-    archs = [int(a) for a in build["cuda_archs"].split() if a.isdigit()]
-    ptx = [int(a.removesuffix("+ptx")) for a in build["cuda_archs"].split() if a.endswith("+ptx")]
-    found = []
-    for gpu in gpus:
-        major, minor = gpu["capability"]
-        capability = 10 * major + minor
-        native = any(a // 10 == major and a <= capability for a in archs)
-        if not native and not any(p <= capability for p in ptx):
-            found.append(
-                f"{gpu['name']} (compute capability {major}.{minor}) is not among the GPUs "
-                f"that this build has code for ({build['cuda_archs']})"
-            )
-    return found
+def gpu_problems(build: Any, driver: Any, gpus: list[dict[str, Any]]) -> list[str]:
+    """What the first call on each GPU would say."""
+    build = build if isinstance(build, dict) else {}
+    driver = driver if isinstance(driver, int) else None
+    general = cuda_check.without_kernels(build) or cuda_check.driver_trouble(build, driver)
+    if general:
+        return [f"CUDA tensors take the reference path: {general}"]
+    found = (cuda_check.device_trouble(build, g["name"], tuple(g["capability"])) for g in gpus)
+    return [text for text in found if text]
 
 
 def table(facts: dict[str, Any]) -> str:
@@ -164,7 +156,7 @@ def table(facts: dict[str, Any]) -> str:
     build = build if isinstance(build, dict) else {}
     isas = native["isas"]
     forced = f" (forced by SNNLSTM_ISA={facts['forced_isa']})" if facts["forced_isa"] else ""
-    devices = torch["devices"]
+    devices, driver = torch["devices"], torch["driver"]
     if not devices:
         devices = "none" if torch["cuda"] else "none (torch is built without CUDA)"
     elif isinstance(devices, list):
@@ -195,6 +187,7 @@ def table(facts: dict[str, Any]) -> str:
         ("", ""),
         ("CUDA kernels", build.get("cuda", "unknown")),
         ("torch's CUDA", torch["cuda"] or "none"),
+        ("driver's CUDA", cuda_check.show(driver) if isinstance(driver, int) else driver or "none"),
         ("GPUs", devices),
         *(("note", note) for note in torch["notes"]),
     ]

@@ -7,6 +7,7 @@ mem and the reset are recomputed from these (the reset rides in a sign bit of th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,15 +35,14 @@ class _SConv2dLSTM(torch.autograd.Function):
         options: CellOptions,
         algorithm: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        factor = float(graded)
-        arguments = (x, syn, mem, weight, bias, threshold, factor, options)
+        arguments = (x, syn, mem, weight, bias, threshold, graded, options)
         saved: Any
         if options.checkpoint:
             (spk, new_syn, new_mem, _), saved = checkpoint.forward(*arguments, algorithm)
         else:
             spk, new_syn, new_mem, saved = native.forward(*arguments, True, algorithm)
         ctx.save_for_backward(x, syn, mem, weight, bias, threshold, graded, *saved)
-        ctx.options, ctx.graded, ctx.algorithm = options, factor, algorithm
+        ctx.options, ctx.algorithm = options, algorithm
         ctx.set_materialize_grads(False)
         if options.surrogate.kind == 0:
             ctx.mark_non_differentiable(spk)
@@ -58,7 +58,7 @@ class _SConv2dLSTM(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: derivatives of these gradients are wanted
             inputs = (x, syn, mem, weight, bias, threshold)
             return (*_differentiable(inputs, graded, ctx.options, grads, wanted), *(None,) * 3)
-        tensors, rest = (x, syn, mem, weight), (threshold, ctx.graded, ctx.options)
+        tensors, rest = (x, syn, mem, weight), (threshold, graded, ctx.options)
         how = (*grads, wanted, ctx.algorithm)
         if ctx.options.checkpoint:
             out = checkpoint.backward(*tensors, bias, *rest, saved, *how)
@@ -97,6 +97,15 @@ def _differentiable(
     return tuple(next(found) if want else None for want in wanted)
 
 
+def _with_autocast(options: CellOptions, x: Tensor) -> CellOptions:
+    """The options of a call that may be under autocast, which leaves float64 alone."""
+    device = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return replace(options, operands=None if dtype == torch.float32 else dtype)
+    return options
+
+
 def run(
     x: Tensor,
     syn: Tensor,
@@ -113,10 +122,13 @@ def run(
     The threshold is one number or one a channel, `graded` a single number without gradient;
     `algorithm` is one of ``native.ALGORITHMS``.
     """
+    options = _with_autocast(options, x)
+    if weight.dtype != x.dtype:  # a half precision module under autocast
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     inputs = (x, syn, mem, weight, bias, threshold)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     if torch.compiler.is_compiling():
         return ops.run(*inputs, graded, options, training, algorithm)
     if training:
         return _SConv2dLSTM.apply(*inputs, graded, options, algorithm)
-    return native.forward(*inputs, float(graded), options, False, algorithm)[:3]
+    return native.forward(*inputs, graded, options, False, algorithm)[:3]

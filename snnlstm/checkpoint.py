@@ -36,7 +36,7 @@ def forward(
     weight: Tensor,
     bias: Tensor | None,
     threshold: Tensor,
-    graded: float,
+    graded: Tensor,
     options: CellOptions,
     algorithm: str,
 ) -> tuple[native.Result, list[Tensor]]:
@@ -54,7 +54,6 @@ def forward(
     if len(segments) == 1:
         return native.forward(x, syn, mem, *arguments, options, False, algorithm), []
     result = native.empty_result(x, mem, options, training=False)
-    native.prefer_huge_pages(result[:3])
     boundaries: list[Tensor] = []
     part = result
     for segment in segments:
@@ -94,7 +93,7 @@ def backward(
     weight: Tensor,
     bias: Tensor | None,
     threshold: Tensor,
-    graded: float,
+    graded: Tensor,
     options: CellOptions,
     boundaries: list[Tensor],
     grad_spk: Tensor | None,

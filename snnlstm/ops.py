@@ -24,6 +24,7 @@ __all__ = ["run"]
 
 _RESETS: tuple[Reset, ...] = ("subtract", "zero", "none")
 _POOLS: tuple[Pool, ...] = ("none", "max", "avg")
+_OPERANDS = (None, torch.float16, torch.bfloat16)
 
 
 def _encode(options: CellOptions) -> tuple[list[int], list[float], Tensor | None]:
@@ -40,6 +41,7 @@ def _encode(options: CellOptions) -> tuple[list[int], list[float], Tensor | None
         int(options.sequence),
         int(options.record),
         int(options.checkpoint),
+        _OPERANDS.index(options.operands),
     ]
     levels = None if options.quant is None else options.quant.levels
     return numbers, [surrogate.p0, surrogate.p1], levels
@@ -49,7 +51,7 @@ _CHECKPOINT = 14  # its place in the numbers
 
 
 def _decode(numbers: list[int], parameters: list[float], levels: Tensor | None) -> CellOptions:
-    kh, kw, sh, sw, dh, dw, ph, pw, reset, pool, kind, *flags = numbers
+    kh, kw, sh, sw, dh, dw, ph, pw, reset, pool, kind, *flags, operands = numbers
     p0, p1 = parameters
     inhibition, sequence, record, checkpoint = map(bool, flags)
     return CellOptions(
@@ -65,6 +67,7 @@ def _decode(numbers: list[int], parameters: list[float], levels: Tensor | None) 
         sequence,
         record,
         checkpoint,
+        _OPERANDS[operands],
     )
 
 
@@ -95,7 +98,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = _decode(numbers, parameters, levels)
     spk, new_syn, new_mem, saved = native.forward(
-        x, syn, mem, weight, bias, threshold, float(graded), options, training, algorithm
+        x, syn, mem, weight, bias, threshold, graded, options, training, algorithm
     )
     return (spk, new_syn, new_mem, *_saved_or_empty(x, saved))
 
@@ -135,7 +138,7 @@ def _backward(
         mem,
         weight,
         threshold,
-        float(graded),
+        graded,
         _decode(numbers, parameters, levels),
         native.Saved(gates, saved_syn, winner),
         grad_spk,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from .surrogate import NONE
 
 __all__ = ["CellOptions", "Pool", "Reset"]
@@ -43,6 +45,9 @@ class CellOptions:
         With `sequence`: syn and mem are returned for every step, (T, N, C, Ho, Wo).
     checkpoint : bool
         Keep only the states for the backward pass and recompute the gates there.
+    operands : torch.dtype or None
+        Type of the convolution's operands where it is not the states': torch.float16 or
+        torch.bfloat16 under autocast, which leaves states in float32.
     """
 
     kernel_size: tuple[int, int]
@@ -57,6 +62,7 @@ class CellOptions:
     sequence: bool = False
     record: bool = False
     checkpoint: bool = False
+    operands: torch.dtype | None = None
 
     @property
     def padding(self) -> tuple[int, int]:

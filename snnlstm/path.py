@@ -59,9 +59,10 @@ _MISSING = "the compiled core is missing"
 _NATIVE_REASON = "the native kernels cover this call"
 
 try:
-    # native.name(device_type, options) -> str names the kernels that run a call;
-    # native.DEVICES is the set of device types that the core was built for, native.TRACEABLE
-    # whether dynamo can trace autograd.run (through the operators of ops.py).
+    # native.name(device_type) -> str names the kernels that run a call; native.refusal says
+    # which calls they cannot run; native.DEVICES is the set of device types that the core was
+    # built for, native.TRACEABLE whether dynamo can trace autograd.run (through the operators of
+    # ops.py).
     from . import native as _native
 except ModuleNotFoundError:  # a checkout that was not built
     _native = None  # type: ignore[assignment]
@@ -71,7 +72,7 @@ except ImportError as error:
 
 # Made once: dynamo cannot trace a call into the core.
 _NATIVE_PATHS = {
-    device: Path(_native.name(device, CellOptions((1, 1))), _NATIVE_REASON)
+    device: Path(_native.name(device), _NATIVE_REASON)
     for device in (() if _native is None else _native.DEVICES)
 }
 
@@ -82,7 +83,7 @@ def native_path(name: str) -> Path:
     return Path(name, _NATIVE_REASON)
 
 
-ALGORITHMS = ("auto", "direct", "winograd")
+ALGORITHMS = ("auto", "direct", "winograd", "pointwise")
 _algorithm = "auto"
 _algorithm_lock = threading.Lock()
 
@@ -95,10 +96,13 @@ def set_algorithm(name: str) -> None:
 
     Parameters
     ----------
-    name : {"auto", "direct", "winograd"}
+    name : {"auto", "direct", "winograd", "pointwise"}
         ``"auto"``, the default, takes the fastest by shape. ``"direct"`` sums products as they
         stand. ``"winograd"`` is used wherever the kernel size allows; it rounds a little more,
         and a NaN or an infinity spreads over the few pixels of the tile in which it lies.
+        ``"pointwise"`` leaves the convolution to torch (cuDNN) and runs the kernels behind it.
+        Where a device has no such algorithm (the CPU no ``"pointwise"``, CUDA no
+        ``"winograd"``) the name means ``"auto"``.
 
     Raises
     ------
@@ -280,21 +284,17 @@ def choose(
         return Path("reference", reason, slow=True)
     if _native is None:
         return Path("reference", _MISSING, slow=True)
-    return _choose_native(device, x.dtype)
+    return _choose_native(x.device, x.dtype)
 
 
-def _choose_native(device: str, dtype: torch.dtype) -> Path:
+def _choose_native(device: torch.device, dtype: torch.dtype) -> Path:
     assert _native is not None
     if torch.compiler.is_compiling() and not getattr(_native, "TRACEABLE", False):
         return Path("reference", "torch.compile fuses plain operators", slow=True)
-    if device not in _native.DEVICES:
-        return Path("reference", f"the core was built without its {device} half", slow=True)
-    if device == "cpu":
-        if torch.is_autocast_enabled("cpu"):
-            return Path("reference", "autocast on the CPU", slow=True)
-        if dtype not in (torch.float32, torch.float64):
-            return Path("reference", f"there are no CPU kernels for {dtype}", slow=True)
-    return _NATIVE_PATHS[device]
+    reason = _native.refusal(device, dtype)
+    if reason is not None:
+        return Path("reference", reason, slow=True)
+    return _NATIVE_PATHS[device.type]
 
 
 _logged_missing = False

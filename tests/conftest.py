@@ -1,8 +1,12 @@
 """Fixtures that all tests share."""
 
 import os
+import shutil
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -11,6 +15,8 @@ import torch
 from kernels import isa, kernels  # noqa: F401  (fixtures for every test)
 
 import snnlstm.path
+
+sys.path.append(str(Path(__file__).parent / "simt"))
 
 # Fresh examples on a developer's machine, the same ones on every run of CI. A failure prints
 # what is needed to see it again.
@@ -23,11 +29,29 @@ CORE = snnlstm.path._native is not None
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the cell under test."""
+    """One implementation of the cell under test.
+
+    "reference" hides the core; "simt" is the CUDA kernels, emulated, for CPU tensors.
+    """
 
     name: str
     device: torch.device
     native: bool
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within the block, cells on the device run this implementation."""
+        if self.name == "reference":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(snnlstm.path, "_native", None)
+                yield
+        elif self.name == "simt":
+            from backend import emulated  # builds it: half a minute, the first time
+
+            with emulated():
+                yield
+        else:
+            yield
 
     def check(self, path: "snnlstm.path.Path | None", native: bool = True) -> None:
         """Assert which path a call took; `native`: whether the kernels can do this call."""
@@ -39,26 +63,27 @@ def _backends() -> list[Backend]:
     backends = [Backend("reference", torch.device("cpu"), native=False)]
     if CORE:
         backends.append(Backend("cpu", torch.device("cpu"), native=True))
+        if shutil.which("g++"):
+            backends.append(Backend("simt", torch.device("cpu"), native=True))
     if CORE and torch.cuda.is_available() and "cuda" in snnlstm.path._native.DEVICES:
         backends.append(Backend("cuda", torch.device("cuda"), native=True))
     return backends
 
 
 @pytest.fixture(params=_backends(), ids=lambda backend: backend.name, scope="session")
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Run a test once for each implementation that is there; "reference" hides the core."""
-    found: Backend = request.param
-    if found.native:
-        yield found
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(snnlstm.path, "_native", None)
-        yield found
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Run a test once for each implementation that is there."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)
-def _same_start() -> None:
+def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
     torch.set_num_threads(2)
     # snnTorch keeps all of its cells, and some of them cannot be detached.
     snntorch.SpikingNeuron.instances.clear()
+    if "backend" not in request.fixturenames:
+        yield
+        return
+    with request.getfixturevalue("backend").running():
+        yield

@@ -88,7 +88,7 @@ def use(kernels: Kernels) -> Iterator[Kernels]:
 
 
 @pytest.fixture(
-    params=[Kernels(isa, algorithm) for isa in ISAS for algorithm in native.ALGORITHMS], ids=_id
+    params=[Kernels(isa, algorithm) for isa in ISAS for algorithm in native.cpu.ALGORITHMS], ids=_id
 )
 def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     """Run a test once for each instruction set and algorithm; without the core it is skipped."""

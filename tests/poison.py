@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from snnlstm import native, packing
+from snnlstm import cpu, glue, packing
 
 NAN = 0xFF  # as float32, float64: NaN; as int64: -1
 HUGE = 0x7F  # as float32, float64: 3.4e38, 1.4e306; as int64: 9.2e18
@@ -70,7 +70,7 @@ def poisoned(pattern: int) -> Iterator[_Fenced]:
         return fenced.new(shape, _contiguous_strides(shape), dtype)
 
     class Torch:
-        """What native.py and packing.py see as torch."""
+        """What these modules see as torch."""
 
         empty = staticmethod(contiguous)
 
@@ -85,10 +85,10 @@ def poisoned(pattern: int) -> Iterator[_Fenced]:
         return contiguous(*shape, dtype=dtype or self.dtype)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (native, packing):
+        for module in (cpu, glue, packing):
             patch.setattr(module, "torch", Torch())
         patch.setattr(Tensor, "new_empty", new_empty)
-        patch.setattr(native, "_workspace", native._Workspace())  # nothing kept from before
+        patch.setattr(cpu, "_workspace", cpu._Workspace())  # nothing kept from before
         patch.setattr(packing, "_packed", WeakKeyDictionary())
         yield fenced
     fenced.check()

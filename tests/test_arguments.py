@@ -295,7 +295,9 @@ def test_the_functional_form_is_the_cell_without_its_state(backend):
 
 
 def test_set_algorithm_takes_known_names_only():
-    with pytest.raises(ValueError, match="name must be one of auto, direct, winograd, got 'fft'"):
+    with pytest.raises(
+        ValueError, match="name must be one of auto, direct, winograd, pointwise, got 'fft'"
+    ):
         snnlstm.set_algorithm("fft")
     before = snnlstm.path.get_algorithm()
     with snnlstm.algorithm("direct"):

@@ -249,16 +249,26 @@ def compare(case: Case, out: Any, expected: Any, grads: Any, expected_grads: Any
         close(grad / scale, wanted / scale, atol=1e-10 if exact_gradient else 2e-5, rtol=0)
 
 
-slow = settings(max_examples=60, suppress_health_check=list(HealthCheck))
+def slow(backend):
+    """Settings of a search; emulated kernels are searched at greater length elsewhere."""
+    examples = 8 if backend.name == "simt" else 60
+    return settings(max_examples=examples, suppress_health_check=list(HealthCheck))
 
 
-@slow
-@given(cases())
-@example(Case(size=(1, 1), kernel=5, channels=(1, 1), time=4, reset="zero"))
-@example(Case(batch=0, reset="subtract", pool={"max_pool": (2, 2)}))
-@example(Case(pool={"max_pool": (2, 3)}, quant=2, reset="subtract", sequence=True))
-@example(Case(double=False, density=1.0, channels=(3, 16), learn=True, threshold="column"))
-def test_any_combination_of_options_equals_snntorch(backend, case):
+def test_any_combination_of_options_equals_snntorch(backend):
+    @slow(backend)
+    @given(cases())
+    @example(Case(size=(1, 1), kernel=5, channels=(1, 1), time=4, reset="zero"))
+    @example(Case(batch=0, reset="subtract", pool={"max_pool": (2, 2)}))
+    @example(Case(pool={"max_pool": (2, 3)}, quant=2, reset="subtract", sequence=True))
+    @example(Case(double=False, density=1.0, channels=(3, 16), learn=True, threshold="column"))
+    def check(case):
+        equals_snntorch(backend, case)
+
+    check()
+
+
+def equals_snntorch(backend, case):
     cell, other = case.ours(), case.make(snntorch)
     assume(margin(case, cell, case.inputs()) > case.band)
     mine, theirs = case.inputs(), case.inputs()
@@ -274,10 +284,19 @@ def test_any_combination_of_options_equals_snntorch(backend, case):
     backend.check(cell.path, native=case.batch > 0)
 
 
-@slow
-@given(cases(ours_only=True))
-@example(Case(size=(7, 5), stride=(2, 3), dilation=2, inhibition=True, pool={"avg_pool": (2, 2)}))
-def test_any_combination_of_options_equals_the_float64_reference(backend, case):
+def test_any_combination_of_options_equals_the_float64_reference(backend):
+    pool = {"avg_pool": (2, 2)}
+
+    @slow(backend)
+    @given(cases(ours_only=True))
+    @example(Case(size=(7, 5), stride=(2, 3), dilation=2, inhibition=True, pool=pool))
+    def check(case):
+        equals_reference(backend, case)
+
+    check()
+
+
+def equals_reference(backend, case):
     cell, other = case.ours(), case.ours()
     assume(margin(case, cell, case.inputs()) > case.band)
     mine, theirs = case.inputs(), case.inputs()
@@ -293,14 +312,21 @@ def test_any_combination_of_options_equals_the_float64_reference(backend, case):
     backend.check(cell.path, native=case.batch > 0)
 
 
-@slow
-@given(
-    cases(),
-    st.sampled_from([torch.nan, torch.inf, -torch.inf, 1e30]),
-    st.sampled_from(["syn", "mem"]),
-    st.integers(0, 10**6),
-)
-def test_nan_infinity_and_huge_states_go_where_snntorch_lets_them(backend, case, value, where, at):
+def test_nan_infinity_and_huge_states_go_where_snntorch_lets_them(backend):
+    @slow(backend)
+    @given(
+        cases(),
+        st.sampled_from([torch.nan, torch.inf, -torch.inf, 1e30]),
+        st.sampled_from(["syn", "mem"]),
+        st.integers(0, 10**6),
+    )
+    def check(case, value, where, at):
+        goes_where_snntorch_lets_it(case, value, where, at)
+
+    check()
+
+
+def goes_where_snntorch_lets_it(case, value, where, at):
     assume(case.batch > 0)
     cell, other = case.ours(), case.make(snntorch)
     x, *state = (t.detach() for t in case.inputs())

@@ -113,7 +113,7 @@ def test_unknown_arguments_are_refused():
 # ---- GPUs that are not here ----------------------------------------------------------------------
 
 
-def fake_torch(*capabilities: tuple[int, int], error: Exception | None = None):
+def fake_torch(*capabilities: tuple[int, int], error: Exception | None = None, driver: int = 13000):
     """A torch that sees GPUs of these compute capabilities, or whose driver fails."""
 
     def is_available():
@@ -130,6 +130,7 @@ def fake_torch(*capabilities: tuple[int, int], error: Exception | None = None):
     return types.SimpleNamespace(
         __version__="9.9", version=types.SimpleNamespace(cuda="13.0"), cuda=cuda,
         get_num_threads=lambda: 3,
+        _C=types.SimpleNamespace(_cuda_getDriverVersion=lambda: driver),
     )  # fmt: skip
 
 
@@ -137,13 +138,11 @@ def fake_core(archs: str):
     return types.SimpleNamespace(
         __file__="_C.so", isa_names=lambda: ["baseline"], isa_name=lambda: "baseline",
         openmp_library=lambda: "libgomp.so.1",
-        build_info=lambda: {"cuda": "built", "cuda_archs": archs},
+        build_info=lambda: {"cuda": "built", "cuda_version": "13.0.88", "cuda_archs": archs},
     )  # fmt: skip
 
 
-def problems_with(monkeypatch, torch_module, archs: str, *devices: str) -> list[str]:
-    native = types.SimpleNamespace(DEVICES={"cpu", *(devices or ("cuda",))})
-    monkeypatch.setitem(sys.modules, "snnlstm.native", native)
+def problems_with(monkeypatch, torch_module, archs: str) -> list[str]:
     monkeypatch.setitem(sys.modules, "torch", torch_module)
     monkeypatch.setitem(sys.modules, "snnlstm._C", fake_core(archs))
     facts = report.collect()
@@ -152,33 +151,23 @@ def problems_with(monkeypatch, torch_module, archs: str, *devices: str) -> list[
     return facts["problems"]
 
 
-@pytest.mark.parametrize(
-    ("capability", "archs", "covered"),
-    [
-        ((8, 0), "80 80+ptx", True),
-        ((8, 9), "80 90 90+ptx", True),  # code for 8.0 runs on 8.9
-        ((7, 5), "80 90 90+ptx", False),
-        ((10, 3), "80 90 90+ptx", True),  # by way of PTX
-        ((7, 5), "75", True),
-        ((9, 0), "80 86", False),  # other major, no PTX
-        ((8, 0), "86 86+ptx", False),
-    ],
-)
-def test_a_gpu_that_the_build_has_no_code_for(monkeypatch, capability, archs, covered):
-    problems = problems_with(monkeypatch, fake_torch(capability), archs)
-    assert len(problems) == (0 if covered else 1)
-    if not covered:
-        assert f"{capability[0]}.{capability[1]}" in problems[0]
+def test_a_gpu_that_the_build_has_code_for(monkeypatch):
+    assert problems_with(monkeypatch, fake_torch((8, 0)), "80 80+ptx") == []
+
+
+def test_a_gpu_that_the_build_has_no_code_for(monkeypatch):
+    (problem,) = problems_with(monkeypatch, fake_torch((8, 0), (7, 5)), "80 80+ptx")
+    assert "GPU number 1 (compute capability 7.5)" in problem
+
+
+def test_a_driver_that_is_too_old(monkeypatch):
+    (problem,) = problems_with(monkeypatch, fake_torch((8, 0), driver=12040), "80 80+ptx")
+    assert "driver is too old: it runs CUDA 12.4" in problem
 
 
 def test_a_gpu_and_a_build_without_cuda(monkeypatch):
     (problem,) = problems_with(monkeypatch, fake_torch((8, 0)), "")
     assert "no CUDA kernels" in problem
-
-
-def test_a_gpu_and_a_version_that_leaves_it_alone(monkeypatch):
-    (problem,) = problems_with(monkeypatch, fake_torch((8, 0)), "80 80+ptx", "cpu")
-    assert "does not use its CUDA kernels" in problem
 
 
 def test_a_broken_driver(monkeypatch):

@@ -103,7 +103,7 @@ def taken_in_inference(kernels, case: Case) -> tuple[int, int]:
     with torch.no_grad():
         kernels.run(*inputs, case.options)  # packs the weight
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "_workspace", native._Workspace())
+            patch.setattr(native.cpu, "_workspace", native.cpu._Workspace())
             with Allocations() as taken:
                 out = kernels.run(*inputs, case.options)
     outputs = sum(storage(o)[1] for o in out)
@@ -133,9 +133,11 @@ def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):
         case = replace(PLAIN, time=time)
         inputs = case.inputs()
         weight = packing.look_up(inputs.weight)
-        cell, threads = native._describe(inputs.x, inputs.mem, weight, OPTIONS, kernels.algorithm)
+        cell, threads = native.cpu._describe(
+            inputs.x, inputs.mem, weight, OPTIONS, kernels.algorithm
+        )
         counters = 64 * time
-        size = native._workspace_bytes(cell, threads, kernels.isa, backward=True)
+        size = native.cpu._workspace_bytes(cell, threads, kernels.isa, backward=True)
         sizes.add(size - counters)
     assert len(sizes) == 1
 
@@ -151,15 +153,15 @@ def test_no_gradient_no_memory(kernels):
 
 
 def test_the_workspace_is_kept_between_calls_and_let_go_where_it_is_large(monkeypatch):
-    monkeypatch.setattr(native, "_workspace", native._Workspace())
+    monkeypatch.setattr(native.cpu, "_workspace", native.cpu._Workspace())
     inputs = PLAIN.inputs()
     with torch.no_grad():
         autograd.run(*inputs, OPTIONS)
-        kept = native._workspace.kept
+        kept = native.cpu._workspace.kept
         assert kept.numel() > 0
         autograd.run(*inputs, OPTIONS)
-        assert native._workspace.kept is kept
-        monkeypatch.setattr(native._Workspace, "LARGEST_KEPT", kept.numel())
+        assert native.cpu._workspace.kept is kept
+        monkeypatch.setattr(native.cpu._Workspace, "LARGEST_KEPT", kept.numel())
         large = replace(PLAIN, time=1, height=120, width=130)
         autograd.run(*large.inputs(), OPTIONS)
-    assert native._workspace.kept is kept
+    assert native.cpu._workspace.kept is kept

@@ -248,7 +248,7 @@ def test_each_instruction_set_and_algorithm_has_forms_of_its_own():
     cell, x = make(), image()
     for _ in range(2):
         for isa in native._C.isa_names():
-            for algorithm in native.ALGORITHMS:
+            for algorithm in native.cpu.ALGORITHMS:
                 for _kernels in use(Kernels(isa, algorithm)):
                     out, expected = call(cell, x), exact(cell, x)
                     torch.testing.assert_close(out[1:], expected[1:], atol=2e-5, rtol=0)

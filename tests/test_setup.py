@@ -1,9 +1,11 @@
-"""How setup.py finds the CUDA compiler, and what it says where it cannot."""
+"""Whether setup.py builds the CUDA half, with what and for which GPUs, and what it says."""
 
 from __future__ import annotations
 
 import os
 import runpy
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,13 @@ BROKEN = "#!/bin/sh\necho 'cannot execute cicc' >&2\nexit 1\n"
 
 @pytest.fixture
 def build(monkeypatch, tmp_path):
-    """setup.py's names, in an environment that knows of no CUDA compiler."""
+    """setup.py's names, in an environment that knows of no CUDA compiler, driver or GPU."""
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     names = runpy.run_path(str(SETUP))
-    for variable in ("SNNLSTM_CUDA", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "SNNLSTM_LOCAL_VERSION"):
+    for variable in (
+        "SNNLSTM_CUDA", "SNNLSTM_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH",
+        "SNNLSTM_LOCAL_VERSION",
+    ):  # fmt: skip
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     # Neither the interpreter's own packages nor /usr/local/cuda are looked at.
@@ -31,6 +36,7 @@ def build(monkeypatch, tmp_path):
     monkeypatch.setattr(variables["sysconfig"], "get_path", lambda name: str(tmp_path / "site"))
     monkeypatch.setattr(variables["sys"], "path", [])
     monkeypatch.setitem(variables, "DEFAULT_CUDA", tmp_path / "default")
+    monkeypatch.setitem(variables, "DRIVER", str(tmp_path / "libcuda.so.1"))
     return names
 
 
@@ -131,11 +137,118 @@ def test_the_local_version(build, monkeypatch):
 def test_a_wheel_is_not_called_after_another_cuda(build, monkeypatch, tmp_path):
     monkeypatch.setenv("SNNLSTM_LOCAL_VERSION", "cu12")
     monkeypatch.setenv("CUDACXX", program(tmp_path / "nvcc"))
-    with pytest.raises(Exception, match=r"cu12.*13\.0"):
+    with pytest.raises(Exception, match=r"CUDACXX.*13\.0.*cu12"):
         build["find_nvcc"]()
+
+
+def test_the_compiler_of_the_cuda_that_the_wheel_is_named_after(build, monkeypatch, tmp_path):
+    """The first on PATH may be of another CUDA."""
+    monkeypatch.setenv("SNNLSTM_LOCAL_VERSION", "cu12")
+    monkeypatch.setenv("PATH", os.pathsep.join(str(tmp_path / name) for name in ("new", "old")))
+    program(tmp_path / "new/nvcc")
+    assert "of CUDA 13.0" in build["find_nvcc"]()[1]
+    older = program(tmp_path / "old/nvcc", NVCC.replace("13.0", "12.4"))
+    assert build["find_nvcc"]()[0] == older
 
 
 def test_no_compiler_needed_means_none_is_run(build, monkeypatch, tmp_path):
     monkeypatch.setenv("SNNLSTM_CUDA", "off")
     monkeypatch.setenv("CUDACXX", os.devnull)
     assert build["find_nvcc"]()[0] is None
+
+
+# ---- for which GPUs ------------------------------------------------------------------------------
+
+DRIVER = """
+static const int capabilities[][2] = {%s};
+static const int count = %d;
+int cuInit(unsigned flags) { return flags ? 1 : %d; }
+int cuDeviceGetCount(int* n) { *n = count; return 0; }
+int cuDeviceGet(int* device, int index) { *device = 40 + index; return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  *value = capabilities[device - 40][attribute - 75];
+  return 0;
+}
+"""
+
+
+@pytest.fixture
+def install_gpus(build, tmp_path):
+    """Installs a driver that shows GPUs of these compute capabilities, or fails to start."""
+    if not shutil.which("gcc", path=os.defpath):
+        pytest.skip("no C compiler")
+
+    def install(*capabilities: tuple[int, int], status: int = 0) -> None:
+        rows = ", ".join(f"{{{major}, {minor}}}" for major, minor in capabilities) or "{0, 0}"
+        (tmp_path / "driver.c").write_text(DRIVER % (rows, len(capabilities), status))
+        subprocess.run(
+            ["gcc", "-shared", "-fPIC", "driver.c", "-o", "libcuda.so.1"],
+            cwd=tmp_path, check=True, env={"PATH": os.defpath},
+        )  # fmt: skip
+
+    return install
+
+
+@pytest.fixture
+def nvcc(build, tmp_path) -> str:
+    return program(tmp_path / "default/bin/nvcc")
+
+
+def test_a_compiler_and_no_gpu_builds_the_cpu_half_and_says_how_to_have_both(build, nvcc):
+    found, archs, why = build["cuda_plan"]()
+    assert (found, archs) == (None, "")
+    assert "no GPU here" in why
+    assert "SNNLSTM_CUDA=on" in why
+    assert nvcc in why
+
+
+def test_a_plain_build_is_for_the_gpus_found(build, nvcc, install_gpus):
+    install_gpus((9, 0), (12, 0), (9, 0), (7, 0))
+    found, archs, why = build["cuda_plan"]()
+    assert (found, archs) == (nvcc, "90;120")
+    assert "the GPUs found here" in why
+
+
+def test_a_gpu_without_a_compiler(build, install_gpus):
+    install_gpus((9, 0))
+    assert build["cuda_plan"]() == (None, "", "no CUDA compiler found")
+
+
+def test_a_driver_that_does_not_start_shows_no_gpu(build, nvcc, install_gpus):
+    install_gpus((9, 0), status=100)
+    assert build["cuda_plan"]()[0] is None
+
+
+def test_gpus_that_are_too_old_are_named_as_the_reason(build, nvcc, install_gpus):
+    install_gpus((6, 1))
+    found, _, why = build["cuda_plan"]()
+    assert found is None
+    assert "older than 7.5" in why
+
+
+@pytest.mark.parametrize("wish", ["on", "pip"])
+def test_asked_for_it_is_built_for_every_gpu(build, install_gpus, monkeypatch, tmp_path, wish):
+    nvcc = program(tmp_path / "site/nvidia/cu13/bin/nvcc")
+    install_gpus((9, 0))
+    monkeypatch.setenv("SNNLSTM_CUDA", wish)
+    assert build["cuda_plan"]()[:2] == (nvcc, build["ALL_ARCHS"])
+
+
+@pytest.mark.parametrize("wish", ["", "on"])
+def test_named_archs_win(build, nvcc, install_gpus, monkeypatch, wish):
+    install_gpus((9, 0))
+    monkeypatch.setenv("SNNLSTM_CUDA", wish)
+    monkeypatch.setenv("SNNLSTM_CUDA_ARCHS", "80;86")
+    assert build["cuda_plan"]()[:2] == (nvcc, "80;86")
+
+
+@pytest.mark.parametrize("wish", ["", "on"])
+def test_native_archs_are_those_of_the_gpus_or_an_error(
+    build, nvcc, install_gpus, monkeypatch, wish
+):
+    monkeypatch.setenv("SNNLSTM_CUDA", wish)
+    monkeypatch.setenv("SNNLSTM_CUDA_ARCHS", "native")
+    with pytest.raises(Exception, match="native, but no GPU found"):
+        build["cuda_plan"]()
+    install_gpus((8, 9))
+    assert build["cuda_plan"]()[:2] == (nvcc, "89")

@@ -2,7 +2,7 @@
 # to come. Sets WITH_CUDA, CUDA_VERSION, CUDA_ARCHS, CUDA_STATUS, CUDA_OBJECTS and
 # CUDA_LIBRARIES.
 set(SNNLSTM_CUDA_ARCHS "75;80;86;89;90;100;120"
-    CACHE STRING "compute capabilities; those that the compiler does not know are left out")
+    CACHE STRING "compute capabilities; those that the compiler does not know are left to the PTX")
 
 # nvcc may be a wrapper script in a folder of its own, or a pip package, whose libraries lie in
 # lib and not in lib64: ask nvcc itself where things are.
@@ -11,39 +11,45 @@ execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch
 if(failed)
   message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} --list-gpu-arch failed:\n${trouble}")
 endif()
+# One PTX for all GPUs with tensor cores of the kind that the kernels use, and one for those before:
+# translating C++ to PTX is two thirds of nvcc's time, and nothing here needs more than compute_80.
+# The machine code is still each GPU's own. Only the last PTX is kept: the driver translates it for
+# every GPU newer than those listed.
+string(REGEX MATCHALL "[0-9]+" known "${known}")
+list(SORT known COMPARE NATURAL)
+list(GET known -1 newest)
 set(archs "")
+set(code75 "")
+set(code80 "")
 foreach(arch IN LISTS SNNLSTM_CUDA_ARCHS)
-  if(known MATCHES "compute_${arch}\n")
+  if(arch IN_LIST known)
     list(APPEND archs ${arch})
+    if(arch LESS 80)
+      list(APPEND code75 sm_${arch})
+    else()
+      list(APPEND code80 sm_${arch})
+    endif()
+  elseif(arch GREATER newest)
+    set(ptx 80)
   endif()
 endforeach()
-if(NOT archs)
-  string(REGEX REPLACE "\n" " " known "${known}")
+if(code80)
+  set(ptx 80)
+elseif(code75 AND NOT ptx)
+  set(ptx 75)
+elseif(NOT ptx)
+  list(JOIN known " " known)
   message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} knows none of the GPUs ${SNNLSTM_CUDA_ARCHS}; "
                       "it knows: ${known}")
 endif()
-# One PTX for all GPUs with tensor cores of the kind that the kernels use, and one for those before:
-# translating C++ to PTX is two thirds of nvcc's time, and nothing here needs more than compute_80.
-# The machine code is still each GPU's own.
+list(APPEND code${ptx} compute_${ptx})
 set(GENCODE "")
-foreach(ptx 75 80)
-  set(code "")
-  foreach(arch IN LISTS archs)
-    if((ptx EQUAL 75 AND arch LESS 80) OR (ptx EQUAL 80 AND NOT arch LESS 80))
-      list(APPEND code sm_${arch})
-      set(newest ${ptx})
-    endif()
-  endforeach()
-  if(code)
-    list(APPEND code compute_${ptx})
-    list(JOIN code "," code)
-    list(APPEND GENCODE "-gencode=arch=compute_${ptx},code=[${code}]")
+foreach(arch 75 80)
+  if(code${arch})
+    list(JOIN code${arch} "," code)
+    list(APPEND GENCODE "-gencode=arch=compute_${arch},code=[${code}]")
   endif()
 endforeach()
-# Only the last PTX is kept: the driver translates it for every GPU newer than those listed.
-if(GENCODE MATCHES ";")
-  string(REPLACE ",compute_75]" "]" GENCODE "${GENCODE}")
-endif()
 set(CMAKE_CUDA_ARCHITECTURES OFF)
 
 set(CMAKE_CUDA_STANDARD 17)
@@ -66,7 +72,7 @@ target_compile_options(kernels_cuda PRIVATE ${GENCODE}
 set(WITH_CUDA 1)
 set(CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})
 list(JOIN archs " " CUDA_ARCHS)
-string(APPEND CUDA_ARCHS " ${newest}+ptx")
+string(STRIP "${CUDA_ARCHS} ${ptx}+ptx" CUDA_ARCHS)
 set(CUDA_STATUS "built with nvcc ${CUDA_VERSION} for sm_${CUDA_ARCHS} (${SNNLSTM_CUDA_WHY})")
 set(CUDA_OBJECTS $<TARGET_OBJECTS:kernels_cuda>)
 set(CUDA_LIBRARIES ${CUDART_STATIC} Threads::Threads rt)

@@ -11,10 +11,10 @@ namespace snnlstm::cuda {
 
 // In which numbers the convolutions multiply; they always add in float (float64: double).
 enum class Matrix : int {
-  exact = 0,     // the states' own type; float32 without tensor cores, 16-bit types with them
-  tf32 = 1,      // float32 rounded to 10 bits of mantissa
-  tf32x3 = 2,    // float32 as two tf32 numbers: full precision from tensor cores
-  float16 = 3,   // autocast: states stay float32
+  exact = 0,    // the states' own type; float32 without tensor cores, 16-bit types with them
+  tf32 = 1,     // float32 rounded to 10 bits of mantissa
+  tf32x3 = 2,   // float32 as two tf32 numbers: full precision from tensor cores
+  float16 = 3,  // autocast: states stay float32
   bfloat16 = 4,
 };
 
@@ -49,6 +49,14 @@ struct Sizes {
 
 Sizes sizes(const Cell& cell, const Target& target);
 
+// The type in which gates are saved, and in which gate sums are exchanged with torch's convolution:
+// the states', or under autocast the matrix type.
+DType gate_type(DType states, Matrix matrix);
+
+// C rounded up to whole vectors: saved_gates are (T, N, Ho, Wo, 4, Cp), saved_syn (T - 1, N, Ho,
+// Wo, Cp) in the states' type.
+int64_t padded_channels(int64_t C);
+
 // weight: (4C, Cin + C, kernel_h, kernel_w), contiguous, in the cell's dtype.
 void pack_weight(const Cell& cell, const void* weight, bool backward, void* packed,
                  const Target& target);
@@ -56,18 +64,20 @@ void pack_weight(const Cell& cell, const void* weight, bool backward, void* pack
 void forward(const ForwardArgs& args, const Target& target);
 void backward(const BackwardArgs& args, const Target& target);
 
-// The neurons alone, one step (cell.T is 1), behind a convolution of torch's. gate_sums: what it gives
-// for cat[x, mem], (1, N, 4C, Ho, Wo) of type gate_type (the states', or under autocast a 16-bit
-// type). Of args x, weight and workspace are unused; bias is null where the sums hold it already.
-// saved_gates as large as sizes() says for Algorithm::fma; saved_syn unused.
-void pointwise_forward(const ForwardArgs& args, const View& gate_sums, DType gate_type,
-                       const Target& target);
+// The neurons alone, one step (cell.T is 1), behind a convolution of torch's. gate_sums: what it
+// gives for cat[x, mem], (1, N, 4C, Ho, Wo) of the gate_type(). Of args x, weight and workspace are
+// unused; bias is null where the sums hold it already; saved_gates and saved_syn are this step's.
+void pointwise_forward(const ForwardArgs& args, const View& gate_sums, const Target& target);
 
-// d_gates: gets the gradient of gate_sums. Of args x, mem0, weight, grad_x, grad_mem0, grad_weight
-// and grad_bias are unused. workspace: pointwise_workspace().
-void pointwise_backward(const BackwardArgs& args, const View& d_gates, DType gate_type,
+// d_gates: gets the gradient of gate_sums. mem_after: gets mem after the step, (N, Ho, Wo, Cp) of
+// the gate_type(), unless it is null. Of args x, mem0, weight, grad_x, grad_mem0, grad_weight and
+// grad_bias are unused. workspace: pointwise_workspace().
+void pointwise_backward(const BackwardArgs& args, const View& d_gates, void* mem_after,
                         const Target& target);
 int64_t pointwise_workspace(const Cell& cell, const Target& target);
+
+// How float32 keeps its full precision: exact, or tf32x3 where that is likely to be faster.
+Matrix full_precision(const Target& target);
 
 // What is likely to be fastest: fma, mma or pointwise. See choose.h for how it is estimated.
 Algorithm choose_algorithm(const Cell& cell, const Target& target);

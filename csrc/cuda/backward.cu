@@ -1,5 +1,6 @@
 // The backward pass of a sequence, last step first: which kernels, in which order, on which memory.
-// One launch a step, then one for the first mem's gradient, one for x's and a few for the parameters.
+// One launch a step, then one for the first mem's gradient, one for x's and a few for the
+// parameters.
 #include "neuron_args.h"
 #include "packer.h"
 
@@ -16,7 +17,7 @@ class Backward {
         plan_(plan_backward(args.cell, target)),
         type_(args.cell.dtype),
         real_(type_ == DType::float64 ? DType::float64 : DType::float32),
-        gate_type_(gate_type(plan_forward(args.cell, target).multiply, type_)) {
+        gate_type_(gate_type(type_, target.matrix)) {
     Arena arena(args.workspace);
     carve(arena);
   }
@@ -84,8 +85,8 @@ class Backward {
       n.grad_syn0 = state_tensor(c, a_.grad_syn0, 0, 4);
     n.d_gates = d_gates(t);
     if (a_.grad_weight && t < c.T - 1)
-      n.mem_keep = image(static_cast<char*>(mem_) + t * s_.state() * bytes_of(gate_type_), s_,
-                         gate_type_);
+      n.mem_keep =
+          image(static_cast<char*>(mem_) + t * s_.state() * bytes_of(gate_type_), s_, gate_type_);
     if (a_.grad_bias || a_.grad_threshold) n.sums = sums_;
     n.first_sums = t == c.T - 1;
     return n;
@@ -204,8 +205,7 @@ class Backward {
 
   WeightGradMma weight_job(const WeightPlan& plan, const WeightGrad& grad, bool of_x) const {
     const MmaType type(plan.multiply);
-    const MmaDepth depth =
-        of_x ? x_depth(s_.c, plan.multiply) : mem_depth(s_.c, plan.multiply);
+    const MmaDepth depth = of_x ? x_depth(s_.c, plan.multiply) : mem_depth(s_.c, plan.multiply);
     WeightGradMma p;
     p.grad = grad;
     p.column_blocks = plan.column_blocks, p.row_blocks = plan.row_blocks();
@@ -217,6 +217,8 @@ class Backward {
     Segment in = grad.in;
     for (MmaSegment& m : p.source) {
       m = mma_segment(in, type, depth, plan.tiling);
+      m.tail_steps =
+          2;  // every warp reads its 16 channels: whole chunks, with zeros behind the last
       // A chunk comes in the time of 4 k-steps.
       m.turns = int(ceil_div(ceil_div(chunk_turns(m, type), plan.threads()), 4));
       if (grad.later.present()) in.src = grad.later;

@@ -1,5 +1,5 @@
-// One step of the backward pass without tensor cores: as backward_mma.cuh, on the tile of fma.cuh. A
-// thread's 4 columns are 4 neighbouring channels; a block covers 64.
+// One step of the backward pass without tensor cores: as backward_mma.cuh, on the tile of fma.cuh.
+// A thread's 4 columns are 4 neighbouring channels; a block covers 64.
 #pragma once
 
 #include "fma.cuh"
@@ -11,7 +11,7 @@ struct BackwardFma {
   Tiling tiling;
   Segment d_gates;  // of the step after; no channels: there is none
   NeuronBackward neuron;
-  Tensor out;       // present: the convolution is stored here, and nothing else is done
+  Tensor out;  // present: the convolution is stored here, and nothing else is done
 };
 
 namespace fma {
@@ -53,8 +53,7 @@ __global__ void __launch_bounds__(fma::kThreads)
     for (int i = 0; i < 4; ++i) {
       const R* patch = parked + 2 * i * stride;
       if (p.out.present()) {
-        const Place at =
-            place_of(p.tiling, block, fma::pixel(i), p.neuron.Ho, p.neuron.Wo);
+        const Place at = place_of(p.tiling, block, fma::pixel(i), p.neuron.Ho, p.neuron.Wo);
         R v[2][4];
         load_vector(patch, v[0]), load_vector(patch + stride, v[1]);
         store_patch(p.out, at, c0 + fma::column(), v);

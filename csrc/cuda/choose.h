@@ -33,11 +33,6 @@ inline Multiply wanted_multiply(const Cell& cell, const Target& target) {
 
 inline MmaType type_of(Multiply m) { return MmaType(m); }
 
-// Type of the saved gates, and of all else that has gates.
-inline DType gate_type(Multiply m, DType dtype) {
-  return m == Multiply::fma ? dtype : type_of(m).type();
-}
-
 // The two halves of the gates' convolution, without their data.
 inline Segment input_window(const Cell& c) {
   Segment s;
@@ -57,10 +52,10 @@ inline Segment state_window(const Cell& c) {
 
 struct ForwardPlan {
   Multiply multiply = Multiply::fma;
-  Tiling tiling;       // of one time step
-  bool fires = true;   // the step fires, else a kernel behind it
+  Tiling tiling;        // of one time step
+  bool fires = true;    // the step fires, else a kernel behind it
   bool hoists = false;  // the input half of all time steps comes first, in one launch
-  int tiles = 0;       // mma: n-tiles of a warp, 8 (16 channels) or 4 (8 channels)
+  int tiles = 0;        // mma: n-tiles of a warp, 8 (16 channels) or 4 (8 channels)
   int warps_m = 0, warps_n = 0;
 
   bool mma() const { return multiply != Multiply::fma; }
@@ -96,8 +91,8 @@ inline bool place(ForwardPlan& plan, const Cell& c, int pixels) {
 }
 
 // Hoisting the input half out of the sequence costs 8 numbers a neuron and step to be written and
-// read. It pays where a step leaves multiprocessors idle, so that its time is that of one block: the
-// block's work shrinks, and the input half runs on all of them.
+// read. It pays where a step leaves multiprocessors idle, so that its time is that of one block:
+// the block's work shrinks, and the input half runs on all of them.
 inline bool pays_to_hoist(const ForwardPlan& plan, const Cell& c, const Target& target) {
   constexpr int64_t most_bytes = 256 << 20;
   const Shape s(c);

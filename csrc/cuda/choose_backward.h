@@ -31,8 +31,8 @@ inline Segment gates_window(const Cell& c, bool of_x) {
   return s;
 }
 
-// Shared memory of a tensor core step, in bytes from its start: the convolution, in whose place come
-// the parked accumulators and the mem tile, then the thresholds and the sums.
+// Shared memory of a tensor core step, in bytes from its start: the convolution, in whose place
+// come the parked accumulators and the mem tile, then the thresholds and the sums.
 struct BackwardShared {
   int mem_tile, mem_pitch, vectors, row_sums, bytes;
 
@@ -80,8 +80,8 @@ inline void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns
   tiling.by_columns = Divisor(ceil_div(columns, channels));
 }
 
-// Shares the total out: two blocks for each multiprocessor, each with `least` of it or more. blocks:
-// of all column and row blocks of the launch.
+// Shares the total out: two blocks for each multiprocessor, each with `least` of it or more.
+// blocks: of all column and row blocks of the launch.
 inline void split(WeightPlan& w, const Target& target, int64_t blocks, int64_t least,
                   int64_t unit) {
   const int64_t wanted = std::max<int64_t>(2 * target.multiprocessors / blocks, 1);
@@ -107,8 +107,8 @@ inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int 
   w.part_rows = int(round_up(4 * s.Cp, 32 * warp_rows));
   w.part_columns = int(depth.taps * w.column_pitch);
   w.tap_stride = depth.patches ? in.channels : w.column_pitch;
-  w.column_blocks = int(w.column_pitch / weight_tile::kChannels *
-                        ceil_div(depth.taps, weight_tile::kTaps));
+  w.column_blocks =
+      int(w.column_pitch / weight_tile::kChannels * ceil_div(depth.taps, weight_tile::kTaps));
   return w;
 }
 
@@ -145,9 +145,10 @@ inline void plan_weights(BackwardPlan& plan, const Cell& c, const Target& target
   plan.mem_grad = weight_fma(c, target, false);
 }
 
-// Tiles of a data gradient; with `windows` only such as hold whole pooling windows. False where that
-// cannot be.
-inline bool plan_data(DataPlan& plan, const Cell& c, const Target& target, bool of_x, bool windows) {
+// Tiles of a data gradient; with `windows` only such as hold whole pooling windows. False where
+// that cannot be.
+inline bool plan_data(DataPlan& plan, const Cell& c, const Target& target, bool of_x,
+                      bool windows) {
   const int64_t height = of_x ? c.H : c.Ho(), width = of_x ? c.W : c.Wo();
   const int64_t columns = of_x ? c.Cin : c.C, images = of_x ? c.T * c.N : c.N;
   const auto place = [&](DataPlan& p, int pixels) {

@@ -20,16 +20,25 @@ struct Rates {
 };
 
 inline Rates rates_of(const Target& t) {
-  Rates r = t.compute_capability >= 120   ? Rates{210, 105, 52, 1.8, 1.0, 170}   // RTX 5090
-            : t.compute_capability >= 100 ? Rates{1125, 560, 37, 8.0, 0.5, 148}  // B200
+  Rates r = t.compute_capability >= 120   ? Rates{210, 105, 52, 1.8, 1.0, 170}    // RTX 5090
+            : t.compute_capability >= 100 ? Rates{1125, 560, 37, 8.0, 0.5, 148}   // B200
             : t.compute_capability >= 90  ? Rates{495, 247, 33, 3.35, 0.62, 132}  // H100
-            : t.compute_capability >= 89  ? Rates{83, 41, 41, 1.0, 1.0, 128}     // RTX 4090
-            : t.compute_capability >= 86  ? Rates{36, 18, 18, 0.94, 1.0, 82}     // RTX 3090
-            : t.compute_capability >= 80  ? Rates{156, 78, 9.7, 1.55, 1.0, 108}  // A100
-                                          : Rates{33, 4, 4, 0.32, 0.0, 40};      // T4
+            : t.compute_capability >= 89  ? Rates{83, 41, 41, 1.0, 1.0, 128}      // RTX 4090
+            : t.compute_capability >= 86  ? Rates{36, 18, 18, 0.94, 1.0, 82}      // RTX 3090
+            : t.compute_capability >= 80  ? Rates{156, 78, 9.7, 1.55, 1.0, 108}   // A100
+                                          : Rates{33, 4, 4, 0.32, 0.0, 40};       // T4
   const double part = double(t.multiprocessors) / r.multiprocessors;
   r.half *= part, r.tf32 *= part, r.fp32 *= part;
   return r;
+}
+
+// Parts of the rates that a good kernel of each kind reaches.
+constexpr double cudnn_part = 0.7, mma_part = 0.75, fma_part = 0.5;
+
+// For float32 at full precision: whether three tf32 products take less time than one of fp32.
+inline bool tensor_cores_beat_fma(const Target& target) {
+  const Rates r = rates_of(target);
+  return target.compute_capability >= 80 && r.tf32 / 3 * r.mma_sync * mma_part > r.fp32 * fma_part;
 }
 
 inline Algorithm estimate(const Cell& c, const Target& target) {
@@ -42,19 +51,18 @@ inline Algorithm estimate(const Cell& c, const Target& target) {
   const bool half = MmaType(plan.multiply).element == 2 && plan.mma();
   const double size = bytes_of(c.dtype), operand = half ? 2 : size;
 
-  // What cuDNN would multiply with, and at which part of the rate a good kernel runs.
-  constexpr double cudnn_part = 0.7, ours_part = 0.75, fma_part = 0.5, launches = 8e-6;
-  const double rate = (half                               ? r.half
-                       : plan.multiply == Multiply::tf32 ? r.tf32
-                                                         : r.fp32) * 1e12;
+  constexpr double launches = 8e-6;
+  // What cuDNN would multiply with.
+  const double rate = (half ? r.half : plan.multiply == Multiply::tf32 ? r.tf32 : r.fp32) * 1e12;
   const double x3 = plan.multiply == Multiply::tf32x3 ? 3 : 1;
-  const double our_rate = plan.mma() ? (half ? r.half : r.tf32 / x3) * r.mma_sync * ours_part * 1e12
+  const double our_rate = plan.mma() ? (half ? r.half : r.tf32 / x3) * r.mma_sync * mma_part * 1e12
                                      : r.fp32 * fma_part * 1e12;
   const double state_bytes = (double(c.N) * c.Cin * c.H * c.W + 5 * neurons) * size;
-  const double extra_bytes = 2 * (double(c.N) * c.Cin * c.H * c.W + neurons + 4 * neurons) * operand;
+  const double extra_bytes =
+      2 * (double(c.N) * c.Cin * c.H * c.W + neurons + 4 * neurons) * operand;
   const double ours = std::max(products / our_rate, state_bytes / (r.bytes * 1e12));
-  const double theirs = products / (rate * cudnn_part) +
-                        (state_bytes + extra_bytes) / (r.bytes * 1e12) + launches;
+  const double theirs =
+      products / (rate * cudnn_part) + (state_bytes + extra_bytes) / (r.bytes * 1e12) + launches;
   return theirs < ours ? Algorithm::pointwise : fused;
 }
 

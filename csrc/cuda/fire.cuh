@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kFireThreads, 2) fire_winner(const __grid_cons
     const int flat = at.flat(f);
     if (better(mem, flat, best, best_index)) best = mem, best_index = flat;
     write(image_of(f.spk, 0, n), f.spk.type, offset(f.spk, at.c, at.y, at.x),
-          R(0) * R(f.graded));
+          R(0) * graded_of<R>(f));
   }
   shared.value[tid] = best, shared.index[tid] = best_index;
   for (int half = kFireThreads / 2; half > 0; half /= 2) {

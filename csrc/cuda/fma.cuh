@@ -1,5 +1,5 @@
-// Implicit GEMM without tensor cores: for float64, for GPUs before sm_80, for exact float32, and for
-// every shape whose neighbourhood the tensor core kernels cannot keep in shared memory.
+// Implicit GEMM without tensor cores: for float64, for GPUs before sm_80, for exact float32, and
+// for every shape whose neighbourhood the tensor core kernels cannot keep in shared memory.
 //
 // A block computes 64 pixels x 64 columns; a column is an output channel (or one gate of one). K is
 // walked in chunks of 16: chunk of A gathered from the images, chunk of B copied from the packed
@@ -74,7 +74,7 @@ class Gemm {
     if (chunks == 0) return;
     const R* weight = static_cast<const R*>(s.weight) + block_.column * s.weight_pitch;
     tap_ = 0, channel_ = tid_;  // of the threads that write `where`
-    __syncthreads();  // the last reads of the segment before
+    __syncthreads();            // the last reads of the segment before
     locate(s, 0);
     locate(s, 1);
     for (int chunk = -1; chunk < chunks; ++chunk) {

@@ -52,9 +52,7 @@ class Forward {
   bool training() const { return a_.saved_gates != nullptr; }
   bool writes_states(int64_t t) const { return a_.record || t == s_.c.T - 1; }
 
-  Tensor state(const View& v, int64_t t) const {
-    return state_tensor(s_.c, v, t, plan_.held());
-  }
+  Tensor state(const View& v, int64_t t) const { return state_tensor(s_.c, v, t, plan_.held()); }
   Tensor mem_before(int64_t t) const {
     if (t == 0) return state(a_.mem0, 0);
     return a_.record ? state(a_.mem, t - 1) : as_tensor(image(mem_[t & 1], s_, type_));
@@ -68,7 +66,7 @@ class Forward {
     return image(static_cast<char*>(a_.saved_syn) + t * s_.state() * size_, s_, type_);
   }
   Image saved_gates(int64_t t) const {
-    const DType type = gate_type(plan_.multiply, type_);
+    const DType type = gate_type(type_, target_.matrix);
     return image(static_cast<char*>(a_.saved_gates) + t * s_.gates() * bytes_of(type), s_, type, 4);
   }
   Tensor mem_after(int64_t t) const {

@@ -1,5 +1,5 @@
-// One forward step without tensor cores. See fma.cuh for the tile; a thread's 4 columns are the four
-// gates of one channel, so a block covers 16 channels.
+// One forward step without tensor cores. See fma.cuh for the tile; a thread's 4 columns are the
+// four gates of one channel, so a block covers 16 channels.
 #pragma once
 
 #include "fma.cuh"

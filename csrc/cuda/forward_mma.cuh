@@ -1,5 +1,5 @@
-// One forward step on tensor cores. See mma.cuh for the tile. The four gates of a channel meet in one
-// thread: a warp's n-tiles are
+// One forward step on tensor cores. See mma.cuh for the tile. The four gates of a channel meet in
+// one thread: a warp's n-tiles are
 //   Pairs = 2: 4 gates x (pair of tiles of 16 channels), a thread holds 4 neighbouring channels
 //   Pairs = 1: 4 gates x (tile of 8 channels), a thread holds 2
 #pragma once
@@ -27,8 +27,7 @@ SNNLSTM_DEVICE void take(const float (&acc)[4 * Tiles][4], float (&sum)[4][2][2 
 #pragma unroll
     for (int half = 0; half < Tiles; ++half)
 #pragma unroll
-      for (int r = 0; r < 4; ++r)
-        sum[gate][r / 2][2 * half + r % 2] = acc[gate * Tiles + half][r];
+      for (int r = 0; r < 4; ++r) sum[gate][r / 2][2 * half + r % 2] = acc[gate * Tiles + half][r];
 }
 
 // f(k, vector k of the sums).
@@ -65,15 +64,14 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
     take<Tiles>(acc[1], sum);
     for_each_vector(sum, [&](int k, float4& v) { store(parked + k * 4 * int(blockDim.x), v); });
     take<Tiles>(acc[0], sum);
-    const MemTile<float> mem_tile{
-        reinterpret_cast<float*>(shared) + 8 * kHeld * int(blockDim.x), p.mem_pitch};
+    const MemTile<float> mem_tile{reinterpret_cast<float*>(shared) + 8 * kHeld * int(blockDim.x),
+                                  p.mem_pitch};
     const int first = gemm.warp_column() * kChannels + kHeld * gemm.quad();
 #pragma unroll 1
     for (int mi = 0; mi < 2; ++mi) {
       if (mi == 1)
-        for_each_vector(sum, [&](int k, float4& v) {
-          v = load<float4>(parked + k * 4 * int(blockDim.x));
-        });
+        for_each_vector(
+            sum, [&](int k, float4& v) { v = load<float4>(parked + k * 4 * int(blockDim.x)); });
       tile.patch(gemm.pixel(mi), first, sum, mem_tile);
     }
     __syncthreads();

@@ -1,9 +1,10 @@
 // Implicit GEMM on tensor cores: M = pixels of a tile, N = columns, K = taps x channels.
 //
 // A block keeps the tile's neighbourhood in shared memory, 64 bytes of channels at a time (a chunk,
-// mma_source.cuh), and walks over all taps of the chunk by shifting the rows that it reads: no im2col,
-// every source pixel is fetched once per block. Weights come in the order in which the tensor cores
-// take them (a unit: one tap, one k-step of 8 words), as one stream through a ring of stages.
+// mma_source.cuh), and walks over all taps of the chunk by shifting the rows that it reads: no
+// im2col, every source pixel is fetched once per block. Weights come in the order in which the
+// tensor cores take them (a unit: one tap, one k-step of 8 words), as one stream through a ring of
+// stages.
 //
 //   neighbourhood, 2 buffers       weights, kStages stages of a few units
 //     pixel | 4 groups of 16 B       unit: [warp column][pair of n-tiles][lane][16 bytes]
@@ -11,8 +12,8 @@
 //
 // A warp computes 32 pixels x NT n-tiles of 8 columns. Row r of an m16 tile is pixel 2 r for r < 8
 // and 2 (r - 8) + 1 above, so that a thread's rows g and g + 8 are the neighbours 2g and 2g + 1.
-// Where n-tiles come in pairs (a, b) of 16 channels, columns 2t, 2t + 1 of a are channels 4t, 4t + 1
-// and of b 4t + 2, 4t + 3: a thread holds 2 pixels x 4 neighbouring channels.
+// Where n-tiles come in pairs (a, b) of 16 channels, columns 2t, 2t + 1 of a are channels 4t, 4t +
+// 1 and of b 4t + 2, 4t + 3: a thread holds 2 pixels x 4 neighbouring channels.
 #pragma once
 
 #include "mma_source.cuh"
@@ -43,7 +44,7 @@ struct MmaConv {
   int64_t weight_pitch = 0;      // bytes from one column block to the next
   int warp_columns = 1;
   int unit_bytes = 0, stage_units = 1;
-  int buffer_bytes = 0;          // of one neighbourhood buffer
+  int buffer_bytes = 0;  // of one neighbourhood buffer
 
   SNNLSTM_BOTH int stage_bytes() const { return stage_units * unit_bytes; }
   SNNLSTM_BOTH int shared_bytes() const {
@@ -162,7 +163,8 @@ class MmaGemm {
     return shared_ + buffer * p_.buffer_bytes;
   }
 
-  // ---- weights -----------------------------------------------------------------------------------
+  // ---- weights
+  // -----------------------------------------------------------------------------------
 
   // The next stage of the stream, as one group of copies (which takes along whatever else this
   // thread has begun to copy).
@@ -201,7 +203,8 @@ class MmaGemm {
     if (!fault(Fault::missing_barrier_overwrite, 1)) __syncthreads();
   }
 
-  // ---- multiplication ----------------------------------------------------------------------------
+  // ---- multiplication
+  // ----------------------------------------------------------------------------
 
   // This lane's pixel for ldmatrix, in m16 tile mi, as a pixel of the neighbourhood (at tap 0, 0).
   SNNLSTM_DEVICE int pixel_of_lane(const MmaSegment& seg, int mi, unsigned& y, int& x) const {

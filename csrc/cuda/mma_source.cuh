@@ -1,10 +1,10 @@
 // How a convolution's source comes into shared memory for the tensor cores: the neighbourhood of a
 // tile, 64 bytes of channels (a chunk) at a time.
 //
-//     pixel 0 | 4 groups of 16 bytes      A pixel's row starts at 64 p + 16 (p / 2) bytes: then reads
-//     pixel 1 | 4 groups                  of every other pixel (ldmatrix in mma.cuh), of 8 neighbours
-//     (16 bytes of padding)               (weight_grad_mma.cuh) and the stores, which write
-//     pixel 2 | ...                       neighbours, all touch every bank once.
+//     pixel 0 | 4 groups of 16 bytes      A pixel's row starts at 64 p + 16 (p / 2) bytes: then
+//     reads pixel 1 | 4 groups                  of every other pixel (ldmatrix in mma.cuh), of 8
+//     neighbours (16 bytes of padding)               (weight_grad_mma.cuh) and the stores, which
+//     write pixel 2 | ...                       neighbours, all touch every bank once.
 //
 // Rows and columns around the image are zeros.
 #pragma once
@@ -13,8 +13,8 @@
 
 namespace snnlstm::cuda {
 
-// What the convolutions multiply with. tf32x3: float32 as the sum of two tf32 numbers, multiplied in
-// three parts.
+// What the convolutions multiply with. tf32x3: float32 as the sum of two tf32 numbers, multiplied
+// in three parts.
 enum class Multiply : int { fma, fp16, bf16, tf32, tf32x3 };
 
 // How a segment's source comes into shared memory.
@@ -36,18 +36,18 @@ SNNLSTM_BOTH int row_offset(int p) { return 64 * p + 16 * (p >> 1); }
 struct MmaSegment {
   Segment s;  // s.weight: unused
   Feed feed = Feed::gather;
-  int taps = 1, taps_w = 1;      // of the walk through shared memory: 1 with patches
+  int taps = 1, taps_w = 1;        // of the walk through shared memory: 1 with patches
   int chunks = 0, tail_steps = 0;  // k-steps (1 or 2) of the last chunk
-  int halo_h = 0, halo_w = 0;    // the neighbourhood
-  int lead = 0;                  // unused pixels before a row
-  int pitch = 0;                 // pixels from one of its rows to the next, in shared memory
-  int step_h = 1, step_w = 1;    // neighbourhood pixels from a tile pixel to the next
+  int halo_h = 0, halo_w = 0;      // the neighbourhood
+  int lead = 0;                    // unused pixels before a row
+  int pitch = 0;                   // pixels from one of its rows to the next, in shared memory
+  int step_h = 1, step_w = 1;      // neighbourhood pixels from a tile pixel to the next
   SmallDivisor by_halo_w;
   // gather: the order in which threads take pixels, so that a warp starts at a sector
-  bool whole_rows = false;       // the neighbourhood's rows are the image's: runs pass row ends
-  int align = 8;                 // elements of a sector
-  SmallDivisor by_run, by_col;        // threads of a group of channels, of a row
-  int turns = 1;                 // of each thread, for one chunk, in one stage of the weights
+  bool whole_rows = false;      // the neighbourhood's rows are the image's: runs pass row ends
+  int align = 8;                // elements of a sector
+  SmallDivisor by_run, by_col;  // threads of a group of channels, of a row
+  int turns = 1;                // of each thread, for one chunk, in one stage of the weights
   SmallDivisor by_channels, by_taps_w;  // patches
 
   SNNLSTM_BOTH int steps(int chunk) const { return chunk + 1 < chunks ? 2 : tail_steps; }
@@ -80,10 +80,9 @@ class MmaSource {
     return origin(at_.x0, s.step_w, s.pad_w, s.up_w);
   }
 
-
-  // Begins to load a chunk. What has begun with cp_async is there after a wait, the rest after turn()
-  // was called often enough and end(), or after finish(). border: write the zeros around the image,
-  // too; they stay while more chunks of the same place come to the buffer.
+  // Begins to load a chunk. What has begun with cp_async is there after a wait, the rest after
+  // turn() was called often enough and end(), or after finish(). border: write the zeros around the
+  // image, too; they stay while more chunks of the same place come to the buffer.
   SNNLSTM_DEVICE void start(const MmaSegment& seg, int chunk, unsigned char* buffer, bool border) {
     chunk_ = chunk, buffer_ = buffer;
     in_flight_.target = -1;
@@ -96,8 +95,8 @@ class MmaSource {
     }
   }
 
-  // All at once, Count loads at a time. Patches, which start() leaves alone, are always laid out like
-  // this.
+  // All at once, Count loads at a time. Patches, which start() leaves alone, are always laid out
+  // like this.
   template <int Count>
   SNNLSTM_DEVICE void finish(const MmaSegment& seg) {
     if constexpr (AnyFeed) {
@@ -155,8 +154,8 @@ class MmaSource {
       const int y = origin_h(s) + int(row), x = origin_w(s) + col;
       const int c = chunk * kPerChunk + part * 4;
       if (int(row) >= seg.halo_h || !inside(y, s.height) || !inside(x, s.width)) return;
-      item.target =
-          mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) + part * 4 * int(sizeof(Element));
+      item.target = mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) +
+                    part * 4 * int(sizeof(Element));
       float v[4] = {0, 0, 0, 0};
       if (c < s.channels) read_vector<float>(image, s.src.type, offset(s.src, c, y, x), v);
 #pragma unroll
@@ -235,7 +234,8 @@ class MmaSource {
 
   // Turns first, first + threads, ...: Count of them, all loads before the first store.
   template <int Count>
-  SNNLSTM_DEVICE void transfer(const MmaSegment& seg, int chunk, int first, unsigned char* buffer) const {
+  SNNLSTM_DEVICE void transfer(const MmaSegment& seg, int chunk, int first,
+                               unsigned char* buffer) const {
     Item item[Count];
 #pragma unroll
     for (int k = 0; k < Count; ++k) fetch(seg, chunk, first + k * int(blockDim.x), item[k]);

@@ -14,7 +14,7 @@ Fire fire_of(const Args& a, const View& spk, int64_t t, int held) {
   f.pool = c.pool, f.pool_h = c.pool_h, f.pool_w = c.pool_w;
   f.num_levels = c.num_levels, f.levels = a.levels;
   f.threshold = a.threshold, f.threshold_stride = a.threshold_stride;
-  f.graded = a.graded;
+  f.graded = a.graded_factor;
   f.spk = tensor(spk, c.dtype, t, {1, c.N, c.C, c.Hp(), c.Wp()}, held);
   return f;
 }

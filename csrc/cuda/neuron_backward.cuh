@@ -1,7 +1,8 @@
-// The pointwise part of the backward pass of one time step: spike, pooling, reset, LSTM. Shared by all
-// backward kernels, which differ in how they come by the recurrent gradient of mem.
+// The pointwise part of the backward pass of one time step: spike, pooling, reset, LSTM. Shared by
+// all backward kernels, which differ in how they come by the recurrent gradient of mem.
 //
-// Of the forward pass it has the activated gates and syn before the step, and computes the rest anew.
+// Of the forward pass it has the activated gates and syn before the step, and computes the rest
+// anew.
 //   d_gates   (T, N, Ho, Wo, 4, Cp)  gradient of the gates before activation, for the convolutions
 //   mem_keep  (T, N, Ho, Wo, Cp)     mem after the step, for the weight gradient
 //   d_syn     (N, Ho, Wo, Cp)        in the compute type, passed from step to step
@@ -14,23 +15,23 @@ namespace snnlstm::cuda {
 struct NeuronBackward {
   int C = 0, Cp = 0, Ho = 0, Wo = 0;
   Reset reset = Reset::none;
-  Fire fire;                  // its spk is the gradient of spk, absent where it is not wanted
-  bool spreads = true;        // pooling: in this kernel, else one before it has written spikes_in
+  Fire fire;            // its spk is the gradient of spk, absent where it is not wanted
+  bool spreads = true;  // pooling: in this kernel, else one before it has written spikes_in
   Surrogate surrogate = Surrogate::none;
   double p0 = 0, p1 = 0;
-  Tensor noise;               // (T, N, C, Hp, Wp)
+  Tensor noise;                     // (T, N, C, Hp, Wp)
   const int64_t* winner = nullptr;  // (T, N) from this launch's first step on; null: no inhibition
-  Image gates;                // as the forward pass saved them
+  Image gates;                      // as the forward pass saved them
   Tensor syn_prev;
   Tensor grad_syn, grad_mem;  // of the caller, for the states after this step
   Image spikes_in;            // gradient of mem through the spikes, compute type
   Image d_syn_in, d_syn_out;  // may be the same
   Tensor grad_syn0;           // present: takes the place of d_syn_out
   Image d_gates, mem_keep;
-  // (blocks of pixels, 5, columns * channels): sums over the block's pixels of d_gates and, last, the
-  // gradient of the threshold, added up from launch to launch. Null: not wanted.
+  // (blocks of pixels, 5, columns * channels): sums over the block's pixels of d_gates and, last,
+  // the gradient of the threshold, added up from launch to launch. Null: not wanted.
   void* sums = nullptr;
-  bool first_sums = true;     // set, do not add
+  bool first_sums = true;  // set, do not add
 };
 
 template <class R>
@@ -56,20 +57,20 @@ class BackwardTile {
     return spikes() && p_.fire.pool != Pool::none && p_.spreads;
   }
 
-  // The gradient that a spike passes to the mem that it was made from. u: mem - threshold; y, x: its
-  // (pooled) row and column.
+  // The gradient that a spike passes to the mem that it was made from. u: mem - threshold; y, x:
+  // its (pooled) row and column.
   SNNLSTM_DEVICE R spike_gradient(int c, int y, int x, R u, R grad) const {
     const Fire& f = p_.fire;
     R noise = 0;
     if (p_.noise.present())
-      noise = read<R>(image_of(p_.noise, block_.t, block_.n), p_.noise.type,
-                      offset(p_.noise, c, y, x));
+      noise =
+          read<R>(image_of(p_.noise, block_.t, block_.n), p_.noise.type, offset(p_.noise, c, y, x));
     if (p_.winner != nullptr) {
       const int flat = (c * f.Hp + y) * f.Wp + x;
       if (p_.winner[block_.t * int64_t(tiling_.by_batch.value) + block_.n] != flat) return 0;
     }
     return N::surrogate_gradient(p_.surrogate, u, R(p_.p0), R(p_.p1), noise) *
-           (grad * R(f.graded));
+           (grad * graded_of<R>(f));
   }
 
   // mem after the step, of one neuron.
@@ -77,13 +78,15 @@ class BackwardTile {
     const void* gates = image_of(p_.gates, block_.t, block_.n);
     R gate[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) gate[k] = read<R>(gates, p_.gates.type, offset(p_.gates, k, c, y, x));
+    for (int k = 0; k < 4; ++k)
+      gate[k] = read<R>(gates, p_.gates.type, offset(p_.gates, k, c, y, x));
     const R syn_prev = read<R>(image_of(p_.syn_prev, block_.t, block_.n), p_.syn_prev.type,
                                offset(p_.syn_prev, c, y, x));
     const Gates<R> a = {gate[0], gate[1], Math<R>::abs(gate[2]), gate[3]};
     const R mem = N::next_mem(a.o, Math<R>::tanh(N::next_syn(a, syn_prev)));
-    return rounded(p_.syn_prev.type,
-                   quantised(p_.fire, N::after_reset(p_.reset, mem, is_flagged(gate[2]), threshold)));
+    return rounded(
+        p_.syn_prev.type,
+        quantised(p_.fire, N::after_reset(p_.reset, mem, is_flagged(gate[2]), threshold)));
   }
 
   // Pixels m, m + 1 and 4 of the block's channels from `first` on. recurrent: the thread's
@@ -238,8 +241,8 @@ class BackwardTile {
     reduce(sum, first, bit, row_sums, set);
   }
 
-  // Between two barriers, after the mem of the whole tile was gathered: each window's mem becomes the
-  // gradient that it gets through its spike.
+  // Between two barriers, after the mem of the whole tile was gathered: each window's mem becomes
+  // the gradient that it gets through its spike.
   SNNLSTM_DEVICE void spread(MemTile<R> tile) const {
     const Fire& f = p_.fire;
     const unsigned windows = tiling_.by_windows.value;
@@ -283,7 +286,8 @@ class BackwardTile {
   }
 
  private:
-  // Over 8 lanes: each exchange halves the channels that a lane goes on with, the last one does not.
+  // Over 8 lanes: each exchange halves the channels that a lane goes on with, the last one does
+  // not.
   SNNLSTM_DEVICE void reduce(const R (&sum)[5][4], int first, int bit, R* row_sums,
                              bool set) const {
     const bool upper = (int(threadIdx.x) & bit) != 0, odd = (int(threadIdx.x) & 2 * bit) != 0;
@@ -292,7 +296,8 @@ class BackwardTile {
       R two[2];
 #pragma unroll
       for (int ch = 0; ch < 2; ++ch) {
-        const R mine = upper ? sum[k][2 + ch] : sum[k][ch], other = upper ? sum[k][ch] : sum[k][2 + ch];
+        const R mine = upper ? sum[k][2 + ch] : sum[k][ch],
+                other = upper ? sum[k][ch] : sum[k][2 + ch];
         two[ch] = mine + __shfl_xor_sync(full_warp, other, bit);
       }
       const R mine = odd ? two[1] : two[0], other = odd ? two[0] : two[1];

@@ -21,7 +21,7 @@ struct Fire {
   const void* levels = nullptr;     // (num_levels,) in the compute type
   const void* threshold = nullptr;  // (C,) or, with stride 0, one number
   int64_t threshold_stride = 0;
-  double graded = 1;
+  const void* graded = nullptr;  // one number in the compute type
   Tensor spk;  // (T, N, C, Hp, Wp); its type is that of the threshold and the bias, too
 };
 
@@ -52,8 +52,13 @@ SNNLSTM_DEVICE R threshold_of(const Fire& f, int c) {
 }
 
 template <class R>
+SNNLSTM_DEVICE R graded_of(const Fire& f) {
+  return *static_cast<const R*>(f.graded);
+}
+
+template <class R>
 SNNLSTM_DEVICE R spike_of(const Fire& f, R mem, R threshold) {
-  const R graded = R(f.graded);
+  const R graded = graded_of<R>(f);
   return Neuron<Math<R>>::fires(mem, threshold) ? graded : R(0) * graded;
 }
 
@@ -146,13 +151,12 @@ class ForwardTile {
 #pragma unroll
       for (int px = 0; px < 2; ++px) {
         const int i = fault(Fault::swapped_gates) ? 1 : 0;
-        const Gates<R> a =
-            N::activate({sum[i][px][ch] + bias.i, sum[1 - i][px][ch] + bias.f,
-                         sum[2][px][ch] + bias.o, sum[3][px][ch] + bias.g});
+        const Gates<R> a = N::activate({sum[i][px][ch] + bias.i, sum[1 - i][px][ch] + bias.f,
+                                        sum[2][px][ch] + bias.o, sum[3][px][ch] + bias.g});
         const bool reset = resets && N::fires(mem[px][ch], threshold[ch]);
         syn[px][ch] = N::next_syn(a, syn[px][ch]);
-        mem[px][ch] = N::after_reset(
-            p_.reset, N::next_mem(a.o, Math<R>::tanh(syn[px][ch])), reset, threshold[ch]);
+        mem[px][ch] = N::after_reset(p_.reset, N::next_mem(a.o, Math<R>::tanh(syn[px][ch])), reset,
+                                     threshold[ch]);
         sum[0][px][ch] = a.i;
         sum[1][px][ch] = a.f;
         sum[2][px][ch] = flagged(a.o, reset);

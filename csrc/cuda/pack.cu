@@ -9,10 +9,10 @@ void launch_pack_fma(const WeightMap& map, void* packed, Stream stream) {
     using R = decltype(real);
     const int channels = map.depth_channels();
     const int64_t depth = round_up(int64_t(map.taps) * channels, fma::kDepth);
-    const Launch how{"pack weight (fma)",
-                     dim3(unsigned(depth / fma::kDepth),
-                          unsigned(ceil_div(map.columns(), fma::kColumns))),
-                     dim3(fma::kThreads), 0, stream};
+    const Launch how{
+        "pack weight (fma)",
+        dim3(unsigned(depth / fma::kDepth), unsigned(ceil_div(map.columns(), fma::kColumns))),
+        dim3(fma::kThreads), 0, stream};
     launch(how, &pack_fma<R>, map, static_cast<R*>(packed), depth, channels);
   });
 }
@@ -36,12 +36,25 @@ void launch_pack_mma(const MmaPackings& given, int jobs, Stream stream) {
   launch(how, &pack_mma<256>, p);
 }
 
+DType gate_type(DType states, Matrix matrix) {
+  if (states != DType::float32) return states;
+  return matrix == Matrix::float16    ? DType::float16
+         : matrix == Matrix::bfloat16 ? DType::bfloat16
+                                      : states;
+}
+
+int64_t padded_channels(int64_t C) {
+  Cell cell;
+  cell.C = C;
+  return Shape(cell).Cp;
+}
+
 Sizes sizes(const Cell& cell, const Target& target) {
   const Shape s(cell);
   Packer forward(cell, target), backward(cell, target);
   forward.forward();
   backward.backward(plan_backward(cell, target));
-  const DType gates = gate_type(plan_forward(cell, target).multiply, cell.dtype);
+  const DType gates = gate_type(cell.dtype, target.matrix);
   Sizes z;
   z.packed_forward = forward.bytes(), z.packed_backward = backward.bytes();
   z.saved_gates = cell.T * s.gates() * bytes_of(gates);
@@ -58,6 +71,10 @@ void pack_weight(const Cell& cell, const void* weight, bool backward, void* pack
     packer.backward(plan_backward(cell, target));
   else
     packer.forward();
+}
+
+Matrix full_precision(const Target& target) {
+  return tensor_cores_beat_fma(target) ? Matrix::tf32x3 : Matrix::exact;
 }
 
 Algorithm choose_algorithm(const Cell& cell, const Target& target) {

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(fma::kThreads)
 struct MmaPacking {
   WeightMap map;
   Multiply multiply = Multiply::tf32;
-  int channels = 0;    // of the walk: K channels, or with patches (tap, channel)
+  int channels = 0;  // of the walk: K channels, or with patches (tap, channel)
   bool patches = false;
   int taps = 1;        // of the walk
   int units = 0;       // of this segment
@@ -83,9 +83,9 @@ struct MmaPackings {
   MmaPacking job[2];
 };
 
-// One chunk of K for one pair of n-tiles: 16 columns. The weights come through shared memory, row by
-// row as they lie: forward a row is a column's (channels of the chunk, taps), transposed it is a K
-// channel's (16 columns, taps).
+// One chunk of K for one pair of n-tiles: 16 columns. The weights come through shared memory, row
+// by row as they lie: forward a row is a column's (channels of the chunk, taps), transposed it is a
+// K channel's (16 columns, taps).
 template <int Threads>
 class MmaPacker {
  public:
@@ -96,9 +96,9 @@ class MmaPacker {
     warp_column_ = pair / of_warp % p.warp_columns;
     block_ = pair / of_warp / p.warp_columns;
     const int warps = block_ * p.warp_columns + warp_column_;
-    first_column_ = !map_.forward()  ? warps * 8 * p.tiles + 16 * pair_
-                    : p.tiles == 8 ? warps * 16
-                                   : warps * 8;
+    first_column_ = !map_.forward() ? warps * 8 * p.tiles + 16 * pair_
+                    : p.tiles == 8  ? warps * 16
+                                    : warps * 8;
     first_k_ = p.patches ? 0 : chunk * p.per_chunk();
   }
 
@@ -148,9 +148,9 @@ class MmaPacker {
       return input < map_.depth_channels() ? weight_at<float>(map_, gate, c, input, tap) : 0;
     }
     const int k = first_k_ + row;
-    return k < map_.depth_channels() ? weight_at<float>(map_, k / map_.Cp, k % map_.Cp,
-                                                        first_column_ + inner, tap)
-                                     : 0;
+    return k < map_.depth_channels()
+               ? weight_at<float>(map_, k / map_.Cp, k % map_.Cp, first_column_ + inner, tap)
+               : 0;
   }
 
   // Column n of a tile of the pair, channel k of the chunk, tap of the walk.

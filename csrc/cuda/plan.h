@@ -1,5 +1,5 @@
-// Choices made on the host before anything is launched: sizes of our own images, tiles, and how each
-// tensor of the caller's is accessed.
+// Choices made on the host before anything is launched: sizes of our own images, tiles, and how
+// each tensor of the caller's is accessed.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// Host side of mma.cuh: the neighbourhoods, the stream of weights and the shared memory of a launch.
+// Host side of mma.cuh: the neighbourhoods, the stream of weights and the shared memory of a
+// launch.
 #pragma once
 
 #include "mma.cuh"
@@ -42,7 +43,9 @@ struct MmaDepth {
     tail_steps = int(steps(channels - (chunks - 1) * type.per_chunk()));
   }
   int64_t units() const { return taps * (2 * (chunks - 1) + tail_steps); }
-  int64_t shortest_chunk() const { return taps * std::min(tail_steps, chunks > 1 ? 2 : tail_steps); }
+  int64_t shortest_chunk() const {
+    return taps * std::min(tail_steps, chunks > 1 ? 2 : tail_steps);
+  }
 };
 
 // How the source may be read.
@@ -92,9 +95,9 @@ inline MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDe
   m.align = 32 / bytes_of(s.src.type);
   m.whole_rows = tiling.by_cols.value == 1 && s.up_w.value == 1 && tiling.w >= s.width;
   m.by_col = SmallDivisor(m.whole_rows ? s.width : round_up(m.halo_w + m.align - 1, m.align));
-  m.by_run = SmallDivisor(m.whole_rows
-                              ? round_up(int64_t(m.halo_h) * s.width + m.align - 1, m.align)
-                              : int64_t(m.halo_h) * m.by_col.value);
+  m.by_run =
+      SmallDivisor(m.whole_rows ? round_up(int64_t(m.halo_h) * s.width + m.align - 1, m.align)
+                                : int64_t(m.halo_h) * m.by_col.value);
   return m;
 }
 
@@ -135,7 +138,8 @@ struct MmaBuilder {
 
   // The stages: about 8 KiB each, and none longer than a chunk.
   void finish(const void* weight, int64_t first_unit, int64_t packed_units, int threads) {
-    conv.stage_units = int(std::max<int64_t>(std::min<int64_t>(8192 / conv.unit_bytes, shortest), 1));
+    conv.stage_units =
+        int(std::max<int64_t>(std::min<int64_t>(8192 / conv.unit_bytes, shortest), 1));
     conv.weight = static_cast<const char*>(weight) + first_unit * conv.unit_bytes;
     conv.weight_pitch = packed_units * conv.unit_bytes;
     for (int k = 0; k < conv.segments; ++k) {

@@ -1,8 +1,7 @@
 // The neurons alone, behind torch's own convolution.
-#include "pointwise.cuh"
-
 #include "launch.h"
 #include "neuron_args.h"
+#include "pointwise.cuh"
 
 namespace snnlstm::cuda {
 
@@ -13,7 +12,8 @@ struct Plan {
   bool whole_windows;
 
   explicit Plan(const Cell& c) {
-    whole_windows = choose_tile(c, c.Ho(), c.Wo(), pointwise::kPixels, c.pool != Pool::none, tiling);
+    whole_windows =
+        choose_tile(c, c.Ho(), c.Wo(), pointwise::kPixels, c.pool != Pool::none, tiling);
     if (!whole_windows) choose_tile(c, c.Ho(), c.Wo(), pointwise::kPixels, false, tiling);
     cover(tiling, c, c.N, c.C, pointwise::kChannels);
   }
@@ -31,17 +31,18 @@ Tensor gate_of(const View& all, DType type, const Cell& c, int k) {
 
 }  // namespace
 
-void pointwise_forward(const ForwardArgs& args, const View& gate_sums, DType gate_type,
-                       const Target& target) {
+void pointwise_forward(const ForwardArgs& args, const View& gate_sums, const Target& target) {
   const Cell& c = args.cell;
+  const DType gates = gate_type(c.dtype, target.matrix);
   const Plan plan(c);
   const auto stream = static_cast<Stream>(target.stream);
   PointwiseForward p;
   p.tiling = plan.tiling;
-  for (int k = 0; k < 4; ++k) p.sums[k] = gate_of(gate_sums, gate_type, c, k);
+  for (int k = 0; k < 4; ++k) p.sums[k] = gate_of(gate_sums, gates, c, k);
   p.neuron = neuron_forward(args, 0, 4);
   p.neuron.fires = plan.whole_windows && !c.inhibition;
-  if (args.saved_gates) p.neuron.gates_out = image(args.saved_gates, Shape(c), c.dtype, 4);
+  if (args.saved_syn) p.neuron.syn_keep = image(args.saved_syn, Shape(c), c.dtype);
+  if (args.saved_gates) p.neuron.gates_out = image(args.saved_gates, Shape(c), gates, 4);
   with_real(c.dtype, [&](auto real) {
     using R = decltype(real);
     const Launch how{"pointwise forward", dim3(unsigned(p.tiling.blocks())),
@@ -57,9 +58,10 @@ void pointwise_forward(const ForwardArgs& args, const View& gate_sums, DType gat
   launch_fire(fire, c.inhibition, stream);
 }
 
-void pointwise_backward(const BackwardArgs& args, const View& d_gates, DType gate_type,
+void pointwise_backward(const BackwardArgs& args, const View& d_gates, void* mem_after,
                         const Target& target) {
   const Cell& c = args.cell;
+  const DType gates = gate_type(c.dtype, target.matrix);
   const Shape s(c);
   const Plan plan(c);
   const auto stream = static_cast<Stream>(target.stream);
@@ -70,11 +72,12 @@ void pointwise_backward(const BackwardArgs& args, const View& d_gates, DType gat
   p.tiling = plan.tiling;
   NeuronBackward& n = p.neuron;
   n = neuron_backward(args, 0);
-  n.gates = image(const_cast<void*>(args.saved_gates), s, c.dtype, 4);
+  n.gates = image(const_cast<void*>(args.saved_gates), s, gates, 4);
+  if (mem_after) n.mem_keep = image(mem_after, s, gates);
   n.grad_syn0 = tensor(args.grad_syn0, c.dtype, 0, {1, c.N, c.C, s.Ho, s.Wo}, 4);
   n.spreads = plan.whole_windows;
   if (args.grad_threshold) n.sums = sums;
-  for (int k = 0; k < 4; ++k) p.d_gates[k] = gate_of(d_gates, gate_type, c, k);
+  for (int k = 0; k < 4; ++k) p.d_gates[k] = gate_of(d_gates, gates, c, k);
   if (!n.spreads && n.fire.spk.present() && n.surrogate != Surrogate::none) {
     SpreadStep spread;
     spread.tiling = plan.tiling;

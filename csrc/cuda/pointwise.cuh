@@ -1,5 +1,5 @@
-// The neurons alone, behind a convolution that somebody else has computed: forward and backward of one
-// step. One thread a patch of 2 pixels x 4 channels, a block 64 pixels x 16 channels.
+// The neurons alone, behind a convolution that somebody else has computed: forward and backward of
+// one step. One thread a patch of 2 pixels x 4 channels, a block 64 pixels x 16 channels.
 //   gate sums  (N, 4C, Ho, Wo)  what the convolution gives, in any layout; d_gates likewise
 #pragma once
 
@@ -19,9 +19,7 @@ struct Shared {
 };
 
 // Of the thread: first of its pixels, first of its channels in the block.
-SNNLSTM_DEVICE int pixel() {
-  return int(threadIdx.x) / 32 * 16 + 2 * (int(threadIdx.x) % 32 / 4);
-}
+SNNLSTM_DEVICE int pixel() { return int(threadIdx.x) / 32 * 16 + 2 * (int(threadIdx.x) % 32 / 4); }
 SNNLSTM_DEVICE int channel() { return 4 * (int(threadIdx.x) % 4); }
 }  // namespace pointwise
 
@@ -40,8 +38,7 @@ __global__ void __launch_bounds__(pointwise::kThreads)
   const ForwardTile<R> tile(p.neuron, p.tiling, block, c0, pointwise::kChannels, shared.vectors);
   const MemTile<R> mem_tile{shared.mem, pointwise::kMemPitch};
   tile.load_vectors();
-  const Place at =
-      place_of(p.tiling, block, pointwise::pixel(), p.neuron.Ho, p.neuron.Wo);
+  const Place at = place_of(p.tiling, block, pointwise::pixel(), p.neuron.Ho, p.neuron.Wo);
   R sum[4][2][4] = {};
 #pragma unroll 1
   for (int k = 0; k < 4; ++k) {  // one copy of the code that knows all layouts

@@ -12,10 +12,11 @@ constexpr int kSpreadThreads = 128;
 struct SpreadStep {
   Tiling tiling;  // its batch alone
   NeuronBackward neuron;
-  Image spikes;   // (N, Ho, Wo, Cp) in the compute type: written inside of whole windows
+  Image spikes;  // (N, Ho, Wo, Cp) in the compute type: written inside of whole windows
 };
 
-// One thread a window and channel, of one sample in a block. grid: blocks_of_sample for each sample.
+// One thread a window and channel, of one sample in a block. grid: blocks_of_sample for each
+// sample.
 template <class R>
 __global__ void __launch_bounds__(kSpreadThreads)
     spread_spikes(const __grid_constant__ SpreadStep p) {

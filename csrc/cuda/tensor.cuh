@@ -1,8 +1,8 @@
 // Reading and writing images, the caller's and our own, in patches of 2 neighbouring pixels and CH
 // neighbouring channels: what one thread holds of a tile.
 //
-// Lane l of a warp holds pixels 2g, 2g + 1 (g = l % 8 or l / 4) and channels q * CH ... (q the other
-// part of l). So a warp's access covers whole 32-byte sectors in both usual layouts:
+// Lane l of a warp holds pixels 2g, 2g + 1 (g = l % 8 or l / 4) and channels q * CH ... (q the
+// other part of l). So a warp's access covers whole 32-byte sectors in both usual layouts:
 //   channels last   per pixel CH channels in one vector, neighbouring lanes side by side
 //   contiguous      per channel 2 pixels in one vector, neighbouring lanes side by side
 // and anything else (odd sizes, odd strides, unaligned pointers) goes element by element.

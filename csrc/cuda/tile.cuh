@@ -59,13 +59,13 @@ struct SmallDivisor {
 SNNLSTM_BOTH bool inside(int i, int n) { return unsigned(i) < unsigned(n); }
 
 struct Tiling {
-  int h = 1, w = 1;           // pixels of a tile
-  SmallDivisor by_w;          // w once more
-  Divisor by_rows, by_cols;   // tiles of an image
-  Divisor by_columns;         // channel groups
+  int h = 1, w = 1;                    // pixels of a tile
+  SmallDivisor by_w;                   // w once more
+  Divisor by_rows, by_cols;            // tiles of an image
+  Divisor by_columns;                  // channel groups
   SmallDivisor by_window, by_windows;  // pooling windows in a row of the tile, in the tile
-  Divisor by_batch;           // images per time step
-  int64_t images = 0;         // in this launch: batch, or batch * T
+  Divisor by_batch;                    // images per time step
+  int64_t images = 0;                  // in this launch: batch, or batch * T
 
   int64_t tiles() const { return images * by_rows.value * by_cols.value; }
   int64_t blocks() const { return tiles() * by_columns.value; }
@@ -113,8 +113,8 @@ struct Segment {
   int taps_h = 1, taps_w = 1;
   int dilation_h = 1, dilation_w = 1;
   int pad_h = 0, pad_w = 0;
-  int step_h = 1, step_w = 1;  // stride of the convolution
-  SmallDivisor up_h, up_w;     // stride of the convolution whose transpose this is
+  int step_h = 1, step_w = 1;    // stride of the convolution
+  SmallDivisor up_h, up_w;       // stride of the convolution whose transpose this is
   const void* weight = nullptr;  // packed, of the first column block; layout: fma.cuh, mma.cuh
   int64_t weight_pitch = 0;      // elements from one column block to the next
 

@@ -1,8 +1,10 @@
 // The weight gradient of one of the two convolutions, over all time steps at once:
 //   dW[(gate, c)][tap][ci] = sum over t, n, y, x of d_gates[t, n, y, x, gate, c] * in[.. + tap, ci]
-// a GEMM whose K are the pixels of the whole sequence. K is split over blocks that each write a part
-// of the sum; a second kernel adds the parts in order, so that the result is the same every time.
-//   parts  (splits, rows, columns): rows (gate, c) of 4 Cp, columns (tap, ci), each filled up to the
+// a GEMM whose K are the pixels of the whole sequence. K is split over blocks that each write a
+// part of the sum; a second kernel adds the parts in order, so that the result is the same every
+// time.
+//   parts  (splits, rows, columns): rows (gate, c) of 4 Cp, columns (tap, ci), each filled up to
+//   the
 //          kernel's tiles
 #pragma once
 
@@ -28,7 +30,8 @@ struct WeightGrad {
   SNNLSTM_DEVICE int source_time(int t) const { return t > 0 && later.present() ? t - 1 : t; }
 };
 
-// ---- without tensor cores: 64 rows x 64 columns a block, 16 pixels at a time ---------------------
+// ---- without tensor cores: 64 rows x 64 columns a block, 16 pixels at a time
+// ---------------------
 
 namespace fma {
 template <class R>
@@ -59,9 +62,8 @@ __global__ void __launch_bounds__(fma::kThreads)
     const int64_t i = begin + int64_t(chunk) * fma::kDepth + tid;
     const int64_t size = int64_t(p.Ho) * p.Wo, image = i / size;
     const int pixel = int(i % size), batch = int(p.tiling.by_batch.value);
-    store(&shared.where[chunk & 1][tid],
-          make_int4(i < end ? int(image / batch) : -1, int(image % batch), pixel / p.Wo,
-                    pixel % p.Wo));
+    store(&shared.where[chunk & 1][tid], make_int4(i < end ? int(image / batch) : -1,
+                                                   int(image % batch), pixel / p.Wo, pixel % p.Wo));
   };
   R next_a[fma::kLoads], next_b[fma::kLoads];
   const auto fetch = [&](int chunk) {
@@ -73,7 +75,8 @@ __global__ void __launch_bounds__(fma::kThreads)
                       ? read<R>(p.d_gates.data, p.d_gates.type, i * p.rows + row)
                       : R(0);
       const int y = at.z * s.step_h + shift_y, x = at.w * s.step_w + shift_x;
-      const bool real = at.x >= 0 && column < p.columns && inside(y, s.height) && inside(x, s.width);
+      const bool real =
+          at.x >= 0 && column < p.columns && inside(y, s.height) && inside(x, s.width);
       const Tensor& src = p.source(at.x);
       next_b[k] = real ? read<R>(image_of(src, p.source_time(at.x), at.y), src.type,
                                  offset(src, channel, y, x))
@@ -134,8 +137,8 @@ struct ReduceWeights {
 
 constexpr int kReduceThreads = 256;
 
-// grid: (chunks of input channels of x, then of mem; 4C). The sums go through shared memory, (chunk,
-// pitch): the parts have the channels innermost, the gradient the taps.
+// grid: (chunks of input channels of x, then of mem; 4C). The sums go through shared memory,
+// (chunk, pitch): the parts have the channels innermost, the gradient the taps.
 template <class R>
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_weight(const __grid_constant__ ReduceWeights p) {
@@ -157,8 +160,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     sums[ci * p.pitch() + tap] = sum;
   }
   __syncthreads();
-  const int64_t out =
-      (int64_t(blockIdx.y) * p.all_channels + h.first_channel + c0) * p.taps;
+  const int64_t out = (int64_t(blockIdx.y) * p.all_channels + h.first_channel + c0) * p.taps;
   for (int i = int(threadIdx.x); i < channels * p.taps; i += kReduceThreads)
     write(p.grad, p.type, out + i, sums[i / p.taps * p.pitch() + i % p.taps]);
 }

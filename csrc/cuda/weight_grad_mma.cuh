@@ -2,9 +2,9 @@
 // input channels of one tap, K = pixels.
 //
 // A block takes 32 * warp rows rows, 32 input channels and 3 taps, and walks over the tiles of its
-// share of the sequence. Of a tile it keeps d_gates and the source's neighbourhood in shared memory,
-// pixel by pixel as mma_source.cuh lays them out, two buffers each; the taps read the neighbourhood
-// shifted. A warp computes 32 rows x 16 channels x 3 taps.
+// share of the sequence. Of a tile it keeps d_gates and the source's neighbourhood in shared
+// memory, pixel by pixel as mma_source.cuh lays them out, two buffers each; the taps read the
+// neighbourhood shifted. A warp computes 32 rows x 16 channels x 3 taps.
 //
 // Both operands lie with K (pixels) outermost, the tensor core wants it innermost: 16-bit elements
 // come through ldmatrix transposed, floats one by one. Which pixel is which k is free, as long as
@@ -20,13 +20,13 @@
 namespace snnlstm::cuda {
 
 struct WeightGradMma {
-  WeightGrad grad;          // share and total count tiles
+  WeightGrad grad;  // share and total count tiles
   int column_blocks = 0, row_blocks = 0, splits = 0;
-  MmaSegment source[2];     // before the first step or at all times; from t = 1 on
+  MmaSegment source[2];  // before the first step or at all times; from t = 1 on
   Multiply multiply = Multiply::tf32;
   int warp_rows = 1;
-  int column_pitch = 0;     // of parts: from one tap's columns to the next
-  int buffer_bytes = 0;     // of one neighbourhood chunk
+  int column_pitch = 0;  // of parts: from one tap's columns to the next
+  int buffer_bytes = 0;  // of one neighbourhood chunk
 };
 
 // Both halves of the weight in one launch.
@@ -72,7 +72,8 @@ class WeightGemm {
 #pragma unroll
     for (int i = 0; i < weight_tile::kTaps * 16; ++i) (&acc[0][0][0][0])[i] = 0;
     const int64_t begin = split_ * p_.grad.share;
-    const int64_t end = begin + p_.grad.share < p_.grad.total ? begin + p_.grad.share : p_.grad.total;
+    const int64_t end =
+        begin + p_.grad.share < p_.grad.total ? begin + p_.grad.share : p_.grad.total;
 #pragma unroll 1
     for (int64_t i = begin - 1; i < end; ++i) {  // computes tile i, fetches tile i + 1
       const int buffer = int(i - begin) & 1;
@@ -162,8 +163,7 @@ class WeightGemm {
       const int x = int(tiling.by_w.split(y)), row = first + unit * per_unit;
       const bool real = int(y) < tiling.h && at.y0 + int(y) < p_.grad.Ho &&
                         at.x0 + x < p_.grad.Wo && row < p_.grad.rows;
-      const int from =
-          ((at.y0 + int(y)) * p_.grad.Wo + at.x0 + x) * p_.grad.rows + row;
+      const int from = ((at.y0 + int(y)) * p_.grad.Wo + at.x0 + x) * p_.grad.rows + row;
       cp_async<16>(gates(buffer) + unit / 4 * weight_tile::kPlaneBytes + mma_tile::row_offset(m) +
                        unit % 4 * 16,
                    real ? image + from : image, real ? 16 : 0);
@@ -181,7 +181,8 @@ class WeightGemm {
   }
   SNNLSTM_DEVICE int shift(int tap) const {
     const int tap_h = tap / p_.source[0].taps_w, tap_w = tap - tap_h * p_.source[0].taps_w;
-    return tap_h * p_.source[0].s.dilation_h * p_.source[0].pitch + tap_w * p_.source[0].s.dilation_w;
+    return tap_h * p_.source[0].s.dilation_h * p_.source[0].pitch +
+           tap_w * p_.source[0].s.dilation_w;
   }
 
   SNNLSTM_DEVICE void multiply(int buffer, int step, Accumulators& acc) const {

@@ -124,7 +124,7 @@ def _build(name, sources, variant, defines, includes, host_sources) -> Path:
     emulator = ["-O3", f"-I{HERE / 'emulator'}", *plain]
     hooks = variant in ("checked", "faults")
     jobs = [(Path(s), [*VARIANTS[variant], *common]) for s in sources]
-    jobs += [(Path(s), [*plain, *common]) for s in host_sources]
+    jobs += [(Path(s), ["-O1", *plain, *common]) for s in host_sources]
     jobs += [(s, emulator) for s in EMULATOR if hooks or s.name != "hooks.cpp"]
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 2) as pool:
         objects = list(pool.map(lambda job: _object(job[0], job[1], ident), jobs))

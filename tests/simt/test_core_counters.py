@@ -6,11 +6,9 @@ fewest needed 1.1 (for wide layers).
 """
 
 import pytest
-from backend import SOURCES, simt_core
+from backend import simt_core
 from test_cell import MODES
 from traffic import LAYERS, cost, measure
-
-pytestmark = pytest.mark.skipif(not SOURCES, reason="there are no CUDA kernels")
 
 GOALS = {"bytes": 1.15, "sectors": 1.10, "banks": 1.05, "mma": 1.10}
 WIDE = ("mid", "big")

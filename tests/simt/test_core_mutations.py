@@ -12,8 +12,6 @@ from builder import ROOT
 from emulator import EmulationError
 from faults import fault_numbers, placed_faults
 
-pytestmark = pytest.mark.skipif(not SOURCES, reason="there are no CUDA kernels")
-
 CUDA = ROOT / "csrc" / "cuda"
 NUMBERS = fault_numbers()
 OURS = ("fault.cuh", "primitives.cuh")  # they speak of both
@@ -34,7 +32,6 @@ RUNS = [
     ("float32", "kernel 5x1"),
 ]
 
-HAS_BACKWARD = not test_cell_gradients.pytestmark.args[0]
 BACKWARD_RUNS = [
     ("float32", "plain"),
     ("tf32x3", "plain"),
@@ -75,8 +72,7 @@ def backward_report(core, mode, case) -> str:
 def reports(core, near: str = ""):
     """What each run says, one after the other; those first that run the kernel of that file."""
     runs = [(forward_report, *run) for run in RUNS]
-    if HAS_BACKWARD:
-        runs += [(backward_report, *run) for run in BACKWARD_RUNS]
+    runs += [(backward_report, *run) for run in BACKWARD_RUNS]
 
     def distance(run):
         report, mode, _ = run
@@ -106,6 +102,4 @@ def test_every_kind_of_fault_is_placed():
     kinds = set(NUMBERS)
     if "__syncwarp" not in code:
         kinds.discard("missing_syncwarp")
-    if not list(CUDA.glob("*backward*.cu")):
-        kinds -= {"wrong_split_k", "wrong_stride"}
     assert {name for name, _ in PLACED} >= kinds

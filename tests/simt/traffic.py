@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,6 @@ from backend import Core, simt_core  # noqa: E402
 from cases import Case, wanting_gradients  # noqa: E402
 from test_cell import MODES, Mode  # noqa: E402
 
-from snnlstm import autograd  # noqa: E402
 from snnlstm.options import CellOptions  # noqa: E402
 
 STEP = CellOptions((3, 3))
@@ -53,8 +52,8 @@ class Cost:
 
 def fewest_bytes(case: Case, mode: Mode) -> int:
     """Of one inference step: x, the states and the weight in; spikes and states out."""
-    size = torch.finfo(mode.dtype).bits // 8
-    operand = 2 if mode.dtype.itemsize == 2 or mode.matrix.endswith("float16") else size
+    size = mode.dtype.itemsize
+    operand = mode.operands.itemsize if mode.operands else size
     n, c, h, w = case.state_shape
     kh, kw = case.options.kernel_size
     states = n * c * h * w
@@ -66,38 +65,32 @@ def fewest_mma(case: Case, mode: Mode) -> int:
     """m16n8k16, or k8 for tf32 (three of them for 3xTF32), over pixels, gates and taps."""
     n, c, h, w = case.state_shape
     kh, kw = case.options.kernel_size
-    tf32 = mode.matrix.startswith("tf32")
+    tf32 = mode.dtype.itemsize == 4 and mode.operands is None
     steps = math.ceil(kh * kw * (case.in_channels + c) / (8 if tf32 else 16))
-    times = 3 if mode.matrix == "tf32x3" else 1
+    times = 3 if tf32 and mode.precision == "ieee" else 1
     return math.ceil(n * h * w / 16) * math.ceil(4 * c / 8) * steps * times
 
 
 def measure(core: Core, case: Case, mode: Mode) -> dict[str, counters.Counters]:
     """Counters of one inference step, by kernel, without those that pack the weight."""
-    case = replace(case, dtype=mode.dtype)
+    case = mode.of(case)
     inputs = case.inputs()
     core.reset()
-    core.target(
-        matrix=mode.matrix, algorithm=mode.algorithm, compute_capability=mode.compute_capability
-    )
     core.checks(races=False, counters=True)
-    with core.installed(), torch.no_grad():
-        autograd.run(*inputs, case.options)
+    with mode.running(core), torch.no_grad():
+        mode.run(*inputs, case.options)
     seen = core.counters()
     return {name: c for name, c in seen.items() if "pack" not in name}
 
 
 def measure_training(core: Core, case: Case, mode: Mode) -> dict[str, counters.Counters]:
     """Counters of one step with its backward pass, by kernel."""
-    case = replace(case, dtype=mode.dtype)
+    case = mode.of(case)
     inputs = wanting_gradients(case.inputs())
     core.reset()
-    core.target(
-        matrix=mode.matrix, algorithm=mode.algorithm, compute_capability=mode.compute_capability
-    )
     core.checks(races=False, counters=True)
-    with core.installed():
-        torch.stack([o.float().sum() for o in autograd.run(*inputs, case.options)]).sum().backward()
+    with mode.running(core):
+        torch.stack([o.float().sum() for o in mode.run(*inputs, case.options)]).sum().backward()
     return core.counters()
 
 

@@ -1,27 +1,28 @@
-// The emulated CUDA half for Python, through ctypes: plain structs in, the calls of csrc/cuda/api.h
-// out. Every array of a call is registered with the emulator, so that an access beside one is an
-// error, and what a call must write is poisoned before.
+// The emulated CUDA half as a Python module: the bindings of the real one, with every array of a
+// call registered with the emulator, so that an access beside one is an error, and with what a call
+// must write poisoned before.
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "cuda/api.h"
-#include "kernels/entry.h"
+#include "bindings_cuda.h"
 #include "memory.h"
 
 using namespace snnlstm;
 
-namespace snnlstm::cuda {
-void backward(const BackwardArgs&, const Target&) __attribute__((weak));
-}
-
 namespace {
 
+// The device that the launchers believe they run on.
 cuda::Target the_target;
 
 size_t element_size(DType t) { return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2; }
+DType compute_type(DType t) { return t == DType::float64 ? t : DType::float32; }
+
+// What a call does to an array. Of one that it updates, the present values matter.
+enum class Does { reads, writes, updates };
+
+using Extent = int64_t[5];
 
 // Arrays of one call. Those that share memory become one: views may interleave.
 class Arrays {
@@ -30,22 +31,23 @@ class Arrays {
     for (const char* start : registered_) simt::unregister_allocation(start);
   }
 
-  void add(const char* name, const void* p, int64_t bytes, bool writable, bool poison = false) {
+  void add(const char* name, const void* p, int64_t bytes, Does does) {
     if (p == nullptr || bytes <= 0) return;
     const char* c = static_cast<const char*>(p);
-    items_.push_back({c, c + bytes, name, writable});
-    if (poison) std::memset(const_cast<void*>(p), 0xff, size_t(bytes));
+    items_.push_back({c, c + bytes, name, does != Does::reads});
+    if (does == Does::writes) std::memset(const_cast<void*>(p), 0xff, size_t(bytes));
   }
 
-  void add(const char* name, const View& v, const int64_t (&shape)[5], DType type, bool writable) {
+  void add(const char* name, const View& v, const Extent& extent, DType type, Does does) {
     if (v.data == nullptr) return;
     int64_t last = 0;
     for (int k = 0; k < 5; ++k) {
-      if (shape[k] == 0) return;
-      last += (shape[k] - 1) * v.stride[k];
+      if (extent[k] == 0) return;
+      last += (extent[k] - 1) * v.stride[k];
     }
-    add(name, v.data, (last + 1) * int64_t(element_size(type)), writable);
-    if (writable) poison(static_cast<char*>(v.data), v, shape, element_size(type), 0);
+    const auto size = int64_t(element_size(type));
+    add(name, v.data, (last + 1) * size, does == Does::writes ? Does::updates : does);
+    if (does == Does::writes) poison(static_cast<char*>(v.data), v, extent, size, 0);
   }
 
   void commit() {
@@ -73,189 +75,153 @@ class Arrays {
   std::vector<Item> items_;
   std::vector<const char*> registered_;
 
-  static void poison(char* p, const View& v, const int64_t (&shape)[5], size_t size, int k) {
+  static void poison(char* p, const View& v, const Extent& extent, int64_t size, int k) {
     if (k == 5) {
-      std::memset(p, 0xff, size);
+      std::memset(p, 0xff, size_t(size));
       return;
     }
-    for (int64_t i = 0; i < shape[k]; ++i) {
-      poison(p + i * v.stride[k] * int64_t(size), v, shape, size, k + 1);
-    }
+    for (int64_t i = 0; i < extent[k]; ++i)
+      poison(p + i * v.stride[k] * size, v, extent, size, k + 1);
   }
 };
 
-void add_parameters(Arrays& arrays, const Cell& c, const void* threshold, int64_t stride,
-                    const void* levels) {
+// Extents of the arrays of a call.
+struct Extents {
+  Extent input, state, states, spikes, gates;
+
+  Extents(const Cell& c, bool record)
+      : input{c.T, c.N, c.Cin, c.H, c.W},
+        state{1, c.N, c.C, c.Ho(), c.Wo()},
+        states{record ? c.T : 1, c.N, c.C, c.Ho(), c.Wo()},
+        spikes{c.T, c.N, c.C, c.Hp(), c.Wp()},
+        gates{1, c.N, 4 * c.C, c.Ho(), c.Wo()} {}
+};
+
+int64_t weight_bytes(const Cell& c) {
+  return 4 * c.C * (c.Cin + c.C) * c.kernel_h * c.kernel_w * int64_t(element_size(c.dtype));
+}
+
+template <class Args>
+void add_inputs(Arrays& arrays, const Args& a, const Extents& e, int64_t packed) {
+  const Cell& c = a.cell;
+  const auto size = int64_t(element_size(c.dtype)),
+             real = int64_t(element_size(compute_type(c.dtype)));
+  arrays.add("x", a.x, e.input, c.dtype, Does::reads);
+  arrays.add("syn0", a.syn0, e.state, c.dtype, Does::reads);
+  arrays.add("mem0", a.mem0, e.state, c.dtype, Does::reads);
+  arrays.add("packed weight", a.weight, packed, Does::reads);
+  arrays.add("threshold", a.threshold,
+             (a.threshold_stride == 0 ? 1 : (c.C - 1) * a.threshold_stride + 1) * size,
+             Does::reads);
+  arrays.add("graded factor", a.graded_factor, real, Does::reads);
+  arrays.add("levels", a.levels, c.num_levels * real, Does::reads);
+}
+
+// in_place: a step behind torch's convolution may write the states where it has read them.
+void add_forward(Arrays& arrays, const ForwardArgs& a, const cuda::Target& target, bool in_place) {
+  const Cell& c = a.cell;
+  const Extents e(c, a.record);
+  const cuda::Sizes z = cuda::sizes(c, target);
+  const Does states = in_place ? Does::updates : Does::writes;
+  add_inputs(arrays, a, e, z.packed_forward);
+  arrays.add("bias", a.bias, 4 * c.C * int64_t(element_size(c.dtype)), Does::reads);
+  arrays.add("spk", a.spk, e.spikes, c.dtype, Does::writes);
+  arrays.add("syn", a.syn, e.states, c.dtype, states);
+  arrays.add("mem", a.mem, e.states, c.dtype, states);
+  arrays.add("saved gates", a.saved_gates, z.saved_gates, Does::writes);
+  const int64_t syn_of_step =
+      c.N * c.Ho() * c.Wo() * cuda::padded_channels(c.C) * int64_t(element_size(c.dtype));
+  arrays.add("saved syn", a.saved_syn, in_place ? syn_of_step : z.saved_syn, Does::writes);
+  arrays.add("winner", a.winner, c.T * c.N * 8, Does::writes);
+  arrays.add("workspace", a.workspace, z.forward_workspace, Does::writes);
+}
+
+void add_backward(Arrays& arrays, const BackwardArgs& a, const cuda::Target& target,
+                  int64_t workspace, bool in_place) {
+  const Cell& c = a.cell;
+  const Extents e(c, a.record);
+  const cuda::Sizes z = cuda::sizes(c, target);
   const auto size = int64_t(element_size(c.dtype));
-  arrays.add("threshold", threshold, (stride == 0 ? 1 : (c.C - 1) * stride + 1) * size, false);
-  arrays.add("levels", levels, c.num_levels * size, false);
+  add_inputs(arrays, a, e, z.packed_backward);
+  arrays.add("saved gates", a.saved_gates, z.saved_gates, Does::reads);
+  arrays.add("saved syn", a.saved_syn, z.saved_syn, Does::reads);
+  arrays.add("winner", a.winner, c.T * c.N * 8, Does::reads);
+  arrays.add("noise", a.noise, e.spikes, c.dtype, Does::reads);
+  arrays.add("grad_spk", a.grad_spk, e.spikes, c.dtype, Does::reads);
+  arrays.add("grad_syn", a.grad_syn, e.states, c.dtype, Does::reads);
+  arrays.add("grad_mem", a.grad_mem, e.states, c.dtype, Does::reads);
+  arrays.add("grad_x", a.grad_x, e.input, c.dtype, Does::writes);
+  arrays.add("grad_syn0", a.grad_syn0, e.state, c.dtype, in_place ? Does::updates : Does::writes);
+  arrays.add("grad_mem0", a.grad_mem0, e.state, c.dtype, Does::writes);
+  arrays.add("grad_weight", a.grad_weight, weight_bytes(c), Does::writes);
+  arrays.add("grad_bias", a.grad_bias, 4 * c.C * size, Does::writes);
+  arrays.add("grad_threshold", a.grad_threshold, c.C * size, Does::writes);
+  arrays.add("workspace", a.workspace, workspace, Does::writes);
+}
+
+void pack_weight(const Cell& c, const void* weight, bool backward, void* packed,
+                 const cuda::Target& target) {
+  const cuda::Sizes z = cuda::sizes(c, target);
+  Arrays arrays;
+  arrays.add("weight", weight, weight_bytes(c), Does::reads);
+  arrays.add("packed weight", packed, backward ? z.packed_backward : z.packed_forward,
+             Does::writes);
+  arrays.commit();
+  cuda::pack_weight(c, weight, backward, packed, target);
+}
+
+void forward(const ForwardArgs& a, const cuda::Target& target) {
+  Arrays arrays;
+  add_forward(arrays, a, target, false);
+  arrays.commit();
+  cuda::forward(a, target);
+}
+
+void backward(const BackwardArgs& a, const cuda::Target& target) {
+  Arrays arrays;
+  add_backward(arrays, a, target, cuda::sizes(a.cell, target).backward_workspace, false);
+  arrays.commit();
+  cuda::backward(a, target);
+}
+
+void pointwise_forward(const ForwardArgs& a, const View& gate_sums, const cuda::Target& target) {
+  Arrays arrays;
+  add_forward(arrays, a, target, true);
+  arrays.add("gate sums", gate_sums, Extents(a.cell, false).gates,
+             cuda::gate_type(a.cell.dtype, target.matrix), Does::reads);
+  arrays.commit();
+  cuda::pointwise_forward(a, gate_sums, target);
+}
+
+void pointwise_backward(const BackwardArgs& a, const View& d_gates, void* mem_after,
+                        const cuda::Target& target) {
+  const Cell& c = a.cell;
+  const DType gates = cuda::gate_type(c.dtype, target.matrix);
+  Arrays arrays;
+  add_backward(arrays, a, target, cuda::pointwise_workspace(c, target), true);
+  arrays.add("d_gates", d_gates, Extents(c, false).gates, gates, Does::writes);
+  arrays.add("mem after", mem_after,
+             c.N * c.Ho() * c.Wo() * cuda::padded_channels(c.C) * int64_t(element_size(gates)),
+             Does::writes);
+  arrays.commit();
+  cuda::pointwise_backward(a, d_gates, mem_after, target);
 }
 
 }  // namespace
 
-// ---- what backend.py mirrors ------------------------------------------------------------------
-
-struct SimtCell {
-  int64_t dtype, T, N, Cin, C, H, W, kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w,
-      pool, pool_h, pool_w, reset, surrogate, inhibition, num_levels;
-  double p0, p1;
-};
-
-struct SimtForward {
-  View x, syn0, mem0, spk, syn, mem;
-  void *weight, *bias, *threshold, *levels, *saved_gates, *saved_syn, *winner, *workspace;
-  int64_t threshold_stride, record;
-  double graded;
-};
-
-struct SimtBackward {
-  View x, syn0, mem0, noise, grad_spk, grad_syn, grad_mem, grad_x, grad_syn0, grad_mem0;
-  void *weight, *threshold, *levels, *saved_gates, *saved_syn, *winner, *grad_weight, *grad_bias,
-      *grad_threshold, *workspace;
-  int64_t threshold_stride, record;
-  double graded;
-};
-
-namespace {
-
-Cell cell_of(const SimtCell& s) {
-  Cell c;
-  c.dtype = DType(s.dtype);
-  c.T = s.T, c.N = s.N, c.Cin = s.Cin, c.C = s.C, c.H = s.H, c.W = s.W;
-  c.kernel_h = int(s.kernel_h), c.kernel_w = int(s.kernel_w);
-  c.stride_h = int(s.stride_h), c.stride_w = int(s.stride_w);
-  c.dilation_h = int(s.dilation_h), c.dilation_w = int(s.dilation_w);
-  c.pool = Pool(s.pool), c.pool_h = int(s.pool_h), c.pool_w = int(s.pool_w);
-  c.reset = Reset(s.reset);
-  c.surrogate = Surrogate(s.surrogate), c.surrogate_p0 = s.p0, c.surrogate_p1 = s.p1;
-  c.inhibition = s.inhibition != 0;
-  c.num_levels = int(s.num_levels);
-  return c;
-}
-
-void forward(const SimtCell& cell, const SimtForward& s) {
-  const Cell c = cell_of(cell);
-  const cuda::Sizes z = cuda::sizes(c, the_target);
-  const int64_t state[5] = {1, c.N, c.C, c.Ho(), c.Wo()};
-  const int64_t states[5] = {s.record ? c.T : 1, c.N, c.C, c.Ho(), c.Wo()};
-  Arrays arrays;
-  arrays.add("x", s.x, {c.T, c.N, c.Cin, c.H, c.W}, c.dtype, false);
-  arrays.add("syn0", s.syn0, state, c.dtype, false);
-  arrays.add("mem0", s.mem0, state, c.dtype, false);
-  arrays.add("packed weight", s.weight, z.packed_forward, false);
-  arrays.add("bias", s.bias, 4 * c.C * int64_t(element_size(c.dtype)), false);
-  add_parameters(arrays, c, s.threshold, s.threshold_stride, s.levels);
-  arrays.add("spk", s.spk, {c.T, c.N, c.C, c.Hp(), c.Wp()}, c.dtype, true);
-  arrays.add("syn", s.syn, states, c.dtype, true);
-  arrays.add("mem", s.mem, states, c.dtype, true);
-  arrays.add("saved gates", s.saved_gates, z.saved_gates, true, true);
-  arrays.add("saved syn", s.saved_syn, z.saved_syn, true, true);
-  arrays.add("winner", s.winner, c.T * c.N * 8, true, true);
-  arrays.add("workspace", s.workspace, z.forward_workspace, true, true);
-  arrays.commit();
-
-  ForwardArgs a;
-  a.cell = c;
-  a.x = s.x, a.syn0 = s.syn0, a.mem0 = s.mem0;
-  a.weight = s.weight, a.bias = s.bias;
-  a.threshold = s.threshold, a.threshold_stride = s.threshold_stride;
-  a.graded = s.graded, a.levels = s.levels, a.record = s.record != 0;
-  a.spk = s.spk, a.syn = s.syn, a.mem = s.mem;
-  a.saved_gates = s.saved_gates, a.saved_syn = s.saved_syn;
-  a.winner = static_cast<int64_t*>(s.winner), a.workspace = s.workspace;
-  cuda::forward(a, the_target);
-}
-
-void backward(const SimtCell& cell, const SimtBackward& s) {
-  if (cuda::backward == nullptr) throw std::runtime_error("there is no backward pass yet");
-  const Cell c = cell_of(cell);
-  const cuda::Sizes z = cuda::sizes(c, the_target);
-  const int64_t input[5] = {c.T, c.N, c.Cin, c.H, c.W};
-  const int64_t state[5] = {1, c.N, c.C, c.Ho(), c.Wo()};
-  const int64_t states[5] = {s.record ? c.T : 1, c.N, c.C, c.Ho(), c.Wo()};
-  const int64_t spikes[5] = {c.T, c.N, c.C, c.Hp(), c.Wp()};
-  const auto size = int64_t(element_size(c.dtype));
-  Arrays arrays;
-  arrays.add("x", s.x, input, c.dtype, false);
-  arrays.add("syn0", s.syn0, state, c.dtype, false);
-  arrays.add("mem0", s.mem0, state, c.dtype, false);
-  arrays.add("packed weight", s.weight, z.packed_backward, false);
-  add_parameters(arrays, c, s.threshold, s.threshold_stride, s.levels);
-  arrays.add("saved gates", s.saved_gates, z.saved_gates, false);
-  arrays.add("saved syn", s.saved_syn, z.saved_syn, false);
-  arrays.add("winner", s.winner, c.T * c.N * 8, false);
-  arrays.add("noise", s.noise, spikes, c.dtype, false);
-  arrays.add("grad_spk", s.grad_spk, spikes, c.dtype, false);
-  arrays.add("grad_syn", s.grad_syn, states, c.dtype, false);
-  arrays.add("grad_mem", s.grad_mem, states, c.dtype, false);
-  arrays.add("grad_x", s.grad_x, input, c.dtype, true);
-  arrays.add("grad_syn0", s.grad_syn0, state, c.dtype, true);
-  arrays.add("grad_mem0", s.grad_mem0, state, c.dtype, true);
-  arrays.add("grad_weight", s.grad_weight, 4 * c.C * (c.Cin + c.C) * c.kernel_h * c.kernel_w * size,
-             true, true);
-  arrays.add("grad_bias", s.grad_bias, 4 * c.C * size, true, true);
-  arrays.add("grad_threshold", s.grad_threshold, c.C * size, true, true);
-  arrays.add("workspace", s.workspace, z.backward_workspace, true, true);
-  arrays.commit();
-
-  BackwardArgs a;
-  a.cell = c;
-  a.x = s.x, a.syn0 = s.syn0, a.mem0 = s.mem0;
-  a.weight = s.weight;
-  a.threshold = s.threshold, a.threshold_stride = s.threshold_stride;
-  a.graded = s.graded, a.levels = s.levels, a.record = s.record != 0;
-  a.saved_gates = s.saved_gates, a.saved_syn = s.saved_syn;
-  a.winner = static_cast<const int64_t*>(s.winner), a.noise = s.noise;
-  a.grad_spk = s.grad_spk, a.grad_syn = s.grad_syn, a.grad_mem = s.grad_mem;
-  a.grad_x = s.grad_x, a.grad_syn0 = s.grad_syn0, a.grad_mem0 = s.grad_mem0;
-  a.grad_weight = s.grad_weight, a.grad_bias = s.grad_bias;
-  a.grad_threshold = s.grad_threshold, a.workspace = s.workspace;
-  cuda::backward(a, the_target);
-}
-
-}  // namespace
-
-// The device that the launchers believe they run on, and in which numbers they multiply.
-ENTRY core_target(int compute_capability, int multiprocessors, int shared_bytes, int matrix,
-                  int algorithm) {
-  return guarded([&] {
+PYBIND11_MODULE(snnlstm_simt, m) {
+  bindings::bind_cell(m);
+  bindings::CudaCalls calls;
+  calls.current_target = [](void*) { return the_target; };
+  calls.pack_weight = &pack_weight;
+  calls.forward = &forward;
+  calls.backward = &backward;
+  calls.pointwise_forward = &pointwise_forward;
+  calls.pointwise_backward = &pointwise_backward;
+  bindings::bind_cuda(m, calls);
+  m.def("set_device", [](int compute_capability, int multiprocessors, int64_t shared_bytes) {
     the_target.compute_capability = compute_capability;
     the_target.multiprocessors = multiprocessors;
     the_target.shared_bytes = shared_bytes;
-    the_target.matrix = cuda::Matrix(matrix);
-    the_target.algorithm = cuda::Algorithm(algorithm);
   });
-}
-
-// packed_forward, packed_backward, saved_gates, saved_syn, forward_ and backward_workspace: bytes.
-ENTRY core_sizes(const SimtCell* cell, int64_t* bytes) {
-  return guarded([&] {
-    const cuda::Sizes z = cuda::sizes(cell_of(*cell), the_target);
-    const int64_t all[6] = {z.packed_forward, z.packed_backward,   z.saved_gates,
-                            z.saved_syn,      z.forward_workspace, z.backward_workspace};
-    std::copy(all, all + 6, bytes);
-  });
-}
-
-ENTRY core_pack(const SimtCell* cell, const void* weight, int backward, void* packed) {
-  return guarded([&] {
-    const Cell c = cell_of(*cell);
-    const cuda::Sizes z = cuda::sizes(c, the_target);
-    Arrays arrays;
-    arrays.add("weight", weight,
-               4 * c.C * (c.Cin + c.C) * c.kernel_h * c.kernel_w * int64_t(element_size(c.dtype)),
-               false);
-    arrays.add("packed weight", packed, backward ? z.packed_backward : z.packed_forward, true,
-               true);
-    arrays.commit();
-    cuda::pack_weight(c, weight, backward != 0, packed, the_target);
-  });
-}
-
-ENTRY core_forward(const SimtCell* cell, const SimtForward* args) {
-  return guarded([&] { forward(*cell, *args); });
-}
-
-ENTRY core_backward(const SimtCell* cell, const SimtBackward* args) {
-  return guarded([&] { backward(*cell, *args); });
 }

@@ -1,0 +1,157 @@
+// The CUDA half for Python: csrc/cuda/api.h over addresses. bindings.cpp includes it where that
+// half is built; the tests build it on top of the emulated kernels.
+#pragma once
+
+#include "bindings.h"
+#include "cuda/api.h"
+
+namespace snnlstm::bindings {
+
+// What the functions below call, so that the tests can put checks in between.
+struct CudaCalls {
+  decltype(&cuda::current_target) current_target = &cuda::current_target;
+  decltype(&cuda::pack_weight) pack_weight = &cuda::pack_weight;
+  decltype(&cuda::forward) forward = &cuda::forward;
+  decltype(&cuda::backward) backward = &cuda::backward;
+  decltype(&cuda::pointwise_forward) pointwise_forward = &cuda::pointwise_forward;
+  decltype(&cuda::pointwise_backward) pointwise_backward = &cuda::pointwise_backward;
+};
+
+// Keyword arguments, of which each must be asked for.
+class Keywords {
+ public:
+  explicit Keywords(const py::kwargs& given) : given_(given) {}
+
+  View view(const char* name) {
+    const py::handle found = find(name);
+    return found ? bindings::view(found) : View();
+  }
+  void* address(const char* name) {
+    const py::handle found = find(name);
+    return found ? at(found.cast<Address>()) : nullptr;
+  }
+  int64_t number(const char* name) {
+    const py::handle found = find(name);
+    return found ? found.cast<int64_t>() : 0;
+  }
+  void finish() const {
+    if (seen_ != given_.size()) throw py::type_error("an argument that the kernels do not know");
+  }
+
+ private:
+  py::handle find(const char* name) {
+    const py::handle found = PyDict_GetItemString(given_.ptr(), name);
+    if (found) ++seen_;
+    return found;
+  }
+
+  const py::kwargs& given_;
+  size_t seen_ = 0;
+};
+
+template <class Args>
+Args common_args(const Cell& cell, Keywords& k) {
+  Args a;
+  a.cell = cell;
+  a.record = k.number("record") != 0;
+  a.x = k.view("x"), a.syn0 = k.view("syn0"), a.mem0 = k.view("mem0");
+  a.weight = k.address("weight");
+  a.threshold = k.address("threshold"), a.threshold_stride = k.number("threshold_stride");
+  a.graded_factor = k.address("graded"), a.levels = k.address("levels");
+  a.saved_gates = k.address("saved_gates"), a.saved_syn = k.address("saved_syn");
+  a.winner = static_cast<int64_t*>(k.address("winner"));
+  a.workspace = k.address("workspace");
+  return a;
+}
+
+inline ForwardArgs forward_args(const Cell& cell, const py::kwargs& given) {
+  Keywords k(given);
+  auto a = common_args<ForwardArgs>(cell, k);
+  a.bias = k.address("bias");
+  a.spk = k.view("spk"), a.syn = k.view("syn"), a.mem = k.view("mem");
+  k.finish();
+  return a;
+}
+
+inline BackwardArgs backward_args(const Cell& cell, const py::kwargs& given) {
+  Keywords k(given);
+  auto a = common_args<BackwardArgs>(cell, k);
+  a.noise = k.view("noise");
+  a.grad_spk = k.view("grad_spk"), a.grad_syn = k.view("grad_syn"), a.grad_mem = k.view("grad_mem");
+  a.grad_x = k.view("grad_x");
+  a.grad_syn0 = k.view("grad_syn0"), a.grad_mem0 = k.view("grad_mem0");
+  a.grad_weight = k.address("grad_weight"), a.grad_bias = k.address("grad_bias");
+  a.grad_threshold = k.address("grad_threshold");
+  k.finish();
+  return a;
+}
+
+inline cuda::Target on(const cuda::Target& target, Address stream) {
+  cuda::Target there = target;
+  there.stream = at(stream);
+  return there;
+}
+
+inline void bind_cuda(py::module_& m, const CudaCalls& calls = {}) {
+  using cuda::Target;
+  py::class_<Target>(m, "CudaTarget", py::module_local())
+      // matrix and algorithm: the numbers of cuda::Matrix and cuda::Algorithm
+      .def("wanting",
+           [](const Target& target, int matrix, int algorithm) {
+             Target with = target;
+             with.matrix = cuda::Matrix(matrix), with.algorithm = cuda::Algorithm(algorithm);
+             return with;
+           })
+      .def_readonly("compute_capability", &Target::compute_capability);
+
+  m.def("cuda_target", [calls] { return calls.current_target(nullptr); });
+  m.def("cuda_full_precision", [](const Target& t) { return int(cuda::full_precision(t)); });
+  m.def("cuda_choose",
+        [](const Cell& cell, const Target& t) { return int(cuda::choose_algorithm(cell, t)); });
+  m.def("cuda_algorithm_name", &cuda::algorithm_name);
+  m.def("cuda_padded_channels", &cuda::padded_channels);
+  m.def("cuda_packed_bytes", [](const Cell& cell, const Target& t, bool backward) {
+    const cuda::Sizes sizes = cuda::sizes(cell, t);
+    return backward ? sizes.packed_backward : sizes.packed_forward;
+  });
+  m.def("cuda_workspace", [](const Cell& cell, const Target& t, bool backward) {
+    const cuda::Sizes sizes = cuda::sizes(cell, t);
+    return backward ? sizes.backward_workspace : sizes.forward_workspace;
+  });
+  m.def("cuda_pointwise_workspace", &cuda::pointwise_workspace);
+
+  m.def("cuda_pack_weight", [calls](const Cell& cell, const Target& t, Address stream,
+                                    Address weight, bool backward, Address packed) {
+    py::gil_scoped_release release;
+    calls.pack_weight(cell, at(weight), backward, at(packed), on(t, stream));
+  });
+  m.def("cuda_forward",
+        [calls](const Cell& cell, const Target& t, Address stream, const py::kwargs& given) {
+          const ForwardArgs args = forward_args(cell, given);
+          py::gil_scoped_release release;
+          calls.forward(args, on(t, stream));
+        });
+  m.def("cuda_backward",
+        [calls](const Cell& cell, const Target& t, Address stream, const py::kwargs& given) {
+          const BackwardArgs args = backward_args(cell, given);
+          py::gil_scoped_release release;
+          calls.backward(args, on(t, stream));
+        });
+  m.def("cuda_pointwise_forward", [calls](const Cell& cell, const Target& t, Address stream,
+                                          const py::object& gate_sums, const py::kwargs& given) {
+    const ForwardArgs args = forward_args(cell, given);
+    const View sums = view(gate_sums);
+    py::gil_scoped_release release;
+    calls.pointwise_forward(args, sums, on(t, stream));
+  });
+  m.def("cuda_pointwise_backward",
+        [calls](const Cell& cell, const Target& t, Address stream, const py::object& d_gates,
+                Address mem_after, const py::kwargs& given) {
+          const BackwardArgs args = backward_args(cell, given);
+          const View grads = view(d_gates);
+          py::gil_scoped_release release;
+          calls.pointwise_backward(args, grads, at(mem_after), on(t, stream));
+        });
+}
+
+}  // namespace snnlstm::bindings

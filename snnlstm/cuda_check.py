@@ -1,0 +1,93 @@
+"""Why the CUDA kernels of this build cannot run on a GPU of this machine, in words that help.
+
+Asked at the first call on a GPU, never at import. The answers are plain functions of what the build
+says of itself (``_C.build_info()``), of the driver and of the GPU; :func:`trouble` asks torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+OLDEST = (7, 5)
+FIRST_DRIVERS = {12: 525, 13: 580}  # the first driver branch that runs code of a CUDA major version
+
+
+def without_kernels(build: Mapping[str, str]) -> str | None:
+    """What to say on a machine with a GPU if the build has no CUDA code; None if it has."""
+    if build.get("cuda_archs"):
+        return None
+    why = build.get("cuda", "").removeprefix("not built: ") or "unknown"
+    return (
+        f"this build of snnlstm has no CUDA kernels ({why}); install a wheel named +cu12 or +cu13, "
+        "or build with SNNLSTM_CUDA=on"
+    )
+
+
+def driver_trouble(build: Mapping[str, str], driver: int | None) -> str | None:
+    """What is wrong with a driver for this build; None if nothing is.
+
+    Parameters
+    ----------
+    build
+        ``_C.build_info()`` of a build with CUDA code.
+    driver
+        Newest CUDA version that the driver runs, 1000 * major + 10 * minor; None if not known.
+    """
+    built = int(build.get("cuda_version", "").split(".")[0] or 0)
+    if driver is None or driver // 1000 >= built:
+        return None
+    newer = f" to {FIRST_DRIVERS[built]} or newer" if built in FIRST_DRIVERS else ""
+    return (
+        f"the NVIDIA driver is too old: it runs CUDA {show(driver)}, and this build of snnlstm is "
+        f"for CUDA {built}; update the driver{newer}, or install the build for CUDA "
+        f"{driver // 1000}"
+    )
+
+
+def device_trouble(build: Mapping[str, str], name: str, capability: tuple[int, int]) -> str | None:
+    """What is wrong with a GPU of this name and compute capability; None if nothing is."""
+    own = f"{name} (compute capability {capability[0]}.{capability[1]})"
+    if tuple(capability) < OLDEST:
+        return f"{own} is too old: the CUDA kernels need {OLDEST[0]}.{OLDEST[1]} or newer"
+    archs = build.get("cuda_archs", "").split()
+    wanted = 10 * capability[0] + capability[1]
+    for arch in archs:
+        number = int(arch.removesuffix("+ptx"))
+        # Code for X.Y runs on X.Z with Z >= Y, PTX on all that is newer.
+        if number <= wanted and (arch.endswith("+ptx") or number // 10 == capability[0]):
+            return None
+    return (
+        f"{own} is not among the GPUs that this build of snnlstm has code for ({' '.join(archs)}); "
+        f"build with SNNLSTM_CUDA_ARCHS={wanted}"
+    )
+
+
+@cache
+def trouble(index: int) -> str | None:
+    """Why the kernels cannot run on GPU `index`, which torch can use; None if they can."""
+    import torch
+
+    from . import _C
+
+    build = _C.build_info()
+    return (
+        without_kernels(build)
+        or driver_trouble(build, driver_version())
+        or device_trouble(
+            build, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+        )
+    )
+
+
+def driver_version() -> int | None:
+    """Newest CUDA version that the driver runs, 1000 * major + 10 * minor; None if not known."""
+    import torch
+
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return ask() or None if ask else None
+
+
+def show(version: int) -> str:
+    """A CUDA version that is 1000 * major + 10 * minor, in words."""
+    return f"{version // 1000}.{version % 1000 // 10}"

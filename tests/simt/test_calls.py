@@ -1,0 +1,228 @@
+"""What snnlstm.cuda asks of the core and of torch, seen on the emulated kernels."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from backend import float32_precision, simt_core
+from cases import wanting_gradients
+from test_cell import MODES, PLAIN, SEQUENCE, with_options
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import snnlstm
+from snnlstm import autograd, cuda, native, surrogate
+from snnlstm.quant import state_quant
+
+TRAINED = with_options(surrogate=surrogate.atan(), reset="subtract", quant=state_quant(4))
+WAITING = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero")
+
+
+@pytest.fixture
+def core():
+    found = simt_core("faults")
+    yield found
+    found.reset()
+
+
+def train(case, inputs, algorithm="auto"):
+    """All outputs and gradients."""
+    leaves = wanting_gradients(inputs)
+    out = autograd.run(*leaves, case.options, algorithm)
+    grads = torch.autograd.grad(
+        [o.float().square().sum() for o in out], [t for t in leaves if t is not None][:-1]
+    )
+    return *out, *grads
+
+
+class Record(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "pointwise"])
+def test_nothing_waits_for_the_device(core, algorithm):
+    """So a CUDA graph can capture a call, forward and backward."""
+    inputs = TRAINED.inputs()
+    with core.installed():
+        train(TRAINED, inputs, algorithm)  # copies the levels to the device
+        with Record() as record:
+            train(TRAINED, inputs, algorithm)
+    assert not record.seen & set(WAITING)
+    with Record() as record:
+        float(inputs.graded)
+    assert record.seen & set(WAITING)
+
+
+class Core:
+    """A core that notes on which stream, and under which guard, its kernels are called."""
+
+    def __init__(self, module, guarded):
+        self.module, self.guarded, self.calls = module, guarded, []
+
+    def __getattr__(self, name):
+        function = getattr(self.module, name)
+        if not name.endswith(("forward", "backward", "pack_weight", "target")):
+            return function
+
+        def noted(*args, **kwargs):
+            self.calls.append((name, list(self.guarded), args[2] if args else None))
+            return function(*args, **kwargs)
+
+        return noted
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "pointwise"])
+def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypatch, algorithm):
+    guarded: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def device(which):
+        guarded.append(which)
+        yield
+        guarded.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=77))
+    noting = Core(core.module, guarded)
+    monkeypatch.setitem(native.HALVES, "cpu", cuda.Kernels(noting))
+    train(TRAINED, TRAINED.inputs(), algorithm)
+    names = {name for name, *_ in noting.calls}
+    assert names >= {"cuda_target", *(
+        {"cuda_forward", "cuda_backward", "cuda_pack_weight"} if algorithm == "direct"
+        else {"cuda_pointwise_forward", "cuda_pointwise_backward"}
+    )}  # fmt: skip
+    for name, within, stream in noting.calls:
+        assert set(within) == {torch.device("cpu")}, name
+        assert stream in (77, None), name
+
+
+def test_a_device_that_cannot_be_used_takes_the_reference_path_and_says_why(core, monkeypatch):
+    def refuses():
+        raise RuntimeError("the NVIDIA driver is too old")
+
+    module = SimpleNamespace(**{n: getattr(core.module, n) for n in dir(core.module)})
+    module.cuda_target = refuses
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setitem(native.HALVES, "cpu", cuda.Kernels(module))
+    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1)
+    cell(torch.zeros(1, 2, 5, 5))
+    assert str(cell.path) == "reference (the NVIDIA driver is too old)"
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "dtype", "autocast", "algorithm", "expected"),
+    [
+        ("ieee", 80, torch.float32, None, "auto", "mma-3xtf32"),
+        ("ieee", 86, torch.float32, None, "auto", "fma"),
+        ("tf32", 80, torch.float32, None, "auto", "mma-tf32"),
+        ("tf32", 75, torch.float32, None, "auto", "fma"),
+        ("tf32", 80, torch.float64, None, "direct", "fma"),
+        ("ieee", 80, torch.float16, None, "winograd", "mma-fp16"),
+        ("ieee", 80, torch.bfloat16, None, "direct", "mma-bf16"),
+        ("ieee", 80, torch.float32, torch.bfloat16, "direct", "mma-bf16"),
+        ("ieee", 80, torch.float32, torch.float16, "direct", "mma-fp16"),
+        ("ieee", 80, torch.float64, torch.float16, "direct", "fma"),
+        ("ieee", 80, torch.float32, torch.float16, "pointwise", "pointwise"),
+    ],
+)
+def test_what_multiplies_follows_torch(
+    core, precision, capability, dtype, autocast, algorithm, expected
+):
+    core.device(capability)
+    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1).to(dtype)
+    x = torch.zeros(1, 2, 5, 5, dtype=dtype)
+    context = torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext()
+    with core.installed(), float32_precision(precision), snnlstm.algorithm(algorithm), context:
+        spk, syn, mem = cell(x)
+    assert cell.path.name == f"simt-{expected}"
+    assert {spk.dtype, syn.dtype, mem.dtype} == {dtype}
+
+
+def test_a_half_precision_module_under_autocast_keeps_its_states_in_float32(core):
+    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1).bfloat16()
+    with core.installed():
+        with torch.autocast("cpu", torch.bfloat16):
+            spk, syn, mem = cell(torch.rand(1, 2, 5, 5))
+        mem.sum().backward()
+    assert cell.path.native
+    assert {spk.dtype, syn.dtype, mem.dtype} == {torch.float32}
+    assert cell.conv.weight.grad.dtype == torch.bfloat16
+    assert cell.conv.weight.grad.any()
+
+
+def test_every_new_value_of_a_weight_is_seen(core):
+    """Also one that neither its address nor its version tells of."""
+    inputs = PLAIN.inputs()
+    with core.installed(), torch.no_grad():
+        before = autograd.run(*inputs, PLAIN.options)
+        version = inputs.weight._version
+        inputs.weight.data.mul_(2)
+        assert inputs.weight._version == version
+        after = autograd.run(*inputs, PLAIN.options)
+    assert not torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "pointwise"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_checkpoint_gives_the_same_gradients(core, algorithm, checkpoint):
+    case = replace(TRAINED, time=5)
+    case = replace(case, options=replace(case.options, record=False))
+    with MODES["float32"].running(core):
+        plain = train(case, case.inputs(), algorithm)
+        options = replace(case.options, checkpoint=checkpoint)
+        again = train(replace(case, options=options), case.inputs(), algorithm)
+    for one, other in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "pointwise"])
+@pytest.mark.parametrize("mode", ["float32", "bfloat16 autocast"])
+def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
+    """The fake kernels of ops.py know the sizes of what the CUDA kernels save."""
+    torch._dynamo.reset()
+    case = replace(with_options(surrogate=surrogate.atan()), time=2)
+
+    def run(*tensors):
+        return autograd.run(*tensors, case.options, algorithm)
+
+    def trained(function):
+        leaves = wanting_gradients(case.inputs())
+        autocast = MODES[mode].operands
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            out = function(*leaves)
+        return *out, *torch.autograd.grad(sum(o.sum() for o in out), leaves[:-1])
+
+    with MODES[mode].running(core):
+        compiled = trained(torch.compile(run, fullgraph=True, backend="aot_eager"))
+        for one, other in zip(compiled, trained(run), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+            assert one.stride() == other.stride()
+    torch._dynamo.reset()
+
+
+def test_one_algorithm_reads_what_the_other_saved(core):
+    inputs, options = PLAIN.inputs(), replace(SEQUENCE, surrogate=surrogate.atan())
+    graded = [torch.randn(shape) for shape in PLAIN.output_shapes]
+    with MODES["float32"].running(core):
+        found = []
+        for first, second in (("direct", "pointwise"), ("pointwise", "direct")):
+            call = (*inputs[:4], *inputs[5:], options)
+            result = native.forward(*inputs, options, True, first)
+            found.append(native.backward(*call, result.saved, *graded, (True,) * 6, second))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+def test_the_built_core_serves_cuda_tensors_where_it_has_the_kernels():
+    assert ("cuda" in native.DEVICES) == bool(native._C.build_info()["cuda_archs"])

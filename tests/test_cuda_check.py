@@ -1,0 +1,107 @@
+"""What is said of drivers, GPUs and builds that do not go together. None of them is here."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+from snnlstm import _C, cuda_check
+
+BUILD = {
+    "cuda": "built with nvcc 13.0.88 for sm_75 80 90 80+ptx (found through PATH)",
+    "cuda_version": "13.0.88",
+    "cuda_archs": "75 80 90 80+ptx",
+}
+WITHOUT = {"cuda": "not built: SNNLSTM_CUDA=off", "cuda_version": "", "cuda_archs": ""}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Gives this process GPUs, a driver and a build; returns what was asked of the GPUs."""
+    asked: list[str] = []
+
+    def give(build: dict[str, str], driver: int, *capabilities: tuple[int, int]) -> list[str]:
+        def name(index: int) -> str:
+            asked.append("name")
+            return f"GPU {index}"
+
+        cuda = types.SimpleNamespace(
+            get_device_name=name, get_device_capability=lambda index: capabilities[index]
+        )
+        monkeypatch.setattr(torch, "cuda", cuda)
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+        monkeypatch.setattr(_C, "build_info", lambda: build)
+        return asked
+
+    cuda_check.trouble.cache_clear()
+    yield give
+    cuda_check.trouble.cache_clear()
+
+
+@pytest.mark.parametrize("driver", [13000, 13020, 14000])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6), (9, 0), (10, 3), (12, 0)])
+def test_nothing_is_wrong(machine, driver, capability):
+    machine(BUILD, driver, capability)
+    assert cuda_check.trouble(0) is None
+
+
+def test_a_driver_of_an_older_cuda(machine):
+    machine(BUILD, 12040, (9, 0))
+    said = cuda_check.trouble(0)
+    for words in ("driver is too old", "CUDA 12.4", "for CUDA 13", "580", "build for CUDA 12"):
+        assert words in said
+
+
+def test_a_driver_that_tells_no_version(machine):
+    machine(BUILD, 0, (9, 0))
+    assert cuda_check.trouble(0) is None
+
+
+def test_each_gpu_is_judged_by_itself(machine):
+    machine(BUILD, 13000, (9, 0), (7, 0))
+    assert cuda_check.trouble(0) is None
+    assert cuda_check.trouble(1) == (
+        "GPU 1 (compute capability 7.0) is too old: the CUDA kernels need 7.5 or newer"
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "covered"),
+    [
+        ((8, 0), "80 80+ptx", True),
+        ((8, 9), "80 90 90+ptx", True),  # code for 8.0 runs on 8.9
+        ((7, 5), "80 90 90+ptx", False),
+        ((10, 3), "80 90 90+ptx", True),  # by way of PTX
+        ((7, 5), "75", True),
+        ((9, 0), "80 86", False),  # other major, no PTX
+        ((8, 0), "86 86+ptx", False),
+    ],
+)
+def test_a_gpu_that_the_build_has_no_code_for(capability, archs, covered):
+    said = cuda_check.device_trouble({"cuda_archs": archs}, "A card", capability)
+    assert (said is None) == covered
+    if said:
+        assert f"A card (compute capability {capability[0]}.{capability[1]})" in said
+        assert archs in said
+
+
+def test_a_build_without_cuda_says_why_and_asks_nothing(machine):
+    asked = machine(WITHOUT, 13000, (9, 0))
+    said = cuda_check.trouble(0)
+    for words in ("no CUDA kernels", "SNNLSTM_CUDA=off", "+cu13", "SNNLSTM_CUDA=on"):
+        assert words in said
+    assert asked == []
+
+
+def test_a_gpu_is_asked_once(machine):
+    asked = machine(BUILD, 13000, (9, 0))
+    assert cuda_check.trouble(0) is cuda_check.trouble(0) is None
+    assert asked == ["name"]
+
+
+def test_a_torch_without_cuda_knows_no_driver():
+    if torch.version.cuda:
+        pytest.skip("this torch has CUDA")
+    assert cuda_check.driver_version() is None
