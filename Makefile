@@ -17,7 +17,7 @@ SOURCES  := pyproject.toml setup.py snnlstm/version.py \
 CXX_CODE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-simt lint format bench wheel clean distclean
+.PHONY: help demo test test-simt test-wheel lint format bench gpu wheel clean distclean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -48,11 +48,20 @@ format: $(VENV)/.linters  ## let ruff and clang-format rewrite the code
 # CUDA=12 needs an nvcc 12 in CUDACXX or on PATH: PyPI has none. CUDA=13 takes the machine's nvcc 13,
 # or PyPI's where there is none.
 NVCC_13 = $(or $(CUDACXX),$(shell nvcc --version 2>/dev/null | grep 'release 13'))
-WHEEL_ENV_cpu := SNNLSTM_CUDA=off SNNLSTM_LOCAL_VERSION=cpu
-WHEEL_ENV_12  := SNNLSTM_CUDA=on SNNLSTM_LOCAL_VERSION=cu12
-WHEEL_ENV_13   = SNNLSTM_CUDA=$(if $(NVCC_13),on,pip) SNNLSTM_LOCAL_VERSION=cu13
-wheel: $(VENV)/.linters  ## build sdist and wheel into dist/ (CUDA=cpu|12|13: the wheel +cpu, +cu12 or +cu13)
-	$(WHEEL_ENV_$(CUDA)) $(RUN) -m build --outdir dist $(if $(CUDA),--wheel) .
+LOCAL_cpu := cpu
+LOCAL_12  := cu12
+LOCAL_13  := cu13
+CUDA_cpu := off
+CUDA_12  := on
+CUDA_13   = $(if $(NVCC_13),on,pip)
+NAMED     = SNNLSTM_CUDA=$(CUDA_$(CUDA)) SNNLSTM_LOCAL_VERSION=$(LOCAL_$(CUDA))
+wheel: $(VENV)/.build  ## build sdist and wheel into dist/ (CUDA=cpu|12|13: the wheel +cpu, +cu12 or +cu13)
+	$(if $(CUDA),$(NAMED)) $(RUN) -m build --outdir dist $(if $(CUDA),--wheel) .
+
+test-wheel: | $(RUN)  ## test the newest wheel in dist/, or CUDA's, in a fresh environment
+	@wheel=$$(ls -t dist/snnlstm-*$(LOCAL_$(CUDA))-cp*.whl 2>/dev/null | head -1); \
+	  [ -n "$$wheel" ] || { echo "no such wheel in dist/: make wheel CUDA=$(CUDA)" >&2; exit 1; }; \
+	  $(RUN) tests/wheel.py "$$wheel" -- $(ARGS)
 
 clean:  ## remove what builds and runs have made
 	rm -rf build dist out *.egg-info snnlstm/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache
@@ -77,5 +86,9 @@ $(VENV)/.installed: $(SOURCES) | $(RUN)
 	@touch $@
 
 $(VENV)/.linters: pyproject.toml | $(VENV)/.installed
-	$(RUN) -m pip install --disable-pip-version-check ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1 build
+	$(RUN) -m pip install --disable-pip-version-check ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
+	@touch $@
+
+$(VENV)/.build: | $(RUN)
+	$(RUN) -m pip install --disable-pip-version-check build
 	@touch $@

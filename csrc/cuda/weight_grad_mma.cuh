@@ -187,16 +187,21 @@ class WeightGemm {
 
   SNNLSTM_DEVICE void multiply(int buffer, int step, Accumulators& acc) const {
     if constexpr (kHalf) {
-      if (p_.multiply == Multiply::bf16)
-        multiply_half<bf16>(buffer, step, acc);
-      else
-        multiply_half<fp16>(buffer, step, acc);
+      multiply_half(buffer, step, acc);
     } else {
       multiply_float(buffer, step, acc);
     }
   }
 
   template <class T>
+  SNNLSTM_DEVICE static void multiply_tap(float (&acc)[2][2][4], const uint32_t (&a)[2][4],
+                                          const uint32_t (&b0)[2], const uint32_t (&b1)[2]) {
+#pragma unroll
+    for (int mi = 0; mi < 2; ++mi) {
+      mma<T>(acc[mi][0], a[mi], b0);
+      mma<T>(acc[mi][1], a[mi], b1);
+    }
+  }
   SNNLSTM_DEVICE void multiply_half(int buffer, int step, Accumulators& acc) const {
     const int row = lane_ % 8, matrix = lane_ / 8;
     // a: matrices (k, m), (k, m + 8), (k + 8, m), (k + 8, m + 8)
@@ -206,6 +211,7 @@ class WeightGemm {
     uint32_t a[2][4];
 #pragma unroll
     for (int mi = 0; mi < 2; ++mi) ldmatrix_transposed(a[mi], a_row + mi * 32);
+    const bool bf = p_.multiply == Multiply::bf16;  // asked late: the addresses exist once
     // b: matrices (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8)
     const int at = place(step * 16 + 2 * row + matrix % 2);
     const unsigned char* b_row = neighbourhood(buffer, 0) + warp_ % 2 * 32 + matrix / 2 * 16;
@@ -215,11 +221,10 @@ class WeightGemm {
       uint32_t b[4];
       ldmatrix_transposed(b, b_row + mma_tile::row_offset(at + shift(first_tap_ + tap)));
       const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
-#pragma unroll
-      for (int mi = 0; mi < 2; ++mi) {
-        mma<T>(acc[tap][mi][0], a[mi], b0);
-        mma<T>(acc[tap][mi][1], a[mi], b1);
-      }
+      if (bf)
+        multiply_tap<bf16>(acc[tap], a, b0, b1);
+      else
+        multiply_tap<fp16>(acc[tap], a, b0, b1);
     }
   }
 

@@ -72,7 +72,13 @@ def compile_fatbin(source: Path, archs: tuple[int, ...]) -> tuple[Path, str]:
     binary = CACHE / f"{source.stem}-{key.hexdigest()[:16]}.fatbin"
     log = binary.with_suffix(".log")
     if not (binary.exists() and log.exists()):
-        for_each = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        # As csrc/cmake/cuda.cmake does: one translation to PTX for all with tensor cores.
+        groups = {75: [a for a in archs if a < 80], 80: [a for a in archs if a >= 80]}
+        for_each = [
+            f"-gencode=arch=compute_{ptx},code=[{','.join(f'sm_{a}' for a in members)}]"
+            for ptx, members in groups.items()
+            if members
+        ]
         temporary = binary.with_name(f".{os.getpid()}-{binary.name}")
         done = subprocess.run(
             [nvcc, *flags, *for_each, "-fatbin", str(source), "-o", str(temporary)],
