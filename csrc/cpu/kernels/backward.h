@@ -89,12 +89,12 @@ class Backward {
         neuron_.rows(T_ - 1, task, thread);
       });
       for (int64_t t = T_ - 1; t >= 0; --t)
-        phases.run(T_ + 1 - t, tasks_.count + x_tasks + weight_tasks, [&](int64_t task) {
-          if (task < tasks_.count) return rows(t, task, thread);
-          task -= tasks_.count;
+        // The largest tasks first: nobody begins one when all others are done.
+        phases.run(T_ + 1 - t, weight_tasks + x_tasks + tasks_.count, [&](int64_t task) {
+          if (task < weight_tasks) return weights(t, task / slices, task % slices, thread);
+          task -= weight_tasks;
           if (task < x_tasks) return inputs(t, task, thread);
-          task -= x_tasks;
-          weights(t, task / slices, task % slices, thread);
+          rows(t, task - x_tasks, thread);
         });
       phases.run(T_ + 2, l_.Cb, [&](int64_t cb) {
         if (a_.grad_weight) finish_tiles(cb);
