@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, cpu, cuda, glue
+from . import _C, cpu, cuda, cuda_check, glue
 from .glue import Gradients, Result, Saved, empty_gradients
 from .options import CellOptions
 
@@ -28,13 +28,15 @@ __all__ = [
     "last_name",
     "name",
     "refusal",
+    "trouble",
 ]
 
 TRACEABLE = True  # torch.compile keeps the kernels in its graph: ops.py
 
 # By device type.
 HALVES: dict[str, Any] = {"cpu": cpu}
-if _C.build_info()["cuda_archs"]:
+_NO_CUDA = cuda_check.without_kernels(_C.build_info())
+if _NO_CUDA is None:
     HALVES["cuda"] = cuda.Kernels(_C)
 DEVICES = frozenset(HALVES)
 
@@ -55,12 +57,18 @@ def last_name() -> str:
     return glue.last.name
 
 
+def trouble(device: torch.device) -> str | None:
+    """Why the kernels cannot run anything on a device; None if they can."""
+    if device.type != "cuda":
+        return None
+    if _NO_CUDA or torch.compiler.is_compiling():  # dynamo cannot ask; the call itself will say it
+        return _NO_CUDA
+    return cuda_check.trouble(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run a call with these states; None if they can."""
-    half = HALVES.get(device.type)
-    if half is None:
-        return f"the core was built without its {device.type} half"
-    return half.refusal(device, dtype)
+    return HALVES[device.type].refusal(device, dtype)
 
 
 def empty_result(x: Tensor, mem: Tensor, options: CellOptions, training: bool) -> Result:

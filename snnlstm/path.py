@@ -40,11 +40,14 @@ class Path:
     slow : bool, default False
         Whether this is a fallback where the caller could expect the native kernels; those are
         logged once per module and reason.
+    general : bool, default False
+        Whether the reason lies in the installation or the machine: logged once per process.
     """
 
     name: str
     reason: str
     slow: bool = False
+    general: bool = False
 
     @property
     def native(self) -> bool:
@@ -59,10 +62,10 @@ _MISSING = "the compiled core is missing"
 _NATIVE_REASON = "the native kernels cover this call"
 
 try:
-    # native.name(device_type) -> str names the kernels that run a call; native.refusal says
-    # which calls they cannot run; native.DEVICES is the set of device types that the core was
-    # built for, native.TRACEABLE whether dynamo can trace autograd.run (through the operators of
-    # ops.py).
+    # native.name(device_type) -> str names the kernels that run a call; native.trouble says on
+    # which devices they cannot run, native.refusal which calls; native.DEVICES is the set of
+    # device types that the core was built for, native.TRACEABLE whether dynamo can trace
+    # autograd.run (through the operators of ops.py).
     from . import native as _native
 except ModuleNotFoundError:  # a checkout that was not built
     _native = None  # type: ignore[assignment]
@@ -283,7 +286,7 @@ def choose(
     if reason is not None:
         return Path("reference", reason, slow=True)
     if _native is None:
-        return Path("reference", _MISSING, slow=True)
+        return Path("reference", _MISSING, slow=True, general=True)
     return _choose_native(x.device, x.dtype)
 
 
@@ -291,26 +294,28 @@ def _choose_native(device: torch.device, dtype: torch.dtype) -> Path:
     assert _native is not None
     if torch.compiler.is_compiling() and not getattr(_native, "TRACEABLE", False):
         return Path("reference", "torch.compile fuses plain operators", slow=True)
+    trouble = _native.trouble(device)
+    if trouble is not None:
+        return Path("reference", trouble, slow=True, general=True)
     reason = _native.refusal(device, dtype)
     if reason is not None:
         return Path("reference", reason, slow=True)
     return _NATIVE_PATHS[device.type]
 
 
-_logged_missing = False
+_logged: set[str] = set()  # general reasons
 
 
 def log_fallback(path: Path, seen: set[str]) -> None:
     """Log a slow `path`, unless its reason is in `seen`, which remembers it.
 
-    That the core is missing says nothing of the module, so it is logged once per process.
+    A general reason says nothing of the module: it is logged once per process.
     """
-    global _logged_missing
     if not path.slow or path.reason in seen or torch.compiler.is_compiling():
         return
     seen.add(path.reason)
-    if path.reason == _MISSING:
-        if _logged_missing:
+    if path.general:
+        if path.reason in _logged:
             return
-        _logged_missing = True
+        _logged.add(path.reason)
     logger.warning("SConv2dLSTM runs the reference path: %s", path.reason)

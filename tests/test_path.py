@@ -224,12 +224,39 @@ def test_torch_func_transforms_and_forward_mode():
 
 def test_the_fallback_for_a_missing_core_is_said(monkeypatch, caplog):
     monkeypatch.setattr(snnlstm.path, "_native", None)
-    monkeypatch.setattr(snnlstm.path, "_logged_missing", False)
+    monkeypatch.setattr(snnlstm.path, "_logged", set())
     with caplog.at_level(logging.WARNING, logger="snnlstm"):
         for cell in (ours(), ours()):
             cell(X)
     assert str(cell.path) == f"reference ({snnlstm.path._MISSING})"
     assert len(caplog.records) == 1  # once per process
+
+
+@pytest.mark.skipif(not CORE, reason="needs the core")
+def test_a_gpu_that_the_build_does_not_serve_is_said_once(monkeypatch, caplog):
+    """By way of a tensor that claims to be on a GPU: there is none here."""
+    native = snnlstm.path._native
+    monkeypatch.setattr(native, "_NO_CUDA", None)
+    monkeypatch.setattr(native.cuda_check, "trouble", lambda index: f"GPU {index} is too old")
+    monkeypatch.setattr(snnlstm.path, "_logged", set())
+    path = snnlstm.path._choose_native(torch.device("cuda", 3), torch.float32)
+    assert str(path) == "reference (GPU 3 is too old)"
+    with caplog.at_level(logging.WARNING, logger="snnlstm"):
+        for seen in (set(), set()):  # two modules
+            snnlstm.path.log_fallback(path, seen)
+    assert [record.getMessage() for record in caplog.records] == [
+        "SConv2dLSTM runs the reference path: GPU 3 is too old"
+    ]
+
+
+@pytest.mark.skipif(not CORE, reason="needs the core")
+def test_a_build_without_cuda_is_said_on_a_gpu(monkeypatch):
+    native = snnlstm.path._native
+    monkeypatch.setattr(native, "_NO_CUDA", native.cuda_check.without_kernels({"cuda": "off"}))
+    path = snnlstm.path._choose_native(torch.device("cuda", 0), torch.float32)
+    assert "no CUDA kernels (off)" in path.reason
+    assert path.slow
+    assert path.general
 
 
 def test_results_do_not_depend_on_the_path(monkeypatch):
