@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from dataclasses import dataclass
 
 import torch
@@ -176,6 +177,33 @@ def find_cases(names: list[str]) -> list[Case]:
             known = ", ".join(CASES)
             raise ValueError(f"--shapes: no shape is called {name!r}; known: {known}, cpu, gpu")
     return list(found.values())
+
+
+def random_cases(count: int, seed: int) -> list[Case]:
+    """Layers as nobody would choose them: odd sizes, all options; equal for equal seeds."""
+    draw = random.Random(seed)
+    cases = []
+    while len(cases) < count:
+        kernel = draw.choice(((1, 1), (3, 3), (3, 3), (3, 3), (5, 5), (3, 5), (7, 7)))
+        pool = draw.choice((0, 0, 2, 3))
+        case = Case(
+            f"random{len(cases)}",
+            steps=draw.randint(1, 12),
+            batch=draw.randint(1, 12),
+            cin=draw.choice((1, 2, 3, 4, 7, 16, 23, 32, 51)),
+            cout=draw.choice((1, 3, 4, 8, 13, 16, 24, 37, 64, 72)),
+            height=draw.randint(3, 70),
+            width=draw.randint(3, 70),
+            kernel=kernel,
+            max_pool=pool if draw.random() < 0.5 else 0,
+            reset=draw.choice(("none", "subtract", "zero")),
+            density=draw.choice((None, 0.02, 0.1, 0.3)),
+        )
+        if not case.max_pool:
+            case = dataclasses.replace(case, avg_pool=pool)
+        if case.flops("forward") < 4e9:
+            cases.append(case)
+    return cases
 
 
 def parse_case(text: str) -> Case:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import sys
@@ -12,7 +13,15 @@ from pathlib import Path
 import torch
 
 from benchmarks import compare, machine, report
-from benchmarks.cases import CASES, MODES, QUICK_CASES, find_cases, parse_case, parse_density
+from benchmarks.cases import (
+    CASES,
+    MODES,
+    QUICK_CASES,
+    find_cases,
+    parse_case,
+    parse_density,
+    random_cases,
+)
 from benchmarks.providers import PROVIDERS, QUICK_PROVIDERS, Setting, find_providers
 from benchmarks.rows import Row, read_rows, write_rows
 from benchmarks.suite import Plan, Suite
@@ -32,6 +41,7 @@ examples:
   python -m benchmarks --shapes mid big --mode both --goals --out out/before
   python -m benchmarks --shape "8 4 32 48 30 40 3x5 reset=zero density=0.02"
   python -m benchmarks --compare out/before out/after
+  python -m benchmarks --random 20 --mode forward both --providers snntorch snnlstm --seconds 2
   python -m benchmarks --device cuda --shapes gpu --dtype float32 tf32 bfloat16
 """
 
@@ -60,6 +70,13 @@ def parser() -> argparse.ArgumentParser:
         metavar='"T N Cin Cout H W k ..."',
         help="a shape of your own, may be repeated; options after k: max_pool=2 avg_pool=2 "
         "reset=zero quant=8 threshold=0.1 density=0.1 (or density=dense) name=mine",
+    )
+    what.add_argument(
+        "--random",
+        type=int,
+        default=0,
+        metavar="N",
+        help="so many shapes of odd sizes, drawn with --seed: a search for one where we are slower",
     )
     what.add_argument(
         "--providers",
@@ -109,6 +126,11 @@ def parser() -> argparse.ArgumentParser:
         help="peak memory of each shape and against T, against T only, or not (default: all; "
         "--quick: long)",
     )
+    how.add_argument(
+        "--busy",
+        action="store_true",
+        help="keep one core busy with something else: what is that core's loss to each provider?",
+    )
     out = p.add_argument_group("what to show")
     out.add_argument("--goals", action="store_true", help="set the speed-ups against our goals")
     out.add_argument(
@@ -142,6 +164,9 @@ def plan_from(args: argparse.Namespace, dtype: str) -> Plan:
         raise ValueError(f"--seconds must be positive, got {args.seconds}")
     own = [parse_case(text) for text in args.shape]
     names = args.shapes
+    if args.random < 0:
+        raise ValueError(f"--random must not be negative, got {args.random}")
+    own += random_cases(args.random, args.seed)
     if names is None and not own:
         quick = list(QUICK_CASES) if args.device == "cpu" else ["dvs64", "wide64"]
         names = quick if args.quick else ["cpu" if args.device == "cpu" else "gpu"]
@@ -193,12 +218,15 @@ def _measure(plans: list[Plan], args: argparse.Namespace) -> int:
             f"snntorch {origin['snntorch']}\n{origin['device']}, {plan.threads} threads, "
             f"{plan.setting.dtype}\n"
         )
-        if machine.busy_cores() > 0.5:
+        if args.busy:
+            print("One core is kept busy with something else.\n")
+        elif machine.busy_cores() > 0.5:
             print(
                 f"The machine is busy (a load of {machine.busy_cores():.1f} in the last minute): "
                 "ratios will still be fair, milliseconds will not.\n"
             )
-        outcome = suite.run()
+        with machine.one_core_busy() if args.busy else contextlib.nullcontext():
+            outcome = suite.run()
         rows += outcome.rows
         disagreements += outcome.disagreements
         print(report.summary(outcome.rows, args.goals))

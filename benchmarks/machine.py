@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +72,21 @@ def device_name(device: str) -> str:
                 name = line.split(":", 1)[1].strip()
                 break
     return f"{name} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"
+
+
+@contextlib.contextmanager
+def one_core_busy() -> Iterator[None]:
+    """Within the block another process computes without end, on one core where it can be pinned."""
+    pin = ""
+    if hasattr(os, "sched_setaffinity"):
+        pin = f"import os; os.sched_setaffinity(0, {{{max(os.sched_getaffinity(0))}}})\n"
+    endless = pin + "while True: pass"
+    process = subprocess.Popen([sys.executable, "-c", endless])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def busy_cores() -> float:

@@ -1,0 +1,85 @@
+"""`python -m benchmarks.accuracy`: rounding errors of each algorithm, against float64."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import snnlstm
+from snnlstm import functional, native, reference
+
+LAYERS = {"2->16 k3": (2, 16, 3), "32->64 k3": (32, 64, 3), "16->32 k5": (16, 32, 5)}
+SCALES = (1, 5, 10)
+ALGORITHMS = ("torch", "direct", "winograd", "auto")
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Norms of the differences from float64, over the norms of what float64 gives."""
+
+    mem: float
+    x: float
+    weight: float
+    path: str
+
+
+def layer(cin: int, cout: int, kernel: int, scale: float, steps: int, size: int) -> list[Tensor]:
+    """x, weight, bias and gradients of mem: default initialisation, times `scale`."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(cin + cout, 4 * cout, kernel)
+    x = torch.rand(steps, 2, cin, size, size).lt(0.1).float()
+    grad = torch.randn(steps, 2, cout, size, size)
+    return [x, conv.weight.detach() * scale, conv.bias.detach() * scale, grad]
+
+
+def run(function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> list[Tensor]:
+    """mem of every step and the gradients of x and weight."""
+    x, weight, bias, grad = tensors
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    mem = function(leaves[0], weight=leaves[1], bias=leaves[2], threshold=0.1, record=True)[2]
+    mem.backward(grad)
+    return [mem.detach(), leaves[0].grad, leaves[1].grad]
+
+
+def errors(tensors: list[Tensor], exact: list[Tensor], algorithm: str) -> Errors:
+    """Of one algorithm; "torch": of the reference path in float32."""
+    if algorithm == "torch":
+        found, path = run(reference.sconv2dlstm, tensors), "reference"
+    else:
+        with snnlstm.algorithm(algorithm):
+            found, path = run(functional.sconv2dlstm, tensors), native.last_name()
+    norms = [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+    return Errors(*norms, path)
+
+
+def main() -> None:
+    """Print the table."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
+    p.add_argument("--steps", type=int, default=100, help="time steps (default: %(default)s)")
+    p.add_argument("--size", type=int, default=18, help="rows and columns (default: %(default)s)")
+    args = p.parse_args()
+    lines = [
+        "| layer | weights | algorithm | mem | grad x | grad weight |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, scale in tqdm(list(itertools.product(LAYERS, SCALES)), leave=False, disable=None):
+        tensors = layer(*LAYERS[name], scale, args.steps, args.size)
+        exact = run(reference.sconv2dlstm, [t.double() for t in tensors])
+        for algorithm in ALGORITHMS:
+            found = errors(tensors, exact, algorithm)
+            way = "" if algorithm == "torch" else f" ({found.path.split('-', 2)[-1]})"
+            lines.append(
+                f"| {name} | {scale} x | {algorithm}{way} | {found.mem:.1e} | {found.x:.1e} "
+                f"| {found.weight:.1e} |"
+            )
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
