@@ -112,7 +112,7 @@ class Backward {
     counters_ = arena.take<Phases::Counter>(c.T + 3);
     partial_ = arena.take<T>(splits_ * l_.packed_forward());
     mem_sums_ = arena.take<T>(splits_ * tile_sums(c.C));
-    x_sums_ = arena.take<T>(c.x_way == Way::winograd ? splits_ * tile_sums(c.Cin) : 0);
+    x_sums_ = arena.take<T>(x_in_tiles() ? splits_ * tile_sums(c.Cin) : 0);
     neuron_.carve(arena);
     scratch_ = arena.take<Scratch>(a_.threads);
     const int64_t rows = l_.tiled_x() ? l_.block_rows() : x_rows_;
@@ -137,7 +137,7 @@ class Backward {
     const Cell& c = a_.cell;
     std::memset(partial_ + split * l_.packed_forward(), 0, l_.packed_forward() * sizeof(T));
     std::memset(mem_sums_ + split * tile_sums(c.C), 0, tile_sums(c.C) * sizeof(T));
-    if (c.x_way == Way::winograd)
+    if (x_in_tiles())
       std::memset(x_sums_ + split * tile_sums(c.Cin), 0, tile_sums(c.Cin) * sizeof(T));
   }
 
@@ -203,11 +203,15 @@ class Backward {
                    v.stride[2], v.stride[4], [](typename S::R g, int64_t) { return g; });
   }
 
+  // Whether x's weight gradient goes by Winograd: few channels gain nothing, and direct sums round
+  // less.
+  bool x_in_tiles() const { return a_.cell.x_way == Way::winograd && a_.cell.Cin > 4; }
+
   // Pieces of K that weight gradient tasks take.
   static int64_t tile_pieces(int64_t channels) { return (channels + kTilePiece - 1) / kTilePiece; }
   int64_t x_pieces() const {
     if (a_.cell.x_way == Way::sparse) return 1;
-    return a_.cell.x_way == Way::winograd ? tile_pieces(a_.cell.Cin) : x_groups_;
+    return x_in_tiles() ? tile_pieces(a_.cell.Cin) : x_groups_;
   }
   int64_t pieces() const {
     return x_pieces() + (a_.cell.tile > 0 ? tile_pieces(a_.cell.C) : mem_groups_);
@@ -225,7 +229,7 @@ class Backward {
     const int64_t piece = of_x ? index : index - x_pieces();
     if (of_x && c.x_way == Way::sparse)
       weights_by_lists(t, split, cb, scratch_[thread]);
-    else if (of_x ? c.x_way != Way::winograd : c.tile == 0)
+    else if (of_x ? !x_in_tiles() : c.tile == 0)
       weights_directly(t, split, cb, of_x, piece, scratch_[thread]);
     else if constexpr (kHasWinograd<T, VL>)
       with_winograd<S>(c.kernel_h, c.tile, [&](auto form) {
@@ -272,7 +276,7 @@ class Backward {
     const Cell& c = a_.cell;
     if (c.tile > 0)
       Packing<T, VL>::gradient_from_tiles(l_, mem_sums_, splits_, cb, c.C, l_.Kx, partial_);
-    if (c.x_way == Way::winograd)
+    if (x_in_tiles())
       Packing<T, VL>::gradient_from_tiles(l_, x_sums_, splits_, cb, c.Cin, 0, partial_);
   }
 
