@@ -86,11 +86,10 @@ SNNLSTM_INLINE void conv_tile(const typename S::Scalar* in, int64_t pixel_stride
     for (int v = 0; v < NV; ++v) S::store(out + p * out_stride + v * VL, acc[p][v]);
 }
 
-// `count` pixels of one row, in tiles of nearly equal size.
 template <class S, int NV>
-void conv_row(const typename S::Scalar* in, int64_t pixel_stride, const Run* runs, int num_runs,
-              const typename S::Scalar* w, Start<typename S::Scalar> start, typename S::Scalar* out,
-              int64_t out_stride, int64_t count) {
+void conv_row_of(const typename S::Scalar* in, int64_t pixel_stride, const Run* runs, int num_runs,
+                 const typename S::Scalar* w, Start<typename S::Scalar> start,
+                 typename S::Scalar* out, int64_t out_stride, int64_t count) {
   constexpr int P = kMaxPixels<NV>;
   for (int64_t done = 0, tiles = (count + P - 1) / P; tiles > 0; --tiles) {
     const int64_t n = (count - done + tiles - 1) / tiles;
@@ -115,6 +114,17 @@ void conv_row(const typename S::Scalar* in, int64_t pixel_stride, const Run* run
     if (start.from) start.from += n * start.pixel_stride;
     done += n;
   }
+}
+
+// `count` pixels of one row, in tiles of nearly equal size.
+template <class S, int NV>
+SNNLSTM_INLINE void conv_row(const typename S::Scalar* in, int64_t pixel_stride, const Run* runs,
+                             int num_runs, const typename S::Scalar* w,
+                             Start<typename S::Scalar> start, typename S::Scalar* out,
+                             int64_t out_stride, int64_t count) {
+  using V = Merged<S, NV>;
+  conv_row_of<typename V::Vector, V::count>(in, pixel_stride, runs, num_runs, w, start, out,
+                                            out_stride, count);
 }
 
 SNNLSTM_END_ISA

@@ -26,21 +26,24 @@ class DataGrad {
         sw_(stride_w),
         lists_(new RunList[stride_h * stride_w]) {
     const int64_t pixel = 4 * l.Cp, row = l.Wm * pixel, max_len = chunk();
-    if (sh_ == 1 && sw_ == 1) {
+    const bool few = 2 * l.c.C <= l.Cp;  // most lanes are zero: only the others are summed
+    if (sh_ == 1 && sw_ == 1 && !few) {
       lists_[0].window(l.c, pixel, row, pixel, 0, max_len);
       return;
     }
     for (int a = 0; a < sh_; ++a)
       for (int b = 0; b < sw_; ++b) {
         RunList& list = lists_[a * sw_ + b];
-        list.reserve(l.taps * (pixel / max_len + 1));
+        list.reserve(l.taps * (few ? 4 : pixel / max_len + 1));
         for (int64_t i = 0; i < l.c.kernel_h; ++i)
           for (int64_t j = 0; j < l.c.kernel_w; ++j) {
             const int64_t h = a + l.ph - i * l.c.dilation_h, w = b + l.pw - j * l.c.dilation_w;
             if (h % sh_ != 0 || w % sw_ != 0) continue;
             const int64_t tap = l.taps - 1 - (i * l.c.kernel_w + j);
-            list.add({(h / sh_ + l.ph) * row + (w / sw_ + l.pw) * pixel, tap * pixel, pixel},
-                     max_len);
+            const int64_t in = (h / sh_ + l.ph) * row + (w / sw_ + l.pw) * pixel;
+            if (!few) list.add({in, tap * pixel, pixel}, max_len);
+            for (int64_t gate = 0; few && gate < 4; ++gate)
+              list.add({in + gate * VL, tap * pixel + gate * VL, l.c.C}, max_len);
           }
       }
   }

@@ -73,7 +73,7 @@ struct Layout {
         Kx(taps * cell.Cin),
         Km(taps * cell.C),
         Kg(taps * 4 * Cp),
-        x_blocks((cell.Cin + VL - 1) / VL) {}
+        x_blocks(whole_vectors((cell.Cin + VL - 1) / VL)) {}
 
   Cell c;
   int64_t tile, points;            // Winograd: outputs a side, products a tile; else 1, 0
@@ -82,6 +82,10 @@ struct Layout {
   int64_t Hx, Wx, Wm;  // with border
   int64_t taps, Kx, Km, Kg, x_blocks;
 
+  // Vectors of x's gradient: shorter ones than the processor's in pairs, to be merged.
+  static int64_t whole_vectors(int64_t n) {
+    return VL * int(sizeof(T)) < kNativeBytes && n > 1 ? round_up(n, 2) : n;
+  }
   static int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
   // Whether the input half has the tiles of the recurrent one.
   bool tiled_x() const { return c.tile > 0 && c.stride_h == 1 && c.stride_w == 1; }

@@ -31,6 +31,15 @@ constexpr int kWideBytes = 32, kNarrowBytes = 16;
 constexpr int kWideBytes = 16, kNarrowBytes = 16;
 #endif
 
+// Bytes that one instruction loads.
+#if defined(__AVX512F__)
+constexpr int kNativeBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kNativeBytes = 32;
+#else
+constexpr int kNativeBytes = 16;
+#endif
+
 template <class T>
 struct BitsOf;
 template <>
@@ -126,5 +135,17 @@ struct Simd {
     }
   }
 };
+
+// NV neighbouring vectors as fewer, longer ones, where the processor's are longer: for sums that do
+// not care which lane is whose.
+template <class S, int NV,
+          bool longer =
+              NV % 2 == 0 && 2 * S::lanes * int(sizeof(typename S::Scalar)) <= kNativeBytes>
+struct Merged {
+  using Vector = S;
+  static constexpr int count = NV;
+};
+template <class S, int NV>
+struct Merged<S, NV, true> : Merged<Simd<typename S::Scalar, 2 * S::lanes>, NV / 2> {};
 
 SNNLSTM_END_ISA

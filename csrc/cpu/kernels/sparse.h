@@ -260,7 +260,10 @@ class SparseInput {
   template <int P>
   static SNNLSTM_INLINE void tile(const Lists& s, const Window* windows, int64_t length,
                                   const T* weight, const T* bias, T* out) {
-    R acc[P][4];
+    using V = typename Merged<S, 4>::Vector;
+    using R = typename V::R;
+    constexpr int NV = Merged<S, 4>::count, lanes = V::lanes;
+    R acc[P][NV];
     const T* w[P];
     const int32_t* label[P];
     const T* value[P];
@@ -271,19 +274,19 @@ class SparseInput {
       value[p] = s.value + windows[p].begin;
       const T* from = bias ? bias : out + windows[p].out;
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) acc[p][v] = S::load(from + v * VL);
+      for (int v = 0; v < NV; ++v) acc[p][v] = V::load(from + v * lanes);
     }
     int64_t k = 0;
-    const auto add = [&](R(&sum)[4], const T* row, R x) {
+    const auto add = [&](R(&sum)[NV], const T* row, R x) {
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) sum[v] += x * S::load(row + v * VL);
+      for (int v = 0; v < NV; ++v) sum[v] += x * V::load(row + v * lanes);
     };
     for (; k + 4 <= length; k += 4)
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
         uint64_t labels[2];  // two by one load: loads are what there is most of
         std::memcpy(labels, label[p] + k, sizeof(labels));
-        const Quad<S> x(value[p] + k);
+        const Quad<V> x(value[p] + k);
         add(acc[p], w[p] + uint32_t(labels[0]), x.template splat<0>());
         add(acc[p], w[p] + (labels[0] >> 32), x.template splat<1>());
         add(acc[p], w[p] + uint32_t(labels[1]), x.template splat<2>());
@@ -291,11 +294,11 @@ class SparseInput {
       }
     for (; k < length; ++k)
 #pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) add(acc[p], w[p] + label[p][k], S::splat(value[p][k]));
+      for (int p = 0; p < P; ++p) add(acc[p], w[p] + label[p][k], V::splat(value[p][k]));
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) S::store(out + windows[p].out + v * VL, acc[p][v]);
+      for (int v = 0; v < NV; ++v) V::store(out + windows[p].out + v * lanes, acc[p][v]);
   }
 
   L l_;

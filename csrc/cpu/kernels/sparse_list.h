@@ -73,14 +73,6 @@ SNNLSTM_INLINE int64_t append_nonzeros(const double* x, int64_t count, int32_t f
   return n;
 }
 
-// Bytes that one instruction loads.
-#if defined(__AVX512F__)
-constexpr int kNativeBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kNativeBytes = 32;
-#else
-constexpr int kNativeBytes = 16;
-#endif
 // Instructions per vector: the unit of the cost estimates.
 template <class T, int VL>
 constexpr double kVectorCost =

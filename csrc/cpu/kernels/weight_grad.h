@@ -1,4 +1,4 @@
-// The weight gradient's inner product: a register tile of KB input values by the 4 gates' vectors,
+// The weight gradient's inner product: a register tile of KB input values by the 4 gates' lanes,
 // summed over pixels.
 //
 //   out[k][4 * VL] += sum over rows, pixels:  in[row, pixel, k] * d_gates[row, pixel][4 * VL]
@@ -17,15 +17,15 @@ struct PixelRows {
   int64_t rows, pixels;
 };
 
-template <class S, int KB, class T = typename S::Scalar>
+template <class S, int NV, int KB, class T = typename S::Scalar>
 SNNLSTM_INLINE void weight_grad_tile(const PixelRows<T>& p, int64_t in_offset, T* out) {
   using R = typename S::R;
   constexpr int VL = S::lanes;
-  R acc[KB][4];
+  R acc[KB][NV];
 #pragma GCC unroll 8
   for (int k = 0; k < KB; ++k)
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) acc[k][v] = R{};  // small sums, rounded less than on top of `out`
+    for (int v = 0; v < NV; ++v) acc[k][v] = R{};  // small sums, rounded less than on top of `out`
   for (int64_t h = 0; h < p.rows; ++h) {
     const T* a = p.in + in_offset + h * p.in_row;
     const T* d = p.d_gates + h * p.d_row;
@@ -34,7 +34,7 @@ SNNLSTM_INLINE void weight_grad_tile(const PixelRows<T>& p, int64_t in_offset, T
 #pragma GCC unroll 8
       for (int k = 0; k < KB; ++k) x[k] = S::splat(a[k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) {
+      for (int v = 0; v < NV; ++v) {
         const R g = S::load(d + v * VL);
 #pragma GCC unroll 8
         for (int k = 0; k < KB; ++k) acc[k][v] += x[k] * g;
@@ -44,8 +44,8 @@ SNNLSTM_INLINE void weight_grad_tile(const PixelRows<T>& p, int64_t in_offset, T
 #pragma GCC unroll 8
   for (int k = 0; k < KB; ++k)
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
-      T* p = out + (k * 4 + v) * VL;
+    for (int v = 0; v < NV; ++v) {
+      T* p = out + (k * NV + v) * VL;
       S::store(p, S::load(p) + acc[k][v]);
     }
 }
@@ -53,14 +53,16 @@ SNNLSTM_INLINE void weight_grad_tile(const PixelRows<T>& p, int64_t in_offset, T
 // `len` neighbouring input values, in tiles of nearly equal size.
 template <class S, class T = typename S::Scalar>
 void weight_grad_run(const PixelRows<T>& p, int64_t in_offset, int64_t len, T* out) {
-  constexpr int KB = kMaxPixels<4>;
+  using V = Merged<S, 4>;
+  constexpr int KB = kMaxPixels<V::count>;
   for (int64_t done = 0, tiles = (len + KB - 1) / KB; tiles > 0; --tiles) {
     const int64_t n = (len - done + tiles - 1) / tiles;
     T* o = out + done * 4 * S::lanes;
     switch (n) {
-#define SNNLSTM_TILE(n)                                                    \
-  case n:                                                                  \
-    if constexpr (n <= KB) weight_grad_tile<S, n>(p, in_offset + done, o); \
+#define SNNLSTM_TILE(n)                                                          \
+  case n:                                                                        \
+    if constexpr (n <= KB)                                                       \
+      weight_grad_tile<typename V::Vector, V::count, n>(p, in_offset + done, o); \
     break;
       SNNLSTM_TILE(1)
       SNNLSTM_TILE(2)
@@ -68,6 +70,8 @@ void weight_grad_run(const PixelRows<T>& p, int64_t in_offset, int64_t len, T* o
       SNNLSTM_TILE(4)
       SNNLSTM_TILE(5)
       SNNLSTM_TILE(6)
+      SNNLSTM_TILE(7)
+      SNNLSTM_TILE(8)
 #undef SNNLSTM_TILE
     }
     done += n;
