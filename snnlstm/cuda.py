@@ -82,7 +82,7 @@ class Kernels:
 
     def __init__(self, core: Any) -> None:
         self._core = core
-        self._devices: dict[torch.device, Any] = {}  # targets, or why there is none
+        self._devices: dict[torch.device, Any] = {}
         self._targets: dict[tuple[torch.device, int], Any] = {}
         self._cell = lru_cache(maxsize=1024)(partial(glue.make_cell, core))
         self._packed_bytes = lru_cache(maxsize=1024)(core.cuda_packed_bytes)
@@ -102,27 +102,15 @@ class Kernels:
         return torch.cuda.current_stream(device).cuda_stream
 
     def _device_target(self, device: torch.device) -> Any:
-        """What the core knows of a device; RuntimeError where it cannot use it."""
+        """What the core knows of a device."""
         found = self._devices.get(device)
         if found is None:
-            try:
-                with self._guard(device):
-                    found = self._core.cuda_target()
-            except RuntimeError as error:
-                found = str(error)
-            self._devices[device] = found
-        if isinstance(found, str):
-            raise RuntimeError(found)
+            with self._guard(device):
+                found = self._devices[device] = self._core.cuda_target()
         return found
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why these kernels cannot run a call; None if they can."""
-        if torch.compiler.is_compiling():  # dynamo cannot ask; the call itself will say it
-            return None
-        try:
-            self._device_target(device)
-        except RuntimeError as error:
-            return str(error)
         return None
 
     def _target(self, device: torch.device, dtype: torch.dtype, options: CellOptions) -> Any:

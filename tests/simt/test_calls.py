@@ -107,19 +107,6 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
         assert stream in (77, None), name
 
 
-def test_a_device_that_cannot_be_used_takes_the_reference_path_and_says_why(core, monkeypatch):
-    def refuses():
-        raise RuntimeError("the NVIDIA driver is too old")
-
-    module = SimpleNamespace(**{n: getattr(core.module, n) for n in dir(core.module)})
-    module.cuda_target = refuses
-    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    monkeypatch.setitem(native.HALVES, "cpu", cuda.Kernels(module))
-    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1)
-    cell(torch.zeros(1, 2, 5, 5))
-    assert str(cell.path) == "reference (the NVIDIA driver is too old)"
-
-
 @pytest.mark.parametrize(
     ("precision", "capability", "dtype", "autocast", "algorithm", "expected"),
     [

@@ -86,6 +86,7 @@ CASES = {
     "plain": PLAIN,
     "one step": with_options(sequence=False, record=False),
     "one pixel": replace(PLAIN, height=1, width=1),
+    "odd sizes": replace(PLAIN, batch=1, height=9, width=13),
     "one channel": replace(PLAIN, in_channels=1, channels=1),
     "wide": replace(PLAIN, time=2, batch=1, in_channels=16, channels=24, height=16, width=16),
     "channels last": replace(
