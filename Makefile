@@ -26,10 +26,10 @@ demo: $(VENV)/.installed  ## train on moving handwritten digits, snnTorch's cell
 	$(RUN) -m benchmarks.demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests
-	$(RUN) -m pytest --ignore=tests/simt $(ARGS)
+	$(RUN) -m pytest $(ARGS)
 
-test-simt: $(VENV)/.installed  ## run the CUDA kernels, as far as there are any, in the emulator
-	$(RUN) -m pytest tests/simt $(ARGS)
+test-simt: $(VENV)/.installed  ## the emulated CUDA kernels at length: more shapes, faults and schedules
+	$(RUN) -m pytest tests/simt -m "simt_long or not simt_long" $(ARGS)
 
 bench: $(VENV)/.installed  ## measure every provider on every shape
 	$(RUN) -m benchmarks $(ARGS)
