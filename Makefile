@@ -34,6 +34,10 @@ test-simt: $(VENV)/.installed  ## the emulated CUDA kernels at length: more shap
 bench: $(VENV)/.installed  ## measure every provider on every shape
 	$(RUN) -m benchmarks $(ARGS)
 
+# Needs no network. PYTHON, if given, is the one that has torch with CUDA; else .venv where there is one.
+gpu:  ## on a machine with a GPU: build, test, check and measure within 9 minutes, and write a report
+	$(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHON)),$(PYTHON)) -m benchmarks.gpu $(ARGS)
+
 lint: $(VENV)/.linters  ## ruff, mypy and clang-format, changing nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
