@@ -16,7 +16,8 @@ from kernels import isa, kernels, native  # noqa: F401  (fixtures for every test
 
 import snnlstm.path
 
-sys.path.append(str(Path(__file__).parent / "simt"))
+SIMT = Path(__file__).parent / "simt"
+sys.path.append(str(SIMT))
 
 # Fresh examples on a developer's machine, the same ones on every run of CI. A failure prints
 # what is needed to see it again.
@@ -71,7 +72,7 @@ def _backends() -> list[Backend]:
     backends = [Backend("reference", torch.device("cpu"), native=False)]
     if native is not None:
         backends.append(Backend("cpu", torch.device("cpu"), native=True))
-        if shutil.which("g++"):
+        if SIMT.exists() and shutil.which(os.environ.get("CXX", "g++")):
             backends.append(Backend("simt", torch.device("cpu"), native=True))
     if native is not None and torch.cuda.is_available() and "cuda" in native.DEVICES:
         backends.append(Backend("cuda", torch.device("cuda"), native=True))

@@ -99,7 +99,6 @@ def test_a_fault_is_caught(core, name, place):
     assert any(reports(core, PLACED[name, place])), f"no run notices {name}, place {place}"
 
 
-@pytest.mark.simt_long
 def test_the_runs_pass_without_a_fault(core):
     core.schedule("ahead", 1)
     assert not any(found := list(reports(core))), found
