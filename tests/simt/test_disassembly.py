@@ -6,7 +6,7 @@ import re
 import gpu_tools
 import pytest
 from builder import KERNELS, ROOT
-from test_compiles import TUNED, installed_module, needs_cuobjdump, needs_nvcc
+from test_compiles import TUNED, compiled, installed_module, needs_cuobjdump, needs_nvcc
 
 pytestmark = needs_cuobjdump
 
@@ -78,9 +78,8 @@ def test_installed_kernels(file, pattern, arch):
 
 
 @needs_nvcc
-@pytest.mark.simt_long
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", TUNED)
 @pytest.mark.parametrize(("file", "pattern"), KERNEL_PATTERNS)
 def test_kernels_compiled_anew(file, pattern, arch):
-    binary, _ = gpu_tools.compile_fatbin(CUDA / f"{file}.cu", TUNED)
+    binary, _ = compiled()[CUDA / f"{file}.cu"]
     check(binary, arch, file, pattern)
