@@ -343,10 +343,8 @@ class Kernels:
     ) -> Gradients:
         """The kernels do a step's neurons, last step first; torch all that is a convolution."""
         x, syn, mem, weight = inputs
-        noise, grad_spk, grad_syn, grad_mem = (
-            t if t is None or t.dim() == 4 + options.sequence else t.unsqueeze(0)
-            for t in output_grads
-        )
+        *of_spikes, grad_syn, grad_mem = output_grads
+        noise, grad_spk = (None if t is None else _steps(t, options) for t in of_spikes)
         work, (n, c, ho, wo) = options.operands or x.dtype, mem.shape
         step, xs = self._one_step(x, mem, options, call), _steps(x, options)
         of_x, of_mem = weight.detach().to(work).split([x.shape[-3], c], 1)

@@ -123,7 +123,11 @@ def crossed(modes, names):
     rest in the long run."""
     return [
         pytest.param(
-            mode, name, marks=[] if (i + j) % 5 == 0 or name == "plain" else pytest.mark.simt_long
+            mode,
+            name,
+            marks=[]
+            if (i + j) % 5 == 0 or name in ("plain", "one step")
+            else pytest.mark.simt_long,
         )
         for i, mode in enumerate(modes)
         for j, name in enumerate(names)
