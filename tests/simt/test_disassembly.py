@@ -74,7 +74,10 @@ def test_sm_75_has_neither_and_does_without():
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(("file", "pattern"), KERNEL_PATTERNS)
 def test_installed_kernels(file, pattern, arch):
-    check(installed_module(), arch, file, pattern)
+    module = installed_module()
+    if arch not in gpu_tools.architectures_of_binary(module):
+        pytest.skip(f"the installed module has no code for sm_{arch}")
+    check(module, arch, file, pattern)
 
 
 @needs_nvcc
