@@ -26,13 +26,17 @@ demo: $(VENV)/.installed  ## train on moving handwritten digits, snnTorch's cell
 	$(RUN) -m benchmarks.demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests
-	$(RUN) -m pytest --ignore=tests/simt $(ARGS)
+	$(RUN) -m pytest $(ARGS)
 
-test-simt: $(VENV)/.installed  ## run the CUDA kernels, as far as there are any, in the emulator
-	$(RUN) -m pytest tests/simt $(ARGS)
+test-simt: $(VENV)/.installed  ## the emulated CUDA kernels at length: more shapes, faults and schedules
+	$(RUN) -m pytest tests/simt -m "simt_long or not simt_long" $(ARGS)
 
 bench: $(VENV)/.installed  ## measure every provider on every shape
 	$(RUN) -m benchmarks $(ARGS)
+
+# Needs no network. PYTHON, if given, is the one that has torch with CUDA; else .venv where there is one.
+gpu:  ## on a machine with a GPU: build, test, check and measure within 9 minutes, and write a report
+	$(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHON)),$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 lint: $(VENV)/.linters  ## ruff, mypy and clang-format, changing nothing
 	$(VENV)/bin/ruff check .

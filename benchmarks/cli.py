@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import math
 import sys
 import time
 from pathlib import Path
@@ -121,6 +122,13 @@ def parser() -> argparse.ArgumentParser:
         help="time for one shape in one mode, all providers together (default: 12; --quick: 1.5)",
     )
     how.add_argument(
+        "--limit",
+        type=float,
+        default=math.inf,
+        metavar="S",
+        help="begin no further shape after so many seconds in all (default: none)",
+    )
+    how.add_argument(
         "--memory",
         choices=("all", "long", "off"),
         help="peak memory of each shape and against T, against T only, or not (default: all; "
@@ -184,6 +192,7 @@ def plan_from(args: argparse.Namespace, dtype: str) -> Plan:
         budget=Budget(seconds=args.seconds or (1.5 if args.quick else 12.0)),
         memory=args.memory or ("long" if args.quick else "all"),
         long_steps=(10, 40) if args.quick else Plan.long_steps,
+        deadline=time.monotonic() + args.limit,
     )
 
 
@@ -206,33 +215,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(plans: list[Plan], args: argparse.Namespace) -> int:
+    """Run the plans; what has been measured is written also if they are interrupted."""
     now = datetime.datetime.now()
     out = args.out or Path("out") / f"bench-{now:%Y%m%d-%H%M%S}"
-    rows, disagreements = [], []
+    suites: list[Suite] = []
     begin = time.perf_counter()
-    for plan in plans:
-        suite = Suite(plan)
-        origin = suite.origin
-        print(
-            f"snnlstm {origin['version']} at {origin['commit']}, torch {origin['torch']}, "
-            f"snntorch {origin['snntorch']}\n{origin['device']}, {plan.threads} threads, "
-            f"{plan.setting.dtype}\n"
-        )
-        if args.busy:
-            print("One core is kept busy with something else.\n")
-        elif machine.busy_cores() > 0.5:
-            print(
-                f"The machine is busy (a load of {machine.busy_cores():.1f} in the last minute): "
-                "ratios will still be fair, milliseconds will not.\n"
-            )
-        with machine.one_core_busy() if args.busy else contextlib.nullcontext():
-            outcome = suite.run()
-        rows += outcome.rows
-        disagreements += outcome.disagreements
-        print(report.summary(outcome.rows, args.goals))
-        table = report.memory_table(outcome.rows, args.goals)
-        print(f"\n{table}\n" if table else "")
-        print(report.peaks_line(outcome.peaks))
+    status = 0
+    try:
+        for plan in plans:
+            suites.append(Suite(plan))
+            with machine.one_core_busy() if args.busy else contextlib.nullcontext():
+                _run(suites[-1], args.goals)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130  # as the shell has it
+    rows = [row for suite in suites for row in suite.outcome.rows]
+    disagreements = [text for suite in suites for text in suite.outcome.disagreements]
     for path in write_rows(rows, out):
         print(f"wrote {path}")
     if not args.no_plots:
@@ -240,7 +238,28 @@ def _measure(plans: list[Plan], args: argparse.Namespace) -> int:
     print(f"took {time.perf_counter() - begin:.0f} s")
     for line in disagreements:
         print(f"NOT TIMED, computes something else: {line}", file=sys.stderr)
-    return 1 if disagreements else 0
+    return 1 if disagreements else status
+
+
+def _run(suite: Suite, goals: bool) -> None:
+    origin, plan = suite.origin, suite.plan
+    print(
+        f"snnlstm {origin['version']} at {origin['commit']}, torch {origin['torch']}, "
+        f"snntorch {origin['snntorch']}\n{origin['device']}, {plan.threads} threads, "
+        f"{plan.setting.dtype}\n"
+    )
+    if machine.busy_cores() > 0.5:
+        print(
+            f"The machine is busy (a load of {machine.busy_cores():.1f} in the last minute): "
+            "ratios will still be fair, milliseconds will not.\n"
+        )
+    try:
+        outcome = suite.run()
+    finally:
+        print(report.summary(suite.outcome.rows, goals))
+    table = report.memory_table(outcome.rows, goals)
+    print(f"\n{table}\n" if table else "")
+    print(report.peaks_line(outcome.peaks))
 
 
 def _draw(rows: list[Row], directory: Path) -> int:

@@ -24,11 +24,13 @@ STYLE = {
     "snnlstm": ("#0072B2", "*", ""),
     "snnlstm-direct": ("#009E73", "P", "--"),
     "snnlstm-winograd": ("#D55E00", "X", "++"),
+    "snnlstm-pointwise": ("#009E73", "<", "||"),
+    "snnlstm-cudagraph": ("#D55E00", "p", "**"),
     "snnlstm-checkpoint": ("#F0E442", "h", "oo"),
 }
 """provider -> (colour, marker, hatch)"""
 
-DETAILS = ("snnlstm-direct", "snnlstm-winograd", "snnlstm-checkpoint")
+DETAILS = ("snnlstm-direct", "snnlstm-winograd", "snnlstm-pointwise", "snnlstm-checkpoint")
 """Providers that the table lists and the plots of speed leave out, so that they stay legible."""
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,6 +24,7 @@ class Plan:
     """What is to be measured.
 
     memory: "all" (each case, and memory against T), "long" (memory against T alone) or "off".
+    deadline: no case is begun after this time (of time.monotonic()).
     """
 
     cases: list[Case]
@@ -32,6 +35,7 @@ class Plan:
     budget: Budget
     memory: str = "all"
     long_steps: tuple[int, ...] = LONG_STEPS
+    deadline: float = math.inf
 
 
 @dataclass
@@ -70,9 +74,13 @@ class Suite:
         ) as self.bar:
             self.tell("measuring the machine's peak")
             self.outcome.peaks.append(machine.measure_peak(plan.setting))
-            for case in plan.cases:
+            for index, case in enumerate(plan.cases):
+                if time.monotonic() > plan.deadline:
+                    left = ", ".join(case.name for case in plan.cases[index:])
+                    self.write(f"No time left for {left} ({plan.setting.dtype}).\n")
+                    break
                 self.run_case(case)
-            if plan.memory != "off":
+            if plan.memory != "off" and time.monotonic() <= plan.deadline:
                 self.run_long()
             self.tell("measuring the machine's peak again")
             self.outcome.peaks.append(machine.measure_peak(plan.setting))

@@ -82,7 +82,7 @@ class Kernels:
 
     def __init__(self, core: Any) -> None:
         self._core = core
-        self._devices: dict[torch.device, Any] = {}  # targets, or why there is none
+        self._devices: dict[torch.device, Any] = {}
         self._targets: dict[tuple[torch.device, int], Any] = {}
         self._cell = lru_cache(maxsize=1024)(partial(glue.make_cell, core))
         self._packed_bytes = lru_cache(maxsize=1024)(core.cuda_packed_bytes)
@@ -102,27 +102,15 @@ class Kernels:
         return torch.cuda.current_stream(device).cuda_stream
 
     def _device_target(self, device: torch.device) -> Any:
-        """What the core knows of a device; RuntimeError where it cannot use it."""
+        """What the core knows of a device."""
         found = self._devices.get(device)
         if found is None:
-            try:
-                with self._guard(device):
-                    found = self._core.cuda_target()
-            except RuntimeError as error:
-                found = str(error)
-            self._devices[device] = found
-        if isinstance(found, str):
-            raise RuntimeError(found)
+            with self._guard(device):
+                found = self._devices[device] = self._core.cuda_target()
         return found
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why these kernels cannot run a call; None if they can."""
-        if torch.compiler.is_compiling():  # dynamo cannot ask; the call itself will say it
-            return None
-        try:
-            self._device_target(device)
-        except RuntimeError as error:
-            return str(error)
         return None
 
     def _target(self, device: torch.device, dtype: torch.dtype, options: CellOptions) -> Any:
@@ -355,10 +343,8 @@ class Kernels:
     ) -> Gradients:
         """The kernels do a step's neurons, last step first; torch all that is a convolution."""
         x, syn, mem, weight = inputs
-        noise, grad_spk, grad_syn, grad_mem = (
-            t if t is None or t.dim() == 4 + options.sequence else t.unsqueeze(0)
-            for t in output_grads
-        )
+        *of_spikes, grad_syn, grad_mem = output_grads
+        noise, grad_spk = (None if t is None else _steps(t, options) for t in of_spikes)
         work, (n, c, ho, wo) = options.operands or x.dtype, mem.shape
         step, xs = self._one_step(x, mem, options, call), _steps(x, options)
         of_x, of_mem = weight.detach().to(work).split([x.shape[-3], c], 1)

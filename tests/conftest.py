@@ -12,11 +12,12 @@ import hypothesis
 import pytest
 import snntorch
 import torch
-from kernels import isa, kernels  # noqa: F401  (fixtures for every test)
+from kernels import isa, kernels, native  # noqa: F401  (fixtures for every test)
 
 import snnlstm.path
 
-sys.path.append(str(Path(__file__).parent / "simt"))
+SIMT = Path(__file__).parent / "simt"
+sys.path.append(str(SIMT))
 
 # Fresh examples on a developer's machine, the same ones on every run of CI. A failure prints
 # what is needed to see it again.
@@ -24,7 +25,15 @@ hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-CORE = snnlstm.path._native is not None
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long run on the emulated kernels is asked for by naming its marker."""
+    if "simt_long" in (config.getoption("-m") or ""):
+        return
+    skip = pytest.mark.skip(reason="long: run `make test-simt`")
+    for item in items:
+        if item.get_closest_marker("simt_long"):
+            item.add_marker(skip)
 
 
 @dataclass(frozen=True)
@@ -61,11 +70,12 @@ class Backend:
 
 def _backends() -> list[Backend]:
     backends = [Backend("reference", torch.device("cpu"), native=False)]
-    if CORE:
+    if native is not None:
         backends.append(Backend("cpu", torch.device("cpu"), native=True))
-        if shutil.which("g++"):
+        # The kernels are built from csrc, which the tests of a wheel do not have.
+        if (SIMT.parents[1] / "csrc").exists() and shutil.which(os.environ.get("CXX", "g++")):
             backends.append(Backend("simt", torch.device("cpu"), native=True))
-    if CORE and torch.cuda.is_available() and "cuda" in snnlstm.path._native.DEVICES:
+    if native is not None and torch.cuda.is_available() and "cuda" in native.DEVICES:
         backends.append(Backend("cuda", torch.device("cuda"), native=True))
     return backends
 

@@ -15,7 +15,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-from benchmarks import agreement, cli, compare, memory
+from benchmarks import agreement, cli, compare, memory, suite
 from benchmarks.cases import CPU_CASES, Case, find_cases, parse_case
 from benchmarks.providers import PROVIDERS, Setting
 from benchmarks.rows import Row, read_rows, write_rows
@@ -296,6 +296,33 @@ def test_own_shapes_read_back_what_they_say():
     )
     assert parse_case(f"8 4 32 48 30 40 3x5 density=dense name=mine {case.options}") == case
     assert [c.name for c in find_cases(["cpu", "mid"])] == list(CPU_CASES)
+
+
+TINY = ["--shape", "2 1 2 4 6 6 3 name=small", "--quick", "--seconds", "0.1", "--memory", "off",
+        "--no-plots", "--mode", "forward", "--providers", "snnlstm"]  # fmt: skip
+
+
+def test_no_shape_is_begun_after_the_limit(tmp_path, capsys):
+    assert cli.main([*TINY, "--limit", "0", "--out", str(tmp_path)]) == 0
+    assert "No time left for small (float32)" in capsys.readouterr().out
+    assert read_rows(tmp_path) == []
+
+
+def test_an_interrupted_run_keeps_its_rows(tmp_path, monkeypatch, capsys):
+    plain = suite.Suite.run_case
+
+    def run_case(self, case):
+        if case.name == "second":
+            raise KeyboardInterrupt
+        plain(self, case)
+
+    monkeypatch.setattr(suite.Suite, "run_case", run_case)
+    second = ["--shape", "2 1 2 4 6 6 3 name=second"]
+    assert cli.main([*TINY, *second, "--out", str(tmp_path)]) == 130
+    said = capsys.readouterr()
+    assert "interrupted" in said.err
+    assert "Speed-up over snntorch" in said.out
+    assert {row.case for row in read_rows(tmp_path)} == {"small"}
 
 
 def test_suite_runs(tmp_path, capsys):

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 import torch
-from conftest import CORE
 from helpers import close, ours, states, steps, theirs, twins
+from kernels import native
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -156,7 +156,7 @@ def test_the_path_is_none_before_the_first_call():
     assert ours().path is None
 
 
-@pytest.mark.skipif(not CORE, reason="the core is not built")
+@pytest.mark.skipif(native is None, reason="the core is not built")
 def test_the_native_path_says_what_it_is():
     cell = ours()
     cell(X)
@@ -164,7 +164,7 @@ def test_the_native_path_says_what_it_is():
     assert str(cell.path) == f"{cell.path.name} ({cell.path.reason})"
 
 
-@pytest.mark.skipif(not CORE, reason="the core is not built")
+@pytest.mark.skipif(native is None, reason="the core is not built")
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -232,7 +232,7 @@ def test_the_fallback_for_a_missing_core_is_said(monkeypatch, caplog):
     assert len(caplog.records) == 1  # once per process
 
 
-@pytest.mark.skipif(not CORE, reason="needs the core")
+@pytest.mark.skipif(native is None, reason="needs the core")
 def test_a_gpu_that_the_build_does_not_serve_is_said_once(monkeypatch, caplog):
     """By way of a tensor that claims to be on a GPU: there is none here."""
     native = snnlstm.path._native
@@ -249,7 +249,7 @@ def test_a_gpu_that_the_build_does_not_serve_is_said_once(monkeypatch, caplog):
     ]
 
 
-@pytest.mark.skipif(not CORE, reason="needs the core")
+@pytest.mark.skipif(native is None, reason="needs the core")
 def test_a_build_without_cuda_is_said_on_a_gpu(monkeypatch):
     native = snnlstm.path._native
     monkeypatch.setattr(native, "_NO_CUDA", native.cuda_check.without_kernels({"cuda": "off"}))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from benchmarks.providers.base import Provider, Setting, Unavailable
+from benchmarks.providers.captured import SnnlstmGraph, SnnTorchGraph
 from benchmarks.providers.hoisted import Hoisted
 from benchmarks.providers.with_snnlstm import (
     Snnlstm,
     SnnlstmCheckpoint,
     SnnlstmDirect,
+    SnnlstmPointwise,
     SnnlstmStep,
     SnnlstmWinograd,
 )
-from benchmarks.providers.with_snntorch import SnnTorchCompiled, SnnTorchEager, SnnTorchGraph
+from benchmarks.providers.with_snntorch import SnnTorchCompiled, SnnTorchEager
 
 BASELINE = SnnTorchEager.name
 
@@ -26,6 +28,8 @@ PROVIDERS: dict[str, type[Provider]] = {
         Snnlstm,
         SnnlstmDirect,
         SnnlstmWinograd,
+        SnnlstmPointwise,
+        SnnlstmGraph,
         SnnlstmCheckpoint,
     )
 }

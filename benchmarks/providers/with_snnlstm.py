@@ -18,10 +18,14 @@ class Snnlstm(Provider):
     name = "snnlstm"
     title = "snnlstm, the whole sequence in one call"
     algorithm = "auto"
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    runs_as: tuple[str, ...] = ("",)  # how the part of the path that names the algorithm begins
     checkpoint = False
 
     @classmethod
     def why_not(cls, case: Case, setting: Setting) -> str | None:
+        if setting.device not in cls.devices:
+            return f"there is no {cls.algorithm} on {setting.device}"
         try:
             from snnlstm import SConv2dLSTM  # noqa: F401
         except ImportError as error:
@@ -65,9 +69,9 @@ class Snnlstm(Provider):
 
         setup()
         run()
-        # "cpu-avx2-winograd4-sparse (why)": the algorithm is a part, with its tile size
+        # "cpu-avx2-winograd4-sparse (why)", "cuda-mma-tf32 (why)"
         parts = self.path.split(" ")[0].split("-")
-        if self.algorithm != "auto" and not any(p.startswith(self.algorithm) for p in parts):
+        if not any(part.startswith(self.runs_as) for part in parts):
             raise Unavailable(f"{self.algorithm} does not run this case; the path was {self.path}")
         return setup, run
 
@@ -92,6 +96,7 @@ class SnnlstmDirect(Snnlstm):
     name = "snnlstm-direct"
     title = "snnlstm by sequence, direct convolution"
     algorithm = "direct"
+    runs_as = ("direct", "fma", "mma")
 
 
 class SnnlstmWinograd(Snnlstm):
@@ -100,6 +105,18 @@ class SnnlstmWinograd(Snnlstm):
     name = "snnlstm-winograd"
     title = "snnlstm by sequence, Winograd"
     algorithm = "winograd"
+    devices = ("cpu",)
+    runs_as = ("winograd",)
+
+
+class SnnlstmPointwise(Snnlstm):
+    """The whole sequence in one call, torch's convolution (cuDNN) before our kernels."""
+
+    name = "snnlstm-pointwise"
+    title = "snnlstm by sequence, behind torch's convolution"
+    algorithm = "pointwise"
+    devices = ("cuda",)
+    runs_as = ("pointwise",)
 
 
 class SnnlstmCheckpoint(Snnlstm):

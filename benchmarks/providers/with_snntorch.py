@@ -1,11 +1,10 @@
-"""snnTorch's own cell: in the loop that its documentation teaches, compiled, as a CUDA graph."""
+"""snnTorch's own cell: in the loop that its documentation teaches, and compiled."""
 
 from __future__ import annotations
 
 import math
 import os
 import shutil
-from collections.abc import Callable
 
 import torch
 
@@ -82,42 +81,6 @@ class SnnTorchCompiled(SnnTorchEager):
 
     def step(self, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.compiled(x, syn, mem)
-
-
-class SnnTorchGraph(SnnTorchEager):
-    """snnTorch's loop captured in a CUDA graph: no launch overhead, all T steps in one replay."""
-
-    name = "snntorch-cudagraph"
-    title = "snnTorch's loop captured in a CUDA graph"
-
-    @classmethod
-    def why_not(cls, case: Case, setting: Setting) -> str | None:
-        if setting.device != "cuda":
-            return "CUDA graphs need --device cuda"
-        return super().why_not(case, setting)
-
-    def prepare(self, mode: str) -> tuple[Callable[[], object], Callable[[], object]]:
-        setup, run = super().prepare(mode)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # cuDNN picks and allocates outside the capture
-            for _ in range(3):
-                setup()
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        if mode == "backward":
-            first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(first):
-                setup()
-            with torch.cuda.graph(second, pool=first.pool()):
-                run()
-            return first.replay, second.replay
-        setup()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        # Each replay overwrites the gradients, which the graph allocated: nothing to clear.
-        return (lambda: None), graph.replay
 
 
 def cell_arguments(case: Case) -> dict[str, object]:

@@ -37,7 +37,7 @@ struct Target {
   Algorithm algorithm = Algorithm::automatic;
 };
 
-// What the current device is. std::runtime_error where there is none, or one that cannot be used.
+// What the current device is. std::runtime_error where there is none.
 Target current_target(void* stream);
 
 // Sizes in bytes.

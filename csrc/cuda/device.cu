@@ -1,6 +1,4 @@
 // What the current device is and can do.
-#include <string>
-
 #include "api.h"
 #include "primitives.cuh"
 
@@ -11,11 +9,6 @@ namespace snnlstm::cuda {
 Target current_target(void* stream) {
   int device = 0;
   const cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaErrorInsufficientDriver)
-    throw std::runtime_error(
-        "the NVIDIA driver is too old for the CUDA version " +
-        std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10) +
-        " that snnlstm was built with: update it, or install a build for an older CUDA");
   check(status, "asking for the current CUDA device");
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
@@ -28,11 +21,6 @@ Target current_target(void* stream) {
   target.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   target.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   target.stream = stream;
-  if (target.compute_capability < 75)
-    throw std::runtime_error("CUDA device " + std::to_string(device) + " has compute capability " +
-                             std::to_string(target.compute_capability / 10) + "." +
-                             std::to_string(target.compute_capability % 10) +
-                             "; snnlstm's kernels need 7.5 or newer");
   return target;
 }
 

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kFireThreads, 2) fire_winner(const __grid_cons
   }
   shared.value[tid] = best, shared.index[tid] = best_index;
   for (int half = kFireThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
+    if (!fault(Fault::missing_barrier_read, 5)) __syncthreads();
     if (tid < half && better(shared.value[tid + half], shared.index[tid + half], shared.value[tid],
                              shared.index[tid])) {
       shared.value[tid] = shared.value[tid + half];

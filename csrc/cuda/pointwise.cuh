@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(pointwise::kThreads)
       for (int i = 0; i < 8; ++i)
         if (gate == k) sum[gate][i / 4][i % 4] = v[i / 4][i % 4];
   }
-  __syncthreads();
+  if (!fault(Fault::missing_barrier_read, 4)) __syncthreads();
   tile.patch(pointwise::pixel(), pointwise::channel(), sum, mem_tile);
   __syncthreads();
   tile.finish(mem_tile);

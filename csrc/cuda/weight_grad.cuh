@@ -152,11 +152,12 @@ __global__ void __launch_bounds__(kReduceThreads)
   const int64_t part = int64_t(h.part_rows) * h.part_columns;
   for (int i = int(threadIdx.x); i < p.taps * p.chunk; i += kReduceThreads) {
     const int tap = i / p.chunk, ci = i % p.chunk;
+    const int tap_stride = fault(Fault::wrong_stride) ? h.channels : h.tap_stride;
     if (ci >= channels) continue;
     R sum = 0;
 #pragma unroll 4
     for (int k = fault(Fault::wrong_split_k) ? 1 : 0; k < h.splits; ++k)
-      sum += parts[k * part + tap * h.tap_stride + ci];
+      sum += parts[k * part + tap * tap_stride + ci];
     sums[ci * p.pitch() + tap] = sum;
   }
   __syncthreads();

@@ -77,7 +77,7 @@ class WeightGemm {
 #pragma unroll 1
     for (int64_t i = begin - 1; i < end; ++i) {  // computes tile i, fetches tile i + 1
       const int buffer = int(i - begin) & 1;
-      cp_async_wait<0>();
+      if (!fault(Fault::missing_wait, 3)) cp_async_wait<0>();
       if (!fault(Fault::missing_barrier_read, 3)) __syncthreads();
       const bool more = i + 1 < end, computes = i >= begin;
       const Block at = block_of(p_.grad.tiling, unsigned(i + 1));

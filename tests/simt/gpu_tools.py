@@ -61,7 +61,7 @@ def compile_fatbin(source: Path, archs: tuple[int, ...]) -> tuple[Path, str]:
     Kept under ``build/simt`` until a file that it includes changes.
     """
     nvcc = find("nvcc")
-    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "--threads=0"]
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "--threads=1"]
     flags += [f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'csrc'}"]
     listed = _run([nvcc, *flags, "-M", str(source)]).replace("\\\n", " ").split(":", 1)[1].split()
     key = sha1(" ".join([nvcc, *flags, str(source), *map(str, archs)]).encode())

@@ -14,10 +14,10 @@ from test_cell import MODES, PLAIN, SEQUENCE, with_options
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
-from snnlstm import autograd, cuda, native, surrogate
+from snnlstm import autograd, cuda, native
 from snnlstm.quant import state_quant
 
-TRAINED = with_options(surrogate=surrogate.atan(), reset="subtract", quant=state_quant(4))
+TRAINED = with_options(reset="subtract", quant=state_quant(4))
 WAITING = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero")
 
 
@@ -107,19 +107,6 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
         assert stream in (77, None), name
 
 
-def test_a_device_that_cannot_be_used_takes_the_reference_path_and_says_why(core, monkeypatch):
-    def refuses():
-        raise RuntimeError("the NVIDIA driver is too old")
-
-    module = SimpleNamespace(**{n: getattr(core.module, n) for n in dir(core.module)})
-    module.cuda_target = refuses
-    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    monkeypatch.setitem(native.HALVES, "cpu", cuda.Kernels(module))
-    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1)
-    cell(torch.zeros(1, 2, 5, 5))
-    assert str(cell.path) == "reference (the NVIDIA driver is too old)"
-
-
 @pytest.mark.parametrize(
     ("precision", "capability", "dtype", "autocast", "algorithm", "expected"),
     [
@@ -191,7 +178,7 @@ def test_checkpoint_gives_the_same_gradients(core, algorithm, checkpoint):
 def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
     """The fake kernels of ops.py know the sizes of what the CUDA kernels save."""
     torch._dynamo.reset()
-    case = replace(with_options(surrogate=surrogate.atan()), time=2)
+    case = replace(PLAIN, time=2)
 
     def run(*tensors):
         return autograd.run(*tensors, case.options, algorithm)
@@ -212,7 +199,7 @@ def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
 
 
 def test_one_algorithm_reads_what_the_other_saved(core):
-    inputs, options = PLAIN.inputs(), replace(SEQUENCE, surrogate=surrogate.atan())
+    inputs, options = PLAIN.inputs(), SEQUENCE
     graded = [torch.randn(shape) for shape in PLAIN.output_shapes]
     with MODES["float32"].running(core):
         found = []

@@ -5,18 +5,19 @@ are checked: bounds, races, uninitialised shared memory, divergence; outputs and
 NaN before.
 """
 
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from backend import float32_precision, simt_core
+from backend import SOURCES, float32_precision, simt_core
 from cases import Case, cases, wanting_gradients
 from hypothesis import HealthCheck, given, settings
 from oracle import check_steps
 
-from snnlstm import autograd
+from snnlstm import autograd, surrogate
 from snnlstm.options import CellOptions
 from snnlstm.quant import state_quant
 
@@ -74,7 +75,7 @@ MODES = {
     ),
 }
 
-SEQUENCE = CellOptions((3, 3), sequence=True, record=True)
+SEQUENCE = CellOptions((3, 3), surrogate=surrogate.atan(2.0), sequence=True, record=True)
 PLAIN = Case(SEQUENCE, torch.float32, 3, 2, 5, 9, 7, 10)
 
 
@@ -86,6 +87,7 @@ CASES = {
     "plain": PLAIN,
     "one step": with_options(sequence=False, record=False),
     "one pixel": replace(PLAIN, height=1, width=1),
+    "odd sizes": replace(PLAIN, batch=1, height=9, width=13),
     "one channel": replace(PLAIN, in_channels=1, channels=1),
     "wide": replace(PLAIN, time=2, batch=1, in_channels=16, channels=24, height=16, width=16),
     "channels last": replace(
@@ -117,12 +119,19 @@ CASES = {
 
 
 def crossed(modes, names):
-    """Every mode with every case; a third of them, all modes and cases among these, at once, the
+    """Every mode with every case; a fifth of them, all modes and cases among these, at once, the
     rest in the long run."""
-    for i, mode in enumerate(modes):
-        for j, name in enumerate(names):
-            first = (i + j) % 3 == 0 or name == "plain"
-            yield pytest.param(mode, name, marks=[] if first else pytest.mark.simt_long)
+    return [
+        pytest.param(
+            mode,
+            name,
+            marks=[]
+            if (i + j) % 5 == 0 or name in ("plain", "one step")
+            else pytest.mark.simt_long,
+        )
+        for i, mode in enumerate(modes)
+        for j, name in enumerate(names)
+    ]
 
 
 @pytest.fixture
@@ -154,6 +163,29 @@ def test_forward(core, mode, name):
     schedule = SCHEDULES[(list(MODES).index(mode) + list(CASES).index(name)) % 3]
     core.schedule(*schedule)
     check(core, CASES[name], MODES[mode])
+
+
+def test_every_kernel_is_among_those_that_are_run_and_checked(core):
+    """The build of these tests checks every access, for races too."""
+    launched = set()
+    for source in SOURCES:
+        for how in re.findall(r"Launch how\{.*?;", source.read_text(), re.DOTALL):
+            launched |= set(re.findall(r'"([^"]+)"', how))
+    assert len(launched) >= 15
+    core.checks(counters=True)
+    core.reset_counters()
+    for mode, name in (
+        ("float32", "one window"),
+        ("float32", "inhibition"),
+        ("tf32", "plain"),
+        ("float32 behind torch", "plain"),
+    ):
+        case = MODES[mode].of(replace(CASES[name], batch=1, time=2))
+        leaves = wanting_gradients(case.inputs())
+        with MODES[mode].running(core):
+            out = MODES[mode].run(*leaves, case.options)
+            sum(o.sum() for o in out).backward()
+    assert set(core.counters()) == launched
 
 
 @pytest.mark.simt_long

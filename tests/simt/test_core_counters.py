@@ -5,10 +5,11 @@ wavefronts of shared memory over those without conflicts 1.05; tensor core instr
 fewest needed 1.1 (for wide layers).
 """
 
+import counters
 import pytest
 from backend import simt_core
 from test_cell import MODES
-from traffic import LAYERS, cost, measure
+from traffic import LAYERS, cost, fewest_mma, measure, measure_training
 
 GOALS = {"bytes": 1.15, "sectors": 1.10, "banks": 1.05, "mma": 1.10}
 WIDE = ("mid", "big")
@@ -38,3 +39,21 @@ def test_a_step_costs_little_more_than_it_must(layer, mode):
         goals[name] = bound
     over = {n: round(getattr(found, n), 3) for n in goals if getattr(found, n) > goals[n]}
     assert not over, f"above {goals}: {over}"
+
+
+@pytest.mark.parametrize(
+    "mode", ["bfloat16 states", pytest.param("tf32", marks=pytest.mark.simt_long)]
+)
+def test_training_costs_little_more_than_it_must(mode):
+    """Of each kernel but the packing: in sum, the gradients multiply twice what a step does."""
+    core = simt_core("faults")
+    try:
+        seen = measure_training(core, LAYERS["mid"], MODES[mode])
+    finally:
+        core.reset()
+    for name, c in seen.items():
+        if "pack" not in name:
+            assert counters.sectors(c) <= GOALS["sectors"], name
+            assert counters.bank_conflicts(c) <= GOALS["banks"], name
+    fewest = 3 * fewest_mma(LAYERS["mid"], MODES[mode])
+    assert fewest <= counters.mma(counters.total(seen)) <= GOALS["mma"] * fewest

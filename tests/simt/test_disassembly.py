@@ -6,7 +6,7 @@ import re
 import gpu_tools
 import pytest
 from builder import KERNELS, ROOT
-from test_compiles import TUNED, installed_module, needs_cuobjdump, needs_nvcc
+from test_compiles import TUNED, compiled, installed_module, needs_cuobjdump, needs_nvcc
 
 pytestmark = needs_cuobjdump
 
@@ -74,13 +74,15 @@ def test_sm_75_has_neither_and_does_without():
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(("file", "pattern"), KERNEL_PATTERNS)
 def test_installed_kernels(file, pattern, arch):
-    check(installed_module(), arch, file, pattern)
+    module = installed_module()
+    if arch not in gpu_tools.architectures_of_binary(module):
+        pytest.skip(f"the installed module has no code for sm_{arch}")
+    check(module, arch, file, pattern)
 
 
 @needs_nvcc
-@pytest.mark.simt_long
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", TUNED)
 @pytest.mark.parametrize(("file", "pattern"), KERNEL_PATTERNS)
 def test_kernels_compiled_anew(file, pattern, arch):
-    binary, _ = gpu_tools.compile_fatbin(CUDA / f"{file}.cu", TUNED)
+    binary, _ = compiled()[CUDA / f"{file}.cu"]
     check(binary, arch, file, pattern)
