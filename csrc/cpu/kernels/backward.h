@@ -32,6 +32,7 @@ class Backward {
   struct Scratch {
     T* x;                  // rows of the gradient of x
     T* d_gates;            // of one channel block and some pixels
+    T* few_sums;           // weights_of_few()
     T *values, *products;  // Winograd: tiles.h
     typename Sparse::Lists lists;
     typename Sparse::Scratch listing;
@@ -121,7 +122,9 @@ class Backward {
       const TileBlock<T> b = tiles(l_.block_rows(), most);
       Scratch s;
       s.x = arena.take<T>(rows * to_x_.row_size());
-      s.d_gates = arena.take<T>(l_.Cb > 1 ? pixel_block_rows() * l_.Wo * kGates : 0);
+      const bool gathered = l_.Cb > 1 || l_.few_channels();
+      s.d_gates = arena.take<T>(gathered ? pixel_block_rows() * l_.Wo * kGates : 0);
+      s.few_sums = arena.take<T>(l_.few_channels() ? kPiece * 2 * VL : 0);
       s.values = arena.take<T>(l_.points * b.values_stride);
       s.products = arena.take<T>(l_.points * b.products_stride);
       if (c.x_way == Way::sparse) {
@@ -310,17 +313,61 @@ class Backward {
   void weights_directly(int64_t t, int64_t split, int64_t cb, bool of_x, int64_t piece,
                         const Scratch& s) {
     T* out = partial_ + split * l_.packed_forward() + cb * l_.K() * kGates;
-    const int64_t block = pixel_block_rows();
     (of_x ? x_runs_ : mem_runs_).chunks(kPiece, [&](const Run* runs, int count) {
       if (piece-- != 0) return;
-      for (int64_t n = a_.cell.N * split / splits_; n < a_.cell.N * (split + 1) / splits_; ++n)
-        for (int64_t h = 0; h < l_.Ho; h += block) {
-          PixelRows<T> p = pixel_rows(t, n, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x);
-          if (l_.Cb > 1) gather_d_gates(p, s.d_gates);
-          for (int r = 0; r < count; ++r)
-            weight_grad_run<S>(p, runs[r].in, runs[r].len, out + runs[r].w * kGates);
-        }
+      if (l_.few_channels()) return weights_of_few(t, split, of_x, runs, count, s, out);
+      each_pixel_block(t, split, cb, of_x, [&](PixelRows<T> p) {
+        if (l_.Cb > 1) gather_d_gates(p, s.d_gates);
+        for (int r = 0; r < count; ++r)
+          weight_grad_run<S>(p, runs[r].in, runs[r].len, out + runs[r].w * kGates);
+      });
     });
+  }
+
+  template <class F>
+  void each_pixel_block(int64_t t, int64_t split, int64_t cb, bool of_x, F&& f) {
+    const int64_t block = pixel_block_rows();
+    for (int64_t n = a_.cell.N * split / splits_; n < a_.cell.N * (split + 1) / splits_; ++n)
+      for (int64_t h = 0; h < l_.Ho; h += block)
+        f(pixel_rows(t, n, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x));
+  }
+
+  // Where most lanes are zero: the gates of the others close up, and so do the sums.
+  void weights_of_few(int64_t t, int64_t split, bool of_x, const Run* runs, int count,
+                      const Scratch& s, T* out) {
+    const int64_t C = a_.cell.C, vectors = 4 * C <= VL ? 1 : 2, width = vectors * VL;
+    T* const sums = s.few_sums;
+    std::memset(sums, 0, kPiece * width * sizeof(T));
+    each_pixel_block(t, split, 0, of_x, [&](PixelRows<T> p) {
+      gather_lanes(p, width, s.d_gates);
+      T* to = sums;
+      for (int r = 0; r < count; to += runs[r++].len * width)
+        if (vectors == 1)
+          weight_grad_run<S, 1>(p, runs[r].in, runs[r].len, to);
+        else
+          weight_grad_run<S, 2>(p, runs[r].in, runs[r].len, to);
+    });
+    const T* from = sums;
+    for (int r = 0; r < count; ++r)
+      for (int64_t k = 0; k < runs[r].len; ++k, from += width)
+        for (int64_t gate = 0; gate < 4; ++gate)
+          for (int64_t ch = 0; ch < C; ++ch)
+            out[(runs[r].w + k) * kGates + gate * VL + ch] += from[gate * C + ch];
+  }
+
+  void gather_lanes(PixelRows<T>& p, int64_t width, T* to) const {
+    const int64_t C = a_.cell.C;
+    T* dst = to;
+    for (int64_t h = 0; h < p.rows; ++h)
+      for (int64_t w = 0; w < p.pixels; ++w, dst += width) {
+        const T* d = p.d_gates + h * p.d_row + w * p.d_pixel;
+        for (int64_t gate = 0; gate < 4; ++gate)
+          for (int64_t ch = 0; ch < C; ++ch) dst[gate * C + ch] = d[gate * VL + ch];
+        for (int64_t k = 4 * C; k < width; ++k) dst[k] = 0;
+      }
+    p.d_gates = to;
+    p.d_pixel = width;
+    p.d_row = p.pixels * width;
   }
 
   // Side by side: pixels of many channels are so far apart that few sets of the cache hold them.

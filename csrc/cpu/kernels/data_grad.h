@@ -26,7 +26,7 @@ class DataGrad {
         sw_(stride_w),
         lists_(new RunList[stride_h * stride_w]) {
     const int64_t pixel = 4 * l.Cp, row = l.Wm * pixel, max_len = chunk();
-    const bool few = 2 * l.c.C <= l.Cp;  // most lanes are zero: only the others are summed
+    const bool few = l.few_channels();  // only their lanes are summed
     if (sh_ == 1 && sw_ == 1 && !few) {
       lists_[0].window(l.c, pixel, row, pixel, 0, max_len);
       return;

@@ -91,6 +91,9 @@ struct Layout {
   bool tiled_x() const { return c.tile > 0 && c.stride_h == 1 && c.stride_w == 1; }
   int64_t tile_columns() const { return Wr / tile; }
 
+  // Whether at least half of the lanes are zero.
+  bool few_channels() const { return 2 * c.C <= Cp; }
+
   int64_t K() const { return Kx + Km; }
   int64_t mem_image() const { return (Hr + 2 * ph) * Wm * Cp; }
   int64_t x_image() const { return Hx * Wx * c.Cin; }

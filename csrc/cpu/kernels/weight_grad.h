@@ -50,14 +50,14 @@ SNNLSTM_INLINE void weight_grad_tile(const PixelRows<T>& p, int64_t in_offset, T
     }
 }
 
-// `len` neighbouring input values, in tiles of nearly equal size.
-template <class S, class T = typename S::Scalar>
+// `len` neighbouring input values, in tiles of nearly equal size, by NV vectors of d gates.
+template <class S, int NV = 4, class T = typename S::Scalar>
 void weight_grad_run(const PixelRows<T>& p, int64_t in_offset, int64_t len, T* out) {
-  using V = Merged<S, 4>;
+  using V = Merged<S, NV>;
   constexpr int KB = kMaxPixels<V::count>;
   for (int64_t done = 0, tiles = (len + KB - 1) / KB; tiles > 0; --tiles) {
     const int64_t n = (len - done + tiles - 1) / tiles;
-    T* o = out + done * 4 * S::lanes;
+    T* o = out + done * NV * S::lanes;
     switch (n) {
 #define SNNLSTM_TILE(n)                                                          \
   case n:                                                                        \
