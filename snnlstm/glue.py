@@ -115,6 +115,16 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def compute_type(dtype: torch.dtype) -> torch.dtype:
+    """The type in which the CUDA kernels compute with states of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_bytes(count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Memory for the kernels alone, uninitialised."""
+    return torch.empty(count, dtype=torch.uint8, device=device)
+
+
 def threshold_numbers(threshold: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     """Contiguous numbers and their stride along the channels: 0 for a single one."""
     flat = threshold.detach().to(dtype).reshape(-1).contiguous()

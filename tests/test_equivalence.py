@@ -344,6 +344,8 @@ def goes_where_snntorch_lets_it(case, value, where, at):
 @pytest.mark.parametrize("size", [(64, 64), (61, 67)], ids=str)
 def test_spikes_of_large_images_within_the_boundary_band(backend, reset, size):
     """Step by step: each step of the reference starts from the states under test."""
+    if backend.name == "simt":  # a thousandth of a GPU's speed
+        size = (size[0] // 2, size[1] // 2)
     case = Case(
         time=3, channels=(2, 8), size=size, double=False, reset=reset, pool={"max_pool": (2, 2)}
     )

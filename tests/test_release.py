@@ -96,3 +96,25 @@ def test_drafts_are_not_published(tmp_path):
     (tmp_path / "assets").mkdir()
     links = runpy.run_path(str(ROOT / ".ci" / "index.py"))["links"]
     assert links([{"draft": True, "assets": [asset(wheel(tmp_path / "assets", "cpu"))]}]) == {}
+
+
+def test_a_wheel_that_is_too_large_or_missing_is_refused(tmp_path, capsys):
+    check = runpy.run_path(str(ROOT / "tests" / "wheel.py"))
+    big = tmp_path / "snnlstm-9.9-py3-none-any.whl"
+    with big.open("wb") as file:
+        file.truncate(int(check["LARGEST"]) + 1)
+    with pytest.raises(SystemExit, match="more than 20 MB"):
+        check["main"]([str(big)])
+    with pytest.raises(SystemExit):
+        check["main"]([str(tmp_path / "none.whl")])
+    assert "make wheel builds one" in capsys.readouterr().err
+
+
+def test_a_wheel_that_fits_no_manylinux_tag_is_refused(monkeypatch):
+    check = runpy.run_path(str(ROOT / "tests" / "wheel.py"))["check_tag"]
+    said = 'is consistent with the\nfollowing platform tag: "linux_x86_64".'
+    monkeypatch.setitem(check.__globals__, "run", lambda *command: said)
+    with pytest.raises(SystemExit, match="fits no manylinux tag"):
+        check(Path("some.whl"), Path(sys.executable))
+    said = 'is consistent with the following platform\ntag:\n"manylinux_2_28_x86_64".'
+    check(Path("some.whl"), Path(sys.executable))

@@ -58,7 +58,7 @@ def check_tag(wheel: Path, python: Path) -> None:
     """That no library outside manylinux's list is needed, and which glibc is."""
     run(python, "-m", "pip", "install", "auditwheel")
     said = run(python, "-m", "auditwheel", "show", wheel)
-    found = re.search(r'platform tag:\s+"(manylinux\w+)"', said)
+    found = re.search(r'platform\s+tag:\s+"(manylinux\w+)"', said)
     if not found:
         raise SystemExit(f"{wheel.name} fits no manylinux tag:\n{said}")
     print(f"auditwheel: {found[1]}", flush=True)

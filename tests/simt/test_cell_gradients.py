@@ -159,7 +159,7 @@ def test_coarse_gradients(core, mode, name):
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("weight",), ("syn", "mem"), ("threshold", "bias")])
-@pytest.mark.parametrize("mode", ["float32", "tf32x3"])
+@pytest.mark.parametrize("mode", ["float32 behind torch", "tf32x3"])
 def test_only_what_is_wanted(core, mode, wanted):
     assert check(core, PLAIN, MODES[mode], EXACT[mode], wanted=wanted)
 
