@@ -7,11 +7,37 @@
 
 SNNLSTM_BEGIN_ISA
 
+// cell.h's quantise() for all lanes at once: the same steps of one binary search, without branches.
+// Lanes for which that is not all there is to it are handed over.
 template <class M>
-SNNLSTM_INLINE typename M::R quantise_lanes(typename M::R v, const typename M::Scalar* levels,
-                                            int num_levels) {
-  for (int k = 0; k < M::lanes; ++k) v[k] = quantise<typename M::Scalar>(v[k], levels, num_levels);
-  return v;
+__attribute__((noinline)) typename M::R quantise_lanes(typename M::R v,
+                                                       const typename M::Scalar* levels, int n) {
+  using R = typename M::R;
+  using Mask = typename M::Mask;
+  const auto at = [&](Mask index) {
+    R level;
+    for (int k = 0; k < M::lanes; ++k) level[k] = levels[index[k]];
+    return level;
+  };
+  Mask best{};
+  for (int length = n; length > 1;) {
+    const int half = length / 2;
+    best += (at(best + (half - 1)) < v) & (Mask{} + half);
+    length -= half;
+  }
+  best -= (at(best) < v) & (best < n - 1);  // the first level that is not below v, or the last one
+  const Mask below = best + (best > 0);
+  const R upper = at(best), lower = at(below);
+  const R to_upper = M::abs(upper - v), to_lower = M::abs(lower - v);
+  const Mask down = (best > 0) & (to_lower <= to_upper);
+  R result = M::where(down, lower, upper);
+  const Mask ties = down & (below > 0) & (M::abs(at(below + (below > 0)) - v) == to_lower);
+  const Mask special = ties | (v - v != R{});
+  bool any = false;
+  for (int k = 0; k < M::lanes; ++k) any |= special[k] != 0;
+  for (int k = 0; any && k < M::lanes; ++k)
+    if (special[k]) result[k] = quantise<typename M::Scalar>(v[k], levels, n);
+  return result;
 }
 
 // One pooling window of channels-last rows. mem: its first pixel and channel.
