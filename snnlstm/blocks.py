@@ -2,14 +2,15 @@
 
 A system clears every page that it hands out, and what a training pass keeps for its backward pass
 goes back to it each time: the clearing took up to a third of a forward pass. Blocks that tensors
-have let go of are kept here instead, as torch keeps CUDA's, and dropped before a block of another
-size is taken, so that they do not add to what is in use at the most.
+have let go of are kept here instead, as torch keeps CUDA's. When a block of another size is needed,
+those that nobody has used for a while are dropped first.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 
@@ -23,7 +24,9 @@ SMALLEST = 4 << 20  # bytes; less comes from torch, that is, from malloc
 CACHE_LINE = 64  # bytes; vectors that lie across two cost twice
 KEPT = 1 << 30  # bytes in blocks that nobody uses, at most
 
-_free: list[np.ndarray] = []  # oldest first
+IDLE = 10.0  # seconds without use, after which a block makes room for one of another size
+
+_free: list[tuple[float, np.ndarray]] = []  # since when; oldest first
 _lock = threading.RLock()  # a block may come back in the middle of a call, by garbage collection
 
 
@@ -36,7 +39,7 @@ def empty_cache() -> None:
 def free_bytes() -> int:
     """Bytes in blocks that no tensor uses."""
     with _lock:
-        return sum(block.nbytes for block in _free)
+        return sum(block.nbytes for _, block in _free)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -55,19 +58,15 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def _take(size: int) -> np.ndarray:
     with _lock:
         for k in range(len(_free) - 1, -1, -1):
-            if size <= _free[k].nbytes <= size + size // 4:
-                return _free.pop(k)
-        _drop(free_bytes() - size)
+            if size <= _free[k][1].nbytes <= size + size // 4:
+                return _free.pop(k)[1]
+        while _free and time.monotonic() - _free[0][0] >= IDLE:
+            del _free[0]
     return np.empty(size, np.uint8)  # in huge pages, where NumPy finds them
 
 
 def _give_back(block: np.ndarray) -> None:
     with _lock:
-        _free.append(block)
-        _drop(KEPT)
-
-
-def _drop(keep: int) -> None:
-    """Forget the oldest blocks until at most `keep` bytes are left."""
-    while _free and free_bytes() > keep:
-        del _free[0]
+        _free.append((time.monotonic(), block))
+        while free_bytes() > KEPT:
+            del _free[0]

@@ -57,13 +57,17 @@ def test_small_tensors_are_torch_s_own():
     assert blocks.free_bytes() == 0
 
 
-def test_free_blocks_make_room_for_one_of_another_size():
+def test_blocks_that_nobody_uses_make_room_for_one_of_another_size(monkeypatch):
     held = [megabytes(8), megabytes(8), megabytes(8)]
     del held
     before = blocks.free_bytes()
     assert before >= 24 * MIB
     large = megabytes(16)
-    assert before - blocks.free_bytes() >= large.nbytes
+    assert blocks.free_bytes() == before, "they were used a moment ago"
+    monkeypatch.setattr(blocks, "IDLE", 0.0)
+    larger = megabytes(32)
+    assert blocks.free_bytes() == 0
+    assert large.data_ptr() != larger.data_ptr()
 
 
 def test_what_is_kept_is_bounded(monkeypatch):
