@@ -4,6 +4,9 @@ A system clears every page that it hands out, and what a training pass keeps for
 goes back to it each time: the clearing took up to a third of a forward pass. Blocks that tensors
 have let go of are kept here instead, as torch keeps CUDA's. When a block of another size is needed,
 those that nobody has used for a while are dropped first.
+
+Workspaces, which no result lies in, are kept beside the blocks, one a thread: each lies in caches
+that a block which went through other hands does not.
 """
 
 from __future__ import annotations
@@ -18,21 +21,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["SMALLEST", "empty", "empty_cache", "free_bytes"]
+__all__ = ["SMALLEST", "empty", "empty_cache", "free_bytes", "workspace"]
 
 SMALLEST = 4 << 20  # bytes; less comes from torch, that is, from malloc
 CACHE_LINE = 64  # bytes; vectors that lie across two cost twice
 KEPT = 1 << 30  # bytes in blocks that nobody uses, at most
 
+LARGEST_WORKSPACE = 64 << 20  # bytes, of those that are kept
 IDLE = 10.0  # seconds without use, after which a block makes room for one of another size
 
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+class _Workspace:
+    """What a thread keeps."""
+
+    memory = _NOTHING
+
+
+_thread = threading.local()
 _free: list[tuple[float, np.ndarray]] = []  # since when; oldest first
+_workspaces: weakref.WeakSet[_Workspace] = weakref.WeakSet()  # of the threads that live
 _lock = threading.RLock()  # a block may come back in the middle of a call, by garbage collection
 
 
 def empty_cache() -> None:
-    """Give the blocks that no tensor uses back to the system."""
+    """Give the memory that no tensor uses back to the system: free blocks, and workspaces."""
     with _lock:
+        for kept in _workspaces:
+            kept.memory = _NOTHING
         _free.clear()
 
 
@@ -53,6 +70,21 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     view = block[begin : begin + size]
     weakref.finalize(view, _give_back, block).atexit = False
     return torch.from_numpy(view).view(dtype).view(shape)
+
+
+def workspace(count: int) -> Tensor:
+    """Uninitialised bytes, `count` or more: this thread's workspace, until it asks again."""
+    kept = getattr(_thread, "workspace", None)
+    if kept is None:
+        kept = _thread.workspace = _Workspace()
+        with _lock:
+            _workspaces.add(kept)
+    if count > LARGEST_WORKSPACE:
+        return empty((count,), torch.uint8)
+    if kept.memory.numel() < count:
+        kept.memory = _NOTHING  # not two at a time
+        kept.memory = empty((count,), torch.uint8)
+    return kept.memory
 
 
 def _take(size: int) -> np.ndarray:

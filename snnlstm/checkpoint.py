@@ -142,6 +142,7 @@ def backward(
             (wanted[0], *want_states, *wanted[3:]),
             algorithm,
         )
+        del saved  # so that the next segment may have its memory
         carry_syn, carry_mem = grads.syn, grads.mem
         if total.x is not None and grads.x is not None:
             total.x[segment] = grads.x

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -76,26 +75,6 @@ def _prefer_huge_pages(tensors: Iterable[Tensor | None]) -> None:
             _C.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
-class _Workspace(threading.local):
-    """One workspace a thread, kept between calls: it lies in caches that other blocks do not."""
-
-    LARGEST_KEPT = 64 << 20  # bytes
-
-    def __init__(self) -> None:
-        self.kept = blocks.empty((0,), torch.uint8)
-
-    def get(self, count: int) -> Tensor:
-        if self.kept.numel() >= count:
-            return self.kept
-        workspace = blocks.empty((count,), torch.uint8)
-        if count <= self.LARGEST_KEPT:
-            self.kept = workspace
-        return workspace
-
-
-_workspace = _Workspace()
-
-
 def _levels(options: CellOptions, dtype: torch.dtype) -> Tensor | None:
     return None if options.quant is None else options.quant.levels.to(dtype).contiguous()
 
@@ -140,7 +119,7 @@ def forward(
     spk, new_syn, new_mem = glue.empty_outputs(x, mem, options)
     _prefer_huge_pages((spk, new_syn, new_mem))
     saved = empty_saved(x, mem, options, blocks.empty) if training else None
-    workspace = _workspace.get(_workspace_bytes(cell, threads, _C.isa_name(), backward=False))
+    workspace = blocks.workspace(_workspace_bytes(cell, threads, _C.isa_name(), backward=False))
     _C.cpu_forward(
         cell,
         threads,
@@ -190,7 +169,7 @@ def backward(
     levels = _levels(options, x.dtype)
     grads = glue.empty_gradients(x, syn, mem, weight, wanted)
     _prefer_huge_pages(grads)
-    workspace = _workspace.get(_workspace_bytes(cell, threads, _C.isa_name(), backward=True))
+    workspace = blocks.workspace(_workspace_bytes(cell, threads, _C.isa_name(), backward=True))
     noise = glue.stochastic_noise(x, options, grad_spk)
     _C.cpu_backward(
         cell,

@@ -6,6 +6,7 @@ pattern, one that was computed from memory nobody wrote is wrong, and a write pa
 breaks a fence.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from snnlstm import cpu, glue, packing
+from snnlstm import blocks, cpu, glue, packing
 
 NAN = 0xFF  # as float32, float64: NaN; as int64: -1
 HUGE = 0x7F  # as float32, float64: 3.4e38, 1.4e306; as int64: 9.2e18
@@ -85,10 +86,10 @@ def poisoned(pattern: int) -> Iterator[_Fenced]:
         return contiguous(*shape, dtype=dtype or self.dtype)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cpu, glue, packing):
+        for module in (blocks, cpu, glue, packing):
             patch.setattr(module, "torch", Torch())
         patch.setattr(Tensor, "new_empty", new_empty)
-        patch.setattr(cpu, "_workspace", cpu._Workspace())  # nothing kept from before
+        patch.setattr(blocks, "_thread", threading.local())  # nothing kept from before
         patch.setattr(packing, "_packed", WeakKeyDictionary())
         yield fenced
     fenced.check()

@@ -1,5 +1,7 @@
 """What is kept for the backward pass, and what a call takes beside its outputs."""
 
+import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from snnlstm import autograd, packing, surrogate
+import snnlstm
+from snnlstm import autograd, blocks, packing, surrogate
 from snnlstm.options import CellOptions
 from snnlstm.quant import state_quant
 
@@ -103,7 +106,7 @@ def taken_in_inference(kernels, case: Case) -> tuple[int, int]:
     with torch.no_grad():
         kernels.run(*inputs, case.options)  # packs the weight
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native.cpu, "_workspace", native.cpu._Workspace())
+            patch.setattr(blocks, "_thread", threading.local())
             with Allocations() as taken:
                 out = kernels.run(*inputs, case.options)
     outputs = sum(storage(o)[1] for o in out)
@@ -153,15 +156,45 @@ def test_no_gradient_no_memory(kernels):
 
 
 def test_the_workspace_is_kept_between_calls_and_let_go_where_it_is_large(monkeypatch):
-    monkeypatch.setattr(native.cpu, "_workspace", native.cpu._Workspace())
+    monkeypatch.setattr(blocks, "_thread", threading.local())
     inputs = PLAIN.inputs()
     with torch.no_grad():
         autograd.run(*inputs, OPTIONS)
-        kept = native.cpu._workspace.kept
-        assert kept.numel() > 0
+        kept = blocks.workspace(1)
+        assert kept.numel() > 1
         autograd.run(*inputs, OPTIONS)
-        assert native.cpu._workspace.kept is kept
-        monkeypatch.setattr(native.cpu._Workspace, "LARGEST_KEPT", kept.numel())
+        assert blocks.workspace(1) is kept
+        monkeypatch.setattr(blocks, "LARGEST_WORKSPACE", kept.numel())
         large = replace(PLAIN, time=1, height=120, width=130)
         autograd.run(*large.inputs(), OPTIONS)
-    assert native.cpu._workspace.kept is kept
+    assert blocks.workspace(1) is kept
+
+
+def test_empty_cache_gives_the_workspaces_back(monkeypatch):
+    monkeypatch.setattr(blocks, "_thread", threading.local())
+    kept = weakref.ref(blocks.workspace(1000))
+    assert kept() is blocks.workspace(1000)
+    snnlstm.empty_cache()
+    assert kept() is None
+    assert blocks.workspace(1000).numel() >= 1000
+
+
+def test_a_segment_that_is_computed_again_takes_the_memory_of_the_one_before(kernels):
+    """checkpoint=True: the backward pass never holds the gates of two segments."""
+    case = replace(PLAIN, time=40, batch=4, height=24, width=24)
+    case = replace(case, options=replace(OPTIONS, checkpoint=True))
+    held: list[list[weakref.ref[Tensor]]] = []
+
+    def watched(*args, **kwargs):
+        alive = [r for segment in held for r in segment if r() is not None]
+        assert not alive, "the segment before is still held"
+        result = forward(*args, **kwargs)
+        held.append([weakref.ref(result.saved.gates), weakref.ref(result.saved.syn)])
+        return result
+
+    out = kernels.run(*wanting_gradients(case.inputs()), case.options)
+    forward = native.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "forward", watched)
+        out[0].sum().backward()
+    assert len(held) > 5
