@@ -107,7 +107,7 @@ def test_callers_at_the_same_time(kernels):
 def test_the_gil_is_released(direction):
     """Python goes on while the kernels run."""
     torch.set_num_threads(1)
-    case = replace(LARGE, time=40, channels=32, options=replace(OPTIONS, record=False))
+    case = replace(LARGE, time=200, channels=32, options=replace(OPTIONS, record=False))
     leaves = wanting_gradients(case.inputs())
     out = autograd.run(*leaves, case.options)
     spans: list[tuple[float, float]] = []
