@@ -17,7 +17,7 @@ SOURCES  := pyproject.toml setup.py snnlstm/version.py \
 CXX_CODE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-simt test-wheel lint format bench gpu wheel clean distclean
+.PHONY: help demo test test-simt test-wheel lint format docs bench gpu wheel clean distclean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -49,6 +49,10 @@ format: $(VENV)/.linters  ## let ruff and clang-format rewrite the code
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_CODE)
 
+docs: $(VENV)/.docs  ## build the documentation into out/docs; a warning is an error
+	$(RUN) -m sphinx -W --keep-going -q docs out/docs $(ARGS)
+	@echo "$(CURDIR)/out/docs/index.html"
+
 # CUDA=12 needs an nvcc 12 in CUDACXX or on PATH: PyPI has none. CUDA=13 takes the machine's nvcc 13,
 # or PyPI's where there is none.
 NVCC_13 = $(or $(CUDACXX),$(shell nvcc --version 2>/dev/null | grep 'release 13'))
@@ -68,9 +72,9 @@ test-wheel: | $(RUN)  ## test the newest wheel in dist/, or CUDA's, in a fresh e
 	  $(RUN) tests/wheel.py "$$wheel" -- $(ARGS)
 
 clean:  ## remove what builds and runs have made
-	rm -rf build dist out *.egg-info snnlstm/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf build dist out docs/_generated *.egg-info snnlstm/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	rm -f $(VENV)/.installed
-	find snnlstm tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
+	find snnlstm tests benchmarks docs -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove the virtual environment
 	rm -rf $(VENV)
@@ -91,6 +95,11 @@ $(VENV)/.installed: $(SOURCES) | $(RUN)
 
 $(VENV)/.linters: pyproject.toml | $(VENV)/.installed
 	$(RUN) -m pip install --disable-pip-version-check ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
+	@touch $@
+
+# snnlstm itself is there: pip adds what the extra names.
+$(VENV)/.docs: pyproject.toml | $(VENV)/.installed
+	$(RUN) -m pip install --disable-pip-version-check "snnlstm[docs]"
 	@touch $@
 
 $(VENV)/.build: | $(RUN)

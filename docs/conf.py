@@ -1,0 +1,59 @@
+"""Sphinx: `make docs`. Needs no network, and no compiled core."""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+import figures  # noqa: E402
+
+project = "snnlstm"
+author = "The snnlstm authors"
+project_copyright = author
+release = re.search(r'"(.+)"', (ROOT / "snnlstm" / "version.py").read_text())[1]
+version = release
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings state types, with shapes
+# As text: "int or (int, int), default 0" is no cross-reference.
+napoleon_use_param = False
+napoleon_use_rtype = False
+
+nitpicky = True
+# Named in docstrings; their documentation is not fetched.
+nitpick_ignore_regex = [("py:.*", r"(torch|snntorch|nn|collections)\b.*")]
+
+html_theme = "furo"
+html_title = f"snnlstm {release}"
+html_copy_source = False
+
+# What the pages at the root, which are included here, call their neighbours.
+LINKS = {
+    "](docs/": "](",
+    "](CONTRIBUTING.md": "](contributing.md",
+    "](CHANGELOG.md": "](changelog.md",
+}
+
+
+def _mend_links(app, relative_path, parent_docname, content):
+    for link, here in LINKS.items():
+        content[0] = content[0].replace(link, here)
+
+
+def setup(app):
+    """Draw what is drawn from the code; let links of included pages hold here too."""
+    app.connect("builder-inited", lambda app: figures.draw(Path(app.srcdir) / "_generated"))
+    app.connect("include-read", _mend_links)
