@@ -34,7 +34,7 @@ napoleon_use_rtype = False
 
 nitpicky = True
 # Named in docstrings; their documentation is not fetched.
-nitpick_ignore_regex = [("py:.*", r"(torch|snntorch|nn|collections)\b.*")]
+nitpick_ignore_regex = [("py:.*", r"(torch|snntorch|nn|Tensor)\b.*")]
 
 html_theme = "furo"
 html_title = f"snnlstm {release}"

@@ -120,13 +120,13 @@ def set_algorithm(name: str) -> None:
 
 
 def get_algorithm() -> str:
-    """Return the name last given to :func:`set_algorithm`, ``"auto"`` by default."""
+    """Return the name last given to :func:`snnlstm.set_algorithm`, ``"auto"`` by default."""
     return _algorithm
 
 
 @contextmanager
 def algorithm(name: str) -> Iterator[None]:
-    """Use the algorithm `name` within a ``with`` block; see :func:`set_algorithm`.
+    """Use the algorithm `name` within a ``with`` block; see :func:`snnlstm.set_algorithm`.
 
     The setting is process-wide: other threads see it too while the block runs.
     """
@@ -268,7 +268,7 @@ def choose(
     x, syn, mem, weight, bias, threshold, graded, options
         As `snnlstm.reference.run` takes them.
     conv : str, optional
-        What :func:`conv_reason` said of the convolution module, if there is one.
+        What ``conv_reason`` said of the convolution module, if there is one.
 
     Returns
     -------

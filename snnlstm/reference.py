@@ -1,8 +1,8 @@
 """The cell in plain torch: any device, any dtype, any order of differentiation.
 
 This is the oracle of the native kernels, and the path for everything that they cannot do.
-One idea is written once: what a step computes stands here in :func:`_step`, in
-the words of snntorch 1.0.0's ``SConv2dLSTM``, with its defects repaired.
+One idea is written once: what a step computes stands here in ``_step``, in the words of
+snntorch 1.0.0's ``SConv2dLSTM``, with its defects repaired.
 """
 
 from __future__ import annotations

@@ -327,7 +327,7 @@ class SConv2dLSTM(DescribedCell):
 
     @property
     def reset(self) -> Tensor | None:
-        """Reset signal of the last step call, (N, C, Ho, Wo): 1 where mem before it spiked.
+        """Reset signal of the last step call, 1 where mem before it spiked; (N, C, Ho, Wo).
 
         Computed when it is read. None before the first call and after a sequence.
 

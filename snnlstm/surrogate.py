@@ -185,7 +185,7 @@ class Surrogate:
 
 
 NONE = Surrogate(0)
-"""No gradient through the spike: what ``surrogate_disable=True`` runs."""
+"""No gradient through the spike, as ``surrogate_disable=True`` has it."""
 
 
 def make(name: str, **parameters: Any) -> Surrogate:

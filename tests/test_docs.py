@@ -1,0 +1,225 @@
+"""What the README and docs/ say is true: their Python runs, and what they name exists."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import itertools
+import logging
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import snnlstm
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "NOTES.md",
+    *sorted(DOCS.glob("*.md")),
+]
+
+pytestmark = pytest.mark.skipif(not README.exists(), reason="not in a source tree")
+every_page = pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.exists()], ids=lambda page: page.name
+)
+
+
+@functools.cache
+def text_of(page: Path) -> str:
+    """The page, with what stands in quotations as if it did not."""
+    return re.sub(r"(?m)^> ?", "", page.read_text())
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Fenced code blocks."""
+    return re.findall(rf"```{language}\n(.*?)```", text_of(page), re.DOTALL)
+
+
+# ---- Python ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _settings() -> Iterator[None]:
+    """Examples change settings of the process."""
+    level = logging.getLogger("snnlstm").level
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    precision = getattr(conv, "fp32_precision", None)
+    tf32 = torch.backends.cudnn.allow_tf32 if precision is None else None
+    paths = list(sys.path)
+    yield
+    logging.getLogger("snnlstm").setLevel(level)
+    snnlstm.set_algorithm("auto")
+    sys.path[:] = paths
+    if precision is not None:
+        conv.fp32_precision = precision
+    else:
+        torch.backends.cudnn.allow_tf32 = tf32
+    if "backend" in sys.modules:
+        sys.modules["backend"].simt_core("faults").reset()
+
+
+def run(page: Path) -> None:
+    """Run a page's blocks in order, as one session."""
+    session: dict[str, object] = {"__name__": page.stem}
+    for block in blocks(page, "python"):
+        # The build of the emulated kernels that other tests make anyway.
+        code = block.replace('simt_core("checked")', 'simt_core("faults")')
+        exec(compile(code, page.name, "exec"), session)
+
+
+WITH_PYTHON = [page for page in PAGES if page.exists() and blocks(page, "python")]
+
+
+@pytest.mark.usefixtures("_settings")
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+def test_python_blocks_run_in_order(page, recwarn, capsys, monkeypatch):
+    pytest.importorskip("snntorch")
+    if page.name == "simt.md" and not (snnlstm.path._native and shutil.which("g++")):
+        pytest.skip("no compiler, or no core")
+    monkeypatch.chdir(ROOT)
+    run(page)
+    own = [w for w in recwarn if "snnlstm" in str(w.filename) or str(w.filename) == page.name]
+    assert [str(w.message) for w in own] == []
+    if page == README:
+        printed = capsys.readouterr().out.split("\n")
+        assert re.match(r"cpu-\w+-\w+ \(.+\)", printed[0])
+        assert printed[1] == "reference (conv is a ParametrizedConv2d, not a plain nn.Conv2d)"
+
+
+def test_the_pages_with_examples_are_found():
+    names = {page.name for page in WITH_PYTHON}
+    assert names >= {"README.md", "quickstart.md", "migrating.md", "sequences.md", "simt.md"}
+
+
+def test_the_warning_about_the_state_is_true():
+    cell = snnlstm.SConv2dLSTM(2, 4, 3, threshold=0.1)
+    x = torch.rand(3, 1, 2, 8, 8)
+    first = cell(x)
+    assert not torch.equal(cell(x)[2], first[2])
+    cell.reset_mem()
+    assert all(torch.equal(a, b) for a, b in zip(cell(x), first, strict=True))
+
+
+# ---- shell ----------------------------------------------------------------------------------
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each line of the shell blocks, and of each command in the text."""
+    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").split("\n")
+    lines += re.findall(r"(?<!`)`((?:make|python|pytest) [^`\n]+)`", text_of(page))
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@every_page
+def test_make_targets_exist(page):
+    makefile = (ROOT / "Makefile").read_text()
+    for words in commands(page):
+        for before, target in itertools.pairwise(words):
+            if before == "make" and re.fullmatch(r"[a-z][\w-]*", target):
+                assert re.search(rf"(?m)^{target}:", makefile), f"no target {target}"
+
+
+class Parsed(Exception):
+    """The arguments were accepted."""
+
+
+@every_page
+def test_our_programs_accept_the_arguments(page, monkeypatch, capsys):
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_args(self, *arguments):
+        original(self, *arguments)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.chdir(ROOT)
+    for words in commands(page):
+        program = words[1:] if words[:1] == ["python"] else []
+        module = program[1] if program[:1] == ["-m"] and len(program) > 1 else ""
+        if module.split(".")[0] in ("snnlstm", "benchmarks"):
+            monkeypatch.setattr(sys, "argv", [module, *program[2:]])
+            start = functools.partial(runpy.run_module, module, run_name="__main__")
+        elif program and program[0].endswith(".py"):
+            monkeypatch.setattr(sys, "argv", program)
+            monkeypatch.syspath_prepend(str(Path(program[0]).parent))
+            start = functools.partial(runpy.run_path, program[0], run_name="__main__")
+        else:
+            continue
+        try:
+            start()
+        except Parsed:
+            continue
+        except SystemExit:
+            pytest.fail(f"{shlex.join(words)}: {capsys.readouterr().err}")
+        pytest.fail(f"{shlex.join(words)} reads no arguments")
+
+
+# ---- files and names ------------------------------------------------------------------------
+
+GENERATED = {"_generated/surrogates.svg", "_generated/quantisers.svg"}  # docs/figures.py
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)", text_of(page))
+    links += re.findall(r"```\{include\} (\S+)", text_of(page))
+    for link in links:
+        if "://" not in link and link not in GENERATED:
+            assert (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"
+
+
+@every_page
+def test_paths_in_the_text_exist(page):
+    """Such as `csrc/cell.h`. A folder that a table names first holds for the rest of its row."""
+    top = {path.name for path in ROOT.iterdir()} - {"build", "dist", "out"}
+    for line in text_of(page).split("\n"):
+        folder = ROOT
+        for name in re.findall(r"(?<!`)`([\w./-]+)`", line):
+            first, slash, _ = name.partition("/")
+            if slash and first in top:
+                assert (ROOT / name).exists(), f"{page.name} names {name}, which is not there"
+                folder = (ROOT / name).parent
+            elif line.startswith("| `") and folder != ROOT and re.search(r"\.(py|h|cpp|cu)$", name):
+                assert (folder / name).exists(), f"{page.name} names {folder / name}"
+
+
+def test_every_public_name_is_in_the_reference():
+    api = (DOCS / "api.md").read_text()
+    for name in snnlstm.__all__:
+        assert re.search(rf"\b{re.escape(name)}\b", api), f"docs/api.md does not name {name}"
+
+
+def test_the_table_of_surrogates_is_whole():
+    table = (DOCS / "surrogates.md").read_text()
+    for name in snnlstm.surrogate.__all__:
+        if name not in ("NONE", "Surrogate"):
+            assert re.search(rf"snnlstm\.surrogate\.{name}\b", table), name
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # Sphinx's, of its extensions
+def test_sphinx_builds_it_without_a_warning(tmp_path, capfd):
+    for needed in ("sphinx", "furo", "myst_parser", "matplotlib"):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed: pip install snnlstm[docs]")
+    from sphinx.cmd.build import build_main
+
+    paths = list(sys.path)
+    options = ["-W", "--keep-going", "-q", "-d", str(tmp_path / "trees")]
+    status = build_main([*options, str(DOCS), str(tmp_path / "html")])
+    sys.path[:] = paths
+    assert status == 0, capfd.readouterr().err
+    page = (tmp_path / "html" / "api.html").read_text()
+    assert "snnlstm.functional.sconv2dlstm" in page
+    assert "surrogates.svg" in (tmp_path / "html" / "surrogates.html").read_text()
