@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,25 +52,30 @@ class DescribedCell(StatefulCell):
 
     def _describe(self, sequence: bool, record: bool) -> CellOptions:
         """Return the options of a call, from a cache that setting an attribute empties."""
-        key = (sequence, record)
-        options = self._options.get(key)
-        if options is None:
-            quant = self.state_quant
-            options = self._options[key] = arguments.make_options(
-                self.kernel_size,
-                stride=self.stride,
-                dilation=self.dilation,
-                reset=self._reset_mechanism,
-                max_pool=self.max_pool,
-                avg_pool=self.avg_pool,
-                surrogate=NONE if self.surrogate_disable else self.spike_grad,
-                quant=None if quant is False else quant,
-                inhibition=self.inhibition,
-                checkpoint=self.checkpoint,
-                sequence=sequence,
-                record=record,
-            )
-        return options
+        options = self._options.get((sequence, record))
+        if options is not None:
+            return options
+        quant = self.state_quant
+        made = arguments.make_options(
+            self.kernel_size,
+            stride=self.stride,
+            dilation=self.dilation,
+            reset=self._reset_mechanism,
+            max_pool=self.max_pool,
+            avg_pool=self.avg_pool,
+            surrogate=NONE if self.surrogate_disable else self.spike_grad,
+            quant=None if quant is False else quant,
+            inhibition=self.inhibition,
+            checkpoint=self.checkpoint,
+        )
+        # All at once: torch.compile compiles again when an entry comes that it saw missing.
+        every = {
+            (sequence, record): replace(made, sequence=sequence, record=record)
+            for sequence, record in ((False, False), (True, False), (True, True))
+        }
+        if not torch.compiler.is_compiling():
+            self._options = every
+        return every[sequence, record]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CHECKS:

@@ -216,7 +216,8 @@ class SConv2dLSTM(DescribedCell):
             (N, Cin, H, W) is one step, (T, N, Cin, H, W) a sequence: the same as T calls, in
             one. Of the cell's dtype, or one that converts to it without loss, such as bool.
         syn, mem : Tensor, optional
-            (N, C, Ho, Wo), or (0,), which means zeros. None goes on from the stored state.
+            (N, C, Ho, Wo), or (0,), which means zeros, as does what :meth:`reset_mem` has just
+            returned, whatever its shape. None goes on from the stored state.
         record : bool, default False
             With a sequence: return syn and mem of every step.
 
@@ -258,11 +259,11 @@ class SConv2dLSTM(DescribedCell):
         if syn is None:
             syn = self._stored("syn", shape, x)
         else:
-            syn = arguments.state_tensor("syn", syn, shape, x, weight)
+            syn = self._passed("syn", syn, shape, x, weight)
         if mem is None:
             mem = self._stored("mem", shape, x)
         else:
-            mem = arguments.state_tensor("mem", mem, shape, x, weight)
+            mem = self._passed("mem", mem, shape, x, weight)
         threshold = arguments.scalar_like("threshold", self.threshold, x, shape, options)
         graded = arguments.scalar_like(
             "graded_spikes_factor", self.graded_spikes_factor, x, shape, options
@@ -315,7 +316,7 @@ class SConv2dLSTM(DescribedCell):
             if options.record:
                 # Copies: snnTorch detaches states in place, which views refuse.
                 syn, mem = syn[-1].clone(), mem[-1].clone()
-            kept["syn"], kept["mem"] = syn, mem
+            kept["_syn"], kept["_mem"], kept["_restarted"] = syn, mem, False
         kept["_reset_source"] = (
             None if options.sequence else ResetSource(before, threshold, options)
         )

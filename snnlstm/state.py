@@ -3,6 +3,9 @@
 syn and mem are plain attributes. As buffers, DistributedDataParallel would overwrite those of
 all ranks with the first one's, and as parameters (which nn.Module makes of an nn.Parameter)
 they would be trained.
+
+A cell also remembers that it was reset and not called since. torch.compile then need not look at
+the stored states, so that one compiled graph starts every sequence, whatever the last one left.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import arguments
 from .options import CellOptions
 from .reference import reset_signal
 from .snntorch import Base, clear_registries, live, register
@@ -29,14 +33,39 @@ class StatefulCell(Base):
         (N, C, Ho, Wo), or (0,) before the first call.
     """
 
-    syn: Tensor
-    mem: Tensor
+    _syn: Tensor
+    _mem: Tensor
+    _restarted: bool  # the stored states are the zeros of a reset, which nobody has touched
 
     def _init_state(self, like: Tensor) -> None:
         """Start without a state, on the device and in the dtype of `like`; enter the registry."""
-        self.syn = like.detach().new_zeros(0)
-        self.mem = like.detach().new_zeros(0)
+        self._restart(like.detach().new_zeros(0), like.detach().new_zeros(0))
         register(self)
+
+    def _restart(self, syn: Tensor, mem: Tensor) -> None:
+        self._syn, self._mem, self._restarted = syn, mem, True
+
+    @property
+    def syn(self) -> Tensor:
+        """Stored synaptic current, (N, C, Ho, Wo), or (0,) before the first call."""
+        self._restarted = False  # it may be edited in place from now on
+        return self._syn
+
+    @syn.setter
+    def syn(self, value: Tensor) -> None:
+        object.__setattr__(self, "_syn", value)
+        self._restarted = False
+
+    @property
+    def mem(self) -> Tensor:
+        """Stored membrane potential, (N, C, Ho, Wo), or (0,) before the first call."""
+        self._restarted = False
+        return self._mem
+
+    @mem.setter
+    def mem(self, value: Tensor) -> None:
+        object.__setattr__(self, "_mem", value)
+        self._restarted = False
 
     def _drop_caches(self) -> None:
         """Forget what hangs on the last call or is made from attributes."""
@@ -51,18 +80,37 @@ class StatefulCell(Base):
 
     def _stored(self, name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
         """Return the stored state if it fits `shape`, else zeros; in x's dtype, on its device."""
-        stored = getattr(self, name)
+        if self._restarted and torch.compiler.is_compiling():
+            return x.new_zeros(shape)
+        stored = getattr(self, f"_{name}")
         if stored.shape != shape:
             return x.new_zeros(shape)
         if stored.dtype == x.dtype and stored.device == x.device:
             return stored
         return stored.to(x.device, x.dtype)
 
+    def _passed(
+        self, name: str, state: Any, shape: tuple[int, ...], x: Tensor, weight: Tensor
+    ) -> Tensor:
+        """Return a checked state that the caller gave.
+
+        What reset_mem returned has the shape of the last input, and means zeros for any input.
+        """
+        fits = isinstance(state, Tensor) and state.shape == shape
+        # In this order: torch.compile compiles again when the answer to a question changes.
+        if not fits and self._restarted and state is getattr(self, f"_{name}"):
+            return x.new_zeros(shape)
+        return arguments.state_tensor(name, state, shape, x, weight)
+
     def reset_mem(self) -> tuple[Tensor, Tensor]:
-        """Set the stored states to zero and return them, syn and mem."""
-        self.syn = _zeros_like(self.syn)
-        self.mem = _zeros_like(self.mem)
-        return self.syn, self.mem
+        """Set the stored states to zero and return them, syn and mem.
+
+        They have the shape of the last call's and may be passed to the next call with an input
+        of any size. To start from something else pass it or assign it: under torch.compile
+        an edit in place of what was returned here is seen only where it is passed.
+        """
+        self._restart(_zeros_like(self._syn), _zeros_like(self._mem))
+        return self._syn, self._mem
 
     def init_sconv2dlstm(self) -> tuple[Tensor, Tensor]:
         """Deprecated name of :meth:`reset_mem`."""
@@ -78,10 +126,10 @@ class StatefulCell(Base):
     def detach_hidden(cls) -> None:
         """Detach the stored states of all living cells from the graph, in place."""
         for cell in list(live):
-            for name in ("syn", "mem"):
+            for name in ("_syn", "_mem"):
                 state = getattr(cell, name)
                 if state.is_leaf or state._is_view():  # which in place would harm, or refuse
-                    setattr(cell, name, state.detach())
+                    object.__setattr__(cell, name, state.detach())
                 else:
                     state.detach_()
 
@@ -104,18 +152,18 @@ class StatefulCell(Base):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatefulCell:
         super()._apply(fn, recurse)
-        for name in ("syn", "mem"):
+        for name in ("_syn", "_mem"):
             old = getattr(self, name)
             new = fn(old)
             # Out of meta comes memory that nobody has written.
-            setattr(self, name, torch.zeros_like(new) if old.is_meta else new)
+            object.__setattr__(self, name, torch.zeros_like(new) if old.is_meta else new)
         self._drop_caches()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         # The graph that hangs on a state can be neither copied nor pickled.
-        for name in ("syn", "mem"):
+        for name in ("_syn", "_mem"):
             state[name] = state[name].detach()
         return state
 

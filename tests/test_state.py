@@ -73,6 +73,33 @@ def test_reset_mem_of_a_fresh_cell_returns_empty_tensors_that_mean_zeros(backend
     close(one(x, *mine), other(x, *reference))
 
 
+def test_what_reset_mem_returned_starts_a_batch_of_any_size(backend):
+    """snnTorch's documentation passes it on, and the last batch of a data set is smaller."""
+    one, other = twins()
+    for shape in ((2, 2, 6, 7), (1, 2, 6, 7), (3, 2, 5, 5)):
+        x = steps(2, *shape)
+        mine, reference = one.reset_mem(), other.reset_mem()
+        for t in range(2):
+            _, *mine = one(x[t], *mine)
+            _, *reference = other(x[t], *reference)
+        close(mine, reference)
+    with pytest.raises(ValueError, match="mem must have shape"):  # it is no longer what was reset
+        one(steps(1, 1, 2, 5, 5)[0], mem=mine[1])
+
+
+def test_a_reset_state_may_be_edited_in_place(backend):
+    x, start = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7)
+    cell = ours()
+    for reread in (False, True):
+        cell(x)
+        syn, mem = cell.reset_mem()
+        if reread:
+            syn, mem = cell.syn, cell.mem
+        syn.copy_(start[0])
+        mem.copy_(start[1])
+        close(cell(x), ours()(x, *start))
+
+
 def test_a_stored_state_of_another_size_is_replaced_by_zeros(backend):
     one, other = twins()
     for shape in ((2, 2, 6, 7), (3, 2, 6, 7), (3, 2, 5, 5), (1, 2, 5, 5)):
