@@ -12,7 +12,7 @@ import figures  # noqa: E402
 project = "snnlstm"
 author = "The snnlstm authors"
 project_copyright = author
-release = re.search(r'"(.+)"', (ROOT / "snnlstm" / "version.py").read_text())[1]
+release = re.search(r'__version__ = "(.+)"', (ROOT / "snnlstm" / "version.py").read_text())[1]
 version = release
 
 extensions = [
@@ -31,6 +31,7 @@ autodoc_typehints = "none"  # the docstrings state types, with shapes
 # As text: "int or (int, int), default 0" is no cross-reference.
 napoleon_use_param = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 
 nitpicky = True
 # Named in docstrings; their documentation is not fetched.

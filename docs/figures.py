@@ -11,9 +11,9 @@ from snnlstm import quant, surrogate
 
 GREY = "#808890"  # readable on white and on black
 SHOWN = {  # panels of curves that are of one size
-    "smooth": [surrogate.atan(), surrogate.sigmoid(5), surrogate.spike_rate_escape(slope=1)],
-    "steep by default": [surrogate.fast_sigmoid(), surrogate.SFS(B=0.05), surrogate.atan(20)],
-    "piecewise constant": [
+    "wide": [surrogate.atan(), surrogate.sigmoid(5), surrogate.spike_rate_escape(slope=1)],
+    "narrow": [surrogate.atan(20), surrogate.sigmoid(), surrogate.fast_sigmoid()],
+    "in pieces": [
         surrogate.straight_through_estimator(),
         surrogate.triangular(),
         surrogate.heaviside(),
@@ -37,14 +37,14 @@ def _pyplot() -> Any:
 
 def draw_surrogates() -> Any:
     """d spk / d x of the surrogates, over x = mem - threshold."""
-    figure, panels = _pyplot().subplots(1, 3, figsize=(9.5, 3), layout="constrained")
+    figure, panels = _pyplot().subplots(1, 3, figsize=(9.5, 4), layout="constrained")
     x = torch.linspace(-2, 2, 801, dtype=torch.float64)
     for panel, (title, shown) in zip(panels, SHOWN.items(), strict=True):
         for one in shown:
             panel.plot(x, one.factor(x), label=repr(one))
         panel.set_title(title, fontsize="medium")
         panel.set_xlabel("mem - threshold")
-        panel.legend(fontsize="x-small")
+        panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2))
     panels[0].set_ylabel("derivative of spk")
     panels[1].set_xlim(-0.3, 0.3)
     return figure
