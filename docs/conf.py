@@ -31,7 +31,6 @@ autodoc_typehints = "none"  # the docstrings state types, with shapes
 # As text: "int or (int, int), default 0" is no cross-reference.
 napoleon_use_param = False
 napoleon_use_rtype = False
-napoleon_use_ivar = True
 
 nitpicky = True
 # Named in docstrings; their documentation is not fetched.
