@@ -132,17 +132,26 @@ def events(frames: Tensor, contrast: float) -> Tensor:
     return torch.stack([change > contrast, change < -contrast], dim=2).to(frames.dtype)
 
 
-def moving_digits(images: Tensor, motion: Motion, seed: int, out: Tensor | None = None) -> Tensor:
+def moving_digits(
+    images: Tensor,
+    motion: Motion,
+    seed: int,
+    out: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> Tensor:
     """Event sequences (T, n, 2, canvas, canvas), float32, time first as the cells take it.
 
     Each of the images (n, 8, 8) gets a motion of its own, drawn from `seed` alone. out: a tensor
-    of that shape to write into.
+    of that shape to write into. kept (m,): the images whose sequences are wanted, in this order;
+    the result then holds m, each as it would be among all n.
     """
     generator = torch.Generator().manual_seed(seed)
     corners = trajectories(len(images), motion, generator)
+    kept = torch.arange(len(images)) if kept is None else kept
     if out is None:
-        out = torch.empty(motion.steps, len(images), 2, motion.canvas, motion.canvas)
-    for part in torch.arange(len(images)).split(CHUNK):
+        out = torch.empty(motion.steps, len(kept), 2, motion.canvas, motion.canvas)
+    for first in range(0, len(kept), CHUNK):
+        part = kept[first : first + CHUNK]
         frames = render(images[part], corners[part], motion)
-        out[:, part] = events(frames, motion.contrast).transpose(0, 1)
+        out[:, first : first + CHUNK] = events(frames, motion.contrast).transpose(0, 1)
     return out

@@ -17,8 +17,8 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.demo import cli as demo_cli
 from benchmarks.demo import report as demo_report
+from benchmarks.demo.measuring import digest
 from benchmarks.demo.network import NETWORKS
-from benchmarks.demo.training import digest
 from benchmarks.moving_digits import Motion, load_split, moving_digits, render, trajectories
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +79,8 @@ def test_one_seed_gives_one_set_of_sequences():
     assert torch.equal(first, moving_digits(images, motion, seed=1))
     assert torch.equal(first, moving_digits(images, motion, seed=1, out=torch.zeros_like(first)))
     assert not torch.equal(first, moving_digits(images, motion, seed=2))
+    some = torch.arange(70)[1::2].flip(0)
+    assert torch.equal(first[:, some], moving_digits(images, motion, seed=1, kept=some))
 
 
 def test_split_keeps_classes_in_proportion_and_digits_apart():
@@ -150,6 +152,7 @@ def test_a_different_start_is_reported():
         (["--threads", "-1"], "--threads"),
         (["--seed", "-1"], "--seed"),
         (["--device", "abacus"], "--device"),
+        (["--nproc", "0"], "--nproc"),
     ],
 )
 def test_demo_errors_name_the_argument(arguments, named, capsys):

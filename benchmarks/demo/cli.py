@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,9 +16,8 @@ from tqdm import tqdm
 
 from benchmarks import machine
 from benchmarks.demo import report
+from benchmarks.demo.options import Recipe, add_common, no_device, whole
 from benchmarks.demo.report import TITLES, Result
-from benchmarks.demo.training import Recipe, request
-from benchmarks.moving_digits import Motion
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,17 +28,14 @@ def parser() -> argparse.ArgumentParser:
         "before an event camera: once with snnTorch's cell and once with ours, from the same "
         "weights, on the same digits in the same order, with the same number of threads.",
     )
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_common(p, torch.get_num_threads())
     p.add_argument(
-        "--epochs", type=int, default=Recipe.epochs, metavar="N", help="default: %(default)s"
-    )
-    p.add_argument("--seed", type=int, default=0, help="of weights, motions and order (default: 0)")
-    p.add_argument(
-        "--threads",
-        type=int,
-        default=torch.get_num_threads(),
+        "--nproc",
+        type=whole(1),
+        default=1,
         metavar="N",
-        help="for both networks (default: torch's own, %(default)s here)",
+        help="processes that train each network together (default: %(default)s); on CUDA each "
+        "takes a GPU",
     )
     p.add_argument(
         "--quick", action="store_true", help="a look only: 1 epoch of 128 digits, learns little"
@@ -54,39 +51,49 @@ def parser() -> argparse.ArgumentParser:
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:
-    """The training that the arguments ask for; raises ValueError naming the one that is wrong."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: cuda was asked for, but torch sees no CUDA device")
-    for name in ("epochs", "threads"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if not 0 <= args.seed < 2**31:
-        raise ValueError(f"--seed must lie in 0..2147483647, got {args.seed}")
+    """The training that the arguments ask for."""
     common = {"seed": args.seed, "device": args.device, "threads": args.threads}
     if args.quick:
         return Recipe(epochs=1, samples=128, **common)
     return Recipe(epochs=args.epochs, **common)
 
 
-def train(network: str, recipe: Recipe, motion: Motion) -> Result:
-    """Train in a fresh process and watch it. Raises RuntimeError with the process's last words."""
+def command(network: str, recipe: Recipe, nproc: int) -> list[str]:
+    """The command that trains in a fresh process, or by torchrun in several."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
+    return [
+        sys.executable,
+        *([] if nproc == 1 else [*launcher, f"--nproc-per-node={nproc}"]),
+        *("-m", "benchmarks.demo.training", "--json", f"--network={network}"),
+        *recipe.arguments(),
+    ]
+
+
+def train(network: str, recipe: Recipe, nproc: int = 1, *more: str) -> Result:
+    """Train in nproc fresh processes and watch them; more: further arguments of the training.
+
+    Raises RuntimeError with the last words of what failed.
+    """
     result = Result(network)
-    command = [sys.executable, "-m", "benchmarks.demo.training"]
+    environment = dict(os.environ)
+    if nproc > 1:  # torchrun sets one thread and says so; training.py divides --threads itself
+        environment.setdefault("OMP_NUM_THREADS", "1")
     with (
         tempfile.TemporaryFile("w+") as errors,
         tqdm(
-            total=recipe.batches(),
+            total=recipe.epochs * recipe.batches(),
             desc=f"{TITLES[network]:<8}",
             unit="batch",
             disable=None,  # no bar where nobody watches: a line per epoch instead
             dynamic_ncols=True,
         ) as bar,
         subprocess.Popen(
-            [*command, request(network, recipe, motion)],
+            [*command(network, recipe, nproc), *more],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
             cwd=machine.ROOT,
+            env=environment,
         ) as process,
     ):
         assert process.stdout is not None
@@ -94,7 +101,7 @@ def train(network: str, recipe: Recipe, motion: Motion) -> Result:
             for line in process.stdout:
                 _follow(json.loads(line), result, bar, recipe)
         except BaseException:
-            process.kill()
+            process.terminate()  # not kill: torchrun has to end its processes first
             raise
         if process.wait() != 0 or not result.end:
             errors.seek(0)
@@ -128,23 +135,28 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 1 if a training failed or is not comparable."""
     p = parser()
     args = p.parse_args(arguments)
-    try:
-        recipe = recipe_from(args)
-    except ValueError as error:
-        p.error(str(error))
-    motion = Motion()
+    wrong = no_device(args.device, args.nproc)
+    if wrong:
+        p.error(wrong)
+    recipe = recipe_from(args)
+    motion = recipe.motion
     name = machine.device_name(recipe.device)
+    workers = f"{recipe.threads} threads"
+    if args.nproc > 1:
+        workers = f"{args.nproc} processes, {workers}"
     print(
         f"Digits of {motion.digit}x{motion.digit} pixels move over {motion.canvas}x{motion.canvas} "
         f"pixels and are seen as ON and OFF events, {motion.steps} frames each.\n"
-        f"A two-layer spiking ConvLSTM learns to read them on {name}, {recipe.threads} threads."
+        f"A two-layer spiking ConvLSTM learns to read them on {name}, {workers}."
     )
     if recipe.device == "cpu" and torch.cuda.is_available():
         print("There is a GPU here: --device cuda runs the demo on it.")
     print(flush=True)
     begin = time.perf_counter()
     try:
-        reference, ours = (train(network, recipe, motion) for network in ("snntorch", "snnlstm"))
+        reference, ours = (
+            train(network, recipe, args.nproc) for network in ("snntorch", "snnlstm")
+        )
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
@@ -152,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     picture, data = args.out / "demo.png", args.out / "demo.json"
     caption = (
         f"Two-layer spiking ConvLSTM on moving digits, {recipe.epochs} epochs, seed {recipe.seed}; "
-        f"{name}, {recipe.threads} threads, torch {torch.__version__}"
+        f"{name}, {workers}, torch {torch.__version__}"
     )
     report.plot(reference, ours, picture, caption)
     found = {result.network: vars(result) for result in (reference, ours)}
