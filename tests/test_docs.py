@@ -131,6 +131,16 @@ def test_make_targets_exist(page):
                 assert re.search(rf"(?m)^{target}:", makefile), f"no target {target}"
 
 
+def behind_make(words: list[str]) -> list[str]:
+    """The command that `make TARGET ARGS=...` runs, where it is one of our modules."""
+    arguments = [word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")]
+    if words[:1] != ["make"] or not arguments:
+        return words
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = re.search(rf"(?m)^{words[1]}:.*\n\t.* -m (benchmarks\S*) \$\(ARGS\)", makefile)
+    return ["python", "-m", recipe[1], *shlex.split(arguments[0])] if recipe else words
+
+
 class Parsed(Exception):
     """The arguments were accepted."""
 
@@ -146,17 +156,16 @@ def test_our_programs_accept_the_arguments(page, monkeypatch, capsys):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     monkeypatch.chdir(ROOT)
     for words in commands(page):
-        program = words[1:] if words[:1] == ["python"] else []
-        module = program[1] if program[:1] == ["-m"] and len(program) > 1 else ""
-        if module.split(".")[0] in ("snnlstm", "benchmarks"):
-            monkeypatch.setattr(sys, "argv", [module, *program[2:]])
-            start = functools.partial(runpy.run_module, module, run_name="__main__")
-        elif program and program[0].endswith(".py"):
-            monkeypatch.setattr(sys, "argv", program)
+        words = behind_make(words)
+        program = words[words.index("-m") + 1 :] if "-m" in words else words[1:]
+        if program and program[0].split(".")[0] in ("snnlstm", "benchmarks"):
+            start = functools.partial(runpy.run_module, program[0], run_name="__main__")
+        elif words[:1] == ["python"] and program[:1] and program[0].endswith(".py"):
             monkeypatch.syspath_prepend(str(Path(program[0]).parent))
             start = functools.partial(runpy.run_path, program[0], run_name="__main__")
         else:
             continue
+        monkeypatch.setattr(sys, "argv", program)
         try:
             start()
         except Parsed:
