@@ -134,6 +134,21 @@ def test_one_seed_gives_one_training():
     assert other.end["order"] != one.end["order"]
 
 
+def test_each_epoch_has_motions_and_an_order_of_its_own():
+    def epoch(data, number):
+        events, labels = zip(*[(b.events, b.labels) for b in data.epoch(number)], strict=True)
+        return torch.cat(events, dim=1), torch.cat(labels)
+
+    data = Data(SMALL, ALONE)
+    (first, first_labels), (second, second_labels) = epoch(data, 0), epoch(data, 1)
+    assert not torch.equal(first_labels, second_labels)
+    assert torch.equal(first_labels.sort()[0], second_labels.sort()[0])
+    assert not torch.equal(first.sum((0, 2, 3, 4)).sort()[0], second.sum((0, 2, 3, 4)).sort()[0])
+    again = epoch(Data(SMALL, ALONE), 1)  # as where a training goes on
+    assert torch.equal(again[0], second)
+    assert torch.equal(again[1], second_labels)
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
@@ -217,7 +232,7 @@ def test_clipping_bounds_the_true_gradient(amp):
     assert norm_of_gradients(unhurt) == pytest.approx(step.norm, rel=1e-4)
 
 
-def test_an_overflow_is_no_step():
+def test_an_overflow_is_no_step(tmp_path):
     trainer = Trainer("snnlstm", changed(amp="float16"), ALONE)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     before = [p.detach().clone() for p in trainer.model.parameters()]
@@ -228,6 +243,10 @@ def test_an_overflow_is_no_step():
     assert trainer.schedule.get_last_lr() == rate
     for now, then in zip(trainer.model.parameters(), before, strict=True):
         assert torch.equal(now, then)
+    checkpointing.save(tmp_path / "run.pt", trainer.parts(), {}, {}, ALONE)
+    other = Trainer("snnlstm", changed(amp="float16"), ALONE)
+    checkpointing.load(tmp_path / "run.pt", other.parts(), {}, ALONE)
+    assert other.scaler.get_scale() == 2.0**59
 
 
 # ---- what is logged ------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
         choices=tuple(AMP),
         default=Recipe.amp,
         help="mixed precision: what convolutions compute in (default: %(default)s). For the GPU: "
-        "on the CPU our cell then runs in plain torch, and float16 is emulated",
+        "on the CPU our cell then runs in plain torch, and float16 is slow",
     )
     p.add_argument(
         "--clip",
