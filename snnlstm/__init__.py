@@ -9,7 +9,8 @@ try:
     from .blocks import empty_cache
     from .path import algorithm, set_algorithm
     from .sconv2dlstm import SConv2dLSTM
-    from .snntorch import accelerate
+    from .sequential import Sequential
+    from .swap import accelerate, patch, restore, unpatch
 except Exception:
     # `python -m snnlstm` (Python calls it "-m" while it imports the package) is there to say what
     # is missing or broken, be it torch itself.
@@ -18,13 +19,17 @@ except Exception:
 
 __all__ = [
     "SConv2dLSTM",
+    "Sequential",
     "__version__",
     "accelerate",
     "algorithm",
     "empty_cache",
     "functional",
+    "patch",
     "quant",
     "reference",
+    "restore",
     "set_algorithm",
     "surrogate",
+    "unpatch",
 ]

@@ -49,6 +49,8 @@ class DescribedCell(StatefulCell):
     _reset_mechanism: Reset
     _reset_source: ResetSource | None
     _options: dict[tuple[bool, bool], CellOptions]
+    _adopted: dict[str, Any] | None = None
+    """Of a cell that stands in for snnTorch's: the callables that it came with."""
 
     def _describe(self, sequence: bool, record: bool) -> CellOptions:
         """Return the options of a call, from a cache that setting an attribute empties."""
@@ -137,4 +139,6 @@ class DescribedCell(StatefulCell):
         state = super().__getstate__()
         state["_options"], state["_reset_source"], state["_logged"] = {}, None, set()
         state.pop("spk", None)  # it hangs on the graph of the last call
+        if self._adopted is not None:
+            state["_adopted"] = {}  # snnTorch's closures cannot be pickled
         return state

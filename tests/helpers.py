@@ -71,3 +71,24 @@ def same_gradients(one: nn.Module, other: nn.Module, atol: float = 2e-5) -> None
         expected = pairs[name].grad
         assert expected is not None
         close(parameter.grad, expected, atol=atol, rtol=1e-4)
+
+
+class Net(nn.Module):
+    """The network of snnTorch's documentation, a little smaller."""
+
+    def __init__(self, cell, **kwargs):
+        super().__init__()
+        self.first = cell(2, 3, 3, threshold=THRESHOLD, max_pool=2, **kwargs)
+        self.second = cell(3, 2, 3, threshold=THRESHOLD, avg_pool=3, **kwargs)
+        self.head = nn.Linear(2, 4)
+        self.leaky = snntorch.Leaky(beta=0.5, init_hidden=True, output=True)
+
+    def forward(self, x):
+        spk = self.second(self.first(x)[0])[0]
+        return self.leaky(self.head(spk.flatten(1)))
+
+
+def net(cell: Any, **kwargs: Any) -> Net:
+    """A :class:`Net` of cells of either library, always with the same weights."""
+    torch.manual_seed(0)
+    return Net(cell, **kwargs)

@@ -94,8 +94,9 @@ def test_python_blocks_run_in_order(page, recwarn, capsys, monkeypatch):
     assert [str(w.message) for w in own] == []
     if page == README:
         printed = capsys.readouterr().out.split("\n")
-        assert re.match(r"cpu-\w+-\w+ \(.+\)", printed[0])
-        assert printed[1] == "reference (conv is a ParametrizedConv2d, not a plain nn.Conv2d)"
+        assert printed[:2] == ["accelerate: 1 swapped, 0 left", "  0  swapped"]
+        assert re.match(r"cpu-\w+-\w+ \(.+\)", printed[2])
+        assert printed[3] == "reference (conv is a ParametrizedConv2d, not a plain nn.Conv2d)"
 
 
 def test_the_pages_with_examples_are_found():

@@ -8,7 +8,7 @@ import sys
 import pytest
 import snntorch
 import torch
-from helpers import THRESHOLD, close, ours, same_gradients, states, steps, theirs
+from helpers import close, net, ours, same_gradients, states, steps, theirs
 from snntorch import utils
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -16,26 +16,6 @@ from torch.utils.checkpoint import checkpoint
 import snnlstm
 
 X, START = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
-
-
-class Net(nn.Module):
-    """The network of snnTorch's documentation, a little smaller."""
-
-    def __init__(self, cell, **kwargs):
-        super().__init__()
-        self.first = cell(2, 3, 3, threshold=THRESHOLD, max_pool=2, **kwargs)
-        self.second = cell(3, 2, 3, threshold=THRESHOLD, avg_pool=3, **kwargs)
-        self.head = nn.Linear(2, 4)
-        self.leaky = snntorch.Leaky(beta=0.5, init_hidden=True, output=True)
-
-    def forward(self, x):
-        spk = self.second(self.first(x)[0])[0]
-        return self.leaky(self.head(spk.flatten(1)))
-
-
-def net(cell, **kwargs):
-    torch.manual_seed(0)
-    return Net(cell, **kwargs)
 
 
 # ---- snnTorch's own tools -------------------------------------------------------------------
@@ -57,28 +37,6 @@ def test_utils_reset_reaches_our_cells():
             assert not cell.mem.any()
             assert not cell.syn.any()
             assert not cell.mem.requires_grad
-
-
-def test_backprop_trains_a_net_that_holds_our_cell():
-    with pytest.warns(DeprecationWarning, match="backprop"):
-        from snntorch import backprop
-    from snntorch import functional
-
-    losses = []
-    data = [(steps(5, 4, 2, 6, 6, seed=s), torch.arange(4)) for s in range(2)]
-    for library in (snnlstm, snntorch):
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            library.SConv2dLSTM(2, 3, 3, threshold=THRESHOLD, init_hidden=True),
-            nn.Flatten(),
-            nn.Linear(3 * 36, 4),
-            snntorch.Leaky(beta=0.9, threshold=0.2, init_hidden=True, output=True),
-        )
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        loss = functional.ce_count_loss()
-        losses.append([backprop.BPTT(model, data, optimizer, loss).item() for _ in range(3)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0][-1] != losses[0][0]
 
 
 def test_the_calls_of_snntorchs_own_tests_of_the_cell():
@@ -107,100 +65,6 @@ def test_static_helpers():
     assert not state.requires_grad
 
 
-# ---- accelerate -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{}, {"reset_mechanism": "subtract"}], ids=str)
-def test_accelerate_trains_as_before(options):
-    x = steps(6, 2, 2, 6, 6)
-    models = [net(snntorch.SConv2dLSTM, **options) for _ in range(2)]
-    optimizers = [torch.optim.Adam(model.parameters(), lr=0.05) for model in models]
-    models[0](x[0])
-    models[1](x[0])
-    assert snnlstm.accelerate(models[0]) is models[0]  # in the midst of it
-    for t in range(1, 6):
-        for model, optimizer in zip(models, optimizers, strict=True):
-            optimizer.zero_grad()
-            utils.reset(model)
-            spk, mem = model(x[t])
-            (spk.sum() + mem.square().sum()).backward()
-            optimizer.step()
-    close(models[0].state_dict(), models[1].state_dict(), atol=1e-4)
-    assert type(models[0].first) is snnlstm.SConv2dLSTM
-
-
-def test_accelerate_shares_all_that_the_cell_has():
-    old = theirs(
-        max_pool=2, learn_threshold=True, reset_mechanism="zero", init_hidden=True, output=True,
-        spike_grad=snntorch.surrogate.sigmoid(5), state_quant=None,
-    )  # fmt: skip
-    seen = []
-    handle = old.register_forward_hook(lambda module, args, out: seen.append(module))
-    old(X)
-    old.eval()
-    old.remark = "mine"
-    new = snnlstm.accelerate(old)
-    assert type(new) is snnlstm.SConv2dLSTM
-    for name, parameter in old.named_parameters():
-        assert dict(new.named_parameters())[name] is parameter
-    assert list(new.state_dict()) == list(old.state_dict())
-    assert new.conv is old.conv
-    assert new.mem is old.mem
-    assert not new.training
-    assert (new.init_hidden, new.output, new.reset_mechanism) == (True, True, "zero")
-    assert new.spike_grad == snnlstm.surrogate.sigmoid(5)
-    assert new.remark == "mine"
-    assert len(list(new.buffers())) == 2
-    close(new(X), old(X))
-    assert seen[1] is new
-    handle.remove()
-    new(X)
-    assert len(seen) == 3
-
-
-def test_accelerate_finds_cells_wherever_they_are(caplog):
-    shared = theirs(3, 3, 3)
-    quiet = theirs(2, 3, 3, surrogate_disable=True)
-    model = nn.ModuleDict(
-        {"a": nn.Sequential(quiet, nn.ModuleList([shared])), "b": shared, "c": nn.Flatten()}
-    )
-    with caplog.at_level("INFO", logger="snnlstm"):
-        snnlstm.accelerate(model)
-    assert model["a"][1][0] is model["b"]
-    assert type(model["b"]) is type(model["a"][0]) is snnlstm.SConv2dLSTM
-    assert model["a"][0].spike_grad == snnlstm.surrogate.NONE
-    assert caplog.messages == ["accelerate replaced 2 snntorch.SConv2dLSTM"]
-    assert not any(entry is shared for entry in snntorch.SpikingNeuron.instances)
-
-
-def test_accelerate_leaves_subclasses_alone_and_says_that_it_found_nothing(caplog):
-    class Mine(snntorch.SConv2dLSTM):
-        pass
-
-    model = nn.Sequential(Mine(2, 3, 3), nn.Flatten())
-    with caplog.at_level("WARNING", logger="snnlstm"):
-        assert snnlstm.accelerate(model) is model
-    assert type(model[0]) is Mine
-    assert caplog.messages == ["accelerate found no snntorch.SConv2dLSTM to replace"]
-    with pytest.raises(TypeError, match=r"model must be an nn.Module, got list"):
-        snnlstm.accelerate([theirs()])
-
-
-def test_accelerate_replaces_nothing_if_one_cell_cannot_work():
-    good, even = theirs(), theirs(2, 3, 2)
-    model = nn.Sequential(good, even)
-    with pytest.raises(ValueError, match="kernel_size must be odd"):
-        snnlstm.accelerate(model)
-    assert model[0] is good
-    assert model[1] is even
-
-
-def test_accelerate_runs_the_reset_mechanism_that_a_checkpoint_brought():
-    old, expected = theirs(reset_mechanism="none"), theirs(reset_mechanism="zero")
-    old.load_state_dict(expected.state_dict())
-    close(snnlstm.accelerate(old)(X, *START), expected(X, *START))
-
-
 # ---- without snntorch, or with a broken one -------------------------------------------------
 
 STEP = """
@@ -212,10 +76,16 @@ cell(torch.zeros(1, 2, 5, 5))
 snnlstm.SConv2dLSTM.reset_hidden(); snnlstm.SConv2dLSTM.detach_hidden()
 snnlstm.SConv2dLSTM.init()
 print(snnlstm.snntorch.Base.__module__)
-try:
-    snnlstm.accelerate(cell)
-except ImportError as error:
-    print(error)
+net = snnlstm.Sequential(cell, nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(75, 2))
+assert net(torch.zeros(4, 2, 2, 5, 5)).shape == (4, 2, 2)
+for refused in (snnlstm.accelerate, snnlstm.restore, lambda model: snnlstm.patch()):
+    try:
+        refused(net)
+    except ImportError as error:
+        print(error)
+snnlstm.unpatch()
+assert not [name for name, module in sys.modules.items() if "snntorch." in name and module
+            and not name.startswith("snnlstm")]
 """
 
 
@@ -237,9 +107,11 @@ def test_a_missing_or_broken_snntorch_costs_no_more_than_its_features(tmp_path, 
         (tmp_path / "snntorch.py").write_text(stub)
         code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + code
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(
-        "torch.nn.modules.module\naccelerate() replaces cells of snntorch"
-    )
+    base, *refused = done.stdout.splitlines()
+    assert base == "torch.nn.modules.module"
+    assert [line.split(", which")[0] for line in refused] == [
+        f"{function}() needs snntorch" for function in ("accelerate", "restore", "patch")
+    ]
     assert said in done.stderr
 
 

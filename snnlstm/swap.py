@@ -1,0 +1,362 @@
+"""Our cell in the place of snnTorch's, and back: in a model, or wherever one is made."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .sconv2dlstm import SConv2dLSTM
+from .snntorch import Base, Neuron, forget, recognise_quant, recognise_surrogate
+
+__all__ = ["Patch", "SwapReport", "accelerate", "patch", "restore", "unpatch"]
+
+logger = logging.getLogger("snnlstm")
+
+_ALREADY = ("is snnlstm's already", "is snntorch's already")
+
+
+@dataclass(frozen=True, repr=False)
+class SwapReport:
+    """What :func:`snnlstm.accelerate` or :func:`snnlstm.restore` did. Printed, it is a table.
+
+    Parameters
+    ----------
+    action : str
+        ``"accelerate"`` or ``"restore"``.
+    model : nn.Module
+        The model, changed in place; or the new cell, where the model was itself a cell.
+    swapped : tuple of str
+        Names of the new cells, as ``model.named_modules()`` gives them. A cell that occurs in
+        several places stands here with every name, and the name of the model itself is "".
+    left : dict of str to str
+        Names of the cells and neurons that are as they were, each with the reason.
+    """
+
+    action: str
+    model: nn.Module
+    swapped: tuple[str, ...]
+    left: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def headline(self) -> str:
+        """The first line of the table."""
+        return f"{self.action}: {len(self.swapped)} swapped, {len(self.left)} left"
+
+    def __str__(self) -> str:
+        rows = [(name, "swapped") for name in self.swapped]
+        rows += [(name, f"left: {reason}") for name, reason in self.left.items()]
+        names = [name or "(the model itself)" for name, _ in rows]
+        width = max(map(len, names), default=0)
+        lines = [self.headline]
+        lines += [f"  {name:{width}}  {what}" for name, (_, what) in zip(names, rows, strict=True)]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+# ---- in a model ---------------------------------------------------------------------------
+
+
+def accelerate(model: nn.Module) -> SwapReport:
+    """Replace every ``snntorch.SConv2dLSTM`` in a model by ours, in place.
+
+    The replacement shares the parameters, buffers, submodules, state and hooks of the cell
+    that it stands in for, so that optimizers and checkpoints keep working. A cell that occurs
+    in several places is replaced by one. Left alone, and listed with the reason, are instances
+    of subclasses and cells whose forward was replaced (they may compute something else), cells
+    that could not run in snnTorch either, such as one with an even kernel, and other neurons.
+    Only modules of the model are found, not cells that a plain list or another object holds.
+
+    Two things that snnTorch's cell accepts and ignores take effect: ``inhibition`` and a changed
+    ``reset_mechanism``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model, or a bare cell: the new one is then ``report.model``.
+
+    Returns
+    -------
+    SwapReport
+
+    Raises
+    ------
+    ImportError
+        If snntorch is not installed.
+    TypeError
+        If `model` is not an nn.Module.
+    """
+    _require_snntorch("accelerate")
+    return _swap("accelerate", model, Base, _why_not_ours, _adopt)
+
+
+def restore(model: nn.Module) -> SwapReport:
+    """Replace every :class:`SConv2dLSTM` of this package in a model by snnTorch's, in place.
+
+    The way back from :func:`snnlstm.accelerate`, and for models that were built with our cell. All
+    is shared as there; snnTorch's own ``spike_grad`` and ``state_quant`` come back where they were
+    not changed since, and otherwise ours stay, which work in snnTorch's cell as well. A cell that
+    does what snnTorch's cannot is left, and listed with the reason: ``stride``, ``dilation`` and
+    ``checkpoint``, and, where it did not come from snnTorch, ``inhibition``, float16 and bfloat16.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model, or a bare cell: the new one is then ``report.model``.
+
+    Returns
+    -------
+    SwapReport
+
+    Raises
+    ------
+    ImportError
+        If snntorch is not installed.
+    TypeError
+        If `model` is not an nn.Module.
+    """
+    _require_snntorch("restore")
+    return _swap("restore", model, SConv2dLSTM, _why_not_theirs, _give_back)
+
+
+def _require_snntorch(function: str) -> None:
+    if Base is nn.Module:
+        raise ImportError(
+            f"{function}() needs snntorch, which is not installed or has no SConv2dLSTM: "
+            "pip install snntorch"
+        )
+
+
+def _swap(
+    action: str,
+    model: nn.Module,
+    kind: type[nn.Module],
+    why_not: Callable[[nn.Module], str | None],
+    make: Callable[[Any], nn.Module],
+) -> SwapReport:
+    """Replace the instances of `kind` by what `make` makes of them, or say why not."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    # Everything is built before anything is replaced, so that an error leaves the model whole.
+    new: dict[int, nn.Module] = {}
+    reasons: dict[int, str] = {}
+    for name, module in model.named_modules():
+        reason = why_not(module)
+        if reason is None and type(module) is kind:
+            try:
+                new[id(module)] = make(module)
+            except (TypeError, ValueError) as error:
+                reason = str(error)
+        if reason is not None:
+            reasons[id(module)] = reason
+            if isinstance(module, Base) and reason not in _ALREADY:
+                logger.warning("%s leaves %s: %s", action, name or "the model itself", reason)
+    named = list(model.named_modules(remove_duplicate=False))
+    report = SwapReport(
+        action,
+        new.get(id(model), model),
+        tuple(name for name, module in named if id(module) in new),
+        {name: reasons[id(module)] for name, module in named if id(module) in reasons},
+    )
+    old = [module for module in model.modules() if id(module) in new]
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in new:
+                parent._modules[name] = new[id(child)]
+    forget(old)
+    if not new and not any(isinstance(module, Base) for module in model.modules()):
+        logger.warning("%s found no SConv2dLSTM in the model", action)
+    logger.info("%s", report.headline)
+    return report
+
+
+def _why_not_ours(module: nn.Module) -> str | None:
+    """Why accelerate leaves a module that the report is to name; None for all others."""
+    if isinstance(module, SConv2dLSTM):
+        return _ALREADY[0]
+    name = type(module).__name__
+    if type(module) is Base:
+        return "its forward was replaced" if "forward" in module.__dict__ else None
+    if isinstance(module, Base):
+        return f"{name} is a subclass of snntorch.SConv2dLSTM and may compute something else"
+    if Neuron is not None and isinstance(module, Neuron):
+        return f"{name} is another neuron; only SConv2dLSTM has a faster one"
+    return None
+
+
+def _why_not_theirs(module: nn.Module) -> str | None:
+    """Why restore leaves a module that the report is to name; None for all others."""
+    if not isinstance(module, SConv2dLSTM):
+        return _ALREADY[1] if type(module) is Base else None
+    if type(module) is not SConv2dLSTM:
+        name = type(module).__name__
+        return f"{name} is a subclass of snnlstm.SConv2dLSTM and may compute something else"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    for name, default in (("stride", (1, 1)), ("dilation", (1, 1)), ("checkpoint", False)):
+        value = getattr(module, name)
+        if value != default:
+            return f"snntorch has no {name}, and it is {value}"
+    if module._adopted is None:
+        if module.inhibition:
+            return "snntorch ignores inhibition, and it is True"
+        dtype = module.graded_spikes_factor.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            return f"snntorch cannot start from zeros in {dtype}"
+    return None
+
+
+def _adopt(old: Any) -> nn.Module:
+    """Make a cell that shares everything with one of snnTorch."""
+    cell = SConv2dLSTM(
+        old.in_channels,
+        old.out_channels,
+        old.kernel_size,
+        bool(old.bias),
+        old.max_pool,
+        old.avg_pool,
+        0.1,  # as all tensors, replaced below
+        None if old.surrogate_disable else old.spike_grad,
+        old.surrogate_disable,
+        old.init_hidden,
+        old.inhibition,
+        state_quant=old.state_quant,
+        output=old.output,
+        device="meta",
+    )
+    cell._adopted = {
+        name: getattr(old, name)
+        for name in ("spike_grad", "state_quant")
+        if name not in old._modules
+    }
+    _share(old, cell, {"state_function", "reset"})
+    states = {name: cell._buffers.pop(name) for name in ("syn", "mem")}
+    cell._non_persistent_buffers_set -= set(states)
+    cell._initial_threshold = cell.threshold.detach().clone()
+    cell.syn, cell.mem = states["syn"], states["mem"]
+    cell.reset_mechanism_val = cell.reset_mechanism_val  # which sets what runs, too
+    return cell
+
+
+def _give_back(old: SConv2dLSTM) -> nn.Module:
+    """Make a cell of snnTorch that shares everything with one of ours."""
+    originals = old._adopted or {}
+    spike_grad, state_quant = old.spike_grad, old.state_quant
+    if "spike_grad" in originals and recognise_surrogate(originals["spike_grad"]) == spike_grad:
+        spike_grad = originals["spike_grad"]
+    if state_quant and recognise_quant(originals.get("state_quant", False)) == state_quant:
+        state_quant = originals["state_quant"]
+    cell = Base.__new__(Base)
+    # A tiny one, made without touching the random numbers; its tensors are replaced below.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        _their_init()(
+            cell, 1, 1, 1, spike_grad=spike_grad, surrogate_disable=old.surrogate_disable,
+            reset_mechanism=old.reset_mechanism, state_quant=state_quant,
+        )  # fmt: skip
+    for name in (
+        "in_channels", "out_channels", "kernel_size", "padding", "bias", "max_pool", "avg_pool",
+        "init_hidden", "inhibition", "output",
+    ):  # fmt: skip
+        setattr(cell, name, getattr(old, name))
+    ours = set(vars(SConv2dLSTM(1, 1, 1, threshold=0.1, device="meta"))) | {"path", "_adopted"}
+    _share(old, cell, ours)
+    cell._buffers.update(syn=old.syn, mem=old.mem)
+    cell._non_persistent_buffers_set |= {"syn", "mem"}
+    return cell
+
+
+def _share(old: nn.Module, new: nn.Module, private: set[str]) -> None:
+    """Give `new` what `old` holds, but for the attributes that only old's class needs."""
+    # The very dictionaries of the hooks, because their handles know those.
+    shared = {key for key in old.__dict__ if "hook" in key} | {"training"}
+    extra = set(old.__dict__) - set(new.__dict__) - private
+    new.__dict__.update({key: old.__dict__[key] for key in shared | extra})
+    new._parameters = old._parameters.copy()
+    new._modules = old._modules.copy()
+    new._buffers = old._buffers.copy()
+    new._non_persistent_buffers_set = old._non_persistent_buffers_set.copy()
+
+
+# ---- wherever one is made -----------------------------------------------------------------
+
+
+class Patch:
+    """What :func:`snnlstm.patch` returns: undoes it at the end of a ``with`` block."""
+
+    def __init__(self, was_patched: bool) -> None:
+        self._was_patched = was_patched
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._was_patched:
+            unpatch()
+
+
+_original_init: Callable[..., None] | None = None
+
+
+def _their_init() -> Callable[..., None]:
+    return Base.__init__ if _original_init is None else _original_init
+
+
+def patch() -> Patch:
+    """From now on, ``snntorch.SConv2dLSTM(...)`` makes one of our cells.
+
+    Whoever imported the name, and when, does not matter: the class stays the same object, and
+    calling it makes an instance of ours, which is a subclass of it. So ``isinstance`` and
+    ``snntorch.utils.reset`` know the cells made before and those made after. Our keyword
+    arguments, such as ``stride=``, are accepted. Subclasses of snnTorch's cell stay what they
+    are, and so do cells that exist already: see :func:`snnlstm.accelerate`. A second call changes
+    nothing.
+
+    Returns
+    -------
+    Patch
+        In a ``with`` statement, it undoes the patch at the end of the block, unless it was
+        there before.
+
+    Raises
+    ------
+    ImportError
+        If snntorch is not installed.
+    """
+    global _original_init
+    _require_snntorch("patch")
+    if _original_init is not None:
+        return Patch(was_patched=True)
+    original = Base.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if type(self) is Base:
+            self.__class__ = SConv2dLSTM
+            SConv2dLSTM.__init__(self, *args, **kwargs)
+        else:
+            original(self, *args, **kwargs)
+
+    Base.__init__, _original_init = init, original
+    return Patch(was_patched=False)
+
+
+def unpatch() -> None:
+    """Undo :func:`snnlstm.patch`.
+
+    Cells that were made meanwhile stay ours: see :func:`snnlstm.restore`.
+    """
+    global _original_init
+    if _original_init is not None:
+        Base.__init__, _original_init = _original_init, None

@@ -1,0 +1,450 @@
+"""accelerate, restore and patch: our cell in the place of snnTorch's, and the way back."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import snntorch
+import torch
+from helpers import THRESHOLD, Net, close, net, ours, same_gradients, states, steps, theirs
+from snntorch import functional, utils
+from snntorch.functional.quant import state_quant
+from torch import nn
+
+import snnlstm
+
+X, START = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
+
+
+def train(model, optimizer, x):
+    for x_t in x:
+        optimizer.zero_grad()
+        utils.reset(model)
+        spk, mem = model(x_t)
+        (spk.sum() + mem.square().sum()).backward()
+        optimizer.step()
+
+
+# ---- accelerate -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"reset_mechanism": "subtract"}], ids=str)
+def test_accelerate_trains_as_before(options):
+    x = steps(6, 2, 2, 6, 6)
+    models = [net(snntorch.SConv2dLSTM, **options) for _ in range(2)]
+    optimizers = [torch.optim.Adam(model.parameters(), lr=0.05) for model in models]
+    for model in models:
+        model(x[0])
+    snnlstm.accelerate(models[0])  # in the midst of it
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, x[1:])
+    close(models[0].state_dict(), models[1].state_dict(), atol=1e-4)
+    assert type(models[0].first) is snnlstm.SConv2dLSTM
+
+
+def test_accelerate_shares_all_that_the_cell_has():
+    old = theirs(
+        max_pool=2, learn_threshold=True, reset_mechanism="zero", init_hidden=True, output=True,
+        spike_grad=snntorch.surrogate.sigmoid(5), state_quant=None,
+    )  # fmt: skip
+    seen = []
+    handle = old.register_forward_hook(lambda module, args, out: seen.append(module))
+    old(X)
+    old.eval()
+    old.remark = "mine"
+    new = snnlstm.accelerate(old).model
+    assert type(new) is snnlstm.SConv2dLSTM
+    for name, parameter in old.named_parameters():
+        assert dict(new.named_parameters())[name] is parameter
+    assert list(new.state_dict()) == list(old.state_dict())
+    assert new.conv is old.conv
+    assert new.mem is old.mem
+    assert not new.training
+    assert (new.init_hidden, new.output, new.reset_mechanism) == (True, True, "zero")
+    assert new.spike_grad == snnlstm.surrogate.sigmoid(5)
+    assert new.remark == "mine"
+    assert len(list(new.buffers())) == 2
+    close(new(X), old(X))
+    assert seen[1] is new
+    handle.remove()
+    new(X)
+    assert len(seen) == 3
+
+
+def test_accelerate_runs_the_reset_mechanism_that_a_checkpoint_brought():
+    old, expected = theirs(reset_mechanism="none"), theirs(reset_mechanism="zero")
+    old.load_state_dict(expected.state_dict())
+    close(snnlstm.accelerate(old).model(X, *START), expected(X, *START))
+
+
+class Mine(snntorch.SConv2dLSTM):
+    pass
+
+
+def test_accelerate_reports_every_cell_and_neuron_by_name(caplog):
+    shared, replaced = theirs(3, 3, 3), theirs()
+    replaced.forward = lambda x: x
+    model = nn.ModuleDict(
+        {
+            "a": nn.Sequential(theirs(surrogate_disable=True), nn.ModuleList([shared])),
+            "b": shared,
+            "mine": Mine(2, 3, 3),
+            "even": theirs(2, 3, 2),
+            "hand": replaced,
+            "ours": ours(),
+            "leaky": snntorch.Leaky(0.9),
+            "flat": nn.Flatten(),
+        }
+    )
+    before = dict(model.named_children())
+    with caplog.at_level("INFO", logger="snnlstm"):
+        report = snnlstm.accelerate(model)
+    assert report.model is model
+    assert report.action == "accelerate"
+    assert report.swapped == ("a.0", "a.1.0", "b")
+    assert model["a"][1][0] is model["b"]
+    assert type(model["b"]) is type(model["a"][0]) is snnlstm.SConv2dLSTM
+    assert model["a"][0].spike_grad == snnlstm.surrogate.NONE
+    reasons = {
+        "mine": "Mine is a subclass of snntorch.SConv2dLSTM and may compute something else",
+        "even": "kernel_size must be odd, got 2",
+        "hand": "its forward was replaced",
+        "ours": "is snnlstm's already",
+        "leaky": "Leaky is another neuron; only SConv2dLSTM has a faster one",
+    }
+    assert list(report.left) == list(reasons)
+    assert all(report.left[name].startswith(reason) for name, reason in reasons.items())
+    assert all(model[name] is before[name] for name in reasons)
+    lines = str(report).splitlines()
+    assert repr(report) == str(report)
+    assert lines[0] == "accelerate: 3 swapped, 5 left"
+    assert lines[1] == "  a.0    swapped"
+    assert lines[6] == "  hand   left: its forward was replaced"
+    # What could have been expected to be faster and is not, is said in the log, too.
+    left, done = caplog.messages[:-1], caplog.messages[-1]
+    assert [message.split(":")[0] for message in left] == [
+        f"accelerate leaves {name}" for name in ("mine", "even", "hand")
+    ]
+    assert done == lines[0]
+
+
+def test_accelerate_says_that_it_found_nothing(caplog):
+    model = nn.Sequential(nn.Flatten(), snntorch.Leaky(0.9))
+    report = snnlstm.accelerate(model)
+    assert report.swapped == ()
+    assert caplog.messages == ["accelerate found no SConv2dLSTM in the model"]
+
+
+@pytest.mark.parametrize("function", [snnlstm.accelerate, snnlstm.restore])
+def test_what_is_no_module_is_refused(function):
+    with pytest.raises(TypeError, match=r"model must be an nn.Module, got list"):
+        function([theirs()])
+
+
+# ---- snnTorch's own tools, on an accelerated net --------------------------------------------
+
+
+def sequential(how, leaky=True):
+    """Two classes of neurons, or one."""
+    torch.manual_seed(0)
+    cell = snnlstm.SConv2dLSTM if how == "ours" else snntorch.SConv2dLSTM
+    first = cell(2, 3, 3, threshold=THRESHOLD, init_hidden=True)
+    if leaky:
+        last = snntorch.Leaky(beta=0.9, threshold=0.2, init_hidden=True, output=True)
+        model = nn.Sequential(first, nn.Flatten(), nn.Linear(3 * 36, 4), last)
+    else:
+        last = cell(3, 4, 3, threshold=THRESHOLD, max_pool=6, init_hidden=True, output=True)
+        model = nn.Sequential(first, last)
+    if how == "accelerated":
+        assert snnlstm.accelerate(model).swapped == (("0",) if leaky else ("0", "1"))
+    return model
+
+
+class FlatLoss(functional.ce_count_loss):
+    def __call__(self, spk, target):
+        return super().__call__(spk.flatten(2), target)
+
+
+# Other calls of TBPTT and RTRL fail in snntorch 1.0.0 for every net: with data that varies in
+# time, and with neurons of two classes, of which they detach one.
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("BPTT", {}),
+        ("BPTT", {"num_steps": 4, "time_var": False}),
+        ("TBPTT", {"num_steps": 4, "time_var": False, "K": 2}),
+        ("RTRL", {"num_steps": 3, "time_var": False}),
+    ],
+    ids=str,
+)
+def test_backprop_trains_as_with_snntorchs_cell(name, options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from snntorch import backprop
+    data = [(steps(5, 4, 2, 6, 6, seed=s), torch.arange(4)) for s in range(2)]
+    if options:
+        data = [(x[0], target) for x, target in data]
+    losses = {}
+    for how in ("ours", "accelerated", "theirs"):
+        model = sequential(how, leaky=name == "BPTT")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses[how] = [
+            getattr(backprop, name)(model, data, optimizer, FlatLoss(), **options).item()
+            for _ in range(3)
+        ]
+    assert losses["ours"] == pytest.approx(losses["theirs"], rel=1e-4)
+    assert losses["accelerated"] == pytest.approx(losses["theirs"], rel=1e-4)
+    assert losses["theirs"][-1] != losses["theirs"][0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ce_rate_loss", "ce_count_loss", "mse_count_loss", "ce_max_membrane_loss",
+        "mse_membrane_loss", "ce_temporal_loss", "mse_temporal_loss",
+    ],
+)  # fmt: skip
+def test_functional_losses_and_their_gradients_are_those_of_the_original(name):
+    x, target = steps(6, 4, 2, 6, 6), torch.arange(4)
+    models = [sequential("accelerated"), sequential("theirs")]
+    losses = []
+    for model in models:
+        spk, mem = (torch.stack(out) for out in zip(*map(model, x), strict=True))
+        loss = getattr(functional, name)()(mem if "membrane" in name else spk, target)
+        loss.backward()
+        losses.append(loss)
+    close(*losses)
+    same_gradients(*models)
+    assert models[0][0].conv.weight.grad.any()
+
+
+def reset_by_module_walk(model):
+    """utils.reset as snnTorch's master has it: no registry, but reset_mem() of each neuron.
+
+    Its pull requests 414 and 449 say so: https://github.com/jeshraghian/snntorch/pull/449
+    """
+    for module in model.modules():
+        if isinstance(module, snntorch.SpikingNeuron):
+            module.reset_mem()
+
+
+def test_the_reset_of_snntorchs_master_reaches_the_cells_of_one_net_alone():
+    models = [nn.Sequential(nn.ModuleDict({"deep": sequential("accelerated")})) for _ in range(2)]
+    for model in models:
+        model[0]["deep"](X)
+    reset_by_module_walk(models[0])
+    (one, other) = (model[0]["deep"][0] for model in models)
+    assert not one.mem.any()
+    assert not one.syn.any()
+    assert not one.mem.requires_grad
+    assert other.mem.any()
+    models[0][0]["deep"](X)[1].sum().backward()
+
+
+# ---- restore --------------------------------------------------------------------------------
+
+OPTIONS = [
+    {},
+    {"max_pool": 2, "reset_mechanism": "subtract", "learn_threshold": True},
+    {"avg_pool": 2, "reset_mechanism": "zero", "init_hidden": True, "output": True},
+    {"surrogate_disable": True, "bias": False, "init_hidden": True},
+    {"spike_grad": snntorch.surrogate.fast_sigmoid(10), "inhibition": True},
+    {"spike_grad": torch.sigmoid},
+    {"spike_grad": nn.Sigmoid(), "state_quant": nn.Hardtanh()},
+    {"state_quant": state_quant(4)},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_restore_undoes_accelerate(options):
+    x = steps(4, 2, 2, 6, 7)
+    one, other = theirs(**options), theirs(**options)
+    for cell in (one, other):
+        cell(x[0])
+    random = torch.get_rng_state()
+    back = snnlstm.restore(snnlstm.accelerate(one).model).model
+    assert torch.equal(torch.get_rng_state(), random)
+    assert type(back) is snntorch.SConv2dLSTM
+    assert back.spike_grad is one.spike_grad
+    assert back.state_quant is one.state_quant
+    assert back.conv is one.conv
+    assert back.mem is one.mem
+    for name in ("_parameters", "_modules", "_buffers", "_non_persistent_buffers_set"):
+        assert list(getattr(back, name)) == list(getattr(one, name))
+    assert set(vars(back)) == set(vars(one)) - {"reset"}  # which the next call sets
+    assert list(back.state_dict()) == list(one.state_dict())
+    for t in range(1, 4):
+        close(back(x[t]), other(x[t]), atol=0, rtol=0)
+    if not options.get("surrogate_disable"):
+        back.spk.sum().backward()
+        other.spk.sum().backward()
+        same_gradients(back, other, atol=0)
+
+
+def test_restore_in_the_midst_of_training_keeps_optimizer_hooks_and_states():
+    x = steps(7, 2, 2, 6, 6)
+    models = [net(snntorch.SConv2dLSTM, reset_mechanism="subtract") for _ in range(2)]
+    optimizers = [torch.optim.Adam(model.parameters(), lr=0.05) for model in models]
+    seen = []
+    handle = models[0].first.register_forward_hook(lambda module, *_: seen.append(type(module)))
+    for part, swap in enumerate((snnlstm.accelerate, snnlstm.restore)):
+        assert swap(models[0]).swapped == ("first", "second")
+        for model, optimizer in zip(models, optimizers, strict=True):
+            train(model, optimizer, x[3 * part : 3 * part + 3])
+    close(models[0].state_dict(), models[1].state_dict(), atol=1e-4)
+    assert seen == 3 * [snnlstm.SConv2dLSTM] + 3 * [snntorch.SConv2dLSTM]
+    handle.remove()
+    models[0](x[6])
+    assert len(seen) == 6
+
+
+def test_both_ways_leave_the_cells_in_use_in_snntorchs_registry():
+    model = net(snntorch.SConv2dLSTM)
+    old = [model.first, model.second]
+    registry = snntorch.SpikingNeuron.instances
+    for swap in (snnlstm.accelerate, snnlstm.restore):
+        swap(model)
+        now = [model.first, model.second]
+        # By identity: of ours, the list holds weak proxies.
+        held = [getattr(entry, "__repr__", None).__self__ for entry in registry]
+        assert sum(isinstance(cell, snntorch.SConv2dLSTM) for cell in held) == 2
+        assert all(any(cell is entry for entry in held) for cell in now)
+        model(X)
+        snntorch.SConv2dLSTM.reset_hidden()
+        assert not any(cell.mem.any() for cell in now)
+        assert not any(cell is entry for cell in old for entry in [*held, *snnlstm.snntorch.live])
+        old = now
+
+
+def test_restore_gives_ours_to_snntorch_where_there_is_no_original():
+    surrogate, quant = snnlstm.surrogate.sigmoid(5), snnlstm.quant.state_quant(4)
+    options = {"spike_grad": surrogate, "state_quant": quant, "threshold": 0.1}
+    built = ours(**options)
+    changed = snnlstm.accelerate(theirs()).model
+    changed.spike_grad, changed.state_quant = surrogate, quant
+    copied = copy.deepcopy(snnlstm.accelerate(theirs(**options)).model)
+    expected = theirs(**options)
+    for cell in (built, changed, copied):
+        back = snnlstm.restore(cell).model
+        assert type(back) is snntorch.SConv2dLSTM
+        assert back.spike_grad == surrogate
+        assert back.state_quant == quant
+        close(back(X), expected(X))
+        expected.reset_mem()
+
+
+def test_an_accelerated_cell_with_snntorchs_closures_can_be_pickled():
+    cell = snnlstm.accelerate(theirs(spike_grad=snntorch.surrogate.sigmoid(5))).model
+    other = pickle.loads(pickle.dumps(cell))
+    close(other(X), cell(X))
+    assert snnlstm.restore(other).swapped == ("",)
+
+
+class OursToo(snnlstm.SConv2dLSTM):
+    pass
+
+
+def replaced_forward():
+    cell = ours()
+    cell.forward = lambda x: x
+    return cell
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: ours(stride=2), "snntorch has no stride, and it is (2, 2)"),
+        (lambda: ours(dilation=(1, 2)), "snntorch has no dilation, and it is (1, 2)"),
+        (lambda: ours(checkpoint=True), "snntorch has no checkpoint, and it is True"),
+        (lambda: ours(inhibition=True), "snntorch ignores inhibition, and it is True"),
+        (lambda: ours().half(), "snntorch cannot start from zeros in torch.float16"),
+        (lambda: ours().bfloat16(), "snntorch cannot start from zeros in torch.bfloat16"),
+        (lambda: OursToo(2, 3, 3, threshold=0.1),
+         "OursToo is a subclass of snnlstm.SConv2dLSTM and may compute something else"),
+        (replaced_forward, "its forward was replaced"),
+        (theirs, "is snntorch's already"),
+    ],
+)  # fmt: skip
+def test_restore_leaves_what_snntorch_cannot_do_and_says_why(make, reason):
+    cell, other = make(), ours().double()
+    model = nn.ModuleDict({"left": cell, "done": other})
+    report = snnlstm.restore(model)
+    assert report.left == {"left": reason}
+    assert model["left"] is cell
+    assert report.swapped == ("done",)
+    close(model["done"](X.double()), ours().double()(X.double()))
+
+
+# ---- patch ----------------------------------------------------------------------------------
+
+early = snntorch.SConv2dLSTM  # as `from snntorch import SConv2dLSTM` before patch() reads it
+
+
+@pytest.fixture
+def patched():
+    with snnlstm.patch() as handle:
+        yield handle
+
+
+def test_patch_makes_every_new_cell_ours_whoever_imported_the_name(patched):
+    from snntorch import SConv2dLSTM
+    from snntorch._neurons.sconv2dlstm import SConv2dLSTM as inner
+
+    for cell in (early, SConv2dLSTM, inner, snntorch.SConv2dLSTM):
+        torch.manual_seed(0)
+        made = cell(2, 3, 3, threshold=0.1, reset_mechanism="zero", stride=1)
+        assert type(made) is snnlstm.SConv2dLSTM
+        close(made(X), ours(reset_mechanism="zero")(X))
+
+
+def test_patched_the_old_cells_and_subclasses_stay_what_they_are():
+    old = theirs()
+    with snnlstm.patch():
+        model = nn.Sequential(old, theirs())
+        assert [type(cell) for cell in model] == [snntorch.SConv2dLSTM, snnlstm.SConv2dLSTM]
+        assert all(isinstance(cell, snntorch.SConv2dLSTM) for cell in model)
+        assert type(Mine(2, 3, 3)) is Mine
+        plain = theirs(spike_grad=torch.sigmoid)  # so that snnTorch's can be copied
+        assert type(copy.deepcopy(Mine(2, 3, 3, spike_grad=torch.sigmoid))) is Mine
+        assert type(copy.deepcopy(plain)) is snnlstm.SConv2dLSTM
+        close(model[0](X), model[1](X))
+        utils.reset(model)
+        assert not any(cell.mem.any() for cell in model)
+        utils.reset(nn.Sequential(old))  # also where all cells are old
+        assert type(snnlstm.restore(model[1]).model) is snntorch.SConv2dLSTM
+
+
+def test_patch_can_be_undone_in_three_ways():
+    def makes_ours():
+        return type(theirs()) is snnlstm.SConv2dLSTM
+
+    init = snntorch.SConv2dLSTM.__init__
+    with snnlstm.patch():
+        assert makes_ours()
+        with snnlstm.patch():  # a second one changes nothing, and neither does its end
+            assert makes_ours()
+        assert makes_ours()
+    assert not makes_ours()
+    with pytest.raises(KeyError), snnlstm.patch():
+        raise KeyError
+    assert not makes_ours()
+    snnlstm.patch()
+    snnlstm.patch()
+    assert makes_ours()
+    snnlstm.unpatch()
+    assert not makes_ours()
+    snnlstm.unpatch()
+    assert snntorch.SConv2dLSTM.__init__ is init
+
+
+def test_a_net_built_while_patched_trains_as_before(patched):
+    one = Net(snntorch.SConv2dLSTM)
+    assert type(one.first) is snnlstm.SConv2dLSTM
+    snnlstm.unpatch()
+    other = Net(snntorch.SConv2dLSTM)
+    other.load_state_dict(one.state_dict())
+    x = steps(3, 2, 2, 6, 6)
+    for model in (one, other):
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), x)
+    close(one.state_dict(), other.state_dict(), atol=1e-4)
