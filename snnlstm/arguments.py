@@ -157,6 +157,11 @@ def real_tensor(name: str, value: Any) -> Tensor:
     return value
 
 
+def values(value: Any) -> Tensor:
+    """The numbers of a checked number or tensor, detached; not on torch's default device."""
+    return (value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")).detach()
+
+
 def dtype_or_none(name: str, value: Any) -> torch.dtype | None:
     """Check a dtype of the module."""
     if value is not None and not isinstance(value, torch.dtype):

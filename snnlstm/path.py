@@ -277,6 +277,8 @@ def choose(
     device = x.device.type
     if device not in ("cpu", "cuda"):
         return Path("reference", f"there are no kernels for device {device}")
+    if conv is not None:  # it has weights of its own
+        weight, bias = x, None
     reason = _quiet(x, syn, mem, weight, bias, threshold, graded)
     if reason is None and (x.numel() == 0 or x.shape[-3] == 0):
         reason = "x is empty"

@@ -74,7 +74,7 @@ def _quantise(x: Tensor, levels: Tensor, ascending: bool) -> Tensor:
         return levels[nearest(wide, levels.to(wide.dtype))].to(x.dtype)
 
     levels = levels.to(x.device)
-    if torch.compiler.is_compiling() or x.numel() <= _BLOCK:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.numel() <= _BLOCK:
         return block(x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     parts = x.reshape(-1).split(_BLOCK)
@@ -152,8 +152,13 @@ class StateQuant:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Nearest level of each element, of x's shape, dtype and device."""
-        quantise = _Quantise if torch.compiler.is_compiling() else _QuantiseForwardMode
-        return quantise.apply(x, self._levels, self._ascending)
+        if torch.compiler.is_compiling():
+            return _Quantise.apply(x, self._levels, self._ascending)
+        if torch.jit.is_tracing():  # a trace with a Function of Python in it cannot be saved
+            fixed = x.detach()
+            straight_through = torch.where(fixed.isfinite(), x - fixed, 0)
+            return _quantise(fixed, self._levels, self._ascending) + straight_through
+        return _QuantiseForwardMode.apply(x, self._levels, self._ascending)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StateQuant) and self._key == other._key
@@ -247,7 +252,7 @@ def state_quant(
     lowest = -threshold - threshold * lower_limit
     highest = threshold + threshold * upper_limit
     if uniform:
-        return StateQuant(torch.linspace(lowest, highest, count))
+        return StateQuant(torch.linspace(lowest, highest, count, device="cpu"))
     centre = threshold if thr_centered else 0
     if not lowest < highest or not lowest <= centre <= highest:
         raise ValueError(
@@ -255,4 +260,5 @@ def state_quant(
             f"got levels from {lowest:g} to {highest:g}"
         )
     base = _MULTIPLIERS[min(num_bits, 8) - 1] if multiplier is None else multiplier
-    return StateQuant(torch.tensor(_geometric_levels(count, lowest, centre, highest, base)))
+    levels = _geometric_levels(count, lowest, centre, highest, base)
+    return StateQuant(torch.tensor(levels, device="cpu"))

@@ -180,7 +180,7 @@ class SConv2dLSTM(DescribedCell):
             device=device,
             dtype=dtype,
         )
-        values = torch.as_tensor(threshold).detach().to(conv.weight.device, dtype, copy=True)
+        values = arguments.values(threshold).to(conv.weight.device, dtype, copy=True)
         if learn_threshold:
             self.threshold = nn.Parameter(values)
         else:
@@ -373,7 +373,7 @@ class SConv2dLSTM(DescribedCell):
         """Give parameters and buffers their initial values again; the states become zero."""
         self.conv.reset_parameters()
         with torch.no_grad():
-            self.threshold.copy_(torch.as_tensor(self._initial_threshold))
+            self.threshold.copy_(arguments.values(self._initial_threshold))
             self.graded_spikes_factor.fill_(1)
             self.reset_mechanism_val.copy_(self._reset_index(self.reset_mechanism_val.device))
         self.reset_mem()

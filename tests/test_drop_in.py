@@ -53,8 +53,6 @@ def test_the_calls_of_snntorchs_own_tests_of_the_cell():
         assert cell.reset_mechanism_val == 2
         hidden = ours(1, 8, 3, init_hidden=True, reset_mechanism=reset)
         assert [hidden(x_t).size() for x_t in x] == [(1, 8, 4, 4)] * 2
-    explained = torch._dynamo.explain(ours(1, 8, 3, surrogate_disable=True))(x[0])
-    assert explained.graph_break_count == 0
 
 
 def test_static_helpers():
@@ -116,102 +114,6 @@ def test_a_missing_or_broken_snntorch_costs_no_more_than_its_features(tmp_path, 
 
 
 # ---- torch's own tools ----------------------------------------------------------------------
-
-COMPILED = [
-    {},
-    {"max_pool": 2, "reset_mechanism": "subtract"},
-    {"avg_pool": 2, "reset_mechanism": "zero", "learn_threshold": True},
-    {"state_quant": snnlstm.quant.state_quant(4)},
-    {"inhibition": True},
-    {"stride": 2, "dilation": 2},
-    {"surrogate_disable": True},
-    {"checkpoint": True},
-    {"spike_grad": torch.sigmoid},
-]
-
-
-@pytest.mark.parametrize(
-    ("hidden", "options"),
-    [(False, options) for options in COMPILED] + [(True, options) for options in COMPILED[:2]],
-    ids=str,
-)
-def test_torch_compile_has_no_graph_break(options, hidden):
-    torch._dynamo.reset()
-    cells = [ours(init_hidden=hidden, output=True, **options) for _ in range(2)]
-    step = torch.compile(cells[0], fullgraph=True, backend="aot_eager")
-    x = steps(3, 2, 2, 6, 6)
-    start = () if hidden else states(2, 3, *((3, 3) if "stride" in options else (6, 6)))
-    results = []
-    for cell, call in zip(cells, (step, cells[1]), strict=True):
-        state, loss = start, 0
-        for t in range(3):
-            spk, *state = call(x[t], *state)
-            loss = loss + spk.sum() * (t + 1) + state[1].sum()
-            state = [] if hidden else state
-        loss.backward()
-        results.append((spk, cell.syn, cell.mem, cell.reset, cell.spk))
-    close(*results)
-    same_gradients(*cells)
-
-
-def test_torch_compile_of_a_sequence():
-    torch._dynamo.reset()
-    one, other = ours(), ours()
-    x = steps(3, 2, 2, 6, 6)
-    close(torch.compile(one, fullgraph=True, backend="aot_eager")(x, record=True),
-          other(x, record=True))  # fmt: skip
-
-
-def test_inductor_compiles_it():
-    torch._dynamo.reset()
-    one, other = ours(reset_mechanism="subtract"), ours(reset_mechanism="subtract")
-    actual = torch.compile(one, fullgraph=True)(X, *START)
-    expected = other(X, *START)
-    close(actual, expected)
-    actual[2].sum().backward()
-    expected[2].sum().backward()
-    same_gradients(one, other)
-
-
-@pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("strict", [False, True])
-def test_torch_export_gives_a_plain_graph(strict):
-    cell = ours(reset_mechanism="subtract", max_pool=2)
-    program = torch.export.export(cell, (X, *START), strict=strict)
-    targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
-    plain = {"<built-in function getitem>", "wrap_with_set_grad_enabled"}
-    assert all(target.startswith("aten.") for target in targets - plain)
-    assert cell.syn.shape == (0,)  # nothing of the tracing stays behind
-    close(program.module()(X, *START), cell(X, *START))
-    buffer = io.BytesIO()
-    silent = ours(surrogate_disable=True)
-    torch.export.save(torch.export.export(silent, (X, *START), strict=strict), buffer)
-    buffer.seek(0)
-    close(torch.export.load(buffer).module()(X, *START), silent(X, *START))
-
-
-@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
-@pytest.mark.parametrize(
-    "options", [{"max_pool": 2, "reset_mechanism": "subtract"}, {"stride": 2, "inhibition": True}],
-    ids=str,
-)  # fmt: skip
-def test_onnx_export_with_surrogate_disable(tmp_path, dynamo, options):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnx.reference")
-    cell = ours(surrogate_disable=True, **options).eval()
-    start = states(2, 3, 3, 3) if "stride" in options else START
-    torch.onnx.export(cell, (X, *start), tmp_path / "cell.onnx", dynamo=dynamo, verbose=False)
-    session = runtime.ReferenceEvaluator(str(tmp_path / "cell.onnx"))
-    inputs = dict(zip(session.input_names, (t.numpy() for t in (X, *start)), strict=True))
-    close([torch.from_numpy(o) for o in session.run(None, inputs)],
-          [o.detach() for o in cell(X, *start)])  # fmt: skip
-
-
-def test_jit_trace():
-    cell = ours(surrogate_disable=True)
-    expected = cell(X, *START)
-    traced = torch.jit.trace(cell, (X, *START))
-    close(traced(X, *START), expected)
 
 
 def test_torch_save_of_a_whole_module_and_of_a_state_dict():

@@ -1,0 +1,263 @@
+"""torch.compile of cells and networks: no graph break, no recompilation, the numbers of eager."""
+
+import pytest
+import torch
+from helpers import THRESHOLD, close, ours, same_gradients, states, steps
+from torch import Tensor, nn
+
+import snnlstm
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Counted:
+    """A compiled module, and how many graphs it has been compiled to so far."""
+
+    def __init__(self, module: nn.Module, **kwargs) -> None:
+        self.graphs = 0
+        self.call = torch.compile(module, fullgraph=True, backend=self._backend, **kwargs)
+
+    def _backend(self, graph, example_inputs):
+        self.graphs += 1
+        return graph
+
+    def __call__(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+
+def last(out: Tensor | tuple) -> Tensor:
+    return out if isinstance(out, Tensor) else out[-1]
+
+
+# ---- the numbers ----------------------------------------------------------------------------
+
+OPTIONS = [
+    {},
+    {"max_pool": 2, "reset_mechanism": "subtract"},
+    {"avg_pool": 2, "reset_mechanism": "zero", "learn_threshold": True},
+    {"state_quant": snnlstm.quant.state_quant(4)},
+    {"inhibition": True},
+    {"stride": 2, "dilation": 2},
+    {"surrogate_disable": True},
+    {"checkpoint": True},
+    {"spike_grad": torch.sigmoid},
+]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "options"),
+    [(False, options) for options in OPTIONS] + [(True, options) for options in OPTIONS[:2]],
+    ids=str,
+)
+def test_steps_have_no_graph_break_and_equal_eager_ones(options, hidden):
+    cells = [ours(init_hidden=hidden, output=True, **options) for _ in range(2)]
+    step = torch.compile(cells[0], fullgraph=True, backend="aot_eager")
+    x = steps(3, 2, 2, 6, 6)
+    start = () if hidden else states(2, 3, *((3, 3) if "stride" in options else (6, 6)))
+    results = []
+    for cell, call in zip(cells, (step, cells[1]), strict=True):
+        state, loss = start, 0
+        for t in range(3):
+            spk, *state = call(x[t], *state)
+            loss = loss + spk.sum() * (t + 1) + state[1].sum()
+            state = [] if hidden else state
+        loss.backward()
+        results.append((spk, cell.syn, cell.mem, cell.reset, cell.spk))
+    close(*results)
+    same_gradients(*cells)
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_sequences_equal_eager_ones(record):
+    one, other = ours(reset_mechanism="zero"), ours(reset_mechanism="zero")
+    x = steps(3, 2, 2, 6, 6)
+    compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
+    actual, expected = compiled(x, record=record), other(x, record=record)
+    close(actual, expected)
+    close((one.syn, one.mem), (other.syn, other.mem))
+    for out in (actual, expected):
+        (out[0].sum() + out[2].square().sum()).backward()
+    same_gradients(one, other)
+
+
+class Net(nn.Module):
+    """A stem, two cells, and a readout of their mean rate and last potential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 3, 3, padding=1)
+        self.one = snnlstm.SConv2dLSTM(3, 4, 3, threshold=0.05, max_pool=2, init_hidden=True)
+        self.two = snnlstm.SConv2dLSTM(4, 4, 3, threshold=0.05, reset_mechanism="zero")
+        self.head = nn.Linear(4 * 4 * 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.one.reset_mem()
+        self.two.reset_mem()
+        current = self.stem(x.flatten(0, 1)).relu().unflatten(0, x.shape[:2])
+        spk, _, mem = self.two(self.one(current))
+        return self.head((spk.mean(0) + mem).flatten(1))
+
+
+def test_inductor_trains_a_network_as_eager_does():
+    """The default backend, several steps of an optimizer: weights are repacked in the graph."""
+    x, target = steps(3, 4, 2, 8, 8), torch.tensor([0, 1, 2, 1])
+    nets, losses = [], []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = Net()
+        call = torch.compile(net, fullgraph=True) if compiled else net
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+        losses.append([])
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(call(x), target)
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+        nets.append(net.eval())
+        with torch.no_grad():
+            losses[-1].append(call(x).sum().item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3, abs=1e-4)
+    assert losses[0][4] < losses[0][0] - 0.02
+    close(nets[1].state_dict(), nets[0].state_dict(), atol=2e-3)
+
+
+def test_the_mode_reduce_overhead_works():
+    """CUDA graphs on a GPU; without one it is the default mode."""
+    one, other = ours(reset_mechanism="subtract"), ours(reset_mechanism="subtract")
+    compiled = torch.compile(one, fullgraph=True, mode="reduce-overhead")
+    start = states(2, 3, 6, 6)
+    for x in steps(2, 2, 2, 6, 6):
+        close(compiled(x, *start), other(x, *start))
+
+
+# ---- how often it is compiled ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_stored_states_take_one_graph_to_start_and_one_to_go_on(hidden, training):
+    cell = ours(init_hidden=hidden)
+    compiled = Counted(cell)
+    seen = []
+    with torch.set_grad_enabled(training):
+        for x in (steps(4, 2, 2, 6, 6, seed=s) for s in range(3)):
+            cell.reset_mem()
+            for x_t in x:
+                out = compiled(x_t)
+                seen.append(compiled.graphs)
+            if training:
+                last(out).sum().backward()
+    assert seen == [1] + [2] * 11
+
+
+def test_passed_states_take_a_graph_for_each_kind_of_state():
+    """Empty ones of a new cell, zeros of a reset one, and those of the step before."""
+    cell = ours()
+    compiled = Counted(cell)
+    seen = []
+    for x in (steps(4, 2, 2, 6, 6, seed=s) for s in range(3)):
+        state = cell.reset_mem()
+        for x_t in x:
+            _, *state = compiled(x_t, *state)
+            seen.append(compiled.graphs)
+        state[1].sum().backward()
+    assert seen == [1, 2, 2, 2] + [3] * 8
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_sequence_takes_one_graph(explicit, training):
+    cell = ours()
+    compiled = Counted(cell)
+    for seed in range(3):
+        if not explicit:
+            cell.reset_mem()
+        with torch.set_grad_enabled(training):
+            mem = compiled(steps(4, 2, 2, 6, 6, seed=seed), *states(2, 3, 6, 6)[: 2 * explicit])[2]
+        if training:
+            mem.sum().backward()
+        cell(steps(2, 2, 2, 6, 6), record=True)  # an eager call between, of another kind
+    assert compiled.graphs == 1
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_training_and_validation_with_smaller_last_batches_stay_under_dynamos_limit(sequence):
+    """Above 8 graphs dynamo gives up, and fullgraph=True raises."""
+    cell = ours(init_hidden=True)
+    compiled = Counted(cell)
+    after = []
+    for _ in range(3):
+        for batch, training in ((4, True), (4, True), (3, True), (6, False), (1, False)):
+            x = steps(3, batch, 2, 6, 6)
+            cell.reset_mem()
+            with torch.set_grad_enabled(training):
+                out = compiled(x) if sequence else [compiled(x_t) for x_t in x][-1]
+            if training:
+                out.sum().backward()
+        after.append(compiled.graphs)
+    assert after == [4 if sequence else 8] * 3
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["dynamic=True", "mark_dynamic"])
+def test_one_graph_serves_all_batch_sizes(marked):
+    one, other = ours(reset_mechanism="subtract"), ours(reset_mechanism="subtract")
+    compiled = Counted(one, **({} if marked else {"dynamic": True}))
+    for batch in (4, 3, 5, 2, 7):  # not Cin first: dynamo takes equal sizes for one
+        inputs = [steps(1, batch, 2, 6, 6)[0], *states(batch, 3, 6, 6)]
+        if marked:
+            for tensor in inputs:
+                torch._dynamo.mark_dynamic(tensor, 0)
+        close(compiled(*inputs), other(*inputs), atol=0, rtol=0)
+    assert compiled.graphs == 1
+
+
+def test_batches_of_any_size_of_stored_states():
+    """The start and the rest of a sequence, each with one size and then with any size."""
+    cell, other = ours(init_hidden=True), ours(init_hidden=True)
+    compiled = Counted(cell)
+    for batch, graphs in ((2, 2), (3, 4), (5, 4), (2, 4), (7, 4)):
+        for one in (cell, other):
+            one.reset_mem()
+        for x in steps(3, batch, 2, 6, 6):
+            close(compiled(x), other(x), atol=0, rtol=0)
+        assert compiled.graphs == graphs
+
+
+def test_a_state_that_is_assigned_after_a_reset_is_used():
+    cell = ours(init_hidden=True, output=True)
+    compiled = Counted(cell)
+    x, (syn, mem) = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
+    expected = ours()(x, syn, mem)
+    compiled(x)
+    for edit in (False, True):
+        cell.reset_mem()
+        if edit:
+            cell.syn.copy_(syn)
+            cell.mem.copy_(mem)
+        else:
+            cell.syn, cell.mem = syn, mem
+        close(compiled(x), expected)
+
+
+def test_what_reset_mem_returned_starts_a_compiled_batch_of_any_size():
+    cell, other = ours(), ours()
+    compiled = Counted(cell)
+    for batch in (3, 3, 2, 4, 3):
+        mine, reference = cell.reset_mem(), states(batch, 3, 6, 6)
+        reference = [torch.zeros_like(state) for state in reference]
+        for x in steps(2, batch, 2, 6, 6):
+            _, *mine = compiled(x, *mine)
+            _, *reference = other(x, *reference)
+        close(mine, reference)
+    assert compiled.graphs <= 6
+
+
+def test_the_network_of_snntorchs_documentation_has_no_graph_break():
+    cell = snnlstm.SConv2dLSTM(1, 8, 3, threshold=THRESHOLD, surrogate_disable=True)
+    assert torch._dynamo.explain(cell)(torch.rand(1, 1, 4, 4)).graph_break_count == 0
