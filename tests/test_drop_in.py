@@ -10,7 +10,6 @@ import snntorch
 import torch
 from helpers import close, net, ours, same_gradients, states, steps, theirs
 from snntorch import utils
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import snnlstm
@@ -204,25 +203,3 @@ def test_inference_mode_and_no_grad(backend):
             assert cell.reset.shape == (2, 3, 6, 6)
             close(cell(X), theirs(reset_mechanism="subtract")(X, *expected[1:]))
         backend.check(cell.path)
-
-
-def _one_rank(rank, store):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
-    )
-    cell, alone = ours(), ours()
-    parallel = nn.parallel.DistributedDataParallel(cell)
-    for batch in (2, 2, 1 + rank):  # the last batches differ, as those of a data set do
-        x = steps(1, batch, 2, 6, 6, seed=10 * rank + batch)[0]
-        spk, syn, mem = parallel(x)
-        close((spk, syn, mem), alone(x))
-        (spk.sum() + mem.sum()).backward()
-        snnlstm.SConv2dLSTM.detach_hidden()
-    torch.distributed.destroy_process_group()
-
-
-def test_data_parallel_ranks_keep_their_own_states(tmp_path):
-    """snnTorch's states are buffers: rank 0's replace those of the others."""
-    assert not {"syn", "mem"} & {name for name, _ in ours().named_buffers()}
-    torch.multiprocessing.spawn(_one_rank, (tmp_path / "store",), nprocs=2)
