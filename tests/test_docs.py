@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import doctest
 import functools
+import importlib
 import importlib.util
 import itertools
 import logging
+import pkgutil
 import re
 import runpy
 import shlex
@@ -111,6 +114,19 @@ def test_the_warning_about_the_state_is_true():
     assert not torch.equal(cell(x)[2], first[2])
     cell.reset_mem()
     assert all(torch.equal(a, b) for a, b in zip(cell(x), first, strict=True))
+
+
+def test_examples_of_docstrings():
+    finder, runner, found = doctest.DocTestFinder(), doctest.DocTestRunner(), 0
+    names = {"snnlstm": snnlstm, "torch": torch, "nn": torch.nn}
+    for module in pkgutil.iter_modules(snnlstm.__path__, "snnlstm."):
+        if module.name in ("snnlstm.__main__", "snnlstm._C"):
+            continue
+        for test in finder.find(importlib.import_module(module.name), extraglobs=names):
+            found += bool(test.examples)
+            report: list[str] = []
+            assert runner.run(test, out=report.append).failed == 0, "".join(report)
+    assert found
 
 
 # ---- shell ----------------------------------------------------------------------------------
