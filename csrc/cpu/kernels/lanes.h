@@ -12,14 +12,21 @@ struct Lanes {
   static constexpr int count = VL;
 };
 
-// f(Lanes<T, VL>): the wide vectors, unless the narrow ones hold all channels.
+// Narrow vectors where they hold all channels, and those of AVX-512 also where they hold them with
+// fewer zeros: products merge them in pairs, so that only the rest gets slower.
+inline bool narrow_is_better(int64_t channels, int64_t narrow, int64_t wide) {
+  const auto padded = [&](int64_t lanes) { return (channels + lanes - 1) / lanes * lanes; };
+  return channels <= narrow || (kNarrowBytes >= 32 && padded(narrow) < padded(wide));
+}
+
+// f(Lanes<T, VL>) of the vectors that a cell is computed in.
 template <class F>
 auto with_lanes(const Cell& c, F&& f) {
   const auto choose = [&](auto number) {
     using T = decltype(number);
     constexpr int wide = kWideBytes / sizeof(T), narrow = kNarrowBytes / sizeof(T);
     if constexpr (narrow < wide)
-      if (c.C <= narrow) return f(Lanes<T, narrow>{});
+      if (narrow_is_better(c.C, narrow, wide)) return f(Lanes<T, narrow>{});
     return f(Lanes<T, wide>{});
   };
   return c.dtype == DType::float64 ? choose(double{}) : choose(float{});

@@ -143,9 +143,10 @@ SNNLSTM_INLINE void with_winograd(int kernel, int tile, F&& f) {
   return f(Winograd<S, 2, 3>{});
 }
 
-// Compiled for float32 in the wide vectors alone: float64 is there for its accuracy, and layers of
-// so few channels have little to gain.
+// Compiled for float32, in eight lanes or more where the processor has them: float64 is there for
+// its accuracy, and layers of so few channels have little to gain.
 template <class T, int VL>
-constexpr bool kHasWinograd = sizeof(T) == 4 && VL * sizeof(T) == kWideBytes;
+constexpr bool kHasWinograd =
+    sizeof(T) == 4 && VL * sizeof(T) >= (kWideBytes < 32 ? kWideBytes : 32);
 
 SNNLSTM_END_ISA
