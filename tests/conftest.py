@@ -59,6 +59,11 @@ class Backend:
 
             with emulated():
                 yield
+        elif self.name == "cuda":
+            # Everything that a test makes is on the GPU; at full precision, as on the CPU.
+            with torch.device(self.device), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+                yield
         else:
             yield
 
@@ -66,6 +71,7 @@ class Backend:
         """Assert which path a call took; `native`: whether the kernels can do this call."""
         assert path is not None
         assert path.native == (self.native and native), str(path)
+        assert not path.native or path.name.startswith(self.name), str(path)
 
 
 def _backends() -> list[Backend]:
@@ -82,7 +88,7 @@ def _backends() -> list[Backend]:
 
 @pytest.fixture(params=_backends(), ids=lambda backend: backend.name, scope="session")
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """Run a test once for each implementation that is there."""
+    """Run a test once for each implementation that is there, on its device by default."""
     return request.param
 
 

@@ -38,17 +38,22 @@ def twins(*args: Any, **kwargs: Any) -> tuple[snnlstm.SConv2dLSTM, snntorch.SCon
     return ours(*args, **kwargs), theirs(*args, **kwargs)
 
 
+def _random(make: Any, seed: int, *shape: int) -> Tensor:
+    """The same numbers on every device: torch's default one, that of the test's backend."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    numbers = make(shape, generator=generator, device="cpu")
+    return numbers.to(torch.get_default_device())
+
+
 def steps(time: int, *shape: int, seed: int = 1, density: float = 0.3) -> Tensor:
     """(T, N, Cin, H, W) of spikes."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(time, *shape, generator=generator) < density).float()
+    return (_random(torch.rand, seed, time, *shape) < density).float()
 
 
 def states(*shape: int, seed: int = 2) -> tuple[Tensor, Tensor]:
     """syn and mem as a running cell has them: mem within (-1, 1)."""
-    generator = torch.Generator().manual_seed(seed)
-    syn = torch.randn(*shape, generator=generator)
-    return syn, torch.tanh(torch.randn(*shape, generator=generator) / 3)
+    syn, mem = _random(torch.randn, seed, 2, *shape)
+    return syn, torch.tanh(mem / 3)
 
 
 def close(actual: Any, expected: Any, atol: float = 2e-6, rtol: float = 1e-5) -> None:

@@ -1,8 +1,11 @@
-"""float32, float64, half precision and autocast."""
+"""float32, float64 and half precision; torch's default dtype and device; cells without memory."""
+
+import copy
 
 import pytest
 import torch
 from helpers import close, ours, states, steps, theirs, twins
+from kernels import native
 
 import snnlstm
 
@@ -58,36 +61,6 @@ def test_a_half_precision_sequence_is_its_steps(dtype):
     close(one(x)[0], torch.stack([other(x_t)[0] for x_t in x]), atol=0, rtol=0)
 
 
-@half
-@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_under_autocast_states_and_spikes_stay_float32(dtype, input_dtype):
-    cell, other, exact = ours(), theirs(), ours()
-    x = steps(3, 2, 2, 6, 7)
-    start = states(2, 3, 6, 7)
-    seen = []
-    with torch.autocast("cpu", dtype=dtype):
-        original = torch.nn.functional.conv2d
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                torch.nn.functional,
-                "conv2d",
-                lambda *a: seen.append(original(*a)) or seen[-1],
-            )
-            spk, syn, mem = cell(x[0].to(input_dtype), *start)
-        reference = other(x[0], *start)  # which fails for bfloat16 in float16
-    assert {out.dtype for out in seen} == {dtype}  # the matrix work
-    assert {spk.dtype, syn.dtype, mem.dtype} == {torch.float32}
-    assert {out.dtype for out in reference} == {torch.float32}
-    close((syn, mem), exact(x[0], *start)[1:], atol=TOLERANCE[dtype])
-    close((syn, mem), reference[1:], atol=TOLERANCE[dtype])
-    assert cell.path.name == "reference"
-    mem.sum().backward()
-    assert cell.conv.weight.grad.dtype == torch.float32
-    # and go on without it
-    cell.reset_mem()
-    close(cell(x[1], syn.detach(), mem.detach()), exact(x[1], syn, mem))
-
-
 def test_stored_states_follow_a_change_of_dtype(backend):
     cell, other = ours(), ours()
     x = steps(2, 1, 2, 5, 5)
@@ -114,3 +87,101 @@ def test_thresholds_of_another_dtype_are_converted(backend):
     )[0].sum().backward()
     assert double.grad.dtype == torch.float64
     assert double.grad.all()
+
+
+# ---- torch's defaults -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def default_dtype(request):
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "default_dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str, indirect=True
+)
+def test_the_default_dtype_is_that_of_a_new_cell(default_dtype):
+    cell = ours(max_pool=2, learn_threshold=True)  # snnTorch's resets are always float32
+    assert {t.dtype for t in (*cell.parameters(), cell.syn, cell.graded_spikes_factor)} == {
+        default_dtype
+    }
+    x = steps(2, 1, 2, 6, 6).to(default_dtype)
+    out = cell(x)
+    assert {t.dtype for t in out} == {default_dtype}
+    (out[0].sum() + out[2].sum()).backward()
+    assert cell.conv.weight.grad.dtype == cell.threshold.grad.dtype == default_dtype
+    single = ours(dtype=torch.float32)  # which may be mixed with it
+    assert single(x.float())[1].dtype == torch.float32
+    if default_dtype == torch.float64:
+        with torch.no_grad():
+            other = theirs(max_pool=2)
+            for x_t in x:
+                reference = other(x_t)
+            close(out[1:], reference[1:], atol=1e-12)
+
+
+@pytest.fixture
+def default_device(request):
+    torch.set_default_device(request.param)
+    yield torch.device(request.param)
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("default_device", ["meta"], indirect=True)
+def test_the_default_device_is_that_of_a_new_cell_that_names_none(default_device):
+    """meta has no memory: whatever is made there by mistake fails."""
+    x = steps(3, 2, 2, 6, 6)
+    assert x.device == default_device  # so that all tests run on their backend's device
+    cell = ours()
+    assert {t.device for t in (*cell.parameters(), *cell.buffers(), cell.mem)} == {default_device}
+    assert cell(x)[0].device == default_device
+    options = {
+        "threshold": torch.full((3, 1, 1), 0.1, device="cpu"),
+        "state_quant": snnlstm.quant.state_quant(4, uniform=False), "inhibition": True,
+        "spike_grad": snnlstm.surrogate.SSO(), "reset_mechanism": "subtract",
+    }  # fmt: skip
+    for named in (ours(device="cpu"), ours(device="cpu", **options)):
+        out = named(torch.zeros(3, 2, 2, 6, 6, device="cpu"))
+        assert {o.device.type for o in out} == {"cpu"}
+        (out[0].sum() + out[2].sum()).backward()
+        assert named.conv.weight.grad.device.type == "cpu"
+        assert native is None or named.path.native
+        named.reset_parameters()
+
+
+# ---- cells without memory -------------------------------------------------------------------
+
+
+def test_a_cell_without_memory_gets_it_by_to_empty():
+    with torch.device("meta"):
+        cell = ours(learn_threshold=True, threshold=torch.full((3, 1, 1), 0.3, device="cpu"))
+    assert cell.conv.weight.is_meta
+    cell = copy.deepcopy(cell).to_empty(device="cpu")
+    torch.manual_seed(0)
+    cell.reset_parameters()
+    other = ours(threshold=0.3)
+    close(cell(steps(2, 1, 2, 5, 5)), other(steps(2, 1, 2, 5, 5)), atol=0, rtol=0)
+    copied = copy.deepcopy(cell)
+    assert torch.equal(copied.mem, cell.mem)
+    assert copied.conv.weight is not cell.conv.weight
+
+
+def test_states_that_come_out_of_meta_are_zeros():
+    cell = ours()
+    cell(steps(1, 2, 2, 5, 5)[0])
+    cell.to("meta").to_empty(device="cpu")
+    for state in (cell.syn, cell.mem):
+        assert state.shape == (2, 3, 5, 5)
+        assert not state.any()
+
+
+def test_a_cell_without_memory_takes_that_of_a_state_dict():
+    good = ours(reset_mechanism="zero")
+    with torch.device("meta"):
+        cell = ours()
+    cell.load_state_dict(good.state_dict(), assign=True)
+    assert cell.conv.weight.data_ptr() == good.conv.weight.data_ptr()
+    assert cell.reset_mechanism == "zero"
+    close(cell(steps(2, 1, 2, 5, 5)), good(steps(2, 1, 2, 5, 5)), atol=0, rtol=0)

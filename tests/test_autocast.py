@@ -1,0 +1,152 @@
+"""torch.autocast and GradScaler: matrix work in the autocast type, states and gradients float32.
+
+On the CPU that is the reference path; on CUDA, and on its emulation, the kernels.
+"""
+
+import pytest
+import torch
+from helpers import close, ours, states, steps, theirs
+from torch import Tensor
+
+import snnlstm
+
+TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
+half = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+
+
+def one_call_a_step(cell: snnlstm.SConv2dLSTM, x: Tensor, syn: Tensor, mem: Tensor) -> tuple:
+    spks = []
+    for x_t in x:
+        spk, syn, mem = cell(x_t, syn, mem)
+        spks.append(spk)
+    return torch.stack(spks), syn, mem
+
+
+def functional(cell: snnlstm.SConv2dLSTM, x: Tensor, syn: Tensor, mem: Tensor) -> tuple:
+    return snnlstm.functional.sconv2dlstm(
+        x, syn, mem, cell.conv.weight, cell.conv.bias, threshold=cell.threshold
+    )
+
+
+FORMS = {"steps": one_call_a_step, "sequence": lambda cell, *args: cell(*args), "f": functional}
+
+
+@half
+@pytest.mark.parametrize("form", FORMS)
+def test_states_spikes_and_gradients_stay_float32(backend, dtype, form):
+    x, start = steps(3, 2, 2, 6, 7), states(2, 3, 6, 7)
+    cell, exact = ours(), ours()
+    with torch.autocast(backend.device.type, dtype=dtype):
+        out = FORMS[form](cell, x, *start)
+    expected = FORMS[form](exact, x, *start)
+    assert {o.dtype for o in out} == {torch.float32}
+    close(out[1:], expected[1:], atol=TOLERANCE[dtype])
+    assert not torch.equal(out[2], expected[2])  # it was not computed in float32
+    for _, syn, mem in (out, expected):
+        (syn.square().sum() + mem.square().sum()).backward()
+    for name, parameter in cell.named_parameters():
+        grad, wanted = parameter.grad, exact.get_parameter(name).grad
+        assert grad.dtype == torch.float32
+        assert (grad - wanted).norm() < 2 * TOLERANCE[dtype] * wanted.norm()
+    if form != "f":
+        backend.check(cell.path, native=backend.name != "cpu")
+
+
+@half
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_matrix_work_on_the_cpu_is_in_the_autocast_type(dtype, input_dtype, monkeypatch):
+    cell, other = ours(), theirs()
+    x, start = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7)
+    seen, convolve = [], torch.nn.functional.conv2d
+    with torch.autocast("cpu", dtype=dtype):
+        reference = other(x, *start)  # which fails for bfloat16 in float16
+        monkeypatch.setattr(
+            torch.nn.functional, "conv2d", lambda *a: seen.append(convolve(*a)) or seen[-1]
+        )
+        out = cell(x.to(input_dtype), *start)
+    assert [o.dtype for o in seen] == [dtype]
+    assert {o.dtype for o in (*out, *reference)} == {torch.float32}
+    close(out[1:], reference[1:], atol=TOLERANCE[dtype])
+    assert str(cell.path) == "reference (autocast on the CPU)"
+
+
+@half
+def test_autocast_that_is_switched_off_inside_leaves_the_kernels_as_they_were(backend, dtype):
+    cell, exact = ours(), ours()
+    x = steps(3, 2, 2, 6, 7)
+    with torch.autocast(backend.device.type, dtype=dtype):
+        cell(x[0])
+        cell.reset_mem()
+        with torch.autocast(backend.device.type, enabled=False):
+            close(cell(x), exact(x), atol=0, rtol=0)
+            backend.check(cell.path)
+    _, syn, mem = cell(x[1], *states(2, 3, 6, 7))
+    close((syn, mem), exact(x[1], *states(2, 3, 6, 7))[1:], atol=0, rtol=0)
+
+
+@half
+def test_a_half_precision_module_has_states_of_float32(backend, dtype):
+    cell, exact = ours().to(dtype), ours()
+    x = steps(2, 2, 2, 6, 7)
+    with torch.autocast(backend.device.type, dtype=dtype):
+        out = cell(x.to(dtype))
+    assert {o.dtype for o in out} == {torch.float32}
+    close(out[1:], exact(x)[1:], atol=TOLERANCE[dtype])
+    out[2].sum().backward()
+    assert cell.conv.weight.grad.dtype == dtype
+
+
+def test_states_cross_the_border_of_autocast_both_ways(backend):
+    cell, exact = ours(reset_mechanism="zero"), ours(reset_mechanism="zero")
+    x = steps(4, 2, 2, 6, 7)
+    for t in range(4):
+        with torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=t % 2 == 0):
+            out = cell(x[t])
+        exact(x[t])
+        assert out[1].dtype == torch.float32
+    out[2].sum().backward()
+    exact.mem.sum().backward()
+    difference = cell.conv.weight.grad - exact.conv.weight.grad
+    assert difference.norm() < 0.1 * exact.conv.weight.grad.norm()
+
+
+# ---- GradScaler -----------------------------------------------------------------------------
+
+
+def scaled_step(cell, x, optimizer, scaler, device: str, factor: float = 1.0) -> Tensor:
+    """One step of training in float16; returns the gradient after unscaling."""
+    optimizer.zero_grad()
+    cell.reset_mem()
+    with torch.autocast(device, dtype=torch.float16):
+        spk, _, mem = cell(x)
+        loss = (spk.mean() + mem.square().mean()) * factor
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    grad = cell.conv.weight.grad.clone()
+    scaler.step(optimizer)
+    scaler.update()
+    return grad
+
+
+def test_grad_scaler(backend):
+    """Gradients that were scaled and unscaled; a step with an infinite one is left out."""
+    device = backend.device.type
+    cell, exact = ours(), ours()
+    x = steps(3, 2, 2, 6, 7)
+    optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+    grad = scaled_step(cell, x, optimizer, scaler, device)
+    spk, _, mem = exact(x)
+    (spk.mean() + mem.square().mean()).backward()
+    expected = exact.conv.weight.grad
+    assert (grad - expected).norm() < 0.02 * expected.norm()
+    close(cell.conv.weight.detach(), exact.conv.weight.detach() - 0.1 * expected, atol=1e-3)
+
+    before = cell.conv.weight.detach().clone()
+    grad = scaled_step(cell, x, optimizer, scaler, device, factor=1e38)
+    assert not grad.isfinite().all()
+    assert torch.equal(cell.conv.weight, before)
+    assert scaler.get_scale() == 512.0
+    scaled_step(cell, x, optimizer, scaler, device)
+    assert not torch.equal(cell.conv.weight, before)
+    assert cell.conv.weight.isfinite().all()
