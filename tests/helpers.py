@@ -1,5 +1,6 @@
 """Cells of both libraries with the same weights, and what is done with them."""
 
+import re
 import warnings
 from typing import Any
 
@@ -10,6 +11,11 @@ from torch import Tensor, nn
 import snnlstm
 
 THRESHOLD = 0.1  # one at which cells spike
+
+
+def described(value: object) -> str:
+    """An id for a parameter: its text, but for addresses, which differ from run to run."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def quietly(make: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import THRESHOLD, close, ours, same_gradients, states, steps
+from helpers import THRESHOLD, close, described, ours, same_gradients, states, steps
 from torch import Tensor, nn
 
 import snnlstm
@@ -52,7 +52,7 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ("hidden", "options"),
     [(False, options) for options in OPTIONS] + [(True, options) for options in OPTIONS[:2]],
-    ids=str,
+    ids=described,
 )
 def test_steps_have_no_graph_break_and_equal_eager_ones(options, hidden):
     cells = [ours(init_hidden=hidden, output=True, **options) for _ in range(2)]

@@ -9,7 +9,7 @@ import pytest
 import snntorch
 import snntorch.functional.quant
 import torch
-from helpers import close, ours, states, steps, theirs, twins
+from helpers import close, described, ours, states, steps, theirs, twins
 from torch import nn
 
 import snnlstm
@@ -285,7 +285,7 @@ def test_reset_hidden_and_detach_hidden_reach_all_living_cells(library):
         {"reset_mechanism": "zero", "avg_pool": 2},
         {"stride": 2, "inhibition": True},
     ],
-    ids=str,
+    ids=described,
 )
 def test_stored_states_can_be_detached_in_place(backend, options):
     cell = ours(**options)

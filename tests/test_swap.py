@@ -7,7 +7,7 @@ import warnings
 import pytest
 import snntorch
 import torch
-from helpers import THRESHOLD, Net, close, net, ours, same_gradients, states, steps, theirs
+from helpers import THRESHOLD, Net, close, described, net, ours, same_gradients, states, steps, theirs
 from snntorch import functional, utils
 from snntorch.functional.quant import state_quant
 from torch import nn
@@ -176,7 +176,7 @@ class FlatLoss(functional.ce_count_loss):
         ("TBPTT", {"num_steps": 4, "time_var": False, "K": 2}),
         ("RTRL", {"num_steps": 3, "time_var": False}),
     ],
-    ids=str,
+    ids=described,
 )
 def test_backprop_trains_as_with_snntorchs_cell(name, options):
     with warnings.catch_warnings():
@@ -256,7 +256,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=described)
 def test_restore_undoes_accelerate(options):
     x = steps(4, 2, 2, 6, 7)
     one, other = theirs(**options), theirs(**options)
