@@ -7,7 +7,18 @@ import warnings
 import pytest
 import snntorch
 import torch
-from helpers import THRESHOLD, Net, close, described, net, ours, same_gradients, states, steps, theirs
+from helpers import (
+    THRESHOLD,
+    Net,
+    close,
+    described,
+    net,
+    ours,
+    same_gradients,
+    states,
+    steps,
+    theirs,
+)
 from snntorch import functional, utils
 from snntorch.functional.quant import state_quant
 from torch import nn
