@@ -58,17 +58,19 @@ def integer(name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
-def pair(name: str, value: Any, lengths: tuple[int, ...] = (2,)) -> tuple[int, int]:
-    """Check an int or a sequence of ints, each at least 1; returns (height, width)."""
-    if _is_int(value):
-        value = (value, value)
-    elif not isinstance(value, (tuple, list)) or not all(map(_is_int, value)):
+def pair(name: str, value: Any, lengths: tuple[int, ...] = (2,), also: str = "") -> tuple[int, int]:
+    """Check an int or a sequence of ints, each at least 1; returns (height, width).
+
+    `also` says what else the argument accepts.
+    """
+    both = (value, value) if _is_int(value) else value
+    if not isinstance(both, (tuple, list)) or not all(map(_is_int, both)):
         raise TypeError(f"{name} must be an int or a tuple of two ints, got {value!r}")
-    elif len(value) not in lengths:
+    if len(both) not in lengths:
         raise ValueError(f"{name} must be an int or a tuple of two ints, got {value!r}")
-    if min(value) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}")
-    return int(value[0]), int(value[-1])
+    if min(both) < 1:
+        raise ValueError(f"{name} must be at least 1{also}, got {value!r}")
+    return int(both[0]), int(both[-1])
 
 
 def kernel(name: str, value: Any) -> tuple[int, int]:
@@ -91,7 +93,8 @@ def pooling(max_pool: Any, avg_pool: Any) -> tuple[Pool, tuple[int, int]]:
         )
     for kind, value in (("max", max_pool), ("avg", avg_pool)):
         if value:
-            size = pair(f"{kind}_pool", value, lengths=(1, 2))  # torch accepts one as well
+            # torch's pools accept one int in a tuple, too.
+            size = pair(f"{kind}_pool", value, lengths=(1, 2), also=", or 0 for none")
             if size != (1, 1):
                 return cast(Pool, kind), size
     return "none", (1, 1)
@@ -247,7 +250,9 @@ def input_tensor(x: Any, weight: Tensor, in_channels: int) -> Tensor:
             f"(T, N, {in_channels}, H, W) for a sequence, got {tuple(x.shape)}"
         )
     if x.shape[-3] != in_channels:
-        raise ValueError(f"x must have {in_channels} channels, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"x must have {in_channels} channels, got {x.shape[-3]}: shape {tuple(x.shape)}"
+        )
     if x.shape[-2] == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have at least one pixel, got shape {tuple(x.shape)}")
     return _converted("x", x, weight)

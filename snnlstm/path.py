@@ -233,10 +233,10 @@ def _loud(
     if conv is not None:
         return conv
     if not isinstance(options.surrogate, Surrogate):
-        return "spike_grad is a foreign callable"
+        return "spike_grad is unknown to the kernels"
     if options.quant is not None:
         if not isinstance(options.quant, StateQuant):
-            return "state_quant is a foreign callable"
+            return "state_quant is unknown to the kernels"
         if options.quant.levels.dtype not in (torch.float32, x.dtype):
             return f"state_quant has levels of {options.quant.levels.dtype}"
         if not options.quant.ascending:
@@ -320,4 +320,4 @@ def log_fallback(path: Path, seen: set[str]) -> None:
         if path.reason in _logged:
             return
         _logged.add(path.reason)
-    logger.warning("SConv2dLSTM runs the reference path: %s", path.reason)
+    logger.warning("SConv2dLSTM runs the reference path (plain torch, slower): %s", path.reason)

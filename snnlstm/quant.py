@@ -133,8 +133,9 @@ class StateQuant:
             raise TypeError(f"levels must be a floating point tensor, got {levels!r}")
         if levels.dim() != 1 or levels.numel() == 0:
             raise ValueError(f"levels must have shape (n,) with n >= 1, got {tuple(levels.shape)}")
-        if not bool(levels.isfinite().all()):
-            raise ValueError("levels must be finite")
+        infinite = levels.detach()[~levels.isfinite()]
+        if infinite.numel():
+            raise ValueError(f"levels must be finite, got {infinite[0].item()} among them")
         self._levels = levels.detach().to("cpu", copy=True).contiguous()
         self._values = tuple(self._levels.tolist())
         self._ascending = bool((self._levels.diff() >= 0).all())

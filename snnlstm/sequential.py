@@ -125,10 +125,8 @@ class Sequential(nn.Sequential):
             out = _run(layers, x, plan)
         else:  # within one step the order is the loop's
             out = _join("", [_run(layers, step, plan) for step in x.split(1)], torch.cat)
-            plan = [
-                Way(w.name, w.layer, "step", f"{shared} is in several places")
-                for w in plan[: len(layers)]
-            ]
+            reason = f"layer {shared} is in several places and may keep a state"
+            plan = [Way(way.name, way.layer, "step", reason) for way in plan[: len(layers)]]
         if not torch.compiler.is_compiling():
             self._remember(tuple(plan), shared)
         return out
@@ -139,7 +137,8 @@ class Sequential(nn.Sequential):
         before = set(self.plan or ())
         for way in plan:
             if way.kind == "step" and way.name in cells and way not in before:
-                logger.warning("Sequential runs layer %s", way)
+                message = "Sequential runs layer %s (%s) step by step: %s"
+                logger.warning(message, way.name, way.layer, way.reason)
         self.plan = plan
 
 
@@ -218,7 +217,7 @@ def _choose(layer: nn.Module, dim: int) -> tuple[str, str]:
             return "sequence", "one call for all steps"
         return "step", changed
     if isinstance(layer, _CELL):
-        return "step", "it is snntorch's: snnlstm.accelerate(net) makes it ours"
+        return "step", "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
     if Neuron is not None and isinstance(layer, Neuron):
         return "step", "it keeps a state from step to step"
     reason = changed or _not_per_sample(layer)

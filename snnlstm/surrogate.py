@@ -322,5 +322,5 @@ def custom_surrogate(
         If `function` is not callable.
     """
     if not callable(function):
-        raise TypeError(f"function must be callable, got {function!r}")
+        raise TypeError(f"function must be a callable f(x, grad, spk), got {function!r}")
     return _Custom(function)

@@ -203,13 +203,13 @@ def _why_not_theirs(module: nn.Module) -> str | None:
     for name, default in (("stride", (1, 1)), ("dilation", (1, 1)), ("checkpoint", False)):
         value = getattr(module, name)
         if value != default:
-            return f"snntorch has no {name}, and it is {value}"
+            return f"snntorch's cell has no {name}, and here it is {value}"
     if module._adopted is None:
         if module.inhibition:
-            return "snntorch ignores inhibition, and it is True"
+            return "snntorch's cell ignores inhibition, and here it is True"
         dtype = module.graded_spikes_factor.dtype
         if dtype in (torch.float16, torch.bfloat16):
-            return f"snntorch cannot start from zeros in {dtype}"
+            return f"snntorch's cell cannot start from zeros in {dtype}"
     return None
 
 

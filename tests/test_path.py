@@ -139,8 +139,9 @@ def test_a_fallback_is_logged_once_per_module_and_reason(caplog):
             cell(X)
         hook(cells[0])
         cells[0](X)
-    said = [record.message for record in caplog.records if "foreign" in record.message]
-    assert said == ["SConv2dLSTM runs the reference path: spike_grad is a foreign callable"] * 2
+    said = [record.message for record in caplog.records if "unknown" in record.message]
+    log = "SConv2dLSTM runs the reference path (plain torch, slower): %s"
+    assert said == [log % "spike_grad is unknown to the kernels"] * 2
     assert sum("conv carries hooks" in record.message for record in caplog.records) == 1
 
 
@@ -168,8 +169,14 @@ def test_the_native_path_says_what_it_is():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: ours(spike_grad=torch.sigmoid), "spike_grad is a foreign callable"),
-        (lambda: ours(state_quant=torch.round), "state_quant is a foreign callable"),
+        (
+            lambda: ours(spike_grad=torch.sigmoid),
+            "spike_grad is unknown to the kernels",
+        ),
+        (
+            lambda: ours(state_quant=torch.round),
+            "state_quant is unknown to the kernels",
+        ),
         (lambda: ours(threshold=torch.rand(6, 7)), "the threshold varies"),
         (lambda: ours(dtype=torch.bfloat16), "no CPU kernels for torch.bfloat16"),
         (lambda: ours(dtype=torch.float16), "no CPU kernels for torch.float16"),
@@ -245,7 +252,7 @@ def test_a_gpu_that_the_build_does_not_serve_is_said_once(monkeypatch, caplog):
         for seen in (set(), set()):  # two modules
             snnlstm.path.log_fallback(path, seen)
     assert [record.getMessage() for record in caplog.records] == [
-        "SConv2dLSTM runs the reference path: GPU 3 is too old"
+        "SConv2dLSTM runs the reference path (plain torch, slower): GPU 3 is too old"
     ]
 
 

@@ -160,7 +160,7 @@ def test_any_other_callable_works(backend):
         cell(x[1])[0].sum().backward()
     close((one.spk, one.syn, one.mem), (other.spk, other.syn, other.mem))
     close(one.conv.weight.grad, other.conv.weight.grad, atol=1e-4)
-    assert str(one.path) == "reference (state_quant is a foreign callable)"
+    assert str(one.path) == "reference (state_quant is unknown to the kernels)"
 
 
 def test_levels_that_the_kernels_cannot_take_use_the_reference_path(backend):

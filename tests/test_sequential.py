@@ -279,8 +279,12 @@ def tied_norm():
 @pytest.mark.parametrize(("make", "name"), [(tied_cell, "2"), (tied_norm, "1")])
 def test_layers_that_share_a_state_are_run_step_by_step(make, name, caplog):
     one = equals_the_loop(nn.Sequential(*make()), X, "step step step")
-    assert {way.reason for way in one.plan} == {f"{name} is in several places"}
-    assert f"Sequential runs layer {one.plan[1 if make is tied_norm else 0]}" in caplog.messages
+    reason = f"layer {name} is in several places and may keep a state"
+    assert {way.reason for way in one.plan} == {reason}
+    cell = one.plan[1 if make is tied_norm else 0]
+    assert caplog.messages[0] == (
+        f"Sequential runs layer {cell.name} (SConv2dLSTM) step by step: {cell.reason}"
+    )
 
 
 def test_layers_without_a_state_may_be_in_several_places():
@@ -314,9 +318,9 @@ def test_accelerate_works_on_it_and_fallbacks_of_cells_are_logged_once(caplog):
     for _ in range(2):
         net(X)
     assert caplog.messages == [
-        "Sequential runs layer 0 SConv2dLSTM: step "
-        "(it is snntorch's: snnlstm.accelerate(net) makes it ours)",
-        "Sequential runs layer 2 SConv2dLSTM: step (it carries hooks)",
+        "Sequential runs layer 0 (SConv2dLSTM) step by step: it is snntorch's, and "
+        "snnlstm.accelerate(net) makes it ours",
+        "Sequential runs layer 2 (SConv2dLSTM) step by step: it carries hooks",
     ]
     before = net(X)
     utils.reset(net)

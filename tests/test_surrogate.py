@@ -195,7 +195,7 @@ def test_custom_surrogate_runs_the_users_function(backend):
         cell(x[0])
         cell(x[1])[0].sum().backward()
     close(one.conv.weight.grad, other.conv.weight.grad, atol=1e-4)
-    assert str(one.path) == "reference (spike_grad is a foreign callable)"
+    assert str(one.path) == "reference (spike_grad is unknown to the kernels)"
 
 
 def test_a_foreign_spike_grad_also_makes_the_reset(backend):
@@ -303,5 +303,5 @@ def test_bad_parameters_are_refused():
         surrogate.sigmoid(True)
     with pytest.raises(ValueError, match="slope of fast_sigmoid must be finite, got nan"):
         surrogate.fast_sigmoid(math.nan)
-    with pytest.raises(TypeError, match="function must be callable"):
+    with pytest.raises(TypeError, match="function must be a callable"):
         surrogate.custom_surrogate(3)

@@ -365,12 +365,12 @@ def replaced_forward():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: ours(stride=2), "snntorch has no stride, and it is (2, 2)"),
-        (lambda: ours(dilation=(1, 2)), "snntorch has no dilation, and it is (1, 2)"),
-        (lambda: ours(checkpoint=True), "snntorch has no checkpoint, and it is True"),
-        (lambda: ours(inhibition=True), "snntorch ignores inhibition, and it is True"),
-        (lambda: ours().half(), "snntorch cannot start from zeros in torch.float16"),
-        (lambda: ours().bfloat16(), "snntorch cannot start from zeros in torch.bfloat16"),
+        (lambda: ours(stride=2), "snntorch's cell has no stride, and here it is (2, 2)"),
+        (lambda: ours(dilation=(1, 2)), "snntorch's cell has no dilation, and here it is (1, 2)"),
+        (lambda: ours(checkpoint=True), "snntorch's cell has no checkpoint, and here it is True"),
+        (lambda: ours(inhibition=True), "snntorch's cell ignores inhibition, and here it is True"),
+        (lambda: ours().half(), "snntorch's cell cannot start from zeros in torch.float16"),
+        (lambda: ours().bfloat16(), "snntorch's cell cannot start from zeros in torch.bfloat16"),
         (lambda: OursToo(2, 3, 3, threshold=0.1),
          "OursToo is a subclass of snnlstm.SConv2dLSTM and may compute something else"),
         (replaced_forward, "its forward was replaced"),
