@@ -65,10 +65,10 @@ class Sequential(nn.Sequential):
     ``spk, syn, mem``, the next layer gets the first item. The last layer's tuple is
     returned, every item stacked over time.
 
-    ``snnlstm.Sequential(*net)`` makes one from an ``nn.Sequential``, with the same layers, names
-    and state_dict. States start from the stored ones, as in step calls: reset them before
-    every new sequence, for example with ``snntorch.utils.reset(net)`` or
-    :meth:`SConv2dLSTM.reset_hidden`.
+    ``snnlstm.Sequential(*net)`` makes one from the layers of an ``nn.Sequential``; :meth:`of` keeps
+    their names as well, where they have any. States start from the stored ones, as in step
+    calls: reset them before every new sequence, for example with
+    ``snntorch.utils.reset(net)`` or :meth:`SConv2dLSTM.reset_hidden`.
 
     Layers that share a state, such as one cell in two places, cannot be run one after the
     other: the steps are then taken one by one, and the log says so. With more than one random
@@ -91,6 +91,25 @@ class Sequential(nn.Sequential):
     """
 
     plan: tuple[Way, ...] | None = None
+
+    @classmethod
+    def of(cls, net: nn.Sequential) -> Sequential:
+        """Make one with the layers, names and mode of `net`, so with the same state_dict.
+
+        Hooks on `net` itself are not taken over.
+
+        Raises
+        ------
+        TypeError
+            If `net` is not an nn.Sequential.
+        """
+        if not isinstance(net, nn.Sequential):
+            raise TypeError(f"net must be an nn.Sequential, got {type(net).__name__}")
+        new = cls()
+        for name, layer in net._modules.items():
+            new.add_module(name, layer)
+        new.training = net.training
+        return new
 
     def forward(self, x: Tensor) -> Any:
         """Run all layers over a sequence.

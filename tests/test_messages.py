@@ -130,6 +130,7 @@ GALLERY = {
         without_snntorch(snnlstm.patch)
     """,
     "Sequential": """
+        Sequential.of([cell])
         Sequential(cell)([x])
         Sequential(cell)(x[0, 0, 0])
         Sequential(cell)(x.expand(0, 1, 2, 5, 5))

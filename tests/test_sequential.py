@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import pytest
 import snntorch
@@ -72,10 +73,11 @@ def equals_the_loop(net, x, ways, atol=2e-6):
     return one
 
 
+PLAIN = {"threshold": 0.2, "spike_grad": snnlstm.surrogate.atan()}  # which can be copied
+
+
 def leaky(**kwargs):
-    """With a surrogate that can be copied."""
-    surrogate = snnlstm.surrogate.atan()
-    return snntorch.Leaky(0.9, threshold=0.2, spike_grad=surrogate, **kwargs)
+    return snntorch.Leaky(0.9, **PLAIN, **kwargs)
 
 
 class Cumulative(nn.Module):
@@ -106,6 +108,14 @@ NETS = {
         "fold sequence fold fold step",
     ),
     "neurons that return their states": (lambda: [leaky(), nn.ReLU(), leaky()], "step fold step"),
+    "other neurons": (
+        lambda: [
+            nn.Flatten(), nn.Linear(72, 3), snntorch.Synaptic(0.9, 0.8, init_hidden=True, **PLAIN),
+            snntorch.SLSTM(3, 3, init_hidden=True, **PLAIN),
+            snntorch.RLeaky(0.9, linear_features=3, **PLAIN),
+        ],
+        "fold fold step step step",
+    ),
     "nested": (
         lambda: [nn.Sequential(ours(), nn.Sequential(nn.Conv2d(3, 2, 3), nn.ELU())), leaky()],
         "sequence fold fold step",
@@ -306,6 +316,19 @@ def test_it_is_an_nn_sequential():
     assert one.plan is None
     one(X)
     close(pickle.loads(pickle.dumps(one))(X), one(X))
+
+
+def test_of_keeps_names_and_mode():
+    tied = nn.ReLU()
+    layers = {"cell": ours(), "relu": tied, "flat": nn.Flatten(), "again": tied}
+    net = nn.Sequential(OrderedDict(layers)).eval()
+    one = snnlstm.Sequential.of(net)
+    assert type(one) is snnlstm.Sequential
+    assert list(one.state_dict()) == list(net.state_dict())
+    assert not one.training
+    expected = loop(copy.deepcopy(net), X)
+    close(one(X), expected)
+    assert [way.name for way in one.plan] == ["cell", "relu", "flat", "again"]
 
 
 def test_an_empty_one_returns_its_input():
