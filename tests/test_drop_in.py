@@ -8,9 +8,8 @@ import sys
 import pytest
 import snntorch
 import torch
-from helpers import close, net, ours, same_gradients, states, steps, theirs
+from helpers import close, net, ours, states, steps, theirs
 from snntorch import utils
-from torch.utils.checkpoint import checkpoint
 
 import snnlstm
 
@@ -137,31 +136,6 @@ def test_deepcopy_of_a_net():
     utils.reset(model)
     other = copy.deepcopy(model)
     close(other(X), model(X))
-
-
-@pytest.mark.parametrize("inside", [False, True], ids=["torch's", "ours"])
-def test_activation_checkpointing(backend, inside):
-    one, other = (
-        ours(checkpoint=inside, reset_mechanism="subtract"),
-        theirs(reset_mechanism="subtract"),
-    )
-    x = steps(4, 2, 2, 6, 6)
-    syn, mem = START
-    loss = 0
-    for t in range(4):
-        if inside:
-            spk, syn, mem = one(x[t], syn, mem)
-        else:
-            spk, syn, mem = checkpoint(one, x[t], syn, mem, use_reentrant=False)
-        loss = loss + spk.sum() + mem.sum()
-    loss.backward()
-    syn, mem = START
-    loss = 0
-    for t in range(4):
-        spk, syn, mem = other(x[t], syn, mem)
-        loss = loss + spk.sum() + mem.sum()
-    loss.backward()
-    same_gradients(one, other)
 
 
 def test_second_derivatives_are_those_of_snntorch(backend):

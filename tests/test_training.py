@@ -1,0 +1,320 @@
+"""Training with torch's own tools: optimizers, clipping, accumulation, averages, checkpointing."""
+
+import copy
+
+import pytest
+import snntorch
+import torch
+from helpers import THRESHOLD, close, ours, same_gradients, states, steps, theirs
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+import snnlstm
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_same_start):
+    torch.set_num_threads(1)  # threads cost more than they bring with tensors as small as these
+
+
+def data() -> tuple[Tensor, Tensor, Tensor]:
+    """x of four steps, syn and mem."""
+    return steps(4, 2, 2, 6, 6), *states(2, 3, 6, 6)
+
+
+def sample(n: int) -> tuple[Tensor, ...]:
+    """One of the two samples of the data."""
+    x, syn, mem = data()
+    return x[:, n : n + 1], syn[n : n + 1], mem[n : n + 1]
+
+
+def loop(call, x: Tensor, syn: Tensor, mem: Tensor) -> Tensor:
+    """A loss of all steps, which `call` takes one at a time, states in and out."""
+    loss = 0
+    for x_t in x:
+        spk, syn, mem = call(x_t, syn, mem)
+        loss = loss + spk.sum() + mem.sum()
+    return loss
+
+
+class Net(nn.Module):
+    """A stem, a cell and a readout; the cell of either library."""
+
+    def __init__(self, library, **options) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(2, 2, 3, padding=1)
+        self.cell = library.SConv2dLSTM(2, 4, 3, threshold=THRESHOLD, init_hidden=True, **options)
+        self.head = nn.Linear(4 * 36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cell.reset_mem()
+        return sum(self.head(self.cell(self.stem(x_t)).flatten(1)) for x_t in x)
+
+
+TARGET = torch.tensor([0, 2, 1, 1])
+
+
+def losses_of(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, clip=None) -> list:
+    out = []
+    for seed in range(count):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(steps(3, 4, 2, 6, 6, seed=seed)), TARGET)
+        loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=clip)
+        optimizer.step()
+        out.append(loss.item())
+    return out
+
+
+# ---- optimizers -----------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "SGD": lambda p, **how: torch.optim.SGD(p, lr=0.3, momentum=0.9, **how),
+    "Adam": lambda p, **how: torch.optim.Adam(p, lr=0.01, **how),
+    "AdamW": lambda p, **how: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, **how),
+}
+
+
+@pytest.mark.parametrize("how", ["loop", "foreach", "fused"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_train_as_with_snntorch(name, how):
+    """They write to the weights in different ways, all of which the packed weights must see."""
+    options = {"reset_mechanism": "subtract", "learn_threshold": True}
+    models = [Net(snnlstm, **options), Net(snntorch, **options)]
+    curves = []
+    for model in models:
+        optimizer = OPTIMIZERS[name](model.parameters(), foreach=how == "foreach",
+                                     fused=how == "fused")  # fmt: skip
+        curves.append(losses_of(model, optimizer, 5, clip=how != "loop"))
+    assert curves[0] == pytest.approx(curves[1], rel=5e-4)
+    close(models[0].state_dict(), models[1].state_dict(), atol=2e-3)
+    assert (models[0].cell.conv.weight - Net(snnlstm).cell.conv.weight).abs().max() > 1e-3
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(backend):
+    whole, parts = ours(reset_mechanism="zero"), ours(reset_mechanism="zero")
+    loop(whole, *data()).backward()
+    for n in range(2):
+        loop(parts, *sample(n)).backward()
+    same_gradients(parts, whole)
+
+
+@pytest.mark.parametrize(
+    "how", [{"avg_fn": get_ema_avg_fn(0.7)}, {"multi_avg_fn": get_ema_multi_avg_fn(0.7)}],
+    ids=["one by one", "foreach"],
+)  # fmt: skip
+def test_averaged_models_use_their_own_weights_at_once(how):
+    model = Net(snnlstm)
+    model(data()[0])  # the copy is made from a model in use
+    average = AveragedModel(model, **how)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    x, outputs = steps(3, 4, 2, 6, 6), []
+    for _ in range(3):
+        losses_of(model, optimizer, 1)
+        average.update_parameters(model)
+        fresh = Net(snnlstm)
+        fresh.load_state_dict(average.module.state_dict())
+        with torch.no_grad():
+            outputs.append(average(x))
+            close(outputs[-1], fresh(x), atol=0, rtol=0)
+    assert not torch.allclose(outputs[0], outputs[2], atol=1e-3)
+    assert not torch.equal(average.module.cell.conv.weight, model.cell.conv.weight)
+
+
+# ---- activation checkpointing ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["ours", "saved tensors", "reentrant"])
+def test_activation_checkpointing(backend, how):
+    one, other = (
+        ours(checkpoint=how == "ours", reset_mechanism="subtract"),
+        ours(reset_mechanism="subtract"),
+    )
+    (x, *start), (again, _, _) = data(), data()
+    x.requires_grad_()
+    again.requires_grad_()
+
+    def call(*args: Tensor):
+        if how == "ours":
+            return one(*args)
+        return checkpoint(one, *args, use_reentrant=how == "reentrant")
+
+    loop(call, x, *start).backward()
+    loop(other, again, *start).backward()
+    same_gradients(one, other)
+    close(x.grad, again.grad, atol=1e-5)
+
+
+def test_a_checkpointed_sequence_that_starts_by_a_reset():
+    """The states of the recomputation are those of the first pass only if it starts alike."""
+    one, other = (ours(init_hidden=True, reset_mechanism="zero") for _ in range(2))
+
+    def run(cell: snnlstm.SConv2dLSTM, x: Tensor) -> Tensor:
+        cell.reset_mem()
+        return sum(cell(x_t).sum() * t for t, x_t in enumerate(x))
+
+    x, _, _ = data()
+    checkpoint(run, one, x, use_reentrant=False).backward()
+    run(other, x).backward()
+    same_gradients(one, other)
+
+
+# ---- other weights in the place of conv's ----------------------------------------------------
+
+
+def test_functional_call_uses_the_weights_that_it_is_given(backend):
+    cell, other = ours(learn_threshold=True), ours(seed=3, learn_threshold=True)
+    given = {name: value.detach().clone().requires_grad_() for name, value
+             in other.named_parameters()}  # fmt: skip
+    before = {name: value.detach().clone() for name, value in cell.named_parameters()}
+
+    def call(*args: Tensor):
+        return torch.func.functional_call(cell, given, args)
+
+    loop(call, *data()).backward()
+    backend.check(cell.path)
+    loop(other, *data()).backward()
+    for name, value in given.items():
+        close(value.grad, other.get_parameter(name).grad, atol=2e-5, rtol=1e-4)
+    close(dict(cell.named_parameters()), before, atol=0, rtol=0)
+    assert all(parameter.grad is None for parameter in cell.parameters())
+
+
+def test_gradients_of_each_sample_by_vmap():
+    cell, alone = ours(), ours()
+    parameters = {name: value.detach() for name, value in cell.named_parameters()}
+
+    def loss(values: dict[str, Tensor], x: Tensor, syn: Tensor, mem: Tensor) -> Tensor:
+        return loop(
+            lambda *args: torch.func.functional_call(cell, values, args),
+            x[:, None], syn[None], mem[None],
+        )  # fmt: skip
+
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 1, 0, 0))(parameters, *data())
+    assert str(cell.path) == "reference (a torch.func transform is active)"
+    for n in range(2):
+        alone.zero_grad()
+        loop(alone, *sample(n)).backward()
+        close(grads["conv.weight"][n], alone.conv.weight.grad, atol=2e-5, rtol=1e-4)
+        close(grads["conv.bias"][n], alone.conv.bias.grad, atol=2e-5, rtol=1e-4)
+    cell.reset_mem()
+    x, _, _ = data()
+    close(cell(x), ours()(x), atol=0, rtol=0)  # and goes on without it
+
+
+class LowRank(nn.Module):
+    """A frozen convolution and a trained one of rank 1 beside it."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv.requires_grad_(False)
+        self.down = nn.Conv2d(conv.in_channels, 1, 3, padding=1, bias=False)
+        self.up = nn.Conv2d(1, conv.out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.up(self.down(x))
+
+
+def wrapped(conv: nn.Conv2d) -> nn.Module:
+    return LowRank(conv)
+
+
+CHANGES = {
+    "weight_norm": (nn.utils.parametrizations.weight_norm, "conv is a ParametrizedConv2d"),
+    "spectral_norm": (nn.utils.parametrizations.spectral_norm, "conv is a ParametrizedConv2d"),
+    "orthogonal": (nn.utils.parametrizations.orthogonal, "conv is a ParametrizedConv2d"),
+    "old weight_norm": (nn.utils.weight_norm, "conv carries hooks"),
+    "old spectral_norm": (nn.utils.spectral_norm, "conv carries hooks"),
+    "pruned": (lambda conv: _pruned(conv), "conv carries hooks"),
+    "low rank": (wrapped, "conv is a LowRank"),
+}
+
+
+def _pruned(conv: nn.Conv2d) -> nn.Conv2d:
+    from torch.nn.utils import prune
+
+    return prune.l1_unstructured(conv, "weight", 0.3)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_conv_trains_as_with_snntorch(name):
+    change, reason = CHANGES[name]
+    cells = [ours(reset_mechanism="subtract"), theirs(reset_mechanism="subtract")]
+    curves = []
+    for cell in cells:
+        torch.manual_seed(5)
+        cell.conv = change(cell.conv)
+        trained = [p for p in cell.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.005)
+        curves.append([])
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = loop(cell, *data())
+            loss.backward()
+            optimizer.step()
+            curves[-1].append(loss.item())
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0][2] != pytest.approx(curves[0][0], rel=1e-4)
+    close(cells[0].state_dict(), cells[1].state_dict(), atol=1e-4)
+    assert cells[0].path.name == "reference"
+    assert cells[0].path.reason.startswith(reason)
+
+
+def test_the_kernels_run_again_once_a_change_of_conv_is_taken_back(backend):
+    cell = ours()
+    x = steps(2, 2, 2, 6, 6)
+    nn.utils.parametrizations.weight_norm(cell.conv)
+    cell(x)
+    nn.utils.parametrize.remove_parametrizations(cell.conv, "weight")
+    cell.reset_mem()
+    close(cell(x), ours()(x))
+    backend.check(cell.path)
+
+
+# ---- state_dict hooks -----------------------------------------------------------------------
+
+
+def _method(module: nn.Module, name: str):
+    """A registration that was private before torch 2.5."""
+    return getattr(module, name, None) or getattr(module, f"_{name}")
+
+
+def test_hooks_on_saving_and_loading_are_called_as_with_snntorch():
+    """Ones that rename and scale, on the cell itself, in a network."""
+    saved, loaded = [], []
+    for make in (ours, theirs):
+        model = nn.Sequential(nn.Identity(), make(learn_threshold=True))
+        cell, calls = model[1], []
+
+        def after(module, state, prefix, metadata, calls=calls):
+            calls.append(("saved", prefix))
+            state[prefix + "note"] = state[prefix + "conv.weight"] * 2
+
+        def before(module, prefix, keep_vars, calls=calls):
+            calls.append(("saving", prefix))
+
+        def on_load(module, state, prefix, *rest, calls=calls):
+            calls.append(("loading", prefix))
+            state[prefix + "conv.weight"] = state.pop(prefix + "note") / 4
+
+        def when_loaded(module, keys, calls=calls):
+            calls.append(("loaded", len(keys.missing_keys), len(keys.unexpected_keys)))
+
+        _method(cell, "register_state_dict_post_hook")(after)
+        cell.register_state_dict_pre_hook(before)
+        _method(cell, "register_load_state_dict_pre_hook")(on_load)
+        cell.register_load_state_dict_post_hook(when_loaded)
+        state = copy.deepcopy(dict(model.state_dict()))
+        weight = cell.conv.weight.detach().clone()
+        model.load_state_dict(state)
+        close(cell.conv.weight.detach(), weight / 2)
+        saved.append((list(state), calls))
+        x, syn, mem = data()
+        loaded.append(cell(x[0], syn, mem)[1:])
+    assert saved[0] == saved[1]
+    assert len(saved[0][1]) == 4
+    close(*loaded)
