@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,14 @@ from .path import Path, conv_reason, exporting, log_fallback
 from .state import ResetSource
 
 __all__ = ["SConv2dLSTM"]
+
+
+def _level_of_caller() -> int:
+    """Stacklevel at which a warning of the caller names the line outside of this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class SConv2dLSTM(DescribedCell):
@@ -191,7 +200,7 @@ class SConv2dLSTM(DescribedCell):
                     "so this cell never spikes. Use a lower threshold (0.1 and below are usual) "
                     "or learn_threshold=True.",
                     UserWarning,
-                    stacklevel=2,
+                    stacklevel=_level_of_caller(),
                 )
         self.register_buffer("graded_spikes_factor", conv.weight.new_ones(()))
         self.register_buffer("reset_mechanism_val", self._reset_index(conv.weight.device))

@@ -426,6 +426,12 @@ def test_patched_the_old_cells_and_subclasses_stay_what_they_are():
         assert type(snnlstm.restore(model[1]).model) is snntorch.SConv2dLSTM
 
 
+def test_patched_the_warning_about_the_threshold_names_the_line_that_makes_the_cell(patched):
+    with pytest.warns(UserWarning, match="never spikes") as caught:
+        snntorch.SConv2dLSTM(2, 3, 3)
+    assert caught[0].filename == __file__
+
+
 def test_patch_can_be_undone_in_three_ways():
     def makes_ours():
         return type(theirs()) is snnlstm.SConv2dLSTM
