@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import torch
 
+import snnlstm
 from benchmarks import resident
 from benchmarks.cases import Case
 from benchmarks.machine import ROOT, available_bytes
@@ -197,6 +198,7 @@ def _resident_peak(provider: Provider, mode: str) -> list[float]:
     # Provider.prepare, not the subclass's, which may run the cell once to see what it does.
     setup, run = Provider.prepare(provider, mode)
     setup()
+    snnlstm.empty_cache()  # what earlier jobs left would be used again, and not be seen
     before = resident.watch()
     with provider.context():
         kept = run()
