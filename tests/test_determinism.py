@@ -1,0 +1,126 @@
+"""Two runs give the same bits: in one process, in another, and in torch's deterministic mode.
+
+That outputs do not depend on the number of threads, and what gradients owe to it:
+tests/test_threads.py.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import snnlstm
+
+THREADS = (1, 2, 3)
+ALGORITHMS = ("direct", "winograd", "auto")
+# Many channels and zeros: the sparse way of the input; few zeros: another.
+DENSITIES = {"sparse": 0.05, "dense": 1.0}
+OPTIONS = {
+    "subtract": {"reset_mechanism": "subtract", "learn_threshold": True, "max_pool": 2},
+    "inhibition": {"reset_mechanism": "zero", "inhibition": True, "checkpoint": True},
+}
+
+
+def train(density: float, options: dict) -> list[Tensor]:
+    """Outputs, gradients and weights of two steps of training, of fixed numbers."""
+    torch.manual_seed(4)
+    cell = snnlstm.SConv2dLSTM(12, 16, 3, threshold=0.05, **options)
+    x = torch.randn(3, 2, 12, 17, 18)
+    x = torch.where(torch.rand(x.shape) < density, x, 0).requires_grad_()
+    optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
+    seen: list[Tensor] = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        cell.reset_mem()
+        spk, syn, mem = cell(x)
+        loss = (spk * spk.detach().cumsum(0)).sum() + (syn * mem).sum()
+        loss.backward()
+        optimizer.step()
+        seen += [spk, syn, mem, x.grad, *(p.grad for p in cell.parameters()), *cell.parameters()]
+        seen = [tensor.detach().clone() for tensor in seen]
+    return seen
+
+
+def bits(tensors: list[Tensor]) -> str:
+    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def runs() -> Iterator[tuple[str, str]]:
+    """A name and the bits of every combination."""
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        for algorithm in ALGORITHMS:
+            for density, value in DENSITIES.items():
+                for option, options in OPTIONS.items():
+                    with snnlstm.algorithm(algorithm):
+                        yield (
+                            f"{threads} {algorithm} {density} {option}",
+                            bits(train(value, options)),
+                        )
+
+
+def test_a_fresh_process_gives_the_same_bits():
+    code = "import json, test_determinism as t; print(json.dumps(dict(t.runs())))"
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    here, there = dict(runs()), json.loads(other.stdout)
+    assert here == there
+    assert len(set(here.values())) > len(DENSITIES) * len(OPTIONS)  # the runs do differ
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_torchs_deterministic_mode_is_met_and_changes_nothing(backend, density, option):
+    """It raises, or warns, at operations that are not deterministic, and fills new memory."""
+    if backend.name == "simt":
+        pytest.skip("nothing of it is emulated")
+    expected = train(DENSITIES[density], OPTIONS[option])
+    torch.use_deterministic_algorithms(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            actual = train(DENSITIES[density], OPTIONS[option])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_network_with_the_cell_in_it_trains_to_the_same_bits():
+    """With dropout and a stochastic surrogate: all chance is torch's, which the seed sets."""
+
+    def losses() -> list[Tensor]:
+        torch.manual_seed(2)
+        net = nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.Dropout(0.3),
+            snnlstm.SConv2dLSTM(
+                4, 8, 3, threshold=0.05, init_hidden=True, spike_grad=snnlstm.surrogate.SSO()
+            ),
+            nn.Flatten(),
+            nn.Linear(8 * 64, 3),
+        )
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            snnlstm.SConv2dLSTM.reset_hidden()
+            loss = sum(net(torch.rand(4, 2, 8, 8)) for _ in range(3)).square().mean()
+            loss.backward()
+            optimizer.step()
+        return [p.detach() for p in net.parameters()]
+
+    for one, other in zip(losses(), losses(), strict=True):
+        assert torch.equal(one, other)
