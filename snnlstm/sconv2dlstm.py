@@ -15,7 +15,7 @@ from .description import DescribedCell
 from .functional import compute
 from .options import CellOptions
 from .path import Path, conv_reason, exporting, log_fallback
-from .state import ResetSource
+from .state import ResetSource, backward_pass
 
 __all__ = ["SConv2dLSTM"]
 
@@ -245,6 +245,8 @@ class SConv2dLSTM(DescribedCell):
             ``init_hidden=True``.
         ValueError
             If a shape or device does not fit. After an error the stored state is as before.
+        RuntimeError
+            If torch.utils.checkpoint calls the cell again, and the stored state has changed since.
 
         Notes
         -----
@@ -333,7 +335,7 @@ class SConv2dLSTM(DescribedCell):
             for name, value in kept.items():
                 setattr(self, name, value)
         else:  # as setattr, without nn.Module's search for parameters
-            self.__dict__.update(kept)
+            self.__dict__.update(kept, _stored_in=backward_pass())
 
     @property
     def reset(self) -> Tensor | None:

@@ -21,7 +21,10 @@ from .options import CellOptions
 from .reference import reset_signal
 from .snntorch import Base, clear_registries, live, register
 
-__all__ = ["ResetSource", "StatefulCell"]
+__all__ = ["ResetSource", "StatefulCell", "backward_pass"]
+
+backward_pass: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+"""Number of the backward pass that is running in this thread; -1 outside of one."""
 
 
 class StatefulCell(Base):
@@ -36,6 +39,7 @@ class StatefulCell(Base):
     _syn: Tensor
     _mem: Tensor
     _restarted: bool  # the stored states are the zeros of a reset, which nobody has touched
+    _stored_in: int  # the backward pass in which they were stored
 
     def _init_state(self, like: Tensor) -> None:
         """Start without a state, on the device and in the dtype of `like`; enter the registry."""
@@ -44,6 +48,8 @@ class StatefulCell(Base):
 
     def _restart(self, syn: Tensor, mem: Tensor) -> None:
         self._syn, self._mem, self._restarted = syn, mem, True
+        if not torch.compiler.is_compiling():
+            self._stored_in = backward_pass()
 
     @property
     def syn(self) -> Tensor:
@@ -79,9 +85,23 @@ class StatefulCell(Base):
             super().__setattr__(name, value)
 
     def _stored(self, name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
-        """Return the stored state if it fits `shape`, else zeros; in x's dtype, on its device."""
-        if self._restarted and torch.compiler.is_compiling():
-            return x.new_zeros(shape)
+        """Return the stored state if it fits `shape`, else zeros; in x's dtype, on its device.
+
+        Raises
+        ------
+        RuntimeError
+            If it is not the one that this call had in the forward pass.
+        """
+        if torch.compiler.is_compiling():
+            if self._restarted:
+                return x.new_zeros(shape)
+        elif backward_pass() not in (-1, self._stored_in):
+            raise RuntimeError(
+                "the cell is called in a backward pass, as torch.utils.checkpoint does, and its "
+                "stored state is a later one than in the forward pass: pass syn and mem, call "
+                "reset_mem() inside of the function that is checkpointed, or make the cell with "
+                "checkpoint=True instead"
+            )
         stored = getattr(self, f"_{name}")
         if stored.shape != shape:
             return x.new_zeros(shape)

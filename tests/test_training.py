@@ -162,6 +162,21 @@ def test_a_checkpointed_sequence_that_starts_by_a_reset():
     same_gradients(one, other)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("between", ["nothing", "a reset"])
+def test_checkpointing_steps_of_stored_states_is_an_error(reentrant, between):
+    """When they are computed again the stored state is that after the last step."""
+    cell = ours(init_hidden=True)
+    x = data()[0].requires_grad_()
+    loss = sum(checkpoint(cell, x_t, use_reentrant=reentrant).sum() for x_t in x)
+    if between == "a reset":
+        cell.reset_mem()
+    with pytest.raises(RuntimeError, match="stored state is a later one"):
+        loss.backward()
+    cell.reset_mem()
+    close(cell(x), ours(init_hidden=True)(x))  # and goes on
+
+
 # ---- other weights in the place of conv's ----------------------------------------------------
 
 
