@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 import snntorch
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import snnlstm
@@ -68,6 +69,7 @@ GALLERY = {
         cell.threshold = torch.zeros(3, 1, 1, device="meta"); cell(x)
         cell.stride = 2; cell.conv = weight_norm(cell.conv); cell(x)
         cell(x, syn, mem); mem.add_(1); cell.reset
+        checkpoint(cell, x, use_reentrant=False)[2].sum().backward()
     """,
     "Attributes": """
         cell.mem = None
@@ -171,6 +173,7 @@ def names():
         "SConv2dLSTM": snnlstm.SConv2dLSTM, "sconv2dlstm": snnlstm.functional.sconv2dlstm,
         "surrogate": snnlstm.surrogate, "quant": snnlstm.quant, "cuda_check": snnlstm.cuda_check,
         "weight_norm": nn.utils.parametrizations.weight_norm, "Says": Says, "Own": Own,
+        "checkpoint": torch.utils.checkpoint.checkpoint,
         "print_nothing": lambda *_: None, "without_snntorch": without_snntorch,
         "plan": lambda stack: print(*stack.plan, sep="\n"),
         "cell": snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1), "theirs": theirs,
