@@ -91,6 +91,91 @@ def test_sequences_equal_eager_ones(record):
     same_gradients(one, other)
 
 
+def test_channels_last_images_stay_channels_last():
+    """The compiler is told the strides that the kernels give their outputs."""
+    one, other = ours(reset_mechanism="subtract"), ours(reset_mechanism="subtract")
+    compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
+    x = steps(1, 2, 2, 6, 6)[0].to(memory_format=torch.channels_last)
+    for _ in range(2):
+        actual, expected = compiled(x), other(x)
+        close(actual, expected)
+        assert [out.stride() for out in actual] == [out.stride() for out in expected]
+        assert actual[0].is_contiguous(memory_format=torch.channels_last)
+    for out in (actual, expected):
+        out[2].sum().backward()
+    same_gradients(one, other)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_under_autocast(backend, dtype):
+    one, other = ours(reset_mechanism="zero"), ours(reset_mechanism="zero")
+    compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
+    x, results = steps(2, 2, 2, 6, 6), []
+    with torch.autocast(backend.device.type, dtype=dtype, enabled=dtype is not None):
+        for call in (compiled, other):
+            results.append(call(x))
+    close(*results, atol=1e-2 if dtype else 2e-6)
+    for spk, _, mem in results:
+        (spk.sum() + mem.sum()).backward()
+    for parameter, reference in zip(one.parameters(), other.parameters(), strict=True):
+        wanted = reference.grad
+        assert (parameter.grad - wanted).norm() <= (1e-2 if dtype else 1e-5) * wanted.norm()
+    kernels = dtype is None or backend.name != "cpu"
+    assert one.path.native == (backend.native and kernels)
+
+
+def _set(cell: snnlstm.SConv2dLSTM, **attributes) -> None:
+    for name, value in attributes.items():
+        setattr(cell, name, value)
+
+
+LATER = {
+    "threshold": lambda cell: _set(cell, threshold=0.3),
+    "reset": lambda cell: _set(cell, reset_mechanism="subtract"),
+    "pool and surrogate": lambda cell: _set(
+        cell, max_pool=2, spike_grad=snnlstm.surrogate.sigmoid(3)
+    ),
+    "state_dict": lambda cell: cell.load_state_dict(
+        ours(seed=5, reset_mechanism="zero").state_dict()
+    ),
+    "weight_norm": lambda cell: nn.utils.parametrizations.weight_norm(cell.conv),
+    "dtype": lambda cell: cell.double(),
+    "algorithm": lambda cell: None,
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_changes_after_compiling_is_followed(name):
+    """But for hooks on conv, which dynamo looks for only when it compiles."""
+    one, other = ours(threshold=0.02), ours(threshold=0.02)
+    compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
+    x = steps(4, 2, 2, 6, 6)
+    before = compiled(x)[2]
+    for cell in (one, other):
+        cell.reset_mem()
+        LATER[name](cell)
+    x = x.to(one.graded_spikes_factor.dtype)
+    with snnlstm.algorithm("direct" if name == "algorithm" else "auto"):
+        actual, expected = compiled(x), other(x)
+    close(actual, expected)
+    same = name in ("algorithm", "weight_norm", "dtype", "threshold", "pool and surrogate")
+    assert torch.allclose(actual[2].float(), before, atol=1e-5) == same
+
+
+def test_truncated_backpropagation_and_a_stack():
+    """Gradients of every second step, states detached in between, cells in a Sequential."""
+    grads = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        stack = snnlstm.Sequential(ours(init_hidden=True), nn.Flatten(), nn.Linear(108, 2))
+        call = torch.compile(stack, fullgraph=True, backend="aot_eager") if compiled else stack
+        for x in steps(6, 2, 2, 6, 6).split(2):
+            call(x).square().sum().backward()
+            snnlstm.SConv2dLSTM.detach_hidden()
+        grads.append([parameter.grad for parameter in stack.parameters()])
+    close(*grads, atol=2e-5)
+
+
 class Net(nn.Module):
     """A stem, two cells, and a readout of their mean rate and last potential."""
 
