@@ -145,7 +145,8 @@ def parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="DIR",
-        help="directory for rows.csv, rows.json and the plots (default: out/bench-DATE-TIME)",
+        help="directory for rows.csv, rows.json, table.md and the plots "
+        "(default: out/bench-DATE-TIME)",
     )
     out.add_argument("--no-plots", action="store_true", help="write rows only")
     other = p.add_argument_group("instead of measuring")
@@ -233,6 +234,9 @@ def _measure(plans: list[Plan], args: argparse.Namespace) -> int:
     disagreements = [text for suite in suites for text in suite.outcome.disagreements]
     for path in write_rows(rows, out):
         print(f"wrote {path}")
+    if table := report.markdown(rows):
+        (out / "table.md").write_text(table)
+        print(f"wrote {out / 'table.md'}")
     if not args.no_plots:
         _draw(rows, out)
     print(f"took {time.perf_counter() - begin:.0f} s")

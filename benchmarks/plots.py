@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import MODES
-from benchmarks.providers import BASELINE, PROVIDERS
+from benchmarks.providers import BASELINE, DETAILS, PROVIDERS
 from benchmarks.report import MODE_TITLES
 from benchmarks.rows import Row
 
@@ -29,9 +29,6 @@ STYLE = {
     "snnlstm-checkpoint": ("#F0E442", "h", "oo"),
 }
 """provider -> (colour, marker, hatch)"""
-
-DETAILS = ("snnlstm-direct", "snnlstm-winograd", "snnlstm-pointwise", "snnlstm-checkpoint")
-"""Providers that the table lists and the plots of speed leave out, so that they stay legible."""
 
 
 def pyplot() -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.cases import MODES, Case
 from benchmarks.machine import Peak
-from benchmarks.providers import BASELINE, PROVIDERS
+from benchmarks.providers import BASELINE, DETAILS, PROVIDERS
 from benchmarks.rows import Row
 from benchmarks.tables import format_table
 
@@ -89,6 +89,32 @@ def summary(rows: Iterable[Row], goals: bool) -> str:
     if goals and wanted:
         text.append(f"{met} of {wanted} goals met (the goals are for snnlstm by sequence).")
     return "\n".join(text)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Speed-ups as a table for a README, inference / training; empty without any."""
+    timed = [row for row in rows if row.speedup is not None and row.mode != "backward"]
+    names = [name for name in PROVIDERS if any(row.provider == name for row in timed)]
+    names = [name for name in names if name not in (BASELINE, *DETAILS)]
+    if not names:
+        return ""
+    modes = [mode for mode in MODES if any(row.mode == mode for row in timed)]
+    header = ["layer", f"{BASELINE}, ms a step", *names]
+    lines = [header, ["---"] * len(header)]
+    for case in dict.fromkeys(row.case for row in timed):
+        found = {(row.provider, row.mode): row for row in timed if row.case == case}
+        row = next(iter(found.values()))
+        x = "dense x" if row.density is None else f"{row.density:.0%} of x"
+        layer = f"**{case}** T={row.steps} N={row.batch} {row.cin}→{row.cout} "
+        layer += f"{row.height}x{row.width}, {row.kernel}, {x}"
+        cells = [f"{layer}, {row.options}" if row.options else layer]
+        times = [found.get((BASELINE, mode)) for mode in modes]
+        cells.append(" / ".join(number(row.p50_ms) if row else "-" for row in times))
+        for name in names:
+            ratios = [found.get((name, mode)) for mode in modes]
+            cells.append(" / ".join(f"{number(row.speedup)}x" if row else "-" for row in ratios))
+        lines.append(cells)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def _in_lines(name: str) -> str:

@@ -15,7 +15,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-from benchmarks import agreement, cli, compare, memory, suite
+from benchmarks import agreement, cli, compare, memory, report, suite
 from benchmarks.cases import CPU_CASES, Case, find_cases, parse_case
 from benchmarks.providers import PROVIDERS, Setting
 from benchmarks.rows import Row, read_rows, write_rows
@@ -345,7 +345,13 @@ def test_suite_runs(tmp_path, capsys):
         assert row.gflops > 0
     assert "Speed-up over snntorch" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {
-        "rows.csv", "rows.json", "speedup.png", "roofline.png",
+        "rows.csv", "rows.json", "table.md", "speedup.png", "roofline.png",
     }  # fmt: skip
+    header, _, small = (tmp_path / "table.md").read_text().splitlines()
+    assert header == "| layer | snntorch, ms a step | hoisted | snnlstm-step | snnlstm |"
+    times = {(row.provider, row.mode): row for row in rows}
+    fast = [report.number(times["snnlstm", mode].speedup) for mode in ("forward", "both")]
+    assert small.startswith("| **small** T=2 N=1 2→4 6x6, 3x3, 10% of x | ")
+    assert small.endswith(f" | {fast[0]}x / {fast[1]}x |")
     assert cli.main(["--compare", str(tmp_path), str(tmp_path)]) == 0
     assert f"{len(rows)} noise" in capsys.readouterr().out

@@ -34,6 +34,11 @@ PROVIDERS: dict[str, type[Provider]] = {
     )
 }
 
+DETAILS = tuple(
+    p.name for p in (SnnlstmDirect, SnnlstmWinograd, SnnlstmPointwise, SnnlstmCheckpoint)
+)
+"""Those that the long table lists, and the short one and the plots of speed leave out."""
+
 QUICK_PROVIDERS = (SnnTorchEager.name, Hoisted.name, SnnlstmStep.name, Snnlstm.name)
 
 
