@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import snnlstm
 
 THREADS = (1, 2, 3)
-ALGORITHMS = ("direct", "winograd", "auto")
+ALGORITHMS = ("direct", "winograd")
 # Many channels and zeros: the sparse way of the input; few zeros: another.
 DENSITIES = {"sparse": 0.05, "dense": 1.0}
 OPTIONS = {

@@ -19,7 +19,7 @@ CELLS = {
     "pooled": {"max_pool": 2, "reset_mechanism": "subtract"},
     "strided": {"stride": 2, "inhibition": True, "learn_threshold": True},
     "quantised": {
-        "state_quant": snnlstm.quant.state_quant(4),
+        "state_quant": snnlstm.quant.state_quant(2),
         "avg_pool": 2,
         "reset_mechanism": "zero",
     },
