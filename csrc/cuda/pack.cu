@@ -20,7 +20,7 @@ void launch_pack_fma(const WeightMap& map, void* packed, Stream stream) {
 void launch_pack_mma(const MmaPackings& given, int jobs, Stream stream) {
   MmaPackings p = given;
   int chunks = 0, pairs = 0;
-  size_t bytes = 0;
+  size_t bytes = sizeof(float);  // the kernel names its shared memory, also where nothing fits
   for (int k = 0; k < jobs; ++k) {
     MmaPacking& job = p.job[k];
     chunks = std::max(chunks, job.chunks), pairs = std::max(pairs, job.pairs);
