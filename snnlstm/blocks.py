@@ -15,6 +15,7 @@ import math
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import Tensor
 
 __all__ = ["SMALLEST", "empty", "empty_cache", "free_bytes", "workspace"]
 
-SMALLEST = 4 << 20  # bytes; less comes from torch, that is, from malloc
+SMALLEST = 256 << 10  # bytes; less comes from torch, that is, from malloc
 CACHE_LINE = 64  # bytes; vectors that lie across two cost twice
 KEPT = 1 << 30  # bytes in blocks that nobody uses, at most
 
@@ -40,23 +41,25 @@ class _Workspace:
 
 
 _thread = threading.local()
-_free: list[tuple[float, np.ndarray]] = []  # since when; oldest first
+_free: dict[int, deque[tuple[float, np.ndarray]]] = {}  # by size: since when; oldest first
+_free_bytes = 0
 _workspaces: weakref.WeakSet[_Workspace] = weakref.WeakSet()  # of the threads that live
 _lock = threading.RLock()  # a block may come back in the middle of a call, by garbage collection
 
 
 def empty_cache() -> None:
     """Give the memory that no tensor uses back to the system: free blocks, and workspaces."""
+    global _free_bytes
     with _lock:
         for kept in _workspaces:
             kept.memory = _NOTHING
         _free.clear()
+        _free_bytes = 0
 
 
 def free_bytes() -> int:
     """Bytes in blocks that no tensor uses."""
-    with _lock:
-        return sum(block.nbytes for _, block in _free)
+    return _free_bytes
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -89,16 +92,30 @@ def workspace(count: int) -> Tensor:
 
 def _take(size: int) -> np.ndarray:
     with _lock:
-        for k in range(len(_free) - 1, -1, -1):
-            if size <= _free[k][1].nbytes <= size + size // 4:
-                return _free.pop(k)[1]
-        while _free and time.monotonic() - _free[0][0] >= IDLE:
-            del _free[0]
-    return np.empty(size, np.uint8)  # in huge pages, where NumPy finds them
+        fitting = min((s for s in _free if size <= s <= size + size // 4), default=None)
+        if fitting is not None:
+            return _remove(fitting, newest=True)
+        now = time.monotonic()
+        for other in list(_free):
+            while other in _free and now - _free[other][0][0] >= IDLE:
+                _remove(other)
+    return np.empty(size, np.uint8)  # in huge pages where it is large, by NumPy
 
 
 def _give_back(block: np.ndarray) -> None:
+    global _free_bytes
     with _lock:
-        _free.append((time.monotonic(), block))
-        while free_bytes() > KEPT:
-            del _free[0]
+        _free.setdefault(block.nbytes, deque()).append((time.monotonic(), block))
+        _free_bytes += block.nbytes
+        while _free_bytes > KEPT:
+            _remove(min(_free, key=lambda size: _free[size][0][0]))
+
+
+def _remove(size: int, newest: bool = False) -> np.ndarray:
+    global _free_bytes
+    blocks = _free[size]
+    _, block = blocks.pop() if newest else blocks.popleft()
+    if not blocks:
+        del _free[size]
+    _free_bytes -= size
+    return block

@@ -107,6 +107,7 @@ def taken_in_inference(kernels, case: Case) -> tuple[int, int]:
         kernels.run(*inputs, case.options)  # packs the weight
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(blocks, "_thread", threading.local())
+            patch.setattr(blocks, "SMALLEST", float("inf"))  # everything from torch
             with Allocations() as taken:
                 out = kernels.run(*inputs, case.options)
     outputs = sum(storage(o)[1] for o in out)
@@ -132,7 +133,7 @@ def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_tim
 
 def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):
     sizes = set()
-    for time in (2, 20, 200):
+    for time in (20, 60, 200):  # shorter ones need fewer parts of the weight gradient
         case = replace(PLAIN, time=time)
         inputs = case.inputs()
         weight = packing.look_up(inputs.weight)

@@ -24,6 +24,9 @@ class Backward {
   static constexpr int kGates = 4 * VL;
   static constexpr int64_t kPiece = 48;      // rows of K in a weight gradient task
   static constexpr int64_t kTilePiece = 64;  // with Winograd: input channels
+  // Each split of the weight gradient has sums of its own, to be cleared and added up: so many pixels
+  // of all steps pay for that.
+  static constexpr int64_t kSplitPixels = 4096;
 
   // Channel blocks whose weight gradients share the lists, or the transformed tiles, of the input.
   static constexpr int64_t kShared = 4;
@@ -57,6 +60,8 @@ class Backward {
     const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
     splits_ = 16 / tasks < 1 ? 1 : 16 / tasks;
     if (splits_ > c.N) splits_ = c.N < 1 ? 1 : c.N;
+    const int64_t worth = (c.T * c.N * l_.pixels + kSplitPixels - 1) / kSplitPixels;
+    if (splits_ > worth) splits_ = worth < 1 ? 1 : worth;
     Arena arena(args.workspace);
     carve(arena);
   }
