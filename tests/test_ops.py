@@ -100,13 +100,15 @@ def step(case: Case, run, *inputs: Tensor | None) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_calls_equal_plain_ones(name):
     case = CASES[name]
+    # With checkpoint a plain call adds up the gradients of its segments, a compiled one has one.
+    near = 1e-5 if case.options.checkpoint else 1e-6
     compiled = torch.compile(autograd.run, fullgraph=True, backend="aot_eager")
     for seed in range(2):
         inputs = replace(case, seed=seed).inputs()
         for one, other in zip(
             step(case, compiled, *inputs), step(case, autograd.run, *inputs), strict=True
         ):
-            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(one, other, atol=near, rtol=near)
             assert one.stride() == other.stride()
 
 
