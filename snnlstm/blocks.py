@@ -31,7 +31,7 @@ KEPT = 1 << 30  # bytes in blocks that nobody uses, at most
 LARGEST_WORKSPACE = 64 << 20  # bytes, of those that are kept
 IDLE = 10.0  # seconds without use, after which a block makes room for one of another size
 
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class _Workspace:
@@ -41,18 +41,24 @@ class _Workspace:
 
 
 _thread = threading.local()
+_workspaces: weakref.WeakSet[_Workspace] = weakref.WeakSet()  # of the threads that live
 _free: dict[int, deque[tuple[float, np.ndarray]]] = {}  # by size: since when; oldest first
 _free_bytes = 0
-_workspaces: weakref.WeakSet[_Workspace] = weakref.WeakSet()  # of the threads that live
-_lock = threading.RLock()  # a block may come back in the middle of a call, by garbage collection
+_lock = threading.Lock()  # of all of these
+
+# Garbage collection may let go of a tensor anywhere, also while its thread holds the lock.
+_returned: deque[tuple[float, np.ndarray]] = deque()
 
 
 def empty_cache() -> None:
     """Give the memory that no tensor uses back to the system: free blocks, and workspaces."""
     global _free_bytes
     with _lock:
-        for kept in _workspaces:
-            kept.memory = _NOTHING
+        kept = list(_workspaces)
+    for workspace in kept:
+        workspace.memory = _NOTHING  # its block comes back
+    _sort_returned()
+    with _lock:
         _free.clear()
         _free_bytes = 0
 
@@ -77,38 +83,56 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def workspace(count: int) -> Tensor:
     """Uninitialised bytes, `count` or more: this thread's workspace, until it asks again."""
+    if count > LARGEST_WORKSPACE:
+        return empty((count,), torch.uint8)
     kept = getattr(_thread, "workspace", None)
     if kept is None:
         kept = _thread.workspace = _Workspace()
         with _lock:
             _workspaces.add(kept)
-    if count > LARGEST_WORKSPACE:
-        return empty((count,), torch.uint8)
-    if kept.memory.numel() < count:
-        kept.memory = _NOTHING  # not two at a time
-        kept.memory = empty((count,), torch.uint8)
-    return kept.memory
+    memory = kept.memory  # once: another thread may call empty_cache
+    if memory.numel() < count:
+        kept.memory = memory = _NOTHING  # not two at a time
+        kept.memory = memory = empty((count,), torch.uint8)
+    return memory
 
 
 def _take(size: int) -> np.ndarray:
     with _lock:
         fitting = min((s for s in _free if size <= s <= size + size // 4), default=None)
         if fitting is not None:
-            return _remove(fitting, newest=True)
-        now = time.monotonic()
-        for other in list(_free):
-            while other in _free and now - _free[other][0][0] >= IDLE:
-                _remove(other)
-    return np.empty(size, np.uint8)  # in huge pages where it is large, by NumPy
+            block = _remove(fitting, newest=True)
+        else:
+            now = time.monotonic()
+            for other in list(_free):
+                while other in _free and now - _free[other][0][0] >= IDLE:
+                    _remove(other)
+            block = None
+    _sort_returned()
+    return np.empty(size, np.uint8) if block is None else block  # large: in huge pages, by NumPy
 
 
 def _give_back(block: np.ndarray) -> None:
+    _returned.append((time.monotonic(), block))
+    _sort_returned()
+
+
+def _sort_returned() -> None:
+    """Put the blocks that came back among the free ones.
+
+    Nothing waits here: whoever holds the lock does so again when it has let go of it.
+    """
     global _free_bytes
-    with _lock:
-        _free.setdefault(block.nbytes, deque()).append((time.monotonic(), block))
-        _free_bytes += block.nbytes
-        while _free_bytes > KEPT:
-            _remove(min(_free, key=lambda size: _free[size][0][0]))
+    while _returned and _lock.acquire(blocking=False):
+        try:
+            while _returned:
+                since, block = _returned.popleft()
+                _free.setdefault(block.nbytes, deque()).append((since, block))
+                _free_bytes += block.nbytes
+            while _free_bytes > KEPT:
+                _remove(min(_free, key=lambda size: _free[size][0][0]))
+        finally:
+            _lock.release()
 
 
 def _remove(size: int, newest: bool = False) -> np.ndarray:

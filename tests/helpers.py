@@ -6,6 +6,7 @@ from typing import Any
 
 import snntorch
 import torch
+from snntorch import utils
 from torch import Tensor, nn
 
 import snnlstm
@@ -103,3 +104,13 @@ def net(cell: Any, **kwargs: Any) -> Net:
     """A :class:`Net` of cells of either library, always with the same weights."""
     torch.manual_seed(0)
     return Net(cell, **kwargs)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    """A step of the optimizer for each step of x, each from zero states."""
+    for x_t in x:
+        optimizer.zero_grad()
+        utils.reset(model)
+        spk, mem = model(x_t)
+        (spk.sum() + mem.square().sum()).backward()
+        optimizer.step()

@@ -100,6 +100,37 @@ def test_threads():
     assert not failures
 
 
+def test_a_block_may_come_back_in_the_middle_of_a_call():
+    """Garbage collection lets go of tensors anywhere, also where this thread holds the lock."""
+    tensor = megabytes(8)
+    with blocks._lock:
+        del tensor
+        assert blocks.free_bytes() == 0, "what the call works on must not change under it"
+    other = megabytes(4)
+    assert blocks.free_bytes() >= 8 * MIB
+    del other
+
+
+def test_the_cache_may_be_emptied_while_another_thread_takes_its_workspace(monkeypatch):
+    class Emptied(blocks._Workspace):
+        """One that empty_cache, in another thread, empties each time it is looked at."""
+
+        @property
+        def memory(self) -> torch.Tensor:
+            found, self._memory = self._memory, blocks._NOTHING
+            return found
+
+        @memory.setter
+        def memory(self, value: torch.Tensor) -> None:
+            self._memory = value
+
+    monkeypatch.setattr(blocks, "_thread", threading.local())
+    blocks._thread.workspace = Emptied()
+    blocks._thread.workspace.memory = blocks._NOTHING
+    for _ in range(3):
+        assert blocks.workspace(1000).numel() >= 1000
+
+
 def test_training_hands_its_blocks_back():
     cell = snnlstm.SConv2dLSTM(2, 32, 3, threshold=0.1)
     if snnlstm.path._native is None:

@@ -1,22 +1,29 @@
-"""The backward kernels against float64 autograd through the reference, and autograd's own rules.
+"""The backward kernels against float64 autograd through the reference.
 
 Native calls on random cases run on poisoned and fenced memory: see poison.py.
 """
 
-import gc
 import itertools
-import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import LAYOUTS, SURROGATES, Case, Inputs, cases, wanting_gradients
+from gradients import (
+    NAMES,
+    OUTPUTS,
+    agrees,
+    compare,
+    gradients,
+    leaves_and_gradients,
+    of_outputs,
+    total,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernels import Kernels, native, one_thread
-from oracle import decisions
 from poison import HUGE, NAN, poisoned
 from torch import Tensor
 
@@ -26,8 +33,6 @@ from snnlstm.quant import StateQuant, state_quant
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
-NAMES = ("x", "syn", "mem", "weight", "bias", "threshold")
-OUTPUTS = ("spk", "syn", "mem")
 PLAIN = Case(
     CellOptions((3, 3), sequence=True, record=True, surrogate=surrogate.atan(), reset="subtract"),
     torch.float32,
@@ -46,71 +51,6 @@ def with_options(case: Case = PLAIN, **changes: object) -> Case:
     return replace(case, options=replace(case.options, **changes))
 
 
-def gradients(
-    run: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    inputs: Inputs,
-    options: CellOptions,
-    output_gradients: Sequence[Tensor | None],
-    wanted: Sequence[str] = NAMES,
-    noise: int = 0,
-) -> dict[str, Tensor]:
-    """Gradients of the inputs that are `wanted`, by name; None for an output leaves it unused."""
-    leaves = wanting_gradients(inputs)
-    for name in NAMES:
-        leaf = getattr(leaves, name)
-        if leaf is not None:
-            leaf.requires_grad_(name in wanted)
-    out = run(*leaves, options)
-    pairs = [
-        (o, g.to(o.dtype))
-        for o, g in zip(out, output_gradients, strict=True)
-        if g is not None and o.requires_grad
-    ]
-    sources = {n: getattr(leaves, n) for n in wanted if getattr(leaves, n) is not None}
-    if not pairs or not sources:
-        return {name: torch.zeros_like(leaf) for name, leaf in sources.items()}
-    torch.manual_seed(noise)
-    found = torch.autograd.grad(
-        [o for o, _ in pairs],
-        list(sources.values()),
-        [g for _, g in pairs],
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return dict(zip(sources, found, strict=True))
-
-
-def compare(
-    actual: dict[str, Tensor],
-    exact: dict[str, Tensor],
-    error: float,
-    output_gradients: Sequence[Tensor | None],
-) -> None:
-    """Each gradient within `error` of its largest element."""
-    assert actual.keys() == exact.keys()
-    terms = sum(float(g.double().abs().sum()) for g in output_gradients if g is not None)
-    for name, one in actual.items():
-        other = exact[name].double()
-        assert one.shape == other.shape
-        assert one.isfinite().all(), name
-        scale = float(other.abs().max())
-        if name == "threshold":
-            # One number or few, that many terms of either sign add up to.
-            scale = max(scale, terms)
-        worst = float((one.double() - other).abs().max())
-        assert worst <= error * scale + 1e-30, f"{name}: {worst:.3g} where {scale:.3g} is largest"
-
-
-def agrees(kernels: Kernels, case: Case, inputs: Inputs) -> bool:
-    """Whether the kernels decide as the reference does wherever the function jumps."""
-    options = case.recorded().options
-    with torch.no_grad():
-        own = kernels.run(*inputs, options)
-        exact = reference.run(*inputs.double(), options)
-    pairs = zip(decisions(case, inputs, *own[1:]), decisions(case, inputs, *exact[1:]), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
-
-
 def check(
     kernels: Kernels,
     case: Case,
@@ -121,12 +61,9 @@ def check(
     """Compare one case; False if rounding led kernels and reference to different decisions."""
     inputs = case.inputs()
     with one_thread():
-        if not agrees(kernels, case, inputs):
+        if not agrees(kernels.run, case, inputs):
             return False
-    grads = [
-        g if name in outputs else None
-        for name, g in zip(OUTPUTS, case.output_gradients(), strict=True)
-    ]
+    grads = of_outputs(case, outputs)
     with poisoned(pattern):
         actual = gradients(kernels.run, inputs, case.options, grads, wanted)
     with one_thread():
@@ -369,15 +306,6 @@ def test_gradgradcheck_of_syn_and_mem():
 
 
 # ---- sequences and steps -------------------------------------------------------------------------
-def leaves_and_gradients(case: Case) -> tuple[Inputs, tuple[Tensor, ...]]:
-    inputs = wanting_gradients(case.inputs())
-    return inputs, case.output_gradients()
-
-
-def total(out: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    return sum((o * g).sum() for o, g in zip(out, grads, strict=True))
-
-
 @pytest.mark.parametrize("options", [{}, {"reset": "zero", "pool": "avg", "pool_size": (2, 2)}])
 def test_step_calls_have_the_gradients_of_a_sequence(kernels, options):
     for dtype in kernels.dtypes:
@@ -417,124 +345,3 @@ def test_states_carry_gradients_from_call_to_call(kernels):
             kernels.gradient_error(dtype),
             grads,
         )
-
-
-# ---- autograd's rules ----------------------------------------------------------------------------
-@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
-def test_any_subset_of_the_inputs_can_want_gradients(algorithm):
-    kernels, case = Kernels(native._C.isa_name(), algorithm), replace(PLAIN, time=2)
-    inputs = case.inputs()
-    grads = case.output_gradients()
-    everything = gradients(kernels.run, inputs, case.options, grads)
-    for size in range(1, len(NAMES) + 1):
-        for wanted in itertools.combinations(NAMES, size):
-            some = gradients(kernels.run, inputs, case.options, grads, wanted)
-            for name in wanted:
-                assert torch.equal(some[name], everything[name]), (wanted, name)
-
-
-def test_unwanted_gradients_are_not_computed(monkeypatch):
-    seen = []
-    backward = native._C.cpu_backward
-    monkeypatch.setattr(native._C, "cpu_backward", lambda *a: seen.append(a) or backward(*a))
-    for wanted in NAMES:
-        inputs = PLAIN.inputs()
-        grads = PLAIN.output_gradients()
-        gradients(autograd.run, inputs, PLAIN.options, grads, [wanted])
-    for arguments, wanted in zip(seen, NAMES, strict=True):
-        given = arguments[-7:-1]  # x, syn, mem, weight, bias, threshold; then the workspace
-        assert [bool(a) for a in given] == [name == wanted for name in NAMES]
-
-
-def test_without_gradients_nothing_is_kept():
-    inputs = PLAIN.inputs()
-    assert not any(out.requires_grad for out in autograd.run(*inputs, PLAIN.options))
-    with torch.no_grad():
-        out = autograd.run(*wanting_gradients(inputs), PLAIN.options)
-    assert not any(o.requires_grad for o in out)
-
-
-def test_spikes_without_surrogate_are_not_differentiable():
-    case = with_options(surrogate=surrogate.NONE)
-    spk, syn, mem = autograd.run(*wanting_gradients(case.inputs()), case.options)
-    assert not spk.requires_grad
-    assert syn.requires_grad
-    assert mem.requires_grad
-
-
-def test_a_retained_graph_gives_equal_gradients_again(kernels):
-    inputs, grads = leaves_and_gradients(PLAIN)
-    loss = total(kernels.run(*inputs, PLAIN.options), grads)
-    one = torch.autograd.grad(loss, inputs[:6], retain_graph=True)
-    other = torch.autograd.grad(loss, inputs[:6])
-    for first, second in zip(one, other, strict=True):
-        assert torch.equal(first, second)
-
-
-def test_a_graph_is_used_up_and_its_memory_freed():
-    inputs, grads = leaves_and_gradients(PLAIN)
-    with poisoned(NAN) as fenced:
-        out = autograd.run(*inputs, PLAIN.options)
-    blocks = [weakref.ref(block) for block in fenced.blocks]
-    fenced.blocks.clear()
-    loss = total(out, grads)
-    del out
-    assert any(block() is not None for block in blocks)
-    loss.backward()
-    gc.collect()
-    assert all(block() is None for block in blocks)
-    with pytest.raises(RuntimeError, match="second time"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("name", ["x", "syn", "mem", "weight", "threshold"])
-def test_editing_an_input_in_place_is_noticed(name):
-    inputs = PLAIN.inputs()
-    leaves = wanting_gradients(inputs)
-    # Not leaves themselves: those refuse to be edited anyway.
-    held = Inputs(*(None if t is None else t.clone() for t in leaves))
-    out = autograd.run(*held, PLAIN.options)
-    with torch.no_grad():
-        getattr(held, name).mul_(1.5)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out[2].sum().backward()
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_editing_an_output_in_place_gives_right_gradients(name):
-    """What a caller does to returned tensors enters the graph, and nothing else changes."""
-    for case in (PLAIN, with_options(sequence=False, record=False), with_options(record=False)):
-        inputs, grads = leaves_and_gradients(case)
-        outcomes = []
-        for in_place in (True, False):
-            out = dict(zip(OUTPUTS, autograd.run(*inputs, case.options), strict=True))
-            if in_place:
-                out[name].mul_(3).add_(1)
-            else:
-                out[name] = out[name] * 3 + 1
-            outcomes.append(torch.autograd.grad(total(tuple(out.values()), grads), inputs[:6]))
-        for one, other in zip(*outcomes, strict=True):
-            assert torch.equal(one, other)
-
-
-def test_editing_a_state_that_went_into_a_second_call_is_noticed():
-    step = with_options(sequence=False, record=False)
-    inputs = wanting_gradients(step.inputs())
-    _, syn, mem = autograd.run(*inputs, step.options)
-    out = autograd.run(inputs.x, syn, mem, *inputs[3:], step.options)
-    mem.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out[2].sum().backward()
-
-
-def test_detaching_in_place_cuts_the_graph():
-    step = with_options(sequence=False, record=False)
-    inputs = wanting_gradients(step.inputs())
-    _, syn, mem = autograd.run(*inputs, step.options)
-    mem.detach_()
-    syn.detach_()
-    out = autograd.run(inputs.x, syn, mem, *inputs[3:], step.options)
-    out[2].sum().backward()
-    assert inputs.syn.grad is None
-    assert inputs.mem.grad is None
-    assert inputs.weight.grad.any()

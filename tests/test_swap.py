@@ -1,4 +1,4 @@
-"""accelerate, restore and patch: our cell in the place of snnTorch's, and the way back."""
+"""accelerate and restore: our cell in the place of snnTorch's in a model, and the way back."""
 
 import copy
 import pickle
@@ -9,7 +9,6 @@ import snntorch
 import torch
 from helpers import (
     THRESHOLD,
-    Net,
     close,
     described,
     net,
@@ -18,23 +17,15 @@ from helpers import (
     states,
     steps,
     theirs,
+    train,
 )
-from snntorch import functional, utils
+from snntorch import functional
 from snntorch.functional.quant import state_quant
 from torch import nn
 
 import snnlstm
 
 X, START = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
-
-
-def train(model, optimizer, x):
-    for x_t in x:
-        optimizer.zero_grad()
-        utils.reset(model)
-        spk, mem = model(x_t)
-        (spk.sum() + mem.square().sum()).backward()
-        optimizer.step()
 
 
 # ---- accelerate -----------------------------------------------------------------------------
@@ -385,83 +376,3 @@ def test_restore_leaves_what_snntorch_cannot_do_and_says_why(make, reason):
     assert model["left"] is cell
     assert report.swapped == ("done",)
     close(model["done"](X.double()), ours().double()(X.double()))
-
-
-# ---- patch ----------------------------------------------------------------------------------
-
-early = snntorch.SConv2dLSTM  # as `from snntorch import SConv2dLSTM` before patch() reads it
-
-
-@pytest.fixture
-def patched():
-    with snnlstm.patch() as handle:
-        yield handle
-
-
-def test_patch_makes_every_new_cell_ours_whoever_imported_the_name(patched):
-    from snntorch import SConv2dLSTM
-    from snntorch._neurons.sconv2dlstm import SConv2dLSTM as inner
-
-    for cell in (early, SConv2dLSTM, inner, snntorch.SConv2dLSTM):
-        torch.manual_seed(0)
-        made = cell(2, 3, 3, threshold=0.1, reset_mechanism="zero", stride=1)
-        assert type(made) is snnlstm.SConv2dLSTM
-        close(made(X), ours(reset_mechanism="zero")(X))
-
-
-def test_patched_the_old_cells_and_subclasses_stay_what_they_are():
-    old = theirs()
-    with snnlstm.patch():
-        model = nn.Sequential(old, theirs())
-        assert [type(cell) for cell in model] == [snntorch.SConv2dLSTM, snnlstm.SConv2dLSTM]
-        assert all(isinstance(cell, snntorch.SConv2dLSTM) for cell in model)
-        assert type(Mine(2, 3, 3)) is Mine
-        plain = theirs(spike_grad=torch.sigmoid)  # so that snnTorch's can be copied
-        assert type(copy.deepcopy(Mine(2, 3, 3, spike_grad=torch.sigmoid))) is Mine
-        assert type(copy.deepcopy(plain)) is snnlstm.SConv2dLSTM
-        close(model[0](X), model[1](X))
-        utils.reset(model)
-        assert not any(cell.mem.any() for cell in model)
-        utils.reset(nn.Sequential(old))  # also where all cells are old
-        assert type(snnlstm.restore(model[1]).model) is snntorch.SConv2dLSTM
-
-
-def test_patched_the_warning_about_the_threshold_names_the_line_that_makes_the_cell(patched):
-    with pytest.warns(UserWarning, match="never spikes") as caught:
-        snntorch.SConv2dLSTM(2, 3, 3)
-    assert caught[0].filename == __file__
-
-
-def test_patch_can_be_undone_in_three_ways():
-    def makes_ours():
-        return type(theirs()) is snnlstm.SConv2dLSTM
-
-    init = snntorch.SConv2dLSTM.__init__
-    with snnlstm.patch():
-        assert makes_ours()
-        with snnlstm.patch():  # a second one changes nothing, and neither does its end
-            assert makes_ours()
-        assert makes_ours()
-    assert not makes_ours()
-    with pytest.raises(KeyError), snnlstm.patch():
-        raise KeyError
-    assert not makes_ours()
-    snnlstm.patch()
-    snnlstm.patch()
-    assert makes_ours()
-    snnlstm.unpatch()
-    assert not makes_ours()
-    snnlstm.unpatch()
-    assert snntorch.SConv2dLSTM.__init__ is init
-
-
-def test_a_net_built_while_patched_trains_as_before(patched):
-    one = Net(snntorch.SConv2dLSTM)
-    assert type(one.first) is snnlstm.SConv2dLSTM
-    snnlstm.unpatch()
-    other = Net(snntorch.SConv2dLSTM)
-    other.load_state_dict(one.state_dict())
-    x = steps(3, 2, 2, 6, 6)
-    for model in (one, other):
-        train(model, torch.optim.SGD(model.parameters(), lr=0.1), x)
-    close(one.state_dict(), other.state_dict(), atol=1e-4)

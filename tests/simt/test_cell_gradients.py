@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 from backend import simt_core
-from cases import Case, cases, wanting_gradients
+from cases import Case, cases
+from gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import decisions
 from test_cell import CASES, MODES, PLAIN, Mode, crossed, with_options
 
 from snnlstm import reference, surrogate
@@ -58,8 +58,6 @@ JUMPING = {
     "no bias": replace(PLAIN, bias=False),
 }
 SCHEDULES = [("in_order", 0), ("shuffled", 1), ("ahead", 1)]
-NAMES = ("x", "syn", "mem", "weight", "bias", "threshold")
-OUTPUTS = ("spk", "syn", "mem")
 
 
 @pytest.fixture
@@ -69,74 +67,13 @@ def core():
     found.reset()
 
 
-def agrees(case: Case, mode: Mode, inputs) -> bool:
-    """Whether kernels and reference decide alike wherever the function jumps."""
-    options = case.recorded().options
-    with torch.no_grad():
-        own = mode.run(*inputs, options)
-        exact = reference.run(*inputs.double(), options)
-    pairs = zip(decisions(case, inputs, *own[1:]), decisions(case, inputs, *exact[1:]), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
-
-
-def gradients(run, inputs, options, output_gradients, wanted=NAMES) -> dict[str, torch.Tensor]:
-    """By name; an output whose gradient is None is not used."""
-    leaves = wanting_gradients(inputs)
-    for name in set(NAMES) - set(wanted):
-        if getattr(leaves, name) is not None:
-            getattr(leaves, name).requires_grad_(False)
-    sources = {n: getattr(leaves, n) for n in wanted if getattr(leaves, n) is not None}
-    out = run(*leaves, options)
-    pairs = [
-        (o, g.to(o.dtype))
-        for o, g in zip(out, output_gradients, strict=True)
-        if g is not None and o.requires_grad
-    ]
-    if not pairs or not sources:
-        return {name: torch.zeros_like(leaf) for name, leaf in sources.items()}
-    torch.manual_seed(0)  # for the stochastic surrogate
-    found = torch.autograd.grad(
-        [o for o, _ in pairs],
-        list(sources.values()),
-        [g for _, g in pairs],
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return dict(zip(sources, found, strict=True))
-
-
-def output_gradients(case: Case, outputs=OUTPUTS) -> list[torch.Tensor | None]:
-    """Random ones of the `outputs`, None for the others."""
-    random = torch.Generator().manual_seed(case.seed + 1)
-    shaped = reference.run(*case.inputs(), case.options)
-    return [
-        torch.randn(o.shape, generator=random, dtype=torch.float64).to(case.dtype)
-        if name in outputs
-        else None
-        for name, o in zip(OUTPUTS, shaped, strict=True)
-    ]
-
-
-def compare(actual, exact, error: float, output_gradients) -> None:
-    """Each gradient within `error` of its largest element; the threshold's within `error` of all
-    the terms that it is the sum of."""
-    terms = sum(float(g.double().abs().sum()) for g in output_gradients if g is not None)
-    assert actual.keys() == exact.keys()
-    for name, one in actual.items():
-        other = exact[name].double()
-        assert one.isfinite().all(), name
-        scale = max(float(other.abs().max()), terms if name == "threshold" else 1e-30)
-        worst = float((one.double() - other).abs().max())
-        assert worst <= error * scale, f"{name}: {worst:.3g} where {scale:.3g} is largest"
-
-
 def check(core, case: Case, mode: Mode, error: float, outputs=OUTPUTS, wanted=NAMES) -> bool:
     """False where rounding led kernels and reference to different decisions."""
     case = mode.of(case)
     inputs = case.inputs()
-    grads = output_gradients(case, outputs)
+    grads = of_outputs(case, outputs)
     with mode.running(core):
-        if error <= max(EXACT.values()) and not agrees(case, mode, inputs):
+        if error <= max(EXACT.values()) and not agrees(mode.run, case, inputs):
             return False
         actual = gradients(mode.run, inputs, case.options, grads, wanted)
     exact = gradients(reference.run, inputs.double(), case.options, grads, wanted)
@@ -168,7 +105,7 @@ def test_results_are_the_same_under_every_schedule(core):
     """So torch.use_deterministic_algorithms has nothing to change."""
     mode = MODES["tf32"]
     case = mode.of(CASES["channels last"])
-    inputs, grads = case.inputs(), output_gradients(case)
+    inputs, grads = case.inputs(), of_outputs(case)
     seen = []
     for schedule in (*SCHEDULES, ("ahead", 2)):
         core.schedule(*schedule)

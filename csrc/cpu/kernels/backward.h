@@ -24,8 +24,8 @@ class Backward {
   static constexpr int kGates = 4 * VL;
   static constexpr int64_t kPiece = 48;      // rows of K in a weight gradient task
   static constexpr int64_t kTilePiece = 64;  // with Winograd: input channels
-  // Each split of the weight gradient has sums of its own, to be cleared and added up: so many pixels
-  // of all steps pay for that.
+  // Each split of the weight gradient has sums of its own, to be cleared and added up: so many
+  // pixels, of all steps, pay for that.
   static constexpr int64_t kSplitPixels = 4096;
 
   // Channel blocks whose weight gradients share the lists, or the transformed tiles, of the input.

@@ -1,0 +1,98 @@
+"""Gradients of a case, and their comparison."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from cases import Case, Inputs, wanting_gradients
+from oracle import decisions
+from torch import Tensor
+
+from snnlstm import reference
+from snnlstm.options import CellOptions
+
+NAMES = ("x", "syn", "mem", "weight", "bias", "threshold")
+OUTPUTS = ("spk", "syn", "mem")
+
+Run = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def gradients(
+    run: Run,
+    inputs: Inputs,
+    options: CellOptions,
+    output_gradients: Sequence[Tensor | None],
+    wanted: Sequence[str] = NAMES,
+    noise: int = 0,
+) -> dict[str, Tensor]:
+    """Gradients of the inputs that are `wanted`, by name; None for an output leaves it unused."""
+    leaves = wanting_gradients(inputs)
+    for name in NAMES:
+        leaf = getattr(leaves, name)
+        if leaf is not None:
+            leaf.requires_grad_(name in wanted)
+    out = run(*leaves, options)
+    pairs = [
+        (o, g.to(o.dtype))
+        for o, g in zip(out, output_gradients, strict=True)
+        if g is not None and o.requires_grad
+    ]
+    sources = {n: getattr(leaves, n) for n in wanted if getattr(leaves, n) is not None}
+    if not pairs or not sources:
+        return {name: torch.zeros_like(leaf) for name, leaf in sources.items()}
+    torch.manual_seed(noise)
+    found = torch.autograd.grad(
+        [o for o, _ in pairs],
+        list(sources.values()),
+        [g for _, g in pairs],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(sources, found, strict=True))
+
+
+def compare(
+    actual: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    error: float,
+    output_gradients: Sequence[Tensor | None],
+) -> None:
+    """Each gradient within `error` of its largest element."""
+    assert actual.keys() == exact.keys()
+    terms = sum(float(g.double().abs().sum()) for g in output_gradients if g is not None)
+    for name, one in actual.items():
+        other = exact[name].double()
+        assert one.shape == other.shape
+        assert one.isfinite().all(), name
+        scale = float(other.abs().max())
+        if name == "threshold":
+            # One number or few, that many terms of either sign add up to.
+            scale = max(scale, terms)
+        worst = float((one.double() - other).abs().max())
+        assert worst <= error * scale + 1e-30, f"{name}: {worst:.3g} where {scale:.3g} is largest"
+
+
+def agrees(run: Run, case: Case, inputs: Inputs) -> bool:
+    """Whether `run` decides as the reference does wherever the function jumps."""
+    options = case.recorded().options
+    with torch.no_grad():
+        own = run(*inputs, options)
+        exact = reference.run(*inputs.double(), options)
+    pairs = zip(decisions(case, inputs, *own[1:]), decisions(case, inputs, *exact[1:]), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+def of_outputs(case: Case, outputs: Sequence[str] = OUTPUTS) -> list[Tensor | None]:
+    """Gradients of the `outputs`, None for the others."""
+    return [
+        g if name in outputs else None
+        for name, g in zip(OUTPUTS, case.output_gradients(), strict=True)
+    ]
+
+
+def leaves_and_gradients(case: Case) -> tuple[Inputs, tuple[Tensor, ...]]:
+    inputs = wanting_gradients(case.inputs())
+    return inputs, case.output_gradients()
+
+
+def total(out: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    return sum((o * g).sum() for o, g in zip(out, grads, strict=True))

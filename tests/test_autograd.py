@@ -1,0 +1,154 @@
+"""Autograd's rules: who gets a gradient, what is kept and freed, what is edited in place."""
+
+import gc
+import itertools
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, Inputs, wanting_gradients
+from gradients import NAMES, OUTPUTS, gradients, leaves_and_gradients, total
+from kernels import Kernels, native
+from poison import NAN, poisoned
+
+from snnlstm import autograd, surrogate
+from snnlstm.options import CellOptions
+
+pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+
+PLAIN = Case(
+    CellOptions((3, 3), sequence=True, record=True, surrogate=surrogate.atan(), reset="subtract"),
+    torch.float32,
+    time=3,
+    batch=2,
+    in_channels=5,
+    channels=9,
+    height=7,
+    width=10,
+    threshold="column",
+)
+
+
+def with_options(case: Case = PLAIN, **changes: object) -> Case:
+    return replace(case, options=replace(case.options, **changes))
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
+def test_any_subset_of_the_inputs_can_want_gradients(algorithm):
+    kernels, case = Kernels(native._C.isa_name(), algorithm), replace(PLAIN, time=2)
+    inputs = case.inputs()
+    grads = case.output_gradients()
+    everything = gradients(kernels.run, inputs, case.options, grads)
+    for size in range(1, len(NAMES) + 1):
+        for wanted in itertools.combinations(NAMES, size):
+            some = gradients(kernels.run, inputs, case.options, grads, wanted)
+            for name in wanted:
+                assert torch.equal(some[name], everything[name]), (wanted, name)
+
+
+def test_unwanted_gradients_are_not_computed(monkeypatch):
+    seen = []
+    backward = native._C.cpu_backward
+    monkeypatch.setattr(native._C, "cpu_backward", lambda *a: seen.append(a) or backward(*a))
+    for wanted in NAMES:
+        inputs = PLAIN.inputs()
+        grads = PLAIN.output_gradients()
+        gradients(autograd.run, inputs, PLAIN.options, grads, [wanted])
+    for arguments, wanted in zip(seen, NAMES, strict=True):
+        given = arguments[-7:-1]  # x, syn, mem, weight, bias, threshold; then the workspace
+        assert [bool(a) for a in given] == [name == wanted for name in NAMES]
+
+
+def test_without_gradients_nothing_is_kept():
+    inputs = PLAIN.inputs()
+    assert not any(out.requires_grad for out in autograd.run(*inputs, PLAIN.options))
+    with torch.no_grad():
+        out = autograd.run(*wanting_gradients(inputs), PLAIN.options)
+    assert not any(o.requires_grad for o in out)
+
+
+def test_spikes_without_surrogate_are_not_differentiable():
+    case = with_options(surrogate=surrogate.NONE)
+    spk, syn, mem = autograd.run(*wanting_gradients(case.inputs()), case.options)
+    assert not spk.requires_grad
+    assert syn.requires_grad
+    assert mem.requires_grad
+
+
+def test_a_retained_graph_gives_equal_gradients_again(kernels):
+    inputs, grads = leaves_and_gradients(PLAIN)
+    loss = total(kernels.run(*inputs, PLAIN.options), grads)
+    one = torch.autograd.grad(loss, inputs[:6], retain_graph=True)
+    other = torch.autograd.grad(loss, inputs[:6])
+    for first, second in zip(one, other, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_a_graph_is_used_up_and_its_memory_freed():
+    inputs, grads = leaves_and_gradients(PLAIN)
+    with poisoned(NAN) as fenced:
+        out = autograd.run(*inputs, PLAIN.options)
+    blocks = [weakref.ref(block) for block in fenced.blocks]
+    fenced.blocks.clear()
+    loss = total(out, grads)
+    del out
+    assert any(block() is not None for block in blocks)
+    loss.backward()
+    gc.collect()
+    assert all(block() is None for block in blocks)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["x", "syn", "mem", "weight", "threshold"])
+def test_editing_an_input_in_place_is_noticed(name):
+    inputs = PLAIN.inputs()
+    leaves = wanting_gradients(inputs)
+    # Not leaves themselves: those refuse to be edited anyway.
+    held = Inputs(*(None if t is None else t.clone() for t in leaves))
+    out = autograd.run(*held, PLAIN.options)
+    with torch.no_grad():
+        getattr(held, name).mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out[2].sum().backward()
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_editing_an_output_in_place_gives_right_gradients(name):
+    """What a caller does to returned tensors enters the graph, and nothing else changes."""
+    for case in (PLAIN, with_options(sequence=False, record=False), with_options(record=False)):
+        inputs, grads = leaves_and_gradients(case)
+        outcomes = []
+        for in_place in (True, False):
+            out = dict(zip(OUTPUTS, autograd.run(*inputs, case.options), strict=True))
+            if in_place:
+                out[name].mul_(3).add_(1)
+            else:
+                out[name] = out[name] * 3 + 1
+            outcomes.append(torch.autograd.grad(total(tuple(out.values()), grads), inputs[:6]))
+        for one, other in zip(*outcomes, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_editing_a_state_that_went_into_a_second_call_is_noticed():
+    step = with_options(sequence=False, record=False)
+    inputs = wanting_gradients(step.inputs())
+    _, syn, mem = autograd.run(*inputs, step.options)
+    out = autograd.run(inputs.x, syn, mem, *inputs[3:], step.options)
+    mem.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out[2].sum().backward()
+
+
+def test_detaching_in_place_cuts_the_graph():
+    step = with_options(sequence=False, record=False)
+    inputs = wanting_gradients(step.inputs())
+    _, syn, mem = autograd.run(*inputs, step.options)
+    mem.detach_()
+    syn.detach_()
+    out = autograd.run(inputs.x, syn, mem, *inputs[3:], step.options)
+    out[2].sum().backward()
+    assert inputs.syn.grad is None
+    assert inputs.mem.grad is None
+    assert inputs.weight.grad.any()
