@@ -126,8 +126,8 @@ def test_the_cache_may_be_emptied_while_another_thread_takes_its_workspace(monke
 
     monkeypatch.setattr(blocks, "_thread", threading.local())
     blocks._thread.workspace = Emptied()
-    blocks._thread.workspace.memory = blocks._NOTHING
-    for _ in range(3):
+    for size in (0, 500, 2000):
+        blocks._thread.workspace.memory = torch.empty(size, dtype=torch.uint8)
         assert blocks.workspace(1000).numel() >= 1000
 
 
