@@ -96,9 +96,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_names", &cpu::isa_names);
   m.def("isa_name", &cpu::isa_name);
   m.def("set_isa", &cpu::set_isa);
-  m.def("cpu_choose", [](const Cell& cell, int algorithm, double density, bool tame) {
-    return cpu::choose(cell, cpu::Algorithm(algorithm), density, tame);
-  });
+  m.def("cpu_choose",
+        [](const Cell& cell, int algorithm, double density, bool tame, bool backward) {
+          return cpu::choose(cell, cpu::Algorithm(algorithm), density, tame, backward);
+        });
   m.def("cpu_forward_workspace", &cpu::forward_workspace);
   m.def("cpu_backward_workspace", &cpu::backward_workspace);
   m.def("cpu_padded_channels", [](int dtype, int64_t C) {

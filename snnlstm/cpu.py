@@ -39,9 +39,9 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @lru_cache(maxsize=1024)
-def _choose(cell: Any, algorithm: str, percent: int, tame: bool, isa: str) -> Any:
+def _choose(cell: Any, algorithm: str, percent: int, tame: bool, backward: bool, isa: str) -> Any:
     number = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
-    return _C.cpu_choose(cell, number, percent / 100, tame)
+    return _C.cpu_choose(cell, number, percent / 100, tame, backward)
 
 
 @lru_cache(maxsize=1024)
@@ -58,13 +58,13 @@ def _density(x: Tensor) -> float:
 
 
 def _describe(
-    x: Tensor, mem: Tensor, weight: Packed, options: CellOptions, algorithm: str
+    x: Tensor, mem: Tensor, weight: Packed, options: CellOptions, algorithm: str, *, backward: bool
 ) -> tuple[Any, int]:
     """Cell with its convolution algorithms, and the number of threads."""
     time = x.shape[0] if options.sequence else 1
     cell = _cell(_C, options, x.dtype, time, tuple(x.shape[-4:]), mem.shape[1])
     percent = round(100 * _density(x)) if x.shape[-3] > 2 else 100
-    chosen = _choose(cell, algorithm, percent, weight.tame, _C.isa_name())
+    chosen = _choose(cell, algorithm, percent, weight.tame, backward, _C.isa_name())
     return chosen, torch.get_num_threads()
 
 
@@ -111,7 +111,7 @@ def forward(
 ) -> Result:
     """See :func:`snnlstm.native.forward`."""
     entry = look_up(weight)
-    cell, threads = _describe(x, mem, entry, options, algorithm)
+    cell, threads = _describe(x, mem, entry, options, algorithm, backward=False)
     packed = pack(entry, cell, backward=False)
     bias = None if bias is None else bias.detach().contiguous()
     thresholds, threshold_stride = glue.threshold_numbers(threshold, x.dtype)
@@ -163,7 +163,7 @@ def backward(
 ) -> Gradients:
     """See :func:`snnlstm.native.backward`."""
     entry = look_up(weight)
-    cell, threads = _describe(x, mem, entry, options, algorithm)
+    cell, threads = _describe(x, mem, entry, options, algorithm, backward=True)
     packed = pack(entry, cell, backward=True, grad_x=wanted[0])
     thresholds, threshold_stride = glue.threshold_numbers(threshold, x.dtype)
     levels = _levels(options, x.dtype)

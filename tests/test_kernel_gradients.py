@@ -147,6 +147,8 @@ ALONE = {
     "one channel": replace(PLAIN, in_channels=1, channels=1),
     "a tall image": replace(PLAIN, time=2, batch=1, height=61, width=19, channels=5),
     "a wide image": replace(PLAIN, time=2, batch=1, height=3, width=275, channels=5),
+    # Three vectors of 8, for x and for mem.
+    "three vectors": replace(PLAIN, time=2, batch=1, in_channels=24, channels=24, height=5),
     "many channels": replace(PLAIN, time=2, batch=1, in_channels=71, channels=35, height=5),
 }
 

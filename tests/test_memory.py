@@ -138,7 +138,7 @@ def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):
         inputs = case.inputs()
         weight = packing.look_up(inputs.weight)
         cell, threads = native.cpu._describe(
-            inputs.x, inputs.mem, weight, OPTIONS, kernels.algorithm
+            inputs.x, inputs.mem, weight, OPTIONS, kernels.algorithm, backward=True
         )
         counters = 64 * time
         size = native.cpu._workspace_bytes(cell, threads, kernels.isa, backward=True)

@@ -15,18 +15,22 @@ double direct_cost(const Cell& c, double channels) {
 }
 
 // The products, the transform of the outputs (of four gates) and the transform of the inputs, which
-// all channel blocks share. Tiles that stick out of the image count whole.
-double tile_cost(const Cell& c, Tiling t, double channels) {
+// all channel blocks share. Tiles that stick out of the image count whole. In the backward pass all
+// pixels of a call share the transforms of the filters, which have changed since the last call, and
+// of their gradient.
+double tile_cost(const Cell& c, Tiling t, double channels, bool backward) {
   const double points = t.inputs * t.inputs;
   const auto up = [&](int64_t n) { return double((n + t.tile - 1) / t.tile * t.tile) / double(n); };
   const double per_tile =
       points * (4 * channels * 1.15 + 4 * 4) + points * 5 * channels / double(c.C);
-  return per_tile / (t.tile * t.tile) * up(c.Ho()) * up(c.Wo());
+  const double of_filters = backward ? 20 * points * 4 * channels : 0;  // measured
+  return per_tile / (t.tile * t.tile) * up(c.Ho()) * up(c.Wo()) +
+         of_filters / double(c.T * c.N * c.Ho() * c.Wo());
 }
 
 }  // namespace
 
-Cell choose(const Cell& cell, Algorithm algorithm, double density, bool tame) {
+Cell choose(const Cell& cell, Algorithm algorithm, double density, bool tame, bool backward) {
   Cell c = cell;
   c.tile = 0;
   c.x_way = Way::direct;
@@ -37,7 +41,7 @@ Cell choose(const Cell& cell, Algorithm algorithm, double density, bool tame) {
     for (const int tile : {4, 2}) {
       const Tiling t = {tile, tile + c.kernel_h - 1};
       if (t.inputs > 6) continue;
-      const double cost = tile_cost(c, t, double(c.C));
+      const double cost = tile_cost(c, t, double(c.C), backward);
       if (cost < best || (forced && c.tile == 0)) best = cost, c.tile = tile;
     }
   }
@@ -45,7 +49,7 @@ Cell choose(const Cell& cell, Algorithm algorithm, double density, bool tame) {
   if (c.tile > 0 && c.stride_h == 1 && c.stride_w == 1) {
     const Tiling t = {c.tile, c.tile + c.kernel_h - 1};
     // beside the recurrent half the outputs are transformed anyway
-    const double cost = tile_cost(c, t, double(c.Cin)) - tile_cost(c, t, 0);
+    const double cost = tile_cost(c, t, double(c.Cin), backward) - tile_cost(c, t, 0, backward);
     if (forced || cost < best) best = cost, c.x_way = Way::winograd;
   }
   if (!forced && density < 1 && sparse_cost(c, density) * direct_cost(c, double(c.Cin)) < best)

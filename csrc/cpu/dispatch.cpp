@@ -24,9 +24,11 @@ namespace {
 struct Isa {
   const char* name;
   const Kernels* kernels;
+  const Kernels* for_few_channels;  // up to kFew, of which long vectors would be mostly empty
   bool usable;
   bool chosen_by_itself;
 };
+constexpr int64_t kFew = 4;
 
 // Best last. `wide` is AVX-512's tiles in AVX2's instructions: slow, but it lets the tiles be
 // tested on machines without AVX-512.
@@ -39,12 +41,12 @@ const std::vector<Isa>& all() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw");
-    s.push_back({"wide", &wide::kernels, avx2, false});
-    s.push_back({"baseline", &baseline::kernels, true, true});
-    s.push_back({"avx2", &avx2::kernels, avx2, true});
-    s.push_back({"avx512", &avx512::kernels, avx512, true});
+    s.push_back({"wide", &wide::kernels, &wide::kernels, avx2, false});
+    s.push_back({"baseline", &baseline::kernels, &baseline::kernels, true, true});
+    s.push_back({"avx2", &avx2::kernels, &avx2::kernels, avx2, true});
+    s.push_back({"avx512", &avx512::kernels, &avx2::kernels, avx512, true});
 #else
-    s.push_back({"baseline", &baseline::kernels, true, true});
+    s.push_back({"baseline", &baseline::kernels, &baseline::kernels, true, true});
 #endif
     return s;
   }();
@@ -77,6 +79,10 @@ const Isa*& current() {
   return isa;
 }
 
+const Kernels& kernels(const Cell& cell) {
+  return cell.C <= kFew ? *current()->for_few_channels : *current()->kernels;
+}
+
 }  // namespace
 
 std::vector<std::string> isa_names() {
@@ -88,25 +94,23 @@ std::vector<std::string> isa_names() {
 std::string isa_name() { return current()->name; }
 void set_isa(const std::string& name) { current() = &find(name); }
 
-bool has_tiles(const Cell& cell) { return current()->kernels->has_tiles(cell); }
+bool has_tiles(const Cell& cell) { return kernels(cell).has_tiles(cell); }
 double sparse_cost(const Cell& cell, double density) {
-  return current()->kernels->sparse_cost(cell, density);
+  return kernels(cell).sparse_cost(cell, density);
 }
 int64_t forward_workspace(const Cell& cell, int threads) {
-  return current()->kernels->forward_workspace(cell, threads);
+  return kernels(cell).forward_workspace(cell, threads);
 }
 int64_t backward_workspace(const Cell& cell, int threads) {
-  return current()->kernels->backward_workspace(cell, threads);
+  return kernels(cell).backward_workspace(cell, threads);
 }
-int64_t padded_channels(const Cell& cell) { return current()->kernels->padded_channels(cell); }
-int64_t packed_bytes(const Cell& cell, Form form) {
-  return current()->kernels->packed_bytes(cell, form);
-}
+int64_t padded_channels(const Cell& cell) { return kernels(cell).padded_channels(cell); }
+int64_t packed_bytes(const Cell& cell, Form form) { return kernels(cell).packed_bytes(cell, form); }
 void pack_weight(const Cell& cell, Form form, const void* weight, void* packed) {
-  current()->kernels->pack_weight(cell, form, weight, packed);
+  kernels(cell).pack_weight(cell, form, weight, packed);
 }
-void forward(const ForwardArgs& args) { current()->kernels->forward(args); }
-void backward(const BackwardArgs& args) { current()->kernels->backward(args); }
+void forward(const ForwardArgs& args) { kernels(args.cell).forward(args); }
+void backward(const BackwardArgs& args) { kernels(args.cell).backward(args); }
 void evaluate(const std::string& function, DType dtype, const void* in, void* out, int64_t count) {
   if (!current()->kernels->evaluate(function.c_str(), dtype, in, out, count))
     throw std::invalid_argument("function must be exp, sigmoid or tanh, got '" + function + "'");

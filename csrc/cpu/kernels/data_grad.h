@@ -56,6 +56,8 @@ class DataGrad {
     switch (tile_vectors(vectors_)) {
       case 4:
         return sweep<4>(d_gates, weight, begin, end, out);
+      case 3:
+        return sweep<3>(d_gates, weight, begin, end, out);
       case 2:
         return sweep<2>(d_gates, weight, begin, end, out);
       default:
@@ -71,6 +73,8 @@ class DataGrad {
     switch (tile_vectors(vectors_)) {
       case 4:
         return tile_sweep<W, 4>(b, values, weight, products, end - begin, out);
+      case 3:
+        return tile_sweep<W, 3>(b, values, weight, products, end - begin, out);
       case 2:
         return tile_sweep<W, 2>(b, values, weight, products, end - begin, out);
       default:

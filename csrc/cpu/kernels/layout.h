@@ -46,7 +46,9 @@ class Arena {
 };
 
 // Output channels in `vectors` vectors: how many of them a register tile takes.
-inline int tile_vectors(int64_t vectors) { return vectors % 4 == 0 ? 4 : vectors % 2 == 0 ? 2 : 1; }
+inline int tile_vectors(int64_t vectors) {
+  return vectors % 4 == 0 ? 4 : vectors % 3 == 0 ? 3 : vectors % 2 == 0 ? 2 : 1;
+}
 
 template <class T, int VL>
 struct Layout {
@@ -82,9 +84,10 @@ struct Layout {
   int64_t Hx, Wx, Wm;  // with border
   int64_t taps, Kx, Km, Kg, x_blocks;
 
-  // Vectors of x's gradient: shorter ones than the processor's in pairs, to be merged.
+  // Vectors of x's gradient: shorter ones than the processor's in pairs, to be merged, or in
+  // threes, which are worth as much.
   static int64_t whole_vectors(int64_t n) {
-    return VL * int(sizeof(T)) < kNativeBytes && n > 1 ? round_up(n, 2) : n;
+    return VL * int(sizeof(T)) < kNativeBytes && n > 1 && n % 3 != 0 ? round_up(n, 2) : n;
   }
   static int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
   // Whether the input half has the tiles of the recurrent one.
