@@ -45,6 +45,7 @@ LINKS = {
     "](docs/": "](",
     "](CONTRIBUTING.md": "](contributing.md",
     "](CHANGELOG.md": "](changelog.md",
+    "](benchmarks/NOTES.md": "](measured.md",
 }
 
 
