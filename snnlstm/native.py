@@ -6,6 +6,7 @@ The halves of the core, :mod:`snnlstm.cpu` and :mod:`snnlstm.cuda`, are twins: `
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from .options import CellOptions
 
 __all__ = [
     "DEVICES",
+    "LAYOUT",
     "Gradients",
     "Result",
     "Saved",
@@ -39,6 +41,21 @@ _NO_CUDA = cuda_check.without_kernels(_C.build_info())
 if _NO_CUDA is None:
     HALVES["cuda"] = cuda.Kernels(_C)
 DEVICES = frozenset(HALVES)
+
+
+def layout() -> int:
+    """A number that changes with the shapes of what a forward pass keeps.
+
+    They differ between instruction sets, and may between versions. torch.compile writes graphs
+    that hold them to a cache on disk, which outlives both.
+    """
+    counts = [_C.cpu_padded_channels(dtype, c) for dtype in (0, 1) for c in range(1, 129)]
+    if "cuda" in HALVES:
+        counts += map(_C.cuda_padded_channels, range(1, 129))
+    return zlib.crc32(repr(counts).encode())
+
+
+LAYOUT = layout()  # made once: dynamo cannot trace a call into the core
 
 
 def name(device: str) -> str:

@@ -42,6 +42,7 @@ def _encode(options: CellOptions) -> tuple[list[int], list[float], Tensor | None
         int(options.record),
         int(options.checkpoint),
         _OPERANDS.index(options.operands),
+        native.LAYOUT,
     ]
     levels = None if options.quant is None else options.quant.levels
     return numbers, [surrogate.p0, surrogate.p1], levels
@@ -51,7 +52,7 @@ _CHECKPOINT = 14  # its place in the numbers
 
 
 def _decode(numbers: list[int], parameters: list[float], levels: Tensor | None) -> CellOptions:
-    kh, kw, sh, sw, dh, dw, ph, pw, reset, pool, kind, *flags, operands = numbers
+    kh, kw, sh, sw, dh, dw, ph, pw, reset, pool, kind, *flags, operands, _ = numbers
     p0, p1 = parameters
     inhibition, sequence, record, checkpoint = map(bool, flags)
     return CellOptions(

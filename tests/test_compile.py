@@ -4,8 +4,10 @@ import pytest
 import torch
 from helpers import THRESHOLD, close, described, ours, same_gradients, states, steps
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_inductor_cache as fresh_cache
 
 import snnlstm
+from snnlstm import native
 
 
 @pytest.fixture(autouse=True)
@@ -216,6 +218,25 @@ def test_inductor_trains_a_network_as_eager_does():
     assert losses[1] == pytest.approx(losses[0], rel=1e-3, abs=1e-4)
     assert losses[0][4] < losses[0][0] - 0.02
     close(nets[1].state_dict(), nets[0].state_dict(), atol=2e-3)
+
+
+def test_a_graph_cached_on_disk_by_another_instruction_set_is_not_used(monkeypatch):
+    """What the forward pass keeps has other shapes there, and the cache outlives the process."""
+    x, before = steps(2, 2, 2, 6, 6), snnlstm._C.isa_name()
+    with fresh_cache():
+        try:
+            for isa in snnlstm._C.isa_names():
+                snnlstm._C.set_isa(isa)
+                monkeypatch.setattr(native, "LAYOUT", native.layout())
+                torch._dynamo.reset()
+                one, other = ours(), ours()
+                compiled = torch.compile(one, fullgraph=True)
+                close(compiled(x), other(x))
+                one.mem.sum().backward()
+                other.mem.sum().backward()
+                same_gradients(one, other)
+        finally:
+            snnlstm._C.set_isa(before)
 
 
 def test_the_mode_reduce_overhead_works():
