@@ -53,6 +53,8 @@ struct Cell {
 
   int64_t pad_h() const { return int64_t(dilation_h) * (kernel_h - 1) / 2; }
   int64_t pad_w() const { return int64_t(dilation_w) * (kernel_w - 1) / 2; }
+  // CPU: Winograd tile of the weight gradient; 0: direct. Tiles of 8 inputs round too much for it.
+  int grad_tile() const { return tile + kernel_h - 1 <= 6 ? tile : kernel_h == 5 ? 2 : 0; }
   int64_t Ho() const { return (H + stride_h - 1) / stride_h; }
   int64_t Wo() const { return (W + stride_w - 1) / stride_w; }
   int64_t Hp() const { return Ho() / pool_h; }

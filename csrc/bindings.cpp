@@ -97,8 +97,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_name", &cpu::isa_name);
   m.def("set_isa", &cpu::set_isa);
   m.def("cpu_choose",
-        [](const Cell& cell, int algorithm, double density, bool tame, bool backward) {
-          return cpu::choose(cell, cpu::Algorithm(algorithm), density, tame, backward);
+        [](const Cell& cell, int algorithm, double density, int most_inputs, bool backward) {
+          return cpu::choose(cell, cpu::Algorithm(algorithm), density, most_inputs, backward);
         });
   m.def("cpu_forward_workspace", &cpu::forward_workspace);
   m.def("cpu_backward_workspace", &cpu::backward_workspace);

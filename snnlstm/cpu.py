@@ -39,9 +39,11 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @lru_cache(maxsize=1024)
-def _choose(cell: Any, algorithm: str, percent: int, tame: bool, backward: bool, isa: str) -> Any:
+def _choose(
+    cell: Any, algorithm: str, percent: int, most_inputs: int, backward: bool, isa: str
+) -> Any:
     number = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
-    return _C.cpu_choose(cell, number, percent / 100, tame, backward)
+    return _C.cpu_choose(cell, number, percent / 100, most_inputs, backward)
 
 
 @lru_cache(maxsize=1024)
@@ -64,7 +66,7 @@ def _describe(
     time = x.shape[0] if options.sequence else 1
     cell = _cell(_C, options, x.dtype, time, tuple(x.shape[-4:]), mem.shape[1])
     percent = round(100 * _density(x)) if x.shape[-3] > 2 else 100
-    chosen = _choose(cell, algorithm, percent, weight.tame, backward, _C.isa_name())
+    chosen = _choose(cell, algorithm, percent, weight.most_inputs, backward, _C.isa_name())
     return chosen, torch.get_num_threads()
 
 

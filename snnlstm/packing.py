@@ -8,7 +8,7 @@ of a step.
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch  # before the core, which uses the OpenMP runtime that torch has loaded
@@ -24,17 +24,20 @@ class Packed:
 
     Attributes
     ----------
-    tame : bool
-        Whether the gates' root mean square per unit of input is at most ``GAIN``: so far
-        Winograd's rounding errors stay small over long sequences. nn.Conv2d's initial weights
-        have 0.58.
+    most_inputs : int
+        Side of the largest Winograd tile whose rounding errors stay small over long sequences: of
+        those in ``GAINS`` whose limit the gates' root mean square per unit of input does not
+        exceed; 0 if none. nn.Conv2d's initial weights have 0.58.
     """
 
-    GAIN = 3.0
+    GAINS: ClassVar = {8: 1.5, 6: 3.0}
 
     def __init__(self, weight: Tensor) -> None:
         self.original = weight.detach().clone(memory_format=torch.contiguous_format)
-        self.tame = bool(self.original.norm() <= self.GAIN * weight.shape[0] ** 0.5)
+        gain = float(self.original.norm()) / max(weight.shape[0], 1) ** 0.5
+        self.most_inputs = max(
+            (side for side, most in self.GAINS.items() if gain <= most), default=0
+        )
         self.forms: dict[tuple[str, int, int], Tensor] = {}
 
     def fits(self, weight: Tensor) -> bool:

@@ -152,7 +152,7 @@ _CHANNELS = st.one_of(st.integers(1, 9), st.sampled_from([11, 13, 16, 17, 23, 24
 _KERNELS = st.one_of(
     st.just((3, 3)),
     st.tuples(st.sampled_from([1, 3, 5]), st.sampled_from([1, 3, 5])),
-    st.sampled_from([(7, 1), (1, 7), (5, 5)]),
+    st.sampled_from([(7, 1), (1, 7), (5, 5), (7, 7)]),
 )
 _MOST_WORK = 1_000_000  # multiply-adds of a gate and step that are tested with a batch
 _QUANTS: tuple[StateQuant | None, ...] = (

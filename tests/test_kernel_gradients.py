@@ -118,6 +118,11 @@ ALONE = {
     ),
     "kernel 1x1": with_options(kernel_size=(1, 1)),
     "kernel 5x5": with_options(kernel_size=(5, 5)),
+    "kernel 5x5, two rows": with_options(replace(PLAIN, height=2), kernel_size=(5, 5)),
+    "kernel 7x7": with_options(kernel_size=(7, 7)),
+    "kernel 7x7, sparse x": with_options(
+        replace(PLAIN, density=0.1, in_channels=9), kernel_size=(7, 7)
+    ),
     "kernel 1x7": with_options(kernel_size=(1, 7)),
     "kernel 9x3, larger than the image": with_options(kernel_size=(9, 3)),
     "stride": with_options(stride=(2, 3)),
@@ -206,7 +211,7 @@ def test_memory_layouts(kernels, layout):
             assert torch.equal(one[name], other[name]), name
 
 
-@pytest.mark.parametrize("kernel", [(3, 3), (5, 5)], ids=str)
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7)], ids=str)
 def test_every_size_of_image_up_to_13(isa, kernel):
     """Every way in which tiles of 2 x 2 or 4 x 4 can be cut off."""
     kernels = Kernels(isa, "winograd")
@@ -237,6 +242,26 @@ def test_a_hundred_steps_stay_accurate(kernels):
     actual = gradients(kernels.run, inputs, case.options, grads)
     for name in ("x", "syn", "mem", "weight", "bias"):
         assert (actual[name] - exact[name]).norm() / exact[name].norm() < 2e-5, name
+
+
+def test_long_sums_round_no_more_than_torchs(isa):
+    """Direct convolution adds up pieces of its sums; in one register they rounded five times more."""
+    kernels = Kernels(isa, "direct")
+    case = with_options(kernel_size=(5, 5), reset="none", record=False)
+    case = replace(case, time=1, batch=2, in_channels=64, channels=64, density=1.0)
+    inputs, grads = case.inputs(), [None, *case.output_gradients()[1:]]
+    with one_thread():
+        exact = gradients(reference.run, inputs.double(), case.options, grads)
+        torchs = gradients(reference.run, inputs, case.options, grads)
+        exact_out = reference.run(*inputs.double(), case.options)
+        torchs_out = reference.run(*inputs, case.options)
+    actual = gradients(kernels.run, inputs, case.options, grads)
+    actual_out = kernels.run(*inputs, case.options)
+    for ours, theirs, right in [
+        (actual_out[1], torchs_out[1], exact_out[1]),
+        *((actual[name], torchs[name], exact[name]) for name in ("x", "mem")),
+    ]:
+        assert (ours - right).norm() < 1.5 * (theirs - right).norm()
 
 
 # ---- numbers against numbers ---------------------------------------------------------------------

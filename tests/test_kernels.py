@@ -95,6 +95,11 @@ ALONE = {
     "quantised with ties": with_options(quant=state_quant(3, threshold=0.4), inhibition=True),
     "kernel 1x1": with_options(kernel_size=(1, 1)),
     "kernel 5x5": with_options(kernel_size=(5, 5)),
+    "kernel 5x5, two rows": with_options(replace(PLAIN, height=2), kernel_size=(5, 5)),
+    "kernel 7x7": with_options(kernel_size=(7, 7)),
+    "kernel 7x7, sparse x": with_options(
+        replace(PLAIN, density=0.1, in_channels=9), kernel_size=(7, 7)
+    ),
     "kernel 1x7": with_options(kernel_size=(1, 7)),
     "kernel 9x3, larger than the image": with_options(kernel_size=(9, 3)),
     "stride": with_options(stride=(2, 3)),
@@ -147,7 +152,7 @@ def test_whole_and_broken_vectors(kernels, channels):
             check(replace(PLAIN, time=1, channels=count, height=3, width=9), kernels)
 
 
-@pytest.mark.parametrize("kernel", [(3, 3), (5, 5)], ids=str)
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7)], ids=str)
 def test_every_size_of_image_up_to_13(isa, kernel):
     """Every way in which tiles of 2 x 2 or 4 x 4 can be cut off."""
     kernels = Kernels(isa, "winograd")
@@ -289,7 +294,13 @@ def test_the_cases_reach_every_kernel(isa):
     for algorithm in native.cpu.ALGORITHMS:
         for case in ALONE.values():
             run(Kernels(isa, algorithm), case, case.inputs())
-            seen.add(native.last_name().removeprefix(f"cpu-{isa}-"))
-    assert seen == {
-        "direct", "direct-sparse", "winograd2", "winograd2-sparse", "winograd4", "winograd4-sparse"
-    }  # fmt: skip
+            ways = native.last_name().removeprefix(f"cpu-{isa}-").split("-")
+            seen |= {f"{ways[0]} of {case.options.kernel_size[0]}", ways[-1]}
+    forms = {
+        "winograd2 of 3",
+        "winograd4 of 3",
+        "winograd2 of 5",
+        "winograd4 of 5",
+        "winograd2 of 7",
+    }
+    assert forms | {"direct", "sparse"} <= seen

@@ -12,9 +12,9 @@ namespace snnlstm::cpu {
 enum class Algorithm : int { automatic = 0, direct = 1, winograd = 2 };
 
 // The cell with the ways of its convolutions filled in (tile, x_way). density: the part of x's
-// values that are not zero; tame: the weights are small enough for Winograd's rounding errors;
-// backward: for the backward pass of a call.
-Cell choose(const Cell& cell, Algorithm algorithm, double density, bool tame, bool backward);
+// values that are not zero; most_inputs: a side of the largest Winograd tile whose rounding errors
+// the weights admit; backward: for the backward pass of a call.
+Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inputs, bool backward);
 
 // Whether there are Winograd forms of the cell's convolutions.
 bool has_tiles(const Cell& cell);

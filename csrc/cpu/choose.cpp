@@ -6,6 +6,8 @@
 namespace snnlstm::cpu {
 namespace {
 
+constexpr int kMostInputs = 8;  // of a tile, a side
+
 struct Tiling {
   int tile, inputs;  // outputs and inputs of a tile, a side
 };
@@ -30,24 +32,25 @@ double tile_cost(const Cell& c, Tiling t, double channels, bool backward) {
 
 }  // namespace
 
-Cell choose(const Cell& cell, Algorithm algorithm, double density, bool tame, bool backward) {
+Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inputs, bool backward) {
   Cell c = cell;
   c.tile = 0;
   c.x_way = Way::direct;
   if (algorithm == Algorithm::direct) return c;
   const bool forced = algorithm == Algorithm::winograd;
-  if (has_tiles(c) && (tame || forced)) {
+  if (has_tiles(c)) {
     double best = direct_cost(c, double(c.C));
     for (const int tile : {4, 2}) {
       const Tiling t = {tile, tile + c.kernel_h - 1};
-      if (t.inputs > 6) continue;
+      if (t.inputs > (forced ? kMostInputs : most_inputs)) continue;
       const double cost = tile_cost(c, t, double(c.C), backward);
       if (cost < best || (forced && c.tile == 0)) best = cost, c.tile = tile;
     }
   }
   double best = direct_cost(c, double(c.Cin));
-  if (c.tile > 0 && c.stride_h == 1 && c.stride_w == 1) {
-    const Tiling t = {c.tile, c.tile + c.kernel_h - 1};
+  const int tile = backward ? c.grad_tile() : c.tile;  // backward's x_way: of the weight gradient
+  if (tile > 0 && c.stride_h == 1 && c.stride_w == 1) {
+    const Tiling t = {tile, tile + c.kernel_h - 1};
     // beside the recurrent half the outputs are transformed anyway
     const double cost = tile_cost(c, t, double(c.Cin), backward) - tile_cost(c, t, 0, backward);
     if (forced || cost < best) best = cost, c.x_way = Way::winograd;

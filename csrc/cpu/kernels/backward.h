@@ -124,14 +124,23 @@ class Backward {
     const int64_t rows = l_.tiled_x() ? l_.block_rows() : x_rows_;
     for (int k = 0; k < a_.threads; ++k) {
       const int64_t most = 4 * l_.Cp > kTilePiece + VL ? 4 * l_.Cp : kTilePiece + VL;
-      const TileBlock<T> b = tiles(l_.block_rows(), most);
+      int64_t values = 0, products = 0;
+      const int64_t sizes[] = {l_.tile, l_.grad_tile};
+      for (const int64_t m : sizes) {
+        if (m == 0) continue;
+        const TileBlock<T> b = tiles(m, 0, most);
+        const int64_t v = l_.points_of(m) * b.values_stride,
+                      p = l_.points_of(m) * b.products_stride;
+        if (v > values) values = v;
+        if (p > products) products = p;
+      }
       Scratch s;
       s.x = arena.take<T>(rows * to_x_.row_size());
       const bool gathered = l_.Cb > 1 || l_.few_channels();
       s.d_gates = arena.take<T>(gathered ? pixel_block_rows() * l_.Wo * kGates : 0);
       s.few_sums = arena.take<T>(l_.few_channels() ? kPiece * 2 * VL : 0);
-      s.values = arena.take<T>(l_.points * b.values_stride);
-      s.products = arena.take<T>(l_.points * b.products_stride);
+      s.values = arena.take<T>(values);
+      s.products = arena.take<T>(products);
       if (c.x_way == Way::sparse) {
         sparse_.carve(arena, s.lists);
         sparse_.carve(arena, s.listing);
@@ -140,7 +149,7 @@ class Backward {
     }
   }
 
-  int64_t tile_sums(int64_t channels) const { return l_.Cb * l_.points * channels * kGates; }
+  int64_t tile_sums(int64_t channels) const { return l_.Cb * l_.grad_points * channels * kGates; }
   void clear_sums(int64_t split) {
     const Cell& c = a_.cell;
     std::memset(partial_ + split * l_.packed_forward(), 0, l_.packed_forward() * sizeof(T));
@@ -149,11 +158,10 @@ class Backward {
       std::memset(x_sums_ + split * tile_sums(c.Cin), 0, tile_sums(c.Cin) * sizeof(T));
   }
 
-  // A block of state rows in tiles, of so many input channels.
-  TileBlock<T> tiles(int64_t rows, int64_t channels) const {
-    const int64_t tile_rows = (rows + l_.tile - 1) / l_.tile;
-    const int64_t most = l_.block_rows() / l_.tile * l_.tile_columns();
-    return {tile_rows, l_.tile_columns(), channels, point_stride<T>(most * channels),
+  // A block of state rows in tiles of m x m, of so many input channels.
+  TileBlock<T> tiles(int64_t m, int64_t rows, int64_t channels) const {
+    const int64_t columns = (l_.Wo + m - 1) / m, most = l_.rows_of_tiles(m) / m * columns;
+    return {(rows + m - 1) / m, columns, channels, point_stride<T>(most * channels),
             point_stride<T>(most * kGates)};
   }
 
@@ -183,7 +191,7 @@ class Backward {
   template <class W>
   void tiled(int64_t t, int64_t n, int64_t begin, int64_t end, bool x_wanted, T* mem_grad,
              const Scratch& s) {
-    const TileBlock<T> b = tiles(end - begin, 4 * l_.Cp);
+    const TileBlock<T> b = tiles(W::tile, end - begin, 4 * l_.Cp);
     const int64_t pixel = 4 * l_.Cp, row = l_.Wm * pixel;
     transform_inputs<W, S>(b, W::tile, neuron_.d_gates(t, n) + begin * row, row, pixel, s.values);
     if (mem_grad)
@@ -222,7 +230,7 @@ class Backward {
     return x_in_tiles() ? tile_pieces(a_.cell.Cin) : x_groups_;
   }
   int64_t pieces() const {
-    return x_pieces() + (a_.cell.tile > 0 ? tile_pieces(a_.cell.C) : mem_groups_);
+    return x_pieces() + (l_.grad_tile > 0 ? tile_pieces(a_.cell.C) : mem_groups_);
   }
   static int64_t groups(const RunList& list) {
     int64_t count = 0;
@@ -237,10 +245,10 @@ class Backward {
     const int64_t piece = of_x ? index : index - x_pieces();
     if (of_x && c.x_way == Way::sparse)
       weights_by_lists(t, split, cb, scratch_[thread]);
-    else if (of_x ? !x_in_tiles() : c.tile == 0)
+    else if (of_x ? !x_in_tiles() : l_.grad_tile == 0)
       weights_directly(t, split, cb, of_x, piece, scratch_[thread]);
     else if constexpr (kHasWinograd<T, VL>)
-      with_winograd<S>(c.kernel_h, c.tile, [&](auto form) {
+      with_grad_winograd<S>(c.kernel_h, int(l_.grad_tile), [&](auto form) {
         weights_by_tiles<decltype(form)>(t, split, cb, of_x, piece, scratch_[thread]);
       });
   }
@@ -265,12 +273,12 @@ class Backward {
     const Cell& c = a_.cell;
     const int64_t channels = of_x ? c.Cin : c.C, first = piece * kTilePiece;
     const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
-    const int64_t block = l_.block_rows(), stride = channels * kGates;
+    const int64_t block = l_.rows_of_tiles(W::tile), stride = channels * kGates;
     T* sums = (of_x ? x_sums_ : mem_sums_) + split * tile_sums(channels) + first * kGates;
     for (int64_t n = c.N * split / splits_; n < c.N * (split + 1) / splits_; ++n)
       for (int64_t h = 0; h < l_.Ho; h += block) {
         PixelRows<T> p = pixel_rows(t, n, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x);
-        const TileBlock<T> b = tiles(p.rows, (len + VL - 1) / VL * VL);
+        const TileBlock<T> b = tiles(W::tile, p.rows, (len + VL - 1) / VL * VL);
         transform_inputs<W, S>(b, W::tile, p.in + first, p.in_row, p.in_pixel, s.values);
         for (int64_t k = cb; k < cb + kShared && k < l_.Cb; ++k, p.d_gates += kGates)
           weight_grad_tiles<W, S>(p, b, s.values, len, s.products, sums + k * W::points * stride,
@@ -282,7 +290,7 @@ class Backward {
   void finish_tiles(int64_t cb) {
     if constexpr (!kHasWinograd<T, VL>) return;
     const Cell& c = a_.cell;
-    if (c.tile > 0)
+    if (l_.grad_tile > 0)
       Packing<T, VL>::gradient_from_tiles(l_, mem_sums_, splits_, cb, c.C, l_.Kx, partial_);
     if (x_in_tiles())
       Packing<T, VL>::gradient_from_tiles(l_, x_sums_, splits_, cb, c.Cin, 0, partial_);

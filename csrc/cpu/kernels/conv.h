@@ -29,8 +29,8 @@ constexpr int kAccumulators = 12;
 template <int NV>
 constexpr int kMaxPixels = kAccumulators / NV < 8 ? kAccumulators / NV : 8;
 
-// What the sums of a row of pixels start from: nothing, the same for every pixel (a bias), or what
-// the output holds already.
+// What the sums of a row of pixels are added to: nothing, the same for every pixel (a bias), or
+// what the output holds already.
 template <class T>
 struct Start {
   const T* from = nullptr;
@@ -49,7 +49,7 @@ SNNLSTM_INLINE void conv_tile(const typename S::Scalar* in, int64_t pixel_stride
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v)
-      acc[p][v] = start.from ? S::load(start.from + p * start.pixel_stride + v * VL) : R{};
+      acc[p][v] = R{};  // small sums, rounded less than on top of `start`
   for (int r = 0; r < num_runs; ++r) {
     const typename S::Scalar* a = in + runs[r].in;
     const typename S::Scalar* b = w + runs[r].w * (NV * VL);
@@ -83,7 +83,10 @@ SNNLSTM_INLINE void conv_tile(const typename S::Scalar* in, int64_t pixel_stride
 #pragma GCC unroll 32
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) S::store(out + p * out_stride + v * VL, acc[p][v]);
+    for (int v = 0; v < NV; ++v) {
+      const typename S::Scalar* from = start.from + p * start.pixel_stride + v * VL;
+      S::store(out + p * out_stride + v * VL, start.from ? S::load(from) + acc[p][v] : acc[p][v]);
+    }
 }
 
 template <class S, int NV>

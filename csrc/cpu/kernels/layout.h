@@ -55,8 +55,9 @@ struct Layout {
   explicit Layout(const Cell& cell)
       : c(cell),
         tile(cell.tile > 0 ? cell.tile : 1),
-        points(cell.tile > 0 ? (cell.tile + cell.kernel_h - 1) * (cell.tile + cell.kernel_h - 1)
-                             : 0),
+        points(points_of(tile)),
+        grad_tile(cell.grad_tile()),
+        grad_points(points_of(grad_tile)),
         Ho(cell.Ho()),
         Wo(cell.Wo()),
         Hr(round_up(Ho, tile)),
@@ -79,6 +80,7 @@ struct Layout {
 
   Cell c;
   int64_t tile, points;            // Winograd: outputs a side, products a tile; else 1, 0
+  int64_t grad_tile, grad_points;  // of the weight gradient; else 0, 0
   int64_t Ho, Wo, Hr, Wr, Hp, Wp;  // Hr, Wr: the state's image in whole tiles
   int64_t ph, pw, Cb, Cp, pixels;
   int64_t Hx, Wx, Wm;  // with border
@@ -93,6 +95,9 @@ struct Layout {
   // Whether the input half has the tiles of the recurrent one.
   bool tiled_x() const { return c.tile > 0 && c.stride_h == 1 && c.stride_w == 1; }
   int64_t tile_columns() const { return Wr / tile; }
+  int64_t points_of(int64_t m) const {
+    return c.tile > 0 && m > 0 ? (m + c.kernel_h - 1) * (m + c.kernel_h - 1) : 0;
+  }
 
   // Whether at least half of the lanes are zero.
   bool few_channels() const { return 2 * c.C <= Cp; }
@@ -109,14 +114,18 @@ struct Layout {
   // KiB L1; with Winograd some 32 tiles, which share every weight that is read, or 64 where their
   // values and products fit in L2.
   int64_t block_rows() const {
-    if (c.tile > 0) {
-      const int64_t bytes = points * (Cp + 4 * VL) * int64_t(sizeof(T));  // of a tile
-      const int64_t tiles = 64 * bytes <= 448 << 10 ? 64 : 32;
-      const int64_t rows = tile * ((tiles + tile_columns() - 1) / tile_columns());
-      return rows < Hr ? rows : Hr;
-    }
+    if (c.tile > 0) return rows_of_tiles(tile);
     const int64_t rows = 16384 / (Wo * 4 * VL * int64_t(sizeof(T)));
     return rows < 1 ? 1 : rows < Hr ? rows : Hr;
+  }
+
+  // The same for tiles of m x m.
+  int64_t rows_of_tiles(int64_t m) const {
+    const int64_t columns = (Wo + m - 1) / m;
+    const int64_t bytes = points_of(m) * (Cp + 4 * VL) * int64_t(sizeof(T));  // of a tile
+    const int64_t tiles = 64 * bytes <= 448 << 10 ? 64 : 32;
+    const int64_t rows = m * ((tiles + columns - 1) / columns);
+    return rows < Hr ? rows : Hr;
   }
 
   // Rows of a block whose gates of one channel block are put together at a time, in L1.

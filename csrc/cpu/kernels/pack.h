@@ -80,11 +80,11 @@ struct Packing {
   static void gradient_from_tiles(const L& l, const T* sums, int64_t splits, int64_t cb,
                                   int64_t count, int64_t row, T* partial) {
     using S = Simd<T, VL>;
-    const int64_t size = l.Cb * l.points * count * 4 * VL;
-    with_winograd<S>(l.c.kernel_h, int(l.tile), [&](auto form) {
+    const int64_t size = l.Cb * l.grad_points * count * 4 * VL;
+    with_grad_winograd<S>(l.c.kernel_h, int(l.grad_tile), [&](auto form) {
       using W = decltype(form);
       for (int64_t k = 0; k < count * 4; ++k) {
-        const T* in = sums + cb * l.points * count * 4 * VL + k * VL;
+        const T* in = sums + cb * l.grad_points * count * 4 * VL + k * VL;
         T total[W::points * VL];
         for (int p = 0; p < W::points; ++p) {
           auto sum = S::load(in + p * count * 4 * VL);
@@ -121,7 +121,7 @@ struct Packing {
   template <class F>
   static void tile_weights(const L& l, int64_t vectors, F&& tap_value, T* out, int64_t stride) {
     using S = Simd<double, VL>;
-    double taps[25 * VL];
+    double taps[49 * VL];
     with_winograd<S>(l.c.kernel_h, int(l.tile), [&](auto form) {
       using W = decltype(form);
       for (int64_t v = 0; v < vectors; ++v) {

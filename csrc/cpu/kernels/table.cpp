@@ -17,7 +17,7 @@ static int64_t padded_channels(const Cell& cell) {
 
 // Whether the layer's convolutions have Winograd forms here.
 static bool has_tiles(const Cell& c) {
-  if (c.kernel_h != c.kernel_w || (c.kernel_h != 3 && c.kernel_h != 5)) return false;
+  if (c.kernel_h != c.kernel_w || c.kernel_h < 3 || c.kernel_h > 7) return false;
   if (c.dilation_h != 1 || c.dilation_w != 1) return false;
   return with_lanes(c, [](auto lanes) {
     using L = decltype(lanes);

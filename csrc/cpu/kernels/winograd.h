@@ -1,17 +1,18 @@
 // Winograd's minimal filtering F(M x M, R x R) (Lavin and Gray 2016,
 // https://arxiv.org/abs/1509.09308): a tile of M x M outputs from A x A inputs, A = M + R - 1, by A
 // * A products a channel instead of M * M * R * R. For 3 x 3 taps and M = 4 that is a quarter of
-// the work, M = 2: 4/9; for 5 x 5 and M = 2: 36/100.
+// the work, M = 2: 4/9; for 5 x 5 and M = 4: 16/100, M = 2: 36/100; for 7 x 7 and M
+// = 2: 64/196.
 //
 //   outputs = AT [ (BT inputs B) * (G taps GT) ] A        sums over channels inside the brackets
 //
-// The interpolation points are 0, 1, -1 and infinity for A = 4, and 0, 2/3, -2/3, 3/2, -3/2 and
-// infinity for A = 6, so that the transforms are the same few sums for every M and R: AT and G are
+// The interpolation points are 0, infinity and +-1 for A = 4, +-2/3, +-3/2 for A = 6, +-1/2, +-1,
+// +-2 for A = 8, so that the transforms are the same few sums for every M and R: AT and G are
 // Vandermonde matrices of the points, G's rows scaled. Pairs +-p share their even and odd sums.
-// Reciprocal points near 1 keep the entries of all three matrices small: the error is less than
-// half of that of the usual 0, +-1, +-2 (benchmarks/NOTES.md). The weight gradient is the same
-// thing with the roles changed: R x R outputs, with the M x M gradients of a tile in the place of
-// the taps.
+// Reciprocal points near 1 keep the entries of all three matrices small: for A = 6 the error is
+// less than half of that of the usual 0, +-1, +-2 (benchmarks/NOTES.md). The weight gradient is the
+// same thing with the roles changed: R x R outputs, with the M x M gradients of a tile in the place
+// of the taps.
 #pragma once
 
 #include "conv.h"
@@ -21,40 +22,42 @@ SNNLSTM_BEGIN_ISA
 // One dimension of the transforms, on values of type R (vectors).
 template <class R, class T, int A>
 struct Transform {
-  static_assert(A == 4 || A == 6);
+  static_assert(A == 4 || A == 6 || A == 8);
 
-  // The points +-p and +-q; of A = 4 only +-p.
-  static constexpr double p = A == 4 ? 1 : 2. / 3, q = 1.5;
-  static constexpr double pp = p * p, qq = q * q;
+  // The points +-p, +-q and +-r, as far as A has them. Their product is 1.
+  static constexpr int pairs = A / 2 - 1;
+  static constexpr double p = A == 4 ? 1 : A == 6 ? 2. / 3 : 0.5, q = A == 6 ? 1.5 : 1, r = 2;
+  static constexpr double pp = p * p, qq = q * q, rr = r * r;
 
   // BT: A inputs to A values.
   static SNNLSTM_INLINE void inputs(const R (&x)[A], R (&y)[A]) {
     if constexpr (A == 4) {
       y[0] = x[0] - x[2];
-      y[1] = x[1] + x[2];
-      y[2] = x[2] - x[1];
+      plus_minus(x[2], x[1], y[1], y[2]);
       y[3] = x[3] - x[1];
-    } else {  // with p q = 1
-      const R even1 = x[4] - T(qq) * x[2], odd1 = x[3] - T(qq) * x[1];
-      const R even2 = x[4] - T(pp) * x[2], odd2 = x[3] - T(pp) * x[1];
+    } else if constexpr (A == 6) {
       y[0] = x[0] - T(pp + qq) * x[2] + x[4];
-      y[1] = even1 + T(p) * odd1;
-      y[2] = even1 - T(p) * odd1;
-      y[3] = even2 + T(q) * odd2;
-      y[4] = even2 - T(q) * odd2;
+      plus_minus(x[4] - T(qq) * x[2], T(p) * (x[3] - T(qq) * x[1]), y[1], y[2]);
+      plus_minus(x[4] - T(pp) * x[2], T(q) * (x[3] - T(pp) * x[1]), y[3], y[4]);
       y[5] = x[1] - T(pp + qq) * x[3] + x[5];
+    } else {
+      constexpr double sum =
+          pp + qq + rr;  // and pp qq + pp rr + qq rr, as the points are reciprocal
+      y[0] = x[0] - x[6] + T(sum) * (x[4] - x[2]);
+      plus_minus(quartic(x, 6, qq, rr), T(p) * quartic(x, 5, qq, rr), y[1], y[2]);
+      plus_minus(quartic(x, 6, pp, rr), T(q) * quartic(x, 5, pp, rr), y[3], y[4]);
+      plus_minus(quartic(x, 6, pp, qq), T(r) * quartic(x, 5, pp, qq), y[5], y[6]);
+      y[7] = x[7] - x[1] + T(sum) * (x[3] - x[5]);
     }
   }
 
   // AT: A products to M outputs.
   template <int M>
   static SNNLSTM_INLINE void outputs(const R (&y)[A], R (&out)[M]) {
-    const R sum1 = y[1] + y[2], difference1 = y[1] - y[2];
-    for (int k = 0; k < M; ++k) out[k] = T(power(p, k)) * (k % 2 ? difference1 : sum1);
-    if constexpr (A == 6) {
-      const R sum2 = y[3] + y[4], difference2 = y[3] - y[4];
-      for (int k = 0; k < M; ++k) out[k] += T(power(q, k)) * (k % 2 ? difference2 : sum2);
-    }
+    const R even = y[1] + y[2], odd = y[1] - y[2];
+    for (int k = 0; k < M; ++k) out[k] = T(power(p, k)) * (k % 2 ? odd : even);
+    if constexpr (pairs > 1) add_pair(y[3], y[4], q, out);
+    if constexpr (pairs > 2) add_pair(y[5], y[6], r, out);
     out[0] += y[0];
     out[M - 1] += y[A - 1];
   }
@@ -62,9 +65,12 @@ struct Transform {
   // G: N taps to A values.
   template <int N>
   static SNNLSTM_INLINE void taps(const R (&x)[N], R (&y)[A]) {
+    constexpr double of_p = (pairs > 1 ? pp - qq : 1) * (pairs > 2 ? pp - rr : 1);
+    constexpr double of_q = (qq - pp) * (pairs > 2 ? qq - rr : 1), of_r = (rr - pp) * (rr - qq);
     y[0] = x[0];
-    pair(x, p, A == 4 ? 0.5 : 0.5 / (pp * (pp - qq)), y[1], y[2]);
-    if constexpr (A == 6) pair(x, q, 0.5 / (qq * (qq - pp)), y[3], y[4]);
+    pair(x, p, 0.5 / (pp * of_p), y[1], y[2]);
+    if constexpr (pairs > 1) pair(x, q, 0.5 / (qq * of_q), y[3], y[4]);
+    if constexpr (pairs > 2) pair(x, r, 0.5 / (rr * of_r), y[5], y[6]);
     y[A - 1] = x[N - 1];
   }
 
@@ -73,13 +79,29 @@ struct Transform {
     return n == 0 ? 1 : base * power(base, n - 1);
   }
 
-  // plus, minus = scale * (the polynomial with coefficients x at r, at -r).
-  template <int N>
-  static SNNLSTM_INLINE void pair(const R (&x)[N], double r, double scale, R& plus, R& minus) {
-    R even = T(scale) * x[0], odd = T(scale * r) * x[1];
-    for (int k = 2; k < N; ++k) (k % 2 ? odd : even) += T(scale * power(r, k)) * x[k];
+  static SNNLSTM_INLINE void plus_minus(R even, R odd, R& plus, R& minus) {
     plus = even + odd;
     minus = even - odd;
+  }
+
+  // The coefficients of (z^2 - a) (z^2 - b), with x[k] in the place of z^4.
+  static SNNLSTM_INLINE R quartic(const R (&x)[A], int k, double a, double b) {
+    return x[k] - T(a + b) * x[k - 2] + T(a * b) * x[k - 4];
+  }
+
+  // The products at z and -z, added to the outputs.
+  template <int M>
+  static SNNLSTM_INLINE void add_pair(R plus, R minus, double z, R (&out)[M]) {
+    const R even = plus + minus, odd = plus - minus;
+    for (int k = 0; k < M; ++k) out[k] += T(power(z, k)) * (k % 2 ? odd : even);
+  }
+
+  // plus, minus = scale * (the polynomial with coefficients x at z, at -z).
+  template <int N>
+  static SNNLSTM_INLINE void pair(const R (&x)[N], double z, double scale, R& plus, R& minus) {
+    R even = T(scale) * x[0], odd = T(scale * z) * x[1];
+    for (int k = 2; k < N; ++k) (k % 2 ? odd : even) += T(scale * power(z, k)) * x[k];
+    plus_minus(even, odd, plus, minus);
   }
 };
 
@@ -116,20 +138,20 @@ struct Winograd {
   template <int From, int To, class Get, class One, class Put>
   static SNNLSTM_INLINE void both(Get&& get, One&& one, Put&& put) {
     R half[To][From];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int j = 0; j < From; ++j) {
       R x[From], y[To];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
       for (int i = 0; i < From; ++i) x[i] = get(i, j);
       one(x, y);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
       for (int i = 0; i < To; ++i) half[i][j] = y[i];
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int i = 0; i < To; ++i) {
       R y[To];
       one(half[i], y);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
       for (int j = 0; j < To; ++j) put(i, j, y[j]);
     }
   }
@@ -138,9 +160,16 @@ struct Winograd {
 // f(Winograd<S, M, R>{}) for the form that a kernel size and tile name.
 template <class S, class F>
 SNNLSTM_INLINE void with_winograd(int kernel, int tile, F&& f) {
+  if (kernel == 7) return f(Winograd<S, 2, 7>{});
+  if (kernel == 5) return tile == 4 ? f(Winograd<S, 4, 5>{}) : f(Winograd<S, 2, 5>{});
+  return tile == 4 ? f(Winograd<S, 4, 3>{}) : f(Winograd<S, 2, 3>{});
+}
+
+// The same for the weight gradient (Cell::grad_tile).
+template <class S, class F>
+SNNLSTM_INLINE void with_grad_winograd(int kernel, int tile, F&& f) {
   if (kernel == 5) return f(Winograd<S, 2, 5>{});
-  if (tile == 4) return f(Winograd<S, 4, 3>{});
-  return f(Winograd<S, 2, 3>{});
+  return tile == 4 ? f(Winograd<S, 4, 3>{}) : f(Winograd<S, 2, 3>{});
 }
 
 // Compiled for float32, in eight lanes or more where the processor has them: float64 is there for
