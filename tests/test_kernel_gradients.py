@@ -245,7 +245,7 @@ def test_a_hundred_steps_stay_accurate(kernels):
 
 
 def test_long_sums_round_no_more_than_torchs(isa):
-    """Direct convolution adds up pieces of its sums; in one register they rounded five times more."""
+    """Direct convolution sums in pieces; in one register it would round five times as much."""
     kernels = Kernels(isa, "direct")
     case = with_options(kernel_size=(5, 5), reset="none", record=False)
     case = replace(case, time=1, batch=2, in_channels=64, channels=64, density=1.0)

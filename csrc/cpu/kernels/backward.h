@@ -3,18 +3,17 @@
 //   rows     the recurrent data gradient of step t, and behind it, while the rows lie in cache, the
 //            pointwise backward of step t - 1 (neuron_backward.h)
 //   inputs   the data gradient of x, where it is wanted (with Winograd the rows tasks do it too)
-//   weights  step t's part of the weight gradient; each task owns its part of the result, so the
-//   sum
-//            does not depend on who computes what when
+//   weights  step t's part of the weight gradient; each task owns its part of the sums, which do
+//            not depend on who computes what when (weight_sums.h)
 // Memory beside the results: two time steps of d gates, mem and x, whatever T is.
 #pragma once
 
 #include "data_grad.h"
 #include "neuron_backward.h"
-#include "pack.h"
 #include "schedule.h"
 #include "sparse_grad.h"
 #include "weight_grad.h"
+#include "weight_sums.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -49,19 +48,12 @@ class Backward {
         to_mem_(l_, l_.Cb, l_.Wo, 1, 1),
         to_x_(l_, l_.x_blocks, args.cell.W, args.cell.stride_h, args.cell.stride_w),
         sparse_(l_),
-        neuron_(a_, l_, tasks_) {
+        neuron_(a_, l_, tasks_),
+        splits_(count_splits()),
+        sums_(l_, x_in_tiles(), splits_, (args.cell.N + splits_ - 1) / splits_ * pixel_blocks()) {
     const Cell& c = a_.cell;
-    x_runs_.window(c, c.Cin, l_.Wx * c.Cin, c.Cin, 0, kPiece);
-    mem_runs_.window(c, c.C, l_.Wm * l_.Cp, l_.Cp, l_.Kx, kPiece);
-    x_groups_ = groups(x_runs_);
-    mem_groups_ = groups(mem_runs_);
     x_rows_ = l_.block_rows();
     x_blocks_ = (c.H + x_rows_ - 1) / x_rows_;
-    const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
-    splits_ = 16 / tasks < 1 ? 1 : 16 / tasks;
-    if (splits_ > c.N) splits_ = c.N < 1 ? 1 : c.N;
-    const int64_t worth = (c.T * c.N * l_.pixels + kSplitPixels - 1) / kSplitPixels;
-    if (splits_ > worth) splits_ = worth < 1 ? 1 : worth;
     Arena arena(args.workspace);
     carve(arena);
   }
@@ -81,44 +73,66 @@ class Backward {
     const int64_t T_ = c.T, slices = l_.Cb * pieces();
     const int64_t weight_tasks = a_.grad_weight ? splits_ * slices : 0;
     const int64_t x_tasks = a_.grad_x.data && !l_.tiled_x() ? c.N * x_blocks_ : 0;
-    const Phases phases(counters_, T_ + 3);
+    const Phases phases(counters_, most_phases());
     neuron_.pack_vectors();
     parallel(a_.threads, 3 * double(c.N) * l_.pixels * l_.K() * 4 * c.C, [&](int thread) {
-      phases.run(0, tasks_.count + splits_, [&](int64_t task) {
+      phases.run(0, tasks_.count + (a_.grad_weight ? splits_ : 0), [&](int64_t task) {
         if (task < tasks_.count)
           neuron_.clear(task);
         else
-          clear_sums(task - tasks_.count);
+          sums_.clear(task - tasks_.count);
       });
       phases.run(1, tasks_.count, [&](int64_t task) {
         neuron_.start(task, thread);
         neuron_.rows(T_ - 1, task, thread);
       });
-      for (int64_t t = T_ - 1; t >= 0; --t)
+      int64_t phase = 2;
+      for (int64_t t = T_ - 1; t >= 0; --t) {
         // The largest tasks first: nobody begins one when all others are done.
-        phases.run(T_ + 1 - t, weight_tasks + x_tasks + tasks_.count, [&](int64_t task) {
+        phases.run(phase++, weight_tasks + x_tasks + tasks_.count, [&](int64_t task) {
           if (task < weight_tasks) return weights(t, task / slices, task % slices, thread);
           task -= weight_tasks;
           if (task < x_tasks) return inputs(t, task, thread);
           rows(t, task - x_tasks, thread);
         });
-      phases.run(T_ + 2, l_.Cb, [&](int64_t cb) {
-        if (a_.grad_weight) finish_tiles(cb);
-        if (a_.grad_weight)
-          Packing<T, VL>::weight_gradient(l_, partial_, splits_, cb,
-                                          static_cast<T*>(a_.grad_weight));
+        if (a_.grad_weight && sums_.due(t))
+          phases.run(phase++, sums_.fold_tasks(), [&](int64_t task) { sums_.fold(task, t); });
+      }
+      phases.run(phase, l_.Cb, [&](int64_t cb) {
+        if (a_.grad_weight) sums_.write(cb, static_cast<T*>(a_.grad_weight));
         neuron_.reduce(cb);
       });
     });
   }
 
  private:
+  int64_t most_phases() const { return 2 * a_.cell.T + 3; }
+
+  // So many tasks that all threads have some, and no more than the sums are worth.
+  int64_t count_splits() {
+    const Cell& c = a_.cell;
+    x_runs_.window(c, c.Cin, l_.Wx * c.Cin, c.Cin, 0, kPiece);
+    mem_runs_.window(c, c.C, l_.Wm * l_.Cp, l_.Cp, l_.Kx, kPiece);
+    x_groups_ = groups(x_runs_);
+    mem_groups_ = groups(mem_runs_);
+    const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
+    int64_t splits = 16 / tasks;
+    if (splits > c.N) splits = c.N;
+    const int64_t worth = (c.T * c.N * l_.pixels + kSplitPixels - 1) / kSplitPixels;
+    if (splits > worth) splits = worth;
+    return splits < 1 ? 1 : splits;
+  }
+
+  // Of an image, as the weight gradient of mem takes it.
+  int64_t pixel_blocks() const {
+    const int64_t rows = l_.grad_tile > 0 ? l_.rows_of_tiles(l_.grad_tile) : pixel_block_rows();
+    return (l_.Ho + rows - 1) / rows;
+  }
+
   void carve(Arena& arena) {
     const Cell& c = a_.cell;
-    counters_ = arena.take<Phases::Counter>(c.T + 3);
-    partial_ = arena.take<T>(splits_ * l_.packed_forward());
-    mem_sums_ = arena.take<T>(splits_ * tile_sums(c.C));
-    x_sums_ = arena.take<T>(x_in_tiles() ? splits_ * tile_sums(c.Cin) : 0);
+    counters_ = arena.take<Phases::Counter>(most_phases());
+    sums_.carve(arena);
     neuron_.carve(arena);
     scratch_ = arena.take<Scratch>(a_.threads);
     const int64_t rows = l_.tiled_x() ? l_.block_rows() : x_rows_;
@@ -147,15 +161,6 @@ class Backward {
       }
       if (scratch_) scratch_[k] = s;
     }
-  }
-
-  int64_t tile_sums(int64_t channels) const { return l_.Cb * l_.grad_points * channels * kGates; }
-  void clear_sums(int64_t split) {
-    const Cell& c = a_.cell;
-    std::memset(partial_ + split * l_.packed_forward(), 0, l_.packed_forward() * sizeof(T));
-    std::memset(mem_sums_ + split * tile_sums(c.C), 0, tile_sums(c.C) * sizeof(T));
-    if (x_in_tiles())
-      std::memset(x_sums_ + split * tile_sums(c.Cin), 0, tile_sums(c.Cin) * sizeof(T));
   }
 
   // A block of state rows in tiles of m x m, of so many input channels.
@@ -262,7 +267,7 @@ class Backward {
         sparse_.build(neuron_.x(t, n), block, s.listing, s.lists);
         for (int64_t b = cb; b < cb + kShared && b < l_.Cb; ++b)
           sparse_.run(s.lists, neuron_.d_gates(t, n) + b * kGates, s.listing,
-                      partial_ + split * l_.packed_forward() + b * l_.K() * kGates);
+                      sums_.rows(split, b, true));
       }
   }
 
@@ -274,26 +279,15 @@ class Backward {
     const int64_t channels = of_x ? c.Cin : c.C, first = piece * kTilePiece;
     const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
     const int64_t block = l_.rows_of_tiles(W::tile), stride = channels * kGates;
-    T* sums = (of_x ? x_sums_ : mem_sums_) + split * tile_sums(channels) + first * kGates;
     for (int64_t n = c.N * split / splits_; n < c.N * (split + 1) / splits_; ++n)
       for (int64_t h = 0; h < l_.Ho; h += block) {
         PixelRows<T> p = pixel_rows(t, n, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x);
         const TileBlock<T> b = tiles(W::tile, p.rows, (len + VL - 1) / VL * VL);
         transform_inputs<W, S>(b, W::tile, p.in + first, p.in_row, p.in_pixel, s.values);
         for (int64_t k = cb; k < cb + kShared && k < l_.Cb; ++k, p.d_gates += kGates)
-          weight_grad_tiles<W, S>(p, b, s.values, len, s.products, sums + k * W::points * stride,
-                                  stride);
+          weight_grad_tiles<W, S>(p, b, s.values, len, s.products,
+                                  sums_.points(split, k, of_x) + first * kGates, stride);
       }
-  }
-
-  // From the sums at the points to the weight gradient's rows of K.
-  void finish_tiles(int64_t cb) {
-    if constexpr (!kHasWinograd<T, VL>) return;
-    const Cell& c = a_.cell;
-    if (l_.grad_tile > 0)
-      Packing<T, VL>::gradient_from_tiles(l_, mem_sums_, splits_, cb, c.C, l_.Kx, partial_);
-    if (x_in_tiles())
-      Packing<T, VL>::gradient_from_tiles(l_, x_sums_, splits_, cb, c.Cin, 0, partial_);
   }
 
   // What the weight gradient of rows [h, h + rows) and channel block cb sums over.
@@ -325,7 +319,7 @@ class Backward {
 
   void weights_directly(int64_t t, int64_t split, int64_t cb, bool of_x, int64_t piece,
                         const Scratch& s) {
-    T* out = partial_ + split * l_.packed_forward() + cb * l_.K() * kGates;
+    T* out = sums_.rows(split, cb, of_x);
     (of_x ? x_runs_ : mem_runs_).chunks(kPiece, [&](const Run* runs, int count) {
       if (piece-- != 0) return;
       if (l_.few_channels()) return weights_of_few(t, split, of_x, runs, count, s, out);
@@ -403,8 +397,8 @@ class Backward {
   RunList x_runs_, mem_runs_;
   int64_t x_groups_, mem_groups_;  // pieces of the runs
   int64_t x_rows_, x_blocks_, splits_;
+  WeightSums<T, VL> sums_;
   Phases::Counter* counters_ = nullptr;
-  T *partial_ = nullptr, *mem_sums_ = nullptr, *x_sums_ = nullptr;
   Scratch* scratch_ = nullptr;
 };
 

@@ -75,43 +75,31 @@ struct Packing {
       }
   }
 
-  // The sums of the weight gradient at Winograd's points, `splits` times (Cb, points, count, 4,
-  // VL), to rows of K of the first direct partial (Cb, K, 4, VL), from `row` on.
-  static void gradient_from_tiles(const L& l, const T* sums, int64_t splits, int64_t cb,
-                                  int64_t count, int64_t row, T* partial) {
+  // A channel block of the weight gradient's sums at Winograd's points, (Cb, points, count, 4, VL),
+  // to rows (Cb, taps, count, 4, VL).
+  static void gradient_from_tiles(const L& l, const T* sums, int64_t cb, int64_t count, T* rows) {
     using S = Simd<T, VL>;
-    const int64_t size = l.Cb * l.grad_points * count * 4 * VL;
+    const int64_t stride = count * 4 * VL;
+    sums += cb * l.grad_points * stride;
+    rows += cb * l.taps * stride;
     with_grad_winograd<S>(l.c.kernel_h, int(l.grad_tile), [&](auto form) {
       using W = decltype(form);
-      for (int64_t k = 0; k < count * 4; ++k) {
-        const T* in = sums + cb * l.grad_points * count * 4 * VL + k * VL;
-        T total[W::points * VL];
-        for (int p = 0; p < W::points; ++p) {
-          auto sum = S::load(in + p * count * 4 * VL);
-          for (int64_t s = 1; s < splits; ++s) sum += S::load(in + s * size + p * count * 4 * VL);
-          S::store(total + p * VL, sum);
-        }
-        W::template outputs<W::kernel>(total, VL, [&](int i, int j, typename S::R v) {
-          S::store(partial + (cb * l.K() + row + (i * W::kernel + j) * count) * 4 * VL + k * VL, v);
+      for (int64_t k = 0; k < stride; k += VL)
+        W::template outputs<W::kernel>(sums + k, stride, [&](int i, int j, typename S::R v) {
+          S::store(rows + (i * W::kernel + j) * stride + k, v);
         });
-      }
     });
   }
 
-  // partial: `splits` times (Cb, K, 4, VL), summed in order. Writes the gradient of channel block
-  // cb.
-  static void weight_gradient(const L& l, const T* partial, int64_t splits, int64_t cb, T* grad) {
-    const int64_t size = l.Cb * l.K() * 4 * VL;
+  // From rows of K, x's (Cb, Kx, 4, VL) and mem's (Cb, Km, 4, VL): channel block cb of the
+  // gradient.
+  static void weight_gradient(const L& l, const T* x, const T* mem, int64_t cb, T* grad) {
     forward_rows(l, [&](int64_t k, int64_t ci, int64_t tap) {
-      const T* in = partial + (cb * l.K() + k) * 4 * VL;
-      for (int64_t gate = 0; gate < 4; ++gate)
-        for (int64_t lane = 0; lane < VL; ++lane, ++in) {
-          const int64_t ch = cb * VL + lane;
-          if (ch >= l.c.C) continue;
-          T sum = in[0];
-          for (int64_t s = 1; s < splits; ++s) sum += in[s * size];
-          grad[source(l, gate * l.c.C + ch, ci, tap)] = sum;
-        }
+      const T* in =
+          (k < l.Kx ? x + (cb * l.Kx + k) * 4 * VL : mem + (cb * l.Km + k - l.Kx) * 4 * VL);
+      for (int64_t gate = 0; gate < 4; ++gate, in += VL)
+        for (int64_t lane = 0; lane < VL && cb * VL + lane < l.c.C; ++lane)
+          grad[source(l, gate * l.c.C + cb * VL + lane, ci, tap)] = in[lane];
     });
   }
 

@@ -1,0 +1,83 @@
+// The weight gradient while it is being summed. Each split of the batch has sums of its own, of
+// either half as rows of K or, with Winograd, at the points of its tiles. What is added to them one
+// block of pixels after the other would round the more the longer the sequence is: from time to
+// time all splits are folded into the total and begin anew.
+#pragma once
+
+#include "pack.h"
+
+SNNLSTM_BEGIN_ISA
+
+template <class T, int VL>
+class WeightSums {
+  using S = Simd<T, VL>;
+  static constexpr int kGates = 4 * VL;
+  static constexpr int64_t kChunk = 4096;  // values that a task folds
+  static constexpr int64_t kFold = 64;     // blocks of pixels between two folds
+
+ public:
+  // blocks: of pixels that a split adds in each time step.
+  WeightSums(const Layout<T, VL>& l, bool x_in_tiles, int64_t splits, int64_t blocks)
+      : l_(l),
+        x_in_tiles_(x_in_tiles),
+        splits_(splits),
+        steps_(blocks < kFold ? kFold / (blocks < 1 ? 1 : blocks) : 1),
+        x_size_(l.Cb * kGates * (x_in_tiles ? l.grad_points * l.c.Cin : l.Kx)),
+        size_(x_size_ + l.Cb * kGates * (mem_in_tiles() ? l.grad_points * l.c.C : l.Km)) {}
+
+  void carve(Arena& arena) {
+    sums_ = arena.take<T>(splits_ * size_);
+    total_ = arena.take<T>(size_);
+    x_rows_ = arena.take<T>(x_in_tiles_ ? l_.Cb * l_.Kx * kGates : 0);
+    mem_rows_ = arena.take<T>(mem_in_tiles() ? l_.Cb * l_.Km * kGates : 0);
+  }
+
+  void clear(int64_t split) { std::memset(sums_ + split * size_, 0, size_ * sizeof(T)); }
+
+  // A split's sums of one half and channel block: rows of K, counted as in the packed weight.
+  T* rows(int64_t split, int64_t cb, bool of_x) const {
+    T* half = sums_ + split * size_ + (of_x ? 0 : x_size_ - l_.Kx * kGates);
+    return half + cb * (of_x ? l_.Kx : l_.Km) * kGates;
+  }
+  // The same with Winograd: (points, Cin or C, 4, VL).
+  T* points(int64_t split, int64_t cb, bool of_x) const {
+    const int64_t channels = of_x ? l_.c.Cin : l_.c.C;
+    return sums_ + split * size_ + (of_x ? 0 : x_size_) + cb * l_.grad_points * channels * kGates;
+  }
+
+  // Whether to fold behind step t.
+  bool due(int64_t t) const { return t == 0 || (l_.c.T - t) % steps_ == 0; }
+  int64_t fold_tasks() const { return (size_ + kChunk - 1) / kChunk; }
+  void fold(int64_t task, int64_t t) {
+    const bool first = l_.c.T - t <= steps_;
+    const int64_t end = (task + 1) * kChunk < size_ ? (task + 1) * kChunk : size_;
+    for (int64_t k = task * kChunk; k < end; k += VL) {
+      auto sum = S::load(sums_ + k);
+      for (int64_t split = 1; split < splits_; ++split) sum += S::load(sums_ + split * size_ + k);
+      S::store(total_ + k, first ? sum : sum + S::load(total_ + k));
+    }
+    for (int64_t split = 0; t > 0 && split < splits_; ++split)
+      std::memset(sums_ + split * size_ + task * kChunk, 0, (end - task * kChunk) * sizeof(T));
+  }
+
+  // The total's channel block cb, in the caller's order.
+  void write(int64_t cb, T* grad_weight) {
+    const T *x = total_, *mem = total_ + x_size_;
+    if constexpr (kHasWinograd<T, VL>) {
+      if (x_in_tiles_) Packing<T, VL>::gradient_from_tiles(l_, x, cb, l_.c.Cin, x_rows_);
+      if (mem_in_tiles()) Packing<T, VL>::gradient_from_tiles(l_, mem, cb, l_.c.C, mem_rows_);
+    }
+    Packing<T, VL>::weight_gradient(l_, x_in_tiles_ ? x_rows_ : x, mem_in_tiles() ? mem_rows_ : mem,
+                                    cb, grad_weight);
+  }
+
+ private:
+  bool mem_in_tiles() const { return l_.grad_tile > 0; }
+
+  const Layout<T, VL>& l_;
+  bool x_in_tiles_;
+  int64_t splits_, steps_, x_size_, size_;
+  T *sums_ = nullptr, *total_ = nullptr, *x_rows_ = nullptr, *mem_rows_ = nullptr;
+};
+
+SNNLSTM_END_ISA
