@@ -109,10 +109,14 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cpu_packed_bytes",
         [](const Cell& cell, int form) { return cpu::packed_bytes(cell, cpu::Form(form)); });
-  m.def("cpu_pack_weight", [](const Cell& cell, int form, Address weight, Address packed) {
-    py::gil_scoped_release release;
-    cpu::pack_weight(cell, cpu::Form(form), at(weight), at(packed));
+  m.def("cpu_reads", [](const Cell& cell, int form, bool grad_x) {
+    return cpu::reads(cell, cpu::Form(form), grad_x);
   });
+  m.def("cpu_pack_weight",
+        [](const Cell& cell, int form, int threads, Address weight, Address packed) {
+          py::gil_scoped_release release;
+          cpu::pack_weight(cell, cpu::Form(form), threads, at(weight), at(packed));
+        });
   m.def("cpu_forward", &cpu_forward);
   m.def("cpu_backward", &cpu_backward);
   m.def("cpu_evaluate",

@@ -114,7 +114,7 @@ def forward(
     """See :func:`snnlstm.native.forward`."""
     entry = look_up(weight)
     cell, threads = _describe(x, mem, entry, options, algorithm, backward=False)
-    packed = pack(entry, cell, backward=False)
+    packed = pack(entry, cell, threads, backward=False)
     bias = None if bias is None else bias.detach().contiguous()
     thresholds, threshold_stride = glue.threshold_numbers(threshold, x.dtype)
     levels = _levels(options, x.dtype)
@@ -166,7 +166,7 @@ def backward(
     """See :func:`snnlstm.native.backward`."""
     entry = look_up(weight)
     cell, threads = _describe(x, mem, entry, options, algorithm, backward=True)
-    packed = pack(entry, cell, backward=True, grad_x=wanted[0])
+    packed = pack(entry, cell, threads, backward=True, grad_x=wanted[0])
     thresholds, threshold_stride = glue.threshold_numbers(threshold, x.dtype)
     levels = _levels(options, x.dtype)
     grads = glue.empty_gradients(x, syn, mem, weight, wanted)

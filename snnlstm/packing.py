@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch  # before the core, which uses the OpenMP runtime that torch has loaded
 from torch import Tensor
 
-from . import _C
+from . import _C, blocks
 
 __all__ = ["Packed", "look_up", "pack"]
 
@@ -58,8 +58,6 @@ class Packed:
 _packed: WeakKeyDictionary[torch.UntypedStorage, dict[tuple, Packed]] = WeakKeyDictionary()
 _packed_lock = threading.Lock()
 
-_WINOGRAD = 2  # csrc/args.h: Way::winograd
-
 
 def look_up(weight: Tensor) -> Packed:
     """Everything packed from `weight`'s present values; kept as long as the tensor lives."""
@@ -73,18 +71,21 @@ def look_up(weight: Tensor) -> Packed:
     return entry
 
 
-def pack(weight: Packed, cell: Any, backward: bool, grad_x: bool = False) -> list[Tensor | None]:
+def pack(
+    weight: Packed, cell: Any, threads: int, backward: bool, grad_x: bool = False
+) -> list[Tensor | None]:
     """The forms of `weight` that a call reads, each made once for each of the weight's values."""
-    tiles_of_x = grad_x if backward else cell.x_way == _WINOGRAD
-    needed = (True, cell.tile > 0, cell.tile > 0 and tiles_of_x)
     isa = _C.isa_name()
     out: list[Tensor | None] = []
-    for number, need in enumerate(needed, start=3 if backward else 0):
+    for number in range(3, 6) if backward else range(3):  # csrc/cpu/api.h: Form
+        if not _C.cpu_reads(cell, number, grad_x):
+            out.append(None)
+            continue
         key = (isa, number, cell.tile if number % 3 else 0)
         form = weight.forms.get(key)
-        if need and form is None:
-            form = torch.empty(_C.cpu_packed_bytes(cell, number), dtype=torch.uint8, device="cpu")
-            _C.cpu_pack_weight(cell, number, weight.original.data_ptr(), form.data_ptr())
+        if form is None:
+            form = blocks.empty((_C.cpu_packed_bytes(cell, number),), torch.uint8)
+            _C.cpu_pack_weight(cell, number, threads, weight.original.data_ptr(), form.data_ptr())
             weight.forms[key] = form  # when it is whole: other threads may look
-        out.append(form if need else None)
+        out.append(form)
     return out

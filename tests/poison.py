@@ -1,9 +1,9 @@
 """Memory that shows what is done to it: outputs and workspaces are poisoned, and fenced in.
 
-The core takes all its memory from torch.empty and its relatives. In :func:`poisoned` these
-return memory filled with a pattern, between two fences: a result that was not written keeps the
-pattern, one that was computed from memory nobody wrote is wrong, and a write past the end
-breaks a fence.
+The core takes all its memory from torch.empty and its relatives, and from blocks.empty. In
+:func:`poisoned` these return memory filled with a pattern, between two fences: a result that was
+not written keeps the pattern, one that was computed from memory nobody wrote is wrong, and a write
+past the end breaks a fence.
 """
 
 import threading
@@ -86,8 +86,9 @@ def poisoned(pattern: int) -> Iterator[_Fenced]:
         return contiguous(*shape, dtype=dtype or self.dtype)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (blocks, cpu, glue, packing):
+        for module in (cpu, glue, packing):
             patch.setattr(module, "torch", Torch())
+        patch.setattr(blocks, "empty", lambda shape, dtype: contiguous(shape, dtype=dtype))
         patch.setattr(Tensor, "new_empty", new_empty)
         patch.setattr(blocks, "_thread", threading.local())  # nothing kept from before
         patch.setattr(packing, "_packed", WeakKeyDictionary())

@@ -39,9 +39,26 @@ enum class Form : int {
   backward_x_tiles = 5,
 };
 
+// Whether a call reads this form; grad_x: whether it is a backward pass that gives x a gradient.
+inline bool reads(const Cell& c, Form form, bool grad_x) {
+  const bool tiles = c.tile > 0, tiles_of_x = tiles && c.stride_h == 1 && c.stride_w == 1;
+  switch (form) {
+    case Form::forward:
+      return !tiles || c.x_way != Way::winograd;
+    case Form::forward_x_tiles:
+      return c.x_way == Way::winograd;
+    case Form::backward:
+      return !tiles || (grad_x && !tiles_of_x);
+    case Form::backward_x_tiles:
+      return tiles_of_x && grad_x;
+    default:
+      return tiles;
+  }
+}
+
 // weight: (4C, Cin + C, kernel_h, kernel_w), contiguous.
 int64_t packed_bytes(const Cell& cell, Form form);
-void pack_weight(const Cell& cell, Form form, const void* weight, void* packed);
+void pack_weight(const Cell& cell, Form form, int threads, const void* weight, void* packed);
 
 void forward(const ForwardArgs& args);
 void backward(const BackwardArgs& args);
@@ -63,7 +80,7 @@ struct Kernels {
   int64_t (*backward_workspace)(const Cell&, int);
   int64_t (*padded_channels)(const Cell&);
   int64_t (*packed_bytes)(const Cell&, Form);
-  void (*pack_weight)(const Cell&, Form, const void*, void*);
+  void (*pack_weight)(const Cell&, Form, int, const void*, void*);
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
   bool (*evaluate)(const char*, DType, const void*, void*, int64_t);

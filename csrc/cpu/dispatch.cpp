@@ -106,8 +106,8 @@ int64_t backward_workspace(const Cell& cell, int threads) {
 }
 int64_t padded_channels(const Cell& cell) { return kernels(cell).padded_channels(cell); }
 int64_t packed_bytes(const Cell& cell, Form form) { return kernels(cell).packed_bytes(cell, form); }
-void pack_weight(const Cell& cell, Form form, const void* weight, void* packed) {
-  kernels(cell).pack_weight(cell, form, weight, packed);
+void pack_weight(const Cell& cell, Form form, int threads, const void* weight, void* packed) {
+  kernels(cell).pack_weight(cell, form, threads, weight, packed);
 }
 void forward(const ForwardArgs& args) { kernels(args.cell).forward(args); }
 void backward(const BackwardArgs& args) { kernels(args.cell).backward(args); }

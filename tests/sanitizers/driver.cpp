@@ -141,7 +141,7 @@ Cell random_cell() {
   c.C = one_of<int64_t>({1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 16, 17, 24, 31});
   c.H = between(1, 15), c.W = between(1, 19);
   if (between(0, 9) == 0) c.W = between(60, 150), c.H = between(1, 5);
-  c.kernel_h = c.kernel_w = one_of({1, 3, 3, 3, 5});
+  c.kernel_h = c.kernel_w = one_of({1, 3, 3, 3, 5, 5, 7});
   if (between(0, 3) == 0) {
     c.kernel_w = one_of({1, 3, 5, 7});
     c.stride_h = int(between(1, 3)), c.stride_w = int(between(1, 3));
@@ -161,7 +161,7 @@ Cell random_cell() {
 }
 
 void choose_ways(Cell& c, const cpu::Kernels& kernels) {
-  if (kernels.has_tiles(c) && between(0, 5) > 0) c.tile = c.kernel_h == 3 ? one_of({2, 4}) : 2;
+  if (kernels.has_tiles(c) && between(0, 5) > 0) c.tile = c.kernel_h < 7 ? one_of({2, 4}) : 2;
   const bool tiles_of_x = c.tile > 0 && c.stride_h == 1 && c.stride_w == 1;
   c.x_way = tiles_of_x ? one_of({Way::direct, Way::sparse, Way::winograd, Way::winograd})
                        : one_of({Way::direct, Way::sparse});
@@ -187,12 +187,12 @@ void run(Cell c, const cpu::Kernels& kernels) {
   const double scale = 1 / std::sqrt(double(K * (c.Cin + c.C)));
   for (int64_t k = 0; k < 4 * c.C * (c.Cin + c.C) * K; ++k) weight.as<T>()[k] = T(number() * scale);
   for (int64_t k = 0; k < 4 * c.C; ++k) bias.as<T>()[k] = number() / 4;
-  const auto pack = [&](Form form) {
-    Bytes packed(kernels.packed_bytes(c, form));
-    kernels.pack_weight(c, form, weight.get(), packed.get());
+  const auto pack = [&](Form form, bool grad_x) {
+    const bool read = cpu::reads(c, form, grad_x);
+    Bytes packed(read ? kernels.packed_bytes(c, form) : 0);
+    if (read) kernels.pack_weight(c, form, threads, weight.get(), packed.get());
     return packed;
   };
-  const auto pack_if = [&](bool needed, Form form) { return needed ? pack(form) : Bytes(0); };
 
   Bytes threshold((per_channel ? c.C : 1) * item), levels(c.num_levels * item);
   for (int64_t k = 0; k < (per_channel ? c.C : 1); ++k) threshold.as<T>()[k] = T(0.05 * k);
@@ -204,9 +204,9 @@ void run(Cell c, const cpu::Kernels& kernels) {
   const int64_t padded = kernels.padded_channels(c), rows = c.T * c.N * Ho * Wo * padded;
   Bytes gates(4 * rows * item), saved_syn(rows * item), winner(c.T * c.N * 8);
   {
-    const Bytes direct = pack(Form::forward);
-    const Bytes of_mem = pack_if(c.tile > 0, Form::forward_mem_tiles);
-    const Bytes of_x = pack_if(c.x_way == Way::winograd, Form::forward_x_tiles);
+    const Bytes direct = pack(Form::forward, false);
+    const Bytes of_mem = pack(Form::forward_mem_tiles, false);
+    const Bytes of_x = pack(Form::forward_x_tiles, false);
     const Bytes workspace(kernels.forward_workspace(c, threads));
     ForwardArgs a;
     a.cell = c, a.threads = threads, a.record = record;
@@ -233,9 +233,9 @@ void run(Cell c, const cpu::Kernels& kernels) {
       grad_threshold(c.C * item);
   const auto wanted = [&] { return between(0, 4) > 0; };
   const bool want_x = wanted(), want_syn = wanted(), want_mem = wanted(), want_weight = wanted();
-  const Bytes direct = pack(Form::backward);
-  const Bytes of_mem = pack_if(c.tile > 0, Form::backward_mem_tiles);
-  const Bytes of_x = pack_if(c.tile > 0 && want_x, Form::backward_x_tiles);
+  const Bytes direct = pack(Form::backward, want_x);
+  const Bytes of_mem = pack(Form::backward_mem_tiles, want_x);
+  const Bytes of_x = pack(Form::backward_x_tiles, want_x);
   const Bytes workspace(kernels.backward_workspace(c, threads));
   BackwardArgs a;
   a.cell = c, a.threads = threads, a.record = record;

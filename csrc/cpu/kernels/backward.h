@@ -98,9 +98,9 @@ class Backward {
         if (a_.grad_weight && sums_.due(t))
           phases.run(phase++, sums_.fold_tasks(), [&](int64_t task) { sums_.fold(task, t); });
       }
-      phases.run(phase, l_.Cb, [&](int64_t cb) {
-        if (a_.grad_weight) sums_.write(cb, static_cast<T*>(a_.grad_weight));
-        neuron_.reduce(cb);
+      phases.run(phase, l_.Cb + (a_.grad_weight ? sums_.write_tasks() : 0), [&](int64_t task) {
+        if (task < l_.Cb) return neuron_.reduce(task);
+        sums_.write(task - l_.Cb, static_cast<T*>(a_.grad_weight));
       });
     });
   }
@@ -226,7 +226,9 @@ class Backward {
 
   // Whether x's weight gradient goes by Winograd: few channels gain nothing, and direct sums round
   // less.
-  bool x_in_tiles() const { return a_.cell.x_way == Way::winograd && a_.cell.Cin > 4; }
+  bool x_in_tiles() const {
+    return a_.cell.x_way == Way::winograd && l_.grad_tile > 0 && a_.cell.Cin > 4;
+  }
 
   // Pieces of K that weight gradient tasks take.
   static int64_t tile_pieces(int64_t channels) { return (channels + kTilePiece - 1) / kTilePiece; }

@@ -1,8 +1,8 @@
 // The caller's weight (4C, Cin + C, kernel_h, kernel_w) into the order in which the register tiles
-// read it (layout.h), and the weight gradient back.
+// read it (layout.h).
 #pragma once
 
-#include "layout.h"
+#include "schedule.h"
 #include "winograd.h"
 
 SNNLSTM_BEGIN_ISA
@@ -17,89 +17,62 @@ struct Packing {
     return (g * (l.c.Cin + l.c.C) + ci) * l.taps + tap;
   }
 
-  // f(row of K, input channel, tap): the rows of one channel block of the forward weight.
-  template <class F>
-  static void forward_rows(const L& l, F&& f) {
-    for (int64_t tap = 0, k = 0; tap < l.taps; ++tap)
-      for (int64_t ci = 0; ci < l.c.Cin; ++ci) f(k++, ci, tap);
-    for (int64_t tap = 0, k = l.Kx; tap < l.taps; ++tap)
-      for (int64_t ci = 0; ci < l.c.C; ++ci) f(k++, l.c.Cin + ci, tap);
+  // Row of K of input channel ci at a tap, in the forward weight.
+  static int64_t row(const L& l, int64_t ci, int64_t tap) {
+    return ci < l.c.Cin ? tap * l.c.Cin + ci : l.Kx + tap * l.c.C + ci - l.c.Cin;
   }
 
-  static void forward(const L& l, const T* weight, T* packed) {
-    for (int64_t cb = 0; cb < l.Cb; ++cb)
-      forward_rows(l, [&](int64_t k, int64_t ci, int64_t tap) {
-        T* out = packed + (cb * l.K() + k) * 4 * VL;
+  static void forward(const L& l, int threads, const T* weight, T* packed) {
+    const int64_t channels = l.c.Cin + l.c.C;
+    parallel_for(threads, l.Cb * channels, l.taps * 4 * VL, [&](int64_t task) {
+      const int64_t cb = task / channels, ci = task % channels;
+      for (int64_t tap = 0; tap < l.taps; ++tap) {
+        T* out = packed + (cb * l.K() + row(l, ci, tap)) * 4 * VL;
         for (int64_t gate = 0; gate < 4; ++gate)
           for (int64_t lane = 0; lane < VL; ++lane) {
             const int64_t ch = cb * VL + lane;
             *out++ = ch < l.c.C ? weight[source(l, gate * l.c.C + ch, ci, tap)] : T(0);
           }
-      });
-  }
-
-  static void backward(const L& l, const T* weight, T* packed) {
-    backward_half(l, weight, 0, l.c.Cin, l.x_blocks, packed);
-    backward_half(l, weight, l.c.Cin, l.c.C, l.Cb, packed + l.x_blocks * l.Kg * VL);
-  }
-
-  // Winograd's weights of the input channels [first, first + count), of the gates.
-  static void forward_tiles(const L& l, const T* weight, int64_t first, int64_t count, T* packed) {
-    for (int64_t cb = 0; cb < l.Cb; ++cb)
-      for (int64_t k = 0; k < count; ++k)
-        tile_weights(
-            l, 4,
-            [&](int64_t tap, int64_t v, int64_t lane) {
-              const int64_t ch = cb * VL + lane;
-              return ch < l.c.C ? weight[source(l, v * l.c.C + ch, first + k, tap)] : T(0);
-            },
-            packed + (cb * l.points * count + k) * 4 * VL, count * 4 * VL);
-  }
-
-  // And of the data gradient, from the gates to those channels; `vectors` vectors of them.
-  static void backward_tiles(const L& l, const T* weight, int64_t first, int64_t count,
-                             int64_t vectors, T* packed) {
-    const int64_t nv = tile_vectors(vectors), gates = 4 * l.Cp;
-    for (int64_t block = 0; block < vectors; block += nv)
-      for (int64_t g = 0; g < gates; ++g) {
-        const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
-        tile_weights(
-            l, nv,
-            [&](int64_t tap, int64_t v, int64_t lane) {
-              const int64_t k = (block + v) * VL + lane;
-              return ch < l.c.C && k < count
-                         ? weight[source(l, gate * l.c.C + ch, first + k, l.taps - 1 - tap)]
-                         : T(0);
-            },
-            packed + (block * l.points * gates + g * nv) * VL, gates * nv * VL);
       }
-  }
-
-  // A channel block of the weight gradient's sums at Winograd's points, (Cb, points, count, 4, VL),
-  // to rows (Cb, taps, count, 4, VL).
-  static void gradient_from_tiles(const L& l, const T* sums, int64_t cb, int64_t count, T* rows) {
-    using S = Simd<T, VL>;
-    const int64_t stride = count * 4 * VL;
-    sums += cb * l.grad_points * stride;
-    rows += cb * l.taps * stride;
-    with_grad_winograd<S>(l.c.kernel_h, int(l.grad_tile), [&](auto form) {
-      using W = decltype(form);
-      for (int64_t k = 0; k < stride; k += VL)
-        W::template outputs<W::kernel>(sums + k, stride, [&](int i, int j, typename S::R v) {
-          S::store(rows + (i * W::kernel + j) * stride + k, v);
-        });
     });
   }
 
-  // From rows of K, x's (Cb, Kx, 4, VL) and mem's (Cb, Km, 4, VL): channel block cb of the
-  // gradient.
-  static void weight_gradient(const L& l, const T* x, const T* mem, int64_t cb, T* grad) {
-    forward_rows(l, [&](int64_t k, int64_t ci, int64_t tap) {
-      const T* in =
-          (k < l.Kx ? x + (cb * l.Kx + k) * 4 * VL : mem + (cb * l.Km + k - l.Kx) * 4 * VL);
-      for (int64_t gate = 0; gate < 4; ++gate, in += VL)
-        for (int64_t lane = 0; lane < VL && cb * VL + lane < l.c.C; ++lane)
-          grad[source(l, gate * l.c.C + cb * VL + lane, ci, tap)] = in[lane];
+  static void backward(const L& l, int threads, const T* weight, T* packed) {
+    backward_half(l, threads, weight, 0, l.c.Cin, l.x_blocks, packed);
+    backward_half(l, threads, weight, l.c.Cin, l.c.C, l.Cb, packed + l.x_blocks * l.Kg * VL);
+  }
+
+  // Winograd's weights of the input channels [first, first + count), of the gates.
+  static void forward_tiles(const L& l, int threads, const T* weight, int64_t first, int64_t count,
+                            T* packed) {
+    parallel_for(threads, l.Cb * count, l.points * 4 * VL, [&](int64_t task) {
+      const int64_t cb = task / count, k = task % count;
+      tile_weights(
+          l, 4,
+          [&](int64_t tap, int64_t v, int64_t lane) {
+            const int64_t ch = cb * VL + lane;
+            return ch < l.c.C ? weight[source(l, v * l.c.C + ch, first + k, tap)] : T(0);
+          },
+          packed + (cb * l.points * count + k) * 4 * VL, count * 4 * VL);
+    });
+  }
+
+  // And of the data gradient, from the gates to those channels; `vectors` vectors of them.
+  static void backward_tiles(const L& l, int threads, const T* weight, int64_t first, int64_t count,
+                             int64_t vectors, T* packed) {
+    const int64_t nv = tile_vectors(vectors), gates = 4 * l.Cp;
+    parallel_for(threads, vectors / nv * gates, l.points * nv * VL, [&](int64_t task) {
+      const int64_t block = task / gates * nv, g = task % gates;
+      const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
+      tile_weights(
+          l, nv,
+          [&](int64_t tap, int64_t v, int64_t lane) {
+            const int64_t k = (block + v) * VL + lane;
+            return ch < l.c.C && k < count
+                       ? weight[source(l, gate * l.c.C + ch, first + k, l.taps - 1 - tap)]
+                       : T(0);
+          },
+          packed + (block * l.points * gates + g * nv) * VL, gates * nv * VL);
     });
   }
 
@@ -125,18 +98,20 @@ struct Packing {
     });
   }
 
-  static void backward_half(const L& l, const T* weight, int64_t first, int64_t count,
+  static void backward_half(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                             int64_t vectors, T* packed) {
-    const int64_t width = tile_vectors(vectors) * VL;
-    for (int64_t block = 0; block < vectors * VL; block += width)
-      for (int64_t tap = l.taps - 1; tap >= 0; --tap)
-        for (int64_t g = 0; g < 4 * l.Cp; ++g) {
-          const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
-          for (int64_t k = 0; k < width; ++k)
-            *packed++ = ch < l.c.C && block + k < count
-                            ? weight[source(l, gate * l.c.C + ch, first + block + k, tap)]
-                            : T(0);
-        }
+    const int64_t nv = tile_vectors(vectors), gates = 4 * l.Cp;
+    parallel_for(threads, vectors / nv * gates, l.taps * nv * VL, [&](int64_t task) {
+      const int64_t block = task / gates * nv, g = task % gates;
+      const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
+      for (int64_t tap = 0; tap < l.taps; ++tap) {
+        T* out = packed + (block * l.taps * gates + (tap * gates + g) * nv) * VL;
+        for (int64_t k = block * VL; k < (block + nv) * VL; ++k)
+          *out++ = ch < l.c.C && k < count
+                       ? weight[source(l, gate * l.c.C + ch, first + k, l.taps - 1 - tap)]
+                       : T(0);
+      }
+    });
   }
 };
 

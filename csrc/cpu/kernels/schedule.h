@@ -54,4 +54,13 @@ void parallel(int threads, double multiply_adds_per_step, F&& body) {
   body(omp_get_thread_num());
 }
 
+// f(k) for every k below count, each of so many operations.
+template <class F>
+void parallel_for(int threads, int64_t count, int64_t operations, F&& f) {
+  int64_t next = 0;
+  parallel(threads, double(count) * double(operations), [&](int) {
+    for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) f(k);
+  });
+}
+
 SNNLSTM_END_ISA

@@ -48,7 +48,8 @@ static int64_t packed_bytes(const Cell& cell, Form form) {
   });
 }
 
-static void pack_weight(const Cell& cell, Form form, const void* weight, void* packed) {
+static void pack_weight(const Cell& cell, Form form, int threads, const void* weight,
+                        void* packed) {
   with_lanes(cell, [&](auto lanes) {
     using L = decltype(lanes);
     using T = typename L::Scalar;
@@ -56,17 +57,17 @@ static void pack_weight(const Cell& cell, Form form, const void* weight, void* p
     const Layout<T, L::count> l(cell);
     const T* from = static_cast<const T*>(weight);
     T* to = static_cast<T*>(packed);
-    if (form == Form::forward) return P::forward(l, from, to);
-    if (form == Form::backward) return P::backward(l, from, to);
+    if (form == Form::forward) return P::forward(l, threads, from, to);
+    if (form == Form::backward) return P::backward(l, threads, from, to);
     if constexpr (kHasWinograd<T, L::count>) switch (form) {
         case Form::forward_mem_tiles:
-          return P::forward_tiles(l, from, cell.Cin, cell.C, to);
+          return P::forward_tiles(l, threads, from, cell.Cin, cell.C, to);
         case Form::forward_x_tiles:
-          return P::forward_tiles(l, from, 0, cell.Cin, to);
+          return P::forward_tiles(l, threads, from, 0, cell.Cin, to);
         case Form::backward_mem_tiles:
-          return P::backward_tiles(l, from, cell.Cin, cell.C, l.Cb, to);
+          return P::backward_tiles(l, threads, from, cell.Cin, cell.C, l.Cb, to);
         case Form::backward_x_tiles:
-          return P::backward_tiles(l, from, 0, cell.Cin, l.x_blocks, to);
+          return P::backward_tiles(l, threads, from, 0, cell.Cin, l.x_blocks, to);
         default:
           return;
       }

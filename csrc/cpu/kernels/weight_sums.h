@@ -28,8 +28,6 @@ class WeightSums {
   void carve(Arena& arena) {
     sums_ = arena.take<T>(splits_ * size_);
     total_ = arena.take<T>(size_);
-    x_rows_ = arena.take<T>(x_in_tiles_ ? l_.Cb * l_.Kx * kGates : 0);
-    mem_rows_ = arena.take<T>(mem_in_tiles() ? l_.Cb * l_.Km * kGates : 0);
   }
 
   void clear(int64_t split) { std::memset(sums_ + split * size_, 0, size_ * sizeof(T)); }
@@ -60,24 +58,45 @@ class WeightSums {
       std::memset(sums_ + split * size_ + task * kChunk, 0, (end - task * kChunk) * sizeof(T));
   }
 
-  // The total's channel block cb, in the caller's order.
-  void write(int64_t cb, T* grad_weight) {
-    const T *x = total_, *mem = total_ + x_size_;
+  // Channel block by input channel: the total in the caller's order.
+  int64_t write_tasks() const { return l_.Cb * (l_.c.Cin + l_.c.C); }
+  void write(int64_t task, T* grad_weight) const {
+    const int64_t cb = task / (l_.c.Cin + l_.c.C), ci = task % (l_.c.Cin + l_.c.C);
+    const bool of_x = ci < l_.c.Cin;
+    const int64_t count = of_x ? l_.c.Cin : l_.c.C, stride = count * kGates;
+    const T* in = total_ + (of_x ? 0 : x_size_) + (of_x ? ci : ci - l_.c.Cin) * kGates;
+    if (!(of_x ? x_in_tiles_ : mem_in_tiles()))
+      return write_taps(cb, ci, in + cb * l_.taps * stride, stride, grad_weight);
     if constexpr (kHasWinograd<T, VL>) {
-      if (x_in_tiles_) Packing<T, VL>::gradient_from_tiles(l_, x, cb, l_.c.Cin, x_rows_);
-      if (mem_in_tiles()) Packing<T, VL>::gradient_from_tiles(l_, mem, cb, l_.c.C, mem_rows_);
+      T taps[25 * kGates];
+      in += cb * l_.grad_points * stride;
+      with_grad_winograd<S>(l_.c.kernel_h, int(l_.grad_tile), [&](auto form) {
+        using W = decltype(form);
+        for (int gate = 0; gate < 4; ++gate)
+          W::template outputs<W::kernel>(in + gate * VL, stride, [&](int i, int j, auto v) {
+            S::store(taps + (i * W::kernel + j) * kGates + gate * VL, v);
+          });
+      });
+      write_taps(cb, ci, taps, kGates, grad_weight);
     }
-    Packing<T, VL>::weight_gradient(l_, x_in_tiles_ ? x_rows_ : x, mem_in_tiles() ? mem_rows_ : mem,
-                                    cb, grad_weight);
   }
 
  private:
   bool mem_in_tiles() const { return l_.grad_tile > 0; }
 
+  void write_taps(int64_t cb, int64_t ci, const T* in, int64_t stride, T* grad_weight) const {
+    for (int64_t gate = 0; gate < 4; ++gate)
+      for (int64_t lane = 0; lane < VL && cb * VL + lane < l_.c.C; ++lane) {
+        const int64_t g = gate * l_.c.C + cb * VL + lane;
+        T* out = grad_weight + Packing<T, VL>::source(l_, g, ci, 0);
+        for (int64_t tap = 0; tap < l_.taps; ++tap) out[tap] = in[tap * stride + gate * VL + lane];
+      }
+  }
+
   const Layout<T, VL>& l_;
   bool x_in_tiles_;
   int64_t splits_, steps_, x_size_, size_;
-  T *sums_ = nullptr, *total_ = nullptr, *x_rows_ = nullptr, *mem_rows_ = nullptr;
+  T *sums_ = nullptr, *total_ = nullptr;
 };
 
 SNNLSTM_END_ISA
