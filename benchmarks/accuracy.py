@@ -14,8 +14,13 @@ from tqdm import tqdm
 import snnlstm
 from snnlstm import functional, native, reference
 
-LAYERS = {"2->16 k3": (2, 16, 3), "32->64 k3": (32, 64, 3), "16->32 k5": (16, 32, 5)}
-SCALES = (1, 5, 10)
+LAYERS = {
+    "2->16 k3": (2, 16, 3),
+    "32->64 k3": (32, 64, 3),
+    "16->32 k5": (16, 32, 5),
+    "16->32 k7": (16, 32, 7),
+}
+SCALES = (1, 2.5, 5, 10)
 ALGORITHMS = ("torch", "direct", "winograd", "auto")
 
 

@@ -26,6 +26,7 @@ __all__ = ["SMALLEST", "empty", "empty_cache", "free_bytes", "workspace"]
 
 SMALLEST = 256 << 10  # bytes; less comes from torch, that is, from malloc
 CACHE_LINE = 64  # bytes; vectors that lie across two cost twice
+FITTING = 1.25  # a block serves for what is smaller, by this factor at most
 KEPT = 1 << 30  # bytes in blocks that nobody uses, at most
 
 LARGEST_WORKSPACE = 64 << 20  # bytes, of those that are kept
@@ -99,7 +100,7 @@ def workspace(count: int) -> Tensor:
 
 def _take(size: int) -> np.ndarray:
     with _lock:
-        fitting = min((s for s in _free if size <= s <= size + size // 4), default=None)
+        fitting = min((s for s in _free if size <= s <= FITTING * size), default=None)
         if fitting is not None:
             block = _remove(fitting, newest=True)
         else:

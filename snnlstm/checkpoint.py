@@ -7,26 +7,41 @@ their gradients (Chen et al. 2016, "Training deep nets with sublinear memory cos
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor
 
-from . import native
+from . import blocks, native
 from .options import CellOptions
 
 __all__ = ["backward", "forward"]
 
 
+@lru_cache
+def _lengths(steps: int) -> list[int]:
+    """Lengths of the segments of a sequence, differing by one at most; the longest are last."""
+
+    def split(count: int) -> list[int]:
+        return [(steps + k) // count for k in range(count)]
+
+    def cost(count: int) -> int:
+        """In state-sized tensors: a step takes 5, a boundary 2."""
+        short, long = (lengths := split(count))[0], lengths[-1]
+        # Memory for the longer ones is used again for the shorter ones where little of it is lost.
+        return 5 * (long if long <= blocks.FITTING * short else long + short) + 2 * count
+
+    return split(min(range(1, steps + 1), key=cost, default=1))
+
+
 def _segments(x: Tensor, options: CellOptions) -> list[slice]:
-    """The segments of a sequence. A step costs 5 state-sized tensors, a boundary 2."""
     if not options.sequence:
         return [slice(None)]
-    steps = x.shape[0]
-    length = max(1, round(math.sqrt(steps * 2 / 5)))
-    return [slice(k, min(k + length, steps)) for k in range(0, steps, length)]
+    ends = list(accumulate(_lengths(x.shape[0]), initial=0))
+    return [slice(begin, end) for begin, end in pairwise(ends)]
 
 
 def forward(
