@@ -116,7 +116,7 @@ class Backward {
     x_groups_ = groups(x_runs_);
     mem_groups_ = groups(mem_runs_);
     const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
-    int64_t splits = 16 / tasks;
+    int64_t splits = 4 * a_.threads / tasks;
     if (splits > c.N) splits = c.N;
     const int64_t worth = (c.T * c.N * l_.pixels + kSplitPixels - 1) / kSplitPixels;
     if (splits > worth) splits = worth;
