@@ -47,7 +47,8 @@ void transform_inputs(const TileBlock<T>& b, int64_t tile, const T* in, int64_t 
 template <class S, int NV, class T = typename S::Scalar>
 void multiply(const TileBlock<T>& b, int points, const T* values, const T* weight, int64_t len,
               bool add, T* products) {
-  constexpr int64_t width = NV * S::lanes, chunk = chunk_length<T>(width);
+  constexpr int64_t width = NV * S::lanes, in_cache = chunk_length<T>(width);
+  constexpr int64_t chunk = in_cache < 48 ? in_cache : 48;  // longer sums would round more
   for (int k = 0; k < points; ++k) {
     T* out = products + k * b.products_stride;
     Start<T> start;
