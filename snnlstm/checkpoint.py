@@ -25,16 +25,14 @@ __all__ = ["backward", "forward"]
 def _lengths(steps: int) -> list[int]:
     """Lengths of the segments of a sequence, differing by one at most; the longest are last."""
 
-    def split(count: int) -> list[int]:
-        return [(steps + k) // count for k in range(count)]
-
     def cost(count: int) -> int:
         """In state-sized tensors: a step takes 5, a boundary 2."""
-        short, long = (lengths := split(count))[0], lengths[-1]
+        short, long = steps // count, -(-steps // count)
         # Memory for the longer ones is used again for the shorter ones where little of it is lost.
         return 5 * (long if long <= blocks.FITTING * short else long + short) + 2 * count
 
-    return split(min(range(1, steps + 1), key=cost, default=1))
+    count = min(range(1, steps + 1), key=cost, default=1)
+    return [(steps + k) // count for k in range(count)]
 
 
 def _segments(x: Tensor, options: CellOptions) -> list[slice]:

@@ -7,31 +7,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case, Inputs, wanting_gradients
-from gradients import NAMES, OUTPUTS, gradients, leaves_and_gradients, total
+from cases import Inputs, wanting_gradients
+from gradients import (
+    NAMES,
+    OUTPUTS,
+    PLAIN,
+    gradients,
+    leaves_and_gradients,
+    total,
+    with_options,
+)
 from kernels import Kernels, native
 from poison import NAN, poisoned
 
 from snnlstm import autograd, surrogate
-from snnlstm.options import CellOptions
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
-
-PLAIN = Case(
-    CellOptions((3, 3), sequence=True, record=True, surrogate=surrogate.atan(), reset="subtract"),
-    torch.float32,
-    time=3,
-    batch=2,
-    in_channels=5,
-    channels=9,
-    height=7,
-    width=10,
-    threshold="column",
-)
-
-
-def with_options(case: Case = PLAIN, **changes: object) -> Case:
-    return replace(case, options=replace(case.options, **changes))
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "winograd"])

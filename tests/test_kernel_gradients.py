@@ -14,12 +14,14 @@ from cases import LAYOUTS, SURROGATES, Case, Inputs, cases, wanting_gradients
 from gradients import (
     NAMES,
     OUTPUTS,
+    PLAIN,
     agrees,
     compare,
     gradients,
     leaves_and_gradients,
     of_outputs,
     total,
+    with_options,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -33,22 +35,7 @@ from snnlstm.quant import StateQuant, state_quant
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
-PLAIN = Case(
-    CellOptions((3, 3), sequence=True, record=True, surrogate=surrogate.atan(), reset="subtract"),
-    torch.float32,
-    time=3,
-    batch=2,
-    in_channels=5,
-    channels=9,
-    height=7,
-    width=10,
-    threshold="column",
-)
 DOUBLE = replace(PLAIN, dtype=torch.float64)
-
-
-def with_options(case: Case = PLAIN, **changes: object) -> Case:
-    return replace(case, options=replace(case.options, **changes))
 
 
 def check(

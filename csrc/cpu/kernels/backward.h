@@ -49,6 +49,10 @@ class Backward {
         to_x_(l_, l_.x_blocks, args.cell.W, args.cell.stride_h, args.cell.stride_w),
         sparse_(l_),
         neuron_(a_, l_, tasks_),
+        x_runs_(args.cell, args.cell.Cin, l_.Wx * args.cell.Cin, args.cell.Cin, 0, kPiece),
+        mem_runs_(args.cell, args.cell.C, l_.Wm * l_.Cp, l_.Cp, l_.Kx, kPiece),
+        x_groups_(groups(x_runs_)),
+        mem_groups_(groups(mem_runs_)),
         splits_(count_splits()),
         sums_(l_, x_in_tiles(), splits_, (args.cell.N + splits_ - 1) / splits_ * pixel_blocks()) {
     const Cell& c = a_.cell;
@@ -109,12 +113,8 @@ class Backward {
   int64_t most_phases() const { return 2 * a_.cell.T + 3; }
 
   // So many tasks that all threads have some, and no more than the sums are worth.
-  int64_t count_splits() {
+  int64_t count_splits() const {
     const Cell& c = a_.cell;
-    x_runs_.window(c, c.Cin, l_.Wx * c.Cin, c.Cin, 0, kPiece);
-    mem_runs_.window(c, c.C, l_.Wm * l_.Cp, l_.Cp, l_.Kx, kPiece);
-    x_groups_ = groups(x_runs_);
-    mem_groups_ = groups(mem_runs_);
     const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
     int64_t splits = 4 * a_.threads / tasks;
     if (splits > c.N) splits = c.N;
@@ -142,7 +142,7 @@ class Backward {
       const int64_t sizes[] = {l_.tile, l_.grad_tile};
       for (const int64_t m : sizes) {
         if (m == 0) continue;
-        const TileBlock<T> b = tiles(m, 0, most);
+        const TileBlock<T> b = tile_block(l_, m, 0, most);
         const int64_t v = l_.points_of(m) * b.values_stride,
                       p = l_.points_of(m) * b.products_stride;
         if (v > values) values = v;
@@ -161,13 +161,6 @@ class Backward {
       }
       if (scratch_) scratch_[k] = s;
     }
-  }
-
-  // A block of state rows in tiles of m x m, of so many input channels.
-  TileBlock<T> tiles(int64_t m, int64_t rows, int64_t channels) const {
-    const int64_t columns = (l_.Wo + m - 1) / m, most = l_.rows_of_tiles(m) / m * columns;
-    return {(rows + m - 1) / m, columns, channels, point_stride<T>(most * channels),
-            point_stride<T>(most * kGates)};
   }
 
   void rows(int64_t t, int64_t task, int thread) {
@@ -196,7 +189,7 @@ class Backward {
   template <class W>
   void tiled(int64_t t, int64_t n, int64_t begin, int64_t end, bool x_wanted, T* mem_grad,
              const Scratch& s) {
-    const TileBlock<T> b = tiles(W::tile, end - begin, 4 * l_.Cp);
+    const TileBlock<T> b = tile_block(l_, W::tile, end - begin, 4 * l_.Cp);
     const int64_t pixel = 4 * l_.Cp, row = l_.Wm * pixel;
     transform_inputs<W, S>(b, W::tile, neuron_.d_gates(t, n) + begin * row, row, pixel, s.values);
     if (mem_grad)
@@ -284,7 +277,7 @@ class Backward {
     for (int64_t n = c.N * split / splits_; n < c.N * (split + 1) / splits_; ++n)
       for (int64_t h = 0; h < l_.Ho; h += block) {
         PixelRows<T> p = pixel_rows(t, n, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x);
-        const TileBlock<T> b = tiles(W::tile, p.rows, (len + VL - 1) / VL * VL);
+        const TileBlock<T> b = tile_block(l_, W::tile, p.rows, (len + VL - 1) / VL * VL);
         transform_inputs<W, S>(b, W::tile, p.in + first, p.in_row, p.in_pixel, s.values);
         for (int64_t k = cb; k < cb + kShared && k < l_.Cb; ++k, p.d_gates += kGates)
           weight_grad_tiles<W, S>(p, b, s.values, len, s.products,
@@ -398,7 +391,8 @@ class Backward {
   NeuronBackward<T, VL> neuron_;
   RunList x_runs_, mem_runs_;
   int64_t x_groups_, mem_groups_;  // pieces of the runs
-  int64_t x_rows_, x_blocks_, splits_;
+  int64_t splits_;
+  int64_t x_rows_, x_blocks_;
   WeightSums<T, VL> sums_;
   Phases::Counter* counters_ = nullptr;
   Scratch* scratch_ = nullptr;

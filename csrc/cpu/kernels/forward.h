@@ -75,7 +75,8 @@ class Forward {
     syn_ = arena.take<T>(c.N * l_.state_image());
     scratch_ = arena.take<Scratch>(a_.threads);
     const int64_t patch_rows = (block_ - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
-    const TileBlock<T> of_mem = tiles(block_, l_.Cp), of_x = tiles(block_, x_channels());
+    const TileBlock<T> of_mem = tile_block(l_, l_.tile, block_, l_.Cp),
+                       of_x = tile_block(l_, l_.tile, block_, x_channels());
     for (int k = 0; k < a_.threads; ++k) {
       const int64_t strips = c.x_way == Way::sparse ? (block_ + strip_ - 1) / strip_ : 0;
       const Scratch s{arena.take<T>(patch_rows * l_.Wx * c.Cin + kReadAhead),
@@ -95,12 +96,6 @@ class Forward {
   }
 
   int64_t x_channels() const { return l_.x_blocks * VL; }
-  TileBlock<T> tiles(int64_t rows, int64_t channels) const {
-    const int64_t tile_rows = (rows + l_.tile - 1) / l_.tile,
-                  most = block_ / l_.tile * l_.tile_columns();
-    return {tile_rows, l_.tile_columns(), channels, point_stride<T>(most * channels),
-            point_stride<T>(most * kGates)};
-  }
 
   void pack_vectors() {
     const Cell& c = a_.cell;
@@ -246,7 +241,8 @@ class Forward {
   template <class W>
   void tiled(int64_t t, int64_t n, int64_t b0, int64_t b1, const Scratch& s) {
     const Cell& c = a_.cell;
-    const TileBlock<T> of_mem = tiles(b1 - b0, l_.Cp), of_x = tiles(b1 - b0, x_channels());
+    const TileBlock<T> of_mem = tile_block(l_, W::tile, b1 - b0, l_.Cp),
+                       of_x = tile_block(l_, W::tile, b1 - b0, x_channels());
     const bool x_too = c.x_way == Way::winograd;
     transform_inputs<W, S>(of_mem, W::tile, mem_row(t, n, b0), l_.Wm * l_.Cp, l_.Cp, s.mem_values);
     if (x_too) transform_inputs<W, S>(of_x, W::tile, s.patch, l_.Wx * c.Cin, c.Cin, s.x_values);

@@ -94,7 +94,6 @@ struct Layout {
   static int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
   // Whether the input half has the tiles of the recurrent one.
   bool tiled_x() const { return c.tile > 0 && c.stride_h == 1 && c.stride_w == 1; }
-  int64_t tile_columns() const { return Wr / tile; }
   int64_t points_of(int64_t m) const {
     return c.tile > 0 && m > 0 ? (m + c.kernel_h - 1) * (m + c.kernel_h - 1) : 0;
   }
@@ -179,6 +178,10 @@ struct RowTasks {
 class RunList {
  public:
   RunList() = default;
+  template <class... Args>
+  explicit RunList(const Cell& c, Args... args) {
+    window(c, args...);
+  }
   RunList(const RunList&) = delete;
   RunList& operator=(const RunList&) = delete;
   ~RunList() { delete[] runs_; }

@@ -16,7 +16,6 @@ class Phases {
     int64_t next, done;
   };
 
-  static int64_t counters(int64_t phases) { return phases; }
   Phases(Counter* counters, int64_t phases) : counters_(counters) {
     std::memset(static_cast<void*>(counters), 0, sizeof(Counter) * phases);
   }

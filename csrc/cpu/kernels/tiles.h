@@ -31,6 +31,14 @@ struct TileBlock {
   int64_t count() const { return rows * columns; }
 };
 
+// `rows` rows, of a block at most, in tiles of m x m with so many input channels.
+template <class T, int VL>
+TileBlock<T> tile_block(const Layout<T, VL>& l, int64_t m, int64_t rows, int64_t channels) {
+  const int64_t columns = (l.Wo + m - 1) / m, most = l.rows_of_tiles(m) / m * columns;
+  return {(rows + m - 1) / m, columns, channels, point_stride<T>(most * channels),
+          point_stride<T>(most * 4 * VL)};
+}
+
 // in: first pixel of the first tile's inputs, border included.
 template <class W, class S, class T = typename S::Scalar>
 void transform_inputs(const TileBlock<T>& b, int64_t tile, const T* in, int64_t row, int64_t pixel,
