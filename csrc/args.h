@@ -47,7 +47,8 @@ struct Cell {
   Surrogate surrogate = Surrogate::atan;
   double surrogate_p0 = 2, surrogate_p1 = 0;
   bool inhibition = false;
-  int num_levels = 0;       // of the state quantiser; 0: none
+  int num_levels = 0;            // of the state quantiser; 0: none
+  int outer_h = 0, outer_w = 0;  // CPU: taps on either side that meet no pixel, beside kernel_h, _w
   int tile = 0;             // CPU: Winograd tile (outputs a side) of the recurrent half; 0: direct
   Way x_way = Way::direct;  // CPU: of the input half
 

@@ -56,6 +56,8 @@ inline void bind_cell(py::module_& m) {
            py::arg("reset"), py::arg("surrogate"), py::arg("p0"), py::arg("p1"),
            py::arg("inhibition"), py::arg("num_levels"))
       .def_readonly("tile", &Cell::tile)
+      .def_property_readonly("kernel",
+                             [](const Cell& c) { return std::pair(c.kernel_h, c.kernel_w); })
       .def_property_readonly("x_way", [](const Cell& cell) { return int(cell.x_way); });
 }
 

@@ -38,7 +38,7 @@ class Packed:
         self.most_inputs = max(
             (side for side, most in self.GAINS.items() if gain <= most), default=0
         )
-        self.forms: dict[tuple[str, int, int], Tensor] = {}
+        self.forms: dict[tuple, Tensor] = {}
 
     def fits(self, weight: Tensor) -> bool:
         """Whether it was made from just this weight, compared byte for byte.
@@ -81,7 +81,7 @@ def pack(
         if not _C.cpu_reads(cell, number, grad_x):
             out.append(None)
             continue
-        key = (isa, number, cell.tile if number % 3 else 0)
+        key = (isa, number, cell.kernel, cell.tile if number % 3 else 0)
         form = weight.forms.get(key)
         if form is None:
             form = blocks.empty((_C.cpu_packed_bytes(cell, number),), torch.uint8)

@@ -135,6 +135,9 @@ ALONE = {
     "one pixel": replace(PLAIN, height=1, width=1),
     "one row": replace(PLAIN, height=1, width=29),
     "one column": replace(PLAIN, height=29, width=1),
+    "a few columns, dilated beyond them": with_options(
+        replace(PLAIN, height=13, width=4), kernel_size=(5, 7), dilation=(3, 2)
+    ),
     "primes": replace(PLAIN, batch=3, in_channels=7, channels=11, height=13, width=17),
     "one channel": replace(PLAIN, in_channels=1, channels=1),
     "a tall image": replace(PLAIN, time=2, batch=1, height=61, width=19, channels=5),
@@ -249,6 +252,43 @@ def test_long_sums_round_no_more_than_torchs(isa):
         *((actual[name], torchs[name], exact[name]) for name in ("x", "mem")),
     ]:
         assert (ours - right).norm() < 1.5 * (theirs - right).norm()
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "dilation", "left"),
+    [
+        ((9, 1), (3, 3), (1, 1), (3, 1)),
+        ((1, 9), (5, 7), (1, 1), (1, 7)),
+        ((1, 1), (3, 3), (1, 1), (1, 1)),
+        ((4, 5), (9, 11), (1, 2), (7, 5)),
+        ((4, 5), (3, 3), (2**28, 2**28), (1, 1)),
+    ],
+    ids=str,
+)
+def test_taps_that_never_meet_the_image_are_left_out(kernels, size, kernel, dilation, left):
+    """The same bits as from the kernel's middle alone, and around it a gradient of zero."""
+    case = with_options(replace(PLAIN, height=size[0], width=size[1]), kernel_size=kernel)
+    case = with_options(case, dilation=dilation)
+    small = with_options(
+        case, kernel_size=left, dilation=tuple(d if d < 4 else 1 for d in dilation)
+    )
+    inputs, grads = case.inputs(), case.output_gradients()
+    top, side = (kernel[0] - left[0]) // 2, (kernel[1] - left[1]) // 2
+    middle = (..., slice(top, top + left[0]), slice(side, side + left[1]))
+    trimmed = inputs._replace(weight=inputs.weight[middle].contiguous())
+    for one, other in zip(
+        kernels.run(*inputs, case.options), kernels.run(*trimmed, small.options), strict=True
+    ):
+        assert torch.equal(one, other)
+    with poisoned(NAN):
+        whole = gradients(kernels.run, inputs, case.options, grads)
+    part = gradients(kernels.run, trimmed, small.options, grads)
+    around = torch.zeros_like(whole["weight"])
+    around[middle] = part["weight"]
+    assert torch.equal(whole.pop("weight"), around)
+    part.pop("weight")
+    for name, grad in whole.items():
+        assert torch.equal(grad, part[name]), name
 
 
 # ---- numbers against numbers ---------------------------------------------------------------------

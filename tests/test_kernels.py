@@ -128,6 +128,9 @@ ALONE = {
     "one pixel": replace(PLAIN, height=1, width=1),
     "one row": replace(PLAIN, height=1, width=29),
     "one column": replace(PLAIN, height=29, width=1),
+    "a few columns, dilated beyond them": with_options(
+        replace(PLAIN, height=13, width=4), kernel_size=(5, 7), dilation=(3, 2)
+    ),
     "primes": replace(PLAIN, batch=3, in_channels=7, channels=11, height=13, width=17),
     "one channel": replace(PLAIN, in_channels=1, channels=1),
     # More than one block of rows a task, and rows that fill a block alone.

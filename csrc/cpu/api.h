@@ -11,7 +11,8 @@ namespace snnlstm::cpu {
 
 enum class Algorithm : int { automatic = 0, direct = 1, winograd = 2 };
 
-// The cell with the ways of its convolutions filled in (tile, x_way). density: the part of x's
+// The cell without the taps that meet no pixel, which all the others here expect, and with the ways
+// of its convolutions filled in (tile, x_way). density: the part of x's
 // values that are not zero; most_inputs: a side of the largest Winograd tile whose rounding errors
 // the weights admit; backward: for the backward pass of a call.
 Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inputs, bool backward);
@@ -56,7 +57,7 @@ inline bool reads(const Cell& c, Form form, bool grad_x) {
   }
 }
 
-// weight: (4C, Cin + C, kernel_h, kernel_w), contiguous.
+// weight: (4C, Cin + C, rows, columns), contiguous, the outer taps included.
 int64_t packed_bytes(const Cell& cell, Form form);
 void pack_weight(const Cell& cell, Form form, int threads, const void* weight, void* packed);
 

@@ -30,10 +30,25 @@ double tile_cost(const Cell& c, Tiling t, double channels, bool backward) {
          of_filters / double(c.T * c.N * c.Ho() * c.Wo());
 }
 
+// The cell without the taps that only ever meet the border: those that are further from the middle
+// than one end of the image from the other. What is left is never wider than twice the image.
+Cell within_image(const Cell& cell) {
+  Cell c = cell;
+  const auto trim = [](int64_t size, int& kernel, int& dilation, int& outer) {
+    const int64_t reach = size > 1 ? (size - 1) / dilation : 0, most = (kernel - 1) / 2;
+    outer = int(most > reach ? most - reach : 0);
+    kernel -= 2 * outer;
+    if (kernel == 1) dilation = 1;
+  };
+  trim(c.H, c.kernel_h, c.dilation_h, c.outer_h);
+  trim(c.W, c.kernel_w, c.dilation_w, c.outer_w);
+  return c;
+}
+
 }  // namespace
 
 Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inputs, bool backward) {
-  Cell c = cell;
+  Cell c = within_image(cell);
   c.tile = 0;
   c.x_way = Way::direct;
   if (algorithm == Algorithm::direct) return c;

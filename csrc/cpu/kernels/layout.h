@@ -98,6 +98,13 @@ struct Layout {
     return c.tile > 0 && m > 0 ? (m + c.kernel_h - 1) * (m + c.kernel_h - 1) : 0;
   }
 
+  // Taps of the caller's kernel, and the place of one of `taps` among them.
+  int64_t all_columns() const { return c.kernel_w + 2 * c.outer_w; }
+  int64_t all_taps() const { return (c.kernel_h + 2 * c.outer_h) * all_columns(); }
+  int64_t place(int64_t tap) const {
+    return (tap / c.kernel_w + c.outer_h) * all_columns() + tap % c.kernel_w + c.outer_w;
+  }
+
   // Whether at least half of the lanes are zero.
   bool few_channels() const { return 2 * c.C <= Cp; }
 

@@ -11,10 +11,10 @@ template <class T, int VL>
 struct Packing {
   using L = Layout<T, VL>;
 
-  // Place of the weight from input channel ci (x's first, then mem's) to gate channel g at tap (i,
-  // j).
-  static int64_t source(const L& l, int64_t g, int64_t ci, int64_t tap) {
-    return (g * (l.c.Cin + l.c.C) + ci) * l.taps + tap;
+  // Place of the weight from input channel ci (x's first, then mem's) to gate channel g, at a
+  // place among its taps.
+  static int64_t source(const L& l, int64_t g, int64_t ci, int64_t place) {
+    return (g * (l.c.Cin + l.c.C) + ci) * l.all_taps() + place;
   }
 
   // Row of K of input channel ci at a tap, in the forward weight.
@@ -27,11 +27,12 @@ struct Packing {
     parallel_for(threads, l.Cb * channels, l.taps * 4 * VL, [&](int64_t task) {
       const int64_t cb = task / channels, ci = task % channels;
       for (int64_t tap = 0; tap < l.taps; ++tap) {
+        const int64_t place = l.place(tap);
         T* out = packed + (cb * l.K() + row(l, ci, tap)) * 4 * VL;
         for (int64_t gate = 0; gate < 4; ++gate)
           for (int64_t lane = 0; lane < VL; ++lane) {
             const int64_t ch = cb * VL + lane;
-            *out++ = ch < l.c.C ? weight[source(l, gate * l.c.C + ch, ci, tap)] : T(0);
+            *out++ = ch < l.c.C ? weight[source(l, gate * l.c.C + ch, ci, place)] : T(0);
           }
       }
     });
@@ -51,7 +52,7 @@ struct Packing {
           l, 4,
           [&](int64_t tap, int64_t v, int64_t lane) {
             const int64_t ch = cb * VL + lane;
-            return ch < l.c.C ? weight[source(l, v * l.c.C + ch, first + k, tap)] : T(0);
+            return ch < l.c.C ? weight[source(l, v * l.c.C + ch, first + k, l.place(tap))] : T(0);
           },
           packed + (cb * l.points * count + k) * 4 * VL, count * 4 * VL);
     });
@@ -69,7 +70,7 @@ struct Packing {
           [&](int64_t tap, int64_t v, int64_t lane) {
             const int64_t k = (block + v) * VL + lane;
             return ch < l.c.C && k < count
-                       ? weight[source(l, gate * l.c.C + ch, first + k, l.taps - 1 - tap)]
+                       ? weight[source(l, gate * l.c.C + ch, first + k, l.place(l.taps - 1 - tap))]
                        : T(0);
           },
           packed + (block * l.points * gates + g * nv) * VL, gates * nv * VL);
@@ -105,11 +106,11 @@ struct Packing {
       const int64_t block = task / gates * nv, g = task % gates;
       const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
       for (int64_t tap = 0; tap < l.taps; ++tap) {
+        const int64_t place = l.place(l.taps - 1 - tap);
         T* out = packed + (block * l.taps * gates + (tap * gates + g) * nv) * VL;
         for (int64_t k = block * VL; k < (block + nv) * VL; ++k)
-          *out++ = ch < l.c.C && k < count
-                       ? weight[source(l, gate * l.c.C + ch, first + k, l.taps - 1 - tap)]
-                       : T(0);
+          *out++ = ch < l.c.C && k < count ? weight[source(l, gate * l.c.C + ch, first + k, place)]
+                                           : T(0);
       }
     });
   }

@@ -89,7 +89,9 @@ class WeightSums {
       for (int64_t lane = 0; lane < VL && cb * VL + lane < l_.c.C; ++lane) {
         const int64_t g = gate * l_.c.C + cb * VL + lane;
         T* out = grad_weight + Packing<T, VL>::source(l_, g, ci, 0);
-        for (int64_t tap = 0; tap < l_.taps; ++tap) out[tap] = in[tap * stride + gate * VL + lane];
+        std::memset(out, 0, l_.all_taps() * sizeof(T));
+        for (int64_t tap = 0; tap < l_.taps; ++tap)
+          out[l_.place(tap)] = in[tap * stride + gate * VL + lane];
       }
   }
 
