@@ -116,6 +116,22 @@ struct BackwardArgs {
   void* grad_weight = nullptr;     // (4C, Cin + C, kernel_h, kernel_w), contiguous
   void* grad_bias = nullptr;       // (4C,)
   void* grad_threshold = nullptr;  // (C,): summed over everything but the channels
+  // If given: the gradient of the gate sums of every step is left here, (T, N, Ho, Wo, 4, Cp) of
+  // the gate type. It may be saved_gates itself.
+  void* d_gates = nullptr;
+  void* workspace = nullptr;
+  int threads = 1;
+};
+
+// The gradients of weight and bias, formed over many steps at once from what their backward passes
+// have left in d_gates.
+struct WeightGradArgs {
+  Cell cell;
+  View x;                         // (T, N, Cin, H, W)
+  View mem;                       // (T, N, C, Ho, Wo): mem before each step
+  const void* d_gates = nullptr;  // (T, N, Ho, Wo, 4, Cp), contiguous
+  void* grad_weight = nullptr;    // (4C, Cin + C, kernel_h, kernel_w), contiguous
+  void* grad_bias = nullptr;      // (4C,)
   void* workspace = nullptr;
   int threads = 1;
 };

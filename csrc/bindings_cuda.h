@@ -13,6 +13,7 @@ struct CudaCalls {
   decltype(&cuda::pack_weight) pack_weight = &cuda::pack_weight;
   decltype(&cuda::forward) forward = &cuda::forward;
   decltype(&cuda::backward) backward = &cuda::backward;
+  decltype(&cuda::weight_gradient) weight_gradient = &cuda::weight_gradient;
   decltype(&cuda::pointwise_forward) pointwise_forward = &cuda::pointwise_forward;
   decltype(&cuda::pointwise_backward) pointwise_backward = &cuda::pointwise_backward;
 };
@@ -82,6 +83,19 @@ inline BackwardArgs backward_args(const Cell& cell, const py::kwargs& given) {
   a.grad_syn0 = k.view("grad_syn0"), a.grad_mem0 = k.view("grad_mem0");
   a.grad_weight = k.address("grad_weight"), a.grad_bias = k.address("grad_bias");
   a.grad_threshold = k.address("grad_threshold");
+  a.d_gates = k.address("d_gates");
+  k.finish();
+  return a;
+}
+
+inline WeightGradArgs weight_args(const Cell& cell, const py::kwargs& given) {
+  Keywords k(given);
+  WeightGradArgs a;
+  a.cell = cell;
+  a.x = k.view("x"), a.mem = k.view("mem");
+  a.d_gates = k.address("d_gates");
+  a.grad_weight = k.address("grad_weight"), a.grad_bias = k.address("grad_bias");
+  a.workspace = k.address("workspace");
   k.finish();
   return a;
 }
@@ -118,6 +132,10 @@ inline void bind_cuda(py::module_& m, const CudaCalls& calls = {}) {
     const cuda::Sizes sizes = cuda::sizes(cell, t);
     return backward ? sizes.backward_workspace : sizes.forward_workspace;
   });
+  m.def("cuda_data_workspace",
+        [](const Cell& cell, const Target& t) { return cuda::sizes(cell, t).data_workspace; });
+  m.def("cuda_weight_workspace",
+        [](const Cell& cell, const Target& t) { return cuda::sizes(cell, t).weight_workspace; });
   m.def("cuda_pointwise_workspace", &cuda::pointwise_workspace);
 
   m.def("cuda_pack_weight", [calls](const Cell& cell, const Target& t, Address stream,
@@ -136,6 +154,12 @@ inline void bind_cuda(py::module_& m, const CudaCalls& calls = {}) {
           const BackwardArgs args = backward_args(cell, given);
           py::gil_scoped_release release;
           calls.backward(args, on(t, stream));
+        });
+  m.def("cuda_weight_gradient",
+        [calls](const Cell& cell, const Target& t, Address stream, const py::kwargs& given) {
+          const WeightGradArgs args = weight_args(cell, given);
+          py::gil_scoped_release release;
+          calls.weight_gradient(args, on(t, stream));
         });
   m.def("cuda_pointwise_forward", [calls](const Cell& cell, const Target& t, Address stream,
                                           const py::object& gate_sums, const py::kwargs& given) {

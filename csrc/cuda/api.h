@@ -45,6 +45,8 @@ struct Sizes {
   int64_t packed_forward, packed_backward;  // pack_weight()'s result
   int64_t saved_gates, saved_syn;           // for all T steps
   int64_t forward_workspace, backward_workspace;
+  int64_t data_workspace;    // of a backward() with d_gates and without grad_weight and grad_bias
+  int64_t weight_workspace;  // of weight_gradient()
 };
 
 Sizes sizes(const Cell& cell, const Target& target);
@@ -63,6 +65,10 @@ void pack_weight(const Cell& cell, const void* weight, bool backward, void* pack
 
 void forward(const ForwardArgs& args, const Target& target);
 void backward(const BackwardArgs& args, const Target& target);
+
+// The gradients of weight and bias over the cell's T steps, from d_gates that backward() has left,
+// in one call or step by step.
+void weight_gradient(const WeightGradArgs& args, const Target& target);
 
 // The neurons alone, one step (cell.T is 1), behind a convolution of torch's. gate_sums: what it
 // gives for cat[x, mem], (1, N, 4C, Ho, Wo) of the gate_type(). Of args x, weight and workspace are

@@ -1,8 +1,11 @@
 // The backward pass of a sequence, last step first: which kernels, in which order, on which memory.
 // One launch a step, then one for the first mem's gradient, one for x's and a few for the
 // parameters.
+#include <optional>
+
 #include "neuron_args.h"
 #include "packer.h"
+#include "weight_gradient.h"
 
 namespace snnlstm::cuda {
 
@@ -20,15 +23,16 @@ class Backward {
         gate_type_(gate_type(type_, target.matrix)) {
     Arena arena(args.workspace);
     carve(arena);
+    bytes_ = arena.bytes();
   }
 
-  static int64_t workspace(const Cell& cell, const Target& target) {
+  // of_weights: of a call that forms the gradients of weight and bias, or is given no d_gates.
+  static int64_t workspace(const Cell& cell, const Target& target, bool of_weights) {
     BackwardArgs args;
     args.cell = cell;
-    Backward b(args, target);
-    Arena arena(nullptr);
-    b.carve(arena);
-    return arena.bytes();
+    if (!of_weights) args.d_gates = &args;  // any memory
+    if (of_weights) args.grad_weight = &args;
+    return Backward(args, target).bytes_;
   }
 
   void run() {
@@ -36,14 +40,19 @@ class Backward {
     for (int64_t t = c.T - 1; t >= 0; --t) step(t);
     if (a_.grad_mem0.data) data_gradient(plan_.to_mem, Use::gates_to_mem, mem0_gradient());
     if (a_.grad_x.data) data_gradient(plan_.to_x, Use::gates_to_x, x_gradient());
-    if (a_.grad_weight) weight_gradient();
-    if (a_.grad_bias || a_.grad_threshold) {
+    if (weights_) {
+      WeightGradient::Sources from;
+      from.x = tensor(a_.x, type_, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
+      from.mem = state_tensor(c, a_.mem0, 0, 4);
+      if (c.T > 1) from.mem_later = as_tensor(image(mem_, s_, gate_type_));
+      from.d_gates = d_gates_;
+      weights_->run(from, a_.grad_weight, a_.grad_bias);
+    }
+    if (a_.grad_threshold) {
       ReduceSums p;
-      p.sums = sums_;
-      p.blocks = plan_.to_mem.tiling.tiles();
-      p.C = int(c.C), p.total = int(plan_.to_mem.tiling.by_columns.value * plan_.to_mem.channels());
-      p.grad_bias = a_.grad_bias, p.grad_threshold = a_.grad_threshold;
-      p.type = type_;
+      p.parts = sums_, p.blocks = plan_.to_mem.tiling.tiles();
+      p.pitch = int(threshold_pitch()), p.columns = int(c.C);
+      p.out = a_.grad_threshold, p.type = type_;
       launch_reduce_sums(p, stream());
     }
   }
@@ -51,16 +60,20 @@ class Backward {
  private:
   Stream stream() const { return static_cast<Stream>(target_.stream); }
 
+  int64_t threshold_pitch() const {
+    return plan_.to_mem.tiling.by_columns.value * plan_.to_mem.channels();
+  }
+
   void carve(Arena& arena) {
     const Cell& c = s_.c;
-    d_gates_ = arena.take(c.T * s_.gates() * bytes_of(gate_type_));
-    mem_ = arena.take(std::max<int64_t>(c.T - 1, 0) * s_.state() * bytes_of(gate_type_));
     d_syn_ = arena.take(s_.state() * bytes_of(real_));
-    const int64_t channels = plan_.to_mem.tiling.by_columns.value * plan_.to_mem.channels();
-    sums_ = arena.take(plan_.to_mem.tiling.tiles() * 5 * channels * bytes_of(real_));
+    sums_ = arena.take(plan_.to_mem.tiling.tiles() * threshold_pitch() * bytes_of(real_));
     if (!plan_.spreads) spikes_ = arena.take(s_.state() * bytes_of(real_));
-    parts_[0] = arena.take(plan_.x_grad.part_bytes(real_));
-    parts_[1] = arena.take(plan_.mem_grad.part_bytes(real_));
+    d_gates_ = a_.d_gates ? a_.d_gates : arena.take(c.T * s_.gates() * bytes_of(gate_type_));
+    if (!a_.grad_weight && !a_.grad_bias) return;
+    mem_ = arena.take(std::max<int64_t>(c.T - 1, 0) * s_.state() * bytes_of(gate_type_));
+    weights_.emplace(c, target_);
+    weights_->carve(arena);
   }
 
   Image d_gates(int64_t t) const {
@@ -87,7 +100,7 @@ class Backward {
     if (a_.grad_weight && t < c.T - 1)
       n.mem_keep =
           image(static_cast<char*>(mem_) + t * s_.state() * bytes_of(gate_type_), s_, gate_type_);
-    if (a_.grad_bias || a_.grad_threshold) n.sums = sums_;
+    if (a_.grad_threshold) n.sums = sums_;
     n.first_sums = t == c.T - 1;
     return n;
   }
@@ -164,83 +177,23 @@ class Backward {
     launch_backward_mma(plan, p, layout.bytes, stream());
   }
 
-  void weight_gradient() const {
-    const Cell& c = s_.c;
-    WeightGrad grad[2];
-    const WeightPlan* plans[2] = {&plan_.x_grad, &plan_.mem_grad};
-    grad[0].in = input_window(c);
-    grad[0].in.src = tensor(a_.x, type_, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
-    grad[1].in = state_window(c);
-    grad[1].in.src = state_tensor(c, a_.mem0, 0, 4);
-    if (c.T > 1) grad[1].later = as_tensor(image(mem_, s_, gate_type_));
-    ReduceWeights r;
-    for (int k = 0; k < 2; ++k) {
-      WeightGrad& g = grad[k];
-      const WeightPlan& plan = *plans[k];
-      g.d_gates = d_gates(0);
-      g.tiling = plan.tiling;
-      g.Ho = int(s_.Ho), g.Wo = int(s_.Wo);
-      g.rows = int(4 * s_.Cp), g.columns = int(s_.taps * g.in.channels);
-      g.share = plan.share, g.total = plan.total;
-      g.parts = parts_[k], g.part_rows = plan.part_rows, g.part_columns = plan.part_columns;
-      ReduceWeight& h = r.half[k];
-      h.parts = parts_[k], h.splits = plan.splits;
-      h.part_rows = plan.part_rows, h.part_columns = plan.part_columns;
-      h.channels = g.in.channels, h.tap_stride = plan.tap_stride;
-      h.first_channel = k == 0 ? 0 : int(c.Cin);
-    }
-    if (plan_.x_grad.mma()) {
-      WeightGradJobs jobs;
-      for (int k = 0; k < 2; ++k) jobs.job[k] = weight_job(*plans[k], grad[k], k == 0);
-      launch_weight_grad_mma(plan_, jobs, stream());
-    } else {
-      for (int k = 0; k < 2; ++k)
-        launch_weight_grad_fma(grad[k], plans[k]->splits, real_, stream());
-    }
-    r.C = int(c.C), r.Cp = int(s_.Cp), r.taps = int(s_.taps);
-    r.all_channels = int(c.Cin + c.C);
-    r.grad = a_.grad_weight, r.type = type_;
-    launch_reduce_weight(r, stream());
-  }
-
-  WeightGradMma weight_job(const WeightPlan& plan, const WeightGrad& grad, bool of_x) const {
-    const MmaType type(plan.multiply);
-    const MmaDepth depth = of_x ? x_depth(s_.c, plan.multiply) : mem_depth(s_.c, plan.multiply);
-    WeightGradMma p;
-    p.grad = grad;
-    p.column_blocks = plan.column_blocks, p.row_blocks = plan.row_blocks();
-    p.splits = plan.splits;
-    p.multiply = plan.multiply;
-    p.warp_rows = plan.warp_rows;
-    p.column_pitch = plan.column_pitch;
-    p.buffer_bytes = plan.buffer_bytes;
-    Segment in = grad.in;
-    for (MmaSegment& m : p.source) {
-      m = mma_segment(in, type, depth, plan.tiling);
-      m.tail_steps =
-          2;  // every warp reads its 16 channels: whole chunks, with zeros behind the last
-      // A chunk comes in the time of 4 k-steps.
-      m.turns = int(ceil_div(ceil_div(chunk_turns(m, type), plan.threads()), 4));
-      if (grad.later.present()) in.src = grad.later;
-    }
-    return p;
-  }
-
   const BackwardArgs& a_;
   const Target& target_;
   Shape s_;
   BackwardPlan plan_;
+  std::optional<WeightGradient> weights_;  // absent: neither gradient is wanted
   DType type_, real_, gate_type_;
   void *d_gates_ = nullptr, *mem_ = nullptr, *d_syn_ = nullptr, *sums_ = nullptr;
-  void *spikes_ = nullptr, *parts_[2] = {nullptr, nullptr};
+  void* spikes_ = nullptr;
+  int64_t bytes_ = 0;
 };
 
 }  // namespace
 
 void backward(const BackwardArgs& args, const Target& target) { Backward(args, target).run(); }
 
-int64_t backward_workspace(const Cell& cell, const Target& target) {
-  return Backward::workspace(cell, target);
+int64_t backward_workspace(const Cell& cell, const Target& target, bool of_weights) {
+  return Backward::workspace(cell, target, of_weights);
 }
 
 }  // namespace snnlstm::cuda

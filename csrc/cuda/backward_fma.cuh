@@ -18,7 +18,7 @@ namespace fma {
 template <class R>
 struct BackwardShared {
   Shared<R> gemm;
-  R row_sums[5 * kColumns];
+  R row_sums[kColumns];
   R mem[kColumns * kMemPitch];  // left out where it is not needed
   static constexpr size_t bytes(bool with_mem) {
     return with_mem ? sizeof(BackwardShared) : sizeof(BackwardShared) - sizeof(mem);

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 3)
             store_patch(p.out, at, c0 + first, v);
           } else {
             tile.patch(gemm.pixel(mi), first, phase == 0, patch, stride, mem_tile,
-                       row_sums + warp_row * 5 * channels, 4, mi == 0);
+                       row_sums + warp_row * channels, 4, mi == 0);
           }
         }
       }

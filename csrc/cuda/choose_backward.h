@@ -32,7 +32,7 @@ inline Segment gates_window(const Cell& c, bool of_x) {
 }
 
 // Shared memory of a tensor core step, in bytes from its start: the convolution, in whose place
-// come the parked accumulators and the mem tile, then the thresholds and the sums.
+// come the parked accumulators and the mem tile, then the thresholds and their gradients' sums.
 struct BackwardShared {
   int mem_tile, mem_pitch, vectors, row_sums, bytes;
 
@@ -42,7 +42,7 @@ struct BackwardShared {
     const int epilogue = mem_tile + (with_mem ? plan.channels() * mem_pitch * 4 : 0);
     vectors = int(round_up(std::max(conv.shared_bytes(), epilogue), 128));
     row_sums = vectors + plan.channels() * 4;
-    bytes = row_sums + plan.warps_m * 5 * plan.channels() * 4;
+    bytes = row_sums + plan.warps_m * plan.channels() * 4;
   }
 };
 
@@ -68,10 +68,13 @@ struct WeightPlan {
   }
 };
 
+struct WeightPlans {
+  WeightPlan x, mem;
+};
+
 struct BackwardPlan {
   bool spreads = true;  // pooling windows do not cross tiles: the step does it all
   DataPlan to_mem, to_x;
-  WeightPlan x_grad, mem_grad;
 };
 
 inline void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns, int channels) {
@@ -126,23 +129,22 @@ inline WeightPlan weight_fma(const Cell& c, const Target& target, bool of_x) {
 }
 
 // Both halves, on the same kind of block.
-inline void plan_weights(BackwardPlan& plan, const Cell& c, const Target& target) {
+inline WeightPlans plan_weights(const Cell& c, const Target& target) {
   const Multiply multiply = plan_forward(c, target).multiply;
   for (const int warp_rows : {4, 2, 1}) {
     if (multiply == Multiply::fma) break;
     if (warp_rows == 4 && (MmaType(multiply).element != 2 || 4 * Shape(c).Cp <= 64)) continue;
-    WeightPlan x = weight_tiles(c, multiply, true, warp_rows);
-    WeightPlan mem = weight_tiles(c, multiply, false, warp_rows);
-    const int bytes = std::max(x.shared_bytes(), mem.shared_bytes());
-    if (bytes > target.shared_bytes || x.total >= int64_t(1) << 31) continue;
-    const int64_t blocks = int64_t(x.column_blocks + mem.column_blocks) * x.row_blocks();
-    split(x, target, blocks, 4, 1);
-    split(mem, target, blocks, 4, 1);
-    plan.x_grad = x, plan.mem_grad = mem;
-    return;
+    WeightPlans plan = {weight_tiles(c, multiply, true, warp_rows),
+                        weight_tiles(c, multiply, false, warp_rows)};
+    const int bytes = std::max(plan.x.shared_bytes(), plan.mem.shared_bytes());
+    if (bytes > target.shared_bytes || plan.x.total >= int64_t(1) << 31) continue;
+    const int64_t blocks =
+        int64_t(plan.x.column_blocks + plan.mem.column_blocks) * plan.x.row_blocks();
+    split(plan.x, target, blocks, 4, 1);
+    split(plan.mem, target, blocks, 4, 1);
+    return plan;
   }
-  plan.x_grad = weight_fma(c, target, true);
-  plan.mem_grad = weight_fma(c, target, false);
+  return {weight_fma(c, target, true), weight_fma(c, target, false)};
 }
 
 // Tiles of a data gradient; with `windows` only such as hold whole pooling windows. False where
@@ -192,7 +194,6 @@ inline BackwardPlan plan_backward(const Cell& c, const Target& target) {
   plan.spreads = plan_data(plan.to_mem, c, target, false, windows);
   if (!plan.spreads) plan_data(plan.to_mem, c, target, false, false);
   plan_data(plan.to_x, c, target, true, false);
-  plan_weights(plan, c, target);
   return plan;
 }
 

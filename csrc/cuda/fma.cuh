@@ -18,6 +18,8 @@ namespace fma {
 
 constexpr int kPixels = 64, kColumns = 64, kDepth = 16, kThreads = 128;
 constexpr int kLoads = kDepth * kPixels / kThreads;  // elements of A per thread and chunk
+// Of the mem tile: a half warp stores pairs of pixels of two channels, to different banks.
+constexpr int kMemPitch = kPixels + 16;
 
 template <class R>
 struct Shared {

@@ -15,8 +15,6 @@ struct ForwardFma {
 
 namespace fma {
 constexpr int kChannels = kColumns / 4;
-// Of the mem tile: a half warp stores pairs of pixels of two channels, to different banks.
-constexpr int kMemPitch = kPixels + 16;
 static_assert(kChannels * kMemPitch * sizeof(float) <= sizeof(Shared<float>), "it takes its place");
 }  // namespace fma
 

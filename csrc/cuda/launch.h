@@ -24,12 +24,14 @@ void launch_backward_mma(const DataPlan& plan, const BackwardMma& p, int shared_
                          Stream stream);
 void launch_spread(const SpreadStep& p, Stream stream);
 void launch_weight_grad_fma(const WeightGrad& p, int splits, DType type, Stream stream);
-void launch_weight_grad_mma(const BackwardPlan& plan, const WeightGradJobs& p, Stream stream);
+void launch_weight_grad_mma(const WeightPlans& plan, const WeightGradJobs& p, Stream stream);
 void launch_reduce_weight(const ReduceWeights& p, Stream stream);
+void launch_sum_gates(const SumGates& p, int splits, DType type, Stream stream);
 void launch_reduce_sums(const ReduceSums& p, Stream stream);
 
 int64_t forward_workspace(const Cell& cell, const Target& target);
-int64_t backward_workspace(const Cell& cell, const Target& target);
+int64_t backward_workspace(const Cell& cell, const Target& target, bool of_weights);
+int64_t weight_workspace(const Cell& cell, const Target& target);
 
 // f(R{}) with the type that the kernels compute in.
 template <class F>

@@ -28,8 +28,8 @@ struct NeuronBackward {
   Image d_syn_in, d_syn_out;  // may be the same
   Tensor grad_syn0;           // present: takes the place of d_syn_out
   Image d_gates, mem_keep;
-  // (blocks of pixels, 5, columns * channels): sums over the block's pixels of d_gates and, last,
-  // the gradient of the threshold, added up from launch to launch. Null: not wanted.
+  // (blocks of pixels, columns * channels): the threshold's gradient, summed over the block's
+  // pixels and added up from launch to launch. Null: not wanted.
   void* sums = nullptr;
   bool first_sums = true;  // set, do not add
 };
@@ -91,9 +91,9 @@ class BackwardTile {
 
   // Pixels m, m + 1 and 4 of the block's channels from `first` on. recurrent: the thread's
   // gradients of mem, of pixel k at recurrent + k * stride; null: there are none.
-  // row_sums, (5, channels) in shared memory for each row of warps: gets the sums of d_gates and of
-  // the threshold's gradient, over the lanes that differ in the three bits from `bit` on; set where
-  // `set`, else added to. With `gather` the patch only writes mem into the tile. gate_grads: four
+  // row_sums, (channels,) in shared memory for each row of warps: gets the threshold's gradient,
+  // summed over the lanes that differ in the three bits from `bit` on; set where `set`, else added
+  // to. With `gather` the patch only writes mem into the tile. gate_grads: four
   // tensors of the caller's that d_gates go to, too.
   SNNLSTM_DEVICE void patch(int m, int first, bool gather, const R* recurrent, int stride,
                             MemTile<R> tile, R* row_sums, int bit, bool set,
@@ -231,13 +231,9 @@ class BackwardTile {
     else if (p_.d_syn_out.present())
       store_patch(p_.d_syn_out, at, c0, d_syn);
     if (p_.sums == nullptr) return;
-    R sum[5][4];
+    R sum[4];
 #pragma unroll
-    for (int ch = 0; ch < 4; ++ch) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) sum[k][ch] = gate[k][0][ch] + gate[k][1][ch];
-      sum[4][ch] = of_threshold[0][ch] + of_threshold[1][ch];
-    }
+    for (int ch = 0; ch < 4; ++ch) sum[ch] = of_threshold[0][ch] + of_threshold[1][ch];
     reduce(sum, first, bit, row_sums, set);
   }
 
@@ -276,37 +272,31 @@ class BackwardTile {
   SNNLSTM_DEVICE void write_sums(const R* row_sums, int rows) const {
     if (p_.sums == nullptr) return;
     const int total = int(tiling_.by_columns.value) * channels_;
-    R* out = static_cast<R*>(p_.sums) + int64_t(block_.tile) * 5 * total + c0_;
-    for (int i = int(threadIdx.x); i < 5 * channels_; i += int(blockDim.x)) {
-      const int k = i / channels_, ch = i & (channels_ - 1);
-      R value = p_.first_sums ? R(0) : out[k * total + ch];
-      for (int row = 0; row < rows; ++row) value += row_sums[row * 5 * channels_ + i];
-      out[k * total + ch] = value;
+    R* out = static_cast<R*>(p_.sums) + int64_t(block_.tile) * total + c0_;
+    for (int i = int(threadIdx.x); i < channels_; i += int(blockDim.x)) {
+      R value = p_.first_sums ? R(0) : out[i];
+      for (int row = 0; row < rows; ++row) value += row_sums[row * channels_ + i];
+      out[i] = value;
     }
   }
 
  private:
   // Over 8 lanes: each exchange halves the channels that a lane goes on with, the last one does
   // not.
-  SNNLSTM_DEVICE void reduce(const R (&sum)[5][4], int first, int bit, R* row_sums,
-                             bool set) const {
+  SNNLSTM_DEVICE void reduce(const R (&sum)[4], int first, int bit, R* row_sums, bool set) const {
     const bool upper = (int(threadIdx.x) & bit) != 0, odd = (int(threadIdx.x) & 2 * bit) != 0;
+    R two[2];
 #pragma unroll
-    for (int k = 0; k < 5; ++k) {
-      R two[2];
-#pragma unroll
-      for (int ch = 0; ch < 2; ++ch) {
-        const R mine = upper ? sum[k][2 + ch] : sum[k][ch],
-                other = upper ? sum[k][ch] : sum[k][2 + ch];
-        two[ch] = mine + __shfl_xor_sync(full_warp, other, bit);
-      }
-      const R mine = odd ? two[1] : two[0], other = odd ? two[0] : two[1];
-      R one = mine + __shfl_xor_sync(full_warp, other, 2 * bit);
-      one += __shfl_xor_sync(full_warp, one, 4 * bit);
-      if ((int(threadIdx.x) & 4 * bit) != 0) continue;
-      R& out = row_sums[k * channels_ + first + (upper ? 2 : 0) + (odd ? 1 : 0)];
-      out = set ? one : out + one;
+    for (int ch = 0; ch < 2; ++ch) {
+      const R mine = upper ? sum[2 + ch] : sum[ch], other = upper ? sum[ch] : sum[2 + ch];
+      two[ch] = mine + __shfl_xor_sync(full_warp, other, bit);
     }
+    const R mine = odd ? two[1] : two[0], other = odd ? two[0] : two[1];
+    R one = mine + __shfl_xor_sync(full_warp, other, 2 * bit);
+    one += __shfl_xor_sync(full_warp, one, 4 * bit);
+    if ((int(threadIdx.x) & 4 * bit) != 0) return;
+    R& out = row_sums[first + (upper ? 2 : 0) + (odd ? 1 : 0)];
+    out = set ? one : out + one;
   }
   // The next value of v comes to v[0][0].
   SNNLSTM_DEVICE static void rotate(R (&v)[2][4]) {

@@ -60,7 +60,9 @@ Sizes sizes(const Cell& cell, const Target& target) {
   z.saved_gates = cell.T * s.gates() * bytes_of(gates);
   z.saved_syn = std::max<int64_t>(cell.T - 1, 0) * s.state() * bytes_of(cell.dtype);
   z.forward_workspace = forward_workspace(cell, target);
-  z.backward_workspace = backward_workspace(cell, target);
+  z.backward_workspace = backward_workspace(cell, target, true);
+  z.data_workspace = backward_workspace(cell, target, false);
+  z.weight_workspace = weight_workspace(cell, target);
   return z;
 }
 

@@ -67,7 +67,7 @@ void pointwise_backward(const BackwardArgs& args, const View& d_gates, void* mem
   const auto stream = static_cast<Stream>(target.stream);
   const DType real = real_type(c.dtype);
   Arena arena(args.workspace);
-  void* sums = arena.take(plan.tiling.tiles() * 5 * plan.channels() * bytes_of(real));
+  void* sums = arena.take(plan.tiling.tiles() * plan.channels() * bytes_of(real));
   PointwiseBackward p;
   p.tiling = plan.tiling;
   NeuronBackward& n = p.neuron;
@@ -93,11 +93,9 @@ void pointwise_backward(const BackwardArgs& args, const View& d_gates, void* mem
   });
   if (!args.grad_threshold) return;
   ReduceSums r;
-  r.sums = sums;
-  r.blocks = plan.tiling.tiles();
-  r.C = int(c.C), r.total = int(plan.channels());
-  r.grad_threshold = args.grad_threshold;
-  r.type = c.dtype;
+  r.parts = sums, r.blocks = plan.tiling.tiles();
+  r.pitch = int(plan.channels()), r.columns = int(c.C);
+  r.out = args.grad_threshold, r.type = c.dtype;
   launch_reduce_sums(r, stream);
 }
 
@@ -105,7 +103,7 @@ int64_t pointwise_workspace(const Cell& cell, const Target&) {
   const Plan plan(cell);
   const int real = bytes_of(real_type(cell.dtype));
   Arena arena(nullptr);
-  arena.take(plan.tiling.tiles() * 5 * plan.channels() * real);
+  arena.take(plan.tiling.tiles() * plan.channels() * real);
   if (!plan.whole_windows) arena.take(Shape(cell).state() * real);
   return arena.bytes();
 }

@@ -14,7 +14,7 @@ constexpr int kMemPitch = kPixels + 2;
 template <class R>
 struct Shared {
   R vectors[5 * kChannels];
-  R sums[5 * kChannels * kThreads / 32];
+  R sums[kChannels * kThreads / 32];
   R mem[kChannels * kMemPitch];
 };
 
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(pointwise::kThreads)
   const MemTile<R> mem_tile{shared.mem, pointwise::kMemPitch};
   tile.load_vectors();
   __syncthreads();
-  R* row_sums = shared.sums + int(threadIdx.x) / 32 * 5 * pointwise::kChannels;
+  R* row_sums = shared.sums + int(threadIdx.x) / 32 * pointwise::kChannels;
 #pragma unroll 1
   for (int phase = tile.gathers() ? 0 : 1; phase < 2; ++phase) {
     tile.patch(pointwise::pixel(), pointwise::channel(), phase == 0, static_cast<const R*>(nullptr),

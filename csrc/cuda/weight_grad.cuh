@@ -113,6 +113,8 @@ __global__ void __launch_bounds__(fma::kThreads)
                    acc[i][px]);
 }
 
+constexpr int kReduceThreads = 256;
+
 // ---- adding the parts ---------------------------------------------------------------------------
 
 struct ReduceWeight {
@@ -134,8 +136,6 @@ struct ReduceWeights {
   SNNLSTM_BOTH int pitch() const { return taps | 1; }  // of a channel in shared memory
   SNNLSTM_BOTH int chunks(int k) const { return (half[k].channels + chunk - 1) / chunk; }
 };
-
-constexpr int kReduceThreads = 256;
 
 // grid: (chunks of input channels of x, then of mem; 4C). The sums go through shared memory,
 // (chunk, pitch): the parts have the channels innermost, the gradient the taps.
@@ -166,11 +166,58 @@ __global__ void __launch_bounds__(kReduceThreads)
     write(p.grad, p.type, out + i, sums[i / p.taps * p.pitch() + i % p.taps]);
 }
 
+// ---- sums of columns ----------------------------------------------------------------------------
+
+// d_gates summed over pixels: the gradient of the bias, in parts that reduce_sums() adds.
+struct SumGates {
+  const void* d_gates = nullptr;  // (pixels, columns), contiguous
+  DType type = DType::float32;
+  int64_t pixels = 0, share = 0;  // of all steps; of a part
+  int columns = 0;                // 4 Cp
+  void* parts = nullptr;          // (splits, columns) in the compute type
+};
+
+constexpr int kSumThreads = 256, kSumColumns = 32;  // a thread takes 4 columns of every 32nd pixel
+
+template <class R>
+struct SumShared {
+  R sum[kSumThreads / 8][kSumColumns];
+};
+
+// grid: (columns / 32, splits)
+template <class R>
+__global__ void __launch_bounds__(kSumThreads) sum_gates(const __grid_constant__ SumGates p) {
+  auto& shared = shared_memory<SumShared<R>>();
+  constexpr int kRows = kSumThreads / 8;
+  const int row = int(threadIdx.x) / 8, column = int(threadIdx.x) % 8 * 4;
+  const int64_t begin = blockIdx.y * p.share;
+  const int64_t end = begin + p.share < p.pixels ? begin + p.share : p.pixels;
+  const int first = int(blockIdx.x) * kSumColumns + column;
+  R sum[4] = {};
+#pragma unroll 4
+  for (int64_t i = begin + row; i < end; i += kRows) {
+    R v[4];
+    read_vector<R>(p.d_gates, p.type, i * p.columns + first, v);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sum[k] += v[k];
+  }
+  store_vector(&shared.sum[row][column], sum);
+  if (!fault(Fault::missing_barrier_read, 6)) __syncthreads();
+  const int own = int(threadIdx.x);
+  if (own >= kSumColumns) return;
+  R total = 0;
+#pragma unroll
+  for (int i = fault(Fault::wrong_split_k, 1) ? 1 : 0; i < kRows; ++i) total += shared.sum[i][own];
+  static_cast<R*>(p.parts)[int64_t(blockIdx.y) * p.columns + blockIdx.x * kSumColumns + own] =
+      total;
+}
+
+// out[k * columns + c] = sum over blocks b of parts[b][k][c].
 struct ReduceSums {
-  const void* sums = nullptr;  // (blocks, 5, total), see NeuronBackward
+  const void* parts = nullptr;  // (blocks, rows, pitch) in the compute type
   int64_t blocks = 0;
-  int C = 0, total = 0;
-  void *grad_bias = nullptr, *grad_threshold = nullptr;  // (4C,), (C,); either may be null
+  int rows = 1, pitch = 0, columns = 0;
+  void* out = nullptr;
   DType type = DType::float32;
 };
 
@@ -179,7 +226,7 @@ struct ReduceShared {
   R sum[kReduceThreads / 32][32];
 };
 
-// grid: (channels / 32, 5): 32 channels of the bias of one gate, or of the threshold.
+// grid: (columns / 32, rows)
 template <class R>
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_sums(const __grid_constant__ ReduceSums p) {
@@ -187,16 +234,15 @@ __global__ void __launch_bounds__(kReduceThreads)
   constexpr int kRows = kReduceThreads / 32;
   const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) / 32;
   const int c = int(blockIdx.x) * 32 + lane, k = int(blockIdx.y);
-  const R* from = static_cast<const R*>(p.sums) + int64_t(k) * p.total + c;
+  const R* from = static_cast<const R*>(p.parts) + int64_t(k) * p.pitch + c;
   R sum = 0;
-  if (c < p.C)
-    for (int64_t b = row; b < p.blocks; b += kRows) sum += from[b * 5 * p.total];
+  if (c < p.columns)
+    for (int64_t b = row; b < p.blocks; b += kRows) sum += from[b * p.rows * p.pitch];
   shared.sum[row][lane] = sum;
   __syncthreads();
-  if (row > 0 || c >= p.C) return;
+  if (row > 0 || c >= p.columns) return;
   for (int i = 1; i < kRows; ++i) sum += shared.sum[i][lane];
-  if (k < 4 && p.grad_bias != nullptr) write(p.grad_bias, p.type, k * p.C + c, sum);
-  if (k == 4 && p.grad_threshold != nullptr) write(p.grad_threshold, p.type, c, sum);
+  write(p.out, p.type, k * p.columns + c, sum);
 }
 
 }  // namespace snnlstm::cuda

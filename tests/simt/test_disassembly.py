@@ -29,6 +29,8 @@ EXPECTED = {
     "backward_mma": {
         r"backward_mma<float, \d>": (*TF32, *VECTORS),
         r"backward_mma<unsigned short, \d>": (*BOTH_HALVES, "LDSM.16.M88.4", *VECTORS),
+    },
+    "weight_grad_mma": {
         r"weight_grad_mma<float>": ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128"),
         r"weight_grad_mma<unsigned short>": (*BOTH_HALVES, "LDSM.16.MT88.4"),
     },

@@ -136,6 +136,11 @@ void add_forward(Arrays& arrays, const ForwardArgs& a, const cuda::Target& targe
   arrays.add("workspace", a.workspace, z.forward_workspace, Does::writes);
 }
 
+int64_t gate_bytes(const Cell& c, const cuda::Target& target) {
+  return c.T * c.N * c.Ho() * c.Wo() * 4 * cuda::padded_channels(c.C) *
+         int64_t(element_size(cuda::gate_type(c.dtype, target.matrix)));
+}
+
 void add_backward(Arrays& arrays, const BackwardArgs& a, const cuda::Target& target,
                   int64_t workspace, bool in_place) {
   const Cell& c = a.cell;
@@ -144,6 +149,8 @@ void add_backward(Arrays& arrays, const BackwardArgs& a, const cuda::Target& tar
   const auto size = int64_t(element_size(c.dtype));
   add_inputs(arrays, a, e, z.packed_backward);
   arrays.add("saved gates", a.saved_gates, z.saved_gates, Does::reads);
+  arrays.add("d_gates", a.d_gates, gate_bytes(c, target),
+             a.d_gates == a.saved_gates ? Does::updates : Does::writes);
   arrays.add("saved syn", a.saved_syn, z.saved_syn, Does::reads);
   arrays.add("winner", a.winner, c.T * c.N * 8, Does::reads);
   arrays.add("noise", a.noise, e.spikes, c.dtype, Does::reads);
@@ -179,9 +186,25 @@ void forward(const ForwardArgs& a, const cuda::Target& target) {
 
 void backward(const BackwardArgs& a, const cuda::Target& target) {
   Arrays arrays;
-  add_backward(arrays, a, target, cuda::sizes(a.cell, target).backward_workspace, false);
+  const cuda::Sizes z = cuda::sizes(a.cell, target);
+  const bool of_data = a.d_gates && !a.grad_weight && !a.grad_bias;
+  add_backward(arrays, a, target, of_data ? z.data_workspace : z.backward_workspace, false);
   arrays.commit();
   cuda::backward(a, target);
+}
+
+void weight_gradient(const WeightGradArgs& a, const cuda::Target& target) {
+  const Cell& c = a.cell;
+  const auto size = int64_t(element_size(c.dtype));
+  Arrays arrays;
+  arrays.add("x", a.x, {c.T, c.N, c.Cin, c.H, c.W}, c.dtype, Does::reads);
+  arrays.add("mem", a.mem, {c.T, c.N, c.C, c.Ho(), c.Wo()}, c.dtype, Does::reads);
+  arrays.add("d_gates", a.d_gates, gate_bytes(c, target), Does::reads);
+  arrays.add("grad_weight", a.grad_weight, weight_bytes(c), Does::writes);
+  arrays.add("grad_bias", a.grad_bias, 4 * c.C * size, Does::writes);
+  arrays.add("workspace", a.workspace, cuda::sizes(c, target).weight_workspace, Does::writes);
+  arrays.commit();
+  cuda::weight_gradient(a, target);
 }
 
 void pointwise_forward(const ForwardArgs& a, const View& gate_sums, const cuda::Target& target) {
@@ -216,6 +239,7 @@ PYBIND11_MODULE(snnlstm_simt, m) {
   calls.pack_weight = &pack_weight;
   calls.forward = &forward;
   calls.backward = &backward;
+  calls.weight_gradient = &weight_gradient;
   calls.pointwise_forward = &pointwise_forward;
   calls.pointwise_backward = &pointwise_backward;
   bindings::bind_cuda(m, calls);

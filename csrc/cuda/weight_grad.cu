@@ -1,0 +1,67 @@
+#include "neuron_args.h"
+#include "weight_gradient.h"
+
+namespace snnlstm::cuda {
+
+void launch_weight_grad_fma(const WeightGrad& p, int splits, DType type, Stream stream) {
+  with_real(type, [&](auto real) {
+    using R = decltype(real);
+    const Launch how{"weight gradient (fma)",
+                     dim3(unsigned(p.part_columns / 64), unsigned(p.part_rows / 64), splits),
+                     dim3(fma::kThreads), sizeof(fma::WeightGradShared<R>), stream};
+    launch(how, &weight_grad_fma<R>, p);
+  });
+}
+
+void launch_reduce_weight(const ReduceWeights& given, Stream stream) {
+  with_real(given.type, [&](auto real) {
+    using R = decltype(real);
+    ReduceWeights p = given;
+    const int64_t of_one = p.pitch() * int64_t(sizeof(R));
+    while (p.chunk > 1 && p.chunk * of_one > 48 * 1024) p.chunk /= 2;
+    const Launch how{"add weight gradients",
+                     dim3(unsigned(p.chunks(0) + p.chunks(1)), unsigned(4 * p.C)),
+                     dim3(kReduceThreads), size_t(p.chunk * of_one), stream};
+    launch(how, &reduce_weight<R>, p);
+  });
+}
+
+void launch_sum_gates(const SumGates& p, int splits, DType type, Stream stream) {
+  with_real(type, [&](auto real) {
+    using R = decltype(real);
+    const Launch how{"sum gate gradients",
+                     dim3(unsigned(p.columns / kSumColumns), unsigned(splits)), dim3(kSumThreads),
+                     sizeof(SumShared<R>), stream};
+    launch(how, &sum_gates<R>, p);
+  });
+}
+
+void launch_reduce_sums(const ReduceSums& p, Stream stream) {
+  with_real(p.type, [&](auto real) {
+    using R = decltype(real);
+    const Launch how{"add bias or threshold gradients",
+                     dim3(unsigned(ceil_div(p.columns, 32)), unsigned(p.rows)),
+                     dim3(kReduceThreads), sizeof(ReduceShared<R>), stream};
+    launch(how, &reduce_sums<R>, p);
+  });
+}
+
+void weight_gradient(const WeightGradArgs& args, const Target& target) {
+  const Cell& c = args.cell;
+  WeightGradient grad(c, target);
+  Arena arena(args.workspace);
+  grad.carve(arena);
+  WeightGradient::Sources from;
+  from.x = tensor(args.x, c.dtype, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
+  from.mem = tensor(args.mem, c.dtype, 0, {c.T, c.N, c.C, c.Ho(), c.Wo()}, 4);
+  from.d_gates = const_cast<void*>(args.d_gates);
+  grad.run(from, args.grad_weight, args.grad_bias);
+}
+
+int64_t weight_workspace(const Cell& cell, const Target& target) {
+  Arena arena(nullptr);
+  WeightGradient(cell, target).carve(arena);
+  return arena.bytes();
+}
+
+}  // namespace snnlstm::cuda

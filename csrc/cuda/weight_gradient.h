@@ -1,0 +1,130 @@
+// The gradients of weight and bias over many steps: which kernels, in which order, on which memory.
+// backward() ends with them; weight_gradient() is nothing else.
+#pragma once
+
+#include "choose_backward.h"
+#include "launch.h"
+
+namespace snnlstm::cuda {
+
+class WeightGradient {
+ public:
+  // Over the steps of the cell.
+  struct Sources {
+    Tensor x;          // (T, N, Cin, H, W)
+    Tensor mem;        // before each step, or before the first
+    Tensor mem_later;  // else present: after each step, read from t = 1 on
+    void* d_gates;     // (T, N, Ho, Wo, 4, Cp)
+  };
+
+  WeightGradient(const Cell& cell, const Target& target)
+      : target_(target),
+        s_(cell),
+        plan_(plan_weights(cell, target)),
+        type_(cell.dtype),
+        real_(type_ == DType::float64 ? DType::float64 : DType::float32),
+        gate_type_(gate_type(type_, target.matrix)),
+        bias_splits_(int(std::clamp<int64_t>(pixels() / 1024, 1, 4 * target.multiprocessors))) {}
+
+  // The workspace.
+  void carve(Arena& arena) {
+    parts_[0] = arena.take(plan_.x.part_bytes(real_));
+    parts_[1] = arena.take(plan_.mem.part_bytes(real_));
+    bias_parts_ = arena.take(bias_splits_ * 4 * s_.Cp * bytes_of(real_));
+  }
+
+  // Either gradient may be null.
+  void run(const Sources& from, void* grad_weight, void* grad_bias) const {
+    if (grad_weight) weight(from, grad_weight);
+    if (grad_bias) bias(from, grad_bias);
+  }
+
+ private:
+  Stream stream() const { return static_cast<Stream>(target_.stream); }
+  int64_t pixels() const { return s_.c.T * s_.c.N * s_.pixels; }
+
+  void bias(const Sources& from, void* grad) const {
+    SumGates p;
+    p.d_gates = from.d_gates, p.type = gate_type_;
+    p.columns = int(4 * s_.Cp);
+    p.pixels = pixels(), p.share = ceil_div(p.pixels, bias_splits_);
+    p.parts = bias_parts_;
+    launch_sum_gates(p, bias_splits_, real_, stream());
+    ReduceSums r;
+    r.parts = bias_parts_, r.blocks = bias_splits_;
+    r.rows = 4, r.pitch = int(s_.Cp), r.columns = int(s_.c.C);
+    r.out = grad, r.type = type_;
+    launch_reduce_sums(r, stream());
+  }
+
+  void weight(const Sources& from, void* out) const {
+    const Cell& c = s_.c;
+    WeightGrad grad[2];
+    const WeightPlan* plans[2] = {&plan_.x, &plan_.mem};
+    grad[0].in = input_window(c);
+    grad[0].in.src = from.x;
+    grad[1].in = state_window(c);
+    grad[1].in.src = from.mem;
+    grad[1].later = from.mem_later;
+    ReduceWeights r;
+    for (int k = 0; k < 2; ++k) {
+      WeightGrad& g = grad[k];
+      const WeightPlan& plan = *plans[k];
+      g.d_gates = image(from.d_gates, s_, gate_type_, 4);
+      g.tiling = plan.tiling;
+      g.Ho = int(s_.Ho), g.Wo = int(s_.Wo);
+      g.rows = int(4 * s_.Cp), g.columns = int(s_.taps * g.in.channels);
+      g.share = plan.share, g.total = plan.total;
+      g.parts = parts_[k], g.part_rows = plan.part_rows, g.part_columns = plan.part_columns;
+      ReduceWeight& h = r.half[k];
+      h.parts = parts_[k], h.splits = plan.splits;
+      h.part_rows = plan.part_rows, h.part_columns = plan.part_columns;
+      h.channels = g.in.channels, h.tap_stride = plan.tap_stride;
+      h.first_channel = k == 0 ? 0 : int(c.Cin);
+    }
+    if (plan_.x.mma()) {
+      WeightGradJobs jobs;
+      for (int k = 0; k < 2; ++k) jobs.job[k] = job(*plans[k], grad[k], k == 0);
+      launch_weight_grad_mma(plan_, jobs, stream());
+    } else {
+      for (int k = 0; k < 2; ++k)
+        launch_weight_grad_fma(grad[k], plans[k]->splits, real_, stream());
+    }
+    r.C = int(c.C), r.Cp = int(s_.Cp), r.taps = int(s_.taps);
+    r.all_channels = int(c.Cin + c.C);
+    r.grad = out, r.type = type_;
+    launch_reduce_weight(r, stream());
+  }
+
+  WeightGradMma job(const WeightPlan& plan, const WeightGrad& grad, bool of_x) const {
+    const MmaType type(plan.multiply);
+    const MmaDepth depth = of_x ? x_depth(s_.c, plan.multiply) : mem_depth(s_.c, plan.multiply);
+    WeightGradMma p;
+    p.grad = grad;
+    p.column_blocks = plan.column_blocks, p.row_blocks = plan.row_blocks();
+    p.splits = plan.splits;
+    p.multiply = plan.multiply;
+    p.warp_rows = plan.warp_rows;
+    p.column_pitch = plan.column_pitch;
+    p.buffer_bytes = plan.buffer_bytes;
+    Segment in = grad.in;
+    for (MmaSegment& m : p.source) {
+      m = mma_segment(in, type, depth, plan.tiling);
+      m.tail_steps =
+          2;  // every warp reads its 16 channels: whole chunks, with zeros behind the last
+      // A chunk comes in the time of 4 k-steps.
+      m.turns = int(ceil_div(ceil_div(chunk_turns(m, type), plan.threads()), 4));
+      if (grad.later.present()) in.src = grad.later;
+    }
+    return p;
+  }
+
+  const Target& target_;
+  Shape s_;
+  WeightPlans plan_;
+  DType type_, real_, gate_type_;
+  int bias_splits_;
+  void *parts_[2] = {nullptr, nullptr}, *bias_parts_ = nullptr;
+};
+
+}  // namespace snnlstm::cuda

@@ -1,0 +1,237 @@
+"""The backward pass step by step, and the weight's gradient of all steps in one call.
+
+Here the core is called as the shared autograd node of a loop over steps calls it: each step's
+backward leaves the gradient of its gate sums behind, and one call forms the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from backend import Core, simt_core
+from cases import Case
+from gradients import compare
+from gradients import gradients as of_reference
+from test_cell import CASES, MODES, PLAIN, Mode, with_options
+from test_cell_gradients import COARSE, EXACT
+
+from snnlstm import reference
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+MATRICES = {"tf32": 1, "tf32x3": 2, torch.float16: 3, torch.bfloat16: 4}
+
+
+def view(t: torch.Tensor | None):
+    return t if t is None else (t.data_ptr(), *((0,) * (5 - t.dim())), *t.stride())
+
+
+@dataclass
+class Calls:
+    """Calls of the bindings, on tensors of one step (N, ...) or several (T, N, ...)."""
+
+    core: Core
+    case: Case
+    mode: Mode
+
+    def __post_init__(self) -> None:
+        self.module, options = self.core.module, self.case.options
+        matrix = MATRICES.get(self.mode.operands, 0)
+        if self.mode.operands is None and self.case.dtype == torch.float32:
+            capability = self.mode.compute_capability
+            ways = {("tf32", 80): "tf32", ("ieee", 80): "tf32x3"}
+            matrix = MATRICES.get(ways.get((self.mode.precision, capability)), 0)
+        self.target = self.module.cuda_target().wanting(matrix, 0)
+        self.gate_dtype = self.mode.operands or self.case.dtype
+        self.real = torch.float64 if self.case.dtype == torch.float64 else torch.float32
+        self.padded = self.module.cuda_padded_channels(self.case.channels)
+        surrogate = options.surrogate
+        self.facts = {
+            "dtype": DTYPES[self.case.dtype], "N": self.case.batch, "Cin": self.case.in_channels,
+            "C": self.case.channels, "H": self.case.height, "W": self.case.width,
+            "kernel": options.kernel_size, "stride": options.stride, "dilation": options.dilation,
+            "pool": {"none": 0, "max": 1, "avg": 2}[options.pool], "pool_size": options.pool_size,
+            "reset": {"subtract": 0, "zero": 1, "none": 2}[options.reset], "surrogate": surrogate.kind,
+            "p0": surrogate.p0, "p1": surrogate.p1, "inhibition": options.inhibition, "num_levels": 0,
+        }  # fmt: skip
+
+    def cell(self, time: int):
+        return self.module.Cell(T=time, **self.facts)
+
+    def memory(self, size: int) -> torch.Tensor:
+        return torch.full((size,), 255, dtype=torch.uint8)
+
+    def gates(self, time: int) -> torch.Tensor:
+        n, _, ho, wo = self.case.state_shape
+        return torch.full((time, n, ho, wo, 4, self.padded), torch.nan, dtype=self.gate_dtype)
+
+    def pack(self, weight: torch.Tensor, backward: bool) -> torch.Tensor:
+        cell, weight = self.cell(1), weight.contiguous()
+        packed = self.memory(self.module.cuda_packed_bytes(cell, self.target, backward))
+        self.module.cuda_pack_weight(
+            cell, self.target, 0, weight.data_ptr(), backward, packed.data_ptr()
+        )
+        return packed
+
+    def neurons(self, inputs) -> dict[str, int]:
+        self.threshold = inputs.threshold.detach().to(self.case.dtype).reshape(-1).contiguous()
+        self.graded = inputs.graded.detach().to(self.real)
+        return {
+            "threshold": self.threshold.data_ptr(),
+            "threshold_stride": 0 if self.threshold.numel() == 1 else 1,
+            "graded": self.graded.data_ptr(),
+        }
+
+    def forward_steps(self, inputs):
+        """States before each step and after the last (T + 1, N, C, Ho, Wo); gates of each step."""
+        time, cell = self.case.time, self.cell(1)
+        packed = self.pack(inputs.weight, False)
+        workspace = self.memory(self.module.cuda_workspace(cell, self.target, False))
+        syn = torch.empty((time + 1, *self.case.state_shape), dtype=self.case.dtype)
+        mem = torch.empty_like(syn)
+        syn[0], mem[0] = inputs.syn, inputs.mem
+        gates = self.gates(time)
+        bias = None if inputs.bias is None else inputs.bias.contiguous()
+        for t in range(time):
+            spk = torch.empty(self.case.output_shapes[0][1:], dtype=self.case.dtype)
+            self.module.cuda_forward(
+                cell, self.target, 0, x=view(inputs.x[t]), syn0=view(syn[t]), mem0=view(mem[t]),
+                weight=packed.data_ptr(), bias=0 if bias is None else bias.data_ptr(),
+                spk=view(spk), syn=view(syn[t + 1]), mem=view(mem[t + 1]),
+                saved_gates=gates[t].data_ptr(), workspace=workspace.data_ptr(),
+                **self.neurons(inputs),
+            )  # fmt: skip
+        return syn, mem, gates
+
+    def backward_steps(self, inputs, syn, mem, gates, grads, in_place: bool):
+        """d_gates of every step, and the gradients of x, syn and mem."""
+        time, cell = self.case.time, self.cell(1)
+        packed = self.pack(inputs.weight, True)
+        workspace = self.memory(self.module.cuda_data_workspace(cell, self.target))
+        d_gates = gates if in_place else self.gates(time)
+        grad_x = torch.empty(inputs.x.shape, dtype=self.case.dtype)
+        grad_syn, grad_mem = grads[1][time - 1].clone(), grads[2][time - 1].clone()
+        for t in reversed(range(time)):
+            before = torch.empty_like(grad_syn), torch.empty_like(grad_mem)
+            self.module.cuda_backward(
+                cell, self.target, 0, x=view(inputs.x[t]), syn0=view(syn[t]), mem0=view(mem[t]),
+                weight=packed.data_ptr(), saved_gates=gates[t].data_ptr(),
+                d_gates=d_gates[t].data_ptr(), grad_spk=view(grads[0][t]),
+                grad_syn=view(grad_syn), grad_mem=view(grad_mem), grad_x=view(grad_x[t]),
+                grad_syn0=view(before[0]), grad_mem0=view(before[1]),
+                workspace=workspace.data_ptr(), **self.neurons(inputs),
+            )  # fmt: skip
+            grad_syn, grad_mem = before
+            if t > 0:
+                grad_syn, grad_mem = grad_syn + grads[1][t - 1], grad_mem + grads[2][t - 1]
+        return d_gates, {"x": grad_x, "syn": grad_syn, "mem": grad_mem}
+
+    def weight_gradient(self, x, mem, d_gates, weight, *, of_weight=True, of_bias=True):
+        """Gradients of weight and bias, over the steps of x."""
+        cell = self.cell(len(x))
+        workspace = self.memory(self.module.cuda_weight_workspace(cell, self.target))
+        grad_weight = torch.empty(weight.shape, dtype=self.case.dtype) if of_weight else None
+        grad_bias = torch.empty(len(weight), dtype=self.case.dtype) if of_bias else None
+        self.module.cuda_weight_gradient(
+            cell, self.target, 0, x=view(x), mem=view(mem), d_gates=d_gates.data_ptr(),
+            grad_weight=0 if grad_weight is None else grad_weight.data_ptr(),
+            grad_bias=0 if grad_bias is None else grad_bias.data_ptr(),
+            workspace=workspace.data_ptr(),
+        )  # fmt: skip
+        return {"weight": grad_weight, "bias": grad_bias}
+
+
+@pytest.fixture
+def core():
+    found = simt_core("faults")
+    yield found
+    found.reset()
+
+
+def step_by_step(core: Core, case: Case, mode: Mode, in_place: bool):
+    """Gradients of x, syn, mem, weight and bias, and the output gradients that they belong to."""
+    case = mode.of(case)
+    core.device(mode.compute_capability)
+    calls, inputs, grads = Calls(core, case, mode), case.inputs(), case.output_gradients()
+    syn, mem, gates = calls.forward_steps(inputs)
+    d_gates, found = calls.backward_steps(inputs, syn, mem, gates, grads, in_place)
+    found |= calls.weight_gradient(inputs.x, mem[:-1], d_gates, inputs.weight)
+    return found, inputs, grads
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        ("float64", "plain"),
+        ("float32", "plain"),
+        ("tf32x3", "max pool"),
+        ("tf32", "wide"),
+        ("tf32x3", "channels last"),
+        ("float32", "stride, dilation"),
+        ("tf32x3", "stride, dilation"),
+        ("bfloat16 autocast", "plain"),
+        ("float16 states", "channels last"),
+    ],
+)
+def test_steps_and_one_weight_gradient_equal_the_reference(core, mode, name, in_place):
+    core.schedule("ahead", 1)
+    case = CASES[name]
+    found, inputs, grads = step_by_step(core, case, MODES[mode], in_place)
+    options = MODES[mode].of(case).options
+    exact = of_reference(reference.run, inputs.double(), options, grads, tuple(found))
+    compare(found, exact, {**EXACT, **COARSE, "float16 states": 2e-2}[mode], grads)
+
+
+@pytest.mark.parametrize("mode", ["float64", "tf32x3"])
+def test_steps_equal_the_sequence(core, mode):
+    """The same kernels sum the same numbers, from states that were rounded alike."""
+    case = with_options(PLAIN, reset="subtract")
+    found, inputs, grads = step_by_step(core, case, MODES[mode], in_place=True)
+    case = MODES[mode].of(case)
+    with MODES[mode].running(core):
+        whole = of_reference(MODES[mode].run, inputs, case.options, grads, tuple(found))
+    for name, gradient in whole.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_only_one_of_both_is_wanted(core):
+    mode, case = MODES["tf32"], MODES["tf32"].of(PLAIN)
+    core.device(mode.compute_capability)
+    calls, inputs = Calls(core, case, mode), case.inputs()
+    generator = torch.Generator().manual_seed(0)
+    d_gates = torch.randn(calls.gates(case.time).shape, generator=generator)
+    d_gates[..., case.channels :] = 0
+    mem = torch.randn((case.time, *case.state_shape), generator=generator)
+    both = calls.weight_gradient(inputs.x, mem, d_gates, inputs.weight)
+    for name in both:
+        wanted = {f"of_{other}": other == name for other in both}
+        one = calls.weight_gradient(inputs.x, mem, d_gates, inputs.weight, **wanted)
+        assert torch.equal(one[name], both[name])
+    exact = d_gates[..., : case.channels].double().sum((0, 1, 2, 3)).flatten()
+    torch.testing.assert_close(both["bias"].double(), exact, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_no_steps_and_no_images_give_zeros(core, batch):
+    mode = MODES["tf32"]
+    case = mode.of(replace(PLAIN, batch=batch))
+    core.device(mode.compute_capability)
+    calls, inputs = Calls(core, case, mode), case.inputs()
+    time = 0 if batch else 2
+    mem = torch.zeros((time, *case.state_shape))
+    found = calls.weight_gradient(inputs.x[:time], mem, calls.gates(time), inputs.weight)
+    assert not any(gradient.any() for gradient in found.values())
+
+
+def test_a_step_takes_few_launches(core):
+    mode = MODES["tf32"]
+    core.checks(counters=True)
+    core.reset_counters()
+    step_by_step(core, CASES["channels last"], mode, in_place=True)
+    seen = core.counters()
+    time = CASES["channels last"].time
+    assert seen["backward step (mma)"]["launches"] == time
+    assert seen["weight gradient (mma)"]["launches"] == 1
+    assert seen["sum gate gradients"]["launches"] == 1
