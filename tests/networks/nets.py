@@ -1,0 +1,383 @@
+"""Ten small networks, each with the structure, shapes and habits of one kind found in the wild.
+
+Every network is written as its authors write theirs: for snnTorch's cell, without a thought of
+ours. ``NETWORKS`` lists them; a network class takes the cell's class as its first argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import snntorch as snn
+import torch
+import torch.nn.functional as F
+from snntorch import functional as SF
+from snntorch import surrogate, utils
+from torch import Tensor, nn
+
+try:
+    from lightning import LightningModule
+except ImportError:
+    LightningModule = nn.Module
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network, its data and its training loop.
+
+    Parameters
+    ----------
+    make : callable
+        Cell class -> network.
+    data : tuple of (tuple of int)
+        Shapes of the batches that the training loop is given in turn.
+    step : callable
+        (network, optimizer, x, y) -> loss: one training step, as the authors write it.
+    optimizer : callable
+        Parameters -> optimizer.
+    classes : int
+        Number of labels.
+    batch_dim : int
+        Which dimension of x is the batch.
+    native : bool
+        Whether the kernels can run every cell on the CPU.
+    ties : bool
+        Whether cells with max_pool are fed spikes. Patches of equal spikes then have equal mem; the
+        last bit of a sum decides which of them max_pool takes, and so where the gradient goes.
+    """
+
+    make: Callable[[Any], nn.Module]
+    data: tuple[tuple[int, ...], ...]
+    step: Callable[..., Tensor]
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
+    classes: int = 3
+    batch_dim: int = 0
+    native: bool = True
+    ties: bool = False
+
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the same batches at every call: events of density 0.3, and labels."""
+        generator = torch.Generator("cpu").manual_seed(7)
+        made = []
+        for shape in self.data:
+            x = torch.rand(shape, generator=generator, device="cpu").lt(0.3)
+            y = torch.randint(
+                self.classes, shape[self.batch_dim : self.batch_dim + 1], generator=generator,
+                device="cpu",
+            )  # fmt: skip
+            like = torch.zeros(())
+            made.append((x.to(like), y.to(like.device)))
+        return made
+
+
+def plain_step(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
+    """The loop of every tutorial: logits of every step, (T, N, classes), averaged."""
+    optimizer.zero_grad()
+    loss = F.cross_entropy(net(x).mean(0), y)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+class ExplicitStates(nn.Module):
+    """States from reset_mem, carried by hand; data is batch-first, and the last batch smaller."""
+
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.lstm1 = cell(2, 4, 3, threshold=0.1, max_pool=2)
+        self.lstm2 = cell(4, 4, 3, threshold=0.05, avg_pool=2)
+        self.fc = nn.Linear(4 * 2 * 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        syn1, mem1 = self.lstm1.reset_mem()
+        syn2, mem2 = self.lstm2.reset_mem()
+        out = []
+        for t in range(x.size(1)):  # (N, T, C, H, W)
+            spk1, syn1, mem1 = self.lstm1(x[:, t], syn1, mem1)
+            spk2, syn2, mem2 = self.lstm2(spk1, syn2, mem2)
+            out.append(self.fc(spk2.flatten(1)))
+        return torch.stack(out)
+
+
+class ThreeCells(nn.Module):
+    """Three cells with max_pool, two Linear layers with Leaky, and a still image at every step."""
+
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        spike_grad = surrogate.fast_sigmoid(slope=25)
+        self.conv1 = cell(1, 4, 3, max_pool=2, threshold=0.07, spike_grad=spike_grad)
+        self.conv2 = cell(4, 6, 3, max_pool=2, threshold=0.05, spike_grad=spike_grad)
+        self.conv3 = cell(6, 6, 3, max_pool=2, threshold=0.03, spike_grad=spike_grad)
+        self.fc1 = nn.Linear(6 * 3 * 3, 12)
+        self.lif1 = snn.Leaky(beta=0.9, threshold=0.1, spike_grad=spike_grad)
+        self.fc2 = nn.Linear(12, 3)
+        self.lif2 = snn.Leaky(beta=0.9, threshold=0.1, spike_grad=spike_grad)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        syn1, mem1 = self.conv1.reset_mem()
+        syn2, mem2 = self.conv2.reset_mem()
+        syn3, mem3 = self.conv3.reset_mem()
+        mem4, mem5 = self.lif1.reset_mem(), self.lif2.reset_mem()
+        spk_rec, mem_rec = [], []
+        for _ in range(6):
+            spk1, syn1, mem1 = self.conv1(x, syn1, mem1)
+            spk2, syn2, mem2 = self.conv2(spk1, syn2, mem2)
+            spk3, syn3, mem3 = self.conv3(spk2, syn3, mem3)
+            spk4, mem4 = self.lif1(self.fc1(spk3.flatten(1)), mem4)
+            spk5, mem5 = self.lif2(self.fc2(spk4), mem5)
+            spk_rec.append(spk5)
+            mem_rec.append(mem5)
+        return torch.stack(spk_rec), torch.stack(mem_rec)
+
+
+def functional_loss_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
+    """snnTorch's own loss on the spikes, and its accuracy."""
+    spk_rec, mem_rec = net(x)
+    loss = SF.ce_rate_loss()(spk_rec, y) + SF.mse_membrane_loss()(mem_rec, y)
+    SF.accuracy_rate(spk_rec, y)
+    optimizer.zero_grad(set_to_none=False)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+class Spectrogram(nn.Module):
+    """9x9 kernels over a mel spectrogram that is cut into frames, with batch norm between."""
+
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.lstm1 = cell(1, 4, 9, threshold=0.05, avg_pool=(2, 2), init_hidden=True)
+        self.norm = nn.BatchNorm2d(4)
+        self.lstm2 = cell(4, 4, 9, threshold=0.05, init_hidden=True, output=True)
+        self.head = nn.Linear(4 * 10 * 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.lstm1.reset_mem()
+        self.lstm2.reset_mem()
+        out = []
+        for frame in x.split(8, dim=-1):  # (N, 1, mels, frames * 8)
+            spk = self.norm(self.lstm1(frame))
+            spk, syn, mem = self.lstm2(spk)
+            out.append(self.head(mem.flatten(1)))  # reads out the membrane potential
+        return torch.stack(out)
+
+
+class EEG(nn.Module):
+    """19 electrodes by a window of samples; the kernel spans all of the electrodes."""
+
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        grad = surrogate.sigmoid(slope=10)
+        self.cell = cell(
+            1, 6, (19, 3), threshold=0.05, spike_grad=grad, reset_mechanism="subtract",
+            max_pool=(1, 2),
+        )  # fmt: skip
+        self.classify = nn.Sequential(nn.Flatten(), nn.Dropout(0.25), nn.Linear(6 * 19 * 5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        syn = mem = None
+        self.cell.reset_mem()
+        out = 0
+        for window in x.unfold(-1, 10, 10).unbind(-2):  # (N, electrodes, samples)
+            spk, syn, mem = self.cell(window.unsqueeze(1), syn, mem)
+            out = out + self.classify(spk)
+        return out.unsqueeze(0)
+
+
+class Columns(nn.Module):
+    """A spectrogram column by column: images of 129x1, states of torch.zeros, no bias."""
+
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.lstm = cell(1, 4, [3, 3], bias=False, threshold=0.02, reset_mechanism="zero")
+        self.fc = nn.Linear(4 * 129, 3)
+        self.out = snn.Synaptic(alpha=0.9, beta=0.8, threshold=0.5, init_hidden=True, output=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mem = torch.zeros(x.shape[0], 4, 129, 1)
+        syn = torch.zeros_like(mem)
+        utils.reset(self)
+        mem_rec = []
+        for t in range(x.shape[-1]):
+            spk, syn, mem = self.lstm(x[:, None, :, t : t + 1], syn, mem)
+            _, _, mem_out = self.out(self.fc(torch.flatten(spk, 1)))
+            mem_rec.append(mem_out)
+        return torch.stack(mem_rec)
+
+
+class Truncated(nn.Module):
+    """A network that is given one step at a time, and the loop that trains it keeps the states."""
+
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.lstm = cell(2, 5, 3, threshold=0.05)
+        self.fc = nn.Linear(5 * 6 * 6, 3)
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        spk, *state = self.lstm(x, *state)
+        return self.fc(spk.flatten(1)), state
+
+
+def truncated_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Truncated BPTT under autocast, with backward inside of it too."""
+    state = net.lstm.reset_mem()
+    losses = []
+    for chunk in x.split(3):  # (T, N, C, H, W)
+        optimizer.zero_grad()
+        with torch.autocast(x.device.type, torch.bfloat16):
+            out = 0
+            for x_t in chunk:
+                logits, state = net(x_t, state)
+                out = out + logits
+            loss = F.cross_entropy(out, y)
+            loss.backward()
+        optimizer.step()
+        state = [s.detach() for s in state]
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()
+
+
+class Recurrent(nn.Module):
+    """What is wrapped in DataParallel: the whole loop is within forward, data is batch-first."""
+
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(2, 4, 3, stride=2, padding=1)
+        self.lstm1 = cell(4, 4, 3, threshold=0.02, init_hidden=True)
+        self.lstm2 = cell(4, 4, 5, threshold=0.02, init_hidden=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.lstm1.reset_mem()
+        self.lstm2.reset_mem()
+        spikes = [
+            self.lstm2(self.lstm1(torch.relu(self.features(x_t)))) for x_t in x.transpose(0, 1)
+        ]
+        return self.head(torch.stack(spikes).mean((-2, -1)))
+
+
+class LearnedThreshold(nn.Module):
+    """Thresholds that are trained, one for each channel; channels_last data; clipped gradients."""
+
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.lstm1 = cell(
+            4, 5, 3, threshold=torch.full((5, 1, 1), 0.03), learn_threshold=True, max_pool=2,
+            reset_mechanism="subtract",
+        )  # fmt: skip
+        self.lstm2 = cell(5, 3, 3, threshold=0.02, learn_threshold=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (syn1, mem1), (syn2, mem2) = self.lstm1.reset_mem(), self.lstm2.reset_mem()
+        out = []
+        for x_t in x:
+            x_t = self.conv(x_t.to(memory_format=torch.channels_last))
+            spk, syn1, mem1 = self.lstm1(x_t, syn1, mem1)
+            spk, syn2, mem2 = self.lstm2(spk, syn2, mem2)
+            out.append(spk.mean((-2, -1)))
+        return torch.stack(out)
+
+
+def clipped_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Gradients of two halves of the batch are accumulated, then clipped."""
+    optimizer.zero_grad()
+    loss = torch.zeros(())
+    for x_half, y_half in zip(x.chunk(2, dim=1), y.chunk(2), strict=True):
+        part = F.cross_entropy(net(x_half).mean(0), y_half) / 2
+        part.backward()
+        loss = loss + part.detach()
+    nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+    optimizer.step()
+    return loss
+
+
+def hidden(cell: Any) -> nn.Module:
+    """One nn.Sequential of layers that keep their states to themselves."""
+    grad = surrogate.atan(alpha=2.0)
+    return nn.Sequential(
+        cell(2, 4, 3, threshold=0.1, init_hidden=True, max_pool=2, spike_grad=grad),
+        cell(4, 4, kernel_size=3, threshold=0.1, init_hidden=True, spike_grad=grad),
+        nn.Flatten(),
+        nn.Linear(4 * 4 * 4, 3),
+        snn.Leaky(beta=0.8, init_hidden=True, output=True, spike_grad=grad),
+    )
+
+
+def hidden_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
+    """utils.reset before each batch, then the loop over time outside of the network."""
+    utils.reset(net)
+    net.train()
+    spk_rec, mem_rec = [], []
+    for step in range(x.size(0)):
+        spk, mem = net(x[step])
+        spk_rec.append(spk)
+        mem_rec.append(mem)
+    loss = torch.zeros(1)
+    for mem in mem_rec:
+        loss += nn.CrossEntropyLoss()(mem, y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+class Lit(LightningModule):
+    """A module for Lightning's Trainer, or without Lightning a plain one."""
+
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.lstm = cell(2, 4, 3, threshold=0.05, spike_grad=surrogate.straight_through_estimator())
+        self.head = nn.Linear(4 * 6 * 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.lstm.reset_mem()
+        return torch.stack([self.head(self.lstm(x_t)[0].flatten(1)) for x_t in x.unbind(1)])
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x).mean(0), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def lit_step(net: Any, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
+    """What a Trainer does with a module."""
+    loss = net.training_step((x, y), 0)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def _sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def _adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-2, betas=(0.9, 0.999))
+
+
+NETWORKS = {
+    "explicit": Network(
+        ExplicitStates, ((4, 5, 2, 8, 8), (3, 5, 2, 8, 8)), plain_step, optimizer=_adam
+    ),
+    "three": Network(ThreeCells, ((3, 1, 28, 28),), functional_loss_step, ties=True),
+    "spectrogram": Network(Spectrogram, ((4, 1, 20, 32),), plain_step, optimizer=_adam),
+    "eeg": Network(EEG, ((3, 19, 40),), plain_step, optimizer=_sgd),
+    "columns": Network(Columns, ((2, 129, 5),), plain_step, optimizer=_adam),
+    "truncated": Network(
+        Truncated, ((6, 3, 2, 6, 6),), truncated_step, optimizer=_sgd, batch_dim=1, native=False
+    ),
+    "parallel": Network(
+        lambda cell: nn.DataParallel(Recurrent(cell)), ((4, 4, 2, 12, 12),), plain_step
+    ),
+    "thresholds": Network(
+        LearnedThreshold, ((4, 4, 3, 8, 8),), clipped_step, optimizer=_sgd, batch_dim=1
+    ),
+    "hidden": Network(hidden, ((5, 4, 2, 8, 8), (5, 2, 2, 8, 8)), hidden_step, batch_dim=1),
+    "lit": Network(Lit, ((4, 3, 2, 6, 6),), lit_step, optimizer=_adam),
+}

@@ -1,0 +1,187 @@
+"""Networks that were written for snnTorch: theirs, and ours in each of the three ways.
+
+Each network trains with snnTorch's cell, with ours in its place, within ``patch()`` and after
+``accelerate()``. The kernels must run every cell, and nothing else may differ.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import snntorch
+import torch
+from helpers import close
+from nets import NETWORKS, Network
+from torch import Tensor, nn
+
+import snnlstm
+
+STEPS = 10
+every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"], autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Everything that a test makes is on the device."""
+    with torch.device(request.param), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        yield request.param
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Let snnTorch run in float64: spikes have the dtype of their input, as on its master."""
+    functions = [
+        value
+        for value in vars(snntorch.surrogate).values()
+        if isinstance(value, type) and issubclass(value, torch.autograd.Function)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        for function in functions:
+            patch.setattr(function, "forward", staticmethod(_in_dtype_of_x(function.forward)))
+        torch.set_default_dtype(torch.float64)
+        yield
+        torch.set_default_dtype(torch.float32)
+
+
+def _in_dtype_of_x(forward: Any) -> Any:
+    return lambda ctx, x, *rest: forward(ctx, x, *rest).to(x.dtype)
+
+
+# ---- the four ways ------------------------------------------------------------------------
+
+
+def theirs(network: Network) -> nn.Module:
+    torch.manual_seed(0)
+    return network.make(snntorch.SConv2dLSTM)
+
+
+def imported(network: Network) -> nn.Module:
+    torch.manual_seed(0)
+    return network.make(snnlstm.SConv2dLSTM)
+
+
+def patched(network: Network) -> nn.Module:
+    with snnlstm.patch():
+        return theirs(network)
+
+
+def accelerated(network: Network) -> nn.Module:
+    net = theirs(network)
+    cells = [name for name, cell in net.named_modules() if type(cell) is snntorch.SConv2dLSTM]
+    assert snnlstm.accelerate(net).swapped == tuple(cells)
+    return net
+
+
+OURS = {"imported": imported, "patched": patched, "accelerated": accelerated}
+
+
+def train(net: nn.Module, network: Network, steps: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The losses of some training steps, and the gradients of the first."""
+    torch.manual_seed(1)  # dropout
+    optimizer, batches, losses = network.optimizer(net.parameters()), network.batches(), []
+    gradients: dict[str, Tensor] = {}
+    for index in range(steps):
+        losses.append(network.step(net, optimizer, *batches[index % len(batches)]).detach())
+        if index == 0:
+            for name, parameter in net.named_parameters():
+                assert parameter.grad is not None, name
+                gradients[name] = parameter.grad.clone()
+    return losses, gradients
+
+
+def cells(net: nn.Module) -> list[Any]:
+    found = [cell for cell in net.modules() if isinstance(cell, snntorch.SConv2dLSTM)]
+    assert found
+    return found
+
+
+def neurons(net: nn.Module) -> list[Any]:
+    return [neuron for neuron in net.modules() if isinstance(neuron, snntorch.SpikingNeuron)]
+
+
+def all_native(net: nn.Module) -> bool:
+    assert all(type(cell) is snnlstm.SConv2dLSTM for cell in cells(net))
+    return all(cell.path.native for cell in cells(net))
+
+
+# ---- what must hold -----------------------------------------------------------------------
+
+
+@every_network
+def test_the_first_step_agrees(network, device):
+    """In float32, which is what people run."""
+    net = theirs(network)
+    expected = train(net, network, 1)
+    assert all(cell.spk.any() for cell in cells(net))  # else it compares nothing
+    assert all(gradient.any() for gradient in expected[1].values())
+    for name, make in OURS.items():
+        net = make(network)
+        losses, gradients = train(net, network, 1)
+        assert all_native(net) == (network.native or device == "cuda"), name
+        if network.native:
+            close(losses, expected[0], atol=1e-5, rtol=1e-5)
+            for key, gradient in gradients.items():
+                scale = float(expected[1][key].abs().max())
+                atol = 0.05 if network.ties else 1e-4
+                close(gradient / scale, expected[1][key] / scale, atol=atol)
+        else:  # bfloat16 decides some spikes otherwise
+            close(losses, expected[0], atol=0.05, rtol=0.05)
+
+
+@every_network
+def test_ten_training_steps_stay_together(network, float64):
+    net = theirs(network)
+    expected, _ = train(net, network, STEPS)
+    weights = net.state_dict()
+    assert (expected[0] - expected[-1]).abs() > 1e-3  # it learns
+    for make in OURS.values():
+        net = make(network)
+        losses, _ = train(net, network, STEPS)
+        assert all_native(net) or not network.native
+        close(losses, expected, atol=1e-8, rtol=1e-8)
+        close(net.state_dict(), weights, atol=1e-3 if network.ties else 1e-7, rtol=1e-7)
+
+
+def saved_and_loaded(value: Any, **options: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, **options)
+
+
+@every_network
+def test_weights_load_both_ways(network):
+    """After training, from a file, with strict=True; the networks then go on alike."""
+    one, other = theirs(network), imported(network)
+    train(one, network, 2)
+    for source, target in ((one, other), (other, one)):
+        train(source, network, 2)
+        weights = saved_and_loaded(source.state_dict(), weights_only=True)
+        assert list(weights) == list(target.state_dict())
+        target.load_state_dict(weights)
+        close(target.state_dict(), source.state_dict(), atol=0, rtol=0)
+    loss, expected = (train(net, network, 1)[0] for net in (other, one))
+    close(loss, expected, atol=1e-5 if network.native else 0.05, rtol=1e-4)
+
+
+@every_network
+@pytest.mark.parametrize("make", OURS.values(), ids=OURS)
+def test_a_network_is_saved_whole(network, make):
+    """torch.save(net), after training; what hinders it is snnTorch's closures alone."""
+    net = make(network)
+    train(net, network, 1)
+    if any(not isinstance(neuron, snnlstm.SConv2dLSTM) for neuron in neurons(net)):
+        with pytest.raises((AttributeError, pickle.PicklingError), match="local object"):
+            saved_and_loaded(net, weights_only=False)
+        return
+    loaded = saved_and_loaded(net, weights_only=False)
+    close(loaded.state_dict(), net.state_dict(), atol=0, rtol=0)
+    copied = copy.deepcopy(loaded)
+    losses = [train(one, network, 1)[0] for one in (net, loaded, copied)]
+    assert losses[0] == losses[1] == losses[2]
