@@ -111,6 +111,8 @@ struct BackwardArgs {
   View grad_spk;            // (T, N, C, Hp, Wp)
   View grad_syn, grad_mem;  // as ForwardArgs::syn and mem; record says which form
   bool record = false;
+  void* d_gates = nullptr;  // if given: the gradient of the gate sums of every step is left here,
+                            // in the layout of saved_gates, and may be saved_gates itself
   View grad_x;                     // (T, N, Cin, H, W)
   View grad_syn0, grad_mem0;       // (N, C, Ho, Wo)
   void* grad_weight = nullptr;     // (4C, Cin + C, kernel_h, kernel_w), contiguous
@@ -132,6 +134,24 @@ struct WeightGradArgs {
   const void* d_gates = nullptr;  // (T, N, Ho, Wo, 4, Cp), contiguous
   void* grad_weight = nullptr;    // (4C, Cin + C, kernel_h, kernel_w), contiguous
   void* grad_bias = nullptr;      // (4C,)
+  void* workspace = nullptr;
+  int threads = 1;
+};
+
+// What the gradients of weight and bias need of one step, or of a stretch of steps with a time
+// axis.
+struct StepOfGradient {
+  View x;                         // (T, N, Cin, H, W)
+  View mem;                       // (T, N, C, Ho, Wo), before each step
+  const void* d_gates = nullptr;  // BackwardArgs::d_gates
+};
+
+// The gradients of weight and bias, summed over steps whose backward pass left its d gates.
+struct WeightGradArgs {
+  Cell cell;                              // T: the number of steps
+  const StepOfGradient* steps = nullptr;  // CPU: T single steps; CUDA: one stretch of T
+  void* grad_weight = nullptr;
+  void* grad_bias = nullptr;
   void* workspace = nullptr;
   int threads = 1;
 };

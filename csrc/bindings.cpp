@@ -101,7 +101,8 @@ PYBIND11_MODULE(_C, m) {
           return cpu::choose(cell, cpu::Algorithm(algorithm), density, most_inputs, backward);
         });
   m.def("cpu_forward_workspace", &cpu::forward_workspace);
-  m.def("cpu_backward_workspace", &cpu::backward_workspace);
+  m.def("cpu_backward_workspace", &cpu::backward_workspace, py::arg("cell"), py::arg("threads"),
+        py::arg("weight") = true);
   m.def("cpu_padded_channels", [](int dtype, int64_t C) {
     Cell cell;
     cell.dtype = DType(dtype), cell.C = C;

@@ -25,7 +25,8 @@ double sparse_cost(const Cell& cell, double density);
 
 // Bytes that a call needs as its workspace.
 int64_t forward_workspace(const Cell& cell, int threads);
-int64_t backward_workspace(const Cell& cell, int threads);
+int64_t backward_workspace(const Cell& cell, int threads, bool weight);  // with its gradient?
+int64_t weight_gradient_workspace(const Cell& cell, int threads);
 
 // C rounded up to whole vectors: what a pixel of saved_syn holds, and a quarter of saved_gates.
 int64_t padded_channels(const Cell& cell);
@@ -63,6 +64,7 @@ void pack_weight(const Cell& cell, Form form, int threads, const void* weight, v
 
 void forward(const ForwardArgs& args);
 void backward(const BackwardArgs& args);
+void weight_gradient(const WeightGradArgs& args);
 
 // out[k] = function(in[k]) as the kernels compute it: "exp", "sigmoid", "tanh".
 void evaluate(const std::string& function, DType dtype, const void* in, void* out, int64_t count);
@@ -78,12 +80,14 @@ struct Kernels {
   bool (*has_tiles)(const Cell&);
   double (*sparse_cost)(const Cell&, double density);
   int64_t (*forward_workspace)(const Cell&, int);
-  int64_t (*backward_workspace)(const Cell&, int);
+  int64_t (*backward_workspace)(const Cell&, int, bool);
+  int64_t (*weight_gradient_workspace)(const Cell&, int);
   int64_t (*padded_channels)(const Cell&);
   int64_t (*packed_bytes)(const Cell&, Form);
   void (*pack_weight)(const Cell&, Form, int, const void*, void*);
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
+  void (*weight_gradient)(const WeightGradArgs&);
   bool (*evaluate)(const char*, DType, const void*, void*, int64_t);
 };
 

@@ -101,8 +101,11 @@ double sparse_cost(const Cell& cell, double density) {
 int64_t forward_workspace(const Cell& cell, int threads) {
   return kernels(cell).forward_workspace(cell, threads);
 }
-int64_t backward_workspace(const Cell& cell, int threads) {
-  return kernels(cell).backward_workspace(cell, threads);
+int64_t backward_workspace(const Cell& cell, int threads, bool weight) {
+  return kernels(cell).backward_workspace(cell, threads, weight);
+}
+int64_t weight_gradient_workspace(const Cell& cell, int threads) {
+  return kernels(cell).weight_gradient_workspace(cell, threads);
 }
 int64_t padded_channels(const Cell& cell) { return kernels(cell).padded_channels(cell); }
 int64_t packed_bytes(const Cell& cell, Form form) { return kernels(cell).packed_bytes(cell, form); }
@@ -111,6 +114,7 @@ void pack_weight(const Cell& cell, Form form, int threads, const void* weight, v
 }
 void forward(const ForwardArgs& args) { kernels(args.cell).forward(args); }
 void backward(const BackwardArgs& args) { kernels(args.cell).backward(args); }
+void weight_gradient(const WeightGradArgs& args) { kernels(args.cell).weight_gradient(args); }
 void evaluate(const std::string& function, DType dtype, const void* in, void* out, int64_t count) {
   if (!current()->kernels->evaluate(function.c_str(), dtype, in, out, count))
     throw std::invalid_argument("function must be exp, sigmoid or tanh, got '" + function + "'");

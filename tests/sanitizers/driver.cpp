@@ -236,7 +236,7 @@ void run(Cell c, const cpu::Kernels& kernels) {
   const Bytes direct = pack(Form::backward, want_x);
   const Bytes of_mem = pack(Form::backward_mem_tiles, want_x);
   const Bytes of_x = pack(Form::backward_x_tiles, want_x);
-  const Bytes workspace(kernels.backward_workspace(c, threads));
+  const Bytes workspace(kernels.backward_workspace(c, threads, true));
   BackwardArgs a;
   a.cell = c, a.threads = threads, a.record = record;
   a.x = x.view(), a.syn0 = syn0.view(), a.mem0 = mem0.view();

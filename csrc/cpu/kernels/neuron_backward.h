@@ -1,11 +1,11 @@
 // The pointwise part of the backward pass, for a block of rows of one time step: spike, pooling,
-// reset, LSTM. It leaves what the step's convolutions need: d gates, mem before the step and x,
-// each channels-last with a zero border, in two buffers by turns. (So mem before the step after is
-// still there: mem after the step, whose spikes these are.)
+// reset, LSTM. It fills the images that the step's convolutions read (step_images.h). The buffer of
+// the step after still holds that step's mem_before, which is mem after this step: the spikes'
+// gradient reads it.
 #pragma once
 
 #include "fire.h"
-#include "rows.h"
+#include "weight_gradient.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -19,18 +19,14 @@ class NeuronBackward {
 
  public:
   NeuronBackward(const BackwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks)
-      : a_(a), l_(l), tasks_(tasks) {}
+      : a_(a), l_(l), tasks_(tasks), images_(l) {}
 
   void carve(Arena& arena) {
     const Cell& c = a_.cell;
+    images_.carve(arena, a_.grad_weight != nullptr);
     threshold_ = arena.take<T>(l_.Cp);
     threshold_sums_ = arena.take<T>(tasks_.count * l_.Cp);
     bias_sums_ = arena.take<T>(tasks_.count * 4 * l_.Cp);
-    for (int k = 0; k < 2; ++k) {
-      d_gates_[k] = arena.take<T>(c.N * 4 * l_.mem_image());
-      mem_[k] = arena.take<T>(c.N * l_.mem_image());
-      x_[k] = arena.take<T>(c.N * l_.x_image() + kReadAhead);
-    }
     syn0_ = arena.take<T>(c.N * l_.state_image());
     d_syn_ = arena.take<T>(c.N * l_.state_image());
     scratch_ = arena.take<Scratch>(a_.threads);
@@ -42,13 +38,8 @@ class NeuronBackward {
     }
   }
 
-  // Of the step t and sample n, each with its border.
-  T* d_gates(int64_t t, int64_t n) const { return d_gates_[t & 1] + n * 4 * l_.mem_image(); }
-  T* mem_before(int64_t t, int64_t n) const { return mem_[t & 1] + n * l_.mem_image(); }
-  T* mem_row(int64_t t, int64_t n, int64_t h) const {  // without its border
-    return mem_before(t, n) + ((h + l_.ph) * l_.Wm + l_.pw) * l_.Cp;
-  }
-  T* x(int64_t t, int64_t n) const { return x_[t & 1] + n * l_.x_image(); }
+  StepImages<T> images(int64_t t) const { return images_.images(t); }
+  const T* d_gates(int64_t t, int64_t n) const { return images_.d_gates(t, n); }
   // The rows of a task: the gradient of mem as the next step's convolution gives it.
   T* mem_grad(int thread) const { return scratch_[thread].mem_grad; }
 
@@ -66,13 +57,8 @@ class NeuronBackward {
     const int64_t row = l_.Wo * l_.Cp;
     std::memset(d_syn_ + n * l_.state_image() + begin * row, 0, (end - begin) * row * sizeof(T));
     for (int64_t h = begin; h < end; ++h)
-      read_row(a_.syn0, n, h, syn0_ + n * l_.state_image() + h * row);
-    if (begin > 0) return;
-    for (int k = 0; k < 2; ++k) {
-      std::memset(d_gates(k, n), 0, 4 * l_.mem_image() * sizeof(T));
-      std::memset(mem_before(k, n), 0, l_.mem_image() * sizeof(T));
-      std::memset(x(k, n), 0, l_.x_image() * sizeof(T));
-    }
+      images_.read_row(a_.syn0, n, h, syn0_ + n * l_.state_image() + h * row);
+    if (begin == 0) images_.clear_borders(n);
   }
 
   // Before the last step nothing has come back yet.
@@ -86,17 +72,17 @@ class NeuronBackward {
     const int64_t n = tasks_.image(task), begin = tasks_.begin(task), end = tasks_.end(task);
     const int64_t row = l_.Wo * l_.Cp;
     const bool states = a_.record || t == a_.cell.T - 1;
-    gather_x(t, n, begin, end);
+    if (a_.grad_weight) images_.read_x(at_time(a_.x, t), t, n, begin, end);
     for (int64_t h = begin; h < end; ++h) {
       if (states && a_.grad_mem.data)
         add_row(a_.grad_mem, t, n, h, s.mem_grad + (h - begin) * row, s);
       if (states && a_.grad_syn.data)
         add_row(a_.grad_syn, t, n, h, d_syn_ + n * l_.state_image() + h * row, s);
-      if (t == a_.cell.T - 1) recompute_mem(t, n, h, mem_row(t + 1, n, h));
+      if (t == a_.cell.T - 1) recompute_mem(t, n, h, images_.mem_row(t + 1, n, h));
       if (t > 0)
-        recompute_mem(t - 1, n, h, mem_row(t, n, h));
-      else
-        read_row(a_.mem0, n, h, mem_row(t, n, h));
+        recompute_mem(t - 1, n, h, images_.mem_row(t, n, h));
+      else if (a_.grad_weight)
+        images_.read_row(a_.mem0, n, h, images_.mem_row(t, n, h));
     }
     if (a_.grad_spk.data && a_.cell.surrogate != Surrogate::none) spike(t, n, task, s);
     for (int64_t h = begin; h < end; ++h) step(t, n, h, task, s.mem_grad + (h - begin) * row);
@@ -111,7 +97,7 @@ class NeuronBackward {
                  v.stride[4], [](R g, int64_t) { return g; });
   }
 
-  // Bias and threshold gradients of one channel block, over all tasks in order.
+  // The threshold's gradient of one channel block, over all tasks in order; the bias's.
   void reduce(int64_t cb) const {
     const int64_t C = a_.cell.C;
     for (int64_t lane = 0; lane < VL && cb * VL + lane < C; ++lane) {
@@ -121,13 +107,10 @@ class NeuronBackward {
         for (int64_t k = 0; k < tasks_.count; ++k) sum += threshold_sums_[k * l_.Cp + ch];
         static_cast<T*>(a_.grad_threshold)[ch] = sum;
       }
-      for (int gate = 0; a_.grad_bias && gate < 4; ++gate) {
-        T sum = 0;
-        for (int64_t k = 0; k < tasks_.count; ++k)
-          sum += bias_sums_[k * 4 * l_.Cp + cb * kGates + gate * VL + lane];
-        static_cast<T*>(a_.grad_bias)[gate * C + ch] = sum;
-      }
     }
+  }
+  void reduce_bias() const {
+    if (a_.grad_bias) write_bias_gradient(l_, bias_sums_, tasks_.count, a_.grad_bias);
   }
 
  private:
@@ -137,8 +120,10 @@ class NeuronBackward {
   };
 
   const T* gates(int64_t t, int64_t n, int64_t h) const {
-    return static_cast<const T*>(a_.saved_gates) +
-           ((t * a_.cell.N + n) * l_.pixels + h * l_.Wo) * 4 * l_.Cp;
+    return static_cast<const T*>(a_.saved_gates) + gates_row(t, n, h);
+  }
+  int64_t gates_row(int64_t t, int64_t n, int64_t h) const {
+    return ((t * a_.cell.N + n) * l_.pixels + h * l_.Wo) * 4 * l_.Cp;
   }
   const T* syn_after(int64_t t, int64_t n, int64_t h) const {  // t = -1: the first syn
     const T* base =
@@ -146,27 +131,15 @@ class NeuronBackward {
     return base + n * l_.state_image() + h * l_.Wo * l_.Cp;
   }
 
-  void read_row(const View& v, int64_t n, int64_t h, T* dst, int64_t t = 0) const {
-    const T* src =
-        static_cast<const T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
-    if (l_.Cp > a_.cell.C) std::memset(dst, 0, l_.Wo * l_.Cp * sizeof(T));
-    load_row<S>(src, v.stride[2], v.stride[4], l_.Wo, a_.cell.C, dst, l_.Cp);
+  static View at_time(const View& v, int64_t t) {
+    View step = v;
+    step.data = static_cast<T*>(v.data) + t * v.stride[0];
+    return step;
   }
   void add_row(const View& v, int64_t t, int64_t n, int64_t h, T* dst, const Scratch& s) const {
-    read_row(v, n, h, s.row, a_.record ? t : 0);
+    images_.read_row(at_time(v, a_.record ? t : 0), n, h, s.row);
     for (int64_t k = 0; k < l_.Wo * l_.Cp; k += VL)
       S::store(dst + k, S::load(dst + k) + S::load(s.row + k));
-  }
-
-  // The input rows that belong to state rows [begin, end); the last task takes the rest.
-  void gather_x(int64_t t, int64_t n, int64_t begin, int64_t end) const {
-    if (!a_.grad_weight) return;
-    const Cell& c = a_.cell;
-    const T* src = static_cast<const T*>(a_.x.data) + t * a_.x.stride[0] + n * a_.x.stride[1];
-    const int64_t last = end == l_.Ho ? c.H : end * c.stride_h;
-    for (int64_t h = begin * c.stride_h; h < last; ++h)
-      load_row<S>(src + h * a_.x.stride[3], a_.x.stride[2], a_.x.stride[4], c.W, c.Cin,
-                  x(t, n) + ((h + l_.ph) * l_.Wx + l_.pw) * c.Cin, c.Cin);
   }
 
   // tanh of the synaptic current before its quantisation.
@@ -207,7 +180,7 @@ class NeuronBackward {
       if (a_.noise.data) pooled_row(a_.noise, t, n, h, s.noise_row);
       if (c.inhibition) keep_winner(a_.winner[t * c.N + n], h, s.row);
       const int64_t top = (h * c.pool_h - begin) * row;
-      const T* mem_after = mem_row(t + 1, n, h * c.pool_h);
+      const T* mem_after = images_.mem_row(t + 1, n, h * c.pool_h);
       for (int64_t w = 0; w < l_.Wp; ++w)
         for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
           Mask where{};
@@ -246,7 +219,8 @@ class NeuronBackward {
     const Cell& c = a_.cell;
     const T *gate = gates(t, n, h), *syn = syn_after(t, n, h), *syn_prev = syn_after(t - 1, n, h);
     T* d_syn = d_syn_ + n * l_.state_image() + h * l_.Wo * l_.Cp;
-    T* out = d_gates(t, n) + ((h + l_.ph) * l_.Wm + l_.pw) * 4 * l_.Cp;
+    T* out = images_.d_gates_row(t, n, h);
+    T* left = a_.d_gates ? static_cast<T*>(a_.d_gates) + gates_row(t, n, h) : nullptr;
     T *bias_sums = bias_sums_ + task * 4 * l_.Cp, *threshold_sums = threshold_sums_ + task * l_.Cp;
     for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
       R bias[4] = {R{}, R{}, R{}, R{}}, threshold{};
@@ -263,6 +237,7 @@ class NeuronBackward {
         const R pre[4] = {d.pre.i, d.pre.f, d.pre.o, d.pre.g};
         for (int v = 0; v < 4; ++v) {
           S::store(out + 4 * k + v * VL, pre[v]);
+          if (left) S::store(left + 4 * k + v * VL, pre[v]);  // perhaps where g was
           bias[v] += pre[v];
         }
       }
@@ -277,10 +252,8 @@ class NeuronBackward {
   const BackwardArgs& a_;
   const Layout<T, VL>& l_;
   const RowTasks& tasks_;
+  StepBuffers<T, VL> images_;
   T *threshold_ = nullptr, *threshold_sums_ = nullptr, *bias_sums_ = nullptr;
-  T* d_gates_[2] = {nullptr, nullptr};
-  T* mem_[2] = {nullptr, nullptr};
-  T* x_[2] = {nullptr, nullptr};
   T *syn0_ = nullptr, *d_syn_ = nullptr;
   Scratch* scratch_ = nullptr;
 };

@@ -105,8 +105,17 @@ static bool evaluate(const char* name, DType dtype, const void* in, void* out, i
 }
 
 extern const cpu::Kernels kernels;
-const cpu::Kernels kernels = {has_tiles,       sparse_cost,  forward_workspace, backward_workspace,
-                              padded_channels, packed_bytes, pack_weight,       forward,
-                              backward,        evaluate};
+const cpu::Kernels kernels = {has_tiles,
+                              sparse_cost,
+                              forward_workspace,
+                              backward_workspace,
+                              weight_gradient_workspace,
+                              padded_channels,
+                              packed_bytes,
+                              pack_weight,
+                              forward,
+                              backward,
+                              weight_gradient,
+                              evaluate};
 
 SNNLSTM_END_ISA

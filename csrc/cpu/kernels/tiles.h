@@ -39,6 +39,35 @@ TileBlock<T> tile_block(const Layout<T, VL>& l, int64_t m, int64_t rows, int64_t
           point_stride<T>(most * 4 * VL)};
 }
 
+// What one thread keeps of a block: values and products at all points.
+template <class T>
+struct TileBuffers {
+  T *values, *products;
+};
+
+// The number of elements of TileBuffers for tiles of m x m with so many input channels; 0 for m =
+// 0.
+struct TileSizes {
+  int64_t values = 0, products = 0;
+
+  template <class T, int VL>
+  TileSizes(const Layout<T, VL>& l, int64_t m, int64_t channels) {
+    if (m == 0) return;
+    const TileBlock<T> b = tile_block(l, m, 0, channels);
+    values = l.points_of(m) * b.values_stride;
+    products = l.points_of(m) * b.products_stride;
+  }
+  void cover(const TileSizes& other) {
+    if (other.values > values) values = other.values;
+    if (other.products > products) products = other.products;
+  }
+  template <class T>
+  TileBuffers<T> carve(Arena& arena) const {
+    T* first = arena.take<T>(values);
+    return {first, arena.take<T>(products)};
+  }
+};
+
 // in: first pixel of the first tile's inputs, border included.
 template <class W, class S, class T = typename S::Scalar>
 void transform_inputs(const TileBlock<T>& b, int64_t tile, const T* in, int64_t row, int64_t pixel,

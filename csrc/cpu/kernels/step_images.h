@@ -1,0 +1,99 @@
+// The images that a time step's gradients are formed from: d gates, mem before the step and x, all
+// samples, channels-last with a zero border (layout.h). They lie in two buffers by turns, so that
+// the step before can be filled in while a step is read.
+#pragma once
+
+#include "layout.h"
+#include "rows.h"
+
+SNNLSTM_BEGIN_ISA
+
+template <class T>
+struct StepImages {
+  const T *d_gates, *mem, *x;
+};
+
+template <class T, int VL>
+class StepBuffers {
+  using S = Simd<T, VL>;
+
+ public:
+  explicit StepBuffers(const Layout<T, VL>& l) : l_(l) {}
+
+  // with_x: the weight gradient reads the images, not only the data gradients.
+  void carve(Arena& arena, bool with_x) {
+    const int64_t N = l_.c.N;
+    for (int k = 0; k < 2; ++k) {
+      d_gates_[k] = arena.take<T>(k < l_.c.T ? N * 4 * l_.mem_image() : 0);
+      mem_[k] = arena.take<T>(N * l_.mem_image());
+      x_[k] = arena.take<T>(with_x && k < l_.c.T ? N * l_.x_image() + kReadAhead : 0);
+    }
+    with_x_ = with_x;
+  }
+
+  StepImages<T> images(int64_t t) const { return {d_gates(t, 0), mem(t, 0), x(t, 0)}; }
+
+  // Of the step t and sample n, each with its border.
+  T* d_gates(int64_t t, int64_t n) const { return d_gates_[t & 1] + n * 4 * l_.mem_image(); }
+  T* mem(int64_t t, int64_t n) const { return mem_[t & 1] + n * l_.mem_image(); }
+  T* x(int64_t t, int64_t n) const { return x_[t & 1] + n * l_.x_image(); }
+  // Without the border.
+  T* d_gates_row(int64_t t, int64_t n, int64_t h) const {
+    return d_gates(t, n) + ((h + l_.ph) * l_.Wm + l_.pw) * 4 * l_.Cp;
+  }
+  T* mem_row(int64_t t, int64_t n, int64_t h) const {
+    return mem(t, n) + ((h + l_.ph) * l_.Wm + l_.pw) * l_.Cp;
+  }
+
+  // Zeros around the images of sample n, in both buffers.
+  void clear_borders(int64_t n) const {
+    const Cell& c = l_.c;
+    const int64_t Hm = l_.Hr + 2 * l_.ph;
+    for (int k = 0; k < 2; ++k) {
+      clear_border(mem(k, n), Hm, l_.Wm, l_.Ho, l_.Wo, l_.Cp);
+      if (k >= c.T) continue;
+      clear_border(d_gates(k, n), Hm, l_.Wm, l_.Ho, l_.Wo, 4 * l_.Cp);
+      if (with_x_) clear_border(x(k, n), l_.Hx, l_.Wx, c.H, c.W, c.Cin);
+    }
+  }
+
+  // The input rows that belong to state rows [begin, end) of step t; v: of that step. The last
+  // state row brings the rest of the image.
+  void read_x(const View& v, int64_t t, int64_t n, int64_t begin, int64_t end) const {
+    const Cell& c = l_.c;
+    const T* src = static_cast<const T*>(v.data) + n * v.stride[1];
+    const int64_t last = end == l_.Ho ? c.H : end * c.stride_h;
+    for (int64_t h = begin * c.stride_h; h < last; ++h)
+      load_row<S>(src + h * v.stride[3], v.stride[2], v.stride[4], c.W, c.Cin,
+                  x(t, n) + ((h + l_.ph) * l_.Wx + l_.pw) * c.Cin, c.Cin);
+  }
+
+  // Row h of a state: all Cp channels of Wo pixels.
+  void read_row(const View& v, int64_t n, int64_t h, T* dst) const {
+    const T* src = static_cast<const T*>(v.data) + n * v.stride[1] + h * v.stride[3];
+    if (l_.Cp > l_.c.C) std::memset(dst, 0, l_.Wo * l_.Cp * sizeof(T));
+    load_row<S>(src, v.stride[2], v.stride[4], l_.Wo, l_.c.C, dst, l_.Cp);
+  }
+
+ private:
+  // An image of rows x columns pixels, of which height x width lie behind the padding.
+  void clear_border(T* image, int64_t rows, int64_t columns, int64_t height, int64_t width,
+                    int64_t pixel) const {
+    const int64_t row = columns * pixel, left = l_.pw * pixel, right = left + width * pixel;
+    std::memset(image, 0, l_.ph * row * sizeof(T));
+    for (int64_t h = l_.ph; h < l_.ph + height; ++h) {
+      std::memset(image + h * row, 0, left * sizeof(T));
+      std::memset(image + h * row + right, 0, (row - right) * sizeof(T));
+    }
+    const int64_t below = l_.ph + height;
+    std::memset(image + below * row, 0, (rows - below) * row * sizeof(T));
+  }
+
+  const Layout<T, VL>& l_;
+  T* d_gates_[2] = {nullptr, nullptr};
+  T* mem_[2] = {nullptr, nullptr};
+  T* x_[2] = {nullptr, nullptr};
+  bool with_x_ = false;
+};
+
+SNNLSTM_END_ISA

@@ -1,0 +1,286 @@
+// The gradient of the weight, summed over time steps that are given one after the other. Each task
+// owns its part of the sums, so that the result does not depend on who computes what when.
+#pragma once
+
+#include "schedule.h"
+#include "sparse_grad.h"
+#include "step_images.h"
+#include "weight_grad.h"
+#include "weight_sums.h"
+
+SNNLSTM_BEGIN_ISA
+
+// The bias gradient (4C,) from `count` partial sums of 4 Cp d gates each, added in their order.
+template <class T, int VL>
+void write_bias_gradient(const Layout<T, VL>& l, const T* sums, int64_t count, void* grad_bias) {
+  for (int64_t ch = 0; ch < l.c.C; ++ch)
+    for (int gate = 0; gate < 4; ++gate) {
+      T sum = 0;
+      for (int64_t k = 0; k < count; ++k)
+        sum += sums[k * 4 * l.Cp + ch / VL * 4 * VL + gate * VL + ch % VL];
+      static_cast<T*>(grad_bias)[gate * l.c.C + ch] = sum;
+    }
+}
+
+template <class T, int VL>
+class WeightGradient {
+  using S = Simd<T, VL>;
+  using Sparse = SparseWeightGrad<T, VL>;
+  static constexpr int kGates = 4 * VL;
+  static constexpr int64_t kPiece = 48;      // rows of K in a task
+  static constexpr int64_t kTilePiece = 64;  // with Winograd: input channels
+  // Each split has sums of its own, to be cleared and added up: so many pixels, of all steps, pay
+  // for that.
+  static constexpr int64_t kSplitPixels = 4096;
+  // Channel blocks that share the lists, or the transformed tiles, of the input.
+  static constexpr int64_t kShared = 4;
+
+  // One thread's.
+  struct Scratch {
+    T* d_gates;            // of one channel block and some pixels
+    T* few_sums;           // of_few()
+    TileBuffers<T> tiles;  // the caller's
+    typename Sparse::Lists lists;
+    typename Sparse::Scratch listing;
+  };
+
+ public:
+  WeightGradient(const Layout<T, VL>& l, int threads)
+      : l_(l),
+        c_(l.c),
+        threads_(threads),
+        sparse_(l),
+        x_runs_(c_, c_.Cin, l.Wx * c_.Cin, c_.Cin, 0, kPiece),
+        mem_runs_(c_, c_.C, l.Wm * l.Cp, l.Cp, l.Kx, kPiece),
+        x_groups_(groups(x_runs_)),
+        mem_groups_(groups(mem_runs_)),
+        splits_(count_splits()),
+        sums_(l, x_in_tiles(), splits_, (c_.N + splits_ - 1) / splits_ * pixel_blocks()) {}
+
+  // The tile buffers that add() needs.
+  TileSizes tile_sizes() const { return TileSizes(l_, l_.grad_tile, kTilePiece + VL); }
+
+  void carve(Arena& arena) {
+    sums_.carve(arena);
+    scratch_ = arena.take<Scratch>(threads_);
+    for (int k = 0; k < threads_; ++k) {
+      Scratch s;
+      const bool gathered = l_.Cb > 1 || l_.few_channels();
+      s.d_gates = arena.take<T>(gathered ? pixel_block_rows() * l_.Wo * kGates : 0);
+      s.few_sums = arena.take<T>(l_.few_channels() ? kPiece * 2 * VL : 0);
+      if (c_.x_way == Way::sparse) {
+        sparse_.carve(arena, s.lists);
+        sparse_.carve(arena, s.listing);
+      }
+      if (scratch_) scratch_[k] = s;
+    }
+  }
+
+  int64_t clear_tasks() const { return splits_; }
+  void clear(int64_t task) { sums_.clear(task); }
+
+  // Adds a step's part, with tile buffers that nobody else uses meanwhile.
+  int64_t tasks() const { return splits_ * l_.Cb * pieces(); }
+  void add(const StepImages<T>& step, int64_t task, int thread, const TileBuffers<T>& tiles) {
+    scratch_[thread].tiles = tiles;
+    const int64_t slices = l_.Cb * pieces(), split = task / slices, slice = task % slices;
+    const int64_t cb = slice % l_.Cb, index = slice / l_.Cb;
+    const bool of_x = index < x_pieces();
+    const int64_t piece = of_x ? index : index - x_pieces();
+    if (of_x && c_.x_way == Way::sparse)
+      by_lists(step, split, cb, scratch_[thread]);
+    else if (of_x ? !x_in_tiles() : l_.grad_tile == 0)
+      directly(step, split, cb, of_x, piece, scratch_[thread]);
+    else if constexpr (kHasWinograd<T, VL>)
+      with_grad_winograd<S>(c_.kernel_h, int(l_.grad_tile), [&](auto form) {
+        by_tiles<decltype(form)>(step, split, cb, of_x, piece, scratch_[thread]);
+      });
+  }
+
+  // Whether the sums are to be folded behind step t; the steps come last first.
+  bool due(int64_t t) const { return sums_.due(t); }
+  int64_t fold_tasks() const { return sums_.fold_tasks(); }
+  void fold(int64_t task, int64_t t) { sums_.fold(task, t); }
+
+  int64_t write_tasks() const { return sums_.write_tasks(); }
+  void write(int64_t task, void* grad_weight) const {
+    sums_.write(task, static_cast<T*>(grad_weight));
+  }
+
+ private:
+  // So many tasks that all threads have some, and no more than the sums are worth.
+  int64_t count_splits() const {
+    const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
+    int64_t splits = 4 * threads_ / tasks;
+    if (splits > c_.N) splits = c_.N;
+    const int64_t worth = (c_.T * c_.N * l_.pixels + kSplitPixels - 1) / kSplitPixels;
+    if (splits > worth) splits = worth;
+    return splits < 1 ? 1 : splits;
+  }
+
+  // Of an image, as the weight gradient of mem takes it.
+  int64_t pixel_blocks() const {
+    const int64_t rows = l_.grad_tile > 0 ? l_.rows_of_tiles(l_.grad_tile) : pixel_block_rows();
+    return (l_.Ho + rows - 1) / rows;
+  }
+
+  // Whether x's weight gradient goes by Winograd: few channels gain nothing, and direct sums round
+  // less.
+  bool x_in_tiles() const { return c_.x_way == Way::winograd && l_.grad_tile > 0 && c_.Cin > 4; }
+
+  // Pieces of K that weight gradient tasks take.
+  static int64_t tile_pieces(int64_t channels) { return (channels + kTilePiece - 1) / kTilePiece; }
+  int64_t x_pieces() const {
+    if (c_.x_way == Way::sparse) return 1;
+    return x_in_tiles() ? tile_pieces(c_.Cin) : x_groups_;
+  }
+  int64_t pieces() const {
+    return x_pieces() + (l_.grad_tile > 0 ? tile_pieces(c_.C) : mem_groups_);
+  }
+  static int64_t groups(const RunList& list) {
+    int64_t count = 0;
+    list.chunks(kPiece, [&](const Run*, int) { ++count; });
+    return count;
+  }
+
+  // Of x, from the lists of its nonzeros: the first of some channel blocks does them all.
+  void by_lists(const StepImages<T>& step, int64_t split, int64_t cb, Scratch& s) {
+    if (cb % kShared != 0) return;
+    for (int64_t n = c_.N * split / splits_; n < c_.N * (split + 1) / splits_; ++n)
+      for (int64_t block = 0; block < sparse_.blocks(); ++block) {
+        sparse_.build(step.x + n * l_.x_image(), block, s.listing, s.lists);
+        for (int64_t b = cb; b < cb + kShared && b < l_.Cb; ++b)
+          sparse_.run(s.lists, step.d_gates + n * 4 * l_.mem_image() + b * kGates, s.listing,
+                      sums_.rows(split, b, true));
+      }
+  }
+
+  template <class W>
+  void by_tiles(const StepImages<T>& step, int64_t split, int64_t cb, bool of_x, int64_t piece,
+                const Scratch& s) {
+    if (cb % kShared != 0) return;
+    const int64_t channels = of_x ? c_.Cin : c_.C, first = piece * kTilePiece;
+    const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
+    const int64_t block = l_.rows_of_tiles(W::tile), stride = channels * kGates;
+    for (int64_t n = c_.N * split / splits_; n < c_.N * (split + 1) / splits_; ++n)
+      for (int64_t h = 0; h < l_.Ho; h += block) {
+        PixelRows<T> p = pixel_rows(step, n, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x);
+        const TileBlock<T> b = tile_block(l_, W::tile, p.rows, (len + VL - 1) / VL * VL);
+        transform_inputs<W, S>(b, W::tile, p.in + first, p.in_row, p.in_pixel, s.tiles.values);
+        for (int64_t k = cb; k < cb + kShared && k < l_.Cb; ++k, p.d_gates += kGates)
+          weight_grad_tiles<W, S>(p, b, s.tiles.values, len, s.tiles.products,
+                                  sums_.points(split, k, of_x) + first * kGates, stride);
+      }
+  }
+
+  // What the weight gradient of rows [h, h + rows) and channel block cb sums over.
+  PixelRows<T> pixel_rows(const StepImages<T>& step, int64_t n, int64_t h, int64_t rows, int64_t cb,
+                          bool of_x) {
+    PixelRows<T> p;
+    p.d_pixel = 4 * l_.Cp;
+    p.d_row = l_.Wm * p.d_pixel;
+    p.d_gates = step.d_gates + n * 4 * l_.mem_image() + (h + l_.ph) * p.d_row + l_.pw * p.d_pixel +
+                cb * kGates;
+    p.rows = rows;
+    p.pixels = l_.Wo;
+    if (of_x) {
+      p.in_row = c_.stride_h * l_.Wx * c_.Cin;
+      p.in_pixel = c_.stride_w * c_.Cin;
+      p.in = step.x + n * l_.x_image() + h * p.in_row;
+    } else {
+      p.in_row = l_.Wm * l_.Cp;
+      p.in_pixel = l_.Cp;
+      p.in = step.mem + n * l_.mem_image() + h * p.in_row;
+    }
+    return p;
+  }
+
+  // Rows of pixels whose d gates of one channel block stay in L1 while all of a piece passes by.
+  int64_t pixel_block_rows() const {
+    const int64_t rows = 128 / l_.Wo;
+    return rows < 1 ? 1 : rows < l_.Ho ? rows : l_.Ho;
+  }
+
+  void directly(const StepImages<T>& step, int64_t split, int64_t cb, bool of_x, int64_t piece,
+                const Scratch& s) {
+    T* out = sums_.rows(split, cb, of_x);
+    (of_x ? x_runs_ : mem_runs_).chunks(kPiece, [&](const Run* runs, int count) {
+      if (piece-- != 0) return;
+      if (l_.few_channels()) return of_few(step, split, of_x, runs, count, s, out);
+      each_pixel_block(step, split, cb, of_x, [&](PixelRows<T> p) {
+        if (l_.Cb > 1) gather_d_gates(p, s.d_gates);
+        for (int r = 0; r < count; ++r)
+          weight_grad_run<S>(p, runs[r].in, runs[r].len, out + runs[r].w * kGates);
+      });
+    });
+  }
+
+  template <class F>
+  void each_pixel_block(const StepImages<T>& step, int64_t split, int64_t cb, bool of_x, F&& f) {
+    const int64_t block = pixel_block_rows();
+    for (int64_t n = c_.N * split / splits_; n < c_.N * (split + 1) / splits_; ++n)
+      for (int64_t h = 0; h < l_.Ho; h += block)
+        f(pixel_rows(step, n, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x));
+  }
+
+  // Where most lanes are zero: the gates of the others close up, and so do the sums.
+  void of_few(const StepImages<T>& step, int64_t split, bool of_x, const Run* runs, int count,
+              const Scratch& s, T* out) {
+    const int64_t C = c_.C, vectors = 4 * C <= VL ? 1 : 2, width = vectors * VL;
+    T* const sums = s.few_sums;
+    std::memset(sums, 0, kPiece * width * sizeof(T));
+    each_pixel_block(step, split, 0, of_x, [&](PixelRows<T> p) {
+      gather_lanes(p, width, s.d_gates);
+      T* to = sums;
+      for (int r = 0; r < count; to += runs[r++].len * width)
+        if (vectors == 1)
+          weight_grad_run<S, 1>(p, runs[r].in, runs[r].len, to);
+        else
+          weight_grad_run<S, 2>(p, runs[r].in, runs[r].len, to);
+    });
+    const T* from = sums;
+    for (int r = 0; r < count; ++r)
+      for (int64_t k = 0; k < runs[r].len; ++k, from += width)
+        for (int64_t gate = 0; gate < 4; ++gate)
+          for (int64_t ch = 0; ch < C; ++ch)
+            out[(runs[r].w + k) * kGates + gate * VL + ch] += from[gate * C + ch];
+  }
+
+  void gather_lanes(PixelRows<T>& p, int64_t width, T* to) const {
+    const int64_t C = c_.C;
+    T* dst = to;
+    for (int64_t h = 0; h < p.rows; ++h)
+      for (int64_t w = 0; w < p.pixels; ++w, dst += width) {
+        const T* d = p.d_gates + h * p.d_row + w * p.d_pixel;
+        for (int64_t gate = 0; gate < 4; ++gate)
+          for (int64_t ch = 0; ch < C; ++ch) dst[gate * C + ch] = d[gate * VL + ch];
+        for (int64_t k = 4 * C; k < width; ++k) dst[k] = 0;
+      }
+    p.d_gates = to;
+    p.d_pixel = width;
+    p.d_row = p.pixels * width;
+  }
+
+  // Side by side: pixels of many channels are so far apart that few sets of the cache hold them.
+  void gather_d_gates(PixelRows<T>& p, T* to) const {
+    T* dst = to;
+    for (int64_t h = 0; h < p.rows; ++h)
+      for (int64_t w = 0; w < p.pixels; ++w, dst += kGates)
+        std::memcpy(dst, p.d_gates + h * p.d_row + w * p.d_pixel, kGates * sizeof(T));
+    p.d_gates = to;
+    p.d_pixel = kGates;
+    p.d_row = p.pixels * kGates;
+  }
+
+  const Layout<T, VL>& l_;
+  const Cell& c_;
+  int threads_;
+  Sparse sparse_;
+  RunList x_runs_, mem_runs_;
+  int64_t x_groups_, mem_groups_;  // pieces of the runs
+  int64_t splits_;
+  WeightSums<T, VL> sums_;
+  Scratch* scratch_ = nullptr;
+};
+
+SNNLSTM_END_ISA
