@@ -111,8 +111,6 @@ struct BackwardArgs {
   View grad_spk;            // (T, N, C, Hp, Wp)
   View grad_syn, grad_mem;  // as ForwardArgs::syn and mem; record says which form
   bool record = false;
-  void* d_gates = nullptr;  // if given: the gradient of the gate sums of every step is left here,
-                            // in the layout of saved_gates, and may be saved_gates itself
   View grad_x;                     // (T, N, Cin, H, W)
   View grad_syn0, grad_mem0;       // (N, C, Ho, Wo)
   void* grad_weight = nullptr;     // (4C, Cin + C, kernel_h, kernel_w), contiguous
@@ -125,33 +123,23 @@ struct BackwardArgs {
   int threads = 1;
 };
 
+// What the gradients of weight and bias need of one step of a loop.
+struct StepOfGradient {
+  View x;                         // (N, Cin, H, W)
+  View mem;                       // (N, C, Ho, Wo), before the step
+  const void* d_gates = nullptr;  // (N, Ho, Wo, 4, Cp): BackwardArgs::d_gates
+};
+
 // The gradients of weight and bias, formed over many steps at once from what their backward passes
 // have left in d_gates.
 struct WeightGradArgs {
-  Cell cell;
-  View x;                         // (T, N, Cin, H, W)
-  View mem;                       // (T, N, C, Ho, Wo): mem before each step
-  const void* d_gates = nullptr;  // (T, N, Ho, Wo, 4, Cp), contiguous
-  void* grad_weight = nullptr;    // (4C, Cin + C, kernel_h, kernel_w), contiguous
-  void* grad_bias = nullptr;      // (4C,)
-  void* workspace = nullptr;
-  int threads = 1;
-};
-
-// What the gradients of weight and bias need of one step, or of a stretch of steps with a time
-// axis.
-struct StepOfGradient {
-  View x;                         // (T, N, Cin, H, W)
-  View mem;                       // (T, N, C, Ho, Wo), before each step
-  const void* d_gates = nullptr;  // BackwardArgs::d_gates
-};
-
-// The gradients of weight and bias, summed over steps whose backward pass left its d gates.
-struct WeightGradArgs {
   Cell cell;                              // T: the number of steps
-  const StepOfGradient* steps = nullptr;  // CPU: T single steps; CUDA: one stretch of T
-  void* grad_weight = nullptr;
-  void* grad_bias = nullptr;
+  const StepOfGradient* steps = nullptr;  // CPU: T of them
+  View x;                                 // CUDA: (T, N, Cin, H, W)
+  View mem;                               // CUDA: (T, N, C, Ho, Wo), mem before each step
+  const void* d_gates = nullptr;          // CUDA: (T, N, Ho, Wo, 4, Cp), contiguous
+  void* grad_weight = nullptr;            // (4C, Cin + C, kernel_h, kernel_w), contiguous
+  void* grad_bias = nullptr;              // (4C,)
   void* workspace = nullptr;
   int threads = 1;
 };
