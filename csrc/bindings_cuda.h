@@ -11,6 +11,7 @@ namespace snnlstm::bindings {
 struct CudaCalls {
   decltype(&cuda::current_target) current_target = &cuda::current_target;
   decltype(&cuda::pack_weight) pack_weight = &cuda::pack_weight;
+  decltype(&cuda::store_levels) store_levels = &cuda::store_levels;
   decltype(&cuda::forward) forward = &cuda::forward;
   decltype(&cuda::backward) backward = &cuda::backward;
   decltype(&cuda::weight_gradient) weight_gradient = &cuda::weight_gradient;
@@ -122,6 +123,8 @@ inline void bind_cuda(py::module_& m, const CudaCalls& calls = {}) {
   m.def("cuda_full_precision", [](const Target& t) { return int(cuda::full_precision(t)); });
   m.def("cuda_choose",
         [](const Cell& cell, const Target& t) { return int(cuda::choose_algorithm(cell, t)); });
+  m.def("cuda_reason_against",
+        py::overload_cast<const Cell&, const Target&>(&cuda::reason_against));
   m.def("cuda_algorithm_name", &cuda::algorithm_name);
   m.def("cuda_padded_channels", &cuda::padded_channels);
   m.def("cuda_packed_bytes", [](const Cell& cell, const Target& t, bool backward) {
@@ -142,6 +145,12 @@ inline void bind_cuda(py::module_& m, const CudaCalls& calls = {}) {
                                     Address weight, bool backward, Address packed) {
     py::gil_scoped_release release;
     calls.pack_weight(cell, at(weight), backward, at(packed), on(t, stream));
+  });
+  // values: doubles on the host
+  m.def("cuda_store_levels", [calls](const Cell& cell, const Target& t, Address stream,
+                                     Address values, Address levels) {
+    py::gil_scoped_release release;
+    calls.store_levels(cell, static_cast<const double*>(at(values)), at(levels), on(t, stream));
   });
   m.def("cuda_forward",
         [calls](const Cell& cell, const Target& t, Address stream, const py::kwargs& given) {

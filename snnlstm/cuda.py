@@ -44,8 +44,9 @@ def _tf32_is_allowed() -> bool:
 
 
 @lru_cache(maxsize=64)
-def _levels(quant: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return quant.levels.to(device, dtype).contiguous()
+def _levels(quant: Any) -> Tensor:
+    """The quantiser's levels on the host, from where each call brings them to the device."""
+    return quant.levels.to("cpu", torch.float64).contiguous()
 
 
 class Kernels:
@@ -132,13 +133,17 @@ class Kernels:
         return packed
 
     def _neuron_parameters(
-        self, x: Tensor, threshold: Tensor, graded: Tensor, options: CellOptions
+        self, call: Call, x: Tensor, threshold: Tensor, graded: Tensor, options: CellOptions
     ) -> tuple[dict[str, int], list[Tensor | None]]:
         """Arguments of every kernel, and the tensors whose addresses these are."""
         real = glue.compute_type(x.dtype)
         thresholds, stride = glue.threshold_numbers(threshold, x.dtype)
         factor = graded.detach().to(real)
-        levels = None if options.quant is None else _levels(options.quant, real, x.device)
+        levels = None
+        if options.quant is not None:
+            values = _levels(options.quant)
+            levels = x.new_empty(values.numel(), dtype=real)
+            self._core.cuda_store_levels(*call, values.data_ptr(), levels.data_ptr())
         arguments = {
             "threshold": thresholds.data_ptr(),
             "threshold_stride": stride,
@@ -169,7 +174,7 @@ class Kernels:
             saved = self.empty_saved(x, mem, options) if training else None
             result = Result(*outputs, saved)
             bias = None if bias is None else bias.detach().contiguous()
-            parameters, alive = self._neuron_parameters(x, threshold, graded, options)
+            parameters, alive = self._neuron_parameters(call, x, threshold, graded, options)
             parameters["bias"] = address(bias)
             if self._convolves(call, algorithm):
                 step = self._one_step(x, mem, options, call)
@@ -228,7 +233,7 @@ class Kernels:
         """See :func:`snnlstm.native.backward`."""
         with self._guard(x.device):
             call = self._begin(x, mem, options)
-            parameters, alive = self._neuron_parameters(x, threshold, graded, options)
+            parameters, alive = self._neuron_parameters(call, x, threshold, graded, options)
             noise = glue.stochastic_noise(x, options, grad_spk)
             if self._convolves(call, algorithm):
                 grads = pointwise.backward(

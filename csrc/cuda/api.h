@@ -51,6 +51,9 @@ struct Sizes {
 
 Sizes sizes(const Cell& cell, const Target& target);
 
+// Why no call of a cell can run: images or launches too large to be counted. Empty if it can.
+std::string reason_against(const Cell& cell, const Target& target);
+
 // The type in which gates are saved, and in which gate sums are exchanged with torch's convolution:
 // the states', or under autocast the matrix type.
 DType gate_type(DType states, Matrix matrix);
@@ -58,6 +61,10 @@ DType gate_type(DType states, Matrix matrix);
 // C rounded up to whole vectors: saved_gates are (T, N, Ho, Wo, 4, Cp), saved_syn (T - 1, N, Ho,
 // Wo, Cp) in the states' type.
 int64_t padded_channels(int64_t C);
+
+// The state quantiser's levels into (num_levels,) of the compute type on the device. values: on the
+// host, where they may be freed at once.
+void store_levels(const Cell& cell, const double* values, void* levels, const Target& target);
 
 // weight: (4C, Cin + C, kernel_h, kernel_w), contiguous, in the cell's dtype.
 void pack_weight(const Cell& cell, const void* weight, bool backward, void* packed,

@@ -37,6 +37,7 @@ class Backward {
 
   void run() {
     const Cell& c = s_.c;
+    refuse_oversize(c, backward_blocks(c, plan_));
     for (int64_t t = c.T - 1; t >= 0; --t) step(t);
     if (a_.grad_mem0.data) data_gradient(plan_.to_mem, Use::gates_to_mem, mem0_gradient());
     if (a_.grad_x.data) data_gradient(plan_.to_x, Use::gates_to_x, x_gradient());

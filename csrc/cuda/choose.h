@@ -54,7 +54,7 @@ struct ForwardPlan {
   Multiply multiply = Multiply::fma;
   Tiling tiling;        // of one time step
   bool fires = true;    // the step fires, else a kernel behind it
-  bool hoists = false;  // the input half of all time steps comes first, in one launch
+  int64_t hoisted = 0;  // steps whose input half comes first, in one launch; 0: each its own
   int tiles = 0;        // mma: n-tiles of a warp, 8 (16 channels) or 4 (8 channels)
   int warps_m = 0, warps_n = 0;
 
@@ -93,12 +93,15 @@ inline bool place(ForwardPlan& plan, const Cell& c, int pixels) {
 // Hoisting the input half out of the sequence costs 8 numbers a neuron and step to be written and
 // read. It pays where a step leaves multiprocessors idle, so that its time is that of one block:
 // the block's work shrinks, and the input half runs on all of them.
-inline bool pays_to_hoist(const ForwardPlan& plan, const Cell& c, const Target& target) {
-  constexpr int64_t most_bytes = 256 << 20;
-  const Shape s(c);
-  const int64_t bytes = c.T * s.gates() * (c.dtype == DType::float64 ? 8 : 4);
-  return c.T >= 4 && plan.tiling.blocks() <= target.multiprocessors && 3 * c.Cin >= c.C &&
-         bytes <= most_bytes;
+// Of how many steps at once: so few that the numbers are still in the cache when their step comes,
+// and that the workspace does not grow with T.
+inline int64_t steps_to_hoist(const ForwardPlan& plan, const Cell& c, const Target& target) {
+  constexpr int64_t most_bytes = 32 << 20, most_steps = 16, fewest_steps = 4;
+  if (plan.tiling.blocks() > target.multiprocessors || 3 * c.Cin < c.C) return 0;
+  const int64_t bytes = Shape(c).gates() * (c.dtype == DType::float64 ? 8 : 4);
+  const int64_t most = std::min(most_bytes / std::max<int64_t>(bytes, 1), most_steps);
+  if (most < fewest_steps || c.T < fewest_steps) return 0;
+  return ceil_div(c.T, ceil_div(c.T, most));  // chunks of nearly equal length
 }
 
 inline ForwardPlan plan_step(const Cell& c, const Target& target) {
@@ -140,9 +143,15 @@ inline ForwardPlan plan_step(const Cell& c, const Target& target) {
   return plan;
 }
 
+// Of the largest launch.
+inline int64_t forward_blocks(const Cell& c, const ForwardPlan& plan) {
+  const int64_t firing = c.N * ceil_div(c.C * c.Ho() * c.Wo(), 256);
+  return std::max(plan.tiling.blocks() * std::max<int64_t>(plan.hoisted, 1), firing);
+}
+
 inline ForwardPlan plan_forward(const Cell& c, const Target& target) {
   ForwardPlan plan = plan_step(c, target);
-  plan.hoists = pays_to_hoist(plan, c, target);
+  plan.hoisted = steps_to_hoist(plan, c, target);
   return plan;
 }
 

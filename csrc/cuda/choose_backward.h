@@ -188,6 +188,11 @@ inline bool plan_data(DataPlan& plan, const Cell& c, const Target& target, bool 
   return int64_t(bytes) <= target.shared_bytes && place(plan, fma::kPixels);
 }
 
+inline int64_t backward_blocks(const Cell& c, const BackwardPlan& plan) {
+  const int64_t spreading = c.N * ceil_div(c.C * c.Ho() * c.Wo(), 128);
+  return std::max({plan.to_mem.tiling.blocks(), plan.to_x.tiling.blocks(), spreading});
+}
+
 inline BackwardPlan plan_backward(const Cell& c, const Target& target) {
   BackwardPlan plan;
   const bool windows = c.pool != Pool::none;

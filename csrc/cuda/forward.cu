@@ -31,8 +31,9 @@ class Forward {
   }
 
   void run() {
-    if (plan_.hoists && s_.c.T > 0) hoist();
+    refuse_oversize(s_.c, forward_blocks(s_.c, plan_));
     for (int64_t t = 0; t < s_.c.T; ++t) {
+      if (plan_.hoisted > 0 && t % plan_.hoisted == 0) hoist(t);
       step(t);
       if (!plan_.fires) fire(t);
     }
@@ -46,7 +47,7 @@ class Forward {
     if (s_.c.T < 2) return;
     for (void*& mem : mem_) mem = arena.take(s_.state() * size_);
     syn_ = arena.take(s_.state() * size_);
-    if (plan_.hoists) sums_ = arena.take(s_.c.T * s_.gates() * bytes_of(real_));
+    sums_ = arena.take(plan_.hoisted * s_.gates() * bytes_of(real_));
   }
 
   bool training() const { return a_.saved_gates != nullptr; }
@@ -89,7 +90,8 @@ class Forward {
   }
 
   Image sums(int64_t t) const {
-    return image(static_cast<char*>(sums_) + t * s_.gates() * bytes_of(real_), s_, real_, 4);
+    const int64_t step = t % plan_.hoisted;
+    return image(static_cast<char*>(sums_) + step * s_.gates() * bytes_of(real_), s_, real_, 4);
   }
   // The input of steps t ... t + steps - 1.
   Segment x_segment(int64_t t, int64_t steps) const {
@@ -104,20 +106,21 @@ class Forward {
     return s;
   }
 
-  // The gate sums' input half, for all time steps.
-  void hoist() const {
+  // The gate sums' input half of step t and the next ones.
+  void hoist(int64_t t) const {
+    const int64_t steps = std::min(plan_.hoisted, s_.c.T - t);
     NeuronForward n;
     n.C = int(s_.c.C), n.Cp = int(s_.Cp), n.Ho = int(s_.Ho), n.Wo = int(s_.Wo);
     n.fire = fire_of(a_, a_.spk, 0, plan_.held());
-    n.sums_out = sums(0);
+    n.sums_out = sums(t);
     Tiling tiling = plan_.tiling;
-    tiling.images = s_.c.T * s_.c.N;
-    launch(tiling, n, x_segment(0, s_.c.T), Segment());
+    tiling.images = steps * s_.c.N;
+    launch(tiling, n, x_segment(t, steps), Segment());
   }
   void step(int64_t t) const {
     NeuronForward n = neuron(t);
-    if (plan_.hoists) n.sums_in = sums(t);
-    launch(plan_.tiling, n, plan_.hoists ? Segment() : x_segment(t, 1), mem_segment(n));
+    if (plan_.hoisted > 0) n.sums_in = sums(t);
+    launch(plan_.tiling, n, plan_.hoisted > 0 ? Segment() : x_segment(t, 1), mem_segment(n));
   }
 
   // One launch; segments without channels are left out.

@@ -1,7 +1,20 @@
 // Launching a kernel: checked, on the device or in the emulation. Included by primitives.cuh.
 #pragma once
 
-#include "primitives.cuh"
+#include <cstddef>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#else
+#include "simt.h"
+#endif
 
 namespace snnlstm::cuda {
 
@@ -24,9 +37,11 @@ struct Launch {
 
 #if defined(__CUDACC__)
 
+// Throws what went wrong, and clears it: the next call that goes well must not find this error.
 inline void check(cudaError_t status, const char* what, const char* file = __builtin_FILE(),
                   int line = __builtin_LINE()) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status) + " (" +
                            cudaGetErrorName(status) + ") at " + file + ":" + std::to_string(line));
 }
@@ -40,6 +55,24 @@ inline std::string describe(const Launch& how) {
          dims(how.block) + ", " + std::to_string(how.shared_bytes) + " bytes of shared memory";
 }
 
+// Lets the kernel have as much shared memory as the current device gives one block, once for each
+// kernel and device. (A limit of each launch's own size could be lowered by another thread before
+// the launch.)
+inline cudaError_t allow_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0, most = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) != 0) return cudaSuccess;
+  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (status == cudaSuccess) allowed.insert({kernel, device});
+  return status;
+}
+
 #endif
 
 // Runs kernel(args...) on the current device, in how.stream; an empty grid runs nothing. Throws
@@ -50,14 +83,19 @@ void launch(const Launch& how, void (*kernel)(Params...), Args... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "one argument per kernel parameter");
   if (how.grid.x == 0 || how.grid.y == 0 || how.grid.z == 0) return;
 #if defined(__CUDACC__)
-  if (how.shared_bytes > 48 * 1024) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared_bytes));
-    if (status != cudaSuccess) check(status, describe(how).c_str(), how.file, how.line);
+  const auto function = reinterpret_cast<const void*>(kernel);
+  cudaError_t status = cudaSuccess;
+  if (how.shared_bytes > 48 * 1024) status = allow_shared_memory(function);
+  if (status == cudaSuccess) {
+    std::tuple<Params...> values(static_cast<Params>(args)...);
+    std::apply(
+        [&](auto&... value) {
+          void* addresses[] = {&value...};
+          status = cudaLaunchKernel(function, how.grid, how.block, addresses, how.shared_bytes,
+                                    how.stream);
+        },
+        values);
   }
-  kernel<<<how.grid, how.block, how.shared_bytes, how.stream>>>(static_cast<Params>(args)...);
-  const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) check(status, describe(how).c_str(), how.file, how.line);
 #else
   auto thread = [&] { kernel(static_cast<Params>(args)...); };

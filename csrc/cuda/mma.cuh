@@ -186,7 +186,10 @@ class MmaGemm {
     units_left_ = p_.stage_units;
     if (weights_ == mma_gemm::kStages * p_.stage_bytes()) weights_ = 0;
     ++stages_since_load_;
-    if (loading_) source_.turn(loading);
+    if (loading_) {
+      source_.turn(loading);
+      __syncwarp();  // lanes have gone different ways
+    }
   }
 
   // After this the chunk's data is there for all threads, and the other buffer is free.

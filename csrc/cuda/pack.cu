@@ -75,6 +75,28 @@ void pack_weight(const Cell& cell, const void* weight, bool backward, void* pack
     packer.forward();
 }
 
+std::string reason_against(const Cell& cell, const Target& target) {
+  const std::string reason = reason_against(cell, 0);
+  if (!reason.empty()) return reason;
+  return reason_against(cell, std::max(forward_blocks(cell, plan_forward(cell, target)),
+                                       backward_blocks(cell, plan_backward(cell, target))));
+}
+
+void store_levels(const Cell& cell, const double* values, void* levels, const Target& target) {
+  with_real(cell.dtype, [&](auto real) {
+    using R = decltype(real);
+    for (int from = 0; from < cell.num_levels; from += StoreLevels::kMost) {
+      StoreLevels p;
+      p.count = std::min(cell.num_levels - from, StoreLevels::kMost);
+      std::copy(values + from, values + from + p.count, p.value);
+      p.levels = static_cast<R*>(levels) + from;
+      const Launch how{"store levels", dim3(1), dim3(StoreLevels::kMost), 0,
+                       static_cast<Stream>(target.stream)};
+      launch(how, &store_levels_kernel<R>, p);
+    }
+  });
+}
+
 Matrix full_precision(const Target& target) {
   return tensor_cores_beat_fma(target) ? Matrix::tf32x3 : Matrix::exact;
 }

@@ -1,10 +1,28 @@
-// From the convolution's weight to the layouts that the kernels read: one thread an element.
+// What a call brings to the device in the form that the kernels read: the quantiser's levels and
+// the convolution's weight.
+//
+// From the weight to the layouts that the kernels read: one thread an element.
 #pragma once
 
 #include "fma.cuh"
 #include "mma.cuh"
 
 namespace snnlstm::cuda {
+
+// Levels travel as an argument: stream-ordered, with no memory that streams or graphs would share.
+struct StoreLevels {
+  static constexpr int kMost = 256;
+  double value[kMost];
+  int count = 0;
+  void* levels = nullptr;
+};
+
+template <class R>
+__global__ void __launch_bounds__(StoreLevels::kMost)
+    store_levels_kernel(const __grid_constant__ StoreLevels p) {
+  const int i = int(threadIdx.x);
+  if (i < p.count) static_cast<R*>(p.levels)[i] = R(p.value[i]);
+}
 
 // What a packed weight is for.
 enum class Use : int {

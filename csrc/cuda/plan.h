@@ -124,10 +124,24 @@ inline Tensor as_tensor(const Image& i) {
   return a;
 }
 
-inline void refuse_oversize(bool bad, const char* what, int64_t value) {
-  if (bad)
-    throw std::runtime_error(std::string(what) + " is " + std::to_string(value) +
-                             "; the CUDA kernels count it in 31 bits");
+// Why the kernels cannot run a cell in launches of so many blocks; empty if they can. Offsets
+// within one image, and blocks, are counted in 31 bits.
+inline std::string reason_against(const Cell& c, int64_t blocks) {
+  const Shape s(c);
+  const std::pair<const char*, int64_t> counts[] = {
+      {"4 * channels * height * width of one image's gates", 4 * s.Cp * s.pixels},
+      {"channels * height * width of one input image", c.Cin * c.H * c.W},
+      {"the number of blocks of a launch", blocks}};
+  for (const auto& [what, value] : counts)
+    if (value >= int64_t(1) << 31)
+      return std::string(what) + " is " + std::to_string(value) +
+             "; the CUDA kernels accept less than 2^31";
+  return "";
+}
+
+inline void refuse_oversize(const Cell& c, int64_t blocks) {
+  const std::string reason = reason_against(c, blocks);
+  if (!reason.empty()) throw std::runtime_error(reason);
 }
 
 }  // namespace snnlstm::cuda

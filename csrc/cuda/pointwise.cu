@@ -35,6 +35,7 @@ void pointwise_forward(const ForwardArgs& args, const View& gate_sums, const Tar
   const Cell& c = args.cell;
   const DType gates = gate_type(c.dtype, target.matrix);
   const Plan plan(c);
+  refuse_oversize(c, plan.tiling.blocks());
   const auto stream = static_cast<Stream>(target.stream);
   PointwiseForward p;
   p.tiling = plan.tiling;
@@ -64,6 +65,7 @@ void pointwise_backward(const BackwardArgs& args, const View& d_gates, void* mem
   const DType gates = gate_type(c.dtype, target.matrix);
   const Shape s(c);
   const Plan plan(c);
+  refuse_oversize(c, plan.tiling.blocks());
   const auto stream = static_cast<Stream>(target.stream);
   const DType real = real_type(c.dtype);
   Arena arena(args.workspace);

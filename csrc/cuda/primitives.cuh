@@ -34,9 +34,6 @@
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
 // Collectives take, in the emulation, the place where they were called, for its reports.
 #define SNNLSTM_SITE
 #else

@@ -20,7 +20,7 @@ void launch_reduce_weight(const ReduceWeights& given, Stream stream) {
     const int64_t of_one = p.pitch() * int64_t(sizeof(R));
     while (p.chunk > 1 && p.chunk * of_one > 48 * 1024) p.chunk /= 2;
     const Launch how{"add weight gradients",
-                     dim3(unsigned(p.chunks(0) + p.chunks(1)), unsigned(4 * p.C)),
+                     dim3(unsigned(4 * p.C), unsigned(p.chunks(0) + p.chunks(1))),
                      dim3(kReduceThreads), size_t(p.chunk * of_one), stream};
     launch(how, &reduce_weight<R>, p);
   });
@@ -48,6 +48,7 @@ void launch_reduce_sums(const ReduceSums& p, Stream stream) {
 
 void weight_gradient(const WeightGradArgs& args, const Target& target) {
   const Cell& c = args.cell;
+  refuse_oversize(c, 0);
   WeightGradient grad(c, target);
   Arena arena(args.workspace);
   grad.carve(arena);

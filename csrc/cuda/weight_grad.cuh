@@ -137,17 +137,17 @@ struct ReduceWeights {
   SNNLSTM_BOTH int chunks(int k) const { return (half[k].channels + chunk - 1) / chunk; }
 };
 
-// grid: (chunks of input channels of x, then of mem; 4C). The sums go through shared memory,
+// grid: (4C; chunks of input channels of x, then of mem). The sums go through shared memory,
 // (chunk, pitch): the parts have the channels innermost, the gradient the taps.
 template <class R>
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_weight(const __grid_constant__ ReduceWeights p) {
   R* sums = &shared_memory<R>();
-  const bool second = int(blockIdx.x) >= p.chunks(0);
+  const bool second = int(blockIdx.y) >= p.chunks(0);
   const ReduceWeight& h = p.half[second ? 1 : 0];
-  const int c0 = (int(blockIdx.x) - (second ? p.chunks(0) : 0)) * p.chunk;
+  const int c0 = (int(blockIdx.y) - (second ? p.chunks(0) : 0)) * p.chunk;
   const int channels = h.channels - c0 < p.chunk ? h.channels - c0 : p.chunk;
-  const int gate = int(blockIdx.y) / p.C, c = int(blockIdx.y) % p.C;
+  const int gate = int(blockIdx.x) / p.C, c = int(blockIdx.x) % p.C;
   const R* parts = static_cast<const R*>(h.parts) + int64_t(gate * p.Cp + c) * h.part_columns + c0;
   const int64_t part = int64_t(h.part_rows) * h.part_columns;
   for (int i = int(threadIdx.x); i < p.taps * p.chunk; i += kReduceThreads) {
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     sums[ci * p.pitch() + tap] = sum;
   }
   __syncthreads();
-  const int64_t out = (int64_t(blockIdx.y) * p.all_channels + h.first_channel + c0) * p.taps;
+  const int64_t out = (int64_t(blockIdx.x) * p.all_channels + h.first_channel + c0) * p.taps;
   for (int i = int(threadIdx.x); i < channels * p.taps; i += kReduceThreads)
     write(p.grad, p.type, out + i, sums[i / p.taps * p.pitch() + i % p.taps]);
 }

@@ -108,6 +108,7 @@ class WeightGemm {
             start(next, buffer ^ 1, step / (kSteps / kChunks));
           }
           source_.turn(next);
+          __syncwarp();  // lanes have gone different ways
         }
         multiply(buffer, step, acc);
       }

@@ -40,6 +40,13 @@ class Spot(NamedTuple):
     fewest: int
 
 
+class Launch(NamedTuple):
+    kernel: str
+    blocks: int
+    threads: int
+    shared_bytes: int
+
+
 class Emulator:
     """Settings hold until they are changed; each test asks for what it needs."""
 
@@ -49,6 +56,7 @@ class Emulator:
         self.lib.simt_register.restype = ctypes.c_char_p
         self.lib.simt_counters.restype = ctypes.c_char_p
         self.lib.simt_spots.restype = ctypes.c_char_p
+        self.lib.simt_launches.restype = ctypes.c_char_p
         self.instrumented = bool(self.lib.simt_instrumented())
         self.reset()
 
@@ -58,6 +66,8 @@ class Emulator:
         self.checks()
         self.fault(0)
         self.compute_capability(80)
+        self.truncate(False)
+        self.lib.simt_dry(0)
         self.lib.simt_reset_counters()
 
     def schedule(self, policy: str, seed: int = 0) -> None:
@@ -72,6 +82,22 @@ class Emulator:
 
     def compute_capability(self, number: int) -> None:
         self.lib.simt_compute_capability(number)
+
+    def truncate(self, on: bool = True) -> None:
+        """Sums of ``mma`` round towards zero, as those of tensor cores are reported to."""
+        self.lib.simt_truncate(int(on))
+
+    @contextlib.contextmanager
+    def dry(self) -> Iterator[list[Launch]]:
+        """Within the block nothing runs; after it the list holds what would have been launched."""
+        found: list[Launch] = []
+        self.lib.simt_dry(1)
+        self.lib.simt_launches()
+        try:
+            yield found
+        finally:
+            self.lib.simt_dry(0)
+            found += [Launch(*row) for row in json.loads(self.lib.simt_launches().decode())]
 
     def counters(self) -> dict[str, dict[str, int]]:
         """Totals since the last reset, by kernel name (see emulator/count.cpp)."""

@@ -94,6 +94,8 @@ CASES = {
         PLAIN, in_channels=8, channels=16, height=8, width=8, layouts=("channels_last",) * 4
     ),
     "sliced": replace(PLAIN, layouts=("sliced",) * 4),
+    # The input half of the first steps at once, then that of the others.
+    "long": replace(PLAIN, time=18, batch=1, height=3, width=4),
     "kernel 5x1": with_options(kernel_size=(5, 1), reset="subtract"),
     "kernel 1x1": with_options(kernel_size=(1, 1), reset="zero"),
     "short chunks": replace(
@@ -182,6 +184,7 @@ def test_every_kernel_is_among_those_that_are_run_and_checked(core):
     for mode, name in (
         ("float32", "one window"),
         ("float32", "inhibition"),
+        ("float32", "quantised"),
         ("tf32", "plain"),
         ("float32 behind torch", "plain"),
     ):

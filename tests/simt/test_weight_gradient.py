@@ -47,13 +47,15 @@ class Calls:
         self.real = torch.float64 if self.case.dtype == torch.float64 else torch.float32
         self.padded = self.module.cuda_padded_channels(self.case.channels)
         surrogate = options.surrogate
+        pool = {"none": 0, "max": 1, "avg": 2}[options.pool]
+        reset = {"subtract": 0, "zero": 1, "none": 2}[options.reset]
         self.facts = {
             "dtype": DTYPES[self.case.dtype], "N": self.case.batch, "Cin": self.case.in_channels,
             "C": self.case.channels, "H": self.case.height, "W": self.case.width,
-            "kernel": options.kernel_size, "stride": options.stride, "dilation": options.dilation,
-            "pool": {"none": 0, "max": 1, "avg": 2}[options.pool], "pool_size": options.pool_size,
-            "reset": {"subtract": 0, "zero": 1, "none": 2}[options.reset], "surrogate": surrogate.kind,
-            "p0": surrogate.p0, "p1": surrogate.p1, "inhibition": options.inhibition, "num_levels": 0,
+            "kernel": options.kernel_size, "stride": options.stride,
+            "dilation": options.dilation, "pool": pool, "pool_size": options.pool_size,
+            "reset": reset, "surrogate": surrogate.kind, "p0": surrogate.p0, "p1": surrogate.p1,
+            "inhibition": options.inhibition, "num_levels": 0,
         }  # fmt: skip
 
     def cell(self, time: int):
@@ -186,7 +188,7 @@ def test_steps_and_one_weight_gradient_equal_the_reference(core, mode, name, in_
 
 @pytest.mark.parametrize("mode", ["float64", "tf32x3"])
 def test_steps_equal_the_sequence(core, mode):
-    """The same kernels sum the same numbers, from states that were rounded alike."""
+    """The same kernels sum the same numbers, from states rounded alike."""
     case = with_options(PLAIN, reset="subtract")
     found, inputs, grads = step_by_step(core, case, MODES[mode], in_place=True)
     case = MODES[mode].of(case)

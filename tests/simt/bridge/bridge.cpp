@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings_cuda.h"
+#include "machine.h"
 #include "memory.h"
 
 using namespace snnlstm;
@@ -32,14 +33,14 @@ class Arrays {
   }
 
   void add(const char* name, const void* p, int64_t bytes, Does does) {
-    if (p == nullptr || bytes <= 0) return;
+    if (simt::machine().dry || p == nullptr || bytes <= 0) return;
     const char* c = static_cast<const char*>(p);
     items_.push_back({c, c + bytes, name, does != Does::reads});
     if (does == Does::writes) std::memset(const_cast<void*>(p), 0xff, size_t(bytes));
   }
 
   void add(const char* name, const View& v, const Extent& extent, DType type, Does does) {
-    if (v.data == nullptr) return;
+    if (simt::machine().dry || v.data == nullptr) return;
     int64_t last = 0;
     for (int k = 0; k < 5; ++k) {
       if (extent[k] == 0) return;
@@ -177,6 +178,14 @@ void pack_weight(const Cell& c, const void* weight, bool backward, void* packed,
   cuda::pack_weight(c, weight, backward, packed, target);
 }
 
+void store_levels(const Cell& c, const double* values, void* levels, const cuda::Target& target) {
+  Arrays arrays;
+  arrays.add("levels", levels, c.num_levels * int64_t(element_size(compute_type(c.dtype))),
+             Does::writes);
+  arrays.commit();
+  cuda::store_levels(c, values, levels, target);
+}
+
 void forward(const ForwardArgs& a, const cuda::Target& target) {
   Arrays arrays;
   add_forward(arrays, a, target, false);
@@ -237,6 +246,7 @@ PYBIND11_MODULE(snnlstm_simt, m) {
   bindings::CudaCalls calls;
   calls.current_target = [](void*) { return the_target; };
   calls.pack_weight = &pack_weight;
+  calls.store_levels = &store_levels;
   calls.forward = &forward;
   calls.backward = &backward;
   calls.weight_gradient = &weight_gradient;

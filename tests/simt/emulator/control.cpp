@@ -34,6 +34,25 @@ SIMT_EXPORT int simt_instrumented() { return simt::checks().instrumented; }
 
 SIMT_EXPORT void simt_compute_capability(int value) { simt::machine().compute_capability = value; }
 
+SIMT_EXPORT void simt_truncate(int on) { simt::machine().truncates = on != 0; }
+
+SIMT_EXPORT void simt_dry(int on) { simt::machine().dry = on != 0; }
+
+// [[kernel, blocks, threads, bytes of shared memory], ...] of the dry runs since the last call.
+SIMT_EXPORT const char* simt_launches() {
+  text = "[";
+  for (const simt::Geometry& g : simt::machine().launches) {
+    if (text.size() > 1) text += ", ";
+    text += std::string("[\"") + g.name + "\", " +
+            std::to_string(uint64_t(g.grid.x) * g.grid.y * g.grid.z) + ", " +
+            std::to_string(uint64_t(g.block.x) * g.block.y * g.block.z) + ", " +
+            std::to_string(g.shared_bytes) + "]";
+  }
+  simt::machine().launches.clear();
+  text += "]";
+  return text.c_str();
+}
+
 SIMT_EXPORT void simt_fault(int which, int place) {
   snnlstm::cuda::chosen_fault = which;
   snnlstm::cuda::chosen_fault_place = place;

@@ -53,8 +53,15 @@ float element(uint32_t word, int half) {
   }
 }
 
+float towards_zero(double exact) {
+  const float nearest = float(exact);
+  return std::fabs(double(nearest)) > std::fabs(exact) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 // Products are exact in float for all three types; the order and the rounding of the tensor core's
-// sums is not documented, here they are plain float additions in the order of k.
+// sums is not documented. Here they are plain float additions in the order of k, or, where the
+// machine truncates, an exact sum that loses what is behind its 24th bit: as reported of real ones
+// (Ootomo and Yokota 2022, https://doi.org/10.1177/10943420221090256).
 template <MmaType type>
 void multiply(Machine&, Warp& warp, unsigned) {
   constexpr int K = type == MmaType::tf32 ? 8 : 16;
@@ -75,6 +82,14 @@ void multiply(Machine&, Warp& warp, unsigned) {
     for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * t + i % 2] = o.d[i];
   }
   for (int row = 0; row < 16; ++row) {
+    if (machine().truncates) {
+      for (int column = 0; column < 8; ++column) {
+        double sum = d[row][column];
+        for (int k = 0; k < K; ++k) sum += double(a[row][k]) * b[k][column];
+        d[row][column] = towards_zero(sum);
+      }
+      continue;
+    }
     for (int k = 0; k < K; ++k) {
       for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
     }

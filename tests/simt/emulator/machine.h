@@ -79,14 +79,17 @@ class Machine {
   Policy policy = Policy::in_order;
   uint64_t seed = 0;
   int compute_capability = 80;
+  bool truncates = false;  // mma rounds its sums towards zero
+  bool dry = false;        // launches are checked and listed, but nothing runs
 
   // ---- the launch
   Geometry geometry{};
-  unsigned block_number = 0;    // in the order in which blocks run
-  uint32_t epoch = 0;           // counts barriers over all blocks and launches: never falls
-  uint32_t block_epoch = 0;     // epoch at the start of this block
-  uint32_t launch_epoch = 0;    // epoch at the start of this launch
-  std::vector<Thread> threads;  // of this block
+  std::vector<Geometry> launches;  // of dry runs
+  unsigned block_number = 0;       // in the order in which blocks run
+  uint32_t epoch = 0;              // counts barriers over all blocks and launches: never falls
+  uint32_t block_epoch = 0;        // epoch at the start of this block
+  uint32_t launch_epoch = 0;       // epoch at the start of this launch
+  std::vector<Thread> threads;     // of this block
   std::vector<Warp> warps;
   Thread* current = nullptr;           // null: the host runs
   unsigned arrived = 0, finished = 0;  // threads at the barrier; threads that have returned

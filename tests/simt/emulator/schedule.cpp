@@ -113,6 +113,10 @@ void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
                              std::to_string(most_shared_bytes));
   }
   if (current != nullptr) throw std::runtime_error(where + "a launch inside a kernel");
+  if (dry) {
+    launches.push_back(g);
+    return;
+  }
 
   geometry = g;
   body_ = body;

@@ -1,0 +1,54 @@
+// The part of CUDA's runtime that csrc/cuda/launch.cuh calls, without a GPU: it remembers what it
+// is asked for, and behaves as the real one is documented to. A kernel's limit is what was set
+// last; a launch above it fails; a failed call leaves an error behind that cudaGetLastError() takes
+// away.
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <mutex>
+#include <utility>
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_of = 1, unsigned y_of = 1, unsigned z_of = 1) : x(x_of), y(y_of), z(z_of) {}
+};
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+
+namespace fake {
+inline std::mutex mutex;
+inline thread_local int device = 0;
+inline thread_local cudaError_t last = cudaSuccess;
+inline std::map<std::pair<const void*, int>, int> limits;
+inline int attribute_calls = 0, launches = 0, optin = 200 * 1024;
+inline bool refuses_attributes = false;
+
+inline cudaError_t fail() { return last = cudaErrorInvalidValue; }
+}  // namespace fake
+
+inline cudaError_t cudaGetLastError() { return std::exchange(fake::last, cudaSuccess); }
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidValue"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = fake::device, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = fake::optin, cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  const std::lock_guard<std::mutex> lock(fake::mutex);
+  if (fake::refuses_attributes) return fake::fail();
+  ++fake::attribute_calls;
+  fake::limits[{kernel, fake::device}] = bytes;
+  return cudaSuccess;
+}
+inline cudaError_t cudaLaunchKernel(const void* kernel, dim3, dim3, void** arguments, size_t bytes,
+                                    cudaStream_t) {
+  const std::lock_guard<std::mutex> lock(fake::mutex);
+  const auto found = fake::limits.find({kernel, fake::device});
+  if (bytes > size_t(found == fake::limits.end() ? 48 * 1024 : found->second)) return fake::fail();
+  if (fake::last != cudaSuccess) return fake::last;  // as a check of the last error would say
+  fake::launches += *static_cast<int*>(arguments[0]);
+  return cudaSuccess;
+}

@@ -1,0 +1,60 @@
+// launch() on a runtime that only remembers; run by test_launch.py.
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cuda_runtime.h"
+#include "launch.cuh"
+
+using namespace snnlstm::cuda;
+
+namespace {
+
+void kernel(int) {}
+void other(int) {}
+
+void want(bool holds, const char* what) {
+  if (holds) return;
+  std::printf("%s\n", what);
+  std::exit(1);
+}
+
+std::string error_of(size_t bytes, void (*which)(int) = kernel) {
+  try {
+    launch(Launch{"kernel", dim3(1), dim3(32), bytes}, which, 1);
+    return "";
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+}
+
+}  // namespace
+
+int main() {
+  want(error_of(300 * 1024).find("bytes of shared memory") != std::string::npos,
+       "a launch above the device's limit says what it was");
+  want(error_of(1024).empty(), "an error stays with the call that made it");
+
+  fake::refuses_attributes = true;
+  want(!error_of(100 * 1024, other).empty(), "a refused attribute is an error");
+  fake::refuses_attributes = false;
+  want(error_of(1024, other).empty(), "a refused attribute stays with its call");
+  want(error_of(100 * 1024, other).empty(), "and is asked for again");
+
+  const int before = fake::attribute_calls;
+  std::vector<std::thread> threads;
+  bool well[4] = {};
+  for (int k = 0; k < 4; ++k)
+    threads.emplace_back([&, k] {
+      fake::device = k % 2;
+      well[k] = true;
+      for (int i = 0; i < 2000; ++i) well[k] &= error_of(size_t(50 + 40 * k) * 1024).empty();
+    });
+  for (std::thread& t : threads) t.join();
+  for (const bool each : well) want(each, "threads with different needs do not disturb each other");
+  want(fake::attribute_calls - before == 1, "once for each kernel and device");
+  launch(Launch{"empty", dim3(0), dim3(32)}, kernel, 1);
+  want(fake::launches == 2 + 1 + 8000, "every launch but the empty one came through");
+}

@@ -1,0 +1,18 @@
+"""launch() against a CUDA runtime that only remembers: limits of shared memory, errors, threads."""
+
+import subprocess
+
+from builder import HERE, ROOT, compiler
+
+
+def test_launches(tmp_path):
+    program = tmp_path / "launches"
+    folders = [HERE / "runtime", ROOT / "csrc" / "cuda"]
+    subprocess.run(
+        [compiler(), "-std=c++17", "-O1", "-g", "-D__CUDACC__", "-pthread"]
+        + [f"-I{folder}" for folder in folders]
+        + [str(HERE / "runtime" / "launches.cpp"), "-o", str(program)],
+        check=True,
+    )
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
