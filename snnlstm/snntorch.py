@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import surrogate
@@ -38,22 +39,82 @@ def _captured(function: object, module: str, qualname: str | None = None) -> dic
 def recognise_surrogate(
     spike_grad: Callable[[Tensor], Tensor],
 ) -> surrogate.Surrogate | Callable[[Tensor], Tensor]:
-    """Our surrogate for a closure of ``snntorch.surrogate``; anything else as it came.
+    """Our surrogate for one of ``snntorch.surrogate``; anything else as it came.
 
-    snnTorch's surrogates are closures called ``NAME.<locals>.inner`` that hold their
-    parameters. One whose parameters are not the plain numbers of the table stays foreign.
+    snnTorch 1.0.0 makes closures, ``atan.<locals>.inner``, that hold their parameters. After it
+    come objects, such as an ``ATanSurrogate`` with the attribute ``alpha``. Either is taken for a
+    row of the table by its name, by its parameters, which must be plain numbers, and by what it
+    computes.
     """
-    captured = _captured(spike_grad, "snntorch.surrogate")
-    name, _, rest = getattr(spike_grad, "__qualname__", "").partition(".")
-    if captured is None or rest != "<locals>.inner":
+    if isinstance(spike_grad, nn.Module):
         return spike_grad
-    for kind in surrogate.KINDS[1:]:
-        if kind.name == name and set(kind.parameters) == set(captured):
+    kind = _kind(spike_grad)
+    parameters = None if kind is None else _numbers(spike_grad, kind.parameters)
+    if kind is None or parameters is None:
+        return spike_grad
+    try:
+        made = surrogate.make(kind.name, **parameters)
+    except (TypeError, ValueError):  # not numbers, or not finite
+        return spike_grad
+    return made if _agree(spike_grad, made) else spike_grad
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").removesuffix("surrogate")
+
+
+# The names of snnTorch's functions, and of the torch.autograd.Functions that they call.
+_LONG_NAMES = {
+    "stochasticspikeoperator": "SSO",
+    "leakyspikeoperator": "LSO",
+    "sparsefastsigmoid": "SFS",
+}
+_KINDS = {_plain(kind.name): kind for kind in surrogate.KINDS[1:]}
+_KINDS |= {long: _KINDS[_plain(short)] for long, short in _LONG_NAMES.items()}
+
+
+def _kind(function: object) -> surrogate.Kind | None:
+    """The row that a function or an instance of snnTorch's is named after."""
+    named: Any = function if isinstance(function, types.FunctionType) else type(function)
+    if str(named.__module__).partition(".")[0] != "snntorch":
+        return None
+    return _KINDS.get(_plain(named.__qualname__.partition(".")[0]))
+
+
+def _numbers(function: object, names: tuple[str, ...]) -> dict[str, Any] | None:
+    """Parameters of a surrogate, from its closure or its attributes; None if one is missing."""
+    if isinstance(function, types.FunctionType):
+        held = _captured(function, function.__module__) or {}
+    else:
+        held = {name: getattr(function, name) for name in names if hasattr(function, name)}
+    return {name: held[name] for name in names} if set(names) <= set(held) else None
+
+
+def _agree(theirs: Callable[[Tensor], Tensor], ours: surrogate.Surrogate) -> bool:
+    """Whether two surrogates give the same spikes and gradients at some points.
+
+    snnTorch's sigmoid is NaN for very negative inputs and its LSO cannot be called; ours mend that.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        points = torch.linspace(-2.9, 3.1, 21, dtype=torch.float64, device="cpu")
+        points[7] = 0
+        weights = torch.linspace(0.5, 1.5, 21, dtype=torch.float64, device="cpu")
+        found = []
+        for spike in (theirs, ours):
+            torch.default_generator.manual_seed(0)  # SSO is random
+            x = points.clone().requires_grad_()
             try:
-                return surrogate.make(name, **{key: captured[key] for key in kind.parameters})
-            except (TypeError, ValueError):
-                return spike_grad
-    return spike_grad
+                spk = spike(x)
+                (gradient,) = torch.autograd.grad(spk, x, weights.to(spk.dtype))
+                found.append((spk.double(), gradient))
+            except TypeError:
+                return ours.name == "LSO"
+            except Exception:  # whatever a foreign callable raises
+                return False
+        (spk, gradient), (expected_spk, expected) = found
+        gradient = torch.where(gradient.isnan(), expected, gradient)
+        close = torch.allclose(gradient, expected, rtol=1e-4, atol=1e-9)
+        return torch.equal(spk, expected_spk) and close
 
 
 def recognise_quant(

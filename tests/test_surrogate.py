@@ -7,9 +7,11 @@ import pickle
 import pytest
 import snntorch
 import snntorch.surrogate as theirs
+import snntorch.utils
 import torch
 from helpers import close, ours, states, steps, twins
 
+import snnlstm
 from snnlstm import surrogate
 from snnlstm.snntorch import recognise_surrogate
 
@@ -107,15 +109,125 @@ def test_snntorchs_closure_is_recognised(name, kwargs):
     assert ours(spike_grad=closure).spike_grad == getattr(surrogate, name)(**kwargs)
 
 
-def test_what_is_no_closure_of_snntorch_stays_what_it_is():
+class _Spike(torch.autograd.Function):
+    """A spike of the input's dtype, as on snnTorch's master, with the gradient of `factor`."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.save_for_backward(x)
+        ctx.factor = factor
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor(*ctx.saved_tensors), None
+
+
+def stand_in(class_name, like, module="snntorch.surrogate", change=lambda x: x, **attributes):
+    """An object of the shape that surrogates have after 1.0.0: a class with attributes."""
+
+    def call(self, x):
+        return _Spike.apply(x, lambda u: change(like.factor(u)))
+
+    made = type(class_name, (), {"__module__": module, "__call__": call})()
+    vars(made).update(attributes)
+    return made
+
+
+CLASSES = {
+    "atan": ["ATanSurrogate", "ATan", "Atan"],
+    "fast_sigmoid": ["FastSigmoidSurrogate", "fast_sigmoid"],
+    "sigmoid": ["SigmoidSurrogate"],
+    "straight_through_estimator": ["StraightThroughEstimatorSurrogate"],
+    "triangular": ["TriangularSurrogate"],
+    "heaviside": ["HeavisideSurrogate"],
+    "spike_rate_escape": ["SpikeRateEscapeSurrogate"],
+    "SFS": ["SFSSurrogate", "SparseFastSigmoidSurrogate"],
+    "SSO": ["SSOSurrogate", "StochasticSpikeOperator"],
+    "LSO": ["LSOSurrogate", "LeakySpikeOperatorSurrogate"],
+}
+
+
+def parameters_of(spike):
+    return dict(zip(surrogate.KINDS[spike.kind].parameters, (spike.p0, spike.p1), strict=False))
+
+
+@each
+def test_snntorchs_object_is_recognised(name, kwargs):
+    spike = getattr(surrogate, name)(**kwargs)
+    for class_name in CLASSES[name]:
+        theirs = stand_in(class_name, spike, **parameters_of(spike))
+        assert recognise_surrogate(theirs) == spike
+        assert ours(spike_grad=theirs).spike_grad == spike
+
+
+def test_recognising_leaves_no_trace():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with torch.inference_mode(), torch.device("meta"):
+        assert recognise_surrogate(theirs.SSO()) == surrogate.SSO()
+    assert torch.equal(torch.rand(3), expected)
+
+
+@each
+def test_what_computes_something_else_stays_foreign(name, kwargs):
+    spike = getattr(surrogate, name)(**kwargs)
+    attributes, (class_name, *_) = parameters_of(spike), CLASSES[name]
+    for change in (lambda x: 1.001 * x, torch.zeros_like, lambda x: x + 1e-3):
+        changed = stand_in(class_name, spike, change=change, **attributes)
+        # At its default SFS is zero nearly everywhere, but not for x > 1.
+        assert recognise_surrogate(changed) is changed
+    at_zero = stand_in(class_name, spike, **attributes)
+    type(at_zero).__call__ = lambda self, x: _Spike.apply(x, spike.factor) + (x == 0)
+    broken = stand_in(class_name, spike, **attributes)
+    type(broken).__call__ = lambda self, x: 1 / 0
+    elsewhere = stand_in(class_name, spike, module="mine.surrogate", **attributes)
+    for foreign in (at_zero, broken, elsewhere):
+        assert recognise_surrogate(foreign) is foreign
+
+
+def test_what_has_other_parameters_stays_foreign():
+    spike = surrogate.atan()
+    tensor_slope = theirs.fast_sigmoid(torch.tensor(25.0))  # perhaps one that is learned
+    for foreign in (
+        tensor_slope,
+        theirs.atan(math.nan),
+        stand_in("ATanSurrogate", spike, slope=2.0),
+        stand_in("ATanSurrogate", spike, alpha="2"),
+        stand_in("ATanSurrogate", spike, alpha=3.0),
+        stand_in("GaussianSurrogate", spike, alpha=2.0),
+    ):
+        assert recognise_surrogate(foreign) is foreign
+
+
+def test_what_is_not_of_snntorch_stays_what_it_is():
     def inner(x):
         return x
 
     inner.__module__, inner.__qualname__ = "snntorch.surrogate", "atan.<locals>.inner"
-    tensor_slope = theirs.fast_sigmoid(torch.tensor(25.0))  # perhaps one that is learned
     custom = theirs.custom_surrogate(lambda x, grad, spk: grad)
-    for foreign in (inner, tensor_slope, custom, torch.nn.ReLU(), len, theirs.atan(math.nan)):
+    for foreign in (inner, custom, torch.nn.ReLU(), len, torch.sigmoid):
         assert recognise_surrogate(foreign) is foreign
+
+
+def test_a_network_of_the_next_release_takes_the_kernels(backend, monkeypatch):
+    """There the default surrogate is an object, and so it is in every cell."""
+    made = stand_in("ATanSurrogate", surrogate.atan(), alpha=2.0)
+    monkeypatch.setattr(snntorch._neurons.neurons, "atan", lambda: made)
+    net = torch.nn.Sequential(
+        snntorch.SConv2dLSTM(2, 3, 3, threshold=0.1, init_hidden=True),
+        snntorch.Leaky(beta=0.9, init_hidden=True),
+    )
+    assert net[0].spike_grad is net[1].spike_grad is made
+    x = steps(1, 2, 2, 6, 7)[0]
+    expected = net(x)
+    snntorch.utils.reset(net)
+    assert snnlstm.accelerate(net).swapped == ("0",)
+    close(net(x), expected)
+    backend.check(net[0].path)
+    assert snnlstm.restore(net).swapped == ("0",)
+    assert net[0].spike_grad is made
 
 
 @each
