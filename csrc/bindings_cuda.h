@@ -114,7 +114,8 @@ inline void bind_cuda(py::module_& m, const CudaCalls& calls = {}) {
       .def("wanting",
            [](const Target& target, int matrix, int algorithm) {
              Target with = target;
-             with.matrix = cuda::Matrix(matrix), with.algorithm = cuda::Algorithm(algorithm);
+             with.matrix = cuda::Matrix(matrix);
+             if (algorithm != 0) with.algorithm = cuda::Algorithm(algorithm);
              return with;
            })
       .def_readonly("compute_capability", &Target::compute_capability);

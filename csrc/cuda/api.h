@@ -25,6 +25,8 @@ enum class Algorithm : int {
   // torch's own convolution and pointwise_forward() / pointwise_backward(): what choose_algorithm()
   // may say, but nothing that forward() and backward() do
   pointwise = 3,
+  fused = 5,     // a launch for every step, with tensor cores or without
+  resident = 6,  // the whole sequence in one; std::runtime_error where that cannot be
 };
 
 // Where and how to run. The same for all calls that share packed weights, saved tensors or sizes.
@@ -95,7 +97,8 @@ Matrix full_precision(const Target& target);
 // What is likely to be fastest: fma, mma or pointwise. See choose.h for how it is estimated.
 Algorithm choose_algorithm(const Cell& cell, const Target& target);
 
-// "fma" or "mma-<operands>": what forward() and backward() run for this target.
+// "fma" or "mma-<operands>", behind "resident-" where a sequence is one launch: what forward() and
+// backward() run for this target.
 std::string algorithm_name(const Cell& cell, const Target& target);
 
 }  // namespace snnlstm::cuda

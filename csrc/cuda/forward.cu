@@ -2,6 +2,7 @@
 // (and a second where the spike needs a whole sample or windows that cross tiles).
 #include "launch.h"
 #include "neuron_args.h"
+#include "resident_plan.h"
 
 namespace snnlstm::cuda {
 
@@ -172,10 +173,13 @@ class Forward {
 
 }  // namespace
 
-void forward(const ForwardArgs& args, const Target& target) { Forward(args, target).run(); }
+void forward(const ForwardArgs& args, const Target& target) {
+  if (args.cell.T > 0 && runs_resident(args.cell, target)) return resident_forward(args, target);
+  Forward(args, target).run();
+}
 
 int64_t forward_workspace(const Cell& cell, const Target& target) {
-  return Forward::workspace(cell, target);
+  return runs_resident(cell, target) ? 0 : Forward::workspace(cell, target);
 }
 
 }  // namespace snnlstm::cuda

@@ -29,6 +29,9 @@ void launch_reduce_weight(const ReduceWeights& p, Stream stream);
 void launch_sum_gates(const SumGates& p, int splits, DType type, Stream stream);
 void launch_reduce_sums(const ReduceSums& p, Stream stream);
 
+// The whole sequence in one launch; see resident_plan.h for whether it can be.
+void resident_forward(const ForwardArgs& args, const Target& target);
+
 int64_t forward_workspace(const Cell& cell, const Target& target);
 int64_t backward_workspace(const Cell& cell, const Target& target, bool of_weights);
 int64_t weight_workspace(const Cell& cell, const Target& target);

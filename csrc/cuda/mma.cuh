@@ -81,6 +81,23 @@ class MmaGemm {
   SNNLSTM_DEVICE int warp_column() const { return warp_column_; }
   SNNLSTM_DEVICE static int quad() { return int(threadIdx.x) % 4; }
 
+  // acc += a b for one k-step. a: fragments of two m16 tiles, not kept. b: the lane's B fragments,
+  // pairs kPairBytes apart.
+  SNNLSTM_DEVICE static void product(Multiply multiply, uint32_t (&a)[2][4], const unsigned char* b,
+                                     Accumulators& acc) {
+    if constexpr (kHalf) {
+      if (multiply == Multiply::bf16)
+        multiply_with<bf16>(a, b, acc);
+      else
+        multiply_with<fp16>(a, b, acc);
+    } else {
+      if (multiply == Multiply::tf32x3)
+        multiply_in_parts(a, b, acc);
+      else
+        multiply_with<tf32>(a, b, acc);
+    }
+  }
+
   SNNLSTM_DEVICE void run(Accumulators& acc) {
     // 64 zero bytes behind the stages, for rows that have no source
     if (threadIdx.x < 4) store(zeros() + 16 * threadIdx.x, make_uint4(0, 0, 0, 0));
@@ -250,20 +267,9 @@ class MmaGemm {
     for (int mi = 0; mi < 2; ++mi) ldmatrix(a[mi], shared_ + row[mi] + step * 32);
     const unsigned char* b = stages_ + weights_ + warp_column_ * (NT / 2 * mma_gemm::kPairBytes) +
                              int(threadIdx.x) % 32 * 16;
-    if constexpr (kHalf) {
-      if (p_.multiply == Multiply::bf16)
-        multiply_with<bf16>(a, b, acc);
-      else
-        multiply_with<fp16>(a, b, acc);
-    } else {
-      if (p_.multiply == Multiply::tf32x3)
-        multiply_in_parts(a, b, acc);
-      else
-        multiply_with<tf32>(a, b, acc);
-    }
+    product(p_.multiply, a, b, acc);
   }
 
-  // b: the lane's B fragments, pairs kPairBytes apart.
   template <class T>
   SNNLSTM_DEVICE static void multiply_with(uint32_t (&a)[2][4], const unsigned char* b,
                                            Accumulators& acc) {

@@ -92,6 +92,11 @@ struct MemTile {
   SNNLSTM_DEVICE R& at(int channel, int pixel) const { return data[channel * pitch + pixel]; }
 };
 
+// What of a step goes out besides spikes and gates; a kernel of many steps decides anew in each.
+struct StepOutputs {
+  bool states = true, syn_kept = true;
+};
+
 // The block's channels are c0 ... c0 + channels - 1, channels a power of two.
 template <class R>
 class ForwardTile {
@@ -141,6 +146,19 @@ class ForwardTile {
           for (int ch = 0; ch < CH; ++ch) sum[gate][px][ch] += more[px][ch];
       }
     }
+    update(
+        at, m, first, sum, syn, mem,
+        [&](int px, int ch, R threshold) { return resets && N::fires(mem[px][ch], threshold); },
+        mem_tile);
+  }
+
+  // From the gate sums and syn before the step to all that comes of it: syn and mem become those
+  // after the step. reset_of(pixel, channel, threshold): whether the neuron is reset.
+  template <int CH, class ResetOf>
+  SNNLSTM_DEVICE void update(const Place& at, int m, int first, R (&sum)[4][2][CH], R (&syn)[2][CH],
+                             R (&mem)[2][CH], ResetOf&& reset_of, MemTile<R> mem_tile,
+                             StepOutputs outputs = {}) const {
+    const int c0 = c0_ + first;
     R threshold[CH];
 #pragma unroll
     for (int ch = 0; ch < CH; ++ch) {
@@ -153,7 +171,7 @@ class ForwardTile {
         const int i = fault(Fault::swapped_gates) ? 1 : 0;
         const Gates<R> a = N::activate({sum[i][px][ch] + bias.i, sum[1 - i][px][ch] + bias.f,
                                         sum[2][px][ch] + bias.o, sum[3][px][ch] + bias.g});
-        const bool reset = resets && N::fires(mem[px][ch], threshold[ch]);
+        const bool reset = reset_of(px, ch, threshold[ch]);
         syn[px][ch] = N::next_syn(a, syn[px][ch]);
         mem[px][ch] = N::after_reset(p_.reset, N::next_mem(a.o, Math<R>::tanh(syn[px][ch])), reset,
                                      threshold[ch]);
@@ -185,7 +203,7 @@ class ForwardTile {
     for (int px = 0; px < 2; ++px)
 #pragma unroll
       for (int ch = 0; ch < CH; ++ch) mem[px][ch] = rounded(type, mem[px][ch]);
-    if (p_.syn_keep.present()) store_patch(p_.syn_keep, at, c0, syn);
+    if (outputs.syn_kept && p_.syn_keep.present()) store_patch(p_.syn_keep, at, c0, syn);
     if (p_.mem_keep.present()) store_patch(p_.mem_keep, at, c0, mem);
     const bool pools = p_.fire.pool != Pool::none;
     if (p_.fires && pools) {
@@ -199,7 +217,7 @@ class ForwardTile {
 #pragma unroll 1
     for (int k = 0; k < 3; ++k) {
       const Tensor& out = k == 0 ? p_.syn_out : k == 1 ? p_.mem_out : p_.fire.spk;
-      const bool wanted = k < 2 ? out.present() : p_.fires && !pools;
+      const bool wanted = k < 2 ? outputs.states && out.present() : p_.fires && !pools;
       if (!wanted) continue;
       R v[2][CH];
 #pragma unroll

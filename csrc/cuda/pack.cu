@@ -1,6 +1,7 @@
 // Packed weights and the sizes of all that the caller brings.
 #include "estimate.h"
 #include "packer.h"
+#include "resident_plan.h"
 
 namespace snnlstm::cuda {
 
@@ -103,13 +104,15 @@ Matrix full_precision(const Target& target) {
 
 Algorithm choose_algorithm(const Cell& cell, const Target& target) {
   if (target.algorithm == Algorithm::pointwise) return target.algorithm;
+  if (runs_resident(cell, target)) return Algorithm::resident;
   return target.algorithm == Algorithm::automatic ? estimate(cell, target)
          : plan_forward(cell, target).mma()       ? Algorithm::mma
                                                   : Algorithm::fma;
 }
 
 std::string algorithm_name(const Cell& cell, const Target& target) {
-  return name_of(plan_forward(cell, target).multiply);
+  const char* name = name_of(plan_forward(cell, target).multiply);
+  return runs_resident(cell, target) ? std::string("resident-") + name : name;
 }
 
 }  // namespace snnlstm::cuda

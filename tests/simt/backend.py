@@ -31,6 +31,7 @@ from snnlstm import cuda, native
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 BRIDGE = HERE / "bridge" / "bridge.cpp"
 MODULE = "snnlstm_simt"
+ALGORITHMS = {"auto": 0, "fused": 5, "resident": 6}  # the numbers of csrc/cuda/api.h
 
 
 @contextlib.contextmanager
@@ -72,10 +73,13 @@ class Core(Emulator):
         compute_capability: int = 80,
         multiprocessors: int = 108,
         shared_bytes: int = 163 * 1024,
+        algorithm: str = "fused",
     ) -> None:
-        """What the launchers are told of the device."""
+        """What the launchers are told of the device, and which kernels they are to use."""
         self.compute_capability(compute_capability)
-        self.module.set_device(compute_capability, multiprocessors, shared_bytes)
+        self.module.set_device(
+            compute_capability, multiprocessors, shared_bytes, ALGORITHMS[algorithm]
+        )
         self.kernels = Emulated(self.module)  # the old ones remember the old device
 
     @contextlib.contextmanager

@@ -34,11 +34,13 @@ class Mode:
     operands: torch.dtype | None = None  # as under autocast
     compute_capability: int = 80
     algorithm: str = "direct"
+    kernels: str = "fused"  # see backend.ALGORITHMS
+    shared_bytes: int = 163 * 1024
 
     @contextmanager
     def running(self, core):
         """Within the block, the native path for CPU tensors is this one."""
-        core.device(self.compute_capability)
+        core.device(self.compute_capability, shared_bytes=self.shared_bytes, algorithm=self.kernels)
         with core.installed(), float32_precision(self.precision):
             yield
 
@@ -73,6 +75,13 @@ MODES = {
     "bfloat16 autocast behind torch": Mode(
         torch.float32, 3e-2, operands=torch.bfloat16, algorithm="pointwise"
     ),
+}
+
+# A whole sequence in one launch, on a GPU with as much shared memory as an H100.
+RESIDENT = {
+    f"resident {name}": replace(MODES[name], kernels="resident", shared_bytes=227 * 1024)
+    for name in MODES
+    if "behind" not in name
 }
 
 SEQUENCE = CellOptions((3, 3), surrogate=surrogate.atan(2.0), sequence=True, record=True)
@@ -187,11 +196,14 @@ def test_every_kernel_is_among_those_that_are_run_and_checked(core):
         ("float32", "quantised"),
         ("tf32", "plain"),
         ("float32 behind torch", "plain"),
+        ("resident float32", "plain"),
+        ("resident tf32", "plain"),
     ):
-        case = MODES[mode].of(replace(CASES[name], batch=1, time=2))
+        kernels = (MODES | RESIDENT)[mode]
+        case = kernels.of(replace(CASES[name], batch=1, time=2))
         leaves = wanting_gradients(case.inputs())
-        with MODES[mode].running(core):
-            out = MODES[mode].run(*leaves, case.options)
+        with kernels.running(core):
+            out = kernels.run(*leaves, case.options)
             sum(o.sum() for o in out).backward()
     assert set(core.counters()) == launched
 

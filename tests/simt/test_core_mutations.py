@@ -36,7 +36,11 @@ RUNS = [
     ("tf32", "odd sizes"),
     ("float32 behind torch", "plain"),
     ("float32 behind torch", "max pool"),
+    ("resident tf32", "odd sizes"),
+    ("resident float32", "max pool"),
+    ("resident tf32x3", "quantised"),
 ]
+ALL_MODES = test_cell.MODES | test_cell.RESIDENT
 
 BACKWARD_RUNS = [
     ("float32", "plain"),
@@ -61,7 +65,7 @@ def core():
 def forward_report(core, mode, case) -> str:
     """ "" where the run is fine."""
     try:
-        test_cell.check(core, test_cell.CASES[case], test_cell.MODES[mode])
+        test_cell.check(core, test_cell.CASES[case], ALL_MODES[mode])
     except (AssertionError, EmulationError) as error:
         return str(error) or type(error).__name__
     return ""
@@ -70,7 +74,7 @@ def forward_report(core, mode, case) -> str:
 def backward_report(core, mode, case) -> str:
     errors = test_cell_gradients.EXACT | test_cell_gradients.COARSE
     try:
-        test_cell_gradients.check(core, test_cell.CASES[case], test_cell.MODES[mode], errors[mode])
+        test_cell_gradients.check(core, test_cell.CASES[case], ALL_MODES[mode], errors[mode])
     except (AssertionError, EmulationError) as error:
         return str(error) or type(error).__name__
     return ""
@@ -88,6 +92,7 @@ def by_likelihood(near: str):
             ((report is backward_report) != backward)
             + (("fma" in near) != (mode == "float32"))
             + (("pointwise" in near) != ("behind torch" in mode))
+            + 2 * (("resident" in near) != ("resident" in mode))
         )
 
     return sorted(runs, key=distance)

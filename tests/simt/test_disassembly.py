@@ -26,6 +26,11 @@ EXPECTED = {
         r"forward_mma<unsigned short, \d>": (*BOTH_HALVES, "LDSM.16.M88.4", "LDG.E.128"),
         r"forward_mma<.*, 2>": VECTORS,
     },
+    "resident_forward": {
+        r"resident_forward_mma<float, \d>": TF32,
+        r"resident_forward_mma<unsigned short, \d>": (*BOTH_HALVES, "LDSM.16.M88.4"),
+        r"resident_forward_mma<.*, 2>": VECTORS,
+    },
     "backward_mma": {
         r"backward_mma<float, \d>": (*TF32, *VECTORS),
         r"backward_mma<unsigned short, \d>": (*BOTH_HALVES, "LDSM.16.M88.4", *VECTORS),

@@ -253,9 +253,11 @@ PYBIND11_MODULE(snnlstm_simt, m) {
   calls.pointwise_forward = &pointwise_forward;
   calls.pointwise_backward = &pointwise_backward;
   bindings::bind_cuda(m, calls);
-  m.def("set_device", [](int compute_capability, int multiprocessors, int64_t shared_bytes) {
-    the_target.compute_capability = compute_capability;
-    the_target.multiprocessors = multiprocessors;
-    the_target.shared_bytes = shared_bytes;
-  });
+  m.def("set_device",
+        [](int compute_capability, int multiprocessors, int64_t shared_bytes, int algorithm) {
+          the_target.compute_capability = compute_capability;
+          the_target.multiprocessors = multiprocessors;
+          the_target.shared_bytes = shared_bytes;
+          the_target.algorithm = cuda::Algorithm(algorithm);
+        });
 }

@@ -1,0 +1,205 @@
+// Kernels that go through a whole sequence in one launch: a block keeps one sample, and what one
+// step leaves for the next lies in its shared memory.
+//
+//   x              2 images in the operands' type: step t reads one while t + 1 comes to the other
+//   mem            2 images: step t reads one and writes the other, so that one barrier a step does
+//   weights        all of them, as they are packed for the kernels of one step
+//   syn            at the place of the thread whose neurons they are, with the flags of the reset
+//
+// A unit is what a warp computes at once: some pixels of some channels. Every warp has the same
+// units in every step.
+#pragma once
+
+#include "tile.cuh"
+
+namespace snnlstm::cuda {
+
+namespace resident {
+constexpr int kAtOnce = 8;  // elements of x that a thread has under way
+// At most, in a block. Narrow kernels (8 channels a unit, or float) need 128 registers; others, of
+// 16 channels or double, up to 184.
+constexpr int threads(int width) { return width <= 4 ? 512 : 256; }
+}  // namespace resident
+
+// An image with its border of zeros in shared memory; everything in bytes. For tensor cores pixels
+// hold all channels, and pairs of pixels are an odd number of 16-byte groups apart: 8 pixels of
+// the same parity, as ldmatrix reads them, lie on different banks. Rows are as far apart as makes
+// that true across the end of a row, too. Else channels are planes.
+struct SharedImage {
+  int start = 0, bytes = 0;  // of the first of two, from the start of shared memory; of one
+  int channel = 0, row = 0, pair = 0, single = 0;  // from one to the next
+  int top = 0, left = 0;                           // the border
+  int rows = 0, columns = 0;                       // with border; what is beyond is not kept
+
+  // Row and column count from the border's corner.
+  SNNLSTM_BOTH int pixel(int y, int x) const {
+    return y * row + (x >> 1) * pair + (x & 1) * single;
+  }
+};
+
+// Bytes from the image's start to the pixel that a convolution of this stride reads for pixel m of
+// the tile at tap 0, 0: up to its row, and the column. Any pixel where m is beyond the image.
+SNNLSTM_DEVICE void locate(const Tiling& tiling, const SharedImage& image, int m, int step_h,
+                           int step_w, int& row, int& column) {
+  unsigned y = unsigned(m < tiling.h * tiling.w ? m : 0);
+  column = int(tiling.by_w.split(y)) * step_w;
+  row = int(y) * step_h * image.row;
+}
+
+// What lies where in shared memory, in bytes from its start.
+struct ResidentLayout {
+  SharedImage x, mem;
+  int images = 0;  // bytes of all images
+  int weights = 0, table = 0;
+  int slots = 0, flags = 0;
+  int vectors = 0, mem_tile = 0, mem_pitch = 0;
+  int bytes = 0;
+};
+
+template <class Element, class R>
+SNNLSTM_DEVICE Element element_of(DType type, R value) {
+  if constexpr (sizeof(Element) == 2)
+    return Element(to_bits16(type, value));
+  else
+    return Element(value);
+}
+
+// N neighbouring channels of one pixel, aligned to their size.
+template <class Element, class R, int N>
+SNNLSTM_DEVICE void put_channels(unsigned char* to, DType type, const R (&v)[N]) {
+  if constexpr (N == 1)
+    *reinterpret_cast<Element*>(to) = element_of<Element>(type, v[0]);
+  else if constexpr (sizeof(Element) != 2)
+    store_vector(reinterpret_cast<R*>(to), v);
+  else if constexpr (N == 2)
+    store(to, pack16(type, v[0], v[1]));
+  else
+    store(to, make_uint2(pack16(type, v[0], v[1]), pack16(type, v[2], v[3])));
+}
+
+// For k = (tap, channel) < depth: bytes from a pixel to its tap and channel; -1 behind the last
+// tap.
+SNNLSTM_DEVICE void fill_taps(int* table, int depth, const Segment& s, int channels,
+                              const SharedImage& image) {
+  for (int k = int(threadIdx.x); k < depth; k += int(blockDim.x)) {
+    const int tap = k / channels;
+    table[k] = tap >= s.taps()
+                   ? -1
+                   : k % channels * image.channel + tap / s.taps_w * s.dilation_h * image.row +
+                         tap % s.taps_w * s.dilation_w * image.single;
+  }
+}
+
+// Zeros from the start of shared memory on; bytes: a multiple of 16.
+SNNLSTM_DEVICE void clear_shared(unsigned char* shared, int bytes) {
+  if (fault(Fault::missing_zero_fill, 20)) return;
+  for (int i = 16 * int(threadIdx.x); i < bytes; i += 16 * int(blockDim.x))
+    store(shared + i, make_uint4(0, 0, 0, 0));
+}
+
+// Copies 16 bytes at a time; to be waited for.
+SNNLSTM_DEVICE void copy_to_shared(unsigned char* to, const void* from, int bytes) {
+  const auto* source = static_cast<const unsigned char*>(from);
+  for (int i = 16 * int(threadIdx.x); i < bytes; i += 16 * int(blockDim.x))
+    cp_async<16>(to + i, source + i);
+}
+
+// One time step of x on its way to shared memory: kAtOnce elements of a thread at a time, which
+// have the time between two turns to arrive.
+template <class Element, class R>
+class ResidentInput {
+ public:
+  SNNLSTM_DEVICE ResidentInput(const Segment& s, const SharedImage& image, DType type,
+                               const Divisor& by_first, const Divisor& by_second, int n)
+      : s_(s), image_(image), type_(type), by_first_(by_first), by_second_(by_second), n_(n) {}
+
+  SNNLSTM_DEVICE void start(int t, unsigned char* to) {
+    t_ = t, to_ = to;
+    next_ = int(threadIdx.x);
+    fetch();
+  }
+  SNNLSTM_DEVICE void turn() {
+    put();
+    fetch();
+  }
+  SNNLSTM_DEVICE void finish() {
+    while (under_way_) turn();
+  }
+
+ private:
+  // Neighbouring threads take neighbours in memory: by_first and by_second are the extents of the
+  // two dimensions that go fastest, channels and columns or columns and rows.
+  SNNLSTM_DEVICE void fetch() {
+    const int items = s_.channels * s_.height * s_.width;
+    under_way_ = next_ < items;
+    if (!under_way_) return;
+    const bool by_channel = s_.src.c == 1;
+    const void* from = image_of(s_.src, t_, n_);
+#pragma unroll
+    for (int k = 0; k < resident::kAtOnce; ++k) {
+      target_[k] = -1;
+      if (next_ < items) {
+        unsigned rest = unsigned(next_);
+        const int first = int(by_first_.split(rest)), second = int(by_second_.split(rest));
+        const int c = by_channel ? first : int(rest);
+        const int x = by_channel ? second : first, y = by_channel ? int(rest) : second;
+        const int row = y + image_.top, column = x + image_.left;
+        if (row < image_.rows && column < image_.columns) {
+          target_[k] = c * image_.channel + image_.pixel(row, column);
+          value_[k] = read<R>(from, s_.src.type, offset(s_.src, c, y, x));
+        }
+      }
+      next_ += int(blockDim.x);
+    }
+  }
+  SNNLSTM_DEVICE void put() {
+    if (!under_way_) return;
+#pragma unroll
+    for (int k = 0; k < resident::kAtOnce; ++k)
+      if (target_[k] >= 0)
+        *reinterpret_cast<Element*>(to_ + target_[k]) = element_of<Element>(type_, value_[k]);
+  }
+
+  const Segment& s_;
+  const SharedImage& image_;
+  DType type_;
+  const Divisor &by_first_, &by_second_;
+  int n_, t_ = 0, next_ = 0;
+  bool under_way_ = false;
+  unsigned char* to_ = nullptr;
+  R value_[resident::kAtOnce];
+  int target_[resident::kAtOnce];
+};
+
+// The values that a thread holds of a patch from step to step: vector k lies at slot + k * stride.
+template <class R, int CH>
+struct Slot {
+  static constexpr int kVectors = CH == 1 ? 1 : CH / 2, kLength = 2 * CH / kVectors;
+
+  // elements from a thread's to the next thread's; from a vector to the next
+  SNNLSTM_DEVICE static R* of(R* slots, int patch) {
+    return slots + (patch * kVectors * int(blockDim.x) + int(threadIdx.x)) * kLength;
+  }
+  SNNLSTM_DEVICE static void keep(R* slot, const R (&v)[2][CH]) {
+    const R* flat = &v[0][0];
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      R part[kLength];
+#pragma unroll
+      for (int i = 0; i < kLength; ++i) part[i] = flat[k * kLength + i];
+      store_vector(slot + k * kLength * int(blockDim.x), part);
+    }
+  }
+  SNNLSTM_DEVICE static void get(const R* slot, R (&v)[2][CH]) {
+    R* flat = &v[0][0];
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      R part[kLength];
+      load_vector(slot + k * kLength * int(blockDim.x), part);
+#pragma unroll
+      for (int i = 0; i < kLength; ++i) flat[k * kLength + i] = part[i];
+    }
+  }
+};
+
+}  // namespace snnlstm::cuda

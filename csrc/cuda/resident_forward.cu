@@ -1,0 +1,72 @@
+#include "launch.h"
+#include "neuron_args.h"
+#include "resident_plan.h"
+
+namespace snnlstm::cuda {
+
+namespace {
+
+NeuronForward neuron_of(const ForwardArgs& a, int held, DType gates) {
+  const Cell& c = a.cell;
+  const Shape s(c);
+  NeuronForward n = neuron_forward(a, c.T - 1, held);
+  const auto all = [&](const View& v, int64_t T) {
+    return tensor(v, c.dtype, 0, {T, c.N, c.C, s.Ho, s.Wo}, held);
+  };
+  n.syn_out = all(a.syn, a.record ? c.T : 1), n.mem_out = all(a.mem, a.record ? c.T : 1);
+  n.fire.spk = tensor(a.spk, c.dtype, 0, {c.T, c.N, c.C, c.Hp(), c.Wp()}, held);
+  if (a.saved_gates != nullptr) {
+    n.gates_out = image(a.saved_gates, s, gates, 4);
+    n.syn_keep = image(a.saved_syn, s, c.dtype);
+  }
+  return n;
+}
+
+}  // namespace
+
+void resident_forward(const ForwardArgs& args, const Target& target) {
+  const Cell& c = args.cell;
+  const ResidentPlan plan = plan_resident(c, target);
+  const Shape s(c);
+  const bool mma = plan.step.mma();
+  ResidentForward p;
+  p.T = int(c.T), p.record = args.record;
+  p.tiling = plan.tiling;
+  p.neuron = neuron_of(args, plan.step.held(), gate_type(c.dtype, target.matrix));
+  p.at = plan.at;
+  p.x = input_window(c);
+  p.x.src = tensor(args.x, c.dtype, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
+  const bool by_channel = p.x.src.c == 1;
+  p.by_first = Divisor(by_channel ? c.Cin : c.W), p.by_second = Divisor(by_channel ? c.W : c.H);
+  p.multiply = plan.step.multiply;
+  p.weight = args.weight;
+  p.by_groups = SmallDivisor(plan.groups), p.units = plan.units;
+  p.channels = resident::power_of_two(plan.groups * (mma ? 2 * plan.step.tiles : 4));
+  const Launch how{mma ? "forward sequence (mma)" : "forward sequence (fma)", dim3(unsigned(c.N)),
+                   dim3(unsigned(plan.threads())), size_t(plan.at.bytes),
+                   static_cast<Stream>(target.stream)};
+  if (!mma) {
+    p.weight_rows[0] = int(fma::depth(input_window(c)));
+    p.weight_rows[1] = int(fma::depth(state_window(c)));
+    return with_real(c.dtype,
+                     [&](auto real) { launch(how, &resident_forward_fma<decltype(real)>, p); });
+  }
+  const MmaDepth of_x = x_depth(c, p.multiply), of_mem = mem_depth(c, p.multiply);
+  const MmaBuilder builder(type_of(p.multiply), plan.step.warps_n, plan.step.tiles);
+  p.weight_bytes = plan.weight_bytes;
+  p.gathers = of_x.patches;
+  p.chunks[0] = int(of_x.chunks), p.chunks[1] = int(of_mem.chunks);
+  p.tail_steps[0] = of_x.patches ? int(of_x.units()) : of_x.tail_steps;
+  p.tail_steps[1] = of_mem.tail_steps;
+  p.unit_bytes = builder.unit_bytes(), p.warp_columns = plan.step.warps_n;
+  p.weight_pitch = (of_x.units() + of_mem.units()) * builder.unit_bytes();
+  const bool half = type_of(p.multiply).element == 2;
+  if (plan.step.tiles == 8)
+    half ? launch(how, &resident_forward_mma<uint16_t, 2>, p)
+         : launch(how, &resident_forward_mma<float, 2>, p);
+  else
+    half ? launch(how, &resident_forward_mma<uint16_t, 1>, p)
+         : launch(how, &resident_forward_mma<float, 1>, p);
+}
+
+}  // namespace snnlstm::cuda

@@ -1,0 +1,407 @@
+// The forward pass of a sequence in one launch; see resident.cuh.
+#pragma once
+
+#include <type_traits>
+
+#include "forward_fma.cuh"
+#include "forward_mma.cuh"
+#include "resident_fma.cuh"
+#include "resident_mma.cuh"
+
+namespace snnlstm::cuda {
+
+struct ResidentForward {
+  int T = 0;
+  bool record = false;
+  Tiling tiling;  // one tile is the whole image
+  NeuronForward neuron;
+  ResidentLayout at;
+  Segment x;                    // of all time steps
+  Divisor by_first, by_second;  // see ResidentInput
+  Multiply multiply = Multiply::fma;
+  const void* weight = nullptr;  // packed; fma: of x, and of mem behind it
+  int weight_bytes = 0;          // mma: all of it
+  int weight_rows[2] = {0, 0};   // fma: of K as packed, of x and of mem
+  SmallDivisor by_groups;        // units of the same pixels
+  int units = 0;
+  int channels = 0;  // of ForwardTile
+  // mma: the walk over the weights
+  bool gathers = false;  // x: few channels, K = (tap, channel)
+  int chunks[2] = {0, 0}, tail_steps[2] = {0, 0};
+  int unit_bytes = 0, warp_columns = 1;
+  int64_t weight_pitch = 0;  // bytes of a column block
+};
+
+// What both kernels do alike. Unit: a class that multiplies and says which neurons a thread holds.
+template <class Element, class R, int CH>
+class ResidentForwardBlock {
+ public:
+  using N = Neuron<Math<R>>;
+
+  // tile: of the block, whose t this class counts.
+  SNNLSTM_DEVICE ResidentForwardBlock(const ResidentForward& p, unsigned char* shared, Block& block,
+                                      const ForwardTile<R>& tile)
+      : p_(p),
+        shared_(shared),
+        block_(block),
+        tile_(tile),
+        mem_tile_{reinterpret_cast<R*>(shared + p.at.mem_tile), p.at.mem_pitch} {}
+
+  SNNLSTM_DEVICE DType operand() const {
+    return p_.multiply == Multiply::bf16 ? DType::bfloat16 : DType::float16;
+  }
+  SNNLSTM_DEVICE static int warp() { return int(threadIdx.x) / 32; }
+  SNNLSTM_DEVICE static int warps() { return int(blockDim.x) / 32; }
+  SNNLSTM_DEVICE unsigned char* image(const SharedImage& i, int t) const {
+    return shared_ + i.start + (t & 1) * i.bytes;
+  }
+
+  // Patches: of a unit, Pixels each, numbered through all units of the warp. work(unit, acc):
+  // multiplies. patch(acc, k, sum): the sums of patch k, called in order.
+  template <class Unit>
+  SNNLSTM_DEVICE void run(Unit& unit) {
+    clear_shared(shared_, p_.at.images);
+    unit.copy_weights();
+    cp_async_commit();
+    tile_.load_vectors();
+    unit.fill_table();
+    __syncthreads();  // the images hold zeros
+    ResidentInput<Element, R> input(p_.x, p_.at.x, operand(), p_.by_first, p_.by_second, block_.n);
+    input.start(0, image(p_.at.x, 0));
+    for_each_patch(unit, [&](int patch, int m, int first) { begin(patch, m, first); });
+    input.finish();
+    if (!fault(Fault::missing_wait, 20)) cp_async_wait<0>();
+    if (!fault(Fault::missing_barrier_read, 20)) __syncthreads();
+
+    const bool pools = p_.neuron.fire.pool != Pool::none;
+#pragma unroll 1
+    for (int t = 0; t < p_.T; ++t) {
+      block_.t = t;
+      const bool more = t + 1 < p_.T;
+      if (more) input.start(t + 1, image(p_.at.x, t + 1));
+      int patch = 0;
+#pragma unroll 1
+      for (int u = warp(); u < p_.units; u += warps()) {
+        __syncwarp();  // lanes have gone different ways
+        unit.multiply(u, image(p_.at.x, t), image(p_.at.mem, t));
+#pragma unroll 1
+        for (int k = 0; k < Unit::kPatches; ++k, ++patch) {
+          R sum[4][2][CH];
+          unit.take(sum);
+          step(patch, unit.pixel(u, k), unit.channel(u), sum, !more);
+        }
+        if (more) input.turn();
+      }
+      if (more) input.finish();
+      if (!fault(Fault::missing_barrier_overwrite, 20)) __syncthreads();
+      if (pools) {
+        tile_.finish(mem_tile_);
+        if (!fault(Fault::missing_barrier_overwrite, 21)) __syncthreads();
+      }
+    }
+  }
+
+ private:
+  template <class Unit, class F>
+  SNNLSTM_DEVICE void for_each_patch(Unit& unit, F&& f) {
+    int patch = 0;
+#pragma unroll 1
+    for (int u = warp(); u < p_.units; u += warps())
+#pragma unroll 1
+      for (int k = 0; k < Unit::kPatches; ++k, ++patch) f(patch, unit.pixel(u, k), unit.channel(u));
+  }
+
+  SNNLSTM_DEVICE R* slot(int patch) const {
+    return Slot<R, CH>::of(reinterpret_cast<R*>(shared_ + p_.at.slots), patch);
+  }
+  SNNLSTM_DEVICE unsigned& flags(int patch) const {
+    return reinterpret_cast<unsigned*>(shared_ +
+                                       p_.at.flags)[patch * int(blockDim.x) + int(threadIdx.x)];
+  }
+
+  // The states before the first step.
+  SNNLSTM_DEVICE void begin(int patch, int m, int first) {
+    const Place at = place_of(p_.tiling, block_, m, p_.neuron.Ho, p_.neuron.Wo);
+    R v[2][CH];
+    load_patch(p_.neuron.syn_in, at, first, v);
+    Slot<R, CH>::keep(slot(patch), v);
+    load_patch(p_.neuron.mem_in, at, first, v);
+    keep_mem(patch, at, first, v, 0);
+  }
+
+  // mem for the convolution and the reset of step t.
+  SNNLSTM_DEVICE void keep_mem(int patch, const Place& at, int first, const R (&mem)[2][CH],
+                               int t) {
+    const SharedImage& i = p_.at.mem;
+    unsigned char* to = image(i, t) + first * i.channel;
+#pragma unroll
+    for (int px = 0; px < 2; ++px)
+      if (at.valid[px] && first < (CH == 1 ? p_.neuron.C : p_.neuron.Cp))
+        put_channels<Element>(to + i.pixel(at.y[px] + i.top, at.x[px] + i.left), operand(),
+                              mem[px]);
+    if (p_.neuron.reset == Reset::none) return;
+    const R* thresholds =
+        reinterpret_cast<const R*>(shared_ + p_.at.vectors) + 4 * p_.channels + first;
+    unsigned fires = 0;
+#pragma unroll
+    for (int ch = 0; ch < CH; ++ch)
+#pragma unroll
+      for (int px = 0; px < 2; ++px)
+        if (N::fires(mem[px][ch], thresholds[ch])) fires |= 1u << (px * CH + ch);
+    flags(patch) = fault(Fault::missing_reset, 20) ? 0 : fires;
+  }
+
+  SNNLSTM_DEVICE void step(int patch, int m, int first, R (&sum)[4][2][CH], bool last) {
+    const Place at = place_of(p_.tiling, block_, m, p_.neuron.Ho, p_.neuron.Wo);
+    R syn[2][CH], mem[2][CH];
+    Slot<R, CH>::get(slot(patch), syn);
+    const unsigned resets = p_.neuron.reset == Reset::none ? 0 : flags(patch);
+    StepOutputs outputs;
+    outputs.states = last || p_.record, outputs.syn_kept = !last;
+    tile_.update(
+        at, m, first, sum, syn, mem,
+        [&](int px, int ch, R) { return (resets >> (px * CH + ch) & 1) != 0; }, mem_tile_, outputs);
+    if (last) return;
+#pragma unroll
+    for (int px = 0; px < 2; ++px)
+#pragma unroll
+      for (int ch = 0; ch < CH; ++ch) syn[px][ch] = rounded(p_.neuron.fire.spk.type, syn[px][ch]);
+    Slot<R, CH>::keep(slot(patch), syn);
+    const int next = fault(Fault::missing_barrier_overwrite, 22) ? block_.t : block_.t + 1;
+    keep_mem(patch, at, first, mem, next);
+  }
+
+  const ResidentForward& p_;
+  unsigned char* shared_;
+  Block& block_;
+  const ForwardTile<R>& tile_;
+  MemTile<R> mem_tile_;
+};
+
+template <class R>
+SNNLSTM_DEVICE ForwardTile<R> resident_tile(const ResidentForward& p, unsigned char* shared,
+                                            const Block& block) {
+  return ForwardTile<R>(p.neuron, p.tiling, block, 0, p.channels,
+                        reinterpret_cast<R*>(shared + p.at.vectors));
+}
+SNNLSTM_DEVICE Block resident_block() { return {0, int(blockIdx.x), 0, 0, 0, blockIdx.x}; }
+
+// ---- tensor cores
+// ---------------------------------------------------------------------------------
+
+// A unit is 32 pixels x the 4 gates of 8 * Tiles channels, as in mma.cuh.
+template <class Element, int Tiles>
+class ResidentMma {
+ public:
+  static constexpr int kPatches = 2, kHeld = 2 * Tiles, kTiles = 4 * Tiles;
+  static constexpr bool kHalf = sizeof(Element) == 2;
+  static constexpr int kPerStep = 32 / sizeof(Element);
+  using Gemm = MmaGemm<Element, kTiles, true>;
+
+  SNNLSTM_DEVICE ResidentMma(const ResidentForward& p, unsigned char* shared)
+      : p_(p), shared_(shared), lane_(int(threadIdx.x) % 32) {}
+
+  SNNLSTM_DEVICE int first_pixel(int u) const {
+    return int(p_.by_groups.divide(unsigned(u))) * mma_gemm::kWarpPixels;
+  }
+  SNNLSTM_DEVICE int pixel(int u, int k) const { return first_pixel(u) + k * 16 + 2 * (lane_ / 4); }
+  SNNLSTM_DEVICE int group(int u) const {
+    unsigned rest = unsigned(u);
+    return int(p_.by_groups.split(rest));
+  }
+  SNNLSTM_DEVICE int channel(int u) const { return group(u) * 8 * Tiles + kHeld * (lane_ % 4); }
+
+  SNNLSTM_DEVICE void copy_weights() const {
+    copy_to_shared(shared_ + p_.at.weights, p_.weight, p_.weight_bytes);
+  }
+
+  SNNLSTM_DEVICE void fill_table() const {
+    if (p_.gathers)
+      fill_taps(reinterpret_cast<int*>(shared_ + p_.at.table), p_.tail_steps[0] * kPerStep, p_.x,
+                p_.x.channels, p_.at.x);
+  }
+
+  SNNLSTM_DEVICE void multiply(int u, const unsigned char* x, const unsigned char* mem) {
+#pragma unroll
+    for (int mi = 0; mi < 2; ++mi)
+#pragma unroll
+      for (int nt = 0; nt < kTiles; ++nt)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) acc_[mi][nt][r] = 0;
+    const int of_block = group(u) / p_.warp_columns, column = group(u) % p_.warp_columns;
+    const unsigned char* b = shared_ + p_.at.weights + of_block * int(p_.weight_pitch) +
+                             column * (kTiles / 2 * mma_gemm::kPairBytes) + lane_ * 16;
+    if (p_.gathers)
+      gather(u, x, b);
+    else
+      walk(u, p_.at.x, p_.x.step_h, p_.x.step_w, 0, x, b);
+    walk(u, p_.at.mem, 1, 1, 1, mem, b);
+  }
+
+  // The sums of the next m16 tile.
+  SNNLSTM_DEVICE void take(float (&sum)[4][2][kHeld]) {
+    ::snnlstm::cuda::take<Tiles>(acc_[0], sum);
+#pragma unroll
+    for (int nt = 0; nt < kTiles; ++nt)
+#pragma unroll
+      for (int r = 0; r < 4; ++r) acc_[0][nt][r] = acc_[1][nt][r];
+  }
+
+ private:
+  SNNLSTM_DEVICE void walk(int u, const SharedImage& image, int step_h, int step_w, int half,
+                           const unsigned char* from, const unsigned char*& b) {
+    const ResidentWalk<Element, kTiles> walk{
+        p_.multiply, p_.tiling, image, p_.x, p_.chunks[half], p_.tail_steps[half], p_.unit_bytes};
+    walk.add(first_pixel(u), step_h, step_w, from, b, acc_);
+  }
+
+  // Few channels: fragments come element by element, and K is (tap, channel) without gaps.
+  SNNLSTM_DEVICE void gather(int u, const unsigned char* from, const unsigned char*& b) {
+    const unsigned char* pixels[2][2];
+#pragma unroll
+    for (int mi = 0; mi < 2; ++mi)
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        int y, x;
+        locate(p_.tiling, p_.at.x, pixel(u, mi) + odd, p_.x.step_h, p_.x.step_w, y, x);
+        pixels[mi][odd] = from + y + p_.at.x.pixel(0, x);
+      }
+    const int* table = reinterpret_cast<const int*>(shared_ + p_.at.table);
+#pragma unroll 1
+    for (int step = 0; step < p_.tail_steps[0]; ++step) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (kHalf) {
+          const int k = step * 16 + 2 * (lane_ % 4) + 8 * half;
+          const int lo = table[k], hi = table[k + 1];
+#pragma unroll
+          for (int mi = 0; mi < 2; ++mi)
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd)
+              a[mi][2 * half + odd] = element(pixels[mi][odd], lo) | element(pixels[mi][odd], hi)
+                                                                         << 16;
+        } else {
+          const int k = table[step * 8 + lane_ % 4 + 4 * half];
+#pragma unroll
+          for (int mi = 0; mi < 2; ++mi)
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd) a[mi][2 * half + odd] = element(pixels[mi][odd], k);
+        }
+      }
+      __syncwarp();
+      Gemm::product(p_.multiply, a, b, acc_);
+      b += p_.unit_bytes;
+    }
+  }
+  SNNLSTM_DEVICE static uint32_t element(const unsigned char* pixel, int offset) {
+    using Bits = std::conditional_t<kHalf, uint16_t, uint32_t>;
+    return offset < 0 ? 0 : *reinterpret_cast<const Bits*>(pixel + offset);
+  }
+
+  const ResidentForward& p_;
+  unsigned char* shared_;
+  int lane_;
+  float acc_[2][kTiles][4];
+};
+
+template <class Element, int Tiles>
+__global__ void __launch_bounds__(resident::threads(4 * Tiles), 1)
+    resident_forward_mma(const __grid_constant__ ResidentForward p) {
+  if constexpr (arch::has_mma) {
+    auto* shared = &shared_memory<unsigned char>();
+    Block block = resident_block();
+    const auto tile = resident_tile<float>(p, shared, block);
+    ResidentForwardBlock<Element, float, 2 * Tiles> sequence(p, shared, block, tile);
+    ResidentMma<Element, Tiles> unit(p, shared);
+    sequence.run(unit);
+  }
+}
+
+// ---- without
+// --------------------------------------------------------------------------------------
+
+// A unit is 64 pixels x the 4 gates of 4 channels; a thread holds 8 pixels of one channel.
+template <class R>
+class ResidentFma {
+ public:
+  static constexpr int kPatches = 4;
+
+  SNNLSTM_DEVICE ResidentFma(const ResidentForward& p, unsigned char* shared)
+      : p_(p), shared_(shared), lane_(int(threadIdx.x) % 32) {}
+
+  SNNLSTM_DEVICE int pixel(int u, int k) const {
+    return int(p_.by_groups.divide(unsigned(u))) * 64 + 16 * k + 2 * (lane_ % 8);
+  }
+  SNNLSTM_DEVICE int channel(int u) const {
+    unsigned rest = unsigned(u);
+    return 4 * int(p_.by_groups.split(rest)) + lane_ / 8;
+  }
+
+  // Rows of K, of x and then of mem, each the gates of all channels that units hold.
+  SNNLSTM_DEVICE int columns() const { return 16 * int(p_.by_groups.value); }
+  SNNLSTM_DEVICE int depth(int segment) const {
+    return p_.x.taps() * (segment == 0 ? p_.x.channels : p_.neuron.C);
+  }
+
+  SNNLSTM_DEVICE void copy_weights() const {
+    R* to = reinterpret_cast<R*>(shared_ + p_.at.weights);
+    const R* from = static_cast<const R*>(p_.weight);
+    const int blocks = (columns() + fma::kColumns - 1) / fma::kColumns;
+    copy_rows(to, from, depth(0), p_.weight_rows[0], columns());
+    copy_rows(to + depth(0) * columns(), from + blocks * p_.weight_rows[0] * fma::kColumns,
+              depth(1), p_.weight_rows[1], columns());
+  }
+
+  SNNLSTM_DEVICE void fill_table() const {
+    int* table = reinterpret_cast<int*>(shared_ + p_.at.table);
+    fill_taps(table, depth(0), p_.x, p_.x.channels, p_.at.x);
+    fill_taps(table + depth(0), depth(1), p_.x, p_.neuron.C, p_.at.mem);
+  }
+
+  SNNLSTM_DEVICE void multiply(int u, const unsigned char* x, const unsigned char* mem) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int px = 0; px < 2; ++px)
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) acc_[i][px][gate] = 0;
+    const R* weight = reinterpret_cast<const R*>(shared_ + p_.at.weights) + 4 * channel(u);
+    const int* table = reinterpret_cast<const int*>(shared_ + p_.at.table);
+    const int first = pixel(u, 0);
+    add_products(p_.tiling, p_.at.x, first, p_.x.step_h, p_.x.step_w, x, depth(0), table, weight,
+                 columns(), acc_);
+    add_products(p_.tiling, p_.at.mem, first, 1, 1, mem, depth(1), table + depth(0),
+                 weight + depth(0) * columns(), columns(), acc_);
+  }
+
+  SNNLSTM_DEVICE void take(R (&sum)[4][2][1]) {
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate)
+#pragma unroll
+      for (int px = 0; px < 2; ++px) {
+        sum[gate][px][0] = acc_[0][px][gate];
+#pragma unroll
+        for (int k = 0; k < 3; ++k) acc_[k][px][gate] = acc_[k + 1][px][gate];
+      }
+  }
+
+ private:
+  const ResidentForward& p_;
+  unsigned char* shared_;
+  int lane_;
+  R acc_[4][2][4];
+};
+
+template <class R>
+__global__ void __launch_bounds__(resident::threads(sizeof(R)), 1)
+    resident_forward_fma(const __grid_constant__ ResidentForward p) {
+  auto* shared = &shared_memory<unsigned char>();
+  Block block = resident_block();
+  const auto tile = resident_tile<R>(p, shared, block);
+  ResidentForwardBlock<R, R, 1> sequence(p, shared, block, tile);
+  ResidentFma<R> unit(p, shared);
+  sequence.run(unit);
+}
+
+}  // namespace snnlstm::cuda

@@ -1,0 +1,193 @@
+// Whether a sequence can and should run in one launch (resident.cuh), and what lies where in the
+// shared memory of its blocks.
+#pragma once
+
+#include "choose.h"
+#include "estimate.h"
+#include "resident_forward.cuh"
+
+namespace snnlstm::cuda {
+
+struct ResidentPlan {
+  const char* reason_against = nullptr;    // why the kernels of one step must do it
+  ForwardPlan step;                        // whose packed weights are used
+  Tiling tiling;                           // one tile is the whole image
+  int groups = 0, units = 0, patches = 0;  // units of the same pixels, of the image; of a warp
+  int warps = 0;
+  ResidentLayout at;
+  int weight_bytes = 0;
+
+  int threads() const { return 32 * warps; }
+};
+
+namespace resident {
+
+// The smallest power of two that is not below n.
+inline int power_of_two(int64_t n) {
+  int p = 1;
+  while (p < n) p *= 2;
+  return p;
+}
+
+// The image that a half of the gates' convolution reads, for a tile of w columns.
+inline SharedImage shared_image(const Segment& s, int64_t Ho, int w) {
+  SharedImage i;
+  i.top = s.pad_h, i.left = s.pad_w;
+  i.rows = int(Ho - 1) * s.step_h + (s.taps_h - 1) * s.dilation_h + 1;
+  i.columns = (w - 1) * s.step_w + (s.taps_w - 1) * s.dilation_w + 1;
+  return i;
+}
+
+inline void as_planes(SharedImage& i, int channels, int element) {
+  i.single = element, i.pair = 2 * element;
+  i.row = i.columns * element, i.channel = i.rows * i.row;
+  i.bytes = int(round_up(int64_t(channels) * i.channel, 16));
+}
+
+inline void as_pixels(SharedImage& i, const MmaDepth& depth, int element, int w) {
+  const int groups = int(4 * (depth.chunks - 1)) + 2 * depth.tail_steps;
+  i.channel = element;
+  i.single = 16 * groups, i.pair = 16 * (2 * groups + 1);
+  i.row = int(ceil_div(i.columns, 2)) * i.pair;
+  while ((i.row - w / 2 * i.pair) / 16 % 8 != 0) i.row += 16;
+  i.bytes = i.rows * i.row;
+}
+
+// Where the images that blocks keep twice end, from `start` on.
+inline int place_images(ResidentLayout& at, int start) {
+  for (SharedImage* i : {&at.x, &at.mem}) {
+    i->start = start;
+    start += 2 * int(round_up(i->bytes, 128));
+    i->bytes = int(round_up(i->bytes, 128));
+  }
+  return start;
+}
+
+}  // namespace resident
+
+// The plan of the forward pass, whether or not it pays.
+inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
+  ResidentPlan plan;
+  plan.step = plan_step(c, target);
+  const bool mma = plan.step.mma();
+  const int real = c.dtype == DType::float64 ? 8 : 4;
+  const Segment x = input_window(c), mem = state_window(c);
+  // More than fits anyway is not looked into: all that follows counts in int.
+  const int64_t most = target.shared_bytes;
+  const Shape s(c);
+  if (c.inhibition) {
+    plan.reason_against = "inhibition compares all neurons of a sample between two steps";
+    return plan;
+  }
+  if (s.pixels * s.Cp > most || c.Cin * c.H * c.W > most ||
+      4 * c.C * s.taps * (c.Cin + c.C) > most || s.pixels == 0) {
+    plan.reason_against = "an image or the weights do not fit in the shared memory of a block";
+    return plan;
+  }
+
+  Tiling& tiling = plan.tiling;
+  tiling.h = int(s.Ho), tiling.w = int(round_up(s.Wo, 2));
+  tiling.by_w = SmallDivisor(tiling.w);
+  tiling.by_window = SmallDivisor(std::max<int64_t>(c.Wp(), 1));
+  tiling.by_windows = SmallDivisor(std::max<int64_t>(c.Hp() * c.Wp(), 1));
+  tiling.images = c.N;
+  tiling.by_batch = Divisor(std::max<int64_t>(c.N, 1));
+
+  const int unit_pixels = mma ? 32 : 64, unit_channels = mma ? 2 * plan.step.tiles : 4;
+  const int of_unit = mma ? 2 : 4;  // patches
+  const int64_t tiles = ceil_div(int64_t(tiling.h) * tiling.w, unit_pixels);
+  plan.groups = int(mma ? ceil_div(c.C, plan.step.channels()) * plan.step.warps_n
+                        : s.Cp / unit_channels);  // saved gates have Cp channels
+  plan.units = int(tiles * plan.groups);
+  const int64_t rounds = ceil_div(plan.units, resident::threads(mma ? plan.step.tiles : real) / 32);
+  plan.warps = int(std::max<int64_t>(ceil_div(plan.units, rounds), 4));
+  plan.patches = int(ceil_div(plan.units, plan.warps)) * of_unit;
+
+  ResidentLayout& at = plan.at;
+  at.x = resident::shared_image(x, s.Ho, tiling.w);
+  at.mem = resident::shared_image(mem, s.Ho, tiling.w);
+  int64_t table = 0;
+  if (mma) {
+    const MmaDepth of_x = x_depth(c, plan.step.multiply), of_mem = mem_depth(c, plan.step.multiply);
+    const MmaType type = type_of(plan.step.multiply);
+    if (of_x.patches)
+      resident::as_planes(at.x, int(c.Cin), type.element), table = of_x.units() * type.per_step();
+    else
+      resident::as_pixels(at.x, of_x, type.element, tiling.w);
+    resident::as_pixels(at.mem, of_mem, type.element, tiling.w);
+    const MmaBuilder builder(type, plan.step.warps_n, plan.step.tiles);
+    plan.weight_bytes = int(ceil_div(c.C, plan.step.channels()) * (of_x.units() + of_mem.units()) *
+                            builder.unit_bytes());
+  } else {
+    resident::as_planes(at.x, int(c.Cin), real);
+    resident::as_planes(at.mem, int(c.C), real);
+    table = s.taps * (c.Cin + c.C);
+    plan.weight_bytes = int(table) * 16 * plan.groups * real;
+  }
+  int64_t end = resident::place_images(at, 0);
+  const auto take = [&](int64_t bytes) {
+    const int64_t start = end;
+    end += round_up(bytes, 128);
+    return int(start);
+  };
+  const int64_t held = mma ? 2 * plan.step.held() : 2;
+  const int channels = resident::power_of_two(plan.groups * unit_channels);
+  at.images = int(end);
+  at.weights = take(plan.weight_bytes);
+  at.table = take(table * 4);
+  at.slots = take(plan.patches * plan.threads() * held * real);
+  at.flags = take(c.reset == Reset::none ? 0 : int64_t(plan.patches) * plan.threads() * 4);
+  at.vectors = take(5 * channels * real);
+  at.mem_pitch = int(tiles) * unit_pixels + (mma && plan.step.tiles == 8 ? 2 : mma ? 4 : 16);
+  at.mem_tile =
+      take(c.pool == Pool::none ? 0 : int64_t(plan.groups) * unit_channels * at.mem_pitch * real);
+  at.bytes = int(end);
+  if (end > most)
+    plan.reason_against = "an image and the weights do not fit in the shared memory of a block";
+  return plan;
+}
+
+// Paper figures, of no GPU: what would measure them is a sequence of empty kernels in a CUDA graph,
+// and of the resident kernel at one block.
+namespace resident_cost {
+constexpr double launch = 3.5e-6;   // seconds from one dependent kernel's work to the next one's
+constexpr double barrier = 1e-6;    // of a step: first loads of x, barrier, the last warp's wait
+constexpr double start = 4e-6;      // weights and states come to shared memory
+constexpr double neuron = 0.45e-9;  // of one multiprocessor: about 100 instructions of a warp
+}  // namespace resident_cost
+
+// Whether the resident kernel is likely to take less time than a launch for every step.
+inline bool resident_pays(const Cell& c, const Target& target, const ResidentPlan& plan) {
+  if (c.T < 2 || c.N == 0) return false;
+  const Rates r = rates_of(target);
+  const Multiply m = plan.step.multiply;
+  const bool half = plan.step.mma() && MmaType(m).element == 2;
+  const double rate =
+      m == Multiply::fma
+          ? r.fp32 * fma_part
+          : (half ? r.half : r.tf32 / (m == Multiply::tf32x3 ? 3 : 1)) * r.mma_sync * mma_part;
+  const double one = rate * 1e12 / target.multiprocessors;
+  const Shape s(c);
+  const double neurons = double(s.pixels) * c.C;
+  const double image = 4 * neurons * s.taps * (c.Cin + c.C) / one + neurons * resident_cost::neuron;
+  const double tiles = double(plan.step.tiling.blocks()) / c.N;
+  const auto waves = [&](double blocks) { return std::ceil(blocks / target.multiprocessors); };
+  const double resident = waves(double(c.N)) * image + resident_cost::barrier;
+  const double fused = waves(c.N * tiles) * image / tiles + resident_cost::launch;
+  return resident_cost::start + c.T * resident < c.T * fused;
+}
+
+// Whether a call's forward pass is one launch. std::runtime_error where that is demanded and cannot
+// be.
+inline bool runs_resident(const Cell& c, const Target& target) {
+  const bool demanded = target.algorithm == Algorithm::resident;
+  if (!demanded && target.algorithm != Algorithm::automatic) return false;
+  if (!demanded && c.T < 2) return false;
+  const ResidentPlan plan = plan_resident(c, target);
+  if (demanded && plan.reason_against != nullptr)
+    throw std::runtime_error(std::string("algorithm resident cannot run this cell: ") +
+                             plan.reason_against);
+  return demanded || (plan.reason_against == nullptr && resident_pays(c, target, plan));
+}
+
+}  // namespace snnlstm::cuda

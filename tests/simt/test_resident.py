@@ -1,0 +1,170 @@
+"""The kernels that go through a sequence in one launch, against the float64 reference."""
+
+from dataclasses import replace
+
+import counters
+import pytest
+import torch
+from backend import float32_precision, simt_core
+from cases import Case, cases
+from emulator import EmulationError
+from hypothesis import HealthCheck, assume, given, reject, settings
+from test_cell import (
+    CASES,
+    MODES,
+    PLAIN,
+    RESIDENT,
+    SCHEDULES,
+    SEQUENCE,
+    check,
+    crossed,
+    with_options,
+)
+
+from snnlstm import autograd, native
+
+FITS = {
+    **{
+        name: case
+        for name, case in CASES.items()
+        if "inhibition" not in name and name not in ("wide", "short chunks", "kernel 5x5")
+    },
+    "wide": replace(
+        with_options(kernel_size=(3, 1)), in_channels=8, channels=20, height=11, width=12
+    ),
+    "few channels, stride": replace(with_options(stride=(2, 3), dilation=(2, 1)), in_channels=3),
+    "many units": replace(PLAIN, batch=1, in_channels=1, channels=8, height=23, width=29),
+    "long": replace(PLAIN, time=7, batch=3, channels=3, height=5, width=6),
+    "last states": with_options(record=False),
+    "subtract": with_options(reset="subtract"),
+    "kernel 5x5": replace(with_options(kernel_size=(5, 5)), time=2, batch=1, channels=3),
+}
+
+
+@pytest.fixture
+def core():
+    found = simt_core("faults")
+    yield found
+    found.reset()
+
+
+@pytest.mark.parametrize(("mode", "name"), crossed(RESIDENT, FITS))
+def test_forward(core, mode, name):
+    core.schedule(*SCHEDULES[(list(RESIDENT).index(mode) + list(FITS).index(name)) % 3])
+    check(core, FITS[name], RESIDENT[mode])
+
+
+@pytest.mark.simt_long
+@pytest.mark.parametrize("mode", RESIDENT)
+def test_forward_of_random_calls(core, mode):
+    mode = RESIDENT[mode]
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(cases((mode.dtype,)))
+    def check_case(case: Case) -> None:
+        assume(not case.options.inhibition and case.batch > 0)
+        core.schedule("ahead", case.seed)
+        try:
+            check(core, case, mode)
+        except EmulationError as error:
+            if "do not fit" not in str(error):
+                raise
+            reject()
+
+    check_case()
+
+
+@pytest.mark.parametrize("mode", ["float32", "tf32x3", "bfloat16 states", "float16 autocast"])
+@pytest.mark.parametrize("name", ["plain", "wide", "max pool", "quantised", "subtract"])
+def test_all_that_training_keeps_is_what_the_kernels_of_one_step_keep(core, mode, name):
+    """In the same layout, so that either backward pass can read it; T = 3 and many units."""
+    one, other = MODES[mode], RESIDENT[f"resident {mode}"]
+    other = replace(other, compute_capability=one.compute_capability)
+    case = one.of(FITS[name])
+    seen = []
+    for kernels in (one, other):
+        with kernels.running(core):
+            result = native.forward(*case.inputs(), case.options, True, "direct")
+        seen.append((*result[:3], result.saved.gates, result.saved.syn))
+    for a, b in zip(*seen, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        torch.testing.assert_close(a, b, rtol=one.error, atol=one.error)
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("float32", "fma"), ("tf32", "mma")])
+def test_a_sequence_is_one_launch(core, mode, kind):
+    """Behind the one that packs the weight."""
+    case = RESIDENT[f"resident {mode}"].of(FITS["long"])
+    core.checks(counters=True)
+    core.reset_counters()
+    with RESIDENT[f"resident {mode}"].running(core), torch.no_grad():
+        autograd.run(*case.inputs(), case.options, "direct")
+    launches = {name: c["launches"] for name, c in core.counters().items() if "pack" not in name}
+    assert launches == {f"forward sequence ({kind})": 1}
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (CASES["inhibition"], "inhibition compares all neurons"),
+        (replace(PLAIN, batch=1, time=1, channels=200), "do not fit in the shared memory"),
+    ],
+)
+def test_what_it_leaves_to_the_kernels_of_one_step(core, case, message):
+    mode = RESIDENT["resident tf32"]
+    with mode.running(core), torch.no_grad(), pytest.raises(EmulationError, match=message):
+        autograd.run(*case.inputs(), case.options, "direct")
+    core.device(algorithm="auto")  # of itself it is not chosen
+    with core.installed(), torch.no_grad():
+        autograd.run(*case.inputs(), case.options, "direct")
+    assert not native.last_name().startswith("simt-resident")
+
+
+@pytest.mark.parametrize(
+    ("time", "batch", "channels", "size", "resident"),
+    [
+        (16, 32, (8, 8), 14, True),  # small images: a launch takes longer than a step
+        (16, 100, (8, 8), 14, True),
+        (16, 32, (1, 8), 28, False),  # more neurons than one multiprocessor updates in that time
+        (1, 32, (8, 8), 14, False),  # one step is one launch anyway
+        (16, 4, (64, 128), 32, False),  # does not fit
+    ],
+)
+def test_it_is_chosen_where_launches_take_the_time(core, time, batch, channels, size, resident):
+    core.device(90, 132, 227 * 1024, algorithm="auto")
+    case = replace(
+        PLAIN, time=time, batch=batch, in_channels=channels[0], channels=channels[1],
+        height=size, width=size,
+    )  # fmt: skip
+    with core.installed(), float32_precision("tf32"):
+        x = torch.empty(time, batch, channels[0], size, size)
+        mem = torch.empty(batch, channels[1], size, size)
+        call = core.kernels._begin(x, mem, case.options)
+        name = core.module.cuda_algorithm_name(call.cell, call.target)
+    assert name == ("resident-mma-tf32" if resident else "mma-tf32")
+
+
+@pytest.mark.parametrize("mode", ["tf32", "bfloat16 states", "float32"])
+@pytest.mark.parametrize(
+    ("channels", "size", "sectors"),
+    [
+        ((1, 8), 28, 1.1),
+        ((8, 8), 14, 1.4),  # rows of 14 begin anywhere within a sector
+        ((2, 16), 16, 1.05),
+    ],
+)
+def test_what_a_sequence_costs(core, mode, channels, size, sectors):
+    resident = RESIDENT[f"resident {mode}"]
+    case = resident.of(Case(SEQUENCE, torch.float32, 2, 1, *channels, size, size, density=0.1))
+    core.checks(races=False, counters=True)
+    core.reset_counters()
+    with resident.running(core), torch.no_grad():
+        autograd.run(*case.inputs(), case.options, "direct")
+    (seen,) = (c for name, c in core.counters().items() if "pack" not in name)
+    assert counters.sectors(seen) <= sectors
+    assert counters.bank_conflicts(seen) <= 1.1
+    if mode != "float32":
+        tiles = -(-size * size // 32) * 2 * (2 * channels[1] // 4)
+        per_step = 8 if mode == "tf32" else 16
+        x = -(-9 * channels[0] // per_step) if channels[0] <= 4 else 9 * -(-channels[0] // per_step)
+        assert counters.mma(seen) == 2 * tiles * (x + 9 * -(-channels[1] // per_step))
