@@ -63,8 +63,9 @@ CUDA_cpu := off
 CUDA_12  := on
 CUDA_13   = $(if $(NVCC_13),on,pip)
 NAMED     = SNNLSTM_CUDA=$(CUDA_$(CUDA)) SNNLSTM_LOCAL_VERSION=$(LOCAL_$(CUDA))
-wheel: $(VENV)/.build  ## build sdist and wheel into dist/ (CUDA=cpu|12|13: the wheel +cpu, +cu12 or +cu13)
+wheel: $(VENV)/.build  ## build sdist and wheels into dist/ (CUDA=cpu|12|13: the wheel +cpu, +cu12 or +cu13)
 	$(if $(CUDA),$(NAMED)) $(RUN) -m build --outdir dist $(if $(CUDA),--wheel) .
+	$(if $(CUDA),,SNNLSTM_CORE=off $(RUN) -m build --outdir dist --wheel .)
 
 test-wheel: | $(RUN)  ## test the newest wheel in dist/, or CUDA's, in a fresh environment
 	@wheel=$$(ls -t dist/snnlstm-*$(LOCAL_$(CUDA))-cp*.whl 2>/dev/null | head -1); \

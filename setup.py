@@ -1,6 +1,10 @@
 """Builds snnlstm._C with CMake and Ninja; the metadata is in pyproject.toml.
 
+Where _C cannot be built, the package is installed without it, and runs in plain torch.
+
 Environment
+    SNNLSTM_CORE            off | on; unset: _C is built on Linux, where a C++17 compiler is found;
+                            on: an error where it cannot be built; off: a py3-none-any wheel
     SNNLSTM_CUDA            off | on | pip; unset: the CUDA half is built where both a CUDA compiler
                             and a GPU are found, and for the GPUs found; on: for every GPU;
                             pip: too, with the compiler on PyPI, fetched for this build alone
@@ -22,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -35,6 +40,7 @@ DEFAULT_CUDA = Path("/usr/local/cuda")
 DRIVER = "libcuda.so.1"
 ALL_ARCHS = "75;80;86;89;90;100;120"
 OLDEST_ARCH = 75
+COMPILERS = ("c++", "g++", "clang++")  # in CMake's order
 CUDA_FROM_PIP = ["nvidia-cuda-nvcc==13.*", "nvidia-cuda-runtime==13.*", "nvidia-cuda-cccl==13.*"]
 
 
@@ -47,6 +53,74 @@ def version() -> str:
 
 def say(text: str) -> None:
     print(f"snnlstm: {text}", file=sys.stderr, flush=True)
+
+
+# ---- the core, or plain torch -------------------------------------------------------------------
+
+PROBE = """
+#include <algorithm>
+#include <vector>
+#if __cplusplus < 201703L
+#error no C++17
+#endif
+typedef float lanes __attribute__((vector_size(16)));
+lanes twice(lanes x) { return x + x; }
+"""
+
+
+def compiler_trouble() -> str | None:
+    """Why no C++ compiler here can build the core, or None where one can."""
+    if "CMAKE_CXX_COMPILER" in os.environ.get("CMAKE_ARGS", ""):
+        return None
+    named = os.environ.get("CXX", "").strip()
+    commands = [shlex.split(named)] if named else [[name] for name in COMPILERS]
+    command = next((c for c in commands if shutil.which(c[0])), None)
+    if command is None:
+        return f"no C++ compiler found: {named or ', '.join(COMPILERS)}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text(PROBE)
+        done = subprocess.run(
+            [*command, "-std=c++17", "-c", str(source), "-o", str(Path(folder) / "probe.o")],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        return (
+            f"{shlex.join(command)} compiles no C++17: {(done.stderr or done.stdout).strip()[:200]}"
+        )
+    return None
+
+
+def core_plan() -> tuple[bool, str]:
+    """Whether to build the core; and why not, in words."""
+    wish = os.environ.get("SNNLSTM_CORE", "").strip().lower()
+    if wish not in ("", "on", "off"):
+        raise CompileError(f"SNNLSTM_CORE is {wish!r}; accepted: on, off, or unset (automatic)")
+    tag = os.environ.get("SNNLSTM_LOCAL_VERSION", "")
+    needed = [f"SNNLSTM_CORE={wish}"] if wish == "on" else []
+    needed += [f"SNNLSTM_CUDA={cuda_wish()}"] if cuda_wish() in ("on", "pip") else []
+    needed += [f"SNNLSTM_LOCAL_VERSION={tag}"] if tag else []
+    if wish == "off":
+        why: str | None = "SNNLSTM_CORE=off"
+    elif sys.platform != "linux" and wish != "on":
+        why = f"it is built on Linux, and this is {sys.platform}"
+    else:
+        why = compiler_trouble()
+    if why and needed:
+        raise CompileError(f"{needed[0]} needs the native core, which cannot be built: {why}")
+    return not why, why or ""
+
+
+def core() -> list[Extension]:
+    """The extension modules: one, or none where it cannot be built."""
+    build, why = core_plan()
+    if build:
+        return [Extension("snnlstm._C", sources=[])]
+    say(f"WITHOUT the native core ({why}): everything runs in plain torch, and slower")
+    return []
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
 
 
 def cuda_wish() -> str:
@@ -170,6 +244,9 @@ def cuda_plan() -> tuple[str | None, str, str]:
     return None, "", f"{lack} here; SNNLSTM_CUDA=on builds it for all GPUs, with {nvcc}"
 
 
+# ---- the build -----------------------------------------------------------------------------------
+
+
 class CMakeBuild(build_ext):
     """One extension, snnlstm._C, by way of csrc/CMakeLists.txt."""
 
@@ -207,7 +284,9 @@ class CMakeBuild(build_ext):
             arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
             arguments.append(f"-DSNNLSTM_CUDA_ARCHS={archs}")
         arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        hint = "\nSNNLSTM_CUDA=off builds the CPU half alone." if nvcc else ""
+        half = "SNNLSTM_CUDA=off builds the CPU half alone" if nvcc else ""
+        half = half or "SNNLSTM_CORE=off installs the package without it, in plain torch"
+        hint = f"\n{half}."
         run("configuring", ["cmake", "-S", str(ROOT / "csrc"), "-B", str(build), *arguments], hint)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.environ.get("MAX_JOBS")
         jobs = jobs or str(os.cpu_count() or 1)
@@ -260,6 +339,6 @@ setup(
     version=version(),
     # Asked for by pip as further build requirements; nothing else uses it.
     setup_requires=CUDA_FROM_PIP if cuda_wish() == "pip" else [],
-    ext_modules=[Extension("snnlstm._C", sources=[])],
+    ext_modules=core(),
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},
 )

@@ -21,6 +21,13 @@ from . import cuda_check
 
 # What a fact is where it could not be had: a sentence that starts with this.
 MISSING = "missing: "
+NOT_THERE = MISSING + "ModuleNotFoundError: No module named 'snnlstm._C'"
+NO_CORE = (
+    "this installation has no native core, so that every call runs in plain torch, and slower: "
+    "pip builds the core on Linux, where it finds a C++17 compiler such as GCC 9; in a checkout, "
+    "`pip install -e .` does"
+)
+BROKEN_CORE = "the native core does not load, so that every call runs in plain torch, and slower: "
 
 
 def attempt(probe: Callable[[], Any]) -> Any:
@@ -122,10 +129,7 @@ def problems(facts: dict[str, Any]) -> list[str]:
     if is_missing(torch["version"]):
         found.append(f"torch cannot be imported ({torch['version']}): pip install torch")
     if is_missing(native["core"]):
-        found.append(
-            f"the native kernels cannot be loaded ({native['core']}); in a checkout, build them "
-            "with `pip install -e .`"
-        )
+        found.append(NO_CORE if native["core"] == NOT_THERE else BROKEN_CORE + native["core"])
     elif is_missing(native["isa"]):
         found.append(f"no instruction set could be chosen ({native['isa']})")
     elif native["openmp"] == "":

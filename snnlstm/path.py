@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -67,11 +68,10 @@ try:
     # device types that the core was built for, native.TRACEABLE whether dynamo can trace
     # autograd.run (through the operators of ops.py).
     from . import native as _native
-except ModuleNotFoundError:  # a checkout that was not built
-    _native = None  # type: ignore[assignment]
 except ImportError as error:
     _native = None  # type: ignore[assignment]
-    _MISSING = f"the compiled core does not load: {error}"
+    if find_spec(f"{__package__}._C") is not None:
+        _MISSING = f"the compiled core does not load: {error}"
 
 # Made once: dynamo cannot trace a call into the core.
 _NATIVE_PATHS = {

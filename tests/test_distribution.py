@@ -67,10 +67,32 @@ def wheel(folder, sdist) -> Path:
 
 
 @pytest.fixture(scope="module")
+def pure(folder, sdist) -> Path:
+    """The wheel that is built where there is no compiler."""
+    no_compiler = folder / "no-compiler"
+    no_compiler.mkdir()
+    run(
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", no_compiler, sdist,
+        cwd=folder, PATH=str(no_compiler), CXX="",
+    )  # fmt: skip
+    (path,) = no_compiler.glob("snnlstm-*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
 def python(folder, wheel) -> Path:
     """The interpreter of a fresh environment with the wheel and with this one's torch."""
-    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
-    executable = folder / "venv" / "bin" / "python"
+    return install(wheel, folder / "venv", folder)
+
+
+@pytest.fixture(scope="module")
+def pure_python(folder, pure) -> Path:
+    return install(pure, folder / "pure-venv", folder)
+
+
+def install(wheel: Path, place: Path, folder: Path) -> Path:
+    run(sys.executable, "-m", "venv", "--without-pip", place, cwd=folder)
+    executable = place / "bin" / "python"
     install = ["-m", "pip", "--python", executable, "install", "--no-deps", "--no-index", wheel]
     run(sys.executable, *install, cwd=folder)
     site = run(
@@ -137,3 +159,44 @@ print(snnlstm.__file__, snnlstm.__version__, cell.path.name)
     assert facts["version"] == version
     assert facts["native"]["build"]["version"] == version
     assert facts["problems"] == []
+
+
+# ---- without the core ----------------------------------------------------------------------------
+
+
+def test_the_wheel_without_a_core_is_for_every_python_and_system(pure):
+    assert pure.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(pure) as archive:
+        names = archive.namelist()
+    assert tracked("snnlstm") <= set(names)
+    assert [name for name in names if name.endswith(".so")] == []
+
+
+def test_without_a_core_the_first_call_says_so_once(pure_python, folder):
+    code = """
+import torch, snnlstm
+for _ in range(2):
+    cell = snnlstm.SConv2dLSTM(2, 4, 3, threshold=0.1)
+    cell(torch.rand(5, 3, 2, 9, 7))[2].sum().backward()
+print(cell.path)
+"""
+    done = subprocess.run(
+        [pure_python, "-c", code], cwd=folder, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "reference (the compiled core is missing)\n"
+    assert done.stderr.count("the compiled core is missing") == 1
+    facts = json.loads(run(pure_python, "-m", "snnlstm", "--json", cwd=folder))
+    (problem,) = facts["problems"]
+    assert problem.startswith("this installation has no native core, so that every call runs in")
+    assert "C++17 compiler" in problem
+
+
+def test_the_tests_pass_without_a_core(pure_python, folder):
+    """Those of the cell, on the one implementation that is there."""
+    tests = folder / "tests-only"
+    unneeded = shutil.ignore_patterns("__pycache__", "simt", "sanitizers")
+    shutil.copytree(ROOT / "tests", tests / "tests", ignore=unneeded)
+    shutil.copy2(ROOT / "pyproject.toml", tests)
+    files = [f"tests/test_{name}.py" for name in ("semantics", "state", "arguments", "inhibition")]
+    said = run(pure_python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, cwd=tests)
+    assert re.search(r"\d\d+ passed", said)

@@ -1,4 +1,4 @@
-"""Whether setup.py builds the CUDA half, with what and for which GPUs, and what it says."""
+"""Whether setup.py builds the core and its CUDA half, with what, and what it says."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def build(monkeypatch, tmp_path):
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     names = runpy.run_path(str(SETUP))
     for variable in (
-        "SNNLSTM_CUDA", "SNNLSTM_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH",
-        "SNNLSTM_LOCAL_VERSION",
+        "SNNLSTM_CORE", "SNNLSTM_CUDA", "SNNLSTM_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH",
+        "SNNLSTM_LOCAL_VERSION", "CMAKE_ARGS", "CXX",
     ):  # fmt: skip
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
@@ -45,6 +45,62 @@ def program(path: Path, text: str = NVCC) -> str:
     path.write_text(text)
     path.chmod(0o755)
     return str(path)
+
+
+# ---- the core, or plain torch --------------------------------------------------------------------
+
+
+def test_a_compiler_builds_the_core(build, monkeypatch, tmp_path):
+    compiler = shutil.which("g++", path=os.defpath) or pytest.skip("no g++")
+    monkeypatch.setenv("PATH", os.path.dirname(compiler))
+    assert build["core_plan"]() == (True, "")
+    monkeypatch.setenv("CXX", f"{compiler} -O1")
+    assert build["core_plan"]() == (True, "")
+    monkeypatch.setenv("CXX", f"{compiler} -D__cplusplus=201402L")
+    assert "compiles no C++17" in build["core_plan"]()[1]
+
+
+def test_without_a_compiler_the_package_is_installed_all_the_same(build, monkeypatch, capsys):
+    assert build["core_plan"]() == (False, "no C++ compiler found: c++, g++, clang++")
+    assert build["core"]() == []
+    said = capsys.readouterr().err
+    assert "WITHOUT the native core (no C++ compiler found" in said
+    assert "plain torch" in said
+
+
+@pytest.mark.parametrize("platform", ["win32", "darwin"])
+def test_on_other_systems_it_is_left_out(build, monkeypatch, platform):
+    monkeypatch.setattr(build["core_plan"].__globals__["sys"], "platform", platform)
+    assert build["core_plan"]() == (False, f"it is built on Linux, and this is {platform}")
+
+
+def test_a_compiler_that_fails_is_named_with_what_it_says(build, monkeypatch, tmp_path):
+    program(tmp_path / "empty/c++", BROKEN)
+    built, why = build["core_plan"]()
+    assert not built
+    assert "compiles no C++17: cannot execute cicc" in why
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SNNLSTM_CORE", "on"), ("SNNLSTM_CUDA", "on"), ("SNNLSTM_LOCAL_VERSION", "cpu")],
+)
+def test_what_needs_the_core_is_an_error_without_it(build, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    message = f"{name}={value} needs the native core, which cannot be built: no C\\+\\+ compiler"
+    with pytest.raises(Exception, match=message):
+        build["core_plan"]()
+
+
+def test_the_core_can_be_refused(build, monkeypatch):
+    monkeypatch.setenv("SNNLSTM_CORE", "off")
+    assert build["core_plan"]() == (False, "SNNLSTM_CORE=off")
+    monkeypatch.setenv("SNNLSTM_CORE", "maybe")
+    with pytest.raises(Exception, match="SNNLSTM_CORE is 'maybe'; accepted: on, off"):
+        build["core_plan"]()
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
 
 
 def test_no_compiler_builds_the_cpu_half(build):
