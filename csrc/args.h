@@ -49,13 +49,12 @@ struct Cell {
   bool inhibition = false;
   int num_levels = 0;            // of the state quantiser; 0: none
   int outer_h = 0, outer_w = 0;  // CPU: taps on either side that meet no pixel, beside kernel_h, _w
-  int tile = 0;             // CPU: Winograd tile (outputs a side) of the recurrent half; 0: direct
-  Way x_way = Way::direct;  // CPU: of the input half
+  int tile_h = 0, tile_w = 0;    // CPU: outputs of a Winograd tile of the recurrent half; 0: direct
+  Way x_way = Way::direct;       // CPU: of the input half
 
   int64_t pad_h() const { return int64_t(dilation_h) * (kernel_h - 1) / 2; }
   int64_t pad_w() const { return int64_t(dilation_w) * (kernel_w - 1) / 2; }
-  // CPU: Winograd tile of the weight gradient; 0: direct. Tiles of 8 inputs round too much for it.
-  int grad_tile() const { return tile + kernel_h - 1 <= 6 ? tile : kernel_h == 5 ? 2 : 0; }
+  bool tiled() const { return tile_h > 0; }
   int64_t Ho() const { return (H + stride_h - 1) / stride_h; }
   int64_t Wo() const { return (W + stride_w - 1) / stride_w; }
   int64_t Hp() const { return Ho() / pool_h; }

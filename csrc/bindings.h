@@ -55,7 +55,7 @@ inline void bind_cell(py::module_& m) {
            py::arg("stride"), py::arg("dilation"), py::arg("pool"), py::arg("pool_size"),
            py::arg("reset"), py::arg("surrogate"), py::arg("p0"), py::arg("p1"),
            py::arg("inhibition"), py::arg("num_levels"))
-      .def_readonly("tile", &Cell::tile)
+      .def_property_readonly("tile", [](const Cell& c) { return std::pair(c.tile_h, c.tile_w); })
       .def_property_readonly("kernel",
                              [](const Cell& c) { return std::pair(c.kernel_h, c.kernel_w); })
       .def_property_readonly("x_way", [](const Cell& cell) { return int(cell.x_way); });

@@ -143,7 +143,8 @@ def forward(
         saved.winner.data_ptr() if saved and options.inhibition else 0,
         workspace.data_ptr(),
     )
-    way = f"winograd{cell.tile}" if cell.tile else "direct"
+    tile = "x".join(str(side) for side in dict.fromkeys(cell.tile))
+    way = f"winograd{tile}" if any(cell.tile) else "direct"
     glue.last.name = f"{name()}-{way}{_X_WAYS[cell.x_way]}"
     return Result(spk, new_syn, new_mem, saved)
 

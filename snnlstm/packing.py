@@ -81,7 +81,7 @@ def pack(
         if not _C.cpu_reads(cell, number, grad_x):
             out.append(None)
             continue
-        key = (isa, number, cell.kernel, cell.tile if number % 3 else 0)
+        key = (isa, number, cell.kernel, cell.tile if number % 3 else None)
         form = weight.forms.get(key)
         if form is None:
             form = blocks.empty((_C.cpu_packed_bytes(cell, number),), torch.uint8)

@@ -12,12 +12,12 @@ namespace snnlstm::cpu {
 enum class Algorithm : int { automatic = 0, direct = 1, winograd = 2 };
 
 // The cell without the taps that meet no pixel, which all the others here expect, and with the ways
-// of its convolutions filled in (tile, x_way). density: the part of x's
+// of its convolutions filled in (tiles, x_way). density: the part of x's
 // values that are not zero; most_inputs: a side of the largest Winograd tile whose rounding errors
 // the weights admit; backward: for the backward pass of a call.
 Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inputs, bool backward);
 
-// Whether there are Winograd forms of the cell's convolutions.
+// Whether there are Winograd kernels for the cell's type and number of channels.
 bool has_tiles(const Cell& cell);
 
 // What the input half costs from lists of its nonzeros, as a part of what it costs directly.
@@ -43,7 +43,7 @@ enum class Form : int {
 
 // Whether a call reads this form; grad_x: whether it is a backward pass that gives x a gradient.
 inline bool reads(const Cell& c, Form form, bool grad_x) {
-  const bool tiles = c.tile > 0, tiles_of_x = tiles && c.stride_h == 1 && c.stride_w == 1;
+  const bool tiles = c.tiled(), tiles_of_x = tiles && c.stride_h == 1 && c.stride_w == 1;
   switch (form) {
     case Form::forward:
       return !tiles || c.x_way != Way::winograd;

@@ -1,16 +1,15 @@
 // Which way each convolution is summed: a cost model in multiply-adds of one vector, per pixel and
 // channel block, with what the transforms cost beside them. benchmarks/NOTES.md has the
 // measurements.
+#include <algorithm>
+
 #include "api.h"
+#include "tiling.h"
 
 namespace snnlstm::cpu {
 namespace {
 
-constexpr int kMostInputs = 8;  // of a tile, a side
-
-struct Tiling {
-  int tile, inputs;  // outputs and inputs of a tile, a side
-};
+constexpr int kMostInputs = 8;  // of a tile, along an axis
 
 double direct_cost(const Cell& c, double channels) {
   return c.kernel_h * c.kernel_w * channels * 4;
@@ -20,13 +19,16 @@ double direct_cost(const Cell& c, double channels) {
 // all channel blocks share. Tiles that stick out of the image count whole. In the backward pass all
 // pixels of a call share the transforms of the filters, which have changed since the last call, and
 // of their gradient.
-double tile_cost(const Cell& c, Tiling t, double channels, bool backward) {
-  const double points = t.inputs * t.inputs;
-  const auto up = [&](int64_t n) { return double((n + t.tile - 1) / t.tile * t.tile) / double(n); };
-  const double per_tile =
-      points * (4 * channels * 1.15 + 4 * 4) + points * 5 * channels / double(c.C);
-  const double of_filters = backward ? 20 * points * 4 * channels : 0;  // measured
-  return per_tile / (t.tile * t.tile) * up(c.Ho()) * up(c.Wo()) +
+double tile_cost(const Cell& c, const Tiling& t, double channels, bool backward) {
+  const double points = t.points(), products = points * t.parts() * 4 * channels;
+  const auto up = [](const Axis& a, int dilation, int64_t n) {
+    const int64_t unit = a.tile * (a.tile > 1 ? dilation : 1);
+    return double((n + unit - 1) / unit * unit) / double(n);
+  };
+  const double per_tile = products * 1.15 + points * 4 * 4 + points * 5 * channels / double(c.C);
+  const double of_filters = backward ? 5 * 4 * products : 0;  // measured
+  return per_tile / (t.h.tile * t.w.tile) * up(t.h, c.dilation_h, c.Ho()) *
+             up(t.w, c.dilation_w, c.Wo()) +
          of_filters / double(c.T * c.N * c.Ho() * c.Wo());
 }
 
@@ -49,24 +51,27 @@ Cell within_image(const Cell& cell) {
 
 Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inputs, bool backward) {
   Cell c = within_image(cell);
-  c.tile = 0;
+  c.tile_h = c.tile_w = 0;
   c.x_way = Way::direct;
   if (algorithm == Algorithm::direct) return c;
   const bool forced = algorithm == Algorithm::winograd;
   if (has_tiles(c)) {
     double best = direct_cost(c, double(c.C));
-    for (const int tile : {4, 2}) {
-      const Tiling t = {tile, tile + c.kernel_h - 1};
-      if (t.inputs > (forced ? kMostInputs : most_inputs)) continue;
-      const double cost = tile_cost(c, t, double(c.C), backward);
-      if (cost < best || (forced && c.tile == 0)) best = cost, c.tile = tile;
-    }
+    for (const int h : {4, 3, 2, 1})
+      for (const int w : {4, 3, 2, 1}) {
+        if (!has_form(c.kernel_h, h) || !has_form(c.kernel_w, w) || h * w == 1) continue;
+        const Tiling t = {axis(c.kernel_h, h), axis(c.kernel_w, w)};
+        const int inputs = std::max(t.h.inputs(), t.w.inputs());
+        if (inputs > (forced ? kMostInputs : most_inputs)) continue;
+        const double cost = tile_cost(c, t, double(c.C), backward);
+        if (cost < best || (forced && !c.tiled())) best = cost, c.tile_h = h, c.tile_w = w;
+      }
   }
   double best = direct_cost(c, double(c.Cin));
-  const int tile = backward ? c.grad_tile() : c.tile;  // backward's x_way: of the weight gradient
-  if (tile > 0 && c.stride_h == 1 && c.stride_w == 1) {
-    const Tiling t = {tile, tile + c.kernel_h - 1};
-    // beside the recurrent half the outputs are transformed anyway
+  if (c.tiled() && c.stride_h == 1 && c.stride_w == 1) {
+    // Backward's x_way is of the weight gradient. Forward, beside the recurrent half, the outputs
+    // are transformed anyway.
+    const Tiling t = backward ? grad_tiling(c) : tiling(c);
     const double cost = tile_cost(c, t, double(c.Cin), backward) - tile_cost(c, t, 0, backward);
     if (forced || cost < best) best = cost, c.x_way = Way::winograd;
   }

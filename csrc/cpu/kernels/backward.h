@@ -33,6 +33,7 @@ class Backward {
         neuron_(a_, l_, tasks_),
         weights_(l_, args.threads) {
     const Cell& c = a_.cell;
+    if constexpr (kHasWinograd<T, VL>) inputs_ = InputTransform<S>(l_.form);
     x_rows_ = l_.block_rows();
     x_blocks_ = (c.H + x_rows_ - 1) / x_rows_;
     Arena arena(args.workspace);
@@ -105,7 +106,7 @@ class Backward {
     neuron_.carve(arena);
     scratch_ = arena.take<Scratch>(a_.threads);
     const int64_t rows = l_.tiled_x() ? l_.block_rows() : x_rows_;
-    TileSizes sizes(l_, a_.cell.tile, 4 * l_.Cp);
+    TileSizes sizes(l_, l_.form, 4 * l_.Cp);
     if (a_.grad_weight) sizes.cover(weights_.tile_sizes());
     for (int k = 0; k < a_.threads; ++k) {
       Scratch s;
@@ -124,13 +125,11 @@ class Backward {
     for (int64_t h = begin; h < end; h += block) {
       const int64_t stop = h + block < end ? h + block : end;
       T* out = mem_wanted ? mem_grad + (h - begin) * l_.Wo * l_.Cp : nullptr;
-      if (a_.cell.tile == 0)
+      if (!a_.cell.tiled())
         to_mem_.rows(neuron_.d_gates(t, n),
                      static_cast<const T*>(a_.weight) + l_.x_blocks * l_.Kg * VL, h, stop, out);
       else if constexpr (kHasWinograd<T, VL>)
-        with_winograd<S>(a_.cell.kernel_h, a_.cell.tile, [&](auto form) {
-          tiled<decltype(form)>(t, n, h, stop, x_wanted, out, scratch_[thread]);
-        });
+        tiled(t, n, h, stop, x_wanted, out, scratch_[thread]);
     }
     if (t > 0) return neuron_.rows(t - 1, task, thread);
     for (int64_t h = begin; mem_wanted && h < end; ++h)
@@ -138,19 +137,17 @@ class Backward {
   }
 
   // Data gradients of state rows [begin, end) by Winograd: mem's into mem_grad, unless null; x's.
-  template <class W>
   void tiled(int64_t t, int64_t n, int64_t begin, int64_t end, bool x_wanted, T* mem_grad,
              const Scratch& s) {
-    const TileBlock<T> b = tile_block(l_, W::tile, end - begin, 4 * l_.Cp);
+    const TileBlock<T> b = tile_block(l_, l_.form, end - begin, 4 * l_.Cp);
     const int64_t pixel = 4 * l_.Cp, row = l_.Wm * pixel;
-    transform_inputs<W, S>(b, W::tile, neuron_.d_gates(t, n) + begin * row, row, pixel,
-                           s.tiles.values);
+    inputs_.run(b, neuron_.d_gates(t, n) + begin * row, row, pixel, s.tiles.values);
     if (mem_grad)
-      to_mem_.template tiles<W>(b, s.tiles.values, static_cast<const T*>(a_.weight_mem),
-                                s.tiles.products, begin, end, mem_grad);
+      to_mem_.tiles(b, s.tiles.values, static_cast<const T*>(a_.weight_mem), s.tiles.products,
+                    begin, end, mem_grad);
     if (!x_wanted) return;
-    to_x_.template tiles<W>(b, s.tiles.values, static_cast<const T*>(a_.weight_x), s.tiles.products,
-                            begin, end, s.x);
+    to_x_.tiles(b, s.tiles.values, static_cast<const T*>(a_.weight_x), s.tiles.products, begin, end,
+                s.x);
     write_x(t, n, begin, end, s.x);
   }
 
@@ -176,6 +173,7 @@ class Backward {
   DataGrad<T, VL> to_mem_, to_x_;
   NeuronBackward<T, VL> neuron_;
   WeightGradient<T, VL> weights_;
+  InputTransform<S> inputs_;
   int64_t x_rows_, x_blocks_;
   Phases::Counter* counters_ = nullptr;
   Scratch* scratch_ = nullptr;

@@ -11,6 +11,7 @@ SNNLSTM_BEGIN_ISA
 template <class T, int VL>
 class DataGrad {
   using S = Simd<T, VL>;
+  using Two = typename Merged<S, 2>::Vector;  // neighbours in one vector, if there are such
 
  public:
   DataGrad(const DataGrad&) = delete;
@@ -25,6 +26,10 @@ class DataGrad {
         sh_(stride_h),
         sw_(stride_w),
         lists_(new RunList[stride_h * stride_w]) {
+    if constexpr (kHasWinograd<T, VL>) {
+      outputs_ = PlaneTransform<S>::outputs(l.form, l.form.h.tile, l.form.w.tile);
+      outputs_of_two_ = PlaneTransform<Two>::outputs(l.form, l.form.h.tile, l.form.w.tile);
+    }
     const int64_t pixel = 4 * l.Cp, row = l.Wm * pixel, max_len = chunk();
     const bool few = l.few_channels();  // only their lanes are summed
     if (sh_ == 1 && sw_ == 1 && !few) {
@@ -66,41 +71,67 @@ class DataGrad {
   }
 
   // The same by Winograd, for the rows of one block of tiles. values: the block's d gates,
-  // transformed; weight: (blocks of vectors, points, 4 Cp, NV * VL).
-  template <class W>
+  // transformed; weight: (blocks of vectors, points, parts, 4 Cp, NV * VL).
   void tiles(const TileBlock<T>& b, const T* values, const T* weight, T* products, int64_t begin,
              int64_t end, T* out) const {
     switch (tile_vectors(vectors_)) {
       case 4:
-        return tile_sweep<W, 4>(b, values, weight, products, end - begin, out);
+        return tile_sweep<4>(b, values, weight, products, end - begin, out);
       case 3:
-        return tile_sweep<W, 3>(b, values, weight, products, end - begin, out);
+        return tile_sweep<3>(b, values, weight, products, end - begin, out);
       case 2:
-        return tile_sweep<W, 2>(b, values, weight, products, end - begin, out);
+        return tile_sweep<2>(b, values, weight, products, end - begin, out);
       default:
-        return tile_sweep<W, 1>(b, values, weight, products, end - begin, out);
+        return tile_sweep<1>(b, values, weight, products, end - begin, out);
     }
   }
 
  private:
-  template <class W, int NV>
+  template <int NV>
   void tile_sweep(const TileBlock<T>& b, const T* values, const T* weight, T* products,
                   int64_t rows, T* out) const {
     const int64_t channels = vectors_ * VL;
+    const Tiling& t = b.form;
+    const auto& outputs = choose_outputs<NV>();
+    constexpr int lanes = NV % 2 ? VL : Two::lanes, batches = NV * VL / lanes;
+    const Plane from{t.w.inputs() * b.products_stride, b.products_stride, lanes};
+    const Plane to{b.dilation_h * width_ * channels, b.dilation_w * channels, lanes};
+    const Plane cut{4 * NV * VL, NV * VL, lanes};  // of a tile that sticks out
     for (int64_t block = 0; block < vectors_; block += NV) {
-      multiply<S, NV>(b, W::points, values, weight + block * VL * W::points * b.channels,
-                      b.channels, false, products);
+      multiply<S, NV>(b, values, weight + block * VL * l_.tile_weights() * b.channels, b.channels,
+                      false, products);
       for (int64_t tile = 0; tile < b.count(); ++tile) {
-        const int64_t h0 = tile / b.columns * W::tile, w0 = tile % b.columns * W::tile;
-        for (int v = 0; v < NV; ++v)
-          W::template outputs<W::tile>(
-              products + (tile * NV + v) * VL, b.products_stride,
-              [&](int i, int j, typename S::R g) {
-                if (h0 + i < rows && w0 + j < width_)
-                  S::store(out + ((h0 + i) * width_ + w0 + j) * channels + (block + v) * VL, g);
-              });
+        const int64_t h0 = b.row(tile / b.columns), w0 = b.column(tile % b.columns);
+        const T* in = products + tile * NV * VL;
+        T* corner = out + (h0 * width_ + w0) * channels + block * VL;
+        const int64_t height = inside(rows - h0, b.dilation_h, t.h.tile),
+                      width = inside(width_ - w0, b.dilation_w, t.w.tile);
+        if (height == t.h.tile && width == t.w.tile) {
+          outputs.run(in, from, corner, to, batches);
+          continue;
+        }
+        alignas(64) T whole[4 * 4 * NV * VL];
+        outputs.run(in, from, whole, cut, batches);
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t j = 0; j < width; ++j)
+            std::memcpy(corner + i * to.row + j * to.column, whole + i * cut.row + j * cut.column,
+                        NV * VL * sizeof(T));
       }
     }
+  }
+
+  template <int NV>
+  const auto& choose_outputs() const {
+    if constexpr (NV % 2)
+      return outputs_;
+    else
+      return outputs_of_two_;
+  }
+
+  // How many of a tile's pixels, every dilation-th, lie among `left`.
+  static int64_t inside(int64_t left, int64_t dilation, int64_t tile) {
+    const int64_t count = left > 0 ? (left + dilation - 1) / dilation : 0;
+    return count < tile ? count : tile;
   }
 
   int64_t chunk() const { return chunk_length<T>(tile_vectors(vectors_) * VL); }
@@ -136,6 +167,8 @@ class DataGrad {
   int64_t vectors_, width_;
   int64_t sh_, sw_;
   RunList* lists_;
+  PlaneTransform<S> outputs_;
+  PlaneTransform<Two> outputs_of_two_;
 };
 
 SNNLSTM_END_ISA

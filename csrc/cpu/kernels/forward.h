@@ -18,6 +18,7 @@ class Forward {
   using R = typename S::R;
   using Mask = typename S::Mask;
   static constexpr int kGates = 4 * VL;
+  using GateVector = typename Merged<S, 4>::Vector;
 
  public:
   explicit Forward(const ForwardArgs& args)
@@ -28,6 +29,10 @@ class Forward {
         block_(l_.block_rows()),
         strip_(l_.strip_rows()),
         sparse_(l_, strip_) {
+    if constexpr (kHasWinograd<T, VL>) {
+      inputs_ = InputTransform<S>(l_.form);
+      outputs_ = PlaneTransform<GateVector>::outputs(l_.form, l_.form.h.tile, l_.form.w.tile);
+    }
     Arena arena(args.workspace);
     carve(arena);
   }
@@ -74,18 +79,18 @@ class Forward {
     for (T*& mem : mem_) mem = arena.take<T>(c.N * l_.mem_image());
     syn_ = arena.take<T>(c.N * l_.state_image());
     scratch_ = arena.take<Scratch>(a_.threads);
-    const int64_t patch_rows = (block_ - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
-    const TileBlock<T> of_mem = tile_block(l_, l_.tile, block_, l_.Cp),
-                       of_x = tile_block(l_, l_.tile, block_, x_channels());
+    const int64_t points = c.tiled() ? l_.form.points() : 0;
+    const TileBlock<T> of_mem = tile_block(l_, l_.form, block_, l_.Cp),
+                       of_x = tile_block(l_, l_.form, block_, x_channels());
     for (int k = 0; k < a_.threads; ++k) {
       const int64_t strips = c.x_way == Way::sparse ? (block_ + strip_ - 1) / strip_ : 0;
-      const Scratch s{arena.take<T>(patch_rows * l_.Wx * c.Cin + kReadAhead),
+      const Scratch s{arena.take<T>(patch_rows(block_) * l_.Wx * c.Cin + kReadAhead),
                       arena.take<T>(strip_ * l_.Wr * kGates),
                       arena.take<T>(l_.Wp * l_.Cp),
                       arena.take<typename SparseInput<T, VL>::Lists>(strips),
-                      arena.take<T>(l_.points * of_mem.values_stride),
-                      arena.take<T>(c.x_way == Way::winograd ? l_.points * of_x.values_stride : 0),
-                      arena.take<T>(l_.points * of_mem.products_stride)};
+                      arena.take<T>(points * of_mem.values_stride),
+                      arena.take<T>(c.x_way == Way::winograd ? points * of_x.values_stride : 0),
+                      arena.take<T>(points * of_mem.products_stride)};
       for (int64_t strip = 0; strip < strips; ++strip) {
         typename SparseInput<T, VL>::Lists lists;
         sparse_.carve(arena, lists);
@@ -138,7 +143,7 @@ class Forward {
       }
       if (begin == 0) std::memset(mem_row(which, n, 0), 0, l_.ph * row * sizeof(T));
       if (end == l_.Ho)
-        std::memset(mem_row(which, n, l_.Ho + l_.ph), 0, (l_.Hr - l_.Ho + l_.ph) * row * sizeof(T));
+        std::memset(mem_row(which, n, l_.Ho + l_.ph), 0, (l_.Hm - l_.Ho - l_.ph) * row * sizeof(T));
     }
     for (int64_t h = begin; h < end; ++h) {
       import_row(a_.mem0, n, h, mem_inner(0, n, h));
@@ -159,11 +164,10 @@ class Forward {
       const int64_t b1 = b0 + block_ < end ? b0 + block_ : end;
       gather_x(t, n, b0, b1, s.patch);
       if (a_.cell.x_way == Way::sparse) list_x(b0, b1, s);
-      if (a_.cell.tile == 0)
+      if (!a_.cell.tiled())
         direct(t, n, b0, b1, s);
       else if constexpr (kHasWinograd<T, VL>)
-        with_winograd<S>(a_.cell.kernel_h, a_.cell.tile,
-                         [&](auto form) { tiled<decltype(form)>(t, n, b0, b1, s); });
+        tiled(t, n, b0, b1, s);
     }
     write_states(t, n, begin, end);
     if (a_.cell.inhibition)
@@ -173,13 +177,19 @@ class Forward {
         fire_row(t, n, h, s);
   }
 
+  // Input rows under `rows` state rows: what the kernel, or the tiles, look at.
+  int64_t patch_rows(int64_t rows) const {
+    const Cell& c = a_.cell;
+    if (!l_.tiled_x()) return (rows - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
+    return l_.whole(l_.form.h, c.dilation_h, rows) + (l_.form.h.taps() - 1) * c.dilation_h;
+  }
+
   // The input rows under state rows [b0, b1), channels-last with their zero border.
   void gather_x(int64_t t, int64_t n, int64_t b0, int64_t b1, T* patch) {
     const Cell& c = a_.cell;
     const T* x = static_cast<const T*>(a_.x.data) + t * a_.x.stride[0] + n * a_.x.stride[1];
     const int64_t first = b0 * c.stride_h - l_.ph;
-    const int64_t height = l_.tiled_x() ? l_.round_up(b1 - b0, l_.tile) : b1 - b0;
-    const int64_t rows = (height - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
+    const int64_t rows = patch_rows(b1 - b0);
     const int64_t row = l_.Wx * c.Cin, border = l_.pw * c.Cin, right = (l_.pw + c.W) * c.Cin;
     for (int64_t k = 0; k < rows; ++k, patch += row) {
       const int64_t h = first + k;
@@ -238,46 +248,44 @@ class Forward {
 
   // The recurrent half by Winograd, and the input half too or not; the gates of one row of tiles at
   // a time are put together and used.
-  template <class W>
   void tiled(int64_t t, int64_t n, int64_t b0, int64_t b1, const Scratch& s) {
     const Cell& c = a_.cell;
-    const TileBlock<T> of_mem = tile_block(l_, W::tile, b1 - b0, l_.Cp),
-                       of_x = tile_block(l_, W::tile, b1 - b0, x_channels());
+    const TileBlock<T> of_mem = tile_block(l_, l_.form, b1 - b0, l_.Cp),
+                       of_x = tile_block(l_, l_.form, b1 - b0, x_channels());
     const bool x_too = c.x_way == Way::winograd;
-    transform_inputs<W, S>(of_mem, W::tile, mem_row(t, n, b0), l_.Wm * l_.Cp, l_.Cp, s.mem_values);
-    if (x_too) transform_inputs<W, S>(of_x, W::tile, s.patch, l_.Wx * c.Cin, c.Cin, s.x_values);
+    inputs_.run(of_mem, mem_row(t, n, b0), l_.Wm * l_.Cp, l_.Cp, s.mem_values);
+    if (x_too) inputs_.run(of_x, s.patch, l_.Wx * c.Cin, c.Cin, s.x_values);
     for (int64_t cb = 0; cb < l_.Cb; ++cb) {
-      const T* weight = static_cast<const T*>(a_.weight_mem) + cb * W::points * c.C * kGates;
-      multiply<S, 4>(of_mem, W::points, s.mem_values, weight, c.C, false, s.products);
-      if (x_too) {
-        weight = static_cast<const T*>(a_.weight_x) + cb * W::points * c.Cin * kGates;
-        multiply<S, 4>(of_x, W::points, s.x_values, weight, c.Cin, true, s.products);
-      }
+      const int64_t block = cb * l_.tile_weights() * kGates;
+      multiply<S, 4>(of_mem, s.mem_values, static_cast<const T*>(a_.weight_mem) + block * c.C, c.C,
+                     false, s.products);
+      if (x_too)
+        multiply<S, 4>(of_x, s.x_values, static_cast<const T*>(a_.weight_x) + block * c.Cin, c.Cin,
+                       true, s.products);
       for (int64_t h0 = b0; h0 < b1; h0 += strip_) {
         const int64_t h1 = h0 + strip_ < b1 ? h0 + strip_ : b1;
         if (!x_too) sweep_x(b0, h0, h1, cb, s);
-        for (int64_t h = h0; h < h1; h += W::tile)
-          add_tiles<W>(of_mem, (h - b0) / W::tile, cb, !x_too, s.products,
-                       s.gates + (h - h0) * l_.Wr * kGates);
+        const int64_t r0 = (h0 - b0) / l_.form.h.tile;
+        const int64_t rows = l_.tiles(l_.form.h, c.dilation_h, h1 - h0);
+        for (int64_t r = 0; r < rows; ++r)
+          add_tiles(of_mem, r0 + r, cb, !x_too, s.products,
+                    s.gates + of_mem.row(r) * l_.Wr * kGates);
         for (int64_t h = h0; h < h1; ++h) update(t, n, h, cb, s.gates + (h - h0) * l_.Wr * kGates);
       }
     }
   }
 
   // The outputs of one row of tiles, added to the gates or, without `add`, to the bias.
-  template <class W>
   void add_tiles(const TileBlock<T>& b, int64_t r, int64_t cb, bool add, const T* products,
                  T* gates) {
-    for (int64_t column = 0; column < b.columns; ++column)
-      for (int gate = 0; gate < 4; ++gate) {
-        const T* in = products + (r * b.columns + column) * kGates + gate * VL;
-        const R bias = S::load(bias_ + cb * kGates + gate * VL);
-        T* out = gates + column * W::tile * kGates + gate * VL;
-        W::template outputs<W::tile>(in, b.products_stride, [&](int i, int j, R v) {
-          T* p = out + (i * l_.Wr + j) * kGates;
-          S::store(p, v + (add ? S::load(p) : bias));
-        });
-      }
+    constexpr int lanes = GateVector::lanes;
+    const Plane from{b.form.w.inputs() * b.products_stride, b.products_stride, lanes};
+    const Plane to{b.dilation_h * l_.Wr * kGates, b.dilation_w * kGates, lanes};
+    for (int64_t column = 0; column < b.columns; ++column) {
+      T* out = gates + b.column(column) * kGates;
+      outputs_.run(products + (r * b.columns + column) * kGates, from, out, to, kGates / lanes,
+                   add ? out : bias_ + cb * kGates, add ? to : Plane{0, 0, lanes});
+    }
   }
 
   // LSTM update, reset and quantisation of one row and channel block. Two passes, each with one
@@ -402,6 +410,8 @@ class Forward {
   bool training_;
   int64_t block_, strip_;  // rows worked on at a time; rows whose gates are in the buffer at a time
   SparseInput<T, VL> sparse_;
+  InputTransform<S> inputs_;
+  PlaneTransform<GateVector> outputs_;
   RunList x_runs_, mem_runs_;
   Phases::Counter* counters_ = nullptr;
   T *bias_ = nullptr, *threshold_ = nullptr, *syn_ = nullptr;

@@ -16,11 +16,12 @@
 //   backward  (Cin blocks, Kg, NV * VL), then (C blocks, Kg, NV * VL)
 //             Kg counts (flipped kernel row, flipped kernel column, Cb, 4, VL)
 // and for Winograd, of either half:
-//   forward   (Cb, points, Cin or C, 4, VL)
-//   backward  (Cin or C blocks, points, 4 Cp, NV * VL)
+//   forward   (Cb, points, parts, Cin or C, 4, VL)
+//   backward  (Cin or C blocks, points, parts, 4 Cp, NV * VL)
 #pragma once
 
 #include "conv.h"
+#include "winograd.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -54,14 +55,12 @@ template <class T, int VL>
 struct Layout {
   explicit Layout(const Cell& cell)
       : c(cell),
-        tile(cell.tile > 0 ? cell.tile : 1),
-        points(points_of(tile)),
-        grad_tile(cell.grad_tile()),
-        grad_points(points_of(grad_tile)),
+        form(cell.tiled() ? cpu::tiling(cell) : Tiling()),
+        grad_form(cell.tiled() ? cpu::grad_tiling(cell) : Tiling()),
         Ho(cell.Ho()),
         Wo(cell.Wo()),
-        Hr(round_up(Ho, tile)),
-        Wr(round_up(Wo, tile)),
+        Hr(whole(form.h, cell.dilation_h, Ho)),
+        Wr(whole(form.w, cell.dilation_w, Wo)),
         Hp(cell.Hp()),
         Wp(cell.Wp()),
         ph(cell.pad_h()),
@@ -69,9 +68,10 @@ struct Layout {
         Cb((cell.C + VL - 1) / VL),
         Cp(Cb * VL),
         pixels(Ho * Wo),
-        Hx((tiled_x() ? Hr : cell.H) + 2 * ph),
-        Wx((tiled_x() ? Wr : cell.W) + 2 * pw),
-        Wm(Wr + 2 * pw),
+        Hm(bordered(cell.kernel_h, form.h, grad_form.h, cell.dilation_h, Ho)),
+        Wm(bordered(cell.kernel_w, form.w, grad_form.w, cell.dilation_w, Wo)),
+        Hx(tiled_x() ? Hm : cell.H + 2 * ph),
+        Wx(tiled_x() ? Wm : cell.W + 2 * pw),
         taps(cell.kernel_h * cell.kernel_w),
         Kx(taps * cell.Cin),
         Km(taps * cell.C),
@@ -79,11 +79,10 @@ struct Layout {
         x_blocks(whole_vectors((cell.Cin + VL - 1) / VL)) {}
 
   Cell c;
-  int64_t tile, points;            // Winograd: outputs a side, products a tile; else 1, 0
-  int64_t grad_tile, grad_points;  // of the weight gradient; else 0, 0
+  Tiling form, grad_form;          // Winograd's, grad_form of the weight gradient; else of 1 x 1
   int64_t Ho, Wo, Hr, Wr, Hp, Wp;  // Hr, Wr: the state's image in whole tiles
   int64_t ph, pw, Cb, Cp, pixels;
-  int64_t Hx, Wx, Wm;  // with border
+  int64_t Hm, Wm, Hx, Wx;  // with border, of mem and d gates, and of x
   int64_t taps, Kx, Km, Kg, x_blocks;
 
   // Vectors of x's gradient: shorter ones than the processor's in pairs, to be merged, or in
@@ -93,9 +92,20 @@ struct Layout {
   }
   static int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
   // Whether the input half has the tiles of the recurrent one.
-  bool tiled_x() const { return c.tile > 0 && c.stride_h == 1 && c.stride_w == 1; }
-  int64_t points_of(int64_t m) const {
-    return c.tile > 0 && m > 0 ? (m + c.kernel_h - 1) * (m + c.kernel_h - 1) : 0;
+  bool tiled_x() const { return c.tiled() && c.stride_h == 1 && c.stride_w == 1; }
+  // Pixels of `n` along an axis in whole tiles, and how many tiles these are.
+  static int64_t whole(const Axis& a, int64_t dilation, int64_t n) {
+    return round_up(n, a.tile * (a.tile > 1 ? dilation : 1));
+  }
+  static int64_t tiles(const Axis& a, int64_t dilation, int64_t n) {
+    return whole(a, dilation, n) / a.tile;
+  }
+  // With the border that direct convolution, or the tiles of either form, look at.
+  int64_t bordered(int kernel, const Axis& a, const Axis& b, int64_t dilation, int64_t n) const {
+    if (!c.tiled()) return n + dilation * (kernel - 1);
+    const int64_t most_a = whole(a, dilation, n) + dilation * (a.taps() - 1);
+    const int64_t most_b = whole(b, dilation, n) + dilation * (b.taps() - 1);
+    return most_a > most_b ? most_a : most_b;
   }
 
   // Taps of the caller's kernel, and the place of one of `taps` among them.
@@ -105,11 +115,15 @@ struct Layout {
     return (tap / c.kernel_w + c.outer_h) * all_columns() + tap % c.kernel_w + c.outer_w;
   }
 
+  // Values that Winograd makes of a kernel.
+  int64_t tile_weights() const { return form.points() * form.parts(); }
+  int64_t grad_points() const { return grad_form.points() * grad_form.parts(); }
+
   // Whether at least half of the lanes are zero.
   bool few_channels() const { return 2 * c.C <= Cp; }
 
   int64_t K() const { return Kx + Km; }
-  int64_t mem_image() const { return (Hr + 2 * ph) * Wm * Cp; }
+  int64_t mem_image() const { return Hm * Wm * Cp; }
   int64_t x_image() const { return Hx * Wx * c.Cin; }
   int64_t state_image() const { return pixels * Cp; }
   int64_t gates_image() const { return pixels * 4 * Cp; }
@@ -120,25 +134,29 @@ struct Layout {
   // KiB L1; with Winograd some 32 tiles, which share every weight that is read, or 64 where their
   // values and products fit in L2.
   int64_t block_rows() const {
-    if (c.tile > 0) return rows_of_tiles(tile);
+    if (c.tiled()) return rows_of_tiles(form);
     const int64_t rows = 16384 / (Wo * 4 * VL * int64_t(sizeof(T)));
     return rows < 1 ? 1 : rows < Hr ? rows : Hr;
   }
 
-  // The same for tiles of m x m.
-  int64_t rows_of_tiles(int64_t m) const {
-    const int64_t columns = (Wo + m - 1) / m;
-    const int64_t bytes = points_of(m) * (Cp + 4 * VL) * int64_t(sizeof(T));  // of a tile
-    const int64_t tiles = 64 * bytes <= 448 << 10 ? 64 : 32;
-    const int64_t rows = m * ((tiles + columns - 1) / columns);
-    return rows < Hr ? rows : Hr;
+  // The same for a form's tiles. A kernel in parts sees rows of tiles below the block too, whose
+  // transforms its own are to outweigh.
+  int64_t rows_of_tiles(const Tiling& t) const {
+    const int64_t unit = whole(t.h, c.dilation_h, 1), columns = tiles(t.w, c.dilation_w, Wo);
+    const int64_t bytes = t.points() * (Cp + 4 * VL) * int64_t(sizeof(T));  // of a tile
+    const int64_t wanted = 64 * bytes <= 448 << 10 ? 64 : 32, of_unit = columns * unit / t.h.tile;
+    int64_t units = (wanted + of_unit - 1) / of_unit;
+    if (units < t.h.parts) units = t.h.parts;
+    const int64_t rows = unit * units, all = whole(t.h, c.dilation_h, Ho);
+    return rows < all ? rows : all;
   }
 
   // Rows of a block whose gates of one channel block are put together at a time, in L1.
   int64_t strip_rows() const {
-    if (c.tile == 0) return block_rows();
-    const int64_t rows = 16384 / (Wr * 4 * VL * int64_t(sizeof(T))) / tile * tile;
-    return rows < tile ? tile : rows < block_rows() ? rows : block_rows();
+    if (!c.tiled()) return block_rows();
+    const int64_t unit = whole(form.h, c.dilation_h, 1);
+    const int64_t rows = 16384 / (Wr * 4 * VL * int64_t(sizeof(T))) / unit * unit;
+    return rows < unit ? unit : rows < block_rows() ? rows : block_rows();
   }
 
   // Rows that one task takes: a block, but enough tasks for everybody; whole pooling windows and
@@ -146,10 +164,11 @@ struct Layout {
   int64_t task_rows(int threads) const {
     int64_t rows = block_rows();
     const int64_t wanted = 4 * threads;
-    while (rows > 1 && c.N * ((Ho + rows - 1) / rows) < wanted) rows = (rows + 1) / 2;
+    const int64_t whole_tiles = whole(form.h, c.dilation_h, 1), least = whole_tiles * form.h.parts;
+    while (rows > least && c.N * ((Ho + rows - 1) / rows) < wanted) rows = (rows + 1) / 2;
     if (c.inhibition) return Hr;  // the winner is sought among all neurons of a sample
     int64_t unit = c.pool_h;
-    while (unit % tile != 0) unit += c.pool_h;
+    while (unit % whole_tiles != 0) unit += c.pool_h;
     rows = rows / unit * unit;
     return rows < unit ? unit : rows;
   }

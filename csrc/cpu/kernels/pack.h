@@ -3,7 +3,6 @@
 #pragma once
 
 #include "schedule.h"
-#include "winograd.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -46,15 +45,15 @@ struct Packing {
   // Winograd's weights of the input channels [first, first + count), of the gates.
   static void forward_tiles(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                             T* packed) {
-    parallel_for(threads, l.Cb * count, l.points * 4 * VL, [&](int64_t task) {
+    parallel_for(threads, l.Cb * count, l.tile_weights() * 4 * VL, [&](int64_t task) {
       const int64_t cb = task / count, k = task % count;
       tile_weights(
-          l, 4,
+          l, 4, count * 4 * VL,
           [&](int64_t tap, int64_t v, int64_t lane) {
             const int64_t ch = cb * VL + lane;
             return ch < l.c.C ? weight[source(l, v * l.c.C + ch, first + k, l.place(tap))] : T(0);
           },
-          packed + (cb * l.points * count + k) * 4 * VL, count * 4 * VL);
+          packed + (cb * l.tile_weights() * count + k) * 4 * VL);
     });
   }
 
@@ -62,41 +61,47 @@ struct Packing {
   static void backward_tiles(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                              int64_t vectors, T* packed) {
     const int64_t nv = tile_vectors(vectors), gates = 4 * l.Cp;
-    parallel_for(threads, vectors / nv * gates, l.points * nv * VL, [&](int64_t task) {
+    parallel_for(threads, vectors / nv * gates, l.tile_weights() * nv * VL, [&](int64_t task) {
       const int64_t block = task / gates * nv, g = task % gates;
       const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
       tile_weights(
-          l, nv,
+          l, nv, gates * nv * VL,
           [&](int64_t tap, int64_t v, int64_t lane) {
             const int64_t k = (block + v) * VL + lane;
             return ch < l.c.C && k < count
                        ? weight[source(l, gate * l.c.C + ch, first + k, l.place(l.taps - 1 - tap))]
                        : T(0);
           },
-          packed + (block * l.points * gates + g * nv) * VL, gates * nv * VL);
+          packed + (block * l.tile_weights() * gates + g * nv) * VL);
     });
   }
 
  private:
-  // tap_value(tap, vector, lane) transformed, in double precision; point p goes to out + p *
-  // stride.
+  // tap_value(tap, vector, lane) transformed, in double precision: point p of part k goes to
+  // out + (p * parts + k) * stride.
   template <class F>
-  static void tile_weights(const L& l, int64_t vectors, F&& tap_value, T* out, int64_t stride) {
+  static void tile_weights(const L& l, int64_t vectors, int64_t stride, F&& tap_value, T* out) {
     using S = Simd<double, VL>;
-    double taps[49 * VL];
-    with_winograd<S>(l.c.kernel_h, int(l.tile), [&](auto form) {
-      using W = decltype(form);
+    const Tiling& t = l.form;
+    const auto transform = PlaneTransform<S>::taps(t, t.h.part, t.w.part);
+    const int64_t column = t.w.part * VL, columns = t.w.inputs() * VL;
+    alignas(64) double taps[5 * 5 * VL], values[8 * 8 * VL];
+    for (int64_t part = 0; part < t.parts(); ++part)
       for (int64_t v = 0; v < vectors; ++v) {
-        for (int64_t tap = 0; tap < l.taps; ++tap)
-          for (int64_t lane = 0; lane < VL; ++lane) taps[tap * VL + lane] = tap_value(tap, v, lane);
-        W::template taps<W::kernel>(
-            [&](int i, int j) { return S::load(taps + (i * W::kernel + j) * VL); },
-            [&](int i, int j, typename S::R value) {
-              T* p = out + (i * W::A + j) * stride + v * VL;
-              for (int lane = 0; lane < VL; ++lane) p[lane] = T(value[lane]);
-            });
+        const int64_t top = part / t.w.parts * t.h.part, left = part % t.w.parts * t.w.part;
+        for (int64_t i = 0; i < t.h.part; ++i)
+          for (int64_t j = 0; j < t.w.part; ++j) {
+            const bool inside = top + i < l.c.kernel_h && left + j < l.c.kernel_w;
+            const int64_t tap = (top + i) * l.c.kernel_w + left + j;
+            for (int64_t lane = 0; lane < VL; ++lane)
+              taps[i * column + j * VL + lane] = inside ? double(tap_value(tap, v, lane)) : 0.0;
+          }
+        transform.run(taps, {column, VL, 0}, values, {columns, VL, 0}, 1);
+        T* to = out + part * stride + v * VL;
+        for (int64_t point = 0; point < t.points(); ++point)
+          for (int64_t lane = 0; lane < VL; ++lane)
+            to[point * t.parts() * stride + lane] = T(values[point * VL + lane]);
       }
-    });
   }
 
   static void backward_half(const L& l, int threads, const T* weight, int64_t first, int64_t count,

@@ -48,11 +48,10 @@ class StepBuffers {
   // Zeros around the images of sample n, in both buffers.
   void clear_borders(int64_t n) const {
     const Cell& c = l_.c;
-    const int64_t Hm = l_.Hr + 2 * l_.ph;
     for (int k = 0; k < 2; ++k) {
-      clear_border(mem(k, n), Hm, l_.Wm, l_.Ho, l_.Wo, l_.Cp);
+      clear_border(mem(k, n), l_.Hm, l_.Wm, l_.Ho, l_.Wo, l_.Cp);
       if (k >= c.T) continue;
-      clear_border(d_gates(k, n), Hm, l_.Wm, l_.Ho, l_.Wo, 4 * l_.Cp);
+      clear_border(d_gates(k, n), l_.Hm, l_.Wm, l_.Ho, l_.Wo, 4 * l_.Cp);
       if (with_x_) clear_border(x(k, n), l_.Hx, l_.Wx, c.H, c.W, c.Cin);
     }
   }

@@ -15,10 +15,8 @@ static int64_t padded_channels(const Cell& cell) {
   });
 }
 
-// Whether the layer's convolutions have Winograd forms here.
+// Whether there are Winograd kernels for a layer's vectors.
 static bool has_tiles(const Cell& c) {
-  if (c.kernel_h != c.kernel_w || c.kernel_h < 3 || c.kernel_h > 7) return false;
-  if (c.dilation_h != 1 || c.dilation_w != 1) return false;
   return with_lanes(c, [](auto lanes) {
     using L = decltype(lanes);
     return kHasWinograd<typename L::Scalar, L::count>;
@@ -41,7 +39,7 @@ static int64_t packed_bytes(const Cell& cell, Form form) {
   return with_lanes(cell, [&](auto lanes) {
     using L = decltype(lanes);
     const Layout<typename L::Scalar, L::count> l(cell);
-    const int64_t tiles = l.points * 4 * l.Cp,
+    const int64_t tiles = l.tile_weights() * 4 * l.Cp,
                   counts[] = {l.packed_forward(),  tiles * cell.C, tiles * cell.Cin,
                               l.packed_backward(), tiles * l.Cp,   tiles * l.x_blocks * L::count};
     return counts[int(form)] * int64_t(sizeof(typename L::Scalar));

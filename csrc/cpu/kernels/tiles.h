@@ -1,12 +1,15 @@
-// Winograd on blocks of tiles (winograd.h has the transforms of one): transform all tiles of a
-// block, then for each of the A * A points one matrix product over the channels
+// Winograd on blocks of tiles (winograd.h has the transforms): transform the inputs of all tiles of
+// a block, then for each point of a tile one matrix product over the channels, and over the parts
+// of the kernel
 //
-//   products[point][tile][NV * VL] (+)= sum over k:  values[point][tile][k] * weight[point][k][NV *
-//   VL]
+//   products[point][tile][NV * VL] (+)= sum over part, k:
+//       values[point][tile + part][k] * weight[point][part][k][NV * VL]
 //
 // A point's rows of weight and products stay in L1 while the block's tiles pass over them, and the
 // block is chosen to keep `values` and `products` in L2.
 #pragma once
+
+#include <type_traits>
 
 #include "layout.h"
 #include "winograd.h"
@@ -21,22 +24,48 @@ inline int64_t point_stride(int64_t count) {
   return ((count + line - 1) / line | 1) * line;
 }
 
-// Tile rows [first row / M, ...) of one image, each of all its columns of tiles.
+// Rows of tiles of one image, each of all its columns of tiles. With dilation d a tile takes every
+// d-th pixel, and d tiles that begin at neighbouring pixels lie between each other.
 template <class T>
 struct TileBlock {
-  int64_t rows, columns;  // of tiles
-  int64_t channels;       // of values, per tile; whole vectors
+  Tiling form;
+  int64_t dilation_h, dilation_w;
+  int64_t rows, columns;        // of tiles
+  int64_t in_rows, in_columns;  // of tiles of inputs: those that the other parts see, too
+  int64_t channels;             // of values, per tile; whole vectors
   int64_t values_stride, products_stride;
 
   int64_t count() const { return rows * columns; }
+  // First pixel of a tile.
+  int64_t row(int64_t r) const {
+    return r / dilation_h * dilation_h * form.h.tile + r % dilation_h;
+  }
+  int64_t column(int64_t c) const {
+    return c / dilation_w * dilation_w * form.w.tile + c % dilation_w;
+  }
+  // Place among a point's values of the tile that part (i, j) of the kernel sees, from the first.
+  int64_t part(int64_t i, int64_t j) const {
+    return (i * dilation_h * in_columns + j * dilation_w) * channels;
+  }
 };
 
-// `rows` rows, of a block at most, in tiles of m x m with so many input channels.
+// `rows` rows, of a block at most, with so many input channels.
 template <class T, int VL>
-TileBlock<T> tile_block(const Layout<T, VL>& l, int64_t m, int64_t rows, int64_t channels) {
-  const int64_t columns = (l.Wo + m - 1) / m, most = l.rows_of_tiles(m) / m * columns;
-  return {(rows + m - 1) / m, columns, channels, point_stride<T>(most * channels),
-          point_stride<T>(most * 4 * VL)};
+TileBlock<T> tile_block(const Layout<T, VL>& l, const Tiling& form, int64_t rows,
+                        int64_t channels) {
+  TileBlock<T> b;
+  b.form = form, b.dilation_h = l.c.dilation_h, b.dilation_w = l.c.dilation_w;
+  const auto more = [&](const Axis& a, int64_t dilation) { return (a.parts - 1) * dilation; };
+  b.rows = l.tiles(form.h, l.c.dilation_h, rows);
+  b.columns = l.tiles(form.w, l.c.dilation_w, l.Wo);
+  b.in_rows = b.rows + more(form.h, l.c.dilation_h);
+  b.in_columns = b.columns + more(form.w, l.c.dilation_w);
+  b.channels = channels;
+  const int64_t most = l.tiles(form.h, l.c.dilation_h, l.rows_of_tiles(form));
+  b.values_stride =
+      point_stride<T>((most + more(form.h, l.c.dilation_h)) * b.in_columns * channels);
+  b.products_stride = point_stride<T>(most * b.columns * 4 * VL);
+  return b;
 }
 
 // What one thread keeps of a block: values and products at all points.
@@ -45,17 +74,17 @@ struct TileBuffers {
   T *values, *products;
 };
 
-// The number of elements of TileBuffers for tiles of m x m with so many input channels; 0 for m =
-// 0.
+// The number of elements of TileBuffers for a form's tiles with so many input channels; 0 for a
+// cell without tiles.
 struct TileSizes {
   int64_t values = 0, products = 0;
 
   template <class T, int VL>
-  TileSizes(const Layout<T, VL>& l, int64_t m, int64_t channels) {
-    if (m == 0) return;
-    const TileBlock<T> b = tile_block(l, m, 0, channels);
-    values = l.points_of(m) * b.values_stride;
-    products = l.points_of(m) * b.products_stride;
+  TileSizes(const Layout<T, VL>& l, const Tiling& form, int64_t channels) {
+    if (!l.c.tiled()) return;
+    const TileBlock<T> b = tile_block(l, form, 0, channels);
+    values = form.points() * b.values_stride;
+    products = form.points() * b.products_stride;
   }
   void cover(const TileSizes& other) {
     if (other.values > values) values = other.values;
@@ -68,34 +97,87 @@ struct TileSizes {
   }
 };
 
-// in: first pixel of the first tile's inputs, border included.
-template <class W, class S, class T = typename S::Scalar>
-void transform_inputs(const TileBlock<T>& b, int64_t tile, const T* in, int64_t row, int64_t pixel,
-                      T* values) {
-  for (int64_t r = 0; r < b.rows; ++r)
-    for (int64_t c = 0; c < b.columns; ++c, values += b.channels) {
-      const T* corner = in + r * tile * row + c * tile * pixel;
-      for (int64_t ch = 0; ch < b.channels; ch += S::lanes)
-        W::inputs(corner + ch, row, pixel, values + ch, b.values_stride);
-    }
+// The transform of the inputs of a block.
+template <class S>
+class InputTransform {
+  using T = typename S::Scalar;
+  using Longer = typename Merged<S, 2>::Vector;  // where a tile's channels fill them
+  struct Nothing {};
+  static constexpr int kTiles = 4;  // neighbours, which share the transform along their columns
+
+ public:
+  InputTransform() = default;
+  explicit InputTransform(const Tiling& t)
+      : h_(AxisPasses<S>::inputs(t.h)), w_(AxisPasses<S>::inputs(t.w)) {
+    if constexpr (Longer::lanes > S::lanes) longer_ = InputTransform<Longer>(t);
+  }
+
+  // in: first pixel of the first tile's inputs, border included.
+  void run(const TileBlock<T>& b, const T* in, int64_t row, int64_t pixel, T* values) const {
+    if constexpr (Longer::lanes > S::lanes)
+      if (b.channels % Longer::lanes == 0) return longer_.run(b, in, row, pixel, values);
+    const int most = b.dilation_w > 1 ? 1 : kTiles;
+    for (int64_t r = 0; r < b.in_rows; ++r)
+      for (int64_t c = 0; c < b.in_columns; c += most) {
+        const int count = b.in_columns - c < most ? int(b.in_columns - c) : most;
+        const T* corner = in + b.row(r) * row + b.column(c) * pixel;
+        T* out = values + (r * b.in_columns + c) * b.channels;
+        for (int64_t ch = 0; ch < b.channels; ch += S::lanes)
+          tiles(b, corner + ch, row * b.dilation_h, pixel * b.dilation_w, count, out + ch);
+      }
+  }
+
+ private:
+  // One vector of channels of neighbouring tiles.
+  void tiles(const TileBlock<T>& b, const T* in, int64_t row, int64_t pixel, int count,
+             T* out) const {
+    const int inputs = b.form.w.inputs();
+    const int64_t point = b.values_stride, points = inputs * point;
+    const int64_t next = b.form.w.tile * pixel;
+    if (!w_) return h_(in, {row, pixel, 0}, out, {points, b.channels, 0}, count, 1, nullptr, {});
+    if (!h_) return w_(in, {pixel, next, 0}, out, {point, b.channels, 0}, count, 1, nullptr, {});
+    alignas(64) T half[8 * (3 * 4 + 8) * S::lanes];
+    const int columns = (count - 1) * b.form.w.tile + inputs;
+    const int64_t half_row = columns * S::lanes;
+    h_(in, {row, pixel, 0}, half, {half_row, S::lanes, 0}, columns, 1, nullptr, {});
+    w_(half, {S::lanes, half_row, b.form.w.tile * S::lanes}, out, {point, points, b.channels},
+       b.form.h.inputs(), count, nullptr, {});
+  }
+
+  Pass<T> h_ = nullptr, w_ = nullptr;
+  std::conditional_t<(Longer::lanes > S::lanes), InputTransform<Longer>, Nothing> longer_;
+};
+
+// What a tile's products sum over: `len` values of each part, in pieces that round little.
+template <class T>
+void part_runs(const TileBlock<T>& b, int64_t len, int64_t most, RunList& list) {
+  list.reserve(b.form.parts() * ((len + most - 1) / most));
+  for (int i = 0; i < b.form.h.parts; ++i)
+    for (int j = 0; j < b.form.w.parts; ++j)
+      list.add({b.part(i, j), (i * b.form.w.parts + j) * len, len}, most);
 }
 
-// weight: (points, len, NV * VL). add: to what products hold already.
+// weight: (points, parts, len, NV * VL). add: to what products hold already.
 template <class S, int NV, class T = typename S::Scalar>
-void multiply(const TileBlock<T>& b, int points, const T* values, const T* weight, int64_t len,
-              bool add, T* products) {
+void multiply(const TileBlock<T>& b, const T* values, const T* weight, int64_t len, bool add,
+              T* products) {
   constexpr int64_t width = NV * S::lanes, in_cache = chunk_length<T>(width);
-  constexpr int64_t chunk = in_cache < 48 ? in_cache : 48;  // longer sums would round more
-  for (int k = 0; k < points; ++k) {
+  constexpr int64_t most = in_cache < 48 ? in_cache : 48;  // longer sums would round more
+  RunList list;
+  part_runs(b, len, most, list);
+  const int64_t rows = b.in_columns == b.columns ? 1 : b.rows, count = b.count() / rows;
+  for (int k = 0; k < b.form.points(); ++k) {
+    const T* w = weight + k * b.form.parts() * len * width;
     T* out = products + k * b.products_stride;
-    Start<T> start;
-    if (add) start = {out, width};
-    for (int64_t first = 0; first < len; first += chunk) {
-      const Run run{first, first, len - first < chunk ? len - first : chunk};
-      conv_row<S, NV>(values + k * b.values_stride, b.channels, &run, 1, weight + k * len * width,
-                      start, out, width, b.count());
-      start = {out, width};
-    }
+    bool more = add;
+    list.chunks(most, [&](const Run* runs, int number) {
+      for (int64_t r = 0; r < rows; ++r) {
+        T* to = out + r * b.columns * width;
+        conv_row<S, NV>(values + k * b.values_stride + r * b.in_columns * b.channels, b.channels,
+                        runs, number, w, more ? Start<T>{to, width} : Start<T>{}, to, width, count);
+      }
+      more = true;
+    });
   }
 }
 

@@ -80,34 +80,32 @@ void weight_grad_run(const PixelRows<T>& p, int64_t in_offset, int64_t len, T* o
 
 // The same by Winograd, for one block of tiles: the gates' gradient of one channel block
 // transformed, and its products with the transformed inputs (tiles.h) summed over the tiles: sums
-// (points, sums_stride), of which `len` rows of (4, VL) are worked on. p.in is not looked at.
-template <class W, class S, class T = typename S::Scalar>
-void weight_grad_tiles(const PixelRows<T>& p, const TileBlock<T>& b, const T* values, int64_t len,
-                       T* d_values, T* sums, int64_t sums_stride) {
+// (points, parts, sums_stride), of which `len` rows of (4, VL) are worked on. p.in is not looked
+// at.
+template <class S, class V, class T = typename S::Scalar>
+void weight_grad_tiles(const PlaneTransform<V>& taps, const PixelRows<T>& p, const TileBlock<T>& b,
+                       const T* values, int64_t len, T* d_values, T* sums, int64_t sums_stride) {
   constexpr int VL = S::lanes, kGates = 4 * VL;
-  for (int64_t tile = 0; tile < b.count(); ++tile) {
-    const T* corner =
-        p.d_gates + tile / b.columns * W::tile * p.d_row + tile % b.columns * W::tile * p.d_pixel;
-    for (int v = 0; v < 4; ++v) {
-      T* out = d_values + tile * kGates + v * VL;
-      W::template taps<W::tile>(
-          [&](int i, int j) { return S::load(corner + i * p.d_row + j * p.d_pixel + v * VL); },
-          [&](int i, int j, typename S::R g) {
-            S::store(out + (i * W::A + j) * b.products_stride, g);
-          });
+  const Plane from{b.dilation_h * p.d_row, b.dilation_w * p.d_pixel, V::lanes};
+  const Plane to{b.form.w.inputs() * b.products_stride, b.products_stride, V::lanes};
+  for (int64_t tile = 0; tile < b.count(); ++tile)
+    taps.run(p.d_gates + b.row(tile / b.columns) * p.d_row + b.column(tile % b.columns) * p.d_pixel,
+             from, d_values + tile * kGates, to, kGates / V::lanes);
+  const int64_t rows = b.in_columns == b.columns ? 1 : b.rows, columns = b.count() / rows;
+  for (int point = 0; point < b.form.points(); ++point)
+    for (int part = 0; part < b.form.parts(); ++part, sums += sums_stride) {
+      const T* in =
+          values + point * b.values_stride + b.part(part / b.form.w.parts, part % b.form.w.parts);
+      const PixelRows<T> tiles{in,
+                               b.in_columns * b.channels,
+                               b.channels,
+                               d_values + point * b.products_stride,
+                               columns * kGates,
+                               kGates,
+                               rows,
+                               columns};
+      weight_grad_run<S>(tiles, 0, len, sums);
     }
-  }
-  for (int point = 0; point < W::points; ++point) {
-    const PixelRows<T> tiles{values + point * b.values_stride,
-                             0,
-                             b.channels,
-                             d_values + point * b.products_stride,
-                             0,
-                             kGates,
-                             1,
-                             b.count()};
-    weight_grad_run<S>(tiles, 0, len, sums + point * sums_stride);
-  }
 }
 
 SNNLSTM_END_ISA

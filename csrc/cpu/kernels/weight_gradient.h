@@ -27,6 +27,7 @@ class WeightGradient {
   using S = Simd<T, VL>;
   using Sparse = SparseWeightGrad<T, VL>;
   static constexpr int kGates = 4 * VL;
+  using GateVector = typename Merged<S, 4>::Vector;
   static constexpr int64_t kPiece = 48;      // rows of K in a task
   static constexpr int64_t kTilePiece = 64;  // with Winograd: input channels
   // Each split has sums of its own, to be cleared and added up: so many pixels, of all steps, pay
@@ -55,10 +56,15 @@ class WeightGradient {
         x_groups_(groups(x_runs_)),
         mem_groups_(groups(mem_runs_)),
         splits_(count_splits()),
-        sums_(l, x_in_tiles(), splits_, (c_.N + splits_ - 1) / splits_ * pixel_blocks()) {}
+        sums_(l, x_in_tiles(), splits_, (c_.N + splits_ - 1) / splits_ * pixel_blocks()) {
+    if constexpr (kHasWinograd<T, VL>) {
+      inputs_ = InputTransform<S>(l.grad_form);
+      taps_ = PlaneTransform<GateVector>::taps(l.grad_form, l.grad_form.h.tile, l.grad_form.w.tile);
+    }
+  }
 
   // The tile buffers that add() needs.
-  TileSizes tile_sizes() const { return TileSizes(l_, l_.grad_tile, kTilePiece + VL); }
+  TileSizes tile_sizes() const { return TileSizes(l_, l_.grad_form, kTilePiece + VL); }
 
   void carve(Arena& arena) {
     sums_.carve(arena);
@@ -89,12 +95,10 @@ class WeightGradient {
     const int64_t piece = of_x ? index : index - x_pieces();
     if (of_x && c_.x_way == Way::sparse)
       by_lists(step, split, cb, scratch_[thread]);
-    else if (of_x ? !x_in_tiles() : l_.grad_tile == 0)
+    else if (of_x ? !x_in_tiles() : !c_.tiled())
       directly(step, split, cb, of_x, piece, scratch_[thread]);
     else if constexpr (kHasWinograd<T, VL>)
-      with_grad_winograd<S>(c_.kernel_h, int(l_.grad_tile), [&](auto form) {
-        by_tiles<decltype(form)>(step, split, cb, of_x, piece, scratch_[thread]);
-      });
+      by_tiles(step, split, cb, of_x, piece, scratch_[thread]);
   }
 
   // Whether the sums are to be folded behind step t; the steps come last first.
@@ -120,13 +124,13 @@ class WeightGradient {
 
   // Of an image, as the weight gradient of mem takes it.
   int64_t pixel_blocks() const {
-    const int64_t rows = l_.grad_tile > 0 ? l_.rows_of_tiles(l_.grad_tile) : pixel_block_rows();
+    const int64_t rows = c_.tiled() ? l_.rows_of_tiles(l_.grad_form) : pixel_block_rows();
     return (l_.Ho + rows - 1) / rows;
   }
 
   // Whether x's weight gradient goes by Winograd: few channels gain nothing, and direct sums round
   // less.
-  bool x_in_tiles() const { return c_.x_way == Way::winograd && l_.grad_tile > 0 && c_.Cin > 4; }
+  bool x_in_tiles() const { return c_.x_way == Way::winograd && c_.Cin > 4; }
 
   // Pieces of K that weight gradient tasks take.
   static int64_t tile_pieces(int64_t channels) { return (channels + kTilePiece - 1) / kTilePiece; }
@@ -134,9 +138,7 @@ class WeightGradient {
     if (c_.x_way == Way::sparse) return 1;
     return x_in_tiles() ? tile_pieces(c_.Cin) : x_groups_;
   }
-  int64_t pieces() const {
-    return x_pieces() + (l_.grad_tile > 0 ? tile_pieces(c_.C) : mem_groups_);
-  }
+  int64_t pieces() const { return x_pieces() + (c_.tiled() ? tile_pieces(c_.C) : mem_groups_); }
   static int64_t groups(const RunList& list) {
     int64_t count = 0;
     list.chunks(kPiece, [&](const Run*, int) { ++count; });
@@ -155,21 +157,20 @@ class WeightGradient {
       }
   }
 
-  template <class W>
   void by_tiles(const StepImages<T>& step, int64_t split, int64_t cb, bool of_x, int64_t piece,
                 const Scratch& s) {
     if (cb % kShared != 0) return;
     const int64_t channels = of_x ? c_.Cin : c_.C, first = piece * kTilePiece;
     const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
-    const int64_t block = l_.rows_of_tiles(W::tile), stride = channels * kGates;
+    const int64_t block = l_.rows_of_tiles(l_.grad_form), stride = channels * kGates;
     for (int64_t n = c_.N * split / splits_; n < c_.N * (split + 1) / splits_; ++n)
       for (int64_t h = 0; h < l_.Ho; h += block) {
         PixelRows<T> p = pixel_rows(step, n, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x);
-        const TileBlock<T> b = tile_block(l_, W::tile, p.rows, (len + VL - 1) / VL * VL);
-        transform_inputs<W, S>(b, W::tile, p.in + first, p.in_row, p.in_pixel, s.tiles.values);
+        const TileBlock<T> b = tile_block(l_, l_.grad_form, p.rows, (len + VL - 1) / VL * VL);
+        inputs_.run(b, p.in + first, p.in_row, p.in_pixel, s.tiles.values);
         for (int64_t k = cb; k < cb + kShared && k < l_.Cb; ++k, p.d_gates += kGates)
-          weight_grad_tiles<W, S>(p, b, s.tiles.values, len, s.tiles.products,
-                                  sums_.points(split, k, of_x) + first * kGates, stride);
+          weight_grad_tiles<S>(taps_, p, b, s.tiles.values, len, s.tiles.products,
+                               sums_.points(split, k, of_x) + first * kGates, stride);
       }
   }
 
@@ -276,6 +277,8 @@ class WeightGradient {
   const Cell& c_;
   int threads_;
   Sparse sparse_;
+  InputTransform<S> inputs_;
+  PlaneTransform<GateVector> taps_;
   RunList x_runs_, mem_runs_;
   int64_t x_groups_, mem_groups_;  // pieces of the runs
   int64_t splits_;

@@ -22,8 +22,8 @@ class WeightSums {
         x_in_tiles_(x_in_tiles),
         splits_(splits),
         steps_(blocks < kFold ? kFold / (blocks < 1 ? 1 : blocks) : 1),
-        x_size_(l.Cb * kGates * (x_in_tiles ? l.grad_points * l.c.Cin : l.Kx)),
-        size_(x_size_ + l.Cb * kGates * (mem_in_tiles() ? l.grad_points * l.c.C : l.Km)) {}
+        x_size_(l.Cb * kGates * (x_in_tiles ? l.grad_points() * l.c.Cin : l.Kx)),
+        size_(x_size_ + l.Cb * kGates * (mem_in_tiles() ? l.grad_points() * l.c.C : l.Km)) {}
 
   void carve(Arena& arena) {
     sums_ = arena.take<T>(splits_ * size_);
@@ -37,10 +37,10 @@ class WeightSums {
     T* half = sums_ + split * size_ + (of_x ? 0 : x_size_ - l_.Kx * kGates);
     return half + cb * (of_x ? l_.Kx : l_.Km) * kGates;
   }
-  // The same with Winograd: (points, Cin or C, 4, VL).
+  // The same with Winograd: (points, parts, Cin or C, 4, VL).
   T* points(int64_t split, int64_t cb, bool of_x) const {
     const int64_t channels = of_x ? l_.c.Cin : l_.c.C;
-    return sums_ + split * size_ + (of_x ? 0 : x_size_) + cb * l_.grad_points * channels * kGates;
+    return sums_ + split * size_ + (of_x ? 0 : x_size_) + cb * l_.grad_points() * channels * kGates;
   }
 
   // Whether to fold behind step t.
@@ -65,34 +65,48 @@ class WeightSums {
     const bool of_x = ci < l_.c.Cin;
     const int64_t count = of_x ? l_.c.Cin : l_.c.C, stride = count * kGates;
     const T* in = total_ + (of_x ? 0 : x_size_) + (of_x ? ci : ci - l_.c.Cin) * kGates;
-    if (!(of_x ? x_in_tiles_ : mem_in_tiles()))
-      return write_taps(cb, ci, in + cb * l_.taps * stride, stride, grad_weight);
+    T* const out = grad_weight + Packing<T, VL>::source(l_, cb * VL, ci, 0);
+    for (int64_t gate = 0; l_.all_taps() > l_.taps && gate < 4; ++gate)
+      for (int64_t lane = 0; lane < lanes(cb); ++lane)
+        std::memset(out + channel(gate, lane), 0, l_.all_taps() * sizeof(T));
+    if (!(of_x ? x_in_tiles_ : mem_in_tiles())) {
+      for (int64_t i = 0; i < l_.c.kernel_h; ++i)
+        for (int64_t j = 0; j < l_.c.kernel_w; ++j)
+          write_tap(cb, i, j, in + (cb * l_.taps + i * l_.c.kernel_w + j) * stride, out);
+      return;
+    }
     if constexpr (kHasWinograd<T, VL>) {
-      T taps[25 * kGates];
-      in += cb * l_.grad_points * stride;
-      with_grad_winograd<S>(l_.c.kernel_h, int(l_.grad_tile), [&](auto form) {
-        using W = decltype(form);
-        for (int gate = 0; gate < 4; ++gate)
-          W::template outputs<W::kernel>(in + gate * VL, stride, [&](int i, int j, auto v) {
-            S::store(taps + (i * W::kernel + j) * kGates + gate * VL, v);
-          });
-      });
-      write_taps(cb, ci, taps, kGates, grad_weight);
+      using V = typename Merged<S, 4>::Vector;
+      const Tiling& t = l_.grad_form;
+      const auto outputs = PlaneTransform<V>::outputs(t, t.h.part, t.w.part);
+      const int64_t point = t.parts() * stride;
+      in += cb * l_.grad_points() * stride;
+      alignas(64) T taps[5 * 5 * kGates];
+      for (int64_t part = 0; part < t.parts(); ++part, in += stride) {
+        outputs.run(in, {t.w.inputs() * point, point, V::lanes}, taps,
+                    {5 * kGates, kGates, V::lanes}, kGates / V::lanes);
+        const int64_t top = part / t.w.parts * t.h.part, left = part % t.w.parts * t.w.part;
+        for (int64_t i = 0; i < t.h.part && top + i < l_.c.kernel_h; ++i)
+          for (int64_t j = 0; j < t.w.part && left + j < l_.c.kernel_w; ++j)
+            write_tap(cb, top + i, left + j, taps + (i * 5 + j) * kGates, out);
+      }
     }
   }
 
  private:
-  bool mem_in_tiles() const { return l_.grad_tile > 0; }
+  bool mem_in_tiles() const { return l_.c.tiled(); }
+  int64_t lanes(int64_t cb) const { return l_.c.C - cb * VL < VL ? l_.c.C - cb * VL : VL; }
+  // From the first gate's first lane to another's, in the caller's weight.
+  int64_t channel(int64_t gate, int64_t lane) const {
+    return (gate * l_.c.C + lane) * (l_.c.Cin + l_.c.C) * l_.all_taps();
+  }
 
-  void write_taps(int64_t cb, int64_t ci, const T* in, int64_t stride, T* grad_weight) const {
+  // in: (4, VL); out: the weights of an input channel to the block's first gate channel.
+  void write_tap(int64_t cb, int64_t i, int64_t j, const T* in, T* out) const {
+    out += l_.place(i * l_.c.kernel_w + j);
     for (int64_t gate = 0; gate < 4; ++gate)
-      for (int64_t lane = 0; lane < VL && cb * VL + lane < l_.c.C; ++lane) {
-        const int64_t g = gate * l_.c.C + cb * VL + lane;
-        T* out = grad_weight + Packing<T, VL>::source(l_, g, ci, 0);
-        std::memset(out, 0, l_.all_taps() * sizeof(T));
-        for (int64_t tap = 0; tap < l_.taps; ++tap)
-          out[l_.place(tap)] = in[tap * stride + gate * VL + lane];
-      }
+      for (int64_t lane = 0; lane < lanes(cb); ++lane)
+        out[channel(gate, lane)] = in[gate * VL + lane];
   }
 
   const Layout<T, VL>& l_;

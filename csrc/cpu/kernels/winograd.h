@@ -1,79 +1,102 @@
-// Winograd's minimal filtering F(M x M, R x R) (Lavin and Gray 2016,
-// https://arxiv.org/abs/1509.09308): a tile of M x M outputs from A x A inputs, A = M + R - 1, by A
-// * A products a channel instead of M * M * R * R. Of direct convolution's work that is
+// Winograd's minimal filtering (Lavin and Gray 2016, https://arxiv.org/abs/1509.09308), along each
+// axis by itself: F(M, R) gives M outputs of R taps from A = M + R - 1 inputs by A products instead
+// of M * R. A tile of F(Mh, Rh) x F(Mw, Rw) takes, of direct convolution's products,
 //
-//   3 x 3 taps    M = 4: 25 %    M = 2: 44 %
-//   5 x 5         M = 4: 16 %    M = 2: 36 %
-//   7 x 7                        M = 2: 33 %
+//           F(2,3)  F(3,3)  F(4,3)  F(2,5)  F(4,4)  F(4,5)
+//   A          4       5       6       6       7       8
+//   part     0.67    0.56    0.50    0.60    0.44    0.40    along one axis
 //
-//   outputs = AT [ (BT inputs B) * (G taps GT) ] A        sums over channels inside the brackets
+//   outputs = ATh [ (BTh inputs BTw') * (Gh taps Gw') ] ATw'      sums over channels inside [ ]
 //
 // The interpolation points are 0, infinity and +-1 for A = 4, +-2/3, +-3/2 for A = 6, +-1/2, +-1,
-// +-2 for A = 8, so that the transforms are the same few sums for every M and R: AT and G are
-// Vandermonde matrices of the points, G's rows scaled. Pairs +-p share their even and odd sums.
-// Reciprocal points near 1 keep the entries of all three matrices small: for A = 6 the error is
-// less than half of that of the usual 0, +-1, +-2 (benchmarks/NOTES.md). The weight gradient is the
-// same thing with the roles changed: R x R outputs, with the M x M gradients of a tile in the place
-// of the taps.
+// +-2 for A = 8; A = 5 and 7 are those of 6 and 8 without infinity. So the transforms are the same
+// few sums for every M and R: AT and G are Vandermonde matrices of the points, G's rows scaled.
+// Pairs +-p share their even and odd sums. Reciprocal points near 1 keep the entries of all three
+// matrices small: for A = 6 the error is less than half of that of the usual 0, +-1, +-2
+// (benchmarks/NOTES.md). The weight gradient is the same thing with the roles changed: Rh x Rw
+// outputs, with the gradients of a tile in the place of the taps.
+//
+// One axis at a time, a transform is a loop over lines: code for nine lengths of line serves every
+// pair of forms.
 #pragma once
 
+#include "../tiling.h"
 #include "conv.h"
 
 SNNLSTM_BEGIN_ISA
 
+using cpu::Axis;
+using cpu::Tiling;
+
 // One dimension of the transforms, on values of type R (vectors).
 template <class R, class T, int A>
 struct Transform {
-  static_assert(A == 4 || A == 6 || A == 8);
+  static_assert(A >= 4 && A <= 8);
 
   // The points +-p, +-q and +-r, as far as A has them. Their product is 1.
-  static constexpr int pairs = A / 2 - 1;
-  static constexpr double p = A == 4 ? 1 : A == 6 ? 2. / 3 : 0.5, q = A == 6 ? 1.5 : 1, r = 2;
+  static constexpr bool infinite = A % 2 == 0;
+  static constexpr int pairs = (A - 1) / 2;
+  static constexpr double p = pairs == 1   ? 1
+                              : pairs == 2 ? 2. / 3
+                                           : 0.5,
+                          q = pairs == 2 ? 1.5 : 1, r = 2;
   static constexpr double pp = p * p, qq = q * q, rr = r * r;
 
   // BT: A inputs to A values.
-  static SNNLSTM_INLINE void inputs(const R (&x)[A], R (&y)[A]) {
-    if constexpr (A == 4) {
-      y[0] = x[0] - x[2];
-      plus_minus(x[2], x[1], y[1], y[2]);
-      y[3] = x[3] - x[1];
-    } else if constexpr (A == 6) {
-      y[0] = x[0] - T(pp + qq) * x[2] + x[4];
-      plus_minus(x[4] - T(qq) * x[2], T(p) * (x[3] - T(qq) * x[1]), y[1], y[2]);
-      plus_minus(x[4] - T(pp) * x[2], T(q) * (x[3] - T(pp) * x[1]), y[3], y[4]);
-      y[5] = x[1] - T(pp + qq) * x[3] + x[5];
-    } else {
-      constexpr double sum = pp + qq + rr;  // and, with these points, pp qq + pp rr + qq rr
-      y[0] = x[0] - x[6] + T(sum) * (x[4] - x[2]);
-      plus_minus(quartic(x, 6, qq, rr), T(p) * quartic(x, 5, qq, rr), y[1], y[2]);
-      plus_minus(quartic(x, 6, pp, rr), T(q) * quartic(x, 5, pp, rr), y[3], y[4]);
-      plus_minus(quartic(x, 6, pp, qq), T(r) * quartic(x, 5, pp, qq), y[5], y[6]);
-      y[7] = x[7] - x[1] + T(sum) * (x[3] - x[5]);
+  struct Inputs {
+    static constexpr int from = A, to = A;
+    static constexpr bool adds = false;
+    static SNNLSTM_INLINE void apply(const R (&x)[A], R (&y)[A]) {
+      if constexpr (pairs == 1) {
+        y[0] = x[0] - x[2];
+        plus_minus(x[2], x[1], y[1], y[2]);
+        y[3] = x[3] - x[1];
+      } else if constexpr (pairs == 2) {
+        y[0] = x[0] - T(pp + qq) * x[2] + x[4];
+        plus_minus(x[4] - T(qq) * x[2], T(p) * (x[3] - T(qq) * x[1]), y[1], y[2]);
+        plus_minus(x[4] - T(pp) * x[2], T(q) * (x[3] - T(pp) * x[1]), y[3], y[4]);
+        if constexpr (infinite) y[5] = x[1] - T(pp + qq) * x[3] + x[5];
+      } else {
+        constexpr double sum = pp + qq + rr;  // and, with these points, pp qq + pp rr + qq rr
+        y[0] = x[0] - x[6] + T(sum) * (x[4] - x[2]);
+        plus_minus(quartic(x, 6, qq, rr), T(p) * quartic(x, 5, qq, rr), y[1], y[2]);
+        plus_minus(quartic(x, 6, pp, rr), T(q) * quartic(x, 5, pp, rr), y[3], y[4]);
+        plus_minus(quartic(x, 6, pp, qq), T(r) * quartic(x, 5, pp, qq), y[5], y[6]);
+        if constexpr (infinite) y[7] = x[7] - x[1] + T(sum) * (x[3] - x[5]);
+      }
     }
-  }
+  };
 
   // AT: A products to M outputs.
   template <int M>
-  static SNNLSTM_INLINE void outputs(const R (&y)[A], R (&out)[M]) {
-    const R even = y[1] + y[2], odd = y[1] - y[2];
-    for (int k = 0; k < M; ++k) out[k] = T(power(p, k)) * (k % 2 ? odd : even);
-    if constexpr (pairs > 1) add_pair(y[3], y[4], q, out);
-    if constexpr (pairs > 2) add_pair(y[5], y[6], r, out);
-    out[0] += y[0];
-    out[M - 1] += y[A - 1];
-  }
+  struct Outputs {
+    static constexpr int from = A, to = M;
+    static constexpr bool adds = true;
+    static SNNLSTM_INLINE void apply(const R (&y)[A], R (&out)[M]) {
+      const R even = y[1] + y[2], odd = y[1] - y[2];
+      for (int k = 0; k < M; ++k) out[k] = T(power(p, k)) * (k % 2 ? odd : even);
+      if constexpr (pairs > 1) add_pair(y[3], y[4], q, out);
+      if constexpr (pairs > 2) add_pair(y[5], y[6], r, out);
+      out[0] += y[0];
+      if constexpr (infinite) out[M - 1] += y[A - 1];
+    }
+  };
 
   // G: N taps to A values.
   template <int N>
-  static SNNLSTM_INLINE void taps(const R (&x)[N], R (&y)[A]) {
-    constexpr double of_p = (pairs > 1 ? pp - qq : 1) * (pairs > 2 ? pp - rr : 1);
-    constexpr double of_q = (qq - pp) * (pairs > 2 ? qq - rr : 1), of_r = (rr - pp) * (rr - qq);
-    y[0] = x[0];
-    pair(x, p, 0.5 / (pp * of_p), y[1], y[2]);
-    if constexpr (pairs > 1) pair(x, q, 0.5 / (qq * of_q), y[3], y[4]);
-    if constexpr (pairs > 2) pair(x, r, 0.5 / (rr * of_r), y[5], y[6]);
-    y[A - 1] = x[N - 1];
-  }
+  struct Taps {
+    static constexpr int from = N, to = A;
+    static constexpr bool adds = false;
+    static SNNLSTM_INLINE void apply(const R (&x)[N], R (&y)[A]) {
+      constexpr double of_p = (pairs > 1 ? pp - qq : 1) * (pairs > 2 ? pp - rr : 1);
+      constexpr double of_q = (qq - pp) * (pairs > 2 ? qq - rr : 1), of_r = (rr - pp) * (rr - qq);
+      y[0] = x[0];
+      pair(x, p, 0.5 / (pp * of_p), y[1], y[2]);
+      if constexpr (pairs > 1) pair(x, q, 0.5 / (qq * of_q), y[3], y[4]);
+      if constexpr (pairs > 2) pair(x, r, 0.5 / (rr * of_r), y[5], y[6]);
+      if constexpr (infinite) y[A - 1] = x[N - 1];
+    }
+  };
 
  private:
   static constexpr double power(double base, int n) {
@@ -106,72 +129,166 @@ struct Transform {
   }
 };
 
-template <class S, int M, int R_>
-struct Winograd {
-  using T = typename S::Scalar;
+// Where vectors lie that are transformed along one axis: neighbours in a line are `step` elements
+// apart, lines `line`, and batches of lines `batch`.
+struct Lines {
+  int64_t step, line, batch;
+};
+
+// `batches` times `lines` lines from `in` to `out`. start: what is added to the outputs, or null.
+template <class T>
+using Pass = void (*)(const T* in, const Lines& from, T* out, const Lines& to, int lines,
+                      int batches, const T* start, const Lines& at);
+
+template <class S, class Op, bool adds, class T = typename S::Scalar>
+SNNLSTM_INLINE void transform_each_line(const T* in, Lines from, T* out, Lines to, int lines,
+                                        int batches, const T* start, Lines at) {
   using R = typename S::R;
-  static constexpr int tile = M, kernel = R_, A = M + R_ - 1, points = A * A;
-  using D = Transform<R, T, A>;
-
-  // A x A pixels of VL channels; value k goes to out + k * stride.
-  static SNNLSTM_INLINE void inputs(const T* in, int64_t row, int64_t pixel, T* out,
-                                    int64_t stride) {
-    both<A, A>([&](int i, int j) { return S::load(in + i * row + j * pixel); },
-               [](const R(&x)[A], R(&y)[A]) { D::inputs(x, y); },
-               [&](int i, int j, R v) { S::store(out + (i * A + j) * stride, v); });
-  }
-
-  // The products of VL output channels, `stride` apart, to N x N outputs: put(i, j, vector).
-  template <int N, class Put>
-  static SNNLSTM_INLINE void outputs(const T* in, int64_t stride, Put&& put) {
-    both<A, N>([&](int i, int j) { return S::load(in + (i * A + j) * stride); },
-               [](const R(&x)[A], R(&y)[N]) { D::template outputs<N>(x, y); }, put);
-  }
-
-  // N x N taps, get(i, j), to A x A values: put(i, j, vector).
-  template <int N, class Get, class Put>
-  static SNNLSTM_INLINE void taps(Get&& get, Put&& put) {
-    both<N, A>(get, [](const R(&x)[N], R(&y)[A]) { D::template taps<N>(x, y); }, put);
-  }
-
- private:
-  // One transform along both dimensions of a From x From square, to To x To.
-  template <int From, int To, class Get, class One, class Put>
-  static SNNLSTM_INLINE void both(Get&& get, One&& one, Put&& put) {
-    R half[To][From];
+  from.batch -= lines * from.line;
+  to.batch -= lines * to.line;
+  at.batch -= lines * at.line;
+  for (; batches > 0; --batches, in += from.batch, out += to.batch, start += at.batch)
+    for (int l = lines; l > 0; --l, in += from.line, out += to.line, start += at.line) {
+      R x[Op::from], y[Op::to];
 #pragma GCC unroll 8
-    for (int j = 0; j < From; ++j) {
-      R x[From], y[To];
+      for (int k = 0; k < Op::from; ++k) x[k] = S::load(in + k * from.step);
+      Op::apply(x, y);
 #pragma GCC unroll 8
-      for (int i = 0; i < From; ++i) x[i] = get(i, j);
-      one(x, y);
-#pragma GCC unroll 8
-      for (int i = 0; i < To; ++i) half[i][j] = y[i];
+      for (int k = 0; k < Op::to; ++k) {
+        if constexpr (adds) y[k] += S::load(start + k * at.step);
+        S::store(out + k * to.step, y[k]);
+      }
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < To; ++i) {
-      R y[To];
-      one(half[i], y);
-#pragma GCC unroll 8
-      for (int j = 0; j < To; ++j) put(i, j, y[j]);
+}
+
+template <class S, class Op, class T = typename S::Scalar>
+void transform_lines(const T* in, const Lines& from, T* out, const Lines& to, int lines,
+                     int batches, const T* start, const Lines& at) {
+  if constexpr (Op::adds)
+    if (start)
+      return transform_each_line<S, Op, true>(in, from, out, to, lines, batches, start, at);
+  transform_each_line<S, Op, false>(in, from, out, to, lines, batches, start, Lines{});
+}
+
+// An axis's passes; null where there is one tap, and nothing to transform.
+template <class S>
+struct AxisPasses {
+  using T = typename S::Scalar;
+  template <int A>
+  using Of = Transform<typename S::R, T, A>;
+
+  static Pass<T> inputs(const Axis& a) {
+    switch (a.inputs()) {
+      case 4:
+        return transform_lines<S, typename Of<4>::Inputs>;
+      case 5:
+        return transform_lines<S, typename Of<5>::Inputs>;
+      case 6:
+        return transform_lines<S, typename Of<6>::Inputs>;
+      case 7:
+        return transform_lines<S, typename Of<7>::Inputs>;
+      case 8:
+        return transform_lines<S, typename Of<8>::Inputs>;
+      default:
+        return nullptr;
+    }
+  }
+  static Pass<T> outputs(const Axis& a, int count) {
+    switch (a.inputs() * 10 + count) {
+      case 42:
+        return transform_lines<S, typename Of<4>::template Outputs<2>>;
+      case 43:
+        return transform_lines<S, typename Of<4>::template Outputs<3>>;
+      case 53:
+        return transform_lines<S, typename Of<5>::template Outputs<3>>;
+      case 62:
+        return transform_lines<S, typename Of<6>::template Outputs<2>>;
+      case 63:
+        return transform_lines<S, typename Of<6>::template Outputs<3>>;
+      case 64:
+        return transform_lines<S, typename Of<6>::template Outputs<4>>;
+      case 65:
+        return transform_lines<S, typename Of<6>::template Outputs<5>>;
+      case 74:
+        return transform_lines<S, typename Of<7>::template Outputs<4>>;
+      case 84:
+        return transform_lines<S, typename Of<8>::template Outputs<4>>;
+      default:
+        return nullptr;
+    }
+  }
+  static Pass<T> taps(const Axis& a, int count) {
+    switch (a.inputs() * 10 + count) {
+      case 42:
+        return transform_lines<S, typename Of<4>::template Taps<2>>;
+      case 43:
+        return transform_lines<S, typename Of<4>::template Taps<3>>;
+      case 53:
+        return transform_lines<S, typename Of<5>::template Taps<3>>;
+      case 62:
+        return transform_lines<S, typename Of<6>::template Taps<2>>;
+      case 63:
+        return transform_lines<S, typename Of<6>::template Taps<3>>;
+      case 64:
+        return transform_lines<S, typename Of<6>::template Taps<4>>;
+      case 65:
+        return transform_lines<S, typename Of<6>::template Taps<5>>;
+      case 74:
+        return transform_lines<S, typename Of<7>::template Taps<4>>;
+      case 85:
+        return transform_lines<S, typename Of<8>::template Taps<5>>;
+      default:
+        return nullptr;
     }
   }
 };
 
-// f(Winograd<S, M, R>{}) for the form that a kernel size and tile name.
-template <class S, class F>
-SNNLSTM_INLINE void with_winograd(int kernel, int tile, F&& f) {
-  if (kernel == 7) return f(Winograd<S, 2, 7>{});
-  if (kernel == 5) return tile == 4 ? f(Winograd<S, 4, 5>{}) : f(Winograd<S, 2, 5>{});
-  return tile == 4 ? f(Winograd<S, 4, 3>{}) : f(Winograd<S, 2, 3>{});
-}
+// Where the vectors of a small image lie, and `batch`: from one image to the next.
+struct Plane {
+  int64_t row, column, batch;
+};
 
-// The same for the weight gradient (Cell::grad_tile).
-template <class S, class F>
-SNNLSTM_INLINE void with_grad_winograd(int kernel, int tile, F&& f) {
-  if (kernel == 5) return f(Winograd<S, 2, 5>{});
-  return tile == 4 ? f(Winograd<S, 4, 3>{}) : f(Winograd<S, 2, 3>{});
-}
+// A transform along both axes of small images, of from_h x from_w vectors to to_h x to_w.
+template <class S>
+class PlaneTransform {
+  using T = typename S::Scalar;
+  static constexpr int kMostBatches = 4;
+
+ public:
+  PlaneTransform() = default;
+  PlaneTransform(Pass<T> h, int from_h, int to_h, Pass<T> w, int from_w, int to_w)
+      : h_(h), w_(w), from_h_(from_h), to_h_(to_h), from_w_(from_w), to_w_(to_w) {}
+
+  // Up to kMostBatches of them. start: what is added, or null.
+  void run(const T* in, const Plane& from, T* out, const Plane& to, int batches,
+           const T* start = nullptr, const Plane& at = {}) const {
+    const Lines to_w{to.column, to.row, to.batch}, at_w{at.column, at.row, at.batch};
+    if (!h_)
+      return w_(in, {from.column, from.row, from.batch}, out, to_w, from_h_, batches, start, at_w);
+    const Lines from_h{from.row, from.column, from.batch};
+    if (!w_)
+      return h_(in, from_h, out, {to.row, to.column, to.batch}, from_w_, batches, start,
+                {at.row, at.column, at.batch});
+    alignas(64) T half[kMostBatches * 8 * 8 * S::lanes];
+    const int64_t row = from_w_ * S::lanes, image = to_h_ * row;
+    h_(in, from_h, half, {row, S::lanes, image}, from_w_, batches, nullptr, {});
+    w_(half, {S::lanes, row, image}, out, to_w, to_h_, batches, start, at_w);
+  }
+
+  static PlaneTransform outputs(const Tiling& t, int height, int width) {
+    using P = AxisPasses<S>;
+    return {P::outputs(t.h, height), t.h.inputs(), height,
+            P::outputs(t.w, width),  t.w.inputs(), width};
+  }
+  static PlaneTransform taps(const Tiling& t, int height, int width) {
+    using P = AxisPasses<S>;
+    return {P::taps(t.h, height), height, t.h.inputs(), P::taps(t.w, width), width, t.w.inputs()};
+  }
+
+ private:
+  Pass<T> h_ = nullptr, w_ = nullptr;
+  int from_h_ = 1, to_h_ = 1, from_w_ = 1, to_w_ = 1;
+};
 
 // Compiled for float32, in eight lanes or more where the processor has them: float64 is there for
 // its accuracy, and layers of so few channels have little to gain.

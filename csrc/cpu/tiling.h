@@ -1,0 +1,49 @@
+// Winograd's tiles along the two axes of an image, which know nothing of each other.
+#pragma once
+
+#include "../args.h"
+
+namespace snnlstm::cpu {
+
+// Tiles of `tile` outputs. The kernel's taps are cut into `parts` parts of `part` taps each, the
+// last filled up with zeros. A part sees the inputs of the tile that many tiles on: parts of more
+// than one are as long as a tile.
+struct Axis {
+  int tile = 1, part = 1, parts = 1;
+
+  int inputs() const { return tile + part - 1; }
+  int taps() const { return part * parts; }
+};
+
+struct Tiling {
+  Axis h, w;
+
+  int points() const { return h.inputs() * w.inputs(); }  // products of a tile, part and channel
+  int parts() const { return h.parts * w.parts; }
+};
+
+// The forms that there are: F(2,3), F(3,3), F(4,3), F(2,5), F(4,5), F(4,4); of one tap nothing.
+inline Axis axis(int kernel, int tile) {
+  if (kernel == 1) return {};
+  if (tile == 3) return {3, 3, (kernel + 2) / 3};
+  return tile == 2 || kernel <= 5 ? Axis{tile, kernel, 1} : Axis{tile, 4, (kernel + 3) / 4};
+}
+inline bool has_form(int kernel, int tile) {
+  return kernel == 1 ? tile == 1 : tile == 3 || tile == 4 || (tile == 2 && kernel <= 5);
+}
+
+// Of a cell with tiles.
+inline Tiling tiling(const Cell& c) {
+  return {axis(c.kernel_h, c.tile_h), axis(c.kernel_w, c.tile_w)};
+}
+
+// Of its weight gradient, for which tiles of more than 6 inputs round too much.
+inline Tiling grad_tiling(const Cell& c) {
+  const auto smaller = [](int kernel, int tile) {
+    const Axis a = axis(kernel, tile);
+    return a.inputs() <= 6 ? a : axis(kernel, kernel == 5 ? 2 : 3);
+  };
+  return {smaller(c.kernel_h, c.tile_h), smaller(c.kernel_w, c.tile_w)};
+}
+
+}  // namespace snnlstm::cpu
