@@ -111,10 +111,20 @@ ALONE = {
         replace(PLAIN, density=0.1, in_channels=9), kernel_size=(7, 7)
     ),
     "kernel 1x7": with_options(kernel_size=(1, 7)),
+    "kernel 5x3": with_options(kernel_size=(5, 3)),
+    "kernel 9x9": with_options(replace(PLAIN, height=13, width=11), kernel_size=(9, 9)),
+    "kernel 19x3": with_options(replace(PLAIN, height=19, width=23), kernel_size=(19, 3)),
+    "kernel 11x1": with_options(replace(PLAIN, height=17, width=6), kernel_size=(11, 1)),
     "kernel 9x3, larger than the image": with_options(kernel_size=(9, 3)),
     "stride": with_options(stride=(2, 3)),
     "a stride beyond the kernel": with_options(kernel_size=(1, 1), stride=(3, 2)),
     "dilation": with_options(dilation=(2, 3)),
+    "dilation, several tiles": with_options(
+        replace(PLAIN, height=19, width=29), kernel_size=(3, 5), dilation=(2, 3)
+    ),
+    "dilation, a kernel in parts": with_options(
+        replace(PLAIN, height=23, width=19), kernel_size=(9, 3), dilation=(2, 1)
+    ),
     "dilation and stride": with_options(dilation=(3, 2), stride=(2, 2), kernel_size=(5, 3)),
     "no bias": replace(PLAIN, bias=False),
     "graded": replace(PLAIN, graded=-0.3),
@@ -201,9 +211,9 @@ def test_memory_layouts(kernels, layout):
             assert torch.equal(one[name], other[name]), name
 
 
-@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7)], ids=str)
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (1, 3), (9, 5)], ids=str)
 def test_every_size_of_image_up_to_13(isa, kernel):
-    """Every way in which tiles of 2 x 2 or 4 x 4 can be cut off."""
+    """Every way in which tiles of 2, 3 or 4 can be cut off, along either axis."""
     kernels = Kernels(isa, "winograd")
     # Without a jump anywhere, so that every case can be compared.
     case = with_options(kernel_size=kernel, reset="none", record=False)
@@ -289,6 +299,29 @@ def test_taps_that_never_meet_the_image_are_left_out(kernels, size, kernel, dila
     part.pop("weight")
     for name, grad in whole.items():
         assert torch.equal(grad, part[name]), name
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (3, 1), (9, 3)], ids=str)
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_weights_that_met_only_zeros_have_a_gradient_of_exactly_zero(kernels, kernel, dilation):
+    """Rounding errors in their place would move them as far as any other under Adam."""
+    case = with_options(kernel_size=kernel, dilation=(dilation, dilation))
+    case = replace(case, time=1, batch=3, in_channels=8, channels=9, height=11, width=8)
+    inputs, grads = case.inputs(), case.output_gradients()
+    h, w = case.height - 1, case.width - 1
+    for t in (inputs.x, inputs.mem):
+        for channel, places in enumerate(
+            [[], [(0, 0)], [(h, w)], [(0, 3)], [(4, w)], [(0, 2), (h, 5)], [(1, 1), (h - 1, 0)]]
+        ):
+            kept = torch.zeros_like(t[..., channel, :, :], dtype=torch.bool)
+            for y, x in places:
+                kept[..., 1:, y, x] = True
+            t[..., channel, :, :] *= kept
+    actual = gradients(kernels.run, inputs, case.options, grads)
+    with one_thread():
+        exact = gradients(reference.run, inputs.double(), case.options, grads)
+    assert torch.equal(actual["weight"] == 0, exact["weight"] == 0)
+    compare(actual, exact, kernels.gradient_error(case.dtype), grads)
 
 
 # ---- numbers against numbers ---------------------------------------------------------------------

@@ -101,10 +101,20 @@ ALONE = {
         replace(PLAIN, density=0.1, in_channels=9), kernel_size=(7, 7)
     ),
     "kernel 1x7": with_options(kernel_size=(1, 7)),
+    "kernel 5x3": with_options(kernel_size=(5, 3)),
+    "kernel 9x9": with_options(replace(PLAIN, height=13, width=11), kernel_size=(9, 9)),
+    "kernel 19x3": with_options(replace(PLAIN, height=19, width=23), kernel_size=(19, 3)),
+    "kernel 11x1": with_options(replace(PLAIN, height=17, width=6), kernel_size=(11, 1)),
     "kernel 9x3, larger than the image": with_options(kernel_size=(9, 3)),
     "stride": with_options(stride=(2, 3)),
     "a stride beyond the kernel": with_options(kernel_size=(1, 1), stride=(3, 2)),
     "dilation": with_options(dilation=(2, 3)),
+    "dilation, several tiles": with_options(
+        replace(PLAIN, height=19, width=29), kernel_size=(3, 5), dilation=(2, 3)
+    ),
+    "dilation, a kernel in parts": with_options(
+        replace(PLAIN, height=23, width=19), kernel_size=(9, 3), dilation=(2, 1)
+    ),
     "dilation and stride": with_options(dilation=(3, 2), stride=(2, 2), kernel_size=(5, 3)),
     "no bias": replace(PLAIN, bias=False),
     "a threshold a channel": replace(PLAIN, threshold="column"),
@@ -155,9 +165,9 @@ def test_whole_and_broken_vectors(kernels, channels):
             check(replace(PLAIN, time=1, channels=count, height=3, width=9), kernels)
 
 
-@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7)], ids=str)
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (1, 3), (9, 5)], ids=str)
 def test_every_size_of_image_up_to_13(isa, kernel):
-    """Every way in which tiles of 2 x 2 or 4 x 4 can be cut off."""
+    """Every way in which tiles of 2, 3 or 4 can be cut off, along either axis."""
     kernels = Kernels(isa, "winograd")
     case = replace(with_options(kernel_size=kernel), time=1, batch=1, in_channels=2)
     for height in range(1, 14):
@@ -293,17 +303,17 @@ def test_the_module_takes_these_kernels(kernels):
 
 def test_the_cases_reach_every_kernel(isa):
     """Otherwise the tests above would say nothing of those that they never run."""
-    seen = set()
+    seen, tiles = set(), set()
     for algorithm in native.cpu.ALGORITHMS:
         for case in ALONE.values():
             run(Kernels(isa, algorithm), case, case.inputs())
-            ways = native.last_name().removeprefix(f"cpu-{isa}-").split("-")
-            seen |= {f"{ways[0]} of {case.options.kernel_size[0]}", ways[-1]}
-    forms = {
-        "winograd2 of 3",
-        "winograd4 of 3",
-        "winograd2 of 5",
-        "winograd4 of 5",
-        "winograd2 of 7",
-    }
-    assert forms | {"direct", "sparse"} <= seen
+            first, *last = native.last_name().removeprefix(f"cpu-{isa}-").split("-")
+            seen |= {first.rstrip("x1234"), *last}
+            if first.startswith("winograd"):
+                sides = first.removeprefix("winograd").split("x")
+                tiles |= set(
+                    zip(case.options.kernel_size, (int(s) for s in sides * 2), strict=False)
+                )
+    assert seen == {"direct", "winograd", "sparse"}
+    # A kernel's taps along an axis, and the outputs of a tile. Longer ones are taken in parts.
+    assert {(3, 2), (3, 3), (3, 4), (5, 2), (5, 4), (7, 4), (9, 3), (11, 4), (1, 1)} <= tiles

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "schedule.h"
+#include "seen_taps.h"
 #include "sparse_grad.h"
 #include "step_images.h"
 #include "weight_grad.h"
@@ -56,6 +57,8 @@ class WeightGradient {
         x_groups_(groups(x_runs_)),
         mem_groups_(groups(mem_runs_)),
         splits_(count_splits()),
+        x_seen_(l, x_in_tiles() ? c_.Cin : 0, kTilePiece, splits_),
+        mem_seen_(l, c_.tiled() ? c_.C : 0, kTilePiece, splits_),
         sums_(l, x_in_tiles(), splits_, (c_.N + splits_ - 1) / splits_ * pixel_blocks()) {
     if constexpr (kHasWinograd<T, VL>) {
       inputs_ = InputTransform<S>(l.grad_form);
@@ -68,6 +71,8 @@ class WeightGradient {
 
   void carve(Arena& arena) {
     sums_.carve(arena);
+    x_seen_.carve(arena);
+    mem_seen_.carve(arena);
     scratch_ = arena.take<Scratch>(threads_);
     for (int k = 0; k < threads_; ++k) {
       Scratch s;
@@ -83,7 +88,11 @@ class WeightGradient {
   }
 
   int64_t clear_tasks() const { return splits_; }
-  void clear(int64_t task) { sums_.clear(task); }
+  void clear(int64_t task) {
+    sums_.clear(task);
+    x_seen_.clear(task);
+    mem_seen_.clear(task);
+  }
 
   // Adds a step's part, with tile buffers that nobody else uses meanwhile.
   int64_t tasks() const { return splits_ * l_.Cb * pieces(); }
@@ -108,7 +117,7 @@ class WeightGradient {
 
   int64_t write_tasks() const { return sums_.write_tasks(); }
   void write(int64_t task, void* grad_weight) const {
-    sums_.write(task, static_cast<T*>(grad_weight));
+    sums_.write(task, static_cast<T*>(grad_weight), x_seen_, mem_seen_);
   }
 
  private:
@@ -166,6 +175,10 @@ class WeightGradient {
     for (int64_t n = c_.N * split / splits_; n < c_.N * (split + 1) / splits_; ++n)
       for (int64_t h = 0; h < l_.Ho; h += block) {
         PixelRows<T> p = pixel_rows(step, n, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x);
+        if (cb == 0)
+          (of_x ? x_seen_ : mem_seen_)
+              .mark(split, piece, p.in + l_.ph * p.in_row + l_.pw * p.in_pixel + first, p.in_row,
+                    p.in_pixel, h, p.rows);
         const TileBlock<T> b = tile_block(l_, l_.grad_form, p.rows, (len + VL - 1) / VL * VL);
         inputs_.run(b, p.in + first, p.in_row, p.in_pixel, s.tiles.values);
         for (int64_t k = cb; k < cb + kShared && k < l_.Cb; ++k, p.d_gates += kGates)
@@ -282,6 +295,7 @@ class WeightGradient {
   RunList x_runs_, mem_runs_;
   int64_t x_groups_, mem_groups_;  // pieces of the runs
   int64_t splits_;
+  SeenTaps<T, VL> x_seen_, mem_seen_;
   WeightSums<T, VL> sums_;
   Scratch* scratch_ = nullptr;
 };

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "pack.h"
+#include "seen_taps.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -58,9 +59,11 @@ class WeightSums {
       std::memset(sums_ + split * size_ + task * kChunk, 0, (end - task * kChunk) * sizeof(T));
   }
 
-  // Channel block by input channel: the total in the caller's order.
+  // Channel block by input channel: the total in the caller's order. What Winograd sums for taps
+  // that met only zeros is left out.
   int64_t write_tasks() const { return l_.Cb * (l_.c.Cin + l_.c.C); }
-  void write(int64_t task, T* grad_weight) const {
+  void write(int64_t task, T* grad_weight, const SeenTaps<T, VL>& x_seen,
+             const SeenTaps<T, VL>& mem_seen) const {
     const int64_t cb = task / (l_.c.Cin + l_.c.C), ci = task % (l_.c.Cin + l_.c.C);
     const bool of_x = ci < l_.c.Cin;
     const int64_t count = of_x ? l_.c.Cin : l_.c.C, stride = count * kGates;
@@ -87,8 +90,13 @@ class WeightSums {
                     {5 * kGates, kGates, V::lanes}, kGates / V::lanes);
         const int64_t top = part / t.w.parts * t.h.part, left = part % t.w.parts * t.w.part;
         for (int64_t i = 0; i < t.h.part && top + i < l_.c.kernel_h; ++i)
-          for (int64_t j = 0; j < t.w.part && left + j < l_.c.kernel_w; ++j)
-            write_tap(cb, top + i, left + j, taps + (i * 5 + j) * kGates, out);
+          for (int64_t j = 0; j < t.w.part && left + j < l_.c.kernel_w; ++j) {
+            const int64_t tap = (top + i) * l_.c.kernel_w + left + j;
+            T* const values = taps + (i * 5 + j) * kGates;
+            if (!(of_x ? x_seen : mem_seen).seen(of_x ? ci : ci - l_.c.Cin, tap))
+              for (int64_t k = 0; k < kGates; ++k) values[k] -= values[k];  // NaN stays NaN
+            write_tap(cb, top + i, left + j, values, out);
+          }
       }
     }
   }
