@@ -9,7 +9,7 @@ try:
     from .blocks import empty_cache
     from .path import algorithm, set_algorithm
     from .sconv2dlstm import SConv2dLSTM
-    from .sequential import Sequential
+    from .sequential import Sequential, unroll
     from .swap import accelerate, patch, restore, unpatch
 except Exception:
     # `python -m snnlstm` (Python calls it "-m" while it imports the package) is there to say what
@@ -32,4 +32,5 @@ __all__ = [
     "set_algorithm",
     "surrogate",
     "unpatch",
+    "unroll",
 ]

@@ -1,0 +1,142 @@
+"""How a layer goes through a sequence: all steps at once, as a larger batch, or one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+from .sconv2dlstm import SConv2dLSTM
+from .snntorch import Base, Neuron
+
+__all__ = ["CELL", "Way", "changed", "choose", "not_per_sample"]
+
+CELL = SConv2dLSTM if Base is nn.Module else Base  # ours, and snnTorch's
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one layer went through a sequence.
+
+    Parameters
+    ----------
+    name : str
+        Of the layer, as ``named_modules()`` gives it.
+    layer : str
+        Its class.
+    kind : {"sequence", "fold", "step"}
+        One call with the whole sequence; few calls with many steps as a larger batch each,
+        (T * N, ...); or one call for each step.
+    reason : str
+        Why, in plain words.
+    """
+
+    name: str
+    layer: str
+    kind: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.layer}: {self.kind} ({self.reason})"
+
+
+def choose(layer: nn.Module, dim: int) -> tuple[str, str]:
+    """Kind and reason for a layer that gets `dim` dimensions at each step."""
+    change = changed(layer)
+    if isinstance(layer, SConv2dLSTM):
+        if type(layer).forward is not SConv2dLSTM.forward:
+            change = "its class has a forward of its own"
+        if change is None:
+            return "sequence", "one call for all steps"
+        return "step", change
+    if isinstance(layer, CELL):
+        return "step", "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
+    if Neuron is not None and isinstance(layer, Neuron):
+        return "step", "it keeps a state from step to step"
+    reason = change or not_per_sample(layer)
+    if reason is None and not _has_batch(layer, dim):
+        reason = f"at a step of {dim} dimensions it may mix samples"
+    if reason is not None:
+        return "step", reason
+    return "fold", "it treats every sample alone"
+
+
+def changed(layer: nn.Module) -> str | None:
+    """What makes a call of the layer more than its class's forward; None if nothing does."""
+    if (
+        layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    ):
+        return "it carries hooks"
+    if nn_module._has_any_global_hook():
+        return "global module hooks are registered"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced"
+    return None
+
+
+# Dimensions that one step must have, (N, C, ...); with one less it would be a single sample.
+_BY_DIMENSION: dict[type[nn.Module], int] = {
+    getattr(nn, f"{name}{d}d"): d + 2
+    for d in (1, 2, 3)
+    for name in (
+        "Conv", "ConvTranspose", "MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool",
+        "LPPool", "ConstantPad", "ReflectionPad", "ReplicationPad", "ZeroPad", "InstanceNorm",
+    )
+    if hasattr(nn, f"{name}{d}d")
+}  # fmt: skip
+_BY_DIMENSION |= dict.fromkeys((nn.Softmax2d, nn.PixelShuffle, nn.PixelUnshuffle), 4)
+# (N, C) at least.
+_BATCHED: set[type[nn.Module]] = {
+    nn.Linear, nn.Flatten, nn.Unflatten, nn.GroupNorm, nn.PReLU, nn.LayerNorm, nn.Upsample,
+    nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.LocalResponseNorm,
+    nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.GLU,
+    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU,
+    nn.Mish, nn.Sigmoid, nn.LogSigmoid, nn.Hardsigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish,
+    nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Softplus, nn.Softsign, nn.Threshold,
+}  # fmt: skip
+_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_DROPOUT = (
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
+
+
+def not_per_sample(layer: nn.Module) -> str | None:
+    """Why the result for one sample may depend on other samples, or on the steps before."""
+    kind = type(layer)
+    if kind in _BATCH_NORM:
+        if layer.training or layer.running_mean is None:
+            return "its statistics are those of one step"
+        return None
+    if kind in _DROPOUT:
+        if layer.training and layer.p != 0:
+            return "it draws a new mask for every step"
+        return None
+    if getattr(layer, "return_indices", False):
+        return "it returns indices"
+    if layer.training and getattr(layer, "track_running_stats", False):  # of an InstanceNorm
+        return "its running statistics follow the steps"
+    if kind in _BY_DIMENSION or kind in _BATCHED:
+        return None
+    return f"{kind.__name__} is not known to treat every sample alone"
+
+
+def _has_batch(layer: nn.Module, dim: int) -> bool:
+    """Whether the first of `dim` dimensions is the batch, and the layer leaves it alone."""
+    kind = type(layer)
+    if kind in _BY_DIMENSION:
+        return dim == _BY_DIMENSION[kind]
+    if isinstance(layer, nn.LayerNorm):
+        return dim > len(layer.normalized_shape)
+    if dim < 2:
+        return False
+    first: Any = 1
+    if isinstance(layer, nn.Flatten):
+        first = layer.start_dim
+    elif isinstance(layer, nn.Unflatten | nn.Softmax | nn.LogSoftmax | nn.Softmin | nn.GLU):
+        first = layer.dim
+    return isinstance(first, int) and first % dim != 0
