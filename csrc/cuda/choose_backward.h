@@ -53,14 +53,15 @@ struct WeightPlan {
   int64_t share = 0, total = 0;  // pixels or tiles
   int part_rows = 0, part_columns = 0, tap_stride = 0;
   // mma
-  int warp_rows = 0, column_pitch = 0, column_blocks = 0, buffer_bytes = 0;
+  int warp_rows = 0, tap_groups = 0, column_pitch = 0, column_blocks = 0, buffer_bytes = 0;
 
   bool mma() const { return multiply != Multiply::fma; }
-  int threads() const { return 32 * weight_tile::kWarpColumns * warp_rows; }
+  int threads() const { return 32 * weight_tile::kWarpColumns * warp_rows * tap_groups; }
   int row_blocks() const { return part_rows / (32 * warp_rows); }
-  int shared_bytes() const {
+  int stage_bytes() const {
     const MmaType type(multiply);
-    return 2 * weight_tile::stage_bytes(warp_rows * 32 / (64 / type.element),
+    return weight_tile::kTableBytes +
+           2 * weight_tile::stage_bytes(warp_rows * 32 / (64 / type.element),
                                         weight_tile::kChannels / (64 / type.element), buffer_bytes);
   }
   int64_t part_bytes(DType real) const {
@@ -70,6 +71,11 @@ struct WeightPlan {
 
 struct WeightPlans {
   WeightPlan x, mem;
+
+  int threads() const { return std::max(x.threads(), mem.threads()); }
+  // On tensor cores: the stages of either half, then each thread's totals.
+  int totals() const { return std::max(x.stage_bytes(), mem.stage_bytes()); }
+  int shared_bytes() const { return totals() + 4 * weight_tile::kSums * threads(); }
 };
 
 struct BackwardPlan {
@@ -94,24 +100,29 @@ inline void split(WeightPlan& w, const Target& target, int64_t blocks, int64_t l
 }
 
 // One half of the weight's gradient on tensor cores, but for its splits.
-inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int warp_rows) {
+inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int most_rows) {
   const Shape s(c);
   const MmaType type(multiply);
   const Segment in = of_x ? input_window(c) : state_window(c);
   const MmaDepth depth = of_x ? x_depth(c, multiply) : mem_depth(c, multiply);
   WeightPlan w;
   w.multiply = multiply;
-  w.warp_rows = warp_rows;
+  // Up to 12 warps: all taps of 3x3, or more rows of fewer taps.
+  w.tap_groups = int(std::min<int64_t>(ceil_div(depth.taps, weight_tile::kTaps), 3));
+  w.warp_rows = most_rows;
+  while (w.warp_rows > 1 &&
+         (w.threads() > weight_tile::kMaxThreads || 16 * w.warp_rows >= 4 * s.Cp))
+    w.warp_rows /= 2;
   choose_tile(c, s.Ho, s.Wo, weight_tile::kPixels, false, w.tiling);
   cover(w.tiling, c, c.T * c.N, 1, 1);
   w.total = w.tiling.tiles();
   w.buffer_bytes = int(neighbourhood_bytes(mma_segment(in, type, depth, w.tiling)));
   w.column_pitch = int(round_up(depth.channels, weight_tile::kChannels));
-  w.part_rows = int(round_up(4 * s.Cp, 32 * warp_rows));
+  w.part_rows = int(round_up(4 * s.Cp, 32 * w.warp_rows));
   w.part_columns = int(depth.taps * w.column_pitch);
   w.tap_stride = depth.patches ? in.channels : w.column_pitch;
-  w.column_blocks =
-      int(w.column_pitch / weight_tile::kChannels * ceil_div(depth.taps, weight_tile::kTaps));
+  w.column_blocks = int(w.column_pitch / weight_tile::kChannels *
+                        ceil_div(depth.taps, weight_tile::kTaps * w.tap_groups));
   return w;
 }
 
@@ -128,20 +139,36 @@ inline WeightPlan weight_fma(const Cell& c, const Target& target, bool of_x) {
   return w;
 }
 
-// Both halves, on the same kind of block.
+// Shares the tiles of a tensor core launch out, in so many splits that the multiprocessors, one
+// block each, are done soonest. Each split also writes its part of the gradient, and the reduction
+// reads it: together about a 24th of the time of a tile for each block, if memory moves 3 bytes for
+// each 200 multiplications that tensor cores do.
+inline void split_tiles(WeightPlans& plan, const Target& target) {
+  const int64_t blocks = int64_t(plan.x.column_blocks) * plan.x.row_blocks() +
+                         int64_t(plan.mem.column_blocks) * plan.mem.row_blocks();
+  const int64_t total = plan.x.total;
+  int64_t best = 1, best_time = -1;
+  for (int64_t splits = 1; splits <= std::max<int64_t>(total / 4, 1); ++splits) {
+    const int64_t waves = ceil_div(blocks * splits, target.multiprocessors);
+    if (splits > 1 && waves > 8) break;
+    const int64_t time = 24 * waves * ceil_div(total, splits) + splits * blocks;
+    if (best_time < 0 || time < best_time) best = splits, best_time = time;
+  }
+  for (WeightPlan* w : {&plan.x, &plan.mem}) {
+    w->share = std::max<int64_t>(ceil_div(total, best), 1);
+    w->splits = int(std::max<int64_t>(ceil_div(total, w->share), 1));
+  }
+}
+
+// Both halves, in one launch.
 inline WeightPlans plan_weights(const Cell& c, const Target& target) {
   const Multiply multiply = plan_forward(c, target).multiply;
-  for (const int warp_rows : {4, 2, 1}) {
+  for (const int most_rows : {4, 2, 1}) {
     if (multiply == Multiply::fma) break;
-    if (warp_rows == 4 && (MmaType(multiply).element != 2 || 4 * Shape(c).Cp <= 64)) continue;
-    WeightPlans plan = {weight_tiles(c, multiply, true, warp_rows),
-                        weight_tiles(c, multiply, false, warp_rows)};
-    const int bytes = std::max(plan.x.shared_bytes(), plan.mem.shared_bytes());
-    if (bytes > target.shared_bytes || plan.x.total >= int64_t(1) << 31) continue;
-    const int64_t blocks =
-        int64_t(plan.x.column_blocks + plan.mem.column_blocks) * plan.x.row_blocks();
-    split(plan.x, target, blocks, 4, 1);
-    split(plan.mem, target, blocks, 4, 1);
+    WeightPlans plan = {weight_tiles(c, multiply, true, most_rows),
+                        weight_tiles(c, multiply, false, most_rows)};
+    if (plan.shared_bytes() > target.shared_bytes || plan.x.total >= int64_t(1) << 30) continue;
+    split_tiles(plan, target);
     return plan;
   }
   return {weight_fma(c, target, true), weight_fma(c, target, false)};

@@ -124,6 +124,7 @@ class MmaSource {
   }
 
  private:
+  // 2 or 4, as there are 1 or 2 k-steps.
   SNNLSTM_DEVICE int groups(const MmaSegment& seg, int chunk) const { return 2 * seg.steps(chunk); }
 
   // Number of thread's turns that a chunk needs.
@@ -149,7 +150,7 @@ class MmaSource {
     if (seg.feed == Feed::vectors) {  // 4 channels: a warp's loads lie side by side
       const int lanes = (kPerGroup / 4) * groups(seg, chunk);
       const int part = number & (lanes - 1);
-      unsigned row = unsigned(number) / unsigned(lanes);
+      unsigned row = unsigned(number) >> (seg.steps(chunk) + kPerGroup / 8);
       const int col = int(seg.by_halo_w.split(row));
       const int y = origin_h(s) + int(row), x = origin_w(s) + col;
       const int c = chunk * kPerChunk + part * 4;
@@ -250,7 +251,7 @@ class MmaSource {
     const int top = origin_h(s), left = origin_w(s);
     for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
       const int group = i & (lanes - 1);
-      unsigned row = unsigned(i) / unsigned(lanes);
+      unsigned row = unsigned(i) >> seg.steps(chunk);
       const int col = int(seg.by_halo_w.split(row));
       const int y = top + int(row), x = left + col, c = chunk * kPerChunk + group * kPerGroup;
       const bool real = inside(y, s.height) && inside(x, s.width) && c < s.channels;

@@ -1,18 +1,24 @@
 // The weight gradient on tensor cores: see weight_grad.cuh for what it is. M = rows (gate, c), N =
 // input channels of one tap, K = pixels.
 //
-// A block takes 32 * warp rows rows, 32 input channels and 3 taps, and walks over the tiles of its
-// share of the sequence. Of a tile it keeps d_gates and the source's neighbourhood in shared
-// memory, pixel by pixel as mma_source.cuh lays them out, two buffers each; the taps read the
-// neighbourhood shifted. A warp computes 32 rows x 16 channels x 3 taps.
+// A block takes 32 * warp rows rows, 32 input channels and 3 * tap groups taps, and walks over the
+// tiles of its share of the sequence. Of a tile it keeps d_gates and the source's neighbourhood in
+// shared memory, pixel by pixel as mma_source.cuh lays them out, two buffers each; the taps read
+// the neighbourhood shifted. A warp computes 32 rows x 16 channels x 3 taps.
 //
 // Both operands lie with K (pixels) outermost, the tensor core wants it innermost: 16-bit elements
-// come through ldmatrix transposed, floats one by one. Which pixel is which k is free, as long as
-// both agree: with every other pixel of 16 (half of them even, half odd) a warp's reads fall on
+// come through ldmatrix transposed, floats as vectors of neighbouring rows or channels, which are
+// dealt out to the m16 and n8 tiles one by one. Which pixel is which k is free, as long as both
+// agree: with every other pixel of 16 (half of them even, half odd) a warp's reads fall on
 // different banks for every shift.
 //   16-bit: k = 0 .. 7 are pixels 0, 2, .. 14, k = 8 .. 15 pixels 1, 3, .. 15 of a k-step's 16
 //   tf32:   k-step s of 2, k = t and t + 4 are pixels 4 t + 2 s and 4 t + 2 s + 1 of 16
+//
+// Tensor cores truncate where they add. An accumulator takes a hundred k-steps and is then added to
+// a total in shared memory, which rounds to nearest.
 #pragma once
+
+#include <type_traits>
 
 #include "mma.cuh"
 #include "weight_grad.cuh"
@@ -23,10 +29,12 @@ struct WeightGradMma {
   WeightGrad grad;  // share and total count tiles
   int column_blocks = 0, row_blocks = 0, splits = 0;
   MmaSegment source[2];  // before the first step or at all times; from t = 1 on
-  Multiply multiply = Multiply::tf32;
-  int warp_rows = 1;
+  int warp_rows = 1, tap_groups = 1;
+  int planes = 1;        // of d_gates: 64 bytes of the block's rows each, as 4 units of 16
+  int unit_bits = 2;     // log2 of the units
   int column_pitch = 0;  // of parts: from one tap's columns to the next
   int buffer_bytes = 0;  // of one neighbourhood chunk
+  int totals = 0;        // where they lie in shared memory, in bytes
 };
 
 // Both halves of the weight in one launch.
@@ -36,9 +44,21 @@ struct WeightGradJobs {
 
 namespace weight_tile {
 constexpr int kPixels = 64, kTaps = 3, kWarpColumns = 2, kChannels = 32;
-constexpr int kMaxThreads = 256;
+constexpr int kMaxThreads = 384;   // of 168 registers
+constexpr int kSums = kTaps * 16;  // of a thread
 // Of 64 bytes of rows (a plane) of d_gates; planes lie half a line apart.
 constexpr int kPlaneBytes = 64 * kPixels + 16 * kPixels / 2 + 64;
+constexpr int kMostGroups = 3;
+
+// At the start of shared memory, offsets into the neighbourhood in bytes.
+struct Tables {
+  // Of pixels 2 i of the tile, before the tap's shift: even places, so that offsets add up.
+  int pair[kPixels / 2];
+  // What a tap adds for the first and the second pixel of a pair, where the neighbourhood begins
+  // `lead` pixels late.
+  int shift[2][kMostGroups * kTaps][2];
+};
+constexpr int kTableBytes = (sizeof(Tables) + 127) / 128 * 128;
 
 // Of one tile's d_gates and neighbourhood.
 SNNLSTM_BOTH int stage_bytes(int planes, int chunks, int neighbourhood) {
@@ -46,37 +66,56 @@ SNNLSTM_BOTH int stage_bytes(int planes, int chunks, int neighbourhood) {
 }
 }  // namespace weight_tile
 
-template <class Element>
+template <Multiply M>
 class WeightGemm {
  public:
-  static constexpr bool kHalf = sizeof(Element) == 2;
+  static constexpr bool kHalf = M == Multiply::fp16 || M == Multiply::bf16;
+  static constexpr bool kParts = M == Multiply::tf32x3;
+  using Element = std::conditional_t<kHalf, uint16_t, float>;
+  using Operand =
+      std::conditional_t<M == Multiply::fp16, fp16, std::conditional_t<kHalf, bf16, tf32>>;
   static constexpr int kPerPlane = 64 / sizeof(Element);              // rows, or input channels
   static constexpr int kChunks = weight_tile::kChannels / kPerPlane;  // of the neighbourhood
-  static constexpr int kSteps = weight_tile::kPixels / (kHalf ? 16 : 8);
-  using Accumulators = float[weight_tile::kTaps][2][2][4];
+  static constexpr int kTurns = weight_tile::kPixels / 16;            // 16 pixels each
+  // Tiles between two folds: 128 k-steps, or a third as many where each adds three times.
+  static constexpr int kFold = kHalf ? 32 : kParts ? 5 : 16;
 
   // index: of the block among the job's: columns fastest, then rows, then splits.
   SNNLSTM_DEVICE WeightGemm(const WeightGradMma& p, int index, unsigned char* shared)
-      : p_(p), shared_(shared), source_(p.multiply, p.grad.tiling) {
+      : p_(p), tables_(*reinterpret_cast<weight_tile::Tables*>(shared)), source_(M, p.grad.tiling) {
+    shared_ = shared + weight_tile::kTableBytes;
     const int column = index % p.column_blocks;
     row_ = index / p.column_blocks % p.row_blocks;
     split_ = index / p.column_blocks / p.row_blocks;
-    warp_ = int(threadIdx.x) / 32, lane_ = int(threadIdx.x) % 32;
-    planes_ = p.warp_rows * 32 / kPerPlane;
-    const int groups = (p.source[0].taps + weight_tile::kTaps - 1) / weight_tile::kTaps;
-    first_tap_ = column % groups * weight_tile::kTaps;
+    const int taps_of_block = p.tap_groups * weight_tile::kTaps;
+    const int groups = (p.source[0].taps + taps_of_block - 1) / taps_of_block;
     channels_ = column / groups;
+    // Warps: columns fastest, then rows, then tap groups.
+    const int warp = int(threadIdx.x) / 32;
+    lane_ = int(threadIdx.x) % 32;
+    warp_column_ = warp % weight_tile::kWarpColumns;
+    warp_row_ = warp / weight_tile::kWarpColumns % p.warp_rows;
+    const int group = warp / weight_tile::kWarpColumns / p.warp_rows;
+    const int first = column % groups * taps_of_block;
+    first_tap_ = first + group * weight_tile::kTaps;
+    taps_ = p.source[0].taps - first_tap_;
+    if (group >= p.tap_groups) taps_ = 0;  // the other job has more warps
+    first_shifts_ = shifts_ = tables_.shift[0] + group % p.tap_groups * weight_tile::kTaps;
+    fill_tables(first);
+    place_lane();
   }
 
-  SNNLSTM_DEVICE void run(Accumulators& acc) {
+  SNNLSTM_DEVICE void run() {
 #pragma unroll
-    for (int i = 0; i < weight_tile::kTaps * 16; ++i) (&acc[0][0][0][0])[i] = 0;
-    const int64_t begin = split_ * p_.grad.share;
-    const int64_t end =
-        begin + p_.grad.share < p_.grad.total ? begin + p_.grad.share : p_.grad.total;
+    for (int i = 0; i < weight_tile::kSums; ++i) (&acc_[0][0][0][0])[i] = 0;
+#pragma unroll
+    for (int i = 0; i < weight_tile::kSums / 4; ++i) store(total(i), make_float4(0, 0, 0, 0));
+    const int begin = split_ * int(p_.grad.share);
+    const int end = min(begin + int(p_.grad.share), int(p_.grad.total));
+    int folded = 0;  // tiles since the last fold
 #pragma unroll 1
-    for (int64_t i = begin - 1; i < end; ++i) {  // computes tile i, fetches tile i + 1
-      const int buffer = int(i - begin) & 1;
+    for (int i = begin - 1; i < end; ++i) {  // computes tile i, fetches tile i + 1
+      const int buffer = (i - begin) & 1;
       if (!fault(Fault::missing_wait, 3)) cp_async_wait<0>();
       if (!fault(Fault::missing_barrier_read, 3)) __syncthreads();
       const bool more = i + 1 < end, computes = i >= begin;
@@ -95,57 +134,93 @@ class WeightGemm {
         }
         cp_async_commit();
       }
-      const int lead = next.lead;
-      if (!computes) {
-        lead_ = lead;
-        continue;
-      }
+      if (computes) {
+        const unsigned char* a = gates(buffer) + a_offset_;
+        const unsigned char* b = neighbourhood(buffer, 0) + b_offset_;
+        __syncwarp();  // lanes have gone different ways
 #pragma unroll 1
-      for (int step = 0; step < kSteps; ++step) {
-        if (in_turns) {
-          if (step > 0 && step % (kSteps / kChunks) == 0) {
-            source_.end(next);
-            start(next, buffer ^ 1, step / (kSteps / kChunks));
+        for (int turn = 0; turn < kTurns; ++turn) {
+          if (in_turns) {
+            if (turn > 0 && turn % (kTurns / kChunks) == 0) {
+              source_.end(next);
+              start(next, buffer ^ 1, turn / (kTurns / kChunks));
+            }
+            source_.turn(next);
+            __syncwarp();
           }
-          source_.turn(next);
-          __syncwarp();  // lanes have gone different ways
+          if (taps_ > 0) multiply(a, b, turn);
+          a += mma_tile::row_offset(16);
         }
-        multiply(buffer, step, acc);
+        if (in_turns) source_.end(next);
+        if (++folded == kFold) folded = 0, fold();
       }
-      if (in_turns) source_.end(next);
-      lead_ = lead;
+      shifts_ = first_shifts_ + next.lead * (weight_tile::kMostGroups * weight_tile::kTaps);
     }
+    fold();
   }
 
-  SNNLSTM_DEVICE void write(const Accumulators& acc) const {
+  SNNLSTM_DEVICE void write() {
+    if (taps_ <= 0) return;
+    float* acc = &acc_[0][0][0][0];
+#pragma unroll
+    for (int i = 0; i < weight_tile::kSums / 4; ++i) {
+      const float4 v = load<float4>(total(i));
+      acc[4 * i] = v.x, acc[4 * i + 1] = v.y, acc[4 * i + 2] = v.z, acc[4 * i + 3] = v.w;
+    }
     const int g = lane_ / 4, t = lane_ % 4;
     float* parts = static_cast<float*>(p_.grad.parts) +
                    int64_t(split_) * p_.grad.part_rows * p_.grad.part_columns;
-    const int row = (row_ * p_.warp_rows + warp_ / 2) * 32 + g;
-    const int column = channels_ * weight_tile::kChannels + warp_ % 2 * 16 + 2 * t;
+    const int first_row = (row_ * p_.warp_rows + warp_row_) * 32;
+    const int column = channels_ * weight_tile::kChannels + warp_column_ * 16;
 #pragma unroll
     for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
-      if (first_tap_ + tap >= p_.source[0].taps) break;
+      if (tap >= taps_) break;
 #pragma unroll
       for (int mi = 0; mi < 2; ++mi)
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
-#pragma unroll
-          for (int nt = 0; nt < 2; ++nt) {
-            const auto& v = acc[tap][mi][nt];
-            store(parts + int64_t(row + mi * 16 + r * 8) * p_.grad.part_columns +
-                      (first_tap_ + tap) * p_.column_pitch + column + nt * 8,
-                  make_float2(v[2 * r], v[2 * r + 1]));
+        for (int r = 0; r < 2; ++r) {
+          const auto &v = acc_[tap][mi][0], &w = acc_[tap][mi][1];
+          const int row = first_row + (kHalf ? mi * 16 + r * 8 + g : 4 * g + 2 * mi + r);
+          float* out = parts + int64_t(row) * p_.grad.part_columns +
+                       (first_tap_ + tap) * p_.column_pitch + column;
+          if constexpr (kHalf) {
+            store(out + 2 * t, make_float2(v[2 * r], v[2 * r + 1]));
+            store(out + 8 + 2 * t, make_float2(w[2 * r], w[2 * r + 1]));
+          } else {
+            store(out + 4 * t, make_float4(v[2 * r], w[2 * r], v[2 * r + 1], w[2 * r + 1]));
           }
+        }
     }
   }
 
  private:
+  using Sums = float[weight_tile::kTaps][2][2][4];  // [tap][m16 tile][n8 tile]
+
+  // Four of the thread's totals.
+  SNNLSTM_DEVICE unsigned char* total(int i) const {
+    return reinterpret_cast<unsigned char*>(&tables_) + p_.totals +
+           (i * int(blockDim.x) + int(threadIdx.x)) * 16;
+  }
+  SNNLSTM_DEVICE void fold() {
+    float* acc = &acc_[0][0][0][0];
+#pragma unroll
+    for (int i = 0; i < weight_tile::kSums / 4; ++i) {
+      float4 v = load<float4>(total(i));
+      if (!fault(Fault::wrong_split_k, 2)) {
+        v.x += acc[4 * i], v.y += acc[4 * i + 1];
+        v.z += acc[4 * i + 2], v.w += acc[4 * i + 3];
+      }
+      store(total(i), v);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) acc[4 * i + k] = 0;
+    }
+  }
+
   SNNLSTM_DEVICE unsigned char* gates(int buffer) const {
-    return shared_ + buffer * weight_tile::stage_bytes(planes_, kChunks, p_.buffer_bytes);
+    return shared_ + buffer * weight_tile::stage_bytes(p_.planes, kChunks, p_.buffer_bytes);
   }
   SNNLSTM_DEVICE unsigned char* neighbourhood(int buffer, int chunk) const {
-    return gates(buffer) + planes_ * weight_tile::kPlaneBytes + chunk * p_.buffer_bytes;
+    return gates(buffer) + p_.planes * weight_tile::kPlaneBytes + chunk * p_.buffer_bytes;
   }
 
   SNNLSTM_DEVICE void start(const MmaSegment& seg, int buffer, int chunk) {
@@ -156,10 +231,10 @@ class WeightGemm {
   SNNLSTM_DEVICE void copy_gates(const Block& at, int buffer) const {
     const Tiling& tiling = p_.grad.tiling;
     const auto* image = static_cast<const Element*>(image_of(p_.grad.d_gates, at.t, at.n));
-    const int units = 4 * planes_, per_unit = 16 / int(sizeof(Element));
+    const int units = 1 << p_.unit_bits, per_unit = 16 / int(sizeof(Element));
     const int first = row_ * p_.warp_rows * 32;
     for (int i = int(threadIdx.x); i < weight_tile::kPixels * units; i += int(blockDim.x)) {
-      const int unit = i & (units - 1), m = i / units;
+      const int unit = i & (units - 1), m = i >> p_.unit_bits;
       unsigned y = unsigned(m);
       const int x = int(tiling.by_w.split(y)), row = first + unit * per_unit;
       const bool real = int(y) < tiling.h && at.y0 + int(y) < p_.grad.Ho &&
@@ -171,126 +246,172 @@ class WeightGemm {
     }
   }
 
-  // Where pixel m of the tile lies in the neighbourhood, before the tap's shift.
-  SNNLSTM_DEVICE int place(int m) const {
+  // first: tap of the block.
+  SNNLSTM_DEVICE void fill_tables(int first) const {
     const Tiling& tiling = p_.grad.tiling;
+    const MmaSegment& s = p_.source[0];
     const int pixels = tiling.h * tiling.w;
-    if (m >= pixels) m &= 15;  // its d_gates are zero: any pixel, on the same banks
-    unsigned y = unsigned(m < pixels ? m : 0);
-    const int x = int(tiling.by_w.split(y));
-    return int(y) * p_.source[0].step_h * p_.source[0].pitch + x * p_.source[0].step_w + lead_;
-  }
-  SNNLSTM_DEVICE int shift(int tap) const {
-    const int tap_h = tap / p_.source[0].taps_w, tap_w = tap - tap_h * p_.source[0].taps_w;
-    return tap_h * p_.source[0].s.dilation_h * p_.source[0].pitch +
-           tap_w * p_.source[0].s.dilation_w;
+    for (int i = int(threadIdx.x); i < weight_tile::kPixels / 2; i += int(blockDim.x)) {
+      int m = 2 * i;
+      if (m >= pixels) m &= 15;  // its d_gates are zero: any pixel, on the same banks
+      unsigned y = unsigned(m < pixels ? m : 0);
+      const int x = int(tiling.by_w.split(y));
+      tables_.pair[i] = mma_tile::row_offset(int(y) * s.step_h * s.pitch + x * s.step_w);
+    }
+    constexpr int kMost = weight_tile::kMostGroups * weight_tile::kTaps;
+    for (int i = int(threadIdx.x); i < 2 * kMost; i += int(blockDim.x)) {
+      const int lead = i / kMost, tap = first + i % kMost;
+      const int shift =
+          tap / s.taps_w * s.s.dilation_h * s.pitch + tap % s.taps_w * s.s.dilation_w + lead;
+      store(&tables_.shift[lead][i % kMost][0],
+            make_int2(mma_tile::row_offset(shift), mma_tile::row_offset(shift + s.step_w)));
+    }
   }
 
-  SNNLSTM_DEVICE void multiply(int buffer, int step, Accumulators& acc) const {
+  // Where the lane reads, in d_gates and in the neighbourhood, before a turn's and a tap's offsets.
+  SNNLSTM_DEVICE void place_lane() {
     if constexpr (kHalf) {
-      multiply_half(buffer, step, acc);
+      // a: matrices (k, m), (k, m + 8), (k + 8, m), (k + 8, m + 8)
+      // b: matrices (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8)
+      const int row = lane_ % 8, matrix = lane_ / 8;
+      a_offset_ = warp_row_ * weight_tile::kPlaneBytes +
+                  mma_tile::row_offset(2 * row + matrix / 2) + matrix % 2 * 16;
+      b_offset_ = warp_column_ * 32 + matrix / 2 * 16;
+      pairs_ = &tables_.pair[row];
     } else {
-      multiply_float(buffer, step, acc);
+      const int g = lane_ / 4, t = lane_ % 4;
+      a_offset_ = (warp_row_ * 2 + g / 4) * weight_tile::kPlaneBytes + mma_tile::row_offset(4 * t) +
+                  g % 4 * 16;
+      b_offset_ = warp_column_ * p_.buffer_bytes + g * 8;
+      pairs_ = &tables_.pair[2 * t];
     }
   }
 
-  template <class T>
-  SNNLSTM_DEVICE static void multiply_tap(float (&acc)[2][2][4], const uint32_t (&a)[2][4],
-                                          const uint32_t (&b0)[2], const uint32_t (&b1)[2]) {
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi) {
-      mma<T>(acc[mi][0], a[mi], b0);
-      mma<T>(acc[mi][1], a[mi], b1);
-    }
+  SNNLSTM_DEVICE void multiply(const unsigned char* a, const unsigned char* b, int turn) {
+    if constexpr (kHalf)
+      multiply_half(a, b, turn);
+    else
+      multiply_float(a, b, turn);
   }
-  SNNLSTM_DEVICE void multiply_half(int buffer, int step, Accumulators& acc) const {
-    const int row = lane_ % 8, matrix = lane_ / 8;
-    // a: matrices (k, m), (k, m + 8), (k + 8, m), (k + 8, m + 8)
-    const int m_a = step * 16 + 2 * row + matrix / 2;
-    const unsigned char* a_row = gates(buffer) + warp_ / 2 * weight_tile::kPlaneBytes +
-                                 mma_tile::row_offset(m_a) + matrix % 2 * 16;
+
+  // One k-step.
+  SNNLSTM_DEVICE void multiply_half(const unsigned char* a_row, const unsigned char* b_row,
+                                    int turn) {
     uint32_t a[2][4];
 #pragma unroll
     for (int mi = 0; mi < 2; ++mi) ldmatrix_transposed(a[mi], a_row + mi * 32);
-    const bool bf = p_.multiply == Multiply::bf16;  // asked late: the addresses exist once
-    // b: matrices (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8)
-    const int at = place(step * 16 + 2 * row + matrix % 2);
-    const unsigned char* b_row = neighbourhood(buffer, 0) + warp_ % 2 * 32 + matrix / 2 * 16;
+    b_row += pairs_[turn * 8];
 #pragma unroll
     for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
-      if (first_tap_ + tap >= p_.source[0].taps) break;
+      if (tap >= taps_) break;
       uint32_t b[4];
-      ldmatrix_transposed(b, b_row + mma_tile::row_offset(at + shift(first_tap_ + tap)));
+      ldmatrix_transposed(b, b_row + shifts_[tap][lane_ / 8 % 2]);
       const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
-      if (bf)
-        multiply_tap<bf16>(acc[tap], a, b0, b1);
-      else
-        multiply_tap<fp16>(acc[tap], a, b0, b1);
+#pragma unroll
+      for (int mi = 0; mi < 2; ++mi) {
+        mma<Operand>(acc_[tap][mi][0], a[mi], b0);
+        mma<Operand>(acc_[tap][mi][1], a[mi], b1);
+      }
     }
   }
 
-  SNNLSTM_DEVICE void multiply_float(int buffer, int step, Accumulators& acc) const {
-    const int g = lane_ / 4, t = lane_ % 4;
-    const bool parts = p_.multiply == Multiply::tf32x3;
-    const int m = step / 2 * 16 + 4 * t + 2 * (step % 2);  // of k = t; k = t + 4 is the next pixel
-    const int at[2] = {place(m), place(m + 1)};
-    uint32_t a[2][4], a_low[2][4];
+  // Two k-steps. A lane's rows are 4 g .. 4 g + 3 of the warp's 32, its channels 2 g, 2 g + 1
+  // of 16.
+  SNNLSTM_DEVICE void multiply_float(const unsigned char* a_row, const unsigned char* b_column,
+                                     int turn) {
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      uint32_t a[8], a_low[8];  // of m16 tile mi from 4 mi on
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {  // k = t and t + 4
+        const uint4 v = load<uint4>(a_row + mma_tile::row_offset(2 * step) + 64 * k);
+        a[2 * k] = v.x, a[2 * k + 1] = v.y, a[2 * k + 4] = v.z, a[2 * k + 5] = v.w;
+      }
+      const unsigned char* b_row = b_column + pairs_[turn * 8 + step];
+      uint32_t b[weight_tile::kTaps][4],
+          b_low[weight_tile::kTaps][4];  // of n8 tile nt from 2 nt on
+      uint32_t of_a = take(a, a_low), of_b = 0;
+#pragma unroll
+      for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
+        if (tap >= taps_) break;
+        const int2 shift = load<int2>(&shifts_[tap][0]);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const uint2 v = load<uint2>(b_row + (k == 0 ? shift.x : shift.y));
+          b[tap][k] = v.x, b[tap][2 + k] = v.y;
+        }
+        of_b |= take(b[tap], b_low[tap]);
+        add(acc_[tap], a, b[tap]);
+      }
+      if constexpr (kParts) {
+        if (mma_gemm::may_be_infinite(of_a | of_b)) {
+          mma_gemm::without_nan(a_low);
+#pragma unroll
+          for (int tap = 0; tap < weight_tile::kTaps; ++tap)
+            if (tap < taps_) mma_gemm::without_nan(b_low[tap]);
+        }
+        const bool both = __any_sync(full_warp, (of_b << 1) != 0);  // spikes need no low parts
+#pragma unroll
+        for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
+          if (tap >= taps_) break;
+          add(acc_[tap], a_low, b[tap]);
+          if (both) add(acc_[tap], a, b_low[tap]);
+        }
+      }
+    }
+  }
+
+  // Rounds numbers to tf32, or splits them and says which bits their low parts have.
+  template <int N>
+  SNNLSTM_DEVICE static uint32_t take(uint32_t (&v)[N], uint32_t (&low)[N]) {
+    if constexpr (kParts) {
+      uint32_t high[N];
+      const uint32_t seen = mma_gemm::split_in_parts(v, high, low);
+#pragma unroll
+      for (int i = 0; i < N; ++i) v[i] = high[i];
+      return seen;
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) v[i] = mma_gemm::rounds_to_tf32(v[i]);
+      return 0;
+    }
+  }
+
+  SNNLSTM_DEVICE static void add(float (&acc)[2][2][4], const uint32_t (&a)[8],
+                                 const uint32_t (&b)[4]) {
 #pragma unroll
     for (int mi = 0; mi < 2; ++mi)
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const unsigned char* from = gates(buffer) +
-                                    (warp_ / 2 * 2 + mi) * weight_tile::kPlaneBytes +
-                                    mma_tile::row_offset(m + r / 2) + (g + r % 2 * 8) * 4;
-        const uint32_t raw = load<uint32_t>(from);
-        a[mi][r] = mma_gemm::high(raw);
-        a_low[mi][r] = parts ? mma_gemm::low(raw, a[mi][r]) : 0;
-      }
-#pragma unroll
-    for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
-      if (first_tap_ + tap >= p_.source[0].taps) break;
-      const int by = shift(first_tap_ + tap);
-#pragma unroll
       for (int nt = 0; nt < 2; ++nt) {
-        uint32_t b[2], b_low[2];
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const uint32_t raw = load<uint32_t>(neighbourhood(buffer, warp_ % 2) +
-                                              mma_tile::row_offset(at[k] + by) + (nt * 8 + g) * 4);
-          b[k] = mma_gemm::high(raw);
-          b_low[k] = parts ? mma_gemm::low(raw, b[k]) : 0;
-        }
-#pragma unroll
-        for (int mi = 0; mi < 2; ++mi) {
-          if (parts) {
-            mma<tf32>(acc[tap][mi][nt], a_low[mi], b);
-            mma<tf32>(acc[tap][mi][nt], a[mi], b_low);
-          }
-          mma<tf32>(acc[tap][mi][nt], a[mi], b);
-        }
+        const uint32_t left[4] = {a[4 * mi], a[4 * mi + 1], a[4 * mi + 2], a[4 * mi + 3]};
+        const uint32_t right[2] = {b[2 * nt], b[2 * nt + 1]};
+        mma<tf32>(acc[mi][nt], left, right);
       }
-    }
   }
 
   const WeightGradMma& p_;
+  weight_tile::Tables& tables_;
   unsigned char* shared_;
   MmaSource<Element, true> source_;
-  int warp_, lane_, planes_, first_tap_, channels_, row_, split_;
-  int lead_ = 0;  // of the tile that is computed
+  int lane_, warp_row_, warp_column_, channels_, row_, split_;
+  int taps_, first_tap_;     // of the warp: how many are left; the first of all
+  int a_offset_, b_offset_;  // of the lane
+  const int* pairs_;
+  const int (*first_shifts_)[2], (*shifts_)[2];  // of the warp's taps; for the tile at hand
+  Sums acc_;
 };
 
-template <class Element>
-__global__ void __launch_bounds__(weight_tile::kMaxThreads, 2)
+template <Multiply M>
+__global__ void __launch_bounds__(weight_tile::kMaxThreads, 1)
     weight_grad_mma(const __grid_constant__ WeightGradJobs p) {
   if constexpr (arch::has_mma) {
     const WeightGradMma& first = p.job[0];
     const int blocks = first.column_blocks * first.row_blocks * first.splits;
     const bool second = int(blockIdx.x) >= blocks;
-    WeightGemm<Element> gemm(p.job[second ? 1 : 0], int(blockIdx.x) - (second ? blocks : 0),
-                             &shared_memory<unsigned char>());
-    float acc[weight_tile::kTaps][2][2][4];
-    gemm.run(acc);
-    gemm.write(acc);
+    WeightGemm<M> gemm(p.job[second ? 1 : 0], int(blockIdx.x) - (second ? blocks : 0),
+                       &shared_memory<unsigned char>());
+    gemm.run();
+    gemm.write();
   }
 }
 

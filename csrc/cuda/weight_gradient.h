@@ -84,7 +84,8 @@ class WeightGradient {
     }
     if (plan_.x.mma()) {
       WeightGradJobs jobs;
-      for (int k = 0; k < 2; ++k) jobs.job[k] = job(*plans[k], grad[k], k == 0);
+      const int threads = plan_.threads();
+      for (int k = 0; k < 2; ++k) jobs.job[k] = job(*plans[k], grad[k], k == 0, threads);
       launch_weight_grad_mma(plan_, jobs, stream());
     } else {
       for (int k = 0; k < 2; ++k)
@@ -96,24 +97,28 @@ class WeightGradient {
     launch_reduce_weight(r, stream());
   }
 
-  WeightGradMma job(const WeightPlan& plan, const WeightGrad& grad, bool of_x) const {
+  // threads: of a block of the launch.
+  WeightGradMma job(const WeightPlan& plan, const WeightGrad& grad, bool of_x, int threads) const {
     const MmaType type(plan.multiply);
     const MmaDepth depth = of_x ? x_depth(s_.c, plan.multiply) : mem_depth(s_.c, plan.multiply);
     WeightGradMma p;
     p.grad = grad;
     p.column_blocks = plan.column_blocks, p.row_blocks = plan.row_blocks();
     p.splits = plan.splits;
-    p.multiply = plan.multiply;
-    p.warp_rows = plan.warp_rows;
+    p.warp_rows = plan.warp_rows, p.tap_groups = plan.tap_groups;
+    p.planes = plan.warp_rows * type.element / 2;
+    while (4 * p.planes > 1 << p.unit_bits) ++p.unit_bits;
     p.column_pitch = plan.column_pitch;
     p.buffer_bytes = plan.buffer_bytes;
+    p.totals = plan_.totals();
     Segment in = grad.in;
     for (MmaSegment& m : p.source) {
       m = mma_segment(in, type, depth, plan.tiling);
       m.tail_steps =
           2;  // every warp reads its 16 channels: whole chunks, with zeros behind the last
-      // A chunk comes in the time of 4 k-steps.
-      m.turns = int(ceil_div(ceil_div(chunk_turns(m, type), plan.threads()), 4));
+      // A tile's chunks, one or two, come in the 4 turns of another.
+      const int64_t turns = 8 / type.element;
+      m.turns = int(ceil_div(ceil_div(chunk_turns(m, type), threads), turns));
       if (grad.later.present()) in.src = grad.later;
     }
     return p;

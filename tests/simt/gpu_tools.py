@@ -129,9 +129,14 @@ def architectures_of_binary(binary: Path) -> set[int]:
     return {int(a) for a in re.findall(r"sm_(\d+)a?\.cubin", listed)}
 
 
+def sass(binary: Path, arch: int) -> str:
+    """The machine code of all kernels, as text."""
+    return _run([find("cuobjdump"), "-sass", "-arch", f"sm_{arch}", str(binary)], tools=True)
+
+
 def disassemble(binary: Path, arch: int) -> dict[str, list[str]]:
     """Instructions with their modifiers ("LDG.E.128"), by kernel."""
-    text = _run([find("cuobjdump"), "-sass", "-arch", f"sm_{arch}", str(binary)], tools=True)
+    text = sass(binary, arch)
     code: dict[str, list[str]] = {}
     now: list[str] = []
     for line in text.splitlines():

@@ -237,3 +237,43 @@ def test_a_step_takes_few_launches(core):
     assert seen["backward step (mma)"]["launches"] == time
     assert seen["weight gradient (mma)"]["launches"] == 1
     assert seen["sum gate gradients"]["launches"] == 1
+
+
+def long_sums(core, mode_name: str, time: int, special: float | None = None):
+    """Gradients of a 1x1 convolution of one channel, and what they should be in float64."""
+    mode = MODES[mode_name]
+    options = replace(PLAIN.options, kernel_size=(1, 1))
+    case = mode.of(replace(PLAIN, options=options, time=time, batch=1, in_channels=1, channels=8,
+                           height=32, width=32))  # fmt: skip
+    calls, generator = Calls(core, case, mode), torch.Generator().manual_seed(1)
+    x = torch.rand((time, 1, 1, 32, 32), generator=generator) + 0.5
+    mem = torch.rand((time, 1, 8, 32, 32), generator=generator) + 0.5
+    if special is not None:
+        x[0, 0, 0, 3, 5] = special
+    d_gates = torch.rand(calls.gates(time).shape, generator=generator).to(calls.gate_dtype) + 0.5
+    found = calls.weight_gradient(x, mem, d_gates, torch.empty((32, 9, 1, 1)))
+    inputs = torch.cat([x, mem], 2).double()
+    exact = torch.einsum("tnyxgc,tniyx->gci", d_gates.double(), inputs).flatten(0, 1)
+    return found["weight"].double().reshape(32, 9), exact
+
+
+@pytest.mark.parametrize("mode", ["tf32", "tf32x3", "bfloat16 autocast"])
+def test_long_sums_bear_tensor_cores_that_truncate(core, mode):
+    """One accumulator over all of a block's tiles would shrink them by 5e-5 and more."""
+    core.device(multiprocessors=1)
+    core.checks(races=False)
+    nearest, exact = long_sums(core, mode, time=128)
+    core.truncate()
+    found, _ = long_sums(core, mode, time=128)
+    assert abs(float((found / nearest).mean()) - 1) < 6e-6
+    assert float((found / exact - 1).abs().max()) < {"tf32x3": 6e-6}.get(mode, 1e-3)
+
+
+@pytest.mark.parametrize("special", [torch.inf, -torch.inf, torch.nan, 1e30])
+@pytest.mark.parametrize("mode", ["tf32", "tf32x3"])
+def test_infinity_and_nan_come_out_as_they_are(core, mode, special):
+    found, exact = long_sums(core, mode, 1, special)
+    if mode == "tf32x3":  # low parts of either sign meet an infinity: it, or NaN
+        assert torch.equal(found.isfinite(), exact.isfinite())
+        found, exact = (torch.where(exact.isfinite(), t, 0) for t in (found, exact))
+    torch.testing.assert_close(found, exact, atol=0, rtol=1e-3, equal_nan=True)

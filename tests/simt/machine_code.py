@@ -1,0 +1,231 @@
+"""What the machine code of a kernel does between two tensor core instructions.
+
+A loop is the code between a branch backwards and its target. In the innermost loops that hold HMMA
+the way with the most HMMA, and of those the shortest, is what a warp issues over and over; ways
+aside, which fetch elements one by one, are taken rarely or by few threads.
+
+    python tests/simt/machine_code.py [--arch 90] [pattern of kernel names]
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gpu_tools
+from builder import ROOT
+
+LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+# Divisions (by way of a reciprocal), calls and local memory.
+SLOW = ("I2F", "F2I", "MUFU.RCP", "CALL", "LDL", "STL")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    name: str  # with its modifiers
+    predicated: bool
+    target: int | None  # of a branch
+
+    @property
+    def is_hmma(self) -> bool:
+        return self.name.startswith("HMMA")
+
+    @property
+    def ends(self) -> bool:
+        """Whether what stands behind it is only reached by a branch."""
+        return not self.predicated and self.name.split(".")[0] in ("BRA", "EXIT", "RET", "BRX")
+
+
+@dataclass
+class Loop:
+    """An innermost loop with HMMA: all its code, and the way that is issued over and over."""
+
+    code: list[Instruction]
+    way: Counter[str] = field(default_factory=Counter)  # instructions by name
+    hmma: int = 0
+
+    @property
+    def per_hmma(self) -> float:
+        return sum(self.way.values()) / self.hmma
+
+    def slow(self) -> list[str]:
+        """What must not stand in such a loop, on any way."""
+        return sorted({i.name for i in self.code if i.name.startswith(SLOW)})
+
+
+def parse(text: str) -> list[Instruction]:
+    """The instructions of one kernel, from cuobjdump -sass."""
+    found = []
+    for line in text.splitlines():
+        if not (match := LINE.match(line)):
+            continue
+        address, predicate, name, operands = match.groups()
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
+        predicated = predicate is not None or bool(re.match(r"!?U?P\d", operands))
+        found.append(
+            Instruction(int(address, 16), name, predicated, int(target[1], 16) if target else None)
+        )
+    return found
+
+
+@dataclass
+class Block:
+    """Instructions that run one after the other."""
+
+    code: list[Instruction]
+    following: list[int] = field(default_factory=list)  # numbers of blocks
+
+
+def blocks_of(code: list[Instruction]) -> list[Block]:
+    starts = {code[0].address} | {i.target for i in code if i.target is not None}
+    blocks: list[Block] = []
+    for i, before in zip(code, [None, *code], strict=False):
+        if i.address in starts or (before and (before.target is not None or before.ends)):
+            blocks.append(Block([]))
+        blocks[-1].code.append(i)
+    number = {b.code[0].address: k for k, b in enumerate(blocks)}
+    for k, b in enumerate(blocks):
+        last = b.code[-1]
+        if last.target in number:
+            b.following.append(number[last.target])
+        if not last.ends and k + 1 < len(blocks):
+            b.following.append(k + 1)
+    reached, todo = set(), [0]
+    while todo:
+        if (k := todo.pop()) not in reached:
+            reached.add(k)
+            todo += blocks[k].following
+    for k in set(range(len(blocks))) - reached:
+        blocks[k].following.clear()
+    return blocks
+
+
+def dominators(blocks: list[Block]) -> list[set[int]]:
+    """Of each block, those that every way to it leads through."""
+    everything = set(range(len(blocks)))
+    found = [{0}, *(everything for _ in blocks[1:])]
+    before: list[list[int]] = [[] for _ in blocks]
+    for k, b in enumerate(blocks):
+        for f in b.following:
+            before[f].append(k)
+    changed = True
+    while changed:
+        changed = False
+        for k in range(1, len(blocks)):
+            if not before[k]:
+                continue
+            new = {k} | set.intersection(*(found[b] for b in before[k]))
+            if new != found[k]:
+                found[k], changed = new, True
+    return found
+
+
+def loops(code: list[Instruction]) -> list[Loop]:
+    """The innermost loops with HMMA."""
+    blocks = blocks_of(code)
+    dominated_by = dominators(blocks)
+    bodies: dict[int, set[int]] = {}
+    for k, b in enumerate(blocks):
+        for header in set(b.following) & dominated_by[k]:
+            body, todo = bodies.setdefault(header, {header}), [k]
+            while todo:
+                n = todo.pop()
+                if n not in body:
+                    body.add(n)
+                    todo += [p for p, q in enumerate(blocks) if n in q.following]
+    hot = {
+        header: body
+        for header, body in bodies.items()
+        if any(i.is_hmma for n in body for i in blocks[n].code)
+    }
+    innermost = [
+        (header, body)
+        for header, body in hot.items()
+        if not any(other < body for other in hot.values())
+    ]
+    return [_with_way(blocks, header, body, dominated_by) for header, body in sorted(innermost)]
+
+
+def _with_way(
+    blocks: list[Block], header: int, body: set[int], dominated_by: list[set[int]]
+) -> Loop:
+    """From the header once around, inner loops passed through once: the best way to each block."""
+    order: list[int] = []
+    seen: set[int] = set()
+
+    def forward(n: int) -> list[int]:
+        return [f for f in blocks[n].following if f in body and f not in dominated_by[n]]
+
+    def visit(n: int) -> None:
+        seen.add(n)
+        for f in forward(n):
+            if f not in seen:
+                visit(f)
+        order.append(n)
+
+    visit(header)
+    best: dict[int, tuple[int, int]] = {}  # (HMMA, -instructions) before the block
+    came: dict[int, int] = {}
+    best[header] = (0, 0)
+    ends = []
+    for n in reversed(order):
+        instructions = blocks[n].code
+        hmma, length = best[n]
+        score = (hmma + sum(i.is_hmma for i in instructions), length - len(instructions))
+        if header in blocks[n].following:
+            ends.append((score, n))
+        for f in forward(n):
+            if f not in best or score > best[f]:
+                best[f], came[f] = score, n
+    loop = Loop([i for n in sorted(body) for i in blocks[n].code])
+    n: int | None = max(ends)[1]
+    while n is not None:
+        for i in blocks[n].code:
+            loop.way[i.name] += 1
+            loop.hmma += i.is_hmma
+        n = came.get(n) if n != header else None
+    return loop
+
+
+def loops_of_binary(binary: Path, arch: int) -> dict[str, list[Loop]]:
+    """By kernel, those kernels that have loops with HMMA."""
+    parts = re.split(r"Function : (\w+)", gpu_tools.sass(binary, arch))
+    names = gpu_tools.demangle(parts[1::2])
+    found = {n: loops(parse(text)) for n, text in zip(names, parts[2::2], strict=True)}
+    return {name: hmma for name, hmma in found.items() if hmma}
+
+
+def table(found: dict[str, list[Loop]]) -> str:
+    lines = [f"{'kernel':<52}{'HMMA':>5}{'per HMMA':>10}  most frequent, and what is slow"]
+    for name, of_kernel in found.items():
+        for loop in of_kernel:
+            joint: Counter[str] = Counter()
+            for key, count in loop.way.items():
+                joint[key.split(".")[0]] += count
+            often = " ".join(f"{n} {c}" for n, c in joint.most_common(7))
+            short = name.split("(")[0].replace("snnlstm::cuda::", "").removeprefix("void ")
+            slow = " ".join(loop.slow())
+            lines.append(f"{short:<52}{loop.hmma:>5}{loop.per_hmma:>10.1f}  {often}  {slow}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pattern", nargs="?", default="")
+    parser.add_argument("--arch", type=int, default=90)
+    args = parser.parse_args()
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*mma.cu")):
+        binary, _ = gpu_tools.compile_fatbin(source, (args.arch,))
+        found = loops_of_binary(binary, args.arch)
+        print(table({n: k for n, k in found.items() if re.search(args.pattern, n)}))
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parent)]
+    main()
