@@ -5,6 +5,7 @@
 
 #include "neuron_args.h"
 #include "packer.h"
+#include "resident_backward_plan.h"
 #include "weight_gradient.h"
 
 namespace snnlstm::cuda {
@@ -18,6 +19,8 @@ class Backward {
         target_(target),
         s_(args.cell),
         plan_(plan_backward(args.cell, target)),
+        sequence_(plan_resident_backward(args.cell, target, plan_.to_mem)),
+        resident_(args.cell.T > 0 && runs_resident_backward(args.cell, target, sequence_)),
         type_(args.cell.dtype),
         real_(type_ == DType::float64 ? DType::float64 : DType::float32),
         gate_type_(gate_type(type_, target.matrix)) {
@@ -38,8 +41,16 @@ class Backward {
   void run() {
     const Cell& c = s_.c;
     refuse_oversize(c, backward_blocks(c, plan_));
-    for (int64_t t = c.T - 1; t >= 0; --t) step(t);
-    if (a_.grad_mem0.data) data_gradient(plan_.to_mem, Use::gates_to_mem, mem0_gradient());
+    refuse_resident(sequence_.reason_against, target_);
+    if (resident_) {
+      resident_backward(
+          sequence_, a_,
+          {d_gates_, a_.grad_weight ? mem_ : nullptr, a_.grad_threshold ? sums_ : nullptr},
+          weight_for(Use::gates_to_mem), target_);
+    } else {
+      for (int64_t t = c.T - 1; t >= 0; --t) step(t);
+      if (a_.grad_mem0.data) data_gradient(plan_.to_mem, Use::gates_to_mem, mem0_gradient());
+    }
     if (a_.grad_x.data) data_gradient(plan_.to_x, Use::gates_to_x, x_gradient());
     if (weights_) {
       WeightGradient::Sources from;
@@ -51,7 +62,7 @@ class Backward {
     }
     if (a_.grad_threshold) {
       ReduceSums p;
-      p.parts = sums_, p.blocks = plan_.to_mem.tiling.tiles();
+      p.parts = sums_, p.blocks = threshold_blocks();
       p.pitch = int(threshold_pitch()), p.columns = int(c.C);
       p.out = a_.grad_threshold, p.type = type_;
       launch_reduce_sums(p, stream());
@@ -61,15 +72,17 @@ class Backward {
  private:
   Stream stream() const { return static_cast<Stream>(target_.stream); }
 
+  int64_t threshold_blocks() const { return resident_ ? s_.c.N : plan_.to_mem.tiling.tiles(); }
   int64_t threshold_pitch() const {
-    return plan_.to_mem.tiling.by_columns.value * plan_.to_mem.channels();
+    return resident_ ? sequence_.channels()
+                     : plan_.to_mem.tiling.by_columns.value * plan_.to_mem.channels();
   }
 
   void carve(Arena& arena) {
     const Cell& c = s_.c;
-    d_syn_ = arena.take(s_.state() * bytes_of(real_));
-    sums_ = arena.take(plan_.to_mem.tiling.tiles() * threshold_pitch() * bytes_of(real_));
-    if (!plan_.spreads) spikes_ = arena.take(s_.state() * bytes_of(real_));
+    if (!resident_) d_syn_ = arena.take(s_.state() * bytes_of(real_));
+    sums_ = arena.take(threshold_blocks() * threshold_pitch() * bytes_of(real_));
+    if (!resident_ && !plan_.spreads) spikes_ = arena.take(s_.state() * bytes_of(real_));
     d_gates_ = a_.d_gates ? a_.d_gates : arena.take(c.T * s_.gates() * bytes_of(gate_type_));
     if (!a_.grad_weight && !a_.grad_bias) return;
     mem_ = arena.take(std::max<int64_t>(c.T - 1, 0) * s_.state() * bytes_of(gate_type_));
@@ -146,12 +159,17 @@ class Backward {
     run_step(plan, use, transposed(out.gates, use == Use::gates_to_x), n, out.tensor);
   }
 
+  // The packed weight of either gradient.
+  const char* weight_for(Use use) const {
+    Packer before(s_.c, target_);
+    if (use == Use::gates_to_mem) before.transposed(plan_.to_x, Use::gates_to_x);
+    return static_cast<const char*>(a_.weight) + before.bytes();
+  }
+
   // s without channels: there is nothing to convolve.
   void run_step(const DataPlan& plan, Use use, Segment s, const NeuronBackward& n,
                 const Tensor& out) const {
-    Packer before(s_.c, target_);
-    if (use == Use::gates_to_mem) before.transposed(plan_.to_x, Use::gates_to_x);
-    const char* weight = static_cast<const char*>(a_.weight) + before.bytes();
+    const char* weight = weight_for(use);
     if (!plan.mma()) {
       BackwardFma p;
       p.tiling = plan.tiling;
@@ -182,6 +200,8 @@ class Backward {
   const Target& target_;
   Shape s_;
   BackwardPlan plan_;
+  ResidentBackwardPlan sequence_;
+  bool resident_;
   std::optional<WeightGradient> weights_;  // absent: neither gradient is wanted
   DType type_, real_, gate_type_;
   void *d_gates_ = nullptr, *mem_ = nullptr, *d_syn_ = nullptr, *sums_ = nullptr;

@@ -175,6 +175,7 @@ class Forward {
 
 void forward(const ForwardArgs& args, const Target& target) {
   if (args.cell.T > 0 && runs_resident(args.cell, target)) return resident_forward(args, target);
+  refuse_resident(plan_resident(args.cell, target).reason_against, target);
   Forward(args, target).run();
 }
 

@@ -32,6 +32,15 @@ void launch_reduce_sums(const ReduceSums& p, Stream stream);
 // The whole sequence in one launch; see resident_plan.h for whether it can be.
 void resident_forward(const ForwardArgs& args, const Target& target);
 
+// What the steps of the backward pass leave; mem and sums: null where they are not wanted.
+struct ResidentGradients {
+  void *d_gates = nullptr, *mem = nullptr, *sums = nullptr;
+};
+struct ResidentBackwardPlan;
+// All steps and the gradients of the first states. weight: packed, for the gradient of mem.
+void resident_backward(const ResidentBackwardPlan& plan, const BackwardArgs& args,
+                       const ResidentGradients& to, const void* weight, const Target& target);
+
 int64_t forward_workspace(const Cell& cell, const Target& target);
 int64_t backward_workspace(const Cell& cell, const Target& target, bool of_weights);
 int64_t weight_workspace(const Cell& cell, const Target& target);

@@ -34,6 +34,23 @@ struct NeuronBackward {
   bool first_sums = true;  // set, do not add
 };
 
+// Which of the step's arguments count; a kernel of many steps decides anew in each.
+template <class R>
+struct BackwardStep {
+  const Tensor* syn_prev = nullptr;  // in place of the arguments'
+  bool states = true;                // the caller's gradients of the states after the step
+  bool mem_kept = true;
+  bool first = true;  // grad_syn0, not d_syn, is what remains
+  // The thread's gradients of syn, of pixel k at d_syn + k * stride, in place of d_syn_in and
+  // d_syn_out.
+  R* d_syn = nullptr;
+};
+
+struct NothingElse {
+  template <class... Args>
+  SNNLSTM_DEVICE void operator()(const Args&...) const {}
+};
+
 template <class R>
 class BackwardTile {
  public:
@@ -94,20 +111,26 @@ class BackwardTile {
   // row_sums, (channels,) in shared memory for each row of warps: gets the threshold's gradient,
   // summed over the lanes that differ in the three bits from `bit` on; set where `set`, else added
   // to. With `gather` the patch only writes mem into the tile. gate_grads: four
-  // tensors of the caller's that d_gates go to, too.
+  // tensors of the caller's that d_gates go to, too. keep(place, channel, d_gates): more of that.
+  template <class Keep = NothingElse>
   SNNLSTM_DEVICE void patch(int m, int first, bool gather, const R* recurrent, int stride,
                             MemTile<R> tile, R* row_sums, int bit, bool set,
-                            const Tensor* gate_grads = nullptr) const {
+                            const Tensor* gate_grads = nullptr, const BackwardStep<R>& step = {},
+                            Keep&& keep = {}) const {
     const Place at = place_of(tiling_, block_, m, p_.Ho, p_.Wo);
     const int c0 = c0_ + first;
     R gate[4][2][4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) load_patch(p_.gates, at, c0, gate[k], k);
     R d_syn[2][4], d_mem[2][4], syn_prev[2][4] = {}, spike[2][4] = {};
-    if (p_.d_syn_in.present())
+    if (step.d_syn != nullptr) {
+#pragma unroll
+      for (int px = 0; px < 2; ++px) load_vector(step.d_syn + px * stride, d_syn[px]);
+    } else if (p_.d_syn_in.present()) {
       load_patch(p_.d_syn_in, at, c0, d_syn);
-    else
+    } else {
       clear(d_syn);
+    }
     if (recurrent == nullptr) {
       clear(d_mem);
     } else {
@@ -118,11 +141,12 @@ class BackwardTile {
     const bool direct = spikes() && p_.fire.pool == Pool::none;
 #pragma unroll 1
     for (int k = gather ? 3 : 0; k < 4; ++k) {
-      const Tensor& in = k == 0   ? p_.grad_mem
-                         : k == 1 ? p_.grad_syn
-                         : k == 2 ? p_.fire.spk
-                                  : p_.syn_prev;
-      if (!in.present() || (k == 2 && !direct)) continue;
+      const Tensor& in = k == 0                     ? p_.grad_mem
+                         : k == 1                   ? p_.grad_syn
+                         : k == 2                   ? p_.fire.spk
+                         : step.syn_prev != nullptr ? *step.syn_prev
+                                                    : p_.syn_prev;
+      if (!in.present() || (k == 2 && !direct) || (k < 2 && !step.states)) continue;
       R v[2][4];
       load_patch(in, at, c0, v);
 #pragma unroll
@@ -161,7 +185,7 @@ class BackwardTile {
       }
       return;
     }
-    if (p_.mem_keep.present()) store_patch(p_.mem_keep, at, c0, mem);
+    if (step.mem_kept && p_.mem_keep.present()) store_patch(p_.mem_keep, at, c0, mem);
     if (direct) {
 #pragma unroll
       for (int px = 0; px < 2; ++px)
@@ -211,6 +235,7 @@ class BackwardTile {
 #pragma unroll
       for (int k = 0; k < 4; ++k) store_patch(p_.d_gates, at, c0, gate[k], k);
     }
+    keep(at, c0, gate);
     if (gate_grads != nullptr) {
 #pragma unroll 1
       for (int k = 0; k < 4; ++k) {
@@ -226,8 +251,11 @@ class BackwardTile {
         store_patch(gate_grads[k], at, c0, v);
       }
     }
-    if (p_.grad_syn0.present())
+    if (step.first && p_.grad_syn0.present())
       store_patch(p_.grad_syn0, at, c0, d_syn);
+    else if (step.d_syn != nullptr)
+#pragma unroll
+      for (int px = 0; px < 2; ++px) store_vector(step.d_syn + px * stride, d_syn[px]);
     else if (p_.d_syn_out.present())
       store_patch(p_.d_syn_out, at, c0, d_syn);
     if (p_.sums == nullptr) return;

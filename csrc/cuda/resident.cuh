@@ -19,7 +19,11 @@ constexpr int kAtOnce = 8;  // elements of x that a thread has under way
 // At most, in a block. Narrow kernels (8 channels a unit, or float) need 128 registers; others, of
 // 16 channels or double, up to 184.
 constexpr int threads(int width) { return width <= 4 ? 512 : 256; }
+constexpr int backward_threads(int real) { return real == 4 ? 512 : 256; }
 }  // namespace resident
+
+// A block has a whole sample.
+SNNLSTM_DEVICE Block resident_block() { return {0, int(blockIdx.x), 0, 0, 0, blockIdx.x}; }
 
 // An image with its border of zeros in shared memory; everything in bytes. For tensor cores pixels
 // hold all channels, and pairs of pixels are an odd number of 16-byte groups apart: 8 pixels of

@@ -184,7 +184,6 @@ SNNLSTM_DEVICE ForwardTile<R> resident_tile(const ResidentForward& p, unsigned c
   return ForwardTile<R>(p.neuron, p.tiling, block, 0, p.channels,
                         reinterpret_cast<R*>(shared + p.at.vectors));
 }
-SNNLSTM_DEVICE Block resident_block() { return {0, int(blockIdx.x), 0, 0, 0, blockIdx.x}; }
 
 // ---- tensor cores
 // ---------------------------------------------------------------------------------

@@ -53,6 +53,41 @@ inline void as_pixels(SharedImage& i, const MmaDepth& depth, int element, int w)
   i.bytes = i.rows * i.row;
 }
 
+// The tiling in which one tile is the whole image; widths are even: threads hold pairs of pixels.
+inline Tiling whole_image(const Cell& c) {
+  Tiling tiling;
+  tiling.h = int(c.Ho()), tiling.w = int(round_up(c.Wo(), 2));
+  tiling.by_w = SmallDivisor(tiling.w);
+  tiling.by_window = SmallDivisor(std::max<int64_t>(c.Wp(), 1));
+  tiling.by_windows = SmallDivisor(std::max<int64_t>(c.Hp() * c.Wp(), 1));
+  tiling.images = c.N;
+  tiling.by_batch = Divisor(std::max<int64_t>(c.N, 1));
+  return tiling;
+}
+
+// As many warps as share the units out evenly, 4 at least.
+inline int warps_for(int units, int most_threads) {
+  const int64_t rounds = ceil_div(units, most_threads / 32);
+  return int(std::max<int64_t>(ceil_div(units, rounds), 4));
+}
+
+// Whether a sample has more numbers than shared memory bytes; what does not is counted in int.
+inline bool is_large(const Cell& c, int64_t bytes) {
+  const Shape s(c);
+  return s.pixels == 0 || 4 * s.pixels * s.Cp > bytes || c.Cin * c.H * c.W > bytes ||
+         4 * c.C * s.taps * (c.Cin + c.C) > bytes;
+}
+
+// Pieces of shared memory, one behind the other.
+struct Pieces {
+  int64_t end = 0;
+  int take(int64_t bytes) {
+    const int64_t start = end;
+    end += round_up(bytes, 128);
+    return int(start);
+  }
+};
+
 // Where the images that blocks keep twice end, from `start` on.
 inline int place_images(ResidentLayout& at, int start) {
   for (SharedImage* i : {&at.x, &at.mem}) {
@@ -72,35 +107,24 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
   const bool mma = plan.step.mma();
   const int real = c.dtype == DType::float64 ? 8 : 4;
   const Segment x = input_window(c), mem = state_window(c);
-  // More than fits anyway is not looked into: all that follows counts in int.
-  const int64_t most = target.shared_bytes;
   const Shape s(c);
   if (c.inhibition) {
     plan.reason_against = "inhibition compares all neurons of a sample between two steps";
     return plan;
   }
-  if (s.pixels * s.Cp > most || c.Cin * c.H * c.W > most ||
-      4 * c.C * s.taps * (c.Cin + c.C) > most || s.pixels == 0) {
+  if (resident::is_large(c, target.shared_bytes)) {
     plan.reason_against = "an image or the weights do not fit in the shared memory of a block";
     return plan;
   }
 
-  Tiling& tiling = plan.tiling;
-  tiling.h = int(s.Ho), tiling.w = int(round_up(s.Wo, 2));
-  tiling.by_w = SmallDivisor(tiling.w);
-  tiling.by_window = SmallDivisor(std::max<int64_t>(c.Wp(), 1));
-  tiling.by_windows = SmallDivisor(std::max<int64_t>(c.Hp() * c.Wp(), 1));
-  tiling.images = c.N;
-  tiling.by_batch = Divisor(std::max<int64_t>(c.N, 1));
-
+  const Tiling& tiling = plan.tiling = resident::whole_image(c);
   const int unit_pixels = mma ? 32 : 64, unit_channels = mma ? 2 * plan.step.tiles : 4;
   const int of_unit = mma ? 2 : 4;  // patches
   const int64_t tiles = ceil_div(int64_t(tiling.h) * tiling.w, unit_pixels);
   plan.groups = int(mma ? ceil_div(c.C, plan.step.channels()) * plan.step.warps_n
                         : s.Cp / unit_channels);  // saved gates have Cp channels
   plan.units = int(tiles * plan.groups);
-  const int64_t rounds = ceil_div(plan.units, resident::threads(mma ? plan.step.tiles : real) / 32);
-  plan.warps = int(std::max<int64_t>(ceil_div(plan.units, rounds), 4));
+  plan.warps = resident::warps_for(plan.units, resident::threads(mma ? plan.step.tiles : real));
   plan.patches = int(ceil_div(plan.units, plan.warps)) * of_unit;
 
   ResidentLayout& at = plan.at;
@@ -124,15 +148,11 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
     table = s.taps * (c.Cin + c.C);
     plan.weight_bytes = int(table) * 16 * plan.groups * real;
   }
-  int64_t end = resident::place_images(at, 0);
-  const auto take = [&](int64_t bytes) {
-    const int64_t start = end;
-    end += round_up(bytes, 128);
-    return int(start);
-  };
+  resident::Pieces pieces{resident::place_images(at, 0)};
+  const auto take = [&](int64_t bytes) { return pieces.take(bytes); };
   const int64_t held = mma ? 2 * plan.step.held() : 2;
   const int channels = resident::power_of_two(plan.groups * unit_channels);
-  at.images = int(end);
+  at.images = int(pieces.end);
   at.weights = take(plan.weight_bytes);
   at.table = take(table * 4);
   at.slots = take(plan.patches * plan.threads() * held * real);
@@ -141,8 +161,8 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
   at.mem_pitch = int(tiles) * unit_pixels + (mma && plan.step.tiles == 8 ? 2 : mma ? 4 : 16);
   at.mem_tile =
       take(c.pool == Pool::none ? 0 : int64_t(plan.groups) * unit_channels * at.mem_pitch * real);
-  at.bytes = int(end);
-  if (end > most)
+  at.bytes = int(pieces.end);
+  if (pieces.end > target.shared_bytes)
     plan.reason_against = "an image and the weights do not fit in the shared memory of a block";
   return plan;
 }
@@ -156,38 +176,44 @@ constexpr double start = 4e-6;      // weights and states come to shared memory
 constexpr double neuron = 0.45e-9;  // of one multiprocessor: about 100 instructions of a warp
 }  // namespace resident_cost
 
-// Whether the resident kernel is likely to take less time than a launch for every step.
-inline bool resident_pays(const Cell& c, const Target& target, const ResidentPlan& plan) {
+// Whether one launch is likely to take less time than one for every step. tiles: blocks of a step
+// for one sample. inputs: channels that a step convolves.
+inline bool resident_pays(const Cell& c, const Target& target, Multiply m, int64_t blocks,
+                          int64_t inputs, double neuron) {
   if (c.T < 2 || c.N == 0) return false;
   const Rates r = rates_of(target);
-  const Multiply m = plan.step.multiply;
-  const bool half = plan.step.mma() && MmaType(m).element == 2;
+  const bool mma = m != Multiply::fma, half = mma && MmaType(m).element == 2;
   const double rate =
-      m == Multiply::fma
-          ? r.fp32 * fma_part
-          : (half ? r.half : r.tf32 / (m == Multiply::tf32x3 ? 3 : 1)) * r.mma_sync * mma_part;
+      !mma ? r.fp32 * fma_part
+           : (half ? r.half : r.tf32 / (m == Multiply::tf32x3 ? 3 : 1)) * r.mma_sync * mma_part;
   const double one = rate * 1e12 / target.multiprocessors;
   const Shape s(c);
-  const double neurons = double(s.pixels) * c.C;
-  const double image = 4 * neurons * s.taps * (c.Cin + c.C) / one + neurons * resident_cost::neuron;
-  const double tiles = double(plan.step.tiling.blocks()) / c.N;
-  const auto waves = [&](double blocks) { return std::ceil(blocks / target.multiprocessors); };
-  const double resident = waves(double(c.N)) * image + resident_cost::barrier;
-  const double fused = waves(c.N * tiles) * image / tiles + resident_cost::launch;
+  const double neurons = double(s.pixels) * c.C, tiles = double(blocks) / c.N;
+  const double sample = 4 * neurons * s.taps * inputs / one + neurons * neuron;
+  const auto waves = [&](double n) { return std::ceil(n / target.multiprocessors); };
+  const double resident = waves(double(c.N)) * sample + resident_cost::barrier;
+  const double fused = waves(double(blocks)) * sample / tiles + resident_cost::launch;
   return resident_cost::start + c.T * resident < c.T * fused;
 }
 
-// Whether a call's forward pass is one launch. std::runtime_error where that is demanded and cannot
-// be.
-inline bool runs_resident(const Cell& c, const Target& target) {
-  const bool demanded = target.algorithm == Algorithm::resident;
-  if (!demanded && target.algorithm != Algorithm::automatic) return false;
-  if (!demanded && c.T < 2) return false;
-  const ResidentPlan plan = plan_resident(c, target);
-  if (demanded && plan.reason_against != nullptr)
+// A demand is met where it can be; refuse_resident() says where it cannot.
+inline bool wants_resident(const char* reason_against, bool pays, const Target& target) {
+  return reason_against == nullptr && (pays || target.algorithm == Algorithm::resident);
+}
+inline void refuse_resident(const char* reason_against, const Target& target) {
+  if (reason_against != nullptr && target.algorithm == Algorithm::resident)
     throw std::runtime_error(std::string("algorithm resident cannot run this cell: ") +
-                             plan.reason_against);
-  return demanded || (plan.reason_against == nullptr && resident_pays(c, target, plan));
+                             reason_against);
+}
+
+// Whether a call's forward pass is one launch.
+inline bool runs_resident(const Cell& c, const Target& target) {
+  const bool may = target.algorithm == Algorithm::automatic && c.T > 1;
+  if (!may && target.algorithm != Algorithm::resident) return false;
+  const ResidentPlan plan = plan_resident(c, target);
+  const bool pays = resident_pays(c, target, plan.step.multiply, plan.step.tiling.blocks(),
+                                  c.Cin + c.C, resident_cost::neuron);
+  return wants_resident(plan.reason_against, pays, target);
 }
 
 }  // namespace snnlstm::cuda

@@ -52,6 +52,8 @@ BACKWARD_RUNS = [
     ("tf32x3", "stride, dilation"),
     ("float32", "inhibition"),
     ("float32 behind torch", "max pool"),
+    ("resident tf32x3", "plain"),
+    ("resident float32", "max pool"),
 ]
 
 
@@ -74,7 +76,9 @@ def forward_report(core, mode, case) -> str:
 def backward_report(core, mode, case) -> str:
     errors = test_cell_gradients.EXACT | test_cell_gradients.COARSE
     try:
-        test_cell_gradients.check(core, test_cell.CASES[case], ALL_MODES[mode], errors[mode])
+        test_cell_gradients.check(
+            core, test_cell.CASES[case], ALL_MODES[mode], errors[mode.removeprefix("resident ")]
+        )
     except (AssertionError, EmulationError) as error:
         return str(error) or type(error).__name__
     return ""

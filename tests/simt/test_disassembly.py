@@ -31,6 +31,10 @@ EXPECTED = {
         r"resident_forward_mma<unsigned short, \d>": (*BOTH_HALVES, "LDSM.16.M88.4"),
         r"resident_forward_mma<.*, 2>": VECTORS,
     },
+    "resident_backward": {
+        r"resident_backward_mma<float>": (*TF32, *VECTORS),
+        r"resident_backward_mma<unsigned short>": (*BOTH_HALVES, "LDSM.16.M88.4", *VECTORS),
+    },
     "backward_mma": {
         r"backward_mma<float, \d>": (*TF32, *VECTORS),
         r"backward_mma<unsigned short, \d>": (*BOTH_HALVES, "LDSM.16.M88.4", *VECTORS),

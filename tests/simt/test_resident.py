@@ -1,14 +1,17 @@
 """The kernels that go through a sequence in one launch, against the float64 reference."""
 
+import re
 from dataclasses import replace
 
 import counters
 import pytest
 import torch
 from backend import float32_precision, simt_core
-from cases import Case, cases
+from cases import Case, cases, wanting_gradients
 from emulator import EmulationError
+from gradients import NAMES, gradients, of_outputs
 from hypothesis import HealthCheck, assume, given, reject, settings
+from hypothesis import strategies as st
 from test_cell import (
     CASES,
     MODES,
@@ -20,15 +23,23 @@ from test_cell import (
     crossed,
     with_options,
 )
+from test_cell_gradients import COARSE, EXACT, JUMPING, SMOOTH
+from test_cell_gradients import check as check_gradients
 
 from snnlstm import autograd, native
 
+
+def fits(name: str) -> bool:
+    """Whether a case of the fused kernels is one of the resident kernel, too."""
+    return "inhibition" not in name and name not in ("wide", "short chunks", "kernel 5x5")
+
+
+def base(mode: str) -> str:
+    return mode.removeprefix("resident ")
+
+
 FITS = {
-    **{
-        name: case
-        for name, case in CASES.items()
-        if "inhibition" not in name and name not in ("wide", "short chunks", "kernel 5x5")
-    },
+    **{name: case for name, case in CASES.items() if fits(name)},
     "wide": replace(
         with_options(kernel_size=(3, 1)), in_channels=8, channels=20, height=11, width=12
     ),
@@ -103,6 +114,42 @@ def test_a_sequence_is_one_launch(core, mode, kind):
     assert launches == {f"forward sequence ({kind})": 1}
 
 
+@pytest.mark.parametrize(("mode", "kind"), [("float32", "fma"), ("tf32", "mma")])
+@pytest.mark.parametrize("time", [2, 7])
+def test_the_steps_backward_are_one_launch(core, mode, kind, time):
+    """What comes behind it are the gradients of x and of the parameters, over all steps at once."""
+    case = RESIDENT[f"resident {mode}"].of(replace(FITS["long"], time=time))
+    leaves = wanting_gradients(case.inputs())
+    with RESIDENT[f"resident {mode}"].running(core):
+        out = autograd.run(*leaves, case.options, "direct")
+        core.checks(counters=True)
+        core.reset_counters()
+        sum(o.sum() for o in out).backward()
+    launches = {name: c["launches"] for name, c in core.counters().items() if "pack" not in name}
+    assert launches.pop(f"backward sequence ({kind})") == 1
+    assert launches.pop(f"data gradient ({kind})") == 1
+    assert all(re.match("weight gradient|add |sum ", name) for name in launches), launches
+    assert sum(launches.values()) <= 6
+
+
+@pytest.mark.parametrize("mode", ["float32", "tf32x3", "bfloat16 states"])
+@pytest.mark.parametrize("forward", ["fused", "resident"])
+def test_either_backward_pass_reads_what_either_forward_pass_has_saved(core, mode, forward):
+    case = MODES[mode].of(with_options(reset="subtract", pool="avg", pool_size=(2, 2)))
+    kernels = {"fused": MODES[mode], "resident": RESIDENT[f"resident {mode}"]}
+    seen = []
+    for backward in kernels.values():
+        leaves = wanting_gradients(case.inputs())
+        with kernels[forward].running(core):
+            out = autograd.run(*leaves, case.options, "direct")
+        with backward.running(core):
+            loss = sum(o.float().square().sum() for o in out)
+            seen.append(torch.autograd.grad(loss, [t for t in leaves if t is not None][:-1]))
+    for one, other in zip(*seen, strict=True):
+        error = float((one.float() - other.float()).abs().max() / one.float().abs().max())
+        assert error <= MODES[mode].error
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [
@@ -168,3 +215,81 @@ def test_what_a_sequence_costs(core, mode, channels, size, sectors):
         per_step = 8 if mode == "tf32" else 16
         x = -(-9 * channels[0] // per_step) if channels[0] <= 4 else 9 * -(-channels[0] // per_step)
         assert counters.mma(seen) == 2 * tiles * (x + 9 * -(-channels[1] // per_step))
+
+
+GRADIENTS = {name: case for name, case in JUMPING.items() if fits(name)} | FITS
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), crossed([m for m in RESIDENT if base(m) in EXACT], GRADIENTS)
+)
+def test_exact_gradients(core, mode, name):
+    core.schedule(*SCHEDULES[(list(RESIDENT).index(mode) + list(GRADIENTS).index(name)) % 3])
+    double = RESIDENT[mode].dtype == torch.float64
+    if name == "stochastic" and not double:
+        pytest.skip("in float64 the oracle draws the same noise")
+    if name in ("wide", "many units") and double:
+        pytest.skip("in float64 it does not fit")
+    check_gradients(core, GRADIENTS[name], RESIDENT[mode], EXACT[base(mode)])
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    crossed([m for m in RESIDENT if base(m) in COARSE], [n for n in SMOOTH if fits(n)]),
+)
+def test_coarse_gradients(core, mode, name):
+    core.schedule(*SCHEDULES[(list(RESIDENT).index(mode) + list(SMOOTH).index(name)) % 3])
+    assert check_gradients(core, SMOOTH[name], RESIDENT[mode], COARSE[base(mode)])
+
+
+@pytest.mark.simt_long
+@pytest.mark.parametrize("mode", [m for m in RESIDENT if base(m) in EXACT])
+def test_gradients_of_random_calls(core, mode):
+    subsets = st.sets(st.sampled_from(NAMES), min_size=1).map(lambda s: tuple(sorted(s)))
+    error, mode = EXACT[base(mode)], RESIDENT[mode]
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(cases((mode.dtype,)), subsets)
+    def check_case(case: Case, wanted: tuple) -> None:
+        assume(not case.options.inhibition and case.batch > 0)
+        assume(case.options.surrogate.name != "SSO" or case.dtype == torch.float64)
+        core.schedule("ahead", case.seed)
+        try:
+            check_gradients(core, case, mode, error, wanted=wanted)
+        except EmulationError as problem:
+            if not re.search("do not fit|at most 32 channels", str(problem)):
+                raise
+            reject()
+
+    check_case()
+
+
+def test_gradients_are_the_same_under_every_schedule(core):
+    mode = RESIDENT["resident tf32"]
+    case = mode.of(FITS["long"])
+    inputs, grads = case.inputs(), of_outputs(case)
+    seen = []
+    for schedule in (*SCHEDULES, ("ahead", 2)):
+        core.schedule(*schedule)
+        with mode.running(core):
+            seen.append(gradients(mode.run, inputs, case.options, grads))
+    for other in seen[1:]:
+        for name, gradient in seen[0].items():
+            assert torch.equal(gradient, other[name]), name
+
+
+def test_the_backward_pass_is_chosen_by_itself(core):
+    """Where its own images fit: those of d_gates are larger than those of mem."""
+    case = replace(PLAIN, time=8, in_channels=1, channels=8, height=14, width=14)
+    for kib, expected in ((227, "backward sequence (mma)"), (60, "backward step (mma)")):
+        leaves = wanting_gradients(case.inputs())
+        core.device(90, 132, kib * 1024, algorithm="auto")
+        core.checks(counters=True)
+        core.reset_counters()
+        with core.installed(), float32_precision("tf32"):
+            out = autograd.run(*leaves, case.options, "direct")
+            sum(o.sum() for o in out).backward()
+        assert {n for n in core.counters() if n.startswith(("backward", "forward"))} == {
+            "forward sequence (mma)",
+            expected,
+        }

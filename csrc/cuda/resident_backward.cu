@@ -1,0 +1,70 @@
+#include "launch.h"
+#include "neuron_args.h"
+#include "resident_backward_plan.h"
+
+namespace snnlstm::cuda {
+
+namespace {
+
+NeuronBackward neuron_of(const BackwardArgs& a, const ResidentGradients& to, DType gates) {
+  const Cell& c = a.cell;
+  const Shape s(c);
+  NeuronBackward n = neuron_backward(a, c.T - 1);
+  n.fire.spk = tensor(a.grad_spk, c.dtype, 0, {c.T, c.N, c.C, c.Hp(), c.Wp()}, 4);
+  n.noise = tensor(a.noise, c.dtype, 0, {c.T, c.N, c.C, c.Hp(), c.Wp()}, 4);
+  const auto states = [&](const View& v) {
+    return tensor(v, c.dtype, 0, {a.record ? c.T : 1, c.N, c.C, s.Ho, s.Wo}, 4);
+  };
+  n.grad_syn = states(a.grad_syn), n.grad_mem = states(a.grad_mem);
+  n.grad_syn0 = state_tensor(c, a.grad_syn0, 0, 4);
+  n.gates = image(const_cast<void*>(a.saved_gates), s, gates, 4);
+  n.d_gates = image(to.d_gates, s, gates, 4);
+  n.mem_keep = image(to.mem, s, gates);
+  n.sums = to.sums;
+  return n;
+}
+
+}  // namespace
+
+void resident_backward(const ResidentBackwardPlan& plan, const BackwardArgs& args,
+                       const ResidentGradients& to, const void* weight, const Target& target) {
+  const Cell& c = args.cell;
+  const Shape s(c);
+  ResidentBackward p;
+  p.T = int(c.T), p.record = args.record;
+  p.tiling = plan.tiling;
+  p.neuron = neuron_of(args, to, gate_type(c.dtype, target.matrix));
+  p.syn0 = state_tensor(c, args.syn0, 0, 4);
+  // What is saved of step t - 1 is read under the number t.
+  const int64_t step = s.state() * bytes_of(c.dtype);
+  p.saved_syn =
+      as_tensor(image(static_cast<char*>(const_cast<void*>(args.saved_syn)) - step, s, c.dtype));
+  p.grad_mem0 = state_tensor(c, args.grad_mem0, 0, 4);
+  p.window = gates_window(c, false);
+  p.at = plan.at;
+  p.multiply = plan.step.multiply;
+  p.weight = weight;
+  p.by_groups = SmallDivisor(plan.groups), p.units = plan.units, p.channels = plan.channels();
+  p.quad_bits = plan.quad_bits, p.tiles = plan.tiles;
+  p.by_tiles = SmallDivisor(plan.tiles), p.pieces = plan.pieces;
+  const bool mma = plan.step.mma();
+  const Launch how{mma ? "backward sequence (mma)" : "backward sequence (fma)", dim3(unsigned(c.N)),
+                   dim3(unsigned(plan.threads())), size_t(plan.at.bytes),
+                   static_cast<Stream>(target.stream)};
+  if (!mma) {
+    p.weight_rows = int(fma::depth(p.window));
+    return with_real(c.dtype,
+                     [&](auto real) { launch(how, &resident_backward_fma<decltype(real)>, p); });
+  }
+  const MmaDepth depth = gates_depth(c, p.multiply);
+  const MmaBuilder builder(type_of(p.multiply), plan.step.warps_n, plan.step.tiles);
+  p.weight_bytes = plan.weight_bytes;
+  p.chunks = int(depth.chunks), p.tail_steps = depth.tail_steps;
+  p.unit_bytes = builder.unit_bytes();
+  if (builder.type.element == 2)
+    launch(how, &resident_backward_mma<uint16_t>, p);
+  else
+    launch(how, &resident_backward_mma<float>, p);
+}
+
+}  // namespace snnlstm::cuda

@@ -1,0 +1,327 @@
+// The steps of the backward pass in one launch, last step first; see resident.cuh. The gradients of
+// x and of the parameters are those of the kernels for all steps at once.
+//
+//   d_gates        1 image in the operands' type: step t reads those of t + 1, and writes its own
+//                  over them after a barrier
+//   weights        for the gradient of mem, as they are packed for the kernels of one step
+//   gradients      of mem from the convolution, and of syn: at the place of the thread whose
+//   neurons
+//                  they are in the pointwise part. That is not the thread that has convolved for
+//                  them: in layers of 8 channels half of the tensor cores' columns are empty.
+#pragma once
+
+#include "neuron_backward.cuh"
+#include "resident_fma.cuh"
+#include "resident_mma.cuh"
+
+namespace snnlstm::cuda {
+
+// What lies where in shared memory, in bytes from its start.
+struct ResidentBackwardLayout {
+  SharedImage d_gates;
+  int weights = 0, table = 0;
+  int d_mem = 0, d_syn = 0;
+  int vectors = 0, row_sums = 0;
+  int mem_tile = 0, mem_pitch = 0;
+  int bytes = 0;
+};
+
+struct ResidentBackward {
+  int T = 0;
+  bool record = false;
+  Tiling tiling;  // one tile is the whole image
+  NeuronBackward neuron;
+  Tensor syn0, saved_syn;  // before the first step; after step t - 1 under number t
+  Tensor grad_mem0;
+  Segment window;  // the transposed convolution
+  ResidentBackwardLayout at;
+  Multiply multiply = Multiply::fma;
+  const void* weight = nullptr;
+  int weight_bytes = 0;                            // mma
+  int weight_rows = 0;                             // fma: of K as packed
+  int chunks = 0, tail_steps = 0, unit_bytes = 0;  // mma
+  SmallDivisor by_groups;
+  int units = 0, channels = 0;
+  // The pointwise part: a warp's lanes hold 1 << quad_bits times 4 channels of each pixel.
+  int quad_bits = 2, tiles = 0;
+  SmallDivisor by_tiles;  // of the same channels
+  int pieces = 0;         // tiles of all channels
+
+  SNNLSTM_BOTH int held_channels() const { return 4 << quad_bits; }
+};
+
+// Where the gradients of a neuron lie: pixels m (even) and m + 1, channels first to first + 3. In
+// elements; kSlotStride further on those of pixel m + 1.
+constexpr int kSlotStride = 128;
+SNNLSTM_DEVICE int slot_of(const ResidentBackward& p, int m, int first) {
+  const int quad = first >> 2 & ((1 << p.quad_bits) - 1), group = first >> (2 + p.quad_bits);
+  const int pair = m >> 1, tile = pair >> (5 - p.quad_bits);
+  const int lane = (pair << p.quad_bits & 31) | quad;
+  return (group * p.tiles + tile) * 2 * kSlotStride + 4 * lane;
+}
+
+// Unit: a class that multiplies. Planes: of the image of d_gates, else its pixels hold all
+// channels.
+template <class Element, class R, bool Planes>
+class ResidentBackwardBlock {
+ public:
+  SNNLSTM_DEVICE ResidentBackwardBlock(const ResidentBackward& p, unsigned char* shared,
+                                       Block& block, const BackwardTile<R>& tile)
+      : p_(p), shared_(shared), block_(block), tile_(tile) {}
+
+  template <class Unit>
+  SNNLSTM_DEVICE void run(Unit& unit) {
+    unit.copy_weights();
+    cp_async_commit();
+    clear_shared(shared_, p_.at.d_gates.bytes);
+    tile_.load_vectors();
+    unit.fill_table();
+    const int halves = p_.quad_bits == 1 ? 2 : 1;  // of a warp hold the same channels
+    R* row_sums = array(p_.at.row_sums);
+    for (int i = int(threadIdx.x); i < warps() * halves * p_.channels; i += int(blockDim.x))
+      row_sums[i] = 0;
+    R* own_sums = row_sums + (int(threadIdx.x) / (32 / halves)) * p_.channels;
+    for_each_patch([&](int m, int first) {
+      const R zeros[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int px = 0; px < 2; ++px) {
+        store_vector(array(p_.at.d_mem) + slot_of(p_, m, first) + px * kSlotStride, zeros);
+        store_vector(array(p_.at.d_syn) + slot_of(p_, m, first) + px * kSlotStride, zeros);
+      }
+    });
+    if (!fault(Fault::missing_wait, 30)) cp_async_wait<0>();
+    __syncthreads();
+
+    const MemTile<R> mem_tile{array(p_.at.mem_tile), p_.at.mem_pitch};
+#pragma unroll 1
+    for (int t = p_.T - 1; t >= 0; --t) {
+      block_.t = t;
+      if (t + 1 < p_.T) convolve(unit);
+      // All have read the gradients of step t + 1.
+      if (!fault(Fault::missing_barrier_overwrite, 30)) __syncthreads();
+      BackwardStep<R> step;
+      step.syn_prev = t > 0 ? &p_.saved_syn : &p_.syn0;
+      step.states = p_.record || t + 1 == p_.T;
+      step.mem_kept = t + 1 < p_.T;
+      step.first = t == 0;
+#pragma unroll 1
+      for (int phase = tile_.gathers() ? 0 : 1; phase < 2; ++phase) {
+        for_each_patch([&](int m, int first) {
+          const int slot = slot_of(p_, m, first);
+          step.d_syn = array(p_.at.d_syn) + slot;
+          tile_.patch(
+              m, first, phase == 0, array(p_.at.d_mem) + slot, kSlotStride, mem_tile, own_sums,
+              1 << p_.quad_bits, false, nullptr, step,
+              [&](const Place& at, int c0, const R(&gate)[4][2][4]) { keep(at, c0, gate); });
+        });
+        if (phase == 0) {
+          if (!fault(Fault::missing_barrier_read, 31)) __syncthreads();
+          tile_.spread(mem_tile);
+          __syncthreads();
+        }
+      }
+      if (!fault(Fault::missing_barrier_read, 30)) __syncthreads();
+    }
+    tile_.write_sums(row_sums, warps() * halves);
+    if (!p_.grad_mem0.present()) return;
+    convolve(unit);
+    if (!fault(Fault::missing_barrier_read, 32)) __syncthreads();
+    for_each_patch([&](int m, int first) {
+      const Place at = place_of(p_.tiling, block_, m, p_.neuron.Ho, p_.neuron.Wo);
+      R v[2][4];
+#pragma unroll
+      for (int px = 0; px < 2; ++px)
+        load_vector(array(p_.at.d_mem) + slot_of(p_, m, first) + px * kSlotStride, v[px]);
+      store_patch(p_.grad_mem0, at, first, v);
+    });
+  }
+
+ private:
+  SNNLSTM_DEVICE static int warp() { return int(threadIdx.x) / 32; }
+  SNNLSTM_DEVICE static int warps() { return int(blockDim.x) / 32; }
+  SNNLSTM_DEVICE R* array(int start) const { return reinterpret_cast<R*>(shared_ + start); }
+
+  // f(first pixel, first channel) of each patch that the thread holds.
+  template <class F>
+  SNNLSTM_DEVICE void for_each_patch(F&& f) const {
+    const int lane = int(threadIdx.x) % 32;
+    const int quad = lane & ((1 << p_.quad_bits) - 1), pair = lane >> p_.quad_bits;
+#pragma unroll 1
+    for (int piece = warp(); piece < p_.pieces; piece += warps()) {
+      unsigned group = unsigned(piece);
+      const int tile = int(p_.by_tiles.split(group));
+      f(2 * ((tile << (5 - p_.quad_bits)) + pair), int(group) * p_.held_channels() + 4 * quad);
+    }
+  }
+
+  // The gradients of mem through the gates.
+  template <class Unit>
+  SNNLSTM_DEVICE void convolve(Unit& unit) const {
+#pragma unroll 1
+    for (int u = warp(); u < p_.units; u += warps()) {
+      __syncwarp();  // lanes have gone different ways
+      unit.multiply(u, shared_ + p_.at.d_gates.start);
+      unit.for_each([&](int m, int first, const R(&d_mem)[2][4]) {
+        if (m >= p_.tiling.h * p_.tiling.w || first >= p_.neuron.Cp) return;
+        R* to = array(p_.at.d_mem) + slot_of(p_, m, first);
+#pragma unroll
+        for (int px = 0; px < 2; ++px) store_vector(to + px * kSlotStride, d_mem[px]);
+      });
+    }
+  }
+
+  SNNLSTM_DEVICE void keep(const Place& at, int c0, const R (&gate)[4][2][4]) const {
+    if (c0 >= p_.neuron.Cp) return;
+    const SharedImage& i = p_.at.d_gates;
+    const DType type = p_.multiply == Multiply::bf16 ? DType::bfloat16 : DType::float16;
+#pragma unroll
+    for (int px = 0; px < 2; ++px) {
+      if (!at.valid[px]) continue;
+      unsigned char* to = shared_ + i.start + i.pixel(at.y[px] + i.top, at.x[px] + i.left);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        unsigned char* channels = to + (k * p_.neuron.Cp + c0) * i.channel;
+        if constexpr (!Planes) {
+          put_channels<Element>(channels, type, gate[k][px]);
+        } else {
+#pragma unroll
+          for (int ch = 0; ch < 4; ++ch) {
+            const R one[1] = {gate[k][px][ch]};
+            put_channels<Element>(channels + ch * i.channel, type, one);
+          }
+        }
+      }
+    }
+  }
+
+  const ResidentBackward& p_;
+  unsigned char* shared_;
+  Block& block_;
+  const BackwardTile<R>& tile_;
+};
+
+// A unit is 32 pixels x 16 channels.
+template <class Element>
+class ResidentBackwardMma {
+ public:
+  SNNLSTM_DEVICE ResidentBackwardMma(const ResidentBackward& p, unsigned char* shared)
+      : p_(p), shared_(shared), lane_(int(threadIdx.x) % 32) {}
+
+  SNNLSTM_DEVICE void copy_weights() const {
+    copy_to_shared(shared_ + p_.at.weights, p_.weight, p_.weight_bytes);
+  }
+  SNNLSTM_DEVICE void fill_table() const {}
+
+  SNNLSTM_DEVICE void multiply(int u, const unsigned char* d_gates) {
+#pragma unroll
+    for (int mi = 0; mi < 2; ++mi)
+#pragma unroll
+      for (int nt = 0; nt < 2; ++nt)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) acc_[mi][nt][r] = 0;
+    unsigned tile = unsigned(u);
+    const int group = int(p_.by_groups.split(tile));
+    pixel_ = int(tile) * mma_gemm::kWarpPixels, channel_ = 16 * group;
+    const unsigned char* b = shared_ + p_.at.weights + group * mma_gemm::kPairBytes + lane_ * 16;
+    const ResidentWalk<Element, 2> walk{p_.multiply, p_.tiling,     p_.at.d_gates, p_.window,
+                                        p_.chunks,   p_.tail_steps, p_.unit_bytes};
+    walk.add(pixel_, 1, 1, d_gates, b, acc_);
+  }
+
+  // f(first pixel, first channel, values[pixel][channel]) of what the thread holds.
+  template <class F>
+  SNNLSTM_DEVICE void for_each(F&& f) const {
+#pragma unroll
+    for (int mi = 0; mi < 2; ++mi) {
+      const auto &a = acc_[mi][0], &b = acc_[mi][1];
+      const float v[2][4] = {{a[0], a[1], b[0], b[1]}, {a[2], a[3], b[2], b[3]}};
+      f(pixel_ + mi * 16 + 2 * (lane_ / 4), channel_ + 4 * (lane_ % 4), v);
+    }
+  }
+
+ private:
+  const ResidentBackward& p_;
+  unsigned char* shared_;
+  int lane_, pixel_ = 0, channel_ = 0;
+  float acc_[2][2][4];
+};
+
+// A unit is 64 pixels x 16 channels; a thread holds 8 pixels of 4.
+template <class R>
+class ResidentBackwardFma {
+ public:
+  SNNLSTM_DEVICE ResidentBackwardFma(const ResidentBackward& p, unsigned char* shared)
+      : p_(p), shared_(shared), lane_(int(threadIdx.x) % 32) {}
+
+  SNNLSTM_DEVICE int columns() const { return 16 * int(p_.by_groups.value); }
+  SNNLSTM_DEVICE int depth() const { return p_.window.taps() * p_.window.channels; }
+
+  SNNLSTM_DEVICE void copy_weights() const {
+    copy_rows(reinterpret_cast<R*>(shared_ + p_.at.weights), static_cast<const R*>(p_.weight),
+              depth(), p_.weight_rows, columns());
+  }
+  SNNLSTM_DEVICE void fill_table() const {
+    fill_taps(reinterpret_cast<int*>(shared_ + p_.at.table), depth(), p_.window, p_.window.channels,
+              p_.at.d_gates);
+  }
+
+  SNNLSTM_DEVICE void multiply(int u, const unsigned char* d_gates) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int px = 0; px < 2; ++px)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) acc_[i][px][c] = 0;
+    unsigned tile = unsigned(u);
+    channel_ = 16 * int(p_.by_groups.split(tile)) + 4 * (lane_ / 8);
+    pixel_ = 64 * int(tile) + 2 * (lane_ % 8);
+    add_products(p_.tiling, p_.at.d_gates, pixel_, 1, 1, d_gates, depth(),
+                 reinterpret_cast<const int*>(shared_ + p_.at.table),
+                 reinterpret_cast<const R*>(shared_ + p_.at.weights) + channel_, columns(), acc_);
+  }
+
+  template <class F>
+  SNNLSTM_DEVICE void for_each(F&& f) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) f(pixel_ + 16 * i, channel_, acc_[i]);
+  }
+
+ private:
+  const ResidentBackward& p_;
+  unsigned char* shared_;
+  int lane_, pixel_ = 0, channel_ = 0;
+  R acc_[4][2][4];
+};
+
+template <class R>
+SNNLSTM_DEVICE BackwardTile<R> resident_tile(const ResidentBackward& p, unsigned char* shared,
+                                             const Block& block) {
+  return BackwardTile<R>(p.neuron, p.tiling, block, 0, p.channels,
+                         reinterpret_cast<R*>(shared + p.at.vectors));
+}
+
+template <class Element>
+__global__ void __launch_bounds__(resident::backward_threads(sizeof(float)), 1)
+    resident_backward_mma(const __grid_constant__ ResidentBackward p) {
+  if constexpr (arch::has_mma) {
+    auto* shared = &shared_memory<unsigned char>();
+    Block block = resident_block();
+    const auto tile = resident_tile<float>(p, shared, block);
+    ResidentBackwardBlock<Element, float, false> sequence(p, shared, block, tile);
+    ResidentBackwardMma<Element> unit(p, shared);
+    sequence.run(unit);
+  }
+}
+
+template <class R>
+__global__ void __launch_bounds__(resident::backward_threads(sizeof(R)), 1)
+    resident_backward_fma(const __grid_constant__ ResidentBackward p) {
+  auto* shared = &shared_memory<unsigned char>();
+  Block block = resident_block();
+  const auto tile = resident_tile<R>(p, shared, block);
+  ResidentBackwardBlock<R, R, true> sequence(p, shared, block, tile);
+  ResidentBackwardFma<R> unit(p, shared);
+  sequence.run(unit);
+}
+
+}  // namespace snnlstm::cuda
