@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import module as nn_module
 
+from .path import global_hooks
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Base, Neuron
 
@@ -72,7 +72,7 @@ def changed(layer: nn.Module) -> str | None:
         or layer._backward_pre_hooks
     ):
         return "it carries hooks"
-    if nn_module._has_any_global_hook():
+    if global_hooks():
         return "global module hooks are registered"
     if "forward" in layer.__dict__:
         return "its forward was replaced"

@@ -10,6 +10,8 @@ of them: see :func:`_encode`.
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,7 +84,24 @@ def _gradients_or_empty(x: Tensor, grads: native.Gradients) -> Any:
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
-@torch.library.custom_op("snnlstm::forward", mutates_args=())
+_LIST: Any = typing.List  # noqa: UP006
+
+
+def _operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: a torch.library operator whose schema is that of the function's annotations."""
+
+    def define(function: Callable[..., Any]) -> Any:
+        # torch 2.4 knows neither annotations that are strings nor list[int].
+        function.__annotations__ = {
+            key: _LIST[typing.get_args(hint)] if typing.get_origin(hint) is list else hint
+            for key, hint in typing.get_type_hints(function).items()
+        }
+        return torch.library.custom_op(name, function, mutates_args=())
+
+    return define
+
+
+@_operator("snnlstm::forward")
 def _forward(
     x: Tensor,
     syn: Tensor,
@@ -113,7 +132,7 @@ def _(
     return (*out, *_saved_or_empty(x, saved))
 
 
-@torch.library.custom_op("snnlstm::backward", mutates_args=())
+@_operator("snnlstm::backward")
 def _backward(
     x: Tensor,
     syn: Tensor,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +139,15 @@ def algorithm(name: str) -> Iterator[None]:
         set_algorithm(before)
 
 
+def _global_hooks() -> bool:
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    return any(getattr(nn_module, f"_global_{kind}_hooks") for kind in kinds)
+
+
+global_hooks: Callable[[], Any] = getattr(nn_module, "_has_any_global_hook", _global_hooks)
+"""Whether hooks on all modules are registered. (torch 2.4 has no function for it.)"""
+
+
 def conv_reason(
     conv: nn.Module, weight_shape: tuple[int, int, int, int], options: CellOptions
 ) -> str | None:
@@ -163,7 +173,7 @@ def conv_reason(
         or conv._backward_pre_hooks
     ):
         return "conv carries hooks"
-    if nn_module._has_any_global_hook():
+    if global_hooks():
         return "global module hooks are registered"
     if "forward" in conv.__dict__:
         return "conv.forward was replaced"

@@ -51,7 +51,8 @@ class Sequential(nn.Sequential):
     ``snnlstm.Sequential(*net)`` makes one from the layers of an ``nn.Sequential``; :meth:`of` keeps
     their names as well, where they have any. States start from the stored ones, as in step
     calls: reset them before every new sequence, for example with
-    ``snntorch.utils.reset(net)`` (after ``import snntorch.utils``) or :meth:`SConv2dLSTM.reset_hidden`.
+    ``snntorch.utils.reset(net)``, after ``import snntorch.utils``, or with
+    :meth:`SConv2dLSTM.reset_hidden`.
 
     Layers that share a state, such as one cell in two places, cannot be run one after the
     other: the steps are then taken one by one, and the log says so. With more than one random

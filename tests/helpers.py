@@ -49,7 +49,7 @@ def _random(make: Any, seed: int, *shape: int) -> Tensor:
     """The same numbers on every device: torch's default one, that of the test's backend."""
     generator = torch.Generator("cpu").manual_seed(seed)
     numbers = make(shape, generator=generator, device="cpu")
-    return numbers.to(torch.get_default_device())
+    return numbers.to(torch.empty(0).device)
 
 
 def steps(time: int, *shape: int, seed: int = 1, density: float = 0.3) -> Tensor:

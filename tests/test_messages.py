@@ -136,6 +136,8 @@ GALLERY = {
         Sequential(cell)([x])
         Sequential(cell)(x[0, 0, 0])
         Sequential(cell)(x.expand(0, 1, 2, 5, 5))
+        Sequential(cell, batch_first=True)(x.expand(1, 0, 2, 5, 5))
+        snnlstm.unroll(events, cell, 3)
         Sequential(nn.ReLU(), cell)(x)
         Sequential(Says(), cell)(events)
         Sequential(theirs, nn.Flatten())(events)
