@@ -187,6 +187,7 @@ class Backward {
     if (s.channels > 0) builder.add(s, depth, p.tiling);
     builder.finish(weight, 0, depth.units(), plan.threads());
     p.conv = builder.conv;
+    p.conv.k_groups = plan.k_groups;
     p.neuron = n;
     p.out = out;
     const bool gathers = !out.present() && s_.c.pool != Pool::none && plan_.spreads;

@@ -7,11 +7,13 @@ void launch_backward_mma(const DataPlan& plan, const BackwardMma& p, int shared_
   const Launch how{p.out.present() ? "data gradient (mma)" : "backward step (mma)",
                    dim3(unsigned(p.tiling.blocks())), dim3(unsigned(plan.threads())),
                    size_t(shared_bytes), stream};
-  const bool half = type_of(plan.multiply).element == 2;
-  if (plan.tiles == 8)
-    half ? launch(how, &backward_mma<uint16_t, 8>, p) : launch(how, &backward_mma<float, 8>, p);
-  else
-    half ? launch(how, &backward_mma<uint16_t, 2>, p) : launch(how, &backward_mma<float, 2>, p);
+  with_element(plan.multiply, [&](auto element) {
+    using E = decltype(element);
+    if (plan.tiles == 8)
+      launch(how, &backward_mma<E, 8>, p);
+    else
+      launch(how, &backward_mma<E, 2>, p);
+  });
 }
 
 }  // namespace snnlstm::cuda

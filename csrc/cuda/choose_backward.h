@@ -13,9 +13,10 @@ struct DataPlan {
   Multiply multiply = Multiply::fma;
   Tiling tiling;
   int tiles = 0, warps_m = 0, warps_n = 0;  // mma: n-tiles of a warp (8 channels each), warps
+  int k_groups = 1;                         // of so many warps each, which share K among them
 
   bool mma() const { return multiply != Multiply::fma; }
-  int threads() const { return mma() ? 32 * warps_m * warps_n : fma::kThreads; }
+  int threads() const { return mma() ? 32 * warps_m * warps_n * k_groups : fma::kThreads; }
   int channels() const { return mma() ? 8 * tiles * warps_n : fma::kColumns; }  // of a block
 };
 
@@ -42,7 +43,7 @@ struct BackwardShared {
     const int epilogue = mem_tile + (with_mem ? plan.channels() * mem_pitch * 4 : 0);
     vectors = int(round_up(std::max(conv.shared_bytes(), epilogue), 128));
     row_sums = vectors + plan.channels() * 4;
-    bytes = row_sums + plan.warps_m * plan.channels() * 4;
+    bytes = row_sums + plan.k_groups * plan.warps_m * plan.channels() * 4;
   }
 };
 
@@ -191,11 +192,11 @@ inline bool plan_data(DataPlan& plan, const Cell& c, const Target& target, bool 
   if (plan.mma()) {
     plan.tiles = columns <= 32 ? 2 : 8;
     struct {
-      int m, n;
-    } const shapes[] = {{2, 2}, {4, 1}, {2, 1}};
+      int m, n, k;
+    } const shapes[] = {{2, 2, 1}, {4, 1, 1}, {2, 1, 2}};
     for (const auto& shape : shapes) {
       if ((shape.n == 2) != (columns > 16 && columns <= 32)) continue;
-      plan.warps_m = shape.m, plan.warps_n = shape.n;
+      plan.warps_m = shape.m, plan.warps_n = shape.n, plan.k_groups = shape.k;
       if (!place(plan, 32 * shape.m)) continue;
       MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);
       builder.add(gates_window(c, of_x), gates_depth(c, plan.multiply), plan.tiling);

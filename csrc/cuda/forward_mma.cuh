@@ -19,6 +19,10 @@ struct ForwardMma {
 
 constexpr int kMmaThreads = 256;
 
+// Blocks of a multiprocessor: in parts, each accumulator has a total beside it.
+template <class Element>
+constexpr int kMmaBlocks = std::is_same_v<Element, mma_gemm::Parts> ? 1 : 2;
+
 // The sums that a thread holds of an m16 tile, as sum[gate][pixel][channel].
 template <int Tiles>
 SNNLSTM_DEVICE void take(const float (&acc)[4 * Tiles][4], float (&sum)[4][2][2 * Tiles]) {
@@ -43,7 +47,7 @@ SNNLSTM_DEVICE void for_each_vector(float (&sum)[4][2][CH], F&& f) {
 }
 
 template <class Element, int Tiles>
-__global__ void __launch_bounds__(kMmaThreads, 2)
+__global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
     forward_mma(const __grid_constant__ ForwardMma p) {
   if constexpr (arch::has_mma) {
     constexpr int kTiles = 4 * Tiles, kHeld = 2 * Tiles, kChannels = 8 * Tiles;

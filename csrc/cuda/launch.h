@@ -45,6 +45,13 @@ int64_t forward_workspace(const Cell& cell, const Target& target);
 int64_t backward_workspace(const Cell& cell, const Target& target, bool of_weights);
 int64_t weight_workspace(const Cell& cell, const Target& target);
 
+// f(E{}) with the type of elements that tensor core kernels are compiled for.
+template <class F>
+void with_element(Multiply multiply, F&& f) {
+  if (multiply == Multiply::tf32x3) return f(mma_gemm::Parts{});
+  multiply == Multiply::tf32 ? f(float{}) : f(uint16_t{});
+}
+
 // f(R{}) with the type that the kernels compute in.
 template <class F>
 void with_real(DType type, F&& f) {

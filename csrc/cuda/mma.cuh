@@ -16,6 +16,8 @@
 // 1 and of b 4t + 2, 4t + 3: a thread holds 2 pixels x 4 neighbouring channels.
 #pragma once
 
+#include <type_traits>
+
 #include "mma_source.cuh"
 
 namespace snnlstm::cuda {
@@ -24,6 +26,13 @@ namespace mma_gemm {
 constexpr int kWarpPixels = 32;
 constexpr int kStages = 4;
 constexpr int kPairBytes = 512;  // B fragments of two n-tiles, one k-step
+
+// In the place of float as the type of elements: products in three parts (Multiply::tf32x3).
+struct Parts {
+  float value;
+  Parts() = default;
+  SNNLSTM_BOTH explicit Parts(float number) : value(number) {}
+};
 
 // A float on its way into the tensor core, which drops all but the first 10 bits of the mantissa:
 // about half a unit of the last of them is added, so that it rounds. One instruction where cvt.rna
@@ -63,15 +72,6 @@ SNNLSTM_DEVICE void without_nan(uint32_t (&low)[N]) {
     if (rest != rest) low[i] = 0;
   }
 }
-
-// tf32 from float, and what is left over.
-SNNLSTM_DEVICE uint32_t high(uint32_t bits) {
-  return from_float<tf32>(detail::float_of(bits)).bits;
-}
-SNNLSTM_DEVICE uint32_t low(uint32_t bits, uint32_t high) {
-  const float rest = detail::float_of(bits) - detail::float_of(high);
-  return rest == rest ? from_float<tf32>(rest).bits : 0;  // infinity - infinity
-}
 }  // namespace mma_gemm
 
 struct MmaConv {
@@ -82,6 +82,7 @@ struct MmaConv {
   const void* weight = nullptr;  // first unit of the first column block
   int64_t weight_pitch = 0;      // bytes from one column block to the next
   int warp_columns = 1;
+  int k_groups = 1;  // of warps, 1 or 2: the second takes the odd k-steps (only without AnyFeed)
   int unit_bytes = 0, stage_units = 1;
   int buffer_bytes = 0;  // of one neighbourhood buffer
 
@@ -96,6 +97,8 @@ template <class Element, int NT, bool AnyFeed>
 class MmaGemm {
  public:
   static constexpr bool kHalf = sizeof(Element) == 2;
+  static constexpr bool kParts = std::is_same_v<Element, mma_gemm::Parts>;
+  static constexpr int kPairBytes = (kParts ? 2 : 1) * mma_gemm::kPairBytes;  // in a unit
   using Accumulators = float[2][NT][4];
 
   SNNLSTM_DEVICE MmaGemm(const MmaConv& p, unsigned char* shared, const Tiling& tiling,
@@ -111,6 +114,10 @@ class MmaGemm {
     const int warp = int(threadIdx.x) / 32;
     warp_column_ = warp % p.warp_columns;
     warp_row_ = warp / p.warp_columns;
+    if constexpr (!AnyFeed) {
+      const int rows = int(blockDim.x) / 32 / p.warp_columns / p.k_groups;
+      k_group_ = warp_row_ / rows, warp_row_ %= rows;
+    }
   }
 
   // First of the 2 neighbouring pixels that the thread holds in m16 tile mi.
@@ -118,6 +125,8 @@ class MmaGemm {
     return warp_row_ * mma_gemm::kWarpPixels + mi * 16 + 2 * (int(threadIdx.x) % 32 / 4);
   }
   SNNLSTM_DEVICE int warp_column() const { return warp_column_; }
+  SNNLSTM_DEVICE int warp_row() const { return warp_row_; }
+  SNNLSTM_DEVICE int k_group() const { return k_group_; }
   SNNLSTM_DEVICE static int quad() { return int(threadIdx.x) % 4; }
 
   // acc += a b for one k-step. a: fragments of two m16 tiles, not kept. b: the lane's B fragments,
@@ -129,11 +138,10 @@ class MmaGemm {
         multiply_with<bf16>(a, b, acc);
       else
         multiply_with<fp16>(a, b, acc);
+    } else if constexpr (kParts) {
+      multiply_in_parts(a, b, acc);
     } else {
-      if (multiply == Multiply::tf32x3)
-        multiply_in_parts(a, b, acc);
-      else
-        multiply_with<tf32>(a, b, acc);
+      multiply_with<tf32>(a, b, acc);
     }
   }
 
@@ -150,12 +158,8 @@ class MmaGemm {
       more = advance(load_at);
     }
     for (int k = 0; k < mma_gemm::kStages - 1; ++k) copy_stage();
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi)
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) acc[mi][nt][r] = 0;
+    Totals<kParts> totals;
+    totals.clear(acc);
 
     // Chunk 0 fetches nothing; while chunk k is computed, chunk k + 1 is on its way.
     bool working = p_.segments > 0, first = true;
@@ -188,16 +192,19 @@ class MmaGemm {
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {
           if (units_left_ == 0) next_stage(next);
-          multiply(row, step, acc);
+          if (AnyFeed || p_.k_groups == 1 || step == k_group_) multiply(row, step, acc);
           weights_ += p_.unit_bytes, --units_left_;
         }
       }
       if (loading_) {
-        source_.end(next);
+        source_.end(next);  // and what there was no turn for:
+        source_.template finish<1>(next);
         more = advance(load_at);
       }
+      totals.fold(acc);
       working = advance(at);
     }
+    totals.give(acc);
     cp_async_wait<0>();
     __syncthreads();  // shared memory is the caller's again
   }
@@ -205,6 +212,33 @@ class MmaGemm {
  private:
   struct Cursor {
     int segment, chunk;
+  };
+
+  // Tensor cores truncate where they add: in parts, of which each k-step adds three, a chunk's sums
+  // are added to totals that round to nearest.
+  template <bool Real>
+  struct Totals {
+    float sum[Real ? 2 * NT * 4 : 1];
+
+    SNNLSTM_DEVICE void clear(Accumulators& acc) {
+#pragma unroll
+      for (int i = 0; i < 2 * NT * 4; ++i) {
+        (&acc[0][0][0])[i] = 0;
+        if constexpr (Real) sum[i] = 0;
+      }
+    }
+    SNNLSTM_DEVICE void fold(Accumulators& acc) {
+      if constexpr (Real) {
+#pragma unroll
+        for (int i = 0; i < 2 * NT * 4; ++i) sum[i] += (&acc[0][0][0])[i], (&acc[0][0][0])[i] = 0;
+      }
+    }
+    SNNLSTM_DEVICE void give(Accumulators& acc) const {
+      if constexpr (Real) {
+#pragma unroll
+        for (int i = 0; i < 2 * NT * 4; ++i) (&acc[0][0][0])[i] = sum[i];
+      }
+    }
   };
   SNNLSTM_DEVICE bool advance(Cursor& c) const {
     if (++c.chunk < p_.segment[c.segment].chunks) return true;
@@ -304,8 +338,8 @@ class MmaGemm {
     uint32_t a[2][4];
 #pragma unroll
     for (int mi = 0; mi < 2; ++mi) ldmatrix(a[mi], shared_ + row[mi] + step * 32);
-    const unsigned char* b = stages_ + weights_ + warp_column_ * (NT / 2 * mma_gemm::kPairBytes) +
-                             int(threadIdx.x) % 32 * 16;
+    const unsigned char* b =
+        stages_ + weights_ + warp_column_ * (NT / 2 * kPairBytes) + int(threadIdx.x) % 32 * 16;
     product(p_.multiply, a, b, acc);
   }
 
@@ -316,11 +350,11 @@ class MmaGemm {
 #pragma unroll
       for (int mi = 0; mi < 2; ++mi)
 #pragma unroll
-        for (int r = 0; r < 4; ++r) a[mi][r] = mma_gemm::high(a[mi][r]);
+        for (int r = 0; r < 4; ++r) a[mi][r] = mma_gemm::rounds_to_tf32(a[mi][r]);
     }
 #pragma unroll
     for (int pair = 0; pair < NT / 2; ++pair) {
-      const uint4 w = load<uint4>(b + pair * mma_gemm::kPairBytes);
+      const uint4 w = load<uint4>(b + pair * kPairBytes);
       const uint32_t w0[2] = {w.x, w.y}, w1[2] = {w.z, w.w};
 #pragma unroll
       for (int mi = 0; mi < 2; ++mi) {
@@ -330,33 +364,37 @@ class MmaGemm {
     }
   }
 
-  // a b = a_high b_high + a_high b_low + a_low b_high; what is left out is 2^-22 of it.
+  // a b = a_high b_high + a_high b_low + a_low b_high; what is left out is 2^-22 of it. b: of each
+  // pair, the high parts and then the low ones.
   SNNLSTM_DEVICE static void multiply_in_parts(uint32_t (&a)[2][4], const unsigned char* b,
                                                Accumulators& acc) {
+    uint32_t raw[8], high[8], low[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) raw[i] = a[i / 4][i % 4];
+    const uint32_t seen = mma_gemm::split_in_parts(raw, high, low);
+    if (mma_gemm::may_be_infinite(seen)) mma_gemm::without_nan(low);
     uint32_t rest[2][4];
 #pragma unroll
-    for (int mi = 0; mi < 2; ++mi)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const uint32_t h = mma_gemm::high(a[mi][r]);
-        rest[mi][r] = mma_gemm::low(a[mi][r], h);
-        a[mi][r] = h;
-      }
+    for (int i = 0; i < 8; ++i) a[i / 4][i % 4] = high[i], rest[i / 4][i % 4] = low[i];
+    const bool both = __any_sync(full_warp, (seen << 1) != 0);  // spikes need no low parts
+    uint4 w[NT / 2];
 #pragma unroll
     for (int pair = 0; pair < NT / 2; ++pair) {
-      const uint4 w = load<uint4>(b + pair * mma_gemm::kPairBytes);
-      const uint32_t raw[2][2] = {{w.x, w.y}, {w.z, w.w}};
+      w[pair] = load<uint4>(b + pair * kPairBytes);
+      add_pair(acc, pair, a, load<uint4>(b + pair * kPairBytes + mma_gemm::kPairBytes));
+      add_pair(acc, pair, a, w[pair]);
+    }
+    if (!both) return;
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const uint32_t h[2] = {mma_gemm::high(raw[k][0]), mma_gemm::high(raw[k][1])};
-        const uint32_t l[2] = {mma_gemm::low(raw[k][0], h[0]), mma_gemm::low(raw[k][1], h[1])};
+    for (int pair = 0; pair < NT / 2; ++pair) add_pair(acc, pair, rest, w[pair]);
+  }
+  SNNLSTM_DEVICE static void add_pair(Accumulators& acc, int pair, const uint32_t (&a)[2][4],
+                                      const uint4& w) {
+    const uint32_t w0[2] = {w.x, w.y}, w1[2] = {w.z, w.w};
 #pragma unroll
-        for (int mi = 0; mi < 2; ++mi) {
-          mma<tf32>(acc[mi][2 * pair + k], rest[mi], h);
-          mma<tf32>(acc[mi][2 * pair + k], a[mi], l);
-          mma<tf32>(acc[mi][2 * pair + k], a[mi], h);
-        }
-      }
+    for (int mi = 0; mi < 2; ++mi) {
+      mma<tf32>(acc[mi][2 * pair], a[mi], w0);
+      mma<tf32>(acc[mi][2 * pair + 1], a[mi], w1);
     }
   }
 
@@ -365,7 +403,7 @@ class MmaGemm {
   const Tiling& tiling_;
   const Block& block_;
   const unsigned char* weight_;
-  int warp_column_, warp_row_;
+  int warp_column_, warp_row_, k_group_ = 0;
   int copied_ = 0;                    // stages of the stream, so far
   int weights_ = 0, units_left_ = 0;  // where the next unit lies in the ring; units in its stage
   bool loading_ = false;

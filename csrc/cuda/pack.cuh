@@ -133,10 +133,12 @@ class MmaPacker {
   SNNLSTM_DEVICE void store_units() const {
     const int full = 2 * p_.taps;
     const int steps = chunk_ + 1 < p_.chunks ? 2 : (p_.units - chunk_ * full) / p_.taps;
-    const int unit_words = p_.warp_columns * (p_.tiles / 2) * 128;
+    const bool parts = p_.multiply == Multiply::tf32x3;
+    const int pair_words = parts ? 256 : 128;
+    const int unit_words = p_.warp_columns * (p_.tiles / 2) * pair_words;
     uint32_t* out = p_.packed + block_ * p_.pitch +
                     int64_t(p_.first_unit + chunk_ * full) * unit_words +
-                    (warp_column_ * (p_.tiles / 2) + pair_) * 128;
+                    (warp_column_ * (p_.tiles / 2) + pair_) * pair_words;
     for (int i = int(threadIdx.x); i < p_.taps * steps * 128; i += Threads) {
       const int unit = i / 128, word = i % 4, lane = i / 4 % 32;
       const int tap = unit / steps, step = unit % steps;
@@ -150,7 +152,14 @@ class MmaPacker {
         bits = pack16(p_.multiply == Multiply::bf16 ? DType::bfloat16 : DType::float16, v[0], v[1]);
       else if (p_.multiply == Multiply::tf32)
         bits = from_float<tf32>(v[0]).bits;
-      out[int64_t(unit) * unit_words + i % 128] = bits;
+      uint32_t* to = out + int64_t(unit) * unit_words + i % 128;
+      if (parts) {
+        // Infinity - infinity would be NaN, and its low part is 0.
+        bits = from_float<tf32>(v[0]).bits;
+        const float rest = v[0] - detail::float_of(bits);
+        to[128] = rest == rest ? from_float<tf32>(rest).bits : 0;
+      }
+      *to = bits;
     }
   }
 

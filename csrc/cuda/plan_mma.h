@@ -20,6 +20,9 @@ struct MmaType {
            : multiply == Multiply::bf16 ? DType::bfloat16
                                         : DType::float32;
   }
+  int pair_bytes() const {  // of the packed weight, see MmaGemm
+    return (multiply == Multiply::tf32x3 ? 2 : 1) * mma_gemm::kPairBytes;
+  }
   int per_group() const { return mma_tile::kGroupBytes / element; }
   int per_step() const { return 2 * per_group(); }
   int per_chunk() const { return mma_tile::kGroups * per_group(); }
@@ -43,9 +46,6 @@ struct MmaDepth {
     tail_steps = int(steps(channels - (chunks - 1) * type.per_chunk()));
   }
   int64_t units() const { return taps * (2 * (chunks - 1) + tail_steps); }
-  int64_t shortest_chunk() const {
-    return taps * std::min(tail_steps, chunks > 1 ? 2 : tail_steps);
-  }
 };
 
 // How the source may be read.
@@ -118,7 +118,6 @@ struct MmaBuilder {
   MmaType type;
   int warp_columns, tiles;  // n-tiles of a warp
   MmaConv conv;
-  int64_t shortest = 1 << 20;
 
   MmaBuilder(const MmaType& type_of, int warp_columns_of, int tiles_of)
       : type(type_of), warp_columns(warp_columns_of), tiles(tiles_of) {
@@ -126,28 +125,27 @@ struct MmaBuilder {
     conv.warp_columns = warp_columns;
     conv.unit_bytes = unit_bytes();
   }
-  int unit_bytes() const { return warp_columns * (tiles / 2) * mma_gemm::kPairBytes; }
+  int unit_bytes() const { return warp_columns * (tiles / 2) * type.pair_bytes(); }
 
   void add(const Segment& s, const MmaDepth& depth, const Tiling& tiling) {
     MmaSegment& m = conv.segment[conv.segments++];
     m = mma_segment(s, type, depth, tiling);
     conv.units += int(depth.units());
     conv.buffer_bytes = int(std::max<int64_t>(conv.buffer_bytes, neighbourhood_bytes(m)));
-    shortest = std::min(shortest, depth.shortest_chunk());
   }
 
-  // The stages: about 8 KiB each, and none longer than a chunk.
+  // The stages: about 8 KiB each, or 16 where the weights come in parts.
   void finish(const void* weight, int64_t first_unit, int64_t packed_units, int threads) {
-    conv.stage_units =
-        int(std::max<int64_t>(std::min<int64_t>(8192 / conv.unit_bytes, shortest), 1));
+    const int wanted = 16 * type.pair_bytes() / conv.unit_bytes;
+    conv.stage_units = std::max(std::min(wanted, conv.units), 1);
     conv.weight = static_cast<const char*>(weight) + first_unit * conv.unit_bytes;
     conv.weight_pitch = packed_units * conv.unit_bytes;
     for (int k = 0; k < conv.segments; ++k) {
       MmaSegment& m = conv.segment[k];
       if (m.feed != Feed::gather && m.feed != Feed::vectors) continue;
+      // While the chunk before is computed, if that has as many stages as a full one of this.
       const int64_t turns = ceil_div(chunk_turns(m, type), threads);
-      const int64_t stages = std::max<int64_t>(shortest / conv.stage_units, 1);
-      m.turns = int(ceil_div(turns, stages));
+      m.turns = int(ceil_div(turns, std::max(2 * m.taps / conv.stage_units, 1)));
     }
   }
 };

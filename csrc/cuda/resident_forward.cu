@@ -60,13 +60,13 @@ void resident_forward(const ForwardArgs& args, const Target& target) {
   p.tail_steps[1] = of_mem.tail_steps;
   p.unit_bytes = builder.unit_bytes(), p.warp_columns = plan.step.warps_n;
   p.weight_pitch = (of_x.units() + of_mem.units()) * builder.unit_bytes();
-  const bool half = type_of(p.multiply).element == 2;
-  if (plan.step.tiles == 8)
-    half ? launch(how, &resident_forward_mma<uint16_t, 2>, p)
-         : launch(how, &resident_forward_mma<float, 2>, p);
-  else
-    half ? launch(how, &resident_forward_mma<uint16_t, 1>, p)
-         : launch(how, &resident_forward_mma<float, 1>, p);
+  with_element(p.multiply, [&](auto element) {
+    using E = decltype(element);
+    if (plan.step.tiles == 8)
+      launch(how, &resident_forward_mma<E, 2>, p);
+    else
+      launch(how, &resident_forward_mma<E, 1>, p);
+  });
 }
 
 }  // namespace snnlstm::cuda

@@ -229,7 +229,7 @@ class ResidentMma {
         for (int r = 0; r < 4; ++r) acc_[mi][nt][r] = 0;
     const int of_block = group(u) / p_.warp_columns, column = group(u) % p_.warp_columns;
     const unsigned char* b = shared_ + p_.at.weights + of_block * int(p_.weight_pitch) +
-                             column * (kTiles / 2 * mma_gemm::kPairBytes) + lane_ * 16;
+                             column * (kTiles / 2 * Gemm::kPairBytes) + lane_ * 16;
     if (p_.gathers)
       gather(u, x, b);
     else

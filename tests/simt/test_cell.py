@@ -181,6 +181,22 @@ def test_forward(core, mode, name):
     check(core, CASES[name], MODES[mode])
 
 
+def test_full_precision_bears_tensor_cores_that_truncate(core):
+    """One accumulator over all of K, three additions a k-step, would shrink sums by 1e-5."""
+    case = replace(with_options(sequence=False, record=False), batch=1, in_channels=64,
+                   channels=64, height=4, width=4)  # fmt: skip
+    inputs = case.inputs()
+    for positive in (inputs.x, inputs.mem, inputs.weight):
+        positive.abs_()
+    inputs.weight.div_(inputs.weight.mean() * 9 * 128 * inputs.x.mean())
+    found = []
+    with MODES["tf32x3"].running(core), torch.no_grad():
+        for truncates in (False, True):
+            core.truncate(truncates)
+            found.append(MODES["tf32x3"].run(*inputs, case.options)[1])
+    torch.testing.assert_close(*found, atol=3e-6, rtol=0)
+
+
 def test_every_kernel_is_among_those_that_are_run_and_checked(core):
     """The build of these tests checks every access, for races too."""
     launched = set()
