@@ -225,8 +225,8 @@ class SConv2dLSTM(DescribedCell):
             (N, Cin, H, W) is one step, (T, N, Cin, H, W) a sequence: the same as T calls, in
             one. Of the cell's dtype, or one that converts to it without loss, such as bool.
         syn, mem : Tensor, optional
-            (N, C, Ho, Wo), or (0,), which means zeros, as does what :meth:`reset_mem` has just
-            returned, whatever its shape. None goes on from the stored state.
+            (N, C, Ho, Wo), or (0,), which means zeros, as do zeros of another batch or image size:
+            what :meth:`reset_mem` returned. None goes on from the stored state.
         record : bool, default False
             With a sequence: return syn and mem of every step.
 

@@ -114,11 +114,14 @@ class StatefulCell(Base):
     ) -> Tensor:
         """Return a checked state that the caller gave.
 
-        What reset_mem returned has the shape of the last input, and means zeros for any input.
+        What reset_mem returned has the shape of the last input, and means zeros for any input, also
+        when it was read, copied or used before.
         """
         fits = isinstance(state, Tensor) and state.shape == shape
         # In this order: torch.compile compiles again when the answer to a question changes.
         if not fits and self._restarted and state is getattr(self, f"_{name}"):
+            return x.new_zeros(shape)
+        if not fits and not torch.compiler.is_compiling() and _as_of_a_reset(state, shape[1]):
             return x.new_zeros(shape)
         return arguments.state_tensor(name, state, shape, x, weight)
 
@@ -205,6 +208,18 @@ class StatefulCell(Base):
         nn.Module.__setstate__(self, state)
         self._drop_caches()
         register(self)
+
+
+def _as_of_a_reset(state: Any, channels: int) -> bool:
+    """Whether a passed state is zeros of another batch or image size, without history."""
+    if not isinstance(state, Tensor) or state.requires_grad or state.is_meta:
+        return False
+    if state.dim() != 4 or state.shape[1] != channels:
+        return False
+    try:
+        return not state.any()
+    except RuntimeError:  # a torch.func transform hides the values
+        return False
 
 
 def _zeros_like(state: Tensor) -> Tensor:

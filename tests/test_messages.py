@@ -59,7 +59,7 @@ GALLERY = {
         cell(x.double())
         cell(x.to("meta"))
         cell(x, syn=0)
-        cell(x, torch.zeros(1, 3, 4, 5), mem)
+        cell(x, torch.ones(1, 3, 4, 5), mem)
         cell(x, syn, mem.double())
         cell(x, record=True)
         cell(x, syn, mem, True)
