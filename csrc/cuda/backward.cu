@@ -19,8 +19,10 @@ class Backward {
         target_(target),
         s_(args.cell),
         plan_(plan_backward(args.cell, target)),
-        sequence_(plan_resident_backward(args.cell, target, plan_.to_mem)),
-        resident_(args.cell.T > 0 && runs_resident_backward(args.cell, target, sequence_)),
+        sequence_(may_be_resident(args.cell, target)
+                      ? plan_resident_backward(args.cell, target, plan_.to_mem)
+                      : ResidentBackwardPlan()),
+        resident_(runs_resident_backward(args.cell, target, sequence_)),
         type_(args.cell.dtype),
         real_(type_ == DType::float64 ? DType::float64 : DType::float32),
         gate_type_(gate_type(type_, target.matrix)) {

@@ -174,8 +174,9 @@ class Forward {
 }  // namespace
 
 void forward(const ForwardArgs& args, const Target& target) {
-  if (args.cell.T > 0 && runs_resident(args.cell, target)) return resident_forward(args, target);
-  refuse_resident(plan_resident(args.cell, target).reason_against, target);
+  if (runs_resident(args.cell, target)) return resident_forward(args, target);
+  if (target.algorithm == Algorithm::resident)
+    refuse_resident(plan_resident(args.cell, target).reason_against, target);
   Forward(args, target).run();
 }
 

@@ -84,8 +84,7 @@ inline ResidentBackwardPlan plan_resident_backward(const Cell& c, const Target& 
 // Whether the steps of a call's backward pass are one launch.
 inline bool runs_resident_backward(const Cell& c, const Target& target,
                                    const ResidentBackwardPlan& plan) {
-  if (target.algorithm == Algorithm::automatic ? c.T < 2 : target.algorithm != Algorithm::resident)
-    return false;
+  if (!may_be_resident(c, target)) return false;
   // A neuron's gradients take about twice the instructions of its update.
   const bool pays = resident_pays(c, target, plan.step.multiply, plan.step.tiling.blocks(), c.C,
                                   2 * resident_cost::neuron);

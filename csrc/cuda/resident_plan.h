@@ -71,10 +71,14 @@ inline int warps_for(int units, int most_threads) {
   return int(std::max<int64_t>(ceil_div(units, rounds), 4));
 }
 
-// Whether a sample has more numbers than shared memory bytes; what does not is counted in int.
+// Whether an image, with its border, or the weights have more numbers than shared memory has bytes;
+// what does not is counted in int.
 inline bool is_large(const Cell& c, int64_t bytes) {
   const Shape s(c);
-  return s.pixels == 0 || 4 * s.pixels * s.Cp > bytes || c.Cin * c.H * c.W > bytes ||
+  const int64_t rows = s.Ho * c.stride_h + int64_t(c.kernel_h - 1) * c.dilation_h;
+  const int64_t columns = (s.Wo + 1) * c.stride_w + int64_t(c.kernel_w - 1) * c.dilation_w;
+  return s.pixels == 0 || 4 * s.pixels * s.Cp > bytes || rows > bytes || columns > bytes ||
+         rows * columns > bytes || c.Cin * c.H * c.W > bytes ||
          4 * c.C * s.taps * (c.Cin + c.C) > bytes;
 }
 
@@ -176,8 +180,8 @@ constexpr double start = 4e-6;      // weights and states come to shared memory
 constexpr double neuron = 0.45e-9;  // of one multiprocessor: about 100 instructions of a warp
 }  // namespace resident_cost
 
-// Whether one launch is likely to take less time than one for every step. tiles: blocks of a step
-// for one sample. inputs: channels that a step convolves.
+// Whether one launch is likely to take less time than one for every step. blocks: of a step of
+// the other kernels. inputs: channels that a step convolves. neuron: see resident_cost.
 inline bool resident_pays(const Cell& c, const Target& target, Multiply m, int64_t blocks,
                           int64_t inputs, double neuron) {
   if (c.T < 2 || c.N == 0) return false;
@@ -206,10 +210,16 @@ inline void refuse_resident(const char* reason_against, const Target& target) {
                              reason_against);
 }
 
+// Whether it is looked into at all: one step is one launch anyway.
+inline bool may_be_resident(const Cell& c, const Target& target) {
+  return target.algorithm == Algorithm::resident
+             ? c.T > 0
+             : target.algorithm == Algorithm::automatic && c.T > 1;
+}
+
 // Whether a call's forward pass is one launch.
 inline bool runs_resident(const Cell& c, const Target& target) {
-  const bool may = target.algorithm == Algorithm::automatic && c.T > 1;
-  if (!may && target.algorithm != Algorithm::resident) return false;
+  if (!may_be_resident(c, target)) return false;
   const ResidentPlan plan = plan_resident(c, target);
   const bool pays = resident_pays(c, target, plan.step.multiply, plan.step.tiling.blocks(),
                                   c.Cin + c.C, resident_cost::neuron);

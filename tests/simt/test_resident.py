@@ -155,6 +155,7 @@ def test_either_backward_pass_reads_what_either_forward_pass_has_saved(core, mod
     [
         (CASES["inhibition"], "inhibition compares all neurons"),
         (replace(PLAIN, batch=1, time=1, channels=200), "do not fit in the shared memory"),
+        (with_options(dilation=(1_000, 1_000)), "do not fit in the shared memory"),
     ],
 )
 def test_what_it_leaves_to_the_kernels_of_one_step(core, case, message):
