@@ -61,10 +61,8 @@ void resident_backward(const ResidentBackwardPlan& plan, const BackwardArgs& arg
   p.weight_bytes = plan.weight_bytes;
   p.chunks = int(depth.chunks), p.tail_steps = depth.tail_steps;
   p.unit_bytes = builder.unit_bytes();
-  if (builder.type.element == 2)
-    launch(how, &resident_backward_mma<uint16_t>, p);
-  else
-    launch(how, &resident_backward_mma<float>, p);
+  with_element(p.multiply,
+               [&](auto element) { launch(how, &resident_backward_mma<decltype(element)>, p); });
 }
 
 }  // namespace snnlstm::cuda

@@ -222,7 +222,8 @@ class ResidentBackwardMma {
     unsigned tile = unsigned(u);
     const int group = int(p_.by_groups.split(tile));
     pixel_ = int(tile) * mma_gemm::kWarpPixels, channel_ = 16 * group;
-    const unsigned char* b = shared_ + p_.at.weights + group * mma_gemm::kPairBytes + lane_ * 16;
+    const unsigned char* b =
+        shared_ + p_.at.weights + group * MmaGemm<Element, 2, true>::kPairBytes + lane_ * 16;
     const ResidentWalk<Element, 2> walk{p_.multiply, p_.tiling,     p_.at.d_gates, p_.window,
                                         p_.chunks,   p_.tail_steps, p_.unit_bytes};
     walk.add(pixel_, 1, 1, d_gates, b, acc_);
