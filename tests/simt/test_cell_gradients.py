@@ -23,7 +23,7 @@ EXACT = {
     "float64": 1e-10,
     "float32": 3e-5,
     "float32 on sm_75": 3e-5,
-    "tf32x3": 6e-5,
+    "tf32x3": 3e-5,
     "float32 behind torch": 3e-5,
     "float64 behind torch": 1e-10,
 }

@@ -6,13 +6,7 @@ Nothing runs here: the emulator only looks at each launch, so that sizes cost no
 import pytest
 import torch
 from backend import simt_core
-
-ADDRESS = 1 << 20  # of memory that nobody touches
-FACTS = {
-    "dtype": 0, "T": 1, "N": 1, "Cin": 1, "C": 8, "H": 8, "W": 8, "kernel": (3, 3),
-    "stride": (1, 1), "dilation": (1, 1), "pool": 0, "pool_size": (1, 1), "reset": 2,
-    "surrogate": 1, "p0": 2.0, "p1": 0.0, "inhibition": False, "num_levels": 0,
-}  # fmt: skip
+from launches import FACTS, calls
 
 
 @pytest.fixture
@@ -22,34 +16,8 @@ def core():
     found.reset()
 
 
-def images(time, channels, height, width):
-    """A contiguous tensor (T, N, ...) of one image a step, that nobody touches."""
-    size = channels * height * width
-    return (ADDRESS, size, size, height * width, width, 1)
-
-
-def calls(core, tf32: bool = True, **facts):
-    """Every entry point of the cell, one after the other; the launches that they come to."""
-    facts = FACTS | facts
-    module, cell = core.module, core.module.Cell(**facts)
-    target = module.cuda_target().wanting(int(tf32), 0)
-    time, c, h, w = (facts[k] for k in ("T", "C", "H", "W"))
-    state, x = images(time, c, h, w), images(time, facts["Cin"], h, w)
-    common = {"x": x, "syn0": state, "mem0": state, "weight": ADDRESS, "threshold": ADDRESS,
-              "graded": ADDRESS, "saved_gates": ADDRESS, "saved_syn": ADDRESS,
-              "workspace": ADDRESS}  # fmt: skip
-    with core.dry() as launches:
-        for backward in (False, True):
-            module.cuda_pack_weight(cell, target, 0, ADDRESS, backward, ADDRESS)
-        module.cuda_forward(cell, target, 0, record=True, spk=state, syn=state, mem=state, **common)
-        module.cuda_backward(cell, target, 0, record=True, grad_spk=state, grad_syn=state,
-                             grad_mem=state, grad_x=x, grad_syn0=state, grad_mem0=state,
-                             grad_weight=ADDRESS, grad_bias=ADDRESS, grad_threshold=ADDRESS,
-                             **common)  # fmt: skip
-        module.cuda_weight_gradient(cell, target, 0, x=x, mem=state, d_gates=ADDRESS,
-                                    grad_weight=ADDRESS, grad_bias=ADDRESS,
-                                    workspace=ADDRESS)  # fmt: skip
-    return launches
+def every_call(core, matrix=1, **facts):
+    return calls(core, matrix, **facts) + calls(core, matrix, weight_gradient=True, **facts)
 
 
 def reason(core, **facts):
@@ -60,7 +28,7 @@ def reason(core, **facts):
 @pytest.mark.parametrize("tf32", [False, True])
 def test_many_channels_fit_every_grid(core, tf32):
     """Rows of the weight's gradient were once numbered along the grid's short axis."""
-    launches = calls(core, tf32, Cin=3, C=16384, H=2, W=2)
+    launches = every_call(core, int(tf32), Cin=3, C=16384, H=2, W=2)
     assert any(launch.kernel == "add weight gradients" for launch in launches)
 
 
@@ -75,9 +43,9 @@ def test_many_channels_fit_every_grid(core, tf32):
 def test_the_limit_of_each_size(core, fits, over, subject):
     assert reason(core, **fits) == ""
     assert subject in reason(core, **over)
-    calls(core, **fits)
+    every_call(core, **fits)
     with pytest.raises(RuntimeError, match=subject):
-        calls(core, **over)
+        every_call(core, **over)
 
 
 def test_the_workspace_of_inference_does_not_grow_with_time(core):
