@@ -145,6 +145,17 @@ class MmaGemm {
     }
   }
 
+  // For one pair of n-tiles, of operands that are as the tensor cores take them.
+  SNNLSTM_DEVICE static void add_pair(Accumulators& acc, int pair, const uint32_t (&a)[2][4],
+                                      const uint4& w) {
+    const uint32_t w0[2] = {w.x, w.y}, w1[2] = {w.z, w.w};
+#pragma unroll
+    for (int mi = 0; mi < 2; ++mi) {
+      mma<tf32>(acc[mi][2 * pair], a[mi], w0);
+      mma<tf32>(acc[mi][2 * pair + 1], a[mi], w1);
+    }
+  }
+
   SNNLSTM_DEVICE void run(Accumulators& acc) {
     // 64 zero bytes behind the stages, for rows that have no source
     if (threadIdx.x < 4) store(zeros() + 16 * threadIdx.x, make_uint4(0, 0, 0, 0));
@@ -387,15 +398,6 @@ class MmaGemm {
     if (!both) return;
 #pragma unroll
     for (int pair = 0; pair < NT / 2; ++pair) add_pair(acc, pair, rest, w[pair]);
-  }
-  SNNLSTM_DEVICE static void add_pair(Accumulators& acc, int pair, const uint32_t (&a)[2][4],
-                                      const uint4& w) {
-    const uint32_t w0[2] = {w.x, w.y}, w1[2] = {w.z, w.w};
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi) {
-      mma<tf32>(acc[mi][2 * pair], a[mi], w0);
-      mma<tf32>(acc[mi][2 * pair + 1], a[mi], w1);
-    }
   }
 
   const MmaConv& p_;

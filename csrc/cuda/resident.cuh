@@ -10,7 +10,9 @@
 // units in every step.
 #pragma once
 
-#include "tile.cuh"
+#include <type_traits>
+
+#include "mma.cuh"
 
 namespace snnlstm::cuda {
 
@@ -42,10 +44,11 @@ struct SharedImage {
 };
 
 // Bytes from the image's start to the pixel that a convolution of this stride reads for pixel m of
-// the tile at tap 0, 0: up to its row, and the column. Any pixel where m is beyond the image.
+// the tile at tap 0, 0: up to its row, and the column. Where m is beyond the image, some pixel of
+// an even or odd column as m is.
 SNNLSTM_DEVICE void locate(const Tiling& tiling, const SharedImage& image, int m, int step_h,
                            int step_w, int& row, int& column) {
-  unsigned y = unsigned(m < tiling.h * tiling.w ? m : 0);
+  unsigned y = unsigned(m < tiling.h * tiling.w ? m : m & 1);
   column = int(tiling.by_w.split(y)) * step_w;
   row = int(y) * step_h * image.row;
 }
@@ -64,6 +67,8 @@ template <class Element, class R>
 SNNLSTM_DEVICE Element element_of(DType type, R value) {
   if constexpr (sizeof(Element) == 2)
     return Element(to_bits16(type, value));
+  else if constexpr (std::is_same_v<Element, tf32>)
+    return tf32{mma_gemm::rounds_to_tf32(detail::bits_of(value))};
   else
     return Element(value);
 }
@@ -73,9 +78,16 @@ template <class Element, class R, int N>
 SNNLSTM_DEVICE void put_channels(unsigned char* to, DType type, const R (&v)[N]) {
   if constexpr (N == 1)
     *reinterpret_cast<Element*>(to) = element_of<Element>(type, v[0]);
-  else if constexpr (sizeof(Element) != 2)
-    store_vector(reinterpret_cast<R*>(to), v);
-  else if constexpr (N == 2)
+  else if constexpr (sizeof(Element) != 2) {
+    R stored[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      stored[i] = v[i];
+      if constexpr (std::is_same_v<Element, tf32>)
+        stored[i] = detail::float_of(element_of<tf32>(type, v[i]).bits);
+    }
+    store_vector(reinterpret_cast<R*>(to), stored);
+  } else if constexpr (N == 2)
     store(to, pack16(type, v[0], v[1]));
   else
     store(to, make_uint2(pack16(type, v[0], v[1]), pack16(type, v[2], v[3])));

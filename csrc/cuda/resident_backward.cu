@@ -60,6 +60,7 @@ void resident_backward(const ResidentBackwardPlan& plan, const BackwardArgs& arg
   const MmaBuilder builder(type_of(p.multiply), plan.step.warps_n, plan.step.tiles);
   p.weight_bytes = plan.weight_bytes;
   p.chunks = int(depth.chunks), p.tail_steps = depth.tail_steps;
+  p.walk_units = int(depth.units());
   p.unit_bytes = builder.unit_bytes();
   with_element(p.multiply,
                [&](auto element) { launch(how, &resident_backward_mma<decltype(element)>, p); });

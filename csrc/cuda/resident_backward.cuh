@@ -37,9 +37,9 @@ struct ResidentBackward {
   ResidentBackwardLayout at;
   Multiply multiply = Multiply::fma;
   const void* weight = nullptr;
-  int weight_bytes = 0;                            // mma
-  int weight_rows = 0;                             // fma: of K as packed
-  int chunks = 0, tail_steps = 0, unit_bytes = 0;  // mma
+  int weight_bytes = 0;                                            // mma
+  int weight_rows = 0;                                             // fma: of K as packed
+  int chunks = 0, tail_steps = 0, walk_units = 0, unit_bytes = 0;  // mma
   SmallDivisor by_groups;
   int units = 0, channels = 0;
   // The pointwise part: a warp's lanes hold 1 << quad_bits times 4 channels of each pixel.
@@ -210,7 +210,10 @@ class ResidentBackwardMma {
   SNNLSTM_DEVICE void copy_weights() const {
     copy_to_shared(shared_ + p_.at.weights, p_.weight, p_.weight_bytes);
   }
-  SNNLSTM_DEVICE void fill_table() const {}
+  SNNLSTM_DEVICE void fill_table() const {
+    fill_walk(reinterpret_cast<int*>(shared_ + p_.at.table), p_.window, p_.at.d_gates, p_.chunks,
+              p_.tail_steps);
+  }
 
   SNNLSTM_DEVICE void multiply(int u, const unsigned char* d_gates) {
 #pragma unroll
@@ -224,8 +227,9 @@ class ResidentBackwardMma {
     pixel_ = int(tile) * mma_gemm::kWarpPixels, channel_ = 16 * group;
     const unsigned char* b =
         shared_ + p_.at.weights + group * MmaGemm<Element, 2, true>::kPairBytes + lane_ * 16;
-    const ResidentWalk<Element, 2> walk{p_.multiply, p_.tiling,     p_.at.d_gates, p_.window,
-                                        p_.chunks,   p_.tail_steps, p_.unit_bytes};
+    const int* table = reinterpret_cast<const int*>(shared_ + p_.at.table);
+    const ResidentWalk<Element, 2> walk{p_.multiply, p_.tiling,     p_.at.d_gates,
+                                        table,       p_.walk_units, p_.unit_bytes};
     walk.add(pixel_, 1, 1, d_gates, b, acc_);
   }
 
@@ -308,7 +312,7 @@ __global__ void __launch_bounds__(resident::backward_threads(sizeof(float)), 1)
     auto* shared = &shared_memory<unsigned char>();
     Block block = resident_block();
     const auto tile = resident_tile<float>(p, shared, block);
-    ResidentBackwardBlock<Element, float, false> sequence(p, shared, block, tile);
+    ResidentBackwardBlock<Stored<Element>, float, false> sequence(p, shared, block, tile);
     ResidentBackwardMma<Element> unit(p, shared);
     sequence.run(unit);
   }

@@ -58,6 +58,7 @@ inline ResidentBackwardPlan plan_resident_backward(const Cell& c, const Target& 
     const MmaDepth depth = gates_depth(c, step.multiply);
     const MmaBuilder builder(type_of(step.multiply), step.warps_n, step.tiles);
     resident::as_pixels(at.d_gates, depth, builder.type.element, plan.tiling.w);
+    table = 2 * depth.units();
     plan.weight_bytes = int(ceil_div(c.C, step.channels()) * depth.units() * builder.unit_bytes());
   } else {
     resident::as_planes(at.d_gates, int(4 * s.Cp), real);

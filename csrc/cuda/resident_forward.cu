@@ -56,8 +56,9 @@ void resident_forward(const ForwardArgs& args, const Target& target) {
   p.weight_bytes = plan.weight_bytes;
   p.gathers = of_x.patches;
   p.chunks[0] = int(of_x.chunks), p.chunks[1] = int(of_mem.chunks);
-  p.tail_steps[0] = of_x.patches ? int(of_x.units()) : of_x.tail_steps;
-  p.tail_steps[1] = of_mem.tail_steps;
+  p.tail_steps[0] = of_x.tail_steps, p.tail_steps[1] = of_mem.tail_steps;
+  p.units_of[0] = int(of_x.units()), p.units_of[1] = int(of_mem.units());
+  p.table_of_mem = plan.table_of_mem;
   p.unit_bytes = builder.unit_bytes(), p.warp_columns = plan.step.warps_n;
   p.weight_pitch = (of_x.units() + of_mem.units()) * builder.unit_bytes();
   with_element(p.multiply, [&](auto element) {

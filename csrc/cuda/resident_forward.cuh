@@ -27,7 +27,8 @@ struct ResidentForward {
   int channels = 0;  // of ForwardTile
   // mma: the walk over the weights
   bool gathers = false;  // x: few channels, K = (tap, channel)
-  int chunks[2] = {0, 0}, tail_steps[2] = {0, 0};
+  int chunks[2] = {0, 0}, tail_steps[2] = {0, 0}, units_of[2] = {0, 0};
+  int table_of_mem = 0;
   int unit_bytes = 0, warp_columns = 1;
   int64_t weight_pitch = 0;  // bytes of a column block
 };
@@ -214,10 +215,14 @@ class ResidentMma {
     copy_to_shared(shared_ + p_.at.weights, p_.weight, p_.weight_bytes);
   }
 
+  // Of x, then of mem.
   SNNLSTM_DEVICE void fill_table() const {
+    int* table = reinterpret_cast<int*>(shared_ + p_.at.table);
     if (p_.gathers)
-      fill_taps(reinterpret_cast<int*>(shared_ + p_.at.table), p_.tail_steps[0] * kPerStep, p_.x,
-                p_.x.channels, p_.at.x);
+      fill_taps(table, p_.units_of[0] * kPerStep, p_.x, p_.x.channels, p_.at.x);
+    else
+      fill_walk(table, p_.x, p_.at.x, p_.chunks[0], p_.tail_steps[0]);
+    fill_walk(table + p_.table_of_mem, p_.x, p_.at.mem, p_.chunks[1], p_.tail_steps[1]);
   }
 
   SNNLSTM_DEVICE void multiply(int u, const unsigned char* x, const unsigned char* mem) {
@@ -249,8 +254,9 @@ class ResidentMma {
  private:
   SNNLSTM_DEVICE void walk(int u, const SharedImage& image, int step_h, int step_w, int half,
                            const unsigned char* from, const unsigned char*& b) {
-    const ResidentWalk<Element, kTiles> walk{
-        p_.multiply, p_.tiling, image, p_.x, p_.chunks[half], p_.tail_steps[half], p_.unit_bytes};
+    const int* table = reinterpret_cast<const int*>(shared_ + p_.at.table) + half * p_.table_of_mem;
+    const ResidentWalk<Element, kTiles> walk{p_.multiply, p_.tiling,         image,
+                                             table,       p_.units_of[half], p_.unit_bytes};
     walk.add(first_pixel(u), step_h, step_w, from, b, acc_);
   }
 
@@ -267,7 +273,7 @@ class ResidentMma {
       }
     const int* table = reinterpret_cast<const int*>(shared_ + p_.at.table);
 #pragma unroll 1
-    for (int step = 0; step < p_.tail_steps[0]; ++step) {
+    for (int step = 0; step < p_.units_of[0]; ++step) {
       uint32_t a[2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -289,7 +295,7 @@ class ResidentMma {
         }
       }
       __syncwarp();
-      Gemm::product(p_.multiply, a, b, acc_);
+      product_of_stored<Element>(p_.multiply, a, b, acc_);
       b += p_.unit_bytes;
     }
   }
@@ -311,7 +317,7 @@ __global__ void __launch_bounds__(resident::threads(4 * Tiles), 1)
     auto* shared = &shared_memory<unsigned char>();
     Block block = resident_block();
     const auto tile = resident_tile<float>(p, shared, block);
-    ResidentForwardBlock<Element, float, 2 * Tiles> sequence(p, shared, block, tile);
+    ResidentForwardBlock<Stored<Element>, float, 2 * Tiles> sequence(p, shared, block, tile);
     ResidentMma<Element, Tiles> unit(p, shared);
     sequence.run(unit);
   }

@@ -1,57 +1,99 @@
 // Products on tensor cores of images and weights that lie in shared memory as a whole.
 #pragma once
 
+#include <type_traits>
+
 #include "mma.cuh"
 #include "resident.cuh"
 
 namespace snnlstm::cuda {
 
+// What lies in an image that operands of this type are read from: tf32 is rounded when it is
+// stored, once, and not whenever it is read.
+template <class Element>
+using Stored = std::conditional_t<std::is_same_v<Element, float>, tf32, Element>;
+
+// For each unit of a walk over an image's taps: bytes from a pixel of an even column, and from one
+// of an odd column, to what the unit reads. chunks, tail_steps: of K, as MmaSegment has them.
+SNNLSTM_DEVICE void fill_walk(int* table, const Segment& s, const SharedImage& image, int chunks,
+                              int tail_steps) {
+  const int full = 2 * s.taps(), units = full * (chunks - 1) + s.taps() * tail_steps;
+  for (int u = int(threadIdx.x); u < units; u += int(blockDim.x)) {
+    const int chunk = min(u / full, chunks - 1);
+    const int steps = chunk + 1 < chunks ? 2 : tail_steps;
+    const int tap = (u - chunk * full) / steps, step = (u - chunk * full) % steps;
+    const int right = tap % s.taps_w * s.dilation_w;
+    const int down = tap / s.taps_w * s.dilation_h * image.row + chunk * 64 + step * 32;
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd)
+      table[2 * u + odd] = down + image.pixel(0, odd + right) - image.pixel(0, odd);
+  }
+}
+
+// acc += a b for one k-step, as MmaGemm::product(), a of Stored<Element>.
+template <class Element, int NT>
+SNNLSTM_DEVICE void product_of_stored(Multiply multiply, uint32_t (&a)[2][4],
+                                      const unsigned char* b, float (&acc)[2][NT][4]) {
+  using Gemm = MmaGemm<Element, NT, true>;
+  if constexpr (std::is_same_v<Element, float>) {
+#pragma unroll
+    for (int pair = 0; pair < NT / 2; ++pair)
+      Gemm::add_pair(acc, pair, a, load<uint4>(b + pair * Gemm::kPairBytes));
+  } else {
+    Gemm::product(multiply, a, b, acc);
+  }
+}
+
 // One half of a convolution for a warp's 32 pixels x NT n-tiles.
 template <class Element, int NT>
 struct ResidentWalk {
+  static constexpr bool kParts = MmaGemm<Element, NT, true>::kParts;
+  static constexpr int kFolded = 32;  // k-steps, where the tensor cores' sums are folded
+
   Multiply multiply;
   const Tiling& tiling;
   const SharedImage& image;  // pixels with all channels
-  const Segment& taps;
-  int chunks, tail_steps;  // of K, as MmaSegment has them
-  int unit_bytes;
+  const int* table;          // see fill_walk()
+  int units, unit_bytes;
 
   // b: the lane's B fragments of the first unit, moved on to the unit behind the last.
   SNNLSTM_DEVICE void add(int first_pixel, int step_h, int step_w, const unsigned char* from,
                           const unsigned char*& b, float (&acc)[2][NT][4]) const {
     const int lane = int(threadIdx.x) % 32;
     const unsigned char* row[2];
-    int column[2];
+    int column = 0;
 #pragma unroll
     for (int mi = 0; mi < 2; ++mi) {
       int y;
       const int m = first_pixel + mi * 16 + 2 * (lane % 8) + (lane >> 3 & 1);
-      locate(tiling, image, m, step_h, step_w, y, column[mi]);
-      if (fault(Fault::wrong_halo, 20)) ++column[mi];
-      row[mi] = from + y + (lane >> 4) * 16;
+      locate(tiling, image, m, step_h, step_w, y, column);
+      if (fault(Fault::wrong_halo, 20)) ++column;
+      row[mi] = from + y + image.pixel(0, column) + (lane >> 4) * 16;
     }
+    const int* offset = table + (column & 1);  // of both pixels: tiles are of even width
+    if constexpr (kParts) {
 #pragma unroll 1
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const int steps = chunk + 1 < chunks ? 2 : tail_steps;
-#pragma unroll 1
-      for (int tap_h = 0; tap_h < taps.taps_h; ++tap_h) {
-        const int down = tap_h * taps.dilation_h * image.row + chunk * 64;
-#pragma unroll 1
-        for (int tap_w = 0; tap_w < taps.taps_w; ++tap_w) {
-          int at[2];
+      for (int first = 0; first < units; first += kFolded) {
+        float part[2][NT][4] = {};
+        add_units(row, offset, first, min(first + kFolded, units), b, part);
 #pragma unroll
-          for (int mi = 0; mi < 2; ++mi)
-            at[mi] = down + image.pixel(0, column[mi] + tap_w * taps.dilation_w);
-#pragma unroll 1
-          for (int step = 0; step < steps; ++step) {
-            uint32_t a[2][4];
-#pragma unroll
-            for (int mi = 0; mi < 2; ++mi) ldmatrix(a[mi], row[mi] + at[mi] + step * 32);
-            MmaGemm<Element, NT, true>::product(multiply, a, b, acc);
-            b += unit_bytes;
-          }
-        }
+        for (int i = 0; i < 2 * NT * 4; ++i) (&acc[0][0][0])[i] += (&part[0][0][0])[i];
       }
+    } else {
+      add_units(row, offset, 0, units, b, acc);
+    }
+  }
+
+ private:
+  SNNLSTM_DEVICE void add_units(const unsigned char* const (&row)[2], const int* offset, int first,
+                                int last, const unsigned char*& b, float (&acc)[2][NT][4]) const {
+#pragma unroll 1
+    for (int u = first; u < last; ++u, b += unit_bytes) {
+      const int at = offset[2 * u];
+      uint32_t a[2][4];
+#pragma unroll
+      for (int mi = 0; mi < 2; ++mi) ldmatrix(a[mi], row[mi] + at);
+      product_of_stored<Element>(multiply, a, b, acc);
     }
   }
 };

@@ -15,7 +15,7 @@ struct ResidentPlan {
   int groups = 0, units = 0, patches = 0;  // units of the same pixels, of the image; of a warp
   int warps = 0;
   ResidentLayout at;
-  int weight_bytes = 0;
+  int weight_bytes = 0, table_of_mem = 0;
 
   int threads() const { return 32 * warps; }
 };
@@ -139,9 +139,11 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
     const MmaDepth of_x = x_depth(c, plan.step.multiply), of_mem = mem_depth(c, plan.step.multiply);
     const MmaType type = type_of(plan.step.multiply);
     if (of_x.patches)
-      resident::as_planes(at.x, int(c.Cin), type.element), table = of_x.units() * type.per_step();
+      resident::as_planes(at.x, int(c.Cin), type.element);
     else
       resident::as_pixels(at.x, of_x, type.element, tiling.w);
+    plan.table_of_mem = int(of_x.units()) * (of_x.patches ? type.per_step() : 2);
+    table = plan.table_of_mem + 2 * of_mem.units();
     resident::as_pixels(at.mem, of_mem, type.element, tiling.w);
     const MmaBuilder builder(type, plan.step.warps_n, plan.step.tiles);
     plan.weight_bytes = int(ceil_div(c.C, plan.step.channels()) * (of_x.units() + of_mem.units()) *
