@@ -8,6 +8,7 @@ try:
     from . import functional, quant, reference, surrogate
     from .blocks import empty_cache
     from .path import algorithm, set_algorithm
+    from .rates import spike_rates
     from .sconv2dlstm import SConv2dLSTM
     from .sequential import Sequential, unroll
     from .swap import accelerate, patch, restore, unpatch
@@ -30,6 +31,7 @@ __all__ = [
     "reference",
     "restore",
     "set_algorithm",
+    "spike_rates",
     "surrogate",
     "unpatch",
     "unroll",

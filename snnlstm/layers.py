@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .path import global_hooks
+from .rates import Count
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Base, Neuron
 
@@ -67,7 +68,7 @@ def changed(layer: nn.Module) -> str | None:
     """What makes a call of the layer more than its class's forward; None if nothing does."""
     if (
         layer._forward_pre_hooks
-        or layer._forward_hooks
+        or not all(isinstance(hook, Count) for hook in layer._forward_hooks.values())
         or layer._backward_hooks
         or layer._backward_pre_hooks
     ):

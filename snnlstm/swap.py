@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
+from .arguments import flag, never_spikes
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Base, Neuron, forget, recognise_quant, recognise_surrogate
 
@@ -19,6 +20,8 @@ __all__ = ["Patch", "SwapReport", "accelerate", "patch", "restore", "unpatch"]
 
 logger = logging.getLogger("snnlstm")
 
+_ITSELF = "(the model itself)"
+_SILENT = "NEVER SPIKES: no mem exceeds its threshold of 1 or more; 0.1 and below are usual"
 _ALREADY = ("is snnlstm's already", "is snntorch's already")
 
 
@@ -37,12 +40,18 @@ class SwapReport:
         several places stands here with every name, and the name of the model itself is "".
     left : dict of str to str
         Names of the cells and neurons that are as they were, each with the reason.
+    surrogates : tuple of str
+        Names of snnTorch's other neurons that got picklable surrogates.
+    silent : tuple of str
+        Names of the cells whose threshold no mem can exceed, so that they never spike.
     """
 
     action: str
     model: nn.Module
     swapped: tuple[str, ...]
     left: dict[str, str] = field(default_factory=dict)
+    surrogates: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
 
     @property
     def headline(self) -> str:
@@ -52,10 +61,12 @@ class SwapReport:
     def __str__(self) -> str:
         rows = [(name, "swapped") for name in self.swapped]
         rows += [(name, f"left: {reason}") for name, reason in self.left.items()]
-        names = [name or "(the model itself)" for name, _ in rows]
-        width = max(map(len, names), default=0)
+        width = max((len(name or _ITSELF) for name, _ in rows), default=0)
         lines = [self.headline]
-        lines += [f"  {name:{width}}  {what}" for name, (_, what) in zip(names, rows, strict=True)]
+        for name, what in rows:
+            what += "; its surrogate is snnlstm's now" if name in self.surrogates else ""
+            what += f"; {_SILENT}" if name in self.silent else ""
+            lines.append(f"  {name or _ITSELF:{width}}  {what}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -64,7 +75,7 @@ class SwapReport:
 # ---- in a model ---------------------------------------------------------------------------
 
 
-def accelerate(model: nn.Module) -> SwapReport:
+def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     """Replace every ``snntorch.SConv2dLSTM`` in a model by ours, in place.
 
     The replacement shares the parameters, buffers, submodules, state and hooks of the cell
@@ -81,6 +92,10 @@ def accelerate(model: nn.Module) -> SwapReport:
     ----------
     model : nn.Module
         A model, or a bare cell: the new one is then ``report.model``.
+    surrogates : bool, default False
+        Also give snnTorch's other neurons our surrogates in the place of its closures. They
+        compute the same; and a model without closures can be pickled, so that
+        ``torch.save(model)`` works. :func:`snnlstm.restore` leaves them there.
 
     Returns
     -------
@@ -94,7 +109,35 @@ def accelerate(model: nn.Module) -> SwapReport:
         If `model` is not an nn.Module.
     """
     _require_snntorch("accelerate")
-    return _swap("accelerate", model, Base, _why_not_ours, _adopt)
+    surrogates = flag("surrogates", surrogates)
+    report = _swap("accelerate", model, Base, _why_not_ours, _adopt)
+    named = list(report.model.named_modules(remove_duplicate=False))
+    changed = {id(m) for _, m in named if surrogates and _take_our_surrogate(m)}
+    return replace(
+        report,
+        surrogates=tuple(name for name, module in named if id(module) in changed),
+        silent=tuple(name for name, module in named if _is_silent(module)),
+    )
+
+
+def _take_our_surrogate(neuron: nn.Module) -> bool:
+    """Replace a closure of snnTorch's in another neuron; whether there was one."""
+    if Neuron is None or not isinstance(neuron, Neuron) or isinstance(neuron, SConv2dLSTM):
+        return False
+    ours = recognise_surrogate(neuron.spike_grad)
+    found = ours is not neuron.spike_grad
+    if found:
+        neuron.spike_grad = ours
+    return found
+
+
+def _is_silent(module: nn.Module) -> bool:
+    return (
+        isinstance(module, Base)
+        and not isinstance(module.threshold, nn.Parameter)
+        and not module.state_quant
+        and never_spikes(module.threshold)
+    )
 
 
 def restore(model: nn.Module) -> SwapReport:

@@ -376,3 +376,42 @@ def test_restore_leaves_what_snntorch_cannot_do_and_says_why(make, reason):
     assert model["left"] is cell
     assert report.swapped == ("done",)
     close(model["done"](X.double()), ours().double()(X.double()))
+
+
+def test_accelerate_gives_other_neurons_surrogates_that_can_be_pickled():
+    def mine(x):
+        return (x > 0).float()
+
+    model = nn.ModuleDict({
+        "cell": theirs(),
+        "leaky": snntorch.Leaky(0.9, spike_grad=snntorch.surrogate.fast_sigmoid(slope=7)),
+        "own": snntorch.Leaky(0.9, spike_grad=mine),
+    })  # fmt: skip
+    closure = model["leaky"].spike_grad
+    assert snnlstm.accelerate(model).surrogates == ()
+    assert model["leaky"].spike_grad is closure
+    report = snnlstm.accelerate(model, surrogates=True)
+    assert report.surrogates == ("leaky",)
+    assert str(report).splitlines()[2].endswith("; its surrogate is snnlstm's now")
+    assert model["leaky"].spike_grad == snnlstm.surrogate.fast_sigmoid(slope=7)
+    assert model["own"].spike_grad is mine
+    pickle.dumps(model["leaky"])
+    with pytest.raises(TypeError, match="surrogates must be a bool, got 'all'"):
+        snnlstm.accelerate(model, surrogates="all")
+
+
+def test_the_report_names_the_cells_that_never_spike():
+    def cell(**kwargs):
+        return theirs(2, 2, 3, **kwargs)
+
+    model = nn.ModuleDict({
+        "silent": cell(threshold=1.0), "high": cell(threshold=torch.full((2, 1, 1), 1.5)),
+        "learned": cell(threshold=1.0, learn_threshold=True), "low": cell(),
+        "mixed": cell(threshold=torch.tensor([0.1, 2.0]).view(2, 1, 1)),
+        "ours": ours(2, 2, 3, threshold=1.0),
+    })  # fmt: skip
+    report = snnlstm.accelerate(model)
+    assert report.silent == ("silent", "high", "ours")
+    lines = str(report).splitlines()
+    assert [line.split()[0] for line in lines if "NEVER SPIKES" in line] == [*report.silent]
+    assert lines[1].startswith("  silent   swapped; NEVER SPIKES: no mem exceeds its threshold")

@@ -1,0 +1,150 @@
+"""How often the neurons of a network spike: the first question to one that does not learn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .sconv2dlstm import SConv2dLSTM
+from .snntorch import Neuron
+
+__all__ = ["Count", "SpikeRates", "spike_rates"]
+
+
+@dataclass(eq=False)
+class Count:
+    """What one neuron layer did: a forward hook that counts.
+
+    Parameters
+    ----------
+    layer : str
+        Its class.
+    threshold : float or None
+        Its lowest threshold.
+    spikes : Tensor
+        Number of spikes, a scalar.
+    chances : int
+        Number of neurons, times samples, times steps.
+    highest : Tensor or None
+        The highest mem at the end of a call, a scalar; None without one.
+    """
+
+    layer: str
+    threshold: float | None
+    spikes: Tensor | int = 0
+    chances: int = 0
+    highest: Tensor | None = None
+
+    def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        with torch.no_grad():
+            while isinstance(output, tuple | list):
+                output = output[0]
+            self.spikes = self.spikes + output.count_nonzero()
+            self.chances += output.numel()
+            mem = getattr(layer, "_mem" if isinstance(layer, SConv2dLSTM) else "mem", None)
+            if isinstance(mem, Tensor) and mem.numel():
+                highest = mem.detach().max()
+                self.highest = (
+                    highest if self.highest is None else torch.maximum(highest, self.highest)
+                )
+
+    @property
+    def rate(self) -> float:
+        """Spikes per neuron and step; NaN where the layer was not called."""
+        return float(self.spikes) / self.chances if self.chances else float("nan")
+
+
+class SpikeRates(dict[str, Count]):
+    """What :func:`snnlstm.spike_rates` counts, by name of the layer. Printed, it is a table."""
+
+    def __init__(self, model: nn.Module, show: bool) -> None:
+        super().__init__()
+        self._show = show
+        self._handles: list[Any] = []
+        kinds = (SConv2dLSTM,) if Neuron is None else (SConv2dLSTM, Neuron)
+        self._layers: list[tuple[str, nn.Module]] = [
+            (name, module) for name, module in model.named_modules() if isinstance(module, kinds)
+        ]
+
+    def __enter__(self) -> SpikeRates:
+        for name, layer in self._layers:
+            threshold = getattr(layer, "threshold", None)
+            lowest = float(threshold.detach().min()) if isinstance(threshold, Tensor) else None
+            self[name] = Count(type(layer).__name__, lowest)
+            self._handles.append(layer.register_forward_hook(self[name]))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        if self._show and kind is None:
+            print(self)
+
+    def __str__(self) -> str:
+        rows = [("layer", "", "rate", "spikes", "mem up to", "threshold", "")]
+        for name, count in self.items():
+            if not count.chances:
+                note = "not called"
+            else:
+                note = "" if count.spikes else "never spiked"
+            numbers = (count.highest, count.threshold)
+            highest, threshold = ("" if n is None else f"{float(n):.3g}" for n in numbers)
+            rate = f"{count.rate:.2%}" if count.chances else ""
+            spikes = str(int(count.spikes))
+            rows.append((name or ".", count.layer, rate, spikes, highest, threshold, note))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if place in (0, 1, 6) else cell.rjust(width)
+                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def spike_rates(model: nn.Module, show: bool = True) -> SpikeRates:
+    """Count the spikes of every neuron layer of a network within a ``with`` block.
+
+    Cells of ours, of snnTorch, and its other neurons. What the layers compute, and by which
+    kernels, is not changed; they are called as always. ::
+
+        with snnlstm.spike_rates(net):
+            net(x)
+
+    prints, at the end of the block::
+
+        layer               rate  spikes  mem up to  threshold
+        lstm1  SConv2dLSTM  5.31%   1203      0.192        0.1
+        lstm2  SConv2dLSTM  0.00%      0     0.0871          1  never spiked
+
+    Parameters
+    ----------
+    model : nn.Module
+    show : bool, default True
+        Print the table when the block ends.
+
+    Returns
+    -------
+    SpikeRates
+        A dictionary: ``rates["lstm1"].rate`` is the number of spikes per neuron and step.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    return SpikeRates(model, show)

@@ -1,0 +1,96 @@
+"""snnlstm.spike_rates counts spikes and changes nothing."""
+
+import copy
+import math
+
+import pytest
+import snntorch
+import torch
+from helpers import close, ours, quietly, steps, theirs
+from torch import nn
+
+import snnlstm
+
+X = steps(4, 2, 2, 6, 6)
+
+
+def network(cell=ours):
+    grad = snnlstm.surrogate.atan()
+    return nn.Sequential(
+        cell(init_hidden=True, max_pool=2),
+        cell(3, 2, 3, init_hidden=True, threshold=0.9, spike_grad=grad),
+        nn.Flatten(),
+        nn.Linear(18, 4),
+        snntorch.Leaky(beta=0.9, threshold=0.1, init_hidden=True, spike_grad=grad),
+    )
+
+
+@pytest.mark.parametrize("cell", [ours, theirs])
+def test_it_counts_the_spikes_of_every_neuron_layer(cell):
+    net = network(cell)
+    with snnlstm.spike_rates(net, show=False) as rates:
+        spikes = [0, 0]
+        for x in X:
+            first = net[0](x)
+            spikes[0] += int(first.sum())
+            spikes[1] += int(net[2:](net[1](first)).sum())
+    assert list(rates) == ["0", "1", "4"]
+    assert [int(rates[name].spikes) for name in rates] == [spikes[0], 0, spikes[1]]
+    assert spikes[0] > 0
+    assert rates["0"].rate == spikes[0] / (4 * 2 * 3 * 3 * 3)
+    assert rates["4"].chances == 4 * 2 * 4
+    assert 0 < float(rates["1"].highest) < 0.9
+    net(X[0])  # outside of the block
+    assert rates["4"].chances == 4 * 2 * 4
+
+
+def test_it_changes_neither_results_nor_paths(backend, caplog):
+    one, other = snnlstm.Sequential(*network()), snnlstm.Sequential(*network())
+    other.load_state_dict(one.state_dict())
+    expected = other(X)
+    with snnlstm.spike_rates(one, show=False) as rates:
+        close(one(X), expected, atol=0)
+    assert one.plan == other.plan
+    backend.check(one[0].path)
+    assert rates["0"].chances == 4 * 2 * 3 * 3 * 3
+    assert not any("Sequential runs" in record.getMessage() for record in caplog.records)
+    expected.sum().backward()
+    assert not one[0]._forward_hooks
+    copy.deepcopy(one[0])
+
+
+def test_the_table_names_what_never_spiked_and_what_was_not_called(capsys):
+    net = nn.ModuleDict({"a": ours(), "b": quietly(ours, threshold=1.0), "c": ours(seed=2)})
+    with snnlstm.spike_rates(net) as rates:
+        net["a"](X)
+        net["b"](X[0])
+    printed = capsys.readouterr().out
+    assert printed == f"{rates}\n"
+    lines = printed.splitlines()
+    assert lines[0].split() == ["layer", "rate", "spikes", "mem", "up", "to", "threshold"]
+    assert lines[1].split()[:4] == [
+        "a", "SConv2dLSTM", f"{rates['a'].rate:.2%}", str(int(rates["a"].spikes)),
+    ]  # fmt: skip
+    assert lines[2].endswith("1  never spiked")
+    assert lines[3].endswith("not called")
+    assert math.isnan(rates["c"].rate)
+
+
+def test_a_model_without_neurons_and_what_is_no_model():
+    with snnlstm.spike_rates(nn.Linear(2, 2), show=False) as rates:
+        pass
+    assert rates == {}
+    assert len(str(rates).splitlines()) == 1
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
+        snnlstm.spike_rates([ours()])
+
+
+def test_after_an_error_the_hooks_are_gone_and_nothing_is_printed(capsys):
+    cell = ours()
+    with pytest.raises(KeyError), snnlstm.spike_rates(cell):
+        raise KeyError
+    assert not cell._forward_hooks
+    assert capsys.readouterr().out == ""
+    with snnlstm.spike_rates(cell, show=False) as rates:
+        cell(torch.zeros(1, 2, 5, 5))
+    assert list(rates) == [""]
