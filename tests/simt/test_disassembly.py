@@ -4,6 +4,7 @@ asynchronous copies (LDGSTS), fragment loads (LDSM) and 128-bit accesses to glob
 import re
 
 import gpu_tools
+import machine_code
 import pytest
 from builder import KERNELS, ROOT
 from test_compiles import TUNED, compiled, installed_module, needs_cuobjdump, needs_nvcc
@@ -97,3 +98,62 @@ def test_installed_kernels(file, pattern, arch):
 def test_kernels_compiled_anew(file, pattern, arch):
     binary, _ = compiled()[CUDA / f"{file}.cu"]
     check(binary, arch, file, pattern)
+
+
+# Instructions per HMMA in the inner loops, by file and by how the names of instances begin. In
+# parts (3xTF32) three HMMA count as one.
+MOST = {
+    "half": 8,
+    "tf32": 10,
+    "parts": 14,
+}
+# What is above, with the bound that holds meanwhile. A warp of the narrow backward step has only 4
+# HMMA a k-step, for 16 channels; the weight gradient splits both operands in its loop.
+ABOVE = {
+    ("backward_mma", "half", 4): 9,
+    ("backward_mma", "parts", 12): 21,
+    ("weight_grad_mma", "parts", 72): 15,
+}
+
+
+def kind_of(kernel: str) -> str:
+    if "Parts" in kernel or "Multiply)4" in kernel:
+        return "parts"
+    return "tf32" if "<float" in kernel or "Multiply)3" in kernel else "half"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("file", ["forward_mma", "backward_mma", "weight_grad_mma"])
+def test_inner_loops_do_little_beside_multiplying(file):
+    source = CUDA / f"{file}.cu"
+    binary, _ = gpu_tools.compile_fatbin(source, gpu_tools.known_architectures())
+    found = machine_code.loops_of_binary(binary, 90)
+    assert found
+    for kernel, loops in found.items():
+        kind = kind_of(kernel)
+        for loop in loops:
+            assert loop.slow() == [], kernel
+            per_hmma = loop.per_hmma * (3 if kind == "parts" else 1)
+            assert per_hmma <= ABOVE.get((file, kind, loop.hmma), MOST[kind]), kernel
+
+
+@needs_nvcc
+def test_slow_instructions_in_a_loop_are_seen(tmp_path):
+    source = tmp_path / "slow.cu"
+    source.write_text(
+        '#include "primitives.cuh"\n'
+        "using namespace snnlstm::cuda;\n"
+        "__global__ void slow(float* out, const uint32_t* in, int n, int width) {\n"
+        "  float d[4] = {};\n"
+        "  for (int i = 0; i < n; ++i) {\n"
+        "    const uint32_t a[4] = {in[i / width], in[i % width], in[i], in[i + 1]};\n"
+        "    const uint32_t b[2] = {a[0], a[1]};\n"
+        "    mma<tf32>(d, a, b);\n"
+        "  }\n"
+        "  out[threadIdx.x] = d[0] + d[1] + d[2] + d[3];\n"
+        "}\n"
+    )
+    binary, _ = gpu_tools.compile_fatbin(source, (90,))
+    (loops,) = machine_code.loops_of_binary(binary, 90).values()
+    assert any("MUFU.RCP" in loop.slow() or "I2F.U32.RP" in loop.slow() for loop in loops)
+    assert max(loop.per_hmma for loop in loops) > MOST["tf32"]
