@@ -1,5 +1,5 @@
 // The backward pass of a sequence, last step first: which kernels, in which order, on which memory.
-// One launch a step, then one for the first mem's gradient, one for x's and a few for the
+// One launch a step, then one for the gradients of x and of the first mem, and a few for the
 // parameters.
 #include <optional>
 
@@ -51,9 +51,8 @@ class Backward {
           weight_for(Use::gates_to_mem), target_);
     } else {
       for (int64_t t = c.T - 1; t >= 0; --t) step(t);
-      if (a_.grad_mem0.data) data_gradient(plan_.to_mem, Use::gates_to_mem, mem0_gradient());
     }
-    if (a_.grad_x.data) data_gradient(plan_.to_x, Use::gates_to_x, x_gradient());
+    data_gradients();
     if (weights_) {
       WeightGradient::Sources from;
       from.x = tensor(a_.x, type_, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
@@ -139,26 +138,7 @@ class Backward {
     }
     Segment s;
     if (t < c.T - 1) s = transposed(d_gates(t + 1), false);
-    run_step(plan_.to_mem, Use::gates_to_mem, s, n, Tensor());
-  }
-
-  struct Output {
-    Tensor tensor;
-    Image gates;
-    int height, width;
-  };
-  Output mem0_gradient() const {
-    return {state_tensor(s_.c, a_.grad_mem0, 0, 4), d_gates(0), int(s_.Ho), int(s_.Wo)};
-  }
-  Output x_gradient() const {
-    const Cell& c = s_.c;
-    return {tensor(a_.grad_x, type_, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4), d_gates(0), int(c.H),
-            int(c.W)};
-  }
-  void data_gradient(const DataPlan& plan, Use use, const Output& out) const {
-    NeuronBackward n;
-    n.Ho = out.height, n.Wo = out.width;
-    run_step(plan, use, transposed(out.gates, use == Use::gates_to_x), n, out.tensor);
+    run_step(s, n);
   }
 
   // The packed weight of either gradient.
@@ -168,35 +148,73 @@ class Backward {
     return static_cast<const char*>(a_.weight) + before.bytes();
   }
 
+  Segment with_weight(Segment s, Use use) const {
+    s.weight = weight_for(use);
+    s.weight_pitch = fma::depth(s) * fma::kColumns;
+    return s;
+  }
+  MmaConv conv(const DataPlan& plan, Use use, const Segment& s) const {
+    MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);
+    const MmaDepth depth = gates_depth(s_.c, plan.multiply);
+    if (s.channels > 0) builder.add(s, depth, plan.tiling);
+    builder.finish(weight_for(use), 0, depth.units(), plan.threads());
+    builder.conv.k_groups = plan.k_groups;
+    return builder.conv;
+  }
+
   // s without channels: there is nothing to convolve.
-  void run_step(const DataPlan& plan, Use use, Segment s, const NeuronBackward& n,
-                const Tensor& out) const {
-    const char* weight = weight_for(use);
+  void run_step(const Segment& s, const NeuronBackward& n) const {
+    const DataPlan& plan = plan_.to_mem;
     if (!plan.mma()) {
       BackwardFma p;
       p.tiling = plan.tiling;
-      s.weight = weight;
-      s.weight_pitch = fma::depth(s) * fma::kColumns;
-      p.d_gates = s;
+      p.d_gates = with_weight(s, Use::gates_to_mem);
       p.neuron = n;
-      p.out = out;
       return launch_backward_fma(p, type_, stream());
     }
     BackwardMma p;
     p.tiling = plan.tiling;
-    MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);
-    const MmaDepth depth = gates_depth(s_.c, plan.multiply);
-    if (s.channels > 0) builder.add(s, depth, p.tiling);
-    builder.finish(weight, 0, depth.units(), plan.threads());
-    p.conv = builder.conv;
-    p.conv.k_groups = plan.k_groups;
+    p.conv = conv(plan, Use::gates_to_mem, s);
     p.neuron = n;
-    p.out = out;
-    const bool gathers = !out.present() && s_.c.pool != Pool::none && plan_.spreads;
-    const BackwardShared layout(plan, p.conv, gathers);
+    const BackwardShared layout(plan, p.conv, s_.c.pool != Pool::none && plan_.spreads);
     p.mem_tile = layout.mem_tile, p.mem_pitch = layout.mem_pitch;
     p.vectors = layout.vectors, p.row_sums = layout.row_sums;
     launch_backward_mma(plan, p, layout.bytes, stream());
+  }
+
+  // The gradients of x, at all steps, and of the first mem: one launch, or two where one of them
+  // does not fit the tensor core kernel.
+  void data_gradients() const {
+    const Cell& c = s_.c;
+    DataGradientsFma fma;
+    DataGradientsMma mma;
+    Multiply multiply = Multiply::fma;
+    int bytes = 0;
+    const auto add = [&](int k, const DataPlan& plan, Use use, const Tensor& out, int64_t height,
+                         int64_t width) {
+      if (!out.present()) return;
+      const Segment s = transposed(d_gates(0), use == Use::gates_to_x);
+      const auto fill = [&](auto& job) {
+        job.tiling = plan.tiling, job.blocks = int(plan.tiling.blocks());
+        job.out = out, job.height = int(height), job.width = int(width);
+      };
+      if (plan.mma()) {
+        DataGradientMma& job = mma.job[k];
+        fill(job);
+        job.conv = conv(plan, use, s), job.tiles = plan.tiles;
+        multiply = plan.multiply;
+        bytes = std::max(bytes, BackwardShared(plan, job.conv, false).bytes);
+      } else {
+        fill(fma.job[k]);
+        fma.job[k].d_gates = with_weight(s, use);
+      }
+    };
+    const Tensor x = tensor(a_.grad_x, type_, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
+    add(0, plan_.to_x, Use::gates_to_x, x, c.H, c.W);
+    if (!resident_)
+      add(1, plan_.to_mem, Use::gates_to_mem, state_tensor(c, a_.grad_mem0, 0, 4), s_.Ho, s_.Wo);
+    launch_data_gradient_fma(fma, type_, stream());
+    launch_data_gradient_mma(mma, multiply, bytes, stream());
   }
 
   const BackwardArgs& a_;

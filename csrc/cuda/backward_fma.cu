@@ -5,11 +5,19 @@ namespace snnlstm::cuda {
 void launch_backward_fma(const BackwardFma& p, DType type, Stream stream) {
   with_real(type, [&](auto real) {
     using R = decltype(real);
-    const bool gathers = !p.out.present() && p.neuron.fire.pool != Pool::none && p.neuron.spreads;
-    const Launch how{p.out.present() ? "data gradient (fma)" : "backward step (fma)",
-                     dim3(unsigned(p.tiling.blocks())), dim3(fma::kThreads),
+    const bool gathers = p.neuron.fire.pool != Pool::none && p.neuron.spreads;
+    const Launch how{"backward step (fma)", dim3(unsigned(p.tiling.blocks())), dim3(fma::kThreads),
                      fma::BackwardShared<R>::bytes(gathers), stream};
     launch(how, &backward_fma<R>, p);
+  });
+}
+
+void launch_data_gradient_fma(const DataGradientsFma& p, DType type, Stream stream) {
+  with_real(type, [&](auto real) {
+    using R = decltype(real);
+    const Launch how{"data gradient (fma)", dim3(unsigned(p.job[0].blocks + p.job[1].blocks)),
+                     dim3(fma::kThreads), sizeof(fma::Shared<R>), stream};
+    launch(how, &data_gradient_fma<R>, p);
   });
 }
 

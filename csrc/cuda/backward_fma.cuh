@@ -1,5 +1,6 @@
-// One step of the backward pass without tensor cores: as backward_mma.cuh, on the tile of fma.cuh.
-// A thread's 4 columns are 4 neighbouring channels; a block covers 64.
+// One step of the backward pass, and a convolution alone, without tensor cores: as
+// backward_mma.cuh, on the tile of fma.cuh. A thread's 4 columns are 4 neighbouring channels; a
+// block covers 64.
 #pragma once
 
 #include "fma.cuh"
@@ -11,7 +12,18 @@ struct BackwardFma {
   Tiling tiling;
   Segment d_gates;  // of the step after; no channels: there is none
   NeuronBackward neuron;
-  Tensor out;  // present: the convolution is stored here, and nothing else is done
+};
+
+struct DataGradientFma {
+  Tiling tiling;
+  Segment d_gates;
+  Tensor out;
+  int height = 0, width = 0;  // of its images
+  int blocks = 0;             // 0: the job is absent
+};
+
+struct DataGradientsFma {
+  DataGradientFma job[2];
 };
 
 namespace fma {
@@ -36,7 +48,7 @@ __global__ void __launch_bounds__(fma::kThreads)
   const Block block = block_of(p.tiling, blockIdx.x);
   const int c0 = block.column * fma::kColumns;
   const BackwardTile<R> tile(p.neuron, p.tiling, block, c0, fma::kColumns, shared.gemm.vectors);
-  if (!p.out.present()) tile.load_vectors();
+  tile.load_vectors();
   fma::Gemm<R> gemm(shared.gemm, p.tiling, block);
   R acc[4][2][4] = {};
   gemm.add(p.d_gates, acc);
@@ -48,29 +60,36 @@ __global__ void __launch_bounds__(fma::kThreads)
   for (int i = 0; i < 8; ++i) store_vector(parked + i * stride, acc[i / 2][i % 2]);
   const MemTile<R> mem_tile{shared.mem, fma::kMemPitch};
 #pragma unroll 1
-  for (int phase = tile.gathers() && !p.out.present() ? 0 : 1; phase < 2; ++phase) {
+  for (int phase = tile.gathers() ? 0 : 1; phase < 2; ++phase) {
 #pragma unroll 1
-    for (int i = 0; i < 4; ++i) {
-      const R* patch = parked + 2 * i * stride;
-      if (p.out.present()) {
-        const Place at = place_of(p.tiling, block, fma::pixel(i), p.neuron.Ho, p.neuron.Wo);
-        R v[2][4];
-        load_vector(patch, v[0]), load_vector(patch + stride, v[1]);
-        store_patch(p.out, at, c0 + fma::column(), v);
-      } else {
-        tile.patch(fma::pixel(i), fma::column(), phase == 0, patch, stride, mem_tile,
-                   shared.row_sums, 1, i == 0);
-      }
-    }
+    for (int i = 0; i < 4; ++i)
+      tile.patch(fma::pixel(i), fma::column(), phase == 0, parked + 2 * i * stride, stride,
+                 mem_tile, shared.row_sums, 1, i == 0);
     if (phase == 0) {
       __syncthreads();
       tile.spread(mem_tile);
       __syncthreads();
     }
   }
-  if (p.out.present()) return;
   __syncthreads();
   tile.write_sums(shared.row_sums, 1);
+}
+
+template <class R>
+__global__ void __launch_bounds__(fma::kThreads)
+    data_gradient_fma(const __grid_constant__ DataGradientsFma p) {
+  auto& shared = shared_memory<fma::Shared<R>>();
+  const bool second = int(blockIdx.x) >= p.job[0].blocks;
+  const DataGradientFma& job = p.job[second ? 1 : 0];
+  const Block block = block_of(job.tiling, blockIdx.x - unsigned(second ? p.job[0].blocks : 0));
+  fma::Gemm<R> gemm(shared, job.tiling, block);
+  R acc[4][2][4] = {};
+  gemm.add(job.d_gates, acc);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const Place at = place_of(job.tiling, block, fma::pixel(i), job.height, job.width);
+    store_patch(job.out, at, block.column * fma::kColumns + fma::column(), acc[i]);
+  }
 }
 
 }  // namespace snnlstm::cuda

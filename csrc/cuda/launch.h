@@ -22,6 +22,9 @@ void launch_fire(const FireStep& p, bool inhibition, Stream stream);
 void launch_backward_fma(const BackwardFma& p, DType type, Stream stream);
 void launch_backward_mma(const DataPlan& plan, const BackwardMma& p, int shared_bytes,
                          Stream stream);
+void launch_data_gradient_fma(const DataGradientsFma& p, DType type, Stream stream);
+void launch_data_gradient_mma(const DataGradientsMma& p, Multiply multiply, int shared_bytes,
+                              Stream stream);
 void launch_spread(const SpreadStep& p, Stream stream);
 void launch_weight_grad_fma(const WeightGrad& p, int splits, DType type, Stream stream);
 void launch_weight_grad_mma(const WeightPlans& plan, const WeightGradJobs& p, Stream stream);

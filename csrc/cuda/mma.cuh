@@ -114,10 +114,7 @@ class MmaGemm {
     const int warp = int(threadIdx.x) / 32;
     warp_column_ = warp % p.warp_columns;
     warp_row_ = warp / p.warp_columns;
-    if constexpr (!AnyFeed) {
-      const int rows = int(blockDim.x) / 32 / p.warp_columns / p.k_groups;
-      k_group_ = warp_row_ / rows, warp_row_ %= rows;
-    }
+    if constexpr (!AnyFeed) k_group_ = warp_row_ / rows(), warp_row_ %= rows();
   }
 
   // First of the 2 neighbouring pixels that the thread holds in m16 tile mi.
@@ -126,6 +123,9 @@ class MmaGemm {
   }
   SNNLSTM_DEVICE int warp_column() const { return warp_column_; }
   SNNLSTM_DEVICE int warp_row() const { return warp_row_; }
+  SNNLSTM_DEVICE int rows() const {  // of warps, in a group
+    return int(blockDim.x) / 32 / p_.warp_columns / p_.k_groups;
+  }
   SNNLSTM_DEVICE int k_group() const { return k_group_; }
   SNNLSTM_DEVICE static int quad() { return int(threadIdx.x) % 4; }
 

@@ -36,7 +36,6 @@ MODES = {
 KERNELS = {
     "forward step (mma)": "forward_mma",
     "backward step (mma)": "backward_mma",
-    "data gradient (mma)": "backward_mma",
     "weight gradient (mma)": "weight_grad_mma",
 }
 ADDRESS = 1 << 20  # of memory that nobody touches
