@@ -63,6 +63,29 @@ def device_trouble(build: Mapping[str, str], name: str, capability: tuple[int, i
     )
 
 
+def ptx_trouble(
+    build: Mapping[str, str], name: str, capability: tuple[int, int], driver: int | None
+) -> str | None:
+    """What is wrong with a driver that must translate this build's PTX; None if nothing is.
+
+    A GPU that the build has no machine code for gets the PTX, and that a driver only reads up to
+    its own CUDA version, the minor one included.
+    """
+    wanted = 10 * capability[0] + capability[1]
+    codes = [int(a) for a in build.get("cuda_archs", "").split() if not a.endswith("+ptx")]
+    major, minor = (*map(int, (build.get("cuda_version", "") or "0").split(".")[:2]), 0)[:2]
+    newest = 1000 * major + 10 * minor
+    if any(c // 10 == capability[0] and c <= wanted for c in codes):
+        return None
+    if driver is None or driver >= newest:
+        return None
+    return (
+        f"{name} (compute capability {capability[0]}.{capability[1]}) needs the PTX of this build, "
+        f"which is of CUDA {show(newest)}, and the NVIDIA driver reads it up to CUDA "
+        f"{show(driver)}; update the driver, or build with SNNLSTM_CUDA_ARCHS={wanted}"
+    )
+
+
 @cache
 def trouble(index: int) -> str | None:
     """Why the kernels cannot run on GPU `index`, which torch can use; None if they can."""
@@ -71,13 +94,13 @@ def trouble(index: int) -> str | None:
     from . import _C
 
     build = _C.build_info()
-    return (
-        without_kernels(build)
-        or driver_trouble(build, driver_version())
-        or device_trouble(
-            build, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-        )
-    )
+    if missing := without_kernels(build):
+        return missing
+    driver = driver_version()
+    if old := driver_trouble(build, driver):
+        return old
+    card = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    return device_trouble(build, *card) or ptx_trouble(build, *card, driver)
 
 
 def driver_version() -> int | None:

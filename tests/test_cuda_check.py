@@ -87,6 +87,24 @@ def test_a_gpu_that_the_build_has_no_code_for(capability, archs, covered):
         assert archs in said
 
 
+@pytest.mark.parametrize(
+    ("capability", "driver", "serves"),
+    [
+        ((8, 9), 13000, True),  # machine code: the major version alone counts
+        ((12, 1), 13020, True),
+        ((12, 1), 13010, False),
+        ((12, 1), None, True),
+    ],
+)
+def test_a_driver_that_must_translate_knows_the_minor_version_too(capability, driver, serves):
+    build = {"cuda_archs": "80 90 80+ptx", "cuda_version": "13.2.51"}
+    said = cuda_check.ptx_trouble(build, "A card", capability, driver)
+    assert (said is None) == serves
+    if said:
+        for words in ("A card (compute capability 12.1)", "CUDA 13.2", "CUDA 13.1", "=121"):
+            assert words in said
+
+
 def test_a_build_without_cuda_says_why_and_asks_nothing(machine):
     asked = machine(WITHOUT, 13000, (9, 0))
     said = cuda_check.trouble(0)
