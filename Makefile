@@ -17,7 +17,7 @@ SOURCES  := pyproject.toml setup.py snnlstm/version.py \
 CXX_CODE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-simt test-wheel lint format docs bench gpu wheel clean distclean
+.PHONY: help demo test versions test-simt test-wheel lint format docs bench gpu wheel clean distclean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -30,6 +30,9 @@ test: $(VENV)/.installed  ## run the tests
 
 test-simt: $(VENV)/.installed  ## the emulated CUDA kernels at length: more shapes, faults and schedules
 	$(RUN) -m pytest tests/simt -m "simt_long or not simt_long" $(ARGS)
+
+versions: $(VENV)/.nox  ## the tests with the oldest and newest torch of each Python, in fresh environments (3 GB each)
+	$(VENV)/bin/nox $(ARGS)
 
 bench: $(VENV)/.installed  ## measure every provider on every shape
 	$(RUN) -m benchmarks $(ARGS)
@@ -101,6 +104,10 @@ $(VENV)/.linters: pyproject.toml | $(VENV)/.installed
 # snnlstm itself is there: pip adds what the extra names.
 $(VENV)/.docs: pyproject.toml | $(VENV)/.installed
 	$(RUN) -m pip install --disable-pip-version-check "snnlstm[docs]"
+	@touch $@
+
+$(VENV)/.nox: | $(RUN)
+	$(RUN) -m pip install --disable-pip-version-check "nox>=2025.2.9"
 	@touch $@
 
 $(VENV)/.build: | $(RUN)

@@ -44,7 +44,7 @@ def flag(name: str, value: Any) -> bool:
     """Check a yes-or-no argument: a bool, or one of the ints 0 and 1."""
     if isinstance(value, bool) or (isinstance(value, Integral) and value in (0, 1)):
         return bool(value)
-    if type(value).__name__ == "bool":  # numpy's, without importing numpy
+    if type(value).__name__ in ("bool", "bool_"):  # NumPy 2's and 1's, without importing it
         return bool(value)
     raise TypeError(f"{name} must be a bool, got {value!r}")
 

@@ -133,7 +133,7 @@ def _take_our_surrogate(neuron: nn.Module) -> bool:
 
 def _is_silent(module: nn.Module) -> bool:
     return (
-        isinstance(module, Base)
+        type(module) is SConv2dLSTM
         and not isinstance(module.threshold, nn.Parameter)
         and not module.state_quant
         and never_spikes(module.threshold)

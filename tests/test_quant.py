@@ -37,13 +37,17 @@ def hard_points(levels):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8, 10])
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("centred", [True, False])
-def test_levels_and_values_equal_snntorchs_bit_for_bit(bits, uniform, centred):
+def test_levels_and_values_equal_snntorchs(bits, uniform, centred):
+    """Levels to the last bit: how Python sums floats depends on its version. Values exactly."""
     for kwargs in ({}, {"threshold": 0.1, "lower_limit": 0.3, "upper_limit": 0.7}):
         reference = theirs(bits, uniform, centred, **kwargs)
         quant = state_quant(bits, uniform, centred, **kwargs)
-        assert torch.equal(quant.levels, reference.__closure__[0].cell_contents)
-        x = hard_points(quant.levels)
-        assert torch.equal(quant(x), reference(x))
+        levels = reference.__closure__[0].cell_contents
+        size = levels.abs()
+        one_bit = torch.nextafter(size, torch.full_like(size, torch.inf)) - size
+        assert ((quant.levels - levels).abs() <= one_bit).all()
+        x = hard_points(levels)
+        assert torch.equal(StateQuant(levels)(x), reference(x))
 
 
 def test_a_given_multiplier_is_used():

@@ -1,0 +1,77 @@
+"""The tests in fresh environments, one for each Python and torch: ``make versions``.
+
+    make versions                                       every environment, about 3 GB each
+    make versions ARGS="--session 'tests-3.11(oldest)'"  one of them; --list names all
+
+Pythons that are not installed are left out. An environment is removed when its tests have passed.
+"""
+
+import shutil
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["tests", "without_snntorch", "older_snntorch"]
+
+# The first torch with wheels for each Python, and not before the one of pyproject.toml.
+OLDEST = {"3.10": "2.4.0", "3.11": "2.4.0", "3.12": "2.4.0", "3.13": "2.5.0", "3.14": "2.9.0"}
+CORE = {"SNNLSTM_CORE": "on", "SNNLSTM_CUDA": "off"}
+NEEDED = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "scikit-learn", "matplotlib", "tqdm"]
+# What has no bearing on versions, or has an environment of its own, takes most of the time.
+LEFT_OUT = [
+    f"--ignore=tests/{name}"
+    for name in (
+        "simt", "sanitizers", "test_benchmarks.py", "test_demo.py", "test_demo_training.py",
+        "test_distribution.py", "test_gpu_report.py", "test_kernels.py", "test_kernel_gradients.py",
+    )
+]  # fmt: skip
+
+# Written for the compilers of the torch that the other tests are developed with.
+COMPILING = [f"--ignore=tests/test_{name}.py" for name in ("compile", "export", "messages")]
+
+# One training step of a cell, on the kernels.
+ONE_STEP = """
+import torch, snnlstm
+cell = snnlstm.SConv2dLSTM(2, 4, 3, threshold=0.1)
+cell(torch.rand(3, 2, 2, 8, 8))[0].sum().backward()
+assert cell.path.native, cell.path
+print(torch.__version__, cell.path)
+"""
+
+
+def _install(session: nox.Session, torch: str, numpy: str, snntorch: str | None) -> None:
+    wanted = [f"torch=={OLDEST[session.python]}" if torch == "oldest" else "torch"]
+    wanted += [f"numpy{numpy}", f"snntorch=={snntorch}" if snntorch else ""]
+    session.install(*filter(None, wanted), *NEEDED, ".", env=CORE)
+    session.run("python", "-c", ONE_STEP)
+
+
+def _test(session: nox.Session, *arguments: str) -> None:
+    session.run("pytest", "-q", *(session.posargs or arguments))
+    shutil.rmtree(session.virtualenv.location)
+
+
+@nox.session(python=list(OLDEST))
+@nox.parametrize("torch", ["oldest", "newest"], ids=["oldest", "newest"])
+def tests(session: nox.Session, torch: str) -> None:
+    """The suite; the oldest torch with NumPy 1 where it has wheels, the newest with the newest."""
+    numpy = "<2" if torch == "oldest" and session.python in ("3.10", "3.11", "3.12") else ">=2"
+    _install(session, torch, numpy, snntorch="1.0.0")
+    _test(session, *LEFT_OUT, *(COMPILING if torch == "oldest" else []))
+
+
+@nox.session
+def without_snntorch(session: nox.Session) -> None:
+    """Import and one step, with no snnTorch in the environment."""
+    _install(session, "newest", ">=2", snntorch=None)
+    session.run("python", "-m", "snnlstm")
+    shutil.rmtree(session.virtualenv.location)
+
+
+@nox.session
+def older_snntorch(session: nox.Session) -> None:
+    """What meets snnTorch, with the release before the newest."""
+    _install(session, "newest", ">=2", snntorch="0.9.4")
+    files = ("test_surrogate", "test_swap", "test_patch", "test_drop_in")
+    _test(session, "tests/networks", *(f"tests/{name}.py" for name in files))
