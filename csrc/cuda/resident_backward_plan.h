@@ -86,9 +86,8 @@ inline ResidentBackwardPlan plan_resident_backward(const Cell& c, const Target& 
 inline bool runs_resident_backward(const Cell& c, const Target& target,
                                    const ResidentBackwardPlan& plan) {
   if (!may_be_resident(c, target)) return false;
-  // A neuron's gradients take about twice the instructions of its update.
   const bool pays = resident_pays(c, target, plan.step.multiply, plan.step.tiling.blocks(), c.C,
-                                  2 * resident_cost::neuron);
+                                  resident_cost::neuron_backward);
   return wants_resident(plan.reason_against, pays, target);
 }
 

@@ -173,13 +173,17 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
   return plan;
 }
 
-// Paper figures, of no GPU: what would measure them is a sequence of empty kernels in a CUDA graph,
-// and of the resident kernel at one block.
+// Paper figures, of no GPU. Instructions are counted (PTX, executed on a CPU; layers of 8 and 16
+// channels at 14 x 14 to 28 x 28); a multiprocessor is taken to issue 3 a cycle at 1.75 GHz. The
+// two other times are guesses: an empty kernel in a CUDA graph, and this one with a single block,
+// would measure them.
 namespace resident_cost {
-constexpr double launch = 3.5e-6;   // seconds from one dependent kernel's work to the next one's
-constexpr double barrier = 1e-6;    // of a step: first loads of x, barrier, the last warp's wait
-constexpr double start = 4e-6;      // weights and states come to shared memory
-constexpr double neuron = 0.45e-9;  // of one multiprocessor: about 100 instructions of a warp
+constexpr double launch = 3.5e-6;  // seconds from one dependent kernel's work to the next one's
+constexpr double barrier = 1e-6;   // of a step: first loads of x, barrier, the last warp's wait
+constexpr double start = 4e-6;     // weights and states come to shared memory
+// Of one neuron on one multiprocessor, products apart: 200 and 260 instructions of a warp's 32.
+constexpr double neuron = 1.2e-9, neuron_backward = 1.5e-9;
+constexpr double fused = 2.0;  // instructions of the kernels of one step, over those of this one
 }  // namespace resident_cost
 
 // Whether one launch is likely to take less time than one for every step. blocks: of a step of
@@ -198,7 +202,8 @@ inline bool resident_pays(const Cell& c, const Target& target, Multiply m, int64
   const double sample = 4 * neurons * s.taps * inputs / one + neurons * neuron;
   const auto waves = [&](double n) { return std::ceil(n / target.multiprocessors); };
   const double resident = waves(double(c.N)) * sample + resident_cost::barrier;
-  const double fused = waves(double(blocks)) * sample / tiles + resident_cost::launch;
+  const double fused =
+      waves(double(blocks)) * resident_cost::fused * sample / tiles + resident_cost::launch;
   return resident_cost::start + c.T * resident < c.T * fused;
 }
 

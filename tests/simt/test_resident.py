@@ -173,6 +173,7 @@ def test_what_it_leaves_to_the_kernels_of_one_step(core, case, message):
     [
         (16, 32, (8, 8), 14, True),  # small images: a launch takes longer than a step
         (16, 100, (8, 8), 14, True),
+        (16, 128, (1, 8), 28, True),  # as many samples as multiprocessors
         (16, 32, (1, 8), 28, False),  # more neurons than one multiprocessor updates in that time
         (1, 32, (8, 8), 14, False),  # one step is one launch anyway
         (16, 4, (64, 128), 32, False),  # does not fit
