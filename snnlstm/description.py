@@ -51,6 +51,8 @@ class DescribedCell(StatefulCell):
     _options: dict[tuple[bool, bool], CellOptions]
     _adopted: dict[str, Any] | None = None
     """Of a cell that stands in for snnTorch's: the callables that it came with."""
+    _layer_name: str = ""
+    """Its name in the network that was accelerated, for the log."""
 
     def _describe(self, sequence: bool, record: bool) -> CellOptions:
         """Return the options of a call, from a cache that setting an attribute empties."""

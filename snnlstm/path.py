@@ -148,6 +148,9 @@ global_hooks: Callable[[], Any] = getattr(nn_module, "_has_any_global_hook", _gl
 """Whether hooks on all modules are registered. (torch 2.4 has no function for it.)"""
 
 
+_HOOKS, _GLOBAL_HOOKS = "conv carries hooks", "global module hooks are registered"
+
+
 def conv_reason(
     conv: nn.Module, weight_shape: tuple[int, int, int, int], options: CellOptions
 ) -> str | None:
@@ -172,9 +175,9 @@ def conv_reason(
         or conv._backward_hooks
         or conv._backward_pre_hooks
     ):
-        return "conv carries hooks"
+        return _HOOKS
     if global_hooks():
-        return "global module hooks are registered"
+        return _GLOBAL_HOOKS
     if "forward" in conv.__dict__:
         return "conv.forward was replaced"
     if (
@@ -296,7 +299,7 @@ def choose(
         return Path("reference", reason)
     reason = _loud(x, threshold, graded, options, conv)
     if reason is not None:
-        return Path("reference", reason, slow=True)
+        return Path("reference", reason, slow=True, general=reason in (_HOOKS, _GLOBAL_HOOKS))
     if _native is None:
         return Path("reference", _MISSING, slow=True, general=True)
     return _choose_native(x.device, x.dtype)
@@ -318,10 +321,11 @@ def _choose_native(device: torch.device, dtype: torch.dtype) -> Path:
 _logged: set[str] = set()  # general reasons
 
 
-def log_fallback(path: Path, seen: set[str]) -> None:
-    """Log a slow `path`, unless its reason is in `seen`, which remembers it.
+def log_fallback(path: Path, seen: set[str], cell: nn.Module | None = None) -> None:
+    """Log a slow `path` of `cell`, unless its reason is in `seen`, which remembers it.
 
-    A general reason says nothing of the module: it is logged once per process.
+    A general reason says nothing of the cell, and is logged once per process. Tools that count
+    operations or print summaries hook every module for a moment: that is one, too.
     """
     if not path.slow or path.reason in seen or torch.compiler.is_compiling():
         return
@@ -330,4 +334,9 @@ def log_fallback(path: Path, seen: set[str]) -> None:
         if path.reason in _logged:
             return
         _logged.add(path.reason)
-    logger.warning("SConv2dLSTM runs the reference path (plain torch, slower): %s", path.reason)
+    who = "SConv2dLSTM"
+    if cell is not None and not path.general:
+        who = f"{type(cell).__name__}({cell.extra_repr()})"
+        if name := getattr(cell, "_layer_name", ""):
+            who = f"layer {name}, {who},"
+    logger.warning("%s runs the reference path (plain torch, slower): %s", who, path.reason)

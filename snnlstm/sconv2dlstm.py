@@ -320,7 +320,7 @@ class SConv2dLSTM(DescribedCell):
         """Keep the results of a call that succeeded."""
         if exporting():  # a program carries no attributes, and keeping tracers would spoil us
             return
-        log_fallback(path, self._logged)
+        log_fallback(path, self._logged, self)
         kept: dict[str, Any] = {"path": path, "spk": spk}
         # A recorded sequence of no steps has no last states: those before it stay.
         if not options.record or syn.shape[0] > 0:

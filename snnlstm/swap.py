@@ -112,6 +112,9 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     surrogates = flag("surrogates", surrogates)
     report = _swap("accelerate", model, Base, _why_not_ours, _adopt)
     named = list(report.model.named_modules(remove_duplicate=False))
+    for name, module in reversed(named):  # the first of several names stays
+        if type(module) is SConv2dLSTM:
+            module._layer_name = name
     changed = {id(m) for _, m in named if surrogates and _take_our_surrogate(m)}
     return replace(
         report,
@@ -308,7 +311,11 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
         "init_hidden", "inhibition", "output",
     ):  # fmt: skip
         setattr(cell, name, getattr(old, name))
-    ours = set(vars(SConv2dLSTM(1, 1, 1, threshold=0.1, device="meta"))) | {"path", "_adopted"}
+    ours = set(vars(SConv2dLSTM(1, 1, 1, threshold=0.1, device="meta"))) | {
+        "path",
+        "_adopted",
+        "_layer_name",
+    }
     _share(old, cell, ours)
     cell._buffers.update(syn=old.syn, mem=old.mem)
     cell._non_persistent_buffers_set |= {"syn", "mem"}

@@ -214,6 +214,7 @@ def said(code):
             warnings.catch_warnings(record=True) as caught,
             contextlib.redirect_stdout(printed),
             mock.patch.object(log, "propagate", False),
+            mock.patch.object(snnlstm.path, "_logged", set()),
         ):
             warnings.simplefilter("always")
             exec(code, session)

@@ -140,9 +140,32 @@ def test_a_fallback_is_logged_once_per_module_and_reason(caplog):
         hook(cells[0])
         cells[0](X)
     said = [record.message for record in caplog.records if "unknown" in record.message]
-    log = "SConv2dLSTM runs the reference path (plain torch, slower): %s"
+    cell = "SConv2dLSTM(2, 3, kernel_size=3, threshold=0.1)"
+    log = f"{cell} runs the reference path (plain torch, slower): %s"
     assert said == [log % "spike_grad is unknown to the kernels"] * 2
-    assert sum("conv carries hooks" in record.message for record in caplog.records) == 1
+
+
+def test_hooks_on_every_conv_are_logged_once_for_all_cells(caplog, monkeypatch):
+    """As tools that print summaries or count operations set them."""
+    monkeypatch.setattr(snnlstm.path, "_logged", set())
+    cells = [ours() for _ in range(3)]
+    handles = [hook(cell) for cell in cells]
+    for cell in cells:
+        cell(X)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("(plain torch, slower): conv carries hooks")
+    assert len(handles) == 3
+
+
+def test_the_log_names_the_layer_where_accelerate_knows_it(caplog):
+    net = torch.nn.ModuleDict({"inner": torch.nn.Sequential(theirs(), theirs())})
+    snnlstm.accelerate(net)
+    for cell in net["inner"]:
+        cell.spike_grad = torch.sigmoid
+        cell(X)
+    assert [record.getMessage().partition(" runs ")[0] for record in caplog.records] == [
+        f"layer inner.{n}, SConv2dLSTM(2, 3, kernel_size=3, threshold=0.1)," for n in (0, 1)
+    ]
 
 
 def test_what_nobody_expects_to_be_fast_is_not_logged(caplog):
