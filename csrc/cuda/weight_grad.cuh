@@ -84,7 +84,15 @@ __global__ void __launch_bounds__(fma::kThreads)
     }
   };
 
-  R acc[4][2][4] = {};
+  // Sums of 1024 pixels, and the totals that they are added to: long sums round less in two stages.
+  R acc[4][2][4] = {}, total[4][2][4] = {};
+  const auto fold = [&] {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      (&total[0][0][0])[i] += (&acc[0][0][0])[i];
+      (&acc[0][0][0])[i] = 0;
+    }
+  };
   locate(0);
   locate(1);
   for (int chunk = -1; chunk < chunks; ++chunk) {
@@ -93,6 +101,7 @@ __global__ void __launch_bounds__(fma::kThreads)
     if (more) fetch(chunk + 1);
     if (chunk >= 0) {
       fma::multiply(shared.a[chunk & 1], shared.b[chunk & 1], acc);
+      if ((chunk & 63) == 63) fold();
       locate(chunk + 2);
     }
     if (more) {
@@ -103,6 +112,7 @@ __global__ void __launch_bounds__(fma::kThreads)
       }
     }
   }
+  fold();
   R* part = static_cast<R*>(p.parts) + int64_t(blockIdx.z) * p.part_rows * p.part_columns;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
@@ -110,7 +120,7 @@ __global__ void __launch_bounds__(fma::kThreads)
     for (int px = 0; px < 2; ++px)
       store_vector(part + int64_t(blockIdx.y * 64 + fma::pixel(i) + px) * p.part_columns +
                        blockIdx.x * 64 + fma::column(),
-                   acc[i][px]);
+                   total[i][px]);
 }
 
 constexpr int kReduceThreads = 256;

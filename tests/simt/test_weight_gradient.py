@@ -271,6 +271,13 @@ def test_long_sums_bear_tensor_cores_that_truncate(core, mode):
     assert float((found / exact - 1).abs().max()) < {"tf32x3": 6e-6}.get(mode, 1e-3)
 
 
+def test_long_sums_without_tensor_cores(core):
+    core.device(compute_capability=86, multiprocessors=1)
+    core.checks(races=False)
+    found, exact = long_sums(core, "float32", time=64)
+    assert float((found / exact - 1).abs().max()) < 2e-6
+
+
 @pytest.mark.parametrize("special", [torch.inf, -torch.inf, torch.nan, 1e30])
 @pytest.mark.parametrize("mode", ["tf32", "tf32x3"])
 def test_infinity_and_nan_come_out_as_they_are(core, mode, special):
