@@ -311,11 +311,8 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
         "init_hidden", "inhibition", "output",
     ):  # fmt: skip
         setattr(cell, name, getattr(old, name))
-    ours = set(vars(SConv2dLSTM(1, 1, 1, threshold=0.1, device="meta"))) | {
-        "path",
-        "_adopted",
-        "_layer_name",
-    }
+    ours = set(vars(SConv2dLSTM(1, 1, 1, threshold=0.1, device="meta")))
+    ours |= {"path", "_adopted", "_layer_name"}
     _share(old, cell, ours)
     cell._buffers.update(syn=old.syn, mem=old.mem)
     cell._non_persistent_buffers_set |= {"syn", "mem"}

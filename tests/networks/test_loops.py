@@ -1,0 +1,162 @@
+"""Loops of other people's: those of Lightning, Accelerate, DataParallel and torch's AMP."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+import snntorch
+import torch
+import torch.nn.functional as F
+from helpers import close, ours, same_gradients, steps
+from nets import NETWORKS, ExplicitStates, Lit, Recurrent, Truncated
+from torch import Tensor, nn
+from torch.nn.parallel import replicate
+from torch.utils.data import DataLoader
+
+import snnlstm
+
+CELLS = (snntorch.SConv2dLSTM, snnlstm.SConv2dLSTM)
+
+
+def twins(make: Any) -> list[nn.Module]:
+    """The same network with snnTorch's cell and with ours."""
+    nets = []
+    for cell in CELLS:
+        torch.manual_seed(0)
+        nets.append(make(cell))
+    return nets
+
+
+def data(name: str) -> list[tuple[Tensor, Tensor]]:
+    """Single samples, as a Dataset has them."""
+    (x, y), *_ = NETWORKS[name].batches()
+    return list(zip(x, y, strict=True))
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> None:
+    close(one.state_dict(), other.state_dict(), atol=1e-4)
+
+
+# ---- other libraries ----------------------------------------------------------------------
+
+
+def test_lightnings_trainer(tmp_path):
+    lightning = pytest.importorskip("lightning", reason="pip install lightning")
+    nets = twins(Lit)
+    for net in nets:
+        before = copy.deepcopy(net.state_dict())
+        trainer = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False,
+            enable_model_summary=True, default_root_dir=tmp_path, gradient_clip_val=0.5,
+            accumulate_grad_batches=2,
+        )  # fmt: skip
+        trainer.fit(net, DataLoader(data("lit"), batch_size=2))
+        assert not torch.equal(net.head.weight, before["head.weight"])
+    assert nets[1].lstm.path.native
+    same_weights(*nets)
+    saved = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=True)
+    nets[0].load_state_dict(saved["state_dict"])
+
+
+def test_accelerates_loop():
+    accelerate = pytest.importorskip("accelerate", reason="pip install accelerate")
+    nets = twins(ExplicitStates)
+    for net in nets:
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+        loader = DataLoader(data("explicit"), batch_size=2)
+        model, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+        for x, y in [*loader] * 2:
+            with accelerator.accumulate(model):
+                accelerator.backward(F.cross_entropy(model(x).mean(0), y))
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+    assert nets[1].lstm1.path.native
+    same_weights(*nets)
+
+
+def test_torchinfos_summary(caplog, monkeypatch):
+    """It hooks every module, conv too: what it shows is right, and the log has one line of it."""
+    torchinfo = pytest.importorskip("torchinfo", reason="pip install torchinfo")
+    monkeypatch.setattr(snnlstm.path, "_logged", set())
+    theirs, ours = twins(Recurrent)
+    x = torch.zeros(4, 4, 2, 12, 12)
+    found = [torchinfo.summary(net, input_data=x, verbose=0) for net in (theirs, ours)]
+    assert found[0].total_params == found[1].total_params
+    shapes = [
+        [info.output_size for info in summary.summary_list if info.class_name == "SConv2dLSTM"]
+        for summary in found
+    ]
+    assert shapes[0] == shapes[1]
+    assert len(caplog.records) <= 1
+    ours(x)
+    assert ours.lstm1.path.native
+
+
+# ---- torch's own --------------------------------------------------------------------------
+
+
+def test_data_parallels_replicas(monkeypatch):
+    """Its forward pass: replicas with a part of the batch each, and gradients of the whole."""
+    module = sys.modules[replicate.__module__]
+
+    def broadcast(tensors: Any, devices: Any, detach: bool = False) -> Any:
+        return [[t.detach() if detach else t.clone() for t in tensors] for _ in devices]
+
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", broadcast)
+    monkeypatch.setattr(module, "_get_device_index", lambda device, allow: device)
+    net, whole = twins(Recurrent)[1], twins(Recurrent)[1]
+    x = steps(4, 4, 2, 12, 12)  # (N, T, C, H, W)
+    net(x[:1])  # the module has a state, of another batch
+    for _ in range(2):
+        replicas = replicate(net, [0, 1])
+        out = [replica(part) for replica, part in zip(replicas, x.split(2), strict=True)]
+        assert all(replica.lstm1.path.native for replica in replicas)
+        expected = whole(x)
+        close(torch.cat(out, 1), expected, atol=1e-5)
+        torch.cat(out, 1).square().sum().backward()
+        expected.square().sum().backward()
+    same_gradients(net, whole)
+    assert net.lstm1.mem.shape[0] == 1  # a replica's states are its own
+    assert type(snnlstm.accelerate(nn.DataParallel(net)).model.module.lstm1) is type(net.lstm1)
+
+
+def test_replicas_that_go_on_from_a_state_start_from_the_modules():
+    """States do not come back from replicas, as in snnTorch: each call goes on from the same."""
+    cell = ours()
+    x = steps(2, 2, 2, 6, 6)
+    cell(x[0])
+    before = cell.mem
+    replica = cell._replicate_for_data_parallel()
+    replica._parameters, replica._buffers = dict(cell._parameters), dict(cell._buffers)
+    replica._modules = dict(cell._modules)
+    _, _, mem = replica(x[1])
+    assert cell.mem is before
+    close(mem, copy.deepcopy(cell)(x[1])[2])
+
+
+def test_backward_inside_of_autocast_with_a_grad_scaler():
+    nets = twins(Truncated)
+    for net in nets:
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        x, state = steps(3, 2, 2, 6, 6), net.lstm.reset_mem()
+        for _ in range(2):
+            with torch.autocast("cpu", torch.float32, enabled=False):
+                out = 0
+                for x_t in x:
+                    logits, state = net(x_t, state)
+                    out = out + logits
+                scaler.scale(out.square().mean()).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            state = [s.detach() for s in state]
+    assert nets[1].lstm.path.native
+    same_weights(*nets)
