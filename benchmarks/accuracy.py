@@ -15,10 +15,13 @@ import snnlstm
 from snnlstm import functional, native, reference
 
 LAYERS = {
-    "2->16 k3": (2, 16, 3),
-    "32->64 k3": (32, 64, 3),
-    "16->32 k5": (16, 32, 5),
-    "16->32 k7": (16, 32, 7),
+    "2->16 k3": (2, 16, (3, 3)),
+    "32->64 k3": (32, 64, (3, 3)),
+    "16->32 k3x1": (16, 32, (3, 1)),
+    "16->32 k5": (16, 32, (5, 5)),
+    "16->32 k7": (16, 32, (7, 7)),
+    "16->32 k9": (16, 32, (9, 9)),
+    "1->16 k19x3": (1, 16, (19, 3)),
 }
 SCALES = (1, 2.5, 5, 10)
 ALGORITHMS = ("torch", "direct", "winograd", "auto")
@@ -34,7 +37,9 @@ class Errors:
     path: str
 
 
-def layer(cin: int, cout: int, kernel: int, scale: float, steps: int, size: int) -> list[Tensor]:
+def layer(
+    cin: int, cout: int, kernel: tuple[int, int], scale: float, steps: int, size: int
+) -> list[Tensor]:
     """x, weight, bias and gradients of mem: default initialisation, times `scale`."""
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(cin + cout, 4 * cout, kernel)

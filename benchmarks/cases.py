@@ -145,6 +145,25 @@ CPU_CASES = _named(
     dataclasses.replace(_BIG, name="big-dense", density=None, goals=(3.5, 3.5)),
 )
 
+# As found in real networks: spectrograms, EEG (channels by time, or one column), events, images.
+USERS_CASES = {
+    case.name: dataclasses.replace(case, goals=(3, 2.5))
+    for case in (
+        Case("spectrum", 4, 8, 1, 16, 129, 33, kernel=(9, 9)),
+        Case("electrodes", 4, 8, 1, 16, 19, 125, kernel=(19, 3)),
+        Case("column-3x1", 8, 16, 1, 4, 129, 33, kernel=(3, 1)),
+        Case("k5-first", 8, 16, 1, 16, 28, 28, kernel=(5, 5)),
+        Case("column1", 10, 16, 22, 16, 129, 1),
+        Case("column2", 10, 16, 16, 32, 64, 1),
+        Case("column3", 10, 16, 32, 64, 32, 1),
+        Case("eeg1", 8, 8, 1, 16, 22, 129, max_pool=2),
+        Case("eeg2", 8, 8, 16, 32, 11, 64, max_pool=2),
+        Case("eeg3", 8, 8, 32, 64, 5, 32, max_pool=2),
+        Case("frame", 2, 1, 32, 1, 720, 1580),
+        Case("small", 10, 16, 16, 12, 8, 8),
+    )
+}
+
 # Layers as networks on DVS128 Gesture have them: 2 polarities in, 64 or 128 pixels a side.
 GPU_CASES = _named(
     Case("dvs64", 16, 16, 2, 32, 64, 64),
@@ -159,45 +178,59 @@ LONG_STEPS = (5, 10, 20, 40)
 
 QUICK_CASES = ("tiny", "mnist", "doc2", "dvs", "mid", "k5")
 
-CASES = {**CPU_CASES, **GPU_CASES, LONG_CASE.name: LONG_CASE}
+TABLES = {"cpu": CPU_CASES, "users": USERS_CASES, "gpu": GPU_CASES}
+
+CASES = {**CPU_CASES, **USERS_CASES, **GPU_CASES, LONG_CASE.name: LONG_CASE}
 
 
 def find_cases(names: list[str]) -> list[Case]:
-    """Built-in cases by name; "cpu" and "gpu" stand for a whole table.
+    """Built-in cases by name; "cpu", "users" and "gpu" stand for a whole table.
 
     Raises ValueError naming the shape that is not known.
     """
     found: dict[str, Case] = {}
     for name in names:
-        if name in ("cpu", "gpu"):
-            found |= CPU_CASES if name == "cpu" else GPU_CASES
+        if name in TABLES:
+            found |= TABLES[name]
         elif name in CASES:
             found[name] = CASES[name]
         else:
             known = ", ".join(CASES)
-            raise ValueError(f"--shapes: no shape is called {name!r}; known: {known}, cpu, gpu")
+            tables = ", ".join(TABLES)
+            raise ValueError(f"--shapes: no shape is called {name!r}; known: {known}, {tables}")
     return list(found.values())
 
 
 def random_cases(count: int, seed: int) -> list[Case]:
-    """Layers as nobody would choose them: odd sizes, all options; equal for equal seeds."""
+    """Layers as nobody would choose them: odd sizes, all options; equal for equal seeds.
+
+    Sizes are drawn so that each order of magnitude is as likely as the next, images from one pixel
+    or one column up, kernels up to 11 taps along either axis.
+    """
     draw = random.Random(seed)
+
+    def size(most: int) -> int:
+        return round(math.exp(draw.uniform(0, math.log(most))))
+
     cases = []
     while len(cases) < count:
-        kernel = draw.choice(((1, 1), (3, 3), (3, 3), (3, 3), (5, 5), (3, 5), (7, 7)))
+        side = draw.choice((1, 3, 3, 3, 5, 7, 9, 11))
+        other = side if draw.random() < 0.6 else draw.choice((1, 3, 5, 7, 9, 11))
+        height, width = size(80), size(80)
         pool = draw.choice((0, 0, 2, 3))
+        pool = pool if pool <= min(height, width) else 0
         case = Case(
             f"random{len(cases)}",
-            steps=draw.randint(1, 12),
-            batch=draw.randint(1, 12),
-            cin=draw.choice((1, 2, 3, 4, 7, 16, 23, 32, 51)),
-            cout=draw.choice((1, 3, 4, 8, 13, 16, 24, 37, 64, 72)),
-            height=draw.randint(3, 70),
-            width=draw.randint(3, 70),
-            kernel=kernel,
+            steps=draw.randint(1, 8),
+            batch=draw.randint(1, 16),
+            cin=size(160),
+            cout=size(160),
+            height=height,
+            width=width,
+            kernel=(side, other),
             max_pool=pool if draw.random() < 0.5 else 0,
             reset=draw.choice(("none", "subtract", "zero")),
-            density=draw.choice((None, 0.02, 0.1, 0.3)),
+            density=draw.choice((None, 0.01, 0.03, 0.1, 0.3)),
         )
         if not case.max_pool:
             case = dataclasses.replace(case, avg_pool=pool)

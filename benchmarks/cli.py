@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         "--shapes",
         nargs="+",
         metavar="NAME",
-        help='built-in shapes from the list below; "cpu" and "gpu" stand for whole tables '
+        help='built-in shapes from the list below; "cpu", "users" and "gpu" stand for whole tables '
         "(default: cpu, or gpu with --device cuda)",
     )
     what.add_argument(
@@ -77,7 +77,8 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="so many shapes of odd sizes, drawn with --seed: a search for one where we are slower",
+        help="so many shapes of odd sizes, drawn with --seed: a search for one where we are slower;"
+        " the ratios are listed in order, the worst ten with their shapes",
     )
     what.add_argument(
         "--providers",
@@ -261,6 +262,7 @@ def _run(suite: Suite, goals: bool) -> None:
         outcome = suite.run()
     finally:
         print(report.summary(suite.outcome.rows, goals))
+        print(report.ranking(suite.outcome.rows))
     table = report.memory_table(outcome.rows, goals)
     print(f"\n{table}\n" if table else "")
     print(report.peaks_line(outcome.peaks))

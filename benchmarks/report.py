@@ -91,6 +91,32 @@ def summary(rows: Iterable[Row], goals: bool) -> str:
     return "\n".join(text)
 
 
+WORST = 10
+
+
+def ranking(rows: Iterable[Row]) -> str:
+    """Our speed-ups over a random sample in order, and where the lowest are; else empty."""
+    text = []
+    timed = [row for row in rows if row.speedup is not None and row.case.startswith("random")]
+    for mode in MODES:
+        for name in ("snnlstm", "snnlstm-step"):
+            found = [row for row in timed if (row.mode, row.provider) == (mode, name)]
+            found.sort(key=lambda row: row.speedup or 0)
+            if not found:
+                continue
+            ratios = " ".join(f"{row.speedup:.2f}" for row in found)
+            text.append(f"\n{name}, {MODE_TITLES[mode]}, {len(found)} random shapes: {ratios}")
+            text += [f"  {row.speedup:.2f}x  {_shape(row)}" for row in found[:WORST]]
+    return "\n".join(text)
+
+
+def _shape(row: Row) -> str:
+    """A row's layer as `--shape` takes it, and what ran."""
+    kernel, density = row.kernel, "dense" if row.density is None else f"{row.density:g}"
+    shape = f"{row.steps} {row.batch} {row.cin} {row.cout} {row.height} {row.width} {kernel}"
+    return f'"{shape} density={density} {row.options}"  {row.path}'
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """Speed-ups as a table for a README, inference / training; empty without any."""
     timed = [row for row in rows if row.speedup is not None and row.mode != "backward"]

@@ -216,6 +216,23 @@ def test_step_calls_equal_a_sequence(kernels):
             syn, mem = syns[t], mems[t]
 
 
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 3)], ids=str)
+def test_pixels_that_see_the_same_have_the_same_bits_directly(isa, kernel):
+    """So max_pool of a blank background chooses as torch does; Winograd's tiles cannot do that."""
+    for dtype in (torch.float32, torch.float64):
+        case = replace(with_options(kernel_size=kernel), dtype=dtype, time=2, channels=17)
+        case = replace(case, height=23, width=29)
+        inputs = case.inputs()
+        for one in (inputs.x, inputs.syn, inputs.mem):  # twice the same, and blank around it
+            one[..., 12:23, 15:29] = one[..., :11, :14].clone()
+            one[..., 11, :], one[..., 14] = 0, 0
+        mem = run(Kernels(isa, "direct"), case, inputs)[2]
+        margin = 2 * case.time  # of pixels that see beyond their half, after some steps
+        inner = slice(margin, 11 - margin), slice(margin, 14 - margin)
+        first, second = mem[..., :11, :14], mem[..., 12:23, 15:29]
+        assert torch.equal(first[..., inner[0], inner[1]], second[..., inner[0], inner[1]])
+
+
 def test_a_hundred_steps_stay_accurate(kernels):
     """Relative error of mem in norm, at default init, against float64: the documented 5e-6."""
     case = replace(PLAIN, time=100, batch=1, in_channels=4, channels=16, height=8, width=8)

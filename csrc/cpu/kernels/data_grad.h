@@ -4,6 +4,8 @@
 // shared by the recurrent and the input half.
 #pragma once
 
+#include <type_traits>
+
 #include "tiles.h"
 
 SNNLSTM_BEGIN_ISA
@@ -58,38 +60,46 @@ class DataGrad {
 
   // Rows [begin, end) into out, channels-last. d_gates: the image's, border included.
   void rows(const T* d_gates, const T* weight, int64_t begin, int64_t end, T* out) const {
-    switch (tile_vectors(vectors_)) {
-      case 4:
-        return sweep<4>(d_gates, weight, begin, end, out);
-      case 3:
-        return sweep<3>(d_gates, weight, begin, end, out);
-      case 2:
-        return sweep<2>(d_gates, weight, begin, end, out);
-      default:
-        return sweep<1>(d_gates, weight, begin, end, out);
-    }
+    each_block([&](int64_t block, auto vectors) {
+      sweep<decltype(vectors)::value>(d_gates, weight, block, begin, end, out);
+    });
   }
 
   // The same by Winograd, for the rows of one block of tiles. values: the block's d gates,
   // transformed; weight: (blocks of vectors, points, parts, 4 Cp, NV * VL).
   void tiles(const TileBlock<T>& b, const T* values, const T* weight, T* products, int64_t begin,
              int64_t end, T* out) const {
-    switch (tile_vectors(vectors_)) {
-      case 4:
-        return tile_sweep<4>(b, values, weight, products, end - begin, out);
-      case 3:
-        return tile_sweep<3>(b, values, weight, products, end - begin, out);
-      case 2:
-        return tile_sweep<2>(b, values, weight, products, end - begin, out);
-      default:
-        return tile_sweep<1>(b, values, weight, products, end - begin, out);
-    }
+    each_block([&](int64_t block, auto vectors) {
+      tile_sweep<decltype(vectors)::value>(b, values, weight, products, block, end - begin, out);
+    });
   }
 
  private:
+  // f(first vector, their number) for every block that a register tile takes.
+  template <class F>
+  void each_block(F&& f) const {
+    for (int64_t block = 0; block < vectors_;) {
+      const int count = vector_block(vectors_, block, VL * int(sizeof(T))).count;
+      switch (count) {
+        case 4:
+          f(block, std::integral_constant<int, 4>());
+          break;
+        case 3:
+          f(block, std::integral_constant<int, 3>());
+          break;
+        case 2:
+          f(block, std::integral_constant<int, 2>());
+          break;
+        default:
+          f(block, std::integral_constant<int, 1>());
+      }
+      block += count;
+    }
+  }
+
   template <int NV>
   void tile_sweep(const TileBlock<T>& b, const T* values, const T* weight, T* products,
-                  int64_t rows, T* out) const {
+                  int64_t block, int64_t rows, T* out) const {
     const int64_t channels = vectors_ * VL;
     const Tiling& t = b.form;
     const auto& outputs = choose_outputs<NV>();
@@ -97,26 +107,24 @@ class DataGrad {
     const Plane from{t.w.inputs() * b.products_stride, b.products_stride, lanes};
     const Plane to{b.dilation_h * width_ * channels, b.dilation_w * channels, lanes};
     const Plane cut{4 * NV * VL, NV * VL, lanes};  // of a tile that sticks out
-    for (int64_t block = 0; block < vectors_; block += NV) {
-      multiply<S, NV>(b, values, weight + block * VL * l_.tile_weights() * b.channels, b.channels,
-                      false, products);
-      for (int64_t tile = 0; tile < b.count(); ++tile) {
-        const int64_t h0 = b.row(tile / b.columns), w0 = b.column(tile % b.columns);
-        const T* in = products + tile * NV * VL;
-        T* corner = out + (h0 * width_ + w0) * channels + block * VL;
-        const int64_t height = inside(rows - h0, b.dilation_h, t.h.tile),
-                      width = inside(width_ - w0, b.dilation_w, t.w.tile);
-        if (height == t.h.tile && width == t.w.tile) {
-          outputs.run(in, from, corner, to, batches);
-          continue;
-        }
-        alignas(64) T whole[4 * 4 * NV * VL];
-        outputs.run(in, from, whole, cut, batches);
-        for (int64_t i = 0; i < height; ++i)
-          for (int64_t j = 0; j < width; ++j)
-            std::memcpy(corner + i * to.row + j * to.column, whole + i * cut.row + j * cut.column,
-                        NV * VL * sizeof(T));
+    multiply<S, NV>(b, values, weight + block * VL * l_.tile_weights() * b.channels, b.channels,
+                    false, products);
+    for (int64_t tile = 0; tile < b.count(); ++tile) {
+      const int64_t h0 = b.row(tile / b.columns), w0 = b.column(tile % b.columns);
+      const T* in = products + tile * NV * VL;
+      T* corner = out + (h0 * width_ + w0) * channels + block * VL;
+      const int64_t height = inside(rows - h0, b.dilation_h, t.h.tile),
+                    width = inside(width_ - w0, b.dilation_w, t.w.tile);
+      if (height == t.h.tile && width == t.w.tile) {
+        outputs.run(in, from, corner, to, batches);
+        continue;
       }
+      alignas(64) T whole[4 * 4 * NV * VL];
+      outputs.run(in, from, whole, cut, batches);
+      for (int64_t i = 0; i < height; ++i)
+        for (int64_t j = 0; j < width; ++j)
+          std::memcpy(corner + i * to.row + j * to.column, whole + i * cut.row + j * cut.column,
+                      NV * VL * sizeof(T));
     }
   }
 
@@ -134,33 +142,33 @@ class DataGrad {
     return count < tile ? count : tile;
   }
 
-  int64_t chunk() const { return chunk_length<T>(tile_vectors(vectors_) * VL); }
+  int64_t chunk() const { return chunk_length<T>((vectors_ < 4 ? vectors_ : 4) * VL); }
 
   template <int NV>
-  void sweep(const T* d_gates, const T* weight, int64_t begin, int64_t end, T* out) const {
+  void sweep(const T* d_gates, const T* weight, int64_t block, int64_t begin, int64_t end,
+             T* out) const {
     const int64_t channels = vectors_ * VL, pixel = 4 * l_.Cp, row = l_.Wm * pixel;
-    for (int64_t block = 0; block < vectors_; block += NV)
-      for (int64_t a = 0; a < sh_; ++a)
-        for (int64_t b = 0; b < sw_; ++b) {
-          const RunList& list = lists_[a * sw_ + b];
-          const int64_t first = begin + ((a - begin) % sh_ + sh_) % sh_;
-          const int64_t columns = (width_ - b + sw_ - 1) / sw_;
-          if (columns <= 0) continue;
-          bool add = false;
-          const auto pass = [&](const Run* runs, int count) {
-            for (int64_t h = first; h < end; h += sh_) {
-              T* o = out + (h - begin) * row_size() + b * channels + block * VL;
-              conv_row<S, NV>(
-                  d_gates + h / sh_ * row, pixel, runs, count, weight + block * VL * l_.Kg,
-                  add ? Start<T>{o, sw_ * channels} : Start<T>{}, o, sw_ * channels, columns);
-            }
-            add = true;
-          };
-          if (list.count() > 0)
-            list.chunks(chunk(), pass);
-          else
-            pass(nullptr, 0);  // no tap reaches these pixels: their gradient is zero
-        }
+    for (int64_t a = 0; a < sh_; ++a)
+      for (int64_t b = 0; b < sw_; ++b) {
+        const RunList& list = lists_[a * sw_ + b];
+        const int64_t first = begin + ((a - begin) % sh_ + sh_) % sh_;
+        const int64_t columns = (width_ - b + sw_ - 1) / sw_;
+        if (columns <= 0) continue;
+        bool add = false;
+        const auto pass = [&](const Run* runs, int count) {
+          for (int64_t h = first; h < end; h += sh_) {
+            T* o = out + (h - begin) * row_size() + b * channels + block * VL;
+            conv_row<S, NV>(
+                d_gates + h / sh_ * row, pixel, runs, count, weight + block * VL * l_.Kg,
+                add ? Start<T>{o, sw_ * channels} : Start<T>{}, o, sw_ * channels, columns);
+          }
+          add = true;
+        };
+        if (list.count() > 0)
+          list.chunks(chunk(), pass);
+        else
+          pass(nullptr, 0);  // no tap reaches these pixels: their gradient is zero
+      }
   }
 
   const Layout<T, VL>& l_;

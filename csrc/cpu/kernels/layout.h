@@ -13,7 +13,7 @@
 //
 // Packed weights, K counting (kernel row, kernel column, input channel):
 //   forward   (Cb, Kx + Km, 4, VL)                Kx rows for x, then Km for mem
-//   backward  (Cin blocks, Kg, NV * VL), then (C blocks, Kg, NV * VL)
+//   backward  (Cin blocks, Kg, NV * VL), then (C blocks, Kg, NV * VL), NV vectors in a block
 //             Kg counts (flipped kernel row, flipped kernel column, Cb, 4, VL)
 // and for Winograd, of either half:
 //   forward   (Cb, points, parts, Cin or C, 4, VL)
@@ -46,9 +46,19 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Output channels in `vectors` vectors: how many of them a register tile takes.
-inline int tile_vectors(int64_t vectors) {
-  return vectors % 4 == 0 ? 4 : vectors % 3 == 0 ? 3 : vectors % 2 == 0 ? 2 : 1;
+// Neighbouring vectors of output channels that a register tile takes at once.
+struct VectorBlock {
+  int64_t first;
+  int count;
+};
+
+// The one, of `vectors` vectors of `bytes` each, in which vector v is: four, and what is left over.
+// Short vectors are worth more in pairs, which the processor's longer ones hold (Merged).
+inline VectorBlock vector_block(int64_t vectors, int64_t v, int bytes) {
+  const int64_t whole = vectors / 4 * 4, rest = vectors - whole;
+  if (v < whole) return {v / 4 * 4, 4};
+  if (rest < 3 || 2 * bytes > kNativeBytes) return {whole, int(rest)};
+  return v < whole + 2 ? VectorBlock{whole, 2} : VectorBlock{whole + 2, 1};
 }
 
 template <class T, int VL>

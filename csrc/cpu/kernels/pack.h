@@ -47,77 +47,88 @@ struct Packing {
                             T* packed) {
     parallel_for(threads, l.Cb * count, l.tile_weights() * 4 * VL, [&](int64_t task) {
       const int64_t cb = task / count, k = task % count;
-      tile_weights(
-          l, 4, count * 4 * VL,
-          [&](int64_t tap, int64_t v, int64_t lane) {
-            const int64_t ch = cb * VL + lane;
-            return ch < l.c.C ? weight[source(l, v * l.c.C + ch, first + k, l.place(tap))] : T(0);
-          },
-          packed + (cb * l.tile_weights() * count + k) * 4 * VL);
+      for (int64_t gate = 0; gate < 4; ++gate) {
+        const LaneWeights from{weight + source(l, gate * l.c.C + cb * VL, first + k, 0),
+                               source(l, 1, 0, 0), within(l.c.C - cb * VL)};
+        tile_weights(l, from, false, count * 4 * VL,
+                     packed + (cb * l.tile_weights() * count + k) * 4 * VL + gate * VL);
+      }
     });
   }
 
   // And of the data gradient, from the gates to those channels; `vectors` vectors of them.
   static void backward_tiles(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                              int64_t vectors, T* packed) {
-    const int64_t nv = tile_vectors(vectors), gates = 4 * l.Cp;
-    parallel_for(threads, vectors / nv * gates, l.tile_weights() * nv * VL, [&](int64_t task) {
-      const int64_t block = task / gates * nv, g = task % gates;
-      const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
-      tile_weights(
-          l, nv, gates * nv * VL,
-          [&](int64_t tap, int64_t v, int64_t lane) {
-            const int64_t k = (block + v) * VL + lane;
-            return ch < l.c.C && k < count
-                       ? weight[source(l, gate * l.c.C + ch, first + k, l.place(l.taps - 1 - tap))]
-                       : T(0);
-          },
-          packed + (block * l.tile_weights() * gates + g * nv) * VL);
-    });
+    each_backward(l, threads, weight, first, count, vectors, l.tile_weights(),
+                  [&](const LaneWeights& from, int64_t block, int64_t place, int64_t width) {
+                    tile_weights(l, from, true, 4 * l.Cp * width,
+                                 packed + block * l.tile_weights() * 4 * l.Cp + place);
+                  });
   }
 
  private:
-  // tap_value(tap, vector, lane) transformed, in double precision: point p of part k goes to
-  // out + (p * parts + k) * stride.
+  // The weights that are packed into one vector: of tap 0, and how far apart those of neighbouring
+  // lanes are, of which the first `count` are not zero.
+  struct LaneWeights {
+    const T* from;
+    int64_t stride, count;
+  };
+  static int64_t within(int64_t lanes) { return lanes < 0 ? 0 : lanes < VL ? lanes : VL; }
+
+  // f(lanes, block, place, width) for every gate channel and vector of input channels: the vector
+  // is in a block of `width` channels that begins at channel `block`, and in that block's row of
+  // all gates at `place`.
   template <class F>
-  static void tile_weights(const L& l, int64_t vectors, int64_t stride, F&& tap_value, T* out) {
+  static void each_backward(const L& l, int threads, const T* weight, int64_t first, int64_t count,
+                            int64_t vectors, int64_t values, F&& f) {
+    const int64_t gates = 4 * l.Cp;
+    parallel_for(threads, vectors * gates, values * VL, [&](int64_t task) {
+      const int64_t v = task / gates, g = task % gates;
+      const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
+      const VectorBlock b = vector_block(vectors, v, VL * int(sizeof(T)));
+      const LaneWeights from{weight + source(l, gate * l.c.C + ch, first + v * VL, 0),
+                             source(l, 0, 1, 0), ch < l.c.C ? within(count - v * VL) : 0};
+      f(from, b.first * VL, (g * b.count + v - b.first) * VL, b.count * VL);
+    });
+  }
+
+  // One vector of weights, transformed in double precision, flipped or not: point p of part k goes
+  // to out + (p * parts + k) * stride.
+  static void tile_weights(const L& l, const LaneWeights& from, bool flipped, int64_t stride,
+                           T* out) {
     using S = Simd<double, VL>;
     const Tiling& t = l.form;
     const auto transform = PlaneTransform<S>::taps(t, t.h.part, t.w.part);
-    const int64_t column = t.w.part * VL, columns = t.w.inputs() * VL;
+    const int64_t points = t.points(), parts = t.parts();
     alignas(64) double taps[5 * 5 * VL], values[8 * 8 * VL];
-    for (int64_t part = 0; part < t.parts(); ++part)
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t top = part / t.w.parts * t.h.part, left = part % t.w.parts * t.w.part;
-        for (int64_t i = 0; i < t.h.part; ++i)
-          for (int64_t j = 0; j < t.w.part; ++j) {
-            const bool inside = top + i < l.c.kernel_h && left + j < l.c.kernel_w;
-            const int64_t tap = (top + i) * l.c.kernel_w + left + j;
-            for (int64_t lane = 0; lane < VL; ++lane)
-              taps[i * column + j * VL + lane] = inside ? double(tap_value(tap, v, lane)) : 0.0;
-          }
-        transform.run(taps, {column, VL, 0}, values, {columns, VL, 0}, 1);
-        T* to = out + part * stride + v * VL;
-        for (int64_t point = 0; point < t.points(); ++point)
-          for (int64_t lane = 0; lane < VL; ++lane)
-            to[point * t.parts() * stride + lane] = T(values[point * VL + lane]);
-      }
+    for (int64_t part = 0; part < parts; ++part, out += stride) {
+      std::memset(taps, 0, sizeof(taps));
+      const int64_t top = part / t.w.parts * t.h.part, left = part % t.w.parts * t.w.part;
+      for (int64_t i = 0; i < t.h.part && top + i < l.c.kernel_h; ++i)
+        for (int64_t j = 0; j < t.w.part && left + j < l.c.kernel_w; ++j) {
+          const int64_t tap = (top + i) * l.c.kernel_w + left + j;
+          const T* weight = from.from + l.place(flipped ? l.taps - 1 - tap : tap);
+          double* to = taps + (i * t.w.part + j) * VL;
+          for (int64_t lane = 0; lane < from.count; ++lane) to[lane] = weight[lane * from.stride];
+        }
+      transform.run(taps, {t.w.part * VL, VL, 0}, values, {t.w.inputs() * VL, VL, 0}, 1);
+      for (int64_t point = 0; point < points; ++point)
+        for (int lane = 0; lane < VL; ++lane)
+          out[point * parts * stride + lane] = T(values[point * VL + lane]);
+    }
   }
 
   static void backward_half(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                             int64_t vectors, T* packed) {
-    const int64_t nv = tile_vectors(vectors), gates = 4 * l.Cp;
-    parallel_for(threads, vectors / nv * gates, l.taps * nv * VL, [&](int64_t task) {
-      const int64_t block = task / gates * nv, g = task % gates;
-      const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
-      for (int64_t tap = 0; tap < l.taps; ++tap) {
-        const int64_t place = l.place(l.taps - 1 - tap);
-        T* out = packed + (block * l.taps * gates + (tap * gates + g) * nv) * VL;
-        for (int64_t k = block * VL; k < (block + nv) * VL; ++k)
-          *out++ = ch < l.c.C && k < count ? weight[source(l, gate * l.c.C + ch, first + k, place)]
-                                           : T(0);
-      }
-    });
+    each_backward(l, threads, weight, first, count, vectors, l.taps,
+                  [&](const LaneWeights& from, int64_t block, int64_t place, int64_t width) {
+                    T* out = packed + block * l.Kg + place;
+                    for (int64_t tap = 0; tap < l.taps; ++tap, out += 4 * l.Cp * width) {
+                      const T* weight = from.from + l.place(l.taps - 1 - tap);
+                      for (int64_t lane = 0; lane < VL; ++lane)
+                        out[lane] = lane < from.count ? weight[lane * from.stride] : T(0);
+                    }
+                  });
   }
 };
 

@@ -290,10 +290,8 @@ class PlaneTransform {
   int from_h_ = 1, to_h_ = 1, from_w_ = 1, to_w_ = 1;
 };
 
-// Compiled for float32, in eight lanes or more where the processor has them: float64 is there for
-// its accuracy, and layers of so few channels have little to gain.
+// Compiled for float32: float64 is there for its accuracy.
 template <class T, int VL>
-constexpr bool kHasWinograd =
-    sizeof(T) == 4 && VL * sizeof(T) >= (kWideBytes < 32 ? kWideBytes : 32);
+constexpr bool kHasWinograd = sizeof(T) == 4;
 
 SNNLSTM_END_ISA
