@@ -26,7 +26,7 @@ double tile_cost(const Cell& c, const Tiling& t, double channels, bool backward)
     return double((n + unit - 1) / unit * unit) / double(n);
   };
   const double per_tile = products * 1.15 + points * 4 * 4 + points * 5 * channels / double(c.C);
-  const double of_filters = backward ? 5 * 4 * products : 0;  // measured
+  const double of_filters = backward ? 12 * 4 * products : 0;  // measured
   return per_tile / (t.h.tile * t.w.tile) * up(t.h, c.dilation_h, c.Ho()) *
              up(t.w, c.dilation_w, c.Wo()) +
          of_filters / double(c.T * c.N * c.Ho() * c.Wo());

@@ -25,15 +25,20 @@ struct Packing {
     const int64_t channels = l.c.Cin + l.c.C;
     parallel_for(threads, l.Cb * channels, l.taps * 4 * VL, [&](int64_t task) {
       const int64_t cb = task / channels, ci = task % channels;
-      for (int64_t tap = 0; tap < l.taps; ++tap) {
-        const int64_t place = l.place(tap);
-        T* out = packed + (cb * l.K() + row(l, ci, tap)) * 4 * VL;
-        for (int64_t gate = 0; gate < 4; ++gate)
-          for (int64_t lane = 0; lane < VL; ++lane) {
-            const int64_t ch = cb * VL + lane;
-            *out++ = ch < l.c.C ? weight[source(l, gate * l.c.C + ch, ci, place)] : T(0);
+      const int64_t next = (ci < l.c.Cin ? l.c.Cin : l.c.C) * 4 * VL;  // tap
+      T* const out = packed + (cb * l.K() + row(l, ci, 0)) * 4 * VL;
+      for (int64_t gate = 0; gate < 4; ++gate)
+        for (int64_t lane = 0; lane < VL; ++lane) {
+          const int64_t ch = cb * VL + lane;
+          T* to = out + gate * VL + lane;
+          if (ch >= l.c.C) {
+            for (int64_t tap = 0; tap < l.taps; ++tap) to[tap * next] = 0;
+            continue;
           }
-      }
+          const T* from = weight + source(l, gate * l.c.C + ch, ci, l.place(0));
+          for (int64_t i = 0; i < l.c.kernel_h; ++i, from += l.all_columns())
+            for (int64_t j = 0; j < l.c.kernel_w; ++j, to += next) *to = from[j];
+        }
     });
   }
 
