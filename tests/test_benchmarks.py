@@ -16,7 +16,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 from benchmarks import agreement, cli, compare, memory, report, suite
-from benchmarks.cases import CPU_CASES, Case, find_cases, parse_case
+from benchmarks.cases import CPU_CASES, Case, find_cases, parse_case, random_cases
 from benchmarks.providers import PROVIDERS, Setting
 from benchmarks.rows import Row, read_rows, write_rows
 from benchmarks.timing import Budget, Quantiles, time_interleaved
@@ -296,6 +296,26 @@ def test_own_shapes_read_back_what_they_say():
     )
     assert parse_case(f"8 4 32 48 30 40 3x5 density=dense name=mine {case.options}") == case
     assert [c.name for c in find_cases(["cpu", "mid"])] == list(CPU_CASES)
+
+
+def test_the_lowest_ratios_of_a_random_sample_are_named():
+    drawn = random_cases(12, seed=3)
+    assert drawn == random_cases(12, seed=3) != random_cases(12, seed=4)
+    rows = [
+        dataclasses.replace(
+            ROW, provider="snnlstm", mode="both", case=case.name, steps=case.steps,
+            batch=case.batch, cin=case.cin, cout=case.cout, height=case.height, width=case.width,
+            kernel="x".join(map(str, case.kernel)), options=case.options, density=case.density,
+            speedup=3.0 - k / 10,
+        )
+        for k, case in enumerate(drawn)
+    ]  # fmt: skip
+    text = report.ranking([ROW, *rows]).splitlines()
+    assert "12 random shapes: 1.90 2.00 2.10" in text[1]
+    assert len(text) == 2 + report.WORST
+    worst = parse_case(text[2].split('"')[1])
+    assert dataclasses.replace(worst, name=drawn[-1].name) == drawn[-1]
+    assert report.ranking([ROW]) == ""
 
 
 TINY = ["--shape", "2 1 2 4 6 6 3 name=small", "--quick", "--seconds", "0.1", "--memory", "off",
