@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import snnlstm
-from snnlstm import functional, native, reference
+from snnlstm import arguments, reference
+from snnlstm import run as running
 
 LAYERS = {
     "2->16 k3": (2, 16, (3, 3)),
@@ -48,22 +48,29 @@ def layer(
     return [x, conv.weight.detach() * scale, conv.bias.detach() * scale, grad]
 
 
-def run(function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> list[Tensor]:
-    """mem of every step and the gradients of x and weight."""
+def run(plain: bool, tensors: list[Tensor]) -> tuple[list[Tensor], str]:
+    """mem of every step and the gradients of x and weight; the name of what ran."""
     x, weight, bias, grad = tensors
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    mem = function(leaves[0], weight=leaves[1], bias=leaves[2], threshold=0.1, record=True)[2]
+    call = arguments.check_call(
+        leaves[0], weight=leaves[1], bias=leaves[2], threshold=0.1, record=True
+    )
+    if plain:
+        mem, name = reference.run(call)[2], "reference"
+    else:
+        _, _, mem, path = running.run(call)
+        name = path.name
     mem.backward(grad)
-    return [mem.detach(), leaves[0].grad, leaves[1].grad]
+    return [mem.detach(), leaves[0].grad, leaves[1].grad], name
 
 
 def errors(tensors: list[Tensor], exact: list[Tensor], algorithm: str) -> Errors:
     """Of one algorithm; "torch": of the reference path in float32."""
     if algorithm == "torch":
-        found, path = run(reference.sconv2dlstm, tensors), "reference"
+        found, path = run(True, tensors)
     else:
         with snnlstm.algorithm(algorithm):
-            found, path = run(functional.sconv2dlstm, tensors), native.last_name()
+            found, path = run(False, tensors)
     norms = [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
     return Errors(*norms, path)
 
@@ -80,7 +87,7 @@ def main() -> None:
     ]
     for name, scale in tqdm(list(itertools.product(LAYERS, SCALES)), leave=False, disable=None):
         tensors = layer(*LAYERS[name], scale, args.steps, args.size)
-        exact = run(reference.sconv2dlstm, [t.double() for t in tensors])
+        exact, _ = run(True, [t.double() for t in tensors])
         for algorithm in ALGORITHMS:
             found = errors(tensors, exact, algorithm)
             way = "" if algorithm == "torch" else f" ({found.path.split('-', 2)[-1]})"

@@ -6,11 +6,11 @@ from .version import __version__
 
 try:
     from . import functional, quant, reference, surrogate
-    from .blocks import empty_cache
-    from .path import algorithm, set_algorithm
+    from .native.memory import empty_cache
     from .rates import spike_rates
     from .sconv2dlstm import SConv2dLSTM
     from .sequential import Sequential, unroll
+    from .settings import algorithm, set_algorithm
     from .swap import accelerate, patch, restore, unpatch
 except Exception:
     # `python -m snnlstm` (Python calls it "-m" while it imports the package) is there to say what

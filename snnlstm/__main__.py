@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cuda_check
+from .native import cuda_check
 
 # What a fact is where it could not be had: a sentence that starts with this.
 MISSING = "missing: "
@@ -113,7 +113,9 @@ def collect() -> dict[str, Any]:
         "platform": attempt(platform.platform),
         "numpy": module_version("numpy"),
         "snntorch": module_version("snntorch"),
-        "devices": attempt(lambda: sorted(importlib.import_module("snnlstm.native").DEVICES)),
+        "devices": attempt(
+            lambda: sorted(importlib.import_module("snnlstm.native.kernels").DEVICES)
+        ),
         "forced_isa": os.environ.get("SNNLSTM_ISA"),
         "native": native,
         "torch": torch,

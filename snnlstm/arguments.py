@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .options import CellOptions, Pool, Reset
+from .call import (
+    DTYPES,
+    RESETS,
+    Call,
+    CellOptions,
+    Pool,
+    Reset,
+    autocast_dtype,
+    make_call,
+)
 from .quant import StateQuant
 from .snntorch import recognise_quant, recognise_surrogate
 from .surrogate import NONE, Surrogate, atan
 
-__all__ = ["DTYPES", "RESETS", "make_options"]
-
-RESETS: tuple[Reset, ...] = ("subtract", "zero", "none")
-"""The reset mechanisms; the position is ``reset_mechanism_val`` in a state_dict."""
-
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
+__all__ = ["check_call", "make_options"]
 
 # ---- values -----------------------------------------------------------------------------
 
@@ -218,6 +222,13 @@ def state_broadcast(
         raise ValueError(f"{name} must broadcast to {both}, got shape {tuple(shape)}")
 
 
+def state_shape(x: Tensor, channels: int, options: CellOptions) -> tuple[int, int, int, int]:
+    """Shape of syn and mem for a checked input, into which a pooling window must fit."""
+    state = (x.shape[-4], channels, *options.state_size(x.shape[-2], x.shape[-1]))
+    pool_fits(state, options)
+    return state
+
+
 def pool_fits(state: Sequence[int], options: CellOptions) -> None:
     """Check that at least one pooling window fits into the state."""
     if state[2] < options.pool_size[0] or state[3] < options.pool_size[1]:
@@ -232,29 +243,32 @@ def pool_fits(state: Sequence[int], options: CellOptions) -> None:
 
 def state_dtype(weight: Tensor) -> torch.dtype:
     """Dtype of the states and of spk: weight's, but at least float32 under autocast."""
-    device = weight.device.type
-    # Only of the devices that have autocast may be asked whether it is on.
-    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
-    if known and torch.is_autocast_enabled(device):
+    if autocast_dtype(weight.device.type) is not None:
         return torch.promote_types(weight.dtype, torch.float32)
     return weight.dtype
 
 
-def input_tensor(x: Any, weight: Tensor, in_channels: int) -> Tensor:
-    """Check the input; returns it in the dtype of the states."""
+def input_tensor(x: Any, weight: Tensor, in_channels: int, batch_first: bool = False) -> Tensor:
+    """Check the input; returns it in the dtype of the states.
+
+    batch_first : bool
+        A sequence comes as (N, T, ...) from the caller, and here as (T, N, ...).
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    given = tuple(x.shape)
+    if batch_first and x.dim() == 5:
+        given = (given[1], given[0], *given[2:])
     if x.dim() not in (4, 5):
         raise ValueError(
             f"x must have shape (N, {in_channels}, H, W) for one step or "
-            f"(T, N, {in_channels}, H, W) for a sequence, got {tuple(x.shape)}"
+            f"({'N, T' if batch_first else 'T, N'}, {in_channels}, H, W) for a sequence, "
+            f"got {given}"
         )
     if x.shape[-3] != in_channels:
-        raise ValueError(
-            f"x must have {in_channels} channels, got {x.shape[-3]}: shape {tuple(x.shape)}"
-        )
+        raise ValueError(f"x must have {in_channels} channels, got {x.shape[-3]}: shape {given}")
     if x.shape[-2] == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must have at least one pixel, got shape {tuple(x.shape)}")
+        raise ValueError(f"x must have at least one pixel, got shape {given}")
     return _converted("x", x, weight)
 
 
@@ -401,3 +415,89 @@ def never_spikes(threshold: Any) -> bool:
     if isinstance(threshold, Tensor):
         return not threshold.is_meta and bool((threshold.detach() >= 1).all())
     return is_number(threshold) and not math.isnan(threshold) and threshold >= 1
+
+
+# typed: stride=True must not find what stride=1 left.
+_cached_options = lru_cache(maxsize=256, typed=True)(make_options)
+
+
+def _options(*, surrogate: Any, quant: Any, **others: Any) -> CellOptions:
+    """Check what describes the cell, once for equal arguments.
+
+    Foreign callables stay out of the cache, which would keep them alive.
+    """
+    ours = isinstance(surrogate, Surrogate) and (quant is None or isinstance(quant, StateQuant))
+    if ours and not torch.compiler.is_compiling():
+        try:
+            return _cached_options(surrogate=surrogate, quant=quant, **others)
+        except TypeError:  # a wrong type, perhaps one that cannot be hashed: say which below
+            pass
+    return make_options(surrogate=surrogate, quant=quant, **others)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def check_call(
+    x: Any,
+    syn: Any = None,
+    mem: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    threshold: Any = 1.0,
+    spike_grad: Any = None,
+    surrogate_disable: Any = False,
+    reset_mechanism: Any = "none",
+    max_pool: Any = 0,
+    avg_pool: Any = 0,
+    state_quant: Any = None,
+    graded_spikes_factor: Any = 1.0,
+    inhibition: Any = False,
+    stride: Any = 1,
+    dilation: Any = 1,
+    record: Any = False,
+    checkpoint: Any = False,
+    batch_first: Any = False,
+) -> Call:
+    """Check every argument of the functional form and put it into its normal form.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`snnlstm.functional.sconv2dlstm` documents.
+    """
+    in_channels, channels = weight_tensors(weight, bias)
+    if flag("batch_first", batch_first) and isinstance(x, Tensor) and x.dim() == 5:
+        x = x.transpose(0, 1)
+    x = input_tensor(x, weight, in_channels, bool(batch_first))
+    sequence = x.dim() == 5
+    options = _options(
+        kernel_size=tuple(weight.shape[2:]),
+        stride=_hashable(stride),
+        dilation=_hashable(dilation),
+        reset=reset_mechanism,
+        max_pool=_hashable(max_pool),
+        avg_pool=_hashable(avg_pool),
+        surrogate=surrogate(spike_grad, flag("surrogate_disable", surrogate_disable)),
+        quant=quantiser(state_quant),
+        inhibition=inhibition,
+        checkpoint=checkpoint,
+        sequence=sequence,
+        record=check_record(record, sequence),
+    )
+    shape = state_shape(x, channels, options)
+    states = [
+        x.new_zeros(shape) if state is None else state_tensor(name, state, shape, x, weight)
+        for name, state in (("syn", syn), ("mem", mem))
+    ]
+    return make_call(
+        x,
+        *states,
+        weight,
+        bias,
+        scalar_like("threshold", threshold, x, shape, options),
+        scalar_like("graded_spikes_factor", graded_spikes_factor, x, shape, options),
+        options,
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .path import global_hooks
+from .run import global_hooks
 from .rates import Count
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Base, Neuron

@@ -140,6 +140,8 @@ class StateQuant:
         self._values = tuple(self._levels.tolist())
         self._ascending = bool((self._levels.diff() >= 0).all())
         self._key = (self._values, self._levels.dtype)
+        dtype = str(self._levels.dtype).removeprefix("torch.")
+        self._text = ",".join([dtype, *map(repr, self._values)])  # here: dynamo cannot cache it
 
     @property
     def levels(self) -> Tensor:
@@ -150,6 +152,18 @@ class StateQuant:
     def ascending(self) -> bool:
         """Whether no level is lower than the one before."""
         return self._ascending
+
+    @property
+    def text(self) -> str:
+        """The levels and their dtype as text, for :meth:`from_text`."""
+        return self._text
+
+    @classmethod
+    def from_text(cls, text: str) -> StateQuant:
+        """The quantiser whose :attr:`text` this is."""
+        dtype, *values = text.split(",")
+        levels = torch.tensor([float(value) for value in values], dtype=getattr(torch, dtype))
+        return cls(levels)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Nearest level of each element, of x's shape, dtype and device."""

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .options import CellOptions
+from .arguments import check_call
+from .call import Call, CellOptions, in_order_of_caller
 from .surrogate import Surrogate
 
 __all__ = ["fire", "reset_signal", "run", "sconv2dlstm"]
@@ -142,35 +143,14 @@ def _step(
     return fire(pooled, threshold, graded, surrogate, quant, options.inhibition), syn, mem
 
 
-def run(
-    x: Tensor,
-    syn: Tensor,
-    mem: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    threshold: Tensor,
-    graded: Tensor,
-    options: CellOptions,
-    conv: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one step or a whole sequence; the arguments have been checked.
+def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one step or a whole sequence.
 
     Parameters
     ----------
-    x : Tensor
-        (N, Cin, H, W), or (T, N, Cin, H, W) with ``options.sequence``.
-    syn, mem : Tensor
-        (N, C, Ho, Wo), states before the first step, of x's dtype and device.
-    weight : Tensor
-        (4C, Cin + C, kh, kw), gates in the order i, f, o, g.
-    bias : Tensor or None
-        (4C,).
-    threshold, graded : Tensor
-        Broadcast to mem's shape and to the pooled one.
-    options : CellOptions
-    conv : callable, optional
-        Maps (N, Cin + C, H, W) to (N, 4C, H, W); called in place of the convolution with
-        `weight` and `bias`. Needs a stride of 1.
+    call : Call
+        Where it has a ``conv``, that is called in place of the convolution with weight and bias;
+        this needs a stride of 1.
 
     Returns
     -------
@@ -178,16 +158,18 @@ def run(
         spk (N, C, Hp, Wp) or (T, N, C, Hp, Wp); syn and mem (N, C, Ho, Wo), or
         (T, N, C, Ho, Wo) with ``options.record``. Tensors of their own, never views.
     """
+    x, syn, mem, *rest = call[:8]
+    options, conv = call.options, call.conv if call.reason is not None else None
     step: Callable[..., tuple[Tensor, Tensor, Tensor]] = _step
     if options.checkpoint and torch.is_grad_enabled():
         step = _checkpointed_step
     if not options.sequence:
-        return step(x, syn, mem, weight, bias, threshold, graded, options, conv)
+        return step(x, syn, mem, *rest, conv)
     if x.shape[0] == 0:
         return _no_steps(x, syn, mem, options)
     spks, syns, mems = [], [], []
     for x_t in x:
-        spk, syn, mem = step(x_t, syn, mem, weight, bias, threshold, graded, options, conv)
+        spk, syn, mem = step(x_t, syn, mem, *rest, conv)
         spks.append(spk)
         if options.record:
             syns.append(syn)
@@ -231,6 +213,6 @@ def sconv2dlstm(
     spk, syn, mem : Tensor
         As :func:`snnlstm.functional.sconv2dlstm` returns them.
     """
-    from .functional import check_call  # which imports this module
-
-    return run(*check_call(x, syn, mem, weight, bias, **options))
+    call = check_call(x, syn, mem, weight, bias, **options)
+    batch_first = options.get("batch_first", False)
+    return in_order_of_caller(call.options, batch_first, *run(call))

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments, reference
-from .description import DescribedCell
-from .functional import compute
-from .options import CellOptions
-from .path import Path, conv_reason, exporting, log_fallback
-from .state import ResetSource, backward_pass
+from .attributes import DescribedCell
+from .call import DTYPES, Call, in_order_of_caller, known_signature, make_call
+from .run import reason_against_conv, run
+from .state import backward_pass
 
 __all__ = ["SConv2dLSTM"]
 
@@ -88,6 +87,8 @@ class SConv2dLSTM(DescribedCell):
         float32, float64, float16 or bfloat16.
     checkpoint : bool, default False
         Recompute the gates in the backward pass instead of keeping them.
+    batch_first : bool, default False
+        A sequence x, spk and recorded states are (N, T, ...), not (T, N, ...).
 
     Attributes
     ----------
@@ -100,7 +101,7 @@ class SConv2dLSTM(DescribedCell):
         are in no state_dict and no buffers, but move with the cell.
     spk : Tensor or None
         The last spikes.
-    path : snnlstm.path.Path or None
+    path : snnlstm.run.Path or None
         Which implementation ran the last call, and why.
 
     Raises
@@ -113,9 +114,6 @@ class SConv2dLSTM(DescribedCell):
     Shi et al., "Convolutional LSTM network", NeurIPS 2015; Eshraghian et al., "Training
     spiking neural networks using lessons from deep learning", Proc. IEEE 111, 2023.
     """
-
-    spk: Tensor | None = None
-    path: Path | None = None
 
     def __init__(
         self,
@@ -140,6 +138,7 @@ class SConv2dLSTM(DescribedCell):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         checkpoint: bool = False,
+        batch_first: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         arguments.integer("in_channels", in_channels)
@@ -176,6 +175,7 @@ class SConv2dLSTM(DescribedCell):
         self.stride = stride
         self.dilation = dilation
         self.checkpoint = checkpoint
+        self.batch_first = batch_first
         self._reset_mechanism = arguments.reset_mechanism(reset_mechanism)
         self.padding = self._describe(False, False).padding
 
@@ -224,6 +224,8 @@ class SConv2dLSTM(DescribedCell):
         x : Tensor
             (N, Cin, H, W) is one step, (T, N, Cin, H, W) a sequence: the same as T calls, in
             one. Of the cell's dtype, or one that converts to it without loss, such as bool.
+            **Time comes first.** An x of (N, T, Cin, H, W) has the same number of dimensions and
+            would be read as N steps of T samples: make the cell with ``batch_first=True``.
         syn, mem : Tensor, optional
             (N, C, Ho, Wo), or (0,), which means zeros, as do zeros of another batch or image size:
             what :meth:`reset_mem` returned. None goes on from the stored state.
@@ -236,7 +238,8 @@ class SConv2dLSTM(DescribedCell):
             (N, C, Ho // pool, Wo // pool), with a leading T for a sequence.
         syn, mem : Tensor
             (N, C, Ho, Wo) after the last step, or (T, N, C, Ho, Wo) with `record`. Not
-            returned with ``init_hidden=True`` and ``output=False``.
+            returned with ``init_hidden=True`` and ``output=False``. With ``batch_first=True``
+            T stands behind N.
 
         Raises
         ------
@@ -260,40 +263,73 @@ class SConv2dLSTM(DescribedCell):
             raise TypeError(
                 "`mem` or `syn` should not be passed as an argument while `init_hidden=True`"
             )
+        call = None if torch.compiler.is_compiling() else self._like_before(x, syn, mem, record)
+        if call is None:
+            call = self._checked(x, syn, mem, record)
+        spk, syn, mem, path = run(call)
+        self._store(call, spk, syn, mem, path)
+        spk, syn, mem = in_order_of_caller(call.options, self.batch_first, spk, syn, mem)
+        if self.init_hidden and not self.output:
+            return spk
+        return spk, syn, mem
+
+    def _like_before(self, x: Any, syn: Any, mem: Any, record: Any) -> Call | None:
+        """The call, if all of its arguments are like those of a call that was checked."""
+        if type(x) is not Tensor:
+            return None
+        conv = self._modules["conv"]
+        sequence = x.dim() == 5
+        options = self._options.get((sequence, record))
+        threshold = self._buffers.get("threshold")
+        if threshold is None:
+            threshold = self._parameters.get("threshold")
+        if options is None or type(conv) is not nn.Conv2d:
+            return None
+        if syn is None or mem is None:
+            if backward_pass() not in (-1, self._stored_in):
+                return None
+            syn = self._syn if syn is None else syn
+            mem = self._mem if mem is None else mem
+        if sequence and self.batch_first:
+            x = x.transpose(0, 1)
+        weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
+        graded: Any = self._buffers.get("graded_spikes_factor")
+        tensors: Any = (x, syn, mem, weight, bias, threshold, graded)
+        try:
+            signature, _ = known_signature(*tensors, options)
+        except AttributeError:  # one of them is no tensor
+            return None
+        if (
+            signature is None
+            or weight.shape[0] != 4 * self.out_channels
+            or reason_against_conv(conv, options) is not None
+        ):
+            return None
+        return Call(*tensors, options, signature)
+
+    def _checked(self, x: Any, syn: Any, mem: Any, record: Any) -> Call:
+        """The call, after every check."""
         conv, channels = self.conv, self.out_channels
         weight, bias = self._parameters_of_conv(x)
-        x = arguments.input_tensor(x, weight, self.in_channels)
+        if self.batch_first and isinstance(x, Tensor) and x.dim() == 5:
+            x = x.transpose(0, 1)
+        x = arguments.input_tensor(x, weight, self.in_channels, self.batch_first)
         sequence = x.dim() == 5
         options = self._describe(sequence, arguments.check_record(record, sequence))
-        shape = (x.shape[-4], channels, *options.state_size(x.shape[-2], x.shape[-1]))
-        arguments.pool_fits(shape, options)
-        if syn is None:
-            syn = self._stored("syn", shape, x)
-        else:
-            syn = self._passed("syn", syn, shape, x, weight)
-        if mem is None:
-            mem = self._stored("mem", shape, x)
-        else:
-            mem = self._passed("mem", mem, shape, x, weight)
+        shape = arguments.state_shape(x, channels, options)
+        syn = self._state("syn", syn, shape, x, weight)
+        mem = self._state("mem", mem, shape, x, weight)
         threshold = arguments.scalar_like("threshold", self.threshold, x, shape, options)
         graded = arguments.scalar_like(
             "graded_spikes_factor", self.graded_spikes_factor, x, shape, options
         )
-        kernel = (4 * channels, self.in_channels + channels, *options.kernel_size)
-        foreign = conv_reason(conv, kernel, options)
+        c, kernel = self.out_channels, options.kernel_size
+        foreign = reason_against_conv(conv, options, (4 * c, self.in_channels + c, *kernel))
         if foreign is not None and options.stride != (1, 1):
             raise ValueError(
                 f"conv must be a plain nn.Conv2d without hooks where stride is not 1: {foreign}"
             )
-
-        before = mem
-        spk, syn, mem, path = compute(
-            x, syn, mem, weight, bias, threshold, graded, options, conv, foreign
-        )
-        self._store(spk, syn, mem, path, options, before, threshold)
-        if self.init_hidden and not self.output:
-            return spk
-        return spk, syn, mem
+        return make_call(x, syn, mem, weight, bias, threshold, graded, options, conv, foreign)
 
     def _parameters_of_conv(self, x: Any) -> tuple[Tensor, Tensor | None]:
         """weight and bias; of a foreign conv any floating parameter, for dtype and device."""
@@ -301,54 +337,11 @@ class SConv2dLSTM(DescribedCell):
         if type(conv) is nn.Conv2d:
             return conv.weight, conv.bias
         for parameter in conv.parameters():
-            if parameter.dtype in arguments.DTYPES:
+            if parameter.dtype in DTYPES:
                 return parameter, None
-        if not isinstance(x, Tensor) or x.dtype not in arguments.DTYPES:
+        if not isinstance(x, Tensor) or x.dtype not in DTYPES:
             return self.graded_spikes_factor, None
         return x, None
-
-    def _store(
-        self,
-        spk: Tensor,
-        syn: Tensor,
-        mem: Tensor,
-        path: Path,
-        options: CellOptions,
-        before: Tensor,
-        threshold: Tensor,
-    ) -> None:
-        """Keep the results of a call that succeeded."""
-        if exporting():  # a program carries no attributes, and keeping tracers would spoil us
-            return
-        log_fallback(path, self._logged, self)
-        kept: dict[str, Any] = {"path": path, "spk": spk}
-        # A recorded sequence of no steps has no last states: those before it stay.
-        if not options.record or syn.shape[0] > 0:
-            if options.record:
-                # Copies: snnTorch detaches states in place, which views refuse.
-                syn, mem = syn[-1].clone(), mem[-1].clone()
-            kept["_syn"], kept["_mem"], kept["_restarted"] = syn, mem, False
-        kept["_reset_source"] = (
-            None if options.sequence else ResetSource(before, threshold, options)
-        )
-        if torch.compiler.is_compiling():  # dynamo follows attributes, not dictionaries
-            for name, value in kept.items():
-                setattr(self, name, value)
-        else:  # as setattr, without nn.Module's search for parameters
-            self.__dict__.update(kept, _stored_in=backward_pass())
-
-    @property
-    def reset(self) -> Tensor | None:
-        """Reset signal of the last step call, 1 where mem before it spiked; (N, C, Ho, Wo).
-
-        Computed when it is read. None before the first call and after a sequence.
-
-        Raises
-        ------
-        RuntimeError
-            If the mem that was passed to the last call has been modified in place since.
-        """
-        return None if self._reset_source is None else self._reset_source.signal()
 
     def fire(self, mem: Tensor) -> Tensor:
         """Spikes of a membrane potential: quantised, thresholded and graded.

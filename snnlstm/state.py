@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments
-from .options import CellOptions
+from .call import Call
 from .reference import reset_signal
+from .run import Path, exporting, log_fallback
 from .snntorch import Base, clear_registries, live, register
 
 __all__ = ["ResetSource", "StatefulCell", "backward_pass"]
@@ -40,6 +41,11 @@ class StatefulCell(Base):
     _mem: Tensor
     _restarted: bool  # the stored states are the zeros of a reset, which nobody has touched
     _stored_in: int  # the backward pass in which they were stored
+    _reset_source: ResetSource | None
+    _logged: set[str]  # reasons of slow paths that were logged
+    batch_first: bool
+    spk: Tensor | None = None
+    path: Path | None = None
 
     def _init_state(self, like: Tensor) -> None:
         """Start without a state, on the device and in the dtype of `like`; enter the registry."""
@@ -109,14 +115,16 @@ class StatefulCell(Base):
             return stored
         return stored.to(x.device, x.dtype)
 
-    def _passed(
+    def _state(
         self, name: str, state: Any, shape: tuple[int, ...], x: Tensor, weight: Tensor
     ) -> Tensor:
-        """Return a checked state that the caller gave.
+        """Return the state that a call starts from: what the caller gave, checked, or the stored.
 
         What reset_mem returned has the shape of the last input, and means zeros for any input, also
         when it was read, copied or used before.
         """
+        if state is None:
+            return self._stored(name, shape, x)
         fits = isinstance(state, Tensor) and state.shape == shape
         # In this order: torch.compile compiles again when the answer to a question changes.
         if not fits and self._restarted and state is getattr(self, f"_{name}"):
@@ -124,6 +132,42 @@ class StatefulCell(Base):
         if not fits and not torch.compiler.is_compiling() and _as_of_a_reset(state, shape[1]):
             return x.new_zeros(shape)
         return arguments.state_tensor(name, state, shape, x, weight)
+
+    def _store(self, call: Call, spk: Tensor, syn: Tensor, mem: Tensor, path: Path) -> None:
+        """Keep the results of a call that succeeded."""
+        if exporting():  # a program carries no attributes, and keeping tracers would spoil us
+            return
+        if path.slow:
+            log_fallback(path, self._logged, self)
+        options = call.options
+        kept: dict[str, Any] = {"path": path, "spk": spk}
+        if options.sequence and self.batch_first:
+            kept["spk"] = spk.transpose(0, 1)
+        # A recorded sequence of no steps has no last states: those before it stay.
+        if not options.record or syn.shape[0] > 0:
+            if options.record:
+                # Copies: snnTorch detaches states in place, which views refuse.
+                syn, mem = syn[-1].clone(), mem[-1].clone()
+            kept["_syn"], kept["_mem"], kept["_restarted"] = syn, mem, False
+        kept["_reset_source"] = None if options.sequence else ResetSource(call)
+        if torch.compiler.is_compiling():  # dynamo follows attributes, not dictionaries
+            for name, value in kept.items():
+                setattr(self, name, value)
+        else:  # as setattr, without nn.Module's search for parameters
+            self.__dict__.update(kept, _stored_in=backward_pass())
+
+    @property
+    def reset(self) -> Tensor | None:
+        """Reset signal of the last step call, 1 where mem before it spiked; (N, C, Ho, Wo).
+
+        Computed when it is read. None before the first call and after a sequence.
+
+        Raises
+        ------
+        RuntimeError
+            If the mem that was passed to the last call has been modified in place since.
+        """
+        return None if self._reset_source is None else self._reset_source.signal()
 
     def reset_mem(self) -> tuple[Tensor, Tensor]:
         """Set the stored states to zero and return them, syn and mem.
@@ -235,7 +279,10 @@ class ResetSource:
     Dynamo cannot watch for modifications in place, so there it is computed at once.
     """
 
-    def __init__(self, mem: Tensor, threshold: Tensor, options: CellOptions) -> None:
+    __slots__ = ("mem", "reset", "surrogate", "threshold", "threshold_version", "version")
+
+    def __init__(self, call: Call) -> None:
+        mem, threshold, options = call.mem, call.threshold, call.options
         self.reset: Tensor | None = None
         if torch.compiler.is_compiling():
             self.reset = reset_signal(mem, threshold, options.surrogate)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from snnlstm import surrogate
-from snnlstm.options import CellOptions
+from snnlstm.call import CellOptions
 from snnlstm.quant import StateQuant, state_quant
 
 # Differentiable by numbers: atan to SFS; with a jump at the threshold: the rest but the last.

@@ -14,7 +14,7 @@ import snntorch
 import torch
 from kernels import isa, kernels, native  # noqa: F401  (fixtures for every test)
 
-import snnlstm.path
+import snnlstm.run
 
 SIMT = Path(__file__).parent / "simt"
 sys.path.append(str(SIMT))
@@ -52,7 +52,7 @@ class Backend:
         """Within the block, cells on the device run this implementation."""
         if self.name == "reference":
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(snnlstm.path, "_native", None)
+                patch.setattr(snnlstm.run, "_native", None)
                 yield
         elif self.name == "simt":
             from backend import emulated  # builds it: half a minute, the first time
@@ -67,7 +67,7 @@ class Backend:
         else:
             yield
 
-    def check(self, path: "snnlstm.path.Path | None", native: bool = True) -> None:
+    def check(self, path: "snnlstm.run.Path | None", native: bool = True) -> None:
         """Assert which path a call took; `native`: whether the kernels can do this call."""
         assert path is not None
         assert path.native == (self.native and native), str(path)

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import flat
 import torch
 from cases import Case, Inputs, wanting_gradients
 from oracle import decisions
 from torch import Tensor
 
-from snnlstm import reference, surrogate
-from snnlstm.options import CellOptions
+from snnlstm import surrogate
+from snnlstm.call import CellOptions
 
 NAMES = ("x", "syn", "mem", "weight", "bias", "threshold")
 OUTPUTS = ("spk", "syn", "mem")
@@ -93,7 +94,7 @@ def agrees(run: Run, case: Case, inputs: Inputs) -> bool:
     options = case.recorded().options
     with torch.no_grad():
         own = run(*inputs, options)
-        exact = reference.run(*inputs.double(), options)
+        exact = flat.reference(*inputs.double(), options)
     pairs = zip(decisions(case, inputs, *own[1:]), decisions(case, inputs, *exact[1:]), strict=True)
     return all(torch.equal(one, other) for one, other in pairs)
 

@@ -4,16 +4,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import flat
 import pytest
 import torch
 from torch import Tensor
 
 import snnlstm
-import snnlstm.path
-from snnlstm.options import CellOptions
+import snnlstm.run
+from snnlstm.call import CellOptions
 
-native = snnlstm.path._native
-ISAS: list[str] = native._C.isa_names() if native else []
+native = snnlstm.run._native
+ISAS: list[str] = snnlstm._C.isa_names() if native else []
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Kernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What :func:`snnlstm.reference.run` computes, by these kernels."""
         tensors = (x, syn, mem, weight, bias, threshold, graded)
-        return snnlstm.autograd.run(*tensors, options, self.algorithm)
+        return flat.run(*tensors, options, self.algorithm)
 
 
 def _id(kernels: Kernels) -> str:
@@ -78,13 +79,13 @@ def one_thread() -> Iterator[None]:
 
 def use(kernels: Kernels) -> Iterator[Kernels]:
     """Run with these kernels until the generator is resumed."""
-    before = native._C.isa_name()
-    native._C.set_isa(kernels.isa)
+    before = native.cpu.isa
+    native.cpu.set_isa(kernels.isa)
     try:
         with snnlstm.algorithm(kernels.algorithm):
             yield kernels
     finally:
-        native._C.set_isa(before)
+        native.cpu.set_isa(before)
 
 
 @pytest.fixture(

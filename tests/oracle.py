@@ -10,14 +10,15 @@ judged by the potential that the kernels themselves returned.
 
 from dataclasses import replace
 
+import flat
 import torch
 import torch.nn.functional as F
 from cases import Case, Inputs
 from spikes import assert_quantised
 from torch import Tensor
 
-from snnlstm import reference, surrogate
-from snnlstm.options import CellOptions
+from snnlstm import surrogate
+from snnlstm.call import CellOptions
 
 
 def _steps(tensor: Tensor, options: CellOptions) -> Tensor:
@@ -85,7 +86,7 @@ def check_steps(
     for x, spk, syn, mem in zip(
         *(_steps(t, options) for t in (wide.x, *(t.detach() for t in out))), strict=True
     ):
-        _, exact_syn, exact_mem = reference.run(x, syn_before, mem_before, *wide[3:], step)
+        _, exact_syn, exact_mem = flat.reference(x, syn_before, mem_before, *wide[3:], step)
         for value, exact in ((syn, exact_syn), (mem, exact_mem)):
             band = error * max(1.0, float(exact.abs().max()))
             if options.quant is not None:

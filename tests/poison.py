@@ -1,6 +1,6 @@
 """Memory that shows what is done to it: outputs and workspaces are poisoned, and fenced in.
 
-The core takes all its memory from torch.empty and its relatives, and from blocks.empty. In
+The core takes all its memory from torch.empty and its relatives, and from memory.empty. In
 :func:`poisoned` these return memory filled with a pattern, between two fences: a result that was
 not written keeps the pattern, one that was computed from memory nobody wrote is wrong, and a write
 past the end breaks a fence.
@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from snnlstm import blocks, cpu, glue, packing
+from snnlstm.native import cpu, memory, tensors
 
 NAN = 0xFF  # as float32, float64: NaN; as int64: -1
 HUGE = 0x7F  # as float32, float64: 3.4e38, 1.4e306; as int64: 9.2e18
@@ -85,12 +85,16 @@ def poisoned(pattern: int) -> Iterator[_Fenced]:
     def new_empty(self, *shape, dtype=None, **_):
         return contiguous(*shape, dtype=dtype or self.dtype)
 
+    def new_empty_strided(self, shape, strides, dtype=None, **_):
+        return fenced.new(tuple(shape), tuple(strides), dtype or self.dtype)
+
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cpu, glue, packing):
+        for module in (cpu, tensors):
             patch.setattr(module, "torch", Torch())
-        patch.setattr(blocks, "empty", lambda shape, dtype: contiguous(shape, dtype=dtype))
+        patch.setattr(memory, "empty", lambda shape, dtype: contiguous(shape, dtype=dtype))
         patch.setattr(Tensor, "new_empty", new_empty)
-        patch.setattr(blocks, "_thread", threading.local())  # nothing kept from before
-        patch.setattr(packing, "_packed", WeakKeyDictionary())
+        patch.setattr(Tensor, "new_empty_strided", new_empty_strided)
+        patch.setattr(memory, "_thread", threading.local())  # nothing kept from before
+        patch.setattr(cpu, "_packed", WeakKeyDictionary())
         yield fenced
     fenced.check()

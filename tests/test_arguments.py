@@ -69,7 +69,7 @@ CONSTRUCTOR = [
         (name, value, TypeError)
         for name in (
             "bias", "surrogate_disable", "init_hidden", "inhibition", "learn_threshold", "output",
-            "checkpoint",
+            "checkpoint", "batch_first",
         )
         for value in BAD_FLAGS
     ),
@@ -135,6 +135,7 @@ ATTRIBUTES = [
     ("inhibition", "yes", TypeError),
     ("surrogate_disable", None, TypeError),
     ("checkpoint", 3, TypeError),
+    ("batch_first", 3, TypeError),
     ("init_hidden", "no", TypeError),
     ("output", None, TypeError),
     ("max_pool", -1, ValueError),
@@ -261,6 +262,7 @@ FUNCTIONAL = [
     ("record", True, ValueError),
     ("record", 2, TypeError),
     ("checkpoint", "no", TypeError),
+    ("batch_first", "no", TypeError),
 ]
 
 
@@ -299,12 +301,12 @@ def test_set_algorithm_takes_known_names_only():
         ValueError, match="name must be one of auto, direct, winograd, pointwise, got 'fft'"
     ):
         snnlstm.set_algorithm("fft")
-    before = snnlstm.path.get_algorithm()
+    before = snnlstm.settings.get_algorithm()
     with snnlstm.algorithm("direct"):
-        assert snnlstm.path.get_algorithm() == "direct"
+        assert snnlstm.settings.get_algorithm() == "direct"
         with pytest.raises(ValueError, match="name"), snnlstm.algorithm("none"):
             pass
         with pytest.raises(KeyError), snnlstm.algorithm("winograd"):
             raise KeyError
-        assert snnlstm.path.get_algorithm() == "direct"
-    assert snnlstm.path.get_algorithm() == before
+        assert snnlstm.settings.get_algorithm() == "direct"
+    assert snnlstm.settings.get_algorithm() == before

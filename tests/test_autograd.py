@@ -5,6 +5,7 @@ import itertools
 import weakref
 from dataclasses import replace
 
+import flat
 import pytest
 import torch
 from cases import Inputs, wanting_gradients
@@ -20,14 +21,14 @@ from gradients import (
 from kernels import Kernels, native
 from poison import NAN, poisoned
 
-from snnlstm import autograd, surrogate
+from snnlstm import surrogate
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "winograd"])
 def test_any_subset_of_the_inputs_can_want_gradients(algorithm):
-    kernels, case = Kernels(native._C.isa_name(), algorithm), replace(PLAIN, time=2)
+    kernels, case = Kernels(native.cpu.isa, algorithm), replace(PLAIN, time=2)
     inputs = case.inputs()
     grads = case.output_gradients()
     everything = gradients(kernels.run, inputs, case.options, grads)
@@ -40,28 +41,29 @@ def test_any_subset_of_the_inputs_can_want_gradients(algorithm):
 
 def test_unwanted_gradients_are_not_computed(monkeypatch):
     seen = []
-    backward = native._C.cpu_backward
-    monkeypatch.setattr(native._C, "cpu_backward", lambda *a: seen.append(a) or backward(*a))
+    backward = native.cpu.Choice.backward
+    monkeypatch.setattr(
+        native.cpu.Choice, "backward", lambda *a: seen.append(backward(*a)) or seen[-1]
+    )
     for wanted in NAMES:
         inputs = PLAIN.inputs()
         grads = PLAIN.output_gradients()
-        gradients(autograd.run, inputs, PLAIN.options, grads, [wanted])
-    for arguments, wanted in zip(seen, NAMES, strict=True):
-        given = arguments[-7:-1]  # x, syn, mem, weight, bias, threshold; then the workspace
-        assert [bool(a) for a in given] == [name == wanted for name in NAMES]
+        gradients(flat.run, inputs, PLAIN.options, grads, [wanted])
+    for found, wanted in zip(seen, NAMES, strict=True):
+        assert [grad is not None for grad in found] == [name == wanted for name in NAMES]
 
 
 def test_without_gradients_nothing_is_kept():
     inputs = PLAIN.inputs()
-    assert not any(out.requires_grad for out in autograd.run(*inputs, PLAIN.options))
+    assert not any(out.requires_grad for out in flat.run(*inputs, PLAIN.options))
     with torch.no_grad():
-        out = autograd.run(*wanting_gradients(inputs), PLAIN.options)
+        out = flat.run(*wanting_gradients(inputs), PLAIN.options)
     assert not any(o.requires_grad for o in out)
 
 
 def test_spikes_without_surrogate_are_not_differentiable():
     case = with_options(surrogate=surrogate.NONE)
-    spk, syn, mem = autograd.run(*wanting_gradients(case.inputs()), case.options)
+    spk, syn, mem = flat.run(*wanting_gradients(case.inputs()), case.options)
     assert not spk.requires_grad
     assert syn.requires_grad
     assert mem.requires_grad
@@ -79,7 +81,7 @@ def test_a_retained_graph_gives_equal_gradients_again(kernels):
 def test_a_graph_is_used_up_and_its_memory_freed():
     inputs, grads = leaves_and_gradients(PLAIN)
     with poisoned(NAN) as fenced:
-        out = autograd.run(*inputs, PLAIN.options)
+        out = flat.run(*inputs, PLAIN.options)
     blocks = [weakref.ref(block) for block in fenced.blocks]
     fenced.blocks.clear()
     loss = total(out, grads)
@@ -98,7 +100,7 @@ def test_editing_an_input_in_place_is_noticed(name):
     leaves = wanting_gradients(inputs)
     # Not leaves themselves: those refuse to be edited anyway.
     held = Inputs(*(None if t is None else t.clone() for t in leaves))
-    out = autograd.run(*held, PLAIN.options)
+    out = flat.run(*held, PLAIN.options)
     with torch.no_grad():
         getattr(held, name).mul_(1.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -112,7 +114,7 @@ def test_editing_an_output_in_place_gives_right_gradients(name):
         inputs, grads = leaves_and_gradients(case)
         outcomes = []
         for in_place in (True, False):
-            out = dict(zip(OUTPUTS, autograd.run(*inputs, case.options), strict=True))
+            out = dict(zip(OUTPUTS, flat.run(*inputs, case.options), strict=True))
             if in_place:
                 out[name].mul_(3).add_(1)
             else:
@@ -125,8 +127,8 @@ def test_editing_an_output_in_place_gives_right_gradients(name):
 def test_editing_a_state_that_went_into_a_second_call_is_noticed():
     step = with_options(sequence=False, record=False)
     inputs = wanting_gradients(step.inputs())
-    _, syn, mem = autograd.run(*inputs, step.options)
-    out = autograd.run(inputs.x, syn, mem, *inputs[3:], step.options)
+    _, syn, mem = flat.run(*inputs, step.options)
+    out = flat.run(inputs.x, syn, mem, *inputs[3:], step.options)
     mem.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out[2].sum().backward()
@@ -135,10 +137,10 @@ def test_editing_a_state_that_went_into_a_second_call_is_noticed():
 def test_detaching_in_place_cuts_the_graph():
     step = with_options(sequence=False, record=False)
     inputs = wanting_gradients(step.inputs())
-    _, syn, mem = autograd.run(*inputs, step.options)
+    _, syn, mem = flat.run(*inputs, step.options)
     mem.detach_()
     syn.detach_()
-    out = autograd.run(inputs.x, syn, mem, *inputs[3:], step.options)
+    out = flat.run(inputs.x, syn, mem, *inputs[3:], step.options)
     out[2].sum().backward()
     assert inputs.syn.grad is None
     assert inputs.mem.grad is None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_inductor_cache as fresh_cache
 
 import snnlstm
-from snnlstm import native
+from snnlstm.native import kernels as native
 
 
 @pytest.fixture(autouse=True)
@@ -222,11 +222,11 @@ def test_inductor_trains_a_network_as_eager_does():
 
 def test_a_graph_cached_on_disk_by_another_instruction_set_is_not_used(monkeypatch):
     """What the forward pass keeps has other shapes there, and the cache outlives the process."""
-    x, before = steps(2, 2, 2, 6, 6), snnlstm._C.isa_name()
+    x, before = steps(2, 2, 2, 6, 6), native.cpu.isa
     with fresh_cache():
         try:
             for isa in snnlstm._C.isa_names():
-                snnlstm._C.set_isa(isa)
+                native.cpu.set_isa(isa)
                 monkeypatch.setattr(native, "LAYOUT", native.layout())
                 torch._dynamo.reset()
                 one, other = ours(), ours()
@@ -236,7 +236,7 @@ def test_a_graph_cached_on_disk_by_another_instruction_set_is_not_used(monkeypat
                 other.mem.sum().backward()
                 same_gradients(one, other)
         finally:
-            snnlstm._C.set_isa(before)
+            native.cpu.set_isa(before)
 
 
 def test_the_mode_reduce_overhead_works():

@@ -7,7 +7,8 @@ import types
 import pytest
 import torch
 
-from snnlstm import _C, cuda_check
+from snnlstm import _C
+from snnlstm.native import cuda_check
 
 BUILD = {
     "cuda": "built with nvcc 13.0.88 for sm_75 80 90 80+ptx (found through PATH)",

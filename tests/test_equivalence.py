@@ -9,6 +9,7 @@ compared step by step with a boundary band.
 from dataclasses import dataclass, field
 from typing import Any
 
+import flat
 import hypothesis.strategies as st
 import pytest
 import snntorch
@@ -20,7 +21,6 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from spikes import assert_spikes
 
 import snnlstm
-from snnlstm import reference
 
 SIZES = (1, 2, 3, 4, 5, 7, 8, 11)
 SURROGATES = (
@@ -154,7 +154,7 @@ def reference_run(case: Case, cell: Any, inputs: list[torch.Tensor]) -> list[tor
     double = [t.double() for t in (*inputs, cell.conv.weight)]
     bias = None if cell.conv.bias is None else cell.conv.bias.double()
     threshold, graded = cell.threshold.double(), cell.graded_spikes_factor.double()
-    return list(reference.run(*double, bias, threshold, graded, options))
+    return list(flat.reference(*double, bias, threshold, graded, options))
 
 
 def margin(case: Case, cell: Any, inputs: list[torch.Tensor]) -> float:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import flat
 import pytest
 import torch
 from cases import LAYOUTS, SURROGATES, Case, Inputs, cases, wanting_gradients
@@ -29,8 +30,8 @@ from kernels import Kernels, native, one_thread
 from poison import HUGE, NAN, poisoned
 from torch import Tensor
 
-from snnlstm import autograd, reference, surrogate
-from snnlstm.options import CellOptions
+from snnlstm import surrogate
+from snnlstm.call import CellOptions
 from snnlstm.quant import StateQuant, state_quant
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
@@ -54,7 +55,7 @@ def check(
     with poisoned(pattern):
         actual = gradients(kernels.run, inputs, case.options, grads, wanted)
     with one_thread():
-        exact = gradients(reference.run, inputs.double(), case.options, grads, wanted)
+        exact = gradients(flat.reference, inputs.double(), case.options, grads, wanted)
         compare(actual, exact, kernels.gradient_error(case.dtype), grads)
     for name, leaf in zip(NAMES, inputs, strict=False):
         assert name not in actual or actual[name].shape == leaf.shape
@@ -180,7 +181,8 @@ def test_the_stochastic_surrogate_draws_the_noise_of_the_reference_in_float32(ke
     inputs = case.inputs()
     grads = case.output_gradients()
     own, other = (
-        gradients(run, inputs, case.options, grads, noise=5) for run in (kernels.run, reference.run)
+        gradients(run, inputs, case.options, grads, noise=5)
+        for run in (kernels.run, flat.reference)
     )
     compare(own, other, 10 * kernels.gradient_error(case.dtype), grads)
     again = gradients(kernels.run, inputs, case.options, grads, noise=6)
@@ -228,7 +230,7 @@ def test_every_size_of_image_up_to_13(isa, kernel):
             with poisoned(HUGE):
                 actual = gradients(kernels.run, inputs, sized.options, grads)
             with one_thread():
-                exact = gradients(reference.run, inputs.double(), sized.options, grads)
+                exact = gradients(flat.reference, inputs.double(), sized.options, grads)
             compare(actual, exact, kernels.gradient_error(sized.dtype), grads)
 
 
@@ -238,7 +240,7 @@ def test_a_hundred_steps_stay_accurate(kernels):
     inputs = replace(case, density=0.3).inputs()
     with one_thread():
         grads = [None, None, case.output_gradients()[2]]
-        exact = gradients(reference.run, inputs.double(), case.options, grads)
+        exact = gradients(flat.reference, inputs.double(), case.options, grads)
     actual = gradients(kernels.run, inputs, case.options, grads)
     for name in ("x", "syn", "mem", "weight", "bias"):
         assert (actual[name] - exact[name]).norm() / exact[name].norm() < 2e-5, name
@@ -251,10 +253,10 @@ def test_long_sums_round_no_more_than_torchs(isa):
     case = replace(case, time=1, batch=2, in_channels=64, channels=64, density=1.0)
     inputs, grads = case.inputs(), [None, *case.output_gradients()[1:]]
     with one_thread():
-        exact = gradients(reference.run, inputs.double(), case.options, grads)
-        torchs = gradients(reference.run, inputs, case.options, grads)
-        exact_out = reference.run(*inputs.double(), case.options)
-        torchs_out = reference.run(*inputs, case.options)
+        exact = gradients(flat.reference, inputs.double(), case.options, grads)
+        torchs = gradients(flat.reference, inputs, case.options, grads)
+        exact_out = flat.reference(*inputs.double(), case.options)
+        torchs_out = flat.reference(*inputs, case.options)
     actual = gradients(kernels.run, inputs, case.options, grads)
     actual_out = kernels.run(*inputs, case.options)
     for ours, theirs, right in [
@@ -319,7 +321,7 @@ def test_weights_that_met_only_zeros_have_a_gradient_of_exactly_zero(kernels, ke
             t[..., channel, :, :] *= kept
     actual = gradients(kernels.run, inputs, case.options, grads)
     with one_thread():
-        exact = gradients(reference.run, inputs.double(), case.options, grads)
+        exact = gradients(flat.reference, inputs.double(), case.options, grads)
     assert torch.equal(actual["weight"] == 0, exact["weight"] == 0)
     compare(actual, exact, kernels.gradient_error(case.dtype), grads)
 
@@ -356,7 +358,7 @@ def test_gradcheck_of_syn_and_mem(case):
     def states(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         rest = iter(tensors)
         arguments = [None if leaf is None else next(rest) for leaf in leaves]
-        return autograd.run(*arguments, graded, case.options)[1:]
+        return flat.run(*arguments, graded, case.options)[1:]
 
     # The derivative is checked at both ends of the step of 1e-6: no reset may flip in between.
     mem = states(*present)[1].detach()
@@ -371,7 +373,7 @@ def test_gradcheck_of_syn_and_mem(case):
 def test_second_order_gradients_are_those_of_the_reference(chosen):
     case = replace(with_options(DOUBLE, surrogate=chosen), time=2, batch=1, height=4, width=5)
     second = []
-    for run in (autograd.run, reference.run):
+    for run in (flat.run, flat.reference):
         inputs = wanting_gradients(case.inputs())
         used = [out for out in run(*inputs, case.options) if out.requires_grad]
         grads = [g.requires_grad_() for g in case.output_gradients()[-len(used) :]]
@@ -388,7 +390,7 @@ def test_gradgradcheck_of_syn_and_mem():
     case = replace(with_options(TINY, reset="subtract"), height=2, width=2, batch=1)
     *leaves, graded = wanting_gradients(case.inputs())
     assert torch.autograd.gradgradcheck(
-        lambda *t: autograd.run(*t, graded, case.options)[1:], leaves, atol=1e-4, fast_mode=True
+        lambda *t: flat.run(*t, graded, case.options)[1:], leaves, atol=1e-4, fast_mode=True
     )
 
 

@@ -5,6 +5,7 @@ All native calls of this file run on poisoned and fenced memory: see poison.py.
 
 from dataclasses import replace
 
+import flat
 import pytest
 import torch
 from cases import LAYOUTS, Case, Inputs, cases, wanting_gradients
@@ -15,9 +16,8 @@ from poison import HUGE, NAN, poisoned
 from torch import Tensor
 
 import snnlstm
-from snnlstm import reference
+from snnlstm.call import CellOptions
 from snnlstm.functional import sconv2dlstm
-from snnlstm.options import CellOptions
 from snnlstm.quant import StateQuant, state_quant
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
@@ -239,7 +239,7 @@ def test_a_hundred_steps_stay_accurate(kernels):
     inputs = replace(case, density=0.3).inputs()
     mem = run(kernels, case, inputs)[2].double()
     with one_thread():
-        exact = reference.run(*inputs.double(), case.options)[2]
+        exact = flat.reference(*inputs.double(), case.options)[2]
     assert (mem - exact).norm() / exact.norm() < 5e-6
     assert (mem[-1] - exact[-1]).norm() / exact[-1].norm() < 5e-6
 
@@ -273,9 +273,9 @@ def test_nan_and_infinity_go_where_the_reference_lets_them(kernels, where, value
         tensor[(0,) * tensor.dim()] = value
         tensor[(-1,) * tensor.dim()] = value
         out = run(kernels, case, inputs)
-        exactly = native.last_name().endswith("-direct")
+        exactly = flat.last_name().endswith("-direct")
         with one_thread():
-            exact = reference.run(*inputs.double(), case.options)
+            exact = flat.reference(*inputs.double(), case.options)
         for name, one, other in zip(("spk", "syn", "mem"), out, exact, strict=True):
             if exactly:
                 assert torch.equal(one.isnan(), other.isnan()), name
@@ -324,7 +324,7 @@ def test_the_cases_reach_every_kernel(isa):
     for algorithm in native.cpu.ALGORITHMS:
         for case in ALONE.values():
             run(Kernels(isa, algorithm), case, case.inputs())
-            first, *last = native.last_name().removeprefix(f"cpu-{isa}-").split("-")
+            first, *last = flat.last_name().removeprefix(f"cpu-{isa}-").split("-")
             seen |= {first.rstrip("x1234"), *last}
             if first.startswith("winograd"):
                 sides = first.removeprefix("winograd").split("x")

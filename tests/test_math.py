@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from snnlstm import path
+import snnlstm.run
 
-native = path._native
+native = snnlstm.run._native
 pytestmark = [
     pytest.mark.skipif(native is None, reason="the core is not built"),
     pytest.mark.skipif(

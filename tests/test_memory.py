@@ -4,6 +4,7 @@ import threading
 import weakref
 from dataclasses import replace
 
+import flat
 import pytest
 import torch
 from cases import Case, wanting_gradients
@@ -13,8 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
-from snnlstm import autograd, blocks, packing, surrogate
-from snnlstm.options import CellOptions
+from snnlstm import surrogate
+from snnlstm.call import CellOptions, make_call
+from snnlstm.native import memory
 from snnlstm.quant import state_quant
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
@@ -106,8 +108,8 @@ def taken_in_inference(kernels, case: Case) -> tuple[int, int]:
     with torch.no_grad():
         kernels.run(*inputs, case.options)  # packs the weight
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(blocks, "_thread", threading.local())
-            patch.setattr(blocks, "SMALLEST", float("inf"))  # everything from torch
+            patch.setattr(memory, "_thread", threading.local())
+            patch.setattr(memory, "SMALLEST", float("inf"))  # everything from torch
             with Allocations() as taken:
                 out = kernels.run(*inputs, case.options)
     outputs = sum(storage(o)[1] for o in out)
@@ -134,14 +136,10 @@ def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_tim
 def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):
     sizes = set()
     for time in (20, 60, 200):  # shorter ones need fewer parts of the weight gradient
-        case = replace(PLAIN, time=time)
-        inputs = case.inputs()
-        weight = packing.look_up(inputs.weight)
-        cell, threads = native.cpu._describe(
-            inputs.x, inputs.mem, weight, OPTIONS, kernels.algorithm, backward=True
-        )
+        call = make_call(*replace(PLAIN, time=time).inputs(), OPTIONS)
+        choice = native.choose(call, True, kernels.algorithm)
         counters = 2 * 64 * time  # of a step's tasks, and of those that fold its sums
-        size = native.cpu._workspace_bytes(cell, threads, kernels.isa, backward=True)
+        _, _, size = choice.way.backward(grad_x=True, weight=True)
         sizes.add(size - counters)
     assert len(sizes) == 1
 
@@ -157,27 +155,27 @@ def test_no_gradient_no_memory(kernels):
 
 
 def test_the_workspace_is_kept_between_calls_and_let_go_where_it_is_large(monkeypatch):
-    monkeypatch.setattr(blocks, "_thread", threading.local())
+    monkeypatch.setattr(memory, "_thread", threading.local())
     inputs = PLAIN.inputs()
     with torch.no_grad():
-        autograd.run(*inputs, OPTIONS)
-        kept = blocks.workspace(1)
+        flat.run(*inputs, OPTIONS)
+        kept = memory.workspace(1)
         assert kept.numel() > 1
-        autograd.run(*inputs, OPTIONS)
-        assert blocks.workspace(1) is kept
-        monkeypatch.setattr(blocks, "LARGEST_WORKSPACE", kept.numel())
+        flat.run(*inputs, OPTIONS)
+        assert memory.workspace(1) is kept
+        monkeypatch.setattr(memory, "LARGEST_WORKSPACE", kept.numel())
         large = replace(PLAIN, time=1, height=120, width=130)
-        autograd.run(*large.inputs(), OPTIONS)
-    assert blocks.workspace(1) is kept
+        flat.run(*large.inputs(), OPTIONS)
+    assert memory.workspace(1) is kept
 
 
 def test_empty_cache_gives_the_workspaces_back(monkeypatch):
-    monkeypatch.setattr(blocks, "_thread", threading.local())
-    kept = weakref.ref(blocks.workspace(1000))
-    assert kept() is blocks.workspace(1000)
+    monkeypatch.setattr(memory, "_thread", threading.local())
+    kept = weakref.ref(memory.workspace(1000))
+    assert kept() is memory.workspace(1000)
     snnlstm.empty_cache()
     assert kept() is None
-    assert blocks.workspace(1000).numel() >= 1000
+    assert memory.workspace(1000).numel() >= 1000
 
 
 def test_a_segment_that_is_computed_again_takes_the_memory_of_the_one_before(kernels):
@@ -194,8 +192,8 @@ def test_a_segment_that_is_computed_again_takes_the_memory_of_the_one_before(ker
         return result
 
     out = kernels.run(*wanting_gradients(case.inputs()), case.options)
-    forward = native.forward
+    forward = native.cpu.Choice.forward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "forward", watched)
+        patch.setattr(native.cpu.Choice, "forward", watched)
         out[0].sum().backward()
     assert len(held) > 5

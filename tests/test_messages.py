@@ -22,7 +22,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 import snnlstm
-import snnlstm.cuda_check
+import snnlstm.native.cuda_check
 
 SNAPSHOT = Path(__file__).with_name("messages.txt")
 PACKAGE = Path(snnlstm.__file__).parent
@@ -173,7 +173,8 @@ def names():
     return {
         "torch": torch, "nn": nn, "snnlstm": snnlstm, "Sequential": snnlstm.Sequential,
         "SConv2dLSTM": snnlstm.SConv2dLSTM, "sconv2dlstm": snnlstm.functional.sconv2dlstm,
-        "surrogate": snnlstm.surrogate, "quant": snnlstm.quant, "cuda_check": snnlstm.cuda_check,
+        "surrogate": snnlstm.surrogate, "quant": snnlstm.quant,
+        "cuda_check": snnlstm.native.cuda_check,
         "weight_norm": nn.utils.parametrizations.weight_norm, "Says": Says, "Own": Own,
         "checkpoint": torch.utils.checkpoint.checkpoint,
         "print_nothing": lambda *_: None, "without_snntorch": without_snntorch,
@@ -214,7 +215,7 @@ def said(code):
             warnings.catch_warnings(record=True) as caught,
             contextlib.redirect_stdout(printed),
             mock.patch.object(log, "propagate", False),
-            mock.patch.object(snnlstm.path, "_logged", set()),
+            mock.patch.object(snnlstm.run, "_logged", set()),
         ):
             warnings.simplefilter("always")
             exec(code, session)
@@ -242,7 +243,7 @@ def gallery():
 
 @pytest.fixture(scope="module")
 def shown():
-    if snnlstm.path._native is None:
+    if snnlstm.run._native is None:
         pytest.skip("without the core, the log says so at first")
     return gallery()
 

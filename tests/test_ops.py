@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import flat
 import pytest
 import torch
 from cases import Case, wanting_gradients
@@ -9,8 +10,9 @@ from kernels import native
 from torch import Tensor
 from torch.library import opcheck
 
-from snnlstm import autograd, ops, surrogate
-from snnlstm.options import CellOptions
+from snnlstm import surrogate
+from snnlstm.call import CellOptions, make_call
+from snnlstm.native import ops
 from snnlstm.quant import state_quant
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
@@ -75,11 +77,11 @@ def test_opcheck(name, calls):
     case = CASES[name]
     checks = ALL if name in ("plain", "one step", "inhibition", "channels_last") else FAST
     inputs = wanting_gradients(case.inputs())
-    out = ops.run(*inputs, case.options, True, "auto")
+    out = ops.run(make_call(*inputs, case.options), True, "auto")
     used = [o for o in out if o.requires_grad]
     torch.autograd.backward(used, [torch.randn_like(o) for o in used])
     forwards, (backward,) = list(calls["_forward"]), list(calls["_backward"])
-    for arguments in forwards:  # with checkpoint there is one more, for the gates
+    for arguments in forwards:
         opcheck(torch.ops.snnlstm.forward.default, arguments, test_utils=checks)
     arguments = [a.detach() if isinstance(a, Tensor) else a for a in backward]
     opcheck(torch.ops.snnlstm.backward.default, arguments, test_utils=checks)
@@ -102,21 +104,21 @@ def test_compiled_calls_equal_plain_ones(name):
     case = CASES[name]
     # With checkpoint a plain call adds up the gradients of its segments, a compiled one has one.
     near = 1e-5 if case.options.checkpoint else 1e-6
-    compiled = torch.compile(autograd.run, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")
     for seed in range(2):
         inputs = replace(case, seed=seed).inputs()
         for one, other in zip(
-            step(case, compiled, *inputs), step(case, autograd.run, *inputs), strict=True
+            step(case, compiled, *inputs), step(case, flat.run, *inputs), strict=True
         ):
             torch.testing.assert_close(one, other, atol=near, rtol=near)
             assert one.stride() == other.stride()
 
 
 def test_compiled_inference_keeps_nothing(calls):
-    compiled = torch.compile(autograd.run, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")
     inputs = PLAIN.inputs()
     for one, other in zip(
-        compiled(*inputs, PLAIN.options), autograd.run(*inputs, PLAIN.options), strict=True
+        compiled(*inputs, PLAIN.options), flat.run(*inputs, PLAIN.options), strict=True
     ):
         assert torch.equal(one, other)
         assert not one.requires_grad
@@ -129,24 +131,24 @@ def test_one_graph_serves_all_sizes():
         compiles.append(graph)
         return graph
 
-    compiled = torch.compile(autograd.run, fullgraph=True, backend=backend, dynamic=True)
+    compiled = torch.compile(flat.run, fullgraph=True, backend=backend, dynamic=True)
     for time, batch, height, width in ((3, 2, 6, 8), (4, 3, 7, 9), (5, 4, 8, 11), (2, 5, 12, 6)):
         case = replace(PLAIN, time=time, batch=batch, height=height, width=width)
         inputs = case.inputs()
         with torch.no_grad():
             out = compiled(*inputs, case.options)
-            expected = autograd.run(*inputs, case.options)
+            expected = flat.run(*inputs, case.options)
         for one, other in zip(out, expected, strict=True):
             assert torch.equal(one, other)
     assert len(compiles) <= 2
 
 
 def test_dynamic_shapes_in_training():
-    compiled = torch.compile(autograd.run, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager", dynamic=True)
     for time, batch, height in ((3, 2, 6), (4, 3, 7), (5, 4, 9)):
         case = replace(PLAIN, time=time, batch=batch, height=height)
         inputs = case.inputs()
         for one, other in zip(
-            step(case, compiled, *inputs), step(case, autograd.run, *inputs), strict=True
+            step(case, compiled, *inputs), step(case, flat.run, *inputs), strict=True
         ):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import snnlstm
-from snnlstm.path import Path
+from snnlstm.run import Path
 
 X, START = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7)
 
@@ -147,7 +147,7 @@ def test_a_fallback_is_logged_once_per_module_and_reason(caplog):
 
 def test_hooks_on_every_conv_are_logged_once_for_all_cells(caplog, monkeypatch):
     """As tools that print summaries or count operations set them."""
-    monkeypatch.setattr(snnlstm.path, "_logged", set())
+    monkeypatch.setattr(snnlstm.run, "_logged", set())
     cells = [ours() for _ in range(3)]
     handles = [hook(cell) for cell in cells]
     for cell in cells:
@@ -253,27 +253,27 @@ def test_torch_func_transforms_and_forward_mode():
 
 
 def test_the_fallback_for_a_missing_core_is_said(monkeypatch, caplog):
-    monkeypatch.setattr(snnlstm.path, "_native", None)
-    monkeypatch.setattr(snnlstm.path, "_logged", set())
+    monkeypatch.setattr(snnlstm.run, "_native", None)
+    monkeypatch.setattr(snnlstm.run, "_logged", set())
     with caplog.at_level(logging.WARNING, logger="snnlstm"):
         for cell in (ours(), ours()):
             cell(X)
-    assert str(cell.path) == f"reference ({snnlstm.path._MISSING})"
+    assert str(cell.path) == f"reference ({snnlstm.run._MISSING})"
     assert len(caplog.records) == 1  # once per process
 
 
 @pytest.mark.skipif(native is None, reason="needs the core")
 def test_a_gpu_that_the_build_does_not_serve_is_said_once(monkeypatch, caplog):
     """By way of a tensor that claims to be on a GPU: there is none here."""
-    native = snnlstm.path._native
+    native = snnlstm.run._native
     monkeypatch.setattr(native, "_NO_CUDA", None)
     monkeypatch.setattr(native.cuda_check, "trouble", lambda index: f"GPU {index} is too old")
-    monkeypatch.setattr(snnlstm.path, "_logged", set())
-    path = snnlstm.path._choose_native(torch.device("cuda", 3), torch.float32)
+    monkeypatch.setattr(snnlstm.run, "_logged", set())
+    path = snnlstm.run._path_of_device(torch.device("cuda", 3))
     assert str(path) == "reference (GPU 3 is too old)"
     with caplog.at_level(logging.WARNING, logger="snnlstm"):
         for seen in (set(), set()):  # two modules
-            snnlstm.path.log_fallback(path, seen)
+            snnlstm.run.log_fallback(path, seen)
     assert [record.getMessage() for record in caplog.records] == [
         "SConv2dLSTM runs the reference path (plain torch, slower): GPU 3 is too old"
     ]
@@ -281,9 +281,9 @@ def test_a_gpu_that_the_build_does_not_serve_is_said_once(monkeypatch, caplog):
 
 @pytest.mark.skipif(native is None, reason="needs the core")
 def test_a_build_without_cuda_is_said_on_a_gpu(monkeypatch):
-    native = snnlstm.path._native
+    native = snnlstm.run._native
     monkeypatch.setattr(native, "_NO_CUDA", native.cuda_check.without_kernels({"cuda": "off"}))
-    path = snnlstm.path._choose_native(torch.device("cuda", 0), torch.float32)
+    path = snnlstm.run._path_of_device(torch.device("cuda", 0))
     assert "no CUDA kernels (off)" in path.reason
     assert path.slow
     assert path.general
@@ -291,7 +291,7 @@ def test_a_build_without_cuda_is_said_on_a_gpu(monkeypatch):
 
 def test_results_do_not_depend_on_the_path(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(snnlstm.path, "_native", None)
+        patch.setattr(snnlstm.run, "_native", None)
         expected = ours()(X, *START)
     close(ours()(X, *START), expected)
     close(theirs()(X, *START), expected)

@@ -217,7 +217,7 @@ def test_positional_arguments_come_in_snntorchs_order():
 def test_what_we_add_is_keyword_only():
     parameters = inspect.signature(snnlstm.SConv2dLSTM).parameters
     added = set(parameters) - set(inspect.signature(snntorch.SConv2dLSTM).parameters)
-    assert added == {"stride", "dilation", "device", "dtype", "checkpoint"}
+    assert added == {"stride", "dilation", "device", "dtype", "checkpoint", "batch_first"}
     assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in added)
     forward = inspect.signature(snnlstm.SConv2dLSTM.forward).parameters
     assert forward["record"].kind is inspect.Parameter.KEYWORD_ONLY

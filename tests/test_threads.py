@@ -5,14 +5,15 @@ import threading
 import time
 from dataclasses import replace
 
+import flat
 import pytest
 import torch
 from cases import Case, wanting_gradients
 from kernels import Kernels, native
 from torch import Tensor
 
-from snnlstm import autograd, reference, surrogate
-from snnlstm.options import CellOptions
+from snnlstm import surrogate
+from snnlstm.call import CellOptions
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -47,7 +48,7 @@ def train(kernels, case: Case) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("name", CASES)
 def test_numbers_of_threads(name, algorithm):
     """Outputs equal bit for bit; gradients too with one number of threads, and close across."""
-    kernels, case = Kernels(native._C.isa_name(), algorithm), CASES[name]
+    kernels, case = Kernels(native.cpu.isa, algorithm), CASES[name]
     first = None
     for count in THREADS:
         torch.set_num_threads(count)
@@ -109,14 +110,14 @@ def test_the_gil_is_released(direction):
     torch.set_num_threads(1)
     case = replace(LARGE, time=200, channels=32, options=replace(OPTIONS, record=False))
     leaves = wanting_gradients(case.inputs())
-    out = autograd.run(*leaves, case.options)
+    out = flat.run(*leaves, case.options)
     spans: list[tuple[float, float]] = []
 
     def work() -> None:
         begin = time.perf_counter()
         if direction == "forward":
             with torch.no_grad():
-                autograd.run(*leaves, case.options)
+                flat.run(*leaves, case.options)
         else:
             out[2].sum().backward()
         spans.append((begin, time.perf_counter()))
@@ -155,6 +156,6 @@ def test_more_threads_than_work():
     case = Case(OPTIONS, torch.float32, 2, 1, 1, 1, 1, 1)
     inputs = case.inputs()
     for one, other in zip(
-        autograd.run(*inputs, OPTIONS), reference.run(*inputs, OPTIONS), strict=True
+        flat.run(*inputs, OPTIONS), flat.reference(*inputs, OPTIONS), strict=True
     ):
         torch.testing.assert_close(one, other)

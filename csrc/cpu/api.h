@@ -17,6 +17,9 @@ enum class Algorithm : int { automatic = 0, direct = 1, winograd = 2 };
 // the weights admit; backward: for the backward pass of a call.
 Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inputs, bool backward);
 
+// What choose() chose, such as "winograd4-sparse": the way of the recurrent half, then of x.
+std::string way_name(const Cell& cell);
+
 // Whether there are Winograd kernels for the cell's type and number of channels.
 bool has_tiles(const Cell& cell);
 
@@ -57,6 +60,9 @@ inline bool reads(const Cell& c, Form form, bool grad_x) {
       return tiles;
   }
 }
+
+// What the form depends on beside the channels and the instruction set, such as "3x3:4".
+std::string form_name(const Cell& cell, Form form);
 
 // weight: (4C, Cin + C, rows, columns), contiguous, the outer taps included.
 int64_t packed_bytes(const Cell& cell, Form form);

@@ -80,4 +80,18 @@ Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inpu
   return c;
 }
 
+std::string way_name(const Cell& c) {
+  const bool square = c.tile_h == c.tile_w;
+  const std::string tile =
+      std::to_string(c.tile_h) + (square ? "" : "x" + std::to_string(c.tile_w));
+  const std::string way = c.tiled() ? "winograd" + tile : "direct";
+  return way + (c.x_way == Way::sparse ? "-sparse" : "");
+}
+
+std::string form_name(const Cell& c, Form form) {
+  const bool tiles = form != Form::forward && form != Form::backward;
+  return std::to_string(c.kernel_h) + "x" + std::to_string(c.kernel_w) +
+         (tiles ? ":" + std::to_string(c.tile_h) + "x" + std::to_string(c.tile_w) : "");
+}
+
 }  // namespace snnlstm::cpu

@@ -4,8 +4,8 @@
     with core.installed():
         snnlstm.SConv2dLSTM(...)  # on CPU tensors: runs the kernels of csrc/cuda
 
-What runs between is the Python of the real kernels, snnlstm.cuda, on the bindings of the real
-ones, csrc/bindings_cuda.h.
+What runs between is the Python of the real kernels, snnlstm.native.cuda, on the bindings of the
+real ones, csrc/bindings_cuda.h.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import torch
 from builder import HERE, ROOT, build
 from emulator import EmulationError, Emulator, symbolise
 
-from snnlstm import cuda, native
+from snnlstm.native import cuda
+from snnlstm.native import kernels as native
 
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 BRIDGE = HERE / "bridge" / "bridge.cpp"
@@ -45,12 +46,12 @@ def _readable_reports() -> Iterator[None]:
 
 
 class Emulated(cuda.Kernels):
-    """:class:`snnlstm.cuda.Kernels` without a device: no stream, and a target that tests set."""
+    """The CUDA half without a device: no stream, and a target that tests set."""
 
-    def _guard(self, device: torch.device) -> AbstractContextManager:
+    def guard(self, device: torch.device) -> AbstractContextManager:
         return _readable_reports()
 
-    def _stream(self, device: torch.device) -> int:
+    def stream(self, device: torch.device) -> int:
         return 0
 
     def name(self) -> str:

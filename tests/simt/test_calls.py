@@ -1,4 +1,4 @@
-"""What snnlstm.cuda asks of the core and of torch, seen on the emulated kernels."""
+"""What snnlstm.native.cuda asks of the core and of torch, seen on the emulated kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import replace
 from types import SimpleNamespace
 
+import flat
 import pytest
 import torch
 from backend import float32_precision, simt_core
@@ -14,7 +15,8 @@ from test_cell import MODES, PLAIN, SEQUENCE, with_options
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
-from snnlstm import autograd, cuda, native
+from snnlstm.native import cuda
+from snnlstm.native import kernels as native
 from snnlstm.quant import state_quant
 
 TRAINED = with_options(reset="subtract", quant=state_quant(4))
@@ -31,7 +33,7 @@ def core():
 def train(case, inputs, algorithm="auto"):
     """All outputs and gradients."""
     leaves = wanting_gradients(inputs)
-    out = autograd.run(*leaves, case.options, algorithm)
+    out = flat.run(*leaves, case.options, algorithm)
     grads = torch.autograd.grad(
         [o.float().square().sum() for o in out], [t for t in leaves if t is not None][:-1]
     )
@@ -150,11 +152,11 @@ def test_every_new_value_of_a_weight_is_seen(core):
     """Also one that neither its address nor its version tells of."""
     inputs = PLAIN.inputs()
     with core.installed(), torch.no_grad():
-        before = autograd.run(*inputs, PLAIN.options)
+        before = flat.run(*inputs, PLAIN.options)
         version = inputs.weight._version
         inputs.weight.data.mul_(2)
         assert inputs.weight._version == version
-        after = autograd.run(*inputs, PLAIN.options)
+        after = flat.run(*inputs, PLAIN.options)
     assert not torch.equal(before[1], after[1])
 
 
@@ -178,7 +180,7 @@ def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
     case = replace(PLAIN, time=2)
 
     def run(*tensors):
-        return autograd.run(*tensors, case.options, algorithm)
+        return flat.run(*tensors, case.options, algorithm)
 
     def trained(function):
         leaves = wanting_gradients(case.inputs())
@@ -201,9 +203,9 @@ def test_one_algorithm_reads_what_the_other_saved(core):
     with MODES["float32"].running(core):
         found = []
         for first, second in (("direct", "pointwise"), ("pointwise", "direct")):
-            call = (*inputs[:4], *inputs[5:], options)
-            result = native.forward(*inputs, options, True, first)
-            found.append(native.backward(*call, result.saved, *graded, (True,) * 6, second))
+            call = (*inputs, options)
+            result = flat.forward(*call, True, first)
+            found.append(flat.backward(call, result.saved, graded, (True,) * 6, second))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 

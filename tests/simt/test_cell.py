@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import flat
 import pytest
 import torch
 from backend import SOURCES, float32_precision, simt_core
@@ -17,8 +18,8 @@ from cases import Case, cases, wanting_gradients
 from hypothesis import HealthCheck, given, settings
 from oracle import check_steps
 
-from snnlstm import autograd, surrogate
-from snnlstm.options import CellOptions
+from snnlstm import surrogate
+from snnlstm.call import CellOptions
 from snnlstm.quant import state_quant
 
 SCHEDULES = [("in_order", 0), ("shuffled", 1), ("ahead", 1)]
@@ -50,7 +51,7 @@ class Mode:
         return replace(case, dtype=self.dtype, options=options)
 
     def run(self, *call: Any) -> tuple[torch.Tensor, ...]:
-        return autograd.run(*call, self.algorithm)
+        return flat.run(*call, self.algorithm)
 
 
 # On sm_86 plain float32 is faster than three products in tf32, on sm_80 it is slower.

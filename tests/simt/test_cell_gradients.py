@@ -7,6 +7,7 @@ compared on calls without such decisions.
 
 from dataclasses import replace
 
+import flat
 import pytest
 import torch
 from backend import simt_core
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cell import CASES, MODES, PLAIN, Mode, crossed, with_options
 
-from snnlstm import reference, surrogate
+from snnlstm import surrogate
 
 # Errors relative to the largest element of a gradient.
 EXACT = {
@@ -76,7 +77,7 @@ def check(core, case: Case, mode: Mode, error: float, outputs=OUTPUTS, wanted=NA
         if error <= max(EXACT.values()) and not agrees(mode.run, case, inputs):
             return False
         actual = gradients(mode.run, inputs, case.options, grads, wanted)
-    exact = gradients(reference.run, inputs.double(), case.options, grads, wanted)
+    exact = gradients(flat.reference, inputs.double(), case.options, grads, wanted)
     compare(actual, exact, error, grads)
     return True
 

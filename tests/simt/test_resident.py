@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 
 import counters
+import flat
 import pytest
 import torch
 from backend import float32_precision, simt_core
@@ -26,7 +27,7 @@ from test_cell import (
 from test_cell_gradients import COARSE, EXACT, JUMPING, SMOOTH
 from test_cell_gradients import check as check_gradients
 
-from snnlstm import autograd, native
+from snnlstm.call import make_call
 
 
 def fits(name: str) -> bool:
@@ -95,7 +96,7 @@ def test_all_that_training_keeps_is_what_the_kernels_of_one_step_keep(core, mode
     seen = []
     for kernels in (one, other):
         with kernels.running(core):
-            result = native.forward(*case.inputs(), case.options, True, "direct")
+            result = flat.forward(*case.inputs(), case.options, True, "direct")
         seen.append((*result[:3], result.saved.gates, result.saved.syn))
     for a, b in zip(*seen, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -109,7 +110,7 @@ def test_a_sequence_is_one_launch(core, mode, kind):
     core.checks(counters=True)
     core.reset_counters()
     with RESIDENT[f"resident {mode}"].running(core), torch.no_grad():
-        autograd.run(*case.inputs(), case.options, "direct")
+        flat.run(*case.inputs(), case.options, "direct")
     launches = {name: c["launches"] for name, c in core.counters().items() if "pack" not in name}
     assert launches == {f"forward sequence ({kind})": 1}
 
@@ -121,7 +122,7 @@ def test_the_steps_backward_are_one_launch(core, mode, kind, time):
     case = RESIDENT[f"resident {mode}"].of(replace(FITS["long"], time=time))
     leaves = wanting_gradients(case.inputs())
     with RESIDENT[f"resident {mode}"].running(core):
-        out = autograd.run(*leaves, case.options, "direct")
+        out = flat.run(*leaves, case.options, "direct")
         core.checks(counters=True)
         core.reset_counters()
         sum(o.sum() for o in out).backward()
@@ -141,7 +142,7 @@ def test_either_backward_pass_reads_what_either_forward_pass_has_saved(core, mod
     for backward in kernels.values():
         leaves = wanting_gradients(case.inputs())
         with kernels[forward].running(core):
-            out = autograd.run(*leaves, case.options, "direct")
+            out = flat.run(*leaves, case.options, "direct")
         with backward.running(core):
             loss = sum(o.float().square().sum() for o in out)
             seen.append(torch.autograd.grad(loss, [t for t in leaves if t is not None][:-1]))
@@ -161,11 +162,11 @@ def test_either_backward_pass_reads_what_either_forward_pass_has_saved(core, mod
 def test_what_it_leaves_to_the_kernels_of_one_step(core, case, message):
     mode = RESIDENT["resident tf32"]
     with mode.running(core), torch.no_grad(), pytest.raises(EmulationError, match=message):
-        autograd.run(*case.inputs(), case.options, "direct")
+        flat.run(*case.inputs(), case.options, "direct")
     core.device(algorithm="auto")  # of itself it is not chosen
     with core.installed(), torch.no_grad():
-        autograd.run(*case.inputs(), case.options, "direct")
-    assert not native.last_name().startswith("simt-resident")
+        flat.run(*case.inputs(), case.options, "direct")
+    assert not flat.last_name().startswith("simt-resident")
 
 
 @pytest.mark.parametrize(
@@ -188,8 +189,10 @@ def test_it_is_chosen_where_launches_take_the_time(core, time, batch, channels, 
     with core.installed(), float32_precision("tf32"):
         x = torch.empty(time, batch, channels[0], size, size)
         mem = torch.empty(batch, channels[1], size, size)
-        call = core.kernels._begin(x, mem, case.options)
-        name = core.module.cuda_algorithm_name(call.cell, call.target)
+        rest = (torch.empty(4 * channels[1], sum(channels), 3, 3), None, torch.ones(()))
+        call = make_call(x, mem, mem, *rest, torch.ones(()), case.options)
+        plan = core.kernels.plan(call, "auto", core.kernels.settings(call.signature))
+        name = core.module.cuda_algorithm_name(plan.cell, plan.target)
     assert name == ("resident-mma-tf32" if resident else "mma-tf32")
 
 
@@ -208,7 +211,7 @@ def test_what_a_sequence_costs(core, mode, channels, size, sectors):
     core.checks(races=False, counters=True)
     core.reset_counters()
     with resident.running(core), torch.no_grad():
-        autograd.run(*case.inputs(), case.options, "direct")
+        flat.run(*case.inputs(), case.options, "direct")
     (seen,) = (c for name, c in core.counters().items() if "pack" not in name)
     assert counters.sectors(seen) <= sectors
     assert counters.bank_conflicts(seen) <= 1.1
@@ -289,7 +292,7 @@ def test_the_backward_pass_is_chosen_by_itself(core):
         core.checks(counters=True)
         core.reset_counters()
         with core.installed(), float32_precision("tf32"):
-            out = autograd.run(*leaves, case.options, "direct")
+            out = flat.run(*leaves, case.options, "direct")
             sum(o.sum() for o in out).backward()
         assert {n for n in core.counters() if n.startswith(("backward", "forward"))} == {
             "forward sequence (mma)",

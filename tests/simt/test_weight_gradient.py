@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import flat
 import pytest
 import torch
 from backend import Core, simt_core
@@ -17,14 +18,12 @@ from gradients import gradients as of_reference
 from test_cell import CASES, MODES, PLAIN, Mode, with_options
 from test_cell_gradients import COARSE, EXACT
 
-from snnlstm import reference
-
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 MATRICES = {"tf32": 1, "tf32x3": 2, torch.float16: 3, torch.bfloat16: 4}
 
 
 def view(t: torch.Tensor | None):
-    return t if t is None else (t.data_ptr(), *((0,) * (5 - t.dim())), *t.stride())
+    return t if t is None else (t.data_ptr(), (*((0,) * (5 - t.dim())), *t.stride()))
 
 
 @dataclass
@@ -182,7 +181,7 @@ def test_steps_and_one_weight_gradient_equal_the_reference(core, mode, name, in_
     case = CASES[name]
     found, inputs, grads = step_by_step(core, case, MODES[mode], in_place)
     options = MODES[mode].of(case).options
-    exact = of_reference(reference.run, inputs.double(), options, grads, tuple(found))
+    exact = of_reference(flat.reference, inputs.double(), options, grads, tuple(found))
     compare(found, exact, {**EXACT, **COARSE, "float16 states": 2e-2}[mode], grads)
 
 

@@ -23,7 +23,7 @@ from backend import Core, simt_core  # noqa: E402
 from cases import Case, wanting_gradients  # noqa: E402
 from test_cell import MODES, Mode  # noqa: E402
 
-from snnlstm.options import CellOptions  # noqa: E402
+from snnlstm.call import CellOptions  # noqa: E402
 
 STEP = CellOptions((3, 3))
 # Channels and images of the benchmark suite's layers, with as many images as the emulation bears.

@@ -12,6 +12,7 @@ that a block which went through other hands does not.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 import weakref
@@ -99,18 +100,33 @@ def workspace(count: int) -> Tensor:
 
 
 def _take(size: int) -> np.ndarray:
-    with _lock:
-        fitting = min((s for s in _free if size <= s <= FITTING * size), default=None)
-        if fitting is not None:
-            block = _remove(fitting, newest=True)
-        else:
-            now = time.monotonic()
-            for other in list(_free):
-                while other in _free and now - _free[other][0][0] >= IDLE:
-                    _remove(other)
-            block = None
+    block = None
+    # Without waiting: a signal handler may call a cell while its own thread holds the lock.
+    if _lock.acquire(blocking=False):
+        try:
+            block = _find(size)
+        finally:
+            _lock.release()
     _sort_returned()
-    return np.empty(size, np.uint8) if block is None else block  # large: in huge pages, by NumPy
+    if block is not None:
+        return block
+    try:
+        return np.empty(size, np.uint8)  # a large one: in huge pages, by NumPy
+    except MemoryError:
+        empty_cache()
+        return np.empty(size, np.uint8)
+
+
+def _find(size: int) -> np.ndarray | None:
+    """A free block that serves for `size` bytes; without one, blocks that lie idle are dropped."""
+    fitting = min((s for s in _free if size <= s <= FITTING * size), default=None)
+    if fitting is not None:
+        return _remove(fitting, newest=True)
+    now = time.monotonic()
+    for other in list(_free):
+        while other in _free and now - _free[other][0][0] >= IDLE:
+            _remove(other)
+    return None
 
 
 def _give_back(block: np.ndarray) -> None:
@@ -121,7 +137,7 @@ def _give_back(block: np.ndarray) -> None:
 def _sort_returned() -> None:
     """Put the blocks that came back among the free ones.
 
-    Nothing waits here: whoever holds the lock does so again when it has let go of it.
+    This does not wait for the lock: the thread that holds it sorts them when it has released it.
     """
     global _free_bytes
     while _returned and _lock.acquire(blocking=False):
@@ -144,3 +160,13 @@ def _remove(size: int, newest: bool = False) -> np.ndarray:
         del _free[size]
     _free_bytes -= size
     return block
+
+
+def _after_fork() -> None:
+    """In a child process: a thread that no longer exists may have held the lock."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

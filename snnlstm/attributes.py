@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments
-from .options import CellOptions, Reset
-from .state import ResetSource, StatefulCell
+from .call import RESETS, CellOptions, Reset
+from .state import StatefulCell
 from .surrogate import NONE
 
 __all__ = ["DescribedCell"]
@@ -25,6 +25,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "checkpoint": lambda value: arguments.flag("checkpoint", value),
     "init_hidden": lambda value: arguments.flag("init_hidden", value),
     "output": lambda value: arguments.flag("output", value),
+    "batch_first": lambda value: arguments.flag("batch_first", value),
     "max_pool": lambda value: _checked_pool(value, 0, value),
     "avg_pool": lambda value: _checked_pool(0, value, value),
     "stride": lambda value: arguments.pair("stride", value),
@@ -47,7 +48,6 @@ class DescribedCell(StatefulCell):
     graded_spikes_factor: Tensor
     reset_mechanism_val: Tensor
     _reset_mechanism: Reset
-    _reset_source: ResetSource | None
     _options: dict[tuple[bool, bool], CellOptions]
     _adopted: dict[str, Any] | None = None
     """Of a cell that stands in for snnTorch's: the callables that it came with."""
@@ -115,7 +115,7 @@ class DescribedCell(StatefulCell):
         self._options = {}
 
     def _reset_index(self, device: torch.device) -> Tensor:
-        return torch.tensor(arguments.RESETS.index(self._reset_mechanism), device=device)
+        return torch.tensor(RESETS.index(self._reset_mechanism), device=device)
 
     def _follow_reset_mechanism(self, reset: Reset | None) -> None:
         """Make what runs agree with the buffer; None is one that cannot be read."""

@@ -91,7 +91,7 @@ def trouble(index: int) -> str | None:
     """Why the kernels cannot run on GPU `index`, which torch can use; None if they can."""
     import torch
 
-    from . import _C
+    from .. import _C
 
     build = _C.build_info()
     if missing := without_kernels(build):

@@ -1,0 +1,184 @@
+// The CPU half for Python: csrc/cpu/api.h over addresses.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "bindings.h"
+#include "cpu/api.h"
+
+namespace snnlstm::bindings {
+
+// A call's kernels: the cell with the ways of its convolutions chosen, and the number of threads.
+struct CpuPlan {
+  Cell cell;
+  int threads;
+};
+
+inline CpuPlan make_cpu_plan(const Cell& cell, int algorithm, double density, int most_inputs,
+                             bool backward, int threads) {
+  if (cell.dtype != DType::float32 && cell.dtype != DType::float64)
+    throw py::value_error("the CPU kernels compute in float32 and float64");
+  if (threads < 1) throw py::value_error("threads must be at least 1");
+  const auto how = numbered<cpu::Algorithm>("algorithm", algorithm, 3);
+  return {cpu::choose(cell, how, density, most_inputs, backward), threads};
+}
+
+// The part of `count` values that is not zero, from a sample spread over all of them.
+template <class T>
+double density(const T* x, int64_t count) {
+  const int64_t step = count / 16384 | 1;  // odd, against the period of channels and columns
+  int64_t seen = 0, nonzero = 0;
+  for (int64_t k = 0; k < count; k += step, ++seen) nonzero += x[k] != T(0);
+  return seen ? double(nonzero) / double(seen) : 1;
+}
+
+// What a call looks at before it begins, in one crossing: x's density in hundredths (100 if
+// count is 0), or -1 where `bytes` bytes at `weight` and at `copy` differ.
+inline int inspect(Address x, int dtype, int64_t count, Address weight, Address copy,
+                   int64_t bytes) {
+  const auto look = [&] {
+    if (std::memcmp(at(weight), at(copy), size_t(bytes)) != 0) return -1;
+    if (count <= 0) return 100;
+    const double part = DType(dtype) == DType::float64
+                            ? density(static_cast<const double*>(at(x)), count)
+                            : density(static_cast<const float*>(at(x)), count);
+    return int(100 * part + 0.5);
+  };
+  if (bytes < (1 << 16)) return look();
+  py::gil_scoped_release release;
+  return look();
+}
+
+// The forms of the weight that a plan reads: (number, what tells it from others of that number,
+// bytes).
+inline py::list forms(const CpuPlan& plan, bool backward, bool grad_x) {
+  py::list found;
+  const int first = int(backward ? cpu::Form::backward : cpu::Form::forward);
+  for (int number = first; number < first + 3; ++number) {
+    const auto form = cpu::Form(number);
+    if (!cpu::reads(plan.cell, form, grad_x)) continue;
+    found.append(py::make_tuple(number, cpu::form_name(plan.cell, form),
+                                cpu::packed_bytes(plan.cell, form)));
+  }
+  return found;
+}
+
+// weights: the forms that forms() names, in the places of the first, of mem's and of x's tiles.
+template <class Args>
+void set_plan(Args& a, const CpuPlan& plan) {
+  a.threads = plan.threads;
+  const auto needs = [](const void* p, const char* name) {
+    if (!p) throw py::value_error(std::string(name) + " must be given");
+  };
+  needs(a.workspace, "workspace");
+  if constexpr (std::is_same_v<Args, ForwardArgs>) {
+    if (cpu::reads(a.cell, cpu::Form::forward, false)) needs(a.weight, "weight");
+    if (cpu::reads(a.cell, cpu::Form::forward_mem_tiles, false)) needs(a.weight_mem, "weight_mem");
+    if (cpu::reads(a.cell, cpu::Form::forward_x_tiles, false)) needs(a.weight_x, "weight_x");
+    needs(a.x.data, "x");
+  } else {
+    const bool grad_x = a.grad_x.data != nullptr;
+    if (cpu::reads(a.cell, cpu::Form::backward, grad_x)) needs(a.weight, "weight");
+    if (cpu::reads(a.cell, cpu::Form::backward_mem_tiles, grad_x))
+      needs(a.weight_mem, "weight_mem");
+    if (cpu::reads(a.cell, cpu::Form::backward_x_tiles, grad_x)) needs(a.weight_x, "weight_x");
+    if (a.grad_weight) needs(a.x.data, "x");
+    needs(a.mem0.data, "mem0");
+    needs(a.saved_syn, "saved_syn");
+    if (a.cell.inhibition && a.grad_spk.data) needs(a.winner, "winner");
+    if (a.cell.surrogate == Surrogate::stochastic && a.grad_spk.data) needs(a.noise.data, "noise");
+  }
+  // graded_factor is CUDA's: here the number itself is wanted.
+  a.graded = a.cell.dtype == DType::float64 ? *static_cast<const double*>(a.graded_factor)
+                                            : *static_cast<const float*>(a.graded_factor);
+}
+
+// steps: one (x, mem, address of the d gates) a time step.
+inline void cpu_weight_gradient(const CpuPlan& plan, const py::list& steps, Address grad_weight,
+                                Address grad_bias, Address workspace) {
+  std::vector<StepOfGradient> list;
+  for (const py::handle& item : steps) {
+    const auto step = item.cast<py::tuple>();
+    if (step.size() != 3) throw py::value_error("a step is (x, mem, d_gates)");
+    list.push_back({view(step[0]), view(step[1]), at(step[2].cast<Address>())});
+    if (!list.back().x.data || !list.back().mem.data || !list.back().d_gates)
+      throw py::value_error("x, mem and d_gates must be given");
+  }
+  if (int64_t(list.size()) != plan.cell.T)
+    throw py::value_error("there must be as many steps as the plan was made for");
+  if (!workspace) throw py::value_error("workspace must be given");
+  WeightGradArgs a;
+  a.cell = plan.cell, a.threads = plan.threads;
+  a.steps = list.data();
+  a.grad_weight = at(grad_weight), a.grad_bias = at(grad_bias);
+  a.workspace = at(workspace);
+  py::gil_scoped_release release;
+  cpu::weight_gradient(a);
+}
+
+inline void bind_cpu(py::module_& m) {
+  m.def("isa_names", &cpu::isa_names);
+  m.def("isa_name", &cpu::isa_name);
+  m.def("set_isa", &cpu::set_isa);
+  m.def("inspect", &inspect);
+  m.def("cpu_padded_channels", [](int dtype, int64_t C) {
+    Cell cell;
+    cell.dtype = numbered<DType>("dtype", dtype, 2), cell.C = C;
+    return cpu::padded_channels(cell);
+  });
+
+  py::class_<CpuPlan>(m, "CpuPlan", py::module_local())
+      .def(py::init(&make_cpu_plan), py::arg("cell"), py::arg("algorithm"), py::arg("density"),
+           py::arg("most_inputs"), py::arg("backward"), py::arg("threads"))
+      .def_property_readonly("name", [](const CpuPlan& p) { return cpu::way_name(p.cell); })
+      // The same choice for a call of another number of steps.
+      .def("with_time",
+           [](const CpuPlan& p, int64_t time) {
+             CpuPlan other = p;
+             other.cell.T = time;
+             check_sizes(other.cell);
+             return other;
+           })
+      .def("forms", &forms, py::arg("backward"), py::arg("grad_x"))
+      .def("pack",
+           [](const CpuPlan& p, int form, Address weight, Address packed) {
+             if (!weight || !packed) throw py::value_error("weight and packed must be given");
+             const auto which = numbered<cpu::Form>("form", form, 6);
+             py::gil_scoped_release release;
+             cpu::pack_weight(p.cell, which, p.threads, at(weight), at(packed));
+           })
+      .def_property_readonly(
+          "forward_workspace",
+          [](const CpuPlan& p) { return cpu::forward_workspace(p.cell, p.threads); })
+      .def("backward_workspace",
+           [](const CpuPlan& p, bool weight) {
+             return cpu::backward_workspace(p.cell, p.threads, weight);
+           })
+      .def_property_readonly(
+          "weight_gradient_workspace",
+          [](const CpuPlan& p) { return cpu::weight_gradient_workspace(p.cell, p.threads); })
+      .def("forward",
+           [](const CpuPlan& p, const py::kwargs& given) {
+             ForwardArgs a = forward_args(p.cell, given);
+             set_plan(a, p);
+             py::gil_scoped_release release;
+             cpu::forward(a);
+           })
+      .def("backward",
+           [](const CpuPlan& p, const py::kwargs& given) {
+             BackwardArgs a = backward_args(p.cell, given);
+             set_plan(a, p);
+             py::gil_scoped_release release;
+             cpu::backward(a);
+           })
+      .def("weight_gradient", &cpu_weight_gradient, py::arg("steps"), py::arg("grad_weight"),
+           py::arg("grad_bias"), py::arg("workspace"));
+
+  m.def("cpu_evaluate",
+        [](const std::string& function, int dtype, Address in, Address out, int64_t count) {
+          cpu::evaluate(function, numbered<DType>("dtype", dtype, 2), at(in), at(out), count);
+        });
+}
+
+}  // namespace snnlstm::bindings

@@ -1,0 +1,329 @@
+"""What one call works on: the options of a cell, its checked tensors, the facts of their shapes.
+
+The numbers by which the core knows options stand here too, each once (csrc/args.h).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .quant import StateQuant
+from .surrogate import NONE, Surrogate
+
+__all__ = ["Call", "CellOptions", "Pool", "Reset", "Signature"]
+
+Reset = Literal["subtract", "zero", "none"]
+Pool = Literal["none", "max", "avg"]
+
+RESETS: tuple[Reset, ...] = ("subtract", "zero", "none")
+"""The reset mechanisms; the position is ``reset_mechanism_val`` in a state_dict."""
+POOLS: tuple[Pool, ...] = ("none", "max", "avg")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""The dtypes of weight and states."""
+
+
+@dataclass(frozen=True)
+class CellOptions:
+    """What a cell computes, besides its tensors.
+
+    Frozen and hashable, so that it can key a cache; it holds no tensor of the computation.
+    The padding is always ``dilation * (kernel_size - 1) / 2`` and the state of an image of
+    H x W is ``ceil(H / stride[0])`` x ``ceil(W / stride[1])``.
+
+    Parameters
+    ----------
+    kernel_size, stride, dilation : (int, int)
+        Of the gate convolution, height first. The stride applies to the input half only.
+    reset : {"subtract", "zero", "none"}
+        What a spike of the previous step does to the membrane potential.
+    pool : {"none", "max", "avg"}
+        Pooling of the membrane potential before the threshold.
+    pool_size : (int, int)
+        Kernel and stride of the pooling; (1, 1) without.
+    surrogate : Surrogate or callable
+        A callable that is no :class:`~snnlstm.surrogate.Surrogate` needs the reference path.
+    quant : StateQuant, callable or None
+        Quantisation of the states; a foreign callable needs the reference path.
+    inhibition : bool
+        Of each sample only the neuron with the highest (pooled) potential may spike.
+    sequence : bool
+        x is (T, N, Cin, H, W) and spk (T, N, C, Hp, Wp); otherwise both are 4-D.
+    record : bool
+        With `sequence`: syn and mem are returned for every step, (T, N, C, Ho, Wo).
+    checkpoint : bool
+        Keep only the states for the backward pass and recompute the gates there.
+    operands : torch.dtype or None
+        Type of the convolution's operands where it is not the states': torch.float16 or
+        torch.bfloat16 under autocast, which leaves states in float32.
+    """
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    reset: Reset = "none"
+    pool: Pool = "none"
+    pool_size: tuple[int, int] = (1, 1)
+    surrogate: Any = NONE
+    quant: Any = None
+    inhibition: bool = False
+    sequence: bool = False
+    record: bool = False
+    checkpoint: bool = False
+    operands: torch.dtype | None = None
+    _text: str = field(default="", init=False, repr=False, compare=False)
+
+    def __hash__(self) -> int:
+        # Computed once: every call looks its options up.
+        found = self.__dict__.get("_hash")
+        if found is None:
+            found = hash(tuple(getattr(self, f.name) for f in fields(self) if f.compare))
+            object.__setattr__(self, "_hash", found)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hashes of strings differ between processes.
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Zeros on each side that keep the image size, height first."""
+        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
+        return dh * (kh - 1) // 2, dw * (kw - 1) // 2
+
+    def state_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of syn and mem for an image of `height` x `width`."""
+        sh, sw = self.stride
+        return -(-height // sh), -(-width // sw)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.surrogate, Surrogate) and not torch.compiler.is_compiling():
+            object.__setattr__(self, "_text", self._make_text())
+
+    def text(self) -> str:
+        """The options as an operator of torch.library takes them: :meth:`from_text` reads it."""
+        # Made beforehand, where it can be: torch.compile may take the numbers for symbolic ones.
+        return self._text or self._make_text()
+
+    def _make_text(self) -> str:
+        surrogate = self.surrogate
+        pairs = (self.kernel_size, self.stride, self.dilation, self.pool_size)
+        flags = (self.inhibition, self.sequence, self.record, self.checkpoint)
+        parts = [f"{a},{b}" for a, b in pairs]
+        parts += [self.reset, self.pool, f"{surrogate.kind},{surrogate.p0!r},{surrogate.p1!r}"]
+        parts += ["".join("01"[flag] for flag in flags), str(self.operands)]
+        parts.append(self.quant.text if isinstance(self.quant, StateQuant) else "")
+        return ";".join(parts)
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def from_text(text: str) -> CellOptions:
+        """The options that :meth:`text` wrote."""
+        kernel, stride, dilation, pool_size, *names, surrogate, flags, operands, quant = text.split(
+            ";"
+        )
+        reset: Any
+        pool: Any
+        reset, pool = names
+
+        def pair(numbers: str) -> tuple[int, int]:
+            first, second = numbers.split(",")
+            return int(first), int(second)
+
+        kind, p0, p1 = surrogate.split(",")
+        types: dict[str, torch.dtype | None] = {"None": None} | {str(t): t for t in DTYPES}
+        inhibition, sequence, record, checkpoint = (flag == "1" for flag in flags)
+        return CellOptions(
+            pair(kernel),
+            pair(stride),
+            pair(dilation),
+            reset,
+            pool,
+            pair(pool_size),
+            Surrogate(int(kind), float(p0), float(p1)),
+            StateQuant.from_text(quant) if quant else None,
+            inhibition,
+            sequence,
+            record,
+            checkpoint,
+            types[operands],
+        )
+
+
+class Signature:
+    """All that is known of a call without looking at values: options, shapes, dtypes, device.
+
+    :func:`signature` returns one object for equal calls; whoever works something out from it may
+    keep that in ``notes``.
+
+    Attributes
+    ----------
+    options : CellOptions
+        Its ``operands`` say what autocast asks for.
+    dtype : torch.dtype
+        Of the states.
+    device : torch.device
+    autocast : bool
+        Whether the call is under autocast.
+    time, n, cin, h, w, c, ho, wo : int
+        Steps (1 for a step call), and the sizes of x and of the states.
+    thresholds : int
+        How many numbers the threshold has.
+    notes : dict
+        What has been worked out from it.
+    """
+
+    __slots__ = (
+        "autocast", "c", "cin", "device", "dtype", "h", "ho", "n", "notes", "options",
+        "thresholds", "time", "w", "wo",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        x: Tensor,
+        mem: Tensor,
+        threshold: Tensor,
+        options: CellOptions,
+        autocast: torch.dtype | None,
+    ) -> None:
+        narrow = autocast if x.dtype == torch.float32 and autocast != torch.float32 else None
+        self.options = replace(options, operands=narrow) if narrow else options
+        self.dtype, self.device, self.autocast = x.dtype, x.device, autocast is not None
+        self.time = x.shape[0] if options.sequence else 1
+        self.n, self.cin, self.h, self.w = x.shape[-4:]
+        self.c, self.ho, self.wo = mem.shape[1:]
+        self.thresholds = threshold.numel()
+        self.notes: dict[Any, Any] = {}
+
+
+_MOST = 1024  # signatures that are kept
+_signatures: dict[tuple[Any, ...], Signature] = {}
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on a device type; None where autocast is off."""
+    # Only of the devices that have autocast may be asked whether it is on.
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    if known and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def known_signature(
+    x: Tensor,
+    syn: Tensor,
+    mem: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    graded: Tensor,
+    options: CellOptions,
+) -> tuple[Signature | None, tuple[Any, ...]]:
+    """The signature of arguments like some that were checked before, if any, and its key.
+
+    Raises
+    ------
+    AttributeError
+        If one of them is no tensor.
+    """
+    device = x.device
+    key = (
+        options, x.shape, x.dtype, device, syn.shape, syn.dtype, syn.device,
+        mem.shape, mem.dtype, mem.device, weight.shape, weight.dtype, weight.device,
+        threshold.shape, threshold.dtype, threshold.device, graded.shape, graded.dtype,
+        graded.device, None if bias is None else (bias.shape, bias.dtype, bias.device),
+        autocast_dtype(device.type),
+    )  # fmt: skip
+    return _signatures.get(key), key
+
+
+def new_signature(key: tuple[Any, ...], x: Tensor, mem: Tensor, threshold: Tensor) -> Signature:
+    """The signature of arguments that have just been checked; kept for those like them.
+
+    Foreign callables are not kept alive.
+    """
+    options = key[0]
+    made = Signature(x, mem, threshold, options, key[-1])
+    if isinstance(options.surrogate, Surrogate) and isinstance(
+        options.quant, StateQuant | type(None)
+    ):
+        if len(_signatures) >= _MOST:
+            _signatures.clear()
+        _signatures[key] = made
+    return made
+
+
+class Call(NamedTuple):
+    """One call of a cell, its arguments checked: what travels from the module to the kernels.
+
+    Attributes
+    ----------
+    x : Tensor
+        (N, Cin, H, W), or (T, N, Cin, H, W) with ``options.sequence``.
+    syn, mem : Tensor
+        (N, C, Ho, Wo), states before the first step, of x's dtype and device.
+    weight : Tensor
+        (4C, Cin + C, kh, kw), gates in the order i, f, o, g.
+    bias : Tensor or None
+        (4C,).
+    threshold, graded : Tensor
+        Broadcast to mem's shape and to the pooled one.
+    options : CellOptions
+    signature : Signature or None
+        None while torch.compile traces.
+    conv : callable, optional
+        Called in place of the convolution with `weight` and `bias`: (N, Cin + C, H, W) to
+        (N, 4C, H, W).
+    reason : str, optional
+        Why `conv` must be called.
+    """
+
+    x: Tensor
+    syn: Tensor
+    mem: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    threshold: Tensor
+    graded: Tensor
+    options: CellOptions
+    signature: Signature | None = None
+    conv: Callable[[Tensor], Tensor] | None = None
+    reason: str | None = None
+
+
+def make_call(
+    x: Tensor,
+    syn: Tensor,
+    mem: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    graded: Tensor,
+    options: CellOptions,
+    conv: Callable[[Tensor], Tensor] | None = None,
+    reason: str | None = None,
+) -> Call:
+    """A call of arguments that have been checked, or are known to fit together."""
+    tensors = (x, syn, mem, weight, bias, threshold, graded)
+    signature = None
+    if not torch.compiler.is_compiling():
+        signature, key = known_signature(*tensors, options)
+        if signature is None:
+            signature = new_signature(key, x, mem, threshold)
+    return Call(*tensors, options, signature, conv, reason)
+
+
+def in_order_of_caller(
+    options: CellOptions, batch_first: bool, spk: Tensor, syn: Tensor, mem: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Results with the batch before time where the caller has it so."""
+    if not batch_first or not options.sequence:
+        return spk, syn, mem
+    if options.record:
+        syn, mem = syn.transpose(0, 1), mem.transpose(0, 1)
+    return spk.transpose(0, 1), syn, mem

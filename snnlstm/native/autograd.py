@@ -1,0 +1,173 @@
+"""The cell as one autograd Function over the native kernels.
+
+Saved for the backward pass: the arguments, and per time step the activated gates and syn.
+mem and the reset are recomputed from these (the reset rides in a sign bit of the gates). With
+``checkpoint`` the gates are recomputed too: checkpoint.py. A step call leaves the gradients of
+weight and bias to its loop: loop.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..call import Call
+from . import checkpoint, kernels, ops
+from .loop import Loop, loop_of
+from .tensors import Saved, Step, plain, restored
+
+__all__ = ["run"]
+
+_pass_number = torch._C._current_graph_task_id
+_will_run = torch._C._will_engine_execute_node
+# Whether the backward pass that runs keeps its graph for another one; older versions do not tell.
+_keeps_graph: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+
+
+class _SConv2dLSTM(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        syn: Tensor,
+        mem: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        threshold: Tensor,
+        graded: Tensor,
+        call: Call,
+        choice: Any,
+        loop: Loop | None,
+        algorithm: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        saved: Any
+        if call.options.checkpoint:
+            (spk, new_syn, new_mem, _), saved = checkpoint.forward(call, algorithm)
+            gates = 0
+        else:
+            spk, new_syn, new_mem, saved = choice.forward(call, True)
+            gates = saved.gates.data_ptr()
+        ctx.save_for_backward(x, syn, mem, weight, bias, threshold, graded, *saved)
+        ctx.kept = call.options, call.signature, choice, loop, algorithm, gates
+        ctx.set_materialize_grads(False)
+        if call.options.surrogate.kind == 0:
+            ctx.mark_non_differentiable(spk)
+        return spk, new_syn, new_mem
+
+    @staticmethod
+    def backward(ctx: Any, grad_spk: Any, grad_syn: Any, grad_mem: Any) -> tuple:
+        if grad_spk is None and grad_syn is None and grad_mem is None:
+            return (None,) * 11
+        x, syn, mem, weight, bias, threshold, graded, *saved = ctx.saved_tensors
+        options, signature, choice, loop, algorithm, gates = ctx.kept
+        of_x, of_syn, of_mem, of_weight, of_bias, of_threshold, *_ = ctx.needs_input_grad
+        wanted = (of_x, of_syn, of_mem, of_weight, of_bias, of_threshold)
+        grads: Any = (grad_spk, grad_syn, grad_mem)
+        if torch.is_grad_enabled():  # create_graph: derivatives of these gradients are wanted
+            inputs = (x, syn, mem, weight, bias, threshold)
+            return (*_differentiable(inputs, graded, options, grads, wanted), *(None,) * 5)
+        grads = [None if grad is None else plain(grad) for grad in grads]
+        dtype = signature.dtype
+        if x.dtype is not dtype or syn.dtype is not dtype or mem.dtype is not dtype:
+            x, syn, mem = x.to(dtype), syn.to(dtype), mem.to(dtype)  # by hooks on saved tensors
+        call = Call(x, syn, mem, weight, bias, threshold, graded, options, signature)
+        if options.checkpoint:
+            if loop is None:
+                out = checkpoint.backward(call, saved, grads, wanted, algorithm)
+                return (*out, *(None,) * 5)
+            kept, own = checkpoint.recompute(call, algorithm), True
+        else:
+            kept, own = Saved(*saved), saved[0].data_ptr() == gates
+            if not own:  # hooks brought them back in other memory
+                kept = restored(kept, choice.saved_shapes)
+        if loop is None:
+            return (*choice.backward(call, kept, grads, wanted), *(None,) * 5)
+        here = (of_x, of_syn, of_mem, False, False, of_threshold)
+        if not _will_run(loop.node):  # a pass that does not want the weight's gradient
+            return (*choice.backward(call, kept, grads, here), *(None,) * 5)
+        # The gates' memory takes their gradient, unless somebody may still read it: another
+        # backward pass over this graph, or a hook that brought it.
+        overwrite = own and (options.checkpoint or not _keeps_graph())
+        d_gates = choice.empty_d_gates(call, kept if overwrite else None)
+        out = choice.backward(call, kept, grads, here, d_gates)
+        loop.left.add(_pass_number(), choice, Step(x, mem, d_gates))
+        return (*out, *(None,) * 5)
+
+
+def _differentiable(
+    inputs: tuple[Tensor | None, ...],
+    graded: Tensor,
+    options: Any,
+    grads: tuple[Tensor | None, ...],
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The same gradients in plain torch, as a graph that can be differentiated again."""
+    # Aliases: one input may have been computed from another, and only direct paths count here.
+    own: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
+    x, syn, mem, weight, bias, threshold = own
+    outputs = reference.run(Call(x, syn, mem, weight, bias, threshold, graded, options))
+    pairs = [
+        (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
+    ]
+    sources: list[Any] = [t for t, want in zip(own, wanted, strict=True) if want]
+    if not pairs:
+        return (None,) * len(inputs)
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            sources,
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return tuple(next(found) if want else None for want in wanted)
+
+
+def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]:
+    """Run the native kernels.
+
+    Parameters
+    ----------
+    call : Call
+        The threshold is one number or one a channel, `graded` a single number without gradient.
+    algorithm : str
+        One of ``snnlstm.settings.ALGORITHMS``; the backward pass keeps to it.
+
+    Returns
+    -------
+    spk, syn, mem : Tensor
+        As :func:`snnlstm.reference.run` returns them.
+    name : str or None
+        What ran, such as ``"cpu-avx2-winograd4-sparse"``; None while torch.compile traces.
+    """
+    x, syn, mem, weight, bias, threshold, graded, options = call[:8]
+    if weight.dtype != x.dtype:  # a half precision module under autocast
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        call = call._replace(weight=weight, bias=bias)
+    of_weight = weight.requires_grad or (bias is not None and bias.requires_grad)
+    training = torch.is_grad_enabled() and (
+        of_weight
+        or mem.requires_grad
+        or syn.requires_grad
+        or x.requires_grad
+        or threshold.requires_grad
+    )
+    if torch.compiler.is_compiling():
+        return (*ops.run(call, training, algorithm), None)
+    choice = kernels.choose(call, training, algorithm)
+    if not training:
+        return (*choice.forward(call, False)[:3], choice.name)
+    loop = loop_of(weight, bias) if of_weight and not options.sequence else None
+    if loop is not None:
+        weight, bias = loop.weight, loop.bias
+    out = _SConv2dLSTM.apply(
+        x, syn, mem, weight, bias, threshold, graded, call, choice, loop, algorithm
+    )
+    return (*out, choice.name)

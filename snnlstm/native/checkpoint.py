@@ -1,0 +1,153 @@
+"""The cell with ``checkpoint=True``: less memory for the backward pass, one more forward pass.
+
+A sequence is cut into segments of some sqrt(T) steps. Kept for the backward pass are the states
+between the segments alone; the gates of one segment at a time are computed again, just before
+their gradients (Chen et al. 2016, "Training deep nets with sublinear memory cost").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import Any
+
+from torch import Tensor
+
+from ..call import Call, make_call
+from . import kernels, memory, tensors
+from .tensors import Gradients, Result, Saved
+
+__all__ = ["backward", "boundary_count", "forward", "recompute"]
+
+
+@lru_cache
+def _lengths(steps: int) -> list[int]:
+    """Lengths of the segments of a sequence, differing by one at most; the longest are last."""
+
+    def cost(count: int) -> int:
+        """In state-sized tensors: a step takes 5, a boundary 2."""
+        short, long = steps // count, -(-steps // count)
+        # The backward pass takes the longest segments first. A shorter one gets the memory of a
+        # longer one again, unless their lengths are too far apart.
+        return 5 * (long if long <= memory.FITTING * short else long + short) + 2 * count
+
+    count = min(range(1, steps + 1), key=cost, default=1)
+    return [(steps + k) // count for k in range(count)]
+
+
+def _segments(call: Call) -> list[slice]:
+    if not call.options.sequence:
+        return [slice(None)]
+    ends = list(accumulate(_lengths(call.x.shape[0]), initial=0))
+    return [slice(begin, end) for begin, end in pairwise(ends)]
+
+
+def boundary_count(call: Call) -> int:
+    """How many tensors :func:`forward` keeps of a call."""
+    return 2 * (len(_segments(call)) - 1)
+
+
+def forward(call: Call, algorithm: str) -> tuple[Result, list[Tensor]]:
+    """Run the forward kernels segment by segment.
+
+    Returns
+    -------
+    result : Result
+        As a choice's forward returns it, without ``saved``.
+    boundaries : list of Tensor
+        syn and mem before the second segment, before the third, and so on.
+    """
+    segments = _segments(call)
+    if len(segments) == 1:
+        return kernels.choose(call, False, algorithm).forward(call, False), []
+    record = call.options.record
+    result = kernels.empty_result(call, training=False)
+    boundaries: list[Tensor] = []
+    syn, mem, part = call.syn, call.mem, result
+    for segment in segments:
+        if segment.start > 0:
+            syn, mem = part.syn, part.mem
+            if record:
+                syn, mem = syn[-1].clone(), mem[-1].clone()
+            boundaries += syn, mem
+        piece = make_call(call.x[segment], syn, mem, *call[3:8])
+        part = kernels.choose(piece, False, algorithm).forward(piece, False)
+        result.spk[segment] = part.spk
+        if record:
+            result.syn[segment], result.mem[segment] = part.syn, part.mem
+    return (result if record else result._replace(syn=part.syn, mem=part.mem)), boundaries
+
+
+def _keeping(call: Call) -> Call:
+    """The same call, to be run so that its gates are kept."""
+    return make_call(*call[:7], replace(call.options, checkpoint=False))
+
+
+def recompute(call: Call, algorithm: str) -> Saved:
+    """What the forward pass would have kept without ``checkpoint``."""
+    again = _keeping(call)
+    saved = kernels.choose(again, True, algorithm).forward(again, True).saved
+    assert saved is not None
+    return saved
+
+
+def _last_first(items: list[Any]) -> Iterator[tuple[int, Any]]:
+    return reversed(list(enumerate(items)))
+
+
+def _with_carry(grad: Tensor | None, segment: slice, carry: Tensor | None) -> Tensor | None:
+    """Gradient of a recorded state over a segment; the next segment's is added to its last step."""
+    if grad is not None:
+        out = grad[segment].clone()
+    elif carry is not None:
+        out = carry.new_zeros((segment.stop - segment.start, *carry.shape))
+    else:
+        return None
+    if carry is not None:
+        out[-1] += carry
+    return out
+
+
+def backward(
+    call: Call,
+    boundaries: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    algorithm: str,
+) -> Gradients:
+    """Compute the gates again, last segment first, and the gradients from them.
+
+    Parameters and result as a choice's backward; `boundaries` from :func:`forward`.
+    """
+    grad_spk, grad_syn, grad_mem = grads
+    record = call.options.record
+    states = [call.syn, call.mem, *boundaries]
+    assert call.signature is not None
+    total = tensors.empty_gradients(call.x, call.signature, (wanted[0], *(False,) * 5))
+    sums: list[Tensor | None] = [None, None, None]  # weight, bias, threshold
+    carry_syn, carry_mem = (None, None) if record else (grad_syn, grad_mem)
+    for k, segment in _last_first(_segments(call)):
+        piece = _keeping(call._replace(x=call.x[segment], syn=states[2 * k], mem=states[2 * k + 1]))
+        choice = kernels.choose(piece, True, algorithm)
+        saved = choice.forward(piece, True).saved
+        into_syn, into_mem = carry_syn, carry_mem
+        if record:
+            into_syn = _with_carry(grad_syn, segment, carry_syn)
+            into_mem = _with_carry(grad_mem, segment, carry_mem)
+        want_states = (True, True) if k > 0 else tuple(wanted[1:3])
+        found = choice.backward(
+            piece,
+            saved,
+            (None if grad_spk is None else grad_spk[segment], into_syn, into_mem),
+            (wanted[0], *want_states, *wanted[3:]),
+        )
+        del saved  # so that the next segment may have its memory
+        carry_syn, carry_mem = found.syn, found.mem
+        if total.x is not None and found.x is not None:
+            total.x[segment] = found.x
+        for place, grad in enumerate(found[3:]):
+            so_far = sums[place]
+            sums[place] = grad if so_far is None or grad is None else so_far.add_(grad)
+    return Gradients(total.x, carry_syn, carry_mem, *sums)

@@ -1,0 +1,446 @@
+"""The CPU half of the core: packed weights, plans, calls. Twin of :mod:`snnlstm.native.cuda`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch  # before the core, which uses the OpenMP runtime that torch has loaded
+from torch import Tensor
+
+from .. import _C
+from ..call import DTYPES, Call, Signature
+from . import memory, tensors
+from .tensors import Gradients, Result, Saved, Step, address, view
+
+__all__ = ["ALGORITHMS", "Kernels", "evaluate", "set_isa"]
+
+ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/cpu/api.h
+_WEIGHTS = ("weight", "weight_mem", "weight_x")  # the places of the forms, csrc/cpu/api.h: Form
+
+_NO_WINNER = torch.empty(0, dtype=torch.int64, device="cpu")
+
+# A step call is one of a loop, most likely: what is done once for a weight is shared by so many.
+_STEPS_OF_LOOP = 16
+
+isa = _C.isa_name()
+
+
+def set_isa(name: str) -> None:
+    """Use the kernels of an instruction set that ``_C.isa_names()`` lists, in the whole process."""
+    global isa
+    _C.set_isa(name)
+    isa = name
+
+
+# ---- packed weights -----------------------------------------------------------------------------
+
+
+class Packed:
+    """A weight in the kernels' forms, and a copy of the weight that they were made from.
+
+    Attributes
+    ----------
+    most_inputs : int
+        Side of the largest Winograd tile whose rounding errors stay small over long sequences: of
+        those in ``GAINS`` whose limit the gates' root mean square per unit of input does not
+        exceed; 0 if none. nn.Conv2d's initial weights have 0.58.
+    """
+
+    GAINS: ClassVar = {8: 1.5, 6: 3.0}
+
+    def __init__(self, weight: Tensor) -> None:
+        self.original = weight.detach().clone(memory_format=torch.contiguous_format)
+        gain = float(self.original.norm()) / max(weight.shape[0], 1) ** 0.5
+        self.most_inputs = max(
+            (side for side, most in self.GAINS.items() if gain <= most), default=0
+        )
+        self.address = self.original.data_ptr()
+        self.bytes = self.original.nbytes
+        self.forms: dict[tuple[Any, ...], Tensor] = {}
+
+    def addresses(self, core: Any, forms: Sequence[tuple[int, str, int]]) -> dict[str, int]:
+        """Addresses of the forms that a plan of the core reads, by the names of its arguments.
+
+        Each form is made once for each of the weight's values.
+        """
+        found = {}
+        for number, name, size in forms:
+            key = (isa, number, name)
+            form = self.forms.get(key)
+            if form is None:
+                form = memory.empty((size,), torch.uint8)
+                core.pack(number, self.address, form.data_ptr())
+                self.forms[key] = form  # when it is whole: other threads may look
+            found[_WEIGHTS[number % 3]] = form.data_ptr()
+        return found
+
+
+# By storage and, as many weights may lie in one, by place. Not by tensor: torch refuses to swap the
+# contents of tensors that have weak references. No lock: the worst that two threads do to each
+# other is to pack a weight twice, while a lock would be held across a fork or a signal.
+_packed: WeakKeyDictionary[torch.UntypedStorage, dict[tuple[Any, ...], Packed]] = (
+    WeakKeyDictionary()
+)
+_MOST_PLACES = 16  # weights of one storage whose forms are kept
+
+
+def _entries(weight: Tensor) -> dict[tuple[Any, ...], Packed]:
+    storage = weight.untyped_storage()
+    entries = _packed.get(storage)
+    return _packed.setdefault(storage, {}) if entries is None else entries
+
+
+def _place(weight: Tensor) -> tuple[Any, ...]:
+    return weight.storage_offset(), weight.shape, weight.stride(), weight.dtype
+
+
+def look_up(weight: Tensor, x: int = 0, dtype: int = 0, count: int = 0) -> tuple[Packed, int]:
+    """Everything packed from `weight`'s present values; kept as long as its storage lives.
+
+    Neither the address nor the version counter tells whether they are those that were packed:
+    ``weight.data.add_(...)`` changes neither of them. They are compared byte for byte, one to three
+    hundredths of a step.
+
+    Parameters
+    ----------
+    weight : Tensor
+    x, dtype, count
+        Address, dtype and number of values of which the part that is not zero is wanted.
+
+    Returns
+    -------
+    packed : Packed
+    percent : int
+        The part of x that is not zero, in hundredths; 100 if `count` is 0.
+    """
+    contiguous = weight if weight.is_contiguous() else weight.detach().contiguous()
+    entries, place = _entries(weight), _place(weight)
+    packed = entries.get(place)
+    if packed is not None:
+        own = packed.address, packed.bytes
+        percent = _C.inspect(x, dtype, count, contiguous.data_ptr(), *own)
+        if percent >= 0:
+            return packed, percent
+    entries.pop(place, None)
+    while len(entries) >= _MOST_PLACES:
+        del entries[next(iter(entries))]
+    packed = entries[place] = Packed(contiguous)
+    return packed, _C.inspect(x, dtype, count, 0, 0, 0)
+
+
+# ---- plans --------------------------------------------------------------------------------------
+
+
+class _Way:
+    """One choice of algorithms for the calls of a plan, by the density of x and the weight."""
+
+    def __init__(self, plan: Plan, percent: int, most_inputs: int) -> None:
+        self._plan, self._by = plan, (percent / 100, most_inputs)
+        self.core = self._make(plan.cell, backward=False)
+        self.forms = self.core.forms(backward=False, grad_x=False)
+        self.workspace = self.core.forward_workspace
+        self.name = f"cpu-{plan.isa}-{self.core.name}"
+        self.gradients: dict[Any, Any] = {}
+
+    def _make(self, cell: Any, backward: bool) -> Any:
+        density, most_inputs = self._by
+        plan = self._plan
+        return _C.CpuPlan(cell, plan.algorithm, density, most_inputs, backward, plan.threads)
+
+    def backward(self, grad_x: bool, weight: bool) -> tuple[Any, Any, int]:
+        """The core's plan of the backward pass, the forms that it reads, bytes of its workspace."""
+        found = self.gradients.get((grad_x, weight))
+        if found is None:
+            core = self._make(self._plan.gradient_cell, backward=True)
+            core = core.with_time(self._plan.time)
+            forms = core.forms(backward=True, grad_x=grad_x)
+            found = (core, forms, core.backward_workspace(weight))
+            self.gradients[grad_x, weight] = found
+        return found
+
+    def weight_gradient(self, steps: int) -> tuple[Any, int]:
+        """The core's plan of a loop's weight gradient, and the bytes of its workspace."""
+        found = self.gradients.get(steps)
+        if found is None:
+            core = self._make(self._plan.cell_of(steps), backward=True)
+            found = self.gradients[steps] = (core, core.weight_gradient_workspace)
+        return found
+
+
+class Plan:
+    """All that follows for a call from its signature, its strides and the process's settings."""
+
+    def __init__(
+        self, signature: Signature, call: Call, algorithm: str, threads: int, isa: str
+    ) -> None:
+        s, o = signature, signature.options
+        self.threads, self.isa, self.time = threads, isa, s.time
+        self.algorithm = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
+        self.signature = signature
+        self.cell = self.cell_of(s.time)
+        self.gradient_cell = self.cell if s.options.sequence else self.cell_of(_STEPS_OF_LOOP)
+        spk, state = tensors.output_shapes(s)
+        self.spk = spk, tensors.image_strides(call.x, spk)
+        self.state = state, tensors.image_strides(call.x, state)
+        # Strides as the core takes them.
+        self.x5, self.syn5, self.mem5, self.spk5, self.state5 = (
+            tensors.five(strides)
+            for strides in (
+                call.x.stride(), call.syn.stride(), call.mem.stride(), self.spk[1], self.state[1]
+            )
+        )  # fmt: skip
+        self.saved = saved_shapes(s)
+        largest = max(math.prod(shape) * dtype.itemsize for shape, dtype in self.saved)
+        self.huge = largest >= memory.SMALLEST
+        self.record = o.record
+        # The weight gradient does not look at strides, nor at what makes spikes of mem.
+        geometry = (o.kernel_size, o.stride, o.dilation)
+        self.loop_key = (s.cin, s.c, s.h, s.w, s.n, s.dtype, geometry, self.algorithm, threads, isa)
+        self.threshold_stride = 0 if s.thresholds == 1 else 1
+        quant = s.options.quant
+        self.levels = None if quant is None else quant.levels.to(s.dtype).contiguous()
+        self.levels_address = address(self.levels)
+        self.has_winner = s.options.inhibition
+        # Few channels gain nothing from lists of nonzeros: there x is not looked at.
+        x = call.x
+        self.counts_zeros = s.cin > 2
+        dense = x.is_contiguous() or (
+            x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        )
+        self.count = x.numel() if self.counts_zeros and dense else 0
+        self.dtype = DTYPES.index(s.dtype)
+        self._ways: dict[tuple[int, int], _Way] = {}
+
+    def cell_of(self, time: int) -> Any:
+        """The core's description of a call of so many steps."""
+        return tensors.make_cell(_C, self.signature, time)
+
+    def choose(self, call: Call) -> Choice:
+        """Decide what depends on the values of x and weight."""
+        x = call.x.data_ptr() if self.count else 0
+        packed, percent = look_up(call.weight, x, self.dtype, self.count)
+        if self.counts_zeros and not self.count:
+            percent = round(100 * int(torch.count_nonzero(call.x)) / max(call.x.numel(), 1))
+        key = percent, packed.most_inputs
+        way = self._ways.get(key)
+        if way is None:
+            way = self._ways[key] = _Way(self, *key)
+        return Choice(self, way, packed)
+
+    def empty_saved(self, x: Tensor) -> Saved:
+        """What the forward pass keeps in training, uninitialised."""
+        (gates, _), (syn, _), (winner, _) = self.saved
+        if self.huge:
+            return Saved(*(memory.empty(shape, kind) for shape, kind in self.saved))
+        of_winner = x.new_empty(winner, dtype=torch.int64) if self.has_winner else _NO_WINNER
+        return Saved(x.new_empty(gates), x.new_empty(syn), of_winner)
+
+
+class Choice:
+    """The kernels that run one call and its backward pass.
+
+    Attributes
+    ----------
+    packed : Packed or None
+        The weight. The backward pass lets go of it: a graph that is kept keeps no weight alive.
+    """
+
+    __slots__ = ("name", "packed", "plan", "way")
+
+    def __init__(self, plan: Plan, way: _Way, packed: Packed | None) -> None:
+        self.plan, self.way, self.packed, self.name = plan, way, packed, way.name
+
+    @property
+    def saved_shapes(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shapes and dtypes of what the forward pass keeps."""
+        return self.plan.saved
+
+    @property
+    def loop_key(self) -> Any:
+        """Steps with equal ones can form their weight gradient together."""
+        return self.plan.loop_key
+
+    def empty_d_gates(self, call: Call, kept: Saved | None) -> Tensor:
+        """Memory for the gate gradients of a step; that of the gates in `kept`, if given."""
+        if kept is not None:
+            return kept.gates
+        return memory.empty(*self.plan.saved[0])
+
+    def forward(self, call: Call, training: bool) -> Result:
+        """Run the forward kernels; `training`: keep what :meth:`backward` needs."""
+        plan, way = self.plan, self.way
+        x = call.x
+        spk = x.new_empty_strided(*plan.spk)
+        new_syn, new_mem = x.new_empty_strided(*plan.state), x.new_empty_strided(*plan.state)
+        if plan.huge:
+            _prefer_huge_pages(spk, new_syn, new_mem)
+        saved = plan.empty_saved(x) if training else None
+        dtype = x.dtype
+        bias = None if call.bias is None else tensors.numbers(call.bias, dtype)
+        threshold, graded = (
+            tensors.numbers(call.threshold, dtype),
+            tensors.numbers(call.graded, dtype),
+        )
+        workspace = memory.workspace(way.workspace)
+        assert self.packed is not None
+        way.core.forward(
+            **self.packed.addresses(way.core, way.forms),
+            record=plan.record,
+            x=(x.data_ptr(), plan.x5),
+            syn0=(call.syn.data_ptr(), plan.syn5),
+            mem0=(call.mem.data_ptr(), plan.mem5),
+            bias=address(bias),
+            threshold=threshold.data_ptr(),
+            threshold_stride=plan.threshold_stride,
+            graded=graded.data_ptr(),
+            levels=plan.levels_address,
+            spk=(spk.data_ptr(), plan.spk5),
+            syn=(new_syn.data_ptr(), plan.state5),
+            mem=(new_mem.data_ptr(), plan.state5),
+            saved_gates=0 if saved is None else saved.gates.data_ptr(),
+            saved_syn=0 if saved is None else saved.syn.data_ptr(),
+            winner=saved.winner.data_ptr() if saved is not None and plan.has_winner else 0,
+            workspace=workspace.data_ptr(),
+        )
+        return Result(spk, new_syn, new_mem, saved)
+
+    def backward(
+        self,
+        call: Call,
+        saved: Saved,
+        grads: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        d_gates: Tensor | None = None,
+    ) -> Gradients:
+        """Run the backward kernels.
+
+        Parameters
+        ----------
+        call, saved
+            What :meth:`forward` was given, and what it kept.
+        grads : three of Tensor or None
+            Gradients of spk, syn and mem, in any memory layout; None for zeros.
+        wanted : sequence of bool
+            Which gradients are computed, in the order of :class:`Gradients`.
+        d_gates : Tensor, optional
+            As ``saved.gates``, and may be that: gets the gradient of the gate sums.
+        """
+        plan, x = self.plan, call.x
+        dtype = x.dtype
+        grad_spk, grad_syn, grad_mem = grads
+        core, forms, size = self.way.backward(wanted[0], wanted[3])
+        packed, self.packed = self.packed, None
+        if packed is None:  # of a second backward pass over the same graph
+            packed, _ = look_up(call.weight)
+        out = tensors.empty_gradients(x, plan.signature, wanted)
+        if plan.huge:
+            _prefer_huge_pages(*out)
+        threshold, graded = (
+            tensors.numbers(call.threshold, dtype),
+            tensors.numbers(call.graded, dtype),
+        )
+        noise = tensors.stochastic_noise(x, call.options, grad_spk)
+        workspace = memory.workspace(size)
+        core.backward(
+            **packed.addresses(core, forms),
+            record=plan.record,
+            x=view(x),
+            syn0=view(call.syn),
+            mem0=view(call.mem),
+            threshold=threshold.data_ptr(),
+            threshold_stride=plan.threshold_stride,
+            graded=graded.data_ptr(),
+            levels=plan.levels_address,
+            saved_gates=saved.gates.data_ptr(),
+            saved_syn=saved.syn.data_ptr(),
+            winner=saved.winner.data_ptr() if plan.has_winner else 0,
+            noise=view(noise),
+            grad_spk=view(grad_spk),
+            grad_syn=view(grad_syn),
+            grad_mem=view(grad_mem),
+            grad_x=view(out.x),
+            grad_syn0=view(out.syn),
+            grad_mem0=view(out.mem),
+            grad_weight=address(out.weight),
+            grad_bias=address(out.bias),
+            grad_threshold=address(out.threshold),
+            d_gates=address(d_gates),
+            workspace=workspace.data_ptr(),
+        )
+        if out.threshold is None:
+            return out
+        return out._replace(threshold=tensors.threshold_gradient(out.threshold, call.threshold))
+
+    def weight_gradient(
+        self, steps: Sequence[Step], wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight and bias, as `wanted`, from what step calls of this plan left."""
+        core, size = self.way.weight_gradient(len(steps))
+        want = (False, False, False, *wanted, False)
+        *_, of_weight, of_bias, _ = tensors.empty_gradients(steps[0].x, self.plan.signature, want)
+        core.weight_gradient(
+            [(view(step.x), view(step.mem), step.d_gates.data_ptr()) for step in steps],
+            address(of_weight),
+            address(of_bias),
+            memory.workspace(size).data_ptr(),
+        )
+        return of_weight, of_bias
+
+
+def _prefer_huge_pages(*results: Tensor | None) -> None:
+    """Let huge pages back those tensors that are large; nobody must have written to them yet."""
+    for result in results:
+        if result is not None and result.nbytes >= memory.SMALLEST:
+            _C.prefer_huge_pages(result.data_ptr(), result.nbytes)
+
+
+def saved_shapes(signature: Signature) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shapes and dtypes of :class:`Saved`."""
+    s = signature
+    padded = _C.cpu_padded_channels(DTYPES.index(s.dtype), s.c)
+    images = (s.time, s.n, s.ho * s.wo)
+    return (
+        ((*images, 4 * padded), s.dtype),
+        ((*images, padded), s.dtype),
+        ((s.time, s.n) if s.options.inhibition else (0,), torch.int64),
+    )
+
+
+class Kernels:
+    """The CPU half of the core."""
+
+    def name(self) -> str:
+        """Name of the kernels, such as ``"cpu-avx2"``; a call's :class:`Choice` says more."""
+        return f"cpu-{isa}"
+
+    def reason_against(self, call: Call, autocast: bool) -> str | None:
+        """Why these kernels cannot run a call; None if they can."""
+        if autocast:
+            return "autocast on the CPU"
+        if call.x.dtype not in (torch.float32, torch.float64):
+            return f"there are no CPU kernels for {call.x.dtype}"
+        return None
+
+    def settings(self, signature: Signature) -> tuple[Any, ...]:
+        """The process's settings that a plan depends on."""
+        return torch.get_num_threads(), isa
+
+    def plan(self, call: Call, algorithm: str, settings: tuple[Any, ...]) -> Plan:
+        """The plan of calls like this one."""
+        assert call.signature is not None
+        return Plan(call.signature, call, algorithm, *settings)
+
+    def saved_shapes(self, signature: Signature) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shapes and dtypes of what a forward pass keeps."""
+        return saved_shapes(signature)
+
+
+def evaluate(function: str, x: Tensor) -> Tensor:
+    """``exp``, ``sigmoid`` or ``tanh`` of x as the kernels compute it; float32 or float64."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _C.cpu_evaluate(function, DTYPES.index(x.dtype), x.data_ptr(), out.data_ptr(), x.numel())
+    return out

@@ -1,0 +1,98 @@
+"""The half of the core for a call's device, and the plan of the call.
+
+The halves, :mod:`snnlstm.native.cpu` and :mod:`snnlstm.native.cuda`, are twins. Their ``Kernels``
+make a ``Plan`` of all that does not depend on values; the plan's ``choose`` looks at values and
+returns a ``Choice``, which runs the call and its backward pass.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+
+from .. import _C
+from ..call import Call
+from . import cpu, cuda, cuda_check, tensors
+from .tensors import Result, Saved
+
+__all__ = ["DEVICES", "HALVES", "LAYOUT", "choose", "empty_result", "name", "reason_against"]
+
+# By device type.
+HALVES: dict[str, Any] = {"cpu": cpu.Kernels()}
+_NO_CUDA = cuda_check.without_kernels(_C.build_info())
+if _NO_CUDA is None:
+    HALVES["cuda"] = cuda.Kernels(_C)
+DEVICES = frozenset(HALVES)
+
+_MOST = 64  # plans that a signature keeps
+
+
+def layout() -> int:
+    """A number that changes with the shapes of what a forward pass keeps.
+
+    They differ between instruction sets, and may between versions. torch.compile writes graphs
+    that hold them to a cache on disk, which outlives both.
+    """
+    counts = [_C.cpu_padded_channels(dtype, c) for dtype in (0, 1) for c in range(1, 129)]
+    if "cuda" in HALVES:
+        counts += map(_C.cuda_padded_channels, range(1, 129))
+    return zlib.crc32(repr(counts).encode())
+
+
+LAYOUT = layout()  # made once: dynamo cannot trace a call into the core
+
+
+def name(device: str) -> str:
+    """Name of the kernels for a device type; the name of a call's choice says more.
+
+    On the CPU, ``direct`` or ``winogradM`` (tiles of M x M outputs) is the recurrent convolution
+    and ``sparse`` says that the input's zeros were skipped. On CUDA, ``fma`` and ``mma-TYPE``
+    say what multiplied (plain cores, or tensor cores with operands of a type), ``pointwise``
+    that torch convolved.
+    """
+    return HALVES[device].name()
+
+
+def reason_against_device(device: torch.device) -> str | None:
+    """Why no kernels can run on a CUDA device; None if they can."""
+    if _NO_CUDA or torch.compiler.is_compiling():  # dynamo cannot ask; the call itself will say it
+        return _NO_CUDA
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return cuda_check.trouble(index)
+
+
+def reason_against(call: Call) -> str | None:
+    """Why the kernels of the call's device cannot run it; None if they can."""
+    device = call.x.device.type
+    return HALVES[device].reason_against(call, torch.is_autocast_enabled(device))
+
+
+def choose(call: Call, training: bool, algorithm: str) -> Any:
+    """The kernels that run a call: its plan, looked up or made, and what its values decide."""
+    signature = call.signature
+    assert signature is not None
+    half = HALVES[signature.device.type]
+    settings = half.settings(signature)
+    key = (
+        half, call.x.stride(), call.syn.stride(), call.mem.stride(), training, algorithm, settings
+    )  # fmt: skip
+    plan = signature.notes.get(key)
+    if plan is None:
+        if len(signature.notes) >= _MOST:
+            signature.notes.clear()
+        plan = signature.notes[key] = half.plan(call, algorithm, settings)
+    return plan.choose(call)
+
+
+def empty_result(call: Call, training: bool) -> Result:
+    """What a forward pass returns, uninitialised; also for tensors without memory."""
+    signature, x = call.signature, call.x
+    assert signature is not None
+    spk, state = (tensors.empty_like_images(x, shape) for shape in tensors.output_shapes(signature))
+    saved = None
+    if training:
+        shapes = HALVES[signature.device.type].saved_shapes(signature)
+        saved = Saved(*(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes))
+    return Result(spk, state, torch.empty_like(state), saved)

@@ -1,0 +1,233 @@
+"""Tensors as the core sees them: addresses and strides, and the memory of results.
+
+The core takes raw memory and allocates none; everything it reads and writes is a torch tensor
+that its caller keeps alive while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call import DTYPES, POOLS, RESETS, CellOptions, Signature
+
+__all__ = ["Gradients", "Result", "Saved"]
+
+
+class Saved(NamedTuple):
+    """What a forward pass keeps for its backward pass, beside its arguments.
+
+    Attributes
+    ----------
+    gates : Tensor
+        (T, N, Ho * Wo, 4 Cp), the activated gates of every step in the kernels' own order;
+        Cp is C, padded to whole vectors.
+    syn : Tensor
+        (T, N, Ho * Wo, Cp), syn after every step; CUDA: but the last one.
+    winner : Tensor
+        (T, N) int64, the neuron that inhibition let through; (0,) without inhibition.
+    """
+
+    gates: Tensor
+    syn: Tensor
+    winner: Tensor
+
+
+class Result(NamedTuple):
+    """Outputs of a forward pass; `saved` is None in inference."""
+
+    spk: Tensor
+    syn: Tensor
+    mem: Tensor
+    saved: Saved | None
+
+
+def restored(saved: Saved, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> Saved:
+    """What was saved, in the memory order in which it was: hooks may have given it another.
+
+    Raises
+    ------
+    RuntimeError
+        If a hook has changed a shape.
+    """
+    out = []
+    for tensor, (shape, dtype) in zip(saved, shapes, strict=True):
+        if tuple(tensor.shape) != shape:
+            raise RuntimeError(
+                f"a saved tensor has come back as {tuple(tensor.shape)}, not {shape}: hooks on "
+                "saved tensors must not change shapes"
+            )
+        out.append(plain(tensor).to(dtype).contiguous())
+    return Saved(*out)
+
+
+class Gradients(NamedTuple):
+    """Gradients of the arguments of a forward pass; None where not wanted."""
+
+    x: Tensor | None
+    syn: Tensor | None
+    mem: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    threshold: Tensor | None
+
+
+class Step(NamedTuple):
+    """What the backward pass of a step call leaves for the gradients of weight and bias.
+
+    Attributes
+    ----------
+    x, mem : Tensor
+        The step's input, and mem before it.
+    d_gates : Tensor
+        Gradient of the gate sums, in the order in which the algorithm that formed it keeps it.
+    """
+
+    x: Tensor
+    mem: Tensor
+    d_gates: Tensor
+
+
+def make_cell(core: Any, signature: Signature, time: int) -> Any:
+    """Describe a call of `time` steps to `core`, a module like snnlstm._C."""
+    s, options = signature, signature.options
+    surrogate = options.surrogate
+    return core.Cell(
+        dtype=DTYPES.index(s.dtype),
+        T=time,
+        N=s.n,
+        Cin=s.cin,
+        C=s.c,
+        H=s.h,
+        W=s.w,
+        kernel=options.kernel_size,
+        stride=options.stride,
+        dilation=options.dilation,
+        pool=POOLS.index(options.pool),
+        pool_size=options.pool_size,
+        reset=RESETS.index(options.reset),
+        surrogate=surrogate.kind,
+        p0=surrogate.p0,
+        p1=surrogate.p1,
+        inhibition=options.inhibition,
+        num_levels=0 if options.quant is None else options.quant.levels.numel(),
+    )
+
+
+# ---- addresses ------------------------------------------------------------------------------
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor, or what a lazily negated or conjugated one stands for: in memory as it reads."""
+    if tensor.is_neg() or tensor.is_conj():
+        return tensor.resolve_conj().resolve_neg()
+    return tensor
+
+
+def view(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
+    """Address and five strides; the time stride of a tensor without time is 0."""
+    if tensor is None:
+        return None
+    strides = tensor.stride()
+    return tensor.data_ptr(), strides if len(strides) == 5 else (0, *strides)
+
+
+def five(strides: Sequence[int]) -> tuple[int, ...]:
+    """Strides of time, batch, channel, row and column: that of time is 0 where there is none."""
+    return tuple(strides) if len(strides) == 5 else (0, *strides)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the tensor's numbers are; 0 where there is none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def numbers(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor's numbers side by side, of `dtype`; itself where they are."""
+    if tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    return plain(tensor.detach()).to(dtype).contiguous()
+
+
+# ---- memory -----------------------------------------------------------------------------------
+
+
+def compute_type(dtype: torch.dtype) -> torch.dtype:
+    """The type in which the CUDA kernels compute with states of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_bytes(count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Memory for the kernels alone, uninitialised."""
+    return torch.empty(count, dtype=torch.uint8, device=device)
+
+
+def image_strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of an output of `shape` ending in (C, H, W), in the order of x's.
+
+    Images are channels-last where x's are, and time lies within the batch where it does in x.
+    """
+    *lead, c, h, w = shape
+    channels_last = x.stride(-3) == 1 and x.shape[-3] != 1 and not x.is_contiguous()
+    strides = [1, w * c, c] if channels_last else [h * w, w, 1]
+    size = c * h * w
+    if len(lead) == 2 and x.dim() == 5 and x.stride(0) < x.stride(1):
+        return size, size * lead[0], *strides
+    for count in reversed(lead):
+        strides.insert(0, size)
+        size *= count
+    return tuple(strides)
+
+
+def empty_like_images(
+    x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> Tensor:
+    """An output of `shape` ending in (C, H, W), of x's dtype if None, uninitialised."""
+    return x.new_empty_strided(shape, image_strides(x, shape), dtype=dtype or x.dtype)
+
+
+def output_shapes(signature: Signature) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of spk, and of syn and mem."""
+    s, (ph, pw) = signature, signature.options.pool_size
+    time = (s.time,) if s.options.sequence else ()
+    spk = (*time, s.n, s.c, s.ho // ph, s.wo // pw)
+    return spk, (*(time if s.options.record else ()), s.n, s.c, s.ho, s.wo)
+
+
+def empty_gradients(x: Tensor, signature: Signature, wanted: Sequence[bool]) -> Gradients:
+    """The gradients that are wanted, uninitialised; the threshold's one a channel, (C,)."""
+    s = signature
+    state, gates = (s.n, s.c, s.ho, s.wo), 4 * s.c
+    of_x, of_syn, of_mem, of_weight, of_bias, of_threshold = wanted
+    return Gradients(
+        empty_like_images(x, tuple(x.shape)) if of_x else None,
+        x.new_empty(state) if of_syn else None,
+        x.new_empty(state) if of_mem else None,
+        x.new_empty((gates, s.cin + s.c, *s.options.kernel_size)) if of_weight else None,
+        x.new_empty((gates,)) if of_bias else None,
+        x.new_empty((s.c,)) if of_threshold else None,
+    )
+
+
+def threshold_gradient(per_channel: Tensor | None, threshold: Tensor) -> Tensor | None:
+    """The threshold's gradient, one number a channel, in the shape of the threshold."""
+    if per_channel is None:
+        return None
+    total = per_channel.sum() if threshold.numel() == 1 else per_channel
+    return total.reshape(threshold.shape).to(threshold.dtype)
+
+
+def stochastic_noise(x: Tensor, options: CellOptions, grad_spk: Tensor | None) -> Tensor | None:
+    """Uniform numbers of the stochastic surrogate, (T, N, C, Hp, Wp), else None.
+
+    Drawn one block a step, last step first: the order in which a loop over steps draws them.
+    """
+    if grad_spk is None or options.surrogate.name != "SSO":
+        return None
+    noise = empty_like_images(x, tuple(grad_spk.shape))
+    for step in reversed(noise.unbind()) if options.sequence else (noise,):
+        step.uniform_()
+    return noise

@@ -1,0 +1,301 @@
+"""Which implementation runs a call, and why; and the running of it.
+
+:func:`run` decides between the native kernels and :mod:`snnlstm.reference`; the answer is a
+:class:`Path`, which the module shows as ``cell.path``. Nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+from . import reference
+from .call import Call, CellOptions
+from .quant import StateQuant
+from .settings import get_algorithm
+from .surrogate import Surrogate
+
+__all__ = ["Path", "run"]
+
+logger = logging.getLogger("snnlstm")
+
+
+@dataclass(frozen=True)
+class Path:
+    """The implementation that ran a call.
+
+    Parameters
+    ----------
+    name : str
+        ``"reference"``, or what the native kernels are, such as ``"cpu-avx2-direct"``.
+    reason : str
+        Why, in plain words.
+    slow : bool, default False
+        Whether this is a fallback where the caller could expect the native kernels; those are
+        logged once per module and reason.
+    general : bool, default False
+        Whether the reason lies in the installation or the machine: logged once per process.
+    """
+
+    name: str
+    reason: str
+    slow: bool = False
+    general: bool = False
+
+    @property
+    def native(self) -> bool:
+        """Whether the native kernels ran."""
+        return self.name != "reference"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+_MISSING = "the compiled core is missing"
+_NATIVE_REASON = "the native kernels cover this call"
+
+try:
+    from .native import autograd as _autograd
+    from .native import kernels as _native
+except ImportError as error:
+    _native = _autograd = None  # type: ignore[assignment]
+    if find_spec(f"{__package__}._C") is not None:
+        _MISSING = f"the compiled core does not load: {error}"
+
+# Made once: dynamo cannot trace a call into the core.
+_NATIVE_PATHS = {
+    device: Path(_native.name(device), _NATIVE_REASON)
+    for device in (() if _native is None else _native.DEVICES)
+}
+
+
+@lru_cache(maxsize=64)
+def _native_path(name: str) -> Path:
+    """Path of a call that the native kernels called `name` ran."""
+    return Path(name, _NATIVE_REASON)
+
+
+# ---- reasons against the kernels ------------------------------------------------------------
+
+_FORWARD, _CONV_FORWARD = nn.Conv2d.forward, nn.Conv2d._conv_forward
+
+
+def _global_hooks() -> bool:
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    return any(getattr(nn_module, f"_global_{kind}_hooks") for kind in kinds)
+
+
+global_hooks: Callable[[], Any] = getattr(nn_module, "_has_any_global_hook", _global_hooks)
+"""Whether hooks on all modules are registered. (torch 2.4 has no function for it.)"""
+
+
+def _conv2d_is_torchs() -> bool:
+    """Whether nobody has patched the class."""
+    return nn.Conv2d.forward is _FORWARD and nn.Conv2d._conv_forward is _CONV_FORWARD
+
+
+HOOKS, GLOBAL_HOOKS = "conv carries hooks", "global module hooks are registered"
+
+
+def reason_against_conv(
+    conv: nn.Module, options: CellOptions, weight_shape: tuple[int, ...] | None = None
+) -> str | None:
+    """Why the kernels cannot stand in for a call of `conv`; None if they can.
+
+    They can where `conv` is a plain nn.Conv2d of the geometry of `options` whose forward was
+    neither replaced nor hooked: only then is calling it the same as using its weight.
+
+    Parameters
+    ----------
+    conv : nn.Module
+        The cell's ``conv``.
+    options : CellOptions
+    weight_shape : (int, int, int, int), optional
+        The (4C, Cin + C, kh, kw) that the cell was made with; not looked at if None.
+    """
+    if type(conv) is not nn.Conv2d:
+        return f"conv is a {type(conv).__name__}, not a plain nn.Conv2d"
+    own = conv.__dict__
+    if (
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    ):
+        return HOOKS
+    if global_hooks():
+        return GLOBAL_HOOKS
+    if "forward" in own or "_conv_forward" in own or not _conv2d_is_torchs():
+        return "conv.forward was replaced"
+    if (
+        conv.stride != (1, 1)
+        or conv.padding != options.padding
+        or conv.dilation != options.dilation
+        or conv.groups != 1
+        or conv.padding_mode != "zeros"
+        or (weight_shape is not None and tuple(conv.weight.shape) != weight_shape)
+    ):
+        return "conv has another geometry than the cell"
+    return None
+
+
+# torch.compiler.is_exporting is younger than the oldest torch that is supported.
+exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)
+"""Whether torch.export, and with it the ONNX exporter that is built on it, is tracing."""
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _reason_against_now(call: Call) -> Path | None:
+    """Why the reference path must run: reasons that may come and go between like calls."""
+    if exporting():
+        return Path("reference", "an export records plain operators")
+    x, syn, mem, weight, bias, threshold, graded = call[:7]
+    if call.reason is not None:  # conv has weights of its own
+        weight, bias = x, None
+    if not torch.compiler.is_compiling():
+        if not (
+            type(x) in _PLAIN
+            and type(syn) in _PLAIN
+            and type(mem) in _PLAIN
+            and type(weight) in _PLAIN
+            and (bias is None or type(bias) in _PLAIN)
+            and type(threshold) in _PLAIN
+            and type(graded) in _PLAIN
+        ):
+            return Path("reference", "a tensor is of a subclass")
+        if torch._C._get_tracing_state() is not None:
+            return Path("reference", "tracing records plain operators")
+        if torch._C._are_functorch_transforms_active():
+            return Path("reference", "a torch.func transform is active")
+        if forward_ad._current_level >= 0:
+            return Path("reference", "forward-mode differentiation is active")
+        if x.layout is not torch.strided or weight.layout is not torch.strided:
+            return Path("reference", "x or weight is not strided")
+        if x.is_neg() or syn.is_neg() or mem.is_neg() or weight.is_neg():
+            return Path("reference", "a tensor is a lazily negated view")
+    if x.numel() == 0 or x.shape[-3] == 0:
+        return Path("reference", "x is empty")
+    if call.reason is not None:
+        general = call.reason in (HOOKS, GLOBAL_HOOKS)
+        return Path("reference", call.reason, slow=True, general=general)
+    if graded.requires_grad:
+        return Path("reference", "graded_spikes_factor requires a gradient", slow=True)
+    return None
+
+
+def _reason_against_options(call: Call) -> str | None:
+    """Why the kernels cannot run calls with these options and shapes."""
+    options, threshold, x = call.options, call.threshold, call.x
+    if not isinstance(options.surrogate, Surrogate):
+        return "spike_grad is unknown to the kernels"
+    if options.quant is not None:
+        if not isinstance(options.quant, StateQuant):
+            return "state_quant is unknown to the kernels"
+        if options.quant.levels.dtype not in (torch.float32, x.dtype):
+            return f"state_quant has levels of {options.quant.levels.dtype}"
+        if not options.quant.ascending:
+            return "state_quant has levels that do not ascend"
+    count, shape = threshold.numel(), threshold.shape
+    if count != 1 and not (len(shape) >= 3 and count == shape[-3]):
+        return "the threshold varies along the batch or the image"
+    if call.graded.numel() != 1:
+        return "graded_spikes_factor is not a single number"
+    return None
+
+
+def _reason_against_like(call: Call) -> Path | None:
+    """Why the reference path must run: reasons that hold for all like calls."""
+    notes = {} if call.signature is None else call.signature.notes
+    if "fallback" not in notes:
+        device, reason = call.x.device.type, _reason_against_options(call)
+        fallback = None if reason is None else Path("reference", reason, slow=True)
+        if device not in ("cpu", "cuda"):
+            fallback = Path("reference", f"there are no kernels for device {device}")
+        notes["fallback"] = fallback
+    return notes["fallback"]
+
+
+def path_of(call: Call) -> Path:
+    """Decide which implementation runs a call.
+
+    The name of a native path says for now what kind of kernels run; which of them is known
+    afterwards.
+    """
+    fallback = _reason_against_now(call)
+    if fallback is None or fallback.slow:
+        like = _reason_against_like(call)
+        if like is not None and (fallback is None or not like.slow):
+            fallback = like
+    if fallback is not None:
+        return fallback
+    if _native is None:
+        return Path("reference", _MISSING, slow=True, general=True)
+    device = call.x.device
+    path = _NATIVE_PATHS["cpu"] if device.type == "cpu" else _path_of_device(device)
+    if path.native:
+        reason = _native.reason_against(call)
+        if reason is not None:
+            return Path("reference", reason, slow=True)
+    return path
+
+
+def _path_of_device(device: torch.device) -> Path:
+    """What the GPU, its driver and the build of the core allow."""
+    reason = _native.reason_against_device(device)
+    if reason is not None:
+        return Path("reference", reason, slow=True, general=True)
+    return _NATIVE_PATHS[device.type]
+
+
+# ---- running ----------------------------------------------------------------------------------
+
+
+def run(call: Call) -> tuple[Tensor, Tensor, Tensor, Path]:
+    """Choose an implementation for a call, and run it.
+
+    Returns
+    -------
+    spk, syn, mem : Tensor
+        As :func:`snnlstm.reference.run` returns them.
+    path : Path
+    """
+    path = path_of(call)
+    if not path.native:
+        return (*reference.run(call), path)
+    assert _autograd is not None
+    spk, syn, mem, name = _autograd.run(call, get_algorithm())
+    return spk, syn, mem, path if name is None else _native_path(name)
+
+
+_logged: set[str] = set()  # general reasons
+
+
+def log_fallback(path: Path, seen: set[str], cell: nn.Module | None = None) -> None:
+    """Log a slow `path` of `cell`, unless its reason is in `seen`, which remembers it.
+
+    A general reason says nothing of the cell, and is logged once per process. Tools that count
+    operations or print summaries hook every module for a moment: that is one, too.
+    """
+    if not path.slow or path.reason in seen or torch.compiler.is_compiling():
+        return
+    seen.add(path.reason)
+    if path.general:
+        if path.reason in _logged:
+            return
+        _logged.add(path.reason)
+    who = "SConv2dLSTM"
+    if cell is not None and not path.general:
+        who = f"{type(cell).__name__}({cell.extra_repr()})"
+        if name := getattr(cell, "_layer_name", ""):
+            who = f"layer {name}, {who},"
+    logger.warning("%s runs the reference path (plain torch, slower): %s", who, path.reason)

@@ -1,0 +1,61 @@
+"""The implementations of the cell over separate arguments, as most tests have them."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+import snnlstm
+import snnlstm.run
+from snnlstm.call import CellOptions, make_call
+
+_native = snnlstm.run._native
+_autograd = snnlstm.run._autograd
+_last = ""
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def reference(*arguments) -> Three:
+    """spk, syn and mem by plain torch: x, syn, mem, weight, bias, threshold, graded, options."""
+    return snnlstm.reference.run(make_call(*arguments))
+
+
+def run(
+    x: Tensor,
+    syn: Tensor,
+    mem: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    graded: Tensor,
+    options: CellOptions,
+    algorithm: str = "auto",
+) -> Three:
+    """The same by the native kernels."""
+    global _last
+    call = make_call(x, syn, mem, weight, bias, threshold, graded, options)
+    *out, name = _autograd.run(call, algorithm)
+    if name is not None:
+        _last = name
+    return tuple(out)
+
+
+def last_name() -> str:
+    """What the last run of the native kernels ran."""
+    return _last
+
+
+def forward(*arguments):
+    """The forward kernels alone: as run's arguments, then training and the algorithm."""
+    global _last
+    *tensors, training, algorithm = arguments
+    call = make_call(*tensors)
+    choice = _native.choose(call, training, algorithm)
+    _last = choice.name
+    return choice.forward(call, training)
+
+
+def backward(arguments: Sequence, saved, grads: Sequence[Tensor | None], wanted, algorithm: str):
+    """The backward kernels alone, of what :func:`forward` saved."""
+    call = make_call(*arguments)
+    return _native.choose(call, True, algorithm).backward(call, saved, grads, wanted)
