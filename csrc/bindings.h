@@ -150,10 +150,11 @@ Enum numbered(const char* name, int number, int count) {
   return Enum(number);
 }
 
-// Every size at least 1, and no tensor of the call beyond what 64 bits count.
+// Every size at least 1, but for the numbers of steps and images, which may be 0; and no tensor of
+// the call beyond what 64 bits count.
 inline void check_sizes(const Cell& c) {
   const int64_t sizes[] = {
-      c.T,          c.N,          c.Cin,      c.C,        c.H,
+      c.T + 1,      c.N + 1,      c.Cin,      c.C,        c.H,
       c.W,          c.kernel_h,   c.kernel_w, c.stride_h, c.stride_w,
       c.dilation_h, c.dilation_w, c.pool_h,   c.pool_w,   int64_t(c.num_levels) + 1};
   double bytes = 8 * 8;  // of a number, with room for padding

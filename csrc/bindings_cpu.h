@@ -20,6 +20,7 @@ inline CpuPlan make_cpu_plan(const Cell& cell, int algorithm, double density, in
   if (cell.dtype != DType::float32 && cell.dtype != DType::float64)
     throw py::value_error("the CPU kernels compute in float32 and float64");
   if (threads < 1) throw py::value_error("threads must be at least 1");
+  if (cell.T < 1 || cell.N < 1) throw py::value_error("T and N must be at least 1");
   const auto how = numbered<cpu::Algorithm>("algorithm", algorithm, 3);
   return {cpu::choose(cell, how, density, most_inputs, backward), threads};
 }

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from .run import global_hooks
 from .rates import Count
+from .run import global_hooks
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Base, Neuron
 

@@ -256,7 +256,9 @@ def test_messages_are_those_of_the_snapshot(shown):
 
 
 # Modules whose every `raise` is to be shown.
-SHOWN = ("arguments", "path", "quant", "sconv2dlstm", "sequential", "state", "surrogate", "swap")
+SHOWN = (
+    "arguments", "quant", "sconv2dlstm", "sequential", "settings", "state", "surrogate", "swap"
+)  # fmt: skip
 
 
 def test_every_error_is_shown(shown):
