@@ -79,7 +79,7 @@ inline int64_t forward_shared_bytes(const ForwardPlan& plan, const MmaConv& conv
   return round_up(std::max<int64_t>(conv.shared_bytes(), epilogue), 128);
 }
 
-inline bool place(ForwardPlan& plan, const Cell& c, int pixels) {
+inline bool choose_tiling(ForwardPlan& plan, const Cell& c, int pixels) {
   const bool windows = c.pool != Pool::none;
   plan.tiling = Tiling();
   plan.fires = !c.inhibition && choose_tile(c, c.Ho(), c.Wo(), pixels, windows, plan.tiling);
@@ -116,7 +116,7 @@ inline ForwardPlan plan_step(const Cell& c, const Target& target) {
     for (const auto& shape : shapes) {
       if (shape.n == 2 && c.C <= 16) continue;
       plan.warps_m = shape.m, plan.warps_n = shape.n;
-      place(plan, c, 32 * shape.m);
+      choose_tiling(plan, c, 32 * shape.m);
       MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);
       builder.add(input_window(c), x_depth(c, plan.multiply), plan.tiling);
       builder.add(state_window(c), mem_depth(c, plan.multiply), plan.tiling);
@@ -139,7 +139,7 @@ inline ForwardPlan plan_step(const Cell& c, const Target& target) {
                              std::to_string(target.compute_capability) + " and matrix " +
                              std::to_string(int(target.matrix)));
   }
-  place(plan, c, fma::kPixels);
+  choose_tiling(plan, c, fma::kPixels);
   return plan;
 }
 

@@ -140,10 +140,13 @@ inline WeightPlan weight_fma(const Cell& c, const Target& target, bool of_x) {
   return w;
 }
 
+// Writing a split's part of the gradient, and reading it again to add it, takes about a 24th of the
+// time of a tile for each block: if memory moves 3 bytes for each 200 multiplications that tensor
+// cores do (an H100's data sheet; a sweep over splits would measure it).
+constexpr int64_t kPartsPerTile = 24;
+
 // Shares the tiles of a tensor core launch out, in so many splits that the multiprocessors, one
-// block each, are done soonest. Each split also writes its part of the gradient, and the reduction
-// reads it: together about a 24th of the time of a tile for each block, if memory moves 3 bytes for
-// each 200 multiplications that tensor cores do.
+// block each, are done soonest.
 inline void split_tiles(WeightPlans& plan, const Target& target) {
   const int64_t blocks = int64_t(plan.x.column_blocks) * plan.x.row_blocks() +
                          int64_t(plan.mem.column_blocks) * plan.mem.row_blocks();
@@ -152,7 +155,7 @@ inline void split_tiles(WeightPlans& plan, const Target& target) {
   for (int64_t splits = 1; splits <= std::max<int64_t>(total / 4, 1); ++splits) {
     const int64_t waves = ceil_div(blocks * splits, target.multiprocessors);
     if (splits > 1 && waves > 8) break;
-    const int64_t time = 24 * waves * ceil_div(total, splits) + splits * blocks;
+    const int64_t time = kPartsPerTile * waves * ceil_div(total, splits) + splits * blocks;
     if (best_time < 0 || time < best_time) best = splits, best_time = time;
   }
   for (WeightPlan* w : {&plan.x, &plan.mem}) {
@@ -181,7 +184,7 @@ inline bool plan_data(DataPlan& plan, const Cell& c, const Target& target, bool 
                       bool windows) {
   const int64_t height = of_x ? c.H : c.Ho(), width = of_x ? c.W : c.Wo();
   const int64_t columns = of_x ? c.Cin : c.C, images = of_x ? c.T * c.N : c.N;
-  const auto place = [&](DataPlan& p, int pixels) {
+  const auto choose_tiling = [&](DataPlan& p, int pixels) {
     p.tiling = Tiling();
     if (!choose_tile(c, height, width, pixels, windows, p.tiling)) return false;
     cover(p.tiling, c, images, columns, p.channels());
@@ -197,7 +200,7 @@ inline bool plan_data(DataPlan& plan, const Cell& c, const Target& target, bool 
     for (const auto& shape : shapes) {
       if ((shape.n == 2) != (columns > 16 && columns <= 32)) continue;
       plan.warps_m = shape.m, plan.warps_n = shape.n, plan.k_groups = shape.k;
-      if (!place(plan, 32 * shape.m)) continue;
+      if (!choose_tiling(plan, 32 * shape.m)) continue;
       MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);
       builder.add(gates_window(c, of_x), gates_depth(c, plan.multiply), plan.tiling);
       builder.finish(nullptr, 0, 0, plan.threads());
@@ -213,7 +216,7 @@ inline bool plan_data(DataPlan& plan, const Cell& c, const Target& target, bool 
   plan = DataPlan();
   const size_t bytes = c.dtype == DType::float64 ? fma::BackwardShared<double>::bytes(windows)
                                                  : fma::BackwardShared<float>::bytes(windows);
-  return int64_t(bytes) <= target.shared_bytes && place(plan, fma::kPixels);
+  return int64_t(bytes) <= target.shared_bytes && choose_tiling(plan, fma::kPixels);
 }
 
 inline int64_t backward_blocks(const Cell& c, const BackwardPlan& plan) {

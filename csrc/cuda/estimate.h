@@ -1,6 +1,6 @@
 // Which algorithm is likely to be fastest for a layer: our fused kernels, or torch's convolution
-// (cuDNN) with our neurons behind it. An estimate from the data sheets, not a measurement: both are
-// taken to be bound by arithmetic or by memory, whichever is slower.
+// (cuDNN) with our neurons behind it. An estimate, not a measurement: both are taken to be bound by
+// arithmetic or by memory, whichever is slower.
 //
 //   fused      reads x, mem, syn; writes spk, syn, mem; multiplies with mma.sync
 //   pointwise  writes cat[x, mem] and the gate sums and reads both again on top of that; cuDNN
@@ -12,10 +12,13 @@
 
 namespace snnlstm::cuda {
 
+// From NVIDIA's data sheets, without sparsity.
 struct Rates {
   double half, tf32, fp32;  // 10^12 multiply-adds a second, of all multiprocessors
   double bytes;             // 10^12 a second
-  double mma_sync;          // part of the rate that mma.sync can reach
+  // Part of the rate that mma.sync can reach: all of it where it is the newest instruction; on
+  // sm_90 as Luo et al. 2024 measure, https://arxiv.org/abs/2402.13499; on sm_100 a guess.
+  double mma_sync;
   int multiprocessors;
 };
 
@@ -32,8 +35,11 @@ inline Rates rates_of(const Target& t) {
   return r;
 }
 
-// Parts of the rates that a good kernel of each kind reaches.
+// Guesses, which timing both algorithms over the shapes of the benchmark suite would replace: parts
+// of the rates that a good kernel of each kind reaches, and what torch's operators around cuDNN
+// (cat, convolution, neurons) take more than one launch of ours.
 constexpr double cudnn_part = 0.7, mma_part = 0.75, fma_part = 0.5;
+constexpr double seconds_of_launches = 8e-6;
 
 // For float32 at full precision: whether three tf32 products take less time than one of fp32.
 inline bool tensor_cores_beat_fma(const Target& target) {
@@ -51,7 +57,6 @@ inline Algorithm estimate(const Cell& c, const Target& target) {
   const bool half = MmaType(plan.multiply).element == 2 && plan.mma();
   const double size = bytes_of(c.dtype), operand = half ? 2 : size;
 
-  constexpr double launches = 8e-6;
   // What cuDNN would multiply with.
   const double rate = (half ? r.half : plan.multiply == Multiply::tf32 ? r.tf32 : r.fp32) * 1e12;
   const double x3 = plan.multiply == Multiply::tf32x3 ? 3 : 1;
@@ -61,8 +66,8 @@ inline Algorithm estimate(const Cell& c, const Target& target) {
   const double extra_bytes =
       2 * (double(c.N) * c.Cin * c.H * c.W + neurons + 4 * neurons) * operand;
   const double ours = std::max(products / our_rate, state_bytes / (r.bytes * 1e12));
-  const double theirs =
-      products / (rate * cudnn_part) + (state_bytes + extra_bytes) / (r.bytes * 1e12) + launches;
+  const double theirs = products / (rate * cudnn_part) +
+                        (state_bytes + extra_bytes) / (r.bytes * 1e12) + seconds_of_launches;
   return theirs < ours ? Algorithm::pointwise : fused;
 }
 

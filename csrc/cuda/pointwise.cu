@@ -7,11 +7,11 @@ namespace snnlstm::cuda {
 
 namespace {
 
-struct Plan {
+struct PointwisePlan {
   Tiling tiling;
   bool whole_windows;
 
-  explicit Plan(const Cell& c) {
+  explicit PointwisePlan(const Cell& c) {
     whole_windows =
         choose_tile(c, c.Ho(), c.Wo(), pointwise::kPixels, c.pool != Pool::none, tiling);
     if (!whole_windows) choose_tile(c, c.Ho(), c.Wo(), pointwise::kPixels, false, tiling);
@@ -34,7 +34,7 @@ Tensor gate_of(const View& all, DType type, const Cell& c, int k) {
 void pointwise_forward(const ForwardArgs& args, const View& gate_sums, const Target& target) {
   const Cell& c = args.cell;
   const DType gates = gate_type(c.dtype, target.matrix);
-  const Plan plan(c);
+  const PointwisePlan plan(c);
   refuse_oversize(c, plan.tiling.blocks());
   const auto stream = static_cast<Stream>(target.stream);
   PointwiseForward p;
@@ -64,7 +64,7 @@ void pointwise_backward(const BackwardArgs& args, const View& d_gates, void* mem
   const Cell& c = args.cell;
   const DType gates = gate_type(c.dtype, target.matrix);
   const Shape s(c);
-  const Plan plan(c);
+  const PointwisePlan plan(c);
   refuse_oversize(c, plan.tiling.blocks());
   const auto stream = static_cast<Stream>(target.stream);
   const DType real = real_type(c.dtype);
@@ -102,7 +102,7 @@ void pointwise_backward(const BackwardArgs& args, const View& d_gates, void* mem
 }
 
 int64_t pointwise_workspace(const Cell& cell, const Target&) {
-  const Plan plan(cell);
+  const PointwisePlan plan(cell);
   const int real = bytes_of(real_type(cell.dtype));
   Arena arena(nullptr);
   arena.take(plan.tiling.tiles() * plan.channels() * real);
