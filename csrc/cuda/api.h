@@ -94,7 +94,8 @@ int64_t pointwise_workspace(const Cell& cell, const Target& target);
 // How float32 keeps its full precision: exact, or tf32x3 where that is likely to be faster.
 Matrix full_precision(const Target& target);
 
-// What is likely to be fastest: fma, mma or pointwise. See choose.h for how it is estimated.
+// What is likely to be fastest: fma, mma, pointwise or resident. See choose.h for how it is
+// estimated.
 Algorithm choose_algorithm(const Cell& cell, const Target& target);
 
 // "fma" or "mma-<operands>", behind "resident-" where a sequence is one launch: what forward() and

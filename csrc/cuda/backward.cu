@@ -1,6 +1,6 @@
 // The backward pass of a sequence, last step first: which kernels, in which order, on which memory.
-// One launch a step, then one for the gradients of x and of the first mem, and a few for the
-// parameters.
+// One launch a step, or one for all steps (resident_backward.cu), then one for the gradients of x
+// and of the first mem, and a few for the parameters.
 #include <optional>
 
 #include "neuron_args.h"

@@ -66,35 +66,43 @@ struct WinnerShared {
   int index[kFireThreads];
 };
 
-// Of all neurons of a sample only the one with the highest (pooled) mem may spike: the lowest index
-// in (C, Hp, Wp) among equals; a NaN counts as highest, as in torch.argmax. One block a sample.
+// Who of a sample's neurons may spike under inhibition: the highest (pooled) mem, the lowest index
+// in (C, Hp, Wp) among equals; a NaN counts as highest, as in torch.argmax.
+template <class R>
+struct Winner {
+  R mem = 0;
+  int index = -1;  // -1: no neuron
+
+  SNNLSTM_DEVICE bool beats(const Winner& other) const {
+    if (index < 0 || other.index < 0) return other.index < 0 && index >= 0;
+    const bool nan = mem != mem, other_nan = other.mem != other.mem;
+    if (nan || other_nan) return nan && (!other_nan || index < other.index);
+    return mem > other.mem || (mem == other.mem && index < other.index);
+  }
+};
+
+// Only the winner of a sample may spike. One block a sample.
 template <class R>
 __global__ void __launch_bounds__(kFireThreads, 2) fire_winner(const __grid_constant__ FireStep p) {
   auto& shared = shared_memory<WinnerShared<R>>();
   const Fire& f = p.fire;
   const int n = int(blockIdx.x), tid = int(threadIdx.x);
   const int count = neurons_of_sample(f);
-  const auto better = [](R a, int ia, R b, int ib) {  // index -1: no neuron
-    if (ia < 0 || ib < 0) return ib < 0 && ia >= 0;
-    const bool nan_a = a != a, nan_b = b != b;
-    if (nan_a || nan_b) return nan_a && (!nan_b || ia < ib);
-    return a > b || (a == b && ia < ib);
-  };
-  R best = 0;
-  int best_index = -1;
+  Winner<R> best;
   for (int i = tid; i < count; i += kFireThreads) {
     const PooledIndex at(f, i);
-    const R mem = thresholded_mem<R>(p, n, at);
-    const int flat = at.flat(f);
-    if (better(mem, flat, best, best_index)) best = mem, best_index = flat;
+    const Winner<R> here{thresholded_mem<R>(p, n, at), at.flat(f)};
+    if (here.beats(best)) best = here;
     write(image_of(f.spk, 0, n), f.spk.type, offset(f.spk, at.c, at.y, at.x),
           R(0) * graded_of<R>(f));
   }
-  shared.value[tid] = best, shared.index[tid] = best_index;
+  shared.value[tid] = best.mem, shared.index[tid] = best.index;
   for (int half = kFireThreads / 2; half > 0; half /= 2) {
     if (!fault(Fault::missing_barrier_read, 5)) __syncthreads();
-    if (tid < half && better(shared.value[tid + half], shared.index[tid + half], shared.value[tid],
-                             shared.index[tid])) {
+    if (tid >= half) continue;
+    const Winner<R> mine{shared.value[tid], shared.index[tid]};
+    const Winner<R> other{shared.value[tid + half], shared.index[tid + half]};
+    if (other.beats(mine)) {
       shared.value[tid] = shared.value[tid + half];
       shared.index[tid] = shared.index[tid + half];
     }

@@ -1,5 +1,6 @@
-// The forward pass of a sequence: which kernels, in which order, on which memory. One launch a step
-// (and a second where the spike needs a whole sample or windows that cross tiles).
+// The forward pass of a sequence: which kernels, in which order, on which memory. Small images take
+// one launch (resident_forward.cu), others one a step (and a second where the spike needs a whole
+// sample or windows that cross tiles).
 #include "launch.h"
 #include "neuron_args.h"
 #include "resident_plan.h"

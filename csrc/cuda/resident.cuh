@@ -59,7 +59,7 @@ struct ResidentLayout {
   int images = 0;  // bytes of all images
   int weights = 0, table = 0;
   int slots = 0, flags = 0;
-  int vectors = 0, mem_tile = 0, mem_pitch = 0;
+  int vectors = 0, mem_tile = 0, mem_pitch = 0, winners = 0;
   int bytes = 0;
 };
 

@@ -17,6 +17,7 @@ NeuronBackward neuron_of(const BackwardArgs& a, const ResidentGradients& to, DTy
   };
   n.grad_syn = states(a.grad_syn), n.grad_mem = states(a.grad_mem);
   n.grad_syn0 = state_tensor(c, a.grad_syn0, 0, 4);
+  n.winner = c.inhibition ? a.winner : nullptr;
   n.gates = image(const_cast<void*>(a.saved_gates), s, gates, 4);
   n.d_gates = image(to.d_gates, s, gates, 4);
   n.mem_keep = image(to.mem, s, gates);

@@ -29,10 +29,6 @@ inline ResidentBackwardPlan plan_resident_backward(const Cell& c, const Target& 
   const bool mma = step.mma();
   const int real = c.dtype == DType::float64 ? 8 : 4;
   const Shape s(c);
-  if (c.inhibition) {
-    plan.reason_against = "inhibition compares all neurons of a sample between two steps";
-    return plan;
-  }
   if (c.C > 32) {
     plan.reason_against = "its backward pass has at most 32 channels";
     return plan;

@@ -13,6 +13,7 @@ NeuronForward neuron_of(const ForwardArgs& a, int held, DType gates) {
   const auto all = [&](const View& v, int64_t T) {
     return tensor(v, c.dtype, 0, {T, c.N, c.C, s.Ho, s.Wo}, held);
   };
+  n.fires = !c.inhibition;
   n.syn_out = all(a.syn, a.record ? c.T : 1), n.mem_out = all(a.mem, a.record ? c.T : 1);
   n.fire.spk = tensor(a.spk, c.dtype, 0, {c.T, c.N, c.C, c.Hp(), c.Wp()}, held);
   if (a.saved_gates != nullptr) {
@@ -31,6 +32,7 @@ void resident_forward(const ForwardArgs& args, const Target& target) {
   const bool mma = plan.step.mma();
   ResidentForward p;
   p.T = int(c.T), p.record = args.record;
+  p.winner = args.winner;
   p.tiling = plan.tiling;
   p.neuron = neuron_of(args, plan.step.held(), gate_type(c.dtype, target.matrix));
   p.at = plan.at;

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "fire.cuh"
 #include "forward_fma.cuh"
 #include "forward_mma.cuh"
 #include "resident_fma.cuh"
@@ -13,7 +14,8 @@ namespace snnlstm::cuda {
 struct ResidentForward {
   int T = 0;
   bool record = false;
-  Tiling tiling;  // one tile is the whole image
+  int64_t* winner = nullptr;  // (T, N), inhibition alone; may be null
+  Tiling tiling;              // one tile is the whole image
   NeuronForward neuron;
   ResidentLayout at;
   Segment x;                    // of all time steps
@@ -74,7 +76,7 @@ class ResidentForwardBlock {
     if (!fault(Fault::missing_wait, 20)) cp_async_wait<0>();
     if (!fault(Fault::missing_barrier_read, 20)) __syncthreads();
 
-    const bool pools = p_.neuron.fire.pool != Pool::none;
+    const bool pools = p_.neuron.fire.pool != Pool::none, inhibits = !p_.neuron.fires;
 #pragma unroll 1
     for (int t = 0; t < p_.T; ++t) {
       block_.t = t;
@@ -95,8 +97,11 @@ class ResidentForwardBlock {
       }
       if (more) input.finish();
       if (!fault(Fault::missing_barrier_overwrite, 20)) __syncthreads();
-      if (pools) {
-        tile_.finish(mem_tile_);
+      if (pools || inhibits) {
+        if (inhibits)
+          fire_winner();
+        else
+          tile_.finish(mem_tile_);
         if (!fault(Fault::missing_barrier_overwrite, 21)) __syncthreads();
       }
     }
@@ -162,6 +167,13 @@ class ResidentForwardBlock {
     tile_.update(
         at, m, first, sum, syn, mem,
         [&](int px, int ch, R) { return (resets >> (px * CH + ch) & 1) != 0; }, mem_tile_, outputs);
+    if (!p_.neuron.fires) {
+#pragma unroll
+      for (int ch = 0; ch < CH; ++ch) {
+        const R pair[2] = {mem[0][ch], mem[1][ch]};
+        store_vector(&mem_tile_.at(first + ch, m), pair);
+      }
+    }
     if (last) return;
 #pragma unroll
     for (int px = 0; px < 2; ++px)
@@ -170,6 +182,49 @@ class ResidentForwardBlock {
     Slot<R, CH>::keep(slot(patch), syn);
     const int next = fault(Fault::missing_barrier_overwrite, 22) ? block_.t : block_.t + 1;
     keep_mem(patch, at, first, mem, next);
+  }
+
+  // Inhibition, between two barriers: spikes of the step whose mem the tile holds.
+  SNNLSTM_DEVICE void fire_winner() const {
+    const Fire& f = p_.neuron.fire;
+    void* spk = image_of(f.spk, block_.t, block_.n);
+    Winner<R> best;
+#pragma unroll 1
+    for (int i = int(threadIdx.x); i < neurons_of_sample(f); i += int(blockDim.x)) {
+      const PooledIndex at(f, i);
+      const int m = at.y * f.pool_h * p_.tiling.w + at.x * f.pool_w;
+      int where;
+      const R mem =
+          f.pool == Pool::none
+              ? mem_tile_.at(at.c, m)
+              : pooled<R>(
+                    f, [&](int k, int j) { return mem_tile_.at(at.c, m + k * p_.tiling.w + j); },
+                    where);
+      const Winner<R> here{mem, at.flat(f)};
+      if (here.beats(best)) best = here;
+      write(spk, f.spk.type, offset(f.spk, at.c, at.y, at.x), R(0) * graded_of<R>(f));
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      const Winner<R> other{__shfl_xor_sync(full_warp, best.mem, lanes),
+                            __shfl_xor_sync(full_warp, best.index, lanes)};
+      if (other.beats(best)) best = other;
+    }
+    R* mems = reinterpret_cast<R*>(shared_ + p_.at.winners);
+    int* indices = reinterpret_cast<int*>(mems + warps());
+    if (threadIdx.x % 32 == 0) mems[warp()] = best.mem, indices[warp()] = best.index;
+    if (!fault(Fault::missing_barrier_read, 21)) __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (int k = 1; k < warps(); ++k) {
+      const Winner<R> other{mems[k], indices[k]};
+      if (other.beats(best)) best = other;
+    }
+    if (p_.winner != nullptr)
+      p_.winner[block_.t * int64_t(p_.tiling.by_batch.value) + block_.n] = best.index;
+    if (best.index < 0) return;
+    const int c = best.index / (f.Hp * f.Wp), y = best.index / f.Wp % f.Hp;
+    write(spk, f.spk.type, offset(f.spk, c, y, best.index % f.Wp),
+          spike_of(f, best.mem, threshold_of<R>(f, c)));
   }
 
   const ResidentForward& p_;

@@ -112,10 +112,6 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
   const int real = c.dtype == DType::float64 ? 8 : 4;
   const Segment x = input_window(c), mem = state_window(c);
   const Shape s(c);
-  if (c.inhibition) {
-    plan.reason_against = "inhibition compares all neurons of a sample between two steps";
-    return plan;
-  }
   if (resident::is_large(c, target.shared_bytes)) {
     plan.reason_against = "an image or the weights do not fit in the shared memory of a block";
     return plan;
@@ -165,8 +161,10 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
   at.flags = take(c.reset == Reset::none ? 0 : int64_t(plan.patches) * plan.threads() * 4);
   at.vectors = take(5 * channels * real);
   at.mem_pitch = int(tiles) * unit_pixels + (mma && plan.step.tiles == 8 ? 2 : mma ? 4 : 16);
-  at.mem_tile =
-      take(c.pool == Pool::none ? 0 : int64_t(plan.groups) * unit_channels * at.mem_pitch * real);
+  at.mem_tile = take(c.pool == Pool::none && !c.inhibition
+                         ? 0
+                         : int64_t(plan.groups) * unit_channels * at.mem_pitch * real);
+  at.winners = take(c.inhibition ? plan.warps * 2 * real : 0);
   at.bytes = int(pieces.end);
   if (pieces.end > target.shared_bytes)
     plan.reason_against = "an image and the weights do not fit in the shared memory of a block";

@@ -38,6 +38,7 @@ RUNS = [
     ("resident tf32", "odd sizes"),
     ("resident float32", "max pool"),
     ("resident tf32x3", "quantised"),
+    ("resident float32", "pooled inhibition"),
 ]
 ALL_MODES = test_cell.MODES | test_cell.RESIDENT
 

@@ -32,7 +32,7 @@ from snnlstm.call import make_call
 
 def fits(name: str) -> bool:
     """Whether a case of the fused kernels is one of the resident kernel, too."""
-    return "inhibition" not in name and name not in ("wide", "short chunks", "kernel 5x5")
+    return name not in ("wide", "short chunks", "kernel 5x5")
 
 
 def base(mode: str) -> str:
@@ -74,7 +74,7 @@ def test_forward_of_random_calls(core, mode):
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     @given(cases((mode.dtype,)))
     def check_case(case: Case) -> None:
-        assume(not case.options.inhibition and case.batch > 0)
+        assume(case.batch > 0)
         core.schedule("ahead", case.seed)
         try:
             check(core, case, mode)
@@ -154,7 +154,6 @@ def test_either_backward_pass_reads_what_either_forward_pass_has_saved(core, mod
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (CASES["inhibition"], "inhibition compares all neurons"),
         (replace(PLAIN, batch=1, time=1, channels=200), "do not fit in the shared memory"),
         (with_options(dilation=(1_000, 1_000)), "do not fit in the shared memory"),
     ],
@@ -256,7 +255,7 @@ def test_gradients_of_random_calls(core, mode):
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(cases((mode.dtype,)), subsets)
     def check_case(case: Case, wanted: tuple) -> None:
-        assume(not case.options.inhibition and case.batch > 0)
+        assume(case.batch > 0)
         assume(case.options.surrogate.name != "SSO" or case.dtype == torch.float64)
         core.schedule("ahead", case.seed)
         try:
