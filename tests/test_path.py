@@ -201,8 +201,6 @@ def test_the_native_path_says_what_it_is():
             "state_quant is unknown to the kernels",
         ),
         (lambda: ours(threshold=torch.rand(6, 7)), "the threshold varies"),
-        (lambda: ours(dtype=torch.bfloat16), "no CPU kernels for torch.bfloat16"),
-        (lambda: ours(dtype=torch.float16), "no CPU kernels for torch.float16"),
     ],
 )
 def test_reasons_for_the_reference_path(make, reason):

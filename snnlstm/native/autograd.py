@@ -9,13 +9,14 @@ weight and bias to its loop: loop.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..call import Call
+from ..call import Call, make_call
 from . import checkpoint, kernels, ops
 from .loop import Loop, loop_of
 from .tensors import Saved, Step, plain, restored
@@ -130,6 +131,29 @@ def _differentiable(
     return tuple(next(found) if want else None for want in wanted)
 
 
+def _in_float32(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]:
+    """A call in a half type: each step in float32, between steps states in the half type."""
+    x, syn, mem, weight, bias, threshold, graded, options = call[:8]
+    dtype = x.dtype
+    weight, threshold, graded = weight.float(), threshold.float(), graded.float()
+    bias = None if bias is None else bias.float()
+    step = replace(options, sequence=False, record=False)
+    out: list[tuple[Tensor, ...]] = []
+    name = None
+    for x_t in x.unbind(0) if options.sequence else [x]:
+        states = syn.float(), mem.float()
+        wide = make_call(x_t.float(), *states, weight, bias, threshold, graded, step)
+        *results, name = run(wide, algorithm)
+        out.append(tuple(result.to(dtype) for result in results))
+        _, syn, mem = out[-1]
+    if not options.sequence:
+        return (*out[0], name)  # type: ignore[return-value]
+    spks, syns, mems = zip(*out, strict=True)
+    if options.record:
+        syn, mem = torch.stack(syns), torch.stack(mems)
+    return torch.stack(spks), syn, mem, name
+
+
 def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]:
     """Run the native kernels.
 
@@ -148,6 +172,8 @@ def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]
         What ran, such as ``"cpu-avx2-winograd4-sparse"``; None while torch.compile traces.
     """
     x, syn, mem, weight, bias, threshold, graded, options = call[:8]
+    if x.dtype in (torch.float16, torch.bfloat16) and x.device.type == "cpu":
+        return _in_float32(call, algorithm)
     if weight.dtype != x.dtype:  # a half precision module under autocast
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         call = call._replace(weight=weight, bias=bias)

@@ -417,10 +417,11 @@ class Kernels:
         return f"cpu-{isa}"
 
     def reason_against(self, call: Call, autocast: bool) -> str | None:
-        """Why these kernels cannot run a call; None if they can."""
-        if autocast:
-            return "autocast on the CPU"
-        if call.x.dtype not in (torch.float32, torch.float64):
+        """Why these kernels cannot run a call; None if they can.
+
+        Under autocast they compute in float32, and half types come as that (autograd.run).
+        """
+        if call.x.dtype not in DTYPES:
             return f"there are no CPU kernels for {call.x.dtype}"
         return None
 
