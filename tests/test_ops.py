@@ -102,8 +102,9 @@ def step(case: Case, run, *inputs: Tensor | None) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_calls_equal_plain_ones(name):
     case = CASES[name]
-    # With checkpoint a plain call adds up the gradients of its segments, a compiled one has one.
-    near = 1e-5 if case.options.checkpoint else 1e-6
+    # With checkpoint a plain call adds up the gradients of its segments, a compiled one has one; a
+    # plain step is taken for one of a loop, whose weight gradient may be summed in another way.
+    near = 1e-5 if case.options.checkpoint or not case.options.sequence else 1e-6
     compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")
     for seed in range(2):
         inputs = replace(case, seed=seed).inputs()
