@@ -54,9 +54,9 @@ def calls(core: Core, matrix: int = 1, weight_gradient: bool = False, **facts: A
     target = module.cuda_target().wanting(matrix, 0)
     n, c, h, w = (facts[k] for k in ("N", "C", "H", "W"))
 
-    def images(channels: int) -> tuple[int, ...]:
+    def images(channels: int) -> tuple[int, tuple[int, ...]]:
         size = channels * h * w
-        return (ADDRESS, n * size, size, 1, w * channels, channels)
+        return ADDRESS, (n * size, size, 1, w * channels, channels)
 
     state, x = images(c), images(facts["Cin"])
     common = {"x": x, "syn0": state, "mem0": state, "weight": ADDRESS, "threshold": ADDRESS,
