@@ -43,6 +43,7 @@ using namespace snnlstm;
 using cpu::Form;
 
 std::mt19937_64 random_bits;
+double total = 0;  // of all that was computed, to compare processors
 
 int64_t between(int64_t low, int64_t high) {
   return std::uniform_int_distribution<int64_t>(low, high)(random_bits);
@@ -81,6 +82,7 @@ class Tensor {
   }
   void check(const char* name) {
     each([&](T& element) {
+      total += std::abs(double(element));
       if (std::isfinite(element)) return;
       std::fprintf(stderr, "%s was not written, or is not finite\n", name);
       std::exit(3);
@@ -121,11 +123,13 @@ class Bytes {
   }
   template <class T>
   void check(const char* name) const {
-    for (int64_t k = 0; k < count_ / int64_t(sizeof(T)); ++k)
+    for (int64_t k = 0; k < count_ / int64_t(sizeof(T)); ++k) {
+      total += std::abs(double(as<T>()[k]));
       if (!std::isfinite(as<T>()[k])) {
         std::fprintf(stderr, "%s was not written, or is not finite\n", name);
         std::exit(3);
       }
+    }
   }
 
  private:
@@ -291,6 +295,6 @@ int main(int argc, char** argv) {
     else
       run<float>(c, kernels);
   }
-  std::printf("%d cases; in tiles %d; input: direct %d, sparse %d, winograd %d\n", cases, tiled,
-              ways[0], ways[1], ways[2]);
+  std::printf("%d cases; in tiles %d; input: direct %d, sparse %d, winograd %d; sum %.6g\n", cases,
+              tiled, ways[0], ways[1], ways[2], total);
 }

@@ -2,6 +2,9 @@
 
     python tests/sanitizers/run.py address     out-of-bounds accesses, undefined behaviour
     python tests/sanitizers/run.py thread      data races
+    python tests/sanitizers/run.py none        neither: for another processor, such as
+        CXX=aarch64-linux-gnu-g++ python tests/sanitizers/run.py none --isa baseline \
+            --under "qemu-aarch64 -L /usr/aarch64-linux-gnu"
 
 No torch and no Python in the program: driver.cpp calls the kernels of one instruction set. For
 "address" the pieces of a workspace are fenced in as well (see FENCED_ARENA), and every piece
@@ -16,6 +19,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,6 +33,7 @@ CSRC = ROOT / "csrc"
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DFENCED"],
     "thread": ["-fsanitize=thread"],
+    "none": [],
 }
 ISAS = {
     "baseline": [],
@@ -107,11 +112,12 @@ def build(sanitizer: str, isa: str) -> Path:
     sources = [*kernels, CSRC / "args.h", CSRC / "cell.h", CSRC / "cpu" / "api.h", *HERE.iterdir()]
     content = b"".join(f.read_bytes() for f in sources if f.is_file())
     key = hashlib.sha1(content).hexdigest()[:10]
-    folder = ROOT / "build" / "sanitizers" / f"{sanitizer}-{isa}-{key}"
+    name = f"{sanitizer}-{isa}-{Path(compiler() or '').name}"
+    folder = ROOT / "build" / "sanitizers" / f"{name}-{key}"
     program = folder / "driver"
     if program.exists():
         return program
-    for old in folder.parent.glob(f"{sanitizer}-{isa}-*"):
+    for old in folder.parent.glob(f"{name}-*"):
         shutil.rmtree(old)
     folder.mkdir(parents=True)
     csrc = CSRC
@@ -141,15 +147,20 @@ def build(sanitizer: str, isa: str) -> Path:
     return program
 
 
-def run(sanitizer: str, isa: str, cases: int, seed: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run `cases` random calls; a finding is a non-zero exit status and a report on stderr."""
+def run(
+    sanitizer: str, isa: str, cases: int, seed: int = 0, under: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run `cases` random calls; a finding is a non-zero exit status and a report on stderr.
+
+    `under` is a command that runs the program, such as an emulator of another processor.
+    """
     environment = {
         **os.environ,
         "ASAN_OPTIONS": "detect_leaks=1:halt_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "halt_on_error=1",
     }
-    command = [str(build(sanitizer, isa)), str(cases), str(seed)]
+    command = [*shlex.split(under), str(build(sanitizer, isa)), str(cases), str(seed)]
     return subprocess.run(command, env=environment, text=True, capture_output=True)
 
 
@@ -159,8 +170,9 @@ def main() -> int:
     parser.add_argument("--isa", choices=ISAS, default=default_isa())
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--under", default="", help="command that runs the program")
     chosen = parser.parse_args()
-    done = run(chosen.sanitizer, chosen.isa, chosen.cases, chosen.seed)
+    done = run(chosen.sanitizer, chosen.isa, chosen.cases, chosen.seed, chosen.under)
     print(done.stdout + done.stderr, end="")
     return done.returncode
 
