@@ -172,7 +172,8 @@ def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]
         What ran, such as ``"cpu-avx2-winograd4-sparse"``; None while torch.compile traces.
     """
     x, syn, mem, weight, bias, threshold, graded, options = call[:8]
-    if x.dtype in (torch.float16, torch.bfloat16) and x.device.type == "cpu":
+    narrow = x.dtype in (torch.float16, torch.bfloat16)
+    if narrow and not kernels.HALVES[x.device.type].half_types:
         return _in_float32(call, algorithm)
     if weight.dtype != x.dtype:  # a half precision module under autocast
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)

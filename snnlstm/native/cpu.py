@@ -412,6 +412,8 @@ def saved_shapes(signature: Signature) -> tuple[tuple[tuple[int, ...], torch.dty
 class Kernels:
     """The CPU half of the core."""
 
+    half_types = False  # whether float16 and bfloat16 run as they are
+
     def name(self) -> str:
         """Name of the kernels, such as ``"cpu-avx2"``; a call's :class:`Choice` says more."""
         return f"cpu-{isa}"

@@ -244,6 +244,8 @@ class Plan:
 class Kernels:
     """The kernels of `core`, a module like snnlstm._C with the CUDA half."""
 
+    half_types = True  # whether float16 and bfloat16 run as they are
+
     def __init__(self, core: Any) -> None:
         self.core = core
         self._devices: dict[torch.device, Any] = {}
