@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import snnlstm
-from snnlstm import arguments, reference
+from snnlstm import check, reference
 from snnlstm import run as running
 
 LAYERS = {
@@ -52,9 +52,7 @@ def run(plain: bool, tensors: list[Tensor]) -> tuple[list[Tensor], str]:
     """mem of every step and the gradients of x and weight; the name of what ran."""
     x, weight, bias, grad = tensors
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    call = arguments.check_call(
-        leaves[0], weight=leaves[1], bias=leaves[2], threshold=0.1, record=True
-    )
+    call = check.check_call(leaves[0], weight=leaves[1], bias=leaves[2], threshold=0.1, record=True)
     if plain:
         mem, name = reference.run(call)[2], "reference"
     else:

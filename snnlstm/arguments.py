@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, cast
 
@@ -19,18 +18,16 @@ from torch import Tensor
 from .call import (
     DTYPES,
     RESETS,
-    Call,
     CellOptions,
     Pool,
     Reset,
     autocast_dtype,
-    make_call,
 )
 from .quant import StateQuant
 from .snntorch import recognise_quant, recognise_surrogate
 from .surrogate import NONE, Surrogate, atan
 
-__all__ = ["check_call", "make_options"]
+__all__ = ["make_options"]
 
 # ---- values -----------------------------------------------------------------------------
 
@@ -415,89 +412,3 @@ def never_spikes(threshold: Any) -> bool:
     if isinstance(threshold, Tensor):
         return not threshold.is_meta and bool((threshold.detach() >= 1).all())
     return is_number(threshold) and not math.isnan(threshold) and threshold >= 1
-
-
-# typed: stride=True must not find what stride=1 left.
-_cached_options = lru_cache(maxsize=256, typed=True)(make_options)
-
-
-def _options(*, surrogate: Any, quant: Any, **others: Any) -> CellOptions:
-    """Check what describes the cell, once for equal arguments.
-
-    Foreign callables stay out of the cache, which would keep them alive.
-    """
-    ours = isinstance(surrogate, Surrogate) and (quant is None or isinstance(quant, StateQuant))
-    if ours and not torch.compiler.is_compiling():
-        try:
-            return _cached_options(surrogate=surrogate, quant=quant, **others)
-        except TypeError:  # a wrong type, perhaps one that cannot be hashed: say which below
-            pass
-    return make_options(surrogate=surrogate, quant=quant, **others)
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def check_call(
-    x: Any,
-    syn: Any = None,
-    mem: Any = None,
-    weight: Any = None,
-    bias: Any = None,
-    *,
-    threshold: Any = 1.0,
-    spike_grad: Any = None,
-    surrogate_disable: Any = False,
-    reset_mechanism: Any = "none",
-    max_pool: Any = 0,
-    avg_pool: Any = 0,
-    state_quant: Any = None,
-    graded_spikes_factor: Any = 1.0,
-    inhibition: Any = False,
-    stride: Any = 1,
-    dilation: Any = 1,
-    record: Any = False,
-    checkpoint: Any = False,
-    batch_first: Any = False,
-) -> Call:
-    """Check every argument of the functional form and put it into its normal form.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As :func:`snnlstm.functional.sconv2dlstm` documents.
-    """
-    in_channels, channels = weight_tensors(weight, bias)
-    if flag("batch_first", batch_first) and isinstance(x, Tensor) and x.dim() == 5:
-        x = x.transpose(0, 1)
-    x = input_tensor(x, weight, in_channels, bool(batch_first))
-    sequence = x.dim() == 5
-    options = _options(
-        kernel_size=tuple(weight.shape[2:]),
-        stride=_hashable(stride),
-        dilation=_hashable(dilation),
-        reset=reset_mechanism,
-        max_pool=_hashable(max_pool),
-        avg_pool=_hashable(avg_pool),
-        surrogate=surrogate(spike_grad, flag("surrogate_disable", surrogate_disable)),
-        quant=quantiser(state_quant),
-        inhibition=inhibition,
-        checkpoint=checkpoint,
-        sequence=sequence,
-        record=check_record(record, sequence),
-    )
-    shape = state_shape(x, channels, options)
-    states = [
-        x.new_zeros(shape) if state is None else state_tensor(name, state, shape, x, weight)
-        for name, state in (("syn", syn), ("mem", mem))
-    ]
-    return make_call(
-        x,
-        *states,
-        weight,
-        bias,
-        scalar_like("threshold", threshold, x, shape, options),
-        scalar_like("graded_spikes_factor", graded_spikes_factor, x, shape, options),
-        options,
-    )

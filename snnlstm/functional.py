@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .arguments import check_call
 from .call import in_order_of_caller
+from .check import check_call
 from .run import run
 
 __all__ = ["sconv2dlstm"]

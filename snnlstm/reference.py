@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .arguments import check_call
 from .call import Call, CellOptions, in_order_of_caller
+from .check import check_call
 from .surrogate import Surrogate
 
 __all__ = ["fire", "reset_signal", "run", "sconv2dlstm"]

@@ -275,7 +275,7 @@ class SConv2dLSTM(DescribedCell):
 
     def _like_before(self, x: Any, syn: Any, mem: Any, record: Any) -> Call | None:
         """The call, if all of its arguments are like those of a call that was checked."""
-        if type(x) is not Tensor:
+        if type(x) is not Tensor or not isinstance(record, bool):
             return None
         conv = self._modules["conv"]
         sequence = x.dim() == 5
@@ -292,11 +292,11 @@ class SConv2dLSTM(DescribedCell):
             mem = self._mem if mem is None else mem
         if sequence and self.batch_first:
             x = x.transpose(0, 1)
-        weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
-        graded: Any = self._buffers.get("graded_spikes_factor")
-        tensors: Any = (x, syn, mem, weight, bias, threshold, graded)
+        weight: Any = conv._parameters.get("weight")
+        bias, graded = conv._parameters.get("bias"), self._buffers.get("graded_spikes_factor")
+        tensors: Any = (x, syn, mem, weight, bias, threshold, graded, options)
         try:
-            signature, _ = known_signature(*tensors, options)
+            signature, _ = known_signature(*tensors)
         except AttributeError:  # one of them is no tensor
             return None
         if (
@@ -305,7 +305,7 @@ class SConv2dLSTM(DescribedCell):
             or reason_against_conv(conv, options) is not None
         ):
             return None
-        return Call(*tensors, options, signature)
+        return Call(*tensors, signature)
 
     def _checked(self, x: Any, syn: Any, mem: Any, record: Any) -> Call:
         """The call, after every check."""

@@ -61,8 +61,10 @@ def _forward(
     call = make_call(x, syn, mem, weight, bias, threshold, graded, _options(options))
     if training and call.options.checkpoint:
         result, boundaries = checkpoint.forward(call, algorithm)
-        first, *rest = _kept(x, None)
-        return (*result[:3], torch.stack(boundaries) if boundaries else first, *rest)
+        first, second, third = _kept(x, None)
+        if boundaries:
+            first = torch.stack(boundaries)
+        return result.spk, result.syn, result.mem, first, second, third
     *out, saved = kernels.choose(call, training, algorithm).forward(call, training)
     return (*out, *_kept(x, saved))
 
