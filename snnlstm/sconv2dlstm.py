@@ -280,7 +280,7 @@ class SConv2dLSTM(DescribedCell):
         conv = self._modules["conv"]
         sequence = x.dim() == 5
         options = self._options.get((sequence, record))
-        threshold = self._buffers.get("threshold")
+        threshold: Any = self._buffers.get("threshold")
         if threshold is None:
             threshold = self._parameters.get("threshold")
         if options is None or type(conv) is not nn.Conv2d:
@@ -293,10 +293,10 @@ class SConv2dLSTM(DescribedCell):
         if sequence and self.batch_first:
             x = x.transpose(0, 1)
         weight: Any = conv._parameters.get("weight")
-        bias, graded = conv._parameters.get("bias"), self._buffers.get("graded_spikes_factor")
-        tensors: Any = (x, syn, mem, weight, bias, threshold, graded, options)
+        bias: Any = conv._parameters.get("bias")
+        graded: Any = self._buffers.get("graded_spikes_factor")
         try:
-            signature, _ = known_signature(*tensors)
+            signature, _ = known_signature(x, syn, mem, weight, bias, threshold, graded, options)
         except AttributeError:  # one of them is no tensor
             return None
         if (
@@ -305,7 +305,7 @@ class SConv2dLSTM(DescribedCell):
             or reason_against_conv(conv, options) is not None
         ):
             return None
-        return Call(*tensors, signature)
+        return Call(x, syn, mem, weight, bias, threshold, graded, options, signature)
 
     def _checked(self, x: Any, syn: Any, mem: Any, record: Any) -> Call:
         """The call, after every check."""
