@@ -41,8 +41,8 @@ class Network:
         Number of labels.
     batch_dim : int
         Which dimension of x is the batch.
-    native : bool
-        Whether the kernels can run every cell on the CPU.
+    autocast : bool
+        Whether the loop is under autocast, where the cells round in ways of their own.
     ties : bool
         Whether cells with max_pool are fed spikes. Patches of equal spikes then have equal mem; the
         last bit of a sum decides which of them max_pool takes, and so where the gradient goes.
@@ -54,7 +54,7 @@ class Network:
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
     classes: int = 3
     batch_dim: int = 0
-    native: bool = True
+    autocast: bool = False
     ties: bool = False
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
@@ -370,7 +370,7 @@ NETWORKS = {
     "eeg": Network(EEG, ((3, 19, 40),), plain_step, optimizer=_sgd),
     "columns": Network(Columns, ((2, 129, 5),), plain_step, optimizer=_adam),
     "truncated": Network(
-        Truncated, ((6, 3, 2, 6, 6),), truncated_step, optimizer=_sgd, batch_dim=1, native=False
+        Truncated, ((6, 3, 2, 6, 6),), truncated_step, optimizer=_sgd, batch_dim=1, autocast=True
     ),
     "parallel": Network(
         lambda cell: nn.DataParallel(Recurrent(cell)), ((4, 4, 2, 12, 12),), plain_step
