@@ -198,7 +198,8 @@ class SConv2dLSTM(DescribedCell):
                 warnings.warn(
                     f"threshold={threshold} is never exceeded: mem = o * tanh(syn) is at most 1, "
                     "so this cell never spikes. Use a lower threshold (0.1 and below are usual) "
-                    "or learn_threshold=True.",
+                    "or learn_threshold=True. snnlstm.spike_rates(net) shows what spikes; see "
+                    "'Does it spike at all?' in docs/quickstart.md.",
                     UserWarning,
                     stacklevel=_level_of_caller(),
                 )
