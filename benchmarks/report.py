@@ -65,6 +65,8 @@ def summary(rows: Iterable[Row], goals: bool) -> str:
     names = [name for name in PROVIDERS if any(row.provider == name for row in timed)]
     names.remove(BASELINE)
     header = ["case", "mode", f"{BASELINE}\nms", *(_in_lines(name) for name in names)]
+    loops = {"snnlstm", "snnlstm-step"} <= set(names)
+    header += ["step loop\n/ sequence"] if loops else []
     header += ["goal", ""] if goals else []
     lines = []
     met = wanted = 0
@@ -72,6 +74,9 @@ def summary(rows: Iterable[Row], goals: bool) -> str:
         found = {row.provider: row for row in timed if (row.case, row.mode) == (case, mode)}
         cells = [case, mode, number(found[BASELINE].p50_ms)]
         cells += [f"{found[name].speedup:.2f}x" if name in found else "-" for name in names]
+        if loops:
+            both = [found[name].p50_ms for name in ("snnlstm-step", "snnlstm") if name in found]
+            cells.append(f"{both[0] / both[1]:.2f}" if len(both) == 2 else "-")
         if goals:
             ours = found.get("snnlstm")
             goal = ours.goal if ours else None

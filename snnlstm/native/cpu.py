@@ -60,12 +60,16 @@ class Packed:
         self.address = self.original.data_ptr()
         self.bytes = self.original.nbytes
         self.forms: dict[tuple[Any, ...], Tensor] = {}
+        self._found: dict[Any, dict[str, int]] = {}  # by the core's plan
 
     def addresses(self, core: Any, forms: Sequence[tuple[int, str, int]]) -> dict[str, int]:
         """Addresses of the forms that a plan of the core reads, by the names of its arguments.
 
         Each form is made once for each of the weight's values.
         """
+        found = self._found.get(core)
+        if found is not None:
+            return found
         found = {}
         for number, name, size in forms:
             key = (isa, number, name)
@@ -75,6 +79,9 @@ class Packed:
                 core.pack(number, self.address, form.data_ptr())
                 self.forms[key] = form  # when it is whole: other threads may look
             found[_WEIGHTS[number % 3]] = form.data_ptr()
+        if len(self._found) >= _MOST_PLACES:
+            self._found.clear()
+        self._found[core] = found
         return found
 
 

@@ -1,0 +1,177 @@
+"""What a step call costs on the host: the kernels are stubbed, all of Python and torch remains.
+
+    python -m benchmarks.host
+
+Prints microseconds a step of a loop of step calls, without gradients and with a backward pass, for
+the CPU half of the core and for the CUDA half (its tensors are on the CPU here: no GPU is needed),
+beside a Function of torch's that does nothing. Medians over rounds that alternate between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import snnlstm
+from snnlstm import _C
+from snnlstm import call as calls
+from snnlstm.native import cpu, cuda, kernels
+
+Step = Callable[..., tuple[Tensor, ...]]
+
+STEPS = 16
+SHAPE = (1, 2, 15, 17)
+CHANNELS = 12
+
+
+class _StubbedPlan:
+    """The core's plan of a CPU call, whose kernels do nothing."""
+
+    def __init__(self, plan: Any) -> None:
+        self._plan = plan
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plan, name)
+
+    def with_time(self, time: int) -> _StubbedPlan:
+        return _StubbedPlan(self._plan.with_time(time))
+
+    def forward(self, **_: Any) -> None:
+        pass
+
+    def backward(self, **_: Any) -> None:
+        pass
+
+    def weight_gradient(self, *_: Any) -> None:
+        pass
+
+
+class _StubbedCuda:
+    """A core with the CUDA half's functions: sizes are small, kernels do nothing."""
+
+    Cell = _C.Cell
+
+    def cuda_target(self) -> _StubbedCuda:
+        return self
+
+    def wanting(self, *_: Any) -> _StubbedCuda:
+        return self
+
+    def cuda_padded_channels(self, channels: int) -> int:
+        return -(-channels // 8) * 8
+
+    def cuda_algorithm_name(self, *_: Any) -> str:
+        return "stub"
+
+    def cuda_reason_against(self, *_: Any) -> str:
+        return ""
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        if not name.startswith("cuda_"):
+            raise AttributeError(name)
+        return lambda *_, **__: 1
+
+
+class _OnTheHost(cuda.Kernels):
+    """The CUDA half for CPU tensors."""
+
+    def guard(self, device: torch.device) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def stream(self, device: torch.device) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def stubbed(half: str) -> Iterator[None]:
+    """Within the block, cells on the CPU run a half of the core whose kernels do nothing."""
+    real = _C.CpuPlan
+    core = _Core(lambda *args: _StubbedPlan(real(*args)))
+    calls._signatures.clear()
+    with contextlib.ExitStack() as stack:
+        if half == "cpu":
+            stack.enter_context(mock.patch.object(cpu, "_C", core))
+        else:
+            replaced = {"cpu": _OnTheHost(_StubbedCuda())}
+            stack.enter_context(mock.patch.dict(kernels.HALVES, replaced))
+        yield
+    calls._signatures.clear()
+
+
+class _Core:
+    """snnlstm._C with another CpuPlan."""
+
+    def __init__(self, plan: Callable[..., Any]) -> None:
+        self.CpuPlan = plan
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_C, name)
+
+
+class _Nothing(torch.autograd.Function):
+    """A Function of the cell's arguments and results that computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        mem = tensors[2]
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return torch.empty_like(mem), torch.empty_like(mem), torch.empty_like(mem)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, syn, mem, _ = ctx.saved_tensors
+        return None, torch.empty_like(syn), torch.empty_like(mem), None
+
+
+def _loop(step: Step, x: Tensor, state: Tensor) -> Tensor:
+    syn = mem = state
+    for _ in range(STEPS):
+        _, syn, mem = step(x, syn, mem)
+    return mem
+
+
+def _measure(step: Step, x: Tensor, state: Tensor) -> tuple[float, float]:
+    """Seconds a step, without gradients and with a backward pass."""
+    begin = time.perf_counter()
+    with torch.no_grad():
+        _loop(step, x, state)
+    middle = time.perf_counter()
+    _loop(step, x, state).backward(torch.ones_like(state))
+    return (middle - begin) / STEPS, (time.perf_counter() - middle) / STEPS
+
+
+def main() -> None:
+    """Print the table."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
+    p.add_argument("--rounds", type=int, default=200, help="per row (default: %(default)s)")
+    rounds = p.parse_args().rounds
+    x = torch.rand(SHAPE)
+    state = torch.zeros(SHAPE[0], CHANNELS, *SHAPE[2:])
+    weight = torch.zeros(1, requires_grad=True)
+    cells = {half: snnlstm.SConv2dLSTM(2, CHANNELS, 3, threshold=0.1) for half in ("cpu", "cuda")}
+    times: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(rounds // 20):
+        for half, cell in cells.items():
+            with stubbed(half):
+                _measure(cell, x, state)
+                found = [_measure(cell, x, state) for _ in range(20)]
+            times.setdefault(f"snnlstm, {half} half stubbed", []).extend(found)
+        found = [_measure(lambda *a: _Nothing.apply(*a, weight), x, state) for _ in range(20)]
+        times.setdefault("torch.autograd.Function alone", []).extend(found)
+    print("Microseconds a step call on the host (without gradients; forward and backward)")
+    for name, found in times.items():
+        one, both = (1e6 * statistics.median(column) for column in zip(*found, strict=True))
+        print(f"  {name:32} {one:6.1f} {both:8.1f}")
+
+
+if __name__ == "__main__":
+    main()
