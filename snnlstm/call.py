@@ -172,6 +172,8 @@ class Signature:
         Whether the call is under autocast.
     time, n, cin, h, w, c, ho, wo : int
         Steps (1 for a step call), and the sizes of x and of the states.
+    state, state_strides : (int, int, int, int)
+        Shape of syn and mem, and its strides where they are contiguous.
     thresholds : int
         How many numbers the threshold has.
     notes : dict
@@ -180,7 +182,7 @@ class Signature:
 
     __slots__ = (
         "autocast", "c", "cin", "device", "dtype", "h", "ho", "n", "notes", "options",
-        "thresholds", "time", "w", "wo",
+        "state", "state_strides", "thresholds", "time", "w", "wo",
     )  # fmt: skip
 
     def __init__(
@@ -197,6 +199,9 @@ class Signature:
         self.time = x.shape[0] if options.sequence else 1
         self.n, self.cin, self.h, self.w = x.shape[-4:]
         self.c, self.ho, self.wo = mem.shape[1:]
+        pixels = self.ho * self.wo
+        self.state = self.n, self.c, self.ho, self.wo
+        self.state_strides = self.c * pixels, pixels, self.wo, 1
         self.thresholds = threshold.numel()
         self.notes: dict[Any, Any] = {}
 

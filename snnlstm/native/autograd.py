@@ -101,6 +101,11 @@ class _SConv2dLSTM(torch.autograd.Function):
         return (*out, *(None,) * 5)
 
 
+# As _SConv2dLSTM.apply, which looks for torch.func's wrappers among all arguments first: a call
+# under one of its transforms does not come here.
+_apply = super(torch.autograd.Function, _SConv2dLSTM).apply
+
+
 def _differentiable(
     inputs: tuple[Tensor | None, ...],
     graded: Tensor,
@@ -194,7 +199,5 @@ def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]
     loop = loop_of(weight, bias) if of_weight and not options.sequence else None
     if loop is not None:
         weight, bias = loop.weight, loop.bias
-    out = _SConv2dLSTM.apply(
-        x, syn, mem, weight, bias, threshold, graded, call, choice, loop, algorithm
-    )
+    out = _apply(x, syn, mem, weight, bias, threshold, graded, call, choice, loop, algorithm)
     return (*out, choice.name)

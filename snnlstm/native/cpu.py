@@ -200,6 +200,10 @@ class Plan:
             )
         )  # fmt: skip
         self.saved = saved_shapes(s)
+        self.saved_strides = [
+            (s.n * images * channels, images * channels, channels, 1)
+            for (_, _, images, channels), _ in self.saved[:2]
+        ]
         largest = max(math.prod(shape) * dtype.itemsize for shape, dtype in self.saved)
         self.huge = largest >= memory.SMALLEST
         self.record = o.record
@@ -243,7 +247,8 @@ class Plan:
         if self.huge:
             return Saved(*(memory.empty(shape, kind) for shape, kind in self.saved))
         of_winner = x.new_empty(winner, dtype=torch.int64) if self.has_winner else _NO_WINNER
-        return Saved(x.new_empty(gates), x.new_empty(syn), of_winner)
+        of_gates = x.new_empty_strided(gates, self.saved_strides[0])
+        return Saved(of_gates, x.new_empty_strided(syn, self.saved_strides[1]), of_winner)
 
 
 class Choice:

@@ -121,10 +121,8 @@ def make_cell(core: Any, signature: Signature, time: int) -> Any:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The tensor, or what a lazily negated or conjugated one stands for: in memory as it reads."""
-    if tensor.is_neg() or tensor.is_conj():
-        return tensor.resolve_conj().resolve_neg()
-    return tensor
+    """The tensor, or what a lazily negated one stands for: real numbers in memory as they read."""
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
 def view(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
@@ -199,13 +197,13 @@ def output_shapes(signature: Signature) -> tuple[tuple[int, ...], tuple[int, ...
 
 def empty_gradients(x: Tensor, signature: Signature, wanted: Sequence[bool]) -> Gradients:
     """The gradients that are wanted, uninitialised; the threshold's one a channel, (C,)."""
-    s = signature
-    state, gates = (s.n, s.c, s.ho, s.wo), 4 * s.c
+    s, gates = signature, 4 * signature.c
+    state, strides = s.state, s.state_strides
     of_x, of_syn, of_mem, of_weight, of_bias, of_threshold = wanted
     return Gradients(
         empty_like_images(x, tuple(x.shape)) if of_x else None,
-        x.new_empty(state) if of_syn else None,
-        x.new_empty(state) if of_mem else None,
+        x.new_empty_strided(state, strides) if of_syn else None,
+        x.new_empty_strided(state, strides) if of_mem else None,
         x.new_empty((gates, s.cin + s.c, *s.options.kernel_size)) if of_weight else None,
         x.new_empty((gates,)) if of_bias else None,
         x.new_empty((s.c,)) if of_threshold else None,
