@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
+import snnlstm
 from benchmarks.demo import checkpointing, options
 from benchmarks.demo import cli as demo_cli
 from benchmarks.demo.data import Data
@@ -85,6 +88,20 @@ def first_step(recipe: Recipe, measure: bool = True, network: str = "snnlstm"):
 # ---- several processes ---------------------------------------------------------------------------
 
 
+@pytest.fixture
+def direct_sums(tmp_path, monkeypatch):
+    """In the processes that a test starts, sums of products are direct ones.
+
+    The choice of the algorithm depends on the batch, and the last bit of a sum decides which of
+    several equal neurons max_pool gives the gradient to.
+    """
+    start = "import snnlstm\nsnnlstm.set_algorithm('direct')\n"
+    (tmp_path / "sitecustomize.py").write_text(start)
+    places = [str(tmp_path), str(Path(snnlstm.__file__).parents[1])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
+
+
+@pytest.mark.usefixtures("direct_sums")
 @pytest.mark.parametrize("network", NETWORKS)
 def test_two_processes_learn_what_one_does(network, tmp_path):
     recipe = dataclasses.replace(SMALL, threads=2)

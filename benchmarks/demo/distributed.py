@@ -97,4 +97,5 @@ def team(device: str) -> Iterator[Team]:
     # Not after an error: the others may wait in a sum that this process will never join, and
     # torchrun ends them once it has left.
     if size > 1:
+        dist.barrier()  # gloo may abort a process whose peers are still in their last sum
         dist.destroy_process_group()
