@@ -90,7 +90,7 @@ def first_step(recipe: Recipe, measure: bool = True, network: str = "snnlstm"):
 
 @pytest.fixture
 def direct_sums(tmp_path, monkeypatch):
-    """In the processes that a test starts, sums of products are direct ones.
+    """Here and in the processes that a test starts, sums of products are direct ones.
 
     The choice of the algorithm depends on the batch, and the last bit of a sum decides which of
     several equal neurons max_pool gives the gradient to.
@@ -99,6 +99,8 @@ def direct_sums(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(start)
     places = [str(tmp_path), str(Path(snnlstm.__file__).parents[1])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
+    with snnlstm.algorithm("direct"):
+        yield
 
 
 @pytest.mark.usefixtures("direct_sums")
