@@ -168,8 +168,6 @@ class Signature:
     dtype : torch.dtype
         Of the states.
     device : torch.device
-    autocast : bool
-        Whether the call is under autocast.
     time, n, cin, h, w, c, ho, wo : int
         Steps (1 for a step call), and the sizes of x and of the states.
     state, state_strides : (int, int, int, int)
@@ -181,7 +179,7 @@ class Signature:
     """
 
     __slots__ = (
-        "autocast", "c", "cin", "device", "dtype", "h", "ho", "n", "notes", "options",
+        "c", "cin", "device", "dtype", "h", "ho", "n", "notes", "options",
         "state", "state_strides", "thresholds", "time", "w", "wo",
     )  # fmt: skip
 
@@ -195,7 +193,7 @@ class Signature:
     ) -> None:
         narrow = autocast if x.dtype == torch.float32 and autocast != torch.float32 else None
         self.options = replace(options, operands=narrow) if narrow else options
-        self.dtype, self.device, self.autocast = x.dtype, x.device, autocast is not None
+        self.dtype, self.device = x.dtype, x.device
         self.time = x.shape[0] if options.sequence else 1
         self.n, self.cin, self.h, self.w = x.shape[-4:]
         self.c, self.ho, self.wo = mem.shape[1:]

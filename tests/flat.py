@@ -50,7 +50,7 @@ def forward(*arguments):
     global _last
     *tensors, training, algorithm = arguments
     call = make_call(*tensors)
-    choice = _native.choose(call, training, algorithm)
+    choice = _native.choose(call, algorithm)
     _last = choice.name
     return choice.forward(call, training)
 
@@ -58,4 +58,4 @@ def forward(*arguments):
 def backward(arguments: Sequence, saved, grads: Sequence[Tensor | None], wanted, algorithm: str):
     """The backward kernels alone, of what :func:`forward` saved."""
     call = make_call(*arguments)
-    return _native.choose(call, True, algorithm).backward(call, saved, grads, wanted)
+    return _native.choose(call, algorithm).backward(call, saved, grads, wanted)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import snnlstm
 from snnlstm import surrogate
 from snnlstm.call import CellOptions
-from snnlstm.native import cpu
+from snnlstm.native import packing
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -31,16 +31,16 @@ OPTIONS = CellOptions((3, 3), surrogate=surrogate.atan(), reset="subtract")
 def packings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A cache of this test's own, and the forms (their numbers) that were packed into it."""
     packed: list[int] = []
-    addresses = cpu.Packed.addresses
+    addresses = packing.Packed.addresses
 
     def noting(self, core, forms):
         before = set(self.forms)
         found = addresses(self, core, forms)
-        packed.extend(number for _, number, _ in set(self.forms) - before)
+        packed.extend(number for number, _ in set(self.forms) - before)
         return found
 
-    monkeypatch.setattr(cpu, "_packed", WeakKeyDictionary())
-    monkeypatch.setattr(cpu.Packed, "addresses", noting)
+    monkeypatch.setattr(packing, "_packed", WeakKeyDictionary())
+    monkeypatch.setattr(packing.Packed, "addresses", noting)
     return packed
 
 
@@ -299,17 +299,17 @@ def test_python_threads_that_share_a_weight(packings):
 def test_an_entry_dies_with_its_weight():
     cell, x = make(), image()
     call(cell, x)
-    assert len(cpu._packed) == 1
+    assert len(packing._packed) == 1
     conv = cell.conv
     cell.conv = copy.deepcopy(conv)
     call(cell, x)
-    assert len(cpu._packed) == 2
+    assert len(packing._packed) == 2
     del conv
     gc.collect()
-    assert len(cpu._packed) == 1
+    assert len(packing._packed) == 1
     del cell
     gc.collect()
-    assert len(cpu._packed) == 0
+    assert len(packing._packed) == 0
 
 
 def test_temporary_weights_leave_nothing_behind():
@@ -320,7 +320,7 @@ def test_temporary_weights_leave_nothing_behind():
         out[2].sum().backward()
     del out
     gc.collect()
-    assert len(cpu._packed) == 0
+    assert len(packing._packed) == 0
 
 
 def test_an_old_value_is_not_kept():
@@ -328,7 +328,7 @@ def test_an_old_value_is_not_kept():
     for _ in range(3):
         call(cell, x)[2].sum().backward()
         cell.conv.weight.data.mul_(1.1)
-    (places,) = cpu._packed.values()
+    (places,) = packing._packed.values()
     (entry,) = places.values()
     assert len(entry.forms) <= 6  # three forms for each direction
 

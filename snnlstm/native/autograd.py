@@ -193,7 +193,7 @@ def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]
     )
     if torch.compiler.is_compiling():
         return (*ops.run(call, training, algorithm), None)
-    choice = kernels.choose(call, training, algorithm)
+    choice = kernels.choose(call, algorithm)
     if not training:
         return (*choice.forward(call, False)[:3], choice.name)
     loop = loop_of(weight, bias) if of_weight and not options.sequence else None

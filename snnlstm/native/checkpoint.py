@@ -61,7 +61,7 @@ def forward(call: Call, algorithm: str) -> tuple[Result, list[Tensor]]:
     """
     segments = _segments(call)
     if len(segments) == 1:
-        return kernels.choose(call, False, algorithm).forward(call, False), []
+        return kernels.choose(call, algorithm).forward(call, False), []
     record = call.options.record
     result = kernels.empty_result(call, training=False)
     boundaries: list[Tensor] = []
@@ -73,7 +73,7 @@ def forward(call: Call, algorithm: str) -> tuple[Result, list[Tensor]]:
                 syn, mem = syn[-1].clone(), mem[-1].clone()
             boundaries += syn, mem
         piece = make_call(call.x[segment], syn, mem, *call[3:8])
-        part = kernels.choose(piece, False, algorithm).forward(piece, False)
+        part = kernels.choose(piece, algorithm).forward(piece, False)
         result.spk[segment] = part.spk
         if record:
             result.syn[segment], result.mem[segment] = part.syn, part.mem
@@ -88,7 +88,7 @@ def _keeping(call: Call) -> Call:
 def recompute(call: Call, algorithm: str) -> Saved:
     """What the forward pass would have kept without ``checkpoint``."""
     again = _keeping(call)
-    saved = kernels.choose(again, True, algorithm).forward(again, True).saved
+    saved = kernels.choose(again, algorithm).forward(again, True).saved
     assert saved is not None
     return saved
 
@@ -130,7 +130,7 @@ def backward(
     carry_syn, carry_mem = (None, None) if record else (grad_syn, grad_mem)
     for k, segment in _last_first(_segments(call)):
         piece = _keeping(call._replace(x=call.x[segment], syn=states[2 * k], mem=states[2 * k + 1]))
-        choice = kernels.choose(piece, True, algorithm)
+        choice = kernels.choose(piece, algorithm)
         saved = choice.forward(piece, True).saved
         into_syn, into_mem = carry_syn, carry_mem
         if record:

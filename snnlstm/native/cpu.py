@@ -1,11 +1,10 @@
-"""The CPU half of the core: packed weights, plans, calls. Twin of :mod:`snnlstm.native.cuda`."""
+"""The CPU half of the core: plans and calls. Twin of :mod:`snnlstm.native.cuda`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch  # before the core, which uses the OpenMP runtime that torch has loaded
 from torch import Tensor
@@ -13,13 +12,12 @@ from torch import Tensor
 from .. import _C
 from ..call import DTYPES, Call, Signature
 from . import memory, tensors
+from .packing import Packed, look_up
 from .tensors import Gradients, Result, Saved, Step, address, view
 
 __all__ = ["ALGORITHMS", "Kernels", "evaluate", "set_isa"]
 
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/cpu/api.h
-_WEIGHTS = ("weight", "weight_mem", "weight_x")  # the places of the forms, csrc/cpu/api.h: Form
-
 _NO_WINNER = torch.empty(0, dtype=torch.int64, device="cpu")
 
 # A step call is one of a loop, most likely: what is done once for a weight is shared by so many.
@@ -35,119 +33,13 @@ def set_isa(name: str) -> None:
     isa = name
 
 
-# ---- packed weights -----------------------------------------------------------------------------
-
-
-class Packed:
-    """A weight in the kernels' forms, and a copy of the weight that they were made from.
-
-    Attributes
-    ----------
-    most_inputs : int
-        Side of the largest Winograd tile whose rounding errors stay small over long sequences: of
-        those in ``GAINS`` whose limit the gates' root mean square per unit of input does not
-        exceed; 0 if none. nn.Conv2d's initial weights have 0.58.
-    """
-
-    GAINS: ClassVar = {8: 1.5, 6: 3.0}
-
-    def __init__(self, weight: Tensor) -> None:
-        self.original = weight.detach().clone(memory_format=torch.contiguous_format)
-        gain = float(self.original.norm()) / max(weight.shape[0], 1) ** 0.5
-        self.most_inputs = max(
-            (side for side, most in self.GAINS.items() if gain <= most), default=0
-        )
-        self.address = self.original.data_ptr()
-        self.bytes = self.original.nbytes
-        self.forms: dict[tuple[Any, ...], Tensor] = {}
-        self._found: dict[Any, dict[str, int]] = {}  # by the core's plan
-
-    def addresses(self, core: Any, forms: Sequence[tuple[int, str, int]]) -> dict[str, int]:
-        """Addresses of the forms that a plan of the core reads, by the names of its arguments.
-
-        Each form is made once for each of the weight's values.
-        """
-        found = self._found.get(core)
-        if found is not None:
-            return found
-        found = {}
-        for number, name, size in forms:
-            key = (isa, number, name)
-            form = self.forms.get(key)
-            if form is None:
-                form = memory.empty((size,), torch.uint8)
-                core.pack(number, self.address, form.data_ptr())
-                self.forms[key] = form  # when it is whole: other threads may look
-            found[_WEIGHTS[number % 3]] = form.data_ptr()
-        if len(self._found) >= _MOST_PLACES:
-            self._found.clear()
-        self._found[core] = found
-        return found
-
-
-# By storage and, as many weights may lie in one, by place. Not by tensor: torch refuses to swap the
-# contents of tensors that have weak references. No lock: the worst that two threads do to each
-# other is to pack a weight twice, while a lock would be held across a fork or a signal.
-_packed: WeakKeyDictionary[torch.UntypedStorage, dict[tuple[Any, ...], Packed]] = (
-    WeakKeyDictionary()
-)
-_MOST_PLACES = 16  # weights of one storage whose forms are kept
-
-
-def _entries(weight: Tensor) -> dict[tuple[Any, ...], Packed]:
-    storage = weight.untyped_storage()
-    entries = _packed.get(storage)
-    return _packed.setdefault(storage, {}) if entries is None else entries
-
-
-def _place(weight: Tensor) -> tuple[Any, ...]:
-    return weight.storage_offset(), weight.shape, weight.stride(), weight.dtype
-
-
-def look_up(weight: Tensor, x: int = 0, dtype: int = 0, count: int = 0) -> tuple[Packed, int]:
-    """Everything packed from `weight`'s present values; kept as long as its storage lives.
-
-    Neither the address nor the version counter tells whether they are those that were packed:
-    ``weight.data.add_(...)`` changes neither of them. They are compared byte for byte, one to three
-    hundredths of a step.
-
-    Parameters
-    ----------
-    weight : Tensor
-    x, dtype, count
-        Address, dtype and number of values of which the part that is not zero is wanted.
-
-    Returns
-    -------
-    packed : Packed
-    percent : int
-        The part of x that is not zero, in hundredths; 100 if `count` is 0.
-    """
-    contiguous = weight if weight.is_contiguous() else weight.detach().contiguous()
-    entries, place = _entries(weight), _place(weight)
-    packed = entries.get(place)
-    if packed is not None:
-        own = packed.address, packed.bytes
-        percent = _C.inspect(x, dtype, count, contiguous.data_ptr(), *own)
-        if percent >= 0:
-            return packed, percent
-    entries.pop(place, None)
-    while len(entries) >= _MOST_PLACES:
-        del entries[next(iter(entries))]
-    packed = entries[place] = Packed(contiguous)
-    return packed, _C.inspect(x, dtype, count, 0, 0, 0)
-
-
-# ---- plans --------------------------------------------------------------------------------------
-
-
 class _Way:
     """One choice of algorithms for the calls of a plan, by the density of x and the weight."""
 
     def __init__(self, plan: Plan, percent: int, most_inputs: int) -> None:
         self._plan, self._by = plan, (percent / 100, most_inputs)
         self.core = self._make(plan.cell, backward=False)
-        self.forms = self.core.forms(backward=False, grad_x=False)
+        self.forms = self._forms_of(self.core, backward=False, grad_x=False)
         self.workspace = self.core.forward_workspace
         self.name = f"cpu-{plan.isa}-{self.core.name}"
         self.gradients: dict[Any, Any] = {}
@@ -157,13 +49,18 @@ class _Way:
         plan = self._plan
         return _C.CpuPlan(cell, plan.algorithm, density, most_inputs, backward, plan.threads)
 
+    def _forms_of(self, core: Any, **which: bool) -> list[tuple[int, str, int]]:
+        """Number, name and bytes of the forms of the weight that a plan of the core reads."""
+        isa = self._plan.isa
+        return [(number, f"{isa}:{name}", size) for number, name, size in core.forms(**which)]
+
     def backward(self, grad_x: bool, weight: bool) -> tuple[Any, Any, int]:
         """The core's plan of the backward pass, the forms that it reads, bytes of its workspace."""
         found = self.gradients.get((grad_x, weight))
         if found is None:
             core = self._make(self._plan.gradient_cell, backward=True)
             core = core.with_time(self._plan.time)
-            forms = core.forms(backward=True, grad_x=grad_x)
+            forms = self._forms_of(core, backward=True, grad_x=grad_x)
             found = (core, forms, core.backward_workspace(weight))
             self.gradients[grad_x, weight] = found
         return found
@@ -292,10 +189,8 @@ class Choice:
         saved = plan.empty_saved(x) if training else None
         dtype = x.dtype
         bias = None if call.bias is None else tensors.numbers(call.bias, dtype)
-        threshold, graded = (
-            tensors.numbers(call.threshold, dtype),
-            tensors.numbers(call.graded, dtype),
-        )
+        threshold = tensors.numbers(call.threshold, dtype)
+        graded = tensors.numbers(call.graded, dtype)
         workspace = memory.workspace(way.workspace)
         assert self.packed is not None
         way.core.forward(
@@ -350,10 +245,8 @@ class Choice:
         out = tensors.empty_gradients(x, plan.signature, wanted)
         if plan.huge:
             _prefer_huge_pages(*out)
-        threshold, graded = (
-            tensors.numbers(call.threshold, dtype),
-            tensors.numbers(call.graded, dtype),
-        )
+        threshold = tensors.numbers(call.threshold, dtype)
+        graded = tensors.numbers(call.graded, dtype)
         noise = tensors.stochastic_noise(x, call.options, grad_spk)
         workspace = memory.workspace(size)
         core.backward(

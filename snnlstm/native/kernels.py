@@ -69,15 +69,13 @@ def reason_against(call: Call) -> str | None:
     return HALVES[device].reason_against(call, torch.is_autocast_enabled(device))
 
 
-def choose(call: Call, training: bool, algorithm: str) -> Any:
+def choose(call: Call, algorithm: str) -> Any:
     """The kernels that run a call: its plan, looked up or made, and what its values decide."""
     signature = call.signature
     assert signature is not None
     half = HALVES[signature.device.type]
     settings = half.settings(signature)
-    key = (
-        half, call.x.stride(), call.syn.stride(), call.mem.stride(), training, algorithm, settings
-    )  # fmt: skip
+    key = half, call.x.stride(), call.syn.stride(), call.mem.stride(), algorithm, settings
     plan = signature.notes.get(key)
     if plan is None:
         if len(signature.notes) >= _MOST:

@@ -30,21 +30,18 @@ class _Pass:
     """What one backward pass has left of the steps of a loop."""
 
     def __init__(self) -> None:
-        self.steps: dict[Any, list[Step]] = {}  # by the plan's way of forming the gradient
-        self.choices: dict[Any, Any] = {}
+        # What forms the gradient, and the steps that wait, by the plan's way of forming it.
+        self.waiting: dict[Any, tuple[Any, list[Step]]] = {}
         self.bytes = 0
         self.count = 0
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
     def add(self, choice: Any, step: Step, wanted: tuple[bool, bool]) -> None:
-        key = choice.loop_key
-        steps = self.steps.get(key)
-        if steps is None:
-            self.steps[key] = [step]
-            self.choices[key] = choice
-        else:
-            steps.append(step)
+        waiting = self.waiting.get(choice.loop_key)
+        if waiting is None:
+            waiting = self.waiting[choice.loop_key] = choice, []
+        waiting[1].append(step)
         self.bytes += step.d_gates.nbytes
         self.count += 1
         if self.bytes >= MOST_BYTES or self.count >= MOST_STEPS:
@@ -52,11 +49,11 @@ class _Pass:
 
     def form(self, wanted: tuple[bool, bool]) -> None:
         """Add the gradients of the steps that wait to the sums, and let go of the steps."""
-        for key, steps in self.steps.items():
-            of_weight, of_bias = self.choices[key].weight_gradient(steps, wanted)
+        for choice, steps in self.waiting.values():
+            of_weight, of_bias = choice.weight_gradient(steps, wanted)
             self.weight = _sum(self.weight, of_weight)
             self.bias = _sum(self.bias, of_bias)
-        self.steps, self.choices, self.bytes, self.count = {}, {}, 0, 0
+        self.waiting, self.bytes, self.count = {}, 0, 0
 
 
 def _sum(so_far: Tensor | None, more: Tensor | None) -> Tensor | None:

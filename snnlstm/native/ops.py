@@ -65,7 +65,7 @@ def _forward(
         if boundaries:
             first = torch.stack(boundaries)
         return result.spk, result.syn, result.mem, first, second, third
-    *out, saved = kernels.choose(call, training, algorithm).forward(call, training)
+    *out, saved = kernels.choose(call, algorithm).forward(call, training)
     return (*out, *_kept(x, saved))
 
 
@@ -109,7 +109,7 @@ def _backward(
         out = checkpoint.backward(call, boundaries, grads, wanted, algorithm)
     else:
         saved = Saved(kept_gates, kept_syn, kept_winner)
-        out = kernels.choose(call, True, algorithm).backward(call, saved, grads, wanted)
+        out = kernels.choose(call, algorithm).backward(call, saved, grads, wanted)
     return _all_gradients(x, out)
 
 
