@@ -158,7 +158,7 @@ class CellOptions:
 class Signature:
     """All that is known of a call without looking at values: options, shapes, dtypes, device.
 
-    :func:`signature` returns one object for equal calls; whoever works something out from it may
+    :func:`make_call` finds one object for equal calls; whoever works something out from it may
     keep that in ``notes``.
 
     Attributes
@@ -217,16 +217,11 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return None
 
 
-def known_signature(
-    x: Tensor,
-    syn: Tensor,
-    mem: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    threshold: Tensor,
-    graded: Tensor,
-    options: CellOptions,
-) -> tuple[Signature | None, tuple[Any, ...]]:
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, CellOptions]
+"""x, syn, mem, weight, bias, threshold, graded and options: the first fields of a :class:`Call`."""
+
+
+def known_signature(arguments: Arguments) -> tuple[Signature | None, tuple[Any, ...]]:
     """The signature of arguments like some that were checked before, if any, and its key.
 
     Raises
@@ -234,6 +229,7 @@ def known_signature(
     AttributeError
         If one of them is no tensor.
     """
+    x, syn, mem, weight, bias, threshold, graded, options = arguments
     device = x.device
     key = (
         options, x.shape, x.dtype, device, syn.shape, syn.dtype, syn.device,
@@ -245,12 +241,12 @@ def known_signature(
     return _signatures.get(key), key
 
 
-def new_signature(key: tuple[Any, ...], x: Tensor, mem: Tensor, threshold: Tensor) -> Signature:
+def new_signature(key: tuple[Any, ...], arguments: Arguments) -> Signature:
     """The signature of arguments that have just been checked; kept for those like them.
 
     Foreign callables are not kept alive.
     """
-    options = key[0]
+    x, _, mem, _, _, threshold, _, options = arguments
     made = Signature(x, mem, threshold, options, key[-1])
     if isinstance(options.surrogate, Surrogate) and isinstance(
         options.quant, StateQuant | type(None)
@@ -300,25 +296,17 @@ class Call(NamedTuple):
 
 
 def make_call(
-    x: Tensor,
-    syn: Tensor,
-    mem: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    threshold: Tensor,
-    graded: Tensor,
-    options: CellOptions,
+    arguments: Arguments,
     conv: Callable[[Tensor], Tensor] | None = None,
     reason: str | None = None,
 ) -> Call:
     """A call of arguments that have been checked, or are known to fit together."""
-    tensors = (x, syn, mem, weight, bias, threshold, graded)
     signature = None
     if not torch.compiler.is_compiling():
-        signature, key = known_signature(*tensors, options)
+        signature, key = known_signature(arguments)
         if signature is None:
-            signature = new_signature(key, x, mem, threshold)
-    return Call(*tensors, options, signature, conv, reason)
+            signature = new_signature(key, arguments)
+    return Call(*arguments, signature, conv, reason)
 
 
 def in_order_of_caller(

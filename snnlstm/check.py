@@ -94,13 +94,6 @@ def check_call(
         else arguments.state_tensor(name, state, shape, x, weight)
         for name, state in (("syn", syn), ("mem", mem))
     ]
-    return make_call(
-        x,
-        given[0],
-        given[1],
-        weight,
-        bias,
-        arguments.scalar_like("threshold", threshold, x, shape, options),
-        arguments.scalar_like("graded_spikes_factor", graded_spikes_factor, x, shape, options),
-        options,
-    )
+    threshold = arguments.scalar_like("threshold", threshold, x, shape, options)
+    graded = arguments.scalar_like("graded_spikes_factor", graded_spikes_factor, x, shape, options)
+    return make_call((x, given[0], given[1], weight, bias, threshold, graded, options))

@@ -82,19 +82,13 @@ def fire(
     return spk * graded
 
 
-def _gates(
-    x: Tensor,
-    mem: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    options: CellOptions,
-    conv: Callable[[Tensor], Tensor] | None,
-) -> Tensor:
-    """Pre-activations of the gates, (N, 4C, Ho, Wo)."""
+def _gates(call: Call, x: Tensor, mem: Tensor) -> Tensor:
+    """Pre-activations of the gates, (N, 4C, Ho, Wo), of one step."""
+    weight, bias, options = call.weight, call.bias, call.options
     if options.stride == (1, 1):
         both = torch.cat([x, mem], 1)
-        if conv is not None:
-            return conv(both)
+        if call.conv is not None and call.reason is not None:
+            return call.conv(both)
         return F.conv2d(both, weight, bias, 1, options.padding, options.dilation)
     # The stride applies to the input alone: the recurrent half keeps the size of the state.
     of_x, of_mem = weight.split([x.shape[1], mem.shape[1]], 1)
@@ -103,18 +97,9 @@ def _gates(
     )
 
 
-def _step(
-    x: Tensor,
-    syn: Tensor,
-    mem: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    threshold: Tensor,
-    graded: Tensor,
-    options: CellOptions,
-    conv: Callable[[Tensor], Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _step(call: Call, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One time step; returns spk, syn and mem."""
+    threshold, graded, options = call.threshold, call.graded, call.options
     surrogate, quant = options.surrogate, options.quant
     reset: Any = None
     # A foreign callable may draw random numbers: it is called as often as in snnTorch.
@@ -122,7 +107,7 @@ def _step(
         reset = reset_signal(mem, threshold, surrogate)
 
     # Under autocast the gates come in the autocast dtype; the states stay in theirs.
-    gates = _gates(x, mem, weight, bias, options, conv).to(mem.dtype)
+    gates = _gates(call, x, mem).to(mem.dtype)
     i, f, o, g = gates.chunk(4, 1)
     syn = torch.sigmoid(f) * syn + torch.sigmoid(i) * torch.tanh(g)
     mem = torch.sigmoid(o) * torch.tanh(syn)
@@ -158,18 +143,17 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         spk (N, C, Hp, Wp) or (T, N, C, Hp, Wp); syn and mem (N, C, Ho, Wo), or
         (T, N, C, Ho, Wo) with ``options.record``. Tensors of their own, never views.
     """
-    x, syn, mem, *rest = call[:8]
-    options, conv = call.options, call.conv if call.reason is not None else None
+    x, syn, mem, options = call.x, call.syn, call.mem, call.options
     step: Callable[..., tuple[Tensor, Tensor, Tensor]] = _step
     if options.checkpoint and torch.is_grad_enabled():
         step = _checkpointed_step
     if not options.sequence:
-        return step(x, syn, mem, *rest, conv)
+        return step(call, x, syn, mem)
     if x.shape[0] == 0:
         return _no_steps(x, syn, mem, options)
     spks, syns, mems = [], [], []
     for x_t in x:
-        spk, syn, mem = step(x_t, syn, mem, *rest, conv)
+        spk, syn, mem = step(call, x_t, syn, mem)
         spks.append(spk)
         if options.record:
             syns.append(syn)

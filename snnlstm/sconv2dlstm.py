@@ -296,8 +296,9 @@ class SConv2dLSTM(DescribedCell):
         weight: Any = conv._parameters.get("weight")
         bias: Any = conv._parameters.get("bias")
         graded: Any = self._buffers.get("graded_spikes_factor")
+        given = (x, syn, mem, weight, bias, threshold, graded, options)
         try:
-            signature, _ = known_signature(x, syn, mem, weight, bias, threshold, graded, options)
+            signature, _ = known_signature(given)
         except AttributeError:  # one of them is no tensor
             return None
         if (
@@ -306,7 +307,7 @@ class SConv2dLSTM(DescribedCell):
             or reason_against_conv(conv, options) is not None
         ):
             return None
-        return Call(x, syn, mem, weight, bias, threshold, graded, options, signature)
+        return Call(*given, signature)
 
     def _checked(self, x: Any, syn: Any, mem: Any, record: Any) -> Call:
         """The call, after every check."""
@@ -330,7 +331,8 @@ class SConv2dLSTM(DescribedCell):
             raise ValueError(
                 f"conv must be a plain nn.Conv2d without hooks where stride is not 1: {foreign}"
             )
-        return make_call(x, syn, mem, weight, bias, threshold, graded, options, conv, foreign)
+        tensors = (x, syn, mem, weight, bias, threshold, graded)
+        return make_call((*tensors, options), conv, foreign)
 
     def _parameters_of_conv(self, x: Any) -> tuple[Tensor, Tensor | None]:
         """weight and bias; of a foreign conv any floating parameter, for dtype and device."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import snnlstm
 import snnlstm.run
-from snnlstm.call import CellOptions, make_call
+from snnlstm.call import make_call
 
 _native = snnlstm.run._native
 _autograd = snnlstm.run._autograd
@@ -17,24 +17,14 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 def reference(*arguments) -> Three:
     """spk, syn and mem by plain torch: x, syn, mem, weight, bias, threshold, graded, options."""
-    return snnlstm.reference.run(make_call(*arguments))
+    return snnlstm.reference.run(make_call(arguments))
 
 
-def run(
-    x: Tensor,
-    syn: Tensor,
-    mem: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    threshold: Tensor,
-    graded: Tensor,
-    options: CellOptions,
-    algorithm: str = "auto",
-) -> Three:
-    """The same by the native kernels."""
+def run(*arguments) -> Three:
+    """The same by the native kernels; the algorithm may follow, "auto" is the default."""
     global _last
-    call = make_call(x, syn, mem, weight, bias, threshold, graded, options)
-    *out, name = _autograd.run(call, algorithm)
+    *_, algorithm = (*arguments, "auto")[:9]
+    *out, name = _autograd.run(make_call(arguments[:8]), algorithm)
     if name is not None:
         _last = name
     return tuple(out)
@@ -49,7 +39,7 @@ def forward(*arguments):
     """The forward kernels alone: as run's arguments, then training and the algorithm."""
     global _last
     *tensors, training, algorithm = arguments
-    call = make_call(*tensors)
+    call = make_call(tuple(tensors))
     choice = _native.choose(call, algorithm)
     _last = choice.name
     return choice.forward(call, training)
@@ -57,5 +47,5 @@ def forward(*arguments):
 
 def backward(arguments: Sequence, saved, grads: Sequence[Tensor | None], wanted, algorithm: str):
     """The backward kernels alone, of what :func:`forward` saved."""
-    call = make_call(*arguments)
+    call = make_call(arguments)
     return _native.choose(call, algorithm).backward(call, saved, grads, wanted)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 import snnlstm
 import snnlstm.run
-from snnlstm.call import CellOptions
 
 native = snnlstm.run._native
 ISAS: list[str] = snnlstm._C.isa_names() if native else []
@@ -46,20 +45,9 @@ class Kernels:
         both = (torch.float32, torch.float64)
         return both[:1] if self.algorithm == "winograd" else both
 
-    def run(
-        self,
-        x: Tensor,
-        syn: Tensor,
-        mem: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        threshold: Tensor,
-        graded: Tensor,
-        options: CellOptions,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What :func:`snnlstm.reference.run` computes, by these kernels."""
-        tensors = (x, syn, mem, weight, bias, threshold, graded)
-        return flat.run(*tensors, options, self.algorithm)
+    def run(self, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+        """What :func:`flat.reference` computes, by these kernels."""
+        return flat.run(*arguments, self.algorithm)
 
 
 def _id(kernels: Kernels) -> str:

@@ -136,7 +136,7 @@ def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_tim
 def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):
     sizes = set()
     for time in (20, 60, 200):  # shorter ones need fewer parts of the weight gradient
-        call = make_call(*replace(PLAIN, time=time).inputs(), OPTIONS)
+        call = make_call((*replace(PLAIN, time=time).inputs(), OPTIONS))
         choice = native.choose(call, kernels.algorithm)
         counters = 2 * 64 * time  # of a step's tasks, and of those that fold its sums
         _, _, size = choice.way.backward(grad_x=True, weight=True)

@@ -77,7 +77,7 @@ def test_opcheck(name, calls):
     case = CASES[name]
     checks = ALL if name in ("plain", "one step", "inhibition", "channels_last") else FAST
     inputs = wanting_gradients(case.inputs())
-    out = ops.run(make_call(*inputs, case.options), True, "auto")
+    out = ops.run(make_call((*inputs, case.options)), True, "auto")
     used = [o for o in out if o.requires_grad]
     torch.autograd.backward(used, [torch.randn_like(o) for o in used])
     forwards, (backward,) = list(calls["_forward"]), list(calls["_backward"])

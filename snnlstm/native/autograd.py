@@ -147,7 +147,7 @@ def _in_float32(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str
     name = None
     for x_t in x.unbind(0) if options.sequence else [x]:
         states = syn.float(), mem.float()
-        wide = make_call(x_t.float(), *states, weight, bias, threshold, graded, step)
+        wide = make_call((x_t.float(), *states, weight, bias, threshold, graded, step))
         *results, name = run(wide, algorithm)
         out.append(tuple(result.to(dtype) for result in results))
         _, syn, mem = out[-1]

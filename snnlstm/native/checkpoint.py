@@ -72,7 +72,7 @@ def forward(call: Call, algorithm: str) -> tuple[Result, list[Tensor]]:
             if record:
                 syn, mem = syn[-1].clone(), mem[-1].clone()
             boundaries += syn, mem
-        piece = make_call(call.x[segment], syn, mem, *call[3:8])
+        piece = make_call((call.x[segment], syn, mem, *call[3:8]))
         part = kernels.choose(piece, algorithm).forward(piece, False)
         result.spk[segment] = part.spk
         if record:
@@ -82,7 +82,7 @@ def forward(call: Call, algorithm: str) -> tuple[Result, list[Tensor]]:
 
 def _keeping(call: Call) -> Call:
     """The same call, to be run so that its gates are kept."""
-    return make_call(*call[:7], replace(call.options, checkpoint=False))
+    return make_call((*call[:7], replace(call.options, checkpoint=False)))
 
 
 def recompute(call: Call, algorithm: str) -> Saved:

@@ -58,7 +58,7 @@ def _forward(
     training: bool,
     algorithm: str,
 ) -> _Six:
-    call = make_call(x, syn, mem, weight, bias, threshold, graded, _options(options))
+    call = make_call((x, syn, mem, weight, bias, threshold, graded, _options(options)))
     if training and call.options.checkpoint:
         result, boundaries = checkpoint.forward(call, algorithm)
         first, second, third = _kept(x, None)
@@ -102,7 +102,7 @@ def _backward(
     wanted: List[bool],  # noqa: UP006
     algorithm: str,
 ) -> _Six:
-    call = make_call(x, syn, mem, weight, bias, threshold, graded, _options(options))
+    call = make_call((x, syn, mem, weight, bias, threshold, graded, _options(options)))
     grads = (grad_spk, grad_syn, grad_mem)
     if call.options.checkpoint:
         boundaries = kept_gates.unbind() if kept_gates.dim() > 1 else ()
