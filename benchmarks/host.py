@@ -50,7 +50,7 @@ class _StubbedPlan:
     def backward(self, **_: Any) -> None:
         pass
 
-    def weight_gradient(self, *_: Any) -> None:
+    def weight_gradient(self, **_: Any) -> None:
         pass
 
 

@@ -73,23 +73,23 @@ void set_plan(Args& a, const CpuPlan& plan) {
     if (!p) throw py::value_error(std::string(name) + " must be given");
   };
   needs(a.workspace, "workspace");
-  if constexpr (std::is_same_v<Args, ForwardArgs>) {
-    if (cpu::reads(a.cell, cpu::Form::forward, false)) needs(a.weight, "weight");
-    if (cpu::reads(a.cell, cpu::Form::forward_mem_tiles, false)) needs(a.weight_mem, "weight_mem");
-    if (cpu::reads(a.cell, cpu::Form::forward_x_tiles, false)) needs(a.weight_x, "weight_x");
+  constexpr bool forward = std::is_same_v<Args, ForwardArgs>;
+  bool grad_x = false;
+  if constexpr (forward) {
     needs(a.x.data, "x");
   } else {
-    const bool grad_x = a.grad_x.data != nullptr;
-    if (cpu::reads(a.cell, cpu::Form::backward, grad_x)) needs(a.weight, "weight");
-    if (cpu::reads(a.cell, cpu::Form::backward_mem_tiles, grad_x))
-      needs(a.weight_mem, "weight_mem");
-    if (cpu::reads(a.cell, cpu::Form::backward_x_tiles, grad_x)) needs(a.weight_x, "weight_x");
+    grad_x = a.grad_x.data != nullptr;
     if (a.grad_weight) needs(a.x.data, "x");
     needs(a.mem0.data, "mem0");
     needs(a.saved_syn, "saved_syn");
     if (a.cell.inhibition && a.grad_spk.data) needs(a.winner, "winner");
     if (a.cell.surrogate == Surrogate::stochastic && a.grad_spk.data) needs(a.noise.data, "noise");
   }
+  const void* const weights[] = {a.weight, a.weight_mem, a.weight_x};
+  const char* const names[] = {"weight", "weight_mem", "weight_x"};
+  const int first = int(forward ? cpu::Form::forward : cpu::Form::backward);
+  for (int k = 0; k < 3; ++k)
+    if (cpu::reads(a.cell, cpu::Form(first + k), grad_x)) needs(weights[k], names[k]);
   // graded_factor is CUDA's: here the number itself is wanted.
   a.graded = a.cell.dtype == DType::float64 ? *static_cast<const double*>(a.graded_factor)
                                             : *static_cast<const float*>(a.graded_factor);

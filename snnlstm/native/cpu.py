@@ -237,7 +237,6 @@ class Choice:
         """
         plan, x = self.plan, call.x
         dtype = x.dtype
-        grad_spk, grad_syn, grad_mem = grads
         core, forms, size = self.way.backward(wanted[0], wanted[3])
         packed, self.packed = self.packed, None
         if packed is None:  # of a second backward pass over the same graph
@@ -247,32 +246,15 @@ class Choice:
             _prefer_huge_pages(*out)
         threshold = tensors.numbers(call.threshold, dtype)
         graded = tensors.numbers(call.graded, dtype)
-        noise = tensors.stochastic_noise(x, call.options, grad_spk)
+        noise = tensors.stochastic_noise(x, call.options, grads[0])
         workspace = memory.workspace(size)
         core.backward(
             **packed.addresses(core, forms),
-            record=plan.record,
-            x=view(x),
-            syn0=view(call.syn),
-            mem0=view(call.mem),
+            **tensors.backward_arguments(call, saved, grads, noise, out, d_gates),
             threshold=threshold.data_ptr(),
             threshold_stride=plan.threshold_stride,
             graded=graded.data_ptr(),
             levels=plan.levels_address,
-            saved_gates=saved.gates.data_ptr(),
-            saved_syn=saved.syn.data_ptr(),
-            winner=saved.winner.data_ptr() if plan.has_winner else 0,
-            noise=view(noise),
-            grad_spk=view(grad_spk),
-            grad_syn=view(grad_syn),
-            grad_mem=view(grad_mem),
-            grad_x=view(out.x),
-            grad_syn0=view(out.syn),
-            grad_mem0=view(out.mem),
-            grad_weight=address(out.weight),
-            grad_bias=address(out.bias),
-            grad_threshold=address(out.threshold),
-            d_gates=address(d_gates),
             workspace=workspace.data_ptr(),
         )
         if out.threshold is None:
@@ -287,10 +269,10 @@ class Choice:
         want = (False, False, False, *wanted, False)
         *_, of_weight, of_bias, _ = tensors.empty_gradients(steps[0].x, self.plan.signature, want)
         core.weight_gradient(
-            [(view(step.x), view(step.mem), step.d_gates.data_ptr()) for step in steps],
-            address(of_weight),
-            address(of_bias),
-            memory.workspace(size).data_ptr(),
+            steps=[(view(step.x), view(step.mem), step.d_gates.data_ptr()) for step in steps],
+            grad_weight=address(of_weight),
+            grad_bias=address(of_bias),
+            workspace=memory.workspace(size).data_ptr(),
         )
         return of_weight, of_bias
 

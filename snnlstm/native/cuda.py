@@ -167,13 +167,12 @@ class Plan:
     ) -> Gradients:
         """Run the backward kernels; see the twin's."""
         x = call.x
-        grad_spk, grad_syn, grad_mem = grads
         with self.kernels.guard(x.device):
             parameters, alive = self._parameters(call)
-            noise = tensors.stochastic_noise(x, call.options, grad_spk)
+            noise = tensors.stochastic_noise(x, call.options, grads[0])
             if self.convolves:
                 out = cudnn.backward(
-                    self, call, parameters, saved, (noise, grad_spk, grad_syn, grad_mem), wanted,
+                    self, call, parameters, saved, (noise, *grads), wanted,
                     d_gates,
                 )  # fmt: skip
             else:
@@ -186,25 +185,8 @@ class Plan:
                 workspace = tensors.empty_bytes(size, x.device)
                 self.core.cuda_backward(
                     *self._begin(),
-                    record=call.options.record,
-                    x=view(x),
-                    syn0=view(call.syn),
-                    mem0=view(call.mem),
+                    **tensors.backward_arguments(call, saved, grads, noise, out, d_gates),
                     weight=packed.data_ptr(),
-                    saved_gates=saved.gates.data_ptr(),
-                    saved_syn=saved.syn.data_ptr(),
-                    winner=saved.winner.data_ptr() if call.options.inhibition else 0,
-                    noise=view(noise),
-                    grad_spk=view(grad_spk),
-                    grad_syn=view(grad_syn),
-                    grad_mem=view(grad_mem),
-                    grad_x=view(out.x),
-                    grad_syn0=view(out.syn),
-                    grad_mem0=view(out.mem),
-                    grad_weight=address(out.weight),
-                    grad_bias=address(out.bias),
-                    grad_threshold=address(out.threshold),
-                    d_gates=address(d_gates),
                     workspace=workspace.data_ptr(),
                     **parameters,
                 )

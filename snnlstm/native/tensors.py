@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import DTYPES, POOLS, RESETS, CellOptions, Signature
+from ..call import DTYPES, POOLS, RESETS, Call, CellOptions, Signature
 
 __all__ = ["Gradients", "Result", "Saved"]
 
@@ -148,6 +148,41 @@ def numbers(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     return plain(tensor.detach()).to(dtype).contiguous()
+
+
+def backward_arguments(
+    call: Call,
+    saved: Saved,
+    grads: Sequence[Tensor | None],
+    noise: Tensor | None,
+    out: Gradients,
+    d_gates: Tensor | None,
+) -> dict[str, Any]:
+    """What the backward kernels of both halves take by name, but for weight, neurons and workspace.
+
+    The parameters are those of a choice's backward, with its results and the surrogate's noise.
+    """
+    grad_spk, grad_syn, grad_mem = grads
+    return {
+        "record": call.options.record,
+        "x": view(call.x),
+        "syn0": view(call.syn),
+        "mem0": view(call.mem),
+        "saved_gates": saved.gates.data_ptr(),
+        "saved_syn": saved.syn.data_ptr(),
+        "winner": saved.winner.data_ptr() if call.options.inhibition else 0,
+        "noise": view(noise),
+        "grad_spk": view(grad_spk),
+        "grad_syn": view(grad_syn),
+        "grad_mem": view(grad_mem),
+        "grad_x": view(out.x),
+        "grad_syn0": view(out.syn),
+        "grad_mem0": view(out.mem),
+        "grad_weight": address(out.weight),
+        "grad_bias": address(out.bias),
+        "grad_threshold": address(out.threshold),
+        "d_gates": address(d_gates),
+    }
 
 
 # ---- memory -----------------------------------------------------------------------------------
