@@ -10,7 +10,7 @@ import torch
 from backend import float32_precision, simt_core
 from cases import Case, cases, wanting_gradients
 from emulator import EmulationError
-from gradients import NAMES, gradients, of_outputs
+from gradients import NAMES
 from hypothesis import HealthCheck, assume, given, reject, settings
 from hypothesis import strategies as st
 from test_cell import (
@@ -24,7 +24,7 @@ from test_cell import (
     crossed,
     with_options,
 )
-from test_cell_gradients import COARSE, EXACT, JUMPING, SMOOTH
+from test_cell_gradients import COARSE, EXACT, JUMPING, SMOOTH, check_every_schedule
 from test_cell_gradients import check as check_gradients
 
 from snnlstm.call import make_call
@@ -270,16 +270,7 @@ def test_gradients_of_random_calls(core, mode):
 
 def test_gradients_are_the_same_under_every_schedule(core):
     mode = RESIDENT["resident tf32"]
-    case = mode.of(FITS["long"])
-    inputs, grads = case.inputs(), of_outputs(case)
-    seen = []
-    for schedule in (*SCHEDULES, ("ahead", 2)):
-        core.schedule(*schedule)
-        with mode.running(core):
-            seen.append(gradients(mode.run, inputs, case.options, grads))
-    for other in seen[1:]:
-        for name, gradient in seen[0].items():
-            assert torch.equal(gradient, other[name]), name
+    check_every_schedule(core, mode, mode.of(FITS["long"]))
 
 
 def test_the_backward_pass_is_chosen_by_itself(core):
