@@ -24,6 +24,7 @@ class Case:
     density: share of non-zero values in a binary x; None draws x from a normal distribution.
     threshold: 0.1 unless told: |mem| <= 1, so the default of 1.0 could never spike.
     goals: (forward, training) speed-ups over snnTorch eager that the project aims at, or None.
+    goals_of: the provider that they are for.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Case:
     threshold: float = 0.1
     density: float | None = 0.1
     goals: tuple[float, float] | None = None
+    goals_of: str = "snnlstm"
 
     @property
     def grad_x(self) -> bool:
@@ -145,9 +147,20 @@ CPU_CASES = _named(
     dataclasses.replace(_BIG, name="big-dense", density=None, goals=(3.5, 3.5)),
 )
 
+# Networks call their cells once per step: what that makes of the speed-up.
+LOOP_CASES = {
+    case.name: dataclasses.replace(case, goals_of="snnlstm-step")
+    for case in (
+        Case("loop1", 16, 1, 2, 12, 15, 17, goals=(6, 4)),
+        Case("loop2", 8, 24, 1, 8, 28, 28, max_pool=2, goals=(5, 4)),
+        Case("loop3", 8, 12, 2, 24, 34, 34, goals=(3.5, 2.8)),
+        Case("loop4", 6, 10, 24, 40, 30, 26, goals=(3.3, 2.4)),
+    )
+}
+
 # As found in real networks: spectrograms, EEG (channels by time, or one column), events, images.
 USERS_CASES = {
-    case.name: dataclasses.replace(case, goals=(3, 2.5))
+    case.name: dataclasses.replace(case, goals=(3, 2.5), goals_of="snnlstm-step")
     for case in (
         Case("spectrum", 4, 8, 1, 16, 129, 33, kernel=(9, 9)),
         Case("electrodes", 4, 8, 1, 16, 19, 125, kernel=(19, 3)),
@@ -178,13 +191,14 @@ LONG_STEPS = (5, 10, 20, 40)
 
 QUICK_CASES = ("tiny", "mnist", "doc2", "dvs", "mid", "k5")
 
-TABLES = {"cpu": CPU_CASES, "users": USERS_CASES, "gpu": GPU_CASES}
+TABLES = {"cpu": CPU_CASES, "loops": LOOP_CASES, "users": USERS_CASES, "gpu": GPU_CASES}
 
-CASES = {**CPU_CASES, **USERS_CASES, **GPU_CASES, LONG_CASE.name: LONG_CASE}
+CASES = {name: case for table in TABLES.values() for name, case in table.items()}
+CASES[LONG_CASE.name] = LONG_CASE
 
 
 def find_cases(names: list[str]) -> list[Case]:
-    """Built-in cases by name; "cpu", "users" and "gpu" stand for a whole table.
+    """Built-in cases by name; "cpu", "loops", "users" and "gpu" stand for a whole table.
 
     Raises ValueError naming the shape that is not known.
     """

@@ -61,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
         "--shapes",
         nargs="+",
         metavar="NAME",
-        help='built-in shapes from the list below; "cpu", "users" and "gpu" stand for whole tables '
-        "(default: cpu, or gpu with --device cuda)",
+        help='built-in shapes from the list below; "cpu", "loops", "users" and "gpu" stand for '
+        "whole tables (default: cpu, or gpu with --device cuda)",
     )
     what.add_argument(
         "--shape",

@@ -78,7 +78,7 @@ def summary(rows: Iterable[Row], goals: bool) -> str:
             both = [found[name].p50_ms for name in ("snnlstm-step", "snnlstm") if name in found]
             cells.append(f"{both[0] / both[1]:.2f}" if len(both) == 2 else "-")
         if goals:
-            ours = found.get("snnlstm")
+            ours = next((row for row in found.values() if row.goal), None)
             goal = ours.goal if ours else None
             verdict = ""
             if ours and ours.speedup and goal:
@@ -92,7 +92,8 @@ def summary(rows: Iterable[Row], goals: bool) -> str:
         format_table(header, lines, left=2),
     ]
     if goals and wanted:
-        text.append(f"{met} of {wanted} goals met (the goals are for snnlstm by sequence).")
+        of = " and ".join(sorted({row.provider for row in timed if row.goal}))
+        text.append(f"{met} of {wanted} goals met (the goals are for {of}).")
     return "\n".join(text)
 
 

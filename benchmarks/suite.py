@@ -245,7 +245,7 @@ class Suite:
             p50_ms=times.p50 * millis if times else None,
             p80_ms=times.p80 * millis if times else None,
             speedup=baseline.p50 / times.p50 if times and baseline else None,
-            goal=case.goal(mode) if name == "snnlstm" else None,
+            goal=case.goal(mode) if name == case.goals_of else None,
             gflops=flops * case.steps / times.p50 / 1e9 if times else None,
             peak_gflops=peak.gflops,
             peak_gbytes=peak.gbytes,
