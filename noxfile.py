@@ -45,13 +45,14 @@ def _install(session: nox.Session, torch: str, numpy: str, snntorch: str | None)
     wanted = [f"torch=={OLDEST[session.python]}" if torch == "oldest" else "torch"]
     wanted += [f"numpy{numpy}", f"snntorch=={snntorch}" if snntorch else ""]
     extra = "[loops]" if torch == "newest" and snntorch else ""
-    session.install(*filter(None, wanted), *NEEDED, f".{extra}", env=CORE)
+    session.install(*filter(None, wanted), *NEEDED, "-e", f".{extra}", env=CORE)
     session.run("python", "-c", ONE_STEP)
 
 
 def _test(session: nox.Session, *arguments: str) -> None:
     session.run("pytest", "-q", *(session.posargs or arguments))
-    shutil.rmtree(session.virtualenv.location)
+    if not session.posargs:
+        shutil.rmtree(session.virtualenv.location)
 
 
 @nox.session(python=list(OLDEST))

@@ -267,6 +267,8 @@ def _as_of_a_reset(state: Any, channels: int) -> bool:
 
 
 def _zeros_like(state: Tensor) -> Tensor:
+    if torch.jit.is_tracing():  # a trace takes in no tensor that has a history from before it
+        return torch.zeros(0, dtype=state.dtype, device=state.device)
     try:
         return torch.zeros_like(state)
     except RuntimeError:  # it outlived the torch.func transform in which it was computed
