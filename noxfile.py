@@ -44,7 +44,7 @@ print(torch.__version__, cell.path)
 def _install(session: nox.Session, torch: str, numpy: str, snntorch: str | None) -> None:
     wanted = [f"torch=={OLDEST[session.python]}" if torch == "oldest" else "torch"]
     wanted += [f"numpy{numpy}", f"snntorch=={snntorch}" if snntorch else ""]
-    extra = "[loops]" if torch == "newest" and snntorch else ""
+    extra = "[integrations]" if torch == "newest" and snntorch else ""
     session.install(*filter(None, wanted), *NEEDED, "-e", f".{extra}", env=CORE)
     session.run("python", "-c", ONE_STEP)
 

@@ -17,6 +17,8 @@ from snntorch import functional as SF
 from snntorch import surrogate, utils
 from torch import Tensor, nn
 
+import snnlstm
+
 try:
     from lightning import LightningModule
 except ImportError:
@@ -381,3 +383,12 @@ NETWORKS = {
     "hidden": Network(hidden, ((5, 4, 2, 8, 8), (5, 2, 2, 8, 8)), hidden_step, batch_dim=1),
     "lit": Network(Lit, ((4, 3, 2, 6, 6),), lit_step, optimizer=_adam),
 }
+
+
+def twins(make: Callable[[Any], nn.Module]) -> list[Any]:
+    """The same network with snnTorch's cell and with ours."""
+    nets = []
+    for cell in (snn.SConv2dLSTM, snnlstm.SConv2dLSTM):
+        torch.manual_seed(0)
+        nets.append(make(cell))
+    return nets

@@ -7,27 +7,15 @@ import sys
 from typing import Any
 
 import pytest
-import snntorch
 import torch
 import torch.nn.functional as F
 from helpers import close, ours, same_gradients, steps
-from nets import NETWORKS, ExplicitStates, Lit, Recurrent, Truncated
+from nets import NETWORKS, ExplicitStates, Lit, Recurrent, Truncated, twins
 from torch import Tensor, nn
 from torch.nn.parallel import replicate
 from torch.utils.data import DataLoader
 
 import snnlstm
-
-CELLS = (snntorch.SConv2dLSTM, snnlstm.SConv2dLSTM)
-
-
-def twins(make: Any) -> list[nn.Module]:
-    """The same network with snnTorch's cell and with ours."""
-    nets = []
-    for cell in CELLS:
-        torch.manual_seed(0)
-        nets.append(make(cell))
-    return nets
 
 
 def data(name: str) -> list[tuple[Tensor, Tensor]]:
@@ -77,24 +65,6 @@ def test_accelerates_loop():
                 optimizer.zero_grad()
     assert nets[1].lstm1.path.native
     same_weights(*nets)
-
-
-def test_torchinfos_summary(caplog, monkeypatch):
-    """It hooks every module, conv too: what it shows is right, and the log has one line of it."""
-    torchinfo = pytest.importorskip("torchinfo", reason="pip install torchinfo")
-    monkeypatch.setattr(snnlstm.path, "_logged", set())
-    theirs, ours = twins(Recurrent)
-    x = torch.zeros(4, 4, 2, 12, 12)
-    found = [torchinfo.summary(net, input_data=x, verbose=0) for net in (theirs, ours)]
-    assert found[0].total_params == found[1].total_params
-    shapes = [
-        [info.output_size for info in summary.summary_list if info.class_name == "SConv2dLSTM"]
-        for summary in found
-    ]
-    assert shapes[0] == shapes[1]
-    assert len(caplog.records) <= 1
-    ours(x)
-    assert ours.lstm1.path.native
 
 
 # ---- torch's own --------------------------------------------------------------------------
