@@ -5,6 +5,8 @@ of one check.
 """
 
 import contextlib
+import functools
+import inspect
 import json
 import traceback
 from collections.abc import Callable
@@ -28,6 +30,12 @@ try:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 except ImportError:  # before torch 2.6
     fully_shard = None
+
+parallel_of: Callable[..., DistributedDataParallel] = DistributedDataParallel
+if "_unsafe_preserve_version_counter" not in inspect.getsource(DistributedDataParallel):
+    # Autograd notices that DDP of an older torch writes to the buffers before each call: no module
+    # that has buffers, snnTorch's cell included, can be called twice before its backward pass.
+    parallel_of = functools.partial(DistributedDataParallel, broadcast_buffers=False)
 
 CHECKS: dict[str, Callable[[int, int], None]] = {}
 
@@ -83,7 +91,7 @@ def of_one_process(x: Tensor, **options: Any) -> list[Tensor]:
 def states_stay_where_they_are_and_last_batches_may_differ(rank: int, world: int) -> None:
     """snnTorch's states are buffers: rank 0's replace those of the others."""
     cell, alone = ours(), ours()
-    parallel = DistributedDataParallel(cell)
+    parallel = parallel_of(cell)
     for batch in (2, 2, 1 + rank):
         x = steps(1, batch, 2, 6, 6, seed=10 * rank + batch)[0]
         spk, syn, mem = parallel(x)
@@ -98,7 +106,7 @@ def gradients_are_those_of_one_process_on_the_whole_batch(rank: int, world: int)
     """One call a step, and one backward pass after all of them."""
     x = whole_batch(world)
     for options in ({}, {"learn_threshold": True}, {"threshold": torch.full((4, 1, 1), 0.1)}):
-        parallel = DistributedDataParallel(net(**options))
+        parallel = parallel_of(net(**options))
         loss_of(parallel, own_part(x, rank)).backward()
         assert parallel.module[1].path.native == (native is not None)
         close(gradients(parallel), of_one_process(x, **options), atol=1e-5, rtol=1e-4)
@@ -118,7 +126,7 @@ def static_graphs_and_unused_parameters(rank: int, world: int) -> None:
 
     x = whole_batch(world)
     for kwargs in ({"static_graph": True}, {"find_unused_parameters": True}):
-        model = DistributedDataParallel(Whole(), **kwargs)
+        model = parallel_of(Whole(), **kwargs)
         for seed in (1, 2):
             model.zero_grad()
             model(own_part(whole_batch(world, seed), rank)).backward()
@@ -129,7 +137,7 @@ def static_graphs_and_unused_parameters(rank: int, world: int) -> None:
 @check
 def accumulated_gradients(rank: int, world: int) -> None:
     parts = [whole_batch(world, seed) for seed in (1, 2)]
-    parallel = DistributedDataParallel(net())
+    parallel = parallel_of(net())
     for last, x in enumerate(parts):
         with contextlib.nullcontext() if last else parallel.no_sync():
             loss_of(parallel, own_part(x, rank)).backward()
@@ -140,7 +148,7 @@ def accumulated_gradients(rank: int, world: int) -> None:
 @check
 def ranks_with_more_batches_than_others(rank: int, world: int) -> None:
     """torch's Join: those that are through answer for what the others still communicate."""
-    parallel = DistributedDataParallel(net(learn_threshold=True))
+    parallel = parallel_of(net(learn_threshold=True))
     optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
     with Join([parallel]):
         for seed in range(1 + rank):

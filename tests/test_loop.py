@@ -91,6 +91,8 @@ def test_a_loop_equals_snntorchs_and_one_call_for_the_sequence(steps, batch):
 
 def test_the_weight_gradient_is_formed_once_for_all_steps(monkeypatch):
     """By one call of the core, and no step forms one."""
+    # An older torch does not tell whether the graph is kept, and with it the gates.
+    tells = hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
     seen = []
     form = native.cpu.Choice.weight_gradient
     backward = native.cpu.Choice.backward
@@ -101,7 +103,8 @@ def test_the_weight_gradient_is_formed_once_for_all_steps(monkeypatch):
     def checked(choice, call, saved, grads, wanted, d_gates=None):
         assert not wanted[3]
         assert not wanted[4]
-        assert d_gates is saved.gates, "no other memory than the gates' is taken"
+        if tells:
+            assert d_gates is saved.gates, "no other memory than the gates' is taken"
         return backward(choice, call, saved, grads, wanted, d_gates)
 
     monkeypatch.setattr(native.cpu.Choice, "backward", checked)
