@@ -31,22 +31,13 @@ LEFT_OUT = [
 NEWER = [f"--ignore=tests/test_{name}.py" for name in ("compile", "export", "messages")]
 NEWER += ["-k", "not compile and not hooks_on_saving and not ecosystem and not deterministic_mode"]
 
-# One training step of a cell, on the kernels.
-ONE_STEP = """
-import torch, snnlstm
-cell = snnlstm.SConv2dLSTM(2, 4, 3, threshold=0.1)
-cell(torch.rand(3, 2, 2, 8, 8))[0].sum().backward()
-assert cell.path.native, cell.path
-print(torch.__version__, cell.path)
-"""
-
 
 def _install(session: nox.Session, torch: str, numpy: str, snntorch: str | None) -> None:
     wanted = [f"torch=={OLDEST[session.python]}" if torch == "oldest" else "torch"]
     wanted += [f"numpy{numpy}", f"snntorch=={snntorch}" if snntorch else ""]
     extra = "[integrations]" if torch == "newest" and snntorch else ""
     session.install(*filter(None, wanted), *NEEDED, "-e", f".{extra}", env=CORE)
-    session.run("python", "-c", ONE_STEP)
+    session.run("python", "tests/one_step.py")
 
 
 def _test(session: nox.Session, *arguments: str) -> None:
