@@ -118,6 +118,9 @@ struct BackwardArgs {
   // If given: the gradient of the gate sums of every step is left here, (T, N, Ho, Wo, 4, Cp) of
   // the gate type. It may be saved_gates itself.
   void* d_gates = nullptr;
+  // CUDA, if given: mem after every step but the last is left here, (T - 1, N, Ho, Wo, Cp) of the
+  // gate type.
+  void* mem_after = nullptr;
   void* workspace = nullptr;
   int threads = 1;
 };

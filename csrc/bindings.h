@@ -134,7 +134,7 @@ inline BackwardArgs backward_args(const Cell& cell, const py::kwargs& given) {
   a.grad_syn0 = k.view("grad_syn0"), a.grad_mem0 = k.view("grad_mem0");
   a.grad_weight = k.address("grad_weight"), a.grad_bias = k.address("grad_bias");
   a.grad_threshold = k.address("grad_threshold");
-  a.d_gates = k.address("d_gates");
+  a.d_gates = k.address("d_gates"), a.mem_after = k.address("mem_after");
   k.finish();
   return a;
 }

@@ -57,6 +57,12 @@ inline void bind_cuda(py::module_& m, const CudaCalls& calls = {}) {
   m.def("cuda_reason_against",
         py::overload_cast<const Cell&, const Target&>(&cuda::reason_against));
   m.def("cuda_algorithm_name", &cuda::algorithm_name);
+  m.def("cuda_ways", [](const Cell& cell, const Target& t, bool backward) {
+    py::list ways;
+    for (const cuda::Way& way : cuda::ways(cell, t, backward))
+      ways.append(py::make_tuple(way.name, way.target));
+    return ways;
+  });
   m.def("cuda_padded_channels", &cuda::padded_channels);
   m.def("cuda_packed_bytes", [](const Cell& cell, const Target& t, bool backward) {
     const cuda::Sizes sizes = cuda::sizes(cell, t);
@@ -109,12 +115,11 @@ inline void bind_cuda(py::module_& m, const CudaCalls& calls = {}) {
     calls.pointwise_forward(args, sums, on(t, stream));
   });
   m.def("cuda_pointwise_backward",
-        [calls](const Cell& cell, const Target& t, Address stream, const py::object& d_gates,
-                Address mem_after, const py::kwargs& given) {
+        [calls](const Cell& cell, const Target& t, Address stream, const py::kwargs& given) {
           const BackwardArgs args = backward_args(cell, given);
-          const View grads = view(d_gates);
+          if (!args.d_gates) throw py::value_error("d_gates must be given");
           py::gil_scoped_release release;
-          calls.pointwise_backward(args, grads, at(mem_after), on(t, stream));
+          calls.pointwise_backward(args, on(t, stream));
         });
 }
 

@@ -297,9 +297,8 @@ def test_the_functional_form_is_the_cell_without_its_state(backend):
 
 
 def test_set_algorithm_takes_known_names_only():
-    with pytest.raises(
-        ValueError, match="name must be one of auto, direct, winograd, pointwise, got 'fft'"
-    ):
+    names = "auto, direct, winograd, fused, resident, hybrid, pointwise, measure"
+    with pytest.raises(ValueError, match=f"name must be one of {names}, got 'fft'"):
         snnlstm.set_algorithm("fft")
     before = snnlstm.settings.get_algorithm()
     with snnlstm.algorithm("direct"):

@@ -100,6 +100,8 @@ GALLERY = {
         quant.state_quant(4, threshold=float("nan"))
         quant.state_quant(4, uniform=False, threshold=0)
         snnlstm.set_algorithm("fft")
+        snnlstm.set_algorithm("direct", file="choices.json")
+        snnlstm.set_algorithm("measure", file=3)
     """,
     "What runs, and why": """
         cell(x); print(cell.path.reason)

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "../args.h"
 
@@ -37,6 +38,15 @@ struct Target {
   void* stream = nullptr;
   Matrix matrix = Matrix::exact;
   Algorithm algorithm = Algorithm::automatic;
+  // Rows of kForwardShapes and kDataShapes: the blocks that a step's tensor core kernels have. -1:
+  // the largest that give each multiprocessor one.
+  int forward_shape = -1, data_shape = -1;
+};
+
+// A way for the kernels to run a cell's forward or backward pass.
+struct Way {
+  std::string name;  // as algorithm_name()'s, with the block's warps
+  Target target;
 };
 
 // What the current device is. std::runtime_error where there is none.
@@ -84,11 +94,9 @@ void weight_gradient(const WeightGradArgs& args, const Target& target);
 // unused; bias is null where the sums hold it already; saved_gates and saved_syn are this step's.
 void pointwise_forward(const ForwardArgs& args, const View& gate_sums, const Target& target);
 
-// d_gates: gets the gradient of gate_sums. mem_after: gets mem after the step, (N, Ho, Wo, Cp) of
-// the gate_type(), unless it is null. Of args x, mem0, weight, grad_x, grad_mem0, grad_weight and
-// grad_bias are unused. workspace: pointwise_workspace().
-void pointwise_backward(const BackwardArgs& args, const View& d_gates, void* mem_after,
-                        const Target& target);
+// args.d_gates must be given. mem_after: of this step, (N, Ho, Wo, Cp). Of args x, mem0, weight,
+// grad_x, grad_mem0, grad_weight and grad_bias are unused. workspace: pointwise_workspace().
+void pointwise_backward(const BackwardArgs& args, const Target& target);
 int64_t pointwise_workspace(const Cell& cell, const Target& target);
 
 // How float32 keeps its full precision: exact, or tf32x3 where that is likely to be faster.
@@ -101,5 +109,9 @@ Algorithm choose_algorithm(const Cell& cell, const Target& target);
 // "fma" or "mma-<operands>", behind "resident-" where a sequence is one launch: what forward() and
 // backward() run for this target.
 std::string algorithm_name(const Cell& cell, const Target& target);
+
+// All ways that the kernels can run a pass of a cell, those that the estimate prefers first: a
+// launch for every step, in blocks of each shape, then the whole sequence in one where that can be.
+std::vector<Way> ways(const Cell& cell, const Target& target, bool backward);
 
 }  // namespace snnlstm::cuda

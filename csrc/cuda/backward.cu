@@ -45,10 +45,8 @@ class Backward {
     refuse_oversize(c, backward_blocks(c, plan_));
     refuse_resident(sequence_.reason_against, target_);
     if (resident_) {
-      resident_backward(
-          sequence_, a_,
-          {d_gates_, a_.grad_weight ? mem_ : nullptr, a_.grad_threshold ? sums_ : nullptr},
-          weight_for(Use::gates_to_mem), target_);
+      resident_backward(sequence_, a_, {d_gates_, mem_kept(), a_.grad_threshold ? sums_ : nullptr},
+                        weight_for(Use::gates_to_mem), target_);
     } else {
       for (int64_t t = c.T - 1; t >= 0; --t) step(t);
     }
@@ -85,11 +83,15 @@ class Backward {
     sums_ = arena.take(threshold_blocks() * threshold_pitch() * bytes_of(real_));
     if (!resident_ && !plan_.spreads) spikes_ = arena.take(s_.state() * bytes_of(real_));
     d_gates_ = a_.d_gates ? a_.d_gates : arena.take(c.T * s_.gates() * bytes_of(gate_type_));
+    mem_ = a_.mem_after;
     if (!a_.grad_weight && !a_.grad_bias) return;
-    mem_ = arena.take(std::max<int64_t>(c.T - 1, 0) * s_.state() * bytes_of(gate_type_));
+    if (!mem_) mem_ = arena.take(std::max<int64_t>(c.T - 1, 0) * s_.state() * bytes_of(gate_type_));
     weights_.emplace(c, target_);
     weights_->carve(arena);
   }
+
+  // mem after each step, where anybody wants it.
+  void* mem_kept() const { return a_.grad_weight || a_.mem_after ? mem_ : nullptr; }
 
   Image d_gates(int64_t t) const {
     return image(static_cast<char*>(d_gates_) + t * s_.gates() * bytes_of(gate_type_), s_,
@@ -112,7 +114,7 @@ class Backward {
     else
       n.grad_syn0 = state_tensor(c, a_.grad_syn0, 0, 4);
     n.d_gates = d_gates(t);
-    if (a_.grad_weight && t < c.T - 1)
+    if (mem_kept() && t < c.T - 1)
       n.mem_keep =
           image(static_cast<char*>(mem_) + t * s_.state() * bytes_of(gate_type_), s_, gate_type_);
     if (a_.grad_threshold) n.sums = sums_;

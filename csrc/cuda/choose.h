@@ -50,6 +50,18 @@ inline Segment state_window(const Cell& c) {
   return s;
 }
 
+// Blocks of a step on tensor cores, the largest first: warps along pixels, along channels, and
+// along K.
+struct BlockShape {
+  int m, n, k;
+  std::string name() const {
+    std::string text = std::to_string(m) + "x" + std::to_string(n);
+    return k > 1 ? text + "x" + std::to_string(k) : text;
+  }
+};
+constexpr BlockShape kForwardShapes[] = {{4, 2, 1}, {4, 1, 1}, {2, 2, 1}, {2, 1, 1}};
+constexpr BlockShape kDataShapes[] = {{2, 2, 1}, {4, 1, 1}, {2, 1, 2}};
+
 struct ForwardPlan {
   Multiply multiply = Multiply::fma;
   Tiling tiling;        // of one time step
@@ -109,12 +121,10 @@ inline ForwardPlan plan_step(const Cell& c, const Target& target) {
   plan.multiply = wanted_multiply(c, target);
   if (plan.mma()) {
     plan.tiles = c.C <= 8 ? 4 : 8;
-    struct {
-      int m, n;
-    } const shapes[] = {{4, 2}, {4, 1}, {2, 2}, {2, 1}};
     ForwardPlan best;
-    for (const auto& shape : shapes) {
+    for (const BlockShape& shape : kForwardShapes) {
       if (shape.n == 2 && c.C <= 16) continue;
+      if (target.forward_shape >= 0 && &shape != kForwardShapes + target.forward_shape) continue;
       plan.warps_m = shape.m, plan.warps_n = shape.n;
       choose_tiling(plan, c, 32 * shape.m);
       MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);

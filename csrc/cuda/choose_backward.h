@@ -194,11 +194,9 @@ inline bool plan_data(DataPlan& plan, const Cell& c, const Target& target, bool 
   plan.multiply = plan_forward(c, target).multiply;  // the gates' type is the forward pass's choice
   if (plan.mma()) {
     plan.tiles = columns <= 32 ? 2 : 8;
-    struct {
-      int m, n, k;
-    } const shapes[] = {{2, 2, 1}, {4, 1, 1}, {2, 1, 2}};
-    for (const auto& shape : shapes) {
+    for (const BlockShape& shape : kDataShapes) {
       if ((shape.n == 2) != (columns > 16 && columns <= 32)) continue;
+      if (!of_x && target.data_shape >= 0 && &shape != kDataShapes + target.data_shape) continue;
       plan.warps_m = shape.m, plan.warps_n = shape.n, plan.k_groups = shape.k;
       if (!choose_tiling(plan, 32 * shape.m)) continue;
       MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);

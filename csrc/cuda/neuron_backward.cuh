@@ -110,13 +110,12 @@ class BackwardTile {
   // gradients of mem, of pixel k at recurrent + k * stride; null: there are none.
   // row_sums, (channels,) in shared memory for each row of warps: gets the threshold's gradient,
   // summed over the lanes that differ in the three bits from `bit` on; set where `set`, else added
-  // to. With `gather` the patch only writes mem into the tile. gate_grads: four
-  // tensors of the caller's that d_gates go to, too. keep(place, channel, d_gates): more of that.
+  // to. With `gather` the patch only writes mem into the tile. keep(place, channel, d_gates): what
+  // else becomes of d_gates.
   template <class Keep = NothingElse>
   SNNLSTM_DEVICE void patch(int m, int first, bool gather, const R* recurrent, int stride,
                             MemTile<R> tile, R* row_sums, int bit, bool set,
-                            const Tensor* gate_grads = nullptr, const BackwardStep<R>& step = {},
-                            Keep&& keep = {}) const {
+                            const BackwardStep<R>& step = {}, Keep&& keep = {}) const {
     const Place at = place_of(tiling_, block_, m, p_.Ho, p_.Wo);
     const int c0 = c0_ + first;
     R gate[4][2][4];
@@ -236,21 +235,6 @@ class BackwardTile {
       for (int k = 0; k < 4; ++k) store_patch(p_.d_gates, at, c0, gate[k], k);
     }
     keep(at, c0, gate);
-    if (gate_grads != nullptr) {
-#pragma unroll 1
-      for (int k = 0; k < 4; ++k) {
-        R v[2][4];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const int px = i / 4, ch = i % 4;
-          v[px][ch] = k == 0   ? gate[0][px][ch]
-                      : k == 1 ? gate[1][px][ch]
-                      : k == 2 ? gate[2][px][ch]
-                               : gate[3][px][ch];
-        }
-        store_patch(gate_grads[k], at, c0, v);
-      }
-    }
     if (step.first && p_.grad_syn0.present())
       store_patch(p_.grad_syn0, at, c0, d_syn);
     else if (step.d_syn != nullptr)

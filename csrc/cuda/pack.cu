@@ -1,7 +1,7 @@
 // Packed weights and the sizes of all that the caller brings.
 #include "estimate.h"
 #include "packer.h"
-#include "resident_plan.h"
+#include "resident_backward_plan.h"
 
 namespace snnlstm::cuda {
 
@@ -108,6 +108,52 @@ Algorithm choose_algorithm(const Cell& cell, const Target& target) {
   return target.algorithm == Algorithm::automatic ? estimate(cell, target)
          : plan_forward(cell, target).mma()       ? Algorithm::mma
                                                   : Algorithm::fma;
+}
+
+namespace {
+
+// The ways with a launch for every step, of all blocks in `shapes` that can be: plan_of(target)
+// tells, and which of these the estimate takes comes first.
+template <size_t count, class F>
+std::vector<Way> fused_ways(const BlockShape (&shapes)[count], Target target, int Target::* shape,
+                            F&& plan_of) {
+  target.algorithm = Algorithm::fused;
+  const auto chosen = plan_of(target);
+  const std::string name = name_of(chosen.multiply);
+  std::vector<Way> found;
+  if (!chosen.mma()) return {{name, target}};
+  const auto is_chosen = [&](const BlockShape& s) {
+    return s.m == chosen.warps_m && s.n == chosen.warps_n &&
+           s.m * s.n * s.k * 32 == chosen.threads();
+  };
+  for (const bool first : {true, false})
+    for (size_t k = 0; k < count; ++k) {
+      target.*shape = int(k);
+      if (is_chosen(shapes[k]) == first && plan_of(target).mma())
+        found.push_back({name + "-" + shapes[k].name(), target});
+    }
+  return found;
+}
+
+}  // namespace
+
+std::vector<Way> ways(const Cell& cell, const Target& target, bool backward) {
+  std::vector<Way> found =
+      backward ? fused_ways(kDataShapes, target, &Target::data_shape,
+                            [&](const Target& t) { return plan_backward(cell, t).to_mem; })
+               : fused_ways(kForwardShapes, target, &Target::forward_shape,
+                            [&](const Target& t) { return plan_forward(cell, t); });
+  Target resident = target;
+  resident.algorithm = Algorithm::resident;
+  const bool can_be =
+      backward ? runs_resident_backward(
+                     cell, resident,
+                     plan_resident_backward(cell, resident, plan_backward(cell, resident).to_mem))
+               : runs_resident(cell, resident);
+  if (can_be)
+    found.push_back(
+        {std::string("resident-") + name_of(plan_forward(cell, resident).multiply), resident});
+  return found;
 }
 
 std::string algorithm_name(const Cell& cell, const Target& target) {

@@ -59,8 +59,7 @@ void pointwise_forward(const ForwardArgs& args, const View& gate_sums, const Tar
   launch_fire(fire, c.inhibition, stream);
 }
 
-void pointwise_backward(const BackwardArgs& args, const View& d_gates, void* mem_after,
-                        const Target& target) {
+void pointwise_backward(const BackwardArgs& args, const Target& target) {
   const Cell& c = args.cell;
   const DType gates = gate_type(c.dtype, target.matrix);
   const Shape s(c);
@@ -75,11 +74,11 @@ void pointwise_backward(const BackwardArgs& args, const View& d_gates, void* mem
   NeuronBackward& n = p.neuron;
   n = neuron_backward(args, 0);
   n.gates = image(const_cast<void*>(args.saved_gates), s, gates, 4);
-  if (mem_after) n.mem_keep = image(mem_after, s, gates);
+  n.d_gates = image(args.d_gates, s, gates, 4);
+  if (args.mem_after) n.mem_keep = image(args.mem_after, s, gates);
   n.grad_syn0 = tensor(args.grad_syn0, c.dtype, 0, {1, c.N, c.C, s.Ho, s.Wo}, 4);
   n.spreads = plan.whole_windows;
   if (args.grad_threshold) n.sums = sums;
-  for (int k = 0; k < 4; ++k) p.d_gates[k] = gate_of(d_gates, gates, c, k);
   if (!n.spreads && n.fire.spk.present() && n.surrogate != Surrogate::none) {
     SpreadStep spread;
     spread.tiling = plan.tiling;

@@ -1,6 +1,6 @@
 // The neurons alone, behind a convolution that somebody else has computed: forward and backward of
 // one step. One thread a patch of 2 pixels x 4 channels, a block 64 pixels x 16 channels.
-//   gate sums  (N, 4C, Ho, Wo)  what the convolution gives, in any layout; d_gates likewise
+//   gate sums  (N, 4C, Ho, Wo)  what the convolution gives, in any layout
 #pragma once
 
 #include "neuron_backward.cuh"
@@ -58,8 +58,7 @@ __global__ void __launch_bounds__(pointwise::kThreads)
 
 struct PointwiseBackward {
   Tiling tiling;
-  NeuronBackward neuron;  // its d_gates are absent
-  Tensor d_gates[4];      // as PointwiseForward::sums
+  NeuronBackward neuron;
 };
 
 template <class R>
@@ -76,7 +75,7 @@ __global__ void __launch_bounds__(pointwise::kThreads)
 #pragma unroll 1
   for (int phase = tile.gathers() ? 0 : 1; phase < 2; ++phase) {
     tile.patch(pointwise::pixel(), pointwise::channel(), phase == 0, static_cast<const R*>(nullptr),
-               0, mem_tile, row_sums, 4, true, p.d_gates);
+               0, mem_tile, row_sums, 4, true);
     __syncthreads();
     if (phase == 0) {
       tile.spread(mem_tile);

@@ -111,7 +111,7 @@ class ResidentBackwardBlock {
           step.d_syn = array(p_.at.d_syn) + slot;
           tile_.patch(
               m, first, phase == 0, array(p_.at.d_mem) + slot, kSlotStride, mem_tile, own_sums,
-              1 << p_.quad_bits, false, nullptr, step,
+              1 << p_.quad_bits, false, step,
               [&](const Place& at, int c0, const R(&gate)[4][2][4]) { keep(at, c0, gate); });
         });
         if (phase == 0) {

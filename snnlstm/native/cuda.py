@@ -3,18 +3,14 @@
 Everything is enqueued on the current stream of the tensors' device and nothing waits for it, so
 that a CUDA graph can capture it. All memory comes from torch's caching allocator.
 
-Two algorithms give the same results, up to rounding, and read what the other one saved:
-
-- fused: the kernels do it all, the convolution included
-- pointwise: torch (cuDNN) convolves, and the kernels do the rest of a step; for wide layers
-
 Weights are packed anew in every call, in one small kernel: their values cannot be compared
 without waiting for the GPU, and neither version counters nor addresses tell of every change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,13 +20,15 @@ from torch import Tensor
 from ..call import Call, Signature
 from . import cudnn, tensors
 from .tensors import Gradients, Result, Saved, Step, address, view
+from .ways import Way, Ways
 
 __all__ = ["Kernels"]
 
 # The numbers of csrc/cuda/api.h.
 _EXACT, _TF32 = 0, 1
 _OPERANDS = {torch.float16: 3, torch.bfloat16: 4}
-_AUTOMATIC, _POINTWISE = 0, 3
+
+_ROUNDS = 3  # that a measured way is timed, after one that is not; the shortest counts
 
 
 def _tf32_is_allowed() -> bool:
@@ -47,18 +45,17 @@ class Plan:
     """
 
     def __init__(
-        self, kernels: Kernels, signature: Signature, call: Call, algorithm: str, tf32: bool
-    ) -> None:
+        self, kernels: Kernels, signature: Signature, call: Call, algorithm: str,
+        tf32: bool, benchmark: bool,
+    ) -> None:  # fmt: skip
         s, core = signature, kernels.core
         self.kernels, self.core, self.signature = kernels, core, signature
         self.cell = tensors.make_cell(core, s, s.time)
         self.target = kernels.target(s, tf32)
         self.step = self.cell if s.time == 1 else tensors.make_cell(core, s, 1)
-        self.convolves = algorithm == "pointwise" or (
-            algorithm != "direct" and core.cuda_choose(self.cell, self.target) == _POINTWISE
-        )
-        kind = "pointwise" if self.convolves else core.cuda_algorithm_name(self.cell, self.target)
-        self.name = f"{kernels.name()}-{kind}"
+        measures = algorithm == "measure" or (benchmark and algorithm == "auto")
+        strides = call.x.stride(), call.syn.stride(), call.mem.stride()
+        self.ways = Ways(kernels, s, self.cell, strides, algorithm, tf32, measures)
         spk, state = tensors.output_shapes(s)
         self.spk = spk, tensors.image_strides(call.x, spk)
         self.state = state, tensors.image_strides(call.x, state)
@@ -72,16 +69,25 @@ class Plan:
         geometry = (o.kernel_size, o.stride, o.dilation)
         self.loop_key = (
             kernels, s.cin, s.c, s.h, s.w, s.n, s.dtype, s.device, geometry, self.work, tf32,
-            self.convolves,
+            algorithm, measures,
         )  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        """Name of what runs, as in a path."""
+        return f"{self.kernels.name()}-{self.ways.name}"
 
     def choose(self, call: Call) -> Plan:
         """The kernels of a call."""
         return self
 
-    def _begin(self) -> tuple[Any, Any, int]:
+    def _begin(self, target: Any) -> tuple[Any, Any, int]:
         """What every call of the core starts with."""
-        return self.cell, self.target, self.kernels.stream(self.signature.device)
+        return self.cell, target, self.kernels.stream(self.signature.device)
+
+    def begin_step(self) -> tuple[Any, Any, int]:
+        """The same for the calls of one step, behind torch's convolution."""
+        return self.step, self.target, self.kernels.stream(self.signature.device)
 
     def _parameters(self, call: Call) -> tuple[dict[str, int], list[Tensor | None]]:
         """Arguments of every kernel, and the tensors whose addresses these are."""
@@ -91,7 +97,7 @@ class Plan:
         if self.levels is not None:
             levels = call.x.new_empty(self.levels.numel(), dtype=self.real)
             values = self.levels.data_ptr()
-            self.core.cuda_store_levels(*self._begin(), values, levels.data_ptr())
+            self.core.cuda_store_levels(*self._begin(self.target), values, levels.data_ptr())
         arguments = {
             "threshold": threshold.data_ptr(),
             "threshold_stride": 0 if self.signature.thresholds == 1 else 1,
@@ -100,18 +106,17 @@ class Plan:
         }
         return arguments, [threshold, graded, levels]
 
-    def _pack(self, call: Call, backward: bool) -> Tensor:
+    def _pack(self, call: Call, target: Any, backward: bool) -> Tensor:
         weight = tensors.numbers(call.weight, call.x.dtype)
-        size = self.core.cuda_packed_bytes(self.cell, self.target, backward)
+        size = self.core.cuda_packed_bytes(self.cell, target, backward)
         packed = tensors.empty_bytes(size, weight.device)
-        self.core.cuda_pack_weight(*self._begin(), weight.data_ptr(), backward, packed.data_ptr())
+        self.core.cuda_pack_weight(
+            *self._begin(target), weight.data_ptr(), backward, packed.data_ptr()
+        )
         return packed
 
     def empty_d_gates(self, call: Call, kept: Saved | None) -> Tensor:
-        """Memory for the gate gradients of a step; that of the gates in `kept`, if given."""
-        if self.convolves:
-            n, c, ho, wo = call.mem.shape
-            return tensors.empty_like_images(call.x, (n, 4 * c, ho, wo), self.work)
+        """Memory for the gate gradients of each step; that of the gates in `kept`, if given."""
         if kept is not None:
             return kept.gates
         shape, dtype = self.saved_shapes[0]
@@ -132,30 +137,38 @@ class Plan:
             parameters, alive = self._parameters(call)
             bias = None if call.bias is None else tensors.numbers(call.bias, x.dtype)
             parameters["bias"] = address(bias)
-            if self.convolves:
-                cudnn.forward(self, call, parameters, result)
-                return result
-            packed = self._pack(call, backward=False)
-            size = self.core.cuda_workspace(self.cell, self.target, False)
-            workspace = tensors.empty_bytes(size, x.device)
-            self.core.cuda_forward(
-                *self._begin(),
-                record=call.options.record,
-                x=view(x),
-                syn0=view(call.syn),
-                mem0=view(call.mem),
-                weight=packed.data_ptr(),
-                spk=view(spk),
-                syn=view(syn),
-                mem=view(mem),
-                saved_gates=0 if saved is None else saved.gates.data_ptr(),
-                saved_syn=0 if saved is None else saved.syn.data_ptr(),
-                winner=saved.winner.data_ptr() if saved and call.options.inhibition else 0,
-                workspace=workspace.data_ptr(),
-                **parameters,
-            )
+
+            def run(way: Way) -> None:
+                self._forward(way, call, parameters, result)
+
+            run(self.ways.choose("forward", run))
             del alive  # the kernels are on the stream: what takes their memory comes after them
         return result
+
+    def _forward(self, way: Way, call: Call, parameters: dict[str, int], result: Result) -> None:
+        if way.torch:
+            cudnn.forward(self, call, parameters, result)
+            return
+        spk, syn, mem, saved = result
+        packed = self._pack(call, way.target, backward=False)
+        size = self.core.cuda_workspace(self.cell, way.target, False)
+        workspace = tensors.empty_bytes(size, call.x.device)
+        self.core.cuda_forward(
+            *self._begin(way.target),
+            record=call.options.record,
+            x=view(call.x),
+            syn0=view(call.syn),
+            mem0=view(call.mem),
+            weight=packed.data_ptr(),
+            spk=view(spk),
+            syn=view(syn),
+            mem=view(mem),
+            saved_gates=0 if saved is None else saved.gates.data_ptr(),
+            saved_syn=0 if saved is None else saved.syn.data_ptr(),
+            winner=saved.winner.data_ptr() if saved and call.options.inhibition else 0,
+            workspace=workspace.data_ptr(),
+            **parameters,
+        )
 
     def backward(
         self,
@@ -166,34 +179,88 @@ class Plan:
         d_gates: Tensor | None = None,
     ) -> Gradients:
         """Run the backward kernels; see the twin's."""
-        x = call.x
-        with self.kernels.guard(x.device):
+        with self.kernels.guard(call.x.device):
             parameters, alive = self._parameters(call)
-            noise = tensors.stochastic_noise(x, call.options, grads[0])
-            if self.convolves:
-                out = cudnn.backward(
-                    self, call, parameters, saved, (noise, *grads), wanted,
-                    d_gates,
-                )  # fmt: skip
-            else:
-                out = tensors.empty_gradients(x, self.signature, wanted)
-                packed = self._pack(call, backward=True)
-                if d_gates is None:
-                    size = self.core.cuda_workspace(self.cell, self.target, True)
-                else:
-                    size = self.core.cuda_data_workspace(self.cell, self.target)
-                workspace = tensors.empty_bytes(size, x.device)
-                self.core.cuda_backward(
-                    *self._begin(),
-                    **tensors.backward_arguments(call, saved, grads, noise, out, d_gates),
-                    weight=packed.data_ptr(),
-                    workspace=workspace.data_ptr(),
-                    **parameters,
-                )
+            noise = tensors.stochastic_noise(call.x, call.options, grads[0])
+
+            def run(way: Way, d_gates: Tensor | None) -> Gradients:
+                return self._backward(way, call, parameters, saved, grads, noise, wanted, d_gates)
+
+            def attempt(way: Way) -> Gradients:  # d_gates may take the place of the saved gates
+                return run(way, None if d_gates is None else torch.empty_like(d_gates))
+
+            details = "".join("01"[want] for want in wanted)
+            way = self.ways.choose("backward" if d_gates is None else "step", attempt, details)
+            out = run(way, d_gates)
             del alive
         if out.threshold is None:
             return out
         return out._replace(threshold=tensors.threshold_gradient(out.threshold, call.threshold))
+
+    def _backward(
+        self,
+        way: Way,
+        call: Call,
+        parameters: dict[str, int],
+        saved: Saved,
+        grads: Sequence[Tensor | None],
+        noise: Tensor | None,
+        wanted: Sequence[bool],
+        d_gates: Tensor | None,
+    ) -> Gradients:
+        x, options = call.x, call.options
+        if not way.torch:
+            out = tensors.empty_gradients(x, self.signature, wanted)
+            self._run_steps(way, call, parameters, saved, grads, noise, out, d_gates, None)
+            return out
+        of_weight = wanted[3:5]
+        out = tensors.empty_gradients(x, self.signature, (*wanted[:3], False, False, wanted[5]))
+        if d_gates is None:
+            d_gates = self.empty_d_gates(call, None)
+        mems = cudnn.empty_mems(self, call, d_gates)
+        if way.torch == "all":
+            cudnn.steps_backward(self, call, parameters, saved, grads, noise, out, d_gates, mems)
+        else:
+            steps = out._replace(x=None)
+            self._run_steps(way, call, parameters, saved, grads, noise, steps, d_gates, mems)
+        if out.x is not None:
+            cudnn.data_gradient(self, call, d_gates, out.x)
+        xs = x if options.sequence else x.unsqueeze(0)
+        mem = cudnn.images_of(mems, call.mem)
+        weight, bias = cudnn.weight_gradient(self, xs, mem, d_gates, of_weight)
+        return out._replace(weight=weight, bias=bias)
+
+    def _run_steps(
+        self,
+        way: Way,
+        call: Call,
+        parameters: dict[str, int],
+        saved: Saved,
+        grads: Sequence[Tensor | None],
+        noise: Tensor | None,
+        out: Gradients,
+        d_gates: Tensor | None,
+        mems: Tensor | None,
+    ) -> None:
+        """The kernels, for the gradients that `out` has memory for.
+
+        `mems`, if given, gets mem before each step but the first.
+        """
+        packed = self._pack(call, way.target, backward=True)
+        of_weights = out.weight is not None or out.bias is not None or d_gates is None
+        if of_weights:
+            size = self.core.cuda_workspace(self.cell, way.target, True)
+        else:
+            size = self.core.cuda_data_workspace(self.cell, way.target)
+        workspace = tensors.empty_bytes(size, call.x.device)
+        self.core.cuda_backward(
+            *self._begin(way.target),
+            **tensors.backward_arguments(call, saved, grads, noise, out, d_gates),
+            mem_after=0 if mems is None or len(mems) == 1 else mems[1].data_ptr(),
+            weight=packed.data_ptr(),
+            workspace=workspace.data_ptr(),
+            **parameters,
+        )
 
     def weight_gradient(
         self, steps: Sequence[Step], wanted: Sequence[bool]
@@ -202,17 +269,18 @@ class Plan:
         x = torch.stack([step.x for step in steps])
         mem = torch.stack([step.mem for step in steps])
         d_gates = torch.cat([step.d_gates for step in steps])
-        with self.kernels.guard(x.device):
-            if self.convolves:
+        cell = tensors.make_cell(self.core, self.signature, len(steps))
+
+        def run(way: Way) -> tuple[Tensor | None, Tensor | None]:
+            if way.torch:
                 return cudnn.weight_gradient(self, x, mem, d_gates, wanted)
-            cell = tensors.make_cell(self.core, self.signature, len(steps))
             want = (False, False, False, *wanted, False)
             *_, of_weight, of_bias, _ = tensors.empty_gradients(x, self.signature, want)
-            size = self.core.cuda_weight_workspace(cell, self.target)
+            size = self.core.cuda_weight_workspace(cell, way.target)
             workspace = tensors.empty_bytes(size, x.device)
             self.core.cuda_weight_gradient(
                 cell,
-                *self._begin()[1:],
+                *self._begin(way.target)[1:],
                 x=view(x),
                 mem=view(mem),
                 d_gates=d_gates.data_ptr(),
@@ -220,7 +288,10 @@ class Plan:
                 grad_bias=address(of_bias),
                 workspace=workspace.data_ptr(),
             )
-        return of_weight, of_bias
+            return of_weight, of_bias
+
+        with self.kernels.guard(x.device):
+            return run(self.ways.choose("weight", run, f"T={len(steps)}"))
 
 
 class Kernels:
@@ -231,7 +302,7 @@ class Kernels:
     def __init__(self, core: Any) -> None:
         self.core = core
         self._devices: dict[torch.device, Any] = {}
-        self._targets: dict[tuple[torch.device, int], Any] = {}
+        self._targets: dict[tuple[torch.device, int, int], Any] = {}
 
     def name(self) -> str:
         """Name of the kernels; what they multiply with is known in a call."""
@@ -245,6 +316,32 @@ class Kernels:
         """The current stream of `device`."""
         return torch.cuda.current_stream(device).cuda_stream
 
+    def device_name(self, device: torch.device) -> str:
+        """What measured choices hold for."""
+        return torch.cuda.get_device_name(device)
+
+    def may_measure(self) -> bool:
+        """Whether kernels may be timed now, which waits for the GPU and depends on chance."""
+        return not (
+            torch.cuda.is_current_stream_capturing() or torch.are_deterministic_algorithms_enabled()
+        )
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """How long the GPU takes for a run, at best; infinity where its memory is too small."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        times = []
+        try:
+            run()  # kernels are loaded, and memory is allocated
+            for _ in range(_ROUNDS):
+                start.record()
+                run()
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end) / 1e3)
+        except torch.cuda.OutOfMemoryError:
+            return math.inf
+        return min(times)
+
     def _device_target(self, device: torch.device) -> Any:
         """What the core knows of a device."""
         found = self._devices.get(device)
@@ -253,8 +350,8 @@ class Kernels:
                 found = self._devices[device] = self.core.cuda_target()
         return found
 
-    def target(self, signature: Signature, tf32: bool) -> Any:
-        """The device, and in which numbers its convolutions multiply."""
+    def target(self, signature: Signature, tf32: bool, algorithm: int = 0) -> Any:
+        """The device, in which numbers its convolutions multiply, and api.h's algorithm."""
         s = signature
         there = self._device_target(s.device)
         matrix = _EXACT
@@ -262,9 +359,10 @@ class Kernels:
             matrix = _OPERANDS[s.options.operands]
         elif s.dtype == torch.float32:
             matrix = _TF32 if tf32 else self.core.cuda_full_precision(there)
-        found = self._targets.get((s.device, matrix))
+        key = s.device, matrix, algorithm
+        found = self._targets.get(key)
         if found is None:
-            found = self._targets[s.device, matrix] = there.wanting(matrix, _AUTOMATIC)
+            found = self._targets[key] = there.wanting(matrix, algorithm)
         return found
 
     def reason_against(self, call: Call, autocast: bool) -> str | None:
@@ -282,7 +380,7 @@ class Kernels:
 
     def settings(self, signature: Signature) -> tuple[Any, ...]:
         """The process's settings that a plan depends on."""
-        return (_tf32_is_allowed(),)
+        return _tf32_is_allowed(), torch.backends.cudnn.benchmark
 
     def plan(self, call: Call, algorithm: str, settings: tuple[Any, ...]) -> Plan:
         """The plan of calls like this one."""

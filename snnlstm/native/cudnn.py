@@ -1,13 +1,20 @@
-"""The cell with torch's convolution (cuDNN) and the CUDA kernels behind it, step by step.
+"""What torch's convolution (cuDNN) does of the cell on CUDA.
 
-The kernels do what is of the neurons alone: gates, states, spikes, and the gradients of these.
-Results, and what is saved for the backward pass, are those of the fused kernels.
+"pointwise": torch convolves, and the kernels do what is of the neurons alone, step by step.
+"hybrid": the kernels go through the steps, and torch forms the gradients of x, weight and bias over
+all steps at once. Results, what is saved, and the gradient of the gate sums are laid out as those
+of the kernels:
+
+    d_gates   (T, N, Ho * Wo, 4 Cp)
+    mems      (T, N, Ho * Wo, Cp), mem before each step
+
+Cp is C, padded to whole vectors. To torch these are channels-last images of 4 Cp and Cp channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +28,7 @@ from .tensors import Gradients, Result, Saved, address, view
 if TYPE_CHECKING:
     from .cuda import Plan
 
-__all__ = ["backward", "forward", "weight_gradient"]
+__all__ = ["data_gradient", "empty_mems", "forward", "steps_backward", "weight_gradient"]
 
 
 def _steps(tensor: Tensor, options: CellOptions) -> Tensor:
@@ -29,20 +36,23 @@ def _steps(tensor: Tensor, options: CellOptions) -> Tensor:
     return tensor if options.sequence else tensor.unsqueeze(0)
 
 
-def _from_pixels(pixels: Tensor, mem: Tensor) -> Tensor:
-    """(..., Ho * Wo, Cp) as (..., C, Ho, Wo), without a copy."""
-    _, c, ho, wo = mem.shape
-    return pixels.unflatten(-2, (ho, wo))[..., :c].movedim(-1, -3)
+def images_of(pixels: Tensor, mem: Tensor) -> Tensor:
+    """(..., Ho * Wo, channels) as (..., channels, Ho, Wo), without a copy."""
+    return pixels.unflatten(-2, mem.shape[-2:]).movedim(-1, -3)
 
 
-def _begin(plan: Plan) -> tuple[Any, Any, int]:
-    """What each call of the core starts with: it is of one step."""
-    return plan.step, plan.target, plan.kernels.stream(plan.signature.device)
+def _padded(weight: Tensor, gates: int) -> Tensor:
+    """Weight (4C, ...) with zeros for the padding between gates, (gates, ...)."""
+    c = weight.shape[0] // 4
+    if 4 * c == gates:
+        return weight
+    pad = (0, 0) * (weight.dim() - 1) + (0, gates // 4 - c)
+    return F.pad(weight.unflatten(0, (4, c)), pad).flatten(0, 1)
 
 
 def forward(plan: Plan, call: Call, parameters: dict[str, int], result: Result) -> None:
     """Torch convolves, the kernels do the rest of each step."""
-    options, saved, begin = call.options, result.saved, _begin(plan)
+    options, saved, begin = call.options, result.saved, plan.begin_step()
     syn, mem = call.syn, call.mem
     weight = call.weight.detach().to(plan.work)
     spks, last = _steps(result.spk, options), plan.signature.time - 1
@@ -67,49 +77,40 @@ def forward(plan: Plan, call: Call, parameters: dict[str, int], result: Result) 
         syn, mem = out_syn, out_mem
 
 
-def backward(
+def steps_backward(
     plan: Plan,
     call: Call,
     parameters: dict[str, int],
     saved: Saved,
-    output_grads: tuple[Tensor | None, ...],
-    wanted: Sequence[bool],
-    left: Tensor | None,
-) -> Gradients:
-    """The kernels do a step's neurons, last step first; torch all that is a convolution.
+    grads: Sequence[Tensor | None],
+    noise: Tensor | None,
+    out: Gradients,
+    d_gates: Tensor,
+    mems: Tensor | None,
+) -> None:
+    """The kernels do a step's neurons, last step first; torch the gradient of mem.
 
-    `left`: of a step call, (N, 4C, Ho, Wo), gets the gradient of the gate sums.
+    `out` gets the gradients of syn, mem and threshold that it has memory for, `d_gates` and
+    `mems` what the module says.
     """
-    core, options, work, begin = plan.core, call.options, plan.work, _begin(plan)
-    x, syn, mem, weight = call.x, call.syn, call.mem, call.weight
-    *of_spikes, grad_syn, grad_mem = output_grads
-    noise, grad_spk = (None if t is None else _steps(t, options) for t in of_spikes)
-    n, c, ho, wo = mem.shape
-    xs = _steps(x, options)
-    of_x, of_mem = weight.detach().to(work).split([x.shape[-3], c], 1)
-    if left is None:
-        d_sums = tensors.empty_like_images(x, (xs.shape[0], n, 4 * c, ho, wo), work)
-    else:
-        d_sums = left.unsqueeze(0)
-    # mem before each step, as the weight's gradient wants it
-    pixels = x.new_empty((*saved.gates.shape[:3], saved.gates.shape[3] // 4), dtype=work)
-    mems = _from_pixels(pixels, mem)
-    mems[0].copy_(mem)
-    d_syn = torch.empty_like(syn)
-    of_threshold = x.new_empty((xs.shape[0], c)) if wanted[5] else None
-    size = core.cuda_pointwise_workspace(*begin[:2])
-    workspace = tensors.empty_bytes(size, x.device)
-    into_syn, into_mem = (None, None) if options.record else (grad_syn, grad_mem)
-    for t in reversed(range(xs.shape[0])):
-        if options.record:
-            into_syn = _sum(into_syn, grad_syn, t)
-            into_mem = _sum(into_mem, grad_mem, t)
-        before = syn if t == 0 else _from_pixels(saved.syn[t - 1], mem)
+    core, options, begin = plan.core, call.options, plan.begin_step()
+    syn, mem = call.syn, call.mem
+    grad_spk, into_syn, into_mem = grads
+    recorded_syn, recorded_mem = (into_syn, into_mem) if options.record else (None, None)
+    if options.record:
+        into_syn = into_mem = None
+    noise, grad_spk = (None if t is None else _steps(t, options) for t in (noise, grad_spk))
+    c, last = mem.shape[1], plan.signature.time - 1
+    of_mem = _padded(call.weight.detach()[:, -c:].to(plan.work), d_gates.shape[-1])
+    d_syn = torch.empty_like(syn) if out.syn is None else out.syn
+    of_threshold = None if out.threshold is None else call.x.new_empty((last + 1, c))
+    workspace = tensors.empty_bytes(core.cuda_pointwise_workspace(*begin[:2]), syn.device)
+    for t in range(last, -1, -1):
+        into_syn = _sum(into_syn, recorded_syn, t)
+        into_mem = _sum(into_mem, recorded_mem, t)
         core.cuda_pointwise_backward(
             *begin,
-            view(d_sums[t]),
-            pixels[t + 1].data_ptr() if t + 1 < xs.shape[0] else 0,
-            syn0=view(before),
+            syn0=view(syn if t == 0 else images_of(saved.syn[t - 1], mem)[:, :c]),
             saved_gates=saved.gates[t].data_ptr(),
             winner=saved.winner[t].data_ptr() if options.inhibition else 0,
             noise=view(None if noise is None else noise[t]),
@@ -118,58 +119,71 @@ def backward(
             grad_mem=view(into_mem),
             grad_syn0=view(d_syn),
             grad_threshold=address(None if of_threshold is None else of_threshold[t]),
+            d_gates=d_gates[t].data_ptr(),
+            mem_after=0 if mems is None or t == last else mems[t + 1].data_ptr(),
             workspace=workspace.data_ptr(),
             **parameters,
         )
         into_syn, into_mem = d_syn, None
-        if t > 0 or wanted[2]:
+        if t > 0 or out.mem is not None:
             into_mem = conv2d_input(
-                mem.shape, of_mem, d_sums[t], 1, options.padding, options.dilation
-            ).to(x.dtype)
-    d_x = None
-    if wanted[0]:
-        geometry = (options.stride, options.padding, options.dilation)
-        d_x = conv2d_input(xs.flatten(0, 1).shape, of_x, d_sums.flatten(0, 1), *geometry)
-        d_x = d_x.to(x.dtype).view_as(x)
-    d_weight, d_bias = weight_gradient(plan, xs, mems, d_sums.flatten(0, 1), wanted[3:5])
-    d_threshold = None if of_threshold is None else of_threshold.sum(0)
-    d_mem = into_mem if wanted[2] else None
-    return Gradients(d_x, d_syn if wanted[1] else None, d_mem, d_weight, d_bias, d_threshold)
+                mem.shape, of_mem, images_of(d_gates[t], mem), 1, options.padding, options.dilation
+            ).to(mem.dtype)
+    if out.mem is not None and into_mem is not None:
+        out.mem.copy_(into_mem)
+    if out.threshold is not None and of_threshold is not None:
+        torch.sum(of_threshold, 0, out=out.threshold)
+
+
+def empty_mems(plan: Plan, call: Call, d_gates: Tensor) -> Tensor:
+    """Memory for mem before each step, which holds that before the first."""
+    *shape, gates = d_gates.shape
+    mems = call.mem.new_empty((*shape, gates // 4), dtype=plan.work)
+    images_of(mems[0], call.mem)[:, : call.mem.shape[1]].copy_(call.mem)
+    return mems
+
+
+def data_gradient(plan: Plan, call: Call, d_gates: Tensor, out: Tensor) -> None:
+    """The gradient of x at all steps, from that of the gate sums."""
+    options, x = call.options, _steps(call.x, call.options)
+    of_x = _padded(call.weight.detach()[:, : x.shape[2]].to(plan.work), d_gates.shape[-1])
+    geometry = (options.stride, options.padding, options.dilation)
+    grads = images_of(d_gates.flatten(0, 1), call.mem)
+    out.copy_(conv2d_input(x.flatten(0, 1).shape, of_x, grads, *geometry).view_as(out))
 
 
 def weight_gradient(
-    plan: Plan,
-    x: Tensor,
-    mem: Tensor,
-    d_sums: Tensor,
-    wanted: Sequence[bool],
+    plan: Plan, x: Tensor, mem: Tensor, d_gates: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of weight and bias over steps.
 
     Parameters
     ----------
     plan : Plan
-    x, mem : Tensor
-        (T, N, Cin, H, W) and (T, N, C, Ho, Wo), mem before each step.
-    d_sums : Tensor
-        (T N, 4C, Ho, Wo), gradient of the gate sums.
+    x : Tensor
+        (T, N, Cin, H, W).
+    mem : Tensor
+        (T, N, C or more, Ho, Wo), mem before each step.
+    d_gates : Tensor
+        (T, N, Ho * Wo, 4 Cp), gradient of the gate sums.
     wanted : two of bool
     """
-    options, dtype = plan.signature.options, plan.signature.dtype
-    kernel, rest = options.kernel_size, (options.padding, options.dilation)
+    signature, options, gates = plan.signature, plan.signature.options, d_gates.shape[-1]
+    c, kernel, dtype = signature.c, options.kernel_size, signature.dtype
+    rest = (options.padding, options.dilation)
     d_weight = d_bias = None
     if wanted[0]:
-        xs, mems = x.flatten(0, 1).to(plan.work), mem.flatten(0, 1).to(plan.work)
-        kernel = options.kernel_size
-        halves = (
-            conv2d_weight(
-                xs, (d_sums.shape[1], xs.shape[1], *kernel), d_sums, options.stride, *rest
-            ),
-            conv2d_weight(mems, (d_sums.shape[1], mems.shape[1], *kernel), d_sums, 1, *rest),
-        )
-        d_weight = torch.cat(list(halves), 1).to(dtype)
+        grads = images_of(d_gates, mem).flatten(0, 1)
+        halves = []
+        for images, stride in (x, options.stride), (mem, (1, 1)):
+            images = images.flatten(0, 1).to(plan.work)
+            shape = gates, images.shape[1], *kernel
+            halves.append(conv2d_weight(images, shape, grads, stride, *rest))
+        both = torch.cat([halves[0], halves[1][:, :c]], 1)
+        d_weight = both.unflatten(0, (4, -1))[:, :c].flatten(0, 1).to(dtype)
     if wanted[1]:
-        d_bias = d_sums.sum((0, 2, 3), dtype=plan.real).to(dtype)
+        sums = d_gates.sum((0, 1, 2), dtype=plan.real)
+        d_bias = sums.unflatten(0, (4, -1))[:, :c].flatten().to(dtype)
     return d_weight, d_bias
 
 

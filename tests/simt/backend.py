@@ -57,6 +57,12 @@ class Emulated(cuda.Kernels):
     def name(self) -> str:
         return "simt"
 
+    def device_name(self, device: torch.device) -> str:
+        return "the emulator"
+
+    def may_measure(self) -> bool:
+        return True
+
 
 class Core(Emulator):
     """The emulator's settings, and the kernels."""

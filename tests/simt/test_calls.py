@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from itertools import permutations
 from types import SimpleNamespace
 
 import flat
@@ -52,7 +53,7 @@ class Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "pointwise"])
+@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "pointwise"])
 def test_nothing_waits_for_the_device(core, algorithm):
     """So a CUDA graph can capture a call, forward and backward."""
     inputs = TRAINED.inputs()
@@ -82,7 +83,7 @@ class Core:
         return noted
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "pointwise"])
+@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "pointwise"])
 def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypatch, algorithm):
     guarded: list[torch.device] = []
 
@@ -99,8 +100,8 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
     train(TRAINED, TRAINED.inputs(), algorithm)
     names = {name for name, *_ in noting.calls}
     assert names >= {"cuda_target", *(
-        {"cuda_forward", "cuda_backward", "cuda_pack_weight"} if algorithm == "direct"
-        else {"cuda_pointwise_forward", "cuda_pointwise_backward"}
+        {"cuda_pointwise_forward", "cuda_pointwise_backward"} if algorithm == "pointwise"
+        else {"cuda_forward", "cuda_backward", "cuda_pack_weight"}
     )}  # fmt: skip
     for name, within, stream in noting.calls:
         assert set(within) == {torch.device("cpu")}, name
@@ -121,6 +122,10 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
         ("ieee", 80, torch.float32, torch.float16, "direct", "mma-fp16"),
         ("ieee", 80, torch.float64, torch.float16, "direct", "fma"),
         ("ieee", 80, torch.float32, torch.float16, "pointwise", "pointwise"),
+        ("tf32", 80, torch.float32, None, "hybrid", "hybrid-mma-tf32"),
+        ("ieee", 86, torch.float32, None, "hybrid", "hybrid-fma"),
+        ("tf32", 80, torch.float32, None, "resident", "resident-mma-tf32"),
+        ("tf32", 80, torch.float32, None, "fused", "mma-tf32"),
     ],
 )
 def test_what_multiplies_follows_torch(
@@ -160,7 +165,7 @@ def test_every_new_value_of_a_weight_is_seen(core):
     assert not torch.equal(before[1], after[1])
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "pointwise"])
+@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "pointwise"])
 def test_checkpoint_gives_the_same_gradients(core, algorithm):
     case = replace(TRAINED, time=5)
     case = replace(case, options=replace(case.options, record=False))
@@ -172,7 +177,7 @@ def test_checkpoint_gives_the_same_gradients(core, algorithm):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "pointwise"])
+@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "pointwise"])
 @pytest.mark.parametrize("mode", ["float32", "bfloat16 autocast"])
 def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
     """The fake kernels of ops.py know the sizes of what the CUDA kernels save."""
@@ -202,10 +207,35 @@ def test_one_algorithm_reads_what_the_other_saved(core):
     graded = [torch.randn(shape) for shape in PLAIN.output_shapes]
     with MODES["float32"].running(core):
         found = []
-        for first, second in (("direct", "pointwise"), ("pointwise", "direct")):
+        for first, second in permutations(("direct", "pointwise", "hybrid", "resident"), 2):
             call = (*inputs, options)
             result = flat.forward(*call, True, first)
             found.append(flat.backward(call, result.saved, graded, (True,) * 6, second))
+    for gradients in found[1:]:
+        for one, other in zip(found[0], gradients, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "pointwise", "measure"])
+def test_a_loop_of_steps_has_the_gradients_of_the_sequence(core, algorithm):
+    cell = snnlstm.SConv2dLSTM(2, 5, 3, threshold=0.1)
+    x = torch.rand(4, 2, 2, 7, 6)
+    found = []
+
+    def clock(run):
+        run()
+        return 1.0
+
+    with MODES["float32"].running(core), snnlstm.algorithm(algorithm):
+        core.kernels.seconds = clock
+        for steps in (x, x.unbind()):
+            syn, mem = cell.reset_mem()
+            spks = []
+            for step in [steps] if steps is x else steps:
+                spk, syn, mem = cell(step, syn, mem)
+                spks.append(spk if steps is x else spk.unsqueeze(0))
+            loss = torch.cat(spks).sum() + mem.square().sum()
+            found.append(torch.autograd.grad(loss, list(cell.conv.parameters())))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 

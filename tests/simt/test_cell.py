@@ -78,6 +78,12 @@ MODES = {
     ),
 }
 
+# The forward pass is the kernels'.
+HYBRID = {
+    f"{name} hybrid": replace(MODES[name], algorithm="hybrid")
+    for name in ("float32", "float64", "tf32x3", "bfloat16 states", "bfloat16 autocast")
+}
+
 # A whole sequence in one launch, on a GPU with as much shared memory as an H100.
 RESIDENT = {
     f"resident {name}": replace(MODES[name], kernels="resident", shared_bytes=227 * 1024)

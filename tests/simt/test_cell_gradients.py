@@ -15,7 +15,7 @@ from cases import Case, cases
 from gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_cell import CASES, MODES, PLAIN, Mode, crossed, with_options
+from test_cell import CASES, HYBRID, MODES, PLAIN, Mode, crossed, with_options
 
 from snnlstm import surrogate
 
@@ -27,6 +27,9 @@ EXACT = {
     "tf32x3": 3e-5,
     "float32 behind torch": 3e-5,
     "float64 behind torch": 1e-10,
+    "float32 hybrid": 3e-5,
+    "float64 hybrid": 1e-10,
+    "tf32x3 hybrid": 3e-5,
 }
 COARSE = {
     "tf32": 1e-2,
@@ -37,6 +40,8 @@ COARSE = {
     "bfloat16 autocast on sm_75": 8e-2,
     "bfloat16 behind torch": 1.2e-1,
     "bfloat16 autocast behind torch": 8e-2,
+    "bfloat16 states hybrid": 1.2e-1,
+    "bfloat16 autocast hybrid": 8e-2,
 }
 SMOOTH = {
     "plain": PLAIN,
@@ -58,6 +63,7 @@ JUMPING = {
     "kernel 5x5": with_options(kernel_size=(5, 5)),
     "no bias": replace(PLAIN, bias=False),
 }
+MODES = MODES | HYBRID
 SCHEDULES = [("in_order", 0), ("shuffled", 1), ("ahead", 1)]
 
 
@@ -97,7 +103,7 @@ def test_coarse_gradients(core, mode, name):
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("weight",), ("syn", "mem"), ("threshold", "bias")])
-@pytest.mark.parametrize("mode", ["float32 behind torch", "tf32x3"])
+@pytest.mark.parametrize("mode", ["float32 behind torch", "tf32x3", "float32 hybrid"])
 def test_only_what_is_wanted(core, mode, wanted):
     assert check(core, PLAIN, MODES[mode], EXACT[mode], wanted=wanted)
 

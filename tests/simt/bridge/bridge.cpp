@@ -152,6 +152,11 @@ void add_backward(Arrays& arrays, const BackwardArgs& a, const cuda::Target& tar
   arrays.add("saved gates", a.saved_gates, z.saved_gates, Does::reads);
   arrays.add("d_gates", a.d_gates, gate_bytes(c, target),
              a.d_gates == a.saved_gates ? Does::updates : Does::writes);
+  const int64_t mems = in_place ? 1 : c.T - 1;  // a step behind torch's convolution, or all but one
+  arrays.add("mem after", a.mem_after,
+             mems * c.N * c.Ho() * c.Wo() * cuda::padded_channels(c.C) *
+                 int64_t(element_size(cuda::gate_type(c.dtype, target.matrix))),
+             Does::writes);
   arrays.add("saved syn", a.saved_syn, z.saved_syn, Does::reads);
   arrays.add("winner", a.winner, c.T * c.N * 8, Does::reads);
   arrays.add("noise", a.noise, e.spikes, c.dtype, Does::reads);
@@ -225,18 +230,11 @@ void pointwise_forward(const ForwardArgs& a, const View& gate_sums, const cuda::
   cuda::pointwise_forward(a, gate_sums, target);
 }
 
-void pointwise_backward(const BackwardArgs& a, const View& d_gates, void* mem_after,
-                        const cuda::Target& target) {
-  const Cell& c = a.cell;
-  const DType gates = cuda::gate_type(c.dtype, target.matrix);
+void pointwise_backward(const BackwardArgs& a, const cuda::Target& target) {
   Arrays arrays;
-  add_backward(arrays, a, target, cuda::pointwise_workspace(c, target), true);
-  arrays.add("d_gates", d_gates, Extents(c, false).gates, gates, Does::writes);
-  arrays.add("mem after", mem_after,
-             c.N * c.Ho() * c.Wo() * cuda::padded_channels(c.C) * int64_t(element_size(gates)),
-             Does::writes);
+  add_backward(arrays, a, target, cuda::pointwise_workspace(a.cell, target), true);
   arrays.commit();
-  cuda::pointwise_backward(a, d_gates, mem_after, target);
+  cuda::pointwise_backward(a, target);
 }
 
 }  // namespace

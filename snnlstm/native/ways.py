@@ -1,0 +1,164 @@
+"""The ways in which CUDA can run the parts of a call, and the choice among them.
+
+All ways give the same results, up to rounding, and each reads what the others have saved:
+
+- the kernels do it all, the convolution included, in a launch for each step or in one for all
+- "hybrid": the kernels go through the steps, and torch (cuDNN) forms the gradients of weight, bias
+  and x over all steps at once
+- "pointwise": torch convolves, and the kernels do the rest of a step
+
+Which is taken is estimated, or measured on the GPU at hand: :func:`snnlstm.set_algorithm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ..call import Signature
+from ..measured import choices
+from ..version import __version__
+
+if TYPE_CHECKING:
+    from .cuda import Kernels
+
+__all__ = ["Way", "Ways"]
+
+# The numbers of csrc/cuda/api.h.
+_AUTOMATIC, _POINTWISE, _FUSED = 0, 3, 5
+
+
+class Way(NamedTuple):
+    """How a part of a call's work is run.
+
+    Attributes
+    ----------
+    name : str
+        As in a path, such as ``"mma-tf32"``.
+    target : object
+        The core's, with the kernels that are to run.
+    torch : {"", "gradients", "all"}
+        What torch convolves: nothing, for the gradients of weight and x, or all.
+    """
+
+    name: str
+    target: Any
+    torch: str = ""
+
+    def hybrid(self) -> Way:
+        """The same steps, with torch for the gradients of weight and x."""
+        return Way(f"hybrid-{self.name}", self.target, "gradients")
+
+
+class Ways:
+    """The choice for each part of the work of calls that are alike.
+
+    The parts are "forward"; "backward"; "step", the backward pass of a step that leaves the
+    weight's gradient to its loop; and "weight", that gradient.
+
+    Attributes
+    ----------
+    name : str
+        What runs; where it is measured, what is known of it by now.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        signature: Signature,
+        cell: Any,
+        strides: Sequence[Any],
+        algorithm: str,
+        tf32: bool,
+        measures: bool,
+    ) -> None:
+        s = self._signature = signature
+        self._kernels, self._cell, self._measures = kernels, cell, measures
+        self._details = f"{'tf32' if tf32 else 'ieee'}; strides {strides}"
+        self._target = kernels.target(s, tf32, _AUTOMATIC)
+        self._fused = kernels.target(s, tf32, _FUSED)
+        self._forward, self._backward = (self._estimate(algorithm, part) for part in (False, True))
+        self._known: dict[str, Way] = {}
+        self.name = (self._backward if algorithm == "hybrid" else self._forward).name
+
+    def _key(self, what: str) -> str:
+        """What a measured choice depends on."""
+        s = self._signature
+        return "; ".join(
+            (
+                self._kernels.device_name(s.device), f"snnlstm {__version__}",
+                f"torch {torch.__version__}", str(s.dtype), s.options.text(), self._details,
+                f"T={s.time} N={s.n} {s.cin}->{s.c} {s.h}x{s.w}", what,
+            )
+        )  # fmt: skip
+
+    def _named(self, target: Any) -> Way:
+        return Way(self._kernels.core.cuda_algorithm_name(self._cell, target), target)
+
+    def _kernels_ways(self, backward: bool) -> list[Way]:
+        found = self._kernels.core.cuda_ways(self._cell, self._target, backward)
+        return [Way(name, target) for name, target in found]
+
+    def _estimate(self, algorithm: str, backward: bool) -> Way:
+        """What runs unless it is measured."""
+        core, target = self._kernels.core, self._target
+        if algorithm == "fused":
+            return self._named(self._fused)
+        if algorithm == "hybrid":
+            return self._named(self._fused).hybrid() if backward else self._named(self._fused)
+        if algorithm == "resident":
+            last = self._kernels_ways(backward)[-1]
+            return last if last.name.startswith("resident") else self._named(self._fused)
+        if algorithm == "pointwise" or (
+            algorithm in ("auto", "measure") and core.cuda_choose(self._cell, target) == _POINTWISE
+        ):
+            return Way("pointwise", target, "all")
+        return self._named(target)
+
+    def _candidates(self, part: str) -> list[Way]:
+        """The ways that are timed."""
+        if part == "weight":
+            return [self._named(self._target), Way("torch", self._target, "gradients")]
+        found = self._kernels_ways(backward=part != "forward")
+        if part == "backward":
+            found.append(found[0].hybrid())
+        return [*found, Way("pointwise", self._target, "all")]
+
+    def choose(self, part: str, run: Callable[[Way], object], details: str = "") -> Way:
+        """The way to run a part, measured where that is wanted and not known yet.
+
+        Parameters
+        ----------
+        part : {"forward", "backward", "step", "weight"}
+        run : callable
+            Runs the part in a way, and may do so again.
+        details : str
+            What else the time depends on.
+        """
+        estimated = self._forward if part == "forward" else self._backward
+        if not self._measures:
+            return estimated
+        what = f"{part} {details}".rstrip()
+        if what in self._known:
+            return self._known[what]
+        ways = {way.name: way for way in self._candidates(part)}
+        key = self._key(what)
+        name = choices.find(key)
+        if name not in ways:
+            if not self._kernels.may_measure():
+                return estimated
+            name = self._fastest(ways, run)
+            choices.keep(key, name)
+        way = self._known[what] = ways[name]
+        parts = {what.split()[0]: way.name for what, way in self._known.items()}
+        order = [parts[part] for part in ("forward", "backward", "step") if part in parts]
+        self.name = f"measured-{'+'.join(order)}"
+        return way
+
+    def _fastest(self, ways: dict[str, Way], run: Callable[[Way], object]) -> str:
+        seconds = self._kernels.seconds
+        times = {name: seconds(partial(run, way)) for name, way in ways.items()}
+        return min(times, key=times.__getitem__)

@@ -1,0 +1,212 @@
+"""The choice that is measured, with a clock of the tests' own: what is timed, kept and said."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import flat
+import pytest
+import torch
+from backend import simt_core
+from cases import wanting_gradients
+from gradients import compare, gradients, of_outputs
+from test_cell import MODES, PLAIN, with_options
+
+import snnlstm
+from snnlstm.measured import choices
+from snnlstm.native import cuda
+
+NARROW = replace(PLAIN, time=2, batch=1, channels=6, height=4, width=6)
+WIDE = replace(NARROW, channels=40)
+FORWARD = {"mma-tf32-4x1", "mma-tf32-2x1", "resident-mma-tf32", "pointwise"}
+BACKWARD = {
+    "mma-tf32-4x1", "mma-tf32-2x1x2", "hybrid-mma-tf32-2x1x2", "resident-mma-tf32", "pointwise",
+}  # fmt: skip
+OF_WIDE = {"mma-tf32-4x2", "mma-tf32-2x2"}
+
+
+class Clock:
+    """Gives one way the shortest time, and notes which are timed."""
+
+    def __init__(self, best: str = "") -> None:
+        self.best = best
+        self.timed: list[str] = []
+
+    def __call__(self, run) -> float:
+        run()
+        (way,) = run.args
+        self.timed.append(way.name)
+        return 1.0 if way.name == self.best else 2.0
+
+
+@pytest.fixture
+def core():
+    found = simt_core("faults")
+    choices.clear()
+    yield found
+    choices.clear()
+    found.reset()
+
+
+def timed_by(core, clock):
+    core.kernels.seconds = clock
+    return clock
+
+
+def run(cell, x):
+    spk, syn, mem = cell(x, *cell.reset_mem())
+    return torch.autograd.grad(spk.sum() + mem.sum(), cell.conv.weight)[0]
+
+
+def test_forward_and_backward_are_measured_once_and_apart(core):
+    cell, x = snnlstm.SConv2dLSTM(2, 6, 3, threshold=0.1), torch.rand(2, 1, 2, 4, 6)
+    with MODES["tf32"].running(core), snnlstm.algorithm("measure"):
+        clock = timed_by(core, Clock("resident-mma-tf32"))
+        spk, syn, mem = cell(x, *cell.reset_mem())
+        assert set(clock.timed) == FORWARD
+        assert cell.path.name == "simt-measured-resident-mma-tf32"
+        clock.timed.clear()
+        clock.best = "hybrid-mma-tf32-2x1x2"
+        spk.sum().backward()
+        assert set(clock.timed) == BACKWARD
+        clock.timed.clear()
+        run(cell, x)
+        assert clock.timed == []
+        assert cell.path.name == "simt-measured-resident-mma-tf32+hybrid-mma-tf32-2x1x2"
+        cell(x[:1], *cell.reset_mem())  # another shape
+        assert len(clock.timed) == len(FORWARD)
+
+
+def test_of_equals_the_estimated_one_is_kept(core):
+    with MODES["tf32"].running(core), snnlstm.algorithm("measure"):
+        clock = timed_by(core, Clock())
+        flat.run(*NARROW.inputs(), NARROW.options, "measure")
+        assert flat.last_name() == f"simt-measured-{clock.timed[0]}"
+
+
+@pytest.mark.parametrize("best", sorted(FORWARD | BACKWARD | OF_WIDE))
+def test_every_way_that_may_be_chosen_is_right(core, best):
+    case = WIDE if best in OF_WIDE else NARROW
+    case = MODES["tf32"].of(with_options(case, pool="avg", pool_size=(2, 2)))
+    inputs, grads = case.inputs(), of_outputs(case)
+    with MODES["tf32"].running(core):
+        clock = timed_by(core, Clock(best))
+        actual = gradients(
+            lambda *call: flat.run(*call, "measure"), inputs, case.options, grads, ("x", "weight")
+        )
+        assert best in clock.timed
+    exact = gradients(flat.reference, inputs.double(), case.options, grads, ("x", "weight"))
+    compare(actual, exact, 1e-2, grads)
+
+
+def test_where_nothing_may_be_timed_the_estimate_decides_for_now(core):
+    inputs = NARROW.inputs()
+    with MODES["tf32"].running(core):
+        clock = timed_by(core, Clock("pointwise"))
+        core.kernels.may_measure = lambda: False
+        flat.run(*inputs, NARROW.options, "measure")
+        assert clock.timed == []
+        assert flat.last_name() == "simt-mma-tf32"
+        core.kernels.may_measure = lambda: True
+        flat.run(*inputs, NARROW.options, "measure")
+        assert flat.last_name() == "simt-measured-pointwise"
+
+
+def test_torchs_own_switch_measures_too(core, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with MODES["tf32"].running(core):
+        clock = timed_by(core, Clock())
+        flat.run(*NARROW.inputs(), NARROW.options, "direct")
+        assert clock.timed == []
+        flat.run(*NARROW.inputs(), NARROW.options, "auto")
+        assert set(clock.timed) == FORWARD
+
+
+def test_a_file_keeps_choices_between_processes(core, tmp_path):
+    file = tmp_path / "choices.json"
+    cell, x = snnlstm.SConv2dLSTM(2, 6, 3, threshold=0.1), torch.rand(2, 1, 2, 4, 6)
+    with MODES["tf32"].running(core), snnlstm.algorithm("measure", file):
+        timed_by(core, Clock("pointwise"))
+        first = run(cell, x)
+    assert list(json.loads(file.read_text()).values()) == ["pointwise"] * 2
+    choices.clear()  # as in another process
+    with MODES["tf32"].running(core), snnlstm.algorithm("measure", file):
+        clock = timed_by(core, Clock())
+        again = run(cell, x)
+        assert clock.timed == []
+        assert cell.path.name == "simt-measured-pointwise"
+    assert torch.equal(first, again)
+    # A choice that this version does not know is made anew.
+    file.write_text(file.read_text().replace('"pointwise"', '"another"'))
+    choices.clear()
+    with MODES["tf32"].running(core), snnlstm.algorithm("measure", file):
+        clock = timed_by(core, Clock())
+        run(cell, x)
+        assert clock.timed
+
+
+def test_a_call_that_recomputes_keeps_to_its_choice(core):
+    case = with_options(NARROW, record=False, checkpoint=True)
+    case = replace(case, time=5)
+    with MODES["tf32"].running(core):
+        timed_by(core, Clock("mma-tf32-2x1"))
+        leaves = wanting_gradients(case.inputs())
+        sum(o.sum() for o in flat.run(*leaves, case.options, "measure")).backward()
+
+
+# ---- the real clock, without a GPU ------------------------------------------------------------
+
+
+class Event:
+    """A torch.cuda.Event for a device that takes as long as it is told."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Event.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.at - self.at
+
+
+def test_the_shortest_run_after_the_first_counts(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    times = iter([100.0, 9.0, 7.0, 8.0])
+
+    def run() -> None:
+        Event.now += next(times)
+
+    assert cuda.Kernels(None).seconds(run) == pytest.approx(7e-3)
+    assert list(times) == []
+
+
+def test_a_way_that_does_not_fit_into_memory_is_not_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def run() -> None:
+        raise torch.cuda.OutOfMemoryError
+
+    assert cuda.Kernels(None).seconds(run) == float("inf")
+
+
+def test_nothing_is_timed_in_a_capture_nor_where_runs_must_be_the_same(monkeypatch):
+    capturing = SimpleNamespace(now=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing.now)
+    kernels = cuda.Kernels(None)
+    assert kernels.may_measure()
+    capturing.now = True
+    assert not kernels.may_measure()
+    capturing.now = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not kernels.may_measure()
+    finally:
+        torch.use_deterministic_algorithms(False)

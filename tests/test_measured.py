@@ -1,0 +1,69 @@
+"""What keeps measured choices, and what set_algorithm says of its file."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+import snnlstm
+from snnlstm import settings
+from snnlstm.measured import Choices, choices
+
+
+def test_the_first_choice_is_kept():
+    kept = Choices()
+    assert kept.find("layer") is None
+    assert kept.keep("layer", "one") == "one"
+    assert kept.keep("layer", "other") == "one"
+    assert kept.find("layer") == "one"
+
+
+def test_a_file_gathers_the_choices_of_several_processes(tmp_path):
+    file = tmp_path / "choices.json"
+    first, second = Choices(), Choices()
+    first.keep_in(file)
+    second.keep_in(file)
+    first.keep("a", "one")
+    second.keep("b", "two")
+    assert json.loads(file.read_text()) == {"a": "one", "b": "two"}
+    third = Choices()
+    third.keep("a", "mine")
+    third.keep_in(file)
+    assert (third.find("a"), third.find("b")) == ("mine", "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["choices.json"]
+
+
+def test_a_file_that_cannot_be_written_is_given_up(tmp_path, caplog):
+    kept = Choices()
+    kept.keep_in(tmp_path / "missing" / "choices.json")
+    with caplog.at_level(logging.WARNING, "snnlstm"):
+        assert kept.keep("a", "one") == "one"
+        kept.keep("b", "two")
+    assert len(caplog.records) == 1
+    assert "gets no further measured choices" in caplog.text
+    assert kept.find("b") == "two"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', "{"])
+def test_a_file_of_something_else_is_refused(tmp_path, text):
+    file = tmp_path / "notes"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"file must hold choices .* got .*notes"):
+        snnlstm.set_algorithm("measure", file)
+    assert settings.get_algorithm() == "auto"
+    assert file.read_text() == text
+
+
+def test_the_file_belongs_to_measure(tmp_path):
+    with pytest.raises(ValueError, match="alone, got name="):
+        snnlstm.set_algorithm("direct", tmp_path / "choices.json")
+    with pytest.raises(TypeError, match="must be a path, got 3"):
+        snnlstm.set_algorithm("measure", 3)  # type: ignore[arg-type]
+    with snnlstm.algorithm("measure", tmp_path / "choices.json"):
+        assert choices.file == tmp_path / "choices.json"
+        with snnlstm.algorithm("direct"):
+            assert choices.file is None
+        assert choices.file == tmp_path / "choices.json"
+    assert choices.file is None
