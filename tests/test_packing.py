@@ -296,6 +296,21 @@ def test_python_threads_that_share_a_weight(packings):
 
 
 # ---- where the packed weights live ---------------------------------------------------------------
+def test_two_threads_that_pack_at_once_read_one_form():
+    """The form of the first stays: the address of another's would be that of freed memory."""
+    weight = torch.rand(4, 3, 3, 3)
+    packed, others = packing.Packed(weight), []
+
+    class Core:
+        def pack(self, *arguments):
+            if not others:  # another thread comes between, and is done first
+                others.append(None)
+                others[0] = packed.addresses(Core(), [(0, "form", 64)])
+
+    found = packed.addresses(Core(), [(0, "form", 64)])
+    assert [found, *others] == [{"weight": packed.forms[0, "form"].data_ptr()}] * 2
+
+
 def test_an_entry_dies_with_its_weight():
     cell, x = make(), image()
     call(cell, x)

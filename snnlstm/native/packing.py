@@ -60,7 +60,9 @@ class Packed:
             if form is None:
                 form = memory.empty((size,), torch.uint8)
                 core.pack(number, self.address, form.data_ptr())
-                self.forms[key] = form  # when it is whole: other threads may look
+                # When it is whole, as other threads may look; and the first stays, whose address
+                # another thread may have taken meanwhile.
+                form = self.forms.setdefault(key, form)
             found[_WEIGHTS[number % 3]] = form.data_ptr()
         if len(self._found) >= _MOST_PLACES:
             self._found.clear()
