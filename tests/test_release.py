@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not WORKFLOWS.exists(), reason="not in a source 
 def test_the_workflows_know_every_python_that_the_package_names(name):
     named = re.findall(r":: Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
     (listed,) = re.findall(r"(?m)^ +python: \[(.+)\]", (WORKFLOWS / name).read_text())
-    assert len(named) >= 5
+    assert len(named) >= 4
     assert [text.strip('" ').replace(".", "") for text in listed.split(",")] == [
         version.replace(".", "") for version in named
     ]

@@ -156,9 +156,10 @@ def saved_and_loaded(value: Any, **options: Any) -> Any:
 
 
 @every_network
-def test_weights_load_both_ways(network):
+@pytest.mark.parametrize("make", OURS.values(), ids=OURS)
+def test_weights_load_both_ways(network, make):
     """After training, from a file, with strict=True; the networks then go on alike."""
-    one, other = theirs(network), imported(network)
+    one, other = theirs(network), make(network)
     train(one, network, 2)
     for source, target in ((one, other), (other, one)):
         train(source, network, 2)
