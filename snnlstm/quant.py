@@ -194,8 +194,8 @@ _MULTIPLIERS = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.925, 0.95)
 
 def _steps(count: int, base: float, span: float) -> list[float]:
     """`count` geometric steps, the widest first, that add up to `span`."""
-    # Added one by one from the smallest (Python's sum rounds otherwise from 3.12 on), and scaled by a
-    # quotient, for levels that equal snnTorch's to the last bit.
+    # Added one by one from the smallest, and scaled by a quotient, for levels that equal snnTorch's
+    # to the last bit. (Python's sum rounds otherwise from 3.12 on.)
     total = functools.reduce(operator.add, (base**j for j in reversed(range(count))), 0.0)
     room = total / span if count else 1.0
     return [base**j / room for j in range(count)]
