@@ -158,7 +158,9 @@ def test_hooks_on_every_conv_are_logged_once_for_all_cells(caplog, monkeypatch):
 
 
 def test_the_log_names_the_layer_where_accelerate_knows_it(caplog):
-    net = torch.nn.ModuleDict({"inner": torch.nn.Sequential(theirs(), theirs())})
+    with snnlstm.patch():
+        patched = theirs()  # nobody knows its name yet
+    net = torch.nn.ModuleDict({"inner": torch.nn.Sequential(theirs(), patched)})
     snnlstm.accelerate(net)
     for cell in net["inner"]:
         cell.spike_grad = torch.sigmoid
