@@ -125,15 +125,15 @@ struct BackwardArgs {
   int threads = 1;
 };
 
-// What the gradients of weight and bias need of one step of a loop.
+// What the gradient of the weight needs of one step of a loop.
 struct StepOfGradient {
   View x;                         // (N, Cin, H, W)
   View mem;                       // (N, C, Ho, Wo), before the step
   const void* d_gates = nullptr;  // (N, Ho, Wo, 4, Cp): BackwardArgs::d_gates
 };
 
-// The gradients of weight and bias, formed over many steps at once from what their backward passes
-// have left in d_gates.
+// The gradient of the weight, formed over many steps at once from what their backward passes have
+// left in d_gates; on CUDA that of the bias, too, which the CPU's backward pass of a step sums.
 struct WeightGradArgs {
   Cell cell;                              // T: the number of steps
   const StepOfGradient* steps = nullptr;  // CPU: T of them
@@ -141,7 +141,7 @@ struct WeightGradArgs {
   View mem;                               // CUDA: (T, N, C, Ho, Wo), mem before each step
   const void* d_gates = nullptr;          // CUDA: (T, N, Ho, Wo, 4, Cp), contiguous
   void* grad_weight = nullptr;            // (4C, Cin + C, kernel_h, kernel_w), contiguous
-  void* grad_bias = nullptr;              // (4C,)
+  void* grad_bias = nullptr;              // CUDA: (4C,)
   void* workspace = nullptr;
   int threads = 1;
 };

@@ -97,7 +97,7 @@ void set_plan(Args& a, const CpuPlan& plan) {
 
 // steps: one (x, mem, address of the d gates) a time step.
 inline void cpu_weight_gradient(const CpuPlan& plan, const py::list& steps, Address grad_weight,
-                                Address grad_bias, Address workspace) {
+                                Address workspace) {
   std::vector<StepOfGradient> list;
   for (const py::handle& item : steps) {
     const auto step = item.cast<py::tuple>();
@@ -108,11 +108,11 @@ inline void cpu_weight_gradient(const CpuPlan& plan, const py::list& steps, Addr
   }
   if (int64_t(list.size()) != plan.cell.T)
     throw py::value_error("there must be as many steps as the plan was made for");
-  if (!workspace) throw py::value_error("workspace must be given");
+  if (!grad_weight || !workspace) throw py::value_error("grad_weight and workspace must be given");
   WeightGradArgs a;
   a.cell = plan.cell, a.threads = plan.threads;
   a.steps = list.data();
-  a.grad_weight = at(grad_weight), a.grad_bias = at(grad_bias);
+  a.grad_weight = at(grad_weight);
   a.workspace = at(workspace);
   py::gil_scoped_release release;
   cpu::weight_gradient(a);
@@ -174,7 +174,7 @@ inline void bind_cpu(py::module_& m) {
              cpu::backward(a);
            })
       .def("weight_gradient", &cpu_weight_gradient, py::arg("steps"), py::arg("grad_weight"),
-           py::arg("grad_bias"), py::arg("workspace"));
+           py::arg("workspace"));
 
   m.def("cpu_evaluate",
         [](const std::string& function, int dtype, Address in, Address out, int64_t count) {

@@ -59,10 +59,10 @@ def test_memory_that_is_needed_must_be_given(call):
 
 def test_the_weight_gradient_counts_its_steps():
     with pytest.raises(ValueError, match="as many steps"):
-        plan(backward=True).weight_gradient(steps=[], grad_weight=0, grad_bias=0, workspace=64)
+        plan(backward=True).weight_gradient(steps=[], grad_weight=64, workspace=64)
     step = (None, None, 0)
     with pytest.raises(ValueError, match="must be given"):
-        plan(backward=True).weight_gradient([step], grad_weight=0, grad_bias=0, workspace=64)
+        plan(backward=True).weight_gradient([step], grad_weight=64, workspace=64)
 
 
 def test_an_unknown_form_or_no_memory_cannot_be_packed():

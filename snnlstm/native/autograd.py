@@ -89,16 +89,18 @@ class _SConv2dLSTM(torch.autograd.Function):
                 kept = restored(kept, choice.saved_shapes)
         if loop is None:
             return (*choice.backward(call, kept, grads, wanted), *(None,) * 5)
-        here = (of_x, of_syn, of_mem, False, False, of_threshold)
+        bias_here = choice.sums_bias and loop.left.wanted[1]
+        here = (of_x, of_syn, of_mem, False, bias_here, of_threshold)
         if not _will_run(loop.node):  # a pass that does not want the weight's gradient
-            return (*choice.backward(call, kept, grads, here), *(None,) * 5)
+            out = choice.backward(call, kept, grads, here)
+            return (*out._replace(bias=None), *(None,) * 5)
         # The gates' memory takes their gradient, unless somebody may still read it: another
         # backward pass over this graph, or a hook that brought it.
         overwrite = own and (options.checkpoint or not _keeps_graph())
         d_gates = choice.empty_d_gates(call, kept if overwrite else None)
         out = choice.backward(call, kept, grads, here, d_gates)
-        loop.left.add(_pass_number(), choice, Step(x, mem, d_gates))
-        return (*out, *(None,) * 5)
+        loop.left.add(_pass_number(), choice, Step(x, mem, d_gates, out.bias))
+        return (*out._replace(bias=None), *(None,) * 5)
 
 
 # As _SConv2dLSTM.apply, which looks for torch.func's wrappers among all arguments first: a call

@@ -158,6 +158,7 @@ class Choice:
     """
 
     __slots__ = ("name", "packed", "plan", "way")
+    sums_bias = True  # the backward pass of a step of a loop: its part of the bias gradient
 
     def __init__(self, plan: Plan, way: _Way, packed: Packed | None) -> None:
         self.plan, self.way, self.packed, self.name = plan, way, packed, way.name
@@ -265,13 +266,15 @@ class Choice:
         self, steps: Sequence[Step], wanted: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of weight and bias, as `wanted`, from what step calls of this plan left."""
+        of_bias = torch.stack([step.bias for step in steps]).sum(0) if wanted[1] else None  # type: ignore[misc]
+        if not wanted[0]:
+            return None, of_bias
         core, size = self.way.weight_gradient(len(steps))
-        want = (False, False, False, *wanted, False)
-        *_, of_weight, of_bias, _ = tensors.empty_gradients(steps[0].x, self.plan.signature, want)
+        want = (False, False, False, True, False, False)
+        of_weight = tensors.empty_gradients(steps[0].x, self.plan.signature, want).weight
         core.weight_gradient(
             steps=[(view(step.x), view(step.mem), step.d_gates.data_ptr()) for step in steps],
             grad_weight=address(of_weight),
-            grad_bias=address(of_bias),
             workspace=memory.workspace(size).data_ptr(),
         )
         return of_weight, of_bias

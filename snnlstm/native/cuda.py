@@ -44,6 +44,8 @@ class Plan:
     It is the :class:`Choice` of each of its calls, too: nothing depends on values.
     """
 
+    sums_bias = False  # the bias gradient of a loop comes with the weight's
+
     def __init__(
         self, kernels: Kernels, signature: Signature, call: Call, algorithm: str,
         tf32: bool, benchmark: bool,

@@ -84,11 +84,14 @@ class Step(NamedTuple):
         The step's input, and mem before it.
     d_gates : Tensor
         Gradient of the gate sums, in the order in which the algorithm that formed it keeps it.
+    bias : Tensor or None
+        (4C,), the step's part of the bias gradient, where the step forms it.
     """
 
     x: Tensor
     mem: Tensor
     d_gates: Tensor
+    bias: Tensor | None
 
 
 def make_cell(core: Any, signature: Signature, time: int) -> Any:

@@ -5,7 +5,9 @@
 //   inputs   the data gradient of x, where it is wanted (with Winograd the rows tasks do it too)
 //   weights  step t's part of the weight gradient (weight_gradient.h), unless the d gates are left
 //            to step_gradients.h
-// Memory beside the results: two time steps of d gates, mem and x, whatever T is.
+// Memory beside the results: two time steps of d gates, mem and x, whatever T is. A call of one
+// step of many samples takes one after the other instead, from its gradients to those of its
+// inputs, while all of it lies in L2.
 #pragma once
 
 #include "data_grad.h"
@@ -30,7 +32,8 @@ class Backward {
         tasks_(l_, args.threads),
         to_mem_(l_, l_.Cb, l_.Wo, 1, 1),
         to_x_(l_, l_.x_blocks, args.cell.W, args.cell.stride_h, args.cell.stride_w),
-        neuron_(a_, l_, tasks_),
+        by_sample_(args.cell.T == 1 && !args.grad_weight && enough_samples()),
+        neuron_(a_, l_, tasks_, by_sample_),
         weights_(l_, args.threads) {
     const Cell& c = a_.cell;
     if constexpr (kHasWinograd<T, VL>) inputs_ = InputTransform<S>(l_.form);
@@ -61,10 +64,14 @@ class Backward {
     const int convolutions = 1 + (a_.grad_weight != nullptr) + (a_.grad_x.data != nullptr);
     parallel(a_.threads, convolutions * double(c.N) * l_.pixels * l_.K() * 4 * c.C,
              [&](int thread) {
+               if (by_sample_) {
+                 phases.run(0, c.N, [&](int64_t n) { sample(n, x_tasks > 0, thread); });
+                 return phases.run(1, l_.Cb, [&](int64_t cb) { reduce(cb); });
+               }
                phases.run(0, tasks_.count + (a_.grad_weight ? weights_.clear_tasks() : 0),
                           [&](int64_t task) {
                             if (task < tasks_.count)
-                              neuron_.clear(task);
+                              neuron_.clear(task, thread);
                             else
                               weights_.clear(task - tasks_.count);
                           });
@@ -88,10 +95,7 @@ class Backward {
                }
                phases.run(phase, l_.Cb + (a_.grad_weight ? weights_.write_tasks() : 0),
                           [&](int64_t task) {
-                            if (task < l_.Cb) {
-                              if (task == 0) neuron_.reduce_bias();
-                              return neuron_.reduce(task);
-                            }
+                            if (task < l_.Cb) return reduce(task);
                             weights_.write(task - l_.Cb, a_.grad_weight);
                           });
              });
@@ -99,6 +103,30 @@ class Backward {
 
  private:
   int64_t most_phases() const { return 2 * a_.cell.T + 3; }
+
+  // Whether samples make good tasks: no thread is long without one, and L2 holds one.
+  bool enough_samples() const {
+    const int64_t N = a_.cell.N, rounds = (N + a_.threads - 1) / a_.threads;
+    const int64_t bytes = 8 * l_.mem_image() * int64_t(sizeof(T));
+    return 4 * rounds * a_.threads <= 5 * N && bytes <= 1 << 20;
+  }
+
+  // All of a sample, in a call of one step.
+  void sample(int64_t n, bool x_apart, int thread) {
+    const int64_t first = n * tasks_.per_image, last = first + tasks_.per_image;
+    for (int64_t task = first; task < last; ++task) {
+      neuron_.clear(task, thread);
+      neuron_.start(task, thread);
+      neuron_.rows(0, task, thread);
+    }
+    for (int64_t k = n * x_blocks_; x_apart && k < (n + 1) * x_blocks_; ++k) inputs(0, k, thread);
+    for (int64_t task = first; task < last; ++task) rows(0, task, thread);
+  }
+
+  void reduce(int64_t cb) {
+    if (cb == 0) neuron_.reduce_bias();
+    neuron_.reduce(cb);
+  }
 
   void carve(Arena& arena) {
     counters_ = arena.take<Phases::Counter>(most_phases());
@@ -126,10 +154,10 @@ class Backward {
       const int64_t stop = h + block < end ? h + block : end;
       T* out = mem_wanted ? mem_grad + (h - begin) * l_.Wo * l_.Cp : nullptr;
       if (!a_.cell.tiled())
-        to_mem_.rows(neuron_.d_gates(t, n),
+        to_mem_.rows(neuron_.d_gates(t, n, thread),
                      static_cast<const T*>(a_.weight) + l_.x_blocks * l_.Kg * VL, h, stop, out);
       else if constexpr (kHasWinograd<T, VL>)
-        tiled(t, n, h, stop, x_wanted, out, scratch_[thread]);
+        tiled(t, n, h, stop, x_wanted, out, thread);
     }
     if (t > 0) return neuron_.rows(t - 1, task, thread);
     for (int64_t h = begin; mem_wanted && h < end; ++h)
@@ -138,10 +166,11 @@ class Backward {
 
   // Data gradients of state rows [begin, end) by Winograd: mem's into mem_grad, unless null; x's.
   void tiled(int64_t t, int64_t n, int64_t begin, int64_t end, bool x_wanted, T* mem_grad,
-             const Scratch& s) {
+             int thread) {
+    const Scratch& s = scratch_[thread];
     const TileBlock<T> b = tile_block(l_, l_.form, end - begin, 4 * l_.Cp);
     const int64_t pixel = 4 * l_.Cp, row = l_.Wm * pixel;
-    inputs_.run(b, neuron_.d_gates(t, n) + begin * row, row, pixel, s.tiles.values);
+    inputs_.run(b, neuron_.d_gates(t, n, thread) + begin * row, row, pixel, s.tiles.values);
     if (mem_grad)
       to_mem_.tiles(b, s.tiles.values, static_cast<const T*>(a_.weight_mem), s.tiles.products,
                     begin, end, mem_grad);
@@ -155,7 +184,7 @@ class Backward {
     const int64_t n = task / x_blocks_, begin = task % x_blocks_ * x_rows_;
     const int64_t end = begin + x_rows_ < a_.cell.H ? begin + x_rows_ : a_.cell.H;
     T* rows = scratch_[thread].x;
-    to_x_.rows(neuron_.d_gates(t, n), static_cast<const T*>(a_.weight), begin, end, rows);
+    to_x_.rows(neuron_.d_gates(t, n, thread), static_cast<const T*>(a_.weight), begin, end, rows);
     write_x(t, n, begin, end, rows);
   }
 
@@ -171,6 +200,7 @@ class Backward {
   Layout<T, VL> l_;
   RowTasks tasks_;
   DataGrad<T, VL> to_mem_, to_x_;
+  bool by_sample_;
   NeuronBackward<T, VL> neuron_;
   WeightGradient<T, VL> weights_;
   InputTransform<S> inputs_;

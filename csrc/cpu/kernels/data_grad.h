@@ -113,8 +113,8 @@ class DataGrad {
       const int64_t h0 = b.row(tile / b.columns), w0 = b.column(tile % b.columns);
       const T* in = products + tile * NV * VL;
       T* corner = out + (h0 * width_ + w0) * channels + block * VL;
-      const int64_t height = inside(rows - h0, b.dilation_h, t.h.tile),
-                    width = inside(width_ - w0, b.dilation_w, t.w.tile);
+      const int64_t height = pixels_inside(rows - h0, b.dilation_h, t.h.tile),
+                    width = pixels_inside(width_ - w0, b.dilation_w, t.w.tile);
       if (height == t.h.tile && width == t.w.tile) {
         outputs.run(in, from, corner, to, batches);
         continue;
@@ -134,12 +134,6 @@ class DataGrad {
       return outputs_;
     else
       return outputs_of_two_;
-  }
-
-  // How many of a tile's pixels, every dilation-th, lie among `left`.
-  static int64_t inside(int64_t left, int64_t dilation, int64_t tile) {
-    const int64_t count = left > 0 ? (left + dilation - 1) / dilation : 0;
-    return count < tile ? count : tile;
   }
 
   int64_t chunk() const { return chunk_length<T>((vectors_ < 4 ? vectors_ : 4) * VL); }

@@ -1,12 +1,13 @@
 // The forward pass of a sequence: for every step and block of rows the gate convolution, with the
 // LSTM update, reset, quantisation, pooling and spike right behind it, while the gates of the block
-// still lie in L1.
+// still lie in L1. state_rows.h keeps the states.
 #pragma once
 
 #include "fire.h"
 #include "rows.h"
 #include "schedule.h"
 #include "sparse.h"
+#include "state_rows.h"
 #include "tiles.h"
 
 SNNLSTM_BEGIN_ISA
@@ -19,13 +20,14 @@ class Forward {
   using Mask = typename S::Mask;
   static constexpr int kGates = 4 * VL;
   using GateVector = typename Merged<S, 4>::Vector;
+  using Rows = typename StateRows<T, VL>::Rows;
 
  public:
   explicit Forward(const ForwardArgs& args)
       : a_(args),
         l_(args.cell),
         tasks_(l_, args.threads),
-        training_(args.saved_gates != nullptr),
+        states_(args, l_, tasks_),
         block_(l_.block_rows()),
         strip_(l_.strip_rows()),
         sparse_(l_, strip_) {
@@ -54,9 +56,12 @@ class Forward {
     pack_vectors();
     const Phases phases(counters_, c.T + 1);
     parallel(a_.threads, double(c.N) * l_.pixels * l_.K() * 4 * c.C, [&](int thread) {
-      phases.run(0, tasks_.count, [&](int64_t task) { import_states(task); });
+      if (c.T > 1) phases.run(0, tasks_.count, [&](int64_t task) { states_.read(task, thread); });
       for (int64_t t = 0; t < c.T; ++t)
-        phases.run(t + 1, tasks_.count, [&](int64_t task) { step(t, task, thread); });
+        phases.run(t + 1, tasks_.count, [&](int64_t task) {
+          if (c.T == 1) states_.read(task, thread);
+          step(t, task, thread);
+        });
     });
   }
 
@@ -76,8 +81,7 @@ class Forward {
     counters_ = arena.take<Phases::Counter>(c.T + 1);
     bias_ = arena.take<T>(l_.Cb * kGates);
     threshold_ = arena.take<T>(l_.Cp);
-    for (T*& mem : mem_) mem = arena.take<T>(c.N * l_.mem_image());
-    syn_ = arena.take<T>(c.N * l_.state_image());
+    states_.carve(arena);
     scratch_ = arena.take<Scratch>(a_.threads);
     const int64_t points = c.tiled() ? l_.form.points() : 0;
     const TileBlock<T> of_mem = tile_block(l_, l_.form, block_, l_.Cp),
@@ -114,67 +118,25 @@ class Forward {
     }
   }
 
-  T* mem_row(int64_t t, int64_t n,
-             int64_t h) const {  // of the state after step t - 1, border included
-    return mem_[t & 1] + n * l_.mem_image() + h * l_.Wm * l_.Cp;
-  }
-  T* mem_inner(int64_t t, int64_t n, int64_t h) const {
-    return mem_row(t, n, h + l_.ph) + l_.pw * l_.Cp;
-  }
-  const T* syn_before(int64_t t, int64_t n) const {
-    const T* base = training_ && t > 0 ? saved_syn(t - 1) : syn_;
-    return base + n * l_.state_image();
-  }
-  T* syn_after(int64_t t, int64_t n) const {
-    return (training_ ? saved_syn(t) : syn_) + n * l_.state_image();
-  }
-  T* saved_syn(int64_t t) const {
-    return static_cast<T*>(a_.saved_syn) + t * a_.cell.N * l_.state_image();
-  }
-
-  void import_states(int64_t task) {
-    const int64_t n = tasks_.image(task), begin = tasks_.begin(task), end = tasks_.end(task);
-    const int64_t row = l_.Wm * l_.Cp, left = l_.pw * l_.Cp, right = (l_.pw + l_.Wo) * l_.Cp;
-    for (int which = 0; which < 2; ++which) {
-      for (int64_t h = begin; h < end; ++h) {
-        T* p = mem_row(which, n, h + l_.ph);
-        std::memset(p, 0, left * sizeof(T));
-        std::memset(p + right, 0, (row - right) * sizeof(T));
-      }
-      if (begin == 0) std::memset(mem_row(which, n, 0), 0, l_.ph * row * sizeof(T));
-      if (end == l_.Ho)
-        std::memset(mem_row(which, n, l_.Ho + l_.ph), 0, (l_.Hm - l_.Ho - l_.ph) * row * sizeof(T));
-    }
-    for (int64_t h = begin; h < end; ++h) {
-      import_row(a_.mem0, n, h, mem_inner(0, n, h));
-      import_row(a_.syn0, n, h, syn_ + n * l_.state_image() + h * l_.Wo * l_.Cp);
-    }
-  }
-
-  void import_row(const View& v, int64_t n, int64_t h, T* dst) {
-    const T* src = static_cast<const T*>(v.data) + n * v.stride[1] + h * v.stride[3];
-    if (l_.Cp > a_.cell.C) std::memset(dst, 0, l_.Wo * l_.Cp * sizeof(T));
-    load_row<S>(src, v.stride[2], v.stride[4], l_.Wo, a_.cell.C, dst, l_.Cp);
-  }
-
   void step(int64_t t, int64_t task, int thread) {
     const Scratch& s = scratch_[thread];
-    const int64_t n = tasks_.image(task), begin = tasks_.begin(task), end = tasks_.end(task);
+    const Rows r = states_.of(task, thread);
+    const int64_t begin = tasks_.begin(task), end = tasks_.end(task);
     for (int64_t b0 = begin; b0 < end; b0 += block_) {
       const int64_t b1 = b0 + block_ < end ? b0 + block_ : end;
-      gather_x(t, n, b0, b1, s.patch);
+      gather_x(t, r.n, b0, b1, s.patch);
       if (a_.cell.x_way == Way::sparse) list_x(b0, b1, s);
       if (!a_.cell.tiled())
-        direct(t, n, b0, b1, s);
+        direct(t, r, b0, b1, s);
       else if constexpr (kHasWinograd<T, VL>)
-        tiled(t, n, b0, b1, s);
+        tiled(t, r, b0, b1, s);
     }
-    write_states(t, n, begin, end);
+    write_states(t, r, begin, end);
     if (a_.cell.inhibition)
-      fire_winner(t, n, s);
+      fire_winner(t, r, s);
     else
       for (int64_t h = begin / a_.cell.pool_h; h < l_.Hp && (h + 1) * a_.cell.pool_h <= end; ++h)
-        fire_row(t, n, h, s);
+        fire_row(t, r, h, s);
   }
 
   // Input rows under `rows` state rows: what the kernel, or the tiles, look at.
@@ -200,7 +162,7 @@ class Forward {
       std::memset(patch, 0, border * sizeof(T));
       std::memset(patch + right, 0, (row - right) * sizeof(T));
       load_row<S>(x + h * a_.x.stride[3], a_.x.stride[2], a_.x.stride[4], c.W, c.Cin,
-                  patch + border, c.Cin);
+                  patch + border, c.Cin, c.Cin);
     }
   }
 
@@ -238,22 +200,22 @@ class Forward {
           false, s);
   }
 
-  void direct(int64_t t, int64_t n, int64_t b0, int64_t b1, const Scratch& s) {
+  void direct(int64_t t, const Rows& r, int64_t b0, int64_t b1, const Scratch& s) {
     for (int64_t cb = 0; cb < l_.Cb; ++cb) {
       sweep_x(b0, b0, b1, cb, s);
-      sweep(mem_runs_, mem_row(t, n, b0), l_.Wm * l_.Cp, l_.Cp, b0, b1, cb, true, s);
-      for (int64_t h = b0; h < b1; ++h) update(t, n, h, cb, s.gates + (h - b0) * l_.Wr * kGates);
+      sweep(mem_runs_, states_.mem_row(t, r, b0), l_.Wm * l_.Cp, l_.Cp, b0, b1, cb, true, s);
+      for (int64_t h = b0; h < b1; ++h) update(t, r, h, cb, s.gates + (h - b0) * l_.Wr * kGates);
     }
   }
 
   // The recurrent half by Winograd, and the input half too or not; the gates of one row of tiles at
   // a time are put together and used.
-  void tiled(int64_t t, int64_t n, int64_t b0, int64_t b1, const Scratch& s) {
+  void tiled(int64_t t, const Rows& r, int64_t b0, int64_t b1, const Scratch& s) {
     const Cell& c = a_.cell;
     const TileBlock<T> of_mem = tile_block(l_, l_.form, b1 - b0, l_.Cp),
                        of_x = tile_block(l_, l_.form, b1 - b0, x_channels());
     const bool x_too = c.x_way == Way::winograd;
-    inputs_.run(of_mem, mem_row(t, n, b0), l_.Wm * l_.Cp, l_.Cp, s.mem_values);
+    inputs_.run(of_mem, states_.mem_row(t, r, b0), l_.Wm * l_.Cp, l_.Cp, s.mem_values);
     if (x_too) inputs_.run(of_x, s.patch, l_.Wx * c.Cin, c.Cin, s.x_values);
     for (int64_t cb = 0; cb < l_.Cb; ++cb) {
       const int64_t block = cb * l_.tile_weights() * kGates;
@@ -267,10 +229,10 @@ class Forward {
         if (!x_too) sweep_x(b0, h0, h1, cb, s);
         const int64_t r0 = (h0 - b0) / l_.form.h.tile;
         const int64_t rows = l_.tiles(l_.form.h, c.dilation_h, h1 - h0);
-        for (int64_t r = 0; r < rows; ++r)
-          add_tiles(of_mem, r0 + r, cb, !x_too, s.products,
-                    s.gates + of_mem.row(r) * l_.Wr * kGates);
-        for (int64_t h = h0; h < h1; ++h) update(t, n, h, cb, s.gates + (h - h0) * l_.Wr * kGates);
+        for (int64_t k = 0; k < rows; ++k)
+          add_tiles(of_mem, r0 + k, cb, !x_too, s.products,
+                    s.gates + of_mem.row(k) * l_.Wr * kGates);
+        for (int64_t h = h0; h < h1; ++h) update(t, r, h, cb, s.gates + (h - h0) * l_.Wr * kGates);
       }
     }
   }
@@ -290,18 +252,18 @@ class Forward {
 
   // LSTM update, reset and quantisation of one row and channel block. Two passes, each with one
   // chain of exp and division per pixel: the processor has more pixels in flight.
-  void update(int64_t t, int64_t n, int64_t h, int64_t cb, T* gates) {
+  void update(int64_t t, const Rows& r, int64_t h, int64_t cb, T* gates) {
     const Cell& c = a_.cell;
     const T* levels = static_cast<const T*>(a_.levels);
     const R threshold = S::load(threshold_ + cb * VL);
-    const int64_t place = h * l_.Wo * l_.Cp + cb * VL;
-    const T* syn_in = syn_before(t, n) + place;
-    T* syn_out = syn_after(t, n) + place;
-    const T* mem_in = mem_inner(t, n, h) + cb * VL;
-    T* mem_out = mem_inner(t + 1, n, h) + cb * VL;
-    T* saved = training_ ? static_cast<T*>(a_.saved_gates) +
-                               ((t * c.N + n) * l_.pixels + h * l_.Wo) * 4 * l_.Cp + cb * kGates
-                         : nullptr;
+    const T* syn_in = states_.syn_before(t, r, h) + cb * VL;
+    T* syn_out = states_.syn_after(t, r, h) + cb * VL;
+    const T* mem_in = states_.mem_inner(t, r, h) + cb * VL;
+    T* mem_out = states_.mem_inner(t + 1, r, h) + cb * VL;
+    T* saved = a_.saved_gates
+                   ? static_cast<T*>(a_.saved_gates) +
+                         ((t * c.N + r.n) * l_.pixels + h * l_.Wo) * 4 * l_.Cp + cb * kGates
+                   : nullptr;
     for (int64_t w = 0; w < l_.Wo; ++w) {
       T* g = gates + w * kGates;
       const Gates<R> act = Neuron<M>::activate(
@@ -332,23 +294,23 @@ class Forward {
     }
   }
 
-  void write_states(int64_t t, int64_t n, int64_t begin, int64_t end) {
+  void write_states(int64_t t, const Rows& r, int64_t begin, int64_t end) {
     if (!a_.record && t != a_.cell.T - 1) return;
     const auto same = [](R v, int64_t) { return v; };
     const auto put = [&](const View& v, const T* src, int64_t h) {
-      T* dst = static_cast<T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
+      T* dst = static_cast<T*>(v.data) + t * v.stride[0] + r.n * v.stride[1] + h * v.stride[3];
       store_row<S>(src, l_.Cp, l_.Wo, a_.cell.C, dst, v.stride[2], v.stride[4], same);
     };
     for (int64_t h = begin; h < end; ++h) {
-      put(a_.syn, syn_after(t, n) + h * l_.Wo * l_.Cp, h);
-      put(a_.mem, mem_inner(t + 1, n, h), h);
+      put(a_.syn, states_.syn_after(t, r, h), h);
+      put(a_.mem, states_.mem_inner(t + 1, r, h), h);
     }
   }
 
   // Row h of the pooled image: channels-last pixels, `stride` apart.
-  const T* pooled_row(int64_t t, int64_t n, int64_t h, const Scratch& s, int64_t& stride) {
+  const T* pooled_row(int64_t t, const Rows& r, int64_t h, const Scratch& s, int64_t& stride) {
     const Cell& c = a_.cell;
-    const T* mem = mem_inner(t + 1, n, h * c.pool_h);
+    const T* mem = states_.mem_inner(t + 1, r, h * c.pool_h);
     stride = l_.Cp;
     if (c.pool == Pool::none) return mem;  // quantised already
     Mask unused;
@@ -365,11 +327,11 @@ class Forward {
     return static_cast<T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
   }
 
-  void fire_row(int64_t t, int64_t n, int64_t h, const Scratch& s) {
+  void fire_row(int64_t t, const Rows& r, int64_t h, const Scratch& s) {
     int64_t stride;
-    const T* row = pooled_row(t, n, h, s, stride);
+    const T* row = pooled_row(t, r, h, s, stride);
     const R spike = S::splat(T(a_.graded)), silent = S::splat(T(0) * T(a_.graded));
-    store_row<S>(row, stride, l_.Wp, a_.cell.C, spk_row(t, n, h), a_.spk.stride[2],
+    store_row<S>(row, stride, l_.Wp, a_.cell.C, spk_row(t, r.n, h), a_.spk.stride[2],
                  a_.spk.stride[4], [&](R mem, int64_t ch) {
                    return S::where(Neuron<M>::fires(mem, S::load(threshold_ + ch)), spike, silent);
                  });
@@ -378,14 +340,14 @@ class Forward {
   // Inhibition: of all neurons of a sample only the one with the highest (pooled) membrane
   // potential may spike; the lowest index in (C, Hp, Wp) among equals; a NaN counts as highest, as
   // in torch.argmax.
-  void fire_winner(int64_t t, int64_t n, const Scratch& s) {
+  void fire_winner(int64_t t, const Rows& r, const Scratch& s) {
     const Cell& c = a_.cell;
     const View& v = a_.spk;
     int64_t winner = -1;
     T best = 0;
     for (int64_t h = 0; h < l_.Hp; ++h) {
       int64_t stride;
-      const T* row = pooled_row(t, n, h, s, stride);
+      const T* row = pooled_row(t, r, h, s, stride);
       for (int64_t ch = 0; ch < c.C; ++ch)
         for (int64_t w = 0; w < l_.Wp; ++w) {
           const T mem = row[w * stride + ch];
@@ -394,28 +356,27 @@ class Forward {
           const bool equal = mem == best || (mem != mem && best != best);
           if (higher || (equal && index < winner)) best = mem, winner = index;
         }
-      store_row<S>(row, stride, l_.Wp, c.C, spk_row(t, n, h), v.stride[2], v.stride[4],
+      store_row<S>(row, stride, l_.Wp, c.C, spk_row(t, r.n, h), v.stride[2], v.stride[4],
                    [&](R, int64_t) { return S::splat(T(0) * T(a_.graded)); });
     }
-    if (a_.winner) a_.winner[t * c.N + n] = winner;
+    if (a_.winner) a_.winner[t * c.N + r.n] = winner;
     if (winner < 0) return;
     const int64_t ch = winner / (l_.Hp * l_.Wp), h = winner / l_.Wp % l_.Hp, w = winner % l_.Wp;
     if (best - threshold_[ch] > T(0))
-      spk_row(t, n, h)[ch * v.stride[2] + w * v.stride[4]] = T(a_.graded);
+      spk_row(t, r.n, h)[ch * v.stride[2] + w * v.stride[4]] = T(a_.graded);
   }
 
   const ForwardArgs& a_;
   Layout<T, VL> l_;
   RowTasks tasks_;
-  bool training_;
+  StateRows<T, VL> states_;
   int64_t block_, strip_;  // rows worked on at a time; rows whose gates are in the buffer at a time
   SparseInput<T, VL> sparse_;
   InputTransform<S> inputs_;
   PlaneTransform<GateVector> outputs_;
   RunList x_runs_, mem_runs_;
   Phases::Counter* counters_ = nullptr;
-  T *bias_ = nullptr, *threshold_ = nullptr, *syn_ = nullptr;
-  T* mem_[2] = {nullptr, nullptr};
+  T *bias_ = nullptr, *threshold_ = nullptr;
   Scratch* scratch_ = nullptr;
 };
 

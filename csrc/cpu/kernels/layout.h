@@ -170,12 +170,17 @@ struct Layout {
   }
 
   // Rows that one task takes: a block, but enough tasks for everybody; whole pooling windows and
-  // tiles.
+  // tiles. In a call of one step several blocks, as far as their states fit in L2: a task reads the
+  // rows around its own, too.
   int64_t task_rows(int threads) const {
     int64_t rows = block_rows();
     const int64_t wanted = 4 * threads;
     const int64_t whole_tiles = whole(form.h, c.dilation_h, 1), least = whole_tiles * form.h.parts;
-    while (rows > least && c.N * ((Ho + rows - 1) / rows) < wanted) rows = (rows + 1) / 2;
+    const auto tasks = [&](int64_t of) { return c.N * ((Ho + of - 1) / of); };
+    while (rows > least && tasks(rows) < wanted) rows = (rows + 1) / 2;
+    const int64_t bytes = (2 * Wm + Wo) * Cp * int64_t(sizeof(T));
+    while (c.T == 1 && rows < Ho && tasks(2 * rows) >= wanted && 2 * rows * bytes <= 512 << 10)
+      rows *= 2;
     if (c.inhibition) return Hr;  // the winner is sought among all neurons of a sample
     int64_t unit = c.pool_h;
     while (unit % whole_tiles != 0) unit += c.pool_h;

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "fire.h"
-#include "weight_gradient.h"
+#include "step_images.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -18,17 +18,19 @@ class NeuronBackward {
   static constexpr int kGates = 4 * VL;
 
  public:
-  NeuronBackward(const BackwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks)
-      : a_(a), l_(l), tasks_(tasks), images_(l) {}
+  // by_sample: of a call of one step each thread keeps the sample that it works on, else all are.
+  NeuronBackward(const BackwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks,
+                 bool by_sample)
+      : a_(a), l_(l), tasks_(tasks), by_sample_(by_sample), images_(l) {}
 
   void carve(Arena& arena) {
-    const Cell& c = a_.cell;
-    images_.carve(arena, a_.grad_weight != nullptr);
+    const int64_t kept = by_sample_ ? a_.threads : a_.cell.N;
+    images_.carve(arena, kept, true, a_.grad_weight != nullptr);
     threshold_ = arena.take<T>(l_.Cp);
     threshold_sums_ = arena.take<T>(tasks_.count * l_.Cp);
     bias_sums_ = arena.take<T>(tasks_.count * 4 * l_.Cp);
-    syn0_ = arena.take<T>(c.N * l_.state_image());
-    d_syn_ = arena.take<T>(c.N * l_.state_image());
+    syn0_ = arena.take<T>(kept * l_.state_image());
+    d_syn_ = arena.take<T>(kept * l_.state_image());
     scratch_ = arena.take<Scratch>(a_.threads);
     const int64_t rows = tasks_.most_rows() * l_.Wo * l_.Cp;
     for (int k = 0; k < a_.threads; ++k) {
@@ -39,7 +41,9 @@ class NeuronBackward {
   }
 
   StepImages<T> images(int64_t t) const { return images_.images(t); }
-  const T* d_gates(int64_t t, int64_t n) const { return images_.d_gates(t, n); }
+  const T* d_gates(int64_t t, int64_t n, int thread) const {
+    return images_.d_gates(t, kept(n, thread));
+  }
   // The rows of a task: the gradient of mem as the next step's convolution gives it.
   T* mem_grad(int thread) const { return scratch_[thread].mem_grad; }
 
@@ -49,46 +53,54 @@ class NeuronBackward {
       threshold_[ch] = ch < a_.cell.C ? threshold[ch * a_.threshold_stride] : T(1);
   }
 
-  // Zero borders, zero sums, zero gradient of the last syn; the first syn, channels-last.
-  void clear(int64_t task) {
-    const int64_t n = tasks_.image(task), begin = tasks_.begin(task), end = tasks_.end(task);
+  // Zero borders and sums; the first syn, channels-last.
+  void clear(int64_t task, int thread) {
+    const Sample p = sample(task, thread);
     std::memset(threshold_sums_ + task * l_.Cp, 0, l_.Cp * sizeof(T));
     std::memset(bias_sums_ + task * 4 * l_.Cp, 0, 4 * l_.Cp * sizeof(T));
-    const int64_t row = l_.Wo * l_.Cp;
-    std::memset(d_syn_ + n * l_.state_image() + begin * row, 0, (end - begin) * row * sizeof(T));
-    for (int64_t h = begin; h < end; ++h)
-      images_.read_row(a_.syn0, n, h, syn0_ + n * l_.state_image() + h * row);
-    if (begin == 0) images_.clear_borders(n);
+    for (int64_t h = tasks_.begin(task); h < tasks_.end(task); ++h)
+      images_.read_row(a_.syn0, p.n, h, state_row(syn0_, p, h));
+    if (tasks_.begin(task) == 0) images_.clear_borders(p.kept);
   }
 
-  // Before the last step nothing has come back yet.
+  // What comes back to the last step's states: their gradients, or zeros.
   void start(int64_t task, int thread) {
-    const int64_t rows = tasks_.end(task) - tasks_.begin(task);
-    std::memset(mem_grad(thread), 0, rows * l_.Wo * l_.Cp * sizeof(T));
+    const Sample p = sample(task, thread);
+    const int64_t begin = tasks_.begin(task), row = l_.Wo * l_.Cp;
+    const auto read = [&](const View& v, int64_t h, T* dst) {
+      if (v.data)
+        images_.read_row(at_time(v, a_.record ? a_.cell.T - 1 : 0), p.n, h, dst);
+      else
+        std::memset(dst, 0, row * sizeof(T));
+    };
+    for (int64_t h = begin; h < tasks_.end(task); ++h) {
+      read(a_.grad_mem, h, mem_grad(thread) + (h - begin) * row);
+      read(a_.grad_syn, h, state_row(d_syn_, p, h));
+    }
   }
 
   void rows(int64_t t, int64_t task, int thread) {
     const Scratch& s = scratch_[thread];
-    const int64_t n = tasks_.image(task), begin = tasks_.begin(task), end = tasks_.end(task);
-    const int64_t row = l_.Wo * l_.Cp;
-    const bool states = a_.record || t == a_.cell.T - 1;
-    if (a_.grad_weight) images_.read_x(at_time(a_.x, t), t, n, begin, end);
+    const Sample p = sample(task, thread);
+    const int64_t begin = tasks_.begin(task), end = tasks_.end(task), row = l_.Wo * l_.Cp;
+    const bool last = t == a_.cell.T - 1;
+    if (a_.grad_weight) images_.read_x(at_time(a_.x, t), t, p.n, begin, end);
     for (int64_t h = begin; h < end; ++h) {
-      if (states && a_.grad_mem.data)
-        add_row(a_.grad_mem, t, n, h, s.mem_grad + (h - begin) * row, s);
-      if (states && a_.grad_syn.data)
-        add_row(a_.grad_syn, t, n, h, d_syn_ + n * l_.state_image() + h * row, s);
-      if (t == a_.cell.T - 1) recompute_mem(t, n, h, images_.mem_row(t + 1, n, h));
+      if (a_.record && !last && a_.grad_mem.data)
+        add_row(a_.grad_mem, t, p.n, h, s.mem_grad + (h - begin) * row, s);
+      if (a_.record && !last && a_.grad_syn.data)
+        add_row(a_.grad_syn, t, p.n, h, state_row(d_syn_, p, h), s);
+      if (last) recompute_mem(t, p, h, images_.mem_row(t + 1, p.kept, h));
       if (t > 0)
-        recompute_mem(t - 1, n, h, images_.mem_row(t, n, h));
+        recompute_mem(t - 1, p, h, images_.mem_row(t, p.kept, h));
       else if (a_.grad_weight)
-        images_.read_row(a_.mem0, n, h, images_.mem_row(t, n, h));
+        images_.read_row(a_.mem0, p.n, h, images_.mem_row(t, p.kept, h));
     }
-    if (a_.grad_spk.data && a_.cell.surrogate != Surrogate::none) spike(t, n, task, s);
-    for (int64_t h = begin; h < end; ++h) step(t, n, h, task, s.mem_grad + (h - begin) * row);
+    if (a_.grad_spk.data && a_.cell.surrogate != Surrogate::none) spike(t, p, task, s);
+    for (int64_t h = begin; h < end; ++h) step(t, p, h, task, s.mem_grad + (h - begin) * row);
     if (t == 0 && a_.grad_syn0.data)
       for (int64_t h = begin; h < end; ++h)
-        write_row(a_.grad_syn0, n, h, d_syn_ + n * l_.state_image() + h * row);
+        write_row(a_.grad_syn0, p.n, h, state_row(d_syn_, p, h));
   }
 
   void write_row(const View& v, int64_t n, int64_t h, const T* src) const {
@@ -110,7 +122,14 @@ class NeuronBackward {
     }
   }
   void reduce_bias() const {
-    if (a_.grad_bias) write_bias_gradient(l_, bias_sums_, tasks_.count, a_.grad_bias);
+    const int64_t C = a_.cell.C;
+    for (int64_t ch = 0; a_.grad_bias && ch < C; ++ch)
+      for (int gate = 0; gate < 4; ++gate) {
+        T sum = 0;
+        for (int64_t k = 0; k < tasks_.count; ++k)
+          sum += bias_sums_[k * 4 * l_.Cp + ch / VL * kGates + gate * VL + ch % VL];
+        static_cast<T*>(a_.grad_bias)[gate * C + ch] = sum;
+      }
   }
 
  private:
@@ -119,16 +138,29 @@ class NeuronBackward {
     T *row, *noise_row;  // one row
   };
 
+  // The sample, and which of those that are kept it is.
+  struct Sample {
+    int64_t n, kept;
+  };
+  int64_t kept(int64_t n, int thread) const { return by_sample_ ? thread : n; }
+  Sample sample(int64_t task, int thread) const {
+    const int64_t n = tasks_.image(task);
+    return {n, kept(n, thread)};
+  }
+  T* state_row(T* states, const Sample& p, int64_t h) const {
+    return states + p.kept * l_.state_image() + h * l_.Wo * l_.Cp;
+  }
+
   const T* gates(int64_t t, int64_t n, int64_t h) const {
     return static_cast<const T*>(a_.saved_gates) + gates_row(t, n, h);
   }
   int64_t gates_row(int64_t t, int64_t n, int64_t h) const {
     return ((t * a_.cell.N + n) * l_.pixels + h * l_.Wo) * 4 * l_.Cp;
   }
-  const T* syn_after(int64_t t, int64_t n, int64_t h) const {  // t = -1: the first syn
-    const T* base =
-        t < 0 ? syn0_ : static_cast<const T*>(a_.saved_syn) + t * a_.cell.N * l_.state_image();
-    return base + n * l_.state_image() + h * l_.Wo * l_.Cp;
+  const T* syn_after(int64_t t, const Sample& p, int64_t h) const {  // t = -1: the first syn
+    if (t < 0) return state_row(syn0_, p, h);
+    return static_cast<const T*>(a_.saved_syn) + (t * a_.cell.N + p.n) * l_.state_image() +
+           h * l_.Wo * l_.Cp;
   }
 
   static View at_time(const View& v, int64_t t) {
@@ -137,7 +169,7 @@ class NeuronBackward {
     return step;
   }
   void add_row(const View& v, int64_t t, int64_t n, int64_t h, T* dst, const Scratch& s) const {
-    images_.read_row(at_time(v, a_.record ? t : 0), n, h, s.row);
+    images_.read_row(at_time(v, t), n, h, s.row);
     for (int64_t k = 0; k < l_.Wo * l_.Cp; k += VL)
       S::store(dst + k, S::load(dst + k) + S::load(s.row + k));
   }
@@ -154,9 +186,9 @@ class NeuronBackward {
   }
 
   // mem after step t, from what was saved.
-  void recompute_mem(int64_t t, int64_t n, int64_t h, T* out) const {
+  void recompute_mem(int64_t t, const Sample& p, int64_t h, T* out) const {
     const Cell& c = a_.cell;
-    const T *gate = gates(t, n, h), *syn = syn_after(t, n, h), *syn_prev = syn_after(t - 1, n, h);
+    const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
     for (int64_t k = 0; k < l_.Wo; ++k)
       for (int64_t ch = 0; ch < l_.Cp; ch += VL, gate += kGates, syn += VL, syn_prev += VL) {
         const R o = S::load(gate + 2 * VL);
@@ -169,18 +201,18 @@ class NeuronBackward {
   }
 
   // Adds the spikes' gradient to the rows of mem_grad.
-  void spike(int64_t t, int64_t n, int64_t task, const Scratch& s) const {
+  void spike(int64_t t, const Sample& p, int64_t task, const Scratch& s) const {
     const Cell& c = a_.cell;
     const int64_t begin = tasks_.begin(task), row = l_.Wo * l_.Cp;
     T* sums = threshold_sums_ + task * l_.Cp;
     const R p0 = S::splat(T(c.surrogate_p0)), p1 = S::splat(T(c.surrogate_p1));
     const T graded = T(a_.graded);
     for (int64_t h = begin / c.pool_h; h < l_.Hp && (h + 1) * c.pool_h <= tasks_.end(task); ++h) {
-      pooled_row(a_.grad_spk, t, n, h, s.row);
-      if (a_.noise.data) pooled_row(a_.noise, t, n, h, s.noise_row);
-      if (c.inhibition) keep_winner(a_.winner[t * c.N + n], h, s.row);
+      pooled_row(a_.grad_spk, t, p.n, h, s.row);
+      if (a_.noise.data) pooled_row(a_.noise, t, p.n, h, s.noise_row);
+      if (c.inhibition) keep_winner(a_.winner[t * c.N + p.n], h, s.row);
       const int64_t top = (h * c.pool_h - begin) * row;
-      const T* mem_after = images_.mem_row(t + 1, n, h * c.pool_h);
+      const T* mem_after = images_.mem_row(t + 1, p.kept, h * c.pool_h);
       for (int64_t w = 0; w < l_.Wp; ++w)
         for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
           Mask where{};
@@ -203,8 +235,7 @@ class NeuronBackward {
   void pooled_row(const View& v, int64_t t, int64_t n, int64_t h, T* dst) const {
     const T* src =
         static_cast<const T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
-    if (l_.Cp > a_.cell.C) std::memset(dst, 0, l_.Wp * l_.Cp * sizeof(T));
-    load_row<S>(src, v.stride[2], v.stride[4], l_.Wp, a_.cell.C, dst, l_.Cp);
+    load_row<S>(src, v.stride[2], v.stride[4], l_.Wp, a_.cell.C, dst, l_.Cp, l_.Cp);
   }
   void keep_winner(int64_t winner, int64_t h, T* row) const {
     const bool here = winner >= 0 && winner / l_.Wp % l_.Hp == h;
@@ -215,12 +246,12 @@ class NeuronBackward {
   }
 
   // Reset and LSTM of one row.
-  void step(int64_t t, int64_t n, int64_t h, int64_t task, const T* mem_grad) const {
+  void step(int64_t t, const Sample& p, int64_t h, int64_t task, const T* mem_grad) const {
     const Cell& c = a_.cell;
-    const T *gate = gates(t, n, h), *syn = syn_after(t, n, h), *syn_prev = syn_after(t - 1, n, h);
-    T* d_syn = d_syn_ + n * l_.state_image() + h * l_.Wo * l_.Cp;
-    T* out = images_.d_gates_row(t, n, h);
-    T* left = a_.d_gates ? static_cast<T*>(a_.d_gates) + gates_row(t, n, h) : nullptr;
+    const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
+    T* d_syn = state_row(d_syn_, p, h);
+    T* out = images_.d_gates_row(t, p.kept, h);
+    T* left = a_.d_gates ? static_cast<T*>(a_.d_gates) + gates_row(t, p.n, h) : nullptr;
     T *bias_sums = bias_sums_ + task * 4 * l_.Cp, *threshold_sums = threshold_sums_ + task * l_.Cp;
     for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
       R bias[4] = {R{}, R{}, R{}, R{}}, threshold{};
@@ -252,6 +283,7 @@ class NeuronBackward {
   const BackwardArgs& a_;
   const Layout<T, VL>& l_;
   const RowTasks& tasks_;
+  bool by_sample_;
   StepBuffers<T, VL> images_;
   T *threshold_ = nullptr, *threshold_sums_ = nullptr, *bias_sums_ = nullptr;
   T *syn0_ = nullptr, *d_syn_ = nullptr;

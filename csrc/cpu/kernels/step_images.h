@@ -1,6 +1,6 @@
-// The images that a time step's gradients are formed from: d gates, mem before the step and x, all
-// samples, channels-last with a zero border (layout.h). They lie in two buffers by turns, so that
-// the step before can be filled in while a step is read.
+// The images that a time step's gradients are formed from: d gates, mem before the step and x,
+// channels-last with a zero border (layout.h). They lie in two buffers by turns, so that the step
+// before can be filled in while a step is read.
 #pragma once
 
 #include "layout.h"
@@ -8,9 +8,13 @@
 
 SNNLSTM_BEGIN_ISA
 
+// What the weight gradient of a step reads, of all samples. d_gates: the first pixel that is no
+// border, and how far rows and images are apart: no border is read.
 template <class T>
 struct StepImages {
-  const T *d_gates, *mem, *x;
+  const T* d_gates;
+  int64_t d_row, d_image;
+  const T *mem, *x;
 };
 
 template <class T, int VL>
@@ -20,18 +24,21 @@ class StepBuffers {
  public:
   explicit StepBuffers(const Layout<T, VL>& l) : l_(l) {}
 
-  // with_x: the weight gradient reads the images, not only the data gradients.
-  void carve(Arena& arena, bool with_x) {
-    const int64_t N = l_.c.N;
+  // For so many samples. with_d_gates: the data gradients read the images; with_x: the weight
+  // gradient does.
+  void carve(Arena& arena, int64_t samples, bool with_d_gates, bool with_x) {
     for (int k = 0; k < 2; ++k) {
-      d_gates_[k] = arena.take<T>(k < l_.c.T ? N * 4 * l_.mem_image() : 0);
-      mem_[k] = arena.take<T>(N * l_.mem_image());
-      x_[k] = arena.take<T>(with_x && k < l_.c.T ? N * l_.x_image() + kReadAhead : 0);
+      d_gates_[k] = arena.take<T>(with_d_gates && k < l_.c.T ? samples * 4 * l_.mem_image() : 0);
+      mem_[k] = arena.take<T>(samples * l_.mem_image());
+      x_[k] = arena.take<T>(with_x && k < l_.c.T ? samples * l_.x_image() + kReadAhead : 0);
     }
+    with_d_gates_ = with_d_gates;
     with_x_ = with_x;
   }
 
-  StepImages<T> images(int64_t t) const { return {d_gates(t, 0), mem(t, 0), x(t, 0)}; }
+  StepImages<T> images(int64_t t) const {
+    return {d_gates_row(t, 0, 0), l_.Wm * 4 * l_.Cp, 4 * l_.mem_image(), mem(t, 0), x(t, 0)};
+  }
 
   // Of the step t and sample n, each with its border.
   T* d_gates(int64_t t, int64_t n) const { return d_gates_[t & 1] + n * 4 * l_.mem_image(); }
@@ -51,7 +58,7 @@ class StepBuffers {
     for (int k = 0; k < 2; ++k) {
       clear_border(mem(k, n), l_.Hm, l_.Wm, l_.Ho, l_.Wo, l_.Cp);
       if (k >= c.T) continue;
-      clear_border(d_gates(k, n), l_.Hm, l_.Wm, l_.Ho, l_.Wo, 4 * l_.Cp);
+      if (with_d_gates_) clear_border(d_gates(k, n), l_.Hm, l_.Wm, l_.Ho, l_.Wo, 4 * l_.Cp);
       if (with_x_) clear_border(x(k, n), l_.Hx, l_.Wx, c.H, c.W, c.Cin);
     }
   }
@@ -64,14 +71,13 @@ class StepBuffers {
     const int64_t last = end == l_.Ho ? c.H : end * c.stride_h;
     for (int64_t h = begin * c.stride_h; h < last; ++h)
       load_row<S>(src + h * v.stride[3], v.stride[2], v.stride[4], c.W, c.Cin,
-                  x(t, n) + ((h + l_.ph) * l_.Wx + l_.pw) * c.Cin, c.Cin);
+                  x(t, n) + ((h + l_.ph) * l_.Wx + l_.pw) * c.Cin, c.Cin, c.Cin);
   }
 
   // Row h of a state: all Cp channels of Wo pixels.
   void read_row(const View& v, int64_t n, int64_t h, T* dst) const {
     const T* src = static_cast<const T*>(v.data) + n * v.stride[1] + h * v.stride[3];
-    if (l_.Cp > l_.c.C) std::memset(dst, 0, l_.Wo * l_.Cp * sizeof(T));
-    load_row<S>(src, v.stride[2], v.stride[4], l_.Wo, l_.c.C, dst, l_.Cp);
+    load_row<S>(src, v.stride[2], v.stride[4], l_.Wo, l_.c.C, dst, l_.Cp, l_.Cp);
   }
 
  private:
@@ -92,7 +98,7 @@ class StepBuffers {
   T* d_gates_[2] = {nullptr, nullptr};
   T* mem_[2] = {nullptr, nullptr};
   T* x_[2] = {nullptr, nullptr};
-  bool with_x_ = false;
+  bool with_d_gates_ = false, with_x_ = false;
 };
 
 SNNLSTM_END_ISA

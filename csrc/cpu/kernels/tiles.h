@@ -68,6 +68,12 @@ TileBlock<T> tile_block(const Layout<T, VL>& l, const Tiling& form, int64_t rows
   return b;
 }
 
+// How many of a tile's pixels along an axis, every dilation-th, lie among `left`.
+inline int64_t pixels_inside(int64_t left, int64_t dilation, int64_t tile) {
+  const int64_t count = left > 0 ? (left + dilation - 1) / dilation : 0;
+  return count < tile ? count : tile;
+}
+
 // What one thread keeps of a block: values and products at all points.
 template <class T>
 struct TileBuffers {

@@ -88,9 +88,26 @@ void weight_grad_tiles(const PlaneTransform<V>& taps, const PixelRows<T>& p, con
   constexpr int VL = S::lanes, kGates = 4 * VL;
   const Plane from{b.dilation_h * p.d_row, b.dilation_w * p.d_pixel, V::lanes};
   const Plane to{b.form.w.inputs() * b.products_stride, b.products_stride, V::lanes};
-  for (int64_t tile = 0; tile < b.count(); ++tile)
-    taps.run(p.d_gates + b.row(tile / b.columns) * p.d_row + b.column(tile % b.columns) * p.d_pixel,
-             from, d_values + tile * kGates, to, kGates / V::lanes);
+  const Tiling& form = b.form;
+  const Plane cut{form.w.tile * kGates, kGates, V::lanes};  // of a tile that sticks out
+  for (int64_t tile = 0; tile < b.count(); ++tile, d_values += kGates) {
+    const int64_t h0 = b.row(tile / b.columns), w0 = b.column(tile % b.columns);
+    const T* corner = p.d_gates + h0 * p.d_row + w0 * p.d_pixel;
+    const int64_t height = pixels_inside(p.rows - h0, b.dilation_h, form.h.tile),
+                  width = pixels_inside(p.pixels - w0, b.dilation_w, form.w.tile);
+    if (height == form.h.tile && width == form.w.tile) {
+      taps.run(corner, from, d_values, to, kGates / V::lanes);
+      continue;
+    }
+    alignas(64) T whole[5 * 5 * kGates];
+    std::memset(whole, 0, form.h.tile * cut.row * sizeof(T));
+    for (int64_t i = 0; i < height; ++i)
+      for (int64_t j = 0; j < width; ++j)
+        std::memcpy(whole + i * cut.row + j * kGates, corner + i * from.row + j * from.column,
+                    kGates * sizeof(T));
+    taps.run(whole, cut, d_values, to, kGates / V::lanes);
+  }
+  d_values -= b.count() * kGates;
   const int64_t rows = b.in_columns == b.columns ? 1 : b.rows, columns = b.count() / rows;
   for (int point = 0; point < b.form.points(); ++point)
     for (int part = 0; part < b.form.parts(); ++part, sums += sums_stride) {

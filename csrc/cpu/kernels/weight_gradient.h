@@ -11,18 +11,6 @@
 
 SNNLSTM_BEGIN_ISA
 
-// The bias gradient (4C,) from `count` partial sums of 4 Cp d gates each, added in their order.
-template <class T, int VL>
-void write_bias_gradient(const Layout<T, VL>& l, const T* sums, int64_t count, void* grad_bias) {
-  for (int64_t ch = 0; ch < l.c.C; ++ch)
-    for (int gate = 0; gate < 4; ++gate) {
-      T sum = 0;
-      for (int64_t k = 0; k < count; ++k)
-        sum += sums[k * 4 * l.Cp + ch / VL * 4 * VL + gate * VL + ch % VL];
-      static_cast<T*>(grad_bias)[gate * l.c.C + ch] = sum;
-    }
-}
-
 template <class T, int VL>
 class WeightGradient {
   using S = Simd<T, VL>;
@@ -161,7 +149,7 @@ class WeightGradient {
       for (int64_t block = 0; block < sparse_.blocks(); ++block) {
         sparse_.build(step.x + n * l_.x_image(), block, s.listing, s.lists);
         for (int64_t b = cb; b < cb + kShared && b < l_.Cb; ++b)
-          sparse_.run(s.lists, step.d_gates + n * 4 * l_.mem_image() + b * kGates, s.listing,
+          sparse_.run(s.lists, step.d_gates + n * step.d_image + b * kGates, step.d_row, s.listing,
                       sums_.rows(split, b, true));
       }
   }
@@ -192,9 +180,8 @@ class WeightGradient {
                           bool of_x) {
     PixelRows<T> p;
     p.d_pixel = 4 * l_.Cp;
-    p.d_row = l_.Wm * p.d_pixel;
-    p.d_gates = step.d_gates + n * 4 * l_.mem_image() + (h + l_.ph) * p.d_row + l_.pw * p.d_pixel +
-                cb * kGates;
+    p.d_row = step.d_row;
+    p.d_gates = step.d_gates + n * step.d_image + h * p.d_row + cb * kGates;
     p.rows = rows;
     p.pixels = l_.Wo;
     if (of_x) {

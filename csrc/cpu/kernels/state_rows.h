@@ -1,0 +1,127 @@
+// The states as the forward pass keeps them, channels-last: mem with its border, before and after a
+// step by turns, and syn, which training saves. From step to step those of all samples are kept. A
+// call of one step keeps none: each task reads its rows, and those around them that the kernel
+// sees, into memory of its thread, and writes them from there.
+#pragma once
+
+#include "layout.h"
+#include "rows.h"
+
+SNNLSTM_BEGIN_ISA
+
+template <class T, int VL>
+class StateRows {
+  using S = Simd<T, VL>;
+
+ public:
+  // Of sample n, from the state row `first` on: mem before and after a step by turns, the first
+  // syn.
+  struct Rows {
+    int64_t n, first;
+    T *mem[2], *syn;
+  };
+
+  StateRows(const ForwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks)
+      : a_(a), l_(l), tasks_(tasks) {}
+
+  void carve(Arena& arena) {
+    const int64_t kept = one_step() ? a_.threads : a_.cell.N;
+    for (T*& mem : mem_) mem = arena.take<T>(kept * mem_size());
+    syn_ = arena.take<T>(kept * syn_size());
+  }
+
+  // A task's rows of the states before the first step.
+  void read(int64_t task, int thread) {
+    const Rows r = of(task, thread);
+    const int64_t begin = tasks_.begin(task), end = tasks_.end(task);
+    if (one_step()) {
+      for (int64_t h = begin; h < begin + seen_rows(end - begin); ++h) import_mem(r, h);
+    } else {
+      const int64_t first = begin == 0 ? 0 : begin + l_.ph, all = l_.Hm;
+      const int64_t last = end == l_.Ho ? all : end + l_.ph;
+      for (int64_t h = first; h < last; ++h) {
+        import_mem(r, h);
+        clear_border(mem_row(1, r, h), inside(h));
+      }
+    }
+    for (int64_t h = begin; h < end; ++h) import_row(a_.syn0, r.n, h, first_syn(r, h));
+  }
+
+  // Where the rows of a task are.
+  Rows of(int64_t task, int thread) const {
+    const int64_t n = tasks_.image(task), kept = one_step() ? thread : n;
+    const int64_t mem = kept * mem_size(), syn = kept * syn_size();
+    return {n, one_step() ? tasks_.begin(task) : 0, {mem_[0] + mem, mem_[1] + mem}, syn_ + syn};
+  }
+  // Row h, border included, of mem after step t - 1.
+  T* mem_row(int64_t t, const Rows& r, int64_t h) const {
+    return r.mem[t & 1] + (h - r.first) * l_.Wm * l_.Cp;
+  }
+  T* mem_inner(int64_t t, const Rows& r, int64_t h) const {
+    return mem_row(t, r, h + l_.ph) + l_.pw * l_.Cp;
+  }
+  const T* syn_before(int64_t t, const Rows& r, int64_t h) const {
+    return a_.saved_syn && t > 0 ? saved_syn(t - 1, r.n, h) : first_syn(r, h);
+  }
+  T* syn_after(int64_t t, const Rows& r, int64_t h) const {
+    return a_.saved_syn ? saved_syn(t, r.n, h) : first_syn(r, h);
+  }
+
+ private:
+  bool one_step() const { return a_.cell.T == 1; }
+
+  // Of a sample, or of a task's rows: whole cache lines, which no other thread writes to.
+  int64_t mem_size() const {
+    return one_step() ? lines(seen_rows(tasks_.most_rows()) * l_.Wm * l_.Cp) : l_.mem_image();
+  }
+  int64_t syn_size() const {
+    return one_step() ? lines(tasks_.most_rows() * l_.Wo * l_.Cp) : l_.state_image();
+  }
+  static int64_t lines(int64_t count) {
+    return Layout<T, VL>::round_up(count, 64 / int64_t(sizeof(T)));
+  }
+
+  // Rows of mem that `rows` state rows see, border included.
+  int64_t seen_rows(int64_t rows) const {
+    const Cell& c = a_.cell;
+    return l_.whole(l_.form.h, c.dilation_h, rows) +
+           ((c.tiled() ? l_.form.h.taps() : c.kernel_h) - 1) * c.dilation_h;
+  }
+
+  T* first_syn(const Rows& r, int64_t h) const { return r.syn + (h - r.first) * l_.Wo * l_.Cp; }
+  T* saved_syn(int64_t t, int64_t n, int64_t h) const {
+    return static_cast<T*>(a_.saved_syn) + (t * a_.cell.N + n) * l_.state_image() +
+           h * l_.Wo * l_.Cp;
+  }
+
+  // Whether row h of mem, border included, is one of the image.
+  bool inside(int64_t h) const { return h >= l_.ph && h < l_.ph + l_.Ho; }
+
+  void import_mem(const Rows& r, int64_t h) {
+    T* row = mem_row(0, r, h);
+    clear_border(row, inside(h));
+    if (inside(h)) import_row(a_.mem0, r.n, h - l_.ph, row + l_.pw * l_.Cp);
+  }
+
+  // Zeros on both sides of a row of mem, or all along it.
+  void clear_border(T* row, bool image) const {
+    const int64_t all = l_.Wm * l_.Cp, left = image ? l_.pw * l_.Cp : all;
+    std::memset(row, 0, left * sizeof(T));
+    if (!image) return;
+    const int64_t right = left + l_.Wo * l_.Cp;
+    std::memset(row + right, 0, (all - right) * sizeof(T));
+  }
+
+  void import_row(const View& v, int64_t n, int64_t h, T* dst) {
+    const T* src = static_cast<const T*>(v.data) + n * v.stride[1] + h * v.stride[3];
+    load_row<S>(src, v.stride[2], v.stride[4], l_.Wo, a_.cell.C, dst, l_.Cp, l_.Cp);
+  }
+
+  const ForwardArgs& a_;
+  const Layout<T, VL>& l_;
+  const RowTasks& tasks_;
+  T* mem_[2] = {nullptr, nullptr};
+  T* syn_ = nullptr;
+};
+
+SNNLSTM_END_ISA
