@@ -1,0 +1,194 @@
+"""What the constructor takes, against snntorch 1.0.0: arguments, their order, what is refused."""
+
+import inspect
+
+import pytest
+import snntorch
+import torch
+from helpers import close, ours, states, steps, theirs, twins
+from torch import nn
+
+import snnlstm
+from snnlstm.call import RESETS
+
+
+def test_positional_arguments_come_in_snntorchs_order():
+    mine = inspect.signature(snnlstm.SConv2dLSTM).parameters
+    reference = inspect.signature(snntorch.SConv2dLSTM).parameters
+    assert list(mine)[: len(reference)] == list(reference)
+    for name, parameter in reference.items():
+        assert mine[name].default == parameter.default
+        assert mine[name].kind == parameter.kind
+
+
+def test_what_we_add_is_keyword_only():
+    parameters = inspect.signature(snnlstm.SConv2dLSTM).parameters
+    added = set(parameters) - set(inspect.signature(snntorch.SConv2dLSTM).parameters)
+    assert added == {"stride", "dilation", "device", "dtype", "checkpoint", "batch_first"}
+    assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in added)
+    forward = inspect.signature(snnlstm.SConv2dLSTM.forward).parameters
+    assert forward["record"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5, (3, 5), [5, 1], (1, 7)], ids=str)
+def test_kernel_size_is_an_int_a_tuple_or_a_list_and_padding_is_its_half(backend, kernel):
+    one, other = twins(2, 3, kernel)
+    assert one.padding == other.padding
+    assert tuple(one.conv.kernel_size) == tuple(other.conv.kernel_size)
+    x = steps(2, 2, 2, 7, 6)
+    for t in range(2):
+        close(one(x[t]), other(x[t]))
+    backend.check(one.path)
+
+
+@pytest.mark.parametrize("kernel", [2, (3, 4), [2, 3]], ids=str)
+def test_even_kernels_are_refused_by_the_constructor(kernel):
+    with pytest.raises(ValueError, match=r"kernel_size must be odd.*size of the state"):
+        ours(2, 3, kernel)
+
+
+@pytest.mark.parametrize("off", [0, None, False, (), []], ids=repr)
+def test_a_falsy_pool_is_off(off):
+    assert ours(max_pool=off, avg_pool=off)(torch.zeros(1, 2, 5, 5))[0].shape == (1, 3, 5, 5)
+
+
+def test_both_pools_are_refused():
+    with pytest.raises(ValueError, match="Only one of either `max_pool` or `avg_pool`"):
+        theirs(max_pool=2, avg_pool=2)
+    with pytest.raises(ValueError, match="Only one of either `max_pool` or `avg_pool`"):
+        ours(max_pool=2, avg_pool=2)
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (3, 1, 1), (1, 3, 1, 1), (6, 7), (2, 1, 1, 1)], ids=str
+)
+def test_a_threshold_may_have_any_shape_that_broadcasts_to_mem(backend, shape):
+    threshold = torch.rand(shape) / 5
+    one, other = twins(threshold=threshold, reset_mechanism="subtract")
+    x = steps(3, 2, 2, 6, 7)
+    for t in range(3):
+        close(one(x[t]), other(x[t]))
+    # The kernels know one threshold, or one a channel.
+    backend.check(one.path, native=threshold.numel() in (1, 3))
+
+
+def test_a_threshold_tensor_is_copied():
+    threshold = torch.tensor(0.1)
+    for learn in (False, True):
+        cell = ours(threshold=threshold, learn_threshold=learn)
+        threshold.fill_(5)
+        assert cell.threshold.item() == pytest.approx(0.1)
+        threshold.fill_(0.1)
+
+
+def test_a_threshold_that_does_not_broadcast_to_mem_is_refused():
+    for shape in ((1, 1, 3, 1, 1), (2, 1, 1), (1, 4, 1, 1)):
+        with pytest.raises(ValueError, match="threshold must broadcast"):
+            ours(threshold=torch.full(shape, 0.1))
+    cell = ours(threshold=torch.full((5, 5), 0.1), max_pool=2)
+    with pytest.raises(ValueError, match=r"threshold must broadcast .* pooled"):
+        cell(torch.zeros(1, 2, 5, 5))
+
+
+def test_an_int_threshold_can_be_learned():
+    cell = ours(threshold=1, learn_threshold=True)
+    assert cell.threshold.dtype == torch.float32
+    assert cell.threshold.requires_grad
+
+
+def test_the_threshold_attribute_takes_a_number(backend):
+    for learn in (False, True):
+        cell = ours(learn_threshold=learn)
+        before = cell.threshold
+        cell.threshold = 0.3
+        assert cell.threshold.item() == pytest.approx(0.3)
+        assert (cell.threshold is before) == learn  # optimizers know the parameter
+        spk, _, mem = cell(steps(1, 2, 2, 6, 7)[0] * 5)
+        assert torch.equal(spk.bool(), mem > 0.3)
+        assert "threshold" in cell.state_dict()
+
+
+def test_unknown_reset_mechanisms_are_refused():
+    with pytest.raises(ValueError, match=r"reset_mechanism .*'both'"):
+        ours(reset_mechanism="both")
+    cell = ours(reset_mechanism="zero")
+    with pytest.raises(ValueError, match="reset_mechanism"):
+        cell.reset_mechanism = "both"
+    assert cell.reset_mechanism == "zero"
+
+
+@pytest.mark.parametrize("reset", RESETS)
+def test_a_reset_mechanism_that_is_set_or_loaded_is_what_runs(backend, reset):
+    syn, mem = states(2, 3, 6, 7)
+    x = steps(1, 2, 2, 6, 7)[0]
+    expected = theirs(reset_mechanism=reset)(x, syn, mem)
+    for start in RESETS:
+        cell = ours(reset_mechanism=start)
+        cell(x, syn, mem)
+        cell.reset_mechanism = reset
+        close(cell(x, syn, mem), expected)
+        assert cell.reset_mechanism_val == RESETS.index(reset)
+        loaded = ours(reset_mechanism=start)
+        loaded(x, syn, mem)
+        loaded.load_state_dict(cell.state_dict())
+        close(loaded(x, syn, mem), expected)
+        assert loaded.reset_mechanism == reset
+        assigned = ours(reset_mechanism=start)
+        assigned.reset_mechanism_val = torch.tensor(RESETS.index(reset))
+        close(assigned(x, syn, mem), expected)
+
+
+def test_loading_an_unknown_reset_mechanism_is_refused():
+    cell = ours(reset_mechanism="zero")
+    state = cell.state_dict() | {"reset_mechanism_val": torch.tensor(7)}
+    with pytest.raises(RuntimeError, match="reset_mechanism_val must be 0, 1 or 2"):
+        cell.load_state_dict(state)
+    assert cell.reset_mechanism == "zero"
+
+
+def test_the_meta_device_works():
+    with torch.device("meta"):
+        cell = ours()
+        cell(torch.empty(1, 2, 5, 5))
+        cell.reset_mechanism = "zero"
+        assert cell._describe(False, False).reset == "zero"
+        cell.reset_mechanism = "none"
+    assert all(value.is_meta for value in cell.state_dict().values())
+    assert cell(torch.empty(1, 2, 5, 5, device="meta"))[0].shape == (1, 3, 5, 5)
+    cell.to_empty(device="cpu")
+    assert cell.syn.shape == cell.mem.shape == (1, 3, 5, 5)
+    assert not cell.syn.any()
+    torch.manual_seed(0)
+    cell.reset_parameters()
+    x = steps(1, 1, 2, 5, 5)[0]
+    close(cell(x), ours()(x))
+
+
+def test_device_and_dtype_keywords():
+    cell = ours(device="meta", dtype=torch.float64)
+    for value in (cell.conv.weight, cell.threshold, cell.graded_spikes_factor, cell.syn):
+        assert value.is_meta
+        assert value.dtype == torch.float64
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, (1, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("dilation", [1, 2, (1, 3)], ids=str)
+@pytest.mark.parametrize("size", [(7, 8), (1, 1), (6, 5)], ids=str)
+def test_stride_is_the_inputs_alone_and_dilation_is_both(backend, stride, dilation, size):
+    """The definition, with two convolutions that torch runs."""
+    cell = ours(stride=stride, dilation=dilation, dtype=torch.float64)
+    sh, sw = cell.stride
+    shape = (2, 3, -(-size[0] // sh), -(-size[1] // sw))
+    syn, mem = (state.double() for state in states(*shape))
+    x = steps(1, 2, 2, *size)[0].double()
+    _, new_syn, new_mem = cell(x, syn, mem)
+    assert new_syn.shape == shape
+    weight, bias = cell.conv.weight, cell.conv.bias
+    padding = tuple(d * (k - 1) // 2 for d, k in zip(cell.dilation, (3, 3), strict=True))
+    gates = nn.functional.conv2d(x, weight[:, :2], bias, stride, padding, dilation)
+    gates = gates + nn.functional.conv2d(mem, weight[:, 2:], None, 1, padding, dilation)
+    i, f, o, g = gates.chunk(4, 1)
+    expected = f.sigmoid() * syn + i.sigmoid() * g.tanh()
+    close(new_syn, expected, atol=1e-12)
+    close(new_mem, o.sigmoid() * expected.tanh(), atol=1e-12)
+    backend.check(cell.path)
