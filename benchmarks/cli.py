@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, machine, report
+from benchmarks import compare, gpu_goals, machine, report
 from benchmarks.cases import (
     CASES,
     MODES,
@@ -23,12 +23,13 @@ from benchmarks.cases import (
     parse_density,
     random_cases,
 )
+from benchmarks.kernel_times import write_kernel_times
 from benchmarks.providers import PROVIDERS, QUICK_PROVIDERS, Setting, find_providers
 from benchmarks.rows import Row, read_rows, write_rows
 from benchmarks.suite import Plan, Suite
 from benchmarks.timing import Budget
 
-DTYPES = ("float32", "tf32", "float64", "bfloat16", "float16")
+DTYPES = ("float32", "tf32", "autocast", "float64", "bfloat16", "float16")
 
 EPILOG = f"""\
 shapes:
@@ -104,7 +105,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=DTYPES,
         default=["float32"],
-        help="tf32: float32 tensors on tensor cores (CUDA)",
+        help="tf32: float32 tensors on tensor cores (CUDA); autocast: float32 tensors under "
+        "torch.autocast to bfloat16",
     )
     what.add_argument(
         "--threads",
@@ -139,6 +141,12 @@ def parser() -> argparse.ArgumentParser:
         "--busy",
         action="store_true",
         help="keep one core busy with something else: what is that core's loss to each provider?",
+    )
+    how.add_argument(
+        "--kernels",
+        action="store_true",
+        help="profile one run of snnlstm and of snntorch for each shape and mode, and write "
+        "kernels.csv: the time of each kernel",
     )
     out = p.add_argument_group("what to show")
     out.add_argument("--goals", action="store_true", help="set the speed-ups against our goals")
@@ -195,6 +203,7 @@ def plan_from(args: argparse.Namespace, dtype: str) -> Plan:
         memory=args.memory or ("long" if args.quick else "all"),
         long_steps=(10, 40) if args.quick else Plan.long_steps,
         deadline=time.monotonic() + args.limit,
+        kernels=args.kernels,
     )
 
 
@@ -235,6 +244,11 @@ def _measure(plans: list[Plan], args: argparse.Namespace) -> int:
     disagreements = [text for suite in suites for text in suite.outcome.disagreements]
     for path in write_rows(rows, out):
         print(f"wrote {path}")
+    if args.kernels:
+        kernels = [kernel for suite in suites for kernel in suite.outcome.kernels]
+        print(f"wrote {write_kernel_times(kernels, out)}")
+    if args.goals and args.device == "cuda":
+        print(gpu_goals.verdict(rows))
     if table := report.markdown(rows):
         (out / "table.md").write_text(table)
         print(f"wrote {out / 'table.md'}")

@@ -4,7 +4,7 @@
 
 Needs torch with CUDA, nvcc, and no network. Each step has a time by which it must be done; what an
 early one leaves over goes to those after it. A step that fails or is stopped does not stop the
-others, and the report, out/gpu-DATE/report.md, is written anew after each.
+others, unless all of them need it. The report, out/gpu-DATE/report.md, is written anew after each.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -36,78 +36,79 @@ NEEDED = {  # module -> what pip calls it
     "snntorch": "snntorch==1.0.0",
     "tqdm": "tqdm",
 }
-PROGRAMS = ("cmake", "ninja")
-TAIL = 60  # lines of a step's output in the report
-BENCHMARK_TAIL = 600
-ON_CUDA = "[cuda or -cuda"  # by the parameters in a test's name
+PROGRAMS = ("cmake", "ninja", "timeout")
 LEFT = "LEFT"
 LAST = 30.0  # seconds that a shape of the benchmark may take after it was begun
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One command; LEFT in it stands for the seconds within which to begin nothing new.
 
-    until: the share of the whole time by which it is stopped.
+    until: the share of the whole time by which it is stopped. tail: lines of its output that the
+    report shows. needed: nothing goes on without it.
     """
 
     name: str
-    command: Sequence[str]
     until: float
-    tail: int = TAIL
+    command: Sequence[str]
     environment: tuple[tuple[str, str], ...] = ()
+    tail: int = 60
+    needed: bool = False
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a step went: "passed", "failed ..." or "stopped ...", and the end of what it printed."""
 
     step: Step
     verdict: str
-    seconds: float
-    output: str
+    seconds: float = 0.0
+    output: str = ""
 
 
 def steps(out: Path) -> list[Step]:
     """What is done, in this order."""
     python = sys.executable
-    pip = (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
-    # The tests that run on the backend "cuda", and no others: none is a failure.
-    pytest = (python, "-m", "pytest", "-q", "-k", ON_CUDA, "--ignore=tests/simt", "--maxfail=50")
-    if importlib.util.find_spec("xdist"):
-        pytest += ("-n", str(min(8, max(1, (os.cpu_count() or 1) // 2))))
-    sanitize = (sanitizer(), "--error-exitcode=9", "--launch-timeout=60")
+    workers = min(8, max(1, (os.cpu_count() or 1) // 2)) if importlib.util.find_spec("xdist") else 0
+    smoke = (python, "-m", "benchmarks.gpu_smoke")
     # Only our own kernels: checking torch's too takes minutes.
-    sanitize += ("--kernel-name", "kernel_substring=snnlstm")
-    subset = (python, "-m", "benchmarks.gpu_subset")
-
-    def bench(name: str, *arguments: str) -> tuple[str, ...]:
-        return (
-            python, "-m", "benchmarks", "--device", "cuda", "--mode", "forward", "both",
-            "--memory", "off", "--no-plots", "--out", str(out / name),
-            "--limit", LEFT, *arguments,
-        )  # fmt: skip
-
-    build = (("SNNLSTM_CUDA", "on"), ("SNNLSTM_CUDA_ARCHS", "native"))
+    sanitize = (
+        sanitizer(), "--error-exitcode=9", "--launch-timeout=60",
+        "--kernel-name", "kernel_substring=snnlstm",
+    )  # fmt: skip
+    bench = (
+        python, "-m", "benchmarks", "--device", "cuda", "--mode", "forward", "both", "--memory",
+        "off", "--no-plots", "--goals", "--kernels", "--limit", LEFT,
+    )  # fmt: skip
     return [
-        Step("build", pip, 0.17, environment=build),
-        Step("what is there", (python, "-m", "snnlstm"), 0.19),
-        Step("tests on cuda", pytest, 0.42),
         Step(
-            "memcheck", (*sanitize, "--tool=memcheck", *subset), 0.5,
-            environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+            "build", 0.17,
+            (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."),
+            (("SNNLSTM_CUDA", "on"), ("SNNLSTM_CUDA_ARCHS", "native")), needed=True,
         ),
-        Step("racecheck", (*sanitize, "--tool=racecheck", *subset), 0.58),
+        Step("what is there", 0.19, (python, "-m", "snnlstm")),
+        Step("smoke", 0.3, smoke, tail=200, needed=True),
+        # The tests that run on the backend "cuda", and no others: none is a failure.
         Step(
-            "GPU shapes",
-            bench("gpu-shapes", "--shapes", "gpu", "--dtype", "float32", "tf32", "bfloat16",
-                  "--seconds", "1.5"),
-            0.89, BENCHMARK_TAIL,
+            "tests on cuda", 0.46,
+            (python, "-m", "pytest", "-q", "-k", "[cuda or -cuda", "--ignore=tests/simt",
+             "--maxfail=50", *(("-n", str(workers)) if workers else ())),
         ),
         Step(
-            "the suite's own shapes",
-            bench("own-shapes", "--shapes", "cpu", "--seconds", "0.5"),
-            0.97, BENCHMARK_TAIL,
+            "memcheck", 0.52, (*sanitize, "--tool=memcheck", *smoke),
+            (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+        ),
+        Step("racecheck", 0.58, (*sanitize, "--tool=racecheck", *smoke)),
+        Step(
+            "GPU shapes", 0.88,
+            (*bench, "--shapes", "gpu", "--dtype", "float32", "tf32", "autocast", "bfloat16",
+             "--seconds", "1.5", "--out", str(out / "gpu-shapes")),
+            tail=600,
+        ),
+        Step(
+            "the suite's own shapes", 0.97,
+            (*bench, "--shapes", "cpu", "--dtype", "tf32", "--seconds", "0.5",
+             "--out", str(out / "own-shapes")),
+            tail=600,
         ),
     ]  # fmt: skip
 
@@ -121,49 +122,52 @@ def sanitizer() -> str:
 
 
 def run(step: Step, begin: float, seconds: float, log: Path) -> Outcome:
-    """Run a step until it ends or its time is over; `log` gets all that it prints."""
+    """Run a step until it ends or its time is over; `log` gets all that it prints.
+
+    A step whose time is over is interrupted as by Ctrl-C, so that it may still say what it has,
+    and killed ten seconds later, with its children.
+    """
     start = time.monotonic()
     left = begin + step.until * seconds - start
     if left <= 0:
-        return Outcome(step, "not begun: no time was left", 0.0, "")
+        return Outcome(step, "not begun: no time was left")
     limit = f"{max(1.0, left - LAST):.0f}"
     command = [limit if word == LEFT else word for word in step.command]
+    if not shutil.which(command[0]):
+        return Outcome(step, f"failed: no such program: {command[0]}")
+    stopping = ("timeout", "--signal=INT", "--kill-after=10", f"{left:.1f}")
     beside_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": beside_python}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": beside_python}
     environment |= dict(step.environment)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background: children inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("w") as file:
-        try:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
-                stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        except OSError as error:
-            return Outcome(step, f"failed: {error.strerror}: {command[0]}", 0.0, "")
-        verdict = wait(process, left)
-    text = log.read_text(errors="replace").splitlines()
-    output = "\n".join(text[-step.tail :])
-    return Outcome(step, verdict, time.monotonic() - start, output)
+        status = subprocess.run(
+            (*stopping, *command), cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
+            stdout=file, stderr=subprocess.STDOUT, check=False,
+        ).returncode  # fmt: skip
+    verdict = "passed" if status == 0 else f"failed (exit status {status})"
+    if status in (124, 137, -signal.SIGKILL):
+        verdict = f"stopped: its time was over after {left:.0f} s"
+    lines = log.read_text(errors="replace").splitlines()
+    return Outcome(step, verdict, time.monotonic() - start, "\n".join(lines[-step.tail :]))
 
 
-def wait(process: subprocess.Popen[bytes], seconds: float) -> str:
-    """Wait, then interrupt it as Ctrl-C would, so that it may still say what it has; then kill."""
-    try:
-        status = process.wait(seconds)
-        return "passed" if status == 0 else f"failed (exit status {status})"
-    except subprocess.TimeoutExpired:
-        pass
-    for sign, patience in ((signal.SIGINT, 10.0), (signal.SIGKILL, None)):
-        try:
-            os.killpg(process.pid, sign)
-            process.wait(patience)
-            break
-        except ProcessLookupError:
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    return f"stopped: its time was over after {seconds:.0f} s"
+def run_all(planned: Sequence[Step], seconds: float, out: Path) -> list[Outcome]:
+    """Run the steps and write the report after each."""
+    begin, about = time.monotonic(), facts()
+    outcomes: list[Outcome] = []
+    for step in planned:
+        print(f"{step.name} ...", end=" ", flush=True)
+        lost = [o.step.name for o in outcomes if o.step.needed and o.verdict != "passed"]
+        if lost:
+            outcome = Outcome(step, f"not begun: {lost[0]} did not pass")
+        else:
+            outcome = run(step, begin, seconds, out / f"{step.name.replace(' ', '-')}.log")
+        outcomes.append(outcome)
+        print(f"{outcome.verdict} ({outcome.seconds:.0f} s)", flush=True)
+        (out / "report.md").write_text(report(about, outcomes, time.monotonic() - begin))
+    return outcomes
 
 
 def facts() -> dict[str, str]:
@@ -216,42 +220,24 @@ def lacking() -> str | None:
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         return f"no GPU: torch {torch.__version__} ({built}) of {sys.executable} sees none"
+    beside = str(Path(sys.executable).parent)
     missing = [pip for module, pip in NEEDED.items() if not importlib.util.find_spec(module)]
-    missing += [
-        program
-        for program in PROGRAMS
-        if not shutil.which(program) and not (Path(sys.executable).parent / program).exists()
-    ]
+    missing += [p for p in PROGRAMS if not (shutil.which(p) or shutil.which(p, path=beside))]
     return f"missing: pip install {' '.join(missing)}" if missing else None
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description="Build for this machine's GPU, test, run compute-sanitizer, measure, and write "
-        "a report.",
-    )
-    p.add_argument("--minutes", type=float, default=9.0, help="for everything (default: 9)")
-    p.add_argument("--out", type=Path, metavar="DIR", help="default: out/gpu-DATE-TIME")
-    return p
-
-
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: 9)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/gpu-DATE-TIME")
+    options = parser.parse_args(arguments)
     if trouble := lacking():
         print(trouble, file=sys.stderr)
         return 1
-    begin, seconds = time.monotonic(), 60 * options.minutes
     out = options.out or Path("out") / f"gpu-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    about, outcomes = facts(), []
-    for step in steps(out):
-        print(f"{step.name} ...", end=" ", flush=True)
-        outcomes.append(run(step, begin, seconds, out / f"{step.name.replace(' ', '-')}.log"))
-        print(f"{outcomes[-1].verdict} ({outcomes[-1].seconds:.0f} s)", flush=True)
-        text = report(about, outcomes, time.monotonic() - begin)
-        (out / "report.md").write_text(text)
+    outcomes = run_all(steps(out), 60 * options.minutes, out)
     print(f"{summary(outcomes)}; wrote {out / 'report.md'}")
     return 0 if all(outcome.verdict == "passed" for outcome in outcomes) else 1
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from benchmarks import agreement, machine, memory
 from benchmarks.cases import LONG_CASE, LONG_STEPS, Case
+from benchmarks.kernel_times import KernelTime, kernel_times
 from benchmarks.providers import BASELINE, Provider, Setting, Unavailable
 from benchmarks.report import case_block
 from benchmarks.rows import Row
@@ -25,6 +26,7 @@ class Plan:
 
     memory: "all" (each case, and memory against T), "long" (memory against T alone) or "off".
     deadline: no case is begun after this time (of time.monotonic()).
+    kernels: whether our kernels and the baseline's are timed one by one, too.
     """
 
     cases: list[Case]
@@ -36,6 +38,7 @@ class Plan:
     memory: str = "all"
     long_steps: tuple[int, ...] = LONG_STEPS
     deadline: float = math.inf
+    kernels: bool = False
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Outcome:
     rows: list[Row] = field(default_factory=list)
     disagreements: list[str] = field(default_factory=list)
     peaks: list[machine.Peak] = field(default_factory=list)
+    kernels: list[KernelTime] = field(default_factory=list)
 
 
 class Suite:
@@ -114,7 +118,8 @@ class Suite:
         providers = self.checked(case)
         weighed = self.weigh(case, list(providers)) if plan.memory == "all" else {}
         for mode in plan.modes:
-            times = self.time(case, mode, providers)
+            runners = self.runners(case, mode, providers)
+            times = self.time(case, mode, runners)
             rows = [
                 self.row(case, mode, name, times[name], times.get(BASELINE), providers[name])
                 for name in providers
@@ -124,6 +129,10 @@ class Suite:
             self.outcome.rows += rows
             if rows:
                 self.write(case_block(case, mode, rows))
+            for row in rows if plan.kernels else ():
+                if row.provider in _PROFILED:
+                    runner = runners[row.provider]
+                    self.outcome.kernels += kernel_times(row, runner, plan.setting.device)
 
     def checked(self, case: Case) -> dict[str, Provider]:
         """The providers that can run the case and compute what the baseline computes."""
@@ -162,9 +171,9 @@ class Suite:
             self.skipped.add((name, reason))
             self.write(f"skipped {name} ({case.name}): {reason}\n")
 
-    def time(self, case: Case, mode: str, providers: dict[str, Provider]) -> dict[str, Quantiles]:
-        """Interleaved times of all providers that can run the mode."""
-        plan, tick = self.plan, self.progress()
+    def runners(self, case: Case, mode: str, providers: dict[str, Provider]) -> dict[str, Runner]:
+        """All providers that can run the mode, warmed up."""
+        plan = self.plan
         runners: dict[str, Runner] = {}
         for name, provider in providers.items():
             self.tell(f"{case.name} {mode}: warming up")
@@ -176,6 +185,11 @@ class Suite:
                 self.skip(name, case, str(error))
             except (MemoryError, RuntimeError) as error:
                 self.skip(name, case, f"{type(error).__name__}: {error}")
+        return runners
+
+    def time(self, case: Case, mode: str, runners: dict[str, Runner]) -> dict[str, Quantiles]:
+        """Their interleaved times."""
+        plan, tick = self.plan, self.progress()
         self.tell(f"{case.name} {mode}: timing")
         if not runners:
             tick(1.0)
@@ -253,6 +267,7 @@ class Suite:
         )
 
 
+_PROFILED = (BASELINE, "snnlstm")
 _WEIGHED_LONG = (BASELINE, "hoisted", "snnlstm", "snnlstm-checkpoint")
 
 

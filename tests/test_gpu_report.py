@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,15 +13,22 @@ import pytest
 import torch
 
 pytest.importorskip("tqdm")
+pytest.importorskip("snntorch")
 
-from benchmarks import cli, gpu, gpu_subset
-from benchmarks.providers import PROVIDERS
+from benchmarks import agreement, cli, gpu, gpu_goals, gpu_smoke
+from benchmarks.cases import Case
+from benchmarks.kernel_times import kernel_times, write_kernel_times
+from benchmarks.providers import PROVIDERS, Setting
+from benchmarks.rows import Row
 
-PYTHON = (sys.executable, "-c")
-GPU = torch.cuda.is_available()
+SMALL = Case("small", 3, 2, 5, 4, 6, 7, threshold=0.02, density=0.3)
+ROW = Row(
+    "0.1", "abc", "a card", "today", "2", "1", "3", 1, "tf32", "small", 3, 2, 5, 4, 6, 7, "3x3", "",
+    0.3, "forward", "snnlstm",
+)  # fmt: skip
 
 
-@pytest.mark.skipif(GPU, reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_at_once(capsys, tmp_path):
     assert gpu.main(["--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.startswith("no GPU: torch ")
@@ -32,40 +42,32 @@ def test_what_is_not_installed_is_named(monkeypatch):
     assert gpu.lacking() == "missing: pip install some-package==1.0 no-such-program"
 
 
-def test_the_steps_are_there_in_order_and_within_the_time(tmp_path):
+def test_every_command_exists_and_understands_what_it_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     planned = gpu.steps(tmp_path)
-    assert [step.name for step in planned] == [
-        "build", "what is there", "tests on cuda", "memcheck", "racecheck", "GPU shapes",
-        "the suite's own shapes",
-    ]  # fmt: skip
     shares = [step.until for step in planned]
     assert shares == sorted(set(shares))
     assert shares[-1] < 1
-    for name in ("memcheck", "racecheck"):
-        (step,) = (step for step in planned if step.name == name)
-        assert f"--tool={name}" in step.command
-        assert step.command[-1] == "benchmarks.gpu_subset"
-
-
-def test_the_suite_understands_what_it_is_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    names = [step.name for step in planned]
+    assert names.index("smoke") < names.index("tests on cuda")
     asked = {}
-    for step in gpu.steps(tmp_path)[-2:]:
-        words = ["60" if word == gpu.LEFT else word for word in step.command[3:]]
-        args = cli.parser().parse_args(words)
-        plans = [cli.plan_from(args, dtype) for dtype in args.dtype]
-        asked[step.name] = (plans[0], args.dtype)
-        for plan in plans:
-            assert [kind.name for kind in plan.providers] == list(PROVIDERS)
-            assert plan.deadline - time.monotonic() < 61
-    plan, dtypes = asked["GPU shapes"]
-    assert {case.name for case in plan.cases} == {"dvs64", "dvs128", "wide64", "wide128"}
-    assert dtypes == ["float32", "tf32", "bfloat16"]
-    assert {"tiny", "mnist", "big"} <= {c.name for c in asked["the suite's own shapes"][0].cases}
+    for step in planned:
+        assert not any(word.endswith("gpu_subset") for word in step.command)
+        if "benchmarks" in step.command:
+            words = ["60" if word == gpu.LEFT else word for word in step.command[3:]]
+            args = cli.parser().parse_args(words)
+            plans = [cli.plan_from(args, dtype) for dtype in args.dtype]
+            asked[step.name] = plans[0]
+            for plan in plans:
+                assert [kind.name for kind in plan.providers] == list(PROVIDERS)
+                assert plan.deadline - time.monotonic() < 61
+                assert plan.kernels
+    assert {case.name for case in asked["GPU shapes"].cases} >= {"dvs64", "wide128"}
+    assert {"tiny", "mnist", "big"} <= {c.name for c in asked["the suite's own shapes"].cases}
 
 
 def ran(tmp_path, code: str, until: float = 1.0, seconds: float = 60.0) -> gpu.Outcome:
-    step = gpu.Step("a step", (*PYTHON, code, gpu.LEFT), until, tail=2)
+    step = gpu.Step("a step", until, (sys.executable, "-c", code, gpu.LEFT), tail=2)
     return gpu.run(step, time.monotonic(), seconds, tmp_path / "log")
 
 
@@ -75,15 +77,16 @@ def test_how_a_step_went(tmp_path):
     assert good.output == "2\n24"  # the last lines; 54 s but 30 are left to begin something in
     bad = ran(tmp_path, "raise SystemExit(3)")
     assert bad.verdict == "failed (exit status 3)"
-    step = gpu.Step("a step", ("no-such-program",), 1.0)
+    step = gpu.Step("a step", 1.0, ("no-such-program",))
     missing = gpu.run(step, time.monotonic(), 60, tmp_path / "log")
-    assert missing.verdict == "failed: No such file or directory: no-such-program"
+    assert missing.verdict == "failed: no such program: no-such-program"
 
 
 def test_a_step_whose_time_is_over_is_interrupted_and_keeps_its_output(tmp_path):
     code = """
-import time
-print("begun", flush=True)
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
 try:
     time.sleep(60)
 except KeyboardInterrupt:
@@ -91,60 +94,148 @@ except KeyboardInterrupt:
 """
     late = ran(tmp_path, code, until=0.5, seconds=4.0)
     assert late.verdict.startswith("stopped: its time was over after 2 s")
-    assert late.output == "begun\nwhat there is"
+    said = (tmp_path / "log").read_text()
+    assert "what there is" in said
     assert late.seconds < 20
-    over = gpu.run(late.step, time.monotonic() - 10, 4.0, tmp_path / "log")
-    assert over.verdict == "not begun: no time was left"
-
-
-def test_a_step_that_will_not_end_is_killed_with_its_children(tmp_path):
-    code = """
-import signal, subprocess, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-print(child.pid, flush=True)
-child.wait()
-"""
-    stuck = ran(tmp_path, code, until=0.5, seconds=4.0)
-    assert stuck.verdict.startswith("stopped")
-    child = int(stuck.output)
-    for _ in range(50):
+    child = int(said.split()[0])
+    for _ in range(50):  # it was interrupted, too
         try:
-            state = Path(f"/proc/{child}/stat").read_text().split(")")[1].split()[0]
-        except FileNotFoundError:
-            break
-        if state == "Z":
+            os.kill(child, 0)
+            if Path(f"/proc/{child}/stat").read_text().split(")")[1].split()[0] == "Z":
+                break
+        except (ProcessLookupError, FileNotFoundError):
             break
         time.sleep(0.1)
     else:
         pytest.fail(f"process {child} still runs")
+    over = gpu.run(late.step, time.monotonic() - 10, 4.0, tmp_path / "log")
+    assert over.verdict == "not begun: no time was left"
 
 
-def test_the_report_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("needed", [False, True])
+def test_the_report_goes_on_after_a_failure_but_of_what_all_need(
+    tmp_path, monkeypatch, capsys, needed
+):
     """The whole command, with other steps."""
     monkeypatch.setattr(gpu, "lacking", lambda: None)
     monkeypatch.setattr(gpu, "facts", lambda: {"GPU": "Some card (sm_90)", "driver": "580.1"})
+    python = (sys.executable, "-c")
     script = [
-        gpu.Step("first", (*PYTHON, "raise SystemExit('broken')"), 0.5),
-        gpu.Step("second", (*PYTHON, "print('fine')"), 0.9, environment=(("A", "b"),)),
+        gpu.Step("first", 0.5, (*python, "raise SystemExit('broken')"), needed=needed),
+        gpu.Step("second", 0.9, (*python, "print('fine')"), (("A", "b"),)),
     ]
     monkeypatch.setattr(gpu, "steps", lambda out: script)
     assert gpu.main(["--out", str(tmp_path / "out")]) == 1
     text = (tmp_path / "out/report.md").read_text()
+    second = "not begun: first did not pass" if needed else "passed"
     for part in (
         "# snnlstm on Some card (sm_90)", "| driver | 580.1 |",
-        "| first | failed (exit status 1) |", "| second | passed |", "1 of 2 passed", "broken",
-        "fine", "`A=b ",
+        "| first | failed (exit status 1) |", f"| second | {second} |", "broken", "`A=b ",
     ):  # fmt: skip
         assert part in text
-    assert "1 of 2 passed" in capsys.readouterr().out
+    assert f"{0 if needed else 1} of 2 passed" in capsys.readouterr().out
     monkeypatch.setattr(gpu, "steps", lambda out: script[1:])
     assert gpu.main(["--out", str(tmp_path / "out")]) == 0
 
 
-def test_the_sanitizers_subset_runs_the_kernels():
-    said = gpu_subset.run("cpu")
-    assert len(said) == len(gpu_subset.OPTIONS)
+# ---- what the steps run, with the CPU in the GPU's place -----------------------------------------
+
+
+def test_the_smoke_test_runs_the_kernels_and_compares_them():
+    said = gpu_smoke.run("cpu", algorithms=("direct",))
+    assert len(said) == 2 * len(gpu_smoke.OPTIONS)
     assert all(": cpu-" in line for line in said)
-    with pytest.raises(RuntimeError, match="ran, not meta's kernels"):
-        gpu_subset.run("meta")
+    with pytest.raises(RuntimeError, match="ran, not the kernels"):
+        gpu_smoke.run("meta", algorithms=("direct",))
+
+
+@pytest.mark.parametrize("which", ["mem", "gradients"])
+def test_the_smoke_test_notices_what_differs(monkeypatch, which):
+    found = gpu_smoke._apart
+
+    def apart(*arguments):
+        of_mem, of_gradients = found(*arguments)
+        return (float("nan"), of_gradients) if which == "mem" else (of_mem, 1.0)
+
+    monkeypatch.setattr(gpu_smoke, "_apart", apart)
+    with pytest.raises(RuntimeError, match=r"mem differs by .*, the gradients by"):
+        gpu_smoke.run("cpu", algorithms=("direct",))
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward", "both"])
+def test_kernels_are_timed_one_by_one(tmp_path, mode):
+    provider = PROVIDERS["snntorch"](SMALL, Setting())
+    found = kernel_times(dataclasses.replace(ROW, mode=mode), provider.prepare(mode), "cpu")
+    names = {kernel.kernel for kernel in found}
+    assert any("conv" in name for name in names)
+    assert sum(kernel.share for kernel in found) == pytest.approx(1)
+    assert [k.microseconds for k in found] == sorted((k.microseconds for k in found), reverse=True)
+    with write_kernel_times(found, tmp_path / "out").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["kernel"] for row in rows] == [kernel.kernel for kernel in found]
+    assert {row["mode"] for row in rows} == {mode}
+
+
+@pytest.mark.parametrize("name", ["snntorch-compile-last", "snnlstm", "hoisted"])
+def test_baselines_compute_the_same_under_autocast(monkeypatch, name):
+    monkeypatch.setattr(torch, "compile", lambda cell, **_: cell)
+    setting = Setting(dtype="autocast")
+    reference, provider = PROVIDERS["snntorch"](SMALL, setting), PROVIDERS[name](SMALL, setting)
+    assert torch.is_autocast_enabled("cpu") is False
+    with provider.context():
+        assert torch.is_autocast_enabled("cpu")
+    expected, potential = agreement.compute(reference), agreement.potentials(reference)
+    agreement.compare(SMALL, "autocast", expected, agreement.compute(provider), potential)
+    setup, run = provider.prepare("both")
+    setup()
+    run()
+    assert provider.cell.conv.weight.grad.abs().sum() > 0
+
+
+def test_the_compiled_baseline_is_channels_last(monkeypatch):
+    seen = []
+
+    def compiled(cell, **_):
+        def step(x, syn, mem):
+            seen.append([t.is_contiguous(memory_format=torch.channels_last) for t in (x, syn, mem)])
+            return cell(x, syn, mem)
+
+        return step
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    provider = PROVIDERS["snntorch-compile-last"](SMALL, Setting())
+    x, syn, mem = provider.inputs("both")
+    assert x.is_leaf
+    assert x.requires_grad
+    provider.sequence(x, syn, mem)
+    assert seen[0] == [True] * 3
+
+
+def rows(**medians: float) -> list[Row]:
+    names = {name.replace("_", "-"): time for name, time in medians.items()}
+    return [dataclasses.replace(ROW, provider=n, p50_ms=time) for n, time in names.items()]
+
+
+def test_goals_of_a_layer_that_launches_bind():
+    found = gpu_goals.goals(
+        rows(snntorch=10, snntorch_cudagraph=5, snntorch_compile=6, snnlstm=2, snnlstm_cudagraph=3)
+    )
+    assert [(g.against, g.wanted, g.found) for g in found] == [
+        ("snntorch", 5, 5.0), ("snntorch-cudagraph", 2, 2.5), ("snntorch-cudagraph", 1, 2.5),
+    ]  # fmt: skip
+    assert all(goal.met for goal in found)
+
+
+def test_goals_of_a_wide_layer():
+    measured = rows(
+        snntorch=10, snntorch_cudagraph=9, snntorch_compile_graph=6, hoisted=4, snnlstm=5,
+        snnlstm_cudagraph=4.5,
+    )  # fmt: skip
+    backward = [dataclasses.replace(row, mode="backward") for row in measured]
+    text = gpu_goals.verdict([*measured, *backward]).splitlines()
+    assert text == [
+        "0 of 2 goals for GPUs met:",
+        "small forward tf32: 1.33x snntorch-compile-graph, goal 1.5x: missed",
+        "small forward tf32: 0.89x hoisted, goal 1x: missed",
+    ]
+    assert gpu_goals.verdict(rows(snntorch=10)) == ""

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from benchmarks.providers.base import Provider, Setting, Unavailable
-from benchmarks.providers.captured import SnnlstmGraph, SnnTorchGraph
+from benchmarks.providers.captured import SnnlstmGraph, SnnTorchCompiledGraph, SnnTorchGraph
 from benchmarks.providers.hoisted import Hoisted
 from benchmarks.providers.with_snnlstm import (
     Snnlstm,
     SnnlstmCheckpoint,
     SnnlstmDirect,
+    SnnlstmHybrid,
+    SnnlstmMeasured,
     SnnlstmPointwise,
     SnnlstmStep,
     SnnlstmWinograd,
 )
-from benchmarks.providers.with_snntorch import SnnTorchCompiled, SnnTorchEager
+from benchmarks.providers.with_snntorch import (
+    SnnTorchCompiled,
+    SnnTorchCompiledLast,
+    SnnTorchEager,
+)
 
 BASELINE = SnnTorchEager.name
 
@@ -22,20 +28,25 @@ PROVIDERS: dict[str, type[Provider]] = {
     for provider in (
         SnnTorchEager,
         SnnTorchCompiled,
+        SnnTorchCompiledLast,
         SnnTorchGraph,
+        SnnTorchCompiledGraph,
         Hoisted,
         SnnlstmStep,
         Snnlstm,
         SnnlstmDirect,
         SnnlstmWinograd,
         SnnlstmPointwise,
+        SnnlstmHybrid,
+        SnnlstmMeasured,
         SnnlstmGraph,
         SnnlstmCheckpoint,
     )
 }
 
 DETAILS = tuple(
-    p.name for p in (SnnlstmDirect, SnnlstmWinograd, SnnlstmPointwise, SnnlstmCheckpoint)
+    p.name
+    for p in (SnnlstmDirect, SnnlstmWinograd, SnnlstmPointwise, SnnlstmHybrid, SnnlstmCheckpoint)
 )
 """Those that the long table lists, and the short one and the plots of speed leave out."""
 

@@ -24,8 +24,9 @@ class Unavailable(Exception):
 class Setting:
     """What all providers of a run share.
 
-    device: "cpu" or "cuda". dtype: "float32", "tf32" (float32 tensors, tensor cores), "float64",
-    "bfloat16" or "float16". seed: of the weights and of x.
+    device: "cpu" or "cuda". dtype: "float32", "tf32" (float32 tensors, tensor cores), "autocast"
+    (float32 tensors under torch.autocast to bfloat16), "float64", "bfloat16" or "float16".
+    seed: of the weights and of x.
     """
 
     device: str = "cpu"
@@ -35,12 +36,13 @@ class Setting:
     @property
     def torch_dtype(self) -> torch.dtype:
         """Type of x, states and weights."""
-        return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
+        wide = self.dtype in ("tf32", "autocast")
+        return torch.float32 if wide else getattr(torch, self.dtype)
 
     def apply_precision(self) -> None:
-        """Allow tensor cores for float32 under "tf32" and forbid them under anything else."""
-        torch.backends.cudnn.allow_tf32 = self.dtype == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = self.dtype == "tf32"
+        """Allow tensor cores for float32 under "tf32" and "autocast", forbid them elsewhere."""
+        torch.backends.cudnn.allow_tf32 = self.dtype in ("tf32", "autocast")
+        torch.backends.cuda.matmul.allow_tf32 = self.dtype in ("tf32", "autocast")
 
 
 class Provider:
@@ -86,6 +88,8 @@ class Provider:
 
     def context(self) -> AbstractContextManager[None]:
         """What has to be in force while the provider runs, forward and backward."""
+        if self.setting.dtype == "autocast":
+            return torch.autocast(self.setting.device, torch.bfloat16)
         return nullcontext()
 
     @property
@@ -105,6 +109,18 @@ class Provider:
         the weights by a rounding error or two, as an optimizer's step does between two batches:
         whatever a provider derives from its weights has to be derived anew, inside the timing.
         """
+
+        def within(run: Callable[[], object]) -> Callable[[], object]:
+            def inside() -> object:
+                with self.context():
+                    return run()
+
+            return inside
+
+        setup, run = self._runner(mode)
+        return within(setup), within(run)
+
+    def _runner(self, mode: str) -> tuple[Callable[[], object], Callable[[], object]]:
         x, syn, mem = self.inputs(mode)
         if mode == "forward":
 

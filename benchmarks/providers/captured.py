@@ -9,7 +9,7 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.providers.base import Provider, Setting
 from benchmarks.providers.with_snnlstm import Snnlstm
-from benchmarks.providers.with_snntorch import SnnTorchEager
+from benchmarks.providers.with_snntorch import SnnTorchCompiledLast, SnnTorchEager
 
 
 class Captured(Provider):
@@ -50,6 +50,13 @@ class SnnTorchGraph(Captured, SnnTorchEager):
 
     name = "snntorch-cudagraph"
     title = "snnTorch's loop captured in a CUDA graph"
+
+
+class SnnTorchCompiledGraph(Captured, SnnTorchCompiledLast):
+    """snnTorch's loop, compiled and channels-last."""
+
+    name = "snntorch-compile-graph"
+    title = "the same captured in a CUDA graph"
 
 
 class SnnlstmGraph(Captured, Snnlstm):

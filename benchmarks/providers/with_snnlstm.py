@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -50,23 +50,16 @@ class Snnlstm(Provider):
         path = getattr(self.cell, "path", None)
         return "" if path is None else str(path)
 
-    def context(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def context(self) -> Iterator[None]:
         import snnlstm
 
         # Set back each time, so that no trace is left in the providers that run in between.
-        return snnlstm.algorithm(self.algorithm)
+        with super().context(), snnlstm.algorithm(self.algorithm):
+            yield
 
     def prepare(self, mode: str) -> tuple[Callable[[], object], Callable[[], object]]:
-        plain_setup, plain_run = super().prepare(mode)
-
-        def setup() -> None:
-            with self.context():
-                plain_setup()
-
-        def run() -> object:
-            with self.context():
-                return plain_run()
-
+        setup, run = super().prepare(mode)
         setup()
         run()
         # "cpu-avx2-winograd4-sparse (why)", "cuda-mma-tf32 (why)"
@@ -117,6 +110,26 @@ class SnnlstmPointwise(Snnlstm):
     algorithm = "pointwise"
     devices = ("cuda",)
     runs_as = ("pointwise",)
+
+
+class SnnlstmHybrid(Snnlstm):
+    """The whole sequence in one call, torch's convolution for the gradients of weight and x."""
+
+    name = "snnlstm-hybrid"
+    title = "snnlstm by sequence, torch for the gradients of weight and x"
+    algorithm = "hybrid"
+    devices = ("cuda",)
+    runs_as = ("hybrid",)
+
+
+class SnnlstmMeasured(Snnlstm):
+    """The whole sequence in one call, with the algorithm that was measured to be fastest."""
+
+    name = "snnlstm-measured"
+    title = "snnlstm by sequence, the algorithm measured"
+    algorithm = "measure"
+    devices = ("cuda",)
+    runs_as = ("measured",)
 
 
 class SnnlstmCheckpoint(Snnlstm):

@@ -83,6 +83,29 @@ class SnnTorchCompiled(SnnTorchEager):
         return self.compiled(x, syn, mem)
 
 
+class SnnTorchCompiledLast(SnnTorchCompiled):
+    """The same on channels-last tensors, which is how cuDNN's tensor cores like them."""
+
+    name = "snntorch-compile-last"
+    title = "snnTorch under torch.compile, channels-last"
+
+    def __init__(self, case: Case, setting: Setting) -> None:
+        super().__init__(case, setting)
+        self.cell.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def why_not(cls, case: Case, setting: Setting) -> str | None:
+        if setting.device != "cuda":
+            return "it is timed with --device cuda"
+        return super().why_not(case, setting)
+
+    def inputs(self, mode: str, steps: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        x, syn, mem = super().inputs(mode, steps)
+        last = x.detach().flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        states = (state.contiguous(memory_format=torch.channels_last) for state in (syn, mem))
+        return last.unflatten(0, x.shape[:2]).requires_grad_(x.requires_grad), *states
+
+
 def cell_arguments(case: Case) -> dict[str, object]:
     """Keyword arguments that build the case's cell, for snnTorch's class and for ours."""
     arguments: dict[str, object] = {

@@ -18,6 +18,7 @@ from cases import Case, cases, wanting_gradients
 from hypothesis import HealthCheck, given, settings
 from oracle import check_steps
 
+from benchmarks import gpu_smoke
 from snnlstm import surrogate
 from snnlstm.call import CellOptions
 from snnlstm.quant import state_quant
@@ -204,30 +205,25 @@ def test_full_precision_bears_tensor_cores_that_truncate(core):
     torch.testing.assert_close(*found, atol=3e-6, rtol=0)
 
 
-def test_every_kernel_is_among_those_that_are_run_and_checked(core):
-    """The build of these tests checks every access, for races too."""
+def test_the_smoke_test_for_gpus_runs_every_kernel(core):
+    """In this build, which checks every access, for races too."""
     launched = set()
     for source in SOURCES:
         for how in re.findall(r"Launch how\{.*?;", source.read_text(), re.DOTALL):
             launched |= set(re.findall(r'"([^"]+)"', how))
     assert len(launched) >= 15
+    core.device(shared_bytes=227 * 1024)
+    core.kernels.name = lambda: "cpu"
     core.checks(counters=True)
     core.reset_counters()
-    for mode, name in (
-        ("float32", "one window"),
-        ("float32", "inhibition"),
-        ("float32", "quantised"),
-        ("tf32", "plain"),
-        ("float32 behind torch", "plain"),
-        ("resident float32", "plain"),
-        ("resident tf32", "plain"),
-    ):
-        kernels = (MODES | RESIDENT)[mode]
-        case = kernels.of(replace(CASES[name], batch=1, time=2))
-        leaves = wanting_gradients(case.inputs())
-        with kernels.running(core):
-            out = kernels.run(*leaves, case.options)
-            sum(o.sum() for o in out).backward()
+    with core.installed(), float32_precision("ieee"):
+        for sizes, *which in (
+            ((2, 1, 3, 9, 4, 6), ("fused", "resident", "pointwise"), ("plain", "inhibition")),
+            ((2, 1, 3, 9, 4, 6), ("fused",), ("max_pool, subtract", "quantised")),
+            ((1, 1, 2, 3, 11, 12), ("fused",), ("one window",)),
+        ):
+            ways = gpu_smoke.run("cpu", sizes, *which)
+            assert len(ways) == 2 * len(which[0]) * len(which[1])
     assert set(core.counters()) == launched
 
 
