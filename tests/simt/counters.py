@@ -39,6 +39,11 @@ def mma(c: Counters) -> int:
     return c["mma_fp16"] + c["mma_bf16"] + c["mma_tf32"]
 
 
+def barriers(c: Counters, mma_of_step: int) -> float:
+    """Barriers that a warp waits at, for each k-step of so many tensor core instructions."""
+    return ratio(c["barriers"] * mma_of_step, mma(c))
+
+
 def total(counters: dict[str, Counters]) -> Counters:
     """The sum over all kernels."""
     keys = {key for c in counters.values() for key in c}
@@ -49,7 +54,7 @@ def table(counters: dict[str, Counters]) -> str:
     """One line a kernel."""
     head = (
         f"{'kernel':<28}{'launches':>9}{'blocks':>8}{'KiB read':>10}{'KiB written':>12}"
-        f"{'L2 KiB':>9}{'sectors':>9}{'banks':>7}{'mma':>9}"
+        f"{'L2 KiB':>9}{'sectors':>9}{'banks':>7}{'mma':>9}{'per barrier':>12}"
     )
     lines = [head, "-" * len(head)]
     for name, c in counters.items():
@@ -57,6 +62,6 @@ def table(counters: dict[str, Counters]) -> str:
         lines.append(
             f"{name:<28}{c['launches']:>9}{c['blocks']:>8}{c['bytes_read'] / 1024:>10.1f}"
             f"{c['bytes_written'] / 1024:>12.1f}{fetched / 1024:>9.1f}{sectors(c):>9.2f}"
-            f"{bank_conflicts(c):>7.2f}{mma(c):>9}"
+            f"{bank_conflicts(c):>7.2f}{mma(c):>9}{ratio(mma(c), c['barriers']):>12.1f}"
         )
     return "\n".join(lines)

@@ -57,3 +57,27 @@ def test_training_costs_little_more_than_it_must(mode):
             assert counters.bank_conflicts(c) <= GOALS["banks"], name
     fewest = 3 * fewest_mma(LAYERS["mid"], MODES[mode])
     assert fewest <= counters.mma(counters.total(seen)) <= GOALS["mma"] * fewest
+
+
+# Tensor core instructions of a k-step of a warp, and the most barriers that it may wait at for
+# each. One barrier a k-step would be 1; what is above a half is a narrow layer's few k-steps.
+K_STEPS = {
+    ("mnist", "forward step (mma)"): (8, 0.65),
+    ("mnist", "data gradient (mma)"): (4, 0.6),
+    ("mnist", "weight gradient (mma)"): (12, 0.6),
+    ("mid", "forward step (mma)"): (16, 0.4),
+    ("mid", "weight gradient (mma)"): (12, 0.35),
+}
+
+
+@pytest.mark.parametrize("mode", ["tf32", "bfloat16 states"])
+@pytest.mark.parametrize("layer", ["mnist", pytest.param("mid", marks=pytest.mark.simt_long)])
+def test_warps_seldom_wait_for_each_other(layer, mode):
+    core = simt_core("faults")
+    try:
+        seen = measure_training(core, LAYERS[layer], MODES[mode])
+    finally:
+        core.reset()
+    for (of, kernel), (mma_of_step, most) in K_STEPS.items():
+        if of == layer:
+            assert 0 < counters.barriers(seen[kernel], mma_of_step) <= most, kernel

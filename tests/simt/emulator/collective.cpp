@@ -73,6 +73,7 @@ void Machine::barrier(Site site) {
 }
 
 void Machine::release_barrier() {
+  count_barrier(warps.size());
   end_interval();
   arrived = 0;
   ++epoch;

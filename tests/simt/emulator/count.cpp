@@ -26,6 +26,7 @@ struct Totals {
   uint64_t bytes_read = 0, bytes_written = 0;  // distinct bytes, per launch
   // Shared memory: one wavefront serves each bank once.
   uint64_t shared_requests = 0, shared_wavefronts = 0, shared_fewest = 0;
+  uint64_t barriers = 0;  // of a warp each, as mma
   uint64_t mma_fp16 = 0, mma_bf16 = 0, mma_tf32 = 0;
 };
 
@@ -208,6 +209,10 @@ void count_mma(int type) {
   ++(type == 0 ? now->mma_fp16 : type == 1 ? now->mma_bf16 : now->mma_tf32);
 }
 
+void count_barrier(size_t warps) {
+  if (now != nullptr) now->barriers += warps;
+}
+
 void count_warp(Warp& warp) {
   if (now != nullptr) count_log(logs[warp.id]);
 }
@@ -259,6 +264,7 @@ std::string counters_as_json() {
         {"shared_requests", t.shared_requests},
         {"shared_wavefronts", t.shared_wavefronts},
         {"shared_fewest", t.shared_fewest},
+        {"barriers", t.barriers},
         {"mma_fp16", t.mma_fp16},
         {"mma_bf16", t.mma_bf16},
         {"mma_tf32", t.mma_tf32},
