@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "neuron_args.h"
-#include "packer.h"
+#include "packed.h"
 #include "resident_backward_plan.h"
 #include "weight_gradient.h"
 
@@ -19,6 +19,7 @@ class Backward {
         target_(target),
         s_(args.cell),
         plan_(plan_backward(args.cell, target)),
+        packed_(args.cell, plan_),
         sequence_(may_be_resident(args.cell, target)
                       ? plan_resident_backward(args.cell, target, plan_.to_mem)
                       : ResidentBackwardPlan()),
@@ -46,7 +47,7 @@ class Backward {
     refuse_resident(sequence_.reason_against, target_);
     if (resident_) {
       resident_backward(sequence_, a_, {d_gates_, mem_kept(), a_.grad_threshold ? sums_ : nullptr},
-                        weight_for(Use::gates_to_mem), target_);
+                        packed_.to_mem.in(a_.weight), target_);
     } else {
       for (int64_t t = c.T - 1; t >= 0; --t) step(t);
     }
@@ -143,23 +144,14 @@ class Backward {
     run_step(s, n);
   }
 
-  // The packed weight of either gradient.
-  const char* weight_for(Use use) const {
-    Packer before(s_.c, target_);
-    if (use == Use::gates_to_mem) before.transposed(plan_.to_x, Use::gates_to_x);
-    return static_cast<const char*>(a_.weight) + before.bytes();
-  }
-
-  Segment with_weight(Segment s, Use use) const {
-    s.weight = weight_for(use);
-    s.weight_pitch = fma::depth(s) * fma::kColumns;
+  Segment with_weight(Segment s, const PackedPart& part) const {
+    s.weight = part.in(a_.weight), s.weight_pitch = part.pitch / bytes_of(real_);
     return s;
   }
-  MmaConv conv(const DataPlan& plan, Use use, const Segment& s) const {
+  MmaConv conv(const DataPlan& plan, const PackedPart& part, const Segment& s) const {
     MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);
-    const MmaDepth depth = gates_depth(s_.c, plan.multiply);
-    if (s.channels > 0) builder.add(s, depth, plan.tiling);
-    builder.finish(weight_for(use), 0, depth.units(), plan.threads());
+    if (s.channels > 0) builder.add(s, part.depth, plan.tiling);
+    builder.finish(part.in(a_.weight), part.pitch, plan.threads());
     builder.conv.k_groups = plan.k_groups;
     return builder.conv;
   }
@@ -170,13 +162,13 @@ class Backward {
     if (!plan.mma()) {
       BackwardFma p;
       p.tiling = plan.tiling;
-      p.d_gates = with_weight(s, Use::gates_to_mem);
+      p.d_gates = with_weight(s, packed_.to_mem);
       p.neuron = n;
       return launch_backward_fma(p, type_, stream());
     }
     BackwardMma p;
     p.tiling = plan.tiling;
-    p.conv = conv(plan, Use::gates_to_mem, s);
+    p.conv = conv(plan, packed_.to_mem, s);
     p.neuron = n;
     const BackwardShared layout(plan, p.conv, s_.c.pool != Pool::none && plan_.spreads);
     p.mem_tile = layout.mem_tile, p.mem_pitch = layout.mem_pitch;
@@ -192,10 +184,10 @@ class Backward {
     DataGradientsMma mma;
     Multiply multiply = Multiply::fma;
     int bytes = 0;
-    const auto add = [&](int k, const DataPlan& plan, Use use, const Tensor& out, int64_t height,
-                         int64_t width) {
+    const auto add = [&](int k, const DataPlan& plan, const PackedPart& part, const Tensor& out,
+                         int64_t height, int64_t width) {
       if (!out.present()) return;
-      const Segment s = transposed(d_gates(0), use == Use::gates_to_x);
+      const Segment s = transposed(d_gates(0), part.use == Use::gates_to_x);
       const auto fill = [&](auto& job) {
         job.tiling = plan.tiling, job.blocks = int(plan.tiling.blocks());
         job.out = out, job.height = int(height), job.width = int(width);
@@ -203,18 +195,18 @@ class Backward {
       if (plan.mma()) {
         DataGradientMma& job = mma.job[k];
         fill(job);
-        job.conv = conv(plan, use, s), job.tiles = plan.tiles;
+        job.conv = conv(plan, part, s), job.tiles = plan.tiles;
         multiply = plan.multiply;
         bytes = std::max(bytes, BackwardShared(plan, job.conv, false).bytes);
       } else {
         fill(fma.job[k]);
-        fma.job[k].d_gates = with_weight(s, use);
+        fma.job[k].d_gates = with_weight(s, part);
       }
     };
     const Tensor x = tensor(a_.grad_x, type_, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
-    add(0, plan_.to_x, Use::gates_to_x, x, c.H, c.W);
+    add(0, plan_.to_x, packed_.to_x, x, c.H, c.W);
     if (!resident_)
-      add(1, plan_.to_mem, Use::gates_to_mem, state_tensor(c, a_.grad_mem0, 0, 4), s_.Ho, s_.Wo);
+      add(1, plan_.to_mem, packed_.to_mem, state_tensor(c, a_.grad_mem0, 0, 4), s_.Ho, s_.Wo);
     launch_data_gradient_fma(fma, type_, stream());
     launch_data_gradient_mma(mma, multiply, bytes, stream());
   }
@@ -223,6 +215,7 @@ class Backward {
   const Target& target_;
   Shape s_;
   BackwardPlan plan_;
+  PackedBackward packed_;
   ResidentBackwardPlan sequence_;
   bool resident_;
   std::optional<WeightGradient> weights_;  // absent: neither gradient is wanted

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(fma::kThreads)
   gemm.add(job.d_gates, acc);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const Place at = place_of(job.tiling, block, fma::pixel(i), job.height, job.width);
+    const PixelPair at = pixel_pair(job.tiling, block, fma::pixel(i), job.height, job.width);
     store_patch(job.out, at, block.column * fma::kColumns + fma::column(), acc[i]);
   }
 }

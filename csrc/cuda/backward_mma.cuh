@@ -142,7 +142,7 @@ SNNLSTM_DEVICE void data_gradient(const DataGradientMma& p, unsigned index) {
   for (int pair = 0; pair < NT / 2; ++pair)
 #pragma unroll 1
     for (int mi = sums.first_mi; mi <= sums.last_mi; ++mi) {
-      const Place at = place_of(p.tiling, block, sums.pixel(mi), p.height, p.width);
+      const PixelPair at = pixel_pair(p.tiling, block, sums.pixel(mi), p.height, p.width);
       float v[2][4];
       load_vector(sums.patch(pair, mi), v[0]);
       load_vector(sums.patch(pair, mi) + sums.stride, v[1]);

@@ -130,7 +130,7 @@ inline ForwardPlan plan_step(const Cell& c, const Target& target) {
       MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);
       builder.add(input_window(c), x_depth(c, plan.multiply), plan.tiling);
       builder.add(state_window(c), mem_depth(c, plan.multiply), plan.tiling);
-      builder.finish(nullptr, 0, 0, plan.threads());
+      builder.finish(nullptr, 0, plan.threads());
       const int64_t bytes =
           forward_shared_bytes(plan, builder.conv, c.pool != Pool::none) + 5 * plan.channels() * 4;
       if (bytes > target.shared_bytes) continue;

@@ -201,7 +201,7 @@ inline bool plan_data(DataPlan& plan, const Cell& c, const Target& target, bool 
       if (!choose_tiling(plan, 32 * shape.m)) continue;
       MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);
       builder.add(gates_window(c, of_x), gates_depth(c, plan.multiply), plan.tiling);
-      builder.finish(nullptr, 0, 0, plan.threads());
+      builder.finish(nullptr, 0, plan.threads());
       if (BackwardShared(plan, builder.conv, windows).bytes > target.shared_bytes) continue;
       best = plan;
       if (plan.tiling.blocks() >= target.multiprocessors) break;

@@ -35,16 +35,24 @@ inline Rates rates_of(const Target& t) {
   return r;
 }
 
-// Guesses, which timing both algorithms over the shapes of the benchmark suite would replace: parts
-// of the rates that a good kernel of each kind reaches, and what torch's operators around cuDNN
-// (cat, convolution, neurons) take more than one launch of ours.
+// Guesses: no GPU has been timed. `python -m benchmarks --device cuda --shapes gpu --kernels` would
+// measure them, as the time of the kernel that is named, from the operations of its layer.
+namespace guessed {
+// Parts of the data sheet's rates. cuDNN's convolution of wide64 and wide128 behind
+// snnlstm-pointwise; "forward step (mma)" of the same layers, of the rate that mma.sync reaches;
+// "forward step (fma)" in float32.
 constexpr double cudnn_part = 0.7, mma_part = 0.75, fma_part = 0.5;
-constexpr double seconds_of_launches = 8e-6;
+// Seconds of a step that torch's operators around cuDNN (cat, convolution, neurons) take more than
+// one launch of ours: the difference of snnlstm-pointwise and snnlstm on a layer without work, such
+// as --shape "50 1 1 1 4 4 1".
+constexpr double pointwise_launches = 8e-6;
+}  // namespace guessed
 
 // For float32 at full precision: whether three tf32 products take less time than one of fp32.
 inline bool tensor_cores_beat_fma(const Target& target) {
   const Rates r = rates_of(target);
-  return target.compute_capability >= 80 && r.tf32 / 3 * r.mma_sync * mma_part > r.fp32 * fma_part;
+  return target.compute_capability >= 80 &&
+         r.tf32 / 3 * r.mma_sync * guessed::mma_part > r.fp32 * guessed::fma_part;
 }
 
 inline Algorithm estimate(const Cell& c, const Target& target) {
@@ -60,14 +68,16 @@ inline Algorithm estimate(const Cell& c, const Target& target) {
   // What cuDNN would multiply with.
   const double rate = (half ? r.half : plan.multiply == Multiply::tf32 ? r.tf32 : r.fp32) * 1e12;
   const double x3 = plan.multiply == Multiply::tf32x3 ? 3 : 1;
-  const double our_rate = plan.mma() ? (half ? r.half : r.tf32 / x3) * r.mma_sync * mma_part * 1e12
-                                     : r.fp32 * fma_part * 1e12;
+  const double our_rate =
+      plan.mma() ? (half ? r.half : r.tf32 / x3) * r.mma_sync * guessed::mma_part * 1e12
+                 : r.fp32 * guessed::fma_part * 1e12;
   const double state_bytes = (double(c.N) * c.Cin * c.H * c.W + 5 * neurons) * size;
   const double extra_bytes =
       2 * (double(c.N) * c.Cin * c.H * c.W + neurons + 4 * neurons) * operand;
   const double ours = std::max(products / our_rate, state_bytes / (r.bytes * 1e12));
-  const double theirs = products / (rate * cudnn_part) +
-                        (state_bytes + extra_bytes) / (r.bytes * 1e12) + seconds_of_launches;
+  const double theirs = products / (rate * guessed::cudnn_part) +
+                        (state_bytes + extra_bytes) / (r.bytes * 1e12) +
+                        guessed::pointwise_launches;
   return theirs < ours ? Algorithm::pointwise : fused;
 }
 

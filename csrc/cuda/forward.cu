@@ -3,6 +3,7 @@
 // sample or windows that cross tiles).
 #include "launch.h"
 #include "neuron_args.h"
+#include "packed.h"
 #include "resident_plan.h"
 
 namespace snnlstm::cuda {
@@ -16,6 +17,7 @@ class Forward {
         target_(target),
         s_(args.cell),
         plan_(plan_forward(args.cell, target)),
+        packed_(args.cell, plan_),
         type_(args.cell.dtype),
         real_(type_ == DType::float64 ? DType::float64 : DType::float32),
         size_(bytes_of(type_)) {
@@ -131,20 +133,14 @@ class Forward {
       ForwardFma p;
       p.tiling = tiling;
       p.neuron = n;
-      const int64_t x_pitch = fma::depth(input_window(s_.c)) * fma::kColumns;
-      x.weight = a_.weight, x.weight_pitch = x_pitch;
-      mem.weight = static_cast<const char*>(a_.weight) +
-                   ceil_div(4 * s_.c.C, fma::kColumns) * x_pitch * bytes_of(real_);
-      mem.weight_pitch = fma::depth(mem) * fma::kColumns;
-      p.x = x, p.mem = mem;
+      p.x = with_weight(x, packed_.x), p.mem = with_weight(mem, packed_.mem);
       return launch_forward_fma(p, stream());
     }
-    const MmaDepth of_x = x_depth(s_.c, plan_.multiply), of_mem = mem_depth(s_.c, plan_.multiply);
     MmaBuilder builder(type_of(plan_.multiply), plan_.warps_n, plan_.tiles);
-    if (x.channels > 0) builder.add(x, of_x, tiling);
-    if (mem.channels > 0) builder.add(mem, of_mem, tiling);
-    builder.finish(a_.weight, x.channels > 0 ? 0 : of_x.units(), of_x.units() + of_mem.units(),
-                   plan_.threads());
+    if (x.channels > 0) builder.add(x, packed_.x.depth, tiling);
+    if (mem.channels > 0) builder.add(mem, packed_.mem.depth, tiling);
+    const PackedPart& first = x.channels > 0 ? packed_.x : packed_.mem;
+    builder.finish(first.in(a_.weight), first.pitch, plan_.threads());
     ForwardMma p;
     p.tiling = tiling;
     p.neuron = n;
@@ -152,6 +148,11 @@ class Forward {
     p.mem_pitch = plan_.mem_pitch();
     p.vectors = int(forward_shared_bytes(plan_, p.conv, s_.c.pool != Pool::none));
     launch_forward_mma(plan_, p, stream());
+  }
+
+  Segment with_weight(Segment s, const PackedPart& part) const {
+    s.weight = part.in(a_.weight), s.weight_pitch = part.pitch / bytes_of(real_);
+    return s;
   }
 
   void fire(int64_t t) const {
@@ -167,6 +168,7 @@ class Forward {
   const Target& target_;
   Shape s_;
   ForwardPlan plan_;
+  PackedForward packed_;
   DType type_, real_;
   int size_;
   void *mem_[2] = {nullptr, nullptr}, *syn_ = nullptr, *sums_ = nullptr;

@@ -13,8 +13,6 @@
 
 namespace snnlstm::cuda {
 
-void launch_pack_fma(const WeightMap& map, void* packed, Stream stream);
-void launch_pack_mma(const MmaPackings& p, int jobs, Stream stream);
 void launch_forward_fma(const ForwardFma& p, Stream stream);
 void launch_forward_mma(const ForwardPlan& plan, const ForwardMma& p, Stream stream);
 void launch_fire(const FireStep& p, bool inhibition, Stream stream);

@@ -1,14 +1,9 @@
 // Implicit GEMM on tensor cores: M = pixels of a tile, N = columns, K = taps x channels.
 //
-// A block keeps the tile's neighbourhood in shared memory, 64 bytes of channels at a time (a chunk,
-// mma_source.cuh), and walks over all taps of the chunk by shifting the rows that it reads: no
-// im2col, every source pixel is fetched once per block. Weights come in the order in which the
-// tensor cores take them (a unit: one tap, one k-step of 8 words), as one stream through a ring of
-// stages.
-//
-//   neighbourhood, 2 buffers       weights, kStages stages of a few units
-//     pixel | 4 groups of 16 B       unit: [warp column][pair of n-tiles][lane][16 bytes]
-//     ...                            a lane's 16 bytes are the B fragments of a pair
+// A block keeps the tile's neighbourhood in shared memory, 64 bytes of channels at a time, and
+// walks over all taps of the chunk by shifting the rows that it reads: no im2col, every source
+// pixel is fetched once per block. Weights come in the order in which the tensor cores take them (a
+// unit: one tap, one k-step of 8 words). mma_pipeline.cuh brings both.
 //
 // A warp computes 32 pixels x NT n-tiles of 8 columns. Row r of an m16 tile is pixel 2 r for r < 8
 // and 2 (r - 8) + 1 above, so that a thread's rows g and g + 8 are the neighbours 2g and 2g + 1.
@@ -18,13 +13,12 @@
 
 #include <type_traits>
 
-#include "mma_source.cuh"
+#include "mma_pipeline.cuh"
 
 namespace snnlstm::cuda {
 
 namespace mma_gemm {
 constexpr int kWarpPixels = 32;
-constexpr int kStages = 4;
 constexpr int kPairBytes = 512;  // B fragments of two n-tiles, one k-step
 
 // In the place of float as the type of elements: products in three parts (Multiply::tf32x3).
@@ -74,24 +68,6 @@ SNNLSTM_DEVICE void without_nan(uint32_t (&low)[N]) {
 }
 }  // namespace mma_gemm
 
-struct MmaConv {
-  Multiply multiply = Multiply::tf32;
-  MmaSegment segment[2];
-  int segments = 0;
-  int units = 0;                 // of all segments
-  const void* weight = nullptr;  // first unit of the first column block
-  int64_t weight_pitch = 0;      // bytes from one column block to the next
-  int warp_columns = 1;
-  int k_groups = 1;  // of warps, 1 or 2: the second takes the odd k-steps (only without AnyFeed)
-  int unit_bytes = 0, stage_units = 1;
-  int buffer_bytes = 0;  // of one neighbourhood buffer
-
-  SNNLSTM_BOTH int stage_bytes() const { return stage_units * unit_bytes; }
-  SNNLSTM_BOTH int shared_bytes() const {
-    return 2 * buffer_bytes + mma_gemm::kStages * stage_bytes() + 64;
-  }
-};
-
 // Element, AnyFeed: see MmaSource. NT: n-tiles of a warp.
 template <class Element, int NT, bool AnyFeed>
 class MmaGemm {
@@ -105,16 +81,16 @@ class MmaGemm {
                          const Block& block)
       : p_(p),
         shared_(shared),
-        stages_(shared + 2 * p.buffer_bytes),
         tiling_(tiling),
         block_(block),
-        weight_(static_cast<const unsigned char*>(p.weight) + block.column * p.weight_pitch),
-        source_(p.multiply, tiling) {
-    source_.move_to(block);
+        pipeline_(p, shared, tiling, block) {
     const int warp = int(threadIdx.x) / 32;
     warp_column_ = warp % p.warp_columns;
     warp_row_ = warp / p.warp_columns;
-    if constexpr (!AnyFeed) k_group_ = warp_row_ / rows(), warp_row_ %= rows();
+    if constexpr (!AnyFeed) {
+      k_group_ = warp_row_ / rows(), warp_row_ %= rows();
+      if (p.k_groups > 1) skipped_step_ = 1 - k_group_;
+    }
   }
 
   // First of the 2 neighbouring pixels that the thread holds in m16 tile mi.
@@ -157,32 +133,13 @@ class MmaGemm {
   }
 
   SNNLSTM_DEVICE void run(Accumulators& acc) {
-    // 64 zero bytes behind the stages, for rows that have no source
-    if (threadIdx.x < 4) store(zeros() + 16 * threadIdx.x, make_uint4(0, 0, 0, 0));
-    Cursor at{0, 0}, load_at{0, 0};
-    bool more = p_.segments > 0;
-#pragma unroll 1
-    for (int buffer = 0; buffer < 2 && more; ++buffer) {  // the first two chunks
-      const MmaSegment& seg = p_.segment[load_at.segment];
-      source_.start(seg, load_at.chunk, buffer_at(buffer), true);
-      source_.template finish<3>(seg);
-      more = advance(load_at);
-    }
-    for (int k = 0; k < mma_gemm::kStages - 1; ++k) copy_stage();
     Totals<kParts> totals;
     totals.clear(acc);
-
-    // Chunk 0 fetches nothing; while chunk k is computed, chunk k + 1 is on its way.
-    bool working = p_.segments > 0, first = true;
 #pragma unroll 1
-    for (int buffer = 0; working; buffer ^= 1, first = false) {
-      const MmaSegment& seg = p_.segment[at.segment];
-      const int steps = seg.steps(at.chunk);
-      begin_chunk(first);
-      loading_ = !first && more;
-      stages_since_load_ = loading_ ? 0 : mma_gemm::kStages;
-      const MmaSegment& next = p_.segment[more ? load_at.segment : 0];
-      if (loading_) source_.start(next, load_at.chunk, buffer_at(buffer ^ 1), load_at.chunk < 2);
+    for (pipeline_.start(); pipeline_.working(); pipeline_.end_chunk()) {
+      pipeline_.begin_chunk();
+      const MmaSegment& seg = pipeline_.segment();
+      const int steps = pipeline_.steps(), buffer = pipeline_.buffer();
       const bool up = seg.s.up_h.value > 1 || seg.s.up_w.value > 1;
       int pixel[2], tap_h = 0, tap_w = 0;
 #pragma unroll
@@ -202,29 +159,18 @@ class MmaGemm {
         if (++tap_w == seg.taps_w) tap_w = 0, ++tap_h;
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {
-          if (units_left_ == 0) next_stage(next);
-          if (AnyFeed || p_.k_groups == 1 || step == k_group_) multiply(row, step, acc);
-          weights_ += p_.unit_bytes, --units_left_;
+          pipeline_.begin_step();
+          if (AnyFeed || step != skipped_step_) multiply(row, step, acc);
+          pipeline_.end_step();
         }
       }
-      if (loading_) {
-        source_.end(next);  // and what there was no turn for:
-        source_.template finish<1>(next);
-        more = advance(load_at);
-      }
       totals.fold(acc);
-      working = advance(at);
     }
     totals.give(acc);
-    cp_async_wait<0>();
-    __syncthreads();  // shared memory is the caller's again
+    pipeline_.finish();
   }
 
  private:
-  struct Cursor {
-    int segment, chunk;
-  };
-
   // Tensor cores truncate where they add: in parts, of which each k-step adds three, a chunk's sums
   // are added to totals that round to nearest.
   template <bool Real>
@@ -251,62 +197,6 @@ class MmaGemm {
       }
     }
   };
-  SNNLSTM_DEVICE bool advance(Cursor& c) const {
-    if (++c.chunk < p_.segment[c.segment].chunks) return true;
-    c.chunk = 0;
-    return ++c.segment < p_.segments;
-  }
-
-  SNNLSTM_DEVICE unsigned char* zeros() const {
-    return stages_ + mma_gemm::kStages * p_.stage_bytes();
-  }
-  SNNLSTM_DEVICE unsigned char* buffer_at(int buffer) const {
-    return shared_ + buffer * p_.buffer_bytes;
-  }
-
-  // ---- weights
-  // -----------------------------------------------------------------------------------
-
-  // The next stage of the stream, as one group of copies (which takes along whatever else this
-  // thread has begun to copy).
-  SNNLSTM_DEVICE void copy_stage() {
-    const int from = copied_ * p_.stage_units;
-    const int bytes = min(p_.stage_units, p_.units - from) * p_.unit_bytes;
-    unsigned char* to = stages_ + copied_ % mma_gemm::kStages * p_.stage_bytes();
-    const unsigned char* source = weight_ + int64_t(from) * p_.unit_bytes;
-    for (int i = int(threadIdx.x) * 16; i < bytes; i += int(blockDim.x) * 16)
-      cp_async<16>(to + i, source + i);
-    cp_async_commit();
-    ++copied_;
-  }
-
-  SNNLSTM_DEVICE void next_stage(const MmaSegment& loading) {
-    if (!fault(Fault::missing_wait, 1)) cp_async_wait<mma_gemm::kStages - 2>();
-    if (!fault(Fault::missing_barrier_read, 1)) __syncthreads();
-    copy_stage();
-    units_left_ = p_.stage_units;
-    if (weights_ == mma_gemm::kStages * p_.stage_bytes()) weights_ = 0;
-    ++stages_since_load_;
-    if (loading_) {
-      source_.turn(loading);
-      __syncwarp();  // lanes have gone different ways
-    }
-  }
-
-  // After this the chunk's data is there for all threads, and the other buffer is free.
-  SNNLSTM_DEVICE void begin_chunk(bool first) {
-    if (!fault(Fault::missing_wait, 2)) {
-      if (first) {
-        cp_async_wait<mma_gemm::kStages - 2>();
-      } else if (stages_since_load_ < mma_gemm::kStages) {
-        // Short chunks; long ones have waited for their copies at their stages.
-        cp_async_commit();
-        cp_async_wait<0>();
-      }
-    }
-    if (!fault(Fault::missing_barrier_overwrite, 1)) __syncthreads();
-  }
-
   // ---- multiplication
   // ----------------------------------------------------------------------------
 
@@ -340,9 +230,9 @@ class MmaGemm {
     unsigned source_y = unsigned(v), source_x = unsigned(u);
     const bool real =
         v >= 0 && u >= 0 && s.up_h.split(source_y) == 0 && s.up_w.split(source_x) == 0;
-    const int p = (int(source_y) - source_.origin_h(s)) * seg.pitch + int(source_x) -
-                  source_.origin_w(s) + seg.lead;
-    return real ? row_of(p, buffer) : int(zeros() - shared_);
+    const int p = (int(source_y) - pipeline_.source().origin_h(s)) * seg.pitch + int(source_x) -
+                  pipeline_.source().origin_w(s) + seg.lead;
+    return real ? row_of(p, buffer) : int(pipeline_.zeros() - shared_);
   }
 
   SNNLSTM_DEVICE void multiply(const int (&row)[2], int step, Accumulators& acc) const {
@@ -350,7 +240,7 @@ class MmaGemm {
 #pragma unroll
     for (int mi = 0; mi < 2; ++mi) ldmatrix(a[mi], shared_ + row[mi] + step * 32);
     const unsigned char* b =
-        stages_ + weights_ + warp_column_ * (NT / 2 * kPairBytes) + int(threadIdx.x) % 32 * 16;
+        pipeline_.weights() + warp_column_ * (NT / 2 * kPairBytes) + int(threadIdx.x) % 32 * 16;
     product(p_.multiply, a, b, acc);
   }
 
@@ -401,16 +291,12 @@ class MmaGemm {
   }
 
   const MmaConv& p_;
-  unsigned char *shared_, *stages_;
+  unsigned char* shared_;
   const Tiling& tiling_;
   const Block& block_;
-  const unsigned char* weight_;
   int warp_column_, warp_row_, k_group_ = 0;
-  int copied_ = 0;                    // stages of the stream, so far
-  int weights_ = 0, units_left_ = 0;  // where the next unit lies in the ring; units in its stage
-  bool loading_ = false;
-  int stages_since_load_ = 0;
-  MmaSource<Element, AnyFeed> source_;
+  int skipped_step_ = -1;  // of a chunk's two, another group's
+  MmaPipeline<Element, AnyFeed> pipeline_;
 };
 
 }  // namespace snnlstm::cuda

@@ -116,7 +116,7 @@ class BackwardTile {
   SNNLSTM_DEVICE void patch(int m, int first, bool gather, const R* recurrent, int stride,
                             MemTile<R> tile, R* row_sums, int bit, bool set,
                             const BackwardStep<R>& step = {}, Keep&& keep = {}) const {
-    const Place at = place_of(tiling_, block_, m, p_.Ho, p_.Wo);
+    const PixelPair at = pixel_pair(tiling_, block_, m, p_.Ho, p_.Wo);
     const int c0 = c0_ + first;
     R gate[4][2][4];
 #pragma unroll

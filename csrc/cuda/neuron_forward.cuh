@@ -125,7 +125,7 @@ class ForwardTile {
   template <int CH>
   SNNLSTM_DEVICE void patch(int m, int first, R (&sum)[4][2][CH], MemTile<R> mem_tile) const {
     const int c0 = c0_ + first;
-    const Place at = place_of(tiling_, block_, m, p_.Ho, p_.Wo);
+    const PixelPair at = pixel_pair(tiling_, block_, m, p_.Ho, p_.Wo);
     if (p_.sums_out.present()) {
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) store_patch(p_.sums_out, at, c0, sum[gate], gate);
@@ -155,9 +155,9 @@ class ForwardTile {
   // From the gate sums and syn before the step to all that comes of it: syn and mem become those
   // after the step. reset_of(pixel, channel, threshold): whether the neuron is reset.
   template <int CH, class ResetOf>
-  SNNLSTM_DEVICE void update(const Place& at, int m, int first, R (&sum)[4][2][CH], R (&syn)[2][CH],
-                             R (&mem)[2][CH], ResetOf&& reset_of, MemTile<R> mem_tile,
-                             StepOutputs outputs = {}) const {
+  SNNLSTM_DEVICE void update(const PixelPair& at, int m, int first, R (&sum)[4][2][CH],
+                             R (&syn)[2][CH], R (&mem)[2][CH], ResetOf&& reset_of,
+                             MemTile<R> mem_tile, StepOutputs outputs = {}) const {
     const int c0 = c0_ + first;
     R threshold[CH];
 #pragma unroll

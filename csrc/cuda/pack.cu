@@ -1,25 +1,46 @@
 // Packed weights and the sizes of all that the caller brings.
 #include "estimate.h"
-#include "packer.h"
+#include "launch.h"
+#include "packed.h"
 #include "resident_backward_plan.h"
 
 namespace snnlstm::cuda {
 
-void launch_pack_fma(const WeightMap& map, void* packed, Stream stream) {
-  with_real(map.type, [&](auto real) {
+namespace {
+
+WeightMap map_of(const Cell& c, const void* weight, Use use) {
+  const Shape s(c);
+  return {weight, c.dtype, int(c.C), int(s.Cp), int(c.Cin), int(s.taps), use};
+}
+
+void pack_on_fma(const Cell& c, const PackedPart& part, const void* weight, void* packed,
+                 Stream stream) {
+  const WeightMap map = map_of(c, weight, part.use);
+  with_real(c.dtype, [&](auto real) {
     using R = decltype(real);
-    const int channels = map.depth_channels();
-    const int64_t depth = round_up(int64_t(map.taps) * channels, fma::kDepth);
-    const Launch how{
-        "pack weight (fma)",
-        dim3(unsigned(depth / fma::kDepth), unsigned(ceil_div(map.columns(), fma::kColumns))),
-        dim3(fma::kThreads), 0, stream};
-    launch(how, &pack_fma<R>, map, static_cast<R*>(packed), depth, channels);
+    const int64_t depth = part.pitch / int64_t(fma::kColumns * sizeof(R));
+    const Launch how{"pack weight (fma)",
+                     dim3(unsigned(depth / fma::kDepth), unsigned(part.blocks)),
+                     dim3(fma::kThreads), 0, stream};
+    launch(how, &pack_fma<R>, map, static_cast<R*>(packed) + part.start / int64_t(sizeof(R)), depth,
+           map.depth_channels());
   });
 }
 
-void launch_pack_mma(const MmaPackings& given, int jobs, Stream stream) {
-  MmaPackings p = given;
+MmaPacking packing_of(const Cell& c, const PackedPart& part, const void* weight, void* packed) {
+  MmaPacking p;
+  p.map = map_of(c, weight, part.use);
+  p.multiply = part.multiply;
+  p.channels = int(part.depth.channels), p.patches = part.depth.patches;
+  p.taps = int(part.depth.taps), p.units = int(part.units());
+  p.pitch = part.pitch / 4;
+  p.tiles = part.tiles, p.warp_columns = part.warps_n;
+  p.chunks = int(part.depth.chunks), p.pairs = int(part.blocks * part.warps_n * (part.tiles / 2));
+  p.packed = reinterpret_cast<uint32_t*>(static_cast<char*>(packed) + part.start);
+  return p;
+}
+
+void pack_for_mma(MmaPackings p, int jobs, Stream stream) {
   int chunks = 0, pairs = 0;
   size_t bytes = sizeof(float);  // the kernel names its shared memory, also where nothing fits
   for (int k = 0; k < jobs; ++k) {
@@ -37,6 +58,8 @@ void launch_pack_mma(const MmaPackings& given, int jobs, Stream stream) {
   launch(how, &pack_mma<256>, p);
 }
 
+}  // namespace
+
 DType gate_type(DType states, Matrix matrix) {
   if (states != DType::float32) return states;
   return matrix == Matrix::float16    ? DType::float16
@@ -52,12 +75,10 @@ int64_t padded_channels(int64_t C) {
 
 Sizes sizes(const Cell& cell, const Target& target) {
   const Shape s(cell);
-  Packer forward(cell, target), backward(cell, target);
-  forward.forward();
-  backward.backward(plan_backward(cell, target));
   const DType gates = gate_type(cell.dtype, target.matrix);
   Sizes z;
-  z.packed_forward = forward.bytes(), z.packed_backward = backward.bytes();
+  z.packed_forward = PackedForward(cell, plan_forward(cell, target)).bytes();
+  z.packed_backward = PackedBackward(cell, plan_backward(cell, target)).bytes();
   z.saved_gates = cell.T * s.gates() * bytes_of(gates);
   z.saved_syn = std::max<int64_t>(cell.T - 1, 0) * s.state() * bytes_of(cell.dtype);
   z.forward_workspace = forward_workspace(cell, target);
@@ -69,11 +90,23 @@ Sizes sizes(const Cell& cell, const Target& target) {
 
 void pack_weight(const Cell& cell, const void* weight, bool backward, void* packed,
                  const Target& target) {
-  Packer packer(cell, target, weight, packed);
-  if (backward)
-    packer.backward(plan_backward(cell, target));
-  else
-    packer.forward();
+  const auto stream = static_cast<Stream>(target.stream);
+  MmaPackings jobs;
+  int count = 0;
+  const auto pack = [&](const PackedPart& part) {
+    if (part.mma())
+      jobs.job[count++] = packing_of(cell, part, weight, packed);
+    else
+      pack_on_fma(cell, part, weight, packed, stream);
+  };
+  if (backward) {
+    const PackedBackward parts(cell, plan_backward(cell, target));
+    pack(parts.to_x), pack(parts.to_mem);
+  } else {
+    const PackedForward parts(cell, plan_forward(cell, target));
+    pack(parts.x), pack(parts.mem);
+  }
+  if (count > 0) pack_for_mma(jobs, count, stream);
 }
 
 std::string reason_against(const Cell& cell, const Target& target) {

@@ -81,14 +81,13 @@ struct MmaPacking {
   Multiply multiply = Multiply::tf32;
   int channels = 0;  // of the walk: K channels, or with patches (tap, channel)
   bool patches = false;
-  int taps = 1;        // of the walk
-  int units = 0;       // of this segment
-  int first_unit = 0;  // among those of its stream
-  int64_t pitch = 0;   // words from one column block to the next
+  int taps = 1;       // of the walk
+  int units = 0;      // of this segment, in a column block
+  int64_t pitch = 0;  // words from one column block to the next
   int tiles = 2, warp_columns = 1;
-  int chunks = 0, pairs = 0;  // chunks of K; pairs of n-tiles in all column blocks
-  int row_pitch = 0;          // of the weights in shared memory; 0: they do not fit there
-  uint32_t* packed = nullptr;
+  int chunks = 0, pairs = 0;   // chunks of K; pairs of n-tiles in all column blocks
+  int row_pitch = 0;           // of the weights in shared memory; 0: they do not fit there
+  uint32_t* packed = nullptr;  // the segment's first unit
 
   SNNLSTM_BOTH int per_word() const {
     return multiply == Multiply::fp16 || multiply == Multiply::bf16 ? 2 : 1;
@@ -136,8 +135,7 @@ class MmaPacker {
     const bool parts = p_.multiply == Multiply::tf32x3;
     const int pair_words = parts ? 256 : 128;
     const int unit_words = p_.warp_columns * (p_.tiles / 2) * pair_words;
-    uint32_t* out = p_.packed + block_ * p_.pitch +
-                    int64_t(p_.first_unit + chunk_ * full) * unit_words +
+    uint32_t* out = p_.packed + block_ * p_.pitch + int64_t(chunk_) * full * unit_words +
                     (warp_column_ * (p_.tiles / 2) + pair_) * pair_words;
     for (int i = int(threadIdx.x); i < p_.taps * steps * 128; i += Threads) {
       const int unit = i / 128, word = i % 4, lane = i / 4 % 32;

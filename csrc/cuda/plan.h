@@ -58,7 +58,8 @@ inline bool choose_tile(const Cell& c, int64_t height, int64_t width, int pixels
     const int64_t rows = std::max<int64_t>(ceil_div(height, h), 1);
     const int64_t cols = std::max<int64_t>(ceil_div(width, w), 1);
     // Sectors of 8 numbers: a row that goes on beyond the tile costs one more at each end.
-    const int64_t read = (h + 2 * c.pad_h()) * (ceil_div(w, 8) + (w < width ? 2 : 0)) * 8;
+    const int64_t halo = std::min<int64_t>(2 * c.pad_h(), 1 << 16);
+    const int64_t read = (h + halo) * (ceil_div(w, 8) + (w < width ? 2 : 0)) * 8;
     const int64_t cost = rows * cols * (4 * pixels + read);
     if (best < 0 || cost < best) {
       best = cost;
@@ -128,7 +129,16 @@ inline Tensor as_tensor(const Image& i) {
 // within one image, and blocks, are counted in 31 bits.
 inline std::string reason_against(const Cell& c, int64_t blocks) {
   const Shape s(c);
+  // Rows or columns that a tile's taps reach over, and what is divided by the stride there.
+  const auto reach = [](int64_t size, int64_t stride, int64_t taps, int64_t dilation) {
+    constexpr int64_t tile = 128;
+    return ((size + tile) * stride + (taps - 1) * dilation) * stride;
+  };
   const std::pair<const char*, int64_t> counts[] = {
+      {"((height / stride + 128) * stride + (kernel_size - 1) * dilation) * stride of the rows",
+       reach(s.Ho, c.stride_h, c.kernel_h, c.dilation_h)},
+      {"((width / stride + 128) * stride + (kernel_size - 1) * dilation) * stride of the columns",
+       reach(s.Wo, c.stride_w, c.kernel_w, c.dilation_w)},
       {"4 * channels * height * width of one image's gates", 4 * s.Cp * s.pixels},
       {"channels * height * width of one input image", c.Cin * c.H * c.W},
       {"the number of blocks of a launch", blocks}};

@@ -35,6 +35,7 @@ struct MmaDepth {
   int64_t taps = 1, chunks = 0;
   int tail_steps = 0;
 
+  MmaDepth() = default;
   // may_patch: lay out (tap, channel) side by side where that makes fewer units.
   MmaDepth(const MmaType& type, int64_t taps_of, int64_t channels_of, bool may_patch) {
     const auto steps = [&](int64_t k) { return ceil_div(k, type.per_step()); };
@@ -60,6 +61,8 @@ inline Feed feed_of(const Segment& s, const MmaType& type, const MmaDepth& depth
   return s.src.type == type.type() ? Feed::async : Feed::vectors;
 }
 
+constexpr int64_t kLongestSide = 4096;  // of a neighbourhood: 64 bytes and more for each pixel
+
 inline MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDepth& depth,
                               const Tiling& tiling) {
   MmaSegment m;
@@ -74,9 +77,11 @@ inline MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDe
     m.by_halo_w = SmallDivisor(m.halo_w);
     return m;
   }
-  const auto reach = [](int tile, int step, int taps, int dilation, int up) {
-    return up > 1 ? (tile - 1 + (taps - 1) * dilation) / up + 2
-                  : (tile - 1) * step + (taps - 1) * dilation + 1;
+  // A side longer than kLongestSide fits in no shared memory, whatever its length.
+  const auto reach = [](int64_t tile, int64_t step, int64_t taps, int64_t dilation, int64_t up) {
+    const int64_t pixels = up > 1 ? (tile - 1 + (taps - 1) * dilation) / up + 2
+                                  : (tile - 1) * step + (taps - 1) * dilation + 1;
+    return int(std::min(pixels, kLongestSide));
   };
   m.halo_h = reach(tiling.h, s.step_h, s.taps_h, s.dilation_h, int(s.up_h.value));
   m.halo_w = reach(tiling.w, s.step_w, s.taps_w, s.dilation_w, int(s.up_w.value));
@@ -108,12 +113,15 @@ inline int64_t chunk_turns(const MmaSegment& m, const MmaType& type) {
                                   : int64_t(m.by_run.value));
 }
 
+// At most so many that several of them are still counted in int.
 inline int64_t neighbourhood_bytes(const MmaSegment& m) {
-  return round_up(mma_tile::row_offset(m.halo_h * m.pitch) + 16, 128);
+  constexpr int64_t most = int64_t(1) << 28;
+  const int64_t pixels = int64_t(m.halo_h) * m.pitch;
+  if (64 * pixels > most) return most;
+  return round_up(mma_tile::row_offset(int(pixels)) + 16, 128);
 }
 
-// Puts segments together. units: of the whole packed weight (all segments that were packed
-// together), first: the first unit that this launch reads.
+// Puts segments together.
 struct MmaBuilder {
   MmaType type;
   int warp_columns, tiles;  // n-tiles of a warp
@@ -134,12 +142,13 @@ struct MmaBuilder {
     conv.buffer_bytes = int(std::max<int64_t>(conv.buffer_bytes, neighbourhood_bytes(m)));
   }
 
-  // The stages: about 8 KiB each, or 16 where the weights come in parts.
-  void finish(const void* weight, int64_t first_unit, int64_t packed_units, int threads) {
+  // The stages: about 8 KiB each, or 16 where the weights come in parts. weight: the first unit of
+  // the first column block that is read; pitch: bytes from one block to the next.
+  void finish(const void* weight, int64_t pitch, int threads) {
     const int wanted = 16 * type.pair_bytes() / conv.unit_bytes;
     conv.stage_units = std::max(std::min(wanted, conv.units), 1);
-    conv.weight = static_cast<const char*>(weight) + first_unit * conv.unit_bytes;
-    conv.weight_pitch = packed_units * conv.unit_bytes;
+    conv.weight = weight;
+    conv.weight_pitch = pitch;
     for (int k = 0; k < conv.segments; ++k) {
       MmaSegment& m = conv.segment[k];
       if (m.feed != Feed::gather && m.feed != Feed::vectors) continue;

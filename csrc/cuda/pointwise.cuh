@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(pointwise::kThreads)
   const ForwardTile<R> tile(p.neuron, p.tiling, block, c0, pointwise::kChannels, shared.vectors);
   const MemTile<R> mem_tile{shared.mem, pointwise::kMemPitch};
   tile.load_vectors();
-  const Place at = place_of(p.tiling, block, pointwise::pixel(), p.neuron.Ho, p.neuron.Wo);
+  const PixelPair at = pixel_pair(p.tiling, block, pointwise::pixel(), p.neuron.Ho, p.neuron.Wo);
   R sum[4][2][4] = {};
 #pragma unroll 1
   for (int k = 0; k < 4; ++k) {  // one copy of the code that knows all layouts

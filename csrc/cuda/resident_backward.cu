@@ -57,12 +57,11 @@ void resident_backward(const ResidentBackwardPlan& plan, const BackwardArgs& arg
     return with_real(c.dtype,
                      [&](auto real) { launch(how, &resident_backward_fma<decltype(real)>, p); });
   }
-  const MmaDepth depth = gates_depth(c, p.multiply);
-  const MmaBuilder builder(type_of(p.multiply), plan.step.warps_n, plan.step.tiles);
+  const PackedPart packed = packed_transposed(c, plan.step, Use::gates_to_mem);
   p.weight_bytes = plan.weight_bytes;
-  p.chunks = int(depth.chunks), p.tail_steps = depth.tail_steps;
-  p.walk_units = int(depth.units());
-  p.unit_bytes = builder.unit_bytes();
+  p.chunks = int(packed.depth.chunks), p.tail_steps = packed.depth.tail_steps;
+  p.walk_units = int(packed.units());
+  p.unit_bytes = packed.unit_bytes;
   with_element(p.multiply,
                [&](auto element) { launch(how, &resident_backward_mma<decltype(element)>, p); });
 }

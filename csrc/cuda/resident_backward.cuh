@@ -112,7 +112,7 @@ class ResidentBackwardBlock {
           tile_.patch(
               m, first, phase == 0, array(p_.at.d_mem) + slot, kSlotStride, mem_tile, own_sums,
               1 << p_.quad_bits, false, step,
-              [&](const Place& at, int c0, const R(&gate)[4][2][4]) { keep(at, c0, gate); });
+              [&](const PixelPair& at, int c0, const R(&gate)[4][2][4]) { keep(at, c0, gate); });
         });
         if (phase == 0) {
           if (!fault(Fault::missing_barrier_read, 31)) __syncthreads();
@@ -127,7 +127,7 @@ class ResidentBackwardBlock {
     convolve(unit);
     if (!fault(Fault::missing_barrier_read, 32)) __syncthreads();
     for_each_patch([&](int m, int first) {
-      const Place at = place_of(p_.tiling, block_, m, p_.neuron.Ho, p_.neuron.Wo);
+      const PixelPair at = pixel_pair(p_.tiling, block_, m, p_.neuron.Ho, p_.neuron.Wo);
       R v[2][4];
 #pragma unroll
       for (int px = 0; px < 2; ++px)
@@ -170,7 +170,7 @@ class ResidentBackwardBlock {
     }
   }
 
-  SNNLSTM_DEVICE void keep(const Place& at, int c0, const R (&gate)[4][2][4]) const {
+  SNNLSTM_DEVICE void keep(const PixelPair& at, int c0, const R (&gate)[4][2][4]) const {
     if (c0 >= p_.neuron.Cp) return;
     const SharedImage& i = p_.at.d_gates;
     const DType type = p_.multiply == Multiply::bf16 ? DType::bfloat16 : DType::float16;

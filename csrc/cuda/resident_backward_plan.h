@@ -51,11 +51,10 @@ inline ResidentBackwardPlan plan_resident_backward(const Cell& c, const Target& 
   at.d_gates = resident::shared_image(gates_window(c, false), s.Ho, plan.tiling.w);
   int64_t table = 0;
   if (mma) {
-    const MmaDepth depth = gates_depth(c, step.multiply);
-    const MmaBuilder builder(type_of(step.multiply), step.warps_n, step.tiles);
-    resident::as_pixels(at.d_gates, depth, builder.type.element, plan.tiling.w);
-    table = 2 * depth.units();
-    plan.weight_bytes = int(ceil_div(c.C, step.channels()) * depth.units() * builder.unit_bytes());
+    const PackedPart packed = packed_transposed(c, step, Use::gates_to_mem);
+    resident::as_pixels(at.d_gates, packed.depth, type_of(step.multiply).element, plan.tiling.w);
+    table = 2 * packed.units();
+    plan.weight_bytes = int(packed.bytes());
   } else {
     resident::as_planes(at.d_gates, int(4 * s.Cp), real);
     table = s.taps * 4 * s.Cp;

@@ -55,16 +55,16 @@ void resident_forward(const ForwardArgs& args, const Target& target) {
     return with_real(c.dtype,
                      [&](auto real) { launch(how, &resident_forward_fma<decltype(real)>, p); });
   }
-  const MmaDepth of_x = x_depth(c, p.multiply), of_mem = mem_depth(c, p.multiply);
-  const MmaBuilder builder(type_of(p.multiply), plan.step.warps_n, plan.step.tiles);
+  const PackedForward packed(c, plan.step);
+  const MmaDepth &of_x = packed.x.depth, &of_mem = packed.mem.depth;
   p.weight_bytes = plan.weight_bytes;
   p.gathers = of_x.patches;
   p.chunks[0] = int(of_x.chunks), p.chunks[1] = int(of_mem.chunks);
   p.tail_steps[0] = of_x.tail_steps, p.tail_steps[1] = of_mem.tail_steps;
   p.units_of[0] = int(of_x.units()), p.units_of[1] = int(of_mem.units());
   p.table_of_mem = plan.table_of_mem;
-  p.unit_bytes = builder.unit_bytes(), p.warp_columns = plan.step.warps_n;
-  p.weight_pitch = (of_x.units() + of_mem.units()) * builder.unit_bytes();
+  p.unit_bytes = packed.x.unit_bytes, p.warp_columns = plan.step.warps_n;
+  p.weight_pitch = packed.x.pitch;
   with_element(p.multiply, [&](auto element) {
     using E = decltype(element);
     if (plan.step.tiles == 8)

@@ -125,7 +125,7 @@ class ResidentForwardBlock {
 
   // The states before the first step.
   SNNLSTM_DEVICE void begin(int patch, int m, int first) {
-    const Place at = place_of(p_.tiling, block_, m, p_.neuron.Ho, p_.neuron.Wo);
+    const PixelPair at = pixel_pair(p_.tiling, block_, m, p_.neuron.Ho, p_.neuron.Wo);
     R v[2][CH];
     load_patch(p_.neuron.syn_in, at, first, v);
     Slot<R, CH>::keep(slot(patch), v);
@@ -134,7 +134,7 @@ class ResidentForwardBlock {
   }
 
   // mem for the convolution and the reset of step t.
-  SNNLSTM_DEVICE void keep_mem(int patch, const Place& at, int first, const R (&mem)[2][CH],
+  SNNLSTM_DEVICE void keep_mem(int patch, const PixelPair& at, int first, const R (&mem)[2][CH],
                                int t) {
     const SharedImage& i = p_.at.mem;
     unsigned char* to = image(i, t) + first * i.channel;
@@ -156,7 +156,7 @@ class ResidentForwardBlock {
   }
 
   SNNLSTM_DEVICE void step(int patch, int m, int first, R (&sum)[4][2][CH], bool last) {
-    const Place at = place_of(p_.tiling, block_, m, p_.neuron.Ho, p_.neuron.Wo);
+    const PixelPair at = pixel_pair(p_.tiling, block_, m, p_.neuron.Ho, p_.neuron.Wo);
     R syn[2][CH], mem[2][CH];
     Slot<R, CH>::get(slot(patch), syn);
     const unsigned resets = p_.neuron.reset == Reset::none ? 0 : flags(patch);

@@ -4,6 +4,7 @@
 
 #include "choose.h"
 #include "estimate.h"
+#include "packed.h"
 #include "resident_forward.cuh"
 
 namespace snnlstm::cuda {
@@ -93,7 +94,7 @@ struct Pieces {
 };
 
 // Where the images that blocks keep twice end, from `start` on.
-inline int place_images(ResidentLayout& at, int start) {
+inline int lay_out_images(ResidentLayout& at, int start) {
   for (SharedImage* i : {&at.x, &at.mem}) {
     i->start = start;
     start += 2 * int(round_up(i->bytes, 128));
@@ -132,7 +133,8 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
   at.mem = resident::shared_image(mem, s.Ho, tiling.w);
   int64_t table = 0;
   if (mma) {
-    const MmaDepth of_x = x_depth(c, plan.step.multiply), of_mem = mem_depth(c, plan.step.multiply);
+    const PackedForward packed(c, plan.step);
+    const MmaDepth &of_x = packed.x.depth, &of_mem = packed.mem.depth;
     const MmaType type = type_of(plan.step.multiply);
     if (of_x.patches)
       resident::as_planes(at.x, int(c.Cin), type.element);
@@ -141,16 +143,14 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
     plan.table_of_mem = int(of_x.units()) * (of_x.patches ? type.per_step() : 2);
     table = plan.table_of_mem + 2 * of_mem.units();
     resident::as_pixels(at.mem, of_mem, type.element, tiling.w);
-    const MmaBuilder builder(type, plan.step.warps_n, plan.step.tiles);
-    plan.weight_bytes = int(ceil_div(c.C, plan.step.channels()) * (of_x.units() + of_mem.units()) *
-                            builder.unit_bytes());
+    plan.weight_bytes = int(packed.bytes());
   } else {
     resident::as_planes(at.x, int(c.Cin), real);
     resident::as_planes(at.mem, int(c.C), real);
     table = s.taps * (c.Cin + c.C);
     plan.weight_bytes = int(table) * 16 * plan.groups * real;
   }
-  resident::Pieces pieces{resident::place_images(at, 0)};
+  resident::Pieces pieces{resident::lay_out_images(at, 0)};
   const auto take = [&](int64_t bytes) { return pieces.take(bytes); };
   const int64_t held = mma ? 2 * plan.step.held() : 2;
   const int channels = resident::power_of_two(plan.groups * unit_channels);
@@ -171,17 +171,20 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
   return plan;
 }
 
-// Paper figures, of no GPU. Instructions are counted (PTX, executed on a CPU; layers of 8 and 16
-// channels at 14 x 14 to 28 x 28); a multiprocessor is taken to issue 3 a cycle at 1.75 GHz. The
-// two other times are guesses: an empty kernel in a CUDA graph, and this one with a single block,
-// would measure them.
+// Seconds, but for the last; no GPU has been timed.
 namespace resident_cost {
-constexpr double launch = 3.5e-6;  // seconds from one dependent kernel's work to the next one's
-constexpr double barrier = 1e-6;   // of a step: first loads of x, barrier, the last warp's wait
-constexpr double start = 4e-6;     // weights and states come to shared memory
-// Of one neuron on one multiprocessor, products apart: 200 and 260 instructions of a warp's 32.
+// Guesses. From one dependent kernel's work to the next one's: a chain of empty kernels in a CUDA
+// graph would measure it.
+constexpr double launch = 3.5e-6;
+// Of a step: first loads of x, barrier, the last warp's wait; and before the first, while weights
+// and states come to shared memory: the resident kernel with one block, over T, would measure both.
+constexpr double barrier = 1e-6, start = 4e-6;
+// Of one neuron on one multiprocessor, products apart: 200 and 260 instructions of a warp's 32,
+// counted (PTX executed on a CPU; layers of 8 and 16 channels at 14 x 14 to 28 x 28), where a
+// multiprocessor is taken to issue 3 a cycle at 1.75 GHz; the same run would measure them.
 constexpr double neuron = 1.2e-9, neuron_backward = 1.5e-9;
-constexpr double fused = 2.0;  // instructions of the kernels of one step, over those of this one
+// Instructions of the kernels of one step, over those of this one; counted on the same layers.
+constexpr double fused = 2.0;
 }  // namespace resident_cost
 
 // Whether one launch is likely to take less time than one for every step. blocks: of a step of
@@ -191,9 +194,9 @@ inline bool resident_pays(const Cell& c, const Target& target, Multiply m, int64
   if (c.T < 2 || c.N == 0) return false;
   const Rates r = rates_of(target);
   const bool mma = m != Multiply::fma, half = mma && MmaType(m).element == 2;
-  const double rate =
-      !mma ? r.fp32 * fma_part
-           : (half ? r.half : r.tf32 / (m == Multiply::tf32x3 ? 3 : 1)) * r.mma_sync * mma_part;
+  const double rate = !mma ? r.fp32 * guessed::fma_part
+                           : (half ? r.half : r.tf32 / (m == Multiply::tf32x3 ? 3 : 1)) *
+                                 r.mma_sync * guessed::mma_part;
   const double one = rate * 1e12 / target.multiprocessors;
   const Shape s(c);
   const double neurons = double(s.pixels) * c.C, tiles = double(blocks) / c.N;

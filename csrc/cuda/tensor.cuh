@@ -32,8 +32,8 @@ struct Tensor {
   SNNLSTM_BOTH bool present() const { return access != Access::none; }
 };
 
-// Where a patch lies.
-struct Place {
+// A thread's two neighbouring pixels, and which of them are in the image.
+struct PixelPair {
   int t, n;
   int y[2], x[2];
   bool valid[2];
@@ -82,7 +82,7 @@ SNNLSTM_DEVICE void for_each_value(R (&v)[2][CH], Body&& body) {
 
 // v[pixel][channel] of channels c0, c0 + 1, ...; 0 where there is nothing.
 template <class R, int CH>
-SNNLSTM_DEVICE void load_patch(const Tensor& a, const Place& at, int c0, R (&v)[2][CH]) {
+SNNLSTM_DEVICE void load_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][CH]) {
 #pragma unroll
   for (int px = 0; px < 2; ++px)
 #pragma unroll
@@ -110,7 +110,7 @@ SNNLSTM_DEVICE void load_patch(const Tensor& a, const Place& at, int c0, R (&v)[
 }
 
 template <class R, int CH>
-SNNLSTM_DEVICE void store_patch(const Tensor& a, const Place& at, int c0, R (&v)[2][CH]) {
+SNNLSTM_DEVICE void store_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][CH]) {
   if (c0 >= a.channels) return;
   void* p = image_of(a, at.t, at.n);
   const int first = offset(a, c0, at.y[0], at.x[0]), second = offset(a, c0, at.y[1], at.x[1]);
@@ -134,7 +134,7 @@ SNNLSTM_DEVICE void store_patch(const Tensor& a, const Place& at, int c0, R (&v)
 }
 
 template <class R, int CH>
-SNNLSTM_DEVICE void load_patch(const Image& a, const Place& at, int c0, R (&v)[2][CH],
+SNNLSTM_DEVICE void load_patch(const Image& a, const PixelPair& at, int c0, R (&v)[2][CH],
                                int plane = 0) {
   const void* p = image_of(a, at.t, at.n);
 #pragma unroll
@@ -147,7 +147,7 @@ SNNLSTM_DEVICE void load_patch(const Image& a, const Place& at, int c0, R (&v)[2
 }
 
 template <class R, int CH>
-SNNLSTM_DEVICE void store_patch(const Image& a, const Place& at, int c0, const R (&v)[2][CH],
+SNNLSTM_DEVICE void store_patch(const Image& a, const PixelPair& at, int c0, const R (&v)[2][CH],
                                 int plane = 0) {
   void* p = image_of(a, at.t, at.n);
 #pragma unroll

@@ -88,8 +88,9 @@ SNNLSTM_DEVICE Block block_of(const Tiling& tiling, unsigned index) {
 }
 
 // Pixels m and m + 1 of the tile.
-SNNLSTM_DEVICE Place place_of(const Tiling& tiling, const Block& b, int m, int height, int width) {
-  Place p;
+SNNLSTM_DEVICE PixelPair pixel_pair(const Tiling& tiling, const Block& b, int m, int height,
+                                    int width) {
+  PixelPair p;
   p.t = b.t, p.n = b.n;
   unsigned row = unsigned(m);
   int col = int(tiling.by_w.split(row));

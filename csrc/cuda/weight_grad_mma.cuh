@@ -102,7 +102,7 @@ class WeightGemm {
     if (group >= p.tap_groups) taps_ = 0;  // the other job has more warps
     first_shifts_ = shifts_ = tables_.shift[0] + group % p.tap_groups * weight_tile::kTaps;
     fill_tables(first);
-    place_lane();
+    address_lane();
   }
 
   SNNLSTM_DEVICE void run() {
@@ -269,7 +269,7 @@ class WeightGemm {
   }
 
   // Where the lane reads, in d_gates and in the neighbourhood, before a turn's and a tap's offsets.
-  SNNLSTM_DEVICE void place_lane() {
+  SNNLSTM_DEVICE void address_lane() {
     if constexpr (kHalf) {
       // a: matrices (k, m), (k, m + 8), (k + 8, m), (k + 8, m + 8)
       // b: matrices (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8)

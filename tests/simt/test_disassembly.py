@@ -108,10 +108,10 @@ MOST = {
     "parts": 14,
 }
 # What is above, with the bound that holds meanwhile. A warp of the narrow backward step has only 4
-# HMMA a k-step, for 16 channels; the weight gradient splits both operands in its loop; an
-# input of few channels comes number by number, in one to three k-steps of 10 to 21.
+# products a k-step, for 16 channels, over which the parts of 8 numbers, 4 instructions each, do not
+# spread; the weight gradient splits both operands in its loop; an input of few channels comes
+# number by number, in one to three k-steps of 10 to 21.
 ABOVE = {
-    ("backward_mma", "half", 4): 9,
     ("backward_mma", "parts", 12): 21,
     ("resident_backward", "parts", 12): 21,
     ("resident_forward", "half", 8): 13,

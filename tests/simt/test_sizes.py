@@ -7,6 +7,8 @@ import pytest
 import torch
 from backend import simt_core
 from launches import FACTS, calls
+from test_cell import MODES, with_options
+from test_cell_gradients import check
 
 
 @pytest.fixture
@@ -38,6 +40,9 @@ def test_many_channels_fit_every_grid(core, tf32):
         ({"C": 8, "H": 8191, "W": 8192}, {"C": 8, "H": 8192, "W": 8192}, "gates"),
         ({"Cin": 32767, "H": 256, "W": 256}, {"Cin": 32768, "H": 256, "W": 256}, "input image"),
         ({"N": 1 << 20, "T": 1 << 10}, {"N": 1 << 20, "T": 1 << 11}, "blocks"),
+        ({"dilation": (1 << 29, 1)}, {"dilation": (1 << 30, 1)}, "of the rows"),
+        ({"dilation": (1, 1 << 29)}, {"dilation": (1, 1 << 30)}, "of the columns"),
+        ({"stride": (1, 3000)}, {"stride": (1, 5000)}, "of the columns"),
     ],
 )
 def test_the_limit_of_each_size(core, fits, over, subject):
@@ -46,6 +51,22 @@ def test_the_limit_of_each_size(core, fits, over, subject):
     every_call(core, **fits)
     with pytest.raises(RuntimeError, match=subject):
         every_call(core, **over)
+
+
+@pytest.mark.parametrize("dilation", [(700, 1), (1, 5000), (3000, 4001), (40000, 30000)])
+@pytest.mark.parametrize("matrix", [0, 1, 2])
+def test_neighbourhoods_beyond_any_shared_memory(core, matrix, dilation):
+    """Counted in 31 bits, that of a tile would wrap around and seem to fit."""
+    launches = every_call(core, matrix, dilation=dilation, Cin=8, T=2)
+    assert all(launch.shared_bytes <= 163 * 1024 for launch in launches)
+    if max(dilation) >= 3000:
+        assert not any("step (mma)" in launch.kernel for launch in launches)
+
+
+@pytest.mark.parametrize("mode", ["tf32", "float64"])
+def test_taps_far_beyond_the_image(core, mode):
+    case = with_options(dilation=(3000, 4001))
+    assert check(core, case, MODES[mode], 1e-2 if "tf32" in mode else 1e-10)
 
 
 def test_the_workspace_of_inference_does_not_grow_with_time(core):

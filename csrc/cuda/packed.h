@@ -1,0 +1,91 @@
+// Where what lies in a packed weight, computed once for the kernels that pack it and those that
+// read it.
+#pragma once
+
+#include "choose.h"
+#include "choose_backward.h"
+#include "pack.cuh"
+
+namespace snnlstm::cuda {
+
+// The weight as one convolution reads it: blocks of columns, each in the order of the kernel's walk
+// (fma.cuh, mma.cuh).
+struct PackedPart {
+  Use use = Use::x_to_gates;
+  Multiply multiply = Multiply::fma;
+  int64_t start = 0;   // bytes from the packed weight's start to the first block
+  int64_t pitch = 0;   // bytes from one block to the next
+  int64_t blocks = 0;  // of columns
+  // On tensor cores: the walk, its units, the n-tiles and columns of warps of a block.
+  MmaDepth depth;
+  int unit_bytes = 0, tiles = 0, warps_n = 0;
+
+  bool mma() const { return multiply != Multiply::fma; }
+  int64_t units() const { return depth.units(); }
+  // Of all blocks, together with what other parts have between them.
+  int64_t bytes() const { return blocks * pitch; }
+  const char* in(const void* packed) const { return static_cast<const char*>(packed) + start; }
+};
+
+inline PackedPart packed_fma(const Cell& c, const Segment& window, Use use, int64_t columns) {
+  PackedPart part;
+  part.use = use;
+  part.pitch = fma::depth(window) * fma::kColumns * std::max(bytes_of(c.dtype), 4);
+  part.blocks = ceil_div(columns, fma::kColumns);
+  return part;
+}
+
+inline PackedPart packed_mma(Multiply multiply, const MmaDepth& depth, Use use, int tiles,
+                             int warps_n, int64_t blocks) {
+  PackedPart part;
+  part.use = use, part.multiply = multiply;
+  part.depth = depth;
+  part.tiles = tiles, part.warps_n = warps_n;
+  part.unit_bytes = MmaBuilder(type_of(multiply), warps_n, tiles).unit_bytes();
+  part.blocks = blocks;
+  part.pitch = depth.units() * part.unit_bytes;
+  return part;
+}
+
+struct PackedForward {
+  PackedPart x, mem;
+
+  // On tensor cores a block has the units of x, then those of mem.
+  PackedForward(const Cell& c, const ForwardPlan& plan) {
+    if (!plan.mma()) {
+      x = packed_fma(c, input_window(c), Use::x_to_gates, 4 * c.C);
+      mem = packed_fma(c, state_window(c), Use::mem_to_gates, 4 * c.C);
+      mem.start = x.bytes();
+      return;
+    }
+    const int64_t blocks = ceil_div(c.C, plan.channels());
+    x = packed_mma(plan.multiply, x_depth(c, plan.multiply), Use::x_to_gates, plan.tiles,
+                   plan.warps_n, blocks);
+    mem = packed_mma(plan.multiply, mem_depth(c, plan.multiply), Use::mem_to_gates, plan.tiles,
+                     plan.warps_n, blocks);
+    mem.start = x.pitch;
+    x.pitch = mem.pitch = x.pitch + mem.pitch;
+  }
+  int64_t bytes() const { return x.mma() ? x.bytes() : x.bytes() + mem.bytes(); }
+};
+
+inline PackedPart packed_transposed(const Cell& c, const DataPlan& plan, Use use) {
+  const bool of_x = use == Use::gates_to_x;
+  const int64_t columns = of_x ? c.Cin : c.C;
+  if (!plan.mma()) return packed_fma(c, gates_window(c, of_x), use, columns);
+  return packed_mma(plan.multiply, gates_depth(c, plan.multiply), use, plan.tiles, plan.warps_n,
+                    ceil_div(columns, plan.channels()));
+}
+
+struct PackedBackward {
+  PackedPart to_x, to_mem;
+
+  PackedBackward(const Cell& c, const BackwardPlan& plan)
+      : to_x(packed_transposed(c, plan.to_x, Use::gates_to_x)),
+        to_mem(packed_transposed(c, plan.to_mem, Use::gates_to_mem)) {
+    to_mem.start = to_x.bytes();
+  }
+  int64_t bytes() const { return to_x.bytes() + to_mem.bytes(); }
+};
+
+}  // namespace snnlstm::cuda
