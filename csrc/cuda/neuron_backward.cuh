@@ -190,14 +190,13 @@ class BackwardTile {
       for (int px = 0; px < 2; ++px)
 #pragma unroll
         for (int ch = 0; ch < 4; ++ch) mem[px][ch] -= threshold[ch];
-      for_each_value(spike, [&](R grad, int px, int ch) {
-        const R u = mem[0][0];
-        rotate(mem);
+      const auto gradient = [&](R grad, int px, int ch, R u) {
         const bool real = (px ? at.valid[1] : at.valid[0]) && c0 + ch < p_.C;
         return real ? spike_gradient(c0 + ch, px ? at.y[1] : at.y[0], px ? at.x[1] : at.x[0], u,
                                      grad)
                     : R(0);
-      });
+      };
+      for_each_value(spike, gradient, mem);
     } else if (p_.spikes_in.present()) {
       load_patch(p_.spikes_in, at, c0, spike);
     } else if (gathers()) {
@@ -309,14 +308,6 @@ class BackwardTile {
     if ((int(threadIdx.x) & 4 * bit) != 0) return;
     R& out = row_sums[first + (upper ? 2 : 0) + (odd ? 1 : 0)];
     out = set ? one : out + one;
-  }
-  // The next value of v comes to v[0][0].
-  SNNLSTM_DEVICE static void rotate(R (&v)[2][4]) {
-    R* flat = &v[0][0];
-    const R first = flat[0];
-#pragma unroll
-    for (int i = 0; i < 7; ++i) flat[i] = flat[i + 1];
-    flat[7] = first;
   }
   SNNLSTM_DEVICE static void clear(R (&v)[2][4]) {
 #pragma unroll

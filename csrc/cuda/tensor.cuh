@@ -66,17 +66,24 @@ SNNLSTM_DEVICE int offset(const Image& a, int plane, int c, int y, int x) {
   return ((y * a.width + x) * a.planes + plane) * a.Cp + c;
 }
 
-// Where the code would otherwise be there eight times over: body(value) for every value in turn, in
-// a loop that stays one. The values pass through v[0][0]: registers cannot be indexed.
-template <int CH, class R, class Body>
-SNNLSTM_DEVICE void for_each_value(R (&v)[2][CH], Body&& body) {
+// The second value comes to v[0][0], the third to the second's place, and `last` to the last one's.
+template <int CH, class R>
+SNNLSTM_DEVICE void shift_values(R (&v)[2][CH], R last) {
   R* flat = &v[0][0];
+#pragma unroll
+  for (int i = 0; i + 1 < 2 * CH; ++i) flat[i] = flat[i + 1];
+  flat[2 * CH - 1] = last;
+}
+
+// Each value of v becomes body(value, pixel, channel, the others' values), in a loop that is not
+// unrolled, so that the body stands in the code once. A loop cannot index registers: the values
+// pass through [0][0], and the others are in the end as they were.
+template <int CH, class R, class Body, class... Others>
+SNNLSTM_DEVICE void for_each_value(R (&v)[2][CH], Body&& body, Others&... others) {
 #pragma unroll 1
   for (int k = 0; k < 2 * CH; ++k) {
-    const R done = body(flat[0], k / CH, k % CH);
-#pragma unroll
-    for (int i = 0; i + 1 < 2 * CH; ++i) flat[i] = flat[i + 1];
-    flat[2 * CH - 1] = done;
+    shift_values(v, body(v[0][0], k / CH, k % CH, others[0][0]...));
+    (shift_values(others, others[0][0]), ...);
   }
 }
 
