@@ -91,6 +91,11 @@ class CellOptions:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
+    def known(self) -> bool:
+        """Whether the kernels know surrogate and quantiser; a subclass of ours may differ."""
+        return type(self.surrogate) is Surrogate and type(self.quant) in (StateQuant, type(None))
+
+    @property
     def padding(self) -> tuple[int, int]:
         """Zeros on each side that keep the image size, height first."""
         (kh, kw), (dh, dw) = self.kernel_size, self.dilation
@@ -102,7 +107,7 @@ class CellOptions:
         return -(-height // sh), -(-width // sw)
 
     def __post_init__(self) -> None:
-        if isinstance(self.surrogate, Surrogate) and not torch.compiler.is_compiling():
+        if type(self.surrogate) is Surrogate and not torch.compiler.is_compiling():
             object.__setattr__(self, "_text", self._make_text())
 
     def text(self) -> str:
@@ -248,9 +253,7 @@ def new_signature(key: tuple[Any, ...], arguments: Arguments) -> Signature:
     """
     x, _, mem, _, _, threshold, _, options = arguments
     made = Signature(x, mem, threshold, options, key[-1])
-    if isinstance(options.surrogate, Surrogate) and isinstance(
-        options.quant, StateQuant | type(None)
-    ):
+    if options.known:
         if len(_signatures) >= _MOST:
             _signatures.clear()
         _signatures[key] = made
@@ -280,6 +283,8 @@ class Call(NamedTuple):
         (N, 4C, H, W).
     reason : str, optional
         Why `conv` must be called.
+    fire, mem_reset : callable, optional
+        The cell's methods, where a subclass or the cell itself overrides them.
     """
 
     x: Tensor
@@ -293,12 +298,16 @@ class Call(NamedTuple):
     signature: Signature | None = None
     conv: Callable[[Tensor], Tensor] | None = None
     reason: str | None = None
+    fire: Callable[[Tensor], Tensor] | None = None
+    mem_reset: Callable[[Tensor], Tensor] | None = None
 
 
 def make_call(
     arguments: Arguments,
     conv: Callable[[Tensor], Tensor] | None = None,
     reason: str | None = None,
+    fire: Callable[[Tensor], Tensor] | None = None,
+    mem_reset: Callable[[Tensor], Tensor] | None = None,
 ) -> Call:
     """A call of arguments that have been checked, or are known to fit together."""
     signature = None
@@ -306,7 +315,7 @@ def make_call(
         signature, key = known_signature(arguments)
         if signature is None:
             signature = new_signature(key, arguments)
-    return Call(*arguments, signature, conv, reason)
+    return Call(*arguments, signature, conv, reason, fire, mem_reset)
 
 
 def in_order_of_caller(

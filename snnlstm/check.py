@@ -24,7 +24,7 @@ def _options(*, surrogate: Any, quant: Any, **others: Any) -> CellOptions:
 
     Foreign callables stay out of the cache, which would keep them alive.
     """
-    ours = isinstance(surrogate, Surrogate) and (quant is None or isinstance(quant, StateQuant))
+    ours = type(surrogate) is Surrogate and type(quant) in (StateQuant, type(None))
     if ours and not torch.compiler.is_compiling():
         try:
             return _cached_options(surrogate=surrogate, quant=quant, **others)

@@ -178,7 +178,7 @@ class StateQuant:
         return _QuantiseForwardMode.apply(x, self._levels, self._ascending)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, StateQuant) and self._key == other._key
+        return type(other) is type(self) and self._key == other._key
 
     def __hash__(self) -> int:
         return hash(self._key)

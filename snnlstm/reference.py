@@ -102,8 +102,10 @@ def _step(call: Call, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tens
     threshold, graded, options = call.threshold, call.graded, call.options
     surrogate, quant = options.surrogate, options.quant
     reset: Any = None
-    # A foreign callable may draw random numbers: it is called as often as in snnTorch.
-    if options.reset != "none" or not isinstance(surrogate, Surrogate):
+    # What is foreign may draw random numbers: it is called as often as in snnTorch.
+    if call.mem_reset is not None:
+        reset = call.mem_reset(mem)
+    elif options.reset != "none" or type(surrogate) is not Surrogate:
         reset = reset_signal(mem, threshold, surrogate)
 
     # Under autocast the gates come in the autocast dtype; the states stay in theirs.
@@ -125,6 +127,8 @@ def _step(call: Call, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tens
         pooled = F.max_pool2d(mem, options.pool_size)
     elif options.pool == "avg":
         pooled = F.avg_pool2d(mem, options.pool_size)
+    if call.fire is not None:
+        return call.fire(pooled), syn, mem
     return fire(pooled, threshold, graded, surrogate, quant, options.inhibition), syn, mem
 
 

@@ -185,6 +185,8 @@ def _reason_against_now(call: Call) -> Path | None:
             return Path("reference", "a tensor is a lazily negated view")
     if x.numel() == 0 or x.shape[-3] == 0:
         return Path("reference", "x is empty")
+    if call.fire is not None or call.mem_reset is not None:
+        return Path("reference", "fire or mem_reset is overridden", slow=True)
     if call.reason is not None:
         general = call.reason in (HOOKS, GLOBAL_HOOKS)
         return Path("reference", call.reason, slow=True, general=general)
@@ -196,10 +198,10 @@ def _reason_against_now(call: Call) -> Path | None:
 def _reason_against_options(call: Call) -> str | None:
     """Why the kernels cannot run calls with these options and shapes."""
     options, threshold, x = call.options, call.threshold, call.x
-    if not isinstance(options.surrogate, Surrogate):
+    if type(options.surrogate) is not Surrogate:
         return "spike_grad is unknown to the kernels"
     if options.quant is not None:
-        if not isinstance(options.quant, StateQuant):
+        if type(options.quant) is not StateQuant:
             return "state_quant is unknown to the kernels"
         if options.quant.levels.dtype not in (torch.float32, x.dtype):
             return f"state_quant has levels of {options.quant.levels.dtype}"

@@ -14,7 +14,7 @@ from . import arguments, reference
 from .attributes import DescribedCell
 from .call import DTYPES, Call, in_order_of_caller, known_signature, make_call
 from .run import reason_against_conv, run
-from .state import backward_pass
+from .state import LastReset, backward_pass
 
 __all__ = ["SConv2dLSTM"]
 
@@ -208,6 +208,15 @@ class SConv2dLSTM(DescribedCell):
         self.conv = conv
         self._init_state(conv.weight)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        unused = [name for name in _NEVER_CALLED if name in cls.__dict__]
+        if unused:
+            raise TypeError(
+                f"{cls.__name__} overrides {', '.join(unused)}, which snntorch's cell calls "
+                "and this one does not: override forward, fire or mem_reset instead"
+            )
+
     # ---- the call -------------------------------------------------------------------------
 
     def forward(
@@ -276,7 +285,7 @@ class SConv2dLSTM(DescribedCell):
 
     def _like_before(self, x: Any, syn: Any, mem: Any, record: Any) -> Call | None:
         """The call, if all of its arguments are like those of a call that was checked."""
-        if type(x) is not Tensor or not isinstance(record, bool):
+        if type(x) is not Tensor or not isinstance(record, bool) or self._overrides():
             return None
         conv = self._modules["conv"]
         sequence = x.dim() == 5
@@ -332,7 +341,28 @@ class SConv2dLSTM(DescribedCell):
                 f"conv must be a plain nn.Conv2d without hooks where stride is not 1: {foreign}"
             )
         tensors = (x, syn, mem, weight, bias, threshold, graded)
-        return make_call((*tensors, options), conv, foreign)
+        fire, mem_reset = self._own_methods()
+        return make_call((*tensors, options), conv, foreign, fire, mem_reset)
+
+    def _overrides(self) -> bool:
+        """Whether fire or mem_reset is another than this class's."""
+        kind, own = type(self), self.__dict__
+        return (
+            kind.fire is not _FIRE
+            or kind.mem_reset is not _MEM_RESET
+            or "fire" in own
+            or "mem_reset" in own
+        )
+
+    def _own_methods(self) -> tuple[Any, Any]:
+        """fire and mem_reset, each where it is overridden, else None."""
+        if not self._overrides():
+            return None, None
+        kind, own = type(self), self.__dict__
+        fire = self.fire if kind.fire is not _FIRE or "fire" in own else None
+        if kind.mem_reset is _MEM_RESET and "mem_reset" not in own:
+            return fire, None
+        return fire, LastReset(self.mem_reset)
 
     def _parameters_of_conv(self, x: Any) -> tuple[Tensor, Tensor | None]:
         """weight and bias; of a foreign conv any floating parameter, for dtype and device."""
@@ -397,3 +427,9 @@ class SConv2dLSTM(DescribedCell):
         if self.threshold.numel() == 1 and not self.threshold.is_meta:
             parts.append(f"threshold={self.threshold.item():g}")
         return ", ".join(parts)
+
+
+_NEVER_CALLED = (
+    "_base_state_function", "_base_state_reset_zero", "_base_sub", "_base_zero", "_base_int",
+)  # fmt: skip
+_FIRE, _MEM_RESET = SConv2dLSTM.fire, SConv2dLSTM.mem_reset

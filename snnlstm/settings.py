@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ ALGORITHMS = (
     "auto", "direct", "winograd", "fused", "resident", "hybrid", "pointwise", "measure",
 )  # fmt: skip
 _algorithm = "auto"
-_lock = threading.Lock()
 
 
 def set_algorithm(name: str, file: str | os.PathLike[str] | None = None) -> None:
@@ -64,9 +62,8 @@ def set_algorithm(name: str, file: str | os.PathLike[str] | None = None) -> None
         raise TypeError(f"file must be a path, got {file!r}")
     if file is not None and name != "measure":
         raise ValueError(f"file is for the algorithm 'measure' alone, got name={name!r}")
-    with _lock:
-        choices.keep_in(None if file is None else Path(file))
-        _algorithm = name
+    choices.keep_in(None if file is None else Path(file))
+    _algorithm = name
 
 
 def get_algorithm() -> str:

@@ -7,8 +7,8 @@ snnTorch is optional; a missing or broken install costs no more than the feature
 
 from __future__ import annotations
 
-import functools
 import logging
+import threading
 import types
 import weakref
 from collections.abc import Callable, Collection
@@ -160,24 +160,61 @@ live: weakref.WeakSet[Any] = weakref.WeakSet()
 """Our cells that are alive, for the classmethods of our class."""
 
 
+class Entry:
+    """A cell's place in snnTorch's list, which does not keep the cell alive.
+
+    What snnTorch does to the cells of its list reaches the cell as long as it lives. A cell may go
+    while another thread walks the list: its entry then stays, for the next cell, and nothing that
+    is done to it fails.
+    """
+
+    def __init__(self, cell: nn.Module) -> None:
+        object.__setattr__(self, "_cell", weakref.ref(cell))
+
+    def cell(self) -> nn.Module | None:
+        """The cell; None if it has gone."""
+        return self._cell()
+
+    @property  # type: ignore[misc]  # writable in object
+    def __class__(self) -> type:  # what isinstance asks for
+        cell = self._cell()
+        return Entry if cell is None else type(cell)
+
+    def __getattr__(self, name: str) -> Any:
+        cell = self._cell()
+        if cell is None and name in ("syn", "mem"):
+            return torch.zeros(0, device="cpu")
+        return getattr(cell, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        cell = self._cell()
+        if cell is not None:
+            setattr(cell, name, value)
+
+
+_entering = threading.Lock()
+
+
 def register(cell: nn.Module) -> None:
     """Enter a new cell in both registries, without keeping it alive.
 
-    snnTorch walks ``SpikingNeuron.instances`` in its reset_hidden and detach_hidden. It gets a
-    weak proxy there, which leaves the list with the cell.
+    snnTorch walks ``SpikingNeuron.instances`` in its reset_hidden and detach_hidden, by position:
+    the list never becomes shorter, and the entry of a cell that has gone is used again.
     """
     live.add(cell)
     instances = getattr(_Neuron, "instances", None)
-    if isinstance(instances, list):
-        instances.append(weakref.proxy(cell, functools.partial(_forget, instances)))
-
-
-def _forget(instances: list[Any], entry: object) -> None:
-    # By identity: comparing dead proxies raises ReferenceError.
-    for position, other in enumerate(instances):
-        if other is entry:
-            del instances[position]
-            return
+    if not isinstance(instances, list):
+        return
+    # Not waiting for the lock: a signal handler or a forked process may make a cell.
+    if _entering.acquire(blocking=False):
+        try:
+            for position, entry in enumerate(instances):
+                if type(entry) is Entry and entry.cell() is None:
+                    instances[position] = Entry(cell)
+                    return
+        finally:
+            _entering.release()
+    instances.append(Entry(cell))
 
 
 def forget(cells: Collection[nn.Module]) -> None:
@@ -185,13 +222,14 @@ def forget(cells: Collection[nn.Module]) -> None:
 
     snnTorch's list would hold its own for ever, with their last states.
     """
-    references = [id(ref) for cell in cells for ref in weakref.getweakrefs(cell)]
-    gone = {id(cell) for cell in cells} | set(references)
+    gone = {id(cell) for cell in cells}
     for cell in cells:
         live.discard(cell)
     instances = getattr(_Neuron, "instances", None)
     if isinstance(instances, list):
-        instances[:] = [entry for entry in instances if id(entry) not in gone]
+        for position, entry in enumerate(instances):
+            if id(entry.cell() if type(entry) is Entry else entry) in gone:
+                instances[position] = Entry(nn.Module())  # of which nobody keeps the cell
 
 
 def clear_registries() -> None:

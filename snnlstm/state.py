@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch as functorch
 
 from . import arguments
 from .call import Call
@@ -22,7 +23,9 @@ from .reference import reset_signal
 from .run import Path, exporting, log_fallback
 from .snntorch import Base, clear_registries, live, register
 
-__all__ = ["ResetSource", "StatefulCell", "backward_pass"]
+__all__ = ["LastReset", "ResetSource", "StatefulCell", "backward_pass"]
+
+_NO_LEVEL = -1  # of a tensor that no transform has wrapped
 
 backward_pass: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 """Number of the backward pass that is running in this thread; -1 outside of one."""
@@ -61,6 +64,7 @@ class StatefulCell(Base):
     def syn(self) -> Tensor:
         """Stored synaptic current, (N, C, Ho, Wo), or (0,) before the first call."""
         self._restarted = False  # it may be edited in place from now on
+        self._settle()
         return self._syn
 
     @syn.setter
@@ -72,6 +76,7 @@ class StatefulCell(Base):
     def mem(self) -> Tensor:
         """Stored membrane potential, (N, C, Ho, Wo), or (0,) before the first call."""
         self._restarted = False
+        self._settle()
         return self._mem
 
     @mem.setter
@@ -108,6 +113,7 @@ class StatefulCell(Base):
                 "reset_mem() inside of the function that is checkpointed, or make the cell with "
                 "checkpoint=True instead"
             )
+        self._settle()
         stored = getattr(self, f"_{name}")
         if stored.shape != shape:
             return x.new_zeros(shape)
@@ -149,12 +155,23 @@ class StatefulCell(Base):
                 # Copies: snnTorch detaches states in place, which views refuse.
                 syn, mem = syn[-1].clone(), mem[-1].clone()
             kept["_syn"], kept["_mem"], kept["_restarted"] = syn, mem, False
-        kept["_reset_source"] = None if options.sequence else ResetSource(call)
-        if torch.compiler.is_compiling():  # dynamo follows attributes, not dictionaries
+        compiling = torch.compiler.is_compiling()
+        before = None if compiling else self._reset_source
+        kept["_reset_source"] = None if options.sequence else ResetSource(call, before)
+        if compiling:  # dynamo follows attributes, not dictionaries
             for name, value in kept.items():
                 setattr(self, name, value)
-        else:  # as setattr, without nn.Module's search for parameters
-            self.__dict__.update(kept, _stored_in=backward_pass())
+            return
+        if not path.native and torch._C._are_functorch_transforms_active():
+            kept["_options"] = {}  # so that the next call looks closely at what is stored
+        # As setattr, without nn.Module's search for parameters.
+        self.__dict__.update(kept, _stored_in=backward_pass())
+
+    def _settle(self) -> None:
+        """Replace stored states that have outlived the torch.func transform which made them."""
+        if not torch.compiler.is_compiling():
+            for name in ("_syn", "_mem"):
+                object.__setattr__(self, name, _settled(getattr(self, name)))
 
     @property
     def reset(self) -> Tensor | None:
@@ -176,6 +193,7 @@ class StatefulCell(Base):
         of any size. To start from something else pass it or assign it: under torch.compile
         an edit in place of what was returned here is seen only where it is passed.
         """
+        self._settle()
         self._restart(_zeros_like(self._syn), _zeros_like(self._mem))
         return self._syn, self._mem
 
@@ -207,6 +225,7 @@ class StatefulCell(Base):
         by hand are detached by hand.
         """
         for cell in list(live):
+            cell._settle()
             for name in ("_syn", "_mem"):
                 state = getattr(cell, name)
                 if state.is_leaf or state._is_view():  # which in place would harm, or refuse
@@ -233,6 +252,7 @@ class StatefulCell(Base):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatefulCell:
         super()._apply(fn, recurse)
+        self._settle()
         for name in ("_syn", "_mem"):
             old = getattr(self, name)
             new = fn(old)
@@ -242,6 +262,7 @@ class StatefulCell(Base):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         state = self.__dict__.copy()
         # The graph that hangs on a state can be neither copied nor pickled.
         for name in ("_syn", "_mem"):
@@ -269,30 +290,72 @@ def _as_of_a_reset(state: Any, channels: int) -> bool:
 def _zeros_like(state: Tensor) -> Tensor:
     if torch.jit.is_tracing():  # a trace takes in no tensor that has a history from before it
         return torch.zeros(0, dtype=state.dtype, device=state.device)
-    try:
-        return torch.zeros_like(state)
-    except RuntimeError:  # it outlived the torch.func transform in which it was computed
-        return torch.zeros(0)
+    return torch.zeros_like(state)
+
+
+def _settled(state: Tensor) -> Tensor:
+    """What a stored state is outside of the torch.func transform that computed it.
+
+    Derivatives leave its values; of vmap, whose state belonged to one of many samples, nothing
+    remains, which is an empty state.
+    """
+    if functorch.maybe_get_level(state) == _NO_LEVEL or torch._C._are_functorch_transforms_active():
+        return state
+    if functorch.is_batchedtensor(state):
+        return torch.zeros(0, dtype=state.dtype, device=state.device)
+    return _settled(state.detach())
+
+
+class LastReset:
+    """A mem_reset that a subclass overrides, and what it returned last."""
+
+    def __init__(self, mem_reset: Callable[[Tensor], Tensor]) -> None:
+        self._mem_reset = mem_reset
+        self.reset: Tensor | None = None
+
+    def __call__(self, mem: Tensor) -> Tensor:
+        self.reset = self._mem_reset(mem)
+        return self.reset
 
 
 class ResetSource:
     """The reset signal of a step, computed when it is asked for: hardly anybody does.
 
     Dynamo cannot watch for modifications in place, so there it is computed at once.
+
+    Parameters
+    ----------
+    call : Call
+        Of the step.
+    before : ResetSource or None
+        Of the last step: the copy of an unchanged threshold is used again.
     """
 
-    __slots__ = ("mem", "reset", "surrogate", "threshold", "threshold_version", "version")
+    __slots__ = ("copy", "mem", "reset", "surrogate", "threshold", "threshold_version", "version")
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, before: ResetSource | None = None) -> None:
         mem, threshold, options = call.mem, call.threshold, call.options
         self.reset: Tensor | None = None
+        self.copy: Tensor | None = None
+        if isinstance(call.mem_reset, LastReset):
+            self.reset = call.mem_reset.reset
+            return
         if torch.compiler.is_compiling():
             self.reset = reset_signal(mem, threshold, options.surrogate)
             return
-        if type(threshold) is nn.Parameter:
-            threshold = threshold.detach().clone()  # an optimizer writes to it in place
         self.mem, self.version = mem, self._version(mem)
-        self.threshold, self.surrogate = threshold, options.surrogate
+        # Optimizers, and users, write to a threshold in place.
+        self.threshold, self.threshold_version = threshold, self._version(threshold)
+        if (
+            before is not None
+            and before.copy is not None
+            and before.threshold is threshold
+            and before.threshold_version == self.threshold_version
+        ):
+            self.copy = before.copy
+        else:
+            self.copy = threshold.detach().clone()
+        self.surrogate = options.surrogate
 
     @staticmethod
     def _version(tensor: Tensor) -> int:
@@ -307,5 +370,12 @@ class ResetSource:
                 "reset can no longer be computed: the mem that was passed to the last call was "
                 "modified in place; read reset before that"
             )
+        assert self.copy is not None
+        same = self._version(self.threshold) == self.threshold_version
+        if same and not torch.allclose(self.threshold, self.copy, 0, 0, equal_nan=True):
+            raise RuntimeError(
+                "reset can no longer be computed: the threshold was modified through .data, and "
+                "whether before or after the last call cannot be told"
+            )
         with torch.no_grad():
-            return reset_signal(self.mem, self.threshold, self.surrogate)
+            return reset_signal(self.mem, self.copy, self.surrogate)

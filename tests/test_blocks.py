@@ -111,6 +111,18 @@ def test_a_block_may_come_back_in_the_middle_of_a_call():
     del other
 
 
+def test_the_cache_may_be_emptied_in_the_middle_of_a_call():
+    """By a signal handler, which runs in the thread that holds the lock."""
+    held, kept = megabytes(8), megabytes(4)
+    del held
+    with blocks._lock:
+        snnlstm.empty_cache()
+        assert blocks.free_bytes() >= 8 * MIB
+    other = megabytes(4)
+    assert blocks.free_bytes() == 0
+    assert kept.data_ptr() != other.data_ptr()
+
+
 def test_the_cache_may_be_emptied_while_another_thread_takes_its_workspace(monkeypatch):
     class Emptied(blocks._Workspace):
         """One that empty_cache, in another thread, empties each time it is looked at."""

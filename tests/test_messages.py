@@ -69,6 +69,8 @@ GALLERY = {
         cell.threshold = torch.zeros(3, 1, 1, device="meta"); cell(x)
         cell.stride = 2; cell.conv = weight_norm(cell.conv); cell(x)
         cell(x, syn, mem); mem.add_(1); cell.reset
+        cell(x); cell.threshold.data.add_(1); cell.reset
+        type("Wrong", (SConv2dLSTM,), {"_base_sub": None})
         checkpoint(cell, x, use_reentrant=False)[2].sum().backward()
     """,
     "Attributes": """
@@ -116,6 +118,7 @@ GALLERY = {
         cell.threshold = torch.zeros(3, 5, 5); cell(x)
         cell.graded_spikes_factor = torch.zeros(3, 1, 1); cell(x)
         cell.graded_spikes_factor.requires_grad_(); cell(x)
+        cell.fire = cell.fire; cell(x)
         cell(x[:0]); print(cell.path)
         print(cuda_check.without_kernels({"cuda": "not built: no CUDA compiler was found"}))
         print(cuda_check.driver_trouble({"cuda_version": "13.0"}, 12040))

@@ -1,14 +1,17 @@
 """Results do not depend on how many threads there are, nor on who else is calling."""
 
 import os
+import sys
 import threading
 import time
 from dataclasses import replace
 
 import flat
 import pytest
+import snntorch
 import torch
 from cases import Case, wanting_gradients
+from helpers import ours
 from kernels import Kernels, native
 from torch import Tensor
 
@@ -159,3 +162,31 @@ def test_more_threads_than_work():
         flat.run(*inputs, OPTIONS), flat.reference(*inputs, OPTIONS), strict=True
     ):
         torch.testing.assert_close(one, other)
+
+
+def test_cells_come_and_go_while_another_thread_resets_all():
+    """snnTorch walks its list by position, and asks each entry several times."""
+    stop, errors = threading.Event(), []
+
+    def walk() -> None:
+        try:
+            while not stop.is_set():
+                snntorch.SConv2dLSTM.reset_hidden()
+                snntorch.SConv2dLSTM.detach_hidden()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=walk)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        thread.start()
+        for _ in range(30):
+            made = [ours(1, 1, 1) for _ in range(10)]
+            del made
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        thread.join()
+    assert not errors, errors
+    assert len(snntorch.SpikingNeuron.instances) < 30

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import reference
 from ..call import Call, make_call
@@ -29,6 +30,8 @@ _will_run = torch._C._will_engine_execute_node
 _keeps_graph: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )
+# Whether a gradient is one of many at once, as with is_grads_batched=True.
+_is_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
 class _SConv2dLSTM(torch.autograd.Function):
@@ -70,7 +73,7 @@ class _SConv2dLSTM(torch.autograd.Function):
         of_x, of_syn, of_mem, of_weight, of_bias, of_threshold, *_ = ctx.needs_input_grad
         wanted = (of_x, of_syn, of_mem, of_weight, of_bias, of_threshold)
         grads: Any = (grad_spk, grad_syn, grad_mem)
-        if torch.is_grad_enabled():  # create_graph: derivatives of these gradients are wanted
+        if torch.is_grad_enabled() or _beyond_kernels(grads):
             inputs = (x, syn, mem, weight, bias, threshold)
             return (*_differentiable(inputs, graded, options, grads, wanted), *(None,) * 5)
         grads = [None if grad is None else plain(grad) for grad in grads]
@@ -108,6 +111,13 @@ class _SConv2dLSTM(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _SConv2dLSTM).apply
 
 
+def _beyond_kernels(grads: tuple[Tensor | None, ...]) -> bool:
+    """Whether more than numbers comes with the gradients: tangents, a batch of them, a subclass."""
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return True
+    return any(type(grad) is not Tensor or _is_batch(grad) for grad in grads if grad is not None)
+
+
 def _differentiable(
     inputs: tuple[Tensor | None, ...],
     graded: Tensor,
@@ -115,7 +125,20 @@ def _differentiable(
     grads: tuple[Tensor | None, ...],
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """The same gradients in plain torch, as a graph that can be differentiated again."""
+    """The same gradients in plain torch; with create_graph they can be differentiated again."""
+    with_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        return _in_plain_torch(inputs, graded, options, grads, wanted, with_graph)
+
+
+def _in_plain_torch(
+    inputs: tuple[Tensor | None, ...],
+    graded: Tensor,
+    options: Any,
+    grads: tuple[Tensor | None, ...],
+    wanted: tuple[bool, ...],
+    with_graph: bool,
+) -> tuple[Tensor | None, ...]:
     # Aliases: one input may have been computed from another, and only direct paths count here.
     own: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
     x, syn, mem, weight, bias, threshold = own
@@ -131,7 +154,7 @@ def _differentiable(
             [o for o, _ in pairs],
             sources,
             [g for _, g in pairs],
-            create_graph=True,
+            create_graph=with_graph,
             allow_unused=True,
         )
     )

@@ -17,7 +17,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,12 +30,35 @@ __all__ = ["SMALLEST", "empty", "empty_cache", "free_bytes", "workspace"]
 SMALLEST = 256 << 10  # bytes; less comes from torch, that is, from malloc
 CACHE_LINE = 64  # bytes; vectors that lie across two cost twice
 FITTING = 1.25  # a block serves for what is smaller, by this factor at most
-KEPT = 1 << 30  # bytes in blocks that nobody uses, at most
 
 LARGEST_WORKSPACE = 64 << 20  # bytes, of those that are kept
 IDLE = 10.0  # seconds without use, after which a block makes room for one of another size
 
 _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def _limits(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Bytes that the process may use, by each of the cgroups that it is in."""
+    try:
+        groups = (proc / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if not controllers:
+            directory, name = root, "memory.max"
+        elif "memory" in controllers.split(","):  # the first version of cgroups
+            directory, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        inner = directory / path.lstrip("/")
+        for place in (inner, *inner.parents):
+            with suppress(OSError, ValueError):  # "max" is no number
+                yield int((place / name).read_text())
+
+
+# Bytes in blocks that nobody uses, at most: a gibibyte, or an eighth of what a container may use.
+KEPT = min([1 << 30, *(limit // 8 for limit in _limits())])
 
 
 class _Workspace:
@@ -43,10 +68,12 @@ class _Workspace:
 
 
 _thread = threading.local()
-_workspaces: weakref.WeakSet[_Workspace] = weakref.WeakSet()  # of the threads that live
+# Of the threads that live, by id.
+_workspaces: weakref.WeakValueDictionary[int, _Workspace] = weakref.WeakValueDictionary()
 _free: dict[int, deque[tuple[float, np.ndarray]]] = {}  # by size: since when; oldest first
 _free_bytes = 0
-_lock = threading.Lock()  # of all of these
+_lock = threading.Lock()  # of the free blocks
+_to_empty = False  # empty_cache was called where it could not wait for the lock
 
 # Garbage collection may let go of a tensor anywhere, also while its thread holds the lock.
 _returned: deque[tuple[float, np.ndarray]] = deque()
@@ -54,15 +81,17 @@ _returned: deque[tuple[float, np.ndarray]] = deque()
 
 def empty_cache() -> None:
     """Give the memory that no tensor uses back to the system: free blocks, and workspaces."""
-    global _free_bytes
-    with _lock:
-        kept = list(_workspaces)
-    for workspace in kept:
-        workspace.memory = _NOTHING  # its block comes back
+    global _to_empty
+    for reference in _workspaces.valuerefs():
+        workspace = reference()
+        if workspace is not None:
+            workspace.memory = _NOTHING  # its block comes back
+    _to_empty = True
+    # A moment: another thread holds the lock for no longer. If this thread itself does, and a
+    # signal handler has interrupted it, the thread empties the cache when it goes on.
+    if _lock.acquire(timeout=0.1):
+        _lock.release()
     _sort_returned()
-    with _lock:
-        _free.clear()
-        _free_bytes = 0
 
 
 def free_bytes() -> int:
@@ -90,8 +119,7 @@ def workspace(count: int) -> Tensor:
     kept = getattr(_thread, "workspace", None)
     if kept is None:
         kept = _thread.workspace = _Workspace()
-        with _lock:
-            _workspaces.add(kept)
+        _workspaces[id(kept)] = kept
     memory = kept.memory  # once: another thread may call empty_cache
     if memory.numel() < count:
         kept.memory = memory = _NOTHING  # not two at a time
@@ -135,12 +163,12 @@ def _give_back(block: np.ndarray) -> None:
 
 
 def _sort_returned() -> None:
-    """Put the blocks that came back among the free ones.
+    """Put the blocks that came back among the free ones, or drop all if that is wanted.
 
     This does not wait for the lock: the thread that holds it sorts them when it has released it.
     """
-    global _free_bytes
-    while _returned and _lock.acquire(blocking=False):
+    global _free_bytes, _to_empty
+    while (_returned or _to_empty) and _lock.acquire(blocking=False):
         try:
             while _returned:
                 since, block = _returned.popleft()
@@ -148,6 +176,9 @@ def _sort_returned() -> None:
                 _free_bytes += block.nbytes
             while _free_bytes > KEPT:
                 _remove(min(_free, key=lambda size: _free[size][0][0]))
+            if _to_empty:
+                _free.clear()
+                _free_bytes, _to_empty = 0, False
         finally:
             _lock.release()
 

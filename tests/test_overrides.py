@@ -1,0 +1,158 @@
+"""What a user replaces takes effect: methods of the cell, and calls of our own classes' subclasses.
+
+The kernels know neither; they would compute something else, and say that they covered the call.
+"""
+
+import pytest
+import snntorch
+import torch
+from helpers import close, described, ours, steps, theirs, twins
+
+import snnlstm
+from snnlstm.quant import StateQuant
+from snnlstm.surrogate import Surrogate
+
+X = steps(4, 2, 2, 6, 7)
+
+
+def louder(base):
+    class Louder(base):
+        def fire(self, mem):
+            return super().fire(mem) * 3
+
+    return Louder
+
+
+def resets_half(base):
+    class ResetsHalf(base):
+        def mem_reset(self, mem):
+            return super().mem_reset(mem) / 2
+
+    return ResetsHalf
+
+
+def compare(one, other):
+    for cell in (one, other):
+        loss = sum((spk.sum() + mem.square().sum()) for spk, _, mem in map(cell, X))
+        loss.backward()
+    assert one.path.name == "reference"
+    close((one.spk, one.syn, one.mem, one.reset), (other.spk, other.syn, other.mem, other.reset))
+    close(one.conv.weight.grad, other.conv.weight.grad, atol=1e-4, rtol=1e-4)
+    return one
+
+
+def made(base, **options):
+    torch.manual_seed(0)
+    return base(2, 3, 3, threshold=0.05, **options)
+
+
+@pytest.mark.parametrize("override", [louder, resets_half], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+@pytest.mark.parametrize("pool", [0, 2])
+def test_methods_that_a_subclass_overrides(override, reset, pool):
+    options = {"reset_mechanism": reset, "max_pool": pool}
+    one = made(override(snnlstm.SConv2dLSTM), **options)
+    compare(one, made(override(snntorch.SConv2dLSTM), **options))
+    assert "fire or mem_reset is overridden" in one.path.reason
+    plain = made(snnlstm.SConv2dLSTM, **options)
+    for x in X:
+        plain(x)
+    assert not torch.equal(plain.spk, one.spk) or not torch.equal(plain.reset, one.reset)
+
+
+def test_methods_that_are_replaced_in_one_cell():
+    one, other = twins(reset_mechanism="subtract")
+    for cell in (one, other):
+        fire, mem_reset = cell.fire, cell.mem_reset
+        cell.fire = lambda mem, fire=fire: 2 * fire(mem)
+        cell.mem_reset = lambda mem, mem_reset=mem_reset: 1 - mem_reset(mem)
+    compare(one, other)
+
+
+def test_methods_that_are_replaced_after_the_first_call(monkeypatch):
+    one, other = twins(reset_mechanism="subtract")
+    for cell in (one, other):
+        cell(X[0])
+        kind, fire = type(cell), type(cell).fire
+        monkeypatch.setattr(kind, "fire", lambda self, mem, fire=fire: 2 * fire(self, mem))
+    compare(one, other)
+
+
+def test_overrides_take_effect_in_every_step_of_a_sequence():
+    kind = resets_half(louder(snnlstm.SConv2dLSTM))
+    one, other = (made(kind, reset_mechanism="subtract") for _ in range(2))
+    spk, syn, mem = one(X, record=True)
+    for t, x in enumerate(X):
+        close((spk[t], syn[t], mem[t]), other(x))
+
+
+class Doubled(Surrogate):
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+class Hundredths(StateQuant):
+    def __call__(self, x):
+        return x + ((x * 100).round() / 100 - x).detach()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"spike_grad": Doubled(1, 2.0)},
+        {"state_quant": Hundredths(torch.tensor([-0.5, 0.0, 0.25]))},
+    ],
+    ids=described,
+)
+def test_subclasses_of_our_surrogate_and_quantiser_with_calls_of_their_own(options):
+    # Twins of the classes themselves come first: equal levels must not find their plan.
+    plain = {
+        "spike_grad": {"spike_grad": Surrogate(1, 2.0)},
+        "state_quant": {"state_quant": StateQuant(torch.tensor([-0.5, 0.0, 0.25]))},
+    }[next(iter(options))]
+    ours(reset_mechanism="subtract", **plain)(X[0])
+    one = ours(reset_mechanism="subtract", **options)
+    compare(one, theirs(reset_mechanism="subtract", **options))
+    spk, _, mem = snnlstm.functional.sconv2dlstm(
+        X, weight=one.conv.weight, bias=one.conv.bias, threshold=0.1, reset_mechanism="subtract",
+        **options,
+    )  # fmt: skip
+    close((spk[-1], mem), (one.spk, one.mem))
+
+
+def test_an_override_that_can_take_no_effect_is_refused():
+    with pytest.raises(TypeError, match="overrides _base_state_function, which snntorch's cell"):
+
+        class Wrong(snnlstm.SConv2dLSTM):
+            def _base_state_function(self, x):
+                return x
+
+
+def test_the_reset_signal_is_that_of_the_threshold_at_the_call():
+    one, other = twins(threshold=0.05, reset_mechanism="subtract")
+    for change in (
+        lambda cell: cell.threshold.fill_(-5.0),
+        lambda cell: cell.threshold.mul_(0.0),
+        lambda cell: cell.threshold.fill_(0.05),
+    ):
+        for cell in (one, other):
+            cell(X[0])
+            cell(X[1])
+            change(cell)
+        close(one.reset, other.reset)
+    one(X[2])
+    one.threshold.data.fill_(-1.0)  # which no version counter tells of
+    with pytest.raises(RuntimeError, match=r"modified through \.data"):
+        _ = one.reset
+
+
+def test_the_reset_signal_of_a_learned_threshold_that_an_optimizer_changes():
+    one, other = twins(threshold=0.05, learn_threshold=True)
+    for cell in (one, other):
+        optimizer = torch.optim.SGD(cell.parameters(), 10.0)
+        for x in X:
+            cell(x)
+        (cell.mem.sum() + cell.spk.sum()).backward()
+        optimizer.step()
+    assert one.threshold.item() != 0.05
+    close(one.reset, other.reset)

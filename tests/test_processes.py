@@ -1,0 +1,247 @@
+"""Forks, signals, workers of a DataLoader, and memory that runs out.
+
+Each runs in a Python of its own: what may hang or be killed must not take the tests with it.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kernels import native
+
+from snnlstm.native import memory
+
+pytestmark = [
+    pytest.mark.skipif(native is None, reason="the core is not built"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux"),
+]
+
+START = """
+import faulthandler
+faulthandler.dump_traceback_later(SECONDS, exit=True)  # says where it hangs
+import os, signal, sys, threading, time
+import torch
+import snnlstm
+
+torch.manual_seed(0)
+cell = snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.05)
+x = torch.rand(3, 2, 2, 20, 20)
+
+def train(cell, x=x):
+    syn = mem = torch.zeros(0)
+    total = 0
+    for step in x:
+        spk, syn, mem = cell(step, syn, mem)
+        total = total + spk.sum() + mem.square().sum()
+    total.backward()
+    return total.item()
+"""
+
+
+def in_a_process(program: str, seconds: int = 100) -> str:
+    """What a program prints after START; fails if it fails, or has not ended after some time."""
+    done = subprocess.run(
+        [sys.executable, "-c", START.replace("SECONDS", str(seconds)) + program],
+        capture_output=True, text=True, timeout=seconds + 10, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.returncode}: {done.stdout}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_a_fork_while_another_thread_runs_a_cell():
+    """A lock that the other thread held would never be released in the child."""
+    program = """
+torch.set_num_threads(1)
+expected = train(cell)
+busy = snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.05)
+big = torch.rand(2, 2, 2, 96, 96)  # of blocks, not of malloc's memory
+stop = False
+
+def work():
+    while not stop:
+        train(busy, big)
+        busy.conv.weight.data.mul_(0.999)  # so that the weight is packed anew
+
+thread = threading.Thread(target=work)
+thread.start()
+hung = 0
+for k in range(12):
+    time.sleep(0.003)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        ok = train(cell) == expected and train(busy, big) is not None
+        os._exit(0 if ok else 3)
+    _, status = os.waitpid(child, 0)
+    hung += status != 0
+stop = True
+thread.join()
+print("failed", hung)
+"""
+    assert in_a_process(program).split() == ["failed", "0"]
+
+
+def test_a_signal_handler_that_calls_the_cell_which_is_running():
+    program = """
+torch.set_num_threads(1)
+big = torch.rand(2, 2, 2, 96, 96)
+expected, calls, wrong = train(cell, big), 0, 0
+
+def handler(number, frame):
+    global calls, wrong
+    calls += 1
+    with torch.enable_grad():  # it is off where the handler interrupts a forward pass
+        wrong += train(cell, big) != expected
+    snnlstm.set_algorithm("auto")
+    if calls % 5 == 0:
+        snnlstm.empty_cache()
+    signal.setitimer(signal.ITIMER_REAL, 0.0007 * (1 + calls % 40))
+
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.001)
+while calls < 60:
+    wrong += train(cell, big) != expected
+    if calls % 3 == 0:
+        cell.conv.weight.data.mul_(1.0)
+signal.signal(signal.SIGALRM, signal.SIG_IGN)
+print(wrong)
+"""
+    assert in_a_process(program).split() == ["0"]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_cells_in_the_workers_of_a_data_loader(start, tmp_path):
+    """Under fork the parent's pool of threads is not there; torch sets one thread."""
+    program = f"""
+from torch.utils.data import DataLoader
+sys.path.insert(0, {str(tmp_path)!r})
+from worker import Encoded
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    data = Encoded()
+    train(data.cell)
+    expected = torch.stack([data[k] for k in range(12)])
+    loader = DataLoader(data, 4, num_workers=2, multiprocessing_context={start!r})
+    print(torch.equal(torch.cat(list(loader)), expected))
+"""
+    (tmp_path / "worker.py").write_text(
+        "import torch, snnlstm\n"
+        "class Encoded(torch.utils.data.Dataset):\n"
+        "    def __init__(self):\n"
+        "        self.cell = snnlstm.SConv2dLSTM(2, 4, 3, threshold=0.05)\n"
+        "    def __len__(self):\n"
+        "        return 12\n"
+        "    def __getitem__(self, k):\n"
+        "        self.cell.reset_mem()\n"
+        "        with torch.no_grad():\n"
+        "            return self.cell(torch.full((4, 1, 2, 9, 9), 1.0 + k))[2]\n"
+    )
+    assert in_a_process(program).split() == ["True"]
+
+
+def test_set_num_threads_between_forward_and_backward():
+    program = """
+found = []
+for before, after in ((1, 1), (1, 4), (4, 1), (3, 2)):
+    cell.zero_grad()
+    torch.set_num_threads(before)
+    cell.reset_mem()
+    loss = cell(x)[0].sum()
+    torch.set_num_threads(after)
+    loss.backward()
+    found.append(cell.conv.weight.grad.clone())
+print(all(torch.allclose(grad, found[0], atol=1e-4) for grad in found))
+"""
+    assert in_a_process(program).split() == ["True"]
+
+
+def test_sequences_of_growing_length_within_a_limit_of_memory():
+    """Blocks that are kept for later must not be what is missing now."""
+    program = """
+import resource
+cell = snnlstm.SConv2dLSTM(2, 16, 3, threshold=0.05)
+cell(torch.rand(2, 2, 2, 64, 64))[0].sum().backward()
+here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (here + (900 << 20),) * 2)
+for time_steps in range(20, 91, 10):
+    cell.reset_mem()
+    spk = cell(torch.rand(time_steps, 2, 2, 64, 64))[0]
+    spk.sum().backward()
+    del spk
+print("passed")
+"""
+    assert in_a_process(program).split() == ["passed"]
+
+
+def test_memory_that_runs_out_leaves_state_and_weights_as_they_were():
+    program = """
+import resource
+cell = snnlstm.SConv2dLSTM(2, 16, 3, threshold=0.05)
+cell(torch.rand(2, 2, 2, 64, 64))[0].sum().backward()
+weights = [p.clone() for p in cell.parameters()]
+syn, mem = cell.syn.detach().clone(), cell.mem.detach().clone()
+long = torch.rand(400, 2, 2, 64, 64)
+cell.checkpoint = True  # so that the backward pass needs much memory, too
+graph = cell(torch.rand(60, 2, 2, 64, 64), torch.zeros(0), torch.zeros(0))[0]
+cell.checkpoint = False
+snnlstm.empty_cache()
+cell.syn, cell.mem = syn.clone(), mem.clone()
+here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (here + (100 << 20), resource.RLIM_INFINITY))
+raised = []
+try:
+    cell(long)
+except (MemoryError, RuntimeError) as error:
+    raised.append(type(error).__name__)
+hog = []
+try:
+    while True:
+        hog.append(bytearray(1 << 20))
+except MemoryError:
+    pass
+try:
+    graph.sum().backward()
+except (MemoryError, RuntimeError) as error:
+    raised.append(type(error).__name__)
+del hog
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+same = torch.equal(cell.syn, syn) and torch.equal(cell.mem, mem)
+same = same and all(torch.equal(p, w) for p, w in zip(cell.parameters(), weights))
+cell.zero_grad()
+cell(torch.rand(5, 2, 2, 64, 64))[0].sum().backward()
+print(len(raised), same, bool(cell.conv.weight.grad.isfinite().all()))
+"""
+    assert in_a_process(program).split() == ["2", "True", "True"]
+
+
+def test_limits_of_a_container_are_read(tmp_path: Path):
+    (tmp_path / "self").mkdir()
+    groups = tmp_path / "self/cgroup"
+    inner = tmp_path / "cgroup/a/b"
+    inner.mkdir(parents=True)
+    read = memory._limits
+
+    groups.write_text("0::/a/b\n")
+    assert list(read(tmp_path, tmp_path / "cgroup")) == []
+    (inner / "memory.max").write_text("max\n")
+    (inner.parent / "memory.max").write_text("1000\n")
+    (inner.parent.parent / "memory.max").write_text("2000\n")
+    assert list(read(tmp_path, tmp_path / "cgroup")) == [1000, 2000]
+
+    first = tmp_path / "cgroup/memory/c"
+    first.mkdir(parents=True)
+    (first / "memory.limit_in_bytes").write_text("500\n")
+    groups.write_text("4:cpu,memory:/c\n3:cpuset:/a\n0::/\n")
+    assert list(read(tmp_path, tmp_path / "cgroup")) == [500, 2000]
+
+    groups.unlink()
+    assert list(read(tmp_path, tmp_path / "cgroup")) == []
+
+
+def test_less_is_kept_where_a_container_has_less(tmp_path):
+    assert 0 < memory.KEPT <= 1 << 30
+    assert all(limit // 8 >= memory.KEPT for limit in memory._limits())

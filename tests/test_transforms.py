@@ -1,0 +1,192 @@
+"""Derivatives of derivatives' kinds: subclasses, tangents, batches of gradients, torch.func.
+
+Each is compared with snnTorch's cell, on whose graph of plain operators all of them work.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loops import cells, events, zeros
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
+
+import snnlstm
+
+
+class Wrapper(Tensor):
+    """A tensor without memory of its own, that hands every operation on to another."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map(_inner, args), tree_map(_inner, kwargs or {})
+        return tree_map(_outer, function(*args, **kwargs))
+
+
+def _inner(value):
+    return value.inner if isinstance(value, Wrapper) else value
+
+
+def _outer(value):
+    return Wrapper(value) if isinstance(value, Tensor) else value
+
+
+def steps_of(cell, how):
+    """The last step's outputs, by a loop or in one call."""
+    x, (syn, mem) = events(3), zeros()
+    if how != "sequence":
+        for x_t in x:
+            spk, syn, mem = cell(x_t, syn, mem)
+        return spk, syn, mem
+    if isinstance(cell, snnlstm.SConv2dLSTM):
+        spk, syn, mem = cell(x, syn, mem)
+        return spk[-1], syn, mem
+    return steps_of(cell, "loop")
+
+
+HOW = pytest.mark.parametrize("how", ["loop", "sequence"])
+
+
+def by_both(how, differentiate):
+    """What `differentiate(outputs, weight)` returns for snnTorch's cell and for ours, equal."""
+    expected, found = (differentiate(steps_of(cell, how), cell.conv.weight) for cell in cells())
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-9)
+    assert found.any()
+    return found
+
+
+@HOW
+def test_gradients_of_a_subclass_without_memory(how):
+    def differentiate(out, weight):
+        grads = [Wrapper(torch.full_like(o, 1.5)) for o in out]
+        (found,) = torch.autograd.grad(out, weight, grads)
+        assert isinstance(found, Wrapper)
+        return found.inner
+
+    by_both(how, differentiate)
+
+
+@HOW
+def test_forward_mode_over_the_backward_pass(how):
+    def differentiate(out, weight):
+        with forward_ad.dual_level():
+            grad = forward_ad.make_dual(torch.ones_like(out[2]), torch.full_like(out[2], 2.0))
+            (found,) = torch.autograd.grad(out[2], weight, grad)
+            return forward_ad.unpack_dual(found).tangent
+
+    by_both(how, differentiate)
+
+
+@HOW
+def test_a_batch_of_gradients(how):
+    def differentiate(out, weight):
+        generator = torch.Generator().manual_seed(3)
+        grads = [torch.randn(4, *o.shape, generator=generator).to(o.dtype) for o in out]
+        (found,) = torch.autograd.grad(out, weight, grads, is_grads_batched=True)
+        return found
+
+    by_both(how, differentiate)
+
+
+def test_a_jacobian_of_one_backward_pass():
+    x = events(1)[0][:1]
+    found = []
+    for cell in cells():
+        for vectorize in (False, True):
+            found.append(
+                torch.autograd.functional.jacobian(
+                    lambda x, cell=cell: cell(x, *zeros(1))[2].sum((0, 2, 3)),
+                    x,
+                    vectorize=vectorize,
+                )
+            )
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-10, rtol=1e-9)
+
+
+def vmap(cell, x):
+    torch.func.vmap(lambda row: cell(row[None], *zeros(1))[0])(x)
+
+
+def grad(cell, x):
+    torch.func.grad(lambda x: cell(x, *zeros())[2].sum())(x)
+
+
+def jvp(cell, x):
+    torch.func.jvp(lambda x: cell(x, *zeros())[2].sum(), (x,), (x,))
+
+
+def grad_of_vmap(cell, x):
+    torch.func.grad(lambda x: torch.func.vmap(lambda row: cell(row[None], *zeros(1))[2])(x).sum())(
+        x
+    )
+
+
+USES = {
+    "call": lambda cell, x: cell(x),
+    "call of one sample": lambda cell, x: cell(x[:1]),
+    "to": lambda cell, x: cell.float(),
+    "deepcopy": lambda cell, x: copy.deepcopy(cell)(x),
+    "detach_hidden": lambda cell, x: type(cell).detach_hidden(),
+    "reset_hidden": lambda cell, x: type(cell).reset_hidden(),
+    "mem": lambda cell, x: cell.mem + 1,
+    "syn": lambda cell, x: cell.syn + 1,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("transform", [vmap, grad, jvp, grad_of_vmap], ids=lambda t: t.__name__)
+def test_a_cell_after_a_transform_of_torch_func(transform, use):
+    """Its stored state was the transform's."""
+    x = events(1)[0]
+    _, cell = cells()
+    transform(cell, x)
+    USES[use](cell, x)
+    cell.reset_mem()
+    _, fresh = cells()
+    torch.testing.assert_close(cell.double()(x)[2], fresh(x)[2])
+
+
+def test_the_state_that_a_derivative_leaves_goes_on():
+    x = events(2)
+    _, cell = cells()
+    grad(cell, x[0])
+    _, plain = cells()
+    plain(x[0], *zeros())
+    torch.testing.assert_close(cell(x[1]), plain(x[1]))
+
+
+@pytest.mark.parametrize("pool", [0, 2])
+def test_spikes_formed_from_mem_send_their_gradients_through_it(pool):
+    """What docs/migrating.md says to do where hooks on mem must see the whole gradient."""
+    found = []
+    for cell in cells(max_pool=pool):
+        _, syn, mem = cell(events(1)[0], *zeros())
+        mem.retain_grad()
+        if isinstance(cell, snnlstm.SConv2dLSTM):
+            spk = cell.fire(F.max_pool2d(mem, pool) if pool else mem)
+        else:
+            spk = cell.spk
+        (of_mem,) = torch.autograd.grad(spk.sum(), mem, retain_graph=True)
+        (spk.sum() + mem.square().sum() + syn.sum()).backward()
+        found.append((of_mem, mem.grad, cell.conv.weight.grad))
+    torch.testing.assert_close(*found, atol=1e-10, rtol=1e-9)
+    assert found[0][0].any()
+
+
+def test_an_input_that_is_changed_before_the_backward_pass_is_noticed():
+    _, cell = cells()
+    x = events(1)[0]
+    out = cell(x, *zeros())
+    x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out[2].sum().backward()
