@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+# For make fuzz
+MINUTES ?= 10
 # For make wheel: empty (as found), cpu, 12 or 13
 CUDA   ?=
 
@@ -17,7 +19,7 @@ SOURCES  := pyproject.toml setup.py snnlstm/version.py \
 CXX_CODE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test versions test-simt test-wheel lint format docs bench gpu wheel clean distclean
+.PHONY: help demo test fuzz sanitize coverage mutants versions test-simt test-wheel lint format docs bench gpu wheel clean distclean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -30,6 +32,20 @@ test: $(VENV)/.installed  ## run the tests
 
 test-simt: $(VENV)/.installed  ## the emulated CUDA kernels at length: more shapes, faults and schedules
 	$(RUN) -m pytest tests/simt -m "simt_long or not simt_long" $(ARGS)
+
+fuzz: $(VENV)/.installed  ## random calls against the float64 reference, for MINUTES=10
+	$(RUN) tests/fuzz.py --minutes $(MINUTES) $(ARGS)
+
+sanitize: $(VENV)/.installed  ## the CPU kernels under the address, undefined-behaviour and thread sanitizers
+	$(RUN) tests/sanitizers/run.py address --isa all
+	$(RUN) tests/sanitizers/run.py thread --isa all
+	$(RUN) tests/instrumented.py address
+
+coverage: $(VENV)/.instruments  ## which lines and branches the tests reach, of Python and of C++
+	$(RUN) tests/instrumented.py coverage $(ARGS)
+
+mutants: $(VENV)/.instruments  ## changes of the Python code that no test notices (hours)
+	$(RUN) tests/instrumented.py mutants $(ARGS)
 
 versions: $(VENV)/.nox  ## the tests with the oldest and newest torch of each Python, in fresh environments (3 GB each)
 	$(VENV)/bin/nox $(ARGS)
@@ -65,6 +81,9 @@ LOCAL_13  := cu13
 CUDA_cpu := off
 CUDA_12  := on
 CUDA_13   = $(if $(NVCC_13),on,pip)
+# Two builds of one commit have the same bytes: the files in a wheel have its date.
+EPOCH     = $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
+wheel: export SOURCE_DATE_EPOCH ?= $(EPOCH)
 NAMED     = SNNLSTM_CUDA=$(CUDA_$(CUDA)) SNNLSTM_LOCAL_VERSION=$(LOCAL_$(CUDA))
 wheel: $(VENV)/.build  ## build sdist and wheels into dist/ (CUDA=cpu|12|13: the wheel +cpu, +cu12 or +cu13)
 	$(if $(CUDA),$(NAMED)) $(RUN) -m build --outdir dist $(if $(CUDA),--wheel) .
@@ -108,6 +127,10 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/.installed
 
 $(VENV)/.nox: | $(RUN)
 	$(RUN) -m pip install --disable-pip-version-check "nox>=2025.2.9"
+	@touch $@
+
+$(VENV)/.instruments: | $(VENV)/.installed
+	$(RUN) -m pip install --disable-pip-version-check coverage gcovr cosmic-ray
 	@touch $@
 
 $(VENV)/.build: | $(RUN)

@@ -61,6 +61,11 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
         return values[:1].expand_as(values)
     if layout == "channels_last":
         return values.movedim(-3, -1).contiguous().movedim(-1, -3)
+    if layout == "overlapping":  # each row begins within the one before
+        width = values.shape[-1]
+        strides = values.new_empty((*values.shape[:-1], max(width // 2, 1))).stride()
+        size = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True))
+        return values.reshape(-1)[:size].clone().as_strided(values.shape, strides)
     if layout == "transposed":
         return values.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "shifted":  # off the alignment of any vector
@@ -90,6 +95,7 @@ class Case:
     spikes: bool = False  # x is 0 and 1, else normally distributed
     layouts: tuple[str, ...] = ("contiguous",) * 4  # of x, states, weight, output gradients
     seed: int = 0
+    gain: float = 1.0  # times weights at which gates are of order 1
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
@@ -108,7 +114,7 @@ class Case:
         x = torch.where(kept, torch.ones_like(x) if self.spikes else x, 0)
         c, fan_in = self.channels, self.in_channels + self.channels
         kh, kw = self.options.kernel_size
-        weight = normal(4 * c, fan_in, kh, kw) / (fan_in * kh * kw) ** 0.5
+        weight = normal(4 * c, fan_in, kh, kw) * self.gain / (fan_in * kh * kw) ** 0.5
         shape = {"number": (), "column": (c, 1, 1), "four": (1, c, 1, 1)}[self.threshold]
         threshold = torch.rand(shape, generator=random, dtype=torch.float64).to(self.dtype)
         of_x, of_states, of_weight, _ = self.layouts

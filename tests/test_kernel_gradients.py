@@ -1,31 +1,26 @@
 """The backward kernels against float64 autograd through the reference.
 
-Native calls on random cases run on poisoned and fenced memory: see poison.py.
+Random combinations of all options are drawn by fuzz.py.
 """
 
 import itertools
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 
 import flat
 import pytest
 import torch
-from cases import LAYOUTS, SURROGATES, Case, Inputs, cases, wanting_gradients
+from cases import LAYOUTS, SURROGATES, Case, Inputs, wanting_gradients
+from checks import check_gradients
 from gradients import (
     NAMES,
     OUTPUTS,
     PLAIN,
-    agrees,
     compare,
     gradients,
     leaves_and_gradients,
-    of_outputs,
     total,
     with_options,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from kernels import Kernels, native, one_thread
 from poison import HUGE, NAN, poisoned
 from torch import Tensor
@@ -37,52 +32,6 @@ from snnlstm.quant import StateQuant, state_quant
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
 DOUBLE = replace(PLAIN, dtype=torch.float64)
-
-
-def check(
-    kernels: Kernels,
-    case: Case,
-    outputs: Sequence[str] = OUTPUTS,
-    wanted: Sequence[str] = NAMES,
-    pattern: int = NAN,
-) -> bool:
-    """Compare one case; False if rounding led kernels and reference to different decisions."""
-    inputs = case.inputs()
-    with one_thread():
-        if not agrees(kernels.run, case, inputs):
-            return False
-    grads = of_outputs(case, outputs)
-    with poisoned(pattern):
-        actual = gradients(kernels.run, inputs, case.options, grads, wanted)
-    with one_thread():
-        exact = gradients(flat.reference, inputs.double(), case.options, grads, wanted)
-        compare(actual, exact, kernels.gradient_error(case.dtype), grads)
-    for name, leaf in zip(NAMES, inputs, strict=False):
-        assert name not in actual or actual[name].shape == leaf.shape
-    return True
-
-
-def subsets(of: Sequence[str]) -> st.SearchStrategy[tuple[str, ...]]:
-    return st.sets(st.sampled_from(of), min_size=1).map(lambda s: tuple(sorted(s)))
-
-
-def test_options_in_random_combination(kernels):
-    count: Counter[bool] = Counter()
-
-    @settings(max_examples=25, suppress_health_check=list(HealthCheck))
-    @given(cases(), subsets(OUTPUTS), subsets(NAMES), st.sampled_from([NAN, HUGE]))
-    def check_case(case: Case, outputs: tuple, wanted: tuple, pattern: int) -> None:
-        options = case.options
-        if options.surrogate.name == "SSO":  # so that the oracle draws the same noise
-            case = replace(case, dtype=torch.float64, layouts=("contiguous",) * 4)
-        if options.quant and options.pool == "avg":  # means of levels round the same way
-            case = replace(case, dtype=torch.float64)
-        compared = check(kernels, case, outputs, wanted, pattern)
-        assert compared or case.dtype == torch.float32
-        count[compared] += 1
-
-    check_case()
-    assert count[False] <= 0.2 * count.total(), "too few cases were compared"
 
 
 UNEVEN = StateQuant(torch.tensor([-0.51, -0.13, 0.021, 0.1, 0.27]))
@@ -164,15 +113,19 @@ def test_each_option_alone(kernels, name):
     for dtype in kernels.dtypes:
         case = replace(ALONE[name], dtype=dtype)
         # A case in which rounding decides proves nothing: take the next numbers.
-        assert any(check(kernels, replace(case, seed=seed)) for seed in range(3))
+        assert any(check_gradients(kernels, replace(case, seed=seed)) for seed in range(3))
 
 
 @pytest.mark.parametrize("kind", SURROGATES, ids=lambda s: s.name)
 def test_each_surrogate(isa, kind):
     kernels = Kernels(isa, "auto")
-    assert check(kernels, with_options(DOUBLE, surrogate=kind))
-    assert check(kernels, with_options(DOUBLE, surrogate=kind, pool="max", pool_size=(2, 2)))
-    assert check(kernels, with_options(DOUBLE, surrogate=kind, pool="avg", pool_size=(2, 2)))
+    assert check_gradients(kernels, with_options(DOUBLE, surrogate=kind))
+    assert check_gradients(
+        kernels, with_options(DOUBLE, surrogate=kind, pool="max", pool_size=(2, 2))
+    )
+    assert check_gradients(
+        kernels, with_options(DOUBLE, surrogate=kind, pool="avg", pool_size=(2, 2))
+    )
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -194,7 +147,7 @@ def test_gradients_through_spikes_through_states_and_through_both(isa, outputs):
     for record in (True, False):
         for reset in ("none", "subtract", "zero"):
             case = with_options(DOUBLE, record=record, reset=reset)
-            assert check(Kernels(isa, "auto"), case, outputs)
+            assert check_gradients(Kernels(isa, "auto"), case, outputs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

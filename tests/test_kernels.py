@@ -1,6 +1,7 @@
 """The forward kernels against the float64 reference, on every instruction set and algorithm.
 
-All native calls of this file run on poisoned and fenced memory: see poison.py.
+All native calls of this file run on poisoned and fenced memory: see poison.py. Random combinations
+of all options are drawn by fuzz.py.
 """
 
 from dataclasses import replace
@@ -8,12 +9,10 @@ from dataclasses import replace
 import flat
 import pytest
 import torch
-from cases import LAYOUTS, Case, Inputs, cases, wanting_gradients
-from hypothesis import HealthCheck, given, settings
+from cases import LAYOUTS, Case, Inputs
+from checks import check_results, infer, same
 from kernels import Kernels, native, one_thread
 from oracle import check_steps
-from poison import HUGE, NAN, poisoned
-from torch import Tensor
 
 import snnlstm
 from snnlstm.call import CellOptions
@@ -25,53 +24,8 @@ pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 PLAIN = Case(CellOptions((3, 3), sequence=True, record=True), torch.float32, 3, 2, 5, 9, 7, 10)
 
 
-def run(
-    kernels: Kernels, case: Case, inputs: Inputs, pattern: int = NAN
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Inference on poisoned memory."""
-    with torch.no_grad(), poisoned(pattern) as fenced:
-        out = kernels.run(*inputs, case.options)
-    assert len(fenced.blocks) >= 4, "the poison does not reach spk, syn, mem and the workspace"
-    return out
-
-
-def check(case: Case, kernels: Kernels) -> None:
-    """Every form of one forward call: judged once, and equal to the others bit for bit."""
-    inputs, recorded = case.inputs(), case.recorded()
-    before = [None if t is None else t.clone() for t in inputs]
-    out = run(kernels, recorded, inputs)
-    assert tuple(tensor.shape for tensor in out) == recorded.output_shapes
-    assert {tensor.dtype for tensor in out} == {case.dtype}
-    with one_thread():
-        check_steps(recorded, inputs, out, kernels.state_error(case.dtype))
-
-    last = out
-    if case.options.sequence and not case.options.record:
-        last = (out[0], out[1][-1], out[2][-1])
-    same(run(kernels, case, inputs, HUGE), last)
-    with poisoned(HUGE):
-        trained = kernels.run(*wanting_gradients(inputs), case.options)
-    same(trained, last)
-    for tensor, kept in zip(inputs, before, strict=True):
-        assert tensor is None or torch.equal(tensor, kept), "an input was written to"
-
-
-def same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for one, other in zip(actual, expected, strict=True):
-        assert torch.equal(one, other)
-
-
 def with_options(case: Case = PLAIN, **changes: object) -> Case:
     return replace(case, options=replace(case.options, **changes))
-
-
-def test_options_in_random_combination(kernels):
-    @settings(max_examples=25, suppress_health_check=list(HealthCheck))
-    @given(cases())
-    def check_case(case: Case) -> None:
-        check(case, kernels)
-
-    check_case()
 
 
 DUPLICATES = StateQuant(torch.tensor([-0.5, 0.0, 0.0, 0.25]))
@@ -154,7 +108,7 @@ ALONE = {
 @pytest.mark.parametrize("name", ALONE)
 def test_each_option_alone(kernels, name):
     for dtype in kernels.dtypes:
-        check(replace(ALONE[name], dtype=dtype), kernels)
+        check_results(replace(ALONE[name], dtype=dtype), kernels)
 
 
 @pytest.mark.parametrize("channels", [1, 4, 8, 12, 16, 24])
@@ -162,7 +116,7 @@ def test_whole_and_broken_vectors(kernels, channels):
     """Numbers of channels around the vectors of 2, 4, 8 and 16 lanes."""
     for count in (channels - 1, channels, channels + 1):
         if count > 0:
-            check(replace(PLAIN, time=1, channels=count, height=3, width=9), kernels)
+            check_results(replace(PLAIN, time=1, channels=count, height=3, width=9), kernels)
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (1, 3), (9, 5)], ids=str)
@@ -176,7 +130,7 @@ def test_every_size_of_image_up_to_13(isa, kernel):
             channels = 9 if (height + width) % 2 else 5
             sized = replace(case, height=height, width=width, channels=channels)
             inputs = sized.inputs()
-            out = run(kernels, sized, inputs)
+            out = infer(kernels, sized, inputs)
             with one_thread():
                 check_steps(sized, inputs, out, kernels.state_error(sized.dtype))
 
@@ -190,14 +144,14 @@ def test_memory_layouts(kernels, which, layout):
     inputs = case.inputs()
     contiguous = Inputs(*(None if t is None else t.contiguous() for t in inputs))
     same(
-        run(kernels, case, inputs), run(kernels, case, contiguous)
+        infer(kernels, case, inputs), infer(kernels, case, contiguous)
     )  # whose results are tested above
 
 
 def test_outputs_are_channels_last_where_x_is(kernels):
     for options in ({}, {"record": False}, {"sequence": False, "record": False}):
         case = with_options(replace(PLAIN, layouts=("channels_last",) * 4), **options)
-        for tensor in run(kernels, case, case.inputs()):
+        for tensor in infer(kernels, case, case.inputs()):
             assert tensor.flatten(0, -4).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -205,11 +159,11 @@ def test_step_calls_equal_a_sequence(kernels):
     case = with_options(reset="subtract", quant=state_quant(6, threshold=0.4))
     for chosen in (case, with_options(reset="zero", pool="avg", pool_size=(2, 2))):
         inputs = chosen.inputs()
-        spks, syns, mems = run(kernels, chosen, inputs)
+        spks, syns, mems = infer(kernels, chosen, inputs)
         step = with_options(chosen, sequence=False, record=False)
         syn, mem = inputs.syn, inputs.mem
         for t in range(chosen.time):
-            spk, syn, mem = run(kernels, step, inputs._replace(x=inputs.x[t], syn=syn, mem=mem))
+            spk, syn, mem = infer(kernels, step, inputs._replace(x=inputs.x[t], syn=syn, mem=mem))
             torch.testing.assert_close(syn, syns[t], atol=kernels.state_error(chosen.dtype), rtol=0)
             if kernels.algorithm == "direct":  # the others may choose by the length of x
                 same((spk, syn, mem), (spks[t], syns[t], mems[t]))
@@ -226,7 +180,7 @@ def test_pixels_that_see_the_same_have_the_same_bits_directly(isa, kernel):
         for one in (inputs.x, inputs.syn, inputs.mem):  # twice the same, and blank around it
             one[..., 12:23, 15:29] = one[..., :11, :14].clone()
             one[..., 11, :], one[..., 14] = 0, 0
-        mem = run(Kernels(isa, "direct"), case, inputs)[2]
+        mem = infer(Kernels(isa, "direct"), case, inputs)[2]
         margin = 2 * case.time  # of pixels that see beyond their half, after some steps
         inner = slice(margin, 11 - margin), slice(margin, 14 - margin)
         first, second = mem[..., :11, :14], mem[..., 12:23, 15:29]
@@ -237,7 +191,7 @@ def test_a_hundred_steps_stay_accurate(kernels):
     """Relative error of mem in norm, at default init, against float64: the documented 5e-6."""
     case = replace(PLAIN, time=100, batch=1, in_channels=4, channels=16, height=8, width=8)
     inputs = replace(case, density=0.3).inputs()
-    mem = run(kernels, case, inputs)[2].double()
+    mem = infer(kernels, case, inputs)[2].double()
     with one_thread():
         exact = flat.reference(*inputs.double(), case.options)[2]
     assert (mem - exact).norm() / exact.norm() < 5e-6
@@ -250,7 +204,7 @@ def test_inhibition_lets_the_lowest_of_equal_neurons_win(kernels):
     inputs = case.inputs()
     inputs.weight.zero_()
     inputs.threshold.fill_(0.01)
-    spk = run(kernels, case, inputs._replace(syn=torch.ones_like(inputs.syn)))[0]
+    spk = infer(kernels, case, inputs._replace(syn=torch.ones_like(inputs.syn)))[0]
     assert (spk.flatten(2).argmax(-1) == 0).all()
     assert (spk.flatten(2).sum(-1) == 1).all()
 
@@ -272,7 +226,7 @@ def test_nan_and_infinity_go_where_the_reference_lets_them(kernels, where, value
         tensor = getattr(inputs, where)
         tensor[(0,) * tensor.dim()] = value
         tensor[(-1,) * tensor.dim()] = value
-        out = run(kernels, case, inputs)
+        out = infer(kernels, case, inputs)
         exactly = flat.last_name().endswith("-direct")
         with one_thread():
             exact = flat.reference(*inputs.double(), case.options)
@@ -290,9 +244,9 @@ def test_nan_and_infinity_go_where_the_reference_lets_them(kernels, where, value
 def test_nan_spoils_no_other_sample(kernels):
     for case in (PLAIN, replace(PLAIN, batch=5, channels=16)):
         inputs = case.inputs()
-        clean = run(kernels, case, inputs)
+        clean = infer(kernels, case, inputs)
         inputs.x[1, 1] = torch.nan
-        for one, other in zip(run(kernels, case, inputs), clean, strict=True):
+        for one, other in zip(infer(kernels, case, inputs), clean, strict=True):
             assert torch.equal(one[0], other[0])  # nor an earlier step
             assert torch.equal(one[:, 0], other[:, 0])
             assert torch.equal(one[:, 2:], other[:, 2:])
@@ -323,7 +277,7 @@ def test_the_cases_reach_every_kernel(isa):
     seen, tiles = set(), set()
     for algorithm in native.cpu.ALGORITHMS:
         for case in ALONE.values():
-            run(Kernels(isa, algorithm), case, case.inputs())
+            infer(Kernels(isa, algorithm), case, case.inputs())
             first, *last = flat.last_name().removeprefix(f"cpu-{isa}-").split("-")
             seen |= {first.rstrip("x1234"), *last}
             if first.startswith("winograd"):

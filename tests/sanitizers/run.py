@@ -39,6 +39,7 @@ ISAS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
     "wide": ["-mavx2", "-mfma", "-DSNNLSTM_WIDE=1"],
+    "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"],
 }
 
 # Takes the place of layout.h's class: between the pieces that it hands out lies memory that
@@ -67,14 +68,23 @@ class Arena {
 """
 
 
+def isas_here() -> list[str]:
+    """Those that this processor runs."""
+    try:
+        flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
+    except OSError:
+        flags = set()
+    found = ["baseline"]
+    if platform.machine() in ("x86_64", "AMD64") and {"avx2", "fma"} <= flags:
+        found += ["avx2", "wide"]
+        if {"avx512f", "avx512vl", "avx512dq", "avx512bw"} <= flags:
+            found.append("avx512")
+    return found
+
+
 def default_isa() -> str:
     """The best one that every usual machine runs; AVX-512's tiles are tested as ``wide``."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "baseline"
-    has_avx2 = re.search(r"\bavx2\b", flags) and re.search(r"\bfma\b", flags)
-    return "avx2" if platform.machine() in ("x86_64", "AMD64") and has_avx2 else "baseline"
+    return "avx2" if "avx2" in isas_here() else "baseline"
 
 
 def compiler() -> str | None:
@@ -167,14 +177,17 @@ def run(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sanitizer", choices=SANITIZERS)
-    parser.add_argument("--isa", choices=ISAS, default=default_isa())
+    parser.add_argument("--isa", choices=[*ISAS, "all"], default=default_isa())
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--under", default="", help="command that runs the program")
     chosen = parser.parse_args()
-    done = run(chosen.sanitizer, chosen.isa, chosen.cases, chosen.seed, chosen.under)
-    print(done.stdout + done.stderr, end="")
-    return done.returncode
+    for isa in isas_here() if chosen.isa == "all" else [chosen.isa]:
+        done = run(chosen.sanitizer, isa, chosen.cases, chosen.seed, chosen.under)
+        print(f"{chosen.sanitizer}, {isa}: {done.stdout}{done.stderr}", end="", flush=True)
+        if done.returncode:
+            return done.returncode
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""The two checks of a call of the kernels: its results, and its gradients.
+
+Both run it on poisoned and fenced memory (poison.py) and judge it by the float64 reference.
+"""
+
+from collections.abc import Sequence
+
+import flat
+import torch
+from cases import Case, Inputs, wanting_gradients
+from gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
+from kernels import Kernels, one_thread
+from oracle import check_steps
+from poison import HUGE, NAN, poisoned
+from torch import Tensor
+
+
+def infer(
+    kernels: Kernels, case: Case, inputs: Inputs, pattern: int = NAN
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inference on poisoned memory."""
+    with torch.no_grad(), poisoned(pattern) as fenced:
+        out = kernels.run(*inputs, case.options)
+    assert len(fenced.blocks) >= 4, "the poison does not reach spk, syn, mem and the workspace"
+    return out
+
+
+def check_results(case: Case, kernels: Kernels) -> None:
+    """Every form of one forward call: judged once, and equal to the others bit for bit."""
+    inputs, recorded = case.inputs(), case.recorded()
+    before = [None if t is None else t.clone() for t in inputs]
+    out = infer(kernels, recorded, inputs)
+    assert tuple(tensor.shape for tensor in out) == recorded.output_shapes
+    assert {tensor.dtype for tensor in out} == {case.dtype}
+    with one_thread():
+        check_steps(recorded, inputs, out, kernels.state_error(case.dtype))
+
+    last = out
+    if case.options.sequence and not case.options.record:
+        last = (out[0], out[1][-1], out[2][-1])
+    same(infer(kernels, case, inputs, HUGE), last)
+    with poisoned(HUGE):
+        trained = kernels.run(*wanting_gradients(inputs), case.options)
+    same(trained, last)
+    for tensor, kept in zip(inputs, before, strict=True):
+        assert tensor is None or torch.equal(tensor, kept), "an input was written to"
+
+
+def same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def check_gradients(
+    kernels: Kernels,
+    case: Case,
+    outputs: Sequence[str] = OUTPUTS,
+    wanted: Sequence[str] = NAMES,
+    pattern: int = NAN,
+) -> bool:
+    """Compare one case; False if rounding led kernels and reference to different decisions."""
+    inputs = case.inputs()
+    with one_thread():
+        if not agrees(kernels.run, case, inputs):
+            return False
+    grads = of_outputs(case, outputs)
+    with poisoned(pattern):
+        actual = gradients(kernels.run, inputs, case.options, grads, wanted)
+    with one_thread():
+        exact = gradients(flat.reference, inputs.double(), case.options, grads, wanted)
+        compare(actual, exact, kernels.gradient_error(case.dtype), grads)
+    for name, leaf in zip(NAMES, inputs, strict=False):
+        assert name not in actual or actual[name].shape == leaf.shape
+    return True

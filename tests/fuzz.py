@@ -1,0 +1,254 @@
+"""Random calls of the cell, judged by the float64 reference: ``make fuzz MINUTES=10``.
+
+Every option, shape, dtype, memory layout, instruction set and algorithm, in one call, in steps, in
+chunks, with states that the caller hands on or that a cell keeps. The results and the gradients of
+each call are checked on poisoned memory (checks.py). A failure is made as small as hypothesis can,
+and printed as a script.
+
+    python tests/fuzz.py --minutes 10 --seed 0
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import hypothesis
+import torch
+from cases import LAYOUTS, Case, Inputs, cases, options
+from checks import check_gradients, check_results
+from gradients import NAMES, OUTPUTS
+from helpers import quietly
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernels import ISAS, Kernels, native, use
+from poison import HUGE, NAN
+from torch import Tensor
+
+import snnlstm
+from snnlstm.call import CellOptions
+
+WAYS = ("one call", "steps", "chunks", "a cell's calls", "a cell's chunks")
+_MOST_WORK = 3_000_000  # multiply-adds of a gate, over all steps
+
+
+@dataclass(frozen=True)
+class Calls(Kernels):
+    """Kernels that run a sequence by several calls: see :data:`WAYS`."""
+
+    way: str = "one call"
+    chunk: int = 2
+    gain: float = 1.0
+
+    def state_error(self, dtype: torch.dtype) -> float:
+        return super().state_error(dtype) * max(1.0, self.gain)
+
+    def run(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, chosen = arguments
+        inputs = Inputs(*tensors)
+        if self.way == "one call" or not chosen.sequence:
+            return super().run(*arguments)
+        call = (
+            self._cell(inputs, chosen) if "cell" in self.way else self._functional(inputs, chosen)
+        )
+        spks, syns, mems = [], [], []
+        syn, mem = inputs.syn, inputs.mem
+        for x in inputs.x.split(1 if self.way in ("steps", "a cell's calls") else self.chunk):
+            spk, every_syn, every_mem = call(x, syn, mem)
+            syn, mem = every_syn[-1], every_mem[-1]
+            for kept, found in ((spks, spk), (syns, every_syn), (mems, every_mem)):
+                kept.append(found)
+        if chosen.record:
+            syn, mem = torch.cat(syns), torch.cat(mems)
+        return torch.cat(spks), syn, mem
+
+    def _functional(self, inputs: Inputs, chosen: CellOptions) -> Callable[..., Any]:
+        """Runs steps from the states that it is given."""
+        if self.way == "steps":
+            step = replace(chosen, sequence=False, record=False)
+            return lambda x, syn, mem: [
+                o[None] for o in super(Calls, self).run(x[0], syn, mem, *inputs[3:], step)
+            ]
+        recorded = replace(chosen, record=True)
+        return lambda x, syn, mem: super(Calls, self).run(x, syn, mem, *inputs[3:], recorded)
+
+    def _cell(self, inputs: Inputs, chosen: CellOptions) -> Callable[..., Any]:
+        """The same by a cell, which keeps the states."""
+        x, syn, mem, weight, bias, threshold, graded = inputs
+        pools = {
+            "none": {},
+            "max": {"max_pool": chosen.pool_size},
+            "avg": {"avg_pool": chosen.pool_size},
+        }
+        cell = quietly(
+            snnlstm.SConv2dLSTM, x.shape[-3], mem.shape[1], chosen.kernel_size, bias is not None,
+            spike_grad=chosen.surrogate, reset_mechanism=chosen.reset, inhibition=chosen.inhibition,
+            state_quant=chosen.quant or False, stride=chosen.stride, dilation=chosen.dilation,
+            surrogate_disable=chosen.surrogate.kind == 0, checkpoint=chosen.checkpoint,
+            dtype=x.dtype, **pools[chosen.pool],
+        )  # fmt: skip
+        # Tensors that may hang on a graph, in the place of parameters and buffers.
+        del cell.conv.weight, cell.conv.bias
+        cell.conv._parameters = {"weight": weight, "bias": bias}
+        cell._buffers["threshold"], cell._buffers["graded_spikes_factor"] = threshold, graded
+        cell.syn, cell.mem = syn, mem
+
+        def call(x: Tensor, syn: Tensor, mem: Tensor) -> Any:
+            if self.way == "a cell's calls":
+                out = [o[None] for o in cell(x[0])]
+            else:
+                out = cell(x, record=True)
+            assert cell.path.native, str(cell.path)
+            return out
+
+        return call
+
+
+@dataclass(frozen=True)
+class Example:
+    """A case, how it is run, and which gradients are compared."""
+
+    case: Case
+    isa: str
+    algorithm: str
+    way: str
+    chunk: int
+    outputs: tuple[str, ...]
+    wanted: tuple[str, ...]
+    pattern: int
+
+    def script(self) -> str:
+        """A program that runs this example alone."""
+        chosen = self.case.options
+        parts = [f'CellOptions.from_text("{chosen.text()}")']
+        parts += [repr(getattr(self.case, f.name)) for f in fields(Case)[1:]]
+        rest = ", ".join(repr(getattr(self, f.name)) for f in fields(self)[1:])
+        return (
+            "import sys; sys.path.insert(0, 'tests')\nimport torch\n"
+            "from cases import Case\nfrom fuzz import Example, check\n"
+            "from snnlstm.call import CellOptions\n"
+            f"case = Case({', '.join(parts)})\ncheck(Example(case, {rest}))\n"
+        )
+
+
+def check(example: Example) -> bool:
+    """Results, and gradients; False if those were not compared.
+
+    They are not where rounding led the kernels to other decisions than the reference, nor with
+    weights so large that the recurrence is chaotic.
+    """
+    case, algorithm = example.case, example.algorithm
+    if algorithm == "winograd" and case.dtype != torch.float32:
+        algorithm = "auto"
+    kernels = Calls(example.isa, algorithm, example.way, example.chunk, case.gain)
+    for _ in use(kernels):
+        check_results(case, kernels)
+        if case.gain > 1:
+            return False
+        if case.options.surrogate.name == "SSO":  # so that the oracle draws the same noise
+            case = replace(case, dtype=torch.float64, layouts=("contiguous",) * 4)
+        if case.options.quant and case.options.pool == "avg":  # means of levels round the same way
+            case = replace(case, dtype=torch.float64)
+        outputs, wanted, pattern = example.outputs, example.wanted, example.pattern
+        return check_gradients(kernels, case, outputs, wanted, pattern)
+    raise AssertionError
+
+
+@st.composite
+def large_cases(draw: Any) -> Case:
+    """Larger sizes than :func:`cases.cases` draws, as far as the work allows."""
+
+    def mostly_small(most: int) -> int:
+        return min(draw(st.integers(1, most)), draw(st.integers(1, most)))
+
+    height, width = mostly_small(40), mostly_small(40)
+    chosen = draw(options(height, width))
+    if draw(st.booleans()):
+        far = st.tuples(st.integers(1, 20), st.integers(1, 20))
+        chosen = replace(
+            chosen, stride=draw(far), dilation=draw(far), pool="none", pool_size=(1, 1)
+        )
+    case = Case(
+        chosen, draw(st.sampled_from([torch.float32, torch.float32, torch.float64])),
+        mostly_small(40) if chosen.sequence else 1, mostly_small(9), mostly_small(100),
+        mostly_small(80), height, width, draw(st.sampled_from(["number", "column", "four"])),
+        draw(st.booleans()), draw(st.sampled_from([1.0, 0.7, -2.0])),
+        draw(st.sampled_from([1.0, 0.3, 0.1, 0.02, 0.0])), draw(st.booleans()),
+        (draw(_LAYOUTS), draw(_LAYOUTS), draw(_LAYOUTS), draw(st.sampled_from(LAYOUTS))),
+        draw(st.integers(0, 2**16)), draw(st.sampled_from([1.0, 1.0, 1.0, 1e-3, 0.1, 10.0, 100.0])),
+    )  # fmt: skip
+    while _work(case) > _MOST_WORK:  # the largest of what may be smaller
+        names = ("time", "batch", "channels", "in_channels", "height", "width")
+        largest = max(names, key=lambda name: getattr(case, name))
+        if largest in ("height", "width") and getattr(case, largest) // 2 < 3:
+            break
+        smaller = {largest: max(1, getattr(case, largest) // 2)}
+        if largest in ("height", "width"):
+            smaller["options"] = replace(case.options, pool="none", pool_size=(1, 1))
+        case = replace(case, **smaller)
+    return case
+
+
+_LAYOUTS = st.sampled_from([*LAYOUTS, "overlapping"])
+
+
+def _work(case: Case) -> int:
+    (kh, kw), (n, c, ho, wo) = case.options.kernel_size, case.state_shape
+    return case.time * n * ho * wo * kh * kw * c * (case.in_channels + c)
+
+
+def _subsets(of: tuple[str, ...]) -> st.SearchStrategy[tuple[str, ...]]:
+    return st.sets(st.sampled_from(of), min_size=1).map(lambda s: tuple(sorted(s)))
+
+
+def examples() -> st.SearchStrategy[Example]:
+    return st.builds(
+        Example, st.one_of(cases(), large_cases()), st.sampled_from(ISAS),
+        st.sampled_from(native.cpu.ALGORITHMS), st.sampled_from(WAYS), st.integers(2, 5),
+        _subsets(OUTPUTS), _subsets(NAMES), st.sampled_from([NAN, HUGE]),
+    )  # fmt: skip
+
+
+def run(count: int, seed: int | None = None) -> Counter[str]:
+    """Check `count` random examples; says how many, by what was compared."""
+    done: Counter[str] = Counter()
+
+    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(examples())
+    def check_example(example: Example) -> None:
+        try:
+            compared = check(example)
+        except Exception:
+            print(f"A script that shows it:\n\n{example.script()}", file=sys.stderr)
+            raise
+        done["results and gradients" if compared else "results alone"] += 1
+        done[example.way] += 1
+        done[f"{example.isa}, {example.algorithm}"] += 1
+
+    if seed is not None:
+        check_example = hypothesis.seed(seed)(check_example)
+    check_example()
+    return done
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    chosen = parser.parse_args()
+    end, total, seed = time.monotonic() + 60 * chosen.minutes, Counter[str](), chosen.seed
+    while time.monotonic() < end:
+        total += run(100, seed)
+        seed += 1
+    compared, alone = total["results and gradients"], total["results alone"]
+    print(f"{compared + alone} calls, seeds {chosen.seed} to {seed - 1}")
+    for name, count in sorted(total.items()):
+        print(f"  {count:6} {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

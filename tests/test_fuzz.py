@@ -1,0 +1,43 @@
+"""Two hundred of the random calls that ``make fuzz`` makes, and that it finds a fault."""
+
+import fuzz
+import pytest
+import torch
+from cases import laid_out
+from kernels import native
+
+pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+
+
+def test_random_calls():
+    done = fuzz.run(200)
+    assert done["results and gradients"] >= 0.5 * done.total() / 3
+    assert all(done[way] for way in fuzz.WAYS)
+
+
+def test_a_fault_is_found_and_its_script_shows_it(monkeypatch, capsys):
+    forward = native.cpu.Choice.forward
+
+    def wrong(self, call, training):
+        result = forward(self, call, training)
+        if call.options.pool == "max":
+            result.mem[..., -1] *= 1.001
+        return result
+
+    monkeypatch.setattr(native.cpu.Choice, "forward", wrong)
+    with pytest.raises(AssertionError):
+        fuzz.run(200, seed=1)
+    script = capsys.readouterr().err.rpartition("A script that shows it:")[2]  # the smallest
+    scope = {}
+    with pytest.raises(AssertionError, match="close"):
+        exec(script, scope)
+    assert scope["case"].options.pool == "max"
+    monkeypatch.undo()
+    exec(script, scope)
+
+
+def test_overlapping_memory_is_laid_out_as_it_says():
+    values = laid_out(torch.arange(60.0).view(3, 4, 5), "overlapping")
+    assert values.shape == (3, 4, 5)
+    assert values.stride() == (8, 2, 1)
+    assert values[0, 1, 0] == values[0, 0, 2]
