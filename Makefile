@@ -19,7 +19,7 @@ SOURCES  := pyproject.toml setup.py snnlstm/version.py \
 CXX_CODE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz sanitize coverage mutants versions test-simt test-wheel lint format docs bench gpu wheel clean distclean
+.PHONY: help demo test fuzz sanitize coverage mutants versions test-simt test-long test-wheel lint format docs bench gpu wheel clean distclean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -32,6 +32,9 @@ test: $(VENV)/.installed  ## run the tests
 
 test-simt: $(VENV)/.installed  ## the emulated CUDA kernels at length: more shapes, faults and schedules
 	$(RUN) -m pytest tests/simt -m "simt_long or not simt_long" $(ARGS)
+
+test-long: $(VENV)/.installed  ## growth of memory and rounding errors over long runs
+	SNNLSTM_LONG=1 $(RUN) -m pytest tests/test_long.py $(ARGS)
 
 fuzz: $(VENV)/.installed  ## random calls against the float64 reference, for MINUTES=10
 	$(RUN) tests/fuzz.py --minutes $(MINUTES) $(ARGS)

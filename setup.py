@@ -279,6 +279,8 @@ class CMakeBuild(build_ext):
             f"-DSNNLSTM_CUDA={'ON' if nvcc else 'OFF'}",
             f"-DSNNLSTM_CUDA_WHY={why}",
             f"-DSNNLSTM_MODULE={target.name}",
+            # Of no use but to tests: not in a wheel.
+            f"-DSNNLSTM_WIDE={'ON' if self.inplace or self.editable_mode else 'OFF'}",
         ]  # fmt: skip
         if nvcc:
             arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")

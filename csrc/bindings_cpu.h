@@ -1,11 +1,13 @@
 // The CPU half for Python: csrc/cpu/api.h over addresses.
 #pragma once
 
+#include <chrono>
 #include <cstring>
 #include <vector>
 
 #include "bindings.h"
 #include "cpu/api.h"
+#include "cpu/interrupt.h"
 
 namespace snnlstm::bindings {
 
@@ -23,6 +25,45 @@ inline CpuPlan make_cpu_plan(const Cell& cell, int algorithm, double density, in
   if (cell.T < 1 || cell.N < 1) throw py::value_error("T and N must be at least 1");
   const auto how = numbered<cpu::Algorithm>("algorithm", algorithm, 3);
   return {cpu::choose(cell, how, density, most_inputs, backward), threads};
+}
+
+// Looks for Ctrl-C ten times a second.
+struct Watch : cpu::Interruption {
+  using Clock = std::chrono::steady_clock;
+  static constexpr auto kPause = std::chrono::milliseconds(100);
+
+  Watch() { look = &ask; }
+
+  static void ask(cpu::Interruption& self) {
+    Watch& watch = static_cast<Watch&>(self);
+    const auto now = Clock::now();
+    if (now < watch.next_) return;
+    watch.next_ = now + kPause;
+    py::gil_scoped_acquire acquire;
+    if (PyOS_InterruptOccurred()) __atomic_store_n(&watch.stop, 1, __ATOMIC_RELAXED);
+  }
+
+ private:
+  Clock::time_point next_ = Clock::now() + kPause;
+};
+
+// Runs a call of several steps without the GIL. Ctrl-C ends it; then Python's handler runs, which
+// must not find the kernels at work on memory of this thread's. Where the handler does not raise,
+// the call runs once more, from its beginning.
+template <class F>
+void interruptible(const Cell& cell, F&& run) {
+  Watch watch;
+  {
+    py::gil_scoped_release release;
+    if (cell.T > 1) cpu::interruption = &watch;
+    run();
+    cpu::interruption = nullptr;
+  }
+  if (!watch.stop) return;
+  PyErr_SetInterrupt();
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  py::gil_scoped_release release;
+  run();
 }
 
 // The part of `count` values that is not zero, from a sample spread over all of them.
@@ -163,15 +204,13 @@ inline void bind_cpu(py::module_& m) {
            [](const CpuPlan& p, const py::kwargs& given) {
              ForwardArgs a = forward_args(p.cell, given);
              set_plan(a, p);
-             py::gil_scoped_release release;
-             cpu::forward(a);
+             interruptible(p.cell, [&] { cpu::forward(a); });
            })
       .def("backward",
            [](const CpuPlan& p, const py::kwargs& given) {
              BackwardArgs a = backward_args(p.cell, given);
              set_plan(a, p);
-             py::gil_scoped_release release;
-             cpu::backward(a);
+             interruptible(p.cell, [&] { cpu::backward(a); });
            })
       .def("weight_gradient", &cpu_weight_gradient, py::arg("steps"), py::arg("grad_weight"),
            py::arg("workspace"));

@@ -1,4 +1,4 @@
-// Where fresh memory comes from.
+// Huge pages for memory that a call is about to write.
 #pragma once
 
 #include <cstddef>

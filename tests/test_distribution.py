@@ -66,17 +66,20 @@ def wheel(folder, sdist) -> Path:
     return path
 
 
+def without_compiler(place: Path, sdist: Path) -> Path:
+    """The wheel that is built where there is no compiler."""
+    place.mkdir()
+    run(
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", place, sdist,
+        cwd=place, PATH=str(place), CXX="", SOURCE_DATE_EPOCH="1700000000",
+    )  # fmt: skip
+    (path,) = place.glob("snnlstm-*.whl")
+    return path
+
+
 @pytest.fixture(scope="module")
 def pure(folder, sdist) -> Path:
-    """The wheel that is built where there is no compiler."""
-    no_compiler = folder / "no-compiler"
-    no_compiler.mkdir()
-    run(
-        sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", no_compiler, sdist,
-        cwd=folder, PATH=str(no_compiler), CXX="",
-    )  # fmt: skip
-    (path,) = no_compiler.glob("snnlstm-*.whl")
-    return path
+    return without_compiler(folder / "no-compiler", sdist)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert len([name for name in names if name.endswith(".so")]) == 1
     assert [name for name in names if name.endswith((".cpp", ".h", ".cu"))] == []
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert any(name.endswith("licenses/LICENSE-THIRD-PARTY") for name in names)
     assert wheel.stat().st_size < 20e6
 
 
@@ -170,6 +174,10 @@ def test_the_wheel_without_a_core_is_for_every_python_and_system(pure):
         names = archive.namelist()
     assert tracked("snnlstm") <= set(names)
     assert [name for name in names if name.endswith(".so")] == []
+
+
+def test_two_builds_have_the_same_bytes(pure, sdist, tmp_path):
+    assert without_compiler(tmp_path / "again", sdist).read_bytes() == pure.read_bytes()
 
 
 def test_without_a_core_the_first_call_says_so_once(pure_python, folder):

@@ -190,3 +190,16 @@ def test_cells_come_and_go_while_another_thread_resets_all():
         thread.join()
     assert not errors, errors
     assert len(snntorch.SpikingNeuron.instances) < 30
+
+
+def test_another_number_of_threads_in_the_backward_pass(kernels):
+    case = replace(LARGE, batch=2, channels=8)
+    found = []
+    for before, after in ((1, 1), (1, 4), (4, 1), (3, 2)):
+        leaves = wanting_gradients(case.inputs())
+        torch.set_num_threads(before)
+        out = kernels.run(*leaves, case.options)
+        torch.set_num_threads(after)
+        found.append(torch.autograd.grad(out[0].sum(), leaves.weight)[0])
+    for grad in found[1:]:
+        torch.testing.assert_close(grad, found[0], atol=1e-5 * float(found[0].abs().max()), rtol=0)

@@ -14,7 +14,9 @@ SNNLSTM_DECLARE(baseline)
 #if defined(__x86_64__)
 SNNLSTM_DECLARE(avx2)
 SNNLSTM_DECLARE(avx512)
+#if SNNLSTM_WITH_WIDE
 SNNLSTM_DECLARE(wide)
+#endif
 #endif
 #undef SNNLSTM_DECLARE
 
@@ -41,7 +43,9 @@ const std::vector<Isa>& all() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw");
+#if SNNLSTM_WITH_WIDE
     s.push_back({"wide", &wide::kernels, &wide::kernels, avx2, false});
+#endif
     s.push_back({"baseline", &baseline::kernels, &baseline::kernels, true, true});
     s.push_back({"avx2", &avx2::kernels, &avx2::kernels, avx2, true});
     s.push_back({"avx512", &avx512::kernels, &avx2::kernels, avx512, true});

@@ -32,12 +32,12 @@ inline bool has_form(int kernel, int tile) {
   return kernel == 1 ? tile == 1 : tile == 3 || tile == 4 || (tile == 2 && kernel <= 5);
 }
 
-// Of a cell with tiles.
+// The tiles of a cell's recurrent convolution, and of its input's where that is tiled too.
 inline Tiling tiling(const Cell& c) {
   return {axis(c.kernel_h, c.tile_h), axis(c.kernel_w, c.tile_w)};
 }
 
-// Of its weight gradient, for which tiles of more than 6 inputs round too much.
+// The tiles of the weight gradient: with more than 6 inputs they would round too much.
 inline Tiling grad_tiling(const Cell& c) {
   const auto smaller = [](int kernel, int tile) {
     const Axis a = axis(kernel, tile);

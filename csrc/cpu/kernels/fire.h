@@ -8,7 +8,7 @@
 SNNLSTM_BEGIN_ISA
 
 // cell.h's quantise() for all lanes at once: the same steps of one binary search, without branches.
-// Lanes for which that is not all there is to it are handed over.
+// Lanes that tie or are not finite are done again one by one.
 template <class M>
 __attribute__((noinline)) typename M::R quantise_lanes(typename M::R v,
                                                        const typename M::Scalar* levels, int n) {

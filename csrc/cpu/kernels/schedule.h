@@ -6,6 +6,7 @@
 #include <omp.h>
 #include <sched.h>
 
+#include "../interrupt.h"
 #include "layout.h"
 
 SNNLSTM_BEGIN_ISA
@@ -16,18 +17,21 @@ class Phases {
     int64_t next, done;
   };
 
-  Phases(Counter* counters, int64_t phases) : counters_(counters) {
+  Phases(Counter* counters, int64_t phases)
+      : counters_(counters), interruption_(cpu::interruption) {
     std::memset(static_cast<void*>(counters), 0, sizeof(Counter) * phases);
   }
 
-  // f(task) for every task of the phase; returns when all are done, whoever did them.
+  // f(task) for every task of the phase; returns when all are done, whoever did them. After an
+  // interruption the tasks that are left count as done.
   template <class F>
   void run(int64_t phase, int64_t tasks, F&& f) const {
+    if (interruption_ && interruption_ == cpu::interruption) interruption_->look(*interruption_);
     Counter& c = counters_[phase];
     for (;;) {
       const int64_t task = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED);
       if (task >= tasks) break;
-      f(task);
+      if (!stopped()) f(task);
       __atomic_fetch_add(&c.done, 1, __ATOMIC_RELEASE);
     }
     for (int spins = 0; __atomic_load_n(&c.done, __ATOMIC_ACQUIRE) < tasks; ++spins) {
@@ -39,7 +43,12 @@ class Phases {
   }
 
  private:
+  bool stopped() const {
+    return interruption_ && __atomic_load_n(&interruption_->stop, __ATOMIC_RELAXED);
+  }
+
   Counter* counters_;
+  cpu::Interruption* interruption_;
 };
 
 // body(thread number) on as many threads as are worth it: a step must bring each some 10 us of

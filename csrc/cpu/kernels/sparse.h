@@ -162,9 +162,9 @@ class SparseInput {
   }
 
  private:
-  // Of a group. More than a 32 KiB L1: longer windows are worth some loads from L2. Time with 3 x 3
-  // taps, 32 -> 64 channels, 10 % dense: 16 KiB 1.00, 24 KiB 0.95, 36 KiB (all taps) 0.87; with 64
-  // channels 72 KiB (all) takes a fifth longer than 24.
+  // Bytes of a group's weights. They exceed a 32 KiB L1: longer windows pay for loads from L2. Time
+  // with 3 x 3 taps, 32 -> 64 channels, 10 % dense: 16 KiB 1.00, 24 KiB 0.95, 36 KiB (all taps)
+  // 0.87; with 64 channels 72 KiB (all) takes a fifth longer than 24.
   static constexpr int64_t kWeightBytes = 40960;
   // Neighbours are often equally long: they are counted apart, not to wait for each other.
   static constexpr int kWays = 2;

@@ -129,8 +129,8 @@ struct Transform {
   }
 };
 
-// Where vectors lie that are transformed along one axis: neighbours in a line are `step` elements
-// apart, lines `line`, and batches of lines `batch`.
+// The strides, in elements, of vectors that are transformed along one axis: `step` between the
+// neighbours in a line, `line` between lines, `batch` between batches of lines.
 struct Lines {
   int64_t step, line, batch;
 };
@@ -243,7 +243,7 @@ struct AxisPasses {
   }
 };
 
-// Where the vectors of a small image lie, and `batch`: from one image to the next.
+// The strides of the vectors of small images; `batch` leads from one image to the next.
 struct Plane {
   int64_t row, column, batch;
 };

@@ -1,0 +1,112 @@
+"""Nothing grows, and nothing drifts: many steps, many iterations, many cells, a long sequence.
+
+``make test-long`` runs ten times as many.
+"""
+
+import gc
+import os
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+import snntorch
+import torch
+from helpers import ours
+from kernels import native
+
+import snnlstm
+
+pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+
+TIMES = 10 if os.environ.get("SNNLSTM_LONG") else 1
+MIB = 1 << 20
+MOST = 8 * MIB  # of growth: malloc's own comes and goes
+
+
+def resident() -> int:
+    """Bytes of this process that lie in memory."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def steps(cell, count):
+    x = torch.rand(4, 1, 2, 24, 24)
+    with torch.no_grad():
+        for k in range(count):
+            cell(x[k % 4])
+
+
+def iterations(cell, count):
+    x = torch.rand(4, 2, 2, 24, 24)
+    optimizer = torch.optim.SGD(cell.parameters(), 1e-3)
+    for _ in range(count):
+        cell.reset_mem()
+        loss = sum(spk.sum() + mem.square().mean() for spk, _, mem in map(cell, x))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def made_and_dropped(cell, count):
+    x = torch.rand(2, 2, 2, 24, 24)
+    for k in range(count):
+        other = ours(2, 16, 3, seed=k)
+        other(x)[0].sum().backward()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+@pytest.mark.parametrize(
+    ("work", "count"), [(steps, 2000), (iterations, 100), (made_and_dropped, 50)]
+)
+def test_memory_does_not_grow(work, count):
+    """After a warm-up; a state, a cell or a graph that stays would be far more."""
+    torch.set_num_threads(1)
+    cell = ours(2, 16, 3)
+    work(cell, count // 4)
+    snnlstm.empty_cache()
+    before = resident()
+    work(cell, count * TIMES)
+    snnlstm.empty_cache()
+    grown = resident() - before
+    assert grown < MOST, f"{grown / MIB:.1f} MiB more"
+    assert len(snntorch.SpikingNeuron.instances) < 10
+
+
+def test_a_leak_would_be_seen():
+    """The same measurement with a leak put in: a state is kept of every step."""
+    kept = []
+    cell = ours(2, 16, 3)
+    before = resident()
+    for _ in range(500):
+        steps(cell, 1)
+        kept.append(cell.mem)
+    assert resident() - before > MOST
+
+
+@pytest.mark.parametrize("reset", ["none", "subtract"])
+def test_a_long_sequence_stays_close_to_float64(reset):
+    """The bound of docs/numerics.md. Resets are judged where no spike fell to the other side."""
+    torch.set_num_threads(1)
+    time = 200 * TIMES
+    torch.manual_seed(0)
+    cell = ours(2, 8, 3, reset_mechanism=reset, threshold=0.05)
+    x = (torch.rand(time, 1, 2, 10, 10) < 0.2).float()
+    weight, bias = cell.conv.weight, cell.conv.bias
+    options = {"threshold": 0.05, "reset_mechanism": reset, "record": True}
+    spk, _, mem = snnlstm.functional.sconv2dlstm(x, weight=weight, bias=bias, **options)
+    exact_spk, _, exact = snnlstm.reference.sconv2dlstm(
+        x.double(), weight=weight.double(), bias=bias.double(), **options
+    )
+    equal = (spk == exact_spk).flatten(1).all(1)
+    end = time if equal.all() else int(equal.int().argmin())
+    assert end > 50
+    error = (mem[:end].double() - exact[:end]).abs().max()
+    assert error < 5e-6
+    if reset == "none":
+        whole = (mem.double() - exact).norm() / exact.norm()
+        assert whole < 5e-6
+        # No drift: the last steps are as close as the first.
+        parts = slice(50, 100), slice(-50, None)
+        early, late = ((mem[part].double() - exact[part]).norm() for part in parts)
+        assert late < 3 * early
