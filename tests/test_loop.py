@@ -227,3 +227,17 @@ def test_second_derivatives_of_a_loop():
         found.append([of_x.detach(), *gradients(cell)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-9)
+
+
+def test_a_penalty_on_the_gradients_of_the_parameters():
+    """Only direct paths count in a step's own gradient: its states hang on the same parameters."""
+    found = []
+    for cell in cells(learn_threshold=True):
+        parameters = list(cell.parameters())
+        out = unroll(cell, events(3, 2))
+        first = torch.autograd.grad(loss_of(out), parameters, create_graph=True)
+        sum(grad.square().sum() for grad in first).backward()
+        found.append([*(grad.detach() for grad in first), *gradients(cell)])
+    for one, other in zip(*found, strict=True):
+        # snnTorch multiplies threshold and reset in float32.
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-7)
