@@ -77,6 +77,10 @@ def reflecting(cell):
     cell.conv = nn.Conv2d(5, 12, 3, padding=1, padding_mode="reflect")
 
 
+def dilated(cell):
+    cell.conv.dilation, cell.conv.padding = (2, 2), (2, 2)
+
+
 def replaced_forward(cell):
     forward = cell.conv.forward
     cell.conv.forward = lambda x: forward(x) * 0.5
@@ -84,7 +88,7 @@ def replaced_forward(cell):
 
 CHANGES = [
     hook, pre_hook, backward_hook, weight_norm, spectral_norm, old_weight_norm, pruning, lora,
-    swapped, another_kernel, reflecting, replaced_forward,
+    swapped, another_kernel, reflecting, dilated, replaced_forward,
 ]  # fmt: skip
 
 
@@ -110,6 +114,13 @@ def test_a_changed_conv_takes_effect_on_the_reference_path(change, reset):
     sum(o.sum() for o in plain(X, START[0], start)).backward()
     same = torch.equal(plain.mem, one.mem) and torch.equal(start.grad, mem[0].grad)
     assert not same
+
+
+def test_a_dilation_that_changes_the_size_fails_as_it_does_there():
+    for cell in twins():
+        cell.conv.dilation = (2, 2)
+        with pytest.raises(RuntimeError, match="must match the size"):
+            cell(X, *START)
 
 
 def test_global_hooks_take_effect():
@@ -203,6 +214,7 @@ def test_the_native_path_says_what_it_is():
             "state_quant is unknown to the kernels",
         ),
         (lambda: ours(threshold=torch.rand(6, 7)), "the threshold varies"),
+        (lambda: ours(threshold=torch.rand(3, 6, 7)), "the threshold varies"),
     ],
 )
 def test_reasons_for_the_reference_path(make, reason):
@@ -275,7 +287,8 @@ def test_the_fallback_for_a_missing_core_is_said(monkeypatch, caplog):
         for cell in (ours(), ours()):
             cell(X)
     assert str(cell.path) == f"reference ({snnlstm.run._MISSING})"
-    assert len(caplog.records) == 1  # once per process
+    (record,) = caplog.records  # once per process, and not of one cell
+    assert record.getMessage().startswith("SConv2dLSTM runs the reference path")
 
 
 @pytest.mark.skipif(native is None, reason="needs the core")
