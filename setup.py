@@ -250,6 +250,13 @@ def cuda_plan() -> tuple[str | None, str, str]:
 class CMakeBuild(build_ext):
     """One extension, snnlstm._C, by way of csrc/CMakeLists.txt."""
 
+    for_tests = False
+
+    def run(self) -> None:
+        # Asked now: setuptools clears `inplace` while it builds.
+        self.for_tests = bool(self.inplace or self.editable_mode)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
@@ -280,7 +287,7 @@ class CMakeBuild(build_ext):
             f"-DSNNLSTM_CUDA_WHY={why}",
             f"-DSNNLSTM_MODULE={target.name}",
             # Of no use but to tests: not in a wheel.
-            f"-DSNNLSTM_WIDE={'ON' if self.inplace or self.editable_mode else 'OFF'}",
+            f"-DSNNLSTM_WIDE={'ON' if self.for_tests else 'OFF'}",
         ]  # fmt: skip
         if nvcc:
             arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
