@@ -283,18 +283,18 @@ _logged: set[str] = set()  # general reasons
 
 
 def log_fallback(path: Path, seen: set[str], cell: nn.Module | None = None) -> None:
-    """Log a slow `path` of `cell`, unless its reason is in `seen`, which remembers it.
+    """Log a slow `path` of `cell`, unless `seen`, which remembers it, holds another reason already.
 
-    A general reason says nothing of the cell, and is logged once per process. Tools that count
-    operations or print summaries hook every module for a moment: that is one, too.
+    So each cell has one line at most. A general reason says nothing of the cell, and is logged
+    once per process. Tools that count operations or print summaries hook every module for a
+    moment: that is one, too.
     """
-    if not path.slow or path.reason in seen or torch.compiler.is_compiling():
+    if not path.slow or torch.compiler.is_compiling():
         return
-    seen.add(path.reason)
-    if path.general:
-        if path.reason in _logged:
-            return
-        _logged.add(path.reason)
+    logged = path.reason in _logged if path.general else bool(seen)
+    if logged:
+        return
+    (_logged if path.general else seen).add(path.reason)
     who = "SConv2dLSTM"
     if cell is not None and not path.general:
         who = f"{type(cell).__name__}({cell.extra_repr()})"

@@ -45,7 +45,7 @@ class StatefulCell(Base):
     _restarted: bool  # the stored states are the zeros of a reset, which nobody has touched
     _stored_in: int  # the backward pass in which they were stored
     _reset_source: ResetSource | None
-    _logged: set[str]  # reasons of slow paths that were logged
+    _logged: set[str]  # the reason of a slow path that was logged, if any
     batch_first: bool
     spk: Tensor | None = None
     path: Path | None = None
