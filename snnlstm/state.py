@@ -301,9 +301,12 @@ def _settled(state: Tensor) -> Tensor:
     """
     if functorch.maybe_get_level(state) == _NO_LEVEL or torch._C._are_functorch_transforms_active():
         return state
-    if functorch.is_batchedtensor(state):
-        return torch.zeros(0, dtype=state.dtype, device=state.device)
-    return _settled(state.detach())
+    # Layer by layer: an operator would ask for the transforms that are gone.
+    while functorch.maybe_get_level(state) != _NO_LEVEL:
+        if functorch.is_batchedtensor(state):
+            return torch.zeros(0, dtype=state.dtype, device=state.device)
+        state = functorch.get_unwrapped(state)
+    return state.detach()
 
 
 class LastReset:
