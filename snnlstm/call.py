@@ -28,6 +28,11 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """The dtypes of weight and states."""
 
 
+def are_ours(surrogate: Any, quant: Any) -> bool:
+    """Whether the kernels know a surrogate and a quantiser; a subclass of ours may differ."""
+    return type(surrogate) is Surrogate and type(quant) in (StateQuant, type(None))
+
+
 @dataclass(frozen=True)
 class CellOptions:
     """What a cell computes, besides its tensors.
@@ -89,11 +94,6 @@ class CellOptions:
     def __getstate__(self) -> dict[str, Any]:
         # Hashes of strings differ between processes.
         return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @property
-    def known(self) -> bool:
-        """Whether the kernels know surrogate and quantiser; a subclass of ours may differ."""
-        return type(self.surrogate) is Surrogate and type(self.quant) in (StateQuant, type(None))
 
     @property
     def padding(self) -> tuple[int, int]:
@@ -253,7 +253,7 @@ def new_signature(key: tuple[Any, ...], arguments: Arguments) -> Signature:
     """
     x, _, mem, _, _, threshold, _, options = arguments
     made = Signature(x, mem, threshold, options, key[-1])
-    if options.known:
+    if are_ours(options.surrogate, options.quant):
         if len(_signatures) >= _MOST:
             _signatures.clear()
         _signatures[key] = made

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from . import arguments
-from .call import Call, CellOptions, make_call
-from .quant import StateQuant
-from .surrogate import Surrogate
+from .call import Call, CellOptions, are_ours, make_call
 
 __all__ = ["check_call"]
 
@@ -24,8 +22,7 @@ def _options(*, surrogate: Any, quant: Any, **others: Any) -> CellOptions:
 
     Foreign callables stay out of the cache, which would keep them alive.
     """
-    ours = type(surrogate) is Surrogate and type(quant) in (StateQuant, type(None))
-    if ours and not torch.compiler.is_compiling():
+    if are_ours(surrogate, quant) and not torch.compiler.is_compiling():
         try:
             return _cached_options(surrogate=surrogate, quant=quant, **others)
         except TypeError:  # a wrong type, perhaps one that cannot be hashed: say which below

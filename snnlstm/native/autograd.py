@@ -74,8 +74,8 @@ class _SConv2dLSTM(torch.autograd.Function):
         wanted = (of_x, of_syn, of_mem, of_weight, of_bias, of_threshold)
         grads: Any = (grad_spk, grad_syn, grad_mem)
         if torch.is_grad_enabled() or _beyond_kernels(grads):
-            inputs = (x, syn, mem, weight, bias, threshold)
-            return (*_differentiable(inputs, graded, options, grads, wanted), *(None,) * 5)
+            inputs, again = (x, syn, mem, weight, bias, threshold), torch.is_grad_enabled()
+            return (*_in_plain_torch(inputs, graded, options, grads, wanted, again), *(None,) * 5)
         grads = [None if grad is None else plain(grad) for grad in grads]
         dtype = signature.dtype
         if x.dtype is not dtype or syn.dtype is not dtype or mem.dtype is not dtype:
@@ -118,27 +118,16 @@ def _beyond_kernels(grads: tuple[Tensor | None, ...]) -> bool:
     return any(type(grad) is not Tensor or _is_batch(grad) for grad in grads if grad is not None)
 
 
-def _differentiable(
-    inputs: tuple[Tensor | None, ...],
-    graded: Tensor,
-    options: Any,
-    grads: tuple[Tensor | None, ...],
-    wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """The same gradients in plain torch; with create_graph they can be differentiated again."""
-    with_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        return _in_plain_torch(inputs, graded, options, grads, wanted, with_graph)
-
-
+@torch.enable_grad()
 def _in_plain_torch(
     inputs: tuple[Tensor | None, ...],
     graded: Tensor,
     options: Any,
     grads: tuple[Tensor | None, ...],
     wanted: tuple[bool, ...],
-    with_graph: bool,
+    again: bool,
 ) -> tuple[Tensor | None, ...]:
+    """The same gradients in plain torch; `again`: they can be differentiated in their turn."""
     # Aliases: one input may have been computed from another, and only direct paths count here.
     own: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
     x, syn, mem, weight, bias, threshold = own
@@ -154,7 +143,7 @@ def _in_plain_torch(
             [o for o, _ in pairs],
             sources,
             [g for _, g in pairs],
-            create_graph=with_graph,
+            create_graph=again,
             allow_unused=True,
         )
     )

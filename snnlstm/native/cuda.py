@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..call import Call, Signature
 from . import cudnn, tensors
-from .tensors import Gradients, Result, Saved, Step, address, view
+from .tensors import Gradients, Pass, Result, Saved, Step, address, view
 from .ways import Way, Ways
 
 __all__ = ["Kernels"]
@@ -184,70 +184,51 @@ class Plan:
         with self.kernels.guard(call.x.device):
             parameters, alive = self._parameters(call)
             noise = tensors.stochastic_noise(call.x, call.options, grads[0])
-
-            def run(way: Way, d_gates: Tensor | None) -> Gradients:
-                return self._backward(way, call, parameters, saved, grads, noise, wanted, d_gates)
+            given = Pass(call, parameters, saved, grads, noise)
 
             def attempt(way: Way) -> Gradients:  # d_gates may take the place of the saved gates
-                return run(way, None if d_gates is None else torch.empty_like(d_gates))
+                other = None if d_gates is None else torch.empty_like(d_gates)
+                return self._backward(way, given, wanted, other)
 
             details = "".join("01"[want] for want in wanted)
             way = self.ways.choose("backward" if d_gates is None else "step", attempt, details)
-            out = run(way, d_gates)
+            out = self._backward(way, given, wanted, d_gates)
             del alive
         if out.threshold is None:
             return out
         return out._replace(threshold=tensors.threshold_gradient(out.threshold, call.threshold))
 
     def _backward(
-        self,
-        way: Way,
-        call: Call,
-        parameters: dict[str, int],
-        saved: Saved,
-        grads: Sequence[Tensor | None],
-        noise: Tensor | None,
-        wanted: Sequence[bool],
-        d_gates: Tensor | None,
+        self, way: Way, given: Pass, wanted: Sequence[bool], d_gates: Tensor | None
     ) -> Gradients:
-        x, options = call.x, call.options
+        call, x = given.call, given.call.x
         if not way.torch:
             out = tensors.empty_gradients(x, self.signature, wanted)
-            self._run_steps(way, call, parameters, saved, grads, noise, out, d_gates, None)
+            self._run_steps(way, given, out, d_gates, None)
             return out
-        of_weight = wanted[3:5]
         out = tensors.empty_gradients(x, self.signature, (*wanted[:3], False, False, wanted[5]))
         if d_gates is None:
             d_gates = self.empty_d_gates(call, None)
-        mems = cudnn.empty_mems(self, call, d_gates)
+        mems = cudnn.empty_mems(self, call, d_gates) if wanted[3] else None
         if way.torch == "all":
-            cudnn.steps_backward(self, call, parameters, saved, grads, noise, out, d_gates, mems)
+            cudnn.steps_backward(self, given, out, d_gates, mems)
         else:
-            steps = out._replace(x=None)
-            self._run_steps(way, call, parameters, saved, grads, noise, steps, d_gates, mems)
+            self._run_steps(way, given, out._replace(x=None), d_gates, mems)
         if out.x is not None:
             cudnn.data_gradient(self, call, d_gates, out.x)
-        xs = x if options.sequence else x.unsqueeze(0)
-        mem = cudnn.images_of(mems, call.mem)
-        weight, bias = cudnn.weight_gradient(self, xs, mem, d_gates, of_weight)
+        xs = x if call.options.sequence else x.unsqueeze(0)
+        mem = None if mems is None else cudnn.images_of(mems, call.mem)
+        weight, bias = cudnn.weight_gradient(self, xs, mem, d_gates, wanted[3:5])
         return out._replace(weight=weight, bias=bias)
 
     def _run_steps(
-        self,
-        way: Way,
-        call: Call,
-        parameters: dict[str, int],
-        saved: Saved,
-        grads: Sequence[Tensor | None],
-        noise: Tensor | None,
-        out: Gradients,
-        d_gates: Tensor | None,
-        mems: Tensor | None,
+        self, way: Way, given: Pass, out: Gradients, d_gates: Tensor | None, mems: Tensor | None
     ) -> None:
         """The kernels, for the gradients that `out` has memory for.
 
         `mems`, if given, gets mem before each step but the first.
         """
+        call, parameters, saved, grads, noise = given
         packed = self._pack(call, way.target, backward=True)
         of_weights = out.weight is not None or out.bias is not None or d_gates is None
         if of_weights:

@@ -23,7 +23,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from ..call import Call, CellOptions
 from . import tensors
-from .tensors import Gradients, Result, Saved, address, view
+from .tensors import Gradients, Pass, Result, address, view
 
 if TYPE_CHECKING:
     from .cuda import Plan
@@ -78,21 +78,14 @@ def forward(plan: Plan, call: Call, parameters: dict[str, int], result: Result) 
 
 
 def steps_backward(
-    plan: Plan,
-    call: Call,
-    parameters: dict[str, int],
-    saved: Saved,
-    grads: Sequence[Tensor | None],
-    noise: Tensor | None,
-    out: Gradients,
-    d_gates: Tensor,
-    mems: Tensor | None,
+    plan: Plan, given: Pass, out: Gradients, d_gates: Tensor, mems: Tensor | None
 ) -> None:
     """The kernels do a step's neurons, last step first; torch the gradient of mem.
 
     `out` gets the gradients of syn, mem and threshold that it has memory for, `d_gates` and
-    `mems` what the module says.
+    `mems`, if given, what the module says.
     """
+    call, parameters, saved, grads, noise = given
     core, options, begin = plan.core, call.options, plan.begin_step()
     syn, mem = call.syn, call.mem
     grad_spk, into_syn, into_mem = grads
@@ -153,7 +146,7 @@ def data_gradient(plan: Plan, call: Call, d_gates: Tensor, out: Tensor) -> None:
 
 
 def weight_gradient(
-    plan: Plan, x: Tensor, mem: Tensor, d_gates: Tensor, wanted: Sequence[bool]
+    plan: Plan, x: Tensor, mem: Tensor | None, d_gates: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of weight and bias over steps.
 
@@ -162,8 +155,8 @@ def weight_gradient(
     plan : Plan
     x : Tensor
         (T, N, Cin, H, W).
-    mem : Tensor
-        (T, N, C or more, Ho, Wo), mem before each step.
+    mem : Tensor or None
+        (T, N, C or more, Ho, Wo), mem before each step; only the weight's gradient needs it.
     d_gates : Tensor
         (T, N, Ho * Wo, 4 Cp), gradient of the gate sums.
     wanted : two of bool
@@ -173,6 +166,7 @@ def weight_gradient(
     rest = (options.padding, options.dilation)
     d_weight = d_bias = None
     if wanted[0]:
+        assert mem is not None
         grads = images_of(d_gates, mem).flatten(0, 1)
         halves = []
         for images, stride in (x, options.stride), (mem, (1, 1)):

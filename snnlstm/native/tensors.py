@@ -75,6 +75,28 @@ class Gradients(NamedTuple):
     threshold: Tensor | None
 
 
+class Pass(NamedTuple):
+    """What a backward pass on CUDA is given.
+
+    Attributes
+    ----------
+    call : Call
+    parameters : dict
+        Addresses that every kernel takes, by the names of the core's arguments.
+    saved : Saved
+    grads : three of Tensor or None
+        Gradients of spk, syn and mem.
+    noise : Tensor or None
+        Of the stochastic surrogate.
+    """
+
+    call: Call
+    parameters: dict[str, int]
+    saved: Saved
+    grads: Sequence[Tensor | None]
+    noise: Tensor | None
+
+
 class Step(NamedTuple):
     """What the backward pass of a step call leaves for the gradients of weight and bias.
 

@@ -150,8 +150,9 @@ class Ways:
         if name not in ways:
             if not self._kernels.may_measure():
                 return estimated
-            name = self._fastest(ways, run)
-            choices.keep(key, name)
+            fastest = self._fastest(ways, run)
+            # Another thread may have been first; and a file may hold names of its writer's own.
+            name = kept if (kept := choices.keep(key, fastest)) in ways else fastest
         way = self._known[what] = ways[name]
         parts = {what.split()[0]: way.name for what, way in self._known.items()}
         order = [parts[part] for part in ("forward", "backward", "step") if part in parts]
