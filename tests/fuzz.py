@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from kernels import ISAS, Kernels, native, use
 from poison import HUGE, NAN
 from torch import Tensor
+from tqdm import tqdm
 
 import snnlstm
 from snnlstm.call import CellOptions
@@ -240,9 +241,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     chosen = parser.parse_args()
     end, total, seed = time.monotonic() + 60 * chosen.minutes, Counter[str](), chosen.seed
-    while time.monotonic() < end:
-        total += run(100, seed)
-        seed += 1
+    with tqdm(unit=" calls", desc=f"{chosen.minutes:g} minutes", disable=None) as progress:
+        while time.monotonic() < end:
+            total += run(100, seed)
+            seed += 1
+            progress.update(100)
     compared, alone = total["results and gradients"], total["results alone"]
     print(f"{compared + alone} calls, seeds {chosen.seed} to {seed - 1}")
     for name, count in sorted(total.items()):
