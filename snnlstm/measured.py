@@ -9,22 +9,25 @@ import contextlib
 import json
 import logging
 import os
+from collections import OrderedDict
 from pathlib import Path
 
 __all__ = ["Choices", "choices"]
 
 logger = logging.getLogger("snnlstm")
 
+_MOST = 4096  # choices that are kept, of some 300 bytes each
+
 
 class Choices:
-    """Names of what was fastest, by a text that says of what.
+    """Names of what was fastest, by a text that says of what; the least recently used go first.
 
     There is no lock, which a fork could leave locked: of two threads that measure the same thing,
     the first to keep its choice decides.
     """
 
     def __init__(self) -> None:
-        self._found: dict[str, str] = {}
+        self._found: OrderedDict[str, str] = OrderedDict()
         self.file: Path | None = None
 
     def keep_in(self, file: Path | None) -> None:
@@ -38,6 +41,7 @@ class Choices:
         if file is not None:
             for key, name in _read(file).items():
                 self._found.setdefault(key, name)
+            self._drop_oldest()
         self.file = file
 
     def clear(self) -> None:
@@ -46,11 +50,15 @@ class Choices:
 
     def find(self, key: str) -> str | None:
         """The name that was kept, or None."""
-        return self._found.get(key)
+        name = self._found.get(key)
+        with contextlib.suppress(KeyError):  # another thread may have dropped it just now
+            self._found.move_to_end(key)
+        return name
 
     def keep(self, key: str, name: str) -> str:
         """Keep a choice, unless there is one; returns that which is kept."""
         name = self._found.setdefault(key, name)
+        self._drop_oldest()
         if self.file is not None:
             try:
                 _write(self.file, key, name)
@@ -58,6 +66,10 @@ class Choices:
                 logger.warning("%s gets no further measured choices: %s", self.file, error)
                 self.file = None
         return name
+
+    def _drop_oldest(self) -> None:
+        while len(self._found) > _MOST:
+            self._found.popitem(last=False)
 
 
 def _read(file: Path) -> dict[str, str]:
@@ -75,11 +87,13 @@ def _read(file: Path) -> dict[str, str]:
 
 
 def _write(file: Path, key: str, name: str) -> None:
-    """Add a choice to what other processes may have written, in one piece."""
-    held = _read(file) | {key: name}
+    """Add a choice to what other processes may have written, in one piece; the latest stay."""
+    held = _read(file)
+    held.pop(key, None)
+    held = dict([*held.items(), (key, name)][-_MOST:])
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        beside.write_text(json.dumps(held, indent=1, sort_keys=True) + "\n")
+        beside.write_text(json.dumps(held, indent=1) + "\n")
         beside.replace(file)
     except OSError:
         with contextlib.suppress(OSError):

@@ -8,7 +8,7 @@ import logging
 import pytest
 
 import snnlstm
-from snnlstm import settings
+from snnlstm import measured, settings
 from snnlstm.measured import Choices, choices
 
 
@@ -44,6 +44,22 @@ def test_a_file_that_cannot_be_written_is_given_up(tmp_path, caplog):
     assert len(caplog.records) == 1
     assert "gets no further measured choices" in caplog.text
     assert kept.find("b") == "two"
+
+
+def test_the_least_recently_used_choices_go_first(tmp_path, monkeypatch):
+    """In memory; a file keeps those that were written last."""
+    monkeypatch.setattr(measured, "_MOST", 3)
+    file, kept = tmp_path / "choices.json", Choices()
+    kept.keep_in(file)
+    for key in "abc":
+        kept.keep(key, "one")
+    assert kept.find("a") == "one"
+    kept.keep("d", "two")
+    assert [kept.find(key) for key in "abcd"] == ["one", None, "one", "two"]
+    assert list(json.loads(file.read_text())) == ["b", "c", "d"]
+    file.write_text(json.dumps(dict.fromkeys("efghi", "three")))
+    kept.keep_in(file)
+    assert [key for key in "abcdefghi" if kept.find(key)] == ["g", "h", "i"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', "{"])

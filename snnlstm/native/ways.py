@@ -81,7 +81,7 @@ class Ways:
         self._target = kernels.target(s, tf32, _AUTOMATIC)
         self._fused = kernels.target(s, tf32, _FUSED)
         self._forward, self._backward = (self._estimate(algorithm, part) for part in (False, True))
-        self._known: dict[str, Way] = {}
+        self._known: dict[str, Way] = {}  # a few hundred: wanted gradients, lengths of loops
         self.name = (self._backward if algorithm == "hybrid" else self._forward).name
 
     def _key(self, what: str) -> str:
