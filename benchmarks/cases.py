@@ -7,9 +7,12 @@ fewer operations can therefore show an effective rate above the machine's peak.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -72,6 +75,12 @@ class Case:
         ]
         return " ".join(text for used, text in told if used)
 
+    def columns(self) -> dict[str, Any]:
+        """What a row of the results says of the case."""
+        names = ("steps", "batch", "cin", "cout", "height", "width", "options", "density")
+        kernel = "x".join(map(str, self.kernel))
+        return {"case": self.name, "kernel": kernel, **{n: getattr(self, n) for n in names}}
+
     @property
     def title(self) -> str:
         """Shape and options in one line."""
@@ -117,16 +126,13 @@ class Case:
         weights = 4 * self.cout * (self.cin + self.cout) * self.kernel[0] * self.kernel[1]
         forward = x + 4 * state + spikes + weights
         backward = 4 * state + x * (1 + self.grad_x) + 6 * state + spikes + 2 * weights
-        counts = {
-            "forward": forward,
-            "backward": backward,
-            "both": forward + 4 * state + backward,
-        }
-        return element * counts[mode]
+        both = forward + 4 * state + backward
+        return element * {"forward": forward, "backward": backward, "both": both}[mode]
 
 
-def _named(*cases: Case) -> dict[str, Case]:
-    return {case.name: case for case in cases}
+def _named(*cases: Case, **fields: Any) -> dict[str, Case]:
+    """Cases by name; fields: what they have in common."""
+    return {case.name: dataclasses.replace(case, **fields) for case in cases}
 
 
 _MID = Case("mid", 8, 8, 32, 64, 32, 32, goals=(5, 4.5))
@@ -148,34 +154,31 @@ CPU_CASES = _named(
 )
 
 # Networks call their cells once per step: what that makes of the speed-up.
-LOOP_CASES = {
-    case.name: dataclasses.replace(case, goals_of="snnlstm-step")
-    for case in (
-        Case("loop1", 16, 1, 2, 12, 15, 17, goals=(6, 4)),
-        Case("loop2", 8, 24, 1, 8, 28, 28, max_pool=2, goals=(5, 4)),
-        Case("loop3", 8, 12, 2, 24, 34, 34, goals=(3.5, 2.8)),
-        Case("loop4", 6, 10, 24, 40, 30, 26, goals=(3.3, 2.4)),
-    )
-}
+LOOP_CASES = _named(
+    Case("loop1", 16, 1, 2, 12, 15, 17, goals=(6, 4)),
+    Case("loop2", 8, 24, 1, 8, 28, 28, max_pool=2, goals=(5, 4)),
+    Case("loop3", 8, 12, 2, 24, 34, 34, goals=(3.5, 2.8)),
+    Case("loop4", 6, 10, 24, 40, 30, 26, goals=(3.3, 2.4)),
+    goals_of="snnlstm-step",
+)
 
 # As found in real networks: spectrograms, EEG (channels by time, or one column), events, images.
-USERS_CASES = {
-    case.name: dataclasses.replace(case, goals=(3, 2.5), goals_of="snnlstm-step")
-    for case in (
-        Case("spectrum", 4, 8, 1, 16, 129, 33, kernel=(9, 9)),
-        Case("electrodes", 4, 8, 1, 16, 19, 125, kernel=(19, 3)),
-        Case("column-3x1", 8, 16, 1, 4, 129, 33, kernel=(3, 1)),
-        Case("k5-first", 8, 16, 1, 16, 28, 28, kernel=(5, 5)),
-        Case("column1", 10, 16, 22, 16, 129, 1),
-        Case("column2", 10, 16, 16, 32, 64, 1),
-        Case("column3", 10, 16, 32, 64, 32, 1),
-        Case("eeg1", 8, 8, 1, 16, 22, 129, max_pool=2),
-        Case("eeg2", 8, 8, 16, 32, 11, 64, max_pool=2),
-        Case("eeg3", 8, 8, 32, 64, 5, 32, max_pool=2),
-        Case("frame", 2, 1, 32, 1, 720, 1580),
-        Case("small", 10, 16, 16, 12, 8, 8),
-    )
-}
+USERS_CASES = _named(
+    Case("spectrum", 4, 8, 1, 16, 129, 33, kernel=(9, 9)),
+    Case("electrodes", 4, 8, 1, 16, 19, 125, kernel=(19, 3)),
+    Case("column-3x1", 8, 16, 1, 4, 129, 33, kernel=(3, 1)),
+    Case("k5-first", 8, 16, 1, 16, 28, 28, kernel=(5, 5)),
+    Case("column1", 10, 16, 22, 16, 129, 1),
+    Case("column2", 10, 16, 16, 32, 64, 1),
+    Case("column3", 10, 16, 32, 64, 32, 1),
+    Case("eeg1", 8, 8, 1, 16, 22, 129, max_pool=2),
+    Case("eeg2", 8, 8, 16, 32, 11, 64, max_pool=2),
+    Case("eeg3", 8, 8, 32, 64, 5, 32, max_pool=2),
+    Case("frame", 2, 1, 32, 1, 720, 1580),
+    Case("small", 10, 16, 16, 12, 8, 8),
+    goals=(3, 2.5),
+    goals_of="snnlstm-step",
+)
 
 # Layers as networks on DVS128 Gesture have them: 2 polarities in, 64 or 128 pixels a side.
 GPU_CASES = _named(
@@ -226,38 +229,29 @@ def random_cases(count: int, seed: int) -> list[Case]:
     def size(most: int) -> int:
         return round(math.exp(draw.uniform(0, math.log(most))))
 
-    cases = []
+    cases: list[Case] = []
     while len(cases) < count:
         side = draw.choice((1, 3, 3, 3, 5, 7, 9, 11))
         other = side if draw.random() < 0.6 else draw.choice((1, 3, 5, 7, 9, 11))
-        height, width = size(80), size(80)
+        image = size(80), size(80)
         pool = draw.choice((0, 0, 2, 3))
-        pool = pool if pool <= min(height, width) else 0
+        pool = pool if pool <= min(image) else 0
+        layer = (draw.randint(1, 8), draw.randint(1, 16), size(160), size(160), *image)
+        kind = "max_pool" if draw.random() < 0.5 else "avg_pool"
+        reset = draw.choice(("none", "subtract", "zero"))
+        density = draw.choice((None, 0.01, 0.03, 0.1, 0.3))
         case = Case(
-            f"random{len(cases)}",
-            steps=draw.randint(1, 8),
-            batch=draw.randint(1, 16),
-            cin=size(160),
-            cout=size(160),
-            height=height,
-            width=width,
-            kernel=(side, other),
-            max_pool=pool if draw.random() < 0.5 else 0,
-            reset=draw.choice(("none", "subtract", "zero")),
-            density=draw.choice((None, 0.01, 0.03, 0.1, 0.3)),
+            f"random{len(cases)}", *layer, kernel=(side, other), reset=reset, density=density
         )
-        if not case.max_pool:
-            case = dataclasses.replace(case, avg_pool=pool)
         if case.flops("forward") < 4e9:
-            cases.append(case)
+            cases.append(dataclasses.replace(case, **{kind: pool}))
     return cases
 
 
 def parse_case(text: str) -> Case:
     """A shape given on the command line: "T N Cin Cout H W k [option=value ...]".
 
-    k is "3" or "3x5". Options: max_pool, avg_pool, reset, quant (bits), threshold, density (a
-    share, or "dense"), name. Raises ValueError naming the part that is wrong.
+    k is "3" or "3x5"; OPTIONS lists the options. Raises ValueError naming the part that is wrong.
     """
     words = text.replace(",", " ").split()
     numbers = [word for word in words if "=" not in word]
@@ -271,20 +265,14 @@ def parse_case(text: str) -> Case:
     kernel = [_positive("k", side) for side in numbers[6].lower().split("x")]
     if len(kernel) > 2 or any(side % 2 == 0 for side in kernel):
         raise ValueError(f"--shape: k must be odd, as 3 or 3x5, got {numbers[6]!r}")
-    given: dict[str, object] = {"name": "own-" + "-".join(numbers)}
-    for word in words:
-        if "=" in word:
-            given |= _option(*word.split("=", 1))
-    case = Case(
-        steps=sizes[0],
-        batch=sizes[1],
-        cin=sizes[2],
-        cout=sizes[3],
-        height=sizes[4],
-        width=sizes[5],
-        kernel=(kernel[0], kernel[-1]),
-        **given,
-    )  # type: ignore[arg-type]
+    given: dict[str, Any] = {"name": "own-" + "-".join(numbers)}
+    for key, value in (word.split("=", 1) for word in words if "=" in word):
+        if key not in OPTIONS:
+            known = ", ".join(OPTIONS)
+            raise ValueError(f"--shape: unknown option {key}={value!r}; known: {known}")
+        field, read = OPTIONS[key]
+        given[field] = read(key, value)
+    case = Case(given.pop("name"), *sizes, (kernel[0], kernel[-1]), **given)
     if case.max_pool and case.avg_pool:
         raise ValueError("--shape: only one of max_pool and avg_pool may be given, got both")
     if min(case.spike_shape) < 1:
@@ -292,37 +280,36 @@ def parse_case(text: str) -> Case:
     return case
 
 
-def _positive(label: str, word: str) -> int:
-    if not word.isdigit() or int(word) < 1:
-        raise ValueError(f"--shape: {label} must be a positive whole number, got {word!r}")
+def _positive(label: str, word: str, most: float = math.inf) -> int:
+    if not word.isdigit() or not 1 <= int(word) <= most:
+        limit = "" if most == math.inf else f" up to {most}"
+        raise ValueError(f"--shape: {label} must be a positive whole number{limit}, got {word!r}")
     return int(word)
 
 
-def _option(key: str, value: str) -> dict[str, object]:
-    if key in ("max_pool", "avg_pool"):
-        return {key: _positive(key, value)}
-    if key == "quant":
-        bits = _positive(key, value)
-        if bits > 16:
-            raise ValueError(f"--shape: quant must be 1 to 16 bits, got {value!r}")
-        return {"quant_bits": bits}
-    if key == "reset":
-        if value not in ("none", "subtract", "zero"):
-            raise ValueError(f"--shape: reset must be none, subtract or zero, got {value!r}")
-        return {"reset": value}
-    if key == "density":
-        return {"density": parse_density(value, "--shape: density")}
-    if key == "threshold":
-        try:
-            return {"threshold": float(value)}
-        except ValueError:
-            raise ValueError(f"--shape: threshold must be a number, got {value!r}") from None
-    if key == "name" and value:
-        return {"name": value}
-    raise ValueError(
-        f"--shape: unknown option {key}={value!r}; known: max_pool, avg_pool, reset, quant, "
-        "threshold, density, name"
-    )
+def _reset(label: str, word: str) -> str:
+    if word not in ("none", "subtract", "zero"):
+        raise ValueError(f"--shape: {label} must be none, subtract or zero, got {word!r}")
+    return word
+
+
+def _number(label: str, word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise ValueError(f"--shape: {label} must be a number, got {word!r}") from None
+
+
+OPTIONS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
+    "max_pool": ("max_pool", _positive),
+    "avg_pool": ("avg_pool", _positive),
+    "reset": ("reset", _reset),
+    "quant": ("quant_bits", functools.partial(_positive, most=16)),
+    "threshold": ("threshold", _number),
+    "density": ("density", lambda key, value: parse_density(value, f"--shape: {key}")),
+    "name": ("name", lambda key, value: value),
+}
+"""Option of a shape: the field of Case, and the function of key and value that reads it."""
 
 
 def parse_density(text: str, label: str = "--density") -> float | None:

@@ -9,7 +9,9 @@ import datetime
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +50,54 @@ examples:
 """
 
 
+HELP = {
+    "shapes": 'built-in shapes from the list below; "cpu", "loops", "users" and "gpu" stand for '
+    "whole tables (default: cpu, or gpu with --device cuda)",
+    "shape": "a shape of your own, may be repeated; options after k: max_pool=2 avg_pool=2 "
+    "reset=zero quant=8 threshold=0.1 density=0.1 (or density=dense) name=mine",
+    "random": "so many shapes of odd sizes, drawn with --seed: a search for one where we are "
+    "slower; the ratios are listed in order, the worst ten with their shapes",
+    "providers": "from the list below; snntorch is always among them (default: all that run here)",
+    "mode": "forward: inference; backward: backward alone; both: training (default: all three)",
+    "density": 'share of ones in x, or "dense" for normally distributed x, in place of the '
+    "shapes' own (0.1 mostly)",
+    "device": "where all providers run (default: %(default)s)",
+    "dtype": "tf32: float32 tensors on tensor cores (CUDA); autocast: float32 tensors under "
+    "torch.autocast to bfloat16",
+    "threads": "threads of torch, and so of every provider (default: %(default)s, torch's own)",
+    "seed": "of weights and x (default: %(default)s)",
+    "quick": "fewer of everything: under 2 minutes",
+    "seconds": "time for one shape in one mode, all providers together (default: 12; --quick: 1.5)",
+    "limit": "begin no further shape after so many seconds in all (default: none)",
+    "memory": "peak memory of each shape and against T, against T only, or not (default: all; "
+    "--quick: long)",
+    "busy": "keep one core busy with something else: what is that core's loss to each provider?",
+    "kernels": "profile one run of snnlstm and of snntorch for each shape and mode, and write "
+    "kernels.csv: the time of each kernel",
+    "goals": "set the speed-ups against our goals",
+    "out": "directory for rows.csv, rows.json, table.md and the plots (default: "
+    "out/bench-DATE-TIME)",
+    "no-plots": "write rows only",
+    "compare": "what changed from run A to run B (directories or files of rows), and what is noise",
+    "plot": "draw the plots of a run again",
+}
+
+
+def at_least(least: float, kind: type[float] = int) -> Callable[[str], float]:
+    """An argparse type: a number that is not smaller."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"must be at least {least:g}, got {text!r}")
+        return value
+
+    return convert
+
+
 def parser() -> argparse.ArgumentParser:
     """The arguments of the suite."""
     p = argparse.ArgumentParser(
@@ -57,116 +107,35 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = p.add_argument_group("what to measure")
-    what.add_argument(
-        "--shapes",
-        nargs="+",
-        metavar="NAME",
-        help='built-in shapes from the list below; "cpu", "loops", "users" and "gpu" stand for '
-        "whole tables (default: cpu, or gpu with --device cuda)",
-    )
-    what.add_argument(
-        "--shape",
-        action="append",
-        default=[],
-        metavar='"T N Cin Cout H W k ..."',
-        help="a shape of your own, may be repeated; options after k: max_pool=2 avg_pool=2 "
-        "reset=zero quant=8 threshold=0.1 density=0.1 (or density=dense) name=mine",
-    )
-    what.add_argument(
-        "--random",
-        type=int,
-        default=0,
-        metavar="N",
-        help="so many shapes of odd sizes, drawn with --seed: a search for one where we are slower;"
-        " the ratios are listed in order, the worst ten with their shapes",
-    )
-    what.add_argument(
-        "--providers",
-        nargs="+",
-        metavar="NAME",
-        help="from the list below; snntorch is always among them (default: all that run here)",
-    )
-    what.add_argument(
-        "--mode",
-        nargs="+",
-        choices=MODES,
-        help="forward: inference; backward: backward alone; both: training (default: all three)",
-    )
-    what.add_argument(
-        "--density",
-        metavar="D",
-        help='share of ones in x, or "dense" for normally distributed x, in place of the shapes\' '
-        "own (0.1 mostly)",
-    )
-    what.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    what.add_argument(
-        "--dtype",
-        nargs="+",
-        choices=DTYPES,
-        default=["float32"],
-        help="tf32: float32 tensors on tensor cores (CUDA); autocast: float32 tensors under "
-        "torch.autocast to bfloat16",
-    )
-    what.add_argument(
-        "--threads",
-        type=int,
-        default=torch.get_num_threads(),
-        metavar="N",
-        help="threads of torch, and so of every provider (default: torch's own, %(default)s here)",
-    )
-    what.add_argument("--seed", type=int, default=0, help="of weights and x (default: 0)")
-    how = p.add_argument_group("how long")
-    how.add_argument("--quick", action="store_true", help="fewer of everything: under 2 minutes")
-    how.add_argument(
-        "--seconds",
-        type=float,
-        metavar="S",
-        help="time for one shape in one mode, all providers together (default: 12; --quick: 1.5)",
-    )
-    how.add_argument(
-        "--limit",
-        type=float,
-        default=math.inf,
-        metavar="S",
-        help="begin no further shape after so many seconds in all (default: none)",
-    )
-    how.add_argument(
-        "--memory",
-        choices=("all", "long", "off"),
-        help="peak memory of each shape and against T, against T only, or not (default: all; "
-        "--quick: long)",
-    )
-    how.add_argument(
-        "--busy",
-        action="store_true",
-        help="keep one core busy with something else: what is that core's loss to each provider?",
-    )
-    how.add_argument(
-        "--kernels",
-        action="store_true",
-        help="profile one run of snnlstm and of snntorch for each shape and mode, and write "
-        "kernels.csv: the time of each kernel",
-    )
-    out = p.add_argument_group("what to show")
-    out.add_argument("--goals", action="store_true", help="set the speed-ups against our goals")
-    out.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="directory for rows.csv, rows.json, table.md and the plots "
-        "(default: out/bench-DATE-TIME)",
-    )
-    out.add_argument("--no-plots", action="store_true", help="write rows only")
-    other = p.add_argument_group("instead of measuring")
-    other.add_argument(
-        "--compare",
-        nargs=2,
-        type=Path,
-        metavar=("A", "B"),
-        help="what changed from run A to run B (directories or files of rows), and what is noise",
-    )
-    other.add_argument("--plot", type=Path, metavar="DIR", help="draw the plots of a run again")
+    group = p.add_argument_group("what to measure")
+
+    def add(name: str, **options: Any) -> None:
+        group.add_argument(f"--{name}", help=HELP[name], **options)
+
+    add("shapes", nargs="+", metavar="NAME")
+    add("shape", action="append", default=[], metavar='"T N Cin Cout H W k ..."')
+    add("random", type=at_least(0), default=0, metavar="N")
+    add("providers", nargs="+", metavar="NAME")
+    add("mode", nargs="+", choices=MODES)
+    add("density", metavar="D")
+    add("device", choices=("cpu", "cuda"), default="cpu")
+    add("dtype", nargs="+", choices=DTYPES, default=["float32"])
+    add("threads", type=at_least(1), default=torch.get_num_threads(), metavar="N")
+    add("seed", type=int, default=0)
+    group = p.add_argument_group("how long")
+    add("quick", action="store_true")
+    add("seconds", type=at_least(0.001, float), metavar="S")
+    add("limit", type=float, default=math.inf, metavar="S")
+    add("memory", choices=("all", "long", "off"))
+    add("busy", action="store_true")
+    add("kernels", action="store_true")
+    group = p.add_argument_group("what to show")
+    add("goals", action="store_true")
+    add("out", type=Path, metavar="DIR")
+    add("no-plots", action="store_true")
+    group = p.add_argument_group("instead of measuring")
+    add("compare", nargs=2, type=Path, metavar=("A", "B"))
+    add("plot", type=Path, metavar="DIR")
     return p
 
 
@@ -176,32 +145,24 @@ def plan_from(args: argparse.Namespace, dtype: str) -> Plan:
         raise ValueError("--device: cuda was asked for, but torch sees no CUDA device")
     if dtype == "tf32" and args.device != "cuda":
         raise ValueError("--dtype: tf32 needs --device cuda")
-    if args.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {args.threads}")
-    if args.seconds is not None and not args.seconds > 0:
-        raise ValueError(f"--seconds must be positive, got {args.seconds}")
-    own = [parse_case(text) for text in args.shape]
-    names = args.shapes
-    if args.random < 0:
-        raise ValueError(f"--random must not be negative, got {args.random}")
-    own += random_cases(args.random, args.seed)
+    quick, names = args.quick, args.shapes
+    own = [*map(parse_case, args.shape), *random_cases(args.random, args.seed)]
     if names is None and not own:
-        quick = list(QUICK_CASES) if args.device == "cpu" else ["dvs64", "wide64"]
-        names = quick if args.quick else ["cpu" if args.device == "cpu" else "gpu"]
+        few = list(QUICK_CASES) if args.device == "cpu" else ["dvs64", "wide64"]
+        names = few if quick else ["cpu" if args.device == "cpu" else "gpu"]
     cases = find_cases(names or []) + own
     if args.density is not None:
         density = parse_density(args.density)
         cases = [dataclasses.replace(case, density=density, goals=None) for case in cases]
-    providers = args.providers or (list(QUICK_PROVIDERS) if args.quick else list(PROVIDERS))
     return Plan(
         cases=cases,
-        providers=find_providers(providers),
-        modes=args.mode or (["forward", "both"] if args.quick else list(MODES)),
+        providers=find_providers(args.providers or (QUICK_PROVIDERS if quick else PROVIDERS)),
+        modes=args.mode or (["forward", "both"] if quick else list(MODES)),
         setting=Setting(args.device, dtype, args.seed),
         threads=args.threads,
-        budget=Budget(seconds=args.seconds or (1.5 if args.quick else 12.0)),
-        memory=args.memory or ("long" if args.quick else "all"),
-        long_steps=(10, 40) if args.quick else Plan.long_steps,
+        budget=Budget(seconds=args.seconds or (1.5 if quick else 12.0)),
+        memory=args.memory or ("long" if quick else "all"),
+        long_steps=(10, 40) if quick else Plan.long_steps,
         deadline=time.monotonic() + args.limit,
         kernels=args.kernels,
     )
@@ -216,9 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(compare.report(*map(read_rows, args.compare)))
             return 0
         if args.plot:
-            return _draw(
-                read_rows(args.plot), args.plot if args.plot.is_dir() else args.plot.parent
-            )
+            folder = args.plot if args.plot.is_dir() else args.plot.parent
+            return _draw(read_rows(args.plot), folder)
         plans = [plan_from(args, dtype) for dtype in dict.fromkeys(args.dtype)]
     except ValueError as error:
         p.error(str(error))
@@ -227,8 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _measure(plans: list[Plan], args: argparse.Namespace) -> int:
     """Run the plans; what has been measured is written also if they are interrupted."""
-    now = datetime.datetime.now()
-    out = args.out or Path("out") / f"bench-{now:%Y%m%d-%H%M%S}"
+    out = args.out or Path("out") / f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     suites: list[Suite] = []
     begin = time.perf_counter()
     status = 0
@@ -240,22 +199,21 @@ def _measure(plans: list[Plan], args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130  # as the shell has it
-    rows = [row for suite in suites for row in suite.outcome.rows]
-    disagreements = [text for suite in suites for text in suite.outcome.disagreements]
-    for path in write_rows(rows, out):
-        print(f"wrote {path}")
+    rows = [row for suite in suites for row in suite.rows]
+    written = [*write_rows(rows, out)]
     if args.kernels:
-        kernels = [kernel for suite in suites for kernel in suite.outcome.kernels]
-        print(f"wrote {write_kernel_times(kernels, out)}")
+        written.append(write_kernel_times([k for suite in suites for k in suite.kernels], out))
     if args.goals and args.device == "cuda":
         print(gpu_goals.verdict(rows))
     if table := report.markdown(rows):
-        (out / "table.md").write_text(table)
-        print(f"wrote {out / 'table.md'}")
+        written.append(out / "table.md")
+        written[-1].write_text(table)
+    for path in written:
+        print(f"wrote {path}")
     if not args.no_plots:
         _draw(rows, out)
     print(f"took {time.perf_counter() - begin:.0f} s")
-    for line in disagreements:
+    for line in (disagreements := [line for suite in suites for line in suite.disagreements]):
         print(f"NOT TIMED, computes something else: {line}", file=sys.stderr)
     return 1 if disagreements else status
 
@@ -273,13 +231,13 @@ def _run(suite: Suite, goals: bool) -> None:
             "ratios will still be fair, milliseconds will not.\n"
         )
     try:
-        outcome = suite.run()
+        suite.run()
     finally:
-        print(report.summary(suite.outcome.rows, goals))
-        print(report.ranking(suite.outcome.rows))
-    table = report.memory_table(outcome.rows, goals)
-    print(f"\n{table}\n" if table else "")
-    print(report.peaks_line(outcome.peaks))
+        print(report.summary(suite.rows, goals))
+        print(report.ranking(suite.rows))
+    if table := report.memory_table(suite.rows, goals):
+        print(f"\n{table}\n")
+    print(report.peaks_line(suite.peaks))
 
 
 def _draw(rows: list[Row], directory: Path) -> int:
