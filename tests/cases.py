@@ -1,6 +1,6 @@
 """Random calls of the cell, for hypothesis: options, shapes, memory layouts and numbers."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -147,9 +147,29 @@ class Case:
             for shape in self.output_shapes
         )
 
+    def but(self, **changes: object) -> "Case":
+        """The same call with other values for some of its fields, or for some of its options'."""
+        own = {name: value for name, value in changes.items() if name in _FIELDS}
+        rest = {name: value for name, value in changes.items() if name not in _FIELDS}
+        return replace(self, **{"options": replace(self.options, **rest)} | own)
+
     def recorded(self) -> "Case":
         """The same call, of which every state is returned."""
-        return replace(self, options=replace(self.options, record=self.options.sequence))
+        return self.but(record=self.options.sequence)
+
+
+_FIELDS = {field.name for field in fields(Case)}
+PLAIN = Case(
+    CellOptions((3, 3), sequence=True, record=True, surrogate=surrogate.atan(), reset="subtract"),
+    torch.float32,
+    time=3,
+    batch=2,
+    in_channels=5,
+    channels=9,
+    height=7,
+    width=10,
+    threshold="column",
+)
 
 
 _SIDES = st.one_of(st.integers(1, 9), st.sampled_from([11, 13, 16, 17, 19]))

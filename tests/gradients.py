@@ -1,7 +1,6 @@
 """Gradients of a case, and their comparison."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import flat
 import torch
@@ -9,29 +8,12 @@ from cases import Case, Inputs, wanting_gradients
 from oracle import decisions
 from torch import Tensor
 
-from snnlstm import surrogate
 from snnlstm.call import CellOptions
 
 NAMES = ("x", "syn", "mem", "weight", "bias", "threshold")
 OUTPUTS = ("spk", "syn", "mem")
 
-PLAIN = Case(
-    CellOptions((3, 3), sequence=True, record=True, surrogate=surrogate.atan(), reset="subtract"),
-    torch.float32,
-    time=3,
-    batch=2,
-    in_channels=5,
-    channels=9,
-    height=7,
-    width=10,
-    threshold="column",
-)
-
 Run = Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
-def with_options(case: Case = PLAIN, **changes: object) -> Case:
-    return replace(case, options=replace(case.options, **changes))
 
 
 def gradients(

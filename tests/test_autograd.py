@@ -3,20 +3,17 @@
 import gc
 import itertools
 import weakref
-from dataclasses import replace
 
 import flat
 import pytest
 import torch
-from cases import Inputs, wanting_gradients
+from cases import PLAIN, Inputs, wanting_gradients
 from gradients import (
     NAMES,
     OUTPUTS,
-    PLAIN,
     gradients,
     leaves_and_gradients,
     total,
-    with_options,
 )
 from kernels import Kernels, native
 from poison import NAN, poisoned
@@ -28,7 +25,7 @@ pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
 @pytest.mark.parametrize("algorithm", ["direct", "winograd"])
 def test_any_subset_of_the_inputs_can_want_gradients(algorithm):
-    kernels, case = Kernels(native.cpu.isa, algorithm), replace(PLAIN, time=2)
+    kernels, case = Kernels(native.cpu.isa, algorithm), PLAIN.but(time=2)
     inputs = case.inputs()
     grads = case.output_gradients()
     everything = gradients(kernels.run, inputs, case.options, grads)
@@ -62,7 +59,7 @@ def test_without_gradients_nothing_is_kept():
 
 
 def test_spikes_without_surrogate_are_not_differentiable():
-    case = with_options(surrogate=surrogate.NONE)
+    case = PLAIN.but(surrogate=surrogate.NONE)
     spk, syn, mem = flat.run(*wanting_gradients(case.inputs()), case.options)
     assert not spk.requires_grad
     assert syn.requires_grad
@@ -110,7 +107,7 @@ def test_editing_an_input_in_place_is_noticed(name):
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_editing_an_output_in_place_gives_right_gradients(name):
     """What a caller does to returned tensors enters the graph, and nothing else changes."""
-    for case in (PLAIN, with_options(sequence=False, record=False), with_options(record=False)):
+    for case in (PLAIN, PLAIN.but(sequence=False, record=False), PLAIN.but(record=False)):
         inputs, grads = leaves_and_gradients(case)
         outcomes = []
         for in_place in (True, False):
@@ -125,7 +122,7 @@ def test_editing_an_output_in_place_gives_right_gradients(name):
 
 
 def test_editing_a_state_that_went_into_a_second_call_is_noticed():
-    step = with_options(sequence=False, record=False)
+    step = PLAIN.but(sequence=False, record=False)
     inputs = wanting_gradients(step.inputs())
     _, syn, mem = flat.run(*inputs, step.options)
     out = flat.run(inputs.x, syn, mem, *inputs[3:], step.options)
@@ -135,7 +132,7 @@ def test_editing_a_state_that_went_into_a_second_call_is_noticed():
 
 
 def test_detaching_in_place_cuts_the_graph():
-    step = with_options(sequence=False, record=False)
+    step = PLAIN.but(sequence=False, record=False)
     inputs = wanting_gradients(step.inputs())
     _, syn, mem = flat.run(*inputs, step.options)
     mem.detach_()

@@ -10,53 +10,46 @@ import flat
 import pytest
 import torch
 from alone import ALONE
-from cases import LAYOUTS, SURROGATES, Case, Inputs, wanting_gradients
+from cases import LAYOUTS, PLAIN, SURROGATES, Inputs, wanting_gradients
 from checks import check_gradients
 from gradients import (
     NAMES,
     OUTPUTS,
-    PLAIN,
     compare,
     gradients,
     leaves_and_gradients,
     total,
-    with_options,
 )
 from kernels import Kernels, native, one_thread
 from poison import HUGE, NAN, poisoned
 from torch import Tensor
 
 from snnlstm import surrogate
-from snnlstm.call import CellOptions
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
-DOUBLE = replace(PLAIN, dtype=torch.float64)
+DOUBLE = PLAIN.but(dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_each_option_alone(kernels, name):
     for dtype in kernels.dtypes:
-        case = replace(ALONE[name], dtype=dtype)
+        case = ALONE[name].but(dtype=dtype)
         # A case in which rounding decides proves nothing: take the next numbers.
-        assert any(check_gradients(kernels, replace(case, seed=seed)) for seed in range(3))
+        assert any(check_gradients(kernels, case.but(seed=seed)) for seed in range(3))
 
 
 @pytest.mark.parametrize("kind", SURROGATES, ids=lambda s: s.name)
 def test_each_surrogate(isa, kind):
     kernels = Kernels(isa, "auto")
-    assert check_gradients(kernels, with_options(DOUBLE, surrogate=kind))
-    assert check_gradients(
-        kernels, with_options(DOUBLE, surrogate=kind, pool="max", pool_size=(2, 2))
-    )
-    assert check_gradients(
-        kernels, with_options(DOUBLE, surrogate=kind, pool="avg", pool_size=(2, 2))
-    )
+    assert check_gradients(kernels, DOUBLE.but(surrogate=kind))
+    assert check_gradients(kernels, DOUBLE.but(surrogate=kind, pool="max", pool_size=(2, 2)))
+    assert check_gradients(kernels, DOUBLE.but(surrogate=kind, pool="avg", pool_size=(2, 2)))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_stochastic_surrogate_draws_the_noise_of_the_reference_in_float32(kernels, layout):
-    case = replace(with_options(surrogate=surrogate.SSO(0.1, 0.5)), layouts=(layout,) * 4)
+    case = PLAIN.but(surrogate=surrogate.SSO(0.1, 0.5), layouts=(layout,) * 4)
     inputs = case.inputs()
     grads = case.output_gradients()
     own, other = (
@@ -72,7 +65,7 @@ def test_the_stochastic_surrogate_draws_the_noise_of_the_reference_in_float32(ke
 def test_gradients_through_spikes_through_states_and_through_both(isa, outputs):
     for record in (True, False):
         for reset in ("none", "subtract", "zero"):
-            case = with_options(DOUBLE, record=record, reset=reset)
+            case = DOUBLE.but(record=record, reset=reset)
             assert check_gradients(Kernels(isa, "auto"), case, outputs)
 
 
@@ -82,7 +75,7 @@ def test_memory_layouts(kernels, layout):
     for which in range(4):
         layouts = ["contiguous"] * 4
         layouts[which] = layout
-        case = replace(PLAIN, time=2, batch=1, layouts=tuple(layouts))
+        case = PLAIN.but(time=2, batch=1, layouts=tuple(layouts))
         inputs = case.inputs()
         grads = case.output_gradients()
         contiguous = Inputs(*(None if t is None else t.contiguous() for t in inputs))
@@ -97,13 +90,13 @@ def test_every_size_of_image_up_to_13(isa, kernel):
     """Every way in which tiles of 2, 3 or 4 can be cut off, along either axis."""
     kernels = Kernels(isa, "winograd")
     # Without a jump anywhere, so that every case can be compared.
-    case = with_options(kernel_size=kernel, reset="none", record=False)
-    case = replace(case, time=1, batch=1, in_channels=2)
+    case = PLAIN.but(kernel_size=kernel, reset="none", record=False)
+    case = case.but(time=1, batch=1, in_channels=2)
     for height in range(1, 14):
         for width in range(1, 14):
             # Whole or half vectors of AVX-512, in turn.
             channels = 9 if (height + width) % 2 else 5
-            sized = replace(case, height=height, width=width, channels=channels)
+            sized = case.but(height=height, width=width, channels=channels)
             inputs = sized.inputs()
             grads = [None, *sized.output_gradients()[1:]]
             with poisoned(HUGE):
@@ -115,8 +108,8 @@ def test_every_size_of_image_up_to_13(isa, kernel):
 
 def test_a_hundred_steps_stay_accurate(kernels):
     """Relative errors in norm, at default init: the documented 2e-5."""
-    case = replace(with_options(reset="none"), time=100, batch=1, in_channels=4, channels=16)
-    inputs = replace(case, density=0.3).inputs()
+    case = PLAIN.but(reset="none", time=100, batch=1, in_channels=4, channels=16)
+    inputs = case.but(density=0.3).inputs()
     with one_thread():
         grads = [None, None, case.output_gradients()[2]]
         exact = gradients(flat.reference, inputs.double(), case.options, grads)
@@ -128,8 +121,8 @@ def test_a_hundred_steps_stay_accurate(kernels):
 def test_long_sums_round_no_more_than_torchs(isa):
     """Direct convolution sums in pieces; in one register it would round five times as much."""
     kernels = Kernels(isa, "direct")
-    case = with_options(kernel_size=(5, 5), reset="none", record=False)
-    case = replace(case, time=1, batch=2, in_channels=64, channels=64, density=1.0)
+    case = PLAIN.but(kernel_size=(5, 5), reset="none", record=False)
+    case = case.but(time=1, batch=2, in_channels=64, channels=64, density=1.0)
     inputs, grads = case.inputs(), [None, *case.output_gradients()[1:]]
     with one_thread():
         exact = gradients(flat.reference, inputs.double(), case.options, grads)
@@ -158,11 +151,9 @@ def test_long_sums_round_no_more_than_torchs(isa):
 )
 def test_taps_that_never_meet_the_image_are_left_out(kernels, size, kernel, dilation, left):
     """The same bits as from the kernel's middle alone, and around it a gradient of zero."""
-    case = with_options(replace(PLAIN, height=size[0], width=size[1]), kernel_size=kernel)
-    case = with_options(case, dilation=dilation)
-    small = with_options(
-        case, kernel_size=left, dilation=tuple(d if d < 4 else 1 for d in dilation)
-    )
+    case = PLAIN.but(height=size[0], width=size[1], kernel_size=kernel)
+    case = case.but(dilation=dilation)
+    small = case.but(kernel_size=left, dilation=tuple(d if d < 4 else 1 for d in dilation))
     inputs, grads = case.inputs(), case.output_gradients()
     top, side = (kernel[0] - left[0]) // 2, (kernel[1] - left[1]) // 2
     middle = (..., slice(top, top + left[0]), slice(side, side + left[1]))
@@ -186,8 +177,8 @@ def test_taps_that_never_meet_the_image_are_left_out(kernels, size, kernel, dila
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_weights_that_met_only_zeros_have_a_gradient_of_exactly_zero(kernels, kernel, dilation):
     """Rounding errors in their place would move them as far as any other under Adam."""
-    case = with_options(kernel_size=kernel, dilation=(dilation, dilation))
-    case = replace(case, time=1, batch=3, in_channels=8, channels=9, height=11, width=8)
+    case = PLAIN.but(kernel_size=kernel, dilation=(dilation, dilation))
+    case = case.but(time=1, batch=3, in_channels=8, channels=9, height=11, width=8)
     inputs, grads = case.inputs(), case.output_gradients()
     h, w = case.height - 1, case.width - 1
     for t in (inputs.x, inputs.mem):
@@ -206,27 +197,21 @@ def test_weights_that_met_only_zeros_have_a_gradient_of_exactly_zero(kernels, ke
 
 
 # ---- numbers against numbers ---------------------------------------------------------------------
-TINY = Case(
-    CellOptions((3, 3), sequence=True, record=True, surrogate=surrogate.NONE),
-    torch.float64,
-    time=2,
-    batch=2,
-    in_channels=1,
-    channels=2,
-    height=3,
-    width=4,
-)
+TINY = DOUBLE.but(
+    surrogate=surrogate.NONE, reset="none", threshold="number",
+    time=2, batch=2, in_channels=1, channels=2, height=3, width=4,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        with_options(TINY, reset="subtract"),
-        with_options(TINY, reset="zero"),
-        with_options(TINY, stride=(2, 1)),
-        with_options(TINY, kernel_size=(1, 3), dilation=(1, 2)),
-        replace(with_options(TINY, record=False, reset="subtract"), threshold="column"),
-        replace(with_options(TINY, sequence=False, record=False, reset="subtract"), bias=False),
+        TINY.but(reset="subtract"),
+        TINY.but(reset="zero"),
+        TINY.but(stride=(2, 1)),
+        TINY.but(kernel_size=(1, 3), dilation=(1, 2)),
+        TINY.but(record=False, reset="subtract", threshold="column"),
+        TINY.but(sequence=False, record=False, reset="subtract", bias=False),
     ],
     ids=str,
 )
@@ -250,7 +235,7 @@ def test_gradcheck_of_syn_and_mem(case):
     "chosen", [surrogate.NONE, surrogate.atan(), surrogate.sigmoid(5)], ids=lambda s: s.name
 )
 def test_second_order_gradients_are_those_of_the_reference(chosen):
-    case = replace(with_options(DOUBLE, surrogate=chosen), time=2, batch=1, height=4, width=5)
+    case = DOUBLE.but(surrogate=chosen, time=2, batch=1, height=4, width=5)
     second = []
     for run in (flat.run, flat.reference):
         inputs = wanting_gradients(case.inputs())
@@ -266,7 +251,7 @@ def test_second_order_gradients_are_those_of_the_reference(chosen):
 
 
 def test_gradgradcheck_of_syn_and_mem():
-    case = replace(with_options(TINY, reset="subtract"), height=2, width=2, batch=1)
+    case = TINY.but(reset="subtract", height=2, width=2, batch=1)
     *leaves, graded = wanting_gradients(case.inputs())
     assert torch.autograd.gradgradcheck(
         lambda *t: flat.run(*t, graded, case.options)[1:], leaves, atol=1e-4, fast_mode=True
@@ -277,7 +262,7 @@ def test_gradgradcheck_of_syn_and_mem():
 @pytest.mark.parametrize("options", [{}, {"reset": "zero", "pool": "avg", "pool_size": (2, 2)}])
 def test_step_calls_have_the_gradients_of_a_sequence(kernels, options):
     for dtype in kernels.dtypes:
-        case = replace(with_options(**options), dtype=dtype)
+        case = PLAIN.but(**options, dtype=dtype)
         inputs, grads = leaves_and_gradients(case)
         out = kernels.run(*inputs, case.options)
         whole = torch.autograd.grad(total(out, grads), inputs[:6])
@@ -300,7 +285,7 @@ def test_step_calls_have_the_gradients_of_a_sequence(kernels, options):
 def test_states_carry_gradients_from_call_to_call(kernels):
     """Two sequences of 3 and 4 steps, the second from the states of the first: one of 7."""
     for dtype in kernels.dtypes:
-        case = replace(PLAIN, dtype=dtype, time=7)
+        case = PLAIN.but(dtype=dtype, time=7)
         inputs, grads = leaves_and_gradients(case)
         whole = torch.autograd.grad(total(kernels.run(*inputs, case.options), grads), inputs[:6])
         spk, syn, mem = kernels.run(inputs.x[:3], *inputs[1:], case.options)

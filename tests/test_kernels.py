@@ -4,47 +4,28 @@ All native calls of this file run on poisoned and fenced memory: see poison.py. 
 of all options are drawn by fuzz.py.
 """
 
-from dataclasses import replace
-
 import flat
 import pytest
 import torch
-from alone import ALONE
-from cases import LAYOUTS, Case, Inputs
+from alone import ALONE, LEVELS
+from cases import LAYOUTS, PLAIN, Inputs
 from checks import check_results, infer, same
-from gradients import with_options
 from kernels import Kernels, native, one_thread
 from oracle import check_steps
 
 import snnlstm
-from snnlstm.call import CellOptions
 from snnlstm.functional import sconv2dlstm
-from snnlstm.quant import StateQuant, state_quant
+from snnlstm.quant import state_quant
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
-PLAIN = Case(CellOptions((3, 3), sequence=True, record=True), torch.float32, 3, 2, 5, 9, 7, 10)
-
-
-# Judged with results alone: levels that lie on one another leave the gradients undecided.
-LEVELS = {
-    "quantised finely": with_options(quant=state_quant(5, threshold=0.4)),
-    "quantised finely, twice": with_options(
-        quant=state_quant(3, threshold=0.4), pool="avg", pool_size=(2, 2)
-    ),
-    "quantised to equal levels": with_options(
-        quant=StateQuant(torch.tensor([-0.5, 0.0, 0.0, 0.25]))
-    ),
-    "quantised to one level": with_options(quant=StateQuant(torch.tensor([0.15]))),
-    "quantised with ties": with_options(quant=state_quant(3, threshold=0.4), inhibition=True),
-}
 CASES = ALONE | LEVELS
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_option_alone(kernels, name):
     for dtype in kernels.dtypes:
-        check_results(replace(CASES[name], dtype=dtype), kernels)
+        check_results(CASES[name].but(dtype=dtype), kernels)
 
 
 @pytest.mark.parametrize("channels", [1, 4, 8, 12, 16, 24])
@@ -52,19 +33,19 @@ def test_whole_and_broken_vectors(kernels, channels):
     """Numbers of channels around the vectors of 2, 4, 8 and 16 lanes."""
     for count in (channels - 1, channels, channels + 1):
         if count > 0:
-            check_results(replace(PLAIN, time=1, channels=count, height=3, width=9), kernels)
+            check_results(PLAIN.but(time=1, channels=count, height=3, width=9), kernels)
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (1, 3), (9, 5)], ids=str)
 def test_every_size_of_image_up_to_13(isa, kernel):
     """Every way in which tiles of 2, 3 or 4 can be cut off, along either axis."""
     kernels = Kernels(isa, "winograd")
-    case = replace(with_options(kernel_size=kernel), time=1, batch=1, in_channels=2)
+    case = PLAIN.but(kernel_size=kernel, time=1, batch=1, in_channels=2)
     for height in range(1, 14):
         for width in range(1, 14):
             # Whole or half vectors of AVX-512, in turn.
             channels = 9 if (height + width) % 2 else 5
-            sized = replace(case, height=height, width=width, channels=channels)
+            sized = case.but(height=height, width=width, channels=channels)
             inputs = sized.inputs()
             out = infer(kernels, sized, inputs)
             with one_thread():
@@ -76,7 +57,7 @@ def test_every_size_of_image_up_to_13(isa, kernel):
 def test_memory_layouts(kernels, which, layout):
     layouts = ["contiguous"] * 4
     layouts[["x", "states", "weight"].index(which)] = layout
-    case = replace(PLAIN, time=2, batch=2, layouts=tuple(layouts), threshold="column")
+    case = PLAIN.but(time=2, batch=2, layouts=tuple(layouts), threshold="column")
     inputs = case.inputs()
     contiguous = Inputs(*(None if t is None else t.contiguous() for t in inputs))
     same(
@@ -86,17 +67,17 @@ def test_memory_layouts(kernels, which, layout):
 
 def test_outputs_are_channels_last_where_x_is(kernels):
     for options in ({}, {"record": False}, {"sequence": False, "record": False}):
-        case = with_options(replace(PLAIN, layouts=("channels_last",) * 4), **options)
+        case = PLAIN.but(layouts=("channels_last",) * 4, **options)
         for tensor in infer(kernels, case, case.inputs()):
             assert tensor.flatten(0, -4).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_step_calls_equal_a_sequence(kernels):
-    case = with_options(reset="subtract", quant=state_quant(6, threshold=0.4))
-    for chosen in (case, with_options(reset="zero", pool="avg", pool_size=(2, 2))):
+    case = PLAIN.but(reset="subtract", quant=state_quant(6, threshold=0.4))
+    for chosen in (case, PLAIN.but(reset="zero", pool="avg", pool_size=(2, 2))):
         inputs = chosen.inputs()
         spks, syns, mems = infer(kernels, chosen, inputs)
-        step = with_options(chosen, sequence=False, record=False)
+        step = chosen.but(sequence=False, record=False)
         syn, mem = inputs.syn, inputs.mem
         for t in range(chosen.time):
             spk, syn, mem = infer(kernels, step, inputs._replace(x=inputs.x[t], syn=syn, mem=mem))
@@ -110,8 +91,8 @@ def test_step_calls_equal_a_sequence(kernels):
 def test_pixels_that_see_the_same_have_the_same_bits_directly(isa, kernel):
     """So max_pool of a blank background chooses as torch does; Winograd's tiles cannot do that."""
     for dtype in (torch.float32, torch.float64):
-        case = replace(with_options(kernel_size=kernel), dtype=dtype, time=2, channels=17)
-        case = replace(case, height=23, width=29)
+        case = PLAIN.but(kernel_size=kernel, dtype=dtype, time=2, channels=17)
+        case = case.but(height=23, width=29)
         inputs = case.inputs()
         for one in (inputs.x, inputs.syn, inputs.mem):  # twice the same, and blank around it
             one[..., 12:23, 15:29] = one[..., :11, :14].clone()
@@ -125,8 +106,8 @@ def test_pixels_that_see_the_same_have_the_same_bits_directly(isa, kernel):
 
 def test_a_hundred_steps_stay_accurate(kernels):
     """Relative error of mem in norm, at default init, against float64: the documented 5e-6."""
-    case = replace(PLAIN, time=100, batch=1, in_channels=4, channels=16, height=8, width=8)
-    inputs = replace(case, density=0.3).inputs()
+    case = PLAIN.but(time=100, batch=1, in_channels=4, channels=16, height=8, width=8)
+    inputs = case.but(density=0.3).inputs()
     mem = infer(kernels, case, inputs)[2].double()
     with one_thread():
         exact = flat.reference(*inputs.double(), case.options)[2]
@@ -136,7 +117,7 @@ def test_a_hundred_steps_stay_accurate(kernels):
 
 def test_inhibition_lets_the_lowest_of_equal_neurons_win(kernels):
     """All potentials equal: neuron (0, 0, 0) wins in every sample and step."""
-    case = with_options(replace(PLAIN, height=40, width=30, bias=False), inhibition=True)
+    case = PLAIN.but(height=40, width=30, bias=False, reset="none", inhibition=True)
     inputs = case.inputs()
     inputs.weight.zero_()
     inputs.threshold.fill_(0.01)
@@ -155,7 +136,7 @@ def test_nan_and_infinity_go_where_the_reference_lets_them(kernels, where, value
         {"reset": "subtract", "quant": state_quant(4, threshold=0.4)},
         {"inhibition": True},
     ):
-        case = with_options(replace(PLAIN, time=2, threshold="column"), **options)
+        case = PLAIN.but(time=2, threshold="column", **options)
         if "quant" in options and kernels.algorithm != "direct":
             continue  # which makes a NaN a number: the lowest level
         inputs = case.inputs()
@@ -178,7 +159,7 @@ def test_nan_and_infinity_go_where_the_reference_lets_them(kernels, where, value
 
 
 def test_nan_spoils_no_other_sample(kernels):
-    for case in (PLAIN, replace(PLAIN, batch=5, channels=16)):
+    for case in (PLAIN, PLAIN.but(batch=5, channels=16)):
         inputs = case.inputs()
         clean = infer(kernels, case, inputs)
         inputs.x[1, 1] = torch.nan

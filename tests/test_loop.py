@@ -8,54 +8,47 @@ import flat
 import pytest
 import snntorch
 import torch
-from cases import Case, wanting_gradients
+from cases import PLAIN, wanting_gradients
 from kernels import native
 from loops import STEPS, assert_same, cells, events, gradients, loss_of, unroll, zeros
 from torch import Tensor
 
 import snnlstm
 from snnlstm import surrogate
-from snnlstm.call import CellOptions
 from snnlstm.native import loop
 from snnlstm.quant import state_quant
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
-OPTIONS = CellOptions((3, 3), surrogate=surrogate.atan(), reset="subtract")
+STEP = PLAIN.but(
+    sequence=False, record=False, reset="none", threshold="number", dtype=torch.float64,
+    time=1, in_channels=2, channels=4, height=6, width=5,
+)  # fmt: skip
+FLOAT32 = STEP.but(dtype=torch.float32, reset="subtract")
 CASES = {
-    "plain": Case(OPTIONS, torch.float64, 1, 2, 3, 5, 7, 6),
-    "one column": Case(CellOptions((3, 3)), torch.float64, 1, 3, 4, 9, 13, 1),
-    "5x3, dilated": Case(
-        CellOptions((5, 3), dilation=(1, 2), surrogate=surrogate.atan()), torch.float64,
-        1, 2, 1, 3, 9, 8,
+    "plain": STEP.but(reset="subtract", in_channels=3, channels=5, height=7, width=6),
+    "one column": STEP.but(
+        surrogate=surrogate.NONE, batch=3, in_channels=4, channels=9, height=13, width=1
     ),
-    "strided": Case(CellOptions((3, 3), stride=(2, 3)), torch.float64, 1, 2, 2, 4, 9, 11),
-    "max pool": Case(
-        CellOptions((3, 3), pool="max", pool_size=(2, 2), surrogate=surrogate.atan()),
-        torch.float64, 1, 2, 2, 16, 9, 8,
+    "5x3, dilated": STEP.but(
+        kernel_size=(5, 3), dilation=(1, 2), in_channels=1, channels=3, height=9, width=8
     ),
-    "quantised": Case(
-        CellOptions((3, 3), quant=state_quant(4), surrogate=surrogate.atan()), torch.float64,
-        1, 2, 2, 4, 6, 5,
+    "strided": STEP.but(stride=(2, 3), surrogate=surrogate.NONE, height=9, width=11),
+    "max pool": STEP.but(pool="max", pool_size=(2, 2), channels=16, height=9, width=8),
+    "quantised": STEP.but(quant=state_quant(4)),
+    "inhibition": STEP.but(inhibition=True, batch=3),
+    "checkpoint": STEP.but(checkpoint=True),
+    "float32": FLOAT32.but(in_channels=6, channels=16, height=12, width=13),
+    "many samples": FLOAT32.but(batch=9, in_channels=3, channels=12, height=13, width=9),
+    "many samples, strided": STEP.but(
+        stride=(2, 2), batch=8, in_channels=3, channels=5, height=11, width=8
     ),
-    "inhibition": Case(
-        CellOptions((3, 3), inhibition=True, surrogate=surrogate.atan()), torch.float64,
-        1, 3, 2, 4, 6, 5,
+    "many rows": FLOAT32.but(channels=5, height=61, width=17),
+    "9x9": FLOAT32.but(kernel_size=(9, 9), reset="none", batch=4, channels=6, height=21, width=14),
+    "sparse": FLOAT32.but(
+        in_channels=24, channels=16, height=12, width=13, density=0.05, spikes=True
     ),
-    "checkpoint": Case(
-        CellOptions((3, 3), checkpoint=True, surrogate=surrogate.atan()), torch.float64,
-        1, 2, 2, 4, 6, 5,
-    ),
-    "float32": Case(OPTIONS, torch.float32, 1, 2, 6, 16, 12, 13),
-    "many samples": Case(OPTIONS, torch.float32, 1, 9, 3, 12, 13, 9),
-    "many samples, strided": Case(
-        CellOptions((3, 3), stride=(2, 2), surrogate=surrogate.atan()), torch.float64,
-        1, 8, 3, 5, 11, 8,
-    ),
-    "many rows": Case(OPTIONS, torch.float32, 1, 2, 2, 5, 61, 17),
-    "9x9": Case(CellOptions((9, 9), surrogate=surrogate.atan()), torch.float32, 1, 4, 2, 6, 21, 14),
-    "sparse": Case(OPTIONS, torch.float32, 1, 2, 24, 16, 12, 13, density=0.05, spikes=True),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)

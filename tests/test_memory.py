@@ -2,8 +2,8 @@
 
 import threading
 import weakref
-from dataclasses import replace
 
+import cases
 import flat
 import pytest
 import torch
@@ -14,24 +14,22 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
-from snnlstm import surrogate
-from snnlstm.call import CellOptions, make_call
+from snnlstm.call import make_call
 from snnlstm.native import memory
 from snnlstm.quant import state_quant
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
-OPTIONS = CellOptions((3, 3), sequence=True, surrogate=surrogate.atan(), reset="subtract")
 # 16 channels: whole vectors on every instruction set, in float32 and in float64.
-PLAIN = Case(OPTIONS, torch.float32, 10, 2, 8, 16, 12, 13, threshold="column")
+PLAIN = cases.PLAIN.but(time=10, in_channels=8, channels=16, height=12, width=13, record=False)
 VARIANTS = {
     "plain": PLAIN,
-    "recorded": replace(PLAIN, options=replace(OPTIONS, record=True)),
-    "one step": replace(PLAIN, time=1, options=replace(OPTIONS, sequence=False)),
-    "pooled": replace(PLAIN, options=replace(OPTIONS, pool="max", pool_size=(2, 2))),
-    "quantised": replace(PLAIN, options=replace(OPTIONS, quant=state_quant(8))),
-    "float64": replace(PLAIN, dtype=torch.float64),
-    "few spikes": replace(PLAIN, density=0.03, spikes=True),
+    "recorded": PLAIN.but(record=True),
+    "one step": PLAIN.but(time=1, sequence=False),
+    "pooled": PLAIN.but(pool="max", pool_size=(2, 2)),
+    "quantised": PLAIN.but(quant=state_quant(8)),
+    "float64": PLAIN.but(dtype=torch.float64),
+    "few spikes": PLAIN.but(density=0.03, spikes=True),
 }
 
 
@@ -70,16 +68,16 @@ def test_training_keeps_the_activated_gates_and_syn(kernels, name):
 
 
 def test_inhibition_keeps_one_index_a_sample_more(kernels):
-    case = replace(PLAIN, options=replace(OPTIONS, inhibition=True))
+    case = PLAIN.but(inhibition=True)
     indices = 8 * case.time * case.batch
     assert kept_bytes(kernels, case) == 5 * case.time * state_bytes(case) + indices
 
 
 def test_checkpoint_keeps_states_alone(kernels):
     """Two state-sized tensors where a segment ends: fewer than two a step, and ever fewer."""
-    case = replace(PLAIN, options=replace(OPTIONS, checkpoint=True))
+    case = PLAIN.but(checkpoint=True)
     for time in (1, 4, 10, 40):
-        kept = kept_bytes(kernels, replace(case, time=time)) / state_bytes(case)
+        kept = kept_bytes(kernels, case.but(time=time)) / state_bytes(case)
         assert kept <= 2 * (time - 1)
     assert kept <= 2 * (2.5 * 40) ** 0.5  # 40 steps: some sqrt(5/2 T) segments
 
@@ -120,10 +118,10 @@ def taken_in_inference(kernels, case: Case) -> tuple[int, int]:
 def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_time(
     kernels, checkpoint
 ):
-    case = replace(PLAIN, options=replace(OPTIONS, checkpoint=checkpoint))
+    case = PLAIN.but(checkpoint=checkpoint)
     sizes = {}
     for time in (2, 20, 200):
-        outputs, others = taken_in_inference(kernels, replace(case, time=time))
+        outputs, others = taken_in_inference(kernels, case.but(time=time))
         spk = time * state_bytes(case)
         assert outputs == spk + 2 * state_bytes(case)
         # One counter of tasks, a cache line, for every step.
@@ -136,7 +134,7 @@ def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_tim
 def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):
     sizes = set()
     for time in (20, 60, 200):  # shorter ones need fewer parts of the weight gradient
-        call = make_call((*replace(PLAIN, time=time).inputs(), OPTIONS))
+        call = make_call((*PLAIN.but(time=time).inputs(), PLAIN.options))
         choice = native.choose(call, kernels.algorithm)
         counters = 2 * 64 * time  # of a step's tasks, and of those that fold its sums
         _, _, size = choice.way.backward(grad_x=True, weight=True)
@@ -149,7 +147,7 @@ def test_no_gradient_no_memory(kernels):
     leaves = wanting_gradients(PLAIN.inputs())
     saved = []
     with saved_tensors_hooks(saved.append, lambda t: t), torch.no_grad():
-        out = kernels.run(*leaves, OPTIONS)
+        out = kernels.run(*leaves, PLAIN.options)
     assert not saved
     assert all(o.grad_fn is None for o in out)
 
@@ -158,14 +156,14 @@ def test_the_workspace_is_kept_between_calls_and_let_go_where_it_is_large(monkey
     monkeypatch.setattr(memory, "_thread", threading.local())
     inputs = PLAIN.inputs()
     with torch.no_grad():
-        flat.run(*inputs, OPTIONS)
+        flat.run(*inputs, PLAIN.options)
         kept = memory.workspace(1)
         assert kept.numel() > 1
-        flat.run(*inputs, OPTIONS)
+        flat.run(*inputs, PLAIN.options)
         assert memory.workspace(1) is kept
         monkeypatch.setattr(memory, "LARGEST_WORKSPACE", kept.numel())
-        large = replace(PLAIN, time=1, height=120, width=130)
-        flat.run(*large.inputs(), OPTIONS)
+        large = PLAIN.but(time=1, height=120, width=130)
+        flat.run(*large.inputs(), PLAIN.options)
     assert memory.workspace(1) is kept
 
 
@@ -180,8 +178,8 @@ def test_empty_cache_gives_the_workspaces_back(monkeypatch):
 
 def test_a_segment_that_is_computed_again_takes_the_memory_of_the_one_before(kernels):
     """checkpoint=True: the backward pass never holds the gates of two segments."""
-    case = replace(PLAIN, time=40, batch=4, height=24, width=24)
-    case = replace(case, options=replace(OPTIONS, checkpoint=True))
+    case = PLAIN.but(time=40, batch=4, height=24, width=24)
+    case = case.but(checkpoint=True)
     held: list[list[weakref.ref[Tensor]]] = []
 
     def watched(*args, **kwargs):

@@ -1,7 +1,6 @@
 """The kernels as torch.library operators."""
 
-from dataclasses import replace
-
+import cases
 import flat
 import pytest
 import torch
@@ -11,37 +10,27 @@ from torch import Tensor
 from torch.library import opcheck
 
 from snnlstm import surrogate
-from snnlstm.call import CellOptions, make_call
+from snnlstm.call import make_call
 from snnlstm.native import ops
 from snnlstm.quant import state_quant
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
-PLAIN = Case(
-    CellOptions((3, 3), sequence=True, surrogate=surrogate.atan(), reset="subtract"),
-    torch.float32,
-    time=3,
-    batch=2,
-    in_channels=2,
-    channels=3,
-    height=6,
-    width=8,
-    threshold="column",
-)
+PLAIN = cases.PLAIN.but(in_channels=2, channels=3, height=6, width=8, record=False)
 CASES = {
     "plain": PLAIN,
-    "one step": replace(PLAIN, options=replace(PLAIN.options, sequence=False)),
-    "recorded": replace(PLAIN, options=replace(PLAIN.options, record=True)),
-    "pooled": replace(PLAIN, options=replace(PLAIN.options, pool="max", pool_size=(2, 3))),
-    "averaged": replace(PLAIN, options=replace(PLAIN.options, pool="avg", pool_size=(3, 2))),
-    "checkpoint": replace(PLAIN, options=replace(PLAIN.options, checkpoint=True)),
-    "inhibition": replace(PLAIN, options=replace(PLAIN.options, inhibition=True)),
-    "quantised": replace(PLAIN, options=replace(PLAIN.options, quant=state_quant(4))),
-    "strided": replace(PLAIN, options=replace(PLAIN.options, stride=(2, 1), dilation=(1, 2))),
-    "no bias": replace(PLAIN, bias=False, threshold="number"),
-    "float64": replace(PLAIN, dtype=torch.float64),
-    "channels_last": replace(PLAIN, layouts=("channels_last",) * 4),
-    "no surrogate": replace(PLAIN, options=replace(PLAIN.options, surrogate=surrogate.NONE)),
+    "one step": PLAIN.but(sequence=False),
+    "recorded": PLAIN.but(record=True),
+    "pooled": PLAIN.but(pool="max", pool_size=(2, 3)),
+    "averaged": PLAIN.but(pool="avg", pool_size=(3, 2)),
+    "checkpoint": PLAIN.but(checkpoint=True),
+    "inhibition": PLAIN.but(inhibition=True),
+    "quantised": PLAIN.but(quant=state_quant(4)),
+    "strided": PLAIN.but(stride=(2, 1), dilation=(1, 2)),
+    "no bias": PLAIN.but(bias=False, threshold="number"),
+    "float64": PLAIN.but(dtype=torch.float64),
+    "channels_last": PLAIN.but(layouts=("channels_last",) * 4),
+    "no surrogate": PLAIN.but(surrogate=surrogate.NONE),
 }
 
 
@@ -107,7 +96,7 @@ def test_compiled_calls_equal_plain_ones(name):
     near = 1e-5 if case.options.checkpoint or not case.options.sequence else 1e-6
     compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")
     for seed in range(2):
-        inputs = replace(case, seed=seed).inputs()
+        inputs = case.but(seed=seed).inputs()
         for one, other in zip(
             step(case, compiled, *inputs), step(case, flat.run, *inputs), strict=True
         ):
@@ -134,7 +123,7 @@ def test_one_graph_serves_all_sizes():
 
     compiled = torch.compile(flat.run, fullgraph=True, backend=backend, dynamic=True)
     for time, batch, height, width in ((3, 2, 6, 8), (4, 3, 7, 9), (5, 4, 8, 11), (2, 5, 12, 6)):
-        case = replace(PLAIN, time=time, batch=batch, height=height, width=width)
+        case = PLAIN.but(time=time, batch=batch, height=height, width=width)
         inputs = case.inputs()
         with torch.no_grad():
             out = compiled(*inputs, case.options)
@@ -147,7 +136,7 @@ def test_one_graph_serves_all_sizes():
 def test_dynamic_shapes_in_training():
     compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager", dynamic=True)
     for time, batch, height in ((3, 2, 6), (4, 3, 7), (5, 4, 9)):
-        case = replace(PLAIN, time=time, batch=batch, height=height)
+        case = PLAIN.but(time=time, batch=batch, height=height)
         inputs = case.inputs()
         for one, other in zip(
             step(case, compiled, *inputs), step(case, flat.run, *inputs), strict=True

@@ -4,37 +4,30 @@ import os
 import sys
 import threading
 import time
-from dataclasses import replace
 
 import flat
 import pytest
 import snntorch
 import torch
-from cases import Case, wanting_gradients
+from cases import PLAIN, Case, wanting_gradients
 from helpers import ours
 from kernels import Kernels, native
 from torch import Tensor
 
-from snnlstm import surrogate
-from snnlstm.call import CellOptions
-
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
-OPTIONS = CellOptions(
-    (3, 3), sequence=True, record=True, surrogate=surrogate.atan(), reset="subtract"
-)
 # Enough work a step that seven threads are used: schedule.h gives each some 200,000 products.
-LARGE = Case(OPTIONS, torch.float32, 2, 4, 8, 16, 16, 18, threshold="column")
+LARGE = PLAIN.but(time=2, batch=4, in_channels=8, channels=16, height=16, width=18)
 CASES = {
     "large": LARGE,
-    "one sample": replace(LARGE, batch=1, height=40, width=41),
-    "pooled": replace(LARGE, options=replace(OPTIONS, pool="max", pool_size=(3, 2))),
-    "inhibition": replace(LARGE, options=replace(OPTIONS, inhibition=True)),
-    "strided": replace(LARGE, options=replace(OPTIONS, stride=(2, 1)), height=33),
-    "few spikes": replace(LARGE, density=0.03, spikes=True, in_channels=17),
-    "5x5": replace(LARGE, options=replace(OPTIONS, kernel_size=(5, 5))),
-    "float64": replace(LARGE, dtype=torch.float64, batch=2),
-    "small": replace(LARGE, batch=1, height=4, width=4, channels=3),
+    "one sample": LARGE.but(batch=1, height=40, width=41),
+    "pooled": LARGE.but(pool="max", pool_size=(3, 2)),
+    "inhibition": LARGE.but(inhibition=True),
+    "strided": LARGE.but(stride=(2, 1), height=33),
+    "few spikes": LARGE.but(density=0.03, spikes=True, in_channels=17),
+    "5x5": LARGE.but(kernel_size=(5, 5)),
+    "float64": LARGE.but(dtype=torch.float64, batch=2),
+    "small": LARGE.but(batch=1, height=4, width=4, channels=3),
 }
 THREADS = (1, 2, 3, 7)
 
@@ -71,7 +64,7 @@ def test_numbers_of_threads(name, algorithm):
 def test_many_runs_are_equal(kernels):
     """A race that shows itself seldom."""
     torch.set_num_threads(3)
-    case = replace(LARGE, batch=2, channels=8)
+    case = LARGE.but(batch=2, channels=8)
     out, grads = train(kernels, case)
     for _ in range(30):
         again = train(kernels, case)
@@ -82,7 +75,7 @@ def test_many_runs_are_equal(kernels):
 def test_callers_at_the_same_time(kernels):
     """Python threads with inputs of their own, each of which uses several threads."""
     torch.set_num_threads(2)
-    cases = [replace(LARGE, batch=1, seed=seed, channels=4 + seed) for seed in range(4)]
+    cases = [LARGE.but(batch=1, seed=seed, channels=4 + seed) for seed in range(4)]
     expected = [train(kernels, case) for case in cases]
     wrong, errors = [], []
 
@@ -111,7 +104,7 @@ def test_callers_at_the_same_time(kernels):
 def test_the_gil_is_released(direction):
     """Python goes on while the kernels run."""
     torch.set_num_threads(1)
-    case = replace(LARGE, time=200, channels=32, options=replace(OPTIONS, record=False))
+    case = LARGE.but(time=200, channels=32, record=False)
     leaves = wanting_gradients(case.inputs())
     out = flat.run(*leaves, case.options)
     spans: list[tuple[float, float]] = []
@@ -156,10 +149,12 @@ def test_the_number_of_threads_is_torchs(kernels):
 
 def test_more_threads_than_work():
     torch.set_num_threads(7)
-    case = Case(OPTIONS, torch.float32, 2, 1, 1, 1, 1, 1)
+    case = PLAIN.but(
+        time=2, batch=1, in_channels=1, channels=1, height=1, width=1, threshold="number"
+    )
     inputs = case.inputs()
     for one, other in zip(
-        flat.run(*inputs, OPTIONS), flat.reference(*inputs, OPTIONS), strict=True
+        flat.run(*inputs, case.options), flat.reference(*inputs, case.options), strict=True
     ):
         torch.testing.assert_close(one, other)
 
@@ -193,7 +188,7 @@ def test_cells_come_and_go_while_another_thread_resets_all():
 
 
 def test_another_number_of_threads_in_the_backward_pass(kernels):
-    case = replace(LARGE, batch=2, channels=8)
+    case = LARGE.but(batch=2, channels=8)
     found = []
     for before, after in ((1, 1), (1, 4), (4, 1), (3, 2)):
         leaves = wanting_gradients(case.inputs())
