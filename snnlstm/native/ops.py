@@ -7,10 +7,10 @@ the fake kernels here, and keeps the calls in its graph. Outside of torch.compil
 An operator takes tensors, numbers and strings only, so options travel as a text.
 """
 
-# The annotations are not postponed, and of typing: torch 2.4 reads the operators' signatures from
-# them, and knows no others.
+from __future__ import annotations
+
 from dataclasses import replace
-from typing import Any, List  # noqa: UP035
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,11 @@ from .tensors import Saved
 
 __all__ = ["run"]
 
-_Three = tuple[Tensor, Tensor, Tensor]
-_Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_CALL = (
+    "Tensor x, Tensor syn, Tensor mem, Tensor weight, Tensor? bias, Tensor threshold, "
+    "Tensor graded, str options"
+)
+_SIX = ", ".join(["Tensor"] * 6)
 
 
 def _text(options: CellOptions) -> str:
@@ -30,117 +33,74 @@ def _text(options: CellOptions) -> str:
     return f"{kernels.LAYOUT}|{options.text()}"
 
 
-def _options(text: str) -> CellOptions:
-    return CellOptions.from_text(text.partition("|")[2])
+def _call(*given: Any) -> Call:
+    """The call of an operator's first eight arguments."""
+    return make_call((*given[:7], CellOptions.from_text(given[7].partition("|")[2])))
 
 
-def _without_quantiser(text: str) -> CellOptions:
-    """For fake tensors: the levels are a tensor, which among fake ones would have no numbers."""
-    return _options(text.rpartition(";")[0] + ";")
+def _fake_call(*given: Any) -> Call:
+    """The call of fake tensors, without levels: among fake tensors they would have no numbers."""
+    options = CellOptions.from_text(given[7].partition("|")[2].rpartition(";")[0] + ";")
+    signature = Signature(given[0], given[2], given[5], options, None)
+    return Call(*given[:7], options, signature)
 
 
-def _kept(x: Tensor, saved: Saved | None) -> _Three:
-    if saved is None:
-        return x.new_empty(0), x.new_empty(0), x.new_empty(0, dtype=torch.int64)
-    return saved.gates, saved.syn, saved.winner
+def _kept(x: Tensor, saved: Saved | None) -> tuple[Tensor, ...]:
+    return saved or (x.new_empty(0), x.new_empty(0), x.new_empty(0, dtype=torch.int64))
 
 
-@torch.library.custom_op("snnlstm::forward", mutates_args=())
-def _forward(
-    x: Tensor,
-    syn: Tensor,
-    mem: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    threshold: Tensor,
-    graded: Tensor,
-    options: str,
-    training: bool,
-    algorithm: str,
-) -> _Six:
-    call = make_call((x, syn, mem, weight, bias, threshold, graded, _options(options)))
+@torch.library.custom_op(
+    "snnlstm::forward", mutates_args=(),
+    schema=f"({_CALL}, bool training, str algorithm) -> ({_SIX})",
+)  # fmt: skip
+def _forward(*given: Any) -> tuple[Tensor, ...]:
+    call, (training, algorithm) = _call(*given), given[8:]
     if training and call.options.checkpoint:
-        result, boundaries = checkpoint.forward(call, algorithm)
-        first, second, third = _kept(x, None)
-        if boundaries:
-            first = torch.stack(boundaries)
-        return result.spk, result.syn, result.mem, first, second, third
+        (*out, _), boundaries = checkpoint.forward(call, algorithm)
+        first, *rest = _kept(call.x, None)
+        return (*out, torch.stack(boundaries) if boundaries else first, *rest)
     *out, saved = kernels.choose(call, algorithm).forward(call, training)
-    return (*out, *_kept(x, saved))
+    return (*out, *_kept(call.x, saved))
 
 
 @_forward.register_fake
-def _(x, syn, mem, weight, bias, threshold, graded, options, training, algorithm):
-    described = _without_quantiser(options)
-    signature = Signature(x, mem, threshold, described, None)
-    call = Call(x, syn, mem, weight, bias, threshold, graded, described, signature)
-    keeps = training and not described.checkpoint
+def _(*given):
+    call, training = _fake_call(*given), given[8]
+    keeps = training and not call.options.checkpoint
     *out, saved = kernels.empty_result(call, keeps)
-    first, *rest = _kept(x, saved)
+    first, *rest = _kept(call.x, saved)
     count = checkpoint.boundary_count(call) if training and not keeps else 0
     if count > 0:
-        first = x.new_empty((count, *mem.shape))
+        first = first.new_empty((count, *call.mem.shape))
     return (*out, first, *rest)
 
 
-@torch.library.custom_op("snnlstm::backward", mutates_args=())
-def _backward(
-    x: Tensor,
-    syn: Tensor,
-    mem: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    threshold: Tensor,
-    graded: Tensor,
-    options: str,
-    kept_gates: Tensor,
-    kept_syn: Tensor,
-    kept_winner: Tensor,
-    grad_spk: Tensor,
-    grad_syn: Tensor,
-    grad_mem: Tensor,
-    wanted: List[bool],  # noqa: UP006
-    algorithm: str,
-) -> _Six:
-    call = make_call((x, syn, mem, weight, bias, threshold, graded, _options(options)))
-    grads = (grad_spk, grad_syn, grad_mem)
+@torch.library.custom_op(
+    "snnlstm::backward", mutates_args=(),
+    schema=f"({_CALL}, Tensor kept_gates, Tensor kept_syn, Tensor kept_winner, Tensor grad_spk, "
+    f"Tensor grad_syn, Tensor grad_mem, bool[] wanted, str algorithm) -> ({_SIX})",
+)  # fmt: skip
+def _backward(*given: Any) -> tuple[Tensor, ...]:
+    call, saved, grads, (wanted, algorithm) = _call(*given), given[8:11], given[11:14], given[14:]
     if call.options.checkpoint:
-        boundaries = kept_gates.unbind() if kept_gates.dim() > 1 else ()
+        boundaries = saved[0].unbind() if saved[0].dim() > 1 else ()
         out = checkpoint.backward(call, boundaries, grads, wanted, algorithm)
     else:
-        saved = Saved(kept_gates, kept_syn, kept_winner)
-        out = kernels.choose(call, algorithm).backward(call, saved, grads, wanted)
-    return _all_gradients(x, out)
+        out = kernels.choose(call, algorithm).backward(call, Saved(*saved), grads, wanted)
+    return _all_gradients(call.x, out)
 
 
-def _all_gradients(x: Tensor, out: tensors.Gradients) -> Any:
+def _all_gradients(x: Tensor, out: tensors.Gradients) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(0) if grad is None else grad for grad in out)
 
 
 @_backward.register_fake
-def _(
-    x,
-    syn,
-    mem,
-    weight,
-    bias,
-    threshold,
-    graded,
-    options,
-    kept_gates,
-    kept_syn,
-    kept_winner,
-    grad_spk,
-    grad_syn,
-    grad_mem,
-    wanted,
-    algorithm,
-):
-    signature = Signature(x, mem, threshold, _without_quantiser(options), None)
-    out = tensors.empty_gradients(x, signature, wanted)
+def _(*given):
+    call, wanted = _fake_call(*given), given[14]
+    out = tensors.empty_gradients(call.x, call.signature, wanted)
     if wanted[5]:
-        out = out._replace(threshold=torch.empty_like(threshold))
-    return _all_gradients(x, out)
+        out = out._replace(threshold=torch.empty_like(call.threshold))
+    return _all_gradients(call.x, out)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -150,10 +110,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward_of_forward(ctx: Any, *grads: Tensor) -> tuple:
-    *saved, gates, kept_syn, winner = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:6])
-    kept = (gates, kept_syn, winner)
-    out = _backward(*saved, ctx.options, *kept, *grads[:3], wanted, ctx.algorithm)
+    saved, wanted = ctx.saved_tensors, list(ctx.needs_input_grad[:6])
+    out = _backward(*saved[:7], ctx.options, *saved[7:], *grads[:3], wanted, ctx.algorithm)
     return (*(g if want else None for g, want in zip(out, wanted, strict=True)), *(None,) * 4)
 
 
