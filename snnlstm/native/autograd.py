@@ -24,7 +24,6 @@ from .tensors import Saved, Step, plain, restored
 
 __all__ = ["run"]
 
-_pass_number = torch._C._current_graph_task_id
 _will_run = torch._C._will_engine_execute_node
 # Whether the backward pass that runs keeps its graph for another one; older versions do not tell.
 _keeps_graph: Callable[[], bool] = getattr(
@@ -102,7 +101,7 @@ class _SConv2dLSTM(torch.autograd.Function):
         overwrite = own and (options.checkpoint or not _keeps_graph())
         d_gates = choice.empty_d_gates(call, kept if overwrite else None)
         out = choice.backward(call, kept, grads, here, d_gates)
-        loop.left.add(_pass_number(), choice, Step(x, mem, d_gates, out.bias))
+        loop.left.add(choice, Step(x, mem, d_gates, out.bias))
         return (*out._replace(bias=None), *(None,) * 5)
 
 

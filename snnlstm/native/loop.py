@@ -25,62 +25,55 @@ __all__ = ["Loop", "loop_of"]
 MOST_BYTES = 64 << 20
 MOST_STEPS = 256
 
+_pass_number = torch._C._current_graph_task_id
+
 
 class _Pass:
     """What one backward pass has left of the steps of a loop."""
 
     def __init__(self) -> None:
-        # What forms the gradient, and the steps that wait, by the plan's way of forming it.
+        # By the plan's way of forming the gradient: what forms it, and the steps that wait.
         self.waiting: dict[Any, tuple[Any, list[Step]]] = {}
         self.bytes = 0
         self.count = 0
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
-    def add(self, choice: Any, step: Step, wanted: tuple[bool, bool]) -> None:
-        waiting = self.waiting.get(choice.loop_key)
-        if waiting is None:
-            waiting = self.waiting[choice.loop_key] = choice, []
-        waiting[1].append(step)
-        self.bytes += step.d_gates.nbytes
-        self.count += 1
-        if self.bytes >= MOST_BYTES or self.count >= MOST_STEPS:
-            self.form(wanted)
-
     def form(self, wanted: tuple[bool, bool]) -> None:
         """Add the gradients of the steps that wait to the sums, and let go of the steps."""
         for choice, steps in self.waiting.values():
             of_weight, of_bias = choice.weight_gradient(steps, wanted)
-            self.weight = _sum(self.weight, of_weight)
-            self.bias = _sum(self.bias, of_bias)
+            self.weight, self.bias = _sum(self.weight, of_weight), _sum(self.bias, of_bias)
         self.waiting, self.bytes, self.count = {}, 0, 0
 
 
-def _sum(so_far: Tensor | None, more: Tensor | None) -> Tensor | None:
-    if so_far is None or more is None:
-        return more if so_far is None else so_far
-    return so_far.add_(more)
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
 
 
 class Left:
-    """What the steps of one loop left, by the number of the backward pass."""
+    """What the steps of one loop left, by the number of the backward pass that runs."""
 
     def __init__(self, wanted: tuple[bool, bool]) -> None:
         self.wanted = wanted
         self._passes: dict[int, _Pass] = {}
 
-    def add(self, number: int, choice: Any, step: Step) -> None:
-        """Leave a step's gate gradient to the node, for the backward pass of this number."""
-        left = self._passes.get(number)
-        if left is None:
-            left = self._passes.setdefault(number, _Pass())
-        left.add(choice, step, self.wanted)
+    def add(self, choice: Any, step: Step) -> None:
+        """Leave a step's gate gradient to the node."""
+        number = _pass_number()
+        left = self._passes.get(number) or self._passes.setdefault(number, _Pass())
+        _, steps = left.waiting.setdefault(choice.loop_key, (choice, []))
+        steps.append(step)
+        left.bytes += step.d_gates.nbytes
+        left.count += 1
+        if left.bytes >= MOST_BYTES or left.count >= MOST_STEPS:
+            left.form(self.wanted)
 
-    def take(self, number: int) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of weight and bias over all that was left in this backward pass."""
-        left = self._passes.pop(number, None)
-        if left is None:
-            return None, None
+    def take(self) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight and bias over all that was left."""
+        left = self._passes.pop(_pass_number(), None) or _Pass()
         left.form(self.wanted)
         return left.weight, left.bias
 
@@ -101,26 +94,17 @@ class _WeightOfLoop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_weight: Any, of_bias: Any) -> tuple:
         # What comes in is of steps that formed their gradients themselves, to be differentiated.
-        more_weight, more_bias = ctx.left.take(torch._C._current_graph_task_id())
-        if more_weight is not None:
-            of_weight = more_weight if of_weight is None else of_weight + more_weight
-        if more_bias is not None:
-            of_bias = more_bias if of_bias is None else of_bias + more_bias
+        weight, bias = ctx.left.take()
+        of_weight, of_bias = _sum(of_weight, weight), _sum(of_bias, bias)
         wanted = ctx.needs_input_grad
         return of_weight if wanted[0] else None, of_bias if wanted[1] else None, None
 
 
 class Loop:
-    """Weight and bias of a loop of step calls.
+    """Weight and bias of a loop of step calls, as its node hands them to the steps.
 
-    Attributes
-    ----------
-    weight, bias : Tensor
-        What the steps make use of. They hang on the loop's node.
-    left : Left
-        Where the steps' backward passes leave their gate gradients.
-    node : Node
-        What :func:`torch._C._will_engine_execute_node` asks for.
+    ``left`` is where the steps' backward passes leave their gate gradients, ``node`` what
+    :func:`torch._C._will_engine_execute_node` asks for.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -146,9 +130,7 @@ def _facts(tensor: Tensor | None) -> Any:
     """What writing to a tensor, ``tensor.data = other`` and ``requires_grad_()`` change."""
     if tensor is None:
         return None
-    return (
-        tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype, tensor.requires_grad
-    )  # fmt: skip
+    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype, tensor.requires_grad
 
 
 def _leads_to(end: Any, tensor: Tensor) -> bool:

@@ -23,10 +23,10 @@ class Saved(NamedTuple):
     Attributes
     ----------
     gates : Tensor
-        (T, N, Ho * Wo, 4 Cp), the activated gates of every step in the kernels' own order;
-        Cp is C, padded to whole vectors.
+        (T, N, Ho * Wo, 4 Cp), the activated gates of every step in the kernels' own order; Cp is
+        the number of channels C, rounded up to whole vectors.
     syn : Tensor
-        (T, N, Ho * Wo, Cp), syn after every step; CUDA: but the last one.
+        (T, N, Ho * Wo, Cp), syn after every step; on CUDA, after every step but the last.
     winner : Tensor
         (T, N) int64, the neuron that inhibition let through; (0,) without inhibition.
     """
@@ -46,13 +46,7 @@ class Result(NamedTuple):
 
 
 def restored(saved: Saved, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> Saved:
-    """What was saved, in the memory order in which it was: hooks may have given it another.
-
-    Raises
-    ------
-    RuntimeError
-        If a hook has changed a shape.
-    """
+    """What was saved, in the memory order in which it was: hooks may have given it another."""
     out = []
     for tensor, (shape, dtype) in zip(saved, shapes, strict=True):
         if tuple(tensor.shape) != shape:
@@ -78,16 +72,8 @@ class Gradients(NamedTuple):
 class Pass(NamedTuple):
     """What a backward pass on CUDA is given.
 
-    Attributes
-    ----------
-    call : Call
-    parameters : dict
-        Addresses that every kernel takes, by the names of the core's arguments.
-    saved : Saved
-    grads : three of Tensor or None
-        Gradients of spk, syn and mem.
-    noise : Tensor or None
-        Of the stochastic surrogate.
+    `parameters` holds the addresses that every kernel takes, by the names of the core's arguments;
+    `grads` the gradients of spk, syn and mem; `noise` the stochastic surrogate's numbers.
     """
 
     call: Call
@@ -100,14 +86,8 @@ class Pass(NamedTuple):
 class Step(NamedTuple):
     """What the backward pass of a step call leaves for the gradients of weight and bias.
 
-    Attributes
-    ----------
-    x, mem : Tensor
-        The step's input, and mem before it.
-    d_gates : Tensor
-        Gradient of the gate sums, in the order in which the algorithm that formed it keeps it.
-    bias : Tensor or None
-        (4C,), the step's part of the bias gradient, where the step forms it.
+    `mem` is that before the step, `d_gates` the gradient of the gate sums as the algorithm that
+    formed it orders them, and `bias`, (4C,), the step's part of the bias gradient, if it forms one.
     """
 
     x: Tensor
@@ -183,10 +163,7 @@ def backward_arguments(
     out: Gradients,
     d_gates: Tensor | None,
 ) -> dict[str, Any]:
-    """What the backward kernels of both halves take by name, but for weight, neurons and workspace.
-
-    The parameters are those of a choice's backward, with its results and the surrogate's noise.
-    """
+    """What the backward kernels of both halves take by name, but weight, neurons and workspace."""
     grad_spk, grad_syn, grad_mem = grads
     return {
         "record": call.options.record,
