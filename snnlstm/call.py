@@ -276,8 +276,8 @@ class Call(NamedTuple):
     threshold, graded : Tensor
         Broadcast to mem's shape and to the pooled one.
     options : CellOptions
-    signature : Signature or None
-        None while torch.compile traces.
+    signature : Signature
+        None while torch.compile traces; nobody asks for it then.
     conv : callable, optional
         Called in place of the convolution with `weight` and `bias`: (N, Cin + C, H, W) to
         (N, 4C, H, W).
@@ -295,7 +295,7 @@ class Call(NamedTuple):
     threshold: Tensor
     graded: Tensor
     options: CellOptions
-    signature: Signature | None = None
+    signature: Signature = None  # type: ignore[assignment]
     conv: Callable[[Tensor], Tensor] | None = None
     reason: str | None = None
     fire: Callable[[Tensor], Tensor] | None = None
@@ -310,7 +310,7 @@ def make_call(
     mem_reset: Callable[[Tensor], Tensor] | None = None,
 ) -> Call:
     """A call of arguments that have been checked, or are known to fit together."""
-    signature = None
+    signature: Any = None
     if not torch.compiler.is_compiling():
         signature, key = known_signature(arguments)
         if signature is None:

@@ -124,7 +124,6 @@ def backward(
     grad_spk, grad_syn, grad_mem = grads
     record = call.options.record
     states = [call.syn, call.mem, *boundaries]
-    assert call.signature is not None
     total = tensors.empty_gradients(call.x, call.signature, (wanted[0], *(False,) * 5))
     sums: list[Tensor | None] = [None, None, None]  # weight, bias, threshold
     carry_syn, carry_mem = (None, None) if record else (grad_syn, grad_mem)

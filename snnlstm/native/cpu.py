@@ -323,7 +323,6 @@ class Kernels:
 
     def plan(self, call: Call, algorithm: str, settings: tuple[Any, ...]) -> Plan:
         """The plan of calls like this one."""
-        assert call.signature is not None
         return Plan(call.signature, call, algorithm, *settings)
 
     def saved_shapes(self, signature: Signature) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:

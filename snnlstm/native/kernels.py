@@ -72,7 +72,6 @@ def reason_against(call: Call) -> str | None:
 def choose(call: Call, algorithm: str) -> Any:
     """The kernels that run a call: its plan, looked up or made, and what its values decide."""
     signature = call.signature
-    assert signature is not None
     half = HALVES[signature.device.type]
     settings = half.settings(signature)
     key = half, call.x.stride(), call.syn.stride(), call.mem.stride(), algorithm, settings
@@ -87,7 +86,6 @@ def choose(call: Call, algorithm: str) -> Any:
 def empty_result(call: Call, training: bool) -> Result:
     """What a forward pass returns, uninitialised; also for tensors without memory."""
     signature, x = call.signature, call.x
-    assert signature is not None
     spk, state = (tensors.empty_like_images(x, shape) for shape in tensors.output_shapes(signature))
     saved = None
     if training:

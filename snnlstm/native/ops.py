@@ -40,9 +40,10 @@ def _call(*given: Any) -> Call:
 
 def _fake_call(*given: Any) -> Call:
     """The call of fake tensors, without levels: among fake tensors they would have no numbers."""
-    options = CellOptions.from_text(given[7].partition("|")[2].rpartition(";")[0] + ";")
-    signature = Signature(given[0], given[2], given[5], options, None)
-    return Call(*given[:7], options, signature)
+    x, _, mem, _, _, threshold, _, text, *_ = given
+    options = CellOptions.from_text(text.partition("|")[2].rpartition(";")[0] + ";")
+    signature = Signature(x, mem, threshold, options, None)
+    return Call(*given[:8])._replace(options=options, signature=signature)
 
 
 def _kept(x: Tensor, saved: Saved | None) -> tuple[Tensor, ...]:
