@@ -25,7 +25,7 @@ LEFT_OUT = [
     f"--ignore=tests/{name}"
     for name in (
         "simt", "sanitizers", "test_arm.py", "test_benchmarks.py", "test_demo.py",
-        "test_demo_training.py", "test_distribution.py", "test_gpu_report.py", "test_kernels.py",
+        "test_distribution.py", "test_gpu_report.py", "test_kernels.py",
         "test_kernel_gradients.py",
     )
 ]  # fmt: skip

@@ -12,8 +12,8 @@ import statistics
 from dataclasses import dataclass
 
 from benchmarks.providers import BASELINE
+from benchmarks.report import format_table
 from benchmarks.rows import Row
-from benchmarks.tables import format_table
 
 SMALLEST_CHANGE = 0.03
 """Below this, two medians are not told apart: clocks and page placement differ by that much."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -15,11 +16,9 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-from benchmarks.demo import cli as demo_cli
-from benchmarks.demo import report as demo_report
-from benchmarks.demo.measuring import digest
-from benchmarks.demo.network import NETWORKS
-from benchmarks.moving_digits import Motion, load_split, moving_digits, render, trajectories
+from benchmarks.demo import __main__ as demo
+from benchmarks.demo import training
+from benchmarks.demo.digits import Motion, load_split, moving_digits, render, trajectories
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,8 +78,6 @@ def test_one_seed_gives_one_set_of_sequences():
     assert torch.equal(first, moving_digits(images, motion, seed=1))
     assert torch.equal(first, moving_digits(images, motion, seed=1, out=torch.zeros_like(first)))
     assert not torch.equal(first, moving_digits(images, motion, seed=2))
-    some = torch.arange(70)[1::2].flip(0)
-    assert torch.equal(first[:, some], moving_digits(images, motion, seed=1, kept=some))
 
 
 def test_split_keeps_classes_in_proportion_and_digits_apart():
@@ -97,24 +94,15 @@ def test_split_keeps_classes_in_proportion_and_digits_apart():
     assert not torch.equal(load_split(6)[1], labels)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("digit", 30), ("digit", 4), ("steps", 0), ("contrast", 1.5), ("radius", (1.0, 5.0))],
-)
-def test_motion_errors_name_the_field(field, value):
-    with pytest.raises(ValueError, match=field):
-        Motion(**{field: value})
-
-
-# ---- the demo's two networks ---------------------------------------------------------------------
+# ---- the training --------------------------------------------------------------------------------
 
 
 def test_both_networks_start_alike_and_compute_alike():
     nets = {}
-    for name, network in NETWORKS.items():
+    for name in demo.TITLES:
         torch.manual_seed(0)
-        nets[name] = network(16)
-    assert digest(nets["snntorch"]) == digest(nets["snnlstm"])
+        nets[name] = training.Network(name, side=16)
+    assert training.digest(nets["snntorch"]) == training.digest(nets["snnlstm"])
     x = (torch.rand(4, 3, 2, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.2).float()
     scores = {name: net(x) for name, net in nets.items()}
     torch.testing.assert_close(scores["snnlstm"], scores["snntorch"], atol=1e-4, rtol=1e-4)
@@ -127,46 +115,118 @@ def test_both_networks_start_alike_and_compute_alike():
     torch.testing.assert_close(nets["snnlstm"](x), scores["snnlstm"], atol=0, rtol=0)
 
 
+@pytest.fixture
+def few_digits(monkeypatch):
+    """40 digits to train on, 20 to test on; after the test torch has its threads again."""
+    few = [digits[:n] for digits, n in zip(load_split(0), (40, 40, 20, 20), strict=True)]
+    monkeypatch.setattr(training, "load_split", lambda seed: few)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def trained(**options) -> list[dict]:
+    args = {"network": "snnlstm", "device": "cpu", "epochs": 4, "seed": 0, "threads": 1}
+    return list(training.run(argparse.Namespace(**args | {"quick": False} | options)))
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_one_seed_gives_one_training_and_it_learns():
+    (start, *events, end), again, other = trained(), trained(), trained(seed=1)
+    assert again[0] == start
+    assert again[-1]["weights"] == end["weights"] != start["weights"]
+    assert other[0]["weights"] != start["weights"]
+    assert other[-1]["order"] != end["order"] == again[-1]["order"]
+    losses = [event["loss"] for event in events if event["event"] == "batch"]
+    assert len(losses) == start["steps"] == 4 * 3
+    mean = [event["loss"] for event in events if event["event"] == "epoch"]
+    assert mean[1] == pytest.approx(sum(losses[3:6]) / 3)
+    assert mean[-1] < 0.95 * mean[0]
+    assert end["training_mib"] > 1
+    assert 0 <= end["accuracy"] <= 1
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_each_epoch_has_motions_and_an_order_of_its_own():
+    def epoch(data, number):
+        events, labels = zip(*data.epoch(number), strict=True)
+        return torch.cat(events, dim=1), torch.cat(labels)
+
+    data = training.Data(0)
+    (first, first_labels), (second, second_labels) = epoch(data, 0), epoch(data, 1)
+    assert not torch.equal(first_labels, second_labels)
+    assert torch.equal(first_labels.sort()[0], second_labels.sort()[0])
+    assert not torch.equal(first.sum((0, 2, 3, 4)).sort()[0], second.sum((0, 2, 3, 4)).sort()[0])
+    again = epoch(training.Data(0), 1)
+    assert torch.equal(again[0], second)
+    assert torch.equal(again[1], second_labels)
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_accuracy_is_the_share_of_digits_that_are_read(monkeypatch):
+    data = training.Data(0)
+    answers = torch.nn.functional.one_hot(data.test_labels, 10)
+    answers[:5] = answers[:5].roll(1, dims=1)
+    network = torch.nn.Module()
+    network.forward = lambda x: answers
+    assert training.accuracy(network, data, "cpu") == 0.75
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_the_training_script_says_what_it_does(capsys):
+    training.main(["--epochs", "2", "--network", "snntorch", "--threads", "1"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in said[:-1]] == ["epoch 1", "epoch 2"]
+    assert said[-1].endswith("%; snntorch.SConv2dLSTM, one call a time step")
+
+
+# ---- the comparison ------------------------------------------------------------------------------
+
+
 def test_curves_are_compared_point_by_point():
     one, other = [1.0, 2.0, 3.0, 4.0], [1.0, 2.5, 3.0, 4.0]
-    assert demo_report.largest_difference(one, other) == 0.5
-    assert demo_report.smooth(one, window=2) == [1.0, 1.5, 2.5, 3.5]
+    assert demo.differences(one, other) == [0, 0.5, 0, 0]
+    assert demo.smooth(one, window=2) == [1.0, 1.5, 2.5, 3.5]
     with pytest.raises(ValueError, match="zip"):
-        demo_report.largest_difference(one, other[:3])
+        demo.differences(one, other[:3])
 
 
 def test_a_different_start_is_reported():
-    one = demo_report.Result("snntorch", start={"weights": "a"}, end={"order": "x"})
-    other = demo_report.Result("snnlstm", start={"weights": "b"}, end={"order": "y"})
-    assert demo_report.same_start(one, one) == []
-    assert len(demo_report.same_start(one, other)) == 2
-
-
-# ---- the command -------------------------------------------------------------------------------
+    one = demo.Result("snntorch", start={"weights": "a"}, end={"order": "x"})
+    other = demo.Result("snnlstm", start={"weights": "b"}, end={"order": "y"})
+    assert demo.same_start(one, one) == []
+    assert len(demo.same_start(one, other)) == 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "said"),
     [
-        (["--epochs", "0"], "--epochs"),
-        (["--threads", "-1"], "--threads"),
-        (["--seed", "-1"], "--seed"),
-        (["--device", "abacus"], "--device"),
-        (["--nproc", "0"], "--nproc"),
+        (["--epochs", "0"], "argument --epochs: must be a whole number, at least 1, got '0'"),
+        (["--threads", "x"], "argument --threads: must be a whole number, at least 1, got 'x'"),
+        (["--seed", "-1"], "argument --seed: must be a whole number, at least 0, got '-1'"),
+        (["--device", "abacus"], "argument --device: invalid choice: 'abacus'"),
     ],
 )
-def test_demo_errors_name_the_argument(arguments, named, capsys):
-    with pytest.raises(SystemExit) as left:
-        demo_cli.main(arguments)
-    assert left.value.code == 2
-    assert named in capsys.readouterr().err.splitlines()[-1]
+def test_errors_name_the_argument(arguments, said, capsys):
+    for main in (demo.main, training.main):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert left.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_said(capsys):
     with pytest.raises(SystemExit):
-        demo_cli.main(["--device", "cuda"])
+        demo.main(["--device", "cuda"])
     assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_a_training_that_fails_is_named(capfd):
+    broken = argparse.Namespace(device="cpu", epochs=1, seed="no number", threads=1, quick=True)
+    with pytest.raises(RuntimeError, match="training snnlstm failed"):
+        demo.train("snnlstm", broken)
+    assert "Traceback" in capfd.readouterr().err
 
 
 def test_demo_runs(tmp_path):
@@ -179,5 +239,5 @@ def test_demo_runs(tmp_path):
     found = json.loads((tmp_path / "demo.json").read_text())
     losses = [found[name]["losses"] for name in ("snntorch", "snnlstm")]
     assert len(losses[0]) == 8
-    assert demo_report.largest_difference(*losses) < 0.1
+    assert max(demo.differences(*losses)) < 0.1
     assert (tmp_path / "demo.png").stat().st_size > 10_000

@@ -1,1 +1,1 @@
-"""A spiking ConvLSTM learns moving digits: snnTorch's cell and ours. `python -m benchmarks.demo`"""
+"""`python -m benchmarks.demo`: one network learns moving digits with either library's cell."""

@@ -1,256 +1,252 @@
-"""A complete training script for a spiking ConvLSTM, in one process or in several.
+"""Trains a spiking ConvLSTM to read moving digits: a script to copy and to go on from.
 
-    python -m benchmarks.demo.training --epochs 2
-    torchrun --standalone --nproc_per_node 2 -m benchmarks.demo.training --epochs 2
+    python -m benchmarks.demo.training --epochs 4
 
-    ... --amp bfloat16 --clip 1.0                mixed precision, clipped gradients
-    ... --checkpoint run.pt --resume             starts, or goes on where it was interrupted
-    ... --logdir out/log                         look: tensorboard --logdir out/log
-    ... --network snntorch --device cuda         snnTorch's cells, on the GPU
-
-Any number of processes trains on the same batches and computes the same gradients, but for
-rounding. The demo runs this script once for either network, in processes of their own, so that
-the peak of memory is theirs.
+The demo runs it once with either library's cell, in processes of their own, so that the peak of
+memory is theirs.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import argparse
+import hashlib
+import importlib
 import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from benchmarks.demo import checkpointing, distributed
-from benchmarks.demo.data import Batch, Data
-from benchmarks.demo.distributed import Team
-from benchmarks.demo.measuring import Memory, count, digest
-from benchmarks.demo.network import NETWORKS
-from benchmarks.demo.options import AMP, Recipe, parse
-from benchmarks.demo.scalars import Log
+from benchmarks import resident
+from benchmarks.demo.digits import Motion, load_split, moving_digits
 
+CHANNELS = 16
+THRESHOLD = 0.05
+"""Low, because mem = o * tanh(syn) stays small while the weights are: at 1.0 nothing ever fires."""
+SLOPE = 20.0
+"""Sharpness alpha of the arctan surrogate: the threshold's scale of 0.05 wants it this narrow."""
+CLASSES = 10
+BATCH = 16
+RATE = 4e-3
 EPSILON = 1e-3
 """Adam divides a gradient by its size plus this. With the default of 1e-8 a gradient of the size of
 a rounding error makes as large a step as any other, and two runs that differ in rounding alone part
 within an epoch (two runs of one cell do, from weights that are 1e-7 apart)."""
+MIB = 2**20
 
 
-class Trainer:
-    """The network and what changes its weights; the same in every process of the team."""
+class Network(nn.Module):
+    """Events (T, N, 2, S, S) to class scores (N, 10).
 
-    def __init__(self, network: str, recipe: Recipe, team: Team) -> None:
-        self.recipe, self.team = recipe, team
-        # The same seed gives every process the same weights. From then on each draws numbers of
-        # its own, as dropout or noise would want it (nothing here does).
-        torch.manual_seed(recipe.seed)
-        self.model = NETWORKS[network](recipe.canvas).to(team.device)
-        torch.manual_seed(recipe.seed + team.rank)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.rate, eps=EPSILON)
-        steps = recipe.epochs * recipe.batches()
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer,
-            recipe.rate,
-            total_steps=steps,
-            pct_start=0.1 if steps != 10 else 0.2,  # a rise of one step makes it divide by zero
-            div_factor=5,
-        )
-        # float16 has no number below 6e-8: the loss is scaled up so that gradients do not vanish.
-        # bfloat16 has the range of float32 and needs no scale.
-        self.scaler = torch.amp.GradScaler(team.device.type, enabled=recipe.amp == "float16")
-        # Shares its weights with `model`, which is the one that is saved and tested.
-        self.parallel = team.wrap(self.model)
-
-    def parts(self) -> dict[str, checkpointing.Stateful]:
-        """What a checkpoint holds.
-
-        The hidden states syn and mem are in no state_dict and need not be: `Network.spikes` resets
-        them before each batch, so that nothing reaches from one batch into the next.
-        """
-        names = ("model", "optimizer", "schedule", "scaler")
-        return {name: getattr(self, name) for name in names}
-
-    def precision(self) -> torch.autocast:
-        """What forward and loss run in; backward follows by itself."""
-        amp = AMP[self.recipe.amp]
-        return torch.autocast(self.team.device.type, amp, enabled=amp is not None)
-
-    def step(self, batch: Batch, measure: bool) -> Step:
-        """Learn from this process's share of a batch; measure: the norm of the gradient too."""
-        events, labels = batch.events.to(self.team.device), batch.labels.to(self.team.device)
-        begin = time.perf_counter()
-        rate, scale = self.schedule.get_last_lr()[0], self.scaler.get_scale()
-        self.optimizer.zero_grad()
-        with self.precision():
-            scores = self.parallel(events)
-            # Gradients are averaged over the processes, whose shares need not be equally large
-            # and may be empty: so each sums over its share, and the average is the gradient of
-            # the whole batch's mean.
-            loss = F.cross_entropy(scores, labels, reduction="sum") / (batch.size / self.team.size)
-        self.scaler.scale(loss).backward()
-        norm = None
-        if measure or self.recipe.clip is not None:
-            self.scaler.unscale_(self.optimizer)  # the norm is to be the true gradient's
-            limit = math.inf if self.recipe.clip is None else self.recipe.clip
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.scaler.get_scale() >= scale:  # else there was an overflow, and no step was made
-            self.schedule.step()
-        # item() waits for the device, so that the time is all of it.
-        value = self.team.total(loss.item())[0] / self.team.size
-        seconds = time.perf_counter() - begin
-        right = int((scores.argmax(1) == labels).sum())
-        return Step(value, seconds, right, rate, scale, None if norm is None else float(norm))
-
-    @torch.no_grad()
-    def accuracy(self, data: Data) -> float:
-        """Share of the test digits that get the highest score for their class."""
-        self.model.eval()
-        right = 0
-        for part in torch.arange(len(data.test_labels)).split(60):
-            with self.precision():
-                scores = self.model(data.test[:, part].to(self.team.device))
-            right += int((scores.argmax(1).cpu() == data.test_labels[part]).sum())
-        read, tested = self.team.total(right, len(data.test_labels))
-        return read / tested
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step: the mean loss of the whole batch, and what is logged.
-
-    right: digits of this process's share that were read rightly. norm: None if not asked for.
+    Two spiking ConvLSTM layers, each of which halves the image by max-pooling, and a linear readout
+    of the second layer's spikes, averaged over time. library: "snntorch" or "snnlstm", whose cells
+    the layers are. One seed gives both the same weights, bit for bit. They differ in how a layer
+    runs over time, and in nothing else: snnTorch's cell is called once a time step, in the loop
+    that its documentation teaches; ours takes the whole sequence.
     """
 
-    loss: float
-    seconds: float
-    right: int
-    rate: float
-    scale: float
-    norm: float | None
+    def __init__(self, library: str, side: int = Motion.canvas) -> None:
+        super().__init__()
+        self.library = library
+        cell = importlib.import_module(library).SConv2dLSTM
+        atan = importlib.import_module(f"{library}.surrogate").atan(alpha=SLOPE)
+        options = {"max_pool": 2, "threshold": THRESHOLD, "spike_grad": atan}
+        self.layer1 = cell(2, CHANNELS, 3, **options)
+        self.layer2 = cell(CHANNELS, CHANNELS, 3, **options)
+        self.readout = nn.Linear(CHANNELS * (side // 4) ** 2, CLASSES)
+
+    def spikes(self, x: Tensor) -> Tensor:
+        """The second layer's spikes (T, N, C, S / 4, S / 4), both layers starting from zero."""
+        syn1, mem1 = self.layer1.reset_mem()
+        syn2, mem2 = self.layer2.reset_mem()
+        if self.library == "snnlstm":
+            return self.layer2(self.layer1(x)[0])[0]
+        record = []
+        for x_t in x.unbind(0):
+            spk1, syn1, mem1 = self.layer1(x_t, syn1, mem1)
+            spk2, syn2, mem2 = self.layer2(spk1, syn2, mem2)
+            record.append(spk2)
+        return torch.stack(record)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.readout(self.spikes(x).mean(0).flatten(1))
+
+    @property
+    def path(self) -> str:
+        """What ran the layers."""
+        if self.library == "snnlstm":
+            return f"snnlstm.SConv2dLSTM, one call a sequence: {self.layer1.path}"
+        return "snntorch.SConv2dLSTM, one call a time step"
 
 
-def run(
-    network: str,
-    recipe: Recipe,
-    team: Team,
-    checkpoint: Path | None = None,
-    resume: bool = False,
-    logdir: Path | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Train and test.
+class Data:
+    """Moving digits. The order and the motions of the training digits are new in each epoch."""
+
+    def __init__(self, seed: int, digits: int | None = None) -> None:
+        images, labels, test_images, self.test_labels = load_split(seed)
+        self.images, self.labels = images[:digits], labels[:digits]
+        self.test = moving_digits(test_images, Motion(), 1_000_000 + seed)
+        # Made once and refilled, so that it is no part of what training allocates.
+        self.moving = self.test.new_zeros(Motion.steps, len(self.images), *self.test.shape[2:])
+        self.seed, self.seen = seed, hashlib.sha256()
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches: events (T, n, 2, S, S) and labels (n,)."""
+        seed = 1000 * self.seed + number
+        moving_digits(self.images, Motion(), seed, out=self.moving)
+        generator = torch.Generator().manual_seed(seed)
+        for part in torch.randperm(len(self.images), generator=generator).split(BATCH):
+            self.seen.update(self.labels[part].numpy().tobytes())
+            yield self.moving[:, part], self.labels[part]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Data, device: str) -> float:
+    """Share of the test digits that get the highest score for their class."""
+    model.eval()
+    found = [model(part.to(device)).argmax(1).cpu() for part in data.test.split(60, dim=1)]
+    return float((torch.cat(found) == data.test_labels).double().mean())
+
+
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Train and test; args: what `parser` reads.
 
     Yields {"event": "start"}, then one "batch" each and one "epoch" each, and "end" with the
-    results. Every process of a team has to take them all; the losses are the same in all.
+    results.
     """
-    torch.set_num_threads(max(1, recipe.threads // team.local_size))
+    torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False  # both networks in full float32
-    data = Data(recipe, team)
-    trainer = Trainer(network, recipe, team)
-    model = trainer.model
-    settings = {"network": network, **recipe.decisive()}
-    progress: dict[str, Any] = {"epochs": 0, "order": data.order}
-    if checkpoint is not None and resume and checkpoint.exists():
-        progress = checkpointing.load(checkpoint, trainer.parts(), settings, team)
-    done, data.order = progress["epochs"], progress["order"]
-    number = done * recipe.batches()
-    log = None if logdir is None else Log(logdir, model, team, first=number)
+    data = Data(args.seed, 128 if args.quick else None)
+    epochs = 1 if args.quick else args.epochs
+    torch.manual_seed(args.seed)
+    model = Network(args.network).to(args.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE, eps=EPSILON)
+    steps = epochs * -(-len(data.images) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, RATE, total_steps=steps, pct_start=0.1, div_factor=5
+    )
     yield {
         "event": "start",
-        "epochs": done,
         "weights": digest(model),
-        "parameters": count(model),
-        "processes": team.size,
-        "threads": torch.get_num_threads(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "epochs": epochs,
+        "steps": steps,
     }
-    memory = Memory(team.device)
-    seconds = []
-    for epoch in range(done, recipe.epochs):
+    peaks = watch_memory(args.device)
+    seconds, losses = [], []
+    for epoch in range(epochs):
         model.train()
-        total = 0.0
         for batch in data.epoch(epoch):
-            step = trainer.step(batch, measure=log is not None)
-            seconds.append(step.seconds)
-            total += step.loss * batch.size
-            number += 1
-            if log is not None:
-                log.add(
-                    number,
-                    {
-                        "train/loss": step.loss,
-                        "train/accuracy": team.total(step.right)[0] / batch.size,
-                        "train/learning_rate": step.rate,
-                        "train/gradient_norm": step.norm,
-                        "train/loss_scale": step.scale,
-                        "train/step_seconds": step.seconds,
-                        **log.spike_rates(),
-                    },
-                )
-            yield {"event": "batch", "loss": step.loss, "epoch": epoch}
-        if log is not None:
-            log.add(number, {"test/accuracy": trainer.accuracy(data)})
-        if checkpoint is not None:
-            progress = {"epochs": epoch + 1, "order": data.order}
-            checkpointing.save(checkpoint, trainer.parts(), settings, progress, team)
-        mean = total / len(data.images)
+            events, labels = (tensor.to(args.device) for tensor in batch)
+            begin = time.perf_counter()
+            # In a function of its own, so that no graph is kept while the next one is built.
+            losses.append(learn(model, optimizer, events, labels))
+            schedule.step()
+            seconds.append(time.perf_counter() - begin)
+            yield {"event": "batch", "epoch": epoch, "loss": losses[-1]}
+        mean = statistics.fmean(losses[-steps // epochs :])
         yield {"event": "epoch", "epoch": epoch, "loss": mean, "seconds": sum(seconds)}
-    if log is not None:
-        log.close()
-    peak, beyond = team.total(*memory.peaks())
+    peak, beyond = peaks()
     yield {
         "event": "end",
-        "accuracy": trainer.accuracy(data),
+        "accuracy": accuracy(model, data, args.device),
         "seconds": sum(seconds),
-        "batch_ms": 1000 * statistics.median(seconds) if seconds else 0.0,
-        "peak_mib": peak,
-        "training_mib": beyond,
+        "batch_ms": 1000 * statistics.median(seconds),
+        "peak_mib": peak / MIB,
+        "training_mib": beyond / MIB,
         "weights": digest(model),
-        "order": data.order,
+        "order": data.seen.hexdigest(),
         "path": model.path,
     }
 
 
-def describe(event: dict[str, Any], network: str, recipe: Recipe) -> str:
-    """A line for the reader about an event; empty for those that come too often."""
-    kind = event["event"]
-    if kind == "start":
-        return (
-            f"{network}: {event['parameters']} weights, {event['processes']} process(es) on "
-            f"{recipe.device} with {event['threads']} thread(s) each; "
-            f"begins with epoch {event['epochs'] + 1} of {recipe.epochs}"
-        )
-    if kind == "epoch":
-        return (
-            f"epoch {event['epoch'] + 1}/{recipe.epochs}  loss {event['loss']:.3f}  "
-            f"{event['seconds']:.1f} s"
-        )
-    if kind == "end":
-        return (
-            f"test accuracy {event['accuracy']:.1%}; {event['batch_ms']:.1f} ms per batch, median; "
-            f"{event['path']}"
-        )
-    return ""
+def learn(
+    model: nn.Module, optimizer: torch.optim.Optimizer, events: Tensor, labels: Tensor
+) -> float:
+    """One step; returns the loss, and so waits for the device."""
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(events), labels)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def digest(model: nn.Module) -> str:
+    """A hash of all parameters, names included: equal only if they are equal bit for bit."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        found.update(name.encode())
+        found.update(parameter.detach().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def watch_memory(device: str) -> Callable[[], tuple[int, int]]:
+    """A function that tells the peak from here on, in bytes: in all, and beyond what there is now.
+
+    It is the process's on the CPU, and that of torch's allocator on CUDA.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before, read = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
+    else:
+        before, read = resident.watch(), resident.high_water
+    return lambda: (read(), max(0, read() - before))
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number that is not smaller."""
+
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number, at least {least}, got {text!r}"
+            )
+        return int(text)
+
+    return convert
+
+
+def add_common(p: argparse.ArgumentParser) -> None:
+    """The arguments that the demo and one training share."""
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--epochs", type=whole(1), default=12, help="default: %(default)s")
+    p.add_argument("--seed", type=whole(0), default=0, help="of weights, motions and order")
+    threads = torch.get_num_threads()
+    p.add_argument("--threads", type=whole(1), default=threads, help="default: %(default)s here")
+    p.add_argument("--quick", action="store_true", help="1 epoch of 128 digits, learns little")
+
+
+def parse(p: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line; leaves with status 2 where there is no such device."""
+    args = p.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("argument --device: cuda was asked for, but torch sees no CUDA device")
+    return args
+
+
+def tell(connection: Connection, args: argparse.Namespace) -> None:
+    """Train, and send each event to another process."""
+    # Both are imported whichever is trained, so that both processes start equally large.
+    for library in ("snntorch", "snnlstm"):
+        importlib.import_module(library)
+    for event in run(args):
+        connection.send(event)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
-    args, recipe = parse(arguments)
-    # Both are imported whichever is trained, so that both processes start equally large.
-    import snntorch  # noqa: F401
-
-    import snnlstm  # noqa: F401
-
-    with distributed.team(args.device) as team:
-        for event in run(args.network, recipe, team, args.checkpoint, args.resume, args.logdir):
-            line = json.dumps(event) if args.json else describe(event, args.network, recipe)
-            if team.leads and line:
-                print(line, flush=True)
+    p = argparse.ArgumentParser(prog="python -m benchmarks.demo.training", description=__doc__)
+    p.add_argument("--network", choices=("snnlstm", "snntorch"), default="snnlstm")
+    add_common(p)
+    for event in run(parse(p, arguments)):
+        if event["event"] == "epoch":
+            print(f"epoch {event['epoch'] + 1}  loss {event['loss']:.3f}  {event['seconds']:.1f} s")
+        elif event["event"] == "end":
+            print(f"test accuracy {event['accuracy']:.1%}; {event['path']}")
 
 
 if __name__ == "__main__":
