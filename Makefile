@@ -27,8 +27,8 @@ help:  ## print this list
 demo: $(VENV)/.installed  ## train on moving handwritten digits, snnTorch's cell beside ours
 	$(RUN) -m benchmarks.demo $(ARGS)
 
-test: $(VENV)/.installed  ## run the tests
-	$(RUN) -m pytest $(ARGS)
+test: $(VENV)/.installed  ## run the tests, on as many cores as there are (ARGS="-n 0": on one)
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-simt: $(VENV)/.installed  ## the emulated CUDA kernels at length: more shapes, faults and schedules
 	$(RUN) -m pytest tests/simt -m "simt_long or not simt_long" $(ARGS)

@@ -1,6 +1,10 @@
 """Fixtures that all tests share."""
 
 import os
+
+# Before torch loads OpenMP: threads that wait must not take the cores from the other workers.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import shutil
 import sys
 from collections.abc import Iterator

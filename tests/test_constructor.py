@@ -41,24 +41,6 @@ def test_kernel_size_is_an_int_a_tuple_or_a_list_and_padding_is_its_half(backend
     backend.check(one.path)
 
 
-@pytest.mark.parametrize("kernel", [2, (3, 4), [2, 3]], ids=str)
-def test_even_kernels_are_refused_by_the_constructor(kernel):
-    with pytest.raises(ValueError, match=r"kernel_size must be odd.*size of the state"):
-        ours(2, 3, kernel)
-
-
-@pytest.mark.parametrize("off", [0, None, False, (), []], ids=repr)
-def test_a_falsy_pool_is_off(off):
-    assert ours(max_pool=off, avg_pool=off)(torch.zeros(1, 2, 5, 5))[0].shape == (1, 3, 5, 5)
-
-
-def test_both_pools_are_refused():
-    with pytest.raises(ValueError, match="Only one of either `max_pool` or `avg_pool`"):
-        theirs(max_pool=2, avg_pool=2)
-    with pytest.raises(ValueError, match="Only one of either `max_pool` or `avg_pool`"):
-        ours(max_pool=2, avg_pool=2)
-
-
 @pytest.mark.parametrize(
     "shape", [(), (1,), (3, 1, 1), (1, 3, 1, 1), (6, 7), (2, 1, 1, 1)], ids=str
 )
@@ -81,15 +63,6 @@ def test_a_threshold_tensor_is_copied():
         threshold.fill_(0.1)
 
 
-def test_a_threshold_that_does_not_broadcast_to_mem_is_refused():
-    for shape in ((1, 1, 3, 1, 1), (2, 1, 1), (1, 4, 1, 1)):
-        with pytest.raises(ValueError, match="threshold must broadcast"):
-            ours(threshold=torch.full(shape, 0.1))
-    cell = ours(threshold=torch.full((5, 5), 0.1), max_pool=2)
-    with pytest.raises(ValueError, match=r"threshold must broadcast .* pooled"):
-        cell(torch.zeros(1, 2, 5, 5))
-
-
 def test_an_int_threshold_can_be_learned():
     cell = ours(threshold=1, learn_threshold=True)
     assert cell.threshold.dtype == torch.float32
@@ -106,15 +79,6 @@ def test_the_threshold_attribute_takes_a_number(backend):
         spk, _, mem = cell(steps(1, 2, 2, 6, 7)[0] * 5)
         assert torch.equal(spk.bool(), mem > 0.3)
         assert "threshold" in cell.state_dict()
-
-
-def test_unknown_reset_mechanisms_are_refused():
-    with pytest.raises(ValueError, match=r"reset_mechanism .*'both'"):
-        ours(reset_mechanism="both")
-    cell = ours(reset_mechanism="zero")
-    with pytest.raises(ValueError, match="reset_mechanism"):
-        cell.reset_mechanism = "both"
-    assert cell.reset_mechanism == "zero"
 
 
 @pytest.mark.parametrize("reset", RESETS)

@@ -120,14 +120,6 @@ def test_subclasses_of_our_surrogate_and_quantiser_with_calls_of_their_own(optio
     close((spk[-1], mem), (one.spk, one.mem))
 
 
-def test_an_override_that_can_take_no_effect_is_refused():
-    with pytest.raises(TypeError, match="overrides _base_state_function, which snntorch's cell"):
-
-        class Wrong(snnlstm.SConv2dLSTM):
-            def _base_state_function(self, x):
-                return x
-
-
 def test_the_reset_signal_is_that_of_the_threshold_at_the_call():
     one, other = twins(threshold=0.05, reset_mechanism="subtract")
     for change in (

@@ -136,13 +136,6 @@ def test_global_hooks_take_effect():
     assert not torch.equal(doubled[1], cell(X, *START)[1])
 
 
-def test_a_changed_conv_with_a_stride_is_refused():
-    cell = ours(stride=2)
-    hook(cell)
-    with pytest.raises(ValueError, match=r"conv must be a plain nn.Conv2d .* stride .* hooks"):
-        cell(X)
-
-
 def test_a_fallback_is_logged_once_per_cell(caplog):
     with caplog.at_level(logging.WARNING, logger="snnlstm"):
         cells = [ours(spike_grad=lambda u: u.sigmoid()) for _ in range(2)]
@@ -200,30 +193,6 @@ def test_the_native_path_says_what_it_is():
     cell(X)
     assert cell.path.name.startswith("cpu-")
     assert str(cell.path) == f"{cell.path.name} ({cell.path.reason})"
-
-
-@pytest.mark.skipif(native is None, reason="the core is not built")
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (
-            lambda: ours(spike_grad=torch.sigmoid),
-            "spike_grad is unknown to the kernels",
-        ),
-        (
-            lambda: ours(state_quant=torch.round),
-            "state_quant is unknown to the kernels",
-        ),
-        (lambda: ours(threshold=torch.rand(6, 7)), "the threshold varies"),
-        (lambda: ours(threshold=torch.rand(3, 6, 7)), "the threshold varies"),
-    ],
-)
-def test_reasons_for_the_reference_path(make, reason):
-    cell = make()
-    cell(X.to(cell.conv.weight.dtype))
-    assert cell.path.name == "reference"
-    assert cell.path.slow
-    assert reason in cell.path.reason
 
 
 def test_tensors_that_the_kernels_cannot_read_are_computed_all_the_same():

@@ -215,37 +215,3 @@ def test_what_is_not_snntorchs_quantiser_stays_what_it_is():
     spoiled = theirs(2, threshold=float("inf"))
     for foreign in (spoiled, len, snnlstm.surrogate.atan(), lambda x: x):
         assert recognise_quant(foreign) is foreign
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "error", "match"),
-    [
-        ({"num_bits": 2.5}, TypeError, "num_bits must be an int"),
-        ({"num_bits": True}, TypeError, "num_bits must be an int"),
-        ({"num_bits": 0}, ValueError, "num_bits must lie between 1 and 16, got 0"),
-        ({"threshold": "1"}, TypeError, "threshold must be a number"),
-        ({"upper_limit": float("nan")}, ValueError, "upper_limit must be finite"),
-        ({"multiplier": [1]}, TypeError, "multiplier must be a number"),
-        ({"uniform": False, "threshold": 0}, ValueError, "threshold, .* must leave a range"),
-    ],
-    ids=str,
-)
-def test_bad_arguments_of_state_quant_are_refused(kwargs, error, match):
-    with pytest.raises(error, match=match):
-        state_quant(**kwargs)
-
-
-@pytest.mark.parametrize(
-    ("levels", "error"),
-    [
-        ([0.0, 1.0], TypeError),
-        (torch.arange(3), TypeError),
-        (torch.zeros(0), ValueError),
-        (torch.zeros(2, 2), ValueError),
-        (torch.tensor([0.0, torch.nan]), ValueError),
-    ],
-    ids=str,
-)
-def test_bad_levels_are_refused(levels, error):
-    with pytest.raises(error, match=r"levels must (be|have)"):
-        StateQuant(levels)

@@ -368,29 +368,6 @@ def test_torch_compile_has_no_graph_break():
     assert net.plan is None
 
 
-class Says(nn.Module):
-    def forward(self, x):
-        return "spikes"
-
-
-@pytest.mark.parametrize(
-    ("x", "layers", "error", "message"),
-    [
-        ([1.0], [], TypeError, "x must be a tensor, got list"),
-        (torch.zeros(4), [], ValueError, r"x must have shape \(T, N, ...\) .* got \(4,\)"),
-        (X[:0], [], ValueError, r"with at least one step, got \(0, 3, 2, 6, 6\)"),
-        (X[0], [ours()], ValueError,
-         r"x must be a sequence for layer 0 \(SConv2dLSTM\), \(T, N, 2, H, W\), got \(3, 2, 6"),
-        (X, [nn.Sequential(nn.Flatten(), ours())], ValueError, r"layer 0.1 \(SConv2dLSTM\)"),
-        (X, [nn.Sequential(nn.ReLU(), Says()), nn.ReLU()], TypeError,
-         "layer 0.1 must return tensors, or tuples of them, at every step, got str"),
-    ],
-)  # fmt: skip
-def test_bad_input(x, layers, error, message):
-    with pytest.raises(error, match=message):
-        snnlstm.Sequential(*layers)(x)
-
-
 def test_of_a_tuple_the_next_layer_gets_the_first_item():
     net = nn.Sequential(nn.MaxPool2d(2, return_indices=True), nn.Identity(), nn.LSTM(3, 5))
     one = snnlstm.Sequential(*net[:2])
