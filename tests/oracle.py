@@ -14,11 +14,22 @@ import flat
 import torch
 import torch.nn.functional as F
 from cases import Case, Inputs
-from spikes import assert_quantised
 from torch import Tensor
 
 from snnlstm import surrogate
 from snnlstm.call import CellOptions
+
+
+def assert_quantised(value: Tensor, exact: Tensor, levels: Tensor, band: float) -> None:
+    """Check quantised values against the exact ones from before the quantisation.
+
+    Every value must be a level, and no other level may be nearer by more than `band`.
+    """
+    levels = levels.double()
+    nearest = (exact[..., None].double() - levels).abs().min(-1).values
+    assert torch.isin(value.double(), levels.to(value.dtype).double()).all(), "not a level"
+    excess = (value.double() - exact).abs() - nearest
+    assert excess.max() <= 2 * band, f"a level is not the nearest, by {float(excess.max()):.3g}"
 
 
 def _steps(tensor: Tensor, options: CellOptions) -> Tensor:

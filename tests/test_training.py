@@ -220,65 +220,6 @@ def test_gradients_of_each_sample_by_vmap():
     close(cell(x), ours()(x), atol=0, rtol=0)  # and goes on without it
 
 
-class LowRank(nn.Module):
-    """A frozen convolution and a trained one of rank 1 beside it."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.conv = conv.requires_grad_(False)
-        self.down = nn.Conv2d(conv.in_channels, 1, 3, padding=1, bias=False)
-        self.up = nn.Conv2d(1, conv.out_channels, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) + self.up(self.down(x))
-
-
-def wrapped(conv: nn.Conv2d) -> nn.Module:
-    return LowRank(conv)
-
-
-CHANGES = {
-    "weight_norm": (nn.utils.parametrizations.weight_norm, "conv is a ParametrizedConv2d"),
-    "spectral_norm": (nn.utils.parametrizations.spectral_norm, "conv is a ParametrizedConv2d"),
-    "orthogonal": (nn.utils.parametrizations.orthogonal, "conv is a ParametrizedConv2d"),
-    "old weight_norm": (nn.utils.weight_norm, "conv carries hooks"),
-    "old spectral_norm": (nn.utils.spectral_norm, "conv carries hooks"),
-    "pruned": (lambda conv: _pruned(conv), "conv carries hooks"),
-    "low rank": (wrapped, "conv is a LowRank"),
-}
-
-
-def _pruned(conv: nn.Conv2d) -> nn.Conv2d:
-    from torch.nn.utils import prune
-
-    return prune.l1_unstructured(conv, "weight", 0.3)
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-@pytest.mark.parametrize("name", CHANGES)
-def test_what_changes_conv_trains_as_with_snntorch(name):
-    change, reason = CHANGES[name]
-    cells = [ours(reset_mechanism="subtract"), theirs(reset_mechanism="subtract")]
-    curves = []
-    for cell in cells:
-        torch.manual_seed(5)
-        cell.conv = change(cell.conv)
-        trained = [p for p in cell.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(trained, lr=0.005)
-        curves.append([])
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss = loop(cell, *data())
-            loss.backward()
-            optimizer.step()
-            curves[-1].append(loss.item())
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
-    assert curves[0][2] != pytest.approx(curves[0][0], rel=1e-4)
-    close(cells[0].state_dict(), cells[1].state_dict(), atol=1e-4)
-    assert cells[0].path.name == "reference"
-    assert cells[0].path.reason.startswith(reason)
-
-
 def test_the_kernels_run_again_once_a_change_of_conv_is_taken_back(backend):
     cell = ours()
     x = steps(2, 2, 2, 6, 6)
