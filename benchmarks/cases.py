@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 MODES = ("forward", "backward", "both")
 """forward: inference. backward: backward alone, after an untimed forward. both: training."""
@@ -62,6 +63,12 @@ class Case:
         """Shape of the whole sequence's spikes."""
         pool = self.max_pool or self.avg_pool or 1
         return self.steps, self.batch, self.cout, self.height // pool, self.width // pool
+
+    def pool(self, mem: torch.Tensor) -> torch.Tensor:
+        """The case's pooling of mem (N, C, H, W), if any."""
+        if self.max_pool:
+            return F.max_pool2d(mem, self.max_pool)
+        return F.avg_pool2d(mem, self.avg_pool) if self.avg_pool else mem
 
     @property
     def options(self) -> str:

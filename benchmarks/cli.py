@@ -25,9 +25,9 @@ from benchmarks.cases import (
     parse_density,
     random_cases,
 )
-from benchmarks.kernel_times import write_kernel_times
+from benchmarks.kernel_times import KernelTime
 from benchmarks.providers import PROVIDERS, QUICK_PROVIDERS, Setting, find_providers
-from benchmarks.rows import Row, read_rows, write_rows
+from benchmarks.rows import Row, read_rows, write_csv, write_rows
 from benchmarks.suite import Plan, Suite
 from benchmarks.timing import Budget
 
@@ -202,7 +202,8 @@ def _measure(plans: list[Plan], args: argparse.Namespace) -> int:
     rows = [row for suite in suites for row in suite.rows]
     written = [*write_rows(rows, out)]
     if args.kernels:
-        written.append(write_kernel_times([k for suite in suites for k in suite.kernels], out))
+        kernels = [kernel for suite in suites for kernel in suite.kernels]
+        written.append(write_csv(out / "kernels.csv", KernelTime._fields, kernels))
     if args.goals and args.device == "cuda":
         print(gpu_goals.verdict(rows))
     if table := report.markdown(rows):

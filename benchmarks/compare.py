@@ -35,31 +35,22 @@ class Change:
 def compare_rows(before: list[Row], after: list[Row]) -> list[Change]:
     """Changes of the rows that are timed in both runs, in the order of the second."""
     earlier = {row.key: row for row in before if row.p50_ms is not None}
-    pairs = [(earlier[row.key], row) for row in after if row.p50_ms and row.key in earlier]
-    return [_compare(*pair) for pair in pairs]
+    return [_compare(earlier[row.key], row) for row in after if row.p50_ms and row.key in earlier]
 
 
 def _compare(before: Row, after: Row) -> Change:
-    (low, median, high), (new_low, new_median, new_high) = _band(before), _band(after)
+    bands = [(row.p20_ms, row.p50_ms, row.p80_ms) for row in (before, after)]
+    (low, median, high), (new_low, new_median, new_high) = bands
     change = new_median / median - 1
     spread = max((high - low) / median, (new_high - new_low) / new_median)
+    verdict = "noise"
     if min(before.rounds, after.rounds) < FEWEST_ROUNDS:
         verdict = "too few rounds"
-    elif abs(change) <= SMALLEST_CHANGE:
-        verdict = "noise"
-    elif new_high < low:
+    elif abs(change) > SMALLEST_CHANGE and new_high < low:
         verdict = "faster"
-    elif new_low > high:
+    elif abs(change) > SMALLEST_CHANGE and new_low > high:
         verdict = "slower"
-    else:
-        verdict = "noise"
     return Change(before, after, change, spread, verdict)
-
-
-def _band(row: Row) -> tuple[float, float, float]:
-    if row.p20_ms is None or row.p50_ms is None or row.p80_ms is None:
-        raise ValueError(f"the row {row.key} holds no times")
-    return row.p20_ms, row.p50_ms, row.p80_ms
 
 
 def report(before: list[Row], after: list[Row]) -> str:
@@ -67,23 +58,22 @@ def report(before: list[Row], after: list[Row]) -> str:
     changes = compare_rows(before, after)
     if not changes:
         return "The two runs have no timed row in common."
-    lines = [*_provenance(before, after), ""]
-    cells = [
-        [
-            change.after.case,
-            change.after.mode,
-            change.after.provider,
-            f"{change.before.p50_ms:.4g}",
-            f"{change.after.p50_ms:.4g}",
-            f"{change.change:+.1%}",
-            f"±{change.spread / 2:.1%}",
-            _ratio(change.before.speedup),
-            _ratio(change.after.speedup),
-            _memory(change),
-            change.verdict,
-        ]
-        for change in changes
-    ]
+    lines = [*_provenance(before[0], after[0]), ""]
+    cells = []
+    for change in changes:
+        one, other = change.before, change.after
+        memory = other.live_mib / one.live_mib - 1 if one.live_mib and other.live_mib else None
+        cells.append(
+            [
+                *(other.case, other.mode, other.provider),
+                *(f"{row.p50_ms:.4g}" for row in (one, other)),
+                f"{change.change:+.1%}",
+                f"±{change.spread / 2:.1%}",
+                *("" if row.speedup is None else f"{row.speedup:.2f}x" for row in (one, other)),
+                "" if memory is None else f"{memory:+.0%}",
+                change.verdict,
+            ]
+        )
     header = ["case", "mode", "provider", "A ms", "B ms", "change", "spread", "A x", "B x"]
     lines.append(format_table([*header, "memory", "verdict"], cells, left=3))
     drift = [change.change for change in changes if change.after.provider == BASELINE]
@@ -93,36 +83,24 @@ def report(before: list[Row], after: list[Row]) -> str:
             f"{statistics.median(drift):+.1%} in the median: take that off before believing a row; "
             "A x and B x (speed-up over it) have it taken off."
         )
-    counts = dict.fromkeys(("faster", "slower", "noise", "too few rounds"), 0)
-    for change in changes:
-        counts[change.verdict] += 1
-    lines.append(
-        "ms: median per time step. " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
-    )
+    verdicts = [change.verdict for change in changes]
+    kinds = ("faster", "slower", "noise", "too few rounds")
+    counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in kinds)
+    lines.append(f"ms: median per time step. {counts}")
     only = len(before) + len(after) - 2 * len(changes)
     if only:
         lines.append(f"{only} rows are in one run only, or were not timed.")
     return "\n".join(lines)
 
 
-def _ratio(speedup: float | None) -> str:
-    return "" if speedup is None else f"{speedup:.2f}x"
-
-
-def _memory(change: Change) -> str:
-    before, after = change.before.live_mib, change.after.live_mib
-    return "" if not before or after is None else f"{after / before - 1:+.0%}"
-
-
-def _provenance(before: list[Row], after: list[Row]) -> list[str]:
-    lines = []
-    for label, row in (("A", before[0]), ("B", after[0])):
-        lines.append(
-            f"{label}: snnlstm {row.version} at {row.commit}, {row.date}, {row.device}, "
-            f"{row.threads} threads, torch {row.torch}"
-        )
+def _provenance(before: Row, after: Row) -> list[str]:
+    lines = [
+        f"{label}: snnlstm {row.version} at {row.commit}, {row.date}, {row.device}, "
+        f"{row.threads} threads, torch {row.torch}"
+        for label, row in (("A", before), ("B", after))
+    ]
     for field in ("device", "threads", "torch", "snntorch", "python"):
-        one, other = getattr(before[0], field), getattr(after[0], field)
+        one, other = getattr(before, field), getattr(after, field)
         if one != other:
             lines.append(f"Not the same {field}: {one} and {other}. Changes may come from that.")
     return lines

@@ -14,6 +14,7 @@ import datetime
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,23 +27,16 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import machine
+from benchmarks.providers import Setting
 
-ROOT = Path(__file__).resolve().parent.parent
-NEEDED = {  # module -> what pip calls it
-    "pybind11": "pybind11",
-    "setuptools": "setuptools",
-    "pytest": "pytest",
-    "hypothesis": "hypothesis",
-    "snntorch": "snntorch==1.0.0",
-    "tqdm": "tqdm",
-}
+NEEDED = ("pybind11", "setuptools", "pytest", "hypothesis", "snntorch", "tqdm")
 PROGRAMS = ("cmake", "ninja", "timeout")
-LEFT = "LEFT"
 LAST = 30.0  # seconds that a shape of the benchmark may take after it was begun
 
 
 class Step(NamedTuple):
-    """One command; LEFT in it stands for the seconds within which to begin nothing new.
+    """One command. In it stand {python}, {out}, {sanitizer}, {workers} of pytest, and {left}, the
+    seconds within which to begin nothing new.
 
     until: the share of the whole time by which it is stopped. tail: lines of its output that the
     report shows. needed: nothing goes on without it.
@@ -50,10 +44,36 @@ class Step(NamedTuple):
 
     name: str
     until: float
-    command: Sequence[str]
-    environment: tuple[tuple[str, str], ...] = ()
+    command: str
+    environment: dict[str, str] | None = None
     tail: int = 60
     needed: bool = False
+
+
+SMOKE = "{python} -m benchmarks.gpu_smoke"
+# Only our own kernels: checking torch's too takes minutes.
+SANITIZE = "{sanitizer} --error-exitcode=9 --launch-timeout=60 --kernel-name "
+SANITIZE += "kernel_substring=snnlstm --tool="
+BENCH = "{python} -m benchmarks --device cuda --mode forward both --memory off --no-plots --goals "
+BENCH += "--kernels --limit {left} "
+BUILD = {"SNNLSTM_CUDA": "on", "SNNLSTM_CUDA_ARCHS": "native"}
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+# The tests that run on the backend "cuda", and no others: none is a failure.
+TESTS = '{python} -m pytest -q -k "[cuda or -cuda" --ignore=tests/simt --maxfail=50 {workers}'
+GPU_SHAPES = "--shapes gpu --dtype float32 tf32 autocast bfloat16 --seconds 1.5 "
+OWN_SHAPES = "--shapes cpu --dtype tf32 --seconds 0.5 "
+INSTALL = "{python} -m pip install --no-build-isolation --no-deps -e ."
+
+STEPS = (
+    Step("build", 0.17, INSTALL, BUILD, needed=True),
+    Step("what is there", 0.19, "{python} -m snnlstm"),
+    Step("smoke", 0.3, SMOKE, tail=200, needed=True),
+    Step("tests on cuda", 0.46, TESTS),
+    Step("memcheck", 0.52, f"{SANITIZE}memcheck {SMOKE}", UNCACHED),
+    Step("racecheck", 0.58, f"{SANITIZE}racecheck {SMOKE}"),
+    Step("GPU shapes", 0.88, f"{BENCH}{GPU_SHAPES}--out {{out}}/gpu-shapes", tail=600),
+    Step("the suite's own shapes", 0.97, f"{BENCH}{OWN_SHAPES}--out {{out}}/own-shapes", tail=600),
+)
 
 
 class Outcome(NamedTuple):
@@ -63,94 +83,62 @@ class Outcome(NamedTuple):
     verdict: str
     seconds: float = 0.0
     output: str = ""
+    command: str = ""
 
 
-def steps(out: Path) -> list[Step]:
-    """What is done, in this order."""
-    python = sys.executable
-    workers = min(8, max(1, (os.cpu_count() or 1) // 2)) if importlib.util.find_spec("xdist") else 0
-    smoke = (python, "-m", "benchmarks.gpu_smoke")
-    # Only our own kernels: checking torch's too takes minutes.
-    sanitize = (
-        sanitizer(), "--error-exitcode=9", "--launch-timeout=60",
-        "--kernel-name", "kernel_substring=snnlstm",
-    )  # fmt: skip
-    bench = (
-        python, "-m", "benchmarks", "--device", "cuda", "--mode", "forward", "both", "--memory",
-        "off", "--no-plots", "--goals", "--kernels", "--limit", LEFT,
-    )  # fmt: skip
-    return [
-        Step(
-            "build", 0.17,
-            (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."),
-            (("SNNLSTM_CUDA", "on"), ("SNNLSTM_CUDA_ARCHS", "native")), needed=True,
-        ),
-        Step("what is there", 0.19, (python, "-m", "snnlstm")),
-        Step("smoke", 0.3, smoke, tail=200, needed=True),
-        # The tests that run on the backend "cuda", and no others: none is a failure.
-        Step(
-            "tests on cuda", 0.46,
-            (python, "-m", "pytest", "-q", "-k", "[cuda or -cuda", "--ignore=tests/simt",
-             "--maxfail=50", *(("-n", str(workers)) if workers else ())),
-        ),
-        Step(
-            "memcheck", 0.52, (*sanitize, "--tool=memcheck", *smoke),
-            (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
-        ),
-        Step("racecheck", 0.58, (*sanitize, "--tool=racecheck", *smoke)),
-        Step(
-            "GPU shapes", 0.88,
-            (*bench, "--shapes", "gpu", "--dtype", "float32", "tf32", "autocast", "bfloat16",
-             "--seconds", "1.5", "--out", str(out / "gpu-shapes")),
-            tail=600,
-        ),
-        Step(
-            "the suite's own shapes", 0.97,
-            (*bench, "--shapes", "cpu", "--dtype", "tf32", "--seconds", "0.5",
-             "--out", str(out / "own-shapes")),
-            tail=600,
-        ),
-    ]  # fmt: skip
+def words(step: Step, out: Path, left: float) -> list[str]:
+    """The words of the step's command."""
+    workers = min(8, max(1, (os.cpu_count() or 1) // 2))
+    values = {
+        "python": sys.executable,
+        "out": out,
+        "sanitizer": find("compute-sanitizer") or "compute-sanitizer",
+        "workers": f"-n{workers}" if importlib.util.find_spec("xdist") else "",
+        "left": f"{max(1.0, left - LAST):.0f}",
+    }
+    return [word for part in shlex.split(step.command) if (word := part.format(**values))]
 
 
-def sanitizer() -> str:
-    """compute-sanitizer, on PATH or beside nvcc."""
+def find(program: str) -> str | None:
+    """The program on PATH, beside this Python, or beside nvcc."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    folders = [str(Path(home) / "bin") for home in [*homes, "/usr/local/cuda"] if home]
-    name = "compute-sanitizer"
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders)) or name
+    folders = [f"{home}/bin" for home in [*homes, "/usr/local/cuda"] if home]
+    path = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), *folders]
+    return shutil.which(program, path=os.pathsep.join(path))
 
 
-def run(step: Step, begin: float, seconds: float, log: Path) -> Outcome:
-    """Run a step until it ends or its time is over; `log` gets all that it prints.
+def run(step: Step, left: float, out: Path) -> Outcome:
+    """Run a step until it ends or the seconds that are left are over; a log gets what it prints.
 
     A step whose time is over is interrupted as by Ctrl-C, so that it may still say what it has,
     and killed ten seconds later, with its children.
     """
-    start = time.monotonic()
-    left = begin + step.until * seconds - start
+    start, command = time.monotonic(), words(step, out, left)
+    said = shlex.join(command)
     if left <= 0:
-        return Outcome(step, "not begun: no time was left")
-    limit = f"{max(1.0, left - LAST):.0f}"
-    command = [limit if word == LEFT else word for word in step.command]
+        return Outcome(step, "not begun: no time was left", command=said)
     if not shutil.which(command[0]):
-        return Outcome(step, f"failed: no such program: {command[0]}")
+        return Outcome(step, f"failed: no such program: {command[0]}", command=said)
     stopping = ("timeout", "--signal=INT", "--kill-after=10", f"{left:.1f}")
     beside_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": beside_python}
-    environment |= dict(step.environment)
+    environment = {
+        "PYTHONPATH": str(machine.ROOT),
+        "PATH": beside_python,
+        **(step.environment or {}),
+    }
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background: children inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    log = out / f"{step.name.replace(' ', '-')}.log"
     with log.open("w") as file:
         status = subprocess.run(
-            (*stopping, *command), cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
-            stdout=file, stderr=subprocess.STDOUT, check=False,
+            (*stopping, *command), cwd=machine.ROOT, env=os.environ | environment,
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
         ).returncode  # fmt: skip
     verdict = "passed" if status == 0 else f"failed (exit status {status})"
     if status in (124, 137, -signal.SIGKILL):
         verdict = f"stopped: its time was over after {left:.0f} s"
-    lines = log.read_text(errors="replace").splitlines()
-    return Outcome(step, verdict, time.monotonic() - start, "\n".join(lines[-step.tail :]))
+    lines = log.read_text(errors="replace").splitlines()[-step.tail :]
+    return Outcome(step, verdict, time.monotonic() - start, "\n".join(lines), said)
 
 
 def run_all(planned: Sequence[Step], seconds: float, out: Path) -> list[Outcome]:
@@ -163,7 +151,7 @@ def run_all(planned: Sequence[Step], seconds: float, out: Path) -> list[Outcome]
         if lost:
             outcome = Outcome(step, f"not begun: {lost[0]} did not pass")
         else:
-            outcome = run(step, begin, seconds, out / f"{step.name.replace(' ', '-')}.log")
+            outcome = run(step, begin + step.until * seconds - time.monotonic(), out)
         outcomes.append(outcome)
         print(f"{outcome.verdict} ({outcome.seconds:.0f} s)", flush=True)
         (out / "report.md").write_text(report(about, outcomes, time.monotonic() - begin))
@@ -177,12 +165,9 @@ def facts() -> dict[str, str]:
         "GPU": f"{torch.cuda.get_device_name()} (sm_{major}{minor})",
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "nvcc": said("nvcc", "--version"),
-        "torch": f"{torch.__version__} (CUDA {torch.version.cuda})",
-        "snntorch": machine.package_version("snntorch"),
-        "snnlstm": f"{machine.package_version('snnlstm')} at {machine.git_commit()}",
-        "Python": platform.python_version(),
+        "CUDA of torch": str(torch.version.cuda),
         "machine": f"{platform.platform()}, {machine.device_name('cpu')}",
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        **machine.describe(Setting("cuda")),
     }
 
 
@@ -203,14 +188,17 @@ def report(about: dict[str, str], outcomes: Sequence[Outcome], seconds: float) -
     lines += [f"| {o.step.name} | {o.verdict} | {o.seconds:.0f} |" for o in outcomes]
     lines += [f"| all | {summary(outcomes)} | {seconds:.0f} |"]
     for outcome in outcomes:
-        changed = "".join(f"{name}={value} " for name, value in outcome.step.environment)
+        changed = "".join(
+            f"{name}={value} " for name, value in (outcome.step.environment or {}).items()
+        )
         lines += ["", f"## {outcome.step.name}: {outcome.verdict}", ""]
-        lines += [f"`{changed}{' '.join(outcome.step.command)}`", ""]
+        lines += [f"`{changed}{outcome.command or outcome.step.command}`", ""]
         lines += ["````text", outcome.output or "(no output)", "````"]
     return "\n".join(lines) + "\n"
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
+    """How many steps passed."""
     passed = sum(outcome.verdict == "passed" for outcome in outcomes)
     return f"{passed} of {len(outcomes)} passed"
 
@@ -220,13 +208,14 @@ def lacking() -> str | None:
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         return f"no GPU: torch {torch.__version__} ({built}) of {sys.executable} sees none"
-    beside = str(Path(sys.executable).parent)
-    missing = [pip for module, pip in NEEDED.items() if not importlib.util.find_spec(module)]
-    missing += [p for p in PROGRAMS if not (shutil.which(p) or shutil.which(p, path=beside))]
-    return f"missing: pip install {' '.join(missing)}" if missing else None
+    missing = [name for name in NEEDED if not importlib.util.find_spec(name)]
+    missing += [name for name in PROGRAMS if not find(name)]
+    pinned = " ".join(missing).replace("snntorch", "snntorch==1.0.0")
+    return f"missing: pip install {pinned}" if missing else None
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 1 if a step did not pass."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: 9)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/gpu-DATE-TIME")
@@ -237,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or Path("out") / f"gpu-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    outcomes = run_all(steps(out), 60 * options.minutes, out)
+    outcomes = run_all(STEPS, 60 * options.minutes, out)
     print(f"{summary(outcomes)}; wrote {out / 'report.md'}")
     return 0 if all(outcome.verdict == "passed" for outcome in outcomes) else 1
 

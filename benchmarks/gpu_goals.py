@@ -6,22 +6,17 @@ A layer is bound by launches where a CUDA graph makes snnTorch's loop at least 1
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from benchmarks.rows import Row
 
 LAUNCH_BOUND = 1.5
-OURS = ("snnlstm", "snnlstm-cudagraph")
-COMPILED_GRAPH = "snntorch-compile-graph"
 
 
-@dataclass(frozen=True)
-class Goal:
+class Goal(NamedTuple):
     """One aim in one case: our time is to be `wanted` times shorter than `against`'s."""
 
-    dtype: str
-    case: str
-    mode: str
+    where: str
     against: str
     wanted: float
     found: float
@@ -31,35 +26,34 @@ class Goal:
         return self.found >= self.wanted
 
     def __str__(self) -> str:
-        where = f"{self.case} {self.mode} {self.dtype}"
         verdict = "met" if self.met else "missed"
-        return f"{where}: {self.found:.2f}x {self.against}, goal {self.wanted:g}x: {verdict}"
+        return f"{self.where}: {self.found:.2f}x {self.against}, goal {self.wanted:g}x: {verdict}"
 
 
 def goals(rows: Iterable[Row]) -> list[Goal]:
     """The goals of all cases in inference and training that rows were measured for."""
-    times: dict[tuple[str, str, str], dict[str, float]] = {}
+    times: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.p50_ms and row.mode != "backward":
-            times.setdefault((row.dtype, row.case, row.mode), {})[row.provider] = row.p50_ms
+            times.setdefault(f"{row.case} {row.mode} {row.dtype}", {})[row.provider] = row.p50_ms
     found = []
     for where, of in times.items():
-        by_call, best = of.get(OURS[0]), min((of[name] for name in OURS if name in of), default=0)
-        if not by_call or not best:
+        if "snnlstm" not in of:
             continue
-
-        def goal(against: str, wanted: float, ours: float, where=where, of=of) -> None:
-            if against in of:
-                found.append(Goal(*where, against, wanted, of[against] / ours))
-
+        by_call = of["snnlstm"]
+        best = min(by_call, of.get("snnlstm-cudagraph", by_call))
         if of.get("snntorch", 0) >= LAUNCH_BOUND * of.get("snntorch-cudagraph", float("inf")):
-            goal("snntorch", 5, by_call)
-            goal("snntorch-cudagraph", 2, best)
+            wanted = [("snntorch", 5, by_call), ("snntorch-cudagraph", 2, best)]
         else:
-            goal(COMPILED_GRAPH, 1.5, best)
+            wanted = [("snntorch-compile-graph", 1.5, best)]
         others = {name: time for name, time in of.items() if not name.startswith("snnlstm")}
         if others:
-            goal(min(others, key=others.__getitem__), 1, best)
+            wanted.append((min(others, key=others.__getitem__), 1, best))
+        found += [
+            Goal(where, against, times_faster, of[against] / ours)
+            for against, times_faster, ours in wanted
+            if against in of
+        ]
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import snnlstm
+from benchmarks.agreement import TOLERANCE
 from snnlstm.reference import sconv2dlstm
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -28,21 +29,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 SIZES = (2, 3, 6, 21, 13, 19)
 """T, N, Cin, C, H, W: no size is a multiple of a tile."""
-
-# Options without decisions that a rounding error could turn: with coarse products only these.
-SMOOTH = ("plain", "stride, dilation", "one window")
-
-# The error of mem that each may add, and that of a gradient, in its norm. Where a rounding error
-# can turn a decision (a maximum, a reset, a level) into another, a few neurons may differ by more.
-TOLERANCE = {
-    "float64": (1e-10, 1e-8),
-    "float32": (3e-5, 1e-3),
-    "tf32": (5e-3, 5e-2),
-    "float16": (2e-2, 1e-1),
-    "bfloat16": (1e-1, 3e-1),
-}
-DECIDING = 0.02
 EXACT = ("float64", "float32")
+PRECISIONS = (*EXACT, "tf32", "float16", "bfloat16")
+SMOOTH = ("plain", "stride, dilation", "one window")
+"""Options without decisions that a rounding error could turn: with coarse products only these."""
+DECIDING = 0.02
+"""The share of neurons that may differ by more than the tolerance, where a rounding error can turn
+a decision (a reset, a level) into another."""
 
 
 def run(
@@ -58,9 +51,8 @@ def run(
     RuntimeError
         If something else than the kernels ran, or computed something else.
     """
-    precisions = list(TOLERANCE) if device == "cuda" else EXACT
     done = {}
-    for precision in precisions:
+    for precision in PRECISIONS if device == "cuda" else EXACT:
         for algorithm in algorithms:
             for name in names if precision in EXACT else SMOOTH:
                 options = {
@@ -73,12 +65,11 @@ def run(
                     what = f"{precision}, {name}: {cell.path.name}"
                     if not cell.path.name.startswith(device):
                         raise RuntimeError(f"{precision}, {name}: {cell.path} ran, not the kernels")
-                    apart = _apart(cell, x, spk, mem, options)
+                    of_mem, of_gradients = _apart(cell, x, spk, mem, options)
                 allowed = TOLERANCE[precision]
-                if not (apart[0] <= allowed[0] and apart[1] <= allowed[1]):
-                    raise RuntimeError(f"{what}: mem differs by {apart[0]:.1e}, the gradients by "
-                                       f"{apart[1]:.1e}; allowed are {allowed}")  # fmt: skip
-                done[what] = f"{what}: mem {apart[0]:.1e}, gradients {apart[1]:.1e}"
+                done[what] = f"{what}: mem {of_mem:.1e}, gradients {of_gradients:.1e}"
+                if not (of_mem <= allowed[0] and of_gradients <= allowed[1]):
+                    raise RuntimeError(f"{done[what]} apart; allowed are {allowed}")
     return list(done.values())
 
 
@@ -114,11 +105,8 @@ def _apart(
     deciding = {"reset_mechanism", "state_quant"} & set(options)
     share = 1 - DECIDING if deciding else 1.0
     of_mem = float(far.kthvalue(max(1, int(share * far.numel()))).values)
-    of_gradients = max(
-        float((one.double() - other).norm() / other.norm())
-        for one, other in zip(found, expected, strict=True)
-    )
-    return of_mem, of_gradients
+    pairs = zip(found, expected, strict=True)
+    return of_mem, max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,13 @@ import torch
 from torch import Tensor
 
 import snnlstm
+from benchmarks.providers.with_snntorch import loop
 from snnlstm import _C
 from snnlstm import call as calls
 from snnlstm.native import cpu, cuda, kernels
 
-Step = Callable[..., tuple[Tensor, ...]]
-
-STEPS = 16
-SHAPE = (1, 2, 15, 17)
-CHANNELS = 12
+X = torch.rand(16, 1, 2, 15, 17)
+STATE = torch.zeros(1, 12, 15, 17)
 
 
 class _StubbedPlan:
@@ -47,11 +45,17 @@ class _StubbedPlan:
     def forward(self, **_: Any) -> None:
         pass
 
-    def backward(self, **_: Any) -> None:
-        pass
+    backward = weight_gradient = forward
 
-    def weight_gradient(self, **_: Any) -> None:
-        pass
+
+class _StubbedCpu:
+    """A core whose plans are stubbed."""
+
+    def CpuPlan(self, *arguments: Any) -> _StubbedPlan:
+        return _StubbedPlan(_C.CpuPlan(*arguments))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_C, name)
 
 
 class _StubbedCuda:
@@ -59,25 +63,19 @@ class _StubbedCuda:
 
     Cell = _C.Cell
 
-    def cuda_target(self) -> _StubbedCuda:
-        return self
-
     def wanting(self, *_: Any) -> _StubbedCuda:
         return self
+
+    cuda_target = wanting
 
     def cuda_padded_channels(self, channels: int) -> int:
         return -(-channels // 8) * 8
 
-    def cuda_algorithm_name(self, *_: Any) -> str:
-        return "stub"
-
-    def cuda_reason_against(self, *_: Any) -> str:
-        return ""
-
-    def __getattr__(self, name: str) -> Callable[..., int]:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
         if not name.startswith("cuda_"):
             raise AttributeError(name)
-        return lambda *_, **__: 1
+        answer = {"cuda_algorithm_name": "stub", "cuda_reason_against": ""}.get(name, 1)
+        return lambda *_, **__: answer
 
 
 class _OnTheHost(cuda.Kernels):
@@ -93,27 +91,12 @@ class _OnTheHost(cuda.Kernels):
 @contextlib.contextmanager
 def stubbed(half: str) -> Iterator[None]:
     """Within the block, cells on the CPU run a half of the core whose kernels do nothing."""
-    real = _C.CpuPlan
-    core = _Core(lambda *args: _StubbedPlan(real(*args)))
     calls._signatures.clear()
-    with contextlib.ExitStack() as stack:
-        if half == "cpu":
-            stack.enter_context(mock.patch.object(cpu, "_C", core))
-        else:
-            replaced = {"cpu": _OnTheHost(_StubbedCuda())}
-            stack.enter_context(mock.patch.dict(kernels.HALVES, replaced))
+    on_cpu = mock.patch.object(cpu, "_C", _StubbedCpu())
+    on_cuda = mock.patch.dict(kernels.HALVES, {"cpu": _OnTheHost(_StubbedCuda())})
+    with on_cpu if half == "cpu" else on_cuda:
         yield
     calls._signatures.clear()
-
-
-class _Core:
-    """snnlstm._C with another CpuPlan."""
-
-    def __init__(self, plan: Callable[..., Any]) -> None:
-        self.CpuPlan = plan
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(_C, name)
 
 
 class _Nothing(torch.autograd.Function):
@@ -132,21 +115,15 @@ class _Nothing(torch.autograd.Function):
         return None, torch.empty_like(syn), torch.empty_like(mem), None
 
 
-def _loop(step: Step, x: Tensor, state: Tensor) -> Tensor:
-    syn = mem = state
-    for _ in range(STEPS):
-        _, syn, mem = step(x, syn, mem)
-    return mem
-
-
-def _measure(step: Step, x: Tensor, state: Tensor) -> tuple[float, float]:
-    """Seconds a step, without gradients and with a backward pass."""
+def _measure(step: Callable) -> tuple[float, float]:
+    """Microseconds a step, without gradients and with a backward pass."""
     begin = time.perf_counter()
     with torch.no_grad():
-        _loop(step, x, state)
+        loop(step, X, STATE, STATE)
     middle = time.perf_counter()
-    _loop(step, x, state).backward(torch.ones_like(state))
-    return (middle - begin) / STEPS, (time.perf_counter() - middle) / STEPS
+    loop(step, X, STATE, STATE)[2].backward(torch.ones_like(STATE))
+    each = 1e6 / len(X)
+    return (middle - begin) * each, (time.perf_counter() - middle) * each
 
 
 def main() -> None:
@@ -154,22 +131,20 @@ def main() -> None:
     p = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
     p.add_argument("--rounds", type=int, default=200, help="per row (default: %(default)s)")
     rounds = p.parse_args().rounds
-    x = torch.rand(SHAPE)
-    state = torch.zeros(SHAPE[0], CHANNELS, *SHAPE[2:])
     weight = torch.zeros(1, requires_grad=True)
-    cells = {half: snnlstm.SConv2dLSTM(2, CHANNELS, 3, threshold=0.1) for half in ("cpu", "cuda")}
+    cells = {half: snnlstm.SConv2dLSTM(2, 12, 3, threshold=0.1) for half in ("cpu", "cuda")}
     times: dict[str, list[tuple[float, float]]] = {}
     for _ in range(rounds // 20):
         for half, cell in cells.items():
             with stubbed(half):
-                _measure(cell, x, state)
-                found = [_measure(cell, x, state) for _ in range(20)]
+                _measure(cell)
+                found = [_measure(cell) for _ in range(20)]
             times.setdefault(f"snnlstm, {half} half stubbed", []).extend(found)
-        found = [_measure(lambda *a: _Nothing.apply(*a, weight), x, state) for _ in range(20)]
+        found = [_measure(lambda *a: _Nothing.apply(*a, weight)) for _ in range(20)]
         times.setdefault("torch.autograd.Function alone", []).extend(found)
     print("Microseconds a step call on the host (without gradients; forward and backward)")
     for name, found in times.items():
-        one, both = (1e6 * statistics.median(column) for column in zip(*found, strict=True))
+        one, both = map(statistics.median, zip(*found, strict=True))
         print(f"  {name:32} {one:6.1f} {both:8.1f}")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.providers.base import Setting
+from benchmarks.timing import clock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,29 +65,22 @@ def device_name(device: str) -> str:
     """The GPU's name, or the CPU's with its widest vector unit."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
+    name = _proc("cpuinfo", "model name") or platform.processor() or platform.machine()
     return f"{name} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"
 
 
-@contextlib.contextmanager
-def one_core_busy() -> Iterator[None]:
-    """Within the block another process computes without end, on one core where it can be pinned."""
-    pin = ""
-    if hasattr(os, "sched_setaffinity"):
-        pin = f"import os; os.sched_setaffinity(0, {{{max(os.sched_getaffinity(0))}}})\n"
-    endless = pin + "while True: pass"
-    process = subprocess.Popen([sys.executable, "-c", endless])
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
+def available_bytes() -> int:
+    """Memory that can be had on the host without swapping."""
+    if found := _proc("meminfo", "MemAvailable"):
+        return int(found.split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _proc(file: str, field: str) -> str:
+    """The first value of a field of a file in /proc, or nothing."""
+    path = Path("/proc") / file
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
 
 
 def busy_cores() -> float:
@@ -97,14 +91,18 @@ def busy_cores() -> float:
         return 0.0
 
 
-def available_bytes() -> int:
-    """Memory that can be had on the host without swapping."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+@contextlib.contextmanager
+def one_core_busy() -> Iterator[None]:
+    """Within the block another process computes without end, on one core where it can be pinned."""
+    pin = ""
+    if hasattr(os, "sched_setaffinity"):
+        pin = f"import os; os.sched_setaffinity(0, {{{max(os.sched_getaffinity(0))}}})\n"
+    process = subprocess.Popen([sys.executable, "-c", f"{pin}while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def measure_peak(setting: Setting, seconds: float = 1.0) -> Peak:
@@ -120,25 +118,19 @@ def measure_peak(setting: Setting, seconds: float = 1.0) -> Peak:
         side = 384  # many CPUs have no such unit, and take seconds for what is larger
     a, b = torch.randn(side, side, **on), torch.randn(side, side, **on)
     product = torch.empty_like(a)
-    multiplying = _best_seconds(lambda: torch.mm(a, b, out=product), setting.device, seconds)
     # Beyond any cache, so that the copy is one of memory.
     size = 1 << 30 if setting.device == "cuda" else 1 << 28
     source = torch.ones(size // setting.torch_dtype.itemsize, **on)
     target = torch.zeros_like(source)
-    copying = _best_seconds(lambda: target.copy_(source), setting.device, seconds)
-    return Peak(2 * side**3 / multiplying / 1e9, 2 * size / copying / 1e9)
 
-
-def _best_seconds(call: Callable[[], object], device: str, seconds: float) -> float:
-    call()
-    best = float("inf")
-    stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+    def best(call: Callable[[], object]) -> float:
         call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
+        found, stop = [], time.perf_counter() + seconds
+        while time.perf_counter() < stop:
+            found.append(clock(call, setting.device))
+        return min(found)
+
+    multiplying = best(lambda: torch.mm(a, b, out=product))
+    return Peak(
+        2 * side**3 / multiplying / 1e9, 2 * size / best(lambda: target.copy_(source)) / 1e9
+    )

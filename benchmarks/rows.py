@@ -72,19 +72,23 @@ class Row:
         return (self.case, *layer, *cell, self.dtype, self.mode, self.provider)
 
 
-_TYPES = typing.get_type_hints(Row)
 _FIELDS = [field.name for field in dataclasses.fields(Row)]
+_TYPES = typing.get_type_hints(Row)
+
+
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> Path:
+    """Write a table, None as an empty cell, and its directory; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
 
 
 def write_rows(rows: Iterable[Row], directory: Path) -> tuple[Path, Path]:
     """Write rows.csv and rows.json into `directory`, which is made; returns both paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    as_csv, as_json = directory / "rows.csv", directory / "rows.json"
     records = [dataclasses.asdict(row) for row in rows]
-    with as_csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, _FIELDS)
-        writer.writeheader()
-        writer.writerows(records)  # None becomes an empty cell
+    as_csv = write_csv(directory / "rows.csv", _FIELDS, [r.values() for r in records])
+    as_json = directory / "rows.json"
     as_json.write_text(json.dumps(records, indent=1) + "\n")
     return as_csv, as_json
 
@@ -102,21 +106,16 @@ def read_rows(path: Path) -> list[Row]:
         if path.suffix == ".json":
             return [Row(**record) for record in json.loads(path.read_text())]
         with path.open(newline="") as file:
-            return [_from_text(record) for record in csv.DictReader(file)]
+            found = csv.DictReader(file)
+            return [
+                Row(**{name: _parse(name, record[name]) for name in record}) for record in found
+            ]
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} does not hold rows of this suite: {error}") from None
 
 
-def _from_text(record: dict[str, str]) -> Row:
-    if set(record) != set(_FIELDS):
-        differ = sorted(map(str, set(record) ^ set(_FIELDS)))
-        raise ValueError(f"columns differ: {', '.join(differ)}")
-    return Row(**{name: _parse(text, _TYPES[name]) for name, text in record.items()})
-
-
-def _parse(text: str, kind: object) -> object:
-    if isinstance(kind, types.UnionType):  # X | None
-        if text == "":
-            return None
-        kind = typing.get_args(kind)[0]
-    return kind(text)  # type: ignore[operator]
+def _parse(name: str, text: str) -> object:
+    kinds = typing.get_args(_TYPES[name]) or (_TYPES[name],)
+    if types.NoneType in kinds and text == "":
+        return None
+    return kinds[0](text)

@@ -15,9 +15,10 @@ from benchmarks import agreement, machine, memory
 from benchmarks.cases import LONG_CASE, LONG_STEPS, Case
 from benchmarks.kernel_times import KernelTime, kernel_times
 from benchmarks.providers import BASELINE, Provider, Setting, Unavailable
+from benchmarks.providers.base import Runner
 from benchmarks.report import case_block
 from benchmarks.rows import Row
-from benchmarks.timing import Budget, Quantiles, Runner, time_interleaved, warm_up
+from benchmarks.timing import Budget, Quantiles, time_interleaved, warm_up
 
 PROFILED = (BASELINE, "snnlstm")
 WEIGHED_LONG = (BASELINE, "hoisted", "snnlstm", "snnlstm-checkpoint")

@@ -6,17 +6,17 @@ alike, and the ratio of their medians stays true where two separate runs would d
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-Runner = tuple[Callable[[], object], Callable[[], object]]
-"""(setup, run): setup is not timed."""
+from benchmarks.providers.base import Runner
 
 WARM_UP = 4
 """Runs before timing: torch.compile settles its guards in three, caches and pages in one."""
@@ -43,10 +43,8 @@ class Quantiles:
     @classmethod
     def of(cls, samples: list[float]) -> Quantiles:
         """Quantiles of at least one sample, interpolated linearly."""
-        if len(samples) == 1:
-            return cls(samples[0], samples[0], samples[0], 1)
-        cuts = statistics.quantiles(samples, n=10, method="inclusive")
-        return cls(cuts[1], statistics.median(samples), cuts[7], len(samples))
+        p20, p50, p80 = np.percentile(samples, (20, 50, 80)).tolist()
+        return cls(p20, p50, p80, len(samples))
 
 
 def clock(run: Callable[[], object], device: str) -> float:
@@ -78,6 +76,19 @@ def warm_up(runner: Runner, device: str, budget: Budget) -> None:
             break
 
 
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Garbage is collected before the block, and not in it."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def time_interleaved(
     runners: Mapping[str, Runner],
     device: str,
@@ -87,17 +98,13 @@ def time_interleaved(
 ) -> dict[str, Quantiles]:
     """Time warmed-up runners against each other.
 
-    tick is told the share of the work (0..1) that is done, after every round. Garbage collection
-    is off while the clock runs.
+    tick is told the share of the work (0..1) that is done, after every round.
     """
     names = list(runners)
     samples: dict[str, list[float]] = {name: [] for name in names}
     order = random.Random(seed)
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
     begin = time.perf_counter()
-    try:
+    with no_collection():
         for done in range(1, budget.most + 1):
             order.shuffle(names)
             for name in names:
@@ -108,8 +115,5 @@ def time_interleaved(
             if done >= budget.fewest and spent >= budget.seconds:
                 break
             tick(min(1.0, spent / max(budget.seconds, 1e-9), done / budget.fewest))
-    finally:
-        if collecting:
-            gc.enable()
     tick(1.0)
     return {name: Quantiles.of(times) for name, times in samples.items()}

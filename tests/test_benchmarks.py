@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import subprocess
 import sys
@@ -348,8 +349,8 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path, monkeypatch, capsys):
 def test_suite_runs(tmp_path, capsys):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--shape", "2 1 2 4 6 6 3 name=small", "--quick",
-         "--seconds", "0.1", "--memory", "off", "--goals", "--out", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+         "--seconds", "0.1", "--memory", "off", "--goals", "--kernels", "--out", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = read_rows(tmp_path)
@@ -365,8 +366,11 @@ def test_suite_runs(tmp_path, capsys):
         assert row.gflops > 0
     assert "Speed-up over snntorch" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {
-        "rows.csv", "rows.json", "table.md", "speedup.png", "roofline.png",
+        "rows.csv", "rows.json", "table.md", "speedup.png", "roofline.png", "kernels.csv",
     }  # fmt: skip
+    kernels = list(csv.DictReader((tmp_path / "kernels.csv").open()))
+    assert {kernel["provider"] for kernel in kernels} == {"snntorch", "snnlstm"}
+    assert sum(float(kernel["share"]) for kernel in kernels) == pytest.approx(4)  # 2 modes
     header, _, small = (tmp_path / "table.md").read_text().splitlines()
     assert header == "| layer | snntorch, ms a step | hoisted | snnlstm-step | snnlstm |"
     times = {(row.provider, row.mode): row for row in rows}

@@ -2,58 +2,52 @@
 
 from __future__ import annotations
 
-from benchmarks.providers.base import Provider, Setting, Unavailable
-from benchmarks.providers.captured import SnnlstmGraph, SnnTorchCompiledGraph, SnnTorchGraph
-from benchmarks.providers.hoisted import Hoisted
-from benchmarks.providers.with_snnlstm import (
-    Snnlstm,
-    SnnlstmCheckpoint,
-    SnnlstmDirect,
-    SnnlstmHybrid,
-    SnnlstmMeasured,
-    SnnlstmPointwise,
-    SnnlstmStep,
-    SnnlstmWinograd,
-)
-from benchmarks.providers.with_snntorch import (
-    SnnTorchCompiled,
-    SnnTorchCompiledLast,
-    SnnTorchEager,
-)
+from collections.abc import Iterable
 
-BASELINE = SnnTorchEager.name
+from benchmarks.providers import with_snnlstm as ours
+from benchmarks.providers import with_snntorch as theirs
+from benchmarks.providers.base import Captured, Provider, Setting, Unavailable
+
+
+class SnnTorchGraph(Captured, theirs.SnnTorchEager):
+    name = "snntorch-cudagraph"
+    title = "snnTorch's loop captured in a CUDA graph"
+
+
+class SnnTorchCompiledGraph(Captured, theirs.SnnTorchCompiledLast):
+    name = "snntorch-compile-graph"
+    title = "the same captured in a CUDA graph"
+
+
+class SnnlstmGraph(Captured, ours.Snnlstm):
+    name = "snnlstm-cudagraph"
+    title = "snnlstm by sequence, captured in a CUDA graph"
+
 
 PROVIDERS: dict[str, type[Provider]] = {
     provider.name: provider
     for provider in (
-        SnnTorchEager,
-        SnnTorchCompiled,
-        SnnTorchCompiledLast,
+        theirs.SnnTorchEager,
+        theirs.SnnTorchCompiled,
+        theirs.SnnTorchCompiledLast,
         SnnTorchGraph,
         SnnTorchCompiledGraph,
-        Hoisted,
-        SnnlstmStep,
-        Snnlstm,
-        SnnlstmDirect,
-        SnnlstmWinograd,
-        SnnlstmPointwise,
-        SnnlstmHybrid,
-        SnnlstmMeasured,
+        theirs.Hoisted,
+        ours.SnnlstmStep,
+        ours.Snnlstm,
+        *ours.ALGORITHMS,
         SnnlstmGraph,
-        SnnlstmCheckpoint,
+        ours.SnnlstmCheckpoint,
     )
 }
-
-DETAILS = tuple(
-    p.name
-    for p in (SnnlstmDirect, SnnlstmWinograd, SnnlstmPointwise, SnnlstmHybrid, SnnlstmCheckpoint)
-)
+BASELINE = theirs.SnnTorchEager.name
+DETAILS = ("direct", "winograd", "pointwise", "hybrid", "checkpoint")
+DETAILS = tuple(f"snnlstm-{name}" for name in DETAILS)
 """Those that the long table lists, and the short one and the plots of speed leave out."""
+QUICK_PROVIDERS = (BASELINE, "hoisted", "snnlstm-step", "snnlstm")
 
-QUICK_PROVIDERS = (SnnTorchEager.name, Hoisted.name, SnnlstmStep.name, Snnlstm.name)
 
-
-def find_providers(names: list[str]) -> list[type[Provider]]:
+def find_providers(names: Iterable[str]) -> list[type[Provider]]:
     """Providers by name, the baseline always among them and first.
 
     Raises ValueError naming the provider that is not known.

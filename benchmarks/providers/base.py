@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,8 @@ import torch
 from benchmarks.cases import Case
 
 Tensor = torch.Tensor
+Runner = tuple[Callable[[], object], Callable[[], object]]
+"""(setup, run): setup is not timed."""
 Spikes = Tensor | list[Tensor]
 """The spikes of a sequence: (T, N, C, Ho, Wo), or a list of T tensors (N, C, Ho, Wo)."""
 
@@ -48,17 +51,19 @@ class Setting:
 class Provider:
     """A layer built for `case`, with weights that depend on the seed alone.
 
-    Subclasses define `sequence`, and `why_not` where they cannot run everything. `states` says how
-    many tensors of the state's size training holds per time step, for the memory guard.
+    Subclasses define `build_cell`, `sequence`, and `why_not` where they cannot run everything.
+    states: how many tensors of the state's size training holds per time step, for the memory guard.
+    spike_dtype: type of the spikes that `sequence` gives. path: which implementation ran last, for
+    the report; empty where there is only one.
     """
 
     name = "provider"
     title = "what it is, in a few words"
     states = 16
+    path = ""
 
     def __init__(self, case: Case, setting: Setting) -> None:
-        self.case = case
-        self.setting = setting
+        self.case, self.setting = case, setting
         setting.apply_precision()
         torch.manual_seed(setting.seed)
         self.cell = self.build_cell()
@@ -72,11 +77,14 @@ class Provider:
     @classmethod
     def bytes_needed(cls, case: Case, setting: Setting, mode: str) -> int:
         """A rough upper bound on what a run allocates, to refuse before the machine swaps."""
-        element = setting.torch_dtype.itemsize
-        state = math.prod(case.state_shape) * element
-        x = case.steps * case.batch * case.cin * case.height * case.width * element
+        x = case.steps * case.batch * case.cin * case.height * case.width
         kept = case.steps if mode != "forward" else 1
-        return 3 * x + (cls.states + 4) * state * kept
+        values = 3 * x + (cls.states + 4) * math.prod(case.state_shape) * kept
+        return values * setting.torch_dtype.itemsize
+
+    @property
+    def spike_dtype(self) -> torch.dtype:
+        return self.setting.torch_dtype
 
     def build_cell(self) -> torch.nn.Module:
         """The cell, freshly initialised from torch's global generator."""
@@ -92,17 +100,7 @@ class Provider:
             return torch.autocast(self.setting.device, torch.bfloat16)
         return nullcontext()
 
-    @property
-    def spike_dtype(self) -> torch.dtype:
-        """Type of the spikes that `sequence` gives."""
-        return self.setting.torch_dtype
-
-    @property
-    def path(self) -> str:
-        """Which implementation ran last, for the report; empty where there is only one."""
-        return ""
-
-    def prepare(self, mode: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    def prepare(self, mode: str) -> Runner:
         """(setup, run): `run` is what is timed, `setup` goes before each call of it, untimed.
 
         forward runs without gradients. In the other modes the setup clears the gradients and moves
@@ -117,48 +115,44 @@ class Provider:
 
             return inside
 
-        setup, run = self._runner(mode)
+        setup, run = self._inference() if mode == "forward" else self._training(mode)
         return within(setup), within(run)
 
-    def _runner(self, mode: str) -> tuple[Callable[[], object], Callable[[], object]]:
-        x, syn, mem = self.inputs(mode)
-        if mode == "forward":
+    def _inference(self) -> Runner:
+        inputs = self.inputs("forward")
 
-            def infer() -> object:
-                with torch.no_grad():
-                    return self.sequence(x, syn, mem)
+        def infer() -> object:
+            with torch.no_grad():
+                return self.sequence(*inputs)
 
-            return _nothing, infer
+        return (lambda: None), infer
 
-        gradient = self.spike_gradient()
-        parameters = list(self.cell.parameters())
-        nudge = _Nudge(self.cell.conv.weight)
+    def _training(self, mode: str) -> Runner:
+        inputs, gradient = self.inputs(mode), self.spike_gradient()
+        weight = self.cell.conv.weight
+        factor = 1 + (1e-6 if weight.element_size() > 2 else 1e-2)
+        factors = itertools.cycle((factor, 1 / factor))
         held: list[Spikes] = []
 
         def clear() -> None:
             held.clear()
-            x.grad = None
-            for parameter in parameters:
-                parameter.grad = None
-            nudge()
+            inputs[0].grad = None
+            self.cell.zero_grad()
+            with torch.no_grad():  # back and forth
+                weight.mul_(next(factors))
 
         def backward(spikes: Spikes) -> None:
             # Listed spikes are not stacked: snnTorch's loop is not charged for a copy.
-            if isinstance(spikes, list):
-                torch.autograd.backward(spikes, list(gradient.unbind(0)))
-            else:
-                spikes.backward(gradient)
-
-        def train() -> None:
-            backward(self.sequence(x, syn, mem)[0])
+            listed = isinstance(spikes, list)
+            torch.autograd.backward(spikes, list(gradient.unbind(0)) if listed else gradient)
 
         def forward_first() -> None:
             clear()
-            held.append(self.sequence(x, syn, mem)[0])
+            held.append(self.sequence(*inputs)[0])
 
         if mode == "backward":
             return forward_first, lambda: backward(held.pop())
-        return clear, train
+        return clear, lambda: backward(self.sequence(*inputs)[0])
 
     def inputs(self, mode: str, steps: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x and zero states; x asks for a gradient in training where the case counts it.
@@ -180,18 +174,34 @@ class Provider:
         return gradient.to(self.setting.device, self.spike_dtype)
 
 
-class _Nudge:
-    """Moves a weight back and forth by one part in a million."""
+class Captured(Provider):
+    """Goes before the provider that it captures in a CUDA graph: all T steps in one replay."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-        self.factor = 1 + 1e-6 if weight.element_size() > 2 else 1 + 1e-2
+    @classmethod
+    def why_not(cls, case: Case, setting: Setting) -> str | None:
+        if setting.device != "cuda":
+            return "CUDA graphs need --device cuda"
+        return super().why_not(case, setting)
 
-    @torch.no_grad()
-    def __call__(self) -> None:
-        self.weight.mul_(self.factor)
-        self.factor = 1 / self.factor
-
-
-def _nothing() -> None:
-    pass
+    def prepare(self, mode: str) -> Runner:
+        setup, run = super().prepare(mode)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # cuDNN picks and allocates outside the capture
+            for _ in range(3):
+                setup()
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        if mode == "backward":
+            first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(first):
+                setup()
+            with torch.cuda.graph(second, pool=first.pool()):
+                run()
+            return first.replay, second.replay
+        setup()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        # Each replay overwrites the gradients, which the graph allocated: nothing to clear.
+        return (lambda: None), graph.replay

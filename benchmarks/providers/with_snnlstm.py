@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+import snnlstm
 from benchmarks.cases import Case
-from benchmarks.providers.base import Provider, Setting, Spikes, Tensor, Unavailable
-from benchmarks.providers.with_snntorch import cell_arguments
+from benchmarks.providers.base import Provider, Runner, Setting, Spikes, Tensor, Unavailable
+from benchmarks.providers.with_snntorch import cell_arguments, loop
 
 
 class Snnlstm(Provider):
-    """The whole sequence in one call, with the algorithm that the library picks."""
+    """The whole sequence in one call, with the algorithm that the library picks.
+
+    runs_as: how the part of the path that names the algorithm begins.
+    """
 
     name = "snnlstm"
     title = "snnlstm, the whole sequence in one call"
     algorithm = "auto"
     devices: tuple[str, ...] = ("cpu", "cuda")
-    runs_as: tuple[str, ...] = ("",)  # how the part of the path that names the algorithm begins
+    runs_as: tuple[str, ...] = ("",)
     checkpoint = False
 
     @classmethod
     def why_not(cls, case: Case, setting: Setting) -> str | None:
         if setting.device not in cls.devices:
             return f"there is no {cls.algorithm} on {setting.device}"
-        try:
-            from snnlstm import SConv2dLSTM  # noqa: F401
-        except ImportError as error:
-            return f"snnlstm does not import: {error}"
         return None
 
     def build_cell(self) -> torch.nn.Module:
-        import snnlstm
-
-        arguments = cell_arguments(self.case)
+        arguments = cell_arguments(self.case) | {"checkpoint": self.checkpoint}
         if self.case.quant_bits:
             arguments["state_quant"] = snnlstm.quant.state_quant(num_bits=self.case.quant_bits)
-        if self.checkpoint:
-            arguments["checkpoint"] = True
         return snnlstm.SConv2dLSTM(**arguments)
 
     def sequence(self, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Spikes, Tensor, Tensor]:
@@ -47,18 +43,15 @@ class Snnlstm(Provider):
 
     @property
     def path(self) -> str:
-        path = getattr(self.cell, "path", None)
-        return "" if path is None else str(path)
+        return str(self.cell.path or "")
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        import snnlstm
-
         # Set back each time, so that no trace is left in the providers that run in between.
         with super().context(), snnlstm.algorithm(self.algorithm):
             yield
 
-    def prepare(self, mode: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    def prepare(self, mode: str) -> Runner:
         setup, run = super().prepare(mode)
         setup()
         run()
@@ -76,60 +69,7 @@ class SnnlstmStep(Snnlstm):
     title = "snnlstm, one call a time step"
 
     def sequence(self, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Spikes, Tensor, Tensor]:
-        spikes = []
-        for x_t in x.unbind(0):
-            spk, syn, mem = self.cell(x_t, syn, mem)
-            spikes.append(spk)
-        return spikes, syn, mem
-
-
-class SnnlstmDirect(Snnlstm):
-    """The whole sequence in one call, direct convolution."""
-
-    name = "snnlstm-direct"
-    title = "snnlstm by sequence, direct convolution"
-    algorithm = "direct"
-    runs_as = ("direct", "fma", "mma")
-
-
-class SnnlstmWinograd(Snnlstm):
-    """The whole sequence in one call, Winograd's minimal filtering wherever it applies."""
-
-    name = "snnlstm-winograd"
-    title = "snnlstm by sequence, Winograd"
-    algorithm = "winograd"
-    devices = ("cpu",)
-    runs_as = ("winograd",)
-
-
-class SnnlstmPointwise(Snnlstm):
-    """The whole sequence in one call, torch's convolution (cuDNN) before our kernels."""
-
-    name = "snnlstm-pointwise"
-    title = "snnlstm by sequence, behind torch's convolution"
-    algorithm = "pointwise"
-    devices = ("cuda",)
-    runs_as = ("pointwise",)
-
-
-class SnnlstmHybrid(Snnlstm):
-    """The whole sequence in one call, torch's convolution for the gradients of weight and x."""
-
-    name = "snnlstm-hybrid"
-    title = "snnlstm by sequence, torch for the gradients of weight and x"
-    algorithm = "hybrid"
-    devices = ("cuda",)
-    runs_as = ("hybrid",)
-
-
-class SnnlstmMeasured(Snnlstm):
-    """The whole sequence in one call, with the algorithm that was measured to be fastest."""
-
-    name = "snnlstm-measured"
-    title = "snnlstm by sequence, the algorithm measured"
-    algorithm = "measure"
-    devices = ("cuda",)
-    runs_as = ("measured",)
+        return loop(self.cell, x, syn, mem)
 
 
 class SnnlstmCheckpoint(Snnlstm):
@@ -138,3 +78,24 @@ class SnnlstmCheckpoint(Snnlstm):
     name = "snnlstm-checkpoint"
     title = "snnlstm by sequence, checkpoint=True"
     checkpoint = True
+
+
+def _with_algorithm(name: str, title: str, devices: str, *runs_as: str) -> type[Snnlstm]:
+    """The whole sequence in one call, with an algorithm of its own."""
+    fields = {
+        "name": f"snnlstm-{name}",
+        "title": f"snnlstm by sequence, {title}",
+        "algorithm": name.replace("measured", "measure"),
+        "devices": tuple(devices.split()),
+        "runs_as": runs_as or (name,),
+    }
+    return type(name, (Snnlstm,), fields)
+
+
+ALGORITHMS = (
+    _with_algorithm("direct", "direct convolution", "cpu cuda", "direct", "fma", "mma"),
+    _with_algorithm("winograd", "Winograd", "cpu"),
+    _with_algorithm("pointwise", "behind torch's convolution", "cuda"),
+    _with_algorithm("hybrid", "torch for the gradients of weight and x", "cuda"),
+    _with_algorithm("measured", "the algorithm measured", "cuda"),
+)
