@@ -286,8 +286,7 @@ class CMakeBuild(build_ext):
             f"-DSNNLSTM_CUDA={'ON' if nvcc else 'OFF'}",
             f"-DSNNLSTM_CUDA_WHY={why}",
             f"-DSNNLSTM_MODULE={target.name}",
-            # Of no use but to tests: not in a wheel.
-            f"-DSNNLSTM_WIDE={'ON' if self.for_tests else 'OFF'}",
+            f"-DSNNLSTM_TESTING={'ON' if self.for_tests else 'OFF'}",  # not in a wheel
         ]  # fmt: skip
         if nvcc:
             arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")

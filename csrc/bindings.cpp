@@ -7,6 +7,9 @@
 #if SNNLSTM_WITH_CUDA
 #include "bindings_cuda.h"
 #endif
+#if SNNLSTM_TESTING
+#include "testing/bindings.h"
+#endif
 
 using namespace snnlstm;
 using namespace snnlstm::bindings;
@@ -20,11 +23,17 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("openmp_library", &openmp_library);
   m.def("prefer_huge_pages",
-        [](Address memory, size_t bytes) { prefer_huge_pages(at(memory), bytes); });
+        [](Address memory, size_t bytes) {
+          if (!memory || bytes > ~memory) throw py::value_error("memory must be given");
+          prefer_huge_pages(at(memory), bytes);
+        });
 
   bind_cell(m);
   bind_cpu(m);
 #if SNNLSTM_WITH_CUDA
   bind_cuda(m);
+#endif
+#if SNNLSTM_TESTING
+  bind_testing(m);
 #endif
 }

@@ -7,7 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <limits>
+#include <algorithm>
 #include <string>
 #include <unordered_map>
 
@@ -19,7 +19,21 @@ namespace py = pybind11;
 
 using Address = uintptr_t;
 
+constexpr int64_t kMostElements = int64_t(1) << 48;  // of an image or weight: more than memory has
+
 inline void* at(Address address) { return reinterpret_cast<void*>(address); }
+
+// What a call cannot do without.
+inline void needs(const void* given, const char* name) {
+  if (!given) throw py::value_error(std::string(name) + " must be given");
+}
+
+// How many numbers or bytes memory of the caller's has.
+inline void counted(const char* name, int64_t count, int64_t least = 0) {
+  if (count < least || count > kMostElements)
+    throw py::value_error(std::string(name) + " must lie between " + std::to_string(least) +
+                          " and 2^48");
+}
 
 inline Address address_of(const py::handle& number) {
   const Address address = PyLong_AsSize_t(number.ptr());
@@ -40,6 +54,7 @@ inline View view(const py::handle& from) {
   for (int k = 0; k < 5; ++k) {
     v.stride[k] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, k));
     if (v.stride[k] == -1 && PyErr_Occurred()) throw py::error_already_set();
+    counted("a stride", v.stride[k]);
   }
   return v;
 }
@@ -59,11 +74,21 @@ class Keywords {
   }
   int64_t number(const char* name) {
     const py::handle found = find(name);
-    return found ? found.cast<int64_t>() : 0;
+    const int64_t value = found ? PyLong_AsLongLong(found.ptr()) : 0;
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
   }
   // As the others, of what a call cannot do without.
-  View needed_view(const char* name) { return needed(view(name), name); }
-  void* needed_address(const char* name) { return needed(address(name), name); }
+  View needed_view(const char* name) {
+    const View found = view(name);
+    needs(found.data, name);
+    return found;
+  }
+  void* needed_address(const char* name) {
+    void* const found = address(name);
+    needs(found, name);
+    return found;
+  }
 
   void finish() const {
     if (seen_ != given_.size()) throw py::type_error("an argument that the kernels do not know");
@@ -82,13 +107,6 @@ class Keywords {
     if (!found) found = PyUnicode_InternFromString(name);
     return found;
   }
-  static const void* data(const View& v) { return v.data; }
-  static const void* data(const void* p) { return p; }
-  template <class A>
-  static A needed(A given, const char* name) {
-    if (!data(given)) throw py::value_error(std::string(name) + " must be given");
-    return given;
-  }
 
   const py::kwargs& given_;
   size_t seen_ = 0;
@@ -106,9 +124,12 @@ Args common_args(const Cell& cell, Keywords& k) {
   a.weight = k.address("weight");
   a.weight_mem = k.address("weight_mem"), a.weight_x = k.address("weight_x");
   a.threshold = k.needed_address("threshold"), a.threshold_stride = k.number("threshold_stride");
+  if (a.threshold_stride != 0 && a.threshold_stride != 1)
+    throw py::value_error("threshold_stride must be 0 or 1");
   a.graded_factor = k.needed_address("graded"), a.levels = k.address("levels");
-  if (cell.num_levels > 0 && !a.levels) throw py::value_error("levels must be given");
+  if (cell.num_levels > 0) needs(a.levels, "levels");
   a.saved_gates = k.address("saved_gates"), a.saved_syn = k.address("saved_syn");
+  if (a.saved_gates && cell.T > 1) needs(a.saved_syn, "saved_syn");
   a.winner = static_cast<int64_t*>(k.address("winner"));
   a.workspace = k.address("workspace");
   return a;
@@ -118,7 +139,7 @@ inline ForwardArgs forward_args(const Cell& cell, const py::kwargs& given) {
   Keywords k(given);
   auto a = common_args<ForwardArgs>(cell, k);
   a.bias = k.address("bias");
-  if (!a.mem0.data) throw py::value_error("mem0 must be given");
+  needs(a.mem0.data, "mem0");
   a.spk = k.needed_view("spk"), a.syn = k.needed_view("syn"), a.mem = k.needed_view("mem");
   k.finish();
   return a;
@@ -127,13 +148,17 @@ inline ForwardArgs forward_args(const Cell& cell, const py::kwargs& given) {
 inline BackwardArgs backward_args(const Cell& cell, const py::kwargs& given) {
   Keywords k(given);
   auto a = common_args<BackwardArgs>(cell, k);
-  if (!a.saved_gates) throw py::value_error("saved_gates must be given");
+  needs(a.saved_gates, "saved_gates");
   a.noise = k.view("noise");
-  a.grad_spk = k.view("grad_spk"), a.grad_syn = k.view("grad_syn"), a.grad_mem = k.view("grad_mem");
+  a.grad_spk = k.view("grad_spk");
+  if (a.grad_spk.data && cell.inhibition) needs(a.winner, "winner");
+  if (a.grad_spk.data && cell.surrogate == Surrogate::stochastic) needs(a.noise.data, "noise");
+  a.grad_syn = k.view("grad_syn"), a.grad_mem = k.view("grad_mem");
   a.grad_x = k.view("grad_x");
   a.grad_syn0 = k.view("grad_syn0"), a.grad_mem0 = k.view("grad_mem0");
   a.grad_weight = k.address("grad_weight"), a.grad_bias = k.address("grad_bias");
   a.grad_threshold = k.address("grad_threshold");
+  if (a.grad_weight) needs(a.x.data, "x");
   a.d_gates = k.address("d_gates"), a.mem_after = k.address("mem_after");
   k.finish();
   return a;
@@ -150,21 +175,25 @@ Enum numbered(const char* name, int number, int count) {
   return Enum(number);
 }
 
-// Every size at least 1, but for the numbers of steps and images, which may be 0; and no tensor of
-// the call beyond what 64 bits count.
+// Every size at least 1, but for the numbers of steps and images, which may be 0; and no product of
+// sizes that leaves the integers in which the kernels count.
 inline void check_sizes(const Cell& c) {
-  const int64_t sizes[] = {
-      c.T + 1,      c.N + 1,      c.Cin,      c.C,        c.H,
-      c.W,          c.kernel_h,   c.kernel_w, c.stride_h, c.stride_w,
-      c.dilation_h, c.dilation_w, c.pool_h,   c.pool_w,   int64_t(c.num_levels) + 1};
-  double bytes = 8 * 8;  // of a number, with room for padding
-  for (const int64_t size : sizes)
+  for (const int64_t size : {c.Cin, c.C, c.H, c.W, int64_t(c.kernel_h), int64_t(c.kernel_w),
+                             int64_t(c.stride_h), int64_t(c.stride_w), int64_t(c.dilation_h),
+                             int64_t(c.dilation_w), int64_t(c.pool_h), int64_t(c.pool_w)})
     if (size < 1) throw py::value_error("a size of a cell must be positive");
-  for (const int64_t size : {c.T, c.N, c.Cin + 4 * c.C + 64, c.H + c.kernel_h, c.W + c.kernel_w})
-    bytes *= double(size);
-  const double weight = 64. * double(c.C) * double(c.Cin + c.C) * c.kernel_h * c.kernel_w;
-  if (bytes > double(std::numeric_limits<int64_t>::max() / 16) ||
-      weight > double(std::numeric_limits<int64_t>::max() / 16))
+  if (c.T < 0 || c.N < 0 || c.num_levels < 0)
+    throw py::value_error("T, N and num_levels must not be negative");
+  const double taps = double(c.kernel_h) * c.kernel_w, channels = double(c.Cin) + 4. * double(c.C);
+  // Rows and columns with a border that is no wider than the image, and room for padding.
+  const double height = 3. * double(c.H) + 64, width = 3. * double(c.W) + 64;
+  const double image = (channels + 64) * height * width, weight = (channels + 64) * channels * taps;
+  const double images = std::max(double(c.T), 1.) * std::max(double(c.N), 1.) * image;
+  // The gradient of x has a list of taps for each place within a stride.
+  const double places =
+      double(std::min<int64_t>(c.stride_h, c.H)) * double(std::min<int64_t>(c.stride_w, c.W));
+  if (std::max({image, weight, images / 64}) > double(kMostElements) ||
+      std::max({height, width, channels}) > double(1 << 30) || taps * places > 1 << 22)
     throw py::value_error("the sizes of a cell are too large");
 }
 
@@ -188,6 +217,8 @@ inline Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, i
   c.num_levels = num_levels;
   check_sizes(c);
   if (c.kernel_h % 2 == 0 || c.kernel_w % 2 == 0) throw py::value_error("kernel must be odd");
+  if (c.pool == Pool::none && c.pool_h * c.pool_w != 1)
+    throw py::value_error("pool_size must be (1, 1) without pooling");
   if (c.Hp() < 1 || c.Wp() < 1) throw py::value_error("pool_size must fit into the state");
   return c;
 }

@@ -17,12 +17,16 @@ struct CpuPlan {
   int threads;
 };
 
+constexpr int kMostThreads = 1 << 14;  // whose workspaces are counted
+
 inline CpuPlan make_cpu_plan(const Cell& cell, int algorithm, double density, int most_inputs,
                              bool backward, int threads) {
   if (cell.dtype != DType::float32 && cell.dtype != DType::float64)
     throw py::value_error("the CPU kernels compute in float32 and float64");
-  if (threads < 1) throw py::value_error("threads must be at least 1");
+  if (threads < 1 || threads > kMostThreads)
+    throw py::value_error("threads must lie between 1 and " + std::to_string(kMostThreads));
   if (cell.T < 1 || cell.N < 1) throw py::value_error("T and N must be at least 1");
+  if (!(density >= 0 && density <= 1)) throw py::value_error("density must lie between 0 and 1");
   const auto how = numbered<cpu::Algorithm>("algorithm", algorithm, 3);
   return {cpu::choose(cell, how, density, most_inputs, backward), threads};
 }
@@ -79,9 +83,15 @@ double density(const T* x, int64_t count) {
 // count is 0), or -1 where `bytes` bytes at `weight` and at `copy` differ.
 inline int inspect(Address x, int dtype, int64_t count, Address weight, Address copy,
                    int64_t bytes) {
+  counted("count", count);
+  counted("bytes", bytes);
+  if (count > 0) needs(at(x), "x");
+  if (bytes > 0) needs(at(weight), "weight");
+  if (bytes > 0) needs(at(copy), "copy");
+  numbered<DType>("dtype", dtype, 2);
   const auto look = [&] {
-    if (std::memcmp(at(weight), at(copy), size_t(bytes)) != 0) return -1;
-    if (count <= 0) return 100;
+    if (bytes > 0 && std::memcmp(at(weight), at(copy), size_t(bytes)) != 0) return -1;
+    if (count == 0) return 100;
     const double part = DType(dtype) == DType::float64
                             ? density(static_cast<const double*>(at(x)), count)
                             : density(static_cast<const float*>(at(x)), count);
@@ -110,21 +120,16 @@ inline py::list forms(const CpuPlan& plan, bool backward, bool grad_x) {
 template <class Args>
 void set_plan(Args& a, const CpuPlan& plan) {
   a.threads = plan.threads;
-  const auto needs = [](const void* p, const char* name) {
-    if (!p) throw py::value_error(std::string(name) + " must be given");
-  };
   needs(a.workspace, "workspace");
   constexpr bool forward = std::is_same_v<Args, ForwardArgs>;
   bool grad_x = false;
   if constexpr (forward) {
     needs(a.x.data, "x");
+    if (a.saved_gates) needs(a.saved_syn, "saved_syn");
   } else {
     grad_x = a.grad_x.data != nullptr;
-    if (a.grad_weight) needs(a.x.data, "x");
     needs(a.mem0.data, "mem0");
     needs(a.saved_syn, "saved_syn");
-    if (a.cell.inhibition && a.grad_spk.data) needs(a.winner, "winner");
-    if (a.cell.surrogate == Surrogate::stochastic && a.grad_spk.data) needs(a.noise.data, "noise");
   }
   const void* const weights[] = {a.weight, a.weight_mem, a.weight_x};
   const char* const names[] = {"weight", "weight_mem", "weight_x"};
@@ -141,15 +146,18 @@ inline void cpu_weight_gradient(const CpuPlan& plan, const py::list& steps, Addr
                                 Address workspace) {
   std::vector<StepOfGradient> list;
   for (const py::handle& item : steps) {
-    const auto step = item.cast<py::tuple>();
-    if (step.size() != 3) throw py::value_error("a step is (x, mem, d_gates)");
-    list.push_back({view(step[0]), view(step[1]), at(step[2].cast<Address>())});
-    if (!list.back().x.data || !list.back().mem.data || !list.back().d_gates)
-      throw py::value_error("x, mem and d_gates must be given");
+    if (!PyTuple_Check(item.ptr()) || PyTuple_GET_SIZE(item.ptr()) != 3)
+      throw py::value_error("a step is (x, mem, d_gates)");
+    const auto part = [&](int k) { return py::handle(PyTuple_GET_ITEM(item.ptr(), k)); };
+    list.push_back({view(part(0)), view(part(1)), at(address_of(part(2)))});
+    needs(list.back().x.data, "x");
+    needs(list.back().mem.data, "mem");
+    needs(list.back().d_gates, "d_gates");
   }
   if (int64_t(list.size()) != plan.cell.T)
     throw py::value_error("there must be as many steps as the plan was made for");
-  if (!grad_weight || !workspace) throw py::value_error("grad_weight and workspace must be given");
+  needs(at(grad_weight), "grad_weight");
+  needs(at(workspace), "workspace");
   WeightGradArgs a;
   a.cell = plan.cell, a.threads = plan.threads;
   a.steps = list.data();
@@ -167,6 +175,7 @@ inline void bind_cpu(py::module_& m) {
   m.def("cpu_padded_channels", [](int dtype, int64_t C) {
     Cell cell;
     cell.dtype = numbered<DType>("dtype", dtype, 2), cell.C = C;
+    counted("C", C, 1);
     return cpu::padded_channels(cell);
   });
 
@@ -179,14 +188,18 @@ inline void bind_cpu(py::module_& m) {
            [](const CpuPlan& p, int64_t time) {
              CpuPlan other = p;
              other.cell.T = time;
+             if (time < 1) throw py::value_error("T must be at least 1");
              check_sizes(other.cell);
              return other;
            })
       .def("forms", &forms, py::arg("backward"), py::arg("grad_x"))
       .def("pack",
            [](const CpuPlan& p, int form, Address weight, Address packed) {
-             if (!weight || !packed) throw py::value_error("weight and packed must be given");
+             needs(at(weight), "weight");
+             needs(at(packed), "packed");
              const auto which = numbered<cpu::Form>("form", form, 6);
+             if (!cpu::reads(p.cell, which, true))
+               throw py::value_error("form must be one that the plan reads");
              py::gil_scoped_release release;
              cpu::pack_weight(p.cell, which, p.threads, at(weight), at(packed));
            })
@@ -214,11 +227,6 @@ inline void bind_cpu(py::module_& m) {
            })
       .def("weight_gradient", &cpu_weight_gradient, py::arg("steps"), py::arg("grad_weight"),
            py::arg("workspace"));
-
-  m.def("cpu_evaluate",
-        [](const std::string& function, int dtype, Address in, Address out, int64_t count) {
-          cpu::evaluate(function, numbered<DType>("dtype", dtype, 2), at(in), at(out), count);
-        });
 }
 
 }  // namespace snnlstm::bindings

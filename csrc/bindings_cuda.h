@@ -19,6 +19,31 @@ struct CudaCalls {
   decltype(&cuda::pointwise_backward) pointwise_backward = &cuda::pointwise_backward;
 };
 
+// The kernels load 16 bytes at a time from memory that is theirs alone.
+struct Own {
+  const char* name;
+  const void* memory;
+};
+inline void aligned(std::initializer_list<Own> all) {
+  for (const Own& own : all)
+    if (reinterpret_cast<uintptr_t>(own.memory) % 16 != 0)
+      throw py::value_error(std::string(own.name) + " must be aligned to 16 bytes");
+}
+
+// bytes(): how large the workspace of a call must be.
+template <class F>
+void needs_workspace(const void* workspace, F&& bytes) {
+  aligned({{"workspace", workspace}});
+  if (!workspace && bytes() > 0) needs(workspace, "workspace");
+}
+
+template <class Args>
+void own_memory(const Args& a) {
+  aligned({{"weight", a.weight}, {"saved_gates", a.saved_gates}, {"saved_syn", a.saved_syn}});
+  if constexpr (std::is_same_v<Args, BackwardArgs>)
+    aligned({{"d_gates", a.d_gates}, {"mem_after", a.mem_after}});
+}
+
 inline WeightGradArgs weight_args(const Cell& cell, const py::kwargs& given) {
   Keywords k(given);
   WeightGradArgs a;
@@ -28,6 +53,10 @@ inline WeightGradArgs weight_args(const Cell& cell, const py::kwargs& given) {
   a.grad_weight = k.address("grad_weight"), a.grad_bias = k.address("grad_bias");
   a.workspace = k.address("workspace");
   k.finish();
+  needs(a.x.data, "x");
+  needs(a.mem.data, "mem");
+  needs(a.d_gates, "d_gates");
+  aligned({{"d_gates", a.d_gates}});
   return a;
 }
 
@@ -44,7 +73,9 @@ inline void bind_cuda(py::module_& m, const CudaCalls& calls = {}) {
       .def("wanting",
            [](const Target& target, int matrix, int algorithm) {
              Target with = target;
-             with.matrix = cuda::Matrix(matrix);
+             with.matrix = numbered<cuda::Matrix>("matrix", matrix, 5);
+             numbered<cuda::Algorithm>("algorithm", algorithm, 7);
+             if (algorithm == 4) throw py::value_error("algorithm must not be 4");
              if (algorithm != 0) with.algorithm = cuda::Algorithm(algorithm);
              return with;
            })
@@ -63,7 +94,10 @@ inline void bind_cuda(py::module_& m, const CudaCalls& calls = {}) {
       ways.append(py::make_tuple(way.name, way.target));
     return ways;
   });
-  m.def("cuda_padded_channels", &cuda::padded_channels);
+  m.def("cuda_padded_channels", [](int64_t C) {
+    counted("C", C, 1);
+    return cuda::padded_channels(C);
+  });
   m.def("cuda_packed_bytes", [](const Cell& cell, const Target& t, bool backward) {
     const cuda::Sizes sizes = cuda::sizes(cell, t);
     return backward ? sizes.packed_backward : sizes.packed_forward;
@@ -80,44 +114,70 @@ inline void bind_cuda(py::module_& m, const CudaCalls& calls = {}) {
 
   m.def("cuda_pack_weight", [calls](const Cell& cell, const Target& t, Address stream,
                                     Address weight, bool backward, Address packed) {
+    needs(at(weight), "weight");
+    needs(at(packed), "packed");
+    aligned({{"packed", at(packed)}});
     py::gil_scoped_release release;
     calls.pack_weight(cell, at(weight), backward, at(packed), on(t, stream));
   });
   // values: doubles on the host
   m.def("cuda_store_levels", [calls](const Cell& cell, const Target& t, Address stream,
                                      Address values, Address levels) {
+    if (cell.num_levels > 0) {
+      needs(at(values), "values");
+      needs(at(levels), "levels");
+    }
     py::gil_scoped_release release;
     calls.store_levels(cell, static_cast<const double*>(at(values)), at(levels), on(t, stream));
   });
   m.def("cuda_forward",
         [calls](const Cell& cell, const Target& t, Address stream, const py::kwargs& given) {
           const ForwardArgs args = forward_args(cell, given);
+          own_memory(args);
+          needs(args.x.data, "x");
+          needs(args.weight, "weight");
+          needs_workspace(args.workspace, [&] { return cuda::sizes(cell, t).forward_workspace; });
           py::gil_scoped_release release;
           calls.forward(args, on(t, stream));
         });
   m.def("cuda_backward",
         [calls](const Cell& cell, const Target& t, Address stream, const py::kwargs& given) {
           const BackwardArgs args = backward_args(cell, given);
+          own_memory(args);
+          needs(args.weight, "weight");
+          needs(args.mem0.data, "mem0");
+          needs_workspace(args.workspace, [&] {
+            const bool of_data = args.d_gates && !args.grad_weight && !args.grad_bias;
+            const cuda::Sizes sizes = cuda::sizes(cell, t);
+            return of_data ? sizes.data_workspace : sizes.backward_workspace;
+          });
           py::gil_scoped_release release;
           calls.backward(args, on(t, stream));
         });
   m.def("cuda_weight_gradient",
         [calls](const Cell& cell, const Target& t, Address stream, const py::kwargs& given) {
           const WeightGradArgs args = weight_args(cell, given);
+          needs_workspace(args.workspace, [&] { return cuda::sizes(cell, t).weight_workspace; });
           py::gil_scoped_release release;
           calls.weight_gradient(args, on(t, stream));
         });
   m.def("cuda_pointwise_forward", [calls](const Cell& cell, const Target& t, Address stream,
                                           const py::object& gate_sums, const py::kwargs& given) {
     const ForwardArgs args = forward_args(cell, given);
+    own_memory(args);
     const View sums = view(gate_sums);
+    needs(sums.data, "gate_sums");
+    if (cell.T != 1) throw py::value_error("T must be 1");
     py::gil_scoped_release release;
     calls.pointwise_forward(args, sums, on(t, stream));
   });
   m.def("cuda_pointwise_backward",
         [calls](const Cell& cell, const Target& t, Address stream, const py::kwargs& given) {
           const BackwardArgs args = backward_args(cell, given);
-          if (!args.d_gates) throw py::value_error("d_gates must be given");
+          own_memory(args);
+          needs(args.d_gates, "d_gates");
+          if (cell.T != 1) throw py::value_error("T must be 1");
+          needs_workspace(args.workspace, [&] { return cuda::pointwise_workspace(cell, t); });
           py::gil_scoped_release release;
           calls.pointwise_backward(args, on(t, stream));
         });

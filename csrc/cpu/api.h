@@ -72,9 +72,6 @@ void forward(const ForwardArgs& args);
 void backward(const BackwardArgs& args);
 void weight_gradient(const WeightGradArgs& args);
 
-// out[k] = function(in[k]) as the kernels compute it: "exp", "sigmoid", "tanh".
-void evaluate(const std::string& function, DType dtype, const void* in, void* out, int64_t count);
-
 // The instruction sets compiled in that this processor can run, best last, and the one in use:
 // the best, or what the environment variable SNNLSTM_ISA names.
 std::vector<std::string> isa_names();
@@ -94,7 +91,6 @@ struct Kernels {
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
   void (*weight_gradient)(const WeightGradArgs&);
-  bool (*evaluate)(const char*, DType, const void*, void*, int64_t);
 };
 
 }  // namespace snnlstm::cpu

@@ -14,7 +14,7 @@ SNNLSTM_DECLARE(baseline)
 #if defined(__x86_64__)
 SNNLSTM_DECLARE(avx2)
 SNNLSTM_DECLARE(avx512)
-#if SNNLSTM_WITH_WIDE
+#if SNNLSTM_TESTING
 SNNLSTM_DECLARE(wide)
 #endif
 #endif
@@ -43,7 +43,7 @@ const std::vector<Isa>& all() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw");
-#if SNNLSTM_WITH_WIDE
+#if SNNLSTM_TESTING
     s.push_back({"wide", &wide::kernels, &wide::kernels, avx2, false});
 #endif
     s.push_back({"baseline", &baseline::kernels, &baseline::kernels, true, true});
@@ -119,10 +119,6 @@ void pack_weight(const Cell& cell, Form form, int threads, const void* weight, v
 void forward(const ForwardArgs& args) { kernels(args.cell).forward(args); }
 void backward(const BackwardArgs& args) { kernels(args.cell).backward(args); }
 void weight_gradient(const WeightGradArgs& args) { kernels(args.cell).weight_gradient(args); }
-void evaluate(const std::string& function, DType dtype, const void* in, void* out, int64_t count) {
-  if (!current()->kernels->evaluate(function.c_str(), dtype, in, out, count))
-    throw std::invalid_argument("function must be exp, sigmoid or tanh, got '" + function + "'");
-}
 
 }  // namespace cpu
 }  // namespace snnlstm

@@ -130,9 +130,10 @@ inline Tensor as_tensor(const Image& i) {
 inline std::string reason_against(const Cell& c, int64_t blocks) {
   const Shape s(c);
   // Rows or columns that a tile's taps reach over, and what is divided by the stride there.
-  const auto reach = [](int64_t size, int64_t stride, int64_t taps, int64_t dilation) {
+  const auto reach = [](int64_t size, double stride, int64_t taps, double dilation) {
     constexpr int64_t tile = 128;
-    return ((size + tile) * stride + (taps - 1) * dilation) * stride;
+    const double all = (double(size + tile) * stride + double(taps - 1) * dilation) * stride;
+    return int64_t(std::min(all, 9e18));
   };
   const std::pair<const char*, int64_t> counts[] = {
       {"((height / stride + 128) * stride + (kernel_size - 1) * dilation) * stride of the rows",

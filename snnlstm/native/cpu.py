@@ -15,7 +15,7 @@ from . import memory, tensors
 from .packing import Packed, look_up
 from .tensors import Gradients, Result, Saved, Step, address, view
 
-__all__ = ["ALGORITHMS", "Kernels", "evaluate", "set_isa"]
+__all__ = ["ALGORITHMS", "Kernels", "set_isa"]
 
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/cpu/api.h
 _NO_WINNER = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -328,11 +328,3 @@ class Kernels:
     def saved_shapes(self, signature: Signature) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Shapes and dtypes of what a forward pass keeps."""
         return saved_shapes(signature)
-
-
-def evaluate(function: str, x: Tensor) -> Tensor:
-    """``exp``, ``sigmoid`` or ``tanh`` of x as the kernels compute it; float32 or float64."""
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    _C.cpu_evaluate(function, DTYPES.index(x.dtype), x.data_ptr(), out.data_ptr(), x.numel())
-    return out

@@ -7,7 +7,7 @@
             --under "qemu-aarch64 -L /usr/aarch64-linux-gnu"
 
 No torch and no Python in the program: driver.cpp calls the kernels of one instruction set. For
-"address" the pieces of a workspace are fenced in as well (see FENCED_ARENA), and every piece
+"address" the pieces of a workspace are fenced in as well (csrc/testing/fences.h), and every piece
 starts as NaN. The build takes one to two minutes and is kept in build/sanitizers until a source
 changes. Needs GCC or Clang with the sanitizers' runtime libraries.
 """
@@ -31,7 +31,7 @@ ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 
 SANITIZERS = {
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DFENCED"],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSNNLSTM_FENCES=1"],
     "thread": ["-fsanitize=thread"],
     "none": [],
 }
@@ -41,31 +41,6 @@ ISAS = {
     "wide": ["-mavx2", "-mfma", "-DSNNLSTM_WIDE=1"],
     "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"],
 }
-
-# Takes the place of layout.h's class: between the pieces that it hands out lies memory that
-# AddressSanitizer lets nobody touch.
-FENCED_ARENA = """
-}}
-#include <sanitizer/asan_interface.h>
-SNNLSTM_BEGIN_ISA
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    const int64_t size = count * int64_t(sizeof(T)), whole = (size + 63) & ~int64_t(63);
-    char* p = base_ ? base_ + (-reinterpret_cast<uintptr_t>(base_) & 63) + used_ : nullptr;
-    if (p) __asan_poison_memory_region(p + size, whole - size + 128);
-    used_ += whole + 128;
-    return reinterpret_cast<T*>(p);
-  }
-  int64_t bytes() const { return used_ + 64; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-"""
 
 
 def isas_here() -> list[str]:
@@ -105,22 +80,16 @@ def supported(sanitizer: str) -> bool:
     return done.returncode == 0 and subprocess.run([program], capture_output=True).returncode == 0
 
 
-def _patched_layout(folder: Path) -> None:
-    """layout.h with the fenced arena, and all files beside it."""
-    shutil.copytree(CSRC, folder, dirs_exist_ok=True)
-    layout = folder / "cpu" / "kernels" / "layout.h"
-    text, count = re.subn(
-        r"class Arena \{.*?\n\};\n", lambda _: FENCED_ARENA, layout.read_text(), flags=re.DOTALL
-    )
-    assert count == 1, "class Arena is no longer in layout.h: adapt FENCED_ARENA"
-    layout.write_text(text)
-
-
 def build(sanitizer: str, isa: str) -> Path:
     """The driver, compiled with `sanitizer` for `isa`."""
-    kernels = sorted((CSRC / "cpu" / "kernels").iterdir())
-    sources = [*kernels, CSRC / "args.h", CSRC / "cell.h", CSRC / "cpu" / "api.h", *HERE.iterdir()]
-    content = b"".join(f.read_bytes() for f in sources if f.is_file())
+    headers = [CSRC / "args.h", CSRC / "cell.h", CSRC / "testing" / "fences.h"]
+    sources = [
+        *(CSRC / "cpu" / "kernels").iterdir(),
+        *(CSRC / "cpu").glob("*.h"),
+        *headers,
+        *HERE.iterdir(),
+    ]
+    content = b"".join(f.read_bytes() for f in sorted(sources) if f.is_file())
     key = hashlib.sha1(content).hexdigest()[:10]
     name = f"{sanitizer}-{isa}-{Path(compiler() or '').name}"
     folder = ROOT / "build" / "sanitizers" / f"{name}-{key}"
@@ -130,14 +99,10 @@ def build(sanitizer: str, isa: str) -> Path:
     for old in folder.parent.glob(f"{name}-*"):
         shutil.rmtree(old)
     folder.mkdir(parents=True)
-    csrc = CSRC
-    if "-DFENCED" in SANITIZERS[sanitizer]:
-        csrc = folder / "csrc"
-        _patched_layout(csrc)
     cxx = compiler()
     assert cxx, "no C++ compiler"
     flags = ["-std=gnu++17", "-O1", "-g1", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
-    flags += [*SANITIZERS[sanitizer], *ISAS[isa], f"-DSNNLSTM_ISA={isa}", f"-I{csrc}"]
+    flags += [*SANITIZERS[sanitizer], *ISAS[isa], f"-DSNNLSTM_ISA={isa}", f"-I{CSRC}"]
 
     def compile_one(source: Path) -> Path:
         out = folder / f"{source.stem}.o"
@@ -147,7 +112,7 @@ def build(sanitizer: str, isa: str) -> Path:
         subprocess.run(command, check=True)
         return out
 
-    units = sorted((csrc / "cpu" / "kernels").glob("*.cpp"), key=lambda f: -f.stat().st_size)
+    units = sorted((CSRC / "cpu" / "kernels").glob("*.cpp"), key=lambda f: -f.stat().st_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, [*units, HERE / "driver.cpp"]))
     unfinished = program.with_suffix(".new")

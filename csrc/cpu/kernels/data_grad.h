@@ -27,7 +27,7 @@ class DataGrad {
         width_(width),
         sh_(stride_h),
         sw_(stride_w),
-        lists_(new RunList[stride_h * stride_w]) {
+        lists_(new RunList[int64_t(stride_h) * stride_w]) {
     if constexpr (kHasWinograd<T, VL>) {
       outputs_ = PlaneTransform<S>::outputs(l.form, l.form.h.tile, l.form.w.tile);
       outputs_of_two_ = PlaneTransform<Two>::outputs(l.form, l.form.h.tile, l.form.w.tile);

@@ -20,6 +20,7 @@
 //   backward  (Cin or C blocks, points, parts, 4 Cp, NV * VL)
 #pragma once
 
+#include "../../testing/fences.h"
 #include "conv.h"
 #include "winograd.h"
 
@@ -35,8 +36,10 @@ class Arena {
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
   template <class T>
   T* take(int64_t count) {
+    const int64_t size = count * int64_t(sizeof(T)), whole = ((size + 63) & ~int64_t(63)) + kFence;
     char* p = base_ ? base_ + (-reinterpret_cast<uintptr_t>(base_) & 63) + used_ : nullptr;
-    used_ += (count * int64_t(sizeof(T)) + 63) & ~int64_t(63);
+    if (p) fence(p + size, whole - size);
+    used_ += whole;
     return reinterpret_cast<T*>(p);
   }
   int64_t bytes() const { return used_ + 64; }
