@@ -22,11 +22,10 @@ PYBIND11_MODULE(_C, m) {
     return facts;
   });
   m.def("openmp_library", &openmp_library);
-  m.def("prefer_huge_pages",
-        [](Address memory, size_t bytes) {
-          if (!memory || bytes > ~memory) throw py::value_error("memory must be given");
-          prefer_huge_pages(at(memory), bytes);
-        });
+  m.def("prefer_huge_pages", [](Address memory, size_t bytes) {
+    if (!memory || bytes > ~memory) throw py::value_error("memory must be given");
+    prefer_huge_pages(at(memory), bytes);
+  });
 
   bind_cell(m);
   bind_cpu(m);
