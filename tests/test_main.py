@@ -142,38 +142,25 @@ def fake_core(archs: str):
     )  # fmt: skip
 
 
-def problems_with(monkeypatch, torch_module, archs: str) -> list[str]:
+@pytest.mark.parametrize(
+    ("torch_module", "archs", "problems"),
+    [
+        (fake_torch((8, 0)), "80 80+ptx", []),
+        (fake_torch((8, 0), (7, 5)), "80 80+ptx", ["GPU number 1 (compute capability 7.5)"]),
+        (fake_torch((8, 0), driver=12040), "80", ["driver is too old: it runs CUDA 12.4"]),
+        (fake_torch((8, 0)), "", ["no CUDA kernels"]),
+        (fake_torch(error=RuntimeError("the driver is broken")), "80", ["the driver is broken"]),
+    ],
+    ids=["served", "no code", "old driver", "no CUDA", "broken driver"],
+)
+def test_gpus_drivers_and_builds(monkeypatch, torch_module, archs, problems):
     monkeypatch.setitem(sys.modules, "torch", torch_module)
     monkeypatch.setitem(sys.modules, "snnlstm._C", fake_core(archs))
     facts = report.collect()
     json.dumps(facts)
     assert report.table(facts)
-    return facts["problems"]
-
-
-def test_a_gpu_that_the_build_has_code_for(monkeypatch):
-    assert problems_with(monkeypatch, fake_torch((8, 0)), "80 80+ptx") == []
-
-
-def test_a_gpu_that_the_build_has_no_code_for(monkeypatch):
-    (problem,) = problems_with(monkeypatch, fake_torch((8, 0), (7, 5)), "80 80+ptx")
-    assert "GPU number 1 (compute capability 7.5)" in problem
-
-
-def test_a_driver_that_is_too_old(monkeypatch):
-    (problem,) = problems_with(monkeypatch, fake_torch((8, 0), driver=12040), "80 80+ptx")
-    assert "driver is too old: it runs CUDA 12.4" in problem
-
-
-def test_a_gpu_and_a_build_without_cuda(monkeypatch):
-    (problem,) = problems_with(monkeypatch, fake_torch((8, 0)), "")
-    assert "no CUDA kernels" in problem
-
-
-def test_a_broken_driver(monkeypatch):
-    broken = fake_torch(error=RuntimeError("CUDA driver version is insufficient"))
-    (problem,) = problems_with(monkeypatch, broken, "80 80+ptx")
-    assert "driver version is insufficient" in problem
+    for said, problem in zip(facts["problems"], problems, strict=True):
+        assert problem in said
 
 
 def test_a_core_of_another_version(monkeypatch):
