@@ -270,6 +270,7 @@ def test_less_is_kept_where_a_container_has_less(tmp_path):
 
 
 CTRL_C = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 torch.set_num_threads(1)
 cell = snnlstm.SConv2dLSTM(8, 32, 3, threshold=0.05)
 cell(torch.rand(2, 1, 8, 32, 32))
