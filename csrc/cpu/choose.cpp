@@ -2,6 +2,7 @@
 // channel block, with what the transforms cost beside them. benchmarks/NOTES.md has the
 // measurements.
 #include <algorithm>
+#include <cmath>
 
 #include "api.h"
 #include "tiling.h"
@@ -11,8 +12,22 @@ namespace {
 
 constexpr int kMostInputs = 8;  // of a tile, along an axis
 
+// What it costs to fetch a vector of weights, in multiply-adds, by whether all weights of a step,
+// so many values for each input channel and gate, stay in a thread's L2.
+double fetch_cost(const Cell& c, double values) {
+  const double bytes = values * double(c.Cin + c.C) * 4 * double(c.C) * sizeof(float);
+  return bytes > 512 << 10 ? 12 : 1;
+}
+
+// Of `wanted` tiles, or pixels, those that one thread has in a step while the weights pass by once:
+// those of one image, or of several small ones.
+double at_once(const Cell& c, double of_image, double wanted) {
+  return std::min(std::max(of_image, of_image * std::floor(double(c.N) / 2)), wanted);
+}
+
 double direct_cost(const Cell& c, double channels) {
-  return c.kernel_h * c.kernel_w * channels * 4;
+  const double taps = c.kernel_h * c.kernel_w;
+  return taps * channels * 4 * (1 + fetch_cost(c, taps) / at_once(c, double(c.Ho() * c.Wo()), 64));
 }
 
 // The products, the transform of the outputs (of four gates) and the transform of the inputs, which
@@ -25,11 +40,14 @@ double tile_cost(const Cell& c, const Tiling& t, double channels, bool backward)
     const int64_t unit = a.tile * (a.tile > 1 ? dilation : 1);
     return double((n + unit - 1) / unit * unit) / double(n);
   };
-  const double per_tile = products * 1.15 + points * 4 * 4 + points * 5 * channels / double(c.C);
+  const double tiles = up(t.h, c.dilation_h, c.Ho()) * up(t.w, c.dilation_w, c.Wo()) *
+                       double(c.Ho() * c.Wo()) / (t.h.tile * t.w.tile);
+  const double fetching = fetch_cost(c, points * t.parts()) / at_once(c, tiles, 32);
+  const double per_tile =
+      products * (1.15 + fetching) + points * 4 * 4 + points * 5 * channels / double(c.C);
   const double of_filters = backward ? 12 * 4 * products : 0;  // measured
-  return per_tile / (t.h.tile * t.w.tile) * up(t.h, c.dilation_h, c.Ho()) *
-             up(t.w, c.dilation_w, c.Wo()) +
-         of_filters / double(c.T * c.N * c.Ho() * c.Wo());
+  const double pixels = double(c.Ho() * c.Wo());
+  return per_tile * tiles / pixels + of_filters / (double(c.T * c.N) * pixels);
 }
 
 // The cell without the taps that only ever meet the border: those that are further from the middle

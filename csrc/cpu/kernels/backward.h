@@ -32,7 +32,8 @@ class Backward {
         tasks_(l_, args.threads),
         to_mem_(l_, l_.Cb, l_.Wo, 1, 1),
         to_x_(l_, l_.x_blocks, args.cell.W, args.cell.stride_h, args.cell.stride_w),
-        by_sample_(args.cell.T == 1 && !args.grad_weight && enough_samples()),
+        by_sample_(args.cell.T == 1 && !args.grad_weight && tasks_.most_together == 1 &&
+                   enough_samples()),
         neuron_(a_, l_, tasks_, by_sample_),
         weights_(l_, args.threads) {
     const Cell& c = a_.cell;
@@ -58,7 +59,7 @@ class Backward {
   void run() {
     const Cell& c = a_.cell;
     const int64_t T_ = c.T, weight_tasks = a_.grad_weight ? weights_.tasks() : 0;
-    const int64_t x_tasks = a_.grad_x.data && !l_.tiled_x() ? c.N * x_blocks_ : 0;
+    const int64_t x_tasks = a_.grad_x.data && !l_.tiled_x() ? tasks_x() : 0;
     const Phases phases(counters_, most_phases());
     neuron_.pack_vectors();
     const int convolutions = 1 + (a_.grad_weight != nullptr) + (a_.grad_x.data != nullptr);
@@ -77,12 +78,12 @@ class Backward {
                           });
                phases.run(1, tasks_.count, [&](int64_t task) {
                  neuron_.start(task, thread);
-                 neuron_.rows(T_ - 1, task, thread);
+                 neuron_.rows(T_ - 1, task, thread, 0);
                });
                int64_t phase = 2;
                for (int64_t t = T_ - 1; t >= 0; --t) {
                  // The largest tasks first: nobody begins one when all others are done.
-                 phases.run(phase++, weight_tasks + x_tasks + tasks_.count, [&](int64_t task) {
+                 phases.run(phase++, weight_tasks + x_tasks + tasks_.groups(), [&](int64_t task) {
                    if (task < weight_tasks)
                      return weights_.add(neuron_.images(t), task, thread, scratch_[thread].tiles);
                    task -= weight_tasks;
@@ -117,7 +118,7 @@ class Backward {
     for (int64_t task = first; task < last; ++task) {
       neuron_.clear(task, thread);
       neuron_.start(task, thread);
-      neuron_.rows(0, task, thread);
+      neuron_.rows(0, task, thread, 0);
     }
     for (int64_t k = n * x_blocks_; x_apart && k < (n + 1) * x_blocks_; ++k) inputs(0, k, thread);
     for (int64_t task = first; task < last; ++task) rows(0, task, thread);
@@ -133,8 +134,8 @@ class Backward {
     if (a_.grad_weight) weights_.carve(arena);
     neuron_.carve(arena);
     scratch_ = arena.take<Scratch>(a_.threads);
-    const int64_t rows = l_.tiled_x() ? l_.block_rows() : x_rows_;
-    TileSizes sizes(l_, l_.form, 4 * l_.Cp);
+    const int64_t rows = tasks_.most_together * (l_.tiled_x() ? l_.block_rows() : x_rows_);
+    TileSizes sizes(l_, l_.form, 4 * l_.Cp, tasks_.most_together);
     if (a_.grad_weight) sizes.cover(weights_.tile_sizes());
     for (int k = 0; k < a_.threads; ++k) {
       Scratch s;
@@ -144,56 +145,82 @@ class Backward {
     }
   }
 
-  void rows(int64_t t, int64_t task, int thread) {
+  // The tasks of a group: the same rows of each of its images.
+  void rows(int64_t t, int64_t group, int thread) {
     const bool mem_wanted = t > 0 || a_.grad_mem0.data, x_wanted = a_.grad_x.data && l_.tiled_x();
     if (!mem_wanted && !x_wanted) return;
-    const int64_t n = tasks_.image(task), begin = tasks_.begin(task), end = tasks_.end(task);
-    T* mem_grad = neuron_.mem_grad(thread);
-    const int64_t block = l_.block_rows();
+    const int64_t first = tasks_.first(group), together = tasks_.together(group);
+    const int64_t begin = tasks_.begin(first), end = tasks_.end(first), block = l_.block_rows();
     for (int64_t h = begin; h < end; h += block) {
-      const int64_t stop = h + block < end ? h + block : end;
-      T* out = mem_wanted ? mem_grad + (h - begin) * l_.Wo * l_.Cp : nullptr;
+      const int64_t stop = h + block < end ? h + block : end, n = tasks_.image(first);
+      T* out = mem_wanted ? neuron_.mem_grad(thread, 0) + (h - begin) * l_.Wo * l_.Cp : nullptr;
       if (!a_.cell.tiled())
-        to_mem_.rows(neuron_.d_gates(t, n, thread),
-                     static_cast<const T*>(a_.weight) + l_.x_blocks * l_.Kg * VL, h, stop, out);
+        to_mem_.rows(
+            together, [&](int64_t k) { return neuron_.d_gates(t, n + k, thread); },
+            static_cast<const T*>(a_.weight) + l_.x_blocks * l_.Kg * VL, h, stop, out);
       else if constexpr (kHasWinograd<T, VL>)
-        tiled(t, n, h, stop, x_wanted, out, thread);
+        tiled(t, n, together, h, stop, x_wanted, out, thread);
     }
-    if (t > 0) return neuron_.rows(t - 1, task, thread);
-    for (int64_t h = begin; mem_wanted && h < end; ++h)
-      neuron_.write_row(a_.grad_mem0, n, h, mem_grad + (h - begin) * l_.Wo * l_.Cp);
+    for (int64_t k = 0; k < together; ++k) {
+      if (t > 0)
+        neuron_.rows(t - 1, first + k, thread, k);
+      else if (mem_wanted)
+        write_mem0(first + k, neuron_.mem_grad(thread, k));
+    }
   }
 
-  // Data gradients of state rows [begin, end) by Winograd: mem's into mem_grad, unless null; x's.
-  void tiled(int64_t t, int64_t n, int64_t begin, int64_t end, bool x_wanted, T* mem_grad,
-             int thread) {
+  void write_mem0(int64_t task, const T* mem_grad) const {
+    const int64_t begin = tasks_.begin(task);
+    for (int64_t h = begin; h < tasks_.end(task); ++h)
+      neuron_.write_row(a_.grad_mem0, tasks_.image(task), h,
+                        mem_grad + (h - begin) * l_.Wo * l_.Cp);
+  }
+
+  // Data gradients of state rows [begin, end) of `together` images from n on, by Winograd: mem's
+  // into mem_grad, unless null; x's.
+  void tiled(int64_t t, int64_t n, int64_t together, int64_t begin, int64_t end, bool x_wanted,
+             T* mem_grad, int thread) {
     const Scratch& s = scratch_[thread];
-    const TileBlock<T> b = tile_block(l_, l_.form, end - begin, 4 * l_.Cp);
+    const TileBlock<T> b =
+        tile_block(l_, l_.form, end - begin, 4 * l_.Cp, together, tasks_.most_together);
     const int64_t pixel = 4 * l_.Cp, row = l_.Wm * pixel;
-    inputs_.run(b, neuron_.d_gates(t, n, thread) + begin * row, row, pixel, s.tiles.values);
+    for (int64_t k = 0; k < together; ++k)
+      inputs_.run(b, neuron_.d_gates(t, n + k, thread) + begin * row, row, pixel,
+                  s.tiles.values + k * b.image_values());
     if (mem_grad)
       to_mem_.tiles(b, s.tiles.values, static_cast<const T*>(a_.weight_mem), s.tiles.products,
                     begin, end, mem_grad);
     if (!x_wanted) return;
     to_x_.tiles(b, s.tiles.values, static_cast<const T*>(a_.weight_x), s.tiles.products, begin, end,
                 s.x);
-    write_x(t, n, begin, end, s.x);
+    write_x(t, n, together, begin, end, s.x);
   }
 
+  // Tasks of the data gradient of x: blocks of rows of all images that belong together.
+  int64_t tasks_x() const {
+    return (tasks_.most_together > 1 ? tasks_.groups() : a_.cell.N) * x_blocks_;
+  }
   void inputs(int64_t t, int64_t task, int thread) {
-    const int64_t n = task / x_blocks_, begin = task % x_blocks_ * x_rows_;
+    const int64_t index = task / x_blocks_, begin = task % x_blocks_ * x_rows_;
     const int64_t end = begin + x_rows_ < a_.cell.H ? begin + x_rows_ : a_.cell.H;
+    const bool several = tasks_.most_together > 1;  // then a task is an image
+    const int64_t n = several ? tasks_.first(index) : index;
+    const int64_t together = several ? tasks_.together(index) : 1;
     T* rows = scratch_[thread].x;
-    to_x_.rows(neuron_.d_gates(t, n, thread), static_cast<const T*>(a_.weight), begin, end, rows);
-    write_x(t, n, begin, end, rows);
+    to_x_.rows(
+        together, [&](int64_t k) { return neuron_.d_gates(t, n + k, thread); },
+        static_cast<const T*>(a_.weight), begin, end, rows);
+    write_x(t, n, together, begin, end, rows);
   }
 
-  void write_x(int64_t t, int64_t n, int64_t begin, int64_t end, const T* rows) {
+  void write_x(int64_t t, int64_t n, int64_t together, int64_t begin, int64_t end, const T* rows) {
     const View& v = a_.grad_x;
-    for (int64_t h = begin; h < end; ++h)
-      store_row<S>(rows + (h - begin) * to_x_.row_size(), l_.x_blocks * VL, a_.cell.W, a_.cell.Cin,
-                   static_cast<T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3],
-                   v.stride[2], v.stride[4], [](typename S::R g, int64_t) { return g; });
+    for (int64_t k = 0; k < together; ++k)
+      for (int64_t h = begin; h < end; ++h, rows += to_x_.row_size())
+        store_row<S>(
+            rows, l_.x_blocks * VL, a_.cell.W, a_.cell.Cin,
+            static_cast<T*>(v.data) + t * v.stride[0] + (n + k) * v.stride[1] + h * v.stride[3],
+            v.stride[2], v.stride[4], [](typename S::R g, int64_t) { return g; });
   }
 
   const BackwardArgs& a_;

@@ -58,14 +58,17 @@ class DataGrad {
 
   int64_t row_size() const { return width_ * vectors_ * VL; }
 
-  // Rows [begin, end) into out, channels-last. d_gates: the image's, border included.
-  void rows(const T* d_gates, const T* weight, int64_t begin, int64_t end, T* out) const {
+  // Rows [begin, end) of some images into out, channels-last. d_gates(k): of image k, border
+  // included.
+  template <class In>
+  void rows(int64_t images, In&& d_gates, const T* weight, int64_t begin, int64_t end,
+            T* out) const {
     each_block([&](int64_t block, auto vectors) {
-      sweep<decltype(vectors)::value>(d_gates, weight, block, begin, end, out);
+      sweep<decltype(vectors)::value>(images, d_gates, weight, block, begin, end, out);
     });
   }
 
-  // The same by Winograd, for the rows of one block of tiles. values: the block's d gates,
+  // The same by Winograd, for the rows of a block of tiles. values: the block's d gates,
   // transformed; weight: (blocks of vectors, points, parts, 4 Cp, NV * VL).
   void tiles(const TileBlock<T>& b, const T* values, const T* weight, T* products, int64_t begin,
              int64_t end, T* out) const {
@@ -109,10 +112,11 @@ class DataGrad {
     const Plane cut{4 * NV * VL, NV * VL, lanes};  // of a tile that sticks out
     multiply<S, NV>(b, values, weight + block * VL * l_.tile_weights() * b.channels, b.channels,
                     false, products);
-    for (int64_t tile = 0; tile < b.count(); ++tile) {
+    for (int64_t k = 0; k < b.images * b.count(); ++k) {
+      const int64_t image = k / b.count(), tile = k % b.count();
       const int64_t h0 = b.row(tile / b.columns), w0 = b.column(tile % b.columns);
-      const T* in = products + tile * NV * VL;
-      T* corner = out + (h0 * width_ + w0) * channels + block * VL;
+      const T* in = products + k * NV * VL;
+      T* corner = out + ((image * rows + h0) * width_ + w0) * channels + block * VL;
       const int64_t height = pixels_inside(rows - h0, b.dilation_h, t.h.tile),
                     width = pixels_inside(width_ - w0, b.dilation_w, t.w.tile);
       if (height == t.h.tile && width == t.w.tile) {
@@ -138,9 +142,9 @@ class DataGrad {
 
   int64_t chunk() const { return chunk_length<T>((vectors_ < 4 ? vectors_ : 4) * VL); }
 
-  template <int NV>
-  void sweep(const T* d_gates, const T* weight, int64_t block, int64_t begin, int64_t end,
-             T* out) const {
+  template <int NV, class In>
+  void sweep(int64_t images, In&& d_gates, const T* weight, int64_t block, int64_t begin,
+             int64_t end, T* out) const {
     const int64_t channels = vectors_ * VL, pixel = 4 * l_.Cp, row = l_.Wm * pixel;
     for (int64_t a = 0; a < sh_; ++a)
       for (int64_t b = 0; b < sw_; ++b) {
@@ -150,12 +154,13 @@ class DataGrad {
         if (columns <= 0) continue;
         bool add = false;
         const auto pass = [&](const Run* runs, int count) {
-          for (int64_t h = first; h < end; h += sh_) {
-            T* o = out + (h - begin) * row_size() + b * channels + block * VL;
-            conv_row<S, NV>(
-                d_gates + h / sh_ * row, pixel, runs, count, weight + block * VL * l_.Kg,
-                add ? Start<T>{o, sw_ * channels} : Start<T>{}, o, sw_ * channels, columns);
-          }
+          for (int64_t k = 0; k < images; ++k)
+            for (int64_t h = first; h < end; h += sh_) {
+              T* o = out + (k * (end - begin) + h - begin) * row_size() + b * channels + block * VL;
+              conv_row<S, NV>(
+                  d_gates(k) + h / sh_ * row, pixel, runs, count, weight + block * VL * l_.Kg,
+                  add ? Start<T>{o, sw_ * channels} : Start<T>{}, o, sw_ * channels, columns);
+            }
           add = true;
         };
         if (list.count() > 0)

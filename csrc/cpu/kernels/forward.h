@@ -1,6 +1,6 @@
 // The forward pass of a sequence: for every step and block of rows the gate convolution, with the
 // LSTM update, reset, quantisation, pooling and spike right behind it, while the gates of the block
-// still lie in L1. state_rows.h keeps the states.
+// still lie in L1. Of small images a thread takes several together. state_rows.h keeps the states.
 #pragma once
 
 #include "fire.h"
@@ -56,24 +56,28 @@ class Forward {
     pack_vectors();
     const Phases phases(counters_, c.T + 1);
     parallel(a_.threads, double(c.N) * l_.pixels * l_.K() * 4 * c.C, [&](int thread) {
-      if (c.T > 1) phases.run(0, tasks_.count, [&](int64_t task) { states_.read(task, thread); });
+      if (c.T > 1)
+        phases.run(0, tasks_.count, [&](int64_t task) { states_.read(task, thread, 0); });
       for (int64_t t = 0; t < c.T; ++t)
-        phases.run(t + 1, tasks_.count, [&](int64_t task) {
-          if (c.T == 1) states_.read(task, thread);
-          step(t, task, thread);
-        });
+        phases.run(t + 1, tasks_.groups(), [&](int64_t group) { step(t, group, thread); });
     });
   }
 
  private:
   static constexpr int64_t kChunk = chunk_length<T>(kGates);
 
-  struct Scratch {
-    T* patch;                                   // input rows under a block, with border
+  // Rows of one image, and what its thread keeps of them.
+  struct Block {
+    Rows r;
+    T* patch;                                   // input rows under the block, with border
     T* gates;                                   // (strip rows, Wr, 4, VL)
-    T* pooled;                                  // (Wp, Cp)
-    typename SparseInput<T, VL>::Lists* lists;  // of x's nonzeros, for every strip of a block
-    T *mem_values, *x_values, *products;        // Winograd: tiles.h
+    typename SparseInput<T, VL>::Lists* lists;  // of x's nonzeros, for every strip
+  };
+
+  struct Scratch {
+    Block* blocks;
+    T* pooled;                            // (Wp, Cp)
+    T *mem_values, *x_values, *products;  // Winograd: tiles.h
   };
 
   void carve(Arena& arena) {
@@ -84,26 +88,38 @@ class Forward {
     states_.carve(arena);
     scratch_ = arena.take<Scratch>(a_.threads);
     const int64_t points = c.tiled() ? l_.form.points() : 0;
-    const TileBlock<T> of_mem = tile_block(l_, l_.form, block_, l_.Cp),
-                       of_x = tile_block(l_, l_.form, block_, x_channels());
+    const TileBlock<T> of_mem = tiles(block_, l_.Cp, 1), of_x = tiles(block_, x_channels(), 1);
     for (int k = 0; k < a_.threads; ++k) {
-      const int64_t strips = c.x_way == Way::sparse ? (block_ + strip_ - 1) / strip_ : 0;
-      const Scratch s{arena.take<T>(patch_rows(block_) * l_.Wx * c.Cin + kReadAhead),
-                      arena.take<T>(strip_ * l_.Wr * kGates),
-                      arena.take<T>(l_.Wp * l_.Cp),
-                      arena.take<typename SparseInput<T, VL>::Lists>(strips),
+      const Scratch s{arena.take<Block>(tasks_.most_together), arena.take<T>(l_.Wp * l_.Cp),
                       arena.take<T>(points * of_mem.values_stride),
                       arena.take<T>(c.x_way == Way::winograd ? points * of_x.values_stride : 0),
                       arena.take<T>(points * of_mem.products_stride)};
-      for (int64_t strip = 0; strip < strips; ++strip) {
-        typename SparseInput<T, VL>::Lists lists;
-        sparse_.carve(arena, lists);
-        if (s.lists) s.lists[strip] = lists;
+      for (int64_t slot = 0; slot < tasks_.most_together; ++slot) {
+        const Block b = carve_block(arena);
+        if (s.blocks) s.blocks[slot] = b;
       }
       if (scratch_) scratch_[k] = s;
     }
   }
 
+  Block carve_block(Arena& arena) const {
+    const int64_t strips = a_.cell.x_way == Way::sparse ? (block_ + strip_ - 1) / strip_ : 0;
+    const Block b{{},
+                  arena.take<T>(patch_rows(block_) * l_.Wx * a_.cell.Cin + kReadAhead),
+                  arena.take<T>(strip_ * l_.Wr * kGates),
+                  arena.take<typename SparseInput<T, VL>::Lists>(strips)};
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      typename SparseInput<T, VL>::Lists lists;
+      sparse_.carve(arena, lists);
+      if (b.lists) b.lists[strip] = lists;
+    }
+    return b;
+  }
+
+  // The tiles of so many rows of each of `together` images.
+  TileBlock<T> tiles(int64_t rows, int64_t channels, int64_t together) const {
+    return tile_block(l_, l_.form, rows, channels, together, tasks_.most_together);
+  }
   int64_t x_channels() const { return l_.x_blocks * VL; }
 
   void pack_vectors() {
@@ -118,25 +134,35 @@ class Forward {
     }
   }
 
-  void step(int64_t t, int64_t task, int thread) {
+  // The tasks of a group: the same rows of each of its images.
+  void step(int64_t t, int64_t group, int thread) {
     const Scratch& s = scratch_[thread];
-    const Rows r = states_.of(task, thread);
-    const int64_t begin = tasks_.begin(task), end = tasks_.end(task);
+    const int64_t first = tasks_.first(group), together = tasks_.together(group);
+    const int64_t begin = tasks_.begin(first), end = tasks_.end(first);
+    for (int64_t k = 0; k < together; ++k) {
+      if (a_.cell.T == 1) states_.read(first + k, thread, k);
+      s.blocks[k].r = states_.of(first + k, thread, k);
+    }
     for (int64_t b0 = begin; b0 < end; b0 += block_) {
       const int64_t b1 = b0 + block_ < end ? b0 + block_ : end;
-      gather_x(t, r.n, b0, b1, s.patch);
-      if (a_.cell.x_way == Way::sparse) list_x(b0, b1, s);
+      for (int64_t k = 0; k < together; ++k) {
+        gather_x(t, s.blocks[k].r.n, b0, b1, s.blocks[k].patch);
+        if (a_.cell.x_way == Way::sparse) list_x(b0, b1, s.blocks[k]);
+      }
       if (!a_.cell.tiled())
-        direct(t, r, b0, b1, s);
+        direct(t, together, b0, b1, s);
       else if constexpr (kHasWinograd<T, VL>)
-        tiled(t, r, b0, b1, s);
+        tiled(t, together, b0, b1, s);
     }
-    write_states(t, r, begin, end);
-    if (a_.cell.inhibition)
-      fire_winner(t, r, s);
-    else
-      for (int64_t h = begin / a_.cell.pool_h; h < l_.Hp && (h + 1) * a_.cell.pool_h <= end; ++h)
-        fire_row(t, r, h, s);
+    for (int64_t k = 0; k < together; ++k) {
+      const Rows& r = s.blocks[k].r;
+      write_states(t, r, begin, end);
+      if (a_.cell.inhibition)
+        fire_winner(t, r, s);
+      else
+        for (int64_t h = begin / a_.cell.pool_h; h < l_.Hp && (h + 1) * a_.cell.pool_h <= end; ++h)
+          fire_row(t, r, h, s);
+    }
   }
 
   // Input rows under `rows` state rows: what the kernel, or the tiles, look at.
@@ -166,57 +192,71 @@ class Forward {
     }
   }
 
-  // Sums `list` over state rows [h0, h1) into the gate buffer: added, or to the bias. in: what the
-  // first of them sees.
-  void sweep(const RunList& list, const T* in, int64_t row, int64_t pixel, int64_t h0, int64_t h1,
-             int64_t cb, bool add, const Scratch& s) {
+  // Sums `list` over so many rows of each block into its gates: added, or to the bias. in(block):
+  // what the first row sees.
+  template <class In>
+  void sweep(const RunList& list, In&& in, int64_t row, int64_t pixel, int64_t rows, int64_t cb,
+             bool add, const Block* blocks, int64_t count) {
     const T* w = static_cast<const T*>(a_.weight) + cb * l_.K() * kGates;
-    list.chunks(kChunk, [&](const Run* runs, int count) {
-      for (int64_t h = h0; h < h1; ++h) {
-        T* out = s.gates + (h - h0) * l_.Wr * kGates;
-        conv_row<S, 4>(in + (h - h0) * row, pixel, runs, count, w,
-                       add ? Start<T>{out, kGates} : Start<T>{bias_ + cb * kGates, 0}, out, kGates,
-                       l_.Wo);
-      }
+    list.chunks(kChunk, [&](const Run* runs, int number) {
+      for (const Block* b = blocks; b < blocks + count; ++b)
+        for (int64_t h = 0; h < rows; ++h) {
+          T* out = b->gates + h * l_.Wr * kGates;
+          conv_row<S, 4>(in(*b) + h * row, pixel, runs, number, w,
+                         add ? Start<T>{out, kGates} : Start<T>{bias_ + cb * kGates, 0}, out,
+                         kGates, l_.Wo);
+        }
       add = true;
     });
   }
 
-  void list_x(int64_t b0, int64_t b1, const Scratch& s) {
+  void list_x(int64_t b0, int64_t b1, const Block& b) {
     const int64_t row = a_.cell.stride_h * l_.Wx * a_.cell.Cin;
     for (int64_t h = b0; h < b1; h += strip_)
-      sparse_.build(s.patch + (h - b0) * row, h + strip_ < b1 ? strip_ : b1 - h,
-                    s.lists[(h - b0) / strip_]);
+      sparse_.build(b.patch + (h - b0) * row, h + strip_ < b1 ? strip_ : b1 - h,
+                    b.lists[(h - b0) / strip_]);
   }
 
-  // The bias and the input half of a strip, state rows [h0, h1); the patch begins at row b0.
-  void sweep_x(int64_t b0, int64_t h0, int64_t h1, int64_t cb, const Scratch& s) {
+  // The bias and the input half of a strip of each block: `rows` state rows, `top` behind the
+  // first.
+  void sweep_x(int64_t top, int64_t rows, int64_t cb, const Block* blocks, int64_t count) {
     const int64_t row = a_.cell.stride_h * l_.Wx * a_.cell.Cin;
-    if (a_.cell.x_way == Way::sparse)
-      return sparse_.convolve(s.lists[(h0 - b0) / strip_],
-                              static_cast<const T*>(a_.weight) + cb * l_.K() * kGates,
-                              bias_ + cb * kGates, s.gates);
-    sweep(x_runs_, s.patch + (h0 - b0) * row, row, a_.cell.stride_w * a_.cell.Cin, h0, h1, cb,
-          false, s);
+    if (a_.cell.x_way != Way::sparse)
+      return sweep(
+          x_runs_, [&](const Block& b) { return b.patch + top * row; }, row,
+          a_.cell.stride_w * a_.cell.Cin, rows, cb, false, blocks, count);
+    for (const Block* b = blocks; b < blocks + count; ++b)
+      sparse_.convolve(b->lists[top / strip_],
+                       static_cast<const T*>(a_.weight) + cb * l_.K() * kGates, bias_ + cb * kGates,
+                       b->gates);
   }
 
-  void direct(int64_t t, const Rows& r, int64_t b0, int64_t b1, const Scratch& s) {
+  void direct(int64_t t, int64_t together, int64_t b0, int64_t b1, const Scratch& s) {
     for (int64_t cb = 0; cb < l_.Cb; ++cb) {
-      sweep_x(b0, b0, b1, cb, s);
-      sweep(mem_runs_, states_.mem_row(t, r, b0), l_.Wm * l_.Cp, l_.Cp, b0, b1, cb, true, s);
-      for (int64_t h = b0; h < b1; ++h) update(t, r, h, cb, s.gates + (h - b0) * l_.Wr * kGates);
+      sweep_x(0, b1 - b0, cb, s.blocks, together);
+      sweep(
+          mem_runs_, [&](const Block& b) { return states_.mem_row(t, b.r, b0); }, l_.Wm * l_.Cp,
+          l_.Cp, b1 - b0, cb, true, s.blocks, together);
+      for (const Block* b = s.blocks; b < s.blocks + together; ++b)
+        for (int64_t h = b0; h < b1; ++h)
+          update(t, b->r, h, cb, b->gates + (h - b0) * l_.Wr * kGates);
     }
   }
 
   // The recurrent half by Winograd, and the input half too or not; the gates of one row of tiles at
   // a time are put together and used.
-  void tiled(int64_t t, const Rows& r, int64_t b0, int64_t b1, const Scratch& s) {
+  void tiled(int64_t t, int64_t together, int64_t b0, int64_t b1, const Scratch& s) {
     const Cell& c = a_.cell;
-    const TileBlock<T> of_mem = tile_block(l_, l_.form, b1 - b0, l_.Cp),
-                       of_x = tile_block(l_, l_.form, b1 - b0, x_channels());
+    const TileBlock<T> of_mem = tiles(b1 - b0, l_.Cp, together),
+                       of_x = tiles(b1 - b0, x_channels(), together);
     const bool x_too = c.x_way == Way::winograd;
-    inputs_.run(of_mem, states_.mem_row(t, r, b0), l_.Wm * l_.Cp, l_.Cp, s.mem_values);
-    if (x_too) inputs_.run(of_x, s.patch, l_.Wx * c.Cin, c.Cin, s.x_values);
+    for (int64_t k = 0; k < together; ++k) {
+      const Block& b = s.blocks[k];
+      inputs_.run(of_mem, states_.mem_row(t, b.r, b0), l_.Wm * l_.Cp, l_.Cp,
+                  s.mem_values + k * of_mem.image_values());
+      if (x_too)
+        inputs_.run(of_x, b.patch, l_.Wx * c.Cin, c.Cin, s.x_values + k * of_x.image_values());
+    }
     for (int64_t cb = 0; cb < l_.Cb; ++cb) {
       const int64_t block = cb * l_.tile_weights() * kGates;
       multiply<S, 4>(of_mem, s.mem_values, static_cast<const T*>(a_.weight_mem) + block * c.C, c.C,
@@ -226,15 +266,22 @@ class Forward {
                        true, s.products);
       for (int64_t h0 = b0; h0 < b1; h0 += strip_) {
         const int64_t h1 = h0 + strip_ < b1 ? h0 + strip_ : b1;
-        if (!x_too) sweep_x(b0, h0, h1, cb, s);
-        const int64_t r0 = (h0 - b0) / l_.form.h.tile;
-        const int64_t rows = l_.tiles(l_.form.h, c.dilation_h, h1 - h0);
-        for (int64_t k = 0; k < rows; ++k)
-          add_tiles(of_mem, r0 + k, cb, !x_too, s.products,
-                    s.gates + of_mem.row(k) * l_.Wr * kGates);
-        for (int64_t h = h0; h < h1; ++h) update(t, r, h, cb, s.gates + (h - h0) * l_.Wr * kGates);
+        if (!x_too) sweep_x(h0 - b0, h1 - h0, cb, s.blocks, together);
+        for (int64_t k = 0; k < together; ++k) strip(t, of_mem, k, b0, h0, h1, cb, !x_too, s);
       }
     }
+  }
+
+  // The gates of state rows [h0, h1) of one image, put together and used; the tiles begin at row
+  // b0.
+  void strip(int64_t t, const TileBlock<T>& tiles, int64_t image, int64_t b0, int64_t h0,
+             int64_t h1, int64_t cb, bool add, const Scratch& s) {
+    const Block& b = s.blocks[image];
+    const int64_t r0 = image * tiles.rows + (h0 - b0) / l_.form.h.tile;
+    const int64_t rows = l_.tiles(l_.form.h, a_.cell.dilation_h, h1 - h0);
+    for (int64_t k = 0; k < rows; ++k)
+      add_tiles(tiles, r0 + k, cb, add, s.products, b.gates + tiles.row(k) * l_.Wr * kGates);
+    for (int64_t h = h0; h < h1; ++h) update(t, b.r, h, cb, b.gates + (h - h0) * l_.Wr * kGates);
   }
 
   // The outputs of one row of tiles, added to the gates or, without `add`, to the bias.

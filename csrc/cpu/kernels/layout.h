@@ -143,22 +143,47 @@ struct Layout {
   int64_t packed_forward() const { return Cb * K() * 4 * VL; }
   int64_t packed_backward() const { return (x_blocks + Cb) * Kg * VL; }
 
+  // Whether the weights of one step do not stay in a thread's L2: then they are to pass over many
+  // pixels each time that they are read.
+  bool wide() const {
+    const int64_t values = c.tiled() ? tile_weights() * (c.Cin + c.C) : K();
+    return values * 4 * Cp * int64_t(sizeof(T)) > 512 << 10;
+  }
+
   // Rows that are worked on at a time: those whose gates of one channel block fit in half of a 32
-  // KiB L1; with Winograd some 32 tiles, which share every weight that is read, or 64 where their
-  // values and products fit in L2.
+  // KiB L1, or twice as many of a wide layer; with Winograd some 32 tiles, which share every weight
+  // that is read, or 64 where their values and products fit in L2.
   int64_t block_rows() const {
     if (c.tiled()) return rows_of_tiles(form);
-    const int64_t rows = 16384 / (Wo * 4 * VL * int64_t(sizeof(T)));
+    const int64_t rows = (wide() ? 32768 : 16384) / (Wo * 4 * VL * int64_t(sizeof(T)));
     return rows < 1 ? 1 : rows < Hr ? rows : Hr;
+  }
+
+  // Tiles of a block: the wanted number, and of a whole image.
+  int64_t wanted_tiles(const Tiling& t) const {
+    const int64_t bytes = t.points() * (Cp + 4 * VL) * int64_t(sizeof(T));  // of a tile
+    return 64 * bytes <= 448 << 10 ? 64 : 32;
+  }
+  int64_t image_tiles(const Tiling& t) const {
+    return tiles(t.h, c.dilation_h, Ho) * tiles(t.w, c.dilation_w, Wo);
+  }
+
+  // Small images that one thread takes together, so that the weights which it reads serve all of
+  // them. Every thread is to have one such group at least, or two where the weights stay in L2.
+  int64_t images_together(int threads) const {
+    if (block_rows() < Hr) return 1;
+    const int64_t images = c.tiled() ? wanted_tiles(form) / image_tiles(form) : 128 / pixels;
+    const int64_t most = c.N / (wide() ? threads : 2 * threads);
+    const int64_t together = images < most ? images : most;
+    return together < 1 ? 1 : together;
   }
 
   // The same for a form's tiles. A kernel in parts sees rows of tiles below the block too, whose
   // transforms its own are to outweigh.
   int64_t rows_of_tiles(const Tiling& t) const {
     const int64_t unit = whole(t.h, c.dilation_h, 1), columns = tiles(t.w, c.dilation_w, Wo);
-    const int64_t bytes = t.points() * (Cp + 4 * VL) * int64_t(sizeof(T));  // of a tile
-    const int64_t wanted = 64 * bytes <= 448 << 10 ? 64 : 32, of_unit = columns * unit / t.h.tile;
-    int64_t units = (wanted + of_unit - 1) / of_unit;
+    const int64_t of_unit = columns * unit / t.h.tile;
+    int64_t units = (wanted_tiles(t) + of_unit - 1) / of_unit;
     if (units < t.h.parts) units = t.h.parts;
     const int64_t rows = unit * units, all = whole(t.h, c.dilation_h, Ho);
     return rows < all ? rows : all;
@@ -180,7 +205,10 @@ struct Layout {
     const int64_t wanted = 4 * threads;
     const int64_t whole_tiles = whole(form.h, c.dilation_h, 1), least = whole_tiles * form.h.parts;
     const auto tasks = [&](int64_t of) { return c.N * ((Ho + of - 1) / of); };
-    while (rows > least && tasks(rows) < wanted) rows = (rows + 1) / 2;
+    const auto worth = [&](int64_t of) {
+      return !wide() || of * Wo >= 128 || tasks(2 * of) < threads;
+    };
+    while (rows > least && tasks(rows) < wanted && worth((rows + 1) / 2)) rows = (rows + 1) / 2;
     const int64_t bytes = (2 * Wm + Wo) * Cp * int64_t(sizeof(T));
     while (c.T == 1 && rows < Ho && tasks(2 * rows) >= wanted && 2 * rows * bytes <= 512 << 10)
       rows *= 2;
@@ -196,13 +224,19 @@ struct Layout {
 // pooling window covers, too.
 struct RowTasks {
   int64_t rows, per_image, count;
+  int64_t most_together;  // tasks of a group
   template <class L>
   RowTasks(const L& l, int threads) : rows(l.task_rows(threads)) {
     const int64_t covered = l.Hp * l.c.pool_h;
     per_image = covered > 0 ? (covered + rows - 1) / rows : 1;
     count = l.c.N * per_image;
+    most_together = per_image == 1 ? l.images_together(threads) : 1;
     image_rows_ = l.Ho;
   }
+  // Groups of tasks that share the weights: whole images, or one task each.
+  int64_t groups() const { return (count + most_together - 1) / most_together; }
+  int64_t first(int64_t group) const { return count > 0 ? count * group / groups() : 0; }
+  int64_t together(int64_t group) const { return first(group + 1) - first(group); }
   int64_t image(int64_t task) const { return task / per_image; }
   int64_t begin(int64_t task) const { return task % per_image * rows; }
   int64_t end(int64_t task) const {

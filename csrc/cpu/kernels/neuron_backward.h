@@ -32,7 +32,7 @@ class NeuronBackward {
     syn0_ = arena.take<T>(kept * l_.state_image());
     d_syn_ = arena.take<T>(kept * l_.state_image());
     scratch_ = arena.take<Scratch>(a_.threads);
-    const int64_t rows = tasks_.most_rows() * l_.Wo * l_.Cp;
+    const int64_t rows = tasks_.most_together * task_size();
     for (int k = 0; k < a_.threads; ++k) {
       const Scratch s{arena.take<T>(rows), arena.take<T>(l_.Wo * l_.Cp),
                       arena.take<T>(l_.Wo * l_.Cp)};
@@ -44,8 +44,11 @@ class NeuronBackward {
   const T* d_gates(int64_t t, int64_t n, int thread) const {
     return images_.d_gates(t, kept(n, thread));
   }
-  // The rows of a task: the gradient of mem as the next step's convolution gives it.
-  T* mem_grad(int thread) const { return scratch_[thread].mem_grad; }
+  // The rows of a task, `slot` counting those that its thread works on together: the gradient of
+  // mem as the next step's convolution gives it.
+  T* mem_grad(int thread, int64_t slot) const {
+    return scratch_[thread].mem_grad + slot * task_size();
+  }
 
   void pack_vectors() {
     const T* threshold = static_cast<const T*>(a_.threshold);
@@ -74,13 +77,14 @@ class NeuronBackward {
         std::memset(dst, 0, row * sizeof(T));
     };
     for (int64_t h = begin; h < tasks_.end(task); ++h) {
-      read(a_.grad_mem, h, mem_grad(thread) + (h - begin) * row);
+      read(a_.grad_mem, h, mem_grad(thread, 0) + (h - begin) * row);
       read(a_.grad_syn, h, state_row(d_syn_, p, h));
     }
   }
 
-  void rows(int64_t t, int64_t task, int thread) {
-    const Scratch& s = scratch_[thread];
+  void rows(int64_t t, int64_t task, int thread, int64_t slot) {
+    Scratch s = scratch_[thread];
+    s.mem_grad += slot * task_size();
     const Sample p = sample(task, thread);
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task), row = l_.Wo * l_.Cp;
     const bool last = t == a_.cell.T - 1;
@@ -134,9 +138,11 @@ class NeuronBackward {
 
  private:
   struct Scratch {
-    T* mem_grad;         // the task's rows, (rows, Wo, Cp)
+    T* mem_grad;         // (tasks of a group, rows, Wo, Cp)
     T *row, *noise_row;  // one row
   };
+
+  int64_t task_size() const { return tasks_.most_rows() * l_.Wo * l_.Cp; }
 
   // The sample, and which of those that are kept it is.
   struct Sample {

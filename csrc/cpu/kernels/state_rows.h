@@ -1,7 +1,8 @@
 // The states as the forward pass keeps them, channels-last: mem with its border, before and after a
 // step by turns, and syn, which training saves. From step to step those of all samples are kept. A
 // call of one step keeps none: each task reads its rows, and those around them that the kernel
-// sees, into memory of its thread, and writes them from there.
+// sees, into memory of its thread, and writes them from there. `slot` counts the tasks that a
+// thread works on together.
 #pragma once
 
 #include "layout.h"
@@ -25,14 +26,14 @@ class StateRows {
       : a_(a), l_(l), tasks_(tasks) {}
 
   void carve(Arena& arena) {
-    const int64_t kept = one_step() ? a_.threads : a_.cell.N;
+    const int64_t kept = one_step() ? a_.threads * tasks_.most_together : a_.cell.N;
     for (T*& mem : mem_) mem = arena.take<T>(kept * mem_size());
     syn_ = arena.take<T>(kept * syn_size());
   }
 
   // A task's rows of the states before the first step.
-  void read(int64_t task, int thread) {
-    const Rows r = of(task, thread);
+  void read(int64_t task, int thread, int64_t slot) {
+    const Rows r = of(task, thread, slot);
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task);
     if (one_step()) {
       for (int64_t h = begin; h < begin + seen_rows(end - begin); ++h) import_mem(r, h);
@@ -48,8 +49,9 @@ class StateRows {
   }
 
   // Where the rows of a task are.
-  Rows of(int64_t task, int thread) const {
-    const int64_t n = tasks_.image(task), kept = one_step() ? thread : n;
+  Rows of(int64_t task, int thread, int64_t slot) const {
+    const int64_t n = tasks_.image(task);
+    const int64_t kept = one_step() ? thread * tasks_.most_together + slot : n;
     const int64_t mem = kept * mem_size(), syn = kept * syn_size();
     return {n, one_step() ? tasks_.begin(task) : 0, {mem_[0] + mem, mem_[1] + mem}, syn_ + syn};
   }

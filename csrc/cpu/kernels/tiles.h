@@ -24,7 +24,8 @@ inline int64_t point_stride(int64_t count) {
   return ((count + line - 1) / line | 1) * line;
 }
 
-// Rows of tiles of one image, each of all its columns of tiles. With dilation d a tile takes every
+// Rows of tiles of one image, or of several images one behind the other, each of all its columns of
+// tiles. With dilation d a tile takes every
 // d-th pixel, and d tiles that begin at neighbouring pixels lie between each other.
 template <class T>
 struct TileBlock {
@@ -34,8 +35,10 @@ struct TileBlock {
   int64_t in_rows, in_columns;  // of tiles of inputs: those that the other parts see, too
   int64_t channels;             // of values, per tile; whole vectors
   int64_t values_stride, products_stride;
+  int64_t images = 1;
 
-  int64_t count() const { return rows * columns; }
+  int64_t count() const { return rows * columns; }  // of one image
+  int64_t image_values() const { return in_rows * in_columns * channels; }
   // First pixel of a tile.
   int64_t row(int64_t r) const {
     return r / dilation_h * dilation_h * form.h.tile + r % dilation_h;
@@ -49,10 +52,10 @@ struct TileBlock {
   }
 };
 
-// `rows` rows, of a block at most, with so many input channels.
+// `rows` rows, of a block at most, with so many input channels, of some of most_images images.
 template <class T, int VL>
-TileBlock<T> tile_block(const Layout<T, VL>& l, const Tiling& form, int64_t rows,
-                        int64_t channels) {
+TileBlock<T> tile_block(const Layout<T, VL>& l, const Tiling& form, int64_t rows, int64_t channels,
+                        int64_t images, int64_t most_images) {
   TileBlock<T> b;
   b.form = form, b.dilation_h = l.c.dilation_h, b.dilation_w = l.c.dilation_w;
   const auto more = [&](const Axis& a, int64_t dilation) { return (a.parts - 1) * dilation; };
@@ -61,10 +64,11 @@ TileBlock<T> tile_block(const Layout<T, VL>& l, const Tiling& form, int64_t rows
   b.in_rows = b.rows + more(form.h, l.c.dilation_h);
   b.in_columns = b.columns + more(form.w, l.c.dilation_w);
   b.channels = channels;
+  b.images = images;
   const int64_t most = l.tiles(form.h, l.c.dilation_h, l.rows_of_tiles(form));
-  b.values_stride =
-      point_stride<T>((most + more(form.h, l.c.dilation_h)) * b.in_columns * channels);
-  b.products_stride = point_stride<T>(most * b.columns * 4 * VL);
+  b.values_stride = point_stride<T>(most_images * (most + more(form.h, l.c.dilation_h)) *
+                                    b.in_columns * channels);
+  b.products_stride = point_stride<T>(most_images * most * b.columns * 4 * VL);
   return b;
 }
 
@@ -80,15 +84,15 @@ struct TileBuffers {
   T *values, *products;
 };
 
-// The number of elements of TileBuffers for a form's tiles with so many input channels; 0 for a
-// cell without tiles.
+// The number of elements of TileBuffers for a form's tiles of some images with so many input
+// channels; 0 for a cell without tiles.
 struct TileSizes {
   int64_t values = 0, products = 0;
 
   template <class T, int VL>
-  TileSizes(const Layout<T, VL>& l, const Tiling& form, int64_t channels) {
+  TileSizes(const Layout<T, VL>& l, const Tiling& form, int64_t channels, int64_t images) {
     if (!l.c.tiled()) return;
-    const TileBlock<T> b = tile_block(l, form, 0, channels);
+    const TileBlock<T> b = tile_block(l, form, 0, channels, images, images);
     values = form.points() * b.values_stride;
     products = form.points() * b.products_stride;
   }
@@ -118,7 +122,7 @@ class InputTransform {
     if constexpr (Longer::lanes > S::lanes) longer_ = InputTransform<Longer>(t);
   }
 
-  // in: first pixel of the first tile's inputs, border included.
+  // Of one image. in: first pixel of the first tile's inputs, border included.
   void run(const TileBlock<T>& b, const T* in, int64_t row, int64_t pixel, T* values) const {
     if constexpr (Longer::lanes > S::lanes)
       if (b.channels % Longer::lanes == 0) return longer_.run(b, in, row, pixel, values);
@@ -163,6 +167,23 @@ void part_runs(const TileBlock<T>& b, int64_t len, int64_t most, RunList& list) 
       list.add({b.part(i, j), (i * b.form.w.parts + j) * len, len}, most);
 }
 
+// A block's tiles as rows of tiles whose values lie side by side, as long as there are.
+struct TileRows {
+  int64_t images, rows, columns;
+  int64_t image, row;  // of values, from one to the next
+
+  template <class T>
+  explicit TileRows(const TileBlock<T>& b)
+      : images(b.images),
+        rows(b.rows),
+        columns(b.columns),
+        image(b.image_values()),
+        row(b.in_columns * b.channels) {
+    if (b.in_columns == b.columns) columns *= rows, rows = 1;
+    if (rows == 1 && image == columns * b.channels) columns *= images, images = 1;
+  }
+};
+
 // weight: (points, parts, len, NV * VL). add: to what products hold already.
 template <class S, int NV, class T = typename S::Scalar>
 void multiply(const TileBlock<T>& b, const T* values, const T* weight, int64_t len, bool add,
@@ -171,17 +192,19 @@ void multiply(const TileBlock<T>& b, const T* values, const T* weight, int64_t l
   constexpr int64_t most = in_cache < 48 ? in_cache : 48;  // longer sums would round more
   RunList list;
   part_runs(b, len, most, list);
-  const int64_t rows = b.in_columns == b.columns ? 1 : b.rows, count = b.count() / rows;
+  const TileRows rows(b);
   for (int k = 0; k < b.form.points(); ++k) {
     const T* w = weight + k * b.form.parts() * len * width;
     T* out = products + k * b.products_stride;
     bool more = add;
     list.chunks(most, [&](const Run* runs, int number) {
-      for (int64_t r = 0; r < rows; ++r) {
-        T* to = out + r * b.columns * width;
-        conv_row<S, NV>(values + k * b.values_stride + r * b.in_columns * b.channels, b.channels,
-                        runs, number, w, more ? Start<T>{to, width} : Start<T>{}, to, width, count);
-      }
+      for (int64_t n = 0; n < rows.images; ++n)
+        for (int64_t r = 0; r < rows.rows; ++r) {
+          T* to = out + (n * rows.rows + r) * rows.columns * width;
+          conv_row<S, NV>(values + k * b.values_stride + n * rows.image + r * rows.row, b.channels,
+                          runs, number, w, more ? Start<T>{to, width} : Start<T>{}, to, width,
+                          rows.columns);
+        }
       more = true;
     });
   }

@@ -1,7 +1,8 @@
 // The weight gradient's inner product: a register tile of KB input values by the 4 gates' lanes,
 // summed over pixels.
 //
-//   out[k][4 * VL] += sum over rows, pixels:  in[row, pixel, k] * d_gates[row, pixel][4 * VL]
+//   out[k][4 * VL] += sum over images, rows, pixels:  in[row, pixel, k] * d_gates[row, pixel][4 *
+//   VL]
 #pragma once
 
 #include "tiles.h"
@@ -15,6 +16,7 @@ struct PixelRows {
   const T* d_gates;
   int64_t d_row, d_pixel;
   int64_t rows, pixels;
+  int64_t images = 1, in_image = 0, d_image = 0;
 };
 
 template <class S, int NV, int KB, class T = typename S::Scalar>
@@ -26,9 +28,10 @@ SNNLSTM_INLINE void weight_grad_tile(const PixelRows<T>& p, int64_t in_offset, T
   for (int k = 0; k < KB; ++k)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[k][v] = R{};  // small sums, rounded less than on top of `out`
-  for (int64_t h = 0; h < p.rows; ++h) {
-    const T* a = p.in + in_offset + h * p.in_row;
-    const T* d = p.d_gates + h * p.d_row;
+  for (int64_t row = 0; row < p.images * p.rows; ++row) {
+    const int64_t n = p.images > 1 ? row / p.rows : 0, h = row - n * p.rows;
+    const T* a = p.in + in_offset + n * p.in_image + h * p.in_row;
+    const T* d = p.d_gates + n * p.d_image + h * p.d_row;
     for (int64_t w = 0; w < p.pixels; ++w, a += p.in_pixel, d += p.d_pixel) {
       R x[KB];
 #pragma GCC unroll 8
@@ -81,7 +84,7 @@ void weight_grad_run(const PixelRows<T>& p, int64_t in_offset, int64_t len, T* o
 // The same by Winograd, for one block of tiles: the gates' gradient of one channel block
 // transformed, and its products with the transformed inputs (tiles.h) summed over the tiles: sums
 // (points, parts, sums_stride), of which `len` rows of (4, VL) are worked on. p.in is not looked
-// at.
+// at. The images are the block's.
 template <class S, class V, class T = typename S::Scalar>
 void weight_grad_tiles(const PlaneTransform<V>& taps, const PixelRows<T>& p, const TileBlock<T>& b,
                        const T* values, int64_t len, T* d_values, T* sums, int64_t sums_stride) {
@@ -90,9 +93,10 @@ void weight_grad_tiles(const PlaneTransform<V>& taps, const PixelRows<T>& p, con
   const Plane to{b.form.w.inputs() * b.products_stride, b.products_stride, V::lanes};
   const Tiling& form = b.form;
   const Plane cut{form.w.tile * kGates, kGates, V::lanes};  // of a tile that sticks out
-  for (int64_t tile = 0; tile < b.count(); ++tile, d_values += kGates) {
+  for (int64_t k = 0; k < b.images * b.count(); ++k, d_values += kGates) {
+    const int64_t image = k / b.count(), tile = k % b.count();
     const int64_t h0 = b.row(tile / b.columns), w0 = b.column(tile % b.columns);
-    const T* corner = p.d_gates + h0 * p.d_row + w0 * p.d_pixel;
+    const T* corner = p.d_gates + image * p.d_image + h0 * p.d_row + w0 * p.d_pixel;
     const int64_t height = pixels_inside(p.rows - h0, b.dilation_h, form.h.tile),
                   width = pixels_inside(p.pixels - w0, b.dilation_w, form.w.tile);
     if (height == form.h.tile && width == form.w.tile) {
@@ -107,20 +111,23 @@ void weight_grad_tiles(const PlaneTransform<V>& taps, const PixelRows<T>& p, con
                     kGates * sizeof(T));
     taps.run(whole, cut, d_values, to, kGates / V::lanes);
   }
-  d_values -= b.count() * kGates;
-  const int64_t rows = b.in_columns == b.columns ? 1 : b.rows, columns = b.count() / rows;
+  d_values -= b.images * b.count() * kGates;
+  const TileRows rows(b);
   for (int point = 0; point < b.form.points(); ++point)
     for (int part = 0; part < b.form.parts(); ++part, sums += sums_stride) {
       const T* in =
           values + point * b.values_stride + b.part(part / b.form.w.parts, part % b.form.w.parts);
       const PixelRows<T> tiles{in,
-                               b.in_columns * b.channels,
+                               rows.row,
                                b.channels,
                                d_values + point * b.products_stride,
-                               columns * kGates,
+                               rows.columns * kGates,
                                kGates,
-                               rows,
-                               columns};
+                               rows.rows,
+                               rows.columns,
+                               rows.images,
+                               rows.image,
+                               rows.rows * rows.columns * kGates};
       weight_grad_run<S>(tiles, 0, len, sums);
     }
 }

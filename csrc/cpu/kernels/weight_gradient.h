@@ -19,6 +19,7 @@ class WeightGradient {
   using GateVector = typename Merged<S, 4>::Vector;
   static constexpr int64_t kPiece = 48;      // rows of K in a task
   static constexpr int64_t kTilePiece = 64;  // with Winograd: input channels
+  static constexpr int64_t kBlockPixels = 128;
   // Each split has sums of its own, to be cleared and added up: so many pixels, of all steps, pay
   // for that.
   static constexpr int64_t kSplitPixels = 4096;
@@ -55,7 +56,9 @@ class WeightGradient {
   }
 
   // The tile buffers that add() needs.
-  TileSizes tile_sizes() const { return TileSizes(l_, l_.grad_form, kTilePiece + VL); }
+  TileSizes tile_sizes() const {
+    return TileSizes(l_, l_.grad_form, kTilePiece + VL, images_together(true));
+  }
 
   void carve(Arena& arena) {
     sums_.carve(arena);
@@ -65,7 +68,8 @@ class WeightGradient {
     for (int k = 0; k < threads_; ++k) {
       Scratch s;
       const bool gathered = l_.Cb > 1 || l_.few_channels();
-      s.d_gates = arena.take<T>(gathered ? pixel_block_rows() * l_.Wo * kGates : 0);
+      s.d_gates = arena.take<T>(
+          gathered ? images_together(false) * pixel_block_rows() * l_.Wo * kGates : 0);
       s.few_sums = arena.take<T>(l_.few_channels() ? kPiece * 2 * VL : 0);
       if (c_.x_way == Way::sparse) {
         sparse_.carve(arena, s.lists);
@@ -125,6 +129,23 @@ class WeightGradient {
     return (l_.Ho + rows - 1) / rows;
   }
 
+  // Small images that pass by together, so that the sums are read and written once for all of them.
+  int64_t images_together(bool in_tiles) const {
+    const int64_t rows = in_tiles ? l_.rows_of_tiles(l_.grad_form) : pixel_block_rows();
+    if (rows < l_.Ho || c_.N == 0) return 1;
+    const int64_t images = in_tiles ? l_.wanted_tiles(l_.grad_form) / l_.image_tiles(l_.grad_form)
+                                    : kBlockPixels / l_.pixels;
+    return images < 1 ? 1 : images < c_.N ? images : c_.N;
+  }
+
+  // f(first image, their number) for all images of a split.
+  template <class F>
+  void each_images(int64_t split, bool in_tiles, F&& f) const {
+    const int64_t end = c_.N * (split + 1) / splits_, most = images_together(in_tiles);
+    for (int64_t n = c_.N * split / splits_; n < end; n += most)
+      f(n, end - n < most ? end - n : most);
+  }
+
   // Whether x's weight gradient goes by Winograd: few channels gain nothing, and direct sums round
   // less.
   bool x_in_tiles() const { return c_.x_way == Way::winograd && c_.Cin > 4; }
@@ -160,25 +181,34 @@ class WeightGradient {
     const int64_t channels = of_x ? c_.Cin : c_.C, first = piece * kTilePiece;
     const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
     const int64_t block = l_.rows_of_tiles(l_.grad_form), stride = channels * kGates;
-    for (int64_t n = c_.N * split / splits_; n < c_.N * (split + 1) / splits_; ++n)
+    each_images(split, true, [&](int64_t n, int64_t images) {
       for (int64_t h = 0; h < l_.Ho; h += block) {
-        PixelRows<T> p = pixel_rows(step, n, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x);
-        if (cb == 0)
-          (of_x ? x_seen_ : mem_seen_)
-              .mark(split, piece, p.in + l_.ph * p.in_row + l_.pw * p.in_pixel + first, p.in_row,
-                    p.in_pixel, h, p.rows);
-        const TileBlock<T> b = tile_block(l_, l_.grad_form, p.rows, (len + VL - 1) / VL * VL);
-        inputs_.run(b, p.in + first, p.in_row, p.in_pixel, s.tiles.values);
+        PixelRows<T> p =
+            pixel_rows(step, n, images, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x);
+        const TileBlock<T> b = tile_block(l_, l_.grad_form, p.rows, (len + VL - 1) / VL * VL,
+                                          images, images_together(true));
+        for (int64_t k = 0; k < images; ++k) {
+          const T* in = p.in + k * p.in_image + first;
+          if (cb == 0)
+            (of_x ? x_seen_ : mem_seen_)
+                .mark(split, piece, in + l_.ph * p.in_row + l_.pw * p.in_pixel, p.in_row,
+                      p.in_pixel, h, p.rows);
+          inputs_.run(b, in, p.in_row, p.in_pixel, s.tiles.values + k * b.image_values());
+        }
         for (int64_t k = cb; k < cb + kShared && k < l_.Cb; ++k, p.d_gates += kGates)
           weight_grad_tiles<S>(taps_, p, b, s.tiles.values, len, s.tiles.products,
                                sums_.points(split, k, of_x) + first * kGates, stride);
       }
+    });
   }
 
-  // What the weight gradient of rows [h, h + rows) and channel block cb sums over.
-  PixelRows<T> pixel_rows(const StepImages<T>& step, int64_t n, int64_t h, int64_t rows, int64_t cb,
-                          bool of_x) {
+  // What the weight gradient of rows [h, h + rows) of some images from n on and channel block cb
+  // sums over.
+  PixelRows<T> pixel_rows(const StepImages<T>& step, int64_t n, int64_t images, int64_t h,
+                          int64_t rows, int64_t cb, bool of_x) const {
     PixelRows<T> p;
+    p.images = images, p.d_image = step.d_image;
+    p.in_image = of_x ? l_.x_image() : l_.mem_image();
     p.d_pixel = 4 * l_.Cp;
     p.d_row = step.d_row;
     p.d_gates = step.d_gates + n * step.d_image + h * p.d_row + cb * kGates;
@@ -198,7 +228,7 @@ class WeightGradient {
 
   // Rows of pixels whose d gates of one channel block stay in L1 while all of a piece passes by.
   int64_t pixel_block_rows() const {
-    const int64_t rows = 128 / l_.Wo;
+    const int64_t rows = kBlockPixels / l_.Wo;
     return rows < 1 ? 1 : rows < l_.Ho ? rows : l_.Ho;
   }
 
@@ -219,9 +249,10 @@ class WeightGradient {
   template <class F>
   void each_pixel_block(const StepImages<T>& step, int64_t split, int64_t cb, bool of_x, F&& f) {
     const int64_t block = pixel_block_rows();
-    for (int64_t n = c_.N * split / splits_; n < c_.N * (split + 1) / splits_; ++n)
+    each_images(split, false, [&](int64_t n, int64_t images) {
       for (int64_t h = 0; h < l_.Ho; h += block)
-        f(pixel_rows(step, n, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x));
+        f(pixel_rows(step, n, images, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x));
+    });
   }
 
   // Where most lanes are zero: the gates of the others close up, and so do the sums.
@@ -249,28 +280,30 @@ class WeightGradient {
 
   void gather_lanes(PixelRows<T>& p, int64_t width, T* to) const {
     const int64_t C = c_.C;
-    T* dst = to;
-    for (int64_t h = 0; h < p.rows; ++h)
-      for (int64_t w = 0; w < p.pixels; ++w, dst += width) {
-        const T* d = p.d_gates + h * p.d_row + w * p.d_pixel;
-        for (int64_t gate = 0; gate < 4; ++gate)
-          for (int64_t ch = 0; ch < C; ++ch) dst[gate * C + ch] = d[gate * VL + ch];
-        for (int64_t k = 4 * C; k < width; ++k) dst[k] = 0;
-      }
-    p.d_gates = to;
-    p.d_pixel = width;
-    p.d_row = p.pixels * width;
+    gather(p, width, to, [&](const T* d, T* dst) {
+      for (int64_t gate = 0; gate < 4; ++gate)
+        for (int64_t ch = 0; ch < C; ++ch) dst[gate * C + ch] = d[gate * VL + ch];
+      for (int64_t k = 4 * C; k < width; ++k) dst[k] = 0;
+    });
   }
 
   // Side by side: pixels of many channels are so far apart that few sets of the cache hold them.
   void gather_d_gates(PixelRows<T>& p, T* to) const {
+    gather(p, kGates, to, [](const T* d, T* dst) { std::memcpy(dst, d, kGates * sizeof(T)); });
+  }
+
+  // The d gates of all pixels in a row, each as put(pixel, place) makes it.
+  template <class F>
+  static void gather(PixelRows<T>& p, int64_t width, T* to, F&& put) {
     T* dst = to;
-    for (int64_t h = 0; h < p.rows; ++h)
-      for (int64_t w = 0; w < p.pixels; ++w, dst += kGates)
-        std::memcpy(dst, p.d_gates + h * p.d_row + w * p.d_pixel, kGates * sizeof(T));
+    for (int64_t n = 0; n < p.images; ++n)
+      for (int64_t h = 0; h < p.rows; ++h)
+        for (int64_t w = 0; w < p.pixels; ++w, dst += width)
+          put(p.d_gates + n * p.d_image + h * p.d_row + w * p.d_pixel, dst);
     p.d_gates = to;
-    p.d_pixel = kGates;
-    p.d_row = p.pixels * kGates;
+    p.d_pixel = width;
+    p.d_row = p.pixels * width;
+    p.d_image = p.rows * p.d_row;
   }
 
   const Layout<T, VL>& l_;
