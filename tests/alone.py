@@ -75,6 +75,24 @@ ALONE = {
     # More than one block of rows a task, and rows that fill a block alone.
     "a tall image": PLAIN.but(time=2, batch=1, height=61, width=19, channels=5),
     "a wide image": PLAIN.but(time=2, batch=1, height=3, width=275, channels=5),
+    # Small images, of which one thread takes several: with two threads four of them make a group.
+    "small images": PLAIN.but(time=2, batch=9, height=5, width=3),
+    "small images, sparse x": PLAIN.but(
+        time=2, batch=8, height=4, width=4, in_channels=17, density=0.05, spikes=True
+    ),
+    "small images, a kernel in parts": PLAIN.but(
+        time=2, batch=9, kernel_size=(9, 7), height=5, width=7
+    ),
+    "small images, pooled and strided": PLAIN.but(
+        time=2, batch=10, height=7, width=9, stride=(2, 1), pool="max", pool_size=(2, 2)
+    ),
+    "small images, inhibition": PLAIN.but(time=2, batch=8, height=2, width=3, inhibition=True),
+    "small images, one step": PLAIN.but(sequence=False, record=False, batch=9, height=3, width=3),
+    # Weights that do not stay in a thread's L2.
+    "many weights": PLAIN.but(time=2, batch=3, in_channels=43, channels=40, height=7, width=17),
+    "many weights, small images": PLAIN.but(
+        time=2, batch=5, in_channels=43, channels=40, height=3, width=5
+    ),
     # Three vectors of 8, for x and for mem.
     "three vectors": PLAIN.but(time=2, batch=1, in_channels=24, channels=24, height=5),
     # More inputs than one chunk of weights holds, for x and for mem.

@@ -89,10 +89,13 @@ SNNLSTM_INLINE void conv_tile(const typename S::Scalar* in, int64_t pixel_stride
     }
 }
 
+// A function of its own: in a caller's loops the tiles would have to share the registers.
 template <class S, int NV>
-void conv_row_of(const typename S::Scalar* in, int64_t pixel_stride, const Run* runs, int num_runs,
-                 const typename S::Scalar* w, Start<typename S::Scalar> start,
-                 typename S::Scalar* out, int64_t out_stride, int64_t count) {
+__attribute__((noinline)) void conv_row_of(const typename S::Scalar* in, int64_t pixel_stride,
+                                           const Run* runs, int num_runs,
+                                           const typename S::Scalar* w,
+                                           Start<typename S::Scalar> start, typename S::Scalar* out,
+                                           int64_t out_stride, int64_t count) {
   constexpr int P = kMaxPixels<NV>;
   for (int64_t done = 0, tiles = (count + P - 1) / P; tiles > 0; --tiles) {
     const int64_t n = (count - done + tiles - 1) / tiles;

@@ -172,10 +172,15 @@ struct Layout {
   // them. Every thread is to have one such group at least, or two where the weights stay in L2.
   int64_t images_together(int threads) const {
     if (block_rows() < Hr) return 1;
-    const int64_t images = c.tiled() ? wanted_tiles(form) / image_tiles(form) : 128 / pixels;
+    const int64_t images = c.tiled() ? images_of(form) : (wide() ? 128 : 64) / pixels;
     const int64_t most = c.N / (wide() ? threads : 2 * threads);
     const int64_t together = images < most ? images : most;
     return together < 1 ? 1 : together;
+  }
+  // How many have the wanted number of tiles or, where the weights stay in L2, as many as keep the
+  // registers busy.
+  int64_t images_of(const Tiling& t) const {
+    return (wide() ? wanted_tiles(t) : 16) / image_tiles(t);
   }
 
   // The same for a form's tiles. A kernel in parts sees rows of tiles below the block too, whose

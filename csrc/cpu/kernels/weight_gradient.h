@@ -133,8 +133,7 @@ class WeightGradient {
   int64_t images_together(bool in_tiles) const {
     const int64_t rows = in_tiles ? l_.rows_of_tiles(l_.grad_form) : pixel_block_rows();
     if (rows < l_.Ho || c_.N == 0) return 1;
-    const int64_t images = in_tiles ? l_.wanted_tiles(l_.grad_form) / l_.image_tiles(l_.grad_form)
-                                    : kBlockPixels / l_.pixels;
+    const int64_t images = in_tiles ? l_.images_of(l_.grad_form) : kBlockPixels / l_.pixels;
     return images < 1 ? 1 : images < c_.N ? images : c_.N;
   }
 
