@@ -33,7 +33,7 @@ test: $(VENV)/.installed  ## run the tests, on as many cores as there are (ARGS=
 test-simt: $(VENV)/.installed  ## the emulated CUDA kernels at length: more shapes, faults and schedules
 	$(RUN) -m pytest tests/simt -m "simt_long or not simt_long" $(ARGS)
 
-test-long: $(VENV)/.installed  ## growth of memory and rounding errors over long runs
+test-long: $(VENV)/.installed  ## growth of memory over ten times as many iterations
 	SNNLSTM_LONG=1 $(RUN) -m pytest tests/test_long.py $(ARGS)
 
 fuzz: $(VENV)/.installed  ## random calls against the float64 reference, for MINUTES=10
