@@ -3,7 +3,7 @@
 Both run it on poisoned and fenced memory (poison.py) and judge it by the float64 reference.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flat
 import torch
@@ -64,6 +64,7 @@ def check_gradients(
     outputs: Sequence[str] = OUTPUTS,
     wanted: Sequence[str] = NAMES,
     pattern: int = NAN,
+    ask: Callable[..., Sequence[Tensor]] = torch.autograd.grad,
 ) -> bool:
     """Compare one case; False if rounding led kernels and reference to different decisions."""
     inputs = case.inputs()
@@ -72,7 +73,7 @@ def check_gradients(
             return False
     grads = of_outputs(case, outputs)
     with poisoned(pattern):
-        actual = gradients(kernels.run, inputs, case.options, grads, wanted)
+        actual = gradients(kernels.run, inputs, case.options, grads, wanted, ask=ask)
     with one_thread():
         exact = gradients(flat.reference, inputs.double(), case.options, grads, wanted)
         compare(actual, exact, kernels.gradient_error(case.dtype), grads)

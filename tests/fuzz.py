@@ -1,9 +1,10 @@
 """Random calls of the cell, judged by the float64 reference: ``make fuzz MINUTES=10``.
 
 Every option, shape, dtype, memory layout, instruction set and algorithm, in one call, in steps, in
-chunks, with states that the caller hands on or that a cell keeps. The results and the gradients of
-each call are checked on poisoned memory (checks.py). A failure is made as small as hypothesis can,
-and printed as a script.
+chunks, with states that the caller hands on or that a cell keeps, gradients asked for in unusual
+ways (ASKED), saved tensors that hooks bring back in other memory (KEPT). The results and the
+gradients of each call are checked on poisoned memory (checks.py). A failure is made as small as
+hypothesis can, and printed as a script.
 
     python tests/fuzz.py --minutes 10 --seed 0
 """
@@ -12,7 +13,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -26,7 +27,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernels import ISAS, Kernels, native, use
 from poison import HUGE, NAN
+from test_transforms import Wrapper
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
 import snnlstm
@@ -36,6 +40,74 @@ WAYS = ("one call", "steps", "chunks", "a cell's calls", "a cell's chunks")
 _MOST_WORK = 3_000_000  # multiply-adds of a gate, over all steps
 
 
+# ---- unusual gradients -------------------------------------------------------------------------
+
+
+def _negated(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
+    """Gradients whose sign is a flag of the tensor."""
+    return torch.autograd.grad(outputs, sources, [torch._neg_view(-g) for g in grads], **rest)
+
+
+def _batched(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
+    both = [torch.stack([g, -2 * g]) for g in grads]
+    found = torch.autograd.grad(outputs, sources, both, is_grads_batched=True, **rest)
+    for each in found:
+        torch.testing.assert_close(-2 * each[0], each[1])
+    return [each[0] for each in found]
+
+
+def _dual(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
+    """Gradients with a tangent, to which the result's is linear."""
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(g.clone(), 0.5 * g.clone()) for g in grads]
+        found = [
+            forward_ad.unpack_dual(f)
+            for f in torch.autograd.grad(outputs, sources, duals, **rest)
+        ]  # fmt: skip
+    for value, tangent in found:
+        if tangent is None:
+            assert not value.any()
+        else:
+            torch.testing.assert_close(tangent, 0.5 * value)
+    return [value for value, _ in found]
+
+
+def _wrapped(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
+    found = torch.autograd.grad(outputs, sources, [Wrapper(g) for g in grads], **rest)
+    return [f.inner if isinstance(f, Wrapper) else f for f in found]
+
+
+def _hooked(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
+    """Hooks on the outputs change the gradients on their way, to twice what was asked for."""
+    for output in outputs:
+        output.register_hook(lambda grad: 2 * grad)
+    return torch.autograd.grad(outputs, sources, [0.5 * g for g in grads], **rest)
+
+
+def _twice(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
+    """A second pass over a graph that was kept."""
+    torch.manual_seed(0)
+    torch.autograd.grad(outputs, sources, grads, retain_graph=True, **rest)
+    torch.manual_seed(0)
+    return torch.autograd.grad(outputs, sources, grads, **rest)
+
+
+ASKED = {
+    "plain": torch.autograd.grad, "negated": _negated, "batched": _batched, "dual": _dual,
+    "wrapped": _wrapped, "hooked": _hooked, "twice": _twice,
+}  # fmt: skip
+KEPT = {
+    "as it is": None,
+    "copied": torch.clone,
+    "widened": lambda t: t.double() if t.is_floating_point() else t,
+    "negated": lambda t: torch._neg_view(-t) if t.is_floating_point() else t,
+    "strided": lambda t: t.detach().repeat_interleave(2, -1)[..., ::2] if t.dim() else t,
+}
+
+
+# ---- calls -------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Calls(Kernels):
     """Kernels that run a sequence by several calls: see :data:`WAYS`."""
@@ -43,11 +115,21 @@ class Calls(Kernels):
     way: str = "one call"
     chunk: int = 2
     gain: float = 1.0
+    kept: str = "as it is"
 
     def state_error(self, dtype: torch.dtype) -> float:
+        if dtype.itemsize == 2:
+            return torch.finfo(dtype).eps
         return super().state_error(dtype) * max(1.0, self.gain)
 
     def run(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        back = KEPT[self.kept]
+        if back is None:
+            return self._run(*arguments)
+        with saved_tensors_hooks(lambda t: t, back):
+            return self._run(*arguments)
+
+    def _run(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         *tensors, chosen = arguments
         inputs = Inputs(*tensors)
         if self.way == "one call" or not chosen.sequence:
@@ -120,6 +202,8 @@ class Example:
     outputs: tuple[str, ...]
     wanted: tuple[str, ...]
     pattern: int
+    asked: str = "plain"
+    kept: str = "as it is"
 
     def script(self) -> str:
         """A program that runs this example alone."""
@@ -138,23 +222,23 @@ class Example:
 def check(example: Example) -> bool:
     """Results, and gradients; False if those were not compared.
 
-    They are not where rounding led the kernels to other decisions than the reference, nor with
-    weights so large that the recurrence is chaotic.
+    They are not where rounding led the kernels to other decisions than the reference, nor in half
+    types, nor with weights so large that the recurrence is chaotic.
     """
     case, algorithm = example.case, example.algorithm
     if algorithm == "winograd" and case.dtype != torch.float32:
         algorithm = "auto"
-    kernels = Calls(example.isa, algorithm, example.way, example.chunk, case.gain)
+    kernels = Calls(example.isa, algorithm, example.way, example.chunk, case.gain, example.kept)
     for _ in use(kernels):
         check_results(case, kernels)
-        if case.gain > 1:
+        if case.gain > 1 or case.dtype.itemsize == 2:
             return False
         if case.options.surrogate.name == "SSO":  # so that the oracle draws the same noise
             case = replace(case, dtype=torch.float64, layouts=("contiguous",) * 4)
         if case.options.quant and case.options.pool == "avg":  # means of levels round the same way
             case = replace(case, dtype=torch.float64)
         outputs, wanted, pattern = example.outputs, example.wanted, example.pattern
-        return check_gradients(kernels, case, outputs, wanted, pattern)
+        return check_gradients(kernels, case, outputs, wanted, pattern, ASKED[example.asked])
     raise AssertionError
 
 
@@ -173,7 +257,7 @@ def large_cases(draw: Any) -> Case:
             chosen, stride=draw(far), dilation=draw(far), pool="none", pool_size=(1, 1)
         )
     case = Case(
-        chosen, draw(st.sampled_from([torch.float32, torch.float32, torch.float64])),
+        chosen, draw(_DTYPES),
         mostly_small(40) if chosen.sequence else 1, mostly_small(9), mostly_small(100),
         mostly_small(80), height, width, draw(st.sampled_from(["number", "column", "four"])),
         draw(st.booleans()), draw(st.sampled_from([1.0, 0.7, -2.0])),
@@ -194,6 +278,9 @@ def large_cases(draw: Any) -> Case:
 
 
 _LAYOUTS = st.sampled_from([*LAYOUTS, "overlapping"])
+_DTYPES = st.sampled_from(
+    [torch.float32] * 4 + [torch.float64] * 2 + [torch.float16, torch.bfloat16]
+)
 
 
 def _work(case: Case) -> int:
@@ -205,11 +292,17 @@ def _subsets(of: tuple[str, ...]) -> st.SearchStrategy[tuple[str, ...]]:
     return st.sets(st.sampled_from(of), min_size=1).map(lambda s: tuple(sorted(s)))
 
 
+def _mostly_first(names: Iterable[str]) -> st.SearchStrategy[str]:
+    first, *rest = names
+    return st.one_of(st.just(first), st.sampled_from([first, *rest]))
+
+
 def examples() -> st.SearchStrategy[Example]:
     return st.builds(
         Example, st.one_of(cases(), large_cases()), st.sampled_from(ISAS),
         st.sampled_from(native.cpu.ALGORITHMS), st.sampled_from(WAYS), st.integers(2, 5),
-        _subsets(OUTPUTS), _subsets(NAMES), st.sampled_from([NAN, HUGE]),
+        _subsets(OUTPUTS), _subsets(NAMES), st.sampled_from([NAN, HUGE]), _mostly_first(ASKED),
+        _mostly_first(KEPT),
     )  # fmt: skip
 
 
@@ -227,6 +320,8 @@ def run(count: int, seed: int | None = None) -> Counter[str]:
             raise
         done["results and gradients" if compared else "results alone"] += 1
         done[example.way] += 1
+        done[f"gradients {example.asked}"] += compared
+        done[f"saved tensors {example.kept}"] += compared
         done[f"{example.isa}, {example.algorithm}"] += 1
 
     if seed is not None:

@@ -23,8 +23,12 @@ def gradients(
     output_gradients: Sequence[Tensor | None],
     wanted: Sequence[str] = NAMES,
     noise: int = 0,
+    ask: Callable[..., Sequence[Tensor]] = torch.autograd.grad,
 ) -> dict[str, Tensor]:
-    """Gradients of the inputs that are `wanted`, by name; None for an output leaves it unused."""
+    """Gradients of the inputs that are `wanted`, by name; None for an output leaves it unused.
+
+    `ask` takes the arguments of torch.autograd.grad, and returns what that returns.
+    """
     leaves = wanting_gradients(inputs)
     for name in NAMES:
         leaf = getattr(leaves, name)
@@ -40,7 +44,7 @@ def gradients(
     if not pairs or not sources:
         return {name: torch.zeros_like(leaf) for name, leaf in sources.items()}
     torch.manual_seed(noise)
-    found = torch.autograd.grad(
+    found = ask(
         [o for o, _ in pairs],
         list(sources.values()),
         [g for _, g in pairs],

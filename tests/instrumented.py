@@ -46,16 +46,8 @@ def tree(name: str) -> Path:
             ROOT / part, to / part, dirs_exist_ok=True,
             ignore=shutil.ignore_patterns("*.so", "__pycache__", "_generated"),
         )  # fmt: skip
-    for part in (
-        "setup.py",
-        "pyproject.toml",
-        "README.md",
-        "LICENSE",
-        "LICENSE-THIRD-PARTY",
-        "CHANGELOG.md",
-        "Makefile",
-    ):
-        shutil.copy2(ROOT / part, to / part)
+    for part in ("setup.py", "pyproject.toml", "Makefile", *ROOT.glob("*.md"), *ROOT.glob("LIC*")):
+        shutil.copy2(ROOT / part, to)
     return to
 
 
@@ -95,13 +87,14 @@ def address(tests: list[str]) -> int:
     )  # fmt: skip
 
 
-def coverage(tests: list[str]) -> int:
+def coverage(tests: list[str], more: bool = False) -> int:
+    """`more`: add to what earlier runs have reached, so that a long run can be cut in pieces."""
     to = tree("coverage")
     build(to, FLAGS["coverage"])
-    for old in to.glob("build/**/*.gcda"):
+    for old in () if more else [*to.glob("build/**/*.gcda"), *to.glob(".coverage")]:
         old.unlink()
     data = {"COVERAGE_FILE": str(to / ".coverage")}
-    run = ("-m", "coverage", "run", "--branch", "--source=snnlstm")
+    run = ("-m", "coverage", "run", "--append", "--branch", "--source=snnlstm")
     failed = pytest(to, tests, run, **data)
     report = [sys.executable, "-m", "coverage", "report", "--show-missing", "--skip-covered"]
     subprocess.run(report, cwd=to, env=os.environ | data, check=True)
@@ -152,10 +145,11 @@ def mutants(names: list[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("instrument", choices=["address", "coverage", "mutants"])
+    parser.add_argument("--more", action="store_true", help="coverage: add to earlier runs")
     parser.add_argument("rest", nargs="*", metavar="-- ...", help="for pytest; mutants: modules")
     chosen = parser.parse_args()
-    usual = TESTS.get(chosen.instrument, [])
-    return globals()[chosen.instrument](chosen.rest or usual)
+    tests = chosen.rest or TESTS.get(chosen.instrument, [])
+    return globals()[chosen.instrument](tests, *([True] if chosen.more else []))
 
 
 if __name__ == "__main__":

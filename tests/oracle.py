@@ -50,12 +50,13 @@ def check_spikes(
 ) -> None:
     """Spikes of one step against the mem (N, C, Ho, Wo) that the same kernels returned.
 
-    Exact but for average pooling, whose sum may round either way: there a neuron within that
-    rounding of a boundary (threshold, or middle between two levels) may do as it likes.
+    Exact but for average pooling, whose sum may round either way, and for half types, where spikes
+    are those of mem before it is rounded: there a neuron within that rounding of a boundary
+    (threshold, or middle between two levels) may do as it likes.
     """
     potential = pooled(mem.double(), options)
     band = 0.0
-    if options.pool == "avg":
+    if options.pool == "avg" or mem.element_size() == 2:
         band = 4 * torch.finfo(mem.dtype).eps * float(mem.abs().max())
     low, high = potential - band, potential + band
     if options.quant is not None:

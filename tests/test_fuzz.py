@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
 def test_random_calls():
     done = fuzz.run(200)
-    assert done["results and gradients"] >= 0.5 * done.total() / 3
+    assert done["results and gradients"] >= 100
     assert all(done[way] for way in fuzz.WAYS)
 
 

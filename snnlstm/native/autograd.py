@@ -77,8 +77,10 @@ class _SConv2dLSTM(torch.autograd.Function):
             return (*_in_plain_torch(inputs, graded, options, grads, wanted, again), *(None,) * 5)
         grads = [None if grad is None else plain(grad) for grad in grads]
         dtype = signature.dtype
-        if x.dtype is not dtype or syn.dtype is not dtype or mem.dtype is not dtype:
-            x, syn, mem = x.to(dtype), syn.to(dtype), mem.to(dtype)  # by hooks on saved tensors
+        for t in (x, syn, mem, weight):
+            if t.dtype is not dtype or t.is_neg():  # by hooks on saved tensors
+                x, syn, mem, weight = (plain(t).to(dtype) for t in (x, syn, mem, weight))
+                break
         call = Call(x, syn, mem, weight, bias, threshold, graded, options, signature)
         if options.checkpoint:
             if loop is None:
