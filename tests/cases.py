@@ -40,12 +40,12 @@ class Inputs(NamedTuple):
     graded: Tensor
 
     def double(self) -> "Inputs":
-        """The same numbers in float64, contiguous and apart from any graph."""
+        """Returns the same numbers in float64, contiguous and apart from any graph."""
         return Inputs(*(None if t is None else t.detach().double().contiguous() for t in self))
 
 
 def wanting_gradients(inputs: Inputs) -> Inputs:
-    """The same memory as leaves that require a gradient, but for the graded factor."""
+    """Returns the same memory as leaves that require a gradient, but for the graded factor."""
     *leaves, graded = (None if t is None else t.detach() for t in inputs)
     return Inputs(*(None if t is None else t.requires_grad_() for t in leaves), graded)
 
@@ -102,7 +102,7 @@ class Case:
         return (self.batch, self.channels, *self.options.state_size(self.height, self.width))
 
     def inputs(self) -> Inputs:
-        """Numbers for this case, the same at every call."""
+        """Returns numbers for this case, the same at every call."""
         random = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
@@ -137,7 +137,7 @@ class Case:
         return (*lead, n, c, ho // ph, wo // pw), states, states
 
     def output_gradients(self) -> tuple[Tensor, ...]:
-        """Random gradients of spk, syn and mem, the same at every call."""
+        """Returns random gradients of spk, syn and mem, the same at every call."""
         random = torch.Generator().manual_seed(self.seed + 1)
         return tuple(
             laid_out(
@@ -148,13 +148,13 @@ class Case:
         )
 
     def but(self, **changes: object) -> "Case":
-        """The same call with other values for some of its fields, or for some of its options'."""
+        """Returns the call with other values for some of its fields or of its options' fields."""
         own = {name: value for name, value in changes.items() if name in _FIELDS}
         rest = {name: value for name, value in changes.items() if name not in _FIELDS}
         return replace(self, **{"options": replace(self.options, **rest)} | own)
 
     def recorded(self) -> "Case":
-        """The same call, of which every state is returned."""
+        """Returns the call with every state among its results."""
         return self.but(record=self.options.sequence)
 
 
@@ -193,7 +193,7 @@ _QUANTS: tuple[StateQuant | None, ...] = (
 
 @st.composite
 def options(draw: Any, height: int, width: int) -> CellOptions:
-    """Any options that an image of this size allows."""
+    """Draws any options that an image of this size allows."""
     plain = draw(st.booleans())  # half of the cases: what Winograd can take
     sizes = st.tuples(st.integers(1, 3), st.integers(1, 3))
     kernel = draw(_KERNELS)
@@ -223,7 +223,7 @@ def options(draw: Any, height: int, width: int) -> CellOptions:
 
 @st.composite
 def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)) -> Case:
-    """Any call that the kernels can do."""
+    """Draws any call that the kernels can do."""
     height, width = draw(_SIDES), draw(_SIDES)
     chosen = draw(options(height, width))
     layout = st.sampled_from(LAYOUTS)

@@ -9,6 +9,7 @@ import flat
 import torch
 from cases import Case, Inputs, wanting_gradients
 from gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
+from helpers import same
 from kernels import Kernels, one_thread
 from oracle import check_steps
 from poison import HUGE, NAN, poisoned
@@ -18,7 +19,7 @@ from torch import Tensor
 def infer(
     kernels: Kernels, case: Case, inputs: Inputs, pattern: int = NAN
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Inference on poisoned memory."""
+    """Runs inference on poisoned memory."""
     with torch.no_grad(), poisoned(pattern) as fenced:
         out = kernels.run(*inputs, case.options)
     assert len(fenced.blocks) >= 4, "the poison does not reach spk, syn, mem and the workspace"
@@ -26,7 +27,7 @@ def infer(
 
 
 def check_results(case: Case, kernels: Kernels) -> None:
-    """Every form of one forward call: judged once, and equal to the others bit for bit."""
+    """Judges one form of a forward call, to which the others are equal bit for bit."""
     inputs, recorded = case.inputs(), case.recorded()
     before = [None if t is None else t.clone() for t in inputs]
     out = infer(kernels, recorded, inputs)
@@ -39,7 +40,7 @@ def check_results(case: Case, kernels: Kernels) -> None:
     if case.options.sequence and not case.options.record:
         last = (out[0], out[1][-1], out[2][-1])
     same(infer(kernels, case, inputs, HUGE), last)
-    # With checkpoint=True each segment may take another way, by its own density.
+    # Each segment of checkpoint=True has its own density, and may take another way.
     by_segment = case.options.checkpoint and kernels.algorithm == "auto"
     chosen = recorded if by_segment else case
     with poisoned(HUGE):
@@ -51,11 +52,6 @@ def check_results(case: Case, kernels: Kernels) -> None:
         same(trained, last)
     for tensor, kept in zip(inputs, before, strict=True):
         assert tensor is None or torch.equal(tensor, kept), "an input was written to"
-
-
-def same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for one, other in zip(actual, expected, strict=True):
-        assert torch.equal(one, other)
 
 
 def check_gradients(

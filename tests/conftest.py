@@ -2,7 +2,7 @@
 
 import os
 
-# Before torch loads OpenMP: threads that wait must not take the cores from the other workers.
+# OpenMP reads this when torch loads it: its waiting threads leave the cores to other workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import shutil

@@ -16,12 +16,12 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 
 def reference(*arguments) -> Three:
-    """spk, syn and mem by plain torch: x, syn, mem, weight, bias, threshold, graded, options."""
+    """Returns spk, syn and mem by plain torch; see :class:`cases.Inputs` for the arguments."""
     return snnlstm.reference.run(make_call(arguments))
 
 
 def run(*arguments) -> Three:
-    """The same by the native kernels; the algorithm may follow, "auto" is the default."""
+    """Returns the same by the native kernels; an algorithm may follow, "auto" is the default."""
     global _last
     *_, algorithm = (*arguments, "auto")[:9]
     *out, name = _autograd.run(make_call(arguments[:8]), algorithm)
@@ -31,12 +31,12 @@ def run(*arguments) -> Three:
 
 
 def last_name() -> str:
-    """What the last run of the native kernels ran."""
+    """Returns the name of what the native kernels ran last."""
     return _last
 
 
 def forward(*arguments):
-    """The forward kernels alone: as run's arguments, then training and the algorithm."""
+    """Runs the forward kernels alone, on run's arguments, then training and the algorithm."""
     global _last
     *tensors, training, algorithm = arguments
     call = make_call(tuple(tensors))
@@ -46,6 +46,6 @@ def forward(*arguments):
 
 
 def backward(arguments: Sequence, saved, grads: Sequence[Tensor | None], wanted, algorithm: str):
-    """The backward kernels alone, of what :func:`forward` saved."""
+    """Runs the backward kernels alone, on what :func:`forward` saved."""
     call = make_call(arguments)
     return _native.choose(call, algorithm).backward(call, saved, grads, wanted)

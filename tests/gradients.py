@@ -25,7 +25,7 @@ def gradients(
     noise: int = 0,
     ask: Callable[..., Sequence[Tensor]] = torch.autograd.grad,
 ) -> dict[str, Tensor]:
-    """Gradients of the inputs that are `wanted`, by name; None for an output leaves it unused.
+    """Returns gradients of the `wanted` inputs by name; None for an output leaves it unused.
 
     `ask` takes the arguments of torch.autograd.grad, and returns what that returns.
     """
@@ -60,7 +60,7 @@ def compare(
     error: float,
     output_gradients: Sequence[Tensor | None],
 ) -> None:
-    """Each gradient within `error` of its largest element."""
+    """Asserts that each gradient is exact within `error` of its largest element."""
     assert actual.keys() == exact.keys()
     terms = sum(float(g.double().abs().sum()) for g in output_gradients if g is not None)
     for name, one in actual.items():
@@ -76,7 +76,7 @@ def compare(
 
 
 def agrees(run: Run, case: Case, inputs: Inputs) -> bool:
-    """Whether `run` decides as the reference does wherever the function jumps."""
+    """Tells whether `run` decides as the reference does wherever the function jumps."""
     options = case.recorded().options
     with torch.no_grad():
         own = run(*inputs, options)
@@ -86,7 +86,7 @@ def agrees(run: Run, case: Case, inputs: Inputs) -> bool:
 
 
 def of_outputs(case: Case, outputs: Sequence[str] = OUTPUTS) -> list[Tensor | None]:
-    """Gradients of the `outputs`, None for the others."""
+    """Returns random gradients of the `outputs`, and None for the others."""
     return [
         g if name in outputs else None
         for name, g in zip(OUTPUTS, case.output_gradients(), strict=True)

@@ -2,6 +2,8 @@
 
 import re
 import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import snntorch
@@ -15,7 +17,7 @@ THRESHOLD = 0.1  # one at which cells spike
 
 
 def described(value: object) -> str:
-    """An id for a parameter: its text, but for addresses, which differ from run to run."""
+    """Returns the text of a value as an id, without addresses, which differ from run to run."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
@@ -27,38 +29,38 @@ def quietly(make: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def ours(*args: Any, seed: int = 0, **kwargs: Any) -> snnlstm.SConv2dLSTM:
-    """A cell of 2 -> 3 channels, 3x3, with threshold 0.1, unless `args` say otherwise."""
+    """Makes a cell of 2 -> 3 channels, 3x3, with threshold 0.1, unless `args` say otherwise."""
     torch.manual_seed(seed)
     kwargs.setdefault("threshold", THRESHOLD)
     return quietly(snnlstm.SConv2dLSTM, *(args or (2, 3, 3)), **kwargs)
 
 
 def theirs(*args: Any, seed: int = 0, **kwargs: Any) -> snntorch.SConv2dLSTM:
-    """snnTorch's cell with the same weights as :func:`ours` of the same arguments."""
+    """Makes snnTorch's cell, with the weights of :func:`ours` of the same arguments."""
     torch.manual_seed(seed)
     kwargs.setdefault("threshold", THRESHOLD)
     return quietly(snntorch.SConv2dLSTM, *(args or (2, 3, 3)), **kwargs)
 
 
 def twins(*args: Any, **kwargs: Any) -> tuple[snnlstm.SConv2dLSTM, snntorch.SConv2dLSTM]:
-    """Our cell and snnTorch's, equal."""
+    """Makes our cell and snnTorch's, equal."""
     return ours(*args, **kwargs), theirs(*args, **kwargs)
 
 
 def _random(make: Any, seed: int, *shape: int) -> Tensor:
-    """The same numbers on every device: torch's default one, that of the test's backend."""
+    """Draws the same numbers for every device; they lie on torch's default one, the backend's."""
     generator = torch.Generator("cpu").manual_seed(seed)
     numbers = make(shape, generator=generator, device="cpu")
     return numbers.to(torch.empty(0).device)
 
 
 def steps(time: int, *shape: int, seed: int = 1, density: float = 0.3) -> Tensor:
-    """(T, N, Cin, H, W) of spikes."""
+    """Returns spikes, (T, N, Cin, H, W)."""
     return (_random(torch.rand, seed, time, *shape) < density).float()
 
 
 def states(*shape: int, seed: int = 2) -> tuple[Tensor, Tensor]:
-    """syn and mem as a running cell has them: mem within (-1, 1)."""
+    """Returns syn and mem as a running cell has them: mem within (-1, 1)."""
     syn, mem = _random(torch.randn, seed, 2, *shape)
     return syn, torch.tanh(mem / 3)
 
@@ -74,6 +76,18 @@ def close(actual: Any, expected: Any, atol: float = 2e-6, rtol: float = 1e-5) ->
     assert len(actual) == len(expected)
     for one, other in zip(actual, expected, strict=True):
         close(one, other, atol, rtol)
+
+
+def same(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    """Assert that tensors are equal bit for bit."""
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def in_threads(work: Callable[[int], Any], count: int = 4) -> None:
+    """Call `work` with a number in each of several threads, and raise what one of them raised."""
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, range(count)))
 
 
 def same_gradients(one: nn.Module, other: nn.Module, atol: float = 2e-5) -> None:
@@ -101,13 +115,13 @@ class Net(nn.Module):
 
 
 def net(cell: Any, **kwargs: Any) -> Net:
-    """A :class:`Net` of cells of either library, always with the same weights."""
+    """Makes a :class:`Net` of cells of either library, always with the same weights."""
     torch.manual_seed(0)
     return Net(cell, **kwargs)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
-    """A step of the optimizer for each step of x, each from zero states."""
+    """Makes an optimizer step for each step of x, each from zero states."""
     for x_t in x:
         optimizer.zero_grad()
         utils.reset(model)

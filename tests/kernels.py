@@ -46,7 +46,7 @@ class Kernels:
         return both[:1] if self.algorithm == "winograd" else both
 
     def run(self, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-        """What :func:`flat.reference` computes, by these kernels."""
+        """Returns what :func:`flat.reference` computes, by these kernels."""
         return flat.run(*arguments, self.algorithm)
 
 
@@ -56,7 +56,7 @@ def _id(kernels: Kernels) -> str:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For the oracle: on small tensors threads of torch's cost more than they bring."""
+    """Runs the oracle in one thread: on small tensors torch's threads cost more than they save."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -10,7 +10,7 @@ STEPS = 5
 
 
 def cells(**arguments) -> tuple[nn.Module, nn.Module]:
-    """snnTorch's cell and ours, of the same weights, in float64."""
+    """Makes snnTorch's cell and ours, of the same weights, in float64."""
     torch.manual_seed(1)
     arguments = {"threshold": 0.05, "reset_mechanism": "subtract"} | arguments
     theirs = snntorch.SConv2dLSTM(2, 4, 3, **arguments).double()

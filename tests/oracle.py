@@ -110,7 +110,7 @@ def check_steps(
 
 
 def decisions(case: Case, inputs: Inputs, syn: Tensor, mem: Tensor) -> list[Tensor]:
-    """All that jumps, of a recorded run of these states: equal decisions, equal derivatives.
+    """Returns every decision of a recorded run: runs with equal ones have equal derivatives.
 
     The resets, the levels that the states were rounded to, the places of the largest in every
     pooling window, the winners, and on which sides of its jumps each surrogate stood.

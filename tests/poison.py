@@ -44,7 +44,7 @@ class _Fenced:
         block[:_FENCE] = block[-_FENCE:] = _FENCE_BYTE
         self.blocks.append(block)
         storage = torch.from_numpy(block).untyped_storage()
-        # Not a view: autograd treats views among the outputs of a Function differently.
+        # The tensor is no view: autograd treats views among a Function's outputs differently.
         return torch.tensor([], dtype=dtype).set_(storage, _FENCE // item, shape, strides)
 
     def check(self) -> None:

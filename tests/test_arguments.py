@@ -72,7 +72,9 @@ CALL = {
     },
     "syn": {
         TypeError: (0, STATE.double()),
-        ValueError: (torch.ones(1, 3, 5, 4), STATE.to("meta")),
+        ValueError: (
+            torch.ones(1, 3, 5, 4), torch.ones(1, 4, 5, 5), torch.ones(()), STATE.to("meta"),
+        ),
     },
     "mem": {
         TypeError: ("zeros", [0.0], STATE.double()),

@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def test_random_calls_give_on_arm_what_they_give_here(monkeypatch):
-    """The sum of all that a hundred calls compute, forward and backward, to six digits."""
+    """Prints the sum of all that a hundred calls compute, forward and backward, to six digits."""
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.delitem(sys.modules, "run", raising=False)
     from run import run

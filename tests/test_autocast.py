@@ -112,7 +112,7 @@ def test_states_cross_the_border_of_autocast_both_ways(backend):
 
 
 def scaled_step(cell, x, optimizer, scaler, device: str, factor: float = 1.0) -> Tensor:
-    """One step of training in float16; returns the gradient after unscaling."""
+    """Runs a training step in float16 and returns the gradient after unscaling."""
     optimizer.zero_grad()
     cell.reset_mem()
     with torch.autocast(device, dtype=torch.float16):
@@ -127,7 +127,7 @@ def scaled_step(cell, x, optimizer, scaler, device: str, factor: float = 1.0) ->
 
 
 def test_grad_scaler(backend):
-    """Gradients that were scaled and unscaled; a step with an infinite one is left out."""
+    """Unscaled gradients are those without a scaler; a step with an infinite one is left out."""
     device = backend.device.type
     cell, exact = ours(), ours()
     x = steps(3, 2, 2, 6, 7)

@@ -15,6 +15,7 @@ from gradients import (
     leaves_and_gradients,
     total,
 )
+from helpers import same
 from kernels import Kernels, native
 from poison import NAN, poisoned
 
@@ -71,8 +72,7 @@ def test_a_retained_graph_gives_equal_gradients_again(kernels):
     loss = total(kernels.run(*inputs, PLAIN.options), grads)
     one = torch.autograd.grad(loss, inputs[:6], retain_graph=True)
     other = torch.autograd.grad(loss, inputs[:6])
-    for first, second in zip(one, other, strict=True):
-        assert torch.equal(first, second)
+    same(one, other)
 
 
 def test_a_graph_is_used_up_and_its_memory_freed():
@@ -95,7 +95,7 @@ def test_a_graph_is_used_up_and_its_memory_freed():
 def test_editing_an_input_in_place_is_noticed(name):
     inputs = PLAIN.inputs()
     leaves = wanting_gradients(inputs)
-    # Not leaves themselves: those refuse to be edited anyway.
+    # The call gets clones, because leaves refuse to be edited anyway.
     held = Inputs(*(None if t is None else t.clone() for t in leaves))
     out = flat.run(*held, PLAIN.options)
     with torch.no_grad():

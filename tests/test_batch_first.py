@@ -11,7 +11,7 @@ T, N = 5, 3
 
 
 def twins(**arguments) -> tuple[snnlstm.SConv2dLSTM, snnlstm.SConv2dLSTM]:
-    """Cells of one weight, the second one with the batch first."""
+    """Returns cells of one weight, the second one with the batch first."""
     arguments = {"threshold": 0.05, "reset_mechanism": "subtract", "max_pool": 2} | arguments
     cells = [
         snnlstm.SConv2dLSTM(2, 4, 3, batch_first=first, **arguments) for first in (False, True)

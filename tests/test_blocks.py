@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers import in_threads
 
 import snnlstm
 from snnlstm.native import memory as blocks
@@ -84,20 +85,14 @@ def test_the_default_device_does_not_matter():
 
 
 def test_threads():
-    def work() -> None:
+    def work(_: int) -> None:
         for k in range(200):
             tensors = [megabytes(4 + k % 3) for _ in range(3)]
             for number, tensor in enumerate(tensors):
                 tensor[0, :8] = number
-            failures.extend(n for n, t in enumerate(tensors) if not bool((t[0, :8] == n).all()))
+            assert all(bool((t[0, :8] == n).all()) for n, t in enumerate(tensors))
 
-    failures: list[int] = []
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    in_threads(work)
 
 
 def test_a_block_may_come_back_in_the_middle_of_a_call():
@@ -112,7 +107,7 @@ def test_a_block_may_come_back_in_the_middle_of_a_call():
 
 
 def test_the_cache_may_be_emptied_in_the_middle_of_a_call():
-    """By a signal handler, which runs in the thread that holds the lock."""
+    """A signal handler does so in the thread that holds the lock."""
     held, kept = megabytes(8), megabytes(4)
     del held
     with blocks._lock:

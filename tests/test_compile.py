@@ -147,7 +147,7 @@ LATER = {
 
 @pytest.mark.parametrize("name", LATER)
 def test_what_changes_after_compiling_is_followed(name):
-    """But for hooks on conv, which dynamo looks for only when it compiles."""
+    """Hooks on conv are not: dynamo looks for them only when it compiles."""
     one, other = ours(threshold=0.02), ours(threshold=0.02)
     compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
     x = steps(4, 2, 2, 6, 6)
@@ -164,7 +164,7 @@ def test_what_changes_after_compiling_is_followed(name):
 
 
 def test_truncated_backpropagation_and_a_stack():
-    """Gradients of every second step, states detached in between, cells in a Sequential."""
+    """A Sequential of cells trains in chunks of two steps, with states detached in between."""
     grads = []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -196,7 +196,7 @@ class Net(nn.Module):
 
 
 def test_inductor_trains_a_network_as_eager_does():
-    """The default backend, several steps of an optimizer: weights are repacked in the graph."""
+    """The default backend repacks the weights in its graph after each step of the optimizer."""
     x, target = steps(3, 4, 2, 8, 8), torch.tensor([0, 1, 2, 1])
     nets, losses = [], []
     for compiled in (False, True):
@@ -239,7 +239,7 @@ def test_a_graph_cached_on_disk_by_another_instruction_set_is_not_used(monkeypat
 
 
 def test_the_mode_reduce_overhead_works():
-    """CUDA graphs on a GPU; without one it is the default mode."""
+    """The mode takes CUDA graphs on a GPU, and is the default mode without one."""
     one, other = ours(reset_mechanism="subtract"), ours(reset_mechanism="subtract")
     compiled = torch.compile(one, fullgraph=True, mode="reduce-overhead")
     start = states(2, 3, 6, 6)
@@ -270,7 +270,7 @@ def test_stored_states_take_one_graph_to_start_and_one_to_go_on(hidden, training
 
 @counted
 def test_passed_states_take_a_graph_for_each_kind_of_state():
-    """Empty ones of a new cell, zeros of a reset one, and those of the step before."""
+    """The kinds are empty ones of a new cell, zeros of a reset one, and those of a step."""
     cell = ours()
     compiled = Counted(cell)
     seen = []
@@ -303,7 +303,7 @@ def test_a_sequence_takes_one_graph(explicit, training):
 @counted
 @pytest.mark.parametrize("sequence", [False, True])
 def test_training_and_validation_with_smaller_last_batches_stay_under_dynamos_limit(sequence):
-    """Above 8 graphs dynamo gives up, and fullgraph=True raises."""
+    """Dynamo gives up above 8 graphs, and fullgraph=True raises."""
     cell = ours(init_hidden=True)
     compiled = Counted(cell)
     after = []
@@ -335,7 +335,7 @@ def test_one_graph_serves_all_batch_sizes(marked):
 
 @counted
 def test_batches_of_any_size_of_stored_states():
-    """The start and the rest of a sequence, each with one size and then with any size."""
+    """The start and the rest of a sequence take a graph for one size and then one for all."""
     cell, other = ours(init_hidden=True), ours(init_hidden=True)
     compiled = Counted(cell)
     for batch, graphs in ((2, 2), (3, 4), (5, 4), (2, 4), (7, 4)):

@@ -139,7 +139,7 @@ def test_device_and_dtype_keywords():
 @pytest.mark.parametrize("dilation", [1, 2, (1, 3)], ids=str)
 @pytest.mark.parametrize("size", [(7, 8), (1, 1), (6, 5)], ids=str)
 def test_stride_is_the_inputs_alone_and_dilation_is_both(backend, stride, dilation, size):
-    """The definition, with two convolutions that torch runs."""
+    """Two convolutions of torch give what the definition says."""
     cell = ours(stride=stride, dilation=dilation, dtype=torch.float64)
     sh, sw = cell.stride
     shape = (2, 3, -(-size[0] // sh), -(-size[1] // sw))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import same
 from torch import Tensor, nn
 
 import snnlstm
@@ -30,7 +31,7 @@ OPTIONS = {
 
 
 def train(density: float, options: dict) -> list[Tensor]:
-    """Outputs, gradients and weights of two steps of training, of fixed numbers."""
+    """Returns outputs, gradients and weights of two training steps on fixed numbers."""
     torch.manual_seed(4)
     cell = snnlstm.SConv2dLSTM(12, 16, 3, threshold=0.05, **options)
     x = torch.randn(3, 2, 12, 17, 18)
@@ -54,7 +55,7 @@ def bits(tensors: list[Tensor]) -> str:
 
 
 def runs() -> Iterator[tuple[str, str]]:
-    """A name and the bits of every combination."""
+    """Yields the name and the bits of every combination."""
     for threads in THREADS:
         torch.set_num_threads(threads)
         for algorithm in ALGORITHMS:
@@ -95,12 +96,11 @@ def test_torchs_deterministic_mode_is_met_and_changes_nothing(backend, density, 
             actual = train(DENSITIES[density], OPTIONS[option])
     finally:
         torch.use_deterministic_algorithms(False)
-    for one, other in zip(actual, expected, strict=True):
-        assert torch.equal(one, other)
+    same(actual, expected)
 
 
 def test_a_network_with_the_cell_in_it_trains_to_the_same_bits():
-    """With dropout and a stochastic surrogate: all chance is torch's, which the seed sets."""
+    """It has dropout and a stochastic surrogate: all chance is torch's, which the seed sets."""
 
     def losses() -> list[Tensor]:
         torch.manual_seed(2)
@@ -122,5 +122,4 @@ def test_a_network_with_the_cell_in_it_trains_to_the_same_bits():
             optimizer.step()
         return [p.detach() for p in net.parameters()]
 
-    for one, other in zip(losses(), losses(), strict=True):
-        assert torch.equal(one, other)
+    same(losses(), losses())

@@ -62,7 +62,7 @@ def net(**options: Any) -> nn.Sequential:
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
-    """Of a sequence (T, N, 2, 6, 6) that is run by one call of the model a step."""
+    """Runs a sequence (T, N, 2, 6, 6) by one call of the model a step, and returns a loss."""
     snnlstm.SConv2dLSTM.reset_hidden()
     return sum(model(x_t) for x_t in x).square().mean()
 
@@ -81,7 +81,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 
 def of_one_process(x: Tensor, **options: Any) -> list[Tensor]:
-    """Gradients of the whole batch."""
+    """Returns the gradients of the whole batch."""
     alone = net(**options)
     loss_of(alone, x).backward()
     return gradients(alone)
@@ -106,7 +106,7 @@ def states_stay_where_they_are_and_last_batches_may_differ(rank: int, world: int
 
 @check
 def gradients_are_those_of_one_process_on_the_whole_batch(rank: int, world: int) -> None:
-    """One call a step, and one backward pass after all of them."""
+    """The model is called once a step, and one backward pass follows all calls."""
     x = whole_batch(world)
     for options in ({}, {"learn_threshold": True}, {"threshold": torch.full((4, 1, 1), 0.1)}):
         parallel = parallel_of(net(**options))
@@ -170,7 +170,7 @@ def ranks_with_more_batches_than_others(rank: int, world: int) -> None:
 
 @check
 def sharded_gradients_are_those_of_one_process(rank: int, world: int) -> None:
-    """Sharded with the cell as a unit of its own, its conv as one, and the network as the only."""
+    """The cell is a unit of its own, or its conv is, or the network is the only one."""
     x = whole_batch(world)
     options = {"learn_threshold": True, "threshold": torch.full((4, 1, 1), 0.1)}
     expected = of_one_process(x, **options)
@@ -254,7 +254,7 @@ def _run_checks(rank: int, world: int, folder: str) -> None:
             break
         said[name] = ""
     Path(folder, f"rank{rank}.json").write_text(json.dumps(said))
-    # Not by destroy_process_group, which may wait for threads of gloo that wait for the GIL.
+    # destroy_process_group may wait for threads of gloo that wait for the GIL.
     os._exit(0)
 
 
@@ -277,7 +277,3 @@ def test_processes(outcomes, name):
     for rank, said in enumerate(outcomes):
         assert name in said, f"rank {rank} did not come to it"
         assert not said[name], f"rank {rank}:\n{said[name]}"
-
-
-def test_states_are_no_buffers():
-    assert not {"syn", "mem"} & {name for name, _ in ours().named_buffers()}

@@ -1,4 +1,4 @@
-"""From the source tree to an sdist, to a wheel, to an environment of its own, to a result."""
+"""The source tree becomes an sdist, that a wheel, which is installed and computes."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_the_wheel_needs_torch_and_numpy_alone(wheel):
 
 
 def test_the_installed_wheel_computes(python, wheel, folder):
-    """From a folder outside the source tree, on the native path, forward and backward."""
+    """It runs outside of the source tree, on the native path, forward and backward."""
     code = """
 import torch, snnlstm
 cell = snnlstm.SConv2dLSTM(2, 4, 3, threshold=0.1)
@@ -200,7 +200,7 @@ print(cell.path)
 
 
 def test_the_tests_pass_without_a_core(pure_python, folder):
-    """Those of the cell, on the one implementation that is there."""
+    """The cell's own tests run on the one implementation that is there."""
     tests = folder / "tests-only"
     unneeded = shutil.ignore_patterns("__pycache__", "simt", "sanitizers")
     shutil.copytree(ROOT / "tests", tests / "tests", ignore=unneeded)

@@ -38,7 +38,7 @@ def test_utils_reset_reaches_our_cells():
 
 
 def test_the_calls_of_snntorchs_own_tests_of_the_cell():
-    """Sizes, reset_mechanism_val and hidden states, as its test file goes through them."""
+    """Its test file goes through sizes, reset_mechanism_val and hidden states like this."""
     x = torch.rand(2, 1, 1, 4, 4)
     cells = {reset: ours(1, 8, 3, reset_mechanism=reset) for reset in ("subtract", "zero", "none")}
     syn, mem = cells["none"].init_sconv2dlstm()
@@ -139,7 +139,7 @@ def test_deepcopy_of_a_net():
 
 
 def test_second_derivatives_are_those_of_snntorch(backend):
-    """A gradient penalty, through the states and through the surrogate."""
+    """A gradient penalty goes through the states and through the surrogate."""
     penalties = []
     for cell in (ours(reset_mechanism="zero"), theirs(reset_mechanism="zero")):
         x = steps(2, 1, 2, 5, 5).requires_grad_()

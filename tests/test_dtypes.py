@@ -79,7 +79,7 @@ def test_stored_states_follow_a_change_of_dtype(backend):
 
 
 def test_thresholds_of_another_dtype_are_converted(backend):
-    """As in a checkpoint of snnTorch with an integer threshold."""
+    """A checkpoint of snnTorch may hold an integer threshold."""
     cell = ours(threshold=0.5)
     cell.threshold = torch.tensor(0)
     x = steps(1, 2, 2, 6, 7)[0]

@@ -104,7 +104,7 @@ class Case:
         return [t.requires_grad_() for t in (x, syn, mem)]
 
     def run(self, cell: Any, inputs: list[torch.Tensor], whole: bool) -> list[torch.Tensor]:
-        """spk, syn and mem of every step, (T, ...)."""
+        """Returns spk, syn and mem of every step, (T, ...)."""
         x, *state = inputs
         if not self.explicit:
             cell.syn, cell.mem = state
@@ -135,7 +135,7 @@ class Case:
 
 
 def reference_run(case: Case, cell: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The trajectory in float64 and plain torch."""
+    """Returns the trajectory in float64 and plain torch."""
     options = cell._describe(True, True)
     double = [t.double() for t in (*inputs, cell.conv.weight)]
     bias = None if cell.conv.bias is None else cell.conv.bias.double()
@@ -144,7 +144,7 @@ def reference_run(case: Case, cell: Any, inputs: list[torch.Tensor]) -> list[tor
 
 
 def margin(case: Case, cell: Any, inputs: list[torch.Tensor]) -> float:
-    """Least distance of the float64 trajectory to anything that is discontinuous."""
+    """Returns the least distance of the float64 trajectory to anything discontinuous."""
     options = cell._describe(True, True)
     threshold = cell.threshold.detach().double()
     with torch.no_grad():
@@ -157,7 +157,7 @@ def margin(case: Case, cell: Any, inputs: list[torch.Tensor]) -> float:
         elif options.pool == "avg":
             pooled = F.avg_pool2d(pooled, options.pool_size)
         if options.quant is not None:
-            # Before their quantisation, of one step from the states that the run came to.
+            # States before their quantisation: one step from those that the run came to.
             plain = case.make(snnlstm)
             plain.state_quant = False
             starts = torch.cat([inputs[1][None].double(), syn[:-1]]), before
@@ -186,7 +186,7 @@ def cases(draw: Any) -> Case:
     size = draw(st.tuples(st.sampled_from(SIZES), st.sampled_from(SIZES)))
     window = st.tuples(st.integers(1, min(3, size[0])), st.integers(1, min(3, size[1])))
     kind = draw(st.sampled_from(["", "max_pool", "avg_pool"]))
-    # In float32 some state always lies within rounding of the middle between two levels.
+    # Some float32 state always lies within rounding of the middle between two levels.
     quant = draw(st.sampled_from([0, 0, 2, 4]))
     return Case(
         time=draw(st.integers(1, 4)),
@@ -226,7 +226,7 @@ def compare(case: Case, out: Any, expected: Any, grads: Any, expected_grads: Any
 
 
 def slow(backend):
-    """Settings of a search; emulated kernels are searched at greater length elsewhere."""
+    """Returns settings of a search; the long search of emulated kernels is elsewhere."""
     examples = 8 if backend.name == "simt" else 60
     return settings(max_examples=examples, suppress_health_check=list(HealthCheck))
 

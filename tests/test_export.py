@@ -79,7 +79,7 @@ def test_an_exported_cell_with_hidden_states_starts_from_zeros(strict):
 
 
 def test_an_exported_program_can_be_saved_and_loaded():
-    """Without a surrogate it holds operators of torch alone, and needs no snnlstm to run."""
+    """A program without a surrogate holds torch's operators alone, and runs without snnlstm."""
     cell = ours(surrogate_disable=True, reset_mechanism="zero")
     program = torch.export.export(
         cell, inputs("", 2, True), dynamic_shapes=any_batch(True), strict=False
@@ -131,7 +131,7 @@ def test_onnx_of_a_fresh_cell_gives_the_same_numbers_for_every_batch_size(tmp_pa
 
 
 def test_onnx_by_the_older_exporter(tmp_path):
-    """The one that is built on torch.jit.trace; of fixed sizes."""
+    """That exporter is built on torch.jit.trace, and fixes the sizes."""
     pytest.importorskip("onnx")
     cell = ours(surrogate_disable=True, **CELLS["pooled"]).eval()
     given, path = inputs("pooled", 2, False), str(tmp_path / "cell.onnx")

@@ -35,7 +35,7 @@ def test_only_the_highest_pooled_state_of_each_sample_spikes(backend, pool):
 
 
 def test_states_are_those_without_inhibition(backend):
-    """The reset in particular: suppressed neurons are reset, too."""
+    """Suppressed neurons are reset, too."""
     kwargs = {"reset_mechanism": "subtract"}
     one, other = ours(inhibition=True, **kwargs), ours(**kwargs)
     x, start = steps(4, 2, 2, 6, 7), states(2, 3, 6, 7)

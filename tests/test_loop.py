@@ -6,14 +6,13 @@ What the node means for the graph: test_loop_graph.py.
 
 import flat
 import pytest
-import snntorch
 import torch
 from cases import PLAIN, wanting_gradients
+from helpers import close
 from kernels import native
 from loops import STEPS, assert_same, cells, events, gradients, loss_of, unroll, zeros
 from torch import Tensor
 
-import snnlstm
 from snnlstm import surrogate
 from snnlstm.native import loop
 from snnlstm.quant import state_quant
@@ -90,7 +89,7 @@ def test_a_loop_equals_snntorchs_and_one_call_for_the_sequence(steps, batch):
 
 
 def test_the_weight_gradient_is_formed_once_for_all_steps(monkeypatch):
-    """By one call of the core, and no step forms one."""
+    """One call of the core forms it, and no step forms one."""
     # An older torch does not tell whether the graph is kept, and with it the gates.
     tells = hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
     seen = []
@@ -153,7 +152,7 @@ def test_states_that_are_detached_within_the_loop():
 
 
 def test_a_weight_that_is_changed_between_steps():
-    """Behind torch's back: each step has the gradient of the weight that it saw."""
+    """The change goes past torch: each step has the gradient of the weight that it saw."""
     theirs, ours = cells()
     for cell in (theirs, ours):
         syn, mem = zeros()
@@ -179,15 +178,11 @@ def test_parameters_without_gradients(frozen):
         loss_of(unroll(cell, x)).backward()
         found.append([x.grad, *(p.grad for p in cell.parameters() if p.requires_grad)])
         assert all(p.grad is None for p in cell.parameters() if not p.requires_grad)
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-10)
+    close(*found, atol=1e-11, rtol=1e-10)
 
 
 def test_no_bias():
-    torch.manual_seed(1)
-    theirs = snntorch.SConv2dLSTM(2, 4, 3, bias=False, threshold=0.05).double()
-    ours = snnlstm.SConv2dLSTM(2, 4, 3, bias=False, threshold=0.05).double()
-    ours.load_state_dict(theirs.state_dict())
+    theirs, ours = cells(bias=False)
     for cell in (theirs, ours):
         loss_of(unroll(cell, events())).backward()
     assert_same(theirs, ours)
@@ -218,8 +213,7 @@ def test_second_derivatives_of_a_loop():
         (of_x,) = torch.autograd.grad(mem.square().sum(), x, create_graph=True)
         of_x.square().sum().backward()
         found.append([of_x.detach(), *gradients(cell)])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-9)
+    close(*found, atol=1e-11, rtol=1e-9)
 
 
 def test_a_penalty_on_the_gradients_of_the_parameters():
@@ -231,6 +225,4 @@ def test_a_penalty_on_the_gradients_of_the_parameters():
         first = torch.autograd.grad(loss_of(out), parameters, create_graph=True)
         sum(grad.square().sum() for grad in first).backward()
         found.append([*(grad.detach() for grad in first), *gradients(cell)])
-    for one, other in zip(*found, strict=True):
-        # snnTorch multiplies threshold and reset in float32.
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-7)
+    close(*found, atol=1e-5, rtol=1e-7)  # snnTorch multiplies threshold and reset in float32.

@@ -6,11 +6,11 @@ change meanwhile, hooks, and tensors that come back otherwise than they were sav
 
 import gc
 import itertools
-import threading
 import weakref
 
 import pytest
 import torch
+from helpers import close, in_threads, same
 from kernels import native
 from loops import assert_same, cells, events, gradients, loss_of, unroll, zeros
 from torch import Tensor, nn
@@ -33,8 +33,7 @@ def test_gradients_of_x_alone_leave_nothing_behind():
         loss.backward(inputs=[cell.conv.weight], retain_graph=True)
         loss.backward()
         found.append([of_x, x.grad, *gradients(cell)])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-10)
+    close(*found, atol=1e-11, rtol=1e-10)
 
 
 def test_a_graph_that_is_kept_gives_the_same_gradients_again():
@@ -76,7 +75,7 @@ def test_a_weight_that_is_changed_in_place_is_noticed():
 
 
 def test_a_weight_whose_data_is_replaced_before_the_backward_pass():
-    """Its memory was read at the old address with the old shape."""
+    """The backward pass reads no memory at the old address in the old shape."""
     theirs, ours = cells()
     for cell in (theirs, ours):
         loss = loss_of(unroll(cell, events()))
@@ -99,8 +98,7 @@ def test_hooks_on_parameters_see_the_whole_gradient_once():
         )
         loss_of(unroll(cell, events())).backward()
     assert len(seen[ours]) == len(seen[theirs]) == 2
-    for one, other in zip(seen[theirs], seen[ours], strict=True):
-        torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-10)
+    close(seen[theirs], seen[ours], atol=1e-11, rtol=1e-10)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -132,25 +130,14 @@ def test_threads_with_graphs_of_their_own_on_one_cell():
     _, alone = cells()
     loss_of(unroll(alone, events())).backward()
     _, ours = cells()
-    failures = []
 
-    def work() -> None:
-        try:
-            for _ in range(5):
-                out = torch.autograd.grad(
-                    loss_of(unroll(ours, events())), [ours.conv.weight, ours.conv.bias]
-                )
-                for one, other in zip(out, gradients(alone), strict=True):
-                    torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-10)
-        except BaseException as error:
-            failures.append(error)
+    def work(_: int) -> None:
+        for _ in range(5):
+            loss = loss_of(unroll(ours, events()))
+            out = torch.autograd.grad(loss, [ours.conv.weight, ours.conv.bias])
+            close(out, gradients(alone), atol=1e-11, rtol=1e-10)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures
+    in_threads(work)
 
 
 def test_two_backward_passes_over_one_kept_graph_at_once():
@@ -158,19 +145,12 @@ def test_two_backward_passes_over_one_kept_graph_at_once():
     loss = loss_of(unroll(ours, events(20)))
     wanted = [ours.conv.weight, ours.conv.bias]
     expected = torch.autograd.grad(loss, wanted, retain_graph=True)
-    failures = []
 
-    def work() -> None:
+    def work(_: int) -> None:
         for _ in range(5):
-            out = torch.autograd.grad(loss, wanted, retain_graph=True)
-            failures.extend(not torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+            same(torch.autograd.grad(loss, wanted, retain_graph=True), expected)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not any(failures)
+    in_threads(work, 3)
 
 
 def test_a_pass_that_fails_leaves_nothing_to_the_next():
@@ -206,7 +186,7 @@ def test_a_loop_lives_no_longer_than_its_graph():
 
 @pytest.mark.parametrize("change", ["dtype", "strides"])
 def test_saved_tensors_that_hooks_bring_back_otherwise(change):
-    """In another memory order they are read in that; in another dtype they are converted."""
+    """The kernels read them in their new memory order, and convert another dtype."""
     theirs, ours = cells()
 
     def unpack(t: Tensor) -> Tensor:
@@ -219,10 +199,7 @@ def test_saved_tensors_that_hooks_bring_back_otherwise(change):
             lambda t: t, unpack if cell is ours else lambda t: t
         ):
             loss = loss_of(unroll(cell, events()))
-        if change == "dtype" and cell is ours:
-            loss.backward()
-        else:
-            loss.backward()
+        loss.backward()
     near = 1e-10 if change == "strides" else 1e-5
     for one, other in zip(gradients(theirs), gradients(ours), strict=True):
         assert (one - other).abs().max() <= near * one.abs().max()
@@ -235,8 +212,7 @@ def test_lazily_negated_gradients_are_resolved():
         _, syn, mem = unroll(cell, events())[-1]
         (torch.complex(syn, mem).conj() ** 2).imag.sum().backward()
         found.append(gradients(cell))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-10)
+    close(*found, atol=1e-11, rtol=1e-10)
 
 
 def test_the_graph_of_a_step_is_asked_for_in_a_way_that_this_torch_has():

@@ -36,7 +36,7 @@ ERRORS = {"exp": 1.1, "sigmoid": 2.75, "tanh": 2.75}
 def exact(function: str, x: np.ndarray) -> np.ndarray:
     wide = x.astype(np.longdouble)
     if function == "sigmoid":
-        # Of -|x|, where nothing overflows or cancels; the other half by symmetry.
+        # At -|x| nothing overflows or cancels; symmetry gives the other half.
         half = np.exp(-np.abs(wide)) / (1 + np.exp(-np.abs(wide)))
         return np.where(wide < 0, half, 1 - half)
     return {"exp": np.exp, "tanh": np.tanh}[function](wide)

@@ -34,12 +34,12 @@ VARIANTS = {
 
 
 def storage(tensor: Tensor) -> tuple[int, int]:
-    """Address and bytes of a tensor's memory."""
+    """Returns address and bytes of a tensor's memory."""
     return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
 
 
 def kept_bytes(kernels, case: Case) -> int:
-    """Bytes that autograd keeps and that neither the caller nor the outputs hold anyway."""
+    """Returns how many bytes autograd keeps that neither the caller nor the outputs hold."""
     leaves = wanting_gradients(case.inputs())
     saved: dict[int, int] = {}
 
@@ -62,7 +62,7 @@ def state_bytes(case: Case) -> int:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_keeps_the_activated_gates_and_syn(kernels, name):
-    """Four gates and syn: five state-sized tensors a step, and nothing else."""
+    """A step keeps four gates and syn, five state-sized tensors, and nothing else."""
     case = VARIANTS[name]
     assert kept_bytes(kernels, case) == 5 * case.time * state_bytes(case)
 
@@ -74,7 +74,7 @@ def test_inhibition_keeps_one_index_a_sample_more(kernels):
 
 
 def test_checkpoint_keeps_states_alone(kernels):
-    """Two state-sized tensors where a segment ends: fewer than two a step, and ever fewer."""
+    """A segment keeps two state-sized tensors at its end: fewer than two a step, and ever fewer."""
     case = PLAIN.but(checkpoint=True)
     for time in (1, 4, 10, 40):
         kept = kept_bytes(kernels, case.but(time=time)) / state_bytes(case)
@@ -101,7 +101,7 @@ class Allocations(TorchDispatchMode):
 
 
 def taken_in_inference(kernels, case: Case) -> tuple[int, int]:
-    """Bytes of outputs, and of everything else that a second call of inference allocates."""
+    """Returns bytes of outputs, and of all else that a second call of inference allocates."""
     inputs = case.inputs()
     with torch.no_grad():
         kernels.run(*inputs, case.options)  # packs the weight
@@ -143,7 +143,7 @@ def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):
 
 
 def test_no_gradient_no_memory(kernels):
-    """Without grad mode nothing is kept, also where the weight wants a gradient."""
+    """Nothing is kept without grad mode, also where the weight wants a gradient."""
     leaves = wanting_gradients(PLAIN.inputs())
     saved = []
     with saved_tensors_hooks(saved.append, lambda t: t), torch.no_grad():

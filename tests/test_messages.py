@@ -47,7 +47,7 @@ def without_snntorch(function, *args):
 
 
 def names():
-    """What a line may use, made anew for each."""
+    """Returns the names that a line may use, made anew for each."""
     torch.manual_seed(0)
     theirs = snntorch.SConv2dLSTM(2, 3, 3, threshold=0.1)
     return {
@@ -85,7 +85,7 @@ class Lines(logging.Handler):
 
 
 def said(code):
-    """What is printed, warned, logged and raised by a line; and where it was raised."""
+    """Returns what a line prints, warns, logs and raises, and where it was raised."""
     lines, where, printed = [], None, io.StringIO()
     log, handler = logging.getLogger("snnlstm"), Lines(lines)
     log.addHandler(handler)
@@ -110,7 +110,7 @@ def said(code):
 
 
 def gallery():
-    """The snapshot with what its lines say now, and all places in which something was raised."""
+    """Returns the snapshot with what its lines say now, and all places that raised something."""
     head, *entries = SNAPSHOT.read_text().split("\n\n>>> ")
     parts, places = [head], set()
     for entry in entries:

@@ -5,6 +5,7 @@ import flat
 import pytest
 import torch
 from cases import Case, wanting_gradients
+from helpers import same
 from kernels import native
 from torch import Tensor
 from torch.library import opcheck
@@ -43,7 +44,7 @@ def _fresh_compiler():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Arguments of the two operators as they are called in a graph."""
+    """Collects the arguments with which the two operators are called in a graph."""
     seen: dict[str, list[tuple]] = {"_forward": [], "_backward": []}
     for name, arguments in seen.items():
         op = getattr(ops, name)
@@ -62,7 +63,7 @@ ALL = (*FAST, "test_aot_dispatch_dynamic")
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name, calls):
-    """Schema, autograd registration, fake kernels and their strides, dynamic shapes."""
+    """torch checks schema, registration, fake kernels and their strides, dynamic shapes."""
     case = CASES[name]
     checks = ALL if name in ("plain", "one step", "inhibition", "channels_last") else FAST
     inputs = wanting_gradients(case.inputs())
@@ -77,7 +78,7 @@ def test_opcheck(name, calls):
 
 
 def step(case: Case, run, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """Outputs and all gradients."""
+    """Returns outputs and all gradients."""
     leaves = wanting_gradients(type(case.inputs())(*inputs))
     out = run(*leaves, case.options)
     used = [o for o in out if o.requires_grad]
@@ -91,7 +92,7 @@ def step(case: Case, run, *inputs: Tensor | None) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_calls_equal_plain_ones(name):
     case = CASES[name]
-    # With checkpoint a plain call adds up the gradients of its segments, a compiled one has one; a
+    # A plain call with checkpoint adds up gradients of its segments, a compiled one has one; a
     # plain step is taken for one of a loop, whose weight gradient may be summed in another way.
     near = 1e-5 if case.options.checkpoint or not case.options.sequence else 1e-6
     compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")
@@ -128,8 +129,7 @@ def test_one_graph_serves_all_sizes():
         with torch.no_grad():
             out = compiled(*inputs, case.options)
             expected = flat.run(*inputs, case.options)
-        for one, other in zip(out, expected, strict=True):
-            assert torch.equal(one, other)
+        same(out, expected)
     assert len(compiles) <= 2
 
 

@@ -31,7 +31,7 @@ def output(*command: str | Path, **options) -> str:
 
 
 def tool(name: str) -> str:
-    """A program of binutils, which every C++ compiler on Linux comes with."""
+    """Finds a program of binutils, which every C++ compiler on Linux comes with."""
     return shutil.which(name) or pytest.skip(f"{name} is not installed")
 
 
@@ -150,7 +150,7 @@ def python(code: str, *, folder: Path, **environment: str) -> str:
 
 @linux
 def test_one_openmp_runtime_in_the_process(tmp_path):
-    """With torch alone and with the cell, the same libraries are mapped."""
+    """The same libraries are mapped with torch alone and with the cell."""
     printed = python(
         """
 import torch
@@ -194,7 +194,7 @@ print(threads() - before)
 @linux
 @pytest.mark.skipif(not shutil.which("gcc"), reason="no C compiler")
 def test_finds_the_runtime_of_a_torch_that_renamed_it(tmp_path):
-    """As in repaired wheels: torch's copy has a name and a SONAME of its own."""
+    """Repaired wheels are so: torch's copy has a name and a SONAME of its own."""
     gomp, torch_cpu = tmp_path / "libgomp-0123abcd.so.1.0.0", tmp_path / "libtorch_cpu.so"
     (tmp_path / "gomp.c").write_text("void GOMP_parallel(void) {}")
     (tmp_path / "torch.c").write_text("void GOMP_parallel(void); void f(void) { GOMP_parallel(); }")

@@ -7,7 +7,6 @@ Neither the address nor the version counter of a tensor says that its numbers ar
 import copy
 import gc
 import pickle
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ import flat
 import numpy
 import pytest
 import torch
+from helpers import close, in_threads
 from kernels import Kernels, native, one_thread, use
 from torch import Tensor, nn
 
@@ -91,7 +91,7 @@ def by_assigning_load_state_dict(cell: snnlstm.SConv2dLSTM) -> None:
     cell.load_state_dict(state, assign=True)
 
 
-# In place, seen by the version counter or by nothing; and other memory in the old one's place.
+# Some write in place, seen by the version counter or by nothing; some bring other memory.
 CHANGES = {
     "optimizer": by_optimizer,
     "data.add_": lambda cell: cell.conv.weight.data.add_(0.1),
@@ -109,7 +109,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_changed_weight_is_used_at_once(change: Callable[[Any], Any]):
-    """Forward and backward as by a cell that never saw the old weight."""
+    """Results and gradients equal those of a cell that never saw the old weight."""
     cell, x = make(), image().requires_grad_()
     before = call(cell, x)
     (old,) = torch.autograd.grad(before[2].sum(), x)
@@ -139,8 +139,8 @@ def test_one_changed_bit_is_seen(kernels, packings):
 
 
 def test_a_weight_changed_between_forward_and_backward():
-    """Through the version counter it is an error; behind its back the gradient is that of the
-    forward pass, whose weight was packed."""
+    """The version counter makes it an error; a change past the counter leaves the gradient that of
+    the forward pass, whose weight was packed."""
     cell, x = make(), image().requires_grad_()
     loss = call(cell, x)[2].sum()
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_a_weight_changed_between_forward_and_backward():
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
-    # With x alone in the loss's way, d x is linear in the weight that the backward pass reads.
+    # The loss depends on x alone, so d x is linear in the weight that the backward pass reads.
     cell = make()
     (before,) = torch.autograd.grad(call(cell, x)[2].sum(), x)
     loss = call(cell, x)[2].sum()
@@ -209,24 +209,17 @@ def test_weights_of_one_shape_that_are_divided_otherwise():
 def test_python_threads_that_share_a_weight(packings):
     cell, x = make(), image()
     expected = exact(cell, x)
-    wrong = []
 
-    def work() -> None:
+    def work(_: int) -> None:
         with torch.no_grad():
             for _ in range(20):
                 out = snnlstm.functional.sconv2dlstm(
                     x, weight=cell.conv.weight, bias=cell.conv.bias, threshold=0.05
                 )
-                if not torch.allclose(out[1], expected[1], atol=2e-5):
-                    wrong.append(out)
+                close(out[1], expected[1], atol=2e-5)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert len(packings) <= len(threads) * len(set(packings))  # some at the same time
+    in_threads(work, 4)
+    assert len(packings) <= 4 * len(set(packings))  # some at the same time
 
 
 # ---- where the packed weights live ---------------------------------------------------------------

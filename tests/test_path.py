@@ -1,4 +1,4 @@
-"""Which implementation runs, that the answer is said, and that it is right."""
+"""The implementation that runs is the right one, and cell.path and the log name it."""
 
 import logging
 
@@ -88,7 +88,7 @@ def test_what_changes_conv_takes_effect_and_trains_as_with_snntorch(name, reset)
     for cell in cells:
         torch.manual_seed(5)
         cell.conv = change(cell.conv)
-        # Of spectral_norm, whose every call is an iteration; with "zero" snnTorch calls conv twice.
+        # snnTorch calls conv twice with "zero", and every call of spectral_norm iterates.
         cell.train(reset != "zero")
         optimizer = torch.optim.SGD([p for p in cell.parameters() if p.requires_grad], lr=0.005)
         start = START[1].clone().requires_grad_()
@@ -146,7 +146,7 @@ def test_a_fallback_is_logged_once_per_cell(caplog):
 
 
 def test_hooks_on_every_conv_are_logged_once_for_all_cells(caplog, monkeypatch):
-    """As tools that print summaries or count operations set them."""
+    """Tools that print summaries or count operations set such hooks."""
     monkeypatch.setattr(snnlstm.run, "_logged", set())
     cells = [ours() for _ in range(3)]
     for cell in cells:
@@ -201,7 +201,7 @@ def test_tensors_that_the_kernels_cannot_read_are_computed_all_the_same():
 
 
 def negated(values):
-    """The same numbers, with a sign that is a flag of the tensor."""
+    """Returns the same numbers, with a sign that is a flag of the tensor."""
     found = torch.complex(torch.zeros_like(values), -values.detach()).conj().imag
     assert found.is_neg()
     return found
@@ -257,7 +257,7 @@ def test_the_fallback_for_a_missing_core_is_said(monkeypatch, caplog):
 
 @pytest.mark.skipif(native is None, reason="needs the core")
 def test_a_gpu_that_the_build_does_not_serve_is_said_once(monkeypatch, caplog):
-    """By way of a tensor that claims to be on a GPU: there is none here."""
+    """A device that names a GPU is enough: there is none here."""
     native = snnlstm.run._native
     monkeypatch.setattr(native, "_NO_CUDA", None)
     monkeypatch.setattr(native.cuda_check, "trouble", lambda index: f"GPU {index} is too old")
@@ -280,11 +280,3 @@ def test_a_build_without_cuda_is_said_on_a_gpu(monkeypatch):
     assert "no CUDA kernels (off)" in path.reason
     assert path.slow
     assert path.general
-
-
-def test_results_do_not_depend_on_the_path(monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(snnlstm.run, "_native", None)
-        expected = ours()(X, *START)
-    close(ours()(X, *START), expected)
-    close(theirs()(X, *START), expected)

@@ -66,7 +66,7 @@ def train(cell, x=x):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[subprocess.Popen]:
-    """A Python that has imported torch, which takes seconds, and forks for each program."""
+    """Starts a Python that imports torch once, which takes seconds, and forks for each program."""
     with subprocess.Popen(
         [sys.executable, "-c", SERVER], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -77,7 +77,7 @@ def server() -> Iterator[subprocess.Popen]:
 
 @pytest.fixture
 def in_a_process(server: subprocess.Popen, tmp_path: Path) -> Callable[[str], str]:
-    """What a program prints after START; fails if it fails, or has not ended after some time."""
+    """Returns a function that runs START and a program, and returns what they print."""
 
     def run(program: str) -> str:
         print(json.dumps([START + program, str(tmp_path)]), file=server.stdin, flush=True)

@@ -24,7 +24,7 @@ def plainly(x, levels):
 
 
 def hard_points(levels):
-    """Numbers at which a shortcut could differ from the definition."""
+    """Returns numbers at which a shortcut could differ from the definition."""
     middles = (levels[1:] + levels[:-1]) / 2
     edges = torch.cat([levels, middles])
     near = torch.cat([torch.nextafter(edges, torch.full_like(edges, s * 9)) for s in (-1, 1)])
@@ -38,7 +38,7 @@ def hard_points(levels):
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("centred", [True, False])
 def test_levels_and_values_equal_snntorchs(bits, uniform, centred):
-    """To the last bit, whatever the versions of Python and torch, with which both are made."""
+    """They are equal to the last bit with whatever Python and torch both are made."""
     for kwargs in ({}, {"threshold": 0.1, "lower_limit": 0.3, "upper_limit": 0.7}):
         reference = theirs(bits, uniform, centred, **kwargs)
         quant = state_quant(bits, uniform, centred, **kwargs)
@@ -61,7 +61,7 @@ def test_a_given_multiplier_is_used():
     st.randoms(use_true_random=False),
 )
 def test_any_levels_give_what_the_definition_gives(values, dtype, random):
-    """In ascending order, with repeated levels, and in no order at all."""
+    """The levels ascend, repeat themselves, or have no order at all."""
     shuffled = random.sample(values, len(values))
     for levels in (torch.tensor(sorted(values)), torch.tensor(shuffled)):
         x = hard_points(levels).to(dtype)
@@ -94,7 +94,7 @@ def test_the_gradient_passes_straight_through_out_of_range_too():
 
 
 def test_memory_is_not_elements_times_levels():
-    """The 32 x 64 x 32 x 32 tensor at 8 bits, for which snnTorch needs 6 GiB."""
+    """snnTorch needs 6 GiB for this tensor of 32 x 64 x 32 x 32 at 8 bits."""
     code = """
 import resource, torch, snnlstm
 torch.set_num_threads(1)
@@ -113,7 +113,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.parametrize("pool", [{}, {"max_pool": 2}, {"avg_pool": 2}], ids=str)
 @pytest.mark.parametrize("bits", [2, 6])
 def test_the_cell_quantises_as_snntorchs(backend, reset, pool, bits):
-    """syn and mem after the reset, mem from the unquantised syn, and once more to fire."""
+    """It rounds syn and mem after the reset, mem of the unquantised syn, and once more to fire."""
     quant = theirs(bits, threshold=0.6)
     one, other = twins(state_quant=quant, reset_mechanism=reset, threshold=0.02, **pool)
     assert isinstance(one.state_quant, StateQuant)

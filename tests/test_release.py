@@ -35,7 +35,7 @@ def test_the_wheels_are_those_that_make_wheel_builds():
 
 
 def wheel(folder: Path, local: str) -> Path:
-    """A wheel with nothing in it, from which pip learns name and version."""
+    """Writes an empty wheel, from which pip learns name and version."""
     path = folder / f"snnlstm-9.9+{local}-py3-none-any.whl"
     about = f"snnlstm-9.9+{local}.dist-info"
     with zipfile.ZipFile(path, "w") as archive:

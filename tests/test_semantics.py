@@ -7,7 +7,7 @@ have files of their own.
 import pytest
 import snntorch
 import torch
-from helpers import close, ours, quietly, same_gradients, states, steps, theirs, twins
+from helpers import close, ours, quietly, same, same_gradients, states, steps, theirs, twins
 from torch import nn
 
 import snnlstm
@@ -208,8 +208,7 @@ def test_conv_is_a_plain_conv2d_with_its_initial_values_bit_for_bit():
         one, other = twins(4, 5, (3, 5), **kwargs)
         assert type(one.conv) is nn.Conv2d
         assert one.conv.weight.shape == (20, 9, 3, 5)
-        for mine, reference in zip(one.parameters(), other.parameters(), strict=True):
-            assert torch.equal(mine, reference)
+        same(one.parameters(), other.parameters())
 
 
 @pytest.mark.parametrize("learn", [False, True])

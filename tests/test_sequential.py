@@ -39,7 +39,7 @@ def loop(net, x):
 
 
 def total(out):
-    """A scalar in which every item and every step counts differently."""
+    """Returns a scalar in which every item and every step counts differently."""
     items = out if isinstance(out, tuple) else (out,)
     return sum(
         (item * torch.linspace(1, 2, item.shape[0]).view(-1, *[1] * (item.dim() - 1))).sum() * k
@@ -81,7 +81,7 @@ def leaky(**kwargs):
 
 
 class Cumulative(nn.Module):
-    """A layer of the user's that remembers."""
+    """This layer of the user's remembers."""
 
     def __init__(self):
         super().__init__()

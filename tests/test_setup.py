@@ -22,7 +22,7 @@ BROKEN = "#!/bin/sh\necho 'cannot execute cicc' >&2\nexit 1\n"
 
 @pytest.fixture
 def build(monkeypatch, tmp_path):
-    """setup.py's names, in an environment that knows of no CUDA compiler, driver or GPU."""
+    """Runs setup.py where no CUDA compiler, driver or GPU is known, and returns its names."""
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     names = runpy.run_path(str(SETUP))
     for variable in (
@@ -134,7 +134,7 @@ def test_pip_means_the_pip_package_and_no_other(build, monkeypatch, tmp_path):
 
 
 def test_the_order_of_preference(build, monkeypatch, tmp_path):
-    """CUDACXX, CUDA_HOME, PATH, the pip package, the default place: each hides the later ones."""
+    """Each of CUDACXX, CUDA_HOME, PATH, the pip package, the default place hides the later ones."""
     found = []
 
     def note(path: str) -> None:

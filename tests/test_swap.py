@@ -131,13 +131,6 @@ def test_accelerate_reports_every_cell_and_neuron_by_name(caplog):
     assert done == lines[0]
 
 
-def test_accelerate_says_that_it_found_nothing(caplog):
-    model = nn.Sequential(nn.Flatten(), snntorch.Leaky(0.9))
-    report = snnlstm.accelerate(model)
-    assert report.swapped == ()
-    assert caplog.messages == ["accelerate found no SConv2dLSTM in the model"]
-
-
 # ---- snnTorch's own tools, on an accelerated net --------------------------------------------
 
 
@@ -150,7 +143,7 @@ def sequential(how, leaky=True):
         last = snntorch.Leaky(beta=0.9, threshold=0.2, init_hidden=True, output=True)
         model = nn.Sequential(first, nn.Flatten(), nn.Linear(3 * 36, 4), last)
     else:
-        # Not max_pool: equal spikes make equal mem, and the last bit decides where gradients go.
+        # max_pool of equal mem, which equal spikes make, would send gradients by the last bit.
         last = cell(3, 4, 3, threshold=0.01, avg_pool=6, init_hidden=True, output=True)
         model = nn.Sequential(first, last)
     if how == "accelerated":
@@ -303,7 +296,7 @@ def test_both_ways_leave_the_cells_in_use_in_snntorchs_registry():
     for swap in (snnlstm.accelerate, snnlstm.restore):
         swap(model)
         now = [model.first, model.second]
-        # Of ours, the list holds entries that do not keep them alive.
+        # The list holds entries for our cells, which do not keep them alive.
         entry = snnlstm.snntorch.Entry
         held = [e.cell() if type(e) is entry else e for e in registry]
         assert sum(isinstance(cell, snntorch.SConv2dLSTM) for cell in held) == 2

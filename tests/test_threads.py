@@ -10,7 +10,7 @@ import pytest
 import snntorch
 import torch
 from cases import PLAIN, Case, wanting_gradients
-from helpers import ours
+from helpers import close, in_threads, ours, same
 from kernels import Kernels, native
 from torch import Tensor
 
@@ -33,7 +33,7 @@ THREADS = (1, 2, 3, 7)
 
 
 def train(kernels, case: Case) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs and gradients."""
+    """Returns outputs and gradients."""
     leaves = wanting_gradients(case.inputs())
     out = kernels.run(*leaves, case.options)
     loss = sum((o * g).sum() for o, g in zip(out, case.output_gradients(), strict=True))
@@ -43,7 +43,7 @@ def train(kernels, case: Case) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("algorithm", ["auto", "direct", "winograd"])
 @pytest.mark.parametrize("name", CASES)
 def test_numbers_of_threads(name, algorithm):
-    """Outputs equal bit for bit; gradients too with one number of threads, and close across."""
+    """Outputs are equal to the bit; so are gradients of one number of threads, others are close."""
     kernels, case = Kernels(native.cpu.isa, algorithm), CASES[name]
     first = None
     for count in THREADS:
@@ -62,42 +62,28 @@ def test_numbers_of_threads(name, algorithm):
 
 
 def test_many_runs_are_equal(kernels):
-    """A race that shows itself seldom."""
+    """A race may show itself seldom."""
     torch.set_num_threads(3)
     case = LARGE.but(batch=2, channels=8)
     out, grads = train(kernels, case)
     for _ in range(30):
         again = train(kernels, case)
-        for one, other in zip(out + grads, again[0] + again[1], strict=True):
-            assert torch.equal(one, other)
+        same(out + grads, again[0] + again[1])
 
 
 def test_callers_at_the_same_time(kernels):
-    """Python threads with inputs of their own, each of which uses several threads."""
+    """Python threads have inputs of their own, and each uses several threads."""
     torch.set_num_threads(2)
     cases = [LARGE.but(batch=1, seed=seed, channels=4 + seed) for seed in range(4)]
     expected = [train(kernels, case) for case in cases]
-    wrong, errors = [], []
 
     def work(number: int) -> None:
-        try:
-            torch.set_num_threads(2)
-            for _ in range(5):
-                out, grads = train(kernels, cases[number])
-                known = expected[number]
-                for one, other in zip(out + grads, known[0] + known[1], strict=True):
-                    if not torch.equal(one, other):
-                        wrong.append(number)
-        except BaseException as error:
-            errors.append(error)
+        torch.set_num_threads(2)
+        for _ in range(5):
+            out, grads = train(kernels, cases[number])
+            same(out + grads, [*expected[number][0], *expected[number][1]])
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(cases))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    assert not wrong
+    in_threads(work, len(cases))
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -133,7 +119,7 @@ def test_the_gil_is_released(direction):
 
 
 def test_the_number_of_threads_is_torchs(kernels):
-    """No thread of the core's own: one pool, of which set_num_threads says how much is used."""
+    """The core has no threads of its own: set_num_threads says how many of torch's it uses."""
 
     def running() -> int:
         return len(os.listdir("/proc/self/task"))
@@ -149,14 +135,9 @@ def test_the_number_of_threads_is_torchs(kernels):
 
 def test_more_threads_than_work():
     torch.set_num_threads(7)
-    case = PLAIN.but(
-        time=2, batch=1, in_channels=1, channels=1, height=1, width=1, threshold="number"
-    )
+    case = LARGE.but(batch=1, in_channels=1, channels=1, height=1, width=1)
     inputs = case.inputs()
-    for one, other in zip(
-        flat.run(*inputs, case.options), flat.reference(*inputs, case.options), strict=True
-    ):
-        torch.testing.assert_close(one, other)
+    close(flat.run(*inputs, case.options), flat.reference(*inputs, case.options))
 
 
 def test_cells_come_and_go_while_another_thread_resets_all():

@@ -19,18 +19,18 @@ def _one_thread(_same_start):
 
 
 def data() -> tuple[Tensor, Tensor, Tensor]:
-    """x of four steps, syn and mem."""
+    """Returns x of four steps, syn and mem."""
     return steps(4, 2, 2, 6, 6), *states(2, 3, 6, 6)
 
 
 def sample(n: int) -> tuple[Tensor, ...]:
-    """One of the two samples of the data."""
+    """Returns one of the two samples of the data."""
     x, syn, mem = data()
     return x[:, n : n + 1], syn[n : n + 1], mem[n : n + 1]
 
 
 def loop(call, x: Tensor, syn: Tensor, mem: Tensor) -> Tensor:
-    """A loss of all steps, which `call` takes one at a time, states in and out."""
+    """Returns a loss of all steps, which `call` takes one at a time, states in and out."""
     loss = 0
     for x_t in x:
         spk, syn, mem = call(x_t, syn, mem)
@@ -240,7 +240,7 @@ def _method(module: nn.Module, name: str):
 
 
 def test_hooks_on_saving_and_loading_are_called_as_with_snntorch():
-    """Ones that rename and scale, on the cell itself, in a network."""
+    """The hooks rename and scale, and lie on a cell within a network."""
     saved, loaded = [], []
     for make in (ours, theirs):
         model = nn.Sequential(nn.Identity(), make(learn_threshold=True))

@@ -41,7 +41,7 @@ def _outer(value):
 
 
 def steps_of(cell, how):
-    """The last step's outputs, by a loop or in one call."""
+    """Returns the last step's outputs, by a loop or in one call."""
     x, (syn, mem) = events(3), zeros()
     if how != "sequence":
         for x_t in x:
@@ -57,7 +57,7 @@ HOW = pytest.mark.parametrize("how", ["loop", "sequence"])
 
 
 def by_both(how, differentiate):
-    """What `differentiate(outputs, weight)` returns for snnTorch's cell and for ours, equal."""
+    """Returns what `differentiate` makes of outputs and weight, equal for both cells."""
     expected, found = (differentiate(steps_of(cell, how), cell.conv.weight) for cell in cells())
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-9)
     assert found.any()

@@ -28,7 +28,7 @@ def loss_of(spk, mem):
 
 
 def step_loop(cells, chunk):
-    """snnTorch's own way, one step after the other; mem is the last one."""
+    """Steps as snnTorch does, and returns all spikes and the last mem."""
     outs = [through(cells, x) for x in chunk]
     return torch.stack([spk for spk, _ in outs]), outs[-1][1]
 
@@ -40,7 +40,7 @@ def gradients(cells):
 
 
 def test_detach_hidden_cuts_the_graph_where_snntorchs_does(backend):
-    """Gradients chunk by chunk, and the last states."""
+    """The gradients of each chunk and the last states agree."""
     cells, expected = two(ours), two(theirs)
     for chunk in X.split(K):
         loss_of(*through(cells, chunk)).backward()
@@ -77,7 +77,7 @@ def test_chunks_equal_one_long_sequence_with_detached_boundaries(backend):
 
 @pytest.mark.parametrize("pattern", ["by hand", "Sequential"])
 def test_training_in_chunks_is_that_of_snntorchs_step_loop(pattern):
-    """With an optimizer step after every chunk."""
+    """The optimizer steps after every chunk."""
     hidden = {"init_hidden": True} if pattern == "Sequential" else {}
     cells, expected = two(ours, **hidden), two(theirs)
     if hidden:

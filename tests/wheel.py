@@ -55,7 +55,7 @@ def check_size(wheel: Path) -> None:
 
 
 def check_tag(wheel: Path, python: Path) -> None:
-    """That no library outside manylinux's list is needed, and which glibc is."""
+    """Checks that no library outside manylinux's list is needed, and tells which glibc is."""
     run(python, "-m", "pip", "install", "auditwheel")
     said = run(python, "-m", "auditwheel", "show", wheel)
     found = re.search(r'platform\s+tag:\s+"(manylinux\w+)"', said)

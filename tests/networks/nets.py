@@ -223,7 +223,7 @@ class Truncated(nn.Module):
 
 
 def truncated_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Truncated BPTT under autocast, with backward inside of it too."""
+    """Trains by truncated BPTT under autocast, with backward inside of it too."""
     state = net.lstm.reset_mem()
     losses = []
     for chunk in x.split(3):  # (T, N, C, H, W)
@@ -284,7 +284,7 @@ class LearnedThreshold(nn.Module):
 
 
 def clipped_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Gradients of two halves of the batch are accumulated, then clipped."""
+    """Accumulates the gradients of two halves of the batch, then clips them."""
     optimizer.zero_grad()
     loss = torch.zeros(())
     for x_half, y_half in zip(x.chunk(2, dim=1), y.chunk(2), strict=True):
@@ -309,7 +309,7 @@ def hidden(cell: Any) -> nn.Module:
 
 
 def hidden_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
-    """utils.reset before each batch, then the loop over time outside of the network."""
+    """Resets before each batch, and loops over time outside of the network."""
     utils.reset(net)
     net.train()
     spk_rec, mem_rec = [], []
@@ -347,7 +347,7 @@ class Lit(LightningModule):
 
 
 def lit_step(net: Any, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
-    """What a Trainer does with a module."""
+    """Does with a module what a Trainer does."""
     loss = net.training_step((x, y), 0)
     optimizer.zero_grad()
     loss.backward()
@@ -386,7 +386,7 @@ NETWORKS = {
 
 
 def twins(make: Callable[[Any], nn.Module]) -> list[Any]:
-    """The same network with snnTorch's cell and with ours."""
+    """Makes the same network with snnTorch's cell and with ours."""
     nets = []
     for cell in (snn.SConv2dLSTM, snnlstm.SConv2dLSTM):
         torch.manual_seed(0)

@@ -71,7 +71,7 @@ def test_accelerates_loop():
 
 
 def test_data_parallels_replicas(monkeypatch):
-    """Its forward pass: replicas with a part of the batch each, and gradients of the whole."""
+    """Replicas get a part of the batch each, and the gradients are those of the whole."""
     module = sys.modules[replicate.__module__]
 
     def broadcast(tensors: Any, devices: Any, detach: bool = False) -> Any:

@@ -82,7 +82,7 @@ OURS = {"imported": imported, "patched": patched, "accelerated": accelerated}
 
 
 def train(net: nn.Module, network: Network, steps: int) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The losses of some training steps, and the gradients of the first."""
+    """Returns the losses of some training steps, and the gradients of the first."""
     torch.manual_seed(1)  # dropout
     optimizer, batches, losses = network.optimizer(net.parameters()), network.batches(), []
     gradients: dict[str, Tensor] = {}
@@ -115,7 +115,7 @@ def all_native(net: nn.Module) -> bool:
 
 @every_network
 def test_the_first_step_agrees(network):
-    """In float32, which is what people run."""
+    """The step is in float32, which is what people run."""
     net = theirs(network)
     expected = train(net, network, 1)
     assert all(cell.spk.any() for cell in cells(net))  # else it compares nothing
@@ -158,7 +158,7 @@ def saved_and_loaded(value: Any, **options: Any) -> Any:
 @every_network
 @pytest.mark.parametrize("make", OURS.values(), ids=OURS)
 def test_weights_load_both_ways(network, make):
-    """After training, from a file, with strict=True; the networks then go on alike."""
+    """Trained weights load from a file with strict=True; the networks then go on alike."""
     one, other = theirs(network), make(network)
     train(one, network, 2)
     for source, target in ((one, other), (other, one)):
@@ -174,7 +174,7 @@ def test_weights_load_both_ways(network, make):
 @every_network
 @pytest.mark.parametrize("make", OURS.values(), ids=OURS)
 def test_a_network_is_saved_whole(network, make):
-    """torch.save(net), after training; what hinders it is the closures of snnTorch's neurons."""
+    """A trained net is saved by torch.save; only the closures of snnTorch's neurons hinder it."""
     net = make(network)
     train(net, network, 1)
     others = [neuron for neuron in neurons(net) if not isinstance(neuron, snnlstm.SConv2dLSTM)]
