@@ -85,6 +85,7 @@ struct ForwardArgs {
   View spk;             // (T, N, C, Hp, Wp)
   View syn, mem;        // (T, N, C, Ho, Wo) or, with stride[0] = 0, (N, C, Ho, Wo)
   void* saved_gates = nullptr;  // training: activated gates, layout of the backend's choice
+  bool half_gates = false;      // CPU: as fixed point numbers of half a value's bits
   void* saved_syn = nullptr;    // training: syn after every step, layout of the backend's choice
   int64_t* winner =
       nullptr;  // (T, N): flat index (C, Hp, Wp) of the spike that inhibition lets through
@@ -104,6 +105,7 @@ struct BackwardArgs {
   const void* graded_factor = nullptr;
   const void* levels = nullptr;
   const void* saved_gates = nullptr;
+  bool half_gates = false;  // CPU: as ForwardArgs::half_gates
   const void* saved_syn = nullptr;
   const int64_t* winner = nullptr;
   View noise;               // (T, N, C, Hp, Wp) uniform in [0, 1): the stochastic surrogate only
@@ -116,7 +118,7 @@ struct BackwardArgs {
   void* grad_bias = nullptr;       // (4C,)
   void* grad_threshold = nullptr;  // (C,): summed over everything but the channels
   // If given: the gradient of the gate sums of every step is left here, (T, N, Ho, Wo, 4, Cp) of
-  // the gate type. It may be saved_gates itself.
+  // the gate type. It may be saved_gates itself, unless those are halves.
   void* d_gates = nullptr;
   // CUDA, if given: mem after every step but the last is left here, (T - 1, N, Ho, Wo, Cp) of the
   // gate type.

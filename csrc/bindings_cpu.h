@@ -130,6 +130,8 @@ void set_plan(Args& a, const CpuPlan& plan) {
     grad_x = a.grad_x.data != nullptr;
     needs(a.mem0.data, "mem0");
     needs(a.saved_syn, "saved_syn");
+    if (a.half_gates && a.d_gates == a.saved_gates)
+      throw py::value_error("halves of gates have no room for d_gates");
   }
   const void* const weights[] = {a.weight, a.weight_mem, a.weight_x};
   const char* const names[] = {"weight", "weight_mem", "weight_x"};

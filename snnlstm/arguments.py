@@ -19,6 +19,7 @@ from .call import (
     DTYPES,
     RESETS,
     CellOptions,
+    Checkpoint,
     Pool,
     Reset,
     autocast_dtype,
@@ -117,6 +118,16 @@ def reset_mechanism_val(value: Tensor) -> Reset | None:
     if value.numel() != 1 or value.item() not in range(len(RESETS)):
         raise ValueError(f"reset_mechanism_val must be 0, 1 or 2, got {value}")
     return RESETS[int(value)]
+
+
+def checkpoint_way(value: Any) -> Checkpoint:
+    """Check `checkpoint`: a yes-or-no argument, or "gates"."""
+    if isinstance(value, str) and value == "gates":
+        return "gates"
+    try:
+        return flag("checkpoint", value)
+    except TypeError:
+        raise TypeError(f"checkpoint must be a bool or 'gates', got {value!r}") from None
 
 
 def surrogate(spike_grad: Any, disable: bool = False) -> Surrogate | Callable[[Tensor], Tensor]:
@@ -396,7 +407,7 @@ def make_options(
         inhibition=flag("inhibition", inhibition),
         sequence=sequence,
         record=record,
-        checkpoint=flag("checkpoint", checkpoint),
+        checkpoint=checkpoint_way(checkpoint),
     )
 
 

@@ -22,7 +22,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "state_quant": lambda value: arguments.quantiser(value) or False,
     "surrogate_disable": lambda value: arguments.flag("surrogate_disable", value),
     "inhibition": lambda value: arguments.flag("inhibition", value),
-    "checkpoint": lambda value: arguments.flag("checkpoint", value),
+    "checkpoint": lambda value: arguments.checkpoint_way(value),
     "init_hidden": lambda value: arguments.flag("init_hidden", value),
     "output": lambda value: arguments.flag("output", value),
     "batch_first": lambda value: arguments.flag("batch_first", value),

@@ -20,9 +20,11 @@ __all__ = ["Call", "CellOptions", "Pool", "Reset", "Signature"]
 
 Reset = Literal["subtract", "zero", "none"]
 Pool = Literal["none", "max", "avg"]
+Checkpoint = bool | Literal["gates"]
 
 RESETS: tuple[Reset, ...] = ("subtract", "zero", "none")
 """The reset mechanisms; the position is ``reset_mechanism_val`` in a state_dict."""
+CHECKPOINTS: tuple[Checkpoint, ...] = (False, True, "gates")
 POOLS: tuple[Pool, ...] = ("none", "max", "avg")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """The dtypes of weight and states."""
@@ -61,8 +63,9 @@ class CellOptions:
         x is (T, N, Cin, H, W) and spk (T, N, C, Hp, Wp); otherwise both are 4-D.
     record : bool
         With `sequence`: syn and mem are returned for every step, (T, N, C, Ho, Wo).
-    checkpoint : bool
-        Keep only the states for the backward pass and recompute the gates there.
+    checkpoint : bool or "gates"
+        Keep only the states for the backward pass and recompute the gates there; or keep the
+        gates as fixed point numbers of half their bits.
     operands : torch.dtype or None
         Type of the convolution's operands where it is not the states': torch.float16 or
         torch.bfloat16 under autocast, which leaves states in float32.
@@ -79,7 +82,7 @@ class CellOptions:
     inhibition: bool = False
     sequence: bool = False
     record: bool = False
-    checkpoint: bool = False
+    checkpoint: Checkpoint = False
     operands: torch.dtype | None = None
     _text: str = field(default="", init=False, repr=False, compare=False)
 
@@ -118,10 +121,11 @@ class CellOptions:
     def _make_text(self) -> str:
         surrogate = self.surrogate
         pairs = (self.kernel_size, self.stride, self.dilation, self.pool_size)
-        flags = (self.inhibition, self.sequence, self.record, self.checkpoint)
+        flags = (self.inhibition, self.sequence, self.record)
         parts = [f"{a},{b}" for a, b in pairs]
         parts += [self.reset, self.pool, f"{surrogate.kind},{surrogate.p0!r},{surrogate.p1!r}"]
-        parts += ["".join("01"[flag] for flag in flags), str(self.operands)]
+        numbers = (*flags, CHECKPOINTS.index(self.checkpoint))
+        parts += ["".join(str(int(number)) for number in numbers), str(self.operands)]
         parts.append(self.quant.text if isinstance(self.quant, StateQuant) else "")
         return ";".join(parts)
 
@@ -142,7 +146,7 @@ class CellOptions:
 
         kind, p0, p1 = surrogate.split(",")
         types: dict[str, torch.dtype | None] = {"None": None} | {str(t): t for t in DTYPES}
-        inhibition, sequence, record, checkpoint = (flag == "1" for flag in flags)
+        inhibition, sequence, record = (flag == "1" for flag in flags[:3])
         return CellOptions(
             pair(kernel),
             pair(stride),
@@ -155,7 +159,7 @@ class CellOptions:
             inhibition,
             sequence,
             record,
-            checkpoint,
+            CHECKPOINTS[int(flags[3])],
             types[operands],
         )
 

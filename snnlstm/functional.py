@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .call import in_order_of_caller
+from .call import Checkpoint, in_order_of_caller
 from .check import check_call
 from .run import run
 
@@ -33,7 +33,7 @@ def sconv2dlstm(
     stride: int | tuple[int, int] = 1,
     dilation: int | tuple[int, int] = 1,
     record: bool = False,
-    checkpoint: bool = False,
+    checkpoint: Checkpoint = False,
     batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one step, or a sequence of them, of a spiking convolutional LSTM.
@@ -75,8 +75,10 @@ def sconv2dlstm(
         Of the convolution; the stride applies to x alone.
     record : bool, default False
         With a sequence: return syn and mem of every step.
-    checkpoint : bool, default False
-        Recompute the gates in the backward pass instead of keeping them.
+    checkpoint : bool or "gates", default False
+        What the backward pass needs of the gates: they are kept (False), computed again there
+        (True), or, on the CPU, kept as fixed point numbers of half their bits ("gates"), for
+        gradients with an error of some 2e-5. CUDA and the reference path keep them whole then.
     batch_first : bool, default False
         A sequence x, spk and recorded states are (N, T, ...), not (T, N, ...).
 

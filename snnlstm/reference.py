@@ -149,7 +149,7 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """
     x, syn, mem, options = call.x, call.syn, call.mem, call.options
     step: Callable[..., tuple[Tensor, Tensor, Tensor]] = _step
-    if options.checkpoint and torch.is_grad_enabled():
+    if options.checkpoint is True and torch.is_grad_enabled():
         step = _checkpointed_step
     if not options.sequence:
         return step(call, x, syn, mem)

@@ -62,6 +62,7 @@ class Path:
 
 _MISSING = "the compiled core is missing"
 _NATIVE_REASON = "the native kernels cover this call"
+_WHOLE_GATES = "they cover this call, and keep whole gates: checkpoint='gates' is for the CPU"
 
 try:
     from .native import autograd as _autograd
@@ -79,9 +80,9 @@ _NATIVE_PATHS = {
 
 
 @lru_cache(maxsize=64)
-def _native_path(name: str) -> Path:
+def _native_path(name: str, reason: str) -> Path:
     """Path of a call that the native kernels called `name` ran."""
-    return Path(name, _NATIVE_REASON)
+    return Path(name, reason)
 
 
 # ---- reasons against the kernels ------------------------------------------------------------
@@ -276,7 +277,10 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor, Path]:
         return (*reference.run(call), path)
     assert _autograd is not None
     spk, syn, mem, name = _autograd.run(call, get_algorithm())
-    return spk, syn, mem, path if name is None else _native_path(name)
+    reason = _NATIVE_REASON
+    if call.options.checkpoint == "gates" and call.x.device.type != "cpu":
+        reason = _WHOLE_GATES
+    return spk, syn, mem, path if name is None else _native_path(name, reason)
 
 
 _logged: set[str] = set()  # general reasons

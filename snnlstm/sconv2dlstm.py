@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import arguments, reference
 from .attributes import DescribedCell
-from .call import DTYPES, Call, in_order_of_caller, known_signature, make_call
+from .call import DTYPES, Call, Checkpoint, in_order_of_caller, known_signature, make_call
 from .run import reason_against_conv, run
 from .state import LastReset, backward_pass
 
@@ -85,8 +85,10 @@ class SConv2dLSTM(DescribedCell):
         Of the parameters and buffers.
     dtype : torch.dtype, optional
         float32, float64, float16 or bfloat16.
-    checkpoint : bool, default False
-        Recompute the gates in the backward pass instead of keeping them.
+    checkpoint : bool or "gates", default False
+        What the backward pass needs of the gates: they are kept (False), computed again there
+        (True), or, on the CPU, kept as fixed point numbers of half their bits ("gates"), for
+        gradients with an error of some 2e-5. CUDA and the reference path keep them whole then.
     batch_first : bool, default False
         A sequence x, spk and recorded states are (N, T, ...), not (T, N, ...).
 
@@ -137,7 +139,7 @@ class SConv2dLSTM(DescribedCell):
         dilation: int | tuple[int, int] = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        checkpoint: bool = False,
+        checkpoint: Checkpoint = False,
         batch_first: bool = False,
     ) -> None:
         nn.Module.__init__(self)

@@ -50,7 +50,7 @@ class _SConv2dLSTM(torch.autograd.Function):
         algorithm: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         saved: Any
-        if call.options.checkpoint:
+        if call.options.checkpoint is True:
             (spk, new_syn, new_mem, _), saved = checkpoint.forward(call, algorithm)
             gates = 0
         else:
@@ -82,7 +82,7 @@ class _SConv2dLSTM(torch.autograd.Function):
                 x, syn, mem, weight = (plain(t).to(dtype) for t in (x, syn, mem, weight))
                 break
         call = Call(x, syn, mem, weight, bias, threshold, graded, options, signature)
-        if options.checkpoint:
+        if options.checkpoint is True:
             if loop is None:
                 out = checkpoint.backward(call, saved, grads, wanted, algorithm)
                 return (*out, *(None,) * 5)
@@ -100,7 +100,7 @@ class _SConv2dLSTM(torch.autograd.Function):
             return (*out._replace(bias=None), *(None,) * 5)
         # The gates' memory takes their gradient, unless somebody may still read it: another
         # backward pass over this graph, or a hook that brought it.
-        overwrite = own and (options.checkpoint or not _keeps_graph())
+        overwrite = own and (options.checkpoint is True or not _keeps_graph())
         d_gates = choice.empty_d_gates(call, kept if overwrite else None)
         out = choice.backward(call, kept, grads, here, d_gates)
         loop.left.add(choice, Step(x, mem, d_gates, out.bias))

@@ -97,6 +97,7 @@ class Plan:
             )
         )  # fmt: skip
         self.saved = saved_shapes(s)
+        self.half_gates = o.checkpoint == "gates"
         self.saved_strides = [
             (s.n * images * channels, images * channels, channels, 1)
             for (_, _, images, channels), _ in self.saved[:2]
@@ -174,10 +175,11 @@ class Choice:
         return self.plan.loop_key
 
     def empty_d_gates(self, call: Call, kept: Saved | None) -> Tensor:
-        """Memory for the gate gradients of a step; that of the gates in `kept`, if given."""
-        if kept is not None:
+        """Memory for the gate gradients of a step; that of the gates in `kept`, if they fit."""
+        if kept is not None and not self.plan.half_gates:
             return kept.gates
-        return memory.empty(*self.plan.saved[0])
+        (*images, _), dtype = self.plan.saved[0]
+        return memory.empty((*images, 4 * self.plan.saved[1][0][-1]), dtype)
 
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; `training`: keep what :meth:`backward` needs."""
@@ -210,6 +212,7 @@ class Choice:
             mem=(new_mem.data_ptr(), plan.state5),
             saved_gates=0 if saved is None else saved.gates.data_ptr(),
             saved_syn=0 if saved is None else saved.syn.data_ptr(),
+            half_gates=plan.half_gates,
             winner=saved.winner.data_ptr() if saved is not None and plan.has_winner else 0,
             workspace=workspace.data_ptr(),
         )
@@ -252,6 +255,7 @@ class Choice:
         core.backward(
             **packed.addresses(core, forms),
             **tensors.backward_arguments(call, saved, grads, noise, out, d_gates),
+            half_gates=plan.half_gates,
             threshold=threshold.data_ptr(),
             threshold_stride=plan.threshold_stride,
             graded=graded.data_ptr(),
@@ -293,7 +297,7 @@ def saved_shapes(signature: Signature) -> tuple[tuple[tuple[int, ...], torch.dty
     padded = _C.cpu_padded_channels(DTYPES.index(s.dtype), s.c)
     images = (s.time, s.n, s.ho * s.wo)
     return (
-        ((*images, 4 * padded), s.dtype),
+        ((*images, (2 if s.options.checkpoint == "gates" else 4) * padded), s.dtype),
         ((*images, padded), s.dtype),
         ((s.time, s.n) if s.options.inhibition else (0,), torch.int64),
     )

@@ -56,7 +56,7 @@ def _kept(x: Tensor, saved: Saved | None) -> tuple[Tensor, ...]:
 )  # fmt: skip
 def _forward(*given: Any) -> tuple[Tensor, ...]:
     call, (training, algorithm) = _call(*given), given[8:]
-    if training and call.options.checkpoint:
+    if training and call.options.checkpoint is True:
         (*out, _), boundaries = checkpoint.forward(call, algorithm)
         first, *rest = _kept(call.x, None)
         return (*out, torch.stack(boundaries) if boundaries else first, *rest)
@@ -67,7 +67,7 @@ def _forward(*given: Any) -> tuple[Tensor, ...]:
 @_forward.register_fake
 def _(*given):
     call, training = _fake_call(*given), given[8]
-    keeps = training and not call.options.checkpoint
+    keeps = training and call.options.checkpoint is not True
     *out, saved = kernels.empty_result(call, keeps)
     first, *rest = _kept(call.x, saved)
     count = checkpoint.boundary_count(call) if training and not keeps else 0
@@ -83,7 +83,7 @@ def _(*given):
 )  # fmt: skip
 def _backward(*given: Any) -> tuple[Tensor, ...]:
     call, saved, grads, (wanted, algorithm) = _call(*given), given[8:11], given[11:14], given[14:]
-    if call.options.checkpoint:
+    if call.options.checkpoint is True:
         boundaries = saved[0].unbind() if saved[0].dim() > 1 else ()
         out = checkpoint.backward(call, boundaries, grads, wanted, algorithm)
     else:

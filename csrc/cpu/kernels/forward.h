@@ -4,6 +4,7 @@
 #pragma once
 
 #include "fire.h"
+#include "kept_gates.h"
 #include "rows.h"
 #include "schedule.h"
 #include "sparse.h"
@@ -30,6 +31,7 @@ class Forward {
         states_(args, l_, tasks_),
         block_(l_.block_rows()),
         strip_(l_.strip_rows()),
+        kept_(args.half_gates),
         sparse_(l_, strip_) {
     if constexpr (kHasWinograd<T, VL>) {
       inputs_ = InputTransform<S>(l_.form);
@@ -307,9 +309,10 @@ class Forward {
     T* syn_out = states_.syn_after(t, r, h) + cb * VL;
     const T* mem_in = states_.mem_inner(t, r, h) + cb * VL;
     T* mem_out = states_.mem_inner(t + 1, r, h) + cb * VL;
+    const int64_t pixel = l_.Cb * kept_.size();
     T* saved = a_.saved_gates
                    ? static_cast<T*>(a_.saved_gates) +
-                         ((t * c.N + r.n) * l_.pixels + h * l_.Wo) * 4 * l_.Cp + cb * kGates
+                         ((t * c.N + r.n) * l_.pixels + h * l_.Wo) * pixel + cb * kept_.size()
                    : nullptr;
     for (int64_t w = 0; w < l_.Wo; ++w) {
       T* g = gates + w * kGates;
@@ -317,12 +320,7 @@ class Forward {
           {S::load(g), S::load(g + VL), S::load(g + 2 * VL), S::load(g + 3 * VL)});
       S::store(g, Neuron<M>::next_syn(act, S::load(syn_in + w * l_.Cp)));
       S::store(g + 2 * VL, act.o);
-      if (saved) {
-        T* p = saved + w * 4 * l_.Cp;
-        S::store(p, act.i);
-        S::store(p + VL, act.f);
-        S::store(p + 3 * VL, act.g);
-      }
+      if (saved) kept_.put(saved + w * pixel, act);
     }
     for (int64_t w = 0; w < l_.Wo; ++w) {
       const T* g = gates + w * kGates;
@@ -337,7 +335,7 @@ class Forward {
       }
       S::store(syn_out + w * l_.Cp, syn);
       S::store(mem_out + w * l_.Cp, mem);
-      if (saved) S::store(saved + w * 4 * l_.Cp + 2 * VL, S::flag(o, reset));
+      if (saved) kept_.put_output(saved + w * pixel, o, reset);
     }
   }
 
@@ -418,6 +416,7 @@ class Forward {
   RowTasks tasks_;
   StateRows<T, VL> states_;
   int64_t block_, strip_;  // rows worked on at a time; rows whose gates are in the buffer at a time
+  KeptGates<M> kept_;
   SparseInput<T, VL> sparse_;
   InputTransform<S> inputs_;
   PlaneTransform<GateVector> outputs_;

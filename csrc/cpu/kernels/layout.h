@@ -7,7 +7,7 @@
 //   mem      (N, Ho + 2 pad, Wo + 2 pad, Cp)      zero border: the recurrent convolution reads it
 //   syn      (N, Ho * Wo, Cp)
 //   gates    (N, Ho * Wo, Cb, 4, VL)              the four gates of a channel in four vectors;
-//                                                 the sign of the output gate says "was reset"
+//                                                 as kept for backward: kept_gates.h
 //   d gates  (N, Ho + 2 pad, Wo + 2 pad, Cb, 4, VL)
 // With Winograd the images are rounded up to whole tiles, with zeros.
 //

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "fire.h"
+#include "kept_gates.h"
 #include "step_images.h"
 
 SNNLSTM_BEGIN_ISA
@@ -21,7 +22,7 @@ class NeuronBackward {
   // by_sample: of a call of one step each thread keeps the sample that it works on, else all are.
   NeuronBackward(const BackwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks,
                  bool by_sample)
-      : a_(a), l_(l), tasks_(tasks), by_sample_(by_sample), images_(l) {}
+      : a_(a), l_(l), tasks_(tasks), by_sample_(by_sample), kept_(a.half_gates), images_(l) {}
 
   void carve(Arena& arena) {
     const int64_t kept = by_sample_ ? a_.threads : a_.cell.N;
@@ -158,10 +159,10 @@ class NeuronBackward {
   }
 
   const T* gates(int64_t t, int64_t n, int64_t h) const {
-    return static_cast<const T*>(a_.saved_gates) + gates_row(t, n, h);
+    return static_cast<const T*>(a_.saved_gates) + row_begin(t, n, h) * l_.Cb * kept_.size();
   }
-  int64_t gates_row(int64_t t, int64_t n, int64_t h) const {
-    return ((t * a_.cell.N + n) * l_.pixels + h * l_.Wo) * 4 * l_.Cp;
+  int64_t row_begin(int64_t t, int64_t n, int64_t h) const {  // in pixels
+    return (t * a_.cell.N + n) * l_.pixels + h * l_.Wo;
   }
   const T* syn_after(int64_t t, const Sample& p, int64_t h) const {  // t = -1: the first syn
     if (t < 0) return state_row(syn0_, p, h);
@@ -181,14 +182,9 @@ class NeuronBackward {
   }
 
   // tanh of the synaptic current before its quantisation.
-  R tanh_syn(const T* gate, const T* syn, const T* syn_prev) const {
+  R tanh_syn(const Gates<R>& act, const T* syn, const T* syn_prev) const {
     if (a_.cell.num_levels == 0) return M::tanh(S::load(syn));
-    const Gates<R> act = load(gate);
     return M::tanh(Neuron<M>::next_syn(act, S::load(syn_prev)));
-  }
-  static Gates<R> load(const T* gate) {
-    return {S::load(gate), S::load(gate + VL), S::abs(S::load(gate + 2 * VL)),
-            S::load(gate + 3 * VL)};
   }
 
   // mem after step t, from what was saved.
@@ -196,10 +192,11 @@ class NeuronBackward {
     const Cell& c = a_.cell;
     const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
     for (int64_t k = 0; k < l_.Wo; ++k)
-      for (int64_t ch = 0; ch < l_.Cp; ch += VL, gate += kGates, syn += VL, syn_prev += VL) {
-        const R o = S::load(gate + 2 * VL);
-        R mem = Neuron<M>::next_mem(S::abs(o), tanh_syn(gate, syn, syn_prev));
-        mem = Neuron<M>::after_reset(c.reset, mem, S::flagged(o), S::load(threshold_ + ch));
+      for (int64_t ch = 0; ch < l_.Cp; ch += VL, gate += kept_.size(), syn += VL, syn_prev += VL) {
+        Mask reset;
+        const Gates<R> act = kept_.get(gate, reset);
+        R mem = Neuron<M>::next_mem(act.o, tanh_syn(act, syn, syn_prev));
+        mem = Neuron<M>::after_reset(c.reset, mem, reset, S::load(threshold_ + ch));
         if (c.num_levels > 0)
           mem = quantise_lanes<M>(mem, static_cast<const T*>(a_.levels), c.num_levels);
         S::store(out + k * l_.Cp + ch, mem);
@@ -257,24 +254,24 @@ class NeuronBackward {
     const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
     T* d_syn = state_row(d_syn_, p, h);
     T* out = images_.d_gates_row(t, p.kept, h);
-    T* left = a_.d_gates ? static_cast<T*>(a_.d_gates) + gates_row(t, p.n, h) : nullptr;
+    T* left = a_.d_gates ? static_cast<T*>(a_.d_gates) + row_begin(t, p.n, h) * 4 * l_.Cp : nullptr;
     T *bias_sums = bias_sums_ + task * 4 * l_.Cp, *threshold_sums = threshold_sums_ + task * l_.Cp;
     for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
       R bias[4] = {R{}, R{}, R{}, R{}}, threshold{};
       for (int64_t w = 0; w < l_.Wo; ++w) {
         const int64_t k = w * l_.Cp + ch;
-        const T* g = gate + 4 * k;
-        const Mask reset = S::flagged(S::load(g + 2 * VL));
+        Mask reset;
+        const Gates<R> act = kept_.get(gate + k / VL * kept_.size(), reset);
         const R grad = S::load(mem_grad + k);
-        const NeuronGrad<R> d = Neuron<M>::backward(c.reset, load(g), S::load(syn_prev + k),
-                                                    tanh_syn(g, syn + k, syn_prev + k), reset, grad,
-                                                    S::load(d_syn + k));
+        const NeuronGrad<R> d = Neuron<M>::backward(c.reset, act, S::load(syn_prev + k),
+                                                    tanh_syn(act, syn + k, syn_prev + k), reset,
+                                                    grad, S::load(d_syn + k));
         if (c.reset == Reset::subtract) threshold -= S::where(reset, grad, R{});
         S::store(d_syn + k, d.syn_prev);
         const R pre[4] = {d.pre.i, d.pre.f, d.pre.o, d.pre.g};
         for (int v = 0; v < 4; ++v) {
           S::store(out + 4 * k + v * VL, pre[v]);
-          if (left) S::store(left + 4 * k + v * VL, pre[v]);  // perhaps where g was
+          if (left) S::store(left + 4 * k + v * VL, pre[v]);  // perhaps where the gates were
           bias[v] += pre[v];
         }
       }
@@ -290,6 +287,7 @@ class NeuronBackward {
   const Layout<T, VL>& l_;
   const RowTasks& tasks_;
   bool by_sample_;
+  KeptGates<M> kept_;
   StepBuffers<T, VL> images_;
   T *threshold_ = nullptr, *threshold_sums_ = nullptr, *bias_sums_ = nullptr;
   T *syn0_ = nullptr, *d_syn_ = nullptr;

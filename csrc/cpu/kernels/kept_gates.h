@@ -1,0 +1,79 @@
+// The activated gates that the forward pass keeps for the backward pass, by pixel and vector of
+// channels: the numbers themselves, or fixed point numbers of half their bits.
+#pragma once
+
+#include "math.h"
+
+SNNLSTM_BEGIN_ISA
+
+// Whole: i, f, o, g in four vectors; the sign of o says "was reset".
+// Halves: two words a lane, i below f and o below g. Codes of i and f count from 0 to 1, those of g
+// from -1 to 1, and those of o, one bit shorter, from 0 to 1; the last bit of o's half says "was
+// reset". One code of each stands for NaN.
+template <class M>
+class KeptGates {
+  using T = typename M::Scalar;
+  using R = typename M::R;
+  using Mask = typename M::Mask;
+  using Bits = typename M::Bits;
+  static constexpr int VL = M::lanes, kBits = 4 * sizeof(T);
+  static constexpr Bits kAll = (Bits(1) << kBits) - 1, kReset = Bits(1) << (kBits - 1);
+  static constexpr Bits kFirst = kAll - 1, kShort = kReset - 2, kSigned = kReset - 1;  // codes of 1
+  static constexpr T kInteger = T(int64_t(1) << M::K::mantissa);  // adding it rounds to an integer
+
+ public:
+  explicit KeptGates(bool halves) : halves_(halves) {}
+
+  // Elements of a pixel's vector of channels.
+  int64_t size() const { return (halves_ ? 2 : 4) * VL; }
+
+  // The gates, without the reset; put_output() follows.
+  SNNLSTM_INLINE void put(T* to, const Gates<R>& act) const {
+    if (halves_) {
+      store(to, code(act.i, kFirst, 0, kAll) | code(act.f, kFirst, 0, kAll) << kBits);
+      store(to + VL, code(act.o, kShort, 0, kSigned) | code(act.g, kSigned, kReset, 0) << kBits);
+    } else {
+      M::store(to, act.i);
+      M::store(to + VL, act.f);
+      M::store(to + 3 * VL, act.g);
+    }
+  }
+  SNNLSTM_INLINE void put_output(T* to, R o, Mask reset) const {
+    if (halves_)
+      store(to + VL, word(to + VL) | (reset & kReset));
+    else
+      M::store(to + 2 * VL, M::flag(o, reset));
+  }
+
+  SNNLSTM_INLINE Gates<R> get(const T* from, Mask& reset) const {
+    if (halves_) {
+      const Mask first = word(from), second = word(from + VL);
+      reset = (second & kReset) != 0;
+      return {number(first & kAll, kFirst, 0, kAll), number(high(first), kFirst, 0, kAll),
+              number(second & kSigned, kShort, 0, kSigned),
+              number(high(second), kSigned, kReset, 0)};
+    }
+    const R o = M::load(from + 2 * VL);
+    reset = M::flagged(o);
+    return {M::load(from), M::load(from + VL), M::abs(o), M::load(from + 3 * VL)};
+  }
+
+ private:
+  static SNNLSTM_INLINE Mask word(const T* from) { return reinterpret_cast<Mask>(M::load(from)); }
+  static SNNLSTM_INLINE void store(T* to, Mask word) { M::store(to, reinterpret_cast<R>(word)); }
+  static SNNLSTM_INLINE Mask high(Mask word) { return (word >> kBits) & kAll; }
+
+  // `one` is the distance from the code of 0, which is `zero`, to that of 1.
+  static SNNLSTM_INLINE Mask code(R v, Bits one, Bits zero, Bits nan) {
+    const R rounded = v * T(one) + (kInteger + T(zero));
+    return v == v ? reinterpret_cast<Mask>(rounded) & kAll : Mask{} + nan;
+  }
+  static SNNLSTM_INLINE R number(Mask code, Bits one, Bits zero, Bits nan) {
+    const R v = __builtin_convertvector(code - zero, R) * (T(1) / T(one));
+    return M::where(code == nan, M::splat(T(NAN)), v);
+  }
+
+  bool halves_;
+};
+
+SNNLSTM_END_ISA
