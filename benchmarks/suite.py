@@ -21,7 +21,7 @@ from benchmarks.rows import Row
 from benchmarks.timing import Budget, Quantiles, time_interleaved, warm_up
 
 PROFILED = (BASELINE, "snnlstm")
-WEIGHED_LONG = (BASELINE, "hoisted", "snnlstm", "snnlstm-checkpoint")
+WEIGHED_LONG = (BASELINE, "hoisted", "snnlstm", "snnlstm-gates", "snnlstm-checkpoint")
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,12 @@ def test_training_keeps_the_activated_gates_and_syn(kernels, name):
     assert kept_bytes(kernels, case) == 5 * case.time * state_bytes(case)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_half_gates_are_two_state_sized_tensors_a_step(kernels, name):
+    case = VARIANTS[name].but(checkpoint="gates")
+    assert kept_bytes(kernels, case) == 3 * case.time * state_bytes(case)
+
+
 def test_inhibition_keeps_one_index_a_sample_more(kernels):
     case = PLAIN.but(inhibition=True)
     indices = 8 * case.time * case.batch
@@ -114,7 +120,7 @@ def taken_in_inference(kernels, case: Case) -> tuple[int, int]:
     return outputs, sum(taken.found) - outputs
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("checkpoint", [False, True, "gates"])
 def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_time(
     kernels, checkpoint
 ):

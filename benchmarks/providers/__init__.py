@@ -38,10 +38,11 @@ PROVIDERS: dict[str, type[Provider]] = {
         *ours.ALGORITHMS,
         SnnlstmGraph,
         ours.SnnlstmCheckpoint,
+        ours.SnnlstmGates,
     )
 }
 BASELINE = theirs.SnnTorchEager.name
-DETAILS = ("direct", "winograd", "pointwise", "hybrid", "checkpoint")
+DETAILS = ("direct", "winograd", "pointwise", "hybrid", "checkpoint", "gates")
 DETAILS = tuple(f"snnlstm-{name}" for name in DETAILS)
 """Those that the long table lists, and the short one and the plots of speed leave out."""
 QUICK_PROVIDERS = (BASELINE, "hoisted", "snnlstm-step", "snnlstm")

@@ -24,7 +24,7 @@ class Snnlstm(Provider):
     algorithm = "auto"
     devices: tuple[str, ...] = ("cpu", "cuda")
     runs_as: tuple[str, ...] = ("",)
-    checkpoint = False
+    checkpoint: bool | str = False
 
     @classmethod
     def why_not(cls, case: Case, setting: Setting) -> str | None:
@@ -78,6 +78,15 @@ class SnnlstmCheckpoint(Snnlstm):
     name = "snnlstm-checkpoint"
     title = "snnlstm by sequence, checkpoint=True"
     checkpoint = True
+
+
+class SnnlstmGates(Snnlstm):
+    """The whole sequence in one call, gates kept in half the memory."""
+
+    name = "snnlstm-gates"
+    title = 'snnlstm by sequence, checkpoint="gates"'
+    devices = ("cpu",)
+    checkpoint = "gates"
 
 
 def _with_algorithm(name: str, title: str, devices: str, *runs_as: str) -> type[Snnlstm]:
