@@ -15,7 +15,6 @@ from oracle import check_steps
 from poison import HUGE, NAN, poisoned
 from torch import Tensor
 
-
 # What gates of half their bits may add to the error of a gradient, relative to its largest element.
 HALF_GATES = {torch.float32: 1e-4, torch.float64: 2e-9}
 
