@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 import torch
@@ -41,3 +42,24 @@ def kernel_times(row: Row, runner: Runner, device: str) -> list[KernelTime]:
     what = (row.dtype, row.case, row.mode, row.provider)
     found = [KernelTime(*what, e.key, e.count, time, time / total) for e, time in events if time]
     return sorted(found, key=lambda kernel: -kernel.microseconds)
+
+
+def shares(runner: Runner, threads: int, seconds: float = 1.0) -> str:
+    """What the threads do in the CPU kernels' parts, and outside of them, in a line of shares.
+
+    "rest" is what the kernels do beside their parts; "outside" is torch and Python.
+    """
+    from snnlstm.native import cpu
+
+    setup, run = runner
+    wall = 0.0
+    with cpu.profile() as spent:
+        while wall < seconds:
+            setup()
+            begin = time.perf_counter()
+            result = run()
+            wall += time.perf_counter() - begin
+            del result
+    everything = spent.pop("all")
+    spent |= {"rest": everything - sum(spent.values()), "outside": wall * threads - everything}
+    return ", ".join(f"{part} {time / wall / threads:.0%}" for part, time in spent.items())

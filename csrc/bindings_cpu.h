@@ -8,6 +8,7 @@
 #include "bindings.h"
 #include "cpu/api.h"
 #include "cpu/interrupt.h"
+#include "cpu/profile.h"
 
 namespace snnlstm::bindings {
 
@@ -174,6 +175,14 @@ inline void bind_cpu(py::module_& m) {
   m.def("isa_name", &cpu::isa_name);
   m.def("set_isa", &cpu::set_isa);
   m.def("inspect", &inspect);
+  // Begins to count the time of the kernels' parts, or ends that: nanoseconds by part.
+  m.def("cpu_profile", [](bool begin) {
+    static cpu::Profile counted;
+    const std::vector<int64_t> spent(std::begin(counted.spent), std::end(counted.spent));
+    counted = {};
+    cpu::profile = begin ? &counted : nullptr;
+    return spent;
+  });
   m.def("cpu_padded_channels", [](int dtype, int64_t C) {
     Cell cell;
     cell.dtype = numbered<DType>("dtype", dtype, 2), cell.C = C;

@@ -1,5 +1,5 @@
-// The CPU half's entry points, twins of csrc/cuda/api.h. All memory is the caller's: the sizes
-// that it must bring are asked for first. Float32 and float64.
+// The CPU half's entry points, twins of csrc/cuda/api.h, in float32 and float64. All memory is the
+// caller's, who asks for its sizes first.
 #pragma once
 
 #include <string>
@@ -11,30 +11,33 @@ namespace snnlstm::cpu {
 
 enum class Algorithm : int { automatic = 0, direct = 1, winograd = 2 };
 
-// The cell without the taps that meet no pixel, which all the others here expect, and with the ways
-// of its convolutions filled in (tiles, x_way). density: the part of x's
-// values that are not zero; most_inputs: a side of the largest Winograd tile whose rounding errors
-// the weights admit; backward: for the backward pass of a call.
+// Returns the cell without the taps that meet no pixel, which all other functions here expect, and
+// with the ways of its convolutions (tiles, x_way). density is the part of x's values that are not
+// zero, most_inputs a side of the largest Winograd tile whose rounding errors the weights admit,
+// and backward says whether the cell is for the backward pass of a call.
 Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inputs, bool backward);
 
-// What choose() chose, such as "winograd4-sparse": the way of the recurrent half, then of x.
+// Returns what choose() chose, such as "winograd4-sparse": the recurrent half's way, then x's.
 std::string way_name(const Cell& cell);
 
-// Whether there are Winograd kernels for the cell's type and number of channels.
+// Says whether there are Winograd kernels for the cell's type and number of channels.
 bool has_tiles(const Cell& cell);
 
-// What the input half costs from lists of its nonzeros, as a part of what it costs directly.
+// Returns the cost of the input half from lists of its nonzeros, over its cost in direct sums.
 double sparse_cost(const Cell& cell, double density);
 
-// Bytes that a call needs as its workspace.
+// These return the bytes that a call needs as its workspace. `weight` says whether the backward
+// pass forms the weight's gradient.
 int64_t forward_workspace(const Cell& cell, int threads);
-int64_t backward_workspace(const Cell& cell, int threads, bool weight);  // with its gradient?
+int64_t backward_workspace(const Cell& cell, int threads, bool weight);
 int64_t weight_gradient_workspace(const Cell& cell, int threads);
 
-// C rounded up to whole vectors: what a pixel of saved_syn holds, and a quarter of saved_gates.
+// Returns C rounded up to whole vectors. A pixel of saved_syn has so many values, a pixel of
+// saved_gates four times as many, or twice as many with half_gates.
 int64_t padded_channels(const Cell& cell);
 
-// The forms of a weight: ForwardArgs' and BackwardArgs' weight, weight_mem and weight_x.
+// The forms of a weight. The first three are ForwardArgs' weight, weight_mem and weight_x, the
+// others are BackwardArgs'.
 enum class Form : int {
   forward = 0,
   forward_mem_tiles = 1,
@@ -44,7 +47,8 @@ enum class Form : int {
   backward_x_tiles = 5,
 };
 
-// Whether a call reads this form; grad_x: whether it is a backward pass that gives x a gradient.
+// Says whether a call reads this form. grad_x says whether the call is a backward pass that gives x
+// a gradient.
 inline bool reads(const Cell& c, Form form, bool grad_x) {
   const bool tiles = c.tiled(), tiles_of_x = tiles && c.stride_h == 1 && c.stride_w == 1;
   switch (form) {
@@ -61,10 +65,10 @@ inline bool reads(const Cell& c, Form form, bool grad_x) {
   }
 }
 
-// What the form depends on beside the channels and the instruction set, such as "3x3:4".
+// Returns what the form depends on beside the channels and the instruction set, such as "3x3:4".
 std::string form_name(const Cell& cell, Form form);
 
-// weight: (4C, Cin + C, rows, columns), contiguous, the outer taps included.
+// The weight is (4C, Cin + C, rows, columns), contiguous, and includes the outer taps.
 int64_t packed_bytes(const Cell& cell, Form form);
 void pack_weight(const Cell& cell, Form form, int threads, const void* weight, void* packed);
 
@@ -72,8 +76,8 @@ void forward(const ForwardArgs& args);
 void backward(const BackwardArgs& args);
 void weight_gradient(const WeightGradArgs& args);
 
-// The instruction sets compiled in that this processor can run, best last, and the one in use:
-// the best, or what the environment variable SNNLSTM_ISA names.
+// isa_names() lists the compiled instruction sets that this processor can run, best last.
+// isa_name() is the one in use: the best, or what the environment variable SNNLSTM_ISA names.
 std::vector<std::string> isa_names();
 std::string isa_name();
 void set_isa(const std::string& name);  // std::invalid_argument where it cannot run

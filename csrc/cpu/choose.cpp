@@ -1,5 +1,5 @@
-// Which way each convolution is summed: a cost model in multiply-adds of one vector, per pixel and
-// channel block, with what the transforms cost beside them. benchmarks/NOTES.md has the
+// Decides how each convolution is summed. The cost model counts multiply-adds of one vector, per
+// pixel and channel block, and adds what the transforms cost. benchmarks/NOTES.md has the
 // measurements.
 #include <algorithm>
 #include <cmath>
@@ -30,10 +30,10 @@ double direct_cost(const Cell& c, double channels) {
   return taps * channels * 4 * (1 + fetch_cost(c, taps) / at_once(c, double(c.Ho() * c.Wo()), 64));
 }
 
-// The products, the transform of the outputs (of four gates) and the transform of the inputs, which
-// all channel blocks share. Tiles that stick out of the image count whole. In the backward pass all
-// pixels of a call share the transforms of the filters, which have changed since the last call, and
-// of their gradient.
+// Adds up the products, the transform of the outputs (of four gates) and the transform of the
+// inputs, which all channel blocks share. Tiles that stick out of the image count whole. In the
+// backward pass all pixels of a call share the transforms of the filters, which have changed since
+// the last call, and the transforms of the filters' gradient.
 double tile_cost(const Cell& c, const Tiling& t, double channels, bool backward) {
   const double points = t.points(), products = points * t.parts() * 4 * channels;
   const auto up = [](const Axis& a, int dilation, int64_t n) {
@@ -50,9 +50,9 @@ double tile_cost(const Cell& c, const Tiling& t, double channels, bool backward)
   return per_tile * tiles / pixels + of_filters / (double(c.T * c.N) * pixels);
 }
 
-// The cell without the taps that only ever meet the border: those that are further from the middle
-// than one end of the image from the other. What is left is never wider than twice the image, and
-// a stride leads no further than the image reaches.
+// Returns the cell without the taps that only ever meet the border, which are further from the
+// middle than one end of the image is from the other. The rest of the kernel is never wider than
+// twice the image, and the stride leads no further than the image reaches.
 Cell within_image(const Cell& cell) {
   Cell c = cell;
   const auto trim = [](int64_t size, int& kernel, int& stride, int& dilation, int& outer) {
@@ -89,8 +89,8 @@ Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inpu
   }
   double best = direct_cost(c, double(c.Cin));
   if (c.tiled() && c.stride_h == 1 && c.stride_w == 1) {
-    // Backward's x_way is of the weight gradient. Forward, beside the recurrent half, the outputs
-    // are transformed anyway.
+    // In the backward pass x_way is the weight gradient's. In the forward pass the recurrent half
+    // has its outputs transformed anyway, so x pays for its inputs and products alone.
     const Tiling t = backward ? grad_tiling(c) : tiling(c);
     const double cost = tile_cost(c, t, double(c.Cin), backward) - tile_cost(c, t, 0, backward);
     if (forced || cost < best) best = cost, c.x_way = Way::winograd;

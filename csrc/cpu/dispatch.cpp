@@ -1,4 +1,4 @@
-// The choice of instruction set, once at run time.
+// Chooses the instruction set, once at run time.
 #include <cstdlib>
 #include <stdexcept>
 
@@ -26,7 +26,7 @@ namespace {
 struct Isa {
   const char* name;
   const Kernels* kernels;
-  const Kernels* for_few_channels;  // up to kFew, of which long vectors would be mostly empty
+  const Kernels* for_few_channels;  // up to kFew channels leave long vectors mostly empty
   bool usable;
   bool chosen_by_itself;
 };

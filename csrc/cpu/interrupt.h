@@ -1,16 +1,16 @@
-// How a long call of the kernels is ended before its time.
+// Ends a long call of the kernels before its time.
 #pragma once
 
 namespace snnlstm::cpu {
 
 struct Interruption {
-  // The calling thread calls this before each phase of a call; it may set stop.
+  // The calling thread calls look() before each phase of a call. look() may set stop.
   void (*look)(Interruption&) = nullptr;
-  // Once this is 1 no thread begins another task: the call returns, its results unfinished.
+  // Once stop is 1 no thread begins another task: the call returns with unfinished results.
   int stop = 0;
 };
 
-// Of the calls that this thread makes; null: they are not interrupted.
+// The interruption of this thread's calls. Without one (null) they run to their end.
 inline thread_local Interruption* interruption = nullptr;
 
 }  // namespace snnlstm::cpu

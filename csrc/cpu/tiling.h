@@ -1,13 +1,13 @@
-// Winograd's tiles along the two axes of an image, which know nothing of each other.
+// Winograd's tiles along the two axes of an image. The axes are independent of each other.
 #pragma once
 
 #include "../args.h"
 
 namespace snnlstm::cpu {
 
-// Tiles of `tile` outputs. The kernel's taps are cut into `parts` parts of `part` taps each, the
-// last filled up with zeros. A part sees the inputs of the tile that many tiles on: parts of more
-// than one are as long as a tile.
+// Tiles of `tile` outputs. The kernel's taps are cut into `parts` parts of `part` taps each, and
+// zeros fill up the last part. If there are several parts, each is as long as a tile, so that part
+// k sees the inputs of the tile that lies k tiles further.
 struct Axis {
   int tile = 1, part = 1, parts = 1;
 
@@ -22,7 +22,7 @@ struct Tiling {
   int parts() const { return h.parts * w.parts; }
 };
 
-// The forms that there are: F(2,3), F(3,3), F(4,3), F(2,5), F(4,5), F(4,4); of one tap nothing.
+// The forms are F(2,3), F(3,3), F(4,3), F(2,5), F(4,5) and F(4,4). One tap needs no transform.
 inline Axis axis(int kernel, int tile) {
   if (kernel == 1) return {};
   if (tile == 3) return {3, 3, (kernel + 2) / 3};
@@ -32,12 +32,12 @@ inline bool has_form(int kernel, int tile) {
   return kernel == 1 ? tile == 1 : tile == 3 || tile == 4 || (tile == 2 && kernel <= 5);
 }
 
-// The tiles of a cell's recurrent convolution, and of its input's where that is tiled too.
+// Returns the tiles of the recurrent convolution, which the input's has too if it is tiled.
 inline Tiling tiling(const Cell& c) {
   return {axis(c.kernel_h, c.tile_h), axis(c.kernel_w, c.tile_w)};
 }
 
-// The tiles of the weight gradient: with more than 6 inputs they would round too much.
+// Returns the tiles of the weight gradient. Tiles with more than 6 inputs would round too much.
 inline Tiling grad_tiling(const Cell& c) {
   const auto smaller = [](int kernel, int tile) {
     const Axis a = axis(kernel, tile);

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch  # before the core, which uses the OpenMP runtime that torch has loaded
@@ -31,6 +32,22 @@ def set_isa(name: str) -> None:
     global isa
     _C.set_isa(name)
     isa = name
+
+
+@contextmanager
+def profile() -> Iterator[dict[str, float]]:
+    """Within the block, count the time of the kernels' parts, of all threads.
+
+    Afterwards the dict has the seconds of products, transforms, pointwise work, copies, waiting for
+    other threads, and "all", which is more than their sum.
+    """
+    parts = ("products", "transforms", "pointwise", "copies", "waiting", "all")
+    seconds: dict[str, float] = {}
+    _C.cpu_profile(True)
+    try:
+        yield seconds
+    finally:
+        seconds |= zip(parts, (spent / 1e9 for spent in _C.cpu_profile(False)), strict=True)
 
 
 class _Way:

@@ -5,9 +5,9 @@
 //   inputs   the data gradient of x, where it is wanted (with Winograd the rows tasks do it too)
 //   weights  step t's part of the weight gradient (weight_gradient.h), unless the d gates are left
 //            to step_gradients.h
-// Memory beside the results: two time steps of d gates, mem and x, whatever T is. A call of one
-// step of many samples takes one after the other instead, from its gradients to those of its
-// inputs, while all of it lies in L2.
+// The workspace holds two time steps of d gates, mem and x, whatever T is. A call of one step of
+// many samples takes one sample after the other, from the gradients of its outputs to those of its
+// inputs, while all of the sample lies in L2.
 #pragma once
 
 #include "data_grad.h"
@@ -44,7 +44,7 @@ class Backward {
     carve(arena);
   }
 
-  // weight: whether the call forms the weight's gradient.
+  // `weight` says whether the call forms the weight's gradient.
   static int64_t workspace(const Cell& cell, int threads, bool weight) {
     BackwardArgs args;
     args.cell = cell;
@@ -82,7 +82,7 @@ class Backward {
                });
                int64_t phase = 2;
                for (int64_t t = T_ - 1; t >= 0; --t) {
-                 // The largest tasks first: nobody begins one when all others are done.
+                 // The largest tasks come first, so that no thread begins one last of all.
                  phases.run(phase++, weight_tasks + x_tasks + tasks_.groups(), [&](int64_t task) {
                    if (task < weight_tasks)
                      return weights_.add(neuron_.images(t), task, thread, scratch_[thread].tiles);
@@ -105,14 +105,14 @@ class Backward {
  private:
   int64_t most_phases() const { return 2 * a_.cell.T + 3; }
 
-  // Whether samples make good tasks: no thread is long without one, and L2 holds one.
+  // Says whether samples make good tasks: L2 holds one, and no thread is idle for long.
   bool enough_samples() const {
     const int64_t N = a_.cell.N, rounds = (N + a_.threads - 1) / a_.threads;
     const int64_t bytes = 8 * l_.mem_image() * int64_t(sizeof(T));
     return 4 * rounds * a_.threads <= 5 * N && bytes <= 1 << 20;
   }
 
-  // All of a sample, in a call of one step.
+  // Does all of a sample, in a call of one step.
   void sample(int64_t n, bool x_apart, int thread) {
     const int64_t first = n * tasks_.per_image, last = first + tasks_.per_image;
     for (int64_t task = first; task < last; ++task) {
@@ -196,7 +196,7 @@ class Backward {
     write_x(t, n, together, begin, end, s.x);
   }
 
-  // Tasks of the data gradient of x: blocks of rows of all images that belong together.
+  // Counts the tasks of the data gradient of x: blocks of rows of all images that belong together.
   int64_t tasks_x() const {
     return (tasks_.most_together > 1 ? tasks_.groups() : a_.cell.N) * x_blocks_;
   }
@@ -214,6 +214,7 @@ class Backward {
   }
 
   void write_x(int64_t t, int64_t n, int64_t together, int64_t begin, int64_t end, const T* rows) {
+    const Span span(Part::copies);
     const View& v = a_.grad_x;
     for (int64_t k = 0; k < together; ++k)
       for (int64_t h = begin; h < end; ++h, rows += to_x_.row_size())

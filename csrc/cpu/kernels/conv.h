@@ -4,9 +4,9 @@
 //   out[p][NV * VL] (+)= sum over runs, k:  in[p * pixel_stride + run.in + k] * w[run.w + k][NV *
 //   VL]
 //
-// With the input channels-last, the taps of one kernel row and all their channels lie side by
-// side: a run is a kernel row (or, where that is not so, one tap). The weight is packed in the
-// order in which the tile reads it.
+// The input is channels-last: the taps of one kernel row and all their channels lie side by side
+// and are one run. With dilation each tap is a run. The weight is packed in the order in which the
+// tile reads it.
 #pragma once
 
 #include "simd.h"
@@ -19,8 +19,8 @@ struct Run {
   int64_t len;
 };
 
-// Largest P for NV vectors: the accumulators, one broadcast per pixel and a weight must fit in the
-// registers (16 of them, or 32 with AVX-512 and on Arm).
+// The largest P for NV vectors. The accumulators, one broadcast per pixel and a weight must fit in
+// the registers (16 of them, or 32 with AVX-512 and on Arm).
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kAccumulators = 24;
 #else
@@ -29,8 +29,8 @@ constexpr int kAccumulators = 12;
 template <int NV>
 constexpr int kMaxPixels = kAccumulators / NV < 8 ? kAccumulators / NV : 8;
 
-// What the sums of a row of pixels are added to: nothing, the same for every pixel (a bias), or
-// what the output holds already.
+// The sums of a row of pixels are added to this: to nothing, to the same for every pixel (a bias),
+// or to what the output holds already.
 template <class T>
 struct Start {
   const T* from = nullptr;
@@ -55,7 +55,7 @@ SNNLSTM_INLINE void conv_tile(const typename S::Scalar* in, int64_t pixel_stride
     const typename S::Scalar* b = w + runs[r].w * (NV * VL);
     const int64_t len = runs[r].len;
     for (int64_t k = 0; k < len; ++k) {
-      // The shorter side waits in registers while the longer one streams past.
+      // The shorter side stays in registers while the longer one streams past.
       if constexpr (P <= NV) {
         R x[P];
 #pragma GCC unroll 32
@@ -122,7 +122,7 @@ __attribute__((noinline)) void conv_row_of(const typename S::Scalar* in, int64_t
   }
 }
 
-// `count` pixels of one row, in tiles of nearly equal size.
+// Sums `count` pixels of one row, in tiles of nearly equal size.
 template <class S, int NV>
 SNNLSTM_INLINE void conv_row(const typename S::Scalar* in, int64_t pixel_stride, const Run* runs,
                              int num_runs, const typename S::Scalar* w,

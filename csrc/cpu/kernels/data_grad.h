@@ -1,7 +1,7 @@
-// The data gradient of a convolution: with stride 1 a convolution of the gates' gradient with the
-// flipped kernel. With a stride, the output pixels of each remainder modulo the stride see their
-// own subset of the taps. With Winograd the transformed gates' gradient of a block of tiles is
-// shared by the recurrent and the input half.
+// The data gradient of a convolution. With stride 1 it is a convolution of the gates' gradient with
+// the flipped kernel. With a stride, the output pixels of each remainder modulo the stride see
+// their own subset of the taps. With Winograd the recurrent and the input half share the
+// transformed gates' gradient of a block of tiles.
 #pragma once
 
 #include <type_traits>
@@ -13,14 +13,14 @@ SNNLSTM_BEGIN_ISA
 template <class T, int VL>
 class DataGrad {
   using S = Simd<T, VL>;
-  using Two = typename Merged<S, 2>::Vector;  // neighbours in one vector, if there are such
+  using Two = typename Merged<S, 2>::Vector;  // two neighbours in one vector, where it is longer
 
  public:
   DataGrad(const DataGrad&) = delete;
   DataGrad& operator=(const DataGrad&) = delete;
 
-  // channels in `vectors` vectors, on an image of `width` columns, seen through a convolution of
-  // the given stride.
+  // The gradient has `vectors` vectors of channels and `width` columns, and belongs to the input of
+  // a convolution of the given stride.
   DataGrad(const Layout<T, VL>& l, int64_t vectors, int64_t width, int stride_h, int stride_w)
       : l_(l),
         vectors_(vectors),
@@ -33,7 +33,7 @@ class DataGrad {
       outputs_of_two_ = PlaneTransform<Two>::outputs(l.form, l.form.h.tile, l.form.w.tile);
     }
     const int64_t pixel = 4 * l.Cp, row = l.Wm * pixel, max_len = chunk();
-    const bool few = l.few_channels();  // only their lanes are summed
+    const bool few = l.few_channels();  // then only the lanes of channels are summed
     if (sh_ == 1 && sw_ == 1 && !few) {
       lists_[0].window(l.c, pixel, row, pixel, 0, max_len);
       return;
@@ -78,7 +78,7 @@ class DataGrad {
   }
 
  private:
-  // f(first vector, their number) for every block that a register tile takes.
+  // Calls f(first vector, number of vectors) for every block that a register tile takes.
   template <class F>
   void each_block(F&& f) const {
     for (int64_t block = 0; block < vectors_;) {
@@ -112,6 +112,7 @@ class DataGrad {
     const Plane cut{4 * NV * VL, NV * VL, lanes};  // of a tile that sticks out
     multiply<S, NV>(b, values, weight + block * VL * l_.tile_weights() * b.channels, b.channels,
                     false, products);
+    const Span span(Part::transforms);
     for (int64_t k = 0; k < b.images * b.count(); ++k) {
       const int64_t image = k / b.count(), tile = k % b.count();
       const int64_t h0 = b.row(tile / b.columns), w0 = b.column(tile % b.columns);
@@ -145,6 +146,7 @@ class DataGrad {
   template <int NV, class In>
   void sweep(int64_t images, In&& d_gates, const T* weight, int64_t block, int64_t begin,
              int64_t end, T* out) const {
+    const Span span(Part::products);
     const int64_t channels = vectors_ * VL, pixel = 4 * l_.Cp, row = l_.Wm * pixel;
     for (int64_t a = 0; a < sh_; ++a)
       for (int64_t b = 0; b < sw_; ++b) {

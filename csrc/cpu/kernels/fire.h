@@ -1,5 +1,5 @@
-// Pooling and spiking: what happens to the membrane potential on its way to the spike, and the way
-// of the spike's gradient back.
+// Pooling and quantisation, which lead from the membrane potential to the spike, and the way of the
+// spike's gradient back.
 #pragma once
 
 #include "layout.h"
@@ -7,8 +7,8 @@
 
 SNNLSTM_BEGIN_ISA
 
-// cell.h's quantise() for all lanes at once: the same steps of one binary search, without branches.
-// Lanes that tie or are not finite are done again one by one.
+// Does what cell.h's quantise() does, for all lanes at once: all lanes take the steps of one binary
+// search, without branches. quantise() itself does the lanes that tie or are not finite.
 template <class M>
 __attribute__((noinline)) typename M::R quantise_lanes(typename M::R v,
                                                        const typename M::Scalar* levels, int n) {
@@ -40,14 +40,15 @@ __attribute__((noinline)) typename M::R quantise_lanes(typename M::R v,
   return result;
 }
 
-// One pooling window of channels-last rows. mem: its first pixel and channel.
+// One pooling window of channels-last rows. `mem` is the window's first pixel and channel.
 template <class M>
 struct Window {
   using T = typename M::Scalar;
   using R = typename M::R;
   using Mask = typename M::Mask;
 
-  // As torch.nn.functional.max_pool2d: a NaN wins, of equal ones the first. where: its place.
+  // Does what torch.nn.functional.max_pool2d does: a NaN wins, and the first of equal values.
+  // `where` gets the winner's place.
   static SNNLSTM_INLINE R max(const Cell& c, const T* mem, int64_t row, int64_t pixel,
                               Mask& where) {
     R best = M::load(mem);
@@ -84,8 +85,8 @@ struct Window {
   }
 };
 
-// The membrane potential that the threshold sees, at one pooled pixel: pooled and, with a
-// quantiser, quantised once more. mem: first pixel of the window.
+// Returns the membrane potential that the threshold sees at one pooled pixel: it is pooled and,
+// with a quantiser, quantised once more. `mem` is the window's first pixel.
 template <class M>
 SNNLSTM_INLINE typename M::R pooled_mem(const Cell& c, const typename M::Scalar* mem, int64_t row,
                                         int64_t pixel, const typename M::Scalar* levels,

@@ -167,15 +167,16 @@ class Forward {
     }
   }
 
-  // Input rows under `rows` state rows: what the kernel, or the tiles, look at.
+  // Returns how many input rows the kernel, or the tiles, of `rows` state rows look at.
   int64_t patch_rows(int64_t rows) const {
     const Cell& c = a_.cell;
     if (!l_.tiled_x()) return (rows - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
     return l_.whole(l_.form.h, c.dilation_h, rows) + (l_.form.h.taps() - 1) * c.dilation_h;
   }
 
-  // The input rows under state rows [b0, b1), channels-last with their zero border.
+  // Copies the input rows that state rows [b0, b1) look at, channels-last, with a zero border.
   void gather_x(int64_t t, int64_t n, int64_t b0, int64_t b1, T* patch) {
+    const Span span(Part::copies);
     const Cell& c = a_.cell;
     const T* x = static_cast<const T*>(a_.x.data) + t * a_.x.stride[0] + n * a_.x.stride[1];
     const int64_t first = b0 * c.stride_h - l_.ph;
@@ -194,11 +195,12 @@ class Forward {
     }
   }
 
-  // Sums `list` over so many rows of each block into its gates: added, or to the bias. in(block):
-  // what the first row sees.
+  // Sums `list` over so many rows of each block, and adds the sums to the block's gates, or else
+  // writes them there with the bias added. in(block) is what the first row sees.
   template <class In>
   void sweep(const RunList& list, In&& in, int64_t row, int64_t pixel, int64_t rows, int64_t cb,
              bool add, const Block* blocks, int64_t count) {
+    const Span span(Part::products);
     const T* w = static_cast<const T*>(a_.weight) + cb * l_.K() * kGates;
     list.chunks(kChunk, [&](const Run* runs, int number) {
       for (const Block* b = blocks; b < blocks + count; ++b)
@@ -213,20 +215,22 @@ class Forward {
   }
 
   void list_x(int64_t b0, int64_t b1, const Block& b) {
+    const Span span(Part::copies);
     const int64_t row = a_.cell.stride_h * l_.Wx * a_.cell.Cin;
     for (int64_t h = b0; h < b1; h += strip_)
       sparse_.build(b.patch + (h - b0) * row, h + strip_ < b1 ? strip_ : b1 - h,
                     b.lists[(h - b0) / strip_]);
   }
 
-  // The bias and the input half of a strip of each block: `rows` state rows, `top` behind the
-  // first.
+  // Writes the bias and the input half of a strip of each block: `rows` state rows, which begin
+  // `top` rows behind the block's first.
   void sweep_x(int64_t top, int64_t rows, int64_t cb, const Block* blocks, int64_t count) {
     const int64_t row = a_.cell.stride_h * l_.Wx * a_.cell.Cin;
     if (a_.cell.x_way != Way::sparse)
       return sweep(
           x_runs_, [&](const Block& b) { return b.patch + top * row; }, row,
           a_.cell.stride_w * a_.cell.Cin, rows, cb, false, blocks, count);
+    const Span span(Part::products);
     for (const Block* b = blocks; b < blocks + count; ++b)
       sparse_.convolve(b->lists[top / strip_],
                        static_cast<const T*>(a_.weight) + cb * l_.K() * kGates, bias_ + cb * kGates,
@@ -245,8 +249,8 @@ class Forward {
     }
   }
 
-  // The recurrent half by Winograd, and the input half too or not; the gates of one row of tiles at
-  // a time are put together and used.
+  // Does the recurrent half by Winograd, and the input half too where x_way says so. One strip of
+  // rows at a time has its gates put together and used.
   void tiled(int64_t t, int64_t together, int64_t b0, int64_t b1, const Scratch& s) {
     const Cell& c = a_.cell;
     const TileBlock<T> of_mem = tiles(b1 - b0, l_.Cp, together),
@@ -274,8 +278,8 @@ class Forward {
     }
   }
 
-  // The gates of state rows [h0, h1) of one image, put together and used; the tiles begin at row
-  // b0.
+  // Puts the gates of state rows [h0, h1) of one image together and uses them. The tiles begin at
+  // row b0.
   void strip(int64_t t, const TileBlock<T>& tiles, int64_t image, int64_t b0, int64_t h0,
              int64_t h1, int64_t cb, bool add, const Scratch& s) {
     const Block& b = s.blocks[image];
@@ -286,9 +290,10 @@ class Forward {
     for (int64_t h = h0; h < h1; ++h) update(t, b.r, h, cb, b.gates + (h - h0) * l_.Wr * kGates);
   }
 
-  // The outputs of one row of tiles, added to the gates or, without `add`, to the bias.
+  // Adds the outputs of one row of tiles to the gates or, without `add`, to the bias.
   void add_tiles(const TileBlock<T>& b, int64_t r, int64_t cb, bool add, const T* products,
                  T* gates) {
+    const Span span(Part::transforms);
     constexpr int lanes = GateVector::lanes;
     const Plane from{b.form.w.inputs() * b.products_stride, b.products_stride, lanes};
     const Plane to{b.dilation_h * l_.Wr * kGates, b.dilation_w * kGates, lanes};
@@ -299,9 +304,10 @@ class Forward {
     }
   }
 
-  // LSTM update, reset and quantisation of one row and channel block. Two passes, each with one
-  // chain of exp and division per pixel: the processor has more pixels in flight.
+  // Does the LSTM update, reset and quantisation of one row and channel block. Each of two passes
+  // has one chain of exp and division per pixel, so that more pixels are in flight.
   void update(int64_t t, const Rows& r, int64_t h, int64_t cb, T* gates) {
+    const Span span(Part::pointwise);
     const Cell& c = a_.cell;
     const T* levels = static_cast<const T*>(a_.levels);
     const R threshold = S::load(threshold_ + cb * VL);
@@ -341,6 +347,7 @@ class Forward {
 
   void write_states(int64_t t, const Rows& r, int64_t begin, int64_t end) {
     if (!a_.record && t != a_.cell.T - 1) return;
+    const Span span(Part::copies);
     const auto same = [](R v, int64_t) { return v; };
     const auto put = [&](const View& v, const T* src, int64_t h) {
       T* dst = static_cast<T*>(v.data) + t * v.stride[0] + r.n * v.stride[1] + h * v.stride[3];
@@ -352,7 +359,7 @@ class Forward {
     }
   }
 
-  // Row h of the pooled image: channels-last pixels, `stride` apart.
+  // Returns row h of the pooled image: channels-last pixels, which lie `stride` apart.
   const T* pooled_row(int64_t t, const Rows& r, int64_t h, const Scratch& s, int64_t& stride) {
     const Cell& c = a_.cell;
     const T* mem = states_.mem_inner(t + 1, r, h * c.pool_h);
@@ -373,6 +380,7 @@ class Forward {
   }
 
   void fire_row(int64_t t, const Rows& r, int64_t h, const Scratch& s) {
+    const Span span(Part::pointwise);
     int64_t stride;
     const T* row = pooled_row(t, r, h, s, stride);
     const R spike = S::splat(T(a_.graded)), silent = S::splat(T(0) * T(a_.graded));
@@ -382,10 +390,10 @@ class Forward {
                  });
   }
 
-  // Inhibition: of all neurons of a sample only the one with the highest (pooled) membrane
-  // potential may spike; the lowest index in (C, Hp, Wp) among equals; a NaN counts as highest, as
-  // in torch.argmax.
+  // Inhibition lets only the neuron of a sample with the highest (pooled) membrane potential spike.
+  // Among equals the lowest index in (C, Hp, Wp) wins; a NaN counts as highest, as in torch.argmax.
   void fire_winner(int64_t t, const Rows& r, const Scratch& s) {
+    const Span span(Part::pointwise);
     const Cell& c = a_.cell;
     const View& v = a_.spk;
     int64_t winner = -1;

@@ -12,14 +12,15 @@ struct Lanes {
   static constexpr int count = VL;
 };
 
-// Narrow vectors where they hold all channels, and those of AVX-512 also where they hold them with
-// fewer zeros: products merge them in pairs, so that only the rest gets slower.
+// Narrow vectors are better where one holds all channels. With AVX-512 they are better, too, where
+// they hold the channels with fewer zeros: products merge them in pairs, so that only the rest of
+// the work gets slower.
 inline bool narrow_is_better(int64_t channels, int64_t narrow, int64_t wide) {
   const auto padded = [&](int64_t lanes) { return (channels + lanes - 1) / lanes * lanes; };
   return channels <= narrow || (kNarrowBytes >= 32 && padded(narrow) < padded(wide));
 }
 
-// f(Lanes<T, VL>) of the vectors that a cell is computed in.
+// Calls f(Lanes<T, VL>) with the vectors in which a cell is computed.
 template <class F>
 auto with_lanes(const Cell& c, F&& f) {
   const auto choose = [&](auto number) {

@@ -22,11 +22,12 @@
 
 #include "../../testing/fences.h"
 #include "conv.h"
+#include "span.h"
 #include "winograd.h"
 
 SNNLSTM_BEGIN_ISA
 
-// Elements behind an image that vector code may read, and throws away.
+// Vector code may read so many elements behind an image, and throws them away.
 constexpr int64_t kReadAhead = 16;
 
 // Hands out pieces of one allocation, each on a cache line of its own. Without memory it only
@@ -49,14 +50,15 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Neighbouring vectors of output channels that a register tile takes at once.
+// A register tile takes these neighbouring vectors of output channels at once.
 struct VectorBlock {
   int64_t first;
   int count;
 };
 
-// The one, of `vectors` vectors of `bytes` each, in which vector v is: four, and what is left over.
-// Short vectors are worth more in pairs, which the processor's longer ones hold (Merged).
+// Returns the block in which vector v of `vectors` vectors of `bytes` each is. Blocks have four
+// vectors, and the last has the rest. Short vectors are taken in pairs, which the processor's
+// longer ones hold (Merged).
 inline VectorBlock vector_block(int64_t vectors, int64_t v, int bytes) {
   const int64_t whole = vectors / 4 * 4, rest = vectors - whole;
   if (v < whole) return {v / 4 * 4, 4};
@@ -98,22 +100,22 @@ struct Layout {
   int64_t Hm, Wm, Hx, Wx;  // with border, of mem and d gates, and of x
   int64_t taps, Kx, Km, Kg, x_blocks;
 
-  // Vectors of x's gradient: shorter ones than the processor's in pairs, to be merged, or in
-  // threes, which are worth as much.
+  // Returns the number of vectors of x's gradient. Vectors shorter than the processor's come in
+  // pairs, which are merged, or in threes, which take as long.
   static int64_t whole_vectors(int64_t n) {
     return VL * int(sizeof(T)) < kNativeBytes && n > 1 && n % 3 != 0 ? round_up(n, 2) : n;
   }
   static int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-  // Whether the input half has the tiles of the recurrent one.
+  // Says whether the input half has the tiles of the recurrent half.
   bool tiled_x() const { return c.tiled() && c.stride_h == 1 && c.stride_w == 1; }
-  // Pixels of `n` along an axis in whole tiles, and how many tiles these are.
+  // whole() rounds `n` pixels along an axis up to whole tiles, and tiles() counts those tiles.
   static int64_t whole(const Axis& a, int64_t dilation, int64_t n) {
     return round_up(n, a.tile * (a.tile > 1 ? dilation : 1));
   }
   static int64_t tiles(const Axis& a, int64_t dilation, int64_t n) {
     return whole(a, dilation, n) / a.tile;
   }
-  // With the border that direct convolution, or the tiles of either form, look at.
+  // Returns `n` with the border that direct convolution, or the tiles of either form, look at.
   int64_t bordered(int kernel, const Axis& a, const Axis& b, int64_t dilation, int64_t n) const {
     if (!c.tiled()) return n + dilation * (kernel - 1);
     const int64_t most_a = whole(a, dilation, n) + dilation * (a.taps() - 1);
@@ -121,18 +123,18 @@ struct Layout {
     return most_a > most_b ? most_a : most_b;
   }
 
-  // Taps of the caller's kernel, and the place of one of `taps` among them.
+  // These count the taps of the caller's kernel, and find the place of one of `taps` among them.
   int64_t all_columns() const { return c.kernel_w + 2 * c.outer_w; }
   int64_t all_taps() const { return (c.kernel_h + 2 * c.outer_h) * all_columns(); }
   int64_t place(int64_t tap) const {
     return (tap / c.kernel_w + c.outer_h) * all_columns() + tap % c.kernel_w + c.outer_w;
   }
 
-  // Values that Winograd makes of a kernel.
+  // These count the values that Winograd makes of a kernel.
   int64_t tile_weights() const { return form.points() * form.parts(); }
   int64_t grad_points() const { return grad_form.points() * grad_form.parts(); }
 
-  // Whether at least half of the lanes are zero.
+  // Says whether at least half of the lanes are zero.
   bool few_channels() const { return 2 * c.C <= Cp; }
 
   int64_t K() const { return Kx + Km; }
@@ -183,8 +185,8 @@ struct Layout {
     return (wide() ? wanted_tiles(t) : 16) / image_tiles(t);
   }
 
-  // The same for a form's tiles. A kernel in parts sees rows of tiles below the block too, whose
-  // transforms its own are to outweigh.
+  // Returns the same for a form's tiles. A kernel in parts sees rows of tiles below the block too,
+  // so that a block of few rows would transform more of those than of its own.
   int64_t rows_of_tiles(const Tiling& t) const {
     const int64_t unit = whole(t.h, c.dilation_h, 1), columns = tiles(t.w, c.dilation_w, Wo);
     const int64_t of_unit = columns * unit / t.h.tile;
@@ -194,7 +196,7 @@ struct Layout {
     return rows < all ? rows : all;
   }
 
-  // Rows of a block whose gates of one channel block are put together at a time, in L1.
+  // Returns how many rows of a block have their gates of one channel block put together in L1.
   int64_t strip_rows() const {
     if (!c.tiled()) return block_rows();
     const int64_t unit = whole(form.h, c.dilation_h, 1);
@@ -202,9 +204,9 @@ struct Layout {
     return rows < unit ? unit : rows < block_rows() ? rows : block_rows();
   }
 
-  // Rows that one task takes: a block, but enough tasks for everybody; whole pooling windows and
-  // tiles. In a call of one step several blocks, as far as their states fit in L2: a task reads the
-  // rows around its own, too.
+  // Returns how many rows one task takes: a block, or less so that every thread has tasks, in whole
+  // pooling windows and tiles. In a call of one step a task, which reads the rows around its own
+  // too, takes several blocks, as far as their states fit in L2.
   int64_t task_rows(int threads) const {
     int64_t rows = block_rows();
     const int64_t wanted = 4 * threads;
@@ -256,8 +258,8 @@ struct RowTasks {
   int64_t image_rows_;
 };
 
-// Which input values a convolution sums for one output pixel, cut into chunks whose weights stay in
-// L1 while many pixels pass over them.
+// The input values that a convolution sums for one output pixel. They are cut into chunks whose
+// weights stay in L1 while many pixels pass over them.
 class RunList {
  public:
   RunList() = default;
@@ -269,8 +271,8 @@ class RunList {
   RunList& operator=(const RunList&) = delete;
   ~RunList() { delete[] runs_; }
 
-  // A dense window of kernel_h x kernel_w taps of `channels` values each. In the input a row is
-  // row_stride apart and a pixel pixel_stride; weight_row: of the first tap.
+  // Makes the list of a dense window of kernel_h x kernel_w taps of `channels` values each. In the
+  // input rows lie row_stride apart and pixels pixel_stride. weight_row is that of the first tap.
   void window(const Cell& c, int64_t channels, int64_t row_stride, int64_t pixel_stride,
               int64_t weight_row, int64_t max_len) {
     const bool whole_rows = c.dilation_w == 1 && pixel_stride == channels;

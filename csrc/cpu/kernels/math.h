@@ -43,7 +43,7 @@ struct Math : Simd<T, VL> {
   using S::splat;
   using S::where;
 
-  // x = n ln(2) + r: power = 2^n and fraction = exp(r) - 1, for |x| <= limit. NaN gives NaN.
+  // With x = n ln(2) + r and |x| <= limit, power is 2^n and fraction is exp(r) - 1. NaN gives NaN.
   static SNNLSTM_INLINE void exp_parts(R x, R& power, R& fraction) {
     const R shifted = x * T(1.44269504088896340736) + K::round;
     const R n = shifted - K::round;
@@ -66,7 +66,8 @@ struct Math : Simd<T, VL> {
 
   static SNNLSTM_INLINE R sigmoid(R x) { return T(1) / (T(1) + exp(-x)); }
 
-  // e = exp(2|x|) - 1 without cancellation; tanh = e / (e + 2) keeps the relative error near 0.
+  // tanh = e / (e + 2), with e = exp(2|x|) - 1 without cancellation, keeps the relative error near
+  // 0.
   static SNNLSTM_INLINE R tanh(R x) {
     const R bounded = S::lesser(splat(T(20)), S::abs(x));
     R power, fraction;

@@ -1,7 +1,7 @@
 // The pointwise part of the backward pass, for a block of rows of one time step: spike, pooling,
-// reset, LSTM. It fills the images that the step's convolutions read (step_images.h). The buffer of
-// the step after still holds that step's mem_before, which is mem after this step: the spikes'
-// gradient reads it.
+// reset, LSTM. It fills the images that the step's convolutions read (step_images.h). The spikes'
+// gradient reads mem after the step, which is mem before the next step and still lies in that
+// step's image.
 #pragma once
 
 #include "fire.h"
@@ -19,7 +19,8 @@ class NeuronBackward {
   static constexpr int kGates = 4 * VL;
 
  public:
-  // by_sample: of a call of one step each thread keeps the sample that it works on, else all are.
+  // With by_sample, in a call of one step, each thread keeps the images of the sample that it works
+  // on. Otherwise the images of all samples are kept.
   NeuronBackward(const BackwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks,
                  bool by_sample)
       : a_(a), l_(l), tasks_(tasks), by_sample_(by_sample), kept_(a.half_gates), images_(l) {}
@@ -57,8 +58,9 @@ class NeuronBackward {
       threshold_[ch] = ch < a_.cell.C ? threshold[ch * a_.threshold_stride] : T(1);
   }
 
-  // Zero borders and sums; the first syn, channels-last.
+  // Clears borders and sums, and copies the first syn, channels-last.
   void clear(int64_t task, int thread) {
+    const Span span(Part::copies);
     const Sample p = sample(task, thread);
     std::memset(threshold_sums_ + task * l_.Cp, 0, l_.Cp * sizeof(T));
     std::memset(bias_sums_ + task * 4 * l_.Cp, 0, 4 * l_.Cp * sizeof(T));
@@ -67,8 +69,9 @@ class NeuronBackward {
     if (tasks_.begin(task) == 0) images_.clear_borders(p.kept);
   }
 
-  // What comes back to the last step's states: their gradients, or zeros.
+  // Copies the gradients of the last step's states, or zeros.
   void start(int64_t task, int thread) {
+    const Span span(Part::copies);
     const Sample p = sample(task, thread);
     const int64_t begin = tasks_.begin(task), row = l_.Wo * l_.Cp;
     const auto read = [&](const View& v, int64_t h, T* dst) {
@@ -109,12 +112,14 @@ class NeuronBackward {
   }
 
   void write_row(const View& v, int64_t n, int64_t h, const T* src) const {
+    const Span span(Part::copies);
     store_row<S>(src, l_.Cp, l_.Wo, a_.cell.C,
                  static_cast<T*>(v.data) + n * v.stride[1] + h * v.stride[3], v.stride[2],
                  v.stride[4], [](R g, int64_t) { return g; });
   }
 
-  // The threshold's gradient of one channel block, over all tasks in order; the bias's.
+  // These sum the gradients of the threshold, for one channel block, and of the bias over all
+  // tasks, in the tasks' order.
   void reduce(int64_t cb) const {
     const int64_t C = a_.cell.C;
     for (int64_t lane = 0; lane < VL && cb * VL + lane < C; ++lane) {
@@ -145,7 +150,7 @@ class NeuronBackward {
 
   int64_t task_size() const { return tasks_.most_rows() * l_.Wo * l_.Cp; }
 
-  // The sample, and which of those that are kept it is.
+  // A sample, and which of the kept samples it is.
   struct Sample {
     int64_t n, kept;
   };
@@ -176,19 +181,21 @@ class NeuronBackward {
     return step;
   }
   void add_row(const View& v, int64_t t, int64_t n, int64_t h, T* dst, const Scratch& s) const {
+    const Span span(Part::copies);
     images_.read_row(at_time(v, t), n, h, s.row);
     for (int64_t k = 0; k < l_.Wo * l_.Cp; k += VL)
       S::store(dst + k, S::load(dst + k) + S::load(s.row + k));
   }
 
-  // tanh of the synaptic current before its quantisation.
+  // Returns the tanh of the synaptic current before its quantisation.
   R tanh_syn(const Gates<R>& act, const T* syn, const T* syn_prev) const {
     if (a_.cell.num_levels == 0) return M::tanh(S::load(syn));
     return M::tanh(Neuron<M>::next_syn(act, S::load(syn_prev)));
   }
 
-  // mem after step t, from what was saved.
+  // Computes mem after step t from what was saved.
   void recompute_mem(int64_t t, const Sample& p, int64_t h, T* out) const {
+    const Span span(Part::pointwise);
     const Cell& c = a_.cell;
     const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
     for (int64_t k = 0; k < l_.Wo; ++k)
@@ -205,6 +212,7 @@ class NeuronBackward {
 
   // Adds the spikes' gradient to the rows of mem_grad.
   void spike(int64_t t, const Sample& p, int64_t task, const Scratch& s) const {
+    const Span span(Part::pointwise);
     const Cell& c = a_.cell;
     const int64_t begin = tasks_.begin(task), row = l_.Wo * l_.Cp;
     T* sums = threshold_sums_ + task * l_.Cp;
@@ -248,8 +256,9 @@ class NeuronBackward {
     if (here) row[place] = kept;
   }
 
-  // Reset and LSTM of one row.
+  // Does the reset and the LSTM of one row.
   void step(int64_t t, const Sample& p, int64_t h, int64_t task, const T* mem_grad) const {
+    const Span span(Part::pointwise);
     const Cell& c = a_.cell;
     const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
     T* d_syn = state_row(d_syn_, p, h);

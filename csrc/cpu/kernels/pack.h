@@ -1,5 +1,5 @@
-// The caller's weight (4C, Cin + C, kernel_h, kernel_w) into the order in which the register tiles
-// read it (layout.h).
+// Packs the caller's weight (4C, Cin + C, kernel_h, kernel_w) in the order in which the register
+// tiles read it (layout.h).
 #pragma once
 
 #include "schedule.h"
@@ -10,13 +10,13 @@ template <class T, int VL>
 struct Packing {
   using L = Layout<T, VL>;
 
-  // Place of the weight from input channel ci (x's first, then mem's) to gate channel g, at a
-  // place among its taps.
+  // Returns the place of the weight from input channel ci (x's first, then mem's) to gate channel
+  // g, at a place among its taps.
   static int64_t source(const L& l, int64_t g, int64_t ci, int64_t place) {
     return (g * (l.c.Cin + l.c.C) + ci) * l.all_taps() + place;
   }
 
-  // Row of K of input channel ci at a tap, in the forward weight.
+  // Returns the row of K of input channel ci at a tap, in the forward weight.
   static int64_t row(const L& l, int64_t ci, int64_t tap) {
     return ci < l.c.Cin ? tap * l.c.Cin + ci : l.Kx + tap * l.c.C + ci - l.c.Cin;
   }
@@ -47,7 +47,7 @@ struct Packing {
     backward_half(l, threads, weight, l.c.Cin, l.c.C, l.Cb, packed + l.x_blocks * l.Kg * VL);
   }
 
-  // Winograd's weights of the input channels [first, first + count), of the gates.
+  // Makes Winograd's weights from the input channels [first, first + count) to the gates.
   static void forward_tiles(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                             T* packed) {
     parallel_for(threads, l.Cb * count, l.tile_weights() * 4 * VL, [&](int64_t task) {
@@ -61,7 +61,7 @@ struct Packing {
     });
   }
 
-  // And of the data gradient, from the gates to those channels; `vectors` vectors of them.
+  // Makes those of the data gradient, from the gates to `vectors` vectors of those channels.
   static void backward_tiles(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                              int64_t vectors, T* packed) {
     each_backward(l, threads, weight, first, count, vectors, l.tile_weights(),
@@ -72,17 +72,17 @@ struct Packing {
   }
 
  private:
-  // The weights that are packed into one vector: of tap 0, and how far apart those of neighbouring
-  // lanes are, of which the first `count` are not zero.
+  // The weights of tap 0 that are packed into one vector. Those of neighbouring lanes lie `stride`
+  // apart, and the lanes from `count` on are zero.
   struct LaneWeights {
     const T* from;
     int64_t stride, count;
   };
   static int64_t within(int64_t lanes) { return lanes < 0 ? 0 : lanes < VL ? lanes : VL; }
 
-  // f(lanes, block, place, width) for every gate channel and vector of input channels: the vector
-  // is in a block of `width` channels that begins at channel `block`, and in that block's row of
-  // all gates at `place`.
+  // Calls f(lanes, block, place, width) for every gate channel and vector of input channels. The
+  // vector belongs to a block of `width` channels that begins at channel `block`, and lies at
+  // `place` in that block's row of all gates.
   template <class F>
   static void each_backward(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                             int64_t vectors, int64_t values, F&& f) {
@@ -97,7 +97,7 @@ struct Packing {
     });
   }
 
-  // One vector of weights, transformed in double precision, flipped or not: point p of part k goes
+  // Transforms one vector of weights, flipped or not, in double precision. Point p of part k goes
   // to out + (p * parts + k) * stride.
   static void tile_weights(const L& l, const LaneWeights& from, bool flipped, int64_t stride,
                            T* out) {

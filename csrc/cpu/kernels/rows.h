@@ -1,13 +1,12 @@
-// Between the caller's tensors (any strides) and channels-last rows: one image row at a time,
-// transposed in registers where the caller's columns are contiguous (NCHW), copied where its
-// channels are (channels_last).
+// Copies between the caller's tensors (any strides) and channels-last rows, one image row at a
+// time. Rows of contiguous columns (NCHW) are transposed in registers.
 #pragma once
 
 #include "simd.h"
 
 SNNLSTM_BEGIN_ISA
 
-// f(first) for squares of VL columns that cover W >= VL: the last may cover what another has.
+// Calls f(first) for squares of VL columns that cover W >= VL. The last may overlap the one before.
 template <int VL, class F>
 SNNLSTM_INLINE void each_square(int64_t W, F&& f) {
   int64_t w = 0;
@@ -15,7 +14,7 @@ SNNLSTM_INLINE void each_square(int64_t W, F&& f) {
   if (w < W) f(W - VL);
 }
 
-// VL columns of `channels` channels, at most VL; zeros in the lanes behind them.
+// Loads VL columns of at most VL channels, and sets the lanes behind `channels` to zero.
 template <class S, class T = typename S::Scalar>
 SNNLSTM_INLINE void load_square(const T* src, int64_t stride_c, int64_t channels, T* dst,
                                 int64_t dst_stride) {
@@ -64,7 +63,7 @@ void load_row(const T* src, int64_t stride_c, int64_t stride_w, int64_t W, int64
   }
 }
 
-// The first `count` lanes, at least one.
+// Stores the first `count` lanes, at least one.
 template <class S, class T = typename S::Scalar>
 SNNLSTM_INLINE void store_some(T* dst, typename S::R v, int64_t count) {
   constexpr int half = S::lanes / 2;

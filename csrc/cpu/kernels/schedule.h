@@ -1,6 +1,6 @@
-// Threads: one OpenMP region a call, in which the phases of a sequence follow each other. The tasks
-// of a phase are handed out one by one, so a thread whose core is busy elsewhere takes fewer; the
-// next phase starts when the tasks are done, not when every thread has come.
+// Threads. A call is one OpenMP region, in which the phases of a sequence follow each other. The
+// tasks of a phase are handed out one by one, so that a thread whose core is busy elsewhere takes
+// fewer. The next phase starts when the tasks are done, and does not wait for every thread.
 #pragma once
 
 #include <omp.h>
@@ -22,8 +22,8 @@ class Phases {
     std::memset(static_cast<void*>(counters), 0, sizeof(Counter) * phases);
   }
 
-  // f(task) for every task of the phase; returns when all are done, whoever did them. After an
-  // interruption the tasks that are left count as done.
+  // Calls f(task) for every task of the phase, and returns when all threads' tasks are done. After
+  // an interruption the tasks that are left count as done.
   template <class F>
   void run(int64_t phase, int64_t tasks, F&& f) const {
     if (interruption_ && interruption_ == cpu::interruption) interruption_->look(*interruption_);
@@ -34,6 +34,7 @@ class Phases {
       if (!stopped()) f(task);
       __atomic_fetch_add(&c.done, 1, __ATOMIC_RELEASE);
     }
+    const Span span(Part::waiting);
     for (int spins = 0; __atomic_load_n(&c.done, __ATOMIC_ACQUIRE) < tasks; ++spins) {
 #if defined(__x86_64__)
       __builtin_ia32_pause();
@@ -51,22 +52,26 @@ class Phases {
   cpu::Interruption* interruption_;
 };
 
-// body(thread number) on as many threads as are worth it: a step must bring each some 10 us of
-// work.
+// Calls body(thread number) on as many threads as have some 10 us of work in each step.
 template <class F>
 void parallel(int threads, double multiply_adds_per_step, F&& body) {
   const double worth = multiply_adds_per_step / 2e5;
   if (worth < threads) threads = worth < 1 ? 1 : int(worth);
-  if (threads <= 1) return body(0);
+  const auto work = [&](int thread) {
+    const Span span(Part::all);
+    body(thread);
+  };
+  if (threads <= 1) return work(0);
 #pragma omp parallel num_threads(threads)
-  body(omp_get_thread_num());
+  work(omp_get_thread_num());
 }
 
-// f(k) for every k below count, each of so many operations.
+// Calls f(k) for every k below count. A call has so many operations.
 template <class F>
 void parallel_for(int threads, int64_t count, int64_t operations, F&& f) {
   int64_t next = 0;
   parallel(threads, double(count) * double(operations), [&](int) {
+    const Span span(Part::copies);
     for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) f(k);
   });
 }

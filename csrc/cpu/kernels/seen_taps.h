@@ -1,13 +1,14 @@
-// Which taps of the weight have met a nonzero input. The gradient of the others is exactly zero,
-// and Winograd's would be a rounding error, which Adam turns into a step of the size of any other.
+// Marks the taps of the weight that have met a nonzero input. The gradient of the others is exactly
+// zero. Winograd would make a rounding error of it, and Adam would turn that into a step of full
+// size.
 #pragma once
 
 #include "layout.h"
 
 SNNLSTM_BEGIN_ISA
 
-// Of one half of the inputs, for images as large as the state's, with so many channels in pieces of
-// `piece`. Each split of the batch has marks of its own.
+// The marks of one half of the inputs, whose images are as large as the state's and whose channels
+// come in pieces of `piece`. Each split of the batch has marks of its own.
 template <class T, int VL>
 class SeenTaps {
   using S = Simd<T, VL>;
@@ -32,12 +33,14 @@ class SeenTaps {
     std::memset(all_ + split * pieces_, 0, pieces_ * sizeof(bool));
   }
 
-  // Marks what a piece of image rows [begin, begin + rows) meets. in: the first of these rows, at
-  // its first pixel and the piece's first channel. Reads whole vectors of channels.
+  // Marks the taps that a piece of image rows [begin, begin + rows) meets. `in` is the first of
+  // these rows, at its first pixel and the piece's first channel. mark() reads whole vectors of
+  // channels.
   void mark(int64_t split, int64_t piece, const T* in, int64_t row, int64_t pixel, int64_t begin,
             int64_t rows) {
     bool& all = all_[split * pieces_ + piece];
     if (all) return;
+    const Span span(Part::copies);
     const int64_t first = piece * piece_;
     const int64_t end = first + piece_ < channels_ ? first + piece_ : channels_;
     Bits* marks = marks_ + split * size();
@@ -70,7 +73,7 @@ class SeenTaps {
   }
 
  private:
-  // The taps along one axis that meet input pixel k of n on the way from some output pixel.
+  // The taps along one axis that lead from some output pixel to input pixel k of n.
   struct Meeting {
     int64_t first, last;
     Meeting(int64_t k, int64_t n, int64_t kernel, int64_t dilation) {

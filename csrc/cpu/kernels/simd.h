@@ -31,7 +31,7 @@ constexpr int kWideBytes = 32, kNarrowBytes = 16;
 constexpr int kWideBytes = 16, kNarrowBytes = 16;
 #endif
 
-// Bytes that one instruction loads.
+// One instruction loads so many bytes.
 #if defined(__AVX512F__)
 constexpr int kNativeBytes = 64;
 #elif defined(__AVX2__)
@@ -51,7 +51,7 @@ struct BitsOf<double> {
   using type = int64_t;
 };
 
-// One instruction on x86-64, which compilers do not find where NaN must be kept.
+// x86-64 has one instruction for each of these, which compilers do not find where NaN must be kept.
 template <class R>
 SNNLSTM_INLINE R lesser_of(R a, R b) {
   return a < b ? a : b;
@@ -92,7 +92,7 @@ struct Simd {
   static SNNLSTM_INLINE R load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static SNNLSTM_INLINE void store(T* p, R v) { *reinterpret_cast<Unaligned*>(p) = v; }
   static SNNLSTM_INLINE R where(Mask m, R a, R b) { return m ? a : b; }
-  // a < b ? a : b and a > b ? a : b: of a NaN and b, b.
+  // These return a < b ? a : b and a > b ? a : b, that is, b where a is NaN.
   static SNNLSTM_INLINE R lesser(R a, R b) { return lesser_of(a, b); }
   static SNNLSTM_INLINE R greater(R a, R b) { return greater_of(a, b); }
   static SNNLSTM_INLINE R abs(R v) {
@@ -100,7 +100,7 @@ struct Simd {
   }
   static SNNLSTM_INLINE Mask sign_bit() { return reinterpret_cast<Mask>(splat(T(-0.0))); }
 
-  // A flag that rides in the sign of a number that is never negative.
+  // Puts a flag into the sign of a number that is never negative.
   static SNNLSTM_INLINE R flag(R v, Mask m) {
     return reinterpret_cast<R>(reinterpret_cast<Mask>(v) | (m & sign_bit()));
   }
@@ -136,8 +136,8 @@ struct Simd {
   }
 };
 
-// NV neighbouring vectors as fewer, longer ones, where the processor's are longer: for sums that do
-// not care which lane is whose.
+// Takes NV neighbouring vectors as fewer, longer ones, where the processor's vectors are longer.
+// Sums do not care in which lane a number lies.
 template <class S, int NV,
           bool longer =
               NV % 2 == 0 && 2 * S::lanes * int(sizeof(typename S::Scalar)) <= kNativeBytes>

@@ -1,18 +1,16 @@
-// The input half where x is mostly zeros, as spikes are: the sum over lists of the nonzero values
-// alone.
+// The input half for an x of mostly zeros, as spikes are. It sums over lists of the nonzero values.
 //
-// An output pixel sums some thirty entries (3 x 3 taps, 32 channels, 10 % dense). What costs is not
-// so much their arithmetic as loops of ever different length, whose ends are mispredicted. So
-// pixels are visited in the order of how many entries they have: the length changes only a few
-// times per block.
+// An output pixel sums some thirty entries (3 x 3 taps, 32 channels, 10 % dense). Their arithmetic
+// costs less than the mispredicted ends of loops whose length is ever different. So pixels are
+// visited in the order of their number of entries, which changes only a few times per block.
 #pragma once
 
 #include "sparse_list.h"
 
 SNNLSTM_BEGIN_ISA
 
-// Four values, each of which is splat in its turn: a load less for each of them where a vector's
-// lanes can be spread by one instruction.
+// Loads four values at once and splats each in its turn. This saves a load for each value where one
+// instruction spreads a lane over a vector.
 template <class S>
 struct Quad {
   using T = typename S::Scalar;
@@ -76,7 +74,7 @@ class SparseInput {
   };
 
  public:
-  // One thread's lists.
+  // The lists of one thread.
   struct Lists {
     int32_t *begin, *label, *histogram, *stretches_end;
     T* value;
@@ -108,12 +106,12 @@ class SparseInput {
     s.stretches_end = arena.take<int32_t>(groups());
   }
 
-  // Cycles per output pixel and channel block that the input half takes, at `density` nonzeros per
-  // value, lists included, and that the direct sweep takes (conv_row). Per vector of 32 bytes,
-  // measured on Zen 3 with AVX2: direct 2.15 per value and pixel; sparse 2.75 per nonzero, 18 per
-  // window for its gates and for the ends of loops; 5 per 8 values listed and row, 12 per window
-  // sorted. Two loads a cycle bound all of it: per nonzero 4 of weights, 1/2 of label, 1/4 to 1 of
-  // value.
+  // cycles() estimates what the input half takes per output pixel and channel block, lists
+  // included, at `density` nonzeros per value, and direct_cycles() what the direct sweep takes
+  // (conv_row). Zen 3 with AVX2 was measured, per vector of 32 bytes. Direct: 2.15 per value and
+  // pixel. Sparse: 2.75 per nonzero; 18 per window for its gates and the ends of loops; 5 per 8
+  // values listed and row; 12 per window sorted. Two loads a cycle are the bound: a nonzero loads 4
+  // vectors of weights, 1/2 of a label and 1/4 to 1 of a value.
   double cycles(double density) const {
     const double values = double(l_.Kx), listed = shared() ? 1 + 2.0 / block_rows_ : c_.kernel_h;
     const double lists = 10 + listed * (5 + 5 * ((c_.Cin + 7) / 8)) + 12.0 * groups();
@@ -121,8 +119,8 @@ class SparseInput {
   }
   double direct_cycles() const { return kVectorCost<T, VL> * (2.15 * l_.Kx + 7); }
 
-  // Lists the nonzeros under `rows` output rows. patch: (rows, Wx, Cin), the input rows from the
-  // first output row's first tap on, and kListSlack readable values behind them.
+  // Lists the nonzeros under `rows` output rows. The patch (rows, Wx, Cin) has the input rows from
+  // the first output row's first tap on, and kListSlack readable values behind them.
   void build(const T* patch, int64_t rows, const Lists& s) const {
     const int64_t row = Wx_ * c_.Cin, listed_rows = c_.kernel_h * c_.dilation_h;
     int64_t n = 0;
@@ -140,8 +138,8 @@ class SparseInput {
     for (int64_t g = 0; g < groups(); ++g) sort_windows(g, rows, s);
   }
 
-  // Adds x's part to the gates of one channel block: out (rows, Wr, 4, VL). w: the block's weight,
-  // (K, 4, VL). With a bias (4, VL) the buffer is written: x's part and the bias.
+  // Adds x's part to the gates of one channel block, out (rows, Wr, 4, VL), or with a bias (4, VL)
+  // writes the sum of x's part and the bias there. w is the block's weight, (K, 4, VL).
   void convolve(const Lists& s, const T* w, const T* bias, T* out) const {
     for (int64_t g = 0; g < groups(); ++g) {
       const Window* window = s.windows + g * block_rows_ * Wo_;
@@ -162,11 +160,13 @@ class SparseInput {
   }
 
  private:
-  // Bytes of a group's weights. They exceed a 32 KiB L1: longer windows pay for loads from L2. Time
-  // with 3 x 3 taps, 32 -> 64 channels, 10 % dense: 16 KiB 1.00, 24 KiB 0.95, 36 KiB (all taps)
-  // 0.87; with 64 channels 72 KiB (all) takes a fifth longer than 24.
+  // A group's weights have so many bytes. They exceed a 32 KiB L1: longer windows pay for loads
+  // from L2. With 3 x 3 taps, 32 -> 64 channels, 10 % dense, 16 KiB take 1.00 of the time, 24 KiB
+  // 0.95 and 36 KiB (all taps) 0.87. With 64 channels 72 KiB (all taps) take a fifth longer than
+  // 24.
   static constexpr int64_t kWeightBytes = 40960;
-  // Neighbours are often equally long: they are counted apart, not to wait for each other.
+  // Neighbouring windows are often equally long. They are counted apart, so that a count need not
+  // wait for the one before.
   static constexpr int kWays = 2;
 
   bool shared() const { return rows_ == 1; }
@@ -188,7 +188,8 @@ class SparseInput {
     return p;
   }
 
-  // The nonzeros of `rows` kernel rows' input rows, column by column, behind the n entries before.
+  // Lists the nonzeros of `rows` kernel rows' input rows, column by column, behind the n entries
+  // before.
   int64_t list_row(const T* x, int64_t rows, int64_t n, int32_t* begin, const Lists& s) const {
     const int64_t Cin = c_.Cin, row_step = c_.dilation_h * Wx_ * Cin, dilation = c_.dilation_w;
     const int64_t kernel_w = c_.kernel_w, columns = Wx_;
@@ -204,7 +205,7 @@ class SparseInput {
     return n;
   }
 
-  // The windows of one group by the number of their entries.
+  // Sorts the windows of one group by the number of their entries.
   void sort_windows(int64_t g, int64_t rows, const Lists& s) const {
     const Group p = group(g);
     std::memset(s.histogram, 0, (longest() + 1) * kWays * sizeof(int32_t));
@@ -242,7 +243,7 @@ class SparseInput {
       const int64_t list =
           shared() ? h * c_.stride_h + p.row * c_.dilation_h : h * row_groups_ + g / column_groups_;
       const int32_t* const begin = s.begin + list * (Wx_ + 1) + p.column;
-      // Column w * stride_w is the m-th of its residue; those of lower residues come before.
+      // Column w * stride_w is the m-th of its residue. The columns of lower residues come first.
       int64_t residue = 0, m = 0, before = 0;
       int32_t out = int32_t(h * out_row_);
       for (int64_t w = 0; w < Wo; ++w, out += kGates) {
@@ -284,7 +285,7 @@ class SparseInput {
     for (; k + 4 <= length; k += 4)
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
-        uint64_t labels[2];  // two by one load: loads are what there is most of
+        uint64_t labels[2];  // one load brings two labels: loads are the bound
         std::memcpy(labels, label[p] + k, sizeof(labels));
         const Quad<V> x(value[p] + k);
         add(acc[p], w[p] + uint32_t(labels[0]), x.template splat<0>());

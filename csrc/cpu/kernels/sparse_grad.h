@@ -1,12 +1,12 @@
-// The weight gradient of the input half where x is mostly zeros.
+// The weight gradient of the input half for an x of mostly zeros.
 //
-// For a few input rows there is a list per input channel: where it is nonzero. A register tile
-// sums, over such a list, value * d gates for a few taps at once; the d gates of one channel block
-// lie compactly in L1. With strides, input pixels of different residues meet different taps: they
-// are listed apart.
+// A few input rows have a list per input channel, of the places where the channel is nonzero. A
+// register tile sums, over such a list, value * d gates for a few taps at once. The d gates of one
+// channel block lie compactly in L1. With strides, input pixels of different residues meet
+// different taps, and are listed apart.
 //
-// As in weight_grad.h every sum runs over the pixels of a block in their order, and is then added
-// to the result.
+// Every sum runs over the pixels of a block in their order, and is then added to the result, as in
+// weight_grad.h.
 #pragma once
 
 #include "sparse_list.h"
@@ -22,14 +22,14 @@ class SparseWeightGrad {
   static constexpr int kTaps = kAccumulators / 4;
 
  public:
-  // Of one sample's rows [first, first + rows) of x, border included.
+  // The lists of rows [first, first + rows) of a sample of x, counted with the border.
   struct Lists {
     int64_t first, rows;
     bool finite;
     int32_t *begin, *place;  // begin: (residues, Cin), and the end
     T* value;
   };
-  // One thread's.
+  // The memory of one thread.
   struct Scratch {
     int32_t *key, *place, *next;
     T *value, *d_gates;
@@ -46,12 +46,12 @@ class SparseWeightGrad {
     blocks_ = rows_ > 0 ? (c_.H + rows_ - 1) / rows_ : 0;
   }
 
-  // Cycles per output pixel and channel block that the gradient takes, at `density` nonzeros per
-  // value, lists included if each is used for all channel blocks, and that weight_grad_run takes.
-  // Per vector of 32 bytes, measured on Zen 3 with AVX2: sparse 3 per nonzero and tap, 40 per
-  // register tile and list, 8 to gather a pixel's d gates; lists 24 per pixel, 5.5 per 8 values, 9
-  // per nonzero. Direct 2.15 per value where d gates lie side by side, more where they are far
-  // apart in memory.
+  // cycles() estimates what the gradient takes per output pixel and channel block at `density`
+  // nonzeros per value, with lists that all channel blocks share, and direct_cycles() what
+  // weight_grad_run takes. Zen 3 with AVX2 was measured, per vector of 32 bytes. Sparse: 3 per
+  // nonzero and tap, 40 per register tile and list, 8 to gather a pixel's d gates. Lists: 24 per
+  // pixel, 5.5 per 8 values, 9 per nonzero. Direct: 2.15 per value where d gates lie side by side,
+  // more where they are far apart in memory.
   double cycles(double density) const {
     const double pixels = double(rows_) * c_.W / (c_.stride_h * c_.stride_w);
     const double tiles = double(l_.Kx) / (l_.taps < kTaps ? l_.taps : kTaps);
@@ -63,7 +63,7 @@ class SparseWeightGrad {
     return kVectorCost<T, VL> * l_.Kx * (l_.Cb == 1 ? 2.15 : l_.Cb < 16 ? 2.5 : 4.2);
   }
 
-  // A sample's rows are worked on in so many blocks.
+  // Returns the number of blocks in which a sample's rows are worked on.
   int64_t blocks() const { return blocks_; }
 
   void carve(Arena& arena, Lists& s) const {
@@ -79,7 +79,7 @@ class SparseWeightGrad {
     s.d_gates = arena.take<T>(((rows_ - 1) / c_.stride_h + 2 + above_) * width_ * kGates);
   }
 
-  // x: a sample, (H + 2 pad, Wx, Cin), and kListSlack readable values behind it.
+  // Lists a block of x, a sample (H + 2 pad, Wx, Cin) with kListSlack readable values behind it.
   void build(const T* x, int64_t block, const Scratch& t, Lists& s) const {
     s.first = l_.ph + block * rows_;
     s.rows = c_.H - block * rows_ < rows_ ? c_.H - block * rows_ : rows_;
@@ -118,8 +118,8 @@ class SparseWeightGrad {
     s.finite = excess == T(0);
   }
 
-  // out (Kx, 4, VL) += the part of these rows for one channel block. d_gates: the sample's first
-  // pixel, at the channel block; d_row: from row to row.
+  // Adds the part of these rows for one channel block to out (Kx, 4, VL). d_gates is the sample's
+  // first pixel, at the channel block, and d_row the distance of rows.
   void run(const Lists& s, const T* d_gates, int64_t d_row, const Scratch& t, T* out) const {
     gather(s, d_gates, d_row, t.d_gates);
     for (int64_t ry = 0; ry < c_.stride_h; ++ry)
@@ -151,10 +151,12 @@ class SparseWeightGrad {
   };
 
   int64_t entries() const { return rows_ * c_.W * c_.Cin + kListSlack; }
-  // The output row of the gathered d gates' row 0: the lowest that the lists' first row meets.
+  // Returns the output row of the gathered d gates' row 0, which is the lowest that the lists'
+  // first row meets.
   int64_t top(const Lists& s) const { return s.first / c_.stride_h - above_; }
 
-  // The d gates that the rows of the lists meet, and zeros where there is no output pixel.
+  // Copies the d gates that the rows of the lists meet, and writes zeros where there is no output
+  // pixel.
   void gather(const Lists& s, const T* d_gates, int64_t d_row, T* out) const {
     const int64_t d_pixel = 4 * l_.Cp, pixel = kGates * sizeof(T);
     const int64_t last = (s.first + s.rows - 1) / c_.stride_h;
@@ -174,7 +176,7 @@ class SparseWeightGrad {
     }
   }
 
-  // One tap, with the zeros around the d gates left out: zero times infinity is not nothing.
+  // Adds one tap without the zeros around the d gates, since zero times infinity is NaN.
   void add_inside(const Lists& s, const int32_t* begin, int64_t back, const Tap& tap) const {
     for (int64_t ci = 0; ci < c_.Cin; ++ci)
       for (int32_t k = begin[ci]; k < begin[ci + 1]; ++k) {
@@ -230,7 +232,7 @@ class SparseWeightGrad {
 
   Cell c_;
   L l_;
-  // d gates are gathered in rows of width_ pixels; above_, left_: how far the taps reach back.
+  // Rows of gathered d gates have width_ pixels. The taps reach above_ rows and left_ columns back.
   int64_t keys_, rows_, blocks_, above_, left_, width_;
 };
 

@@ -1,4 +1,4 @@
-// Lists of the nonzeros of x: what sparse.h and sparse_grad.h share.
+// Lists the nonzeros of x, for sparse.h and sparse_grad.h.
 #pragma once
 
 #if defined(__AVX2__)
@@ -9,7 +9,7 @@
 
 SNNLSTM_BEGIN_ISA
 
-// How many of n values are not zero (NaN is not; -0.0 is).
+// Counts those of n values that are not zero. NaN is not zero, and -0.0 is.
 template <class S, class T = typename S::Scalar>
 int64_t count_nonzero(const T* x, int64_t n) {
   typename S::Mask sum{};
@@ -21,7 +21,7 @@ int64_t count_nonzero(const T* x, int64_t n) {
 }
 
 #if defined(__AVX2__)
-// For every set of 8 lanes: its members, in order.
+// The table has the members of every set of 8 lanes, in order.
 struct LaneTable {
   alignas(64) uint8_t lanes[256][8];
   constexpr LaneTable() : lanes() {
@@ -33,9 +33,9 @@ struct LaneTable {
 inline constexpr LaneTable kLaneTable;
 #endif
 
-// Appends the nonzeros among x[0 .. count), count <= 8, to the end of a list:
-// label[n] = first + (place in x << shift), value[n]. Returns how many. Reads x[0 .. 8) and writes
-// whole vectors: kListSlack.
+// Appends the nonzeros among x[0 .. count), count <= 8, to the end of a list, with label[n] = first
+// + (place in x << shift) and value[n], and returns their number. The function reads x[0 .. 8) and
+// writes whole vectors: kListSlack.
 template <int shift>
 SNNLSTM_INLINE int64_t append_nonzeros(const float* x, int64_t count, int32_t first, int32_t* label,
                                        float* value) {
@@ -73,18 +73,18 @@ SNNLSTM_INLINE int64_t append_nonzeros(const double* x, int64_t count, int32_t f
   return n;
 }
 
-// Instructions per vector: the unit of the cost estimates.
+// The instructions per vector, which are the unit of the cost estimates.
 template <class T, int VL>
 constexpr double kVectorCost =
     VL * int(sizeof(T)) > kNativeBytes ? VL * int(sizeof(T)) / double(kNativeBytes) : 1.0;
 
 constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 
-// Entries after the end of every list, and values after the end of x, that vectors may touch.
+// Vectors may touch so many entries behind the end of every list, and values behind the end of x.
 constexpr int64_t kListSlack = 8;
 
-// The same for `rows` times `count` values, row_step apart, whose labels begin label_step apart.
-// Not inlined: among its callers' variables the loop would run out of registers.
+// Does the same for `rows` times `count` values. Rows lie row_step apart and their labels begin
+// label_step apart. Inlined among its callers' variables, the loop would run out of registers.
 template <int shift, class T>
 __attribute__((noinline)) int64_t list_nonzeros(const T* x, int64_t row_step, int64_t rows,
                                                 int64_t count, int32_t first, int32_t label_step,

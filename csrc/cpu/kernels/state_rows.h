@@ -15,8 +15,8 @@ class StateRows {
   using S = Simd<T, VL>;
 
  public:
-  // Of sample n, from the state row `first` on: mem before and after a step by turns, the first
-  // syn.
+  // The states of sample n, from the state row `first` on: mem before and after a step by turns,
+  // and the first syn.
   struct Rows {
     int64_t n, first;
     T *mem[2], *syn;
@@ -31,8 +31,9 @@ class StateRows {
     syn_ = arena.take<T>(kept * syn_size());
   }
 
-  // A task's rows of the states before the first step.
+  // Reads a task's rows of the states before the first step.
   void read(int64_t task, int thread, int64_t slot) {
+    const Span span(Part::copies);
     const Rows r = of(task, thread, slot);
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task);
     if (one_step()) {
@@ -48,14 +49,14 @@ class StateRows {
     for (int64_t h = begin; h < end; ++h) import_row(a_.syn0, r.n, h, first_syn(r, h));
   }
 
-  // Where the rows of a task are.
+  // Returns the places of a task's rows.
   Rows of(int64_t task, int thread, int64_t slot) const {
     const int64_t n = tasks_.image(task);
     const int64_t kept = one_step() ? thread * tasks_.most_together + slot : n;
     const int64_t mem = kept * mem_size(), syn = kept * syn_size();
     return {n, one_step() ? tasks_.begin(task) : 0, {mem_[0] + mem, mem_[1] + mem}, syn_ + syn};
   }
-  // Row h, border included, of mem after step t - 1.
+  // Returns row h, counted with the border, of mem after step t - 1.
   T* mem_row(int64_t t, const Rows& r, int64_t h) const {
     return r.mem[t & 1] + (h - r.first) * l_.Wm * l_.Cp;
   }
@@ -72,7 +73,8 @@ class StateRows {
  private:
   bool one_step() const { return a_.cell.T == 1; }
 
-  // Of a sample, or of a task's rows: whole cache lines, which no other thread writes to.
+  // Return the values of a sample, or of a task's rows, in whole cache lines: no other thread
+  // writes to these.
   int64_t mem_size() const {
     return one_step() ? lines(seen_rows(tasks_.most_rows()) * l_.Wm * l_.Cp) : l_.mem_image();
   }
@@ -83,7 +85,7 @@ class StateRows {
     return Layout<T, VL>::round_up(count, 64 / int64_t(sizeof(T)));
   }
 
-  // Rows of mem that `rows` state rows see, border included.
+  // Returns how many rows of mem, border included, `rows` state rows see.
   int64_t seen_rows(int64_t rows) const {
     const Cell& c = a_.cell;
     return l_.whole(l_.form.h, c.dilation_h, rows) +
@@ -96,7 +98,7 @@ class StateRows {
            h * l_.Wo * l_.Cp;
   }
 
-  // Whether row h of mem, border included, is one of the image.
+  // Says whether row h of mem, counted with the border, belongs to the image.
   bool inside(int64_t h) const { return h >= l_.ph && h < l_.ph + l_.Ho; }
 
   void import_mem(const Rows& r, int64_t h) {
@@ -105,7 +107,7 @@ class StateRows {
     if (inside(h)) import_row(a_.mem0, r.n, h - l_.ph, row + l_.pw * l_.Cp);
   }
 
-  // Zeros on both sides of a row of mem, or all along it.
+  // Writes zeros on both sides of a row of mem, or all along it.
   void clear_border(T* row, bool image) const {
     const int64_t all = l_.Wm * l_.Cp, left = image ? l_.pw * l_.Cp : all;
     std::memset(row, 0, left * sizeof(T));

@@ -1,5 +1,5 @@
-// The gradient of the weight over many calls of one step each, from the d gates that the backward
-// pass of each call left, where they lie. While one step is summed, mem and x of the next are read.
+// The gradient of the weight over many calls of one step each. It reads the d gates where the
+// calls' backward passes left them. While one step is summed, mem and x of the next are read.
 #pragma once
 
 #include "weight_gradient.h"
@@ -70,6 +70,7 @@ class StepGradients {
     const StepOfGradient& step = a_.steps[t];
     const int64_t n = tasks_.image(task), begin = tasks_.begin(task), end = tasks_.end(task);
     images_.read_x(step.x, t, n, begin, end);
+    const Span span(Part::copies);
     for (int64_t h = begin; h < end; ++h)
       images_.read_row(step.mem, n, h, images_.mem_row(t, n, h));
   }

@@ -1,6 +1,6 @@
-// The images that a time step's gradients are formed from: d gates, mem before the step and x,
-// channels-last with a zero border (layout.h). They lie in two buffers by turns, so that the step
-// before can be filled in while a step is read.
+// The images from which a time step's gradients are formed: d gates, mem before the step and x,
+// channels-last with a zero border (layout.h). Steps take two buffers by turns, so that the images
+// of one step are written while those of the other are read.
 #pragma once
 
 #include "layout.h"
@@ -8,8 +8,8 @@
 
 SNNLSTM_BEGIN_ISA
 
-// What the weight gradient of a step reads, of all samples. d_gates: the first pixel that is no
-// border, and how far rows and images are apart: no border is read.
+// The images of all samples that the weight gradient of a step reads. d_gates is the first pixel
+// behind the border, which is not read; rows lie d_row apart and images d_image.
 template <class T>
 struct StepImages {
   const T* d_gates;
@@ -24,8 +24,8 @@ class StepBuffers {
  public:
   explicit StepBuffers(const Layout<T, VL>& l) : l_(l) {}
 
-  // For so many samples. with_d_gates: the data gradients read the images; with_x: the weight
-  // gradient does.
+  // Takes memory for so many samples: for d gates if data gradients are formed, for x if the weight
+  // gradient is.
   void carve(Arena& arena, int64_t samples, bool with_d_gates, bool with_x) {
     for (int k = 0; k < 2; ++k) {
       d_gates_[k] = arena.take<T>(with_d_gates && k < l_.c.T ? samples * 4 * l_.mem_image() : 0);
@@ -40,11 +40,11 @@ class StepBuffers {
     return {d_gates_row(t, 0, 0), l_.Wm * 4 * l_.Cp, 4 * l_.mem_image(), mem(t, 0), x(t, 0)};
   }
 
-  // Of the step t and sample n, each with its border.
+  // These return the images of step t and sample n, each with its border.
   T* d_gates(int64_t t, int64_t n) const { return d_gates_[t & 1] + n * 4 * l_.mem_image(); }
   T* mem(int64_t t, int64_t n) const { return mem_[t & 1] + n * l_.mem_image(); }
   T* x(int64_t t, int64_t n) const { return x_[t & 1] + n * l_.x_image(); }
-  // Without the border.
+  // These return row h, counted without the border.
   T* d_gates_row(int64_t t, int64_t n, int64_t h) const {
     return d_gates(t, n) + ((h + l_.ph) * l_.Wm + l_.pw) * 4 * l_.Cp;
   }
@@ -52,7 +52,7 @@ class StepBuffers {
     return mem(t, n) + ((h + l_.ph) * l_.Wm + l_.pw) * l_.Cp;
   }
 
-  // Zeros around the images of sample n, in both buffers.
+  // Writes zeros around the images of sample n, in both buffers.
   void clear_borders(int64_t n) const {
     const Cell& c = l_.c;
     for (int k = 0; k < 2; ++k) {
@@ -63,9 +63,10 @@ class StepBuffers {
     }
   }
 
-  // The input rows that belong to state rows [begin, end) of step t; v: of that step. The last
-  // state row brings the rest of the image.
+  // Reads the input rows that belong to state rows [begin, end) of step t from v, the input of that
+  // step. The last state row brings the rest of the image.
   void read_x(const View& v, int64_t t, int64_t n, int64_t begin, int64_t end) const {
+    const Span span(Part::copies);
     const Cell& c = l_.c;
     const T* src = static_cast<const T*>(v.data) + n * v.stride[1];
     const int64_t last = end == l_.Ho ? c.H : end * c.stride_h;
@@ -74,14 +75,15 @@ class StepBuffers {
                   x(t, n) + ((h + l_.ph) * l_.Wx + l_.pw) * c.Cin, c.Cin, c.Cin);
   }
 
-  // Row h of a state: all Cp channels of Wo pixels.
+  // Reads row h of a state: all Cp channels of Wo pixels.
   void read_row(const View& v, int64_t n, int64_t h, T* dst) const {
     const T* src = static_cast<const T*>(v.data) + n * v.stride[1] + h * v.stride[3];
     load_row<S>(src, v.stride[2], v.stride[4], l_.Wo, l_.c.C, dst, l_.Cp, l_.Cp);
   }
 
  private:
-  // An image of rows x columns pixels, of which height x width lie behind the padding.
+  // Clears the border of an image of rows x columns pixels, of which height x width lie behind the
+  // padding.
   void clear_border(T* image, int64_t rows, int64_t columns, int64_t height, int64_t width,
                     int64_t pixel) const {
     const int64_t row = columns * pixel, left = l_.pw * pixel, right = left + width * pixel;

@@ -1,4 +1,4 @@
-// This instruction set's entry points, for ../dispatch.cpp, and the small ones among them.
+// Lists this instruction set's entry points for ../dispatch.cpp, and defines the small ones.
 #include "../api.h"
 #include "entry.h"
 #include "lanes.h"

@@ -1,6 +1,6 @@
-// Winograd on blocks of tiles (winograd.h has the transforms): transform the inputs of all tiles of
-// a block, then for each point of a tile one matrix product over the channels, and over the parts
-// of the kernel
+// Winograd on blocks of tiles (winograd.h has the transforms). After the transform of the inputs of
+// all tiles of a block, each point of a tile has one matrix product over the channels and over the
+// parts of the kernel:
 //
 //   products[point][tile][NV * VL] (+)= sum over part, k:
 //       values[point][tile + part][k] * weight[point][part][k][NV * VL]
@@ -16,8 +16,8 @@
 
 SNNLSTM_BEGIN_ISA
 
-// Elements between the points of `count` elements each. An odd number of cache lines: the points of
-// a tile must not all fall into the same sets of the cache.
+// Returns the distance of points of `count` elements each. It is an odd number of cache lines, so
+// that the points of a tile do not all fall into the same sets of the cache.
 template <class T>
 inline int64_t point_stride(int64_t count) {
   constexpr int64_t line = 64 / sizeof(T);
@@ -39,14 +39,15 @@ struct TileBlock {
 
   int64_t count() const { return rows * columns; }  // of one image
   int64_t image_values() const { return in_rows * in_columns * channels; }
-  // First pixel of a tile.
+  // These return the first row and column of a tile.
   int64_t row(int64_t r) const {
     return r / dilation_h * dilation_h * form.h.tile + r % dilation_h;
   }
   int64_t column(int64_t c) const {
     return c / dilation_w * dilation_w * form.w.tile + c % dilation_w;
   }
-  // Place among a point's values of the tile that part (i, j) of the kernel sees, from the first.
+  // Returns the distance, in a point's values, from a tile to the one that part (i, j) of the
+  // kernel sees.
   int64_t part(int64_t i, int64_t j) const {
     return (i * dilation_h * in_columns + j * dilation_w) * channels;
   }
@@ -72,13 +73,13 @@ TileBlock<T> tile_block(const Layout<T, VL>& l, const Tiling& form, int64_t rows
   return b;
 }
 
-// How many of a tile's pixels along an axis, every dilation-th, lie among `left`.
+// Counts the tile's pixels along an axis, every dilation-th, that lie among the `left` last ones.
 inline int64_t pixels_inside(int64_t left, int64_t dilation, int64_t tile) {
   const int64_t count = left > 0 ? (left + dilation - 1) / dilation : 0;
   return count < tile ? count : tile;
 }
 
-// What one thread keeps of a block: values and products at all points.
+// A thread keeps a block's values and products at all points.
 template <class T>
 struct TileBuffers {
   T *values, *products;
@@ -107,7 +108,7 @@ struct TileSizes {
   }
 };
 
-// The transform of the inputs of a block.
+// Transforms the inputs of a block.
 template <class S>
 class InputTransform {
   using T = typename S::Scalar;
@@ -126,6 +127,7 @@ class InputTransform {
   void run(const TileBlock<T>& b, const T* in, int64_t row, int64_t pixel, T* values) const {
     if constexpr (Longer::lanes > S::lanes)
       if (b.channels % Longer::lanes == 0) return longer_.run(b, in, row, pixel, values);
+    const Span span(Part::transforms);
     const int most = b.dilation_w > 1 ? 1 : kTiles;
     for (int64_t r = 0; r < b.in_rows; ++r)
       for (int64_t c = 0; c < b.in_columns; c += most) {
@@ -138,7 +140,7 @@ class InputTransform {
   }
 
  private:
-  // One vector of channels of neighbouring tiles.
+  // Transforms one vector of channels of neighbouring tiles.
   void tiles(const TileBlock<T>& b, const T* in, int64_t row, int64_t pixel, int count,
              T* out) const {
     const int inputs = b.form.w.inputs();
@@ -158,7 +160,7 @@ class InputTransform {
   std::conditional_t<(Longer::lanes > S::lanes), InputTransform<Longer>, Nothing> longer_;
 };
 
-// What a tile's products sum over: `len` values of each part, in pieces that round little.
+// Lists what a tile's products sum over: `len` values of each part, in pieces that round little.
 template <class T>
 void part_runs(const TileBlock<T>& b, int64_t len, int64_t most, RunList& list) {
   list.reserve(b.form.parts() * ((len + most - 1) / most));
@@ -184,10 +186,12 @@ struct TileRows {
   }
 };
 
-// weight: (points, parts, len, NV * VL). add: to what products hold already.
+// Writes the products with a weight (points, parts, len, NV * VL), or adds them to those that are
+// there.
 template <class S, int NV, class T = typename S::Scalar>
 void multiply(const TileBlock<T>& b, const T* values, const T* weight, int64_t len, bool add,
               T* products) {
+  const Span span(Part::products);
   constexpr int64_t width = NV * S::lanes, in_cache = chunk_length<T>(width);
   constexpr int64_t most = in_cache < 48 ? in_cache : 48;  // longer sums would round more
   RunList list;

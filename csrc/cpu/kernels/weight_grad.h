@@ -53,7 +53,8 @@ SNNLSTM_INLINE void weight_grad_tile(const PixelRows<T>& p, int64_t in_offset, T
     }
 }
 
-// `len` neighbouring input values, in tiles of nearly equal size, by NV vectors of d gates.
+// Multiplies `len` neighbouring input values, in tiles of nearly equal size, by NV vectors of d
+// gates.
 template <class S, int NV = 4, class T = typename S::Scalar>
 void weight_grad_run(const PixelRows<T>& p, int64_t in_offset, int64_t len, T* out) {
   using V = Merged<S, NV>;
@@ -81,10 +82,9 @@ void weight_grad_run(const PixelRows<T>& p, int64_t in_offset, int64_t len, T* o
   }
 }
 
-// The same by Winograd, for one block of tiles: the gates' gradient of one channel block
-// transformed, and its products with the transformed inputs (tiles.h) summed over the tiles: sums
-// (points, parts, sums_stride), of which `len` rows of (4, VL) are worked on. p.in is not looked
-// at. The images are the block's.
+// Does the same by Winograd for one block of tiles, of the block's images: transforms the gates'
+// gradient of one channel block, and adds its products with the transformed inputs (tiles.h), over
+// all tiles, to `len` rows of (4, VL) of the sums (points, parts, sums_stride). p.in is not used.
 template <class S, class V, class T = typename S::Scalar>
 void weight_grad_tiles(const PlaneTransform<V>& taps, const PixelRows<T>& p, const TileBlock<T>& b,
                        const T* values, int64_t len, T* d_values, T* sums, int64_t sums_stride) {
@@ -93,6 +93,7 @@ void weight_grad_tiles(const PlaneTransform<V>& taps, const PixelRows<T>& p, con
   const Plane to{b.form.w.inputs() * b.products_stride, b.products_stride, V::lanes};
   const Tiling& form = b.form;
   const Plane cut{form.w.tile * kGates, kGates, V::lanes};  // of a tile that sticks out
+  Span transforms(Part::transforms);
   for (int64_t k = 0; k < b.images * b.count(); ++k, d_values += kGates) {
     const int64_t image = k / b.count(), tile = k % b.count();
     const int64_t h0 = b.row(tile / b.columns), w0 = b.column(tile % b.columns);
@@ -111,6 +112,8 @@ void weight_grad_tiles(const PlaneTransform<V>& taps, const PixelRows<T>& p, con
                     kGates * sizeof(T));
     taps.run(whole, cut, d_values, to, kGates / V::lanes);
   }
+  transforms.end();
+  const Span products(Part::products);
   d_values -= b.images * b.count() * kGates;
   const TileRows rows(b);
   for (int point = 0; point < b.form.points(); ++point)

@@ -1,5 +1,5 @@
 // The gradient of the weight, summed over time steps that are given one after the other. Each task
-// owns its part of the sums, so that the result does not depend on who computes what when.
+// owns its part of the sums, so that the result does not depend on the threads' order.
 #pragma once
 
 #include "schedule.h"
@@ -20,13 +20,13 @@ class WeightGradient {
   static constexpr int64_t kPiece = 48;      // rows of K in a task
   static constexpr int64_t kTilePiece = 64;  // with Winograd: input channels
   static constexpr int64_t kBlockPixels = 128;
-  // Each split has sums of its own, to be cleared and added up: so many pixels, of all steps, pay
-  // for that.
+  // Each split has sums of its own, which are cleared and added up. A split needs so many pixels,
+  // of all steps, to pay for that.
   static constexpr int64_t kSplitPixels = 4096;
-  // Channel blocks that share the lists, or the transformed tiles, of the input.
+  // So many channel blocks share the lists, or the transformed tiles, of the input.
   static constexpr int64_t kShared = 4;
 
-  // One thread's.
+  // The memory of one thread.
   struct Scratch {
     T* d_gates;            // of one channel block and some pixels
     T* few_sums;           // of_few()
@@ -55,7 +55,7 @@ class WeightGradient {
     }
   }
 
-  // The tile buffers that add() needs.
+  // Returns the sizes of the tile buffers that add() needs.
   TileSizes tile_sizes() const {
     return TileSizes(l_, l_.grad_form, kTilePiece + VL, images_together(true));
   }
@@ -81,12 +81,13 @@ class WeightGradient {
 
   int64_t clear_tasks() const { return splits_; }
   void clear(int64_t task) {
+    const Span span(Part::copies);
     sums_.clear(task);
     x_seen_.clear(task);
     mem_seen_.clear(task);
   }
 
-  // Adds a step's part, with tile buffers that nobody else uses meanwhile.
+  // Adds a step's part. No other thread uses the tile buffers meanwhile.
   int64_t tasks() const { return splits_ * l_.Cb * pieces(); }
   void add(const StepImages<T>& step, int64_t task, int thread, const TileBuffers<T>& tiles) {
     scratch_[thread].tiles = tiles;
@@ -102,7 +103,7 @@ class WeightGradient {
       by_tiles(step, split, cb, of_x, piece, scratch_[thread]);
   }
 
-  // Whether the sums are to be folded behind step t; the steps come last first.
+  // Says whether the sums are to be folded behind step t. The last step comes first.
   bool due(int64_t t) const { return sums_.due(t); }
   int64_t fold_tasks() const { return sums_.fold_tasks(); }
   void fold(int64_t task, int64_t t) { sums_.fold(task, t); }
@@ -113,7 +114,7 @@ class WeightGradient {
   }
 
  private:
-  // So many tasks that all threads have some, and no more than the sums are worth.
+  // Returns so many splits that all threads have tasks, but no more than pay for their sums.
   int64_t count_splits() const {
     const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
     int64_t splits = 4 * threads_ / tasks;
@@ -123,7 +124,7 @@ class WeightGradient {
     return splits < 1 ? 1 : splits;
   }
 
-  // Of an image, as the weight gradient of mem takes it.
+  // Returns the blocks in which the weight gradient of mem takes an image.
   int64_t pixel_blocks() const {
     const int64_t rows = c_.tiled() ? l_.rows_of_tiles(l_.grad_form) : pixel_block_rows();
     return (l_.Ho + rows - 1) / rows;
@@ -145,11 +146,11 @@ class WeightGradient {
       f(n, end - n < most ? end - n : most);
   }
 
-  // Whether x's weight gradient goes by Winograd: few channels gain nothing, and direct sums round
-  // less.
+  // Says whether x's weight gradient goes by Winograd. Few channels gain nothing, and direct sums
+  // round less.
   bool x_in_tiles() const { return c_.x_way == Way::winograd && c_.Cin > 4; }
 
-  // Pieces of K that weight gradient tasks take.
+  // These count the pieces of K that weight gradient tasks take.
   static int64_t tile_pieces(int64_t channels) { return (channels + kTilePiece - 1) / kTilePiece; }
   int64_t x_pieces() const {
     if (c_.x_way == Way::sparse) return 1;
@@ -162,12 +163,17 @@ class WeightGradient {
     return count;
   }
 
-  // Of x, from the lists of its nonzeros: the first of some channel blocks does them all.
+  // Adds x's part from the lists of its nonzeros. The task of the first of kShared channel blocks
+  // does them all.
   void by_lists(const StepImages<T>& step, int64_t split, int64_t cb, Scratch& s) {
     if (cb % kShared != 0) return;
     for (int64_t n = c_.N * split / splits_; n < c_.N * (split + 1) / splits_; ++n)
       for (int64_t block = 0; block < sparse_.blocks(); ++block) {
-        sparse_.build(step.x + n * l_.x_image(), block, s.listing, s.lists);
+        {
+          const Span span(Part::copies);
+          sparse_.build(step.x + n * l_.x_image(), block, s.listing, s.lists);
+        }
+        const Span span(Part::products);
         for (int64_t b = cb; b < cb + kShared && b < l_.Cb; ++b)
           sparse_.run(s.lists, step.d_gates + n * step.d_image + b * kGates, step.d_row, s.listing,
                       sums_.rows(split, b, true));
@@ -225,7 +231,8 @@ class WeightGradient {
     return p;
   }
 
-  // Rows of pixels whose d gates of one channel block stay in L1 while all of a piece passes by.
+  // Returns how many rows of pixels have d gates of one channel block that stay in L1 while all of
+  // a piece is summed.
   int64_t pixel_block_rows() const {
     const int64_t rows = kBlockPixels / l_.Wo;
     return rows < 1 ? 1 : rows < l_.Ho ? rows : l_.Ho;
@@ -233,6 +240,7 @@ class WeightGradient {
 
   void directly(const StepImages<T>& step, int64_t split, int64_t cb, bool of_x, int64_t piece,
                 const Scratch& s) {
+    const Span span(Part::products);
     T* out = sums_.rows(split, cb, of_x);
     (of_x ? x_runs_ : mem_runs_).chunks(kPiece, [&](const Run* runs, int count) {
       if (piece-- != 0) return;
@@ -254,7 +262,8 @@ class WeightGradient {
     });
   }
 
-  // Where most lanes are zero: the gates of the others close up, and so do the sums.
+  // Sums without the lanes that are zero, where these are most: the gates of the other lanes close
+  // up.
   void of_few(const StepImages<T>& step, int64_t split, bool of_x, const Run* runs, int count,
               const Scratch& s, T* out) {
     const int64_t C = c_.C, vectors = 4 * C <= VL ? 1 : 2, width = vectors * VL;
@@ -286,7 +295,8 @@ class WeightGradient {
     });
   }
 
-  // Side by side: pixels of many channels are so far apart that few sets of the cache hold them.
+  // Copies the d gates of pixels side by side. Pixels of many channels are so far apart that few
+  // sets of the cache hold them.
   void gather_d_gates(PixelRows<T>& p, T* to) const {
     gather(p, kGates, to, [](const T* d, T* dst) { std::memcpy(dst, d, kGates * sizeof(T)); });
   }

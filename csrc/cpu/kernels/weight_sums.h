@@ -1,7 +1,7 @@
-// The weight gradient while it is being summed. Each split of the batch has sums of its own, of
-// either half as rows of K or, with Winograd, at the points of its tiles. What is added to them one
-// block of pixels after the other would round the more the longer the sequence is: from time to
-// time all splits are folded into the total and begin anew.
+// The sums of the weight gradient. Each split of the batch has sums of its own, of either half as
+// rows of K or, with Winograd, at the points of its tiles. Blocks of pixels are added to them one
+// after the other, which would round the more the longer the sequence is: so from time to time all
+// splits are folded into the total and begin anew.
 #pragma once
 
 #include "pack.h"
@@ -17,7 +17,7 @@ class WeightSums {
   static constexpr int64_t kFold = 64;     // blocks of pixels between two folds
 
  public:
-  // blocks: of pixels that a split adds in each time step.
+  // A split adds so many blocks of pixels in each time step.
   WeightSums(const Layout<T, VL>& l, bool x_in_tiles, int64_t splits, int64_t blocks)
       : l_(l),
         x_in_tiles_(x_in_tiles),
@@ -33,21 +33,23 @@ class WeightSums {
 
   void clear(int64_t split) { std::memset(sums_ + split * size_, 0, size_ * sizeof(T)); }
 
-  // A split's sums of one half and channel block: rows of K, counted as in the packed weight.
+  // Returns a split's sums of one half and channel block: rows of K, counted as in the packed
+  // weight.
   T* rows(int64_t split, int64_t cb, bool of_x) const {
     T* half = sums_ + split * size_ + (of_x ? 0 : x_size_ - l_.Kx * kGates);
     return half + cb * (of_x ? l_.Kx : l_.Km) * kGates;
   }
-  // The same with Winograd: (points, parts, Cin or C, 4, VL).
+  // Returns the same with Winograd, (points, parts, Cin or C, 4, VL).
   T* points(int64_t split, int64_t cb, bool of_x) const {
     const int64_t channels = of_x ? l_.c.Cin : l_.c.C;
     return sums_ + split * size_ + (of_x ? 0 : x_size_) + cb * l_.grad_points() * channels * kGates;
   }
 
-  // Whether to fold behind step t.
+  // Says whether to fold behind step t.
   bool due(int64_t t) const { return t == 0 || (l_.c.T - t) % steps_ == 0; }
   int64_t fold_tasks() const { return (size_ + kChunk - 1) / kChunk; }
   void fold(int64_t task, int64_t t) {
+    const Span span(Part::copies);
     const bool first = l_.c.T - t <= steps_;
     const int64_t end = (task + 1) * kChunk < size_ ? (task + 1) * kChunk : size_;
     for (int64_t k = task * kChunk; k < end; k += VL) {
@@ -59,11 +61,12 @@ class WeightSums {
       std::memset(sums_ + split * size_ + task * kChunk, 0, (end - task * kChunk) * sizeof(T));
   }
 
-  // Channel block by input channel: the total in the caller's order. What Winograd sums for taps
-  // that met only zeros is left out.
+  // Writes the total of a channel block and an input channel in the caller's order. Taps that met
+  // only zeros get zero, and not what Winograd sums for them.
   int64_t write_tasks() const { return l_.Cb * (l_.c.Cin + l_.c.C); }
   void write(int64_t task, T* grad_weight, const SeenTaps<T, VL>& x_seen,
              const SeenTaps<T, VL>& mem_seen) const {
+    const Span span(Part::copies);
     const int64_t cb = task / (l_.c.Cin + l_.c.C), ci = task % (l_.c.Cin + l_.c.C);
     const bool of_x = ci < l_.c.Cin;
     const int64_t count = of_x ? l_.c.Cin : l_.c.C, stride = count * kGates;
@@ -104,12 +107,12 @@ class WeightSums {
  private:
   bool mem_in_tiles() const { return l_.c.tiled(); }
   int64_t lanes(int64_t cb) const { return l_.c.C - cb * VL < VL ? l_.c.C - cb * VL : VL; }
-  // From the first gate's first lane to another's, in the caller's weight.
+  // Returns the distance from the first gate's first lane to another lane in the caller's weight.
   int64_t channel(int64_t gate, int64_t lane) const {
     return (gate * l_.c.C + lane) * (l_.c.Cin + l_.c.C) * l_.all_taps();
   }
 
-  // in: (4, VL); out: the weights of an input channel to the block's first gate channel.
+  // `in` is (4, VL), `out` the weights from an input channel to the block's first gate channel.
   void write_tap(int64_t cb, int64_t i, int64_t j, const T* in, T* out) const {
     out += l_.place(i * l_.c.kernel_w + j);
     for (int64_t gate = 0; gate < 4; ++gate)

@@ -16,8 +16,8 @@
 // (benchmarks/NOTES.md). The weight gradient is the same thing with the roles changed: Rh x Rw
 // outputs, with the gradients of a tile in the place of the taps.
 //
-// One axis at a time, a transform is a loop over lines: code for nine lengths of line serves every
-// pair of forms.
+// A transform takes one axis at a time and is a loop over lines, so that code for nine lengths of
+// line serves every pair of forms.
 #pragma once
 
 #include "../tiling.h"
@@ -42,7 +42,7 @@ struct Transform {
                           q = pairs == 2 ? 1.5 : 1, r = 2;
   static constexpr double pp = p * p, qq = q * q, rr = r * r;
 
-  // BT: A inputs to A values.
+  // BT makes A values of A inputs.
   struct Inputs {
     static constexpr int from = A, to = A;
     static constexpr bool adds = false;
@@ -67,7 +67,7 @@ struct Transform {
     }
   };
 
-  // AT: A products to M outputs.
+  // AT makes M outputs of A products.
   template <int M>
   struct Outputs {
     static constexpr int from = A, to = M;
@@ -82,7 +82,7 @@ struct Transform {
     }
   };
 
-  // G: N taps to A values.
+  // G makes A values of N taps.
   template <int N>
   struct Taps {
     static constexpr int from = N, to = A;
@@ -108,19 +108,19 @@ struct Transform {
     minus = even - odd;
   }
 
-  // The coefficients of (z^2 - a) (z^2 - b), with x[k] in the place of z^4.
+  // Returns (z^2 - a) (z^2 - b) with x[k], x[k - 2] and x[k - 4] in the places of z^4, z^2 and 1.
   static SNNLSTM_INLINE R quartic(const R (&x)[A], int k, double a, double b) {
     return x[k] - T(a + b) * x[k - 2] + T(a * b) * x[k - 4];
   }
 
-  // The products at z and -z, added to the outputs.
+  // Adds the products at z and -z to the outputs.
   template <int M>
   static SNNLSTM_INLINE void add_pair(R plus, R minus, double z, R (&out)[M]) {
     const R even = plus + minus, odd = plus - minus;
     for (int k = 0; k < M; ++k) out[k] += T(power(z, k)) * (k % 2 ? odd : even);
   }
 
-  // plus, minus = scale * (the polynomial with coefficients x at z, at -z).
+  // Evaluates the polynomial with coefficients x, times scale, at z (plus) and at -z (minus).
   template <int N>
   static SNNLSTM_INLINE void pair(const R (&x)[N], double z, double scale, R& plus, R& minus) {
     R even = T(scale) * x[0], odd = T(scale * z) * x[1];
@@ -135,7 +135,7 @@ struct Lines {
   int64_t step, line, batch;
 };
 
-// `batches` times `lines` lines from `in` to `out`. start: what is added to the outputs, or null.
+// Transforms `batches` times `lines` lines from `in` to `out`, and adds `start` unless it is null.
 template <class T>
 using Pass = void (*)(const T* in, const Lines& from, T* out, const Lines& to, int lines,
                       int batches, const T* start, const Lines& at);
@@ -170,7 +170,7 @@ void transform_lines(const T* in, const Lines& from, T* out, const Lines& to, in
   transform_each_line<S, Op, false>(in, from, out, to, lines, batches, start, Lines{});
 }
 
-// An axis's passes; null where there is one tap, and nothing to transform.
+// The passes of an axis. With one tap there is nothing to transform, and they are null.
 template <class S>
 struct AxisPasses {
   using T = typename S::Scalar;
@@ -259,7 +259,7 @@ class PlaneTransform {
   PlaneTransform(Pass<T> h, int from_h, int to_h, Pass<T> w, int from_w, int to_w)
       : h_(h), w_(w), from_h_(from_h), to_h_(to_h), from_w_(from_w), to_w_(to_w) {}
 
-  // Up to kMostBatches of them. start: what is added, or null.
+  // Transforms up to kMostBatches images, and adds `start` unless it is null.
   void run(const T* in, const Plane& from, T* out, const Plane& to, int batches,
            const T* start = nullptr, const Plane& at = {}) const {
     const Lines to_w{to.column, to.row, to.batch}, at_w{at.column, at.row, at.batch};
@@ -290,7 +290,7 @@ class PlaneTransform {
   int from_h_ = 1, to_h_ = 1, from_w_ = 1, to_w_ = 1;
 };
 
-// Compiled for float32: float64 is there for its accuracy.
+// Winograd is compiled for float32 alone: float64 is there for its accuracy.
 template <class T, int VL>
 constexpr bool kHasWinograd = sizeof(T) == 4;
 
