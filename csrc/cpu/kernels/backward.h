@@ -145,7 +145,7 @@ class Backward {
     }
   }
 
-  // The tasks of a group: the same rows of each of its images.
+  // Does the tasks of a group, which are the same rows of each of its images.
   void rows(int64_t t, int64_t group, int thread) {
     const bool mem_wanted = t > 0 || a_.grad_mem0.data, x_wanted = a_.grad_x.data && l_.tiled_x();
     if (!mem_wanted && !x_wanted) return;
@@ -176,8 +176,8 @@ class Backward {
                         mem_grad + (h - begin) * l_.Wo * l_.Cp);
   }
 
-  // Data gradients of state rows [begin, end) of `together` images from n on, by Winograd: mem's
-  // into mem_grad, unless null; x's.
+  // Forms the data gradients of state rows [begin, end) of `together` images from n on by Winograd:
+  // mem's into mem_grad, unless that is null, and x's if it is wanted.
   void tiled(int64_t t, int64_t n, int64_t together, int64_t begin, int64_t end, bool x_wanted,
              T* mem_grad, int thread) {
     const Scratch& s = scratch_[thread];

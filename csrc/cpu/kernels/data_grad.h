@@ -58,8 +58,8 @@ class DataGrad {
 
   int64_t row_size() const { return width_ * vectors_ * VL; }
 
-  // Rows [begin, end) of some images into out, channels-last. d_gates(k): of image k, border
-  // included.
+  // Writes rows [begin, end) of some images to out, channels-last. d_gates(k) is image k's, with
+  // its border.
   template <class In>
   void rows(int64_t images, In&& d_gates, const T* weight, int64_t begin, int64_t end,
             T* out) const {
@@ -68,8 +68,8 @@ class DataGrad {
     });
   }
 
-  // The same by Winograd, for the rows of a block of tiles. values: the block's d gates,
-  // transformed; weight: (blocks of vectors, points, parts, 4 Cp, NV * VL).
+  // Does the same by Winograd, for the rows of a block of tiles. `values` are the block's
+  // transformed d gates, the weight is (blocks of vectors, points, parts, 4 Cp, NV * VL).
   void tiles(const TileBlock<T>& b, const T* values, const T* weight, T* products, int64_t begin,
              int64_t end, T* out) const {
     each_block([&](int64_t block, auto vectors) {

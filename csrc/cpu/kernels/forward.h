@@ -1,6 +1,6 @@
-// The forward pass of a sequence: for every step and block of rows the gate convolution, with the
-// LSTM update, reset, quantisation, pooling and spike right behind it, while the gates of the block
-// still lie in L1. Of small images a thread takes several together. state_rows.h keeps the states.
+// The forward pass of a sequence. Each step and block of rows has its gates convolved, and right
+// after that, while the gates still lie in L1, its LSTM update, reset, quantisation, pooling and
+// spikes. A thread takes several small images together. state_rows.h keeps the states.
 #pragma once
 
 #include "fire.h"
@@ -68,7 +68,7 @@ class Forward {
  private:
   static constexpr int64_t kChunk = chunk_length<T>(kGates);
 
-  // Rows of one image, and what its thread keeps of them.
+  // The rows of one image that a thread works on, and their buffers.
   struct Block {
     Rows r;
     T* patch;                                   // input rows under the block, with border
@@ -118,7 +118,7 @@ class Forward {
     return b;
   }
 
-  // The tiles of so many rows of each of `together` images.
+  // Describes the tiles of so many rows of each of `together` images.
   TileBlock<T> tiles(int64_t rows, int64_t channels, int64_t together) const {
     return tile_block(l_, l_.form, rows, channels, together, tasks_.most_together);
   }
@@ -136,7 +136,7 @@ class Forward {
     }
   }
 
-  // The tasks of a group: the same rows of each of its images.
+  // Does the tasks of a group, which are the same rows of each of its images.
   void step(int64_t t, int64_t group, int thread) {
     const Scratch& s = scratch_[thread];
     const int64_t first = tasks_.first(group), together = tasks_.together(group);

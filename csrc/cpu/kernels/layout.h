@@ -145,23 +145,23 @@ struct Layout {
   int64_t packed_forward() const { return Cb * K() * 4 * VL; }
   int64_t packed_backward() const { return (x_blocks + Cb) * Kg * VL; }
 
-  // Whether the weights of one step do not stay in a thread's L2: then they are to pass over many
-  // pixels each time that they are read.
+  // Says whether the weights of one step exceed a thread's L2. Then they pass over many pixels each
+  // time that they are read.
   bool wide() const {
     const int64_t values = c.tiled() ? tile_weights() * (c.Cin + c.C) : K();
     return values * 4 * Cp * int64_t(sizeof(T)) > 512 << 10;
   }
 
-  // Rows that are worked on at a time: those whose gates of one channel block fit in half of a 32
-  // KiB L1, or twice as many of a wide layer; with Winograd some 32 tiles, which share every weight
-  // that is read, or 64 where their values and products fit in L2.
+  // Returns how many rows are worked on at a time. Their gates of one channel block fit in half of
+  // a 32 KiB L1; a wide layer has twice as many. With Winograd they are some 32 tiles, which share
+  // every weight that is read, or 64 where the tiles' values and products fit in L2.
   int64_t block_rows() const {
     if (c.tiled()) return rows_of_tiles(form);
     const int64_t rows = (wide() ? 32768 : 16384) / (Wo * 4 * VL * int64_t(sizeof(T)));
     return rows < 1 ? 1 : rows < Hr ? rows : Hr;
   }
 
-  // Tiles of a block: the wanted number, and of a whole image.
+  // These return the wanted number of tiles of a block, and the number of a whole image.
   int64_t wanted_tiles(const Tiling& t) const {
     const int64_t bytes = t.points() * (Cp + 4 * VL) * int64_t(sizeof(T));  // of a tile
     return 64 * bytes <= 448 << 10 ? 64 : 32;
@@ -170,8 +170,9 @@ struct Layout {
     return tiles(t.h, c.dilation_h, Ho) * tiles(t.w, c.dilation_w, Wo);
   }
 
-  // Small images that one thread takes together, so that the weights which it reads serve all of
-  // them. Every thread is to have one such group at least, or two where the weights stay in L2.
+  // Returns how many small images one thread takes together, so that the weights which it reads
+  // serve all of them. Every thread has at least one such group, or two where the weights stay in
+  // L2.
   int64_t images_together(int threads) const {
     if (block_rows() < Hr) return 1;
     const int64_t images = c.tiled() ? images_of(form) : (wide() ? 128 : 64) / pixels;
@@ -179,8 +180,8 @@ struct Layout {
     const int64_t together = images < most ? images : most;
     return together < 1 ? 1 : together;
   }
-  // How many have the wanted number of tiles or, where the weights stay in L2, as many as keep the
-  // registers busy.
+  // Returns how many images have the wanted number of tiles or, where the weights stay in L2, as
+  // many tiles as keep the registers busy.
   int64_t images_of(const Tiling& t) const {
     return (wide() ? wanted_tiles(t) : 16) / image_tiles(t);
   }
@@ -227,7 +228,7 @@ struct Layout {
   }
 };
 
-// Blocks of rows of all N images, as tasks. The last block of an image takes the rows that no
+// The tasks are blocks of rows of all N images. The last block of an image takes the rows that no
 // pooling window covers, too.
 struct RowTasks {
   int64_t rows, per_image, count;
@@ -240,7 +241,7 @@ struct RowTasks {
     most_together = per_image == 1 ? l.images_together(threads) : 1;
     image_rows_ = l.Ho;
   }
-  // Groups of tasks that share the weights: whole images, or one task each.
+  // The groups of tasks that share the weights: whole images, or one task each.
   int64_t groups() const { return (count + most_together - 1) / most_together; }
   int64_t first(int64_t group) const { return count > 0 ? count * group / groups() : 0; }
   int64_t together(int64_t group) const { return first(group + 1) - first(group); }
@@ -318,7 +319,7 @@ class RunList {
   int count_ = 0;
 };
 
-// Values of K whose weights (NV * VL each) fill about 12 KiB.
+// Returns how many values of K have weights (NV * VL each) that fill about 12 KiB.
 template <class T>
 constexpr int64_t chunk_length(int64_t outputs) {
   return 12288 / (outputs * int64_t(sizeof(T)));

@@ -46,8 +46,8 @@ class NeuronBackward {
   const T* d_gates(int64_t t, int64_t n, int thread) const {
     return images_.d_gates(t, kept(n, thread));
   }
-  // The rows of a task, `slot` counting those that its thread works on together: the gradient of
-  // mem as the next step's convolution gives it.
+  // Returns the rows of a task, which hold the gradient of mem as the next step's convolution gives
+  // it. `slot` counts the tasks that a thread works on together.
   T* mem_grad(int thread, int64_t slot) const {
     return scratch_[thread].mem_grad + slot * task_size();
   }

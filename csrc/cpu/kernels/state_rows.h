@@ -1,8 +1,8 @@
-// The states as the forward pass keeps them, channels-last: mem with its border, before and after a
-// step by turns, and syn, which training saves. From step to step those of all samples are kept. A
-// call of one step keeps none: each task reads its rows, and those around them that the kernel
-// sees, into memory of its thread, and writes them from there. `slot` counts the tasks that a
-// thread works on together.
+// The states as the forward pass keeps them, channels-last: two images of mem with borders, before
+// and after a step by turns, and syn, which training saves. A sequence keeps the states of all
+// samples. In a call of one step each task reads its rows, and those around them that the kernel
+// sees, into memory of its thread, and writes its results from there. `slot` counts the tasks that
+// a thread works on together.
 #pragma once
 
 #include "layout.h"
@@ -73,7 +73,7 @@ class StateRows {
  private:
   bool one_step() const { return a_.cell.T == 1; }
 
-  // Return the values of a sample, or of a task's rows, in whole cache lines: no other thread
+  // These return the values of a sample, or of a task's rows, in whole cache lines: no other thread
   // writes to these.
   int64_t mem_size() const {
     return one_step() ? lines(seen_rows(tasks_.most_rows()) * l_.Wm * l_.Cp) : l_.mem_image();

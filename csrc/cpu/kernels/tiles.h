@@ -24,9 +24,9 @@ inline int64_t point_stride(int64_t count) {
   return ((count + line - 1) / line | 1) * line;
 }
 
-// Rows of tiles of one image, or of several images one behind the other, each of all its columns of
-// tiles. With dilation d a tile takes every
-// d-th pixel, and d tiles that begin at neighbouring pixels lie between each other.
+// Whole rows of tiles of one image, or of several images one behind the other. With dilation d a
+// tile takes every d-th pixel, and the d tiles that begin at neighbouring pixels lie between each
+// other.
 template <class T>
 struct TileBlock {
   Tiling form;
@@ -53,7 +53,8 @@ struct TileBlock {
   }
 };
 
-// `rows` rows, of a block at most, with so many input channels, of some of most_images images.
+// Describes `rows` rows, at most those of a block, with so many input channels, of some of
+// most_images images.
 template <class T, int VL>
 TileBlock<T> tile_block(const Layout<T, VL>& l, const Tiling& form, int64_t rows, int64_t channels,
                         int64_t images, int64_t most_images) {
@@ -85,8 +86,8 @@ struct TileBuffers {
   T *values, *products;
 };
 
-// The number of elements of TileBuffers for a form's tiles of some images with so many input
-// channels; 0 for a cell without tiles.
+// The elements of TileBuffers for a form's tiles of some images with so many input channels, or 0
+// for a cell without tiles.
 struct TileSizes {
   int64_t values = 0, products = 0;
 
@@ -123,7 +124,8 @@ class InputTransform {
     if constexpr (Longer::lanes > S::lanes) longer_ = InputTransform<Longer>(t);
   }
 
-  // Of one image. in: first pixel of the first tile's inputs, border included.
+  // Transforms one image. `in` is the first pixel, counted with the border, of the first tile's
+  // inputs.
   void run(const TileBlock<T>& b, const T* in, int64_t row, int64_t pixel, T* values) const {
     if constexpr (Longer::lanes > S::lanes)
       if (b.channels % Longer::lanes == 0) return longer_.run(b, in, row, pixel, values);
@@ -169,7 +171,8 @@ void part_runs(const TileBlock<T>& b, int64_t len, int64_t most, RunList& list) 
       list.add({b.part(i, j), (i * b.form.w.parts + j) * len, len}, most);
 }
 
-// A block's tiles as rows of tiles whose values lie side by side, as long as there are.
+// A block's tiles in rows of tiles whose values lie side by side. The rows are as long as they can
+// be.
 struct TileRows {
   int64_t images, rows, columns;
   int64_t image, row;  // of values, from one to the next

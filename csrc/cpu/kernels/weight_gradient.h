@@ -130,7 +130,8 @@ class WeightGradient {
     return (l_.Ho + rows - 1) / rows;
   }
 
-  // Small images that pass by together, so that the sums are read and written once for all of them.
+  // Returns how many small images are summed together, so that the sums are read and written once
+  // for all of them.
   int64_t images_together(bool in_tiles) const {
     const int64_t rows = in_tiles ? l_.rows_of_tiles(l_.grad_form) : pixel_block_rows();
     if (rows < l_.Ho || c_.N == 0) return 1;
@@ -138,7 +139,7 @@ class WeightGradient {
     return images < 1 ? 1 : images < c_.N ? images : c_.N;
   }
 
-  // f(first image, their number) for all images of a split.
+  // Calls f(first image, number of images) for all images of a split.
   template <class F>
   void each_images(int64_t split, bool in_tiles, F&& f) const {
     const int64_t end = c_.N * (split + 1) / splits_, most = images_together(in_tiles);
@@ -207,8 +208,8 @@ class WeightGradient {
     });
   }
 
-  // What the weight gradient of rows [h, h + rows) of some images from n on and channel block cb
-  // sums over.
+  // Returns what the weight gradient of rows [h, h + rows) of some images from n on and channel
+  // block cb sums over.
   PixelRows<T> pixel_rows(const StepImages<T>& step, int64_t n, int64_t images, int64_t h,
                           int64_t rows, int64_t cb, bool of_x) const {
     PixelRows<T> p;
@@ -301,7 +302,7 @@ class WeightGradient {
     gather(p, kGates, to, [](const T* d, T* dst) { std::memcpy(dst, d, kGates * sizeof(T)); });
   }
 
-  // The d gates of all pixels in a row, each as put(pixel, place) makes it.
+  // Puts the d gates of all pixels in a row, each as put(pixel, place) makes it.
   template <class F>
   static void gather(PixelRows<T>& p, int64_t width, T* to, F&& put) {
     T* dst = to;
