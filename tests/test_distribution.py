@@ -188,9 +188,11 @@ for _ in range(2):
     cell(torch.rand(5, 3, 2, 9, 7))[2].sum().backward()
 print(cell.path)
 """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [pure_python, "-c", code], cwd=folder, capture_output=True, text=True, check=True
-    )
+        [pure_python, "-c", code], cwd=folder, env=environment, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
     assert done.stdout == "reference (the compiled core is missing)\n"
     assert done.stderr.count("the compiled core is missing") == 1
     facts = json.loads(run(pure_python, "-m", "snnlstm", "--json", cwd=folder))

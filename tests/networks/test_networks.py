@@ -156,7 +156,7 @@ def saved_and_loaded(value: Any, **options: Any) -> Any:
 
 
 @every_network
-@pytest.mark.parametrize("make", OURS.values(), ids=OURS)
+@pytest.mark.parametrize("make", [imported, accelerated])
 def test_weights_load_both_ways(network, make):
     """Trained weights load from a file with strict=True; the networks then go on alike."""
     one, other = theirs(network), make(network)
@@ -172,7 +172,7 @@ def test_weights_load_both_ways(network, make):
 
 
 @every_network
-@pytest.mark.parametrize("make", OURS.values(), ids=OURS)
+@pytest.mark.parametrize("make", [imported, accelerated])
 def test_a_network_is_saved_whole(network, make):
     """A trained net is saved by torch.save; only the closures of snnTorch's neurons hinder it."""
     net = make(network)
