@@ -1,10 +1,13 @@
-"""Two hundred of the random calls that ``make fuzz`` makes, and that it finds a fault."""
+"""Two hundred of the random calls that ``make fuzz`` makes, one of each kind, and a fault found."""
 
 import fuzz
 import pytest
 import torch
-from cases import laid_out
-from kernels import native
+from asking import ASKED, KEPT
+from cases import PLAIN, laid_out
+from gradients import NAMES, OUTPUTS
+from kernels import ISAS, native
+from poison import NAN
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -13,6 +16,16 @@ def test_random_calls():
     done = fuzz.run(200)
     assert done["results and gradients"] >= 100
     assert all(done[way] for way in fuzz.WAYS)
+
+
+@pytest.mark.parametrize("way", ["one call", "steps", "a cell's calls"])
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [*((asked, "as it is") for asked in ASKED), *(("plain", kept) for kept in KEPT)],
+)
+def test_gradients_that_are_asked_for_in_unusual_ways(asked, kept, way):
+    every = fuzz.Example(PLAIN, ISAS[-1], "auto", way, 2, OUTPUTS, NAMES, NAN, asked, kept)
+    assert fuzz.check(every)
 
 
 def test_a_fault_is_found_and_its_script_shows_it(monkeypatch, capsys):

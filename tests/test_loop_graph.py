@@ -184,37 +184,6 @@ def test_a_loop_lives_no_longer_than_its_graph():
     assert id(ours.conv.weight) not in loop._loops
 
 
-@pytest.mark.parametrize("change", ["dtype", "strides"])
-def test_saved_tensors_that_hooks_bring_back_otherwise(change):
-    """The kernels read them in their new memory order, and convert another dtype."""
-    theirs, ours = cells()
-
-    def unpack(t: Tensor) -> Tensor:
-        if change == "dtype":
-            return t.float()
-        return t.to(memory_format=torch.channels_last) if t.dim() == 4 else t.clone()
-
-    for cell in (theirs, ours):
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: t, unpack if cell is ours else lambda t: t
-        ):
-            loss = loss_of(unroll(cell, events()))
-        loss.backward()
-    near = 1e-10 if change == "strides" else 1e-5
-    for one, other in zip(gradients(theirs), gradients(ours), strict=True):
-        assert (one - other).abs().max() <= near * one.abs().max()
-
-
-def test_lazily_negated_gradients_are_resolved():
-    """torch.complex(...).conj() gives gradients whose sign is a flag of the tensor."""
-    found = []
-    for cell in cells():
-        _, syn, mem = unroll(cell, events())[-1]
-        (torch.complex(syn, mem).conj() ** 2).imag.sum().backward()
-        found.append(gradients(cell))
-    close(*found, atol=1e-11, rtol=1e-10)
-
-
 def test_the_graph_of_a_step_is_asked_for_in_a_way_that_this_torch_has():
     assert callable(autograd._will_run)
     assert callable(loop._pass_number)

@@ -1,6 +1,6 @@
-"""Derivatives of derivatives' kinds: subclasses, tangents, batches of gradients, torch.func.
+"""Derivatives of other kinds, such as torch.func's, compared with those of snnTorch's cell.
 
-Each is compared with snnTorch's cell, on whose graph of plain operators all of them work.
+asking.py has more of them, which test_fuzz.py compares with float64.
 """
 
 import copy
@@ -9,92 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loops import cells, events, zeros
-from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._pytree import tree_map
 
 import snnlstm
-
-
-class Wrapper(Tensor):
-    """A tensor without memory of its own, that hands every operation on to another."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        args, kwargs = tree_map(_inner, args), tree_map(_inner, kwargs or {})
-        return tree_map(_outer, function(*args, **kwargs))
-
-
-def _inner(value):
-    return value.inner if isinstance(value, Wrapper) else value
-
-
-def _outer(value):
-    return Wrapper(value) if isinstance(value, Tensor) else value
-
-
-def steps_of(cell, how):
-    """Returns the last step's outputs, by a loop or in one call."""
-    x, (syn, mem) = events(3), zeros()
-    if how != "sequence":
-        for x_t in x:
-            spk, syn, mem = cell(x_t, syn, mem)
-        return spk, syn, mem
-    if isinstance(cell, snnlstm.SConv2dLSTM):
-        spk, syn, mem = cell(x, syn, mem)
-        return spk[-1], syn, mem
-    return steps_of(cell, "loop")
-
-
-HOW = pytest.mark.parametrize("how", ["loop", "sequence"])
-
-
-def by_both(how, differentiate):
-    """Returns what `differentiate` makes of outputs and weight, equal for both cells."""
-    expected, found = (differentiate(steps_of(cell, how), cell.conv.weight) for cell in cells())
-    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-9)
-    assert found.any()
-    return found
-
-
-@HOW
-def test_gradients_of_a_subclass_without_memory(how):
-    def differentiate(out, weight):
-        grads = [Wrapper(torch.full_like(o, 1.5)) for o in out]
-        (found,) = torch.autograd.grad(out, weight, grads)
-        assert isinstance(found, Wrapper)
-        return found.inner
-
-    by_both(how, differentiate)
-
-
-@HOW
-def test_forward_mode_over_the_backward_pass(how):
-    def differentiate(out, weight):
-        with forward_ad.dual_level():
-            grad = forward_ad.make_dual(torch.ones_like(out[2]), torch.full_like(out[2], 2.0))
-            (found,) = torch.autograd.grad(out[2], weight, grad)
-            return forward_ad.unpack_dual(found).tangent
-
-    by_both(how, differentiate)
-
-
-@HOW
-def test_a_batch_of_gradients(how):
-    def differentiate(out, weight):
-        generator = torch.Generator().manual_seed(3)
-        grads = [torch.randn(4, *o.shape, generator=generator).to(o.dtype) for o in out]
-        (found,) = torch.autograd.grad(out, weight, grads, is_grads_batched=True)
-        return found
-
-    by_both(how, differentiate)
 
 
 def test_a_jacobian_of_one_backward_pass():

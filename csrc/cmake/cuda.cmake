@@ -66,6 +66,7 @@ add_library(kernels_cuda OBJECT ${CUDA_SOURCES})
 target_include_directories(kernels_cuda PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}
                                                 ${CMAKE_CURRENT_BINARY_DIR})
 target_compile_options(kernels_cuda PRIVATE ${GENCODE}
+  -Xcompiler=-ffile-prefix-map=${CMAKE_CURRENT_SOURCE_DIR}=csrc
   --expt-relaxed-constexpr -Xfatbin=-compress-all --threads=2
   -Xcompiler=-Wall,-Wextra,-Wno-unused-parameter)
 
