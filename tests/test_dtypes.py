@@ -173,15 +173,6 @@ def test_a_cell_without_memory_gets_it_by_to_empty():
     assert copied.conv.weight is not cell.conv.weight
 
 
-def test_states_that_come_out_of_meta_are_zeros():
-    cell = ours()
-    cell(steps(1, 2, 2, 5, 5)[0])
-    cell.to("meta").to_empty(device="cpu")
-    for state in (cell.syn, cell.mem):
-        assert state.shape == (2, 3, 5, 5)
-        assert not state.any()
-
-
 def test_a_cell_without_memory_takes_that_of_a_state_dict():
     good = ours(reset_mechanism="zero")
     with torch.device("meta"):

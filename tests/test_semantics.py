@@ -150,15 +150,6 @@ def test_a_max_pool_window_that_holds_nan_gives_no_spike(backend):
     backend.check(one.path)
 
 
-def test_infinite_states_behave_as_in_snntorch(backend):
-    for value in (torch.inf, -torch.inf):
-        one, other = twins(reset_mechanism="zero")
-        syn, mem = states(1, 3, 5, 5)
-        syn[0, 0, 2, 2] = value
-        x = steps(1, 1, 2, 5, 5)[0]
-        close(one(x, syn, mem), other(x, syn, mem))
-
-
 def test_zero_reset_needs_one_convolution(backend):
     cell, other = twins(reset_mechanism="zero")
     calls = []

@@ -355,19 +355,6 @@ def test_accelerate_works_on_it_and_fallbacks_of_cells_are_logged_once(caplog):
     assert not torch.equal(before[0], first[0])  # utils.reset reached the cells
 
 
-def test_torch_compile_has_no_graph_break():
-    torch._dynamo.reset()
-    net = snnlstm.Sequential(hidden(), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 2))
-    other = copy.deepcopy(net)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    actual, expected = compiled(X), other(X)
-    close(actual, expected)
-    total(actual).backward()
-    total(expected).backward()
-    same_gradients(net, other)
-    assert net.plan is None
-
-
 def test_of_a_tuple_the_next_layer_gets_the_first_item():
     net = nn.Sequential(nn.MaxPool2d(2, return_indices=True), nn.Identity(), nn.LSTM(3, 5))
     one = snnlstm.Sequential(*net[:2])
