@@ -14,6 +14,7 @@ $(error CUDA is '$(CUDA)'; accepted: cpu, 12, 13, or nothing)
 endif
 
 RUN      := $(VENV)/bin/python
+PYTEST   := $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 SOURCES  := pyproject.toml setup.py snnlstm/version.py \
             $(shell find csrc -type f -not -name '*.md' 2>/dev/null)
 CXX_CODE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
@@ -28,10 +29,10 @@ demo: $(VENV)/.installed  ## train on moving handwritten digits, snnTorch's cell
 	$(RUN) -m benchmarks.demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests, on as many cores as there are (ARGS="-n 0": on one)
-	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-simt: $(VENV)/.installed  ## the emulated CUDA kernels at length: more shapes, faults and schedules
-	$(RUN) -m pytest tests/simt -m "simt_long or not simt_long" $(ARGS)
+	$(PYTEST) tests/simt -m "simt_long or not simt_long" $(ARGS)
 
 test-long: $(VENV)/.installed  ## growth of memory over ten times as many iterations
 	SNNLSTM_LONG=1 $(RUN) -m pytest tests/test_long.py $(ARGS)
