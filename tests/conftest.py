@@ -31,7 +31,8 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The long run on the emulated kernels is asked for by naming its marker."""
+    """Runs slow tests first, so that workers end together, and skips simt_long unless asked for."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if "simt_long" in (config.getoption("-m") or ""):
         return
     skip = pytest.mark.skip(reason="long: run `make test-simt`")

@@ -362,6 +362,7 @@ def test_the_clock_of_the_kernels_runs_within_its_block_alone():
     assert not any(snnlstm._C.cpu_profile(False))
 
 
+@pytest.mark.slow
 def test_suite_runs(tmp_path, capsys):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--shape", "2 1 2 4 6 6 3 name=small", "--quick",

@@ -229,6 +229,7 @@ def test_a_training_that_fails_is_named(capfd):
     assert "Traceback" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_demo_runs(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.demo", "--quick", "--threads", "1", "--out", tmp_path],
