@@ -159,7 +159,8 @@ class Cpu(Calls):
             for k, name in enumerate(("weight", "weight_mem", "weight_x"))
         }
         workspace = {"workspace": ("memory", self.workspace(1))}
-        return super().a_pass(backward) | weights | workspace
+        halves = {"half_gates": ("number", random.random() < 0.3)}
+        return super().a_pass(backward) | weights | workspace | halves
 
     def calls(self) -> dict[str, tuple[Callable[..., Any], Arguments, int]]:
         core, plan, address = self.module, self.plan, self.address
@@ -169,6 +170,7 @@ class Cpu(Calls):
         of_name: dict[str, tuple[Arguments, int]] = {
             "build_info": ({}, 0), "isa_names": ({}, 0), "isa_name": ({}, 0),
             "openmp_library": ({}, 0), "CpuPlan": (self.plan_arguments(), 0),
+            "cpu_profile": ({"begin": ("flag", random.random() < 0.5)}, 1),
             "prefer_huge_pages": ({"memory": ("memory", address()), "bytes": ("address", 64)}, 2),
             "set_isa": ({"name": ("text", random.choice(core.isa_names()))}, 1),
             "inspect": ({
