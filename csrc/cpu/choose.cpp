@@ -12,11 +12,11 @@ namespace {
 
 constexpr int kMostInputs = 8;  // of a tile, along an axis
 
-// What it costs to fetch a vector of weights, in multiply-adds, by whether all weights of a step,
-// so many values for each input channel and gate, stay in a thread's L2.
+// Returns what it costs to fetch a vector of weights, in multiply-adds. A step's weights, so many
+// values for each input channel and gate, come from L2 as far as they fit.
 double fetch_cost(const Cell& c, double values) {
   const double bytes = values * double(c.Cin + c.C) * 4 * double(c.C) * sizeof(float);
-  return bytes > 512 << 10 ? 12 : 1;
+  return 1 + 11 * std::min(std::max(bytes / (1 << 20) - 0.5, 0.), 1.);
 }
 
 // Of `wanted` tiles, or pixels, those that one thread has in a step while the weights pass by once:

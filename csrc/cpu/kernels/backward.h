@@ -165,15 +165,8 @@ class Backward {
       if (t > 0)
         neuron_.rows(t - 1, first + k, thread, k);
       else if (mem_wanted)
-        write_mem0(first + k, neuron_.mem_grad(thread, k));
+        neuron_.write_rows(a_.grad_mem0, first + k, neuron_.mem_grad(thread, k));
     }
-  }
-
-  void write_mem0(int64_t task, const T* mem_grad) const {
-    const int64_t begin = tasks_.begin(task);
-    for (int64_t h = begin; h < tasks_.end(task); ++h)
-      neuron_.write_row(a_.grad_mem0, tasks_.image(task), h,
-                        mem_grad + (h - begin) * l_.Wo * l_.Cp);
   }
 
   // Forms the data gradients of state rows [begin, end) of `together` images from n on by Winograd:
@@ -216,12 +209,11 @@ class Backward {
   void write_x(int64_t t, int64_t n, int64_t together, int64_t begin, int64_t end, const T* rows) {
     const Span span(Part::copies);
     const View& v = a_.grad_x;
-    for (int64_t k = 0; k < together; ++k)
-      for (int64_t h = begin; h < end; ++h, rows += to_x_.row_size())
-        store_row<S>(
-            rows, l_.x_blocks * VL, a_.cell.W, a_.cell.Cin,
-            static_cast<T*>(v.data) + t * v.stride[0] + (n + k) * v.stride[1] + h * v.stride[3],
-            v.stride[2], v.stride[4], [](typename S::R g, int64_t) { return g; });
+    const Pixels from{a_.cell.W, to_x_.row_size(), l_.x_blocks * VL};
+    T* dst = static_cast<T*>(v.data) + t * v.stride[0] + n * v.stride[1] + begin * v.stride[3];
+    for (int64_t k = 0; k < together; ++k, dst += v.stride[1], rows += (end - begin) * from.row)
+      store_rows<S>(rows, from, end - begin, a_.cell.Cin, dst, v.stride[2], v.stride[3],
+                    v.stride[4], [](typename S::R g, int64_t) { return g; });
   }
 
   const BackwardArgs& a_;

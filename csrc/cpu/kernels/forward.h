@@ -162,8 +162,7 @@ class Forward {
       if (a_.cell.inhibition)
         fire_winner(t, r, s);
       else
-        for (int64_t h = begin / a_.cell.pool_h; h < l_.Hp && (h + 1) * a_.cell.pool_h <= end; ++h)
-          fire_row(t, r, h, s);
+        fire(t, r, begin / a_.cell.pool_h, end / a_.cell.pool_h, s);
     }
   }
 
@@ -182,17 +181,18 @@ class Forward {
     const int64_t first = b0 * c.stride_h - l_.ph;
     const int64_t rows = patch_rows(b1 - b0);
     const int64_t row = l_.Wx * c.Cin, border = l_.pw * c.Cin, right = (l_.pw + c.W) * c.Cin;
-    for (int64_t k = 0; k < rows; ++k, patch += row) {
-      const int64_t h = first + k;
-      if (h < 0 || h >= c.H) {
-        std::memset(patch, 0, row * sizeof(T));
-        continue;
-      }
-      std::memset(patch, 0, border * sizeof(T));
-      std::memset(patch + right, 0, (row - right) * sizeof(T));
-      load_row<S>(x + h * a_.x.stride[3], a_.x.stride[2], a_.x.stride[4], c.W, c.Cin,
-                  patch + border, c.Cin, c.Cin);
+    const auto clamp = [](int64_t k, int64_t least, int64_t most) {
+      return k < least ? least : k < most ? k : most;
+    };
+    const int64_t top = clamp(-first, 0, rows), bottom = clamp(c.H - first, top, rows);
+    std::memset(patch, 0, top * row * sizeof(T));
+    std::memset(patch + bottom * row, 0, (rows - bottom) * row * sizeof(T));
+    for (int64_t k = top; k < bottom; ++k) {
+      std::memset(patch + k * row, 0, border * sizeof(T));
+      std::memset(patch + k * row + right, 0, (row - right) * sizeof(T));
     }
+    load_rows<S>(x + (first + top) * a_.x.stride[3], a_.x.stride[2], a_.x.stride[3], a_.x.stride[4],
+                 bottom - top, c.Cin, patch + top * row + border, Pixels{c.W, row, c.Cin}, c.Cin);
   }
 
   // Sums `list` over so many rows of each block, and adds the sums to the block's gates, or else
@@ -349,14 +349,13 @@ class Forward {
     if (!a_.record && t != a_.cell.T - 1) return;
     const Span span(Part::copies);
     const auto same = [](R v, int64_t) { return v; };
-    const auto put = [&](const View& v, const T* src, int64_t h) {
-      T* dst = static_cast<T*>(v.data) + t * v.stride[0] + r.n * v.stride[1] + h * v.stride[3];
-      store_row<S>(src, l_.Cp, l_.Wo, a_.cell.C, dst, v.stride[2], v.stride[4], same);
+    const auto put = [&](const View& v, const T* src, int64_t row) {
+      T* dst = static_cast<T*>(v.data) + t * v.stride[0] + r.n * v.stride[1] + begin * v.stride[3];
+      store_rows<S>(src, Pixels{l_.Wo, row, l_.Cp}, end - begin, a_.cell.C, dst, v.stride[2],
+                    v.stride[3], v.stride[4], same);
     };
-    for (int64_t h = begin; h < end; ++h) {
-      put(a_.syn, states_.syn_after(t, r, h), h);
-      put(a_.mem, states_.mem_inner(t + 1, r, h), h);
-    }
+    put(a_.syn, states_.syn_after(t, r, begin), l_.Wo * l_.Cp);
+    put(a_.mem, states_.mem_inner(t + 1, r, begin), l_.Wm * l_.Cp);
   }
 
   // Returns row h of the pooled image: channels-last pixels, which lie `stride` apart.
@@ -379,15 +378,21 @@ class Forward {
     return static_cast<T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
   }
 
-  void fire_row(int64_t t, const Rows& r, int64_t h, const Scratch& s) {
+  // Writes the spikes of rows [begin, end) of the pooled image.
+  void fire(int64_t t, const Rows& r, int64_t begin, int64_t end, const Scratch& s) {
     const Span span(Part::pointwise);
-    int64_t stride;
-    const T* row = pooled_row(t, r, h, s, stride);
     const R spike = S::splat(T(a_.graded)), silent = S::splat(T(0) * T(a_.graded));
-    store_row<S>(row, stride, l_.Wp, a_.cell.C, spk_row(t, r.n, h), a_.spk.stride[2],
-                 a_.spk.stride[4], [&](R mem, int64_t ch) {
-                   return S::where(Neuron<M>::fires(mem, S::load(threshold_ + ch)), spike, silent);
-                 });
+    const auto spikes = [&](R mem, int64_t ch) {
+      return S::where(Neuron<M>::fires(mem, S::load(threshold_ + ch)), spike, silent);
+    };
+    const View& v = a_.spk;
+    const int64_t rows = a_.cell.pool == Pool::none ? end - begin : 1;
+    for (int64_t h = begin; h < end; h += rows) {
+      int64_t stride;
+      const T* row = pooled_row(t, r, h, s, stride);
+      store_rows<S>(row, Pixels{l_.Wp, l_.Wm * l_.Cp, stride}, rows, a_.cell.C, spk_row(t, r.n, h),
+                    v.stride[2], v.stride[3], v.stride[4], spikes);
+    }
   }
 
   // Inhibition lets only the neuron of a sample with the highest (pooled) membrane potential spike.
@@ -409,7 +414,7 @@ class Forward {
           const bool equal = mem == best || (mem != mem && best != best);
           if (higher || (equal && index < winner)) best = mem, winner = index;
         }
-      store_row<S>(row, stride, l_.Wp, c.C, spk_row(t, r.n, h), v.stride[2], v.stride[4],
+      store_row<S>(row, Row{stride}, l_.Wp, c.C, spk_row(t, r.n, h), v.stride[2], v.stride[4],
                    [&](R, int64_t) { return S::splat(T(0) * T(a_.graded)); });
     }
     if (a_.winner) a_.winner[t * c.N + r.n] = winner;

@@ -35,9 +35,9 @@ class NeuronBackward {
     d_syn_ = arena.take<T>(kept * l_.state_image());
     scratch_ = arena.take<Scratch>(a_.threads);
     const int64_t rows = tasks_.most_together * task_size();
+    const int64_t some_rows = rows_at_once() * l_.Wo * l_.Cp;
     for (int k = 0; k < a_.threads; ++k) {
-      const Scratch s{arena.take<T>(rows), arena.take<T>(l_.Wo * l_.Cp),
-                      arena.take<T>(l_.Wo * l_.Cp)};
+      const Scratch s{arena.take<T>(rows), arena.take<T>(some_rows), arena.take<T>(some_rows)};
       if (scratch_) scratch_[k] = s;
     }
   }
@@ -64,8 +64,9 @@ class NeuronBackward {
     const Sample p = sample(task, thread);
     std::memset(threshold_sums_ + task * l_.Cp, 0, l_.Cp * sizeof(T));
     std::memset(bias_sums_ + task * 4 * l_.Cp, 0, 4 * l_.Cp * sizeof(T));
-    for (int64_t h = tasks_.begin(task); h < tasks_.end(task); ++h)
-      images_.read_row(a_.syn0, p.n, h, state_row(syn0_, p, h));
+    const int64_t begin = tasks_.begin(task);
+    images_.read_rows(a_.syn0, p.n, begin, tasks_.end(task), state_row(syn0_, p, begin),
+                      l_.Wo * l_.Cp);
     if (tasks_.begin(task) == 0) images_.clear_borders(p.kept);
   }
 
@@ -73,17 +74,15 @@ class NeuronBackward {
   void start(int64_t task, int thread) {
     const Span span(Part::copies);
     const Sample p = sample(task, thread);
-    const int64_t begin = tasks_.begin(task), row = l_.Wo * l_.Cp;
-    const auto read = [&](const View& v, int64_t h, T* dst) {
+    const int64_t begin = tasks_.begin(task), end = tasks_.end(task), row = l_.Wo * l_.Cp;
+    const auto read = [&](const View& v, T* dst) {
       if (v.data)
-        images_.read_row(at_time(v, a_.record ? a_.cell.T - 1 : 0), p.n, h, dst);
+        images_.read_rows(at_time(v, a_.record ? a_.cell.T - 1 : 0), p.n, begin, end, dst, row);
       else
-        std::memset(dst, 0, row * sizeof(T));
+        std::memset(dst, 0, (end - begin) * row * sizeof(T));
     };
-    for (int64_t h = begin; h < tasks_.end(task); ++h) {
-      read(a_.grad_mem, h, mem_grad(thread, 0) + (h - begin) * row);
-      read(a_.grad_syn, h, state_row(d_syn_, p, h));
-    }
+    read(a_.grad_mem, mem_grad(thread, 0));
+    read(a_.grad_syn, state_row(d_syn_, p, begin));
   }
 
   void rows(int64_t t, int64_t task, int thread, int64_t slot) {
@@ -93,29 +92,28 @@ class NeuronBackward {
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task), row = l_.Wo * l_.Cp;
     const bool last = t == a_.cell.T - 1;
     if (a_.grad_weight) images_.read_x(at_time(a_.x, t), t, p.n, begin, end);
-    for (int64_t h = begin; h < end; ++h) {
-      if (a_.record && !last && a_.grad_mem.data)
-        add_row(a_.grad_mem, t, p.n, h, s.mem_grad + (h - begin) * row, s);
-      if (a_.record && !last && a_.grad_syn.data)
-        add_row(a_.grad_syn, t, p.n, h, state_row(d_syn_, p, h), s);
-      if (last) recompute_mem(t, p, h, images_.mem_row(t + 1, p.kept, h));
-      if (t > 0)
-        recompute_mem(t - 1, p, h, images_.mem_row(t, p.kept, h));
-      else if (a_.grad_weight)
-        images_.read_row(a_.mem0, p.n, h, images_.mem_row(t, p.kept, h));
+    if (a_.record && !last) {
+      add_rows(a_.grad_mem, t, p.n, begin, end, s.mem_grad, s);
+      add_rows(a_.grad_syn, t, p.n, begin, end, state_row(d_syn_, p, begin), s);
     }
+    for (int64_t h = begin; h < end; ++h) {
+      if (last) recompute_mem(t, p, h, images_.mem_row(t + 1, p.kept, h));
+      if (t > 0) recompute_mem(t - 1, p, h, images_.mem_row(t, p.kept, h));
+    }
+    if (t == 0 && a_.grad_weight)
+      images_.read_rows(a_.mem0, p.n, begin, end, images_.mem_row(t, p.kept, begin), l_.Wm * l_.Cp);
     if (a_.grad_spk.data && a_.cell.surrogate != Surrogate::none) spike(t, p, task, s);
     for (int64_t h = begin; h < end; ++h) step(t, p, h, task, s.mem_grad + (h - begin) * row);
-    if (t == 0 && a_.grad_syn0.data)
-      for (int64_t h = begin; h < end; ++h)
-        write_row(a_.grad_syn0, p.n, h, state_row(d_syn_, p, h));
+    if (t == 0 && a_.grad_syn0.data) write_rows(a_.grad_syn0, task, state_row(d_syn_, p, begin));
   }
 
-  void write_row(const View& v, int64_t n, int64_t h, const T* src) const {
+  // Writes the gradient of a task's rows of a state.
+  void write_rows(const View& v, int64_t task, const T* src) const {
     const Span span(Part::copies);
-    store_row<S>(src, l_.Cp, l_.Wo, a_.cell.C,
-                 static_cast<T*>(v.data) + n * v.stride[1] + h * v.stride[3], v.stride[2],
-                 v.stride[4], [](R g, int64_t) { return g; });
+    const int64_t begin = tasks_.begin(task);
+    T* dst = static_cast<T*>(v.data) + tasks_.image(task) * v.stride[1] + begin * v.stride[3];
+    store_rows<S>(src, Pixels{l_.Wo, l_.Wo * l_.Cp, l_.Cp}, tasks_.end(task) - begin, a_.cell.C,
+                  dst, v.stride[2], v.stride[3], v.stride[4], [](R g, int64_t) { return g; });
   }
 
   // These sum the gradients of the threshold, for one channel block, and of the bias over all
@@ -144,11 +142,17 @@ class NeuronBackward {
 
  private:
   struct Scratch {
-    T* mem_grad;         // (tasks of a group, rows, Wo, Cp)
-    T *row, *noise_row;  // one row
+    T* mem_grad;           // (tasks of a group, rows, Wo, Cp)
+    T *rows, *noise_rows;  // rows_at_once()
   };
 
   int64_t task_size() const { return tasks_.most_rows() * l_.Wo * l_.Cp; }
+
+  // Counts the rows that fill half of a 32 KiB L1.
+  int64_t rows_at_once() const {
+    const int64_t rows = 16384 / (l_.Wo * l_.Cp * int64_t(sizeof(T)));
+    return rows < 1 ? 1 : rows < l_.Ho ? rows : l_.Ho;
+  }
 
   // A sample, and which of the kept samples it is.
   struct Sample {
@@ -180,11 +184,17 @@ class NeuronBackward {
     step.data = static_cast<T*>(v.data) + t * v.stride[0];
     return step;
   }
-  void add_row(const View& v, int64_t t, int64_t n, int64_t h, T* dst, const Scratch& s) const {
+  void add_rows(const View& v, int64_t t, int64_t n, int64_t begin, int64_t end, T* dst,
+                const Scratch& s) const {
+    if (!v.data) return;
     const Span span(Part::copies);
-    images_.read_row(at_time(v, t), n, h, s.row);
-    for (int64_t k = 0; k < l_.Wo * l_.Cp; k += VL)
-      S::store(dst + k, S::load(dst + k) + S::load(s.row + k));
+    const int64_t row = l_.Wo * l_.Cp;
+    for (int64_t h = begin, stop; h < end; h = stop, dst += rows_at_once() * row) {
+      stop = h + rows_at_once() < end ? h + rows_at_once() : end;
+      images_.read_rows(at_time(v, t), n, h, stop, s.rows, row);
+      for (int64_t k = 0; k < (stop - h) * row; k += VL)
+        S::store(dst + k, S::load(dst + k) + S::load(s.rows + k));
+    }
   }
 
   // Returns the tanh of the synaptic current before its quantisation.
@@ -218,10 +228,17 @@ class NeuronBackward {
     T* sums = threshold_sums_ + task * l_.Cp;
     const R p0 = S::splat(T(c.surrogate_p0)), p1 = S::splat(T(c.surrogate_p1));
     const T graded = T(a_.graded);
-    for (int64_t h = begin / c.pool_h; h < l_.Hp && (h + 1) * c.pool_h <= tasks_.end(task); ++h) {
-      pooled_row(a_.grad_spk, t, p.n, h, s.row);
-      if (a_.noise.data) pooled_row(a_.noise, t, p.n, h, s.noise_row);
-      if (c.inhibition) keep_winner(a_.winner[t * c.N + p.n], h, s.row);
+    const int64_t first = begin / c.pool_h, last = tasks_.end(task) / c.pool_h;
+    for (int64_t h = first; h < last; ++h) {
+      const int64_t place_in = (h - first) % rows_at_once();
+      if (place_in == 0) {
+        const int64_t stop = h + rows_at_once() < last ? h + rows_at_once() : last;
+        pooled_rows(a_.grad_spk, t, p.n, h, stop, s.rows);
+        if (a_.noise.data) pooled_rows(a_.noise, t, p.n, h, stop, s.noise_rows);
+      }
+      T* const grads = s.rows + place_in * l_.Wp * l_.Cp;
+      const T* const noises = s.noise_rows + place_in * l_.Wp * l_.Cp;
+      if (c.inhibition) keep_winner(a_.winner[t * c.N + p.n], h, grads);
       const int64_t top = (h * c.pool_h - begin) * row;
       const T* mem_after = images_.mem_row(t + 1, p.kept, h * c.pool_h);
       for (int64_t w = 0; w < l_.Wp; ++w)
@@ -230,10 +247,10 @@ class NeuronBackward {
           const int64_t column = w * c.pool_w * l_.Cp + ch, place = top + column;
           const R mem = pooled_mem<M>(c, mem_after + column, l_.Wm * l_.Cp, l_.Cp,
                                       static_cast<const T*>(a_.levels), where);
-          const R noise = a_.noise.data ? S::load(s.noise_row + w * l_.Cp + ch) : R{};
+          const R noise = a_.noise.data ? S::load(noises + w * l_.Cp + ch) : R{};
           const R slope = Neuron<M>::surrogate_gradient(c.surrogate, mem - S::load(threshold_ + ch),
                                                         p0, p1, noise);
-          const R grad = slope * (S::load(s.row + w * l_.Cp + ch) * graded);
+          const R grad = slope * (S::load(grads + w * l_.Cp + ch) * graded);
           S::store(sums + ch, S::load(sums + ch) - grad);
           if (c.pool == Pool::none)
             S::store(s.mem_grad + place, S::load(s.mem_grad + place) + grad);
@@ -243,10 +260,11 @@ class NeuronBackward {
     }
   }
 
-  void pooled_row(const View& v, int64_t t, int64_t n, int64_t h, T* dst) const {
+  void pooled_rows(const View& v, int64_t t, int64_t n, int64_t begin, int64_t end, T* dst) const {
     const T* src =
-        static_cast<const T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
-    load_row<S>(src, v.stride[2], v.stride[4], l_.Wp, a_.cell.C, dst, l_.Cp, l_.Cp);
+        static_cast<const T*>(v.data) + t * v.stride[0] + n * v.stride[1] + begin * v.stride[3];
+    load_rows<S>(src, v.stride[2], v.stride[3], v.stride[4], end - begin, a_.cell.C, dst,
+                 Pixels{l_.Wp, l_.Wp * l_.Cp, l_.Cp}, l_.Cp);
   }
   void keep_winner(int64_t winner, int64_t h, T* row) const {
     const bool here = winner >= 0 && winner / l_.Wp % l_.Hp == h;

@@ -1,10 +1,44 @@
-// Copies between the caller's tensors (any strides) and channels-last rows, one image row at a
-// time. Rows of contiguous columns (NCHW) are transposed in registers.
+// Copies between the caller's tensors (any strides) and channels-last rows. Rows of contiguous
+// columns (NCHW) are transposed in registers. Several rows that lie one behind the other in the
+// caller's tensor are transposed as one long row, because short rows would fill the registers in
+// part.
 #pragma once
 
 #include "simd.h"
 
 SNNLSTM_BEGIN_ISA
+
+// Says where the pixels of channels-last rows lie, counted through all rows.
+struct Pixels {
+  int64_t W, row, pixel;
+
+  int64_t at(int64_t p) const { return W == 1 ? p * row : p / W * row + p % W * pixel; }
+  bool regular() const { return W == 1 || row == W * pixel; }
+
+  // Writes the places of n pixels from the p-th on.
+  template <int n>
+  SNNLSTM_INLINE void places(int64_t p, int64_t* to) const {
+    int64_t w = p % W, place = p / W * row + w * pixel;
+    const int64_t turn = row - (W - 1) * pixel;
+    for (int k = 0; k < n; ++k) {
+      to[k] = place;
+      const bool last = ++w == W;
+      place += last ? turn : pixel;
+      w = last ? 0 : w;
+    }
+  }
+};
+
+// Says the same of pixels that are all equally far apart.
+struct Row {
+  int64_t pixel;
+
+  int64_t at(int64_t p) const { return p * pixel; }
+  template <int n>
+  SNNLSTM_INLINE void places(int64_t p, int64_t* to) const {
+    for (int k = 0; k < n; ++k) to[k] = (p + k) * pixel;
+  }
+};
 
 // Calls f(first) for squares of VL columns that cover W >= VL. The last may overlap the one before.
 template <int VL, class F>
@@ -14,52 +48,77 @@ SNNLSTM_INLINE void each_square(int64_t W, F&& f) {
   if (w < W) f(W - VL);
 }
 
-// Loads VL columns of at most VL channels, and sets the lanes behind `channels` to zero.
-template <class S, class T = typename S::Scalar>
+// Loads VL columns of at most VL channels into the pixels from the w-th on, and sets the lanes
+// behind `channels` to zero.
+template <class S, class Places, class T = typename S::Scalar>
 SNNLSTM_INLINE void load_square(const T* src, int64_t stride_c, int64_t channels, T* dst,
-                                int64_t dst_stride) {
+                                const Places& to, int64_t w) {
   constexpr int VL = S::lanes;
   typename S::R v[VL];
+  int64_t place[VL];
+  to.template places<VL>(w, place);
 #pragma GCC unroll 16
   for (int k = 0; k < VL; ++k) v[k] = k < channels ? S::load(src + k * stride_c) : typename S::R{};
   S::transpose(v);
 #pragma GCC unroll 16
-  for (int k = 0; k < VL; ++k) S::store(dst + k * dst_stride, v[k]);
+  for (int k = 0; k < VL; ++k) S::store(dst + place[k], v[k]);
 }
 
-// dst[w * dst_stride + c] = src[c * stride_c + w * stride_w] for w < W, c < C, and zero for
+// dst[to.at(w) + c] = src[c * stride_c + w * stride_w] for w < W, c < C, and zero for
 // C <= c < filled.
-template <class S, class T = typename S::Scalar>
+template <class S, class Places, class T = typename S::Scalar>
 void load_row(const T* src, int64_t stride_c, int64_t stride_w, int64_t W, int64_t C, T* dst,
-              int64_t dst_stride, int64_t filled) {
+              const Places& to, int64_t filled) {
   constexpr int VL = S::lanes;
-  if (C == 1 && filled == 1 && stride_w == 1 && dst_stride == 1) {
-    std::memcpy(dst, src, W * sizeof(T));
-    return;
-  }
   int64_t done = 0;  // channels
   if (stride_w == 1 && stride_c != 1) {
     if constexpr (VL > 4)
-      if (W < VL)
-        return load_row<Simd<T, VL / 2>>(src, stride_c, stride_w, W, C, dst, dst_stride, filled);
+      if (W < VL) return load_row<Simd<T, VL / 2>>(src, stride_c, stride_w, W, C, dst, to, filled);
     for (; W >= VL && done + VL <= filled; done += VL) {
       const int64_t channels = C - done;
       if (channels >= VL)
         each_square<VL>(W, [&](int64_t w) {
-          load_square<S>(src + done * stride_c + w, stride_c, VL, dst + w * dst_stride + done,
-                         dst_stride);
+          load_square<S>(src + done * stride_c + w, stride_c, VL, dst + done, to, w);
         });
       else
         each_square<VL>(W, [&](int64_t w) {
-          load_square<S>(src + done * stride_c + w, stride_c, channels, dst + w * dst_stride + done,
-                         dst_stride);
+          load_square<S>(src + done * stride_c + w, stride_c, channels, dst + done, to, w);
         });
     }
   }
   for (int64_t w = 0; done < filled && w < W; ++w) {
-    T* out = dst + w * dst_stride;
+    T* out = dst + to.at(w);
     for (int64_t c = done; c < C; ++c) out[c] = src[c * stride_c + w * stride_w];
     for (int64_t c = done < C ? C : done; c < filled; ++c) out[c] = 0;
+  }
+}
+
+// Returns whether `rows` rows of the caller's are one row of all their pixels, and better taken as
+// such: where our pixels are not equally far apart, a fifth of the squares must be saved.
+template <int VL>
+bool one_row(const Pixels& ours, int64_t rows, int64_t stride_h, int64_t stride_w) {
+  const int64_t W = ours.W, long_row = (rows * W + VL - 1) / VL,
+                short_rows = (W + VL - 1) / VL * rows;
+  if (W == 1) return true;
+  return stride_h == W * stride_w && (ours.regular() || 5 * long_row < 4 * short_rows);
+}
+
+// Does load_row for each of `rows` rows, from src + h * stride_h to dst + h * to.row.
+template <class S, class T = typename S::Scalar>
+void load_rows(const T* src, int64_t stride_c, int64_t stride_h, int64_t stride_w, int64_t rows,
+               int64_t C, T* dst, const Pixels& to, int64_t filled) {
+  const int64_t W = to.W, next = W == 1 ? stride_h : stride_w;
+  if (C == 1 && filled == 1 && stride_w == 1 && to.pixel == 1) {
+    for (int64_t h = 0; h < rows; ++h)
+      std::memcpy(dst + h * to.row, src + h * stride_h, W * sizeof(T));
+  } else if (!one_row<S::lanes>(to, rows, stride_h, stride_w)) {
+    for (int64_t h = 0; h < rows; ++h)
+      load_row<S>(src + h * stride_h, stride_c, stride_w, W, C, dst + h * to.row, Row{to.pixel},
+                  filled);
+  } else if (to.regular()) {
+    load_row<S>(src, stride_c, next, rows * W, C, dst, Row{W == 1 ? to.row : to.pixel}, filled);
+  } else {
+    load_row<S>(src, stride_c, next, rows * W, C, dst, to, filled);
   }
 }
 
@@ -78,11 +137,11 @@ SNNLSTM_INLINE void store_some(T* dst, typename S::R v, int64_t count) {
   Half::store(dst + count - half, Half::load(lanes + count - half));
 }
 
-// dst[c * stride_c + w * stride_w] = f(src[w * src_stride + c], c) for w < W, c < C.
+// dst[c * stride_c + w * stride_w] = f(src[from.at(w) + c], c) for w < W, c < C.
 // f maps a vector whose first lane is channel c. src has whole vectors: Cp channels.
-template <class S, class F, class T = typename S::Scalar>
-SNNLSTM_INLINE void store_row(const T* src, int64_t src_stride, int64_t W, int64_t C, T* dst,
-                              int64_t stride_c, int64_t stride_w, F&& f) {
+template <class S, class Places, class F, class T = typename S::Scalar>
+void store_row(const T* src, const Places& from, int64_t W, int64_t C, T* dst, int64_t stride_c,
+               int64_t stride_w, F&& f) {
   constexpr int VL = S::lanes;
   for (int64_t c0 = 0; c0 < C; c0 += VL) {
     const int64_t n = C - c0 < VL ? C - c0 : VL;
@@ -92,9 +151,11 @@ SNNLSTM_INLINE void store_row(const T* src, int64_t src_stride, int64_t W, int64
       const auto square = [&](int64_t w, int64_t columns,
                               int64_t channels) __attribute__((always_inline)) {
         typename S::R v[VL];
+        int64_t place[VL];
+        from.template places<VL>(w, place);
 #pragma GCC unroll 16
         for (int k = 0; k < VL; ++k)
-          v[k] = k < columns ? f(S::load(in + (w + k) * src_stride), c0) : typename S::R{};
+          v[k] = k < columns ? f(S::load(in + place[k]), c0) : typename S::R{};
         S::transpose(v);
 #pragma GCC unroll 16
         for (int k = 0; k < VL; ++k) {
@@ -114,12 +175,28 @@ SNNLSTM_INLINE void store_row(const T* src, int64_t src_stride, int64_t W, int64
       continue;
     }
     for (int64_t w = 0; w < W; ++w) {
-      const typename S::R v = f(S::load(in + w * src_stride), c0);
+      const typename S::R v = f(S::load(in + from.at(w)), c0);
       if (stride_c == 1 && n == VL)
         S::store(out + w * stride_w, v);
       else
         for (int64_t k = 0; k < n; ++k) out[k * stride_c + w * stride_w] = v[k];
     }
+  }
+}
+
+// Does store_row for each of `rows` rows, from src + h * from.row to dst + h * stride_h.
+template <class S, class F, class T = typename S::Scalar>
+void store_rows(const T* src, const Pixels& from, int64_t rows, int64_t C, T* dst, int64_t stride_c,
+                int64_t stride_h, int64_t stride_w, F&& f) {
+  const int64_t W = from.W, next = W == 1 ? stride_h : stride_w;
+  if (!one_row<S::lanes>(from, rows, stride_h, stride_w)) {
+    for (int64_t h = 0; h < rows; ++h)
+      store_row<S>(src + h * from.row, Row{from.pixel}, W, C, dst + h * stride_h, stride_c,
+                   stride_w, f);
+  } else if (from.regular()) {
+    store_row<S>(src, Row{W == 1 ? from.row : from.pixel}, rows * W, C, dst, stride_c, next, f);
+  } else {
+    store_row<S>(src, from, rows * W, C, dst, stride_c, next, f);
   }
 }
 

@@ -37,16 +37,14 @@ class StateRows {
     const Rows r = of(task, thread, slot);
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task);
     if (one_step()) {
-      for (int64_t h = begin; h < begin + seen_rows(end - begin); ++h) import_mem(r, h);
+      import_mem(r, begin, begin + seen_rows(end - begin));
     } else {
-      const int64_t first = begin == 0 ? 0 : begin + l_.ph, all = l_.Hm;
-      const int64_t last = end == l_.Ho ? all : end + l_.ph;
-      for (int64_t h = first; h < last; ++h) {
-        import_mem(r, h);
-        clear_border(mem_row(1, r, h), inside(h));
-      }
+      const int64_t first = begin == 0 ? 0 : begin + l_.ph;
+      const int64_t last = end == l_.Ho ? l_.Hm : end + l_.ph;
+      import_mem(r, first, last);
+      for (int64_t h = first; h < last; ++h) clear_border(mem_row(1, r, h), inside(h));
     }
-    for (int64_t h = begin; h < end; ++h) import_row(a_.syn0, r.n, h, first_syn(r, h));
+    import_rows(a_.syn0, r.n, begin, end, first_syn(r, begin), l_.Wo * l_.Cp);
   }
 
   // Returns the places of a task's rows.
@@ -101,10 +99,12 @@ class StateRows {
   // Says whether row h of mem, counted with the border, belongs to the image.
   bool inside(int64_t h) const { return h >= l_.ph && h < l_.ph + l_.Ho; }
 
-  void import_mem(const Rows& r, int64_t h) {
-    T* row = mem_row(0, r, h);
-    clear_border(row, inside(h));
-    if (inside(h)) import_row(a_.mem0, r.n, h - l_.ph, row + l_.pw * l_.Cp);
+  // Reads rows [first, last) of the first mem, counted with the border.
+  void import_mem(const Rows& r, int64_t first, int64_t last) {
+    for (int64_t h = first; h < last; ++h) clear_border(mem_row(0, r, h), inside(h));
+    const int64_t begin = first < l_.ph ? 0 : first - l_.ph;
+    const int64_t end = last < l_.ph + l_.Ho ? last - l_.ph : l_.Ho;
+    if (begin < end) import_rows(a_.mem0, r.n, begin, end, mem_inner(0, r, begin), l_.Wm * l_.Cp);
   }
 
   // Writes zeros on both sides of a row of mem, or all along it.
@@ -116,9 +116,11 @@ class StateRows {
     std::memset(row + right, 0, (all - right) * sizeof(T));
   }
 
-  void import_row(const View& v, int64_t n, int64_t h, T* dst) {
-    const T* src = static_cast<const T*>(v.data) + n * v.stride[1] + h * v.stride[3];
-    load_row<S>(src, v.stride[2], v.stride[4], l_.Wo, a_.cell.C, dst, l_.Cp, l_.Cp);
+  // Reads rows [begin, end) of a state into rows that lie `row` apart.
+  void import_rows(const View& v, int64_t n, int64_t begin, int64_t end, T* dst, int64_t row) {
+    const T* src = static_cast<const T*>(v.data) + n * v.stride[1] + begin * v.stride[3];
+    load_rows<S>(src, v.stride[2], v.stride[3], v.stride[4], end - begin, a_.cell.C, dst,
+                 Pixels{l_.Wo, row, l_.Cp}, l_.Cp);
   }
 
   const ForwardArgs& a_;

@@ -70,15 +70,18 @@ class StepBuffers {
     const Cell& c = l_.c;
     const T* src = static_cast<const T*>(v.data) + n * v.stride[1];
     const int64_t last = end == l_.Ho ? c.H : end * c.stride_h;
-    for (int64_t h = begin * c.stride_h; h < last; ++h)
-      load_row<S>(src + h * v.stride[3], v.stride[2], v.stride[4], c.W, c.Cin,
-                  x(t, n) + ((h + l_.ph) * l_.Wx + l_.pw) * c.Cin, c.Cin, c.Cin);
+    const int64_t first = begin * c.stride_h;
+    load_rows<S>(src + first * v.stride[3], v.stride[2], v.stride[3], v.stride[4], last - first,
+                 c.Cin, x(t, n) + ((first + l_.ph) * l_.Wx + l_.pw) * c.Cin,
+                 Pixels{c.W, l_.Wx * c.Cin, c.Cin}, c.Cin);
   }
 
-  // Reads row h of a state: all Cp channels of Wo pixels.
-  void read_row(const View& v, int64_t n, int64_t h, T* dst) const {
-    const T* src = static_cast<const T*>(v.data) + n * v.stride[1] + h * v.stride[3];
-    load_row<S>(src, v.stride[2], v.stride[4], l_.Wo, l_.c.C, dst, l_.Cp, l_.Cp);
+  // Reads rows [begin, end) of a state, all Cp channels of Wo pixels, into rows that lie `row`
+  // apart.
+  void read_rows(const View& v, int64_t n, int64_t begin, int64_t end, T* dst, int64_t row) const {
+    const T* src = static_cast<const T*>(v.data) + n * v.stride[1] + begin * v.stride[3];
+    load_rows<S>(src, v.stride[2], v.stride[3], v.stride[4], end - begin, l_.c.C, dst,
+                 Pixels{l_.Wo, row, l_.Cp}, l_.Cp);
   }
 
  private:
