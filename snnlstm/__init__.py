@@ -13,8 +13,8 @@ try:
     from .settings import algorithm, set_algorithm
     from .swap import accelerate, patch, restore, unpatch
 except Exception:
-    # `python -m snnlstm` (Python calls it "-m" while it imports the package) is there to say what
-    # is missing or broken, be it torch itself.
+    # `python -m snnlstm` must tell what is missing or broken, be it torch itself. Python's name for
+    # it is "-m" while the package is imported.
     if sys.argv[:1] != ["-m"]:
         raise
 

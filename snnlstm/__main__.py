@@ -19,7 +19,7 @@ from typing import Any
 
 from .native import cuda_check
 
-# What a fact is where it could not be had: a sentence that starts with this.
+# A fact that could not be found out is a text that starts with this.
 MISSING = "missing: "
 NOT_THERE = MISSING + "ModuleNotFoundError: No module named 'snnlstm._C'"
 NO_CORE = (
@@ -36,28 +36,28 @@ def attempt(probe: Callable[[], Any]) -> Any:
         return probe()
     except (Exception, SystemExit) as error:  # even an import may exit
         text = " ".join(str(error).split())
-        return (
-            f"{MISSING}{type(error).__name__}: {text}" if text else MISSING + type(error).__name__
-        )
+        return MISSING + type(error).__name__ + (f": {text}" if text else "")
 
 
 def is_missing(fact: Any) -> bool:
     return isinstance(fact, str) and fact.startswith(MISSING)
 
 
+def imported(name: str) -> Any:
+    """A module, or why it cannot be imported."""
+    return attempt(lambda: importlib.import_module(name))
+
+
 def module_version(name: str) -> str:
     """A module's version, or why it cannot be imported."""
-    return attempt(lambda: str(getattr(importlib.import_module(name), "__version__", "unknown")))
-
-
-def own_version() -> str:
-    return attempt(lambda: importlib.import_module("snnlstm.version").__version__)
+    module = imported(name)
+    return module if is_missing(module) else str(getattr(module, "__version__", "unknown"))
 
 
 def native_facts() -> dict[str, Any]:
-    """What snnlstm._C says of itself. With torch imported before, so that its OpenMP is found."""
-    attempt(lambda: importlib.import_module("torch"))
-    core = attempt(lambda: importlib.import_module("snnlstm._C"))
+    """What snnlstm._C says of itself. Torch is imported first, so that _C finds its OpenMP."""
+    imported("torch")
+    core = imported("snnlstm._C")
     if is_missing(core):
         return {"core": core, "isas": [], "isa": core, "openmp": core, "build": {}}
     return {
@@ -71,42 +71,36 @@ def native_facts() -> dict[str, Any]:
 
 def torch_facts() -> dict[str, Any]:
     """torch's version, threads and GPUs."""
-    torch = attempt(lambda: importlib.import_module("torch"))
+    torch = imported("torch")
     if is_missing(torch):
         return {"version": torch, "cuda": None, "driver": None, "threads": None, "devices": [],
                 "notes": []}  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:  # a broken driver warns
         warnings.simplefilter("always")
-        devices = attempt(lambda: gpus(torch))
-        driver = attempt(cuda_check.driver_version)
-    return {
-        "version": attempt(lambda: str(torch.__version__)),
-        "cuda": attempt(lambda: torch.version.cuda),
-        "driver": driver,
-        "threads": attempt(lambda: torch.get_num_threads()),
-        "devices": devices,
-        "notes": [" ".join(str(w.message).split()) for w in caught],
-    }
+        return {
+            "version": attempt(lambda: str(torch.__version__)),
+            "cuda": attempt(lambda: torch.version.cuda),
+            "driver": attempt(cuda_check.driver_version),
+            "threads": attempt(lambda: torch.get_num_threads()),
+            "devices": attempt(lambda: gpus(torch)),
+            "notes": [" ".join(str(w.message).split()) for w in caught],
+        }
 
 
 def gpus(torch: Any) -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
+    name, capability = torch.cuda.get_device_name, torch.cuda.get_device_capability
     return [
-        {
-            "name": torch.cuda.get_device_name(i),
-            "capability": list(torch.cuda.get_device_capability(i)),
-        }
+        {"name": name(i), "capability": list(capability(i))}
         for i in range(torch.cuda.device_count())
     ]
 
 
 def collect() -> dict[str, Any]:
-    """Everything, ready for JSON."""
-    native = native_facts()
-    torch = torch_facts()
+    """All facts of the report, ready for JSON."""
     facts = {
-        "version": own_version(),
+        "version": module_version("snnlstm.version"),
         "path": str(Path(__file__).resolve().parent),
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "executable": sys.executable,
@@ -117,8 +111,8 @@ def collect() -> dict[str, Any]:
             lambda: sorted(importlib.import_module("snnlstm.native.kernels").DEVICES)
         ),
         "forced_isa": os.environ.get("SNNLSTM_ISA"),
-        "native": native,
-        "torch": torch,
+        "native": native_facts(),
+        "torch": torch_facts(),
     }
     facts["problems"] = problems(facts)
     return facts
@@ -152,23 +146,25 @@ def gpu_problems(build: Any, driver: Any, gpus: list[dict[str, Any]]) -> list[st
     general = cuda_check.without_kernels(build) or cuda_check.driver_trouble(build, driver)
     if general:
         return [f"CUDA tensors take the reference path: {general}"]
-    found = (cuda_check.device_trouble(build, g["name"], tuple(g["capability"])) for g in gpus)
+    trouble = cuda_check.device_trouble
+    found = [trouble(build, gpu["name"], tuple(gpu["capability"]), driver) for gpu in gpus]
     return [text for text in found if text]
 
 
+def words(fact: Any) -> Any:
+    """A list's items as one text; any other fact as it is."""
+    return ", ".join(fact) if isinstance(fact, list) else fact
+
+
 def table(facts: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as a table for people."""
     native, torch, build = facts["native"], facts["torch"], facts["native"]["build"]
     build = build if isinstance(build, dict) else {}
-    isas = native["isas"]
     forced = f" (forced by SNNLSTM_ISA={facts['forced_isa']})" if facts["forced_isa"] else ""
-    devices, driver = torch["devices"], torch["driver"]
-    if not devices:
-        devices = "none" if torch["cuda"] else "none (torch is built without CUDA)"
-    elif isinstance(devices, list):
-        devices = ", ".join(
-            f"{d['name']} (sm_{d['capability'][0]}{d['capability'][1]})" for d in devices
-        )
+    gpus, driver = torch["devices"], torch["driver"]
+    if isinstance(gpus, list):
+        gpus = [f"{gpu['name']} (sm_{''.join(map(str, gpu['capability']))})" for gpu in gpus]
+    no_gpus = "none" if torch["cuda"] else "none (torch is built without CUDA)"
     rows: list[tuple[str, Any]] = [
         ("snnlstm", f"{facts['version']}  {facts['path']}"),
         ("Python", f"{facts['python']}  {facts['executable']}"),
@@ -179,32 +175,22 @@ def table(facts: dict[str, Any]) -> str:
         ("", ""),
         ("native core", native["core"]),
         ("compiler", build.get("compiler", "unknown")),
-        (
-            "instruction sets",
-            ", ".join(isas) if isinstance(isas, list) and isas else isas or "none",
-        ),
+        ("instruction sets", words(native["isas"]) or "none"),
         ("in use", f"{native['isa']}{forced}"),
-        (
-            "used on",
-            ", ".join(facts["devices"]) if isinstance(facts["devices"], list) else facts["devices"],
-        ),
+        ("used on", words(facts["devices"])),
         ("threads", torch["threads"] if torch["threads"] is not None else "unknown"),
         ("OpenMP", native["openmp"] or "none"),
         ("", ""),
         ("CUDA kernels", build.get("cuda", "unknown")),
         ("torch's CUDA", torch["cuda"] or "none"),
         ("driver's CUDA", cuda_check.show(driver) if isinstance(driver, int) else driver or "none"),
-        ("GPUs", devices),
+        ("GPUs", words(gpus) or no_gpus),
         *(("note", note) for note in torch["notes"]),
     ]
     width = max(len(name) for name, _ in rows) + 2
     lines = [f"{name:<{width}}{value}".rstrip() for name, value in rows]
-    lines.append("")
-    if facts["problems"]:
-        lines += [f"problem: {text}" for text in facts["problems"]]
-    else:
-        lines.append("Nothing is wrong.")
-    return "\n".join(lines)
+    found = [f"problem: {text}" for text in facts["problems"]]
+    return "\n".join([*lines, "", *(found or ["Nothing is wrong."])])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

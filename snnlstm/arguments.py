@@ -9,26 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .call import (
-    DTYPES,
-    RESETS,
-    CellOptions,
-    Checkpoint,
-    Pool,
-    Reset,
-    autocast_dtype,
-)
+from .call import DTYPES, RESETS, CellOptions, Checkpoint, Pool, Reset, autocast_dtype
 from .quant import StateQuant
 from .snntorch import recognise_quant, recognise_surrogate
-from .surrogate import NONE, Surrogate, atan
+from .surrogate import NONE, Surrogate, atan, is_number
 
 __all__ = ["make_options"]
+
+_DTYPES = ", ".join(map(str, DTYPES))
 
 # ---- values -----------------------------------------------------------------------------
 
@@ -37,18 +31,20 @@ def _is_int(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
-    """Whether `value` is a real number and no bool."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def flag(name: str, value: Any) -> bool:
     """Check a yes-or-no argument: a bool, or one of the ints 0 and 1."""
     if isinstance(value, bool) or (isinstance(value, Integral) and value in (0, 1)):
         return bool(value)
-    if type(value).__name__ in ("bool", "bool_"):  # NumPy 2's and 1's, without importing it
+    if type(value).__name__ in ("bool", "bool_"):  # NumPy's bools, whose import this spares
         return bool(value)
     raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+def a_module(name: str, value: Any) -> nn.Module:
+    """Check a model."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be an nn.Module, got {type(value).__name__}")
+    return value
 
 
 def integer(name: str, value: Any, least: int = 1) -> int:
@@ -66,10 +62,10 @@ def pair(name: str, value: Any, lengths: tuple[int, ...] = (2,), also: str = "")
     `also` says what else the argument accepts.
     """
     both = (value, value) if _is_int(value) else value
-    if not isinstance(both, (tuple, list)) or not all(map(_is_int, both)):
-        raise TypeError(f"{name} must be an int or a tuple of two ints, got {value!r}")
-    if len(both) not in lengths:
-        raise ValueError(f"{name} must be an int or a tuple of two ints, got {value!r}")
+    ints = isinstance(both, (tuple, list)) and all(map(_is_int, both))
+    if not ints or len(both) not in lengths:
+        kind = ValueError if ints else TypeError
+        raise kind(f"{name} must be an int or a tuple of two ints, got {value!r}")
     if min(both) < 1:
         raise ValueError(f"{name} must be at least 1{also}, got {value!r}")
     return int(both[0]), int(both[-1])
@@ -139,9 +135,7 @@ def surrogate(spike_grad: Any, disable: bool = False) -> Surrogate | Callable[[T
         )
     if disable:
         return NONE
-    if spike_grad is None:
-        return atan()
-    return recognise_surrogate(spike_grad)
+    return atan() if spike_grad is None else recognise_surrogate(spike_grad)
 
 
 def quantiser(state_quant: Any) -> StateQuant | Callable[[Tensor], Tensor] | None:
@@ -182,7 +176,7 @@ def dtype_or_none(name: str, value: Any) -> torch.dtype | None:
     if value is not None and not isinstance(value, torch.dtype):
         raise TypeError(f"{name} must be a torch.dtype or None, got {value!r}")
     if value is not None and value not in DTYPES:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {value}")
+        raise ValueError(f"{name} must be one of {_DTYPES}, got {value}")
     return value
 
 
@@ -192,10 +186,9 @@ def device_or_none(name: str, value: Any) -> torch.device | None:
         return None
     try:
         return torch.device(value)
-    except TypeError as error:
-        raise TypeError(f"{name} must be a torch.device or its name, got {value!r}") from error
-    except RuntimeError as error:
-        raise ValueError(f"{name} must be a torch.device or its name, got {value!r}") from error
+    except (TypeError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} must be a torch.device or its name, got {value!r}") from error
 
 
 # ---- shapes -----------------------------------------------------------------------------
@@ -232,18 +225,13 @@ def state_broadcast(
 
 def state_shape(x: Tensor, channels: int, options: CellOptions) -> tuple[int, int, int, int]:
     """Shape of syn and mem for a checked input, into which a pooling window must fit."""
-    state = (x.shape[-4], channels, *options.state_size(x.shape[-2], x.shape[-1]))
-    pool_fits(state, options)
-    return state
-
-
-def pool_fits(state: Sequence[int], options: CellOptions) -> None:
-    """Check that at least one pooling window fits into the state."""
-    if state[2] < options.pool_size[0] or state[3] < options.pool_size[1]:
+    height, width = options.state_size(x.shape[-2], x.shape[-1])
+    if height < options.pool_size[0] or width < options.pool_size[1]:
         raise ValueError(
             f"{options.pool}_pool must not be larger than the state, got {options.pool_size} "
-            f"for a state of {state[2]} x {state[3]}"
+            f"for a state of {height} x {width}"
         )
+    return x.shape[-4], channels, height, width
 
 
 # ---- tensors ----------------------------------------------------------------------------
@@ -259,8 +247,7 @@ def state_dtype(weight: Tensor) -> torch.dtype:
 def input_tensor(x: Any, weight: Tensor, in_channels: int, batch_first: bool = False) -> Tensor:
     """Check the input; returns it in the dtype of the states.
 
-    batch_first : bool
-        A sequence comes as (N, T, ...) from the caller, and here as (T, N, ...).
+    With `batch_first` a sequence came as (N, T, ...) from the caller; here it is (T, N, ...).
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
@@ -297,29 +284,11 @@ def _converted(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
     return tensor
 
 
-def is_empty_state(state: Tensor) -> bool:
-    """Whether this is the (0,) tensor that stands for "start from zeros"."""
-    return state.dim() == 1 and state.shape[0] == 0
-
-
 def state_tensor(name: str, state: Any, shape: Sequence[int], x: Tensor, weight: Tensor) -> Tensor:
-    """Check a state that the caller gave; an empty one becomes zeros.
-
-    Parameters
-    ----------
-    name : str
-        ``"syn"`` or ``"mem"``.
-    state : Tensor
-        Of `shape`, or (0,).
-    shape : sequence of int
-        (N, C, Ho, Wo).
-    x : Tensor
-        The checked input, for the dtype and device of zeros.
-    weight : Tensor
-    """
-    if not isinstance(state, Tensor):
+    """Check a state of `shape`; None, and a tensor of shape (0,), become zeros like x."""
+    if state is not None and not isinstance(state, Tensor):
         raise TypeError(f"{name} must be a tensor or None, got {type(state).__name__}")
-    if is_empty_state(state):
+    if state is None or (state.dim() == 1 and state.shape[0] == 0):
         return x.new_zeros(shape)
     if tuple(state.shape) != tuple(shape):
         raise ValueError(
@@ -352,9 +321,7 @@ def weight_tensors(weight: Any, bias: Any) -> tuple[int, int]:
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, got {weight!r}")
     if weight.dtype not in DTYPES:
-        raise TypeError(
-            f"weight must be of one of {', '.join(map(str, DTYPES))}, got {weight.dtype}"
-        )
+        raise TypeError(f"weight must be of one of {_DTYPES}, got {weight.dtype}")
     channels = weight.shape[0] // 4 if weight.dim() == 4 else 0
     if channels == 0 or weight.shape[0] % 4 or weight.shape[1] < channels:
         raise ValueError(f"weight must have shape (4C, Cin + C, kh, kw), got {tuple(weight.shape)}")

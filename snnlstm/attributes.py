@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,30 +13,22 @@ from torch import Tensor, nn
 from . import arguments
 from .call import RESETS, CellOptions, Reset
 from .state import StatefulCell
-from .surrogate import NONE
+from .surrogate import NONE, is_number
 
 __all__ = ["DescribedCell"]
 
-# How each attribute is checked when it is set.
+# The check of each attribute, which returns what is set.
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "spike_grad": lambda value: arguments.surrogate(value),
     "state_quant": lambda value: arguments.quantiser(value) or False,
-    "surrogate_disable": lambda value: arguments.flag("surrogate_disable", value),
-    "inhibition": lambda value: arguments.flag("inhibition", value),
     "checkpoint": lambda value: arguments.checkpoint_way(value),
-    "init_hidden": lambda value: arguments.flag("init_hidden", value),
-    "output": lambda value: arguments.flag("output", value),
-    "batch_first": lambda value: arguments.flag("batch_first", value),
-    "max_pool": lambda value: _checked_pool(value, 0, value),
-    "avg_pool": lambda value: _checked_pool(0, value, value),
+    "max_pool": lambda value: arguments.pooling(value, 0) and value,
+    "avg_pool": lambda value: arguments.pooling(0, value) and value,
     "stride": lambda value: arguments.pair("stride", value),
     "dilation": lambda value: arguments.pair("dilation", value),
 }
-
-
-def _checked_pool(max_pool: Any, avg_pool: Any, value: Any) -> Any:
-    arguments.pooling(max_pool, avg_pool)
-    return value
+for _name in ("surrogate_disable", "inhibition", "init_hidden", "output", "batch_first"):
+    _CHECKS[_name] = partial(arguments.flag, _name)
 
 
 class DescribedCell(StatefulCell):
@@ -50,11 +43,11 @@ class DescribedCell(StatefulCell):
     _reset_mechanism: Reset
     _options: dict[tuple[bool, bool], CellOptions]
     _adopted: dict[str, Any] | None = None
-    """Of a cell that stands in for snnTorch's: the callables that it came with."""
+    """The callables of the snnTorch cell that this one stands in for, by their names."""
     _layer_name: str = ""
-    """Its name in the network that was accelerated, for the log."""
+    """The cell's name in the network that was accelerated, for the log."""
 
-    def _describe(self, sequence: bool, record: bool) -> CellOptions:
+    def _describe(self, sequence: bool = False, record: bool = False) -> CellOptions:
         """Return the options of a call, from a cache that setting an attribute empties."""
         options = self._options.get((sequence, record))
         if options is not None:
@@ -72,7 +65,8 @@ class DescribedCell(StatefulCell):
             inhibition=self.inhibition,
             checkpoint=self.checkpoint,
         )
-        # All at once: torch.compile compiles again when an entry comes that it saw missing.
+        # All three are made at once: torch.compile compiles again when an entry that it saw missing
+        # appears.
         every = {
             (sequence, record): replace(made, sequence=sequence, record=record)
             for sequence, record in ((False, False), (True, False), (True, True))
@@ -85,7 +79,7 @@ class DescribedCell(StatefulCell):
         if name in _CHECKS:
             super().__setattr__(name, _CHECKS[name](value))
             self._options = {}
-        elif name in ("threshold", "graded_spikes_factor") and arguments.is_number(value):
+        elif name in ("threshold", "graded_spikes_factor") and is_number(value):
             self._set_number(name, float(value))
         elif name == "reset_mechanism_val" and isinstance(value, Tensor):
             reset = arguments.reset_mechanism_val(value)
@@ -118,7 +112,7 @@ class DescribedCell(StatefulCell):
         return torch.tensor(RESETS.index(self._reset_mechanism), device=device)
 
     def _follow_reset_mechanism(self, reset: Reset | None) -> None:
-        """Make what runs agree with the buffer; None is one that cannot be read."""
+        """Let what runs agree with the buffer; `reset` is None where the buffer cannot be read."""
         if reset is not None:
             self._reset_mechanism = reset
             self._options = {}
@@ -134,13 +128,14 @@ class DescribedCell(StatefulCell):
             error_msgs.append(str(error))
 
     def _drop_caches(self) -> None:
+        """Forget what hangs on the last call or is made from attributes."""
         self._options = {}
         self._reset_source = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state["_options"], state["_reset_source"], state["_logged"] = {}, None, set()
-        state.pop("spk", None)  # it hangs on the graph of the last call
+        state.pop("spk", None)  # spk hangs on the graph of the last call
         if self._adopted is not None:
             state["_adopted"] = {}  # snnTorch's closures cannot be pickled
         return state

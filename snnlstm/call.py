@@ -5,6 +5,7 @@ The numbers by which the core knows options stand here too, each once (csrc/args
 
 from __future__ import annotations
 
+from ast import literal_eval
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -24,7 +25,6 @@ Checkpoint = bool | Literal["gates"]
 
 RESETS: tuple[Reset, ...] = ("subtract", "zero", "none")
 """The reset mechanisms; the position is ``reset_mechanism_val`` in a state_dict."""
-CHECKPOINTS: tuple[Checkpoint, ...] = (False, True, "gates")
 POOLS: tuple[Pool, ...] = ("none", "max", "avg")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """The dtypes of weight and states."""
@@ -87,7 +87,7 @@ class CellOptions:
     _text: str = field(default="", init=False, repr=False, compare=False)
 
     def __hash__(self) -> int:
-        # Computed once: every call looks its options up.
+        # The hash is computed once: every call looks its options up.
         found = self.__dict__.get("_hash")
         if found is None:
             found = hash(tuple(getattr(self, f.name) for f in fields(self) if f.compare))
@@ -115,53 +115,27 @@ class CellOptions:
 
     def text(self) -> str:
         """The options as an operator of torch.library takes them: :meth:`from_text` reads it."""
-        # Made beforehand, where it can be: torch.compile may take the numbers for symbolic ones.
+        # The text is made beforehand where possible: torch.compile may take numbers for symbols.
         return self._text or self._make_text()
 
     def _make_text(self) -> str:
-        surrogate = self.surrogate
-        pairs = (self.kernel_size, self.stride, self.dilation, self.pool_size)
-        flags = (self.inhibition, self.sequence, self.record)
-        parts = [f"{a},{b}" for a, b in pairs]
-        parts += [self.reset, self.pool, f"{surrogate.kind},{surrogate.p0!r},{surrogate.p1!r}"]
-        numbers = (*flags, CHECKPOINTS.index(self.checkpoint))
-        parts += ["".join(str(int(number)) for number in numbers), str(self.operands)]
-        parts.append(self.quant.text if isinstance(self.quant, StateQuant) else "")
-        return ";".join(parts)
+        spike, quant = self.surrogate, self.quant
+        described = (
+            self.kernel_size, self.stride, self.dilation, self.reset, self.pool, self.pool_size,
+            (spike.kind, spike.p0, spike.p1), self.inhibition, self.sequence, self.record,
+            self.checkpoint, str(self.operands).removeprefix("torch."),
+        )  # fmt: skip
+        return f"{described};{quant.text if isinstance(quant, StateQuant) else ''}"
 
     @staticmethod
     @lru_cache(maxsize=256)
     def from_text(text: str) -> CellOptions:
         """The options that :meth:`text` wrote."""
-        kernel, stride, dilation, pool_size, *names, surrogate, flags, operands, quant = text.split(
-            ";"
-        )
-        reset: Any
-        pool: Any
-        reset, pool = names
-
-        def pair(numbers: str) -> tuple[int, int]:
-            first, second = numbers.split(",")
-            return int(first), int(second)
-
-        kind, p0, p1 = surrogate.split(",")
-        types: dict[str, torch.dtype | None] = {"None": None} | {str(t): t for t in DTYPES}
-        inhibition, sequence, record = (flag == "1" for flag in flags[:3])
-        return CellOptions(
-            pair(kernel),
-            pair(stride),
-            pair(dilation),
-            reset,
-            pool,
-            pair(pool_size),
-            Surrogate(int(kind), float(p0), float(p1)),
-            StateQuant.from_text(quant) if quant else None,
-            inhibition,
-            sequence,
-            record,
-            CHECKPOINTS[int(flags[3])],
-            types[operands],
-        )
+        described, _, quant = text.partition(";")
+        values: list[Any] = [*literal_eval(described)]
+        values[6:7] = Surrogate(*values[6]), StateQuant.from_text(quant) if quant else None
+        values[-1] = getattr(torch, values[-1], None)
+        return CellOptions(*values)
 
 
 class Signature:
@@ -174,35 +148,22 @@ class Signature:
     ----------
     options : CellOptions
         Its ``operands`` say what autocast asks for.
-    dtype : torch.dtype
+    dtype, device, device_type
         Of the states.
-    device : torch.device
     time, n, cin, h, w, c, ho, wo : int
         Steps (1 for a step call), and the sizes of x and of the states.
     state, state_strides : (int, int, int, int)
         Shape of syn and mem, and its strides where they are contiguous.
     thresholds : int
         How many numbers the threshold has.
-    notes : dict
-        What has been worked out from it.
     """
 
-    __slots__ = (
-        "c", "cin", "device", "dtype", "h", "ho", "n", "notes", "options",
-        "state", "state_strides", "thresholds", "time", "w", "wo",
-    )  # fmt: skip
-
     def __init__(
-        self,
-        x: Tensor,
-        mem: Tensor,
-        threshold: Tensor,
-        options: CellOptions,
-        autocast: torch.dtype | None,
+        self, x: Tensor, mem: Tensor, threshold: Tensor, options: CellOptions, autocast: Any
     ) -> None:
         narrow = autocast if x.dtype == torch.float32 and autocast != torch.float32 else None
         self.options = replace(options, operands=narrow) if narrow else options
-        self.dtype, self.device = x.dtype, x.device
+        self.dtype, self.device, self.device_type = x.dtype, x.device, x.device.type
         self.time = x.shape[0] if options.sequence else 1
         self.n, self.cin, self.h, self.w = x.shape[-4:]
         self.c, self.ho, self.wo = mem.shape[1:]
@@ -213,13 +174,13 @@ class Signature:
         self.notes: dict[Any, Any] = {}
 
 
-_MOST = 1024  # signatures that are kept
+_MOST = 1024  # signatures are kept; one more, and all are forgotten
 _signatures: dict[tuple[Any, ...], Signature] = {}
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """What autocast computes in on a device type; None where autocast is off."""
-    # Only of the devices that have autocast may be asked whether it is on.
+    # torch raises an error if it is asked about a device that has no autocast.
     known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
     if known and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -233,10 +194,7 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor,
 def known_signature(arguments: Arguments) -> tuple[Signature | None, tuple[Any, ...]]:
     """The signature of arguments like some that were checked before, if any, and its key.
 
-    Raises
-    ------
-    AttributeError
-        If one of them is no tensor.
+    An argument that is no tensor raises AttributeError.
     """
     x, syn, mem, weight, bias, threshold, graded, options = arguments
     device = x.device
@@ -245,7 +203,7 @@ def known_signature(arguments: Arguments) -> tuple[Signature | None, tuple[Any, 
         mem.shape, mem.dtype, mem.device, weight.shape, weight.dtype, weight.device,
         threshold.shape, threshold.dtype, threshold.device, graded.shape, graded.dtype,
         graded.device, None if bias is None else (bias.shape, bias.dtype, bias.device),
-        autocast_dtype(device.type),
+        autocast_dtype(device.type) if torch._C._is_any_autocast_enabled() else None,
     )  # fmt: skip
     return _signatures.get(key), key
 
@@ -317,15 +275,14 @@ def make_call(
     signature: Any = None
     if not torch.compiler.is_compiling():
         signature, key = known_signature(arguments)
-        if signature is None:
-            signature = new_signature(key, arguments)
+        signature = signature or new_signature(key, arguments)
     return Call(*arguments, signature, conv, reason, fire, mem_reset)
 
 
 def in_order_of_caller(
     options: CellOptions, batch_first: bool, spk: Tensor, syn: Tensor, mem: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Results with the batch before time where the caller has it so."""
+    """The results, with the batch before time if the caller's sequences have it so."""
     if not batch_first or not options.sequence:
         return spk, syn, mem
     if options.record:

@@ -13,7 +13,7 @@ from .call import Call, CellOptions, are_ours, make_call
 
 __all__ = ["check_call"]
 
-# typed: stride=True must not find what stride=1 left.
+# The cache is typed, because stride=True, an error, must not find what stride=1 left.
 _cached_options = lru_cache(maxsize=256, typed=True)(arguments.make_options)
 
 
@@ -25,7 +25,7 @@ def _options(*, surrogate: Any, quant: Any, **others: Any) -> CellOptions:
     if are_ours(surrogate, quant) and not torch.compiler.is_compiling():
         try:
             return _cached_options(surrogate=surrogate, quant=quant, **others)
-        except TypeError:  # a wrong type, perhaps one that cannot be hashed: say which below
+        except TypeError:  # a wrong type, or one without a hash: the checks below name it
             pass
     return arguments.make_options(surrogate=surrogate, quant=quant, **others)
 
@@ -35,39 +35,18 @@ def _hashable(value: Any) -> Any:
 
 
 def check_call(
-    x: Any,
-    syn: Any = None,
-    mem: Any = None,
-    weight: Any = None,
-    bias: Any = None,
-    *,
-    threshold: Any = 1.0,
-    spike_grad: Any = None,
-    surrogate_disable: Any = False,
-    reset_mechanism: Any = "none",
-    max_pool: Any = 0,
-    avg_pool: Any = 0,
-    state_quant: Any = None,
-    graded_spikes_factor: Any = 1.0,
-    inhibition: Any = False,
-    stride: Any = 1,
-    dilation: Any = 1,
-    record: Any = False,
-    checkpoint: Any = False,
-    batch_first: Any = False,
-) -> Call:
-    """Check every argument of the functional form and put it into its normal form.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As :func:`snnlstm.functional.sconv2dlstm` documents.
-    """
+    x: Any, syn: Any = None, mem: Any = None, weight: Any = None, bias: Any = None, *,
+    threshold: Any = 1.0, spike_grad: Any = None, surrogate_disable: Any = False,
+    reset_mechanism: Any = "none", max_pool: Any = 0, avg_pool: Any = 0, state_quant: Any = None,
+    graded_spikes_factor: Any = 1.0, inhibition: Any = False, stride: Any = 1, dilation: Any = 1,
+    record: Any = False, checkpoint: Any = False, batch_first: Any = False,
+) -> Call:  # fmt: skip
+    """Check every argument of :func:`snnlstm.functional.sconv2dlstm`, which documents them."""
     in_channels, channels = arguments.weight_tensors(weight, bias)
     if arguments.flag("batch_first", batch_first) and isinstance(x, Tensor) and x.dim() == 5:
         x = x.transpose(0, 1)
     x = arguments.input_tensor(x, weight, in_channels, bool(batch_first))
-    sequence = x.dim() == 5
+    sequence, disable = x.dim() == 5, arguments.flag("surrogate_disable", surrogate_disable)
     options = _options(
         kernel_size=tuple(weight.shape[2:]),
         stride=_hashable(stride),
@@ -75,9 +54,7 @@ def check_call(
         reset=reset_mechanism,
         max_pool=_hashable(max_pool),
         avg_pool=_hashable(avg_pool),
-        surrogate=arguments.surrogate(
-            spike_grad, arguments.flag("surrogate_disable", surrogate_disable)
-        ),
+        surrogate=arguments.surrogate(spike_grad, disable),
         quant=arguments.quantiser(state_quant),
         inhibition=inhibition,
         checkpoint=checkpoint,
@@ -85,12 +62,8 @@ def check_call(
         record=arguments.check_record(record, sequence),
     )
     shape = arguments.state_shape(x, channels, options)
-    given = [
-        x.new_zeros(shape)
-        if state is None
-        else arguments.state_tensor(name, state, shape, x, weight)
-        for name, state in (("syn", syn), ("mem", mem))
-    ]
+    syn = arguments.state_tensor("syn", syn, shape, x, weight)
+    mem = arguments.state_tensor("mem", mem, shape, x, weight)
     threshold = arguments.scalar_like("threshold", threshold, x, shape, options)
     graded = arguments.scalar_like("graded_spikes_factor", graded_spikes_factor, x, shape, options)
-    return make_call((x, given[0], given[1], weight, bias, threshold, graded, options))
+    return make_call((x, syn, mem, weight, bias, threshold, graded, options))

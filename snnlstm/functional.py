@@ -103,24 +103,10 @@ def sconv2dlstm(
     ``snntorch.SConv2dLSTM`` 1.0.0.
     """
     call = check_call(
-        x,
-        syn,
-        mem,
-        weight,
-        bias,
-        threshold=threshold,
-        spike_grad=spike_grad,
-        surrogate_disable=surrogate_disable,
-        reset_mechanism=reset_mechanism,
-        max_pool=max_pool,
-        avg_pool=avg_pool,
-        state_quant=state_quant,
-        graded_spikes_factor=graded_spikes_factor,
-        inhibition=inhibition,
-        stride=stride,
-        dilation=dilation,
-        record=record,
-        checkpoint=checkpoint,
-        batch_first=batch_first,
-    )
+        x, syn, mem, weight, bias, threshold=threshold, spike_grad=spike_grad,
+        surrogate_disable=surrogate_disable, reset_mechanism=reset_mechanism, max_pool=max_pool,
+        avg_pool=avg_pool, state_quant=state_quant, graded_spikes_factor=graded_spikes_factor,
+        inhibition=inhibition, stride=stride, dilation=dilation, record=record,
+        checkpoint=checkpoint, batch_first=batch_first,
+    )  # fmt: skip
     return in_order_of_caller(call.options, batch_first, *run(call)[:3])

@@ -14,7 +14,7 @@ from .snntorch import Base, Neuron
 
 __all__ = ["CELL", "Way", "changed", "choose", "not_per_sample"]
 
-CELL = SConv2dLSTM if Base is nn.Module else Base  # ours, and snnTorch's
+CELL = SConv2dLSTM if Base is nn.Module else Base  # the class of our cells and of snnTorch's
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,7 @@ def choose(layer: nn.Module, dim: int) -> tuple[str, str]:
     if isinstance(layer, SConv2dLSTM):
         if type(layer).forward is not SConv2dLSTM.forward:
             change = "its class has a forward of its own"
-        if change is None:
-            return "sequence", "one call for all steps"
-        return "step", change
+        return ("sequence", "one call for all steps") if change is None else ("step", change)
     if isinstance(layer, CELL):
         return "step", "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
     if Neuron is not None and isinstance(layer, Neuron):
@@ -59,19 +57,14 @@ def choose(layer: nn.Module, dim: int) -> tuple[str, str]:
     reason = change or not_per_sample(layer)
     if reason is None and not _has_batch(layer, dim):
         reason = f"at a step of {dim} dimensions it may mix samples"
-    if reason is not None:
-        return "step", reason
-    return "fold", "it treats every sample alone"
+    return ("fold", "it treats every sample alone") if reason is None else ("step", reason)
 
 
 def changed(layer: nn.Module) -> str | None:
     """What makes a call of the layer more than its class's forward; None if nothing does."""
-    if (
-        layer._forward_pre_hooks
-        or not all(isinstance(hook, Count) for hook in layer._forward_hooks.values())
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-    ):
+    others = layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    counts = all(isinstance(hook, Count) for hook in layer._forward_hooks.values())
+    if any(others) or not counts:
         return "it carries hooks"
     if global_hooks():
         return "global module hooks are registered"
@@ -80,7 +73,7 @@ def changed(layer: nn.Module) -> str | None:
     return None
 
 
-# Dimensions that one step must have, (N, C, ...); with one less it would be a single sample.
+# The number of dimensions of one step, (N, C, ...); an input with one less is a single sample.
 _BY_DIMENSION: dict[type[nn.Module], int] = {
     getattr(nn, f"{name}{d}d"): d + 2
     for d in (1, 2, 3)
@@ -91,7 +84,7 @@ _BY_DIMENSION: dict[type[nn.Module], int] = {
     if hasattr(nn, f"{name}{d}d")
 }  # fmt: skip
 _BY_DIMENSION |= dict.fromkeys((nn.Softmax2d, nn.PixelShuffle, nn.PixelUnshuffle), 4)
-# (N, C) at least.
+# One step has at least two dimensions, (N, C).
 _BATCHED: set[type[nn.Module]] = {
     nn.Linear, nn.Flatten, nn.Unflatten, nn.GroupNorm, nn.PReLU, nn.LayerNorm, nn.Upsample,
     nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.LocalResponseNorm,
@@ -110,16 +103,13 @@ def not_per_sample(layer: nn.Module) -> str | None:
     """Why the result for one sample may depend on other samples, or on the steps before."""
     kind = type(layer)
     if kind in _BATCH_NORM:
-        if layer.training or layer.running_mean is None:
-            return "its statistics are those of one step"
-        return None
+        own = layer.training or layer.running_mean is None
+        return "its statistics are those of one step" if own else None
     if kind in _DROPOUT:
-        if layer.training and layer.p != 0:
-            return "it draws a new mask for every step"
-        return None
+        return "it draws a new mask for every step" if layer.training and layer.p != 0 else None
     if getattr(layer, "return_indices", False):
         return "it returns indices"
-    if layer.training and getattr(layer, "track_running_stats", False):  # of an InstanceNorm
+    if layer.training and getattr(layer, "track_running_stats", False):  # an InstanceNorm
         return "its running statistics follow the steps"
     if kind in _BY_DIMENSION or kind in _BATCHED:
         return None

@@ -11,15 +11,16 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .surrogate import finite_number
+
 __all__ = ["StateQuant", "state_quant"]
 
-# Elements that are quantised at a time: the temporaries of one block fit a core's cache.
+# So many elements are quantised at a time: the temporaries of one block fit a core's cache.
 _BLOCK = 1 << 16
 
 
@@ -55,7 +56,7 @@ def _nearest_sorted(x: Tensor, levels: Tensor) -> Tensor:
 
 
 def _nearest_any(x: Tensor, levels: Tensor) -> Tensor:
-    """As above for levels in any order, in one pass per level."""
+    """As :func:`_nearest_sorted`, for levels in any order, in one pass per level."""
     index = torch.zeros_like(x, dtype=torch.int64)
     least = (levels[0] - x).abs()
     for k in range(1, int(levels.numel())):
@@ -104,7 +105,7 @@ class _Quantise(torch.autograd.Function):
 
 
 class _QuantiseForwardMode(_Quantise):
-    """As above with forward-mode AD; apart because torch.compile refuses a Function with jvp."""
+    """_Quantise with forward-mode AD; apart because torch.compile refuses a Function with jvp."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
@@ -143,7 +144,7 @@ class StateQuant:
         self._ascending = bool((self._levels.diff() >= 0).all())
         self._key = (self._values, self._levels.dtype)
         dtype = str(self._levels.dtype).removeprefix("torch.")
-        self._text = ",".join([dtype, *map(repr, self._values)])  # here: dynamo cannot cache it
+        self._text = ",".join([dtype, *map(repr, self._values)])  # made once: dynamo cannot cache
 
     @property
     def levels(self) -> Tensor:
@@ -188,14 +189,14 @@ class StateQuant:
         return f"StateQuant({len(values)} levels, {min(values):g} to {max(values):g})"
 
 
-# Base of the geometric spacing by number of bits; more than 7 bits take the last.
+# The base of the geometric spacing, by the number of bits; more than 7 bits take the last one.
 _MULTIPLIERS = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.925, 0.95)
 
 
 def _steps(count: int, base: float, span: float) -> list[float]:
     """`count` geometric steps, the widest first, that add up to `span`."""
-    # Added one by one from the smallest, and scaled by a quotient, for levels that equal snnTorch's
-    # to the last bit. (Python's sum rounds otherwise from 3.12 on.)
+    # The steps are added one by one from the smallest, and scaled by a quotient, so that the levels
+    # equal snnTorch's to the last bit. (Python's sum rounds otherwise from 3.12 on.)
     total = functools.reduce(operator.add, (base**j for j in reversed(range(count))), 0.0)
     room = total / span if count else 1.0
     return [base**j / room for j in range(count)]
@@ -261,10 +262,7 @@ def state_quant(
     if multiplier is not None:
         numbers["multiplier"] = multiplier
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value!r}")
+        finite_number(name, value)
 
     count = 2**num_bits
     lowest = -threshold - threshold * lower_limit

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import a_module
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Neuron
 
@@ -47,10 +47,8 @@ class Count:
             self.chances += output.numel()
             mem = getattr(layer, "_mem" if isinstance(layer, SConv2dLSTM) else "mem", None)
             if isinstance(mem, Tensor) and mem.numel():
-                highest = mem.detach().max()
-                self.highest = (
-                    highest if self.highest is None else torch.maximum(highest, self.highest)
-                )
+                highest, so_far = mem.detach().max(), self.highest
+                self.highest = highest if so_far is None else torch.maximum(highest, so_far)
 
     @property
     def rate(self) -> float:
@@ -78,12 +76,7 @@ class SpikeRates(dict[str, Count]):
             self._handles.append(layer.register_forward_hook(self[name]))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         while self._handles:
             self._handles.pop().remove()
         if self._show and kind is None:
@@ -92,24 +85,18 @@ class SpikeRates(dict[str, Count]):
     def __str__(self) -> str:
         rows = [("layer", "", "rate", "spikes", "mem up to", "threshold", "")]
         for name, count in self.items():
+            rate, note = f"{count.rate:.2%}", "" if count.spikes else "never spiked"
             if not count.chances:
-                note = "not called"
-            else:
-                note = "" if count.spikes else "never spiked"
+                rate, note = "", "not called"
             numbers = (count.highest, count.threshold)
             highest, threshold = ("" if n is None else f"{float(n):.3g}" for n in numbers)
-            rate = f"{count.rate:.2%}" if count.chances else ""
             spikes = str(int(count.spikes))
             rows.append((name or ".", count.layer, rate, spikes, highest, threshold, note))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if place in (0, 1, 6) else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join(lines)
+        line = "  ".join(
+            f"{{:{side}{width}}}" for side, width in zip("<<>>>><", widths, strict=True)
+        )
+        return "\n".join(line.format(*row).rstrip() for row in rows)
 
     __repr__ = __str__
 
@@ -145,6 +132,4 @@ def spike_rates(model: nn.Module, show: bool = True) -> SpikeRates:
     TypeError
         If `model` is not an nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    return SpikeRates(model, show)
+    return SpikeRates(a_module("model", model), show)

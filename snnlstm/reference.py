@@ -102,7 +102,7 @@ def _step(call: Call, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tens
     threshold, graded, options = call.threshold, call.graded, call.options
     surrogate, quant = options.surrogate, options.quant
     reset: Any = None
-    # What is foreign may draw random numbers: it is called as often as in snnTorch.
+    # A foreign callable may draw random numbers, so it is called as often as in snnTorch.
     if call.mem_reset is not None:
         reset = call.mem_reset(mem)
     elif options.reset != "none" or type(surrogate) is not Surrogate:

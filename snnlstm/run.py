@@ -72,17 +72,18 @@ except ImportError as error:
     if find_spec(f"{__package__}._C") is not None:
         _MISSING = f"the compiled core does not load: {error}"
 
-# Made once: dynamo cannot trace a call into the core.
-_NATIVE_PATHS = {
-    device: Path(_native.name(device), _NATIVE_REASON)
-    for device in (() if _native is None else _native.DEVICES)
-}
-
 
 @lru_cache(maxsize=64)
 def _native_path(name: str, reason: str) -> Path:
     """Path of a call that the native kernels called `name` ran."""
     return Path(name, reason)
+
+
+# The paths are made once, here: dynamo cannot trace a call into the core.
+_NATIVE_PATHS = {
+    device: _native_path(_native.name(device), _NATIVE_REASON)
+    for device in getattr(_native, "DEVICES", ())
+}
 
 
 # ---- reasons against the kernels ------------------------------------------------------------
@@ -110,18 +111,11 @@ HOOKS, GLOBAL_HOOKS = "conv carries hooks", "global module hooks are registered"
 def reason_against_conv(
     conv: nn.Module, options: CellOptions, weight_shape: tuple[int, ...] | None = None
 ) -> str | None:
-    """Why the kernels cannot stand in for a call of `conv`; None if they can.
+    """Why the kernels cannot stand in for a call of the cell's `conv`; None if they can.
 
-    They can where `conv` is a plain nn.Conv2d of the geometry of `options` whose forward was
-    neither replaced nor hooked: only then is calling it the same as using its weight.
-
-    Parameters
-    ----------
-    conv : nn.Module
-        The cell's ``conv``.
-    options : CellOptions
-    weight_shape : (int, int, int, int), optional
-        The (4C, Cin + C, kh, kw) that the cell was made with; not looked at if None.
+    They can where `conv` is a plain nn.Conv2d of the geometry of `options` (and of `weight_shape`,
+    (4C, Cin + C, kh, kw), if given) whose forward was neither replaced nor hooked: only then is
+    calling it the same as using its weight.
     """
     if type(conv) is not nn.Conv2d:
         return f"conv is a {type(conv).__name__}, not a plain nn.Conv2d"
@@ -153,7 +147,7 @@ def reason_against_conv(
 exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)
 """Whether torch.export, and with it the ONNX exporter that is built on it, is tracing."""
 
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
 def _reason_against_now(call: Call) -> Path | None:
@@ -161,18 +155,10 @@ def _reason_against_now(call: Call) -> Path | None:
     if exporting():
         return Path("reference", "an export records plain operators")
     x, syn, mem, weight, bias, threshold, graded = call[:7]
-    if call.reason is not None:  # conv has weights of its own
+    if call.reason is not None:  # a foreign conv has weights of its own
         weight, bias = x, None
-    if not torch.compiler.is_compiling():
-        if not (
-            type(x) in _PLAIN
-            and type(syn) in _PLAIN
-            and type(mem) in _PLAIN
-            and type(weight) in _PLAIN
-            and (bias is None or type(bias) in _PLAIN)
-            and type(threshold) in _PLAIN
-            and type(graded) in _PLAIN
-        ):
+    if call.signature is not None:  # torch.compile does not trace
+        if not _PLAIN.issuperset(map(type, (x, syn, mem, weight, bias, threshold, graded))):
             return Path("reference", "a tensor is of a subclass")
         if torch._C._get_tracing_state() is not None:
             return Path("reference", "tracing records plain operators")
@@ -197,7 +183,7 @@ def _reason_against_now(call: Call) -> Path | None:
 
 
 def _reason_against_options(call: Call) -> str | None:
-    """Why the kernels cannot run calls with these options and shapes."""
+    """Why the kernels cannot run a call with these options and shapes; None if they can."""
     options, threshold, x = call.options, call.threshold, call.x
     if type(options.surrogate) is not Surrogate:
         return "spike_grad is unknown to the kernels"
@@ -234,27 +220,21 @@ def path_of(call: Call) -> Path:
     The name of a native path says for now what kind of kernels run; which of them is known
     afterwards.
     """
-    fallback = _reason_against_now(call)
-    if fallback is None or fallback.slow:
-        like = _reason_against_like(call)
-        if like is not None and (fallback is None or not like.slow):
-            fallback = like
-    if fallback is not None:
-        return fallback
+    now, like = _reason_against_now(call), _reason_against_like(call)
+    if now is not None and (like is None or like.slow or not now.slow):
+        return now
+    if like is not None:
+        return like
     if _native is None:
         return Path("reference", _MISSING, slow=True, general=True)
-    device = call.x.device
-    path = _NATIVE_PATHS["cpu"] if device.type == "cpu" else _path_of_device(device)
-    if path.native:
-        reason = _native.reason_against(call)
-        if reason is not None:
-            return Path("reference", reason, slow=True)
-    return path
+    path = _path_of_device(call.x.device)
+    reason = _native.reason_against(call) if path.native else None
+    return path if reason is None else Path("reference", reason, slow=True)
 
 
 def _path_of_device(device: torch.device) -> Path:
-    """What the GPU, its driver and the build of the core allow."""
-    reason = _native.reason_against_device(device)
+    """The path that the GPU, its driver and the build of the core allow."""
+    reason = None if device.type == "cpu" else _native.reason_against_device(device)
     if reason is not None:
         return Path("reference", reason, slow=True, general=True)
     return _NATIVE_PATHS[device.type]
@@ -264,14 +244,7 @@ def _path_of_device(device: torch.device) -> Path:
 
 
 def run(call: Call) -> tuple[Tensor, Tensor, Tensor, Path]:
-    """Choose an implementation for a call, and run it.
-
-    Returns
-    -------
-    spk, syn, mem : Tensor
-        As :func:`snnlstm.reference.run` returns them.
-    path : Path
-    """
+    """Choose an implementation for a call, and run it: spk, syn and mem, and what ran."""
     path = path_of(call)
     if not path.native:
         return (*reference.run(call), path)
@@ -283,7 +256,7 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor, Path]:
     return spk, syn, mem, path if name is None else _native_path(name, reason)
 
 
-_logged: set[str] = set()  # general reasons
+_logged: set[str] = set()  # the general reasons that have been logged
 
 
 def log_fallback(path: Path, seen: set[str], cell: nn.Module | None = None) -> None:
@@ -293,10 +266,9 @@ def log_fallback(path: Path, seen: set[str], cell: nn.Module | None = None) -> N
     once per process. Tools that count operations or print summaries hook every module for a
     moment: that is one, too.
     """
-    if not path.slow or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not path.slow:
         return
-    logged = path.reason in _logged if path.general else bool(seen)
-    if logged:
+    if path.reason in _logged if path.general else seen:
         return
     (_logged if path.general else seen).add(path.reason)
     who = "SConv2dLSTM"

@@ -160,37 +160,23 @@ class SConv2dLSTM(DescribedCell):
         self._initial_threshold = (
             threshold.detach().cpu().clone() if isinstance(threshold, Tensor) else threshold
         )
-        # In the order in which the reference assigns them: a surrogate or a quantiser that is
-        # an nn.Module becomes a submodule, and comes before conv in the state_dict.
+        # snnTorch's cell assigns these before conv: a surrogate or a quantiser that is an nn.Module
+        # becomes a submodule, and comes before conv in the state_dict.
         self.spike_grad = arguments.surrogate(spike_grad, surrogate_disable)
-        self.init_hidden = init_hidden
-        self.inhibition = inhibition
-        self.output = output
-        self.surrogate_disable = surrogate_disable
-        self.state_quant = state_quant
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = kernel_size
-        self.max_pool = max_pool
-        self.avg_pool = avg_pool
-        self.bias = bias
-        self.stride = stride
-        self.dilation = dilation
-        self.checkpoint = checkpoint
-        self.batch_first = batch_first
+        self.init_hidden, self.inhibition, self.output = init_hidden, inhibition, output
+        self.surrogate_disable, self.state_quant = surrogate_disable, state_quant
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.bias = kernel_size, bias
+        self.max_pool, self.avg_pool = max_pool, avg_pool
+        self.stride, self.dilation = stride, dilation
+        self.checkpoint, self.batch_first = checkpoint, batch_first
         self._reset_mechanism = arguments.reset_mechanism(reset_mechanism)
-        self.padding = self._describe(False, False).padding
+        self.padding = self._describe().padding
 
         conv = nn.Conv2d(
-            in_channels + out_channels,
-            4 * out_channels,
-            kernel,
-            padding=self.padding,
-            dilation=self.dilation,
-            bias=bias,
-            device=device,
-            dtype=dtype,
-        )
+            in_channels + out_channels, 4 * out_channels, kernel, padding=self.padding,
+            dilation=self.dilation, bias=bias, device=device, dtype=dtype,
+        )  # fmt: skip
         values = arguments.values(threshold).to(conv.weight.device, dtype, copy=True)
         if learn_threshold:
             self.threshold = nn.Parameter(values)
@@ -280,23 +266,24 @@ class SConv2dLSTM(DescribedCell):
             call = self._checked(x, syn, mem, record)
         spk, syn, mem, path = run(call)
         self._store(call, spk, syn, mem, path)
-        spk, syn, mem = in_order_of_caller(call.options, self.batch_first, spk, syn, mem)
+        if self.batch_first:
+            spk, syn, mem = in_order_of_caller(call.options, True, spk, syn, mem)
         if self.init_hidden and not self.output:
             return spk
         return spk, syn, mem
 
     def _like_before(self, x: Any, syn: Any, mem: Any, record: Any) -> Call | None:
-        """The call, if all of its arguments are like those of a call that was checked."""
-        if type(x) is not Tensor or not isinstance(record, bool) or self._overrides():
+        """The call, if its arguments are like those of a call that was checked before."""
+        if type(x) is not Tensor or not isinstance(record, bool):
             return None
         conv = self._modules["conv"]
         sequence = x.dim() == 5
         options = self._options.get((sequence, record))
+        if options is None or type(conv) is not nn.Conv2d or self._own_methods() != (None, None):
+            return None
         threshold: Any = self._buffers.get("threshold")
         if threshold is None:
             threshold = self._parameters.get("threshold")
-        if options is None or type(conv) is not nn.Conv2d:
-            return None
         if syn is None or mem is None:
             if backward_pass() not in (-1, self._stored_in):
                 return None
@@ -321,7 +308,7 @@ class SConv2dLSTM(DescribedCell):
         return Call(*given, signature)
 
     def _checked(self, x: Any, syn: Any, mem: Any, record: Any) -> Call:
-        """The call, after every check."""
+        """The call, after a check of every argument."""
         conv, channels = self.conv, self.out_channels
         weight, bias = self._parameters_of_conv(x)
         if self.batch_first and isinstance(x, Tensor) and x.dim() == 5:
@@ -333,38 +320,25 @@ class SConv2dLSTM(DescribedCell):
         syn = self._state("syn", syn, shape, x, weight)
         mem = self._state("mem", mem, shape, x, weight)
         threshold = arguments.scalar_like("threshold", self.threshold, x, shape, options)
-        graded = arguments.scalar_like(
-            "graded_spikes_factor", self.graded_spikes_factor, x, shape, options
-        )
-        c, kernel = self.out_channels, options.kernel_size
-        foreign = reason_against_conv(conv, options, (4 * c, self.in_channels + c, *kernel))
+        factor = self.graded_spikes_factor
+        graded = arguments.scalar_like("graded_spikes_factor", factor, x, shape, options)
+        weight_shape = (4 * channels, self.in_channels + channels, *options.kernel_size)
+        foreign = reason_against_conv(conv, options, weight_shape)
         if foreign is not None and options.stride != (1, 1):
             raise ValueError(
                 f"conv must be a plain nn.Conv2d without hooks where stride is not 1: {foreign}"
             )
-        tensors = (x, syn, mem, weight, bias, threshold, graded)
-        fire, mem_reset = self._own_methods()
-        return make_call((*tensors, options), conv, foreign, fire, mem_reset)
-
-    def _overrides(self) -> bool:
-        """Whether fire or mem_reset is another than this class's."""
-        kind, own = type(self), self.__dict__
-        return (
-            kind.fire is not _FIRE
-            or kind.mem_reset is not _MEM_RESET
-            or "fire" in own
-            or "mem_reset" in own
-        )
+        given = (x, syn, mem, weight, bias, threshold, graded, options)
+        return make_call(given, conv, foreign, *self._own_methods())
 
     def _own_methods(self) -> tuple[Any, Any]:
-        """fire and mem_reset, each where it is overridden, else None."""
-        if not self._overrides():
-            return None, None
+        """fire and mem_reset, each where it is another than this class's, else None."""
         kind, own = type(self), self.__dict__
-        fire = self.fire if kind.fire is not _FIRE or "fire" in own else None
-        if kind.mem_reset is _MEM_RESET and "mem_reset" not in own:
-            return fire, None
-        return fire, LastReset(self.mem_reset)
+        fire, mem_reset = kind.fire is not _FIRE, kind.mem_reset is not _MEM_RESET
+        return (
+            self.fire if fire or "fire" in own else None,
+            LastReset(self.mem_reset) if mem_reset or "mem_reset" in own else None,
+        )
 
     def _parameters_of_conv(self, x: Any) -> tuple[Tensor, Tensor | None]:
         """weight and bias; of a foreign conv any floating parameter, for dtype and device."""
@@ -391,20 +365,12 @@ class SConv2dLSTM(DescribedCell):
         Tensor
             (N, C, H, W).
         """
-        options = self._describe(False, False)
-        return reference.fire(
-            mem,
-            self.threshold,
-            self.graded_spikes_factor,
-            options.surrogate,
-            options.quant,
-            options.inhibition,
-        )
+        threshold, graded, o = self.threshold, self.graded_spikes_factor, self._describe()
+        return reference.fire(mem, threshold, graded, o.surrogate, o.quant, o.inhibition)
 
     def mem_reset(self, mem: Tensor) -> Tensor:
         """Reset signal of a membrane potential: 1 where it exceeds the threshold, detached."""
-        surrogate = self._describe(False, False).surrogate
-        return reference.reset_signal(mem, self.threshold, surrogate)
+        return reference.reset_signal(mem, self.threshold, self._describe().surrogate)
 
     # ---- saving and loading ---------------------------------------------------------------
 
@@ -422,10 +388,8 @@ class SConv2dLSTM(DescribedCell):
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
         defaults = {"stride": (1, 1), "dilation": (1, 1), "max_pool": 0, "avg_pool": 0}
         defaults |= {"reset_mechanism": "none", "inhibition": False, "init_hidden": False}
-        for name, default in defaults.items():
-            value = getattr(self, name)
-            if value != default:
-                parts.append(f"{name}={value!r}")
+        given = {name: getattr(self, name) for name in defaults}
+        parts += [f"{name}={given[name]!r}" for name in given if given[name] != defaults[name]]
         if self.threshold.numel() == 1 and not self.threshold.is_meta:
             parts.append(f"threshold={self.threshold.item():g}")
         return ", ".join(parts)

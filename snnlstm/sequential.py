@@ -192,7 +192,7 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False) -> Any:
 def _over_time(
     x: Tensor, modules: Iterable[tuple[str, nn.Module | None]], batch_first: bool
 ) -> tuple[Any, tuple[Way, ...]]:
-    """Run the layers over a sequence; also tells how."""
+    """Run the layers over a sequence; returns their results, and how each layer went."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dim() < 2 or x.shape[1 if batch_first else 0] == 0:
@@ -204,7 +204,7 @@ def _over_time(
     shared = _shared_state(modules)
     if shared is None:
         out = _run(layers, x, plan)
-    else:  # within one step the order is the loop's
+    else:  # steps one by one, in each of which the layers have the order of the loop
         out = _join("", [_run(layers, step, plan) for step in x.split(1)], torch.cat)
         reason = f"layer {shared} is in several places and may keep a state"
         plan = [Way(way.name, way.layer, "step", reason) for way in plan[: len(layers)]]
@@ -224,7 +224,7 @@ _logged: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def _log_slow(layers: Layers, plan: list[Way]) -> None:
-    """Log, once for each cell and reason, what is slower than one could expect."""
+    """Log, once for each cell and reason, that a cell goes step by step."""
     for (name, layer), way in zip(layers, plan, strict=True):
         if way.kind != "step" or not isinstance(layer, CELL):
             continue
@@ -254,7 +254,7 @@ def _is_stack(layer: nn.Module) -> bool:
 
 def _choose(layer: nn.Module, dim: int) -> tuple[str, str]:
     """Kind and reason for a layer that gets `dim` dimensions at each step."""
-    if isinstance(layer, Sequential):  # one that carries hooks
+    if isinstance(layer, Sequential):  # a stack that carries hooks
         return "sequence", "it takes sequences"
     return choose(layer, dim)
 
@@ -314,14 +314,14 @@ def _fold(layers: Layers, x: Tensor, plan: list[Way]) -> Tensor:
 
 
 def _sequence(name: str, layer: nn.Module, x: Tensor, last: bool) -> Any:
-    if not isinstance(layer, SConv2dLSTM):  # a Sequential with hooks
+    if not isinstance(layer, SConv2dLSTM):  # a stack that carries hooks
         return layer(x)
     if x.dim() != 5:
         raise ValueError(
             f"x must be a sequence for layer {name} ({type(layer).__name__}), "
             f"(T, N, {layer.in_channels}, H, W), got {tuple(x.shape)}"
         )
-    # The states of every step are wanted where they are returned.
+    # The states of every step are recorded where they are returned.
     record = last and (layer.output or not layer.init_hidden)
     if not getattr(layer, "batch_first", False):
         return layer(x, record=record)

@@ -205,7 +205,7 @@ def register(cell: nn.Module) -> None:
     instances = getattr(_Neuron, "instances", None)
     if not isinstance(instances, list):
         return
-    # Not waiting for the lock: a signal handler or a forked process may make a cell.
+    # Nobody waits for the lock: a signal handler or a forked process may make a cell.
     if _entering.acquire(blocking=False):
         try:
             for position, entry in enumerate(instances):

@@ -25,27 +25,32 @@ from .snntorch import Base, clear_registries, live, register
 
 __all__ = ["LastReset", "ResetSource", "StatefulCell", "backward_pass"]
 
-_NO_LEVEL = -1  # of a tensor that no transform has wrapped
+_NO_LEVEL = -1  # the level of a tensor that no transform has wrapped
 
-backward_pass: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 """Number of the backward pass that is running in this thread; -1 outside of one."""
 
 
-class StatefulCell(Base):
-    """What SConv2dLSTM inherits to keep its states.
+def _stored_state(name: str, what: str) -> Any:
+    """A property for a stored state; :meth:`StatefulCell.__setattr__` sets it."""
 
-    Attributes
-    ----------
-    syn, mem : Tensor
-        (N, C, Ho, Wo), or (0,) before the first call.
-    """
+    def state(cell: StatefulCell) -> Tensor:
+        cell._restarted = False  # it may be edited in place from now on
+        cell._settle()
+        return getattr(cell, name)
+
+    return property(state, doc=f"Stored {what}, (N, C, Ho, Wo), or (0,) before the first call.")
+
+
+class StatefulCell(Base):
+    """What SConv2dLSTM inherits to keep its states."""
 
     _syn: Tensor
     _mem: Tensor
     _restarted: bool  # the stored states are the zeros of a reset, which nobody has touched
     _stored_in: int  # the backward pass in which they were stored
     _reset_source: ResetSource | None
-    _logged: set[str]  # the reason of a slow path that was logged, if any
+    _logged: set[str]  # holds the reason of the slow path that was logged, if one was
     batch_first: bool
     spk: Tensor | None = None
     path: Path | None = None
@@ -60,49 +65,20 @@ class StatefulCell(Base):
         if not torch.compiler.is_compiling():
             self._stored_in = backward_pass()
 
-    @property
-    def syn(self) -> Tensor:
-        """Stored synaptic current, (N, C, Ho, Wo), or (0,) before the first call."""
-        self._restarted = False  # it may be edited in place from now on
-        self._settle()
-        return self._syn
-
-    @syn.setter
-    def syn(self, value: Tensor) -> None:
-        object.__setattr__(self, "_syn", value)
-        self._restarted = False
-
-    @property
-    def mem(self) -> Tensor:
-        """Stored membrane potential, (N, C, Ho, Wo), or (0,) before the first call."""
-        self._restarted = False
-        self._settle()
-        return self._mem
-
-    @mem.setter
-    def mem(self, value: Tensor) -> None:
-        object.__setattr__(self, "_mem", value)
-        self._restarted = False
-
-    def _drop_caches(self) -> None:
-        """Forget what hangs on the last call or is made from attributes."""
+    syn: Tensor = _stored_state("_syn", "synaptic current")
+    mem: Tensor = _stored_state("_mem", "membrane potential")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("syn", "mem"):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {value!r}")
-            object.__setattr__(self, name, value)  # past nn.Module, for an nn.Parameter
+            object.__setattr__(self, f"_{name}", value)  # nn.Module would register a Parameter
+            self._restarted = False
         else:
             super().__setattr__(name, value)
 
     def _stored(self, name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
-        """Return the stored state if it fits `shape`, else zeros; in x's dtype, on its device.
-
-        Raises
-        ------
-        RuntimeError
-            If it is not the one that this call had in the forward pass.
-        """
+        """Return the stored state if it fits `shape`, else zeros; in x's dtype, on its device."""
         if torch.compiler.is_compiling():
             if self._restarted:
                 return x.new_zeros(shape)
@@ -132,7 +108,7 @@ class StatefulCell(Base):
         if state is None:
             return self._stored(name, shape, x)
         fits = isinstance(state, Tensor) and state.shape == shape
-        # In this order: torch.compile compiles again when the answer to a question changes.
+        # The order matters: torch.compile compiles again when the answer to a question changes.
         if not fits and self._restarted and state is getattr(self, f"_{name}"):
             return x.new_zeros(shape)
         if not fits and not torch.compiler.is_compiling() and _as_of_a_reset(state, shape[1]):
@@ -141,7 +117,7 @@ class StatefulCell(Base):
 
     def _store(self, call: Call, spk: Tensor, syn: Tensor, mem: Tensor, path: Path) -> None:
         """Keep the results of a call that succeeded."""
-        if exporting():  # a program carries no attributes, and keeping tracers would spoil us
+        if exporting():  # tracers must not outlive the export in the cell
             return
         if path.slow:
             log_fallback(path, self._logged, self)
@@ -152,10 +128,10 @@ class StatefulCell(Base):
         # A recorded sequence of no steps has no last states: those before it stay.
         if not options.record or syn.shape[0] > 0:
             if options.record:
-                # Copies: snnTorch detaches states in place, which views refuse.
+                # The states are copies: snnTorch detaches states in place, which views refuse.
                 syn, mem = syn[-1].clone(), mem[-1].clone()
             kept["_syn"], kept["_mem"], kept["_restarted"] = syn, mem, False
-        compiling = torch.compiler.is_compiling()
+        compiling = call.signature is None
         before = None if compiling else self._reset_source
         kept["_reset_source"] = None if options.sequence else ResetSource(call, before)
         if compiling:  # dynamo follows attributes, not dictionaries
@@ -163,8 +139,8 @@ class StatefulCell(Base):
                 setattr(self, name, value)
             return
         if not path.native and torch._C._are_functorch_transforms_active():
-            kept["_options"] = {}  # so that the next call looks closely at what is stored
-        # As setattr, without nn.Module's search for parameters.
+            kept["_options"] = {}  # the next call checks its stored states closely
+        # The dictionary is quicker than setattr, with which nn.Module searches for parameters.
         self.__dict__.update(kept, _stored_in=backward_pass())
 
     def _settle(self) -> None:
@@ -228,7 +204,7 @@ class StatefulCell(Base):
             cell._settle()
             for name in ("_syn", "_mem"):
                 state = getattr(cell, name)
-                if state.is_leaf or state._is_view():  # which in place would harm, or refuse
+                if state.is_leaf or state._is_view():  # detach_ harms a leaf, and a view refuses
                     object.__setattr__(cell, name, state.detach())
                 else:
                     state.detach_()
@@ -256,7 +232,7 @@ class StatefulCell(Base):
         for name in ("_syn", "_mem"):
             old = getattr(self, name)
             new = fn(old)
-            # Out of meta comes memory that nobody has written.
+            # A tensor that leaves the meta device comes in memory that nobody has written.
             object.__setattr__(self, name, torch.zeros_like(new) if old.is_meta else new)
         self._drop_caches()
         return self
@@ -301,7 +277,7 @@ def _settled(state: Tensor) -> Tensor:
     """
     if functorch.maybe_get_level(state) == _NO_LEVEL or torch._C._are_functorch_transforms_active():
         return state
-    # Layer by layer: an operator would ask for the transforms that are gone.
+    # The wrappers come off one by one: an operator would ask for the transforms that are gone.
     while functorch.maybe_get_level(state) != _NO_LEVEL:
         if functorch.is_batchedtensor(state):
             return torch.zeros(0, dtype=state.dtype, device=state.device)
@@ -322,31 +298,25 @@ class LastReset:
 
 
 class ResetSource:
-    """The reset signal of a step, computed when it is asked for: hardly anybody does.
+    """The reset signal of a step's call, computed when somebody asks for it: hardly anybody does.
 
-    Dynamo cannot watch for modifications in place, so there it is computed at once.
-
-    Parameters
-    ----------
-    call : Call
-        Of the step.
-    before : ResetSource or None
-        Of the last step: the copy of an unchanged threshold is used again.
+    Dynamo cannot watch for modifications in place, so there it is computed at once. The copy of an
+    unchanged threshold is that of the step `before`.
     """
 
     __slots__ = ("copy", "mem", "reset", "surrogate", "threshold", "threshold_version", "version")
 
     def __init__(self, call: Call, before: ResetSource | None = None) -> None:
-        mem, threshold, options = call.mem, call.threshold, call.options
+        mem, threshold, surrogate = call.mem, call.threshold, call.options.surrogate
         self.reset: Tensor | None = None
         self.copy: Tensor | None = None
         if isinstance(call.mem_reset, LastReset):
             self.reset = call.mem_reset.reset
             return
-        if torch.compiler.is_compiling():
-            self.reset = reset_signal(mem, threshold, options.surrogate)
+        if call.signature is None:
+            self.reset = reset_signal(mem, threshold, surrogate)
             return
-        self.mem, self.version = mem, self._version(mem)
+        self.mem, self.version, self.surrogate = mem, self._version(mem), surrogate
         # Optimizers, and users, write to a threshold in place.
         self.threshold, self.threshold_version = threshold, self._version(threshold)
         if (
@@ -358,7 +328,6 @@ class ResetSource:
             self.copy = before.copy
         else:
             self.copy = threshold.detach().clone()
-        self.surrogate = options.surrogate
 
     @staticmethod
     def _version(tensor: Tensor) -> int:

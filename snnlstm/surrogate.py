@@ -39,59 +39,53 @@ __all__ = [
 ]
 
 
+def is_number(value: object) -> bool:
+    """Whether `value` is a real number and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def finite_number(name: str, value: Any) -> float:
+    """Check an argument that must be a finite real number."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return float(value)
+
+
 class Kind(NamedTuple):
     """One row of the table of surrogates."""
 
     name: str
     parameters: tuple[str, ...]
     factor: Callable[[Tensor, float, float], Tensor]
-    """(x, p0, p1) -> what the incoming gradient is multiplied with, of x's shape."""
+    """(x, p0, p1) -> what the incoming gradient is multiplied with, of x's shape and dtype."""
 
 
 def _fast_sigmoid(x: Tensor, slope: float) -> Tensor:
     return 1 / (slope * x.abs() + 1) ** 2
 
 
+def _noise(x: Tensor, mean: float) -> Tensor:
+    return torch.rand_like(x) - 0.5 + mean
+
+
 # The position in this tuple is the number of the kind in csrc/cell.h.
 KINDS: tuple[Kind, ...] = (
-    Kind("none", (), lambda x, p0, p1: torch.zeros_like(x)),
-    Kind("atan", ("alpha",), lambda x, p0, p1: p0 / 2 / (1 + (math.pi / 2 * p0 * x) ** 2)),
-    Kind("fast_sigmoid", ("slope",), lambda x, p0, p1: _fast_sigmoid(x, p0)),
+    Kind("none", (), lambda x, *_: torch.zeros_like(x)),
+    Kind("atan", ("alpha",), lambda x, a, _: a / 2 / (1 + (math.pi / 2 * a * x) ** 2)),
+    Kind("fast_sigmoid", ("slope",), lambda x, k, _: _fast_sigmoid(x, k)),
     # s(kx) * s(-kx) instead of e^(-kx) / (1 + e^(-kx))^2, which overflows for very negative x
+    Kind("sigmoid", ("slope",), lambda x, k, _: k * torch.sigmoid(k * x) * torch.sigmoid(-k * x)),
+    Kind("straight_through_estimator", (), lambda x, *_: torch.ones_like(x)),
     Kind(
-        "sigmoid",
-        ("slope",),
-        lambda x, p0, p1: p0 * torch.sigmoid(p0 * x) * torch.sigmoid(-p0 * x),
+        "triangular", ("threshold",), lambda x, t, _: torch.where(x >= 0, torch.full_like(x, -t), t)
     ),
-    Kind("straight_through_estimator", (), lambda x, p0, p1: torch.ones_like(x)),
-    Kind(
-        "triangular",
-        ("threshold",),
-        lambda x, p0, p1: torch.where(x >= 0, torch.full_like(x, -p0), torch.full_like(x, p0)),
-    ),
-    Kind("heaviside", (), lambda x, p0, p1: (x > 0).to(x.dtype)),
-    Kind(
-        "spike_rate_escape",
-        ("beta", "slope"),
-        lambda x, p0, p1: p1 * torch.exp(-p0 * (x - 1).abs()),
-    ),
-    Kind(
-        "SFS",
-        ("slope", "B"),
-        lambda x, p0, p1: torch.where(x > p1, _fast_sigmoid(x, p0), torch.zeros_like(x)),
-    ),
-    Kind(
-        "SSO",
-        ("mean", "variance"),
-        lambda x, p0, p1: torch.where(
-            x > 0, torch.ones_like(x), (torch.rand_like(x) - 0.5 + p0) * p1
-        ),
-    ),
-    Kind(
-        "LSO",
-        ("slope",),
-        lambda x, p0, p1: torch.where(x > 0, torch.ones_like(x), torch.full_like(x, p0)),
-    ),
+    Kind("heaviside", (), lambda x, *_: (x > 0).to(x.dtype)),
+    Kind("spike_rate_escape", ("beta", "slope"), lambda x, b, k: k * torch.exp(-b * (x - 1).abs())),
+    Kind("SFS", ("slope", "B"), lambda x, k, b: torch.where(x > b, _fast_sigmoid(x, k), 0)),
+    Kind("SSO", ("mean", "variance"), lambda x, m, v: torch.where(x > 0, 1, _noise(x, m) * v)),
+    Kind("LSO", ("slope",), lambda x, k, _: torch.where(x > 0, torch.ones_like(x), k)),
 )
 
 _NUMBERS = {kind.name: number for number, kind in enumerate(KINDS)}
@@ -118,13 +112,12 @@ class _Spike(torch.autograd.Function):
 
 
 class _SpikeForwardMode(_Spike):
-    """As above with forward-mode AD; apart because torch.compile refuses a Function with jvp."""
+    """_Spike with forward-mode AD; apart because torch.compile refuses a Function with jvp."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, ctx.kind, ctx.p0, ctx.p1 = inputs
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
+        _Spike.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0])
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
@@ -198,12 +191,8 @@ def make(name: str, **parameters: Any) -> Surrogate:
     ValueError
         If a parameter is infinite or NaN.
     """
-    for key, value in parameters.items():
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{key} of {name} must be a number, got {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"{key} of {name} must be finite, got {value!r}")
-    return Surrogate(_NUMBERS[name], *(float(value) for value in parameters.values()))
+    numbers = [finite_number(f"{key} of {name}", value) for key, value in parameters.items()]
+    return Surrogate(_NUMBERS[name], *numbers)
 
 
 def atan(alpha: float = 2.0) -> Surrogate:
@@ -292,7 +281,7 @@ class _CustomSpike(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, spk = ctx.saved_tensors
-        # A clone, because such functions like to work in place.
+        # The function gets a clone, because users' functions work in place.
         return ctx.function(x, grad.clone(), spk), None
 
 

@@ -6,13 +6,12 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from .arguments import flag, never_spikes
+from .arguments import a_module, flag, never_spikes
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Base, Neuron, forget, recognise_quant, recognise_surrogate
 
@@ -22,6 +21,10 @@ logger = logging.getLogger("snnlstm")
 
 _ITSELF = "(the model itself)"
 _SILENT = "NEVER SPIKES: no mem exceeds its threshold of 1 or more; 0.1 and below are usual"
+_SAME = (  # attributes of both cells
+    "in_channels", "out_channels", "kernel_size", "padding", "bias", "max_pool", "avg_pool",
+    "init_hidden", "inhibition", "output",
+)  # fmt: skip
 _ALREADY = ("is snnlstm's already", "is snntorch's already")
 
 
@@ -108,7 +111,6 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     TypeError
         If `model` is not an nn.Module.
     """
-    _require_snntorch("accelerate")
     surrogates = flag("surrogates", surrogates)
     report = _swap("accelerate", model, Base, _why_not_ours, _adopt)
     named = list(report.model.named_modules(remove_duplicate=False))
@@ -168,7 +170,6 @@ def restore(model: nn.Module) -> SwapReport:
     TypeError
         If `model` is not an nn.Module.
     """
-    _require_snntorch("restore")
     return _swap("restore", model, SConv2dLSTM, _why_not_theirs, _give_back)
 
 
@@ -188,8 +189,8 @@ def _swap(
     make: Callable[[Any], nn.Module],
 ) -> SwapReport:
     """Replace the instances of `kind` by what `make` makes of them, or say why not."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    _require_snntorch(action)
+    model = a_module("model", model)
     # Everything is built before anything is replaced, so that an error leaves the model whole.
     new: dict[int, nn.Module] = {}
     reasons: dict[int, str] = {}
@@ -268,7 +269,7 @@ def _adopt(old: Any) -> nn.Module:
         bool(old.bias),
         old.max_pool,
         old.avg_pool,
-        0.1,  # as all tensors, replaced below
+        0.1,  # the threshold, replaced below as all tensors are
         None if old.surrogate_disable else old.spike_grad,
         old.surrogate_disable,
         old.init_hidden,
@@ -287,7 +288,7 @@ def _adopt(old: Any) -> nn.Module:
     cell._non_persistent_buffers_set -= set(states)
     cell._initial_threshold = cell.threshold.detach().clone()
     cell.syn, cell.mem = states["syn"], states["mem"]
-    cell.reset_mechanism_val = cell.reset_mechanism_val  # which sets what runs, too
+    cell.reset_mechanism_val = cell.reset_mechanism_val  # the setter sets what runs, too
     return cell
 
 
@@ -300,16 +301,13 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
     if state_quant and recognise_quant(originals.get("state_quant", False)) == state_quant:
         state_quant = originals["state_quant"]
     cell = Base.__new__(Base)
-    # A tiny one, made without touching the random numbers; its tensors are replaced below.
+    # This cell is tiny and draws no random numbers; its tensors are replaced below.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         _their_init()(
             cell, 1, 1, 1, spike_grad=spike_grad, surrogate_disable=old.surrogate_disable,
             reset_mechanism=old.reset_mechanism, state_quant=state_quant,
         )  # fmt: skip
-    for name in (
-        "in_channels", "out_channels", "kernel_size", "padding", "bias", "max_pool", "avg_pool",
-        "init_hidden", "inhibition", "output",
-    ):  # fmt: skip
+    for name in _SAME:
         setattr(cell, name, getattr(old, name))
     ours = set(vars(SConv2dLSTM(1, 1, 1, threshold=0.1, device="meta")))
     ours |= {"path", "_adopted", "_layer_name"}
@@ -321,7 +319,7 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
 
 def _share(old: nn.Module, new: nn.Module, private: set[str]) -> None:
     """Give `new` what `old` holds, but for the attributes that only old's class needs."""
-    # The very dictionaries of the hooks, because their handles know those.
+    # Both cells share the dictionaries of hooks, to which the handles of hooks point.
     shared = {key for key in old.__dict__ if "hook" in key} | {"training"}
     extra = set(old.__dict__) - set(new.__dict__) - private
     new.__dict__.update({key: old.__dict__[key] for key in shared | extra})
@@ -343,12 +341,7 @@ class Patch:
     def __enter__(self) -> Patch:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._was_patched:
             unpatch()
 

@@ -99,7 +99,7 @@ def test_a_gpu_that_the_build_has_no_code_for(capability, archs, covered):
 )
 def test_a_driver_that_must_translate_knows_the_minor_version_too(capability, driver, serves):
     build = {"cuda_archs": "80 90 80+ptx", "cuda_version": "13.2.51"}
-    said = cuda_check.ptx_trouble(build, "A card", capability, driver)
+    said = cuda_check.device_trouble(build, "A card", capability, driver)
     assert (said is None) == serves
     if said:
         for words in ("A card (compute capability 12.1)", "CUDA 13.2", "CUDA 13.1", "=121"):

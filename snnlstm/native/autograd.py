@@ -8,7 +8,7 @@ weight and bias to its loop: loop.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from .. import reference
 from ..call import Call, make_call
 from . import checkpoint, kernels, ops
-from .loop import Loop, loop_of
+from .loop import loop_of
 from .tensors import Saved, Step, plain, restored
 
 __all__ = ["run"]
@@ -35,20 +35,9 @@ _is_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtenso
 
 class _SConv2dLSTM(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        syn: Tensor,
-        mem: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        threshold: Tensor,
-        graded: Tensor,
-        call: Call,
-        choice: Any,
-        loop: Loop | None,
-        algorithm: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Seven tensors, as in the call, but weight and bias its loop's; then what is no tensor."""
+        *tensors, call, choice, loop, algorithm = given
         saved: Any
         if call.options.checkpoint is True:
             (spk, new_syn, new_mem, _), saved = checkpoint.forward(call, algorithm)
@@ -56,7 +45,7 @@ class _SConv2dLSTM(torch.autograd.Function):
         else:
             spk, new_syn, new_mem, saved = choice.forward(call, True)
             gates = saved.gates.data_ptr()
-        ctx.save_for_backward(x, syn, mem, weight, bias, threshold, graded, *saved)
+        ctx.save_for_backward(*tensors, *saved)
         ctx.kept = call.options, call.signature, choice, loop, algorithm, gates
         ctx.set_materialize_grads(False)
         if call.options.surrogate.kind == 0:
@@ -64,91 +53,83 @@ class _SConv2dLSTM(torch.autograd.Function):
         return spk, new_syn, new_mem
 
     @staticmethod
-    def backward(ctx: Any, grad_spk: Any, grad_syn: Any, grad_mem: Any) -> tuple:
-        if grad_spk is None and grad_syn is None and grad_mem is None:
-            return (None,) * 11
-        x, syn, mem, weight, bias, threshold, graded, *saved = ctx.saved_tensors
-        options, signature, choice, loop, algorithm, gates = ctx.kept
-        of_x, of_syn, of_mem, of_weight, of_bias, of_threshold, *_ = ctx.needs_input_grad
-        wanted = (of_x, of_syn, of_mem, of_weight, of_bias, of_threshold)
-        grads: Any = (grad_spk, grad_syn, grad_mem)
-        if torch.is_grad_enabled() or _beyond_kernels(grads):
-            inputs, again = (x, syn, mem, weight, bias, threshold), torch.is_grad_enabled()
-            return (*_in_plain_torch(inputs, graded, options, grads, wanted, again), *(None,) * 5)
-        grads = [None if grad is None else plain(grad) for grad in grads]
-        dtype = signature.dtype
-        for t in (x, syn, mem, weight):
-            if t.dtype is not dtype or t.is_neg():  # by hooks on saved tensors
-                x, syn, mem, weight = (plain(t).to(dtype) for t in (x, syn, mem, weight))
-                break
-        call = Call(x, syn, mem, weight, bias, threshold, graded, options, signature)
-        if options.checkpoint is True:
-            if loop is None:
-                out = checkpoint.backward(call, saved, grads, wanted, algorithm)
-                return (*out, *(None,) * 5)
-            kept, own = checkpoint.recompute(call, algorithm), True
-        else:
-            kept, own = Saved(*saved), saved[0].data_ptr() == gates
-            if not own:  # hooks brought them back in other memory
-                kept = restored(kept, choice.saved_shapes)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        return (*_gradients(ctx, grads), *(None,) * 5)
+
+
+def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The gradients of a backward pass, in the order of :class:`Gradients`."""
+    if grads[0] is grads[1] is grads[2] is None:
+        return (None,) * 6
+    x, syn, mem, weight, bias, threshold, graded, *saved = ctx.saved_tensors
+    options, signature, choice, loop, algorithm, gates = ctx.kept
+    wanted = ctx.needs_input_grad[:6]
+    if torch.is_grad_enabled() or _beyond_kernels(grads):
+        inputs, again = (x, syn, mem, weight, bias, threshold), torch.is_grad_enabled()
+        return _in_plain_torch(inputs, graded, options, grads, wanted, again)
+    grads = [None if grad is None else plain(grad) for grad in grads]
+    dtype = signature.dtype
+    for t in (x, syn, mem, weight):
+        if t.dtype is not dtype or t.is_neg():  # hooks on saved tensors changed it
+            x, syn, mem, weight = (plain(t).to(dtype) for t in (x, syn, mem, weight))
+            break
+    call = Call(x, syn, mem, weight, bias, threshold, graded, options, signature)
+    if options.checkpoint is True:
         if loop is None:
-            return (*choice.backward(call, kept, grads, wanted), *(None,) * 5)
-        bias_here = choice.sums_bias and loop.left.wanted[1]
-        here = (of_x, of_syn, of_mem, False, bias_here, of_threshold)
-        if not _will_run(loop.node):  # a pass that does not want the weight's gradient
-            out = choice.backward(call, kept, grads, here)
-            return (*out._replace(bias=None), *(None,) * 5)
-        # The gates' memory takes their gradient, unless somebody may still read it: another
-        # backward pass over this graph, or a hook that brought it.
-        overwrite = own and (options.checkpoint is True or not _keeps_graph())
-        d_gates = choice.empty_d_gates(call, kept if overwrite else None)
-        out = choice.backward(call, kept, grads, here, d_gates)
-        loop.left.add(choice, Step(x, mem, d_gates, out.bias))
-        return (*out._replace(bias=None), *(None,) * 5)
+            return checkpoint.backward(call, saved, grads, wanted, algorithm)
+        kept, own = checkpoint.recompute(call, algorithm), True
+    else:
+        kept, own = Saved(*saved), saved[0].data_ptr() == gates
+        if not own:  # hooks brought them back in other memory
+            kept = restored(kept, choice.saved_shapes)
+    if loop is None:
+        return choice.backward(call, kept, grads, wanted)
+    bias_here = choice.sums_bias and loop.left.wanted[1]
+    here = (*wanted[:3], False, bias_here, wanted[5])
+    if not _will_run(loop.node):  # a pass that does not want the weight's gradient
+        return choice.backward(call, kept, grads, here)._replace(bias=None)
+    # The gates' memory takes their gradient, unless somebody may still read it: another backward
+    # pass over this graph, or a hook that brought it.
+    overwrite = own and (options.checkpoint is True or not _keeps_graph())
+    d_gates = choice.empty_d_gates(call, kept if overwrite else None)
+    out = choice.backward(call, kept, grads, here, d_gates)
+    loop.left.add(choice, Step(x, mem, d_gates, out.bias))
+    return out._replace(bias=None)
 
 
-# As _SConv2dLSTM.apply, which looks for torch.func's wrappers among all arguments first: a call
-# under one of its transforms does not come here.
+# This is _SConv2dLSTM.apply without its search for torch.func's wrappers among all arguments: a
+# call under a transform of torch.func does not come here.
 _apply = super(torch.autograd.Function, _SConv2dLSTM).apply
 
 
-def _beyond_kernels(grads: tuple[Tensor | None, ...]) -> bool:
+def _beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
     """Whether more than numbers comes with the gradients: tangents, a batch of them, a subclass."""
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return True
-    return any(type(grad) is not Tensor or _is_batch(grad) for grad in grads if grad is not None)
+    for grad in grads:
+        if grad is not None and (type(grad) is not Tensor or _is_batch(grad)):
+            return True
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 @torch.enable_grad()
 def _in_plain_torch(
-    inputs: tuple[Tensor | None, ...],
-    graded: Tensor,
-    options: Any,
-    grads: tuple[Tensor | None, ...],
-    wanted: tuple[bool, ...],
-    again: bool,
-) -> tuple[Tensor | None, ...]:
+    inputs: Sequence[Tensor | None], graded: Tensor, options: Any,
+    grads: Sequence[Tensor | None], wanted: Sequence[bool], again: bool,
+) -> Sequence[Tensor | None]:  # fmt: skip
     """The same gradients in plain torch; `again`: they can be differentiated in their turn."""
-    # Aliases: one input may have been computed from another, and only direct paths count here.
+    # The inputs are aliased: one may have been computed from another, whose path must not count.
     own: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
     x, syn, mem, weight, bias, threshold = own
     outputs = reference.run(Call(x, syn, mem, weight, bias, threshold, graded, options))
     pairs = [
         (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
     ]
-    sources: list[Any] = [t for t, want in zip(own, wanted, strict=True) if want]
     if not pairs:
         return (None,) * len(inputs)
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            sources,
-            [g for _, g in pairs],
-            create_graph=again,
-            allow_unused=True,
-        )
-    )
-    return tuple(next(found) if want else None for want in wanted)
+    ends, given = zip(*pairs, strict=True)
+    sources: list[Any] = [t for t, want in zip(own, wanted, strict=True) if want]
+    found = torch.autograd.grad(ends, sources, given, create_graph=again, allow_unused=True)
+    rest = iter(found)
+    return tuple(next(rest) if want else None for want in wanted)
 
 
 def _in_float32(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]:
@@ -175,21 +156,10 @@ def _in_float32(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str
 
 
 def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]:
-    """Run the native kernels.
+    """Run the native kernels: spk, syn and mem as :func:`snnlstm.reference.run` returns them.
 
-    Parameters
-    ----------
-    call : Call
-        The threshold is one number or one a channel, `graded` a single number without gradient.
-    algorithm : str
-        One of ``snnlstm.settings.ALGORITHMS``; the backward pass keeps to it.
-
-    Returns
-    -------
-    spk, syn, mem : Tensor
-        As :func:`snnlstm.reference.run` returns them.
-    name : str or None
-        What ran, such as ``"cpu-avx2-winograd4-sparse"``; None while torch.compile traces.
+    The backward pass keeps to `algorithm`. The fourth result is the name of what ran, such as
+    ``"cpu-avx2-winograd4-sparse"``; None while torch.compile traces.
     """
     x, syn, mem, weight, bias, threshold, graded, options = call[:8]
     narrow = x.dtype in (torch.float16, torch.bfloat16)
@@ -198,15 +168,12 @@ def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]
     if weight.dtype != x.dtype:  # a half precision module under autocast
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         call = call._replace(weight=weight, bias=bias)
-    of_weight = weight.requires_grad or (bias is not None and bias.requires_grad)
-    training = torch.is_grad_enabled() and (
-        of_weight
-        or mem.requires_grad
-        or syn.requires_grad
-        or x.requires_grad
-        or threshold.requires_grad
-    )
-    if torch.compiler.is_compiling():
+    of_weight = training = False
+    if torch.is_grad_enabled():
+        of_weight = weight.requires_grad or (bias is not None and bias.requires_grad)
+        of_states = mem.requires_grad or syn.requires_grad
+        training = of_weight or of_states or x.requires_grad or threshold.requires_grad
+    if call.signature is None:  # torch.compile traces
         return (*ops.run(call, training, algorithm), None)
     choice = kernels.choose(call, algorithm)
     if not training:

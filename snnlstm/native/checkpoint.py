@@ -7,11 +7,10 @@ their gradients (Chen et al. 2016, "Training deep nets with sublinear memory cos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import Any
 
 from torch import Tensor
 
@@ -52,12 +51,7 @@ def boundary_count(call: Call) -> int:
 def forward(call: Call, algorithm: str) -> tuple[Result, list[Tensor]]:
     """Run the forward kernels segment by segment.
 
-    Returns
-    -------
-    result : Result
-        As a choice's forward returns it, without ``saved``.
-    boundaries : list of Tensor
-        syn and mem before the second segment, before the third, and so on.
+    The second result is syn and mem before the second segment, before the third, and so on.
     """
     segments = _segments(call)
     if len(segments) == 1:
@@ -93,10 +87,6 @@ def recompute(call: Call, algorithm: str) -> Saved:
     return saved
 
 
-def _last_first(items: list[Any]) -> Iterator[tuple[int, Any]]:
-    return reversed(list(enumerate(items)))
-
-
 def _with_carry(grad: Tensor | None, segment: slice, carry: Tensor | None) -> Tensor | None:
     """Gradient of a recorded state over a segment; the next segment's is added to its last step."""
     if grad is not None:
@@ -127,7 +117,7 @@ def backward(
     total = tensors.empty_gradients(call.x, call.signature, (wanted[0], *(False,) * 5))
     sums: list[Tensor | None] = [None, None, None]  # weight, bias, threshold
     carry_syn, carry_mem = (None, None) if record else (grad_syn, grad_mem)
-    for k, segment in _last_first(_segments(call)):
+    for k, segment in reversed(list(enumerate(_segments(call)))):
         piece = _keeping(call._replace(x=call.x[segment], syn=states[2 * k], mem=states[2 * k + 1]))
         choice = kernels.choose(piece, algorithm)
         saved = choice.forward(piece, True).saved

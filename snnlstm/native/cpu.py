@@ -14,14 +14,13 @@ from .. import _C
 from ..call import DTYPES, Call, Signature
 from . import memory, tensors
 from .packing import Packed, look_up
-from .tensors import Gradients, Result, Saved, Step, address, view
+from .tensors import Gradients, Result, Saved, Shapes, Step, address, view
 
 __all__ = ["ALGORITHMS", "Kernels", "set_isa"]
 
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/cpu/api.h
-_NO_WINNER = torch.empty(0, dtype=torch.int64, device="cpu")
 
-# A step call is one of a loop, most likely: what is done once for a weight is shared by so many.
+# A step call is most likely one of a loop, in which so many share what is done once for a weight.
 _STEPS_OF_LOOP = 16
 
 isa = _C.isa_name()
@@ -75,11 +74,9 @@ class _Way:
         """The core's plan of the backward pass, the forms that it reads, bytes of its workspace."""
         found = self.gradients.get((grad_x, weight))
         if found is None:
-            core = self._make(self._plan.gradient_cell, backward=True)
-            core = core.with_time(self._plan.time)
+            core = self._make(self._plan.gradient_cell, backward=True).with_time(self._plan.time)
             forms = self._forms_of(core, backward=True, grad_x=grad_x)
-            found = (core, forms, core.backward_workspace(weight))
-            self.gradients[grad_x, weight] = found
+            found = self.gradients[grad_x, weight] = core, forms, core.backward_workspace(weight)
         return found
 
     def weight_gradient(self, steps: int) -> tuple[Any, int]:
@@ -87,50 +84,35 @@ class _Way:
         found = self.gradients.get(steps)
         if found is None:
             core = self._make(self._plan.cell_of(steps), backward=True)
-            found = self.gradients[steps] = (core, core.weight_gradient_workspace)
+            found = self.gradients[steps] = core, core.weight_gradient_workspace
         return found
 
 
-class Plan:
-    """All that follows for a call from its signature, its strides and the process's settings."""
+class Plan(tensors.Plan):
+    """The plan of a call on the CPU; the values of x and weight decide a :class:`Choice` of it."""
 
-    def __init__(
-        self, signature: Signature, call: Call, algorithm: str, threads: int, isa: str
-    ) -> None:
-        s, o = signature, signature.options
-        self.threads, self.isa, self.time = threads, isa, s.time
-        self.algorithm = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
-        self.signature = signature
+    def __init__(self, half: Kernels, call: Call, algorithm: str, threads: int, isa: str) -> None:
+        number = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
+        super().__init__(half, call, number, threads, isa)
+        s, o = self.signature, self.signature.options
+        self.algorithm, self.threads, self.isa, self.time = number, threads, isa, s.time
         self.cell = self.cell_of(s.time)
-        self.gradient_cell = self.cell if s.options.sequence else self.cell_of(_STEPS_OF_LOOP)
-        spk, state = tensors.output_shapes(s)
-        self.spk = spk, tensors.image_strides(call.x, spk)
-        self.state = state, tensors.image_strides(call.x, state)
-        # Strides as the core takes them.
+        self.gradient_cell = self.cell if o.sequence else self.cell_of(_STEPS_OF_LOOP)
+        # The core takes five strides.
         self.x5, self.syn5, self.mem5, self.spk5, self.state5 = (
             tensors.five(strides)
             for strides in (
                 call.x.stride(), call.syn.stride(), call.mem.stride(), self.spk[1], self.state[1]
             )
         )  # fmt: skip
-        self.saved = saved_shapes(s)
         self.half_gates = o.checkpoint == "gates"
-        self.saved_strides = [
-            (s.n * images * channels, images * channels, channels, 1)
-            for (_, _, images, channels), _ in self.saved[:2]
-        ]
-        largest = max(math.prod(shape) * dtype.itemsize for shape, dtype in self.saved)
+        largest = max(math.prod(shape) * dtype.itemsize for shape, dtype in self.saved_shapes)
         self.huge = largest >= memory.SMALLEST
         self.record = o.record
-        # The weight gradient does not look at strides, nor at what makes spikes of mem.
-        geometry = (o.kernel_size, o.stride, o.dilation)
-        self.loop_key = (s.cin, s.c, s.h, s.w, s.n, s.dtype, geometry, self.algorithm, threads, isa)
-        self.threshold_stride = 0 if s.thresholds == 1 else 1
-        quant = s.options.quant
-        self.levels = None if quant is None else quant.levels.to(s.dtype).contiguous()
+        self.levels = None if o.quant is None else o.quant.levels.to(s.dtype).contiguous()
         self.levels_address = address(self.levels)
-        self.has_winner = s.options.inhibition
-        # Few channels gain nothing from lists of nonzeros: there x is not looked at.
+        self.has_winner = o.inhibition
+        # An x of few channels gains nothing from lists of nonzeros, so its zeros are not counted.
         x = call.x
         self.counts_zeros = s.cin > 2
         dense = x.is_contiguous() or (
@@ -158,52 +140,37 @@ class Plan:
 
     def empty_saved(self, x: Tensor) -> Saved:
         """What the forward pass keeps in training, uninitialised."""
-        (gates, _), (syn, _), (winner, _) = self.saved
         if self.huge:
-            return Saved(*(memory.empty(shape, kind) for shape, kind in self.saved))
-        of_winner = x.new_empty(winner, dtype=torch.int64) if self.has_winner else _NO_WINNER
-        of_gates = x.new_empty_strided(gates, self.saved_strides[0])
-        return Saved(of_gates, x.new_empty_strided(syn, self.saved_strides[1]), of_winner)
+            return Saved(*(memory.empty(shape, kind) for shape, kind in self.saved_shapes))
+        return super().empty_saved(x)
 
 
 class Choice:
     """The kernels that run one call and its backward pass.
 
-    Attributes
-    ----------
-    packed : Packed or None
-        The weight. The backward pass lets go of it: a graph that is kept keeps no weight alive.
+    ``packed`` is the weight. The backward pass lets go of it: a graph that is kept keeps no weight
+    alive.
     """
 
-    __slots__ = ("name", "packed", "plan", "way")
-    sums_bias = True  # the backward pass of a step of a loop: its part of the bias gradient
+    __slots__ = ("loop_key", "name", "packed", "plan", "saved_shapes", "way")
+    sums_bias = True  # a loop's step forms its part of the bias gradient in its backward pass
 
     def __init__(self, plan: Plan, way: _Way, packed: Packed | None) -> None:
         self.plan, self.way, self.packed, self.name = plan, way, packed, way.name
-
-    @property
-    def saved_shapes(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-        """Shapes and dtypes of what the forward pass keeps."""
-        return self.plan.saved
-
-    @property
-    def loop_key(self) -> Any:
-        """Steps with equal ones can form their weight gradient together."""
-        return self.plan.loop_key
+        self.loop_key, self.saved_shapes = plan.loop_key, plan.saved_shapes
 
     def empty_d_gates(self, call: Call, kept: Saved | None) -> Tensor:
         """Memory for the gate gradients of a step; that of the gates in `kept`, if they fit."""
         if kept is not None and not self.plan.half_gates:
             return kept.gates
-        (*images, _), dtype = self.plan.saved[0]
-        return memory.empty((*images, 4 * self.plan.saved[1][0][-1]), dtype)
+        (*images, padded), dtype = self.saved_shapes[1]
+        return memory.empty((*images, 4 * padded), dtype)
 
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; `training`: keep what :meth:`backward` needs."""
         plan, way = self.plan, self.way
         x = call.x
-        spk = x.new_empty_strided(*plan.spk)
-        new_syn, new_mem = x.new_empty_strided(*plan.state), x.new_empty_strided(*plan.state)
+        spk, new_syn, new_mem = plan.empty_results(x)
         if plan.huge:
             _prefer_huge_pages(spk, new_syn, new_mem)
         saved = plan.empty_saved(x) if training else None
@@ -243,24 +210,18 @@ class Choice:
         wanted: Sequence[bool],
         d_gates: Tensor | None = None,
     ) -> Gradients:
-        """Run the backward kernels.
+        """Run the backward kernels on what :meth:`forward` was given and kept.
 
-        Parameters
-        ----------
-        call, saved
-            What :meth:`forward` was given, and what it kept.
-        grads : three of Tensor or None
-            Gradients of spk, syn and mem, in any memory layout; None for zeros.
-        wanted : sequence of bool
-            Which gradients are computed, in the order of :class:`Gradients`.
-        d_gates : Tensor, optional
-            As ``saved.gates``, and may be that: gets the gradient of the gate sums.
+        `grads`, of spk, syn and mem, may have any memory layout, and None stands for zeros.
+        `wanted` says which gradients are computed, in the order of :class:`Gradients`. `d_gates`,
+        if given, has the shape of ``saved.gates``, may be that, and gets the gradient of the gate
+        sums.
         """
         plan, x = self.plan, call.x
         dtype = x.dtype
         core, forms, size = self.way.backward(wanted[0], wanted[3])
         packed, self.packed = self.packed, None
-        if packed is None:  # of a second backward pass over the same graph
+        if packed is None:  # a second backward pass over the same graph
             packed, _ = look_up(call.weight)
         out = tensors.empty_gradients(x, plan.signature, wanted)
         if plan.huge:
@@ -279,9 +240,7 @@ class Choice:
             levels=plan.levels_address,
             workspace=workspace.data_ptr(),
         )
-        if out.threshold is None:
-            return out
-        return out._replace(threshold=tensors.threshold_gradient(out.threshold, call.threshold))
+        return tensors.shaped_as(call.threshold, out)
 
     def weight_gradient(
         self, steps: Sequence[Step], wanted: Sequence[bool]
@@ -308,18 +267,6 @@ def _prefer_huge_pages(*results: Tensor | None) -> None:
             _C.prefer_huge_pages(result.data_ptr(), result.nbytes)
 
 
-def saved_shapes(signature: Signature) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-    """Shapes and dtypes of :class:`Saved`."""
-    s = signature
-    padded = _C.cpu_padded_channels(DTYPES.index(s.dtype), s.c)
-    images = (s.time, s.n, s.ho * s.wo)
-    return (
-        ((*images, (2 if s.options.checkpoint == "gates" else 4) * padded), s.dtype),
-        ((*images, padded), s.dtype),
-        ((s.time, s.n) if s.options.inhibition else (0,), torch.int64),
-    )
-
-
 class Kernels:
     """The CPU half of the core."""
 
@@ -329,14 +276,13 @@ class Kernels:
         """Name of the kernels, such as ``"cpu-avx2"``; a call's :class:`Choice` says more."""
         return f"cpu-{isa}"
 
-    def reason_against(self, call: Call, autocast: bool) -> str | None:
+    def reason_against(self, signature: Signature) -> str | None:
         """Why these kernels cannot run a call; None if they can.
 
         Under autocast they compute in float32, and half types come as that (autograd.run).
         """
-        if call.x.dtype not in DTYPES:
-            return f"there are no CPU kernels for {call.x.dtype}"
-        return None
+        dtype = signature.dtype
+        return None if dtype in DTYPES else f"there are no CPU kernels for {dtype}"
 
     def settings(self, signature: Signature) -> tuple[Any, ...]:
         """The process's settings that a plan depends on."""
@@ -344,8 +290,15 @@ class Kernels:
 
     def plan(self, call: Call, algorithm: str, settings: tuple[Any, ...]) -> Plan:
         """The plan of calls like this one."""
-        return Plan(call.signature, call, algorithm, *settings)
+        return Plan(self, call, algorithm, *settings)
 
-    def saved_shapes(self, signature: Signature) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    def saved_shapes(self, signature: Signature) -> Shapes:
         """Shapes and dtypes of what a forward pass keeps."""
-        return saved_shapes(signature)
+        s = signature
+        padded = _C.cpu_padded_channels(DTYPES.index(s.dtype), s.c)
+        images = (s.time, s.n, s.ho * s.wo)
+        return (
+            ((*images, (2 if s.options.checkpoint == "gates" else 4) * padded), s.dtype),
+            ((*images, padded), s.dtype),
+            ((s.time, s.n) if s.options.inhibition else (0,), torch.int64),
+        )

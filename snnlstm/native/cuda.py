@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..call import Call, Signature
 from . import cudnn, tensors
-from .tensors import Gradients, Pass, Result, Saved, Step, address, view
+from .tensors import Gradients, Pass, Result, Saved, Shapes, Step, address, view
 from .ways import Way, Ways
 
 __all__ = ["Kernels"]
@@ -28,67 +29,60 @@ __all__ = ["Kernels"]
 _EXACT, _TF32 = 0, 1
 _OPERANDS = {torch.float16: 3, torch.bfloat16: 4}
 
-_ROUNDS = 3  # that a measured way is timed, after one that is not; the shortest counts
+_ROUNDS = 3  # a measured way is timed so often, after one run that is not; the shortest counts
+
+
+# What torch.backends.cudnn.conv.fp32_precision asks for, ten times as fast; torch 2.9 and newer.
+_fp32_precision: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
 def _tf32_is_allowed() -> bool:
     """What torch's setting for its own convolutions says; it is on by default."""
-    setting = getattr(torch.backends.cudnn, "conv", None)
-    precision = getattr(setting, "fp32_precision", None)  # torch 2.9 and newer
-    return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
+    if _fp32_precision is None:
+        return torch.backends.cudnn.allow_tf32
+    return _fp32_precision("cuda", "conv") == "tf32"
 
 
-class Plan:
-    """All that follows for a call from its signature, its strides and the process's settings.
+class Plan(tensors.Plan):
+    """The plan of a call on CUDA, and its choice, too: nothing depends on values."""
 
-    It is the :class:`Choice` of each of its calls, too: nothing depends on values.
-    """
-
-    sums_bias = False  # the bias gradient of a loop comes with the weight's
+    sums_bias = False  # the bias gradient of a loop is formed with the weight's
 
     def __init__(
-        self, kernels: Kernels, signature: Signature, call: Call, algorithm: str,
-        tf32: bool, benchmark: bool,
-    ) -> None:  # fmt: skip
-        s, core = signature, kernels.core
-        self.kernels, self.core, self.signature = kernels, core, signature
+        self, kernels: Kernels, call: Call, algorithm: str, tf32: bool, benchmark: bool
+    ) -> None:
+        measures = algorithm == "measure" or (benchmark and algorithm == "auto")
+        super().__init__(kernels, call, tf32, algorithm, measures)
+        s, core = self.signature, kernels.core
+        self.kernels, self.core = kernels, core
         self.cell = tensors.make_cell(core, s, s.time)
         self.target = kernels.target(s, tf32)
         self.step = self.cell if s.time == 1 else tensors.make_cell(core, s, 1)
-        measures = algorithm == "measure" or (benchmark and algorithm == "auto")
         strides = call.x.stride(), call.syn.stride(), call.mem.stride()
         self.ways = Ways(kernels, s, self.cell, strides, algorithm, tf32, measures)
-        spk, state = tensors.output_shapes(s)
-        self.spk = spk, tensors.image_strides(call.x, spk)
-        self.state = state, tensors.image_strides(call.x, state)
-        self.saved_shapes = kernels.saved_shapes(s)
+        # Sizes in bytes, by the core's function that tells them and its arguments.
+        self._bytes = lru_cache(None)(lambda function, *rest: getattr(core, function)(*rest))
         self.work = s.options.operands or s.dtype
-        self.real = tensors.compute_type(s.dtype)
+        self.real = torch.float64 if s.dtype == torch.float64 else torch.float32
         quant = s.options.quant
-        # On the host, from where each call brings them to the device.
+        # The levels stay on the host, from where each call brings them to the device.
         self.levels = None if quant is None else quant.levels.to("cpu", torch.float64).contiguous()
-        o = s.options
-        geometry = (o.kernel_size, o.stride, o.dilation)
-        self.loop_key = (
-            kernels, s.cin, s.c, s.h, s.w, s.n, s.dtype, s.device, geometry, self.work, tf32,
-            algorithm, measures,
-        )  # fmt: skip
 
     @property
     def name(self) -> str:
         """Name of what runs, as in a path."""
-        return f"{self.kernels.name()}-{self.ways.name}"
+        return self.ways.name
 
     def choose(self, call: Call) -> Plan:
-        """The kernels of a call."""
+        """The plan itself, which is the choice of each of its calls."""
         return self
 
     def _begin(self, target: Any) -> tuple[Any, Any, int]:
-        """What every call of the core starts with."""
+        """The first arguments of every call of the core."""
         return self.cell, target, self.kernels.stream(self.signature.device)
 
     def begin_step(self) -> tuple[Any, Any, int]:
-        """The same for the calls of one step, behind torch's convolution."""
+        """The first arguments of the calls for one step, behind torch's convolution."""
         return self.step, self.target, self.kernels.stream(self.signature.device)
 
     def _parameters(self, call: Call) -> tuple[dict[str, int], list[Tensor | None]]:
@@ -102,7 +96,7 @@ class Plan:
             self.core.cuda_store_levels(*self._begin(self.target), values, levels.data_ptr())
         arguments = {
             "threshold": threshold.data_ptr(),
-            "threshold_stride": 0 if self.signature.thresholds == 1 else 1,
+            "threshold_stride": self.threshold_stride,
             "graded": graded.data_ptr(),
             "levels": address(levels),
         }
@@ -110,7 +104,7 @@ class Plan:
 
     def _pack(self, call: Call, target: Any, backward: bool) -> Tensor:
         weight = tensors.numbers(call.weight, call.x.dtype)
-        size = self.core.cuda_packed_bytes(self.cell, target, backward)
+        size = self._bytes("cuda_packed_bytes", self.cell, target, backward)
         packed = tensors.empty_bytes(size, weight.device)
         self.core.cuda_pack_weight(
             *self._begin(target), weight.data_ptr(), backward, packed.data_ptr()
@@ -119,23 +113,14 @@ class Plan:
 
     def empty_d_gates(self, call: Call, kept: Saved | None) -> Tensor:
         """Memory for the gate gradients of each step; that of the gates in `kept`, if given."""
-        if kept is not None:
-            return kept.gates
-        shape, dtype = self.saved_shapes[0]
-        return call.x.new_empty(shape, dtype=dtype)
+        return self.empty_gates(call.x) if kept is None else kept.gates
 
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; `training`: keep what :meth:`backward` needs."""
         x = call.x
         with self.kernels.guard(x.device):
-            spk = x.new_empty_strided(*self.spk)
-            syn, mem = x.new_empty_strided(*self.state), x.new_empty_strided(*self.state)
-            saved = None
-            if training:
-                saved = Saved(
-                    *(x.new_empty(shape, dtype=dtype) for shape, dtype in self.saved_shapes)
-                )
-            result = Result(spk, syn, mem, saved)
+            saved = self.empty_saved(x) if training else None
+            result = Result(*self.empty_results(x), saved)
             parameters, alive = self._parameters(call)
             bias = None if call.bias is None else tensors.numbers(call.bias, x.dtype)
             parameters["bias"] = address(bias)
@@ -153,7 +138,7 @@ class Plan:
             return
         spk, syn, mem, saved = result
         packed = self._pack(call, way.target, backward=False)
-        size = self.core.cuda_workspace(self.cell, way.target, False)
+        size = self._bytes("cuda_workspace", self.cell, way.target, False)
         workspace = tensors.empty_bytes(size, call.x.device)
         self.core.cuda_forward(
             *self._begin(way.target),
@@ -190,13 +175,10 @@ class Plan:
                 other = None if d_gates is None else torch.empty_like(d_gates)
                 return self._backward(way, given, wanted, other)
 
-            details = "".join("01"[want] for want in wanted)
-            way = self.ways.choose("backward" if d_gates is None else "step", attempt, details)
+            way = self.ways.choose("backward" if d_gates is None else "step", attempt, wanted)
             out = self._backward(way, given, wanted, d_gates)
             del alive
-        if out.threshold is None:
-            return out
-        return out._replace(threshold=tensors.threshold_gradient(out.threshold, call.threshold))
+        return tensors.shaped_as(call.threshold, out)
 
     def _backward(
         self, way: Way, given: Pass, wanted: Sequence[bool], d_gates: Tensor | None
@@ -230,11 +212,10 @@ class Plan:
         """
         call, parameters, saved, grads, noise = given
         packed = self._pack(call, way.target, backward=True)
-        of_weights = out.weight is not None or out.bias is not None or d_gates is None
-        if of_weights:
-            size = self.core.cuda_workspace(self.cell, way.target, True)
+        if out.weight is not None or out.bias is not None or d_gates is None:
+            size = self._bytes("cuda_workspace", self.cell, way.target, True)
         else:
-            size = self.core.cuda_data_workspace(self.cell, way.target)
+            size = self._bytes("cuda_data_workspace", self.cell, way.target)
         workspace = tensors.empty_bytes(size, call.x.device)
         self.core.cuda_backward(
             *self._begin(way.target),
@@ -297,7 +278,7 @@ class Kernels:
 
     def stream(self, device: torch.device) -> int:
         """The current stream of `device`."""
-        return torch.cuda.current_stream(device).cuda_stream
+        return torch._C._cuda_getCurrentRawStream(device.index)
 
     def device_name(self, device: torch.device) -> str:
         """What measured choices hold for."""
@@ -327,11 +308,10 @@ class Kernels:
 
     def _device_target(self, device: torch.device) -> Any:
         """What the core knows of a device."""
-        found = self._devices.get(device)
-        if found is None:
+        if device not in self._devices:
             with self.guard(device):
-                found = self._devices[device] = self.core.cuda_target()
-        return found
+                self._devices[device] = self.core.cuda_target()
+        return self._devices[device]
 
     def target(self, signature: Signature, tf32: bool, algorithm: int = 0) -> Any:
         """The device, in which numbers its convolutions multiply, and api.h's algorithm."""
@@ -343,16 +323,12 @@ class Kernels:
         elif s.dtype == torch.float32:
             matrix = _TF32 if tf32 else self.core.cuda_full_precision(there)
         key = s.device, matrix, algorithm
-        found = self._targets.get(key)
-        if found is None:
-            found = self._targets[key] = there.wanting(matrix, algorithm)
-        return found
+        if key not in self._targets:
+            self._targets[key] = there.wanting(matrix, algorithm)
+        return self._targets[key]
 
-    def reason_against(self, call: Call, autocast: bool) -> str | None:
+    def reason_against(self, signature: Signature) -> str | None:
         """Why these kernels cannot run a call; None if they can."""
-        signature = call.signature
-        if signature is None:  # torch.compile traces: the operator will say it
-            return None
         tf32 = _tf32_is_allowed()
         key = self, tf32
         if key not in signature.notes:
@@ -367,9 +343,9 @@ class Kernels:
 
     def plan(self, call: Call, algorithm: str, settings: tuple[Any, ...]) -> Plan:
         """The plan of calls like this one."""
-        return Plan(self, call.signature, call, algorithm, *settings)
+        return Plan(self, call, algorithm, *settings)
 
-    def saved_shapes(self, signature: Signature) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    def saved_shapes(self, signature: Signature) -> Shapes:
         """Shapes and dtypes of what a forward pass keeps."""
         s, options = signature, signature.options
         padded = self.core.cuda_padded_channels(s.c)

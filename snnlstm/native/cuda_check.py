@@ -25,14 +25,9 @@ def without_kernels(build: Mapping[str, str]) -> str | None:
 
 
 def driver_trouble(build: Mapping[str, str], driver: int | None) -> str | None:
-    """What is wrong with a driver for this build; None if nothing is.
+    """What is wrong with a driver for a build with CUDA code; None if nothing is.
 
-    Parameters
-    ----------
-    build
-        ``_C.build_info()`` of a build with CUDA code.
-    driver
-        Newest CUDA version that the driver runs, 1000 * major + 10 * minor; None if not known.
+    `driver` is the newest CUDA version that it runs, as :func:`driver_version` returns it.
     """
     built = int(build.get("cuda_version", "").split(".")[0] or 0)
     if driver is None or driver // 1000 >= built:
@@ -45,44 +40,36 @@ def driver_trouble(build: Mapping[str, str], driver: int | None) -> str | None:
     )
 
 
-def device_trouble(build: Mapping[str, str], name: str, capability: tuple[int, int]) -> str | None:
-    """What is wrong with a GPU of this name and compute capability; None if nothing is."""
+def device_trouble(
+    build: Mapping[str, str], name: str, capability: tuple[int, int], driver: int | None = None
+) -> str | None:
+    """What is wrong with a GPU of this name and compute capability; None if nothing is.
+
+    A GPU that the build has no machine code for gets the PTX, which the driver translates, but
+    only reads up to its own CUDA version, the minor one included.
+    """
     own = f"{name} (compute capability {capability[0]}.{capability[1]})"
     if tuple(capability) < OLDEST:
         return f"{own} is too old: the CUDA kernels need {OLDEST[0]}.{OLDEST[1]} or newer"
     archs = build.get("cuda_archs", "").split()
     wanted = 10 * capability[0] + capability[1]
-    for arch in archs:
-        number = int(arch.removesuffix("+ptx"))
-        # Code for X.Y runs on X.Z with Z >= Y, PTX on all that is newer.
-        if number <= wanted and (arch.endswith("+ptx") or number // 10 == capability[0]):
-            return None
-    return (
-        f"{own} is not among the GPUs that this build of snnlstm has code for ({' '.join(archs)}); "
-        f"build with SNNLSTM_CUDA_ARCHS={wanted}"
-    )
-
-
-def ptx_trouble(
-    build: Mapping[str, str], name: str, capability: tuple[int, int], driver: int | None
-) -> str | None:
-    """What is wrong with a driver that must translate this build's PTX; None if nothing is.
-
-    A GPU that the build has no machine code for gets the PTX, and that a driver only reads up to
-    its own CUDA version, the minor one included.
-    """
-    wanted = 10 * capability[0] + capability[1]
-    codes = [int(a) for a in build.get("cuda_archs", "").split() if not a.endswith("+ptx")]
+    older = [arch for arch in archs if int(arch.removesuffix("+ptx")) <= wanted]
+    # Machine code for X.Y runs on X.Z with Z >= Y, PTX on all that is newer.
+    if any(arch.isdigit() and int(arch) // 10 == capability[0] for arch in older):
+        return None
+    if not any(arch.endswith("+ptx") for arch in older):
+        return (
+            f"{own} is not among the GPUs that this build of snnlstm has code for "
+            f"({' '.join(archs)}); build with SNNLSTM_CUDA_ARCHS={wanted}"
+        )
     major, minor = (*map(int, (build.get("cuda_version", "") or "0").split(".")[:2]), 0)[:2]
     newest = 1000 * major + 10 * minor
-    if any(c // 10 == capability[0] and c <= wanted for c in codes):
-        return None
     if driver is None or driver >= newest:
         return None
     return (
-        f"{name} (compute capability {capability[0]}.{capability[1]}) needs the PTX of this build, "
-        f"which is of CUDA {show(newest)}, and the NVIDIA driver reads it up to CUDA "
-        f"{show(driver)}; update the driver, or build with SNNLSTM_CUDA_ARCHS={wanted}"
+        f"{own} needs the PTX of this build, which is of CUDA {show(newest)}, and the NVIDIA "
+        f"driver reads it up to CUDA {show(driver)}; update the driver, or build with "
+        f"SNNLSTM_CUDA_ARCHS={wanted}"
     )
 
 
@@ -100,7 +87,7 @@ def trouble(index: int) -> str | None:
     if old := driver_trouble(build, driver):
         return old
     card = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-    return device_trouble(build, *card) or ptx_trouble(build, *card, driver)
+    return device_trouble(build, *card, driver)
 
 
 def driver_version() -> int | None:

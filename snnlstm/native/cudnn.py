@@ -32,7 +32,7 @@ __all__ = ["data_gradient", "empty_mems", "forward", "steps_backward", "weight_g
 
 
 def _steps(tensor: Tensor, options: CellOptions) -> Tensor:
-    """With a time axis."""
+    """The tensor of a step call or a sequence, with a time axis."""
     return tensor if options.sequence else tensor.unsqueeze(0)
 
 
@@ -43,11 +43,11 @@ def images_of(pixels: Tensor, mem: Tensor) -> Tensor:
 
 def _padded(weight: Tensor, gates: int) -> Tensor:
     """Weight (4C, ...) with zeros for the padding between gates, (gates, ...)."""
-    c = weight.shape[0] // 4
-    if 4 * c == gates:
+    padding = (gates - weight.shape[0]) // 4
+    if padding == 0:
         return weight
-    pad = (0, 0) * (weight.dim() - 1) + (0, gates // 4 - c)
-    return F.pad(weight.unflatten(0, (4, c)), pad).flatten(0, 1)
+    pad = (0, 0) * (weight.dim() - 1) + (0, padding)
+    return F.pad(weight.unflatten(0, (4, -1)), pad).flatten(0, 1)
 
 
 def forward(plan: Plan, call: Call, parameters: dict[str, int], result: Result) -> None:
@@ -80,10 +80,10 @@ def forward(plan: Plan, call: Call, parameters: dict[str, int], result: Result) 
 def steps_backward(
     plan: Plan, given: Pass, out: Gradients, d_gates: Tensor, mems: Tensor | None
 ) -> None:
-    """The kernels do a step's neurons, last step first; torch the gradient of mem.
+    """The kernels do a step's neurons, last step first; torch forms the gradient of mem.
 
     `out` gets the gradients of syn, mem and threshold that it has memory for, `d_gates` and
-    `mems`, if given, what the module says.
+    `mems`, if given, what the module's docstring says.
     """
     call, parameters, saved, grads, noise = given
     core, options, begin = plan.core, call.options, plan.begin_step()
@@ -148,18 +148,10 @@ def data_gradient(plan: Plan, call: Call, d_gates: Tensor, out: Tensor) -> None:
 def weight_gradient(
     plan: Plan, x: Tensor, mem: Tensor | None, d_gates: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of weight and bias over steps.
+    """Gradients of weight and bias over steps, as `wanted`.
 
-    Parameters
-    ----------
-    plan : Plan
-    x : Tensor
-        (T, N, Cin, H, W).
-    mem : Tensor or None
-        (T, N, C or more, Ho, Wo), mem before each step; only the weight's gradient needs it.
-    d_gates : Tensor
-        (T, N, Ho * Wo, 4 Cp), gradient of the gate sums.
-    wanted : two of bool
+    x is (T, N, Cin, H, W), and `mem`, (T, N, C or more, Ho, Wo), is that before each step, which
+    only the weight's gradient needs.
     """
     signature, options, gates = plan.signature, plan.signature.options, d_gates.shape[-1]
     c, kernel, dtype = signature.c, options.kernel_size, signature.dtype

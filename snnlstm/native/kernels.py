@@ -19,14 +19,14 @@ from .tensors import Result, Saved
 
 __all__ = ["DEVICES", "HALVES", "LAYOUT", "choose", "empty_result", "name", "reason_against"]
 
-# By device type.
+# The halves of the core, by device type.
 HALVES: dict[str, Any] = {"cpu": cpu.Kernels()}
 _NO_CUDA = cuda_check.without_kernels(_C.build_info())
 if _NO_CUDA is None:
     HALVES["cuda"] = cuda.Kernels(_C)
 DEVICES = frozenset(HALVES)
 
-_MOST = 64  # plans that a signature keeps
+_MOST = 64  # plans are kept of a signature; one more, and all are forgotten
 
 
 def layout() -> int:
@@ -41,7 +41,7 @@ def layout() -> int:
     return zlib.crc32(repr(counts).encode())
 
 
-LAYOUT = layout()  # made once: dynamo cannot trace a call into the core
+LAYOUT = layout()  # computed here, because dynamo cannot trace a call into the core
 
 
 def name(device: str) -> str:
@@ -64,15 +64,15 @@ def reason_against_device(device: torch.device) -> str | None:
 
 
 def reason_against(call: Call) -> str | None:
-    """Why the kernels of the call's device cannot run it; None if they can."""
-    device = call.x.device.type
-    return HALVES[device].reason_against(call, torch.is_autocast_enabled(device))
+    """Why the kernels of the call's device cannot run it; None if they can, or if it is traced."""
+    signature = call.signature  # None while torch.compile traces: the operator will say it
+    return None if signature is None else HALVES[signature.device_type].reason_against(signature)
 
 
 def choose(call: Call, algorithm: str) -> Any:
     """The kernels that run a call: its plan, looked up or made, and what its values decide."""
     signature = call.signature
-    half = HALVES[signature.device.type]
+    half = HALVES[signature.device_type]
     settings = half.settings(signature)
     key = half, call.x.stride(), call.syn.stride(), call.mem.stride(), algorithm, settings
     plan = signature.notes.get(key)
@@ -87,8 +87,6 @@ def empty_result(call: Call, training: bool) -> Result:
     """What a forward pass returns, uninitialised; also for tensors without memory."""
     signature, x = call.signature, call.x
     spk, state = (tensors.empty_like_images(x, shape) for shape in tensors.output_shapes(signature))
-    saved = None
-    if training:
-        shapes = HALVES[signature.device.type].saved_shapes(signature)
-        saved = Saved(*(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes))
-    return Result(spk, state, torch.empty_like(state), saved)
+    shapes = HALVES[signature.device_type].saved_shapes(signature) if training else ()
+    saved = [x.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+    return Result(spk, state, torch.empty_like(state), Saved(*saved) if training else None)

@@ -32,8 +32,8 @@ class _Pass:
     """What one backward pass has left of the steps of a loop."""
 
     def __init__(self) -> None:
-        # By the plan's way of forming the gradient: what forms it, and the steps that wait.
-        self.waiting: dict[Any, tuple[Any, list[Step]]] = {}
+        # A choice that forms the gradient, and the steps of its loop_key, which wait for it.
+        self.waiting: list[tuple[Any, list[Step]]] = []
         self.bytes = 0
         self.count = 0
         self.weight: Tensor | None = None
@@ -41,10 +41,10 @@ class _Pass:
 
     def form(self, wanted: tuple[bool, bool]) -> None:
         """Add the gradients of the steps that wait to the sums, and let go of the steps."""
-        for choice, steps in self.waiting.values():
+        for choice, steps in self.waiting:
             of_weight, of_bias = choice.weight_gradient(steps, wanted)
             self.weight, self.bias = _sum(self.weight, of_weight), _sum(self.bias, of_bias)
-        self.waiting, self.bytes, self.count = {}, 0, 0
+        self.waiting, self.bytes, self.count = [], 0, 0
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -64,8 +64,12 @@ class Left:
         """Leave a step's gate gradient to the node."""
         number = _pass_number()
         left = self._passes.get(number) or self._passes.setdefault(number, _Pass())
-        _, steps = left.waiting.setdefault(choice.loop_key, (choice, []))
-        steps.append(step)
+        for other, steps in left.waiting:
+            if other.loop_key == choice.loop_key:
+                steps.append(step)
+                break
+        else:
+            left.waiting.append((choice, [step]))
         left.bytes += step.d_gates.nbytes
         left.count += 1
         if left.bytes >= MOST_BYTES or left.count >= MOST_STEPS:
@@ -87,13 +91,13 @@ class _WeightOfLoop(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.left = left
         ctx.set_materialize_grads(False)
-        # Not views, which would keep the parameters themselves alive. The version counters are
-        # shared, so that a change in place is noticed.
+        # A view would keep the parameter itself alive. What is detached shares its version counter,
+        # so that autograd notices a change in place.
         return weight.detach(), None if bias is None else bias.detach()
 
     @staticmethod
     def backward(ctx: Any, of_weight: Any, of_bias: Any) -> tuple:
-        # What comes in is of steps that formed their gradients themselves, to be differentiated.
+        # Steps whose gradients are to be differentiated formed them themselves: they come in here.
         weight, bias = ctx.left.take()
         of_weight, of_bias = _sum(of_weight, weight), _sum(of_bias, bias)
         wanted = ctx.needs_input_grad
@@ -113,7 +117,7 @@ class Loop:
         self.weight, self.bias = _WeightOfLoop.apply(weight, bias, self.left)
         self.node = self.weight.grad_fn
         self._facts = _facts(weight), _facts(bias)
-        # The nodes that the gradients go to tell of which tensors they are.
+        # The nodes to which the gradients go tell whose gradients they are.
         self._ends = [end for end, _ in self.node.next_functions]
 
     def goes_on(self, weight: Tensor, bias: Tensor | None) -> bool:
@@ -140,7 +144,7 @@ def _leads_to(end: Any, tensor: Tensor) -> bool:
     return tensor.grad_fn is end or getattr(end, "variable", None) is tensor
 
 
-# By the address of the weight's object. A loop lives as long as the graph of a step of it.
+# Loops by the id of their weight. A loop lives as long as the graph of one of its steps.
 _loops: weakref.WeakValueDictionary[int, Loop] = weakref.WeakValueDictionary()
 
 

@@ -29,9 +29,9 @@ __all__ = ["SMALLEST", "empty", "empty_cache", "free_bytes", "workspace"]
 
 SMALLEST = 256 << 10  # bytes; less comes from torch, that is, from malloc
 CACHE_LINE = 64  # bytes; vectors that lie across two cost twice
-FITTING = 1.25  # a block serves for what is smaller, by this factor at most
+FITTING = 1.25  # a block serves for a tensor that is smaller by this factor at most
 
-LARGEST_WORKSPACE = 64 << 20  # bytes, of those that are kept
+LARGEST_WORKSPACE = 64 << 20  # bytes; larger workspaces are not kept
 IDLE = 10.0  # seconds without use, after which a block makes room for one of another size
 
 _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -62,13 +62,13 @@ KEPT = min([1 << 30, *(limit // 8 for limit in _limits())])
 
 
 class _Workspace:
-    """What a thread keeps."""
+    """The workspace that a thread keeps."""
 
     memory = _NOTHING
 
 
 _thread = threading.local()
-# Of the threads that live, by id.
+# The workspaces of the threads that live, by id.
 _workspaces: weakref.WeakValueDictionary[int, _Workspace] = weakref.WeakValueDictionary()
 _free: dict[int, deque[tuple[float, np.ndarray]]] = {}  # by size: since when; oldest first
 _free_bytes = 0
@@ -87,8 +87,8 @@ def empty_cache() -> None:
         if workspace is not None:
             workspace.memory = _NOTHING  # its block comes back
     _to_empty = True
-    # A moment: another thread holds the lock for no longer. If this thread itself does, and a
-    # signal handler has interrupted it, the thread empties the cache when it goes on.
+    # Another thread holds the lock for a moment only. If this thread holds it, and a signal handler
+    # has interrupted it, the thread empties the cache when it goes on.
     if _lock.acquire(timeout=0.1):
         _lock.release()
     _sort_returned()
@@ -120,7 +120,7 @@ def workspace(count: int) -> Tensor:
     if kept is None:
         kept = _thread.workspace = _Workspace()
         _workspaces[id(kept)] = kept
-    memory = kept.memory  # once: another thread may call empty_cache
+    memory = kept.memory  # read once: another thread may call empty_cache
     if memory.numel() < count:
         kept.memory = memory = _NOTHING  # not two at a time
         kept.memory = memory = empty((count,), torch.uint8)
@@ -129,7 +129,7 @@ def workspace(count: int) -> Tensor:
 
 def _take(size: int) -> np.ndarray:
     block = None
-    # Without waiting: a signal handler may call a cell while its own thread holds the lock.
+    # Nobody waits here: a signal handler may call a cell while its own thread holds the lock.
     if _lock.acquire(blocking=False):
         try:
             block = _find(size)

@@ -29,7 +29,7 @@ _SIX = ", ".join(["Tensor"] * 6)
 
 
 def _text(options: CellOptions) -> str:
-    # torch.compile keeps graphs on disk. One must not serve where what is kept has another layout.
+    # torch.compile keeps graphs on disk. A graph must not serve where another layout is kept.
     return f"{kernels.LAYOUT}|{options.text()}"
 
 

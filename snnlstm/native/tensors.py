@@ -17,6 +17,10 @@ from ..call import DTYPES, POOLS, RESETS, Call, CellOptions, Signature
 __all__ = ["Gradients", "Result", "Saved"]
 
 
+Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of each tensor of a :class:`Saved`."""
+
+
 class Saved(NamedTuple):
     """What a forward pass keeps for its backward pass, beside its arguments.
 
@@ -45,7 +49,7 @@ class Result(NamedTuple):
     saved: Saved | None
 
 
-def restored(saved: Saved, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> Saved:
+def restored(saved: Saved, shapes: Shapes) -> Saved:
     """What was saved, in the memory order in which it was: hooks may have given it another."""
     out = []
     for tensor, (shape, dtype) in zip(saved, shapes, strict=True):
@@ -190,11 +194,6 @@ def backward_arguments(
 # ---- memory -----------------------------------------------------------------------------------
 
 
-def compute_type(dtype: torch.dtype) -> torch.dtype:
-    """The type in which the CUDA kernels compute with states of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def empty_bytes(count: int, device: torch.device | str = "cpu") -> Tensor:
     """Memory for the kernels alone, uninitialised."""
     return torch.empty(count, dtype=torch.uint8, device=device)
@@ -217,11 +216,9 @@ def image_strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def empty_like_images(
-    x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
-) -> Tensor:
-    """An output of `shape` ending in (C, H, W), of x's dtype if None, uninitialised."""
-    return x.new_empty_strided(shape, image_strides(x, shape), dtype=dtype or x.dtype)
+def empty_like_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An output of `shape` ending in (C, H, W), uninitialised."""
+    return x.new_empty_strided(shape, image_strides(x, shape))
 
 
 def output_shapes(signature: Signature) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -233,7 +230,7 @@ def output_shapes(signature: Signature) -> tuple[tuple[int, ...], tuple[int, ...
 
 
 def empty_gradients(x: Tensor, signature: Signature, wanted: Sequence[bool]) -> Gradients:
-    """The gradients that are wanted, uninitialised; the threshold's one a channel, (C,)."""
+    """Memory for the gradients that are wanted; the threshold's is one number a channel, (C,)."""
     s, gates = signature, 4 * signature.c
     state, strides = s.state, s.state_strides
     of_x, of_syn, of_mem, of_weight, of_bias, of_threshold = wanted
@@ -242,17 +239,66 @@ def empty_gradients(x: Tensor, signature: Signature, wanted: Sequence[bool]) -> 
         x.new_empty_strided(state, strides) if of_syn else None,
         x.new_empty_strided(state, strides) if of_mem else None,
         x.new_empty((gates, s.cin + s.c, *s.options.kernel_size)) if of_weight else None,
-        x.new_empty((gates,)) if of_bias else None,
-        x.new_empty((s.c,)) if of_threshold else None,
+        x.new_empty_strided((gates,), (1,)) if of_bias else None,
+        x.new_empty_strided((s.c,), (1,)) if of_threshold else None,
     )
 
 
-def threshold_gradient(per_channel: Tensor | None, threshold: Tensor) -> Tensor | None:
-    """The threshold's gradient, one number a channel, in the shape of the threshold."""
-    if per_channel is None:
-        return None
-    total = per_channel.sum() if threshold.numel() == 1 else per_channel
-    return total.reshape(threshold.shape).to(threshold.dtype)
+def shaped_as(threshold: Tensor, out: Gradients) -> Gradients:
+    """The gradients; the threshold's, one number a channel, gets the shape of the threshold."""
+    if out.threshold is None:
+        return out
+    total = out.threshold.sum() if threshold.numel() == 1 else out.threshold
+    return out._replace(threshold=total.reshape(threshold.shape).to(threshold.dtype))
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+class Plan:
+    """All that follows for a call from its signature, its strides and the process's settings.
+
+    Attributes
+    ----------
+    spk, state : (shape, strides)
+        Of spk, and of syn and mem.
+    saved_shapes : Shapes
+    loop_key
+        Steps whose plans have equal ones can form their weight gradient together.
+    """
+
+    def __init__(self, half: Any, call: Call, *settings: Any) -> None:
+        s = self.signature = call.signature
+        o = s.options
+        self.spk, self.state = ((shape, image_strides(call.x, shape)) for shape in output_shapes(s))
+        self.saved_shapes = (gates, of_gates), (syn, _), (winner, _) = half.saved_shapes(s)
+        # Given strides, torch allocates a tensor in two thirds of the time.
+        self._gates, self._syn = ((t, _contiguous_strides(t)) for t in (gates, syn))
+        self._of_gates = {} if of_gates is s.dtype else {"dtype": of_gates}
+        with torch.inference_mode(False):
+            self._no_winner = call.x.new_empty(0, dtype=torch.int64)
+        self._winner = winner if o.inhibition else None
+        self.threshold_stride = 0 if s.thresholds == 1 else 1
+        # The weight gradient does not look at strides, nor at what makes spikes of mem.
+        geometry = o.kernel_size, o.stride, o.dilation, o.operands
+        self.loop_key = (s.cin, s.c, s.h, s.w, s.n, s.dtype, s.device, geometry, half, *settings)
+
+    def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Memory for spk, syn and mem."""
+        empty = x.new_empty_strided
+        return empty(*self.spk), empty(*self.state), empty(*self.state)
+
+    def empty_saved(self, x: Tensor) -> Saved:
+        """Memory for what the forward pass keeps in training."""
+        winner = self._no_winner
+        if self._winner is not None:
+            winner = x.new_empty(self._winner, dtype=torch.int64)
+        return Saved(self.empty_gates(x), x.new_empty_strided(*self._syn), winner)
+
+    def empty_gates(self, x: Tensor) -> Tensor:
+        """Memory for the gates of every step, or for their gradients."""
+        return x.new_empty_strided(*self._gates, **self._of_gates)
 
 
 def stochastic_noise(x: Tensor, options: CellOptions, grad_spk: Tensor | None) -> Tensor | None:

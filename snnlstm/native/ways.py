@@ -34,14 +34,8 @@ _AUTOMATIC, _POINTWISE, _FUSED = 0, 3, 5
 class Way(NamedTuple):
     """How a part of a call's work is run.
 
-    Attributes
-    ----------
-    name : str
-        As in a path, such as ``"mma-tf32"``.
-    target : object
-        The core's, with the kernels that are to run.
-    torch : {"", "gradients", "all"}
-        What torch convolves: nothing, for the gradients of weight and x, or all.
+    `name` is as in a path, such as ``"mma-tf32"``; `target` the core's, with the kernels that are
+    to run; `torch` what torch convolves: nothing, for the "gradients" of weight and x, or "all".
     """
 
     name: str
@@ -57,24 +51,14 @@ class Ways:
     """The choice for each part of the work of calls that are alike.
 
     The parts are "forward"; "backward"; "step", the backward pass of a step that leaves the
-    weight's gradient to its loop; and "weight", that gradient.
-
-    Attributes
-    ----------
-    name : str
-        What runs; where it is measured, what is known of it by now.
+    weight's gradient to its loop; and "weight", that gradient. ``name`` says what runs; where it is
+    measured, what is known of it by now.
     """
 
     def __init__(
-        self,
-        kernels: Kernels,
-        signature: Signature,
-        cell: Any,
-        strides: Sequence[Any],
-        algorithm: str,
-        tf32: bool,
-        measures: bool,
-    ) -> None:
+        self, kernels: Kernels, signature: Signature, cell: Any, strides: Sequence[Any],
+        algorithm: str, tf32: bool, measures: bool,
+    ) -> None:  # fmt: skip
         s = self._signature = signature
         self._kernels, self._cell, self._measures = kernels, cell, measures
         self._details = f"{'tf32' if tf32 else 'ieee'}; strides {strides}"
@@ -82,7 +66,8 @@ class Ways:
         self._fused = kernels.target(s, tf32, _FUSED)
         self._forward, self._backward = (self._estimate(algorithm, part) for part in (False, True))
         self._known: dict[str, Way] = {}  # a few hundred: wanted gradients, lengths of loops
-        self.name = (self._backward if algorithm == "hybrid" else self._forward).name
+        name = (self._backward if algorithm == "hybrid" else self._forward).name
+        self.name = f"{kernels.name()}-{name}"
 
     def _key(self, what: str) -> str:
         """What a measured choice depends on."""
@@ -104,19 +89,17 @@ class Ways:
 
     def _estimate(self, algorithm: str, backward: bool) -> Way:
         """What runs unless it is measured."""
-        core, target = self._kernels.core, self._target
-        if algorithm == "fused":
-            return self._named(self._fused)
-        if algorithm == "hybrid":
-            return self._named(self._fused).hybrid() if backward else self._named(self._fused)
-        if algorithm == "resident":
-            last = self._kernels_ways(backward)[-1]
-            return last if last.name.startswith("resident") else self._named(self._fused)
-        if algorithm == "pointwise" or (
-            algorithm in ("auto", "measure") and core.cuda_choose(self._cell, target) == _POINTWISE
-        ):
-            return Way("pointwise", target, "all")
-        return self._named(target)
+        target = self._target
+        if algorithm in ("fused", "hybrid", "resident"):
+            fused = self._named(self._fused)
+            last = self._kernels_ways(backward)[-1] if algorithm == "resident" else fused
+            if last.name.startswith("resident"):
+                return last
+            return fused.hybrid() if algorithm == "hybrid" and backward else fused
+        automatic = algorithm in ("auto", "measure")
+        if automatic and self._kernels.core.cuda_choose(self._cell, target) == _POINTWISE:
+            algorithm = "pointwise"
+        return Way("pointwise", target, "all") if algorithm == "pointwise" else self._named(target)
 
     def _candidates(self, part: str) -> list[Way]:
         """The ways that are timed."""
@@ -127,20 +110,18 @@ class Ways:
             found.append(found[0].hybrid())
         return [*found, Way("pointwise", self._target, "all")]
 
-    def choose(self, part: str, run: Callable[[Way], object], details: str = "") -> Way:
+    def choose(
+        self, part: str, run: Callable[[Way], object], details: str | Sequence[bool] = ""
+    ) -> Way:
         """The way to run a part, measured where that is wanted and not known yet.
 
-        Parameters
-        ----------
-        part : {"forward", "backward", "step", "weight"}
-        run : callable
-            Runs the part in a way, and may do so again.
-        details : str
-            What else the time depends on.
+        `run` runs the part in a way, once or more; `details` is what else the time depends on.
         """
         estimated = self._forward if part == "forward" else self._backward
         if not self._measures:
             return estimated
+        if not isinstance(details, str):
+            details = "".join("01"[detail] for detail in details)
         what = f"{part} {details}".rstrip()
         if what in self._known:
             return self._known[what]
@@ -151,12 +132,12 @@ class Ways:
             if not self._kernels.may_measure():
                 return estimated
             fastest = self._fastest(ways, run)
-            # Another thread may have been first; and a file may hold names of its writer's own.
+            # Another thread may have been first, or a file may hold a name that is unknown here.
             name = kept if (kept := choices.keep(key, fastest)) in ways else fastest
         way = self._known[what] = ways[name]
         parts = {what.split()[0]: way.name for what, way in self._known.items()}
         order = [parts[part] for part in ("forward", "backward", "step") if part in parts]
-        self.name = f"measured-{'+'.join(order)}"
+        self.name = f"{self._kernels.name()}-measured-{'+'.join(order)}"
         return way
 
     def _fastest(self, ways: dict[str, Way], run: Callable[[Way], object]) -> str:
