@@ -132,11 +132,11 @@ def backward(
             (None if grad_spk is None else grad_spk[segment], into_syn, into_mem),
             (wanted[0], *want_states, *wanted[3:]),
         )
-        del saved  # so that the next segment may have its memory
         carry_syn, carry_mem = found.syn, found.mem
         if total.x is not None and found.x is not None:
             total.x[segment] = found.x
         for place, grad in enumerate(found[3:]):
             so_far = sums[place]
             sums[place] = grad if so_far is None or grad is None else so_far.add_(grad)
+        del saved, found  # so that the next segment may have their memory
     return Gradients(total.x, carry_syn, carry_mem, *sums)
