@@ -73,14 +73,12 @@ class Case:
     @property
     def options(self) -> str:
         """What differs from a plain cell, as text; `parse_case` reads it back."""
-        told = [
-            (self.max_pool, f"max_pool={self.max_pool}"),
-            (self.avg_pool, f"avg_pool={self.avg_pool}"),
-            (self.reset != "none", f"reset={self.reset}"),
-            (self.quant_bits, f"quant={self.quant_bits}"),
-            (self.threshold != 0.1, f"threshold={self.threshold:g}"),
-        ]
-        return " ".join(text for used, text in told if used)
+        told = []
+        for option, (field, _) in OPTIONS.items():
+            value = getattr(self, field)
+            if field not in ("name", "density") and value != getattr(Case, field):
+                told.append(f"{option}={value}")
+        return " ".join(told)
 
     def columns(self) -> dict[str, Any]:
         """What a row of the results says of the case."""
@@ -114,10 +112,9 @@ class Case:
 
     def flops(self, mode: str) -> int:
         """Floating-point operations of the convolutions of one time step."""
-        pixels = self.batch * self.height * self.width
-        taps = self.kernel[0] * self.kernel[1]
-        forward = 2 * pixels * taps * 4 * self.cout * (self.cin + self.cout)
-        data = 2 * pixels * taps * 4 * self.cout * (self.cout + self.cin * self.grad_x)
+        of_channel = 2 * 4 * math.prod(self.state_shape) * math.prod(self.kernel)
+        forward = of_channel * (self.cin + self.cout)
+        data = of_channel * (self.cout + self.cin * self.grad_x)
         backward = data + forward  # the weight gradient costs what the forward pass costs
         return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
 
@@ -127,10 +124,9 @@ class Case:
         Forward: read x, syn, mem and the weights, write syn, mem and spk. Training also writes
         the four activated gates and reads them back with both states and the spikes' gradient.
         """
-        state = math.prod(self.state_shape)
-        x = self.batch * self.cin * self.height * self.width
-        spikes = math.prod(self.spike_shape[1:])
-        weights = 4 * self.cout * (self.cin + self.cout) * self.kernel[0] * self.kernel[1]
+        state, spikes = math.prod(self.state_shape), math.prod(self.spike_shape[1:])
+        x = state // self.cout * self.cin
+        weights = 4 * self.cout * (self.cin + self.cout) * math.prod(self.kernel)
         forward = x + 4 * state + spikes + weights
         backward = 4 * state + x * (1 + self.grad_x) + 6 * state + spikes + 2 * weights
         both = forward + 4 * state + backward
@@ -203,8 +199,7 @@ QUICK_CASES = ("tiny", "mnist", "doc2", "dvs", "mid", "k5")
 
 TABLES = {"cpu": CPU_CASES, "loops": LOOP_CASES, "users": USERS_CASES, "gpu": GPU_CASES}
 
-CASES = {name: case for table in TABLES.values() for name, case in table.items()}
-CASES[LONG_CASE.name] = LONG_CASE
+CASES = CPU_CASES | LOOP_CASES | USERS_CASES | GPU_CASES | {LONG_CASE.name: LONG_CASE}
 
 
 def find_cases(names: list[str]) -> list[Case]:
@@ -219,9 +214,8 @@ def find_cases(names: list[str]) -> list[Case]:
         elif name in CASES:
             found[name] = CASES[name]
         else:
-            known = ", ".join(CASES)
-            tables = ", ".join(TABLES)
-            raise ValueError(f"--shapes: no shape is called {name!r}; known: {known}, {tables}")
+            known = ", ".join([*CASES, *TABLES])
+            raise ValueError(f"--shapes: no shape is called {name!r}; known: {known}")
     return list(found.values())
 
 
@@ -263,10 +257,8 @@ def parse_case(text: str) -> Case:
     words = text.replace(",", " ").split()
     numbers = [word for word in words if "=" not in word]
     if len(numbers) != 7:
-        raise ValueError(
-            f'--shape: expected "T N Cin Cout H W k [option=value ...]", '
-            f"got {len(numbers)} numbers in {text!r}"
-        )
+        form = '"T N Cin Cout H W k [option=value ...]"'
+        raise ValueError(f"--shape: expected {form}, got {len(numbers)} numbers in {text!r}")
     labels = ("T", "N", "Cin", "Cout", "H", "W")
     sizes = [_positive(label, word) for label, word in zip(labels, numbers[:6], strict=True)]
     kernel = [_positive("k", side) for side in numbers[6].lower().split("x")]

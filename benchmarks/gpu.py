@@ -45,7 +45,7 @@ class Step(NamedTuple):
     name: str
     until: float
     command: str
-    environment: dict[str, str] | None = None
+    environment: Sequence[str] = ()
     tail: int = 60
     needed: bool = False
 
@@ -56,8 +56,8 @@ SANITIZE = "{sanitizer} --error-exitcode=9 --launch-timeout=60 --kernel-name "
 SANITIZE += "kernel_substring=snnlstm --tool="
 BENCH = "{python} -m benchmarks --device cuda --mode forward both --memory off --no-plots --goals "
 BENCH += "--kernels --limit {left} "
-BUILD = {"SNNLSTM_CUDA": "on", "SNNLSTM_CUDA_ARCHS": "native"}
-UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+BUILD = ("SNNLSTM_CUDA=on", "SNNLSTM_CUDA_ARCHS=native")
+UNCACHED = ("PYTORCH_NO_CUDA_MEMORY_CACHING=1",)
 # The tests that run on the backend "cuda", and no others: none is a failure.
 TESTS = '{python} -m pytest -q -k "[cuda or -cuda" --ignore=tests/simt --maxfail=50 {workers}'
 GPU_SHAPES = "--shapes gpu --dtype float32 tf32 autocast bfloat16 --seconds 1.5 "
@@ -121,11 +121,8 @@ def run(step: Step, left: float, out: Path) -> Outcome:
         return Outcome(step, f"failed: no such program: {command[0]}", command=said)
     stopping = ("timeout", "--signal=INT", "--kill-after=10", f"{left:.1f}")
     beside_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    environment = {
-        "PYTHONPATH": str(machine.ROOT),
-        "PATH": beside_python,
-        **(step.environment or {}),
-    }
+    environment = {"PYTHONPATH": str(machine.ROOT), "PATH": beside_python}
+    environment |= dict(word.split("=", 1) for word in step.environment)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background: children inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     log = out / f"{step.name.replace(' ', '-')}.log"
@@ -188,11 +185,14 @@ def report(about: dict[str, str], outcomes: Sequence[Outcome], seconds: float) -
     lines += [f"| {o.step.name} | {o.verdict} | {o.seconds:.0f} |" for o in outcomes]
     lines += [f"| all | {summary(outcomes)} | {seconds:.0f} |"]
     for outcome in outcomes:
-        changed = "".join(
-            f"{name}={value} " for name, value in (outcome.step.environment or {}).items()
-        )
-        lines += ["", f"## {outcome.step.name}: {outcome.verdict}", ""]
-        lines += [f"`{changed}{outcome.command or outcome.step.command}`", ""]
+        command = [*outcome.step.environment, outcome.command or outcome.step.command]
+        lines += [
+            "",
+            f"## {outcome.step.name}: {outcome.verdict}",
+            "",
+            f"`{' '.join(command)}`",
+            "",
+        ]
         lines += ["````text", outcome.output or "(no output)", "````"]
     return "\n".join(lines) + "\n"
 

@@ -125,7 +125,7 @@ def measure_peak(setting: Setting, seconds: float = 1.0) -> Peak:
 
     def best(call: Callable[[], object]) -> float:
         call()
-        found, stop = [], time.perf_counter() + seconds
+        found, stop = [clock(call, setting.device)], time.perf_counter() + seconds
         while time.perf_counter() < stop:
             found.append(clock(call, setting.device))
         return min(found)

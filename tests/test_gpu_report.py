@@ -118,7 +118,7 @@ def test_the_report_goes_on_after_a_failure_but_of_what_all_need(
     monkeypatch.setattr(gpu, "facts", lambda: {"GPU": "Some card (sm_90)", "driver": "580.1"})
     script = [
         gpu.Step("first", 0.5, "{python} -c 'raise SystemExit(\"broken\")'", needed=needed),
-        gpu.Step("second", 0.9, "{python} -c 'print(12)'", {"A": "b"}),
+        gpu.Step("second", 0.9, "{python} -c 'print(12)'", ("A=b",)),
     ]
     monkeypatch.setattr(gpu, "STEPS", script)
     assert gpu.main(["--out", str(tmp_path / "out")]) == 1

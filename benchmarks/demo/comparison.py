@@ -89,12 +89,11 @@ def differences(one: list[float], other: list[float]) -> list[float]:
 
 def same_start(one: Result, other: Result) -> list[str]:
     """What was not the same for both, though it has to be; empty where all is well."""
-    wrong = []
-    if one.start["weights"] != other.start["weights"]:
-        wrong.append("the initial weights differ")
-    if one.end["order"] != other.end["order"]:
-        wrong.append("the digits came in another order")
-    return wrong
+    wrong = {
+        "the initial weights differ": one.start["weights"] != other.start["weights"],
+        "the digits came in another order": one.end["order"] != other.end["order"],
+    }
+    return [text for text, true in wrong.items() if true]
 
 
 def table(reference: Result, ours: Result) -> str:
@@ -150,12 +149,12 @@ def plot(reference: Result, ours: Result, path: Path, caption: str) -> None:
     curves.set_ylim(bottom=0)
     curves.legend(fontsize=9)
     bars = (
-        ("accuracy", "test accuracy", 100, "{:.1f} %"),
-        ("seconds", "training time", 1, "{:.0f} s"),
-        ("training_mib", "memory for training", 1, "{:.0f} MiB"),
+        ("accuracy", "test accuracy", "{:.1%}"),
+        ("seconds", "training time", "{:.0f} s"),
+        ("training_mib", "memory for training", "{:.0f} MiB"),
     )
-    for panel, (key, title, factor, form) in zip(panels, bars, strict=True):
-        values = [factor * result.end[key] for result in (reference, ours)]
+    for panel, (key, title, form) in zip(panels, bars, strict=True):
+        values = [result.end[key] for result in (reference, ours)]
         drawn = panel.bar(list(TITLES.values()), values, color=list(COLOURS.values()))
         panel.bar_label(drawn, [form.format(value) for value in values], fontsize=8, padding=2)
         panel.set_title(title, fontsize=10)

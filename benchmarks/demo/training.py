@@ -91,7 +91,7 @@ class Data:
         self.images, self.labels = images[:digits], labels[:digits]
         self.test = moving_digits(test_images, Motion(), 1_000_000 + seed)
         # Made once and refilled, so that it is no part of what training allocates.
-        self.moving = self.test.new_zeros(Motion.steps, len(self.images), *self.test.shape[2:])
+        self.moving = moving_digits(self.images, Motion(), seed)
         self.seed, self.seen = seed, hashlib.sha256()
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -201,11 +201,9 @@ def whole(least: int) -> Callable[[str], int]:
     """An argparse type: a whole number that is not smaller."""
 
     def convert(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number, at least {least}, got {text!r}"
-            )
-        return int(text)
+        if text.isdecimal() and int(text) >= least:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, got {text!r}")
 
     return convert
 
