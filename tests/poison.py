@@ -66,8 +66,10 @@ def poisoned(pattern: int) -> Iterator[_Fenced]:
     """Poison what the core is given to write to while the block runs, then check the fences."""
     fenced = _Fenced(pattern)
 
-    def contiguous(*shape, dtype=None, **_):
+    def contiguous(*shape, dtype=None, device=None, **_):
         shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if device == "meta":  # asked for its strides
+            return torch.empty(shape, device=device)
         return fenced.new(shape, _contiguous_strides(shape), dtype)
 
     class Torch:
