@@ -32,6 +32,11 @@ def _outer(value):
     return Wrapper(value) if isinstance(value, Tensor) else value
 
 
+def _assert_near(one: Tensor, other: Tensor) -> None:
+    """Sums of many terms differ by rounding, relative to the largest."""
+    assert (one - other).abs().max() <= 1e-4 * other.abs().max() + 1e-30
+
+
 def _negated(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
     """Gradients whose sign is a flag of the tensor."""
     return torch.autograd.grad(outputs, sources, [torch._neg_view(-g) for g in grads], **rest)
@@ -40,9 +45,15 @@ def _negated(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
 def _batched(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
     both = [torch.stack([g, -2 * g]) for g in grads]
     found = torch.autograd.grad(outputs, sources, both, is_grads_batched=True, **rest)
-    for each in found:
-        torch.testing.assert_close(-2 * each[0], each[1])
-    return [each[0] for each in found]
+    first = []
+    for source, each in zip(sources, found, strict=True):
+        if each.shape == source.shape:  # nothing led there
+            assert not each.any()
+            first.append(each)
+            continue
+        _assert_near(-2 * each[0], each[1])
+        first.append(each[0])
+    return first
 
 
 def _dual(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
@@ -57,13 +68,13 @@ def _dual(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
         if tangent is None:
             assert not value.any()
         else:
-            torch.testing.assert_close(tangent, 0.5 * value)
+            _assert_near(tangent, 0.5 * value)
     return [value for value, _ in found]
 
 
 def _wrapped(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
     found = torch.autograd.grad(outputs, sources, [Wrapper(g) for g in grads], **rest)
-    assert any(isinstance(f, Wrapper) for f in found)
+    assert all(isinstance(f, Wrapper) or not f.any() for f in found)
     return [_inner(f) for f in found]
 
 

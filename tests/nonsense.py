@@ -21,6 +21,7 @@ import torch  # before the core
 from snnlstm import _C
 
 SIZES = {"T": 2, "N": 2, "Cin": 3, "C": 5, "H": 6, "W": 7}
+ROOM = 1 << 16  # bytes: more than any tensor of these sizes takes
 HALF = 1 << 24  # bytes of the block: the first half for tensors, the second for workspaces
 MOST_MEMORY = 1 << 34  # of this process: a size that leads to more is to be refused
 HUGE = [2**53, 2**61, 2**62, 2**63 - 1, 2**64, -(2**63)]
@@ -55,12 +56,14 @@ class Calls:
     step = 8  # bytes to which addresses are aligned
 
     def __init__(self, module: Any, block: int) -> None:
-        self.module, self.block = module, block
+        self.module, self.block, self.used = module, block, 0
         self.facts = {name: value for name, (_, value) in self.cell_arguments().items()}
         self.cell = module.Cell(**self.facts)
 
     def address(self) -> int:
-        return self.block + self.step * random.randrange(HALF // 2 // self.step)
+        """Returns a place of its own, until all of the block is given away."""
+        self.used = (self.used + ROOM) % HALF
+        return self.block + self.used + self.step * random.randrange(4)
 
     def view(self, *shape: int) -> tuple[int, tuple[int, ...]]:
         return self.address(), tuple(math.prod(shape[k + 1 :]) for k in range(5))
@@ -114,7 +117,7 @@ class Calls:
         if not backward:
             return found | {
                 "bias": ("address", self.address()), "winner": ("address", winners),
-                "spk": ("view", spikes), "syn": ("view", spikes), "mem": ("view", spikes),
+                **{name: ("view", self.view(t, n, c, h, w)) for name in ("spk", "syn", "mem")},
             }  # fmt: skip
         of_winner = "memory" if self.facts["inhibition"] else "address"
         of_noise = "view" if self.facts["surrogate"] == 9 else "view?"
@@ -122,9 +125,9 @@ class Calls:
         return found | {
             "winner": (of_winner, winners), "noise": (of_noise, spikes),
             **dict.fromkeys(("grad_spk", "grad_syn", "grad_mem"), ("view?", spikes)),
-            **dict.fromkeys(("grad_syn0", "grad_mem0"), ("view?", state)),
+            **{name: ("view?", self.view(1, n, c, h, w)) for name in ("grad_syn0", "grad_mem0")},
             **{name: ("address", self.address()) for name in optional},
-            "grad_x": ("view?", x), "mem_after": ("address", 0),
+            "grad_x": ("view?", self.view(t, n, cin, h, w)), "mem_after": ("address", 0),
         }  # fmt: skip
 
     def workspace(self, step: int) -> int:
