@@ -65,7 +65,8 @@ def parse(text: str) -> list[Instruction]:
             continue
         address, predicate, name, operands = match.groups()
         target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
-        predicated = predicate is not None or bool(re.match(r"!?U?P\d", operands))
+        # BRA.DIV leaves the way only where the lanes of a warp have gone different ways.
+        predicated = bool(predicate or re.match(r"!?U?P\d", operands) or name == "BRA.DIV")
         found.append(
             Instruction(int(address, 16), name, predicated, int(target[1], 16) if target else None)
         )
