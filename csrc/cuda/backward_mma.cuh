@@ -44,7 +44,7 @@ constexpr int kBackwardBlocks = std::is_same_v<Element, mma_gemm::Parts> ? 2 : 3
 
 // A block's sums in shared memory, in patches of 2 pixels x 4 channels. Of two groups of warps,
 // which sum over the two halves of K, each goes on with one of the m16 tiles.
-template <class Element, int NT>
+template <class Element, int NT, bool Strided>
 class BackwardSums {
  public:
   SNNLSTM_DEVICE BackwardSums(const MmaConv& conv, unsigned char* shared, const Tiling& tiling,
@@ -96,7 +96,7 @@ class BackwardSums {
   int first_mi = 0, last_mi = 1;
 
  private:
-  MmaGemm<Element, NT, false> gemm_;
+  MmaGemm<Element, NT, false, Strided> gemm_;
   float* parked_;
 };
 
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
     const BackwardTile<float> tile(p.neuron, p.tiling, block, block.column * channels, channels,
                                    reinterpret_cast<float*>(shared + p.vectors));
     tile.load_vectors();
-    const BackwardSums<Element, NT> sums(p.conv, shared, p.tiling, block);
+    const BackwardSums<Element, NT, false> sums(p.conv, shared, p.tiling, block);
     const MemTile<float> mem_tile{reinterpret_cast<float*>(shared + p.mem_tile), p.mem_pitch};
     auto* row_sums = reinterpret_cast<float*>(shared + p.row_sums);
 #pragma unroll 1
@@ -136,7 +136,8 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
 template <class Element, int NT>
 SNNLSTM_DEVICE void data_gradient(const DataGradientMma& p, unsigned index) {
   const Block block = block_of(p.tiling, index);
-  const BackwardSums<Element, NT> sums(p.conv, &shared_memory<unsigned char>(), p.tiling, block);
+  const BackwardSums<Element, NT, true> sums(p.conv, &shared_memory<unsigned char>(), p.tiling,
+                                             block);
   const int c0 = block.column * p.conv.warp_columns * 8 * NT;
 #pragma unroll 1
   for (int pair = 0; pair < NT / 2; ++pair)

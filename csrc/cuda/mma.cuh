@@ -19,7 +19,8 @@ namespace snnlstm::cuda {
 
 namespace mma_gemm {
 constexpr int kWarpPixels = 32;
-constexpr int kPairBytes = 512;  // B fragments of two n-tiles, one k-step
+constexpr int kPairBytes = 512;              // B fragments of two n-tiles, one k-step
+constexpr uint32_t kTf32Bits = 0xffffe000u;  // of a float, which the tensor core looks at
 
 // In the place of float as the type of elements: products in three parts (Multiply::tf32x3).
 struct Parts {
@@ -37,39 +38,38 @@ SNNLSTM_DEVICE uint32_t rounds_to_tf32(uint32_t bits) {
   return detail::bits_of(fmaf(x, 3.4526698e-4f, x));  // 2^-11.5
 }
 
-// Floats as sums of two tf32 numbers, of which the tensor core drops the last two bits of the low
-// one. Returns the bits that are set in any of the lane's low ones.
+// Floats as sums of two tf32 numbers: the tensor core itself cuts `v` off behind the first 10 bits
+// of its mantissa, and `low` becomes the rest, of which it cuts off two bits at most. Both cuts are
+// towards zero, by 2^-24 of the number on average. Returns the bits that are set in any rest.
 template <int N>
-SNNLSTM_DEVICE uint32_t split_in_parts(const uint32_t (&raw)[N], uint32_t (&high)[N],
-                                       uint32_t (&low)[N]) {
+SNNLSTM_DEVICE uint32_t split_in_parts(const uint32_t (&v)[N], uint32_t (&low)[N]) {
   uint32_t seen = 0;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    high[i] = rounds_to_tf32(raw[i]) & 0xffffe000u;
-    low[i] = detail::bits_of(detail::float_of(raw[i]) - detail::float_of(high[i]));
+    low[i] = detail::bits_of(detail::float_of(v[i]) - detail::float_of(v[i] & kTf32Bits));
     seen |= low[i];
   }
   return seen;
 }
 
-// Whether low parts, in any lane, may be what infinity leaves behind: NaN, where it should be 0.
-// Exponents of other low parts are as large as this only if the number is above 2^11. To be called
-// by the whole warp.
+// Whether rests, in any lane, may be what infinity leaves behind: NaN, where it should be 0.
+// Exponents of other rests are as large as this only if the number is above 2^11. To be called by
+// the whole warp.
 SNNLSTM_DEVICE bool may_be_infinite(uint32_t seen) {
-  return __any_sync(full_warp, (seen & 0x40000000u) != 0);
+  return __any_sync(full_warp, (seen & uint32_t(kept(0x40000000))) != 0);
 }
+// The rests of infinities become 0; that of a NaN stays one.
 template <int N>
-SNNLSTM_DEVICE void without_nan(uint32_t (&low)[N]) {
+SNNLSTM_DEVICE void mend_rests(const uint32_t (&v)[N], uint32_t (&low)[N]) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const float rest = detail::float_of(low[i]);
-    if (rest != rest) low[i] = 0;
-  }
+  for (int i = 0; i < N; ++i)
+    if ((v[i] & 0x7fffffffu) == 0x7f800000u) low[i] = 0;
 }
 }  // namespace mma_gemm
 
-// Element, AnyFeed: see MmaSource. NT: n-tiles of a warp.
-template <class Element, int NT, bool AnyFeed>
+// Element, AnyFeed: see MmaSource. NT: n-tiles of a warp. Strided: the convolution may be the
+// transpose of a strided one.
+template <class Element, int NT, bool AnyFeed, bool Strided = false>
 class MmaGemm {
  public:
   static constexpr bool kHalf = sizeof(Element) == 2;
@@ -79,18 +79,13 @@ class MmaGemm {
 
   SNNLSTM_DEVICE MmaGemm(const MmaConv& p, unsigned char* shared, const Tiling& tiling,
                          const Block& block)
-      : p_(p),
-        shared_(shared),
-        tiling_(tiling),
-        block_(block),
-        pipeline_(p, shared, tiling, block) {
-    const int warp = int(threadIdx.x) / 32;
+      : p_(p), tiling_(tiling), block_(block), pipeline_(p, shared, tiling, block) {
+    const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
     warp_column_ = warp % p.warp_columns;
     warp_row_ = warp / p.warp_columns;
-    if constexpr (!AnyFeed) {
-      k_group_ = warp_row_ / rows(), warp_row_ %= rows();
-      if (p.k_groups > 1) skipped_step_ = 1 - k_group_;
-    }
+    if constexpr (!AnyFeed) k_group_ = warp_row_ / rows(), warp_row_ %= rows();
+    fragments_ = shared_place(pipeline_.stages() + warp_column_ * (NT / 2 * kPairBytes) +
+                              lane * 16 + k_group_ * p.unit_bytes);
   }
 
   // First of the 2 neighbouring pixels that the thread holds in m16 tile mi.
@@ -107,7 +102,7 @@ class MmaGemm {
 
   // acc += a b for one k-step. a: fragments of two m16 tiles, not kept. b: the lane's B fragments,
   // pairs kPairBytes apart.
-  SNNLSTM_DEVICE static void product(Multiply multiply, uint32_t (&a)[2][4], const unsigned char* b,
+  SNNLSTM_DEVICE static void product(Multiply multiply, uint32_t (&a)[2][4], SharedPlace b,
                                      Accumulators& acc) {
     if constexpr (kHalf) {
       if (multiply == Multiply::bf16)
@@ -135,35 +130,11 @@ class MmaGemm {
   SNNLSTM_DEVICE void run(Accumulators& acc) {
     Totals<kParts> totals;
     totals.clear(acc);
+    fill_tables();
 #pragma unroll 1
     for (pipeline_.start(); pipeline_.working(); pipeline_.end_chunk()) {
       pipeline_.begin_chunk();
-      const MmaSegment& seg = pipeline_.segment();
-      const int steps = pipeline_.steps(), buffer = pipeline_.buffer();
-      const bool up = seg.s.up_h.value > 1 || seg.s.up_w.value > 1;
-      int pixel[2], tap_h = 0, tap_w = 0;
-#pragma unroll
-      for (int mi = 0; mi < 2; ++mi) {
-        unsigned y;
-        int x;
-        pixel[mi] = pixel_of_lane(seg, mi, y, x);
-      }
-#pragma unroll 1
-      for (int tap = 0; tap < seg.taps; ++tap) {
-        int row[2];
-        const int shift = tap_h * seg.s.dilation_h * seg.pitch + tap_w * seg.s.dilation_w;
-#pragma unroll
-        for (int mi = 0; mi < 2; ++mi)
-          row[mi] = up ? row_of_transposed(seg, mi, tap_h, tap_w, buffer)
-                       : row_of(pixel[mi] + shift, buffer);
-        if (++tap_w == seg.taps_w) tap_w = 0, ++tap_h;
-#pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
-          pipeline_.begin_step();
-          if (AnyFeed || step != skipped_step_) multiply(row, step, acc);
-          pipeline_.end_step();
-        }
-      }
+      multiply_chunk(acc);
       totals.fold(acc);
     }
     totals.give(acc);
@@ -197,8 +168,70 @@ class MmaGemm {
       }
     }
   };
-  // ---- multiplication
-  // ----------------------------------------------------------------------------
+
+  // ---- multiplication ---------------------------------------------------------------------------
+
+  SNNLSTM_DEVICE static bool is_strided(const MmaSegment& seg) {
+    return Strided && (seg.s.up_h.value > 1 || seg.s.up_w.value > 1);
+  }
+
+  // For each tap and k-step: bytes from a neighbourhood pixel's row to the row that it reads, of an
+  // even pixel and of an odd one.
+  SNNLSTM_DEVICE void fill_tables() {
+#pragma unroll 1
+    for (int k = 0; k < p_.segments; ++k) {
+      const MmaSegment& seg = p_.segment[k];
+      int* table = pipeline_.table(k);
+      for (int i = int(threadIdx.x); i < 4 * seg.taps && !is_strided(seg); i += int(blockDim.x)) {
+        const int tap = i / 4, step = i / 2 % 2, odd = i % 2;
+        const int shift =
+            tap / seg.taps_w * seg.s.dilation_h * seg.pitch + tap % seg.taps_w * seg.s.dilation_w;
+        table[i] = mma_tile::row_offset(odd + shift) - mma_tile::row_offset(odd) + 32 * step;
+      }
+    }
+  }
+
+  // acc += the chunk, times all of its taps and k-steps. Two groups of warps take a tap's two
+  // k-steps at once; of a single one, the second group has nothing to do.
+  SNNLSTM_DEVICE void multiply_chunk(Accumulators& acc) {
+    const MmaSegment& seg = pipeline_.segment();
+    const bool up = is_strided(seg);
+    SharedPlace row[2];
+    int pixel = 0, tap_h = 0, tap_w = 0;
+#pragma unroll
+    for (int mi = 0; mi < 2; ++mi) {
+      unsigned y;
+      int x;
+      pixel = pixel_of_lane(seg, mi, y, x);  // odd, or even, in both tiles
+      row[mi] = row_of(pixel);
+    }
+    const int steps = pipeline_.steps();
+    const bool works = AnyFeed || k_group_ < steps;
+    int at_once = 1, stride = 3 - steps, bytes = p_.unit_bytes;  // of steps, of table and weights
+    if constexpr (!AnyFeed) {
+      if (p_.k_groups > 1) at_once = steps, stride = 2;
+      stride = kept(stride), bytes = kept(at_once * bytes);
+    }
+    const int* entry = pipeline_.table() + 2 * k_group_ + (pixel & 1);
+#pragma unroll 1
+    for (int left = kept(seg.taps * steps / at_once), step = k_group_; left > 0; --left) {
+      pipeline_.begin_step();
+      int at = step % 2 * 32;
+      if (!up) {
+        at = *entry;
+        entry += 2 * stride;
+      } else {
+        if (stride > 1 || step % 2 == 0) {
+#pragma unroll
+          for (int mi = 0; mi < 2; ++mi) row[mi] = row_of_transposed(seg, mi, tap_h, tap_w);
+          if (++tap_w == seg.taps_w) tap_w = 0, ++tap_h;
+        }
+        step += stride;
+      }
+      if (works) multiply(row, at, acc);
+      pipeline_.end_step(bytes);
+    }
+  }
 
   // This lane's pixel for ldmatrix, in m16 tile mi, as a pixel of the neighbourhood (at tap 0, 0).
   SNNLSTM_DEVICE int pixel_of_lane(const MmaSegment& seg, int mi, unsigned& y, int& x) const {
@@ -207,20 +240,21 @@ class MmaGemm {
     int m = warp_row_ * mma_gemm::kWarpPixels + mi * 16 + 2 * (lane % 8) + odd;
     const int pixels = tiling_.h * tiling_.w;
     if (m >= pixels) m &= 15;  // any pixel, on the same banks
-    y = unsigned(m < pixels ? m : 0);
+    y = unsigned(m < pixels ? m : m & 1);
     x = int(tiling_.by_w.split(y));
     return int(y) * seg.step_h * seg.pitch + x * seg.step_w + seg.lead +
            (fault(Fault::wrong_halo, 2) ? 1 : 0);
   }
 
-  // Its row in shared memory, for neighbourhood pixel p: in bytes.
-  SNNLSTM_DEVICE int row_of(int p, int buffer) const {
-    return buffer * p_.buffer_bytes + mma_tile::row_offset(p) + (int(threadIdx.x) % 32 >> 4) * 16;
+  // What the lane reads of a neighbourhood pixel.
+  SNNLSTM_DEVICE SharedPlace row_of(int pixel) const {
+    return shared_place(pipeline_.chunk() + mma_tile::row_offset(pixel) +
+                        (int(threadIdx.x) % 32 >> 4) * 16);
   }
 
   // The same where the convolution is a strided one's transpose: not every pixel has a source.
-  SNNLSTM_DEVICE int row_of_transposed(const MmaSegment& seg, int mi, int tap_h, int tap_w,
-                                       int buffer) const {
+  SNNLSTM_DEVICE SharedPlace row_of_transposed(const MmaSegment& seg, int mi, int tap_h,
+                                               int tap_w) const {
     const Segment& s = seg.s;
     unsigned y;
     int x;
@@ -232,21 +266,18 @@ class MmaGemm {
         v >= 0 && u >= 0 && s.up_h.split(source_y) == 0 && s.up_w.split(source_x) == 0;
     const int p = (int(source_y) - pipeline_.source().origin_h(s)) * seg.pitch + int(source_x) -
                   pipeline_.source().origin_w(s) + seg.lead;
-    return real ? row_of(p, buffer) : int(pipeline_.zeros() - shared_);
+    return real ? row_of(p) : shared_place(pipeline_.zeros());
   }
 
-  SNNLSTM_DEVICE void multiply(const int (&row)[2], int step, Accumulators& acc) const {
+  SNNLSTM_DEVICE void multiply(const SharedPlace (&row)[2], int at, Accumulators& acc) const {
     uint32_t a[2][4];
 #pragma unroll
-    for (int mi = 0; mi < 2; ++mi) ldmatrix(a[mi], shared_ + row[mi] + step * 32);
-    const unsigned char* b =
-        pipeline_.weights() + warp_column_ * (NT / 2 * kPairBytes) + int(threadIdx.x) % 32 * 16;
-    product(p_.multiply, a, b, acc);
+    for (int mi = 0; mi < 2; ++mi) ldmatrix(a[mi], row[mi] + at);
+    product(p_.multiply, a, fragments_ + pipeline_.weights(), acc);
   }
 
   template <class T>
-  SNNLSTM_DEVICE static void multiply_with(uint32_t (&a)[2][4], const unsigned char* b,
-                                           Accumulators& acc) {
+  SNNLSTM_DEVICE static void multiply_with(uint32_t (&a)[2][4], SharedPlace b, Accumulators& acc) {
     if constexpr (!kHalf) {
 #pragma unroll
       for (int mi = 0; mi < 2; ++mi)
@@ -267,17 +298,16 @@ class MmaGemm {
 
   // a b = a_high b_high + a_high b_low + a_low b_high; what is left out is 2^-22 of it. b: of each
   // pair, the high parts and then the low ones.
-  SNNLSTM_DEVICE static void multiply_in_parts(uint32_t (&a)[2][4], const unsigned char* b,
+  SNNLSTM_DEVICE static void multiply_in_parts(uint32_t (&a)[2][4], SharedPlace b,
                                                Accumulators& acc) {
-    uint32_t raw[8], high[8], low[8];
+    uint32_t low[2][4], seen = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) raw[i] = a[i / 4][i % 4];
-    const uint32_t seen = mma_gemm::split_in_parts(raw, high, low);
-    if (mma_gemm::may_be_infinite(seen)) mma_gemm::without_nan(low);
-    uint32_t rest[2][4];
+    for (int mi = 0; mi < 2; ++mi) seen |= mma_gemm::split_in_parts(a[mi], low[mi]);
+    if (mma_gemm::may_be_infinite(seen))
 #pragma unroll
-    for (int i = 0; i < 8; ++i) a[i / 4][i % 4] = high[i], rest[i / 4][i % 4] = low[i];
-    const bool both = __any_sync(full_warp, (seen << 1) != 0);  // spikes need no low parts
+      for (int mi = 0; mi < 2; ++mi) mma_gemm::mend_rests(a[mi], low[mi]);
+    // Spikes need no low parts.
+    const bool both = !AnyFeed || __any_sync(full_warp, (seen << 1) != 0);
     uint4 w[NT / 2];
 #pragma unroll
     for (int pair = 0; pair < NT / 2; ++pair) {
@@ -287,15 +317,14 @@ class MmaGemm {
     }
     if (!both) return;
 #pragma unroll
-    for (int pair = 0; pair < NT / 2; ++pair) add_pair(acc, pair, rest, w[pair]);
+    for (int pair = 0; pair < NT / 2; ++pair) add_pair(acc, pair, low, w[pair]);
   }
 
   const MmaConv& p_;
-  unsigned char* shared_;
   const Tiling& tiling_;
   const Block& block_;
   int warp_column_, warp_row_, k_group_ = 0;
-  int skipped_step_ = -1;  // of a chunk's two, another group's
+  SharedPlace fragments_;  // the lane's of the first unit in the ring of weights
   MmaPipeline<Element, AnyFeed> pipeline_;
 };
 

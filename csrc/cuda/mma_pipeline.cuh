@@ -44,7 +44,9 @@ struct MmaConv {
 
   SNNLSTM_BOTH int stage_bytes() const { return stage_units * unit_bytes; }
   SNNLSTM_BOTH int shared_bytes() const {
-    return 2 * buffer_bytes + mma_gemm::kStages * stage_bytes() + 64;
+    int taps = 0;
+    for (int k = 0; k < segments; ++k) taps += segment[k].taps;
+    return 2 * buffer_bytes + mma_gemm::kStages * stage_bytes() + 64 + 16 * taps;
   }
 };
 
@@ -109,7 +111,7 @@ class MmaPipeline {
   SNNLSTM_DEVICE void begin_step() {
     if (weights_at_ == stage_end_) next_stage();
   }
-  SNNLSTM_DEVICE void end_step() { weights_at_ += p_.unit_bytes; }
+  SNNLSTM_DEVICE void end_step(int bytes) { weights_at_ += bytes; }
 
   // Nothing is on its way any more: shared memory is the caller's again.
   SNNLSTM_DEVICE void finish() const {
@@ -120,12 +122,18 @@ class MmaPipeline {
   // The chunk's segment and number of k-steps for a tap, and where it lies.
   SNNLSTM_DEVICE const MmaSegment& segment() const { return p_.segment[at_.segment]; }
   SNNLSTM_DEVICE int steps() const { return segment().steps(at_.chunk); }
-  SNNLSTM_DEVICE int buffer() const { return buffer_; }
+  SNNLSTM_DEVICE const unsigned char* chunk() const { return buffer_at(buffer_); }
   SNNLSTM_DEVICE const MmaSource<Element, AnyFeed>& source() const { return source_; }
-  // The step's unit of weights.
-  SNNLSTM_DEVICE const unsigned char* weights() const { return stages_ + weights_at_; }
+  // The ring of weights, and bytes from there to the step's unit.
+  SNNLSTM_DEVICE const unsigned char* stages() const { return stages_; }
+  SNNLSTM_DEVICE int weights() const { return weights_at_; }
   SNNLSTM_DEVICE unsigned char* zeros() const {
     return stages_ + mma_gemm::kStages * p_.stage_bytes();
+  }
+  // Four numbers for each tap of a segment, the chunk's own or number k; see MmaGemm.
+  SNNLSTM_DEVICE int* table() const { return table(at_.segment); }
+  SNNLSTM_DEVICE int* table(int k) const {
+    return reinterpret_cast<int*>(zeros() + 64) + (k > 0 ? 4 * p_.segment[0].taps : 0);
   }
 
  private:

@@ -5,6 +5,7 @@
 // What CUDA C++ has no short name for is below:
 //   shared_memory<T>()                      the block's dynamic shared memory, as one struct
 //   cp_async, cp_async_commit, cp_async_wait  asynchronous copies global -> shared
+//   shared_place                            a place in shared memory, for the inner loops
 //   ldmatrix, ldmatrix_transposed           8x8 tiles of 16-bit elements, shared -> fragments
 //   mma                                     tensor core multiply-add on fragments
 //   load, load_read_only, store             whole vectors (64 and 128 bits) in one access
@@ -31,6 +32,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -74,6 +76,28 @@ SNNLSTM_DEVICE T& shared_memory() {
   return *static_cast<T*>(::simt::shared_memory(sizeof(T)));
 #endif
 }
+
+// The same number, which stays in a register: the compiler may not compute it anew in a loop.
+SNNLSTM_DEVICE int kept(int number) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
+}
+
+// A place in shared memory, in a register that is kept().
+#if defined(__CUDACC__)
+struct SharedPlace {
+  uint32_t address;
+  SNNLSTM_DEVICE SharedPlace operator+(int bytes) const { return {address + uint32_t(bytes)}; }
+};
+SNNLSTM_DEVICE SharedPlace shared_place(const void* p) {
+  return {uint32_t(kept(int(__cvta_generic_to_shared(p))))};
+}
+#else
+using SharedPlace = const unsigned char*;
+inline SharedPlace shared_place(const void* p) { return static_cast<SharedPlace>(p); }
+#endif
 
 // ---- asynchronous copies -----------------------------------------------------------------------
 
@@ -135,63 +159,34 @@ SNNLSTM_DEVICE void cp_async_wait() {
 
 // ---- fragments ---------------------------------------------------------------------------------
 
-// Loads Count (1, 2, 4) tiles of 8 rows x 8 elements of 16 bits. Lane l hands over the address of
-// row l % 8 of tile l / 8, 16-byte aligned (lanes from 8 * Count on: any valid address). Register i
-// receives from tile i the elements [lane / 4][2 * (lane % 4)] (bits 0 to 15) and [..][.. + 1].
-// All 32 lanes take part.
-template <int Count>
-SNNLSTM_DEVICE void ldmatrix(uint32_t (&r)[Count], const void* row SNNLSTM_SITE) {
-  static_assert(Count == 1 || Count == 2 || Count == 4, "ldmatrix loads 1, 2 or 4 tiles");
-#if !defined(__CUDACC__)
-  ::simt::ldmatrix(r, row, Count, false, site);
-#else
-  const auto from = uint32_t(__cvta_generic_to_shared(row));
-  if constexpr (Count == 1) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
-                 : "=r"(r[0])
-                 : "r"(from)
-                 : "memory");
-  } else if constexpr (Count == 2) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(from)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(from)
-                 : "memory");
+// Loads 4 tiles of 8 rows x 8 elements of 16 bits. Lane l hands over the address of row l % 8 of
+// tile l / 8, 16-byte aligned. Register i receives from tile i the elements [lane / 4][2 * (lane %
+// 4)] (bits 0 to 15) and [..][.. + 1]. All 32 lanes take part.
+//
+// ldmatrix_transposed: the same with each tile transposed, so that register i receives
+// [2 * (lane % 4)][lane / 4] and [2 * (lane % 4) + 1][lane / 4].
+#if defined(__CUDACC__)
+#define SNNLSTM_LDMATRIX(name, form)                                                        \
+  SNNLSTM_DEVICE void name(uint32_t (&r)[4], SharedPlace row) {                             \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" form ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                           \
+                 : "r"(row.address)                                                         \
+                 : "memory");                                                               \
+  }                                                                                         \
+  SNNLSTM_DEVICE void name(uint32_t (&r)[4], const void* row) {                             \
+    name(r, SharedPlace{uint32_t(__cvta_generic_to_shared(row))});                          \
   }
-#endif
-}
-
-// The same with each tile transposed: register i receives [2 * (lane % 4)][lane / 4] and
-// [2 * (lane % 4) + 1][lane / 4].
-template <int Count>
-SNNLSTM_DEVICE void ldmatrix_transposed(uint32_t (&r)[Count], const void* row SNNLSTM_SITE) {
-  static_assert(Count == 1 || Count == 2 || Count == 4, "ldmatrix loads 1, 2 or 4 tiles");
-#if !defined(__CUDACC__)
-  ::simt::ldmatrix(r, row, Count, true, site);
+SNNLSTM_LDMATRIX(ldmatrix, "")
+SNNLSTM_LDMATRIX(ldmatrix_transposed, ".trans")
+#undef SNNLSTM_LDMATRIX
 #else
-  const auto from = uint32_t(__cvta_generic_to_shared(row));
-  if constexpr (Count == 1) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
-                 : "=r"(r[0])
-                 : "r"(from)
-                 : "memory");
-  } else if constexpr (Count == 2) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(from)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(from)
-                 : "memory");
-  }
-#endif
+inline void ldmatrix(uint32_t (&r)[4], const void* row SNNLSTM_SITE) {
+  ::simt::ldmatrix(r, row, false, site);
 }
+inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row SNNLSTM_SITE) {
+  ::simt::ldmatrix(r, row, true, site);
+}
+#endif
 
 // mma<T>(d, a, b): d += a * b on the tensor cores, a 16 x K and b K x 8, d 16 x 8 in float.
 // With g = lane / 4 and t = lane % 4 the lane holds
@@ -271,6 +266,20 @@ SNNLSTM_DEVICE V load(const void* p) {
   return v;
 #endif
 }
+
+#if defined(__CUDACC__)
+// The same of 16 bytes of shared memory.
+template <class V>
+SNNLSTM_DEVICE V load(SharedPlace p) {
+  static_assert(std::is_same_v<V, uint4>);
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(p.address)
+               : "memory");
+  return v;
+}
+#endif
 
 // The same from global memory that nobody writes while the kernel runs (ld.global.nc).
 template <class V>

@@ -225,8 +225,8 @@ class ResidentBackwardMma {
     unsigned tile = unsigned(u);
     const int group = int(p_.by_groups.split(tile));
     pixel_ = int(tile) * mma_gemm::kWarpPixels, channel_ = 16 * group;
-    const unsigned char* b =
-        shared_ + p_.at.weights + group * MmaGemm<Element, 2, true>::kPairBytes + lane_ * 16;
+    SharedPlace b = shared_place(shared_ + p_.at.weights +
+                                 group * MmaGemm<Element, 2, true>::kPairBytes + lane_ * 16);
     const int* table = reinterpret_cast<const int*>(shared_ + p_.at.table);
     const ResidentWalk<Element, 2> walk{p_.multiply, p_.tiling,     p_.at.d_gates,
                                         table,       p_.walk_units, p_.unit_bytes};

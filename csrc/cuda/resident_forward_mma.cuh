@@ -51,8 +51,8 @@ class ResidentMma {
 #pragma unroll
         for (int r = 0; r < 4; ++r) acc_[mi][nt][r] = 0;
     const int of_block = group(u) / p_.warp_columns, column = group(u) % p_.warp_columns;
-    const unsigned char* b = shared_ + p_.at.weights + of_block * int(p_.weight_pitch) +
-                             column * (kTiles / 2 * Gemm::kPairBytes) + lane_ * 16;
+    SharedPlace b = shared_place(shared_ + p_.at.weights + of_block * int(p_.weight_pitch) +
+                                 column * (kTiles / 2 * Gemm::kPairBytes) + lane_ * 16);
     if (p_.gathers)
       gather(u, x, b);
     else
@@ -71,7 +71,7 @@ class ResidentMma {
 
  private:
   SNNLSTM_DEVICE void walk(int u, const SharedImage& image, int step_h, int step_w, int half,
-                           const unsigned char* from, const unsigned char*& b) {
+                           const unsigned char* from, SharedPlace& b) {
     const int* table = reinterpret_cast<const int*>(shared_ + p_.at.table) + half * p_.table_of_mem;
     const ResidentWalk<Element, kTiles> walk{p_.multiply, p_.tiling,         image,
                                              table,       p_.units_of[half], p_.unit_bytes};
@@ -79,7 +79,7 @@ class ResidentMma {
   }
 
   // Few channels: fragments come element by element, and K is (tap, channel) without gaps.
-  SNNLSTM_DEVICE void gather(int u, const unsigned char* from, const unsigned char*& b) {
+  SNNLSTM_DEVICE void gather(int u, const unsigned char* from, SharedPlace& b) {
     const unsigned char* pixels[2][2];
 #pragma unroll
     for (int mi = 0; mi < 2; ++mi)
@@ -114,7 +114,7 @@ class ResidentMma {
       }
       __syncwarp();
       product_of_stored<Element>(p_.multiply, a, b, acc_);
-      b += p_.unit_bytes;
+      b = b + p_.unit_bytes;
     }
   }
   SNNLSTM_DEVICE static uint32_t element(const unsigned char* pixel, int offset) {

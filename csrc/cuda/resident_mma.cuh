@@ -32,8 +32,8 @@ SNNLSTM_DEVICE void fill_walk(int* table, const Segment& s, const SharedImage& i
 
 // acc += a b for one k-step, as MmaGemm::product(), a of Stored<Element>.
 template <class Element, int NT>
-SNNLSTM_DEVICE void product_of_stored(Multiply multiply, uint32_t (&a)[2][4],
-                                      const unsigned char* b, float (&acc)[2][NT][4]) {
+SNNLSTM_DEVICE void product_of_stored(Multiply multiply, uint32_t (&a)[2][4], SharedPlace b,
+                                      float (&acc)[2][NT][4]) {
   using Gemm = MmaGemm<Element, NT, true>;
   if constexpr (std::is_same_v<Element, float>) {
 #pragma unroll
@@ -58,9 +58,9 @@ struct ResidentWalk {
 
   // b: the lane's B fragments of the first unit, moved on to the unit behind the last.
   SNNLSTM_DEVICE void add(int first_pixel, int step_h, int step_w, const unsigned char* from,
-                          const unsigned char*& b, float (&acc)[2][NT][4]) const {
+                          SharedPlace& b, float (&acc)[2][NT][4]) const {
     const int lane = int(threadIdx.x) % 32;
-    const unsigned char* row[2];
+    SharedPlace row[2];
     int column = 0;
 #pragma unroll
     for (int mi = 0; mi < 2; ++mi) {
@@ -68,7 +68,7 @@ struct ResidentWalk {
       const int m = first_pixel + mi * 16 + 2 * (lane % 8) + (lane >> 3 & 1);
       locate(tiling, image, m, step_h, step_w, y, column);
       if (fault(Fault::wrong_halo, 20)) ++column;
-      row[mi] = from + y + image.pixel(0, column) + (lane >> 4) * 16;
+      row[mi] = shared_place(from + y + image.pixel(0, column) + (lane >> 4) * 16);
     }
     const int* offset = table + (column & 1);  // of both pixels: tiles are of even width
     if constexpr (kParts) {
@@ -85,10 +85,10 @@ struct ResidentWalk {
   }
 
  private:
-  SNNLSTM_DEVICE void add_units(const unsigned char* const (&row)[2], const int* offset, int first,
-                                int last, const unsigned char*& b, float (&acc)[2][NT][4]) const {
+  SNNLSTM_DEVICE void add_units(const SharedPlace (&row)[2], const int* offset, int first, int last,
+                                SharedPlace& b, float (&acc)[2][NT][4]) const {
 #pragma unroll 1
-    for (int u = first; u < last; ++u, b += unit_bytes) {
+    for (int u = first; u < last; ++u, b = b + unit_bytes) {
       const int at = offset[2 * u];
       uint32_t a[2][4];
 #pragma unroll

@@ -138,6 +138,12 @@ class WeightGemm {
         const unsigned char* a = gates(buffer) + a_offset_;
         const unsigned char* b = neighbourhood(buffer, 0) + b_offset_;
         __syncwarp();  // lanes have gone different ways
+#pragma unroll
+        for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
+          const int2 shift = load<int2>(&shifts_[tap][0]);
+          shift_[tap][0] = !kHalf || lane_ / 8 % 2 == 0 ? shift.x : shift.y;
+          if constexpr (!kHalf) shift_[tap][1] = shift.y;
+        }
 #pragma unroll 1
         for (int turn = 0; turn < kTurns; ++turn) {
           if (in_turns) {
@@ -148,7 +154,10 @@ class WeightGemm {
             source_.turn(next);
             __syncwarp();
           }
-          if (taps_ > 0) multiply(a, b, turn);
+          if (taps_ >= weight_tile::kTaps)
+            multiply<true>(a, b, turn);
+          else if (taps_ > 0)
+            multiply<false>(a, b, turn);
           a += mma_tile::row_offset(16);
         }
         if (in_turns) source_.end(next);
@@ -287,14 +296,17 @@ class WeightGemm {
     }
   }
 
+  // Full: the warp has all of its taps, so that no lane can leave the others.
+  template <bool Full>
   SNNLSTM_DEVICE void multiply(const unsigned char* a, const unsigned char* b, int turn) {
     if constexpr (kHalf)
-      multiply_half(a, b, turn);
+      multiply_half<Full>(a, b, turn);
     else
-      multiply_float(a, b, turn);
+      multiply_float<Full>(a, b, turn);
   }
 
   // One k-step.
+  template <bool Full>
   SNNLSTM_DEVICE void multiply_half(const unsigned char* a_row, const unsigned char* b_row,
                                     int turn) {
     uint32_t a[2][4];
@@ -303,9 +315,9 @@ class WeightGemm {
     b_row += pairs_[turn * 8];
 #pragma unroll
     for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
-      if (tap >= taps_) break;
+      if (!Full && tap >= taps_) break;
       uint32_t b[4];
-      ldmatrix_transposed(b, b_row + shifts_[tap][lane_ / 8 % 2]);
+      ldmatrix_transposed(b, b_row + shift_[tap][0]);
       const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
 #pragma unroll
       for (int mi = 0; mi < 2; ++mi) {
@@ -317,6 +329,7 @@ class WeightGemm {
 
   // Two k-steps. A lane's rows are 4 g .. 4 g + 3 of the warp's 32, its channels 2 g, 2 g + 1
   // of 16.
+  template <bool Full>
   SNNLSTM_DEVICE void multiply_float(const unsigned char* a_row, const unsigned char* b_column,
                                      int turn) {
 #pragma unroll
@@ -333,11 +346,10 @@ class WeightGemm {
       uint32_t of_a = take(a, a_low), of_b = 0;
 #pragma unroll
       for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
-        if (tap >= taps_) break;
-        const int2 shift = load<int2>(&shifts_[tap][0]);
+        if (!Full && tap >= taps_) break;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const uint2 v = load<uint2>(b_row + (k == 0 ? shift.x : shift.y));
+          const uint2 v = load<uint2>(b_row + shift_[tap][k]);
           b[tap][k] = v.x, b[tap][2 + k] = v.y;
         }
         of_b |= take(b[tap], b_low[tap]);
@@ -345,15 +357,15 @@ class WeightGemm {
       }
       if constexpr (kParts) {
         if (mma_gemm::may_be_infinite(of_a | of_b)) {
-          mma_gemm::without_nan(a_low);
+          without_nan(a_low);
 #pragma unroll
           for (int tap = 0; tap < weight_tile::kTaps; ++tap)
-            if (tap < taps_) mma_gemm::without_nan(b_low[tap]);
+            if (Full || tap < taps_) without_nan(b_low[tap]);
         }
         const bool both = __any_sync(full_warp, (of_b << 1) != 0);  // spikes need no low parts
 #pragma unroll
         for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
-          if (tap >= taps_) break;
+          if (!Full && tap >= taps_) break;
           add(acc_[tap], a_low, b[tap]);
           if (both) add(acc_[tap], a, b_low[tap]);
         }
@@ -361,19 +373,27 @@ class WeightGemm {
     }
   }
 
-  // Rounds numbers to tf32, or splits them and says which bits their low parts have.
+  // Rounds numbers to tf32, and in parts says what that leaves of them and which bits it has.
   template <int N>
   SNNLSTM_DEVICE static uint32_t take(uint32_t (&v)[N], uint32_t (&low)[N]) {
-    if constexpr (kParts) {
-      uint32_t high[N];
-      const uint32_t seen = mma_gemm::split_in_parts(v, high, low);
+    uint32_t seen = 0;
 #pragma unroll
-      for (int i = 0; i < N; ++i) v[i] = high[i];
-      return seen;
-    } else {
+    for (int i = 0; i < N; ++i) {
+      const float number = detail::float_of(v[i]);
+      v[i] = mma_gemm::rounds_to_tf32(v[i]);
+      if constexpr (kParts) {
+        low[i] = detail::bits_of(number - detail::float_of(v[i] & mma_gemm::kTf32Bits));
+        seen |= low[i];
+      }
+    }
+    return seen;
+  }
+  template <int N>
+  SNNLSTM_DEVICE static void without_nan(uint32_t (&low)[N]) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) v[i] = mma_gemm::rounds_to_tf32(v[i]);
-      return 0;
+    for (int i = 0; i < N; ++i) {
+      const float rest = detail::float_of(low[i]);
+      if (rest != rest) low[i] = 0;
     }
   }
 
@@ -397,7 +417,8 @@ class WeightGemm {
   int taps_, first_tap_;     // of the warp: how many are left; the first of all
   int a_offset_, b_offset_;  // of the lane
   const int* pairs_;
-  const int (*first_shifts_)[2], (*shifts_)[2];  // of the warp's taps; for the tile at hand
+  const int (*first_shifts_)[2], (*shifts_)[2];   // of the warp's taps; for the tile at hand
+  int shift_[weight_tile::kTaps][kHalf ? 1 : 2];  // the lane's
   Sums acc_;
 };
 

@@ -79,8 +79,8 @@ def test_global_writes(emulator):
         ("two_way", 2, 1),
         ("broadcast", 1, 1),
         ("shared_vectors", 4, 4),
-        ("narrow_tile", 4, 1),
-        ("wide_tile", 1, 1),
+        ("narrow_tile", 16, 4),
+        ("wide_tile", 4, 4),
     ],
 )
 def test_shared_memory(emulator, name, wavefronts, fewest):

@@ -104,10 +104,10 @@ void multiply(Machine&, Warp& warp, unsigned) {
 
 // What each lane receives is read by that lane, whoever handed over the row's address. Transposed
 // elements are taken with their neighbour, which another lane of the warp reads in any case.
-void check_parts(Warp& warp, int count, bool transposed) {
+void check_parts(Warp& warp, bool transposed) {
   for (unsigned lane = 0; lane < warp_size; ++lane) {
     const unsigned g = lane / 4, t = lane % 4;
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < 4; ++i) {
       for (unsigned half = 0; half < (transposed ? 2u : 1u); ++half) {
         const Offer& row = warp.lanes[8 * i + (transposed ? 2 * t + half : g)].offer;
         const unsigned word = transposed ? g / 2 : t;
@@ -118,20 +118,20 @@ void check_parts(Warp& warp, int count, bool transposed) {
   }
 }
 
-template <int Count, bool transposed>
+template <bool transposed>
 void load_tiles(Machine&, Warp& warp, unsigned) {
-  uint16_t tiles[Count][8][8];
-  for (int l = 0; l < 8 * Count; ++l) {
+  uint16_t tiles[4][8][8];
+  for (unsigned l = 0; l < warp_size; ++l) {
     Thread& owner = warp.lanes[l];
     const char* row = static_cast<const char*>(owner.offer.row);
     check_matrix_row(owner, row, owner.offer.pc);
     std::memcpy(tiles[l / 8][l % 8], row, 16);
   }
-  check_parts(warp, Count, transposed);
+  check_parts(warp, transposed);
   for (unsigned lane = 0; lane < warp_size; ++lane) {
     uint32_t* r = warp.lanes[lane].offer.r;
     const unsigned g = lane / 4, t = lane % 4;
-    for (int i = 0; i < Count; ++i) {
+    for (int i = 0; i < 4; ++i) {
       const auto& tile = tiles[i];
       const uint32_t lo = transposed ? tile[2 * t][g] : tile[g][2 * t];
       const uint32_t hi = transposed ? tile[2 * t + 1][g] : tile[g][2 * t + 1];
@@ -162,19 +162,14 @@ void mma(MmaType type, float* d, const uint32_t* a, const uint32_t* b, Site site
   }
 }
 
-void ldmatrix(uint32_t* r, const void* row, int count, bool transposed, Site site) {
+void ldmatrix(uint32_t* r, const void* row, bool transposed, Site site) {
   Machine& m = machine();
   Offer& offer = m.current->offer;
   offer.r = r;
   offer.row = row;
   offer.pc = __builtin_return_address(0);
-  using Finish = void (*)(Machine&, Warp&, unsigned);
-  static const Finish finish[2][3] = {
-      {load_tiles<1, false>, load_tiles<2, false>, load_tiles<4, false>},
-      {load_tiles<1, true>, load_tiles<2, true>, load_tiles<4, true>}};
-  const int size = count == 1 ? 0 : count == 2 ? 1 : 2;
-  m.collective(Operation::ldmatrix, 2 * size + transposed, all_lanes, site,
-               finish[transposed][size]);
+  m.collective(Operation::ldmatrix, transposed, all_lanes, site,
+               transposed ? load_tiles<true> : load_tiles<false>);
 }
 
 }  // namespace simt

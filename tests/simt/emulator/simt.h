@@ -78,7 +78,7 @@ void* shared_memory(size_t bytes);
 void cp_async(void* shared, const void* global, int bytes, int source_bytes);
 void cp_async_commit();
 void cp_async_wait(int pending);
-void ldmatrix(uint32_t* r, const void* row, int count, bool transposed, Site site);
+void ldmatrix(uint32_t* r, const void* row, bool transposed, Site site);
 void mma(MmaType type, float* d, const uint32_t* a, const uint32_t* b, Site site);
 void load(void* value, const void* p, size_t bytes);
 void store(void* p, const void* value, size_t bytes);

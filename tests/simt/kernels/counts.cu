@@ -11,7 +11,7 @@ namespace {
 struct Shared {
   alignas(128) float a[32][32];
   float padded[32][33];
-  alignas(16) uint16_t narrow[8][32], wide[8][40];  // rows of 64 and 80 bytes
+  alignas(16) uint16_t narrow[32][32], wide[32][40];  // rows of 64 and 80 bytes
 };
 
 __device__ Shared& shared() { return shared_memory<Shared>(); }
@@ -19,8 +19,10 @@ __device__ Shared& shared() { return shared_memory<Shared>(); }
 __device__ float fill() {
   auto& s = shared();
   const int lane = int(threadIdx.x);
-  for (int i = 0; i < 32; ++i) s.a[i][lane] = s.padded[i][lane] = 0;
-  for (int i = 0; i < 8; ++i) s.narrow[i][lane] = s.wide[i][lane] = 0;
+  for (int i = 0; i < 32; ++i) {
+    s.a[i][lane] = s.padded[i][lane] = 0;
+    s.narrow[i][lane] = s.wide[i][lane] = 0;
+  }
   __syncwarp();
   return 0;
 }
@@ -73,14 +75,14 @@ __global__ void shared_vectors(const float*, float* y) {
 }
 __global__ void narrow_tile(const float*, float* y) {
   const float zero = fill();
-  uint32_t r[1];
-  ldmatrix(r, &shared().narrow[threadIdx.x % 8][0]);
+  uint32_t r[4];
+  ldmatrix(r, &shared().narrow[threadIdx.x][0]);
   y[threadIdx.x] = zero + float(r[0]);
 }
 __global__ void wide_tile(const float*, float* y) {
   const float zero = fill();
-  uint32_t r[1];
-  ldmatrix(r, &shared().wide[threadIdx.x % 8][0]);
+  uint32_t r[4];
+  ldmatrix(r, &shared().wide[threadIdx.x][0]);
   y[threadIdx.x] = zero + float(r[0]);
 }
 __global__ void copies(const float* x, float* y) {

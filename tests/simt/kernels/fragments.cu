@@ -22,20 +22,15 @@ struct Tiles {
   alignas(16) uint16_t row[32][8];
 };
 
-template <int Count, bool transposed>
+template <bool transposed>
 __global__ void one_ldmatrix(const uint16_t* tiles, uint32_t* r) {
   auto& s = shared_memory<Tiles>();
   const int lane = int(threadIdx.x);
-  for (int i = lane; i < 64 * Count; i += 32) s.row[i / 8][i % 8] = tiles[i];
+  for (int i = lane; i < 256; i += 32) s.row[i / 8][i % 8] = tiles[i];
   __syncwarp();
-  uint32_t v[Count];
-  const void* row = s.row[lane % (8 * Count)];
-  if constexpr (transposed) {
-    ldmatrix_transposed(v, row);
-  } else {
-    ldmatrix(v, row);
-  }
-  for (int i = 0; i < Count; ++i) r[Count * lane + i] = v[i];
+  uint32_t v[4];
+  transposed ? ldmatrix_transposed(v, s.row[lane]) : ldmatrix(v, s.row[lane]);
+  for (int i = 0; i < 4; ++i) r[4 * lane + i] = v[i];
 }
 
 }  // namespace
@@ -54,23 +49,10 @@ ENTRY probe_mma(int type, const uint32_t* a, const uint32_t* b, const float* c, 
   });
 }
 
-ENTRY probe_ldmatrix(int count, int transposed, const uint16_t* tiles, uint32_t* r) {
+ENTRY probe_ldmatrix(int transposed, const uint16_t* tiles, uint32_t* r) {
   return guarded([&] {
     const Launch how{"one_ldmatrix", 1, 32, sizeof(Tiles)};
-    switch (count + 8 * transposed) {
-      case 1:
-        return launch(how, one_ldmatrix<1, false>, tiles, r);
-      case 2:
-        return launch(how, one_ldmatrix<2, false>, tiles, r);
-      case 4:
-        return launch(how, one_ldmatrix<4, false>, tiles, r);
-      case 9:
-        return launch(how, one_ldmatrix<1, true>, tiles, r);
-      case 10:
-        return launch(how, one_ldmatrix<2, true>, tiles, r);
-      default:
-        return launch(how, one_ldmatrix<4, true>, tiles, r);
-    }
+    launch(how, transposed ? one_ldmatrix<true> : one_ldmatrix<false>, tiles, r);
   });
 }
 

@@ -109,7 +109,7 @@ __global__ void rows_without_syncwarp(Data d) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   s.tiles[warp][7 - lane / 4][lane % 4] = float(lane);
   if (!d.bad) __syncwarp();
-  uint32_t r[1];
+  uint32_t r[4];
   ldmatrix(r, &s.tiles[warp][lane % 8][0]);
   d.out[threadIdx.x] = __uint_as_float(r[0]);
 }

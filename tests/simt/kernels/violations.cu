@@ -153,7 +153,7 @@ __global__ void misaligned_rows(Data d) {
   s.a[threadIdx.x] = 0;
   s.b[threadIdx.x] = 0;
   __syncthreads();
-  uint32_t r[1];
+  uint32_t r[4];
   ldmatrix(r, reinterpret_cast<const char*>(&s.b[0]) + 16 * (threadIdx.x % 8) + 4 * d.bad);
   d.out[threadIdx.x] = float(r[0]);
 }
