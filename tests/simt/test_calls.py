@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from itertools import permutations
 from types import SimpleNamespace
 
 import flat
 import pytest
 import torch
-from backend import float32_precision, simt_core
+from backend import float32_precision
 from cases import wanting_gradients
-from test_cell import MODES, PLAIN, SEQUENCE, with_options
+from modes import MODES, PLAIN
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
@@ -20,15 +19,8 @@ from snnlstm.native import cuda
 from snnlstm.native import kernels as native
 from snnlstm.quant import state_quant
 
-TRAINED = with_options(reset="subtract", quant=state_quant(4))
+TRAINED = PLAIN.but(reset="subtract", quant=state_quant(4))
 WAITING = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero")
-
-
-@pytest.fixture
-def core():
-    found = simt_core("faults")
-    yield found
-    found.reset()
 
 
 def train(case, inputs, algorithm="auto"):
@@ -167,12 +159,10 @@ def test_every_new_value_of_a_weight_is_seen(core):
 
 @pytest.mark.parametrize("algorithm", ["direct", "hybrid", "pointwise"])
 def test_checkpoint_gives_the_same_gradients(core, algorithm):
-    case = replace(TRAINED, time=5)
-    case = replace(case, options=replace(case.options, record=False))
+    case = TRAINED.but(time=5, record=False)
     with MODES["float32"].running(core):
         plain = train(case, case.inputs(), algorithm)
-        options = replace(case.options, checkpoint=True)
-        again = train(replace(case, options=options), case.inputs(), algorithm)
+        again = train(case.but(checkpoint=True), case.inputs(), algorithm)
     for one, other in zip(plain, again, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -182,7 +172,7 @@ def test_checkpoint_gives_the_same_gradients(core, algorithm):
 def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
     """The fake kernels of ops.py know the sizes of what the CUDA kernels save."""
     torch._dynamo.reset()
-    case = replace(PLAIN, time=2)
+    case = PLAIN.but(time=2)
 
     def run(*tensors):
         return flat.run(*tensors, case.options, algorithm)
@@ -203,7 +193,7 @@ def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
 
 
 def test_one_algorithm_reads_what_the_other_saved(core):
-    inputs, options = PLAIN.inputs(), SEQUENCE
+    inputs, options = PLAIN.inputs(), PLAIN.options
     graded = [torch.randn(shape) for shape in PLAIN.output_shapes]
     with MODES["float32"].running(core):
         found = []

@@ -7,8 +7,7 @@ fewest needed 1.1 (for wide layers).
 
 import counters
 import pytest
-from backend import simt_core
-from test_cell import MODES
+from modes import MODES
 from traffic import LAYERS, cost, fewest_mma, measure, measure_training
 
 GOALS = {"bytes": 1.15, "sectors": 1.10, "banks": 1.05, "mma": 1.10}
@@ -25,12 +24,8 @@ ABOVE = {
 @pytest.mark.parametrize(
     "layer", ["mnist", "mid", pytest.param("big", marks=pytest.mark.simt_long)]
 )
-def test_a_step_costs_little_more_than_it_must(layer, mode):
-    core = simt_core("faults")
-    try:
-        found = cost(measure(core, LAYERS[layer], MODES[mode]), LAYERS[layer], MODES[mode])
-    finally:
-        core.reset()
+def test_a_step_costs_little_more_than_it_must(core, layer, mode):
+    found = cost(measure(core, LAYERS[layer], MODES[mode]), LAYERS[layer], MODES[mode])
     goals = dict(GOALS)
     if layer not in WIDE:
         del goals["mma"]
@@ -44,13 +39,9 @@ def test_a_step_costs_little_more_than_it_must(layer, mode):
 @pytest.mark.parametrize(
     "mode", ["bfloat16 states", pytest.param("tf32", marks=pytest.mark.simt_long)]
 )
-def test_training_costs_little_more_than_it_must(mode):
+def test_training_costs_little_more_than_it_must(core, mode):
     """Of each kernel but the packing: in sum, the gradients multiply twice what a step does."""
-    core = simt_core("faults")
-    try:
-        seen = measure_training(core, LAYERS["mid"], MODES[mode])
-    finally:
-        core.reset()
+    seen = measure_training(core, LAYERS["mid"], MODES[mode])
     for name, c in seen.items():
         if "pack" not in name:
             assert counters.sectors(c) <= GOALS["sectors"], name
@@ -72,12 +63,8 @@ K_STEPS = {
 
 @pytest.mark.parametrize("mode", ["tf32", "bfloat16 states"])
 @pytest.mark.parametrize("layer", ["mnist", pytest.param("mid", marks=pytest.mark.simt_long)])
-def test_warps_seldom_wait_for_each_other(layer, mode):
-    core = simt_core("faults")
-    try:
-        seen = measure_training(core, LAYERS[layer], MODES[mode])
-    finally:
-        core.reset()
+def test_warps_seldom_wait_for_each_other(core, layer, mode):
+    seen = measure_training(core, LAYERS[layer], MODES[mode])
     for (of, kernel), (mma_of_step, most) in K_STEPS.items():
         if of == layer:
             assert 0 < counters.barriers(seen[kernel], mma_of_step) <= most, kernel

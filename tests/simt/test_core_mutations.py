@@ -13,6 +13,7 @@ from backend import SOURCES, simt_core
 from builder import ROOT
 from emulator import EmulationError
 from faults import fault_numbers, placed_faults
+from modes import ALL, CASES
 
 CUDA = ROOT / "csrc" / "cuda"
 NUMBERS = fault_numbers()
@@ -40,8 +41,6 @@ RUNS = [
     ("resident tf32x3", "quantised"),
     ("resident float32", "pooled inhibition"),
 ]
-ALL_MODES = test_cell.MODES | test_cell.RESIDENT
-
 BACKWARD_RUNS = [
     ("float32", "plain"),
     ("tf32x3", "plain"),
@@ -57,28 +56,18 @@ BACKWARD_RUNS = [
 ]
 
 
-@pytest.fixture
-def core():
-    found = simt_core("faults")
-    yield found
-    found.reset()
-
-
 def forward_report(core, mode, case) -> str:
     """ "" where the run is fine."""
     try:
-        test_cell.check(core, test_cell.CASES[case], ALL_MODES[mode])
+        test_cell.check(core, CASES[case], ALL[mode])
     except (AssertionError, EmulationError) as error:
         return str(error) or type(error).__name__
     return ""
 
 
 def backward_report(core, mode, case) -> str:
-    errors = test_cell_gradients.EXACT | test_cell_gradients.COARSE
     try:
-        test_cell_gradients.check(
-            core, test_cell.CASES[case], ALL_MODES[mode], errors[mode.removeprefix("resident ")]
-        )
+        test_cell_gradients.check(core, CASES[case], ALL[mode])
     except (AssertionError, EmulationError) as error:
         return str(error) or type(error).__name__
     return ""

@@ -1,10 +1,4 @@
-"""Where the elements of a matrix lie in the registers of a warp, against two other sources: the
-formulas of the PTX ISA, written down here anew, and the traits of CuTe where it is installed
-(`pip install nvidia-cutlass`)."""
-
-import importlib.util
-import re
-from pathlib import Path
+"""Where the elements of a matrix lie in the registers of a warp: the formulas of the PTX ISA."""
 
 import numpy as np
 import pytest
@@ -133,91 +127,6 @@ def test_ldmatrix_follows_the_ptx_isa(transposed):
         for i in range(4):
             tile = tiles[i].T if transposed else tiles[i]
             assert r[lane, i] == tile[g, 2 * t] | np.uint32(tile[g, 2 * t + 1]) << 16
-
-
-# ---- CuTe ---------------------------------------------------------------------------------------
-
-
-def cute_header(name):
-    spec = importlib.util.find_spec("cutlass_library")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("nvidia-cutlass is not installed")
-    for root in spec.submodule_search_locations:
-        for path in Path(root).rglob(f"cute/atom/{name}"):
-            return re.sub(r"//[^\n]*", "", path.read_text())
-    pytest.skip(f"nvidia-cutlass has no {name}")
-
-
-def cute_struct(text, name):
-    return re.search(r"struct \w+<" + name + r">[^{]*\{(.*?)\n\};", text, re.DOTALL)
-
-
-def cute_tuple(text):
-    """``Shape<Shape<_4,_8>,_2>`` as ((4, 8), 2)."""
-    text = re.sub(r"(Shape|Stride)\s*<", "(", text).replace(">", ",)").replace("_", "")
-    return eval(text, {"__builtins__": {}})
-
-
-def cute_layout(text, body, name):
-    """A function of (thread, value); aliases are looked up in the header."""
-    found = re.search(r"using\s+" + name + r"\s*=\s*(.*?);", body, re.DOTALL)[1]
-    if "Layout" not in found:
-        found = re.search(r"using\s+" + found.strip() + r"\s*=\s*(.*?);", text, re.DOTALL)[1]
-    shape, stride = re.fullmatch(
-        r"\s*Layout\s*<(Shape.*?),\s*(Stride.*)>\s*", found, re.DOTALL
-    ).groups()
-
-    def index(coordinate, shape, stride):
-        if not isinstance(shape, tuple):
-            return coordinate * stride
-        total = 0
-        for extent, step in zip(shape, stride, strict=True):
-            size = int(np.prod(extent))
-            total += index(coordinate % size, extent, step)
-            coordinate //= size
-        return total
-
-    shape, stride = cute_tuple(shape), cute_tuple(stride)
-    return lambda t, v: index(t, shape[0], stride[0]) + index(v, shape[1], stride[1])
-
-
-@pytest.mark.parametrize("kind", TYPES)
-def test_mma_follows_cute(kind):
-    text = cute_header("mma_traits_sm80.hpp")
-    name = {
-        "fp16": "SM80_16x8x16_F32F16F16F32_TN",
-        "bf16": "SM80_16x8x16_F32BF16BF16F32_TN",
-        "tf32": "SM80_16x8x8_F32TF32TF32F32_TN",
-    }[kind]
-    body = cute_struct(text, name)[0]
-    while "ALayout" not in body:
-        body = cute_struct(text, re.search(r":\s*MMA_Traits<(\w+)>", body)[1])[0]
-    a, b, c = (cute_layout(text, body, f"{x}Layout") for x in "ABC")
-
-    def place(layout, rows, swap=False):
-        def at(lane, v):
-            column, row = divmod(layout(lane, v), rows)  # CuTe counts rows fastest
-            return (column, row) if swap else (row, column)
-
-        return at
-
-    # CuTe's B is (N, K).
-    result, expected = run_mma(kind, place(a, 16), place(b, 8, swap=True), place(c, 16))
-    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_ldmatrix_follows_cute(transposed):
-    text = cute_header("copy_traits_sm75.hpp")
-    name = "SM75_U16x8_LDSM_T" if transposed else "SM75_U32x4_LDSM_N"
-    layout = cute_layout(text, cute_struct(text, name)[0], "DstLayout")  # to bits
-    tiles, r = run_ldmatrix(transposed)
-    flat = tiles.reshape(-1)
-    for lane in range(32):
-        for i in range(4):
-            for half in (0, 1):
-                bit = layout(lane, 32 * i + 16 * half)
-                assert (int(r[lane, i]) >> 16 * half) & 0xFFFF == flat[bit // 16]
 
 
 # ---- conversions --------------------------------------------------------------------------------

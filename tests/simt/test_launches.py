@@ -1,18 +1,14 @@
 """Bounds on what launches.py prints: enough warps on every multiprocessor, few launches."""
 
 import pytest
-from backend import simt_core
 from launches import H100, LAYERS, calls, of_layer, warps
 
 WIDE = ("mid", "big", "wide64")
 
 
-@pytest.fixture
-def core():
-    found = simt_core("faults")
-    found.device(**H100)
-    yield found
-    found.reset()
+@pytest.fixture(autouse=True)
+def _an_h100(core):
+    core.device(**H100)
 
 
 @pytest.mark.parametrize("mode", ["tf32", "3xtf32", "bf16"])

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import flat
 import pytest
 import torch
-from backend import simt_core
 from cases import wanting_gradients
 from gradients import compare, gradients, of_outputs
-from test_cell import MODES, PLAIN, with_options
+from modes import MODES, PLAIN
 
 import snnlstm
 from snnlstm.measured import choices
 from snnlstm.native import cuda
 
-NARROW = replace(PLAIN, time=2, batch=1, channels=6, height=4, width=6)
-WIDE = replace(NARROW, channels=40)
+NARROW = PLAIN.but(time=2, batch=1, channels=6, height=4, width=6)
+WIDE = NARROW.but(channels=40)
 FORWARD = {"mma-tf32-4x1", "mma-tf32-2x1", "resident-mma-tf32", "pointwise"}
 BACKWARD = {
     "mma-tf32-4x1", "mma-tf32-2x1x2", "hybrid-mma-tf32-2x1x2", "resident-mma-tf32", "pointwise",
@@ -41,13 +39,11 @@ class Clock:
         return 1.0 if way.name == self.best else 2.0
 
 
-@pytest.fixture
-def core():
-    found = simt_core("faults")
+@pytest.fixture(autouse=True)
+def _no_choices():
     choices.clear()
-    yield found
+    yield
     choices.clear()
-    found.reset()
 
 
 def timed_by(core, clock):
@@ -89,7 +85,7 @@ def test_of_equals_the_estimated_one_is_kept(core):
 @pytest.mark.parametrize("best", sorted(FORWARD | BACKWARD | OF_WIDE))
 def test_every_way_that_may_be_chosen_is_right(core, best):
     case = WIDE if best in OF_WIDE else NARROW
-    case = MODES["tf32"].of(with_options(case, pool="avg", pool_size=(2, 2)))
+    case = MODES["tf32"].of(case.but(pool="avg", pool_size=(2, 2)))
     inputs, grads = case.inputs(), of_outputs(case)
     with MODES["tf32"].running(core):
         clock = timed_by(core, Clock(best))
@@ -148,8 +144,7 @@ def test_a_file_keeps_choices_between_processes(core, tmp_path):
 
 
 def test_a_call_that_recomputes_keeps_to_its_choice(core):
-    case = with_options(NARROW, record=False, checkpoint=True)
-    case = replace(case, time=5)
+    case = NARROW.but(record=False, checkpoint=True, time=5)
     with MODES["tf32"].running(core):
         timed_by(core, Clock("mma-tf32-2x1"))
         leaves = wanting_gradients(case.inputs())

@@ -7,83 +7,12 @@ import counters
 import flat
 import pytest
 import torch
-from backend import float32_precision, simt_core
-from cases import Case, cases, wanting_gradients
+from backend import float32_precision
+from cases import wanting_gradients
 from emulator import EmulationError
-from gradients import NAMES
-from hypothesis import HealthCheck, assume, given, reject, settings
-from hypothesis import strategies as st
-from test_cell import (
-    CASES,
-    MODES,
-    PLAIN,
-    RESIDENT,
-    SCHEDULES,
-    SEQUENCE,
-    check,
-    crossed,
-    with_options,
-)
-from test_cell_gradients import COARSE, EXACT, JUMPING, SMOOTH, check_every_schedule
-from test_cell_gradients import check as check_gradients
+from modes import FITS, MODES, PLAIN, RESIDENT
 
 from snnlstm.call import make_call
-
-
-def fits(name: str) -> bool:
-    """Whether a case of the fused kernels is one of the resident kernel, too."""
-    return name not in ("wide", "short chunks", "kernel 5x5")
-
-
-def base(mode: str) -> str:
-    return mode.removeprefix("resident ")
-
-
-FITS = {
-    **{name: case for name, case in CASES.items() if fits(name)},
-    "wide": replace(
-        with_options(kernel_size=(3, 1)), in_channels=8, channels=20, height=11, width=12
-    ),
-    "few channels, stride": replace(with_options(stride=(2, 3), dilation=(2, 1)), in_channels=3),
-    "many units": replace(PLAIN, batch=1, in_channels=1, channels=8, height=23, width=29),
-    "long": replace(PLAIN, time=7, batch=3, channels=3, height=5, width=6),
-    "last states": with_options(record=False),
-    "subtract": with_options(reset="subtract"),
-    "kernel 5x5": replace(with_options(kernel_size=(5, 5)), time=2, batch=1, channels=3),
-}
-
-
-@pytest.fixture
-def core():
-    found = simt_core("faults")
-    yield found
-    found.reset()
-
-
-@pytest.mark.parametrize(("mode", "name"), crossed(RESIDENT, FITS))
-def test_forward(core, mode, name):
-    core.schedule(*SCHEDULES[(list(RESIDENT).index(mode) + list(FITS).index(name)) % 3])
-    check(core, FITS[name], RESIDENT[mode])
-
-
-@pytest.mark.simt_long
-@pytest.mark.parametrize("mode", RESIDENT)
-def test_forward_of_random_calls(core, mode):
-    mode = RESIDENT[mode]
-
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(cases((mode.dtype,)))
-    def check_case(case: Case) -> None:
-        assume(case.batch > 0)
-        core.schedule("ahead", case.seed)
-        try:
-            check(core, case, mode)
-        except EmulationError as error:
-            if "do not fit" not in str(error):
-                raise
-            reject()
-
-    check_case()
 
 
 @pytest.mark.parametrize("mode", ["float32", "tf32x3", "bfloat16 states", "float16 autocast"])
@@ -119,7 +48,7 @@ def test_a_sequence_is_one_launch(core, mode, kind):
 @pytest.mark.parametrize("time", [2, 7])
 def test_the_steps_backward_are_one_launch(core, mode, kind, time):
     """What comes behind it are the gradients of x and of the parameters, over all steps at once."""
-    case = RESIDENT[f"resident {mode}"].of(replace(FITS["long"], time=time))
+    case = RESIDENT[f"resident {mode}"].of(FITS["long"].but(time=time))
     leaves = wanting_gradients(case.inputs())
     with RESIDENT[f"resident {mode}"].running(core):
         out = flat.run(*leaves, case.options, "direct")
@@ -136,7 +65,7 @@ def test_the_steps_backward_are_one_launch(core, mode, kind, time):
 @pytest.mark.parametrize("mode", ["float32", "tf32x3", "bfloat16 states"])
 @pytest.mark.parametrize("forward", ["fused", "resident"])
 def test_either_backward_pass_reads_what_either_forward_pass_has_saved(core, mode, forward):
-    case = MODES[mode].of(with_options(reset="subtract", pool="avg", pool_size=(2, 2)))
+    case = MODES[mode].of(PLAIN.but(reset="subtract", pool="avg", pool_size=(2, 2)))
     kernels = {"fused": MODES[mode], "resident": RESIDENT[f"resident {mode}"]}
     seen = []
     for backward in kernels.values():
@@ -154,8 +83,8 @@ def test_either_backward_pass_reads_what_either_forward_pass_has_saved(core, mod
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (replace(PLAIN, batch=1, time=1, channels=200), "do not fit in the shared memory"),
-        (with_options(dilation=(1_000, 1_000)), "do not fit in the shared memory"),
+        (PLAIN.but(batch=1, time=1, channels=200), "do not fit in the shared memory"),
+        (PLAIN.but(dilation=(1_000, 1_000)), "do not fit in the shared memory"),
     ],
 )
 def test_what_it_leaves_to_the_kernels_of_one_step(core, case, message):
@@ -181,8 +110,8 @@ def test_what_it_leaves_to_the_kernels_of_one_step(core, case, message):
 )
 def test_it_is_chosen_where_launches_take_the_time(core, time, batch, channels, size, resident):
     core.device(90, 132, 227 * 1024, algorithm="auto")
-    case = replace(
-        PLAIN, time=time, batch=batch, in_channels=channels[0], channels=channels[1],
+    case = PLAIN.but(
+        time=time, batch=batch, in_channels=channels[0], channels=channels[1],
         height=size, width=size,
     )  # fmt: skip
     with core.installed(), float32_precision("tf32"):
@@ -206,7 +135,10 @@ def test_it_is_chosen_where_launches_take_the_time(core, time, batch, channels, 
 )
 def test_what_a_sequence_costs(core, mode, channels, size, sectors):
     resident = RESIDENT[f"resident {mode}"]
-    case = resident.of(Case(SEQUENCE, torch.float32, 2, 1, *channels, size, size, density=0.1))
+    case = resident.of(
+        PLAIN.but(time=2, batch=1, in_channels=channels[0], channels=channels[1], height=size,
+                  width=size, density=0.1)
+    )  # fmt: skip
     core.checks(races=False, counters=True)
     core.reset_counters()
     with resident.running(core), torch.no_grad():
@@ -221,61 +153,9 @@ def test_what_a_sequence_costs(core, mode, channels, size, sectors):
         assert counters.mma(seen) == 2 * tiles * (x + 9 * -(-channels[1] // per_step))
 
 
-GRADIENTS = {name: case for name, case in JUMPING.items() if fits(name)} | FITS
-
-
-@pytest.mark.parametrize(
-    ("mode", "name"), crossed([m for m in RESIDENT if base(m) in EXACT], GRADIENTS)
-)
-def test_exact_gradients(core, mode, name):
-    core.schedule(*SCHEDULES[(list(RESIDENT).index(mode) + list(GRADIENTS).index(name)) % 3])
-    double = RESIDENT[mode].dtype == torch.float64
-    if name == "stochastic" and not double:
-        pytest.skip("in float64 the oracle draws the same noise")
-    if name in ("wide", "many units") and double:
-        pytest.skip("in float64 it does not fit")
-    check_gradients(core, GRADIENTS[name], RESIDENT[mode], EXACT[base(mode)])
-
-
-@pytest.mark.parametrize(
-    ("mode", "name"),
-    crossed([m for m in RESIDENT if base(m) in COARSE], [n for n in SMOOTH if fits(n)]),
-)
-def test_coarse_gradients(core, mode, name):
-    core.schedule(*SCHEDULES[(list(RESIDENT).index(mode) + list(SMOOTH).index(name)) % 3])
-    assert check_gradients(core, SMOOTH[name], RESIDENT[mode], COARSE[base(mode)])
-
-
-@pytest.mark.simt_long
-@pytest.mark.parametrize("mode", [m for m in RESIDENT if base(m) in EXACT])
-def test_gradients_of_random_calls(core, mode):
-    subsets = st.sets(st.sampled_from(NAMES), min_size=1).map(lambda s: tuple(sorted(s)))
-    error, mode = EXACT[base(mode)], RESIDENT[mode]
-
-    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(cases((mode.dtype,)), subsets)
-    def check_case(case: Case, wanted: tuple) -> None:
-        assume(case.batch > 0)
-        assume(case.options.surrogate.name != "SSO")  # the oracle's noise depends on the layout
-        core.schedule("ahead", case.seed)
-        try:
-            check_gradients(core, case, mode, error, wanted=wanted)
-        except EmulationError as problem:
-            if not re.search("do not fit|at most 32 channels", str(problem)):
-                raise
-            reject()
-
-    check_case()
-
-
-def test_gradients_are_the_same_under_every_schedule(core):
-    mode = RESIDENT["resident tf32"]
-    check_every_schedule(core, mode, mode.of(FITS["long"]))
-
-
 def test_the_backward_pass_is_chosen_by_itself(core):
     """Where its own images fit: those of d_gates are larger than those of mem."""
-    case = replace(PLAIN, time=8, in_channels=1, channels=8, height=14, width=14)
+    case = PLAIN.but(time=8, in_channels=1, channels=8, height=14, width=14)
     for kib, expected in ((227, "backward sequence (mma)"), (60, "backward step (mma)")):
         leaves = wanting_gradients(case.inputs())
         core.device(90, 132, kib * 1024, algorithm="auto")

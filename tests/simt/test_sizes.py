@@ -5,17 +5,9 @@ Nothing runs here: the emulator only looks at each launch, so that sizes cost no
 
 import pytest
 import torch
-from backend import simt_core
 from launches import FACTS, calls
-from test_cell import MODES, with_options
+from modes import MODES, PLAIN
 from test_cell_gradients import check
-
-
-@pytest.fixture
-def core():
-    found = simt_core("faults")
-    yield found
-    found.reset()
 
 
 def every_call(core, matrix=1, **facts):
@@ -65,8 +57,7 @@ def test_neighbourhoods_beyond_any_shared_memory(core, matrix, dilation):
 
 @pytest.mark.parametrize("mode", ["tf32", "float64"])
 def test_taps_far_beyond_the_image(core, mode):
-    case = with_options(dilation=(3000, 4001))
-    assert check(core, case, MODES[mode], 1e-2 if "tf32" in mode else 1e-10)
+    assert check(core, PLAIN.but(dilation=(3000, 4001)), MODES[mode])
 
 
 def test_the_workspace_of_inference_does_not_grow_with_time(core):

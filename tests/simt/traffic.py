@@ -21,7 +21,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
 import counters  # noqa: E402
 from backend import Core, simt_core  # noqa: E402
 from cases import Case, wanting_gradients  # noqa: E402
-from test_cell import MODES, Mode  # noqa: E402
+from modes import FORWARD as MODES  # noqa: E402
+from modes import Mode  # noqa: E402
 
 from snnlstm.call import CellOptions  # noqa: E402
 

@@ -1,0 +1,10 @@
+import pytest
+from backend import simt_core
+
+
+@pytest.fixture
+def core():
+    """The project's kernels, emulated, with default settings before and after."""
+    found = simt_core("faults")
+    yield found
+    found.reset()

@@ -1,0 +1,186 @@
+"""In which numbers and ways the emulated kernels run, and on which calls: tables for the tests."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import alone
+import cases
+import flat
+import pytest
+import torch
+from backend import float32_precision
+from cases import Case
+
+from snnlstm import surrogate
+from snnlstm.quant import state_quant
+
+SCHEDULES = [("in_order", 0), ("shuffled", 1), ("ahead", 1)]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A type of the states, how products are formed, and the errors that this may make."""
+
+    dtype: torch.dtype
+    error: float  # that a step adds
+    gradient: float  # relative to the largest element of a gradient
+    precision: str = "ieee"  # torch's setting
+    operands: torch.dtype | None = None  # as under autocast
+    compute_capability: int = 80
+    algorithm: str = "direct"
+    kernels: str = "fused"  # see backend.ALGORITHMS
+    shared_bytes: int = 163 * 1024
+
+    @contextmanager
+    def running(self, core):
+        """Within the block, the native path for CPU tensors is this one."""
+        core.device(self.compute_capability, shared_bytes=self.shared_bytes, algorithm=self.kernels)
+        with core.installed(), float32_precision(self.precision):
+            yield
+
+    def of(self, case: Case) -> Case:
+        """The same call in this mode's types."""
+        return case.but(dtype=self.dtype, operands=self.operands)
+
+    def run(self, *call: Any) -> tuple[torch.Tensor, ...]:
+        return flat.run(*call, self.algorithm)
+
+    @property
+    def exact(self) -> bool:
+        """Whether products are as good as float32's, so that the kernels decide as float64 does."""
+        return self.gradient <= 3e-5
+
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+# On sm_86 plain float32 is faster than three products in tf32, on sm_80 it is slower.
+MODES = {
+    "float64": Mode(F64, 1e-12, 1e-10),
+    "float32": Mode(F32, 2e-6, 3e-5, compute_capability=86),
+    "float32 on sm_75": Mode(F32, 2e-6, 3e-5, "tf32", compute_capability=75),
+    "tf32x3": Mode(F32, 5e-6, 3e-5),
+    "tf32": Mode(F32, 4e-3, 1e-2, "tf32"),
+    "float16 states": Mode(F16, 3e-3, 2e-2),
+    "bfloat16 states": Mode(BF16, 3e-2, 1.2e-1),
+    "float16 autocast": Mode(F32, 4e-3, 1e-2, operands=F16),
+    "bfloat16 autocast": Mode(F32, 3e-2, 8e-2, operands=BF16),
+    "float16 on sm_75": Mode(F16, 3e-3, 2e-2, compute_capability=75),
+    "bfloat16 on sm_75": Mode(BF16, 3e-2, 1.2e-1, compute_capability=75),
+    "bfloat16 autocast on sm_75": Mode(F32, 3e-2, 8e-2, operands=BF16, compute_capability=75),
+}
+# A whole sequence in one launch, on a GPU with as much shared memory as an H100.
+RESIDENT = {
+    f"resident {name}": replace(mode, kernels="resident", shared_bytes=227 * 1024)
+    for name, mode in MODES.items()
+}
+BEHIND_TORCH = {
+    f"{name} behind torch": replace(MODES[name], compute_capability=80, algorithm="pointwise")
+    for name in ("float32", "float64", "bfloat16 states", "bfloat16 autocast")
+}
+# The forward pass is the kernels'.
+HYBRID = {
+    f"{name} hybrid": replace(MODES[name], algorithm="hybrid")
+    for name in ("float32", "float64", "tf32x3", "bfloat16 states", "bfloat16 autocast")
+}
+FORWARD = MODES | BEHIND_TORCH
+BACKWARD = FORWARD | HYBRID
+ALL = BACKWARD | RESIDENT
+
+# No reset: a coarse mode would decide otherwise here and there, and go apart from there.
+PLAIN = cases.PLAIN.but(reset="none", threshold="number")
+CASES = {
+    "plain": PLAIN,
+    **{name: alone.ALONE[name].but(reset="none") for name in ("one step", "one pixel")},
+    "odd sizes": PLAIN.but(batch=1, height=9, width=13),
+    "one channel": alone.ALONE["one channel"].but(reset="none"),
+    "wide": PLAIN.but(time=2, batch=1, in_channels=16, channels=24, height=16, width=16),
+    "channels last": PLAIN.but(
+        in_channels=8, channels=16, height=8, width=8, layouts=("channels_last",) * 4
+    ),
+    "sliced": PLAIN.but(layouts=("sliced",) * 4),
+    # The input half of the first steps at once, then that of the others.
+    "long": PLAIN.but(time=18, batch=1, height=3, width=4),
+    "kernel 5x1": PLAIN.but(kernel_size=(5, 1), reset="subtract"),
+    "kernel 1x1": PLAIN.but(kernel_size=(1, 1), reset="zero"),
+    "short chunks": PLAIN.but(
+        kernel_size=(1, 1),
+        time=2,
+        in_channels=96,
+        channels=40,
+        height=4,
+        layouts=("channels_last",) * 4,
+    ),
+    "stride, dilation": PLAIN.but(stride=(2, 3), dilation=(2, 1)),
+    "max pool": PLAIN.but(pool="max", pool_size=(2, 2), reset="subtract"),
+    "uneven average pool": PLAIN.but(pool="avg", pool_size=(3, 2)),
+    "inhibition": PLAIN.but(inhibition=True, reset="zero"),
+    "pooled inhibition": PLAIN.but(inhibition=True, pool="max", pool_size=(2, 2)),
+    "one window": alone.ALONE["a window as large as the image"].but(reset="none"),
+    "quantised": PLAIN.but(quant=state_quant(3), reset="subtract"),
+    "quantised and pooled": PLAIN.but(
+        quant=state_quant(4, uniform=False), pool="max", pool_size=(2, 2)
+    ),
+    "threshold per channel": PLAIN.but(threshold="column", bias=False, graded=0.7),
+    # Weights of half types that do not fit into the shared memory of the kernel that packs them.
+    "kernel 5x5": PLAIN.but(kernel_size=(5, 5), time=1, batch=1),
+}
+# Calls without decisions, for the gradients of coarse modes.
+SMOOTH = {
+    "last states": PLAIN.but(record=False),
+    "average pool": PLAIN.but(pool="avg", pool_size=(2, 2)),
+    **{
+        name: CASES[name]
+        for name in (
+            "plain", "one step", "wide", "channels last", "short chunks", "stride, dilation",
+            "one pixel", "threshold per channel",
+        )
+    },
+}  # fmt: skip
+JUMPING = CASES | {
+    "every neuron's own surrogate": PLAIN.but(surrogate=surrogate.sigmoid(25), reset="zero"),
+    "stochastic": PLAIN.but(surrogate=surrogate.SSO(0.1, 0.2)),
+    "no gradient of spikes": PLAIN.but(surrogate=surrogate.NONE),
+    "kernel 5x5": PLAIN.but(kernel_size=(5, 5)),
+    "no bias": PLAIN.but(bias=False),
+}
+
+
+def fitting(table: dict[str, Case]) -> dict[str, Case]:
+    """The calls of a table whose images and weights fit into the shared memory of one block."""
+    return {n: c for n, c in table.items() if n not in ("wide", "short chunks", "kernel 5x5")}
+
+
+FITS = fitting(CASES) | {
+    "wide": PLAIN.but(kernel_size=(3, 1), in_channels=8, channels=20, height=11, width=12),
+    "few channels, stride": PLAIN.but(stride=(2, 3), dilation=(2, 1), in_channels=3),
+    "many units": PLAIN.but(batch=1, in_channels=1, channels=8, height=23, width=29),
+    "long": PLAIN.but(time=7, batch=3, channels=3, height=5, width=6),
+    "last states": PLAIN.but(record=False),
+    "subtract": PLAIN.but(reset="subtract"),
+    "kernel 5x5": PLAIN.but(kernel_size=(5, 5), time=2, batch=1, channels=3),
+}
+JUMPING_FITS = fitting(JUMPING) | FITS
+
+
+def crossed(*tables):
+    """Mode, case and schedule: of each pair of tables every mode with every case; a fifth of them,
+    all modes and cases among these, at once, the rest in the long run."""
+    return [
+        pytest.param(
+            mode,
+            case,
+            SCHEDULES[(i + j) % 3],
+            id=f"{mode}-{name}",
+            marks=[]
+            if (i + j) % 5 == 0 or name in ("plain", "one step")
+            else pytest.mark.simt_long,
+        )
+        for modes, calls in tables
+        for i, mode in enumerate(modes)
+        for j, (name, case) in enumerate(calls.items())
+    ]
+
+
+def of(table: dict[str, Mode], exact: bool) -> list[str]:
+    """The modes whose products are as good as float32's, or the others."""
+    return [name for name, mode in table.items() if mode.exact == exact]
