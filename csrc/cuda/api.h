@@ -30,7 +30,8 @@ enum class Algorithm : int {
   resident = 6,  // the whole sequence in one; std::runtime_error where that cannot be
 };
 
-// Where and how to run. The same for all calls that share packed weights, saved tensors or sizes.
+// A device and a way to run on it. Calls that share packed weights, saved tensors or sizes have the
+// same target.
 struct Target {
   int compute_capability = 80;  // 10 * major + minor
   int multiprocessors = 108;

@@ -25,7 +25,7 @@ class Backward {
                       : ResidentBackwardPlan()),
         resident_(runs_resident_backward(args.cell, target, sequence_)),
         type_(args.cell.dtype),
-        real_(type_ == DType::float64 ? DType::float64 : DType::float32),
+        real_(real_of(type_)),
         gate_type_(gate_type(type_, target.matrix)) {
     Arena arena(args.workspace);
     carve(arena);

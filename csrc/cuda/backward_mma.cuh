@@ -22,7 +22,7 @@ struct BackwardMma {
   int vectors = 0, row_sums = 0;
 };
 
-// The convolution, stored. Of an image of height x width.
+// A convolution whose sums are stored, for images of height x width.
 struct DataGradientMma {
   Tiling tiling;
   MmaConv conv;
@@ -32,18 +32,18 @@ struct DataGradientMma {
   int blocks = 0;  // 0: the job is absent
 };
 
-// For x and for the first mem, in one launch.
+// The gradients of x and of the first mem come from one launch.
 struct DataGradientsMma {
   DataGradientMma job[2];
 };
 
 constexpr int kBackwardThreads = 128;
-// Blocks of a multiprocessor: in parts, each accumulator has a total beside it.
+// Blocks that a multiprocessor holds: in parts, each accumulator has a total beside it.
 template <class Element>
 constexpr int kBackwardBlocks = std::is_same_v<Element, mma_gemm::Parts> ? 2 : 3;
 
-// A block's sums in shared memory, in patches of 2 pixels x 4 channels. Of two groups of warps,
-// which sum over the two halves of K, each goes on with one of the m16 tiles.
+// A block's sums in shared memory, in patches of 2 pixels x 4 channels. Two groups of warps sum
+// over one half of K each; then each group goes on with one of the m16 tiles.
 template <class Element, int NT, bool Strided>
 class BackwardSums {
  public:
@@ -88,7 +88,8 @@ class BackwardSums {
   SNNLSTM_DEVICE int channel(int pair) const {
     return gemm_.warp_column() * 8 * NT + 16 * pair + 4 * gemm_.quad();
   }
-  // Of warps, in all groups: as many as (pixels of the block / 32) * groups.
+  // The warp's number among those of the same channels: (pixels of the block / 32) * groups of
+  // them.
   SNNLSTM_DEVICE int row() const { return gemm_.k_group() * rows_of_group() + gemm_.warp_row(); }
   SNNLSTM_DEVICE int rows_of_group() const { return gemm_.rows(); }
 

@@ -91,22 +91,26 @@ inline int64_t forward_shared_bytes(const ForwardPlan& plan, const MmaConv& conv
   return round_up(std::max<int64_t>(conv.shared_bytes(), epilogue), 128);
 }
 
+inline void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns, int channels) {
+  tiling.images = images;
+  tiling.by_batch = Divisor(std::max<int64_t>(c.N, 1));
+  tiling.by_columns = Divisor(ceil_div(columns, channels));
+}
+
 inline bool choose_tiling(ForwardPlan& plan, const Cell& c, int pixels) {
   const bool windows = c.pool != Pool::none;
   plan.tiling = Tiling();
   plan.fires = !c.inhibition && choose_tile(c, c.Ho(), c.Wo(), pixels, windows, plan.tiling);
   if (!plan.fires) choose_tile(c, c.Ho(), c.Wo(), pixels, false, plan.tiling);
-  plan.tiling.images = c.N;
-  plan.tiling.by_batch = Divisor(std::max<int64_t>(c.N, 1));
-  plan.tiling.by_columns = Divisor(ceil_div(c.C, plan.channels()));
+  cover(plan.tiling, c, c.N, c.C, plan.channels());
   return plan.fires || c.inhibition || !windows;
 }
 
 // Hoisting the input half out of the sequence costs 8 numbers a neuron and step to be written and
 // read. It pays where a step leaves multiprocessors idle, so that its time is that of one block:
 // the block's work shrinks, and the input half runs on all of them.
-// Of how many steps at once: so few that the numbers are still in the cache when their step comes,
-// and that the workspace does not grow with T.
+// Returns of how many steps at once: so few that the numbers are still in the cache when their step
+// comes, and that the workspace does not grow with T.
 inline int64_t steps_to_hoist(const ForwardPlan& plan, const Cell& c, const Target& target) {
   constexpr int64_t most_bytes = 32 << 20, most_steps = 16, fewest_steps = 4;
   if (plan.tiling.blocks() > target.multiprocessors || 3 * c.Cin < c.C) return 0;
@@ -153,7 +157,7 @@ inline ForwardPlan plan_step(const Cell& c, const Target& target) {
   return plan;
 }
 
-// Of the largest launch.
+// The blocks of the largest launch.
 inline int64_t forward_blocks(const Cell& c, const ForwardPlan& plan) {
   const int64_t firing = c.N * ceil_div(c.C * c.Ho() * c.Wo(), 256);
   return std::max(plan.tiling.blocks() * std::max<int64_t>(plan.hoisted, 1), firing);

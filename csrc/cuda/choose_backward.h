@@ -84,12 +84,6 @@ struct BackwardPlan {
   DataPlan to_mem, to_x;
 };
 
-inline void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns, int channels) {
-  tiling.images = images;
-  tiling.by_batch = Divisor(std::max<int64_t>(c.N, 1));
-  tiling.by_columns = Divisor(ceil_div(columns, channels));
-}
-
 // Shares the total out: two blocks for each multiprocessor, each with `least` of it or more.
 // blocks: of all column and row blocks of the launch.
 inline void split(WeightPlan& w, const Target& target, int64_t blocks, int64_t least,
@@ -164,7 +158,7 @@ inline void split_tiles(WeightPlans& plan, const Target& target) {
   }
 }
 
-// Both halves, in one launch.
+// Plans both halves of the weight for one launch.
 inline WeightPlans plan_weights(const Cell& c, const Target& target) {
   const Multiply multiply = plan_forward(c, target).multiply;
   for (const int most_rows : {4, 2, 1}) {
@@ -178,8 +172,8 @@ inline WeightPlans plan_weights(const Cell& c, const Target& target) {
   return {weight_fma(c, target, true), weight_fma(c, target, false)};
 }
 
-// Tiles of a data gradient; with `windows` only such as hold whole pooling windows. False where
-// that cannot be.
+// Chooses the tiles of a data gradient; with `windows` only tiles of whole pooling windows. Returns
+// false if there are none.
 inline bool plan_data(DataPlan& plan, const Cell& c, const Target& target, bool of_x,
                       bool windows) {
   const int64_t height = of_x ? c.H : c.Ho(), width = of_x ? c.W : c.Wo();

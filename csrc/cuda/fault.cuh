@@ -7,8 +7,8 @@
 //   -DSNNLSTM_FAULT=n           fault number n is compiled in, or
 //   -DSNNLSTM_FAULT_SWITCH      the emulation chooses one at run time (one build for all faults),
 // so a normal build holds no trace of it. Use it in a plain `if` or `?:`, not in `if constexpr`.
-// Where one kind of fault has several places, number them: fault(Fault::missing_wait, 1);
-// the compiled-in fault is then chosen with -DSNNLSTM_FAULT_PLACE=1.
+// A kind of fault with several places has them numbered: fault(Fault::missing_wait, 1);
+// -DSNNLSTM_FAULT_PLACE=1 then chooses the one that is compiled in.
 #pragma once
 
 namespace snnlstm::cuda {

@@ -66,8 +66,8 @@ struct WinnerShared {
   int index[kFireThreads];
 };
 
-// Who of a sample's neurons may spike under inhibition: the highest (pooled) mem, the lowest index
-// in (C, Hp, Wp) among equals; a NaN counts as highest, as in torch.argmax.
+// Under inhibition the neuron with the highest (pooled) mem may spike, among equals the one with
+// the lowest index in (C, Hp, Wp); a NaN counts as highest, as in torch.argmax.
 template <class R>
 struct Winner {
   R mem = 0;

@@ -18,7 +18,7 @@ namespace fma {
 
 constexpr int kPixels = 64, kColumns = 64, kDepth = 16, kThreads = 128;
 constexpr int kLoads = kDepth * kPixels / kThreads;  // elements of A per thread and chunk
-// Of the mem tile: a half warp stores pairs of pixels of two channels, to different banks.
+// The pitch of the mem tile: a half warp stores pixel pairs of two channels, to different banks.
 constexpr int kMemPitch = kPixels + 16;
 
 template <class R>
@@ -34,7 +34,7 @@ SNNLSTM_BOTH int64_t depth(const Segment& s) {
   return (k + kDepth - 1) / kDepth * kDepth;
 }
 
-// First of the thread's two pixels of a pair, first of its columns.
+// The thread's first pixel of a pair, and its first column.
 SNNLSTM_DEVICE int pixel(int pair) { return 16 * pair + 2 * (int(threadIdx.x) % 8); }
 SNNLSTM_DEVICE int column() { return 4 * (int(threadIdx.x) / 8); }
 
@@ -97,7 +97,7 @@ class Gemm {
   }
 
  private:
-  // Which source the rows of the chunk after the next have.
+  // Looks up which source the rows of the chunk after the next have.
   SNNLSTM_DEVICE void locate(const Segment& s, int buffer) {
     if (tid_ >= kDepth) return;
     while (channel_ >= s.channels && tap_ < s.taps()) channel_ -= s.channels, ++tap_;
@@ -109,7 +109,7 @@ class Gemm {
     channel_ += kDepth;
   }
 
-  // The next chunk's A, from global memory into registers.
+  // Loads the next chunk of A from global memory into registers.
   SNNLSTM_DEVICE void fetch(const Segment& s, int buffer) {
     const void* image = image_of(s.src, block_.t, block_.n);
     const bool up = s.up_h.value > 1 || s.up_w.value > 1;

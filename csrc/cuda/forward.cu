@@ -19,7 +19,7 @@ class Forward {
         plan_(plan_forward(args.cell, target)),
         packed_(args.cell, plan_),
         type_(args.cell.dtype),
-        real_(type_ == DType::float64 ? DType::float64 : DType::float32),
+        real_(real_of(type_)),
         size_(bytes_of(type_)) {
     Arena arena(args.workspace);
     carve(arena);

@@ -19,11 +19,11 @@ struct ForwardMma {
 
 constexpr int kMmaThreads = 256;
 
-// Blocks of a multiprocessor: in parts, each accumulator has a total beside it.
+// Blocks that a multiprocessor holds: in parts, each accumulator has a total beside it.
 template <class Element>
 constexpr int kMmaBlocks = std::is_same_v<Element, mma_gemm::Parts> ? 1 : 2;
 
-// The sums that a thread holds of an m16 tile, as sum[gate][pixel][channel].
+// Orders the sums that a thread holds of an m16 tile as sum[gate][pixel][channel].
 template <int Tiles>
 SNNLSTM_DEVICE void take(const float (&acc)[4 * Tiles][4], float (&sum)[4][2][2 * Tiles]) {
 #pragma unroll
@@ -34,7 +34,7 @@ SNNLSTM_DEVICE void take(const float (&acc)[4 * Tiles][4], float (&sum)[4][2][2 
       for (int r = 0; r < 4; ++r) sum[gate][r / 2][2 * half + r % 2] = acc[gate * Tiles + half][r];
 }
 
-// f(k, vector k of the sums).
+// Calls f(k, vector k of the sums).
 template <int CH, class F>
 SNNLSTM_DEVICE void for_each_vector(float (&sum)[4][2][CH], F&& f) {
   float* flat = &sum[0][0][0];

@@ -147,14 +147,4 @@ SNNLSTM_BOTH uint32_t pack(float lo, float hi) {
   return uint32_t(from_float<T>(lo).bits) | (uint32_t(from_float<T>(hi).bits) << 16);
 }
 
-template <class T>
-SNNLSTM_BOTH float unpack_lo(uint32_t pair) {
-  return to_float(T{uint16_t(pair)});
-}
-
-template <class T>
-SNNLSTM_BOTH float unpack_hi(uint32_t pair) {
-  return to_float(T{uint16_t(pair >> 16)});
-}
-
 }  // namespace snnlstm::cuda

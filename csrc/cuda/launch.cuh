@@ -24,8 +24,8 @@ using Stream = cudaStream_t;
 using Stream = void*;
 #endif
 
-// How to launch: Launch{"step forward", grid, block, sizeof(Shared), stream}. The name appears in
-// errors and in the emulation's counters.
+// Describes a launch: Launch{"step forward", grid, block, sizeof(Shared), stream}. The name appears
+// in errors and in the emulation's counters.
 struct Launch {
   const char* name;
   dim3 grid, block;

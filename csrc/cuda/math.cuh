@@ -22,7 +22,7 @@ SNNLSTM_DEVICE float from_bits16(DType type, unsigned bits) {
 SNNLSTM_DEVICE unsigned to_bits16(DType type, float x) {
   return type == DType::bfloat16 ? from_float<bf16>(x).bits : from_float<fp16>(x).bits;
 }
-// Two numbers in one register, lo in bits 0 to 15.
+// Packs two numbers into one register, lo in bits 0 to 15.
 SNNLSTM_DEVICE unsigned pack16(DType type, float lo, float hi) {
   return type == DType::bfloat16 ? pack<bf16>(lo, hi) : pack<fp16>(lo, hi);
 }
@@ -49,7 +49,7 @@ SNNLSTM_DEVICE void write(void* array, DType type, int64_t i, R x) {
   }
 }
 
-// As it would be read back after having been stored.
+// The value as it would be read back after it was stored.
 template <class R>
 SNNLSTM_DEVICE R rounded(DType type, R x) {
   if constexpr (sizeof(R) == 8)
@@ -87,16 +87,30 @@ SNNLSTM_DEVICE void store_vector(R* p, const R (&v)[N]) {
   }
 }
 
-// N (1, 2, 4) elements of an array from element i on, aligned to their size, in one access (4
-// doubles: two).
-template <class R, int N>
-SNNLSTM_DEVICE void read_vector(const void* array, DType type, int64_t i, R (&v)[N]) {
+// f(T{}) with the type T of an array's elements.
+template <class R, class F>
+SNNLSTM_DEVICE void with_stored(DType type, F&& f) {
+  if constexpr (sizeof(R) == 8)
+    f(double{});
+  else if (type == DType::float32)
+    f(float{});
+  else if (type == DType::bfloat16)
+    f(bf16{});
+  else
+    f(fp16{});
+}
+
+// N (1, 2, 4) elements, aligned to their size, in one access (4 doubles: two).
+template <class T, class R, int N>
+SNNLSTM_DEVICE void load_stored(const T* p, R (&v)[N]) {
   if constexpr (N == 1) {
-    v[0] = read<R>(array, type, i);
-  } else if (sizeof(R) == 8 || type == DType::float32) {
-    load_vector<R>(static_cast<const R*>(array) + i, v);
-  } else if constexpr (sizeof(R) == 4) {
-    const uint16_t* p = static_cast<const uint16_t*>(array) + i;
+    if constexpr (sizeof(T) == 2)
+      v[0] = to_float(*p);
+    else
+      v[0] = *p;
+  } else if constexpr (sizeof(T) != 2) {
+    load_vector(p, v);
+  } else {
     unsigned word[N / 2];
     if constexpr (N == 2) {
       word[0] = load<unsigned>(p);
@@ -105,26 +119,38 @@ SNNLSTM_DEVICE void read_vector(const void* array, DType type, int64_t i, R (&v)
       word[0] = d.x, word[1] = d.y;
     }
 #pragma unroll
-    for (int k = 0; k < N; ++k) v[k] = from_bits16(type, word[k / 2] >> (16 * (k % 2)) & 0xffff);
+    for (int k = 0; k < N; ++k) v[k] = to_float(T{uint16_t(word[k / 2] >> (16 * (k % 2)))});
   }
 }
-template <class R, int N>
-SNNLSTM_DEVICE void write_vector(void* array, DType type, int64_t i, const R (&v)[N]) {
+template <class T, class R, int N>
+SNNLSTM_DEVICE void store_stored(T* p, const R (&v)[N]) {
   if constexpr (N == 1) {
-    write<R>(array, type, i, v[0]);
-  } else if (sizeof(R) == 8 || type == DType::float32) {
-    store_vector<R>(static_cast<R*>(array) + i, v);
-  } else if constexpr (sizeof(R) == 4) {
-    uint16_t* p = static_cast<uint16_t*>(array) + i;
-    if constexpr (N == 2)
-      store(p, pack16(type, v[0], v[1]));
+    if constexpr (sizeof(T) == 2)
+      *p = from_float<T>(v[0]);
     else
-      store(p, make_uint2(pack16(type, v[0], v[1]), pack16(type, v[2], v[3])));
+      *p = v[0];
+  } else if constexpr (sizeof(T) != 2) {
+    store_vector(p, v);
+  } else if constexpr (N == 2) {
+    store(p, pack<T>(v[0], v[1]));
+  } else {
+    store(p, make_uint2(pack<T>(v[0], v[1]), pack<T>(v[2], v[3])));
   }
 }
 
+// The same from element i of an array on.
+template <class R, int N>
+SNNLSTM_DEVICE void read_vector(const void* array, DType type, int64_t i, R (&v)[N]) {
+  with_stored<R>(type,
+                 [&](auto of) { load_stored(static_cast<decltype(of) const*>(array) + i, v); });
+}
+template <class R, int N>
+SNNLSTM_DEVICE void write_vector(void* array, DType type, int64_t i, const R (&v)[N]) {
+  with_stored<R>(type, [&](auto of) { store_stored(static_cast<decltype(of)*>(array) + i, v); });
+}
+
 #if defined(__CUDA_ARCH__)
-// In double precision these are long: called, not inlined 24 times over.
+// In double precision these are long: they are called, not inlined 24 times.
 __device__ __noinline__ double exp_double(double x) { return exp(x); }
 __device__ __noinline__ double tanh_double(double x) { return tanh(x); }
 #endif

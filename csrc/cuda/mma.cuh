@@ -7,7 +7,7 @@
 //
 // A warp computes 32 pixels x NT n-tiles of 8 columns. Row r of an m16 tile is pixel 2 r for r < 8
 // and 2 (r - 8) + 1 above, so that a thread's rows g and g + 8 are the neighbours 2g and 2g + 1.
-// Where n-tiles come in pairs (a, b) of 16 channels, columns 2t, 2t + 1 of a are channels 4t, 4t +
+// If n-tiles come in pairs (a, b) of 16 channels, columns 2t, 2t + 1 of a are channels 4t, 4t +
 // 1 and of b 4t + 2, 4t + 3: a thread holds 2 pixels x 4 neighbouring channels.
 #pragma once
 
@@ -22,7 +22,7 @@ constexpr int kWarpPixels = 32;
 constexpr int kPairBytes = 512;              // B fragments of two n-tiles, one k-step
 constexpr uint32_t kTf32Bits = 0xffffe000u;  // of a float, which the tensor core looks at
 
-// In the place of float as the type of elements: products in three parts (Multiply::tf32x3).
+// The type of elements of which products are formed in three parts (Multiply::tf32x3).
 struct Parts {
   float value;
   Parts() = default;
@@ -52,13 +52,12 @@ SNNLSTM_DEVICE uint32_t split_in_parts(const uint32_t (&v)[N], uint32_t (&low)[N
   return seen;
 }
 
-// Whether rests, in any lane, may be what infinity leaves behind: NaN, where it should be 0.
-// Exponents of other rests are as large as this only if the number is above 2^11. To be called by
-// the whole warp.
+// Returns whether a rest, in any lane, may be that of an infinity: NaN, where it should be 0. Other
+// rests have such an exponent only if the number is above 2^11. The whole warp calls this.
 SNNLSTM_DEVICE bool may_be_infinite(uint32_t seen) {
   return __any_sync(full_warp, (seen & uint32_t(kept(0x40000000))) != 0);
 }
-// The rests of infinities become 0; that of a NaN stays one.
+// Sets the rests of infinities to 0; the rest of a NaN stays NaN.
 template <int N>
 SNNLSTM_DEVICE void mend_rests(const uint32_t (&v)[N], uint32_t (&low)[N]) {
 #pragma unroll
@@ -88,7 +87,7 @@ class MmaGemm {
                               lane * 16 + k_group_ * p.unit_bytes);
   }
 
-  // First of the 2 neighbouring pixels that the thread holds in m16 tile mi.
+  // The first of the 2 neighbouring pixels that the thread holds in m16 tile mi.
   SNNLSTM_DEVICE int pixel(int mi) const {
     return warp_row_ * mma_gemm::kWarpPixels + mi * 16 + 2 * (int(threadIdx.x) % 32 / 4);
   }
@@ -116,7 +115,7 @@ class MmaGemm {
     }
   }
 
-  // For one pair of n-tiles, of operands that are as the tensor cores take them.
+  // acc += a w for one pair of n-tiles; both operands are as the tensor cores take them.
   SNNLSTM_DEVICE static void add_pair(Accumulators& acc, int pair, const uint32_t (&a)[2][4],
                                       const uint4& w) {
     const uint32_t w0[2] = {w.x, w.y}, w1[2] = {w.z, w.w};

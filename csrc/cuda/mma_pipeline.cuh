@@ -1,24 +1,20 @@
-// What a convolution multiplies on its way through shared memory: the
-// neighbourhood of a tile, a chunk of channels at a time (mma_source.cuh), and
-// the weights, as one stream of units through a ring of stages. The pipeline
-// owns both; a block's loop is
+// What a convolution multiplies on its way through shared memory: the neighbourhood of a tile, a
+// chunk of channels at a time (mma_source.cuh), and the weights, as one stream of units through a
+// ring of stages. The pipeline owns both; a block's loop is
 //
 //   for (pipeline.start(); pipeline.working(); pipeline.end_chunk()) {
 //     pipeline.begin_chunk();
-//     // for each tap and k-step of pipeline.segment(), with pipeline.steps()
-//     of a tap:
-//     //   begin_step(); multiply the chunk in buffer() with weights();
-//     end_step();
+//     // for each tap of pipeline.segment(), and each of its pipeline.steps():
+//     //   begin_step(); multiply what lies in chunk() by the unit at weights(); end_step(its
+//     bytes);
 //   }
 //   pipeline.finish();
 //
-// with all threads. While one chunk is multiplied the next one is on its way.
+// and all threads run it. While one chunk is multiplied the next one is on its way.
 //
 //   neighbourhood, 2 buffers       weights, kStages stages of a few units
-//     pixel | 4 groups of 16 B       unit: [warp column][pair of
-//     n-tiles][lane][16 bytes]
-//     ...                            a lane's 16 bytes are the B fragments of a
-//     pair
+//     pixel | 4 groups of 16 B       unit: [warp column][pair of n-tiles][lane][16 bytes]
+//     ...                            a lane's 16 bytes are the B fragments of a pair
 #pragma once
 
 #include "mma_source.cuh"
@@ -37,8 +33,7 @@ struct MmaConv {
   const void* weight = nullptr;  // first unit of the first column block
   int64_t weight_pitch = 0;      // bytes from one column block to the next
   int warp_columns = 1;
-  int k_groups = 1;  // of warps, 1 or 2: the second takes the odd k-steps (only
-                     // without AnyFeed)
+  int k_groups = 1;  // of warps, 1 or 2: the second takes the odd k-steps (only without AnyFeed)
   int unit_bytes = 0, stage_units = 1;
   int buffer_bytes = 0;  // of one neighbourhood buffer
 
@@ -64,7 +59,7 @@ class MmaPipeline {
     source_.move_to(block);
   }
 
-  // The first two chunks and the first stages begin to come.
+  // Begins to load the first two chunks and the first stages.
   SNNLSTM_DEVICE void start() {
     // 64 zero bytes behind the stages, for rows that have no source
     if (threadIdx.x < 4) store(zeros() + 16 * threadIdx.x, make_uint4(0, 0, 0, 0));
@@ -80,9 +75,8 @@ class MmaPipeline {
   }
   SNNLSTM_DEVICE bool working() const { return working_; }
 
-  // After this the chunk's data is there for all threads, and the other buffer
-  // is free: the next chunk begins to come there, but for the second, which is
-  // there already.
+  // After this the chunk's data is there for all threads, and the other buffer is free: the next
+  // chunk begins to come there, but for the second, which is there already.
   SNNLSTM_DEVICE void begin_chunk() {
     if (!fault(Fault::missing_wait, 2)) {
       if (first_) {
@@ -113,7 +107,7 @@ class MmaPipeline {
   }
   SNNLSTM_DEVICE void end_step(int bytes) { weights_at_ += bytes; }
 
-  // Nothing is on its way any more: shared memory is the caller's again.
+  // Waits until nothing is on its way any more: shared memory is the caller's again.
   SNNLSTM_DEVICE void finish() const {
     cp_async_wait<0>();
     __syncthreads();
@@ -152,8 +146,8 @@ class MmaPipeline {
     return shared_ + buffer * p_.buffer_bytes;
   }
 
-  // The next stage of the stream, as one group of copies (which takes along
-  // whatever else this thread has begun to copy).
+  // Copies the next stage of the stream as one group, which takes along whatever else this thread
+  // has begun to copy.
   SNNLSTM_DEVICE void copy_stage() {
     const int from = copied_ * p_.stage_units;
     const int bytes = min(p_.stage_units, p_.units - from) * p_.unit_bytes;
@@ -181,8 +175,7 @@ class MmaPipeline {
   const MmaConv& p_;
   unsigned char *shared_, *stages_;
   const unsigned char* weight_;
-  Cursor at_, loaded_;  // the chunk that is multiplied, and the first that has
-                        // not begun to come
+  Cursor at_, loaded_;  // the chunk that is multiplied, and the first that has not begun to come
   int buffer_ = 0;
   bool first_ = true, more_ = false, working_ = false, loading_ = false;
   int copied_ = 0;      // stages of the stream, so far

@@ -29,7 +29,7 @@ namespace mma_tile {
 constexpr int kGroups = 4;  // 16-byte groups of a chunk
 constexpr int kGroupBytes = 16;
 
-// Where pixel p's row of groups starts, in bytes.
+// Bytes from the first pixel's row of groups to pixel p's.
 SNNLSTM_BOTH int row_offset(int p) { return 64 * p + 16 * (p >> 1); }
 }  // namespace mma_tile
 
@@ -95,8 +95,8 @@ class MmaSource {
     }
   }
 
-  // All at once, Count loads at a time. Patches, which start() leaves alone, are always laid out
-  // like this.
+  // Loads the rest of the chunk at once, Count loads at a time. Patches, which start() leaves
+  // alone, are always laid out like this.
   template <int Count>
   SNNLSTM_DEVICE void finish(const MmaSegment& seg) {
     if constexpr (AnyFeed) {
@@ -107,7 +107,7 @@ class MmaSource {
     }
   }
 
-  // Loads begin, and the ones before them end: they have the time between two calls.
+  // Begins the next loads and ends those before: a load has the time between two calls.
   SNNLSTM_DEVICE void turn(const MmaSegment& seg) {
     if constexpr (AnyFeed) {
 #pragma unroll 1
@@ -124,10 +124,10 @@ class MmaSource {
   }
 
  private:
-  // 2 or 4, as there are 1 or 2 k-steps.
+  // The chunk's 16-byte groups: 2 for 1 k-step, 4 for 2.
   SNNLSTM_DEVICE int groups(const MmaSegment& seg, int chunk) const { return 2 * seg.steps(chunk); }
 
-  // Number of thread's turns that a chunk needs.
+  // The number of turns, of all threads together, that a chunk needs.
   SNNLSTM_DEVICE int items(const MmaSegment& seg, int chunk) const {
     const int pixels = seg.halo_h * seg.halo_w;
     return groups(seg, chunk) * (seg.feed == Feed::async     ? pixels
@@ -233,7 +233,7 @@ class MmaSource {
       store(to, make_float4(v[0], v[1], v[2], v[3]));
   }
 
-  // Turns first, first + threads, ...: Count of them, all loads before the first store.
+  // Does Count turns, number `first`, first + threads, ...: all loads before the first store.
   template <int Count>
   SNNLSTM_DEVICE void transfer(const MmaSegment& seg, int chunk, int first,
                                unsigned char* buffer) const {

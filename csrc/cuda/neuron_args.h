@@ -23,7 +23,7 @@ inline Tensor state_tensor(const Cell& c, const View& v, int64_t t, int held) {
   return tensor(v, c.dtype, t, {1, c.N, c.C, c.Ho(), c.Wo()}, held);
 }
 
-// With the states before the first step, and those after step t where the caller wants them; held:
+// Has the states before the first step, and those after step t where the caller wants them; held:
 // channels that a thread holds.
 inline NeuronForward neuron_forward(const ForwardArgs& a, int64_t t, int held) {
   const Cell& c = a.cell;
@@ -38,7 +38,7 @@ inline NeuronForward neuron_forward(const ForwardArgs& a, int64_t t, int held) {
   return n;
 }
 
-// With syn before the first step, and the caller's gradients of step t.
+// Has syn before the first step, and the caller's gradients of step t.
 inline NeuronBackward neuron_backward(const BackwardArgs& a, int64_t t) {
   const Cell& c = a.cell;
   NeuronBackward n;

@@ -1,7 +1,7 @@
 // The pointwise part of the backward pass of one time step: spike, pooling, reset, LSTM. Shared by
 // all backward kernels, which differ in how they come by the recurrent gradient of mem.
 //
-// Of the forward pass it has the activated gates and syn before the step, and computes the rest
+// The forward pass has saved the activated gates and syn before the step; the rest is computed
 // anew.
 //   d_gates   (T, N, Ho, Wo, 4, Cp)  gradient of the gates before activation, for the convolutions
 //   mem_keep  (T, N, Ho, Wo, Cp)     mem after the step, for the weight gradient
@@ -34,7 +34,7 @@ struct NeuronBackward {
   bool first_sums = true;  // set, do not add
 };
 
-// Which of the step's arguments count; a kernel of many steps decides anew in each.
+// Says which of the step's arguments count; a kernel of many steps decides anew in each.
 template <class R>
 struct BackwardStep {
   const Tensor* syn_prev = nullptr;  // in place of the arguments'
@@ -69,7 +69,7 @@ class BackwardTile {
   SNNLSTM_DEVICE bool spikes() const {
     return p_.fire.spk.present() && p_.surrogate != Surrogate::none;
   }
-  // Whether the tile's mem is wanted as a whole before the gradients can be computed.
+  // Returns whether the gradients need the tile's mem as a whole.
   SNNLSTM_DEVICE bool gathers() const {
     return spikes() && p_.fire.pool != Pool::none && p_.spreads;
   }
@@ -121,43 +121,8 @@ class BackwardTile {
     R gate[4][2][4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) load_patch(p_.gates, at, c0, gate[k], k);
-    R d_syn[2][4], d_mem[2][4], syn_prev[2][4] = {}, spike[2][4] = {};
-    if (step.d_syn != nullptr) {
-#pragma unroll
-      for (int px = 0; px < 2; ++px) load_vector(step.d_syn + px * stride, d_syn[px]);
-    } else if (p_.d_syn_in.present()) {
-      load_patch(p_.d_syn_in, at, c0, d_syn);
-    } else {
-      clear(d_syn);
-    }
-    if (recurrent == nullptr) {
-      clear(d_mem);
-    } else {
-#pragma unroll
-      for (int px = 0; px < 2; ++px) load_vector(recurrent + px * stride, d_mem[px]);
-    }
-    // The caller's tensors, in one loop: the code that knows all layouts is there once.
-    const bool direct = spikes() && p_.fire.pool == Pool::none;
-#pragma unroll 1
-    for (int k = gather ? 3 : 0; k < 4; ++k) {
-      const Tensor& in = k == 0                     ? p_.grad_mem
-                         : k == 1                   ? p_.grad_syn
-                         : k == 2                   ? p_.fire.spk
-                         : step.syn_prev != nullptr ? *step.syn_prev
-                                                    : p_.syn_prev;
-      if (!in.present() || (k == 2 && !direct) || (k < 2 && !step.states)) continue;
-      R v[2][4];
-      load_patch(in, at, c0, v);
-#pragma unroll
-      for (int px = 0; px < 2; ++px)
-#pragma unroll
-        for (int ch = 0; ch < 4; ++ch) {
-          if (k == 0) d_mem[px][ch] += v[px][ch];
-          if (k == 1) d_syn[px][ch] += v[px][ch];
-          if (k == 2) spike[px][ch] = v[px][ch];
-          if (k == 3) syn_prev[px][ch] = v[px][ch];
-        }
-    }
+    R syn_prev[2][4];
+    load_patch(step.syn_prev != nullptr ? *step.syn_prev : p_.syn_prev, at, c0, syn_prev);
     R threshold[4], tanh_syn[2][4], mem[2][4];
     load_vector(vectors_ + first, threshold);
 #pragma unroll
@@ -185,18 +150,43 @@ class BackwardTile {
       return;
     }
     if (step.mem_kept && p_.mem_keep.present()) store_patch(p_.mem_keep, at, c0, mem);
+    R d_syn[2][4] = {}, d_mem[2][4] = {}, spike[2][4] = {};
+    if (step.d_syn != nullptr) {
+#pragma unroll
+      for (int px = 0; px < 2; ++px) load_vector(step.d_syn + px * stride, d_syn[px]);
+    } else if (p_.d_syn_in.present()) {
+      load_patch(p_.d_syn_in, at, c0, d_syn);
+    }
+    if (recurrent != nullptr) {
+#pragma unroll
+      for (int px = 0; px < 2; ++px) load_vector(recurrent + px * stride, d_mem[px]);
+    }
+    if (step.states) add_patch(p_.grad_mem, at, c0, d_mem), add_patch(p_.grad_syn, at, c0, d_syn);
+    const bool direct = spikes() && p_.fire.pool == Pool::none;
     if (direct) {
 #pragma unroll
       for (int px = 0; px < 2; ++px)
 #pragma unroll
         for (int ch = 0; ch < 4; ++ch) mem[px][ch] -= threshold[ch];
-      const auto gradient = [&](R grad, int px, int ch, R u) {
-        const bool real = (px ? at.valid[1] : at.valid[0]) && c0 + ch < p_.C;
-        return real ? spike_gradient(c0 + ch, px ? at.y[1] : at.y[0], px ? at.x[1] : at.x[0], u,
-                                     grad)
-                    : R(0);
-      };
-      for_each_value(spike, gradient, mem);
+      load_patch(p_.fire.spk, at, c0, spike);
+      if (p_.surrogate == Surrogate::atan && p_.winner == nullptr) {
+        const R graded = graded_of<R>(p_.fire);
+#pragma unroll
+        for (int px = 0; px < 2; ++px)
+#pragma unroll
+          for (int ch = 0; ch < 4; ++ch)
+            spike[px][ch] =
+                N::surrogate_gradient(Surrogate::atan, mem[px][ch], R(p_.p0), R(p_.p1), R(0)) *
+                (spike[px][ch] * graded);
+      } else {
+        const auto gradient = [&](R grad, int px, int ch, R u) {
+          const bool real = (px ? at.valid[1] : at.valid[0]) && c0 + ch < p_.C;
+          return real ? spike_gradient(c0 + ch, px ? at.y[1] : at.y[0], px ? at.x[1] : at.x[0], u,
+                                       grad)
+                      : R(0);
+        };
+        for_each_value(spike, gradient, mem);
+      }
     } else if (p_.spikes_in.present()) {
       load_patch(p_.spikes_in, at, c0, spike);
     } else if (gathers()) {
@@ -292,8 +282,8 @@ class BackwardTile {
   }
 
  private:
-  // Over 8 lanes: each exchange halves the channels that a lane goes on with, the last one does
-  // not.
+  // Sums over 8 lanes: each of the first two exchanges halves the channels that a lane goes on
+  // with.
   SNNLSTM_DEVICE void reduce(const R (&sum)[4], int first, int bit, R* row_sums, bool set) const {
     const bool upper = (int(threadIdx.x) & bit) != 0, odd = (int(threadIdx.x) & 2 * bit) != 0;
     R two[2];
@@ -309,11 +299,15 @@ class BackwardTile {
     R& out = row_sums[first + (upper ? 2 : 0) + (odd ? 1 : 0)];
     out = set ? one : out + one;
   }
-  SNNLSTM_DEVICE static void clear(R (&v)[2][4]) {
+  // v += the caller's tensor, where there is one.
+  SNNLSTM_DEVICE static void add_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][4]) {
+    if (!a.present()) return;
+    R more[2][4];
+    load_patch(a, at, c0, more);
 #pragma unroll
     for (int px = 0; px < 2; ++px)
 #pragma unroll
-      for (int ch = 0; ch < 4; ++ch) v[px][ch] = 0;
+      for (int ch = 0; ch < 4; ++ch) v[px][ch] += more[px][ch];
   }
   SNNLSTM_DEVICE static Gates<R> activated(const R (&gate)[4][2][4], int px, int ch) {
     return {gate[0][px][ch], gate[1][px][ch], Math<R>::abs(gate[2][px][ch]), gate[3][px][ch]};

@@ -39,6 +39,28 @@ struct NeuronForward {
   Image gates_out;             // training
 };
 
+// The second value comes to v[0][0], the third to the second's place, and `last` to the last one's.
+template <int CH, class R>
+SNNLSTM_DEVICE void shift_values(R (&v)[2][CH], R last) {
+  R* flat = &v[0][0];
+#pragma unroll
+  for (int i = 0; i + 1 < 2 * CH; ++i) flat[i] = flat[i + 1];
+  flat[2 * CH - 1] = last;
+}
+
+// For what is long and rare, quantisers and most surrogates: each value of v becomes body(value,
+// pixel, channel, the others' values) in a loop that is not unrolled, so that the body stands in
+// the code once. A loop cannot index registers: the values pass through [0][0], and the others are
+// in the end as they were.
+template <int CH, class R, class Body, class... Others>
+SNNLSTM_DEVICE void for_each_value(R (&v)[2][CH], Body&& body, Others&... others) {
+#pragma unroll 1
+  for (int k = 0; k < 2 * CH; ++k) {
+    shift_values(v, body(v[0][0], k / CH, k % CH, others[0][0]...));
+    (shift_values(others, others[0][0]), ...);
+  }
+}
+
 template <class R>
 SNNLSTM_DEVICE R quantised(const Fire& f, R x) {
   if (f.num_levels == 0) return x;
@@ -92,7 +114,7 @@ struct MemTile {
   SNNLSTM_DEVICE R& at(int channel, int pixel) const { return data[channel * pitch + pixel]; }
 };
 
-// What of a step goes out besides spikes and gates; a kernel of many steps decides anew in each.
+// Says what goes out besides spikes and gates; a kernel of many steps decides anew in each.
 struct StepOutputs {
   bool states = true, syn_kept = true;
 };
@@ -186,17 +208,9 @@ class ForwardTile {
       for (int gate = 0; gate < 4; ++gate) store_patch(p_.gates_out, at, c0, sum[gate], gate);
     }
     if (p_.fire.num_levels > 0) {
-#pragma unroll 1
-      for (int k = 0; k < 2; ++k) {  // syn, then mem
-        for_each_value(syn, [&](R x, int, int) { return quantised(p_.fire, x); });
-#pragma unroll
-        for (int px = 0; px < 2; ++px)
-#pragma unroll
-          for (int ch = 0; ch < CH; ++ch) {
-            const R swap = syn[px][ch];
-            syn[px][ch] = mem[px][ch], mem[px][ch] = swap;
-          }
-      }
+      const auto nearest = [&](R x, int, int) { return quantised(p_.fire, x); };
+      for_each_value(syn, nearest);
+      for_each_value(mem, nearest);
     }
     const DType type = p_.fire.spk.type;
 #pragma unroll
@@ -213,22 +227,15 @@ class ForwardTile {
         store_vector(&mem_tile.at(first + ch, m), pair);
       }
     }
-    // The caller's tensors, in one loop: the code that knows all layouts is there once.
-#pragma unroll 1
-    for (int k = 0; k < 3; ++k) {
-      const Tensor& out = k == 0 ? p_.syn_out : k == 1 ? p_.mem_out : p_.fire.spk;
-      const bool wanted = k < 2 ? outputs.states && out.present() : p_.fires && !pools;
-      if (!wanted) continue;
-      R v[2][CH];
+    if (outputs.states && p_.syn_out.present()) store_patch(p_.syn_out, at, c0, syn);
+    if (outputs.states && p_.mem_out.present()) store_patch(p_.mem_out, at, c0, mem);
+    if (!p_.fires || pools) return;
+    R spk[2][CH];
 #pragma unroll
-      for (int ch = 0; ch < CH; ++ch)
+    for (int ch = 0; ch < CH; ++ch)
 #pragma unroll
-        for (int px = 0; px < 2; ++px)
-          v[px][ch] = k == 0   ? syn[px][ch]
-                      : k == 1 ? mem[px][ch]
-                               : spike_of(p_.fire, mem[px][ch], threshold[ch]);
-      store_patch(out, at, c0, v);
-    }
+      for (int px = 0; px < 2; ++px) spk[px][ch] = spike_of(p_.fire, mem[px][ch], threshold[ch]);
+    store_patch(p_.fire.spk, at, c0, spk);
   }
 
   // Does nothing without pooling. To be called by all threads, after a barrier: the tile's whole

@@ -1,7 +1,5 @@
 // What a call brings to the device in the form that the kernels read: the quantiser's levels and
-// the convolution's weight.
-//
-// From the weight to the layouts that the kernels read: one thread an element.
+// the convolution's weight, one thread an element.
 #pragma once
 
 #include "fma.cuh"
@@ -95,7 +93,7 @@ struct MmaPacking {
   SNNLSTM_BOTH int per_chunk() const { return 16 * per_word(); }  // channels
 };
 
-// All segments of one call in one launch.
+// All segments of one call are packed in one launch.
 struct MmaPackings {
   MmaPacking job[2];
 };

@@ -1,5 +1,4 @@
-// Where what lies in a packed weight, computed once for the kernels that pack it and those that
-// read it.
+// The layout of a packed weight, computed once for the kernels that pack it and those that read it.
 #pragma once
 
 #include "choose.h"
@@ -22,7 +21,7 @@ struct PackedPart {
 
   bool mma() const { return multiply != Multiply::fma; }
   int64_t units() const { return depth.units(); }
-  // Of all blocks, together with what other parts have between them.
+  // All blocks, together with what other parts have between them.
   int64_t bytes() const { return blocks * pitch; }
   const char* in(const void* packed) const { return static_cast<const char*>(packed) + start; }
 };

@@ -14,6 +14,11 @@ namespace snnlstm::cuda {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// The type that kernels of these states compute in.
+inline DType real_of(DType states) {
+  return states == DType::float64 ? DType::float64 : DType::float32;
+}
+
 struct Shape {
   explicit Shape(const Cell& cell)
       : c(cell),

@@ -7,7 +7,7 @@
 
 namespace snnlstm::cuda {
 
-// What an operand type means for the layout.
+// Sizes that follow from a type of operands.
 struct MmaType {
   Multiply multiply = Multiply::fma;
   int element = 2;  // bytes
@@ -49,7 +49,7 @@ struct MmaDepth {
   int64_t units() const { return taps * (2 * (chunks - 1) + tail_steps); }
 };
 
-// How the source may be read.
+// Returns how the source may be read.
 inline Feed feed_of(const Segment& s, const MmaType& type, const MmaDepth& depth) {
   if (depth.patches) return Feed::patches;
   const int unit = s.src.type == type.type() ? type.per_group() : 4;
@@ -106,14 +106,14 @@ inline MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDe
   return m;
 }
 
-// Threads' turns for a full chunk that is not copied asynchronously.
+// The turns, of all threads together, of a full chunk that is not copied asynchronously.
 inline int64_t chunk_turns(const MmaSegment& m, const MmaType& type) {
   return mma_tile::kGroups * (m.feed == Feed::vectors
                                   ? int64_t(type.per_group() / 4) * m.halo_h * m.halo_w
                                   : int64_t(m.by_run.value));
 }
 
-// At most so many that several of them are still counted in int.
+// A neighbourhood's bytes, but so few that several of them are still counted in int.
 inline int64_t neighbourhood_bytes(const MmaSegment& m) {
   constexpr int64_t most = int64_t(1) << 28;
   const int64_t pixels = int64_t(m.halo_h) * m.pitch;
@@ -152,7 +152,7 @@ struct MmaBuilder {
     for (int k = 0; k < conv.segments; ++k) {
       MmaSegment& m = conv.segment[k];
       if (m.feed != Feed::gather && m.feed != Feed::vectors) continue;
-      // While the chunk before is computed, if that has as many stages as a full one of this.
+      // They come while the chunk before is computed, if that has as many stages as a full one.
       const int64_t turns = ceil_div(chunk_turns(m, type), threads);
       m.turns = int(ceil_div(turns, std::max(2 * m.taps / conv.stage_units, 1)));
     }

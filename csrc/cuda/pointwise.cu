@@ -20,8 +20,6 @@ struct PointwisePlan {
   int64_t channels() const { return int64_t(tiling.by_columns.value) * pointwise::kChannels; }
 };
 
-DType real_type(DType t) { return t == DType::float64 ? DType::float64 : DType::float32; }
-
 // Gate k of a tensor (1, N, 4C, Ho, Wo).
 Tensor gate_of(const View& all, DType type, const Cell& c, int k) {
   View v = all;
@@ -66,7 +64,7 @@ void pointwise_backward(const BackwardArgs& args, const Target& target) {
   const PointwisePlan plan(c);
   refuse_oversize(c, plan.tiling.blocks());
   const auto stream = static_cast<Stream>(target.stream);
-  const DType real = real_type(c.dtype);
+  const DType real = real_of(c.dtype);
   Arena arena(args.workspace);
   void* sums = arena.take(plan.tiling.tiles() * plan.channels() * bytes_of(real));
   PointwiseBackward p;
@@ -102,7 +100,7 @@ void pointwise_backward(const BackwardArgs& args, const Target& target) {
 
 int64_t pointwise_workspace(const Cell& cell, const Target&) {
   const PointwisePlan plan(cell);
-  const int real = bytes_of(real_type(cell.dtype));
+  const int real = bytes_of(real_of(cell.dtype));
   Arena arena(nullptr);
   arena.take(plan.tiling.tiles() * plan.channels() * real);
   if (!plan.whole_windows) arena.take(Shape(cell).state() * real);

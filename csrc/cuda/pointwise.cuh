@@ -18,7 +18,7 @@ struct Shared {
   R mem[kChannels * kMemPitch];
 };
 
-// Of the thread: first of its pixels, first of its channels in the block.
+// The thread's first pixel, and its first channel in the block.
 SNNLSTM_DEVICE int pixel() { return int(threadIdx.x) / 32 * 16 + 2 * (int(threadIdx.x) % 32 / 4); }
 SNNLSTM_DEVICE int channel() { return 4 * (int(threadIdx.x) % 4); }
 }  // namespace pointwise
@@ -39,17 +39,10 @@ __global__ void __launch_bounds__(pointwise::kThreads)
   const MemTile<R> mem_tile{shared.mem, pointwise::kMemPitch};
   tile.load_vectors();
   const PixelPair at = pixel_pair(p.tiling, block, pointwise::pixel(), p.neuron.Ho, p.neuron.Wo);
-  R sum[4][2][4] = {};
-#pragma unroll 1
-  for (int k = 0; k < 4; ++k) {  // one copy of the code that knows all layouts
-    R v[2][4];
-    load_patch(p.sums[k], at, c0 + pointwise::channel(), v);
+  R sum[4][2][4];
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate)
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (gate == k) sum[gate][i / 4][i % 4] = v[i / 4][i % 4];
-  }
+  for (int gate = 0; gate < 4; ++gate)
+    load_patch(p.sums[gate], at, c0 + pointwise::channel(), sum[gate]);
   if (!fault(Fault::missing_barrier_read, 4)) __syncthreads();
   tile.patch(pointwise::pixel(), pointwise::channel(), sum, mem_tile);
   __syncthreads();

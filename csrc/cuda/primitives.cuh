@@ -1,18 +1,18 @@
 // What kernels are written against: inline PTX under nvcc, an emulation (tests/simt) under g++.
 //
 // A kernel is ordinary CUDA C++: __global__, threadIdx, __syncthreads(), __syncwarp(),
-// __shfl_xor_sync(), __ballot_sync(), atomicAdd(), float4 and their like exist in both builds.
+// __shfl_xor_sync(), __any_sync(), atomicAdd(), float4 and their like exist in both builds.
 // What CUDA C++ has no short name for is below:
 //   shared_memory<T>()                      the block's dynamic shared memory, as one struct
 //   cp_async, cp_async_commit, cp_async_wait  asynchronous copies global -> shared
 //   shared_place                            a place in shared memory, for the inner loops
 //   ldmatrix, ldmatrix_transposed           8x8 tiles of 16-bit elements, shared -> fragments
 //   mma                                     tensor core multiply-add on fragments
-//   load, load_read_only, store             whole vectors (64 and 128 bits) in one access
+//   load, store                             whole vectors (64 and 128 bits) in one access
 //   launch                                  a checked launch
 // and in half.cuh the types fp16, bf16, tf32; in fault.cuh the seeded faults.
 //
-// To run in both builds a kernel keeps to this:
+// A kernel that runs in both builds keeps to these rules:
 // - Shared memory is the one struct of shared_memory<T>(), whose size goes into Launch. It holds
 //   no constructor and no initial values. A static __shared__ variable does not compile here.
 // - No early return before the last barrier or warp collective: threads without work go along,
@@ -36,7 +36,7 @@
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
-// Collectives take, in the emulation, the place where they were called, for its reports.
+// In the emulation a collective knows where it was called, for the reports.
 #define SNNLSTM_SITE
 #else
 #include "simt.h"
@@ -58,15 +58,13 @@ constexpr unsigned full_warp = 0xffffffffu;
 
 namespace arch {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr bool has_mma = false;       // m16n8k16 of fp16 and bf16, m16n8k8 of tf32
-constexpr bool has_cp_async = false;  // else cp_async copies at once
+constexpr bool has_mma = false;  // m16n8k16 of fp16 and bf16, m16n8k8 of tf32
 #else
 constexpr bool has_mma = true;
-constexpr bool has_cp_async = true;
 #endif
 }  // namespace arch
 
-// The block's dynamic shared memory, 128-byte aligned. Poisoned, not zeroed, at the start.
+// The block's dynamic shared memory, 128-byte aligned; the emulation poisons it at the start.
 template <class T>
 SNNLSTM_DEVICE T& shared_memory() {
 #if defined(__CUDACC__)
@@ -189,7 +187,7 @@ inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row SNNLSTM_SITE) 
 #endif
 
 // mma<T>(d, a, b): d += a * b on the tensor cores, a 16 x K and b K x 8, d 16 x 8 in float.
-// With g = lane / 4 and t = lane % 4 the lane holds
+// A lane with g = lane / 4 and t = lane % 4 holds
 //   d[0], d[1]   (g, 2t), (g, 2t + 1)          d[2], d[3]   (g + 8, 2t), (g + 8, 2t + 1)
 // fp16, bf16, K = 16; pairs (k, k + 1) in one register, k in bits 0 to 15
 //   a[0] (g, 2t)   a[1] (g + 8, 2t)   a[2] (g, 2t + 8)   a[3] (g + 8, 2t + 8)
@@ -198,11 +196,6 @@ inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row SNNLSTM_SITE) 
 //   a[0] (g, t)    a[1] (g + 8, t)    a[2] (g, t + 4)    a[3] (g + 8, t + 4)
 //   b[0] (t, g)    b[1] (t + 4, g)
 // Source: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "mma.m16n8k8".
-template <class T>
-struct MmaShape {
-  static constexpr int m = 16, n = 8, k = sizeof(T) == 2 ? 16 : 8;
-};
-
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 
 template <class T>
@@ -280,18 +273,6 @@ SNNLSTM_DEVICE V load(SharedPlace p) {
   return v;
 }
 #endif
-
-// The same from global memory that nobody writes while the kernel runs (ld.global.nc).
-template <class V>
-SNNLSTM_DEVICE V load_read_only(const void* p) {
-#if defined(__CUDACC__)
-  return __ldg(static_cast<const V*>(p));
-#else
-  V v;
-  ::simt::load(&v, p, sizeof(V));
-  return v;
-#endif
-}
 
 template <class V>
 SNNLSTM_DEVICE void store(void* p, V v) {

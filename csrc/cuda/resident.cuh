@@ -18,8 +18,8 @@ namespace snnlstm::cuda {
 
 namespace resident {
 constexpr int kAtOnce = 8;  // elements of x that a thread has under way
-// At most, in a block. Narrow kernels (8 channels a unit, or float) need 128 registers; others, of
-// 16 channels or double, up to 184.
+// The most threads of a block. Narrow kernels (8 channels a unit, or float) need 128 registers;
+// others, of 16 channels or double, up to 184.
 constexpr int threads(int width) { return width <= 4 ? 512 : 256; }
 constexpr int backward_threads(int real) { return real == 4 ? 512 : 256; }
 }  // namespace resident
@@ -53,7 +53,7 @@ SNNLSTM_DEVICE void locate(const Tiling& tiling, const SharedImage& image, int m
   row = int(y) * step_h * image.row;
 }
 
-// What lies where in shared memory, in bytes from its start.
+// The layout of shared memory, in bytes from its start.
 struct ResidentLayout {
   SharedImage x, mem;
   int images = 0;  // bytes of all images
@@ -93,8 +93,8 @@ SNNLSTM_DEVICE void put_channels(unsigned char* to, DType type, const R (&v)[N])
     store(to, make_uint2(pack16(type, v[0], v[1]), pack16(type, v[2], v[3])));
 }
 
-// For k = (tap, channel) < depth: bytes from a pixel to its tap and channel; -1 behind the last
-// tap.
+// table[k], k = (tap, channel) < depth: bytes from a pixel to its tap and channel; -1 behind the
+// last tap.
 SNNLSTM_DEVICE void fill_taps(int* table, int depth, const Segment& s, int channels,
                               const SharedImage& image) {
   for (int k = int(threadIdx.x); k < depth; k += int(blockDim.x)) {
@@ -106,14 +106,14 @@ SNNLSTM_DEVICE void fill_taps(int* table, int depth, const Segment& s, int chann
   }
 }
 
-// Zeros from the start of shared memory on; bytes: a multiple of 16.
+// Writes zeros from the start of shared memory on; bytes: a multiple of 16.
 SNNLSTM_DEVICE void clear_shared(unsigned char* shared, int bytes) {
   if (fault(Fault::missing_zero_fill, 20)) return;
   for (int i = 16 * int(threadIdx.x); i < bytes; i += 16 * int(blockDim.x))
     store(shared + i, make_uint4(0, 0, 0, 0));
 }
 
-// Copies 16 bytes at a time; to be waited for.
+// Copies 16 bytes at a time; the caller waits for them.
 SNNLSTM_DEVICE void copy_to_shared(unsigned char* to, const void* from, int bytes) {
   const auto* source = static_cast<const unsigned char*>(from);
   for (int i = 16 * int(threadIdx.x); i < bytes; i += 16 * int(blockDim.x))

@@ -4,10 +4,9 @@
 //   d_gates        1 image in the operands' type: step t reads those of t + 1, and writes its own
 //                  over them after a barrier
 //   weights        for the gradient of mem, as they are packed for the kernels of one step
-//   gradients      of mem from the convolution, and of syn: at the place of the thread whose
-//   neurons
-//                  they are in the pointwise part. That is not the thread that has convolved for
-//                  them: in layers of 8 channels half of the tensor cores' columns are empty.
+//   gradients      of mem from the convolution, and of syn: at the place of the thread that has the
+//                  neurons in the pointwise part. Another thread has convolved for them: in layers
+//                  of 8 channels half of the tensor cores' columns are empty.
 #pragma once
 
 #include "neuron_backward.cuh"
@@ -16,7 +15,7 @@
 
 namespace snnlstm::cuda {
 
-// What lies where in shared memory, in bytes from its start.
+// The layout of shared memory, in bytes from its start.
 struct ResidentBackwardLayout {
   SharedImage d_gates;
   int weights = 0, table = 0;
@@ -50,8 +49,8 @@ struct ResidentBackward {
   SNNLSTM_BOTH int held_channels() const { return 4 << quad_bits; }
 };
 
-// Where the gradients of a neuron lie: pixels m (even) and m + 1, channels first to first + 3. In
-// elements; kSlotStride further on those of pixel m + 1.
+// Elements to the gradients of pixel m (even), channels first to first + 3; those of pixel m + 1
+// lie kSlotStride behind them.
 constexpr int kSlotStride = 128;
 SNNLSTM_DEVICE int slot_of(const ResidentBackward& p, int m, int first) {
   const int quad = first >> 2 & ((1 << p.quad_bits) - 1), group = first >> (2 + p.quad_bits);
@@ -60,8 +59,7 @@ SNNLSTM_DEVICE int slot_of(const ResidentBackward& p, int m, int first) {
   return (group * p.tiles + tile) * 2 * kSlotStride + 4 * lane;
 }
 
-// Unit: a class that multiplies. Planes: of the image of d_gates, else its pixels hold all
-// channels.
+// Planes: the image of d_gates has a plane for each channel, else its pixels hold all channels.
 template <class Element, class R, bool Planes>
 class ResidentBackwardBlock {
  public:
@@ -97,7 +95,7 @@ class ResidentBackwardBlock {
     for (int t = p_.T - 1; t >= 0; --t) {
       block_.t = t;
       if (t + 1 < p_.T) convolve(unit);
-      // All have read the gradients of step t + 1.
+      // From here on all threads have read the gradients of step t + 1.
       if (!fault(Fault::missing_barrier_overwrite, 30)) __syncthreads();
       BackwardStep<R> step;
       step.syn_prev = t > 0 ? &p_.saved_syn : &p_.syn0;

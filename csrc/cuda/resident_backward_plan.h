@@ -21,7 +21,7 @@ struct ResidentBackwardPlan {
   int channels() const { return resident::power_of_two(held_channels()); }
 };
 
-// Whether or not it pays. step: how the kernels of one step would form the gradient of mem.
+// The plan, whether or not it pays. step: how the kernels of one step form the gradient of mem.
 inline ResidentBackwardPlan plan_resident_backward(const Cell& c, const Target& target,
                                                    const DataPlan& step) {
   ResidentBackwardPlan plan;
@@ -77,7 +77,7 @@ inline ResidentBackwardPlan plan_resident_backward(const Cell& c, const Target& 
   return plan;
 }
 
-// Whether the steps of a call's backward pass are one launch.
+// Returns whether the steps of a call's backward pass are one launch.
 inline bool runs_resident_backward(const Cell& c, const Target& target,
                                    const ResidentBackwardPlan& plan) {
   if (!may_be_resident(c, target)) return false;

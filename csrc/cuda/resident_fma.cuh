@@ -6,8 +6,8 @@
 
 namespace snnlstm::cuda {
 
-// Packed weights (column blocks, rows, 64), see fma.cuh, to (depth, columns) in shared memory; to
-// be waited for. columns: a multiple of 4.
+// Copies packed weights (column blocks, rows, 64), see fma.cuh, to (depth, columns) in shared
+// memory; the caller waits for them. columns: a multiple of 4.
 template <class R>
 SNNLSTM_DEVICE void copy_rows(R* to, const R* from, int depth, int rows, int columns) {
   constexpr int kVector = 16 / sizeof(R);

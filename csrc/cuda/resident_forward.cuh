@@ -33,7 +33,7 @@ struct ResidentForward {
   int64_t weight_pitch = 0;  // bytes of a column block
 };
 
-// What both kernels do alike. Unit: a class that multiplies and says which neurons a thread holds.
+// What both kernels do alike. A Unit multiplies, and says which neurons a thread holds.
 template <class Element, class R, int CH>
 class ResidentForwardBlock {
  public:

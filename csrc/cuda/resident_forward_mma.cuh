@@ -33,7 +33,7 @@ class ResidentMma {
     copy_to_shared(shared_ + p_.at.weights, p_.weight, p_.weight_bytes);
   }
 
-  // Of x, then of mem.
+  // The table of x, then that of mem.
   SNNLSTM_DEVICE void fill_table() const {
     int* table = reinterpret_cast<int*>(shared_ + p_.at.table);
     if (p_.gathers)
@@ -78,7 +78,7 @@ class ResidentMma {
     walk.add(first_pixel(u), step_h, step_w, from, b, acc_);
   }
 
-  // Few channels: fragments come element by element, and K is (tap, channel) without gaps.
+  // An x of few channels comes to the fragments element by element: K is (tap, channel), no gaps.
   SNNLSTM_DEVICE void gather(int u, const unsigned char* from, SharedPlace& b) {
     const unsigned char* pixels[2][2];
 #pragma unroll

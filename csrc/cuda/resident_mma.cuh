@@ -8,13 +8,13 @@
 
 namespace snnlstm::cuda {
 
-// What lies in an image that operands of this type are read from: tf32 is rounded when it is
-// stored, once, and not whenever it is read.
+// The type in which an image holds operands: tf32 is rounded once, when it is stored, and not
+// whenever it is read.
 template <class Element>
 using Stored = std::conditional_t<std::is_same_v<Element, float>, tf32, Element>;
 
-// For each unit of a walk over an image's taps: bytes from a pixel of an even column, and from one
-// of an odd column, to what the unit reads. chunks, tail_steps: of K, as MmaSegment has them.
+// table[2 u], table[2 u + 1]: bytes from a pixel of an even column, and of an odd one, to what unit
+// u of a walk over the taps reads. chunks, tail_steps: of K, as MmaSegment has them.
 SNNLSTM_DEVICE void fill_walk(int* table, const Segment& s, const SharedImage& image, int chunks,
                               int tail_steps) {
   const int full = 2 * s.taps(), units = full * (chunks - 1) + s.taps() * tail_steps;

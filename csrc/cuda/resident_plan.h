@@ -1,4 +1,4 @@
-// Whether a sequence can and should run in one launch (resident.cuh), and what lies where in the
+// Decides whether a sequence can and should run in one launch (resident.cuh), and lays out the
 // shared memory of its blocks.
 #pragma once
 
@@ -72,8 +72,8 @@ inline int warps_for(int units, int most_threads) {
   return int(std::max<int64_t>(ceil_div(units, rounds), 4));
 }
 
-// Whether an image, with its border, or the weights have more numbers than shared memory has bytes;
-// what does not is counted in int.
+// Returns whether an image with its border, or the weights, have more numbers than shared memory
+// has bytes; what does not is counted in int.
 inline bool is_large(const Cell& c, int64_t bytes) {
   const Shape s(c);
   const int64_t rows = s.Ho * c.stride_h + int64_t(c.kernel_h - 1) * c.dilation_h;
@@ -93,7 +93,7 @@ struct Pieces {
   }
 };
 
-// Where the images that blocks keep twice end, from `start` on.
+// Lays out the images that blocks keep twice, from `start` on; returns where they end.
 inline int lay_out_images(ResidentLayout& at, int start) {
   for (SharedImage* i : {&at.x, &at.mem}) {
     i->start = start;
@@ -171,24 +171,25 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
   return plan;
 }
 
-// Seconds, but for the last; no GPU has been timed.
+// Costs in seconds, but for the last, a ratio; no GPU has been timed.
 namespace resident_cost {
-// Guesses. From one dependent kernel's work to the next one's: a chain of empty kernels in a CUDA
-// graph would measure it.
+// A guess of the time from one dependent kernel's work to the next one's: a chain of empty kernels
+// in a CUDA graph would measure it.
 constexpr double launch = 3.5e-6;
-// Of a step: first loads of x, barrier, the last warp's wait; and before the first, while weights
-// and states come to shared memory: the resident kernel with one block, over T, would measure both.
+// `barrier` is a step's first loads of x, barrier and last warp's wait; `start` passes while
+// weights and states come to shared memory. The resident kernel with one block, over T, would
+// measure both.
 constexpr double barrier = 1e-6, start = 4e-6;
-// Of one neuron on one multiprocessor, products apart: 200 and 260 instructions of a warp's 32,
+// One neuron on one multiprocessor, products apart: 200 and 260 instructions of a warp's 32,
 // counted (PTX executed on a CPU; layers of 8 and 16 channels at 14 x 14 to 28 x 28), where a
 // multiprocessor is taken to issue 3 a cycle at 1.75 GHz; the same run would measure them.
 constexpr double neuron = 1.2e-9, neuron_backward = 1.5e-9;
-// Instructions of the kernels of one step, over those of this one; counted on the same layers.
+// The instructions of the kernels of one step over those of this one, counted on the same layers.
 constexpr double fused = 2.0;
 }  // namespace resident_cost
 
-// Whether one launch is likely to take less time than one for every step. blocks: of a step of
-// the other kernels. inputs: channels that a step convolves. neuron: see resident_cost.
+// Returns whether one launch is likely to take less time than one for every step. blocks: of a step
+// of the other kernels. inputs: channels that a step convolves. neuron: see resident_cost.
 inline bool resident_pays(const Cell& c, const Target& target, Multiply m, int64_t blocks,
                           int64_t inputs, double neuron) {
   if (c.T < 2 || c.N == 0) return false;
@@ -218,14 +219,14 @@ inline void refuse_resident(const char* reason_against, const Target& target) {
                              reason_against);
 }
 
-// Whether it is looked into at all: one step is one launch anyway.
+// Returns whether it is looked into at all: one step is one launch anyway.
 inline bool may_be_resident(const Cell& c, const Target& target) {
   return target.algorithm == Algorithm::resident
              ? c.T > 0
              : target.algorithm == Algorithm::automatic && c.T > 1;
 }
 
-// Whether a call's forward pass is one launch.
+// Returns whether a call's forward pass is one launch.
 inline bool runs_resident(const Cell& c, const Target& target) {
   if (!may_be_resident(c, target)) return false;
   const ResidentPlan plan = plan_resident(c, target);

@@ -32,7 +32,7 @@ struct Tensor {
   SNNLSTM_BOTH bool present() const { return access != Access::none; }
 };
 
-// A thread's two neighbouring pixels, and which of them are in the image.
+// A thread's two neighbouring pixels; valid says which of them are in the image.
 struct PixelPair {
   int t, n;
   int y[2], x[2];
@@ -66,24 +66,29 @@ SNNLSTM_DEVICE int offset(const Image& a, int plane, int c, int y, int x) {
   return ((y * a.width + x) * a.planes + plane) * a.Cp + c;
 }
 
-// The second value comes to v[0][0], the third to the second's place, and `last` to the last one's.
-template <int CH, class R>
-SNNLSTM_DEVICE void shift_values(R (&v)[2][CH], R last) {
-  R* flat = &v[0][0];
+// Goes over a patch of elements of type T as the layout allows: calls channels(address, px) for the
+// CH channels of pixel px, else rows(address, ch) for both pixels of channel ch, else
+// one(address, px, ch) for each element.
+template <class T, int CH, class Channels, class Rows, class One>
+SNNLSTM_DEVICE void walk_patch(const Tensor& a, const PixelPair& at, int c0, Channels&& channels,
+                               Rows&& rows, One&& one) {
+  if (c0 >= a.channels) return;
+  T* p = static_cast<T*>(image_of(a, at.t, at.n));
+  T* pixel[2] = {p + offset(a, c0, at.y[0], at.x[0]), p + offset(a, c0, at.y[1], at.x[1])};
+  if (a.access == Access::channels) {
 #pragma unroll
-  for (int i = 0; i + 1 < 2 * CH; ++i) flat[i] = flat[i + 1];
-  flat[2 * CH - 1] = last;
-}
-
-// Each value of v becomes body(value, pixel, channel, the others' values), in a loop that is not
-// unrolled, so that the body stands in the code once. A loop cannot index registers: the values
-// pass through [0][0], and the others are in the end as they were.
-template <int CH, class R, class Body, class... Others>
-SNNLSTM_DEVICE void for_each_value(R (&v)[2][CH], Body&& body, Others&... others) {
-#pragma unroll 1
-  for (int k = 0; k < 2 * CH; ++k) {
-    shift_values(v, body(v[0][0], k / CH, k % CH, others[0][0]...));
-    (shift_values(others, others[0][0]), ...);
+    for (int px = 0; px < 2; ++px)
+      if (at.valid[px]) channels(pixel[px], px);
+  } else if (a.access == Access::rows) {
+#pragma unroll
+    for (int ch = 0; ch < CH; ++ch)
+      if (at.valid[0] && c0 + ch < a.channels) rows(pixel[0] + ch * a.c, ch);
+  } else {
+#pragma unroll
+    for (int ch = 0; ch < CH; ++ch)
+#pragma unroll
+      for (int px = 0; px < 2; ++px)
+        if (at.valid[px] && c0 + ch < a.channels) one(pixel[px] + ch * a.c, px, ch);
   }
 }
 
@@ -94,50 +99,38 @@ SNNLSTM_DEVICE void load_patch(const Tensor& a, const PixelPair& at, int c0, R (
   for (int px = 0; px < 2; ++px)
 #pragma unroll
     for (int ch = 0; ch < CH; ++ch) v[px][ch] = 0;
-  if (c0 >= a.channels) return;
-  const void* p = image_of(a, at.t, at.n);
-  const int first = offset(a, c0, at.y[0], at.x[0]), second = offset(a, c0, at.y[1], at.x[1]);
-  if (a.access == Access::channels) {
-    if (at.valid[0]) read_vector<R>(p, a.type, first, v[0]);
-    if (at.valid[1]) read_vector<R>(p, a.type, second, v[1]);
-  } else if (a.access == Access::rows) {
-    if (!at.valid[0]) return;
-#pragma unroll
-    for (int ch = 0; ch < CH; ++ch) {
-      R pair[2] = {0, 0};
-      if (c0 + ch < a.channels) read_vector<R>(p, a.type, first + ch * a.c, pair);
-      v[0][ch] = pair[0], v[1][ch] = pair[1];
-    }
-  } else {
-    for_each_value(v, [&](R, int px, int ch) {
-      const bool real = (px ? at.valid[1] : at.valid[0]) && c0 + ch < a.channels;
-      return real ? read<R>(p, a.type, (px ? second : first) + ch * a.c) : R(0);
-    });
-  }
+  with_stored<R>(a.type, [&](auto of) {
+    using T = decltype(of);
+    walk_patch<T, CH>(
+        a, at, c0, [&](const T* p, int px) { load_stored(p, v[px]); },
+        [&](const T* p, int ch) {
+          R pair[2];
+          load_stored(p, pair);
+          v[0][ch] = pair[0], v[1][ch] = pair[1];
+        },
+        [&](const T* p, int px, int ch) {
+          R one[1];
+          load_stored(p, one);
+          v[px][ch] = one[0];
+        });
+  });
 }
 
 template <class R, int CH>
-SNNLSTM_DEVICE void store_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][CH]) {
-  if (c0 >= a.channels) return;
-  void* p = image_of(a, at.t, at.n);
-  const int first = offset(a, c0, at.y[0], at.x[0]), second = offset(a, c0, at.y[1], at.x[1]);
-  if (a.access == Access::channels) {
-    if (at.valid[0]) write_vector<R>(p, a.type, first, v[0]);
-    if (at.valid[1]) write_vector<R>(p, a.type, second, v[1]);
-  } else if (a.access == Access::rows) {
-    if (!at.valid[0]) return;
-#pragma unroll
-    for (int ch = 0; ch < CH; ++ch) {
-      const R pair[2] = {v[0][ch], v[1][ch]};
-      if (c0 + ch < a.channels) write_vector<R>(p, a.type, first + ch * a.c, pair);
-    }
-  } else {
-    for_each_value(v, [&](R value, int px, int ch) {
-      const bool real = (px ? at.valid[1] : at.valid[0]) && c0 + ch < a.channels;
-      if (real) write<R>(p, a.type, (px ? second : first) + ch * a.c, value);
-      return value;
-    });
-  }
+SNNLSTM_DEVICE void store_patch(const Tensor& a, const PixelPair& at, int c0, const R (&v)[2][CH]) {
+  with_stored<R>(a.type, [&](auto of) {
+    using T = decltype(of);
+    walk_patch<T, CH>(
+        a, at, c0, [&](T* p, int px) { store_stored(p, v[px]); },
+        [&](T* p, int ch) {
+          const R pair[2] = {v[0][ch], v[1][ch]};
+          store_stored(p, pair);
+        },
+        [&](T* p, int px, int ch) {
+          const R one[1] = {v[px][ch]};
+          store_stored(p, one);
+        });
+  });
 }
 
 template <class R, int CH>

@@ -38,7 +38,7 @@ struct Divisor {
   }
 };
 
-// The same in two instructions, for numbers within a block: right where n * value < 2^31.
+// Division in two instructions, for numbers within a block: right if n * value < 2^31.
 struct SmallDivisor {
   unsigned value = 1, factor = 1u << 31;
 
@@ -55,7 +55,7 @@ struct SmallDivisor {
   }
 };
 
-// 0 <= i < n in one comparison.
+// Compares 0 <= i < n in one instruction.
 SNNLSTM_BOTH bool inside(int i, int n) { return unsigned(i) < unsigned(n); }
 
 struct Tiling {

@@ -4,8 +4,7 @@
 // part of the sum; a second kernel adds the parts in order, so that the result is the same every
 // time.
 //   parts  (splits, rows, columns): rows (gate, c) of 4 Cp, columns (tap, ci), each filled up to
-//   the
-//          kernel's tiles
+//          the kernel's tiles
 #pragma once
 
 #include "fma.cuh"
@@ -30,8 +29,7 @@ struct WeightGrad {
   SNNLSTM_DEVICE int source_time(int t) const { return t > 0 && later.present() ? t - 1 : t; }
 };
 
-// ---- without tensor cores: 64 rows x 64 columns a block, 16 pixels at a time
-// ---------------------
+// ---- without tensor cores: 64 rows x 64 columns a block, 16 pixels at a time --------------------
 
 namespace fma {
 template <class R>
@@ -178,7 +176,7 @@ __global__ void __launch_bounds__(kReduceThreads)
 
 // ---- sums of columns ----------------------------------------------------------------------------
 
-// d_gates summed over pixels: the gradient of the bias, in parts that reduce_sums() adds.
+// The gradient of the bias is d_gates summed over pixels, here in parts that reduce_sums() adds.
 struct SumGates {
   const void* d_gates = nullptr;  // (pixels, columns), contiguous
   DType type = DType::float32;

@@ -6,9 +6,9 @@
 // shared memory, pixel by pixel as mma_source.cuh lays them out, two buffers each; the taps read
 // the neighbourhood shifted. A warp computes 32 rows x 16 channels x 3 taps.
 //
-// Both operands lie with K (pixels) outermost, the tensor core wants it innermost: 16-bit elements
-// come through ldmatrix transposed, floats as vectors of neighbouring rows or channels, which are
-// dealt out to the m16 and n8 tiles one by one. Which pixel is which k is free, as long as both
+// Both operands lie with K (pixels) outermost, and the tensor core wants K innermost: 16-bit
+// elements come through ldmatrix transposed, floats as vectors of neighbouring rows or channels
+// that are dealt out to the m16 and n8 tiles one by one. Any pixel may be any k, if both operands
 // agree: with every other pixel of 16 (half of them even, half odd) a warp's reads fall on
 // different banks for every shift.
 //   16-bit: k = 0 .. 7 are pixels 0, 2, .. 14, k = 8 .. 15 pixels 1, 3, .. 15 of a k-step's 16
@@ -46,13 +46,13 @@ namespace weight_tile {
 constexpr int kPixels = 64, kTaps = 3, kWarpColumns = 2, kChannels = 32;
 constexpr int kMaxThreads = 384;   // of 168 registers
 constexpr int kSums = kTaps * 16;  // of a thread
-// Of 64 bytes of rows (a plane) of d_gates; planes lie half a line apart.
+// A plane is 64 bytes of rows of d_gates; planes lie half a line apart.
 constexpr int kPlaneBytes = 64 * kPixels + 16 * kPixels / 2 + 64;
 constexpr int kMostGroups = 3;
 
-// At the start of shared memory, offsets into the neighbourhood in bytes.
+// Offsets into the neighbourhood in bytes, at the start of shared memory.
 struct Tables {
-  // Of pixels 2 i of the tile, before the tap's shift: even places, so that offsets add up.
+  // Offset of the tile's pixel 2 i, before the tap's shift: even places, so that offsets add up.
   int pair[kPixels / 2];
   // What a tap adds for the first and the second pixel of a pair, where the neighbourhood begins
   // `lead` pixels late.
@@ -60,7 +60,7 @@ struct Tables {
 };
 constexpr int kTableBytes = (sizeof(Tables) + 127) / 128 * 128;
 
-// Of one tile's d_gates and neighbourhood.
+// Bytes of one tile's d_gates and neighbourhood.
 SNNLSTM_BOTH int stage_bytes(int planes, int chunks, int neighbourhood) {
   return planes * kPlaneBytes + chunks * neighbourhood;
 }
@@ -277,7 +277,8 @@ class WeightGemm {
     }
   }
 
-  // Where the lane reads, in d_gates and in the neighbourhood, before a turn's and a tap's offsets.
+  // Finds where the lane reads in d_gates and in the neighbourhood, before a turn's and tap's
+  // offsets.
   SNNLSTM_DEVICE void address_lane() {
     if constexpr (kHalf) {
       // a: matrices (k, m), (k, m + 8), (k + 8, m), (k + 8, m + 8)

@@ -22,7 +22,7 @@ class WeightGradient {
         s_(cell),
         plan_(plan_weights(cell, target)),
         type_(cell.dtype),
-        real_(type_ == DType::float64 ? DType::float64 : DType::float32),
+        real_(real_of(type_)),
         gate_type_(gate_type(type_, target.matrix)),
         bias_splits_(int(std::clamp<int64_t>(pixels() / 1024, 1, 4 * target.multiprocessors))) {}
 
@@ -114,8 +114,7 @@ class WeightGradient {
     Segment in = grad.in;
     for (MmaSegment& m : p.source) {
       m = mma_segment(in, type, depth, plan.tiling);
-      m.tail_steps =
-          2;  // every warp reads its 16 channels: whole chunks, with zeros behind the last
+      m.tail_steps = 2;  // every warp reads its 16 channels: whole chunks, zeros behind the last
       // A tile's chunks, one or two, come in the 4 turns of another.
       const int64_t turns = 8 / type.element;
       m.turns = int(ceil_div(ceil_div(chunk_turns(m, type), threads), turns));

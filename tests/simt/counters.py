@@ -1,7 +1,4 @@
-"""Ratios of what the counters have seen, and the table that `python counters.py` style tools print.
-
-All ratios are 1 at best.
-"""
+"""Ratios of what the emulator has counted, 1 at best, and their table."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ JUMPING_FITS = fitting(JUMPING) | FITS
 
 
 def crossed(*tables):
-    """Mode, case and schedule: of each pair of tables every mode with every case; a fifth of them,
+    """Mode, case and schedule: of each pair of tables every mode with every case; a seventh of them,
     all modes and cases among these, at once, the rest in the long run."""
     return [
         pytest.param(
@@ -172,7 +172,7 @@ def crossed(*tables):
             SCHEDULES[(i + j) % 3],
             id=f"{mode}-{name}",
             marks=[]
-            if (i + j) % 5 == 0 or name in ("plain", "one step")
+            if (i + j) % 7 == 0 or name in ("plain", "one step")
             else pytest.mark.simt_long,
         )
         for modes, calls in tables

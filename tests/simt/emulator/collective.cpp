@@ -201,10 +201,6 @@ uint64_t shuffle(Shuffle mode, unsigned mask, uint64_t value, int lane, int widt
         case Shuffle::index:
           from = first | (offer.lane & (offer.width - 1));
           break;
-        case Shuffle::up:
-          from = int(l) - offer.lane;
-          reachable = from >= first;
-          break;
         case Shuffle::down:
           from = int(l) + offer.lane;
           reachable = from <= last;
@@ -225,36 +221,25 @@ uint64_t shuffle(Shuffle mode, unsigned mask, uint64_t value, int lane, int widt
   using Finish = void (*)(Machine&, Warp&, unsigned);
   static const Finish by_mode[] = {
       [](Machine& m, Warp& w, unsigned k) { finish(Shuffle::index, m, w, k); },
-      [](Machine& m, Warp& w, unsigned k) { finish(Shuffle::up, m, w, k); },
       [](Machine& m, Warp& w, unsigned k) { finish(Shuffle::down, m, w, k); },
       [](Machine& m, Warp& w, unsigned k) { finish(Shuffle::exclusive_or, m, w, k); }};
   m.collective(Operation::shuffle, int(mode), mask, site, by_mode[int(mode)]);
   return thread.offer.value;
 }
 
-unsigned vote(Vote mode, unsigned mask, bool predicate, Site site) {
+bool any(unsigned mask, bool predicate, Site site) {
   Thread& thread = self();
   thread.offer.value = predicate;
-  machine().collective(Operation::vote, int(mode), mask, site,
-                       [](Machine&, Warp& warp, unsigned m) {
-                         unsigned ballot = 0;
-                         for (unsigned l = 0; l < warp_size; ++l) {
-                           if (m >> l & 1) ballot |= unsigned(warp.lanes[l].offer.value) << l;
-                         }
-                         for (unsigned l = 0; l < warp_size; ++l) {
-                           if (m >> l & 1) warp.lanes[l].offer.value = ballot;
-                         }
-                       });
-  const unsigned ballot = unsigned(thread.offer.value);
-  switch (mode) {
-    case Vote::ballot:
-      return ballot;
-    case Vote::any:
-      return ballot != 0;
-    case Vote::all:
-      return ballot == mask;
-  }
-  return 0;
+  machine().collective(Operation::vote, 0, mask, site, [](Machine&, Warp& warp, unsigned m) {
+    uint64_t found = 0;
+    for (unsigned l = 0; l < warp_size; ++l) {
+      if (m >> l & 1) found |= warp.lanes[l].offer.value;
+    }
+    for (unsigned l = 0; l < warp_size; ++l) {
+      if (m >> l & 1) warp.lanes[l].offer.value = found;
+    }
+  });
+  return thread.offer.value != 0;
 }
 
 unsigned active_mask() {

@@ -102,7 +102,7 @@ class Machine {
   // Lets others run: the next thread of this pass or, after a barrier, whoever the policy chooses.
   void yield(bool to_host);
   std::string name(const Thread& thread) const;
-  // Where this thread and the one with that number are, for reports of races.
+  // The same by the thread's number in the block, for reports of races.
   std::string name_of(unsigned thread_id) const;
 
   void barrier(Site site);

@@ -73,7 +73,7 @@ __global__ void box_sum(const float* x, float* y, int H, int W) {
 __global__ void lstm_update(const float* gates, float* syn, float* mem, int n) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= n) return;
-  float4 v = load_read_only<float4>(gates + 4 * size_t(i));
+  float4 v = load<float4>(gates + 4 * size_t(i));
   if (fault(Fault::swapped_gates)) v = make_float4(v.y, v.x, v.z, v.w);
   const float next = v.y * syn[i] + v.x * v.w;
   syn[i] = next;

@@ -6,8 +6,7 @@ using namespace violation;
 
 namespace {
 
-// ---- within a block
-// --------------------------------------------------------------------------------------
+// ---- within a block -----------------------------------------------------------------------------
 
 __global__ void read_before_wait(Data d) {
   auto& s = shared_memory<Shared>();
@@ -174,25 +173,27 @@ __global__ void last_block_without_fence(Data d) {
   }
 }
 
-const Case cases[] = {CASE(read_before_wait),
-                      CASE(wait_for_too_little),
-                      CASE(wait_without_commit),
-                      CASE(return_with_copies),
-                      CASE(wait_without_barrier),
-                      CASE(read_before_write),
-                      CASE(overwrite_before_read),
-                      CASE(lanes_without_syncwarp),
-                      CASE(syncwarp_of_others),
-                      CASE(shuffle_is_no_fence),
-                      CASE(rows_without_syncwarp),
-                      CASE(never_written),
-                      CASE(same_element),
-                      CASE(halves_of_a_word),
-                      CASE(bytes_of_a_word),
-                      CASE_OF_TWO(blocks_write),
-                      CASE_OF_TWO(blocks_read),
-                      CASE_OF_TWO(atomic_and_plain),
-                      CASE_OF_TWO(last_block_without_fence)};
+const Case cases[] = {
+    CASE(read_before_wait),
+    CASE(wait_for_too_little),
+    CASE(wait_without_commit),
+    CASE(return_with_copies),
+    CASE(wait_without_barrier),
+    CASE(read_before_write),
+    CASE(overwrite_before_read),
+    CASE(lanes_without_syncwarp),
+    CASE(syncwarp_of_others),
+    CASE(shuffle_is_no_fence),
+    CASE(rows_without_syncwarp),
+    CASE(never_written),
+    CASE(same_element),
+    CASE(halves_of_a_word),
+    CASE(bytes_of_a_word),
+    CASE_OF_TWO(blocks_write),
+    CASE_OF_TWO(blocks_read),
+    CASE_OF_TWO(atomic_and_plain),
+    CASE_OF_TWO(last_block_without_fence),
+};
 
 }  // namespace
 
