@@ -163,8 +163,8 @@ JUMPING_FITS = fitting(JUMPING) | FITS
 
 
 def crossed(*tables):
-    """Mode, case and schedule: of each pair of tables every mode with every case; a seventh of them,
-    all modes and cases among these, at once, the rest in the long run."""
+    """Mode, case and schedule, for every mode with every case of each pair of tables. A seventh of
+    them, with each mode and each case, are run at once, the rest in the long run."""
     return [
         pytest.param(
             mode,

@@ -17,12 +17,9 @@ from gradients import compare
 from gradients import gradients as of_reference
 from modes import CASES, MODES, PLAIN, Mode
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-MATRICES = {"tf32": 1, "tf32x3": 2, torch.float16: 3, torch.bfloat16: 4}
-
-
-def view(t: torch.Tensor | None):
-    return t if t is None else (t.data_ptr(), (*((0,) * (5 - t.dim())), *t.stride()))
+from snnlstm.call import make_call
+from snnlstm.native import tensors
+from snnlstm.native.tensors import view
 
 
 @dataclass
@@ -34,30 +31,14 @@ class Calls:
     mode: Mode
 
     def __post_init__(self) -> None:
-        self.module, options = self.core.module, self.case.options
-        matrix = MATRICES.get(self.mode.operands, 0)
-        if self.mode.operands is None and self.case.dtype == torch.float32:
-            capability = self.mode.compute_capability
-            ways = {("tf32", 80): "tf32", ("ieee", 80): "tf32x3"}
-            matrix = MATRICES.get(ways.get((self.mode.precision, capability)), 0)
-        self.target = self.module.cuda_target().wanting(matrix, 0)
+        self.module = self.core.module
+        self.signature = make_call((*self.case.inputs(), self.case.options)).signature
+        self.target = self.core.kernels.target(self.signature, self.mode.precision == "tf32")
         self.gate_dtype = self.mode.operands or self.case.dtype
-        self.real = torch.float64 if self.case.dtype == torch.float64 else torch.float32
         self.padded = self.module.cuda_padded_channels(self.case.channels)
-        surrogate = options.surrogate
-        pool = {"none": 0, "max": 1, "avg": 2}[options.pool]
-        reset = {"subtract": 0, "zero": 1, "none": 2}[options.reset]
-        self.facts = {
-            "dtype": DTYPES[self.case.dtype], "N": self.case.batch, "Cin": self.case.in_channels,
-            "C": self.case.channels, "H": self.case.height, "W": self.case.width,
-            "kernel": options.kernel_size, "stride": options.stride,
-            "dilation": options.dilation, "pool": pool, "pool_size": options.pool_size,
-            "reset": reset, "surrogate": surrogate.kind, "p0": surrogate.p0, "p1": surrogate.p1,
-            "inhibition": options.inhibition, "num_levels": 0,
-        }  # fmt: skip
 
     def cell(self, time: int):
-        return self.module.Cell(T=time, **self.facts)
+        return tensors.make_cell(self.module, self.signature, time)
 
     def memory(self, size: int) -> torch.Tensor:
         return torch.full((size,), 255, dtype=torch.uint8)
@@ -76,7 +57,7 @@ class Calls:
 
     def neurons(self, inputs) -> dict[str, int]:
         self.threshold = inputs.threshold.detach().to(self.case.dtype).reshape(-1).contiguous()
-        self.graded = inputs.graded.detach().to(self.real)
+        self.graded = inputs.graded.detach().to(tensors.compute_type(self.case.dtype))
         return {
             "threshold": self.threshold.data_ptr(),
             "threshold_stride": 0 if self.threshold.numel() == 1 else 1,
