@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-Counters = dict[str, int]
+from collections import Counter
+
+Counters = Counter[str]
 
 
 def ratio(cost: int, fewest: int) -> float:
@@ -43,8 +45,10 @@ def barriers(c: Counters, mma_of_step: int) -> float:
 
 def total(counters: dict[str, Counters]) -> Counters:
     """The sum over all kernels."""
-    keys = {key for c in counters.values() for key in c}
-    return {key: sum(c.get(key, 0) for c in counters.values()) for key in keys}
+    joint: Counters = Counter()
+    for c in counters.values():
+        joint.update(c)
+    return joint
 
 
 def table(counters: dict[str, Counters]) -> str:

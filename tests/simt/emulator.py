@@ -13,6 +13,7 @@ import ctypes
 import json
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -101,7 +102,8 @@ class Emulator:
 
     def counters(self) -> dict[str, dict[str, int]]:
         """Totals since the last reset, by kernel name (see emulator/count.cpp)."""
-        return json.loads(self.lib.simt_counters().decode())
+        found = json.loads(self.lib.simt_counters().decode())
+        return {kernel: Counter(numbers) for kernel, numbers in found.items()}
 
     def spots(self) -> list[Spot]:
         """The same by line of the source, the most wasteful first."""

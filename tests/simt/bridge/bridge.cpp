@@ -20,12 +20,12 @@ cuda::Target the_target;
 size_t element_size(DType t) { return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2; }
 DType compute_type(DType t) { return t == DType::float64 ? t : DType::float32; }
 
-// What a call does to an array. Of one that it updates, the present values matter.
+// What a call does to an array; if it updates one, the present values matter.
 enum class Does { reads, writes, updates };
 
 using Extent = int64_t[5];
 
-// Arrays of one call. Those that share memory become one: views may interleave.
+// The arrays of one call. Arrays that share memory become one: views may interleave.
 class Arrays {
  public:
   ~Arrays() {

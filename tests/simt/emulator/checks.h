@@ -1,5 +1,5 @@
-// Every access of a kernel to memory passes here: is it inside an array, aligned, ordered with
-// respect to what other threads did, and how well does it coalesce.
+// Every access of a kernel to memory passes here, to be checked: whether it is inside an array,
+// aligned, and ordered with respect to what other threads did; and how well it coalesces.
 #pragma once
 
 #include <cstddef>
@@ -37,9 +37,9 @@ void synchronise_atomic(Thread& thread, const void* p);
 void begin_launch_checks(const Geometry& geometry);
 void end_launch_checks();
 void begin_block_checks();
-// The end of a block; returns an error or "".
+// Called at the end of a block; returns an error or "".
 std::string end_block_checks();
-// A barrier is complete; all lanes of a warp are at the same place.
+// Called when a barrier is complete; when all lanes of a warp are at the same place.
 void end_interval();
 void converged(Warp& warp);
 

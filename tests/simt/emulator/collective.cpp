@@ -1,4 +1,4 @@
-// Barriers and warp collectives: who waits for whom, and what is an error.
+// Barriers and warp collectives: which threads wait for each other, and what is an error.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>

@@ -16,19 +16,16 @@ namespace {
 constexpr size_t sector_bytes = 32;
 constexpr unsigned banks = 32, bank_bytes = 4;
 
-struct Totals {
-  uint64_t launches = 0, blocks = 0, threads = 0, shared_bytes = 0;
-  // Global memory: one request is what a warp's lanes ask for with one instruction.
-  uint64_t global_read_requests = 0, global_read_sectors = 0, global_read_fewest = 0;
-  uint64_t global_write_requests = 0, global_write_sectors = 0, global_write_fewest = 0;
-  uint64_t global_atomics = 0;
-  uint64_t bytes_requested = 0;                // by lanes, each time
-  uint64_t bytes_read = 0, bytes_written = 0;  // distinct bytes, per launch
-  // Shared memory: one wavefront serves each bank once.
-  uint64_t shared_requests = 0, shared_wavefronts = 0, shared_fewest = 0;
-  uint64_t barriers = 0;  // of a warp each, as mma
-  uint64_t mma_fp16 = 0, mma_bf16 = 0, mma_tf32 = 0;
-};
+// By name:
+//   global_{read, write}_{requests, sectors, fewest}   one request is what a warp's lanes ask for
+//   with
+//                                                      one instruction
+//   bytes_requested                                    by lanes, each time
+//   bytes_read, bytes_written                          distinct bytes, per launch
+//   shared_{requests, wavefronts, fewest}              one wavefront serves each bank once
+//   barriers, mma_{fp16, bf16, tf32}                   of a warp each
+//   launches, blocks, threads, shared_bytes, global_atomics
+using Totals = std::map<std::string, uint64_t>;
 
 // The same for one instruction.
 struct Spot {
@@ -86,16 +83,11 @@ void count_global(const Request& r, Spot& spot) {
     next_sector = std::max(next_sector, last + 1);
   }
   const uint64_t fewest = (distinct + sector_bytes - 1) / sector_bytes;
-  if (r.kind == Access::write) {
-    ++now->global_write_requests;
-    now->global_write_sectors += sectors;
-    now->global_write_fewest += fewest;
-  } else {
-    ++now->global_read_requests;
-    now->global_read_sectors += sectors;
-    now->global_read_fewest += fewest;
-  }
-  now->bytes_requested += n * r.bytes;
+  const std::string kind = r.kind == Access::write ? "global_write_" : "global_read_";
+  ++(*now)[kind + "requests"];
+  (*now)[kind + "sectors"] += sectors;
+  (*now)[kind + "fewest"] += fewest;
+  (*now)["bytes_requested"] += n * r.bytes;
   spot.cost += sectors;
   spot.fewest += fewest;
 }
@@ -104,7 +96,7 @@ void count_global(const Request& r, Spot& spot) {
 void count_shared(const Request& r, Spot& spot) {
   spot.shared = true;
   const unsigned lanes_at_once = r.bytes <= 4 ? 32 : r.bytes == 8 ? 16 : 8;
-  ++now->shared_requests;
+  ++(*now)["shared_requests"];
   for (unsigned first = 0; first < warp_size; first += lanes_at_once) {
     std::array<uintptr_t, 4 * banks> words;
     size_t n = 0;
@@ -120,8 +112,8 @@ void count_shared(const Request& r, Spot& spot) {
     std::array<unsigned, banks> load{};
     unsigned most = 0;
     for (size_t i = 0; i < n; ++i) most = std::max(most, ++load[words[i] % banks]);
-    now->shared_wavefronts += most;
-    now->shared_fewest += 1;
+    (*now)["shared_wavefronts"] += most;
+    (*now)["shared_fewest"] += 1;
     spot.cost += most;
     spot.fewest += 1;
   }
@@ -136,7 +128,7 @@ void count_log(WarpLog& log) {
       if (r.space == Space::shared) {
         count_shared(r, spot);
       } else if (r.kind == Access::atomic) {
-        ++now->global_atomics;
+        ++(*now)["global_atomics"];
       } else {
         count_global(r, spot);
       }
@@ -152,16 +144,15 @@ void touch(const Place& place, size_t bytes, bool write, bool read) {
     t.read.resize(place.allocation->bytes);
     t.written.resize(place.allocation->bytes);
   }
+  uint64_t bytes_read = 0, bytes_written = 0;
   for (size_t b = place.offset; b < place.offset + bytes; ++b) {
-    if (read && !t.read[b]) {
-      t.read[b] = true;
-      ++now->bytes_read;
-    }
-    if (write && !t.written[b]) {
-      t.written[b] = true;
-      ++now->bytes_written;
-    }
+    bytes_read += read && !t.read[b];
+    bytes_written += write && !t.written[b];
+    if (read) t.read[b] = true;
+    if (write) t.written[b] = true;
   }
+  (*now)["bytes_read"] += bytes_read;
+  (*now)["bytes_written"] += bytes_written;
 }
 
 }  // namespace
@@ -169,10 +160,10 @@ void touch(const Place& place, size_t bytes, bool write, bool read) {
 void begin_count_launch(const Geometry& g) {
   now = &totals[g.name];
   spots_now = &spots[g.name];
-  ++now->launches;
-  now->blocks += uint64_t(g.grid.x) * g.grid.y * g.grid.z;
-  now->threads = uint64_t(g.block.x) * g.block.y * g.block.z;
-  now->shared_bytes = g.shared_bytes;
+  ++(*now)["launches"];
+  (*now)["blocks"] += uint64_t(g.grid.x) * g.grid.y * g.grid.z;
+  (*now)["threads"] = uint64_t(g.block.x) * g.block.y * g.block.z;
+  (*now)["shared_bytes"] = g.shared_bytes;
   logs.clear();
   logs.resize(machine().warps.size());
   touched.clear();
@@ -206,11 +197,11 @@ void count_access(Thread& thread, const Place& place, size_t bytes, Access kind,
 
 void count_mma(int type) {
   if (now == nullptr) return;
-  ++(type == 0 ? now->mma_fp16 : type == 1 ? now->mma_bf16 : now->mma_tf32);
+  ++(*now)[type == 0 ? "mma_fp16" : type == 1 ? "mma_bf16" : "mma_tf32"];
 }
 
 void count_barrier(size_t warps) {
-  if (now != nullptr) now->barriers += warps;
+  if (now != nullptr) (*now)["barriers"] += warps;
 }
 
 void count_warp(Warp& warp) {
@@ -246,32 +237,9 @@ std::string counters_as_json() {
   for (const auto& [name, t] : totals) {
     if (text.size() > 1) text += ", ";
     text += "\"" + name + "\": {";
-    const std::pair<const char*, uint64_t> numbers[] = {
-        {"launches", t.launches},
-        {"blocks", t.blocks},
-        {"threads", t.threads},
-        {"shared_bytes", t.shared_bytes},
-        {"global_read_requests", t.global_read_requests},
-        {"global_read_sectors", t.global_read_sectors},
-        {"global_read_fewest", t.global_read_fewest},
-        {"global_write_requests", t.global_write_requests},
-        {"global_write_sectors", t.global_write_sectors},
-        {"global_write_fewest", t.global_write_fewest},
-        {"global_atomics", t.global_atomics},
-        {"bytes_requested", t.bytes_requested},
-        {"bytes_read", t.bytes_read},
-        {"bytes_written", t.bytes_written},
-        {"shared_requests", t.shared_requests},
-        {"shared_wavefronts", t.shared_wavefronts},
-        {"shared_fewest", t.shared_fewest},
-        {"barriers", t.barriers},
-        {"mma_fp16", t.mma_fp16},
-        {"mma_bf16", t.mma_bf16},
-        {"mma_tf32", t.mma_tf32},
-    };
-    for (const auto& [key, value] : numbers) {
+    for (const auto& [key, value] : t) {
       if (text.back() != '{') text += ", ";
-      text += std::string("\"") + key + "\": " + std::to_string(value);
+      text += "\"" + key + "\": " + std::to_string(value);
     }
     text += "}";
   }

@@ -14,11 +14,11 @@ void begin_count_launch(const Geometry& geometry);
 void end_count_launch();
 void count_access(Thread& thread, const Place& place, size_t bytes, Access kind, const void* pc);
 void count_mma(int type);
-// All warps of the block, so many, have met at __syncthreads.
+// Called when all warps of the block, so many, have met at __syncthreads.
 void count_barrier(size_t warps);
-// All lanes of the warp are at the same place: their accesses so far can be matched.
+// Called when all lanes of the warp are at the same place: their accesses so far can be matched.
 void count_warp(Warp& warp);
-// The same for all warps.
+// Matches the accesses of all warps.
 void count_interval();
 void forget_count_map(size_t allocation_id);
 

@@ -35,7 +35,6 @@ class Fibre {
   char* low_ = nullptr;
   char* high_ = nullptr;
   void* state_ = nullptr;  // the saved stack pointer, or a ucontext_t
-  void* asan_stack_ = nullptr;
 };
 
 // Goes on in `to`; returns when something switches back to `from`.

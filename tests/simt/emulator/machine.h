@@ -17,7 +17,7 @@ constexpr size_t most_shared_bytes = 227 * 1024;  // of one block, on sm_90
 enum class State : uint8_t { ready, at_collective, at_barrier, done };
 enum class Operation : uint8_t { sync, shuffle, vote, ldmatrix, mma };
 
-// What a thread brings to a collective, and where it wants the result.
+// What a thread brings to a collective, and the place for the result.
 struct Offer {
   uint64_t value = 0;  // of a shuffle; a predicate
   int lane = 0, width = 32;

@@ -34,14 +34,14 @@ Place locate(const void* p);
 void register_allocation(const void* start, size_t bytes, std::string name, bool writable);
 bool unregister_allocation(const void* start);
 std::vector<Allocation>& allocations();
-// A word about where p lies with respect to the nearest array, for reports.
+// Says for reports where p lies with respect to the nearest array.
 std::string describe_address(const void* p);
 
 char* shared_base();
 size_t shared_size();
 // Fills the block's shared memory with 0xff: NaN for every floating point type, -1 for integers.
 void prepare_shared_memory(size_t bytes);
-// What was overwritten behind the shared memory, or "".
+// Says what was overwritten behind the shared memory; "" if nothing was.
 std::string check_shared_guard();
 
 void fence_memory(Thread& thread);

@@ -12,7 +12,7 @@ namespace simt {
 
 namespace {
 
-// Who, when: the epoch counts barriers, the event counts the warp's __syncwarp calls since.
+// An access: the epoch counts barriers, the event counts the warp's __syncwarp calls since.
 struct Record {
   uint32_t epoch = 0, event = 0;
   int32_t pc = 0;  // relative to a symbol of this module
@@ -117,7 +117,7 @@ bool from_other_block(const Record& r) {
   return r.epoch >= m.launch_epoch && r.epoch < m.block_epoch;
 }
 
-// True where the access of r is not ordered before what `thread` does now.
+// Returns whether nothing orders the access of r before what `thread` does now.
 bool races(const Record& r, const Thread& thread, bool global) {
   const Machine& m = machine();
   if (r.epoch < m.block_epoch) {
@@ -161,7 +161,7 @@ struct Context {
          ": cp_async_wait is missing or waits for too little");
 }
 
-// A copy of another block's, which had been checked, does not count.
+// Copies of other blocks do not count: they were checked there.
 inline void check_flight(const Cell& cell, const Context& c, const char* what, size_t offset) {
   if (cell.flight_epoch >= machine().block_epoch) report_flight(cell, c, what, offset);
 }

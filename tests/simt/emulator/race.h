@@ -1,5 +1,4 @@
-// Which accesses of different threads are not ordered by a barrier, a __syncwarp or a fence with
-// an atomic.
+// Finds accesses of different threads that no barrier, __syncwarp or fence with an atomic orders.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +11,8 @@ namespace simt {
 void begin_race_launch();
 void begin_race_block();
 void check_race(Thread& thread, const Place& place, size_t bytes, Access kind, const void* pc);
-// A part of a tile row, read by ldmatrix: may never have been written (its data is NaN then).
+// Checks a part of a tile row that ldmatrix reads; it may never have been written (and is NaN
+// then).
 void check_matrix_race(Thread& thread, const Place& place, size_t bytes, const void* pc);
 void order_by_atomic(Thread& thread, const void* p);
 void forget_race_shadow(size_t allocation_id);

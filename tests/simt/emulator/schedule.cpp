@@ -1,4 +1,4 @@
-// Which thread runs next, and the life of a launch.
+// The order in which threads run, and the life of a launch.
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
@@ -73,7 +73,7 @@ void Machine::yield(bool to_host) {
   Fibre& own = current->fibre;
   Thread* next = to_host ? nullptr : next_of_pass();
   if (next != nullptr) {
-    // From thread to thread, without a detour over the host: half as many switches.
+    // Switches from thread to thread, without a detour over the host: half as many switches.
     enter(*next);
     switch_fibre(own, next->fibre);
   } else {

@@ -1,4 +1,4 @@
-// Entry points for Python: null, or what went wrong.
+// Entry points for Python return null, or what went wrong.
 #pragma once
 
 #include <stdexcept>

@@ -56,7 +56,8 @@ ENTRY probe_ldmatrix(int transposed, const uint16_t* tiles, uint32_t* r) {
   });
 }
 
-// Bit patterns of float32 to those of the other type, in 32 bits each, or (back) the other way.
+// Converts bit patterns of float32 to those of the other type, 32 bits each, or (back) the other
+// way.
 ENTRY convert(int type, int back, const uint32_t* in, uint32_t* out, int n) {
   return guarded([&] {
     for (int i = 0; i < n; ++i) {

@@ -124,7 +124,7 @@ __global__ void same_element(Data d) {
   if (threadIdx.x % 32 == 0) d.out[d.bad ? 0 : threadIdx.x] = float(threadIdx.x);
 }
 
-// Elements that share a word of four bytes are still elements of their own.
+// Elements that share a word of four bytes do not conflict.
 __global__ void halves_of_a_word(Data d) {
   auto* half = reinterpret_cast<uint16_t*>(shared_memory<Shared>().a);
   const int i = int(threadIdx.x);

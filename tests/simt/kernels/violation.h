@@ -40,7 +40,7 @@ bool run(const Case (&cases)[count], const std::string& name, const Data& data) 
   return false;
 }
 
-// Those of races.cu.
+// Runs a case of races.cu.
 bool run_race(const std::string& name, const Data& data);
 
 }  // namespace violation
