@@ -39,8 +39,8 @@ SNNLSTM_DEVICE uint32_t rounds_to_tf32(uint32_t bits) {
 }
 
 // Floats as sums of two tf32 numbers: the tensor core itself cuts `v` off behind the first 10 bits
-// of its mantissa, and `low` becomes the rest, of which it cuts off two bits at most. Both cuts are
-// towards zero, by 2^-24 of the number on average. Returns the bits that are set in any rest.
+// of its mantissa, and `low` becomes the rest, of which it cuts off two bits at most: 7.5e-8 of
+// the number on average, towards zero. Returns the bits that are set in any rest.
 template <int N>
 SNNLSTM_DEVICE uint32_t split_in_parts(const uint32_t (&v)[N], uint32_t (&low)[N]) {
   uint32_t seen = 0;
