@@ -18,6 +18,19 @@ constexpr int kChannels = kColumns / 4;
 static_assert(kChannels * kMemPitch * sizeof(float) <= sizeof(Shared<float>), "it takes its place");
 }  // namespace fma
 
+// Moves the gate sums of the first pair of pixels out of the accumulators, and the others up.
+template <class R>
+SNNLSTM_DEVICE void take_pair(R (&acc)[4][2][4], R (&sum)[4][2][1]) {
+#pragma unroll
+  for (int gate = 0; gate < 4; ++gate)
+#pragma unroll
+    for (int px = 0; px < 2; ++px) {
+      sum[gate][px][0] = acc[0][px][gate];
+#pragma unroll
+      for (int k = 0; k < 3; ++k) acc[k][px][gate] = acc[k + 1][px][gate];
+    }
+}
+
 template <class R>
 __global__ void __launch_bounds__(fma::kThreads) forward_fma(const __grid_constant__ ForwardFma p) {
   auto& shared = shared_memory<fma::Shared<R>>();
@@ -35,14 +48,7 @@ __global__ void __launch_bounds__(fma::kThreads) forward_fma(const __grid_consta
 #pragma unroll 1
   for (int i = 0; i < 4; ++i) {  // a loop that stays one: the accumulators are moved instead
     R sum[4][2][1];
-#pragma unroll
-    for (int gate = 0; gate < 4; ++gate)
-#pragma unroll
-      for (int px = 0; px < 2; ++px) {
-        sum[gate][px][0] = acc[0][px][gate];
-#pragma unroll
-        for (int k = 0; k < 3; ++k) acc[k][px][gate] = acc[k + 1][px][gate];
-      }
+    take_pair(acc, sum);
     tile.patch(fma::pixel(i), fma::column() / 4, sum, mem_tile);
   }
   __syncthreads();

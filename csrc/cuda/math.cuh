@@ -87,6 +87,13 @@ SNNLSTM_DEVICE void store_vector(R* p, const R (&v)[N]) {
   }
 }
 
+// Sets `count` numbers to 0.
+template <int count, class R>
+SNNLSTM_DEVICE void clear(R* v) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) v[i] = 0;
+}
+
 // f(T{}) with the type T of an array's elements.
 template <class R, class F>
 SNNLSTM_DEVICE void with_stored(DType type, F&& f) {

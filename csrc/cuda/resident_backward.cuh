@@ -214,12 +214,7 @@ class ResidentBackwardMma {
   }
 
   SNNLSTM_DEVICE void multiply(int u, const unsigned char* d_gates) {
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi)
-#pragma unroll
-      for (int nt = 0; nt < 2; ++nt)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) acc_[mi][nt][r] = 0;
+    clear<16>(&acc_[0][0][0]);
     unsigned tile = unsigned(u);
     const int group = int(p_.by_groups.split(tile));
     pixel_ = int(tile) * mma_gemm::kWarpPixels, channel_ = 16 * group;
@@ -269,12 +264,7 @@ class ResidentBackwardFma {
   }
 
   SNNLSTM_DEVICE void multiply(int u, const unsigned char* d_gates) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int px = 0; px < 2; ++px)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) acc_[i][px][c] = 0;
+    clear<32>(&acc_[0][0][0]);
     unsigned tile = unsigned(u);
     channel_ = 16 * int(p_.by_groups.split(tile)) + 4 * (lane_ / 8);
     pixel_ = 64 * int(tile) + 2 * (lane_ % 8);

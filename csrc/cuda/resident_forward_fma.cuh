@@ -46,12 +46,7 @@ class ResidentFma {
   }
 
   SNNLSTM_DEVICE void multiply(int u, const unsigned char* x, const unsigned char* mem) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int px = 0; px < 2; ++px)
-#pragma unroll
-        for (int gate = 0; gate < 4; ++gate) acc_[i][px][gate] = 0;
+    clear<32>(&acc_[0][0][0]);
     const R* weight = reinterpret_cast<const R*>(shared_ + p_.at.weights) + 4 * channel(u);
     const int* table = reinterpret_cast<const int*>(shared_ + p_.at.table);
     const int first = pixel(u, 0);
@@ -61,16 +56,7 @@ class ResidentFma {
                  weight + depth(0) * columns(), columns(), acc_);
   }
 
-  SNNLSTM_DEVICE void take(R (&sum)[4][2][1]) {
-#pragma unroll
-    for (int gate = 0; gate < 4; ++gate)
-#pragma unroll
-      for (int px = 0; px < 2; ++px) {
-        sum[gate][px][0] = acc_[0][px][gate];
-#pragma unroll
-        for (int k = 0; k < 3; ++k) acc_[k][px][gate] = acc_[k + 1][px][gate];
-      }
-  }
+  SNNLSTM_DEVICE void take(R (&sum)[4][2][1]) { take_pair(acc_, sum); }
 
  private:
   const ResidentForward& p_;

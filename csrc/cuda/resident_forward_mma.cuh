@@ -44,12 +44,7 @@ class ResidentMma {
   }
 
   SNNLSTM_DEVICE void multiply(int u, const unsigned char* x, const unsigned char* mem) {
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi)
-#pragma unroll
-      for (int nt = 0; nt < kTiles; ++nt)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) acc_[mi][nt][r] = 0;
+    clear<2 * kTiles * 4>(&acc_[0][0][0]);
     const int of_block = group(u) / p_.warp_columns, column = group(u) % p_.warp_columns;
     SharedPlace b = shared_place(shared_ + p_.at.weights + of_block * int(p_.weight_pitch) +
                                  column * (kTiles / 2 * Gemm::kPairBytes) + lane_ * 16);

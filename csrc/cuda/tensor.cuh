@@ -95,10 +95,7 @@ SNNLSTM_DEVICE void walk_patch(const Tensor& a, const PixelPair& at, int c0, Cha
 // v[pixel][channel] of channels c0, c0 + 1, ...; 0 where there is nothing.
 template <class R, int CH>
 SNNLSTM_DEVICE void load_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][CH]) {
-#pragma unroll
-  for (int px = 0; px < 2; ++px)
-#pragma unroll
-    for (int ch = 0; ch < CH; ++ch) v[px][ch] = 0;
+  clear<2 * CH>(&v[0][0]);
   with_stored<R>(a.type, [&](auto of) {
     using T = decltype(of);
     walk_patch<T, CH>(
@@ -137,13 +134,11 @@ template <class R, int CH>
 SNNLSTM_DEVICE void load_patch(const Image& a, const PixelPair& at, int c0, R (&v)[2][CH],
                                int plane = 0) {
   const void* p = image_of(a, at.t, at.n);
+  clear<2 * CH>(&v[0][0]);
 #pragma unroll
-  for (int px = 0; px < 2; ++px) {
-#pragma unroll
-    for (int ch = 0; ch < CH; ++ch) v[px][ch] = 0;
+  for (int px = 0; px < 2; ++px)
     if (at.valid[px] && c0 < a.Cp)
       read_vector<R>(p, a.type, offset(a, plane, c0, at.y[px], at.x[px]), v[px]);
-  }
 }
 
 template <class R, int CH>

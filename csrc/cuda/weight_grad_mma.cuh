@@ -106,8 +106,7 @@ class WeightGemm {
   }
 
   SNNLSTM_DEVICE void run() {
-#pragma unroll
-    for (int i = 0; i < weight_tile::kSums; ++i) (&acc_[0][0][0][0])[i] = 0;
+    clear<weight_tile::kSums>(&acc_[0][0][0][0]);
 #pragma unroll
     for (int i = 0; i < weight_tile::kSums / 4; ++i) store(total(i), make_float4(0, 0, 0, 0));
     const int begin = split_ * int(p_.grad.share);
