@@ -307,16 +307,13 @@ class MmaGemm {
       for (int mi = 0; mi < 2; ++mi) mma_gemm::mend_rests(a[mi], low[mi]);
     // Spikes need no low parts.
     const bool both = !AnyFeed || __any_sync(full_warp, (seen << 1) != 0);
-    uint4 w[NT / 2];
 #pragma unroll
     for (int pair = 0; pair < NT / 2; ++pair) {
-      w[pair] = load<uint4>(b + pair * kPairBytes);
+      const uint4 w = load<uint4>(b + pair * kPairBytes);
+      if (both) add_pair(acc, pair, low, w);
       add_pair(acc, pair, a, load<uint4>(b + pair * kPairBytes + mma_gemm::kPairBytes));
-      add_pair(acc, pair, a, w[pair]);
+      add_pair(acc, pair, a, w);
     }
-    if (!both) return;
-#pragma unroll
-    for (int pair = 0; pair < NT / 2; ++pair) add_pair(acc, pair, low, w[pair]);
   }
 
   const MmaConv& p_;
