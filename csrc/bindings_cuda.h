@@ -53,9 +53,11 @@ inline WeightGradArgs weight_args(const Cell& cell, const py::kwargs& given) {
   a.grad_weight = k.address("grad_weight"), a.grad_bias = k.address("grad_bias");
   a.workspace = k.address("workspace");
   k.finish();
-  needs(a.x.data, "x");
-  needs(a.mem.data, "mem");
-  needs(a.d_gates, "d_gates");
+  if (cell.T > 0 && cell.N > 0) {  // else the gradients are zeros
+    needs(a.x.data, "x");
+    needs(a.mem.data, "mem");
+    needs(a.d_gates, "d_gates");
+  }
   aligned({{"d_gates", a.d_gates}});
   return a;
 }
