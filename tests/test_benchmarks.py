@@ -20,7 +20,8 @@ pytest.importorskip("matplotlib")
 import snnlstm
 from benchmarks import agreement, cli, compare, memory, report, suite
 from benchmarks.cases import CPU_CASES, Case, find_cases, parse_case, random_cases
-from benchmarks.providers import PROVIDERS, Setting
+from benchmarks.plots import STYLE
+from benchmarks.providers import DETAILS, PROVIDERS, Setting
 from benchmarks.rows import Row, read_rows, write_rows
 from benchmarks.timing import Budget, Quantiles, time_interleaved
 from snnlstm.native import cpu
@@ -241,6 +242,19 @@ def test_only_the_same_measurement_is_compared():
     ]  # fmt: skip
     assert compare.compare_rows([ROW], others) == []
     assert "no timed row in common" in compare.report([ROW], others)
+
+
+def test_goals_are_counted_and_every_provider_of_a_plot_has_a_style():
+    baseline = dataclasses.replace(ROW, provider="snntorch", speedup=1.0)
+    slow = [dataclasses.replace(row, mode="forward") for row in (ROW, baseline)]
+    slow[0] = dataclasses.replace(slow[0], goal=3.5)
+    text = report.summary([dataclasses.replace(ROW, goal=3.25), baseline, *slow], goals=True)
+    assert [line.split()[-2:] for line in text.splitlines()[4:6]] == [
+        ["3.25x", "met"],
+        ["3.5x", "missed"],
+    ]
+    assert "1 of 2 goals met (the goals are for snnlstm)." in text
+    assert set(PROVIDERS) - set(DETAILS) | set(suite.WEIGHED_LONG) <= set(STYLE)
 
 
 def test_comparison_says_what_else_changed():
