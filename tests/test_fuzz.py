@@ -19,14 +19,17 @@ def test_random_calls():
     assert all(done[way] for way in fuzz.WAYS)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("way", ["one call", "steps", "a cell's calls"])
 @pytest.mark.parametrize(
     ("asked", "kept"),
     [*((asked, "as it is") for asked in ASKED), *(("plain", kept) for kept in KEPT)],
 )
-def test_gradients_that_are_asked_for_in_unusual_ways(asked, kept, way):
-    every = fuzz.Example(PLAIN, ISAS[-1], "auto", way, 2, OUTPUTS, NAMES, NAN, asked, kept)
-    assert fuzz.check(every)
+def test_gradients_that_are_asked_for_in_unusual_ways(asked, kept, way, checkpoint):
+    case = PLAIN.but(checkpoint=checkpoint)
+    assert fuzz.check(
+        fuzz.Example(case, ISAS[-1], "auto", way, 2, OUTPUTS, NAMES, NAN, asked, kept)
+    )
 
 
 def test_a_fault_is_found_and_its_script_shows_it(monkeypatch, capsys):

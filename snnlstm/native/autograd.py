@@ -76,7 +76,8 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     call = Call(x, syn, mem, weight, bias, threshold, graded, options, signature)
     if options.checkpoint is True:
         if loop is None:
-            return checkpoint.backward(call, saved, grads, wanted, algorithm)
+            states = [plain(t).to(dtype) for t in saved]
+            return checkpoint.backward(call, states, grads, wanted, algorithm)
         kept, own = checkpoint.recompute(call, algorithm), True
     else:
         kept, own = Saved(*saved), saved[0].data_ptr() == gates
