@@ -313,6 +313,7 @@ def test_own_shapes_read_back_what_they_say():
         "mine", 8, 4, 32, 48, 30, 40, (3, 5), max_pool=2, reset="zero", density=None
     )
     assert parse_case(f"8 4 32 48 30 40 3x5 density=dense name=mine {case.options}") == case
+    assert parse_case("8 4 2 3 6 6 3 threshold=0").options == "threshold=0.0"
     assert [c.name for c in find_cases(["cpu", "mid"])] == list(CPU_CASES)
 
 
