@@ -6,6 +6,7 @@ that its caller keeps alive while it runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -253,7 +254,7 @@ def shaped_as(threshold: Tensor, out: Gradients) -> Gradients:
 
 
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
+    return tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
 
 
 class Plan:
