@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from itertools import permutations
-from types import SimpleNamespace
 
 import flat
 import pytest
@@ -86,7 +85,7 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
         guarded.pop()
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=77))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 77, raising=False)
     noting = Core(core.module, guarded)
     monkeypatch.setitem(native.HALVES, "cpu", cuda.Kernels(noting))
     train(TRAINED, TRAINED.inputs(), algorithm)
