@@ -241,7 +241,12 @@ def run(count: int, seed: int | None = None) -> Counter[str]:
     """Check `count` random examples; says how many, by what was compared."""
     done: Counter[str] = Counter()
 
-    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=count,
+        deadline=None,
+        report_multiple_bugs=False,  # one script, and its own exception
+        suppress_health_check=list(HealthCheck),
+    )
     @given(examples())
     def check_example(example: Example) -> None:
         try:
