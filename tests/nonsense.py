@@ -1,12 +1,10 @@
 """Random calls of the core with nonsense among the arguments, each of which must raise.
 
-    python tests/nonsense.py CORE COUNT SEED
-
-CORE is ``cpu``, ``cuda``, or ``simt``: the CUDA half over the emulator. Each call is printed before
-it is made, so that the last line names the one that crashed. Addresses that are no nonsense lead
-into one block of memory, large enough for everything.
+Each call is printed before it is made, so that the last line names the one that crashed. Addresses
+that are no nonsense lead into one block of memory, large enough for everything.
 """
 
+import argparse
 import math
 import os
 import random
@@ -378,4 +376,9 @@ def main(core: str, count: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("core", choices=("cpu", "cuda", "simt"), help="simt: CUDA's, emulated")
+    parser.add_argument("count", type=int, help="how many calls")
+    parser.add_argument("seed", type=int)
+    args = parser.parse_args()
+    main(args.core, args.count, args.seed)

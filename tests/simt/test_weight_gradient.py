@@ -57,7 +57,8 @@ class Calls:
 
     def neurons(self, inputs) -> dict[str, int]:
         self.threshold = inputs.threshold.detach().to(self.case.dtype).reshape(-1).contiguous()
-        self.graded = inputs.graded.detach().to(tensors.compute_type(self.case.dtype))
+        computed = torch.promote_types(self.case.dtype, torch.float32)
+        self.graded = inputs.graded.detach().to(computed)
         return {
             "threshold": self.threshold.data_ptr(),
             "threshold_stride": 0 if self.threshold.numel() == 1 else 1,
