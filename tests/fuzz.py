@@ -229,12 +229,14 @@ def _mostly_first(names: Iterable[str]) -> st.SearchStrategy[str]:
 
 
 def examples() -> st.SearchStrategy[Example]:
-    return st.builds(
+    drawn = st.builds(
         Example, st.one_of(cases(), large_cases()), st.sampled_from(ISAS),
         st.sampled_from(native.cpu.ALGORITHMS), st.sampled_from(WAYS), st.integers(2, 5),
         _subsets(OUTPUTS), _subsets(NAMES), st.sampled_from([NAN, HUGE]), _mostly_first(ASKED),
         _mostly_first(KEPT),
     )  # fmt: skip
+    # The stochastic surrogate draws random numbers, which torch.func.vmap refuses.
+    return drawn.filter(lambda e: e.asked != "batched" or e.case.options.surrogate.name != "SSO")
 
 
 def run(count: int, seed: int | None = None) -> Counter[str]:
