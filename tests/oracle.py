@@ -60,7 +60,7 @@ def check_spikes(
         band = 4 * torch.finfo(mem.dtype).eps * float(mem.abs().max())
     low, high = potential - band, potential + band
     if options.quant is not None:
-        low, high = options.quant(low), options.quant(high)
+        low, high = options.quant(low) - band / 4, options.quant(high) + band / 4  # levels round
     threshold = threshold.double()
     must, may = low > threshold, high > threshold
     if options.inhibition:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from backend import float32_precision
 from cases import Case
+from torch.backends import mkldnn
 
 from snnlstm import surrogate
 from snnlstm.quant import state_quant
@@ -36,7 +37,9 @@ class Mode:
     def running(self, core):
         """Within the block, the native path for CPU tensors is this one."""
         core.device(self.compute_capability, shared_bytes=self.shared_bytes, algorithm=self.kernels)
-        with core.installed(), float32_precision(self.precision):
+        # oneDNN 3 with AMX gives wrong sums for bfloat16 images of one column with stride and
+        # dilation, where torch's own convolution stands in for cuDNN's.
+        with core.installed(), float32_precision(self.precision), mkldnn.flags(enabled=False):
             yield
 
     def of(self, case: Case) -> Case:
