@@ -23,12 +23,12 @@ constexpr int64_t kMostElements = int64_t(1) << 48;  // of an image or weight: m
 
 inline void* at(Address address) { return reinterpret_cast<void*>(address); }
 
-// What a call cannot do without.
+// Refuses a call without what it needs.
 inline void needs(const void* given, const char* name) {
   if (!given) throw py::value_error(std::string(name) + " must be given");
 }
 
-// How many numbers or bytes memory of the caller's has.
+// Refuses a number of elements or bytes that no memory has.
 inline void counted(const char* name, int64_t count, int64_t least = 0) {
   if (count < least || count > kMostElements)
     throw py::value_error(std::string(name) + " must lie between " + std::to_string(least) +
@@ -112,8 +112,7 @@ class Keywords {
   size_t seen_ = 0;
 };
 
-// ---- arguments of a call, for both halves
-// --------------------------------------------------------
+// ---- arguments of a call, for both halves ----
 
 template <class Args>
 Args common_args(const Cell& cell, Keywords& k) {
@@ -165,8 +164,7 @@ inline BackwardArgs backward_args(const Cell& cell, const py::kwargs& given) {
   return a;
 }
 
-// ---- the cell
-// ------------------------------------------------------------------------------------
+// ---- the cell ----
 
 template <class Enum>
 Enum numbered(const char* name, int number, int count) {

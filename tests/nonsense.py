@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ NONSENSE: dict[str, list[Any]] = {
 Arguments = dict[str, tuple[str, Any]]  # by name: the kind, and a value that is none
 
 
-class Calls:
+class Calls(ABC):
     """The functions of a core, each with arguments that it accepts."""
 
     step = 8  # bytes to which addresses are aligned
@@ -135,9 +136,9 @@ class Calls:
         """Functions by name, with their arguments, of which so many go by place."""
         return {"Cell": (self.module.Cell, self.cell_arguments(), 0)}
 
+    @abstractmethod
     def sizes(self, cell: Any) -> list[int]:
         """Bytes that calls of a cell need."""
-        raise NotImplementedError
 
 
 class Cpu(Calls):

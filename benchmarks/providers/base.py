@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Setting:
         torch.backends.cuda.matmul.allow_tf32 = self.dtype in ("tf32", "autocast")
 
 
-class Provider:
+class Provider(ABC):
     """A layer built for `case`, with weights that depend on the seed alone.
 
     Subclasses define `build_cell`, `sequence`, and `why_not` where they cannot run everything.
@@ -86,13 +87,13 @@ class Provider:
     def spike_dtype(self) -> torch.dtype:
         return self.setting.torch_dtype
 
+    @abstractmethod
     def build_cell(self) -> torch.nn.Module:
         """The cell, freshly initialised from torch's global generator."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sequence(self, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Spikes, Tensor, Tensor]:
         """T time steps: x (T, N, Cin, H, W), states (N, C, H, W) to spikes and the last states."""
-        raise NotImplementedError
 
     def context(self) -> AbstractContextManager[None]:
         """What has to be in force while the provider runs, forward and backward."""

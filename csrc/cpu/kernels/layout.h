@@ -161,6 +161,18 @@ struct Layout {
     return rows < 1 ? 1 : rows < Hr ? rows : Hr;
   }
 
+  // Returns how many rows are worked on at a time in a form's tiles. A kernel in parts sees rows of
+  // tiles below the block too, so that a block of few rows would transform more of those than of
+  // its own.
+  int64_t rows_of_tiles(const Tiling& t) const {
+    const int64_t unit = whole(t.h, c.dilation_h, 1), columns = tiles(t.w, c.dilation_w, Wo);
+    const int64_t of_unit = columns * unit / t.h.tile;
+    int64_t units = (wanted_tiles(t) + of_unit - 1) / of_unit;
+    if (units < t.h.parts) units = t.h.parts;
+    const int64_t rows = unit * units, all = whole(t.h, c.dilation_h, Ho);
+    return rows < all ? rows : all;
+  }
+
   // These return the wanted number of tiles of a block, and the number of a whole image.
   int64_t wanted_tiles(const Tiling& t) const {
     const int64_t bytes = t.points() * (Cp + 4 * VL) * int64_t(sizeof(T));  // of a tile
@@ -184,17 +196,6 @@ struct Layout {
   // many tiles as keep the registers busy.
   int64_t images_of(const Tiling& t) const {
     return (wide() ? wanted_tiles(t) : 16) / image_tiles(t);
-  }
-
-  // Returns the same for a form's tiles. A kernel in parts sees rows of tiles below the block too,
-  // so that a block of few rows would transform more of those than of its own.
-  int64_t rows_of_tiles(const Tiling& t) const {
-    const int64_t unit = whole(t.h, c.dilation_h, 1), columns = tiles(t.w, c.dilation_w, Wo);
-    const int64_t of_unit = columns * unit / t.h.tile;
-    int64_t units = (wanted_tiles(t) + of_unit - 1) / of_unit;
-    if (units < t.h.parts) units = t.h.parts;
-    const int64_t rows = unit * units, all = whole(t.h, c.dilation_h, Ho);
-    return rows < all ? rows : all;
   }
 
   // Returns how many rows of a block have their gates of one channel block put together in L1.
