@@ -388,6 +388,7 @@ class SConv2dLSTM(DescribedCell):
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
         defaults = {"stride": (1, 1), "dilation": (1, 1), "max_pool": 0, "avg_pool": 0}
         defaults |= {"reset_mechanism": "none", "inhibition": False, "init_hidden": False}
+        defaults |= {"checkpoint": False, "batch_first": False}
         given = {name: getattr(self, name) for name in defaults}
         parts += [f"{name}={given[name]!r}" for name in given if given[name] != defaults[name]]
         if self.threshold.numel() == 1 and not self.threshold.is_meta:

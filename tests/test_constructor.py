@@ -156,3 +156,9 @@ def test_stride_is_the_inputs_alone_and_dilation_is_both(backend, stride, dilati
     close(new_syn, expected, atol=1e-12)
     close(new_mem, o.sigmoid() * expected.tanh(), atol=1e-12)
     backend.check(cell.path)
+
+
+def test_the_representation_names_what_is_not_as_usual():
+    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1, checkpoint="gates", batch_first=True)
+    expected = "2, 3, kernel_size=3, checkpoint='gates', batch_first=True, threshold=0.1"
+    assert cell.extra_repr() == expected

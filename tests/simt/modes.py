@@ -39,8 +39,12 @@ class Mode:
         core.device(self.compute_capability, shared_bytes=self.shared_bytes, algorithm=self.kernels)
         # oneDNN 3 with AMX gives wrong sums for bfloat16 images of one column with stride and
         # dilation, where torch's own convolution stands in for cuDNN's.
-        with core.installed(), float32_precision(self.precision), mkldnn.flags(enabled=False):
-            yield
+        (enabled, *_) = mkldnn.set_flags(False)
+        try:
+            with core.installed(), float32_precision(self.precision):
+                yield
+        finally:
+            mkldnn.set_flags(enabled)
 
     def of(self, case: Case) -> Case:
         """The same call in this mode's types."""
