@@ -1,29 +1,23 @@
 """Loops of step calls: snnTorch's cell and ours on the same events, and what is compared."""
 
-import snntorch
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
 
-import snnlstm
+import torch
+from helpers import close, steps, twins
+from torch import Tensor, nn
 
 STEPS = 5
 
 
 def cells(**arguments) -> tuple[nn.Module, nn.Module]:
     """Makes snnTorch's cell and ours, of the same weights, in float64."""
-    torch.manual_seed(1)
-    arguments = {"threshold": 0.05, "reset_mechanism": "subtract"} | arguments
-    theirs = snntorch.SConv2dLSTM(2, 4, 3, **arguments).double()
-    ours = snnlstm.SConv2dLSTM(2, 4, 3, **arguments).double()
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
+    arguments = {"threshold": 0.05, "reset_mechanism": "subtract", "seed": 1} | arguments
+    ours, theirs = twins(2, 4, 3, **arguments)
+    return theirs.double(), ours.double()
 
 
-def events(steps: int = STEPS, batch: int = 3) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return (
-        torch.rand(steps, batch, 2, 6, 7, generator=generator, dtype=torch.float64).gt(0.7).double()
-    )
+def events(time: int = STEPS, batch: int = 3) -> Tensor:
+    return steps(time, batch, 2, 6, 7, seed=2).double()
 
 
 def zeros(batch: int = 3) -> tuple[Tensor, Tensor]:
@@ -44,8 +38,16 @@ def gradients(cell: nn.Module) -> list[Tensor]:
 
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:
-    for a, b in zip(gradients(one), gradients(other), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-10)
+    close(gradients(one), gradients(other), atol=1e-11, rtol=1e-10)
+
+
+def both(work: Callable[[nn.Module], object], **arguments) -> tuple[nn.Module, nn.Module]:
+    """Does the same with snnTorch's cell and ours: the gradients of the parameters are equal."""
+    pair = cells(**arguments)
+    for cell in pair:
+        work(cell)
+    assert_same(*pair)
+    return pair
 
 
 def loss_of(out: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
