@@ -33,7 +33,7 @@ TESTS = {
 # What mutants are made of, and the tests that are to notice them.
 MUTATED = {
     "arguments": ["test_arguments.py", "test_messages.py", "test_semantics.py"],
-    "state": ["test_state.py", "test_overrides.py", "test_transforms.py", "test_truncated.py"],
+    "state": ["test_state.py", "test_overrides.py", "test_transforms.py", "test_training.py"],
     "run": ["test_path.py", "test_overrides.py", "test_autocast.py"],
 }
 

@@ -42,14 +42,21 @@ def test_kernel_size_is_an_int_a_tuple_or_a_list_and_padding_is_its_half(backend
 
 
 @pytest.mark.parametrize(
-    "shape", [(), (1,), (3, 1, 1), (1, 3, 1, 1), (6, 7), (2, 1, 1, 1)], ids=str
+    "shape", [(), (1,), (3, 1, 1), (1, 3, 1, 1), (6, 8), (2, 1, 1, 1)], ids=str
 )
-def test_a_threshold_may_have_any_shape_that_broadcasts_to_mem(backend, shape):
+def test_a_threshold_of_any_shape_that_broadcasts_gets_a_gradient_of_that_shape(backend, shape):
+    pool = {"max_pool": 2} if shape != (6, 8) else {}
     threshold = torch.rand(shape) / 5
-    one, other = twins(threshold=threshold, reset_mechanism="subtract")
-    x = steps(3, 2, 2, 6, 7)
-    for t in range(3):
-        close(one(x[t]), other(x[t]))
+    one, other = twins(
+        threshold=threshold, learn_threshold=True, reset_mechanism="subtract", **pool
+    )
+    x = steps(3, 2, 2, 6, 8)
+    for cell in (one, other):
+        loss = sum(spk.sum() + 3 * mem.sum() for spk, _, mem in map(cell, x))
+        loss.backward()
+        assert cell.threshold.grad.shape == shape
+    close((one.spk, one.syn, one.mem), (other.spk, other.syn, other.mem))
+    close(one.threshold.grad, other.threshold.grad, atol=1e-4, rtol=1e-4)
     # The kernels know one threshold, or one a channel.
     backend.check(one.path, native=threshold.numel() in (1, 3))
 
@@ -102,37 +109,17 @@ def test_a_reset_mechanism_that_is_set_or_loaded_is_what_runs(backend, reset):
         close(assigned(x, syn, mem), expected)
 
 
-def test_loading_an_unknown_reset_mechanism_is_refused():
-    cell = ours(reset_mechanism="zero")
-    state = cell.state_dict() | {"reset_mechanism_val": torch.tensor(7)}
-    with pytest.raises(RuntimeError, match="reset_mechanism_val must be 0, 1 or 2"):
-        cell.load_state_dict(state)
-    assert cell.reset_mechanism == "zero"
-
-
-def test_the_meta_device_works():
-    with torch.device("meta"):
-        cell = ours()
-        cell(torch.empty(1, 2, 5, 5))
-        cell.reset_mechanism = "zero"
-        assert cell._describe(False, False).reset == "zero"
-        cell.reset_mechanism = "none"
-    assert all(value.is_meta for value in cell.state_dict().values())
-    assert cell(torch.empty(1, 2, 5, 5, device="meta"))[0].shape == (1, 3, 5, 5)
-    cell.to_empty(device="cpu")
-    assert cell.syn.shape == cell.mem.shape == (1, 3, 5, 5)
-    assert not cell.syn.any()
-    torch.manual_seed(0)
-    cell.reset_parameters()
-    x = steps(1, 1, 2, 5, 5)[0]
-    close(cell(x), ours()(x))
-
-
-def test_device_and_dtype_keywords():
+def test_device_and_dtype_keywords_and_cells_without_memory():
     cell = ours(device="meta", dtype=torch.float64)
     for value in (cell.conv.weight, cell.threshold, cell.graded_spikes_factor, cell.syn):
         assert value.is_meta
         assert value.dtype == torch.float64
+    with torch.device("meta"):
+        cell = ours()
+        assert cell(torch.empty(1, 2, 5, 5))[0].shape == (1, 3, 5, 5)
+        cell.reset_mechanism = "zero"
+        assert cell._describe(False, False).reset == "zero"
+    assert all(value.is_meta for value in cell.state_dict().values())
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, (1, 2), (3, 1)], ids=str)

@@ -1,15 +1,12 @@
 """Ours in the place of snnTorch's: in its own tools, and in those of torch."""
 
-import copy
-import io
 import subprocess
 import sys
 
 import pytest
 import snntorch
 import torch
-from helpers import close, net, ours, states, steps, theirs
-from snntorch import utils
+from helpers import close, ours, states, steps, theirs
 
 import snnlstm
 
@@ -22,19 +19,6 @@ X, START = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
 def test_isinstance_holds():
     assert isinstance(ours(), snntorch.SConv2dLSTM)
     assert isinstance(ours(), snntorch.SpikingNeuron)
-
-
-def test_utils_reset_reaches_our_cells():
-    for library in (snnlstm, snntorch):
-        model = net(library.SConv2dLSTM)
-        model(X)
-        assert model.first.mem.any()
-        assert model.first.mem.requires_grad
-        utils.reset(model)
-        for cell in (model.first, model.second):
-            assert not cell.mem.any()
-            assert not cell.syn.any()
-            assert not cell.mem.requires_grad
 
 
 def test_the_calls_of_snntorchs_own_tests_of_the_cell():
@@ -112,30 +96,6 @@ def test_a_missing_or_broken_snntorch_costs_no_more_than_its_features(tmp_path, 
 
 
 # ---- torch's own tools ----------------------------------------------------------------------
-
-
-def test_torch_save_of_a_whole_module_and_of_a_state_dict():
-    cell = ours(reset_mechanism="zero", spike_grad=snnlstm.surrogate.SFS(5))
-    cell(X)
-    buffer = io.BytesIO()
-    torch.save(cell, buffer)
-    buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=False)
-    close(loaded(X), cell(X))
-    buffer = io.BytesIO()
-    torch.save(cell.state_dict(), buffer)
-    buffer.seek(0)
-    other = ours(seed=9)
-    other.load_state_dict(torch.load(buffer, weights_only=True))
-    close(other(X, *START), cell(X, *START))
-
-
-def test_deepcopy_of_a_net():
-    model = net(snnlstm.SConv2dLSTM)
-    model(X)
-    utils.reset(model)
-    other = copy.deepcopy(model)
-    close(other(X), model(X))
 
 
 def test_second_derivatives_are_those_of_snntorch(backend):

@@ -4,30 +4,13 @@ import copy
 
 import pytest
 import torch
-from helpers import close, ours, states, steps, theirs, twins
+from helpers import close, ours, steps, theirs
 from kernels import native
 
 import snnlstm
 
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 half = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-
-
-def test_float64_agrees_with_snntorch_to_float64(backend):
-    one, other = (cell.double() for cell in twins(reset_mechanism="subtract", max_pool=2))
-    # snnTorch's spikes are float32 whatever the cell is; ours have the cell's dtype.
-    x = steps(3, 2, 2, 6, 7).double()
-    start = [state.double() for state in states(2, 3, 6, 7)]
-    mine, reference = (None, *start), (None, *start)
-    for t in range(3):
-        mine, reference = one(x[t], *mine[1:]), other(x[t], *reference[1:])
-    assert mine[0].dtype == torch.float64
-    close(mine[1:], reference[1:], atol=1e-13)
-    assert torch.equal(mine[0], reference[0].double())
-    backend.check(one.path)
-    for out in (mine, reference):
-        (out[0].sum() + out[2].square().sum()).backward()
-    close(one.conv.weight.grad, other.conv.weight.grad, atol=1e-5)
 
 
 @half
@@ -162,15 +145,14 @@ def test_the_default_device_is_that_of_a_new_cell_that_names_none(default_device
 def test_a_cell_without_memory_gets_it_by_to_empty():
     with torch.device("meta"):
         cell = ours(learn_threshold=True, threshold=torch.full((3, 1, 1), 0.3, device="cpu"))
-    assert cell.conv.weight.is_meta
+        cell(torch.empty(1, 2, 5, 5))
     cell = copy.deepcopy(cell).to_empty(device="cpu")
+    assert cell.syn.shape == cell.mem.shape == (1, 3, 5, 5)
+    assert not cell.syn.any()
     torch.manual_seed(0)
     cell.reset_parameters()
     other = ours(threshold=0.3)
     close(cell(steps(2, 1, 2, 5, 5)), other(steps(2, 1, 2, 5, 5)), atol=0, rtol=0)
-    copied = copy.deepcopy(cell)
-    assert torch.equal(copied.mem, cell.mem)
-    assert copied.conv.weight is not cell.conv.weight
 
 
 def test_a_cell_without_memory_takes_that_of_a_state_dict():

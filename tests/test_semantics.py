@@ -24,16 +24,19 @@ def test_the_oracle_is_snntorch_1_0_0():
 @pytest.mark.parametrize("pool", POOLS, ids=str)
 @pytest.mark.parametrize("reset", RESETS)
 def test_one_step_computes_what_snntorch_computes(backend, reset, pool):
+    """The reset is a constant to the gradients, and the mem that is returned is not pooled."""
     one, other = twins(reset_mechanism=reset, **pool)
-    syn, mem = states(2, 3, 6, 7)
-    x = steps(1, 2, 2, 6, 7)[0]
-    actual, expected = one(x, syn, mem), other(x, syn, mem)
-    close(actual, expected)
-    assert expected[0].any()
-    assert not expected[0].all()
+    results, grads = [], []
+    for cell in (one, other):
+        inputs = [t.requires_grad_() for t in (steps(1, 2, 2, 6, 7)[0], *states(2, 3, 6, 7))]
+        results.append(cell(*inputs))
+        torch.stack([out.sum() for out in results[-1]]).sum().backward()
+        grads.append([t.grad for t in inputs])
+    close(*results)
+    assert results[0][0].any()
+    assert not results[0][0].all()
     backend.check(one.path)
-    torch.stack([a.sum() for a in actual]).sum().backward()
-    torch.stack([e.sum() for e in expected]).sum().backward()
+    close(*grads, atol=2e-5, rtol=1e-4)
     same_gradients(one, other)
 
 
@@ -67,86 +70,18 @@ def test_reset_reads_the_mem_that_was_passed_in(backend, reset):
     assert torch.equal(spk.bool(), new_mem > 0.1)  # and spk uses the mem after the reset
 
 
-def test_returned_mem_is_not_pooled(backend):
-    for pool in POOLS[1:]:
-        one, other = twins(**pool)
-        x = steps(1, 2, 2, 6, 7)[0]
-        spk, syn, mem = one(x)
-        assert syn.shape == mem.shape == (2, 3, 6, 7)
-        assert spk.shape == other(x)[0].shape != mem.shape
-        pooled = {"max_pool": nn.MaxPool2d, "avg_pool": nn.AvgPool2d}[next(iter(pool))]
-        close(spk, (pooled(next(iter(pool.values())))(mem) > 0.1).float())
-
-
-def test_the_reset_is_a_constant_to_gradients(backend):
-    """d mem / d mem_prev has no term of the reset's surrogate gradient."""
-    syn, mem = states(2, 3, 6, 7)
-    x = steps(1, 2, 2, 6, 7)[0]
-    grads = []
-    for cell in twins(reset_mechanism="subtract"):
-        start = mem.clone().requires_grad_()
-        cell(x, syn, start)[2].sum().backward()
-        grads.append(start.grad)
-    close(*grads)
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (3, 1, 1), (1, 3, 1, 1)], ids=str)
-def test_a_broadcast_threshold_gets_the_gradient_summed_to_its_own_shape(backend, shape):
-    syn, mem = states(2, 3, 6, 8)
-    x = steps(1, 2, 2, 6, 8)[0]
-    threshold = torch.full(shape, 0.1)
-    one, other = twins(
-        threshold=threshold, learn_threshold=True, reset_mechanism="subtract", max_pool=2
-    )
-    for cell in (one, other):
-        spk, _, new_mem = cell(x, syn, mem)
-        (spk.sum() + 3 * new_mem.sum()).backward()
-        assert cell.threshold.grad.shape == shape
-    close(one.threshold.grad, other.threshold.grad, atol=1e-5, rtol=1e-4)
-    backend.check(one.path)
-
-
-def test_gradient_of_threshold_is_minus_reset_and_minus_the_surrogate(backend):
-    syn, mem = states(2, 3, 6, 7)
-    x = steps(1, 2, 2, 6, 7)[0]
-    for of, expected in (
-        ("mem", lambda cell: -cell.reset.sum()),
-        ("spk", lambda cell: -cell.spike_grad.factor(cell.mem - 0.1).sum()),
-    ):
-        cell = ours(learn_threshold=True, reset_mechanism="subtract")
-        spk, _, new_mem = cell(x, syn, mem)
-        if of == "mem":
-            new_mem.sum().backward()
-            close(cell.threshold.grad, expected(cell), atol=1e-4)
-        else:  # of spk: its own surrogate, and through mem the reset's part
-            spk.sum().backward()
-            direct = expected(cell)
-            through = (cell.spike_grad.factor(cell.mem - 0.1) * -cell.reset).sum()
-            close(cell.threshold.grad, direct + through, atol=1e-4)
-
-
-def test_nan_mem_gives_no_spike_and_stays_nan(backend):
-    for reset in RESETS:
-        one, other = twins(reset_mechanism=reset)
-        syn, mem = states(1, 3, 5, 5)
-        syn[0, 0, 2, 2] = torch.nan
-        x = steps(1, 1, 2, 5, 5)[0]
-        actual, expected = one(x, syn, mem), other(x, syn, mem)
-        close(actual, expected)
-        assert actual[2][0, 0, 2, 2].isnan()
-        assert actual[0][0, 0, 2, 2] == 0
-        backend.check(one.path)
-
-
-def test_a_max_pool_window_that_holds_nan_gives_no_spike(backend):
-    one, other = twins(max_pool=2)
+@pytest.mark.parametrize("options", [*({"reset_mechanism": r} for r in RESETS), {"max_pool": 2}])
+def test_nan_mem_gives_no_spike_and_stays_nan(backend, options):
+    """Everything else spikes; of a pooling window that holds NaN, nothing does."""
+    one, other = twins(**options)
     syn, mem = states(1, 3, 6, 6)
-    syn += 3  # everything spikes but that window
+    syn += 3
     syn[0, 1, 3, 2] = torch.nan
     x = steps(1, 1, 2, 6, 6)[0]
-    spk = one(x, syn, mem)[0]
-    close(spk, other(x, syn, mem)[0])
-    assert spk[0, 1, 1, 1] == 0
+    actual, expected = one(x, syn, mem), other(x, syn, mem)
+    close(actual, expected)
+    assert actual[2][0, 1, 3, 2].isnan()
+    assert actual[0][0, 1][(1, 1) if "max_pool" in options else (3, 2)] == 0
     backend.check(one.path)
 
 
@@ -268,3 +203,44 @@ def test_foreign_surrogates_and_quantisers_that_are_modules_are_submodules():
     other(x)[0].sum().backward()
     same_gradients(one, other)
     assert not one.path.native
+
+
+# ---- sequences ----------------------------------------------------------------------------
+
+
+def test_states_are_carried_from_sequences_to_steps_and_back(backend):
+    one, other = twins(reset_mechanism="zero")
+    x = steps(7, 2, 2, 6, 7)
+    parts = [one(x[:3])[0], one(x[3])[0][None], one(x[4:6], record=True)[0], one(x[6])[0][None]]
+    close(torch.cat(parts), torch.stack([other(x[t])[0] for t in range(7)]))
+    assert not one.mem._is_view()
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_a_sequence_of_no_steps_leaves_the_states_unchanged(backend, record):
+    cell = ours(max_pool=2)
+    cell(steps(1, 2, 2, 6, 7)[0])
+    syn, mem = cell.syn.clone(), cell.mem.clone()
+    spk, s, m = cell(torch.zeros(0, 2, 2, 6, 7), record=record)
+    assert spk.shape == (0, 2, 3, 3, 3)
+    same((cell.syn, cell.mem), (syn, mem))
+    assert s.shape == m.shape == ((0, 2, 3, 6, 7) if record else (2, 3, 6, 7))
+
+
+@pytest.mark.parametrize("pool", POOLS[:3], ids=str)
+def test_an_empty_batch_works(backend, pool):
+    cell = ours(inhibition=True, **pool)
+    for x in (torch.zeros(0, 2, 6, 7), torch.zeros(3, 0, 2, 6, 7)):
+        cell.reset_mem()
+        spk, syn, mem = cell(x)
+        assert spk.shape[-4] == 0
+        assert syn.shape == mem.shape == (0, 3, 6, 7)
+        (spk.sum() + mem.sum()).backward()
+        assert not cell.conv.weight.grad.any()
+
+
+def test_record_with_init_hidden_and_output(backend):
+    x = steps(3, 1, 2, 5, 5)
+    assert ours(init_hidden=True)(x, record=True).shape == (3, 1, 3, 5, 5)
+    out = ours(init_hidden=True, output=True)(x, record=True)
+    assert [tuple(o.shape) for o in out] == [(3, 1, 3, 5, 5)] * 3

@@ -1,4 +1,4 @@
-"""Training with torch's own tools: optimizers, clipping, accumulation, averages, checkpointing."""
+"""Training with torch's own tools: optimizers, clipping, averages, checkpointing, truncation."""
 
 import copy
 
@@ -21,12 +21,6 @@ def _one_thread(_same_start):
 def data() -> tuple[Tensor, Tensor, Tensor]:
     """Returns x of four steps, syn and mem."""
     return steps(4, 2, 2, 6, 6), *states(2, 3, 6, 6)
-
-
-def sample(n: int) -> tuple[Tensor, ...]:
-    """Returns one of the two samples of the data."""
-    x, syn, mem = data()
-    return x[:, n : n + 1], syn[n : n + 1], mem[n : n + 1]
 
 
 def loop(call, x: Tensor, syn: Tensor, mem: Tensor) -> Tensor:
@@ -94,14 +88,6 @@ def test_optimizers_train_as_with_snntorch(name, how):
     assert (models[0].cell.conv.weight - Net(snnlstm).cell.conv.weight).abs().max() > 1e-3
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(backend):
-    whole, parts = ours(reset_mechanism="zero"), ours(reset_mechanism="zero")
-    loop(whole, *data()).backward()
-    for n in range(2):
-        loop(parts, *sample(n)).backward()
-    same_gradients(parts, whole)
-
-
 @pytest.mark.parametrize(
     "how", [{"avg_fn": get_ema_avg_fn(0.7)}, {"multi_avg_fn": get_ema_multi_avg_fn(0.7)}],
     ids=["one by one", "foreach"],
@@ -124,28 +110,95 @@ def test_averaged_models_use_their_own_weights_at_once(how):
     assert not torch.equal(average.module.cell.conv.weight, model.cell.conv.weight)
 
 
+# ---- truncated backpropagation through time -------------------------------------------------
+
+TRUNCATED = {"reset_mechanism": "subtract", "learn_threshold": True}
+
+
+def two(make, **options) -> nn.ModuleList:
+    return nn.ModuleList([make(2, 3, 3, **options), make(3, 2, 3, **options)])
+
+
+def through(cells, x: Tensor) -> tuple[Tensor, Tensor]:
+    for cell in cells:
+        x, _, mem = cell(x)
+    return x, mem
+
+
+@pytest.mark.parametrize("pattern", ["detach_hidden", "by hand", "Sequential"])
+def test_training_in_chunks_is_that_of_snntorchs_step_loop(backend, pattern):
+    """The optimizer steps, and the graph is cut, after every chunk; the last one is shorter."""
+    hidden = {"init_hidden": True} if pattern == "Sequential" else {}
+    cells, expected = two(ours, **TRUNCATED, **hidden), two(theirs, **TRUNCATED)
+    cells[1].output = True
+    before = copy.deepcopy(cells)
+    states = [(None, None), (None, None)]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.5) for m in (cells, expected)]
+    for chunk in steps(8, 2, 2, 6, 6).split(3):
+        if pattern == "Sequential":
+            spk, _, mem = snnlstm.Sequential(*cells)(chunk)
+            mem = mem[-1]
+        elif pattern == "by hand":
+            spk = chunk
+            for k, cell in enumerate(cells):
+                spk, *state = cell(spk, *states[k])
+                mem, states[k] = state[1], [s.detach() for s in state]
+        else:
+            spk, mem = through(cells, chunk)
+        spks, mems = zip(*(through(expected, x) for x in chunk), strict=True)
+        for optimizer, spikes, last in zip(
+            optimizers, (spk, torch.stack(spks)), (mem, mems[-1]), strict=True
+        ):
+            optimizer.zero_grad()
+            ((spikes.mean() - 0.3).square() + last.square().mean()).backward()
+            optimizer.step()
+        same_gradients(cells, expected)
+        snnlstm.SConv2dLSTM.detach_hidden()
+        snntorch.SConv2dLSTM.detach_hidden()
+        assert not any(cell.mem.requires_grad or cell.syn.requires_grad for cell in cells)
+    for one, other, start in zip(cells, expected, before, strict=True):
+        close((one.syn, one.mem), (other.syn, other.mem), atol=1e-4)
+        close(one.state_dict(), other.state_dict(), atol=1e-4)
+        assert not torch.equal(one.conv.weight, start.conv.weight)
+        backend.check(one.path)
+
+
+def test_a_chunk_without_detached_states_says_what_is_wrong():
+    """The history of the chunk before is gone: torch refuses, and nothing is trained wrongly."""
+    cell, x = ours(), data()[0]
+    cell(x[:3])[2].sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        cell(x[3:])[2].sum().backward()
+
+
 # ---- activation checkpointing ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["ours", "saved tensors", "reentrant"])
-def test_activation_checkpointing(backend, how):
-    one, other = (
-        ours(checkpoint=how == "ours", reset_mechanism="subtract"),
-        ours(reset_mechanism="subtract"),
-    )
-    (x, *start), (again, _, _) = data(), data()
-    x.requires_grad_()
-    again.requires_grad_()
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_of_parts_of_a_loop(backend, reentrant):
+    cells = [ours(reset_mechanism="subtract") for _ in range(2)]
+    inputs = []
+    for cell in cells:
 
-    def call(*args: Tensor):
-        if how == "ours":
-            return one(*args)
-        return checkpoint(one, *args, use_reentrant=how == "reentrant")
+        def part(x, syn, mem, cell=cell):
+            total = 0
+            for x_t in x:
+                spk, syn, mem = cell(x_t, syn, mem)
+                total = total + spk.sum() + mem.square().sum()
+            return total, syn, mem
 
-    loop(call, x, *start).backward()
-    loop(other, again, *start).backward()
-    same_gradients(one, other)
-    close(x.grad, again.grad, atol=1e-5)
+        inputs.append([t.requires_grad_() for t in data()])
+        x, *state = inputs[-1]
+        losses = []
+        for two_steps in x.split(2):
+            if cell is cells[0]:
+                loss, *state = checkpoint(part, two_steps, *state, use_reentrant=reentrant)
+            else:
+                loss, *state = part(two_steps, *state)
+            losses.append(loss)
+        sum(losses).backward()
+    same_gradients(*cells)
+    close(*([t.grad for t in own] for own in inputs), atol=1e-5)
 
 
 def test_a_checkpointed_sequence_that_starts_by_a_reset():
@@ -196,39 +249,6 @@ def test_functional_call_uses_the_weights_that_it_is_given(backend):
         close(value.grad, other.get_parameter(name).grad, atol=2e-5, rtol=1e-4)
     close(dict(cell.named_parameters()), before, atol=0, rtol=0)
     assert all(parameter.grad is None for parameter in cell.parameters())
-
-
-def test_gradients_of_each_sample_by_vmap():
-    cell, alone = ours(), ours()
-    parameters = {name: value.detach() for name, value in cell.named_parameters()}
-
-    def loss(values: dict[str, Tensor], x: Tensor, syn: Tensor, mem: Tensor) -> Tensor:
-        return loop(
-            lambda *args: torch.func.functional_call(cell, values, args),
-            x[:, None], syn[None], mem[None],
-        )  # fmt: skip
-
-    grads = torch.func.vmap(torch.func.grad(loss), (None, 1, 0, 0))(parameters, *data())
-    assert str(cell.path) == "reference (a torch.func transform is active)"
-    for n in range(2):
-        alone.zero_grad()
-        loop(alone, *sample(n)).backward()
-        close(grads["conv.weight"][n], alone.conv.weight.grad, atol=2e-5, rtol=1e-4)
-        close(grads["conv.bias"][n], alone.conv.bias.grad, atol=2e-5, rtol=1e-4)
-    cell.reset_mem()
-    x, _, _ = data()
-    close(cell(x), ours()(x), atol=0, rtol=0)  # and goes on without it
-
-
-def test_the_kernels_run_again_once_a_change_of_conv_is_taken_back(backend):
-    cell = ours()
-    x = steps(2, 2, 2, 6, 6)
-    nn.utils.parametrizations.weight_norm(cell.conv)
-    cell(x)
-    nn.utils.parametrize.remove_parametrizations(cell.conv, "weight")
-    cell.reset_mem()
-    close(cell(x), ours()(x))
-    backend.check(cell.path)
 
 
 # ---- state_dict hooks -----------------------------------------------------------------------
