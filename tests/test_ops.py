@@ -106,16 +106,6 @@ def test_compiled_calls_equal_plain_ones(name):
             assert one.stride() == other.stride()
 
 
-def test_compiled_inference_keeps_nothing(calls):
-    compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")
-    inputs = PLAIN.inputs()
-    for one, other in zip(
-        compiled(*inputs, PLAIN.options), flat.run(*inputs, PLAIN.options), strict=True
-    ):
-        assert torch.equal(one, other)
-        assert not one.requires_grad
-
-
 def test_one_graph_serves_all_sizes():
     compiles = []
 
@@ -132,14 +122,3 @@ def test_one_graph_serves_all_sizes():
             expected = flat.run(*inputs, case.options)
         same(out, expected)
     assert len(compiles) <= 2
-
-
-def test_dynamic_shapes_in_training():
-    compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager", dynamic=True)
-    for time, batch, height in ((3, 2, 6), (4, 3, 7), (5, 4, 9)):
-        case = PLAIN.but(time=time, batch=batch, height=height)
-        inputs = case.inputs()
-        for one, other in zip(
-            step(case, compiled, *inputs), step(case, flat.run, *inputs), strict=True
-        ):
-            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
