@@ -1,6 +1,9 @@
 // The CPU half for Python: csrc/cpu/api.h over addresses.
 #pragma once
 
+#include <omp.h>
+
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <vector>
@@ -80,6 +83,31 @@ double density(const T* x, int64_t count) {
   return seen ? double(nonzero) / double(seen) : 1;
 }
 
+// Whether two pieces of memory are equal. Large ones are compared by as many threads as torch has.
+inline bool same(const void* a, const void* b, int64_t bytes) {
+  constexpr int64_t kChunk = 1 << 18;
+  const auto equal = [&](int64_t begin) {
+    const int64_t end = begin + kChunk < bytes ? begin + kChunk : bytes;
+    return std::memcmp(static_cast<const char*>(a) + begin, static_cast<const char*>(b) + begin,
+                       size_t(end - begin)) == 0;
+  };
+  int64_t next = 0;
+  bool differ = false;
+  const auto compare = [&] {
+    for (int64_t begin; (begin = __atomic_fetch_add(&next, kChunk, __ATOMIC_RELAXED)) < bytes;)
+      if (__atomic_load_n(&differ, __ATOMIC_RELAXED) || !equal(begin))
+        return __atomic_store_n(&differ, true, __ATOMIC_RELAXED);
+  };
+  const int64_t threads = std::min<int64_t>(omp_get_max_threads(), bytes >> 20);
+  if (threads > 1) {
+#pragma omp parallel num_threads(int(threads))
+    compare();
+  } else {
+    compare();
+  }
+  return !differ;
+}
+
 // What a call looks at before it begins, in one crossing: x's density in hundredths (100 if
 // count is 0), or -1 where `bytes` bytes at `weight` and at `copy` differ.
 inline int inspect(Address x, int dtype, int64_t count, Address weight, Address copy,
@@ -91,7 +119,7 @@ inline int inspect(Address x, int dtype, int64_t count, Address weight, Address 
   if (bytes > 0) needs(at(copy), "copy");
   numbered<DType>("dtype", dtype, 2);
   const auto look = [&] {
-    if (bytes > 0 && std::memcmp(at(weight), at(copy), size_t(bytes)) != 0) return -1;
+    if (bytes > 0 && !same(at(weight), at(copy), bytes)) return -1;
     if (count == 0) return 100;
     const double part = DType(dtype) == DType::float64
                             ? density(static_cast<const double*>(at(x)), count)

@@ -32,7 +32,7 @@ class Packed:
     GAINS: ClassVar = {8: 1.5, 6: 3.0}
 
     def __init__(self, weight: Tensor) -> None:
-        self.original = weight.detach().clone(memory_format=torch.contiguous_format)
+        self.original = memory.empty(weight.shape, weight.dtype).copy_(weight.detach())
         gain = float(self.original.norm()) / max(weight.shape[0], 1) ** 0.5
         self.most_inputs = max((s for s, most in self.GAINS.items() if gain <= most), default=0)
         self.address = self.original.data_ptr()
@@ -81,7 +81,7 @@ def look_up(weight: Tensor, x: int = 0, dtype: int = 0, count: int = 0) -> tuple
     x comes as the address, dtype and number of its values, of which none are 100 per cent. Neither
     the address nor the version counter tells whether the weight's values are those that were
     packed: ``weight.data.add_(...)`` changes neither of them. They are compared byte for byte, one
-    to three hundredths of a step.
+    to three hundredths of a step, or more where a wide layer has small images.
     """
     contiguous = weight if weight.is_contiguous() else weight.detach().contiguous()
     storage = weight.untyped_storage()

@@ -2,6 +2,7 @@
 // tiles read it (layout.h).
 #pragma once
 
+#include "rows.h"
 #include "schedule.h"
 
 SNNLSTM_BEGIN_ISA
@@ -9,6 +10,7 @@ SNNLSTM_BEGIN_ISA
 template <class T, int VL>
 struct Packing {
   using L = Layout<T, VL>;
+  using S = Simd<T, VL>;
 
   // Returns the place of the weight from input channel ci (x's first, then mem's) to gate channel
   // g, at a place among its taps.
@@ -16,30 +18,12 @@ struct Packing {
     return (g * (l.c.Cin + l.c.C) + ci) * l.all_taps() + place;
   }
 
-  // Returns the row of K of input channel ci at a tap, in the forward weight.
-  static int64_t row(const L& l, int64_t ci, int64_t tap) {
-    return ci < l.c.Cin ? tap * l.c.Cin + ci : l.Kx + tap * l.c.C + ci - l.c.Cin;
-  }
+  // Returns so many neighbouring input channels that their taps fill several squares of VL lanes.
+  static int64_t together(const L& l) { return (4 * VL + l.taps - 1) / l.taps; }
 
   static void forward(const L& l, int threads, const T* weight, T* packed) {
-    const int64_t channels = l.c.Cin + l.c.C;
-    parallel_for(threads, l.Cb * channels, l.taps * 4 * VL, [&](int64_t task) {
-      const int64_t cb = task / channels, ci = task % channels;
-      const int64_t next = (ci < l.c.Cin ? l.c.Cin : l.c.C) * 4 * VL;  // tap
-      T* const out = packed + (cb * l.K() + row(l, ci, 0)) * 4 * VL;
-      for (int64_t gate = 0; gate < 4; ++gate)
-        for (int64_t lane = 0; lane < VL; ++lane) {
-          const int64_t ch = cb * VL + lane;
-          T* to = out + gate * VL + lane;
-          if (ch >= l.c.C) {
-            for (int64_t tap = 0; tap < l.taps; ++tap) to[tap * next] = 0;
-            continue;
-          }
-          const T* from = weight + source(l, gate * l.c.C + ch, ci, l.place(0));
-          for (int64_t i = 0; i < l.c.kernel_h; ++i, from += l.all_columns())
-            for (int64_t j = 0; j < l.c.kernel_w; ++j, to += next) *to = from[j];
-        }
-    });
+    forward_half(l, threads, weight, 0, l.c.Cin, packed);
+    forward_half(l, threads, weight, l.c.Cin, l.c.C, packed + l.Kx * 4 * VL);
   }
 
   static void backward(const L& l, int threads, const T* weight, T* packed) {
@@ -50,14 +34,14 @@ struct Packing {
   // Makes Winograd's weights from the input channels [first, first + count) to the gates.
   static void forward_tiles(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                             T* packed) {
-    parallel_for(threads, l.Cb * count, l.tile_weights() * 4 * VL, [&](int64_t task) {
-      const int64_t cb = task / count, k = task % count;
-      for (int64_t gate = 0; gate < 4; ++gate) {
-        const LaneWeights from{weight + source(l, gate * l.c.C + cb * VL, first + k, 0),
-                               source(l, 1, 0, 0), within(l.c.C - cb * VL)};
-        tile_weights(l, from, false, count * 4 * VL,
-                     packed + (cb * l.tile_weights() * count + k) * 4 * VL + gate * VL);
-      }
+    each_forward(l, threads, count, l.tile_weights(), [&](int64_t cb, int64_t begin, int64_t n) {
+      const Taps taps(l, 4 * n);
+      for (int64_t gate = 0; gate < 4; ++gate)
+        load(l, weight + source(l, gate * l.c.C + cb * VL, first + begin, 0), source(l, 1, 0, 0),
+             within(l.c.C - cb * VL), n, taps.of(gate * n), {l.taps, l.taps * VL, VL});
+      T* const out = packed + (cb * l.tile_weights() * count + begin) * 4 * VL;
+      for (int64_t k = 0; k < 4 * n; ++k)
+        tile_weights(l, taps.of(k % 4 * n + k / 4), false, count * 4 * VL, out + k * VL);
     });
   }
 
@@ -65,75 +49,123 @@ struct Packing {
   static void backward_tiles(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                              int64_t vectors, T* packed) {
     each_backward(l, threads, weight, first, count, vectors, l.tile_weights(),
-                  [&](const LaneWeights& from, int64_t block, int64_t place, int64_t width) {
-                    tile_weights(l, from, true, 4 * l.Cp * width,
+                  [&](const T* from, int64_t lanes, int64_t block, int64_t place, int64_t width) {
+                    const Taps taps(l, 1);
+                    load(l, from, l.all_taps(), lanes, 1, taps.of(0), {l.taps, 0, VL});
+                    tile_weights(l, taps.of(0), true, 4 * l.Cp * width,
                                  packed + block * l.tile_weights() * 4 * l.Cp + place);
                   });
   }
 
  private:
-  // The weights of tap 0 that are packed into one vector. Those of neighbouring lanes lie `stride`
-  // apart, and the lanes from `count` on are zero.
-  struct LaneWeights {
-    const T* from;
-    int64_t stride, count;
+  // The taps (count, taps, VL) of some vectors of weights.
+  class Taps {
+   public:
+    Taps(const L& l, int64_t count)
+        : size_(l.taps * VL), values_(count * l.taps <= kFew ? few_ : new T[count * size_]) {}
+    Taps(const Taps&) = delete;
+    Taps& operator=(const Taps&) = delete;
+    ~Taps() {
+      if (values_ != few_) delete[] values_;
+    }
+    T* of(int64_t k) const { return values_ + k * size_; }
+
+   private:
+    static constexpr int64_t kFew = 64;  // need no allocation
+    alignas(64) T few_[kFew * VL];
+    int64_t size_;
+    T* values_;
   };
+
   static int64_t within(int64_t lanes) { return lanes < 0 ? 0 : lanes < VL ? lanes : VL; }
 
-  // Calls f(lanes, block, place, width) for every gate channel and vector of input channels. The
-  // vector belongs to a block of `width` channels that begins at channel `block`, and lies at
-  // `place` in that block's row of all gates.
+  // Loads the taps of `count` neighbouring input channels, whose lanes lie `stride` apart. The
+  // lanes from `lanes` on are zero.
+  static void load(const L& l, const T* weight, int64_t stride, int64_t lanes, int64_t count,
+                   T* dst, const Pixels& to) {
+    if (l.all_taps() == l.taps)
+      return load_row<S>(weight, stride, 1, count * l.taps, lanes, dst, to, VL);
+    const int64_t run = l.c.outer_w == 0 ? l.taps : l.c.kernel_w;  // neighbours
+    for (int64_t k = 0; k < count * l.taps; k += run) {
+      const int64_t ci = k / l.taps, tap = k % l.taps;
+      load_row<S>(weight + ci * l.all_taps() + l.place(tap), stride, 1, run, lanes,
+                  dst + ci * to.row + tap * to.pixel, Row{to.pixel}, VL);
+    }
+  }
+
+  // Calls f(channel block, first, n) for all channel blocks and groups of n of `count` input
+  // channels. A channel makes so many values.
   template <class F>
-  static void each_backward(const L& l, int threads, const T* weight, int64_t first, int64_t count,
-                            int64_t vectors, int64_t values, F&& f) {
-    const int64_t gates = 4 * l.Cp;
-    parallel_for(threads, vectors * gates, values * VL, [&](int64_t task) {
-      const int64_t v = task / gates, g = task % gates;
-      const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
-      const VectorBlock b = vector_block(vectors, v, VL * int(sizeof(T)));
-      const LaneWeights from{weight + source(l, gate * l.c.C + ch, first + v * VL, 0),
-                             source(l, 0, 1, 0), ch < l.c.C ? within(count - v * VL) : 0};
-      f(from, b.first * VL, (g * b.count + v - b.first) * VL, b.count * VL);
+  static void each_forward(const L& l, int threads, int64_t count, int64_t values, F&& f) {
+    const int64_t most = together(l), groups = (count + most - 1) / most;
+    parallel_for(threads, l.Cb * groups, most * values * 4 * VL, [&](int64_t task) {
+      const int64_t begin = task % groups * most;
+      f(task / groups, begin, begin + most < count ? most : count - begin);
     });
   }
 
-  // Transforms one vector of weights, flipped or not, in double precision. Point p of part k goes
-  // to out + (p * parts + k) * stride.
-  static void tile_weights(const L& l, const LaneWeights& from, bool flipped, int64_t stride,
-                           T* out) {
-    using S = Simd<double, VL>;
-    const Tiling& t = l.form;
-    const auto transform = PlaneTransform<S>::taps(t, t.h.part, t.w.part);
-    const int64_t points = t.points(), parts = t.parts();
-    alignas(64) double taps[5 * 5 * VL], values[8 * 8 * VL];
-    for (int64_t part = 0; part < parts; ++part, out += stride) {
-      std::memset(taps, 0, sizeof(taps));
-      const int64_t top = part / t.w.parts * t.h.part, left = part % t.w.parts * t.w.part;
-      for (int64_t i = 0; i < t.h.part && top + i < l.c.kernel_h; ++i)
-        for (int64_t j = 0; j < t.w.part && left + j < l.c.kernel_w; ++j) {
-          const int64_t tap = (top + i) * l.c.kernel_w + left + j;
-          const T* weight = from.from + l.place(flipped ? l.taps - 1 - tap : tap);
-          double* to = taps + (i * t.w.part + j) * VL;
-          for (int64_t lane = 0; lane < from.count; ++lane) to[lane] = weight[lane * from.stride];
-        }
-      transform.run(taps, {t.w.part * VL, VL, 0}, values, {t.w.inputs() * VL, VL, 0}, 1);
-      for (int64_t point = 0; point < points; ++point)
-        for (int lane = 0; lane < VL; ++lane)
-          out[point * parts * stride + lane] = T(values[point * VL + lane]);
-    }
+  static void forward_half(const L& l, int threads, const T* weight, int64_t first, int64_t count,
+                           T* packed) {
+    each_forward(l, threads, count, l.taps, [&](int64_t cb, int64_t begin, int64_t n) {
+      T* const out = packed + (cb * l.K() + begin) * 4 * VL;
+      for (int64_t gate = 0; gate < 4; ++gate)
+        load(l, weight + source(l, gate * l.c.C + cb * VL, first + begin, 0), source(l, 1, 0, 0),
+             within(l.c.C - cb * VL), n, out + gate * VL, {l.taps, 4 * VL, count * 4 * VL});
+    });
+  }
+
+  // Calls f(from, lanes, block, place, width) for every gate channel and vector of input channels.
+  // `from` is the weight of its first lane. The vector belongs to a block of `width` channels that
+  // begins at channel `block`, and lies at `place` in that block's row of all gates. The vectors of
+  // a block follow each other, and fill whole cache lines.
+  template <class F>
+  static void each_backward(const L& l, int threads, const T* weight, int64_t first, int64_t count,
+                            int64_t vectors, int64_t values, F&& f) {
+    parallel_for(threads, 4 * l.Cp, vectors * VL * values, [&](int64_t g) {
+      const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const VectorBlock b = vector_block(vectors, v, VL * int(sizeof(T)));
+        f(weight + source(l, gate * l.c.C + ch, first + v * VL, 0),
+          ch < l.c.C ? within(count - v * VL) : 0, b.first * VL, (g * b.count + v - b.first) * VL,
+          b.count * VL);
+      }
+    });
   }
 
   static void backward_half(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                             int64_t vectors, T* packed) {
     each_backward(l, threads, weight, first, count, vectors, l.taps,
-                  [&](const LaneWeights& from, int64_t block, int64_t place, int64_t width) {
-                    T* out = packed + block * l.Kg + place;
-                    for (int64_t tap = 0; tap < l.taps; ++tap, out += 4 * l.Cp * width) {
-                      const T* weight = from.from + l.place(l.taps - 1 - tap);
-                      for (int64_t lane = 0; lane < VL; ++lane)
-                        out[lane] = lane < from.count ? weight[lane * from.stride] : T(0);
-                    }
+                  [&](const T* from, int64_t lanes, int64_t block, int64_t place, int64_t width) {
+                    const int64_t next = 4 * l.Cp * width;  // tap, from the last one on
+                    T* const last = packed + block * l.Kg + place + (l.taps - 1) * next;
+                    load(l, from, l.all_taps(), lanes, 1, last, {l.taps, 0, -next});
                   });
+  }
+
+  // Transforms a vector's taps, flipped or not, in double precision. Point p of part k goes to
+  // out + (p * parts + k) * stride.
+  static void tile_weights(const L& l, const T* in, bool flipped, int64_t stride, T* out) {
+    using D = Simd<double, VL>;
+    const Tiling& t = l.form;
+    const auto transform = PlaneTransform<D>::taps(t, t.h.part, t.w.part);
+    const int64_t points = t.points(), parts = t.parts();
+    alignas(64) double taps[5 * 5 * VL], values[8 * 8 * VL];
+    for (int64_t i0 = 0; i0 < t.h.taps(); i0 += t.h.part)
+      for (int64_t j0 = 0; j0 < t.w.taps(); j0 += t.w.part, out += stride) {
+        double* to = taps;
+        for (int64_t i = i0; i < i0 + t.h.part; ++i)
+          for (int64_t j = j0; j < j0 + t.w.part; ++j, to += VL) {
+            const bool inside = i < l.c.kernel_h && j < l.c.kernel_w;
+            const int64_t tap = i * l.c.kernel_w + j;
+            const T* from = in + (flipped ? l.taps - 1 - tap : tap) * VL;
+            D::store(to, inside ? __builtin_convertvector(S::load(from), typename D::R)
+                                : typename D::R{});
+          }
+        transform.run(taps, {t.w.part * VL, VL, 0}, values, {t.w.inputs() * VL, VL, 0}, 1);
+        for (int64_t point = 0; point < points; ++point)
+          S::store(out + point * parts * stride,
+                   __builtin_convertvector(D::load(values + point * VL), typename S::R));
+      }
   }
 };
 

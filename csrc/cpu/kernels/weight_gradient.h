@@ -79,10 +79,10 @@ class WeightGradient {
     }
   }
 
-  int64_t clear_tasks() const { return splits_; }
+  int64_t clear_tasks() const { return splits_ + sums_.chunks(); }
   void clear(int64_t task) {
     const Span span(Part::copies);
-    sums_.clear(task);
+    if (task >= splits_) return sums_.clear(task - splits_);
     x_seen_.clear(task);
     mem_seen_.clear(task);
   }
@@ -105,7 +105,7 @@ class WeightGradient {
 
   // Says whether the sums are to be folded behind step t. The last step comes first.
   bool due(int64_t t) const { return sums_.due(t); }
-  int64_t fold_tasks() const { return sums_.fold_tasks(); }
+  int64_t fold_tasks() const { return sums_.chunks(); }
   void fold(int64_t task, int64_t t) { sums_.fold(task, t); }
 
   int64_t write_tasks() const { return sums_.write_tasks(); }

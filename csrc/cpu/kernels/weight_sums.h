@@ -12,6 +12,7 @@ SNNLSTM_BEGIN_ISA
 template <class T, int VL>
 class WeightSums {
   using S = Simd<T, VL>;
+  using P = Packing<T, VL>;
   static constexpr int kGates = 4 * VL;
   static constexpr int64_t kChunk = 4096;  // values that a task folds
   static constexpr int64_t kFold = 64;     // blocks of pixels between two folds
@@ -28,10 +29,15 @@ class WeightSums {
 
   void carve(Arena& arena) {
     sums_ = arena.take<T>(splits_ * size_);
-    total_ = arena.take<T>(size_);
+    total_ = folds() ? arena.take<T>(size_) : sums_;
   }
 
-  void clear(int64_t split) { std::memset(sums_ + split * size_, 0, size_ * sizeof(T)); }
+  // The chunks in which the sums are cleared and folded.
+  int64_t chunks() const { return (size_ + kChunk - 1) / kChunk; }
+  void clear(int64_t chunk) {
+    for (int64_t split = 0; split < splits_; ++split)
+      std::memset(sums_ + split * size_ + chunk * kChunk, 0, length(chunk) * sizeof(T));
+  }
 
   // Returns a split's sums of one half and channel block: rows of K, counted as in the packed
   // weight.
@@ -45,79 +51,99 @@ class WeightSums {
     return sums_ + split * size_ + (of_x ? 0 : x_size_) + cb * l_.grad_points() * channels * kGates;
   }
 
-  // Says whether to fold behind step t.
-  bool due(int64_t t) const { return t == 0 || (l_.c.T - t) % steps_ == 0; }
-  int64_t fold_tasks() const { return (size_ + kChunk - 1) / kChunk; }
-  void fold(int64_t task, int64_t t) {
+  // Says whether to fold behind step t. The sums of one split and few steps are the total.
+  bool due(int64_t t) const { return folds() && (t == 0 || (l_.c.T - t) % steps_ == 0); }
+  void fold(int64_t chunk, int64_t t) {
     const Span span(Part::copies);
     const bool first = l_.c.T - t <= steps_;
-    const int64_t end = (task + 1) * kChunk < size_ ? (task + 1) * kChunk : size_;
-    for (int64_t k = task * kChunk; k < end; k += VL) {
+    const int64_t begin = chunk * kChunk;
+    for (int64_t k = begin; k < begin + length(chunk); k += VL) {
       auto sum = S::load(sums_ + k);
       for (int64_t split = 1; split < splits_; ++split) sum += S::load(sums_ + split * size_ + k);
       S::store(total_ + k, first ? sum : sum + S::load(total_ + k));
     }
-    for (int64_t split = 0; t > 0 && split < splits_; ++split)
-      std::memset(sums_ + split * size_ + task * kChunk, 0, (end - task * kChunk) * sizeof(T));
+    if (t > 0) clear(chunk);
   }
 
-  // Writes the total of a channel block and an input channel in the caller's order. Taps that met
-  // only zeros get zero, and not what Winograd sums for them.
-  int64_t write_tasks() const { return l_.Cb * (l_.c.Cin + l_.c.C); }
+  // Writes the total of a channel block and some input channels in the caller's order. Taps that
+  // met only zeros get zero, and not what Winograd sums for them.
+  int64_t write_tasks() const { return l_.Cb * (groups(l_.c.Cin) + groups(l_.c.C)); }
   void write(int64_t task, T* grad_weight, const SeenTaps<T, VL>& x_seen,
              const SeenTaps<T, VL>& mem_seen) const {
     const Span span(Part::copies);
-    const int64_t cb = task / (l_.c.Cin + l_.c.C), ci = task % (l_.c.Cin + l_.c.C);
-    const bool of_x = ci < l_.c.Cin;
+    const int64_t cb = task % l_.Cb, group = task / l_.Cb;
+    const bool of_x = group < groups(l_.c.Cin);
     const int64_t count = of_x ? l_.c.Cin : l_.c.C, stride = count * kGates;
-    const T* in = total_ + (of_x ? 0 : x_size_) + (of_x ? ci : ci - l_.c.Cin) * kGates;
-    T* const out = grad_weight + Packing<T, VL>::source(l_, cb * VL, ci, 0);
-    for (int64_t gate = 0; l_.all_taps() > l_.taps && gate < 4; ++gate)
-      for (int64_t lane = 0; lane < lanes(cb); ++lane)
-        std::memset(out + channel(gate, lane), 0, l_.all_taps() * sizeof(T));
-    if (!(of_x ? x_in_tiles_ : mem_in_tiles())) {
-      for (int64_t i = 0; i < l_.c.kernel_h; ++i)
-        for (int64_t j = 0; j < l_.c.kernel_w; ++j)
-          write_tap(cb, i, j, in + (cb * l_.taps + i * l_.c.kernel_w + j) * stride, out);
-      return;
-    }
+    const int64_t first = (of_x ? group : group - groups(l_.c.Cin)) * P::together(l_);
+    const int64_t n = count - first < P::together(l_) ? count - first : P::together(l_);
+    const T* in = total_ + (of_x ? 0 : x_size_) + first * kGates;
+    T* const out = grad_weight + P::source(l_, cb * VL, of_x ? first : l_.c.Cin + first, 0);
+    if (!(of_x ? x_in_tiles_ : mem_in_tiles()))
+      return write_taps(cb, n, in + cb * l_.taps * stride, {l_.taps, kGates, stride}, out);
     if constexpr (kHasWinograd<T, VL>) {
-      using V = typename Merged<S, 4>::Vector;
-      const Tiling& t = l_.grad_form;
-      const auto outputs = PlaneTransform<V>::outputs(t, t.h.part, t.w.part);
-      const int64_t point = t.parts() * stride;
-      in += cb * l_.grad_points() * stride;
-      alignas(64) T taps[5 * 5 * kGates];
-      for (int64_t part = 0; part < t.parts(); ++part, in += stride) {
-        outputs.run(in, {t.w.inputs() * point, point, V::lanes}, taps,
-                    {5 * kGates, kGates, V::lanes}, kGates / V::lanes);
-        const int64_t top = part / t.w.parts * t.h.part, left = part % t.w.parts * t.w.part;
-        for (int64_t i = 0; i < t.h.part && top + i < l_.c.kernel_h; ++i)
-          for (int64_t j = 0; j < t.w.part && left + j < l_.c.kernel_w; ++j) {
-            const int64_t tap = (top + i) * l_.c.kernel_w + left + j;
-            T* const values = taps + (i * 5 + j) * kGates;
-            if (!(of_x ? x_seen : mem_seen).seen(of_x ? ci : ci - l_.c.Cin, tap))
-              for (int64_t k = 0; k < kGates; ++k) values[k] -= values[k];  // NaN stays NaN
-            write_tap(cb, top + i, left + j, values, out);
-          }
-      }
+      T* const taps = new T[n * l_.taps * kGates];
+      for (int64_t k = 0; k < n; ++k)
+        taps_of_tile(in + cb * l_.grad_points() * stride + k * kGates, stride, first + k,
+                     of_x ? x_seen : mem_seen, taps + k * l_.taps * kGates);
+      write_taps(cb, n, taps, {l_.taps, l_.taps * kGates, kGates}, out);
+      delete[] taps;
     }
   }
 
  private:
   bool mem_in_tiles() const { return l_.c.tiled(); }
-  int64_t lanes(int64_t cb) const { return l_.c.C - cb * VL < VL ? l_.c.C - cb * VL : VL; }
-  // Returns the distance from the first gate's first lane to another lane in the caller's weight.
-  int64_t channel(int64_t gate, int64_t lane) const {
-    return (gate * l_.c.C + lane) * (l_.c.Cin + l_.c.C) * l_.all_taps();
+  bool folds() const { return splits_ > 1 || l_.c.T > steps_; }
+  int64_t length(int64_t chunk) const {
+    const int64_t left = size_ - chunk * kChunk;
+    return left < kChunk ? left : kChunk;
+  }
+  int64_t groups(int64_t channels) const {
+    return (channels + P::together(l_) - 1) / P::together(l_);
   }
 
-  // `in` is (4, VL), `out` the weights from an input channel to the block's first gate channel.
-  void write_tap(int64_t cb, int64_t i, int64_t j, const T* in, T* out) const {
-    out += l_.place(i * l_.c.kernel_w + j);
-    for (int64_t gate = 0; gate < 4; ++gate)
-      for (int64_t lane = 0; lane < lanes(cb); ++lane)
-        out[channel(gate, lane)] = in[gate * VL + lane];
+  // Transforms the sums of one channel, whose points lie `stride` apart, into its taps.
+  void taps_of_tile(const T* in, int64_t stride, int64_t channel, const SeenTaps<T, VL>& seen,
+                    T* out) const {
+    using V = typename Merged<S, 4>::Vector;
+    const Tiling& t = l_.grad_form;
+    const auto outputs = PlaneTransform<V>::outputs(t, t.h.part, t.w.part);
+    const int64_t point = t.parts() * stride;
+    alignas(64) T taps[5 * 5 * kGates];
+    for (int64_t i0 = 0; i0 < t.h.taps(); i0 += t.h.part)
+      for (int64_t j0 = 0; j0 < t.w.taps(); j0 += t.w.part, in += stride) {
+        outputs.run(in, {t.w.inputs() * point, point, V::lanes}, taps,
+                    {5 * kGates, kGates, V::lanes}, kGates / V::lanes);
+        for (int64_t i = i0; i < i0 + t.h.part && i < l_.c.kernel_h; ++i)
+          for (int64_t j = j0; j < j0 + t.w.part && j < l_.c.kernel_w; ++j) {
+            const int64_t tap = i * l_.c.kernel_w + j;
+            T* const values = taps + ((i - i0) * 5 + j - j0) * kGates;
+            if (!seen.seen(channel, tap))
+              for (int64_t k = 0; k < kGates; ++k) values[k] -= values[k];  // NaN stays NaN
+            std::memcpy(out + tap * kGates, values, kGates * sizeof(T));
+          }
+      }
+  }
+
+  // Writes the taps of n input channels, each (4, VL). `out` is the weight from the first of them
+  // to the block's first gate channel.
+  void write_taps(int64_t cb, int64_t n, const T* in, const Pixels& from, T* out) const {
+    const int64_t lanes = l_.c.C - cb * VL < VL ? l_.c.C - cb * VL : VL;
+    const int64_t next = (l_.c.Cin + l_.c.C) * l_.all_taps();  // gate channel
+    const auto same = [](typename S::R v, int64_t) { return v; };
+    for (int64_t gate = 0; gate < 4; ++gate, in += VL, out += l_.c.C * next) {
+      if (l_.all_taps() == l_.taps) {
+        store_row<S>(in, from, n * l_.taps, lanes, out, next, 1, same);
+        continue;
+      }
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        std::memset(out + lane * next, 0, n * l_.all_taps() * sizeof(T));
+      const int64_t run = l_.c.outer_w == 0 ? l_.taps : l_.c.kernel_w;  // neighbours
+      for (int64_t k = 0; k < n * l_.taps; k += run) {
+        const int64_t ci = k / l_.taps, tap = k % l_.taps;
+        store_row<S>(in + ci * from.row + tap * from.pixel, Row{from.pixel}, run, lanes,
+                     out + ci * l_.all_taps() + l_.place(tap), next, 1, same);
+      }
+    }
   }
 
   const Layout<T, VL>& l_;
