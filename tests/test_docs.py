@@ -70,16 +70,14 @@ def _settings() -> Iterator[None]:
     else:
         torch.backends.cudnn.allow_tf32 = tf32
     if "backend" in sys.modules:
-        sys.modules["backend"].simt_core("faults").reset()
+        sys.modules["backend"].simt_core().reset()
 
 
 def run(page: Path) -> None:
     """Run a page's blocks in order, as one session."""
     session: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page, "python"):
-        # The build of the emulated kernels that other tests make anyway.
-        code = block.replace('simt_core("checked")', 'simt_core("faults")')
-        exec(compile(code, page.name, "exec"), session)
+        exec(compile(block, page.name, "exec"), session)
 
 
 WITH_PYTHON = [page for page in PAGES if page.exists() and blocks(page, "python")]

@@ -149,7 +149,7 @@ class Backward {
     return s;
   }
   MmaConv conv(const DataPlan& plan, const PackedPart& part, const Segment& s) const {
-    MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);
+    MmaBuilder builder = plan.builder();
     if (s.channels > 0) builder.add(s, part.depth, plan.tiling);
     builder.finish(part.in(a_.weight), part.pitch, plan.threads());
     builder.conv.k_groups = plan.k_groups;

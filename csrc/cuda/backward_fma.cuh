@@ -59,18 +59,12 @@ __global__ void __launch_bounds__(fma::kThreads)
 #pragma unroll
   for (int i = 0; i < 8; ++i) store_vector(parked + i * stride, acc[i / 2][i % 2]);
   const MemTile<R> mem_tile{shared.mem, fma::kMemPitch};
-#pragma unroll 1
-  for (int phase = tile.gathers() ? 0 : 1; phase < 2; ++phase) {
+  tile.in_phases(mem_tile, [&](bool gather) {
 #pragma unroll 1
     for (int i = 0; i < 4; ++i)
-      tile.patch(fma::pixel(i), fma::column(), phase == 0, parked + 2 * i * stride, stride,
-                 mem_tile, shared.row_sums, 1, i == 0);
-    if (phase == 0) {
-      __syncthreads();
-      tile.spread(mem_tile);
-      __syncthreads();
-    }
-  }
+      tile.patch(fma::pixel(i), fma::column(), gather, parked + 2 * i * stride, stride, mem_tile,
+                 shared.row_sums, 1, i == 0);
+  });
   __syncthreads();
   tile.write_sums(shared.row_sums, 1);
 }
@@ -79,9 +73,9 @@ template <class R>
 __global__ void __launch_bounds__(fma::kThreads)
     data_gradient_fma(const __grid_constant__ DataGradientsFma p) {
   auto& shared = shared_memory<fma::Shared<R>>();
-  const bool second = int(blockIdx.x) >= p.job[0].blocks;
-  const DataGradientFma& job = p.job[second ? 1 : 0];
-  const Block block = block_of(job.tiling, blockIdx.x - unsigned(second ? p.job[0].blocks : 0));
+  unsigned index = blockIdx.x;
+  const DataGradientFma& job = job_of(p.job, unsigned(p.job[0].blocks), index);
+  const Block block = block_of(job.tiling, index);
   fma::Gemm<R> gemm(shared, job.tiling, block);
   R acc[4][2][4] = {};
   gemm.add(job.d_gates, acc);

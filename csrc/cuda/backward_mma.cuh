@@ -114,21 +114,14 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
     const BackwardSums<Element, NT, false> sums(p.conv, shared, p.tiling, block);
     const MemTile<float> mem_tile{reinterpret_cast<float*>(shared + p.mem_tile), p.mem_pitch};
     auto* row_sums = reinterpret_cast<float*>(shared + p.row_sums);
-#pragma unroll 1
-    for (int phase = tile.gathers() ? 0 : 1; phase < 2; ++phase) {
+    tile.in_phases(mem_tile, [&](bool gather) {
 #pragma unroll 1
       for (int pair = 0; pair < NT / 2; ++pair)
 #pragma unroll 1
         for (int mi = sums.first_mi; mi <= sums.last_mi; ++mi)
-          tile.patch(sums.pixel(mi), sums.channel(pair), phase == 0, sums.patch(pair, mi),
-                     sums.stride, mem_tile, row_sums + sums.row() * channels, 4,
-                     mi == sums.first_mi);
-      if (phase == 0) {
-        __syncthreads();
-        tile.spread(mem_tile);
-        __syncthreads();
-      }
-    }
+          tile.patch(sums.pixel(mi), sums.channel(pair), gather, sums.patch(pair, mi), sums.stride,
+                     mem_tile, row_sums + sums.row() * channels, 4, mi == sums.first_mi);
+    });
     __syncthreads();
     tile.write_sums(row_sums, p.conv.k_groups * sums.rows_of_group());
   }
@@ -156,9 +149,8 @@ template <class Element>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
     data_gradient_mma(const __grid_constant__ DataGradientsMma p) {
   if constexpr (arch::has_mma) {
-    const bool second = int(blockIdx.x) >= p.job[0].blocks;
-    const DataGradientMma& job = p.job[second ? 1 : 0];
-    const unsigned index = blockIdx.x - unsigned(second ? p.job[0].blocks : 0);
+    unsigned index = blockIdx.x;
+    const DataGradientMma& job = job_of(p.job, unsigned(p.job[0].blocks), index);
     if (job.tiles == 8)
       data_gradient<Element, 8>(job, index);
     else

@@ -31,8 +31,6 @@ inline Multiply wanted_multiply(const Cell& cell, const Target& target) {
   }
 }
 
-inline MmaType type_of(Multiply m) { return MmaType(m); }
-
 // The two halves of the gates' convolution, without their data.
 inline Segment input_window(const Cell& c) {
   Segment s;
@@ -62,26 +60,33 @@ struct BlockShape {
 constexpr BlockShape kForwardShapes[] = {{4, 2, 1}, {4, 1, 1}, {2, 2, 1}, {2, 1, 1}};
 constexpr BlockShape kDataShapes[] = {{2, 2, 1}, {4, 1, 1}, {2, 1, 2}};
 
-struct ForwardPlan {
+// A convolution with its epilogue.
+struct StepPlan {
   Multiply multiply = Multiply::fma;
-  Tiling tiling;        // of one time step
-  bool fires = true;    // the step fires, else a kernel behind it
-  int64_t hoisted = 0;  // steps whose input half comes first, in one launch; 0: each its own
-  int tiles = 0;        // mma: n-tiles of a warp, 8 (16 channels) or 4 (8 channels)
-  int warps_m = 0, warps_n = 0;
+  Tiling tiling;                            // of one launch
+  int tiles = 0, warps_m = 0, warps_n = 0;  // mma: n-tiles of a warp; warps
+  int k_groups = 1;                         // of so many warps each, which share K among them
 
   bool mma() const { return multiply != Multiply::fma; }
-  int threads() const { return mma() ? 32 * warps_m * warps_n : fma::kThreads; }
+  int threads() const { return mma() ? 32 * warps_m * warps_n * k_groups : fma::kThreads; }
+  MmaBuilder builder() const { return MmaBuilder(multiply, warps_n, tiles); }
+};
+
+// On tensor cores a warp has 8 n-tiles (16 channels) or 4 (8 channels).
+struct ForwardPlan : StepPlan {
+  bool fires = true;    // the step fires, else a kernel behind it
+  int64_t hoisted = 0;  // steps whose input half comes first, in one launch; 0: each its own
+
   int held() const { return mma() ? tiles / 2 : 1; }  // channels of a thread
   int channels() const { return mma() ? 2 * tiles * warps_n : fma::kChannels; }  // of a block
   int mem_pitch() const { return 32 * warps_m + (tiles == 8 ? 2 : 4); }
 };
 
 inline MmaDepth x_depth(const Cell& c, Multiply m) {
-  return MmaDepth(type_of(m), int64_t(c.kernel_h) * c.kernel_w, c.Cin, true);
+  return MmaDepth(MmaType(m), input_window(c), true);
 }
 inline MmaDepth mem_depth(const Cell& c, Multiply m) {
-  return MmaDepth(type_of(m), int64_t(c.kernel_h) * c.kernel_w, c.C, false);
+  return MmaDepth(MmaType(m), state_window(c));
 }
 
 // Bytes of shared memory of a tensor core step: of the convolution, or of what takes its place.
@@ -120,34 +125,45 @@ inline int64_t steps_to_hoist(const ForwardPlan& plan, const Cell& c, const Targ
   return ceil_div(c.T, ceil_div(c.T, most));  // chunks of nearly equal length
 }
 
+// Chooses among the blocks that fit(shape) says can be: the first that gives each multiprocessor
+// one, since large ones fetch less. wanted: the row that is asked for, or -1. Returns whether there
+// is any.
+template <class Plan, size_t count, class Fits>
+bool choose_shape(Plan& plan, const BlockShape (&shapes)[count], int wanted, const Target& target,
+                  Fits&& fits) {
+  Plan best;
+  for (const BlockShape& shape : shapes) {
+    if (wanted >= 0 && &shape != shapes + wanted) continue;
+    plan.warps_m = shape.m, plan.warps_n = shape.n, plan.k_groups = shape.k;
+    if (!fits(shape)) continue;
+    best = plan;
+    if (plan.tiling.blocks() >= target.multiprocessors) break;
+  }
+  plan = best;
+  return plan.mma();
+}
+
 inline ForwardPlan plan_step(const Cell& c, const Target& target) {
   ForwardPlan plan;
   plan.multiply = wanted_multiply(c, target);
   if (plan.mma()) {
     plan.tiles = c.C <= 8 ? 4 : 8;
-    ForwardPlan best;
-    for (const BlockShape& shape : kForwardShapes) {
-      if (shape.n == 2 && c.C <= 16) continue;
-      if (target.forward_shape >= 0 && &shape != kForwardShapes + target.forward_shape) continue;
-      plan.warps_m = shape.m, plan.warps_n = shape.n;
+    const auto fits = [&](const BlockShape& shape) {
+      if (shape.n == 2 && c.C <= 16) return false;
       choose_tiling(plan, c, 32 * shape.m);
-      MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);
+      MmaBuilder builder = plan.builder();
       builder.add(input_window(c), x_depth(c, plan.multiply), plan.tiling);
       builder.add(state_window(c), mem_depth(c, plan.multiply), plan.tiling);
       builder.finish(nullptr, 0, plan.threads());
-      const int64_t bytes =
-          forward_shared_bytes(plan, builder.conv, c.pool != Pool::none) + 5 * plan.channels() * 4;
-      if (bytes > target.shared_bytes) continue;
-      best = plan;
-      // Large blocks fetch less, but all multiprocessors should have one.
-      if (plan.tiling.blocks() >= target.multiprocessors) break;
-    }
-    if (best.mma()) return best;
+      return forward_shared_bytes(plan, builder.conv, c.pool != Pool::none) +
+                 5 * plan.channels() * 4 <=
+             target.shared_bytes;
+    };
+    if (choose_shape(plan, kForwardShapes, target.forward_shape, target, fits)) return plan;
     if (target.algorithm == Algorithm::mma)
       throw std::runtime_error("the neighbourhood of a tile does not fit in " +
                                std::to_string(target.shared_bytes) +
                                " bytes of shared memory: algorithm mma cannot run this cell");
-    plan = ForwardPlan();
   } else if (target.algorithm == Algorithm::mma) {
     throw std::runtime_error("algorithm mma needs compute capability 8.0 and a matrix type; got " +
                              std::to_string(target.compute_capability) + " and matrix " +

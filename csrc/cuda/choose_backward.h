@@ -9,20 +9,9 @@
 namespace snnlstm::cuda {
 
 // A convolution with the transposed weights, of d_gates, for the gradient of x or mem.
-struct DataPlan {
-  Multiply multiply = Multiply::fma;
-  Tiling tiling;
-  int tiles = 0, warps_m = 0, warps_n = 0;  // mma: n-tiles of a warp (8 channels each), warps
-  int k_groups = 1;                         // of so many warps each, which share K among them
-
-  bool mma() const { return multiply != Multiply::fma; }
-  int threads() const { return mma() ? 32 * warps_m * warps_n * k_groups : fma::kThreads; }
+struct DataPlan : StepPlan {
   int channels() const { return mma() ? 8 * tiles * warps_n : fma::kColumns; }  // of a block
 };
-
-inline MmaDepth gates_depth(const Cell& c, Multiply m) {
-  return MmaDepth(type_of(m), int64_t(c.kernel_h) * c.kernel_w, 4 * Shape(c).Cp, false);
-}
 
 // The convolution's source: d_gates, padded and with taps reversed like the forward convolution's.
 inline Segment gates_window(const Cell& c, bool of_x) {
@@ -178,37 +167,29 @@ inline bool plan_data(DataPlan& plan, const Cell& c, const Target& target, bool 
                       bool windows) {
   const int64_t height = of_x ? c.H : c.Ho(), width = of_x ? c.W : c.Wo();
   const int64_t columns = of_x ? c.Cin : c.C, images = of_x ? c.T * c.N : c.N;
-  const auto choose_tiling = [&](DataPlan& p, int pixels) {
-    p.tiling = Tiling();
-    if (!choose_tile(c, height, width, pixels, windows, p.tiling)) return false;
-    cover(p.tiling, c, images, columns, p.channels());
+  const auto choose_tiling = [&](int pixels) {
+    plan.tiling = Tiling();
+    if (!choose_tile(c, height, width, pixels, windows, plan.tiling)) return false;
+    cover(plan.tiling, c, images, columns, plan.channels());
     return true;
   };
-  DataPlan best;
   plan.multiply = plan_forward(c, target).multiply;  // the gates' type is the forward pass's choice
   if (plan.mma()) {
     plan.tiles = columns <= 32 ? 2 : 8;
-    for (const BlockShape& shape : kDataShapes) {
-      if ((shape.n == 2) != (columns > 16 && columns <= 32)) continue;
-      if (!of_x && target.data_shape >= 0 && &shape != kDataShapes + target.data_shape) continue;
-      plan.warps_m = shape.m, plan.warps_n = shape.n, plan.k_groups = shape.k;
-      if (!choose_tiling(plan, 32 * shape.m)) continue;
-      MmaBuilder builder(type_of(plan.multiply), plan.warps_n, plan.tiles);
-      builder.add(gates_window(c, of_x), gates_depth(c, plan.multiply), plan.tiling);
+    const auto fits = [&](const BlockShape& shape) {
+      if ((shape.n == 2) != (columns > 16 && columns <= 32) || !choose_tiling(32 * shape.m))
+        return false;
+      MmaBuilder builder = plan.builder();
+      const Segment window = gates_window(c, of_x);
+      builder.add(window, MmaDepth(builder.type, window), plan.tiling);
       builder.finish(nullptr, 0, plan.threads());
-      if (BackwardShared(plan, builder.conv, windows).bytes > target.shared_bytes) continue;
-      best = plan;
-      if (plan.tiling.blocks() >= target.multiprocessors) break;
-    }
-    if (best.mma()) {
-      plan = best;
-      return true;
-    }
+      return BackwardShared(plan, builder.conv, windows).bytes <= target.shared_bytes;
+    };
+    if (choose_shape(plan, kDataShapes, of_x ? -1 : target.data_shape, target, fits)) return true;
   }
-  plan = DataPlan();
   const size_t bytes = c.dtype == DType::float64 ? fma::BackwardShared<double>::bytes(windows)
                                                  : fma::BackwardShared<float>::bytes(windows);
-  return int64_t(bytes) <= target.shared_bytes && choose_tiling(plan, fma::kPixels);
+  return int64_t(bytes) <= target.shared_bytes && choose_tiling(fma::kPixels);
 }
 
 inline int64_t backward_blocks(const Cell& c, const BackwardPlan& plan) {

@@ -48,11 +48,20 @@ constexpr double cudnn_part = 0.7, mma_part = 0.75, fma_part = 0.5;
 constexpr double pointwise_launches = 8e-6;
 }  // namespace guessed
 
+// Multiply-adds a second of our kernels; of 3xTF32, whole ones.
+inline double kernel_rate(const Rates& r, Multiply m) {
+  if (m == Multiply::fma) return r.fp32 * guessed::fma_part * 1e12;
+  const double of_type = MmaType(m).element == 2 ? r.half
+                         : m == Multiply::tf32x3 ? r.tf32 / 3
+                                                 : r.tf32;
+  return of_type * r.mma_sync * guessed::mma_part * 1e12;
+}
+
 // For float32 at full precision: whether three tf32 products take less time than one of fp32.
 inline bool tensor_cores_beat_fma(const Target& target) {
   const Rates r = rates_of(target);
   return target.compute_capability >= 80 &&
-         r.tf32 / 3 * r.mma_sync * guessed::mma_part > r.fp32 * guessed::fma_part;
+         kernel_rate(r, Multiply::tf32x3) > kernel_rate(r, Multiply::fma);
 }
 
 inline Algorithm estimate(const Cell& c, const Target& target) {
@@ -67,14 +76,11 @@ inline Algorithm estimate(const Cell& c, const Target& target) {
 
   // What cuDNN would multiply with.
   const double rate = (half ? r.half : plan.multiply == Multiply::tf32 ? r.tf32 : r.fp32) * 1e12;
-  const double x3 = plan.multiply == Multiply::tf32x3 ? 3 : 1;
-  const double our_rate =
-      plan.mma() ? (half ? r.half : r.tf32 / x3) * r.mma_sync * guessed::mma_part * 1e12
-                 : r.fp32 * guessed::fma_part * 1e12;
   const double state_bytes = (double(c.N) * c.Cin * c.H * c.W + 5 * neurons) * size;
   const double extra_bytes =
       2 * (double(c.N) * c.Cin * c.H * c.W + neurons + 4 * neurons) * operand;
-  const double ours = std::max(products / our_rate, state_bytes / (r.bytes * 1e12));
+  const double ours =
+      std::max(products / kernel_rate(r, plan.multiply), state_bytes / (r.bytes * 1e12));
   const double theirs = products / (rate * guessed::cudnn_part) +
                         (state_bytes + extra_bytes) / (r.bytes * 1e12) +
                         guessed::pointwise_launches;

@@ -32,14 +32,11 @@ struct PooledIndex {
 
 template <class R>
 SNNLSTM_DEVICE R thresholded_mem(const FireStep& p, int n, const PooledIndex& at) {
-  const Fire& f = p.fire;
   const void* mem = image_of(p.mem, 0, n);
-  const int first = offset(p.mem, at.c, at.y * f.pool_h, at.x * f.pool_w);
-  const auto value = [&](int i, int j) {
+  const int first = offset(p.mem, at.c, at.y * p.fire.pool_h, at.x * p.fire.pool_w);
+  return thresholded<R>(p.fire, [&](int i, int j) {
     return read<R>(mem, p.mem.type, first + i * p.mem.h + j * p.mem.w);
-  };
-  int where;
-  return f.pool == Pool::none ? value(0, 0) : pooled<R>(f, value, where);
+  });
 }
 
 // One thread a pooled neuron, of one sample in a block. grid: blocks_of_sample for each sample.
@@ -60,12 +57,6 @@ __global__ void __launch_bounds__(kFireThreads) fire_windows(const __grid_consta
         spike_of(f, thresholded_mem<R>(p, n, at), threshold_of<R>(f, at.c)));
 }
 
-template <class R>
-struct WinnerShared {
-  R value[kFireThreads];
-  int index[kFireThreads];
-};
-
 // Under inhibition the neuron with the highest (pooled) mem may spike, among equals the one with
 // the lowest index in (C, Hp, Wp); a NaN counts as highest, as in torch.argmax.
 template <class R>
@@ -81,40 +72,55 @@ struct Winner {
   }
 };
 
-// Only the winner of a sample may spike. One block a sample.
+template <class R>
+struct WinnerShared {
+  R mem[kFireThreads / 32];
+  int index[kFireThreads / 32];
+};
+
+// Spikes of a sample, by a whole block: only the winner may. mem_of(PooledIndex): the mem that the
+// threshold looks at. mems, indices: (warps,) in shared memory. number: null, or gets the winner's.
+template <class R, class MemOf>
+SNNLSTM_DEVICE void fire_winner_of(const Fire& f, void* spk, MemOf&& mem_of, R* mems, int* indices,
+                                   int64_t* number) {
+  Winner<R> best;
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < neurons_of_sample(f); i += int(blockDim.x)) {
+    const PooledIndex at(f, i);
+    const Winner<R> here{mem_of(at), at.flat(f)};
+    if (here.beats(best)) best = here;
+    write(spk, f.spk.type, offset(f.spk, at.c, at.y, at.x), R(0) * graded_of<R>(f));
+  }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const Winner<R> other{__shfl_xor_sync(full_warp, best.mem, lanes),
+                          __shfl_xor_sync(full_warp, best.index, lanes)};
+    if (other.beats(best)) best = other;
+  }
+  const int warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32;
+  if (threadIdx.x % 32 == 0) mems[warp] = best.mem, indices[warp] = best.index;
+  if (!fault(Fault::missing_barrier_read, 5)) __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int k = 1; k < warps; ++k) {
+    const Winner<R> other{mems[k], indices[k]};
+    if (other.beats(best)) best = other;
+  }
+  if (number != nullptr) *number = best.index;
+  if (best.index < 0) return;
+  const int c = best.index / (f.Hp * f.Wp), y = best.index / f.Wp % f.Hp;
+  write(spk, f.spk.type, offset(f.spk, c, y, best.index % f.Wp),
+        spike_of(f, best.mem, threshold_of<R>(f, c)));
+}
+
+// One block a sample.
 template <class R>
 __global__ void __launch_bounds__(kFireThreads, 2) fire_winner(const __grid_constant__ FireStep p) {
   auto& shared = shared_memory<WinnerShared<R>>();
-  const Fire& f = p.fire;
-  const int n = int(blockIdx.x), tid = int(threadIdx.x);
-  const int count = neurons_of_sample(f);
-  Winner<R> best;
-  for (int i = tid; i < count; i += kFireThreads) {
-    const PooledIndex at(f, i);
-    const Winner<R> here{thresholded_mem<R>(p, n, at), at.flat(f)};
-    if (here.beats(best)) best = here;
-    write(image_of(f.spk, 0, n), f.spk.type, offset(f.spk, at.c, at.y, at.x),
-          R(0) * graded_of<R>(f));
-  }
-  shared.value[tid] = best.mem, shared.index[tid] = best.index;
-  for (int half = kFireThreads / 2; half > 0; half /= 2) {
-    if (!fault(Fault::missing_barrier_read, 5)) __syncthreads();
-    if (tid >= half) continue;
-    const Winner<R> mine{shared.value[tid], shared.index[tid]};
-    const Winner<R> other{shared.value[tid + half], shared.index[tid + half]};
-    if (other.beats(mine)) {
-      shared.value[tid] = shared.value[tid + half];
-      shared.index[tid] = shared.index[tid + half];
-    }
-  }
-  __syncthreads();
-  if (tid > 0) return;
-  const int winner = shared.index[0];
-  if (p.winner != nullptr) p.winner[n] = winner;
-  if (winner < 0) return;
-  const int c = winner / (f.Hp * f.Wp), y = winner / f.Wp % f.Hp;
-  write(image_of(f.spk, 0, n), f.spk.type, offset(f.spk, c, y, winner % f.Wp),
-        spike_of(f, shared.value[0], threshold_of<R>(f, c)));
+  const int n = int(blockIdx.x);
+  fire_winner_of(
+      p.fire, image_of(p.fire.spk, 0, n),
+      [&](const PooledIndex& at) { return thresholded_mem<R>(p, n, at); }, shared.mem, shared.index,
+      p.winner == nullptr ? nullptr : p.winner + n);
 }
 
 }  // namespace snnlstm::cuda

@@ -113,9 +113,7 @@ class Forward {
   // The gate sums' input half of step t and the next ones.
   void hoist(int64_t t) const {
     const int64_t steps = std::min(plan_.hoisted, s_.c.T - t);
-    NeuronForward n;
-    n.C = int(s_.c.C), n.Cp = int(s_.Cp), n.Ho = int(s_.Ho), n.Wo = int(s_.Wo);
-    n.fire = fire_of(a_, a_.spk, 0, plan_.held());
+    auto n = neuron_of_step<NeuronForward>(a_, a_.spk, 0, plan_.held());
     n.sums_out = sums(t);
     Tiling tiling = plan_.tiling;
     tiling.images = steps * s_.c.N;
@@ -136,7 +134,7 @@ class Forward {
       p.x = with_weight(x, packed_.x), p.mem = with_weight(mem, packed_.mem);
       return launch_forward_fma(p, stream());
     }
-    MmaBuilder builder(type_of(plan_.multiply), plan_.warps_n, plan_.tiles);
+    MmaBuilder builder = plan_.builder();
     if (x.channels > 0) builder.add(x, packed_.x.depth, tiling);
     if (mem.channels > 0) builder.add(mem, packed_.mem.depth, tiling);
     const PackedPart& first = x.channels > 0 ? packed_.x : packed_.mem;

@@ -258,7 +258,7 @@ class MmaSource {
       const int shift = fault(Fault::wrong_halo, 1) && x + 1 < s.width ? 1 : 0;
       cp_async<16>(
           buffer + mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) + group * 16,
-          real ? image + offset(s.src, c, y, x + shift) : image, real ? 16 : 0);
+          real ? image + offset(s.src, c, y, x + shift) : image, real);
     }
   }
 

@@ -19,6 +19,17 @@ Fire fire_of(const Args& a, const View& spk, int64_t t, int held) {
   return f;
 }
 
+// What the kernels of both passes take; spk: of step t, or its gradient.
+template <class Neuron, class Args>
+Neuron neuron_of_step(const Args& a, const View& spk, int64_t t, int held) {
+  const Cell& c = a.cell;
+  Neuron n;
+  n.C = int(c.C), n.Cp = int(Shape(c).Cp), n.Ho = int(c.Ho()), n.Wo = int(c.Wo());
+  n.reset = c.reset;
+  n.fire = fire_of(a, spk, t, held);
+  return n;
+}
+
 inline Tensor state_tensor(const Cell& c, const View& v, int64_t t, int held) {
   return tensor(v, c.dtype, t, {1, c.N, c.C, c.Ho(), c.Wo()}, held);
 }
@@ -27,10 +38,7 @@ inline Tensor state_tensor(const Cell& c, const View& v, int64_t t, int held) {
 // channels that a thread holds.
 inline NeuronForward neuron_forward(const ForwardArgs& a, int64_t t, int held) {
   const Cell& c = a.cell;
-  NeuronForward n;
-  n.C = int(c.C), n.Cp = int(Shape(c).Cp), n.Ho = int(c.Ho()), n.Wo = int(c.Wo());
-  n.reset = c.reset;
-  n.fire = fire_of(a, a.spk, t, held);
+  auto n = neuron_of_step<NeuronForward>(a, a.spk, t, held);
   n.bias = a.bias;
   n.syn_in = state_tensor(c, a.syn0, 0, held), n.mem_in = state_tensor(c, a.mem0, 0, held);
   if (a.record || t == c.T - 1)
@@ -41,10 +49,7 @@ inline NeuronForward neuron_forward(const ForwardArgs& a, int64_t t, int held) {
 // Has syn before the first step, and the caller's gradients of step t.
 inline NeuronBackward neuron_backward(const BackwardArgs& a, int64_t t) {
   const Cell& c = a.cell;
-  NeuronBackward n;
-  n.C = int(c.C), n.Cp = int(Shape(c).Cp), n.Ho = int(c.Ho()), n.Wo = int(c.Wo());
-  n.reset = c.reset;
-  n.fire = fire_of(a, a.grad_spk, t, 4);
+  auto n = neuron_of_step<NeuronBackward>(a, a.grad_spk, t, 4);
   n.surrogate = c.surrogate, n.p0 = c.surrogate_p0, n.p1 = c.surrogate_p1;
   n.noise = tensor(a.noise, c.dtype, t, {1, c.N, c.C, c.Hp(), c.Wp()}, 4);
   n.winner = c.inhibition ? a.winner + t * c.N : nullptr;

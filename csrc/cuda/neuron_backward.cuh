@@ -12,10 +12,7 @@
 
 namespace snnlstm::cuda {
 
-struct NeuronBackward {
-  int C = 0, Cp = 0, Ho = 0, Wo = 0;
-  Reset reset = Reset::none;
-  Fire fire;            // its spk is the gradient of spk, absent where it is not wanted
+struct NeuronBackward : NeuronStep {
   bool spreads = true;  // pooling: in this kernel, else one before it has written spikes_in
   Surrogate surrogate = Surrogate::none;
   double p0 = 0, p1 = 0;
@@ -69,7 +66,6 @@ class BackwardTile {
   SNNLSTM_DEVICE bool spikes() const {
     return p_.fire.spk.present() && p_.surrogate != Surrogate::none;
   }
-  // Returns whether the gradients need the tile's mem as a whole.
   SNNLSTM_DEVICE bool gathers() const {
     return spikes() && p_.fire.pool != Pool::none && p_.spreads;
   }
@@ -238,35 +234,35 @@ class BackwardTile {
     reduce(sum, first, bit, row_sums, set);
   }
 
-  // Between two barriers, after the mem of the whole tile was gathered: each window's mem becomes
-  // the gradient that it gets through its spike.
-  SNNLSTM_DEVICE void spread(MemTile<R> tile) const {
-    const Fire& f = p_.fire;
-    const unsigned windows = tiling_.by_windows.value;
-    const bool by_channel = f.spk.c == 1;
-    const void* grads = image_of(f.spk, block_.t, block_.n);
+  // Calls patches(gather), which goes over all patches that the thread holds: with `gather` first
+  // where the gradients need the tile's mem as a whole. To be called by all threads.
+  template <class Patches>
+  SNNLSTM_DEVICE void in_phases(MemTile<R> tile, Patches&& patches) const {
 #pragma unroll 1
-    for (unsigned i = threadIdx.x; i < windows * unsigned(channels_); i += blockDim.x) {
-      unsigned row = i, ch = i;
-      if (by_channel)
-        ch = i & unsigned(channels_ - 1), row = i / unsigned(channels_);
-      else
-        row = tiling_.by_windows.split(ch);
-      const int col = int(tiling_.by_window.split(row)), c = c0_ + int(ch);
-      const int y = block_.y0 / f.pool_h + int(row), x = block_.x0 / f.pool_w + col;
-      if (c >= f.C || y >= f.Hp || x >= f.Wp) continue;
-      const int m = int(row) * f.pool_h * tiling_.w + col * f.pool_w;
-      const auto at = [&](int k, int j) -> R& { return tile.at(int(ch), m + k * tiling_.w + j); };
-      int where;
-      const R mem = pooled<R>(f, at, where);
-      R grad = read<R>(grads, f.spk.type, offset(f.spk, c, y, x));
-      grad = spike_gradient(c, y, x, mem - vectors_[ch], grad);
-      if (f.pool == Pool::avg) grad /= R(f.pool_h * f.pool_w);
-      int place = 0;
-      for (int k = 0; k < f.pool_h; ++k)
-        for (int j = 0; j < f.pool_w; ++j, ++place)
-          at(k, j) = f.pool == Pool::avg || place == where ? grad : R(0);
+    for (int phase = gathers() ? 0 : 1; phase < 2; ++phase) {
+      patches(phase == 0);
+      if (phase == 0) {
+        if (!fault(Fault::missing_barrier_read, 31)) __syncthreads();
+        spread(tile);
+        __syncthreads();
+      }
     }
+  }
+
+  // Calls put(i, j, the gradient that element (i, j) of a window gets through its spike). at(i, j):
+  // its mem; y, x: the window's row and column.
+  template <class At, class Put>
+  SNNLSTM_DEVICE void spread_window(int c, int y, int x, R threshold, At&& at, Put&& put) const {
+    const Fire& f = p_.fire;
+    int where;
+    const R mem = pooled<R>(f, at, where);
+    R grad = read<R>(image_of(f.spk, block_.t, block_.n), f.spk.type, offset(f.spk, c, y, x));
+    grad = spike_gradient(c, y, x, mem - threshold, grad);
+    if (f.pool == Pool::avg) grad /= R(f.pool_h * f.pool_w);
+    int place = 0;
+    for (int i = 0; i < f.pool_h; ++i)
+      for (int j = 0; j < f.pool_w; ++j, ++place)
+        put(i, j, f.pool == Pool::avg || place == where ? grad : R(0));
   }
 
   // After a barrier: the block's sums to global memory. total: channels of all column blocks.
@@ -282,6 +278,16 @@ class BackwardTile {
   }
 
  private:
+  // The mem of each window in the tile becomes the gradient that it gets through its spike.
+  SNNLSTM_DEVICE void spread(MemTile<R> tile) const {
+    for_each_window(p_.fire, tiling_, block_, c0_, channels_, [&](const Window& w) {
+      const auto at = [&](int i, int j) -> R& {
+        return tile.at(w.channel, w.m + i * tiling_.w + j);
+      };
+      spread_window(w.c, w.y, w.x, vectors_[w.channel], at,
+                    [&](int i, int j, R grad) { at(i, j) = grad; });
+    });
+  }
   // Sums over 8 lanes: each of the first two exchanges halves the channels that a lane goes on
   // with.
   SNNLSTM_DEVICE void reduce(const R (&sum)[4], int first, int bit, R* row_sums, bool set) const {

@@ -25,10 +25,14 @@ struct Fire {
   Tensor spk;  // (T, N, C, Hp, Wp); its type is that of the threshold and the bias, too
 };
 
-struct NeuronForward {
+// What the neurons' kernels of both passes know of them.
+struct NeuronStep {
   int C = 0, Cp = 0, Ho = 0, Wo = 0;
   Reset reset = Reset::none;
-  Fire fire;
+  Fire fire;  // backward its spk is the gradient of spk, absent where it is not wanted
+};
+
+struct NeuronForward : NeuronStep {
   bool fires = true;           // else a second kernel fires (pooling across tiles, inhibition)
   const void* bias = nullptr;  // (4C,)
   Image sums_in;               // gate sums to add, or absent
@@ -103,6 +107,39 @@ SNNLSTM_DEVICE R pooled(const Fire& f, At&& at, int& where) {
       }
   }
   return quantised(f, value);
+}
+
+// The same of mem as the threshold looks at it, which may be not pooled at all.
+template <class R, class At>
+SNNLSTM_DEVICE R thresholded(const Fire& f, At&& at) {
+  int where;
+  return f.pool == Pool::none ? at(0, 0) : pooled<R>(f, at, where);
+}
+
+// A whole pooling window of a tile: its channel in the block and among all, its row and column
+// among windows, and its first pixel in the tile.
+struct Window {
+  int channel, c, y, x, m;
+};
+
+// Calls f(window) for those of the block, neighbours in the caller's spk by neighbouring threads.
+template <class F>
+SNNLSTM_DEVICE void for_each_window(const Fire& fire, const Tiling& tiling, const Block& block,
+                                    int c0, int channels, F&& f) {
+  const unsigned windows = tiling.by_windows.value;
+  const bool by_channel = fire.spk.c == 1;
+#pragma unroll 1
+  for (unsigned i = threadIdx.x; i < windows * unsigned(channels); i += blockDim.x) {
+    unsigned row = i, ch = i;
+    if (by_channel)
+      ch = i & unsigned(channels - 1), row = i / unsigned(channels);
+    else
+      row = tiling.by_windows.split(ch);
+    const int col = int(tiling.by_window.split(row)), c = c0 + int(ch);
+    const int y = block.y0 / fire.pool_h + int(row), x = block.x0 / fire.pool_w + col;
+    if (c < fire.C && y < fire.Hp && x < fire.Wp)
+      f(Window{int(ch), c, y, x, int(row) * fire.pool_h * tiling.w + col * fire.pool_w});
+  }
 }
 
 // The mem of a tile, for pooling: [channel][pixel], each row padded against bank conflicts.
@@ -243,26 +280,13 @@ class ForwardTile {
   SNNLSTM_DEVICE void finish(MemTile<R> mem_tile) const {
     const Fire& f = p_.fire;
     if (!p_.fires || f.pool == Pool::none || p_.sums_out.present()) return;
-    const unsigned windows = tiling_.by_windows.value;
-    const bool by_channel = f.spk.c == 1;  // neighbouring threads write neighbouring elements
     void* spk = image_of(f.spk, block_.t, block_.n);
-#pragma unroll 1
-    for (unsigned i = threadIdx.x; i < windows * unsigned(channels_); i += blockDim.x) {
-      unsigned row = i, ch = i;
-      if (by_channel)
-        ch = i & unsigned(channels_ - 1), row = i / unsigned(channels_);
-      else
-        row = tiling_.by_windows.split(ch);
-      const int col = int(tiling_.by_window.split(row)), c = c0_ + int(ch);
-      const int y = block_.y0 / f.pool_h + int(row), x = block_.x0 / f.pool_w + col;
-      if (c >= f.C || y >= f.Hp || x >= f.Wp) continue;
-      const int m = int(row) * f.pool_h * tiling_.w + col * f.pool_w;
+    for_each_window(f, tiling_, block_, c0_, channels_, [&](const Window& w) {
+      const auto at = [&](int i, int j) { return mem_tile.at(w.channel, w.m + i * tiling_.w + j); };
       int where;
-      const R value = pooled<R>(
-          f, [&](int i, int j) { return mem_tile.at(int(ch), m + i * tiling_.w + j); }, where);
-      write(spk, f.spk.type, offset(f.spk, c, y, x),
-            spike_of(f, value, vectors_[4 * channels_ + int(ch)]));
-    }
+      write(spk, f.spk.type, offset(f.spk, w.c, w.y, w.x),
+            spike_of(f, pooled<R>(f, at, where), vectors_[4 * channels_ + w.channel]));
+    });
   }
 
  private:

@@ -40,7 +40,7 @@ inline PackedPart packed_mma(Multiply multiply, const MmaDepth& depth, Use use, 
   part.use = use, part.multiply = multiply;
   part.depth = depth;
   part.tiles = tiles, part.warps_n = warps_n;
-  part.unit_bytes = MmaBuilder(type_of(multiply), warps_n, tiles).unit_bytes();
+  part.unit_bytes = MmaBuilder(multiply, warps_n, tiles).unit_bytes();
   part.blocks = blocks;
   part.pitch = depth.units() * part.unit_bytes;
   return part;
@@ -72,8 +72,8 @@ inline PackedPart packed_transposed(const Cell& c, const DataPlan& plan, Use use
   const bool of_x = use == Use::gates_to_x;
   const int64_t columns = of_x ? c.Cin : c.C;
   if (!plan.mma()) return packed_fma(c, gates_window(c, of_x), use, columns);
-  return packed_mma(plan.multiply, gates_depth(c, plan.multiply), use, plan.tiles, plan.warps_n,
-                    ceil_div(columns, plan.channels()));
+  return packed_mma(plan.multiply, MmaDepth(MmaType(plan.multiply), gates_window(c, of_x)), use,
+                    plan.tiles, plan.warps_n, ceil_div(columns, plan.channels()));
 }
 
 struct PackedBackward {

@@ -9,10 +9,9 @@ namespace snnlstm::cuda {
 
 // Sizes that follow from a type of operands.
 struct MmaType {
-  Multiply multiply = Multiply::fma;
-  int element = 2;  // bytes
+  Multiply multiply;
+  int element;  // bytes
 
-  MmaType() = default;
   explicit MmaType(Multiply m)
       : multiply(m), element(m == Multiply::fp16 || m == Multiply::bf16 ? 2 : 4) {}
   DType type() const {  // of elements in shared memory
@@ -37,7 +36,8 @@ struct MmaDepth {
 
   MmaDepth() = default;
   // may_patch: lay out (tap, channel) side by side where that makes fewer units.
-  MmaDepth(const MmaType& type, int64_t taps_of, int64_t channels_of, bool may_patch) {
+  MmaDepth(const MmaType& type, const Segment& window, bool may_patch = false) {
+    const int64_t taps_of = window.taps(), channels_of = window.channels;
     const auto steps = [&](int64_t k) { return ceil_div(k, type.per_step()); };
     patches = may_patch && channels_of <= 4 && taps_of * channels_of <= 2 * type.per_chunk() &&
               steps(taps_of * channels_of) < taps_of * steps(channels_of);
@@ -127,8 +127,8 @@ struct MmaBuilder {
   int warp_columns, tiles;  // n-tiles of a warp
   MmaConv conv;
 
-  MmaBuilder(const MmaType& type_of, int warp_columns_of, int tiles_of)
-      : type(type_of), warp_columns(warp_columns_of), tiles(tiles_of) {
+  MmaBuilder(Multiply multiply, int warp_columns_of, int tiles_of)
+      : type(multiply), warp_columns(warp_columns_of), tiles(tiles_of) {
     conv.multiply = type.multiply;
     conv.warp_columns = warp_columns;
     conv.unit_bytes = unit_bytes();

@@ -65,16 +65,11 @@ __global__ void __launch_bounds__(pointwise::kThreads)
   tile.load_vectors();
   __syncthreads();
   R* row_sums = shared.sums + int(threadIdx.x) / 32 * pointwise::kChannels;
-#pragma unroll 1
-  for (int phase = tile.gathers() ? 0 : 1; phase < 2; ++phase) {
-    tile.patch(pointwise::pixel(), pointwise::channel(), phase == 0, static_cast<const R*>(nullptr),
-               0, mem_tile, row_sums, 4, true);
-    __syncthreads();
-    if (phase == 0) {
-      tile.spread(mem_tile);
-      __syncthreads();
-    }
-  }
+  tile.in_phases(mem_tile, [&](bool gather) {
+    tile.patch(pointwise::pixel(), pointwise::channel(), gather, static_cast<const R*>(nullptr), 0,
+               mem_tile, row_sums, 4, true);
+  });
+  __syncthreads();
   tile.write_sums(shared.sums, pointwise::kThreads / 32);
 }
 

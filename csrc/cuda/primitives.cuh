@@ -2,21 +2,15 @@
 //
 // A kernel is ordinary CUDA C++: __global__, threadIdx, __syncthreads(), __syncwarp(),
 // __shfl_xor_sync(), __any_sync(), atomicAdd(), float4 and their like exist in both builds.
-// What CUDA C++ has no short name for is below:
-//   shared_memory<T>()                      the block's dynamic shared memory, as one struct
-//   cp_async, cp_async_commit, cp_async_wait  asynchronous copies global -> shared
-//   shared_place                            a place in shared memory, for the inner loops
-//   ldmatrix, ldmatrix_transposed           8x8 tiles of 16-bit elements, shared -> fragments
-//   mma                                     tensor core multiply-add on fragments
-//   load, store                             whole vectors (64 and 128 bits) in one access
-//   launch                                  a checked launch
-// and in half.cuh the types fp16, bf16, tf32; in fault.cuh the seeded faults.
+// What CUDA C++ has no short name for is below: the block's dynamic shared memory as one struct,
+// asynchronous copies, fragments and tensor core multiply-adds, accesses to whole vectors, and a
+// checked launch; in half.cuh are the types fp16, bf16, tf32, in fault.cuh the seeded faults.
 //
 // A kernel that runs in both builds keeps to these rules:
 // - Shared memory is the one struct of shared_memory<T>(), whose size goes into Launch. It holds
 //   no constructor and no initial values. A static __shared__ variable does not compile here.
 // - No early return before the last barrier or warp collective: threads without work go along,
-//   masked. The block size is a multiple of 32.
+//   masked. Collectives are of whole warps, and the block size is a multiple of 32.
 // - All arguments are passed by value (pointers, numbers, plain structs). Kernels read nothing
 //   else: no __constant__ and no __device__ variables.
 // - Blocks speak to each other through atomics alone. A block never waits for another one.
@@ -99,40 +93,29 @@ inline SharedPlace shared_place(const void* p) { return static_cast<SharedPlace>
 
 // ---- asynchronous copies -----------------------------------------------------------------------
 
-// Copies Bytes (4, 8, 16) from global to shared memory, both aligned to Bytes; of the source only
-// the first source_bytes are read, the rest of the target becomes zero (0: all zero, and the source
-// is not touched). The data is there for this thread after cp_async_wait, for others after a
-// barrier on top of that. 16 bytes bypass L1.
+// Copies Bytes (4, 8, 16) from global to shared memory, both aligned to Bytes; where it is not
+// `real`, the target becomes zero and the source is not touched. The data is there for this thread
+// after cp_async_wait, for others after a barrier on top of that. 16 bytes bypass L1.
 template <int Bytes>
-SNNLSTM_DEVICE void cp_async(void* shared, const void* global, int source_bytes = Bytes) {
+SNNLSTM_DEVICE void cp_async(void* shared, const void* global, bool real = true) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
 #if !defined(__CUDACC__)
-  ::simt::cp_async(shared, global, Bytes, source_bytes);
+  ::simt::cp_async(shared, global, Bytes, real);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   const auto target = uint32_t(__cvta_generic_to_shared(shared));
   if constexpr (Bytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global),
-                 "r"(source_bytes)
+                 "r"(real ? 16 : 0)
                  : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(global),
-                 "n"(Bytes), "r"(source_bytes)
+                 "n"(Bytes), "r"(real ? Bytes : 0)
                  : "memory");
   }
 #else
-  auto* to = static_cast<uint32_t*>(shared);
-  auto* from = static_cast<const unsigned char*>(global);
 #pragma unroll
-  for (int word = 0; word < Bytes / 4; ++word) {
-    uint32_t value = 0;
-    const int left = source_bytes - 4 * word;
-    if (left >= 4) {
-      value = reinterpret_cast<const uint32_t*>(from)[word];
-    } else {
-      for (int byte = 0; byte < left; ++byte) value |= uint32_t(from[4 * word + byte]) << 8 * byte;
-    }
-    to[word] = value;
-  }
+  for (int word = 0; word < Bytes / 4; ++word)
+    static_cast<uint32_t*>(shared)[word] = real ? static_cast<const uint32_t*>(global)[word] : 0;
 #endif
 }
 
@@ -196,54 +179,31 @@ inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row SNNLSTM_SITE) 
 //   a[0] (g, t)    a[1] (g + 8, t)    a[2] (g, t + 4)    a[3] (g + 8, t + 4)
 //   b[0] (t, g)    b[1] (t + 4, g)
 // Source: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "mma.m16n8k8".
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-
 template <class T>
-SNNLSTM_DEVICE void mma(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]) {
-  __trap();  // a launcher has chosen the wrong kernel
-}
-
-#else
-
-template <class T>
-SNNLSTM_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] SNNLSTM_SITE);
-
-#endif
-
+SNNLSTM_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4],
+                        const uint32_t (&b)[2] SNNLSTM_SITE) {
+  [[maybe_unused]] constexpr bool is_fp16 = std::is_same_v<T, fp16>,
+                                  is_bf16 = std::is_same_v<T, bf16>;
 #if !defined(__CUDACC__)
-
-template <>
-inline void mma<fp16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                      ::simt::Site site) {
-  ::simt::mma(::simt::MmaType::fp16, d, a, b, site);
-}
-template <>
-inline void mma<bf16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                      ::simt::Site site) {
-  ::simt::mma(::simt::MmaType::bf16, d, a, b, site);
-}
-template <>
-inline void mma<tf32>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                      ::simt::Site site) {
-  ::simt::mma(::simt::MmaType::tf32, d, a, b, site);
-}
-
-#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-
-#define SNNLSTM_MMA(T, shape_and_types)                                                       \
-  template <>                                                                                 \
-  SNNLSTM_DEVICE void mma<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
-    asm volatile("mma.sync.aligned." shape_and_types                                          \
-                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"           \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                             \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));         \
-  }
-SNNLSTM_MMA(fp16, "m16n8k16.row.col.f32.f16.f16.f32")
-SNNLSTM_MMA(bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
-SNNLSTM_MMA(tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
+  using Type = ::simt::MmaType;
+  ::simt::mma(is_fp16 ? Type::fp16 : is_bf16 ? Type::bf16 : Type::tf32, d, a, b, site);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  __trap();  // a launcher has chosen the wrong kernel
+#else
+#define SNNLSTM_MMA(shape_and_types)                                              \
+  asm volatile("mma.sync.aligned." shape_and_types                                \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (is_fp16)
+    SNNLSTM_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+  else if constexpr (is_bf16)
+    SNNLSTM_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+  else
+    SNNLSTM_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
 #undef SNNLSTM_MMA
-
 #endif
+}
 
 // ---- vectors -----------------------------------------------------------------------------------
 

@@ -102,22 +102,16 @@ class ResidentBackwardBlock {
       step.states = p_.record || t + 1 == p_.T;
       step.mem_kept = t + 1 < p_.T;
       step.first = t == 0;
-#pragma unroll 1
-      for (int phase = tile_.gathers() ? 0 : 1; phase < 2; ++phase) {
+      tile_.in_phases(mem_tile, [&](bool gather) {
         for_each_patch([&](int m, int first) {
           const int slot = slot_of(p_, m, first);
           step.d_syn = array(p_.at.d_syn) + slot;
           tile_.patch(
-              m, first, phase == 0, array(p_.at.d_mem) + slot, kSlotStride, mem_tile, own_sums,
+              m, first, gather, array(p_.at.d_mem) + slot, kSlotStride, mem_tile, own_sums,
               1 << p_.quad_bits, false, step,
               [&](const PixelPair& at, int c0, const R(&gate)[4][2][4]) { keep(at, c0, gate); });
         });
-        if (phase == 0) {
-          if (!fault(Fault::missing_barrier_read, 31)) __syncthreads();
-          tile_.spread(mem_tile);
-          __syncthreads();
-        }
-      }
+      });
       if (!fault(Fault::missing_barrier_read, 30)) __syncthreads();
     }
     tile_.write_sums(row_sums, warps() * halves);

@@ -52,7 +52,7 @@ inline ResidentBackwardPlan plan_resident_backward(const Cell& c, const Target& 
   int64_t table = 0;
   if (mma) {
     const PackedPart packed = packed_transposed(c, step, Use::gates_to_mem);
-    resident::as_pixels(at.d_gates, packed.depth, type_of(step.multiply).element, plan.tiling.w);
+    resident::as_pixels(at.d_gates, packed.depth, MmaType(step.multiply).element, plan.tiling.w);
     table = 2 * packed.units();
     plan.weight_bytes = int(packed.bytes());
   } else {

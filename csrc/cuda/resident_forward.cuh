@@ -185,44 +185,16 @@ class ResidentForwardBlock {
   // Inhibition, between two barriers: spikes of the step whose mem the tile holds.
   SNNLSTM_DEVICE void fire_winner() const {
     const Fire& f = p_.neuron.fire;
-    void* spk = image_of(f.spk, block_.t, block_.n);
-    Winner<R> best;
-#pragma unroll 1
-    for (int i = int(threadIdx.x); i < neurons_of_sample(f); i += int(blockDim.x)) {
-      const PooledIndex at(f, i);
-      const int m = at.y * f.pool_h * p_.tiling.w + at.x * f.pool_w;
-      int where;
-      const R mem =
-          f.pool == Pool::none
-              ? mem_tile_.at(at.c, m)
-              : pooled<R>(
-                    f, [&](int k, int j) { return mem_tile_.at(at.c, m + k * p_.tiling.w + j); },
-                    where);
-      const Winner<R> here{mem, at.flat(f)};
-      if (here.beats(best)) best = here;
-      write(spk, f.spk.type, offset(f.spk, at.c, at.y, at.x), R(0) * graded_of<R>(f));
-    }
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-      const Winner<R> other{__shfl_xor_sync(full_warp, best.mem, lanes),
-                            __shfl_xor_sync(full_warp, best.index, lanes)};
-      if (other.beats(best)) best = other;
-    }
     R* mems = reinterpret_cast<R*>(shared_ + p_.at.winners);
-    int* indices = reinterpret_cast<int*>(mems + warps());
-    if (threadIdx.x % 32 == 0) mems[warp()] = best.mem, indices[warp()] = best.index;
-    if (!fault(Fault::missing_barrier_read, 21)) __syncthreads();
-    if (threadIdx.x > 0) return;
-    for (int k = 1; k < warps(); ++k) {
-      const Winner<R> other{mems[k], indices[k]};
-      if (other.beats(best)) best = other;
-    }
-    if (p_.winner != nullptr)
-      p_.winner[block_.t * int64_t(p_.tiling.by_batch.value) + block_.n] = best.index;
-    if (best.index < 0) return;
-    const int c = best.index / (f.Hp * f.Wp), y = best.index / f.Wp % f.Hp;
-    write(spk, f.spk.type, offset(f.spk, c, y, best.index % f.Wp),
-          spike_of(f, best.mem, threshold_of<R>(f, c)));
+    const auto mem_of = [&](const PooledIndex& at) {
+      const int m = at.y * f.pool_h * p_.tiling.w + at.x * f.pool_w;
+      return thresholded<R>(
+          f, [&](int i, int j) { return mem_tile_.at(at.c, m + i * p_.tiling.w + j); });
+    };
+    int64_t* winner = p_.winner;
+    if (winner != nullptr) winner += block_.t * int64_t(p_.tiling.by_batch.value) + block_.n;
+    fire_winner_of(f, image_of(f.spk, block_.t, block_.n), mem_of, mems,
+                   reinterpret_cast<int*>(mems + warps()), winner);
   }
 
   const ResidentForward& p_;

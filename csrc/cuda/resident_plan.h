@@ -135,7 +135,7 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
   if (mma) {
     const PackedForward packed(c, plan.step);
     const MmaDepth &of_x = packed.x.depth, &of_mem = packed.mem.depth;
-    const MmaType type = type_of(plan.step.multiply);
+    const MmaType type(plan.step.multiply);
     if (of_x.patches)
       resident::as_planes(at.x, int(c.Cin), type.element);
     else
@@ -193,12 +193,7 @@ constexpr double fused = 2.0;
 inline bool resident_pays(const Cell& c, const Target& target, Multiply m, int64_t blocks,
                           int64_t inputs, double neuron) {
   if (c.T < 2 || c.N == 0) return false;
-  const Rates r = rates_of(target);
-  const bool mma = m != Multiply::fma, half = mma && MmaType(m).element == 2;
-  const double rate = !mma ? r.fp32 * guessed::fma_part
-                           : (half ? r.half : r.tf32 / (m == Multiply::tf32x3 ? 3 : 1)) *
-                                 r.mma_sync * guessed::mma_part;
-  const double one = rate * 1e12 / target.multiprocessors;
+  const double one = kernel_rate(rates_of(target), m) / target.multiprocessors;
   const Shape s(c);
   const double neurons = double(s.pixels) * c.C, tiles = double(blocks) / c.N;
   const double sample = 4 * neurons * s.taps * inputs / one + neurons * neuron;

@@ -87,6 +87,15 @@ SNNLSTM_DEVICE Block block_of(const Tiling& tiling, unsigned index) {
   return b;
 }
 
+// A launch of two jobs numbers its blocks through, the first job's first. Returns the job of block
+// `index`, and makes that the block's number in it.
+template <class Job, class Index>
+SNNLSTM_DEVICE const Job& job_of(const Job (&job)[2], Index blocks_of_first, Index& index) {
+  const bool second = index >= blocks_of_first;
+  if (second) index -= blocks_of_first;
+  return job[second ? 1 : 0];
+}
+
 // Pixels m and m + 1 of the tile.
 SNNLSTM_DEVICE PixelPair pixel_pair(const Tiling& tiling, const Block& b, int m, int height,
                                     int width) {

@@ -151,9 +151,9 @@ template <class R>
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_weight(const __grid_constant__ ReduceWeights p) {
   R* sums = &shared_memory<R>();
-  const bool second = int(blockIdx.y) >= p.chunks(0);
-  const ReduceWeight& h = p.half[second ? 1 : 0];
-  const int c0 = (int(blockIdx.y) - (second ? p.chunks(0) : 0)) * p.chunk;
+  int chunk = int(blockIdx.y);
+  const ReduceWeight& h = job_of(p.half, p.chunks(0), chunk);
+  const int c0 = chunk * p.chunk;
   const int channels = h.channels - c0 < p.chunk ? h.channels - c0 : p.chunk;
   const int gate = int(blockIdx.x) / p.C, c = int(blockIdx.x) % p.C;
   const R* parts = static_cast<const R*>(h.parts) + int64_t(gate * p.Cp + c) * h.part_columns + c0;

@@ -250,7 +250,7 @@ class WeightGemm {
       const int from = ((at.y0 + int(y)) * p_.grad.Wo + at.x0 + x) * p_.grad.rows + row;
       cp_async<16>(gates(buffer) + unit / 4 * weight_tile::kPlaneBytes + mma_tile::row_offset(m) +
                        unit % 4 * 16,
-                   real ? image + from : image, real ? 16 : 0);
+                   real ? image + from : image, real);
     }
   }
 
@@ -428,9 +428,9 @@ __global__ void __launch_bounds__(weight_tile::kMaxThreads, 1)
   if constexpr (arch::has_mma) {
     const WeightGradMma& first = p.job[0];
     const int blocks = first.column_blocks * first.row_blocks * first.splits;
-    const bool second = int(blockIdx.x) >= blocks;
-    WeightGemm<M> gemm(p.job[second ? 1 : 0], int(blockIdx.x) - (second ? blocks : 0),
-                       &shared_memory<unsigned char>());
+    int index = int(blockIdx.x);
+    const WeightGradMma& job = job_of(p.job, blocks, index);
+    WeightGemm<M> gemm(job, index, &shared_memory<unsigned char>());
     gemm.run();
     gemm.write();
   }

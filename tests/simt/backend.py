@@ -1,6 +1,6 @@
 """The project's CUDA kernels, emulated, in the place of snnlstm's native path for CPU tensors.
 
-    core = simt_core("checked")
+    core = simt_core()
     with core.installed():
         snnlstm.SConv2dLSTM(...)  # on CPU tensors: runs the kernels of csrc/cuda
 
@@ -83,7 +83,7 @@ class Core(Emulator):
         algorithm: str = "fused",
     ) -> None:
         """What the launchers are told of the device, and which kernels they are to use."""
-        self.compute_capability(compute_capability)
+        self.settings.compute_capability = compute_capability
         self.module.set_device(
             compute_capability, multiprocessors, shared_bytes, ALGORITHMS[algorithm]
         )
@@ -130,16 +130,16 @@ def _load(library: Path) -> ModuleType:
 
 
 @functools.cache
-def simt_core(variant: str = "plain", defines: tuple[str, ...] = ()) -> Core:
+def simt_core(variant: str = "checked") -> Core:
     """Builds and loads the emulated core; see builder.VARIANTS."""
     includes = (Path(sysconfig.get_path("include")), Path(pybind11.get_include()))
-    return Core(build("core", list(SOURCES), variant, defines, includes, (BRIDGE,)))
+    return Core(build("core", list(SOURCES), variant, includes, (BRIDGE,)))
 
 
 @contextlib.contextmanager
 def emulated() -> Iterator[None]:
     """The backend "simt" of the ordinary tests: float32 at full precision, one warp ahead."""
-    core = simt_core("faults")
+    core = simt_core()
     core.schedule("ahead", seed=1)
     core.device(compute_capability=86)
     try:

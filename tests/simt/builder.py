@@ -6,8 +6,7 @@ kept under ``build/simt`` and rebuilt only where a file that went into them has 
 Variants:
     plain     fast; primitives are checked, ``p[i]`` is not
     checked   every access is checked: bounds, alignment, races, uninitialised shared memory;
-              counters are exact
-    faults    as checked, and seeded faults can be switched on at run time
+              counters are exact; seeded faults can be switched on at run time
     asan      plain under AddressSanitizer (needs libasan preloaded)
 """
 
@@ -44,20 +43,19 @@ COMMON = [
     "-Wno-unused-parameter",
 ]
 # Reports and counters name accesses by their address in the code: no duplicated paths.
-INSTRUMENT = [
-    "-O1",  # compiles in half the time, and runs hardly slower
-    "-fsanitize=thread",
-    "-fsanitize=bounds,signed-integer-overflow,shift,integer-divide-by-zero",
-    "-fno-sanitize-recover=all",
-    "--param=tsan-instrument-func-entry-exit=0",
-    "-fno-thread-jumps",
-    "-fno-ipa-icf",
-    "-fno-threadsafe-statics",
-]
 VARIANTS = {
     "plain": [],
-    "checked": INSTRUMENT,
-    "faults": [*INSTRUMENT, "-DSNNLSTM_FAULT_SWITCH"],
+    "checked": [
+        "-O1",  # compiles in half the time, and runs hardly slower
+        "-fsanitize=thread",
+        "-fsanitize=bounds,signed-integer-overflow,shift,integer-divide-by-zero",
+        "-fno-sanitize-recover=all",
+        "--param=tsan-instrument-func-entry-exit=0",
+        "-fno-thread-jumps",
+        "-fno-ipa-icf",
+        "-fno-threadsafe-statics",
+        "-DSNNLSTM_FAULT_SWITCH",
+    ],
     "asan": ["-fsanitize=address", "-fno-omit-frame-pointer"],
 }
 
@@ -85,18 +83,16 @@ def build(
     name: str,
     sources: list[Path],
     variant: str = "plain",
-    defines: tuple[str, ...] = (),
     includes: tuple[Path, ...] = (),
     host_sources: tuple[Path, ...] = (),
 ) -> Path:
-    """Builds ``sources`` (.cu and .cpp) together with the emulator.
+    """Builds ``sources`` (.cu) together with the emulator.
 
     Parameters
     ----------
     name: of the library, without suffix.
     sources: files with kernels and launchers; compiled in parallel.
     variant: a key of VARIANTS.
-    defines: such as ``("SNNLSTM_FAULT=3",)``.
     includes: further directories of headers.
     host_sources: further files that hold no kernels: compiled plainly in every variant.
 
@@ -104,49 +100,38 @@ def build(
     ------
     BuildError: with the compiler's output.
     """
+    folders = (*includes, ROOT / "csrc" / "cuda", ROOT / "csrc", HERE / "emulator")
+    common = [f"-I{folder}" for folder in folders]
+    # The emulator itself is never instrumented; under AddressSanitizer it tells of its fibres.
+    sanitised = VARIANTS["asan"] if variant == "asan" else []
+    # It comes first: of equal inline functions the linker takes its own.
+    jobs = [
+        (source, ["-O3", *sanitised, *common])
+        for source in EMULATOR
+        if variant == "checked" or source.name != "hooks.cpp"
+    ]
+    jobs += [(source, [*VARIANTS[variant], *common]) for source in sources]
+    jobs += [(source, ["-O1", *sanitised, *common]) for source in host_sources]
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test workers want the same objects
-        return _build(name, sources, variant, defines, includes, host_sources)
-
-
-def _build(name, sources, variant, defines, includes, host_sources) -> Path:
-    ident = compiler_id()
-    common = [
-        *(f"-D{d}" for d in defines),
-        *(f"-I{i}" for i in includes),
-        f"-I{ROOT / 'csrc' / 'cuda'}",
-        f"-I{ROOT / 'csrc'}",
-        f"-I{HERE / 'emulator'}",
-    ]
-    # The emulator itself is never instrumented; under AddressSanitizer it tells of its fibres.
-    plain = VARIANTS["asan"] if variant == "asan" else []
-    emulator = ["-O3", f"-I{HERE / 'emulator'}", *plain]
-    hooks = variant in ("checked", "faults")
-    jobs = [(Path(s), [*VARIANTS[variant], *common]) for s in sources]
-    jobs += [(Path(s), ["-O1", *plain, *common]) for s in host_sources]
-    jobs += [(s, emulator) for s in EMULATOR if hooks or s.name != "hooks.cpp"]
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 2) as pool:
-        objects = list(pool.map(lambda job: _object(job[0], job[1], ident), jobs))
-
-    key = hashlib.sha1("".join(map(str, objects)).encode())
-    for o in objects:
-        key.update(o.with_suffix(".json").read_bytes())
-    library = CACHE / f"{name}-{variant}-{key.hexdigest()[:16]}.so"
-    if not library.exists():
-        link = ["-fsanitize=address"] if variant == "asan" else []
-        _replace(
-            library,
-            lambda to: _run([compiler(), "-shared", "-o", to, *map(str, objects), *link, "-ldl"]),
-        )
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 2) as pool:
+            objects = list(pool.map(lambda job: _object(*job), jobs))
+        key = hashlib.sha1("".join(map(str, objects)).encode())
+        for o in objects:
+            key.update(o.with_suffix(".json").read_bytes())
+        library = CACHE / f"{name}-{variant}-{key.hexdigest()[:16]}.so"
+        if not library.exists():
+            link = [compiler(), "-shared", *map(str, objects), *sanitised[:1], "-ldl", "-o"]
+            _replace(library, lambda to: _run([*link, to]))
     return library
 
 
-def _object(source: Path, flags: list[str], ident: str) -> Path:
+def _object(source: Path, flags: list[str]) -> Path:
     command = [compiler(), *COMMON, *flags]
     if source.suffix == ".cu":
         command += ["-x", "c++"]
-    key = hashlib.sha1("\0".join([ident, str(source), *command]).encode()).hexdigest()[:16]
+    key = hashlib.sha1("\0".join([compiler_id(), str(source), *command]).encode()).hexdigest()[:16]
     target = CACHE / f"{source.stem}-{key}.o"
     manifest = target.with_suffix(".json")
     if target.exists() and manifest.exists() and _unchanged(manifest):

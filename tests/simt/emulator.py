@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import re
 import subprocess
 from collections import Counter
@@ -20,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-SCHEDULES = {"in_order": 0, "shuffled": 1, "ahead": 2}
+SCHEDULES = ("in_order", "shuffled", "ahead")
 
 
 class EmulationError(RuntimeError):
@@ -41,11 +40,41 @@ class Spot(NamedTuple):
     fewest: int
 
 
+class Counts(Counter[str]):
+    """What the emulator has counted (see emulator/count.cpp), and ratios of it, 1 at best."""
+
+    def _ratio(self, cost: str, *kinds: str) -> float:
+        fewest = sum(self[f"{kind}_fewest"] for kind in kinds)
+        return sum(self[f"{kind}_{cost}"] for kind in kinds) / fewest if fewest else 1.0
+
+    @property
+    def sectors(self) -> float:
+        """Sectors of 32 bytes of global memory over the fewest that suffice."""
+        return self._ratio("sectors", "global_read", "global_write")
+
+    @property
+    def banks(self) -> float:
+        """Wavefronts of shared memory over those without conflicts."""
+        return self._ratio("wavefronts", "shared")
+
+    @property
+    def mma(self) -> int:
+        """Tensor core instructions, of a warp each."""
+        return self["mma_fp16"] + self["mma_bf16"] + self["mma_tf32"]
+
+
 class Launch(NamedTuple):
     kernel: str
     blocks: int
     threads: int
     shared_bytes: int
+
+
+class Settings(ctypes.Structure):
+    """What emulator/machine.h has under this name, and says of each."""
+
+    NUMBERS = "policy bounds races counters compute_capability truncates dry instrumented"
+    _fields_ = [("seed", ctypes.c_uint64), *((n, ctypes.c_int) for n in NUMBERS.split())]
 
 
 class Emulator:
@@ -54,61 +83,57 @@ class Emulator:
     def __init__(self, library: Path):
         self.path = library
         self.lib = ctypes.CDLL(str(library))
-        self.lib.simt_register.restype = ctypes.c_char_p
-        self.lib.simt_counters.restype = ctypes.c_char_p
-        self.lib.simt_spots.restype = ctypes.c_char_p
-        self.lib.simt_launches.restype = ctypes.c_char_p
-        self.instrumented = bool(self.lib.simt_instrumented())
+        for name in ("register", "counters", "spots", "launches"):
+            getattr(self.lib, f"simt_{name}").restype = ctypes.c_char_p
+        self.settings = Settings.in_dll(self.lib, "simt_settings")
+        self._defaults = bytes(self.settings)
         self.reset()
 
     def reset(self) -> None:
         """The default settings: threads in order, all checks, no counters, no fault, sm_80."""
-        self.schedule("in_order")
-        self.checks()
+        ctypes.memmove(ctypes.byref(self.settings), self._defaults, len(self._defaults))
         self.fault(0)
-        self.compute_capability(80)
-        self.truncate(False)
-        self.lib.simt_dry(0)
-        self.lib.simt_reset_counters()
+        self.reset_counters()
 
     def schedule(self, policy: str, seed: int = 0) -> None:
-        self.lib.simt_schedule(SCHEDULES[policy], ctypes.c_uint64(seed))
+        self.settings.policy, self.settings.seed = SCHEDULES.index(policy), seed
 
     def checks(self, bounds: bool = True, races: bool = True, counters: bool = False) -> None:
-        self.lib.simt_checks(int(bounds), int(races), int(counters))
+        s = self.settings
+        s.bounds, s.races, s.counters = bounds, races, counters
 
     def fault(self, number: int, place: int = 0) -> None:
-        """Switches one seeded fault on (variant "faults"); 0: none."""
+        """Switches one seeded fault on (variant "checked"); 0: none."""
         self.lib.simt_fault(number, place)
 
-    def compute_capability(self, number: int) -> None:
-        self.lib.simt_compute_capability(number)
-
-    def truncate(self, on: bool = True) -> None:
-        """Sums of ``mma`` round towards zero, as those of tensor cores are reported to."""
-        self.lib.simt_truncate(int(on))
+    def _rows(self, what: str) -> list[list]:
+        """The fields of each line of an answer, numbers as such."""
+        lines = getattr(self.lib, f"simt_{what}")().decode().splitlines()
+        return [[int(f) if f.isdigit() else f for f in line.split("\t")] for line in lines]
 
     @contextlib.contextmanager
     def dry(self) -> Iterator[list[Launch]]:
         """Within the block nothing runs; after it the list holds what would have been launched."""
         found: list[Launch] = []
-        self.lib.simt_dry(1)
+        self.settings.dry = 1
         self.lib.simt_launches()
         try:
             yield found
         finally:
-            self.lib.simt_dry(0)
-            found += [Launch(*row) for row in json.loads(self.lib.simt_launches().decode())]
+            self.settings.dry = 0
+            found += [Launch(*row) for row in self._rows("launches")]
 
-    def counters(self) -> dict[str, dict[str, int]]:
-        """Totals since the last reset, by kernel name (see emulator/count.cpp)."""
-        found = json.loads(self.lib.simt_counters().decode())
-        return {kernel: Counter(numbers) for kernel, numbers in found.items()}
+    def counters(self) -> dict[str, Counts]:
+        """Totals since the last reset, by kernel name."""
+        found: dict[str, Counts] = {}
+        for kernel, name, value in self._rows("counters"):
+            found.setdefault(kernel, Counts())[name] = value
+        return found
 
     def spots(self) -> list[Spot]:
         """The same by line of the source, the most wasteful first."""
         joint: dict[tuple[str, str, str], list[int]] = {}
-        for kernel, place, space, *numbers in json.loads(self.lib.simt_spots().decode()):
+        for kernel, place, space, *numbers in self._rows("spots"):
             sums = joint.setdefault((kernel, symbolise(place), space), [0, 0, 0])
             sums[:] = [a + b for a, b in zip(sums, numbers, strict=True)]
         found = [Spot(*key, *sums) for key, sums in joint.items()]
@@ -117,16 +142,6 @@ class Emulator:
     def reset_counters(self) -> None:
         self.lib.simt_reset_counters()
 
-    def register(self, address: int, nbytes: int, name: str, writable: bool = True) -> None:
-        problem = self.lib.simt_register(
-            ctypes.c_void_p(address), ctypes.c_size_t(nbytes), name.encode(), int(writable)
-        )
-        if problem:
-            raise ValueError(problem.decode())
-
-    def unregister(self, address: int) -> None:
-        self.lib.simt_unregister(ctypes.c_void_p(address))
-
     @contextlib.contextmanager
     def arrays(self, **arrays: np.ndarray | tuple[np.ndarray, str]) -> Iterator[None]:
         """Kernels may read these arrays and, of those given as ``(array, "w")``, write them."""
@@ -134,14 +149,18 @@ class Emulator:
         try:
             for name, given in arrays.items():
                 array, writable = (given[0], True) if isinstance(given, tuple) else (given, False)
-                self.register(array.ctypes.data, array.nbytes, name, writable)
-                known.append(array.ctypes.data)
+                address = ctypes.c_void_p(array.ctypes.data)
+                size = ctypes.c_size_t(array.nbytes)
+                problem = self.lib.simt_register(address, size, name.encode(), int(writable))
+                if problem:
+                    raise ValueError(problem.decode())
+                known.append(address)
             yield
         finally:
             for address in known:
-                self.unregister(address)
+                self.lib.simt_unregister(address)
 
-    def call(self, name: str, *args: np.ndarray | int | float) -> None:
+    def call(self, name: str, *args: np.ndarray | int | str) -> None:
         """Calls ``const char* name(...)``, which returns null or what went wrong."""
         function = getattr(self.lib, name)
         function.restype = ctypes.c_char_p
@@ -153,7 +172,7 @@ class Emulator:
 def _argument(value):
     if isinstance(value, np.ndarray):
         return ctypes.c_void_p(value.ctypes.data)
-    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int(value)
+    return value.encode() if isinstance(value, str) else ctypes.c_int(value)
 
 
 def symbolise(text: str) -> str:

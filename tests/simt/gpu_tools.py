@@ -129,22 +129,17 @@ def architectures_of_binary(binary: Path) -> set[int]:
     return {int(a) for a in re.findall(r"sm_(\d+)a?\.cubin", listed)}
 
 
-def sass(binary: Path, arch: int) -> str:
-    """The machine code of all kernels, as text."""
-    return _run([find("cuobjdump"), "-sass", "-arch", f"sm_{arch}", str(binary)], tools=True)
-
-
-def disassemble(binary: Path, arch: int) -> dict[str, list[str]]:
-    """Instructions with their modifiers ("LDG.E.128"), by kernel."""
-    text = sass(binary, arch)
-    code: dict[str, list[str]] = {}
-    now: list[str] = []
-    for line in text.splitlines():
-        if found := re.search(r"Function : (\w+)", line):
-            now = code.setdefault(found[1], [])
-        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
-            now.append(found[1])
-    return dict(zip(demangle(list(code)), code.values(), strict=True))
+def disassemble(binary: Path, arch: int) -> dict[str, list[tuple[int, str, str, str]]]:
+    """Of each kernel the instructions: address, predicate or "", name with its modifiers
+    ("LDG.E.128"), operands."""
+    text = _run([find("cuobjdump"), "-sass", "-arch", f"sm_{arch}", str(binary)], tools=True)
+    line = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+    names, code = [], []
+    for kernel, body in re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", text, re.DOTALL):
+        found = filter(None, map(line.match, body.splitlines()))
+        names.append(kernel)
+        code.append([(int(m[1], 16), m[2] or "", m[3], m[4]) for m in found])
+    return dict(zip(demangle(names), code, strict=True))
 
 
 def demangle(names: list[str]) -> list[str]:

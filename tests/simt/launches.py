@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="*", default=list(LAYERS), choices=LAYERS)
     parser.add_argument("--modes", nargs="*", default=["tf32", "bf16"], choices=MODES)
     args = parser.parse_args()
-    core = simt_core("faults")  # the build that the tests use
+    core = simt_core()
     core.device(**H100)
     print(f"{'':<28}{'launches':>9}{'blocks':>9}{'warps each':>11}{'on an SM':>9}{'waves':>7}")
     for name in args.layers:

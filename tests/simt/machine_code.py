@@ -18,7 +18,6 @@ from pathlib import Path
 import gpu_tools
 from builder import ROOT
 
-LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 # Divisions (by way of a reciprocal), calls and local memory.
 SLOW = ("I2F", "F2I", "MUFU.RCP", "CALL", "LDL", "STL")
 
@@ -57,19 +56,15 @@ class Loop:
         return sorted({i.name for i in self.code if i.name.startswith(SLOW)})
 
 
-def parse(text: str) -> list[Instruction]:
-    """The instructions of one kernel, from cuobjdump -sass."""
+def parse(code: list[tuple[int, str, str, str]]) -> list[Instruction]:
+    """The instructions of one kernel, from gpu_tools.disassemble()."""
     found = []
-    for line in text.splitlines():
-        if not (match := LINE.match(line)):
-            continue
-        address, predicate, name, operands = match.groups()
+    for address, predicate, name, operands in code:
         target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
         # BRA.DIV leaves the way only where the lanes of a warp have gone different ways.
         predicated = bool(predicate or re.match(r"!?U?P\d", operands) or name == "BRA.DIV")
-        found.append(
-            Instruction(int(address, 16), name, predicated, int(target[1], 16) if target else None)
-        )
+        to = int(target[1], 16) if target else None
+        found.append(Instruction(address, name, predicated, to))
     return found
 
 
@@ -194,9 +189,8 @@ def _with_way(
 
 def loops_of_binary(binary: Path, arch: int) -> dict[str, list[Loop]]:
     """By kernel, those kernels that have loops with HMMA."""
-    parts = re.split(r"Function : (\w+)", gpu_tools.sass(binary, arch))
-    names = gpu_tools.demangle(parts[1::2])
-    found = {n: loops(parse(text)) for n, text in zip(names, parts[2::2], strict=True)}
+    code = gpu_tools.disassemble(binary, arch)
+    found = {name: loops(parse(instructions)) for name, instructions in code.items()}
     return {name: hmma for name, hmma in found.items() if hmma}
 
 

@@ -32,11 +32,12 @@ class Mode:
     algorithm: str = "direct"
     kernels: str = "fused"  # see backend.ALGORITHMS
     shared_bytes: int = 163 * 1024
+    multiprocessors: int = 108
 
     @contextmanager
     def running(self, core):
         """Within the block, the native path for CPU tensors is this one."""
-        core.device(self.compute_capability, shared_bytes=self.shared_bytes, algorithm=self.kernels)
+        core.device(self.compute_capability, self.multiprocessors, self.shared_bytes, self.kernels)
         # oneDNN 3 with AMX gives wrong sums for bfloat16 images of one column with stride and
         # dilation, where torch's own convolution stands in for cuDNN's.
         (enabled, *_) = mkldnn.set_flags(False)

@@ -32,37 +32,34 @@ def to_tf32(x: np.ndarray) -> np.ndarray:
     return ((u + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def half_gemm(emulator: Emulator, kind: str, M: int, N: int, K: int, splits: int = 1):
-    """Runs a product of 16-bit matrices; returns (result, expected), float32 (M, N)."""
+def run_case(emulator: Emulator, name: str, bad: bool = False, sizes=(64, 64)) -> None:
+    """Runs a CASE of kernels/ on arrays of these sizes; raises EmulationError as it is reported."""
+    given, out = (aligned(size) for size in sizes)
+    given[:] = np.arange(given.size)
+    counter = np.zeros(1, np.uint32)
+    with emulator.arrays(**{"in": given, "out": (out, "w"), "counter": (counter, "w")}):
+        emulator.call("run_case", name, int(bad), given, out, counter)
+
+
+def aligned(count: int) -> np.ndarray:
+    """float32 zeros whose address is a multiple of 128."""
+    raw = np.zeros(count + 32, np.float32)
+    return raw[(-raw.ctypes.data % 128) // 4 :][:count]
+
+
+def gemm(emulator: Emulator, M: int = 70, N: int = 40, K: int = 136, splits: int = 2):
+    """Runs a product of bf16 matrices; returns (result, expected), float32 (M, N)."""
     rng = np.random.default_rng(M + N + K)
-    a = rng.standard_normal((M, K)).astype(np.float32)
-    b = rng.standard_normal((K, N)).astype(np.float32)
-    if kind == "bf16":
-        a_bits, b_bits = to_bf16(a), to_bf16(b)
-        a, b = from_bf16(a_bits), from_bf16(b_bits)
-    else:
-        a_bits, b_bits = a.astype(np.float16), b.astype(np.float16)
-        a, b = a_bits.astype(np.float32), b_bits.astype(np.float32)
+    a = to_bf16(rng.standard_normal((M, K)))
+    b = to_bf16(rng.standard_normal((K, N)))
     parts = np.full((splits, M, N), np.nan, np.float32)
     d = np.full((M, N), np.nan, np.float32)
-    with emulator.arrays(a=a_bits, b=b_bits, parts=(parts, "w"), d=(d, "w")):
-        emulator.call(f"gemm_{kind}", a_bits, b_bits, parts, d, M, N, K, splits)
-    return d, a.astype(np.float64) @ b
+    with emulator.arrays(a=a, b=b, parts=(parts, "w"), d=(d, "w")):
+        emulator.call("run_gemm", a, b, parts, d, M, N, K, splits)
+    return d, from_bf16(a).astype(np.float64) @ from_bf16(b)
 
 
-def tf32_gemm(emulator: Emulator, M: int, N: int, K: int, exact: bool):
-    """Returns (result, product of the rounded factors, product), (M, N)."""
-    rng = np.random.default_rng(M + N + K)
-    a = rng.standard_normal((M, K)).astype(np.float32)
-    b = rng.standard_normal((N, K)).astype(np.float32)
-    d = np.full((M, N), np.nan, np.float32)
-    with emulator.arrays(a=a, b=b, d=(d, "w")):
-        emulator.call("gemm_tf32", a, b, d, M, N, K, int(exact))
-    rounded = to_tf32(a).astype(np.float64) @ to_tf32(b).astype(np.float64).T
-    return d, rounded, a.astype(np.float64) @ b.astype(np.float64).T
-
-
-def box_sum(emulator: Emulator, H: int, W: int):
+def box_sum(emulator: Emulator, H: int = 17, W: int = 21):
     """Returns (result, expected): 3x3 sums with zero padding."""
     x = np.random.default_rng(H * W).standard_normal((H, W)).astype(np.float32)
     y = np.full((H, W), np.nan, np.float32)
@@ -72,7 +69,7 @@ def box_sum(emulator: Emulator, H: int, W: int):
     return y, sum(padded[i : i + H, j : j + W] for i in range(3) for j in range(3))
 
 
-def lstm_update(emulator: Emulator, n: int):
+def lstm_update(emulator: Emulator, n: int = 200):
     """Returns (result, expected), (2, n): syn and mem."""
     rng = np.random.default_rng(n)
     gates = rng.random((n, 4), np.float32)
@@ -85,7 +82,7 @@ def lstm_update(emulator: Emulator, n: int):
     return np.stack([syn, mem]), np.stack([expected_syn, o * np.tanh(expected_syn)])
 
 
-def sum_all(emulator: Emulator, n: int, blocks: int):
+def sum_all(emulator: Emulator, n: int = 3000, blocks: int = 5):
     """Returns (result, expected): a sum that the last block finishes."""
     x = np.random.default_rng(n).standard_normal(n).astype(np.float32)
     parts = np.full(blocks, np.nan, np.float32)
@@ -94,3 +91,12 @@ def sum_all(emulator: Emulator, n: int, blocks: int):
     with emulator.arrays(x=x, parts=(parts, "w"), counter=(counter, "w"), sum=(total, "w")):
         emulator.call("run_sum_all", x, parts, counter, total, n, blocks)
     return total[0], x.astype(np.float64).sum()
+
+
+def sum_columns(emulator: Emulator, rows: int):
+    """Returns (result, expected): sums (50,) by atomics of as many blocks as there are rows."""
+    x = np.random.default_rng(0).standard_normal((rows, 50)).astype(np.float32)
+    sums = np.zeros(50, np.float32)
+    with emulator.arrays(x=x, sums=(sums, "w")):
+        emulator.call("run_sum_columns", x, sums, rows, 50)
+    return sums, x.sum(0)

@@ -52,7 +52,7 @@ def test_full_precision_bears_tensor_cores_that_truncate(core):
     found = []
     with MODES["tf32x3"].running(core), torch.no_grad():
         for truncates in (False, True):
-            core.truncate(truncates)
+            core.settings.truncates = truncates
             found.append(MODES["tf32x3"].run(*inputs, case.options)[1])
     torch.testing.assert_close(*found, atol=3e-6, rtol=0)
 

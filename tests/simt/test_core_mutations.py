@@ -56,18 +56,10 @@ BACKWARD_RUNS = [
 ]
 
 
-def forward_report(core, mode, case) -> str:
+def report_of(core, check, mode, case) -> str:
     """ "" where the run is fine."""
     try:
-        test_cell.check(core, CASES[case], ALL[mode])
-    except (AssertionError, EmulationError) as error:
-        return str(error) or type(error).__name__
-    return ""
-
-
-def backward_report(core, mode, case) -> str:
-    try:
-        test_cell_gradients.check(core, CASES[case], ALL[mode])
+        check(core, CASES[case], ALL[mode])
     except (AssertionError, EmulationError) as error:
         return str(error) or type(error).__name__
     return ""
@@ -75,14 +67,14 @@ def backward_report(core, mode, case) -> str:
 
 def by_likelihood(near: str):
     """All runs, those first that run the kernel of that file."""
-    runs = [(forward_report, *run) for run in RUNS]
-    runs += [(backward_report, *run) for run in BACKWARD_RUNS]
+    runs = [(test_cell.check, *run) for run in RUNS]
+    runs += [(test_cell_gradients.check, *run) for run in BACKWARD_RUNS]
 
     def distance(run):
-        report, mode, _ = run
+        check, mode, _ = run
         backward = "backward" in near or "grad" in near
         return (
-            ((report is backward_report) != backward)
+            ((check is test_cell_gradients.check) != backward)
             + (("fma" in near) != (mode == "float32"))
             + (("pointwise" in near) != ("behind torch" in mode))
             + 2 * (("resident" in near) != ("resident" in mode))
@@ -92,8 +84,8 @@ def by_likelihood(near: str):
 
 
 @cache
-def without_a_fault(report, mode, case) -> str:
-    return report(simt_core("faults"), mode, case)
+def without_a_fault(*run) -> str:
+    return report_of(simt_core(), *run)
 
 
 @pytest.mark.parametrize(("name", "place"), PLACED, ids=[f"{n}-{p}" for n, p in PLACED])
@@ -101,10 +93,10 @@ def test_a_fault_is_caught(core, name, place):
     """By a run that passes without it."""
     core.fault(NUMBERS[name], place)
     core.schedule("ahead", 1)
-    for report, *run in by_likelihood(PLACED[name, place]):
-        if report(core, *run):
+    for run in by_likelihood(PLACED[name, place]):
+        if report_of(core, *run):
             core.fault(0)
-            assert without_a_fault(report, *run) == ""
+            assert without_a_fault(*run) == ""
             return
     pytest.fail(f"no run notices {name}, place {place}")
 

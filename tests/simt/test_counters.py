@@ -1,18 +1,9 @@
 """The counters, on access patterns whose cost on a GPU is known."""
 
-import ctypes
-
-import counters
-import numpy as np
 import own
 import pytest
 from own import own_kernels
-
-
-def aligned(count):
-    """float32 zeros whose address is a multiple of 128, as those of torch's CUDA tensors are."""
-    raw = np.zeros(count + 32, np.float32)
-    return raw[(-raw.ctypes.data % 128) // 4 :][:count]
+from traffic import table
 
 
 @pytest.fixture
@@ -25,15 +16,8 @@ def emulator():
 
 
 def count(emulator, name):
-    x, y = aligned(512), aligned(128)
-    function = emulator.lib.count_case
-    function.restype = ctypes.c_char_p
     emulator.reset_counters()
-    with emulator.arrays(x=x, y=(y, "w")):
-        problem = function(
-            name.encode(), ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(y.ctypes.data)
-        )
-    assert problem is None, problem
+    own.run_case(emulator, name, sizes=(512, 128))
     return emulator.counters()[name]
 
 
@@ -97,24 +81,24 @@ def test_mma(emulator):
 
 def test_a_product_by_kernel(emulator):
     """64 x 32 x 96 in tiles of 32 x 32: 2 blocks of 4 warps, 3 steps of 2 x 2 mma."""
-    own.half_gemm(emulator, "bf16", 64, 32, 96)
+    own.gemm(emulator, 64, 32, 96, 1)
     seen = emulator.counters()
-    assert list(seen) == ["half_gemm"]
-    c = seen["half_gemm"]
+    assert list(seen) == ["gemm"]
+    c = seen["gemm"]
     assert (c["launches"], c["blocks"], c["threads"]) == (1, 2, 128)
-    assert counters.mma(c) == 2 * 4 * 3 * 2 * 2
+    assert c.mma == 2 * 4 * 3 * 2 * 2
     assert c["bytes_read"] == 2 * (64 * 96 + 96 * 32)
     assert c["bytes_written"] == 4 * 64 * 32
     # b is read by both blocks.
     assert c["bytes_requested"] == c["bytes_read"] + 2 * 96 * 32 + c["bytes_written"]
-    assert "half_gemm" in counters.table(seen)
-    own.half_gemm(emulator, "bf16", 64, 32, 96)
-    assert counters.mma(emulator.counters()["half_gemm"]) == 2 * counters.mma(c)
+    assert "gemm" in table(seen)
+    own.gemm(emulator, 64, 32, 96, 1)
+    assert emulator.counters()["gemm"].mma == 2 * c.mma
 
 
 def test_without_counters_nothing_is_counted(emulator):
     emulator.checks(counters=False)
-    own.half_gemm(emulator, "bf16", 64, 32, 96)
+    own.gemm(emulator, 64, 32, 96, 1)
     assert emulator.counters() == {}
 
 

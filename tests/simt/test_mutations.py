@@ -1,51 +1,31 @@
 """Seeded faults in the emulator's own kernels: each must be caught, and by the check it belongs to.
 
-Every fault is tried in one build that switches them at run time; the long run also compiles each of
-them in alone. Which schedules notice a fault by its results alone is pinned here too: it is why
-the race detector and the schedule "ahead" exist.
+Every fault is tried in one build that switches them at run time. Which schedules notice a fault by
+its results alone is pinned here too: it is why the race detector and the schedule "ahead" exist.
 """
 
 import numpy as np
 import own
 import pytest
-from builder import KERNELS, build
-from emulator import EmulationError, Emulator
+from emulator import EmulationError
 from faults import fault_numbers, placed_faults
 
 NUMBERS = fault_numbers()
-GEMM = [KERNELS / "gemm.cu"]
-POINTWISE = [KERNELS / "pointwise.cu"]
-
-
-def gemm(emulator):
-    return own.half_gemm(emulator, "bf16", 70, 40, 136, splits=2)
-
-
-def stencil(emulator):
-    return own.box_sum(emulator, 17, 21)
-
-
-def gates(emulator):
-    return own.lstm_update(emulator, 200)
-
-
-def last_block(emulator):
-    return own.sum_all(emulator, 3000, 5)
 
 
 # The kernel that holds the fault, and what the checked build says of it.
 FAULTS = {
-    ("missing_wait", 0): (gemm, "race: .* under way"),
-    ("missing_wait", 1): (last_block, "race: .*nothing orders blocks"),
-    ("missing_barrier_read", 0): (gemm, "race|uninitialised"),
-    ("missing_barrier_overwrite", 0): (gemm, "race: .*barrier"),
-    ("missing_syncwarp", 0): (gemm, "race|uninitialised"),
-    ("wrong_halo", 0): (stencil, "wrong values"),
-    ("wrong_tail_mask", 0): (gemm, "out of bounds"),
-    ("swapped_gates", 0): (gates, "wrong values"),
-    ("wrong_fragment_row", 0): (gemm, "wrong values|uninitialised|race"),
-    ("missing_zero_fill", 0): (gemm, "wrong values|uninitialised"),
-    ("wrong_split_k", 0): (gemm, "wrong values"),
+    ("missing_wait", 0): (own.gemm, "race: .* under way"),
+    ("missing_wait", 1): (own.sum_all, "race: .*nothing orders blocks"),
+    ("missing_barrier_read", 0): (own.gemm, "race|uninitialised"),
+    ("missing_barrier_overwrite", 0): (own.gemm, "race: .*barrier"),
+    ("missing_syncwarp", 0): (own.gemm, "race|uninitialised"),
+    ("wrong_halo", 0): (own.box_sum, "wrong values"),
+    ("wrong_tail_mask", 0): (own.gemm, "out of bounds"),
+    ("swapped_gates", 0): (own.lstm_update, "wrong values"),
+    ("wrong_fragment_row", 0): (own.gemm, "wrong values|uninitialised|race"),
+    ("missing_zero_fill", 0): (own.gemm, "wrong values|uninitialised"),
+    ("wrong_split_k", 0): (own.gemm, "wrong values"),
 }
 IDS = [f"{name}-{place}" for name, place in FAULTS]
 
@@ -62,13 +42,13 @@ def outcome(emulator, run):
 
 @pytest.fixture
 def faults():
-    emulator = own.own_kernels("faults")
+    emulator = own.own_kernels("checked")
     yield emulator
     emulator.reset()
 
 
 def test_every_placed_fault_is_tried():
-    assert set(placed_faults(GEMM + POINTWISE)) == set(FAULTS)
+    assert set(placed_faults(own.SOURCES)) == set(FAULTS)
 
 
 @pytest.mark.parametrize("schedule", ["in_order", "shuffled", "ahead"])
@@ -92,7 +72,7 @@ def test_which_schedules_miss_an_early_overwrite(faults, schedule):
     caught = []
     for seed in range(12):
         faults.schedule(schedule, seed)
-        caught.append(outcome(faults, gemm) != "")
+        caught.append(outcome(faults, own.gemm) != "")
     assert all(caught) if schedule == "ahead" else not any(caught)
 
 
@@ -103,23 +83,12 @@ def test_poison_shows_data_that_is_not_there_yet(faults, name):
     faults.fault(NUMBERS[name])
     for schedule in ("in_order", "shuffled", "ahead"):
         faults.schedule(schedule, 1)
-        assert outcome(faults, gemm) == "wrong values"
-
-
-@pytest.mark.simt_long
-@pytest.mark.parametrize("key", FAULTS, ids=IDS)
-def test_each_fault_compiled_in_alone(key):
-    run, message = FAULTS[key]
-    sources = GEMM if run is gemm else POINTWISE
-    defines = (f"SNNLSTM_FAULT={NUMBERS[key[0]]}", f"SNNLSTM_FAULT_PLACE={key[1]}")
-    emulator = Emulator(build(f"fault-{key[0]}-{key[1]}", sources, "checked", defines))
-    with pytest.raises(AssertionError, match=message):
-        assert outcome(emulator, run) == "", outcome(emulator, run)
+        assert outcome(faults, own.gemm) == "wrong values"
 
 
 def test_a_normal_build_has_no_faults():
-    """The switch exists in the variant "faults" alone."""
-    emulator = own.own_kernels("checked")
+    """The switch exists in the variant "checked" alone."""
+    emulator = own.own_kernels("plain")
     for key, (run, _) in FAULTS.items():
         emulator.fault(NUMBERS[key[0]], key[1])
         assert outcome(emulator, run) == ""

@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 
-import counters
 import flat
 import pytest
 import torch
@@ -144,13 +143,13 @@ def test_what_a_sequence_costs(core, mode, channels, size, sectors):
     with resident.running(core), torch.no_grad():
         flat.run(*case.inputs(), case.options, "direct")
     (seen,) = (c for name, c in core.counters().items() if "pack" not in name)
-    assert counters.sectors(seen) <= sectors
-    assert counters.bank_conflicts(seen) <= 1.1
+    assert seen.sectors <= sectors
+    assert seen.banks <= 1.1
     if mode != "float32":
         tiles = -(-size * size // 32) * 2 * (2 * channels[1] // 4)
         per_step = 8 if mode == "tf32" else 16
         x = -(-9 * channels[0] // per_step) if channels[0] <= 4 else 9 * -(-channels[0] // per_step)
-        assert counters.mma(seen) == 2 * tiles * (x + 9 * -(-channels[1] // per_step))
+        assert seen.mma == 2 * tiles * (x + 9 * -(-channels[1] // per_step))
 
 
 def test_the_backward_pass_is_chosen_by_itself(core):

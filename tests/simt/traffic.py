@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,9 +17,9 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
 
-import counters  # noqa: E402
 from backend import Core, simt_core  # noqa: E402
 from cases import Case, wanting_gradients  # noqa: E402
+from emulator import Counts  # noqa: E402
 from modes import FORWARD as MODES  # noqa: E402
 from modes import Mode  # noqa: E402
 
@@ -33,22 +32,6 @@ LAYERS = {
     "mid": Case(STEP, torch.float32, 1, 1, 32, 64, 32, 32, density=0.1),
     "big": Case(STEP, torch.float32, 1, 1, 64, 128, 32, 32, density=0.1),
 }
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Ratios to the fewest possible, of all kernels of one call together."""
-
-    bytes: float
-    sectors: float
-    banks: float
-    mma: float
-
-    def __str__(self) -> str:
-        return (
-            f"bytes {self.bytes:5.2f}   sectors {self.sectors:5.2f}   "
-            f"banks {self.banks:5.2f}   mma {self.mma:5.2f}"
-        )
 
 
 def fewest_bytes(case: Case, mode: Mode) -> int:
@@ -72,38 +55,57 @@ def fewest_mma(case: Case, mode: Mode) -> int:
     return math.ceil(n * h * w / 16) * math.ceil(4 * c / 8) * steps * times
 
 
-def measure(core: Core, case: Case, mode: Mode) -> dict[str, counters.Counters]:
-    """Counters of one inference step, by kernel, without those that pack the weight."""
+def measure(core: Core, case: Case, mode: Mode, training: bool = False) -> dict[str, Counts]:
+    """Counters of one step, by kernel, without those that pack the weight.
+
+    With `training` the step's backward pass belongs to it.
+    """
     case = mode.of(case)
     inputs = case.inputs()
     core.reset()
     core.checks(races=False, counters=True)
-    with mode.running(core), torch.no_grad():
-        mode.run(*inputs, case.options)
-    seen = core.counters()
-    return {name: c for name, c in seen.items() if "pack" not in name}
+    with mode.running(core), torch.set_grad_enabled(training):
+        out = mode.run(*wanting_gradients(inputs), case.options)
+        if training:
+            torch.stack([o.float().sum() for o in out]).sum().backward()
+    return {name: c for name, c in core.counters().items() if "pack" not in name}
 
 
-def measure_training(core: Core, case: Case, mode: Mode) -> dict[str, counters.Counters]:
-    """Counters of one step with its backward pass, by kernel."""
-    case = mode.of(case)
-    inputs = wanting_gradients(case.inputs())
-    core.reset()
-    core.checks(races=False, counters=True)
-    with mode.running(core):
-        torch.stack([o.float().sum() for o in mode.run(*inputs, case.options)]).sum().backward()
-    return core.counters()
+def total(seen: dict[str, Counts]) -> Counts:
+    """The sum over all kernels."""
+    joint = Counts()
+    for counts in seen.values():
+        joint.update(counts)
+    return joint
 
 
-def cost(seen: dict[str, counters.Counters], case: Case, mode: Mode) -> Cost:
-    total = counters.total(seen)
-    moved = total["bytes_read"] + total["bytes_written"]
-    return Cost(
-        moved / fewest_bytes(case, mode),
-        counters.sectors(total),
-        counters.bank_conflicts(total),
-        counters.mma(total) / fewest_mma(case, mode),
+def cost(seen: dict[str, Counts], case: Case, mode: Mode) -> dict[str, float]:
+    """Ratios to the fewest possible, of all kernels of one step together."""
+    all_of_it = total(seen)
+    moved = all_of_it["bytes_read"] + all_of_it["bytes_written"]
+    return {
+        "bytes": moved / fewest_bytes(case, mode),
+        "sectors": all_of_it.sectors,
+        "banks": all_of_it.banks,
+        "mma": all_of_it.mma / fewest_mma(case, mode),
+    }
+
+
+def table(seen: dict[str, Counts]) -> str:
+    """One line a kernel."""
+    head = (
+        f"{'kernel':<28}{'launches':>9}{'blocks':>8}{'KiB read':>10}{'KiB written':>12}"
+        f"{'L2 KiB':>9}{'sectors':>9}{'banks':>7}{'mma':>9}{'per barrier':>12}"
     )
+    lines = [head, "-" * len(head)]
+    for name, c in seen.items():
+        fetched = (c["global_read_sectors"] + c["global_write_sectors"]) * 32
+        lines.append(
+            f"{name:<28}{c['launches']:>9}{c['blocks']:>8}{c['bytes_read'] / 1024:>10.1f}"
+            f"{c['bytes_written'] / 1024:>12.1f}{fetched / 1024:>9.1f}{c.sectors:>9.2f}"
+            f"{c.banks:>7.2f}{c.mma:>9}{c.mma / max(c['barriers'], 1):>12.1f}"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -115,16 +117,17 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=0, help="the most wasteful lines, this many")
     parser.add_argument("--training", action="store_true", help="with the backward pass")
     args = parser.parse_args()
-    core = simt_core("faults")  # the build that the tests use
+    core = simt_core()
     for layer in args.layers:
         for mode in args.modes:
             case = LAYERS[layer]
             n, c, h, w = case.state_shape
             print(f"\n{layer}: N={n} {case.in_channels}->{c} {h}x{w}, {mode}")
-            seen = (measure_training if args.training else measure)(core, case, MODES[mode])
-            print(counters.table(seen))
+            seen = measure(core, case, MODES[mode], args.training)
+            print(table(seen))
             if not args.training:
-                print(f"over the fewest: {cost(seen, case, MODES[mode])}")
+                found = cost(seen, case, MODES[mode]).items()
+                print("over the fewest:", *(f"  {what} {ratio:5.2f}" for what, ratio in found))
             for s in core.spots()[: args.lines]:
                 print(f"  {s.cost:>8} for {s.fewest:<8} {s.space}  {s.kernel}: {s.place}")
 

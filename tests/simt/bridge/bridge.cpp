@@ -33,14 +33,14 @@ class Arrays {
   }
 
   void add(const char* name, const void* p, int64_t bytes, Does does) {
-    if (simt::machine().dry || p == nullptr || bytes <= 0) return;
+    if (simt::simt_settings.dry || p == nullptr || bytes <= 0) return;
     const char* c = static_cast<const char*>(p);
     items_.push_back({c, c + bytes, name, does != Does::reads});
     if (does == Does::writes) std::memset(const_cast<void*>(p), 0xff, size_t(bytes));
   }
 
   void add(const char* name, const View& v, const Extent& extent, DType type, Does does) {
-    if (simt::machine().dry || v.data == nullptr) return;
+    if (simt::simt_settings.dry || v.data == nullptr) return;
     int64_t last = 0;
     for (int k = 0; k < 5; ++k) {
       if (extent[k] == 0) return;

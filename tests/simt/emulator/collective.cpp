@@ -4,37 +4,13 @@
 #include <cstring>
 
 #include "checks.h"
-#include "count.h"
 #include "machine.h"
-#include "memory.h"
 
 namespace simt {
 
-std::string describe(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
-
-const char* describe(Operation operation) {
-  switch (operation) {
-    case Operation::sync:
-      return "__syncwarp";
-    case Operation::shuffle:
-      return "a shuffle";
-    case Operation::vote:
-      return "a vote";
-    case Operation::ldmatrix:
-      return "ldmatrix";
-    case Operation::mma:
-      return "mma";
-  }
-  return "?";
-}
-
 namespace {
 
-std::string hex(unsigned mask) {
-  char text[16];
-  std::snprintf(text, sizeof(text), "0x%08x", mask);
-  return text;
-}
+constexpr const char* operations[] = {"__syncwarp", "a shuffle", "a vote", "ldmatrix", "mma"};
 
 bool same(Site a, Site b) {
   return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
@@ -42,30 +18,41 @@ bool same(Site a, Site b) {
 
 Thread& self() { return *machine().current; }
 
+void check_mask(unsigned mask, Operation operation, Site site) {
+  if (mask == all_lanes) return;
+  machine().fail(std::string(operations[int(operation)]) + " at " + describe(site) + " with mask " +
+                 hex(mask) + "; accepted is the whole warp");
+}
+
 }  // namespace
+
+std::string hex(unsigned mask) {
+  char text[16];
+  std::snprintf(text, sizeof(text), "0x%08x", mask);
+  return text;
+}
+
+std::string describe(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
+
+std::string describe(const Warp& warp) {
+  return operations[int(warp.operation)] + (" at " + describe(warp.site));
+}
 
 // ---- the block's barrier ----------------------------------------------------------------------
 
 void Machine::barrier(Site site) {
   Thread& thread = *current;
   Warp& warp = *thread.warp;
-  if (finished > 0) {
-    fail(name(thread) + " waits in __syncthreads at " + describe(site) + ", but " +
-         std::to_string(finished) + " threads of the block have returned");
-  }
-  for (const Group& group : warp.groups) {
-    if (group.mask >> thread.lane & 1) {
-      fail(name(thread) + " waits in __syncthreads at " + describe(site) +
-           " while others of its warp wait for it in " + describe(group.operation) + " at " +
-           describe(group.site));
-    }
-  }
-  if (arrived == 0) {
+  const auto refuse = [&](const std::string& why) {
+    fail(name(thread) + " waits in __syncthreads at " + describe(site) + why);
+  };
+  if (finished > 0)
+    refuse(", but " + std::to_string(finished) + " threads of the block have returned");
+  if (warp.arrived != 0) refuse(" while others of its warp wait for it in " + describe(warp));
+  if (arrived == 0)
     barrier_site = site;
-  } else if (!same(barrier_site, site)) {
-    fail("divergent barriers: " + name(thread) + " waits in __syncthreads at " + describe(site) +
-         ", others wait at " + describe(barrier_site));
-  }
+  else if (!same(barrier_site, site))
+    refuse(", others at " + describe(barrier_site) + ": divergent barriers");
   thread.state = State::at_barrier;
   warp.at_barrier |= 1u << thread.lane;
   if (++arrived == warps.size() * warp_size) release_barrier();
@@ -74,178 +61,82 @@ void Machine::barrier(Site site) {
 
 void Machine::release_barrier() {
   count_barrier(warps.size());
-  end_interval();
+  count_interval();
   arrived = 0;
   ++epoch;
   for (Warp& warp : warps) {
     warp.at_barrier = 0;
     warp.events = 0;
-    for (unsigned lane = 0; lane < warp_size; ++lane) {
-      warp.lanes[lane].state = State::ready;
-      std::fill(std::begin(warp.lanes[lane].seen), std::end(warp.lanes[lane].seen), 0u);
-    }
+    for (unsigned lane = 0; lane < warp_size; ++lane) warp.lanes[lane].state = State::ready;
   }
 }
 
 // ---- collectives ------------------------------------------------------------------------------
 
-void Machine::check_collective(const Thread& thread, Operation operation, int variant,
-                               unsigned mask, Site site) {
-  const Warp& warp = *thread.warp;
-  const std::string here = name(thread) + " calls " + describe(operation) + " at " + describe(site);
-  if (!(mask >> thread.lane & 1)) {
-    fail(here + " with mask " + hex(mask) + ", which lacks its own lane");
-  }
-  if (mask & warp.done) {
-    fail(here + " with mask " + hex(mask) + "; lanes " + hex(mask & warp.done) + " have returned");
-  }
-  if (mask & warp.at_barrier) {
-    fail(here + " with mask " + hex(mask) + "; lanes " + hex(mask & warp.at_barrier) +
-         " wait in __syncthreads at " + describe(barrier_site));
-  }
-  for (const Group& group : warp.groups) {
-    if (!(group.mask & mask)) continue;
-    if (group.mask == mask && group.operation == operation && group.variant == variant &&
-        same(group.site, site)) {
-      continue;
-    }
-    fail("divergent collectives: " + here + " with mask " + hex(mask) + "; lanes " +
-         hex(group.arrived) + " wait in " + describe(group.operation) + " at " +
-         describe(group.site) + " with mask " + hex(group.mask) +
-         (group.variant != variant && group.operation == operation ? ", in another form" : ""));
-  }
-}
-
-void Machine::collective(Operation operation, int variant, unsigned mask, Site site,
-                         void (*finish)(Machine&, Warp&, unsigned)) {
+void Machine::collective(Operation operation, int variant, Site site, void (*finish)(Warp&)) {
   Thread& thread = *current;
   Warp& warp = *thread.warp;
-  const unsigned bit = 1u << thread.lane;
-  Group* group = nullptr;
-  // The common case first: one group, and this is one of it.
-  if (warp.groups.size() == 1 && warp.groups[0].mask == mask && (mask & bit) &&
-      warp.groups[0].operation == operation && warp.groups[0].variant == variant &&
-      same(warp.groups[0].site, site)) {
-    group = &warp.groups[0];
-  } else {
-    if (!warp.groups.empty() || (mask & (warp.done | warp.at_barrier)) || !(mask & bit)) {
-      check_collective(thread, operation, variant, mask, site);
-    }
-    for (Group& g : warp.groups) {
-      if (g.mask == mask) group = &g;
-    }
-    if (group == nullptr) {
-      warp.groups.push_back({operation, variant, mask, 0u, site});
-      group = &warp.groups.back();
-    }
+  const bool joins = warp.arrived != 0 && warp.operation == operation && warp.variant == variant &&
+                     same(warp.site, site);
+  if (!joins) {
+    const auto refuse = [&](const std::string& why) {
+      fail(name(thread) + " calls " + operations[int(operation)] + " at " + describe(site) + why);
+    };
+    if (warp.done != 0) refuse("; lanes " + hex(warp.done) + " have returned");
+    if (warp.at_barrier != 0)
+      refuse("; lanes " + hex(warp.at_barrier) + " wait in __syncthreads at " +
+             describe(barrier_site));
+    if (warp.arrived != 0)
+      refuse("; lanes " + hex(warp.arrived) + " wait in " + describe(warp) +
+             ": divergent collectives");
+    warp.operation = operation, warp.variant = variant, warp.site = site;
   }
-  group->arrived |= bit;
-  if (group->arrived != mask) {
+  warp.arrived |= 1u << thread.lane;
+  if (warp.arrived != all_lanes) {
     thread.state = State::at_collective;
-    yield(false);
-    return;
+    return yield(false);
   }
-  warp.groups.erase(warp.groups.begin() + (group - warp.groups.data()));
-  finish(*this, warp, mask);
-  for (unsigned lane = 0; lane < warp_size; ++lane) {
-    if ((mask & ~bit) >> lane & 1) warp.lanes[lane].state = State::ready;
-  }
-  if (mask == 0xffffffffu) converged(warp);
+  warp.arrived = 0;
+  finish(warp);
+  for (unsigned lane = 0; lane < warp_size; ++lane) warp.lanes[lane].state = State::ready;
+  count_warp(warp);
 }
 
 // ---- what kernels call ------------------------------------------------------------------------
 
 void barrier(Site site) { machine().barrier(site); }
 
-void sync_warp(unsigned mask, Site site) {
-  machine().collective(Operation::sync, 0, mask, site, [](Machine&, Warp& warp, unsigned m) {
-    const uint32_t event = ++warp.events;
-    uint32_t joint[warp_size] = {};
-    for (unsigned t = 0; t < warp_size; ++t) {
-      if (!(m >> t & 1)) continue;
-      for (unsigned l = 0; l < warp_size; ++l) {
-        joint[l] = std::max(joint[l], warp.lanes[t].seen[l]);
-      }
-    }
-    for (unsigned l = 0; l < warp_size; ++l) {
-      if (m >> l & 1) joint[l] = event;
-    }
-    for (unsigned t = 0; t < warp_size; ++t) {
-      if (m >> t & 1) std::copy(joint, joint + warp_size, warp.lanes[t].seen);
-    }
-  });
+void sync_warp(Site site) {
+  machine().collective(Operation::sync, 0, site, [](Warp& warp) { ++warp.events; });
 }
 
-uint64_t shuffle(Shuffle mode, unsigned mask, uint64_t value, int lane, int width, Site site) {
-  Machine& m = machine();
-  Thread& thread = self();
-  if (width < 1 || width > 32 || (width & (width - 1)) != 0) {
-    m.fail("a shuffle at " + describe(site) + " with width " + std::to_string(width) +
-           "; accepted are 1, 2, 4, 8, 16 and 32");
-  }
-  thread.offer.value = value;
-  thread.offer.lane = lane;
-  thread.offer.width = width;
-  static const auto finish = [](Shuffle how, Machine& m, Warp& warp, unsigned mask) {
+uint64_t shuffle_xor(unsigned mask, uint64_t value, int lanes, Site site) {
+  check_mask(mask, Operation::shuffle, site);
+  Offer& offer = self().offer;
+  offer.value = value, offer.lanes = lanes;
+  machine().collective(Operation::shuffle, 0, site, [](Warp& warp) {
     uint64_t values[warp_size];
     for (unsigned l = 0; l < warp_size; ++l) values[l] = warp.lanes[l].offer.value;
     for (unsigned l = 0; l < warp_size; ++l) {
-      if (!(mask >> l & 1)) continue;
-      Offer& offer = warp.lanes[l].offer;
-      // A segment is `width` lanes; a source outside of what the mode may reach gives the lane's
-      // own value (PTX ISA, shfl.sync).
-      const int first = int(l) & ~(offer.width - 1), last = first + offer.width - 1;
-      int from = 0;
-      bool reachable = true;
-      switch (how) {
-        case Shuffle::index:
-          from = first | (offer.lane & (offer.width - 1));
-          break;
-        case Shuffle::down:
-          from = int(l) + offer.lane;
-          reachable = from <= last;
-          break;
-        case Shuffle::exclusive_or:
-          from = int(l) ^ offer.lane;
-          reachable = from <= last;
-          break;
-      }
-      if (!reachable) from = int(l);
-      if (from < 0 || from >= int(warp_size) || !(mask >> from & 1)) {
-        m.fail(m.name(warp.lanes[l]) + " shuffles from lane " + std::to_string(from) +
-               ", which mask " + hex(mask) + " lacks");
-      }
-      offer.value = values[from];
+      Offer& own = warp.lanes[l].offer;
+      own.value = values[(l ^ unsigned(own.lanes)) % warp_size];
     }
-  };
-  using Finish = void (*)(Machine&, Warp&, unsigned);
-  static const Finish by_mode[] = {
-      [](Machine& m, Warp& w, unsigned k) { finish(Shuffle::index, m, w, k); },
-      [](Machine& m, Warp& w, unsigned k) { finish(Shuffle::down, m, w, k); },
-      [](Machine& m, Warp& w, unsigned k) { finish(Shuffle::exclusive_or, m, w, k); }};
-  m.collective(Operation::shuffle, int(mode), mask, site, by_mode[int(mode)]);
-  return thread.offer.value;
+  });
+  return offer.value;
 }
 
 bool any(unsigned mask, bool predicate, Site site) {
-  Thread& thread = self();
-  thread.offer.value = predicate;
-  machine().collective(Operation::vote, 0, mask, site, [](Machine&, Warp& warp, unsigned m) {
+  check_mask(mask, Operation::vote, site);
+  Offer& offer = self().offer;
+  offer.value = predicate;
+  machine().collective(Operation::vote, 0, site, [](Warp& warp) {
     uint64_t found = 0;
-    for (unsigned l = 0; l < warp_size; ++l) {
-      if (m >> l & 1) found |= warp.lanes[l].offer.value;
-    }
-    for (unsigned l = 0; l < warp_size; ++l) {
-      if (m >> l & 1) warp.lanes[l].offer.value = found;
-    }
+    for (unsigned l = 0; l < warp_size; ++l) found |= warp.lanes[l].offer.value;
+    for (unsigned l = 0; l < warp_size; ++l) warp.lanes[l].offer.value = found;
   });
-  return thread.offer.value != 0;
+  return offer.value != 0;
 }
 
-unsigned active_mask() {
-  machine().fail("__activemask() says nothing reliable: compute the mask from what is masked");
-}
-
-void fence() { fence_memory(self()); }
+void fence() { self().fenced = true; }
 
 }  // namespace simt

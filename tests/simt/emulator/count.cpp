@@ -1,5 +1,3 @@
-#include "count.h"
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -7,6 +5,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "checks.h"
 #include "machine.h"
 
 namespace simt {
@@ -17,9 +16,7 @@ constexpr size_t sector_bytes = 32;
 constexpr unsigned banks = 32, bank_bytes = 4;
 
 // By name:
-//   global_{read, write}_{requests, sectors, fewest}   one request is what a warp's lanes ask for
-//   with
-//                                                      one instruction
+//   global_{read, write}_{requests, sectors, fewest}   one request: a warp's, of one instruction
 //   bytes_requested                                    by lanes, each time
 //   bytes_read, bytes_written                          distinct bytes, per launch
 //   shared_{requests, wavefronts, fewest}              one wavefront serves each bank once
@@ -52,10 +49,7 @@ struct Instruction {
   std::vector<Request> requests;
 };
 
-struct WarpLog {
-  std::unordered_map<const void*, Instruction> instructions;
-};
-
+using WarpLog = std::unordered_map<const void*, Instruction>;
 std::vector<WarpLog> logs;
 
 // Which bytes of an array a launch has touched.
@@ -120,7 +114,7 @@ void count_shared(const Request& r, Spot& spot) {
 }
 
 void count_log(WarpLog& log) {
-  for (auto& item : log.instructions) {
+  for (auto& item : log) {
     if (item.second.requests.empty()) continue;
     Spot& spot = (*spots_now)[item.first];
     spot.requests += item.second.requests.size();
@@ -158,6 +152,7 @@ void touch(const Place& place, size_t bytes, bool write, bool read) {
 }  // namespace
 
 void begin_count_launch(const Geometry& g) {
+  if (!simt_settings.counters) return;
   now = &totals[g.name];
   spots_now = &spots[g.name];
   ++(*now)["launches"];
@@ -170,7 +165,7 @@ void begin_count_launch(const Geometry& g) {
 }
 
 void end_count_launch() {
-  if (now != nullptr) count_interval();
+  count_interval();
   now = nullptr;
 }
 
@@ -182,7 +177,7 @@ void count_access(Thread& thread, const Place& place, size_t bytes, Access kind,
   const bool source = kind == Access::copy_source;
   // cp.async is one instruction with two requests: one to either memory.
   const void* key = source ? static_cast<const char*>(pc) - 1 : pc;
-  Instruction& instruction = logs[thread.warp->id].instructions[key];
+  Instruction& instruction = logs[thread.warp->id][key];
   const uint32_t time = instruction.times[thread.lane]++;
   if (time == instruction.requests.size()) {
     instruction.requests.push_back({place.space, kind, 0, uint16_t(bytes), {}});
@@ -196,8 +191,8 @@ void count_access(Thread& thread, const Place& place, size_t bytes, Access kind,
 }
 
 void count_mma(int type) {
-  if (now == nullptr) return;
-  ++(*now)[type == 0 ? "mma_fp16" : type == 1 ? "mma_bf16" : "mma_tf32"];
+  constexpr const char* names[] = {"mma_fp16", "mma_bf16", "mma_tf32"};
+  if (now != nullptr) ++(*now)[names[type]];
 }
 
 void count_barrier(size_t warps) {
@@ -209,6 +204,7 @@ void count_warp(Warp& warp) {
 }
 
 void count_interval() {
+  if (now == nullptr) return;
   for (WarpLog& log : logs) count_log(log);
 }
 
@@ -219,31 +215,22 @@ void reset_counters() {
   spots.clear();
 }
 
-std::string spots_as_json() {
-  std::string text = "[";
-  for (const auto& [kernel, by_place] : spots) {
-    for (const auto& [pc, spot] : by_place) {
-      if (text.size() > 1) text += ", ";
-      text += "[\"" + kernel + "\", \"" + describe_pc(pc) + "\", \"" +
-              (spot.shared ? "shared" : "global") + "\", " + std::to_string(spot.requests) + ", " +
-              std::to_string(spot.cost) + ", " + std::to_string(spot.fewest) + "]";
-    }
-  }
-  return text + "]";
+std::string counters_as_text() {
+  std::string text;
+  for (const auto& [kernel, counters] : totals)
+    for (const auto& [name, value] : counters)
+      text += kernel + "\t" + name + "\t" + std::to_string(value) + "\n";
+  return text;
 }
 
-std::string counters_as_json() {
-  std::string text = "{";
-  for (const auto& [name, t] : totals) {
-    if (text.size() > 1) text += ", ";
-    text += "\"" + name + "\": {";
-    for (const auto& [key, value] : t) {
-      if (text.back() != '{') text += ", ";
-      text += "\"" + key + "\": " + std::to_string(value);
-    }
-    text += "}";
-  }
-  return text + "}";
+std::string spots_as_text() {
+  std::string text;
+  for (const auto& [kernel, by_place] : spots)
+    for (const auto& [pc, spot] : by_place)
+      text += kernel + "\t" + describe_pc(pc) + (spot.shared ? "\tshared\t" : "\tglobal\t") +
+              std::to_string(spot.requests) + "\t" + std::to_string(spot.cost) + "\t" +
+              std::to_string(spot.fewest) + "\n";
+  return text;
 }
 
 }  // namespace simt

@@ -60,26 +60,17 @@ namespace simt {
 
 void Fibre::allocate(size_t bytes, size_t offset) {
   const size_t page = size_t(sysconf(_SC_PAGESIZE));
-  map_bytes_ = (bytes + page - 1) / page * page + page;
-  void* p = mmap(nullptr, map_bytes_, PROT_READ | PROT_WRITE,
-                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  const size_t all = (bytes + page - 1) / page * page + page;
+  void* p = mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                 -1, 0);
   if (p == MAP_FAILED) throw std::runtime_error("no memory for the stack of an emulated thread");
   mprotect(p, page, PROT_NONE);
-  map_ = static_cast<char*>(p);
-  low_ = map_ + page;
+  low_ = static_cast<char*>(p) + page;
   // Stacks that start at equal offsets of a page would compete for the same cache lines.
-  high_ = map_ + map_bytes_ - offset % page / 64 * 64;
+  high_ = static_cast<char*>(p) + all - offset % page / 64 * 64;
 #if !defined(SIMT_ASSEMBLY)
   state_ = std::malloc(sizeof(ucontext_t));
 #endif
-}
-
-void Fibre::release() {
-  if (map_ != nullptr) munmap(map_, map_bytes_);
-#if !defined(SIMT_ASSEMBLY)
-  std::free(state_);
-#endif
-  *this = Fibre();
 }
 
 void Fibre::adopt() {
@@ -136,28 +127,26 @@ static void swap(void** from, void* to) {
 
 #endif
 
-void switch_fibre(Fibre& from, Fibre& to) {
 #if defined(SIMT_ASAN)
+
+void switch_fibre(Fibre& from, Fibre& to) {
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(&fake, to.low_, size_t(to.high_ - to.low_));
   swap(&from.state_, to.state_);
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#else
-  swap(&from.state_, to.state_);
-#endif
 }
-
 void leave_fibre(Fibre& from, Fibre& to) {
-#if defined(SIMT_ASAN)
   __sanitizer_start_switch_fiber(nullptr, to.low_, size_t(to.high_ - to.low_));
-#endif
   swap(&from.state_, to.state_);
 }
+void entered_fibre() { __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr); }
 
-void entered_fibre(Fibre&) {
-#if defined(SIMT_ASAN)
-  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+#else
+
+void switch_fibre(Fibre& from, Fibre& to) { swap(&from.state_, to.state_); }
+void leave_fibre(Fibre& from, Fibre& to) { swap(&from.state_, to.state_); }
+void entered_fibre() {}
+
 #endif
-}
 
 }  // namespace simt

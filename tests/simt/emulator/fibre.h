@@ -17,21 +17,15 @@ class Fibre {
   const char* high() const { return high_; }
 
   void allocate(size_t bytes, size_t offset);
-  void release();
   // Makes this the fibre of the host thread's own stack.
   void adopt();
   // The next switch to this fibre calls entry(argument), which must never return.
   void prepare(void (*entry)(void*), void* argument);
 
-  Fibre() = default;
-
  private:
   friend void switch_fibre(Fibre& from, Fibre& to);
   friend void leave_fibre(Fibre& from, Fibre& to);
-  friend void entered_fibre(Fibre& self);
 
-  char* map_ = nullptr;
-  size_t map_bytes_ = 0;
   char* low_ = nullptr;
   char* high_ = nullptr;
   void* state_ = nullptr;  // the saved stack pointer, or a ucontext_t
@@ -42,6 +36,6 @@ void switch_fibre(Fibre& from, Fibre& to);
 // The same for a fibre that will not be resumed before its next prepare().
 void leave_fibre(Fibre& from, Fibre& to);
 // The first thing that an entry function calls.
-void entered_fibre(Fibre& self);
+void entered_fibre();
 
 }  // namespace simt

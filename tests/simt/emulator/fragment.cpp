@@ -8,31 +8,18 @@
 #include <cstring>
 
 #include "checks.h"
-#include "count.h"
+#include "half.cuh"
 #include "machine.h"
-#include "memory.h"
 
 namespace simt {
 
 namespace {
 
-constexpr unsigned all_lanes = 0xffffffffu;
-
 float from_fp16(uint16_t h) {
 #if defined(__F16C__)
   return _cvtsh_ss(h);
 #else
-  const int exponent = h >> 10 & 31, mantissa = h & 1023;
-  float magnitude;
-  if (exponent == 31) {
-    magnitude = mantissa != 0 ? NAN : INFINITY;
-  } else if (exponent == 0) {
-    magnitude = std::ldexp(float(mantissa), -24);
-  } else {
-    uint32_t bits = uint32_t(exponent + 112) << 23 | uint32_t(mantissa) << 13;
-    std::memcpy(&magnitude, &bits, 4);
-  }
-  return h & 0x8000 ? -magnitude : magnitude;
+  return snnlstm::cuda::to_float(snnlstm::cuda::fp16{h});
 #endif
 }
 
@@ -63,7 +50,7 @@ float towards_zero(double exact) {
 // machine truncates, an exact sum that loses what is behind its 24th bit: as reported of real ones
 // (Ootomo and Yokota 2022, https://doi.org/10.1177/10943420221090256).
 template <MmaType type>
-void multiply(Machine&, Warp& warp, unsigned) {
+void multiply(Warp& warp) {
   constexpr int K = type == MmaType::tf32 ? 8 : 16;
   constexpr int per_word = type == MmaType::tf32 ? 1 : 2;
   float a[16][K], b[K][8], d[16][8];
@@ -82,7 +69,7 @@ void multiply(Machine&, Warp& warp, unsigned) {
     for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * t + i % 2] = o.d[i];
   }
   for (int row = 0; row < 16; ++row) {
-    if (machine().truncates) {
+    if (simt_settings.truncates) {
       for (int column = 0; column < 8; ++column) {
         double sum = d[row][column];
         for (int k = 0; k < K; ++k) sum += double(a[row][k]) * b[k][column];
@@ -119,7 +106,7 @@ void check_parts(Warp& warp, bool transposed) {
 }
 
 template <bool transposed>
-void load_tiles(Machine&, Warp& warp, unsigned) {
+void load_tiles(Warp& warp) {
   uint16_t tiles[4][8][8];
   for (unsigned l = 0; l < warp_size; ++l) {
     Thread& owner = warp.lanes[l];
@@ -144,22 +131,14 @@ void load_tiles(Machine&, Warp& warp, unsigned) {
 
 void mma(MmaType type, float* d, const uint32_t* a, const uint32_t* b, Site site) {
   Machine& m = machine();
-  if (m.compute_capability < 80) m.fail("mma at " + describe(site) + " needs sm_80");
+  if (simt_settings.compute_capability < 80) m.fail("mma at " + describe(site) + " needs sm_80");
   Offer& offer = m.current->offer;
   offer.d = d;
   offer.a = a;
   offer.b = b;
-  switch (type) {
-    case MmaType::fp16:
-      m.collective(Operation::mma, 0, all_lanes, site, multiply<MmaType::fp16>);
-      break;
-    case MmaType::bf16:
-      m.collective(Operation::mma, 1, all_lanes, site, multiply<MmaType::bf16>);
-      break;
-    case MmaType::tf32:
-      m.collective(Operation::mma, 2, all_lanes, site, multiply<MmaType::tf32>);
-      break;
-  }
+  constexpr void (*by_type[])(Warp&) = {multiply<MmaType::fp16>, multiply<MmaType::bf16>,
+                                        multiply<MmaType::tf32>};
+  m.collective(Operation::mma, int(type), site, by_type[int(type)]);
 }
 
 void ldmatrix(uint32_t* r, const void* row, bool transposed, Site site) {
@@ -168,7 +147,7 @@ void ldmatrix(uint32_t* r, const void* row, bool transposed, Site site) {
   offer.r = r;
   offer.row = row;
   offer.pc = __builtin_return_address(0);
-  m.collective(Operation::ldmatrix, transposed, all_lanes, site,
+  m.collective(Operation::ldmatrix, transposed, site,
                transposed ? load_tiles<true> : load_tiles<false>);
 }
 

@@ -12,9 +12,7 @@ using simt::Access;
 
 namespace {
 
-struct Announce {
-  Announce() { simt::checks().instrumented = true; }
-} announce;
+const int announced = simt::simt_settings.instrumented = 1;
 
 // Most accesses go to the thread's own stack: what is in registers on a GPU.
 __attribute__((always_inline)) inline void note(void* p, size_t bytes, Access kind,
@@ -78,22 +76,12 @@ void __tsan_write_range(void* p, size_t bytes) {
 [[noreturn]] void __ubsan_handle_out_of_bounds_abort(void* data, uintptr_t index) {
   stop("index out of bounds: ", data, std::to_string(intptr_t(index)));
 }
-[[noreturn]] void __ubsan_handle_add_overflow_abort(void* data, void*, void*) {
-  stop("signed overflow in an addition", data);
-}
-[[noreturn]] void __ubsan_handle_sub_overflow_abort(void* data, void*, void*) {
-  stop("signed overflow in a subtraction", data);
-}
-[[noreturn]] void __ubsan_handle_mul_overflow_abort(void* data, void*, void*) {
-  stop("signed overflow in a multiplication", data);
-}
-[[noreturn]] void __ubsan_handle_negate_overflow_abort(void* data, void*) {
-  stop("signed overflow in a negation", data);
-}
-[[noreturn]] void __ubsan_handle_divrem_overflow_abort(void* data, void*, void*) {
-  stop("division by zero or overflow in a division", data);
-}
-[[noreturn]] void __ubsan_handle_shift_out_of_bounds_abort(void* data, void*, void*) {
-  stop("shift by a negative or too large number", data);
-}
+#define SIMT_STOP(handler, what) \
+  [[noreturn]] void __ubsan_handle_##handler##_abort(void* data, void*, void*) { stop(what, data); }
+SIMT_STOP(add_overflow, "signed overflow in an addition")
+SIMT_STOP(sub_overflow, "signed overflow in a subtraction")
+SIMT_STOP(mul_overflow, "signed overflow in a multiplication")
+SIMT_STOP(negate_overflow, "signed overflow in a negation")
+SIMT_STOP(divrem_overflow, "division by zero or overflow in a division")
+SIMT_STOP(shift_out_of_bounds, "shift by a negative or too large number")
 }

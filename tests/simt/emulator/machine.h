@@ -11,8 +11,21 @@
 
 namespace simt {
 
-constexpr unsigned warp_size = 32;
 constexpr size_t most_shared_bytes = 227 * 1024;  // of one block, on sm_90
+
+enum class Policy : int { in_order, shuffled, ahead };
+
+// What Python sets; tests/simt/emulator.py has the same fields.
+struct Settings {
+  uint64_t seed = 0;
+  Policy policy = Policy::in_order;
+  int bounds = 1, races = 1, counters = 0;  // checks; races: in the instrumented build alone
+  int compute_capability = 80;
+  int truncates = 0;     // mma rounds its sums towards zero
+  int dry = 0;           // launches are checked and listed, but nothing runs
+  int instrumented = 0;  // whether plain accesses are reported too (the build with hooks)
+};
+extern "C" __attribute__((visibility("default"))) Settings simt_settings;
 
 enum class State : uint8_t { ready, at_collective, at_barrier, done };
 enum class Operation : uint8_t { sync, shuffle, vote, ldmatrix, mma };
@@ -20,7 +33,7 @@ enum class Operation : uint8_t { sync, shuffle, vote, ldmatrix, mma };
 // What a thread brings to a collective, and the place for the result.
 struct Offer {
   uint64_t value = 0;  // of a shuffle; a predicate
-  int lane = 0, width = 32;
+  int lanes = 0;
   const void* row = nullptr;
   const uint32_t *a = nullptr, *b = nullptr;
   uint32_t* r = nullptr;
@@ -31,7 +44,8 @@ struct Offer {
 struct Copy {  // one cp.async under way
   char* to;
   const char* from;
-  int bytes, source_bytes;
+  int bytes;
+  bool real;
   unsigned group;
   const void* pc;
 };
@@ -44,48 +58,28 @@ struct Thread {
   unsigned id = 0, lane = 0;
   Warp* warp = nullptr;
   State state = State::ready;
-  Site site{};
   Offer offer;
   std::vector<Copy> copies;
   unsigned committed = 0;  // groups so far
   bool fenced = false;     // __threadfence() since the last plain write
-  // seen[l]: everything that lane l did before that event of the warp happened before what this
-  // thread does now. Events are the warp's __syncwarp calls, counted since the last barrier.
-  uint32_t seen[warp_size]{};
-};
-
-// Lanes that wait together in one collective.
-struct Group {
-  Operation operation;
-  int variant;  // mode of the operation: all lanes must agree
-  unsigned mask, arrived;
-  Site site;
 };
 
 struct Warp {
   unsigned id = 0;
   Thread* lanes = nullptr;
-  unsigned size = 0;  // lanes that exist
   unsigned done = 0, at_barrier = 0;
-  uint32_t events = 0;
-  std::vector<Group> groups;
+  uint32_t events = 0;  // __syncwarp calls since the last barrier
+  // The collective in which lanes wait, if `arrived` is not 0. variant: all lanes must agree on it.
+  unsigned arrived = 0;
+  Operation operation = Operation::sync;
+  int variant = 0;
+  Site site{};
 };
-
-enum class Policy : int { in_order, shuffled, ahead };
 
 class Machine {
  public:
-  // ---- settings
-  Policy policy = Policy::in_order;
-  uint64_t seed = 0;
-  int compute_capability = 80;
-  bool truncates = false;  // mma rounds its sums towards zero
-  bool dry = false;        // launches are checked and listed, but nothing runs
-
-  // ---- the launch
-  Geometry geometry{};
+  Geometry geometry{};             // of the launch
   std::vector<Geometry> launches;  // of dry runs
-  unsigned block_number = 0;       // in the order in which blocks run
   uint32_t epoch = 0;              // counts barriers over all blocks and launches: never falls
   uint32_t block_epoch = 0;        // epoch at the start of this block
   uint32_t launch_epoch = 0;       // epoch at the start of this launch
@@ -101,14 +95,14 @@ class Machine {
   [[noreturn]] void fail(std::string message);
   // Lets others run: the next thread of this pass or, after a barrier, whoever the policy chooses.
   void yield(bool to_host);
-  std::string name(const Thread& thread) const;
-  // The same by the thread's number in the block, for reports of races.
+  // By the thread's number in the block.
   std::string name_of(unsigned thread_id) const;
+  // With its block.
+  std::string name(const Thread& thread) const;
 
   void barrier(Site site);
-  // Waits until all lanes of the mask are here; the last one runs finish(warp, mask).
-  void collective(Operation operation, int variant, unsigned mask, Site site,
-                  void (*finish)(Machine&, Warp&, unsigned mask));
+  // Waits until all lanes of the warp are here; the last one runs finish(warp).
+  void collective(Operation operation, int variant, Site site, void (*finish)(Warp&));
 
   bool failed() const { return !error.empty(); }
   const Fibre& host_fibre() const { return host_; }
@@ -130,8 +124,6 @@ class Machine {
   void fill_pass(unsigned first, unsigned count);
   bool round_ahead();
   void release_barrier();
-  void check_collective(const Thread& thread, Operation operation, int variant, unsigned mask,
-                        Site site);
   std::string stuck() const;
   std::vector<Thread*> pass_;
   size_t at_ = 0;  // the next of pass_
@@ -144,7 +136,8 @@ extern Machine the_machine;
 inline Machine& machine() { return the_machine; }
 
 std::string describe(Site site);
-const char* describe(Operation operation);
-std::string describe_pc(const void* pc);
+// Of the collective in which lanes of the warp wait.
+std::string describe(const Warp& warp);
+std::string hex(unsigned mask);
 
 }  // namespace simt

@@ -21,21 +21,10 @@ namespace {
 constexpr size_t guard_bytes = 1024;
 constexpr unsigned char guard_pattern = 0xa5;
 
-struct Shared {
-  char* base = nullptr;
-  size_t bytes = 0;
-};
-
-Shared the_shared;
-
-Shared& shared() {
-  if (the_shared.base == nullptr) {
-    void* p = std::aligned_alloc(1024, most_shared_bytes + 2 * guard_bytes);
-    if (p == nullptr) throw std::bad_alloc();
-    the_shared.base = static_cast<char*>(p) + guard_bytes;
-  }
-  return the_shared;
-}
+constexpr size_t all_shared_bytes = most_shared_bytes + 2 * guard_bytes;
+char* const shared_with_guards = static_cast<char*>(std::aligned_alloc(1024, all_shared_bytes));
+char* const shared_start = shared_with_guards + guard_bytes;
+size_t shared_bytes = 0;  // of this launch
 
 struct Image {  // the loaded segments of this very module: code, constants and variables
   uintptr_t low = 0, high = 0;
@@ -74,15 +63,15 @@ bool inside(const Fibre& fibre, const void* p) { return p >= fibre.low() && p < 
 
 }  // namespace
 
-char* shared_base() { return shared().base; }
-size_t shared_size() { return shared().bytes; }
+char* shared_base() { return shared_start; }
+size_t shared_size() { return shared_bytes; }
 std::vector<Allocation>& allocations() { return registry; }
 
 Place locate(const void* p) {
   const Machine& m = machine();
   const char* c = static_cast<const char*>(p);
-  const auto offset = size_t(c - the_shared.base);
-  if (offset < the_shared.bytes) return {Space::shared, offset, nullptr};
+  const auto offset = size_t(c - shared_start);
+  if (offset < shared_bytes) return {Space::shared, offset, nullptr};
   if (m.current != nullptr && inside(m.current->fibre, p)) return {Space::local, 0, nullptr};
   const auto address = reinterpret_cast<uintptr_t>(p);
   if (address - the_image.low < the_image.high - the_image.low) return {Space::image, 0, nullptr};
@@ -121,7 +110,8 @@ void register_allocation(const void* start, size_t bytes, std::string name, bool
 bool unregister_allocation(const void* start) {
   for (auto a = registry.begin(); a != registry.end(); ++a) {
     if (a->start != start) continue;
-    forget_allocation(a->id);
+    forget_race_shadow(a->id);
+    forget_count_map(a->id);
     registry.erase(a);
     return true;
   }
@@ -130,11 +120,9 @@ bool unregister_allocation(const void* start) {
 
 std::string describe_address(const void* p) {
   const char* c = static_cast<const char*>(p);
-  const Shared& s = shared();
-  if (c >= s.base - guard_bytes && c < s.base + most_shared_bytes + guard_bytes) {
-    return "byte " + std::to_string(c - s.base) + " of the block's " + std::to_string(s.bytes) +
-           " bytes of shared memory";
-  }
+  if (size_t(c - shared_with_guards) < all_shared_bytes)
+    return "byte " + std::to_string(c - shared_start) + " of the block's " +
+           std::to_string(shared_bytes) + " bytes of shared memory";
   const Place place = locate(p);
   if (place.space == Space::global) {
     return "byte " + std::to_string(place.offset) + " of '" + place.allocation->name + "' (" +
@@ -158,29 +146,24 @@ std::string describe_address(const void* p) {
 }
 
 void prepare_shared_memory(size_t bytes) {
-  Shared& s = shared();
 #if defined(SIMT_ASAN)
-  __asan_unpoison_memory_region(s.base - guard_bytes, most_shared_bytes + 2 * guard_bytes);
+  __asan_unpoison_memory_region(shared_with_guards, all_shared_bytes);
 #endif
-  s.bytes = bytes;
-  std::memset(s.base, 0xff, bytes);
-  std::memset(s.base - guard_bytes, guard_pattern, guard_bytes);
-  std::memset(s.base + bytes, guard_pattern, guard_bytes);
+  shared_bytes = bytes;
+  std::memset(shared_with_guards, guard_pattern, bytes + 2 * guard_bytes);
+  std::memset(shared_start, 0xff, bytes);
 #if defined(SIMT_ASAN)
-  __asan_poison_memory_region(s.base - guard_bytes, guard_bytes);
-  __asan_poison_memory_region(s.base + bytes, most_shared_bytes - bytes + guard_bytes);
+  __asan_poison_memory_region(shared_with_guards, guard_bytes);
+  __asan_poison_memory_region(shared_start + bytes, most_shared_bytes - bytes + guard_bytes);
 #endif
 }
 
 std::string check_shared_guard() {
 #if !defined(SIMT_ASAN)
-  const Shared& s = shared();
-  for (size_t i = 0; i < guard_bytes; ++i) {
-    for (const char* p : {s.base + s.bytes + i, s.base - 1 - i}) {
-      if (static_cast<unsigned char>(*p) == guard_pattern) continue;
-      return "a thread wrote to " + describe_address(p);
-    }
-  }
+  for (size_t i = 0; i < guard_bytes; ++i)
+    for (const char* p : {shared_start + shared_bytes + i, shared_start - 1 - i})
+      if (static_cast<unsigned char>(*p) != guard_pattern)
+        return "a thread wrote to " + describe_address(p);
 #endif
   return "";
 }
@@ -188,12 +171,11 @@ std::string check_shared_guard() {
 // ---- what kernels call ------------------------------------------------------------------------
 
 void* shared_memory(size_t bytes) {
-  if (bytes > shared().bytes) {
+  if (bytes > shared_bytes)
     machine().fail("the kernel uses " + std::to_string(bytes) +
                    " bytes of shared memory, but was launched with " +
-                   std::to_string(shared().bytes));
-  }
-  return shared().base;
+                   std::to_string(shared_bytes));
+  return shared_start;
 }
 
 void load(void* value, const void* p, size_t bytes) {
@@ -209,7 +191,7 @@ void store(void* p, const void* value, size_t bytes) {
 uint64_t begin_atomic(void* p, size_t bytes) {
   Thread& thread = *machine().current;
   access(thread, p, bytes, Access::atomic, __builtin_return_address(0));
-  synchronise_atomic(thread, p);
+  order_by_atomic(thread, p);
   uint64_t value = 0;
   std::memcpy(&value, p, bytes);
   return value;
@@ -217,45 +199,35 @@ uint64_t begin_atomic(void* p, size_t bytes) {
 
 void end_atomic(void* p, uint64_t value, size_t bytes) { std::memcpy(p, &value, bytes); }
 
-void fence_memory(Thread& thread) { thread.fenced = true; }
-
 // ---- asynchronous copies ----------------------------------------------------------------------
 
 static void finish_copy(Thread& thread, const Copy& copy) {
   access(thread, copy.to, size_t(copy.bytes), Access::copy_done, copy.pc);
-  if (copy.source_bytes > 0) std::memcpy(copy.to, copy.from, size_t(copy.source_bytes));
-  std::memset(copy.to + copy.source_bytes, 0, size_t(copy.bytes - copy.source_bytes));
+  if (copy.real)
+    std::memcpy(copy.to, copy.from, size_t(copy.bytes));
+  else
+    std::memset(copy.to, 0, size_t(copy.bytes));
 }
 
-void cp_async(void* to, const void* from, int bytes, int source_bytes) {
+void cp_async(void* to, const void* from, int bytes, bool real) {
   Machine& m = machine();
   Thread& thread = *m.current;
   const void* pc = __builtin_return_address(0);
-  if (source_bytes < 0 || source_bytes > bytes) {
-    m.fail(m.name(thread) + ": cp_async of " + std::to_string(bytes) + " bytes with " +
-           std::to_string(source_bytes) + " source bytes at " + describe_pc(pc));
-  }
-  if (locate(to).space != Space::shared) {
-    m.fail(m.name(thread) + ": the target of cp_async is no shared memory but " +
-           describe_address(to) + ", at " + describe_pc(pc));
-  }
-  if (reinterpret_cast<uintptr_t>(from) % unsigned(bytes) != 0) {
-    m.fail(m.name(thread) + ": the source of cp_async is not aligned to " + std::to_string(bytes) +
-           " bytes at " + describe_pc(pc));
-  }
-  if (source_bytes > 0) access(thread, from, size_t(source_bytes), Access::copy_source, pc);
-  const Copy copy{static_cast<char*>(to),
-                  static_cast<const char*>(from),
-                  bytes,
-                  source_bytes,
-                  thread.committed,
-                  pc};
+  const auto refuse = [&](const std::string& why) {
+    m.fail(m.name(thread) + ": cp_async of " + std::to_string(bytes) + " bytes at " +
+           describe_pc(pc) + ": " + why);
+  };
+  if (locate(to).space != Space::shared)
+    refuse("the target is no shared memory but " + describe_address(to));
+  if (reinterpret_cast<uintptr_t>(from) % unsigned(bytes) != 0) refuse("the source is misaligned");
+  if (real) access(thread, from, size_t(bytes), Access::copy_source, pc);
   access(thread, to, size_t(bytes), Access::copy_issue, pc);
   std::memset(to, 0xff, size_t(bytes));
-  if (m.compute_capability < 80) {
-    finish_copy(thread, copy);
-  } else {
-    thread.copies.push_back(copy);
+  thread.copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes,
+                           real, thread.committed, pc});
+  if (simt_settings.compute_capability < 80) {
+    finish_copy(thread, thread.copies.back());
+    thread.copies.pop_back();
   }
 }
 

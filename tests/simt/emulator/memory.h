@@ -8,8 +8,6 @@
 
 namespace simt {
 
-struct Thread;
-
 struct Allocation {
   const char* start = nullptr;
   size_t bytes = 0;
@@ -43,7 +41,5 @@ size_t shared_size();
 void prepare_shared_memory(size_t bytes);
 // Says what was overwritten behind the shared memory; "" if nothing was.
 std::string check_shared_guard();
-
-void fence_memory(Thread& thread);
 
 }  // namespace simt

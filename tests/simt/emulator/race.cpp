@@ -1,11 +1,10 @@
-#include "race.h"
-
+// The race detector.
 #include <algorithm>
 #include <map>
-#include <memory>
 #include <unordered_map>
 #include <vector>
 
+#include "checks.h"
 #include "machine.h"
 
 namespace simt {
@@ -84,16 +83,10 @@ class Shadow {
   }
 };
 
-Shadow the_shared_shadow(most_shared_bytes);
-inline Shadow& shared_shadow() { return the_shared_shadow; }
+Shadow shared_shadow(most_shared_bytes);
+std::unordered_map<size_t, Shadow> global_shadows;  // by the number of the allocation
 
-std::unordered_map<size_t, std::unique_ptr<Shadow>> global_shadows;
-
-Shadow& shadow_of(const Allocation& allocation) {
-  auto& shadow = global_shadows[allocation.id];
-  if (shadow == nullptr) shadow = std::make_unique<Shadow>(allocation.bytes);
-  return *shadow;
-}
+bool wanted() { return simt_settings.races != 0 && simt_settings.instrumented != 0; }
 
 // What a block has published through a fence and an atomic, and what this block has seen of it.
 struct Published {
@@ -125,7 +118,7 @@ bool races(const Record& r, const Thread& thread, bool global) {
   }
   if (r.epoch < m.epoch || r.thread == thread.id) return false;
   if (r.thread / warp_size != thread.warp->id) return true;
-  return thread.seen[r.thread % warp_size] <= r.event;
+  return thread.warp->events <= r.event;
 }
 
 [[noreturn]] void report(const char* first, const Record& r, const char* second,
@@ -149,6 +142,10 @@ struct Context {
   bool global;
   const void* pc;
 };
+
+Record now(const Context& c, bool atomic) {
+  return {machine().epoch, c.thread.warp->events, shorten(c.pc), uint16_t(c.thread.id), atomic};
+}
 
 [[noreturn]] __attribute__((noinline)) void report_flight(const Cell& cell, const Context& c,
                                                           const char* what, size_t offset) {
@@ -200,7 +197,7 @@ inline void on_read(Cell& cell, const Context& c, bool must_be_written, size_t o
     if (c.global && from_other_block(last)) cell.other_read = last;
     cell.read_lanes = bit;
   }
-  last = {m.epoch, thread.warp->events, shorten(c.pc), uint16_t(thread.id), false};
+  last = now(c, false);
 }
 
 void on_write(Cell& cell, const Context& c, bool atomic, const char* what, size_t offset) {
@@ -220,12 +217,10 @@ void on_write(Cell& cell, const Context& c, bool atomic, const char* what, size_
     }
   }
   if (cell.read.epoch == m.epoch && cell.read.thread / warp_size == thread.warp->id) {
-    for (unsigned lane = 0; lane < warp_size; ++lane) {
-      if (!(cell.read_lanes >> lane & 1)) continue;
-      Record r = cell.read;
-      r.thread = uint16_t(thread.warp->id * warp_size + lane);
-      if (races(r, thread, c.global)) report("reads", r, what, thread, address, c.pc);
-    }
+    Record r = cell.read;
+    const uint32_t others = cell.read_lanes & ~(1u << thread.lane);
+    r.thread = uint16_t(thread.warp->id * warp_size + unsigned(__builtin_ctz(others | 1u << 31)));
+    if (others != 0 && races(r, thread, c.global)) report("reads", r, what, thread, address, c.pc);
   } else if (races(cell.read, thread, c.global)) {
     report("reads", cell.read, what, thread, address, c.pc);
   }
@@ -233,16 +228,24 @@ void on_write(Cell& cell, const Context& c, bool atomic, const char* what, size_
     report("reads", cell.read_elsewhere, what, thread, address, c.pc);
   }
   if (c.global && from_other_block(cell.write)) cell.other_write = cell.write;
-  cell.write = {m.epoch, thread.warp->events, shorten(c.pc), uint16_t(thread.id), atomic};
+  cell.write = now(c, atomic);
 }
 
 }  // namespace
 
 void check_race(Thread& thread, const Place& place, size_t bytes, Access kind, const void* pc) {
+  if (!wanted()) return;
   const bool global = place.space == Space::global;
-  Shadow& shadow = global ? shadow_of(*place.allocation) : shared_shadow();
+  Shadow& shadow =
+      global
+          ? global_shadows.try_emplace(place.allocation->id, place.allocation->bytes).first->second
+          : shared_shadow;
   if (global && kind == Access::write) thread.fenced = false;
   const Context c{thread, global ? place.allocation->start : shared_base(), global, pc};
+  const auto written = [&](bool atomic, const char* what) {
+    shadow.each(place.offset, bytes,
+                [&](Cell& cell, size_t at) { on_write(cell, c, atomic, what, at); });
+  };
   switch (kind) {
     case Access::read:
     case Access::copy_source:
@@ -250,51 +253,47 @@ void check_race(Thread& thread, const Place& place, size_t bytes, Access kind, c
                   [&](Cell& cell, size_t at) { on_read(cell, c, !global, at); });
       break;
     case Access::write:
-      shadow.each(place.offset, bytes,
-                  [&](Cell& cell, size_t at) { on_write(cell, c, false, "writes", at); });
+      written(false, "writes");
       break;
     case Access::atomic:
-      shadow.each(place.offset, bytes, [&](Cell& cell, size_t at) {
-        on_write(cell, c, true, "atomically changes", at);
-      });
+      written(true, "atomically changes");
       break;
     case Access::copy_issue:
-      shadow.each(place.offset, bytes, [&](Cell& cell, size_t at) {
-        on_write(cell, c, false, "copies asynchronously to", at);
+      written(false, "copies asynchronously to");
+      shadow.each(place.offset, bytes, [&](Cell& cell, size_t) {
         cell.flight_epoch = machine().epoch;
         cell.flight_pc = shorten(pc);
         cell.flight_thread = uint16_t(thread.id);
       });
       break;
-    case Access::copy_done: {
+    case Access::copy_done:
       // The copy happens somewhere between issue and wait: it counts as the latest of it.
-      const Record now{machine().epoch, thread.warp->events, shorten(pc), uint16_t(thread.id),
-                       false};
       shadow.each(place.offset, bytes, [&](Cell& cell, size_t) {
         cell.flight_epoch = 0;
-        cell.write = now;
+        cell.write = now(c, false);
       });
       break;
-    }
   }
 }
 
-void check_matrix_race(Thread& thread, const Place& place, size_t bytes, const void* pc) {
+void check_matrix_part(Thread& thread, const void* p, size_t bytes, const void* pc) {
+  if (!wanted()) return;
   const Context c{thread, shared_base(), false, pc};
-  shared_shadow().each(place.offset, bytes,
-                       [&](Cell& cell, size_t at) { on_read(cell, c, false, at); });
+  shared_shadow.each(locate(p).offset, bytes,
+                     [&](Cell& cell, size_t at) { on_read(cell, c, false, at); });
 }
 
-void begin_race_block() { shared_shadow().join(); }
+void begin_race_block() { shared_shadow.join(); }
 
 void begin_race_launch() {
-  for (auto& shadow : global_shadows) shadow.second->join();
+  for (auto& shadow : global_shadows) shadow.second.join();
   published.clear();
   acquired.clear();
   acquired_block = 0;
 }
 
 void order_by_atomic(Thread& thread, const void* p) {
+  if (!wanted()) return;
   const Machine& m = machine();
   if (acquired_block != m.block_epoch) {
     acquired_block = m.block_epoch;

@@ -5,7 +5,6 @@
 
 #include "checks.h"
 #include "machine.h"
-#include "memory.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -17,6 +16,7 @@ constexpr size_t stack_bytes = 256 * 1024;
 }
 
 Machine the_machine;
+Settings simt_settings;
 
 void run(const Geometry& geometry, void (*body)(void*), void* context) {
   machine().run(geometry, body, context);
@@ -25,7 +25,7 @@ void run(const Geometry& geometry, void (*body)(void*), void* context) {
 void Machine::entry(void* argument) {
   auto& thread = *static_cast<Thread*>(argument);
   Machine& m = machine();
-  entered_fibre(thread.fibre);
+  entered_fibre();
   m.body_(m.context_);
   if (!thread.copies.empty()) {
     m.fail(m.name(thread) + " returns with copies under way: cp_async without cp_async_wait at " +
@@ -34,12 +34,9 @@ void Machine::entry(void* argument) {
   thread.state = State::done;
   thread.warp->done |= 1u << thread.lane;
   ++m.finished;
-  for (const Group& group : thread.warp->groups) {
-    if (group.mask >> thread.lane & 1) {
-      m.fail(m.name(thread) + " returns while others of its warp wait for it in " +
-             describe(group.operation) + " at " + describe(group.site));
-    }
-  }
+  if (thread.warp->arrived != 0)
+    m.fail(m.name(thread) + " returns while others of its warp wait for it in " +
+           describe(*thread.warp));
   if (m.arrived > 0) {
     m.fail(m.name(thread) + " returns while others wait for it in __syncthreads at " +
            describe(m.barrier_site));
@@ -113,7 +110,7 @@ void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
                              std::to_string(most_shared_bytes));
   }
   if (current != nullptr) throw std::runtime_error(where + "a launch inside a kernel");
-  if (dry) {
+  if (simt_settings.dry) {
     launches.push_back(g);
     return;
   }
@@ -125,7 +122,7 @@ void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
   blockDim = g.block;
   gridDim = g.grid;
   host_.adopt();
-  random_.seed(seed);
+  random_.seed(simt_settings.seed);
   launch_epoch = ++epoch;
 
   if (threads.size() < size) {
@@ -134,24 +131,24 @@ void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
     for (size_t i = before; i < size; ++i) threads[i].fibre.allocate(stack_bytes, i * 448);
   }
   warps.resize(size / warp_size);
-  begin_launch_checks(g);
+  begin_race_launch();
+  begin_count_launch(g);
 
   const uint64_t blocks = uint64_t(g.grid.x) * g.grid.y * g.grid.z;
   std::vector<uint64_t> order(blocks);
   std::iota(order.begin(), order.end(), uint64_t(0));
-  if (policy != Policy::in_order) std::shuffle(order.begin(), order.end(), random_);
-  block_number = 0;
+  if (simt_settings.policy != Policy::in_order) std::shuffle(order.begin(), order.end(), random_);
   for (const uint64_t b : order) {
     prepare_block({unsigned(b % g.grid.x), unsigned(b / g.grid.x % g.grid.y),
                    unsigned(b / g.grid.x / g.grid.y)});
     run_block();
-    if (error.empty()) error = end_block_checks();
-    ++block_number;
+    count_interval();
+    if (!failed()) error = check_shared_guard();
     if (failed()) break;
   }
   ++epoch;
   current = nullptr;
-  end_launch_checks();
+  end_count_launch();
   if (failed()) throw std::runtime_error(where + error);
 }
 
@@ -165,10 +162,7 @@ void Machine::prepare_block(uint3 block) {
     Warp& warp = warps[w];
     warp.id = w;
     warp.lanes = &threads[w * warp_size];
-    warp.size = std::min(warp_size, size - w * warp_size);
-    warp.done = warp.at_barrier = 0;
-    warp.events = 0;
-    warp.groups.clear();
+    warp.done = warp.at_barrier = warp.arrived = warp.events = 0;
   }
   for (unsigned i = 0; i < size; ++i) {
     Thread& t = threads[i];
@@ -181,18 +175,17 @@ void Machine::prepare_block(uint3 block) {
     t.copies.clear();
     t.committed = 0;
     t.fenced = false;
-    std::fill(std::begin(t.seen), std::end(t.seen), 0u);
     t.fibre.prepare(entry, &t);
   }
   prepare_shared_memory(geometry.shared_bytes);
-  begin_block_checks();
+  begin_race_block();
 }
 
 void Machine::run_block() {
   const unsigned size = unsigned(warps.size()) * warp_size;
   while (finished < size && !failed()) {
     bool progress = false;
-    switch (policy) {
+    switch (simt_settings.policy) {
       case Policy::in_order:
         // All warps in step: each thread runs to its next collective or barrier, in order.
         fill_pass(0, size);
@@ -248,13 +241,6 @@ bool Machine::resume_warp(Warp& warp, bool shuffle_lanes) {
   return run_pass();
 }
 
-std::string Machine::name(const Thread& t) const {
-  return "thread (" + std::to_string(t.index.x) + ", " + std::to_string(t.index.y) + ", " +
-         std::to_string(t.index.z) + ") [warp " + std::to_string(t.warp->id) + ", lane " +
-         std::to_string(t.lane) + "] of block (" + std::to_string(blockIdx.x) + ", " +
-         std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) + ")";
-}
-
 std::string Machine::name_of(unsigned id) const {
   const unsigned x = geometry.block.x, y = geometry.block.y;
   return "thread (" + std::to_string(id % x) + ", " + std::to_string(id / x % y) + ", " +
@@ -262,19 +248,18 @@ std::string Machine::name_of(unsigned id) const {
          std::to_string(id % warp_size) + "]";
 }
 
+std::string Machine::name(const Thread& thread) const {
+  return name_of(thread.id) + " of block (" + std::to_string(blockIdx.x) + ", " +
+         std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) + ")";
+}
+
 std::string Machine::stuck() const {
   std::string text = "the block is stuck:";
   for (const Warp& warp : warps) {
-    if (warp.at_barrier != 0) {
-      text += " warp " + std::to_string(warp.id) + " waits in __syncthreads at " +
-              describe(barrier_site) + ";";
-    }
-    for (const Group& group : warp.groups) {
-      char missing[16];
-      std::snprintf(missing, sizeof(missing), "%08x", group.mask & ~group.arrived);
-      text += " warp " + std::to_string(warp.id) + " waits in " + describe(group.operation) +
-              " at " + describe(group.site) + " for lanes " + missing + ";";
-    }
+    const std::string number = " warp " + std::to_string(warp.id) + " waits in ";
+    if (warp.at_barrier != 0) text += number + "__syncthreads at " + describe(barrier_site) + ";";
+    if (warp.arrived != 0)
+      text += number + describe(warp) + " for lanes " + hex(~warp.arrived) + ";";
   }
   return text;
 }

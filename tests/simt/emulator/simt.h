@@ -1,4 +1,5 @@
-// The part of CUDA C++ that kernels use, for g++: one host thread plays a whole grid.
+// The part of CUDA C++ that kernels use, for g++: one host thread plays a whole grid. A collective
+// is one of a whole warp.
 // csrc/cuda/primitives.cuh includes this file where there is no nvcc. The emulator behind it is in
 // the other files of this directory; machine.h is its inside.
 #pragma once
@@ -68,10 +69,10 @@ void run(const Geometry& geometry, Body& body) {
 }
 
 enum class MmaType : int { fp16, bf16, tf32 };
-enum class Shuffle : int { index, down, exclusive_or };
+constexpr unsigned warp_size = 32, all_lanes = 0xffffffffu;
 
 void* shared_memory(size_t bytes);
-void cp_async(void* shared, const void* global, int bytes, int source_bytes);
+void cp_async(void* shared, const void* global, int bytes, bool real);
 void cp_async_commit();
 void cp_async_wait(int pending);
 void ldmatrix(uint32_t* r, const void* row, bool transposed, Site site);
@@ -79,25 +80,13 @@ void mma(MmaType type, float* d, const uint32_t* a, const uint32_t* b, Site site
 void load(void* value, const void* p, size_t bytes);
 void store(void* p, const void* value, size_t bytes);
 void barrier(Site site);
-void sync_warp(unsigned mask, Site site);
-uint64_t shuffle(Shuffle mode, unsigned mask, uint64_t value, int lane, int width, Site site);
+void sync_warp(Site site);
+uint64_t shuffle_xor(unsigned mask, uint64_t value, int lanes, Site site);
 bool any(unsigned mask, bool predicate, Site site);
-unsigned active_mask();
 void fence();
 // The two halves of an atomic change of the element at p.
 uint64_t begin_atomic(void* p, size_t bytes);
 void end_atomic(void* p, uint64_t value, size_t bytes);
-
-template <class T>
-__forceinline__ T shuffle_value(Shuffle mode, unsigned mask, T value, int lane, int width,
-                                Site site) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
-  bits = shuffle(mode, mask, bits, lane, width, site);
-  std::memcpy(&value, &bits, sizeof(T));
-  return value;
-}
 
 // An atomic change; load and store are the emulator's, out of reach of the instrumentation.
 template <class T, class Next>
@@ -124,25 +113,19 @@ struct Same {
 #define SIMT_SITE ::simt::Site site = ::simt::Site::here()
 
 __forceinline__ void __syncthreads(SIMT_SITE) { ::simt::barrier(site); }
-__forceinline__ void __syncwarp(unsigned mask = 0xffffffffu, SIMT_SITE) {
-  ::simt::sync_warp(mask, site);
-}
+__forceinline__ void __syncwarp(SIMT_SITE) { ::simt::sync_warp(site); }
 template <class T>
-__forceinline__ T __shfl_sync(unsigned mask, T v, int lane, int width = 32, SIMT_SITE) {
-  return ::simt::shuffle_value(::simt::Shuffle::index, mask, v, lane, width, site);
-}
-template <class T>
-__forceinline__ T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32, SIMT_SITE) {
-  return ::simt::shuffle_value(::simt::Shuffle::down, mask, v, int(delta), width, site);
-}
-template <class T>
-__forceinline__ T __shfl_xor_sync(unsigned mask, T v, int lanes, int width = 32, SIMT_SITE) {
-  return ::simt::shuffle_value(::simt::Shuffle::exclusive_or, mask, v, lanes, width, site);
+__forceinline__ T __shfl_xor_sync(unsigned mask, T v, int lanes, SIMT_SITE) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &v, sizeof(T));
+  bits = ::simt::shuffle_xor(mask, bits, lanes, site);
+  std::memcpy(&v, &bits, sizeof(T));
+  return v;
 }
 __forceinline__ int __any_sync(unsigned mask, int predicate, SIMT_SITE) {
   return ::simt::any(mask, predicate != 0, site);
 }
-__forceinline__ unsigned __activemask() { return ::simt::active_mask(); }
 __forceinline__ void __threadfence() { ::simt::fence(); }
 
 template <class T>

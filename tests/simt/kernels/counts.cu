@@ -1,12 +1,11 @@
-// Access patterns whose cost is known, for the counters. One warp, unless the case says otherwise.
-#include <string>
-
-#include "entry.h"
-#include "primitives.cuh"
+// Access patterns of one warp whose cost is known, for the counters.
+#include "case.h"
 
 using namespace snnlstm::cuda;
 
 namespace {
+
+constexpr int kThreads = 32;
 
 struct Shared {
   alignas(128) float a[32][32];
@@ -29,109 +28,67 @@ __device__ float fill() {
 
 // ---- global -------------------------------------------------------------------------------------
 
-__global__ void neighbours(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x]; }
-__global__ void shifted(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x + 1]; }
-__global__ void every_other(const float* x, float* y) { y[threadIdx.x] = x[2 * threadIdx.x]; }
-__global__ void every_eighth(const float* x, float* y) { y[threadIdx.x] = x[8 * threadIdx.x]; }
-__global__ void same_for_all(const float* x, float* y) { y[threadIdx.x] = x[0]; }
-__global__ void vectors(const float* x, float* y) {
-  store(y + 4 * threadIdx.x, load<float4>(x + 4 * threadIdx.x));
+CASE(neighbours) { d.out[threadIdx.x] = d.in[threadIdx.x]; }
+CASE(shifted) { d.out[threadIdx.x] = d.in[threadIdx.x + 1]; }
+CASE(every_other) { d.out[threadIdx.x] = d.in[2 * threadIdx.x]; }
+CASE(every_eighth) { d.out[threadIdx.x] = d.in[8 * threadIdx.x]; }
+CASE(same_for_all) { d.out[threadIdx.x] = d.in[0]; }
+CASE(vectors) { store(d.out + 4 * threadIdx.x, load<float4>(d.in + 4 * threadIdx.x)); }
+CASE(some_lanes) {
+  if (threadIdx.x % 2 == 0) d.out[threadIdx.x] = d.in[threadIdx.x];
 }
-__global__ void some_lanes(const float* x, float* y) {
-  if (threadIdx.x % 2 == 0) y[threadIdx.x] = x[threadIdx.x];
-}
-__global__ void again(const float* x, float* y) {
+CASE(again) {
   float sum = 0;
-  for (int i = 0; i < 4; ++i) sum += load<float>(x + threadIdx.x);
-  y[threadIdx.x] = sum;
+  for (int i = 0; i < 4; ++i) sum += load<float>(d.in + threadIdx.x);
+  d.out[threadIdx.x] = sum;
 }
 // Lanes that skip a turn of a loop must not shift the others' requests.
-__global__ void uneven(const float* x, float* y) {
+CASE(uneven) {
   float sum = 0;
   for (int i = 0; i < 8; ++i) {
-    if (int(threadIdx.x) % 8 != i) sum += load<float>(x + 32 * i + threadIdx.x);
+    if (int(threadIdx.x) % 8 != i) sum += load<float>(d.in + 32 * i + threadIdx.x);
     __syncwarp();
   }
-  y[threadIdx.x] = sum;
+  d.out[threadIdx.x] = sum;
 }
 
 // ---- shared -------------------------------------------------------------------------------------
 
-__global__ void rows(const float*, float* y) {
-  y[threadIdx.x] = fill() + shared().a[3][threadIdx.x];
+CASE(rows) { d.out[threadIdx.x] = fill() + shared().a[3][threadIdx.x]; }
+CASE(columns) { d.out[threadIdx.x] = fill() + shared().a[threadIdx.x][3]; }
+CASE(padded_columns) { d.out[threadIdx.x] = fill() + shared().padded[threadIdx.x][3]; }
+CASE(two_way) { d.out[threadIdx.x] = fill() + shared().a[threadIdx.x / 16][2 * threadIdx.x % 32]; }
+CASE(broadcast) { d.out[threadIdx.x] = fill() + shared().a[3][3]; }
+CASE(shared_vectors) {
+  d.out[threadIdx.x] = fill() + load<float4>(&shared().a[threadIdx.x / 8][4 * threadIdx.x % 32]).x;
 }
-__global__ void columns(const float*, float* y) {
-  y[threadIdx.x] = fill() + shared().a[threadIdx.x][3];
-}
-__global__ void padded_columns(const float*, float* y) {
-  y[threadIdx.x] = fill() + shared().padded[threadIdx.x][3];
-}
-__global__ void two_way(const float*, float* y) {
-  y[threadIdx.x] = fill() + shared().a[threadIdx.x / 16][2 * threadIdx.x % 32];
-}
-__global__ void broadcast(const float*, float* y) { y[threadIdx.x] = fill() + shared().a[3][3]; }
-__global__ void shared_vectors(const float*, float* y) {
-  y[threadIdx.x] = fill() + load<float4>(&shared().a[threadIdx.x / 8][4 * threadIdx.x % 32]).x;
-}
-__global__ void narrow_tile(const float*, float* y) {
+__device__ float tile(const uint16_t* row) {
   const float zero = fill();
   uint32_t r[4];
-  ldmatrix(r, &shared().narrow[threadIdx.x][0]);
-  y[threadIdx.x] = zero + float(r[0]);
+  ldmatrix(r, row);
+  return zero + float(r[0]);
 }
-__global__ void wide_tile(const float*, float* y) {
-  const float zero = fill();
-  uint32_t r[4];
-  ldmatrix(r, &shared().wide[threadIdx.x][0]);
-  y[threadIdx.x] = zero + float(r[0]);
-}
-__global__ void copies(const float* x, float* y) {
+CASE(narrow_tile) { d.out[threadIdx.x] = tile(shared().narrow[threadIdx.x]); }
+CASE(wide_tile) { d.out[threadIdx.x] = tile(shared().wide[threadIdx.x]); }
+CASE(copies) {
   auto& s = shared();
-  cp_async<16>(&s.a[threadIdx.x / 8][4 * threadIdx.x % 32], x + 4 * threadIdx.x);
+  cp_async<16>(&s.a[threadIdx.x / 8][4 * threadIdx.x % 32], d.in + 4 * threadIdx.x);
   cp_async_commit();
   cp_async_wait<0>();
-  y[threadIdx.x] = s.a[threadIdx.x / 8][4 * threadIdx.x % 32];
+  d.out[threadIdx.x] = s.a[threadIdx.x / 8][4 * threadIdx.x % 32];
 }
 
-__global__ void only_fill(const float*, float* y) { y[threadIdx.x] = fill(); }
+CASE(only_fill) { d.out[threadIdx.x] = fill(); }
 
-__global__ void three_mma(const float*, float* y) {
-  float d[4] = {};
+CASE(three_mma) {
+  float sum[4] = {};
   const uint32_t a[4] = {}, b[2] = {};
-  if constexpr (arch::has_mma) {
-    mma<bf16>(d, a, b);
-    mma<bf16>(d, a, b);
-    mma<tf32>(d, a, b);
-  }
-  y[threadIdx.x] = d[0];
+  mma<bf16>(sum, a, b);
+  mma<bf16>(sum, a, b);
+  mma<tf32>(sum, a, b);
+  d.out[threadIdx.x] = sum[0];
 }
 
-__global__ void atomics(const float*, float* y) { atomicAdd(y, 1.0f); }
-
-struct Case {
-  const char* name;
-  void (*kernel)(const float*, float*);
-};
-#define CASE(name) {#name, name}
-const Case cases[] = {
-    CASE(neighbours),   CASE(shifted),   CASE(every_other),    CASE(every_eighth),
-    CASE(same_for_all), CASE(vectors),   CASE(some_lanes),     CASE(again),
-    CASE(uneven),       CASE(rows),      CASE(columns),        CASE(padded_columns),
-    CASE(two_way),      CASE(broadcast), CASE(shared_vectors), CASE(narrow_tile),
-    CASE(wide_tile),    CASE(copies),    CASE(only_fill),      CASE(three_mma),
-    CASE(atomics),
-};
+CASE(atomics) { atomicAdd(d.out, 1.0f); }
 
 }  // namespace
-
-// x: 512 floats, y: 128.
-ENTRY count_case(const char* name, const float* x, float* y) {
-  return guarded([&] {
-    for (const Case& c : cases) {
-      if (std::string(c.name) != name) continue;
-      launch(Launch{c.name, 1, 32, sizeof(Shared)}, c.kernel, x, y);
-      return;
-    }
-    throw std::runtime_error(std::string("there is no case ") + name);
-  });
-}

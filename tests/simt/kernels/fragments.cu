@@ -1,6 +1,5 @@
 // Probes: one mma or ldmatrix on registers and tiles that the test chooses; conversions.
-#include "entry.h"
-#include "primitives.cuh"
+#include "case.h"
 
 using namespace snnlstm::cuda;
 

@@ -1,7 +1,7 @@
-// Matrix products that use what the real kernels use: double-buffered cp.async with zero fill,
+// A matrix product that uses what the real kernels use: double-buffered cp.async with zero fill,
 // ldmatrix, mma, a staged epilogue with 128-bit stores, and a split of K.
-#include "entry.h"
-#include "primitives.cuh"
+//   d (M, N) = a (M, K) * b (K, N), all row-major, K and N multiples of 8
+#include "case.h"
 
 using namespace snnlstm::cuda;
 
@@ -9,19 +9,15 @@ namespace {
 
 constexpr int tile = 32, depth = 32, threads = 128;
 
-// ---- 16-bit types: d (M, N) = a (M, K) * b (K, N), all row-major, K and N multiples of 8 --------
-
-template <class T>
-struct HalfShared {
-  T a[2][tile][depth + 8];  // rows 80 bytes apart: 8 of them lie in different banks
-  T b[2][depth][tile + 8];
+struct GemmShared {
+  bf16 a[2][tile][depth + 8];  // rows 80 bytes apart: 8 of them lie in different banks
+  bf16 b[2][depth][tile + 8];
   float out[4][16][20];  // per warp
 };
 
-template <class T>
 __global__ void __launch_bounds__(threads)
-    half_gemm(const T* a, const T* b, float* d, int M, int N, int K, int k_per_split) {
-  auto& s = shared_memory<HalfShared<T>>();
+    gemm(const bf16* a, const bf16* b, float* d, int M, int N, int K, int k_per_split) {
+  auto& s = shared_memory<GemmShared>();
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int row0 = int(blockIdx.y) * tile, column0 = int(blockIdx.x) * tile;
   const int k0 = int(blockIdx.z) * k_per_split;
@@ -33,12 +29,12 @@ __global__ void __launch_bounds__(threads)
     const int limit = M + (fault(Fault::wrong_tail_mask) ? 1 : 0);
     const bool a_there = row0 + row < limit && k + part < k1;
     const bool b_there = k + row < k1 && column0 + part < N;
-    const T* from_a = a + size_t(row0 + row) * K + k + part;
-    const T* from_b = b + size_t(k + row) * N + column0 + part;
+    const bf16* from_a = a + size_t(row0 + row) * K + k + part;
+    const bf16* from_b = b + size_t(k + row) * N + column0 + part;
     if (!fault(Fault::missing_zero_fill) || a_there) {
-      cp_async<16>(&s.a[buffer][row][part], from_a, a_there ? 16 : 0);
+      cp_async<16>(&s.a[buffer][row][part], from_a, a_there);
     }
-    cp_async<16>(&s.b[buffer][row][part], from_b, b_there ? 16 : 0);
+    cp_async<16>(&s.b[buffer][row][part], from_b, b_there);
     cp_async_commit();
   };
 
@@ -61,8 +57,8 @@ __global__ void __launch_bounds__(threads)
       ldmatrix_transposed(fb, &s.b[buffer][step + r][warp_column + c]);
       const uint32_t left[2] = {fb[0], fb[1]}, right[2] = {fb[2], fb[3]};
       if constexpr (arch::has_mma) {
-        mma<T>(acc[0], fa, left);
-        mma<T>(acc[1], fa, right);
+        mma<bf16>(acc[0], fa, left);
+        mma<bf16>(acc[1], fa, right);
       }
     }
     if (!fault(Fault::missing_barrier_overwrite)) __syncthreads();
@@ -95,112 +91,17 @@ __global__ void add_splits(const float* parts, float* d, int elements, int split
   d[i] = sum;
 }
 
-template <class T>
-void half_product(const T* a, const T* b, float* parts, float* d, int M, int N, int K, int splits) {
-  const int steps = (K + depth - 1) / depth;
-  const int per_split = (steps + splits - 1) / splits * depth;
-  const dim3 grid((N + tile - 1) / tile, (M + tile - 1) / tile, splits);
-  launch(Launch{"half_gemm", grid, threads, sizeof(HalfShared<T>)}, half_gemm<T>, a, b,
-         splits > 1 ? parts : d, M, N, K, per_split);
-  if (splits > 1) {
-    launch(Launch{"add_splits", (M * N + 127) / 128, 128}, add_splits, parts, d, M * N, splits);
-  }
-}
-
-// ---- tf32: d (M, N) = a (M, K) * b (N, K)^T, K a multiple of 4 ----------------------------------
-
-struct FloatShared {
-  float a[2][tile][20];  // 16 deep; rows 80 bytes apart
-  float b[2][tile][20];
-};
-
-// The tensor core reads 10 bits of a float's mantissa. With `exact` a second product takes the rest
-// of either factor along ("3xTF32").
-template <bool exact>
-__global__ void tf32_gemm(const float* a, const float* b, float* d, int M, int N, int K) {
-  auto& s = shared_memory<FloatShared>();
-  const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int row0 = int(blockIdx.y) * tile, column0 = int(blockIdx.x) * tile;
-
-  auto fetch = [&](int k, int buffer) {
-    const int row = thread / 4, part = thread % 4 * 4;
-    const bool k_there = k + part < K;
-    cp_async<16>(&s.a[buffer][row][part], a + size_t(row0 + row) * K + k + part,
-                 row0 + row < M && k_there ? 16 : 0);
-    cp_async<16>(&s.b[buffer][row][part], b + size_t(column0 + row) * K + k + part,
-                 column0 + row < N && k_there ? 16 : 0);
-    cp_async_commit();
-  };
-
-  float acc[2][4] = {};
-  const int warp_row = warp / 2 * 16, warp_column = warp % 2 * 16;
-  fetch(0, 0);
-  int buffer = 0;
-  for (int k = 0; k < K; k += 16, buffer ^= 1) {
-    cp_async_wait<0>();
-    __syncthreads();
-    if (k + 16 < K) fetch(k + 16, buffer ^ 1);
-    for (int step = 0; step < 16; step += 8) {
-      uint32_t fa[4], fb[4], a_rest[4], b_rest[4];
-      // Seen as 16-bit elements, a row of a tile is four floats.
-      ldmatrix(fa, &s.a[buffer][warp_row + lane % 16][step + lane / 16 * 4]);
-      ldmatrix(fb, &s.b[buffer][warp_column + lane / 16 * 8 + lane % 8][step + lane / 8 % 2 * 4]);
-      for (int i = 0; i < 4; ++i) {
-        const float x = __uint_as_float(fa[i]), y = __uint_as_float(fb[i]);
-        fa[i] = from_float<tf32>(x).bits;
-        fb[i] = from_float<tf32>(y).bits;
-        a_rest[i] = from_float<tf32>(x - __uint_as_float(fa[i])).bits;
-        b_rest[i] = from_float<tf32>(y - __uint_as_float(fb[i])).bits;
-      }
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t part[2] = {fb[2 * half], fb[2 * half + 1]};
-        const uint32_t rest[2] = {b_rest[2 * half], b_rest[2 * half + 1]};
-        if constexpr (arch::has_mma) {
-          if constexpr (exact) {
-            mma<tf32>(acc[half], a_rest, part);
-            mma<tf32>(acc[half], fa, rest);
-          }
-          mma<tf32>(acc[half], fa, part);
-        }
-      }
-    }
-  }
-  const int g = lane / 4, t = lane % 4;
-  for (int half = 0; half < 2; ++half) {
-    for (int i = 0; i < 4; ++i) {
-      const int y = row0 + warp_row + g + i / 2 * 8;
-      const int x = column0 + warp_column + 8 * half + 2 * t + i % 2;
-      if (y < M && x < N) d[size_t(y) * N + x] = acc[half][i];
-    }
-  }
-}
-
 }  // namespace
 
-ENTRY gemm_bf16(const void* a, const void* b, float* parts, float* d, int M, int N, int K,
-                int splits) {
+ENTRY run_gemm(const bf16* a, const bf16* b, float* parts, float* d, int M, int N, int K,
+               int splits) {
   return guarded([&] {
-    half_product(static_cast<const bf16*>(a), static_cast<const bf16*>(b), parts, d, M, N, K,
-                 splits);
-  });
-}
-
-ENTRY gemm_fp16(const void* a, const void* b, float* parts, float* d, int M, int N, int K,
-                int splits) {
-  return guarded([&] {
-    half_product(static_cast<const fp16*>(a), static_cast<const fp16*>(b), parts, d, M, N, K,
-                 splits);
-  });
-}
-
-ENTRY gemm_tf32(const float* a, const float* b, float* d, int M, int N, int K, int exact) {
-  return guarded([&] {
-    const dim3 grid((N + tile - 1) / tile, (M + tile - 1) / tile);
-    const Launch how{"tf32_gemm", grid, threads, sizeof(FloatShared)};
-    if (exact != 0) {
-      launch(how, tf32_gemm<true>, a, b, d, M, N, K);
-    } else {
-      launch(how, tf32_gemm<false>, a, b, d, M, N, K);
-    }
+    const int steps = (K + depth - 1) / depth;
+    const int per_split = (steps + splits - 1) / splits * depth;
+    const dim3 grid((N + tile - 1) / tile, (M + tile - 1) / tile, splits);
+    launch(Launch{"gemm", grid, threads, sizeof(GemmShared)}, gemm, a, b, splits > 1 ? parts : d, M,
+           N, K, per_split);
+    if (splits > 1)
+      launch(Launch{"add_splits", (M * N + 127) / 128, 128}, add_splits, parts, d, M * N, splits);
   });
 }

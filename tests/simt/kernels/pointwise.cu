@@ -1,40 +1,10 @@
-// Small kernels without tensor cores: reductions by shuffles, a stencil with a halo, LSTM gates,
-// and a sum that the last block finishes.
-#include "entry.h"
-#include "primitives.cuh"
+// Small kernels without tensor cores: a stencil with a halo, LSTM gates, a sum by shuffles that the
+// last block finishes, and sums by atomics.
+#include "case.h"
 
 using namespace snnlstm::cuda;
 
 namespace {
-
-// ---- sums of rows (rows, columns) -> (rows,): `width` lanes per row -----------------------------
-
-template <int width>
-__global__ void sum_rows(const float* x, float* sums, int rows, int columns) {
-  const int thread = int(blockIdx.x * blockDim.x + threadIdx.x);
-  const int row = thread / width, lane = thread % width;
-  float sum = 0;
-  if (row < rows) {
-    for (int c = lane; c < columns; c += width) sum += x[size_t(row) * columns + c];
-  }
-  for (int step = width / 2; step > 0; step /= 2) {
-    sum += __shfl_xor_sync(full_warp, sum, step, width);
-  }
-  if (row < rows && lane == 0) sums[row] = sum;
-}
-
-// The same with the lower and the upper half of a warp on paths of their own.
-__global__ void sum_halves(const float* x, float* sums, int columns) {
-  const int lane = int(threadIdx.x) % 32, half = lane / 16, row = 2 * int(threadIdx.x / 32) + half;
-  float sum = 0;
-  for (int c = lane % 16; c < columns; c += 16) sum += x[row * columns + c];
-  if (half == 0) {
-    for (int step = 8; step > 0; step /= 2) sum += __shfl_down_sync(0x0000ffffu, sum, step, 16);
-  } else {
-    for (int step = 8; step > 0; step /= 2) sum += __shfl_down_sync(0xffff0000u, sum, step, 16);
-  }
-  if (lane % 16 == 0) sums[row] = sum;
-}
 
 // ---- 3x3 box sums with zero padding, (H, W) -----------------------------------------------------
 
@@ -53,7 +23,7 @@ __global__ void box_sum(const float* x, float* y, int H, int W) {
   for (int i = thread; i < side * side; i += int(blockDim.x)) {
     const int r = row0 + i / side - halo, c = column0 + i % side - halo;
     const bool there = r >= 0 && r < H && c >= 0 && c < W;
-    cp_async<4>(&s.x[i / side][i % side], x + size_t(r) * W + c, there ? 4 : 0);
+    cp_async<4>(&s.x[i / side][i % side], x + size_t(r) * W + c, there);
   }
   cp_async_commit();
   cp_async_wait<0>();
@@ -117,25 +87,6 @@ __global__ void sum_columns(const float* x, float* sums, int rows, int columns) 
 }
 
 }  // namespace
-
-ENTRY run_sum_rows(const float* x, float* sums, int rows, int columns, int width) {
-  return guarded([&] {
-    const Launch how{"sum_rows", (rows * width + 127) / 128, 128};
-    switch (width) {
-      case 4:
-        return launch(how, sum_rows<4>, x, sums, rows, columns);
-      case 8:
-        return launch(how, sum_rows<8>, x, sums, rows, columns);
-      default:
-        return launch(how, sum_rows<32>, x, sums, rows, columns);
-    }
-  });
-}
-
-ENTRY run_sum_halves(const float* x, float* sums, int rows, int columns) {
-  return guarded(
-      [&] { launch(Launch{"sum_halves", 1, dim3(rows * 16)}, sum_halves, x, sums, columns); });
-}
 
 ENTRY run_box_sum(const float* x, float* y, int H, int W) {
   return guarded([&] {

@@ -1,14 +1,21 @@
 // Accesses that nothing orders: within a warp, within a block, between blocks.
-#include "violation.h"
+#include "case.h"
 
 using namespace snnlstm::cuda;
-using namespace violation;
 
 namespace {
 
+constexpr int kThreads = 64;
+
+struct Shared {
+  float a[64];
+  alignas(16) float b[64];
+  alignas(16) float tiles[2][8][4];
+};
+
 // ---- within a block -----------------------------------------------------------------------------
 
-__global__ void read_before_wait(Data d) {
+CASE(read_before_wait) {
   auto& s = shared_memory<Shared>();
   const int i = int(threadIdx.x);
   cp_async<4>(&s.a[i], d.in + i);
@@ -18,7 +25,7 @@ __global__ void read_before_wait(Data d) {
   cp_async_wait<0>();
 }
 
-__global__ void wait_for_too_little(Data d) {
+CASE(wait_for_too_little) {
   auto& s = shared_memory<Shared>();
   const int i = int(threadIdx.x);
   cp_async<4>(&s.a[i], d.in + i);
@@ -30,7 +37,7 @@ __global__ void wait_for_too_little(Data d) {
   cp_async_wait<0>();
 }
 
-__global__ void wait_without_commit(Data d) {
+CASE(wait_without_commit) {
   auto& s = shared_memory<Shared>();
   const int i = int(threadIdx.x);
   cp_async<4>(&s.a[i], d.in + i);
@@ -41,14 +48,14 @@ __global__ void wait_without_commit(Data d) {
   cp_async_wait<0>();
 }
 
-__global__ void return_with_copies(Data d) {
+CASE(return_with_copies) {
   auto& s = shared_memory<Shared>();
   cp_async<4>(&s.a[threadIdx.x], d.in + threadIdx.x);
   cp_async_commit();
   if (!d.bad) cp_async_wait<0>();
 }
 
-__global__ void wait_without_barrier(Data d) {
+CASE(wait_without_barrier) {
   auto& s = shared_memory<Shared>();
   const int i = int(threadIdx.x);
   cp_async<4>(&s.a[i], d.in + i);
@@ -58,7 +65,7 @@ __global__ void wait_without_barrier(Data d) {
   d.out[i] = s.a[63 - i];
 }
 
-__global__ void read_before_write(Data d) {
+CASE(read_before_write) {
   auto& s = shared_memory<Shared>();
   const int i = int(threadIdx.x);
   s.a[i] = float(i);
@@ -66,7 +73,7 @@ __global__ void read_before_write(Data d) {
   d.out[i] = s.a[(i + 32) % 64];
 }
 
-__global__ void overwrite_before_read(Data d) {
+CASE(overwrite_before_read) {
   auto& s = shared_memory<Shared>();
   const int i = int(threadIdx.x);
   s.a[i] = float(i);
@@ -77,7 +84,7 @@ __global__ void overwrite_before_read(Data d) {
   d.out[i] = s.a[i];
 }
 
-__global__ void lanes_without_syncwarp(Data d) {
+CASE(lanes_without_syncwarp) {
   auto& s = shared_memory<Shared>();
   const int i = int(threadIdx.x);
   s.a[i] = float(i);
@@ -85,16 +92,7 @@ __global__ void lanes_without_syncwarp(Data d) {
   d.out[i] = s.a[i ^ 1];
 }
 
-__global__ void syncwarp_of_others(Data d) {
-  auto& s = shared_memory<Shared>();
-  const int i = int(threadIdx.x), lane = i % 32;
-  s.a[i] = float(i);
-  // Half warps: the exchange must stay within them.
-  __syncwarp(lane < 16 ? 0x0000ffffu : 0xffff0000u);
-  d.out[i] = s.a[i ^ (d.bad ? 16 : 8)];
-}
-
-__global__ void shuffle_is_no_fence(Data d) {
+CASE(shuffle_is_no_fence) {
   auto& s = shared_memory<Shared>();
   const int i = int(threadIdx.x);
   s.a[i] = float(__shfl_xor_sync(full_warp, i, 1));
@@ -103,7 +101,7 @@ __global__ void shuffle_is_no_fence(Data d) {
   d.out[i] = s.a[other];
 }
 
-__global__ void rows_without_syncwarp(Data d) {
+CASE(rows_without_syncwarp) {
   auto& s = shared_memory<Shared>();
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   s.tiles[warp][7 - lane / 4][lane % 4] = float(lane);
@@ -113,19 +111,19 @@ __global__ void rows_without_syncwarp(Data d) {
   d.out[threadIdx.x] = __uint_as_float(r[0]);
 }
 
-__global__ void never_written(Data d) {
+CASE(never_written) {
   auto& s = shared_memory<Shared>();
   if (!d.bad || threadIdx.x != 9) s.a[threadIdx.x] = 1;
   __syncthreads();
   d.out[threadIdx.x] = s.a[threadIdx.x];
 }
 
-__global__ void same_element(Data d) {
+CASE(same_element) {
   if (threadIdx.x % 32 == 0) d.out[d.bad ? 0 : threadIdx.x] = float(threadIdx.x);
 }
 
 // Elements that share a word of four bytes do not conflict.
-__global__ void halves_of_a_word(Data d) {
+CASE(halves_of_a_word) {
   auto* half = reinterpret_cast<uint16_t*>(shared_memory<Shared>().a);
   const int i = int(threadIdx.x);
   const int own = 2 * (i % 32) + i / 32;  // neighbours belong to different warps
@@ -133,7 +131,7 @@ __global__ void halves_of_a_word(Data d) {
   d.out[i] = half[d.bad ? own ^ 1 : own];
 }
 
-__global__ void bytes_of_a_word(Data d) {
+CASE(bytes_of_a_word) {
   auto* byte = reinterpret_cast<unsigned char*>(shared_memory<Shared>().a);
   const int i = int(threadIdx.x);
   byte[i] = 1;
@@ -143,11 +141,11 @@ __global__ void bytes_of_a_word(Data d) {
 
 // ---- between blocks (two of them) ---------------------------------------------------------------
 
-__global__ void blocks_write(Data d) {
+CASES(blocks_write, 2) {
   if (threadIdx.x < 32) d.out[d.bad ? threadIdx.x : 32 * blockIdx.x + threadIdx.x] = 1;
 }
 
-__global__ void blocks_read(Data d) {
+CASES(blocks_read, 2) {
   const int i = int(threadIdx.x);
   if (i >= 32) return;
   const int own = 32 * int(blockIdx.x) + i, other = 32 * int(1 - blockIdx.x) + i;
@@ -155,14 +153,14 @@ __global__ void blocks_read(Data d) {
   d.out[own] = x + 1;
 }
 
-__global__ void atomic_and_plain(Data d) {
+CASES(atomic_and_plain, 2) {
   if (threadIdx.x == 0) {
     atomicAdd(&d.out[0], 1.0f);
     if (d.bad) d.out[1] = d.out[0];
   }
 }
 
-__global__ void last_block_without_fence(Data d) {
+CASES(last_block_without_fence, 2) {
   if (threadIdx.x != 0) return;
   d.out[blockIdx.x] = float(blockIdx.x + 1);
   if (!d.bad) __threadfence();
@@ -173,30 +171,4 @@ __global__ void last_block_without_fence(Data d) {
   }
 }
 
-const Case cases[] = {
-    CASE(read_before_wait),
-    CASE(wait_for_too_little),
-    CASE(wait_without_commit),
-    CASE(return_with_copies),
-    CASE(wait_without_barrier),
-    CASE(read_before_write),
-    CASE(overwrite_before_read),
-    CASE(lanes_without_syncwarp),
-    CASE(syncwarp_of_others),
-    CASE(shuffle_is_no_fence),
-    CASE(rows_without_syncwarp),
-    CASE(never_written),
-    CASE(same_element),
-    CASE(halves_of_a_word),
-    CASE(bytes_of_a_word),
-    CASE_OF_TWO(blocks_write),
-    CASE_OF_TWO(blocks_read),
-    CASE_OF_TWO(atomic_and_plain),
-    CASE_OF_TWO(last_block_without_fence),
-};
-
 }  // namespace
-
-bool violation::run_race(const std::string& name, const Data& data) {
-  return run(cases, name, data);
-}

@@ -1,0 +1,45 @@
+// Entry points for Python, which return null or what went wrong, and small kernels by name.
+#pragma once
+
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "primitives.cuh"
+
+#define ENTRY extern "C" __attribute__((visibility("default"))) const char*
+
+template <class Body>
+const char* guarded(Body&& body) {
+  static std::string problem;
+  try {
+    body();
+    return nullptr;
+  } catch (const std::exception& e) {
+    problem = e.what();
+    return problem.c_str();
+  }
+}
+
+struct Data {
+  const float* in;  // registered read-only
+  float* out;       // registered writable
+  unsigned* counter;
+  int bad;  // 0: the innocent form of what the case must not do
+};
+
+struct Case {
+  void (*kernel)(Data);
+  int blocks, threads;
+  size_t shared_bytes;
+};
+inline std::map<std::string, Case> cases;
+
+// CASE(name) { body } is a kernel that Python can run by its name, in blocks of kThreads threads
+// with a struct Shared, both of the file. d: its Data.
+#define CASES(name, blocks)                                                   \
+  __global__ void name(Data d);                                               \
+  const bool is_case_##name =                                                 \
+      cases.insert({#name, {name, blocks, kThreads, sizeof(Shared)}}).second; \
+  __global__ void name(Data d)
+#define CASE(name) CASES(name, 1)
