@@ -56,8 +56,7 @@ __global__ void __launch_bounds__(fma::kThreads)
 
   R* parked = &shared.gemm.a[0][0][0] + 4 * threadIdx.x;
   constexpr int stride = 4 * fma::kThreads;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) store_vector(parked + i * stride, acc[i / 2][i % 2]);
+  unrolled<8>([&](int i) { store_vector(parked + i * stride, acc[i / 2][i % 2]); });
   const MemTile<R> mem_tile{shared.mem, fma::kMemPitch};
   tile.in_phases(mem_tile, [&](bool gather) {
 #pragma unroll 1
@@ -79,11 +78,10 @@ __global__ void __launch_bounds__(fma::kThreads)
   fma::Gemm<R> gemm(shared, job.tiling, block);
   R acc[4][2][4] = {};
   gemm.add(job.d_gates, acc);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  unrolled<4>([&](int i) {
     const PixelPair at = pixel_pair(job.tiling, block, fma::pixel(i), job.height, job.width);
     store_patch(job.out, at, block.column * fma::kColumns + fma::column(), acc[i]);
-  }
+  });
 }
 
 }  // namespace snnlstm::cuda

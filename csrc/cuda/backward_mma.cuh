@@ -56,27 +56,21 @@ class BackwardSums {
     parked_ = reinterpret_cast<float*>(shared) + 4 * (int(threadIdx.x) - group * threads);
     float* own = parked_ + group * 8 * NT * threads;
     stride = 4 * threads;
-#pragma unroll
-    for (int pair = 0; pair < NT / 2; ++pair)
-#pragma unroll
-      for (int mi = 0; mi < 2; ++mi) {
-        const auto &a = acc[mi][2 * pair], &b = acc[mi][2 * pair + 1];
-        store(own + (4 * pair + 2 * mi) * stride, make_float4(a[0], a[1], b[0], b[1]));
-        store(own + (4 * pair + 2 * mi + 1) * stride, make_float4(a[2], a[3], b[2], b[3]));
-      }
+    unrolled<NT / 2, 2>([&](int pair, int mi) {
+      const auto &a = acc[mi][2 * pair], &b = acc[mi][2 * pair + 1];
+      store(own + (4 * pair + 2 * mi) * stride, make_float4(a[0], a[1], b[0], b[1]));
+      store(own + (4 * pair + 2 * mi + 1) * stride, make_float4(a[2], a[3], b[2], b[3]));
+    });
     if (conv.k_groups == 1) return;
     first_mi = last_mi = group;
     if (!fault(Fault::missing_barrier_read, 7)) __syncthreads();
-#pragma unroll
-    for (int pair = 0; pair < NT / 2; ++pair)
-#pragma unroll
-      for (int px = 0; px < 2; ++px) {
-        float* sum = parked_ + (4 * pair + 2 * group + px) * stride;
-        float4 v = load<float4>(sum);
-        const float4 w = load<float4>(sum + 8 * NT * threads);
-        v.x += w.x, v.y += w.y, v.z += w.z, v.w += w.w;
-        store(sum, v);
-      }
+    unrolled<NT / 2, 2>([&](int pair, int px) {
+      float* sum = parked_ + (4 * pair + 2 * group + px) * stride;
+      float4 v = load<float4>(sum);
+      const float4 w = load<float4>(sum + 8 * NT * threads);
+      v.x += w.x, v.y += w.y, v.z += w.z, v.w += w.w;
+      store(sum, v);
+    });
   }
 
   // The first pixel's 4 channels; the second's lie `stride` behind.

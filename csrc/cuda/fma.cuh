@@ -46,14 +46,10 @@ SNNLSTM_DEVICE void multiply(const R (&a)[kDepth][kPixels], const R (&b)[kDepth]
   for (int k = 0; k < kDepth; ++k) {
     R left[4][2], right[4];
     load_vector(&b[k][column()], right);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) load_vector(&a[k][pixel(i)], left[i]);
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int px = 0; px < 2; ++px)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) acc[i][px][c] += left[i][px] * right[c];
+    unrolled<4>([&](int i) { load_vector(&a[k][pixel(i)], left[i]); });
+    unrolled<4, 2>([&](int i, int px) {
+      unrolled<4>([&](int c) { acc[i][px][c] += left[i][px] * right[c]; });
+    });
   }
 }
 
@@ -113,8 +109,7 @@ class Gemm {
   SNNLSTM_DEVICE void fetch(const Segment& s, int buffer) {
     const void* image = image_of(s.src, block_.t, block_.n);
     const bool up = s.up_h.value > 1 || s.up_w.value > 1;
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
+    unrolled<kLoads>([&](int k) {
       const int4 where =
           load<int4>(&shared_.where[buffer][tid_ / kPixels + k * (kThreads / kPixels)]);
       int y = row_ * s.step_h + where.y, x = col_ * s.step_w + where.z;
@@ -126,13 +121,13 @@ class Gemm {
       }
       real = real && inside(y, s.height) && inside(x, s.width);
       next_[k] = real ? read<R>(image, s.src.type, offset(s.src, where.x, y, x)) : R(0);
-    }
+    });
   }
 
   SNNLSTM_DEVICE void put(int buffer) {
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k)
+    unrolled<kLoads>([&](int k) {
       shared_.a[buffer][tid_ / kPixels + k * (kThreads / kPixels)][tid_ % kPixels] = next_[k];
+    });
   }
 
   SNNLSTM_DEVICE void copy_weights(const R* weight, int buffer) {

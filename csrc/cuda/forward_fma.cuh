@@ -21,14 +21,10 @@ static_assert(kChannels * kMemPitch * sizeof(float) <= sizeof(Shared<float>), "i
 // Moves the gate sums of the first pair of pixels out of the accumulators, and the others up.
 template <class R>
 SNNLSTM_DEVICE void take_pair(R (&acc)[4][2][4], R (&sum)[4][2][1]) {
-#pragma unroll
-  for (int gate = 0; gate < 4; ++gate)
-#pragma unroll
-    for (int px = 0; px < 2; ++px) {
-      sum[gate][px][0] = acc[0][px][gate];
-#pragma unroll
-      for (int k = 0; k < 3; ++k) acc[k][px][gate] = acc[k + 1][px][gate];
-    }
+  unrolled<4, 2>([&](int gate, int px) {
+    sum[gate][px][0] = acc[0][px][gate];
+    unrolled<3>([&](int k) { acc[k][px][gate] = acc[k + 1][px][gate]; });
+  });
 }
 
 template <class R>

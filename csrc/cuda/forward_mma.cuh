@@ -26,24 +26,20 @@ constexpr int kMmaBlocks = std::is_same_v<Element, mma_gemm::Parts> ? 1 : 2;
 // Orders the sums that a thread holds of an m16 tile as sum[gate][pixel][channel].
 template <int Tiles>
 SNNLSTM_DEVICE void take(const float (&acc)[4 * Tiles][4], float (&sum)[4][2][2 * Tiles]) {
-#pragma unroll
-  for (int gate = 0; gate < 4; ++gate)
-#pragma unroll
-    for (int half = 0; half < Tiles; ++half)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) sum[gate][r / 2][2 * half + r % 2] = acc[gate * Tiles + half][r];
+  unrolled<4, Tiles>([&](int gate, int half) {
+    unrolled<4>([&](int r) { sum[gate][r / 2][2 * half + r % 2] = acc[gate * Tiles + half][r]; });
+  });
 }
 
 // Calls f(k, vector k of the sums).
 template <int CH, class F>
 SNNLSTM_DEVICE void for_each_vector(float (&sum)[4][2][CH], F&& f) {
   float* flat = &sum[0][0][0];
-#pragma unroll
-  for (int k = 0; k < 2 * CH; ++k) {
+  unrolled<2 * CH>([&](int k) {
     float4 v = make_float4(flat[4 * k], flat[4 * k + 1], flat[4 * k + 2], flat[4 * k + 3]);
     f(k, v);
     flat[4 * k] = v.x, flat[4 * k + 1] = v.y, flat[4 * k + 2] = v.z, flat[4 * k + 3] = v.w;
-  }
+  });
 }
 
 template <class Element, int Tiles>

@@ -39,14 +39,12 @@ SNNLSTM_DEVICE R read(const void* array, DType type, int64_t i) {
 }
 template <class R>
 SNNLSTM_DEVICE void write(void* array, DType type, int64_t i, R x) {
-  if constexpr (sizeof(R) == 8) {
+  if constexpr (sizeof(R) == 8)
     static_cast<double*>(array)[i] = x;
-  } else {
-    if (type == DType::float32)
-      static_cast<float*>(array)[i] = x;
-    else
-      static_cast<uint16_t*>(array)[i] = uint16_t(to_bits16(type, x));
-  }
+  else if (type == DType::float32)
+    static_cast<float*>(array)[i] = x;
+  else
+    static_cast<uint16_t*>(array)[i] = uint16_t(to_bits16(type, x));
 }
 
 // The value as it would be read back after it was stored.
@@ -90,8 +88,7 @@ SNNLSTM_DEVICE void store_vector(R* p, const R (&v)[N]) {
 // Sets `count` numbers to 0.
 template <int count, class R>
 SNNLSTM_DEVICE void clear(R* v) {
-#pragma unroll
-  for (int i = 0; i < count; ++i) v[i] = 0;
+  unrolled<count>([&](int i) { v[i] = 0; });
 }
 
 // f(T{}) with the type T of an array's elements.
@@ -125,24 +122,22 @@ SNNLSTM_DEVICE void load_stored(const T* p, R (&v)[N]) {
       const uint2 d = load<uint2>(p);
       word[0] = d.x, word[1] = d.y;
     }
-#pragma unroll
-    for (int k = 0; k < N; ++k) v[k] = to_float(T{uint16_t(word[k / 2] >> (16 * (k % 2)))});
+    unrolled<N>([&](int k) { v[k] = to_float(T{uint16_t(word[k / 2] >> (16 * (k % 2)))}); });
   }
 }
 template <class T, class R, int N>
 SNNLSTM_DEVICE void store_stored(T* p, const R (&v)[N]) {
-  if constexpr (N == 1) {
+  if constexpr (N == 1)
     if constexpr (sizeof(T) == 2)
       *p = from_float<T>(v[0]);
     else
       *p = v[0];
-  } else if constexpr (sizeof(T) != 2) {
+  else if constexpr (sizeof(T) != 2)
     store_vector(p, v);
-  } else if constexpr (N == 2) {
+  else if constexpr (N == 2)
     store(p, pack<T>(v[0], v[1]));
-  } else {
+  else
     store(p, make_uint2(pack<T>(v[0], v[1]), pack<T>(v[2], v[3])));
-  }
 }
 
 // The same from element i of an array on.

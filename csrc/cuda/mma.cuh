@@ -44,11 +44,10 @@ SNNLSTM_DEVICE uint32_t rounds_to_tf32(uint32_t bits) {
 template <int N>
 SNNLSTM_DEVICE uint32_t split_in_parts(const uint32_t (&v)[N], uint32_t (&low)[N]) {
   uint32_t seen = 0;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
+  unrolled<N>([&](int i) {
     low[i] = detail::bits_of(detail::float_of(v[i]) - detail::float_of(v[i] & kTf32Bits));
     seen |= low[i];
-  }
+  });
   return seen;
 }
 
@@ -60,9 +59,9 @@ SNNLSTM_DEVICE bool may_be_infinite(uint32_t seen) {
 // Sets the rests of infinities to 0; the rest of a NaN stays NaN.
 template <int N>
 SNNLSTM_DEVICE void mend_rests(const uint32_t (&v)[N], uint32_t (&low)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i)
+  unrolled<N>([&](int i) {
     if ((v[i] & 0x7fffffffu) == 0x7f800000u) low[i] = 0;
+  });
 }
 }  // namespace mma_gemm
 
@@ -103,27 +102,25 @@ class MmaGemm {
   // pairs kPairBytes apart.
   SNNLSTM_DEVICE static void product(Multiply multiply, uint32_t (&a)[2][4], SharedPlace b,
                                      Accumulators& acc) {
-    if constexpr (kHalf) {
+    if constexpr (kHalf)
       if (multiply == Multiply::bf16)
         multiply_with<bf16>(a, b, acc);
       else
         multiply_with<fp16>(a, b, acc);
-    } else if constexpr (kParts) {
+    else if constexpr (kParts)
       multiply_in_parts(a, b, acc);
-    } else {
+    else
       multiply_with<tf32>(a, b, acc);
-    }
   }
 
   // acc += a w for one pair of n-tiles; both operands are as the tensor cores take them.
   SNNLSTM_DEVICE static void add_pair(Accumulators& acc, int pair, const uint32_t (&a)[2][4],
                                       const uint4& w) {
     const uint32_t w0[2] = {w.x, w.y}, w1[2] = {w.z, w.w};
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi) {
+    unrolled<2>([&](int mi) {
       mma<tf32>(acc[mi][2 * pair], a[mi], w0);
       mma<tf32>(acc[mi][2 * pair + 1], a[mi], w1);
-    }
+    });
   }
 
   SNNLSTM_DEVICE void run(Accumulators& acc) {
@@ -148,23 +145,17 @@ class MmaGemm {
     float sum[Real ? 2 * NT * 4 : 1];
 
     SNNLSTM_DEVICE void clear(Accumulators& acc) {
-#pragma unroll
-      for (int i = 0; i < 2 * NT * 4; ++i) {
+      unrolled<2 * NT * 4>([&](int i) {
         (&acc[0][0][0])[i] = 0;
         if constexpr (Real) sum[i] = 0;
-      }
+      });
     }
     SNNLSTM_DEVICE void fold(Accumulators& acc) {
-      if constexpr (Real) {
-#pragma unroll
-        for (int i = 0; i < 2 * NT * 4; ++i) sum[i] += (&acc[0][0][0])[i], (&acc[0][0][0])[i] = 0;
-      }
+      if constexpr (Real)
+        unrolled<2 * NT * 4>([&](int i) { sum[i] += (&acc[0][0][0])[i], (&acc[0][0][0])[i] = 0; });
     }
     SNNLSTM_DEVICE void give(Accumulators& acc) const {
-      if constexpr (Real) {
-#pragma unroll
-        for (int i = 0; i < 2 * NT * 4; ++i) (&acc[0][0][0])[i] = sum[i];
-      }
+      if constexpr (Real) unrolled<2 * NT * 4>([&](int i) { (&acc[0][0][0])[i] = sum[i]; });
     }
   };
 
@@ -197,13 +188,12 @@ class MmaGemm {
     const bool up = is_strided(seg);
     SharedPlace row[2];
     int pixel = 0, tap_h = 0, tap_w = 0;
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi) {
+    unrolled<2>([&](int mi) {
       unsigned y;
       int x;
       pixel = pixel_of_lane(seg, mi, y, x);  // odd, or even, in both tiles
       row[mi] = row_of(pixel);
-    }
+    });
     const int steps = pipeline_.steps();
     const bool works = AnyFeed || k_group_ < steps;
     int at_once = 1, stride = 3 - steps, bytes = p_.unit_bytes;  // of steps, of table and weights
@@ -221,8 +211,7 @@ class MmaGemm {
         entry += 2 * stride;
       } else {
         if (stride > 1 || step % 2 == 0) {
-#pragma unroll
-          for (int mi = 0; mi < 2; ++mi) row[mi] = row_of_transposed(seg, mi, tap_h, tap_w);
+          unrolled<2>([&](int mi) { row[mi] = row_of_transposed(seg, mi, tap_h, tap_w); });
           if (++tap_w == seg.taps_w) tap_w = 0, ++tap_h;
         }
         step += stride;
@@ -270,29 +259,22 @@ class MmaGemm {
 
   SNNLSTM_DEVICE void multiply(const SharedPlace (&row)[2], int at, Accumulators& acc) const {
     uint32_t a[2][4];
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi) ldmatrix(a[mi], row[mi] + at);
+    unrolled<2>([&](int mi) { ldmatrix(a[mi], row[mi] + at); });
     product(p_.multiply, a, fragments_ + pipeline_.weights(), acc);
   }
 
   template <class T>
   SNNLSTM_DEVICE static void multiply_with(uint32_t (&a)[2][4], SharedPlace b, Accumulators& acc) {
-    if constexpr (!kHalf) {
-#pragma unroll
-      for (int mi = 0; mi < 2; ++mi)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) a[mi][r] = mma_gemm::rounds_to_tf32(a[mi][r]);
-    }
-#pragma unroll
-    for (int pair = 0; pair < NT / 2; ++pair) {
+    if constexpr (!kHalf)
+      unrolled<2, 4>([&](int mi, int r) { a[mi][r] = mma_gemm::rounds_to_tf32(a[mi][r]); });
+    unrolled<NT / 2>([&](int pair) {
       const uint4 w = load<uint4>(b + pair * kPairBytes);
       const uint32_t w0[2] = {w.x, w.y}, w1[2] = {w.z, w.w};
-#pragma unroll
-      for (int mi = 0; mi < 2; ++mi) {
+      unrolled<2>([&](int mi) {
         mma<T>(acc[mi][2 * pair], a[mi], w0);
         mma<T>(acc[mi][2 * pair + 1], a[mi], w1);
-      }
-    }
+      });
+    });
   }
 
   // a b = a_high b_high + a_high b_low + a_low b_high; what is left out is 2^-22 of it. b: of each
@@ -300,20 +282,17 @@ class MmaGemm {
   SNNLSTM_DEVICE static void multiply_in_parts(uint32_t (&a)[2][4], SharedPlace b,
                                                Accumulators& acc) {
     uint32_t low[2][4], seen = 0;
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi) seen |= mma_gemm::split_in_parts(a[mi], low[mi]);
+    unrolled<2>([&](int mi) { seen |= mma_gemm::split_in_parts(a[mi], low[mi]); });
     if (mma_gemm::may_be_infinite(seen))
-#pragma unroll
-      for (int mi = 0; mi < 2; ++mi) mma_gemm::mend_rests(a[mi], low[mi]);
+      unrolled<2>([&](int mi) { mma_gemm::mend_rests(a[mi], low[mi]); });
     // Spikes need no low parts.
     const bool both = !AnyFeed || __any_sync(full_warp, (seen << 1) != 0);
-#pragma unroll
-    for (int pair = 0; pair < NT / 2; ++pair) {
+    unrolled<NT / 2>([&](int pair) {
       const uint4 w = load<uint4>(b + pair * kPairBytes);
       if (both) add_pair(acc, pair, low, w);
       add_pair(acc, pair, a, load<uint4>(b + pair * kPairBytes + mma_gemm::kPairBytes));
       add_pair(acc, pair, a, w);
-    }
+    });
   }
 
   const MmaConv& p_;

@@ -159,8 +159,7 @@ class MmaSource {
                     part * 4 * int(sizeof(Element));
       float v[4] = {0, 0, 0, 0};
       if (c < s.channels) read_vector<float>(image, s.src.type, offset(s.src, c, y, x), v);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) item.value[e] = v[e];
+      unrolled<4>([&](int e) { item.value[e] = v[e]; });
     } else {
       const int top = origin_h(s), left = origin_w(s);
       const int run = int(seg.by_run.split(rest)), group = int(rest);
@@ -177,9 +176,9 @@ class MmaSource {
       item.target = mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) + group * 16;
       const int c = chunk * kPerChunk + group * kPerGroup;
       const int from = offset(s.src, c, y, x);
-#pragma unroll
-      for (int k = 0; k < kPerGroup; ++k)
+      unrolled<kPerGroup>([&](int k) {
         item.value[k] = c + k < s.channels ? read<float>(image, s.src.type, from + k * s.src.c) : 0;
+      });
     }
   }
 
@@ -199,14 +198,13 @@ class MmaSource {
       int c = int(seg.by_channels.split(tap));
       int tap_w = int(seg.by_taps_w.split(tap)), tap_h = int(tap);
       float v[kPerGroup];
-#pragma unroll
-      for (int k = 0; k < kPerGroup; ++k) {
+      unrolled<kPerGroup>([&](int k) {
         const int y = top + tap_h * s.dilation_h, x = left + tap_w * s.dilation_w;
         const bool real = tap_h < s.taps_h && inside(y, s.height) && inside(x, s.width);
         v[k] = real ? read<float>(image, s.src.type, offset(s.src, c, y, x)) : 0;
         if (++c == s.channels) c = 0, ++tap_w;
         if (tap_w == s.taps_w) tap_w = 0, ++tap_h;
-      }
+      });
       store_group(buffer + mma_tile::row_offset(pixel) + group * 16, v);
     }
   }
@@ -238,10 +236,8 @@ class MmaSource {
   SNNLSTM_DEVICE void transfer(const MmaSegment& seg, int chunk, int first,
                                unsigned char* buffer) const {
     Item item[Count];
-#pragma unroll
-    for (int k = 0; k < Count; ++k) fetch(seg, chunk, first + k * int(blockDim.x), item[k]);
-#pragma unroll
-    for (int k = 0; k < Count; ++k) put(seg, item[k], buffer);
+    unrolled<Count>([&](int k) { fetch(seg, chunk, first + k * int(blockDim.x), item[k]); });
+    unrolled<Count>([&](int k) { put(seg, item[k], buffer); });
   }
 
   SNNLSTM_DEVICE void copy_async(const MmaSegment& seg, int chunk, unsigned char* buffer) const {
@@ -274,8 +270,7 @@ class MmaSource {
       const int y = top + int(row), x = left + col;
       if (inside(y, s.height) && inside(x, s.width)) continue;
       unsigned char* to = buffer + mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col);
-#pragma unroll
-      for (int g = 0; g < mma_tile::kGroups; ++g) store(to + 16 * g, make_uint4(0, 0, 0, 0));
+      unrolled<mma_tile::kGroups>([&](int g) { store(to + 16 * g, make_uint4(0, 0, 0, 0)); });
     }
   }
 

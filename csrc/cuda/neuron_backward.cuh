@@ -90,9 +90,8 @@ class BackwardTile {
   SNNLSTM_DEVICE R mem_at(int c, int y, int x, R threshold) const {
     const void* gates = image_of(p_.gates, block_.t, block_.n);
     R gate[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-      gate[k] = read<R>(gates, p_.gates.type, offset(p_.gates, k, c, y, x));
+    unrolled<4>(
+        [&](int k) { gate[k] = read<R>(gates, p_.gates.type, offset(p_.gates, k, c, y, x)); });
     const R syn_prev = read<R>(image_of(p_.syn_prev, block_.t, block_.n), p_.syn_prev.type,
                                offset(p_.syn_prev, c, y, x));
     const Gates<R> a = {gate[0], gate[1], Math<R>::abs(gate[2]), gate[3]};
@@ -115,65 +114,48 @@ class BackwardTile {
     const PixelPair at = pixel_pair(tiling_, block_, m, p_.Ho, p_.Wo);
     const int c0 = c0_ + first;
     R gate[4][2][4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) load_patch(p_.gates, at, c0, gate[k], k);
+    unrolled<4>([&](int k) { load_patch(p_.gates, at, c0, gate[k], k); });
     R syn_prev[2][4];
     load_patch(step.syn_prev != nullptr ? *step.syn_prev : p_.syn_prev, at, c0, syn_prev);
     R threshold[4], tanh_syn[2][4], mem[2][4];
     load_vector(vectors_ + first, threshold);
-#pragma unroll
-    for (int ch = 0; ch < 4; ++ch)
-#pragma unroll
-      for (int px = 0; px < 2; ++px) {
-        const Gates<R> a = activated(gate, px, ch);
-        tanh_syn[px][ch] = Math<R>::tanh(N::next_syn(a, syn_prev[px][ch]));
-        mem[px][ch] = N::after_reset(p_.reset, N::next_mem(a.o, tanh_syn[px][ch]),
-                                     is_flagged(gate[2][px][ch]), threshold[ch]);
-      }
+    unrolled<4, 2>([&](int ch, int px) {
+      const Gates<R> a = activated(gate, px, ch);
+      tanh_syn[px][ch] = Math<R>::tanh(N::next_syn(a, syn_prev[px][ch]));
+      mem[px][ch] = N::after_reset(p_.reset, N::next_mem(a.o, tanh_syn[px][ch]),
+                                   is_flagged(gate[2][px][ch]), threshold[ch]);
+    });
     const DType type = p_.syn_prev.type;
     if (p_.fire.num_levels > 0)
       for_each_value(mem, [&](R x, int, int) { return quantised(p_.fire, x); });
-#pragma unroll
-    for (int px = 0; px < 2; ++px)
-#pragma unroll
-      for (int ch = 0; ch < 4; ++ch) mem[px][ch] = rounded(type, mem[px][ch]);
+    unrolled<2, 4>([&](int px, int ch) { mem[px][ch] = rounded(type, mem[px][ch]); });
     if (gather) {
-#pragma unroll
-      for (int ch = 0; ch < 4; ++ch) {
+      unrolled<4>([&](int ch) {
         const R pair[2] = {mem[0][ch], mem[1][ch]};
         store_vector(&tile.at(first + ch, m), pair);
-      }
+      });
       return;
     }
     if (step.mem_kept && p_.mem_keep.present()) store_patch(p_.mem_keep, at, c0, mem);
     R d_syn[2][4] = {}, d_mem[2][4] = {}, spike[2][4] = {};
-    if (step.d_syn != nullptr) {
-#pragma unroll
-      for (int px = 0; px < 2; ++px) load_vector(step.d_syn + px * stride, d_syn[px]);
-    } else if (p_.d_syn_in.present()) {
+    if (step.d_syn != nullptr)
+      unrolled<2>([&](int px) { load_vector(step.d_syn + px * stride, d_syn[px]); });
+    else if (p_.d_syn_in.present())
       load_patch(p_.d_syn_in, at, c0, d_syn);
-    }
-    if (recurrent != nullptr) {
-#pragma unroll
-      for (int px = 0; px < 2; ++px) load_vector(recurrent + px * stride, d_mem[px]);
-    }
+    if (recurrent != nullptr)
+      unrolled<2>([&](int px) { load_vector(recurrent + px * stride, d_mem[px]); });
     if (step.states) add_patch(p_.grad_mem, at, c0, d_mem), add_patch(p_.grad_syn, at, c0, d_syn);
     const bool direct = spikes() && p_.fire.pool == Pool::none;
     if (direct) {
-#pragma unroll
-      for (int px = 0; px < 2; ++px)
-#pragma unroll
-        for (int ch = 0; ch < 4; ++ch) mem[px][ch] -= threshold[ch];
+      unrolled<2, 4>([&](int px, int ch) { mem[px][ch] -= threshold[ch]; });
       load_patch(p_.fire.spk, at, c0, spike);
       if (p_.surrogate == Surrogate::atan && p_.winner == nullptr) {
         const R graded = graded_of<R>(p_.fire);
-#pragma unroll
-        for (int px = 0; px < 2; ++px)
-#pragma unroll
-          for (int ch = 0; ch < 4; ++ch)
-            spike[px][ch] =
-                N::surrogate_gradient(Surrogate::atan, mem[px][ch], R(p_.p0), R(p_.p1), R(0)) *
-                (spike[px][ch] * graded);
+        unrolled<2, 4>([&](int px, int ch) {
+          spike[px][ch] =
+              N::surrogate_gradient(Surrogate::atan, mem[px][ch], R(p_.p0), R(p_.p1), R(0)) *
+              (spike[px][ch] * graded);
+        });
       } else {
         const auto gradient = [&](R grad, int px, int ch, R u) {
           const bool real = (px ? at.valid[1] : at.valid[0]) && c0 + ch < p_.C;
@@ -186,21 +168,18 @@ class BackwardTile {
     } else if (p_.spikes_in.present()) {
       load_patch(p_.spikes_in, at, c0, spike);
     } else if (gathers()) {
-#pragma unroll
-      for (int ch = 0; ch < 4; ++ch) {
+      unrolled<4>([&](int ch) {
         R pair[2];
         load_vector(&tile.at(first + ch, m), pair);
         spike[0][ch] = pair[0], spike[1][ch] = pair[1];
-      }
+      });
     }
     R of_threshold[2][4];
-#pragma unroll
-    for (int px = 0; px < 2; ++px) {
+    unrolled<2>([&](int px) {
       // Behind the last whole window nothing is pooled.
       const bool pooled = p_.fire.pool == Pool::none || (at.y[px] < p_.fire.Hp * p_.fire.pool_h &&
                                                          at.x[px] < p_.fire.Wp * p_.fire.pool_w);
-#pragma unroll
-      for (int ch = 0; ch < 4; ++ch) {
+      unrolled<4>([&](int ch) {
         const bool real = pooled && at.valid[px] && c0 + ch < p_.C;
         const R through_spike = real ? spike[px][ch] : R(0);
         const R grad = at.valid[px] ? d_mem[px][ch] + through_spike : R(0);
@@ -213,24 +192,20 @@ class BackwardTile {
         gate[2][px][ch] = d.pre.o, gate[3][px][ch] = d.pre.g;
         of_threshold[px][ch] =
             -through_spike - (p_.reset == Reset::subtract && reset ? grad : R(0));
-      }
-    }
-    if (p_.d_gates.present()) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) store_patch(p_.d_gates, at, c0, gate[k], k);
-    }
+      });
+    });
+    if (p_.d_gates.present())
+      unrolled<4>([&](int k) { store_patch(p_.d_gates, at, c0, gate[k], k); });
     keep(at, c0, gate);
     if (step.first && p_.grad_syn0.present())
       store_patch(p_.grad_syn0, at, c0, d_syn);
     else if (step.d_syn != nullptr)
-#pragma unroll
-      for (int px = 0; px < 2; ++px) store_vector(step.d_syn + px * stride, d_syn[px]);
+      unrolled<2>([&](int px) { store_vector(step.d_syn + px * stride, d_syn[px]); });
     else if (p_.d_syn_out.present())
       store_patch(p_.d_syn_out, at, c0, d_syn);
     if (p_.sums == nullptr) return;
     R sum[4];
-#pragma unroll
-    for (int ch = 0; ch < 4; ++ch) sum[ch] = of_threshold[0][ch] + of_threshold[1][ch];
+    unrolled<4>([&](int ch) { sum[ch] = of_threshold[0][ch] + of_threshold[1][ch]; });
     reduce(sum, first, bit, row_sums, set);
   }
 
@@ -293,11 +268,10 @@ class BackwardTile {
   SNNLSTM_DEVICE void reduce(const R (&sum)[4], int first, int bit, R* row_sums, bool set) const {
     const bool upper = (int(threadIdx.x) & bit) != 0, odd = (int(threadIdx.x) & 2 * bit) != 0;
     R two[2];
-#pragma unroll
-    for (int ch = 0; ch < 2; ++ch) {
+    unrolled<2>([&](int ch) {
       const R mine = upper ? sum[2 + ch] : sum[ch], other = upper ? sum[ch] : sum[2 + ch];
       two[ch] = mine + __shfl_xor_sync(full_warp, other, bit);
-    }
+    });
     const R mine = odd ? two[1] : two[0], other = odd ? two[0] : two[1];
     R one = mine + __shfl_xor_sync(full_warp, other, 2 * bit);
     one += __shfl_xor_sync(full_warp, one, 4 * bit);
@@ -310,10 +284,7 @@ class BackwardTile {
     if (!a.present()) return;
     R more[2][4];
     load_patch(a, at, c0, more);
-#pragma unroll
-    for (int px = 0; px < 2; ++px)
-#pragma unroll
-      for (int ch = 0; ch < 4; ++ch) v[px][ch] += more[px][ch];
+    unrolled<2, 4>([&](int px, int ch) { v[px][ch] += more[px][ch]; });
   }
   SNNLSTM_DEVICE static Gates<R> activated(const R (&gate)[4][2][4], int px, int ch) {
     return {gate[0][px][ch], gate[1][px][ch], Math<R>::abs(gate[2][px][ch]), gate[3][px][ch]};

@@ -186,8 +186,7 @@ class ForwardTile {
     const int c0 = c0_ + first;
     const PixelPair at = pixel_pair(tiling_, block_, m, p_.Ho, p_.Wo);
     if (p_.sums_out.present()) {
-#pragma unroll
-      for (int gate = 0; gate < 4; ++gate) store_patch(p_.sums_out, at, c0, sum[gate], gate);
+      unrolled<4>([&](int gate) { store_patch(p_.sums_out, at, c0, sum[gate], gate); });
       return;
     }
     R syn[2][CH], mem[2][CH] = {};
@@ -195,15 +194,11 @@ class ForwardTile {
     const bool resets = p_.reset != Reset::none && !fault(Fault::missing_reset);
     if (resets) load_patch(p_.mem_in, at, c0, mem);
     if (p_.sums_in.present()) {
-#pragma unroll
-      for (int gate = 0; gate < 4; ++gate) {
+      unrolled<4>([&](int gate) {
         R more[2][CH];
         load_patch(p_.sums_in, at, c0, more, gate);
-#pragma unroll
-        for (int px = 0; px < 2; ++px)
-#pragma unroll
-          for (int ch = 0; ch < CH; ++ch) sum[gate][px][ch] += more[px][ch];
-      }
+        unrolled<2, CH>([&](int px, int ch) { sum[gate][px][ch] += more[px][ch]; });
+      });
     }
     update(
         at, m, first, sum, syn, mem,
@@ -219,14 +214,12 @@ class ForwardTile {
                              MemTile<R> mem_tile, StepOutputs outputs = {}) const {
     const int c0 = c0_ + first;
     R threshold[CH];
-#pragma unroll
-    for (int ch = 0; ch < CH; ++ch) {
+    unrolled<CH>([&](int ch) {
       const R* vector = vectors_ + first + ch;
       const Gates<R> bias = {vector[0], vector[channels_], vector[2 * channels_],
                              vector[3 * channels_]};
       threshold[ch] = vector[4 * channels_];
-#pragma unroll
-      for (int px = 0; px < 2; ++px) {
+      unrolled<2>([&](int px) {
         const int i = fault(Fault::swapped_gates) ? 1 : 0;
         const Gates<R> a = N::activate({sum[i][px][ch] + bias.i, sum[1 - i][px][ch] + bias.f,
                                         sum[2][px][ch] + bias.o, sum[3][px][ch] + bias.g});
@@ -238,40 +231,32 @@ class ForwardTile {
         sum[1][px][ch] = a.f;
         sum[2][px][ch] = flagged(a.o, reset);
         sum[3][px][ch] = a.g;
-      }
-    }
-    if (p_.gates_out.present()) {
-#pragma unroll
-      for (int gate = 0; gate < 4; ++gate) store_patch(p_.gates_out, at, c0, sum[gate], gate);
-    }
+      });
+    });
+    if (p_.gates_out.present())
+      unrolled<4>([&](int gate) { store_patch(p_.gates_out, at, c0, sum[gate], gate); });
     if (p_.fire.num_levels > 0) {
       const auto nearest = [&](R x, int, int) { return quantised(p_.fire, x); };
       for_each_value(syn, nearest);
       for_each_value(mem, nearest);
     }
     const DType type = p_.fire.spk.type;
-#pragma unroll
-    for (int px = 0; px < 2; ++px)
-#pragma unroll
-      for (int ch = 0; ch < CH; ++ch) mem[px][ch] = rounded(type, mem[px][ch]);
+    unrolled<2, CH>([&](int px, int ch) { mem[px][ch] = rounded(type, mem[px][ch]); });
     if (outputs.syn_kept && p_.syn_keep.present()) store_patch(p_.syn_keep, at, c0, syn);
     if (p_.mem_keep.present()) store_patch(p_.mem_keep, at, c0, mem);
     const bool pools = p_.fire.pool != Pool::none;
     if (p_.fires && pools) {
-#pragma unroll
-      for (int ch = 0; ch < CH; ++ch) {
+      unrolled<CH>([&](int ch) {
         const R pair[2] = {mem[0][ch], mem[1][ch]};
         store_vector(&mem_tile.at(first + ch, m), pair);
-      }
+      });
     }
     if (outputs.states && p_.syn_out.present()) store_patch(p_.syn_out, at, c0, syn);
     if (outputs.states && p_.mem_out.present()) store_patch(p_.mem_out, at, c0, mem);
     if (!p_.fires || pools) return;
     R spk[2][CH];
-#pragma unroll
-    for (int ch = 0; ch < CH; ++ch)
-#pragma unroll
-      for (int px = 0; px < 2; ++px) spk[px][ch] = spike_of(p_.fire, mem[px][ch], threshold[ch]);
+    unrolled<CH, 2>(
+        [&](int ch, int px) { spk[px][ch] = spike_of(p_.fire, mem[px][ch], threshold[ch]); });
     store_patch(p_.fire.spk, at, c0, spk);
   }
 

@@ -40,9 +40,8 @@ __global__ void __launch_bounds__(pointwise::kThreads)
   tile.load_vectors();
   const PixelPair at = pixel_pair(p.tiling, block, pointwise::pixel(), p.neuron.Ho, p.neuron.Wo);
   R sum[4][2][4];
-#pragma unroll
-  for (int gate = 0; gate < 4; ++gate)
-    load_patch(p.sums[gate], at, c0 + pointwise::channel(), sum[gate]);
+  unrolled<4>(
+      [&](int gate) { load_patch(p.sums[gate], at, c0 + pointwise::channel(), sum[gate]); });
   if (!fault(Fault::missing_barrier_read, 4)) __syncthreads();
   tile.patch(pointwise::pixel(), pointwise::channel(), sum, mem_tile);
   __syncthreads();

@@ -77,6 +77,20 @@ SNNLSTM_DEVICE int kept(int number) {
   return number;
 }
 
+// Calls f(i) for each i < N, or f(i, j) for each j < M in turn: N, or N * M, times its code.
+template <int N, class F>
+SNNLSTM_DEVICE void unrolled(F&& f) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) f(i);
+}
+template <int N, int M, class F>
+SNNLSTM_DEVICE void unrolled(F&& f) {
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+#pragma unroll
+    for (int j = 0; j < M; ++j) f(i, j);
+}
+
 // A place in shared memory, in a register that is kept().
 #if defined(__CUDACC__)
 struct SharedPlace {
@@ -113,9 +127,9 @@ SNNLSTM_DEVICE void cp_async(void* shared, const void* global, bool real = true)
                  : "memory");
   }
 #else
-#pragma unroll
-  for (int word = 0; word < Bytes / 4; ++word)
+  unrolled<Bytes / 4>([&](int word) {
     static_cast<uint32_t*>(shared)[word] = real ? static_cast<const uint32_t*>(global)[word] : 0;
+  });
 #endif
 }
 

@@ -80,12 +80,11 @@ SNNLSTM_DEVICE void put_channels(unsigned char* to, DType type, const R (&v)[N])
     *reinterpret_cast<Element*>(to) = element_of<Element>(type, v[0]);
   else if constexpr (sizeof(Element) != 2) {
     R stored[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
+    unrolled<N>([&](int i) {
       stored[i] = v[i];
       if constexpr (std::is_same_v<Element, tf32>)
         stored[i] = detail::float_of(element_of<tf32>(type, v[i]).bits);
-    }
+    });
     store_vector(reinterpret_cast<R*>(to), stored);
   } else if constexpr (N == 2)
     store(to, pack16(type, v[0], v[1]));
@@ -151,8 +150,7 @@ class ResidentInput {
     if (!under_way_) return;
     const bool by_channel = s_.src.c == 1;
     const void* from = image_of(s_.src, t_, n_);
-#pragma unroll
-    for (int k = 0; k < resident::kAtOnce; ++k) {
+    unrolled<resident::kAtOnce>([&](int k) {
       target_[k] = -1;
       if (next_ < items) {
         unsigned rest = unsigned(next_);
@@ -166,14 +164,14 @@ class ResidentInput {
         }
       }
       next_ += int(blockDim.x);
-    }
+    });
   }
   SNNLSTM_DEVICE void put() {
     if (!under_way_) return;
-#pragma unroll
-    for (int k = 0; k < resident::kAtOnce; ++k)
+    unrolled<resident::kAtOnce>([&](int k) {
       if (target_[k] >= 0)
         *reinterpret_cast<Element*>(to_ + target_[k]) = element_of<Element>(type_, value_[k]);
+    });
   }
 
   const Segment& s_;
@@ -198,23 +196,19 @@ struct Slot {
   }
   SNNLSTM_DEVICE static void keep(R* slot, const R (&v)[2][CH]) {
     const R* flat = &v[0][0];
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
+    unrolled<kVectors>([&](int k) {
       R part[kLength];
-#pragma unroll
-      for (int i = 0; i < kLength; ++i) part[i] = flat[k * kLength + i];
+      unrolled<kLength>([&](int i) { part[i] = flat[k * kLength + i]; });
       store_vector(slot + k * kLength * int(blockDim.x), part);
-    }
+    });
   }
   SNNLSTM_DEVICE static void get(const R* slot, R (&v)[2][CH]) {
     R* flat = &v[0][0];
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
+    unrolled<kVectors>([&](int k) {
       R part[kLength];
       load_vector(slot + k * kLength * int(blockDim.x), part);
-#pragma unroll
-      for (int i = 0; i < kLength; ++i) flat[k * kLength + i] = part[i];
-    }
+      unrolled<kLength>([&](int i) { flat[k * kLength + i] = part[i]; });
+    });
   }
 };
 

@@ -81,11 +81,10 @@ class ResidentBackwardBlock {
     R* own_sums = row_sums + (int(threadIdx.x) / (32 / halves)) * p_.channels;
     for_each_patch([&](int m, int first) {
       const R zeros[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int px = 0; px < 2; ++px) {
+      unrolled<2>([&](int px) {
         store_vector(array(p_.at.d_mem) + slot_of(p_, m, first) + px * kSlotStride, zeros);
         store_vector(array(p_.at.d_syn) + slot_of(p_, m, first) + px * kSlotStride, zeros);
-      }
+      });
     });
     if (!fault(Fault::missing_wait, 30)) cp_async_wait<0>();
     __syncthreads();
@@ -121,9 +120,9 @@ class ResidentBackwardBlock {
     for_each_patch([&](int m, int first) {
       const PixelPair at = pixel_pair(p_.tiling, block_, m, p_.neuron.Ho, p_.neuron.Wo);
       R v[2][4];
-#pragma unroll
-      for (int px = 0; px < 2; ++px)
+      unrolled<2>([&](int px) {
         load_vector(array(p_.at.d_mem) + slot_of(p_, m, first) + px * kSlotStride, v[px]);
+      });
       store_patch(p_.grad_mem0, at, first, v);
     });
   }
@@ -156,8 +155,7 @@ class ResidentBackwardBlock {
       unit.for_each([&](int m, int first, const R(&d_mem)[2][4]) {
         if (m >= p_.tiling.h * p_.tiling.w || first >= p_.neuron.Cp) return;
         R* to = array(p_.at.d_mem) + slot_of(p_, m, first);
-#pragma unroll
-        for (int px = 0; px < 2; ++px) store_vector(to + px * kSlotStride, d_mem[px]);
+        unrolled<2>([&](int px) { store_vector(to + px * kSlotStride, d_mem[px]); });
       });
     }
   }
@@ -170,19 +168,17 @@ class ResidentBackwardBlock {
     for (int px = 0; px < 2; ++px) {
       if (!at.valid[px]) continue;
       unsigned char* to = shared_ + i.start + i.pixel(at.y[px] + i.top, at.x[px] + i.left);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
+      unrolled<4>([&](int k) {
         unsigned char* channels = to + (k * p_.neuron.Cp + c0) * i.channel;
         if constexpr (!Planes) {
           put_channels<Element>(channels, type, gate[k][px]);
         } else {
-#pragma unroll
-          for (int ch = 0; ch < 4; ++ch) {
+          unrolled<4>([&](int ch) {
             const R one[1] = {gate[k][px][ch]};
             put_channels<Element>(channels + ch * i.channel, type, one);
-          }
+          });
         }
-      }
+      });
     }
   }
 
@@ -223,12 +219,11 @@ class ResidentBackwardMma {
   // f(first pixel, first channel, values[pixel][channel]) of what the thread holds.
   template <class F>
   SNNLSTM_DEVICE void for_each(F&& f) const {
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi) {
+    unrolled<2>([&](int mi) {
       const auto &a = acc_[mi][0], &b = acc_[mi][1];
       const float v[2][4] = {{a[0], a[1], b[0], b[1]}, {a[2], a[3], b[2], b[3]}};
       f(pixel_ + mi * 16 + 2 * (lane_ / 4), channel_ + 4 * (lane_ % 4), v);
-    }
+    });
   }
 
  private:
@@ -269,8 +264,7 @@ class ResidentBackwardFma {
 
   template <class F>
   SNNLSTM_DEVICE void for_each(F&& f) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) f(pixel_ + 16 * i, channel_, acc_[i]);
+    unrolled<4>([&](int i) { f(pixel_ + 16 * i, channel_, acc_[i]); });
   }
 
  private:

@@ -26,27 +26,22 @@ SNNLSTM_DEVICE void add_products(const Tiling& tiling, const SharedImage& image,
                                  int step_h, int step_w, const unsigned char* from, int depth,
                                  const int* table, const R* weight, int pitch, R (&acc)[4][2][4]) {
   const unsigned char* pixels[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  unrolled<4>([&](int i) {
     int y, x;
     locate(tiling, image, first + 16 * i, step_h, step_w, y, x);
     pixels[i] = from + y + image.pixel(0, x);
-  }
+  });
   const int next = step_w * int(sizeof(R));
 #pragma unroll 2
   for (int k = 0; k < depth; ++k, weight += pitch) {
     const int tap = table[k];
     R right[4];
     load_vector(weight, right);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    unrolled<4>([&](int i) {
       const unsigned char* p = pixels[i] + tap;
       const R left[2] = {*reinterpret_cast<const R*>(p), *reinterpret_cast<const R*>(p + next)};
-#pragma unroll
-      for (int px = 0; px < 2; ++px)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) acc[i][px][c] += left[px] * right[c];
-    }
+      unrolled<2, 4>([&](int px, int c) { acc[i][px][c] += left[px] * right[c]; });
+    });
   }
 }
 

@@ -138,20 +138,18 @@ class ResidentForwardBlock {
                                int t) {
     const SharedImage& i = p_.at.mem;
     unsigned char* to = image(i, t) + first * i.channel;
-#pragma unroll
-    for (int px = 0; px < 2; ++px)
+    unrolled<2>([&](int px) {
       if (at.valid[px] && first < (CH == 1 ? p_.neuron.C : p_.neuron.Cp))
         put_channels<Element>(to + i.pixel(at.y[px] + i.top, at.x[px] + i.left), operand(),
                               mem[px]);
+    });
     if (p_.neuron.reset == Reset::none) return;
     const R* thresholds =
         reinterpret_cast<const R*>(shared_ + p_.at.vectors) + 4 * p_.channels + first;
     unsigned fires = 0;
-#pragma unroll
-    for (int ch = 0; ch < CH; ++ch)
-#pragma unroll
-      for (int px = 0; px < 2; ++px)
-        if (N::fires(mem[px][ch], thresholds[ch])) fires |= 1u << (px * CH + ch);
+    unrolled<CH, 2>([&](int ch, int px) {
+      if (N::fires(mem[px][ch], thresholds[ch])) fires |= 1u << (px * CH + ch);
+    });
     flags(patch) = fault(Fault::missing_reset, 20) ? 0 : fires;
   }
 
@@ -166,17 +164,14 @@ class ResidentForwardBlock {
         at, m, first, sum, syn, mem,
         [&](int px, int ch, R) { return (resets >> (px * CH + ch) & 1) != 0; }, mem_tile_, outputs);
     if (!p_.neuron.fires) {
-#pragma unroll
-      for (int ch = 0; ch < CH; ++ch) {
+      unrolled<CH>([&](int ch) {
         const R pair[2] = {mem[0][ch], mem[1][ch]};
         store_vector(&mem_tile_.at(first + ch, m), pair);
-      }
+      });
     }
     if (last) return;
-#pragma unroll
-    for (int px = 0; px < 2; ++px)
-#pragma unroll
-      for (int ch = 0; ch < CH; ++ch) syn[px][ch] = rounded(p_.neuron.fire.spk.type, syn[px][ch]);
+    unrolled<2, CH>(
+        [&](int px, int ch) { syn[px][ch] = rounded(p_.neuron.fire.spk.type, syn[px][ch]); });
     Slot<R, CH>::keep(slot(patch), syn);
     const int next = fault(Fault::missing_barrier_overwrite, 22) ? block_.t : block_.t + 1;
     keep_mem(patch, at, first, mem, next);

@@ -58,10 +58,7 @@ class ResidentMma {
   // The sums of the next m16 tile.
   SNNLSTM_DEVICE void take(float (&sum)[4][2][kHeld]) {
     ::snnlstm::cuda::take<Tiles>(acc_[0], sum);
-#pragma unroll
-    for (int nt = 0; nt < kTiles; ++nt)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) acc_[0][nt][r] = acc_[1][nt][r];
+    unrolled<kTiles, 4>([&](int nt, int r) { acc_[0][nt][r] = acc_[1][nt][r]; });
   }
 
  private:
@@ -76,37 +73,29 @@ class ResidentMma {
   // An x of few channels comes to the fragments element by element: K is (tap, channel), no gaps.
   SNNLSTM_DEVICE void gather(int u, const unsigned char* from, SharedPlace& b) {
     const unsigned char* pixels[2][2];
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi)
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        int y, x;
-        locate(p_.tiling, p_.at.x, pixel(u, mi) + odd, p_.x.step_h, p_.x.step_w, y, x);
-        pixels[mi][odd] = from + y + p_.at.x.pixel(0, x);
-      }
+    unrolled<2, 2>([&](int mi, int odd) {
+      int y, x;
+      locate(p_.tiling, p_.at.x, pixel(u, mi) + odd, p_.x.step_h, p_.x.step_w, y, x);
+      pixels[mi][odd] = from + y + p_.at.x.pixel(0, x);
+    });
     const int* table = reinterpret_cast<const int*>(shared_ + p_.at.table);
 #pragma unroll 1
     for (int step = 0; step < p_.units_of[0]; ++step) {
       uint32_t a[2][4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      unrolled<2>([&](int half) {
         if constexpr (kHalf) {
           const int k = step * 16 + 2 * (lane_ % 4) + 8 * half;
           const int lo = table[k], hi = table[k + 1];
-#pragma unroll
-          for (int mi = 0; mi < 2; ++mi)
-#pragma unroll
-            for (int odd = 0; odd < 2; ++odd)
-              a[mi][2 * half + odd] = element(pixels[mi][odd], lo) | element(pixels[mi][odd], hi)
-                                                                         << 16;
+          unrolled<2, 2>([&](int mi, int odd) {
+            a[mi][2 * half + odd] = element(pixels[mi][odd], lo) | element(pixels[mi][odd], hi)
+                                                                       << 16;
+          });
         } else {
           const int k = table[step * 8 + lane_ % 4 + 4 * half];
-#pragma unroll
-          for (int mi = 0; mi < 2; ++mi)
-#pragma unroll
-            for (int odd = 0; odd < 2; ++odd) a[mi][2 * half + odd] = element(pixels[mi][odd], k);
+          unrolled<2, 2>(
+              [&](int mi, int odd) { a[mi][2 * half + odd] = element(pixels[mi][odd], k); });
         }
-      }
+      });
       __syncwarp();
       product_of_stored<Element>(p_.multiply, a, b, acc_);
       b = b + p_.unit_bytes;

@@ -24,9 +24,9 @@ SNNLSTM_DEVICE void fill_walk(int* table, const Segment& s, const SharedImage& i
     const int tap = (u - chunk * full) / steps, step = (u - chunk * full) % steps;
     const int right = tap % s.taps_w * s.dilation_w;
     const int down = tap / s.taps_w * s.dilation_h * image.row + chunk * 64 + step * 32;
-#pragma unroll
-    for (int odd = 0; odd < 2; ++odd)
+    unrolled<2>([&](int odd) {
       table[2 * u + odd] = down + image.pixel(0, odd + right) - image.pixel(0, odd);
+    });
   }
 }
 
@@ -36,9 +36,8 @@ SNNLSTM_DEVICE void product_of_stored(Multiply multiply, uint32_t (&a)[2][4], Sh
                                       float (&acc)[2][NT][4]) {
   using Gemm = MmaGemm<Element, NT, true>;
   if constexpr (std::is_same_v<Element, float>) {
-#pragma unroll
-    for (int pair = 0; pair < NT / 2; ++pair)
-      Gemm::add_pair(acc, pair, a, load<uint4>(b + pair * Gemm::kPairBytes));
+    unrolled<NT / 2>(
+        [&](int pair) { Gemm::add_pair(acc, pair, a, load<uint4>(b + pair * Gemm::kPairBytes)); });
   } else {
     Gemm::product(multiply, a, b, acc);
   }
@@ -62,22 +61,20 @@ struct ResidentWalk {
     const int lane = int(threadIdx.x) % 32;
     SharedPlace row[2];
     int column = 0;
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi) {
+    unrolled<2>([&](int mi) {
       int y;
       const int m = first_pixel + mi * 16 + 2 * (lane % 8) + (lane >> 3 & 1);
       locate(tiling, image, m, step_h, step_w, y, column);
       if (fault(Fault::wrong_halo, 20)) ++column;
       row[mi] = shared_place(from + y + image.pixel(0, column) + (lane >> 4) * 16);
-    }
+    });
     const int* offset = table + (column & 1);  // of both pixels: tiles are of even width
     if constexpr (kParts) {
 #pragma unroll 1
       for (int first = 0; first < units; first += kFolded) {
         float part[2][NT][4] = {};
         add_units(row, offset, first, min(first + kFolded, units), b, part);
-#pragma unroll
-        for (int i = 0; i < 2 * NT * 4; ++i) (&acc[0][0][0])[i] += (&part[0][0][0])[i];
+        unrolled<2 * NT * 4>([&](int i) { (&acc[0][0][0])[i] += (&part[0][0][0])[i]; });
       }
     } else {
       add_units(row, offset, 0, units, b, acc);
@@ -91,8 +88,7 @@ struct ResidentWalk {
     for (int u = first; u < last; ++u, b = b + unit_bytes) {
       const int at = offset[2 * u];
       uint32_t a[2][4];
-#pragma unroll
-      for (int mi = 0; mi < 2; ++mi) ldmatrix(a[mi], row[mi] + at);
+      unrolled<2>([&](int mi) { ldmatrix(a[mi], row[mi] + at); });
       product_of_stored<Element>(multiply, a, b, acc);
     }
   }

@@ -76,19 +76,17 @@ SNNLSTM_DEVICE void walk_patch(const Tensor& a, const PixelPair& at, int c0, Cha
   T* p = static_cast<T*>(image_of(a, at.t, at.n));
   T* pixel[2] = {p + offset(a, c0, at.y[0], at.x[0]), p + offset(a, c0, at.y[1], at.x[1])};
   if (a.access == Access::channels) {
-#pragma unroll
-    for (int px = 0; px < 2; ++px)
+    unrolled<2>([&](int px) {
       if (at.valid[px]) channels(pixel[px], px);
+    });
   } else if (a.access == Access::rows) {
-#pragma unroll
-    for (int ch = 0; ch < CH; ++ch)
+    unrolled<CH>([&](int ch) {
       if (at.valid[0] && c0 + ch < a.channels) rows(pixel[0] + ch * a.c, ch);
+    });
   } else {
-#pragma unroll
-    for (int ch = 0; ch < CH; ++ch)
-#pragma unroll
-      for (int px = 0; px < 2; ++px)
-        if (at.valid[px] && c0 + ch < a.channels) one(pixel[px] + ch * a.c, px, ch);
+    unrolled<CH, 2>([&](int ch, int px) {
+      if (at.valid[px] && c0 + ch < a.channels) one(pixel[px] + ch * a.c, px, ch);
+    });
   }
 }
 
@@ -135,20 +133,20 @@ SNNLSTM_DEVICE void load_patch(const Image& a, const PixelPair& at, int c0, R (&
                                int plane = 0) {
   const void* p = image_of(a, at.t, at.n);
   clear<2 * CH>(&v[0][0]);
-#pragma unroll
-  for (int px = 0; px < 2; ++px)
+  unrolled<2>([&](int px) {
     if (at.valid[px] && c0 < a.Cp)
       read_vector<R>(p, a.type, offset(a, plane, c0, at.y[px], at.x[px]), v[px]);
+  });
 }
 
 template <class R, int CH>
 SNNLSTM_DEVICE void store_patch(const Image& a, const PixelPair& at, int c0, const R (&v)[2][CH],
                                 int plane = 0) {
   void* p = image_of(a, at.t, at.n);
-#pragma unroll
-  for (int px = 0; px < 2; ++px)
+  unrolled<2>([&](int px) {
     if (at.valid[px] && c0 < a.Cp)
       write_vector<R>(p, a.type, offset(a, plane, c0, at.y[px], at.x[px]), v[px]);
+  });
 }
 
 }  // namespace snnlstm::cuda

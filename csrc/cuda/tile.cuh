@@ -103,13 +103,12 @@ SNNLSTM_DEVICE PixelPair pixel_pair(const Tiling& tiling, const Block& b, int m,
   p.t = b.t, p.n = b.n;
   unsigned row = unsigned(m);
   int col = int(tiling.by_w.split(row));
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
+  unrolled<2>([&](int k) {
     p.y[k] = b.y0 + int(row), p.x[k] = b.x0 + col;
     const int limit = width + (fault(Fault::wrong_tail_mask) ? 1 : 0);
     p.valid[k] = int(row) < tiling.h && p.y[k] < height && p.x[k] < limit;
     if (++col == tiling.w) col = 0, ++row;
-  }
+  });
   return p;
 }
 

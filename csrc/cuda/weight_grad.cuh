@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(fma::kThreads)
   };
   R next_a[fma::kLoads], next_b[fma::kLoads];
   const auto fetch = [&](int chunk) {
-#pragma unroll
-    for (int k = 0; k < fma::kLoads; ++k) {
+    unrolled<fma::kLoads>([&](int k) {
       const int4 at = load<int4>(&shared.where[chunk & 1][first + 2 * k]);
       const int64_t i = begin + int64_t(chunk) * fma::kDepth + first + 2 * k;
       next_a[k] = at.x >= 0 && row < p.rows
@@ -79,17 +78,16 @@ __global__ void __launch_bounds__(fma::kThreads)
       next_b[k] = real ? read<R>(image_of(src, p.source_time(at.x), at.y), src.type,
                                  offset(src, channel, y, x))
                        : R(0);
-    }
+    });
   };
 
   // Sums of 1024 pixels, and the totals that they are added to: long sums round less in two stages.
   R acc[4][2][4] = {}, total[4][2][4] = {};
   const auto fold = [&] {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
+    unrolled<32>([&](int i) {
       (&total[0][0][0])[i] += (&acc[0][0][0])[i];
       (&acc[0][0][0])[i] = 0;
-    }
+    });
   };
   locate(0);
   locate(1);
@@ -103,22 +101,19 @@ __global__ void __launch_bounds__(fma::kThreads)
       locate(chunk + 2);
     }
     if (more) {
-#pragma unroll
-      for (int k = 0; k < fma::kLoads; ++k) {
+      unrolled<fma::kLoads>([&](int k) {
         shared.a[(chunk + 1) & 1][first + 2 * k][lane] = next_a[k];
         shared.b[(chunk + 1) & 1][first + 2 * k][lane] = next_b[k];
-      }
+      });
     }
   }
   fold();
   R* part = static_cast<R*>(p.parts) + int64_t(blockIdx.z) * p.part_rows * p.part_columns;
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-#pragma unroll
-    for (int px = 0; px < 2; ++px)
-      store_vector(part + int64_t(blockIdx.y * 64 + fma::pixel(i) + px) * p.part_columns +
-                       blockIdx.x * 64 + fma::column(),
-                   total[i][px]);
+  unrolled<4, 2>([&](int i, int px) {
+    store_vector(part + int64_t(blockIdx.y * 64 + fma::pixel(i) + px) * p.part_columns +
+                     blockIdx.x * 64 + fma::column(),
+                 total[i][px]);
+  });
 }
 
 constexpr int kReduceThreads = 256;
@@ -206,8 +201,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_gates(const __grid_constant__
   for (int64_t i = begin + row; i < end; i += kRows) {
     R v[4];
     read_vector<R>(p.d_gates, p.type, i * p.columns + first, v);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) sum[k] += v[k];
+    unrolled<4>([&](int k) { sum[k] += v[k]; });
   }
   store_vector(&shared.sum[row][column], sum);
   if (!fault(Fault::missing_barrier_read, 6)) __syncthreads();

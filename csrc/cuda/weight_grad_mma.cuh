@@ -107,8 +107,7 @@ class WeightGemm {
 
   SNNLSTM_DEVICE void run() {
     clear<weight_tile::kSums>(&acc_[0][0][0][0]);
-#pragma unroll
-    for (int i = 0; i < weight_tile::kSums / 4; ++i) store(total(i), make_float4(0, 0, 0, 0));
+    unrolled<weight_tile::kSums / 4>([&](int i) { store(total(i), make_float4(0, 0, 0, 0)); });
     const int begin = split_ * int(p_.grad.share);
     const int end = min(begin + int(p_.grad.share), int(p_.grad.total));
     int folded = 0;  // tiles since the last fold
@@ -137,12 +136,11 @@ class WeightGemm {
         const unsigned char* a = gates(buffer) + a_offset_;
         const unsigned char* b = neighbourhood(buffer, 0) + b_offset_;
         __syncwarp();  // lanes have gone different ways
-#pragma unroll
-        for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
+        unrolled<weight_tile::kTaps>([&](int tap) {
           const int2 shift = load<int2>(&shifts_[tap][0]);
           shift_[tap][0] = !kHalf || lane_ / 8 % 2 == 0 ? shift.x : shift.y;
           if constexpr (!kHalf) shift_[tap][1] = shift.y;
-        }
+        });
 #pragma unroll 1
         for (int turn = 0; turn < kTurns; ++turn) {
           if (in_turns) {
@@ -170,11 +168,10 @@ class WeightGemm {
   SNNLSTM_DEVICE void write() {
     if (taps_ <= 0) return;
     float* acc = &acc_[0][0][0][0];
-#pragma unroll
-    for (int i = 0; i < weight_tile::kSums / 4; ++i) {
+    unrolled<weight_tile::kSums / 4>([&](int i) {
       const float4 v = load<float4>(total(i));
       acc[4 * i] = v.x, acc[4 * i + 1] = v.y, acc[4 * i + 2] = v.z, acc[4 * i + 3] = v.w;
-    }
+    });
     const int g = lane_ / 4, t = lane_ % 4;
     float* parts = static_cast<float*>(p_.grad.parts) +
                    int64_t(split_) * p_.grad.part_rows * p_.grad.part_columns;
@@ -183,21 +180,18 @@ class WeightGemm {
 #pragma unroll
     for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
       if (tap >= taps_) break;
-#pragma unroll
-      for (int mi = 0; mi < 2; ++mi)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const auto &v = acc_[tap][mi][0], &w = acc_[tap][mi][1];
-          const int row = first_row + (kHalf ? mi * 16 + r * 8 + g : 4 * g + 2 * mi + r);
-          float* out = parts + int64_t(row) * p_.grad.part_columns +
-                       (first_tap_ + tap) * p_.column_pitch + column;
-          if constexpr (kHalf) {
-            store(out + 2 * t, make_float2(v[2 * r], v[2 * r + 1]));
-            store(out + 8 + 2 * t, make_float2(w[2 * r], w[2 * r + 1]));
-          } else {
-            store(out + 4 * t, make_float4(v[2 * r], w[2 * r], v[2 * r + 1], w[2 * r + 1]));
-          }
+      unrolled<2, 2>([&](int mi, int r) {
+        const auto &v = acc_[tap][mi][0], &w = acc_[tap][mi][1];
+        const int row = first_row + (kHalf ? mi * 16 + r * 8 + g : 4 * g + 2 * mi + r);
+        float* out = parts + int64_t(row) * p_.grad.part_columns +
+                     (first_tap_ + tap) * p_.column_pitch + column;
+        if constexpr (kHalf) {
+          store(out + 2 * t, make_float2(v[2 * r], v[2 * r + 1]));
+          store(out + 8 + 2 * t, make_float2(w[2 * r], w[2 * r + 1]));
+        } else {
+          store(out + 4 * t, make_float4(v[2 * r], w[2 * r], v[2 * r + 1], w[2 * r + 1]));
         }
+      });
     }
   }
 
@@ -211,17 +205,15 @@ class WeightGemm {
   }
   SNNLSTM_DEVICE void fold() {
     float* acc = &acc_[0][0][0][0];
-#pragma unroll
-    for (int i = 0; i < weight_tile::kSums / 4; ++i) {
+    unrolled<weight_tile::kSums / 4>([&](int i) {
       float4 v = load<float4>(total(i));
       if (!fault(Fault::wrong_split_k, 2)) {
         v.x += acc[4 * i], v.y += acc[4 * i + 1];
         v.z += acc[4 * i + 2], v.w += acc[4 * i + 3];
       }
       store(total(i), v);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) acc[4 * i + k] = 0;
-    }
+      unrolled<4>([&](int k) { acc[4 * i + k] = 0; });
+    });
   }
 
   SNNLSTM_DEVICE unsigned char* gates(int buffer) const {
@@ -310,8 +302,7 @@ class WeightGemm {
   SNNLSTM_DEVICE void multiply_half(const unsigned char* a_row, const unsigned char* b_row,
                                     int turn) {
     uint32_t a[2][4];
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi) ldmatrix_transposed(a[mi], a_row + mi * 32);
+    unrolled<2>([&](int mi) { ldmatrix_transposed(a[mi], a_row + mi * 32); });
     b_row += pairs_[turn * 8];
 #pragma unroll
     for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
@@ -319,11 +310,10 @@ class WeightGemm {
       uint32_t b[4];
       ldmatrix_transposed(b, b_row + shift_[tap][0]);
       const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
-#pragma unroll
-      for (int mi = 0; mi < 2; ++mi) {
+      unrolled<2>([&](int mi) {
         mma<Operand>(acc_[tap][mi][0], a[mi], b0);
         mma<Operand>(acc_[tap][mi][1], a[mi], b1);
-      }
+      });
     }
   }
 
@@ -347,20 +337,19 @@ class WeightGemm {
 #pragma unroll
       for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
         if (!Full && tap >= taps_) break;
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
+        unrolled<2>([&](int k) {
           const uint2 v = load<uint2>(b_row + shift_[tap][k]);
           b[tap][k] = v.x, b[tap][2 + k] = v.y;
-        }
+        });
         of_b |= take(b[tap], b_low[tap]);
         add(acc_[tap], a, b[tap]);
       }
       if constexpr (kParts) {
         if (mma_gemm::may_be_infinite(of_a | of_b)) {
           without_nan(a_low);
-#pragma unroll
-          for (int tap = 0; tap < weight_tile::kTaps; ++tap)
+          unrolled<weight_tile::kTaps>([&](int tap) {
             if (Full || tap < taps_) without_nan(b_low[tap]);
+          });
         }
         const bool both = __any_sync(full_warp, (of_b << 1) != 0);  // spikes need no low parts
 #pragma unroll
@@ -377,36 +366,31 @@ class WeightGemm {
   template <int N>
   SNNLSTM_DEVICE static uint32_t take(uint32_t (&v)[N], uint32_t (&low)[N]) {
     uint32_t seen = 0;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
+    unrolled<N>([&](int i) {
       const float number = detail::float_of(v[i]);
       v[i] = mma_gemm::rounds_to_tf32(v[i]);
       if constexpr (kParts) {
         low[i] = detail::bits_of(number - detail::float_of(v[i] & mma_gemm::kTf32Bits));
         seen |= low[i];
       }
-    }
+    });
     return seen;
   }
   template <int N>
   SNNLSTM_DEVICE static void without_nan(uint32_t (&low)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
+    unrolled<N>([&](int i) {
       const float rest = detail::float_of(low[i]);
       if (rest != rest) low[i] = 0;
-    }
+    });
   }
 
   SNNLSTM_DEVICE static void add(float (&acc)[2][2][4], const uint32_t (&a)[8],
                                  const uint32_t (&b)[4]) {
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi)
-#pragma unroll
-      for (int nt = 0; nt < 2; ++nt) {
-        const uint32_t left[4] = {a[4 * mi], a[4 * mi + 1], a[4 * mi + 2], a[4 * mi + 3]};
-        const uint32_t right[2] = {b[2 * nt], b[2 * nt + 1]};
-        mma<tf32>(acc[mi][nt], left, right);
-      }
+    unrolled<2, 2>([&](int mi, int nt) {
+      const uint32_t left[4] = {a[4 * mi], a[4 * mi + 1], a[4 * mi + 2], a[4 * mi + 3]};
+      const uint32_t right[2] = {b[2 * nt], b[2 * nt + 1]};
+      mma<tf32>(acc[mi][nt], left, right);
+    });
   }
 
   const WeightGradMma& p_;

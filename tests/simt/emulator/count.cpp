@@ -61,9 +61,8 @@ std::unordered_map<size_t, Touched> touched;
 void count_global(const Request& r, Spot& spot) {
   std::array<uintptr_t, warp_size> starts;
   size_t n = 0;
-  for (unsigned lane = 0; lane < warp_size; ++lane) {
+  for (unsigned lane = 0; lane < warp_size; ++lane)
     if (r.lanes >> lane & 1) starts[n++] = r.address[lane];
-  }
   std::sort(starts.begin(), starts.begin() + n);
   uint64_t sectors = 0, distinct = 0;
   uintptr_t next_sector = 0, covered = 0;
@@ -118,15 +117,13 @@ void count_log(WarpLog& log) {
     if (item.second.requests.empty()) continue;
     Spot& spot = (*spots_now)[item.first];
     spot.requests += item.second.requests.size();
-    for (const Request& r : item.second.requests) {
-      if (r.space == Space::shared) {
+    for (const Request& r : item.second.requests)
+      if (r.space == Space::shared)
         count_shared(r, spot);
-      } else if (r.kind == Access::atomic) {
+      else if (r.kind == Access::atomic)
         ++(*now)["global_atomics"];
-      } else {
+      else
         count_global(r, spot);
-      }
-    }
     item.second.requests.clear();
     item.second.times.fill(0);
   }
@@ -171,17 +168,15 @@ void end_count_launch() {
 
 void count_access(Thread& thread, const Place& place, size_t bytes, Access kind, const void* pc) {
   if (now == nullptr || kind == Access::copy_done) return;
-  if (place.space == Space::global) {
+  if (place.space == Space::global)
     touch(place, bytes, kind == Access::write || kind == Access::atomic, kind != Access::write);
-  }
   const bool source = kind == Access::copy_source;
   // cp.async is one instruction with two requests: one to either memory.
   const void* key = source ? static_cast<const char*>(pc) - 1 : pc;
   Instruction& instruction = logs[thread.warp->id][key];
   const uint32_t time = instruction.times[thread.lane]++;
-  if (time == instruction.requests.size()) {
+  if (time == instruction.requests.size())
     instruction.requests.push_back({place.space, kind, 0, uint16_t(bytes), {}});
-  }
   Request& request = instruction.requests[time];
   request.lanes |= 1u << thread.lane;
   request.bytes = std::max(request.bytes, uint16_t(bytes));

@@ -77,9 +77,8 @@ void multiply(Warp& warp) {
       }
       continue;
     }
-    for (int k = 0; k < K; ++k) {
+    for (int k = 0; k < K; ++k)
       for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
-    }
   }
   for (unsigned lane = 0; lane < warp_size; ++lane) {
     const int g = int(lane) / 4, t = int(lane) % 4;

@@ -223,8 +223,8 @@ void cp_async(void* to, const void* from, int bytes, bool real) {
   if (real) access(thread, from, size_t(bytes), Access::copy_source, pc);
   access(thread, to, size_t(bytes), Access::copy_issue, pc);
   std::memset(to, 0xff, size_t(bytes));
-  thread.copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes,
-                           real, thread.committed, pc});
+  thread.copies.push_back(
+      {static_cast<char*>(to), static_cast<const char*>(from), bytes, real, thread.committed, pc});
   if (simt_settings.compute_capability < 80) {
     finish_copy(thread, thread.copies.back());
     thread.copies.pop_back();

@@ -113,9 +113,7 @@ bool from_other_block(const Record& r) {
 // Returns whether nothing orders the access of r before what `thread` does now.
 bool races(const Record& r, const Thread& thread, bool global) {
   const Machine& m = machine();
-  if (r.epoch < m.block_epoch) {
-    return global && r.epoch >= m.launch_epoch && !seen_across_blocks(r);
-  }
+  if (r.epoch < m.block_epoch) return global && r.epoch >= m.launch_epoch && !seen_across_blocks(r);
   if (r.epoch < m.epoch || r.thread == thread.id) return false;
   if (r.thread / warp_size != thread.warp->id) return true;
   return thread.warp->events <= r.event;
@@ -125,11 +123,10 @@ bool races(const Record& r, const Thread& thread, bool global) {
                          const Thread& thread, const char* address, const void* pc) {
   Machine& m = machine();
   const char* remedy = "no barrier between them";
-  if (from_other_block(r)) {
+  if (from_other_block(r))
     remedy = "nothing orders blocks";
-  } else if (r.thread / warp_size == thread.warp->id) {
+  else if (r.thread / warp_size == thread.warp->id)
     remedy = "neither a barrier nor a __syncwarp between them";
-  }
   m.fail(std::string("race: ") + m.name(thread) + " " + second + " " + describe_address(address) +
          " at " + describe_pc(pc) + "; " + m.name_of(r.thread) +
          (from_other_block(r) ? " of an earlier block " : " ") + first + " it at " +
@@ -166,12 +163,10 @@ inline void check_flight(const Cell& cell, const Context& c, const char* what, s
 void check_read(const Cell& cell, const Context& c, bool must_be_written, size_t offset) {
   const Machine& m = machine();
   const Thread& thread = c.thread;
-  if (races(cell.write, thread, c.global)) {
+  if (races(cell.write, thread, c.global))
     report("writes", cell.write, "reads", thread, c.start + offset, c.pc);
-  }
-  if (c.global && races(cell.other_write, thread, c.global)) {
+  if (c.global && races(cell.other_write, thread, c.global))
     report("writes", cell.other_write, "reads", thread, c.start + offset, c.pc);
-  }
   if (must_be_written && cell.write.epoch < m.block_epoch) {
     machine().fail("uninitialised: " + m.name(thread) + " reads " +
                    describe_address(c.start + offset) + ", which nobody has written, at " +
@@ -184,9 +179,8 @@ inline void on_read(Cell& cell, const Context& c, bool must_be_written, size_t o
   const Thread& thread = c.thread;
   check_flight(cell, c, "reads", offset);
   // Most reads are of what this block wrote before the last barrier.
-  if (c.global || cell.write.epoch < m.block_epoch || cell.write.epoch >= m.epoch) {
+  if (c.global || cell.write.epoch < m.block_epoch || cell.write.epoch >= m.epoch)
     check_read(cell, c, must_be_written, offset);
-  }
   Record& last = cell.read;
   const uint32_t bit = 1u << thread.lane;
   const bool same_warp = last.thread / warp_size == thread.warp->id;
@@ -205,16 +199,13 @@ void on_write(Cell& cell, const Context& c, bool atomic, const char* what, size_
   const Thread& thread = c.thread;
   const char* address = c.start + offset;
   check_flight(cell, c, what, offset);
-  if (!(atomic && cell.write.atomic) && races(cell.write, thread, c.global)) {
+  if (!(atomic && cell.write.atomic) && races(cell.write, thread, c.global))
     report("writes", cell.write, what, thread, address, c.pc);
-  }
   if (c.global) {
-    if (!(atomic && cell.other_write.atomic) && races(cell.other_write, thread, c.global)) {
+    if (!(atomic && cell.other_write.atomic) && races(cell.other_write, thread, c.global))
       report("writes", cell.other_write, what, thread, address, c.pc);
-    }
-    if (races(cell.other_read, thread, c.global)) {
+    if (races(cell.other_read, thread, c.global))
       report("reads", cell.other_read, what, thread, address, c.pc);
-    }
   }
   if (cell.read.epoch == m.epoch && cell.read.thread / warp_size == thread.warp->id) {
     Record r = cell.read;
@@ -224,9 +215,8 @@ void on_write(Cell& cell, const Context& c, bool atomic, const char* what, size_
   } else if (races(cell.read, thread, c.global)) {
     report("reads", cell.read, what, thread, address, c.pc);
   }
-  if (races(cell.read_elsewhere, thread, c.global)) {
+  if (races(cell.read_elsewhere, thread, c.global))
     report("reads", cell.read_elsewhere, what, thread, address, c.pc);
-  }
   if (c.global && from_other_block(cell.write)) cell.other_write = cell.write;
   cell.write = now(c, atomic);
 }
@@ -300,9 +290,8 @@ void order_by_atomic(Thread& thread, const void* p) {
     acquired.clear();
   }
   auto& list = published[p];
-  for (const Published& item : list) {
+  for (const Published& item : list)
     if (item.first != m.block_epoch) acquired[item.first] = item;
-  }
   if (thread.fenced) list.push_back({m.block_epoch, m.epoch, uint16_t(thread.id)});
 }
 

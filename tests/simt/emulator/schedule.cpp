@@ -223,13 +223,11 @@ bool Machine::round_ahead() {
   bool progress = false;
   const uint32_t started = epoch;
   for (const unsigned w : warp_order_) {
-    if (lockstep_ && w != warp_order_[0]) {
+    if (lockstep_ && w != warp_order_[0])
       progress |= resume_warp(warps[w], shuffle_lanes_);
-    } else {
-      while (epoch == started && !failed() && resume_warp(warps[w], shuffle_lanes_)) {
+    else
+      while (epoch == started && !failed() && resume_warp(warps[w], shuffle_lanes_))
         progress = true;
-      }
-    }
     if (failed() || epoch != started) return true;
   }
   return progress;

@@ -31,9 +31,8 @@ __global__ void __launch_bounds__(threads)
     const bool b_there = k + row < k1 && column0 + part < N;
     const bf16* from_a = a + size_t(row0 + row) * K + k + part;
     const bf16* from_b = b + size_t(k + row) * N + column0 + part;
-    if (!fault(Fault::missing_zero_fill) || a_there) {
+    if (!fault(Fault::missing_zero_fill) || a_there)
       cp_async<16>(&s.a[buffer][row][part], from_a, a_there);
-    }
     cp_async<16>(&s.b[buffer][row][part], from_b, b_there);
     cp_async_commit();
   };

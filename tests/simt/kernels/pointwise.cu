@@ -31,9 +31,8 @@ __global__ void box_sum(const float* x, float* y, int H, int W) {
   for (int i = thread; i < stencil_tile * stencil_tile; i += int(blockDim.x)) {
     const int r = i / stencil_tile, c = i % stencil_tile;
     float sum = 0;
-    for (int dy = 0; dy < 3; ++dy) {
+    for (int dy = 0; dy < 3; ++dy)
       for (int dx = 0; dx < 3; ++dx) sum += s.x[r + dy][c + dx];
-    }
     if (row0 + r < H && column0 + c < W) y[size_t(row0 + r) * W + column0 + c] = sum;
   }
 }

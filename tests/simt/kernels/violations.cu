@@ -18,11 +18,10 @@ int static_variable = 0;
 // ---- barriers and collectives -------------------------------------------------------------------
 
 CASE(divergent_barriers) {
-  if (threadIdx.x < 32 || !d.bad) {
+  if (threadIdx.x < 32 || !d.bad)
     __syncthreads();
-  } else {
+  else
     __syncthreads();
-  }
   d.out[threadIdx.x] = 1;
 }
 
@@ -52,11 +51,10 @@ CASE(barrier_against_shuffle) {
 
 CASE(places_differ) {
   int v = int(threadIdx.x);
-  if (threadIdx.x % 32 < 16 || !d.bad) {
+  if (threadIdx.x % 32 < 16 || !d.bad)
     v = __shfl_xor_sync(full_warp, v, 1);
-  } else {
+  else
     v = __shfl_xor_sync(full_warp, v, 1);
-  }
   d.out[threadIdx.x] = float(v);
 }
 
