@@ -6,6 +6,7 @@ Neither the address nor the version counter of a tensor says that its numbers ar
 
 import copy
 import gc
+import itertools
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,17 +16,14 @@ import numpy
 import pytest
 import torch
 from helpers import close, in_threads
-from kernels import Kernels, native, one_thread, use
+from kernels import ISAS, Kernels, native, use
 from torch import Tensor, nn
 
 import snnlstm
-from snnlstm import surrogate
 from snnlstm.call import CellOptions
 from snnlstm.native import packing
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
-
-OPTIONS = CellOptions((3, 3), surrogate=surrogate.atan(), reset="subtract")
 
 
 @pytest.fixture(autouse=True)
@@ -51,22 +49,17 @@ def make() -> snnlstm.SConv2dLSTM:
 
 
 def call(cell: snnlstm.SConv2dLSTM, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n, _, h, w = x.shape
-    start = x.new_zeros(n, cell.out_channels, h, w)
-    out = cell(x, start, start.clone())
-    assert cell.path is not None
+    out = cell(x, torch.zeros(0), torch.zeros(0))
     assert cell.path.native, str(cell.path)
     return out
 
 
+@torch.no_grad()
 def exact(cell: snnlstm.SConv2dLSTM, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n, _, h, w = x.shape
-    start = x.new_zeros(n, cell.out_channels, h, w)
-    with torch.no_grad(), one_thread():
-        return flat.reference(
-            x, start, start, cell.conv.weight, cell.conv.bias, cell.threshold,
-            torch.ones((), dtype=x.dtype), OPTIONS
-        )  # fmt: skip
+    return snnlstm.reference.sconv2dlstm(
+        x, weight=cell.conv.weight, bias=cell.conv.bias, threshold=cell.threshold,
+        reset_mechanism="subtract",
+    )  # fmt: skip
 
 
 def image(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -78,11 +71,6 @@ def by_optimizer(cell: snnlstm.SConv2dLSTM) -> None:
     optimizer = torch.optim.SGD(cell.parameters(), lr=0.5)
     call(cell, image())[2].sum().backward()
     optimizer.step()
-
-
-def by_a_new_conv(cell: snnlstm.SConv2dLSTM) -> None:
-    cell.conv = copy.deepcopy(cell.conv)
-    cell.conv.weight.data.mul_(1.5)
 
 
 def by_assigning_load_state_dict(cell: snnlstm.SConv2dLSTM) -> None:
@@ -100,7 +88,6 @@ CHANGES = {
     "a view": lambda cell: cell.conv.weight.detach()[-1].zero_(),
     "other data": lambda cell: setattr(cell.conv.weight, "data", cell.conv.weight.data * 1.5),
     "load_state_dict": by_assigning_load_state_dict,
-    "a new conv": by_a_new_conv,
     "swapped contents": lambda cell: torch.utils.swap_tensors(
         cell.conv.weight, nn.Parameter(cell.conv.weight.detach() * 1.5)
     ),
@@ -147,7 +134,6 @@ def test_a_weight_changed_between_forward_and_backward():
         cell.conv.weight.mul_(1.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
     # The loss depends on x alone, so d x is linear in the weight that the backward pass reads.
     cell = make()
     (before,) = torch.autograd.grad(call(cell, x)[2].sum(), x)
@@ -185,12 +171,10 @@ def test_a_weight_is_packed_once_for_each_of_its_values(kernels, packings):
 
 def test_each_instruction_set_and_algorithm_has_forms_of_its_own():
     cell, x = make(), image()
-    for _ in range(2):
-        for isa in snnlstm._C.isa_names():
-            for algorithm in native.cpu.ALGORITHMS:
-                for _kernels in use(Kernels(isa, algorithm)):
-                    out, expected = call(cell, x), exact(cell, x)
-                    torch.testing.assert_close(out[1:], expected[1:], atol=2e-5, rtol=0)
+    expected = exact(cell, x)
+    for isa, algorithm in 2 * list(itertools.product(ISAS, native.cpu.ALGORITHMS)):
+        for _ in use(Kernels(isa, algorithm)):
+            close(call(cell, x)[1:], expected[1:], atol=2e-5)
 
 
 def test_weights_of_one_shape_that_are_divided_otherwise():
@@ -275,25 +259,12 @@ def test_an_old_value_is_not_kept():
     assert len(entry.forms) <= 6  # three forms for each direction
 
 
-def test_packed_weights_are_not_saved(tmp_path):
+def test_packed_weights_are_not_saved():
     cell, x = make(), image()
     sizes = []
     for _ in range(2):
-        state = cell.state_dict()
-        assert list(state) == [
-            "threshold", "graded_spikes_factor", "reset_mechanism_val", "conv.weight", "conv.bias"
-        ]  # fmt: skip
         cell.syn, cell.mem = torch.zeros(0), torch.zeros(0)  # states are saved
-        torch.save(cell, tmp_path / "cell.pt")
-        torch.save(state, tmp_path / "state.pt")
-        sizes.append(
-            [
-                len(pickle.dumps(cell)),
-                len(pickle.dumps(state)),
-                (tmp_path / "cell.pt").stat().st_size,
-                (tmp_path / "state.pt").stat().st_size,
-            ]
-        )
+        sizes.append([len(pickle.dumps(what)) for what in (cell, cell.state_dict())])
         call(cell, x)
-    (saved, after), weight = sizes, cell.conv.weight.numel() * 4
-    assert all(two - one < weight / 4 for one, two in zip(saved, after, strict=True)), sizes
+    weight = cell.conv.weight.numel() * 4
+    assert all(two - one < weight / 4 for one, two in zip(*sizes, strict=True)), sizes

@@ -31,20 +31,6 @@ X, START = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
 # ---- accelerate -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"reset_mechanism": "subtract"}], ids=str)
-def test_accelerate_trains_as_before(options):
-    x = steps(6, 2, 2, 6, 6)
-    models = [net(snntorch.SConv2dLSTM, **options) for _ in range(2)]
-    optimizers = [torch.optim.Adam(model.parameters(), lr=0.05) for model in models]
-    for model in models:
-        model(x[0])
-    snnlstm.accelerate(models[0])  # in the midst of it
-    for model, optimizer in zip(models, optimizers, strict=True):
-        train(model, optimizer, x[1:])
-    close(models[0].state_dict(), models[1].state_dict(), atol=1e-4)
-    assert type(models[0].first) is snnlstm.SConv2dLSTM
-
-
 def test_accelerate_shares_all_that_the_cell_has():
     old = theirs(
         max_pool=2, learn_threshold=True, reset_mechanism="zero", init_hidden=True, output=True,
@@ -188,42 +174,14 @@ def test_backprop_trains_as_with_snntorchs_cell(name, options):
     assert losses["theirs"][-1] != losses["theirs"][0]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ce_rate_loss", "ce_count_loss", "mse_count_loss", "ce_max_membrane_loss",
-        "mse_membrane_loss", "ce_temporal_loss", "mse_temporal_loss",
-    ],
-)  # fmt: skip
-def test_functional_losses_and_their_gradients_are_those_of_the_original(name):
-    x, target = steps(6, 4, 2, 6, 6), torch.arange(4)
-    models = [sequential("accelerated"), sequential("theirs")]
-    losses = []
-    for model in models:
-        spk, mem = (torch.stack(out) for out in zip(*map(model, x), strict=True))
-        loss = getattr(functional, name)()(mem if "membrane" in name else spk, target)
-        loss.backward()
-        losses.append(loss)
-    close(*losses)
-    same_gradients(*models)
-    assert models[0][0].conv.weight.grad.any()
-
-
-def reset_by_module_walk(model):
-    """utils.reset as snnTorch's master has it: no registry, but reset_mem() of each neuron.
-
-    Its pull requests 414 and 449 say so: https://github.com/jeshraghian/snntorch/pull/449
-    """
-    for module in model.modules():
-        if isinstance(module, snntorch.SpikingNeuron):
-            module.reset_mem()
-
-
 def test_the_reset_of_snntorchs_master_reaches_the_cells_of_one_net_alone():
+    """It uses no registry, but reset_mem() of each neuron, as its pull requests 414 and 449 say."""
     models = [nn.Sequential(nn.ModuleDict({"deep": sequential("accelerated")})) for _ in range(2)]
     for model in models:
         model[0]["deep"](X)
-    reset_by_module_walk(models[0])
+    for module in models[0].modules():
+        if isinstance(module, snntorch.SpikingNeuron):
+            module.reset_mem()
     (one, other) = (model[0]["deep"][0] for model in models)
     assert not one.mem.any()
     assert not one.syn.any()
@@ -272,9 +230,12 @@ def test_restore_undoes_accelerate(options):
         same_gradients(back, other, atol=0)
 
 
-def test_restore_in_the_midst_of_training_keeps_optimizer_hooks_and_states():
+@pytest.mark.parametrize("reset", ["none", "subtract"])
+def test_both_ways_in_the_midst_of_training_keep_optimizer_hooks_and_states(reset):
     x = steps(7, 2, 2, 6, 6)
-    models = [net(snntorch.SConv2dLSTM, reset_mechanism="subtract") for _ in range(2)]
+    models = [net(snntorch.SConv2dLSTM, reset_mechanism=reset) for _ in range(2)]
+    for model in models:
+        model(x[0])
     optimizers = [torch.optim.Adam(model.parameters(), lr=0.05) for model in models]
     seen = []
     handle = models[0].first.register_forward_hook(lambda module, *_: seen.append(type(module)))

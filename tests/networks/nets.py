@@ -1,4 +1,4 @@
-"""Ten small networks, each with the structure, shapes and habits of one kind found in the wild.
+"""Eight small networks, each with the structure, shapes and habits of one kind found in the wild.
 
 Every network is written as its authors write theirs: for snnTorch's cell, without a thought of
 ours. ``NETWORKS`` lists them; a network class takes the cell's class as its first argument.
@@ -13,7 +13,6 @@ from typing import Any
 import snntorch as snn
 import torch
 import torch.nn.functional as F
-from snntorch import functional as SF
 from snntorch import surrogate, utils
 from torch import Tensor, nn
 
@@ -45,9 +44,6 @@ class Network:
         Which dimension of x is the batch.
     autocast : bool
         Whether the loop is under autocast, where the cells round in ways of their own.
-    ties : bool
-        Whether cells with max_pool are fed spikes. Patches of equal spikes then have equal mem; the
-        last bit of a sum decides which of them max_pool takes, and so where the gradient goes.
     """
 
     make: Callable[[Any], nn.Module]
@@ -57,7 +53,6 @@ class Network:
     classes: int = 3
     batch_dim: int = 0
     autocast: bool = False
-    ties: bool = False
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
         """Return the same batches at every call: events of density 0.3, and labels."""
@@ -103,48 +98,6 @@ class ExplicitStates(nn.Module):
         return torch.stack(out)
 
 
-class ThreeCells(nn.Module):
-    """Three cells with max_pool, two Linear layers with Leaky, and a still image at every step."""
-
-    def __init__(self, cell: Any) -> None:
-        super().__init__()
-        spike_grad = surrogate.fast_sigmoid(slope=25)
-        self.conv1 = cell(1, 4, 3, max_pool=2, threshold=0.07, spike_grad=spike_grad)
-        self.conv2 = cell(4, 6, 3, max_pool=2, threshold=0.05, spike_grad=spike_grad)
-        self.conv3 = cell(6, 6, 3, max_pool=2, threshold=0.03, spike_grad=spike_grad)
-        self.fc1 = nn.Linear(6 * 3 * 3, 12)
-        self.lif1 = snn.Leaky(beta=0.9, threshold=0.1, spike_grad=spike_grad)
-        self.fc2 = nn.Linear(12, 3)
-        self.lif2 = snn.Leaky(beta=0.9, threshold=0.1, spike_grad=spike_grad)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        syn1, mem1 = self.conv1.reset_mem()
-        syn2, mem2 = self.conv2.reset_mem()
-        syn3, mem3 = self.conv3.reset_mem()
-        mem4, mem5 = self.lif1.reset_mem(), self.lif2.reset_mem()
-        spk_rec, mem_rec = [], []
-        for _ in range(6):
-            spk1, syn1, mem1 = self.conv1(x, syn1, mem1)
-            spk2, syn2, mem2 = self.conv2(spk1, syn2, mem2)
-            spk3, syn3, mem3 = self.conv3(spk2, syn3, mem3)
-            spk4, mem4 = self.lif1(self.fc1(spk3.flatten(1)), mem4)
-            spk5, mem5 = self.lif2(self.fc2(spk4), mem5)
-            spk_rec.append(spk5)
-            mem_rec.append(mem5)
-        return torch.stack(spk_rec), torch.stack(mem_rec)
-
-
-def functional_loss_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
-    """snnTorch's own loss on the spikes, and its accuracy."""
-    spk_rec, mem_rec = net(x)
-    loss = SF.ce_rate_loss()(spk_rec, y) + mem_rec.square().mean()
-    SF.accuracy_rate(spk_rec, y)
-    optimizer.zero_grad(set_to_none=False)
-    loss.backward()
-    optimizer.step()
-    return loss
-
-
 class Spectrogram(nn.Module):
     """9x9 kernels over a mel spectrogram that is cut into frames, with batch norm between."""
 
@@ -164,28 +117,6 @@ class Spectrogram(nn.Module):
             spk, syn, mem = self.lstm2(spk)
             out.append(self.head(mem.flatten(1)))  # reads out the membrane potential
         return torch.stack(out)
-
-
-class EEG(nn.Module):
-    """19 electrodes by a window of samples; the kernel spans all of the electrodes."""
-
-    def __init__(self, cell: Any) -> None:
-        super().__init__()
-        grad = surrogate.sigmoid(slope=10)
-        self.cell = cell(
-            1, 6, (19, 3), threshold=0.05, spike_grad=grad, reset_mechanism="subtract",
-            max_pool=(1, 2),
-        )  # fmt: skip
-        self.classify = nn.Sequential(nn.Flatten(), nn.Dropout(0.25), nn.Linear(6 * 19 * 5, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        syn = mem = None
-        self.cell.reset_mem()
-        out = 0
-        for window in x.unfold(-1, 10, 10).unbind(-2):  # (N, electrodes, samples)
-            spk, syn, mem = self.cell(window.unsqueeze(1), syn, mem)
-            out = out + self.classify(spk)
-        return out.unsqueeze(0)
 
 
 class Columns(nn.Module):
@@ -367,9 +298,7 @@ NETWORKS = {
     "explicit": Network(
         ExplicitStates, ((4, 5, 2, 8, 8), (3, 5, 2, 8, 8)), plain_step, optimizer=_adam
     ),
-    "three": Network(ThreeCells, ((3, 1, 28, 28),), functional_loss_step, ties=True),
     "spectrogram": Network(Spectrogram, ((4, 1, 20, 32),), plain_step, optimizer=_adam),
-    "eeg": Network(EEG, ((3, 19, 40),), plain_step, optimizer=_sgd),
     "columns": Network(Columns, ((2, 129, 5),), plain_step, optimizer=_adam),
     "truncated": Network(
         Truncated, ((6, 3, 2, 6, 6),), truncated_step, optimizer=_sgd, batch_dim=1, autocast=True
