@@ -61,25 +61,21 @@ def test_a_compiler_builds_the_core(build, monkeypatch, tmp_path):
     assert "compiles no C++17" in build["core_plan"]()[1]
 
 
-def test_without_a_compiler_the_package_is_installed_all_the_same(build, monkeypatch, capsys):
+def test_without_a_compiler_the_package_is_installed_all_the_same(
+    build, monkeypatch, tmp_path, capsys
+):
     assert build["core_plan"]() == (False, "no C++ compiler found: c++, g++, clang++")
     assert build["core"]() == []
     said = capsys.readouterr().err
     assert "WITHOUT the native core (no C++ compiler found" in said
     assert "plain torch" in said
-
-
-@pytest.mark.parametrize("platform", ["win32", "darwin"])
-def test_on_other_systems_it_is_left_out(build, monkeypatch, platform):
-    monkeypatch.setattr(build["core_plan"].__globals__["sys"], "platform", platform)
-    assert build["core_plan"]() == (False, f"it is built on Linux, and this is {platform}")
-
-
-def test_a_compiler_that_fails_is_named_with_what_it_says(build, monkeypatch, tmp_path):
     program(tmp_path / "empty/c++", BROKEN)
-    built, why = build["core_plan"]()
-    assert not built
-    assert "compiles no C++17: cannot execute cicc" in why
+    assert "compiles no C++17: cannot execute cicc" in build["core_plan"]()[1]
+    for platform in ("win32", "darwin"):
+        monkeypatch.setattr(build["core_plan"].__globals__["sys"], "platform", platform)
+        assert build["core_plan"]() == (False, f"it is built on Linux, and this is {platform}")
+    monkeypatch.setenv("SNNLSTM_CORE", "off")
+    assert build["core_plan"]() == (False, "SNNLSTM_CORE=off")
 
 
 NO_CORE = r"needs the native core, which cannot be built: no C\+\+ compiler"
@@ -106,22 +102,7 @@ def test_a_wish_that_cannot_be_met_is_an_error(build, monkeypatch, plan, name, v
         build[plan]()
 
 
-def test_the_core_can_be_refused(build, monkeypatch):
-    monkeypatch.setenv("SNNLSTM_CORE", "off")
-    assert build["core_plan"]() == (False, "SNNLSTM_CORE=off")
-
-
 # ---- CUDA ----------------------------------------------------------------------------------------
-
-
-def test_no_compiler_builds_the_cpu_half(build):
-    assert build["find_nvcc"]() == (None, "no CUDA compiler found")
-
-
-def test_off_wins_over_everything(build, monkeypatch, tmp_path):
-    monkeypatch.setenv("SNNLSTM_CUDA", "off")
-    monkeypatch.setenv("CUDACXX", program(tmp_path / "nvcc"))
-    assert build["find_nvcc"]() == (None, "SNNLSTM_CUDA=off")
 
 
 def test_pip_means_the_pip_package_and_no_other(build, monkeypatch, tmp_path):
@@ -155,26 +136,22 @@ def test_the_order_of_preference(build, monkeypatch, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_home_without_a_compiler_is_passed_over(build, monkeypatch, tmp_path):
+def test_what_is_no_compiler_is_passed_over_unless_it_is_named(build, monkeypatch, tmp_path):
     """Run-time images set CUDA_HOME and have no nvcc."""
+    assert build["find_nvcc"]() == (None, "no CUDA compiler found")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     assert "CUDA_HOME" in build["find_nvcc"]()[1]
-    path = program(tmp_path / "default/bin/nvcc")
-    assert build["find_nvcc"]()[0] == path
-
-
-def test_a_compiler_that_does_not_run_is_passed_over(build, monkeypatch, tmp_path):
-    program(tmp_path / "default/bin/nvcc", BROKEN)
+    path = program(tmp_path / "default/bin/nvcc", BROKEN)
     nvcc, why = build["find_nvcc"]()
     assert nvcc is None
     assert "cannot execute cicc" in why
-
-
-def test_a_named_compiler_must_run(build, monkeypatch, tmp_path):
-    program(tmp_path / "default/bin/nvcc")
+    program(Path(path))
+    assert build["find_nvcc"]()[0] == path
     monkeypatch.setenv("CUDACXX", program(tmp_path / "nvcc", BROKEN))
     with pytest.raises(Exception, match="CUDACXX"):
         build["find_nvcc"]()
+    monkeypatch.setenv("SNNLSTM_CUDA", "off")  # which wins over everything
+    assert build["find_nvcc"]() == (None, "SNNLSTM_CUDA=off")
 
 
 def test_the_local_version(build, monkeypatch):
@@ -183,21 +160,17 @@ def test_the_local_version(build, monkeypatch):
     assert build["version"]() == plain + "+cu13"
 
 
-def test_a_wheel_is_not_called_after_another_cuda(build, monkeypatch, tmp_path):
-    monkeypatch.setenv("SNNLSTM_LOCAL_VERSION", "cu12")
-    monkeypatch.setenv("CUDACXX", program(tmp_path / "nvcc"))
-    with pytest.raises(Exception, match=r"CUDACXX.*13\.0.*cu12"):
-        build["find_nvcc"]()
-
-
-def test_the_compiler_of_the_cuda_that_the_wheel_is_named_after(build, monkeypatch, tmp_path):
-    """The first on PATH may be of another CUDA."""
+def test_the_compiler_is_of_the_cuda_that_the_wheel_is_named_after(build, monkeypatch, tmp_path):
+    """The first on PATH may be of another CUDA; one that is named must not be."""
     monkeypatch.setenv("SNNLSTM_LOCAL_VERSION", "cu12")
     monkeypatch.setenv("PATH", os.pathsep.join(str(tmp_path / name) for name in ("new", "old")))
-    program(tmp_path / "new/nvcc")
+    newer = program(tmp_path / "new/nvcc")
     assert "of CUDA 13.0" in build["find_nvcc"]()[1]
     older = program(tmp_path / "old/nvcc", NVCC.replace("13.0", "12.4"))
     assert build["find_nvcc"]()[0] == older
+    monkeypatch.setenv("CUDACXX", newer)
+    with pytest.raises(Exception, match=r"CUDACXX.*13\.0.*cu12"):
+        build["find_nvcc"]()
 
 
 # ---- for which GPUs ------------------------------------------------------------------------------
@@ -272,12 +245,10 @@ def test_a_build_is_for_these_gpus(
     assert re.search(why, reason, re.DOTALL)
 
 
-def test_a_gpu_without_a_compiler(build, install_gpus):
+def test_a_gpu_without_a_compiler_and_a_driver_that_does_not_start(build, install_gpus, tmp_path):
     install_gpus((9, 0))
     assert build["cuda_plan"]() == (None, "", "no CUDA compiler found")
-
-
-def test_a_driver_that_does_not_start_shows_no_gpu(build, nvcc, install_gpus):
+    program(tmp_path / "default/bin/nvcc")
     install_gpus((9, 0), status=100)
     assert build["cuda_plan"]()[0] is None
 
