@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import same
-from torch import Tensor, nn
+from torch import Tensor
 
 import snnlstm
 
@@ -97,29 +97,3 @@ def test_torchs_deterministic_mode_is_met_and_changes_nothing(backend, density, 
     finally:
         torch.use_deterministic_algorithms(False)
     same(actual, expected)
-
-
-def test_a_network_with_the_cell_in_it_trains_to_the_same_bits():
-    """It has dropout and a stochastic surrogate: all chance is torch's, which the seed sets."""
-
-    def losses() -> list[Tensor]:
-        torch.manual_seed(2)
-        net = nn.Sequential(
-            nn.Conv2d(2, 4, 3, padding=1),
-            nn.Dropout(0.3),
-            snnlstm.SConv2dLSTM(
-                4, 8, 3, threshold=0.05, init_hidden=True, spike_grad=snnlstm.surrogate.SSO()
-            ),
-            nn.Flatten(),
-            nn.Linear(8 * 64, 3),
-        )
-        optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-        for _ in range(3):
-            optimizer.zero_grad()
-            snnlstm.SConv2dLSTM.reset_hidden()
-            loss = sum(net(torch.rand(4, 2, 8, 8)) for _ in range(3)).square().mean()
-            loss.backward()
-            optimizer.step()
-        return [p.detach() for p in net.parameters()]
-
-    same(losses(), losses())

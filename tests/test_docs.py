@@ -105,15 +105,6 @@ def test_the_pages_with_examples_are_found():
     assert names >= {"README.md", "quickstart.md", "migrating.md", "sequences.md", "simt.md"}
 
 
-def test_the_warning_about_the_state_is_true():
-    cell = snnlstm.SConv2dLSTM(2, 4, 3, threshold=0.1)
-    x = torch.rand(3, 1, 2, 8, 8)
-    first = cell(x)
-    assert not torch.equal(cell(x)[2], first[2])
-    cell.reset_mem()
-    assert all(torch.equal(a, b) for a, b in zip(cell(x), first, strict=True))
-
-
 def test_examples_of_docstrings():
     finder, runner, found = doctest.DocTestFinder(), doctest.DocTestRunner(), 0
     names = {"snnlstm": snnlstm, "torch": torch, "nn": torch.nn}

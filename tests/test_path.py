@@ -28,19 +28,14 @@ class LowRank(nn.Module):
         return self.conv(x) + self.up(self.down(x))
 
 
-def hooked(conv):
-    conv.register_forward_hook(lambda module, args, out: out * 1.5)
-    return conv
+def hooked(kind="forward", hook=lambda module, args, out: out * 1.5):
+    """Returns what registers a hook."""
 
+    def change(conv):
+        getattr(conv, f"register_{kind}_hook")(hook)
+        return conv
 
-def hooked_before(conv):
-    conv.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
-    return conv
-
-
-def hooked_backward(conv):
-    conv.register_full_backward_hook(lambda module, grads, out: (grads[0] * 2,))
-    return conv
+    return change
 
 
 def dilated(conv):
@@ -55,9 +50,12 @@ def replaced_forward(conv):
 
 
 CHANGES = {
-    "hook": (hooked, "conv carries hooks"),
-    "pre-hook": (hooked_before, "conv carries hooks"),
-    "backward hook": (hooked_backward, "conv carries hooks"),
+    "hook": (hooked(), "conv carries hooks"),
+    "pre-hook": (hooked("forward_pre", lambda _, args: (args[0] * 1.5,)), "conv carries hooks"),
+    "backward hook": (
+        hooked("full_backward", lambda _, grads, out: (grads[0] * 2,)),
+        "conv carries hooks",
+    ),
     "weight_norm": (parametrizations.weight_norm, "conv is a ParametrizedConv2d"),
     "spectral_norm": (parametrizations.spectral_norm, "conv is a ParametrizedConv2d"),
     "orthogonal": (parametrizations.orthogonal, "conv is a ParametrizedConv2d"),
@@ -150,7 +148,7 @@ def test_hooks_on_every_conv_are_logged_once_for_all_cells(caplog, monkeypatch):
     monkeypatch.setattr(snnlstm.run, "_logged", set())
     cells = [ours() for _ in range(3)]
     for cell in cells:
-        hooked(cell.conv)
+        hooked()(cell.conv)
         cell(X)
     (record,) = caplog.records
     assert record.getMessage().endswith("(plain torch, slower): conv carries hooks")
@@ -177,26 +175,22 @@ def test_what_nobody_expects_to_be_fast_is_not_logged(caplog):
     assert not caplog.records
 
 
-def test_the_path_is_none_before_the_first_call():
-    assert ours().path is None
-
-
 @pytest.mark.skipif(native is None, reason="the core is not built")
 def test_the_native_path_says_what_it_is():
     cell = ours()
+    assert cell.path is None
     cell(X)
     assert cell.path.name.startswith("cpu-")
     assert str(cell.path) == f"{cell.path.name} ({cell.path.reason})"
 
 
 def test_tensors_that_the_kernels_cannot_read_are_computed_all_the_same():
-    expected = ours()(X, *START)
-
     class Tagged(torch.Tensor):
         pass
 
     cell = ours()
-    close([o.as_subclass(torch.Tensor) for o in cell(X.as_subclass(Tagged), *START)], expected)
+    out = cell(X.as_subclass(Tagged), *START)
+    close([o.as_subclass(torch.Tensor) for o in out], ours()(X, *START))
     assert "subclass" in cell.path.reason
 
 
@@ -214,10 +208,8 @@ def test_lazily_negated_tensors_are_read_as_what_they_are(which):
         "x": X, "syn": START[0], "mem": START[1], "weight": plain.conv.weight.detach(),
         "bias": plain.conv.bias.detach(), "threshold": torch.full((3, 1, 1), 0.05),
     }  # fmt: skip
-    out = []
-    for given in (tensors, tensors | {which: negated(tensors[which])}):
-        out.append(snnlstm.functional.sconv2dlstm(**given))
-    close(*out)
+    other = tensors | {which: negated(tensors[which])}
+    close(*(snnlstm.functional.sconv2dlstm(**given) for given in (tensors, other)))
 
 
 def test_torch_func_transforms_and_forward_mode():

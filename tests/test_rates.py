@@ -78,8 +78,7 @@ def test_the_table_names_what_never_spiked_and_what_was_not_called(capsys):
 
 def test_a_model_without_neurons_and_what_is_no_model():
     with snnlstm.spike_rates(nn.Linear(2, 2), show=False) as rates:
-        pass
-    assert rates == {}
+        assert rates == {}
     assert len(str(rates).splitlines()) == 1
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
         snnlstm.spike_rates([ours()])
