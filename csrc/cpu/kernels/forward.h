@@ -53,8 +53,8 @@ class Forward {
 
   void run() {
     const Cell& c = a_.cell;
-    x_runs_.window(c, c.Cin, l_.Wx * c.Cin, c.Cin, 0, kChunk);
-    mem_runs_.window(c, c.C, l_.Wm * l_.Cp, l_.Cp, l_.Kx, kChunk);
+    x_runs_.window(c, l_.along_columns(c.Cin), c.Cin, l_.Wx * c.Cin, c.Cin, 0, kChunk);
+    mem_runs_.window(c, l_.along_columns(c.C), c.C, l_.Wm * l_.Cp, l_.Cp, l_.Kx, kChunk);
     pack_vectors();
     const Phases phases(counters_, c.T + 1);
     parallel(a_.threads, double(c.N) * l_.pixels * l_.K() * 4 * c.C, [&](int thread) {
@@ -195,21 +195,28 @@ class Forward {
                  bottom - top, c.Cin, patch + top * row + border, Pixels{c.W, row, c.Cin}, c.Cin);
   }
 
-  // Sums `list` over so many rows of each block, and adds the sums to the block's gates, or else
-  // writes them there with the bias added. in(block) is what the first row sees.
-  template <class In>
-  void sweep(const RunList& list, In&& in, int64_t row, int64_t pixel, int64_t rows, int64_t cb,
-             bool add, const Block* blocks, int64_t count) {
+  // Sums `list` over `rows` rows of each block, from state row `first` on, and adds the sums to the
+  // block's gates, or else writes them there with the bias added. in(block) is what the first row
+  // sees. met(line) are the lines of taps that meet the image from there.
+  template <class In, class Met>
+  void sweep(const RunList& list, In&& in, int64_t row, int64_t pixel, Met&& met, int64_t first,
+             int64_t rows, int64_t cb, bool add, const Block* blocks, int64_t count) {
     const Span span(Part::products);
     const T* w = static_cast<const T*>(a_.weight) + cb * l_.K() * kGates;
-    list.chunks(kChunk, [&](const Run* runs, int number) {
-      for (const Block* b = blocks; b < blocks + count; ++b)
-        for (int64_t h = 0; h < rows; ++h) {
-          T* out = b->gates + h * l_.Wr * kGates;
-          conv_row<S, 4>(in(*b) + h * row, pixel, runs, number, w,
-                         add ? Start<T>{out, kGates} : Start<T>{bias_ + cb * kGates, 0}, out,
-                         kGates, l_.Wo);
+    const PixelLines p(list.by_columns(), rows, l_.Wo, row, pixel, l_.Wr * kGates, kGates);
+    list.chunks(kChunk, [&](const Run* chunk, int size) {
+      for (int64_t k = 0; k < p.lines; ++k) {
+        const Run* runs = chunk;
+        int number = size;
+        list.limit(runs, number, met(list.by_columns() ? k : first + k));
+        if (add && number == 0) continue;
+        for (const Block* b = blocks; b < blocks + count; ++b) {
+          T* out = b->gates + k * p.out_line;
+          conv_row<S, 4>(in(*b) + k * p.in_line, p.in_pixel, runs, number, w,
+                         add ? Start<T>{out, p.out_pixel} : Start<T>{bias_ + cb * kGates, 0}, out,
+                         p.out_pixel, p.pixels);
         }
+      }
       add = true;
     });
   }
@@ -223,13 +230,16 @@ class Forward {
   }
 
   // Writes the bias and the input half of a strip of each block: `rows` state rows, which begin
-  // `top` rows behind the block's first.
-  void sweep_x(int64_t top, int64_t rows, int64_t cb, const Block* blocks, int64_t count) {
+  // `top` rows behind the block's first, b0.
+  void sweep_x(int64_t b0, int64_t top, int64_t rows, int64_t cb, const Block* blocks,
+               int64_t count) {
     const int64_t row = a_.cell.stride_h * l_.Wx * a_.cell.Cin;
     if (a_.cell.x_way != Way::sparse)
       return sweep(
           x_runs_, [&](const Block& b) { return b.patch + top * row; }, row,
-          a_.cell.stride_w * a_.cell.Cin, rows, cb, false, blocks, count);
+          a_.cell.stride_w * a_.cell.Cin,
+          [&](int64_t k) { return l_.met_x(x_runs_.by_columns(), k); }, b0 + top, rows, cb, false,
+          blocks, count);
     const Span span(Part::products);
     for (const Block* b = blocks; b < blocks + count; ++b)
       sparse_.convolve(b->lists[top / strip_],
@@ -239,10 +249,11 @@ class Forward {
 
   void direct(int64_t t, int64_t together, int64_t b0, int64_t b1, const Scratch& s) {
     for (int64_t cb = 0; cb < l_.Cb; ++cb) {
-      sweep_x(0, b1 - b0, cb, s.blocks, together);
+      sweep_x(b0, 0, b1 - b0, cb, s.blocks, together);
       sweep(
           mem_runs_, [&](const Block& b) { return states_.mem_row(t, b.r, b0); }, l_.Wm * l_.Cp,
-          l_.Cp, b1 - b0, cb, true, s.blocks, together);
+          l_.Cp, [&](int64_t k) { return l_.met(mem_runs_.by_columns(), k); }, b0, b1 - b0, cb,
+          true, s.blocks, together);
       for (const Block* b = s.blocks; b < s.blocks + together; ++b)
         for (int64_t h = b0; h < b1; ++h)
           update(t, b->r, h, cb, b->gates + (h - b0) * l_.Wr * kGates);
@@ -272,7 +283,7 @@ class Forward {
                        true, s.products);
       for (int64_t h0 = b0; h0 < b1; h0 += strip_) {
         const int64_t h1 = h0 + strip_ < b1 ? h0 + strip_ : b1;
-        if (!x_too) sweep_x(h0 - b0, h1 - h0, cb, s.blocks, together);
+        if (!x_too) sweep_x(b0, h0 - b0, h1 - h0, cb, s.blocks, together);
         for (int64_t k = 0; k < together; ++k) strip(t, of_mem, k, b0, h0, h1, cb, !x_too, s);
       }
     }

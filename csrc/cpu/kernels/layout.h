@@ -91,7 +91,9 @@ struct Layout {
         Kx(taps * cell.Cin),
         Km(taps * cell.C),
         Kg(taps * 4 * Cp),
-        x_blocks(whole_vectors((cell.Cin + VL - 1) / VL)) {}
+        x_blocks(whole_vectors((cell.Cin + VL - 1) / VL)),
+        by_columns(cpu::met_share(cell.kernel_w, cell.dilation_w, Wo) <
+                   0.9 * cpu::met_share(cell.kernel_h, cell.dilation_h, Ho)) {}
 
   Cell c;
   Tiling form, grad_form;          // Winograd's, grad_form of the weight gradient; else of 1 x 1
@@ -99,6 +101,7 @@ struct Layout {
   int64_t ph, pw, Cb, Cp, pixels;
   int64_t Hm, Wm, Hx, Wx;  // with border, of mem and d gates, and of x
   int64_t taps, Kx, Km, Kg, x_blocks;
+  bool by_columns;  // more taps meet only the border on the left and right than above and below
 
   // Returns the number of vectors of x's gradient. Vectors shorter than the processor's come in
   // pairs, which are merged, or in threes, which take as long.
@@ -128,6 +131,19 @@ struct Layout {
   int64_t all_taps() const { return (c.kernel_h + 2 * c.outer_h) * all_columns(); }
   int64_t place(int64_t tap) const {
     return (tap / c.kernel_w + c.outer_h) * all_columns() + tap % c.kernel_w + c.outer_w;
+  }
+
+  // Says whether direct convolution of so many channels goes along columns of pixels, and not along
+  // rows. Of a line, the taps are left out that meet only the border along the other axis.
+  bool along_columns(int64_t channels) const { return by_columns && channels >= 8; }
+  // These return the lines of taps that meet the state's image, and x's, from a line of pixels.
+  cpu::MetTaps met(bool columns, int64_t line) const {
+    return columns ? cpu::MetTaps(line - pw, c.kernel_w, c.dilation_w, Wo)
+                   : cpu::MetTaps(line - ph, c.kernel_h, c.dilation_h, Ho);
+  }
+  cpu::MetTaps met_x(bool columns, int64_t line) const {
+    return columns ? cpu::MetTaps(line * c.stride_w - pw, c.kernel_w, c.dilation_w, c.W)
+                   : cpu::MetTaps(line * c.stride_h - ph, c.kernel_h, c.dilation_h, c.H);
   }
 
   // These count the values that Winograd makes of a kernel.
@@ -273,19 +289,26 @@ class RunList {
   RunList& operator=(const RunList&) = delete;
   ~RunList() { delete[] runs_; }
 
-  // Makes the list of a dense window of kernel_h x kernel_w taps of `channels` values each. In the
-  // input rows lie row_stride apart and pixels pixel_stride. weight_row is that of the first tap.
-  void window(const Cell& c, int64_t channels, int64_t row_stride, int64_t pixel_stride,
-              int64_t weight_row, int64_t max_len) {
-    const bool whole_rows = c.dilation_w == 1 && pixel_stride == channels;
+  // Makes the list of a dense window of kernel_h x kernel_w taps of `channels` values each, one
+  // line of taps (a row or, by columns, a column of the kernel) after the other. In the input rows
+  // lie row_stride apart and pixels pixel_stride. weight_row is that of the first tap.
+  void window(const Cell& c, bool by_columns, int64_t channels, int64_t row_stride,
+              int64_t pixel_stride, int64_t weight_row, int64_t max_len) {
+    const bool whole_rows = !by_columns && c.dilation_w == 1 && pixel_stride == channels;
     const int64_t pieces = whole_rows ? 1 : c.kernel_w;
     const int64_t len = whole_rows ? c.kernel_w * channels : channels;
+    const int64_t lines = by_columns ? pieces : c.kernel_h,
+                  of_line = by_columns ? c.kernel_h : pieces;
     reserve(c.kernel_h * pieces * (len / max_len + 1));
-    for (int64_t i = 0; i < c.kernel_h; ++i)
-      for (int64_t j = 0; j < pieces; ++j)
+    for (int64_t line = 0; line < lines; ++line)
+      for (int64_t k = 0; k < of_line; ++k) {
+        const int64_t i = by_columns ? k : line, j = by_columns ? line : k;
         add({i * c.dilation_h * row_stride + j * c.dilation_w * pixel_stride,
              weight_row + (i * pieces + j) * len, len},
             max_len);
+      }
+    of_line_ = count_ / int(lines);
+    by_columns_ = by_columns;
   }
   void reserve(int64_t count) {
     delete[] runs_;
@@ -300,7 +323,19 @@ class RunList {
     }
   }
   int count() const { return count_; }
-  const Run* data() const { return runs_; }
+
+  bool window() const { return of_line_ > 0; }
+  bool by_columns() const { return by_columns_; }
+  // Of a window, returns the line that a run belongs to.
+  int64_t line(const Run* run) const { return (run - runs_) / of_line_; }
+  // Of some neighbouring runs of a window, leaves those of the lines [taps.first, taps.last).
+  void limit(const Run*& runs, int& number, const cpu::MetTaps& taps) const {
+    const Run *end = runs + number, *first = runs_ + taps.first * of_line_,
+              *last = runs_ + taps.last * of_line_;
+    if (runs < first) runs = first;
+    if (end > last) end = last;
+    number = runs < end ? int(end - runs) : 0;
+  }
 
   // Calls f(first run, number of runs) for stretches of at most max_len values.
   template <class F>
@@ -317,7 +352,24 @@ class RunList {
 
  private:
   Run* runs_ = nullptr;
-  int count_ = 0;
+  int count_ = 0, of_line_ = 0;
+  bool by_columns_ = false;
+};
+
+// The lines that direct convolution goes along, rows or columns of pixels: how many they are, their
+// pixels, and the strides of the input and the output.
+struct PixelLines {
+  int64_t lines, pixels;
+  int64_t in_line, in_pixel, out_line, out_pixel;
+
+  PixelLines(bool by_columns, int64_t rows, int64_t columns, int64_t in_row, int64_t in_column,
+             int64_t out_row, int64_t out_column)
+      : lines(by_columns ? columns : rows),
+        pixels(by_columns ? rows : columns),
+        in_line(by_columns ? in_column : in_row),
+        in_pixel(by_columns ? in_row : in_column),
+        out_line(by_columns ? out_column : out_row),
+        out_pixel(by_columns ? out_row : out_column) {}
 };
 
 // Returns how many values of K have weights (NV * VL each) that fill about 12 KiB.

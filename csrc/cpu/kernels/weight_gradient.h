@@ -41,8 +41,8 @@ class WeightGradient {
         c_(l.c),
         threads_(threads),
         sparse_(l),
-        x_runs_(c_, c_.Cin, l.Wx * c_.Cin, c_.Cin, 0, kPiece),
-        mem_runs_(c_, c_.C, l.Wm * l.Cp, l.Cp, l.Kx, kPiece),
+        x_runs_(c_, l.along_columns(c_.Cin), c_.Cin, l.Wx * c_.Cin, c_.Cin, 0, kPiece),
+        mem_runs_(c_, l.along_columns(c_.C), c_.C, l.Wm * l.Cp, l.Cp, l.Kx, kPiece),
         x_groups_(groups(x_runs_)),
         mem_groups_(groups(mem_runs_)),
         splits_(count_splits()),
@@ -246,20 +246,39 @@ class WeightGradient {
     (of_x ? x_runs_ : mem_runs_).chunks(kPiece, [&](const Run* runs, int count) {
       if (piece-- != 0) return;
       if (l_.few_channels()) return of_few(step, split, of_x, runs, count, s, out);
-      each_pixel_block(step, split, cb, of_x, [&](PixelRows<T> p) {
+      each_pixel_block(step, split, cb, of_x, [&](int64_t h, PixelRows<T> p) {
         if (l_.Cb > 1) gather_d_gates(p, s.d_gates);
         for (int r = 0; r < count; ++r)
-          weight_grad_run<S>(p, runs[r].in, runs[r].len, out + runs[r].w * kGates);
+          weight_grad_run<S>(met_by(runs + r, of_x, h, p), runs[r].in, runs[r].len,
+                             out + runs[r].w * kGates);
       });
     });
   }
 
+  // Returns those of the pixels, whose first row is h, from which a run meets the image.
+  PixelRows<T> met_by(const Run* run, bool of_x, int64_t h, PixelRows<T> p) const {
+    const RunList& list = of_x ? x_runs_ : mem_runs_;
+    const bool columns = list.by_columns();
+    const int64_t line = list.line(run);
+    const auto meets = [&](int64_t k) {
+      const cpu::MetTaps taps = of_x ? l_.met_x(columns, k) : l_.met(columns, k);
+      return taps.first <= line && line < taps.last;
+    };
+    int64_t& lines = columns ? p.pixels : p.rows;
+    int64_t first = columns ? 0 : h;
+    const int64_t in = columns ? p.in_pixel : p.in_row, d = columns ? p.d_pixel : p.d_row;
+    for (; lines > 0 && !meets(first); ++first, --lines) p.in += in, p.d_gates += d;
+    while (lines > 0 && !meets(first + lines - 1)) --lines;
+    return p;
+  }
+
+  // Calls f(first row, pixels) for the blocks of a split's images.
   template <class F>
   void each_pixel_block(const StepImages<T>& step, int64_t split, int64_t cb, bool of_x, F&& f) {
     const int64_t block = pixel_block_rows();
     each_images(split, false, [&](int64_t n, int64_t images) {
       for (int64_t h = 0; h < l_.Ho; h += block)
-        f(pixel_rows(step, n, images, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x));
+        f(h, pixel_rows(step, n, images, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x));
     });
   }
 
@@ -270,14 +289,16 @@ class WeightGradient {
     const int64_t C = c_.C, vectors = 4 * C <= VL ? 1 : 2, width = vectors * VL;
     T* const sums = s.few_sums;
     std::memset(sums, 0, kPiece * width * sizeof(T));
-    each_pixel_block(step, split, 0, of_x, [&](PixelRows<T> p) {
+    each_pixel_block(step, split, 0, of_x, [&](int64_t h, PixelRows<T> p) {
       gather_lanes(p, width, s.d_gates);
       T* to = sums;
-      for (int r = 0; r < count; to += runs[r++].len * width)
+      for (int r = 0; r < count; to += runs[r++].len * width) {
+        const PixelRows<T> met = met_by(runs + r, of_x, h, p);
         if (vectors == 1)
-          weight_grad_run<S, 1>(p, runs[r].in, runs[r].len, to);
+          weight_grad_run<S, 1>(met, runs[r].in, runs[r].len, to);
         else
-          weight_grad_run<S, 2>(p, runs[r].in, runs[r].len, to);
+          weight_grad_run<S, 2>(met, runs[r].in, runs[r].len, to);
+      }
     });
     const T* from = sums;
     for (int r = 0; r < count; ++r)
