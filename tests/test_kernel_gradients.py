@@ -4,22 +4,14 @@ Random combinations of all options are drawn by fuzz.py.
 """
 
 import itertools
-from dataclasses import replace
 
 import flat
 import pytest
 import torch
 from alone import ALONE
 from cases import LAYOUTS, PLAIN, SURROGATES, Inputs, wanting_gradients
-from checks import HALF_GATES, check_gradients, infer
-from gradients import (
-    NAMES,
-    OUTPUTS,
-    compare,
-    gradients,
-    leaves_and_gradients,
-    total,
-)
+from checks import check_gradients, infer
+from gradients import NAMES, OUTPUTS, compare, gradients
 from helpers import same
 from kernels import Kernels, native, one_thread
 from oracle import check_steps
@@ -43,17 +35,14 @@ def test_each_option_alone(kernels, name):
 
 @pytest.mark.parametrize("kind", SURROGATES, ids=lambda s: s.name)
 def test_each_surrogate(isa, kind):
-    kernels = Kernels(isa, "auto")
-    assert check_gradients(kernels, DOUBLE.but(surrogate=kind))
-    assert check_gradients(kernels, DOUBLE.but(surrogate=kind, pool="max", pool_size=(2, 2)))
-    assert check_gradients(kernels, DOUBLE.but(surrogate=kind, pool="avg", pool_size=(2, 2)))
+    for pool in ({}, {"pool": "max", "pool_size": (2, 2)}, {"pool": "avg", "pool_size": (2, 2)}):
+        assert check_gradients(Kernels(isa, "auto"), DOUBLE.but(surrogate=kind, **pool))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_stochastic_surrogate_draws_the_noise_of_the_reference_in_float32(kernels, layout):
     case = PLAIN.but(surrogate=surrogate.SSO(0.1, 0.5), layouts=(layout,) * 4)
-    inputs = case.inputs()
-    grads = case.output_gradients()
+    inputs, grads = case.inputs(), case.output_gradients()
     own, other = (
         gradients(run, inputs, case.options, grads, noise=5)
         for run in (kernels.run, flat.reference)
@@ -78,8 +67,7 @@ def test_memory_layouts(kernels, layout):
         layouts = ["contiguous"] * 4
         layouts[which] = layout
         case = PLAIN.but(time=2, batch=1, layouts=tuple(layouts))
-        inputs = case.inputs()
-        grads = case.output_gradients()
+        inputs, grads = case.inputs(), case.output_gradients()
         contiguous = Inputs(*(None if t is None else t.contiguous() for t in inputs))
         same(infer(kernels, case, inputs), infer(kernels, case, contiguous))
         one = gradients(kernels.run, inputs, case.options, grads)
@@ -138,9 +126,8 @@ def test_half_gates_stay_accurate_and_keep_nan(kernels):
             error = (halves[name] - whole[name]).norm() / whole[name].norm()
             assert 0 < error < most, name
     for gate in range(4):
-        inputs = PLAIN.inputs()
+        inputs, grads = PLAIN.inputs(), PLAIN.output_gradients()
         inputs.bias[9 * gate + 3] = torch.nan
-        grads = PLAIN.output_gradients()
         whole = gradients(kernels.run, inputs, PLAIN.options, grads)
         halves = gradients(kernels.run, inputs, PLAIN.but(checkpoint="gates").options, grads)
         for name in NAMES:
@@ -282,49 +269,3 @@ def test_gradgradcheck_of_syn_and_mem():
     assert torch.autograd.gradgradcheck(
         lambda *t: flat.run(*t, graded, case.options)[1:], leaves, atol=1e-4, fast_mode=True
     )
-
-
-# ---- sequences and steps -------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"reset": "zero", "pool": "avg", "pool_size": (2, 2)}, {"checkpoint": "gates"}],
-    ids=str,
-)
-def test_step_calls_have_the_gradients_of_a_sequence(kernels, options):
-    for dtype in kernels.dtypes:
-        case = PLAIN.but(**options, dtype=dtype)
-        inputs, grads = leaves_and_gradients(case)
-        out = kernels.run(*inputs, case.options)
-        whole = torch.autograd.grad(total(out, grads), inputs[:6])
-
-        step = replace(case.options, sequence=False, record=False)
-        syn, mem, steps = inputs.syn, inputs.mem, []
-        for x in inputs.x:
-            spk, syn, mem = kernels.run(x, syn, mem, *inputs[3:], step)
-            steps.append((spk, syn, mem))
-        out = [torch.stack(of) for of in zip(*steps, strict=True)]
-        parts = torch.autograd.grad(total(out, grads), inputs[:6])
-        compare(
-            dict(zip(NAMES, parts, strict=True)),
-            dict(zip(NAMES, whole, strict=True)),
-            kernels.gradient_error(dtype) + ("checkpoint" in options) * HALF_GATES[dtype],
-            grads,
-        )
-
-
-def test_states_carry_gradients_from_call_to_call(kernels):
-    """A sequence of 4 steps from the states of one of 3 makes one of 7."""
-    for dtype in kernels.dtypes:
-        case = PLAIN.but(dtype=dtype, time=7)
-        inputs, grads = leaves_and_gradients(case)
-        whole = torch.autograd.grad(total(kernels.run(*inputs, case.options), grads), inputs[:6])
-        spk, syn, mem = kernels.run(inputs.x[:3], *inputs[1:], case.options)
-        first = total((spk, syn, mem), [g[:3] for g in grads])
-        out = kernels.run(inputs.x[3:], syn[-1], mem[-1], *inputs[3:], case.options)
-        parts = torch.autograd.grad(first + total(out, [g[3:] for g in grads]), inputs[:6])
-        compare(
-            dict(zip(NAMES, parts, strict=True)),
-            dict(zip(NAMES, whole, strict=True)),
-            kernels.gradient_error(dtype),
-            grads,
-        )
