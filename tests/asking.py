@@ -34,7 +34,8 @@ def _outer(value):
 
 def _assert_near(one: Tensor, other: Tensor) -> None:
     """Sums of many terms differ by rounding, relative to the largest."""
-    assert (one - other).abs().max() <= 1e-4 * other.abs().max() + 1e-30
+    error = max(1e-4, 4 * torch.finfo(other.dtype).eps)
+    assert (one - other).abs().max() <= error * other.abs().max() + 1e-30
 
 
 def _negated(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:

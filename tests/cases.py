@@ -217,7 +217,7 @@ def options(draw: Any, height: int, width: int) -> CellOptions:
         draw(st.sampled_from([False, False, False, True])),
         sequence,
         sequence and draw(st.booleans()),
-        draw(st.booleans()),
+        draw(st.sampled_from([False, True, "gates"])),
     )
 
 

@@ -8,6 +8,7 @@ is then exact (it compares two given numbers), the states are continuous, and th
 judged by the potential that the kernels themselves returned.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import flat
@@ -32,7 +33,7 @@ def assert_quantised(value: Tensor, exact: Tensor, levels: Tensor, band: float) 
     assert excess.max() <= 2 * band, f"a level is not the nearest, by {float(excess.max()):.3g}"
 
 
-def _steps(tensor: Tensor, options: CellOptions) -> Tensor:
+def steps_of(tensor: Tensor, options: CellOptions) -> Tensor:
     return tensor if options.sequence else tensor.unsqueeze(0)
 
 
@@ -80,6 +81,22 @@ def check_spikes(
     assert torch.equal(spk, torch.where(spiked, graded, torch.zeros_like(graded)))
 
 
+def exact_steps(
+    inputs: Inputs, syn: Tensor, mem: Tensor, options: CellOptions
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the exact syn and mem of each step, before they are quantised.
+
+    `syn` and `mem` are every state of a run: each step starts from those before it.
+    """
+    step = replace(options, sequence=False, record=False, quant=None, surrogate=surrogate.NONE)
+    wide = inputs.double()
+    before = [wide.syn, wide.mem]
+    steps = (steps_of(t.detach().double(), options) for t in (wide.x, syn, mem))
+    for x, *after in zip(*steps, strict=True):
+        yield flat.reference(x, *before, *wide[3:], step)[1:]
+        before = after
+
+
 def check_steps(
     case: Case, inputs: Inputs, out: tuple[Tensor, Tensor, Tensor], error: float
 ) -> None:
@@ -92,21 +109,48 @@ def check_steps(
         larger than 1.
     """
     options = case.options
-    step = replace(options, sequence=False, record=False, quant=None, surrogate=surrogate.NONE)
-    wide = inputs.double()
-    syn_before, mem_before = wide.syn, wide.mem
-    for x, spk, syn, mem in zip(
-        *(_steps(t, options) for t in (wide.x, *(t.detach() for t in out))), strict=True
-    ):
-        _, exact_syn, exact_mem = flat.reference(x, syn_before, mem_before, *wide[3:], step)
-        for value, exact in ((syn, exact_syn), (mem, exact_mem)):
-            band = error * max(1.0, float(exact.abs().max()))
+    steps = zip(*(steps_of(t.detach(), options) for t in out), strict=True)
+    exact = exact_steps(inputs, *out[1:], options)
+    for (spk, syn, mem), (exact_syn, exact_mem) in zip(steps, exact, strict=True):
+        for value, wanted in ((syn, exact_syn), (mem, exact_mem)):
+            band = error * max(1.0, float(wanted.abs().max()))
             if options.quant is not None:
-                assert_quantised(value, exact, options.quant.levels, band)
+                assert_quantised(value, wanted, options.quant.levels, band)
             else:
-                torch.testing.assert_close(value.double(), exact, atol=band, rtol=0)
+                torch.testing.assert_close(value.double(), wanted, atol=band, rtol=0)
         check_spikes(spk, mem, inputs.threshold.detach(), inputs.graded, options)
-        syn_before, mem_before = syn.double(), mem.double()
+
+
+def is_clear(case: Case, inputs: Inputs, syn: Tensor, mem: Tensor, band: float) -> bool:
+    """Tells whether no error of mem up to `band` changes a derivative of a recorded run.
+
+    A change would be another level, another place of the largest in a pooling window, another
+    winner, or the other side of a surrogate's jump.
+    """
+    options = case.options
+    jumps = {"triangular": 0.0, "heaviside": 0.0, "LSO": 0.0, "SFS": options.surrogate.p1}
+    jump = inputs.threshold.detach().double() + jumps.get(options.surrogate.name, torch.inf)
+    for _, exact in exact_steps(inputs, syn, mem, options):
+        if options.quant is not None:
+            if not torch.equal(options.quant(exact - band), options.quant(exact + band)):
+                return False
+            continue
+        (ph, pw), potential = options.pool_size, pooled(exact, options)
+        windows = exact.unfold(2, ph, ph).unfold(3, pw, pw).flatten(-2)
+        if options.pool == "max" and _least_lead(windows) <= 2 * band:
+            return False
+        if options.inhibition and _least_lead(potential.flatten(1)) <= 2 * band:
+            return False
+        if ((potential - jump).abs() <= band).any():
+            return False
+    return True
+
+
+def _least_lead(values: Tensor) -> float:
+    """Returns how far the largest along the last dimension is from the next, at the least."""
+    if values.shape[-1] == 1:
+        return torch.inf
+    return float(values.topk(2).values.diff().abs().min())
 
 
 def decisions(case: Case, inputs: Inputs, syn: Tensor, mem: Tensor) -> list[Tensor]:
@@ -116,7 +160,7 @@ def decisions(case: Case, inputs: Inputs, syn: Tensor, mem: Tensor) -> list[Tens
     pooling window, the winners, and on which sides of its jumps each surrogate stood.
     """
     options = case.options
-    syn, mem = _steps(syn.double(), options), _steps(mem.double(), options)
+    syn, mem = steps_of(syn.double(), options), steps_of(mem.double(), options)
     threshold = inputs.threshold.detach().double()
     found = [torch.cat([inputs.mem.detach().double()[None], mem]) > threshold]
     if options.quant is not None:

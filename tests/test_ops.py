@@ -4,10 +4,12 @@ import cases
 import flat
 import pytest
 import torch
+from asking import KEPT
 from cases import Case, wanting_gradients
-from helpers import same
+from helpers import close, same
 from kernels import native
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.library import opcheck
 
 from snnlstm import surrogate
@@ -104,6 +106,17 @@ def test_compiled_calls_equal_plain_ones(name):
         ):
             torch.testing.assert_close(one, other, atol=near, rtol=near)
             assert one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("checkpoint", [False, True, "gates"])
+def test_compiled_calls_bear_hooks_that_bring_saved_tensors_back_otherwise(checkpoint):
+    case = PLAIN.but(checkpoint=checkpoint)
+    compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")
+    expected = step(case, flat.run, *case.inputs())
+    for back in KEPT.values():
+        with saved_tensors_hooks(lambda t: t, back or (lambda t: t)):
+            found = step(case, compiled, *case.inputs())
+        close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_one_graph_serves_all_sizes():

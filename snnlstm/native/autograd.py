@@ -41,12 +41,12 @@ class _SConv2dLSTM(torch.autograd.Function):
         saved: Any
         if call.options.checkpoint is True:
             (spk, new_syn, new_mem, _), saved = checkpoint.forward(call, algorithm)
-            gates = 0
+            addresses: tuple[int, ...] = ()
         else:
             spk, new_syn, new_mem, saved = choice.forward(call, True)
-            gates = saved.gates.data_ptr()
+            addresses = tuple(map(Tensor.data_ptr, saved))
         ctx.save_for_backward(*tensors, *saved)
-        ctx.kept = call.options, call.signature, choice, loop, algorithm, gates
+        ctx.kept = call.options, call.signature, choice, loop, algorithm, addresses
         ctx.set_materialize_grads(False)
         if call.options.surrogate.kind == 0:
             ctx.mark_non_differentiable(spk)
@@ -62,7 +62,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     if grads[0] is grads[1] is grads[2] is None:
         return (None,) * 6
     x, syn, mem, weight, bias, threshold, graded, *saved = ctx.saved_tensors
-    options, signature, choice, loop, algorithm, gates = ctx.kept
+    options, signature, choice, loop, algorithm, addresses = ctx.kept
     wanted = ctx.needs_input_grad[:6]
     if torch.is_grad_enabled() or _beyond_kernels(grads):
         inputs, again = (x, syn, mem, weight, bias, threshold), torch.is_grad_enabled()
@@ -80,7 +80,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
             return checkpoint.backward(call, states, grads, wanted, algorithm)
         kept, own = checkpoint.recompute(call, algorithm), True
     else:
-        kept, own = Saved(*saved), saved[0].data_ptr() == gates
+        kept, own = Saved(*saved), tuple(map(Tensor.data_ptr, saved)) == addresses
         if not own:  # hooks brought them back in other memory
             kept = restored(kept, choice.saved_shapes)
     if loop is None:

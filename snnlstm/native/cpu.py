@@ -297,8 +297,11 @@ class Kernels:
         s = signature
         padded = _C.cpu_padded_channels(DTYPES.index(s.dtype), s.c)
         images = (s.time, s.n, s.ho * s.wo)
+        gates = (*images, 4 * padded), s.dtype
+        if s.options.checkpoint == "gates":  # words, which a hook on saved tensors must not round
+            gates = (*images, 2 * padded), torch.int64 if s.dtype == torch.float64 else torch.int32
         return (
-            ((*images, (2 if s.options.checkpoint == "gates" else 4) * padded), s.dtype),
+            gates,
             ((*images, padded), s.dtype),
             ((s.time, s.n) if s.options.inhibition else (0,), torch.int64),
         )

@@ -82,12 +82,17 @@ def _(*given):
     f"Tensor grad_syn, Tensor grad_mem, bool[] wanted, str algorithm) -> ({_SIX})",
 )  # fmt: skip
 def _backward(*given: Any) -> tuple[Tensor, ...]:
-    call, saved, grads, (wanted, algorithm) = _call(*given), given[8:11], given[11:14], given[14:]
+    saved, grads, (wanted, algorithm) = given[8:11], given[11:14], given[14:]
+    dtype = grads[0].dtype
+    # Hooks on saved tensors may have brought them back in another dtype or other memory.
+    call = _call(*(tensors.plain(t).to(dtype) for t in given[:4]), *given[4:])
     if call.options.checkpoint is True:
-        boundaries = saved[0].unbind() if saved[0].dim() > 1 else ()
+        boundaries = tensors.plain(saved[0]).to(dtype).unbind() if saved[0].dim() > 1 else ()
         out = checkpoint.backward(call, boundaries, grads, wanted, algorithm)
     else:
-        out = kernels.choose(call, algorithm).backward(call, Saved(*saved), grads, wanted)
+        choice = kernels.choose(call, algorithm)
+        kept = tensors.restored(Saved(*saved), choice.saved_shapes)
+        out = choice.backward(call, kept, grads, wanted)
     return _all_gradients(call.x, out)
 
 
