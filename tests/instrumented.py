@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -22,20 +23,59 @@ TREES = ROOT / "build" / "instrumented"
 
 FLAGS = {
     "address": "-O1 -g1 -fsanitize=address -fno-omit-frame-pointer",
-    "coverage": "-O0 -g1 --coverage -fprofile-update=atomic",
+    "coverage": "-Og -g1 --coverage -fprofile-update=atomic",
 }
 TESTS = {
     "address": ["test_kernels.py", "test_kernel_gradients.py", "test_fuzz.py", "test_core.py",
                 "test_loop.py", "test_threads.py", "-k", "not long and not gil"],
-    "coverage": ["--ignore=tests/simt", "--ignore=tests/test_distribution.py",
-                 "--ignore=tests/test_demo.py", "--ignore=tests/test_demo_training.py"],
+    "coverage": ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal",
+                 "--ignore=tests/test_distribution.py", "--ignore=tests/test_demo.py"],
 }  # fmt: skip
-# What mutants are made of, and the tests that are to notice them.
+# What mutants are made of, and the tests that are to notice them, the likeliest first.
 MUTATED = {
     "arguments": ["test_arguments.py", "test_messages.py", "test_semantics.py"],
     "state": ["test_state.py", "test_overrides.py", "test_transforms.py", "test_training.py"],
-    "run": ["test_path.py", "test_overrides.py", "test_autocast.py"],
-}
+    "run": ["test_path.py", "test_semantics.py", "test_overrides.py", "test_transforms.py",
+            "test_autocast.py", "test_compile.py::test_sequences_equal_eager_ones"],
+    "cell": ["test_quant.py", "test_kernel_gradients.py", "test_kernels.py"],
+}  # fmt: skip
+# Annotations, which nobody evaluates, and comparisons that mean the same for what is compared.
+EQUIVALENT = ["core/ReplaceBinaryOperator_BitOr_.*", "core/ReplaceComparisonOperator_Is_Eq",
+              "core/ReplaceComparisonOperator_IsNot_NotEq"]  # fmt: skip
+# Changes of csrc/cell.h, in regular expressions; each place of each is a mutant.
+CELL = r"""
+^\s*(#|//|template|using|namespace|struct)|R mem_grad, R|R p0, R ==> DO_NOT_MUTATE
+// ==> SKIP_MUTATING_REST
+ \+  ==>  -
+ -  ==>  +
+ \*  ==>  /
+ /  ==>  *
+ >  ==>  >=
+ >  ==>  <
+ >=  ==>  >
+ <  ==>  <=
+ <  ==>  >
+ <=  ==>  <
+ ==  ==>  !=
+ &&  ==>  ||
+([(,?]\s*)-(?=[(\w]) ==> \1
+--best ==> ++best
+splat\(([\d.]+)\) ==> splat(\1 + 1)
+\b0(?=[;)]) ==> 1
+\bp0\b ==> p1
+\bp1\b ==> p0
+a\.i ==> a.f
+a\.f ==> a.i
+a\.g ==> a.o
+a\.o ==> a.g
+syn_grad ==> mem_grad
+mem_grad ==> syn_grad
+where\((.*), (.*), (.*)\) ==> where(\1, \3, \2)
+M::sigmoid ==> M::tanh
+M::tanh ==> M::sigmoid
+M::abs ==> -M::abs
+best - 1 ==> best
+"""
 
 
 def tree(name: str) -> Path:
@@ -51,11 +91,17 @@ def tree(name: str) -> Path:
     return to
 
 
-def build(to: Path, flags: str) -> None:
+BUILD = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+
+
+def compiled_with(flags: str) -> dict[str, str]:
+    """The environment in which BUILD builds the CPU half with these flags."""
     arguments = f"-DCMAKE_CXX_FLAGS='{flags}' -DCMAKE_CXX_FLAGS_RELEASE="
-    environment = os.environ | {"CMAKE_ARGS": arguments, "SNNLSTM_CUDA": "off"}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=to, env=environment, check=True)
+    return os.environ | {"CMAKE_ARGS": arguments, "SNNLSTM_CUDA": "off"}
+
+
+def build(to: Path, flags: str) -> None:
+    subprocess.run(BUILD, cwd=to, env=compiled_with(flags), check=True)
 
 
 def library(name: str) -> str:
@@ -91,65 +137,103 @@ def coverage(tests: list[str], more: bool = False) -> int:
     """`more`: add to what earlier runs have reached, so that a long run can be cut in pieces."""
     to = tree("coverage")
     build(to, FLAGS["coverage"])
-    for old in () if more else [*to.glob("build/**/*.gcda"), *to.glob(".coverage")]:
+    for old in () if more else [*to.glob("build/**/*.gcda"), *to.glob(".coverage*")]:
         old.unlink()
     data = {"COVERAGE_FILE": str(to / ".coverage")}
-    run = ("-m", "coverage", "run", "--append", "--branch", "--source=snnlstm")
-    failed = pytest(to, tests, run, **data)
-    report = [sys.executable, "-m", "coverage", "report", "--show-missing", "--skip-covered"]
-    subprocess.run(report, cwd=to, env=os.environ | data, check=True)
-    command = [sys.executable, "-m", "gcovr", "--root", ".", "--filter", "csrc/", "build"]
-    subprocess.run([*command, "--print-summary"], cwd=to, check=True)
+    failed = pytest(to, tests, ("-m", "coverage", "run"), **data)
+    for command in (
+        ["coverage", "combine", "-q", "--append"],
+        ["coverage", "report", "--show-missing", "--skip-covered"],
+        ["gcovr", "--root", ".", "--filter", "csrc/", "--print-summary", "build"],
+    ):
+        subprocess.run([sys.executable, "-m", *command], cwd=to, env=os.environ | data, check=True)
     return failed
 
 
-def mutants(names: list[str]) -> int:
-    """Each mutant of the named modules of MUTATED, by cosmic-ray; lists those that no test saw."""
+def mutants(names: list[str], most: int = 0) -> int:
+    """Makes mutants of what MUTATED names, and lists those that no test saw.
+
+    `most`: a random sample of so many of each; 0 takes all.
+    """
     if unknown := set(names) - set(MUTATED):
         raise SystemExit(f"modules must be among {', '.join(MUTATED)}, got {', '.join(unknown)}")
-    to = tree("mutants")
-    for built in (ROOT / "snnlstm").glob("_C*.so"):
-        shutil.copy2(built, to / "snnlstm")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(to), os.environ.get("PYTHONPATH")]))
-    }
-
-    def cosmic_ray(module: str, *arguments: str | Path) -> None:
-        command = [sys.executable, "-m", f"cosmic_ray.{module}", *map(str, arguments)]
-        subprocess.run(command, cwd=to, env=environment, check=True)
-
     for name in names or MUTATED:
+        to = tree(f"mutants-{name}")
+        for built in (ROOT / "snnlstm").glob("_C*.so"):
+            shutil.copy2(built, to / "snnlstm")
         tests = " ".join(f"tests/{test}" for test in MUTATED[name])
-        module = ROOT / "snnlstm" / f"{name}.py"
-        config, session = to / f"{name}.toml", to / f"{name}.sqlite"
-        config.write_text(
-            "[cosmic-ray]\n"
-            f'module-path = "snnlstm/{name}.py"\ntimeout = 120.0\nexcluded-modules = []\n'
-            f'test-command = "{sys.executable} -m pytest -x -q -p no:cacheprovider {tests}"\n'
-            '[cosmic-ray.distributor]\nname = "local"\n'
-            # Of annotations, which nobody evaluates.
-            "[cosmic-ray.filters.operators-filter]\n"
-            'exclude-operators = ["core/ReplaceBinaryOperator_BitOr_.*"]\n'
-        )
-        # One that was stopped goes on, unless the module has changed since.
-        if not session.exists() or session.stat().st_ctime < module.stat().st_mtime:
-            session.unlink(missing_ok=True)
-            cosmic_ray("cli", "init", config, session)
-            cosmic_ray("tools.filters.operators_filter", session, config)
-        cosmic_ray("cli", "exec", config, session)
-        print(f"== {name}", flush=True)
-        cosmic_ray("tools.report", "--surviving-only", "--show-diff", session)
+        run = f"{sys.executable} -m pytest -x -q -p no:cacheprovider -k 'not simt' {tests}"
+        (mutants_of_cell if name == "cell" else mutants_of_module)(name, to, run, most)
     return 0
+
+
+def mutants_of_module(name: str, to: Path, run: str, most: int) -> None:
+    """Those of a module of the package, by cosmic-ray; a run that was stopped goes on."""
+    paths = os.pathsep.join(filter(None, [str(to), os.environ.get("PYTHONPATH")]))
+
+    def cosmic_ray(module: str, *arguments: str) -> None:
+        command = [sys.executable, "-m", f"cosmic_ray.{module}", *arguments]
+        subprocess.run(command, cwd=to, env=os.environ | {"PYTHONPATH": paths}, check=True)
+
+    config, session = to / "config.toml", to / "session.sqlite"
+    config.write_text(
+        f'[cosmic-ray]\nmodule-path = "snnlstm/{name}.py"\ntimeout = 120.0\n'
+        f'excluded-modules = []\ntest-command = "{run}"\n'
+        f'[cosmic-ray.distributor]\nname = "local"\n'
+        f"[cosmic-ray.filters.operators-filter]\nexclude-operators = {EQUIVALENT}\n"
+    )
+    module = ROOT / "snnlstm" / f"{name}.py"
+    if not session.exists() or session.stat().st_ctime < module.stat().st_mtime:
+        session.unlink(missing_ok=True)
+        cosmic_ray("cli", "init", config.name, session.name)
+        cosmic_ray("tools.filters.operators_filter", session.name, config.name)
+        skip_all_but(most, session)
+    cosmic_ray("cli", "exec", config.name, session.name)
+    print(f"== {name}", flush=True)
+    cosmic_ray("tools.report", "--surviving-only", "--show-diff", session.name)
+
+
+def skip_all_but(most: int, session: Path) -> None:
+    """Leave a random sample of so many mutants to be run."""
+    from cosmic_ray.work_db import use_db
+    from cosmic_ray.work_item import WorkerOutcome, WorkResult
+
+    with use_db(session) as mutations:
+        pending = sorted(mutations.pending_work_items, key=lambda item: str(item.mutations))
+        random.Random(0).shuffle(pending)
+        for item in pending[most or None :]:
+            mutations.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
+
+
+def mutants_of_cell(name: str, to: Path, run: str, most: int) -> None:
+    """Those of csrc/cell.h, by universalmutator; each is built for one instruction set."""
+    sets = to / "csrc" / "CMakeLists.txt"
+    sets.write_text(sets.read_text().replace("list(APPEND ISAS avx2 avx512)", ""))
+    (to / "cell.rules").write_text(CELL.lstrip())
+    (to / "mutants").mkdir(exist_ok=True)
+    build(to, "-O1")
+    run = f"{' '.join(BUILD)} || exit 0; {run}"  # what does not compile is no mutant
+    for program, *arguments in (
+        ["genmutants", "csrc/cell.h", "cpp", "--only", "cell.rules", "--noCheck"],
+        ["analyze", "csrc/cell.h", run, "--show", "--seed", "0", "--timeout", "600",
+         "--numMutants", f"{most + 1 if most else -1}"],
+    ):  # fmt: skip
+        command = [sys.executable, "-m", f"universalmutator.{program}", *arguments]
+        command += ["--mutantDir", "mutants"]
+        subprocess.run(command, cwd=to, env=compiled_with("-O1"), check=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("instrument", choices=["address", "coverage", "mutants"])
     parser.add_argument("--more", action="store_true", help="coverage: add to earlier runs")
+    parser.add_argument("--most", type=int, default=0, help="mutants: so many of each, by chance")
     parser.add_argument("rest", nargs="*", metavar="-- ...", help="for pytest; mutants: modules")
     chosen = parser.parse_args()
     tests = chosen.rest or TESTS.get(chosen.instrument, [])
-    return globals()[chosen.instrument](tests, *([True] if chosen.more else []))
+    if chosen.instrument == "coverage":
+        return coverage(tests, chosen.more)
+    return mutants(tests, chosen.most) if chosen.instrument == "mutants" else address(tests)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The implementation that runs is the right one, and cell.path and the log name it."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -179,8 +180,9 @@ def test_what_nobody_expects_to_be_fast_is_not_logged(caplog):
 def test_the_native_path_says_what_it_is():
     cell = ours()
     assert cell.path is None
-    cell(X)
-    assert cell.path.name.startswith("cpu-")
+    with snnlstm.algorithm("direct"):
+        cell(X)
+    assert re.fullmatch(r"cpu-\w+-direct(-sparse)?", cell.path.name)
     assert str(cell.path) == f"{cell.path.name} ({cell.path.reason})"
 
 
@@ -192,6 +194,14 @@ def test_tensors_that_the_kernels_cannot_read_are_computed_all_the_same():
     out = cell(X.as_subclass(Tagged), *START)
     close([o.as_subclass(torch.Tensor) for o in out], ours()(X, *START))
     assert "subclass" in cell.path.reason
+
+
+@pytest.mark.parametrize("shape", [(7,), (6, 1), (3, 1, 7), (2, 1, 1, 1)], ids=str)
+def test_a_threshold_that_varies_along_the_batch_or_the_image_takes_plain_torch(shape):
+    cell = ours(threshold=torch.linspace(0, 0.2, torch.Size(shape).numel()).view(shape))
+    spk, _, mem = cell(X, *START)
+    assert torch.equal(spk.bool(), mem > cell.threshold)
+    assert "varies along" in cell.path.reason
 
 
 def negated(values):
