@@ -25,15 +25,25 @@ double at_once(const Cell& c, double of_image, double wanted) {
   return std::min(std::max(of_image, of_image * std::floor(double(c.N) / 2)), wanted);
 }
 
-double direct_cost(const Cell& c, double channels) {
+// Returns what it costs to pack so many values of each filter and, in the backward pass, to clear
+// and write their gradient. All pixels of a call share that: in training, the filters have changed
+// since the last call.
+double filter_cost(const Cell& c, double values, double channels, bool backward) {
+  const double pixels = double(c.T * c.N) * double(c.Ho() * c.Wo());
+  return (backward ? 160 : 70) * values * 4 * channels / pixels;  // measured
+}
+
+// Returns what direct convolution costs, and if `lists` is not negative what it costs from lists of
+// nonzeros instead, which take that share of the time of all taps.
+double direct_cost(const Cell& c, double channels, bool backward, double lists = -1) {
   const double taps = c.kernel_h * c.kernel_w;
-  return taps * channels * 4 * (1 + fetch_cost(c, taps) / at_once(c, double(c.Ho() * c.Wo()), 64));
+  const double share = lists < 0 ? lines_cost(c, along_columns(c)) : lists;
+  const double fetching = fetch_cost(c, taps) / at_once(c, double(c.Ho() * c.Wo()), 64);
+  return taps * channels * 4 * share * (1 + fetching) + filter_cost(c, taps, channels, backward);
 }
 
 // Adds up the products, the transform of the outputs (of four gates) and the transform of the
-// inputs, which all channel blocks share. Tiles that stick out of the image count whole. In the
-// backward pass all pixels of a call share the transforms of the filters, which have changed since
-// the last call, and the transforms of the filters' gradient.
+// inputs, which all channel blocks share. Tiles that stick out of the image count whole.
 double tile_cost(const Cell& c, const Tiling& t, double channels, bool backward) {
   const double points = t.points(), products = points * t.parts() * 4 * channels;
   const auto up = [](const Axis& a, int dilation, int64_t n) {
@@ -44,10 +54,9 @@ double tile_cost(const Cell& c, const Tiling& t, double channels, bool backward)
                        double(c.Ho() * c.Wo()) / (t.h.tile * t.w.tile);
   const double fetching = fetch_cost(c, points * t.parts()) / at_once(c, tiles, 32);
   const double per_tile =
-      products * (1.15 + fetching) + points * 4 * 4 + points * 5 * channels / double(c.C);
-  const double of_filters = backward ? 12 * 4 * products : 0;  // measured
-  const double pixels = double(c.Ho() * c.Wo());
-  return per_tile * tiles / pixels + of_filters / (double(c.T * c.N) * pixels);
+      products * (1.15 + fetching) + points * 3 * 4 * 4 + points * 2.5 * channels / double(c.C);
+  return per_tile * tiles / double(c.Ho() * c.Wo()) +
+         filter_cost(c, points * t.parts(), channels, backward);
 }
 
 // Returns the cell without the taps that only ever meet the border, which are further from the
@@ -76,7 +85,7 @@ Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inpu
   if (algorithm == Algorithm::direct) return c;
   const bool forced = algorithm == Algorithm::winograd;
   if (has_tiles(c)) {
-    double best = direct_cost(c, double(c.C));
+    double best = direct_cost(c, double(c.C), backward);
     for (const int h : {4, 3, 2, 1})
       for (const int w : {4, 3, 2, 1}) {
         if (!has_form(c.kernel_h, h) || !has_form(c.kernel_w, w) || h * w == 1) continue;
@@ -87,7 +96,7 @@ Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inpu
         if (cost < best || (forced && !c.tiled())) best = cost, c.tile_h = h, c.tile_w = w;
       }
   }
-  double best = direct_cost(c, double(c.Cin));
+  double best = direct_cost(c, double(c.Cin), backward);
   if (c.tiled() && c.stride_h == 1 && c.stride_w == 1) {
     // In the backward pass x_way is the weight gradient's. In the forward pass the recurrent half
     // has its outputs transformed anyway, so x pays for its inputs and products alone.
@@ -95,8 +104,8 @@ Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inpu
     const double cost = tile_cost(c, t, double(c.Cin), backward) - tile_cost(c, t, 0, backward);
     if (forced || cost < best) best = cost, c.x_way = Way::winograd;
   }
-  if (!forced && density < 1 && sparse_cost(c, density) * direct_cost(c, double(c.Cin)) < best)
-    c.x_way = Way::sparse;
+  const double of_lists = direct_cost(c, double(c.Cin), backward, sparse_cost(c, density));
+  if (!forced && density < 1 && of_lists < best) c.x_way = Way::sparse;
   return c;
 }
 
@@ -109,9 +118,10 @@ std::string way_name(const Cell& c) {
 }
 
 std::string form_name(const Cell& c, Form form) {
-  const bool tiles = form != Form::forward && form != Form::backward;
-  return std::to_string(c.kernel_h) + "x" + std::to_string(c.kernel_w) +
-         (tiles ? ":" + std::to_string(c.tile_h) + "x" + std::to_string(c.tile_w) : "");
+  const std::string kernel = std::to_string(c.kernel_h) + "x" + std::to_string(c.kernel_w);
+  if (!c.tiled()) return kernel;
+  if (form == Form::forward || form == Form::backward) return kernel + ":x";
+  return kernel + ":" + std::to_string(c.tile_h) + "x" + std::to_string(c.tile_w);
 }
 
 }  // namespace snnlstm::cpu

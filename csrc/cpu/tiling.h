@@ -69,4 +69,16 @@ inline double met_share(int kernel, int dilation, int64_t n) {
   return n > 0 ? double(met) / (double(n) * kernel) : 1;
 }
 
+// Direct convolution takes one line of pixels after the other, and leaves out the taps that meet
+// only the border beside the line. This returns what that costs, of all taps: a line of one pixel
+// costs twice as much as a longer one.
+inline double lines_cost(const Cell& c, bool columns) {
+  const int64_t H = c.Ho(), W = c.Wo();
+  return columns ? met_share(c.kernel_w, c.dilation_w, W) * (1 + 1. / double(H > 1 ? H : 1))
+                 : met_share(c.kernel_h, c.dilation_h, H) * (1 + 1. / double(W > 1 ? W : 1));
+}
+inline bool along_columns(const Cell& c) {
+  return lines_cost(c, true) < 0.9 * lines_cost(c, false);
+}
+
 }  // namespace snnlstm::cpu

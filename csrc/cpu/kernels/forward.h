@@ -202,7 +202,7 @@ class Forward {
   void sweep(const RunList& list, In&& in, int64_t row, int64_t pixel, Met&& met, int64_t first,
              int64_t rows, int64_t cb, bool add, const Block* blocks, int64_t count) {
     const Span span(Part::products);
-    const T* w = static_cast<const T*>(a_.weight) + cb * l_.K() * kGates;
+    const T* w = static_cast<const T*>(a_.weight) + cb * l_.packed_rows() * kGates;
     const PixelLines p(list.by_columns(), rows, l_.Wo, row, pixel, l_.Wr * kGates, kGates);
     list.chunks(kChunk, [&](const Run* chunk, int size) {
       for (int64_t k = 0; k < p.lines; ++k) {
@@ -243,8 +243,8 @@ class Forward {
     const Span span(Part::products);
     for (const Block* b = blocks; b < blocks + count; ++b)
       sparse_.convolve(b->lists[top / strip_],
-                       static_cast<const T*>(a_.weight) + cb * l_.K() * kGates, bias_ + cb * kGates,
-                       b->gates);
+                       static_cast<const T*>(a_.weight) + cb * l_.packed_rows() * kGates,
+                       bias_ + cb * kGates, b->gates);
   }
 
   void direct(int64_t t, int64_t together, int64_t b0, int64_t b1, const Scratch& s) {

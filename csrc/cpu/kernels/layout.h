@@ -92,8 +92,7 @@ struct Layout {
         Km(taps * cell.C),
         Kg(taps * 4 * Cp),
         x_blocks(whole_vectors((cell.Cin + VL - 1) / VL)),
-        by_columns(cpu::met_share(cell.kernel_w, cell.dilation_w, Wo) <
-                   0.9 * cpu::met_share(cell.kernel_h, cell.dilation_h, Ho)) {}
+        by_columns(cpu::along_columns(cell)) {}
 
   Cell c;
   Tiling form, grad_form;          // Winograd's, grad_form of the weight gradient; else of 1 x 1
@@ -101,7 +100,7 @@ struct Layout {
   int64_t ph, pw, Cb, Cp, pixels;
   int64_t Hm, Wm, Hx, Wx;  // with border, of mem and d gates, and of x
   int64_t taps, Kx, Km, Kg, x_blocks;
-  bool by_columns;  // more taps meet only the border on the left and right than above and below
+  bool by_columns;
 
   // Returns the number of vectors of x's gradient. Vectors shorter than the processor's come in
   // pairs, which are merged, or in threes, which take as long.
@@ -158,8 +157,10 @@ struct Layout {
   int64_t x_image() const { return Hx * Wx * c.Cin; }
   int64_t state_image() const { return pixels * Cp; }
   int64_t gates_image() const { return pixels * 4 * Cp; }
-  int64_t packed_forward() const { return Cb * K() * 4 * VL; }
-  int64_t packed_backward() const { return (x_blocks + Cb) * Kg * VL; }
+  // Of the weight for direct convolution, with Winograd the recurrent half is not packed.
+  int64_t packed_rows() const { return c.tiled() ? Kx : K(); }  // of K, in the forward weight
+  int64_t packed_forward() const { return Cb * packed_rows() * 4 * VL; }
+  int64_t packed_backward() const { return (x_blocks + (c.tiled() ? 0 : Cb)) * Kg * VL; }
 
   // Says whether the weights of one step exceed a thread's L2. Then they pass over many pixels each
   // time that they are read.

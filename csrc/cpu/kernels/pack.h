@@ -23,12 +23,13 @@ struct Packing {
 
   static void forward(const L& l, int threads, const T* weight, T* packed) {
     forward_half(l, threads, weight, 0, l.c.Cin, packed);
-    forward_half(l, threads, weight, l.c.Cin, l.c.C, packed + l.Kx * 4 * VL);
+    if (!l.c.tiled()) forward_half(l, threads, weight, l.c.Cin, l.c.C, packed + l.Kx * 4 * VL);
   }
 
   static void backward(const L& l, int threads, const T* weight, T* packed) {
     backward_half(l, threads, weight, 0, l.c.Cin, l.x_blocks, packed);
-    backward_half(l, threads, weight, l.c.Cin, l.c.C, l.Cb, packed + l.x_blocks * l.Kg * VL);
+    if (!l.c.tiled())
+      backward_half(l, threads, weight, l.c.Cin, l.c.C, l.Cb, packed + l.x_blocks * l.Kg * VL);
   }
 
   // Makes Winograd's weights from the input channels [first, first + count) to the gates.
@@ -107,7 +108,7 @@ struct Packing {
   static void forward_half(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                            T* packed) {
     each_forward(l, threads, count, l.taps, [&](int64_t cb, int64_t begin, int64_t n) {
-      T* const out = packed + (cb * l.K() + begin) * 4 * VL;
+      T* const out = packed + (cb * l.packed_rows() + begin) * 4 * VL;
       for (int64_t gate = 0; gate < 4; ++gate)
         load(l, weight + source(l, gate * l.c.C + cb * VL, first + begin, 0), source(l, 1, 0, 0),
              within(l.c.C - cb * VL), n, out + gate * VL, {l.taps, 4 * VL, count * 4 * VL});
