@@ -19,20 +19,20 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
+from unittest import mock
 
 import torch
 
 import snnlstm
 from benchmarks import resident
 from benchmarks.cases import Case
-from benchmarks.machine import ROOT, available_bytes
+from benchmarks.machine import available_bytes
 from benchmarks.providers import PROVIDERS, Provider, Setting, Unavailable
 
 GIVE_BACK = {
@@ -42,9 +42,6 @@ GIVE_BACK = {
 }
 
 MIB = 2**20
-
-ANSWER = "peak: "
-"""What the child's answers begin with, so that nothing a library prints is taken for one."""
 
 
 def shortage(provider: type[Provider], case: Case, setting: Setting, mode: str) -> str | None:
@@ -118,44 +115,21 @@ def _in_children(
     answers: list[Answer] = []
     while len(answers) < len(jobs):
         # A process that is killed takes one job with it; the next process does the rest.
-        _in_child(jobs, answers, setting, threads, environment, tick)
-    return answers
-
-
-def _in_child(
-    jobs: list[Job],
-    answers: list[Answer],
-    setting: Setting,
-    threads: int,
-    environment: dict[str, str],
-    tick: Callable[[float], None],
-) -> None:
-    request = {
-        "jobs": [dataclasses.asdict(job) for job in jobs[len(answers) :]],
-        "setting": dataclasses.asdict(setting),
-        "threads": threads,
-    }
-    with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.memory", json.dumps(request)],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-        )
-        assert child.stdout is not None
-        for line in child.stdout:
-            if line.startswith(ANSWER):
-                answers.append(json.loads(line.removeprefix(ANSWER)))
+        with (
+            mock.patch.dict(os.environ, environment),
+            ProcessPoolExecutor(
+                1, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+            ) as process,
+        ):
+            try:
+                for job in jobs[len(answers) :]:
+                    answer = process.submit(_guarded, job, setting, _resident_peak).result()
+                    answers.append(answer)
+                    tick(len(answers) / len(jobs))
+            except BrokenProcessPool:
+                answers.append("the process was killed, most likely for want of memory")
                 tick(len(answers) / len(jobs))
-        status = child.wait()
-        if len(answers) < len(jobs):
-            errors.seek(0)
-            last = (errors.read().strip().splitlines() or ["no message"])[-1]
-            killed = "the process was killed, most likely for want of memory"
-            answers.append(killed if status == -9 else f"failed: {last}")
-            tick(len(answers) / len(jobs))
+    return answers
 
 
 def _guarded(job: Job, setting: Setting, peak: Callable[[Provider, str], list[float]]) -> Answer:
@@ -204,19 +178,5 @@ def _resident_peak(provider: Provider, mode: str) -> list[float]:
         kept = run()
     peak = resident.high_water()
     del kept
+    gc.collect()
     return [max(0, peak - before) / MIB]
-
-
-def _main() -> None:
-    request = json.loads(sys.argv[1])
-    setting = Setting(**request["setting"])
-    torch.set_num_threads(request["threads"])
-    for fields in request["jobs"]:
-        case = Case(**{**fields["case"], "kernel": tuple(fields["case"]["kernel"])})
-        result = _guarded(Job(case, fields["mode"], fields["provider"]), setting, _resident_peak)
-        print(ANSWER + json.dumps(result), flush=True)
-        gc.collect()
-
-
-if __name__ == "__main__":
-    _main()
