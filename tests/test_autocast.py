@@ -82,30 +82,20 @@ def test_autocast_that_is_switched_off_inside_leaves_the_kernels_as_they_were(ba
     close((syn, mem), exact(x[1], *states(2, 3, 6, 7))[1:], atol=0, rtol=0)
 
 
-@half
-def test_a_half_precision_module_has_states_of_float32(backend, dtype):
-    cell, exact = ours().to(dtype), ours()
-    x = steps(2, 2, 2, 6, 7)
-    with torch.autocast(backend.device.type, dtype=dtype):
-        out = cell(x.to(dtype))
-    assert {o.dtype for o in out} == {torch.float32}
-    close(out[1:], exact(x)[1:], atol=TOLERANCE[dtype])
-    out[2].sum().backward()
-    assert cell.conv.weight.grad.dtype == dtype
-
-
-def test_states_cross_the_border_of_autocast_both_ways(backend):
-    cell, exact = ours(reset_mechanism="zero"), ours(reset_mechanism="zero")
-    x = steps(4, 2, 2, 6, 7)
-    for t in range(4):
-        with torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=t % 2 == 0):
-            out = cell(x[t])
-        exact(x[t])
-        assert out[1].dtype == torch.float32
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_states_stay_float32_across_the_border_of_autocast_and_of_a_half_module(backend, dtype):
+    cell, exact = ours(reset_mechanism="zero").to(dtype), ours(reset_mechanism="zero")
+    for t, x in enumerate(steps(4, 2, 2, 6, 7)):
+        inside = t % 2 == 0 or dtype != torch.float32
+        with torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=inside):
+            out = cell(x.to(dtype))
+        exact(x)
+        assert {o.dtype for o in out} == {torch.float32}
     out[2].sum().backward()
     exact.mem.sum().backward()
-    difference = cell.conv.weight.grad - exact.conv.weight.grad
-    assert difference.norm() < 0.1 * exact.conv.weight.grad.norm()
+    grad, expected = cell.conv.weight.grad, exact.conv.weight.grad
+    assert grad.dtype == dtype
+    assert (grad - expected).norm() < 0.1 * expected.norm()
 
 
 # ---- GradScaler -----------------------------------------------------------------------------

@@ -16,6 +16,14 @@ def run(cell, x, *state):
     return spk, mem
 
 
+def with_bias(cell, *gates):
+    """Makes the gates i, f, o, g of each channel what the biases say."""
+    with torch.no_grad():
+        cell.conv.weight.zero_()
+        cell.conv.bias.copy_(torch.tensor(gates))
+    return cell
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("pool", [{}, {"max_pool": 2}, {"avg_pool": (2, 3)}], ids=str)
 def test_only_the_highest_pooled_state_of_each_sample_spikes(backend, pool):
@@ -45,10 +53,7 @@ def test_states_are_those_without_inhibition(backend):
 
 
 def test_a_tie_goes_to_the_lowest_index(backend):
-    cell = ours(1, 2, 1, inhibition=True)
-    with torch.no_grad():
-        cell.conv.weight.zero_()
-        cell.conv.bias.copy_(torch.tensor([9.0, 0, 9, 9]).repeat_interleave(2))
+    cell = with_bias(ours(1, 2, 1, inhibition=True), 9.0, 9, 0, 0, 9, 9, 9, 9)
     spk, mem = run(cell, torch.zeros(2, 1, 3, 3))
     assert mem.unique().numel() == 1
     assert spk.sum() == 2
@@ -58,9 +63,7 @@ def test_a_tie_goes_to_the_lowest_index(backend):
 
 def test_the_highest_state_counts_not_the_distance_to_the_threshold(backend):
     cell = ours(1, 2, 1, inhibition=True, threshold=torch.tensor([0.7, 0.1]).view(2, 1, 1))
-    with torch.no_grad():
-        cell.conv.weight.zero_()
-        cell.conv.bias.copy_(torch.tensor([9.0, 9, 0, 0, 9, 9, 9, 0.8]))
+    with_bias(cell, 9.0, 9, 0, 0, 9, 9, 9, 0.8)
     spk, mem = run(cell, torch.zeros(1, 1, 1, 1))
     assert 0.7 < mem[0, 0] < 0.9
     assert mem[0, 0] > mem[0, 1] > 0.1
@@ -70,9 +73,7 @@ def test_the_highest_state_counts_not_the_distance_to_the_threshold(backend):
 def test_the_winner_is_that_of_the_quantised_state(backend):
     """Two states that round to one level tie, so the first wins."""
     cell = ours(1, 1, 1, inhibition=True, state_quant=StateQuant(torch.tensor([0.0, 0.5, 1.0])))
-    with torch.no_grad():
-        cell.conv.weight.zero_()
-        cell.conv.bias.copy_(torch.tensor([-99.0, 99.0, 99.0, 0.0]))
+    with_bias(cell, -99.0, 99, 99, 0)
     syn = torch.tensor([[[[0.5, 0.55], [0.6, 0.0]]]])
     spk, mem = run(cell, torch.zeros(1, 1, 2, 2), syn, torch.zeros(1, 1, 2, 2))
     assert mem.flatten().tolist() == [0.5, 0.5, 0.5, 0]

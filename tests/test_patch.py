@@ -5,7 +5,7 @@ import copy
 import pytest
 import snntorch
 import torch
-from helpers import Net, close, ours, steps, theirs, train
+from helpers import close, ours, steps, theirs
 from snntorch import utils
 from torch import nn
 
@@ -81,15 +81,3 @@ def test_patch_can_be_undone_in_three_ways():
     assert not makes_ours()
     snnlstm.unpatch()
     assert snntorch.SConv2dLSTM.__init__ is init
-
-
-def test_a_net_built_while_patched_trains_as_before(patched):
-    one = Net(snntorch.SConv2dLSTM)
-    assert type(one.first) is snnlstm.SConv2dLSTM
-    snnlstm.unpatch()
-    other = Net(snntorch.SConv2dLSTM)
-    other.load_state_dict(one.state_dict())
-    x = steps(3, 2, 2, 6, 6)
-    for model in (one, other):
-        train(model, torch.optim.SGD(model.parameters(), lr=0.1), x)
-    close(one.state_dict(), other.state_dict(), atol=1e-4)

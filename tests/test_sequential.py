@@ -157,26 +157,22 @@ def test_it_equals_the_loop_in_training(name):
     equals_the_loop(nn.Sequential(*make()), X, ways)
 
 
-@pytest.mark.parametrize(
-    ("name", "ways"),
-    [
-        ("batch norm", "sequence fold sequence"),
-        ("dropout", "sequence fold sequence"),
-        ("running statistics", "fold fold"),
-        ("a classifier", "fold sequence fold fold step"),
-    ],
-)
-def test_it_equals_the_loop_in_evaluation(name, ways):
+IN_EVALUATION = {
+    "batch norm": "sequence fold sequence",
+    "dropout": "sequence fold sequence",
+    "running statistics": "fold fold",
+    "a classifier": "fold sequence fold fold step",
+}
+
+
+@pytest.mark.parametrize("name", IN_EVALUATION)
+def test_it_equals_the_loop_in_evaluation(name):
     torch.manual_seed(0)
     net = nn.Sequential(*NETS[name][0]())
     loop(net, X)  # for statistics
     utils.reset(net)
     with torch.no_grad():
-        equals_the_loop(net.eval(), X, ways)
-
-
-def test_batch_norm_without_running_statistics_is_stepped_in_evaluation_too():
-    equals_the_loop(nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False)).eval(), X, "step")
+        equals_the_loop(net.eval(), X, IN_EVALUATION[name])
 
 
 @pytest.mark.parametrize("shape", [(1, N), (T, 1), (T, 0), (1, 0)], ids=str)
@@ -185,10 +181,13 @@ def test_short_sequences_and_empty_batches(shape):
     equals_the_loop(net, torch.rand(*shape, 2, 6, 6), "sequence fold fold fold step")
 
 
-def test_one_sample_without_a_batch_is_stepped():
+def test_what_is_stepped_in_evaluation_too():
     """x[t] of (C, H, W) is one sample to a Conv2d: T must not become its channels or batch."""
+    equals_the_loop(nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False)).eval(), X, "step")
     net = nn.Sequential(nn.Conv2d(2, 2, 3), nn.MaxPool2d(2), nn.Flatten(0), nn.Linear(8, 3))
     equals_the_loop(net, torch.rand(T, 2, 6, 6), "step step step step")
+    net = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(2, 2, 3)), nn.Flatten())
+    equals_the_loop(net, X, "step fold")  # the old spectral_norm iterates at every step
 
 
 def test_layers_that_change_under_way_take_effect():
@@ -207,11 +206,6 @@ def test_layers_that_change_under_way_take_effect():
     expected = loop(copy.deepcopy(net), X)
     close(one(X), expected)
     assert one.plan[0].reason == "its forward was replaced"
-
-
-def test_old_spectral_norm_iterates_at_every_step():
-    net = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(2, 2, 3)), nn.Flatten())
-    equals_the_loop(net, X, "step fold")
 
 
 def test_global_hooks_are_called_at_every_step():
@@ -276,25 +270,16 @@ def test_a_sequential_within_a_sequential():
 # ---- layers that share a state --------------------------------------------------------------
 
 
-def tied_cell():
-    cell = hidden(2, 2, 3)
-    return [cell, nn.Tanh(), cell]
-
-
-def tied_norm():
-    norm = nn.BatchNorm2d(2)
-    return [nn.Sequential(norm, hidden(2, 2, 3)), norm]
-
-
-@pytest.mark.parametrize(("make", "name"), [(tied_cell, "2"), (tied_norm, "1")])
-def test_layers_that_share_a_state_are_run_step_by_step(make, name, caplog):
-    one = equals_the_loop(nn.Sequential(*make()), X, "step step step")
+@pytest.mark.parametrize(("tied", "name"), [("cell", "2"), ("norm", "1")])
+def test_layers_that_share_a_state_are_run_step_by_step(tied, name, caplog):
+    cell, norm = hidden(2, 2, 3), nn.BatchNorm2d(2)
+    net = [cell, nn.Tanh(), cell] if tied == "cell" else [nn.Sequential(norm, cell), norm]
+    one = equals_the_loop(nn.Sequential(*net), X, "step step step")
     reason = f"layer {name} is in several places and may keep a state"
     assert {way.reason for way in one.plan} == {reason}
-    cell = one.plan[1 if make is tied_norm else 0]
-    assert caplog.messages[0] == (
-        f"Sequential runs layer {cell.name} (SConv2dLSTM) step by step: {cell.reason}"
-    )
+    where = "0" if tied == "cell" else "0.1"
+    said = f"Sequential runs layer {where} (SConv2dLSTM) step by step: {reason}"
+    assert caplog.messages[0] == said
 
 
 def test_layers_without_a_state_may_be_in_several_places():

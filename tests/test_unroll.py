@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import close, ours, same_gradients, theirs
+from helpers import close, ours, same_gradients
 from snntorch import utils
 from test_sequential import NETS, N, T, X, equals_the_loop, hidden, leaky, total
 from torch import nn
@@ -45,35 +45,23 @@ def test_a_chunk_holds_as_many_steps_as_its_largest_tensor_allows(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_unroll_is_sequential_without_a_module(name):
-    make, _ = NETS[name]
+def test_unroll_is_sequential_without_a_module_and_batch_first_exchanges_dimensions(name):
     torch.manual_seed(0)
-    net = nn.Sequential(*make())
-    other = copy.deepcopy(net)
-    torch.manual_seed(5)
-    actual = snnlstm.unroll(X, *net)
-    torch.manual_seed(5)
-    close(actual, snnlstm.Sequential(*other)(X), atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_batch_first_exchanges_the_first_two_dimensions(name):
-    make, _ = NETS[name]
-    torch.manual_seed(0)
-    net = nn.Sequential(*make())
-    one = snnlstm.Sequential(*net, batch_first=True)
-    other = snnlstm.Sequential(*copy.deepcopy(net))
-    x = X.transpose(0, 1).contiguous()
+    net = nn.Sequential(*NETS[name][0]())
+    one, other = copy.deepcopy(net), snnlstm.Sequential(*copy.deepcopy(net))
+    first = snnlstm.Sequential(*net, batch_first=True)
     results = []
-    for call, data in ((one, x), (other, X)):
+    for call in (lambda x: snnlstm.unroll(x, *one), other, lambda x: first(x.transpose(0, 1))):
         torch.manual_seed(5)
-        results.append(call(data))
-    actual, expected = (r if isinstance(r, tuple) else (r,) for r in results)
-    close([item.transpose(0, 1) for item in actual], expected, atol=1e-5)
+        out = call(X)
+        results.append(out if isinstance(out, tuple) else (out,))
+    close(*results[:2], atol=0, rtol=0)
+    exchanged = tuple(item.transpose(0, 1) for item in results[2])
+    close(exchanged, results[1], atol=1e-5)
     if any(True for _ in net.parameters()):
-        total(tuple(item.transpose(0, 1) for item in actual)).backward()
-        total(expected).backward()
-        same_gradients(one, other)
+        total(exchanged).backward()
+        total(results[1]).backward()
+        same_gradients(first, other)
 
 
 def test_batch_first_is_kept_and_shown():
@@ -115,14 +103,3 @@ def test_unroll_in_a_forward_registers_nothing():
     one, two, three = net.lstm1, net.lstm2, net.lif
     records = [three(two(one(x)[0])[0].flatten(1)) for x in X]
     close((spk, mem), tuple(map(torch.stack, zip(*records, strict=True))))
-
-
-def test_a_cell_that_goes_step_by_step_is_logged_once_for_each_reason(caplog):
-    cell = theirs(spike_grad=snnlstm.surrogate.atan())
-    for _ in range(3):
-        snnlstm.unroll(X, cell)
-        snnlstm.Sequential(cell)(X)
-    assert [record.getMessage() for record in caplog.records] == [
-        "Sequential runs layer 0 (SConv2dLSTM) step by step: "
-        "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
-    ]
