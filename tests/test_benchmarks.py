@@ -60,10 +60,16 @@ def test_provider_computes_what_snntorch_computes(name, variant):
     assert (expected.gradient_x.numel() > 0) == case.grad_x
 
 
-@pytest.mark.parametrize("field", ["spikes", "syn", "mem", "gradient", "gradient_x"])
-def test_agreement_notices_a_difference_in_each_result(field):
+@pytest.fixture(scope="module")
+def small():
+    """What snnTorch computes of the small case, and the potentials of its spikes."""
     provider = PROVIDERS["snntorch"](SMALL, Setting())
-    expected, potential = agreement.compute(provider), agreement.potentials(provider)
+    return agreement.compute(provider), agreement.potentials(provider)
+
+
+@pytest.mark.parametrize("field", ["spikes", "syn", "mem", "gradient", "gradient_x"])
+def test_agreement_notices_a_difference_in_each_result(small, field):
+    expected, potential = small
     wrong = getattr(expected, field).clone()
     if field == "spikes":
         far = (potential - SMALL.threshold).abs().argmax()
@@ -76,19 +82,16 @@ def test_agreement_notices_a_difference_in_each_result(field):
             agreement.compare(SMALL, "float32", expected, got, potential)
 
 
-def test_a_flip_on_the_boundary_is_allowed_and_one_off_it_is_not():
-    provider = PROVIDERS["snntorch"](SMALL, Setting())
-    expected, potential = agreement.compute(provider), agreement.potentials(provider)
-    flipped = expected.spikes.clone()
+def test_a_flip_on_the_boundary_is_allowed_and_one_off_it_is_not(small):
+    expected, potential = small
+    flipped, near = expected.spikes.clone(), potential.clone()
     flipped.view(-1)[7] = 1 - flipped.view(-1)[7]
     got = dataclasses.replace(expected, spikes=flipped)
-    on_boundary = potential.clone()
-    on_boundary.view(-1)[7] = SMALL.threshold + 1e-6
-    assert "flips 1" in agreement.compare(SMALL, "float32", expected, got, on_boundary)
-    off_boundary = potential.clone()
-    off_boundary.view(-1)[7] = SMALL.threshold + 0.01
+    near.view(-1)[7] = SMALL.threshold + 1e-6
+    assert "flips 1" in agreement.compare(SMALL, "float32", expected, got, near)
+    near.view(-1)[7] = SMALL.threshold + 0.01
     with pytest.raises(agreement.Disagreement, match="spikes"):
-        agreement.compare(SMALL, "float32", expected, got, off_boundary)
+        agreement.compare(SMALL, "float32", expected, got, near)
 
 
 @pytest.mark.parametrize("name", ["snntorch", "hoisted", "snnlstm", "snnlstm-step"])
@@ -218,13 +221,8 @@ def test_files_that_hold_no_rows_are_named(tmp_path):
 )
 def test_noise_verdicts(factor, width, rounds, verdict):
     def row(median: float) -> Row:
-        return dataclasses.replace(
-            ROW,
-            rounds=rounds,
-            p20_ms=median * (1 - width),
-            p50_ms=median,
-            p80_ms=median * (1 + width),
-        )
+        low, high = median * (1 - width), median * (1 + width)
+        return dataclasses.replace(ROW, rounds=rounds, p20_ms=low, p50_ms=median, p80_ms=high)
 
     (change,) = compare.compare_rows([row(10.0)], [row(10.0 * factor)])
     assert change.verdict == verdict
@@ -233,13 +231,11 @@ def test_noise_verdicts(factor, width, rounds, verdict):
 
 
 def test_only_the_same_measurement_is_compared():
-    others = [
-        dataclasses.replace(ROW, **{field: value})
-        for field, value in (
-            ("mode", "forward"), ("provider", "hoisted"), ("dtype", "float64"), ("steps", 9),
-            ("density", None), ("options", ""), ("p50_ms", None),
-        )
-    ]  # fmt: skip
+    changes = {
+        "mode": "forward", "provider": "hoisted", "dtype": "float64", "steps": 9, "density": None,
+        "options": "", "p50_ms": None,
+    }  # fmt: skip
+    others = [dataclasses.replace(ROW, **{name: value}) for name, value in changes.items()]
     assert compare.compare_rows([ROW], others) == []
     assert "no timed row in common" in compare.report([ROW], others)
 
@@ -271,6 +267,8 @@ def test_comparison_says_what_else_changed():
 
 # ---- the command lines ---------------------------------------------------------------------------
 
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
@@ -291,6 +289,7 @@ def test_comparison_says_what_else_changed():
         (["--mode", "sideways"], "--mode"),
         (["--dtype", "tf32"], "--dtype"),
         (["--compare", "nowhere", "else"], "nowhere"),
+        pytest.param(["--device", "cuda"], "torch sees no CUDA device", marks=no_gpu),
     ],
 )
 def test_suite_errors_name_the_argument(arguments, named, capsys):
@@ -298,13 +297,6 @@ def test_suite_errors_name_the_argument(arguments, named, capsys):
         cli.main(arguments)
     assert left.value.code == 2
     assert named in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_said(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["--device", "cuda"])
-    assert "torch sees no CUDA device" in capsys.readouterr().err
 
 
 def test_own_shapes_read_back_what_they_say():
@@ -392,11 +384,13 @@ def test_suite_runs(tmp_path, capsys):
         for mode in ("forward", "both")
         for provider in ("snntorch", "hoisted", "snnlstm-step", "snnlstm")
     }
+    baseline = {row.mode: row.p50_ms for row in rows if row.provider == "snntorch"}
     for row in rows:
         assert row.rounds >= 5
         assert row.p20_ms <= row.p50_ms <= row.p80_ms
-        assert row.speedup > 0
-        assert row.gflops > 0
+        assert row.speedup == pytest.approx(baseline[row.mode] / row.p50_ms)
+        flops = Case("small", 2, 1, 2, 4, 6, 6).flops(row.mode)
+        assert row.gflops == pytest.approx(flops / row.p50_ms / 1e6)
     assert "Speed-up over snntorch" in done.stdout
     # Two providers in two modes: shares of a whole, of which products are some.
     profiles = re.findall(r"^snnlstm\S* +(products .*)$", done.stdout, re.MULTILINE)

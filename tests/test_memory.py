@@ -30,6 +30,7 @@ VARIANTS = {
     "quantised": PLAIN.but(quant=state_quant(8)),
     "float64": PLAIN.but(dtype=torch.float64),
     "few spikes": PLAIN.but(density=0.03, spikes=True),
+    "inhibition": PLAIN.but(inhibition=True),
 }
 
 
@@ -60,23 +61,13 @@ def state_bytes(case: Case) -> int:
     return n * c * ho * wo * case.dtype.itemsize
 
 
+@pytest.mark.parametrize(("checkpoint", "tensors"), [(False, 5), ("gates", 3)])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_training_keeps_the_activated_gates_and_syn(kernels, name):
-    """A step keeps four gates and syn, five state-sized tensors, and nothing else."""
-    case = VARIANTS[name]
-    assert kept_bytes(kernels, case) == 5 * case.time * state_bytes(case)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_half_gates_are_two_state_sized_tensors_a_step(kernels, name):
-    case = VARIANTS[name].but(checkpoint="gates")
-    assert kept_bytes(kernels, case) == 3 * case.time * state_bytes(case)
-
-
-def test_inhibition_keeps_one_index_a_sample_more(kernels):
-    case = PLAIN.but(inhibition=True)
-    indices = 8 * case.time * case.batch
-    assert kept_bytes(kernels, case) == 5 * case.time * state_bytes(case) + indices
+def test_training_keeps_the_activated_gates_and_syn(kernels, name, checkpoint, tensors):
+    """A step keeps four gates, or halves of them, and syn, and inhibition's winners; no more."""
+    case = VARIANTS[name].but(checkpoint=checkpoint)
+    indices = 8 * case.time * case.batch * case.options.inhibition
+    assert kept_bytes(kernels, case) == tensors * case.time * state_bytes(case) + indices
 
 
 def test_checkpoint_keeps_states_alone(kernels):

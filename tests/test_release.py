@@ -38,14 +38,11 @@ def wheel(folder: Path, local: str) -> Path:
     """Writes an empty wheel, from which pip learns name and version."""
     path = folder / f"snnlstm-9.9+{local}-py3-none-any.whl"
     about = f"snnlstm-9.9+{local}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: snnlstm\nVersion: 9.9+{local}\n"
+    form = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(
-            f"{about}/METADATA", f"Metadata-Version: 2.1\nName: snnlstm\nVersion: 9.9+{local}\n"
-        )
-        archive.writestr(
-            f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        archive.writestr(f"{about}/RECORD", "")
+        for name, text in (("METADATA", metadata), ("WHEEL", form), ("RECORD", "")):
+            archive.writestr(f"{about}/{name}", text)
     return path
 
 
