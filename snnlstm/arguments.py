@@ -7,7 +7,6 @@ accepted. Nothing is modified before all checks have passed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, cast
@@ -47,12 +46,12 @@ def a_module(name: str, value: Any) -> nn.Module:
     return value
 
 
-def integer(name: str, value: Any, least: int = 1) -> int:
-    """Check an int that is at least `least`."""
+def integer(name: str, value: Any) -> int:
+    """Check an int that is at least 1."""
     if not _is_int(value):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
     return int(value)
 
 
@@ -213,8 +212,6 @@ def state_broadcast(
     name: str, shape: Sequence[int], state: Sequence[int], options: CellOptions
 ) -> None:
     """Check that a shape broadcasts to that of mem, and to that of the pooled mem."""
-    if all(size == 1 for size in shape[-2:]) and len(shape) <= 2:
-        return
     pooled = (*state[:2], state[2] // options.pool_size[0], state[3] // options.pool_size[1])
     if not _broadcasts(shape, state) or not _broadcasts(shape, pooled):
         both = f"mem's shape {tuple(state)}"
@@ -389,4 +386,4 @@ def never_spikes(threshold: Any) -> bool:
     """Whether no mem can exceed the threshold: mem = o * tanh(syn) is at most 1."""
     if isinstance(threshold, Tensor):
         return not threshold.is_meta and bool((threshold.detach() >= 1).all())
-    return is_number(threshold) and not math.isnan(threshold) and threshold >= 1
+    return is_number(threshold) and bool(threshold >= 1)

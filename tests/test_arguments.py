@@ -57,7 +57,7 @@ CONSTRUCTOR = OPTIONS | {
 ATTRIBUTES = OPTIONS | {
     "init_hidden": FLAG,
     "output": FLAG,
-    "reset_mechanism_val": {ValueError: (torch.tensor(7),)},
+    "reset_mechanism_val": {ValueError: tuple(map(torch.tensor, (3, -1, [0, 1])))},
     "syn": {TypeError: (None,)},
     "mem": {TypeError: (0.0,)},
 }
@@ -67,7 +67,7 @@ CALL = {
         TypeError: ([[1.0]], None, X.double(), X.to(torch.complex64)),
         ValueError: (
             torch.zeros(2, 5, 5), torch.zeros(1, 1, 1, 2, 5, 5), torch.zeros(1, 3, 5, 5),
-            torch.zeros(1, 2, 0, 5), X.to("meta"),
+            torch.zeros(1, 2, 0, 5), torch.zeros(1, 2, 5, 0), X.to("meta"),
         ),
     },
     "syn": {
@@ -94,10 +94,13 @@ FUNCTIONAL = OPTIONS | CALL | {
     "bias": {TypeError: (0, BIAS.double()), ValueError: (torch.zeros(3), BIAS.to("meta"))},
     "threshold": {
         TypeError: (None, "0.1"),
-        ValueError: (torch.zeros(2, 1, 1), torch.zeros(0), torch.zeros(3, 1, 1, device="meta")),
+        ValueError: (
+            torch.zeros(2, 1, 1), torch.zeros(4), torch.zeros(1, 1, 3, 1, 1), torch.zeros(0),
+            torch.zeros(3, 1, 1, device="meta"),
+        ),
     },
     "graded_spikes_factor": {TypeError: (None,), ValueError: (torch.zeros(2, 3),)},
-    "max_pool": OPTIONS["max_pool"] | {ValueError: (6, (2, 2, 2))},
+    "max_pool": OPTIONS["max_pool"] | {ValueError: (6, (6, 1), (1, 6), (2, 2, 2))},
 }  # fmt: skip
 
 
@@ -134,6 +137,7 @@ GOOD = [
     ("init_hidden", 1),
     ("max_pool", (2,)),
     ("avg_pool", [2]),
+    ("avg_pool", (6, 3)),  # as large as the image
     ("threshold", 0),
     ("threshold", [[[0.1]], [[0.2]], [[0.3]]]),
     ("state_quant", None),
@@ -148,8 +152,9 @@ GOOD = [
 def test_the_constructor_accepts(name, value):
     cell = snnlstm.SConv2dLSTM(**(CELL | {name: value}))
     spk = cell(torch.zeros(1, 2, 6, 6).to(cell.conv.weight.dtype))
-    size = 3 if value in ((2,), [2]) else 6
-    assert (spk if cell.init_hidden else spk[0]).shape == (1, 3, size, size)
+    pool = value if name.endswith("pool") and value else (1,)
+    size = 6 // pool[0], 6 // pool[-1]
+    assert (spk if cell.init_hidden else spk[0]).shape == (1, 3, *size)
 
 
 def test_numpys_numbers_are_accepted():
