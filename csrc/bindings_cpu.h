@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "bindings.h"
@@ -83,29 +84,64 @@ double density(const T* x, int64_t count) {
   return seen ? double(nonzero) / double(seen) : 1;
 }
 
-// Whether two pieces of memory are equal. Large ones are compared by as many threads as torch has.
-inline bool same(const void* a, const void* b, int64_t bytes) {
-  constexpr int64_t kChunk = 1 << 18;
-  const auto equal = [&](int64_t begin) {
-    const int64_t end = begin + kChunk < bytes ? begin + kChunk : bytes;
-    return std::memcmp(static_cast<const char*>(a) + begin, static_cast<const char*>(b) + begin,
-                       size_t(end - begin)) == 0;
-  };
+// Calls f(chunk, begin, end) for chunks of some values or bytes, on as many threads as torch has,
+// until f returns false. Returns whether it never did.
+template <class F>
+bool each_chunk(int64_t count, int64_t chunk, F&& f) {
   int64_t next = 0;
-  bool differ = false;
-  const auto compare = [&] {
-    for (int64_t begin; (begin = __atomic_fetch_add(&next, kChunk, __ATOMIC_RELAXED)) < bytes;)
-      if (__atomic_load_n(&differ, __ATOMIC_RELAXED) || !equal(begin))
-        return __atomic_store_n(&differ, true, __ATOMIC_RELAXED);
+  bool stop = false;
+  const auto work = [&] {
+    for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) * chunk < count;)
+      if (__atomic_load_n(&stop, __ATOMIC_RELAXED) ||
+          !f(k, k * chunk, k * chunk + std::min(chunk, count - k * chunk)))
+        return __atomic_store_n(&stop, true, __ATOMIC_RELAXED);
   };
-  const int64_t threads = std::min<int64_t>(omp_get_max_threads(), bytes >> 20);
+  const int64_t threads = std::min<int64_t>(omp_get_max_threads(), count / (4 * chunk));
   if (threads > 1) {
 #pragma omp parallel num_threads(int(threads))
-    compare();
+    work();
   } else {
-    compare();
+    work();
   }
-  return !differ;
+  return !stop;
+}
+
+inline bool same(const void* a, const void* b, int64_t bytes) {
+  const auto *one = static_cast<const char*>(a), *other = static_cast<const char*>(b);
+  return each_chunk(bytes, 1 << 17, [&](int64_t, int64_t begin, int64_t end) {
+    return std::memcmp(one + begin, other + begin, size_t(end - begin)) == 0;
+  });
+}
+
+template <class T>
+double copy_and_square(const T* from, T* to, int64_t count) {
+  constexpr int64_t kChunk = 1 << 14, kLanes = 16;
+  std::vector<double> sums(size_t(count / kChunk + 1));
+  each_chunk(count, kChunk, [&](int64_t chunk, int64_t begin, int64_t end) {
+    std::memcpy(to + begin, from + begin, size_t(end - begin) * sizeof(T));
+    T lanes[kLanes] = {};
+    int64_t k = begin;
+    for (; k + kLanes <= end; k += kLanes)
+      for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += from[k + lane] * from[k + lane];
+    for (; k < end; ++k) lanes[0] += from[k] * from[k];
+    for (const T lane : lanes) sums[size_t(chunk)] += double(lane);
+    return true;
+  });
+  return std::accumulate(sums.begin(), sums.end(), 0.);  // in one order, whatever the threads do
+}
+
+// Copies a weight of so many values, and returns the sum of their squares.
+inline double copy_weight(Address weight, Address copy, int dtype, int64_t count) {
+  counted("count", count);
+  if (count == 0) return 0;
+  needs(at(weight), "weight");
+  needs(at(copy), "copy");
+  numbered<DType>("dtype", dtype, 2);
+  py::gil_scoped_release release;
+  return DType(dtype) == DType::float64 ? copy_and_square(static_cast<const double*>(at(weight)),
+                                                          static_cast<double*>(at(copy)), count)
+                                        : copy_and_square(static_cast<const float*>(at(weight)),
+                                                          static_cast<float*>(at(copy)), count);
 }
 
 // What a call looks at before it begins, in one crossing: x's density in hundredths (100 if
@@ -203,6 +239,7 @@ inline void bind_cpu(py::module_& m) {
   m.def("isa_name", &cpu::isa_name);
   m.def("set_isa", &cpu::set_isa);
   m.def("inspect", &inspect);
+  m.def("copy_weight", &copy_weight);
   // Begins to count the time of the kernels' parts, or ends that: nanoseconds by part.
   m.def("cpu_profile", [](bool begin) {
     static cpu::Profile counted;

@@ -180,6 +180,10 @@ class Cpu(Calls):
                 "weight": ("memory", address()), "copy": ("memory", address()),
                 "bytes": ("count", 64),
             }, 6),
+            "copy_weight": ({
+                "weight": ("memory", address()), "copy": ("memory", address()),
+                "dtype": ("enum", 0), "count": ("count", 64),
+            }, 4),
             "cpu_padded_channels": ({"dtype": ("enum", 1), "C": ("size", 5)}, 2),
             "cpu_evaluate": ({
                 "function": ("text", "tanh"), "dtype": ("enum", 0), "in": ("memory", address()),

@@ -27,9 +27,11 @@ double at_once(const Cell& c, double of_image, double wanted) {
 
 // Returns what it costs to pack so many values of each filter and, in the backward pass, to clear
 // and write their gradient. All pixels of a call share that: in training, the filters have changed
-// since the last call.
+// since the last call. The forward pass counts with a few steps, whatever T is: a sequence in
+// pieces has the results of the whole.
 double filter_cost(const Cell& c, double values, double channels, bool backward) {
-  const double pixels = double(c.T * c.N) * double(c.Ho() * c.Wo());
+  const double steps = backward ? double(c.T) : 4;
+  const double pixels = steps * double(c.N) * double(c.Ho() * c.Wo());
   return (backward ? 160 : 70) * values * 4 * channels / pixels;  // measured
 }
 

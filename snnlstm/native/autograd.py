@@ -88,12 +88,12 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     bias_here = choice.sums_bias and loop.left.wanted[1]
     here = (*wanted[:3], False, bias_here, wanted[5])
     if not _will_run(loop.node):  # a pass that does not want the weight's gradient
-        return choice.backward(call, kept, grads, here)._replace(bias=None)
+        return choice.backward(call, kept, grads, here, steps=loop.steps)._replace(bias=None)
     # The gates' memory takes their gradient, unless somebody may still read it: another backward
     # pass over this graph, or a hook that brought it.
     overwrite = own and (options.checkpoint is True or not _keeps_graph())
     d_gates = choice.empty_d_gates(call, kept if overwrite else None)
-    out = choice.backward(call, kept, grads, here, d_gates)
+    out = choice.backward(call, kept, grads, here, d_gates, loop.steps)
     loop.left.add(choice, Step(x, mem, d_gates, out.bias))
     return out._replace(bias=None)
 
@@ -181,6 +181,7 @@ def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]
         return (*choice.forward(call, False)[:3], choice.name)
     loop = loop_of(weight, bias) if of_weight and not options.sequence else None
     if loop is not None:
+        loop.steps += 1
         weight, bias = loop.weight, loop.bias
     out = _apply(x, syn, mem, weight, bias, threshold, graded, call, choice, loop, algorithm)
     return (*out, choice.name)

@@ -20,7 +20,7 @@ __all__ = ["ALGORITHMS", "Kernels", "set_isa"]
 
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/cpu/api.h
 
-# A step call is most likely one of a loop, in which so many share what is done once for a weight.
+# Step calls share what is done once for a weight: so many where their loop is not known, or longer.
 _STEPS_OF_LOOP = 16
 
 isa = _C.isa_name()
@@ -70,13 +70,21 @@ class _Way:
         isa = self._plan.isa
         return [(number, f"{isa}:{name}", size) for number, name, size in core.forms(**which)]
 
-    def backward(self, grad_x: bool, weight: bool) -> tuple[Any, Any, int]:
-        """The core's plan of the backward pass, the forms that it reads, bytes of its workspace."""
-        found = self.gradients.get((grad_x, weight))
+    def backward(
+        self, grad_x: bool, weight: bool, steps: int = _STEPS_OF_LOOP
+    ) -> tuple[Any, Any, int]:
+        """The core's plan of the backward pass, the forms that it reads, bytes of its workspace.
+
+        A step call is one of `steps` that share the forms.
+        """
+        found = self.gradients.get((grad_x, weight, steps))
         if found is None:
-            core = self._make(self._plan.gradient_cell, backward=True).with_time(self._plan.time)
+            plan = self._plan
+            cell = plan.cell if plan.signature.options.sequence else plan.cell_of(steps)
+            core = self._make(cell, backward=True).with_time(plan.time)
             forms = self._forms_of(core, backward=True, grad_x=grad_x)
-            found = self.gradients[grad_x, weight] = core, forms, core.backward_workspace(weight)
+            found = core, forms, core.backward_workspace(weight)
+            self.gradients[grad_x, weight, steps] = found
         return found
 
     def weight_gradient(self, steps: int) -> tuple[Any, int]:
@@ -97,7 +105,6 @@ class Plan(tensors.Plan):
         s, o = self.signature, self.signature.options
         self.algorithm, self.threads, self.isa, self.time = number, threads, isa, s.time
         self.cell = self.cell_of(s.time)
-        self.gradient_cell = self.cell if o.sequence else self.cell_of(_STEPS_OF_LOOP)
         # The core takes five strides.
         self.x5, self.syn5, self.mem5, self.spk5, self.state5 = (
             tensors.five(strides)
@@ -209,17 +216,19 @@ class Choice:
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
         d_gates: Tensor | None = None,
+        steps: int = _STEPS_OF_LOOP,
     ) -> Gradients:
         """Run the backward kernels on what :meth:`forward` was given and kept.
 
         `grads`, of spk, syn and mem, may have any memory layout, and None stands for zeros.
         `wanted` says which gradients are computed, in the order of :class:`Gradients`. `d_gates`,
         if given, has the shape of ``saved.gates``, may be that, and gets the gradient of the gate
-        sums.
+        sums. A step call's loop has so many `steps`.
         """
         plan, x = self.plan, call.x
         dtype = x.dtype
-        core, forms, size = self.way.backward(wanted[0], wanted[3])
+        steps = 1 << min(steps, _STEPS_OF_LOOP).bit_length() - 1  # a power of two: few plans
+        core, forms, size = self.way.backward(wanted[0], wanted[3], steps)
         packed, self.packed = self.packed, None
         if packed is None:  # a second backward pass over the same graph
             packed, _ = look_up(call.weight)

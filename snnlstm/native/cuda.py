@@ -164,6 +164,7 @@ class Plan(tensors.Plan):
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
         d_gates: Tensor | None = None,
+        steps: int = 1,
     ) -> Gradients:
         """Run the backward kernels; see the twin's."""
         with self.kernels.guard(call.x.device):

@@ -108,12 +108,12 @@ class Loop:
     """Weight and bias of a loop of step calls, as its node hands them to the steps.
 
     ``left`` is where the steps' backward passes leave their gate gradients, ``node`` what
-    :func:`torch._C._will_engine_execute_node` asks for.
+    :func:`torch._C._will_engine_execute_node` asks for, ``steps`` the number of step calls so far.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         wanted = weight.requires_grad, bias is not None and bias.requires_grad
-        self.left = Left(wanted)
+        self.left, self.steps = Left(wanted), 0
         self.weight, self.bias = _WeightOfLoop.apply(weight, bias, self.left)
         self.node = self.weight.grad_fn
         self._facts = _facts(weight), _facts(bias)

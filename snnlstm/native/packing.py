@@ -14,6 +14,7 @@ import torch  # before the core, which uses the OpenMP runtime that torch has lo
 from torch import Tensor
 
 from .. import _C
+from ..call import DTYPES
 from . import memory
 
 __all__ = ["Packed", "look_up"]
@@ -32,10 +33,12 @@ class Packed:
     GAINS: ClassVar = {8: 1.5, 6: 3.0}
 
     def __init__(self, weight: Tensor) -> None:
-        self.original = memory.empty(weight.shape, weight.dtype).copy_(weight.detach())
-        gain = float(self.original.norm()) / max(weight.shape[0], 1) ** 0.5
-        self.most_inputs = max((s for s, most in self.GAINS.items() if gain <= most), default=0)
+        self.original = memory.empty(weight.shape, weight.dtype)
         self.address = self.original.data_ptr()
+        dtype, count = DTYPES.index(weight.dtype), weight.numel()
+        squares = _C.copy_weight(weight.data_ptr(), self.address, dtype, count)
+        gain = (squares / max(weight.shape[0], 1)) ** 0.5
+        self.most_inputs = max((s for s, most in self.GAINS.items() if gain <= most), default=0)
         self.bytes = self.original.nbytes
         self.forms: dict[tuple[int, str], Tensor] = {}
         self._found: dict[Any, dict[str, int]] = {}  # addresses by the core's plan

@@ -18,8 +18,11 @@ struct Packing {
     return (g * (l.c.Cin + l.c.C) + ci) * l.all_taps() + place;
   }
 
-  // Returns so many neighbouring input channels that their taps fill several squares of VL lanes.
-  static int64_t together(const L& l) { return (4 * VL + l.taps - 1) / l.taps; }
+  // Returns how many neighbouring input channels are packed together, which are neighbours in the
+  // kernels' order too. Their taps fill several squares of VL lanes.
+  static int64_t together(const L& l) {
+    return std::max<int64_t>((4 * VL + l.taps - 1) / l.taps, 8);
+  }
 
   static void forward(const L& l, int threads, const T* weight, T* packed) {
     forward_half(l, threads, weight, 0, l.c.Cin, packed);
@@ -84,7 +87,7 @@ struct Packing {
   // lanes from `lanes` on are zero.
   static void load(const L& l, const T* weight, int64_t stride, int64_t lanes, int64_t count,
                    T* dst, const Pixels& to) {
-    if (l.all_taps() == l.taps)
+    if (l.all_taps() == l.taps && count > 1)
       return load_row<S>(weight, stride, 1, count * l.taps, lanes, dst, to, VL);
     const int64_t run = l.c.outer_w == 0 ? l.taps : l.c.kernel_w;  // neighbours
     for (int64_t k = 0; k < count * l.taps; k += run) {
@@ -122,13 +125,16 @@ struct Packing {
   template <class F>
   static void each_backward(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                             int64_t vectors, int64_t values, F&& f) {
-    parallel_for(threads, 4 * l.Cp, vectors * VL * values, [&](int64_t g) {
-      const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const VectorBlock b = vector_block(vectors, v, VL * int(sizeof(T)));
-        f(weight + source(l, gate * l.c.C + ch, first + v * VL, 0),
-          ch < l.c.C ? within(count - v * VL) : 0, b.first * VL, (g * b.count + v - b.first) * VL,
-          b.count * VL);
+    constexpr int kTogether = 4;
+    parallel_for(threads, l.Cp, 4 * vectors * VL * values, [&](int64_t task) {
+      for (int64_t g = task * kTogether; g < (task + 1) * kTogether; ++g) {
+        const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
+        for (int64_t v = 0; v < vectors; ++v) {
+          const VectorBlock b = vector_block(vectors, v, VL * int(sizeof(T)));
+          f(weight + source(l, gate * l.c.C + ch, first + v * VL, 0),
+            ch < l.c.C ? within(count - v * VL) : 0, b.first * VL, (g * b.count + v - b.first) * VL,
+            b.count * VL);
+        }
       }
     });
   }
