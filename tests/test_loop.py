@@ -64,11 +64,12 @@ def test_the_weight_gradient_is_formed_once_for_all_steps(formed, monkeypatch):
     tells = hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
     backward = native.cpu.Choice.backward
 
-    def checked(choice, call, saved, grads, wanted, d_gates=None):
+    def checked(choice, call, saved, grads, wanted, d_gates=None, steps=None):
         assert not wanted[3]
+        assert steps == 9
         if tells:
             assert d_gates is saved.gates, "no other memory than the gates' is taken"
-        return backward(choice, call, saved, grads, wanted, d_gates)
+        return backward(choice, call, saved, grads, wanted, d_gates, steps)
 
     monkeypatch.setattr(native.cpu.Choice, "backward", checked)
     _, ours = cells()
