@@ -6,8 +6,8 @@ fewer operations can therefore show an effective rate above the machine's peak.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import math
 import random
 from collections.abc import Callable
@@ -74,7 +74,7 @@ class Case:
     def options(self) -> str:
         """What differs from a plain cell, as text; `parse_case` reads it back."""
         told = []
-        for option, (field, _) in OPTIONS.items():
+        for option, (field, *_) in OPTIONS.items():
             value = getattr(self, field)
             if field not in ("name", "density") and value != getattr(Case, field):
                 told.append(f"{option}={value}")
@@ -260,8 +260,8 @@ def parse_case(text: str) -> Case:
         form = '"T N Cin Cout H W k [option=value ...]"'
         raise ValueError(f"--shape: expected {form}, got {len(numbers)} numbers in {text!r}")
     labels = ("T", "N", "Cin", "Cout", "H", "W")
-    sizes = [_positive(label, word) for label, word in zip(labels, numbers[:6], strict=True)]
-    kernel = [_positive("k", side) for side in numbers[6].lower().split("x")]
+    sizes = [_value(label, word) for label, word in zip(labels, numbers[:6], strict=True)]
+    kernel = [_value("k", side) for side in numbers[6].lower().split("x")]
     if len(kernel) > 2 or any(side % 2 == 0 for side in kernel):
         raise ValueError(f"--shape: k must be odd, as 3 or 3x5, got {numbers[6]!r}")
     given: dict[str, Any] = {"name": "own-" + "-".join(numbers)}
@@ -269,8 +269,8 @@ def parse_case(text: str) -> Case:
         if key not in OPTIONS:
             known = ", ".join(OPTIONS)
             raise ValueError(f"--shape: unknown option {key}={value!r}; known: {known}")
-        field, read = OPTIONS[key]
-        given[field] = read(key, value)
+        field, *accepted = OPTIONS[key]
+        given[field] = _value(key, value, *accepted)
     case = Case(given.pop("name"), *sizes, (kernel[0], kernel[-1]), **given)
     if case.max_pool and case.avg_pool:
         raise ValueError("--shape: only one of max_pool and avg_pool may be given, got both")
@@ -279,46 +279,41 @@ def parse_case(text: str) -> Case:
     return case
 
 
-def _positive(label: str, word: str, most: float = math.inf) -> int:
-    if not word.isdigit() or not 1 <= int(word) <= most:
-        limit = "" if most == math.inf else f" up to {most}"
-        raise ValueError(f"--shape: {label} must be a positive whole number{limit}, got {word!r}")
-    return int(word)
-
-
-def _reset(label: str, word: str) -> str:
-    if word not in ("none", "subtract", "zero"):
-        raise ValueError(f"--shape: {label} must be none, subtract or zero, got {word!r}")
-    return word
-
-
-def _number(label: str, word: str) -> float:
+def _value(
+    label: str,
+    word: str,
+    what: str = "a positive whole number",
+    kind: Callable[[str], Any] = int,
+    accepted: Callable[[Any], bool] = lambda value: value > 0,
+) -> Any:
     try:
-        return float(word)
+        value = kind(word)
+        if accepted(value):
+            return value
     except ValueError:
-        raise ValueError(f"--shape: {label} must be a number, got {word!r}") from None
+        pass
+    raise ValueError(f"--shape: {label} must be {what}, got {word!r}")
 
 
-OPTIONS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
-    "max_pool": ("max_pool", _positive),
-    "avg_pool": ("avg_pool", _positive),
-    "reset": ("reset", _reset),
-    "quant": ("quant_bits", functools.partial(_positive, most=16)),
-    "threshold": ("threshold", _number),
-    "density": ("density", lambda key, value: parse_density(value, f"--shape: {key}")),
-    "name": ("name", lambda key, value: value),
+_RESETS = ("none", "subtract", "zero")
+_SHARE = 'a share from 0 to 1 or "dense"'
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "max_pool": ("max_pool",),
+    "avg_pool": ("avg_pool",),
+    "reset": ("reset", "none, subtract or zero", str, _RESETS.__contains__),
+    "quant": ("quant_bits", "a positive whole number up to 16", int, range(1, 17).__contains__),
+    "threshold": ("threshold", "a number", float, lambda value: True),
+    "density": ("density", _SHARE, lambda text: parse_density(text), lambda value: True),
+    "name": ("name", "a name", str, bool),
 }
-"""Option of a shape: the field of Case, and the function of key and value that reads it."""
+"""Option of a shape: the field of Case, and what is accepted, as :func:`_value` takes it."""
 
 
-def parse_density(text: str, label: str = "--density") -> float | None:
+def parse_density(text: str) -> float | None:
     """A share of non-zero values in 0..1, or "dense" (None: normally distributed x)."""
     if text == "dense":
         return None
-    try:
-        density = float(text)
-    except ValueError:
-        density = -1.0
-    if not 0 <= density <= 1:
-        raise ValueError(f'{label} must be a share from 0 to 1 or "dense", got {text!r}')
-    return density
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise ValueError(f"--density must be {_SHARE}, got {text!r}")

@@ -186,14 +186,8 @@ def report(about: dict[str, str], outcomes: Sequence[Outcome], seconds: float) -
     lines += [f"| all | {summary(outcomes)} | {seconds:.0f} |"]
     for outcome in outcomes:
         command = [*outcome.step.environment, outcome.command or outcome.step.command]
-        lines += [
-            "",
-            f"## {outcome.step.name}: {outcome.verdict}",
-            "",
-            f"`{' '.join(command)}`",
-            "",
-        ]
-        lines += ["````text", outcome.output or "(no output)", "````"]
+        lines += ["", f"## {outcome.step.name}: {outcome.verdict}", "", f"`{' '.join(command)}`"]
+        lines += ["", "````text", outcome.output or "(no output)", "````"]
     return "\n".join(lines) + "\n"
 
 

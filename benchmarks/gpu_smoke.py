@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import snnlstm
 from benchmarks.agreement import TOLERANCE
@@ -75,7 +76,7 @@ def run(
 
 def _layer(
     device: str, precision: str, options: dict[str, Any], sizes: tuple[int, ...]
-) -> tuple[snnlstm.SConv2dLSTM, torch.Tensor]:
+) -> tuple[snnlstm.SConv2dLSTM, Tensor]:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
     t, n, cin, c, h, w = sizes
@@ -86,20 +87,15 @@ def _layer(
 
 
 def _apart(
-    cell: snnlstm.SConv2dLSTM,
-    x: torch.Tensor,
-    spk: torch.Tensor,
-    mem: torch.Tensor,
-    options: dict[str, Any],
+    cell: snnlstm.SConv2dLSTM, x: Tensor, spk: Tensor, mem: Tensor, options: dict[str, Any]
 ) -> tuple[float, float]:
     """How far mem and gradients of the kernels are from those of plain torch in float64."""
     inputs = [x, cell.conv.weight, cell.conv.bias]
     found = torch.autograd.grad(spk.double().sum() + mem.double().square().sum(), inputs)
     exact = [t.detach().double().requires_grad_() for t in inputs]
     threshold = cell.threshold.double()
-    true_spk, _, true = sconv2dlstm(
-        exact[0], None, None, *exact[1:], threshold=threshold, **options
-    )
+    of_exact = dict(zip(("x", "weight", "bias"), exact, strict=True))
+    true_spk, _, true = sconv2dlstm(**of_exact, threshold=threshold, **options)
     expected = torch.autograd.grad(true_spk.sum() + true.square().sum(), exact)
     far = (mem.double() - true).detach().abs().flatten()
     deciding = {"reset_mechanism", "state_quant"} & set(options)

@@ -30,32 +30,25 @@ X = torch.rand(16, 1, 2, 15, 17)
 STATE = torch.zeros(1, 12, 15, 17)
 
 
-class _StubbedPlan:
-    """The core's plan of a CPU call, whose kernels do nothing."""
+class _StubbedCpu:
+    """The core, or the plan of a CPU call, whose kernels do nothing."""
 
-    def __init__(self, plan: Any) -> None:
-        self._plan = plan
+    def __init__(self, of: Any) -> None:
+        self._of = of
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._plan, name)
+        return getattr(self._of, name)
 
-    def with_time(self, time: int) -> _StubbedPlan:
-        return _StubbedPlan(self._plan.with_time(time))
+    def CpuPlan(self, *arguments: Any) -> _StubbedCpu:
+        return _StubbedCpu(self._of.CpuPlan(*arguments))
+
+    def with_time(self, time: int) -> _StubbedCpu:
+        return _StubbedCpu(self._of.with_time(time))
 
     def forward(self, **_: Any) -> None:
         pass
 
     backward = weight_gradient = forward
-
-
-class _StubbedCpu:
-    """A core whose plans are stubbed."""
-
-    def CpuPlan(self, *arguments: Any) -> _StubbedPlan:
-        return _StubbedPlan(_C.CpuPlan(*arguments))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(_C, name)
 
 
 class _StubbedCuda:
@@ -92,7 +85,7 @@ class _OnTheHost(cuda.Kernels):
 def stubbed(half: str) -> Iterator[None]:
     """Within the block, cells on the CPU run a half of the core whose kernels do nothing."""
     calls._signatures.clear()
-    on_cpu = mock.patch.object(cpu, "_C", _StubbedCpu())
+    on_cpu = mock.patch.object(cpu, "_C", _StubbedCpu(_C))
     on_cuda = mock.patch.dict(kernels.HALVES, {"cpu": _OnTheHost(_StubbedCuda())})
     with on_cpu if half == "cpu" else on_cuda:
         yield

@@ -106,9 +106,9 @@ def read_rows(path: Path) -> list[Row]:
         if path.suffix == ".json":
             return [Row(**record) for record in json.loads(path.read_text())]
         with path.open(newline="") as file:
-            found = csv.DictReader(file)
             return [
-                Row(**{name: _parse(name, record[name]) for name in record}) for record in found
+                Row(**{name: _parse(name, text) for name, text in record.items()})
+                for record in csv.DictReader(file)
             ]
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} does not hold rows of this suite: {error}") from None

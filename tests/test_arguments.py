@@ -203,15 +203,15 @@ def test_an_input_that_converts_without_loss_is_converted(backend, dtype):
 
 
 def test_the_functional_form_is_the_cell_without_its_state(backend):
-    cell = ours(reset_mechanism="subtract", max_pool=2, threshold=0.1)
-    weight, bias = cell.conv.weight, cell.conv.bias
-    x, (syn, mem) = steps(3, 2, 2, 6, 7), states(2, 3, 6, 7)
-    kwargs = {"threshold": 0.1, "reset_mechanism": "subtract", "max_pool": [2, 2]}
-    for state in ((None, None), (syn, mem), (torch.zeros(0), torch.zeros(0))):
-        start = (torch.zeros(0), torch.zeros(0)) if state[0] is None else state
+    options = {"threshold": 0.1, "reset_mechanism": "subtract", "max_pool": [2, 2]}
+    cell, x = ours(**options), steps(3, 2, 2, 6, 7)
+    parameters = cell.conv.weight, cell.conv.bias
+    zeros = torch.zeros(0), torch.zeros(0)
+    for state in ((None, None), states(2, 3, 6, 7), zeros):
+        start = zeros if state[0] is None else state
         for function in (sconv2dlstm, snnlstm.reference.sconv2dlstm):
-            close(function(x[0], *state, weight, bias, **kwargs), cell(x[0], *start))
-            recorded = function(x, *state, weight, bias, **kwargs, record=True)
+            close(function(x[0], *state, *parameters, **options), cell(x[0], *start))
+            recorded = function(x, *state, *parameters, **options, record=True)
             close(recorded, cell(x, *start, record=True))
 
 

@@ -1,7 +1,6 @@
 """Autograd's rules: who gets a gradient, what is kept and freed, what is edited in place."""
 
 import gc
-import itertools
 import weakref
 
 import flat
@@ -10,25 +9,12 @@ import torch
 from cases import PLAIN, Inputs, wanting_gradients
 from gradients import NAMES, OUTPUTS, gradients, leaves_and_gradients, total
 from helpers import same
-from kernels import Kernels, native
+from kernels import native
 from poison import NAN, poisoned
 
 from snnlstm import surrogate
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
-
-
-@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
-def test_any_subset_of_the_inputs_can_want_gradients(algorithm):
-    kernels, case = Kernels(native.cpu.isa, algorithm), PLAIN.but(time=2)
-    inputs = case.inputs()
-    grads = case.output_gradients()
-    everything = gradients(kernels.run, inputs, case.options, grads)
-    for size in range(1, len(NAMES) + 1):
-        for wanted in itertools.combinations(NAMES, size):
-            some = gradients(kernels.run, inputs, case.options, grads, wanted)
-            for name in wanted:
-                assert torch.equal(some[name], everything[name]), (wanted, name)
 
 
 def test_unwanted_gradients_are_not_computed(monkeypatch):

@@ -37,18 +37,6 @@ def test_half_precision_modules_work_without_explicit_states(dtype, reset):
     assert grad.isfinite().all()
 
 
-def test_snntorch_cannot_do_that():
-    with pytest.raises(RuntimeError):
-        theirs().half()(torch.zeros(1, 2, 5, 5, dtype=torch.float16))
-
-
-@half
-def test_a_half_precision_sequence_is_its_steps(dtype):
-    one, other = ours().to(dtype), ours().to(dtype)
-    x = steps(3, 1, 2, 5, 5).to(dtype)
-    close(one(x)[0], torch.stack([other(x_t)[0] for x_t in x]), atol=0, rtol=0)
-
-
 def test_stored_states_follow_a_change_of_dtype(backend):
     cell, other = ours(), ours()
     x = steps(2, 1, 2, 5, 5)

@@ -16,7 +16,6 @@ from helpers import same
 from kernels import Kernels, native, one_thread
 from oracle import check_steps
 from poison import HUGE, NAN, poisoned
-from torch import Tensor
 
 from snnlstm import surrogate
 
@@ -209,41 +208,6 @@ def test_weights_that_met_only_zeros_have_a_gradient_of_exactly_zero(kernels, ke
     compare(actual, exact, kernels.gradient_error(case.dtype), grads)
 
 
-# ---- numbers against numbers ---------------------------------------------------------------------
-TINY = DOUBLE.but(
-    surrogate=surrogate.NONE, reset="none", threshold="number",
-    time=2, batch=2, in_channels=1, channels=2, height=3, width=4,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        TINY.but(reset="subtract"),
-        TINY.but(reset="zero"),
-        TINY.but(stride=(2, 1)),
-        TINY.but(kernel_size=(1, 3), dilation=(1, 2)),
-        TINY.but(record=False, reset="subtract", threshold="column"),
-        TINY.but(sequence=False, record=False, reset="subtract", bias=False),
-    ],
-    ids=str,
-)
-def test_gradcheck_of_syn_and_mem(case):
-    *leaves, graded = wanting_gradients(case.inputs())
-    present = [leaf for leaf in leaves if leaf is not None]
-
-    def states(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        rest = iter(tensors)
-        arguments = [None if leaf is None else next(rest) for leaf in leaves]
-        return flat.run(*arguments, graded, case.options)[1:]
-
-    # The derivative is checked at both ends of the step of 1e-6: no reset may flip in between.
-    mem = states(*present)[1].detach()
-    mems = torch.cat([case.inputs().mem[None], mem if case.options.record else mem[None]])
-    assert (mems - case.inputs().threshold).abs().min() > 1e-5
-    assert torch.autograd.gradcheck(states, present, nondet_tol=0)
-
-
 @pytest.mark.parametrize(
     "chosen", [surrogate.NONE, surrogate.atan(), surrogate.sigmoid(5)], ids=lambda s: s.name
 )
@@ -261,11 +225,3 @@ def test_second_order_gradients_are_those_of_the_reference(chosen):
     for own, other in zip(*second, strict=True):
         for one, exact in zip(own, other, strict=True):
             torch.testing.assert_close(one, exact, atol=1e-9, rtol=1e-9)
-
-
-def test_gradgradcheck_of_syn_and_mem():
-    case = TINY.but(reset="subtract", height=2, width=2, batch=1)
-    *leaves, graded = wanting_gradients(case.inputs())
-    assert torch.autograd.gradgradcheck(
-        lambda *t: flat.run(*t, graded, case.options)[1:], leaves, atol=1e-4, fast_mode=True
-    )
