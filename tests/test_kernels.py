@@ -10,7 +10,6 @@ import torch
 from alone import ALONE, LEVELS
 from cases import PLAIN
 from checks import check_results, infer
-from helpers import same
 from kernels import Kernels, native, one_thread
 
 import snnlstm
@@ -41,21 +40,6 @@ def test_outputs_are_channels_last_where_x_is(kernels):
         case = PLAIN.but(layouts=("channels_last",) * 4, **options)
         for tensor in infer(kernels, case, case.inputs()):
             assert tensor.flatten(0, -4).is_contiguous(memory_format=torch.channels_last)
-
-
-def test_step_calls_equal_a_sequence(kernels):
-    case = PLAIN.but(reset="subtract", quant=state_quant(6, threshold=0.4))
-    for chosen in (case, PLAIN.but(reset="zero", pool="avg", pool_size=(2, 2))):
-        inputs = chosen.inputs()
-        spks, syns, mems = infer(kernels, chosen, inputs)
-        step = chosen.but(sequence=False, record=False)
-        syn, mem = inputs.syn, inputs.mem
-        for t in range(chosen.time):
-            spk, syn, mem = infer(kernels, step, inputs._replace(x=inputs.x[t], syn=syn, mem=mem))
-            torch.testing.assert_close(syn, syns[t], atol=kernels.state_error(chosen.dtype), rtol=0)
-            if kernels.algorithm == "direct":  # the others may choose by the length of x
-                same((spk, syn, mem), (spks[t], syns[t], mems[t]))
-            syn, mem = syns[t], mems[t]
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 3)], ids=str)

@@ -111,16 +111,16 @@ def said(code):
 
 def gallery():
     """Returns the snapshot with what its lines say now, and all places that raised something."""
-    head, *entries = SNAPSHOT.read_text().split("\n\n>>> ")
+    head, *entries = SNAPSHOT.read_text().split(">>> ")
     parts, places = [head], set()
     for entry in entries:
-        before, *title = entry.rstrip("\n").partition("\n\n\n# ")
+        before, *title = entry.partition("\n\n# ")
         code = before.partition("\n")[0]
         lines, where = said(code)
         assert lines, f"{code!r} says nothing"
         places.add(where)
-        parts.append("\n".join([code, *lines]) + "".join(title))
-    return "\n\n>>> ".join(parts) + "\n", places
+        parts.append("\n".join([code, *lines]) + ("".join(title) if title[0] else "\n"))
+    return ">>> ".join(parts), places
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +131,7 @@ def shown():
 
 
 def test_messages_are_those_of_the_snapshot(shown):
-    actual = shown[0].split("\n\n>>> ")
-    expected = SNAPSHOT.read_text().split("\n\n>>> ")
+    actual, expected = shown[0].split(">>> "), SNAPSHOT.read_text().split(">>> ")
     for one, other in itertools.zip_longest(actual, expected):
         assert one == other, "a message changed: python -m tests.test_messages, and read git diff"
 

@@ -355,6 +355,7 @@ def test_the_report_names_the_cells_that_never_spike():
     model = nn.ModuleDict({
         "silent": cell(threshold=1.0), "high": cell(threshold=torch.full((2, 1, 1), 1.5)),
         "learned": cell(threshold=1.0, learn_threshold=True), "low": cell(),
+        "rounded": cell(threshold=1.0, state_quant=state_quant(4)),
         "mixed": cell(threshold=torch.tensor([0.1, 2.0]).view(2, 1, 1)),
         "ours": ours(2, 2, 3, threshold=1.0),
     })  # fmt: skip
