@@ -262,6 +262,7 @@ def test_reset_hidden_and_detach_hidden_reach_all_living_cells(library):
     for cell, mem in zip(cells, mems, strict=True):
         assert cell.mem is mem
         assert not mem.requires_grad
+        assert not cell.syn.requires_grad
     library.reset_hidden()
     for cell in cells:
         assert not cell.mem.any()

@@ -154,8 +154,8 @@ def test_training_in_chunks_is_that_of_snntorchs_step_loop(backend, pattern):
             optimizer.step()
         same_gradients(cells, expected)
         snnlstm.SConv2dLSTM.detach_hidden()
-        snntorch.SConv2dLSTM.detach_hidden()
         assert not any(cell.mem.requires_grad or cell.syn.requires_grad for cell in cells)
+        snntorch.SConv2dLSTM.detach_hidden()
     for one, other, start in zip(cells, expected, before, strict=True):
         close((one.syn, one.mem), (other.syn, other.mem), atol=1e-4)
         close(one.state_dict(), other.state_dict(), atol=1e-4)
