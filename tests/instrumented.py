@@ -29,7 +29,11 @@ TESTS = {
     "address": ["test_kernels.py", "test_kernel_gradients.py", "test_fuzz.py", "test_core.py",
                 "test_loop.py", "test_threads.py", "-k", "not long and not gil"],
     "coverage": ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal",
-                 "--ignore=tests/test_distribution.py", "--ignore=tests/test_demo.py"],
+                 "--ignore=tests/test_distribution.py", "--ignore=tests/test_demo.py",
+                 # What tests the emulator itself, or builds more than the tests of calls do.
+                 *(f"--ignore=tests/simt/test_{of}.py" for of in (
+                     "asan", "compiles", "core_counters", "core_mutations", "counters", "detectors",
+                     "disassembly", "emulator", "fragments", "mutations", "sizes"))],
 }  # fmt: skip
 # What mutants are made of, and the tests that are to notice them, the likeliest first.
 MUTATED = {
