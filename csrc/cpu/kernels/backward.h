@@ -29,7 +29,7 @@ class Backward {
   explicit Backward(const BackwardArgs& args)
       : a_(args),
         l_(args.cell),
-        tasks_(l_, args.threads),
+        tasks_(l_, args.threads, false),
         to_mem_(l_, l_.Cb, l_.Wo, 1, 1),
         to_x_(l_, l_.x_blocks, args.cell.W, args.cell.stride_h, args.cell.stride_w),
         by_sample_(args.cell.T == 1 && !args.grad_weight && tasks_.most_together == 1 &&
@@ -60,6 +60,8 @@ class Backward {
     const Cell& c = a_.cell;
     const int64_t T_ = c.T, weight_tasks = a_.grad_weight ? weights_.tasks() : 0;
     const int64_t x_tasks = a_.grad_x.data && !l_.tiled_x() ? tasks_x() : 0;
+    const int64_t groups = tasks_.groups(),
+                  groups_first = tasks_.most_together > 1 && l_.heavy() ? groups : 0;
     const Phases phases(counters_, most_phases());
     neuron_.pack_vectors();
     const int convolutions = 1 + (a_.grad_weight != nullptr) + (a_.grad_x.data != nullptr);
@@ -83,7 +85,9 @@ class Backward {
                int64_t phase = 2;
                for (int64_t t = T_ - 1; t >= 0; --t) {
                  // The largest tasks come first, so that no thread begins one last of all.
-                 phases.run(phase++, weight_tasks + x_tasks + tasks_.groups(), [&](int64_t task) {
+                 phases.run(phase++, groups + weight_tasks + x_tasks, [&](int64_t task) {
+                   if (task < groups_first) return rows(t, task, thread);
+                   task -= groups_first;
                    if (task < weight_tasks)
                      return weights_.add(neuron_.images(t), task, thread, scratch_[thread].tiles);
                    task -= weight_tasks;

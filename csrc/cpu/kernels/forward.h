@@ -27,7 +27,7 @@ class Forward {
   explicit Forward(const ForwardArgs& args)
       : a_(args),
         l_(args.cell),
-        tasks_(l_, args.threads),
+        tasks_(l_, args.threads, true),
         states_(args, l_, tasks_),
         block_(l_.block_rows()),
         strip_(l_.strip_rows()),

@@ -164,9 +164,11 @@ struct Layout {
 
   // Says whether the weights of one step exceed a thread's L2. Then they pass over many pixels each
   // time that they are read.
-  bool wide() const {
+  bool wide() const { return weight_bytes() > 512 << 10; }
+  bool heavy() const { return weight_bytes() > 2 << 20; }  // any L2
+  int64_t weight_bytes() const {
     const int64_t values = c.tiled() ? tile_weights() * (c.Cin + c.C) : K();
-    return values * 4 * Cp * int64_t(sizeof(T)) > 512 << 10;
+    return values * 4 * Cp * int64_t(sizeof(T));
   }
 
   // Returns how many rows are worked on at a time. Their gates of one channel block fit in half of
@@ -200,14 +202,17 @@ struct Layout {
   }
 
   // Returns how many small images one thread takes together, so that the weights which it reads
-  // serve all of them. Every thread has at least one such group, or two where the weights stay in
-  // L2.
-  int64_t images_together(int threads) const {
-    if (block_rows() < Hr) return 1;
+  // serve all of them. Every thread has at least two such groups, or one where the weights do not
+  // stay in L2. If the groups are `even`, and always if the weights are heavy, all threads
+  // have equally many, with at most a third more images than wanted.
+  int64_t images_together(int threads, bool even) const {
+    if (block_rows() < Hr || c.N == 0) return 1;
     const int64_t images = c.tiled() ? images_of(form) : (wide() ? 128 : 64) / pixels;
+    if (images < 1) return 1;
     const int64_t most = c.N / (wide() ? threads : 2 * threads);
-    const int64_t together = images < most ? images : most;
-    return together < 1 ? 1 : together;
+    if (!wide() || !(even || heavy())) return most < 1 ? 1 : images < most ? images : most;
+    const int64_t rounds = (3 * c.N + 4 * images * threads - 1) / (4 * images * threads);
+    return (c.N + rounds * threads - 1) / (rounds * threads);
   }
   // Returns how many images have the wanted number of tiles or, where the weights stay in L2, as
   // many tiles as keep the registers busy.
@@ -252,11 +257,11 @@ struct RowTasks {
   int64_t rows, per_image, count;
   int64_t most_together;  // tasks of a group
   template <class L>
-  RowTasks(const L& l, int threads) : rows(l.task_rows(threads)) {
+  RowTasks(const L& l, int threads, bool even) : rows(l.task_rows(threads)) {
     const int64_t covered = l.Hp * l.c.pool_h;
     per_image = covered > 0 ? (covered + rows - 1) / rows : 1;
     count = l.c.N * per_image;
-    most_together = per_image == 1 ? l.images_together(threads) : 1;
+    most_together = per_image == 1 ? l.images_together(threads, even) : 1;
     image_rows_ = l.Ho;
   }
   // The groups of tasks that share the weights: whole images, or one task each.

@@ -21,7 +21,8 @@ struct Packing {
   // Returns how many neighbouring input channels are packed together, which are neighbours in the
   // kernels' order too. Their taps fill several squares of VL lanes.
   static int64_t together(const L& l) {
-    return std::max<int64_t>((4 * VL + l.taps - 1) / l.taps, 8);
+    const int64_t count = (4 * VL + l.taps - 1) / l.taps;
+    return count < 8 ? 8 : count;
   }
 
   static void forward(const L& l, int threads, const T* weight, T* packed) {

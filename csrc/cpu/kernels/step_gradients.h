@@ -12,7 +12,11 @@ class StepGradients {
 
  public:
   explicit StepGradients(const WeightGradArgs& args)
-      : a_(args), l_(args.cell), tasks_(l_, args.threads), images_(l_), weights_(l_, args.threads) {
+      : a_(args),
+        l_(args.cell),
+        tasks_(l_, args.threads, false),
+        images_(l_),
+        weights_(l_, args.threads) {
     Arena arena(args.workspace);
     carve(arena);
   }
