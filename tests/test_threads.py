@@ -50,12 +50,10 @@ def test_numbers_of_threads(name, algorithm):
         torch.set_num_threads(count)
         out, grads = train(kernels, case)
         again = train(kernels, case)
-        for one, other in zip(out + grads, again[0] + again[1], strict=True):
-            assert torch.equal(one, other), f"{count} threads, twice"
+        same(out + grads, again[0] + again[1])
         if first is None:
             first = out, grads
-        for one, other in zip(out, first[0], strict=True):
-            assert torch.equal(one, other), f"{count} threads against {THREADS[0]}"
+        same(out, first[0])
         for one, other in zip(grads, first[1], strict=True):
             scale = float(other.abs().max())
             torch.testing.assert_close(one, other, atol=1e-5 * scale, rtol=0)
