@@ -3,9 +3,9 @@
 // and of the first mem, and a few for the parameters.
 #include <optional>
 
-#include "neuron_args.h"
+#include "launch.h"
 #include "packed.h"
-#include "resident_backward_plan.h"
+#include "resident_plan.h"
 #include "weight_gradient.h"
 
 namespace snnlstm::cuda {

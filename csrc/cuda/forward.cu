@@ -2,7 +2,6 @@
 // one launch (resident_forward.cu), others one a step (and a second where the spike needs a whole
 // sample or windows that cross tiles).
 #include "launch.h"
-#include "neuron_args.h"
 #include "packed.h"
 #include "resident_plan.h"
 
@@ -23,15 +22,13 @@ class Forward {
         size_(bytes_of(type_)) {
     Arena arena(args.workspace);
     carve(arena);
+    bytes_ = arena.bytes();
   }
 
   static int64_t workspace(const Cell& cell, const Target& target) {
     ForwardArgs args;
     args.cell = cell;
-    Forward f(args, target);
-    Arena arena(nullptr);
-    f.carve(arena);
-    return arena.bytes();
+    return Forward(args, target).bytes_;
   }
 
   void run() {
@@ -169,6 +166,7 @@ class Forward {
   PackedForward packed_;
   DType type_, real_;
   int size_;
+  int64_t bytes_ = 0;
   void *mem_[2] = {nullptr, nullptr}, *syn_ = nullptr, *sums_ = nullptr;
 };
 

@@ -102,15 +102,14 @@ class MmaGemm {
   // pairs kPairBytes apart.
   SNNLSTM_DEVICE static void product(Multiply multiply, uint32_t (&a)[2][4], SharedPlace b,
                                      Accumulators& acc) {
-    if constexpr (kHalf)
-      if (multiply == Multiply::bf16)
-        multiply_with<bf16>(a, b, acc);
-      else
-        multiply_with<fp16>(a, b, acc);
-    else if constexpr (kParts)
+    if constexpr (kParts)
       multiply_in_parts(a, b, acc);
-    else
+    else if constexpr (!kHalf)
       multiply_with<tf32>(a, b, acc);
+    else if (multiply == Multiply::bf16)
+      multiply_with<bf16>(a, b, acc);
+    else
+      multiply_with<fp16>(a, b, acc);
   }
 
   // acc += a w for one pair of n-tiles; both operands are as the tensor cores take them.

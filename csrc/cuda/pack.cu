@@ -1,8 +1,8 @@
-// Packed weights and the sizes of all that the caller brings.
+// Packed weights, the sizes of all that the caller brings, and what is chosen for it.
 #include "estimate.h"
 #include "launch.h"
 #include "packed.h"
-#include "resident_backward_plan.h"
+#include "resident_plan.h"
 
 namespace snnlstm::cuda {
 
@@ -30,12 +30,8 @@ void pack_on_fma(const Cell& c, const PackedPart& part, const void* weight, void
 MmaPacking packing_of(const Cell& c, const PackedPart& part, const void* weight, void* packed) {
   MmaPacking p;
   p.map = map_of(c, weight, part.use);
-  p.multiply = part.multiply;
-  p.channels = int(part.depth.channels), p.patches = part.depth.patches;
-  p.taps = int(part.depth.taps), p.units = int(part.units());
-  p.pitch = part.pitch / 4;
-  p.tiles = part.tiles, p.warp_columns = part.warps_n;
-  p.chunks = int(part.depth.chunks), p.pairs = int(part.blocks * part.warps_n * (part.tiles / 2));
+  p.part = part;
+  p.pairs = int(part.blocks * part.warps_n * (part.tiles / 2));
   p.packed = reinterpret_cast<uint32_t*>(static_cast<char*>(packed) + part.start);
   return p;
 }
@@ -45,9 +41,10 @@ void pack_for_mma(MmaPackings p, int jobs, Stream stream) {
   size_t bytes = sizeof(float);  // the kernel names its shared memory, also where nothing fits
   for (int k = 0; k < jobs; ++k) {
     MmaPacking& job = p.job[k];
-    chunks = std::max(chunks, job.chunks), pairs = std::max(pairs, job.pairs);
+    chunks = std::max(chunks, int(job.part.depth.chunks)), pairs = std::max(pairs, job.pairs);
     const bool forward = job.map.forward();
-    const int length = (forward ? job.patches ? job.map.Cin : job.per_chunk() : 16) * job.map.taps;
+    const int length =
+        (forward ? job.part.depth.patches ? job.map.Cin : job.per_chunk() : 16) * job.map.taps;
     const size_t of_job = size_t(forward ? 16 : job.per_chunk()) * (length | 1) * sizeof(float);
     if (of_job > 48 * 1024) continue;
     job.row_pitch = length | 1;
@@ -193,5 +190,35 @@ std::string algorithm_name(const Cell& cell, const Target& target) {
   const char* name = name_of(plan_forward(cell, target).multiply);
   return runs_resident(cell, target) ? std::string("resident-") + name : name;
 }
+
+#if defined(__CUDACC__)
+
+Target current_target(void* stream) {
+  int device = 0;
+  const cudaError_t status = cudaGetDevice(&device);
+  check(status, "asking for the current CUDA device");
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device), "asking what the CUDA device can do");
+    return value;
+  };
+  Target target;
+  target.compute_capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                              attribute(cudaDevAttrComputeCapabilityMinor);
+  target.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  target.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  target.stream = stream;
+  return target;
+}
+
+#else
+
+Target current_target(void* stream) {
+  Target target;
+  target.stream = stream;
+  return target;
+}
+
+#endif
 
 }  // namespace snnlstm::cuda

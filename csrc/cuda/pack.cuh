@@ -3,7 +3,7 @@
 #pragma once
 
 #include "fma.cuh"
-#include "mma.cuh"
+#include "plan.h"
 
 namespace snnlstm::cuda {
 
@@ -73,22 +73,34 @@ __global__ void __launch_bounds__(fma::kThreads)
   }
 }
 
+// The weight as one convolution reads it: blocks of columns, each in the order of the kernel's walk
+// (fma.cuh, mma.cuh).
+struct PackedPart {
+  Use use = Use::x_to_gates;
+  Multiply multiply = Multiply::fma;
+  int64_t start = 0;   // bytes from the packed weight's start to the first block
+  int64_t pitch = 0;   // bytes from one block to the next
+  int64_t blocks = 0;  // of columns
+  // On tensor cores: the walk, its units, the n-tiles and columns of warps of a block.
+  MmaDepth depth;
+  int unit_bytes = 0, tiles = 0, warps_n = 0;
+
+  bool mma() const { return multiply != Multiply::fma; }
+  // All blocks, together with what other parts have between them.
+  int64_t bytes() const { return blocks * pitch; }
+  const char* in(const void* packed) const { return static_cast<const char*>(packed) + start; }
+};
+
 // Units of one segment in the order in which mma.cuh walks; see there for what a unit holds.
 struct MmaPacking {
   WeightMap map;
-  Multiply multiply = Multiply::tf32;
-  int channels = 0;  // of the walk: K channels, or with patches (tap, channel)
-  bool patches = false;
-  int taps = 1;       // of the walk
-  int units = 0;      // of this segment, in a column block
-  int64_t pitch = 0;  // words from one column block to the next
-  int tiles = 2, warp_columns = 1;
-  int chunks = 0, pairs = 0;   // chunks of K; pairs of n-tiles in all column blocks
+  PackedPart part;
+  int pairs = 0;               // of n-tiles in all column blocks
   int row_pitch = 0;           // of the weights in shared memory; 0: they do not fit there
   uint32_t* packed = nullptr;  // the segment's first unit
 
   SNNLSTM_BOTH int per_word() const {
-    return multiply == Multiply::fp16 || multiply == Multiply::bf16 ? 2 : 1;
+    return part.multiply == Multiply::fp16 || part.multiply == Multiply::bf16 ? 2 : 1;
   }
   SNNLSTM_BOTH int per_chunk() const { return 16 * per_word(); }  // channels
 };
@@ -106,15 +118,15 @@ class MmaPacker {
  public:
   SNNLSTM_DEVICE MmaPacker(const MmaPacking& p, int chunk, int pair, float* shared)
       : p_(p), map_(p.map), shared_(shared), chunk_(chunk) {
-    const int of_warp = p.tiles / 2;
+    const int of_warp = p.part.tiles / 2;
     pair_ = pair % of_warp;
-    warp_column_ = pair / of_warp % p.warp_columns;
-    block_ = pair / of_warp / p.warp_columns;
-    const int warps = block_ * p.warp_columns + warp_column_;
-    first_column_ = !map_.forward() ? warps * 8 * p.tiles + 16 * pair_
-                    : p.tiles == 8  ? warps * 16
-                                    : warps * 8;
-    first_k_ = p.patches ? 0 : chunk * p.per_chunk();
+    warp_column_ = pair / of_warp % p.part.warps_n;
+    block_ = pair / of_warp / p.part.warps_n;
+    const int warps = block_ * p.part.warps_n + warp_column_;
+    first_column_ = !map_.forward()     ? warps * 8 * p.part.tiles + 16 * pair_
+                    : p.part.tiles == 8 ? warps * 16
+                                        : warps * 8;
+    first_k_ = p.part.depth.patches ? 0 : chunk * p.per_chunk();
   }
 
   SNNLSTM_DEVICE void load() const {
@@ -128,14 +140,15 @@ class MmaPacker {
   }
 
   SNNLSTM_DEVICE void store_units() const {
-    const int full = 2 * p_.taps;
-    const int steps = chunk_ + 1 < p_.chunks ? 2 : (p_.units - chunk_ * full) / p_.taps;
-    const bool parts = p_.multiply == Multiply::tf32x3;
+    const PackedPart& part = p_.part;
+    const int taps = int(part.depth.taps), full = 2 * taps;
+    const int steps = chunk_ + 1 < part.depth.chunks ? 2 : part.depth.tail_steps;
+    const bool parts = part.multiply == Multiply::tf32x3;
     const int pair_words = parts ? 256 : 128;
-    const int unit_words = p_.warp_columns * (p_.tiles / 2) * pair_words;
-    uint32_t* out = p_.packed + block_ * p_.pitch + int64_t(chunk_) * full * unit_words +
-                    (warp_column_ * (p_.tiles / 2) + pair_) * pair_words;
-    for (int i = int(threadIdx.x); i < p_.taps * steps * 128; i += Threads) {
+    const int unit_words = part.warps_n * (part.tiles / 2) * pair_words;
+    uint32_t* out = p_.packed + block_ * (part.pitch / 4) + int64_t(chunk_) * full * unit_words +
+                    (warp_column_ * (part.tiles / 2) + pair_) * pair_words;
+    for (int i = int(threadIdx.x); i < taps * steps * 128; i += Threads) {
       const int unit = i / 128, word = i % 4, lane = i / 4 % 32;
       const int tap = unit / steps, step = unit % steps;
       const int k = (step * 8 + lane % 4 + word % 2 * 4) * p_.per_word();  // in the chunk
@@ -145,8 +158,9 @@ class MmaPacker {
       v[1] = p_.per_word() == 2 ? value(n, tile, k + 1, tap) : 0;
       uint32_t bits = detail::bits_of(v[0]);
       if (p_.per_word() == 2)
-        bits = pack16(p_.multiply == Multiply::bf16 ? DType::bfloat16 : DType::float16, v[0], v[1]);
-      else if (p_.multiply == Multiply::tf32)
+        bits =
+            pack16(part.multiply == Multiply::bf16 ? DType::bfloat16 : DType::float16, v[0], v[1]);
+      else if (part.multiply == Multiply::tf32)
         bits = from_float<tf32>(v[0]).bits;
       uint32_t* to = out + int64_t(unit) * unit_words + i % 128;
       if (parts) {
@@ -160,12 +174,14 @@ class MmaPacker {
   }
 
  private:
-  SNNLSTM_DEVICE int row_channels() const { return p_.patches ? map_.Cin : p_.per_chunk(); }
+  SNNLSTM_DEVICE int row_channels() const {
+    return p_.part.depth.patches ? map_.Cin : p_.per_chunk();
+  }
 
   // Row, channel or column in it, and tap (as in the weight), of the block's piece of the weight.
   SNNLSTM_DEVICE float at_place(int row, int inner, int tap) const {
     if (map_.forward()) {
-      const bool by_gate = p_.tiles != 8;  // the pair's tiles are two gates of 8 channels
+      const bool by_gate = p_.part.tiles != 8;  // the pair's tiles are two gates of 8 channels
       const int gate = by_gate ? 2 * pair_ + row / 8 : pair_;
       const int c = first_column_ + (by_gate ? row % 8 : row), input = first_k_ + inner;
       return input < map_.depth_channels() ? weight_at<float>(map_, gate, c, input, tap) : 0;
@@ -178,9 +194,9 @@ class MmaPacker {
 
   // Column n of a tile of the pair, channel k of the chunk, tap of the walk.
   SNNLSTM_DEVICE float value(int n, int tile, int k, int tap) const {
-    const bool by_gate = map_.forward() && p_.tiles != 8;
+    const bool by_gate = map_.forward() && p_.part.tiles != 8;
     int column = by_gate ? 8 * tile + n : 4 * (n / 2) + 2 * tile + n % 2;  // mma.cuh: pairs
-    if (p_.patches) {
+    if (p_.part.depth.patches) {
       k += chunk_ * p_.per_chunk();
       tap = k / map_.Cin, k %= map_.Cin;
       if (tap >= map_.taps) return 0;
@@ -201,7 +217,7 @@ class MmaPacker {
 template <int Threads>
 __global__ void __launch_bounds__(Threads) pack_mma(const __grid_constant__ MmaPackings p) {
   const MmaPacking& job = p.job[blockIdx.z];
-  const bool real = int(blockIdx.x) < job.chunks && int(blockIdx.y) < job.pairs;
+  const bool real = int(blockIdx.x) < job.part.depth.chunks && int(blockIdx.y) < job.pairs;
   const MmaPacker<Threads> packer(job, int(blockIdx.x), int(blockIdx.y), &shared_memory<float>());
   if (real) packer.load();
   __syncthreads();

@@ -2,29 +2,9 @@
 #pragma once
 
 #include "choose.h"
-#include "choose_backward.h"
 #include "pack.cuh"
 
 namespace snnlstm::cuda {
-
-// The weight as one convolution reads it: blocks of columns, each in the order of the kernel's walk
-// (fma.cuh, mma.cuh).
-struct PackedPart {
-  Use use = Use::x_to_gates;
-  Multiply multiply = Multiply::fma;
-  int64_t start = 0;   // bytes from the packed weight's start to the first block
-  int64_t pitch = 0;   // bytes from one block to the next
-  int64_t blocks = 0;  // of columns
-  // On tensor cores: the walk, its units, the n-tiles and columns of warps of a block.
-  MmaDepth depth;
-  int unit_bytes = 0, tiles = 0, warps_n = 0;
-
-  bool mma() const { return multiply != Multiply::fma; }
-  int64_t units() const { return depth.units(); }
-  // All blocks, together with what other parts have between them.
-  int64_t bytes() const { return blocks * pitch; }
-  const char* in(const void* packed) const { return static_cast<const char*>(packed) + start; }
-};
 
 inline PackedPart packed_fma(const Cell& c, const Segment& window, Use use, int64_t columns) {
   PackedPart part;

@@ -1,6 +1,5 @@
 // The neurons alone, behind torch's own convolution.
 #include "launch.h"
-#include "neuron_args.h"
 #include "pointwise.cuh"
 
 namespace snnlstm::cuda {

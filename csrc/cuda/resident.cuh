@@ -12,6 +12,7 @@
 
 #include <type_traits>
 
+#include "fma.cuh"
 #include "mma.cuh"
 
 namespace snnlstm::cuda {
@@ -23,9 +24,6 @@ constexpr int kAtOnce = 8;  // elements of x that a thread has under way
 constexpr int threads(int width) { return width <= 4 ? 512 : 256; }
 constexpr int backward_threads(int real) { return real == 4 ? 512 : 256; }
 }  // namespace resident
-
-// A block has a whole sample.
-SNNLSTM_DEVICE Block resident_block() { return {0, int(blockIdx.x), 0, 0, 0, blockIdx.x}; }
 
 // An image with its border of zeros in shared memory; everything in bytes. For tensor cores pixels
 // hold all channels, and pairs of pixels are an odd number of 16-byte groups apart: 8 pixels of
@@ -211,5 +209,146 @@ struct Slot {
     });
   }
 };
+
+// What all kernels are: a Sequence of steps of the neurons of a Tile, whose products a Unit forms.
+// Args: of the kernel. A block has a whole sample.
+template <class Sequence, class Tile, class Unit, class Args>
+SNNLSTM_DEVICE void run_resident(const Args& p) {
+  auto* shared = &shared_memory<unsigned char>();
+  Block block{0, int(blockIdx.x), 0, 0, 0, blockIdx.x};
+  const Tile tile(p.neuron, p.tiling, block, 0, p.channels,
+                  reinterpret_cast<typename Tile::N::R*>(shared + p.at.vectors));
+  Unit unit(p, shared);
+  Sequence(p, shared, block, tile).run(unit);
+}
+
+// ---- products on tensor cores -------------------------------------------------------------------
+
+// The type in which an image holds operands: tf32 is rounded once, when it is stored, and not
+// whenever it is read.
+template <class Element>
+using Stored = std::conditional_t<std::is_same_v<Element, float>, tf32, Element>;
+
+// table[2 u], table[2 u + 1]: bytes from a pixel of an even column, and of an odd one, to what unit
+// u of a walk over the taps reads. chunks, tail_steps: of K, as MmaSegment has them.
+SNNLSTM_DEVICE void fill_walk(int* table, const Segment& s, const SharedImage& image, int chunks,
+                              int tail_steps) {
+  const int full = 2 * s.taps(), units = full * (chunks - 1) + s.taps() * tail_steps;
+  for (int u = int(threadIdx.x); u < units; u += int(blockDim.x)) {
+    const int chunk = min(u / full, chunks - 1);
+    const int steps = chunk + 1 < chunks ? 2 : tail_steps;
+    const int tap = (u - chunk * full) / steps, step = (u - chunk * full) % steps;
+    const int right = tap % s.taps_w * s.dilation_w;
+    const int down = tap / s.taps_w * s.dilation_h * image.row + chunk * 64 + step * 32;
+    unrolled<2>([&](int odd) {
+      table[2 * u + odd] = down + image.pixel(0, odd + right) - image.pixel(0, odd);
+    });
+  }
+}
+
+// acc += a b for one k-step, as MmaGemm::product(), a of Stored<Element>.
+template <class Element, int NT>
+SNNLSTM_DEVICE void product_of_stored(Multiply multiply, uint32_t (&a)[2][4], SharedPlace b,
+                                      float (&acc)[2][NT][4]) {
+  using Gemm = MmaGemm<Element, NT, true>;
+  if constexpr (std::is_same_v<Element, float>) {
+    unrolled<NT / 2>(
+        [&](int pair) { Gemm::add_pair(acc, pair, a, load<uint4>(b + pair * Gemm::kPairBytes)); });
+  } else {
+    Gemm::product(multiply, a, b, acc);
+  }
+}
+
+// One half of a convolution for a warp's 32 pixels x NT n-tiles.
+template <class Element, int NT>
+struct ResidentWalk {
+  static constexpr bool kParts = MmaGemm<Element, NT, true>::kParts;
+  static constexpr int kFolded = 32;  // k-steps, where the tensor cores' sums are folded
+
+  Multiply multiply;
+  const Tiling& tiling;
+  const SharedImage& image;  // pixels with all channels
+  const int* table;          // see fill_walk()
+  int units, unit_bytes;
+
+  // b: the lane's B fragments of the first unit, moved on to the unit behind the last.
+  SNNLSTM_DEVICE void add(int first_pixel, int step_h, int step_w, const unsigned char* from,
+                          SharedPlace& b, float (&acc)[2][NT][4]) const {
+    const int lane = int(threadIdx.x) % 32;
+    SharedPlace row[2];
+    int column = 0;
+    unrolled<2>([&](int mi) {
+      int y;
+      const int m = first_pixel + mi * 16 + 2 * (lane % 8) + (lane >> 3 & 1);
+      locate(tiling, image, m, step_h, step_w, y, column);
+      if (fault(Fault::wrong_halo, 20)) ++column;
+      row[mi] = shared_place(from + y + image.pixel(0, column) + (lane >> 4) * 16);
+    });
+    const int* offset = table + (column & 1);  // of both pixels: tiles are of even width
+    if constexpr (kParts) {
+#pragma unroll 1
+      for (int first = 0; first < units; first += kFolded) {
+        float part[2][NT][4] = {};
+        add_units(row, offset, first, min(first + kFolded, units), b, part);
+        unrolled<2 * NT * 4>([&](int i) { (&acc[0][0][0])[i] += (&part[0][0][0])[i]; });
+      }
+    } else {
+      add_units(row, offset, 0, units, b, acc);
+    }
+  }
+
+ private:
+  SNNLSTM_DEVICE void add_units(const SharedPlace (&row)[2], const int* offset, int first, int last,
+                                SharedPlace& b, float (&acc)[2][NT][4]) const {
+#pragma unroll 1
+    for (int u = first; u < last; ++u, b = b + unit_bytes) {
+      const int at = offset[2 * u];
+      uint32_t a[2][4];
+      unrolled<2>([&](int mi) { ldmatrix(a[mi], row[mi] + at); });
+      product_of_stored<Element>(multiply, a, b, acc);
+    }
+  }
+};
+
+// ---- products without ---------------------------------------------------------------------------
+
+// Copies packed weights (column blocks, rows, 64), see fma.cuh, to (depth, columns) in shared
+// memory; the caller waits for them. columns: a multiple of 4.
+template <class R>
+SNNLSTM_DEVICE void copy_rows(R* to, const R* from, int depth, int rows, int columns) {
+  constexpr int kVector = 16 / sizeof(R);
+  const int vectors = columns / kVector;
+  for (int i = int(threadIdx.x); i < depth * vectors; i += int(blockDim.x)) {
+    const int k = i / vectors, column = i % vectors * kVector;
+    cp_async<16>(to + i * kVector, from + (column / fma::kColumns * rows + k) * fma::kColumns +
+                                       column % fma::kColumns);
+  }
+}
+
+// acc[pair][pixel][column] += the product of rows 0 ... depth - 1 of K, for 4 columns of weight and
+// the pairs of pixels first, first + 1, first + 16, ... table: see fill_taps().
+template <class R>
+SNNLSTM_DEVICE void add_products(const Tiling& tiling, const SharedImage& image, int first,
+                                 int step_h, int step_w, const unsigned char* from, int depth,
+                                 const int* table, const R* weight, int pitch, R (&acc)[4][2][4]) {
+  const unsigned char* pixels[4];
+  unrolled<4>([&](int i) {
+    int y, x;
+    locate(tiling, image, first + 16 * i, step_h, step_w, y, x);
+    pixels[i] = from + y + image.pixel(0, x);
+  });
+  const int next = step_w * int(sizeof(R));
+#pragma unroll 2
+  for (int k = 0; k < depth; ++k, weight += pitch) {
+    const int tap = table[k];
+    R right[4];
+    load_vector(weight, right);
+    unrolled<4>([&](int i) {
+      const unsigned char* p = pixels[i] + tap;
+      const R left[2] = {*reinterpret_cast<const R*>(p), *reinterpret_cast<const R*>(p + next)};
+      unrolled<2, 4>([&](int px, int c) { acc[i][px][c] += left[px] * right[c]; });
+    });
+  }
+}
 
 }  // namespace snnlstm::cuda

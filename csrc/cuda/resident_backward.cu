@@ -1,6 +1,5 @@
 #include "launch.h"
-#include "neuron_args.h"
-#include "resident_backward_plan.h"
+#include "resident_plan.h"
 
 namespace snnlstm::cuda {
 
@@ -60,7 +59,7 @@ void resident_backward(const ResidentBackwardPlan& plan, const BackwardArgs& arg
   const PackedPart packed = packed_transposed(c, plan.step, Use::gates_to_mem);
   p.weight_bytes = plan.weight_bytes;
   p.chunks = int(packed.depth.chunks), p.tail_steps = packed.depth.tail_steps;
-  p.walk_units = int(packed.units());
+  p.walk_units = int(packed.depth.units());
   p.unit_bytes = packed.unit_bytes;
   with_element(p.multiply,
                [&](auto element) { launch(how, &resident_backward_mma<decltype(element)>, p); });

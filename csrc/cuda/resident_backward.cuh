@@ -10,8 +10,7 @@
 #pragma once
 
 #include "neuron_backward.cuh"
-#include "resident_fma.cuh"
-#include "resident_mma.cuh"
+#include "resident.cuh"
 
 namespace snnlstm::cuda {
 
@@ -274,35 +273,18 @@ class ResidentBackwardFma {
   R acc_[4][2][4];
 };
 
-template <class R>
-SNNLSTM_DEVICE BackwardTile<R> resident_tile(const ResidentBackward& p, unsigned char* shared,
-                                             const Block& block) {
-  return BackwardTile<R>(p.neuron, p.tiling, block, 0, p.channels,
-                         reinterpret_cast<R*>(shared + p.at.vectors));
-}
-
 template <class Element>
 __global__ void __launch_bounds__(resident::backward_threads(sizeof(float)), 1)
     resident_backward_mma(const __grid_constant__ ResidentBackward p) {
-  if constexpr (arch::has_mma) {
-    auto* shared = &shared_memory<unsigned char>();
-    Block block = resident_block();
-    const auto tile = resident_tile<float>(p, shared, block);
-    ResidentBackwardBlock<Stored<Element>, float, false> sequence(p, shared, block, tile);
-    ResidentBackwardMma<Element> unit(p, shared);
-    sequence.run(unit);
-  }
+  if constexpr (arch::has_mma)
+    run_resident<ResidentBackwardBlock<Stored<Element>, float, false>, BackwardTile<float>,
+                 ResidentBackwardMma<Element>>(p);
 }
 
 template <class R>
 __global__ void __launch_bounds__(resident::backward_threads(sizeof(R)), 1)
     resident_backward_fma(const __grid_constant__ ResidentBackward p) {
-  auto* shared = &shared_memory<unsigned char>();
-  Block block = resident_block();
-  const auto tile = resident_tile<R>(p, shared, block);
-  ResidentBackwardBlock<R, R, true> sequence(p, shared, block, tile);
-  ResidentBackwardFma<R> unit(p, shared);
-  sequence.run(unit);
+  run_resident<ResidentBackwardBlock<R, R, true>, BackwardTile<R>, ResidentBackwardFma<R>>(p);
 }
 
 }  // namespace snnlstm::cuda

@@ -1,7 +1,5 @@
 #include "launch.h"
-#include "neuron_args.h"
-#include "resident_forward_fma.cuh"
-#include "resident_forward_mma.cuh"
+#include "resident_forward.cuh"
 #include "resident_plan.h"
 
 namespace snnlstm::cuda {

@@ -66,66 +66,51 @@ SNNLSTM_DEVICE int offset(const Image& a, int plane, int c, int y, int x) {
   return ((y * a.width + x) * a.planes + plane) * a.Cp + c;
 }
 
-// Goes over a patch of elements of type T as the layout allows: calls channels(address, px) for the
-// CH channels of pixel px, else rows(address, ch) for both pixels of channel ch, else
-// one(address, px, ch) for each element.
-template <class T, int CH, class Channels, class Rows, class One>
-SNNLSTM_DEVICE void walk_patch(const Tensor& a, const PixelPair& at, int c0, Channels&& channels,
-                               Rows&& rows, One&& one) {
+// Goes over a patch as the layout allows: calls move(p, values) for the CH channels of each pixel,
+// else for both pixels of each channel, else for each element. values come from v[pixel][channel]
+// and go back there.
+template <class R, int CH, class Move>
+SNNLSTM_DEVICE void move_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][CH],
+                               Move&& move) {
   if (c0 >= a.channels) return;
-  T* p = static_cast<T*>(image_of(a, at.t, at.n));
-  T* pixel[2] = {p + offset(a, c0, at.y[0], at.x[0]), p + offset(a, c0, at.y[1], at.x[1])};
-  if (a.access == Access::channels) {
-    unrolled<2>([&](int px) {
-      if (at.valid[px]) channels(pixel[px], px);
-    });
-  } else if (a.access == Access::rows) {
-    unrolled<CH>([&](int ch) {
-      if (at.valid[0] && c0 + ch < a.channels) rows(pixel[0] + ch * a.c, ch);
-    });
-  } else {
-    unrolled<CH, 2>([&](int ch, int px) {
-      if (at.valid[px] && c0 + ch < a.channels) one(pixel[px] + ch * a.c, px, ch);
-    });
-  }
+  with_stored<R>(a.type, [&](auto of) {
+    auto* p = static_cast<decltype(of)*>(image_of(a, at.t, at.n));
+    decltype(p) pixel[2] = {p + offset(a, c0, at.y[0], at.x[0]),
+                            p + offset(a, c0, at.y[1], at.x[1])};
+    if (a.access == Access::channels) {
+      unrolled<2>([&](int px) {
+        if (at.valid[px]) move(pixel[px], v[px]);
+      });
+    } else if (a.access == Access::rows) {
+      unrolled<CH>([&](int ch) {
+        if (!at.valid[0] || c0 + ch >= a.channels) return;
+        R pair[2] = {v[0][ch], v[1][ch]};
+        move(pixel[0] + ch * a.c, pair);
+        v[0][ch] = pair[0], v[1][ch] = pair[1];
+      });
+    } else {
+      unrolled<CH, 2>([&](int ch, int px) {
+        if (!at.valid[px] || c0 + ch >= a.channels) return;
+        R one[1] = {v[px][ch]};
+        move(pixel[px] + ch * a.c, one);
+        v[px][ch] = one[0];
+      });
+    }
+  });
 }
 
 // v[pixel][channel] of channels c0, c0 + 1, ...; 0 where there is nothing.
 template <class R, int CH>
 SNNLSTM_DEVICE void load_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][CH]) {
   clear<2 * CH>(&v[0][0]);
-  with_stored<R>(a.type, [&](auto of) {
-    using T = decltype(of);
-    walk_patch<T, CH>(
-        a, at, c0, [&](const T* p, int px) { load_stored(p, v[px]); },
-        [&](const T* p, int ch) {
-          R pair[2];
-          load_stored(p, pair);
-          v[0][ch] = pair[0], v[1][ch] = pair[1];
-        },
-        [&](const T* p, int px, int ch) {
-          R one[1];
-          load_stored(p, one);
-          v[px][ch] = one[0];
-        });
-  });
+  move_patch(a, at, c0, v, [](const auto* p, auto& values) { load_stored(p, values); });
 }
 
 template <class R, int CH>
 SNNLSTM_DEVICE void store_patch(const Tensor& a, const PixelPair& at, int c0, const R (&v)[2][CH]) {
-  with_stored<R>(a.type, [&](auto of) {
-    using T = decltype(of);
-    walk_patch<T, CH>(
-        a, at, c0, [&](T* p, int px) { store_stored(p, v[px]); },
-        [&](T* p, int ch) {
-          const R pair[2] = {v[0][ch], v[1][ch]};
-          store_stored(p, pair);
-        },
-        [&](T* p, int px, int ch) {
-          const R one[1] = {v[px][ch]};
-          store_stored(p, one);
-        });
-  });
+  R copy[2][CH];
+  unrolled<2, CH>([&](int px, int ch) { copy[px][ch] = v[px][ch]; });
+  move_patch(a, at, c0, copy, [](auto* p, auto& values) { store_stored(p, values); });
 }
 
 template <class R, int CH>

@@ -1,4 +1,4 @@
-#include "neuron_args.h"
+#include "launch.h"
 #include "weight_gradient.h"
 
 namespace snnlstm::cuda {

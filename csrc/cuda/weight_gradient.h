@@ -2,7 +2,7 @@
 // backward() ends with them; weight_gradient() is nothing else.
 #pragma once
 
-#include "choose_backward.h"
+#include "choose.h"
 #include "launch.h"
 
 namespace snnlstm::cuda {
