@@ -94,30 +94,20 @@ class Backward {
   // mem after each step, where anybody wants it.
   void* mem_kept() const { return a_.grad_weight || a_.mem_after ? mem_ : nullptr; }
 
-  Image d_gates(int64_t t) const {
-    return image(static_cast<char*>(d_gates_) + t * s_.gates() * bytes_of(gate_type_), s_,
-                 gate_type_, 4);
-  }
+  Image d_gates(int64_t t) const { return image(d_gates_, s_, gate_type_, 4, t); }
   NeuronBackward neuron(int64_t t) const {
     const Cell& c = s_.c;
     NeuronBackward n = neuron_backward(a_, t);
     n.spreads = plan_.spreads;
-    n.gates = image(const_cast<char*>(static_cast<const char*>(a_.saved_gates)) +
-                        t * s_.gates() * bytes_of(gate_type_),
-                    s_, gate_type_, 4);
-    if (t > 0)
-      n.syn_prev = as_tensor(image(const_cast<char*>(static_cast<const char*>(a_.saved_syn)) +
-                                       (t - 1) * s_.state() * bytes_of(type_),
-                                   s_, type_));
+    n.gates = image(a_.saved_gates, s_, gate_type_, 4, t);
+    if (t > 0) n.syn_prev = as_tensor(image(a_.saved_syn, s_, type_, 1, t - 1));
     if (t < c.T - 1) n.d_syn_in = image(d_syn_, s_, real_);
     if (t > 0)
       n.d_syn_out = image(d_syn_, s_, real_);
     else
       n.grad_syn0 = state_tensor(c, a_.grad_syn0, 0, 4);
     n.d_gates = d_gates(t);
-    if (mem_kept() && t < c.T - 1)
-      n.mem_keep =
-          image(static_cast<char*>(mem_) + t * s_.state() * bytes_of(gate_type_), s_, gate_type_);
+    if (mem_kept() && t < c.T - 1) n.mem_keep = image(mem_, s_, gate_type_, 1, t);
     if (a_.grad_threshold) n.sums = sums_;
     n.first_sums = t == c.T - 1;
     return n;

@@ -64,13 +64,7 @@ class Forward {
     if (training()) return as_tensor(saved_syn(t - 1));
     return a_.record ? state(a_.syn, t - 1) : as_tensor(image(syn_, s_, type_));
   }
-  Image saved_syn(int64_t t) const {
-    return image(static_cast<char*>(a_.saved_syn) + t * s_.state() * size_, s_, type_);
-  }
-  Image saved_gates(int64_t t) const {
-    const DType type = gate_type(type_, target_.matrix);
-    return image(static_cast<char*>(a_.saved_gates) + t * s_.gates() * bytes_of(type), s_, type, 4);
-  }
+  Image saved_syn(int64_t t) const { return image(a_.saved_syn, s_, type_, 1, t); }
   Tensor mem_after(int64_t t) const {
     return writes_states(t) ? state(a_.mem, t) : as_tensor(image(mem_[(t + 1) & 1], s_, type_));
   }
@@ -86,14 +80,11 @@ class Forward {
       else if (!a_.record)
         n.syn_keep = image(syn_, s_, type_);
     }
-    if (training()) n.gates_out = saved_gates(t);
+    if (training()) n.gates_out = image(a_.saved_gates, s_, gate_type(type_, target_.matrix), 4, t);
     return n;
   }
 
-  Image sums(int64_t t) const {
-    const int64_t step = t % plan_.hoisted;
-    return image(static_cast<char*>(sums_) + step * s_.gates() * bytes_of(real_), s_, real_, 4);
-  }
+  Image sums(int64_t t) const { return image(sums_, s_, real_, 4, t % plan_.hoisted); }
   // The input of steps t ... t + steps - 1.
   Segment x_segment(int64_t t, int64_t steps) const {
     const Cell& c = s_.c;

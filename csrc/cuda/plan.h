@@ -111,12 +111,12 @@ inline Tensor tensor(const View& v, DType type, int64_t t, const int64_t (&exten
   return a;
 }
 
-// An image of ours, (N, Ho, Wo, planes, Cp), and the same as a Tensor.
-inline Image image(void* data, const Shape& s, DType type, int planes = 1) {
+// Step t of our images, (T, N, Ho, Wo, planes, Cp), and the same as a Tensor.
+inline Image image(const void* data, const Shape& s, DType type, int planes = 1, int64_t t = 0) {
   Image a;
-  a.data = data;
   a.type = type;
   a.n = s.pixels * planes * s.Cp, a.t = s.c.N * a.n;
+  a.data = const_cast<char*>(static_cast<const char*>(data)) + t * a.t * bytes_of(type);
   a.width = int(s.Wo), a.planes = planes, a.Cp = int(s.Cp);
   return a;
 }

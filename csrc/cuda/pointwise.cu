@@ -70,7 +70,7 @@ void pointwise_backward(const BackwardArgs& args, const Target& target) {
   p.tiling = plan.tiling;
   NeuronBackward& n = p.neuron;
   n = neuron_backward(args, 0);
-  n.gates = image(const_cast<void*>(args.saved_gates), s, gates, 4);
+  n.gates = image(args.saved_gates, s, gates, 4);
   n.d_gates = image(args.d_gates, s, gates, 4);
   if (args.mem_after) n.mem_keep = image(args.mem_after, s, gates);
   n.grad_syn0 = tensor(args.grad_syn0, c.dtype, 0, {1, c.N, c.C, s.Ho, s.Wo}, 4);

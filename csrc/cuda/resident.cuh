@@ -18,7 +18,6 @@
 namespace snnlstm::cuda {
 
 namespace resident {
-constexpr int kAtOnce = 8;  // elements of x that a thread has under way
 // The most threads of a block. Narrow kernels (8 channels a unit, or float) need 128 registers;
 // others, of 16 channels or double, up to 184.
 constexpr int threads(int width) { return width <= 4 ? 512 : 256; }
@@ -59,6 +58,26 @@ struct ResidentLayout {
   int slots = 0, flags = 0;
   int vectors = 0, mem_tile = 0, mem_pitch = 0, winners = 0;
   int bytes = 0;
+};
+
+// A walk over taps and k-steps: chunks of K, k-steps of the last of them, units.
+struct WalkSizes {
+  int chunks = 0, tail_steps = 0, units = 0;
+};
+
+// What the kernels of both passes are given.
+template <class Neuron, class Layout>
+struct ResidentArgs {
+  int T = 0;
+  bool record = false;
+  Tiling tiling;  // one tile is the whole image
+  Neuron neuron;
+  Layout at;
+  Multiply multiply = Multiply::fma;
+  const void* weight = nullptr;          // packed
+  int weight_bytes = 0, unit_bytes = 0;  // mma: all of it; of a unit of the walk
+  SmallDivisor by_groups;                // units of the same pixels
+  int units = 0, channels = 0;           // of the convolution; of the tile
 };
 
 template <class Element, class R>
@@ -122,6 +141,9 @@ SNNLSTM_DEVICE void copy_to_shared(unsigned char* to, const void* from, int byte
 template <class Element, class R>
 class ResidentInput {
  public:
+  // In parts, registers are short: each number takes two, each sum has a total beside it.
+  static constexpr int kAtOnce = std::is_same_v<Element, mma_gemm::Parts> ? 4 : 8;
+
   SNNLSTM_DEVICE ResidentInput(const Segment& s, const SharedImage& image, DType type,
                                const Divisor& by_first, const Divisor& by_second, int n)
       : s_(s), image_(image), type_(type), by_first_(by_first), by_second_(by_second), n_(n) {}
@@ -148,7 +170,7 @@ class ResidentInput {
     if (!under_way_) return;
     const bool by_channel = s_.src.c == 1;
     const void* from = image_of(s_.src, t_, n_);
-    unrolled<resident::kAtOnce>([&](int k) {
+    unrolled<kAtOnce>([&](int k) {
       target_[k] = -1;
       if (next_ < items) {
         unsigned rest = unsigned(next_);
@@ -166,7 +188,7 @@ class ResidentInput {
   }
   SNNLSTM_DEVICE void put() {
     if (!under_way_) return;
-    unrolled<resident::kAtOnce>([&](int k) {
+    unrolled<kAtOnce>([&](int k) {
       if (target_[k] >= 0)
         *reinterpret_cast<Element*>(to_ + target_[k]) = element_of<Element>(type_, value_[k]);
     });
@@ -179,8 +201,8 @@ class ResidentInput {
   int n_, t_ = 0, next_ = 0;
   bool under_way_ = false;
   unsigned char* to_ = nullptr;
-  R value_[resident::kAtOnce];
-  int target_[resident::kAtOnce];
+  R value_[kAtOnce];
+  int target_[kAtOnce];
 };
 
 // The values that a thread holds of a patch from step to step: vector k lies at slot + k * stride.
@@ -230,13 +252,13 @@ template <class Element>
 using Stored = std::conditional_t<std::is_same_v<Element, float>, tf32, Element>;
 
 // table[2 u], table[2 u + 1]: bytes from a pixel of an even column, and of an odd one, to what unit
-// u of a walk over the taps reads. chunks, tail_steps: of K, as MmaSegment has them.
-SNNLSTM_DEVICE void fill_walk(int* table, const Segment& s, const SharedImage& image, int chunks,
-                              int tail_steps) {
-  const int full = 2 * s.taps(), units = full * (chunks - 1) + s.taps() * tail_steps;
-  for (int u = int(threadIdx.x); u < units; u += int(blockDim.x)) {
-    const int chunk = min(u / full, chunks - 1);
-    const int steps = chunk + 1 < chunks ? 2 : tail_steps;
+// u of a walk over the taps reads.
+SNNLSTM_DEVICE void fill_walk(int* table, const Segment& s, const SharedImage& image,
+                              const WalkSizes& walk) {
+  const int full = 2 * s.taps();
+  for (int u = int(threadIdx.x); u < walk.units; u += int(blockDim.x)) {
+    const int chunk = min(u / full, walk.chunks - 1);
+    const int steps = chunk + 1 < walk.chunks ? 2 : walk.tail_steps;
     const int tap = (u - chunk * full) / steps, step = (u - chunk * full) % steps;
     const int right = tap % s.taps_w * s.dilation_w;
     const int down = tap / s.taps_w * s.dilation_h * image.row + chunk * 64 + step * 32;

@@ -17,7 +17,7 @@ NeuronBackward neuron_of(const BackwardArgs& a, const ResidentGradients& to, DTy
   n.grad_syn = states(a.grad_syn), n.grad_mem = states(a.grad_mem);
   n.grad_syn0 = state_tensor(c, a.grad_syn0, 0, 4);
   n.winner = c.inhibition ? a.winner : nullptr;
-  n.gates = image(const_cast<void*>(a.saved_gates), s, gates, 4);
+  n.gates = image(a.saved_gates, s, gates, 4);
   n.d_gates = image(to.d_gates, s, gates, 4);
   n.mem_keep = image(to.mem, s, gates);
   n.sums = to.sums;
@@ -31,20 +31,14 @@ void resident_backward(const ResidentBackwardPlan& plan, const BackwardArgs& arg
   const Cell& c = args.cell;
   const Shape s(c);
   ResidentBackward p;
-  p.T = int(c.T), p.record = args.record;
-  p.tiling = plan.tiling;
+  plan.give(p, c, args.record, weight);
   p.neuron = neuron_of(args, to, gate_type(c.dtype, target.matrix));
   p.syn0 = state_tensor(c, args.syn0, 0, 4);
   // What is saved of step t - 1 is read under the number t.
-  const int64_t step = s.state() * bytes_of(c.dtype);
-  p.saved_syn =
-      as_tensor(image(static_cast<char*>(const_cast<void*>(args.saved_syn)) - step, s, c.dtype));
+  p.saved_syn = as_tensor(image(args.saved_syn, s, c.dtype, 1, -1));
   p.grad_mem0 = state_tensor(c, args.grad_mem0, 0, 4);
   p.window = gates_window(c, false);
-  p.at = plan.at;
-  p.multiply = plan.step.multiply;
-  p.weight = weight;
-  p.by_groups = SmallDivisor(plan.groups), p.units = plan.units, p.channels = plan.channels();
+  p.channels = plan.channels();
   p.quad_bits = plan.quad_bits, p.tiles = plan.tiles;
   p.by_tiles = SmallDivisor(plan.tiles), p.pieces = plan.pieces;
   const bool mma = plan.step.mma();
@@ -57,9 +51,7 @@ void resident_backward(const ResidentBackwardPlan& plan, const BackwardArgs& arg
                      [&](auto real) { launch(how, &resident_backward_fma<decltype(real)>, p); });
   }
   const PackedPart packed = packed_transposed(c, plan.step, Use::gates_to_mem);
-  p.weight_bytes = plan.weight_bytes;
-  p.chunks = int(packed.depth.chunks), p.tail_steps = packed.depth.tail_steps;
-  p.walk_units = int(packed.depth.units());
+  p.walk = walk_sizes(packed.depth);
   p.unit_bytes = packed.unit_bytes;
   with_element(p.multiply,
                [&](auto element) { launch(how, &resident_backward_mma<decltype(element)>, p); });

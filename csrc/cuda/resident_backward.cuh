@@ -24,22 +24,12 @@ struct ResidentBackwardLayout {
   int bytes = 0;
 };
 
-struct ResidentBackward {
-  int T = 0;
-  bool record = false;
-  Tiling tiling;  // one tile is the whole image
-  NeuronBackward neuron;
+struct ResidentBackward : ResidentArgs<NeuronBackward, ResidentBackwardLayout> {
   Tensor syn0, saved_syn;  // before the first step; after step t - 1 under number t
   Tensor grad_mem0;
-  Segment window;  // the transposed convolution
-  ResidentBackwardLayout at;
-  Multiply multiply = Multiply::fma;
-  const void* weight = nullptr;
-  int weight_bytes = 0;                                            // mma
-  int weight_rows = 0;                                             // fma: of K as packed
-  int chunks = 0, tail_steps = 0, walk_units = 0, unit_bytes = 0;  // mma
-  SmallDivisor by_groups;
-  int units = 0, channels = 0;
+  Segment window;       // the transposed convolution
+  int weight_rows = 0;  // fma: of K as packed
+  WalkSizes walk;       // mma
   // The pointwise part: a warp's lanes hold 1 << quad_bits times 4 channels of each pixel.
   int quad_bits = 2, tiles = 0;
   SmallDivisor by_tiles;  // of the same channels
@@ -198,8 +188,7 @@ class ResidentBackwardMma {
     copy_to_shared(shared_ + p_.at.weights, p_.weight, p_.weight_bytes);
   }
   SNNLSTM_DEVICE void fill_table() const {
-    fill_walk(reinterpret_cast<int*>(shared_ + p_.at.table), p_.window, p_.at.d_gates, p_.chunks,
-              p_.tail_steps);
+    fill_walk(reinterpret_cast<int*>(shared_ + p_.at.table), p_.window, p_.at.d_gates, p_.walk);
   }
 
   SNNLSTM_DEVICE void multiply(int u, const unsigned char* d_gates) {
@@ -211,7 +200,7 @@ class ResidentBackwardMma {
                                  group * MmaGemm<Element, 2, true>::kPairBytes + lane_ * 16);
     const int* table = reinterpret_cast<const int*>(shared_ + p_.at.table);
     const ResidentWalk<Element, 2> walk{p_.multiply, p_.tiling,     p_.at.d_gates,
-                                        table,       p_.walk_units, p_.unit_bytes};
+                                        table,       p_.walk.units, p_.unit_bytes};
     walk.add(pixel_, 1, 1, d_gates, b, acc_);
   }
 

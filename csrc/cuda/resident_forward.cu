@@ -31,18 +31,13 @@ void resident_forward(const ForwardArgs& args, const Target& target) {
   const Shape s(c);
   const bool mma = plan.step.mma();
   ResidentForward p;
-  p.T = int(c.T), p.record = args.record;
+  plan.give(p, c, args.record, args.weight);
   p.winner = args.winner;
-  p.tiling = plan.tiling;
   p.neuron = neuron_of(args, plan.step.held(), gate_type(c.dtype, target.matrix));
-  p.at = plan.at;
   p.x = input_window(c);
   p.x.src = tensor(args.x, c.dtype, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
   const bool by_channel = p.x.src.c == 1;
   p.by_first = Divisor(by_channel ? c.Cin : c.W), p.by_second = Divisor(by_channel ? c.W : c.H);
-  p.multiply = plan.step.multiply;
-  p.weight = args.weight;
-  p.by_groups = SmallDivisor(plan.groups), p.units = plan.units;
   p.channels = resident::power_of_two(plan.groups * (mma ? 2 * plan.step.tiles : 4));
   const Launch how{mma ? "forward sequence (mma)" : "forward sequence (fma)", dim3(unsigned(c.N)),
                    dim3(unsigned(plan.threads())), size_t(plan.at.bytes),
@@ -54,12 +49,8 @@ void resident_forward(const ForwardArgs& args, const Target& target) {
                      [&](auto real) { launch(how, &resident_forward_fma<decltype(real)>, p); });
   }
   const PackedForward packed(c, plan.step);
-  const MmaDepth &of_x = packed.x.depth, &of_mem = packed.mem.depth;
-  p.weight_bytes = plan.weight_bytes;
-  p.gathers = of_x.patches;
-  p.chunks[0] = int(of_x.chunks), p.chunks[1] = int(of_mem.chunks);
-  p.tail_steps[0] = of_x.tail_steps, p.tail_steps[1] = of_mem.tail_steps;
-  p.units_of[0] = int(of_x.units()), p.units_of[1] = int(of_mem.units());
+  p.gathers = packed.x.depth.patches;
+  p.walk[0] = walk_sizes(packed.x.depth), p.walk[1] = walk_sizes(packed.mem.depth);
   p.table_of_mem = plan.table_of_mem;
   p.unit_bytes = packed.x.unit_bytes, p.warp_columns = plan.step.warps_n;
   p.weight_pitch = packed.x.pitch;

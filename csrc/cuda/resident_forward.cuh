@@ -10,27 +10,15 @@
 
 namespace snnlstm::cuda {
 
-struct ResidentForward {
-  int T = 0;
-  bool record = false;
-  int64_t* winner = nullptr;  // (T, N), inhibition alone; may be null
-  Tiling tiling;              // one tile is the whole image
-  NeuronForward neuron;
-  ResidentLayout at;
+struct ResidentForward : ResidentArgs<NeuronForward, ResidentLayout> {
+  int64_t* winner = nullptr;    // (T, N), inhibition alone; may be null
   Segment x;                    // of all time steps
   Divisor by_first, by_second;  // see ResidentInput
-  Multiply multiply = Multiply::fma;
-  const void* weight = nullptr;  // packed; fma: of x, and of mem behind it
-  int weight_bytes = 0;          // mma: all of it
-  int weight_rows[2] = {0, 0};   // fma: of K as packed, of x and of mem
-  SmallDivisor by_groups;        // units of the same pixels
-  int units = 0;
-  int channels = 0;  // of ForwardTile
-  // mma: the walk over the weights
+  int weight_rows[2] = {0, 0};  // fma: of K as packed, of x and of mem behind it
+  // mma
   bool gathers = false;  // x: few channels, K = (tap, channel)
-  int chunks[2] = {0, 0}, tail_steps[2] = {0, 0}, units_of[2] = {0, 0};
-  int table_of_mem = 0;
-  int unit_bytes = 0, warp_columns = 1;
+  WalkSizes walk[2];     // of x, of mem
+  int table_of_mem = 0, warp_columns = 1;
   int64_t weight_pitch = 0;  // bytes of a column block
 };
 
@@ -232,10 +220,10 @@ class ResidentMma {
   SNNLSTM_DEVICE void fill_table() const {
     int* table = reinterpret_cast<int*>(shared_ + p_.at.table);
     if (p_.gathers)
-      fill_taps(table, p_.units_of[0] * kPerStep, p_.x, p_.x.channels, p_.at.x);
+      fill_taps(table, p_.walk[0].units * kPerStep, p_.x, p_.x.channels, p_.at.x);
     else
-      fill_walk(table, p_.x, p_.at.x, p_.chunks[0], p_.tail_steps[0]);
-    fill_walk(table + p_.table_of_mem, p_.x, p_.at.mem, p_.chunks[1], p_.tail_steps[1]);
+      fill_walk(table, p_.x, p_.at.x, p_.walk[0]);
+    fill_walk(table + p_.table_of_mem, p_.x, p_.at.mem, p_.walk[1]);
   }
 
   SNNLSTM_DEVICE void multiply(int u, const unsigned char* x, const unsigned char* mem) {
@@ -260,35 +248,37 @@ class ResidentMma {
   SNNLSTM_DEVICE void walk(int u, const SharedImage& image, int step_h, int step_w, int half,
                            const unsigned char* from, SharedPlace& b) {
     const int* table = reinterpret_cast<const int*>(shared_ + p_.at.table) + half * p_.table_of_mem;
-    const ResidentWalk<Element, kTiles> walk{p_.multiply, p_.tiling,         image,
-                                             table,       p_.units_of[half], p_.unit_bytes};
+    const ResidentWalk<Element, kTiles> walk{p_.multiply, p_.tiling,           image,
+                                             table,       p_.walk[half].units, p_.unit_bytes};
     walk.add(first_pixel(u), step_h, step_w, from, b, acc_);
   }
 
   // An x of few channels comes to the fragments element by element: K is (tap, channel), no gaps.
   SNNLSTM_DEVICE void gather(int u, const unsigned char* from, SharedPlace& b) {
-    const unsigned char* pixels[2][2];
-    unrolled<2, 2>([&](int mi, int odd) {
+    const unsigned char* pixels[2];
+    unrolled<2>([&](int mi) {
       int y, x;
-      locate(p_.tiling, p_.at.x, pixel(u, mi) + odd, p_.x.step_h, p_.x.step_w, y, x);
-      pixels[mi][odd] = from + y + p_.at.x.pixel(0, x);
+      locate(p_.tiling, p_.at.x, pixel(u, mi), p_.x.step_h, p_.x.step_w, y, x);
+      pixels[mi] = from + y + p_.at.x.pixel(0, x);
     });
+    const int next = p_.x.step_w * int(sizeof(Element));  // from a pixel to its neighbour
     const int* table = reinterpret_cast<const int*>(shared_ + p_.at.table);
 #pragma unroll 1
-    for (int step = 0; step < p_.units_of[0]; ++step) {
+    for (int step = 0; step < p_.walk[0].units; ++step) {
       uint32_t a[2][4];
       unrolled<2>([&](int half) {
         if constexpr (kHalf) {
           const int k = step * 16 + 2 * (lane_ % 4) + 8 * half;
           const int lo = table[k], hi = table[k + 1];
           unrolled<2, 2>([&](int mi, int odd) {
-            a[mi][2 * half + odd] = element(pixels[mi][odd], lo) | element(pixels[mi][odd], hi)
-                                                                       << 16;
+            const unsigned char* at = pixels[mi] + odd * next;
+            a[mi][2 * half + odd] = element(at, lo) | element(at, hi) << 16;
           });
         } else {
           const int k = table[step * 8 + lane_ % 4 + 4 * half];
-          unrolled<2, 2>(
-              [&](int mi, int odd) { a[mi][2 * half + odd] = element(pixels[mi][odd], k); });
+          unrolled<2, 2>([&](int mi, int odd) {
+            a[mi][2 * half + odd] = element(pixels[mi] + odd * next, k);
+          });
         }
       });
       __syncwarp();

@@ -10,16 +10,29 @@
 
 namespace snnlstm::cuda {
 
-struct ResidentPlan {
-  const char* reason_against = nullptr;    // why the kernels of one step must do it
-  ForwardPlan step;                        // whose packed weights are used
-  Tiling tiling;                           // one tile is the whole image
-  int groups = 0, units = 0, patches = 0;  // units of the same pixels, of the image; of a warp
-  int warps = 0;
-  ResidentLayout at;
-  int weight_bytes = 0, table_of_mem = 0;
+template <class Step, class Layout>
+struct ResidentPlanOf {
+  const char* reason_against = nullptr;  // why the kernels of one step must do it
+  Step step;                             // whose packed weights are used
+  Tiling tiling;                         // one tile is the whole image
+  int groups = 0, units = 0, warps = 0;  // units of the same pixels, of the convolution; of a block
+  Layout at;
+  int weight_bytes = 0;
 
   int threads() const { return 32 * warps; }
+
+  template <class Args>
+  void give(Args& p, const Cell& c, bool record, const void* weight) const {
+    p.T = int(c.T), p.record = record;
+    p.tiling = tiling, p.at = at;
+    p.multiply = step.multiply;
+    p.weight = weight, p.weight_bytes = weight_bytes;
+    p.by_groups = SmallDivisor(groups), p.units = units;
+  }
+};
+
+struct ResidentPlan : ResidentPlanOf<ForwardPlan, ResidentLayout> {
+  int patches = 0, table_of_mem = 0;  // of a warp; where the table of mem begins
 };
 
 namespace resident {
@@ -105,6 +118,10 @@ inline int lay_out_images(ResidentLayout& at, int start) {
 }
 
 }  // namespace resident
+
+inline WalkSizes walk_sizes(const MmaDepth& depth) {
+  return {int(depth.chunks), depth.tail_steps, int(depth.units())};
+}
 
 // The plan of the forward pass, whether or not it pays.
 inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
@@ -233,16 +250,9 @@ inline bool runs_resident(const Cell& c, const Target& target) {
 
 // ---- the backward pass --------------------------------------------------------------------------
 
-struct ResidentBackwardPlan {
-  const char* reason_against = nullptr;      // why the kernels of one step must do it
-  DataPlan step;                             // whose packed weights are used
-  Tiling tiling;                             // one tile is the whole image
-  int groups = 0, units = 0, warps = 0;      // of 16 channels; of the convolution; of a block
+struct ResidentBackwardPlan : ResidentPlanOf<DataPlan, ResidentBackwardLayout> {
   int quad_bits = 2, tiles = 1, pieces = 0;  // of the pointwise part, see ResidentBackward
-  ResidentBackwardLayout at;
-  int weight_bytes = 0;
 
-  int threads() const { return 32 * warps; }
   int held_channels() const { return pieces / tiles * (4 << quad_bits); }
   int channels() const { return resident::power_of_two(held_channels()); }
 };

@@ -132,18 +132,6 @@ def test_what_multiplies_follows_torch(
     assert {spk.dtype, syn.dtype, mem.dtype} == {dtype}
 
 
-def test_a_half_precision_module_under_autocast_keeps_its_states_in_float32(core):
-    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1).bfloat16()
-    with core.installed():
-        with torch.autocast("cpu", torch.bfloat16):
-            spk, syn, mem = cell(torch.rand(1, 2, 5, 5))
-        mem.sum().backward()
-    assert cell.path.native
-    assert {spk.dtype, syn.dtype, mem.dtype} == {torch.float32}
-    assert cell.conv.weight.grad.dtype == torch.bfloat16
-    assert cell.conv.weight.grad.any()
-
-
 def test_every_new_value_of_a_weight_is_seen(core):
     """Also one that neither its address nor its version tells of."""
     inputs = PLAIN.inputs()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from own import own_kernels, to_bf16, to_tf32
+from own import from_bf16, own_kernels, to_bf16, to_tf32
 
 # Position of the v-th element that a lane holds. PTX ISA, "Matrix Fragments for mma.m16n8k16 with
 # floating point type" and "... for mma.m16n8k8".
@@ -43,8 +43,8 @@ def encode(x, kind):
         half = x.astype(np.float16)
         return half.view(np.uint16).astype(np.uint32), half.astype(np.float64)
     if kind == "bf16":
-        bits = to_bf16(x).astype(np.uint32)
-        return bits, (bits << 16).view(np.float32).astype(np.float64)
+        bits = to_bf16(x)
+        return bits.astype(np.uint32), from_bf16(bits).astype(np.float64)
     value = to_tf32(x)
     return value.view(np.uint32), value.astype(np.float64)
 
@@ -149,24 +149,20 @@ def some_floats():
     return np.concatenate([bits, near.astype(np.uint32), near.astype(np.uint32) | 0x80000000, ties])
 
 
-def test_fp16_conversions():
-    bits = some_floats()
-    x = bits.view(np.float32)
+ALL_HALVES = np.arange(1 << 16, dtype=np.uint32)
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_16_bit_conversions(kind):
+    x = some_floats().view(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        expected = x.astype(np.float16).view(np.uint16)
-    expected = np.where(np.isnan(x), 0x7FFF, expected)
-    np.testing.assert_array_equal(convert("fp16", 0, bits), expected)
-    all_halves = np.arange(1 << 16, dtype=np.uint32)
-    values = convert("fp16", 1, all_halves).view(np.float32)
-    np.testing.assert_array_equal(values, all_halves.astype(np.uint16).view(np.float16))
-
-
-def test_bf16_conversions():
-    bits = some_floats()
-    expected = np.where(np.isnan(bits.view(np.float32)), 0x7FFF, to_bf16(bits.view(np.float32)))
-    np.testing.assert_array_equal(convert("bf16", 0, bits), expected)
-    all_halves = np.arange(1 << 16, dtype=np.uint32)
-    np.testing.assert_array_equal(convert("bf16", 1, all_halves), all_halves << 16)
+        to = {"fp16": lambda x: x.astype(np.float16).view(np.uint16), "bf16": to_bf16}[kind]
+        expected = np.where(np.isnan(x), 0x7FFF, to(x))
+    np.testing.assert_array_equal(convert(kind, 0, x.view(np.uint32)), expected)
+    values = convert(kind, 1, ALL_HALVES).view(np.float32)
+    bits = ALL_HALVES.astype(np.uint16)
+    exact = bits.view(np.float16) if kind == "fp16" else from_bf16(bits)
+    np.testing.assert_array_equal(values, exact)
 
 
 def test_tf32_conversions():

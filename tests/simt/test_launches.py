@@ -1,19 +1,22 @@
-"""Bounds on what launches.py prints: enough warps on every multiprocessor, few launches."""
+"""Launches: enough warps on every multiprocessor, few launches, no size that is counted wrongly.
+
+Nothing runs here: the emulator only looks at each launch, so that sizes cost nothing. Calls that
+are too large to be counted are refused, and large ones within the limits are not.
+"""
 
 import pytest
-from launches import H100, LAYERS, calls, of_layer, warps
+import torch
+from launches import FACTS, H100, LAYERS, calls, of_layer, warps
+from modes import MODES, PLAIN
+from test_cell_gradients import check
 
 WIDE = ("mid", "big", "wide64")
-
-
-@pytest.fixture(autouse=True)
-def _an_h100(core):
-    core.device(**H100)
 
 
 @pytest.mark.parametrize("mode", ["tf32", "3xtf32", "bf16"])
 @pytest.mark.parametrize("layer", WIDE)
 def test_wide_layers_fill_the_multiprocessors(core, layer, mode):
+    core.device(**H100)
     found = {launch.kernel: launch for launch in of_layer(core, LAYERS[layer], mode)}
     weights = found["weight gradient (mma)"]
     # One block a multiprocessor, whatever its registers.
@@ -26,6 +29,7 @@ def test_wide_layers_fill_the_multiprocessors(core, layer, mode):
 
 @pytest.mark.parametrize("layer", [name for name in LAYERS if name != "quant"])
 def test_how_many_launches_a_sequence_takes(core, layer):
+    core.device(**H100)
     found = [launch.kernel for launch in of_layer(core, LAYERS[layer], "tf32")]
     time = LAYERS[layer].steps
     forward = sum(name.startswith(("forward", "fire")) for name in found)
@@ -43,3 +47,78 @@ def test_the_weight_gradient_of_many_steps(core):
         "sum gate gradients",
         "add bias or threshold gradients",
     ]
+
+
+def every_call(core, matrix=1, **facts):
+    return calls(core, matrix, **facts) + calls(core, matrix, weight_gradient=True, **facts)
+
+
+def reason(core, **facts):
+    module = core.module
+    return module.cuda_reason_against(module.Cell(**FACTS | facts), module.cuda_target())
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_many_channels_fit_every_grid(core, tf32):
+    """Rows of the weight's gradient were once numbered along the grid's short axis."""
+    launches = every_call(core, int(tf32), Cin=3, C=16384, H=2, W=2)
+    assert any(launch.kernel == "add weight gradients" for launch in launches)
+
+
+@pytest.mark.parametrize(
+    ("fits", "over", "subject"),
+    [
+        ({"C": 8, "H": 8191, "W": 8192}, {"C": 8, "H": 8192, "W": 8192}, "gates"),
+        ({"Cin": 32767, "H": 256, "W": 256}, {"Cin": 32768, "H": 256, "W": 256}, "input image"),
+        ({"N": 1 << 20, "T": 1 << 10}, {"N": 1 << 20, "T": 1 << 11}, "blocks"),
+        ({"dilation": (1 << 29, 1)}, {"dilation": (1 << 30, 1)}, "of the rows"),
+        ({"dilation": (1, 1 << 29)}, {"dilation": (1, 1 << 30)}, "of the columns"),
+        ({"stride": (1, 3000)}, {"stride": (1, 5000)}, "of the columns"),
+    ],
+)
+def test_the_limit_of_each_size(core, fits, over, subject):
+    assert reason(core, **fits) == ""
+    assert subject in reason(core, **over)
+    every_call(core, **fits)
+    with pytest.raises(RuntimeError, match=subject):
+        every_call(core, **over)
+
+
+@pytest.mark.parametrize("dilation", [(700, 1), (1, 5000), (3000, 4001), (40000, 30000)])
+@pytest.mark.parametrize("matrix", [0, 1, 2])
+def test_neighbourhoods_beyond_any_shared_memory(core, matrix, dilation):
+    """Counted in 31 bits, that of a tile would wrap around and seem to fit."""
+    launches = every_call(core, matrix, dilation=dilation, Cin=8, T=2)
+    assert all(launch.shared_bytes <= 163 * 1024 for launch in launches)
+    if max(dilation) >= 3000:
+        assert not any("step (mma)" in launch.kernel for launch in launches)
+
+
+@pytest.mark.parametrize("mode", ["tf32", "float64"])
+def test_taps_far_beyond_the_image(core, mode):
+    assert check(core, PLAIN.but(dilation=(3000, 4001)), MODES[mode])
+
+
+def test_the_workspace_of_inference_does_not_grow_with_time(core):
+    def workspace(time):
+        cell = core.module.Cell(**FACTS | {"Cin": 8, "T": time})
+        return core.module.cuda_workspace(cell, core.module.cuda_target().wanting(1, 0), False)
+
+    assert workspace(1 << 20) <= workspace(16)
+
+
+def test_the_input_half_of_long_sequences_comes_in_chunks(core):
+    launches = calls(core, Cin=8, T=40)
+    forward = [launch.blocks for launch in launches if launch.kernel == "forward step (mma)"]
+    one = min(forward)
+    assert len(forward) == 40 + 3
+    assert sum(forward) == 80 * one
+
+
+def test_levels_beyond_one_launch(core):
+    values = torch.linspace(-1, 1, 600, dtype=torch.float64)
+    levels = torch.full((600,), torch.nan)
+    module = core.module
+    cell = module.Cell(**FACTS | {"num_levels": 600})
+    module.cuda_store_levels(cell, module.cuda_target(), 0, values.data_ptr(), levels.data_ptr())
+    assert torch.equal(levels, values.float())

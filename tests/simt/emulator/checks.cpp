@@ -2,8 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <cstdio>
-
 #include "machine.h"
 
 namespace simt {
@@ -12,12 +10,9 @@ namespace simt {
 std::string describe_pc(const void* pc) {
   Dl_info info{};
   if (pc == nullptr || dladdr(pc, &info) == 0) return "an unknown place";
-  char text[32];
   // The call lies before the address that it returns to.
-  std::snprintf(
-      text, sizeof(text), "+0x%zx>",
-      size_t(static_cast<const char*>(pc) - static_cast<const char*>(info.dli_fbase)) - 1);
-  return std::string("<") + info.dli_fname + text;
+  const auto offset = static_cast<const char*>(pc) - static_cast<const char*>(info.dli_fbase) - 1;
+  return text("<", info.dli_fname, "+0x", std::hex, offset, ">");
 }
 
 void access(Thread& thread, const void* p, size_t bytes, Access kind, const void* pc) {
@@ -31,8 +26,8 @@ void access(Thread& thread, const void* p, size_t bytes, Access kind, const void
                                      "copies asynchronously to",
                                      "copies asynchronously to"};
     Machine& m = machine();
-    m.fail(std::string(what) + ": " + m.name(thread) + " " + verbs[int(kind)] + " " +
-           std::to_string(bytes) + " bytes at " + describe_address(p) + ", at " + describe_pc(pc));
+    m.fail(text(what, ": ", m.name(thread), " ", verbs[int(kind)], " ", bytes, " bytes at ",
+                describe_address(p), ", at ", describe_pc(pc)));
   };
   switch (place.space) {
     case Space::local:
@@ -63,8 +58,8 @@ void access(Thread& thread, const void* p, size_t bytes, Access kind, const void
 void check_matrix_row(Thread& owner, const void* row, const void* pc) {
   const Place place = locate(row);
   const auto refuse = [&](const char* what) {
-    machine().fail(std::string(what) + ": " + machine().name(owner) + " hands over " +
-                   describe_address(row) + ", at " + describe_pc(pc));
+    machine().fail(text(what, ": ", machine().name(owner), " hands over ", describe_address(row),
+                        ", at ", describe_pc(pc)));
   };
   if (place.space != Space::shared || place.offset + 16 > shared_size())
     refuse("ldmatrix out of bounds");

@@ -1,7 +1,7 @@
 // Barriers and warp collectives: which threads wait for each other, and what is an error.
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
+#include <iomanip>
 
 #include "checks.h"
 #include "machine.h"
@@ -20,19 +20,17 @@ Thread& self() { return *machine().current; }
 
 void check_mask(unsigned mask, Operation operation, Site site) {
   if (mask == all_lanes) return;
-  machine().fail(std::string(operations[int(operation)]) + " at " + describe(site) + " with mask " +
-                 hex(mask) + "; accepted is the whole warp");
+  machine().fail(text(operations[int(operation)], " at ", describe(site), " with mask ", hex(mask),
+                      "; accepted is the whole warp"));
 }
 
 }  // namespace
 
 std::string hex(unsigned mask) {
-  char text[16];
-  std::snprintf(text, sizeof(text), "0x%08x", mask);
-  return text;
+  return text("0x", std::hex, std::setw(8), std::setfill('0'), mask);
 }
 
-std::string describe(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
+std::string describe(Site site) { return text(site.file, ":", site.line); }
 
 std::string describe(const Warp& warp) {
   return operations[int(warp.operation)] + (" at " + describe(warp.site));

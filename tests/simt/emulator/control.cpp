@@ -12,7 +12,7 @@ int chosen_fault = 0, chosen_fault_place = 0;
 }
 
 namespace {
-std::string text;  // of the last answer
+std::string answer;  // the last one
 }
 
 SIMT_EXPORT void simt_fault(int which, int place) {
@@ -23,13 +23,12 @@ SIMT_EXPORT void simt_fault(int which, int place) {
 // Lines of fields with tabs between, of the dry runs since the last call: kernel, blocks, threads,
 // bytes of shared memory.
 SIMT_EXPORT const char* simt_launches() {
-  text.clear();
+  answer.clear();
   for (const simt::Geometry& g : simt::machine().launches)
-    text += std::string(g.name) + "\t" + std::to_string(uint64_t(g.grid.x) * g.grid.y * g.grid.z) +
-            "\t" + std::to_string(uint64_t(g.block.x) * g.block.y * g.block.z) + "\t" +
-            std::to_string(g.shared_bytes) + "\n";
+    answer +=
+        simt::text(g.name, "\t", g.grid.count(), "\t", g.block.count(), "\t", g.shared_bytes, "\n");
   simt::machine().launches.clear();
-  return text.c_str();
+  return answer.c_str();
 }
 
 // Returns null, or what is wrong.
@@ -39,8 +38,7 @@ SIMT_EXPORT const char* simt_register(const void* start, size_t bytes, const cha
     simt::register_allocation(start, bytes, name, writable != 0);
     return nullptr;
   } catch (const std::exception& e) {
-    text = e.what();
-    return text.c_str();
+    return (answer = e.what()).c_str();
   }
 }
 
@@ -48,6 +46,6 @@ SIMT_EXPORT int simt_unregister(const void* start) { return simt::unregister_all
 
 SIMT_EXPORT void simt_reset_counters() { simt::reset_counters(); }
 
-SIMT_EXPORT const char* simt_counters() { return (text = simt::counters_as_text()).c_str(); }
+SIMT_EXPORT const char* simt_counters() { return (answer = simt::counters_as_text()).c_str(); }
 
-SIMT_EXPORT const char* simt_spots() { return (text = simt::spots_as_text()).c_str(); }
+SIMT_EXPORT const char* simt_spots() { return (answer = simt::spots_as_text()).c_str(); }

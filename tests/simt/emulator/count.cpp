@@ -153,8 +153,8 @@ void begin_count_launch(const Geometry& g) {
   now = &totals[g.name];
   spots_now = &spots[g.name];
   ++(*now)["launches"];
-  (*now)["blocks"] += uint64_t(g.grid.x) * g.grid.y * g.grid.z;
-  (*now)["threads"] = uint64_t(g.block.x) * g.block.y * g.block.z;
+  (*now)["blocks"] += g.grid.count();
+  (*now)["threads"] = g.block.count();
   (*now)["shared_bytes"] = g.shared_bytes;
   logs.clear();
   logs.resize(machine().warps.size());
@@ -211,21 +211,19 @@ void reset_counters() {
 }
 
 std::string counters_as_text() {
-  std::string text;
+  std::string found;
   for (const auto& [kernel, counters] : totals)
-    for (const auto& [name, value] : counters)
-      text += kernel + "\t" + name + "\t" + std::to_string(value) + "\n";
-  return text;
+    for (const auto& [name, value] : counters) found += text(kernel, "\t", name, "\t", value, "\n");
+  return found;
 }
 
 std::string spots_as_text() {
-  std::string text;
+  std::string found;
   for (const auto& [kernel, by_place] : spots)
     for (const auto& [pc, spot] : by_place)
-      text += kernel + "\t" + describe_pc(pc) + (spot.shared ? "\tshared\t" : "\tglobal\t") +
-              std::to_string(spot.requests) + "\t" + std::to_string(spot.cost) + "\t" +
-              std::to_string(spot.fewest) + "\n";
-  return text;
+      found += text(kernel, "\t", describe_pc(pc), spot.shared ? "\tshared\t" : "\tglobal\t",
+                    spot.requests, "\t", spot.cost, "\t", spot.fewest, "\n");
+  return found;
 }
 
 }  // namespace simt

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <random>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -135,6 +136,13 @@ class Machine {
 extern Machine the_machine;
 inline Machine& machine() { return the_machine; }
 
+// The parts one behind the other.
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream joint;
+  (joint << ... << parts);
+  return joint.str();
+}
 std::string describe(Site site);
 // Of the collective in which lanes of the warp wait.
 std::string describe(const Warp& warp);

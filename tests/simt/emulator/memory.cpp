@@ -121,28 +121,23 @@ bool unregister_allocation(const void* start) {
 std::string describe_address(const void* p) {
   const char* c = static_cast<const char*>(p);
   if (size_t(c - shared_with_guards) < all_shared_bytes)
-    return "byte " + std::to_string(c - shared_start) + " of the block's " +
-           std::to_string(shared_bytes) + " bytes of shared memory";
+    return text("byte ", c - shared_start, " of the block's ", shared_bytes,
+                " bytes of shared memory");
   const Place place = locate(p);
-  if (place.space == Space::global) {
-    return "byte " + std::to_string(place.offset) + " of '" + place.allocation->name + "' (" +
-           std::to_string(place.allocation->bytes) + " bytes)";
-  }
+  if (place.space == Space::global)
+    return text("byte ", place.offset, " of '", place.allocation->name, "' (",
+                place.allocation->bytes, " bytes)");
   const Allocation* nearest = nullptr;
   size_t distance = size_t(1) << 20;
   bool behind = false;
   for (const Allocation& a : registry) {
     const bool after = c >= a.start + a.bytes;
     const size_t d = after ? size_t(c - a.start) - a.bytes : size_t(a.start - c);
-    if (d < distance) {
-      nearest = &a;
-      distance = d;
-      behind = after;
-    }
+    if (d < distance) nearest = &a, distance = d, behind = after;
   }
   if (nearest == nullptr) return "no array that was registered";
-  return std::to_string(distance) + " bytes " + (behind ? "behind the end" : "before the start") +
-         " of '" + nearest->name + "' (" + std::to_string(nearest->bytes) + " bytes)";
+  return text(distance, " bytes ", behind ? "behind the end" : "before the start", " of '",
+              nearest->name, "' (", nearest->bytes, " bytes)");
 }
 
 void prepare_shared_memory(size_t bytes) {
@@ -172,9 +167,8 @@ std::string check_shared_guard() {
 
 void* shared_memory(size_t bytes) {
   if (bytes > shared_bytes)
-    machine().fail("the kernel uses " + std::to_string(bytes) +
-                   " bytes of shared memory, but was launched with " +
-                   std::to_string(shared_bytes));
+    machine().fail(text("the kernel uses ", bytes,
+                        " bytes of shared memory, but was launched with ", shared_bytes));
   return shared_start;
 }
 
@@ -214,8 +208,7 @@ void cp_async(void* to, const void* from, int bytes, bool real) {
   Thread& thread = *m.current;
   const void* pc = __builtin_return_address(0);
   const auto refuse = [&](const std::string& why) {
-    m.fail(m.name(thread) + ": cp_async of " + std::to_string(bytes) + " bytes at " +
-           describe_pc(pc) + ": " + why);
+    m.fail(text(m.name(thread), ": cp_async of ", bytes, " bytes at ", describe_pc(pc), ": ", why));
   };
   if (locate(to).space != Space::shared)
     refuse("the target is no shared memory but " + describe_address(to));

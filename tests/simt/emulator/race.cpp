@@ -127,10 +127,10 @@ bool races(const Record& r, const Thread& thread, bool global) {
     remedy = "nothing orders blocks";
   else if (r.thread / warp_size == thread.warp->id)
     remedy = "neither a barrier nor a __syncwarp between them";
-  m.fail(std::string("race: ") + m.name(thread) + " " + second + " " + describe_address(address) +
-         " at " + describe_pc(pc) + "; " + m.name_of(r.thread) +
-         (from_other_block(r) ? " of an earlier block " : " ") + first + " it at " +
-         describe_pc(lengthen(r.pc)) + ", " + remedy);
+  m.fail(text("race: ", m.name(thread), " ", second, " ", describe_address(address), " at ",
+              describe_pc(pc), "; ", m.name_of(r.thread),
+              from_other_block(r) ? " of an earlier block " : " ", first, " it at ",
+              describe_pc(lengthen(r.pc)), ", ", remedy));
 }
 
 struct Context {
@@ -148,11 +148,11 @@ Record now(const Context& c, bool atomic) {
                                                           const char* what, size_t offset) {
   Machine& m = machine();
   const bool own = cell.flight_thread == c.thread.id;
-  m.fail(std::string("race: ") + m.name(c.thread) + " " + what + " " +
-         describe_address(c.start + offset) + " at " + describe_pc(c.pc) + " while a cp_async of " +
-         (own ? "its own" : m.name_of(cell.flight_thread)) + " to it is under way, issued at " +
-         describe_pc(lengthen(cell.flight_pc)) +
-         ": cp_async_wait is missing or waits for too little");
+  m.fail(text("race: ", m.name(c.thread), " ", what, " ", describe_address(c.start + offset),
+              " at ", describe_pc(c.pc), " while a cp_async of ",
+              own ? "its own" : m.name_of(cell.flight_thread), " to it is under way, issued at ",
+              describe_pc(lengthen(cell.flight_pc)),
+              ": cp_async_wait is missing or waits for too little"));
 }
 
 // Copies of other blocks do not count: they were checked there.
@@ -160,18 +160,19 @@ inline void check_flight(const Cell& cell, const Context& c, const char* what, s
   if (cell.flight_epoch >= machine().block_epoch) report_flight(cell, c, what, offset);
 }
 
+// Reports the access of r if nothing orders it before what the thread does now.
+inline void must_follow(const Record& r, const char* did, const Context& c, const char* does,
+                        size_t offset) {
+  if (races(r, c.thread, c.global)) report(did, r, does, c.thread, c.start + offset, c.pc);
+}
+
 void check_read(const Cell& cell, const Context& c, bool must_be_written, size_t offset) {
-  const Machine& m = machine();
-  const Thread& thread = c.thread;
-  if (races(cell.write, thread, c.global))
-    report("writes", cell.write, "reads", thread, c.start + offset, c.pc);
-  if (c.global && races(cell.other_write, thread, c.global))
-    report("writes", cell.other_write, "reads", thread, c.start + offset, c.pc);
-  if (must_be_written && cell.write.epoch < m.block_epoch) {
-    machine().fail("uninitialised: " + m.name(thread) + " reads " +
+  must_follow(cell.write, "writes", c, "reads", offset);
+  if (c.global) must_follow(cell.other_write, "writes", c, "reads", offset);
+  if (must_be_written && cell.write.epoch < machine().block_epoch)
+    machine().fail("uninitialised: " + machine().name(c.thread) + " reads " +
                    describe_address(c.start + offset) + ", which nobody has written, at " +
                    describe_pc(c.pc));
-  }
 }
 
 inline void on_read(Cell& cell, const Context& c, bool must_be_written, size_t offset) {
@@ -195,28 +196,23 @@ inline void on_read(Cell& cell, const Context& c, bool must_be_written, size_t o
 }
 
 void on_write(Cell& cell, const Context& c, bool atomic, const char* what, size_t offset) {
-  Machine& m = machine();
+  const Machine& m = machine();
   const Thread& thread = c.thread;
-  const char* address = c.start + offset;
   check_flight(cell, c, what, offset);
-  if (!(atomic && cell.write.atomic) && races(cell.write, thread, c.global))
-    report("writes", cell.write, what, thread, address, c.pc);
+  if (!(atomic && cell.write.atomic)) must_follow(cell.write, "writes", c, what, offset);
   if (c.global) {
-    if (!(atomic && cell.other_write.atomic) && races(cell.other_write, thread, c.global))
-      report("writes", cell.other_write, what, thread, address, c.pc);
-    if (races(cell.other_read, thread, c.global))
-      report("reads", cell.other_read, what, thread, address, c.pc);
+    if (!(atomic && cell.other_write.atomic))
+      must_follow(cell.other_write, "writes", c, what, offset);
+    must_follow(cell.other_read, "reads", c, what, offset);
   }
-  if (cell.read.epoch == m.epoch && cell.read.thread / warp_size == thread.warp->id) {
-    Record r = cell.read;
+  Record read = cell.read;
+  if (read.epoch == m.epoch && read.thread / warp_size == thread.warp->id) {
     const uint32_t others = cell.read_lanes & ~(1u << thread.lane);
-    r.thread = uint16_t(thread.warp->id * warp_size + unsigned(__builtin_ctz(others | 1u << 31)));
-    if (others != 0 && races(r, thread, c.global)) report("reads", r, what, thread, address, c.pc);
-  } else if (races(cell.read, thread, c.global)) {
-    report("reads", cell.read, what, thread, address, c.pc);
+    const unsigned lane = others != 0 ? unsigned(__builtin_ctz(others)) : thread.lane;
+    read.thread = uint16_t(thread.warp->id * warp_size + lane);
   }
-  if (races(cell.read_elsewhere, thread, c.global))
-    report("reads", cell.read_elsewhere, what, thread, address, c.pc);
+  must_follow(read, "reads", c, what, offset);
+  must_follow(cell.read_elsewhere, "reads", c, what, offset);
   if (c.global && from_other_block(cell.write)) cell.other_write = cell.write;
   cell.write = now(c, atomic);
 }

@@ -27,20 +27,18 @@ void Machine::entry(void* argument) {
   Machine& m = machine();
   entered_fibre();
   m.body_(m.context_);
-  if (!thread.copies.empty()) {
+  if (!thread.copies.empty())
     m.fail(m.name(thread) + " returns with copies under way: cp_async without cp_async_wait at " +
            describe_pc(thread.copies.front().pc));
-  }
   thread.state = State::done;
   thread.warp->done |= 1u << thread.lane;
   ++m.finished;
   if (thread.warp->arrived != 0)
     m.fail(m.name(thread) + " returns while others of its warp wait for it in " +
            describe(*thread.warp));
-  if (m.arrived > 0) {
+  if (m.arrived > 0)
     m.fail(m.name(thread) + " returns while others wait for it in __syncthreads at " +
            describe(m.barrier_site));
-  }
   Thread* next = m.next_of_pass();
   if (next != nullptr) m.enter(*next);
   leave_fibre(thread.fibre, next != nullptr ? next->fibre : m.host_);
@@ -92,24 +90,19 @@ bool Machine::run_pass() {
 }
 
 void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
-  const std::string where = std::string("kernel '") + g.name + "' launched at " + g.file + ":" +
-                            std::to_string(g.line) + ": ";
-  const uint64_t size = uint64_t(g.block.x) * g.block.y * g.block.z;
-  if (size == 0 || size > 1024 || size % warp_size != 0) {
-    throw std::runtime_error(where + "a block of " + std::to_string(size) +
-                             " threads; accepted are multiples of 32 up to 1024");
-  }
-  if (g.grid.x > 0x7fffffffu || g.grid.y > 65535 || g.grid.z > 65535) {
-    throw std::runtime_error(where + "a grid of (" + std::to_string(g.grid.x) + ", " +
-                             std::to_string(g.grid.y) + ", " + std::to_string(g.grid.z) +
-                             ") blocks; accepted are up to (2147483647, 65535, 65535)");
-  }
-  if (g.shared_bytes > most_shared_bytes) {
-    throw std::runtime_error(where + std::to_string(g.shared_bytes) +
-                             " bytes of shared memory; a block has at most " +
-                             std::to_string(most_shared_bytes));
-  }
-  if (current != nullptr) throw std::runtime_error(where + "a launch inside a kernel");
+  const auto refuse = [&](const auto&... why) {
+    throw std::runtime_error(
+        text("kernel '", g.name, "' launched at ", g.file, ":", g.line, ": ", why...));
+  };
+  const uint64_t size = g.block.count();
+  if (size == 0 || size > 1024 || size % warp_size != 0)
+    refuse("a block of ", size, " threads; accepted are multiples of 32 up to 1024");
+  if (g.grid.x > 0x7fffffffu || g.grid.y > 65535 || g.grid.z > 65535)
+    refuse("a grid of (", g.grid.x, ", ", g.grid.y, ", ", g.grid.z,
+           ") blocks; accepted are up to (2147483647, 65535, 65535)");
+  if (g.shared_bytes > most_shared_bytes)
+    refuse(g.shared_bytes, " bytes of shared memory; a block has at most ", most_shared_bytes);
+  if (current != nullptr) refuse("a launch inside a kernel");
   if (simt_settings.dry) {
     launches.push_back(g);
     return;
@@ -134,8 +127,7 @@ void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
   begin_race_launch();
   begin_count_launch(g);
 
-  const uint64_t blocks = uint64_t(g.grid.x) * g.grid.y * g.grid.z;
-  std::vector<uint64_t> order(blocks);
+  std::vector<uint64_t> order(g.grid.count());
   std::iota(order.begin(), order.end(), uint64_t(0));
   if (simt_settings.policy != Policy::in_order) std::shuffle(order.begin(), order.end(), random_);
   for (const uint64_t b : order) {
@@ -149,7 +141,7 @@ void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
   ++epoch;
   current = nullptr;
   end_count_launch();
-  if (failed()) throw std::runtime_error(where + error);
+  if (failed()) refuse(error);
 }
 
 void Machine::prepare_block(uint3 block) {
@@ -157,7 +149,7 @@ void Machine::prepare_block(uint3 block) {
   arrived = finished = 0;
   block_epoch = ++epoch;
   planned_epoch_ = 0;
-  const unsigned size = geometry.block.x * geometry.block.y * geometry.block.z;
+  const auto size = unsigned(geometry.block.count());
   for (unsigned w = 0; w < warps.size(); ++w) {
     Warp& warp = warps[w];
     warp.id = w;
@@ -241,25 +233,24 @@ bool Machine::resume_warp(Warp& warp, bool shuffle_lanes) {
 
 std::string Machine::name_of(unsigned id) const {
   const unsigned x = geometry.block.x, y = geometry.block.y;
-  return "thread (" + std::to_string(id % x) + ", " + std::to_string(id / x % y) + ", " +
-         std::to_string(id / x / y) + ") [warp " + std::to_string(id / warp_size) + ", lane " +
-         std::to_string(id % warp_size) + "]";
+  return text("thread (", id % x, ", ", id / x % y, ", ", id / x / y, ") [warp ", id / warp_size,
+              ", lane ", id % warp_size, "]");
 }
 
 std::string Machine::name(const Thread& thread) const {
-  return name_of(thread.id) + " of block (" + std::to_string(blockIdx.x) + ", " +
-         std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) + ")";
+  return text(name_of(thread.id), " of block (", blockIdx.x, ", ", blockIdx.y, ", ", blockIdx.z,
+              ")");
 }
 
 std::string Machine::stuck() const {
-  std::string text = "the block is stuck:";
+  std::string found = "the block is stuck:";
   for (const Warp& warp : warps) {
-    const std::string number = " warp " + std::to_string(warp.id) + " waits in ";
-    if (warp.at_barrier != 0) text += number + "__syncthreads at " + describe(barrier_site) + ";";
+    const std::string number = text(" warp ", warp.id, " waits in ");
+    if (warp.at_barrier != 0) found += number + "__syncthreads at " + describe(barrier_site) + ";";
     if (warp.arrived != 0)
-      text += number + describe(warp) + " for lanes " + hex(~warp.arrived) + ";";
+      found += number + describe(warp) + " for lanes " + hex(~warp.arrived) + ";";
   }
-  return text;
+  return found;
 }
 
 }  // namespace simt

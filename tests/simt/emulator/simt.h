@@ -24,6 +24,7 @@ struct uint3 {
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  constexpr uint64_t count() const { return uint64_t(x) * y * z; }
 };
 
 #define SIMT_VECTORS(T, name)                                                    \
