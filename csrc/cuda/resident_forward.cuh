@@ -255,13 +255,12 @@ class ResidentMma {
 
   // An x of few channels comes to the fragments element by element: K is (tap, channel), no gaps.
   SNNLSTM_DEVICE void gather(int u, const unsigned char* from, SharedPlace& b) {
-    const unsigned char* pixels[2];
-    unrolled<2>([&](int mi) {
+    const unsigned char* pixels[2][2];
+    unrolled<2, 2>([&](int mi, int odd) {
       int y, x;
-      locate(p_.tiling, p_.at.x, pixel(u, mi), p_.x.step_h, p_.x.step_w, y, x);
-      pixels[mi] = from + y + p_.at.x.pixel(0, x);
+      locate(p_.tiling, p_.at.x, pixel(u, mi) + odd, p_.x.step_h, p_.x.step_w, y, x);
+      pixels[mi][odd] = from + y + p_.at.x.pixel(0, x);
     });
-    const int next = p_.x.step_w * int(sizeof(Element));  // from a pixel to its neighbour
     const int* table = reinterpret_cast<const int*>(shared_ + p_.at.table);
 #pragma unroll 1
     for (int step = 0; step < p_.walk[0].units; ++step) {
@@ -271,14 +270,13 @@ class ResidentMma {
           const int k = step * 16 + 2 * (lane_ % 4) + 8 * half;
           const int lo = table[k], hi = table[k + 1];
           unrolled<2, 2>([&](int mi, int odd) {
-            const unsigned char* at = pixels[mi] + odd * next;
+            const unsigned char* at = pixels[mi][odd];
             a[mi][2 * half + odd] = element(at, lo) | element(at, hi) << 16;
           });
         } else {
           const int k = table[step * 8 + lane_ % 4 + 4 * half];
-          unrolled<2, 2>([&](int mi, int odd) {
-            a[mi][2 * half + odd] = element(pixels[mi] + odd * next, k);
-          });
+          unrolled<2, 2>(
+              [&](int mi, int odd) { a[mi][2 * half + odd] = element(pixels[mi][odd], k); });
         }
       });
       __syncwarp();

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import gpu_tools
+import networkx as nx  # torch wants it, too
 from builder import ROOT
 
 # Divisions (by way of a reciprocal), calls and local memory.
@@ -44,8 +45,8 @@ class Loop:
     """An innermost loop with HMMA: all its code, and the way that is issued over and over."""
 
     code: list[Instruction]
-    way: Counter[str] = field(default_factory=Counter)  # instructions by name
-    hmma: int = 0
+    way: Counter[str]  # instructions by name
+    hmma: int
 
     @property
     def per_hmma(self) -> float:
@@ -90,101 +91,46 @@ def blocks_of(code: list[Instruction]) -> list[Block]:
             b.following.append(number[last.target])
         if not last.ends and k + 1 < len(blocks):
             b.following.append(k + 1)
-    reached, todo = set(), [0]
-    while todo:
-        if (k := todo.pop()) not in reached:
-            reached.add(k)
-            todo += blocks[k].following
-    for k in set(range(len(blocks))) - reached:
-        blocks[k].following.clear()
     return blocks
-
-
-def dominators(blocks: list[Block]) -> list[set[int]]:
-    """Of each block, those that every way to it leads through."""
-    everything = set(range(len(blocks)))
-    found = [{0}, *(everything for _ in blocks[1:])]
-    before: list[list[int]] = [[] for _ in blocks]
-    for k, b in enumerate(blocks):
-        for f in b.following:
-            before[f].append(k)
-    changed = True
-    while changed:
-        changed = False
-        for k in range(1, len(blocks)):
-            if not before[k]:
-                continue
-            new = {k} | set.intersection(*(found[b] for b in before[k]))
-            if new != found[k]:
-                found[k], changed = new, True
-    return found
 
 
 def loops(code: list[Instruction]) -> list[Loop]:
     """The innermost loops with HMMA."""
     blocks = blocks_of(code)
-    dominated_by = dominators(blocks)
+    graph = nx.DiGraph((k, f) for k, b in enumerate(blocks) for f in b.following)
+    graph.add_node(0)
+    graph = graph.subgraph({0} | nx.descendants(graph, 0))
+    above = nx.immediate_dominators(graph, 0)
+
+    def dominates(one: int, other: int) -> bool:
+        while other not in (one, 0):
+            other = above[other]
+        return other == one
+
+    back = [(n, header) for n, header in graph.edges if dominates(header, n)]
     bodies: dict[int, set[int]] = {}
-    for k, b in enumerate(blocks):
-        for header in set(b.following) & dominated_by[k]:
-            body, todo = bodies.setdefault(header, {header}), [k]
-            while todo:
-                n = todo.pop()
-                if n not in body:
-                    body.add(n)
-                    todo += [p for p, q in enumerate(blocks) if n in q.following]
-    hot = {
-        header: body
-        for header, body in bodies.items()
-        if any(i.is_hmma for n in body for i in blocks[n].code)
-    }
-    innermost = [
-        (header, body)
-        for header, body in hot.items()
-        if not any(other < body for other in hot.values())
-    ]
-    return [_with_way(blocks, header, body, dominated_by) for header, body in sorted(innermost)]
-
-
-def _with_way(
-    blocks: list[Block], header: int, body: set[int], dominated_by: list[set[int]]
-) -> Loop:
-    """From the header once around, inner loops passed through once: the best way to each block."""
-    order: list[int] = []
-    seen: set[int] = set()
-
-    def forward(n: int) -> list[int]:
-        return [f for f in blocks[n].following if f in body and f not in dominated_by[n]]
-
-    def visit(n: int) -> None:
-        seen.add(n)
-        for f in forward(n):
-            if f not in seen:
-                visit(f)
-        order.append(n)
-
-    visit(header)
-    best: dict[int, tuple[int, int]] = {}  # (HMMA, -instructions) before the block
-    came: dict[int, int] = {}
-    best[header] = (0, 0)
-    ends = []
-    for n in reversed(order):
-        instructions = blocks[n].code
-        hmma, length = best[n]
-        score = (hmma + sum(i.is_hmma for i in instructions), length - len(instructions))
-        if header in blocks[n].following:
-            ends.append((score, n))
-        for f in forward(n):
-            if f not in best or score > best[f]:
-                best[f], came[f] = score, n
-    loop = Loop([i for n in sorted(body) for i in blocks[n].code])
-    n: int | None = max(ends)[1]
-    while n is not None:
-        for i in blocks[n].code:
-            loop.way[i.name] += 1
-            loop.hmma += i.is_hmma
-        n = came.get(n) if n != header else None
-    return loop
+    for n, header in back:
+        within = graph.subgraph(set(graph) - {header})
+        body = {n} | nx.ancestors(within, n) if n != header else set()
+        bodies.setdefault(header, {header}).update(body)
+    hmma = {n for n in graph if any(i.is_hmma for i in blocks[n].code)}
+    hot = {header: body for header, body in bodies.items() if body & hmma}
+    found = []
+    for header, body in sorted(hot.items()):
+        if any(other < body for other in hot.values()):
+            continue
+        # From the header once around, inner loops passed through once: the way with the most HMMA
+        # and, of those, the fewest instructions.
+        once = nx.DiGraph(e for e in graph.subgraph(body).edges if e not in back)
+        once.add_edges_from((n, "end") for n, h in back if h == header)
+        for n, _, edge in once.edges(data=True):
+            edge["cost"] = sum(1 - 10**6 * i.is_hmma for i in blocks[n].code)
+        *way, _ = nx.bellman_ford_path(once, header, "end", weight="cost")
+        issued = [i for n in way for i in blocks[n].code]
+        names = Counter(i.name for i in issued)
+        everything = [i for n in sorted(body) for i in blocks[n].code]
+        found.append(Loop(everything, names, sum(i.is_hmma for i in issued)))
+    return found
 
 
 def loops_of_binary(binary: Path, arch: int) -> dict[str, list[Loop]]:

@@ -18,42 +18,25 @@ from modes import ALL, CASES
 CUDA = ROOT / "csrc" / "cuda"
 NUMBERS = fault_numbers()
 PLACED = placed_faults([*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *SOURCES])
-RUNS = [
-    ("float32", "plain"),
-    ("tf32", "wide"),
-    ("bfloat16 states", "channels last"),
-    ("bfloat16 states", "short chunks"),
-    ("float32", "wide"),
-    ("bfloat16 states", "plain"),
-    ("tf32x3", "sliced"),
-    ("float16 autocast", "wide"),
-    ("tf32", "max pool"),
-    ("float32", "max pool"),
-    ("tf32", "one channel"),
-    ("tf32", "inhibition"),
-    ("float32", "kernel 5x1"),
-    ("float32", "odd sizes"),
-    ("tf32", "odd sizes"),
-    ("float32 behind torch", "plain"),
-    ("float32 behind torch", "max pool"),
-    ("resident tf32", "odd sizes"),
-    ("resident float32", "max pool"),
-    ("resident tf32x3", "quantised"),
-    ("resident float32", "pooled inhibition"),
-]
-BACKWARD_RUNS = [
-    ("float32", "plain"),
-    ("tf32x3", "plain"),
-    ("bfloat16 states", "channels last"),
-    ("tf32x3", "wide"),
-    ("bfloat16 states", "short chunks"),
-    ("float32", "max pool"),
-    ("tf32x3", "stride, dilation"),
-    ("float32", "inhibition"),
-    ("float32 behind torch", "max pool"),
-    ("resident tf32x3", "plain"),
-    ("resident float32", "max pool"),
-]
+RUNS = {
+    "float32": ("plain", "wide", "max pool", "kernel 5x1", "odd sizes"),
+    "tf32": ("wide", "max pool", "one channel", "inhibition", "odd sizes"),
+    "bfloat16 states": ("channels last", "short chunks", "plain"),
+    "tf32x3": ("sliced",),
+    "float16 autocast": ("wide",),
+    "float32 behind torch": ("plain", "max pool"),
+    "resident tf32": ("odd sizes",),
+    "resident float32": ("max pool", "pooled inhibition"),
+    "resident tf32x3": ("quantised",),
+}
+BACKWARD_RUNS = {
+    "float32": ("plain", "max pool", "inhibition"),
+    "tf32x3": ("plain", "wide", "stride, dilation"),
+    "bfloat16 states": ("channels last", "short chunks"),
+    "float32 behind torch": ("max pool",),
+    "resident tf32x3": ("plain",),
+    "resident float32": ("max pool",),
+}
 
 
 def report_of(core, check, mode, case) -> str:
@@ -67,8 +50,12 @@ def report_of(core, check, mode, case) -> str:
 
 def by_likelihood(near: str):
     """All runs, those first that run the kernel of that file."""
-    runs = [(test_cell.check, *run) for run in RUNS]
-    runs += [(test_cell_gradients.check, *run) for run in BACKWARD_RUNS]
+    runs = [
+        (check, mode, case)
+        for check, table in ((test_cell.check, RUNS), (test_cell_gradients.check, BACKWARD_RUNS))
+        for mode, cases in table.items()
+        for case in cases
+    ]
 
     def distance(run):
         check, mode, _ = run
