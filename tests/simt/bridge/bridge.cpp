@@ -9,6 +9,7 @@
 #include "bindings_cuda.h"
 #include "machine.h"
 #include "memory.h"
+#include "plan.h"
 
 using namespace snnlstm;
 
@@ -17,11 +18,8 @@ namespace {
 // The device that the launchers believe they run on.
 cuda::Target the_target;
 
-size_t element_size(DType t) { return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2; }
-DType compute_type(DType t) { return t == DType::float64 ? t : DType::float32; }
-
 // What a call does to an array; if it updates one, the present values matter.
-enum class Does { reads, writes, updates };
+enum Does { reads, writes, updates };
 
 using Extent = int64_t[5];
 
@@ -35,8 +33,8 @@ class Arrays {
   void add(const char* name, const void* p, int64_t bytes, Does does) {
     if (simt::simt_settings.dry || p == nullptr || bytes <= 0) return;
     const char* c = static_cast<const char*>(p);
-    items_.push_back({c, c + bytes, name, does != Does::reads});
-    if (does == Does::writes) std::memset(const_cast<void*>(p), 0xff, size_t(bytes));
+    items_.push_back({c, c + bytes, name, does != reads});
+    if (does == writes) std::memset(const_cast<void*>(p), 0xff, size_t(bytes));
   }
 
   void add(const char* name, const View& v, const Extent& extent, DType type, Does does) {
@@ -46,9 +44,9 @@ class Arrays {
       if (extent[k] == 0) return;
       last += (extent[k] - 1) * v.stride[k];
     }
-    const auto size = int64_t(element_size(type));
-    add(name, v.data, (last + 1) * size, does == Does::writes ? Does::updates : does);
-    if (does == Does::writes) poison(static_cast<char*>(v.data), v, extent, size, 0);
+    const int64_t size = cuda::bytes_of(type);
+    add(name, v.data, (last + 1) * size, does == writes ? updates : does);
+    if (does == writes) poison(static_cast<char*>(v.data), v, extent, size, 0);
   }
 
   void commit() {
@@ -86,107 +84,93 @@ class Arrays {
   }
 };
 
-// Extents of the arrays of a call.
+// Extents of the arrays of a call, and sizes.
 struct Extents {
+  cuda::Shape shape;
   Extent input, state, states, spikes, gates;
+  int64_t size, real, gate, weight;  // bytes: of an element of a type, and of the weight
 
-  Extents(const Cell& c, bool record)
-      : input{c.T, c.N, c.Cin, c.H, c.W},
+  Extents(const Cell& c, const cuda::Target& target, bool record = false)
+      : shape(c),
+        input{c.T, c.N, c.Cin, c.H, c.W},
         state{1, c.N, c.C, c.Ho(), c.Wo()},
         states{record ? c.T : 1, c.N, c.C, c.Ho(), c.Wo()},
         spikes{c.T, c.N, c.C, c.Hp(), c.Wp()},
-        gates{1, c.N, 4 * c.C, c.Ho(), c.Wo()} {}
+        gates{1, c.N, 4 * c.C, c.Ho(), c.Wo()},
+        size(cuda::bytes_of(c.dtype)),
+        real(cuda::bytes_of(cuda::real_of(c.dtype))),
+        gate(cuda::bytes_of(cuda::gate_type(c.dtype, target.matrix))),
+        weight(4 * c.C * (c.Cin + c.C) * shape.taps * size) {}
 };
-
-int64_t weight_bytes(const Cell& c) {
-  return 4 * c.C * (c.Cin + c.C) * c.kernel_h * c.kernel_w * int64_t(element_size(c.dtype));
-}
 
 template <class Args>
 void add_inputs(Arrays& arrays, const Args& a, const Extents& e, int64_t packed) {
   const Cell& c = a.cell;
-  const auto size = int64_t(element_size(c.dtype)),
-             real = int64_t(element_size(compute_type(c.dtype)));
-  arrays.add("x", a.x, e.input, c.dtype, Does::reads);
-  arrays.add("syn0", a.syn0, e.state, c.dtype, Does::reads);
-  arrays.add("mem0", a.mem0, e.state, c.dtype, Does::reads);
-  arrays.add("packed weight", a.weight, packed, Does::reads);
-  arrays.add("threshold", a.threshold,
-             (a.threshold_stride == 0 ? 1 : (c.C - 1) * a.threshold_stride + 1) * size,
-             Does::reads);
-  arrays.add("graded factor", a.graded_factor, real, Does::reads);
-  arrays.add("levels", a.levels, c.num_levels * real, Does::reads);
+  arrays.add("x", a.x, e.input, c.dtype, reads);
+  arrays.add("syn0", a.syn0, e.state, c.dtype, reads);
+  arrays.add("mem0", a.mem0, e.state, c.dtype, reads);
+  arrays.add("packed weight", a.weight, packed, reads);
+  arrays.add("threshold", a.threshold, (1 + (c.C - 1) * a.threshold_stride) * e.size, reads);
+  arrays.add("graded factor", a.graded_factor, e.real, reads);
+  arrays.add("levels", a.levels, c.num_levels * e.real, reads);
 }
 
 // in_place: a step behind torch's convolution may write the states where it has read them.
 void add_forward(Arrays& arrays, const ForwardArgs& a, const cuda::Target& target, bool in_place) {
   const Cell& c = a.cell;
-  const Extents e(c, a.record);
+  const Extents e(c, target, a.record);
   const cuda::Sizes z = cuda::sizes(c, target);
-  const Does states = in_place ? Does::updates : Does::writes;
+  const Does states = in_place ? updates : writes;
   add_inputs(arrays, a, e, z.packed_forward);
-  arrays.add("bias", a.bias, 4 * c.C * int64_t(element_size(c.dtype)), Does::reads);
-  arrays.add("spk", a.spk, e.spikes, c.dtype, Does::writes);
+  arrays.add("bias", a.bias, 4 * c.C * e.size, reads);
+  arrays.add("spk", a.spk, e.spikes, c.dtype, writes);
   arrays.add("syn", a.syn, e.states, c.dtype, states);
   arrays.add("mem", a.mem, e.states, c.dtype, states);
-  arrays.add("saved gates", a.saved_gates, z.saved_gates, Does::writes);
-  const int64_t syn_of_step =
-      c.N * c.Ho() * c.Wo() * cuda::padded_channels(c.C) * int64_t(element_size(c.dtype));
-  arrays.add("saved syn", a.saved_syn, in_place ? syn_of_step : z.saved_syn, Does::writes);
-  arrays.add("winner", a.winner, c.T * c.N * 8, Does::writes);
-  arrays.add("workspace", a.workspace, z.forward_workspace, Does::writes);
-}
-
-int64_t gate_bytes(const Cell& c, const cuda::Target& target) {
-  return c.T * c.N * c.Ho() * c.Wo() * 4 * cuda::padded_channels(c.C) *
-         int64_t(element_size(cuda::gate_type(c.dtype, target.matrix)));
+  arrays.add("saved gates", a.saved_gates, z.saved_gates, writes);
+  arrays.add("saved syn", a.saved_syn, in_place ? e.shape.state() * e.size : z.saved_syn, writes);
+  arrays.add("winner", a.winner, c.T * c.N * 8, writes);
+  arrays.add("workspace", a.workspace, z.forward_workspace, writes);
 }
 
 void add_backward(Arrays& arrays, const BackwardArgs& a, const cuda::Target& target,
                   int64_t workspace, bool in_place) {
   const Cell& c = a.cell;
-  const Extents e(c, a.record);
+  const Extents e(c, target, a.record);
   const cuda::Sizes z = cuda::sizes(c, target);
-  const auto size = int64_t(element_size(c.dtype));
   add_inputs(arrays, a, e, z.packed_backward);
-  arrays.add("saved gates", a.saved_gates, z.saved_gates, Does::reads);
-  arrays.add("d_gates", a.d_gates, gate_bytes(c, target),
-             a.d_gates == a.saved_gates ? Does::updates : Does::writes);
+  arrays.add("saved gates", a.saved_gates, z.saved_gates, reads);
+  arrays.add("d_gates", a.d_gates, c.T * e.shape.gates() * e.gate,
+             a.d_gates == a.saved_gates ? updates : writes);
   const int64_t mems = in_place ? 1 : c.T - 1;  // a step behind torch's convolution, or all but one
-  arrays.add("mem after", a.mem_after,
-             mems * c.N * c.Ho() * c.Wo() * cuda::padded_channels(c.C) *
-                 int64_t(element_size(cuda::gate_type(c.dtype, target.matrix))),
-             Does::writes);
-  arrays.add("saved syn", a.saved_syn, z.saved_syn, Does::reads);
-  arrays.add("winner", a.winner, c.T * c.N * 8, Does::reads);
-  arrays.add("noise", a.noise, e.spikes, c.dtype, Does::reads);
-  arrays.add("grad_spk", a.grad_spk, e.spikes, c.dtype, Does::reads);
-  arrays.add("grad_syn", a.grad_syn, e.states, c.dtype, Does::reads);
-  arrays.add("grad_mem", a.grad_mem, e.states, c.dtype, Does::reads);
-  arrays.add("grad_x", a.grad_x, e.input, c.dtype, Does::writes);
-  arrays.add("grad_syn0", a.grad_syn0, e.state, c.dtype, in_place ? Does::updates : Does::writes);
-  arrays.add("grad_mem0", a.grad_mem0, e.state, c.dtype, Does::writes);
-  arrays.add("grad_weight", a.grad_weight, weight_bytes(c), Does::writes);
-  arrays.add("grad_bias", a.grad_bias, 4 * c.C * size, Does::writes);
-  arrays.add("grad_threshold", a.grad_threshold, c.C * size, Does::writes);
-  arrays.add("workspace", a.workspace, workspace, Does::writes);
+  arrays.add("mem after", a.mem_after, mems * e.shape.state() * e.gate, writes);
+  arrays.add("saved syn", a.saved_syn, z.saved_syn, reads);
+  arrays.add("winner", a.winner, c.T * c.N * 8, reads);
+  arrays.add("noise", a.noise, e.spikes, c.dtype, reads);
+  arrays.add("grad_spk", a.grad_spk, e.spikes, c.dtype, reads);
+  arrays.add("grad_syn", a.grad_syn, e.states, c.dtype, reads);
+  arrays.add("grad_mem", a.grad_mem, e.states, c.dtype, reads);
+  arrays.add("grad_x", a.grad_x, e.input, c.dtype, writes);
+  arrays.add("grad_syn0", a.grad_syn0, e.state, c.dtype, in_place ? updates : writes);
+  arrays.add("grad_mem0", a.grad_mem0, e.state, c.dtype, writes);
+  arrays.add("grad_weight", a.grad_weight, e.weight, writes);
+  arrays.add("grad_bias", a.grad_bias, 4 * c.C * e.size, writes);
+  arrays.add("grad_threshold", a.grad_threshold, c.C * e.size, writes);
+  arrays.add("workspace", a.workspace, workspace, writes);
 }
 
 void pack_weight(const Cell& c, const void* weight, bool backward, void* packed,
                  const cuda::Target& target) {
   const cuda::Sizes z = cuda::sizes(c, target);
   Arrays arrays;
-  arrays.add("weight", weight, weight_bytes(c), Does::reads);
-  arrays.add("packed weight", packed, backward ? z.packed_backward : z.packed_forward,
-             Does::writes);
+  arrays.add("weight", weight, Extents(c, target).weight, reads);
+  arrays.add("packed weight", packed, backward ? z.packed_backward : z.packed_forward, writes);
   arrays.commit();
   cuda::pack_weight(c, weight, backward, packed, target);
 }
 
 void store_levels(const Cell& c, const double* values, void* levels, const cuda::Target& target) {
   Arrays arrays;
-  arrays.add("levels", levels, c.num_levels * int64_t(element_size(compute_type(c.dtype))),
-             Does::writes);
+  arrays.add("levels", levels, c.num_levels * Extents(c, target).real, writes);
   arrays.commit();
   cuda::store_levels(c, values, levels, target);
 }
@@ -209,14 +193,14 @@ void backward(const BackwardArgs& a, const cuda::Target& target) {
 
 void weight_gradient(const WeightGradArgs& a, const cuda::Target& target) {
   const Cell& c = a.cell;
-  const auto size = int64_t(element_size(c.dtype));
+  const Extents e(c, target, true);
   Arrays arrays;
-  arrays.add("x", a.x, {c.T, c.N, c.Cin, c.H, c.W}, c.dtype, Does::reads);
-  arrays.add("mem", a.mem, {c.T, c.N, c.C, c.Ho(), c.Wo()}, c.dtype, Does::reads);
-  arrays.add("d_gates", a.d_gates, gate_bytes(c, target), Does::reads);
-  arrays.add("grad_weight", a.grad_weight, weight_bytes(c), Does::writes);
-  arrays.add("grad_bias", a.grad_bias, 4 * c.C * size, Does::writes);
-  arrays.add("workspace", a.workspace, cuda::sizes(c, target).weight_workspace, Does::writes);
+  arrays.add("x", a.x, e.input, c.dtype, reads);
+  arrays.add("mem", a.mem, e.states, c.dtype, reads);
+  arrays.add("d_gates", a.d_gates, c.T * e.shape.gates() * e.gate, reads);
+  arrays.add("grad_weight", a.grad_weight, e.weight, writes);
+  arrays.add("grad_bias", a.grad_bias, 4 * c.C * e.size, writes);
+  arrays.add("workspace", a.workspace, cuda::sizes(c, target).weight_workspace, writes);
   arrays.commit();
   cuda::weight_gradient(a, target);
 }
@@ -224,8 +208,8 @@ void weight_gradient(const WeightGradArgs& a, const cuda::Target& target) {
 void pointwise_forward(const ForwardArgs& a, const View& gate_sums, const cuda::Target& target) {
   Arrays arrays;
   add_forward(arrays, a, target, true);
-  arrays.add("gate sums", gate_sums, Extents(a.cell, false).gates,
-             cuda::gate_type(a.cell.dtype, target.matrix), Does::reads);
+  arrays.add("gate sums", gate_sums, Extents(a.cell, target).gates,
+             cuda::gate_type(a.cell.dtype, target.matrix), reads);
   arrays.commit();
   cuda::pointwise_forward(a, gate_sums, target);
 }

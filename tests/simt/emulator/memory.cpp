@@ -1,7 +1,5 @@
 #include "memory.h"
 
-#include <link.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -26,34 +24,9 @@ char* const shared_with_guards = static_cast<char*>(std::aligned_alloc(1024, all
 char* const shared_start = shared_with_guards + guard_bytes;
 size_t shared_bytes = 0;  // of this launch
 
-struct Image {  // the loaded segments of this very module: code, constants and variables
-  uintptr_t low = 0, high = 0;
-};
-
-Image find_image() {
-  Image found;
-  dl_iterate_phdr(
-      [](dl_phdr_info* info, size_t, void* result) {
-        const auto probe = reinterpret_cast<uintptr_t>(&threadIdx);
-        Image image{~uintptr_t(0), 0};
-        bool here = false;
-        for (int i = 0; i < info->dlpi_phnum; ++i) {
-          const auto& segment = info->dlpi_phdr[i];
-          if (segment.p_type != PT_LOAD) continue;
-          const uintptr_t start = info->dlpi_addr + segment.p_vaddr;
-          const uintptr_t end = start + segment.p_memsz;
-          image.low = std::min(image.low, start);
-          image.high = std::max(image.high, end);
-          here |= probe >= start && probe < end;
-        }
-        if (here) *static_cast<Image*>(result) = image;
-        return int(here);
-      },
-      &found);
-  return found;
-}
-
-const Image the_image = find_image();
+// Where the loaded segments of this very module begin and end: code, constants and variables. The
+// linker defines both.
+extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start[], _end[];
 
 std::vector<Allocation> registry;  // sorted by start
 size_t next_id = 1;
@@ -73,8 +46,7 @@ Place locate(const void* p) {
   const auto offset = size_t(c - shared_start);
   if (offset < shared_bytes) return {Space::shared, offset, nullptr};
   if (m.current != nullptr && inside(m.current->fibre, p)) return {Space::local, 0, nullptr};
-  const auto address = reinterpret_cast<uintptr_t>(p);
-  if (address - the_image.low < the_image.high - the_image.low) return {Space::image, 0, nullptr};
+  if (size_t(c - __ehdr_start) < size_t(_end - __ehdr_start)) return {Space::image, 0, nullptr};
   if (last_hit < registry.size()) {
     Allocation& a = registry[last_hit];
     if (size_t(c - a.start) < a.bytes) return {Space::global, size_t(c - a.start), &a};
