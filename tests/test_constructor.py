@@ -61,19 +61,13 @@ def test_a_threshold_of_any_shape_that_broadcasts_gets_a_gradient_of_that_shape(
     backend.check(one.path, native=threshold.numel() in (1, 3))
 
 
-def test_a_threshold_tensor_is_copied():
+@pytest.mark.parametrize("learn", [False, True])
+def test_a_threshold_tensor_is_copied_and_an_int_can_be_learned(learn):
     threshold = torch.tensor(0.1)
-    for learn in (False, True):
-        cell = ours(threshold=threshold, learn_threshold=learn)
-        threshold.fill_(5)
-        assert cell.threshold.item() == pytest.approx(0.1)
-        threshold.fill_(0.1)
-
-
-def test_an_int_threshold_can_be_learned():
-    cell = ours(threshold=1, learn_threshold=True)
-    assert cell.threshold.dtype == torch.float32
-    assert cell.threshold.requires_grad
+    cell = ours(threshold=threshold, learn_threshold=learn)
+    threshold.fill_(5)
+    assert cell.threshold.item() == pytest.approx(0.1)
+    assert ours(threshold=1, learn_threshold=learn).threshold.dtype == torch.float32
 
 
 def test_the_threshold_attribute_takes_a_number(backend):

@@ -112,6 +112,12 @@ def test_both_networks_start_alike_and_compute_alike():
     assert (one - other).norm() < 1e-3 * one.norm()
     # The second call starts from zero states as the first did.
     torch.testing.assert_close(nets["snnlstm"](x), scores["snnlstm"], atol=0, rtol=0)
+    # And so do the gradients of a step.
+    optimizer, grads = torch.optim.SGD(nets["snnlstm"].parameters(), lr=0.0), []
+    for _ in range(2):
+        training.learn(nets["snnlstm"], optimizer, x, torch.tensor([1, 2, 3]))
+        grads.append(nets["snnlstm"].readout.weight.grad.clone())
+    torch.testing.assert_close(*grads)
 
 
 @pytest.fixture

@@ -106,16 +106,13 @@ def test_the_pages_with_examples_are_found():
 
 
 def test_examples_of_docstrings():
-    finder, runner, found = doctest.DocTestFinder(), doctest.DocTestRunner(), 0
-    names = {"snnlstm": snnlstm, "torch": torch, "nn": torch.nn}
+    names, tried = {"snnlstm": snnlstm, "torch": torch, "nn": torch.nn}, 0
     for module in pkgutil.iter_modules(snnlstm.__path__, "snnlstm."):
-        if module.name in ("snnlstm.__main__", "snnlstm._C"):
-            continue
-        for test in finder.find(importlib.import_module(module.name), extraglobs=names):
-            found += bool(test.examples)
-            report: list[str] = []
-            assert runner.run(test, out=report.append).failed == 0, "".join(report)
-    assert found
+        if module.name not in ("snnlstm.__main__", "snnlstm._C"):
+            found = doctest.testmod(importlib.import_module(module.name), extraglobs=names)
+            assert found.failed == 0, module.name
+            tried += found.attempted
+    assert tried
 
 
 # ---- shell ----------------------------------------------------------------------------------

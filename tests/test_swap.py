@@ -286,13 +286,6 @@ def test_restore_gives_ours_to_snntorch_where_there_is_no_original():
         expected.reset_mem()
 
 
-def test_an_accelerated_cell_with_snntorchs_closures_can_be_pickled():
-    cell = snnlstm.accelerate(theirs(spike_grad=snntorch.surrogate.sigmoid(5))).model
-    other = pickle.loads(pickle.dumps(cell))
-    close(other(X), cell(X))
-    assert snnlstm.restore(other).swapped == ("",)
-
-
 class OursToo(snnlstm.SConv2dLSTM):
     pass
 
