@@ -17,7 +17,7 @@ def emulator():
 
 def count(emulator, name):
     emulator.reset_counters()
-    own.run_case(emulator, name, sizes=(512, 128))
+    own.run_case(emulator, name, given=own.aligned(512), out=own.aligned(128))
     return emulator.counters()[name]
 
 
