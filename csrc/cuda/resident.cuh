@@ -141,8 +141,7 @@ SNNLSTM_DEVICE void copy_to_shared(unsigned char* to, const void* from, int byte
 template <class Element, class R>
 class ResidentInput {
  public:
-  // In parts, registers are short: each number takes two, each sum has a total beside it.
-  static constexpr int kAtOnce = std::is_same_v<Element, mma_gemm::Parts> ? 4 : 8;
+  static constexpr int kAtOnce = 8;  // elements of x that a thread has under way
 
   SNNLSTM_DEVICE ResidentInput(const Segment& s, const SharedImage& image, DType type,
                                const Divisor& by_first, const Divisor& by_second, int n)
