@@ -27,10 +27,10 @@ double at_once(const Cell& c, double of_image, double wanted) {
 
 // Returns what it costs to pack so many values of each filter and, in the backward pass, to clear
 // and write their gradient. All pixels of a call share that: in training, the filters have changed
-// since the last call. The forward pass counts with a few steps, whatever T is: a sequence in
+// since the last call. The forward pass counts two steps, whatever T is: a sequence in
 // pieces has the results of the whole.
 double filter_cost(const Cell& c, double values, double channels, bool backward) {
-  const double steps = backward ? double(c.T) : 4;
+  const double steps = backward ? double(c.T) : 2;
   const double pixels = steps * double(c.N) * double(c.Ho() * c.Wo());
   return (backward ? 160 : 70) * values * 4 * channels / pixels;  // measured
 }
@@ -94,7 +94,12 @@ Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inpu
         const Tiling t = {axis(c.kernel_h, h), axis(c.kernel_w, w)};
         const int inputs = std::max(t.h.inputs(), t.w.inputs());
         if (inputs > (forced ? kMostInputs : most_inputs)) continue;
-        const double cost = tile_cost(c, t, double(c.C), backward);
+        double cost = tile_cost(c, t, double(c.C), backward);
+        if (backward) {  // half of the work is the weight gradient's, which has tiles of its own
+          Cell tiled = c;
+          tiled.tile_h = h, tiled.tile_w = w;
+          cost = (cost + tile_cost(c, grad_tiling(tiled), double(c.C), backward)) / 2;
+        }
         if (cost < best || (forced && !c.tiled())) best = cost, c.tile_h = h, c.tile_w = w;
       }
   }
