@@ -262,11 +262,18 @@ __global__ void __launch_bounds__(kSpreadThreads)
   const BackwardTile<R> tile(p.neuron, p.tiling, block, 0, 1, nullptr);
   const R threshold = threshold_of<R>(f, c);
   const int top = y * f.pool_h, left = x * f.pool_w;
+  int where;
+  const R mem = pooled<R>(
+      f, [&](int k, int j) { return tile.mem_at(c, top + k, left + j, threshold); }, where);
+  R grad = read<R>(image_of(f.spk, 0, block.n), f.spk.type, offset(f.spk, c, y, x));
+  grad = tile.spike_gradient(c, y, x, mem - threshold, grad);
+  if (f.pool == Pool::avg) grad /= R(f.pool_h * f.pool_w);
   R* out = static_cast<R*>(image_of(p.spikes, 0, block.n));
-  tile.spread_window(
-      c, y, x, threshold,
-      [&](int k, int j) { return tile.mem_at(c, top + k, left + j, threshold); },
-      [&](int k, int j, R grad) { out[offset(p.spikes, 0, c, top + k, left + j)] = grad; });
+  int place = 0;
+  for (int k = 0; k < f.pool_h; ++k)
+    for (int j = 0; j < f.pool_w; ++j, ++place)
+      out[offset(p.spikes, 0, c, top + k, left + j)] =
+          f.pool == Pool::avg || place == where ? grad : R(0);
 }
 
 }  // namespace snnlstm::cuda
