@@ -28,8 +28,7 @@ FLAGS = {
 TESTS = {
     "address": ["test_kernels.py", "test_kernel_gradients.py", "test_fuzz.py", "test_core.py",
                 "test_loop.py", "test_threads.py", "-k", "not long and not gil"],
-    "coverage": ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal",
-                 "--ignore=tests/test_distribution.py", "--ignore=tests/test_demo.py",
+    "coverage": ["--ignore=tests/test_distribution.py", "--ignore=tests/test_demo.py",
                  # What tests the emulator itself, or builds more than the tests of calls do.
                  *(f"--ignore=tests/simt/test_{of}.py" for of in (
                      "asan", "compiles", "core_counters", "core_mutations", "counters", "detectors",
@@ -41,45 +40,10 @@ MUTATED = {
     "state": ["test_state.py", "test_overrides.py", "test_transforms.py", "test_training.py"],
     "run": ["test_path.py", "test_semantics.py", "test_overrides.py", "test_transforms.py",
             "test_autocast.py", "test_compile.py::test_sequences_equal_eager_ones"],
-    "cell": ["test_quant.py", "test_kernel_gradients.py", "test_kernels.py"],
 }  # fmt: skip
 # Annotations, which nobody evaluates, and comparisons that mean the same for what is compared.
 EQUIVALENT = ["core/ReplaceBinaryOperator_BitOr_.*", "core/ReplaceComparisonOperator_Is_Eq",
               "core/ReplaceComparisonOperator_IsNot_NotEq"]  # fmt: skip
-# Changes of csrc/cell.h, in regular expressions; each place of each is a mutant.
-CELL = r"""
-^\s*(#|//|template|using|namespace|struct)|R mem_grad, R|R p0, R ==> DO_NOT_MUTATE
-// ==> SKIP_MUTATING_REST
- \+  ==>  -
- -  ==>  +
- \*  ==>  /
- /  ==>  *
- >  ==>  >=
- >  ==>  <
- >=  ==>  >
- <  ==>  <=
- <  ==>  >
- <=  ==>  <
- ==  ==>  !=
- &&  ==>  ||
-([(,?]\s*)-(?=[(\w]) ==> \1
---best ==> ++best
-splat\(([\d.]+)\) ==> splat(\1 + 1)
-\b0(?=[;)]) ==> 1
-\bp0\b ==> p1
-\bp1\b ==> p0
-a\.i ==> a.f
-a\.f ==> a.i
-a\.g ==> a.o
-a\.o ==> a.g
-syn_grad ==> mem_grad
-mem_grad ==> syn_grad
-where\((.*), (.*), (.*)\) ==> where(\1, \3, \2)
-M::sigmoid ==> M::tanh
-M::tanh ==> M::sigmoid
-M::abs ==> -M::abs
-best - 1 ==> best
-"""
 
 
 def tree(name: str) -> Path:
@@ -95,17 +59,11 @@ def tree(name: str) -> Path:
     return to
 
 
-BUILD = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-
-
-def compiled_with(flags: str) -> dict[str, str]:
-    """The environment in which BUILD builds the CPU half with these flags."""
-    arguments = f"-DCMAKE_CXX_FLAGS='{flags}' -DCMAKE_CXX_FLAGS_RELEASE="
-    return os.environ | {"CMAKE_ARGS": arguments, "SNNLSTM_CUDA": "off"}
-
-
 def build(to: Path, flags: str) -> None:
-    subprocess.run(BUILD, cwd=to, env=compiled_with(flags), check=True)
+    arguments = f"-DCMAKE_CXX_FLAGS='{flags}' -DCMAKE_CXX_FLAGS_RELEASE="
+    environment = os.environ | {"CMAKE_ARGS": arguments, "SNNLSTM_CUDA": "off"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=to, env=environment, check=True)
 
 
 def library(name: str) -> str:
@@ -167,7 +125,7 @@ def mutants(names: list[str], most: int = 0) -> int:
             shutil.copy2(built, to / "snnlstm")
         tests = " ".join(f"tests/{test}" for test in MUTATED[name])
         run = f"{sys.executable} -m pytest -x -q -p no:cacheprovider -k 'not simt' {tests}"
-        (mutants_of_cell if name == "cell" else mutants_of_module)(name, to, run, most)
+        mutants_of_module(name, to, run, most)
     return 0
 
 
@@ -207,24 +165,6 @@ def skip_all_but(most: int, session: Path) -> None:
         random.Random(0).shuffle(pending)
         for item in pending[most or None :]:
             mutations.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
-
-
-def mutants_of_cell(name: str, to: Path, run: str, most: int) -> None:
-    """Those of csrc/cell.h, by universalmutator; each is built for one instruction set."""
-    sets = to / "csrc" / "CMakeLists.txt"
-    sets.write_text(sets.read_text().replace("list(APPEND ISAS avx2 avx512)", ""))
-    (to / "cell.rules").write_text(CELL.lstrip())
-    (to / "mutants").mkdir(exist_ok=True)
-    build(to, "-O1")
-    run = f"{' '.join(BUILD)} || exit 0; {run}"  # what does not compile is no mutant
-    for program, *arguments in (
-        ["genmutants", "csrc/cell.h", "cpp", "--only", "cell.rules", "--noCheck"],
-        ["analyze", "csrc/cell.h", run, "--show", "--seed", "0", "--timeout", "600",
-         "--numMutants", f"{most + 1 if most else -1}"],
-    ):  # fmt: skip
-        command = [sys.executable, "-m", f"universalmutator.{program}", *arguments]
-        command += ["--mutantDir", "mutants"]
-        subprocess.run(command, cwd=to, env=compiled_with("-O1"), check=True)
 
 
 def main() -> int:
