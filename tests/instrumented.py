@@ -4,8 +4,8 @@
     python tests/instrumented.py coverage    lines and branches that the tests reach
     python tests/instrumented.py mutants     changes of the code that no test notices
 
-Arguments after -- go to pytest, in the place of the usual choice of tests. The tree is
-build/instrumented/NAME; the core is built there anew where csrc changed.
+Options come first. Arguments after -- go to pytest, in the place of the usual choice of tests, or
+name modules. The tree is build/instrumented/NAME; the core is built there anew where csrc changed.
 """
 
 from __future__ import annotations
