@@ -164,7 +164,7 @@ class DataGrad {
             const Run* runs = chunk;
             int number = size;
             if (list.window())
-              list.limit(runs, number, l_.met(by_columns, by_columns ? line : first + line));
+              list.limit(runs, number, l_.met(by_columns, by_columns ? line : first + line, false));
             if (add && number == 0) continue;
             for (int64_t k = 0; k < images; ++k) {
               T* o = corner + k * (end - begin) * row_size() + line * p.out_line;

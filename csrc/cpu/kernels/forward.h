@@ -195,20 +195,21 @@ class Forward {
                  bottom - top, c.Cin, patch + top * row + border, Pixels{c.W, row, c.Cin}, c.Cin);
   }
 
-  // Sums `list` over `rows` rows of each block, from state row `first` on, and adds the sums to the
-  // block's gates, or else writes them there with the bias added. in(block) is what the first row
-  // sees. met(line) are the lines of taps that meet the image from there.
-  template <class In, class Met>
-  void sweep(const RunList& list, In&& in, int64_t row, int64_t pixel, Met&& met, int64_t first,
-             int64_t rows, int64_t cb, bool add, const Block* blocks, int64_t count) {
+  // Sums a half over `rows` rows of each block, from state row `first` on. x's half and the bias
+  // are written to the block's gates, mem's is added. in(block) is what the first row sees.
+  template <class In>
+  void sweep(bool of_x, In&& in, int64_t row, int64_t pixel, int64_t first, int64_t rows,
+             int64_t cb, const Block* blocks, int64_t count) {
     const Span span(Part::products);
+    const RunList& list = of_x ? x_runs_ : mem_runs_;
     const T* w = static_cast<const T*>(a_.weight) + cb * l_.packed_rows() * kGates;
     const PixelLines p(list.by_columns(), rows, l_.Wo, row, pixel, l_.Wr * kGates, kGates);
-    list.chunks(kChunk, [&](const Run* chunk, int size) {
+    list.chunks(kChunk, [&, add = !of_x](const Run* chunk, int size) mutable {
       for (int64_t k = 0; k < p.lines; ++k) {
         const Run* runs = chunk;
         int number = size;
-        list.limit(runs, number, met(list.by_columns() ? k : first + k));
+        list.limit(runs, number,
+                   l_.met(list.by_columns(), list.by_columns() ? k : first + k, of_x));
         if (add && number == 0) continue;
         for (const Block* b = blocks; b < blocks + count; ++b) {
           T* out = b->gates + k * p.out_line;
@@ -236,10 +237,8 @@ class Forward {
     const int64_t row = a_.cell.stride_h * l_.Wx * a_.cell.Cin;
     if (a_.cell.x_way != Way::sparse)
       return sweep(
-          x_runs_, [&](const Block& b) { return b.patch + top * row; }, row,
-          a_.cell.stride_w * a_.cell.Cin,
-          [&](int64_t k) { return l_.met_x(x_runs_.by_columns(), k); }, b0 + top, rows, cb, false,
-          blocks, count);
+          true, [&](const Block& b) { return b.patch + top * row; }, row,
+          a_.cell.stride_w * a_.cell.Cin, b0 + top, rows, cb, blocks, count);
     const Span span(Part::products);
     for (const Block* b = blocks; b < blocks + count; ++b)
       sparse_.convolve(b->lists[top / strip_],
@@ -251,9 +250,8 @@ class Forward {
     for (int64_t cb = 0; cb < l_.Cb; ++cb) {
       sweep_x(b0, 0, b1 - b0, cb, s.blocks, together);
       sweep(
-          mem_runs_, [&](const Block& b) { return states_.mem_row(t, b.r, b0); }, l_.Wm * l_.Cp,
-          l_.Cp, [&](int64_t k) { return l_.met(mem_runs_.by_columns(), k); }, b0, b1 - b0, cb,
-          true, s.blocks, together);
+          false, [&](const Block& b) { return states_.mem_row(t, b.r, b0); }, l_.Wm * l_.Cp, l_.Cp,
+          b0, b1 - b0, cb, s.blocks, together);
       for (const Block* b = s.blocks; b < s.blocks + together; ++b)
         for (int64_t h = b0; h < b1; ++h)
           update(t, b->r, h, cb, b->gates + (h - b0) * l_.Wr * kGates);
@@ -359,11 +357,10 @@ class Forward {
   void write_states(int64_t t, const Rows& r, int64_t begin, int64_t end) {
     if (!a_.record && t != a_.cell.T - 1) return;
     const Span span(Part::copies);
-    const auto same = [](R v, int64_t) { return v; };
     const auto put = [&](const View& v, const T* src, int64_t row) {
       T* dst = static_cast<T*>(v.data) + t * v.stride[0] + r.n * v.stride[1] + begin * v.stride[3];
       store_rows<S>(src, Pixels{l_.Wo, row, l_.Cp}, end - begin, a_.cell.C, dst, v.stride[2],
-                    v.stride[3], v.stride[4], same);
+                    v.stride[3], v.stride[4], [](R state, int64_t) { return state; });
     };
     put(a_.syn, states_.syn_after(t, r, begin), l_.Wo * l_.Cp);
     put(a_.mem, states_.mem_inner(t + 1, r, begin), l_.Wm * l_.Cp);

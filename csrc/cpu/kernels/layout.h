@@ -135,14 +135,13 @@ struct Layout {
   // Says whether direct convolution of so many channels goes along columns of pixels, and not along
   // rows. Of a line, the taps are left out that meet only the border along the other axis.
   bool along_columns(int64_t channels) const { return by_columns && channels >= 8; }
-  // These return the lines of taps that meet the state's image, and x's, from a line of pixels.
-  cpu::MetTaps met(bool columns, int64_t line) const {
-    return columns ? cpu::MetTaps(line - pw, c.kernel_w, c.dilation_w, Wo)
-                   : cpu::MetTaps(line - ph, c.kernel_h, c.dilation_h, Ho);
-  }
-  cpu::MetTaps met_x(bool columns, int64_t line) const {
-    return columns ? cpu::MetTaps(line * c.stride_w - pw, c.kernel_w, c.dilation_w, c.W)
-                   : cpu::MetTaps(line * c.stride_h - ph, c.kernel_h, c.dilation_h, c.H);
+  // Returns the lines of taps that meet the state's image, or x's, from a line of the state's
+  // pixels.
+  cpu::MetTaps met(bool columns, int64_t line, bool of_x) const {
+    return columns ? cpu::MetTaps(line * (of_x ? c.stride_w : 1) - pw, c.kernel_w, c.dilation_w,
+                                  of_x ? c.W : Wo)
+                   : cpu::MetTaps(line * (of_x ? c.stride_h : 1) - ph, c.kernel_h, c.dilation_h,
+                                  of_x ? c.H : Ho);
   }
 
   // These count the values that Winograd makes of a kernel.
