@@ -43,9 +43,9 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     return packed
 
 
-def make() -> snnlstm.SConv2dLSTM:
+def make(channels: int = 16) -> snnlstm.SConv2dLSTM:
     torch.manual_seed(3)
-    return snnlstm.SConv2dLSTM(3, 16, 3, threshold=0.05, reset_mechanism="subtract")
+    return snnlstm.SConv2dLSTM(3, channels, 3, threshold=0.05, reset_mechanism="subtract")
 
 
 def call(cell: snnlstm.SConv2dLSTM, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,10 +111,12 @@ def test_a_changed_weight_is_used_at_once(change: Callable[[Any], Any]):
     assert change is by_optimizer or not torch.allclose(actual, old, atol=1e-3)
 
 
-def test_one_changed_bit_is_seen(kernels, packings):
+@pytest.mark.parametrize("channels", [16, 120], ids=["small", "by several threads"])
+def test_one_changed_bit_is_seen(kernels, packings, channels):
     """Comparing samples or sums of the weight would not do."""
-    cell, x = make(), image()
-    call(cell, x)
+    cell, x = make(channels), image()
+    with torch.no_grad():
+        call(cell, x)
     once = len(packings)
     for place in (0, 1, cell.conv.weight.numel() // 2, -1):
         number = cell.conv.weight.data.view(-1)[place : place + 1 or None]

@@ -22,7 +22,7 @@ struct Packing {
   // kernels' order too. Their taps fill several squares of VL lanes.
   static int64_t together(const L& l) {
     const int64_t count = (4 * VL + l.taps - 1) / l.taps;
-    return count < 8 ? 8 : count;
+    return count < 8 && l.taps <= 128 ? 8 : count;
   }
 
   static void forward(const L& l, int threads, const T* weight, T* packed) {
