@@ -107,7 +107,7 @@ def coverage(tests: list[str], more: bool = False) -> int:
         ["coverage", "combine", "-q", "--append"],
         ["coverage", "report", "--show-missing", "--skip-covered"],
         # A line counts once, whichever instantiation reached it. Inner loops run 2^32 times.
-        [*"gcovr --filter csrc/ --merge-lines --gcov-suspicious-hits-threshold=0".split(), "build"],
+        ["gcovr", "--filter=csrc/", "--merge-lines", "--gcov-suspicious-hits-threshold=0", "build"],
     ):
         subprocess.run([sys.executable, "-m", *command], cwd=to, env=os.environ | data, check=True)
     return failed
