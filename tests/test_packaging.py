@@ -52,6 +52,18 @@ def test_no_source_includes_a_torch_header():
 
 
 @linux
+def test_no_instruction_set_shares_a_function_with_another():
+    """The linker keeps one of several weak functions of a name, which may be AVX-512's."""
+    objects = sorted((ROOT / "build").glob("*/CMakeFiles/kernels_*.dir/**/*.o"))
+    if not objects:
+        pytest.skip("the module was not built here")
+    for path in objects:
+        weak = re.findall(r" W (.+)", output(tool("nm"), "-C", path))
+        own = re.search(r"kernels_(\w+)\.dir", str(path))[1]
+        assert [name for name in weak if f"snnlstm::{own}" not in name] == [], path
+
+
+@linux
 def test_links_nothing_but_the_language_runtime():
     needed = re.findall(r"NEEDED.*\[(.+)\]", output(tool("readelf"), "-d", CORE))
     allowed = r"(libstdc\+\+|libgcc_s|libm|libc|libdl|libpthread|librt|ld-linux-[\w-]+)\.so\.\d+"

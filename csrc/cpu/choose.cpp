@@ -3,6 +3,7 @@
 // measurements.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 
 #include "api.h"
 #include "tiling.h"
@@ -27,19 +28,39 @@ double at_once(const Cell& c, double of_image, double wanted) {
 
 // Returns what it costs to pack so many values of each filter and, in the backward pass, to clear
 // and write their gradient. All pixels of a call share that: in training, the filters have changed
-// since the last call. The forward pass counts two steps, whatever T is: a sequence in
-// pieces has the results of the whole.
+// since the last call. The forward pass counts two steps, whatever T is: a sequence in pieces has
+// the results of the whole.
 double filter_cost(const Cell& c, double values, double channels, bool backward) {
   const double steps = backward ? double(c.T) : 2;
   const double pixels = steps * double(c.N) * double(c.Ho() * c.Wo());
   return (backward ? 160 : 70) * values * 4 * channels / pixels;  // measured
 }
 
+// Returns the share of the taps that meet a pixel, of all outputs along an axis of n pixels: a tap
+// that looks so far away misses as many of them.
+double met_share(int kernel, int dilation, int64_t n) {
+  int64_t met = 0;
+  for (int64_t tap = 0; tap < kernel; ++tap) {
+    const int64_t away = std::abs(tap * dilation - int64_t(dilation) * (kernel - 1) / 2);
+    met += away < n ? n - away : 0;
+  }
+  return n > 0 ? double(met) / (double(n) * kernel) : 1;
+}
+
+// Direct convolution takes one line of pixels after the other, and leaves out the taps that meet
+// only the border beside the line. This returns what that costs, of all taps: a line of one pixel
+// costs twice as much as a longer one.
+double lines_cost(const Cell& c, bool columns) {
+  const int64_t H = c.Ho(), W = c.Wo();
+  return columns ? met_share(c.kernel_w, c.dilation_w, W) * (1 + 1. / double(H > 1 ? H : 1))
+                 : met_share(c.kernel_h, c.dilation_h, H) * (1 + 1. / double(W > 1 ? W : 1));
+}
+
 // Returns what direct convolution costs, and if `lists` is not negative what it costs from lists of
 // nonzeros instead, which take that share of the time of all taps.
 double direct_cost(const Cell& c, double channels, bool backward, double lists = -1) {
   const double taps = c.kernel_h * c.kernel_w;
-  const double share = lists < 0 ? lines_cost(c, along_columns(c)) : lists;
+  const double share = lists < 0 ? lines_cost(c, c.by_columns) : lists;
   const double fetching = fetch_cost(c, taps) / at_once(c, double(c.Ho() * c.Wo()), 64);
   return taps * channels * 4 * share * (1 + fetching) + filter_cost(c, taps, channels, backward);
 }
@@ -84,6 +105,7 @@ Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inpu
   Cell c = within_image(cell);
   c.tile_h = c.tile_w = 0;
   c.x_way = Way::direct;
+  c.by_columns = lines_cost(c, true) < 0.9 * lines_cost(c, false);
   if (algorithm == Algorithm::direct) return c;
   const bool forced = algorithm == Algorithm::winograd;
   if (has_tiles(c)) {
@@ -111,8 +133,9 @@ Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inpu
     const double cost = tile_cost(c, t, double(c.Cin), backward) - tile_cost(c, t, 0, backward);
     if (forced || cost < best) best = cost, c.x_way = Way::winograd;
   }
-  const double of_lists = direct_cost(c, double(c.Cin), backward, sparse_cost(c, density));
-  if (!forced && density < 1 && of_lists < best) c.x_way = Way::sparse;
+  if (!forced && density < 1 &&
+      direct_cost(c, double(c.Cin), backward, sparse_cost(c, density)) < best)
+    c.x_way = Way::sparse;
   return c;
 }
 

@@ -46,39 +46,4 @@ inline Tiling grad_tiling(const Cell& c) {
   return {smaller(c.kernel_h, c.tile_h), smaller(c.kernel_w, c.tile_w)};
 }
 
-// The taps of a kernel along one axis that meet a pixel, and not only the border.
-struct MetTaps {
-  int64_t first, last;  // the last one is not among them
-
-  // Tap 0 looks at place `begin` of an axis of n pixels, which may lie in the border.
-  MetTaps(int64_t begin, int kernel, int dilation, int64_t n) {
-    const int64_t before = begin < 0 ? (dilation - 1 - begin) / dilation : 0;
-    const int64_t until = n > begin ? (n - begin + dilation - 1) / dilation : 0;
-    last = until < kernel ? until : kernel;
-    first = before < last ? before : last;
-  }
-};
-
-// Returns the share of the taps that meet a pixel, of all outputs along an axis of n pixels.
-inline double met_share(int kernel, int dilation, int64_t n) {
-  int64_t met = 0;
-  for (int64_t k = 0; k < n; ++k) {
-    const MetTaps taps(k - int64_t(dilation) * (kernel - 1) / 2, kernel, dilation, n);
-    met += taps.last - taps.first;
-  }
-  return n > 0 ? double(met) / (double(n) * kernel) : 1;
-}
-
-// Direct convolution takes one line of pixels after the other, and leaves out the taps that meet
-// only the border beside the line. This returns what that costs, of all taps: a line of one pixel
-// costs twice as much as a longer one.
-inline double lines_cost(const Cell& c, bool columns) {
-  const int64_t H = c.Ho(), W = c.Wo();
-  return columns ? met_share(c.kernel_w, c.dilation_w, W) * (1 + 1. / double(H > 1 ? H : 1))
-                 : met_share(c.kernel_h, c.dilation_h, H) * (1 + 1. / double(W > 1 ? W : 1));
-}
-inline bool along_columns(const Cell& c) {
-  return lines_cost(c, true) < 0.9 * lines_cost(c, false);
-}
-
 }  // namespace snnlstm::cpu

@@ -20,7 +20,8 @@ __all__ = ["ALGORITHMS", "Kernels", "set_isa"]
 
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/cpu/api.h
 
-# Step calls share what is done once for a weight: so many where their loop is not known, or longer.
+# What is done once for a weight is taken to serve so many step calls, where their loop is longer or
+# not known.
 _STEPS_OF_LOOP = 16
 
 isa = _C.isa_name()

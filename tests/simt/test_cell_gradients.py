@@ -55,7 +55,7 @@ def check(core, case: Case, mode: Mode, outputs=OUTPUTS, wanted=NAMES) -> bool:
 def test_exact_gradients(core, mode, case, schedule):
     double = ALL[mode].dtype == torch.float64
     if case is JUMPING["stochastic"] and not double:
-        pytest.skip("in float64 the oracle draws the same noise")
+        pytest.skip("the oracle draws the same noise in float64 alone")
     if double and mode in RESIDENT and (case is FITS["wide"] or case is FITS["many units"]):
         pytest.skip("in float64 it does not fit")
     core.schedule(*schedule)

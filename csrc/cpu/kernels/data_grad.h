@@ -35,7 +35,7 @@ class DataGrad {
     const int64_t pixel = 4 * l.Cp, row = l.Wm * pixel, max_len = chunk();
     const bool few = l.few_channels();  // then only the lanes of channels are summed
     if (sh_ == 1 && sw_ == 1 && !few) {
-      lists_[0].window(l.c, l.by_columns, pixel, row, pixel, 0, max_len);
+      lists_[0].window(l.c, l.along_columns(pixel), pixel, row, pixel, 0, max_len);
       return;
     }
     for (int a = 0; a < sh_; ++a)

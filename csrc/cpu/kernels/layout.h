@@ -66,6 +66,19 @@ inline VectorBlock vector_block(int64_t vectors, int64_t v, int bytes) {
   return v < whole + 2 ? VectorBlock{whole, 2} : VectorBlock{whole + 2, 1};
 }
 
+// The taps of a kernel along one axis that meet a pixel, and not only the border.
+struct MetTaps {
+  int64_t first, last;  // the last one is not among them
+
+  // Tap 0 looks at place `begin` of an axis of n pixels, which may lie in the border.
+  MetTaps(int64_t begin, int kernel, int dilation, int64_t n) {
+    const int64_t before = begin < 0 ? (dilation - 1 - begin) / dilation : 0;
+    const int64_t until = n > begin ? (n - begin + dilation - 1) / dilation : 0;
+    last = until < kernel ? until : kernel;
+    first = before < last ? before : last;
+  }
+};
+
 template <class T, int VL>
 struct Layout {
   explicit Layout(const Cell& cell)
@@ -91,8 +104,7 @@ struct Layout {
         Kx(taps * cell.Cin),
         Km(taps * cell.C),
         Kg(taps * 4 * Cp),
-        x_blocks(whole_vectors((cell.Cin + VL - 1) / VL)),
-        by_columns(cpu::along_columns(cell)) {}
+        x_blocks(whole_vectors((cell.Cin + VL - 1) / VL)) {}
 
   Cell c;
   Tiling form, grad_form;          // Winograd's, grad_form of the weight gradient; else of 1 x 1
@@ -100,7 +112,6 @@ struct Layout {
   int64_t ph, pw, Cb, Cp, pixels;
   int64_t Hm, Wm, Hx, Wx;  // with border, of mem and d gates, and of x
   int64_t taps, Kx, Km, Kg, x_blocks;
-  bool by_columns;
 
   // Returns the number of vectors of x's gradient. Vectors shorter than the processor's come in
   // pairs, which are merged, or in threes, which take as long.
@@ -134,14 +145,14 @@ struct Layout {
 
   // Says whether direct convolution of so many channels goes along columns of pixels, and not along
   // rows. Of a line, the taps are left out that meet only the border along the other axis.
-  bool along_columns(int64_t channels) const { return by_columns && channels >= 8; }
+  bool along_columns(int64_t channels) const { return c.by_columns && channels >= 8; }
   // Returns the lines of taps that meet the state's image, or x's, from a line of the state's
   // pixels.
-  cpu::MetTaps met(bool columns, int64_t line, bool of_x) const {
-    return columns ? cpu::MetTaps(line * (of_x ? c.stride_w : 1) - pw, c.kernel_w, c.dilation_w,
-                                  of_x ? c.W : Wo)
-                   : cpu::MetTaps(line * (of_x ? c.stride_h : 1) - ph, c.kernel_h, c.dilation_h,
-                                  of_x ? c.H : Ho);
+  MetTaps met(bool columns, int64_t line, bool of_x) const {
+    return columns ? MetTaps(line * (of_x ? c.stride_w : 1) - pw, c.kernel_w, c.dilation_w,
+                             of_x ? c.W : Wo)
+                   : MetTaps(line * (of_x ? c.stride_h : 1) - ph, c.kernel_h, c.dilation_h,
+                             of_x ? c.H : Ho);
   }
 
   // These count the values that Winograd makes of a kernel.
@@ -334,7 +345,7 @@ class RunList {
   // Of a window, returns the line that a run belongs to.
   int64_t line(const Run* run) const { return (run - runs_) / of_line_; }
   // Of some neighbouring runs of a window, leaves those of the lines [taps.first, taps.last).
-  void limit(const Run*& runs, int& number, const cpu::MetTaps& taps) const {
+  void limit(const Run*& runs, int& number, const MetTaps& taps) const {
     const Run *end = runs + number, *first = runs_ + taps.first * of_line_,
               *last = runs_ + taps.last * of_line_;
     if (runs < first) runs = first;

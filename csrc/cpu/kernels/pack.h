@@ -127,17 +127,18 @@ struct Packing {
   static void each_backward(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                             int64_t vectors, int64_t values, F&& f) {
     constexpr int kTogether = 4;
-    parallel_for(threads, l.Cp, 4 * vectors * VL * values, [&](int64_t task) {
-      for (int64_t g = task * kTogether; g < (task + 1) * kTogether; ++g) {
-        const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
-        for (int64_t v = 0; v < vectors; ++v) {
-          const VectorBlock b = vector_block(vectors, v, VL * int(sizeof(T)));
-          f(weight + source(l, gate * l.c.C + ch, first + v * VL, 0),
-            ch < l.c.C ? within(count - v * VL) : 0, b.first * VL, (g * b.count + v - b.first) * VL,
-            b.count * VL);
-        }
-      }
-    });
+    parallel_for(threads, 4 * l.Cp / kTogether, kTogether * vectors * VL * values,
+                 [&](int64_t task) {
+                   for (int64_t g = task * kTogether; g < (task + 1) * kTogether; ++g) {
+                     const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
+                     for (int64_t v = 0; v < vectors; ++v) {
+                       const VectorBlock b = vector_block(vectors, v, VL * int(sizeof(T)));
+                       f(weight + source(l, gate * l.c.C + ch, first + v * VL, 0),
+                         ch < l.c.C ? within(count - v * VL) : 0, b.first * VL,
+                         (g * b.count + v - b.first) * VL, b.count * VL);
+                     }
+                   }
+                 });
   }
 
   static void backward_half(const L& l, int threads, const T* weight, int64_t first, int64_t count,

@@ -261,7 +261,7 @@ class WeightGradient {
     const bool columns = list.by_columns();
     const int64_t line = list.line(run);
     const auto meets = [&](int64_t k) {
-      const cpu::MetTaps taps = l_.met(columns, k, of_x);
+      const MetTaps taps = l_.met(columns, k, of_x);
       return taps.first <= line && line < taps.last;
     };
     int64_t& lines = columns ? p.pixels : p.rows;
