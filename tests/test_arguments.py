@@ -1,6 +1,7 @@
-"""Bad arguments, one table for all that takes them; how each error reads stands in messages.txt.
+"""Every bad argument raises an error that names the argument and the value that came.
 
-An error names the argument, and what came; state, weights and random numbers are as before.
+An error leaves state, weights and random numbers as they were. messages.txt shows the whole text
+of each error.
 """
 
 import inspect
@@ -18,7 +19,7 @@ WEIGHT, BIAS = torch.zeros(12, 5, 3, 3), torch.zeros(12)
 FLAG = {TypeError: ("yes", 2, None, 0.0, torch.tensor(True))}
 CELL = {"in_channels": 2, "out_channels": 3, "kernel_size": 3, "threshold": 0.1}
 
-# What the constructor, attributes and the functional form take alike.
+# The constructor, attributes and the functional form share these arguments.
 OPTIONS = {
     "max_pool": {
         TypeError: (2.0, "2", True, [2, None], {2: 2}),
@@ -61,7 +62,7 @@ ATTRIBUTES = OPTIONS | {
     "syn": {TypeError: (None,)},
     "mem": {TypeError: (0.0,)},
 }
-# What forward and the functional form take alike.
+# forward and the functional form share these arguments.
 CALL = {
     "x": {
         TypeError: ([[1.0]], None, X.double(), X.to(torch.complex64)),
@@ -90,7 +91,7 @@ FUNCTIONAL = OPTIONS | CALL | {
             torch.zeros(0, 5, 3, 3),
         ),
     },
-    "kernel_size": {ValueError: (torch.zeros(12, 5, 2, 3),)},  # of weight
+    "kernel_size": {ValueError: (torch.zeros(12, 5, 2, 3),)},  # the value is passed as weight
     "bias": {TypeError: (0, BIAS.double()), ValueError: (torch.zeros(3), BIAS.to("meta"))},
     "threshold": {
         TypeError: (None, "0.1"),

@@ -1,6 +1,6 @@
-"""torch.autocast and GradScaler: matrix work in the autocast type, states and gradients float32.
+"""Under torch.autocast and GradScaler the cell keeps states and gradients in float32.
 
-On the CPU the kernels compute all in float32, which is closer to float64 and faster.
+Plain torch and the CUDA kernels multiply in the autocast type; the CPU kernels stay in float32.
 """
 
 import pytest
@@ -42,7 +42,7 @@ def test_states_spikes_and_gradients_stay_float32(backend, dtype, form):
     expected = FORMS[form](exact, x, *start)
     assert {o.dtype for o in out} == {torch.float32}
     close(out[1:], expected[1:], atol=TOLERANCE[dtype])
-    assert torch.equal(out[2], expected[2]) == (backend.name == "cpu")  # which computes in float32
+    assert torch.equal(out[2], expected[2]) == (backend.name == "cpu")  # it computes in float32
     for _, syn, mem in (out, expected):
         (syn.square().sum() + mem.square().sum()).backward()
     for name, parameter in cell.named_parameters():
@@ -117,7 +117,7 @@ def scaled_step(cell, x, optimizer, scaler, device: str, factor: float = 1.0) ->
 
 
 def test_grad_scaler(backend):
-    """Unscaled gradients are those without a scaler; a step with an infinite one is left out."""
+    """Unscaled gradients are those without a scaler; the scaler skips a step with an infinity."""
     device = backend.device.type
     cell, exact = ours(), ours()
     x = steps(3, 2, 2, 6, 7)

@@ -1,4 +1,4 @@
-"""float32, float64 and half precision; torch's default dtype and device; cells without memory."""
+"""Cells work in every dtype, follow torch's default dtype and device, and work on meta."""
 
 import copy
 
@@ -6,11 +6,9 @@ import pytest
 import torch
 from helpers import close, ours, steps, theirs
 from kernels import native
+from test_autocast import TOLERANCE, half
 
 import snnlstm
-
-TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
-half = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 
 
 @half
@@ -45,12 +43,12 @@ def test_stored_states_follow_a_change_of_dtype(backend):
     close(cell.double()(x[1].double())[1].float(), other(x[1])[1])
     cell.float()
     with torch.no_grad():
-        cell.conv.double()  # the states are where they were
+        cell.conv.double()  # the states stay in float32
     assert cell(x[1].double())[1].dtype == torch.float64
 
 
 def test_thresholds_of_another_dtype_are_converted(backend):
-    """A checkpoint of snnTorch may hold an integer threshold."""
+    """The test sets an integer threshold, as a checkpoint of snnTorch may hold one."""
     cell = ours(threshold=0.5)
     cell.threshold = torch.tensor(0)
     x = steps(1, 2, 2, 6, 7)[0]
@@ -88,7 +86,7 @@ def test_the_default_dtype_is_that_of_a_new_cell(default_dtype):
     assert {t.dtype for t in out} == {default_dtype}
     (out[0].sum() + out[2].sum()).backward()
     assert cell.conv.weight.grad.dtype == cell.threshold.grad.dtype == default_dtype
-    single = ours(dtype=torch.float32)  # which may be mixed with it
+    single = ours(dtype=torch.float32)  # a cell may have another dtype than the default
     assert single(x.float())[1].dtype == torch.float32
     if default_dtype == torch.float64:
         with torch.no_grad():
@@ -107,9 +105,9 @@ def default_device(request):
 
 @pytest.mark.parametrize("default_device", ["meta"], indirect=True)
 def test_the_default_device_is_that_of_a_new_cell_that_names_none(default_device):
-    """meta has no memory: whatever is made there by mistake fails."""
+    """Tensors on meta have no memory: a tensor that was made there by mistake raises an error."""
     x = steps(3, 2, 2, 6, 6)
-    assert x.device == default_device  # so that all tests run on their backend's device
+    assert x.device == default_device  # tests rely on this to run on their backend's device
     cell = ours()
     assert {t.device for t in (*cell.parameters(), *cell.buffers(), cell.mem)} == {default_device}
     assert cell(x)[0].device == default_device

@@ -1,7 +1,7 @@
-"""A loop of step calls: the gradients of weight and bias are formed once, by a node of the loop.
+"""A loop of step calls has the gradients of snnTorch's loop, the reference, and one sequence call.
 
-Their values, against a loop over snnTorch's cell, the reference, and one call for the sequence.
-What the node means for the graph: test_loop_graph.py.
+A node of the graph forms the gradients of weight and bias once for the whole loop.
+test_loop_graph.py tests that node as a part of autograd's graph.
 """
 
 import pytest
@@ -17,7 +17,7 @@ from snnlstm.native import loop
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
-# Rows of the table, and a loop of images whose weight gradient is summed in several parts.
+# "many samples" has images enough that the kernels sum the weight gradient in several parts.
 ROWS = (
     "one step", "reset to zero", "one threshold", "max_pool", "inhibition", "quantised",
     "kernel 5x3", "kernel 9x9", "one column", "stride", "dilation and stride", "no bias",
@@ -59,8 +59,8 @@ def formed(monkeypatch):
 
 
 def test_the_weight_gradient_is_formed_once_for_all_steps(formed, monkeypatch):
-    """One call of the core forms it, and no step forms one."""
-    # An older torch does not tell whether the graph is kept, and with it the gates.
+    """No step forms a weight gradient of its own."""
+    # An older torch does not tell whether a graph is kept; the gates are then not overwritten.
     tells = hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
     backward = native.cpu.Choice.backward
 
@@ -110,7 +110,7 @@ def test_states_that_are_detached_within_the_loop():
 
 
 def test_a_weight_that_is_changed_between_steps():
-    """The change goes past torch: each step has the gradient of the weight that it saw."""
+    """Torch does not see the change: each step has the gradient of the weight that it read."""
     of_x = []
 
     def work(cell):
@@ -119,7 +119,7 @@ def test_a_weight_that_is_changed_between_steps():
         for x_t in x:
             spk, *state = cell(x_t, *(s.detach() for s in state))
             losses.append(spk.sum() + state[1].square().sum())
-            if not of_x:  # torch's convolution would read the last weight later on
+            if not of_x:  # a later backward pass of torch's convolution would read the last weight
                 losses.pop().backward()
             cell.conv.weight.data = cell.conv.weight.data * 1.1
         if losses:
@@ -148,7 +148,7 @@ def test_parameters_without_gradients_and_no_bias(frozen):
 
 @pytest.mark.parametrize("learn", [False, True])
 def test_a_penalty_on_first_gradients(learn):
-    """Only direct paths count in a step's own gradient: its states hang on the same parameters."""
+    """A step's gradient takes only direct paths: its states depend on the same parameters."""
     found = []
     for cell in cells(learn_threshold=learn, threshold=0.0625):
         leaves = [events(3, 2).requires_grad_(), *cell.parameters()]

@@ -1,7 +1,7 @@
-"""Every error and warning, as a person reads it: messages.txt shows them all, below ``>>>``.
+"""messages.txt shows every error and warning as a person reads it, below the code that causes it.
 
-After a change of a message, or with a new line ``>>> code`` in the file, ``python -m
-tests.test_messages`` writes what each line says; read what ``git diff`` shows.
+After a message has changed, or a line ``>>> code`` was added to messages.txt, ``python -m
+tests.test_messages`` writes the file anew. Read the difference by ``git diff``.
 """
 
 import ast
@@ -47,7 +47,7 @@ def without_snntorch(function, *args):
 
 
 def names():
-    """Returns the names that a line may use, made anew for each."""
+    """Returns the names that a line may use; each line gets new objects."""
     torch.manual_seed(0)
     theirs = snntorch.SConv2dLSTM(2, 3, 3, threshold=0.1)
     return {
@@ -126,7 +126,7 @@ def gallery():
 @pytest.fixture(scope="module")
 def shown():
     if snnlstm.run._native is None:
-        pytest.skip("without the core, the log says so at first")
+        pytest.skip("without the core, the first line of the log reports that the core is missing")
     return gallery()
 
 
@@ -136,7 +136,7 @@ def test_messages_are_those_of_the_snapshot(shown):
         assert one == other, "a message changed: python -m tests.test_messages, and read git diff"
 
 
-# Modules whose every `raise` is to be shown.
+# messages.txt shows every `raise` of these modules.
 SHOWN = (
     "arguments", "quant", "sconv2dlstm", "sequential", "settings", "state", "surrogate", "swap"
 )  # fmt: skip

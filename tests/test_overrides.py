@@ -1,6 +1,6 @@
-"""What a user replaces takes effect: methods of the cell, and calls of our own classes' subclasses.
+"""Methods that a user overrides in a cell, a surrogate or a quantiser take effect.
 
-The kernels know neither; they would compute something else, and say that they covered the call.
+The kernels do not call such methods: the cell has to run the reference path.
 """
 
 import pytest
@@ -97,7 +97,8 @@ class Hundredths(StateQuant):
     ids=described,
 )
 def test_subclasses_of_our_surrogate_and_quantiser_with_calls_of_their_own(options):
-    # Twins of the classes themselves come first: equal levels must not find their plan.
+    # A cell with the plain class runs first: its cached plan must not serve the subclass, which
+    # compares equal.
     plain = {
         "spike_grad": {"spike_grad": Surrogate(1, 2.0)},
         "state_quant": {"state_quant": StateQuant(torch.tensor([-0.5, 0.0, 0.25]))},
@@ -125,7 +126,7 @@ def test_the_reset_signal_is_that_of_the_threshold_at_the_call():
             change(cell)
         close(one.reset, other.reset)
     one(X[2])
-    one.threshold.data.fill_(-1.0)  # which no version counter tells of
+    one.threshold.data.fill_(-1.0)  # no version counter shows this change
     with pytest.raises(RuntimeError, match=r"modified through \.data"):
         _ = one.reset
 

@@ -1,4 +1,4 @@
-"""The implementation that runs is the right one, and cell.path and the log name it."""
+"""The cell runs the kernels or the reference as it should; cell.path and the log name which."""
 
 import logging
 import re
@@ -17,7 +17,7 @@ X, START = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7)
 
 
 class LowRank(nn.Module):
-    """A frozen convolution and a trained one of rank 1 beside it, as adapters have it."""
+    """This adapter adds a trained convolution of rank 1 to a frozen convolution."""
 
     def __init__(self, conv):
         super().__init__()
@@ -30,7 +30,7 @@ class LowRank(nn.Module):
 
 
 def hooked(kind="forward", hook=lambda module, args, out: out * 1.5):
-    """Returns what registers a hook."""
+    """Returns a function that registers a hook on a module."""
 
     def change(conv):
         getattr(conv, f"register_{kind}_hook")(hook)
@@ -87,7 +87,7 @@ def test_what_changes_conv_takes_effect_and_trains_as_with_snntorch(name, reset)
     for cell in cells:
         torch.manual_seed(5)
         cell.conv = change(cell.conv)
-        # snnTorch calls conv twice with "zero", and every call of spectral_norm iterates.
+        # With "zero" snnTorch calls conv twice; in training each call of spectral_norm iterates.
         cell.train(reset != "zero")
         optimizer = torch.optim.SGD([p for p in cell.parameters() if p.requires_grad], lr=0.005)
         start = START[1].clone().requires_grad_()
@@ -145,7 +145,7 @@ def test_a_fallback_is_logged_once_per_cell(caplog):
 
 
 def test_hooks_on_every_conv_are_logged_once_for_all_cells(caplog, monkeypatch):
-    """Tools that print summaries or count operations set such hooks."""
+    """Tools that print summaries or count operations set hooks on every module."""
     monkeypatch.setattr(snnlstm.run, "_logged", set())
     cells = [ours() for _ in range(3)]
     for cell in cells:
@@ -157,7 +157,7 @@ def test_hooks_on_every_conv_are_logged_once_for_all_cells(caplog, monkeypatch):
 
 def test_the_log_names_the_layer_where_accelerate_knows_it(caplog):
     with snnlstm.patch():
-        patched = theirs()  # nobody knows its name yet
+        patched = theirs()  # the cell is not yet in a network, so it has no name
     net = torch.nn.ModuleDict({"inner": torch.nn.Sequential(theirs(), patched)})
     snnlstm.accelerate(net)
     for cell in net["inner"]:
@@ -168,7 +168,7 @@ def test_the_log_names_the_layer_where_accelerate_knows_it(caplog):
     ]
 
 
-def test_what_nobody_expects_to_be_fast_is_not_logged(caplog):
+def test_a_device_without_kernels_is_not_logged(caplog):
     with caplog.at_level(logging.INFO, logger="snnlstm"), torch.device("meta"):
         cell = ours()
         cell(torch.empty(1, 2, 5, 5))
@@ -205,7 +205,7 @@ def test_a_threshold_that_varies_along_the_batch_or_the_image_takes_plain_torch(
 
 
 def negated(values):
-    """Returns the same numbers, with a sign that is a flag of the tensor."""
+    """Returns equal numbers whose sign is a flag of the tensor."""
     found = torch.complex(torch.zeros_like(values), -values.detach()).conj().imag
     assert found.is_neg()
     return found
@@ -242,7 +242,7 @@ def test_torch_func_transforms_and_forward_mode():
 
     each = torch.func.vmap(lambda row: cell(row, start[0][:1], start[1][:1])[1])(x[:, None])
     close(each[0], ours().double()(x[:1], start[0][:1], start[1][:1])[1], atol=1e-12)
-    cell.reset_mem()  # although the stored state died with the transform
+    cell.reset_mem()  # the stored state died with the transform
     close(cell(x)[1], ours().double()(x)[1], atol=1e-12)
 
 
@@ -253,14 +253,13 @@ def test_the_fallback_for_a_missing_core_is_said(monkeypatch, caplog):
         for cell in (ours(), ours()):
             cell(X)
     assert str(cell.path) == f"reference ({snnlstm.run._MISSING})"
-    (record,) = caplog.records  # once per process, and not of one cell
+    (record,) = caplog.records  # the fallback is logged once per process, not once per cell
     assert record.getMessage().startswith("SConv2dLSTM runs the reference path")
 
 
 @pytest.mark.skipif(native is None, reason="needs the core")
 def test_a_gpu_that_the_build_does_not_serve_is_said_once(monkeypatch, caplog):
-    """A device that names a GPU is enough: there is none here."""
-    native = snnlstm.run._native
+    """The test passes a CUDA device's name, and needs no GPU."""
     monkeypatch.setattr(native, "_NO_CUDA", None)
     monkeypatch.setattr(native.cuda_check, "trouble", lambda index: f"GPU {index} is too old")
     monkeypatch.setattr(snnlstm.run, "_logged", set())
@@ -276,7 +275,6 @@ def test_a_gpu_that_the_build_does_not_serve_is_said_once(monkeypatch, caplog):
 
 @pytest.mark.skipif(native is None, reason="needs the core")
 def test_a_build_without_cuda_is_said_on_a_gpu(monkeypatch):
-    native = snnlstm.run._native
     monkeypatch.setattr(native, "_NO_CUDA", native.cuda_check.without_kernels({"cuda": "off"}))
     path = snnlstm.run._path_of_device(torch.device("cuda", 0))
     assert "no CUDA kernels (off)" in path.reason

@@ -1,7 +1,6 @@
-"""What one step computes, row by row of the specification, against snntorch 1.0.0.
+"""One step computes what one step of snntorch 1.0.0's cell computes, or what docs/ promise instead.
 
-Each test says the rule it stands for. State, arguments, surrogates, quantisation and dtypes
-have files of their own.
+States, arguments, surrogates, quantisation and dtypes have test files of their own.
 """
 
 import pytest
@@ -24,7 +23,7 @@ def test_the_oracle_is_snntorch_1_0_0():
 @pytest.mark.parametrize("pool", POOLS, ids=str)
 @pytest.mark.parametrize("reset", RESETS)
 def test_one_step_computes_what_snntorch_computes(backend, reset, pool):
-    """The reset is a constant to the gradients, and the mem that is returned is not pooled."""
+    """No gradient flows through the reset, and the returned mem is not pooled."""
     one, other = twins(reset_mechanism=reset, **pool)
     results, grads = [], []
     for cell in (one, other):
@@ -41,7 +40,7 @@ def test_one_step_computes_what_snntorch_computes(backend, reset, pool):
 
 
 def test_gate_order_is_i_f_o_g(backend):
-    """Each gate's bias alone moves the states as its place in the formula says."""
+    """The bias of one gate moves the states as the formula says of that gate."""
     syn, mem = torch.full((1, 1, 1, 1), 0.5), torch.zeros(1, 1, 1, 1)
     weight, x = torch.zeros(4, 2, 1, 1), torch.zeros(1, 1, 1, 1)
     for bias, new_syn, factor in (
@@ -67,12 +66,12 @@ def test_reset_reads_the_mem_that_was_passed_in(backend, reset):
     assert torch.equal(cell.reset, spiked.float())
     expected = {"subtract": unreset - 0.1, "zero": torch.zeros_like(unreset)}[reset]
     close(new_mem, torch.where(spiked, expected, unreset))
-    assert torch.equal(spk.bool(), new_mem > 0.1)  # and spk uses the mem after the reset
+    assert torch.equal(spk.bool(), new_mem > 0.1)  # spk uses the mem after the reset
 
 
 @pytest.mark.parametrize("options", [*({"reset_mechanism": r} for r in RESETS), {"max_pool": 2}])
 def test_nan_mem_gives_no_spike_and_stays_nan(backend, options):
-    """Everything else spikes; of a pooling window that holds NaN, nothing does."""
+    """A pooling window that holds NaN does not spike, although the rest of the window would."""
     one, other = twins(**options)
     syn, mem = states(1, 3, 6, 6)
     syn += 3
@@ -122,7 +121,7 @@ def test_no_warning_where_the_cell_can_spike():
     snnlstm.SConv2dLSTM(2, 3, 3, learn_threshold=True)
     snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.9)
     snnlstm.SConv2dLSTM(2, 3, 3, threshold=torch.tensor([0.5, 1, 2]).view(3, 1, 1))
-    # Its levels reach 1.2, so a mem near 1 can be rounded up to more than 1.
+    # The levels reach 1.2, so the quantiser can round a mem near 1 up to more than 1.
     snnlstm.SConv2dLSTM(2, 3, 3, state_quant=snnlstm.quant.state_quant(4))
 
 

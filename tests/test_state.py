@@ -1,4 +1,4 @@
-"""States: their origin, their keeping, and who may touch them."""
+"""The cell starts, keeps, replaces, resets and copies its states as the documentation says."""
 
 import copy
 import gc
@@ -19,7 +19,7 @@ import snnlstm
 @pytest.mark.parametrize("output", [False, True])
 @pytest.mark.parametrize("hidden", [False, True])
 def test_what_a_step_call_takes_and_returns(backend, hidden, output, explicit):
-    """A state that is not passed is the stored one, not zero."""
+    """A step goes on from the stored state, not from zero, unless the caller passes a state."""
     one, other = twins(init_hidden=hidden, output=output)
     state = reference = states(2, 3, 6, 7) if explicit and not hidden else ()
     for x in steps(4, 2, 2, 6, 7):
@@ -78,7 +78,7 @@ HANDLED = {
 
 @pytest.mark.parametrize("how", HANDLED)
 def test_however_a_reset_state_was_handled_it_is_zeros_for_any_size(how):
-    """snnTorch does so too: it takes zeros in the place of whatever does not fit."""
+    """snnTorch's cell takes zeros in the place of any state that does not fit."""
     one, other = twins()
     for cell in (one, other):
         cell(steps(1, 2, 2, 6, 7)[0])
@@ -87,7 +87,7 @@ def test_however_a_reset_state_was_handled_it_is_zeros_for_any_size(how):
         x = steps(1, *shape)[0]
         out, expected = one(x, *mine), other(x, *reference)
         close(out, expected)
-    with pytest.raises(ValueError, match="mem must have shape"):  # it is no longer what was reset
+    with pytest.raises(ValueError, match="mem must have shape"):  # out[2] is not a reset state
         one(steps(1, 1, 2, 5, 5)[0], mem=out[2])
 
 
@@ -140,7 +140,7 @@ def test_a_parameter_passed_as_a_state_gets_gradients_and_is_not_registered(back
     cell(x[0], syn, mem)[2].sum().backward()
     assert syn.grad.any()
     assert mem.grad.any()
-    cell.syn, cell.mem = syn, mem  # by hand, too
+    cell.syn, cell.mem = syn, mem  # a parameter may also be assigned by hand
     cell(x[1])[2].sum().backward()
     assert list(cell.state_dict()) == names
     assert len(list(cell.parameters())) == 2
@@ -177,13 +177,13 @@ def test_the_callers_tensors_are_never_modified(backend):
 @pytest.mark.parametrize("recurrent", [False, True])
 @pytest.mark.parametrize("pool", [{}, {"max_pool": 2}], ids=str)
 def test_editing_a_returned_tensor_in_place_corrupts_no_gradient(backend, which, recurrent, pool):
-    """Either autograd notices, or the gradient is that of the unedited tensors."""
+    """Either autograd raises an error, or the gradient is that of the unedited tensors."""
 
     def run(edit):
         cell = ours(reset_mechanism="subtract", **pool)
         x = steps(2, 1, 2, 6, 6)
         out = cell(x[0])
-        # What the loss sees is taken before the edit.
+        # The loss reads the outputs before the edit.
         loss = sum((o * torch.arange(o.numel()).view_as(o)).sum() for o in out)
         if recurrent:
             loss = loss + cell(x[1])[2].sum()
@@ -232,7 +232,7 @@ def test_copies_and_pickles_after_a_call_in_grad_mode(backend, copied):
     other.reset_mem()
     assert cell.mem.any()  # a copy has a state of its own
     other(x[1])
-    snnlstm.SConv2dLSTM.reset_hidden()  # and is known to its class
+    snnlstm.SConv2dLSTM.reset_hidden()  # the class knows the copy
     assert not other.mem.any()
 
 
@@ -243,11 +243,11 @@ def test_cells_are_not_kept_alive():
     del cell
     gc.collect()
     assert seen() is None
-    snntorch.Leaky.reset_hidden()  # walks the list
+    snntorch.Leaky.reset_hidden()  # snnTorch walks the list and drops dead entries
     snntorch.SConv2dLSTM.reset_hidden()
     for _ in range(5):
         ours()
-    assert len(snntorch.SpikingNeuron.instances) == entries, "its place is used again"
+    assert len(snntorch.SpikingNeuron.instances) == entries, "a dead cell's place is not reused"
 
 
 @pytest.mark.parametrize("library", [snnlstm.SConv2dLSTM, snntorch.SConv2dLSTM])
@@ -272,7 +272,7 @@ def test_reset_hidden_and_detach_hidden_reach_all_living_cells(library):
 @pytest.mark.parametrize(
     "options",
     [
-        {"state_quant": snntorch.functional.quant.state_quant(4)},  # snnTorch's cell fails here
+        {"state_quant": snntorch.functional.quant.state_quant(4)},  # snnTorch's cell raises here
         {"reset_mechanism": "zero", "avg_pool": 2},
         {"stride": 2, "inhibition": True},
     ],
@@ -350,4 +350,4 @@ def test_reset_is_computed_from_the_mem_before_the_call(backend):
     with pytest.raises(RuntimeError, match="reset can no longer be computed"):
         _ = cell.reset
     cell(steps(2, 1, 2, 5, 5))
-    assert cell.reset is None  # of a sequence
+    assert cell.reset is None  # a sequence has no reset signal

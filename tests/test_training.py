@@ -1,4 +1,4 @@
-"""Training with torch's own tools: optimizers, clipping, averages, checkpointing, truncation."""
+"""The cell trains as snnTorch's does under torch's optimizers, averages, checkpoints and hooks."""
 
 import copy
 
@@ -15,7 +15,7 @@ import snnlstm
 
 @pytest.fixture(autouse=True)
 def _one_thread(_same_start):
-    torch.set_num_threads(1)  # threads cost more than they bring with tensors as small as these
+    torch.set_num_threads(1)  # with tensors this small, threads cost more than they save
 
 
 def data() -> tuple[Tensor, Tensor, Tensor]:
@@ -24,7 +24,7 @@ def data() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loop(call, x: Tensor, syn: Tensor, mem: Tensor) -> Tensor:
-    """Returns a loss of all steps, which `call` takes one at a time, states in and out."""
+    """Runs `call` once a step, with the states of the step before; returns a loss of all steps."""
     loss = 0
     for x_t in x:
         spk, syn, mem = call(x_t, syn, mem)
@@ -33,7 +33,7 @@ def loop(call, x: Tensor, syn: Tensor, mem: Tensor) -> Tensor:
 
 
 class Net(nn.Module):
-    """A stem, a cell and a readout; the cell of either library."""
+    """This network has a stem, a cell of either library, and a readout."""
 
     def __init__(self, library, **options) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("how", ["loop", "foreach", "fused"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_train_as_with_snntorch(name, how):
-    """They write to the weights in different ways, all of which the packed weights must see."""
+    """Optimizers write to weights in different ways; the packed weights must follow each write."""
     options = {"reset_mechanism": "subtract", "learn_threshold": True}
     models = [Net(snnlstm, **options), Net(snntorch, **options)]
     curves = []
@@ -127,7 +127,7 @@ def through(cells, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("pattern", ["detach_hidden", "by hand", "Sequential"])
 def test_training_in_chunks_is_that_of_snntorchs_step_loop(backend, pattern):
-    """The optimizer steps, and the graph is cut, after every chunk; the last one is shorter."""
+    """After every chunk, the optimizer steps and the graph is cut; the last chunk is shorter."""
     hidden = {"init_hidden": True} if pattern == "Sequential" else {}
     cells, expected = two(ours, **TRUNCATED, **hidden), two(theirs, **TRUNCATED)
     cells[1].output = True
@@ -164,7 +164,7 @@ def test_training_in_chunks_is_that_of_snntorchs_step_loop(backend, pattern):
 
 
 def test_a_chunk_without_detached_states_says_what_is_wrong():
-    """The history of the chunk before is gone: torch refuses, and nothing is trained wrongly."""
+    """torch raises an error, because the first backward pass freed the graph of earlier steps."""
     cell, x = ours(), data()[0]
     cell(x[:3])[2].sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
@@ -202,7 +202,7 @@ def test_activation_checkpointing_of_parts_of_a_loop(backend, reentrant):
 
 
 def test_a_checkpointed_sequence_that_starts_by_a_reset():
-    """The states of the recomputation are those of the first pass only if it starts alike."""
+    """The reset gives the recomputation the initial states of the first pass."""
     one, other = (ours(init_hidden=True, reset_mechanism="zero") for _ in range(2))
 
     def run(cell: snnlstm.SConv2dLSTM, x: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def test_a_checkpointed_sequence_that_starts_by_a_reset():
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("between", ["nothing", "a reset"])
 def test_checkpointing_steps_of_stored_states_is_an_error(reentrant, between):
-    """When they are computed again the stored state is that after the last step."""
+    """At the recomputation of a step, the stored state is already that after the last step."""
     cell = ours(init_hidden=True)
     x = data()[0].requires_grad_()
     loss = sum(checkpoint(cell, x_t, use_reentrant=reentrant).sum() for x_t in x)
@@ -227,7 +227,7 @@ def test_checkpointing_steps_of_stored_states_is_an_error(reentrant, between):
     with pytest.raises(RuntimeError, match="stored state is a later one"):
         loss.backward()
     cell.reset_mem()
-    close(cell(x), ours(init_hidden=True)(x))  # and goes on
+    close(cell(x), ours(init_hidden=True)(x))  # the cell still works after the error
 
 
 # ---- other weights in the place of conv's ----------------------------------------------------
@@ -255,12 +255,12 @@ def test_functional_call_uses_the_weights_that_it_is_given(backend):
 
 
 def _method(module: nn.Module, name: str):
-    """A registration that was private before torch 2.5."""
+    """Returns a method of `module` that torch before 2.5 names with an underscore."""
     return getattr(module, name, None) or getattr(module, f"_{name}")
 
 
 def test_hooks_on_saving_and_loading_are_called_as_with_snntorch():
-    """The hooks rename and scale, and lie on a cell within a network."""
+    """The hooks lie on a cell within a network; they add, rename and scale entries."""
     saved, loaded = [], []
     for make in (ours, theirs):
         model = nn.Sequential(nn.Identity(), make(learn_threshold=True))

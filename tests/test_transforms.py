@@ -1,6 +1,6 @@
-"""Derivatives of other kinds, such as torch.func's, compared with those of snnTorch's cell.
+"""Jacobians and torch.func's derivatives are those of snnTorch's cell, and spoil no later call.
 
-asking.py has more of them, which test_fuzz.py compares with float64.
+test_fuzz.py compares the unusual gradients of asking.py with the float64 reference.
 """
 
 import copy
@@ -62,7 +62,7 @@ USES = {
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("transform", [vmap, grad, jvp, grad_of_vmap], ids=lambda t: t.__name__)
 def test_a_cell_after_a_transform_of_torch_func(transform, use):
-    """Its stored state was the transform's."""
+    """The transform's wrapped tensors must not stay behind as the stored state."""
     x = events(1)[0]
     _, cell = cells()
     transform(cell, x)
@@ -83,7 +83,7 @@ def test_the_state_that_a_derivative_leaves_goes_on():
 
 @pytest.mark.parametrize("pool", [0, 2])
 def test_spikes_formed_from_mem_send_their_gradients_through_it(pool):
-    """What docs/migrating.md says to do where hooks on mem must see the whole gradient."""
+    """Hooks on mem see the whole gradient if spk is formed as docs/migrating.md says."""
     found = []
     for cell in cells(max_pool=pool):
         _, syn, mem = cell(events(1)[0], *zeros())
