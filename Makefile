@@ -48,7 +48,7 @@ sanitize: $(VENV)/.installed  ## the CPU kernels under the address, undefined-be
 coverage: $(VENV)/.instruments  ## which lines and branches the tests reach, of Python and of C++
 	$(RUN) tests/instrumented.py coverage $(ARGS)
 
-mutants: $(VENV)/.instruments  ## changes of the Python code that no test notices (hours)
+mutants: $(VENV)/.instruments  ## changes of the code that no test notices (two hours)
 	$(RUN) tests/instrumented.py mutants $(ARGS)
 
 versions: $(VENV)/.nox  ## the tests with the oldest and newest torch of each Python, in fresh environments (3 GB each)
@@ -134,7 +134,7 @@ $(VENV)/.nox: | $(RUN)
 	@touch $@
 
 $(VENV)/.instruments: | $(VENV)/.installed
-	$(RUN) -m pip install --disable-pip-version-check coverage gcovr cosmic-ray
+	$(RUN) -m pip install --disable-pip-version-check coverage gcovr mutmut universalmutator
 	@touch $@
 
 $(VENV)/.build: | $(RUN)

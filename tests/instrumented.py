@@ -5,14 +5,15 @@
     python tests/instrumented.py mutants     changes of the code that no test notices
 
 Options come first. Arguments after -- go to pytest, in the place of the usual choice of tests, or
-name modules. The tree is build/instrumented/NAME; the core is built there anew where csrc changed.
+say what mutants are made of: package, cell. The tree is build/instrumented/NAME; the core is built
+there anew where csrc changed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import random
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ TREES = ROOT / "build" / "instrumented"
 FLAGS = {
     "address": "-O1 -g1 -fsanitize=address -fno-omit-frame-pointer",
     "coverage": "-Og -g1 --coverage -fprofile-update=atomic",
+    "cell": "-O0",
 }
 TESTS = {
     "address": ["test_kernels.py", "test_kernel_gradients.py", "test_fuzz.py", "test_core.py",
@@ -34,16 +36,26 @@ TESTS = {
                      "asan", "compiles", "core_counters", "core_mutations", "counters", "detectors",
                      "disassembly", "emulator", "fragments", "mutations", "sizes"))],
 }  # fmt: skip
-# What mutants are made of, and the tests that are to notice them, the likeliest first.
-MUTATED = {
-    "arguments": ["test_arguments.py", "test_messages.py", "test_semantics.py"],
-    "state": ["test_state.py", "test_overrides.py", "test_transforms.py", "test_training.py"],
-    "run": ["test_path.py", "test_semantics.py", "test_overrides.py", "test_transforms.py",
-            "test_autocast.py"],
+# The tests that are to notice mutants of the package, and those that are to notice cell.h's.
+NOTICE = {
+    "package": ["arguments", "messages", "semantics", "state", "overrides", "transforms",
+                "training", "path", "autocast", "loop", "surrogate", "quant", "dtypes",
+                "constructor", "inhibition", "batch_first", "autograd", "swap", "export"],
+    "cell": ["math", "surrogate", "quant", "semantics", "kernels", "kernel_gradients",
+             "equivalence"],
 }  # fmt: skip
-# Annotations, which nobody evaluates, and comparisons that mean the same for what is compared.
-EQUIVALENT = ["core/ReplaceBinaryOperator_BitOr_.*", "core/ReplaceComparisonOperator_Is_Eq",
-              "core/ReplaceComparisonOperator_IsNot_NotEq"]  # fmt: skip
+# The emulator is left out, and a test that compares line numbers, which mutmut moves.
+LEFT_OUT = "not simt and not every_error_is_shown"
+MUTMUT = """
+[tool.mutmut]
+source_paths = ["snnlstm"]
+only_mutate = ["snnlstm/arguments.py", "snnlstm/state.py", "snnlstm/run.py"]
+also_copy = ["benchmarks", "csrc", "docs", "setup.py", "README.md", "CHANGELOG.md", "SECURITY.md"]
+process_isolation = "forkserver"  # threads of torch do not survive a fork
+use_git_change_detection = false
+pytest_add_cli_args = ["-p", "no:cacheprovider", "-k", "{left_out}"]
+pytest_add_cli_args_test_selection = {tests}
+"""
 
 
 def tree(name: str) -> Path:
@@ -60,10 +72,14 @@ def tree(name: str) -> Path:
 
 
 def build(to: Path, flags: str) -> None:
-    arguments = f"-DCMAKE_CXX_FLAGS='{flags}' -DCMAKE_CXX_FLAGS_RELEASE="
-    environment = os.environ | {"CMAKE_ARGS": arguments, "SNNLSTM_CUDA": "off"}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=to, env=environment, check=True)
+    subprocess.run(command, cwd=to, env=building(flags), check=True)
+
+
+def building(flags: str) -> dict[str, str]:
+    """The environment in which setup.py compiles with these flags."""
+    arguments = f"-DCMAKE_CXX_FLAGS='{flags}' -DCMAKE_CXX_FLAGS_RELEASE="
+    return os.environ | {"CMAKE_ARGS": arguments, "SNNLSTM_CUDA": "off"}
 
 
 def library(name: str) -> str:
@@ -113,73 +129,73 @@ def coverage(tests: list[str], more: bool = False) -> int:
     return failed
 
 
-def mutants(names: list[str], most: int = 0) -> int:
-    """Makes mutants of what MUTATED names, and lists those that no test saw.
+def files(tests: list[str]) -> list[str]:
+    return [f"tests/test_{name}.py" for name in tests]
 
-    `most`: a random sample of so many of each; 0 takes all.
+
+def mutants(what: list[str], most: int) -> int:
+    """Make mutants of the package's modules, or of cell.h, and list those that no test noticed.
+
+    `what`: "package" (by mutmut; a run that was stopped goes on), "cell" (by universalmutator, of
+    which at most `most` are judged, drawn by chance), or both.
     """
-    if unknown := set(names) - set(MUTATED):
-        raise SystemExit(f"modules must be among {', '.join(MUTATED)}, got {', '.join(unknown)}")
-    for name in names or MUTATED:
-        to = tree(f"mutants-{name}")
+    if "package" in what:
+        to = tree("mutants")
         for built in (ROOT / "snnlstm").glob("_C*.so"):
             shutil.copy2(built, to / "snnlstm")
-        tests = " ".join(f"tests/{test}" for test in MUTATED[name])
-        run = f"{sys.executable} -m pytest -x -q -p no:cacheprovider -k 'not simt' {tests}"
-        mutants_of_module(name, to, run, most)
+        settings = MUTMUT.format(left_out=LEFT_OUT, tests=files(NOTICE["package"]))
+        (to / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
+        for command in (["run", "--max-children", str(os.cpu_count())], ["results"]):
+            subprocess.run([sys.executable, "-m", "mutmut", *command], cwd=to, check=True)
+    if "cell" in what:
+        mutants_of_cell(tree("mutants-cell"), most)
     return 0
 
 
-def mutants_of_module(name: str, to: Path, run: str, most: int) -> None:
-    """Those of a module of the package, by cosmic-ray; a run that was stopped goes on."""
-    paths = os.pathsep.join(filter(None, [str(to), os.environ.get("PYTHONPATH")]))
-
-    def cosmic_ray(module: str, *arguments: str) -> None:
-        command = [sys.executable, "-m", f"cosmic_ray.{module}", *arguments]
-        subprocess.run(command, cwd=to, env=os.environ | {"PYTHONPATH": paths}, check=True)
-
-    config, session = to / "config.toml", to / "session.sqlite"
-    config.write_text(
-        f'[cosmic-ray]\nmodule-path = "snnlstm/{name}.py"\ntimeout = 120.0\n'
-        f'excluded-modules = []\ntest-command = "{run}"\n'
-        f'[cosmic-ray.distributor]\nname = "local"\n'
-        f"[cosmic-ray.filters.operators-filter]\nexclude-operators = {EQUIVALENT}\n"
+def mutants_of_cell(to: Path, most: int) -> None:
+    build(to, FLAGS["cell"])
+    made, cell, built = to / "mutants", to / "csrc/cell.h", next(to.glob("snnlstm/_C*.so"))
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    shutil.copy2(built, made)
+    # Lines of comments and of the preprocessor are left out.
+    code = [str(n) for n, line in enumerate(cell.read_text().splitlines(), 1)
+            if not re.match(r"\s*(//|#|$)", line)]  # fmt: skip
+    (made / "lines").write_text("\n".join(code))
+    tool = f"{sys.executable} -m universalmutator"
+    test = f"-m pytest -x -q -p no:cacheprovider -k '{LEFT_OUT}' {' '.join(files(NOTICE['cell']))}"
+    # A mutant that does not compile, or that compiles to the same bytes, is none.
+    compiles = (
+        f"{sys.executable} setup.py -q build_ext --inplace && ! cmp -s {built} {made / built.name}"
     )
-    module = ROOT / "snnlstm" / f"{name}.py"
-    if not session.exists() or session.stat().st_ctime < module.stat().st_mtime:
-        session.unlink(missing_ok=True)
-        cosmic_ray("cli", "init", config.name, session.name)
-        cosmic_ray("tools.filters.operators_filter", session.name, config.name)
-        skip_all_but(most, session)
-    cosmic_ray("cli", "baseline", config.name)  # an error where the tests fail as it is
-    cosmic_ray("cli", "exec", config.name, session.name)
-    print(f"== {name}", flush=True)
-    cosmic_ray("tools.report", "--surviving-only", "--show-diff", session.name)
-
-
-def skip_all_but(most: int, session: Path) -> None:
-    """Leave a random sample of so many mutants to be run."""
-    from cosmic_ray.work_db import use_db
-    from cosmic_ray.work_item import WorkerOutcome, WorkResult
-
-    with use_db(session) as mutations:
-        pending = sorted(mutations.pending_work_items, key=lambda item: str(item.mutations))
-        random.Random(0).shuffle(pending)
-        for item in pending[most or None :]:
-            mutations.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
+    for command in (
+        f"{tool}.genmutants {cell} cpp --noCheck --lines {made / 'lines'} --mutantDir {made}",
+        f'{tool}.analyze {cell} "{sys.executable} {test}" --compileCommand "{compiles}" '
+        f"--mutantDir {made} --timeout 300 --seed 0 --numMutants {most}",
+        f"for survivor in $(cat notkilled.txt); do diff {cell} {made}/$survivor; done; true",
+    ):
+        subprocess.run(
+            command,
+            shell=True,
+            cwd=to,
+            env=building(FLAGS["cell"]) | {"PYTHONPATH": str(to)},
+            check=True,
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("instrument", choices=["address", "coverage", "mutants"])
     parser.add_argument("--more", action="store_true", help="coverage: add to earlier runs")
-    parser.add_argument("--most", type=int, default=0, help="mutants: so many of each, by chance")
-    parser.add_argument("rest", nargs="*", metavar="-- ...", help="for pytest; mutants: modules")
+    parser.add_argument("--most", type=int, default=150, help="so many mutants of cell.h")
+    parser.add_argument("rest", nargs="*", metavar="-- ...", help="for pytest; package, cell")
     chosen = parser.parse_args()
     tests = chosen.rest or TESTS.get(chosen.instrument, [])
     if chosen.instrument == "coverage":
         return coverage(tests, chosen.more)
-    return mutants(tests, chosen.most) if chosen.instrument == "mutants" else address(tests)
+    if chosen.instrument == "mutants":
+        return mutants(tests or list(NOTICE), chosen.most)
+    return address(tests)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ of each error.
 """
 
 import inspect
+import re
 
 import numpy
 import pytest
@@ -94,7 +95,7 @@ FUNCTIONAL = OPTIONS | CALL | {
     "kernel_size": {ValueError: (torch.zeros(12, 5, 2, 3),)},  # the value is passed as weight
     "bias": {TypeError: (0, BIAS.double()), ValueError: (torch.zeros(3), BIAS.to("meta"))},
     "threshold": {
-        TypeError: (None, "0.1"),
+        TypeError: (None, "0.1", 1j, torch.tensor(True)),
         ValueError: (
             torch.zeros(2, 1, 1), torch.zeros(4), torch.zeros(1, 1, 3, 1, 1), torch.zeros(0),
             torch.zeros(3, 1, 1, device="meta"),
@@ -115,7 +116,9 @@ def rows(table):
 
 
 def refused(name, error, call, *args, **kwargs):
-    with pytest.raises(error, match=rf"(?s)\b{name}\b.*got"):
+    value = kwargs.get(name)
+    came = f"({re.escape(repr(value))}|str)" if isinstance(value, str) else ""
+    with pytest.raises(error, match=rf"(?s)\b{name}\b.*got.*{came}"):
         call(*args, **kwargs)
 
 
@@ -214,6 +217,33 @@ def test_the_functional_form_is_the_cell_without_its_state(backend):
             close(function(x[0], *state, *parameters, **options), cell(x[0], *start))
             recorded = function(x, *state, *parameters, **options, record=True)
             close(recorded, cell(x, *start, record=True))
+
+
+def test_a_number_is_read_in_the_dtype_of_x():
+    x, (syn, mem) = steps(1, 2, 2, 6, 7)[0].double(), (s.double() for s in states(2, 3, 6, 7))
+    given = {"x": x, "syn": syn, "mem": mem, "weight": ours().conv.weight.double()}
+    given["reset_mechanism"] = "subtract"
+    numbers = {"threshold": 0.1, "graded_spikes_factor": 0.7}
+    exact = {name: torch.tensor(n, dtype=torch.float64) for name, n in numbers.items()}
+    close(sconv2dlstm(**given, **numbers), sconv2dlstm(**given, **exact), atol=0, rtol=0)
+
+
+def test_a_threshold_of_each_row_with_pooled_columns():
+    x, threshold = steps(1, 2, 2, 6, 9)[0], torch.linspace(0, 0.2, 6)[:, None]
+    weight = ours().conv.weight
+    spk = sconv2dlstm(x, weight=weight, threshold=threshold, max_pool=(1, 3))[0]
+    assert spk.shape == (2, 3, 6, 3)
+
+
+def test_an_input_without_channels():
+    x, weight = torch.zeros(2, 0, 6, 7), torch.randn(12, 3, 3, 3)
+    state = states(2, 3, 6, 7)
+    found, expected = (
+        function(x, *state, weight, threshold=0.1)
+        for function in (sconv2dlstm, snnlstm.reference.sconv2dlstm)
+    )
+    close(found, expected)
+    assert found[1].any()
 
 
 def test_an_algorithm_is_set_for_a_block():

@@ -44,10 +44,15 @@ def dilated(conv):
     return conv
 
 
-def replaced_forward(conv):
-    forward = conv.forward
-    conv.forward = lambda x: forward(x) * 0.5
-    return conv
+def replaced(name):
+    """Returns a function that replaces a method of one convolution."""
+
+    def change(conv):
+        method = getattr(conv, name)
+        setattr(conv, name, lambda *args: method(*args) * 0.5)
+        return conv
+
+    return change
 
 
 CHANGES = {
@@ -74,7 +79,8 @@ CHANGES = {
         "conv has another geometry",
     ),
     "dilated": (dilated, "conv has another geometry"),
-    "replaced forward": (replaced_forward, "conv.forward was replaced"),
+    "replaced forward": (replaced("forward"), "conv.forward was replaced"),
+    "replaced _conv_forward": (replaced("_conv_forward"), "conv.forward was replaced"),
 }
 
 
@@ -108,6 +114,30 @@ def test_what_changes_conv_takes_effect_and_trains_as_with_snntorch(name, reset)
     close(cells[0].state_dict(), cells[1].state_dict(), atol=1e-4)
     assert cells[0].path.name == "reference"
     assert cells[0].path.reason.startswith(reason)
+
+
+@pytest.mark.parametrize("name", ["forward", "_conv_forward"])
+@pytest.mark.parametrize("called", [False, True])
+def test_patches_of_torchs_class_take_effect(name, called, monkeypatch):
+    cells = twins()
+    if called:
+        for cell in cells:
+            cell(X, *START)
+    method = getattr(nn.Conv2d, name)
+    monkeypatch.setattr(nn.Conv2d, name, lambda *args: method(*args) * 0.5)
+    found, expected = (cell(X, *START) for cell in cells)
+    close(found, expected)
+    assert cells[0].path == Path("reference", "conv.forward was replaced", slow=True)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_all_modules_are_seen_with_any_torch(kind):
+    """torch 2.4 has no function that tells of them."""
+    seen = (snnlstm.run.global_hooks, snnlstm.run._global_hooks)
+    assert not any(see() for see in seen)
+    register = getattr(nn.modules.module, f"register_module_{kind}_hook")
+    with register(lambda *args: None):
+        assert all(see() for see in seen)
 
 
 def test_a_dilation_that_changes_the_size_fails_as_it_does_there():

@@ -101,17 +101,18 @@ def test_zeros_of_a_wrong_size_that_have_a_history_or_other_channels_are_refused
         torch.func.vmap(lambda mem: cell(x, mem=mem)[2])(torch.zeros(2, 1, 3, 6, 7))
 
 
-def test_a_reset_state_may_be_edited_in_place(backend):
+@pytest.mark.parametrize("how", ["as it is", "reread", "passed"])
+def test_a_reset_state_may_be_edited_in_place(backend, how):
     x, start = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7)
     cell = ours()
-    for reread in (False, True):
+    for _ in range(2):
         cell(x)
         syn, mem = cell.reset_mem()
-        if reread:
+        if how == "reread":
             syn, mem = cell.syn, cell.mem
         syn.copy_(start[0])
         mem.copy_(start[1])
-        close(cell(x), ours()(x, *start))
+        close(cell(x, *((syn, mem) if how == "passed" else ())), ours()(x, *start))
 
 
 def test_a_stored_state_of_another_size_is_replaced_by_zeros(backend):
@@ -119,6 +120,21 @@ def test_a_stored_state_of_another_size_is_replaced_by_zeros(backend):
     for shape in ((2, 2, 6, 7), (3, 2, 6, 7), (3, 2, 5, 5), (1, 2, 5, 5)):
         x = steps(1, *shape)[0]
         close(one(x), other(x))
+
+
+def test_a_state_that_was_stored_in_a_backward_pass_goes_on_after_it():
+    cell, plain = ours(), ours()
+    x = steps(2, 2, 2, 6, 7)
+    leaf = torch.zeros(1, requires_grad=True)
+
+    def step(grad):
+        cell.reset_mem()
+        cell(x[0])
+
+    leaf.register_hook(step)
+    leaf.sum().backward()
+    plain(x[0])
+    close(cell(x[1]), plain(x[1]))
 
 
 def test_explicit_states_with_init_hidden_raise_before_anything_changes():
@@ -330,6 +346,17 @@ def test_states_are_no_buffers_but_move_with_the_cell():
     assert cell.mem.is_meta
 
 
+def test_memory_of_the_cell_alone_is_made_anew():
+    """Tools that move a network module by module ask for this."""
+    cell = ours()
+    cell(torch.ones(1, 2, 5, 5))
+    weight = cell.conv.weight
+    cell.to_empty(device="meta", recurse=False)
+    assert cell.mem.is_meta
+    assert cell.conv.weight is weight
+    assert not weight.is_meta
+
+
 def test_a_state_set_by_hand_is_used(backend):
     one, other = twins(init_hidden=True, output=True)
     for cell in (one, other):
@@ -351,3 +378,20 @@ def test_reset_is_computed_from_the_mem_before_the_call(backend):
         _ = cell.reset
     cell(steps(2, 1, 2, 5, 5))
     assert cell.reset is None  # a sequence has no reset signal
+
+
+@pytest.mark.parametrize("reset", ["subtract", "zero"])
+def test_reset_after_a_small_change_of_the_threshold_through_data(reset):
+    cell = ours(threshold=1e-9, reset_mechanism=reset)
+    cell(steps(1, 1, 2, 5, 5)[0], *states(1, 3, 5, 5))
+    assert cell.reset.any()
+    cell(steps(1, 1, 2, 5, 5)[0], *states(1, 3, 5, 5))
+    cell.threshold.data.mul_(1.5)
+    with pytest.raises(RuntimeError, match=r"modified through \.data"):
+        _ = cell.reset
+
+
+def test_reset_with_a_threshold_that_is_no_number():
+    cell = ours(threshold=torch.tensor(float("nan")))
+    cell(steps(1, 1, 2, 5, 5)[0])
+    assert not cell.reset.any()

@@ -72,6 +72,13 @@ def test_a_cell_after_a_transform_of_torch_func(transform, use):
     torch.testing.assert_close(cell.double()(x)[2], fresh(x)[2])
 
 
+def test_of_the_states_of_a_vmap_nothing_remains():
+    _, cell = cells()
+    vmap(cell, events(1)[0])
+    assert cell.mem.shape == cell.syn.shape == (0,)
+    assert cell.mem.dtype == torch.float64
+
+
 def test_the_state_that_a_derivative_leaves_goes_on():
     x = events(2)
     _, cell = cells()
