@@ -162,25 +162,21 @@ def mutants_of_cell(to: Path, most: int) -> None:
     code = [str(n) for n, line in enumerate(cell.read_text().splitlines(), 1)
             if not re.match(r"\s*(//|#|$)", line)]  # fmt: skip
     (made / "lines").write_text("\n".join(code))
-    tool = f"{sys.executable} -m universalmutator"
-    test = f"-m pytest -x -q -p no:cacheprovider -k '{LEFT_OUT}' {' '.join(files(NOTICE['cell']))}"
+    python, build_again = sys.executable, "setup.py -q build_ext --inplace"
+    test = f"{python} -m pytest -x -q -p no:cacheprovider -k '{LEFT_OUT}' "
+    test += " ".join(files(NOTICE["cell"]))
     # A mutant that does not compile, or that compiles to the same bytes, is none.
-    compiles = (
-        f"{sys.executable} setup.py -q build_ext --inplace && ! cmp -s {built} {made / built.name}"
-    )
+    compiles = f"{python} {build_again} && ! cmp -s {built} {made / built.name}"
+    tool = f"{python} -m universalmutator"
     for command in (
+        test,  # an error if the tests fail without a mutant
         f"{tool}.genmutants {cell} cpp --noCheck --lines {made / 'lines'} --mutantDir {made}",
-        f'{tool}.analyze {cell} "{sys.executable} {test}" --compileCommand "{compiles}" '
-        f"--mutantDir {made} --timeout 300 --seed 0 --numMutants {most}",
+        f'{tool}.analyze {cell} "{test}" --compileCommand "{compiles}" --mutantDir {made} '
+        f"--timeout 300 --seed 0 --numMutants {most}",
         f"for survivor in $(cat notkilled.txt); do diff {cell} {made}/$survivor; done; true",
     ):
-        subprocess.run(
-            command,
-            shell=True,
-            cwd=to,
-            env=building(FLAGS["cell"]) | {"PYTHONPATH": str(to)},
-            check=True,
-        )
+        environment = building(FLAGS["cell"]) | {"PYTHONPATH": str(to)}
+        subprocess.run(command, shell=True, cwd=to, env=environment, check=True)
 
 
 def main() -> int:

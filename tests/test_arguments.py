@@ -69,7 +69,8 @@ CALL = {
         TypeError: ([[1.0]], None, X.double(), X.to(torch.complex64)),
         ValueError: (
             torch.zeros(2, 5, 5), torch.zeros(1, 1, 1, 2, 5, 5), torch.zeros(1, 3, 5, 5),
-            torch.zeros(1, 2, 0, 5), torch.zeros(1, 2, 5, 0), X.to("meta"),
+            torch.zeros(1, 2, 0, 5), torch.zeros(1, 2, 5, 0), torch.zeros(3, 1, 2, 0, 5),
+            X.to("meta"),
         ),
     },
     "syn": {

@@ -51,6 +51,15 @@ def test_steps_and_stored_states_stay_as_they_are(backend):
     x = events()
     close(other(x), torch.stack([one(x[:, t]) for t in range(T)], 1))
     close(other(x[:, 0]), one(x[:, 0]))
+    assert other.spk.shape == (N, 4, 3, 3)
+
+
+def test_errors_show_the_shape_that_the_caller_gave():
+    for cell in twins():
+        with pytest.raises(ValueError, match=r"shape \(2, 3, 1, 7, 6\)"):
+            cell(torch.zeros(2, 3, 1, 7, 6))
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 1, 7, 6\)"):
+        sconv2dlstm(torch.zeros(2, 3, 1, 7, 6), weight=cell.conv.weight, threshold=0.05)
 
 
 def test_the_functional_forms(backend):

@@ -122,17 +122,23 @@ def test_a_stored_state_of_another_size_is_replaced_by_zeros(backend):
         close(one(x), other(x))
 
 
-def test_a_state_that_was_stored_in_a_backward_pass_goes_on_after_it():
+@pytest.mark.parametrize("how", ["reset", "passed"])
+def test_a_state_that_was_stored_in_a_backward_pass_goes_on(how):
     cell, plain = ours(), ours()
     x = steps(2, 2, 2, 6, 7)
     leaf = torch.zeros(1, requires_grad=True)
 
     def step(grad):
-        cell.reset_mem()
-        cell(x[0])
+        if how == "reset":
+            cell.reset_mem()
+            cell(x[0])
+        else:
+            cell(x[0], torch.zeros(0), torch.zeros(0))
+        assert cell(x[0])[1].any()  # the state may be used within the pass, too
 
     leaf.register_hook(step)
     leaf.sum().backward()
+    plain(x[0])
     plain(x[0])
     close(cell(x[1]), plain(x[1]))
 
@@ -395,3 +401,21 @@ def test_reset_with_a_threshold_that_is_no_number():
     cell = ours(threshold=torch.tensor(float("nan")))
     cell(steps(1, 1, 2, 5, 5)[0])
     assert not cell.reset.any()
+
+
+def test_reset_with_another_threshold_tensor_and_in_inference_mode():
+    cell, (syn, mem) = ours(), states(1, 3, 5, 5)
+    x = steps(1, 1, 2, 5, 5)[0]
+    for threshold in (torch.tensor(0.3), torch.tensor(-0.3)):
+        cell.threshold = threshold
+        for mode in (torch.inference_mode, torch.enable_grad):
+            with mode():
+                cell(x.clone(), syn.clone(), mem.clone())
+                assert torch.equal(cell.reset, (mem > threshold).float())
+
+
+def test_a_recorded_sequence_of_one_step_is_stored():
+    cell = ours()
+    _, syn, mem = cell(steps(1, 1, 2, 5, 5), record=True)
+    assert torch.equal(cell.syn, syn[0])
+    assert torch.equal(cell.mem, mem[0])
