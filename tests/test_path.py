@@ -1,5 +1,6 @@
 """The cell runs the kernels or the reference as it should; cell.path and the log name which."""
 
+import contextlib
 import logging
 import re
 
@@ -261,6 +262,46 @@ def test_lazily_negated_tensors_are_read_as_what_they_are(which):
     }  # fmt: skip
     other = tensors | {which: negated(tensors[which])}
     close(*(snnlstm.functional.sconv2dlstm(**given) for given in (tensors, other)))
+
+
+def in_forward_mode(cell):
+    with torch.autograd.forward_ad.dual_level():
+        cell(torch.autograd.forward_ad.make_dual(X, X), *START)
+
+
+def with_a_sparse_weight(cell):
+    cell.conv.weight = nn.Parameter(cell.conv.weight.detach().to_sparse())
+    cell(X, *START)
+
+
+PASSING = {
+    "an export records plain operators": lambda cell: torch.export.export(cell, (X, *START)),
+    "tracing records plain operators": lambda cell: torch.jit.trace(
+        cell, (X, *START), check_trace=False
+    ),
+    "a torch.func transform is active": lambda cell: torch.func.vmap(cell, randomness="same")(
+        X[:, None]
+    ),
+    "forward-mode differentiation is active": in_forward_mode,
+    "x or weight is not strided": lambda cell: cell(X.to_mkldnn(), *START),
+    "x or weight is not strided (weight)": with_a_sparse_weight,
+    "a tensor is a lazily negated view": lambda cell: cell(negated(X), *START),
+    "x is empty": lambda cell: cell(X[:0]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("reason", PASSING)
+def test_reasons_that_come_and_go(reason, monkeypatch):
+    """Some of these calls fail in plain torch, as they do with snnTorch."""
+    seen, decide = [], snnlstm.run.path_of
+    monkeypatch.setattr(snnlstm.run, "path_of", lambda call: seen.append(decide(call)) or seen[-1])
+    cell = ours()
+    with contextlib.suppress(RuntimeError, NotImplementedError):
+        PASSING[reason](cell)
+    assert seen == [Path("reference", reason.partition(" (")[0])] * len(seen)
+    assert seen
 
 
 def test_torch_func_transforms_and_forward_mode():
