@@ -210,8 +210,21 @@ def test_a_device_without_kernels_is_not_logged(caplog):
     with caplog.at_level(logging.INFO, logger="snnlstm"), torch.device("meta"):
         cell = ours()
         cell(torch.empty(1, 2, 5, 5))
-    assert cell.path == Path("reference", "there are no kernels for device meta")
+        assert cell.path == Path("reference", "there are no kernels for device meta")
+        cell(torch.empty(0, 2, 5, 5))
+        assert cell.path == Path("reference", "x is empty")
+        hooked()(cell.conv)
+        cell(torch.empty(1, 2, 5, 5))
+        assert cell.path == Path("reference", "there are no kernels for device meta")
     assert not caplog.records
+
+
+@pytest.mark.skipif(native is None, reason="the core is not built")
+def test_a_call_that_the_kernels_refuse_takes_plain_torch(monkeypatch):
+    monkeypatch.setattr(native, "reason_against", lambda call: f"no {call.options.pool}")
+    cell = ours()
+    close(cell(X), theirs()(X))
+    assert cell.path == Path("reference", "no none", slow=True)
 
 
 @pytest.mark.skipif(native is None, reason="the core is not built")
