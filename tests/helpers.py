@@ -1,4 +1,4 @@
-"""Cells of both libraries with the same weights, and what is done with them."""
+"""Makes cells of both libraries with equal weights, and compares their results."""
 
 import re
 import warnings
@@ -8,7 +8,6 @@ from typing import Any
 
 import snntorch
 import torch
-from snntorch import utils
 from torch import Tensor, nn
 
 import snnlstm
@@ -17,12 +16,12 @@ THRESHOLD = 0.1  # one at which cells spike
 
 
 def described(value: object) -> str:
-    """Returns the text of a value as an id, without addresses, which differ from run to run."""
+    """Returns the text of a value without addresses, so that it is a test's id in every run."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def quietly(make: Any, *args: Any, **kwargs: Any) -> Any:
-    """Construct without the warnings about inhibition (snnTorch) and thresholds (ours)."""
+    """Calls `make` without snnTorch's warning about inhibition and ours about the threshold."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return make(*args, **kwargs)
@@ -43,24 +42,24 @@ def theirs(*args: Any, seed: int = 0, **kwargs: Any) -> snntorch.SConv2dLSTM:
 
 
 def twins(*args: Any, **kwargs: Any) -> tuple[snnlstm.SConv2dLSTM, snntorch.SConv2dLSTM]:
-    """Makes our cell and snnTorch's, equal."""
+    """Makes our cell and snnTorch's with equal arguments and weights."""
     return ours(*args, **kwargs), theirs(*args, **kwargs)
 
 
 def _random(make: Any, seed: int, *shape: int) -> Tensor:
-    """Draws the same numbers for every device; they lie on torch's default one, the backend's."""
+    """Draws equal numbers for every device, and puts them on torch's default device."""
     generator = torch.Generator("cpu").manual_seed(seed)
     numbers = make(shape, generator=generator, device="cpu")
     return numbers.to(torch.empty(0).device)
 
 
 def steps(time: int, *shape: int, seed: int = 1, density: float = 0.3) -> Tensor:
-    """Returns spikes, (T, N, Cin, H, W)."""
+    """Returns random spikes of shape (`time`, *`shape`): (T, N, Cin, H, W)."""
     return (_random(torch.rand, seed, time, *shape) < density).float()
 
 
 def states(*shape: int, seed: int = 2) -> tuple[Tensor, Tensor]:
-    """Returns syn and mem as a running cell has them: mem within (-1, 1)."""
+    """Returns random syn and mem, with mem within (-1, 1) as in a running cell."""
     syn, mem = _random(torch.randn, seed, 2, *shape)
     return syn, torch.tanh(mem / 3)
 
@@ -85,7 +84,7 @@ def same(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
 
 
 def in_threads(work: Callable[[int], Any], count: int = 4) -> None:
-    """Call `work` with a number in each of several threads, and raise what one of them raised."""
+    """Calls `work` with a number in each of several threads, and raises the error of any thread."""
     with ThreadPoolExecutor(count) as pool:
         list(pool.map(work, range(count)))
 
@@ -97,34 +96,3 @@ def same_gradients(one: nn.Module, other: nn.Module, atol: float = 2e-5) -> None
         expected = pairs[name].grad
         assert expected is not None
         close(parameter.grad, expected, atol=atol, rtol=1e-4)
-
-
-class Net(nn.Module):
-    """The network of snnTorch's documentation, a little smaller."""
-
-    def __init__(self, cell, **kwargs):
-        super().__init__()
-        self.first = cell(2, 3, 3, threshold=THRESHOLD, max_pool=2, **kwargs)
-        self.second = cell(3, 2, 3, threshold=THRESHOLD, avg_pool=3, **kwargs)
-        self.head = nn.Linear(2, 4)
-        self.leaky = snntorch.Leaky(beta=0.5, init_hidden=True, output=True)
-
-    def forward(self, x):
-        spk = self.second(self.first(x)[0])[0]
-        return self.leaky(self.head(spk.flatten(1)))
-
-
-def net(cell: Any, **kwargs: Any) -> Net:
-    """Makes a :class:`Net` of cells of either library, always with the same weights."""
-    torch.manual_seed(0)
-    return Net(cell, **kwargs)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
-    """Makes an optimizer step for each step of x, each from zero states."""
-    for x_t in x:
-        optimizer.zero_grad()
-        utils.reset(model)
-        spk, mem = model(x_t)
-        (spk.sum() + mem.square().sum()).backward()
-        optimizer.step()

@@ -1,6 +1,6 @@
-"""Checkpoints of earlier releases, of snnTorch's and ours, load and compute what they did.
+"""Checkpoints of earlier releases of snnTorch and snnlstm load, and compute what they computed.
 
-They were written by tests/data/make_checkpoints.py.
+tests/data/make_checkpoints.py wrote the files.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from helpers import close, quietly
 import snnlstm
 
 DATA = Path(__file__).with_name("data")
-FILES = ("snntorch-0.9.4.pt", "snntorch-1.0.0.pt", "snnlstm-0.1.0.pt")
+FILES = ("snntorch-0.9.4.pt", "snnlstm-0.1.0.pt")
 
 
 def last_step(cell, x):
@@ -28,7 +28,7 @@ def test_every_file_is_tested():
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("library", [snnlstm, snntorch], ids=lambda library: library.__name__)
 def test_a_checkpoint_loads_and_computes_what_it_did(name, library):
-    """snnTorch's cell loads them too: the keys, shapes and dtypes are its own."""
+    """snnTorch's cell loads the files too: keys, shapes and dtypes are those of its state_dict."""
     saved = torch.load(DATA / name, weights_only=True)
     assert len(saved) >= 5
     for key, cell in saved.items():

@@ -1,4 +1,4 @@
-"""patch and unpatch: every new cell of snnTorch's is one of ours."""
+"""After patch(), every new cell of snnTorch's is one of ours, until unpatch()."""
 
 import copy
 
@@ -13,7 +13,7 @@ import snnlstm
 
 X = steps(1, 2, 2, 6, 6)[0]
 
-early = snntorch.SConv2dLSTM  # as `from snntorch import SConv2dLSTM` before patch() reads it
+early = snntorch.SConv2dLSTM  # the name was imported before patch()
 
 
 @pytest.fixture
@@ -44,13 +44,13 @@ def test_patched_the_old_cells_and_subclasses_stay_what_they_are():
         assert [type(cell) for cell in model] == [snntorch.SConv2dLSTM, snnlstm.SConv2dLSTM]
         assert all(isinstance(cell, snntorch.SConv2dLSTM) for cell in model)
         assert type(Mine(2, 3, 3)) is Mine
-        plain = theirs(spike_grad=torch.sigmoid)  # so that snnTorch's can be copied
+        plain = theirs(spike_grad=torch.sigmoid)  # snnTorch's own surrogates cannot be copied
         assert type(copy.deepcopy(Mine(2, 3, 3, spike_grad=torch.sigmoid))) is Mine
         assert type(copy.deepcopy(plain)) is snnlstm.SConv2dLSTM
         close(model[0](X), model[1](X))
         utils.reset(model)
         assert not any(cell.mem.any() for cell in model)
-        utils.reset(nn.Sequential(old))  # also where all cells are old
+        utils.reset(nn.Sequential(old))  # this network holds old cells alone
         assert type(snnlstm.restore(model[1]).model) is snntorch.SConv2dLSTM
 
 
@@ -67,7 +67,7 @@ def test_patch_can_be_undone_in_three_ways():
     init = snntorch.SConv2dLSTM.__init__
     with snnlstm.patch():
         assert makes_ours()
-        with snnlstm.patch():  # a second one changes nothing, and neither does its end
+        with snnlstm.patch():  # neither the second patch nor its end changes anything
             assert makes_ours()
         assert makes_ours()
     assert not makes_ours()

@@ -1,4 +1,4 @@
-"""accelerate and restore: our cell in the place of snnTorch's in a model, and the way back."""
+"""accelerate puts our cell in the place of snnTorch's in a model, and restore undoes that."""
 
 import copy
 import pickle
@@ -7,28 +7,14 @@ import warnings
 import pytest
 import snntorch
 import torch
-from helpers import (
-    THRESHOLD,
-    close,
-    described,
-    net,
-    ours,
-    same_gradients,
-    states,
-    steps,
-    theirs,
-    train,
-)
-from snntorch import functional
+from helpers import THRESHOLD, close, described, ours, same_gradients, states, steps, theirs
+from snntorch import functional, utils
 from snntorch.functional.quant import state_quant
 from torch import nn
 
 import snnlstm
 
 X, START = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
-
-
-# ---- accelerate -----------------------------------------------------------------------------
 
 
 def test_accelerate_shares_all_that_the_cell_has():
@@ -109,7 +95,7 @@ def test_accelerate_reports_every_cell_and_neuron_by_name(caplog):
     assert lines[0] == "accelerate: 3 swapped, 5 left"
     assert lines[1] == "  a.0    swapped"
     assert lines[6] == "  hand   left: its forward was replaced"
-    # What could have been expected to be faster and is not, is said in the log, too.
+    # The log names the cells that accelerate could be expected to swap and did not.
     left, done = caplog.messages[:-1], caplog.messages[-1]
     assert [message.split(":")[0] for message in left] == [
         f"accelerate leaves {name}" for name in ("mine", "even", "hand")
@@ -117,19 +103,16 @@ def test_accelerate_reports_every_cell_and_neuron_by_name(caplog):
     assert done == lines[0]
 
 
-# ---- snnTorch's own tools, on an accelerated net --------------------------------------------
-
-
-def sequential(how, leaky=True):
-    """Two classes of neurons, or one."""
+def sequential(how, leaky=True, **options):
+    """Makes a network whose neurons are of two classes, or with leaky=False all of one."""
     torch.manual_seed(0)
     cell = snnlstm.SConv2dLSTM if how == "ours" else snntorch.SConv2dLSTM
-    first = cell(2, 3, 3, threshold=THRESHOLD, init_hidden=True)
+    first = cell(2, 3, 3, threshold=THRESHOLD, init_hidden=True, **options)
     if leaky:
         last = snntorch.Leaky(beta=0.9, threshold=0.2, init_hidden=True, output=True)
         model = nn.Sequential(first, nn.Flatten(), nn.Linear(3 * 36, 4), last)
     else:
-        # max_pool of equal mem, which equal spikes make, would send gradients by the last bit.
+        # Equal spikes make equal mem, of which max_pool would send gradients by the last bit.
         last = cell(3, 4, 3, threshold=0.01, avg_pool=6, init_hidden=True, output=True)
         model = nn.Sequential(first, last)
     if how == "accelerated":
@@ -142,8 +125,8 @@ class FlatLoss(functional.ce_count_loss):
         return super().__call__(spk.flatten(2), target)
 
 
-# Other calls of TBPTT and RTRL fail in snntorch 1.0.0 for every net: with data that varies in
-# time, and with neurons of two classes, of which they detach one.
+# TBPTT and RTRL of snntorch 1.0.0 fail for every net with data that varies in time, and with
+# neurons of two classes, because they detach the neurons of one class alone.
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -175,7 +158,7 @@ def test_backprop_trains_as_with_snntorchs_cell(name, options):
 
 
 def test_the_reset_of_snntorchs_master_reaches_the_cells_of_one_net_alone():
-    """It uses no registry, but reset_mem() of each neuron, as its pull requests 414 and 449 say."""
+    """Its reset(net) calls reset_mem() of each neuron of the net, and uses no registry."""
     models = [nn.Sequential(nn.ModuleDict({"deep": sequential("accelerated")})) for _ in range(2)]
     for model in models:
         model[0]["deep"](X)
@@ -189,8 +172,6 @@ def test_the_reset_of_snntorchs_master_reaches_the_cells_of_one_net_alone():
     assert other.mem.any()
     models[0][0]["deep"](X)[1].sum().backward()
 
-
-# ---- restore --------------------------------------------------------------------------------
 
 OPTIONS = [
     {},
@@ -220,7 +201,7 @@ def test_restore_undoes_accelerate(options):
     assert back.mem is one.mem
     for name in ("_parameters", "_modules", "_buffers", "_non_persistent_buffers_set"):
         assert list(getattr(back, name)) == list(getattr(one, name))
-    assert set(vars(back)) == set(vars(one)) - {"reset"}  # which the next call sets
+    assert set(vars(back)) == set(vars(one)) - {"reset"}  # the next call sets reset
     assert list(back.state_dict()) == list(one.state_dict())
     for t in range(1, 4):
         close(back(x[t]), other(x[t]), atol=0, rtol=0)
@@ -233,16 +214,21 @@ def test_restore_undoes_accelerate(options):
 @pytest.mark.parametrize("reset", ["none", "subtract"])
 def test_both_ways_in_the_midst_of_training_keep_optimizer_hooks_and_states(reset):
     x = steps(7, 2, 2, 6, 6)
-    models = [net(snntorch.SConv2dLSTM, reset_mechanism=reset) for _ in range(2)]
+    models = [sequential("theirs", leaky=False, reset_mechanism=reset) for _ in range(2)]
     for model in models:
         model(x[0])
     optimizers = [torch.optim.Adam(model.parameters(), lr=0.05) for model in models]
     seen = []
-    handle = models[0].first.register_forward_hook(lambda module, *_: seen.append(type(module)))
-    for part, swap in enumerate((snnlstm.accelerate, snnlstm.restore)):
-        assert swap(models[0]).swapped == ("first", "second")
+    handle = models[0][0].register_forward_hook(lambda module, *_: seen.append(type(module)))
+    for swap, part in ((snnlstm.accelerate, x[:3]), (snnlstm.restore, x[3:6])):
+        assert swap(models[0]).swapped == ("0", "1")
         for model, optimizer in zip(models, optimizers, strict=True):
-            train(model, optimizer, x[3 * part : 3 * part + 3])
+            for x_t in part:
+                optimizer.zero_grad()
+                utils.reset(model)
+                spk, _, mem = model(x_t)
+                (spk.sum() + mem.square().sum()).backward()
+                optimizer.step()
     close(models[0].state_dict(), models[1].state_dict(), atol=1e-4)
     assert seen == 3 * [snnlstm.SConv2dLSTM] + 3 * [snntorch.SConv2dLSTM]
     handle.remove()
@@ -251,13 +237,13 @@ def test_both_ways_in_the_midst_of_training_keep_optimizer_hooks_and_states(rese
 
 
 def test_both_ways_leave_the_cells_in_use_in_snntorchs_registry():
-    model = net(snntorch.SConv2dLSTM)
-    old = [model.first, model.second]
+    model = sequential("theirs", leaky=False)
+    old = list(model)
     registry = snntorch.SpikingNeuron.instances
     for swap in (snnlstm.accelerate, snnlstm.restore):
         swap(model)
-        now = [model.first, model.second]
-        # The list holds entries for our cells, which do not keep them alive.
+        now = list(model)
+        # The list holds entries that do not keep our cells alive.
         entry = snnlstm.snntorch.Entry
         held = [e.cell() if type(e) is entry else e for e in registry]
         assert sum(isinstance(cell, snntorch.SConv2dLSTM) for cell in held) == 2

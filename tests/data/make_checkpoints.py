@@ -1,10 +1,10 @@
-"""Writes checkpoints of a release, which tests/test_checkpoints.py loads ever after.
+"""Writes checkpoints of a release, which tests/test_checkpoints.py loads.
 
     pip install --no-deps --target OLD snntorch==0.9.4
     PYTHONPATH=OLD python tests/data/make_checkpoints.py snntorch
     PYTHONPATH=. python tests/data/make_checkpoints.py snnlstm
 
-A file holds for each cell its arguments, its state_dict, an input and what three steps returned.
+A file holds for each cell its arguments, its state_dict, an input and the results of three steps.
 """
 
 import importlib
@@ -51,10 +51,7 @@ def made(library: str) -> dict:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     (library,) = sys.argv[1:]
-    try:
-        version = importlib.import_module("importlib.metadata").version(library)
-    except ModuleNotFoundError:
-        version = importlib.import_module(library).__version__
+    version = importlib.import_module(library).__version__
     path = Path(__file__).with_name(f"{library}-{version}.pt")
     torch.save(made(library), path)
     print(path)
