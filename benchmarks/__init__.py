@@ -1,1 +1,1 @@
-"""How snnlstm is measured: `python -m benchmarks`, the suite, and `python -m benchmarks.demo`."""
+"""Measures snnlstm: `python -m benchmarks` is the suite, `python -m benchmarks.demo` the demo."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: the suite."""
+"""`python -m benchmarks` runs the suite."""
 
 import sys
 

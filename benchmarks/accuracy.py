@@ -1,4 +1,4 @@
-"""`python -m benchmarks.accuracy`: rounding errors of each algorithm, against float64."""
+"""`python -m benchmarks.accuracy` prints the rounding errors of each algorithm."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALGORITHMS = ("torch", "direct", "winograd", "auto")
 def layer(
     cin: int, cout: int, kernel: tuple[int, int], scale: float, steps: int, size: int
 ) -> list[Tensor]:
-    """x, weight, bias and gradients of mem: default initialisation, times `scale`."""
+    """Returns x, default weight and bias times `scale`, and a random gradient of mem."""
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(cin + cout, 4 * cout, kernel)
     x = torch.rand(steps, 2, cin, size, size).lt(0.1).float()
@@ -37,7 +37,7 @@ def layer(
 
 
 def run(plain: bool, tensors: list[Tensor]) -> tuple[list[Tensor], str]:
-    """mem of every step and the gradients of x and weight; the name of what ran."""
+    """Returns mem of every step with the gradients of x and weight, and the path's name."""
     x, weight, bias, grad = tensors
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
     call = check.check_call(leaves[0], weight=leaves[1], bias=leaves[2], threshold=0.1, record=True)
@@ -51,9 +51,9 @@ def run(plain: bool, tensors: list[Tensor]) -> tuple[list[Tensor], str]:
 
 
 def errors(tensors: list[Tensor], exact: list[Tensor], algorithm: str) -> tuple[list[float], str]:
-    """Norms of the differences from float64 over the norms of what float64 gives, and what ran.
+    """Returns the relative errors in norm of what :func:`run` returns, and the path's name.
 
-    algorithm: "torch" is the reference path in float32.
+    algorithm: "torch" runs the reference path in float32.
     """
     with snnlstm.algorithm("auto" if algorithm == "torch" else algorithm):
         found, path = run(algorithm == "torch", tensors)
@@ -61,7 +61,7 @@ def errors(tensors: list[Tensor], exact: list[Tensor], algorithm: str) -> tuple[
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints the table."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     p.add_argument("--steps", type=int, default=100, help="time steps (default: %(default)s)")
     p.add_argument("--size", type=int, default=18, help="rows and columns (default: %(default)s)")

@@ -1,9 +1,8 @@
-"""Before anything is timed: do all providers compute the same thing?
+"""Compares the results of a provider with the baseline's, before anything is timed.
 
-Spikes are compared with a boundary band: a spike may differ only where the membrane potential lies
-within rounding of the threshold, in either provider. States have to be close everywhere; where a
-spike or a quantiser feeds back into them, one rounding error can move a neuron by a whole step,
-so that there a few neurons may differ and no more.
+A spike may differ only if the baseline's membrane potential lies within rounding of the threshold.
+States have to be close everywhere. If a spike or a quantiser feeds back into the states, a rounding
+error can move a neuron by a whole step; then a few neurons may differ.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ TOLERANCE = {
     "float16": (2e-2, 1e-1),
     "bfloat16": (1e-1, 3e-1),
 }
-"""Largest differences over a short sequence, by dtype: of states (|mem| <= 1), and of a gradient in
-its norm, relative."""
+"""The largest differences over a short sequence, by dtype: an absolute difference of states, and a
+relative difference of a gradient in norm."""
 
 STEPS = 3
-"""Time steps that are compared: enough for states and gradients to go round."""
+"""The number of compared time steps: states and gradients pass from step to step twice."""
 
 
 class Disagreement(AssertionError):
-    """A provider does not compute what the baseline computes."""
+    """This error says that a provider does not compute what the baseline computes."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a provider computed, in float64 on the CPU."""
+    """Holds the results of a provider, in float64 on the CPU."""
 
     spikes: Tensor
     syn: Tensor
@@ -50,9 +49,9 @@ class Results:
 
 
 def compute(provider: Provider) -> Results:
-    """Spikes (T, N, C, Ho, Wo), last states, and the gradients of weight and x through both.
+    """Computes spikes (T, N, C, Ho, Wo), last states, and the gradients of weight and x.
 
-    The gradient of x is of size 0 where the case does not count it.
+    The gradient of x is empty if the case does not count it.
     """
     x, syn, mem = provider.inputs("both", STEPS)
     wanted = [provider.cell.conv.weight, *([x] if x.requires_grad else [])]
@@ -68,7 +67,7 @@ def compute(provider: Provider) -> Results:
 
 @torch.no_grad()
 def potentials(provider: Provider) -> Tensor:
-    """The (pooled) membrane potential that each spike was decided on, (T, N, C, Ho, Wo)."""
+    """Computes the (pooled) membrane potential of each spike, (T, N, C, Ho, Wo)."""
     x, syn, mem = provider.inputs("forward", STEPS)
     seen = []
     with provider.context():
@@ -79,9 +78,9 @@ def potentials(provider: Provider) -> Tensor:
 
 
 def compare(case: Case, dtype: str, expected: Results, got: Results, potential: Tensor) -> str:
-    """Hold `got` against `expected`; returns a line that says how close they are.
+    """Compares `got` with `expected`; returns a line that says how close they are.
 
-    Raises Disagreement that says what differs, where and by how much.
+    Raises Disagreement that says which result differs, and by how much.
     """
     tolerance, of_gradients = TOLERANCE[dtype]
     # A spike feeds back through the reset, a rounded level through the quantiser.
@@ -101,14 +100,14 @@ def compare(case: Case, dtype: str, expected: Results, got: Results, potential: 
         if one.shape != other.shape:
             raise Disagreement(f"{name} has shape {tuple(other.shape)}, not {tuple(one.shape)}")
         apart = (one - other).abs()
-        # not (<=), so that NaN counts as a difference
+        # By ~(<=) NaN counts as a difference.
         far = int((~(apart <= tolerance * (1 + one.abs()))).sum())
         if far > allowed * apart.numel():
             raise Disagreement(
                 f"{far} of {apart.numel()} values of {name} differ, by up to {apart.max():.2g}"
             )
         worst = max(worst, float(apart.median() if feeds_back else apart.max()))
-    # Of nearly equal values another one is the largest, and gets the gradient.
+    # max_pool may send the gradient to another of several nearly equal values.
     of_gradients = max(of_gradients, 5e-2 * feeds_back, 1e-2 * (case.max_pool > 0))
     for name, of in (("gradient", "weight"), ("gradient_x", "x")):
         one, other = getattr(expected, name), getattr(got, name)

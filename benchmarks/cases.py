@@ -1,7 +1,7 @@
-"""The layers that the suite times: built-in shapes, own shapes from the command line, and counts.
+"""Defines the layers that the suite times: built-in shapes, and shapes from the command line.
 
-Counts (floating-point operations, fewest bytes) are those of direct convolution. An algorithm with
-fewer operations can therefore show an effective rate above the machine's peak.
+Counts of floating-point operations are those of direct convolution. An algorithm with fewer
+operations can therefore show an effective rate above the machine's peak.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import torch
 import torch.nn.functional as F
 
 MODES = ("forward", "backward", "both")
-"""forward: inference. backward: backward alone, after an untimed forward. both: training."""
+"""forward is inference; backward is the pass alone, after an untimed forward; both is training."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One layer on one input: x is (steps, batch, cin, height, width).
+    """A case is one layer on one input; x is (steps, batch, cin, height, width).
 
-    density: share of non-zero values in a binary x; None draws x from a normal distribution.
-    threshold: 0.1 unless told: |mem| <= 1, so the default of 1.0 could never spike.
+    density: the share of ones in a binary x; None draws x from a normal distribution.
+    threshold: 0.1 by default, because no mem exceeds the cell's default of 1.0.
     goals: (forward, training) speed-ups over snnTorch eager that the project aims at, or None.
-    goals_of: the provider that they are for.
+    goals_of: the provider that the goals are for.
     """
 
     name: str
@@ -50,29 +50,29 @@ class Case:
 
     @property
     def grad_x(self) -> bool:
-        """Whether training counts the gradient of x: not for a network's first layer."""
+        """Returns whether training counts the gradient of x: a network's first layer needs none."""
         return self.cin > 4
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
-        """Shape of syn and mem."""
+        """Returns the shape of syn and mem."""
         return self.batch, self.cout, self.height, self.width
 
     @property
     def spike_shape(self) -> tuple[int, int, int, int, int]:
-        """Shape of the whole sequence's spikes."""
+        """Returns the shape of the whole sequence's spikes."""
         pool = self.max_pool or self.avg_pool or 1
         return self.steps, self.batch, self.cout, self.height // pool, self.width // pool
 
     def pool(self, mem: torch.Tensor) -> torch.Tensor:
-        """The case's pooling of mem (N, C, H, W), if any."""
+        """Pools mem (N, C, H, W) as the case does, if it does."""
         if self.max_pool:
             return F.max_pool2d(mem, self.max_pool)
         return F.avg_pool2d(mem, self.avg_pool) if self.avg_pool else mem
 
     @property
     def options(self) -> str:
-        """What differs from a plain cell, as text; `parse_case` reads it back."""
+        """Returns the options that differ from their defaults, as `parse_case` reads them."""
         told = []
         for option, (field, *_) in OPTIONS.items():
             value = getattr(self, field)
@@ -81,27 +81,27 @@ class Case:
         return " ".join(told)
 
     def columns(self) -> dict[str, Any]:
-        """What a row of the results says of the case."""
+        """Returns the case's fields of a row of results."""
         names = ("steps", "batch", "cin", "cout", "height", "width", "options", "density")
         kernel = "x".join(map(str, self.kernel))
         return {"case": self.name, "kernel": kernel, **{n: getattr(self, n) for n in names}}
 
     @property
     def title(self) -> str:
-        """Shape and options in one line."""
+        """Returns shape and options in one line."""
         kernel = "x".join(map(str, dict.fromkeys(self.kernel)))
         x = "dense x" if self.density is None else f"{self.density:.0%} x"
         shape = f"T={self.steps} N={self.batch} {self.cin}->{self.cout} {self.height}x{self.width}"
         return f"{shape} k{kernel}, {x}" + (f", {self.options}" if self.options else "")
 
     def goal(self, mode: str) -> float | None:
-        """The speed-up aimed at in `mode`, or None (there is none for backward alone)."""
+        """Returns the goal in `mode`, or None; there is no goal for backward alone."""
         if self.goals is None or mode == "backward":
             return None
         return self.goals[0 if mode == "forward" else 1]
 
     def make_input(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-        """x of shape (steps, batch, cin, height, width), drawn on the CPU: equal on any device."""
+        """Draws x (steps, batch, cin, height, width) on the CPU, so that all devices get one x."""
         generator = torch.Generator().manual_seed(seed)
         shape = (self.steps, self.batch, self.cin, self.height, self.width)
         if self.density is None:
@@ -111,7 +111,7 @@ class Case:
         return x.to(device, dtype)
 
     def flops(self, mode: str) -> int:
-        """Floating-point operations of the convolutions of one time step."""
+        """Counts the floating-point operations of the convolutions of one time step."""
         of_channel = 2 * 4 * math.prod(self.state_shape) * math.prod(self.kernel)
         forward = of_channel * (self.cin + self.cout)
         data = of_channel * (self.cout + self.cin * self.grad_x)
@@ -119,10 +119,10 @@ class Case:
         return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
 
     def fewest_bytes(self, mode: str, element: int) -> int:
-        """Bytes that one time step has to move at least, each value once; element: bytes of one.
+        """Counts the bytes of all values that one time step reads or writes, of `element` bytes.
 
-        Forward: read x, syn, mem and the weights, write syn, mem and spk. Training also writes
-        the four activated gates and reads them back with both states and the spikes' gradient.
+        A forward step reads x, syn, mem and the weights, and writes syn, mem and spk. Training also
+        writes four activated gates, and reads them back with both states and spk's gradient.
         """
         state, spikes = math.prod(self.state_shape), math.prod(self.spike_shape[1:])
         x = state // self.cout * self.cin
@@ -134,7 +134,7 @@ class Case:
 
 
 def _named(*cases: Case, **fields: Any) -> dict[str, Case]:
-    """Cases by name; fields: what they have in common."""
+    """Returns cases by name, after setting common fields."""
     return {case.name: dataclasses.replace(case, **fields) for case in cases}
 
 

@@ -1,4 +1,4 @@
-"""The command line of `python -m benchmarks`."""
+"""Reads the command line of `python -m benchmarks`, and runs the suite."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ HELP = {
 
 
 def at_least(least: float, kind: type[float] = int) -> Callable[[str], float]:
-    """An argparse type: a number that is not smaller."""
+    """Returns an argparse type that accepts numbers from `least` on."""
 
     def convert(text: str) -> float:
         try:
@@ -101,7 +101,7 @@ def at_least(least: float, kind: type[float] = int) -> Callable[[str], float]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of the suite."""
+    """Makes the parser of the suite's arguments."""
     p = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Time snnlstm's SConv2dLSTM beside snnTorch's and others, in interleaved "
@@ -143,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plan_from(args: argparse.Namespace, dtype: str) -> Plan:
-    """The plan that the arguments ask for; raises ValueError naming the argument that is wrong."""
+    """Returns the plan that the arguments ask for; a ValueError names a wrong argument."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: cuda was asked for, but torch sees no CUDA device")
     if dtype == "tf32" and args.device != "cuda":
@@ -175,7 +175,7 @@ def plan_from(args: argparse.Namespace, dtype: str) -> Plan:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 1 if a provider computes something else."""
+    """Runs the command; returns the exit status, 1 if a provider computes something else."""
     p = parser()
     args = p.parse_args(arguments)
     try:
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(plans: list[Plan], args: argparse.Namespace) -> int:
-    """Run the plans; what has been measured is written also if they are interrupted."""
+    """Runs the plans; after an interruption, the rows that were measured are still written."""
     out = args.out or Path("out") / f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     suites: list[Suite] = []
     begin = time.perf_counter()
@@ -204,7 +204,7 @@ def _measure(plans: list[Plan], args: argparse.Namespace) -> int:
                 _run(suites[-1], args.goals)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        status = 130  # as the shell has it
+        status = 130  # the shell's status of a program that SIGINT ended
     rows = [row for suite in suites for row in suite.rows]
     written = [*write_rows(rows, out)]
     if args.kernels:

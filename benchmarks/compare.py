@@ -1,9 +1,8 @@
-"""`--compare A B`: what changed between two runs, and what is noise.
+"""`--compare A B` says which rows changed between two runs, and which differ by noise.
 
-A median alone says nothing of how sure it is. A row counts as changed only if the bands between
-the 20th and the 80th percentile of both runs do not touch, and the medians lie more than a few
-per cent apart; everything else is called noise. Where a run has too few rounds for percentiles,
-nothing is claimed.
+A row counts as changed only if the bands between the 20th and the 80th percentile of both runs do
+not touch, and the medians lie more than SMALLEST_CHANGE apart. Other differences are called noise.
+A row with too few rounds for percentiles gets no verdict.
 """
 
 from __future__ import annotations
@@ -16,14 +15,17 @@ from benchmarks.report import format_table
 from benchmarks.rows import Row
 
 SMALLEST_CHANGE = 0.03
-"""Below this, two medians are not told apart: clocks and page placement differ by that much."""
+"""Clocks and the placement of pages make medians of equal programs differ by up to this share."""
 
 FEWEST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Change:
-    """One row in both runs. change: relative, negative is faster. spread: of both, relative."""
+    """A change has a row of both runs, the relative change of its median, and the wider band.
+
+    A negative change is faster. spread: the width of the wider band, relative to its median.
+    """
 
     before: Row
     after: Row
@@ -33,7 +35,7 @@ class Change:
 
 
 def compare_rows(before: list[Row], after: list[Row]) -> list[Change]:
-    """Changes of the rows that are timed in both runs, in the order of the second."""
+    """Compares the rows that are timed in both runs, in the order of the second run."""
     earlier = {row.key: row for row in before if row.p50_ms is not None}
     return [_compare(earlier[row.key], row) for row in after if row.p50_ms and row.key in earlier]
 
@@ -54,7 +56,7 @@ def _compare(before: Row, after: Row) -> Change:
 
 
 def report(before: list[Row], after: list[Row]) -> str:
-    """The comparison as text: what differs between the runs themselves, a table, a summary."""
+    """Returns the comparison as text: the origins of both runs, a table and a summary."""
     changes = compare_rows(before, after)
     if not changes:
         return "The two runs have no timed row in common."

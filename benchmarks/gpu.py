@@ -1,10 +1,11 @@
-"""`make gpu`: everything that only a GPU can show, in nine minutes, and one report of it.
+"""`make gpu` builds, tests, checks and measures on a GPU in nine minutes, and writes one report.
 
     python -m benchmarks.gpu [--out DIR] [--minutes 9]
 
-Needs torch with CUDA, nvcc, and no network. Each step has a time by which it must be done; what an
-early one leaves over goes to those after it. A step that fails or is stopped does not stop the
-others, unless all of them need it. The report, out/gpu-DATE/report.md, is written anew after each.
+The command needs torch with CUDA and nvcc, and no network. Each step has a time by which it must
+end, so later steps get the time that earlier steps leave over. The command goes on after a step
+that fails or is stopped, unless all other steps need it. The report, out/gpu-DATE/report.md, is
+written anew after each step.
 """
 
 from __future__ import annotations
@@ -35,11 +36,10 @@ LAST = 30.0  # seconds that a shape of the benchmark may take after it was begun
 
 
 class Step(NamedTuple):
-    """One command. In it stand {python}, {out}, {sanitizer}, {workers} of pytest, and {left}, the
-    seconds within which to begin nothing new.
+    """A step is one command with placeholders, which `words` fills in.
 
-    until: the share of the whole time by which it is stopped. tail: lines of its output that the
-    report shows. needed: nothing goes on without it.
+    until: the share of the whole time after which the step is stopped. tail: the number of lines of
+    its output that the report shows. needed: whether all later steps need it.
     """
 
     name: str
@@ -51,14 +51,14 @@ class Step(NamedTuple):
 
 
 SMOKE = "{python} -m benchmarks.gpu_smoke"
-# Only our own kernels: checking torch's too takes minutes.
+# The sanitizer checks our own kernels alone, because torch's would take minutes.
 SANITIZE = "{sanitizer} --error-exitcode=9 --launch-timeout=60 --kernel-name "
 SANITIZE += "kernel_substring=snnlstm --tool="
 BENCH = "{python} -m benchmarks --device cuda --mode forward both --memory off --no-plots --goals "
 BENCH += "--kernels --limit {left} "
 BUILD = ("SNNLSTM_CUDA=on", "SNNLSTM_CUDA_ARCHS=native")
 UNCACHED = ("PYTORCH_NO_CUDA_MEMORY_CACHING=1",)
-# The tests that run on the backend "cuda", and no others: none is a failure.
+# These are the tests on the backend "cuda"; pytest fails if it finds none.
 TESTS = '{python} -m pytest -q -k "[cuda or -cuda" --ignore=tests/simt --maxfail=50 {workers}'
 GPU_SHAPES = "--shapes gpu --dtype float32 tf32 autocast bfloat16 --seconds 1.5 "
 OWN_SHAPES = "--shapes cpu --dtype tf32 --seconds 0.5 "
@@ -77,7 +77,7 @@ STEPS = (
 
 
 class Outcome(NamedTuple):
-    """How a step went: "passed", "failed ..." or "stopped ...", and the end of what it printed."""
+    """Holds a step's verdict, such as "passed", its seconds, and the end of what it printed."""
 
     step: Step
     verdict: str
@@ -87,7 +87,7 @@ class Outcome(NamedTuple):
 
 
 def words(step: Step, out: Path, left: float) -> list[str]:
-    """The words of the step's command."""
+    """Returns the words of the step's command."""
     workers = min(8, max(1, (os.cpu_count() or 1) // 2))
     values = {
         "python": sys.executable,
@@ -100,7 +100,7 @@ def words(step: Step, out: Path, left: float) -> list[str]:
 
 
 def find(program: str) -> str | None:
-    """The program on PATH, beside this Python, or beside nvcc."""
+    """Finds a program on PATH, beside this Python, or beside nvcc."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     folders = [f"{home}/bin" for home in [*homes, "/usr/local/cuda"] if home]
     path = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), *folders]
@@ -108,10 +108,10 @@ def find(program: str) -> str | None:
 
 
 def run(step: Step, left: float, out: Path) -> Outcome:
-    """Run a step until it ends or the seconds that are left are over; a log gets what it prints.
+    """Runs a step for at most `left` seconds; a log gets what the step prints.
 
-    A step whose time is over is interrupted as by Ctrl-C, so that it may still say what it has,
-    and killed ten seconds later, with its children.
+    A step whose time is over is interrupted as by Ctrl-C, so that it may still print results. Ten
+    seconds later it is killed with its children.
     """
     start, command = time.monotonic(), words(step, out, left)
     said = shlex.join(command)
@@ -123,7 +123,7 @@ def run(step: Step, left: float, out: Path) -> Outcome:
     beside_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     environment = {"PYTHONPATH": str(machine.ROOT), "PATH": beside_python}
     environment |= dict(word.split("=", 1) for word in step.environment)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background: children inherit it
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # children of a background job inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     log = out / f"{step.name.replace(' ', '-')}.log"
     with log.open("w") as file:
@@ -139,7 +139,7 @@ def run(step: Step, left: float, out: Path) -> Outcome:
 
 
 def run_all(planned: Sequence[Step], seconds: float, out: Path) -> list[Outcome]:
-    """Run the steps and write the report after each."""
+    """Runs the steps and writes the report after each."""
     begin, about = time.monotonic(), facts()
     outcomes: list[Outcome] = []
     for step in planned:
@@ -156,7 +156,7 @@ def run_all(planned: Sequence[Step], seconds: float, out: Path) -> list[Outcome]
 
 
 def facts() -> dict[str, str]:
-    """Where the report comes from."""
+    """Returns what the report says of the machine and of versions."""
     major, minor = torch.cuda.get_device_capability()
     return {
         "GPU": f"{torch.cuda.get_device_name()} (sm_{major}{minor})",
@@ -169,7 +169,7 @@ def facts() -> dict[str, str]:
 
 
 def said(*command: str) -> str:
-    """The last line but blank ones that a program prints, or "unknown"."""
+    """Returns the last line that is not blank of what a program prints, or "unknown"."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -178,7 +178,7 @@ def said(*command: str) -> str:
 
 
 def report(about: dict[str, str], outcomes: Sequence[Outcome], seconds: float) -> str:
-    """The report, in Markdown."""
+    """Returns the report, in Markdown."""
     lines = [f"# snnlstm on {about.get('GPU', 'a GPU')}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in about.items()]
     lines += ["", "| step | outcome | seconds |", "|---|---|---|"]
@@ -192,13 +192,13 @@ def report(about: dict[str, str], outcomes: Sequence[Outcome], seconds: float) -
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """How many steps passed."""
+    """Returns a text that says how many steps passed."""
     passed = sum(outcome.verdict == "passed" for outcome in outcomes)
     return f"{passed} of {len(outcomes)} passed"
 
 
 def lacking() -> str | None:
-    """Why nothing can be done here, or None."""
+    """Returns why no step can run here, or None."""
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         return f"no GPU: torch {torch.__version__} ({built}) of {sys.executable} sees none"
@@ -209,7 +209,7 @@ def lacking() -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 1 if a step did not pass."""
+    """Runs the command; returns the exit status, 1 if a step did not pass."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: 9)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/gpu-DATE-TIME")

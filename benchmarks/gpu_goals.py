@@ -1,7 +1,4 @@
-"""What the project aims at on a GPU, and how much of it a run has met.
-
-A layer is bound by launches where a CUDA graph makes snnTorch's loop at least 1.5 times as fast.
-"""
+"""Says which of the project's goals on a GPU a run has met."""
 
 from __future__ import annotations
 
@@ -11,10 +8,11 @@ from typing import NamedTuple
 from benchmarks.rows import Row
 
 LAUNCH_BOUND = 1.5
+"""Launches bind a layer if a CUDA graph makes snnTorch's loop at least so many times as fast."""
 
 
 class Goal(NamedTuple):
-    """One aim in one case: our time is to be `wanted` times shorter than `against`'s."""
+    """A goal is that our time in one case is `wanted` times shorter than that of `against`."""
 
     where: str
     against: str
@@ -31,7 +29,7 @@ class Goal(NamedTuple):
 
 
 def goals(rows: Iterable[Row]) -> list[Goal]:
-    """The goals of all cases in inference and training that rows were measured for."""
+    """Returns the goals of all measured cases, in inference and in training."""
     times: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.p50_ms and row.mode != "backward":
@@ -58,7 +56,7 @@ def goals(rows: Iterable[Row]) -> list[Goal]:
 
 
 def verdict(rows: Iterable[Row]) -> str:
-    """How many goals were met, and each; empty where none can be told."""
+    """Returns how many goals were met and a line for each goal, or nothing without goals."""
     found = goals(rows)
     if not found:
         return ""

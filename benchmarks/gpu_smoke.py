@@ -1,8 +1,8 @@
-"""Small cells through every kernel, forward and backward, compared with plain torch in float64.
+"""Runs small cells through every kernel, forward and backward, and compares with float64.
 
     python -m benchmarks.gpu_smoke
 
-`make gpu` runs it first, and again under compute-sanitizer.
+`make gpu` runs this program first, and again under compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stride, dilation": {"stride": 2, "dilation": 2},
     "inhibition": {"inhibition": True},
     "quantised": {"state_quant": snnlstm.quant.state_quant(6)},
-    # The spike is a kernel of its own where a window is larger than a tile.
+    # A kernel of its own forms the spikes if a window is larger than a tile.
     "one window": {"avg_pool": "image"},
 }
 SIZES = (2, 3, 6, 21, 13, 19)
-"""T, N, Cin, C, H, W: no size is a multiple of a tile."""
+"""The sizes T, N, Cin, C, H, W are no multiples of a tile's."""
 EXACT = ("float64", "float32")
 PRECISIONS = (*EXACT, "tf32", "float16", "bfloat16")
 SMOOTH = ("plain", "stride, dilation", "one window")
-"""Options without decisions that a rounding error could turn: with coarse products only these."""
+"""No decision of these options depends on rounding; coarse precisions run these options alone."""
 DECIDING = 0.02
-"""The share of neurons that may differ by more than the tolerance, where a rounding error can turn
-a decision (a reset, a level) into another."""
+"""This share of neurons may differ by more than the tolerance if a rounding error can change a
+decision (a reset, a level)."""
 
 
 def run(
@@ -45,12 +45,9 @@ def run(
     algorithms: Sequence[str] = snnlstm.settings.ALGORITHMS[:-1],
     names: Sequence[str] = tuple(OPTIONS),
 ) -> list[str]:
-    """Run and compare every cell; returns a line for each.
+    """Runs and compares every cell; returns a line for each.
 
-    Raises
-    ------
-    RuntimeError
-        If something else than the kernels ran, or computed something else.
+    Raises RuntimeError if plain torch ran, or if the kernels computed something else.
     """
     done = {}
     for precision in PRECISIONS if device == "cuda" else EXACT:
@@ -89,7 +86,7 @@ def _layer(
 def _apart(
     cell: snnlstm.SConv2dLSTM, x: Tensor, spk: Tensor, mem: Tensor, options: dict[str, Any]
 ) -> tuple[float, float]:
-    """How far mem and gradients of the kernels are from those of plain torch in float64."""
+    """Returns the distances of mem and of gradients from those of plain torch in float64."""
     inputs = [x, cell.conv.weight, cell.conv.bias]
     found = torch.autograd.grad(spk.double().sum() + mem.double().square().sum(), inputs)
     exact = [t.detach().double().requires_grad_() for t in inputs]

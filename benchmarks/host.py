@@ -1,10 +1,10 @@
-"""What a step call costs on the host: the kernels are stubbed, all of Python and torch remains.
+"""Measures the time of a step call in Python and torch, with kernels that do nothing.
 
     python -m benchmarks.host
 
-Prints microseconds a step of a loop of step calls, without gradients and with a backward pass, for
-the CPU half of the core and for the CUDA half (its tensors are on the CPU here: no GPU is needed),
-beside a Function of torch's that does nothing. Medians over rounds that alternate between them.
+Prints microseconds a step of a loop of step calls, without gradients and with a backward pass. The
+rows are the CPU half of the core, the CUDA half (on CPU tensors, so that no GPU is needed), and a
+Function of torch's that does nothing. The numbers are medians over alternating rounds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STATE = torch.zeros(1, 12, 15, 17)
 
 
 class _StubbedCpu:
-    """The core, or the plan of a CPU call, whose kernels do nothing."""
+    """Stands for the core, or for the plan of a CPU call; its kernels do nothing."""
 
     def __init__(self, of: Any) -> None:
         self._of = of
@@ -52,7 +52,7 @@ class _StubbedCpu:
 
 
 class _StubbedCuda:
-    """A core with the CUDA half's functions: sizes are small, kernels do nothing."""
+    """Stands for the core's CUDA half; its kernels do nothing, and sizes are 1."""
 
     Cell = _C.Cell
 
@@ -72,7 +72,7 @@ class _StubbedCuda:
 
 
 class _OnTheHost(cuda.Kernels):
-    """The CUDA half for CPU tensors."""
+    """Runs the CUDA half on CPU tensors."""
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
@@ -93,7 +93,7 @@ def stubbed(half: str) -> Iterator[None]:
 
 
 class _Nothing(torch.autograd.Function):
-    """A Function of the cell's arguments and results that computes nothing."""
+    """Takes the cell's arguments, returns results of their shapes, and computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -109,7 +109,7 @@ class _Nothing(torch.autograd.Function):
 
 
 def _measure(step: Callable) -> tuple[float, float]:
-    """Microseconds a step, without gradients and with a backward pass."""
+    """Returns microseconds a step, without gradients and with a backward pass."""
     begin = time.perf_counter()
     with torch.no_grad():
         loop(step, X, STATE, STATE)
@@ -120,7 +120,7 @@ def _measure(step: Callable) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints the table."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
     p.add_argument("--rounds", type=int, default=200, help="per row (default: %(default)s)")
     rounds = p.parse_args().rounds

@@ -1,4 +1,4 @@
-"""How long each kernel takes, by torch's profiler; on the CPU each operator of torch."""
+"""Measures the time of each CUDA kernel, or on the CPU of each operator, by torch's profiler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.rows import Row
 
 
 class KernelTime(NamedTuple):
-    """All calls of one kernel in one run of a sequence; `share` is of all kernels' time."""
+    """Sums all calls of one kernel in one run of a sequence; `share` is of all kernels' time."""
 
     dtype: str
     case: str
@@ -26,7 +26,7 @@ class KernelTime(NamedTuple):
 
 
 def kernel_times(row: Row, runner: Runner, device: str) -> list[KernelTime]:
-    """The kernels of one run, the longest first; `row` says of what."""
+    """Returns the kernels of one run, the longest first; `row` names the run."""
     setup, run = runner
     setup()
     if device == "cuda":
@@ -45,9 +45,9 @@ def kernel_times(row: Row, runner: Runner, device: str) -> list[KernelTime]:
 
 
 def shares(runner: Runner, threads: int, seconds: float = 1.0) -> str:
-    """What the threads do in the CPU kernels' parts, and outside of them, in a line of shares.
+    """Returns a line with the share of the threads' time of each part of the CPU kernels.
 
-    "rest" is what the kernels do beside their parts; "outside" is torch and Python.
+    "rest" is the kernels' time outside of the parts; "outside" is the time of torch and Python.
     """
     from snnlstm.native import cpu
 

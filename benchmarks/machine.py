@@ -1,4 +1,4 @@
-"""The machine a run was made on: its names, and the peaks that it really reaches."""
+"""Describes the machine of a run, and measures the peaks that it reaches."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Peak:
-    """What the machine reached in this run: a matrix product and a copy, the best of several."""
+    """Holds the highest rates of a matrix product and of a copy that were measured in a run."""
 
     gflops: float
     gbytes: float
-    """Bytes read plus bytes written by the copy, in 1e9 a second."""
+    """The bytes that the copy reads plus those that it writes, in 1e9 a second."""
 
 
 def describe(setting: Setting) -> dict[str, str]:
-    """What every row says about where it comes from: version, commit, device, date, torch..."""
+    """Returns the fields of a row that say where it comes from, such as version and device."""
     return {
         "version": package_version("snnlstm"),
         "commit": git_commit(),
@@ -44,7 +44,7 @@ def describe(setting: Setting) -> dict[str, str]:
 
 
 def package_version(name: str) -> str:
-    """The imported package's version, or "missing"."""
+    """Returns the version of a package, or "missing"."""
     try:
         return str(__import__(name).__version__)
     except (ImportError, AttributeError):
@@ -52,7 +52,7 @@ def package_version(name: str) -> str:
 
 
 def git_commit() -> str:
-    """Short commit of this checkout, with "+" where files differ from it, or "unknown"."""
+    """Returns the short commit of this checkout, with "+" if files were changed, or "unknown"."""
     command = ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
     try:
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
@@ -62,7 +62,7 @@ def git_commit() -> str:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the CPU's with its widest vector unit."""
+    """Returns the GPU's name, or the CPU's with its widest vector unit."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     name = _proc("cpuinfo", "model name") or platform.processor() or platform.machine()
@@ -70,21 +70,21 @@ def device_name(device: str) -> str:
 
 
 def available_bytes() -> int:
-    """Memory that can be had on the host without swapping."""
+    """Returns how much memory of the host is available without swapping."""
     if found := _proc("meminfo", "MemAvailable"):
         return int(found.split()[0]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _proc(file: str, field: str) -> str:
-    """The first value of a field of a file in /proc, or nothing."""
+    """Returns the first value of a field of a file in /proc, or an empty text."""
     path = Path("/proc") / file
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
 
 
 def busy_cores() -> float:
-    """The system's load over the last minute, in cores; 0 where it is not known."""
+    """Returns the system's load over the last minute, in cores, or 0 if it is not known."""
     try:
         return os.getloadavg()[0]
     except OSError:
@@ -93,7 +93,7 @@ def busy_cores() -> float:
 
 @contextlib.contextmanager
 def one_core_busy() -> Iterator[None]:
-    """Within the block another process computes without end, on one core where it can be pinned."""
+    """Within the block another process computes without end, pinned to a core if possible."""
     pin = ""
     if hasattr(os, "sched_setaffinity"):
         pin = f"import os; os.sched_setaffinity(0, {{{max(os.sched_getaffinity(0))}}})\n"
@@ -106,19 +106,19 @@ def one_core_busy() -> Iterator[None]:
 
 
 def measure_peak(setting: Setting, seconds: float = 1.0) -> Peak:
-    """Largest rate of a square matrix product and of a copy, in the setting's dtype.
+    """Measures the largest rates of a square matrix product and of a copy, in the setting's dtype.
 
-    `seconds` go to each of the two. A matrix product is what a machine does best: convolutions
-    are held against it, not against a number from a data sheet.
+    Each of the two takes `seconds`. Convolutions are compared with the measured matrix product, and
+    not with a number of a data sheet.
     """
     setting.apply_precision()
     on = {"device": setting.device, "dtype": setting.torch_dtype}
     side = 8192 if setting.device == "cuda" else 1536
     if setting.device == "cpu" and setting.torch_dtype.itemsize < 4:
-        side = 384  # many CPUs have no such unit, and take seconds for what is larger
+        side = 384  # many CPUs have no unit for half types, and need seconds for larger products
     a, b = torch.randn(side, side, **on), torch.randn(side, side, **on)
     product = torch.empty_like(a)
-    # Beyond any cache, so that the copy is one of memory.
+    # No cache holds so many bytes, so that the copy passes through memory.
     size = 1 << 30 if setting.device == "cuda" else 1 << 28
     source = torch.ones(size // setting.torch_dtype.itemsize, **on)
     target = torch.zeros_like(source)

@@ -1,18 +1,18 @@
-"""Peak memory, measured and not computed.
+"""Measures peak memory.
 
-On the CPU a fresh process is watched by the kernel: the high-water mark of its resident set
-(VmHWM) is reset right before the call and read right after it, and what was resident before is
-taken off. This sees all memory that is touched: torch's tensors, oneDNN's scratch space, a
-library's own workspace. It is done twice:
+On the CPU a call runs in a fresh process. The high-water mark of its resident set (VmHWM) is reset
+right before the call and read right after it, and the bytes that were resident before are
+subtracted. The mark counts all memory that is touched: torch's tensors, oneDNN's scratch space, a
+library's own workspace. Each call is measured twice:
 
-- live: malloc is told to take every large block from the system and to give it back at once
-  (MALLOC_MMAP_THRESHOLD_), so that the resident set is exactly what is in use. torch's profiler,
-  which sees torch's own allocator alone, says the same within 1 % for snnTorch's cell.
-- resident: malloc as it comes. It keeps and splits freed blocks; what a process really needs is
-  larger by this fragmentation, and varies by a few per cent from run to run.
+- live: malloc takes every large block from the system and gives it back at once
+  (MALLOC_MMAP_THRESHOLD_), so that the resident set is the memory in use. For snnTorch's cell
+  torch's profiler, which sees torch's own allocator alone, gives the same within 1 %.
+- resident: malloc keeps its defaults. It keeps and splits freed blocks, so a process takes more
+  memory by this fragmentation, which varies by a few per cent from run to run.
 
-On CUDA live is torch.cuda.max_memory_allocated and resident is max_memory_reserved, both less what
-there was before the call.
+On CUDA live is torch.cuda.max_memory_allocated and resident is max_memory_reserved, both less their
+values before the call.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MIB = 2**20
 
 
 def shortage(provider: type[Provider], case: Case, setting: Setting, mode: str) -> str | None:
-    """Why a run would not fit into memory, or None if it does."""
+    """Returns why a run would not fit into memory, or None if it does."""
     needed = provider.bytes_needed(case, setting, mode)
     if setting.device == "cuda":
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
@@ -58,7 +58,7 @@ def shortage(provider: type[Provider], case: Case, setting: Setting, mode: str) 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to measure."""
+    """Names one run to measure."""
 
     case: Case
     mode: str
@@ -67,7 +67,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Found:
-    """Peak memory of a job in MiB, or a note that says why there is none."""
+    """Holds the peak memory of a job in MiB, or a note that says why it is missing."""
 
     live: float | None = None
     resident: float | None = None
@@ -80,9 +80,9 @@ def measure(
     threads: int,
     tick: Callable[[float], None] = lambda share: None,
 ) -> list[Found]:
-    """Peak memory of each job beyond weights and x.
+    """Measures the peak memory of each job beyond weights and x.
 
-    tick is told the share of the work (0..1) that is done.
+    tick is called with the share of the work (0..1) that is done.
     """
     if setting.device == "cuda":
         found = []
@@ -102,7 +102,7 @@ def measure(
 
 
 Answer = list[float] | str
-"""Peaks in MiB, or why there are none."""
+"""An answer has peaks in MiB, or the reason why they are missing."""
 
 
 def _in_children(
@@ -114,7 +114,7 @@ def _in_children(
 ) -> list[Answer]:
     answers: list[Answer] = []
     while len(answers) < len(jobs):
-        # A process that is killed takes one job with it; the next process does the rest.
+        # A process that is killed loses one job; the next process does the jobs after it.
         with (
             mock.patch.dict(os.environ, environment),
             ProcessPoolExecutor(
@@ -138,8 +138,8 @@ def _guarded(job: Job, setting: Setting, peak: Callable[[Provider, str], list[fl
     if reason:
         return reason
     try:
-        # A small run of another cell first: code is loaded and thread pools start, but nothing
-        # that belongs to the measured cell (its packed weights, say) exists beforehand.
+        # A small run of another cell loads code and starts threads, but makes nothing that belongs
+        # to the measured cell, such as its packed weights.
         small = dataclasses.replace(case, steps=2, batch=1)
         setup, run = provider(small, setting).prepare(mode)
         setup()
@@ -169,10 +169,10 @@ def _cuda_peak(provider: Provider, mode: str) -> list[float]:
 
 
 def _resident_peak(provider: Provider, mode: str) -> list[float]:
-    # Provider.prepare, not the subclass's, which may run the cell once to see what it does.
+    # A subclass's prepare may run the cell, so Provider's is called.
     setup, run = Provider.prepare(provider, mode)
     setup()
-    snnlstm.empty_cache()  # what earlier jobs left would be used again, and not be seen
+    snnlstm.empty_cache()  # blocks of earlier jobs would be used again, and not be counted
     before = resident.watch()
     with provider.context():
         kept = run()

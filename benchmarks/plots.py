@@ -1,7 +1,7 @@
-"""The suite's plots: bars of speed-up, a roofline, memory against T.
+"""Draws the suite's plots: bars of speed-up, a roofline, memory against T.
 
-Colours are Okabe and Ito's, told apart with any kind of colour vision (https://jfly.uni-koeln.de/
-color/); markers and hatches differ too, so that the plots survive a black-and-white print.
+The colours are Okabe and Ito's, which differ for any kind of colour vision
+(https://jfly.uni-koeln.de/color/). Markers and hatches differ too, for prints in black and white.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ STYLE = {
     "snntorch-compile-graph": ("#D55E00", "X", "++"),
     "snnlstm-measured": ("#009E73", "<", "||"),
 }
-"""provider -> (colour, marker, hatch), of all that a plot may show."""
+"""STYLE has colour, marker and hatch of each provider that a plot may show."""
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, drawing to files only."""
+    """Returns matplotlib.pyplot, which draws to files only."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -44,14 +44,14 @@ def pyplot() -> Any:
 
 
 def draw_all(rows: Sequence[Row], directory: Path) -> list[Path]:
-    """Draw every plot for which there are rows, one set per dtype; returns the files."""
+    """Draws every plot for which there are rows, one set per dtype; returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
     drawn = []
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     timed = [row for row in rows if row.mode != "backward" and row.provider not in DETAILS]
     plots = {
         "speedup": (speedup, [r for r in timed if r.speedup and r.provider != BASELINE]),
-        # What a quantised cell costs in snnTorch is no convolution: it would stretch the axis.
+        # snnTorch's time for a quantised cell is no convolution's, and would stretch the axis.
         "roofline": (roofline, [r for r in timed if r.gflops and "quant" not in r.options]),
         "memory": (memory, [r for r in rows if r.case == "long" and r.live_mib is not None]),
     }
@@ -69,7 +69,7 @@ def draw_all(rows: Sequence[Row], directory: Path) -> list[Path]:
 def _figure(
     rows: Sequence[Row], size: tuple[float, float], draw: Callable, sharey: bool, title: str = ""
 ) -> tuple[Any, Any]:
-    """A figure with a panel for each mode, drawn by `draw(panel, rows)`; size: of a panel."""
+    """Makes a figure with a panel of `size` for each mode, which draw(panel, rows) draws."""
     modes = [mode for mode in MODES if any(row.mode == mode for row in rows)]
     width, height = size
     figure, panels = pyplot().subplots(
@@ -97,7 +97,7 @@ def _names(rows: Sequence[Row]) -> list[str]:
 
 
 def speedup(rows: Sequence[Row]) -> Any:
-    """Bars of speed-up over snnTorch eager, inference and training."""
+    """Draws bars of speed-up over snnTorch eager, inference and training."""
     plt = pyplot()
     cases, names = list(dict.fromkeys(row.case for row in rows)), _names(rows)
     values = [row.speedup or 1.0 for row in rows]
@@ -106,7 +106,7 @@ def speedup(rows: Sequence[Row]) -> Any:
     height = 0.8 / len(names)
 
     def draw(panel: Any, here: Sequence[Row]) -> None:
-        for row in here:  # a bar from 1 to the speed-up, in its provider's place in its case
+        for row in here:  # a bar reaches from 1 to the speed-up
             colour, _, hatch = STYLE[row.provider]
             place = names.index(row.provider) - (len(names) - 1) / 2
             y = cases.index(row.case) + place * height
@@ -136,7 +136,7 @@ def speedup(rows: Sequence[Row]) -> Any:
 
 
 def roofline(rows: Sequence[Row]) -> Any:
-    """Effective GFLOP/s against operations per byte, under the roofs of this run's machine."""
+    """Draws effective GFLOP/s against operations per byte, and the roofs of the run's machine."""
     ticker = pyplot().matplotlib.ticker
     peak, bandwidth = rows[0].peak_gflops, rows[0].peak_gbytes
     ridge = peak / bandwidth
@@ -172,10 +172,10 @@ def roofline(rows: Sequence[Row]) -> Any:
 
 
 def _name_columns(panel: Any, rows: Sequence[Row]) -> None:
-    """A thin line through the points of each case, and its name at the foot of it."""
+    """Draws a thin line through the points of each case, with the case's name at its foot."""
     columns: dict[float, list[str]] = {}
     for row in rows:
-        # Cases that lie within a few per cent share a line.
+        # Cases within 5 % of each other share a line.
         near = [x for x in columns if abs(x / row.intensity - 1) < 0.05]
         names = columns.setdefault(near[0] if near else row.intensity, [])
         if row.case not in names:
@@ -188,7 +188,7 @@ def _name_columns(panel: Any, rows: Sequence[Row]) -> None:
 
 
 def memory(rows: Sequence[Row]) -> Any:
-    """Peak memory against the length of the sequence, inference and training."""
+    """Draws peak memory against the length of the sequence, inference and training."""
 
     def draw(panel: Any, here: Sequence[Row]) -> None:
         for name in _names(rows):

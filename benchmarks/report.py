@@ -1,4 +1,4 @@
-"""The suite's tables."""
+"""Formats the suite's tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODE_TITLES = {
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns as wide as their longest cell; the first `left` ones aligned left, others right.
+    """Formats columns as wide as their longest cell; the first `left` columns are aligned left.
 
     A heading may have several lines, separated by "\\n".
     """
@@ -37,7 +37,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A value with so many significant digits and no exponent; nothing for None."""
+    """Formats a value with so many significant digits and no exponent; None gives no text."""
     if value is None:
         return ""
     text = f"{value:.{digits}g}"
@@ -45,18 +45,18 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """A speed-up, or nothing."""
+    """Formats a speed-up; None gives no text."""
     return "" if value is None else f"{value:.2f}x"
 
 
 def timed_rows(rows: Iterable[Row]) -> tuple[list[Row], list[str]]:
-    """The rows that are timed against the baseline, and the names of their providers."""
+    """Returns the rows that are timed against the baseline, and their providers' names."""
     timed = [row for row in rows if row.speedup is not None]
     return timed, [name for name in PROVIDERS if any(row.provider == name for row in timed)]
 
 
 def case_block(case: Case, mode: str, rows: Sequence[Row]) -> str:
-    """One case in one mode: a line per provider."""
+    """Formats one case in one mode, with a line per provider."""
     header = ["provider", "p20", "p50", "p80", "speed-up", "GFLOP/s", "of peak", "live MiB"]
     cells = []
     for row in rows:
@@ -81,7 +81,7 @@ def case_block(case: Case, mode: str, rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Iterable[Row], goals: bool) -> str:
-    """Speed-ups of all cases: one line per case and mode, one column per provider."""
+    """Formats the speed-ups of all cases, with a line per case and mode."""
     timed, names = timed_rows(rows)
     if not timed:
         return "Nothing was timed against the baseline."
@@ -118,7 +118,7 @@ WORST = 10
 
 
 def ranking(rows: Iterable[Row]) -> str:
-    """Our speed-ups over a random sample in order, and where the lowest are; else empty."""
+    """Lists our speed-ups over random shapes in order, and the shapes of the lowest."""
     text = []
     timed = [row for row in timed_rows(rows)[0] if row.case.startswith("random")]
     for mode in MODES:
@@ -133,14 +133,14 @@ def ranking(rows: Iterable[Row]) -> str:
 
 
 def _shape(row: Row) -> str:
-    """A row's layer as `--shape` takes it, and what ran."""
+    """Returns a row's layer as `--shape` takes it, and the path."""
     density = "dense" if row.density is None else f"{row.density:g}"
     shape = f"{row.steps} {row.batch} {row.cin} {row.cout} {row.height} {row.width} {row.kernel}"
     return f'"{shape} density={density} {row.options}"  {row.path}'
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Speed-ups as a table for a README, inference / training; empty without any."""
+    """Formats speed-ups as a table for a README, inference / training, or an empty text."""
     timed, names = timed_rows(row for row in rows if row.mode != "backward")
     names = [name for name in names if name not in (BASELINE, *DETAILS)]
     if not names:
@@ -164,12 +164,12 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _in_lines(name: str) -> str:
-    """A provider's name as a heading: its family above, what sets it apart below."""
+    """Makes a heading of two lines of a provider's name."""
     return name.replace("-", "\n", 1)
 
 
 def memory_table(rows: Iterable[Row], goals: bool) -> str:
-    """Peak memory of the long sequence against T; empty where it was not measured."""
+    """Formats peak memory of the long sequence against T, or an empty text."""
     rows = [row for row in rows if row.case == "long" and row.p50_ms is None]
     if not rows:
         return ""
@@ -202,7 +202,7 @@ def _of_baseline(peak: float | None, baseline: float | None) -> str:
 
 
 def peaks_line(peaks: Sequence[Peak]) -> str:
-    """The machine's own peaks, before and after the run, and whether it stayed the same machine."""
+    """Says the machine's peaks before and after the run, and warns if they differ much."""
     first, last = peaks[0], peaks[-1]
     text = (
         f"Machine's peak, measured in this run: matrix product {number(first.gflops)} GFLOP/s, "

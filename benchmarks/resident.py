@@ -1,4 +1,4 @@
-"""The resident set of this process, as Linux counts it, and its high-water mark."""
+"""Reads the size of this process's resident set and its high-water mark, as Linux counts them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 class Unsupported(Exception):
-    """The system does not offer what is needed; the text says what."""
+    """This error says what the system lacks."""
 
 
 def watch() -> int:
-    """Give freed memory back, forget the high-water mark; returns the bytes now resident.
+    """Gives freed memory back and resets the high-water mark; returns the bytes now resident.
 
-    Raises Unsupported where there is no Linux /proc, or it is read-only.
+    Raises Unsupported if there is no Linux /proc, or if it is read-only.
     """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # a C library that is not glibc
@@ -28,7 +28,7 @@ def watch() -> int:
 
 
 def high_water() -> int:
-    """The most bytes that were resident at once since `watch`."""
+    """Returns the largest number of bytes that were resident since `watch`."""
     return _status("VmHWM")
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: one row per case, mode and provider, as CSV and as JSON."""
+"""Writes and reads the rows of a run, one per case, mode and provider, as CSV and as JSON."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement, with all that is needed to tell where it comes from.
+    """A row is one measurement, with its machine, versions and layer.
 
-    Times are milliseconds per time step. A field that was not measured is None; `note` says why
-    where that needs saying.
+    Times are milliseconds per time step. A field that was not measured is None, and `note` may say
+    why.
     """
 
     # where
@@ -50,23 +50,23 @@ class Row:
     p50_ms: float | None = None
     p80_ms: float | None = None
     speedup: float | None = None
-    """Median of the baseline over this median: snnTorch eager, timed in the same rounds."""
+    """The median of snnTorch eager, timed in the same rounds, over this median."""
     goal: float | None = None
     gflops: float | None = None
-    """Effective: operations of direct convolution, whatever the algorithm, over the median."""
+    """The operations of direct convolution, for any algorithm, over the median time."""
     peak_gflops: float | None = None
     peak_gbytes: float | None = None
     intensity: float | None = None
-    """Operations over the fewest bytes that a step has to move."""
+    """The operations of a step over the fewest bytes that it has to move."""
     live_mib: float | None = None
-    """Peak of memory in use beyond weights and x (see benchmarks/memory.py)."""
+    """The peak of memory in use beyond weights and x (see benchmarks/memory.py)."""
     resident_mib: float | None = None
-    """Peak of what the process took from the system for it, fragmentation included."""
+    """The peak of memory that the process took from the system, with fragmentation."""
     note: str = ""
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What makes two rows of different runs the same measurement."""
+        """Returns the fields that are equal in rows of the same measurement of two runs."""
         layer = (self.steps, self.batch, self.cin, self.cout, self.height, self.width)
         cell = (self.kernel, self.options, self.density)
         return (self.case, *layer, *cell, self.dtype, self.mode, self.provider)
@@ -77,7 +77,7 @@ _TYPES = typing.get_type_hints(Row)
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> Path:
-    """Write a table, None as an empty cell, and its directory; returns the path."""
+    """Writes a table, with None as an empty cell, and makes its directory; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
@@ -85,7 +85,7 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]
 
 
 def write_rows(rows: Iterable[Row], directory: Path) -> tuple[Path, Path]:
-    """Write rows.csv and rows.json into `directory`, which is made; returns both paths."""
+    """Writes rows.csv and rows.json into `directory`, which it makes; returns both paths."""
     records = [dataclasses.asdict(row) for row in rows]
     as_csv = write_csv(directory / "rows.csv", _FIELDS, [r.values() for r in records])
     as_json = directory / "rows.json"
@@ -94,9 +94,9 @@ def write_rows(rows: Iterable[Row], directory: Path) -> tuple[Path, Path]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows from a .csv or .json file, or from the directory that holds them.
+    """Reads rows from a .csv or .json file, or from the directory that holds them.
 
-    Raises ValueError naming the file where it is not one of ours.
+    Raises ValueError that names a file without rows.
     """
     if path.is_dir():
         path = path / "rows.json" if (path / "rows.json").exists() else path / "rows.csv"

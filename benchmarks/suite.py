@@ -1,4 +1,4 @@
-"""Runs the suite: each case in each mode, all providers against each other, then memory."""
+"""Times each case in each mode with all providers, and measures their memory."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ WEIGHED_LONG = (BASELINE, "hoisted", "snnlstm", "snnlstm-gates", "snnlstm-checkp
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured.
+    """A plan says what the suite measures.
 
     memory: "all" (each case, and memory against T), "long" (memory against T alone) or "off".
     deadline: no case is begun after this time (of time.monotonic()).
     kernels: whether our kernels and the baseline's are timed one by one, too.
-    profile: whether the shares of the parts of our CPU kernels are counted and printed.
+    profile: whether the suite prints the shares of the parts of our CPU kernels.
     """
 
     cases: list[Case]
@@ -49,10 +49,10 @@ class Plan:
 
 
 class Suite:
-    """One run of a plan. Tables are written as they come; the bar shows what is being done.
+    """Runs a plan, prints tables as they come, and shows the progress in a bar.
 
-    What has been measured so far: rows, the times of kernels, the machine's peaks, and
-    disagreements, which name the providers that compute something else than the baseline.
+    `rows`, `kernels` and `peaks` hold the measurements so far. `disagreements` names the providers
+    that compute something else than the baseline.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -66,12 +66,12 @@ class Suite:
         self.bar = tqdm(disable=True)
 
     def run(self) -> None:
-        """Measure everything, in the order of the plan."""
+        """Measures everything, in the order of the plan."""
         plan = self.plan
         torch.set_num_threads(plan.threads)
         parts = len(plan.cases) * (len(plan.modes) + (plan.memory == "all"))
         form = "{desc} |{bar}| {percentage:3.0f} %  {elapsed}, {remaining} left"
-        # disable=None: where nobody watches there is no bar, and the tables come one by one.
+        # With disable=None there is no bar without a terminal.
         with tqdm(
             total=parts + (plan.memory != "off"),
             disable=None,
@@ -93,11 +93,11 @@ class Suite:
             self.peaks.append(machine.measure_peak(plan.setting))
 
     def tell(self, what: str) -> None:
-        """Show what is being done."""
+        """Shows a text beside the bar."""
         self.bar.set_description_str(f"{what:<28.28}")
 
     def part(self, what: str) -> Callable[[float], None]:
-        """Begin a part of the bar; returns a function that moves it to the share that is done."""
+        """Begins a part of the bar; returns a function that moves the bar to a share of it."""
         self.tell(what)
         bar, begin = self.bar, self.bar.n
 
@@ -108,7 +108,7 @@ class Suite:
         return tick
 
     def run_case(self, case: Case) -> None:
-        """Check, weigh and time one case, and print its tables."""
+        """Checks, weighs and times one case, and prints its tables."""
         plan, device = self.plan, self.plan.setting.device
         self.tell(f"{case.name}: checking")
         providers = self.checked(case)
@@ -137,7 +137,7 @@ class Suite:
                     self.kernels += kernel_times(row, runners[row.provider], device)
 
     def checked(self, case: Case) -> dict[str, Provider]:
-        """The providers that can run the case and compute what the baseline computes."""
+        """Returns the providers that can run the case and compute what the baseline computes."""
         plan, setting = self.plan, self.plan.setting
         built: dict[str, Provider] = {}
         expected = potential = None
@@ -164,14 +164,14 @@ class Suite:
         return built
 
     def skip(self, name: str, case: Case, reason: str) -> None:
-        """Say once that and why a provider is left out."""
+        """Says once why a provider is left out."""
         reason = reason.strip().splitlines()[0] if reason.strip() else "no message"
         if (name, reason) not in self.skipped:
             self.skipped.add((name, reason))
             tqdm.write(f"skipped {name} ({case.name}): {reason}\n")
 
     def runners(self, case: Case, mode: str, providers: dict[str, Provider]) -> dict[str, Runner]:
-        """All providers that can run the mode, warmed up."""
+        """Returns all providers that can run the mode, warmed up."""
         runners: dict[str, Runner] = {}
         self.tell(f"{case.name} {mode}: warming up")
         for name, provider in providers.items():
@@ -186,14 +186,14 @@ class Suite:
         return runners
 
     def weigh(self, what: str, jobs: list[memory.Job]) -> dict[memory.Job, memory.Found]:
-        """Peak memory of each job."""
+        """Returns the peak memory of each job."""
         tick = self.part(what)
         found = memory.measure(jobs, self.plan.setting, self.plan.threads, tick)
         tick(1.0)
         return dict(zip(jobs, found, strict=True))
 
     def run_long(self) -> None:
-        """Peak memory of a long sequence against its length."""
+        """Measures the peak memory of a long sequence against its length."""
         plan = self.plan
         jobs = [
             memory.Job(dataclasses.replace(LONG_CASE, steps=steps), mode, kind.name)
@@ -212,7 +212,7 @@ class Suite:
         times: Quantiles | None = None,
         baseline: Quantiles | None = None,
     ) -> Row:
-        """One row of the table, without its peak memory."""
+        """Makes one row of the table, without its peak memory."""
         case, mode, peak = job.case, job.mode, self.peaks[0]
         flops, millis = case.flops(mode), 1000 / case.steps
         row = Row(

@@ -1,7 +1,7 @@
-"""Interleaved timing: each round runs every provider once, in a new order.
+"""Times providers in interleaved rounds: each round runs every provider once, in a new order.
 
-What disturbs a machine for a while (another program, a change of clock) then hits all providers
-alike, and the ratio of their medians stays true where two separate runs would differ.
+A disturbance of the machine (another program, a change of clock) then slows all providers alike.
+The ratio of their medians stays true, where two separate runs would differ.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from benchmarks.providers.base import Runner
 
 WARM_UP = 4
-"""Runs before timing: torch.compile settles its guards in three, caches and pages in one."""
+"""The number of runs before timing: torch.compile needs three to settle, caches and pages one."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long one case in one mode may take, over all providers, and how many rounds at least."""
+    """Bounds the seconds and rounds of one case in one mode, for all providers together."""
 
     seconds: float = 12.0
     fewest: int = 5
@@ -33,7 +33,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Quantiles:
-    """The 20th, 50th and 80th percentile of the timed seconds, and how many there were."""
+    """Holds the 20th, 50th and 80th percentile of the timed seconds, and the number of rounds."""
 
     p20: float
     p50: float
@@ -42,13 +42,13 @@ class Quantiles:
 
     @classmethod
     def of(cls, samples: list[float]) -> Quantiles:
-        """Quantiles of at least one sample, interpolated linearly."""
+        """Returns the quantiles of at least one sample, interpolated linearly."""
         p20, p50, p80 = np.percentile(samples, (20, 50, 80)).tolist()
         return cls(p20, p50, p80, len(samples))
 
 
 def clock(run: Callable[[], object], device: str) -> float:
-    """Seconds of one call; on CUDA between two events on the current stream."""
+    """Times one call in seconds, on CUDA by two events on the current stream."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -61,12 +61,12 @@ def clock(run: Callable[[], object], device: str) -> float:
     begin = time.perf_counter()
     result = run()
     elapsed = time.perf_counter() - begin
-    del result  # freeing is not timed: in a network the next layer still holds it
+    del result  # freeing is not timed: in a network the next layer still holds the result
     return elapsed
 
 
 def warm_up(runner: Runner, device: str, budget: Budget) -> None:
-    """Run a provider until it has settled; slow ones get fewer runs."""
+    """Runs a provider until it has settled; slow providers get fewer runs."""
     setup, run = runner
     spent = 0.0
     for done in range(WARM_UP):
@@ -78,7 +78,7 @@ def warm_up(runner: Runner, device: str, budget: Budget) -> None:
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """Garbage is collected before the block, and not in it."""
+    """Collects garbage before the block, and not within it."""
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -96,9 +96,9 @@ def time_interleaved(
     tick: Callable[[float], None] = lambda share: None,
     seed: int = 0,
 ) -> dict[str, Quantiles]:
-    """Time warmed-up runners against each other.
+    """Times warmed-up runners against each other.
 
-    tick is told the share of the work (0..1) that is done, after every round.
+    tick is called after every round with the share of the work (0..1) that is done.
     """
     names = list(runners)
     samples: dict[str, list[float]] = {name: [] for name in names}

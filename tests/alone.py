@@ -1,4 +1,4 @@
-"""The one table of calls for the tests of kernels: each option of the cell alone, and sizes.
+"""This table has a call for each option of the cell alone, and for each kind of size.
 
 test_kernels.py checks the results of each row and test_kernel_gradients.py its gradients, on every
 instruction set of the CPU. The tests of the emulated CUDA kernels take rows by their names.
@@ -77,10 +77,10 @@ ALONE = {
     ),
     "primes": PLAIN.but(batch=3, in_channels=7, channels=11, height=13, width=17),
     "one channel": PLAIN.but(in_channels=1, channels=1),
-    # More than one block of rows a task, and rows that fill a block alone.
+    # A tall image gives a task several blocks of rows; one row of a wide image fills a block.
     "a tall image": PLAIN.but(time=2, batch=1, height=61, width=19, channels=5),
     "a wide image": PLAIN.but(time=2, batch=1, height=3, width=275, channels=5),
-    # Small images, of which one thread takes several: with two threads four of them make a group.
+    # A thread takes several small images together: with two threads four images make a group.
     "small images": PLAIN.but(time=2, batch=9, height=5, width=3),
     "small images, sparse x": PLAIN.but(
         time=2, batch=8, height=4, width=4, in_channels=17, density=0.05, spikes=True
@@ -93,18 +93,18 @@ ALONE = {
     ),
     "small images, inhibition": PLAIN.but(time=2, batch=8, height=2, width=3, inhibition=True),
     "small images, one step": PLAIN.but(sequence=False, record=False, batch=9, height=3, width=3),
-    # Weights that do not stay in a thread's L2.
+    # These weights do not stay in a thread's L2 cache.
     "many weights": PLAIN.but(time=2, batch=3, in_channels=43, channels=40, height=7, width=17),
     "many weights, small images": PLAIN.but(
         time=2, batch=5, in_channels=43, channels=40, height=3, width=5
     ),
-    # Three vectors of 8, for x and for mem.
+    # 24 channels are three vectors of 8 lanes, in x and in mem.
     "three vectors": PLAIN.but(time=2, batch=1, in_channels=24, channels=24, height=5),
-    # More inputs than one chunk of weights holds, for x and for mem.
+    # x and mem have more channels than one chunk of weights holds.
     "many channels": PLAIN.but(time=2, batch=1, in_channels=71, channels=35, height=5),
 }
-# Rows of which results alone are judged: levels so close to one another, or so few, leave the
-# gradients undecided.
+# Tests compare the results of these rows alone: with levels so close to one another, or so few,
+# rounding decides which level a state gets, and with it the gradients.
 LEVELS = {
     "quantised finely": PLAIN.but(quant=state_quant(5, threshold=0.4)),
     "quantised finely, twice": PLAIN.but(

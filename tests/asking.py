@@ -1,4 +1,4 @@
-"""Unusual ways to ask for gradients, and to keep what a backward pass needs."""
+"""Functions that ask for gradients in unusual ways, and hooks that change saved tensors."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 
 class Wrapper(Tensor):
-    """A tensor without memory of its own, that hands every operation on to another."""
+    """This tensor subclass has no memory of its own: `inner` does every operation."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -33,13 +33,13 @@ def _outer(value):
 
 
 def _assert_near(one: Tensor, other: Tensor) -> None:
-    """Sums of many terms differ by rounding, relative to the largest."""
+    """Asserts that tensors agree but for rounding, relative to the largest element."""
     error = max(1e-4, 4 * torch.finfo(other.dtype).eps)
     assert (one - other).abs().max() <= error * other.abs().max() + 1e-30
 
 
 def _negated(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
-    """Gradients whose sign is a flag of the tensor."""
+    """Asks with output gradients whose sign is a flag of the tensor."""
     return torch.autograd.grad(outputs, sources, [torch._neg_view(-g) for g in grads], **rest)
 
 
@@ -48,7 +48,7 @@ def _batched(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
     found = torch.autograd.grad(outputs, sources, both, is_grads_batched=True, **rest)
     first = []
     for source, each in zip(sources, found, strict=True):
-        if each.shape == source.shape:  # nothing led there
+        if each.shape == source.shape:  # the outputs do not depend on this source
             assert not each.any()
             first.append(each)
             continue
@@ -58,7 +58,7 @@ def _batched(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
 
 
 def _dual(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
-    """Gradients with a tangent, to which the result's is linear."""
+    """Asks with output gradients that have a tangent, and checks the tangents of the results."""
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(g.clone(), 0.5 * g.clone()) for g in grads]
         found = [
@@ -80,26 +80,26 @@ def _wrapped(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
 
 
 def _hooked(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
-    """Hooks on the outputs change the gradients on their way, to twice what was asked for."""
+    """Asks with half of the output gradients, which hooks on the outputs then double."""
     for output in outputs:
         output.register_hook(lambda grad: 2 * grad)
     return torch.autograd.grad(outputs, sources, [0.5 * g for g in grads], **rest)
 
 
 def _twice(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
-    """A second pass over a graph that was kept."""
+    """Asks twice, and returns what the second pass over the kept graph gives."""
     torch.manual_seed(0)
     torch.autograd.grad(outputs, sources, grads, retain_graph=True, **rest)
     torch.manual_seed(0)
     return torch.autograd.grad(outputs, sources, grads, **rest)
 
 
-# Each takes the arguments of torch.autograd.grad, and returns what that returns.
+# Each function takes the arguments of torch.autograd.grad, and returns what that returns.
 ASKED = {
     "plain": torch.autograd.grad, "negated": _negated, "batched": _batched, "dual": _dual,
     "wrapped": _wrapped, "hooked": _hooked, "twice": _twice,
 }  # fmt: skip
-# Each is a hook that brings a saved tensor back otherwise.
+# Each hook unpacks a saved tensor to equal numbers in another form.
 KEPT = {
     "as it is": None,
     "copied": torch.clone,

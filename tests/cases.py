@@ -1,4 +1,4 @@
-"""Random calls of the cell, for hypothesis: options, shapes, memory layouts and numbers."""
+"""Describes calls of the cell: options, shapes, memory layouts, numbers; hypothesis draws some."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -11,7 +11,6 @@ from snnlstm import surrogate
 from snnlstm.call import CellOptions
 from snnlstm.quant import StateQuant, state_quant
 
-# Differentiable by numbers: atan to SFS; with a jump at the threshold: the rest but the last.
 SURROGATES = (
     surrogate.atan(2.0),
     surrogate.fast_sigmoid(25),
@@ -29,7 +28,7 @@ LAYOUTS = ("contiguous", "channels_last", "sliced", "strided", "transposed", "sh
 
 
 class Inputs(NamedTuple):
-    """Arguments of snnlstm.reference.run, but for the options."""
+    """These are the tensors of a call."""
 
     x: Tensor
     syn: Tensor
@@ -40,18 +39,18 @@ class Inputs(NamedTuple):
     graded: Tensor
 
     def double(self) -> "Inputs":
-        """Returns the same numbers in float64, contiguous and apart from any graph."""
+        """Returns equal numbers in float64, contiguous and detached from any graph."""
         return Inputs(*(None if t is None else t.detach().double().contiguous() for t in self))
 
 
 def wanting_gradients(inputs: Inputs) -> Inputs:
-    """Returns the same memory as leaves that require a gradient, but for the graded factor."""
+    """Returns leaves in the same memory; all but the graded factor require a gradient."""
     *leaves, graded = (None if t is None else t.detach() for t in inputs)
     return Inputs(*(None if t is None else t.requires_grad_() for t in leaves), graded)
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """`values` in memory of the given layout; what lies around them is NaN.
+    """Returns `values` in memory of the given layout, with NaN in the memory around them.
 
     "expanded" repeats the first entry along the first dimension, with stride 0.
     """
@@ -68,7 +67,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
         return values.reshape(-1)[:size].clone().as_strided(values.shape, strides)
     if layout == "transposed":
         return values.transpose(-1, -2).contiguous().transpose(-1, -2)
-    if layout == "shifted":  # off the alignment of any vector
+    if layout == "shifted":  # no vector of it is aligned
         return values.new_empty(values.numel() + 1)[1:].view(values.shape).copy_(values)
     step = {"sliced": 1, "strided": 2}[layout]
     around = values.new_full([step * n + 2 for n in values.shape], torch.nan)
@@ -78,7 +77,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the cell, without its numbers."""
+    """This is one call of the cell; `inputs` and `output_gradients` draw its numbers."""
 
     options: CellOptions
     dtype: torch.dtype
@@ -91,18 +90,18 @@ class Case:
     threshold: str = "number"  # or "column" (C, 1, 1), or "four" (1, C, 1, 1)
     bias: bool = True
     graded: float = 1.0
-    density: float = 1.0  # the part of x that is not zero
-    spikes: bool = False  # x is 0 and 1, else normally distributed
+    density: float = 1.0  # the share of x that is not zero
+    spikes: bool = False  # x holds 0 and 1, else normally distributed numbers
     layouts: tuple[str, ...] = ("contiguous",) * 4  # of x, states, weight, output gradients
     seed: int = 0
-    gain: float = 1.0  # times weights at which gates are of order 1
+    gain: float = 1.0  # the weights are this factor times weights that make gates of order 1
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
         return (self.batch, self.channels, *self.options.state_size(self.height, self.width))
 
     def inputs(self) -> Inputs:
-        """Returns numbers for this case, the same at every call."""
+        """Returns the case's numbers, which are equal at every call."""
         random = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
@@ -130,14 +129,14 @@ class Case:
 
     @property
     def output_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of spk, syn and mem."""
+        """Returns the shapes of spk, syn and mem."""
         options, (n, c, ho, wo) = self.options, self.state_shape
         (ph, pw), lead = options.pool_size, (self.time,) if options.sequence else ()
         states = (*(lead if options.record else ()), n, c, ho, wo)
         return (*lead, n, c, ho // ph, wo // pw), states, states
 
     def output_gradients(self) -> tuple[Tensor, ...]:
-        """Returns random gradients of spk, syn and mem, the same at every call."""
+        """Returns random gradients of spk, syn and mem, which are equal at every call."""
         random = torch.Generator().manual_seed(self.seed + 1)
         return tuple(
             laid_out(
@@ -173,14 +172,14 @@ PLAIN = Case(
 
 
 _SIDES = st.one_of(st.integers(1, 9), st.sampled_from([11, 13, 16, 17, 19]))
-# Around the vectors of 4, 8 and 16 lanes, and two of them.
+# The numbers of channels lie around one and two vectors of 4, 8 and 16 lanes.
 _CHANNELS = st.one_of(st.integers(1, 9), st.sampled_from([11, 13, 16, 17, 23, 24, 33]))
 _KERNELS = st.one_of(
     st.just((3, 3)),
     st.tuples(st.sampled_from([1, 3, 5]), st.sampled_from([1, 3, 5])),
     st.sampled_from([(7, 1), (1, 7), (5, 5), (7, 7)]),
 )
-_MOST_WORK = 1_000_000  # multiply-adds of a gate and step that are tested with a batch
+_MOST_WORK = 1_000_000  # multiply-adds of a gate and step; larger cases get a batch of 1
 _QUANTS: tuple[StateQuant | None, ...] = (
     None,
     None,
@@ -194,7 +193,7 @@ _QUANTS: tuple[StateQuant | None, ...] = (
 @st.composite
 def options(draw: Any, height: int, width: int) -> CellOptions:
     """Draws any options that an image of this size allows."""
-    plain = draw(st.booleans())  # half of the cases: what Winograd can take
+    plain = draw(st.booleans())  # half of the cases have neither stride nor dilation
     sizes = st.tuples(st.integers(1, 3), st.integers(1, 3))
     kernel = draw(_KERNELS)
     stride = (1, 1) if plain else draw(sizes)
@@ -223,7 +222,7 @@ def options(draw: Any, height: int, width: int) -> CellOptions:
 
 @st.composite
 def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)) -> Case:
-    """Draws any call that the kernels can do."""
+    """Draws any call that the kernels cover."""
     height, width = draw(_SIDES), draw(_SIDES)
     chosen = draw(options(height, width))
     layout = st.sampled_from(LAYOUTS)

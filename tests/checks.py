@@ -1,6 +1,6 @@
-"""The two checks of a call of the kernels: its results, and its gradients.
+"""Checks the results of a call of the kernels, and its gradients, by the float64 reference.
 
-Both run it on poisoned and fenced memory (poison.py) and judge it by the float64 reference.
+Both checks run the kernels on poisoned and fenced memory (poison.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from oracle import check_steps, is_clear
 from poison import HUGE, NAN, poisoned
 from torch import Tensor
 
-# What gates of half their bits may add to the error of a gradient, relative to its largest element
-# and for a surrogate of slope 1: a steeper one changes as much faster with mem.
+# Gates that are kept in half of their bits may add so much to the error of a gradient, relative to
+# its largest element and for a surrogate of slope 1. A steeper surrogate multiplies this error.
 HALF_GATES = {torch.float64: 2e-9} | dict.fromkeys(
     (torch.float32, torch.float16, torch.bfloat16), 1e-4
 )
@@ -33,7 +33,7 @@ def infer(
 
 
 def check_results(case: Case, kernels: Kernels) -> None:
-    """Judges one form of a forward call, to which the others are equal bit for bit."""
+    """Judges a forward call that records states; other forms must equal it bit for bit."""
     inputs, recorded = case.inputs(), case.recorded()
     before = [None if t is None else t.clone() for t in inputs]
     out = infer(kernels, recorded, inputs)
@@ -46,7 +46,7 @@ def check_results(case: Case, kernels: Kernels) -> None:
     if case.options.sequence and not case.options.record:
         last = (out[0], out[1][-1], out[2][-1])
     same(infer(kernels, case, inputs, HUGE), last)
-    # Each segment of checkpoint=True has its own density, and may take another way.
+    # Each segment of checkpoint=True has a density of its own, so its convolution may differ.
     by_segment = case.options.checkpoint is True and kernels.algorithm == "auto"
     chosen = recorded if by_segment else case
     with poisoned(HUGE):
@@ -68,9 +68,10 @@ def check_gradients(
     pattern: int = NAN,
     ask: Callable[..., Sequence[Tensor]] = torch.autograd.grad,
 ) -> bool:
-    """Compare one case; False if rounding led kernels and reference to different decisions.
+    """Compares one case; returns False if kernels and reference made different decisions.
 
-    In half types, whose states are rounded after each step, the reference ends each step in them.
+    In half types the kernels round states after each step, so the reference's steps end in the
+    kernels' states.
     """
     inputs, oracle = case.inputs(), flat.reference
     error, half = kernels.gradient_error(case.dtype), case.dtype.itemsize == 2

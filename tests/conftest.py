@@ -1,8 +1,8 @@
-"""Fixtures that all tests share."""
+"""Defines the fixtures that all tests share."""
 
 import os
 
-# OpenMP reads this when torch loads it: its waiting threads leave the cores to other workers.
+# OpenMP reads this variable when torch loads it: waiting threads then leave cores to other workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import shutil
@@ -23,15 +23,15 @@ import snnlstm.run
 SIMT = Path(__file__).parent / "simt"
 sys.path.append(str(SIMT))
 
-# Fresh examples on a developer's machine, the same ones on every run of CI. A failure prints
-# what is needed to see it again.
+# Hypothesis draws fresh examples on a developer's machine, and equal ones in every run of CI. A
+# failure prints the code that repeats it.
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Runs slow tests first, so that workers end together, and skips simt_long unless asked for."""
+    """Runs slow tests first, so that workers end together; skips simt_long unless -m names it."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if "simt_long" in (config.getoption("-m") or ""):
         return
@@ -43,9 +43,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the cell under test.
+    """This is one implementation of the cell under test.
 
-    "reference" hides the core; "simt" is the CUDA kernels, emulated, for CPU tensors.
+    "reference" hides the core. "simt" runs the emulated CUDA kernels on CPU tensors.
     """
 
     name: str
@@ -60,12 +60,12 @@ class Backend:
                 patch.setattr(snnlstm.run, "_native", None)
                 yield
         elif self.name == "simt":
-            from backend import emulated  # builds it: half a minute, the first time
+            from backend import emulated  # the first import builds the emulator in half a minute
 
             with emulated():
                 yield
         elif self.name == "cuda":
-            # Everything that a test makes is on the GPU; at full precision, as on the CPU.
+            # A test makes all tensors on the GPU, which computes at the CPU's precision.
             with torch.device(self.device), pytest.MonkeyPatch.context() as patch:
                 patch.setattr(torch.backends.cudnn, "allow_tf32", False)
                 yield
@@ -73,7 +73,7 @@ class Backend:
             yield
 
     def check(self, path: "snnlstm.run.Path | None", native: bool = True) -> None:
-        """Assert which path a call took; `native`: whether the kernels can do this call."""
+        """Asserts which path a call took; `native` says whether the kernels cover the call."""
         assert path is not None
         assert path.native == (self.native and native), str(path)
         assert not path.native or path.name.startswith(self.name), str(path)
@@ -83,7 +83,7 @@ def _backends() -> list[Backend]:
     backends = [Backend("reference", torch.device("cpu"), native=False)]
     if native is not None:
         backends.append(Backend("cpu", torch.device("cpu"), native=True))
-        # The kernels are built from csrc, which the tests of a wheel do not have.
+        # The emulator compiles csrc, which the tests of a wheel do not have.
         if (SIMT.parents[1] / "csrc").exists() and shutil.which(os.environ.get("CXX", "g++")):
             backends.append(Backend("simt", torch.device("cpu"), native=True))
     if native is not None and torch.cuda.is_available() and "cuda" in native.DEVICES:
@@ -93,15 +93,23 @@ def _backends() -> list[Backend]:
 
 @pytest.fixture(params=_backends(), ids=lambda backend: backend.name, scope="session")
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """Run a test once for each implementation that is there, on its device by default."""
+    """Runs a test once for each available implementation, with its device as torch's default."""
     return request.param
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Drops what torch.compile has compiled, before a test and after it."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)
 def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    # snnTorch keeps all of its cells, and some of them cannot be detached.
+    # snnTorch keeps all of its cells, and detach_hidden() raises an error at some of them.
     snntorch.SpikingNeuron.instances.clear()
     if "backend" not in request.fixturenames:
         yield

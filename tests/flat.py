@@ -1,4 +1,4 @@
-"""The implementations of the cell over separate arguments, as most tests have them."""
+"""Runs the implementations of the cell on the tensors of :class:`cases.Inputs` and the options."""
 
 from collections.abc import Sequence
 
@@ -16,12 +16,12 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 
 def reference(*arguments) -> Three:
-    """Returns spk, syn and mem by plain torch; see :class:`cases.Inputs` for the arguments."""
+    """Returns spk, syn and mem, computed by plain torch."""
     return snnlstm.reference.run(make_call(arguments))
 
 
 def run(*arguments) -> Three:
-    """Returns the same by the native kernels; an algorithm may follow, "auto" is the default."""
+    """Returns spk, syn and mem of the kernels; the last argument may be an algorithm."""
     global _last
     *_, algorithm = (*arguments, "auto")[:9]
     *out, name = _autograd.run(make_call(arguments[:8]), algorithm)
@@ -31,12 +31,12 @@ def run(*arguments) -> Three:
 
 
 def last_name() -> str:
-    """Returns the name of what the native kernels ran last."""
+    """Returns the path's name of the last call of :func:`run` or :func:`forward`."""
     return _last
 
 
 def forward(*arguments):
-    """Runs the forward kernels alone, on run's arguments, then training and the algorithm."""
+    """Runs the forward kernels alone; `training` and the algorithm follow the other arguments."""
     global _last
     *tensors, training, algorithm = arguments
     call = make_call(tuple(tensors))
@@ -46,6 +46,6 @@ def forward(*arguments):
 
 
 def backward(arguments: Sequence, saved, grads: Sequence[Tensor | None], wanted, algorithm: str):
-    """Runs the backward kernels alone, on what :func:`forward` saved."""
+    """Runs the backward kernels alone, on the tensors that :func:`forward` saved."""
     call = make_call(arguments)
     return _native.choose(call, algorithm).backward(call, saved, grads, wanted)

@@ -1,10 +1,10 @@
-"""Random calls of the cell, judged by the float64 reference: ``make fuzz MINUTES=10``.
+"""Compares random calls of the cell with the float64 reference: ``make fuzz MINUTES=10``.
 
-Every option, shape, dtype, memory layout, instruction set and algorithm, in one call, in steps, in
-chunks, with states that the caller hands on or that a cell keeps, gradients asked for in unusual
-ways (ASKED), saved tensors that hooks bring back in other memory (KEPT). The results and the
-gradients of each call are checked on poisoned memory (checks.py). A failure is made as small as
-hypothesis can, and printed as a script.
+A call has any options, shape, dtype, memory layout, instruction set and algorithm. A sequence runs
+as one call, in steps or in chunks; the caller hands states on, or a cell keeps them. Gradients are
+asked for in unusual ways (ASKED), and hooks bring saved tensors back in other memory (KEPT). The
+checks run on poisoned memory (checks.py). Hypothesis shrinks a failure, and a script that repeats
+the failure is printed.
 
     python tests/fuzz.py --minutes 10 --seed 0
 """
@@ -41,7 +41,7 @@ _MOST_WORK = 3_000_000  # multiply-adds of a gate, over all steps
 
 @dataclass(frozen=True)
 class Calls(Kernels):
-    """Kernels that run a sequence by several calls: see :data:`WAYS`."""
+    """These kernels run a sequence in one of :data:`WAYS`."""
 
     way: str = "one call"
     chunk: int = 2
@@ -85,7 +85,7 @@ class Calls(Kernels):
         return torch.cat(spks), syn, mem
 
     def _functional(self, inputs: Inputs, chosen: CellOptions) -> Callable[..., Any]:
-        """Runs steps from the states that it is given."""
+        """Returns a function that runs one or several steps from given states."""
         if self.way == "steps":
             step = replace(chosen, sequence=False, record=False)
             return lambda x, syn, mem: [
@@ -95,7 +95,7 @@ class Calls(Kernels):
         return lambda x, syn, mem: super(Calls, self).run(x, syn, mem, *inputs[3:], recorded)
 
     def _cell(self, inputs: Inputs, chosen: CellOptions) -> Callable[..., Any]:
-        """The same by a cell, which keeps the states."""
+        """Returns a function that runs one or several steps by a cell, which keeps the states."""
         x, syn, mem, weight, bias, threshold, graded = inputs
         pools = {
             "none": {},
@@ -109,7 +109,7 @@ class Calls(Kernels):
             surrogate_disable=chosen.surrogate.kind == 0, checkpoint=chosen.checkpoint,
             dtype=x.dtype, **pools[chosen.pool],
         )  # fmt: skip
-        # Tensors that may hang on a graph, in the place of parameters and buffers.
+        # Tensors of a graph take the place of parameters and buffers.
         del cell.conv.weight, cell.conv.bias
         cell.conv._parameters = {"weight": weight, "bias": bias}
         cell._buffers["threshold"], cell._buffers["graded_spikes_factor"] = threshold, graded
@@ -128,7 +128,7 @@ class Calls(Kernels):
 
 @dataclass(frozen=True)
 class Example:
-    """A case, how it is run, and which gradients are compared."""
+    """An example has a case, the way to run it, and the gradients to compare."""
 
     case: Case
     isa: str
@@ -142,7 +142,7 @@ class Example:
     kept: str = "as it is"
 
     def script(self) -> str:
-        """A program that runs this example alone."""
+        """Returns a program that runs this example alone."""
         chosen = self.case.options
         parts = [f'CellOptions.from_text("{chosen.text()}")']
         parts += [repr(getattr(self.case, f.name)) for f in fields(Case)[1:]]
@@ -156,10 +156,10 @@ class Example:
 
 
 def check(example: Example) -> bool:
-    """Results, and gradients; False if those were not compared.
+    """Checks results and gradients; returns False if the gradients were not compared.
 
-    They are not where rounding led the kernels to other decisions than the reference, nor with
-    weights so large that the recurrence is chaotic.
+    Gradients cannot be compared if rounding led kernels and reference to different decisions, or if
+    the weights are so large that the recurrence is chaotic.
     """
     case, algorithm = example.case, example.algorithm
     if algorithm == "winograd" and case.dtype != torch.float32:
@@ -169,9 +169,9 @@ def check(example: Example) -> bool:
         check_results(case, kernels)
         if case.gain > 1:
             return False
-        if case.options.surrogate.name == "SSO":  # so that the oracle draws the same noise
+        if case.options.surrogate.name == "SSO":  # in float64 the oracle draws the kernels' noise
             case = replace(case, dtype=torch.float64, layouts=("contiguous",) * 4)
-        if case.options.quant and case.options.pool == "avg":  # means of levels round the same way
+        if case.options.quant and case.options.pool == "avg":  # in float64 means round alike
             case = replace(case, dtype=torch.float64)
         outputs, wanted, pattern = example.outputs, example.wanted, example.pattern
         return check_gradients(kernels, case, outputs, wanted, pattern, ASKED[example.asked])
@@ -180,7 +180,7 @@ def check(example: Example) -> bool:
 
 @st.composite
 def large_cases(draw: Any) -> Case:
-    """Larger sizes than :func:`cases.cases` draws, as far as the work allows."""
+    """Draws larger sizes than :func:`cases.cases` does, within _MOST_WORK."""
 
     def mostly_small(most: int) -> int:
         return min(draw(st.integers(1, most)), draw(st.integers(1, most)))
@@ -201,7 +201,7 @@ def large_cases(draw: Any) -> Case:
         (draw(_LAYOUTS), draw(_LAYOUTS), draw(_LAYOUTS), draw(st.sampled_from(LAYOUTS))),
         draw(st.integers(0, 2**16)), draw(st.sampled_from([1.0, 1.0, 1.0, 1e-3, 0.1, 10.0, 100.0])),
     )  # fmt: skip
-    while _work(case) > _MOST_WORK:  # the largest of what may be smaller
+    while _work(case) > _MOST_WORK:  # halve the largest size
         names = ("time", "batch", "channels", "in_channels", "height", "width")
         largest = max(names, key=lambda name: getattr(case, name))
         if largest in ("height", "width") and getattr(case, largest) // 2 < 3:
@@ -240,18 +240,18 @@ def examples() -> st.SearchStrategy[Example]:
         _subsets(OUTPUTS), _subsets(NAMES), st.sampled_from([NAN, HUGE]), _mostly_first(ASKED),
         _mostly_first(KEPT),
     )  # fmt: skip
-    # The stochastic surrogate draws random numbers, which torch.func.vmap refuses.
+    # torch.func.vmap raises an error at the random numbers of the stochastic surrogate.
     return drawn.filter(lambda e: e.asked != "batched" or e.case.options.surrogate.name != "SSO")
 
 
 def run(count: int, seed: int | None = None) -> Counter[str]:
-    """Check `count` random examples; says how many, by what was compared."""
+    """Checks `count` random examples; returns how many of each kind were compared."""
     done: Counter[str] = Counter()
 
     @settings(
         max_examples=count,
         deadline=None,
-        report_multiple_bugs=False,  # one script, and its own exception
+        report_multiple_bugs=False,  # so that one script is printed, and its exception raised
         suppress_health_check=list(HealthCheck),
     )
     @given(examples())

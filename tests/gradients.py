@@ -1,4 +1,4 @@
-"""Gradients of a case, and their comparison."""
+"""Computes the gradients of a case, and compares gradients."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,9 +27,10 @@ def gradients(
     noise: int = 0,
     ask: Callable[..., Sequence[Tensor]] = torch.autograd.grad,
 ) -> dict[str, Tensor]:
-    """Returns gradients of the `wanted` inputs by name; None for an output leaves it unused.
+    """Returns the gradients of the `wanted` inputs by name.
 
-    `ask` takes the arguments of torch.autograd.grad, and returns what that returns.
+    An output whose gradient is None stays unused. `ask` takes the arguments of
+    torch.autograd.grad, and returns what that returns.
     """
     leaves = wanting_gradients(inputs)
     for name in NAMES:
@@ -71,16 +72,16 @@ def compare(
         assert one.isfinite().all(), name
         scale = float(other.abs().max())
         if name == "threshold":
-            # One number or few, that many terms of either sign add up to.
+            # Each of its few numbers is a sum of many terms of either sign.
             scale = max(scale, terms)
         worst = float((one.double() - other).abs().max())
         kind = torch.finfo(one.dtype)
-        small = 10 * kind.tiny * kind.eps + 1e-30  # roundings of numbers below the normal ones
+        small = 10 * kind.tiny * kind.eps + 1e-30  # for the rounding of subnormal numbers
         assert worst <= error * scale + small, f"{name}: {worst:.3g} where {scale:.3g} is largest"
 
 
 def agrees(run: Run, case: Case, inputs: Inputs) -> bool:
-    """Tells whether `run` decides as the reference does wherever the function jumps."""
+    """Returns whether `run` makes all decisions as the float64 reference does."""
     options = case.recorded().options
     with torch.no_grad():
         own = run(*inputs, options)
@@ -90,7 +91,7 @@ def agrees(run: Run, case: Case, inputs: Inputs) -> bool:
 
 
 def from_states(syn: Tensor, mem: Tensor) -> Run:
-    """Returns the reference whose every step ends in these states; gradients pass them through."""
+    """Returns a form of the reference whose steps end in these states, with its own gradients."""
 
     def run(x: Tensor, *states_and_rest: Any) -> tuple[Tensor, ...]:
         *states, weight, bias, threshold, graded, options = states_and_rest
@@ -109,7 +110,7 @@ def from_states(syn: Tensor, mem: Tensor) -> Run:
 
 
 def of_outputs(case: Case, outputs: Sequence[str] = OUTPUTS) -> list[Tensor | None]:
-    """Returns random gradients of the `outputs`, and None for the others."""
+    """Returns random gradients of the `outputs`, and None for the other outputs."""
     return [
         g if name in outputs else None
         for name, g in zip(OUTPUTS, case.output_gradients(), strict=True)

@@ -1,4 +1,4 @@
-"""The fixture `kernels`: every way in which the core can run a call on this processor."""
+"""The fixture `kernels` runs a test in every way in which the core can run on this processor."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,35 +18,35 @@ ISAS: list[str] = snnlstm._C.isa_names() if native else []
 
 @dataclass(frozen=True)
 class Kernels:
-    """One instruction set and one setting of :func:`snnlstm.set_algorithm`."""
+    """Names an instruction set and a setting of :func:`snnlstm.set_algorithm`."""
 
     isa: str
     algorithm: str
 
     def state_error(self, dtype: torch.dtype) -> float:
-        """Largest absolute error that a step may add to syn and mem.
+        """Returns the largest absolute error that a step may add to syn and mem.
 
-        For sums of some hundred products of order 1 with weights at their default init. Winograd's
-        transforms cancel: F(4x4, 3x3) costs about a decimal digit.
+        The bound holds for sums of some hundred products of order 1 with weights at their default
+        init. Cancellation in Winograd's transforms costs about one decimal digit.
         """
         if dtype == torch.float64:
             return 1e-13 if self.algorithm == "direct" else 1e-12
         return 2e-6 if self.algorithm == "direct" else 2e-5
 
     def gradient_error(self, dtype: torch.dtype) -> float:
-        """Largest error of a gradient, relative to its largest element."""
+        """Returns the largest error of a gradient, relative to its largest element."""
         if dtype == torch.float64:
             return 1e-11
         return 2e-5 if self.algorithm == "direct" else 2e-4
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Those for which there are kernels of this algorithm; Winograd's are in float32."""
+        """Returns the dtypes for which the algorithm has kernels; Winograd has float32 alone."""
         both = (torch.float32, torch.float64)
         return both[:1] if self.algorithm == "winograd" else both
 
     def run(self, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns what :func:`flat.reference` computes, by these kernels."""
+        """Returns spk, syn and mem; see :func:`flat.run`."""
         return flat.run(*arguments, self.algorithm)
 
 
@@ -56,7 +56,7 @@ def _id(kernels: Kernels) -> str:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Runs the oracle in one thread: on small tensors torch's threads cost more than they save."""
+    """Within the block torch has one thread: on small tensors threads cost more than they save."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -66,7 +66,7 @@ def one_thread() -> Iterator[None]:
 
 
 def use(kernels: Kernels) -> Iterator[Kernels]:
-    """Run with these kernels until the generator is resumed."""
+    """Selects these kernels until the generator is resumed."""
     before = native.cpu.isa
     native.cpu.set_isa(kernels.isa)
     try:
@@ -80,12 +80,12 @@ def use(kernels: Kernels) -> Iterator[Kernels]:
     params=[Kernels(isa, algorithm) for isa in ISAS for algorithm in native.cpu.ALGORITHMS], ids=_id
 )
 def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
-    """Run a test once for each instruction set and algorithm; without the core it is skipped."""
+    """Runs a test once for each instruction set and algorithm; without the core pytest skips it."""
     yield from use(request.param)
 
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run a test once for each instruction set, where the convolution does not matter."""
+    """Runs a test once for each instruction set, with the algorithm "auto"."""
     for _ in use(Kernels(request.param, "auto")):
         yield request.param

@@ -1,4 +1,4 @@
-"""Loops of step calls: snnTorch's cell and ours on the same events, and what is compared."""
+"""Runs loops of step calls of snnTorch's cell and ours on equal events, and compares gradients."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ STEPS = 5
 
 
 def cells(**arguments) -> tuple[nn.Module, nn.Module]:
-    """Makes snnTorch's cell and ours, of the same weights, in float64."""
+    """Makes snnTorch's cell and ours in float64, with equal weights."""
     arguments = {"threshold": 0.05, "reset_mechanism": "subtract", "seed": 1} | arguments
     ours, theirs = twins(2, 4, 3, **arguments)
     return theirs.double(), ours.double()
@@ -42,7 +42,7 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
 
 
 def both(work: Callable[[nn.Module], object], **arguments) -> tuple[nn.Module, nn.Module]:
-    """Does the same with snnTorch's cell and ours: the gradients of the parameters are equal."""
+    """Calls `work` with snnTorch's cell and ours; asserts that parameters have equal gradients."""
     pair = cells(**arguments)
     for cell in pair:
         work(cell)

@@ -1,7 +1,7 @@
-"""Random calls of the core with nonsense among the arguments, each of which must raise.
+"""Makes random calls of the core with nonsense among the arguments; each must raise an error.
 
-Each call is printed before it is made, so that the last line names the one that crashed. Addresses
-that are no nonsense lead into one block of memory, large enough for everything.
+Each call is printed before it is made, so that the last line names a call that crashed. Valid
+addresses lie in one block of memory, which is large enough for any tensor.
 """
 
 import argparse
@@ -20,14 +20,14 @@ import torch  # before the core
 from snnlstm import _C
 
 SIZES = {"T": 2, "N": 2, "Cin": 3, "C": 5, "H": 6, "W": 7}
-ROOM = 1 << 16  # bytes: more than any tensor of these sizes takes
-HALF = 1 << 24  # bytes of the block: the first half for tensors, the second for workspaces
-MOST_MEMORY = 1 << 34  # of this process: a size that leads to more is to be refused
+ROOM = 1 << 16  # bytes for a tensor, more than any tensor of these sizes takes
+HALF = 1 << 24  # bytes of half of the block: tensors lie in the first half, workspaces behind
+MOST_MEMORY = 1 << 34  # bytes that this process may take: the core must refuse larger sizes
 HUGE = [2**53, 2**61, 2**62, 2**63 - 1, 2**64, -(2**63)]
 NO_NUMBER = ["x", 1.5, None, (), [1]]
 NO_ADDRESS = [-1, 2**64, *NO_NUMBER]
 NONSENSE: dict[str, list[Any]] = {
-    "address": NO_ADDRESS,  # which may be 0: absent
+    "address": NO_ADDRESS,  # 0 is valid, and means absent
     "memory": [0, *NO_ADDRESS],
     "aligned": [0, 8, *NO_ADDRESS],
     "aligned or none": [8, *NO_ADDRESS],
@@ -46,13 +46,13 @@ NONSENSE: dict[str, list[Any]] = {
     "text": ["", "nonsense", 7, None],
     "object": [7, None, "x"],
 }
-Arguments = dict[str, tuple[str, Any]]  # by name: the kind, and a value that is none
+Arguments = dict[str, tuple[str, Any]]  # an argument's kind and a valid value, by its name
 
 
 class Calls(ABC):
-    """The functions of a core, each with arguments that it accepts."""
+    """Holds the functions of a core, each with arguments that it accepts."""
 
-    step = 8  # bytes to which addresses are aligned
+    step = 8  # valid addresses are multiples of so many bytes
 
     def __init__(self, module: Any, block: int) -> None:
         self.module, self.block, self.used = module, block, 0
@@ -60,7 +60,7 @@ class Calls(ABC):
         self.cell = module.Cell(**self.facts)
 
     def address(self) -> int:
-        """Returns a place of its own, until all of the block is given away."""
+        """Returns an unused place of the block's first half, and begins again at its end."""
         self.used = (self.used + ROOM) % HALF
         return self.block + self.used + self.step * random.randrange(4)
 
@@ -100,7 +100,7 @@ class Calls(ABC):
         }  # fmt: skip
 
     def a_pass(self, backward: bool) -> Arguments:
-        """What both halves' forward and backward passes take."""
+        """Returns the arguments that forward and backward passes of both halves take."""
         t, n, cin, c, h, w = SIZES.values()
         x, state, spikes = (self.view(*shape) for shape in (
             (t, n, cin, h, w), (1, n, c, h, w), (t, n, c, h, w)))  # fmt: skip
@@ -112,7 +112,7 @@ class Calls(ABC):
             "levels": (of_levels, self.address()), "saved_syn": ("memory", self.address()),
             "saved_gates": ("memory" if backward else "address", self.address()),
         }  # fmt: skip
-        winners = self.block + 2 * HALF  # indices that a backward pass may follow
+        winners = self.block + 2 * HALF  # holds valid indices, which a backward pass may follow
         if not backward:
             return found | {
                 "bias": ("address", self.address()), "winner": ("address", winners),
@@ -133,12 +133,12 @@ class Calls(ABC):
         return self.block + HALF + step * random.randrange(64 // step)
 
     def calls(self) -> dict[str, tuple[Callable[..., Any], Arguments, int]]:
-        """Functions by name, with their arguments, of which so many go by place."""
+        """Returns functions by name, their arguments, and the number of positional arguments."""
         return {"Cell": (self.module.Cell, self.cell_arguments(), 0)}
 
     @abstractmethod
     def sizes(self, cell: Any) -> list[int]:
-        """Bytes that calls of a cell need."""
+        """Returns all counts of bytes that the core tells of a cell."""
 
 
 class Cpu(Calls):
@@ -284,11 +284,8 @@ class Cuda(Calls):
         ]  # fmt: skip
 
 
-# ---- calls -------------------------------------------------------------------------------------
-
-
 def one(calls: Calls, number: int) -> None:
-    """A random function: as it is to be called, or with one or two things wrong."""
+    """Calls a random function with valid arguments, or with up to three faults among them."""
     functions = calls.calls()
     name = random.choice(list(functions))
     function, arguments, places = functions[name]
@@ -318,7 +315,7 @@ def one(calls: Calls, number: int) -> None:
 
 
 def extreme(calls: Calls, number: int) -> None:
-    """A cell of any size, without memory: it is refused, or what it needs is counted."""
+    """Makes a cell of any size: the core must refuse the cell, or count the bytes it needs."""
 
     def size(most: int) -> int:
         return int(2 ** (random.random() ** 3 * most))
@@ -341,13 +338,13 @@ def extreme(calls: Calls, number: int) -> None:
 
 
 def complete(calls: Calls) -> None:
-    """Every function of the core is among those that are called."""
+    """Asserts that every function of the core is called."""
     half = isinstance(calls, Cuda)
     there = {
         name for name in dir(calls.module)
         if not name.startswith("__") and (name.lower().startswith("cuda") == half)
     }  # fmt: skip
-    there -= {"set_device"}  # of the emulator
+    there -= {"set_device"}  # a function of the emulator
     known = {name.partition(".")[0] for name in calls.calls()} - ({"Cell"} if half else set())
     assert known == there, known ^ there
     for kind in (name for name in there if name[0].isupper() and name != "Cell"):

@@ -1,6 +1,7 @@
-"""Import and one training step: what is tried first with each torch, NumPy and snnTorch.
+"""Imports snnlstm and makes one training step, as a first test of each torch, NumPy and snnTorch.
 
-``make versions`` runs it in each environment, and ``.ci/run`` with what is quick to install.
+``make versions`` runs this script in each of its environments. ``.ci/run`` runs it with versions
+that are quick to install.
 """
 
 import platform

@@ -1,11 +1,10 @@
-"""Judges what kernels computed by the float64 reference, soundly in spite of rounding.
+"""Compares results of kernels with the float64 reference, soundly in spite of rounding.
 
-Two implementations round differently, so a potential within rounding of the threshold may
-spike in one and not in the other, and with a reset the states go apart from there. Therefore a
-sequence is not compared with the reference's own sequence but step by step: each step of the
-reference starts from the states that the kernels under test came to. Within a step the reset
-is then exact (it compares two given numbers), the states are continuous, and the spike is
-judged by the potential that the kernels themselves returned.
+Two implementations round differently, so a potential within rounding of the threshold may spike in
+one and not in the other. With a reset the states then differ from that step on. Therefore sequences
+are compared step by step: each step of the reference starts from the kernels' own states. Within a
+step the reset is then exact, because it compares two given numbers. The states are continuous
+functions of their inputs. The spikes are compared with the potential that the kernels returned.
 """
 
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from snnlstm.call import CellOptions
 
 
 def assert_quantised(value: Tensor, exact: Tensor, levels: Tensor, band: float) -> None:
-    """Check quantised values against the exact ones from before the quantisation.
+    """Compares quantised values with exact ones from before the quantisation.
 
     Every value must be a level, and no other level may be nearer by more than `band`.
     """
@@ -38,7 +37,7 @@ def steps_of(tensor: Tensor, options: CellOptions) -> Tensor:
 
 
 def pooled(mem: Tensor, options: CellOptions) -> Tensor:
-    """The potential that is compared with the threshold, before its quantisation."""
+    """Returns the potential that the threshold is compared with, before its quantisation."""
     if options.pool == "max":
         return F.max_pool2d(mem, options.pool_size)
     if options.pool == "avg":
@@ -49,11 +48,11 @@ def pooled(mem: Tensor, options: CellOptions) -> Tensor:
 def check_spikes(
     spk: Tensor, mem: Tensor, threshold: Tensor, graded: Tensor, options: CellOptions
 ) -> None:
-    """Spikes of one step against the mem (N, C, Ho, Wo) that the same kernels returned.
+    """Compares spikes of one step with the mem (N, C, Ho, Wo) that the same kernels returned.
 
-    Exact but for average pooling, whose sum may round either way, and for half types, where spikes
-    are those of mem before it is rounded: there a neuron within that rounding of a boundary
-    (threshold, or middle between two levels) may do as it likes.
+    Average pooling may round either way, and in half types the kernels form spikes from mem before
+    they round it. In these cases a neuron may spike or not if its potential lies within rounding of
+    the threshold or of the middle between two levels. In other cases the comparison is exact.
     """
     potential = pooled(mem.double(), options)
     band = 0.0
@@ -61,13 +60,14 @@ def check_spikes(
         band = 4 * torch.finfo(mem.dtype).eps * float(mem.abs().max())
     low, high = potential - band, potential + band
     if options.quant is not None:
-        low, high = options.quant(low) - band / 4, options.quant(high) + band / 4  # levels round
+        # In half types the levels are rounded, too.
+        low, high = options.quant(low) - band / 4, options.quant(high) + band / 4
     threshold = threshold.double()
     must, may = low > threshold, high > threshold
     if options.inhibition:
         flat_low, flat_high = low.flatten(1), high.flatten(1)
         if band == 0:
-            winner = flat_low.argmax(1, keepdim=True)  # the first of equal ones
+            winner = flat_low.argmax(1, keepdim=True)  # of equal potentials the first one
             winners = torch.zeros_like(flat_low, dtype=torch.bool).scatter(1, winner, True)
         else:
             winners = flat_high >= flat_low.amax(1, keepdim=True)
@@ -86,7 +86,7 @@ def exact_steps(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the exact syn and mem of each step, before they are quantised.
 
-    `syn` and `mem` are every state of a run: each step starts from those before it.
+    `syn` and `mem` hold all states of a run: each step starts from the states before it.
     """
     step = replace(options, sequence=False, record=False, quant=None, surrogate=surrogate.NONE)
     wide = inputs.double()
@@ -100,13 +100,10 @@ def exact_steps(
 def check_steps(
     case: Case, inputs: Inputs, out: tuple[Tensor, Tensor, Tensor], error: float
 ) -> None:
-    """Outputs of a call that returned every state, step by step.
+    """Compares the outputs of a call that returned every state, step by step.
 
-    Parameters
-    ----------
-    error : float
-        Largest absolute error of syn and mem that one step may add; relative where they are
-        larger than 1.
+    `error` bounds what one step may add to the error of syn and mem. It is an absolute error, or a
+    relative one for states larger than 1.
     """
     options = case.options
     steps = zip(*(steps_of(t.detach(), options) for t in out), strict=True)
@@ -122,10 +119,10 @@ def check_steps(
 
 
 def is_clear(case: Case, inputs: Inputs, syn: Tensor, mem: Tensor, band: float) -> bool:
-    """Tells whether no error of mem up to `band` changes a derivative of a recorded run.
+    """Returns whether errors of mem up to `band` leave all derivatives of a recorded run alone.
 
-    A change would be another level, another place of the largest in a pooling window, another
-    winner, or the other side of a surrogate's jump.
+    An error changes derivatives if it leads to another level, another place of the largest in a
+    pooling window, another winner, or the other side of a surrogate's jump.
     """
     options = case.options
     jumps = {"triangular": 0.0, "heaviside": 0.0, "LSO": 0.0, "SFS": options.surrogate.p1}
@@ -147,17 +144,17 @@ def is_clear(case: Case, inputs: Inputs, syn: Tensor, mem: Tensor, band: float) 
 
 
 def _least_lead(values: Tensor) -> float:
-    """Returns how far the largest along the last dimension is from the next, at the least."""
+    """Returns the least distance between the largest and the second largest in any row."""
     if values.shape[-1] == 1:
         return torch.inf
     return float(values.topk(2).values.diff().abs().min())
 
 
 def decisions(case: Case, inputs: Inputs, syn: Tensor, mem: Tensor) -> list[Tensor]:
-    """Returns every decision of a recorded run: runs with equal ones have equal derivatives.
+    """Returns every decision of a recorded run: runs with equal decisions have equal derivatives.
 
-    The resets, the levels that the states were rounded to, the places of the largest in every
-    pooling window, the winners, and on which sides of its jumps each surrogate stood.
+    Decisions are the resets, the levels of the states, the places of the largest in every pooling
+    window, the winners, and the sides of the surrogate's jumps on which the potentials lie.
     """
     options = case.options
     syn, mem = steps_of(syn.double(), options), steps_of(mem.double(), options)
@@ -170,8 +167,8 @@ def decisions(case: Case, inputs: Inputs, syn: Tensor, mem: Tensor) -> list[Tens
     potential = pooled(mem.flatten(0, 1), options)
     if options.quant is not None:
         if options.pool == "avg" and case.dtype == torch.float32:
-            # Means of equidistant levels often lie in the middle between two, where float32
-            # rounds either way: unequal decisions, so that the case is dropped.
+            # Means of equidistant levels often lie in the middle between two levels, where float32
+            # rounds either way. NaN makes the decisions unequal, so that the case is dropped.
             low, high = (options.quant(potential + sign * 1e-6) for sign in (-1, 1))
             found.append(torch.where(low == high, 0.0, torch.nan))
         potential = options.quant(potential)

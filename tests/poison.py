@@ -1,9 +1,9 @@
-"""Memory that shows what is done to it: outputs and workspaces are poisoned, and fenced in.
+"""Fills the outputs and workspaces of the core with a pattern, and puts fences around them.
 
-The core takes all its memory from torch.empty and its relatives, and from memory.empty. In
-:func:`poisoned` these return memory filled with a pattern, between two fences: a result that was
-not written keeps the pattern, one that was computed from memory nobody wrote is wrong, and a write
-past the end breaks a fence.
+The core takes all its memory from torch.empty and its relatives, and from memory.empty. Within
+:func:`poisoned` these return memory that holds a pattern and lies between two fences. A result that
+the core does not write keeps the pattern. A result of memory that nobody wrote is wrong. A write
+past the end changes a fence.
 """
 
 import threading
@@ -31,7 +31,7 @@ def _storage_bytes(shape: tuple[int, ...], strides: tuple[int, ...], item: int) 
 
 
 class _Fenced:
-    """Allocator of poisoned tensors; `blocks` remembers their memory, fences included."""
+    """Allocates poisoned tensors; `blocks` holds their memory with its fences."""
 
     def __init__(self, pattern: int) -> None:
         self.pattern = pattern
@@ -44,7 +44,7 @@ class _Fenced:
         block[:_FENCE] = block[-_FENCE:] = _FENCE_BYTE
         self.blocks.append(block)
         storage = torch.from_numpy(block).untyped_storage()
-        # The tensor is no view: autograd treats views among a Function's outputs differently.
+        # The tensor must not be a view: autograd treats views among a Function's outputs otherwise.
         return torch.tensor([], dtype=dtype).set_(storage, _FENCE // item, shape, strides)
 
     def check(self) -> None:
@@ -55,17 +55,17 @@ class _Fenced:
 
 @contextmanager
 def poisoned(pattern: int) -> Iterator[_Fenced]:
-    """Poison what the core is given to write to while the block runs, then check the fences."""
+    """Within the block the core writes to poisoned memory; at its end the fences are checked."""
     fenced = _Fenced(pattern)
 
     def contiguous(*shape, dtype=None, device=None, **_):
         shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        if device == "meta":  # asked for its strides
+        if device == "meta":  # the caller reads the strides alone
             return torch.empty(shape, device=device)
         return fenced.new(shape, torch.empty(shape, device="meta").stride(), dtype)
 
     class Torch:
-        """What these modules see as torch."""
+        """This object takes torch's place in the core's modules."""
 
         empty = staticmethod(contiguous)
 
@@ -88,7 +88,7 @@ def poisoned(pattern: int) -> Iterator[_Fenced]:
         patch.setattr(memory, "empty", lambda shape, dtype: contiguous(shape, dtype=dtype))
         patch.setattr(Tensor, "new_empty", new_empty)
         patch.setattr(Tensor, "new_empty_strided", new_empty_strided)
-        patch.setattr(memory, "_thread", threading.local())  # nothing kept from before
+        patch.setattr(memory, "_thread", threading.local())  # a workspace of its own
         patch.setattr(packing, "_packed", WeakKeyDictionary())
         yield fenced
     fenced.check()

@@ -1,4 +1,4 @@
-"""The CPU kernels for 64-bit Arm, cross-compiled and run in an emulator of the processor."""
+"""The CPU kernels compile for 64-bit Arm, and compute there what they compute here."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def test_random_calls_give_on_arm_what_they_give_here(monkeypatch):
-    """Prints the sum of all that a hundred calls compute, forward and backward, to six digits."""
+    """The driver prints the sum of all numbers that a hundred calls computed, to six digits."""
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.delitem(sys.modules, "run", raising=False)
     from run import run

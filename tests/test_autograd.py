@@ -1,4 +1,4 @@
-"""Autograd's rules: who gets a gradient, what is kept and freed, what is edited in place."""
+"""The kernels keep autograd's rules about unwanted gradients, freed graphs and edited tensors."""
 
 import gc
 import weakref
@@ -55,7 +55,7 @@ def test_a_graph_is_used_up_and_its_memory_freed():
 
 @pytest.mark.parametrize("name", ["x", "syn", "mem", "weight", "threshold"])
 def test_editing_an_input_in_place_is_noticed(name):
-    # The call gets clones, because leaves refuse to be edited anyway.
+    # The call gets clones, because torch lets nobody edit leaves that require a gradient.
     held = Inputs(*(None if t is None else t.clone() for t in wanting_gradients(PLAIN.inputs())))
     out = flat.run(*held, PLAIN.options)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_editing_an_input_in_place_is_noticed(name):
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_editing_an_output_in_place_gives_right_gradients(name):
-    """What a caller does to returned tensors enters the graph, and nothing else changes."""
+    """An edit of a returned tensor enters the graph as the same operation out of place does."""
     for case in (PLAIN, PLAIN.but(sequence=False, record=False), PLAIN.but(record=False)):
         inputs, grads = leaves_and_gradients(case)
         outcomes = []

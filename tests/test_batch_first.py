@@ -1,4 +1,4 @@
-"""batch_first=True: sequences with the batch before time, of the cell and of the function."""
+"""With batch_first=True cell and function take and return sequences with the batch before time."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ OPTIONS = {"threshold": 0.05, "reset_mechanism": "subtract", "max_pool": 2}
 
 
 def twins(**arguments) -> tuple[snnlstm.SConv2dLSTM, snnlstm.SConv2dLSTM]:
-    """Returns cells of one weight, the second one with the batch first."""
+    """Returns two cells of equal weights; the second one has batch_first=True."""
     arguments = OPTIONS | {"batch_first": True} | arguments
     return ours(2, 4, 3, **(arguments | {"batch_first": False})), ours(2, 4, 3, **arguments)
 
 
 def events() -> Tensor:
-    """(N, T, ...)"""
+    """Returns events (N, T, 2, 7, 6)."""
     return steps(N, T, 2, 7, 6)
 
 
@@ -73,7 +73,7 @@ def test_the_functional_forms(backend):
 
 @pytest.mark.parametrize("record", [False, True])
 def test_results_lie_in_memory_as_they_are_seen(record):
-    """The kernels write them so: nobody has to copy them for a layer that folds N and T."""
+    """The kernels write contiguous results, so that a layer that folds N and T copies nothing."""
     _, cell = twins()
     with torch.no_grad():
         spk, _, mem = cell(events(), record=record)

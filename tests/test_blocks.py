@@ -1,4 +1,4 @@
-"""Large blocks are used again, and do not add to what is in use at the most."""
+"""Large blocks of memory are used again, are kept up to a limit, and are safe between threads."""
 
 import gc
 import threading
@@ -26,7 +26,7 @@ def megabytes(count: int) -> torch.Tensor:
 
 
 def test_what_it_returns():
-    with torch.device("meta"):  # torch's default device does not matter
+    with torch.device("meta"):  # the function ignores torch's default device
         assert blocks.empty((3,), torch.float32).device.type == "cpu"
         tensor = blocks.empty((3, 5, 2 * MIB), torch.float64)
     assert tensor.device.type == "cpu"
@@ -66,7 +66,7 @@ def test_blocks_that_nobody_uses_make_room_for_one_of_another_size(monkeypatch):
     before = blocks.free_bytes()
     assert before >= 24 * MIB
     large = megabytes(16)
-    assert blocks.free_bytes() == before, "they were used a moment ago"
+    assert blocks.free_bytes() == before, "blocks that were used a moment ago were given back"
     monkeypatch.setattr(blocks, "IDLE", 0.0)
     larger = megabytes(32)
     assert blocks.free_bytes() == 0
@@ -92,18 +92,18 @@ def test_threads():
 
 
 def test_a_block_may_come_back_in_the_middle_of_a_call():
-    """Garbage collection lets go of tensors anywhere, also where this thread holds the lock."""
+    """Garbage collection may free a tensor at any point, also while its thread holds the lock."""
     tensor = megabytes(8)
     with blocks._lock:
         del tensor
-        assert blocks.free_bytes() == 0, "what the call works on must not change under it"
+        assert blocks.free_bytes() == 0, "the list changed while a call held its lock"
     other = megabytes(4)
     assert blocks.free_bytes() >= 8 * MIB
     del other
 
 
 def test_the_cache_may_be_emptied_in_the_middle_of_a_call():
-    """A signal handler does so in the thread that holds the lock."""
+    """A signal handler may call empty_cache() in the thread that holds the lock."""
     held, kept = megabytes(8), megabytes(4)
     del held
     with blocks._lock:
@@ -116,7 +116,7 @@ def test_the_cache_may_be_emptied_in_the_middle_of_a_call():
 
 def test_the_cache_may_be_emptied_while_another_thread_takes_its_workspace(monkeypatch):
     class Emptied(blocks._Workspace):
-        """One that empty_cache, in another thread, empties each time it is looked at."""
+        """This workspace is empty after each look at it, as if another thread emptied it."""
 
         @property
         def memory(self) -> torch.Tensor:

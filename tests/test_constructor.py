@@ -1,4 +1,4 @@
-"""What the constructor takes, against snntorch 1.0.0: arguments, their order, what is refused."""
+"""The constructor and its attributes take what those of snntorch 1.0.0 take, and more."""
 
 import inspect
 
@@ -120,7 +120,7 @@ def test_device_and_dtype_keywords_and_cells_without_memory():
 @pytest.mark.parametrize("dilation", [1, 2, (1, 3)], ids=str)
 @pytest.mark.parametrize("size", [(7, 8), (1, 1), (6, 5)], ids=str)
 def test_stride_is_the_inputs_alone_and_dilation_is_both(backend, stride, dilation, size):
-    """Two convolutions of torch give what the definition says."""
+    """The expected states come from two of torch's convolutions, as the definition says."""
     cell = ours(stride=stride, dilation=dilation, dtype=torch.float64)
     sh, sw = cell.stride
     shape = (2, 3, -(-size[0] // sh), -(-size[1] // sw))

@@ -1,4 +1,4 @@
-"""The compiled core, called with nonsense: a Python exception each time, and never a crash."""
+"""The compiled core raises a Python exception at each nonsensical argument, and never crashes."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize(("core", "count"), [("cpu", 2000), ("cuda", 2000), ("simt", 500)])
 def test_random_calls_with_nonsense_among_the_arguments(core, count):
-    """In a process of its own, whose last line of output names the call that went wrong."""
+    """nonsense.py runs as a process, whose last line of output names the call that went wrong."""
     if core == "cuda" and not (hasattr(_C, "cuda_target") and torch.cuda.is_available()):
         pytest.skip("no GPU")
     if core == "simt" and not ((HERE.parent / "csrc").exists() and shutil.which("g++")):

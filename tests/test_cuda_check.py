@@ -1,4 +1,4 @@
-"""What is said of drivers, GPUs and builds that do not go together. None of them is here."""
+"""cuda_check says which drivers, GPUs and builds do not fit; the tests need no GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ WITHOUT = {"cuda": "not built: SNNLSTM_CUDA=off", "cuda_version": "", "cuda_arch
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Gives this process GPUs, a driver and a build; returns what was asked of the GPUs."""
+    """Returns a function that gives this process GPUs, a driver and a build.
+
+    The function returns a list of the questions that the GPUs were asked.
+    """
     asked: list[str] = []
 
     def give(build: dict[str, str], driver: int, *capabilities: tuple[int, int]) -> list[str]:
@@ -50,7 +53,7 @@ NO_KERNELS = ("no CUDA kernels", "SNNLSTM_CUDA=off", "+cu13", "SNNLSTM_CUDA=on")
     [
         *((BUILD, 13020, fits, ()) for fits in ((7, 5), (8, 6), (9, 0), (10, 3), (12, 0))),
         (BUILD, 14000, (9, 0), ()),
-        (BUILD, 0, (9, 0), ()),  # a driver that tells no version
+        (BUILD, 0, (9, 0), ()),  # the driver does not tell its version
         (BUILD, 12040, (9, 0), OLD),
         (BUILD, 13000, (7, 0), ("GPU 0 (compute capability 7.0) is too old", "need 7.5 or newer")),
         (WITHOUT, 13000, (9, 0), NO_KERNELS),
@@ -88,7 +91,7 @@ def test_a_gpu_that_the_build_has_no_code_for(capability, archs, covered):
 @pytest.mark.parametrize(
     ("capability", "driver", "serves"),
     [
-        ((8, 9), 13000, True),  # machine code: the major version alone counts
+        ((8, 9), 13000, True),  # for machine code the major version alone counts
         ((12, 1), 13020, True),
         ((12, 1), 13010, False),
         ((12, 1), None, True),

@@ -1,4 +1,4 @@
-"""The demo: its moving digits, its two networks and its command, without a clock."""
+"""The demo's digits move as they should, its networks are equal, and its command runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("snntorch")
 pytest.importorskip("sklearn")
-pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 from benchmarks.demo import comparison as demo
@@ -21,9 +19,6 @@ from benchmarks.demo import training
 from benchmarks.demo.digits import Motion, load_split, moving_digits, render, trajectories
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-# ---- moving digits -------------------------------------------------------------------------------
 
 
 def test_events_are_the_changes_between_consecutive_frames():
@@ -60,18 +55,18 @@ def test_digits_circle_inside_the_canvas():
     assert corners.shape == (200, 41, 2)
     assert corners.min() >= -1e-5
     assert corners.max() <= 8 + 1e-5
-    torch.testing.assert_close(corners[:, 0], corners[:, -1])  # once round
+    torch.testing.assert_close(corners[:, 0], corners[:, -1])  # a digit goes round once
     radius = (corners[:, 0] - corners[:, 20]).norm(dim=-1) / 2
     assert 1 <= radius.min() < 1.2
     assert 3.8 < radius.max() <= 4
     turn = corners[:, 1] - corners[:, 0]
     inward = corners[:, 20] - corners[:, 0]
     left = turn[:, 0] * inward[:, 1] > turn[:, 1] * inward[:, 0]
-    assert 70 < left.sum() < 130  # either way round, about as often
+    assert 70 < left.sum() < 130  # about half of the digits go either way round
 
 
 def test_one_seed_gives_one_set_of_sequences():
-    images = load_split(0)[0][:70]  # more than one chunk
+    images = load_split(0)[0][:70]  # the images are rendered in two chunks
     motion = Motion(steps=2)
     first = moving_digits(images, motion, seed=1)
     assert torch.equal(first, moving_digits(images, motion, seed=1))
@@ -93,9 +88,6 @@ def test_split_keeps_classes_in_proportion_and_digits_apart():
     assert not torch.equal(load_split(6)[1], labels)
 
 
-# ---- the training --------------------------------------------------------------------------------
-
-
 def test_both_networks_start_alike_and_compute_alike():
     nets = {}
     for name in demo.TITLES:
@@ -110,9 +102,9 @@ def test_both_networks_start_alike_and_compute_alike():
         net(x).square().sum().backward()
     one, other = (net.layer1.conv.weight.grad for net in nets.values())
     assert (one - other).norm() < 1e-3 * one.norm()
-    # The second call starts from zero states as the first did.
+    # The second call starts from zero states, as the first did.
     torch.testing.assert_close(nets["snnlstm"](x), scores["snnlstm"], atol=0, rtol=0)
-    # And so do the gradients of a step.
+    # Two equal training steps start from zero states and zero gradients.
     optimizer, grads = torch.optim.SGD(nets["snnlstm"].parameters(), lr=0.0), []
     for _ in range(2):
         training.learn(nets["snnlstm"], optimizer, x, torch.tensor([1, 2, 3]))
@@ -122,7 +114,7 @@ def test_both_networks_start_alike_and_compute_alike():
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """40 digits to train on, 20 to test on; after the test torch has its threads again."""
+    """Gives the training 40 digits and 20 test digits; resets torch's threads after the test."""
     few = [digits[:n] for digits, n in zip(load_split(0), (40, 40, 20, 20), strict=True)]
     monkeypatch.setattr(training, "load_split", lambda seed: few)
     threads = torch.get_num_threads()
@@ -183,9 +175,6 @@ def test_the_training_script_says_what_it_does(capsys):
     said = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in said[:-1]] == ["epoch 1", "epoch 2"]
     assert said[-1].endswith("%; snntorch.SConv2dLSTM, one call a time step")
-
-
-# ---- the comparison ------------------------------------------------------------------------------
 
 
 def test_curves_are_compared_point_by_point():

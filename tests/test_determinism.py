@@ -1,7 +1,6 @@
-"""Two runs give the same bits: in one process, in another, and in torch's deterministic mode.
+"""Two runs give the same bits, in another process and in torch's deterministic mode.
 
-That outputs do not depend on the number of threads, and what gradients owe to it:
-tests/test_threads.py.
+tests/test_threads.py tests what depends on the number of threads.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ import snnlstm
 
 THREADS = (1, 2, 3)
 ALGORITHMS = ("direct", "winograd")
-# Many channels and zeros: the sparse way of the input; few zeros: another.
+# With many zeros in x the kernels skip the zeros; with few they do not.
 DENSITIES = {"sparse": 0.05, "dense": 1.0}
 OPTIONS = {
     "subtract": {"reset_mechanism": "subtract", "learn_threshold": True, "max_pool": 2},
@@ -55,7 +54,7 @@ def bits(tensors: list[Tensor]) -> str:
 
 
 def runs() -> Iterator[tuple[str, str]]:
-    """Yields the name and the bits of every combination."""
+    """Yields the name and a hash of the results of every combination."""
     for threads in THREADS:
         torch.set_num_threads(threads)
         for algorithm in ALGORITHMS:
@@ -85,9 +84,9 @@ def test_a_fresh_process_gives_the_same_bits():
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_torchs_deterministic_mode_is_met_and_changes_nothing(backend, density, option):
-    """It raises, or warns, at operations that are not deterministic, and fills new memory."""
+    """The mode raises or warns at operations that are not deterministic, and fills new memory."""
     if backend.name == "simt":
-        pytest.skip("nothing of it is emulated")
+        pytest.skip("the emulated kernels know nothing of this mode")
     expected = train(DENSITIES[density], OPTIONS[option])
     torch.use_deterministic_algorithms(True)
     try:

@@ -1,7 +1,7 @@
-"""DistributedDataParallel and FSDP2, 2 and 4 processes with gloo on one machine.
+"""Cells train under DistributedDataParallel and FSDP2, in 2 and 4 processes on one machine.
 
-The processes are started once for each number of them and run all checks; a test asks what came
-of one check.
+A fixture starts the processes once for each number of processes, and they run all checks. A test
+reads the outcome of one check.
 """
 
 import contextlib
@@ -31,26 +31,26 @@ try:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 except ImportError:  # before torch 2.6
     fully_shard = None
-if not hasattr(torch.cpu.Stream(), "record_event"):  # as in torch 2.6, where it is for GPUs alone
+if not hasattr(torch.cpu.Stream(), "record_event"):  # torch 2.6 has FSDP2 for GPUs alone
     fully_shard = None
 
 parallel_of: Callable[..., DistributedDataParallel] = DistributedDataParallel
 if "_unsafe_preserve_version_counter" not in inspect.getsource(DistributedDataParallel):
-    # Autograd notices that DDP of an older torch writes to the buffers before each call: no module
-    # that has buffers, snnTorch's cell included, can be called twice before its backward pass.
+    # DDP of an older torch writes to the buffers before each call, and autograd notices it: no
+    # module with buffers, such as snnTorch's cell, can be called twice before its backward pass.
     parallel_of = functools.partial(DistributedDataParallel, broadcast_buffers=False)
 
 CHECKS: dict[str, Callable[[int, int], None]] = {}
 
 
 def check(function: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    """What every process runs, given its rank and their number."""
+    """Registers a check that every process runs, with its rank and the number of processes."""
     CHECKS[function.__name__] = function
     return function
 
 
 def net(**options: Any) -> nn.Sequential:
-    """The same in every process: a stem, a cell that keeps its states, a readout."""
+    """Makes a network that is equal in every process: a stem, a cell with states, a readout."""
     torch.manual_seed(0)
     cell = {"threshold": THRESHOLD, "init_hidden": True, "reset_mechanism": "subtract"} | options
     return nn.Sequential(
@@ -62,7 +62,7 @@ def net(**options: Any) -> nn.Sequential:
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
-    """Runs a sequence (T, N, 2, 6, 6) by one call of the model a step, and returns a loss."""
+    """Calls the model once for each step of (T, N, 2, 6, 6), and returns a loss."""
     snnlstm.SConv2dLSTM.reset_hidden()
     return sum(model(x_t) for x_t in x).square().mean()
 
@@ -81,18 +81,15 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 
 def of_one_process(x: Tensor, **options: Any) -> list[Tensor]:
-    """Returns the gradients of the whole batch."""
+    """Returns the gradients that one process forms of the whole batch."""
     alone = net(**options)
     loss_of(alone, x).backward()
     return gradients(alone)
 
 
-# ---- DistributedDataParallel ------------------------------------------------------------------
-
-
 @check
 def states_stay_where_they_are_and_last_batches_may_differ(rank: int, world: int) -> None:
-    """snnTorch's states are buffers: rank 0's replace those of the others."""
+    """snnTorch's states are buffers, and those of rank 0 replace those of other ranks."""
     cell, alone = ours(), ours()
     parallel = parallel_of(cell)
     for batch in (2, 2, 1 + rank):
@@ -118,7 +115,7 @@ def gradients_are_those_of_one_process_on_the_whole_batch(rank: int, world: int)
 @check
 def static_graphs_and_unused_parameters(rank: int, world: int) -> None:
     class Whole(nn.Module):
-        """The loop over the steps inside of the model, as static_graph needs it."""
+        """This model loops over the steps in its forward, as static_graph needs it."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -150,7 +147,7 @@ def accumulated_gradients(rank: int, world: int) -> None:
 
 @check
 def ranks_with_more_batches_than_others(rank: int, world: int) -> None:
-    """torch's Join: those that are through answer for what the others still communicate."""
+    """Under torch's Join, ranks that are done take part in what other ranks communicate."""
     parallel = parallel_of(net(learn_threshold=True))
     optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
     with Join([parallel]):
@@ -165,12 +162,9 @@ def ranks_with_more_batches_than_others(rank: int, world: int) -> None:
     close(mine, first)
 
 
-# ---- FSDP2 ------------------------------------------------------------------------------------
-
-
 @check
 def sharded_gradients_are_those_of_one_process(rank: int, world: int) -> None:
-    """The cell is a unit of its own, or its conv is, or the network is the only one."""
+    """FSDP2 shards the cell, its conv, or the network as one unit."""
     x = whole_batch(world)
     options = {"learn_threshold": True, "threshold": torch.full((4, 1, 1), 0.1)}
     expected = of_one_process(x, **options)
@@ -187,7 +181,7 @@ def sharded_gradients_are_those_of_one_process(rank: int, world: int) -> None:
         assert type(cell.mem) is Tensor
         assert cell.mem.shape == (2, 4, 6, 6)  # not sharded
         assert cell.conv.weight.to_local().shape[0] == 16 // world
-        # conv's parameters are whole only in its own forward, which the reference path calls.
+        # conv's parameters are whole in conv's forward alone, which the reference path calls.
         assert cell.path.native == (native is not None and unit != "conv")
         assert unit != "conv" or "conv is a FSDPConv2d" in cell.path.reason
 
@@ -227,14 +221,11 @@ def sharded_in_mixed_precision(rank: int, world: int) -> None:
 
 @check
 def a_threshold_of_one_number_cannot_be_sharded(rank: int, world: int) -> None:
-    """FSDP2 splits the first dimension: learn_threshold needs a threshold that has one."""
+    """FSDP2 splits the first dimension, so a learned threshold must have a dimension."""
     mesh = init_device_mesh("cpu", (world,))
     with pytest.raises(ValueError, match="scalar"):
         fully_shard(net(learn_threshold=True)[1], mesh=mesh)
     fully_shard(net(learn_threshold=True, threshold=torch.tensor([THRESHOLD]))[1], mesh=mesh)
-
-
-# ---- the processes ----------------------------------------------------------------------------
 
 
 def _run_checks(rank: int, world: int, folder: str) -> None:
@@ -249,20 +240,20 @@ def _run_checks(rank: int, world: int, folder: str) -> None:
             continue
         try:
             function(rank, world)
-        except Exception:  # the others wait for this one: go no further
+        except Exception:  # other processes may wait for this one, so no check can follow
             said[name] = traceback.format_exc()
             break
         said[name] = ""
     Path(folder, f"rank{rank}.json").write_text(json.dumps(said))
-    # destroy_process_group may wait for threads of gloo that wait for the GIL.
+    # destroy_process_group may wait for gloo's threads, which wait for the GIL.
     os._exit(0)
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list:
-    """What each process says of each check: nothing, or a traceback."""
+    """Returns, for each process, an empty text or a traceback for each check."""
     folder = tmp_path_factory.mktemp(f"world{request.param}")
-    # A server that has imported torch once forks all processes.
+    # A server imports torch once and forks all processes.
     torch.multiprocessing.set_forkserver_preload(["torch", "snntorch", "pytest"])
     torch.multiprocessing.start_processes(
         _run_checks, (request.param, str(folder)), request.param, start_method="forkserver"

@@ -1,4 +1,4 @@
-"""The source tree becomes an sdist, that a wheel, which is installed and computes."""
+"""The source tree becomes an sdist, and the sdist a wheel that installs and computes."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def sdist(folder) -> Path:
     return path
 
 
-# As a user's pip builds it: from the sdist alone, isolated, with no torch in sight. It is named
-# after the variant, as published wheels are. How fast the code is does not matter here: without
-# optimisation it is built in a tenth of the time.
+# pip builds the wheel from the sdist alone, isolated and without torch, as for a user. The wheel is
+# named after its variant, as published wheels are. Without optimisation it is built in a tenth of
+# the time.
 COMPILED = {
     "SNNLSTM_CUDA": "off", "SNNLSTM_LOCAL_VERSION": "cpu",
     "CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE='-O0 -DNDEBUG'",
@@ -82,7 +82,7 @@ def pure(folder, sdist) -> Path:
 
 @pytest.fixture(scope="module")
 def python(folder, wheel) -> Path:
-    """The interpreter of a fresh environment with the wheel and with this one's torch."""
+    """Installs the wheel in a fresh environment beside this one's torch; returns its Python."""
     return install(wheel, folder / "venv", folder)
 
 
@@ -98,8 +98,8 @@ def install(wheel: Path, place: Path, folder: Path) -> Path:
     run(sys.executable, *install, cwd=folder)
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = run(executable, "-c", code, cwd=folder)
-    # A folder named in a .pth file is searched last, and .pth files in it (those of an editable
-    # installation) are not read.
+    # Python searches a folder of a .pth file last, and reads no .pth file in that folder, such as
+    # that of an editable installation.
     (Path(site.strip()) / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
     return executable
 
@@ -137,7 +137,7 @@ def test_the_wheel_holds_the_package_alone_and_needs_torch_and_numpy_alone(wheel
 
 
 def test_the_installed_wheel_computes(python, wheel, folder):
-    """It runs outside of the source tree, on the native path, forward and backward."""
+    """The wheel runs outside of the source tree, by the kernels, forward and backward."""
     code = """
 import torch, snnlstm
 cell = snnlstm.SConv2dLSTM(2, 4, 3, threshold=0.1)
@@ -160,9 +160,6 @@ print(snnlstm.__file__, snnlstm.__version__, cell.path.name)
     assert facts["problems"] == []
 
 
-# ---- without the core ----------------------------------------------------------------------------
-
-
 def test_the_wheel_without_a_core_is_for_every_python_and_system(pure):
     assert pure.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(pure) as archive:
@@ -173,7 +170,7 @@ def test_the_wheel_without_a_core_is_for_every_python_and_system(pure):
 
 @pytest.mark.parametrize(("first", "environment"), [("pure", NO_COMPILER), ("wheel", COMPILED)])
 def test_two_builds_have_the_same_bytes(first, environment, request, sdist, tmp_path):
-    """Each in a temporary folder of its own, of which nothing may be left in the wheel."""
+    """Each build has a temporary folder of its own, of which the wheel may hold no trace."""
     again = built(tmp_path / "again", sdist, environment)
     assert again.read_bytes() == request.getfixturevalue(first).read_bytes()
 
@@ -189,7 +186,7 @@ print(cell.path)
 """
     said = run(pure_python, "-c", code, cwd=folder)
     assert said.endswith("reference (the compiled core is missing)\n")
-    assert said.count("the compiled core is missing") == 2  # in the log, and in the path
+    assert said.count("the compiled core is missing") == 2  # once in the log, once in the path
     facts = json.loads(run(pure_python, "-m", "snnlstm", "--json", cwd=folder))
     (problem,) = facts["problems"]
     assert problem.startswith("this installation has no native core, so that every call runs in")
@@ -197,7 +194,7 @@ print(cell.path)
 
 
 def test_the_tests_pass_without_a_core(pure_python, folder):
-    """The cell's own tests run on the one implementation that is there."""
+    """The cell's tests pass with the reference as the only implementation."""
     tests = folder / "tests-only"
     unneeded = shutil.ignore_patterns("__pycache__", "simt", "sanitizers")
     shutil.copytree(ROOT / "tests", tests / "tests", ignore=unneeded)

@@ -1,4 +1,4 @@
-"""What the README and docs/ say is true: their Python runs, and what they name exists."""
+"""The Python of the README and of docs/ runs, and the files, links and options they name exist."""
 
 from __future__ import annotations
 
@@ -41,21 +41,18 @@ every_page = pytest.mark.parametrize(
 
 @functools.cache
 def text_of(page: Path) -> str:
-    """The page, with what stands in quotations as if it did not."""
+    """Returns the text of the page, without the marks of quotations."""
     return re.sub(r"(?m)^> ?", "", page.read_text())
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """Fenced code blocks."""
+    """Returns the page's fenced code blocks of a language."""
     return re.findall(rf"```{language}\n(.*?)```", text_of(page), re.DOTALL)
-
-
-# ---- Python ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def _settings() -> Iterator[None]:
-    """Examples change settings of the process."""
+    """Restores the settings of the process that examples change."""
     level = logging.getLogger("snnlstm").level
     conv = getattr(torch.backends.cudnn, "conv", None)
     precision = getattr(conv, "fp32_precision", None)
@@ -74,7 +71,7 @@ def _settings() -> Iterator[None]:
 
 
 def run(page: Path) -> None:
-    """Run a page's blocks in order, as one session."""
+    """Runs a page's blocks in order, as one session."""
     session: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), session)
@@ -86,7 +83,6 @@ WITH_PYTHON = [page for page in PAGES if page.exists() and blocks(page, "python"
 @pytest.mark.usefixtures("_settings")
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
 def test_python_blocks_run_in_order(page, recwarn, capsys, monkeypatch):
-    pytest.importorskip("snntorch")
     if page.name == "simt.md" and not (snnlstm.run._native and shutil.which("g++")):
         pytest.skip("no compiler, or no core")
     monkeypatch.chdir(ROOT)
@@ -115,11 +111,8 @@ def test_examples_of_docstrings():
     assert tried
 
 
-# ---- shell ----------------------------------------------------------------------------------
-
-
 def commands(page: Path) -> list[list[str]]:
-    """The words of each line of the shell blocks, and of each command in the text."""
+    """Returns the words of each line of the shell blocks, and of each command in the text."""
     lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").split("\n")
     lines += re.findall(r"(?<!`)`((?:make|python|pytest) [^`\n]+)`", text_of(page))
     return [shlex.split(line, comments=True) for line in lines]
@@ -135,7 +128,7 @@ def test_make_targets_exist(page):
 
 
 def behind_make(words: list[str]) -> list[str]:
-    """The command that `make TARGET ARGS=...` runs, where it is one of our modules."""
+    """Returns the command behind `make TARGET ARGS=...` if it is one of our modules."""
     arguments = [word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")]
     if words[:1] != ["make"] or not arguments:
         return words
@@ -145,7 +138,7 @@ def behind_make(words: list[str]) -> list[str]:
 
 
 class Parsed(Exception):
-    """The arguments were accepted."""
+    """This exception says that a program accepted its arguments."""
 
 
 @every_page
@@ -178,9 +171,7 @@ def test_our_programs_accept_the_arguments(page, monkeypatch, capsys):
         pytest.fail(f"{shlex.join(words)} reads no arguments")
 
 
-# ---- files and names ------------------------------------------------------------------------
-
-GENERATED = {"_generated/surrogates.svg", "_generated/quantisers.svg"}  # docs/figures.py
+GENERATED = {"_generated/surrogates.svg", "_generated/quantisers.svg"}  # docs/figures.py draws them
 
 
 @every_page
@@ -194,7 +185,7 @@ def test_links_lead_somewhere(page):
 
 @every_page
 def test_paths_in_the_text_exist(page):
-    """Such as `csrc/cell.h`. A folder that a table names first holds for the rest of its row."""
+    """Paths are such as `csrc/cell.h`; other names in a row of a table lie in its first folder."""
     top = {path.name for path in ROOT.iterdir()} - {"build", "dist", "out"}
     for line in text_of(page).split("\n"):
         folder = ROOT
@@ -220,7 +211,7 @@ def test_the_table_of_surrogates_is_whole():
             assert re.search(rf"snnlstm\.surrogate\.{name}\b", table), name
 
 
-@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # Sphinx's, of its extensions
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # Sphinx warns of its extensions
 def test_sphinx_builds_it_without_a_warning(tmp_path, capfd):
     for needed in ("sphinx", "furo", "myst_parser", "matplotlib"):
         if importlib.util.find_spec(needed) is None:

@@ -1,4 +1,4 @@
-"""Ours in the place of snnTorch's: in its own tools, and in those of torch."""
+"""Our cell works in the place of snnTorch's, without snnTorch, and with torch's own tools."""
 
 import subprocess
 import sys
@@ -12,11 +12,8 @@ import snnlstm
 X, START = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
 
 
-# ---- snnTorch's own tools -------------------------------------------------------------------
-
-
 def test_the_calls_of_snntorchs_own_tests_of_the_cell():
-    """Its test file goes through sizes, reset_mechanism_val and hidden states like this."""
+    """snnTorch's test file checks sizes, reset_mechanism_val and hidden states by these calls."""
     x = torch.rand(2, 1, 1, 4, 4)
     cells = {reset: ours(1, 8, 3, reset_mechanism=reset) for reset in ("subtract", "zero", "none")}
     syn, mem = cells["none"].init_sconv2dlstm()
@@ -38,8 +35,6 @@ def test_static_helpers():
     snnlstm.SConv2dLSTM.detach(state)
     assert not state.requires_grad
 
-
-# ---- without snntorch, or with a broken one -------------------------------------------------
 
 STEP = """
 import logging, sys, torch, torch.nn as nn
@@ -69,7 +64,7 @@ assert not [name for name, module in sys.modules.items() if "snntorch." in name 
         (None, ""),
         ("raise OSError('no such library')", "snntorch is installed but does not import"),
         ("import a_module_that_is_missing", "snntorch is installed but does not import"),
-        ("SConv2dLSTM = 3", ""),  # an old one
+        ("SConv2dLSTM = 3", ""),  # an old snnTorch has no such class
     ],
     ids=["missing", "broken", "half", "old"],
 )
@@ -89,11 +84,8 @@ def test_a_missing_or_broken_snntorch_costs_no_more_than_its_features(tmp_path, 
     assert said in done.stderr
 
 
-# ---- torch's own tools ----------------------------------------------------------------------
-
-
 def test_second_derivatives_are_those_of_snntorch(backend):
-    """A gradient penalty goes through the states and through the surrogate."""
+    """A penalty on gradients is differentiated through the states and through the surrogate."""
     penalties = []
     for cell in (ours(reset_mechanism="zero"), theirs(reset_mechanism="zero")):
         x = steps(2, 1, 2, 5, 5).requires_grad_()

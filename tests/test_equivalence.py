@@ -1,8 +1,8 @@
-"""Random cells against snntorch 1.0.0; what only ours can do, fuzz.py compares with float64.
+"""Random cells compute what snntorch 1.0.0's cells compute.
 
-Whole trajectories are compared, spikes exactly and gradients included. That is sound only where
-no potential comes within rounding of a discontinuity (a threshold, the middle between two
-levels, a tie), so examples that do are discarded.
+Whole trajectories are compared with their gradients, and spikes exactly. That is sound only if no
+potential comes within rounding of a discontinuity (a threshold, the middle between two levels), so
+other examples are discarded. fuzz.py tests options that only our cell has.
 """
 
 from dataclasses import dataclass
@@ -29,18 +29,18 @@ SMALL = PLAIN.but(dtype=torch.float64, in_channels=2, channels=3, height=5, widt
 
 @dataclass(frozen=True)
 class Twins:
-    """A case, and how the cells of both libraries run and differentiate it."""
+    """Holds a case, and the way in which both libraries' cells run and differentiate it."""
 
     case: Case = SMALL
     quant: int = 0  # bits
     learn: bool = False
-    explicit: bool = True  # states are passed; else those that the cell stored
-    whole: bool = False  # ours runs the sequence by one call
-    through: str = "both"  # what the loss sees: "spikes", "states" or "both"
+    explicit: bool = True  # the caller passes states, else the cell has stored states
+    whole: bool = False  # our cell runs the sequence by one call
+    through: str = "both"  # the loss reads "spikes", "states" or "both"
 
     @property
     def band(self) -> float:
-        """How near a discontinuity rounding can matter; snnTorch's quantiser gives float32."""
+        """Returns how near a discontinuity rounding matters; snnTorch's levels are float32."""
         if self.dtype == torch.float32:
             return 1e-5
         return 1e-6 if self.quant else 1e-10
@@ -73,7 +73,7 @@ class Twins:
         return cell
 
     def inputs(self) -> list[torch.Tensor]:
-        """x, syn and mem: leaves that require a gradient."""
+        """Returns x, syn and mem as leaves that require a gradient."""
         return [t.requires_grad_() for t in self.case.inputs()[:3]]
 
     def run(self, cell: Any, inputs: list[torch.Tensor], whole: bool) -> list[torch.Tensor]:
@@ -91,7 +91,7 @@ class Twins:
         return [torch.stack(part) for part in zip(*out, strict=True)]
 
     def gradients(self, cell: Any, inputs: list[torch.Tensor], out: list[torch.Tensor]) -> Any:
-        """Gradients of a loss that weighs every element differently, by name."""
+        """Returns the gradients, by name, of a loss that weighs every element differently."""
         loss = torch.zeros((), dtype=self.dtype)
         seen = {"spikes": out[:1], "states": out[1:], "both": out}[self.through]
         for part in seen:
@@ -126,7 +126,7 @@ def margin(case: Twins, cell: Any, inputs: list[torch.Tensor]) -> float:
     near = [(before - threshold).abs()]
     mem = pooled(mem.flatten(0, 1), options)
     if options.quant is not None:
-        # States before their quantisation: one step from those that the run came to.
+        # The states before their quantisation come from single steps of a cell without quantiser.
         plain = case.make(snnlstm)
         plain.state_quant = False
         starts = torch.cat([inputs[1][None].double(), syn[:-1]]), before
@@ -172,9 +172,9 @@ def twins(draw: Any) -> Twins:
 
 
 def compare(case: Twins, out: Any, expected: Any, grads: Any, expected_grads: Any) -> None:
-    # snnTorch's spikes, and quantised states, are float32 whatever the cell's dtype.
+    # snnTorch's spikes and quantised states are float32 for any dtype of the cell.
     exact = case.dtype == torch.float64 and not case.quant
-    # Its reset * threshold, and so the gradient of that, is float32, too.
+    # snnTorch's reset * threshold, and its gradient, are float32, too.
     exact_gradient = exact and not (case.learn and case.case.options.reset == "subtract")
     atol = 1e-12 if exact else 4e-6
     assert torch.equal(out[0], expected[0].to(case.dtype)), "spikes differ"
@@ -186,7 +186,7 @@ def compare(case: Twins, out: Any, expected: Any, grads: Any, expected_grads: An
 
 
 def slow(backend):
-    """Returns settings of a search; the long search of emulated kernels is elsewhere."""
+    """Returns settings of a search, with few examples for the emulated kernels."""
     examples = 8 if backend.name == "simt" else 60
     return settings(max_examples=examples, suppress_health_check=list(HealthCheck))
 
@@ -227,7 +227,7 @@ def test_nan_infinity_and_huge_states_go_where_snntorch_lets_them(backend):
         spoiled = state[which].view(-1)
         spoiled[at % spoiled.numel()] = value
         assume(margin(case, cell, [x, *state]) > case.band)
-        with snnlstm.algorithm("direct"):  # Winograd's spreads a NaN over the tile it lies in
+        with snnlstm.algorithm("direct"):  # Winograd's algorithm spreads a NaN over its tile
             out = case.run(cell, [x, *state], case.whole)
         expected = case.run(other, [x, *state], whole=False)
         assert torch.equal(out[0], expected[0].to(case.dtype))

@@ -1,6 +1,6 @@
-"""torch.export, the ONNX exporters and torch.jit.trace: one call, in operators of torch alone.
+"""torch.export, the ONNX exporters and torch.jit.trace export one call of a cell.
 
-All are given a cell that has never been called, and what they made is run with other sizes.
+The cells were never called before. The exported programs run with other sizes or numbers.
 """
 
 import inspect
@@ -27,19 +27,16 @@ CELLS = {
 
 
 def inputs(name: str, batch: int, sequence: bool) -> tuple[Tensor, ...]:
-    """x, syn and mem, the same numbers for the same sizes."""
+    """Returns x, syn and mem; equal sizes give equal numbers."""
     size = (3, 3) if name == "strided" else (6, 6)
     x = steps(3, batch, 2, 6, 6)
     return (x if sequence else x[0], *states(batch, 3, *size))
 
 
 def any_batch(sequence: bool) -> dict[str, dict[int, Dim]]:
-    """The sizes that may change, by argument and dimension."""
+    """Returns the sizes that may change, by argument and dimension."""
     batch = Dim("batch", min=1, max=64)
     return {"x": {int(sequence): batch}, "syn": {0: batch}, "mem": {0: batch}}
-
-
-# ---- torch.export ---------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
@@ -59,7 +56,7 @@ def test_an_exported_program_takes_batches_of_any_size(name, sequence, strict):
     targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     symbolic = {t for t in targets if t.startswith(("<built-in function", "_operator"))}
     assert all(t.startswith("aten.") for t in targets - symbolic - {"wrap_with_set_grad_enabled"})
-    assert cell.syn.shape == (0,)  # nothing of the tracing stays behind
+    assert cell.syn.shape == (0,)  # tracing leaves no state behind
     assert cell.path is None
     for batch in (1, 2, 5):
         given = inputs(name, batch, sequence)
@@ -91,11 +88,8 @@ def test_an_exported_program_can_be_saved_and_loaded():
     close(loaded(*inputs("", 3, True)), cell(*inputs("", 3, True)))
 
 
-# ---- ONNX -----------------------------------------------------------------------------------
-
-
 def run_onnx(path: str, given: tuple[Tensor, ...]) -> list[Tensor]:
-    """What onnxruntime, or else the reference evaluator of onnx, makes of a file."""
+    """Runs a file by onnxruntime, or else by the reference evaluator of onnx."""
     try:
         import onnxruntime
     except ImportError:
@@ -109,7 +103,7 @@ def run_onnx(path: str, given: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def export_onnx(cell: snnlstm.SConv2dLSTM, given: tuple, path: str, **kwargs) -> None:
-    with warnings.catch_warnings():  # of the exporters', about themselves
+    with warnings.catch_warnings():  # the exporters warn about themselves
         warnings.simplefilter("ignore")
         torch.onnx.export(cell, given, path, verbose=False, **kwargs)
 
@@ -131,15 +125,12 @@ def test_onnx_of_a_fresh_cell_gives_the_same_numbers_for_every_batch_size(tmp_pa
 
 
 def test_onnx_by_the_older_exporter(tmp_path):
-    """That exporter is built on torch.jit.trace, and fixes the sizes."""
+    """The older exporter is built on torch.jit.trace, and fixes the sizes."""
     pytest.importorskip("onnx")
     cell = ours(surrogate_disable=True, **CELLS["pooled"]).eval()
     given, path = inputs("pooled", 2, False), str(tmp_path / "cell.onnx")
     export_onnx(cell, given, path, dynamo=False)
     close(run_onnx(path, given), [out.detach() for out in cell(*given)])
-
-
-# ---- torch.jit ------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -1,4 +1,4 @@
-"""Two hundred of the random calls that ``make fuzz`` makes, one of each kind, and a fault found."""
+"""Random calls such as those of ``make fuzz`` pass, and a fault in the kernels is found."""
 
 import fuzz
 import pytest
@@ -44,7 +44,9 @@ def test_a_fault_is_found_and_its_script_shows_it(monkeypatch, capsys):
     monkeypatch.setattr(native.cpu.Choice, "forward", wrong)
     with pytest.raises(AssertionError):
         fuzz.run(200, seed=1)
-    script = capsys.readouterr().err.rpartition("A script that shows it:")[2]  # the smallest
+    script = capsys.readouterr().err.rpartition("A script that shows it:")[
+        2
+    ]  # the last is smallest
     scope = {}
     with pytest.raises(AssertionError, match="close"):
         exec(script, scope)

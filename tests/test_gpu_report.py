@@ -1,4 +1,4 @@
-"""`make gpu`, as far as a machine without a GPU can run it."""
+"""The steps and the report of `make gpu` work, as far as a machine without a GPU can run them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("tqdm")
-pytest.importorskip("snntorch")
 
 from benchmarks import agreement, cli, gpu, gpu_goals, gpu_smoke
 from benchmarks.cases import Case
@@ -73,7 +70,7 @@ def ran(tmp_path, code: str, left: float = 60.0) -> gpu.Outcome:
 def test_how_a_step_went(tmp_path):
     good = ran(tmp_path, "import sys; print(1, 2, int(sys.argv[1]), sep='\\n')", left=54.0)
     assert good.verdict == "passed"
-    assert good.output == "2\n24"  # the last lines; 54 s but 30 are left to begin something in
+    assert good.output == "2\n24"  # the last two lines; of 54 s, 30 s are for the last shape
     assert ran(tmp_path, "raise SystemExit(3)").verdict == "failed (exit status 3)"
     missing = gpu.run(gpu.Step("a step", 1.0, "no-such-program"), 60, tmp_path)
     assert missing.verdict == "failed: no such program: no-such-program"
@@ -96,7 +93,7 @@ except KeyboardInterrupt:
     assert "what there is" in said
     assert late.seconds < 20
     child = Path(f"/proc/{said.split()[0]}/stat")
-    for _ in range(50):  # it was interrupted, too
+    for _ in range(50):  # the child was interrupted, too
         if not child.exists() or child.read_text().split(")")[1].split()[0] == "Z":
             break
         time.sleep(0.1)
@@ -108,7 +105,7 @@ except KeyboardInterrupt:
 def test_the_report_goes_on_after_a_failure_but_of_what_all_need(
     tmp_path, monkeypatch, capsys, needed
 ):
-    """The whole command, with other steps."""
+    """The test runs the whole command, with other steps."""
     monkeypatch.setattr(gpu, "lacking", lambda: None)
     monkeypatch.setattr(gpu, "facts", lambda: {"GPU": "Some card (sm_90)", "driver": "580.1"})
     script = [
@@ -127,9 +124,6 @@ def test_the_report_goes_on_after_a_failure_but_of_what_all_need(
     assert f"{0 if needed else 1} of 2 passed" in capsys.readouterr().out
     monkeypatch.setattr(gpu, "STEPS", script[1:])
     assert gpu.main(["--out", str(tmp_path / "out")]) == 0
-
-
-# ---- what the steps run, with the CPU in the GPU's place -----------------------------------------
 
 
 def test_the_smoke_test_runs_the_kernels_and_compares_them():

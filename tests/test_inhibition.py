@@ -1,6 +1,6 @@
-"""inhibition=True: of each sample only the neuron with the highest state may spike.
+"""With inhibition=True only the neuron with the highest state of each sample may spike.
 
-snnTorch's cell warns and ignores it; what is documented there is what ours does.
+snnTorch's documentation promises this, but its cell warns and ignores the argument.
 """
 
 import pytest
@@ -17,7 +17,7 @@ def run(cell, x, *state):
 
 
 def with_bias(cell, *gates):
-    """Makes the gates i, f, o, g of each channel what the biases say."""
+    """Sets the weight to zero and the biases to `gates`, so that they alone decide the gates."""
     with torch.no_grad():
         cell.conv.weight.zero_()
         cell.conv.bias.copy_(torch.tensor(gates))
@@ -43,7 +43,7 @@ def test_only_the_highest_pooled_state_of_each_sample_spikes(backend, pool):
 
 
 def test_states_are_those_without_inhibition(backend):
-    """Suppressed neurons are reset, too."""
+    """Suppressed neurons are reset as spiking neurons are."""
     kwargs = {"reset_mechanism": "subtract"}
     one, other = ours(inhibition=True, **kwargs), ours(**kwargs)
     x, start = steps(4, 2, 2, 6, 7), states(2, 3, 6, 7)
@@ -71,7 +71,7 @@ def test_the_highest_state_counts_not_the_distance_to_the_threshold(backend):
 
 
 def test_the_winner_is_that_of_the_quantised_state(backend):
-    """Two states that round to one level tie, so the first wins."""
+    """Of two states that round to one level, the first wins."""
     cell = ours(1, 1, 1, inhibition=True, state_quant=StateQuant(torch.tensor([0.0, 0.5, 1.0])))
     with_bias(cell, -99.0, 99, 99, 0)
     syn = torch.tensor([[[[0.5, 0.55], [0.6, 0.0]]]])
@@ -89,7 +89,7 @@ def test_nan_counts_as_the_highest_and_does_not_spike(backend):
 
 
 def test_no_gradient_flows_through_the_suppressed(backend):
-    """spk's gradient is that of a plain cell whose other neurons the loss ignores."""
+    """The gradient is that of a cell without inhibition, if the loss reads the winners alone."""
     one, other = ours(inhibition=True, max_pool=2), ours(max_pool=2)
     syn, mem = states(2, 3, 6, 8)
     x = steps(1, 2, 2, 6, 8)[0]

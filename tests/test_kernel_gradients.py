@@ -1,6 +1,6 @@
-"""The backward kernels against float64 autograd through the reference, and what both ways share.
+"""The backward kernels give the gradients of float64 autograd through the reference.
 
-Random combinations of all options are drawn by fuzz.py.
+fuzz.py draws random combinations of all options.
 """
 
 import itertools
@@ -28,7 +28,7 @@ DOUBLE = PLAIN.but(dtype=torch.float64)
 def test_each_option_alone(kernels, name):
     for dtype in kernels.dtypes:
         case = ALONE[name].but(dtype=dtype)
-        # A case in which rounding decides proves nothing: take the next numbers.
+        # If rounding decides in one case, the next seed may give a case that can be compared.
         assert any(check_gradients(kernels, case.but(seed=seed)) for seed in range(3))
 
 
@@ -61,7 +61,7 @@ def test_gradients_through_spikes_through_states_and_through_both(isa, outputs):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_layouts(kernels, layout):
-    """The same numbers in another layout give the same bits."""
+    """Equal numbers in another layout give equal bits."""
     for which in range(4):
         layouts = ["contiguous"] * 4
         layouts[which] = layout
@@ -77,14 +77,14 @@ def test_memory_layouts(kernels, layout):
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (1, 3), (9, 5)], ids=str)
 def test_every_size_of_image_up_to_13(isa, kernel):
-    """The sizes cut off tiles of 2, 3 or 4 in every way, along either axis."""
+    """The sizes cut tiles of 2, 3 or 4 pixels off in every way, along either axis."""
     kernels = Kernels(isa, "winograd")
-    # The case has no jump anywhere, so that every size can be compared.
+    # The results have no jump, so that every size can be compared.
     case = PLAIN.but(kernel_size=kernel, reset="none", record=False)
     case = case.but(time=1, batch=1, in_channels=2)
     for height in range(1, 14):
         for width in range(1, 14):
-            # Whole or half vectors of AVX-512, in turn.
+            # 9 and 5 channels take whole and half vectors of AVX-512.
             channels = 9 if (height + width) % 2 else 5
             sized = case.but(height=height, width=width, channels=channels)
             inputs = sized.inputs()
@@ -99,7 +99,7 @@ def test_every_size_of_image_up_to_13(isa, kernel):
 
 
 def test_a_hundred_steps_stay_accurate(kernels):
-    """Relative errors in norm keep the documented bounds: 5e-6 of mem, 2e-5 of gradients."""
+    """Relative errors in norm stay below the documented 5e-6 of mem and 2e-5 of gradients."""
     case = PLAIN.but(reset="none", time=100, batch=1, in_channels=4, channels=16)
     inputs = case.but(density=0.3).inputs()
     with one_thread():
@@ -115,7 +115,7 @@ def test_a_hundred_steps_stay_accurate(kernels):
 
 
 def test_half_gates_stay_accurate_and_keep_nan(kernels):
-    """The documented 5e-5 in norm after 100 steps, and NaN where whole gates have it."""
+    """Errors stay below the documented 5e-5 in norm, and NaN is where whole gates have NaN."""
     case = PLAIN.but(time=100, batch=1, in_channels=4, channels=16, record=False, density=0.3)
     for dtype, most in ((torch.float32, 5e-5), (torch.float64, 1e-9)):
         inputs, grads = case.but(dtype=dtype).inputs(), case.but(dtype=dtype).output_gradients()
@@ -134,7 +134,7 @@ def test_half_gates_stay_accurate_and_keep_nan(kernels):
 
 
 def test_long_sums_round_no_more_than_torchs(isa):
-    """Direct convolution sums in pieces; in one register it would round five times as much."""
+    """Direct convolution sums in pieces; one running sum would have five times the error."""
     kernels = Kernels(isa, "direct")
     case = PLAIN.but(kernel_size=(5, 5), reset="none", record=False)
     case = case.but(time=1, batch=2, in_channels=64, channels=64, density=1.0)
@@ -165,7 +165,7 @@ def test_long_sums_round_no_more_than_torchs(isa):
     ids=str,
 )
 def test_taps_that_never_meet_the_image_are_left_out(kernels, size, kernel, dilation, left):
-    """The kernel's middle alone gives the same bits; around it the gradient is zero."""
+    """The kernel's middle alone gives equal bits, and the gradient of other taps is zero."""
     case = PLAIN.but(height=size[0], width=size[1], kernel_size=kernel)
     case = case.but(dilation=dilation)
     small = case.but(kernel_size=left, dilation=tuple(d if d < 4 else 1 for d in dilation))
@@ -188,7 +188,7 @@ def test_taps_that_never_meet_the_image_are_left_out(kernels, size, kernel, dila
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (3, 1), (9, 3)], ids=str)
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_weights_that_met_only_zeros_have_a_gradient_of_exactly_zero(kernels, kernel, dilation):
-    """Rounding errors in their place would move them as far as any other under Adam."""
+    """With a rounding error as gradient, Adam would move such a weight as far as any other."""
     case = PLAIN.but(kernel_size=kernel, dilation=(dilation, dilation))
     case = case.but(time=1, batch=3, in_channels=8, channels=9, height=11, width=8)
     inputs, grads = case.inputs(), case.output_gradients()

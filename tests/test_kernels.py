@@ -1,7 +1,7 @@
-"""The forward kernels against the float64 reference, on every instruction set and algorithm.
+"""The forward kernels compute what the float64 reference does, on every instruction set.
 
-All native calls of this file run on poisoned and fenced memory: see poison.py. Random combinations
-of all options are drawn by fuzz.py.
+All native calls of this file run on poisoned and fenced memory: see poison.py. fuzz.py draws random
+combinations of all options.
 """
 
 import flat
@@ -44,23 +44,23 @@ def test_outputs_are_channels_last_where_x_is(kernels):
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 3)], ids=str)
 def test_pixels_that_see_the_same_have_the_same_bits_directly(isa, kernel):
-    """max_pool of a blank background then chooses as torch does; Winograd's tiles cannot."""
+    """max_pool then chooses as torch does on a blank background; Winograd's bits may differ."""
     for dtype in (torch.float32, torch.float64):
         case = PLAIN.but(kernel_size=kernel, dtype=dtype, time=2, channels=17)
         case = case.but(height=23, width=29)
         inputs = case.inputs()
-        for one in (inputs.x, inputs.syn, inputs.mem):  # twice the same, and blank around it
+        for one in (inputs.x, inputs.syn, inputs.mem):  # two equal parts, with zeros around them
             one[..., 12:23, 15:29] = one[..., :11, :14].clone()
             one[..., 11, :], one[..., 14] = 0, 0
         mem = infer(Kernels(isa, "direct"), case, inputs)[2]
-        margin = 2 * case.time  # of pixels that see beyond their half, after some steps
+        margin = 2 * case.time  # pixels within this margin depend on pixels beyond their part
         inner = slice(margin, 11 - margin), slice(margin, 14 - margin)
         first, second = mem[..., :11, :14], mem[..., 12:23, 15:29]
         assert torch.equal(first[..., inner[0], inner[1]], second[..., inner[0], inner[1]])
 
 
 def test_inhibition_lets_the_lowest_of_equal_neurons_win(kernels):
-    """All potentials are equal: neuron (0, 0, 0) wins in every sample and step."""
+    """All potentials are equal, so neuron (0, 0, 0) wins in every sample and step."""
     case = PLAIN.but(height=40, width=30, bias=False, reset="none", inhibition=True)
     inputs = case.inputs()
     inputs.weight.zero_()
@@ -70,7 +70,6 @@ def test_inhibition_lets_the_lowest_of_equal_neurons_win(kernels):
     assert (spk.flatten(2).sum(-1) == 1).all()
 
 
-# ---- NaN and infinity ----------------------------------------------------------------------------
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("where", ["x", "syn", "mem", "weight", "bias", "threshold"])
 def test_nan_and_infinity_go_where_the_reference_lets_them(kernels, where, value):
@@ -82,11 +81,11 @@ def test_nan_and_infinity_go_where_the_reference_lets_them(kernels, where, value
     ):
         case = PLAIN.but(time=2, threshold="column", **options)
         if "quant" in options and kernels.algorithm != "direct":
-            continue  # which makes a NaN a number: the lowest level
+            continue  # the quantiser makes a NaN the lowest level, so that it cannot be compared
         inputs = case.inputs()
         tensor = getattr(inputs, where)
-        # Of the taps the middle one: whether others reach the pixels from which they meet only the
-        # border is another matter with each convolution of torch's.
+        # Only the middle tap is changed: torch's convolutions differ in whether another tap reaches
+        # pixels from which it meets only the border.
         taps = tuple(n // 2 for n in case.options.kernel_size) if where == "weight" else ()
         for end in (0, -1):
             tensor[(end,) * (tensor.dim() - len(taps)) + taps] = value
@@ -97,7 +96,7 @@ def test_nan_and_infinity_go_where_the_reference_lets_them(kernels, where, value
         for name, one, other in zip(("spk", "syn", "mem"), out, exact, strict=True):
             if exactly:
                 assert torch.equal(one.isnan(), other.isnan()), name
-            else:  # tiles mix their pixels, and subtract
+            else:  # Winograd's tiles mix and subtract their pixels
                 assert not (other.isnan() & ~one.isnan()).any(), name
             settled = ~one.isnan() & ~other.isnan()
             if exactly or name != "spk":  # a potential that became NaN does not spike
@@ -111,12 +110,11 @@ def test_nan_spoils_no_other_sample(kernels):
         clean = infer(kernels, case, inputs)
         inputs.x[1, 1] = torch.nan
         for one, other in zip(infer(kernels, case, inputs), clean, strict=True):
-            assert torch.equal(one[0], other[0])  # nor an earlier step
+            assert torch.equal(one[0], other[0])  # an earlier step stays as it is, too
             assert torch.equal(one[:, 0], other[:, 0])
             assert torch.equal(one[:, 2:], other[:, 2:])
 
 
-# ---- nothing to do -------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", [(0, 2, 5, 5), (3, 0, 2, 5, 5), (0, 2, 2, 5, 5)], ids=str)
 def test_an_empty_batch_or_sequence(kernels, shape):
     weight = torch.randn(12, 5, 3, 3, requires_grad=True)
@@ -124,7 +122,7 @@ def test_an_empty_batch_or_sequence(kernels, shape):
     spk, syn, mem = sconv2dlstm(torch.zeros(shape), weight=weight, max_pool=2, record=record)
     assert spk.shape == (*shape[:-3], 3, 2, 2)
     assert syn.shape == mem.shape == (*shape[:-3], 3, 5, 5)
-    if spk.requires_grad:  # no step, no gradient
+    if spk.requires_grad:  # a sequence without steps has no graph
         (spk.sum() + mem.sum()).backward()
         assert not weight.grad.any()
 
@@ -137,7 +135,7 @@ def test_the_module_takes_these_kernels(kernels):
 
 
 def test_the_cases_reach_every_kernel(isa):
-    """The tests above say nothing of kernels that they never run."""
+    """The calls of ALONE run every kind of kernel and tile, so that the tests above test it."""
     seen, tiles = set(), set()
     for algorithm in native.cpu.ALGORITHMS:
         for case in ALONE.values():
@@ -150,5 +148,5 @@ def test_the_cases_reach_every_kernel(isa):
                     zip(case.options.kernel_size, (int(s) for s in sides * 2), strict=False)
                 )
     assert seen == {"direct", "winograd", "sparse"}
-    # A kernel's taps along an axis, and the outputs of a tile. Longer ones are taken in parts.
+    # A pair is a kernel's taps along an axis, and the outputs of a tile; long kernels have parts.
     assert {(3, 2), (3, 3), (3, 4), (5, 2), (5, 4), (7, 4), (9, 3), (11, 4), (1, 1)} <= tiles

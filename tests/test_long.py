@@ -1,4 +1,4 @@
-"""Nothing grows, and nothing drifts: many steps, many iterations, many cells, a long sequence.
+"""Memory does not grow over many steps, iterations and cells, and long sequences stay accurate.
 
 ``make test-long`` runs ten times as many iterations.
 """
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
 TIMES = 10 if os.environ.get("SNNLSTM_LONG") else 1
 MIB = 1 << 20
-MOST = 8 * MIB  # of growth: malloc's own comes and goes
+MOST = 8 * MIB  # malloc's own memory may grow by so many bytes
 
 
 def resident() -> int:
-    """Bytes of this process that lie in memory, without what malloc keeps for later."""
+    """Returns the resident bytes of this process, after malloc has given free memory back."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # else a leak would first fill what earlier tests have left
+    if trim is not None:  # otherwise a leak would first fill memory that earlier tests freed
         trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
@@ -64,7 +64,7 @@ def made_and_dropped(cell, count):
     ("work", "count"), [(steps, 2000), (iterations, 100), (made_and_dropped, 50)]
 )
 def test_memory_does_not_grow(work, count):
-    """After a warm-up; a state, a cell or a graph that stays would be far more."""
+    """The growth is measured after a warm-up; a leak of states, cells or graphs exceeds MOST."""
     torch.set_num_threads(1)
     cell = ours(2, 16, 3)
     work(cell, count // 4)
@@ -78,7 +78,7 @@ def test_memory_does_not_grow(work, count):
 
 
 def test_a_leak_would_be_seen():
-    """The same measurement with a leak put in: a state is kept of every step."""
+    """The measurement shows a leak that keeps the state of every step."""
     kept = []
     cell = ours(2, 16, 3)
     before = resident()
@@ -91,7 +91,7 @@ def test_a_leak_would_be_seen():
 @pytest.mark.parametrize("algorithm", ["direct", "auto"])
 @pytest.mark.parametrize("reset", ["none", "subtract"])
 def test_two_thousand_steps_stay_close_to_float64(reset, algorithm):
-    """The bound of docs/numerics.md. Resets are judged where no spike fell to the other side."""
+    """Errors stay below the bound of docs/numerics.md until a spike differs."""
     torch.set_num_threads(1)
     time = 2000
     cell = ours(2, 16, 3, reset_mechanism=reset, threshold=0.05)
@@ -117,5 +117,5 @@ def test_two_thousand_steps_stay_close_to_float64(reset, algorithm):
     if end == time:
         for grad, exact_grad in zip(grads, exact_grads, strict=True):
             assert (grad - exact_grad).norm() < 2e-6 * exact_grad.norm()
-    if reset == "none":  # no drift: the last steps are as close as the first
+    if reset == "none":  # without drift the last steps are as close as the first
         assert error[-50:].norm() < 3 * error[50:100].norm()

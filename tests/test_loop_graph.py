@@ -1,7 +1,7 @@
-"""The node of a loop of step calls as a part of autograd's graph.
+"""The node of a loop of step calls is a correct part of autograd's graph.
 
-Graphs that are kept, several at once, in threads, that fail or want other gradients; weights that
-change meanwhile, hooks, and tensors that come back otherwise than they were saved.
+Graphs are kept, live at once, run in threads, fail, or want other gradients. Weights change
+meanwhile, and hooks see gradients.
 """
 
 import gc
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
 
 def test_gradients_of_x_alone_leave_nothing_behind():
-    """What a pass that does not want the weight's gradient did must not reach a later pass."""
+    """A pass without the weight's gradient must not add anything to that of a later pass."""
     found = []
     for cell in cells():
         x = events().requires_grad_()
@@ -77,7 +77,7 @@ def test_a_weight_whose_data_is_replaced_before_the_backward_pass():
     found = []
     for cell in cells():
         loss = loss_of(unroll(cell, events()))
-        if found:  # ours: torch's convolution would read it
+        if found:  # our cell alone: torch's convolution would read the new data
             cell.conv.weight.data = torch.zeros(3)
         found += torch.autograd.grad(loss, cell.conv.bias)
     close(*found, atol=1e-11, rtol=1e-10)
@@ -143,7 +143,7 @@ def test_a_loop_lives_no_longer_than_its_graph():
     del out
     ours.reset_mem()
     ours.spk = None
-    ours._drop_caches()  # the reset signal of the last step hangs on its graph
+    ours._drop_caches()  # the cached reset signal of the last step holds its graph
     gc.collect()
     assert node() is None
     assert id(ours.conv.weight) not in loop._loops

@@ -17,7 +17,7 @@ import torch
 import snnlstm
 from snnlstm import __main__ as report
 
-# A sitecustomize module that makes the modules named in BLOCK fail to import.
+# This sitecustomize module makes imports of the modules in BLOCK fail.
 BLOCKER = """
 import os, sys
 class Blocker:
@@ -30,7 +30,10 @@ sys.meta_path.insert(0, Blocker())
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs `python -m snnlstm` with some modules blocked; returns what it prints."""
+    """Returns a function that runs `python -m snnlstm` with blocked modules.
+
+    The function returns what the program prints.
+    """
     (tmp_path / "sitecustomize.py").write_text(BLOCKER)
 
     def run(*arguments: str, block: str = "", **environment: str) -> str:
@@ -96,11 +99,8 @@ def test_unknown_arguments_are_refused():
     assert caught.value.code == 2
 
 
-# ---- GPUs that are not here ----------------------------------------------------------------------
-
-
 def fake_torch(*capabilities: tuple[int, int], error: str = "", warning: str = "", driver=13000):
-    """A torch that sees GPUs of these compute capabilities, or whose driver fails or warns."""
+    """Makes a torch with GPUs of these compute capabilities, whose driver may fail or warn."""
 
     def is_available():
         if error:

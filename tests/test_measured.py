@@ -1,4 +1,4 @@
-"""What keeps measured choices, and what set_algorithm says of its file."""
+"""Measured choices are kept in memory and in a file, and set_algorithm checks the file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_file_that_cannot_be_written_is_given_up(tmp_path, caplog):
 
 
 def test_the_least_recently_used_choices_go_first(tmp_path, monkeypatch):
-    """Memory keeps those; a file keeps the ones that were written last."""
+    """Memory keeps the choices used last, and a file those written last."""
     monkeypatch.setattr(measured, "_MOST", 3)
     file, kept = tmp_path / "choices.json", Choices()
     kept.keep_in(file)

@@ -1,4 +1,4 @@
-"""What is kept for the backward pass, and what a call takes beside its outputs."""
+"""Training keeps and inference takes as many bytes as the documentation says."""
 
 import threading
 import weakref
@@ -20,7 +20,7 @@ from snnlstm.quant import state_quant
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
-# 16 channels: whole vectors on every instruction set, in float32 and in float64.
+# 16 channels are whole vectors on every instruction set, in float32 and in float64.
 PLAIN = cases.PLAIN.but(time=10, in_channels=8, channels=16, height=12, width=13, record=False)
 VARIANTS = {
     "plain": PLAIN,
@@ -71,16 +71,16 @@ def test_training_keeps_the_activated_gates_and_syn(kernels, name, checkpoint, t
 
 
 def test_checkpoint_keeps_states_alone(kernels):
-    """A segment keeps two state-sized tensors at its end: fewer than two a step, and ever fewer."""
+    """A segment keeps two state-sized tensors, and there are fewer segments than steps."""
     case = PLAIN.but(checkpoint=True)
     for time in (1, 4, 10, 40):
         kept = kept_bytes(kernels, case.but(time=time)) / state_bytes(case)
         assert kept <= 2 * (time - 1)
-    assert kept <= 2 * (2.5 * 40) ** 0.5  # 40 steps: some sqrt(5/2 T) segments
+    assert kept <= 2 * (2.5 * 40) ** 0.5  # T = 40 steps have about sqrt(5/2 T) segments
 
 
 class Allocations(TorchDispatchMode):
-    """Memory that torch allocates, by address; what was freed in between counts."""
+    """Records the sizes of all memory that torch allocates, also of memory that it then frees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def taken_in_inference(kernels, case: Case) -> tuple[int, int]:
         kernels.run(*inputs, case.options)  # packs the weight
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(memory, "_thread", threading.local())
-            patch.setattr(memory, "SMALLEST", float("inf"))  # everything from torch
+            patch.setattr(memory, "SMALLEST", float("inf"))  # torch allocates all blocks
             with Allocations() as taken:
                 out = kernels.run(*inputs, case.options)
     outputs = sum(storage(o)[1] for o in out)
@@ -121,26 +121,26 @@ def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_tim
         outputs, others = taken_in_inference(kernels, case.but(time=time))
         spk = time * state_bytes(case)
         assert outputs == spk + 2 * state_bytes(case)
-        # One counter of tasks, a cache line, for every step.
+        # Each step has a counter of tasks, which takes a cache line.
         sizes[time] = others - 64 * time
     assert len(set(sizes.values())) == 1, sizes
-    # A few states, and what a core's L2 holds of Winograd's tiles for every thread.
+    # The workspace holds a few states, and for each thread as many tiles as fit into its L2 cache.
     assert sizes[2] < 16 * state_bytes(case) + torch.get_num_threads() * (512 << 10)
 
 
 def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):
     sizes = set()
-    for time in (20, 60, 200):  # shorter ones need fewer parts of the weight gradient
+    for time in (20, 60, 200):  # shorter sequences have fewer parts of the weight gradient
         call = make_call((*PLAIN.but(time=time).inputs(), PLAIN.options))
         choice = native.choose(call, kernels.algorithm)
-        counters = 2 * 64 * time  # of a step's tasks, and of those that fold its sums
+        counters = 2 * 64 * time  # a step counts its tasks, and the tasks that fold its sums
         _, _, size = choice.way.backward(grad_x=True, weight=True)
         sizes.add(size - counters)
     assert len(sizes) == 1
 
 
 def test_no_gradient_no_memory(kernels):
-    """Nothing is kept without grad mode, also where the weight wants a gradient."""
+    """Without grad mode nothing is kept, although the weight requires a gradient."""
     leaves = wanting_gradients(PLAIN.inputs())
     saved = []
     with saved_tensors_hooks(saved.append, lambda t: t), torch.no_grad():
@@ -174,7 +174,7 @@ def test_empty_cache_gives_the_workspaces_back(monkeypatch):
 
 
 def test_a_segment_that_is_computed_again_takes_the_memory_of_the_one_before(kernels):
-    """checkpoint=True: the backward pass never holds the gates of two segments."""
+    """With checkpoint=True the backward pass never holds the gates of two segments."""
     case = PLAIN.but(time=40, batch=4, height=24, width=24)
     case = case.but(checkpoint=True)
     held: list[list[weakref.ref[Tensor]]] = []

@@ -1,4 +1,4 @@
-"""The kernels as torch.library operators."""
+"""The torch.library operators of the kernels pass torch's checks, and compile."""
 
 import cases
 import flat
@@ -9,6 +9,7 @@ from cases import Case, wanting_gradients
 from helpers import close, same
 from kernels import native
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.autograd.graph import saved_tensors_hooks
 from torch.library import opcheck
 
@@ -17,7 +18,10 @@ from snnlstm.call import make_call
 from snnlstm.native import ops
 from snnlstm.quant import state_quant
 
-pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+pytestmark = [
+    pytest.mark.skipif(native is None, reason="the core is not built"),
+    pytest.mark.usefixtures("fresh_compiler"),
+]
 
 PLAIN = cases.PLAIN.but(in_channels=2, channels=3, height=6, width=8, record=False)
 CASES = {
@@ -38,16 +42,9 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.fixture
 def calls(monkeypatch):
-    """Collects the arguments with which the two operators are called in a graph."""
+    """Collects the arguments of calls of the two operators."""
     seen: dict[str, list[tuple]] = {"_forward": [], "_backward": []}
     for name, arguments in seen.items():
         op = getattr(ops, name)
@@ -81,7 +78,7 @@ def test_opcheck(name, calls):
 
 
 def step(case: Case, run, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """Returns outputs and all gradients."""
+    """Returns the outputs of `run` and all gradients."""
     leaves = wanting_gradients(type(case.inputs())(*inputs))
     out = run(*leaves, case.options)
     used = [o for o in out if o.requires_grad]
@@ -95,8 +92,8 @@ def step(case: Case, run, *inputs: Tensor | None) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_calls_equal_plain_ones(name):
     case = CASES[name]
-    # A plain call with checkpoint adds up gradients of its segments, a compiled one has one; a
-    # plain step is taken for one of a loop, whose weight gradient may be summed in another way.
+    # A plain call with checkpoint adds up the gradients of its segments; a compiled call has one
+    # segment. A plain step call is a step of a loop, which may sum the weight gradient otherwise.
     near = 1e-5 if case.options.checkpoint or not case.options.sequence else 1e-6
     compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")
     for seed in range(2):
@@ -120,13 +117,8 @@ def test_compiled_calls_bear_hooks_that_bring_saved_tensors_back_otherwise(check
 
 
 def test_one_graph_serves_all_sizes():
-    compiles = []
-
-    def backend(graph, example_inputs):
-        compiles.append(graph)
-        return graph
-
-    compiled = torch.compile(flat.run, fullgraph=True, backend=backend, dynamic=True)
+    counter = CompileCounter()
+    compiled = torch.compile(flat.run, fullgraph=True, backend=counter, dynamic=True)
     for time, batch, height, width in ((3, 2, 6, 8), (4, 3, 7, 9), (5, 4, 8, 11), (2, 5, 12, 6)):
         case = PLAIN.but(time=time, batch=batch, height=height, width=width)
         inputs = case.inputs()
@@ -134,4 +126,4 @@ def test_one_graph_serves_all_sizes():
             out = compiled(*inputs, case.options)
             expected = flat.run(*inputs, case.options)
         same(out, expected)
-    assert len(compiles) <= 2
+    assert counter.frame_count <= 2

@@ -324,13 +324,13 @@ def test_it_can_be_differentiated_twice(name):
     close(actual, numeric, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @each
 def test_it_works_in_forward_mode_under_vmap_and_compiled(name, kwargs):
     spike = getattr(surrogate, name)(**kwargs)
     x, tangent = points(), torch.linspace(-1, 1, 105)
     torch.manual_seed(3)
     close(torch.func.jvp(spike, (x,), (tangent,)), gradient(spike, x, tangent))
-    torch._dynamo.reset()
     compiled = gradient(torch.compile(spike, fullgraph=True, backend="aot_eager"), x)
     if name == "SSO":  # which draws other numbers there, and none under vmap
         assert compiled[1][x > 0].eq(1).all()

@@ -1,1 +1,1 @@
-"""`python -m benchmarks.demo`: one network learns moving digits with either library's cell."""
+"""`python -m benchmarks.demo` trains one network on moving digits with either library's cell."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.demo`"""
+"""`python -m benchmarks.demo` runs the demo."""
 
 import sys
 

@@ -23,7 +23,7 @@ from benchmarks.plots import STYLE, pyplot
 from benchmarks.report import format_table
 
 WINDOW = 30
-"""Batches that a point of the smooth loss curve is the mean of."""
+"""A point of the smooth loss curve is the mean of so many batches."""
 
 TITLES = {"snntorch": "snnTorch", "snnlstm": "snnlstm"}
 COLOURS = {"snntorch": "#E69F00", "snnlstm": STYLE["snnlstm"][0]}
@@ -31,7 +31,7 @@ COLOURS = {"snntorch": "#E69F00", "snnlstm": STYLE["snnlstm"][0]}
 
 @dataclass
 class Result:
-    """One trained network: its losses, batch by batch, and what its process said at the end."""
+    """Holds the losses of a trained network, and its process's first and last message."""
 
     network: str
     losses: list[float] = field(default_factory=list)
@@ -40,15 +40,15 @@ class Result:
 
 
 def train(network: str, args: argparse.Namespace) -> Result:
-    """Train in a fresh process and watch it; raises RuntimeError if it fails."""
+    """Trains in a fresh process and shows the progress; raises RuntimeError if that fails."""
     result, title = Result(network), f"{TITLES[network]:<8}"
     spawn = multiprocessing.get_context("spawn")
     receive, send = spawn.Pipe(duplex=False)
     asked = argparse.Namespace(**vars(args), network=network)
     process = spawn.Process(target=training.tell, args=(send, asked), daemon=True)
     process.start()
-    send.close()  # this process's end: when the other one is gone, recv raises EOFError
-    # disable=None: there is no bar where nobody watches, but a line per epoch.
+    send.close()  # so that recv raises EOFError when the training's process has ended
+    # With disable=None there is no bar without a terminal; a line is printed per epoch instead.
     with (
         tqdm(desc=title, unit="batch", disable=None, dynamic_ncols=True) as bar,
         contextlib.suppress(EOFError),
@@ -77,18 +77,18 @@ def train(network: str, args: argparse.Namespace) -> Result:
 
 
 def smooth(losses: list[float], window: int = WINDOW) -> list[float]:
-    """Running mean over up to `window` values, as long as `losses`."""
+    """Returns the running mean over up to `window` values; it is as long as `losses`."""
     ends = range(1, len(losses) + 1)
     return [statistics.fmean(losses[max(0, end - window) : end]) for end in ends]
 
 
 def differences(one: list[float], other: list[float]) -> list[float]:
-    """Distances between two curves of the same length, point by point."""
+    """Returns the distances between two curves of equal length, point by point."""
     return [abs(a - b) for a, b in zip(one, other, strict=True)]
 
 
 def same_start(one: Result, other: Result) -> list[str]:
-    """What was not the same for both, though it has to be; empty where all is well."""
+    """Returns a text for each of weights and order that is not equal for both trainings."""
     wrong = {
         "the initial weights differ": one.start["weights"] != other.start["weights"],
         "the digits came in another order": one.end["order"] != other.end["order"],
@@ -97,7 +97,7 @@ def same_start(one: Result, other: Result) -> list[str]:
 
 
 def table(reference: Result, ours: Result) -> str:
-    """Accuracy, time and memory side by side, and how far the curves are apart."""
+    """Returns accuracy, time and memory side by side, and the distance of the loss curves."""
 
     def line(title: str, key: str, form: str, compare: bool = False) -> list[str]:
         one, other = reference.end[key], ours.end[key]
@@ -131,7 +131,7 @@ def table(reference: Result, ours: Result) -> str:
 
 
 def plot(reference: Result, ours: Result, path: Path, caption: str) -> None:
-    """Both loss curves in one panel; accuracy, time and memory as bars beside it."""
+    """Draws both loss curves in one panel, and accuracy, time and memory as bars beside it."""
     plt = pyplot()
     figure, (curves, *panels) = plt.subplots(
         1, 4, figsize=(12, 4.2), width_ratios=(5, 1.2, 1.2, 1.2), layout="constrained"
@@ -167,7 +167,7 @@ def plot(reference: Result, ours: Result, path: Path, caption: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 1 if a training failed or is not comparable."""
+    """Runs the command; returns 1 if a training failed or is not comparable, else 0."""
     p = argparse.ArgumentParser(
         prog="python -m benchmarks.demo",
         description="Train a two-layer spiking ConvLSTM to read handwritten digits that move "

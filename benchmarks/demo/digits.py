@@ -1,12 +1,11 @@
-"""Moving digits as an event camera would see them, made from real handwritten digits.
+"""Makes events of moving handwritten digits, as an event camera would see them.
 
 The digits are the 1797 images of 8x8 pixels that scikit-learn carries (UCI "Optical Recognition of
-Handwritten Digits", https://archive.ics.uci.edu/dataset/80). Nothing is downloaded. Each digit is
-enlarged and circles over a dark canvas; an event camera reports where the brightness changed from
-one frame to the next: ON events where it rose, OFF events where it fell. An edge that moves along
-itself sends no events; going round once shows every edge (for the same reason the camera of
-N-MNIST moved in closed triangles: Orchard et al., Front. Neurosci. 9:437, 2015). Everything random
-comes from one seed.
+Handwritten Digits", https://archive.ics.uci.edu/dataset/80), so nothing is downloaded. Each digit
+is enlarged and circles over a dark canvas. The camera sends an ON event where the brightness rose
+from one frame to the next, and an OFF event where it fell. An edge that moves along itself sends no
+events, but a full circle shows every edge. (The camera of N-MNIST moved in closed triangles for
+this reason: Orchard et al., Front. Neurosci. 9:437, 2015.) One seed decides all random numbers.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64
-"""Digits that are rendered at a time: bounds the memory, changes nothing else."""
+"""So many digits are rendered at a time, which bounds the memory and changes nothing else."""
 
 
 @dataclass(frozen=True)
 class Motion:
-    """How the digits move and how the camera sees them.
+    """Says how the digits move and how the camera sees them.
 
-    canvas: side of the square canvas, in pixels. digit: side of the enlarged digit, in pixels.
-    steps: event frames T; the camera looks at T + 1 brightness frames. radius: (smallest, largest)
-    of the circle, in pixels; where on the canvas the circle lies, where on it the digit starts, and
-    which way round it goes are uniform. turns: how often it goes round in the T frames. contrast:
-    the change of brightness (of a range 0..1) above which a pixel sends an event.
+    canvas: the side of the square canvas, in pixels. digit: the side of the enlarged digit, in
+    pixels. steps: the number T of event frames, of T + 1 brightness frames. radius: (smallest,
+    largest) radius of a circle, in pixels. turns: how often a digit goes round in the T frames.
+    contrast: the change of brightness (of a range 0..1) above which a pixel sends an event.
+    The circle's place, the digit's start on the circle and its direction are uniformly random.
     """
 
     canvas: int = 24
@@ -41,10 +40,10 @@ class Motion:
 
 
 def load_split(seed: int, test_share: float = 0.2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The digits, split at random with every class in the same proportion on both sides.
+    """Splits the digits at random, with every class in the same proportion on both sides.
 
     Returns train images (n, 8, 8) float32 in 0..1, train labels (n,) int64, test images, test
-    labels. The same seed gives the same split.
+    labels. Equal seeds give equal splits.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -59,7 +58,7 @@ def load_split(seed: int, test_share: float = 0.2) -> tuple[Tensor, Tensor, Tens
 
 
 def trajectories(count: int, motion: Motion, generator: torch.Generator) -> Tensor:
-    """Top-left corners (count, T + 1, 2) as (row, column), float32, inside the canvas always."""
+    """Draws top-left corners (count, T + 1, 2) as (row, column), always inside the canvas."""
     smallest, largest = motion.radius
     room = motion.canvas - motion.digit
     radius = smallest + (largest - smallest) * torch.rand(count, 1, 1, generator=generator)
@@ -71,10 +70,10 @@ def trajectories(count: int, motion: Motion, generator: torch.Generator) -> Tens
 
 
 def render(images: Tensor, corners: Tensor, motion: Motion) -> Tensor:
-    """Brightness frames (n, T + 1, canvas, canvas) in 0..1 of images (n, 8, 8) at corners.
+    """Renders brightness frames (n, T + 1, canvas, canvas) in 0..1 of images (n, 8, 8) at corners.
 
-    Positions are real numbers: the digit is resampled bilinearly, so that it glides and does not
-    jump from pixel to pixel.
+    Corners are real numbers: digits are resampled bilinearly, so that they glide and do not jump
+    from pixel to pixel.
     """
     n, frames, _ = corners.shape
     size, canvas = motion.digit, motion.canvas
@@ -91,11 +90,11 @@ def render(images: Tensor, corners: Tensor, motion: Motion) -> Tensor:
 
 
 def moving_digits(images: Tensor, motion: Motion, seed: int, out: Tensor | None = None) -> Tensor:
-    """Event sequences (T, n, 2, canvas, canvas), 0 or 1 in float32, of images (n, 8, 8).
+    """Makes event sequences (T, n, 2, canvas, canvas), 0 or 1 in float32, of images (n, 8, 8).
 
-    Channel 0 is 1 where the brightness rose by more than `contrast` since the frame before, channel
-    1 where it fell by more than that. Each image gets a motion of its own, drawn from `seed` alone.
-    out: a tensor of that shape to write into.
+    Channel 0 is 1 where the brightness rose by more than `contrast` since the frame before; channel
+    1 is 1 where it fell by more than that. Each image gets a random motion of its own. The events
+    are written to `out`, if it is given.
     """
     generator = torch.Generator().manual_seed(seed)
     corners = trajectories(len(images), motion, generator)

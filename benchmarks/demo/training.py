@@ -1,9 +1,9 @@
-"""Trains a spiking ConvLSTM to read moving digits: a script to copy and to go on from.
+"""Trains a spiking ConvLSTM to read moving digits; a user may copy this script and change it.
 
     python -m benchmarks.demo.training --epochs 4
 
-The demo runs it once with either library's cell, in processes of their own, so that the peak of
-memory is theirs.
+The demo runs the training with either library's cell, each time in a process of its own, so that
+the process's peak of memory is the training's.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from benchmarks.demo.digits import Motion, load_split, moving_digits
 
 CHANNELS = 16
 THRESHOLD = 0.05
-"""Low, because mem = o * tanh(syn) stays small while the weights are: at 1.0 nothing ever fires."""
+"""The threshold is low, because mem = o * tanh(syn) is small as long as the weights are."""
 SLOPE = 20.0
-"""Sharpness alpha of the arctan surrogate: the threshold's scale of 0.05 wants it this narrow."""
+"""The alpha of the arctan surrogate makes it as narrow as the threshold's scale of 0.05."""
 CLASSES = 10
 BATCH = 16
 RATE = 4e-3
 EPSILON = 1e-3
-"""Adam divides a gradient by its size plus this. With the default of 1e-8 a gradient of the size of
-a rounding error makes as large a step as any other, and two runs that differ in rounding alone part
-within an epoch (two runs of one cell do, from weights that are 1e-7 apart)."""
+"""Adam divides a gradient by its size plus epsilon. With the default of 1e-8 a gradient of the size
+of a rounding error makes as large a step as any other. Two runs of one cell, from weights that are
+1e-7 apart, then have different losses within an epoch."""
 MIB = 2**20
 
 
 class Network(nn.Module):
-    """Events (T, N, 2, S, S) to class scores (N, 10).
+    """The network maps events (T, N, 2, S, S) to class scores (N, 10).
 
-    Two spiking ConvLSTM layers, each of which halves the image by max-pooling, and a linear readout
-    of the second layer's spikes, averaged over time. library: "snntorch" or "snnlstm", whose cells
-    the layers are. One seed gives both the same weights, bit for bit. They differ in how a layer
-    runs over time, and in nothing else: snnTorch's cell is called once a time step, in the loop
-    that its documentation teaches; ours takes the whole sequence.
+    It has two spiking ConvLSTM layers, each of which halves the image by max-pooling, and a linear
+    readout of the second layer's spikes, averaged over time. The layers are cells of `library`,
+    "snntorch" or "snnlstm". One seed gives both networks equal weights, bit for bit. The networks
+    differ only in how a layer runs over time: snnTorch's cell is called once a time step, in the
+    loop that its documentation teaches, and our cell takes the whole sequence.
     """
 
     def __init__(self, library: str, side: int = Motion.canvas) -> None:
@@ -60,7 +60,7 @@ class Network(nn.Module):
         self.readout = nn.Linear(CHANNELS * (side // 4) ** 2, CLASSES)
 
     def spikes(self, x: Tensor) -> Tensor:
-        """The second layer's spikes (T, N, C, S / 4, S / 4), both layers starting from zero."""
+        """Returns the second layer's spikes (T, N, C, S / 4, S / 4), from zero states."""
         syn1, mem1 = self.layer1.reset_mem()
         syn2, mem2 = self.layer2.reset_mem()
         if self.library == "snnlstm":
@@ -77,25 +77,25 @@ class Network(nn.Module):
 
     @property
     def path(self) -> str:
-        """What ran the layers."""
+        """Names the implementation that ran the layers."""
         if self.library == "snnlstm":
             return f"snnlstm.SConv2dLSTM, one call a sequence: {self.layer1.path}"
         return "snntorch.SConv2dLSTM, one call a time step"
 
 
 class Data:
-    """Moving digits. The order and the motions of the training digits are new in each epoch."""
+    """Provides moving digits; each epoch has training digits of another order and motion."""
 
     def __init__(self, seed: int, digits: int | None = None) -> None:
         images, labels, test_images, self.test_labels = load_split(seed)
         self.images, self.labels = images[:digits], labels[:digits]
         self.test = moving_digits(test_images, Motion(), 1_000_000 + seed)
-        # Made once and refilled, so that it is no part of what training allocates.
+        # This tensor is filled anew in each epoch, so that training does not allocate it.
         self.moving = moving_digits(self.images, Motion(), seed)
         self.seed, self.seen = seed, hashlib.sha256()
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches: events (T, n, 2, S, S) and labels (n,)."""
+        """Yields batches of events (T, n, 2, S, S) and labels (n,)."""
         seed = 1000 * self.seed + number
         moving_digits(self.images, Motion(), seed, out=self.moving)
         generator = torch.Generator().manual_seed(seed)
@@ -106,17 +106,17 @@ class Data:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data, device: str) -> float:
-    """Share of the test digits that get the highest score for their class."""
+    """Returns the share of test digits whose own class gets the highest score."""
     model.eval()
     found = [model(part.to(device)).argmax(1).cpu() for part in data.test.split(60, dim=1)]
     return float((torch.cat(found) == data.test_labels).double().mean())
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Train and test; args: what `parser` reads.
+    """Trains and tests a network; `args` are the arguments of :func:`main`.
 
-    Yields {"event": "start"}, then one "batch" each and one "epoch" each, and "end" with the
-    results.
+    Yields an event "start", a "batch" for each batch, an "epoch" for each epoch, and an "end" with
+    the results.
     """
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False  # both networks in full float32
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for batch in data.epoch(epoch):
             events, labels = (tensor.to(args.device) for tensor in batch)
             begin = time.perf_counter()
-            # In a function of its own, so that no graph is kept while the next one is built.
+            # The graph ends with `learn`, so that none is kept while the next graph is built.
             losses.append(learn(model, optimizer, events, labels))
             schedule.step()
             seconds.append(time.perf_counter() - begin)
@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def learn(
     model: nn.Module, optimizer: torch.optim.Optimizer, events: Tensor, labels: Tensor
 ) -> float:
-    """One step; returns the loss, and so waits for the device."""
+    """Makes one training step; returns the loss as a float, which waits for the device."""
     optimizer.zero_grad()
     loss = F.cross_entropy(model(events), labels)
     loss.backward()
@@ -176,7 +176,7 @@ def learn(
 
 
 def digest(model: nn.Module) -> str:
-    """A hash of all parameters, names included: equal only if they are equal bit for bit."""
+    """Returns a hash of the names and the bits of all parameters."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         found.update(name.encode())
@@ -185,9 +185,10 @@ def digest(model: nn.Module) -> str:
 
 
 def watch_memory(device: str) -> Callable[[], tuple[int, int]]:
-    """A function that tells the peak from here on, in bytes: in all, and beyond what there is now.
+    """Returns a function that tells the peak of memory since this call, in bytes.
 
-    It is the process's on the CPU, and that of torch's allocator on CUDA.
+    The function returns the whole peak, and the peak less the memory in use at this call. On the
+    CPU the memory is the process's, on CUDA that of torch's allocator.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -198,7 +199,7 @@ def watch_memory(device: str) -> Callable[[], tuple[int, int]]:
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number that is not smaller."""
+    """Returns an argparse type that accepts whole numbers from `least` on."""
 
     def convert(text: str) -> int:
         if text.isdecimal() and int(text) >= least:
@@ -209,7 +210,7 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def add_common(p: argparse.ArgumentParser) -> None:
-    """The arguments that the demo and one training share."""
+    """Adds the arguments that the demo and one training share."""
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--epochs", type=whole(1), default=12, help="default: %(default)s")
     p.add_argument("--seed", type=whole(0), default=0, help="of weights, motions and order")
@@ -219,7 +220,7 @@ def add_common(p: argparse.ArgumentParser) -> None:
 
 
 def parse(p: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line; leaves with status 2 where there is no such device."""
+    """Reads the command line; ends the program with status 2 if there is no such device."""
     args = p.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("argument --device: cuda was asked for, but torch sees no CUDA device")
@@ -227,8 +228,8 @@ def parse(p: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.N
 
 
 def tell(connection: Connection, args: argparse.Namespace) -> None:
-    """Train, and send each event to another process."""
-    # Both are imported whichever is trained, so that both processes start equally large.
+    """Trains, and sends each event to another process."""
+    # Each process imports both libraries, so that both processes start equally large.
     for library in ("snntorch", "snnlstm"):
         importlib.import_module(library)
     for event in run(args):
@@ -236,7 +237,7 @@ def tell(connection: Connection, args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command."""
+    """Runs the command."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.demo.training", description=__doc__)
     p.add_argument("--network", choices=("snnlstm", "snntorch"), default="snnlstm")
     add_common(p)

@@ -1,4 +1,4 @@
-"""Every way of running a layer that the suite compares. `snntorch` is what all are set against."""
+"""Lists all providers, which are the ways of running a layer that the suite compares."""
 
 from __future__ import annotations
 
@@ -6,23 +6,7 @@ from collections.abc import Iterable
 
 from benchmarks.providers import with_snnlstm as ours
 from benchmarks.providers import with_snntorch as theirs
-from benchmarks.providers.base import Captured, Provider, Setting, Unavailable
-
-
-class SnnTorchGraph(Captured, theirs.SnnTorchEager):
-    name = "snntorch-cudagraph"
-    title = "snnTorch's loop captured in a CUDA graph"
-
-
-class SnnTorchCompiledGraph(Captured, theirs.SnnTorchCompiledLast):
-    name = "snntorch-compile-graph"
-    title = "the same captured in a CUDA graph"
-
-
-class SnnlstmGraph(Captured, ours.Snnlstm):
-    name = "snnlstm-cudagraph"
-    title = "snnlstm by sequence, captured in a CUDA graph"
-
+from benchmarks.providers.base import Provider, Setting, Unavailable, captured
 
 PROVIDERS: dict[str, type[Provider]] = {
     provider.name: provider
@@ -30,28 +14,34 @@ PROVIDERS: dict[str, type[Provider]] = {
         theirs.SnnTorchEager,
         theirs.SnnTorchCompiled,
         theirs.SnnTorchCompiledLast,
-        SnnTorchGraph,
-        SnnTorchCompiledGraph,
+        captured(
+            theirs.SnnTorchEager, "snntorch-cudagraph", "snnTorch's loop captured in a CUDA graph"
+        ),
+        captured(
+            theirs.SnnTorchCompiledLast, "snntorch-compile-graph",
+            "the same captured in a CUDA graph",
+        ),
         theirs.Hoisted,
         ours.SnnlstmStep,
         ours.Snnlstm,
         *ours.ALGORITHMS,
-        SnnlstmGraph,
-        ours.SnnlstmCheckpoint,
-        ours.SnnlstmGates,
+        captured(
+            ours.Snnlstm, "snnlstm-cudagraph", "snnlstm by sequence, captured in a CUDA graph"
+        ),
+        *ours.SAVING,
     )
-}
+}  # fmt: skip
 BASELINE = theirs.SnnTorchEager.name
 DETAILS = ("direct", "winograd", "pointwise", "hybrid", "checkpoint", "gates")
 DETAILS = tuple(f"snnlstm-{name}" for name in DETAILS)
-"""Those that the long table lists, and the short one and the plots of speed leave out."""
+"""The long table shows these providers; the short table and the plots of speed do not."""
 QUICK_PROVIDERS = (BASELINE, "hoisted", "snnlstm-step", "snnlstm")
 
 
 def find_providers(names: Iterable[str]) -> list[type[Provider]]:
-    """Providers by name, the baseline always among them and first.
+    """Returns the named providers and the baseline, which comes first.
 
-    Raises ValueError naming the provider that is not known.
+    Raises ValueError that names an unknown provider.
     """
     for name in names:
         if name not in PROVIDERS:

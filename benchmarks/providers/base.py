@@ -1,4 +1,4 @@
-"""What a provider is: one way of running a layer over a sequence, ready to be timed."""
+"""Defines the provider: one way of running a layer over a sequence, ready to be timed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.cases import Case
 
 Tensor = torch.Tensor
 Runner = tuple[Callable[[], object], Callable[[], object]]
-"""(setup, run): setup is not timed."""
+"""A pair (setup, run), of which setup is not timed."""
 Spikes = Tensor | list[Tensor]
 """The spikes of a sequence: (T, N, C, Ho, Wo), or a list of T tensors (N, C, Ho, Wo)."""
 
@@ -26,11 +26,11 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """What all providers of a run share.
+    """All providers of a run share one setting.
 
     device: "cpu" or "cuda". dtype: "float32", "tf32" (float32 tensors, tensor cores), "autocast"
     (float32 tensors under torch.autocast to bfloat16), "float64", "bfloat16" or "float16".
-    seed: of the weights and of x.
+    seed: the seed of the weights and of x.
     """
 
     device: str = "cpu"
@@ -39,23 +39,23 @@ class Setting:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Type of x, states and weights."""
+        """Returns the type of x, states and weights."""
         wide = self.dtype in ("tf32", "autocast")
         return torch.float32 if wide else getattr(torch, self.dtype)
 
     def apply_precision(self) -> None:
-        """Allow tensor cores for float32 under "tf32" and "autocast", forbid them elsewhere."""
+        """Allows tensor cores for float32 under "tf32" and "autocast", and forbids them else."""
         torch.backends.cudnn.allow_tf32 = self.dtype in ("tf32", "autocast")
         torch.backends.cuda.matmul.allow_tf32 = self.dtype in ("tf32", "autocast")
 
 
 class Provider(ABC):
-    """A layer built for `case`, with weights that depend on the seed alone.
+    """A provider has a layer built for `case`, whose weights depend on the seed alone.
 
-    Subclasses define `build_cell`, `sequence`, and `why_not` where they cannot run everything.
-    states: how many tensors of the state's size training holds per time step, for the memory guard.
-    spike_dtype: type of the spikes that `sequence` gives. path: which implementation ran last, for
-    the report; empty where there is only one.
+    Subclasses define `build_cell` and `sequence`, and `why_not` if there are cases that they cannot
+    run. `states` says how many tensors of the state's size training holds per time step; the memory
+    guard reads it. `spike_dtype` is the type of the spikes that `sequence` returns. `path` names
+    the implementation that ran last; it is empty if there is only one.
     """
 
     name = "provider"
@@ -72,12 +72,12 @@ class Provider(ABC):
 
     @classmethod
     def why_not(cls, case: Case, setting: Setting) -> str | None:
-        """Why the provider cannot run `case` here, or None if it can."""
+        """Returns why the provider cannot run `case` here, or None if it can."""
         return None
 
     @classmethod
     def bytes_needed(cls, case: Case, setting: Setting, mode: str) -> int:
-        """A rough upper bound on what a run allocates, to refuse before the machine swaps."""
+        """Returns a rough upper bound on a run's memory: a run that would swap is not begun."""
         x = case.steps * case.batch * case.cin * case.height * case.width
         kept = case.steps if mode != "forward" else 1
         values = 3 * x + (cls.states + 4) * math.prod(case.state_shape) * kept
@@ -89,24 +89,24 @@ class Provider(ABC):
 
     @abstractmethod
     def build_cell(self) -> torch.nn.Module:
-        """The cell, freshly initialised from torch's global generator."""
+        """Makes the cell, initialised from torch's global generator."""
 
     @abstractmethod
     def sequence(self, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Spikes, Tensor, Tensor]:
-        """T time steps: x (T, N, Cin, H, W), states (N, C, H, W) to spikes and the last states."""
+        """Runs x (T, N, Cin, H, W) from states (N, C, H, W); returns spikes and last states."""
 
     def context(self) -> AbstractContextManager[None]:
-        """What has to be in force while the provider runs, forward and backward."""
+        """Returns the context in which the provider runs, forward and backward."""
         if self.setting.dtype == "autocast":
             return torch.autocast(self.setting.device, torch.bfloat16)
         return nullcontext()
 
     def prepare(self, mode: str) -> Runner:
-        """(setup, run): `run` is what is timed, `setup` goes before each call of it, untimed.
+        """Returns (setup, run): `setup` goes before each call of `run`, and only `run` is timed.
 
-        forward runs without gradients. In the other modes the setup clears the gradients and moves
-        the weights by a rounding error or two, as an optimizer's step does between two batches:
-        whatever a provider derives from its weights has to be derived anew, inside the timing.
+        The mode "forward" runs without gradients. In the other modes the setup clears the gradients
+        and moves the weights by about a rounding error, as an optimizer's step does between two
+        batches. So a provider has to derive anew, while it is timed, what it derives from weights.
         """
 
         def within(run: Callable[[], object]) -> Callable[[], object]:
@@ -139,11 +139,11 @@ class Provider(ABC):
             held.clear()
             inputs[0].grad = None
             self.cell.zero_grad()
-            with torch.no_grad():  # back and forth
+            with torch.no_grad():  # the weight moves back and forth
                 weight.mul_(next(factors))
 
         def backward(spikes: Spikes) -> None:
-            # Listed spikes are not stacked: snnTorch's loop is not charged for a copy.
+            # A list of spikes is not stacked, so that snnTorch's loop does not pay for a copy.
             listed = isinstance(spikes, list)
             torch.autograd.backward(spikes, list(gradient.unbind(0)) if listed else gradient)
 
@@ -156,27 +156,32 @@ class Provider(ABC):
         return clear, lambda: backward(self.sequence(*inputs)[0])
 
     def inputs(self, mode: str, steps: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x and zero states; x asks for a gradient in training where the case counts it.
+        """Returns x and zero states; in training x requires a gradient if the case counts it.
 
-        steps: use only so many time steps of the case.
+        steps: x has only so many time steps of the case.
         """
         case, setting = self.case, self.setting
         device = torch.device(setting.device)
         x = case.make_input(device, setting.torch_dtype, setting.seed)[:steps]
         x.requires_grad_(mode != "forward" and case.grad_x)
-        # Two tensors: the same one twice makes torch.compile specialise on their being equal.
+        # For one tensor in two places torch.compile would compile a graph of its own.
         syn = torch.zeros(case.state_shape, device=device, dtype=setting.torch_dtype)
         return x, syn, torch.zeros_like(syn)
 
     def spike_gradient(self) -> Tensor:
-        """The gradient that training sends into the spikes: normal, (T, N, C, Ho, Wo)."""
+        """Draws the gradient (T, N, C, Ho, Wo) that training sends into the spikes."""
         generator = torch.Generator().manual_seed(self.setting.seed + 1)
         gradient = torch.randn(self.case.spike_shape, generator=generator)
         return gradient.to(self.setting.device, self.spike_dtype)
 
 
+def captured(of: type[Provider], name: str, title: str) -> type[Provider]:
+    """Returns a provider that captures the runs of `of` in a CUDA graph."""
+    return type(name, (Captured, of), {"name": name, "title": title})
+
+
 class Captured(Provider):
-    """Goes before the provider that it captures in a CUDA graph: all T steps in one replay."""
+    """This base of a provider captures a run of all T steps in a CUDA graph, and replays it."""
 
     @classmethod
     def why_not(cls, case: Case, setting: Setting) -> str | None:
@@ -188,7 +193,7 @@ class Captured(Provider):
         setup, run = super().prepare(mode)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # cuDNN picks and allocates outside the capture
+        with torch.cuda.stream(side):  # cuDNN chooses and allocates before the capture
             for _ in range(3):
                 setup()
                 run()
@@ -204,5 +209,5 @@ class Captured(Provider):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-        # Each replay overwrites the gradients, which the graph allocated: nothing to clear.
+        # Each replay overwrites the gradients in the graph's memory, so that none is cleared.
         return (lambda: None), graph.replay

@@ -1,9 +1,10 @@
-"""Our cell: by step and by sequence, with each algorithm, and with checkpoint=True."""
+"""Runs our cell by step and by sequence, with each algorithm, and with checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -14,9 +15,9 @@ from benchmarks.providers.with_snntorch import cell_arguments, loop
 
 
 class Snnlstm(Provider):
-    """The whole sequence in one call, with the algorithm that the library picks.
+    """Runs the whole sequence in one call, with the algorithm that the library chooses.
 
-    runs_as: how the part of the path that names the algorithm begins.
+    runs_as: one part of the path's name must begin with one of these texts.
     """
 
     name = "snnlstm"
@@ -47,7 +48,7 @@ class Snnlstm(Provider):
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        # Set back each time, so that no trace is left in the providers that run in between.
+        # The algorithm holds within each run alone, because other providers run in between.
         with super().context(), snnlstm.algorithm(self.algorithm):
             yield
 
@@ -55,7 +56,7 @@ class Snnlstm(Provider):
         setup, run = super().prepare(mode)
         setup()
         run()
-        # "cpu-avx2-winograd4-sparse (why)", "cuda-mma-tf32 (why)"
+        # The path is such as "cpu-avx2-winograd4-sparse (why)" or "cuda-mma-tf32 (why)".
         parts = self.path.split(" ")[0].split("-")
         if not any(part.startswith(self.runs_as) for part in parts):
             raise Unavailable(f"{self.algorithm} does not run this case; the path was {self.path}")
@@ -63,7 +64,7 @@ class Snnlstm(Provider):
 
 
 class SnnlstmStep(Snnlstm):
-    """One call a time step, as a drop-in for snnTorch's loop."""
+    """Calls our cell once a time step, as users of snnTorch do."""
 
     name = "snnlstm-step"
     title = "snnlstm, one call a time step"
@@ -72,39 +73,26 @@ class SnnlstmStep(Snnlstm):
         return loop(self.cell, x, syn, mem)
 
 
-class SnnlstmCheckpoint(Snnlstm):
-    """The whole sequence in one call, gates recomputed in the backward pass."""
-
-    name = "snnlstm-checkpoint"
-    title = "snnlstm by sequence, checkpoint=True"
-    checkpoint = True
+def _variant(name: str, title: str, *runs_as: str, **fields: Any) -> type[Snnlstm]:
+    """Makes a provider that runs the whole sequence in one call, with other fields."""
+    fields |= {"name": f"snnlstm-{name}", "title": f"snnlstm by sequence, {title}"}
+    return type(name, (Snnlstm,), {"runs_as": runs_as or ("",), **fields})
 
 
-class SnnlstmGates(Snnlstm):
-    """The whole sequence in one call, gates kept in half the memory."""
-
-    name = "snnlstm-gates"
-    title = 'snnlstm by sequence, checkpoint="gates"'
-    devices = ("cpu",)
-    checkpoint = "gates"
-
-
-def _with_algorithm(name: str, title: str, devices: str, *runs_as: str) -> type[Snnlstm]:
-    """The whole sequence in one call, with an algorithm of its own."""
-    fields = {
-        "name": f"snnlstm-{name}",
-        "title": f"snnlstm by sequence, {title}",
-        "algorithm": name.replace("measured", "measure"),
-        "devices": tuple(devices.split()),
-        "runs_as": runs_as or (name,),
-    }
-    return type(name, (Snnlstm,), fields)
-
-
+CPU, CUDA = ("cpu",), ("cuda",)
 ALGORITHMS = (
-    _with_algorithm("direct", "direct convolution", "cpu cuda", "direct", "fma", "mma"),
-    _with_algorithm("winograd", "Winograd", "cpu"),
-    _with_algorithm("pointwise", "behind torch's convolution", "cuda"),
-    _with_algorithm("hybrid", "torch for the gradients of weight and x", "cuda"),
-    _with_algorithm("measured", "the algorithm measured", "cuda"),
+    _variant("direct", "direct convolution", "direct", "fma", "mma", algorithm="direct"),
+    _variant("winograd", "Winograd", "winograd", algorithm="winograd", devices=CPU),
+    _variant(
+        "pointwise", "behind torch's convolution", "pointwise", algorithm="pointwise", devices=CUDA
+    ),
+    _variant(
+        "hybrid", "torch for the gradients of weight and x", "hybrid", algorithm="hybrid",
+        devices=CUDA,
+    ),
+    _variant("measured", "the algorithm measured", "measured", algorithm="measure", devices=CUDA),
+)  # fmt: skip
+SAVING = (
+    _variant("checkpoint", "checkpoint=True", checkpoint=True),
+    _variant("gates", 'checkpoint="gates"', checkpoint="gates", devices=CPU),
 )

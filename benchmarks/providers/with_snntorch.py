@@ -1,4 +1,4 @@
-"""snnTorch's own cell: in the loop that its documentation teaches, compiled, and rearranged."""
+"""Runs snnTorch's cell in the loop that its documentation teaches, compiled, and rearranged."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from benchmarks.providers.base import Provider, Setting, Spikes, Tensor
 
 
 def loop(step: Callable, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Spikes, Tensor, Tensor]:
-    """One call a time step."""
+    """Calls `step` once a time step; returns the list of spikes and the last states."""
     spikes = []
-    # unbind, not x[t]: the backward pass of x[t] would fill one whole x of zeros per step.
+    # The backward pass of x[t] in the place of unbind would fill one whole x of zeros per step.
     for x_t in x.unbind(0):
         spk, syn, mem = step(x_t, syn, mem)
         spikes.append(spk)
@@ -28,28 +28,28 @@ def loop(step: Callable, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Spikes, T
 
 
 class SnnTorchEager(Provider):
-    """`spk, syn, mem = cell(x[t], syn, mem)` for each t: what users of snnTorch write."""
+    """Calls snnTorch's cell once a time step, as its users do."""
 
     name = "snntorch"
     title = "snnTorch eager, one call a time step"
-    spike_dtype = torch.float32  # whatever the type of the cell: snntorch 1.0.0 says .float()
+    spike_dtype = torch.float32  # snntorch 1.0.0 returns such spikes from a cell of any type
 
     def build_cell(self) -> torch.nn.Module:
         cell = snntorch.SConv2dLSTM(**cell_arguments(self.case))
-        # Every cell stays in this list for ever, with its last state (a leak of the library).
+        # The list would keep every cell and its last state for ever.
         snntorch._neurons.neurons.SpikingNeuron.instances.clear()
         return cell
 
     @classmethod
     def bytes_needed(cls, case: Case, setting: Setting, mode: str) -> int:
         needed = super().bytes_needed(case, setting, mode)
-        if case.quant_bits:  # the state repeated once a level, thrice: repeat, difference, abs
+        if case.quant_bits:  # repeat, difference and abs each take the state once a level
             levels = 2**case.quant_bits
             needed += 3 * levels * math.prod(case.state_shape) * setting.torch_dtype.itemsize
         return needed
 
     def step(self, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One time step."""
+        """Runs one time step."""
         return self.cell(x, syn, mem)
 
     def sequence(self, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Spikes, Tensor, Tensor]:
@@ -57,14 +57,14 @@ class SnnTorchEager(Provider):
 
 
 class SnnTorchCompiled(SnnTorchEager):
-    """snnTorch's cell under torch.compile with its default settings, in the same loop."""
+    """Runs the same loop with snnTorch's cell under torch.compile with default settings."""
 
     name = "snntorch-compile"
     title = "snnTorch under torch.compile, one call a time step"
 
     def __init__(self, case: Case, setting: Setting) -> None:
         super().__init__(case, setting)
-        torch._dynamo.reset()  # the last case's graphs would count towards the recompile limit
+        torch._dynamo.reset()  # graphs of the case before would count towards the recompile limit
         self.step = torch.compile(self.cell, dynamic=False)
 
     @classmethod
@@ -76,7 +76,7 @@ class SnnTorchCompiled(SnnTorchEager):
 
 
 class SnnTorchCompiledLast(SnnTorchCompiled):
-    """The same on channels-last tensors, which is how cuDNN's tensor cores like them."""
+    """Runs the compiled cell on channels-last tensors, for which cuDNN uses tensor cores best."""
 
     name = "snntorch-compile-last"
     title = "snnTorch under torch.compile, channels-last"
@@ -99,12 +99,12 @@ class SnnTorchCompiledLast(SnnTorchCompiled):
 
 
 class Hoisted(SnnTorchEager):
-    """snnTorch's cell as fast as plain torch gets it by hand: rearranged over time.
+    """Computes the cell by plain torch that was rearranged by hand for speed.
 
-    - The input half of the convolution runs once, over T * N images; only the recurrent half is
-      left in the loop. The two halves are added where snnTorch concatenates x and mem.
+    - The input half of the convolution runs once, over T * N images, and the loop has the recurrent
+      half alone. The two halves are added, where snnTorch concatenates x and mem.
     - The sigmoids of i, f and o run as one operation over adjoining channels.
-    - Pooling, quantisation of what is thresholded, and the spike run once, over all T.
+    - Pooling, its quantisation and the spikes run once, over all T.
     """
 
     name = "hoisted"
@@ -134,14 +134,14 @@ class Hoisted(SnnTorchEager):
                 syn, mem = quantised(syn), quantised(mem)
             mems.append(mem)
         pooled = case.pool(torch.stack(mems).flatten(0, 1))
-        if quantised and case.avg_pool:  # elsewhere the values are levels already
+        if quantised and case.avg_pool:  # without avg_pool the values are levels already
             pooled = quantised(pooled)
         spikes = cell.spike_grad(pooled - cell.threshold)
         return spikes.unflatten(0, (steps, batch)), syn, mem
 
 
 def cell_arguments(case: Case) -> dict[str, Any]:
-    """Keyword arguments that build the case's cell, for snnTorch's class and for ours."""
+    """Returns the keyword arguments of the case's cell, for snnTorch's class and for ours."""
     return {
         "in_channels": case.cin,
         "out_channels": case.cout,

@@ -1,11 +1,12 @@
-// Random calls of the CPU kernels of one instruction set, for a build with sanitizers.
+// Makes random calls of the CPU kernels of one instruction set, in a build with sanitizers.
 //
 //   driver CASES SEED
 //
 // Every buffer is an allocation of its own, exactly as large as the interface says, so that
-// AddressSanitizer sees the first byte beside it. With ThreadSanitizer the OpenMP region is made
-// of std::thread (below), whose synchronisation the sanitizer knows. Says what it ran; every output
-// must be written, and finite unless the inputs hold infinities, NaN and the like.
+// AddressSanitizer sees an access to the first byte beside it. OpenMP's threads are std::thread
+// (below), whose synchronisation ThreadSanitizer knows. The driver checks that every output was
+// written, and that it is finite unless an input holds infinities, NaN or the like.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -13,7 +14,6 @@
 #include <limits>
 #include <memory>
 #include <random>
-#include <string>
 #include <thread>
 #include <vector>
 
@@ -23,7 +23,7 @@ namespace snnlstm::SNNLSTM_ISA {
 extern const cpu::Kernels kernels;
 }
 
-// ---- the OpenMP runtime, as far as the kernels use it ----
+// These two functions are the part of an OpenMP runtime that the kernels call.
 static thread_local int thread_number = 0;
 extern "C" int omp_get_thread_num() { return thread_number; }
 extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned count, unsigned) {
@@ -43,8 +43,8 @@ using namespace snnlstm;
 using cpu::Form;
 
 std::mt19937_64 random_bits;
-double total = 0;      // of all that was computed, to compare processors
-bool special = false;  // whether this case's numbers hold infinities, NaN and the like
+double total = 0;      // the sum of all computed numbers, by which processors are compared
+bool special = false;  // true if this case's inputs hold infinities, NaN or the like
 
 int64_t between(int64_t low, int64_t high) {
   return std::uniform_int_distribution<int64_t>(low, high)(random_bits);
@@ -54,7 +54,7 @@ T one_of(std::initializer_list<T> values) {
   return values.begin()[between(0, int64_t(values.size()) - 1)];
 }
 
-// Whether a result was written: memory begins as NaN of a kind that no operation makes.
+// Ends the program if a result was not written: memory begins as a NaN that no operation makes.
 template <class T>
 void check_written(T value, const char* name) {
   static const char nothing[8] = {-1, -1, -1, -1, -1, -1, -1, -1};
@@ -65,17 +65,17 @@ void check_written(T value, const char* name) {
   std::exit(3);
 }
 
-// A tensor in memory of exactly its extent. What is not an element of it is NaN.
+// This tensor lies in memory of exactly its extent. Memory between its elements holds NaN.
 template <class T>
 class Tensor {
  public:
-  // shape: 4 or 5 sizes. As contiguous, channels-last, a slice of something larger or, of what is
-  // only read, with images or channels that are the same memory.
+  // `shape` has 4 or 5 sizes. The layout is contiguous, channels-last or a slice of a larger
+  // tensor; a tensor that is only read may also repeat one image or channel by a stride of 0.
   explicit Tensor(std::vector<int64_t> shape, bool read_only = false) : shape_(shape) {
     const int dims = int(shape.size()), layout = int(between(0, read_only ? 3 : 2));
-    std::vector<int> order;  // dimensions, the fastest first
+    std::vector<int> order;  // dimensions by their strides, the smallest first
     for (int d = dims - 1; d >= 0; --d) order.push_back(d);
-    if (layout == 1) order = {dims - 3, dims - 1, dims - 2}, push_leading(order, dims - 4);
+    if (layout == 1) std::rotate(order.begin(), order.begin() + 2, order.begin() + 3);
     const int64_t gap = layout == 2 ? between(1, 3) : 0;
     strides_.resize(dims);
     int64_t step = layout == 2 ? between(1, 2) : 1;
@@ -105,9 +105,6 @@ class Tensor {
   }
 
  private:
-  static void push_leading(std::vector<int>& order, int d) {
-    for (; d >= 0; --d) order.push_back(d);
-  }
   template <class F>
   void each(F&& f, size_t d = 0, int64_t at = 0) {
     if (d == shape_.size()) return f(data_[at]);
@@ -119,7 +116,7 @@ class Tensor {
   std::unique_ptr<T[]> data_;
 };
 
-// Bytes of its own, filled with 0xFF: NaN, or -1.
+// A Bytes object owns memory that begins as bytes of 0xFF: as floats NaN, as integers -1.
 class Bytes {
  public:
   explicit Bytes(int64_t count) : data_(new char[count]), count_(count) {

@@ -1,15 +1,15 @@
 """Builds the CPU kernels with a sanitizer and runs random calls of them.
 
-    python tests/sanitizers/run.py address     out-of-bounds accesses, undefined behaviour
-    python tests/sanitizers/run.py thread      data races
-    python tests/sanitizers/run.py none        neither: for another processor, such as
+    python tests/sanitizers/run.py address     finds out-of-bounds accesses, undefined behaviour
+    python tests/sanitizers/run.py thread      finds data races
+    python tests/sanitizers/run.py none        runs without a sanitizer, for another processor:
         CXX=aarch64-linux-gnu-g++ python tests/sanitizers/run.py none --isa baseline \
             --under "qemu-aarch64 -L /usr/aarch64-linux-gnu"
 
-No torch and no Python in the program: driver.cpp calls the kernels of one instruction set. For
-"address" the pieces of a workspace are fenced in as well (csrc/testing/fences.h), and every piece
-starts as NaN. The build takes one to two minutes and is kept in build/sanitizers until a source
-changes. Needs GCC or Clang with the sanitizers' runtime libraries.
+The program, driver.cpp, calls the kernels of one instruction set without torch and Python. With
+"address" csrc/testing/fences.h fences in the pieces of a workspace too, and every piece starts as
+NaN. A build takes one to two minutes; build/sanitizers keeps it until a source changes. The
+compiler must be GCC or Clang with the sanitizers' runtime libraries.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -44,54 +42,25 @@ ISAS = {
 
 
 def isas_here() -> list[str]:
-    """Those that this processor runs."""
-    try:
-        flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
-    except OSError:
-        flags = set()
-    found = ["baseline"]
-    if platform.machine() in ("x86_64", "AMD64") and {"avx2", "fma"} <= flags:
-        found += ["avx2", "wide"]
-        if {"avx512f", "avx512vl", "avx512dq", "avx512bw"} <= flags:
-            found.append("avx512")
-    return found
+    """Returns the instruction sets that this processor runs, as the installed core lists them."""
+    from snnlstm import _C
 
-
-def default_isa() -> str:
-    """The best one that every usual machine runs; AVX-512's tiles are tested as ``wide``."""
-    return "avx2" if "avx2" in isas_here() else "baseline"
-
-
-def compiler() -> str | None:
-    """The C++ compiler to use, or None."""
-    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-
-
-def supported(sanitizer: str) -> bool:
-    """Whether the compiler can link and run a program with this sanitizer."""
-    found = compiler()
-    if found is None:
-        return False
-    program = ROOT / "build" / "sanitizers" / f"try-{sanitizer}"
-    program.parent.mkdir(parents=True, exist_ok=True)
-    flags = [f for f in SANITIZERS[sanitizer] if f.startswith("-f")]
-    command = [found, *flags, "-x", "c++", "-", "-o", str(program)]
-    done = subprocess.run(command, input="int main() {}", text=True, capture_output=True)
-    return done.returncode == 0 and subprocess.run([program], capture_output=True).returncode == 0
+    return _C.isa_names()
 
 
 def build(sanitizer: str, isa: str) -> Path:
-    """The driver, compiled with `sanitizer` for `isa`."""
-    headers = [CSRC / "args.h", CSRC / "cell.h", CSRC / "testing" / "fences.h"]
+    """Compiles the driver with `sanitizer` for `isa`, unless that is done; returns its path."""
+    cxx = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    assert cxx, "no C++ compiler"
     sources = [
         *(CSRC / "cpu" / "kernels").iterdir(),
         *(CSRC / "cpu").glob("*.h"),
-        *headers,
+        *(CSRC / "args.h", CSRC / "cell.h", CSRC / "testing" / "fences.h"),
         *HERE.iterdir(),
     ]
     content = b"".join(f.read_bytes() for f in sorted(sources) if f.is_file())
     key = hashlib.sha1(content).hexdigest()[:10]
-    name = f"{sanitizer}-{isa}-{Path(compiler() or '').name}"
+    name = f"{sanitizer}-{isa}-{Path(cxx).name}"
     folder = ROOT / "build" / "sanitizers" / f"{name}-{key}"
     program = folder / "driver"
     if program.exists():
@@ -99,14 +68,12 @@ def build(sanitizer: str, isa: str) -> Path:
     for old in folder.parent.glob(f"{name}-*"):
         shutil.rmtree(old)
     folder.mkdir(parents=True)
-    cxx = compiler()
-    assert cxx, "no C++ compiler"
     flags = ["-std=gnu++17", "-O1", "-g1", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
     flags += [*SANITIZERS[sanitizer], *ISAS[isa], f"-DSNNLSTM_ISA={isa}", f"-I{CSRC}"]
 
     def compile_one(source: Path) -> Path:
         out = folder / f"{source.stem}.o"
-        # The driver brings the OpenMP runtime itself.
+        # The driver has an OpenMP runtime of its own.
         openmp = [] if source.parent == HERE else ["-fopenmp"]
         command = [cxx, *flags, *openmp, "-c", str(source), "-o", str(out)]
         subprocess.run(command, check=True)
@@ -125,7 +92,7 @@ def build(sanitizer: str, isa: str) -> Path:
 def run(
     sanitizer: str, isa: str, cases: int, seed: int = 0, under: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Run `cases` random calls; a finding is a non-zero exit status and a report on stderr.
+    """Runs `cases` random calls; a finding gives a non-zero exit status and a report on stderr.
 
     `under` is a command that runs the program, such as an emulator of another processor.
     """
@@ -142,7 +109,7 @@ def run(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sanitizer", choices=SANITIZERS)
-    parser.add_argument("--isa", choices=[*ISAS, "all"], default=default_isa())
+    parser.add_argument("--isa", choices=[*ISAS, "all"], default="all")
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--under", default="", help="command that runs the program")
