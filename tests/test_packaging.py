@@ -1,4 +1,4 @@
-"""The built module: what it links, what it exports, and whose threads it uses."""
+"""The built module links, exports and runs only what it should."""
 
 from __future__ import annotations
 
@@ -31,16 +31,13 @@ def output(*command: str | Path, **options) -> str:
 
 
 def tool(name: str) -> str:
-    """Finds a program of binutils, which every C++ compiler on Linux comes with."""
+    """Finds a program of binutils, which come with every C++ compiler on Linux."""
     return shutil.which(name) or pytest.skip(f"{name} is not installed")
 
 
 def test_one_version_everywhere():
     assert importlib.metadata.version("snnlstm") == snnlstm.__version__
     assert _C.build_info()["version"] == snnlstm.__version__
-
-
-# ---- no torch inside -----------------------------------------------------------------------------
 
 
 def test_no_source_includes_a_torch_header():
@@ -53,7 +50,7 @@ def test_no_source_includes_a_torch_header():
 
 @linux
 def test_no_instruction_set_shares_a_function_with_another():
-    """The linker keeps one of several weak functions of a name, which may be AVX-512's."""
+    """Of several weak functions of one name the linker keeps any one, which may be AVX-512's."""
     objects = sorted((ROOT / "build").glob("*/CMakeFiles/kernels_*.dir/**/*.o"))
     if not objects:
         pytest.skip("the module was not built here")
@@ -81,7 +78,7 @@ def test_exports_its_entry_point_alone():
 
 @linux
 def test_leaves_no_openmp_or_cuda_symbol_to_the_loader():
-    """csrc/openmp.cpp passes OpenMP calls on; one that it lacks would fail at import."""
+    """csrc/openmp.cpp defines OpenMP's functions; an import would fail if it lacked one."""
     undefined = output(tool("nm"), "-D", "--undefined-only", CORE)
     assert re.findall(r"\b(?:GOMP_|omp_|__kmpc_|cuda|cu[A-Z])\w*", undefined) == []
 
@@ -105,14 +102,11 @@ def test_wide_instructions_stay_in_their_namespace():
     assert intruders == set()
 
 
-# ---- CUDA ----------------------------------------------------------------------------------------
-
-
 def fatbin_contents(data: bytes) -> set[tuple[str, int]]:
-    """What fat binaries in a file hold: ("ptx" or "elf", compute capability).
+    """Returns the images of fat binaries in a file: ("ptx" or "elf", compute capability).
 
-    Layout as nvcc 12 and 13 write it: a header of 16 bytes (magic, version, header size, size of
-    what follows), then images, each with a header (kind, -, header size, size, ..., capability).
+    nvcc 12 and 13 write a header of 16 bytes (magic, version, header size, size of all images), and
+    then images, each with a header (kind, -, header size, size, ..., capability).
     """
     contents = set()
     for found in re.finditer(re.escape(b"\x50\xed\x55\xba\x01\x00\x10\x00"), data):
@@ -138,8 +132,6 @@ def test_holds_code_for_every_gpu_that_it_claims():
     assert CORE.stat().st_size < 20e6
 
 
-# ---- one OpenMP runtime, torch's -----------------------------------------------------------------
-
 COUNT_LIBRARIES = """
 import re
 def runtimes():
@@ -149,14 +141,14 @@ def runtimes():
 
 
 def python(code: str, folder: Path) -> str:
-    """Runs code in an interpreter of its own, outside the source tree."""
+    """Runs code in an interpreter of its own, outside of the source tree."""
     environment = os.environ | {"PYTHONPATH": str(Path(snnlstm.__file__).parents[1])}
     return output(sys.executable, "-c", COUNT_LIBRARIES + code, cwd=folder, env=environment)
 
 
 @linux
 def test_one_openmp_runtime_in_the_process(tmp_path):
-    """The same libraries are mapped with torch alone and with the cell."""
+    """A process with the cell maps the libraries that a process with torch alone maps."""
     printed = python(
         """
 import torch
@@ -176,7 +168,7 @@ print(before == runtimes(), len(before), _C.openmp_library() in before)
 @linux
 @pytest.mark.skipif(not shutil.which("gcc"), reason="no C compiler")
 def test_finds_the_runtime_of_a_torch_that_renamed_it(tmp_path):
-    """Repaired wheels are so: torch's copy has a name and a SONAME of its own."""
+    """In a repaired wheel torch's copy of the runtime has a name and a SONAME of its own."""
     gomp, torch_cpu = tmp_path / "libgomp-0123abcd.so.1.0.0", tmp_path / "libtorch_cpu.so"
     (tmp_path / "gomp.c").write_text("void GOMP_parallel(void) {}")
     (tmp_path / "torch.c").write_text("void GOMP_parallel(void); void f(void) { GOMP_parallel(); }")

@@ -1,6 +1,6 @@
-"""Packed weights: one packing for each value of a weight, and never one of an older value.
+"""A weight is packed once for each of its values, and an older value's packing is never used.
 
-Neither the address nor the version counter of a tensor says that its numbers are the same:
+Neither the address nor the version counter of a tensor tells of all changes of its numbers:
 ``weight.data.add_(...)`` and ``torch._foreach_add_`` on ``.data`` change neither.
 """
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
 @pytest.fixture(autouse=True)
 def packings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """A cache of this test's own, and the forms (their numbers) that were packed into it."""
+    """Gives a test a cache of its own; returns the numbers of the forms that are packed."""
     packed: list[int] = []
     addresses = packing.Packed.addresses
 
@@ -79,7 +79,7 @@ def by_assigning_load_state_dict(cell: snnlstm.SConv2dLSTM) -> None:
     cell.load_state_dict(state, assign=True)
 
 
-# Some write in place, seen by the version counter or by nothing; some bring other memory.
+# Some changes write in place, with or without the version counter; some bring other memory.
 CHANGES = {
     "optimizer": by_optimizer,
     "data.add_": lambda cell: cell.conv.weight.data.add_(0.1),
@@ -113,7 +113,7 @@ def test_a_changed_weight_is_used_at_once(change: Callable[[Any], Any]):
 
 @pytest.mark.parametrize("channels", [16, 120], ids=["small", "by several threads"])
 def test_one_changed_bit_is_seen(kernels, packings, channels):
-    """Comparing samples or sums of the weight would not do."""
+    """A comparison of samples or sums of the weight would not see the bit."""
     cell, x = make(channels), image()
     with torch.no_grad():
         call(cell, x)
@@ -128,8 +128,10 @@ def test_one_changed_bit_is_seen(kernels, packings, channels):
 
 
 def test_a_weight_changed_between_forward_and_backward():
-    """The version counter makes it an error; a change past the counter leaves the gradient that of
-    the forward pass, whose weight was packed."""
+    """A change that the version counter sees is an error.
+
+    After another change the gradient is that of the forward pass, whose weight was packed.
+    """
     cell, x = make(), image().requires_grad_()
     loss = call(cell, x)[2].sum()
     with torch.no_grad():
@@ -162,7 +164,7 @@ def test_a_weight_is_packed_once_for_each_of_its_values(kernels, packings):
     cell, x = make(), image()
     for value in range(3):
         packings.clear()
-        for _ in range(4):  # step calls, forward and backward
+        for _ in range(4):  # the calls are steps, forward and backward
             (call(cell, x)[2].sum() + call(cell, x)[0].sum()).backward()
             with torch.no_grad():
                 call(cell, x)
@@ -180,7 +182,7 @@ def test_each_instruction_set_and_algorithm_has_forms_of_its_own():
 
 
 def test_weights_of_one_shape_that_are_divided_otherwise():
-    """(4C, Cin + C) says all; but kernels of one size and other strides share a packing."""
+    """Calls of one weight with other strides and dilations share its packing, and are right."""
     weight = torch.randn(32, 11, 3, 3) / 10
     x = image()
     for stride in ((1, 1), (2, 2), (1, 3)):
@@ -205,18 +207,17 @@ def test_python_threads_that_share_a_weight(packings):
                 close(out[1], expected[1], atol=2e-5)
 
     in_threads(work, 4)
-    assert len(packings) <= 4 * len(set(packings))  # some at the same time
+    assert len(packings) <= 4 * len(set(packings))  # four threads may pack at the same time
 
 
-# ---- where the packed weights live ---------------------------------------------------------------
 def test_two_threads_that_pack_at_once_read_one_form():
-    """The form of the first stays: the address of another's would be that of freed memory."""
+    """The form that was packed first stays, because another thread may read its address."""
     weight = torch.rand(4, 3, 3, 3)
     packed, others = packing.Packed(weight), []
 
     class Core:
         def pack(self, *arguments):
-            if not others:  # another thread comes between, and is done first
+            if not others:  # another thread begins later, and ends first
                 others.append(None)
                 others[0] = packed.addresses(Core(), [(0, "form", 64)])
 
@@ -265,7 +266,7 @@ def test_packed_weights_are_not_saved():
     cell, x = make(), image()
     sizes = []
     for _ in range(2):
-        cell.syn, cell.mem = torch.zeros(0), torch.zeros(0)  # states are saved
+        cell.syn, cell.mem = torch.zeros(0), torch.zeros(0)  # states would be saved
         sizes.append([len(pickle.dumps(what)) for what in (cell, cell.state_dict())])
         call(cell, x)
     weight = cell.conv.weight.numel() * 4

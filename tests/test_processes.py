@@ -1,6 +1,6 @@
-"""Forks, signals, workers of a DataLoader, and memory that runs out.
+"""Cells work with forks, signals, workers of a DataLoader, and memory that runs out.
 
-Each runs in a Python of its own: what may hang or be killed must not take the tests with it.
+Each program runs in a process of its own, which may hang or be killed without ending the tests.
 """
 
 import json
@@ -66,7 +66,7 @@ def train(cell, x=x):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[subprocess.Popen]:
-    """Starts a Python that imports torch once, which takes seconds, and forks for each program."""
+    """Starts a Python that imports torch once, in seconds, and forks for each program."""
     with subprocess.Popen(
         [sys.executable, "-c", SERVER], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -77,7 +77,7 @@ def server() -> Iterator[subprocess.Popen]:
 
 @pytest.fixture
 def in_a_process(server: subprocess.Popen, tmp_path: Path) -> Callable[[str], str]:
-    """Returns a function that runs START and a program, and returns what they print."""
+    """Returns a function that runs START with a program, and returns their output."""
 
     def run(program: str) -> str:
         print(json.dumps([START + program, str(tmp_path)]), file=server.stdin, flush=True)
@@ -90,7 +90,7 @@ def in_a_process(server: subprocess.Popen, tmp_path: Path) -> Callable[[str], st
 
 
 def test_a_fork_while_another_thread_runs_a_cell(in_a_process):
-    """A lock that the other thread held would never be released in the child."""
+    """A lock that the other thread held at the fork would never be released in the child."""
     program = """
 torch.set_num_threads(1)
 expected = train(cell)
@@ -152,7 +152,7 @@ print(wrong)
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_cells_in_the_workers_of_a_data_loader(start, tmp_path, in_a_process):
-    """Under fork the parent's pool of threads is not there; torch sets one thread."""
+    """A forked worker has no pool of threads, and torch sets one thread for it."""
     program = f"""
 from torch.utils.data import DataLoader
 sys.path.insert(0, {str(tmp_path)!r})
@@ -182,7 +182,7 @@ if __name__ == "__main__":
 
 
 def test_sequences_of_growing_length_within_a_limit_of_memory(in_a_process):
-    """Blocks that are kept for later must not be what is missing now."""
+    """Memory must not run out while blocks are kept for later."""
     program = """
 import resource
 cell = snnlstm.SConv2dLSTM(2, 16, 3, threshold=0.05)

@@ -1,4 +1,4 @@
-"""Quantisation of the states: levels, ties, extremes, gradients, memory."""
+"""Quantisers of states have snnTorch's levels and values, and straight-through gradients."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ from snnlstm.snntorch import recognise_quant
 
 
 def plainly(x, levels):
-    """The definition: least |level - x|, lowest index on ties; index 0 for NaN."""
+    """Computes the definition: least |level - x|, the lowest index on ties, index 0 for NaN."""
     return levels[(levels - x[..., None]).abs().min(-1).indices].to(x.dtype)
 
 
@@ -40,7 +40,7 @@ LIMITS = ({}, {"threshold": 0.1, "lower_limit": 0.3, "upper_limit": 0.7}, {"mult
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("centred", [True, False])
 def test_levels_and_values_equal_snntorchs(bits, uniform, centred):
-    """They are equal to the last bit with whatever Python and torch both are made."""
+    """Levels and values are equal to the last bit."""
     for kwargs in LIMITS:
         reference = theirs(bits, uniform, centred, **kwargs)
         quant = state_quant(bits, uniform, centred, **kwargs)
@@ -100,9 +100,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_fire_quantises_the_average_once_more(backend):
-    """A pool of 0 and 1 averages to 0.5: only its rounding, down to 0, keeps it silent.
+    """A pool of 0 and 1 averages to 0.5, and does not spike only if 0.5 is rounded down to 0.
 
-    That the cell quantises as snnTorch's otherwise, test_equivalence.py shows.
+    test_equivalence.py compares other quantised cells with snnTorch's.
     """
     quant = StateQuant(torch.tensor([0.0, 1.0]))
     cell = ours(1, 1, 1, avg_pool=2, state_quant=quant, threshold=0.4)
@@ -146,13 +146,13 @@ def test_levels_that_the_kernels_cannot_take_use_the_reference_path(backend):
         assert reason in cell.path.reason
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_it_differentiates_forward_and_under_vmap_and_compiles():
     quant, x = state_quant(4), torch.linspace(-2, 2, 64)
     out, tangent = torch.func.jvp(quant, (x,), (torch.arange(64.0),))
     assert torch.equal(out, quant(x))
     assert torch.equal(tangent, torch.arange(64.0))
     assert torch.equal(torch.func.vmap(quant)(x.view(8, 8)).flatten(), quant(x))
-    torch._dynamo.reset()
     assert torch.equal(torch.compile(quant, fullgraph=True, backend="aot_eager")(x), quant(x))
 
 

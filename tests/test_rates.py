@@ -40,7 +40,7 @@ def test_it_counts_the_spikes_of_every_neuron_layer(cell):
     assert rates["0"].rate == spikes[0] / (4 * 2 * 3 * 3 * 3)
     assert rates["4"].chances == 4 * 2 * 4
     assert 0 < float(rates["1"].highest) < 0.9
-    net(X[0])  # outside of the block
+    net(X[0])  # a call outside of the block is not counted
     assert rates["4"].chances == 4 * 2 * 4
 
 

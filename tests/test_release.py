@@ -1,4 +1,4 @@
-"""What publishes a release: the workflows' matrix, and the package indexes."""
+"""The workflows' matrix and the package indexes of a release are right."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_wheels_are_those_that_make_wheel_builds():
 
 
 def wheel(folder: Path, local: str) -> Path:
-    """Writes an empty wheel, from which pip learns name and version."""
+    """Writes a wheel that holds a name and a version alone."""
     path = folder / f"snnlstm-9.9+{local}-py3-none-any.whl"
     about = f"snnlstm-9.9+{local}.dist-info"
     metadata = f"Metadata-Version: 2.1\nName: snnlstm\nVersion: 9.9+{local}\n"
@@ -54,7 +54,7 @@ def asset(path: Path, digest: str = "") -> dict[str, str]:
 
 @pytest.fixture
 def publish(tmp_path):
-    """Writes the indexes of some releases; returns pip's exit status and output for one of them."""
+    """Returns a function that writes the indexes of releases, and runs pip on one index."""
     write = runpy.run_path(str(ROOT / ".ci" / "index.py"))["write"]
 
     def publish(releases: list, index: str) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""snnlstm.Sequential is the loop over the steps, whichever way each layer goes."""
+"""snnlstm.Sequential computes what a loop over the steps computes, for any kind of layers."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ X = steps(T, N, 2, 6, 6)
 
 
 def loop(net, x):
-    """What Sequential has to equal: layer after layer, step after step."""
+    """Runs layer after layer in each step, step after step."""
 
     def layers(stack):
         for layer in stack:
@@ -57,7 +57,7 @@ def states_of(net):
 
 
 def equals_the_loop(net, x, ways, atol=2e-6):
-    """Run both, twice, so that the second run starts from the states of the first."""
+    """Compares two runs of both; the second run starts from the states of the first."""
     one, other = snnlstm.Sequential(*copy.deepcopy(net)), net
     torch.manual_seed(5)
     actual = [one(x), one(x)]
@@ -73,7 +73,7 @@ def equals_the_loop(net, x, ways, atol=2e-6):
     return one
 
 
-PLAIN = {"threshold": 0.2, "spike_grad": snnlstm.surrogate.atan()}  # which can be copied
+PLAIN = {"threshold": 0.2, "spike_grad": snnlstm.surrogate.atan()}  # snnTorch's cannot be copied
 
 
 def leaky(**kwargs):
@@ -81,7 +81,7 @@ def leaky(**kwargs):
 
 
 class Cumulative(nn.Module):
-    """This layer of the user's remembers."""
+    """A layer of the user's has a state."""
 
     def __init__(self):
         super().__init__()
@@ -169,7 +169,7 @@ IN_EVALUATION = {
 def test_it_equals_the_loop_in_evaluation(name):
     torch.manual_seed(0)
     net = nn.Sequential(*NETS[name][0]())
-    loop(net, X)  # for statistics
+    loop(net, X)  # the loop fills the running statistics
     utils.reset(net)
     with torch.no_grad():
         equals_the_loop(net.eval(), X, IN_EVALUATION[name])
@@ -187,7 +187,7 @@ def test_what_is_stepped_in_evaluation_too():
     net = nn.Sequential(nn.Conv2d(2, 2, 3), nn.MaxPool2d(2), nn.Flatten(0), nn.Linear(8, 3))
     equals_the_loop(net, torch.rand(T, 2, 6, 6), "step step step step")
     net = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(2, 2, 3)), nn.Flatten())
-    equals_the_loop(net, X, "step fold")  # the old spectral_norm iterates at every step
+    equals_the_loop(net, X, "step fold")  # the old spectral_norm changes at every step
 
 
 def test_layers_that_change_under_way_take_effect():
@@ -200,7 +200,7 @@ def test_layers_that_change_under_way_take_effect():
     calls.clear()
     close(one(X), expected)
     assert [way.reason for way in one.plan] == 3 * ["it carries hooks"]
-    assert calls == 3 * T * [N]  # a hook sees what it sees in the loop
+    assert calls == 3 * T * [N]  # a hook sees each step, as in the loop
     net[0]._forward_hooks.clear()
     net[0].forward = lambda x: torch.cat([x, x[:, :1] * x.mean()], 1)  # mixes samples
     expected = loop(copy.deepcopy(net), X)
@@ -230,7 +230,7 @@ class Renamed(snnlstm.SConv2dLSTM):
 
 
 class Block(nn.Sequential):
-    """A stack with a name."""
+    """This subclass changes nothing."""
 
 
 class Residual(nn.Sequential):
@@ -267,9 +267,6 @@ def test_a_sequential_within_a_sequential():
     assert [way.kind for way in one.plan] == ["sequence", "fold"]
 
 
-# ---- layers that share a state --------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("tied", "name"), [("cell", "2"), ("norm", "1")])
 def test_layers_that_share_a_state_are_run_step_by_step(tied, name, caplog):
     cell, norm = hidden(2, 2, 3), nn.BatchNorm2d(2)
@@ -286,9 +283,6 @@ def test_layers_without_a_state_may_be_in_several_places():
     relu, conv = nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1)
     equals_the_loop(nn.Sequential(conv, relu, hidden(2, 2, 3), conv, relu), X,
                     "fold fold sequence fold fold")  # fmt: skip
-
-
-# ---- what is around it ----------------------------------------------------------------------
 
 
 def test_it_is_an_nn_sequential():

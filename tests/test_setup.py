@@ -1,4 +1,4 @@
-"""Whether setup.py builds the core and its CUDA half, with what, and what it says."""
+"""setup.py decides rightly whether and how it builds the core and its CUDA half, and says why."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BROKEN = "#!/bin/sh\necho 'cannot execute cicc' >&2\nexit 1\n"
 
 @pytest.fixture
 def build(monkeypatch, tmp_path):
-    """Runs setup.py where no CUDA compiler, driver or GPU is known, and returns its names."""
+    """Runs setup.py without any CUDA compiler, driver and GPU, and returns its names."""
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     names = runpy.run_path(str(SETUP))
     for variable in (
@@ -31,7 +31,7 @@ def build(monkeypatch, tmp_path):
     ):  # fmt: skip
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    # Neither the interpreter's own packages nor /usr/local/cuda are looked at.
+    # setup.py must find neither the interpreter's own packages nor /usr/local/cuda.
     candidates = names["nvcc_candidates"]
     variables = candidates.__globals__
     monkeypatch.setattr(variables["sysconfig"], "get_path", lambda name: str(tmp_path / "site"))
@@ -46,9 +46,6 @@ def program(path: Path, text: str = NVCC) -> str:
     path.write_text(text)
     path.chmod(0o755)
     return str(path)
-
-
-# ---- the core, or plain torch --------------------------------------------------------------------
 
 
 def test_a_compiler_builds_the_core(build, monkeypatch, tmp_path):
@@ -102,9 +99,6 @@ def test_a_wish_that_cannot_be_met_is_an_error(build, monkeypatch, plan, name, v
         build[plan]()
 
 
-# ---- CUDA ----------------------------------------------------------------------------------------
-
-
 def test_pip_means_the_pip_package_and_no_other(build, monkeypatch, tmp_path):
     monkeypatch.setenv("SNNLSTM_CUDA", "pip")
     monkeypatch.setenv("CUDACXX", program(tmp_path / "named/nvcc"))
@@ -115,7 +109,7 @@ def test_pip_means_the_pip_package_and_no_other(build, monkeypatch, tmp_path):
 
 
 def test_the_order_of_preference(build, monkeypatch, tmp_path):
-    """Each of CUDACXX, CUDA_HOME, PATH, the pip package, the default place hides the later ones."""
+    """Of CUDACXX, CUDA_HOME, PATH, the pip package and the default place, the first counts."""
     found = []
 
     def note(path: str) -> None:
@@ -137,7 +131,7 @@ def test_the_order_of_preference(build, monkeypatch, tmp_path):
 
 
 def test_what_is_no_compiler_is_passed_over_unless_it_is_named(build, monkeypatch, tmp_path):
-    """Run-time images set CUDA_HOME and have no nvcc."""
+    """Images without a compiler set CUDA_HOME all the same."""
     assert build["find_nvcc"]() == (None, "no CUDA compiler found")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     assert "CUDA_HOME" in build["find_nvcc"]()[1]
@@ -150,7 +144,7 @@ def test_what_is_no_compiler_is_passed_over_unless_it_is_named(build, monkeypatc
     monkeypatch.setenv("CUDACXX", program(tmp_path / "nvcc", BROKEN))
     with pytest.raises(Exception, match="CUDACXX"):
         build["find_nvcc"]()
-    monkeypatch.setenv("SNNLSTM_CUDA", "off")  # which wins over everything
+    monkeypatch.setenv("SNNLSTM_CUDA", "off")  # SNNLSTM_CUDA=off overrides all other variables
     assert build["find_nvcc"]() == (None, "SNNLSTM_CUDA=off")
 
 
@@ -161,7 +155,7 @@ def test_the_local_version(build, monkeypatch):
 
 
 def test_the_compiler_is_of_the_cuda_that_the_wheel_is_named_after(build, monkeypatch, tmp_path):
-    """The first on PATH may be of another CUDA; one that is named must not be."""
+    """A compiler of another CUDA is passed over on PATH, and is an error in CUDACXX."""
     monkeypatch.setenv("SNNLSTM_LOCAL_VERSION", "cu12")
     monkeypatch.setenv("PATH", os.pathsep.join(str(tmp_path / name) for name in ("new", "old")))
     newer = program(tmp_path / "new/nvcc")
@@ -172,8 +166,6 @@ def test_the_compiler_is_of_the_cuda_that_the_wheel_is_named_after(build, monkey
     with pytest.raises(Exception, match=r"CUDACXX.*13\.0.*cu12"):
         build["find_nvcc"]()
 
-
-# ---- for which GPUs ------------------------------------------------------------------------------
 
 DRIVER = """
 static const int capabilities[][2] = {%s};
@@ -190,7 +182,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
 
 @pytest.fixture
 def install_gpus(build, tmp_path):
-    """Installs a driver that shows GPUs of these compute capabilities, or fails to start."""
+    """Returns a function that installs a driver with GPUs, or one that fails to start."""
     if not shutil.which("gcc", path=os.defpath):
         pytest.skip("no C compiler")
 

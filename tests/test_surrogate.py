@@ -1,4 +1,4 @@
-"""Every row of the table of surrogates: alone, in snnTorch's neurons and in the cell."""
+"""Every surrogate computes what snnTorch's does, alone, in snnTorch's neurons and in the cell."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ import snnlstm
 from snnlstm import surrogate
 from snnlstm.snntorch import recognise_surrogate
 
-# name -> parameters that are not the defaults
+# A row has a surrogate's name, and parameters that are not its defaults.
 ROWS = {
     "atan": {"alpha": 3.5},
     "fast_sigmoid": {"slope": 7},
@@ -55,7 +55,7 @@ def test_the_table_has_every_row():
 def test_it_spikes_and_differentiates_as_snntorchs(name, kwargs):
     x, weights = points(), torch.linspace(-1, 1, 105)
     reference = getattr(theirs, name)(**kwargs)
-    if name == "LSO":  # snnTorch's raises TypeError (it calls another Function): the row instead
+    if name == "LSO":  # snnTorch's raises TypeError, because it calls another Function
         slope = kwargs.get("slope", 0.1)
         expected = (x > 0).float(), torch.where(x > 0, 1.0, slope) * weights
     else:
@@ -69,7 +69,7 @@ def test_snntorchs_LSO_is_broken():
 
 
 class _Spike(torch.autograd.Function):
-    """A spike of the input's dtype, as on snnTorch's master, with the gradient of `factor`."""
+    """Spikes in the input's dtype, as on snnTorch's master, with the gradient `factor`."""
 
     @staticmethod
     def forward(ctx, x, factor):
@@ -83,7 +83,7 @@ class _Spike(torch.autograd.Function):
 
 
 def stand_in(class_name, like, module="snntorch.surrogate", change=lambda x: x, **attributes):
-    """An object of the shape that surrogates have after 1.0.0: a class with attributes."""
+    """Makes an object with attributes, as surrogates are in snnTorch after 1.0.0."""
 
     def call(self, x):
         return _Spike.apply(x, lambda u: change(like.factor(u)))
@@ -148,7 +148,7 @@ def test_what_computes_something_else_stays_foreign(name, kwargs):
 
 def test_what_has_other_parameters_stays_foreign():
     spike = surrogate.atan()
-    tensor_slope = theirs.fast_sigmoid(torch.tensor(25.0))  # perhaps one that is learned
+    tensor_slope = theirs.fast_sigmoid(torch.tensor(25.0))  # a user may learn the slope
     for foreign in (
         tensor_slope,
         theirs.atan(math.nan),
@@ -171,7 +171,7 @@ def test_what_is_not_of_snntorch_stays_what_it_is():
 
 
 def test_a_network_of_the_next_release_takes_the_kernels(backend, monkeypatch):
-    """There the default surrogate is an object, and so it is in every cell."""
+    """In the next release the default surrogate of every cell is an object."""
     made = stand_in("ATanSurrogate", surrogate.atan(), alpha=2.0)
     monkeypatch.setattr(snntorch._neurons.neurons, "atan", lambda: made)
     net = torch.nn.Sequential(
@@ -191,7 +191,7 @@ def test_a_network_of_the_next_release_takes_the_kernels(backend, monkeypatch):
 
 @each
 def test_the_cell_gives_the_gradients_of_its_surrogate(backend, name, kwargs):
-    library = surrogate if name == "LSO" else theirs  # ours works in snnTorch's cell, too
+    library = surrogate if name == "LSO" else theirs  # our LSO works in snnTorch's cell, too
     closure = getattr(library, name)(**kwargs)
     one, other = twins(spike_grad=closure, reset_mechanism="subtract", learn_threshold=True)
     x = steps(3, 2, 2, 6, 7)
@@ -202,7 +202,7 @@ def test_the_cell_gives_the_gradients_of_its_surrogate(backend, name, kwargs):
         for t in range(3):
             spk, syn, mem = cell(x[t], syn, mem)
             loss = loss + (spk * weights * (t + 1)).sum()
-        torch.manual_seed(4)  # of SSO's noise
+        torch.manual_seed(4)  # SSO draws noise in the backward pass
         loss.backward()
     backend.check(one.path)
     for mine, reference in zip(one.parameters(), other.parameters(), strict=True):
@@ -211,7 +211,7 @@ def test_the_cell_gives_the_gradients_of_its_surrogate(backend, name, kwargs):
 
 
 def test_SSO_draws_its_noise_last_step_first(backend):
-    """A whole sequence draws what the step calls draw, in the order in which they do."""
+    """A whole sequence draws the noise that step calls draw, in the same order."""
     x = steps(3, 2, 2, 6, 8)
     grads = []
     for whole in (True, False):
@@ -231,7 +231,7 @@ def test_sigmoid_is_finite_for_very_negative_inputs(backend):
     cell = ours(spike_grad=surrogate.sigmoid(slope=1e4), threshold=0.9)
     cell(steps(1, 1, 2, 5, 5)[0])[0].sum().backward()
     assert cell.conv.weight.grad.isfinite().all()
-    # and its far right does not cancel to zero
+    # For large x the gradient does not cancel to zero.
     close(gradient(surrogate.sigmoid(1), torch.tensor([30.0]))[1], torch.tensor([9.3576e-14]), 0)
 
 
@@ -250,7 +250,7 @@ def test_surrogate_disable_gives_spikes_without_gradient_but_states_with(backend
 
 def test_custom_surrogate_runs_the_users_function(backend):
     def double(x, grad, spk):
-        grad *= 2  # in place, as snnTorch's own examples do
+        grad *= 2  # snnTorch's own examples work in place, too
         return grad * spk
 
     x, weights = points(), torch.linspace(-1, 1, 105)
@@ -268,7 +268,7 @@ def test_custom_surrogate_runs_the_users_function(backend):
 
 
 def test_a_foreign_spike_grad_also_makes_the_reset(backend):
-    """snnTorch computes the reset with spike_grad itself, here one that never rests."""
+    """snnTorch computes the reset with spike_grad itself, here with one that is never zero."""
 
     def soft(u):
         return torch.sigmoid(4 * u)
@@ -306,7 +306,7 @@ def test_spikes_have_the_dtype_of_their_input(dtype):
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "SSO"])
 def test_it_can_be_differentiated_twice(name):
-    """The gradient's own derivative is that of the factor."""
+    """The derivative of the gradient is the derivative of the factor."""
     x = torch.linspace(-2, 2.21, 50, dtype=torch.float64, requires_grad=True)
     spike = getattr(surrogate, name)(**ROWS[name])
     (first,) = torch.autograd.grad(spike(x).sum(), x, create_graph=True)
@@ -332,7 +332,7 @@ def test_it_works_in_forward_mode_under_vmap_and_compiled(name, kwargs):
     torch.manual_seed(3)
     close(torch.func.jvp(spike, (x,), (tangent,)), gradient(spike, x, tangent))
     compiled = gradient(torch.compile(spike, fullgraph=True, backend="aot_eager"), x)
-    if name == "SSO":  # which draws other numbers there, and none under vmap
+    if name == "SSO":  # the compiled SSO draws other numbers, and vmap allows none
         assert compiled[1][x > 0].eq(1).all()
         return
     close(compiled, gradient(spike, x))

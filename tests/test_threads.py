@@ -1,4 +1,4 @@
-"""Results do not depend on how many threads there are, nor on who else is calling."""
+"""Results depend neither on the number of threads nor on other callers."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
-# Enough work a step that seven threads are used: schedule.h gives each some 200,000 products.
+# A step has work for seven threads: schedule.h gives each thread some 200,000 products.
 LARGE = PLAIN.but(time=2, batch=4, in_channels=8, channels=16, height=16, width=18)
 CASES = {
     "large": LARGE,
@@ -43,7 +43,7 @@ def train(kernels, case: Case) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("algorithm", ["auto", "direct", "winograd"])
 @pytest.mark.parametrize("name", CASES)
 def test_numbers_of_threads(name, algorithm):
-    """Outputs are equal to the bit; so are gradients of one number of threads, others are close."""
+    """Outputs are equal to the bit, and so are gradients for one number of threads."""
     kernels, case = Kernels(native.cpu.isa, algorithm), CASES[name]
     first = None
     for count in THREADS:
@@ -60,7 +60,7 @@ def test_numbers_of_threads(name, algorithm):
 
 
 def test_many_runs_are_equal(kernels):
-    """A race may show itself seldom."""
+    """Many runs are needed, because a race may show itself seldom."""
     torch.set_num_threads(3)
     case = LARGE.but(batch=2, channels=8)
     out, grads = train(kernels, case)
@@ -111,13 +111,13 @@ def test_the_gil_is_released(direction):
     thread.join()
     ((begin, end),) = spans
     assert end - begin > 0.02, "too short a call to say anything"
-    # Nearly all of the call is one call of the core: held, the GIL would leave it a few ticks.
+    # The call is nearly all one call of the core: if that held the GIL, there were no ticks in it.
     during = [t for t in ticks if begin + 0.2 * (end - begin) < t < end - 0.2 * (end - begin)]
     assert len(during) >= 3
 
 
 def test_the_number_of_threads_is_torchs(kernels):
-    """The core has no threads of its own: set_num_threads says how many of torch's it uses."""
+    """The core starts no threads, but uses as many of torch's as set_num_threads says."""
 
     def running() -> int:
         return len(os.listdir("/proc/self/task"))
@@ -125,7 +125,7 @@ def test_the_number_of_threads_is_torchs(kernels):
     if not os.path.isdir("/proc/self/task"):
         pytest.skip("no /proc")
     torch.set_num_threads(2)
-    torch.ones(200_000).exp_()  # torch's own parallel region brings the pool up
+    torch.ones(200_000).exp_()  # torch's own parallel region starts the pool
     before = running()
     train(kernels, LARGE)
     assert running() == before
@@ -139,7 +139,7 @@ def test_more_threads_than_work():
 
 
 def test_cells_come_and_go_while_another_thread_resets_all():
-    """snnTorch walks its list by position, and asks each entry several times."""
+    """snnTorch walks its list by position, and reads each entry several times."""
     stop, errors = threading.Event(), []
 
     def walk() -> None:

@@ -1,4 +1,4 @@
-"""snnlstm.unroll and batch_first, and how many steps a folded layer gets at once."""
+"""snnlstm.unroll and batch_first compute what Sequential does, and folded layers run in chunks."""
 
 import copy
 
@@ -31,7 +31,7 @@ def test_a_chunk_holds_as_many_steps_as_its_largest_tensor_allows(monkeypatch):
 
     layer = nn.ReLU()
     monkeypatch.setattr(nn.ReLU, "forward", watched)
-    step = X[0].nbytes * 2  # of what the layer returns
+    step = X[0].nbytes * 2  # the bytes of a step of the layer's result
     for limit, expected in (
         (2 * step, [1, 2, 1]),
         (step - 1, [1] * 4),
@@ -79,7 +79,7 @@ def test_batch_first_is_kept_and_shown():
 
 
 class KeepsItsNames(nn.Module):
-    """A hand-written forward, with states that the cells keep although init_hidden=False."""
+    """A module has a hand-written forward, and its cells keep states with init_hidden=False."""
 
     def __init__(self):
         super().__init__()

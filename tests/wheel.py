@@ -2,8 +2,8 @@
 
     python tests/wheel.py dist/snnlstm-*.whl [-- arguments for pytest]
 
-Before that: the wheel is small enough for an index, fits a manylinux tag, and imports without
-loading an NVIDIA driver.
+The script first checks that the wheel is small enough for an index, fits a manylinux tag, and
+imports without loading an NVIDIA driver.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST = 20e6  # bytes
 
-# Prints what was imported. `torch` alone may have loaded a driver where there is one.
+# This program imports the wheel. `torch` alone may have loaded an NVIDIA driver.
 IMPORT = """
 import pathlib, sys
 import torch
@@ -55,7 +55,7 @@ def check_size(wheel: Path) -> None:
 
 
 def check_tag(wheel: Path, python: Path) -> None:
-    """Checks that no library outside manylinux's list is needed, and tells which glibc is."""
+    """Checks that the wheel needs no library beyond manylinux's list, and prints its tag."""
     run(python, "-m", "pip", "install", "auditwheel")
     said = run(python, "-m", "auditwheel", "show", wheel)
     found = re.search(r'platform\s+tag:\s+"(manylinux\w+)"', said)
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("installing it, torch and what the tests need ...", flush=True)
         check_tag(wheel, python)
         run(python, "-m", "pip", "install", f"snnlstm[test] @ {wheel.as_uri()}", env=environment)
-        # The tests as they are, but no snnlstm and no csrc beside them.
+        # The folder has the tests, and neither snnlstm nor csrc.
         tests = Path(folder) / "tests-only"
         unneeded = shutil.ignore_patterns("__pycache__", "simt", "sanitizers")
         for name in ("tests", "benchmarks"):

@@ -1,7 +1,7 @@
-"""Eight small networks, each with the structure, shapes and habits of one kind found in the wild.
+"""Defines eight small networks, each with the structure, shapes and habits of one kind of users.
 
-Every network is written as its authors write theirs: for snnTorch's cell, without a thought of
-ours. ``NETWORKS`` lists them; a network class takes the cell's class as its first argument.
+The networks are written for snnTorch's cell, as their users would. ``NETWORKS`` lists them. A
+network class takes the cell's class as its first argument.
 """
 
 from __future__ import annotations
@@ -26,51 +26,30 @@ except ImportError:
 
 @dataclass(frozen=True)
 class Network:
-    """One network, its data and its training loop.
+    """Holds a network, its data and its training loop."""
 
-    Parameters
-    ----------
-    make : callable
-        Cell class -> network.
-    data : tuple of (tuple of int)
-        Shapes of the batches that the training loop is given in turn.
-    step : callable
-        (network, optimizer, x, y) -> loss: one training step, as the authors write it.
-    optimizer : callable
-        Parameters -> optimizer.
-    classes : int
-        Number of labels.
-    batch_dim : int
-        Which dimension of x is the batch.
-    autocast : bool
-        Whether the loop is under autocast, where the cells round in ways of their own.
-    """
-
-    make: Callable[[Any], nn.Module]
-    data: tuple[tuple[int, ...], ...]
-    step: Callable[..., Tensor]
+    make: Callable[[Any], nn.Module]  # makes the network of a cell's class
+    data: tuple[tuple[int, ...], ...]  # shapes of batches, which the loop takes in turn
+    step: Callable[..., Tensor]  # makes a training step of (network, optimizer, x, y)
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
-    classes: int = 3
-    batch_dim: int = 0
-    autocast: bool = False
+    batch_dim: int = 0  # the dimension of x that is the batch
+    autocast: bool = False  # under autocast our cell and snnTorch's round differently
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the same batches at every call: events of density 0.3, and labels."""
+        """Returns equal batches at every call: events of density 0.3, and labels."""
         generator = torch.Generator("cpu").manual_seed(7)
         made = []
         for shape in self.data:
             x = torch.rand(shape, generator=generator, device="cpu").lt(0.3)
-            y = torch.randint(
-                self.classes, shape[self.batch_dim : self.batch_dim + 1], generator=generator,
-                device="cpu",
-            )  # fmt: skip
+            size = (shape[self.batch_dim],)
+            y = torch.randint(3, size, generator=generator, device="cpu")
             like = torch.zeros(())
             made.append((x.to(like), y.to(like.device)))
         return made
 
 
 def plain_step(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
-    """The loop of every tutorial: logits of every step, (T, N, classes), averaged."""
+    """Averages the logits of all steps, (T, N, classes), as tutorials do."""
     optimizer.zero_grad()
     loss = F.cross_entropy(net(x).mean(0), y)
     loss.backward()
@@ -79,7 +58,7 @@ def plain_step(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: T
 
 
 class ExplicitStates(nn.Module):
-    """States from reset_mem, carried by hand; data is batch-first, and the last batch smaller."""
+    """Carries states of reset_mem by hand; data is batch-first, and the last batch is smaller."""
 
     def __init__(self, cell: Any) -> None:
         super().__init__()
@@ -99,7 +78,7 @@ class ExplicitStates(nn.Module):
 
 
 class Spectrogram(nn.Module):
-    """9x9 kernels over a mel spectrogram that is cut into frames, with batch norm between."""
+    """Cuts a mel spectrogram into frames; cells of 9x9 have batch norm between them."""
 
     def __init__(self, cell: Any) -> None:
         super().__init__()
@@ -115,12 +94,12 @@ class Spectrogram(nn.Module):
         for frame in x.split(8, dim=-1):  # (N, 1, mels, frames * 8)
             spk = self.norm(self.lstm1(frame))
             spk, syn, mem = self.lstm2(spk)
-            out.append(self.head(mem.flatten(1)))  # reads out the membrane potential
+            out.append(self.head(mem.flatten(1)))  # the head reads the membrane potential
         return torch.stack(out)
 
 
 class Columns(nn.Module):
-    """A spectrogram column by column: images of 129x1, states of torch.zeros, no bias."""
+    """Reads a spectrogram column by column, 129x1 pixels, with states of torch.zeros, no bias."""
 
     def __init__(self, cell: Any) -> None:
         super().__init__()
@@ -141,7 +120,7 @@ class Columns(nn.Module):
 
 
 class Truncated(nn.Module):
-    """A network that is given one step at a time, and the loop that trains it keeps the states."""
+    """Takes one step at a time; the training loop keeps the states."""
 
     def __init__(self, cell: Any) -> None:
         super().__init__()
@@ -154,7 +133,7 @@ class Truncated(nn.Module):
 
 
 def truncated_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Trains by truncated BPTT under autocast, with backward inside of it too."""
+    """Trains by truncated BPTT under autocast, and calls backward under autocast, too."""
     state = net.lstm.reset_mem()
     losses = []
     for chunk in x.split(3):  # (T, N, C, H, W)
@@ -173,7 +152,7 @@ def truncated_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tens
 
 
 class Recurrent(nn.Module):
-    """What is wrapped in DataParallel: the whole loop is within forward, data is batch-first."""
+    """Has the whole loop in forward, for DataParallel; data is batch-first."""
 
     def __init__(self, cell: Any) -> None:
         super().__init__()
@@ -192,7 +171,7 @@ class Recurrent(nn.Module):
 
 
 class LearnedThreshold(nn.Module):
-    """Thresholds that are trained, one for each channel; channels_last data; clipped gradients."""
+    """Trains thresholds, one for each channel, on channels_last data, with clipped gradients."""
 
     def __init__(self, cell: Any) -> None:
         super().__init__()
@@ -228,7 +207,7 @@ def clipped_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor
 
 
 def hidden(cell: Any) -> nn.Module:
-    """One nn.Sequential of layers that keep their states to themselves."""
+    """Makes an nn.Sequential of layers that keep their states."""
     grad = surrogate.atan(alpha=2.0)
     return nn.Sequential(
         cell(2, 4, 3, threshold=0.1, init_hidden=True, max_pool=2, spike_grad=grad),
@@ -258,7 +237,7 @@ def hidden_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 class Lit(LightningModule):
-    """A module for Lightning's Trainer, or without Lightning a plain one."""
+    """Is a module for Lightning's Trainer, or a plain module without Lightning."""
 
     def __init__(self, cell: Any) -> None:
         super().__init__()
@@ -278,7 +257,7 @@ class Lit(LightningModule):
 
 
 def lit_step(net: Any, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Does with a module what a Trainer does."""
+    """Makes the training step of a Trainer."""
     loss = net.training_step((x, y), 0)
     optimizer.zero_grad()
     loss.backward()

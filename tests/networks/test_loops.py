@@ -1,4 +1,4 @@
-"""Loops of other people's: those of Lightning, Accelerate, DataParallel and torch's AMP."""
+"""Networks train in the loops of Lightning, Accelerate, DataParallel and torch's AMP."""
 
 from __future__ import annotations
 
@@ -19,16 +19,13 @@ import snnlstm
 
 
 def data(name: str) -> list[tuple[Tensor, Tensor]]:
-    """Single samples, as a Dataset has them."""
+    """Returns single samples, as a Dataset does."""
     (x, y), *_ = NETWORKS[name].batches()
     return list(zip(x, y, strict=True))
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> None:
     close(one.state_dict(), other.state_dict(), atol=1e-4)
-
-
-# ---- other libraries ----------------------------------------------------------------------
 
 
 def test_lightnings_trainer(tmp_path):
@@ -67,11 +64,8 @@ def test_accelerates_loop():
     same_weights(*nets)
 
 
-# ---- torch's own --------------------------------------------------------------------------
-
-
 def test_data_parallels_replicas(monkeypatch):
-    """Replicas get a part of the batch each, and the gradients are those of the whole."""
+    """Each replica gets a part of the batch, and the gradients are those of the whole batch."""
     module = sys.modules[replicate.__module__]
 
     def broadcast(tensors: Any, devices: Any, detach: bool = False) -> Any:
@@ -81,7 +75,7 @@ def test_data_parallels_replicas(monkeypatch):
     monkeypatch.setattr(module, "_get_device_index", lambda device, allow: device)
     net, whole = twins(Recurrent)[1], twins(Recurrent)[1]
     x = steps(4, 4, 2, 12, 12)  # (N, T, C, H, W)
-    net(x[:1])  # the module has a state, of another batch
+    net(x[:1])  # the module then has a state of another batch
     for _ in range(2):
         replicas = replicate(net, [0, 1])
         out = [replica(part) for replica, part in zip(replicas, x.split(2), strict=True)]
@@ -96,7 +90,7 @@ def test_data_parallels_replicas(monkeypatch):
 
 
 def test_replicas_that_go_on_from_a_state_start_from_the_modules():
-    """States do not come back from replicas, as in snnTorch: each call goes on from the same."""
+    """As in snnTorch, states do not come back from replicas: each call starts from one state."""
     cell = ours()
     x = steps(2, 2, 2, 6, 6)
     cell(x[0])

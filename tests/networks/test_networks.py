@@ -1,7 +1,7 @@
-"""Networks that were written for snnTorch: theirs, and ours in each of the three ways.
+"""Networks that were written for snnTorch train alike with snnTorch's cell and with ours.
 
-Each network trains with snnTorch's cell, with ours in its place, within ``patch()`` and after
-``accelerate()``. The kernels must run every cell, and nothing else may differ.
+Our cell is imported in the place of snnTorch's, comes by ``patch()``, or by ``accelerate()``. The
+kernels must run every cell.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWOR
 
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"], autouse=True)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Everything that a test makes is on the device."""
+    """Makes the device torch's default for all tensors of a test."""
     with torch.device(request.param), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         yield request.param
@@ -35,7 +35,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """Let snnTorch run in float64: spikes have the dtype of their input, as on its master."""
+    """Lets snnTorch run in float64, with spikes in the dtype of their input as on its master."""
     functions = [
         value
         for value in vars(snntorch.surrogate).values()
@@ -51,9 +51,6 @@ def float64() -> Iterator[None]:
 
 def _in_dtype_of_x(forward: Any) -> Any:
     return lambda ctx, x, *rest: forward(ctx, x, *rest).to(x.dtype)
-
-
-# ---- the four ways ------------------------------------------------------------------------
 
 
 def made(network: Network, cell: Any) -> nn.Module:
@@ -113,15 +110,12 @@ def all_native(net: nn.Module) -> bool:
     return all(cell.path.native for cell in cells(net))
 
 
-# ---- what must hold -----------------------------------------------------------------------
-
-
 @every_network
 def test_the_first_step_agrees(network):
-    """The step is in float32, which is what people run."""
+    """The step runs in float32, as most people's do."""
     net = theirs(network)
     expected = train(net, network, 1)
-    assert all(cell.spk.any() for cell in cells(net))  # else it compares nothing
+    assert all(cell.spk.any() for cell in cells(net))  # without spikes there is little to compare
     assert all(gradient.any() for gradient in expected[1].values())
     for name, make in OURS.items():
         net = make(network)
@@ -160,7 +154,7 @@ def saved_and_loaded(net: nn.Module) -> Any:
 @every_network
 @pytest.mark.parametrize("make", [imported, accelerated])
 def test_a_network_is_saved_whole(network, make):
-    """A trained net is saved by torch.save; only the closures of snnTorch's neurons hinder it."""
+    """torch.save saves a trained net if no neuron has one of snnTorch's closures."""
     net = make(network)
     train(net, network, 1)
     others = [neuron for neuron in neurons(net) if not isinstance(neuron, snnlstm.SConv2dLSTM)]

@@ -1,7 +1,7 @@
-"""Tools that print summaries and count operations: they hook every module, ``conv`` too.
+"""Tools that print summaries or count operations say of our cell what they say of snnTorch's.
 
-A tool reports of a network with our cell what it reports with snnTorch's. While its hooks live, the
-cell runs in plain torch, and the log says so at most once for all cells.
+Such tools put hooks on every module, ``conv`` too. While the hooks live, the cell runs in plain
+torch, and the log says so at most once for all cells.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def ptflops_(net: nn.Module, x: Tensor) -> Any:
     printed = io.StringIO()
     shape = tuple(x.shape[1:])
     total = ptflops.get_model_complexity_info(net, shape, as_strings=False, ost=printed)
-    # Behind that stands the extra_repr of a layer, of which ours says more.
+    # The extra_repr behind " MACs" is cut off, because our cell's says more.
     return total, [line.split(" MACs")[0] for line in printed.getvalue().splitlines()]
 
 
@@ -66,7 +66,7 @@ def test_tools_see_what_they_see_in_snntorchs_cell(
     assert "lstm1.conv" in str(found) or "Conv2d" in str(found)
     assert found == tool(theirs, x)
     assert len([r for r in caplog.records if r.name == "snnlstm"]) <= 1
-    # Once more, when the cells have states with a history; then without hooks.
+    # The tool runs again when the cells have states with a history; then a call has no hooks.
     ours(x)
     assert ours.lstm1.path.native
     assert ours.lstm2.path.native
@@ -78,7 +78,7 @@ def test_tools_see_what_they_see_in_snntorchs_cell(
 
 @pytest.mark.filterwarnings("ignore")  # the trace's, about sizes that become constants
 def test_a_network_with_a_history_is_traced_again() -> None:
-    """torch.jit.trace takes in no state with a history; its own check traces a second time."""
+    """torch.jit.trace must not keep a state with a history; its own check traces twice."""
     (x, _), *_ = NETWORKS["explicit"].batches()
     net = twins(ExplicitStates)[1].eval()
     out = net(x)
