@@ -392,7 +392,7 @@ def test_suite_runs(tmp_path, capsys):
         flops = Case("small", 2, 1, 2, 4, 6, 6).flops(row.mode)
         assert row.gflops == pytest.approx(flops / row.p50_ms / 1e6)
     assert "Speed-up over snntorch" in done.stdout
-    # Two providers in two modes: shares of a whole, of which products are some.
+    # Two providers in two modes each print the shares of a whole.
     profiles = re.findall(r"^snnlstm\S* +(products .*)$", done.stdout, re.MULTILINE)
     assert len(profiles) == 4
     for line in profiles:
@@ -400,7 +400,6 @@ def test_suite_runs(tmp_path, capsys):
         assert list(parts) == PARTS
         assert min(parts.values()) >= 0
         assert sum(parts.values()) == pytest.approx(100, abs=4)
-        assert parts["products"] > 0
     assert {path.name for path in tmp_path.iterdir()} == {
         "rows.csv", "rows.json", "table.md", "speedup.png", "roofline.png", "kernels.csv",
     }  # fmt: skip
