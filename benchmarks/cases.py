@@ -156,7 +156,7 @@ CPU_CASES = _named(
     dataclasses.replace(_BIG, name="big-dense", density=None, goals=(3.5, 3.5)),
 )
 
-# Networks call their cells once per step: what that makes of the speed-up.
+# Networks call their cells once per step, so the goals of these layers are for step calls.
 LOOP_CASES = _named(
     Case("loop1", 16, 1, 2, 12, 15, 17, goals=(6, 4)),
     Case("loop2", 8, 24, 1, 8, 28, 28, max_pool=2, goals=(5, 4)),
@@ -165,7 +165,7 @@ LOOP_CASES = _named(
     goals_of="snnlstm-step",
 )
 
-# As found in real networks: spectrograms, EEG (channels by time, or one column), events, images.
+# Users have such layers for spectrograms, EEG (channels by time, or one column), events, images.
 USERS_CASES = _named(
     Case("spectrum", 4, 8, 1, 16, 129, 33, kernel=(9, 9)),
     Case("electrodes", 4, 8, 1, 16, 19, 125, kernel=(19, 3)),
@@ -183,7 +183,7 @@ USERS_CASES = _named(
     goals_of="snnlstm-step",
 )
 
-# Layers as networks on DVS128 Gesture have them: 2 polarities in, 64 or 128 pixels a side.
+# Networks on DVS128 Gesture have such layers: 2 polarities in, 64 or 128 pixels a side.
 GPU_CASES = _named(
     Case("dvs64", 16, 16, 2, 32, 64, 64),
     Case("dvs128", 16, 16, 2, 32, 128, 128),

@@ -44,7 +44,7 @@ NOTICE = {
     "cell": ["math", "surrogate", "quant", "semantics", "kernels", "kernel_gradients",
              "equivalence"],
 }  # fmt: skip
-# These tests need the emulator, or compare line numbers, which mutmut changes.
+# pytest leaves out tests of the emulator, and a test of line numbers, which mutmut changes.
 LEFT_OUT = "not simt and not every_error_is_shown"
 MUTMUT = """
 [tool.mutmut]
@@ -77,7 +77,7 @@ def build(to: Path, flags: str) -> None:
 
 
 def building(flags: str) -> dict[str, str]:
-    """The environment in which setup.py compiles with these flags."""
+    """Returns the environment in which setup.py compiles with these flags."""
     arguments = f"-DCMAKE_CXX_FLAGS='{flags}' -DCMAKE_CXX_FLAGS_RELEASE="
     return os.environ | {"CMAKE_ARGS": arguments, "SNNLSTM_CUDA": "off"}
 

@@ -98,9 +98,6 @@ def test_states_stay_float32_across_the_border_of_autocast_and_of_a_half_module(
     assert (grad - expected).norm() < 0.1 * expected.norm()
 
 
-# ---- GradScaler -----------------------------------------------------------------------------
-
-
 def scaled_step(cell, x, optimizer, scaler, device: str, factor: float = 1.0) -> Tensor:
     """Runs a training step in float16 and returns the gradient after unscaling."""
     optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The benchmark suite, without a clock: no test here asserts a time."""
+"""The benchmark suite compares, measures and reports as it should; no test asserts a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("snntorch")
-pytest.importorskip("sklearn")
-pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 import snnlstm
@@ -50,7 +47,7 @@ VARIANTS = {
 def test_provider_computes_what_snntorch_computes(name, variant):
     case = dataclasses.replace(SMALL, **VARIANTS[variant])
     setting = Setting(dtype="float64")
-    if case.quant_bits:  # snnTorch's levels are float32, whatever the cell is
+    if case.quant_bits:  # snnTorch's levels are float32 in a cell of any type
         setting = Setting()
     reference = PROVIDERS["snntorch"](case, setting)
     expected, potential = agreement.compute(reference), agreement.potentials(reference)
@@ -62,7 +59,7 @@ def test_provider_computes_what_snntorch_computes(name, variant):
 
 @pytest.fixture(scope="module")
 def small():
-    """What snnTorch computes of the small case, and the potentials of its spikes."""
+    """Returns snnTorch's results of the small case, and the potentials of its spikes."""
     provider = PROVIDERS["snntorch"](SMALL, Setting())
     return agreement.compute(provider), agreement.potentials(provider)
 
@@ -108,7 +105,8 @@ def test_each_training_round_sees_new_weights_and_gives_gradients(name):
         setup()
         run()
         assert not torch.equal(before, weight.detach())
-        torch.testing.assert_close(weight.grad, first, rtol=1e-3, atol=1e-3)  # not accumulated
+        # The second gradient must not be added to the first.
+        torch.testing.assert_close(weight.grad, first, rtol=1e-3, atol=1e-3)
 
 
 def test_operations_are_counted_as_direct_convolution():
@@ -157,8 +155,8 @@ def test_quantiles():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_peak_memory_is_the_memory_that_is_used():
-    # Known from outside: inference ends with T spikes and two states and never holds much more
-    # than the gates besides; training keeps at least gates, states and spikes of every step.
+    # Inference ends with T spikes and two states, and holds little more than the gates besides.
+    # Training keeps at least gates, states and spikes of every step.
     case = Case("weighed", 10, 8, 2, 32, 32, 32)
     state = 8 * 32 * 32 * 32 * 4 / memory.MIB
     jobs = [memory.Job(case, mode, "snntorch") for mode in ("forward", "both")]
@@ -215,7 +213,7 @@ def test_files_that_hold_no_rows_are_named(tmp_path):
         (1.0, 0.05, 20, "noise"),
         (0.8, 0.3, 20, "noise"),  # the bands overlap
         (1.25, 0.3, 20, "noise"),
-        (0.98, 0.001, 20, "noise"),  # bands apart, but a change that no clock repeats
+        (0.98, 0.001, 20, "noise"),  # the bands are apart, but the change is too small
         (0.5, 0.01, 3, "too few rounds"),
     ],
 )

@@ -63,9 +63,6 @@ def test_thresholds_of_another_dtype_are_converted(backend):
     assert double.grad.all()
 
 
-# ---- torch's defaults -----------------------------------------------------------------------
-
-
 @pytest.fixture
 def default_dtype(request):
     torch.set_default_dtype(request.param)
@@ -123,9 +120,6 @@ def test_the_default_device_is_that_of_a_new_cell_that_names_none(default_device
         assert named.conv.weight.grad.device.type == "cpu"
         assert native is None or named.path.native
         named.reset_parameters()
-
-
-# ---- cells without memory -------------------------------------------------------------------
 
 
 def test_a_cell_without_memory_gets_it_by_to_empty():

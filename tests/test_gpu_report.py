@@ -7,19 +7,16 @@ import time
 from pathlib import Path
 
 import pytest
+import test_benchmarks
 import torch
+from test_benchmarks import SMALL
 
 from benchmarks import agreement, cli, gpu, gpu_goals, gpu_smoke
-from benchmarks.cases import Case
 from benchmarks.kernel_times import kernel_times
 from benchmarks.providers import PROVIDERS, Setting
 from benchmarks.rows import Row
 
-SMALL = Case("small", 3, 2, 5, 4, 6, 7, threshold=0.02, density=0.3)
-ROW = Row(
-    "0.1", "abc", "a card", "today", "2", "1", "3", 1, "tf32", "small", 3, 2, 5, 4, 6, 7, "3x3", "",
-    0.3, "forward", "snnlstm",
-)  # fmt: skip
+ROW = dataclasses.replace(test_benchmarks.ROW, case="small", dtype="tf32", mode="forward")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
