@@ -203,9 +203,9 @@ CASES = CPU_CASES | LOOP_CASES | USERS_CASES | GPU_CASES | {LONG_CASE.name: LONG
 
 
 def find_cases(names: list[str]) -> list[Case]:
-    """Built-in cases by name; "cpu", "loops", "users" and "gpu" stand for a whole table.
+    """Returns built-in cases by name; "cpu", "loops", "users" and "gpu" stand for a whole table.
 
-    Raises ValueError naming the shape that is not known.
+    Raises ValueError that names an unknown shape.
     """
     found: dict[str, Case] = {}
     for name in names:
@@ -220,10 +220,10 @@ def find_cases(names: list[str]) -> list[Case]:
 
 
 def random_cases(count: int, seed: int) -> list[Case]:
-    """Layers as nobody would choose them: odd sizes, all options; equal for equal seeds.
+    """Draws layers of any sizes and options; equal seeds give equal layers.
 
-    Sizes are drawn so that each order of magnitude is as likely as the next, images from one pixel
-    or one column up, kernels up to 11 taps along either axis.
+    Each order of magnitude of a size is equally likely. Images may have one pixel or one column,
+    and kernels have up to 11 taps along either axis.
     """
     draw = random.Random(seed)
 
@@ -250,9 +250,9 @@ def random_cases(count: int, seed: int) -> list[Case]:
 
 
 def parse_case(text: str) -> Case:
-    """A shape given on the command line: "T N Cin Cout H W k [option=value ...]".
+    """Reads a shape of the command line: "T N Cin Cout H W k [option=value ...]".
 
-    k is "3" or "3x5"; OPTIONS lists the options. Raises ValueError naming the part that is wrong.
+    k is "3" or "3x5"; OPTIONS lists the options. Raises ValueError that names the wrong part.
     """
     words = text.replace(",", " ").split()
     numbers = [word for word in words if "=" not in word]
@@ -306,11 +306,11 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "density": ("density", _SHARE, lambda text: parse_density(text), lambda value: True),
     "name": ("name", "a name", str, bool),
 }
-"""Option of a shape: the field of Case, and what is accepted, as :func:`_value` takes it."""
+"""An option of a shape has a field of Case, and arguments of :func:`_value` for its value."""
 
 
 def parse_density(text: str) -> float | None:
-    """A share of non-zero values in 0..1, or "dense" (None: normally distributed x)."""
+    """Reads a share of ones in 0..1, or "dense", which gives None: a normally distributed x."""
     if text == "dense":
         return None
     with contextlib.suppress(ValueError):

@@ -77,7 +77,7 @@ def test_memory_layouts(kernels, layout):
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (1, 3), (9, 5)], ids=str)
 def test_every_size_of_image_up_to_13(isa, kernel):
-    """The sizes cut tiles of 2, 3 or 4 pixels off in every way, along either axis."""
+    """The images cut off their last tile of 2, 3 or 4 pixels at every place, along either axis."""
     kernels = Kernels(isa, "winograd")
     # The results have no jump, so that every size can be compared.
     case = PLAIN.but(kernel_size=kernel, reset="none", record=False)

@@ -44,7 +44,7 @@ def test_outputs_are_channels_last_where_x_is(kernels):
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 3)], ids=str)
 def test_pixels_that_see_the_same_have_the_same_bits_directly(isa, kernel):
-    """max_pool then chooses as torch does on a blank background; Winograd's bits may differ."""
+    """With equal bits max_pool chooses as torch does on a blank background."""
     for dtype in (torch.float32, torch.float64):
         case = PLAIN.but(kernel_size=kernel, dtype=dtype, time=2, channels=17)
         case = case.but(height=23, width=29)

@@ -158,7 +158,7 @@ def test_backprop_trains_as_with_snntorchs_cell(name, options):
 
 
 def test_the_reset_of_snntorchs_master_reaches_the_cells_of_one_net_alone():
-    """Its reset(net) calls reset_mem() of each neuron of the net, and uses no registry."""
+    """On snnTorch's master, reset(net) calls reset_mem() of each neuron, and uses no registry."""
     models = [nn.Sequential(nn.ModuleDict({"deep": sequential("accelerated")})) for _ in range(2)]
     for model in models:
         model[0]["deep"](X)

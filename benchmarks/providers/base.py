@@ -21,7 +21,7 @@ Spikes = Tensor | list[Tensor]
 
 
 class Unavailable(Exception):
-    """A provider cannot run a case here; the text says why."""
+    """This error says why a provider cannot run a case here."""
 
 
 @dataclass(frozen=True)
