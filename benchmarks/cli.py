@@ -38,7 +38,7 @@ shapes:
 {chr(10).join(f"  {case.name:<10} {case.title}" for case in CASES.values())}
 
 providers:
-{chr(10).join(f"  {name:<19} {provider.title}" for name, provider in PROVIDERS.items())}
+{chr(10).join(f"  {name:<22} {provider.title}" for name, provider in PROVIDERS.items())}
 
 examples:
   python -m benchmarks --quick

@@ -14,23 +14,16 @@ PROVIDERS: dict[str, type[Provider]] = {
         theirs.SnnTorchEager,
         theirs.SnnTorchCompiled,
         theirs.SnnTorchCompiledLast,
-        captured(
-            theirs.SnnTorchEager, "snntorch-cudagraph", "snnTorch's loop captured in a CUDA graph"
-        ),
-        captured(
-            theirs.SnnTorchCompiledLast, "snntorch-compile-graph",
-            "the same captured in a CUDA graph",
-        ),
+        captured(theirs.SnnTorchEager, "snntorch-cudagraph"),
+        captured(theirs.SnnTorchCompiledLast, "snntorch-compile-graph"),
         theirs.Hoisted,
         ours.SnnlstmStep,
         ours.Snnlstm,
         *ours.ALGORITHMS,
-        captured(
-            ours.Snnlstm, "snnlstm-cudagraph", "snnlstm by sequence, captured in a CUDA graph"
-        ),
+        captured(ours.Snnlstm, "snnlstm-cudagraph"),
         *ours.SAVING,
     )
-}  # fmt: skip
+}
 BASELINE = theirs.SnnTorchEager.name
 DETAILS = ("direct", "winograd", "pointwise", "hybrid", "checkpoint", "gates")
 DETAILS = tuple(f"snnlstm-{name}" for name in DETAILS)

@@ -175,9 +175,9 @@ class Provider(ABC):
         return gradient.to(self.setting.device, self.spike_dtype)
 
 
-def captured(of: type[Provider], name: str, title: str) -> type[Provider]:
+def captured(of: type[Provider], name: str) -> type[Provider]:
     """Returns a provider that captures the runs of `of` in a CUDA graph."""
-    return type(name, (Captured, of), {"name": name, "title": title})
+    return type(name, (Captured, of), {"name": name, "title": f"{of.title}, in a CUDA graph"})
 
 
 class Captured(Provider):
