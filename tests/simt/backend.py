@@ -103,21 +103,16 @@ class Core(Emulator):
 @contextlib.contextmanager
 def float32_precision(precision: str) -> Iterator[None]:
     """torch's setting for convolutions on CUDA: "tf32" or "ieee"."""
-    setting: Any = getattr(torch.backends.cudnn, "conv", None)
-    if setting is None or not hasattr(setting, "fp32_precision"):  # before torch 2.9
-        before = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.allow_tf32 = before
-        return
-    before = setting.fp32_precision
-    setting.fp32_precision = precision
+    owner: Any = getattr(torch.backends.cudnn, "conv", None)
+    name, value = "fp32_precision", precision
+    if not hasattr(owner, name):  # before torch 2.9
+        owner, name, value = torch.backends.cudnn, "allow_tf32", precision == "tf32"
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setting.fp32_precision = before
+        setattr(owner, name, before)
 
 
 def _load(library: Path) -> ModuleType:

@@ -73,7 +73,7 @@ class Launch(NamedTuple):
 class Settings(ctypes.Structure):
     """What emulator/machine.h has under this name, and says of each."""
 
-    NUMBERS = "policy bounds races counters compute_capability truncates dry instrumented"
+    NUMBERS = "policy races counters compute_capability truncates dry instrumented"
     _fields_ = [("seed", ctypes.c_uint64), *((n, ctypes.c_int) for n in NUMBERS.split())]
 
 
@@ -98,9 +98,8 @@ class Emulator:
     def schedule(self, policy: str, seed: int = 0) -> None:
         self.settings.policy, self.settings.seed = SCHEDULES.index(policy), seed
 
-    def checks(self, bounds: bool = True, races: bool = True, counters: bool = False) -> None:
-        s = self.settings
-        s.bounds, s.races, s.counters = bounds, races, counters
+    def checks(self, races: bool = True, counters: bool = False) -> None:
+        self.settings.races, self.settings.counters = races, counters
 
     def fault(self, number: int, place: int = 0) -> None:
         """Switches one seeded fault on (variant "checked"); 0: none."""

@@ -36,9 +36,8 @@ def run_case(emulator: Emulator, name: str, bad: bool = False, given=None, out=N
     """Runs a CASE of kernels/ on arrays of 64 or those given; raises EmulationError as reported."""
     given = np.arange(64, dtype=np.float32) if given is None else given
     out = np.zeros(64, np.float32) if out is None else out
-    counter = np.zeros(1, np.uint32)
-    with emulator.arrays(**{"in": given, "out": (out, "w"), "counter": (counter, "w")}):
-        emulator.call("run_case", name, int(bad), given, out, counter)
+    with emulator.arrays(**{"in": given, "out": (out, "w")}):
+        emulator.call("run_case", name, int(bad), given, out)
 
 
 def aligned(count: int) -> np.ndarray:
@@ -57,46 +56,3 @@ def gemm(emulator: Emulator, M: int = 70, N: int = 40, K: int = 136, splits: int
     with emulator.arrays(a=a, b=b, parts=(parts, "w"), d=(d, "w")):
         emulator.call("run_gemm", a, b, parts, d, M, N, K, splits)
     return d, from_bf16(a).astype(np.float64) @ from_bf16(b)
-
-
-def box_sum(emulator: Emulator, H: int = 17, W: int = 21):
-    """Returns (result, expected): 3x3 sums with zero padding."""
-    x = np.random.default_rng(H * W).standard_normal((H, W)).astype(np.float32)
-    y = np.full((H, W), np.nan, np.float32)
-    with emulator.arrays(x=x, y=(y, "w")):
-        emulator.call("run_box_sum", x, y, H, W)
-    padded = np.pad(x.astype(np.float64), 1)
-    return y, sum(padded[i : i + H, j : j + W] for i in range(3) for j in range(3))
-
-
-def lstm_update(emulator: Emulator, n: int = 200):
-    """Returns (result, expected), (2, n): syn and mem."""
-    rng = np.random.default_rng(n)
-    gates = rng.random((n, 4), np.float32)
-    syn = rng.standard_normal(n).astype(np.float32)
-    i, f, o, g = gates.T
-    expected_syn = f * syn + i * g
-    mem = np.full(n, np.nan, np.float32)
-    with emulator.arrays(gates=gates, syn=(syn, "w"), mem=(mem, "w")):
-        emulator.call("run_lstm_update", gates, syn, mem, n)
-    return np.stack([syn, mem]), np.stack([expected_syn, o * np.tanh(expected_syn)])
-
-
-def sum_all(emulator: Emulator, n: int = 3000, blocks: int = 5):
-    """Returns (result, expected): a sum that the last block finishes."""
-    x = np.random.default_rng(n).standard_normal(n).astype(np.float32)
-    parts = np.full(blocks, np.nan, np.float32)
-    counter = np.zeros(1, np.uint32)
-    total = np.full(1, np.nan, np.float32)
-    with emulator.arrays(x=x, parts=(parts, "w"), counter=(counter, "w"), sum=(total, "w")):
-        emulator.call("run_sum_all", x, parts, counter, total, n, blocks)
-    return total[0], x.astype(np.float64).sum()
-
-
-def sum_columns(emulator: Emulator, rows: int):
-    """Returns (result, expected): sums (50,) by atomics of as many blocks as there are rows."""
-    x = np.random.default_rng(0).standard_normal((rows, 50)).astype(np.float32)
-    sums = np.zeros(50, np.float32)
-    with emulator.arrays(x=x, sums=(sums, "w")):
-        emulator.call("run_sum_columns", x, sums, rows, 50)
-    return sums, x.sum(0)

@@ -49,8 +49,6 @@ CASES = {
     "bytes_of_a_word": ("race|uninitialised", False),
     "blocks_write": ("race: .*nothing orders blocks", False),
     "blocks_read": ("race: .*nothing orders blocks", False),
-    "atomic_and_plain": ("race: .*nothing orders blocks", False),
-    "last_block_without_fence": ("race: .*nothing orders blocks", False),
 }
 SCHEDULES = [("in_order", 0), ("shuffled", 1), ("shuffled", 2), ("ahead", 1), ("ahead", 2)]
 

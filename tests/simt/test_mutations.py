@@ -1,95 +1,125 @@
-"""Seeded faults in the emulator's own kernels: each must be caught, and by the check it belongs to.
+"""The emulator's own matrix product is right, and each fault that is seeded in it is caught.
 
-Every fault is tried in one build that switches them at run time. Which schedules notice a fault by
-its results alone is pinned here too: it is why the race detector and the schedule "ahead" exist.
+One build switches the faults at run time. The tests also pin which schedules notice a fault by its
+results alone: the race detector and the schedule "ahead" exist because others do not.
 """
 
 import numpy as np
 import own
 import pytest
-from emulator import EmulationError
+from emulator import SCHEDULES, EmulationError
 from faults import fault_numbers, placed_faults
+from own import own_kernels
 
 NUMBERS = fault_numbers()
-
-
-# The kernel that holds the fault, and what the checked build says of it.
+# By name and place of the fault: what the checked build says of it.
 FAULTS = {
-    ("missing_wait", 0): (own.gemm, "race: .* under way"),
-    ("missing_wait", 1): (own.sum_all, "race: .*nothing orders blocks"),
-    ("missing_barrier_read", 0): (own.gemm, "race|uninitialised"),
-    ("missing_barrier_overwrite", 0): (own.gemm, "race: .*barrier"),
-    ("missing_syncwarp", 0): (own.gemm, "race|uninitialised"),
-    ("wrong_halo", 0): (own.box_sum, "wrong values"),
-    ("wrong_tail_mask", 0): (own.gemm, "out of bounds"),
-    ("swapped_gates", 0): (own.lstm_update, "wrong values"),
-    ("wrong_fragment_row", 0): (own.gemm, "wrong values|uninitialised|race"),
-    ("missing_zero_fill", 0): (own.gemm, "wrong values|uninitialised"),
-    ("wrong_split_k", 0): (own.gemm, "wrong values"),
+    ("missing_wait", 0): "race: .* under way",
+    ("missing_barrier_read", 0): "race|uninitialised",
+    ("missing_barrier_overwrite", 0): "race: .*barrier",
+    ("missing_syncwarp", 0): "race|uninitialised",
+    ("wrong_tail_mask", 0): "out of bounds",
+    ("wrong_fragment_row", 0): "wrong values|uninitialised|race",
+    ("missing_zero_fill", 0): "wrong values|uninitialised",
+    ("wrong_split_k", 0): "wrong values",
 }
 IDS = [f"{name}-{place}" for name, place in FAULTS]
 
 
-def outcome(emulator, run):
-    """ "" where all is well, else what is wrong."""
+def outcome(emulator, *sizes):
+    """What is wrong with the product, or "" if nothing is."""
     try:
-        result, expected = run(emulator)
+        result, expected = own.gemm(emulator, *sizes)
     except EmulationError as error:
         return str(error)
-    good = np.allclose(result, expected, rtol=1e-4, atol=1e-4)
-    return "" if good else "wrong values"
+    return "" if np.allclose(result, expected, rtol=1e-4, atol=1e-4) else "wrong values"
 
 
-@pytest.fixture
-def faults():
-    emulator = own.own_kernels("checked")
-    yield emulator
-    emulator.reset()
+@pytest.fixture(params=["plain", "checked"])
+def emulator(request):
+    found = own_kernels(request.param)
+    yield found
+    found.reset()
+
+
+only_checked = pytest.mark.parametrize("emulator", ["checked"], indirect=True)
+only_plain = pytest.mark.parametrize("emulator", ["plain"], indirect=True)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sizes", [(64, 32, 96, 1), (33, 40, 72, 2), (5, 8, 8, 1)])
+def test_results(emulator, schedule, sizes):
+    for seed in range(1, 4):
+        emulator.schedule(schedule, seed)
+        assert outcome(emulator, *sizes) == ""
+
+
+@only_plain
+def test_a_schedule_repeats_itself(emulator):
+    """Two threads write one element, which the plain build does not see: the last one wins."""
+
+    def run(seed):
+        emulator.schedule("ahead", seed)
+        out = np.zeros(64, np.float32)
+        own.run_case(emulator, "same_element", bad=True, out=out)
+        return out[0]
+
+    assert {run(seed) for seed in range(8)} == {0, 32}
+    for seed in range(8):
+        assert run(seed) == run(seed)
+
+
+@only_checked
+def test_without_cp_async_copies_are_done_at_once(emulator):
+    """sm_75: the fault of a missing wait is none there."""
+    emulator.settings.compute_capability = 75
+    own.run_case(emulator, "read_before_wait", bad=True)
+    with pytest.raises(EmulationError, match="needs sm_80"):
+        own.gemm(emulator)
 
 
 def test_every_placed_fault_is_tried():
     assert set(placed_faults(own.SOURCES)) == set(FAULTS)
 
 
-@pytest.mark.parametrize("schedule", ["in_order", "shuffled", "ahead"])
+@only_checked
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("key", FAULTS, ids=IDS)
-def test_each_fault_is_caught_by_its_check(faults, key, schedule):
-    run, message = FAULTS[key]
+def test_each_fault_is_caught_by_its_check(emulator, key, schedule):
     for seed in range(1 if schedule == "in_order" else 3):
-        faults.schedule(schedule, seed)
-        faults.fault(0)
-        assert outcome(faults, run) == ""
-        faults.fault(NUMBERS[key[0]], key[1])
-        with pytest.raises(AssertionError, match=message):
-            assert outcome(faults, run) == "", outcome(faults, run)
+        emulator.schedule(schedule, seed)
+        emulator.fault(NUMBERS[key[0]], key[1])
+        with pytest.raises(AssertionError, match=FAULTS[key]):
+            assert outcome(emulator) == "", outcome(emulator)
 
 
-@pytest.mark.parametrize("schedule", ["in_order", "shuffled", "ahead"])
-def test_which_schedules_miss_an_early_overwrite(faults, schedule):
+@only_checked
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_which_schedules_miss_an_early_overwrite(emulator, schedule):
     """Threads in order or shuffled stay so close together that the values come out right."""
-    faults.checks(races=False)
-    faults.fault(NUMBERS["missing_barrier_overwrite"])
+    emulator.checks(races=False)
+    emulator.fault(NUMBERS["missing_barrier_overwrite"])
     caught = []
     for seed in range(12):
-        faults.schedule(schedule, seed)
-        caught.append(outcome(faults, own.gemm) != "")
+        emulator.schedule(schedule, seed)
+        caught.append(outcome(emulator) != "")
     assert all(caught) if schedule == "ahead" else not any(caught)
 
 
+@only_checked
 @pytest.mark.parametrize("name", ["missing_wait", "missing_barrier_read", "missing_syncwarp"])
-def test_poison_shows_data_that_is_not_there_yet(faults, name):
+def test_poison_shows_data_that_is_not_there_yet(emulator, name):
     """Without the detector too: NaN where nobody has written, or a copy is under way."""
-    faults.checks(races=False)
-    faults.fault(NUMBERS[name])
-    for schedule in ("in_order", "shuffled", "ahead"):
-        faults.schedule(schedule, 1)
-        assert outcome(faults, own.gemm) == "wrong values"
+    emulator.checks(races=False)
+    emulator.fault(NUMBERS[name])
+    for schedule in SCHEDULES:
+        emulator.schedule(schedule, 1)
+        assert outcome(emulator) == "wrong values"
 
 
-def test_a_normal_build_has_no_faults():
+@only_plain
+def test_a_normal_build_has_no_faults(emulator):
     """The switch exists in the variant "checked" alone."""
-    emulator = own.own_kernels("plain")
-    for key, (run, _) in FAULTS.items():
-        emulator.fault(NUMBERS[key[0]], key[1])
-        assert outcome(emulator, run) == ""
-    emulator.reset()
+    for name, place in FAULTS:
+        emulator.fault(NUMBERS[name], place)
+        assert outcome(emulator) == ""

@@ -1,6 +1,6 @@
-// The emulated CUDA half as a Python module: the bindings of the real one, with every array of a
-// call registered with the emulator, so that an access beside one is an error, and with what a call
-// must write poisoned before.
+// The emulated CUDA half as a Python module, with the bindings of the real one. Every array of a
+// call is registered with the emulator, so that an access beside it is an error, and the memory
+// that a call must write is poisoned before.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -15,15 +15,15 @@ using namespace snnlstm;
 
 namespace {
 
-// The device that the launchers believe they run on.
 cuda::Target the_target;
 
-// What a call does to an array; if it updates one, the present values matter.
+// What a call does to an array. It overwrites what it `writes`, and reads and writes what it
+// `updates`.
 enum Does { reads, writes, updates };
 
 using Extent = int64_t[5];
 
-// The arrays of one call. Arrays that share memory become one: views may interleave.
+// The arrays of one call. Arrays that share memory become one, since views may interleave.
 class Arrays {
  public:
   ~Arrays() {
@@ -84,11 +84,12 @@ class Arrays {
   }
 };
 
-// Extents of the arrays of a call, and sizes.
+// Extents of a call's arrays, and sizes in bytes.
 struct Extents {
   cuda::Shape shape;
   Extent input, state, states, spikes, gates;
-  int64_t size, real, gate, weight;  // bytes: of an element of a type, and of the weight
+  int64_t size, real, gate;  // of an element: of the states, the compute type, the gates
+  int64_t weight, gates_of_all;
 
   Extents(const Cell& c, const cuda::Target& target, bool record = false)
       : shape(c),
@@ -100,7 +101,13 @@ struct Extents {
         size(cuda::bytes_of(c.dtype)),
         real(cuda::bytes_of(cuda::real_of(c.dtype))),
         gate(cuda::bytes_of(cuda::gate_type(c.dtype, target.matrix))),
-        weight(4 * c.C * (c.Cin + c.C) * shape.taps * size) {}
+        weight(4 * c.C * (c.Cin + c.C) * shape.taps * size),
+        gates_of_all(c.T * shape.gates() * gate) {}
+
+  // Bytes of syn after each step that another follows, or behind torch's convolution of one step.
+  int64_t saved_syn(bool behind_torch) const {
+    return (behind_torch ? 1 : shape.c.T - 1) * shape.state() * size;
+  }
 };
 
 template <class Args>
@@ -115,42 +122,42 @@ void add_inputs(Arrays& arrays, const Args& a, const Extents& e, int64_t packed)
   arrays.add("levels", a.levels, c.num_levels * e.real, reads);
 }
 
-// in_place: a step behind torch's convolution may write the states where it has read them.
-void add_forward(Arrays& arrays, const ForwardArgs& a, const cuda::Target& target, bool in_place) {
+// behind_torch: a step behind torch's convolution may write the states where it has read them.
+void add_forward(Arrays& arrays, const ForwardArgs& a, const cuda::Target& target,
+                 bool behind_torch) {
   const Cell& c = a.cell;
   const Extents e(c, target, a.record);
   const cuda::Sizes z = cuda::sizes(c, target);
-  const Does states = in_place ? updates : writes;
+  const Does states = behind_torch ? updates : writes;
   add_inputs(arrays, a, e, z.packed_forward);
   arrays.add("bias", a.bias, 4 * c.C * e.size, reads);
   arrays.add("spk", a.spk, e.spikes, c.dtype, writes);
   arrays.add("syn", a.syn, e.states, c.dtype, states);
   arrays.add("mem", a.mem, e.states, c.dtype, states);
-  arrays.add("saved gates", a.saved_gates, z.saved_gates, writes);
-  arrays.add("saved syn", a.saved_syn, in_place ? e.shape.state() * e.size : z.saved_syn, writes);
+  arrays.add("saved gates", a.saved_gates, e.gates_of_all, writes);
+  arrays.add("saved syn", a.saved_syn, e.saved_syn(behind_torch), writes);
   arrays.add("winner", a.winner, c.T * c.N * 8, writes);
   arrays.add("workspace", a.workspace, z.forward_workspace, writes);
 }
 
 void add_backward(Arrays& arrays, const BackwardArgs& a, const cuda::Target& target,
-                  int64_t workspace, bool in_place) {
+                  int64_t workspace, bool behind_torch) {
   const Cell& c = a.cell;
   const Extents e(c, target, a.record);
   const cuda::Sizes z = cuda::sizes(c, target);
   add_inputs(arrays, a, e, z.packed_backward);
-  arrays.add("saved gates", a.saved_gates, z.saved_gates, reads);
-  arrays.add("d_gates", a.d_gates, c.T * e.shape.gates() * e.gate,
-             a.d_gates == a.saved_gates ? updates : writes);
-  const int64_t mems = in_place ? 1 : c.T - 1;  // a step behind torch's convolution, or all but one
+  arrays.add("saved gates", a.saved_gates, e.gates_of_all, reads);
+  arrays.add("d_gates", a.d_gates, e.gates_of_all, a.d_gates == a.saved_gates ? updates : writes);
+  const int64_t mems = behind_torch ? 1 : c.T - 1;
   arrays.add("mem after", a.mem_after, mems * e.shape.state() * e.gate, writes);
-  arrays.add("saved syn", a.saved_syn, z.saved_syn, reads);
+  arrays.add("saved syn", a.saved_syn, e.saved_syn(false), reads);
   arrays.add("winner", a.winner, c.T * c.N * 8, reads);
   arrays.add("noise", a.noise, e.spikes, c.dtype, reads);
   arrays.add("grad_spk", a.grad_spk, e.spikes, c.dtype, reads);
   arrays.add("grad_syn", a.grad_syn, e.states, c.dtype, reads);
   arrays.add("grad_mem", a.grad_mem, e.states, c.dtype, reads);
   arrays.add("grad_x", a.grad_x, e.input, c.dtype, writes);
-  arrays.add("grad_syn0", a.grad_syn0, e.state, c.dtype, in_place ? updates : writes);
+  arrays.add("grad_syn0", a.grad_syn0, e.state, c.dtype, behind_torch ? updates : writes);
   arrays.add("grad_mem0", a.grad_mem0, e.state, c.dtype, writes);
   arrays.add("grad_weight", a.grad_weight, e.weight, writes);
   arrays.add("grad_bias", a.grad_bias, 4 * c.C * e.size, writes);
@@ -197,7 +204,7 @@ void weight_gradient(const WeightGradArgs& a, const cuda::Target& target) {
   Arrays arrays;
   arrays.add("x", a.x, e.input, c.dtype, reads);
   arrays.add("mem", a.mem, e.states, c.dtype, reads);
-  arrays.add("d_gates", a.d_gates, c.T * e.shape.gates() * e.gate, reads);
+  arrays.add("d_gates", a.d_gates, e.gates_of_all, reads);
   arrays.add("grad_weight", a.grad_weight, e.weight, writes);
   arrays.add("grad_bias", a.grad_bias, 4 * c.C * e.size, writes);
   arrays.add("workspace", a.workspace, cuda::sizes(c, target).weight_workspace, writes);
@@ -223,10 +230,11 @@ void pointwise_backward(const BackwardArgs& a, const cuda::Target& target) {
 
 }  // namespace
 
+snnlstm::cuda::Target snnlstm::cuda::current_target() { return the_target; }
+
 PYBIND11_MODULE(snnlstm_simt, m) {
   bindings::bind_cell(m);
   bindings::CudaCalls calls;
-  calls.current_target = [](void*) { return the_target; };
   calls.pack_weight = &pack_weight;
   calls.store_levels = &store_levels;
   calls.forward = &forward;

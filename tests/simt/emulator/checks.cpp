@@ -6,7 +6,7 @@
 
 namespace simt {
 
-// "<path+0x12ab>", which the Python side turns into a function and a line.
+// Returns "<path+0x12ab>", which emulator.py turns into a function and a line.
 std::string describe_pc(const void* pc) {
   Dl_info info{};
   if (pc == nullptr || dladdr(pc, &info) == 0) return "an unknown place";
@@ -17,14 +17,10 @@ std::string describe_pc(const void* pc) {
 
 void access(Thread& thread, const void* p, size_t bytes, Access kind, const void* pc) {
   const Place place = locate(p);
-  const bool writes = kind == Access::write || kind == Access::atomic;
+  const bool writes = kind == Access::write;
   const auto refuse = [&](const char* what) {
-    constexpr const char* verbs[] = {"reads",
-                                     "writes",
-                                     "atomically changes",
-                                     "copies asynchronously from",
-                                     "copies asynchronously to",
-                                     "copies asynchronously to"};
+    constexpr const char* verbs[] = {"reads", "writes", "copies asynchronously from",
+                                     "copies asynchronously to", "copies asynchronously to"};
     Machine& m = machine();
     m.fail(text(what, ": ", m.name(thread), " ", verbs[int(kind)], " ", bytes, " bytes at ",
                 describe_address(p), ", at ", describe_pc(pc)));
@@ -36,14 +32,12 @@ void access(Thread& thread, const void* p, size_t bytes, Access kind, const void
       if (writes) refuse("write to a static variable");
       return;
     case Space::unknown:
-      if (simt_settings.bounds && (!allocations().empty() || kind == Access::copy_issue))
-        refuse("out of bounds");
+      if (!allocations().empty() || kind == Access::copy_issue) refuse("out of bounds");
       return;
     case Space::shared:
       if (place.offset + bytes > shared_size()) refuse("out of bounds");
       break;
     case Space::global:
-      if (!simt_settings.bounds) break;
       if (place.offset + bytes > place.allocation->bytes) refuse("out of bounds");
       if (writes && !place.allocation->writable) refuse("write to an input");
       break;

@@ -1,4 +1,4 @@
-// Barriers and warp collectives: which threads wait for each other, and what is an error.
+// Barriers and warp collectives: threads wait for each other, and divergence is an error.
 #include <algorithm>
 #include <cstring>
 #include <iomanip>
@@ -134,7 +134,5 @@ bool any(unsigned mask, bool predicate, Site site) {
   });
   return offer.value != 0;
 }
-
-void fence() { self().fenced = true; }
 
 }  // namespace simt

@@ -1,4 +1,4 @@
-// What Python calls through ctypes; the settings it writes itself.
+// The functions that Python calls through ctypes. It writes the settings directly.
 #include <exception>
 #include <string>
 
@@ -12,7 +12,7 @@ int chosen_fault = 0, chosen_fault_place = 0;
 }
 
 namespace {
-std::string answer;  // the last one
+std::string answer;  // to the last call
 }
 
 SIMT_EXPORT void simt_fault(int which, int place) {
@@ -20,8 +20,8 @@ SIMT_EXPORT void simt_fault(int which, int place) {
   snnlstm::cuda::chosen_fault_place = place;
 }
 
-// Lines of fields with tabs between, of the dry runs since the last call: kernel, blocks, threads,
-// bytes of shared memory.
+// Returns lines of fields with tabs between, for the dry runs since the last call: kernel, blocks,
+// threads, bytes of shared memory.
 SIMT_EXPORT const char* simt_launches() {
   answer.clear();
   for (const simt::Geometry& g : simt::machine().launches)

@@ -15,13 +15,13 @@ namespace {
 constexpr size_t sector_bytes = 32;
 constexpr unsigned banks = 32, bank_bytes = 4;
 
-// By name:
-//   global_{read, write}_{requests, sectors, fewest}   one request: a warp's, of one instruction
-//   bytes_requested                                    by lanes, each time
-//   bytes_read, bytes_written                          distinct bytes, per launch
-//   shared_{requests, wavefronts, fewest}              one wavefront serves each bank once
-//   barriers, mma_{fp16, bf16, tf32}                   of a warp each
-//   launches, blocks, threads, shared_bytes, global_atomics
+// Counters by name. A request is a warp's, of one instruction.
+//   global_{read, write}_{requests, sectors, fewest}
+//   bytes_requested                                    all that lanes ask for
+//   bytes_read, bytes_written                          distinct bytes of each launch
+//   shared_{wavefronts, fewest}                        a wavefront serves each bank once
+//   barriers, mma_{fp16, bf16, tf32}                   a warp's each
+//   launches, blocks, threads
 using Totals = std::map<std::string, uint64_t>;
 
 // The same for one instruction.
@@ -52,11 +52,8 @@ struct Instruction {
 using WarpLog = std::unordered_map<const void*, Instruction>;
 std::vector<WarpLog> logs;
 
-// Which bytes of an array a launch has touched.
-struct Touched {
-  std::vector<bool> read, written;
-};
-std::unordered_map<size_t, Touched> touched;
+// The bytes that a launch has read and those that it has written, by the number of the allocation.
+std::unordered_map<size_t, std::array<std::vector<bool>, 2>> touched;
 
 void count_global(const Request& r, Spot& spot) {
   std::array<uintptr_t, warp_size> starts;
@@ -85,11 +82,10 @@ void count_global(const Request& r, Spot& spot) {
   spot.fewest += fewest;
 }
 
-// Accesses of 8 and 16 bytes go half and quarter warp by half and quarter warp.
+// Half a warp accesses 8 bytes at once, a quarter of a warp 16 bytes.
 void count_shared(const Request& r, Spot& spot) {
   spot.shared = true;
   const unsigned lanes_at_once = r.bytes <= 4 ? 32 : r.bytes == 8 ? 16 : 8;
-  ++(*now)["shared_requests"];
   for (unsigned first = 0; first < warp_size; first += lanes_at_once) {
     std::array<uintptr_t, 4 * banks> words;
     size_t n = 0;
@@ -120,8 +116,6 @@ void count_log(WarpLog& log) {
     for (const Request& r : item.second.requests)
       if (r.space == Space::shared)
         count_shared(r, spot);
-      else if (r.kind == Access::atomic)
-        ++(*now)["global_atomics"];
       else
         count_global(r, spot);
     item.second.requests.clear();
@@ -129,21 +123,14 @@ void count_log(WarpLog& log) {
   }
 }
 
-void touch(const Place& place, size_t bytes, bool write, bool read) {
-  Touched& t = touched[place.allocation->id];
-  if (t.read.empty()) {
-    t.read.resize(place.allocation->bytes);
-    t.written.resize(place.allocation->bytes);
-  }
-  uint64_t bytes_read = 0, bytes_written = 0;
+void touch(const Place& place, size_t bytes, bool write) {
+  std::vector<bool>& seen = touched[place.allocation->id][write];
+  seen.resize(place.allocation->bytes);
+  uint64_t& distinct = (*now)[write ? "bytes_written" : "bytes_read"];
   for (size_t b = place.offset; b < place.offset + bytes; ++b) {
-    bytes_read += read && !t.read[b];
-    bytes_written += write && !t.written[b];
-    if (read) t.read[b] = true;
-    if (write) t.written[b] = true;
+    distinct += !seen[b];
+    seen[b] = true;
   }
-  (*now)["bytes_read"] += bytes_read;
-  (*now)["bytes_written"] += bytes_written;
 }
 
 }  // namespace
@@ -155,7 +142,6 @@ void begin_count_launch(const Geometry& g) {
   ++(*now)["launches"];
   (*now)["blocks"] += g.grid.count();
   (*now)["threads"] = g.block.count();
-  (*now)["shared_bytes"] = g.shared_bytes;
   logs.clear();
   logs.resize(machine().warps.size());
   touched.clear();
@@ -168,8 +154,7 @@ void end_count_launch() {
 
 void count_access(Thread& thread, const Place& place, size_t bytes, Access kind, const void* pc) {
   if (now == nullptr || kind == Access::copy_done) return;
-  if (place.space == Space::global)
-    touch(place, bytes, kind == Access::write || kind == Access::atomic, kind != Access::write);
+  if (place.space == Space::global) touch(place, bytes, kind == Access::write);
   const bool source = kind == Access::copy_source;
   // cp.async is one instruction with two requests: one to either memory.
   const void* key = source ? static_cast<const char*>(pc) - 1 : pc;

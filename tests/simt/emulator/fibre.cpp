@@ -19,8 +19,8 @@
 #endif
 
 #if defined(SIMT_ASSEMBLY)
-// System V: a callee keeps rbx, rbp, r12 to r15 and the stack pointer. The floating point control
-// words are the same in all fibres.
+// In the System V ABI a callee keeps rbx, rbp, r12 to r15 and the stack pointer. All fibres have
+// the same floating point control words.
 extern "C" void simt_switch(void** save, void* next);
 extern "C" void simt_start();
 asm(R"(

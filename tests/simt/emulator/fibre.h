@@ -1,5 +1,5 @@
-// Fibres: stacks that the host thread switches between. Nothing but the stack and the registers
-// that a function call preserves is kept.
+// A fibre is a stack that the host thread can switch to. It keeps the stack and the registers that
+// a function call preserves.
 #pragma once
 
 #include <cstddef>
@@ -31,7 +31,7 @@ class Fibre {
   void* state_ = nullptr;  // the saved stack pointer, or a ucontext_t
 };
 
-// Goes on in `to`; returns when something switches back to `from`.
+// Continues in `to`. Returns when something switches back to `from`.
 void switch_fibre(Fibre& from, Fibre& to);
 // The same for a fibre that will not be resumed before its next prepare().
 void leave_fibre(Fibre& from, Fibre& to);

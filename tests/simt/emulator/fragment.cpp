@@ -1,9 +1,5 @@
-// ldmatrix and the tensor core's multiply-add, with the fragment layouts of the PTX ISA
-// ("Warp-level matrix load instruction" and "Matrix Fragments for mma").
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
+// ldmatrix and mma, with the fragment layouts of the PTX ISA ("Warp-level matrix load instruction",
+// "Matrix Fragments for mma").
 #include <cmath>
 #include <cstring>
 
@@ -15,28 +11,16 @@ namespace simt {
 
 namespace {
 
-float from_fp16(uint16_t h) {
-#if defined(__F16C__)
-  return _cvtsh_ss(h);
-#else
-  return snnlstm::cuda::to_float(snnlstm::cuda::fp16{h});
-#endif
-}
-
-float from_upper_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
+using snnlstm::cuda::bf16, snnlstm::cuda::fp16, snnlstm::cuda::tf32;
 
 template <MmaType type>
 float element(uint32_t word, int half) {
   if constexpr (type == MmaType::tf32) {
-    return from_upper_bits(word & 0xffffe000u);  // the tensor core does not look at the rest
+    return to_float(tf32{word & 0xffffe000u});  // the tensor core ignores the other bits
   } else {
     const auto bits = uint16_t(word >> 16 * half);
-    if constexpr (type == MmaType::bf16) return from_upper_bits(uint32_t(bits) << 16);
-    return from_fp16(bits);
+    if constexpr (type == MmaType::bf16) return to_float(bf16{bits});
+    return to_float(fp16{bits});
   }
 }
 
@@ -45,10 +29,10 @@ float towards_zero(double exact) {
   return std::fabs(double(nearest)) > std::fabs(exact) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-// Products are exact in float for all three types; the order and the rounding of the tensor core's
-// sums is not documented. Here they are plain float additions in the order of k, or, where the
-// machine truncates, an exact sum that loses what is behind its 24th bit: as reported of real ones
-// (Ootomo and Yokota 2022, https://doi.org/10.1177/10943420221090256).
+// Products are exact in float for all three types. The order and rounding of a tensor core's sums
+// are not documented. Here sums are float additions in the order of k; or, if the machine
+// truncates, an exact sum that loses what is behind its 24th bit, as Ootomo and Yokota report of
+// real ones (2022, https://doi.org/10.1177/10943420221090256).
 template <MmaType type>
 void multiply(Warp& warp) {
   constexpr int K = type == MmaType::tf32 ? 8 : 16;
@@ -88,8 +72,8 @@ void multiply(Warp& warp) {
   count_mma(int(type));
 }
 
-// What each lane receives is read by that lane, whoever handed over the row's address. Transposed
-// elements are taken with their neighbour, which another lane of the warp reads in any case.
+// A lane reads what it receives, whichever lane handed over the row's address. A transposed element
+// is checked with its neighbour, which another lane of the warp reads in any case.
 void check_parts(Warp& warp, bool transposed) {
   for (unsigned lane = 0; lane < warp_size; ++lane) {
     const unsigned g = lane / 4, t = lane % 4;

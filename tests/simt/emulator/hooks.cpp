@@ -1,6 +1,6 @@
-// The functions that g++ calls under -fsanitize=thread before every access to memory, and under
-// -fsanitize=bounds and signed-integer-overflow on an error: here they report to the emulator. The
-// sanitisers' own run-time libraries are not linked.
+// g++ calls these functions before every access to memory (-fsanitize=thread) and on errors
+// (-fsanitize=bounds, signed-integer-overflow and others). They report to the emulator, and take
+// the place of the sanitisers' own libraries.
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -14,7 +14,7 @@ namespace {
 
 const int announced = simt::simt_settings.instrumented = 1;
 
-// Most accesses go to the thread's own stack: what is in registers on a GPU.
+// Most accesses go to the thread's own stack, whose contents are in registers on a GPU.
 __attribute__((always_inline)) inline void note(void* p, size_t bytes, Access kind,
                                                 const void* pc) {
   simt::Thread* thread = simt::machine().current;

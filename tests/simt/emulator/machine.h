@@ -16,22 +16,23 @@ constexpr size_t most_shared_bytes = 227 * 1024;  // of one block, on sm_90
 
 enum class Policy : int { in_order, shuffled, ahead };
 
-// What Python sets; tests/simt/emulator.py has the same fields.
+// Python sets these; emulator.py has the same fields.
 struct Settings {
   uint64_t seed = 0;
   Policy policy = Policy::in_order;
-  int bounds = 1, races = 1, counters = 0;  // checks; races: in the instrumented build alone
+  int races = 1;  // look for races, in the instrumented build
+  int counters = 0;
   int compute_capability = 80;
   int truncates = 0;     // mma rounds its sums towards zero
   int dry = 0;           // launches are checked and listed, but nothing runs
-  int instrumented = 0;  // whether plain accesses are reported too (the build with hooks)
+  int instrumented = 0;  // the build has hooks, which report plain accesses
 };
 extern "C" __attribute__((visibility("default"))) Settings simt_settings;
 
 enum class State : uint8_t { ready, at_collective, at_barrier, done };
 enum class Operation : uint8_t { sync, shuffle, vote, ldmatrix, mma };
 
-// What a thread brings to a collective, and the place for the result.
+// What a thread brings to a collective, and the places of its results.
 struct Offer {
   uint64_t value = 0;  // of a shuffle; a predicate
   int lanes = 0;
@@ -42,10 +43,9 @@ struct Offer {
   const void* pc = nullptr;
 };
 
-struct Copy {  // one cp.async under way
-  char* to;
-  const char* from;
-  int bytes;
+struct Copy {  // one cp.async under way, of 16 bytes
+  void* to;
+  const void* from;
   bool real;
   unsigned group;
   const void* pc;
@@ -62,7 +62,6 @@ struct Thread {
   Offer offer;
   std::vector<Copy> copies;
   unsigned committed = 0;  // groups so far
-  bool fenced = false;     // __threadfence() since the last plain write
 };
 
 struct Warp {
@@ -70,7 +69,7 @@ struct Warp {
   Thread* lanes = nullptr;
   unsigned done = 0, at_barrier = 0;
   uint32_t events = 0;  // __syncwarp calls since the last barrier
-  // The collective in which lanes wait, if `arrived` is not 0. variant: all lanes must agree on it.
+  // The collective in which the lanes `arrived` wait. All lanes must agree on the variant.
   unsigned arrived = 0;
   Operation operation = Operation::sync;
   int variant = 0;
@@ -81,7 +80,7 @@ class Machine {
  public:
   Geometry geometry{};             // of the launch
   std::vector<Geometry> launches;  // of dry runs
-  uint32_t epoch = 0;              // counts barriers over all blocks and launches: never falls
+  uint32_t epoch = 0;              // barriers of all blocks and launches so far
   uint32_t block_epoch = 0;        // epoch at the start of this block
   uint32_t launch_epoch = 0;       // epoch at the start of this launch
   std::vector<Thread> threads;     // of this block
@@ -94,15 +93,13 @@ class Machine {
   void run(const Geometry& geometry, void (*body)(void*), void* context);
   // Ends the launch with an error; called on a thread's fibre.
   [[noreturn]] void fail(std::string message);
-  // Lets others run: the next thread of this pass or, after a barrier, whoever the policy chooses.
+  // Lets the next thread of this pass run; to_host: the thread that the policy chooses.
   void yield(bool to_host);
-  // By the thread's number in the block.
-  std::string name_of(unsigned thread_id) const;
-  // With its block.
-  std::string name(const Thread& thread) const;
+  std::string name_of(unsigned thread_id) const;  // by the number in the block
+  std::string name(const Thread& thread) const;   // and the block
 
   void barrier(Site site);
-  // Waits until all lanes of the warp are here; the last one runs finish(warp).
+  // Waits until all lanes of the warp have called this; the last one runs finish(warp).
   void collective(Operation operation, int variant, Site site, void (*finish)(Warp&));
 
   bool failed() const { return !error.empty(); }
@@ -117,7 +114,8 @@ class Machine {
   static void entry(void* thread);
   void prepare_block(uint3 block);
   void run_block();
-  // Runs each ready thread of pass_ to its next collective or barrier; true if there was one.
+  // Runs each ready thread of pass_ to its next collective or barrier. Returns whether any was
+  // ready.
   bool run_pass();
   Thread* next_of_pass();
   void enter(Thread& thread);
@@ -136,7 +134,7 @@ class Machine {
 extern Machine the_machine;
 inline Machine& machine() { return the_machine; }
 
-// The parts one behind the other.
+// Joins the parts.
 template <class... Parts>
 std::string text(const Parts&... parts) {
   std::ostringstream joint;
@@ -144,7 +142,7 @@ std::string text(const Parts&... parts) {
   return joint.str();
 }
 std::string describe(Site site);
-// Of the collective in which lanes of the warp wait.
+// Describes the collective in which lanes of the warp wait.
 std::string describe(const Warp& warp);
 std::string hex(unsigned mask);
 

@@ -24,8 +24,7 @@ char* const shared_with_guards = static_cast<char*>(std::aligned_alloc(1024, all
 char* const shared_start = shared_with_guards + guard_bytes;
 size_t shared_bytes = 0;  // of this launch
 
-// Where the loaded segments of this very module begin and end: code, constants and variables. The
-// linker defines both.
+// Begin and end of this module's loaded code, constants and variables, as the linker defines them.
 extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start[], _end[];
 
 std::vector<Allocation> registry;  // sorted by start
@@ -154,42 +153,30 @@ void store(void* p, const void* value, size_t bytes) {
   std::memcpy(p, value, bytes);
 }
 
-uint64_t begin_atomic(void* p, size_t bytes) {
-  Thread& thread = *machine().current;
-  access(thread, p, bytes, Access::atomic, __builtin_return_address(0));
-  order_by_atomic(thread, p);
-  uint64_t value = 0;
-  std::memcpy(&value, p, bytes);
-  return value;
-}
-
-void end_atomic(void* p, uint64_t value, size_t bytes) { std::memcpy(p, &value, bytes); }
-
 // ---- asynchronous copies ----------------------------------------------------------------------
 
 static void finish_copy(Thread& thread, const Copy& copy) {
-  access(thread, copy.to, size_t(copy.bytes), Access::copy_done, copy.pc);
+  access(thread, copy.to, 16, Access::copy_done, copy.pc);
   if (copy.real)
-    std::memcpy(copy.to, copy.from, size_t(copy.bytes));
+    std::memcpy(copy.to, copy.from, 16);
   else
-    std::memset(copy.to, 0, size_t(copy.bytes));
+    std::memset(copy.to, 0, 16);
 }
 
-void cp_async(void* to, const void* from, int bytes, bool real) {
+void cp_async(void* to, const void* from, bool real) {
   Machine& m = machine();
   Thread& thread = *m.current;
   const void* pc = __builtin_return_address(0);
   const auto refuse = [&](const std::string& why) {
-    m.fail(text(m.name(thread), ": cp_async of ", bytes, " bytes at ", describe_pc(pc), ": ", why));
+    m.fail(text(m.name(thread), ": cp_async at ", describe_pc(pc), ": ", why));
   };
   if (locate(to).space != Space::shared)
     refuse("the target is no shared memory but " + describe_address(to));
-  if (reinterpret_cast<uintptr_t>(from) % unsigned(bytes) != 0) refuse("the source is misaligned");
-  if (real) access(thread, from, size_t(bytes), Access::copy_source, pc);
-  access(thread, to, size_t(bytes), Access::copy_issue, pc);
-  std::memset(to, 0xff, size_t(bytes));
-  thread.copies.push_back(
-      {static_cast<char*>(to), static_cast<const char*>(from), bytes, real, thread.committed, pc});
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) refuse("the source is misaligned");
+  if (real) access(thread, from, 16, Access::copy_source, pc);
+  access(thread, to, 16, Access::copy_issue, pc);
+  std::memset(to, 0xff, 16);
+  thread.copies.push_back({to, from, real, thread.committed, pc});
   if (simt_settings.compute_capability < 80) {
     finish_copy(thread, thread.copies.back());
     thread.copies.pop_back();

@@ -24,15 +24,15 @@ struct Place {
   Allocation* allocation;  // of Space::global
 };
 
-// Says where p lies; for the thread that runs, its own stack and the host's are local.
+// Says where p lies. The running thread's stack and the host's are local.
 Place locate(const void* p);
 
-// Arrays that kernels may use. While at least one is registered, an access that is in none of them
-// is an error; two must not overlap.
+// Registers an array that kernels may use. While any is registered, an access outside of all arrays
+// is an error. Arrays must not overlap.
 void register_allocation(const void* start, size_t bytes, std::string name, bool writable);
 bool unregister_allocation(const void* start);
 std::vector<Allocation>& allocations();
-// Says for reports where p lies with respect to the nearest array.
+// Says where p lies with respect to the nearest array.
 std::string describe_address(const void* p);
 
 char* shared_base();

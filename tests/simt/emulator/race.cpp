@@ -1,6 +1,5 @@
-// The race detector.
+// The race detector. No access of a block is ordered with respect to those of other blocks.
 #include <algorithm>
-#include <map>
 #include <unordered_map>
 #include <vector>
 
@@ -11,12 +10,11 @@ namespace simt {
 
 namespace {
 
-// An access: the epoch counts barriers, the event counts the warp's __syncwarp calls since.
+// An access. epoch: barriers before it; event: the warp's __syncwarp calls since the last barrier.
 struct Record {
   uint32_t epoch = 0, event = 0;
   int32_t pc = 0;  // relative to a symbol of this module
   uint16_t thread = 0;
-  bool atomic = false;
 };
 
 int32_t shorten(const void* pc) {
@@ -24,19 +22,19 @@ int32_t shorten(const void* pc) {
 }
 const void* lengthen(int32_t pc) { return reinterpret_cast<const char*>(&threadIdx) + pc; }
 
-// The history of a piece of memory, as far as a race can still come of it.
+// The accesses to a piece of memory with which a later access can race.
 struct Cell {
   Record write;
   Record read;                     // the last one
-  uint32_t read_lanes = 0;         // lanes of read's warp that read with the same epoch and event
-  Record read_elsewhere;           // of another warp than `read`, same block
-  Record other_read, other_write;  // of another block of this launch
-  uint32_t flight_epoch = 0;       // of a cp.async under way; 0: none
+  uint32_t read_lanes = 0;         // lanes of that warp that read with the same epoch and event
+  Record read_elsewhere;           // another warp's in this block
+  Record other_read, other_write;  // another block's in this launch
+  uint32_t flight_epoch = 0;       // of a cp.async under way, or 0
   int32_t flight_pc = 0;
   uint16_t flight_thread = 0;
 };
 
-// One cell per 4 bytes; words that were accessed in parts have one per byte instead.
+// A word of 4 bytes has one cell, or four cells once it was accessed in parts.
 class Shadow {
  public:
   explicit Shadow(size_t bytes) : words_((bytes + 3) / 4), split_(words_.size(), 0) {}
@@ -88,23 +86,6 @@ std::unordered_map<size_t, Shadow> global_shadows;  // by the number of the allo
 
 bool wanted() { return simt_settings.races != 0 && simt_settings.instrumented != 0; }
 
-// What a block has published through a fence and an atomic, and what this block has seen of it.
-struct Published {
-  uint32_t first, last;  // epochs of the block up to its last barrier: [first, last)
-  uint16_t thread;       // of the publisher, whose own accesses of epoch `last` count too
-};
-std::unordered_map<const void*, std::vector<Published>> published;
-std::map<uint32_t, Published> acquired;  // by `first`
-uint32_t acquired_block = 0;
-
-bool seen_across_blocks(const Record& r) {
-  if (acquired_block != machine().block_epoch) return false;
-  auto next = acquired.upper_bound(r.epoch);
-  if (next == acquired.begin()) return false;
-  const Published& p = std::prev(next)->second;
-  return r.epoch < p.last || (r.epoch == p.last && r.thread == p.thread);
-}
-
 bool from_other_block(const Record& r) {
   const Machine& m = machine();
   return r.epoch >= m.launch_epoch && r.epoch < m.block_epoch;
@@ -113,7 +94,7 @@ bool from_other_block(const Record& r) {
 // Returns whether nothing orders the access of r before what `thread` does now.
 bool races(const Record& r, const Thread& thread, bool global) {
   const Machine& m = machine();
-  if (r.epoch < m.block_epoch) return global && r.epoch >= m.launch_epoch && !seen_across_blocks(r);
+  if (r.epoch < m.block_epoch) return global && from_other_block(r);
   if (r.epoch < m.epoch || r.thread == thread.id) return false;
   if (r.thread / warp_size != thread.warp->id) return true;
   return thread.warp->events <= r.event;
@@ -140,8 +121,8 @@ struct Context {
   const void* pc;
 };
 
-Record now(const Context& c, bool atomic) {
-  return {machine().epoch, c.thread.warp->events, shorten(c.pc), uint16_t(c.thread.id), atomic};
+Record now(const Context& c) {
+  return {machine().epoch, c.thread.warp->events, shorten(c.pc), uint16_t(c.thread.id)};
 }
 
 [[noreturn]] __attribute__((noinline)) void report_flight(const Cell& cell, const Context& c,
@@ -155,7 +136,7 @@ Record now(const Context& c, bool atomic) {
               ": cp_async_wait is missing or waits for too little"));
 }
 
-// Copies of other blocks do not count: they were checked there.
+// Copies of other blocks were checked there.
 inline void check_flight(const Cell& cell, const Context& c, const char* what, size_t offset) {
   if (cell.flight_epoch >= machine().block_epoch) report_flight(cell, c, what, offset);
 }
@@ -179,7 +160,7 @@ inline void on_read(Cell& cell, const Context& c, bool must_be_written, size_t o
   const Machine& m = machine();
   const Thread& thread = c.thread;
   check_flight(cell, c, "reads", offset);
-  // Most reads are of what this block wrote before the last barrier.
+  // A block mostly reads what it wrote before the last barrier: that needs no check.
   if (c.global || cell.write.epoch < m.block_epoch || cell.write.epoch >= m.epoch)
     check_read(cell, c, must_be_written, offset);
   Record& last = cell.read;
@@ -192,17 +173,16 @@ inline void on_read(Cell& cell, const Context& c, bool must_be_written, size_t o
     if (c.global && from_other_block(last)) cell.other_read = last;
     cell.read_lanes = bit;
   }
-  last = now(c, false);
+  last = now(c);
 }
 
-void on_write(Cell& cell, const Context& c, bool atomic, const char* what, size_t offset) {
+void on_write(Cell& cell, const Context& c, const char* what, size_t offset) {
   const Machine& m = machine();
   const Thread& thread = c.thread;
   check_flight(cell, c, what, offset);
-  if (!(atomic && cell.write.atomic)) must_follow(cell.write, "writes", c, what, offset);
+  must_follow(cell.write, "writes", c, what, offset);
   if (c.global) {
-    if (!(atomic && cell.other_write.atomic))
-      must_follow(cell.other_write, "writes", c, what, offset);
+    must_follow(cell.other_write, "writes", c, what, offset);
     must_follow(cell.other_read, "reads", c, what, offset);
   }
   Record read = cell.read;
@@ -214,7 +194,7 @@ void on_write(Cell& cell, const Context& c, bool atomic, const char* what, size_
   must_follow(read, "reads", c, what, offset);
   must_follow(cell.read_elsewhere, "reads", c, what, offset);
   if (c.global && from_other_block(cell.write)) cell.other_write = cell.write;
-  cell.write = now(c, atomic);
+  cell.write = now(c);
 }
 
 }  // namespace
@@ -226,11 +206,9 @@ void check_race(Thread& thread, const Place& place, size_t bytes, Access kind, c
       global
           ? global_shadows.try_emplace(place.allocation->id, place.allocation->bytes).first->second
           : shared_shadow;
-  if (global && kind == Access::write) thread.fenced = false;
   const Context c{thread, global ? place.allocation->start : shared_base(), global, pc};
-  const auto written = [&](bool atomic, const char* what) {
-    shadow.each(place.offset, bytes,
-                [&](Cell& cell, size_t at) { on_write(cell, c, atomic, what, at); });
+  const auto written = [&](const char* what) {
+    shadow.each(place.offset, bytes, [&](Cell& cell, size_t at) { on_write(cell, c, what, at); });
   };
   switch (kind) {
     case Access::read:
@@ -239,13 +217,10 @@ void check_race(Thread& thread, const Place& place, size_t bytes, Access kind, c
                   [&](Cell& cell, size_t at) { on_read(cell, c, !global, at); });
       break;
     case Access::write:
-      written(false, "writes");
-      break;
-    case Access::atomic:
-      written(true, "atomically changes");
+      written("writes");
       break;
     case Access::copy_issue:
-      written(false, "copies asynchronously to");
+      written("copies asynchronously to");
       shadow.each(place.offset, bytes, [&](Cell& cell, size_t) {
         cell.flight_epoch = machine().epoch;
         cell.flight_pc = shorten(pc);
@@ -253,10 +228,10 @@ void check_race(Thread& thread, const Place& place, size_t bytes, Access kind, c
       });
       break;
     case Access::copy_done:
-      // The copy happens somewhere between issue and wait: it counts as the latest of it.
+      // The copy may happen as late as now.
       shadow.each(place.offset, bytes, [&](Cell& cell, size_t) {
         cell.flight_epoch = 0;
-        cell.write = now(c, false);
+        cell.write = now(c);
       });
       break;
   }
@@ -273,22 +248,6 @@ void begin_race_block() { shared_shadow.join(); }
 
 void begin_race_launch() {
   for (auto& shadow : global_shadows) shadow.second.join();
-  published.clear();
-  acquired.clear();
-  acquired_block = 0;
-}
-
-void order_by_atomic(Thread& thread, const void* p) {
-  if (!wanted()) return;
-  const Machine& m = machine();
-  if (acquired_block != m.block_epoch) {
-    acquired_block = m.block_epoch;
-    acquired.clear();
-  }
-  auto& list = published[p];
-  for (const Published& item : list)
-    if (item.first != m.block_epoch) acquired[item.first] = item;
-  if (thread.fenced) list.push_back({m.block_epoch, m.epoch, uint16_t(thread.id)});
 }
 
 void forget_race_shadow(size_t id) { global_shadows.erase(id); }

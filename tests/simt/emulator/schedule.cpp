@@ -68,7 +68,7 @@ void Machine::yield(bool to_host) {
   Fibre& own = current->fibre;
   Thread* next = to_host ? nullptr : next_of_pass();
   if (next != nullptr) {
-    // Switches from thread to thread, without a detour over the host: half as many switches.
+    // Switches without a detour over the host, which would double the number of switches.
     enter(*next);
     switch_fibre(own, next->fibre);
   } else {
@@ -166,7 +166,6 @@ void Machine::prepare_block(uint3 block) {
     t.state = State::ready;
     t.copies.clear();
     t.committed = 0;
-    t.fenced = false;
     t.fibre.prepare(entry, &t);
   }
   prepare_shared_memory(geometry.shared_bytes);
@@ -201,7 +200,7 @@ void Machine::fill_pass(unsigned first, unsigned count) {
   for (unsigned i = 0; i < count; ++i) pass_[i] = &threads[first + i];
 }
 
-// Between two barriers one random warp goes as far as it can before the others start; these follow
+// Between two barriers one random warp goes as far as it can before the others start. These follow
 // in step or, every other time, one after the other, so that the last one lags behind all.
 bool Machine::round_ahead() {
   if (planned_epoch_ != epoch) {

@@ -1,7 +1,6 @@
-// The part of CUDA C++ that kernels use, for g++: one host thread plays a whole grid. A collective
-// is one of a whole warp.
-// csrc/cuda/primitives.cuh includes this file where there is no nvcc. The emulator behind it is in
-// the other files of this directory; machine.h is its inside.
+// The part of CUDA C++ that kernels use, for g++. One host thread runs a whole grid; collectives
+// are of whole warps. csrc/cuda/primitives.cuh includes this file if the compiler is not nvcc. The
+// other files of this directory are the emulator behind it.
 #pragma once
 
 #include <cmath>
@@ -38,7 +37,7 @@ SIMT_VECTORS(float, float)
 SIMT_VECTORS(double, double)
 #undef SIMT_VECTORS
 
-// The running thread's. They are not const: they change at every switch of threads.
+// The running thread's; every switch of threads changes them.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
@@ -73,7 +72,7 @@ enum class MmaType : int { fp16, bf16, tf32 };
 constexpr unsigned warp_size = 32, all_lanes = 0xffffffffu;
 
 void* shared_memory(size_t bytes);
-void cp_async(void* shared, const void* global, int bytes, bool real);
+void cp_async(void* shared, const void* global, bool real);
 void cp_async_commit();
 void cp_async_wait(int pending);
 void ldmatrix(uint32_t* r, const void* row, bool transposed, Site site);
@@ -84,31 +83,6 @@ void barrier(Site site);
 void sync_warp(Site site);
 uint64_t shuffle_xor(unsigned mask, uint64_t value, int lanes, Site site);
 bool any(unsigned mask, bool predicate, Site site);
-void fence();
-// The two halves of an atomic change of the element at p.
-uint64_t begin_atomic(void* p, size_t bytes);
-void end_atomic(void* p, uint64_t value, size_t bytes);
-
-// An atomic change; load and store are the emulator's, out of reach of the instrumentation.
-template <class T, class Next>
-__forceinline__ T change(T* p, Next&& next) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "atomics work on 4 or 8 bytes");
-  const uint64_t before = begin_atomic(p, sizeof(T));
-  T old;
-  std::memcpy(&old, &before, sizeof(T));
-  const T value = next(old);
-  uint64_t after = 0;
-  std::memcpy(&after, &value, sizeof(T));
-  end_atomic(p, after, sizeof(T));
-  return old;
-}
-
-// A parameter that takes no part in deducing T, so that atomicAdd(float*, 1) works as in CUDA.
-template <class T>
-struct Same {
-  using type = T;
-};
-
 }  // namespace simt
 
 #define SIMT_SITE ::simt::Site site = ::simt::Site::here()
@@ -127,23 +101,6 @@ __forceinline__ T __shfl_xor_sync(unsigned mask, T v, int lanes, SIMT_SITE) {
 __forceinline__ int __any_sync(unsigned mask, int predicate, SIMT_SITE) {
   return ::simt::any(mask, predicate != 0, site);
 }
-__forceinline__ void __threadfence() { ::simt::fence(); }
-
-template <class T>
-__forceinline__ T atomicAdd(T* p, typename ::simt::Same<T>::type v) {
-  return ::simt::change(p, [v](T old) { return T(old + v); });
-}
-__forceinline__ unsigned __float_as_uint(float x) {
-  unsigned u;
-  std::memcpy(&u, &x, 4);
-  return u;
-}
-__forceinline__ float __uint_as_float(unsigned u) {
-  float x;
-  std::memcpy(&x, &u, 4);
-  return x;
-}
 __forceinline__ float __fdividef(float a, float b) { return a / b; }
 
 __forceinline__ int min(int a, int b) { return b < a ? b : a; }
-__forceinline__ int max(int a, int b) { return a < b ? b : a; }

@@ -1,4 +1,4 @@
-// Entry points for Python, which return null or what went wrong, and small kernels by name.
+// Entry points for Python, which return null or an error's text, and small kernels by name.
 #pragma once
 
 #include <map>
@@ -24,8 +24,7 @@ const char* guarded(Body&& body) {
 struct Data {
   const float* in;  // registered read-only
   float* out;       // registered writable
-  unsigned* counter;
-  int bad;  // 0: the innocent form of what the case must not do
+  int bad;          // 0: the innocent form of what the case must not do
 };
 
 struct Case {
@@ -35,8 +34,8 @@ struct Case {
 };
 inline std::map<std::string, Case> cases;
 
-// CASE(name) { body } is a kernel that Python can run by its name, in blocks of kThreads threads
-// with a struct Shared, both of the file. d: its Data.
+// CASE(name) { body } is a kernel that Python runs by its name. The file has kThreads, the threads
+// of a block, and the struct Shared. d: the kernel's Data.
 #define CASES(name, blocks)                                                   \
   __global__ void name(Data d);                                               \
   const bool is_case_##name =                                                 \

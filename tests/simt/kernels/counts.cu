@@ -1,4 +1,4 @@
-// Access patterns of one warp whose cost is known, for the counters.
+// Access patterns of one warp, whose cost is known.
 #include "case.h"
 
 using namespace snnlstm::cuda;
@@ -42,7 +42,7 @@ CASE(again) {
   for (int i = 0; i < 4; ++i) sum += load<float>(d.in + threadIdx.x);
   d.out[threadIdx.x] = sum;
 }
-// Lanes that skip a turn of a loop must not shift the others' requests.
+// Lanes skip a turn of the loop, which must not shift the others' requests.
 CASE(uneven) {
   float sum = 0;
   for (int i = 0; i < 8; ++i) {
@@ -72,7 +72,7 @@ CASE(narrow_tile) { d.out[threadIdx.x] = tile(shared().narrow[threadIdx.x]); }
 CASE(wide_tile) { d.out[threadIdx.x] = tile(shared().wide[threadIdx.x]); }
 CASE(copies) {
   auto& s = shared();
-  cp_async<16>(&s.a[threadIdx.x / 8][4 * threadIdx.x % 32], d.in + 4 * threadIdx.x);
+  cp_async(&s.a[threadIdx.x / 8][4 * threadIdx.x % 32], d.in + 4 * threadIdx.x);
   cp_async_commit();
   cp_async_wait<0>();
   d.out[threadIdx.x] = s.a[threadIdx.x / 8][4 * threadIdx.x % 32];
@@ -88,7 +88,5 @@ CASE(three_mma) {
   mma<tf32>(sum, a, b);
   d.out[threadIdx.x] = sum[0];
 }
-
-CASE(atomics) { atomicAdd(d.out, 1.0f); }
 
 }  // namespace

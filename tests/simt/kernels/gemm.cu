@@ -1,5 +1,5 @@
-// A matrix product that uses what the real kernels use: double-buffered cp.async with zero fill,
-// ldmatrix, mma, a staged epilogue with 128-bit stores, and a split of K.
+// A matrix product with what the real kernels use: double-buffered cp.async with zero fill,
+// ldmatrix, mma, an epilogue through shared memory with 128-bit stores, and a split of K.
 //   d (M, N) = a (M, K) * b (K, N), all row-major, K and N multiples of 8
 #include "case.h"
 
@@ -25,15 +25,15 @@ __global__ void __launch_bounds__(threads)
 
   auto fetch = [&](int k, int buffer) {
     const int row = thread / 4, part = thread % 4 * 8;
-    // The last tile ends within the matrix: what lies behind must become zero, not garbage.
+    // What the last tile has behind the matrix must become zero.
     const int limit = M + (fault(Fault::wrong_tail_mask) ? 1 : 0);
     const bool a_there = row0 + row < limit && k + part < k1;
     const bool b_there = k + row < k1 && column0 + part < N;
     const bf16* from_a = a + size_t(row0 + row) * K + k + part;
     const bf16* from_b = b + size_t(k + row) * N + column0 + part;
     if (!fault(Fault::missing_zero_fill) || a_there)
-      cp_async<16>(&s.a[buffer][row][part], from_a, a_there);
-    cp_async<16>(&s.b[buffer][row][part], from_b, b_there);
+      cp_async(&s.a[buffer][row][part], from_a, a_there);
+    cp_async(&s.b[buffer][row][part], from_b, b_there);
     cp_async_commit();
   };
 
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(threads)
     if (!fault(Fault::missing_barrier_overwrite)) __syncthreads();
   }
 
-  // Through shared memory, so that a lane holds four neighbours of a row.
+  // In shared memory a lane finds four neighbours of a row.
   auto& out = s.out[warp];
   const int g = lane / 4, t = lane % 4;
   for (int half = 0; half < 2; ++half) {

@@ -1,7 +1,6 @@
-// The part of CUDA's runtime that csrc/cuda/launch.cuh calls, without a GPU: it remembers what it
-// is asked for, and behaves as the real one is documented to. A kernel's limit is what was set
-// last; a launch above it fails; a failed call leaves an error behind that cudaGetLastError() takes
-// away.
+// The part of CUDA's runtime that csrc/cuda/launch.cuh calls, without a GPU. It behaves as the real
+// runtime is documented to: a launch above the kernel's limit, which is the one that was set last,
+// fails; a failed call leaves an error behind, until cudaGetLastError() is called.
 #pragma once
 
 #include <cstddef>
