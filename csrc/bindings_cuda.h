@@ -1,4 +1,4 @@
-// The CUDA half for Python: csrc/cuda/api.h over addresses. bindings.cpp includes it where that
+// The CUDA half for Python: csrc/cuda/api.h over addresses. bindings.cpp includes this file if that
 // half is built; the tests build it on top of the emulated kernels.
 #pragma once
 
@@ -7,9 +7,8 @@
 
 namespace snnlstm::bindings {
 
-// What the functions below call, so that the tests can put checks in between.
+// The functions that the bindings call; the tests put checks in between.
 struct CudaCalls {
-  decltype(&cuda::current_target) current_target = &cuda::current_target;
   decltype(&cuda::pack_weight) pack_weight = &cuda::pack_weight;
   decltype(&cuda::store_levels) store_levels = &cuda::store_levels;
   decltype(&cuda::forward) forward = &cuda::forward;
@@ -19,7 +18,7 @@ struct CudaCalls {
   decltype(&cuda::pointwise_backward) pointwise_backward = &cuda::pointwise_backward;
 };
 
-// The kernels load 16 bytes at a time from memory that is theirs alone.
+// Memory that no tensor of the caller's lies in. The kernels load 16 bytes of it at a time.
 struct Own {
   const char* name;
   const void* memory;
@@ -30,7 +29,7 @@ inline void aligned(std::initializer_list<Own> all) {
       throw py::value_error(std::string(own.name) + " must be aligned to 16 bytes");
 }
 
-// bytes(): how large the workspace of a call must be.
+// bytes(): the size of the call's workspace.
 template <class F>
 void needs_workspace(const void* workspace, F&& bytes) {
   aligned({{"workspace", workspace}});
@@ -53,7 +52,7 @@ inline WeightGradArgs weight_args(const Cell& cell, const py::kwargs& given) {
   a.grad_weight = k.address("grad_weight"), a.grad_bias = k.address("grad_bias");
   a.workspace = k.address("workspace");
   k.finish();
-  if (cell.T > 0 && cell.N > 0) {  // else the gradients are zeros
+  if (cell.T > 0 && cell.N > 0) {  // otherwise the gradients are zeros
     needs(a.x.data, "x");
     needs(a.mem.data, "mem");
     needs(a.d_gates, "d_gates");
@@ -83,7 +82,7 @@ inline void bind_cuda(py::module_& m, const CudaCalls& calls = {}) {
            })
       .def_readonly("compute_capability", &Target::compute_capability);
 
-  m.def("cuda_target", [calls] { return calls.current_target(nullptr); });
+  m.def("cuda_target", &cuda::current_target);
   m.def("cuda_full_precision", [](const Target& t) { return int(cuda::full_precision(t)); });
   m.def("cuda_choose",
         [](const Cell& cell, const Target& t) { return int(cuda::choose_algorithm(cell, t)); });

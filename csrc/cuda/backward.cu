@@ -1,6 +1,6 @@
-// The backward pass of a sequence, last step first: which kernels, in which order, on which memory.
-// One launch a step, or one for all steps (resident_backward.cu), then one for the gradients of x
-// and of the first mem, and a few for the parameters.
+// Launches the kernels of a sequence's backward pass, last step first, and lays out their memory:
+// one launch for every step, or one for all steps (resident_backward.cu), then one for the
+// gradients of x and of the first mem, and a few for those of the parameters.
 #include <optional>
 
 #include "launch.h"
@@ -32,7 +32,8 @@ class Backward {
     bytes_ = arena.bytes();
   }
 
-  // of_weights: of a call that forms the gradients of weight and bias, or is given no d_gates.
+  // of_weights: false for a call that is given d_gates and forms neither gradient of weight and
+  // bias.
   static int64_t workspace(const Cell& cell, const Target& target, bool of_weights) {
     BackwardArgs args;
     args.cell = cell;
@@ -65,13 +66,11 @@ class Backward {
       p.parts = sums_, p.blocks = threshold_blocks();
       p.pitch = int(threshold_pitch()), p.columns = int(c.C);
       p.out = a_.grad_threshold, p.type = type_;
-      launch_reduce_sums(p, stream());
+      launch_reduce_sums(p, target_.stream);
     }
   }
 
  private:
-  Stream stream() const { return static_cast<Stream>(target_.stream); }
-
   int64_t threshold_blocks() const { return resident_ ? s_.c.N : plan_.to_mem.tiling.tiles(); }
   int64_t threshold_pitch() const {
     return resident_ ? sequence_.channels()
@@ -91,7 +90,7 @@ class Backward {
     weights_->carve(arena);
   }
 
-  // mem after each step, where anybody wants it.
+  // The memory for mem after each step, or null if nobody wants that.
   void* mem_kept() const { return a_.grad_weight || a_.mem_after ? mem_ : nullptr; }
 
   Image d_gates(int64_t t) const { return image(d_gates_, s_, gate_type_, 4, t); }
@@ -123,21 +122,14 @@ class Backward {
     const Cell& c = s_.c;
     NeuronBackward n = neuron(t);
     if (!plan_.spreads && n.fire.spk.present() && n.surrogate != Surrogate::none) {
-      SpreadStep p;
-      p.tiling = plan_.to_mem.tiling;
-      p.neuron = n;
-      p.spikes = n.spikes_in = image(spikes_, s_, real_);
-      launch_spread(p, stream());
+      n.spikes_in = image(spikes_, s_, real_);
+      launch_spread(n, c.N, target_.stream);
     }
     Segment s;
     if (t < c.T - 1) s = transposed(d_gates(t + 1), false);
     run_step(s, n);
   }
 
-  Segment with_weight(Segment s, const PackedPart& part) const {
-    s.weight = part.in(a_.weight), s.weight_pitch = part.pitch / bytes_of(real_);
-    return s;
-  }
   MmaConv conv(const DataPlan& plan, const PackedPart& part, const Segment& s) const {
     MmaBuilder builder = plan.builder();
     if (s.channels > 0) builder.add(s, part.depth, plan.tiling);
@@ -146,15 +138,15 @@ class Backward {
     return builder.conv;
   }
 
-  // s without channels: there is nothing to convolve.
+  // If s has no channels, there is nothing to convolve.
   void run_step(const Segment& s, const NeuronBackward& n) const {
     const DataPlan& plan = plan_.to_mem;
     if (!plan.mma()) {
       BackwardFma p;
       p.tiling = plan.tiling;
-      p.d_gates = with_weight(s, packed_.to_mem);
+      p.d_gates = packed_.to_mem.with_weight(s, a_.weight);
       p.neuron = n;
-      return launch_backward_fma(p, type_, stream());
+      return launch_backward_fma(p, type_, target_.stream);
     }
     BackwardMma p;
     p.tiling = plan.tiling;
@@ -163,15 +155,15 @@ class Backward {
     const BackwardShared layout(plan, p.conv, s_.c.pool != Pool::none && plan_.spreads);
     p.mem_tile = layout.mem_tile, p.mem_pitch = layout.mem_pitch;
     p.vectors = layout.vectors, p.row_sums = layout.row_sums;
-    launch_backward_mma(plan, p, layout.bytes, stream());
+    launch_backward_mma(plan, p, layout.bytes, target_.stream);
   }
 
-  // The gradients of x, at all steps, and of the first mem: one launch, or two where one of them
-  // does not fit the tensor core kernel.
+  // Forms the gradients of x, at all steps, and of the first mem in one launch, or in two if only
+  // one of them can use tensor cores.
   void data_gradients() const {
     const Cell& c = s_.c;
-    DataGradientsFma fma;
-    DataGradientsMma mma;
+    Jobs<DataGradientFma> fma;
+    Jobs<DataGradientMma> mma;
     Multiply multiply = Multiply::fma;
     int bytes = 0;
     const auto add = [&](int k, const DataPlan& plan, const PackedPart& part, const Tensor& out,
@@ -190,15 +182,15 @@ class Backward {
         bytes = std::max(bytes, BackwardShared(plan, job.conv, false).bytes);
       } else {
         fill(fma.job[k]);
-        fma.job[k].d_gates = with_weight(s, part);
+        fma.job[k].d_gates = part.with_weight(s, a_.weight);
       }
     };
     const Tensor x = tensor(a_.grad_x, type_, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
     add(0, plan_.to_x, packed_.to_x, x, c.H, c.W);
     if (!resident_)
       add(1, plan_.to_mem, packed_.to_mem, state_tensor(c, a_.grad_mem0, 0, 4), s_.Ho, s_.Wo);
-    launch_data_gradient_fma(fma, type_, stream());
-    launch_data_gradient_mma(mma, multiply, bytes, stream());
+    launch_data_gradient_fma(fma, type_, target_.stream);
+    launch_data_gradient_mma(mma, multiply, bytes, target_.stream);
   }
 
   const BackwardArgs& a_;
@@ -208,7 +200,8 @@ class Backward {
   PackedBackward packed_;
   ResidentBackwardPlan sequence_;
   bool resident_;
-  std::optional<WeightGradient> weights_;  // absent: neither gradient is wanted
+  std::optional<WeightGradient>
+      weights_;  // absent if nobody wants the gradients of weight and bias
   DType type_, real_, gate_type_;
   void *d_gates_ = nullptr, *mem_ = nullptr, *d_syn_ = nullptr, *sums_ = nullptr;
   void* spikes_ = nullptr;

@@ -1,11 +1,11 @@
-// One step of the backward pass on tensor cores: the gradient of mem through the gates of the step
-// after (a convolution with the transposed weights), and behind it the pointwise backward of this
-// step. The same convolution alone, data_gradient_mma, gives the gradients of x and of the first
-// mem.
+// The kernels of one step of the backward pass. A convolution of the next step's d_gates with the
+// transposed weights gives the gradient of mem; the pointwise backward pass of the step follows in
+// the same kernel. The convolution alone (data_gradient_*) gives the gradients of x and of the
+// first mem.
 //
-// Columns are channels: NT n-tiles a warp, in pairs of 16 channels. A thread holds 2 pixels x 4
-// channels of each pair in each of its two m16 tiles; these lie in shared memory while the epilogue
-// goes over them one by one.
+// On tensor cores columns are channels: a warp has NT n-tiles, in pairs of 16 channels. A thread
+// holds 2 pixels x 4 channels of each pair in each of its two m16 tiles. These patches lie in
+// shared memory while the epilogue goes over them one by one.
 #pragma once
 
 #include "fire.cuh"
@@ -19,33 +19,31 @@ struct BackwardMma {
   Tiling tiling;
   MmaConv conv;
   NeuronBackward neuron;
-  // in shared memory, bytes
-  int mem_tile = 0, mem_pitch = 0;
-  int vectors = 0, row_sums = 0;
+  int mem_pitch = 0;
+  int mem_tile = 0, vectors = 0, row_sums = 0;  // bytes of shared memory before them
 };
 
-// A convolution whose sums are stored, for images of height x width.
-struct DataGradientMma {
+// A convolution whose sums are stored. One launch gives the gradients of x and of the first mem.
+struct DataGradient {
   Tiling tiling;
-  MmaConv conv;
   Tensor out;
-  int height = 0, width = 0;
-  int tiles = 0;   // n-tiles of a warp
-  int blocks = 0;  // 0: the job is absent
+  int height = 0, width = 0;  // of an image of `out`
+  int blocks = 0;             // 0: the job is absent
 };
 
-// The gradients of x and of the first mem come from one launch.
-struct DataGradientsMma {
-  DataGradientMma job[2];
+struct DataGradientMma : DataGradient {
+  MmaConv conv;
+  int tiles = 0;  // n-tiles of a warp
 };
 
 constexpr int kBackwardThreads = 128;
-// Blocks that a multiprocessor holds: in parts, each accumulator has a total beside it.
+// Blocks that a multiprocessor holds. In parts, each accumulator has a total beside it.
 template <class Element>
 constexpr int kBackwardBlocks = std::is_same_v<Element, mma_gemm::Parts> ? 2 : 3;
 
-// A block's sums in shared memory, in patches of 2 pixels x 4 channels. Two groups of warps sum
-// over one half of K each; then each group goes on with one of the m16 tiles.
+// Forms a block's sums and puts them into shared memory, in patches of 2 pixels x 4 channels. If
+// there are two groups of warps, each sums over one half of K, and then goes on with one of the m16
+// tiles.
 template <class Element, int NT, bool Strided>
 class BackwardSums {
  public:
@@ -75,7 +73,7 @@ class BackwardSums {
     });
   }
 
-  // The first pixel's 4 channels; the second's lie `stride` behind.
+  // Returns the first pixel's 4 channels; the second pixel's lie `stride` behind them.
   SNNLSTM_DEVICE const float* patch(int pair, int mi) const {
     return parked_ + (4 * pair + 2 * mi) * stride;
   }
@@ -84,8 +82,7 @@ class BackwardSums {
   SNNLSTM_DEVICE int channel(int pair) const {
     return gemm_.warp_column() * 8 * NT + 16 * pair + 4 * gemm_.quad();
   }
-  // The warp's number among those of the same channels: (pixels of the block / 32) * groups of
-  // them.
+  // The warp's number among all warps, of all groups, that have its channels.
   SNNLSTM_DEVICE int row() const { return gemm_.k_group() * rows_of_group() + gemm_.warp_row(); }
   SNNLSTM_DEVICE int rows_of_group() const { return gemm_.rows(); }
 
@@ -143,7 +140,7 @@ SNNLSTM_DEVICE void data_gradient(const DataGradientMma& p, unsigned index) {
 
 template <class Element>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
-    data_gradient_mma(const __grid_constant__ DataGradientsMma p) {
+    data_gradient_mma(const __grid_constant__ Jobs<DataGradientMma> p) {
   if constexpr (arch::has_mma) {
     unsigned index = blockIdx.x;
     const DataGradientMma& job = job_of(p.job, unsigned(p.job[0].blocks), index);
@@ -156,25 +153,16 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
 
 // ---- without tensor cores -----------------------------------------------------------------------
 //
-// The same on the tile of fma.cuh. A thread's 4 columns are 4 neighbouring channels; a block covers
-// 64.
+// See fma.cuh for the tile. A thread's 4 columns are 4 neighbouring channels; a block covers 64.
 
 struct BackwardFma {
   Tiling tiling;
-  Segment d_gates;  // of the step after; no channels: there is none
+  Segment d_gates;  // of the next step; without channels for the last step
   NeuronBackward neuron;
 };
 
-struct DataGradientFma {
-  Tiling tiling;
+struct DataGradientFma : DataGradient {
   Segment d_gates;
-  Tensor out;
-  int height = 0, width = 0;  // of its images
-  int blocks = 0;             // 0: the job is absent
-};
-
-struct DataGradientsFma {
-  DataGradientFma job[2];
 };
 
 namespace fma {
@@ -182,7 +170,7 @@ template <class R>
 struct BackwardShared {
   Shared<R> gemm;
   R row_sums[kColumns];
-  R mem[kColumns * kMemPitch];  // left out where it is not needed
+  R mem[kColumns * kMemPitch];  // left out if no window needs it
   static constexpr size_t bytes(bool with_mem) {
     return with_mem ? sizeof(BackwardShared) : sizeof(BackwardShared) - sizeof(mem);
   }
@@ -221,7 +209,7 @@ __global__ void __launch_bounds__(fma::kThreads)
 
 template <class R>
 __global__ void __launch_bounds__(fma::kThreads)
-    data_gradient_fma(const __grid_constant__ DataGradientsFma p) {
+    data_gradient_fma(const __grid_constant__ Jobs<DataGradientFma> p) {
   auto& shared = shared_memory<fma::Shared<R>>();
   unsigned index = blockIdx.x;
   const DataGradientFma& job = job_of(p.job, unsigned(p.job[0].blocks), index);
@@ -237,43 +225,32 @@ __global__ void __launch_bounds__(fma::kThreads)
 
 // ---- spikes -------------------------------------------------------------------------------------
 //
-// The spikes' gradient on its way to mem in a kernel of its own, for pooling windows that cross the
-// tiles of the step.
+// Pooling windows may cross the tiles of the step. Then a kernel of its own brings the gradients of
+// the spikes to the mem that they were made from.
 
 constexpr int kSpreadThreads = 128;
 
-struct SpreadStep {
-  Tiling tiling;  // its batch alone
-  NeuronBackward neuron;
-  Image spikes;  // (N, Ho, Wo, Cp) in the compute type: written inside of whole windows
-};
-
-// One thread a window and channel, of one sample in a block. grid: blocks_of_sample for each
-// sample.
+// Writes p.spikes_in inside of whole windows. A thread has one window of one channel, a block one
+// sample; grid: blocks_of_sample() for each sample.
 template <class R>
 __global__ void __launch_bounds__(kSpreadThreads)
-    spread_spikes(const __grid_constant__ SpreadStep p) {
-  const Fire& f = p.neuron.fire;
+    spread_spikes(const __grid_constant__ NeuronBackward p) {
+  const Fire& f = p.fire;
   const int blocks = blocks_of_sample(f, kSpreadThreads);
   const int i = int(blockIdx.x) % blocks * kSpreadThreads + int(threadIdx.x);
   if (i >= neurons_of_sample(f)) return;
   const Block block{0, int(blockIdx.x) / blocks, 0, 0, 0, 0};
   const int c = i % f.C, x = i / f.C % f.Wp, y = i / f.C / f.Wp;
-  const BackwardTile<R> tile(p.neuron, p.tiling, block, 0, 1, nullptr);
+  const Tiling tiling;
+  const BackwardTile<R> tile(p, tiling, block, 0, 1, nullptr);
   const R threshold = threshold_of<R>(f, c);
-  const int top = y * f.pool_h, left = x * f.pool_w;
-  int where;
-  const R mem = pooled<R>(
-      f, [&](int k, int j) { return tile.mem_at(c, top + k, left + j, threshold); }, where);
-  R grad = read<R>(image_of(f.spk, 0, block.n), f.spk.type, offset(f.spk, c, y, x));
-  grad = tile.spike_gradient(c, y, x, mem - threshold, grad);
-  if (f.pool == Pool::avg) grad /= R(f.pool_h * f.pool_w);
-  R* out = static_cast<R*>(image_of(p.spikes, 0, block.n));
-  int place = 0;
-  for (int k = 0; k < f.pool_h; ++k)
-    for (int j = 0; j < f.pool_w; ++j, ++place)
-      out[offset(p.spikes, 0, c, top + k, left + j)] =
-          f.pool == Pool::avg || place == where ? grad : R(0);
+  R* out = static_cast<R*>(image_of(p.spikes_in, 0, block.n));
+  tile.spread_window(
+      c, y, x, threshold,
+      [&](int i, int j) { return tile.mem_at(c, y * f.pool_h + i, x * f.pool_w + j, threshold); },
+      [&](int i, int j, R grad) {
+        out[offset(p.spikes_in, 0, c, y * f.pool_h + i, x * f.pool_w + j)] = grad;
+      });
 }
 
 }  // namespace snnlstm::cuda

@@ -1,5 +1,5 @@
-// Which kernels run a cell, and their tiles: decided from the cell and the target alone, so that
-// packed weights, saved tensors and workspaces of one cell always fit together.
+// Chooses the kernels that run a cell, and their tiles, from the cell and the target alone: packed
+// weights, saved tensors and workspaces of one cell always fit together.
 #pragma once
 
 #include "backward.cuh"
@@ -19,21 +19,12 @@ inline Multiply wanted_multiply(const Cell& cell, const Target& target) {
   if (!possible || cell.dtype == DType::float64) return Multiply::fma;
   if (cell.dtype == DType::float16) return Multiply::fp16;
   if (cell.dtype == DType::bfloat16) return Multiply::bf16;
-  switch (target.matrix) {
-    case Matrix::tf32:
-      return Multiply::tf32;
-    case Matrix::tf32x3:
-      return Multiply::tf32x3;
-    case Matrix::float16:
-      return Multiply::fp16;
-    case Matrix::bfloat16:
-      return Multiply::bf16;
-    default:
-      return Multiply::fma;
-  }
+  constexpr Multiply by_matrix[] = {Multiply::fma, Multiply::tf32, Multiply::tf32x3, Multiply::fp16,
+                                    Multiply::bf16};
+  return by_matrix[int(target.matrix)];
 }
 
-// The two halves of the gates' convolution, without their data.
+// The two halves of the gates' convolution: x, and mem; without their data.
 inline Segment input_window(const Cell& c) {
   Segment s;
   s.channels = int(c.Cin), s.height = int(c.H), s.width = int(c.W);
@@ -50,8 +41,8 @@ inline Segment state_window(const Cell& c) {
   return s;
 }
 
-// Blocks of a step on tensor cores, the largest first: warps along pixels, along channels, and
-// along K.
+// The blocks of a step on tensor cores: warps along pixels, along channels and along K. The largest
+// come first.
 struct BlockShape {
   int m, n, k;
   std::string name() const {
@@ -65,9 +56,10 @@ constexpr BlockShape kDataShapes[] = {{2, 2, 1}, {4, 1, 1}, {2, 1, 2}};
 // A convolution with its epilogue.
 struct StepPlan {
   Multiply multiply = Multiply::fma;
-  Tiling tiling;                            // of one launch
-  int tiles = 0, warps_m = 0, warps_n = 0;  // mma: n-tiles of a warp; warps
-  int k_groups = 1;                         // of so many warps each, which share K among them
+  Tiling tiling;
+  int tiles = 0;                 // mma: n-tiles of a warp
+  int warps_m = 0, warps_n = 0;  // mma: warps along pixels, along channels
+  int k_groups = 1;              // groups of warps_m * warps_n warps, which share K among them
 
   bool mma() const { return multiply != Multiply::fma; }
   int threads() const { return mma() ? 32 * warps_m * warps_n * k_groups : fma::kThreads; }
@@ -76,10 +68,10 @@ struct StepPlan {
 
 // On tensor cores a warp has 8 n-tiles (16 channels) or 4 (8 channels).
 struct ForwardPlan : StepPlan {
-  bool fires = true;    // the step fires, else a kernel behind it
-  int64_t hoisted = 0;  // steps whose input half comes first, in one launch; 0: each its own
+  bool fires = true;    // false: a kernel behind the step fires
+  int64_t hoisted = 0;  // steps whose input half one launch computes before; 0: none
 
-  int held() const { return mma() ? tiles / 2 : 1; }  // channels of a thread
+  int held() const { return mma() ? tiles / 2 : 1; }  // channels that a thread holds
   int channels() const { return mma() ? 2 * tiles * warps_n : fma::kChannels; }  // of a block
   int mem_pitch() const { return 32 * warps_m + (tiles == 8 ? 2 : 4); }
 };
@@ -91,7 +83,8 @@ inline MmaDepth mem_depth(const Cell& c, Multiply m) {
   return MmaDepth(MmaType(m), state_window(c));
 }
 
-// Bytes of shared memory of a tensor core step: of the convolution, or of what takes its place.
+// Bytes of shared memory of a tensor core step: the convolution's, in whose place the epilogue
+// comes.
 inline int64_t forward_shared_bytes(const ForwardPlan& plan, const MmaConv& conv, bool pools) {
   int64_t epilogue = int64_t(8 * plan.held()) * plan.threads() * 4;
   if (pools) epilogue += int64_t(plan.channels()) * plan.mem_pitch() * 4;
@@ -113,11 +106,11 @@ inline bool choose_tiling(ForwardPlan& plan, const Cell& c, int pixels) {
   return plan.fires || c.inhibition || !windows;
 }
 
-// Hoisting the input half out of the sequence costs 8 numbers a neuron and step to be written and
-// read. It pays where a step leaves multiprocessors idle, so that its time is that of one block:
-// the block's work shrinks, and the input half runs on all of them.
-// Returns of how many steps at once: so few that the numbers are still in the cache when their step
-// comes, and that the workspace does not grow with T.
+// Returns the number of steps whose input half one launch computes before the first of them. That
+// costs 8 numbers a neuron and step, written and read. It pays if a step leaves multiprocessors
+// idle: then its time is that of one block, the block's work shrinks, and the input half runs on
+// all of the multiprocessors. The steps are so few that the numbers are still in the cache when
+// they are read, and that the workspace does not grow with T.
 inline int64_t steps_to_hoist(const ForwardPlan& plan, const Cell& c, const Target& target) {
   constexpr int64_t most_bytes = 32 << 20, most_steps = 16, fewest_steps = 4;
   if (plan.tiling.blocks() > target.multiprocessors || 3 * c.Cin < c.C) return 0;
@@ -127,9 +120,9 @@ inline int64_t steps_to_hoist(const ForwardPlan& plan, const Cell& c, const Targ
   return ceil_div(c.T, ceil_div(c.T, most));  // chunks of nearly equal length
 }
 
-// Chooses among the blocks that fit(shape) says can be: the first that gives each multiprocessor
-// one, since large ones fetch less. wanted: the row that is asked for, or -1. Returns whether there
-// is any.
+// Chooses the first of the shapes that fit and give each multiprocessor a block, since large blocks
+// fetch less; else the last that fits. fits(shape) plans the tiles, too. wanted: the only row that
+// may be chosen, or -1. Returns whether any shape fits.
 template <class Plan, size_t count, class Fits>
 bool choose_shape(Plan& plan, const BlockShape (&shapes)[count], int wanted, const Target& target,
                   Fits&& fits) {
@@ -175,7 +168,7 @@ inline ForwardPlan plan_step(const Cell& c, const Target& target) {
   return plan;
 }
 
-// The blocks of the largest launch.
+// Blocks of the largest launch of the forward pass.
 inline int64_t forward_blocks(const Cell& c, const ForwardPlan& plan) {
   const int64_t firing = c.N * ceil_div(c.C * c.Ho() * c.Wo(), 256);
   return std::max(plan.tiling.blocks() * std::max<int64_t>(plan.hoisted, 1), firing);
@@ -189,12 +182,12 @@ inline ForwardPlan plan_forward(const Cell& c, const Target& target) {
 
 // ---- the backward pass --------------------------------------------------------------------------
 
-// A convolution with the transposed weights, of d_gates, for the gradient of x or mem.
+// The convolution of d_gates with the transposed weights: the gradient of x or of mem.
 struct DataPlan : StepPlan {
   int channels() const { return mma() ? 8 * tiles * warps_n : fma::kColumns; }  // of a block
 };
 
-// The convolution's source: d_gates, padded and with taps reversed like the forward convolution's.
+// That convolution's source, d_gates; padding is the forward convolution's.
 inline Segment gates_window(const Cell& c, bool of_x) {
   Segment s = state_window(c);
   s.channels = int(4 * Shape(c).Cp);
@@ -202,8 +195,9 @@ inline Segment gates_window(const Cell& c, bool of_x) {
   return s;
 }
 
-// Shared memory of a tensor core step, in bytes from its start: the convolution, in whose place
-// come the parked accumulators and the mem tile, then the thresholds and their gradients' sums.
+// The shared memory of a tensor core step, in bytes from its start. It begins with the convolution,
+// in whose place the parked accumulators and the mem tile come; behind them lie the thresholds
+// (vectors) and the sums of their gradients (row_sums).
 struct BackwardShared {
   int mem_tile, mem_pitch, vectors, row_sums, bytes;
 
@@ -221,7 +215,7 @@ struct WeightPlan {
   Multiply multiply = Multiply::fma;
   Tiling tiling;
   int splits = 1;
-  int64_t share = 0, total = 0;  // pixels or tiles
+  int64_t share = 0, total = 0;  // of a split, of all: pixels (fma) or tiles (mma)
   int part_rows = 0, part_columns = 0, tap_stride = 0;
   // mma
   int warp_rows = 0, tap_groups = 0, column_pitch = 0, column_blocks = 0, buffer_bytes = 0;
@@ -244,27 +238,17 @@ struct WeightPlans {
   WeightPlan x, mem;
 
   int threads() const { return std::max(x.threads(), mem.threads()); }
-  // On tensor cores: the stages of either half, then each thread's totals.
+  // The shared memory on tensor cores: the stages of the larger half, then each thread's totals.
   int totals() const { return std::max(x.stage_bytes(), mem.stage_bytes()); }
   int shared_bytes() const { return totals() + 4 * weight_tile::kSums * threads(); }
 };
 
 struct BackwardPlan {
-  bool spreads = true;  // pooling windows do not cross tiles: the step does it all
+  bool spreads = true;  // no pooling window crosses a tile: the step needs no kernel before it
   DataPlan to_mem, to_x;
 };
 
-// Shares the total out: two blocks for each multiprocessor, each with `least` of it or more.
-// blocks: of all column and row blocks of the launch.
-inline void split(WeightPlan& w, const Target& target, int64_t blocks, int64_t least,
-                  int64_t unit) {
-  const int64_t wanted = std::max<int64_t>(2 * target.multiprocessors / blocks, 1);
-  const int64_t splits = std::max<int64_t>(std::min({wanted, w.total / least, int64_t(1024)}), 1);
-  w.share = std::max<int64_t>(round_up(ceil_div(w.total, splits), unit), 1);
-  w.splits = int(std::max<int64_t>(ceil_div(w.total, w.share), 1));
-}
-
-// One half of the weight's gradient on tensor cores, but for its splits.
+// Plans one half of the weight's gradient on tensor cores, but for its splits.
 inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int most_rows) {
   const Shape s(c);
   const MmaType type(multiply);
@@ -291,6 +275,8 @@ inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int 
   return w;
 }
 
+// Plans the same without tensor cores: two blocks for each multiprocessor, each with 256 pixels or
+// more.
 inline WeightPlan weight_fma(const Cell& c, const Target& target, bool of_x) {
   const Shape s(c);
   const Segment in = of_x ? input_window(c) : state_window(c);
@@ -300,17 +286,21 @@ inline WeightPlan weight_fma(const Cell& c, const Target& target, bool of_x) {
   w.part_columns = int(round_up(s.taps * in.channels, 64));
   w.tap_stride = in.channels;
   w.total = c.T * c.N * s.pixels;
-  split(w, target, int64_t(w.part_rows / 64) * (w.part_columns / 64), 256, fma::kDepth);
+  const int64_t blocks = int64_t(w.part_rows / 64) * (w.part_columns / 64);
+  const int64_t splits =
+      std::clamp<int64_t>(std::min(2 * target.multiprocessors / blocks, w.total / 256), 1, 1024);
+  w.share = std::max<int64_t>(round_up(ceil_div(w.total, splits), fma::kDepth), 1);
+  w.splits = int(std::max<int64_t>(ceil_div(w.total, w.share), 1));
   return w;
 }
 
-// Writing a split's part of the gradient, and reading it again to add it, takes about a 24th of the
-// time of a tile for each block: if memory moves 3 bytes for each 200 multiplications that tensor
-// cores do (an H100's data sheet; a sweep over splits would measure it).
+// The time of a block's tile over the time in which a split's part of the gradient is written and
+// read again to be added. Tensor cores are taken to do 200 multiplications while memory moves 3
+// bytes, as an H100's data sheet says; a sweep over splits would measure the ratio.
 constexpr int64_t kPartsPerTile = 24;
 
-// Shares the tiles of a tensor core launch out, in so many splits that the multiprocessors, one
-// block each, are done soonest.
+// Chooses the number of splits with which the multiprocessors, which have one block each, are done
+// soonest.
 inline void split_tiles(WeightPlans& plan, const Target& target) {
   const int64_t blocks = int64_t(plan.x.column_blocks) * plan.x.row_blocks() +
                          int64_t(plan.mem.column_blocks) * plan.mem.row_blocks();
@@ -342,8 +332,8 @@ inline WeightPlans plan_weights(const Cell& c, const Target& target) {
   return {weight_fma(c, target, true), weight_fma(c, target, false)};
 }
 
-// Chooses the tiles of a data gradient; with `windows` only tiles of whole pooling windows. Returns
-// false if there are none.
+// Chooses the tiles of a data gradient, and with `windows` only tiles of whole pooling windows.
+// Returns false if there are none.
 inline bool plan_data(DataPlan& plan, const Cell& c, const Target& target, bool of_x,
                       bool windows) {
   const int64_t height = of_x ? c.H : c.Ho(), width = of_x ? c.W : c.Wo();

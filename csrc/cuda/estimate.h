@@ -1,11 +1,11 @@
-// Which algorithm is likely to be fastest for a layer: our fused kernels, or torch's convolution
-// (cuDNN) with our neurons behind it. An estimate, not a measurement: both are taken to be bound by
-// arithmetic or by memory, whichever is slower.
+// Estimates what is fastest for a layer: our fused kernels, or torch's convolution (cuDNN) with our
+// neurons behind it. Nothing is measured: both are taken to be bound by arithmetic or by memory,
+// whichever is slower.
 //
 //   fused      reads x, mem, syn; writes spk, syn, mem; multiplies with mma.sync
-//   pointwise  writes cat[x, mem] and the gate sums and reads both again on top of that; cuDNN
-//              multiplies with the newest instructions (wgmma on sm_90, tcgen05 on sm_100), of
-//              whose rate mma.sync reaches only a part
+//   pointwise  also writes cat[x, mem] and the gate sums and reads both again; cuDNN multiplies
+//              with the newest instructions (wgmma on sm_90, tcgen05 on sm_100), whose rate
+//              mma.sync does not reach
 #pragma once
 
 #include "choose.h"
@@ -14,10 +14,10 @@ namespace snnlstm::cuda {
 
 // From NVIDIA's data sheets, without sparsity.
 struct Rates {
-  double half, tf32, fp32;  // 10^12 multiply-adds a second, of all multiprocessors
+  double half, tf32, fp32;  // 10^12 multiply-adds a second, all multiprocessors together
   double bytes;             // 10^12 a second
-  // Part of the rate that mma.sync can reach: all of it where it is the newest instruction; on
-  // sm_90 as Luo et al. 2024 measure, https://arxiv.org/abs/2402.13499; on sm_100 a guess.
+  // The part of the rate that mma.sync can reach: 1 if it is the newest instruction; on sm_90 what
+  // Luo et al. 2024 measure, https://arxiv.org/abs/2402.13499; on sm_100 a guess.
   double mma_sync;
   int multiprocessors;
 };
@@ -36,28 +36,26 @@ inline Rates rates_of(const Target& t) {
 }
 
 // Guesses: no GPU has been timed. `python -m benchmarks --device cuda --shapes gpu --kernels` would
-// measure them, as the time of the kernel that is named, from the operations of its layer.
+// measure them: it prints the time of each kernel, and the layer gives the number of operations.
 namespace guessed {
-// Parts of the data sheet's rates. cuDNN's convolution of wide64 and wide128 behind
-// snnlstm-pointwise; "forward step (mma)" of the same layers, of the rate that mma.sync reaches;
+// The parts of a data sheet's rates that kernels reach on the layers wide64 and wide128: cuDNN's
+// convolution under snnlstm-pointwise; "forward step (mma)", as a part of what mma.sync can reach;
 // "forward step (fma)" in float32.
 constexpr double cudnn_part = 0.7, mma_part = 0.75, fma_part = 0.5;
-// Seconds of a step that torch's operators around cuDNN (cat, convolution, neurons) take more than
-// one launch of ours: the difference of snnlstm-pointwise and snnlstm on a layer without work, such
-// as --shape "50 1 1 1 4 4 1".
+// Seconds that the launches of a step around cuDNN (cat, convolution, neurons) take more than one
+// launch of ours. The difference of snnlstm-pointwise and snnlstm on a layer without work, such as
+// --shape "50 1 1 1 4 4 1", would measure it.
 constexpr double pointwise_launches = 8e-6;
 }  // namespace guessed
 
-// Multiply-adds a second of our kernels; of 3xTF32, whole ones.
+// Returns the multiply-adds a second of our kernels; three products of 3xTF32 are one.
 inline double kernel_rate(const Rates& r, Multiply m) {
   if (m == Multiply::fma) return r.fp32 * guessed::fma_part * 1e12;
-  const double of_type = MmaType(m).element == 2 ? r.half
-                         : m == Multiply::tf32x3 ? r.tf32 / 3
-                                                 : r.tf32;
+  const double of_type = is_half(m) ? r.half : m == Multiply::tf32x3 ? r.tf32 / 3 : r.tf32;
   return of_type * r.mma_sync * guessed::mma_part * 1e12;
 }
 
-// For float32 at full precision: whether three tf32 products take less time than one of fp32.
+// Returns whether three tf32 products take less time than one product in float32.
 inline bool tensor_cores_beat_fma(const Target& target) {
   const Rates r = rates_of(target);
   return target.compute_capability >= 80 &&
@@ -71,10 +69,10 @@ inline Algorithm estimate(const Cell& c, const Target& target) {
   const Shape s(c);
   const double neurons = double(c.N) * s.pixels * c.C;
   const double products = 4 * neurons * s.taps * (c.Cin + c.C);
-  const bool half = MmaType(plan.multiply).element == 2 && plan.mma();
+  const bool half = is_half(plan.multiply);
   const double size = bytes_of(c.dtype), operand = half ? 2 : size;
 
-  // What cuDNN would multiply with.
+  // The rate of what cuDNN would multiply with.
   const double rate = (half ? r.half : plan.multiply == Multiply::tf32 ? r.tf32 : r.fp32) * 1e12;
   const double state_bytes = (double(c.N) * c.Cin * c.H * c.W + 5 * neurons) * size;
   const double extra_bytes =

@@ -1,24 +1,23 @@
-// Seeded faults: places at which a kernel can be broken on purpose, to show that the tests see it.
+// Seeded faults: the tests break a kernel at such a place on purpose, and must notice it.
 //
 //   if (!fault(Fault::missing_wait)) cp_async_wait<0>();
 //   const int row = y + dy - pad + (fault(Fault::wrong_halo) ? 1 : 0);
 //
-// fault() is a constant `false` unless the emulation is built with -DSNNLSTM_FAULT_SWITCH, where
-// it chooses one at run time, so a normal build holds no trace of it. Use it in a plain `if` or
-// `?:`, not in `if constexpr`. A kind of fault with several places has them numbered:
-// fault(Fault::missing_wait, 1).
+// fault() is the constant `false` in every build but the emulation's with -DSNNLSTM_FAULT_SWITCH,
+// which chooses one fault at run time; so it stands in `if` and `?:`, not in `if constexpr`. The
+// places of one kind of fault are numbered: fault(Fault::missing_wait, 1).
 #pragma once
 
 namespace snnlstm::cuda {
 
 enum class Fault : int {
   none = 0,
-  missing_wait = 1,               // no cp.async wait before data is used
+  missing_wait = 1,               // data is used before the wait for its cp.async
   missing_barrier_read = 2,       // no barrier between a write of shared memory and others' reads
   missing_barrier_overwrite = 3,  // no barrier between reads and the next overwrite
   missing_syncwarp = 4,           // lanes of a warp exchange data without __syncwarp
   wrong_halo = 5,                 // an index into the neighbourhood off by one
-  wrong_tail_mask = 6,            // the last, partial tile is masked one too far or too near
+  wrong_tail_mask = 6,            // the mask of the last, partial tile is off by one
   swapped_gates = 7,              // two of the four gates change places
   wrong_fragment_row = 8,         // an accumulator is taken for that of another row
   missing_zero_fill = 9,          // padding is left as it was

@@ -1,5 +1,5 @@
-// Spikes from mem in a kernel of their own: pooling windows that cross the tiles of the forward
-// step, and inhibition, which looks at a whole sample.
+// Kernels that make spikes from mem behind the forward step: for pooling windows that cross the
+// step's tiles, and for inhibition, which looks at a whole sample.
 #pragma once
 
 #include "neuron_forward.cuh"
@@ -10,12 +10,12 @@ constexpr int kFireThreads = 256;
 
 struct FireStep {
   Fire fire;
-  Tensor mem;  // (T, N, C, Ho, Wo), one step of it
+  Tensor mem;  // of one step, (1, N, C, Ho, Wo)
   int N;
-  int64_t* winner;  // (N,), inhibition alone; may be null
+  int64_t* winner;  // (N,), or null
 };
 
-// The i-th of a sample's thresholded neurons, neighbouring numbers side by side in memory.
+// Thresholded neuron i of a sample. Neighbouring numbers lie side by side in memory.
 struct PooledIndex {
   int c, y, x;
   SNNLSTM_DEVICE PooledIndex(const Fire& f, int i) {
@@ -39,7 +39,7 @@ SNNLSTM_DEVICE R thresholded_mem(const FireStep& p, int n, const PooledIndex& at
   });
 }
 
-// One thread a pooled neuron, of one sample in a block. grid: blocks_of_sample for each sample.
+// A thread has one pooled neuron, a block one sample. grid: blocks_of_sample() for each sample.
 SNNLSTM_BOTH int neurons_of_sample(const Fire& f) { return f.C * f.Hp * f.Wp; }
 SNNLSTM_BOTH int blocks_of_sample(const Fire& f, int threads) {
   return (neurons_of_sample(f) + threads - 1) / threads;
@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(kFireThreads) fire_windows(const __grid_consta
         spike_of(f, thresholded_mem<R>(p, n, at), threshold_of<R>(f, at.c)));
 }
 
-// Under inhibition the neuron with the highest (pooled) mem may spike, among equals the one with
-// the lowest index in (C, Hp, Wp); a NaN counts as highest, as in torch.argmax.
+// Under inhibition only the neuron with the highest (pooled) mem may spike: of equals the one with
+// the lowest index in (C, Hp, Wp), and a NaN counts as highest, as in torch.argmax.
 template <class R>
 struct Winner {
   R mem = 0;
@@ -78,8 +78,9 @@ struct WinnerShared {
   int index[kFireThreads / 32];
 };
 
-// Spikes of a sample, by a whole block: only the winner may. mem_of(PooledIndex): the mem that the
-// threshold looks at. mems, indices: (warps,) in shared memory. number: null, or gets the winner's.
+// Writes the spikes of a sample; the whole block calls this. mem_of(PooledIndex): the mem that the
+// threshold looks at. mems, indices: (warps,) in shared memory. number: gets the winner's index, or
+// null.
 template <class R, class MemOf>
 SNNLSTM_DEVICE void fire_winner_of(const Fire& f, void* spk, MemOf&& mem_of, R* mems, int* indices,
                                    int64_t* number) {
@@ -112,7 +113,7 @@ SNNLSTM_DEVICE void fire_winner_of(const Fire& f, void* spk, MemOf&& mem_of, R* 
         spike_of(f, best.mem, threshold_of<R>(f, c)));
 }
 
-// One block a sample.
+// A block has one sample.
 template <class R>
 __global__ void __launch_bounds__(kFireThreads, 2) fire_winner(const __grid_constant__ FireStep p) {
   auto& shared = shared_memory<WinnerShared<R>>();

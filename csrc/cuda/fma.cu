@@ -3,54 +3,52 @@
 
 namespace snnlstm::cuda {
 
-void launch_forward_fma(const ForwardFma& p, Stream stream) {
+void launch_forward_fma(const ForwardFma& p, void* stream) {
   with_real(p.neuron.fire.spk.type, [&](auto real) {
     using R = decltype(real);
-    const Launch how{"forward step (fma)", dim3(unsigned(p.tiling.blocks())), dim3(fma::kThreads),
-                     sizeof(fma::Shared<R>), stream};
+    const Launch how{"forward step (fma)", p.tiling.blocks(), fma::kThreads, sizeof(fma::Shared<R>),
+                     stream};
     launch(how, &forward_fma<R>, p);
   });
 }
 
-void launch_fire(const FireStep& p, bool inhibition, Stream stream) {
+void launch_fire(const FireStep& p, bool inhibition, void* stream) {
   with_real(p.fire.spk.type, [&](auto real) {
     using R = decltype(real);
     if (inhibition) {
-      const Launch how{"fire (inhibition)", dim3(unsigned(p.N)), dim3(kFireThreads),
-                       sizeof(WinnerShared<R>), stream};
+      const Launch how{"fire (inhibition)", p.N, kFireThreads, sizeof(WinnerShared<R>), stream};
       return launch(how, &fire_winner<R>, p);
     }
     const int blocks = blocks_of_sample(p.fire, kFireThreads);
-    const Launch how{"fire", dim3(unsigned(p.N * blocks)), dim3(kFireThreads), 0, stream};
+    const Launch how{"fire", p.N * blocks, kFireThreads, 0, stream};
     launch(how, &fire_windows<R>, p);
   });
 }
 
-void launch_backward_fma(const BackwardFma& p, DType type, Stream stream) {
+void launch_backward_fma(const BackwardFma& p, DType type, void* stream) {
   with_real(type, [&](auto real) {
     using R = decltype(real);
     const bool gathers = p.neuron.fire.pool != Pool::none && p.neuron.spreads;
-    const Launch how{"backward step (fma)", dim3(unsigned(p.tiling.blocks())), dim3(fma::kThreads),
+    const Launch how{"backward step (fma)", p.tiling.blocks(), fma::kThreads,
                      fma::BackwardShared<R>::bytes(gathers), stream};
     launch(how, &backward_fma<R>, p);
   });
 }
 
-void launch_data_gradient_fma(const DataGradientsFma& p, DType type, Stream stream) {
+void launch_data_gradient_fma(const Jobs<DataGradientFma>& p, DType type, void* stream) {
   with_real(type, [&](auto real) {
     using R = decltype(real);
-    const Launch how{"data gradient (fma)", dim3(unsigned(p.job[0].blocks + p.job[1].blocks)),
-                     dim3(fma::kThreads), sizeof(fma::Shared<R>), stream};
+    const Launch how{"data gradient (fma)", p.job[0].blocks + p.job[1].blocks, fma::kThreads,
+                     sizeof(fma::Shared<R>), stream};
     launch(how, &data_gradient_fma<R>, p);
   });
 }
 
-void launch_spread(const SpreadStep& p, Stream stream) {
-  with_real(p.neuron.fire.spk.type, [&](auto real) {
-    using R = decltype(real);
-    const int64_t blocks = p.tiling.images * blocks_of_sample(p.neuron.fire, kSpreadThreads);
-    const Launch how{"spread spikes", dim3(unsigned(blocks)), dim3(kSpreadThreads), 0, stream};
-    launch(how, &spread_spikes<R>, p);
+void launch_spread(const NeuronBackward& p, int64_t N, void* stream) {
+  with_real(p.fire.spk.type, [&](auto real) {
+    const int64_t blocks = N * blocks_of_sample(p.fire, kSpreadThreads);
+    const Launch how{"spread spikes", blocks, kSpreadThreads, 0, stream};
+    launch(how, &spread_spikes<decltype(real)>, p);
   });
 }
 

@@ -1,13 +1,13 @@
 // Implicit GEMM without tensor cores: for float64, for GPUs before sm_80, for exact float32, and
 // for every shape whose neighbourhood the tensor core kernels cannot keep in shared memory.
 //
-// A block computes 64 pixels x 64 columns; a column is an output channel (or one gate of one). K is
-// walked in chunks of 16: chunk of A gathered from the images, chunk of B copied from the packed
-// weights, both double buffered. Thread tid of 128 holds 8 pixels x 4 columns:
+// A block computes 64 pixels x 64 columns; a column is an output channel, or one gate of it. K
+// comes in chunks of 16: a chunk of A is gathered from the images, a chunk of B copied from the
+// packed weights, and both are double buffered. Thread tid of 128 holds 8 pixels x 4 columns:
 //   pixels  16 i + 2 (tid % 8) + {0, 1}, i < 4      columns  4 (tid / 8) ...
 //
-// Packed weights, per segment: (column blocks, K, 64) in the compute type, K = taps x channels,
-// channels fastest, filled up with zeros to a multiple of 16.
+// The packed weights of a segment are (column blocks, K, 64) in the compute type. K = taps x
+// channels, channels fastest, filled up with zeros to a multiple of 16.
 #pragma once
 
 #include "tile.cuh"
@@ -17,16 +17,16 @@ namespace snnlstm::cuda {
 namespace fma {
 
 constexpr int kPixels = 64, kColumns = 64, kDepth = 16, kThreads = 128;
-constexpr int kLoads = kDepth * kPixels / kThreads;  // elements of A per thread and chunk
-// The pitch of the mem tile: a half warp stores pixel pairs of two channels, to different banks.
+constexpr int kLoads = kDepth * kPixels / kThreads;  // elements of A in a thread's chunk
+// The pitch of the mem tile. A half warp stores pixel pairs of two channels, to different banks.
 constexpr int kMemPitch = kPixels + 16;
 
 template <class R>
 struct Shared {
   R a[2][kDepth][kPixels];
   R b[2][kDepth][kColumns];
-  int4 where[2][kDepth];  // for each row of A: channel (negative: none), row and column of its tap
-  R vectors[5 * kColumns];  // of the epilogue
+  int4 where[2][kDepth];    // of each row of A: channel (negative: none), row and column of its tap
+  R vectors[5 * kColumns];  // for the epilogue
 };
 
 SNNLSTM_BOTH int64_t depth(const Segment& s) {
@@ -70,9 +70,10 @@ class Gemm {
   SNNLSTM_DEVICE void add(const Segment& s, R (&acc)[4][2][4]) {
     const int chunks = int(depth(s) / kDepth);
     if (chunks == 0) return;
-    const R* weight = static_cast<const R*>(s.weight) + block_.column * s.weight_pitch;
-    tap_ = 0, channel_ = tid_;  // of the threads that write `where`
-    __syncthreads();            // the last reads of the segment before
+    const R* weight = reinterpret_cast<const R*>(static_cast<const char*>(s.weight) +
+                                                 block_.column * s.weight_pitch);
+    tap_ = 0, channel_ = tid_;  // for locate()
+    __syncthreads();            // all threads have read the segment before
     locate(s, 0);
     locate(s, 1);
     for (int chunk = -1; chunk < chunks; ++chunk) {
@@ -93,7 +94,7 @@ class Gemm {
   }
 
  private:
-  // Looks up which source the rows of the chunk after the next have.
+  // Writes `where` for the rows of the chunk after the next.
   SNNLSTM_DEVICE void locate(const Segment& s, int buffer) {
     if (tid_ >= kDepth) return;
     while (channel_ >= s.channels && tap_ < s.taps()) channel_ -= s.channels, ++tap_;
@@ -133,7 +134,7 @@ class Gemm {
   SNNLSTM_DEVICE void copy_weights(const R* weight, int buffer) {
     R* to = &shared_.b[buffer][0][0];
     for (int i = tid_; i < kDepth * kColumns / kVector; i += kThreads)
-      cp_async<16>(to + i * kVector, weight + i * kVector);
+      cp_async(to + i * kVector, weight + i * kVector);
     cp_async_commit();
   }
 

@@ -1,6 +1,6 @@
-// The forward pass of a sequence: which kernels, in which order, on which memory. Small images take
-// one launch (resident_forward.cu), others one a step (and a second where the spike needs a whole
-// sample or windows that cross tiles).
+// Launches the kernels of a sequence's forward pass, and lays out their memory. Small images take
+// one launch (resident_forward.cu), others one for every step, and a second if the spikes need a
+// whole sample or windows that cross tiles.
 #include "launch.h"
 #include "packed.h"
 #include "resident_plan.h"
@@ -41,9 +41,7 @@ class Forward {
   }
 
  private:
-  Stream stream() const { return static_cast<Stream>(target_.stream); }
-
-  // The states between two steps, where the caller keeps none.
+  // Takes the workspace: states between two steps, which the caller may not keep, and gate sums.
   void carve(Arena& arena) {
     if (s_.c.T < 2) return;
     for (void*& mem : mem_) mem = arena.take(s_.state() * size_);
@@ -85,7 +83,7 @@ class Forward {
   }
 
   Image sums(int64_t t) const { return image(sums_, s_, real_, 4, t % plan_.hoisted); }
-  // The input of steps t ... t + steps - 1.
+  // Returns the input half of steps t ... t + steps - 1.
   Segment x_segment(int64_t t, int64_t steps) const {
     const Cell& c = s_.c;
     Segment s = input_window(c);
@@ -98,7 +96,7 @@ class Forward {
     return s;
   }
 
-  // The gate sums' input half of step t and the next ones.
+  // Computes the input half of the gate sums of step t and the next ones.
   void hoist(int64_t t) const {
     const int64_t steps = std::min(plan_.hoisted, s_.c.T - t);
     auto n = neuron_of_step<NeuronForward>(a_, a_.spk, 0, plan_.held());
@@ -113,14 +111,15 @@ class Forward {
     launch(plan_.tiling, n, plan_.hoisted > 0 ? Segment() : x_segment(t, 1), mem_segment(n));
   }
 
-  // One launch; segments without channels are left out.
+  // Launches one kernel. Segments without channels are left out.
   void launch(const Tiling& tiling, const NeuronForward& n, Segment x, Segment mem) const {
     if (!plan_.mma()) {
       ForwardFma p;
       p.tiling = tiling;
       p.neuron = n;
-      p.x = with_weight(x, packed_.x), p.mem = with_weight(mem, packed_.mem);
-      return launch_forward_fma(p, stream());
+      p.x = packed_.x.with_weight(x, a_.weight);
+      p.mem = packed_.mem.with_weight(mem, a_.weight);
+      return launch_forward_fma(p, target_.stream);
     }
     MmaBuilder builder = plan_.builder();
     if (x.channels > 0) builder.add(x, packed_.x.depth, tiling);
@@ -133,21 +132,13 @@ class Forward {
     p.conv = builder.conv;
     p.mem_pitch = plan_.mem_pitch();
     p.vectors = int(forward_shared_bytes(plan_, p.conv, s_.c.pool != Pool::none));
-    launch_forward_mma(plan_, p, stream());
-  }
-
-  Segment with_weight(Segment s, const PackedPart& part) const {
-    s.weight = part.in(a_.weight), s.weight_pitch = part.pitch / bytes_of(real_);
-    return s;
+    launch_forward_mma(plan_, p, target_.stream);
   }
 
   void fire(int64_t t) const {
-    FireStep p;
-    p.fire = fire_of(a_, a_.spk, t, plan_.held());
-    p.mem = mem_after(t);
-    p.N = int(s_.c.N);
-    p.winner = a_.winner ? a_.winner + t * s_.c.N : nullptr;
-    launch_fire(p, s_.c.inhibition, stream());
+    const FireStep p{fire_of(a_, a_.spk, t, plan_.held()), mem_after(t), int(s_.c.N),
+                     a_.winner ? a_.winner + t * s_.c.N : nullptr};
+    launch_fire(p, s_.c.inhibition, target_.stream);
   }
 
   const ForwardArgs& a_;

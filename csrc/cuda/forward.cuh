@@ -1,4 +1,4 @@
-// One forward step. The four gates of a channel meet in one thread.
+// The kernels of one forward step. A thread has the four gates of its channels.
 #pragma once
 
 #include "fma.cuh"
@@ -10,20 +10,20 @@ namespace snnlstm::cuda {
 // ---- on tensor cores ----------------------------------------------------------------------------
 //
 // See mma.cuh for the tile. A warp's n-tiles are
-//   Pairs = 2: 4 gates x (pair of tiles of 16 channels), a thread holds 4 neighbouring channels
-//   Pairs = 1: 4 gates x (tile of 8 channels), a thread holds 2
+//   Tiles = 2: 4 gates x (pair of tiles of 16 channels), a thread holds 4 neighbouring channels
+//   Tiles = 1: 4 gates x (tile of 8 channels), a thread holds 2
 
 struct ForwardMma {
   Tiling tiling;
   MmaConv conv;
   NeuronForward neuron;
   int mem_pitch = 0;  // of the mem tile
-  int vectors = 0;    // where biases and thresholds lie in shared memory, bytes
+  int vectors = 0;    // bytes of shared memory before the biases and thresholds
 };
 
 constexpr int kMmaThreads = 256;
 
-// Blocks that a multiprocessor holds: in parts, each accumulator has a total beside it.
+// Blocks that a multiprocessor holds. In parts, each accumulator has a total beside it.
 template <class Element>
 constexpr int kMmaBlocks = std::is_same_v<Element, mma_gemm::Parts> ? 1 : 2;
 
@@ -35,7 +35,7 @@ SNNLSTM_DEVICE void take(const float (&acc)[4 * Tiles][4], float (&sum)[4][2][2 
   });
 }
 
-// Calls f(k, vector k of the sums).
+// Calls f(k, v) for every vector v of 4 sums, which f may change.
 template <int CH, class F>
 SNNLSTM_DEVICE void for_each_vector(float (&sum)[4][2][CH], F&& f) {
   float* flat = &sum[0][0][0];
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
     float acc[2][kTiles][4];
     gemm.run(acc);
 
-    // The second m16 tile waits in shared memory: the epilogue wants its registers.
+    // The second m16 tile waits in shared memory, since the epilogue needs its registers.
     auto* parked = reinterpret_cast<float*>(shared) + 4 * threadIdx.x;
     float sum[4][2][kHeld];
     take<Tiles>(acc[1], sum);
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
 
 // ---- without tensor cores -----------------------------------------------------------------------
 //
-// See fma.cuh for the tile: a thread's 4 columns are the four gates of one channel, so a block
+// See fma.cuh for the tile. A thread's 4 columns are the four gates of one channel, so a block
 // covers 16 channels.
 
 struct ForwardFma {
@@ -96,7 +96,8 @@ struct ForwardFma {
 
 namespace fma {
 constexpr int kChannels = kColumns / 4;
-static_assert(kChannels * kMemPitch * sizeof(float) <= sizeof(Shared<float>), "it takes its place");
+static_assert(kChannels * kMemPitch * sizeof(float) <= sizeof(Shared<float>),
+              "the mem tile takes the place of A and B");
 }  // namespace fma
 
 // Moves the gate sums of the first pair of pixels out of the accumulators, and the others up.
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(fma::kThreads) forward_fma(const __grid_consta
 
   const MemTile<R> mem_tile{&shared.a[0][0][0], fma::kMemPitch};
 #pragma unroll 1
-  for (int i = 0; i < 4; ++i) {  // a loop that stays one: the accumulators are moved instead
+  for (int i = 0; i < 4; ++i) {  // not unrolled: the accumulators move instead
     R sum[4][2][1];
     take_pair(acc, sum);
     tile.patch(fma::pixel(i), fma::column() / 4, sum, mem_tile);

@@ -2,16 +2,12 @@
 
 namespace snnlstm::cuda {
 
-void launch_forward_mma(const ForwardPlan& plan, const ForwardMma& p, Stream stream) {
-  const Launch how{"forward step (mma)", dim3(unsigned(p.tiling.blocks())),
-                   dim3(unsigned(plan.threads())),
-                   size_t(p.vectors) + 5 * plan.channels() * sizeof(float), stream};
+void launch_forward_mma(const ForwardPlan& plan, const ForwardMma& p, void* stream) {
+  const size_t shared_bytes = p.vectors + 5 * plan.channels() * sizeof(float);
+  const Launch how{"forward step (mma)", p.tiling.blocks(), plan.threads(), shared_bytes, stream};
   with_element(plan.multiply, [&](auto element) {
     using E = decltype(element);
-    if (plan.tiles == 8)
-      launch(how, &forward_mma<E, 2>, p);
-    else
-      launch(how, &forward_mma<E, 1>, p);
+    launch(how, plan.tiles == 8 ? &forward_mma<E, 2> : &forward_mma<E, 1>, p);
   });
 }
 

@@ -1,5 +1,5 @@
-// The 16-bit floating point types and tf32, on the device, and on the host in software.
-// They are storage: compute in float.
+// The types fp16, bf16 and tf32, on the device, and on the host in software. They are for storage:
+// computation is in float.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct alignas(2) fp16 {  // IEEE binary16: 1 + 5 + 10 bits
 struct alignas(2) bf16 {  // the upper half of a float: 1 + 8 + 7 bits
   uint16_t bits;
 };
-struct alignas(4) tf32 {  // a float whose lower 13 bits the tensor core ignores: 1 + 8 + 10 bits
+struct alignas(4) tf32 {  // a float: 1 + 8 + 10 bits, and 13 that the tensor core ignores
   uint32_t bits;
 };
 
@@ -94,8 +94,8 @@ SNNLSTM_BOTH float to_float(fp16 x) {
 #endif
 }
 
-// from_float<T>(x): x rounded to T. To nearest even for fp16 and bf16; to nearest, ties away from
-// zero, for tf32 (cvt.rna is the one rounding that every architecture has).
+// Rounds x to T. fp16 and bf16: to nearest, ties to even; tf32: to nearest, ties away from zero
+// (cvt.rna, the one rounding that every architecture has).
 template <class T>
 SNNLSTM_BOTH T from_float(float x);
 
@@ -140,7 +140,7 @@ SNNLSTM_BOTH tf32 from_float<tf32>(float x) {
 #endif
 }
 
-// Two neighbours of a fragment in one register: lo in bits 0 to 15.
+// Packs two neighbours of a fragment into one register, lo into bits 0 to 15.
 template <class T>
 SNNLSTM_BOTH uint32_t pack(float lo, float hi) {
   static_assert(sizeof(T) == 2, "pack<T>() is for fp16 and bf16");

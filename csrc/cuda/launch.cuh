@@ -1,4 +1,5 @@
-// Launching a kernel: checked, on the device or in the emulation. Included by primitives.cuh.
+// Launches a kernel, on the device or in the emulation, and checks that. primitives.cuh includes
+// this file.
 #pragma once
 
 #include <cstddef>
@@ -18,26 +19,20 @@
 
 namespace snnlstm::cuda {
 
-#if defined(__CUDACC__)
-using Stream = cudaStream_t;
-#else
-using Stream = void*;
-#endif
-
 // Describes a launch: Launch{"step forward", grid, block, sizeof(Shared), stream}. The name appears
 // in errors and in the emulation's counters.
 struct Launch {
   const char* name;
   dim3 grid, block;
   size_t shared_bytes = 0;
-  Stream stream = nullptr;
+  void* stream = nullptr;
   const char* file = __builtin_FILE();
   int line = __builtin_LINE();
 };
 
 #if defined(__CUDACC__)
 
-// Throws what went wrong, and clears it: the next call that goes well must not find this error.
+// Throws the error, and clears it: CUDA would report it to a later call that goes well.
 inline void check(cudaError_t status, const char* what, const char* file = __builtin_FILE(),
                   int line = __builtin_LINE()) {
   if (status == cudaSuccess) return;
@@ -55,9 +50,9 @@ inline std::string describe(const Launch& how) {
          dims(how.block) + ", " + std::to_string(how.shared_bytes) + " bytes of shared memory";
 }
 
-// Lets the kernel have as much shared memory as the current device gives one block, once for each
-// kernel and device. (A limit of each launch's own size could be lowered by another thread before
-// the launch.)
+// Lets the kernel have as much shared memory as the current device gives one block. The limit is
+// set once for each kernel and device: another thread could lower one that followed each launch's
+// size.
 inline cudaError_t allow_shared_memory(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;
@@ -75,9 +70,9 @@ inline cudaError_t allow_shared_memory(const void* kernel) {
 
 #endif
 
-// Runs kernel(args...) on the current device, in how.stream; an empty grid runs nothing. Throws
-// std::runtime_error saying what was launched, where, and why it could not be. Neither allocates
-// nor synchronises, so it can be captured in a CUDA graph.
+// Runs kernel(args...) on the current device, in how.stream. An empty grid runs nothing. Throws
+// std::runtime_error with what was launched, where, and why that failed. launch() neither allocates
+// nor synchronises, so a CUDA graph can capture it.
 template <class... Params, class... Args>
 void launch(const Launch& how, void (*kernel)(Params...), Args... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "one argument per kernel parameter");
@@ -92,7 +87,7 @@ void launch(const Launch& how, void (*kernel)(Params...), Args... args) {
         [&](auto&... value) {
           void* addresses[] = {&value...};
           status = cudaLaunchKernel(function, how.grid, how.block, addresses, how.shared_bytes,
-                                    how.stream);
+                                    static_cast<cudaStream_t>(how.stream));
         },
         values);
   }

@@ -1,5 +1,5 @@
-// The launchers: one function a kernel, which picks the instance for the types. Each family is
-// compiled in a file of its own.
+// The launchers. A function launches one kernel, in the instance for the types. Each family of
+// kernels is compiled in a file of its own.
 #pragma once
 
 #include "backward.cuh"
@@ -13,32 +13,32 @@
 
 namespace snnlstm::cuda {
 
-void launch_forward_fma(const ForwardFma& p, Stream stream);
-void launch_forward_mma(const ForwardPlan& plan, const ForwardMma& p, Stream stream);
-void launch_fire(const FireStep& p, bool inhibition, Stream stream);
+void launch_forward_fma(const ForwardFma& p, void* stream);
+void launch_forward_mma(const ForwardPlan& plan, const ForwardMma& p, void* stream);
+void launch_fire(const FireStep& p, bool inhibition, void* stream);
 
-void launch_backward_fma(const BackwardFma& p, DType type, Stream stream);
-void launch_backward_mma(const DataPlan& plan, const BackwardMma& p, int shared_bytes,
-                         Stream stream);
-void launch_data_gradient_fma(const DataGradientsFma& p, DType type, Stream stream);
-void launch_data_gradient_mma(const DataGradientsMma& p, Multiply multiply, int shared_bytes,
-                              Stream stream);
-void launch_spread(const SpreadStep& p, Stream stream);
-void launch_weight_grad_fma(const WeightGrad& p, int splits, DType type, Stream stream);
-void launch_weight_grad_mma(const WeightPlans& plan, const WeightGradJobs& p, Stream stream);
-void launch_reduce_weight(const ReduceWeights& p, Stream stream);
-void launch_sum_gates(const SumGates& p, int splits, DType type, Stream stream);
-void launch_reduce_sums(const ReduceSums& p, Stream stream);
+void launch_backward_fma(const BackwardFma& p, DType type, void* stream);
+void launch_backward_mma(const DataPlan& plan, const BackwardMma& p, size_t shared_bytes,
+                         void* stream);
+void launch_data_gradient_fma(const Jobs<DataGradientFma>& p, DType type, void* stream);
+void launch_data_gradient_mma(const Jobs<DataGradientMma>& p, Multiply multiply,
+                              size_t shared_bytes, void* stream);
+void launch_spread(const NeuronBackward& p, int64_t N, void* stream);
+void launch_weight_grad_fma(const WeightGrad& p, int splits, DType type, void* stream);
+void launch_weight_grad_mma(const WeightPlans& plan, const Jobs<WeightGradMma>& p, void* stream);
+void launch_reduce_weight(const ReduceWeights& p, void* stream);
+void launch_sum_gates(const SumGates& p, int splits, DType type, void* stream);
+void launch_reduce_sums(const ReduceSums& p, void* stream);
 
-// The whole sequence in one launch; see resident_plan.h for whether it can be.
+// Runs the whole sequence in one launch; resident_plan.h says whether that is possible.
 void resident_forward(const ForwardArgs& args, const Target& target);
 
-// What the steps of the backward pass leave; mem and sums: null where they are not wanted.
+// What the steps of the backward pass leave behind. mem and sums are null if nobody wants them.
 struct ResidentGradients {
   void *d_gates = nullptr, *mem = nullptr, *sums = nullptr;
 };
 struct ResidentBackwardPlan;
-// All steps and the gradients of the first states. weight: packed, for the gradient of mem.
+// Runs all steps, and forms the gradients of the first states. weight: packed, for mem's gradient.
 void resident_backward(const ResidentBackwardPlan& plan, const BackwardArgs& args,
                        const ResidentGradients& to, const void* weight, const Target& target);
 
@@ -46,22 +46,22 @@ int64_t forward_workspace(const Cell& cell, const Target& target);
 int64_t backward_workspace(const Cell& cell, const Target& target, bool of_weights);
 int64_t weight_workspace(const Cell& cell, const Target& target);
 
-// f(E{}) with the type of elements that tensor core kernels are compiled for.
+// Calls f(E{}), E the type of elements that tensor core kernels are compiled for.
 template <class F>
 void with_element(Multiply multiply, F&& f) {
   if (multiply == Multiply::tf32x3) return f(mma_gemm::Parts{});
   multiply == Multiply::tf32 ? f(float{}) : f(uint16_t{});
 }
 
-// f(R{}) with the type that the kernels compute in.
+// Calls f(R{}), R the type that the kernels compute in.
 template <class F>
 void with_real(DType type, F&& f) {
   type == DType::float64 ? f(double{}) : f(float{});
 }
 
-// ---- arguments ----------------------------------------------------------------------------------
+// ---- the caller's arguments as the neurons' kernels take them, for time step t ------------------
 //
-// From the caller's arguments to what the neurons' kernels take, for one time step.
+// held: channels that a thread holds. spk: spikes forward, their gradient backward.
 
 template <class Args>
 Fire fire_of(const Args& a, const View& spk, int64_t t, int held) {
@@ -76,7 +76,6 @@ Fire fire_of(const Args& a, const View& spk, int64_t t, int held) {
   return f;
 }
 
-// What the kernels of both passes take; spk: of step t, or its gradient.
 template <class Neuron, class Args>
 Neuron neuron_of_step(const Args& a, const View& spk, int64_t t, int held) {
   const Cell& c = a.cell;
@@ -91,8 +90,7 @@ inline Tensor state_tensor(const Cell& c, const View& v, int64_t t, int held) {
   return tensor(v, c.dtype, t, {1, c.N, c.C, c.Ho(), c.Wo()}, held);
 }
 
-// Has the states before the first step, and those after step t where the caller wants them; held:
-// channels that a thread holds.
+// Has the states before the first step, and those after step t if the caller wants them.
 inline NeuronForward neuron_forward(const ForwardArgs& a, int64_t t, int held) {
   const Cell& c = a.cell;
   auto n = neuron_of_step<NeuronForward>(a, a.spk, t, held);

@@ -8,9 +8,9 @@
 
 namespace snnlstm::cuda {
 
-// Kernels are compiled for R = float and R = double, the type they compute in. What type an array
-// holds is known at run time: double with R = double, else float or one of the 16-bit types. (One
-// kernel for each combination would be a hundred kernels.)
+// Kernels are compiled for R, the type they compute in: float or double. The type of an array's
+// elements is known at run time: double if R is double, else float, fp16 or bf16. (A kernel for
+// each combination would make a hundred kernels.)
 
 SNNLSTM_BOTH int bytes_of(DType type) {
   return type == DType::float32 ? 4 : type == DType::float64 ? 8 : 2;
@@ -47,7 +47,7 @@ SNNLSTM_DEVICE void write(void* array, DType type, int64_t i, R x) {
     static_cast<uint16_t*>(array)[i] = uint16_t(to_bits16(type, x));
 }
 
-// The value as it would be read back after it was stored.
+// Returns the value that would be read back after x was stored.
 template <class R>
 SNNLSTM_DEVICE R rounded(DType type, R x) {
   if constexpr (sizeof(R) == 8)
@@ -56,7 +56,7 @@ SNNLSTM_DEVICE R rounded(DType type, R x) {
     return type == DType::float32 ? x : from_bits16(type, to_bits16(type, x));
 }
 
-// N numbers of type R (in shared memory) in one access, or two.
+// Loads N (2 or 4) numbers in one access; 4 doubles take two.
 template <class R, int N>
 SNNLSTM_DEVICE void load_vector(const R* p, R (&v)[N]) {
   if constexpr (sizeof(R) == 8) {
@@ -91,7 +91,7 @@ SNNLSTM_DEVICE void clear(R* v) {
   unrolled<count>([&](int i) { v[i] = 0; });
 }
 
-// f(T{}) with the type T of an array's elements.
+// Calls f(T{}), T the type of an array's elements.
 template <class R, class F>
 SNNLSTM_DEVICE void with_stored(DType type, F&& f) {
   if constexpr (sizeof(R) == 8)
@@ -104,7 +104,7 @@ SNNLSTM_DEVICE void with_stored(DType type, F&& f) {
     f(fp16{});
 }
 
-// N (1, 2, 4) elements, aligned to their size, in one access (4 doubles: two).
+// Loads N (1, 2 or 4) elements, which are aligned to their size, in one access; 4 doubles take two.
 template <class T, class R, int N>
 SNNLSTM_DEVICE void load_stored(const T* p, R (&v)[N]) {
   if constexpr (N == 1) {
@@ -140,7 +140,7 @@ SNNLSTM_DEVICE void store_stored(T* p, const R (&v)[N]) {
     store(p, make_uint2(pack<T>(v[0], v[1]), pack<T>(v[2], v[3])));
 }
 
-// The same from element i of an array on.
+// The same, from element i of an array on.
 template <class R, int N>
 SNNLSTM_DEVICE void read_vector(const void* array, DType type, int64_t i, R (&v)[N]) {
   with_stored<R>(type,
@@ -152,12 +152,12 @@ SNNLSTM_DEVICE void write_vector(void* array, DType type, int64_t i, const R (&v
 }
 
 #if defined(__CUDA_ARCH__)
-// In double precision these are long: they are called, not inlined 24 times.
+// These are long in double precision: they are called, since a kernel would inline 24 of them.
 __device__ __noinline__ double exp_double(double x) { return exp(x); }
 __device__ __noinline__ double tanh_double(double x) { return tanh(x); }
 #endif
 
-// cell.h's M for one real number.
+// The class M that cell.h asks for, for one real number.
 template <class Real>
 struct Math {
   using R = Real;
@@ -191,7 +191,7 @@ struct Math {
 #endif
 };
 
-// A flag that rides in the sign of a number that is never negative, -0 included.
+// A number that is never negative carries a flag in its sign; -0 carries one, too.
 template <class R>
 SNNLSTM_DEVICE R flagged(R x, bool flag) {
   return std::copysign(x, flag ? R(-1) : R(1));

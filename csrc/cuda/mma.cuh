@@ -1,14 +1,15 @@
 // Implicit GEMM on tensor cores: M = pixels of a tile, N = columns, K = taps x channels.
 //
-// A block keeps the tile's neighbourhood in shared memory, 64 bytes of channels at a time, and
-// walks over all taps of the chunk by shifting the rows that it reads: no im2col, every source
-// pixel is fetched once per block. Weights come in the order in which the tensor cores take them (a
-// unit: one tap, one k-step of 8 words). mma_pipeline.cuh brings both.
+// A block keeps the tile's neighbourhood in shared memory, 64 bytes of channels (a chunk) at a
+// time, and walks over all taps of the chunk by shifting the rows that it reads. So there is no
+// im2col, and a block fetches every source pixel once. Weights come in the order in which the
+// tensor cores take them, in units of one tap and one k-step of 8 words. mma_pipeline.cuh brings
+// both.
 //
 // A warp computes 32 pixels x NT n-tiles of 8 columns. Row r of an m16 tile is pixel 2 r for r < 8
-// and 2 (r - 8) + 1 above, so that a thread's rows g and g + 8 are the neighbours 2g and 2g + 1.
-// If n-tiles come in pairs (a, b) of 16 channels, columns 2t, 2t + 1 of a are channels 4t, 4t +
-// 1 and of b 4t + 2, 4t + 3: a thread holds 2 pixels x 4 neighbouring channels.
+// and 2 (r - 8) + 1 for the others: a thread's rows g and g + 8 are the neighbours 2g and 2g + 1.
+// If n-tiles come in pairs (a, b) of 16 channels, columns 2t, 2t + 1 of a are channels 4t, 4t + 1,
+// and those of b are 4t + 2, 4t + 3: a thread holds 2 pixels x 4 neighbouring channels.
 #pragma once
 
 #include <type_traits>
@@ -20,27 +21,27 @@ namespace snnlstm::cuda {
 namespace mma_gemm {
 constexpr int kWarpPixels = 32;
 constexpr int kPairBytes = 512;              // B fragments of two n-tiles, one k-step
-constexpr uint32_t kTf32Bits = 0xffffe000u;  // of a float, which the tensor core looks at
+constexpr uint32_t kTf32Bits = 0xffffe000u;  // the bits of a float that the tensor core uses
 
-// The type of elements of which products are formed in three parts (Multiply::tf32x3).
+// The type of elements whose products are formed in three parts (Multiply::tf32x3).
 struct Parts {
   float value;
   Parts() = default;
   SNNLSTM_BOTH explicit Parts(float number) : value(number) {}
 };
 
-// A float on its way into the tensor core, which drops all but the first 10 bits of the mantissa:
-// about half a unit of the last of them is added, so that it rounds. One instruction where cvt.rna
-// takes two or three, and NaN, infinity and numbers that are exact in tf32 come out as they are.
-// The error is 0.71 units at most; its mean, over mantissas, is 0.
+// Rounds a float for the tensor core, which drops all but the first 10 bits of the mantissa: adds
+// about half a unit of the last of these bits. That is one instruction (cvt.rna: two or three).
+// NaN, infinity and numbers that are exact in tf32 keep their values. The error is at most 0.71
+// units, and 0 on average over mantissas.
 SNNLSTM_DEVICE uint32_t rounds_to_tf32(uint32_t bits) {
   const float x = detail::float_of(bits);
   return detail::bits_of(fmaf(x, 3.4526698e-4f, x));  // 2^-11.5
 }
 
-// Floats as sums of two tf32 numbers: the tensor core itself cuts `v` off behind the first 10 bits
-// of its mantissa, and `low` becomes the rest, of which it cuts off two bits at most: 7.5e-8 of
-// the number on average, towards zero. Returns the bits that are set in any rest.
+// Splits floats into two tf32 numbers each. The tensor core itself cuts `v` off behind the first 10
+// bits of its mantissa; `low` becomes the rest, of which the tensor core cuts off at most two bits:
+// 7.5e-8 of the number on average, towards zero. Returns the bits that are set in any rest.
 template <int N>
 SNNLSTM_DEVICE uint32_t split_in_parts(const uint32_t (&v)[N], uint32_t (&low)[N]) {
   uint32_t seen = 0;
@@ -51,8 +52,8 @@ SNNLSTM_DEVICE uint32_t split_in_parts(const uint32_t (&v)[N], uint32_t (&low)[N
   return seen;
 }
 
-// Returns whether a rest, in any lane, may be that of an infinity: NaN, where it should be 0. Other
-// rests have such an exponent only if the number is above 2^11. The whole warp calls this.
+// Returns whether a rest, in any lane, may be an infinity's: NaN, which should be 0. Other rests
+// have such an exponent only if the number is above 2^11. The whole warp calls this.
 SNNLSTM_DEVICE bool may_be_infinite(uint32_t seen) {
   return __any_sync(full_warp, (seen & uint32_t(kept(0x40000000))) != 0);
 }
@@ -66,7 +67,7 @@ SNNLSTM_DEVICE void mend_rests(const uint32_t (&v)[N], uint32_t (&low)[N]) {
 }  // namespace mma_gemm
 
 // Element, AnyFeed: see MmaSource. NT: n-tiles of a warp. Strided: the convolution may be the
-// transpose of a strided one.
+// transpose of one with stride.
 template <class Element, int NT, bool AnyFeed, bool Strided = false>
 class MmaGemm {
  public:
@@ -86,20 +87,20 @@ class MmaGemm {
                               lane * 16 + k_group_ * p.unit_bytes);
   }
 
-  // The first of the 2 neighbouring pixels that the thread holds in m16 tile mi.
+  // Returns the first of the 2 neighbouring pixels that the thread holds in m16 tile mi.
   SNNLSTM_DEVICE int pixel(int mi) const {
     return warp_row_ * mma_gemm::kWarpPixels + mi * 16 + 2 * (int(threadIdx.x) % 32 / 4);
   }
   SNNLSTM_DEVICE int warp_column() const { return warp_column_; }
   SNNLSTM_DEVICE int warp_row() const { return warp_row_; }
-  SNNLSTM_DEVICE int rows() const {  // of warps, in a group
+  SNNLSTM_DEVICE int rows() const {  // warps along pixels, in a group
     return int(blockDim.x) / 32 / p_.warp_columns / p_.k_groups;
   }
   SNNLSTM_DEVICE int k_group() const { return k_group_; }
   SNNLSTM_DEVICE static int quad() { return int(threadIdx.x) % 4; }
 
-  // acc += a b for one k-step. a: fragments of two m16 tiles, not kept. b: the lane's B fragments,
-  // pairs kPairBytes apart.
+  // Adds a b to acc for one k-step. a: fragments of two m16 tiles, which change. b: the lane's B
+  // fragments; pairs are kPairBytes apart.
   SNNLSTM_DEVICE static void product(Multiply multiply, uint32_t (&a)[2][4], SharedPlace b,
                                      Accumulators& acc) {
     if constexpr (kParts)
@@ -112,7 +113,7 @@ class MmaGemm {
       multiply_with<fp16>(a, b, acc);
   }
 
-  // acc += a w for one pair of n-tiles; both operands are as the tensor cores take them.
+  // Adds a w to acc for one pair of n-tiles. Both operands are tf32 numbers.
   SNNLSTM_DEVICE static void add_pair(Accumulators& acc, int pair, const uint32_t (&a)[2][4],
                                       const uint4& w) {
     const uint32_t w0[2] = {w.x, w.y}, w1[2] = {w.z, w.w};
@@ -137,8 +138,8 @@ class MmaGemm {
   }
 
  private:
-  // Tensor cores truncate where they add: in parts, of which each k-step adds three, a chunk's sums
-  // are added to totals that round to nearest.
+  // Tensor cores truncate their sums. In parts each k-step adds three times, therefore a chunk's
+  // sums are added to totals, which round to nearest.
   template <bool Real>
   struct Totals {
     float sum[Real ? 2 * NT * 4 : 1];
@@ -164,8 +165,8 @@ class MmaGemm {
     return Strided && (seg.s.up_h.value > 1 || seg.s.up_w.value > 1);
   }
 
-  // For each tap and k-step: bytes from a neighbourhood pixel's row to the row that it reads, of an
-  // even pixel and of an odd one.
+  // Writes for each tap and k-step the bytes from a pixel's row to the row that the pixel reads:
+  // for an even pixel, and for an odd one.
   SNNLSTM_DEVICE void fill_tables() {
 #pragma unroll 1
     for (int k = 0; k < p_.segments; ++k) {
@@ -180,8 +181,8 @@ class MmaGemm {
     }
   }
 
-  // acc += the chunk, times all of its taps and k-steps. Two groups of warps take a tap's two
-  // k-steps at once; of a single one, the second group has nothing to do.
+  // Adds the chunk's products, of all taps and k-steps, to acc. Two groups of warps take a tap's
+  // two k-steps at once; if a tap has one k-step, the second group has nothing to do.
   SNNLSTM_DEVICE void multiply_chunk(Accumulators& acc) {
     const MmaSegment& seg = pipeline_.segment();
     const bool up = is_strided(seg);
@@ -190,12 +191,13 @@ class MmaGemm {
     unrolled<2>([&](int mi) {
       unsigned y;
       int x;
-      pixel = pixel_of_lane(seg, mi, y, x);  // odd, or even, in both tiles
+      pixel = pixel_of_lane(seg, mi, y, x);  // odd in both tiles, or even in both
       row[mi] = row_of(pixel);
     });
     const int steps = pipeline_.steps();
     const bool works = AnyFeed || k_group_ < steps;
-    int at_once = 1, stride = 3 - steps, bytes = p_.unit_bytes;  // of steps, of table and weights
+    // Steps that are taken at once; from a step to the next in the table, and in the weights.
+    int at_once = 1, stride = 3 - steps, bytes = p_.unit_bytes;
     if constexpr (!AnyFeed) {
       if (p_.k_groups > 1) at_once = steps, stride = 2;
       stride = kept(stride), bytes = kept(at_once * bytes);
@@ -220,26 +222,27 @@ class MmaGemm {
     }
   }
 
-  // This lane's pixel for ldmatrix, in m16 tile mi, as a pixel of the neighbourhood (at tap 0, 0).
+  // Returns the pixel of the neighbourhood that the lane hands to ldmatrix for m16 tile mi at tap
+  // 0, 0.
   SNNLSTM_DEVICE int pixel_of_lane(const MmaSegment& seg, int mi, unsigned& y, int& x) const {
     const int lane = int(threadIdx.x) % 32;
     const int odd = fault(Fault::wrong_fragment_row) ? 0 : lane >> 3 & 1;
     int m = warp_row_ * mma_gemm::kWarpPixels + mi * 16 + 2 * (lane % 8) + odd;
     const int pixels = tiling_.h * tiling_.w;
-    if (m >= pixels) m &= 15;  // any pixel, on the same banks
+    if (m >= pixels) m &= 15;  // some pixel, on the same banks
     y = unsigned(m < pixels ? m : m & 1);
     x = int(tiling_.by_w.split(y));
     return int(y) * seg.step_h * seg.pitch + x * seg.step_w + seg.lead +
            (fault(Fault::wrong_halo, 2) ? 1 : 0);
   }
 
-  // What the lane reads of a neighbourhood pixel.
+  // Returns the place of what the lane reads of a pixel of the neighbourhood.
   SNNLSTM_DEVICE SharedPlace row_of(int pixel) const {
     return shared_place(pipeline_.chunk() + mma_tile::row_offset(pixel) +
                         (int(threadIdx.x) % 32 >> 4) * 16);
   }
 
-  // The same where the convolution is a strided one's transpose: not every pixel has a source.
+  // The same for the transpose of a convolution with stride, in which not every pixel has a source.
   SNNLSTM_DEVICE SharedPlace row_of_transposed(const MmaSegment& seg, int mi, int tap_h,
                                                int tap_w) const {
     const Segment& s = seg.s;
@@ -276,15 +279,15 @@ class MmaGemm {
     });
   }
 
-  // a b = a_high b_high + a_high b_low + a_low b_high; what is left out is 2^-22 of it. b: of each
-  // pair, the high parts and then the low ones.
+  // a b = a_high b_high + a_high b_low + a_low b_high; a_low b_low, 2^-22 of it, is left out. b:
+  // for each pair the high parts, then the low ones.
   SNNLSTM_DEVICE static void multiply_in_parts(uint32_t (&a)[2][4], SharedPlace b,
                                                Accumulators& acc) {
     uint32_t low[2][4], seen = 0;
     unrolled<2>([&](int mi) { seen |= mma_gemm::split_in_parts(a[mi], low[mi]); });
     if (mma_gemm::may_be_infinite(seen))
       unrolled<2>([&](int mi) { mma_gemm::mend_rests(a[mi], low[mi]); });
-    // Spikes need no low parts.
+    // Spikes have no low parts.
     const bool both = !AnyFeed || __any_sync(full_warp, (seen << 1) != 0);
     unrolled<NT / 2>([&](int pair) {
       const uint4 w = load<uint4>(b + pair * kPairBytes);
@@ -298,7 +301,7 @@ class MmaGemm {
   const Tiling& tiling_;
   const Block& block_;
   int warp_column_, warp_row_, k_group_ = 0;
-  SharedPlace fragments_;  // the lane's of the first unit in the ring of weights
+  SharedPlace fragments_;  // the lane's, of the first unit in the ring of weights
   MmaPipeline<Element, AnyFeed> pipeline_;
 };
 

@@ -1,16 +1,15 @@
-// What a convolution multiplies on its way through shared memory: the neighbourhood of a tile, a
-// chunk of channels at a time (mma_source.cuh), and the weights, as one stream of units through a
-// ring of stages. The pipeline owns both; a block's loop is
+// Brings what a convolution multiplies through shared memory: the neighbourhood of a tile, a chunk
+// of channels at a time (mma_source.cuh), and the weights, a stream of units, through a ring of
+// stages. A block's loop is
 //
 //   for (pipeline.start(); pipeline.working(); pipeline.end_chunk()) {
 //     pipeline.begin_chunk();
-//     // for each tap of pipeline.segment(), and each of its pipeline.steps():
-//     //   begin_step(); multiply what lies in chunk() by the unit at weights(); end_step(its
-//     bytes);
+//     // for each tap of pipeline.segment(), and each of pipeline.steps():
+//     //   begin_step(); multiply chunk() by the unit at weights(); end_step(bytes of the unit);
 //   }
 //   pipeline.finish();
 //
-// and all threads run it. While one chunk is multiplied the next one is on its way.
+// and all threads run it. The next chunk is on its way while one is multiplied.
 //
 //   neighbourhood, 2 buffers       weights, kStages stages of a few units
 //     pixel | 4 groups of 16 B       unit: [warp column][pair of n-tiles][lane][16 bytes]
@@ -29,11 +28,11 @@ struct MmaConv {
   Multiply multiply = Multiply::tf32;
   MmaSegment segment[2];
   int segments = 0;
-  int units = 0;                 // of all segments
+  int units = 0;                 // of all segments together
   const void* weight = nullptr;  // first unit of the first column block
   int64_t weight_pitch = 0;      // bytes from one column block to the next
   int warp_columns = 1;
-  int k_groups = 1;  // of warps, 1 or 2: the second takes the odd k-steps (only without AnyFeed)
+  int k_groups = 1;  // groups of warps, 1 or 2 (2 without AnyFeed): one takes the odd k-steps
   int unit_bytes = 0, stage_units = 1;
   int buffer_bytes = 0;  // of one neighbourhood buffer
 
@@ -61,7 +60,7 @@ class MmaPipeline {
 
   // Begins to load the first two chunks and the first stages.
   SNNLSTM_DEVICE void start() {
-    // 64 zero bytes behind the stages, for rows that have no source
+    // Pixels without a source read these 64 bytes, behind the stages.
     if (threadIdx.x < 4) store(zeros() + 16 * threadIdx.x, make_uint4(0, 0, 0, 0));
     working_ = more_ = p_.segments > 0;
 #pragma unroll 1
@@ -75,14 +74,14 @@ class MmaPipeline {
   }
   SNNLSTM_DEVICE bool working() const { return working_; }
 
-  // After this the chunk's data is there for all threads, and the other buffer is free: the next
-  // chunk begins to come there, but for the second, which is there already.
+  // Waits until all threads may read the chunk and nobody reads the other buffer, to which the next
+  // chunk begins to come. (The second chunk is there from the start.)
   SNNLSTM_DEVICE void begin_chunk() {
     if (!fault(Fault::missing_wait, 2)) {
       if (first_) {
         cp_async_wait<mma_gemm::kStages - 2>();
       } else if (stages_since_load_ < mma_gemm::kStages) {
-        // Short chunks; long ones have waited for their copies at their stages.
+        // The chunk was short. Longer ones have waited for these copies at their stages.
         cp_async_commit();
         cp_async_wait<0>();
       }
@@ -94,8 +93,8 @@ class MmaPipeline {
   }
   SNNLSTM_DEVICE void end_chunk() {
     if (loading_) {
-      source_.end(next());  // and what there was no turn for:
-      source_.template finish<1>(next());
+      source_.end(next());
+      source_.template finish<1>(next());  // brings what had no turn
       more_ = advance(loaded_);
     }
     working_ = advance(at_);
@@ -107,24 +106,24 @@ class MmaPipeline {
   }
   SNNLSTM_DEVICE void end_step(int bytes) { weights_at_ += bytes; }
 
-  // Waits until nothing is on its way any more: shared memory is the caller's again.
+  // Waits until no copy is on its way and no thread reads: shared memory is the caller's again.
   SNNLSTM_DEVICE void finish() const {
     cp_async_wait<0>();
     __syncthreads();
   }
 
-  // The chunk's segment and number of k-steps for a tap, and where it lies.
+  // The chunk's segment, its k-steps for a tap, and where it lies.
   SNNLSTM_DEVICE const MmaSegment& segment() const { return p_.segment[at_.segment]; }
   SNNLSTM_DEVICE int steps() const { return segment().steps(at_.chunk); }
   SNNLSTM_DEVICE const unsigned char* chunk() const { return buffer_at(buffer_); }
   SNNLSTM_DEVICE const MmaSource<Element, AnyFeed>& source() const { return source_; }
-  // The ring of weights, and bytes from there to the step's unit.
+  // The ring of weights, and the bytes from there to the step's unit.
   SNNLSTM_DEVICE const unsigned char* stages() const { return stages_; }
   SNNLSTM_DEVICE int weights() const { return weights_at_; }
   SNNLSTM_DEVICE unsigned char* zeros() const {
     return stages_ + mma_gemm::kStages * p_.stage_bytes();
   }
-  // Four numbers for each tap of a segment, the chunk's own or number k; see MmaGemm.
+  // MmaGemm's four numbers for each tap, of the chunk's segment or of segment k.
   SNNLSTM_DEVICE int* table() const { return table(at_.segment); }
   SNNLSTM_DEVICE int* table(int k) const {
     return reinterpret_cast<int*>(zeros() + 64) + (k > 0 ? 4 * p_.segment[0].taps : 0);
@@ -140,21 +139,20 @@ class MmaPipeline {
     c.chunk = 0;
     return ++c.segment < p_.segments;
   }
-  // The segment of the chunk that is on its way.
+  // Returns the segment of the chunk that is on its way.
   SNNLSTM_DEVICE const MmaSegment& next() const { return p_.segment[more_ ? loaded_.segment : 0]; }
   SNNLSTM_DEVICE unsigned char* buffer_at(int buffer) const {
     return shared_ + buffer * p_.buffer_bytes;
   }
 
-  // Copies the next stage of the stream as one group, which takes along whatever else this thread
-  // has begun to copy.
+  // Begins to copy the next stage, as one group with all else that this thread has begun to copy.
   SNNLSTM_DEVICE void copy_stage() {
     const int from = copied_ * p_.stage_units;
     const int bytes = min(p_.stage_units, p_.units - from) * p_.unit_bytes;
     unsigned char* to = stages_ + copied_ % mma_gemm::kStages * p_.stage_bytes();
     const unsigned char* source = weight_ + int64_t(from) * p_.unit_bytes;
     for (int i = int(threadIdx.x) * 16; i < bytes; i += int(blockDim.x) * 16)
-      cp_async<16>(to + i, source + i);
+      cp_async(to + i, source + i);
     cp_async_commit();
     ++copied_;
   }
@@ -175,12 +173,12 @@ class MmaPipeline {
   const MmaConv& p_;
   unsigned char *shared_, *stages_;
   const unsigned char* weight_;
-  Cursor at_, loaded_;  // the chunk that is multiplied, and the first that has not begun to come
+  Cursor at_, loaded_;  // the chunk that is multiplied; the first that is not there or on its way
   int buffer_ = 0;
   bool first_ = true, more_ = false, working_ = false, loading_ = false;
-  int copied_ = 0;      // stages of the stream, so far
+  int copied_ = 0;      // stages so far
   int weights_at_ = 0;  // the next unit in the ring, in bytes
-  int stage_end_ = 0;   // of the stage that it is in
+  int stage_end_ = 0;   // end of that unit's stage
   int stages_since_load_ = 0;
   MmaSource<Element, AnyFeed> source_;
 };

@@ -1,60 +1,66 @@
-// How a convolution's source comes into shared memory for the tensor cores: the neighbourhood of a
+// Brings a convolution's source into shared memory for the tensor cores: the neighbourhood of a
 // tile, 64 bytes of channels (a chunk) at a time.
 //
-//     pixel 0 | 4 groups of 16 bytes      A pixel's row starts at 64 p + 16 (p / 2) bytes: then
-//     reads pixel 1 | 4 groups                  of every other pixel (ldmatrix in mma.cuh), of 8
-//     neighbours (16 bytes of padding)               (weight_grad_mma.cuh) and the stores, which
-//     write pixel 2 | ...                       neighbours, all touch every bank once.
+//     pixel 0 | 4 groups of 16 bytes
+//     pixel 1 | 4 groups of 16 bytes
+//     16 bytes of padding
+//     pixel 2 | ...
 //
-// Rows and columns around the image are zeros.
+// So the row of pixel p starts at 64 p + 16 (p / 2) bytes, and three kinds of access touch every
+// bank once: ldmatrix of every other pixel (mma.cuh), reads of 8 neighbours (weight_grad_mma.cuh),
+// and stores of neighbours. Rows and columns around the image are zeros.
 #pragma once
 
 #include "tile.cuh"
 
 namespace snnlstm::cuda {
 
-// What the convolutions multiply with. tf32x3: float32 as the sum of two tf32 numbers, multiplied
-// in three parts.
+// How the convolutions multiply. tf32x3: float32 as the sum of two tf32 numbers, in three products.
 enum class Multiply : int { fma, fp16, bf16, tf32, tf32x3 };
 
-// How a segment's source comes into shared memory.
+SNNLSTM_BOTH bool is_half(Multiply m) { return m == Multiply::fp16 || m == Multiply::bf16; }
+SNNLSTM_BOTH DType half_type(Multiply m) {
+  return m == Multiply::bf16 ? DType::bfloat16 : DType::float16;
+}
+
+// The way in which a segment's source comes into shared memory.
 enum class Feed : int {
   async,    // 16 bytes of channels, as they are
-  vectors,  // the same, converted on the way
+  vectors,  // 4 channels at a time, converted on the way
   gather,   // element by element: contiguous images, odd channel counts, anything
-  patches,  // few channels: K = (tap, channel) laid out for each pixel, one tap
+  patches,  // few channels: each pixel gets K = (tap, channel), and the walk has one tap
 };
 
 namespace mma_tile {
 constexpr int kGroups = 4;  // 16-byte groups of a chunk
 constexpr int kGroupBytes = 16;
 
-// Bytes from the first pixel's row of groups to pixel p's.
+// Returns the bytes from the first pixel's row to pixel p's.
 SNNLSTM_BOTH int row_offset(int p) { return 64 * p + 16 * (p >> 1); }
 }  // namespace mma_tile
 
 struct MmaSegment {
-  Segment s;  // s.weight: unused
+  Segment s;
   Feed feed = Feed::gather;
-  int taps = 1, taps_w = 1;        // of the walk through shared memory: 1 with patches
+  int taps = 1, taps_w = 1;        // of the walk through shared memory
   int chunks = 0, tail_steps = 0;  // k-steps (1 or 2) of the last chunk
   int halo_h = 0, halo_w = 0;      // the neighbourhood
   int lead = 0;                    // unused pixels before a row
   int pitch = 0;                   // pixels from one of its rows to the next, in shared memory
   int step_h = 1, step_w = 1;      // neighbourhood pixels from a tile pixel to the next
   SmallDivisor by_halo_w;
-  // gather: the order in which threads take pixels, so that a warp starts at a sector
+  // gather: threads take pixels in such an order that a warp starts at a sector
   bool whole_rows = false;      // the neighbourhood's rows are the image's: runs pass row ends
   int align = 8;                // elements of a sector
   SmallDivisor by_run, by_col;  // threads of a group of channels, of a row
-  int turns = 1;                // of each thread, for one chunk, in one stage of the weights
-  SmallDivisor by_channels, by_taps_w;  // patches
+  int turns = 1;                // turns that a thread does in one call of turn()
+  SmallDivisor by_channels, by_taps_w;  // patches: s.channels, s.taps_w
 
   SNNLSTM_BOTH int steps(int chunk) const { return chunk + 1 < chunks ? 2 : tail_steps; }
 };
 
-// Element: what lies in shared memory: float (tf32, tf32x3: rounded when it is read) or the bits of
-// an fp16 or bf16. AnyFeed: else all sources are our own images (Feed::async).
+// Element: of shared memory, float (which tf32 rounds when it is read) or the bits of an fp16 or
+// bf16. AnyFeed: false if all sources are our own images (Feed::async).
 template <class Element, bool AnyFeed>
 class MmaSource {
  public:
@@ -65,10 +71,10 @@ class MmaSource {
   SNNLSTM_DEVICE MmaSource(Multiply multiply, const Tiling& tiling)
       : multiply_(multiply), tiling_(tiling) {}
 
-  // The tile that is read for; its t may differ from the block's.
+  // Sets the tile that is read for; its t may differ from the block's.
   SNNLSTM_DEVICE void move_to(const Block& at) { at_ = at; }
 
-  // Source coordinates of the neighbourhood's first pixel.
+  // Returns a source coordinate of the neighbourhood's first pixel.
   SNNLSTM_DEVICE static int origin(int tile, int step, int pad, const SmallDivisor& up) {
     const int first = tile * step - pad;
     return first >= 0 ? int(up.divide(unsigned(first))) : -int(up.divide(unsigned(-first - 1))) - 1;
@@ -80,9 +86,9 @@ class MmaSource {
     return origin(at_.x0, s.step_w, s.pad_w, s.up_w);
   }
 
-  // Begins to load a chunk. What has begun with cp_async is there after a wait, the rest after
-  // turn() was called often enough and end(), or after finish(). border: write the zeros around the
-  // image, too; they stay while more chunks of the same place come to the buffer.
+  // Begins to load a chunk. cp_async brings it if feed is async; else calls of turn() and then
+  // end(), or finish() bring it. border: the zeros around the image are written, too; they stay
+  // while other chunks of the same tile come to the buffer.
   SNNLSTM_DEVICE void start(const MmaSegment& seg, int chunk, unsigned char* buffer, bool border) {
     chunk_ = chunk, buffer_ = buffer;
     in_flight_.target = -1;
@@ -95,8 +101,7 @@ class MmaSource {
     }
   }
 
-  // Loads the rest of the chunk at once, Count loads at a time. Patches, which start() leaves
-  // alone, are always laid out like this.
+  // Loads the rest of the chunk at once, Count loads at a time; patches always come like this.
   template <int Count>
   SNNLSTM_DEVICE void finish(const MmaSegment& seg) {
     if constexpr (AnyFeed) {
@@ -107,7 +112,8 @@ class MmaSource {
     }
   }
 
-  // Begins the next loads and ends those before: a load has the time between two calls.
+  // Ends the loads of the call before and begins the next ones: a load has the time between two
+  // calls.
   SNNLSTM_DEVICE void turn(const MmaSegment& seg) {
     if constexpr (AnyFeed) {
 #pragma unroll 1
@@ -124,10 +130,10 @@ class MmaSource {
   }
 
  private:
-  // The chunk's 16-byte groups: 2 for 1 k-step, 4 for 2.
+  // Returns the chunk's 16-byte groups.
   SNNLSTM_DEVICE int groups(const MmaSegment& seg, int chunk) const { return 2 * seg.steps(chunk); }
 
-  // The number of turns, of all threads together, that a chunk needs.
+  // Returns the turns that a chunk takes, of all threads together.
   SNNLSTM_DEVICE int items(const MmaSegment& seg, int chunk) const {
     const int pixels = seg.halo_h * seg.halo_w;
     return groups(seg, chunk) * (seg.feed == Feed::async     ? pixels
@@ -135,8 +141,7 @@ class MmaSource {
                                                              : int(seg.by_run.value));
   }
 
-  // One turn: 16 bytes of one pixel (8 where vectors are narrowed), on their way from global to
-  // shared memory.
+  // What one turn brings: 16 bytes of one pixel, or 4 channels of Feed::vectors.
   struct Item {
     int target = -1;  // bytes from the buffer's start; -1: nothing to do
     float value[kPerGroup];
@@ -147,7 +152,7 @@ class MmaSource {
     const void* image = image_of(s.src, at_.t, at_.n);
     item.target = -1;
     unsigned rest = unsigned(number);
-    if (seg.feed == Feed::vectors) {  // 4 channels: a warp's loads lie side by side
+    if (seg.feed == Feed::vectors) {  // a warp's loads lie side by side
       const int lanes = (kPerGroup / 4) * groups(seg, chunk);
       const int part = number & (lanes - 1);
       unsigned row = unsigned(number) >> (seg.steps(chunk) + kPerGroup / 8);
@@ -182,7 +187,7 @@ class MmaSource {
     }
   }
 
-  // Patches are two chunks at most, and laid out at once.
+  // Lays a chunk of patches out. There are at most two chunks.
   SNNLSTM_DEVICE void lay_out(const MmaSegment& seg, int chunk, unsigned char* buffer) const {
     const Segment& s = seg.s;
     const void* image = image_of(s.src, at_.t, at_.n);
@@ -213,25 +218,24 @@ class MmaSource {
     if (item.target < 0) return;
     unsigned char* to = buffer + item.target;
     if (kHalf && seg.feed == Feed::vectors) {
-      store(to, make_uint2(pack16(element(), item.value[0], item.value[1]),
-                           pack16(element(), item.value[2], item.value[3])));
+      const DType type = half_type(multiply_);
+      store(to, make_uint2(pack16(type, item.value[0], item.value[1]),
+                           pack16(type, item.value[2], item.value[3])));
     } else {
       store_group(to, item.value);
     }
   }
-  SNNLSTM_DEVICE DType element() const {
-    return multiply_ == Multiply::bf16 ? DType::bfloat16 : DType::float16;
-  }
 
   SNNLSTM_DEVICE void store_group(unsigned char* to, const float (&v)[kPerGroup]) const {
+    const DType type = half_type(multiply_);
     if constexpr (kHalf)
-      store(to, make_uint4(pack16(element(), v[0], v[1]), pack16(element(), v[2], v[3]),
-                           pack16(element(), v[4], v[5]), pack16(element(), v[6], v[7])));
+      store(to, make_uint4(pack16(type, v[0], v[1]), pack16(type, v[2], v[3]),
+                           pack16(type, v[4], v[5]), pack16(type, v[6], v[7])));
     else
       store(to, make_float4(v[0], v[1], v[2], v[3]));
   }
 
-  // Does Count turns, number `first`, first + threads, ...: all loads before the first store.
+  // Does Count turns, numbers first, first + threads, ...: all loads come before the first store.
   template <int Count>
   SNNLSTM_DEVICE void transfer(const MmaSegment& seg, int chunk, int first,
                                unsigned char* buffer) const {
@@ -252,14 +256,12 @@ class MmaSource {
       const int y = top + int(row), x = left + col, c = chunk * kPerChunk + group * kPerGroup;
       const bool real = inside(y, s.height) && inside(x, s.width) && c < s.channels;
       const int shift = fault(Fault::wrong_halo, 1) && x + 1 < s.width ? 1 : 0;
-      cp_async<16>(
-          buffer + mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) + group * 16,
-          real ? image + offset(s.src, c, y, x + shift) : image, real);
+      cp_async(buffer + mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) + group * 16,
+               real ? image + offset(s.src, c, y, x + shift) : image, real);
     }
   }
 
-  // Zeros around the image. They stay while a segment's chunks pass through the buffer; copy_async
-  // writes its own.
+  // Writes the zeros around the image. (copy_async() writes its own.)
   SNNLSTM_DEVICE void fill_border(const MmaSegment& seg, unsigned char* buffer) const {
     if (fault(Fault::missing_zero_fill)) return;
     const Segment& s = seg.s;

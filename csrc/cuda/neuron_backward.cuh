@@ -1,8 +1,7 @@
-// The pointwise part of the backward pass of one time step: spike, pooling, reset, LSTM. Shared by
-// all backward kernels, which differ in how they come by the recurrent gradient of mem.
-//
-// The forward pass has saved the activated gates and syn before the step; the rest is computed
-// anew.
+// The pointwise part of the backward pass of one time step: spike, pooling, reset, LSTM. All
+// backward kernels share this; they differ in how they form the recurrent gradient of mem. The
+// forward pass has saved the activated gates and syn before the step, from which this part computes
+// mem anew.
 //   d_gates   (T, N, Ho, Wo, 4, Cp)  gradient of the gates before activation, for the convolutions
 //   mem_keep  (T, N, Ho, Wo, Cp)     mem after the step, for the weight gradient
 //   d_syn     (N, Ho, Wo, Cp)        in the compute type, passed from step to step
@@ -13,32 +12,32 @@
 namespace snnlstm::cuda {
 
 struct NeuronBackward : NeuronStep {
-  bool spreads = true;  // pooling: in this kernel, else one before it has written spikes_in
+  bool spreads = true;  // false: a kernel before this one has written spikes_in
   Surrogate surrogate = Surrogate::none;
   double p0 = 0, p1 = 0;
   Tensor noise;                     // (T, N, C, Hp, Wp)
-  const int64_t* winner = nullptr;  // (T, N) from this launch's first step on; null: no inhibition
-  Image gates;                      // as the forward pass saved them
+  const int64_t* winner = nullptr;  // (T, N) from the launch's first step on; null: no inhibition
+  Image gates;                      // as the forward pass has saved them
   Tensor syn_prev;
-  Tensor grad_syn, grad_mem;  // of the caller, for the states after this step
-  Image spikes_in;            // gradient of mem through the spikes, compute type
+  Tensor grad_syn, grad_mem;  // the caller's, for the states after this step
+  Image spikes_in;            // gradient of mem through the spikes, in the compute type
   Image d_syn_in, d_syn_out;  // may be the same
   Tensor grad_syn0;           // present: takes the place of d_syn_out
   Image d_gates, mem_keep;
   // (blocks of pixels, columns * channels): the threshold's gradient, summed over the block's
-  // pixels and added up from launch to launch. Null: not wanted.
+  // pixels and over the launches so far. Null: nobody wants it.
   void* sums = nullptr;
-  bool first_sums = true;  // set, do not add
+  bool first_sums = true;  // the launch sets the sums, and does not add to them
 };
 
-// Says which of the step's arguments count; a kernel of many steps decides anew in each.
+// Which arguments a step uses. A kernel of many steps decides anew in each.
 template <class R>
 struct BackwardStep {
-  const Tensor* syn_prev = nullptr;  // in place of the arguments'
-  bool states = true;                // the caller's gradients of the states after the step
-  bool mem_kept = true;
-  bool first = true;  // grad_syn0, not d_syn, is what remains
-  // The thread's gradients of syn, of pixel k at d_syn + k * stride, in place of d_syn_in and
+  const Tensor* syn_prev = nullptr;  // in the place of the arguments'
+  bool states = true;                // grad_syn and grad_mem
+  bool mem_kept = true;              // mem_keep
+  bool first = true;                 // grad_syn0, if present, gets what d_syn would
+  // The thread's gradients of syn, pixel k at d_syn + k * stride, in the place of d_syn_in and
   // d_syn_out.
   R* d_syn = nullptr;
 };
@@ -70,8 +69,8 @@ class BackwardTile {
     return spikes() && p_.fire.pool != Pool::none && p_.spreads;
   }
 
-  // The gradient that a spike passes to the mem that it was made from. u: mem - threshold; y, x:
-  // its (pooled) row and column.
+  // Returns the gradient that a spike passes to the mem that it was made from. u: mem - threshold;
+  // y, x: row and column of the (pooled) mem.
   SNNLSTM_DEVICE R spike_gradient(int c, int y, int x, R u, R grad) const {
     const Fire& f = p_.fire;
     R noise = 0;
@@ -86,7 +85,7 @@ class BackwardTile {
            (grad * graded_of<R>(f));
   }
 
-  // mem after the step, of one neuron.
+  // Returns one neuron's mem after the step.
   SNNLSTM_DEVICE R mem_at(int c, int y, int x, R threshold) const {
     const void* gates = image_of(p_.gates, block_.t, block_.n);
     R gate[4];
@@ -101,12 +100,12 @@ class BackwardTile {
         quantised(p_.fire, N::after_reset(p_.reset, mem, is_flagged(gate[2]), threshold)));
   }
 
-  // Pixels m, m + 1 and 4 of the block's channels from `first` on. recurrent: the thread's
-  // gradients of mem, of pixel k at recurrent + k * stride; null: there are none.
-  // row_sums, (channels,) in shared memory for each row of warps: gets the threshold's gradient,
-  // summed over the lanes that differ in the three bits from `bit` on; set where `set`, else added
-  // to. With `gather` the patch only writes mem into the tile. keep(place, channel, d_gates): what
-  // else becomes of d_gates.
+  // Runs the step backward for pixels m, m + 1 and 4 of the block's channels, from `first` on.
+  // gather: only mem is computed, and written into the tile.
+  // recurrent: the thread's gradients of mem, pixel k at recurrent + k * stride; null: 0.
+  // row_sums, (channels,) in shared memory for each row of warps, gets the threshold's gradient,
+  // summed over the lanes that differ in the three bits from `bit` on; set: it does not add to what
+  // is there. keep(pixels, channel, d_gates) is called, too.
   template <class Keep = NothingElse>
   SNNLSTM_DEVICE void patch(int m, int first, bool gather, const R* recurrent, int stride,
                             MemTile<R> tile, R* row_sums, int bit, bool set,
@@ -176,7 +175,7 @@ class BackwardTile {
     }
     R of_threshold[2][4];
     unrolled<2>([&](int px) {
-      // Behind the last whole window nothing is pooled.
+      // Pixels behind the last whole window are in no window.
       const bool pooled = p_.fire.pool == Pool::none || (at.y[px] < p_.fire.Hp * p_.fire.pool_h &&
                                                          at.x[px] < p_.fire.Wp * p_.fire.pool_w);
       unrolled<4>([&](int ch) {
@@ -209,8 +208,8 @@ class BackwardTile {
     reduce(sum, first, bit, row_sums, set);
   }
 
-  // Calls patches(gather), which goes over all patches that the thread holds: with `gather` first
-  // where the gradients need the tile's mem as a whole. To be called by all threads.
+  // Calls patches(gather), which goes over all patches that the thread holds. If the gradients need
+  // the whole tile's mem, patches(true) comes first. All threads call this.
   template <class Patches>
   SNNLSTM_DEVICE void in_phases(MemTile<R> tile, Patches&& patches) const {
 #pragma unroll 1
@@ -224,8 +223,8 @@ class BackwardTile {
     }
   }
 
-  // Calls put(i, j, the gradient that element (i, j) of a window gets through its spike). at(i, j):
-  // its mem; y, x: the window's row and column.
+  // Calls put(i, j, gradient) with the gradient that element (i, j) of a window gets through its
+  // spike. at(i, j): the element's mem; y, x: the window's row and column.
   template <class At, class Put>
   SNNLSTM_DEVICE void spread_window(int c, int y, int x, R threshold, At&& at, Put&& put) const {
     const Fire& f = p_.fire;
@@ -240,10 +239,10 @@ class BackwardTile {
         put(i, j, f.pool == Pool::avg || place == where ? grad : R(0));
   }
 
-  // After a barrier: the block's sums to global memory. total: channels of all column blocks.
+  // Adds the rows' sums up in global memory. A barrier must come before.
   SNNLSTM_DEVICE void write_sums(const R* row_sums, int rows) const {
     if (p_.sums == nullptr) return;
-    const int total = int(tiling_.by_columns.value) * channels_;
+    const int total = int(tiling_.by_columns.value) * channels_;  // channels of all column blocks
     R* out = static_cast<R*>(p_.sums) + int64_t(block_.tile) * total + c0_;
     for (int i = int(threadIdx.x); i < channels_; i += int(blockDim.x)) {
       R value = p_.first_sums ? R(0) : out[i];
@@ -253,7 +252,7 @@ class BackwardTile {
   }
 
  private:
-  // The mem of each window in the tile becomes the gradient that it gets through its spike.
+  // Replaces the mem of each window in the tile by the gradient that it gets through its spike.
   SNNLSTM_DEVICE void spread(MemTile<R> tile) const {
     for_each_window(p_.fire, tiling_, block_, c0_, channels_, [&](const Window& w) {
       const auto at = [&](int i, int j) -> R& {
@@ -263,7 +262,7 @@ class BackwardTile {
                     [&](int i, int j, R grad) { at(i, j) = grad; });
     });
   }
-  // Sums over 8 lanes: each of the first two exchanges halves the channels that a lane goes on
+  // Sums over 8 lanes. Each of the first two exchanges halves the channels that a lane goes on
   // with.
   SNNLSTM_DEVICE void reduce(const R (&sum)[4], int first, int bit, R* row_sums, bool set) const {
     const bool upper = (int(threadIdx.x) & bit) != 0, odd = (int(threadIdx.x) & 2 * bit) != 0;
@@ -279,7 +278,7 @@ class BackwardTile {
     R& out = row_sums[first + (upper ? 2 : 0) + (odd ? 1 : 0)];
     out = set ? one : out + one;
   }
-  // v += the caller's tensor, where there is one.
+  // Adds the caller's tensor to v, if there is one.
   SNNLSTM_DEVICE static void add_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][4]) {
     if (!a.present()) return;
     R more[2][4];

@@ -1,10 +1,10 @@
-// What happens to the gates of a tile: the LSTM update, reset, quantisation, pooling and spike.
-// Shared by all forward kernels, which differ in how they come by the gates.
+// From the gate sums of a tile to the neurons' results: LSTM update, reset, quantisation, pooling
+// and spike. All forward kernels share this; they differ in how they form the gate sums.
 //
-// Our own images are channels-last with Cp channels, C rounded up to a multiple of 8, so that every
-// pixel starts at a multiple of 16 bytes and vectors never need a tail; channels from C on hold 0.
-//   gates         (T, N, Ho, Wo, 4, Cp)  activated, the sign of the output gate says "was reset"
-//   gate sums     (T, N, Ho, Wo, 4, Cp)  the input half of the gates, before activation and bias
+// Our own images are channels-last with Cp channels, C rounded up to a multiple of 8: every pixel
+// starts at a multiple of 16 bytes, and vectors need no tail. Channels from C on hold 0.
+//   gates         (T, N, Ho, Wo, 4, Cp)  activated; the sign of the output gate says "was reset"
+//   gate sums     (T, N, Ho, Wo, 4, Cp)  x's part of the gates, before bias and activation
 //   syn, mem      (N, Ho, Wo, Cp)
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace snnlstm::cuda {
 
-// What the threshold looks at, and what becomes of it.
+// How spikes are made from mem.
 struct Fire {
   int C = 0, Hp = 0, Wp = 0;
   Pool pool = Pool::none;
@@ -22,28 +22,28 @@ struct Fire {
   const void* threshold = nullptr;  // (C,) or, with stride 0, one number
   int64_t threshold_stride = 0;
   const void* graded = nullptr;  // one number in the compute type
-  Tensor spk;  // (T, N, C, Hp, Wp); its type is that of the threshold and the bias, too
+  Tensor spk;                    // (T, N, C, Hp, Wp); threshold and bias have the same type
 };
 
-// What the neurons' kernels of both passes know of them.
+// What the neurons' kernels of both passes take.
 struct NeuronStep {
   int C = 0, Cp = 0, Ho = 0, Wo = 0;
   Reset reset = Reset::none;
-  Fire fire;  // backward its spk is the gradient of spk, absent where it is not wanted
+  Fire fire;  // backward its spk is the gradient of the spikes, or absent
 };
 
 struct NeuronForward : NeuronStep {
-  bool fires = true;           // else a second kernel fires (pooling across tiles, inhibition)
+  bool fires = true;           // false: a kernel behind the step fires
   const void* bias = nullptr;  // (4C,)
-  Image sums_in;               // gate sums to add, or absent
-  Image sums_out;              // present: store the gate sums and do nothing else
-  Tensor syn_in, mem_in;       // states before the step; mem_in is read for the reset alone
+  Image sums_in;               // present: gate sums to add
+  Image sums_out;              // present: the step only stores its gate sums there
+  Tensor syn_in, mem_in;       // states before the step; mem_in is for the reset
   Tensor syn_out, mem_out;     // the caller's
-  Image syn_keep, mem_keep;    // ours
-  Image gates_out;             // training
+  Image syn_keep, mem_keep;    // ours, in the place of the caller's or beside them
+  Image gates_out;             // in training
 };
 
-// The second value comes to v[0][0], the third to the second's place, and `last` to the last one's.
+// Moves every value one place towards v[0][0], whose value is lost, and puts `last` at the end.
 template <int CH, class R>
 SNNLSTM_DEVICE void shift_values(R (&v)[2][CH], R last) {
   R* flat = &v[0][0];
@@ -52,10 +52,10 @@ SNNLSTM_DEVICE void shift_values(R (&v)[2][CH], R last) {
   flat[2 * CH - 1] = last;
 }
 
-// For what is long and rare, quantisers and most surrogates: each value of v becomes body(value,
-// pixel, channel, the others' values) in a loop that is not unrolled, so that the body stands in
-// the code once. A loop cannot index registers: the values pass through [0][0], and the others are
-// in the end as they were.
+// Replaces each value of v by body(value, pixel, channel, the others' values). The loop is not
+// unrolled, so that the code holds the body once: quantisers and most surrogates are long and rare.
+// A loop cannot index registers, therefore the values pass through [0][0]. The others do not
+// change.
 template <int CH, class R, class Body, class... Others>
 SNNLSTM_DEVICE void for_each_value(R (&v)[2][CH], Body&& body, Others&... others) {
 #pragma unroll 1
@@ -88,8 +88,8 @@ SNNLSTM_DEVICE R spike_of(const Fire& f, R mem, R threshold) {
   return Neuron<Math<R>>::fires(mem, threshold) ? graded : R(0) * graded;
 }
 
-// A window of mem, pooled as torch.nn.functional does: in max pooling a NaN wins, of equals the
-// first. at(i, j): element (i, j) of the window. where: the number of the maximum's place.
+// Pools a window of mem as torch.nn.functional does: a NaN is the maximum, and of equals the first.
+// at(i, j): element (i, j) of the window. where: becomes the number of the maximum's place.
 template <class R, class At>
 SNNLSTM_DEVICE R pooled(const Fire& f, At&& at, int& where) {
   R value = 0;
@@ -109,20 +109,21 @@ SNNLSTM_DEVICE R pooled(const Fire& f, At&& at, int& where) {
   return quantised(f, value);
 }
 
-// The same of mem as the threshold looks at it, which may be not pooled at all.
+// Returns the mem that the threshold looks at: pooled, or at(0, 0) itself.
 template <class R, class At>
 SNNLSTM_DEVICE R thresholded(const Fire& f, At&& at) {
   int where;
   return f.pool == Pool::none ? at(0, 0) : pooled<R>(f, at, where);
 }
 
-// A whole pooling window of a tile: its channel in the block and among all, its row and column
-// among windows, and its first pixel in the tile.
+// A whole pooling window of a tile.
 struct Window {
-  int channel, c, y, x, m;
+  int channel, c;  // in the block; among all
+  int y, x;        // row and column among windows
+  int m;           // its first pixel in the tile
 };
 
-// Calls f(window) for those of the block, neighbours in the caller's spk by neighbouring threads.
+// Calls f(window) for the windows of the block. Neighbouring threads take neighbours in spk.
 template <class F>
 SNNLSTM_DEVICE void for_each_window(const Fire& fire, const Tiling& tiling, const Block& block,
                                     int c0, int channels, F&& f) {
@@ -142,7 +143,7 @@ SNNLSTM_DEVICE void for_each_window(const Fire& fire, const Tiling& tiling, cons
   }
 }
 
-// The mem of a tile, for pooling: [channel][pixel], each row padded against bank conflicts.
+// The mem of a tile, for pooling: [channel][pixel], rows padded against bank conflicts.
 template <class R>
 struct MemTile {
   R* data = nullptr;
@@ -151,7 +152,7 @@ struct MemTile {
   SNNLSTM_DEVICE R& at(int channel, int pixel) const { return data[channel * pitch + pixel]; }
 };
 
-// Says what goes out besides spikes and gates; a kernel of many steps decides anew in each.
+// What a step writes besides spikes and gates. A kernel of many steps decides anew in each.
 struct StepOutputs {
   bool states = true, syn_kept = true;
 };
@@ -167,7 +168,7 @@ class ForwardTile {
                              int c0, int channels, R* vectors)
       : p_(p), tiling_(tiling), block_(block), c0_(c0), channels_(channels), vectors_(vectors) {}
 
-  // To be called before a barrier.
+  // A barrier must follow.
   SNNLSTM_DEVICE void load_vectors() const {
     for (int i = int(threadIdx.x); i < 5 * channels_; i += int(blockDim.x)) {
       const int row = i / channels_, c = c0_ + (i & (channels_ - 1));
@@ -180,7 +181,8 @@ class ForwardTile {
     }
   }
 
-  // Pixels m, m + 1 and CH of the block's channels from `first` on. sum[gate][pixel][channel].
+  // Runs the step for pixels m, m + 1 and CH of the block's channels, from `first` on.
+  // sum[gate][pixel][channel]: the gate sums.
   template <int CH>
   SNNLSTM_DEVICE void patch(int m, int first, R (&sum)[4][2][CH], MemTile<R> mem_tile) const {
     const int c0 = c0_ + first;
@@ -206,8 +208,8 @@ class ForwardTile {
         mem_tile);
   }
 
-  // From the gate sums and syn before the step to all that comes of it: syn and mem become those
-  // after the step. reset_of(pixel, channel, threshold): whether the neuron is reset.
+  // Runs the step from the gate sums and syn on; syn and mem become those after the step.
+  // reset_of(pixel, channel, threshold): whether the neuron is reset.
   template <int CH, class ResetOf>
   SNNLSTM_DEVICE void update(const PixelPair& at, int m, int first, R (&sum)[4][2][CH],
                              R (&syn)[2][CH], R (&mem)[2][CH], ResetOf&& reset_of,
@@ -260,8 +262,8 @@ class ForwardTile {
     store_patch(p_.fire.spk, at, c0, spk);
   }
 
-  // Does nothing without pooling. To be called by all threads, after a barrier: the tile's whole
-  // windows.
+  // With pooling writes the spikes of the tile's whole windows. All threads call this, after a
+  // barrier.
   SNNLSTM_DEVICE void finish(MemTile<R> mem_tile) const {
     const Fire& f = p_.fire;
     if (!p_.fires || f.pool == Pool::none || p_.sums_out.present()) return;

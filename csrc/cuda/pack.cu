@@ -1,4 +1,4 @@
-// Packed weights, the sizes of all that the caller brings, and what is chosen for it.
+// Packs weights, tells the sizes of the memory that the caller brings, and answers what is chosen.
 #include "estimate.h"
 #include "launch.h"
 #include "packed.h"
@@ -14,14 +14,13 @@ WeightMap map_of(const Cell& c, const void* weight, Use use) {
 }
 
 void pack_on_fma(const Cell& c, const PackedPart& part, const void* weight, void* packed,
-                 Stream stream) {
+                 void* stream) {
   const WeightMap map = map_of(c, weight, part.use);
   with_real(c.dtype, [&](auto real) {
     using R = decltype(real);
     const int64_t depth = part.pitch / int64_t(fma::kColumns * sizeof(R));
-    const Launch how{"pack weight (fma)",
-                     dim3(unsigned(depth / fma::kDepth), unsigned(part.blocks)),
-                     dim3(fma::kThreads), 0, stream};
+    const Launch how{"pack weight (fma)", dim3(depth / fma::kDepth, part.blocks), fma::kThreads, 0,
+                     stream};
     launch(how, &pack_fma<R>, map, static_cast<R*>(packed) + part.start / int64_t(sizeof(R)), depth,
            map.depth_channels());
   });
@@ -36,9 +35,9 @@ MmaPacking packing_of(const Cell& c, const PackedPart& part, const void* weight,
   return p;
 }
 
-void pack_for_mma(MmaPackings p, int jobs, Stream stream) {
+void pack_for_mma(Jobs<MmaPacking> p, int jobs, void* stream) {
   int chunks = 0, pairs = 0;
-  size_t bytes = sizeof(float);  // the kernel names its shared memory, also where nothing fits
+  size_t bytes = sizeof(float);  // the kernel names its shared memory even if nothing fits there
   for (int k = 0; k < jobs; ++k) {
     MmaPacking& job = p.job[k];
     chunks = std::max(chunks, int(job.part.depth.chunks)), pairs = std::max(pairs, job.pairs);
@@ -50,9 +49,8 @@ void pack_for_mma(MmaPackings p, int jobs, Stream stream) {
     job.row_pitch = length | 1;
     bytes = std::max(bytes, of_job);
   }
-  const Launch how{"pack weight (mma)", dim3(unsigned(chunks), unsigned(pairs), unsigned(jobs)),
-                   dim3(256), bytes, stream};
-  launch(how, &pack_mma<256>, p);
+  const Launch how{"pack weight (mma)", dim3(chunks, pairs, jobs), kPackThreads, bytes, stream};
+  launch(how, &pack_mma<kPackThreads>, p);
 }
 
 }  // namespace
@@ -71,13 +69,9 @@ int64_t padded_channels(int64_t C) {
 }
 
 Sizes sizes(const Cell& cell, const Target& target) {
-  const Shape s(cell);
-  const DType gates = gate_type(cell.dtype, target.matrix);
   Sizes z;
   z.packed_forward = PackedForward(cell, plan_forward(cell, target)).bytes();
   z.packed_backward = PackedBackward(cell, plan_backward(cell, target)).bytes();
-  z.saved_gates = cell.T * s.gates() * bytes_of(gates);
-  z.saved_syn = std::max<int64_t>(cell.T - 1, 0) * s.state() * bytes_of(cell.dtype);
   z.forward_workspace = forward_workspace(cell, target);
   z.backward_workspace = backward_workspace(cell, target, true);
   z.data_workspace = backward_workspace(cell, target, false);
@@ -87,14 +81,13 @@ Sizes sizes(const Cell& cell, const Target& target) {
 
 void pack_weight(const Cell& cell, const void* weight, bool backward, void* packed,
                  const Target& target) {
-  const auto stream = static_cast<Stream>(target.stream);
-  MmaPackings jobs;
+  Jobs<MmaPacking> jobs;
   int count = 0;
   const auto pack = [&](const PackedPart& part) {
     if (part.mma())
       jobs.job[count++] = packing_of(cell, part, weight, packed);
     else
-      pack_on_fma(cell, part, weight, packed, stream);
+      pack_on_fma(cell, part, weight, packed, target.stream);
   };
   if (backward) {
     const PackedBackward parts(cell, plan_backward(cell, target));
@@ -103,7 +96,7 @@ void pack_weight(const Cell& cell, const void* weight, bool backward, void* pack
     const PackedForward parts(cell, plan_forward(cell, target));
     pack(parts.x), pack(parts.mem);
   }
-  if (count > 0) pack_for_mma(jobs, count, stream);
+  if (count > 0) pack_for_mma(jobs, count, target.stream);
 }
 
 std::string reason_against(const Cell& cell, const Target& target) {
@@ -121,8 +114,7 @@ void store_levels(const Cell& cell, const double* values, void* levels, const Ta
       p.count = std::min(cell.num_levels - from, StoreLevels::kMost);
       std::copy(values + from, values + from + p.count, p.value);
       p.levels = static_cast<R*>(levels) + from;
-      const Launch how{"store levels", dim3(1), dim3(StoreLevels::kMost), 0,
-                       static_cast<Stream>(target.stream)};
+      const Launch how{"store levels", 1, StoreLevels::kMost, 0, target.stream};
       launch(how, &store_levels_kernel<R>, p);
     }
   });
@@ -142,8 +134,8 @@ Algorithm choose_algorithm(const Cell& cell, const Target& target) {
 
 namespace {
 
-// The ways with a launch for every step, of all blocks in `shapes` that can be: plan_of(target)
-// tells, and which of these the estimate takes comes first.
+// Returns the ways with a launch for every step, for all blocks in `shapes` for which
+// plan_of(target) has tensor cores. The estimate's choice comes first.
 template <size_t count, class F>
 std::vector<Way> fused_ways(const BlockShape (&shapes)[count], Target target, int Target::* shape,
                             F&& plan_of) {
@@ -193,7 +185,7 @@ std::string algorithm_name(const Cell& cell, const Target& target) {
 
 #if defined(__CUDACC__)
 
-Target current_target(void* stream) {
+Target current_target() {
   int device = 0;
   const cudaError_t status = cudaGetDevice(&device);
   check(status, "asking for the current CUDA device");
@@ -207,15 +199,6 @@ Target current_target(void* stream) {
                               attribute(cudaDevAttrComputeCapabilityMinor);
   target.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   target.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  target.stream = stream;
-  return target;
-}
-
-#else
-
-Target current_target(void* stream) {
-  Target target;
-  target.stream = stream;
   return target;
 }
 

@@ -1,5 +1,4 @@
-// What a call brings to the device in the form that the kernels read: the quantiser's levels and
-// the convolution's weight, one thread an element.
+// Brings the quantiser's levels and the convolution's weight into the form that the kernels read.
 #pragma once
 
 #include "fma.cuh"
@@ -7,7 +6,8 @@
 
 namespace snnlstm::cuda {
 
-// Levels travel as an argument: stream-ordered, with no memory that streams or graphs would share.
+// Levels come as a kernel's argument: in the stream's order, and streams and graphs share no
+// memory.
 struct StoreLevels {
   static constexpr int kMost = 256;
   double value[kMost];
@@ -22,12 +22,12 @@ __global__ void __launch_bounds__(StoreLevels::kMost)
   if (i < p.count) static_cast<R*>(p.levels)[i] = R(p.value[i]);
 }
 
-// What a packed weight is for.
+// What a packed weight is for. Backward the taps are reversed.
 enum class Use : int {
-  x_to_gates,    // columns: (channel, gate)         K channels: Cin
-  mem_to_gates,  // columns: (channel, gate)         K channels: C
-  gates_to_x,    // columns: Cin   K channels: (gate, channel), Cp of them a gate   taps reversed
-  gates_to_mem,  // columns: C
+  x_to_gates,    // columns: (channel, gate)   K channels: Cin
+  mem_to_gates,  // columns: (channel, gate)   K channels: C
+  gates_to_x,    // columns: Cin               K channels: (gate, channel), a gate has Cp
+  gates_to_mem,  // columns: C                 K channels: (gate, channel), a gate has Cp
 };
 
 struct WeightMap {
@@ -40,12 +40,12 @@ struct WeightMap {
   SNNLSTM_BOTH int input_channels() const {
     return use == Use::x_to_gates || use == Use::gates_to_x ? Cin : C;
   }
-  // Columns: channels with their gates, or channels.
   SNNLSTM_BOTH int columns() const { return forward() ? 4 * C : input_channels(); }
   SNNLSTM_BOTH int depth_channels() const { return forward() ? input_channels() : 4 * Cp; }
 };
 
-// The weight between output channel c of a gate and an input channel of the half that is packed.
+// Returns the weight between output channel c of a gate and an input channel of x or mem, or 0 if
+// one of them does not exist.
 template <class R>
 SNNLSTM_DEVICE R weight_at(const WeightMap& map, int gate, int c, int input, int tap) {
   const bool mem = map.use == Use::mem_to_gates || map.use == Use::gates_to_mem;
@@ -55,7 +55,7 @@ SNNLSTM_DEVICE R weight_at(const WeightMap& map, int gate, int c, int input, int
   return read<R>(map.weight, map.type, (row * (map.Cin + map.C) + in) * map.taps + tap);
 }
 
-// packed: (column blocks, K, 64), see fma.cuh. One block per 64 columns and chunk of K.
+// packed: (column blocks, K, 64), see fma.cuh. A block packs 64 columns of a chunk of K.
 template <class R>
 __global__ void __launch_bounds__(fma::kThreads)
     pack_fma(const WeightMap map, R* packed, int64_t depth, int channels) {
@@ -73,47 +73,46 @@ __global__ void __launch_bounds__(fma::kThreads)
   }
 }
 
-// The weight as one convolution reads it: blocks of columns, each in the order of the kernel's walk
-// (fma.cuh, mma.cuh).
+// Where the packed weight of one convolution lies. Its blocks of columns are each in the order in
+// which the kernel walks (fma.cuh, mma.cuh).
 struct PackedPart {
   Use use = Use::x_to_gates;
   Multiply multiply = Multiply::fma;
   int64_t start = 0;   // bytes from the packed weight's start to the first block
   int64_t pitch = 0;   // bytes from one block to the next
   int64_t blocks = 0;  // of columns
-  // On tensor cores: the walk, its units, the n-tiles and columns of warps of a block.
+  // mma
   MmaDepth depth;
-  int unit_bytes = 0, tiles = 0, warps_n = 0;
+  int unit_bytes = 0;
+  int tiles = 0, warps_n = 0;  // n-tiles of a warp; warps along channels
 
   bool mma() const { return multiply != Multiply::fma; }
-  // All blocks, together with what other parts have between them.
+  // Bytes of all blocks, and of what other parts have between them.
   int64_t bytes() const { return blocks * pitch; }
   const char* in(const void* packed) const { return static_cast<const char*>(packed) + start; }
+  Segment with_weight(Segment s, const void* packed) const {
+    s.weight = in(packed), s.weight_pitch = pitch;
+    return s;
+  }
 };
 
-// Units of one segment in the order in which mma.cuh walks; see there for what a unit holds.
+constexpr int kPackThreads = 256;
+
+// One segment, for the kernel that packs its units in the order in which mma.cuh walks.
 struct MmaPacking {
   WeightMap map;
   PackedPart part;
-  int pairs = 0;               // of n-tiles in all column blocks
-  int row_pitch = 0;           // of the weights in shared memory; 0: they do not fit there
+  int pairs = 0;               // of n-tiles, in all column blocks
+  int row_pitch = 0;           // of the weights in shared memory; 0: they do not fit
   uint32_t* packed = nullptr;  // the segment's first unit
 
-  SNNLSTM_BOTH int per_word() const {
-    return part.multiply == Multiply::fp16 || part.multiply == Multiply::bf16 ? 2 : 1;
-  }
+  SNNLSTM_BOTH int per_word() const { return is_half(part.multiply) ? 2 : 1; }
   SNNLSTM_BOTH int per_chunk() const { return 16 * per_word(); }  // channels
 };
 
-// All segments of one call are packed in one launch.
-struct MmaPackings {
-  MmaPacking job[2];
-};
-
-// One chunk of K for one pair of n-tiles: 16 columns. The weights come through shared memory, row
-// by row as they lie: forward a row is a column's (channels of the chunk, taps), transposed it is a
-// K channel's (16 columns, taps).
-template <int Threads>
+// Packs one chunk of K for one pair of n-tiles: 16 columns. The weights come through shared memory,
+// row by row as they lie. A row is forward a column's (channels of the chunk, taps), backward a K
+// channel's (16 columns, taps).
 class MmaPacker {
  public:
   SNNLSTM_DEVICE MmaPacker(const MmaPacking& p, int chunk, int pair, float* shared)
@@ -133,7 +132,7 @@ class MmaPacker {
     if (p_.row_pitch == 0) return;
     const int rows = map_.forward() ? 16 : p_.per_chunk();
     const int length = (map_.forward() ? row_channels() : 16) * map_.taps;
-    for (int i = int(threadIdx.x); i < rows * length; i += Threads) {
+    for (int i = int(threadIdx.x); i < rows * length; i += kPackThreads) {
       const int row = i / length, rest = i % length;
       shared_[row * p_.row_pitch + rest] = at_place(row, rest / map_.taps, rest % map_.taps);
     }
@@ -148,7 +147,7 @@ class MmaPacker {
     const int unit_words = part.warps_n * (part.tiles / 2) * pair_words;
     uint32_t* out = p_.packed + block_ * (part.pitch / 4) + int64_t(chunk_) * full * unit_words +
                     (warp_column_ * (part.tiles / 2) + pair_) * pair_words;
-    for (int i = int(threadIdx.x); i < taps * steps * 128; i += Threads) {
+    for (int i = int(threadIdx.x); i < taps * steps * 128; i += kPackThreads) {
       const int unit = i / 128, word = i % 4, lane = i / 4 % 32;
       const int tap = unit / steps, step = unit % steps;
       const int k = (step * 8 + lane % 4 + word % 2 * 4) * p_.per_word();  // in the chunk
@@ -158,13 +157,12 @@ class MmaPacker {
       v[1] = p_.per_word() == 2 ? value(n, tile, k + 1, tap) : 0;
       uint32_t bits = detail::bits_of(v[0]);
       if (p_.per_word() == 2)
-        bits =
-            pack16(part.multiply == Multiply::bf16 ? DType::bfloat16 : DType::float16, v[0], v[1]);
+        bits = pack16(half_type(part.multiply), v[0], v[1]);
       else if (part.multiply == Multiply::tf32)
         bits = from_float<tf32>(v[0]).bits;
       uint32_t* to = out + int64_t(unit) * unit_words + i % 128;
       if (parts) {
-        // Infinity - infinity would be NaN, and its low part is 0.
+        // The low part of an infinity is 0, since infinity - infinity would be NaN.
         bits = from_float<tf32>(v[0]).bits;
         const float rest = v[0] - detail::float_of(bits);
         to[128] = rest == rest ? from_float<tf32>(rest).bits : 0;
@@ -178,7 +176,8 @@ class MmaPacker {
     return p_.part.depth.patches ? map_.Cin : p_.per_chunk();
   }
 
-  // Row, channel or column in it, and tap (as in the weight), of the block's piece of the weight.
+  // Returns an element of the block's piece of the weight. inner: channel or column in the row;
+  // tap: as in the weight.
   SNNLSTM_DEVICE float at_place(int row, int inner, int tap) const {
     if (map_.forward()) {
       const bool by_gate = p_.part.tiles != 8;  // the pair's tiles are two gates of 8 channels
@@ -192,7 +191,7 @@ class MmaPacker {
                : 0;
   }
 
-  // Column n of a tile of the pair, channel k of the chunk, tap of the walk.
+  // Returns the weight for column n of a tile of the pair, channel k of the chunk, tap of the walk.
   SNNLSTM_DEVICE float value(int n, int tile, int k, int tap) const {
     const bool by_gate = map_.forward() && p_.part.tiles != 8;
     int column = by_gate ? 8 * tile + n : 4 * (n / 2) + 2 * tile + n % 2;  // mma.cuh: pairs
@@ -213,12 +212,13 @@ class MmaPacker {
   int chunk_, pair_, warp_column_, block_, first_column_, first_k_;
 };
 
-// grid: (chunks, pairs, segments), each as many as the segment with the most has.
+// Packs all segments of a call. grid: (chunks, pairs, segments), of each as many as the segment
+// with the most has.
 template <int Threads>
-__global__ void __launch_bounds__(Threads) pack_mma(const __grid_constant__ MmaPackings p) {
+__global__ void __launch_bounds__(Threads) pack_mma(const __grid_constant__ Jobs<MmaPacking> p) {
   const MmaPacking& job = p.job[blockIdx.z];
   const bool real = int(blockIdx.x) < job.part.depth.chunks && int(blockIdx.y) < job.pairs;
-  const MmaPacker<Threads> packer(job, int(blockIdx.x), int(blockIdx.y), &shared_memory<float>());
+  const MmaPacker packer(job, int(blockIdx.x), int(blockIdx.y), &shared_memory<float>());
   if (real) packer.load();
   __syncthreads();
   if (real) packer.store_units();

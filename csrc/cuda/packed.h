@@ -14,13 +14,12 @@ inline PackedPart packed_fma(const Cell& c, const Segment& window, Use use, int6
   return part;
 }
 
-inline PackedPart packed_mma(Multiply multiply, const MmaDepth& depth, Use use, int tiles,
-                             int warps_n, int64_t blocks) {
+inline PackedPart packed_mma(const StepPlan& plan, const MmaDepth& depth, Use use, int64_t blocks) {
   PackedPart part;
-  part.use = use, part.multiply = multiply;
+  part.use = use, part.multiply = plan.multiply;
   part.depth = depth;
-  part.tiles = tiles, part.warps_n = warps_n;
-  part.unit_bytes = MmaBuilder(multiply, warps_n, tiles).unit_bytes();
+  part.tiles = plan.tiles, part.warps_n = plan.warps_n;
+  part.unit_bytes = plan.builder().unit_bytes();
   part.blocks = blocks;
   part.pitch = depth.units() * part.unit_bytes;
   return part;
@@ -38,10 +37,8 @@ struct PackedForward {
       return;
     }
     const int64_t blocks = ceil_div(c.C, plan.channels());
-    x = packed_mma(plan.multiply, x_depth(c, plan.multiply), Use::x_to_gates, plan.tiles,
-                   plan.warps_n, blocks);
-    mem = packed_mma(plan.multiply, mem_depth(c, plan.multiply), Use::mem_to_gates, plan.tiles,
-                     plan.warps_n, blocks);
+    x = packed_mma(plan, x_depth(c, plan.multiply), Use::x_to_gates, blocks);
+    mem = packed_mma(plan, mem_depth(c, plan.multiply), Use::mem_to_gates, blocks);
     mem.start = x.pitch;
     x.pitch = mem.pitch = x.pitch + mem.pitch;
   }
@@ -52,8 +49,8 @@ inline PackedPart packed_transposed(const Cell& c, const DataPlan& plan, Use use
   const bool of_x = use == Use::gates_to_x;
   const int64_t columns = of_x ? c.Cin : c.C;
   if (!plan.mma()) return packed_fma(c, gates_window(c, of_x), use, columns);
-  return packed_mma(plan.multiply, MmaDepth(MmaType(plan.multiply), gates_window(c, of_x)), use,
-                    plan.tiles, plan.warps_n, ceil_div(columns, plan.channels()));
+  const MmaDepth depth(MmaType(plan.multiply), gates_window(c, of_x));
+  return packed_mma(plan, depth, use, ceil_div(columns, plan.channels()));
 }
 
 struct PackedBackward {

@@ -1,5 +1,5 @@
-// Choices made on the host before anything is launched: sizes of our own images, tiles, and how
-// each tensor of the caller's is accessed.
+// What the host chooses before it launches anything: sizes of our own images, tiles, and how each
+// tensor of the caller's is accessed.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace snnlstm::cuda {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// The type that kernels of these states compute in.
+// Returns the compute type of kernels whose states have this type.
 inline DType real_of(DType states) {
   return states == DType::float64 ? DType::float64 : DType::float32;
 }
@@ -35,7 +35,7 @@ struct Shape {
   int64_t gates() const { return 4 * state(); }
 };
 
-// Hands out pieces of one allocation, 256-byte aligned. Without memory it only counts.
+// Hands out pieces of one allocation, aligned to 256 bytes. If `base` is null, it only counts.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -51,8 +51,9 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// A tile of at most `pixels` pixels that holds whole pooling windows, or false where there is none.
-// Its width is even: threads hold pairs. Fewest pixels of tiles and of neighbourhoods win.
+// Chooses a tile of at most `pixels` pixels, and with `windows` one of whole pooling windows;
+// returns false if there is none. The width is even, since threads hold pairs of pixels. The tile
+// with the fewest pixels in all tiles and their neighbourhoods wins.
 inline bool choose_tile(const Cell& c, int64_t height, int64_t width, int pixels, bool windows,
                         Tiling& tiling) {
   const int64_t unit_h = windows ? c.pool_h : 1;
@@ -63,7 +64,7 @@ inline bool choose_tile(const Cell& c, int64_t height, int64_t width, int pixels
         std::min(pixels / w / unit_h * unit_h, round_up(std::max<int64_t>(height, 1), unit_h));
     const int64_t rows = std::max<int64_t>(ceil_div(height, h), 1);
     const int64_t cols = std::max<int64_t>(ceil_div(width, w), 1);
-    // Sectors of 8 numbers: a row that goes on beyond the tile costs one more at each end.
+    // In sectors of 8 numbers. A row that goes on beyond the tile costs one more at each end.
     const int64_t halo = std::min<int64_t>(2 * c.pad_h(), 1 << 16);
     const int64_t read = (h + halo) * (ceil_div(w, 8) + (w < width ? 2 : 0)) * 8;
     const int64_t cost = rows * cols * (4 * pixels + read);
@@ -79,8 +80,8 @@ inline bool choose_tile(const Cell& c, int64_t height, int64_t width, int pixels
   return best >= 0;
 }
 
-// The caller's tensor from time step t on. extent: T, N, channels, H, W. width: channels that a
-// thread holds.
+// Returns the caller's tensor from time step t on. extent: T, N, channels, H, W. width: channels
+// that a thread holds.
 inline Tensor tensor(const View& v, DType type, int64_t t, const int64_t (&extent)[5], int width) {
   Tensor a;
   a.type = type;
@@ -95,7 +96,8 @@ inline Tensor tensor(const View& v, DType type, int64_t t, const int64_t (&exten
   if (last >= int64_t(1) << 31)
     throw std::runtime_error("one image of a tensor reaches over " + std::to_string(last) +
                              " elements, accepted are less than 2^31: make it contiguous");
-  const auto multiple = [&](int of, int but) {  // of all strides that are used, but one
+  // Returns whether the address and all strides that are used, except `but`, are multiples of `of`.
+  const auto multiple = [&](int of, int but) {
     if (reinterpret_cast<uintptr_t>(a.data) % (std::min(of * size, 16)) != 0) return false;
     for (int k = 0; k < 5; ++k)
       if (k != but && extent[k] > 1 && v.stride[k] % of != 0) return false;
@@ -111,7 +113,8 @@ inline Tensor tensor(const View& v, DType type, int64_t t, const int64_t (&exten
   return a;
 }
 
-// Step t of our images, (T, N, Ho, Wo, planes, Cp), and the same as a Tensor.
+// Returns our images (T, N, Ho, Wo, planes, Cp) from step t on; as_tensor() gives the same as
+// Tensor.
 inline Image image(const void* data, const Shape& s, DType type, int planes = 1, int64_t t = 0) {
   Image a;
   a.type = type;
@@ -131,11 +134,11 @@ inline Tensor as_tensor(const Image& i) {
   return a;
 }
 
-// Why the kernels cannot run a cell in launches of so many blocks; empty if they can. Offsets
-// within one image, and blocks, are counted in 31 bits.
+// Says why the kernels cannot run a cell in launches of so many blocks, or "". The kernels count
+// blocks, and offsets within one image, in 31 bits.
 inline std::string reason_against(const Cell& c, int64_t blocks) {
   const Shape s(c);
-  // Rows or columns that a tile's taps reach over, and what is divided by the stride there.
+  // Bounds the rows or columns that a tile's taps reach over, times the stride: SmallDivisor.
   const auto reach = [](int64_t size, double stride, int64_t taps, double dilation) {
     constexpr int64_t tile = 128;
     const double all = (double(size + tile) * stride + double(taps - 1) * dilation) * stride;
@@ -161,23 +164,16 @@ inline void refuse_oversize(const Cell& c, int64_t blocks) {
   if (!reason.empty()) throw std::runtime_error(reason);
 }
 
-// ---- tensor cores -------------------------------------------------------------------------------
-//
-// The neighbourhoods, the stream of weights and the shared memory of a launch; see mma.cuh.
+// ---- neighbourhoods, weights and shared memory on tensor cores, see mma.cuh ---------------------
 
-// Sizes that follow from a type of operands.
+// Sizes that follow from what the tensor cores multiply.
 struct MmaType {
   Multiply multiply;
-  int element;  // bytes
+  int element;  // bytes of a number in shared memory
 
-  explicit MmaType(Multiply m)
-      : multiply(m), element(m == Multiply::fp16 || m == Multiply::bf16 ? 2 : 4) {}
-  DType type() const {  // of elements in shared memory
-    return multiply == Multiply::fp16   ? DType::float16
-           : multiply == Multiply::bf16 ? DType::bfloat16
-                                        : DType::float32;
-  }
-  int pair_bytes() const {  // of the packed weight, see MmaGemm
+  explicit MmaType(Multiply m) : multiply(m), element(is_half(m) ? 2 : 4) {}
+  DType type() const { return is_half(multiply) ? half_type(multiply) : DType::float32; }
+  int pair_bytes() const {  // of a unit of the packed weight, see MmaGemm
     return (multiply == Multiply::tf32x3 ? 2 : 1) * mma_gemm::kPairBytes;
   }
   int per_group() const { return mma_tile::kGroupBytes / element; }
@@ -185,15 +181,14 @@ struct MmaType {
   int per_chunk() const { return mma_tile::kGroups * per_group(); }
 };
 
-// K of a segment in the order of the walk: chunks of channels, taps, k-steps.
+// How the walk goes through a segment's K: chunks of channels; in a chunk taps; in a tap k-steps.
 struct MmaDepth {
   bool patches = false;
-  int64_t channels = 0;  // of the walk
-  int64_t taps = 1, chunks = 0;
+  int64_t channels = 0, taps = 1, chunks = 0;  // of the walk; patches make taps channels
   int tail_steps = 0;
 
   MmaDepth() = default;
-  // may_patch: lay out (tap, channel) side by side where that makes fewer units.
+  // may_patch: lay out (tap, channel) side by side if that makes fewer units.
   MmaDepth(const MmaType& type, const Segment& window, bool may_patch = false) {
     const int64_t taps_of = window.taps(), channels_of = window.channels;
     const auto steps = [&](int64_t k) { return ceil_div(k, type.per_step()); };
@@ -207,7 +202,7 @@ struct MmaDepth {
   int64_t units() const { return taps * (2 * (chunks - 1) + tail_steps); }
 };
 
-// Returns how the source may be read.
+// Returns the fastest way in which the source may be read.
 inline Feed feed_of(const Segment& s, const MmaType& type, const MmaDepth& depth) {
   if (depth.patches) return Feed::patches;
   const int unit = s.src.type == type.type() ? type.per_group() : 4;
@@ -219,7 +214,8 @@ inline Feed feed_of(const Segment& s, const MmaType& type, const MmaDepth& depth
   return s.src.type == type.type() ? Feed::async : Feed::vectors;
 }
 
-constexpr int64_t kLongestSide = 4096;  // of a neighbourhood: 64 bytes and more for each pixel
+// A neighbourhood has 64 bytes for each pixel: with a longer side it fits in no shared memory.
+constexpr int64_t kLongestSide = 4096;
 
 inline MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDepth& depth,
                               const Tiling& tiling) {
@@ -235,7 +231,6 @@ inline MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDe
     m.by_halo_w = SmallDivisor(m.halo_w);
     return m;
   }
-  // A side longer than kLongestSide fits in no shared memory, whatever its length.
   const auto reach = [](int64_t tile, int64_t step, int64_t taps, int64_t dilation, int64_t up) {
     const int64_t pixels = up > 1 ? (tile - 1 + (taps - 1) * dilation) / up + 2
                                   : (tile - 1) * step + (taps - 1) * dilation + 1;
@@ -245,12 +240,12 @@ inline MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDe
   m.halo_w = reach(tiling.w, s.step_w, s.taps_w, s.dilation_w, int(s.up_w.value));
   m.by_halo_w = SmallDivisor(m.halo_w);
   m.step_h = s.step_h, m.step_w = s.step_w;
-  // An m16 tile that goes over a row's end finds the next row on the banks where this one would
-  // have gone on, if both are a multiple of 16 pixels apart.
-  // Gathered pixels are stored 8 at a time from an even column on, which must be an even pixel.
   const bool plain = s.step_w == 1 && s.up_w.value == 1;
+  // Gathered pixels are stored 8 at a time from an even column on, which must be an even pixel.
   m.lead = plain && m.feed == Feed::gather ? s.pad_w & 1 : 0;
   m.pitch = int(round_up(m.halo_w + 1, 2));  // the same for all feeds
+  // An m16 tile may go over the end of a row. With this pitch the next row lies on the banks on
+  // which the row would have gone on.
   if (tiling.w % 16 != 0 && plain) {
     const int wanted = m.pitch + (tiling.w - m.pitch % 16 + 32) % 16;
     if (5 * wanted <= 8 * m.halo_w) m.pitch = wanted;
@@ -264,14 +259,14 @@ inline MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDe
   return m;
 }
 
-// The turns, of all threads together, of a full chunk that is not copied asynchronously.
+// Returns the turns of all threads together for a full chunk that is not copied asynchronously.
 inline int64_t chunk_turns(const MmaSegment& m, const MmaType& type) {
   return mma_tile::kGroups * (m.feed == Feed::vectors
                                   ? int64_t(type.per_group() / 4) * m.halo_h * m.halo_w
                                   : int64_t(m.by_run.value));
 }
 
-// A neighbourhood's bytes, but so few that several of them are still counted in int.
+// Returns a neighbourhood's bytes, at most so many that int counts several of them.
 inline int64_t neighbourhood_bytes(const MmaSegment& m) {
   constexpr int64_t most = int64_t(1) << 28;
   const int64_t pixels = int64_t(m.halo_h) * m.pitch;
@@ -279,7 +274,7 @@ inline int64_t neighbourhood_bytes(const MmaSegment& m) {
   return round_up(mma_tile::row_offset(int(pixels)) + 16, 128);
 }
 
-// Puts segments together.
+// Builds a convolution from its segments.
 struct MmaBuilder {
   MmaType type;
   int warp_columns, tiles;  // n-tiles of a warp
@@ -300,8 +295,8 @@ struct MmaBuilder {
     conv.buffer_bytes = int(std::max<int64_t>(conv.buffer_bytes, neighbourhood_bytes(m)));
   }
 
-  // The stages: about 8 KiB each, or 16 where the weights come in parts. weight: the first unit of
-  // the first column block that is read; pitch: bytes from one block to the next.
+  // A stage has about 8 KiB, or 16 if the weights come in parts. weight: the first unit of the
+  // first column block; pitch: bytes from one block to the next.
   void finish(const void* weight, int64_t pitch, int threads) {
     const int wanted = 16 * type.pair_bytes() / conv.unit_bytes;
     conv.stage_units = std::max(std::min(wanted, conv.units), 1);
@@ -310,7 +305,7 @@ struct MmaBuilder {
     for (int k = 0; k < conv.segments; ++k) {
       MmaSegment& m = conv.segment[k];
       if (m.feed != Feed::gather && m.feed != Feed::vectors) continue;
-      // They come while the chunk before is computed, if that has as many stages as a full one.
+      // The chunk comes while the one before is computed, if that is a full one.
       const int64_t turns = ceil_div(chunk_turns(m, type), threads);
       m.turns = int(ceil_div(turns, std::max(2 * m.taps / conv.stage_units, 1)));
     }

@@ -1,4 +1,4 @@
-// The neurons alone, behind torch's own convolution.
+// Runs the neurons alone, behind torch's own convolution.
 #include "launch.h"
 #include "pointwise.cuh"
 
@@ -19,7 +19,7 @@ struct PointwisePlan {
   int64_t channels() const { return int64_t(tiling.by_columns.value) * pointwise::kChannels; }
 };
 
-// Gate k of a tensor (1, N, 4C, Ho, Wo).
+// Returns gate k of a tensor (1, N, 4C, Ho, Wo).
 Tensor gate_of(const View& all, DType type, const Cell& c, int k) {
   View v = all;
   v.data = static_cast<char*>(all.data) + k * c.C * all.stride[2] * bytes_of(type);
@@ -33,7 +33,6 @@ void pointwise_forward(const ForwardArgs& args, const View& gate_sums, const Tar
   const DType gates = gate_type(c.dtype, target.matrix);
   const PointwisePlan plan(c);
   refuse_oversize(c, plan.tiling.blocks());
-  const auto stream = static_cast<Stream>(target.stream);
   PointwiseForward p;
   p.tiling = plan.tiling;
   for (int k = 0; k < 4; ++k) p.sums[k] = gate_of(gate_sums, gates, c, k);
@@ -43,17 +42,13 @@ void pointwise_forward(const ForwardArgs& args, const View& gate_sums, const Tar
   if (args.saved_gates) p.neuron.gates_out = image(args.saved_gates, Shape(c), gates, 4);
   with_real(c.dtype, [&](auto real) {
     using R = decltype(real);
-    const Launch how{"pointwise forward", dim3(unsigned(p.tiling.blocks())),
-                     dim3(pointwise::kThreads), sizeof(pointwise::Shared<R>), stream};
+    const Launch how{"pointwise forward", p.tiling.blocks(), pointwise::kThreads,
+                     sizeof(pointwise::Shared<R>), target.stream};
     launch(how, &pointwise_forward<R>, p);
   });
   if (p.neuron.fires) return;
-  FireStep fire;
-  fire.fire = p.neuron.fire;
-  fire.mem = p.neuron.mem_out;
-  fire.N = int(c.N);
-  fire.winner = args.winner;
-  launch_fire(fire, c.inhibition, stream);
+  const FireStep fire{p.neuron.fire, p.neuron.mem_out, int(c.N), args.winner};
+  launch_fire(fire, c.inhibition, target.stream);
 }
 
 void pointwise_backward(const BackwardArgs& args, const Target& target) {
@@ -62,7 +57,6 @@ void pointwise_backward(const BackwardArgs& args, const Target& target) {
   const Shape s(c);
   const PointwisePlan plan(c);
   refuse_oversize(c, plan.tiling.blocks());
-  const auto stream = static_cast<Stream>(target.stream);
   const DType real = real_of(c.dtype);
   Arena arena(args.workspace);
   void* sums = arena.take(plan.tiling.tiles() * plan.channels() * bytes_of(real));
@@ -77,16 +71,13 @@ void pointwise_backward(const BackwardArgs& args, const Target& target) {
   n.spreads = plan.whole_windows;
   if (args.grad_threshold) n.sums = sums;
   if (!n.spreads && n.fire.spk.present() && n.surrogate != Surrogate::none) {
-    SpreadStep spread;
-    spread.tiling = plan.tiling;
-    spread.neuron = n;
-    spread.spikes = n.spikes_in = image(arena.take(s.state() * bytes_of(real)), s, real);
-    launch_spread(spread, stream);
+    n.spikes_in = image(arena.take(s.state() * bytes_of(real)), s, real);
+    launch_spread(n, c.N, target.stream);
   }
   with_real(c.dtype, [&](auto zero) {
     using R = decltype(zero);
-    const Launch how{"pointwise backward", dim3(unsigned(p.tiling.blocks())),
-                     dim3(pointwise::kThreads), sizeof(pointwise::Shared<R>), stream};
+    const Launch how{"pointwise backward", p.tiling.blocks(), pointwise::kThreads,
+                     sizeof(pointwise::Shared<R>), target.stream};
     launch(how, &pointwise_backward<R>, p);
   });
   if (!args.grad_threshold) return;
@@ -94,7 +85,7 @@ void pointwise_backward(const BackwardArgs& args, const Target& target) {
   r.parts = sums, r.blocks = plan.tiling.tiles();
   r.pitch = int(plan.channels()), r.columns = int(c.C);
   r.out = args.grad_threshold, r.type = c.dtype;
-  launch_reduce_sums(r, stream);
+  launch_reduce_sums(r, target.stream);
 }
 
 int64_t pointwise_workspace(const Cell& cell, const Target&) {

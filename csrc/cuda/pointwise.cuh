@@ -1,6 +1,5 @@
-// The neurons alone, behind a convolution that somebody else has computed: forward and backward of
-// one step. One thread a patch of 2 pixels x 4 channels, a block 64 pixels x 16 channels.
-//   gate sums  (N, 4C, Ho, Wo)  what the convolution gives, in any layout
+// The neurons of one step, forward and backward, behind a convolution that torch has computed. A
+// thread has a patch of 2 pixels x 4 channels, a block 64 pixels x 16 channels.
 #pragma once
 
 #include "neuron_backward.cuh"
@@ -25,7 +24,7 @@ SNNLSTM_DEVICE int channel() { return 4 * (int(threadIdx.x) % 4); }
 
 struct PointwiseForward {
   Tiling tiling;
-  Tensor sums[4];  // of each gate, (1, N, C, Ho, Wo)
+  Tensor sums[4];  // of each gate, (1, N, C, Ho, Wo) in any layout
   NeuronForward neuron;
 };
 

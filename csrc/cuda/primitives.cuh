@@ -1,27 +1,28 @@
 // What kernels are written against: inline PTX under nvcc, an emulation (tests/simt) under g++.
 //
 // A kernel is ordinary CUDA C++: __global__, threadIdx, __syncthreads(), __syncwarp(),
-// __shfl_xor_sync(), __any_sync(), atomicAdd(), float4 and their like exist in both builds.
-// What CUDA C++ has no short name for is below: the block's dynamic shared memory as one struct,
-// asynchronous copies, fragments and tensor core multiply-adds, accesses to whole vectors, and a
-// checked launch; in half.cuh are the types fp16, bf16, tf32, in fault.cuh the seeded faults.
+// __shfl_xor_sync(), __any_sync(), float4 and their like exist in both builds. This file adds what
+// CUDA C++ has no short name for: the block's dynamic shared memory as one struct, asynchronous
+// copies, fragments and tensor core multiply-adds, accesses to whole vectors, and a checked launch.
+// The types fp16, bf16 and tf32 are in half.cuh, the seeded faults in fault.cuh.
 //
 // A kernel that runs in both builds keeps to these rules:
-// - Shared memory is the one struct of shared_memory<T>(), whose size goes into Launch. It holds
-//   no constructor and no initial values. A static __shared__ variable does not compile here.
-// - No early return before the last barrier or warp collective: threads without work go along,
-//   masked. Collectives are of whole warps, and the block size is a multiple of 32.
-// - All arguments are passed by value (pointers, numbers, plain structs). Kernels read nothing
-//   else: no __constant__ and no __device__ variables.
-// - Blocks speak to each other through atomics alone. A block never waits for another one.
-// - Accesses of 8 and 16 bytes go through load() and store(), not through a cast pointer: the
-//   emulation counts them as one, and g++ would split a struct copy. Accesses of one element are
+// - Shared memory is the one struct of shared_memory<T>(), whose size goes into Launch. The struct
+//   has no constructor and no initial values. A static __shared__ variable does not compile here.
+// - No thread returns before the last barrier or warp collective: threads without work take part.
+//   Collectives are of whole warps, and the block size is a multiple of 32.
+// - All arguments are passed by value (pointers, numbers, plain structs). Kernels read neither
+//   __constant__ nor __device__ variables.
+// - A block neither waits for another block nor reads what another block of the launch writes.
+// - Accesses of 8 and 16 bytes go through load() and store(), not through a cast pointer: g++ would
+//   split the copy of a struct, and the emulation counts one access. Accesses of one element are
 //   plain `p[i]`.
-// - Local variables need no __restrict__, but pointers must not be compared with, or derived
-//   from, one of another array: the emulation checks each access against the array it falls into.
-// - The kernel may use fault() where the tests should be able to break it.
-// - The test of a `__CUDA_ARCH__` is written `if constexpr (arch::has_mma)`. sm_75 has neither
-//   cp.async nor the mma shapes below: cp_async falls back to a plain copy, mma traps.
+// - A pointer into one array is neither compared with a pointer into another array nor derived from
+//   it: the emulation checks each access against the array that the address lies in.
+// - fault() marks the places at which the tests can break a kernel.
+// - `if constexpr (arch::has_mma)` tells architectures apart. sm_75 has neither cp.async nor the
+// mma
+//   shapes below: there cp_async() is a plain copy, and mma() traps.
 #pragma once
 
 #include <cstddef>
@@ -107,29 +108,19 @@ inline SharedPlace shared_place(const void* p) { return static_cast<SharedPlace>
 
 // ---- asynchronous copies -----------------------------------------------------------------------
 
-// Copies Bytes (4, 8, 16) from global to shared memory, both aligned to Bytes; where it is not
-// `real`, the target becomes zero and the source is not touched. The data is there for this thread
-// after cp_async_wait, for others after a barrier on top of that. 16 bytes bypass L1.
-template <int Bytes>
+// Copies 16 bytes from global to shared memory, past L1; both addresses are aligned to 16 bytes. If
+// `real` is false, the target becomes zero and the source is not touched. The calling thread sees
+// the data after cp_async_wait(), other threads after a barrier behind that.
 SNNLSTM_DEVICE void cp_async(void* shared, const void* global, bool real = true) {
-  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
 #if !defined(__CUDACC__)
-  ::simt::cp_async(shared, global, Bytes, real);
+  ::simt::cp_async(shared, global, real);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   const auto target = uint32_t(__cvta_generic_to_shared(shared));
-  if constexpr (Bytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global),
-                 "r"(real ? 16 : 0)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(global),
-                 "n"(Bytes), "r"(real ? Bytes : 0)
-                 : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global),
+               "r"(real ? 16 : 0)
+               : "memory");
 #else
-  unrolled<Bytes / 4>([&](int word) {
-    static_cast<uint32_t*>(shared)[word] = real ? static_cast<const uint32_t*>(global)[word] : 0;
-  });
+  *static_cast<uint4*>(shared) = real ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
 #endif
 }
 

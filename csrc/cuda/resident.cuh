@@ -1,10 +1,10 @@
-// Kernels that go through a whole sequence in one launch: a block keeps one sample, and what one
-// step leaves for the next lies in its shared memory.
+// Kernels that go through a whole sequence in one launch. A block keeps one sample, and what one
+// step leaves for the next lies in its shared memory:
 //
 //   x              2 images in the operands' type: step t reads one while t + 1 comes to the other
-//   mem            2 images: step t reads one and writes the other, so that one barrier a step does
-//   weights        all of them, as they are packed for the kernels of one step
-//   syn            at the place of the thread whose neurons they are, with the flags of the reset
+//   mem            2 images: step t reads one and writes the other, so that a step needs one
+//   barrier weights        all of them, packed as for the kernels of one step syn, resets    in
+//   slots of the thread that has the neurons
 //
 // A unit is what a warp computes at once: some pixels of some channels. Every warp has the same
 // units in every step.
@@ -18,21 +18,25 @@
 namespace snnlstm::cuda {
 
 namespace resident {
-// The most threads of a block. Narrow kernels (8 channels a unit, or float) need 128 registers;
-// others, of 16 channels or double, up to 184.
+// The most threads of a block. Forward kernels with 4 n-tiles or of float need 128 registers, those
+// with 8 n-tiles or of double up to 184. width: n-tiles (mma), or bytes of R (fma).
 constexpr int threads(int width) { return width <= 4 ? 512 : 256; }
 constexpr int backward_threads(int real) { return real == 4 ? 512 : 256; }
+
+SNNLSTM_DEVICE int warp() { return int(threadIdx.x) / 32; }
+SNNLSTM_DEVICE int warps() { return int(blockDim.x) / 32; }
 }  // namespace resident
 
-// An image with its border of zeros in shared memory; everything in bytes. For tensor cores pixels
-// hold all channels, and pairs of pixels are an odd number of 16-byte groups apart: 8 pixels of
-// the same parity, as ldmatrix reads them, lie on different banks. Rows are as far apart as makes
-// that true across the end of a row, too. Else channels are planes.
+// An image with a border of zeros in shared memory. For tensor cores pixels hold all channels.
+// Pairs of pixels are then an odd number of 16-byte groups apart, and rows so far that the same
+// holds over the end of a row: 8 pixels of the same parity, which ldmatrix reads, lie on different
+// banks. Without tensor cores each channel is a plane.
 struct SharedImage {
-  int start = 0, bytes = 0;  // of the first of two, from the start of shared memory; of one
-  int channel = 0, row = 0, pair = 0, single = 0;  // from one to the next
-  int top = 0, left = 0;                           // the border
-  int rows = 0, columns = 0;                       // with border; what is beyond is not kept
+  int start = 0;  // bytes of shared memory before the image, or before the first of two
+  int bytes = 0;  // of one image
+  int channel = 0, row = 0, pair = 0, single = 0;  // bytes from one to the next
+  int top = 0, left = 0;                           // rows and columns of the border
+  int rows = 0, columns = 0;                       // with the border; others are not kept
 
   // Row and column count from the border's corner.
   SNNLSTM_BOTH int pixel(int y, int x) const {
@@ -40,9 +44,9 @@ struct SharedImage {
   }
 };
 
-// Bytes from the image's start to the pixel that a convolution of this stride reads for pixel m of
-// the tile at tap 0, 0: up to its row, and the column. Where m is beyond the image, some pixel of
-// an even or odd column as m is.
+// Finds the pixel that a convolution of this stride reads for pixel m of the tile at tap 0, 0. row:
+// the bytes from the image's start to the pixel's row. A pixel m beyond the tile gets some pixel of
+// the same parity.
 SNNLSTM_DEVICE void locate(const Tiling& tiling, const SharedImage& image, int m, int step_h,
                            int step_w, int& row, int& column) {
   unsigned y = unsigned(m < tiling.h * tiling.w ? m : m & 1);
@@ -53,14 +57,14 @@ SNNLSTM_DEVICE void locate(const Tiling& tiling, const SharedImage& image, int m
 // The layout of shared memory, in bytes from its start.
 struct ResidentLayout {
   SharedImage x, mem;
-  int images = 0;  // bytes of all images
+  int images = 0;  // end of the images
   int weights = 0, table = 0;
   int slots = 0, flags = 0;
   int vectors = 0, mem_tile = 0, mem_pitch = 0, winners = 0;
   int bytes = 0;
 };
 
-// A walk over taps and k-steps: chunks of K, k-steps of the last of them, units.
+// A walk over taps and k-steps: chunks of K, k-steps of the last chunk, units.
 struct WalkSizes {
   int chunks = 0, tail_steps = 0, units = 0;
 };
@@ -75,9 +79,10 @@ struct ResidentArgs {
   Layout at;
   Multiply multiply = Multiply::fma;
   const void* weight = nullptr;          // packed
-  int weight_bytes = 0, unit_bytes = 0;  // mma: all of it; of a unit of the walk
+  int weight_bytes = 0, unit_bytes = 0;  // mma: bytes of the weight; of a unit of the walk
   SmallDivisor by_groups;                // units of the same pixels
-  int units = 0, channels = 0;           // of the convolution; of the tile
+  int units = 0;                         // what warps compute at once, in the whole convolution
+  int channels = 0;                      // of the tile
 };
 
 template <class Element, class R>
@@ -90,7 +95,7 @@ SNNLSTM_DEVICE Element element_of(DType type, R value) {
     return Element(value);
 }
 
-// N neighbouring channels of one pixel, aligned to their size.
+// Stores N neighbouring channels of one pixel, aligned to their size.
 template <class Element, class R, int N>
 SNNLSTM_DEVICE void put_channels(unsigned char* to, DType type, const R (&v)[N]) {
   if constexpr (N == 1)
@@ -109,8 +114,8 @@ SNNLSTM_DEVICE void put_channels(unsigned char* to, DType type, const R (&v)[N])
     store(to, make_uint2(pack16(type, v[0], v[1]), pack16(type, v[2], v[3])));
 }
 
-// table[k], k = (tap, channel) < depth: bytes from a pixel to its tap and channel; -1 behind the
-// last tap.
+// Writes table[k] for k = (tap, channel) < depth: the bytes from a pixel to that tap and channel,
+// or -1 behind the last tap.
 SNNLSTM_DEVICE void fill_taps(int* table, int depth, const Segment& s, int channels,
                               const SharedImage& image) {
   for (int k = int(threadIdx.x); k < depth; k += int(blockDim.x)) {
@@ -129,19 +134,19 @@ SNNLSTM_DEVICE void clear_shared(unsigned char* shared, int bytes) {
     store(shared + i, make_uint4(0, 0, 0, 0));
 }
 
-// Copies 16 bytes at a time; the caller waits for them.
+// Begins to copy, 16 bytes at a time; the caller waits.
 SNNLSTM_DEVICE void copy_to_shared(unsigned char* to, const void* from, int bytes) {
   const auto* source = static_cast<const unsigned char*>(from);
   for (int i = 16 * int(threadIdx.x); i < bytes; i += 16 * int(blockDim.x))
-    cp_async<16>(to + i, source + i);
+    cp_async(to + i, source + i);
 }
 
-// One time step of x on its way to shared memory: kAtOnce elements of a thread at a time, which
-// have the time between two turns to arrive.
+// Brings one time step of x to shared memory. A thread has kAtOnce elements under way, which arrive
+// between two turns.
 template <class Element, class R>
 class ResidentInput {
  public:
-  static constexpr int kAtOnce = 8;  // elements of x that a thread has under way
+  static constexpr int kAtOnce = 8;
 
   SNNLSTM_DEVICE ResidentInput(const Segment& s, const SharedImage& image, DType type,
                                const Divisor& by_first, const Divisor& by_second, int n)
@@ -161,8 +166,8 @@ class ResidentInput {
   }
 
  private:
-  // Neighbouring threads take neighbours in memory: by_first and by_second are the extents of the
-  // two dimensions that go fastest, channels and columns or columns and rows.
+  // Neighbouring threads take neighbours in memory. by_first and by_second divide by the extents of
+  // the two dimensions that go fastest: channels and columns, or columns and rows.
   SNNLSTM_DEVICE void fetch() {
     const int items = s_.channels * s_.height * s_.width;
     under_way_ = next_ < items;
@@ -204,12 +209,12 @@ class ResidentInput {
   int target_[kAtOnce];
 };
 
-// The values that a thread holds of a patch from step to step: vector k lies at slot + k * stride.
+// The values of a patch that a thread keeps from step to step, in vectors of kLength. Vectors of
+// neighbouring threads are neighbours.
 template <class R, int CH>
 struct Slot {
   static constexpr int kVectors = CH == 1 ? 1 : CH / 2, kLength = 2 * CH / kVectors;
 
-  // elements from a thread's to the next thread's; from a vector to the next
   SNNLSTM_DEVICE static R* of(R* slots, int patch) {
     return slots + (patch * kVectors * int(blockDim.x) + int(threadIdx.x)) * kLength;
   }
@@ -231,8 +236,8 @@ struct Slot {
   }
 };
 
-// What all kernels are: a Sequence of steps of the neurons of a Tile, whose products a Unit forms.
-// Args: of the kernel. A block has a whole sample.
+// The body of all resident kernels: a Sequence goes through the steps, a Tile has the neurons, a
+// Unit forms the products. A block has one sample.
 template <class Sequence, class Tile, class Unit, class Args>
 SNNLSTM_DEVICE void run_resident(const Args& p) {
   auto* shared = &shared_memory<unsigned char>();
@@ -245,13 +250,13 @@ SNNLSTM_DEVICE void run_resident(const Args& p) {
 
 // ---- products on tensor cores -------------------------------------------------------------------
 
-// The type in which an image holds operands: tf32 is rounded once, when it is stored, and not
+// The type in which an image holds operands. tf32 is rounded when it is stored, once, and not
 // whenever it is read.
 template <class Element>
 using Stored = std::conditional_t<std::is_same_v<Element, float>, tf32, Element>;
 
-// table[2 u], table[2 u + 1]: bytes from a pixel of an even column, and of an odd one, to what unit
-// u of a walk over the taps reads.
+// Writes table[2 u] and table[2 u + 1]: the bytes from a pixel, of an even column and of an odd
+// one, to what unit u of a walk over the taps reads.
 SNNLSTM_DEVICE void fill_walk(int* table, const Segment& s, const SharedImage& image,
                               const WalkSizes& walk) {
   const int full = 2 * s.taps();
@@ -267,7 +272,7 @@ SNNLSTM_DEVICE void fill_walk(int* table, const Segment& s, const SharedImage& i
   }
 }
 
-// acc += a b for one k-step, as MmaGemm::product(), a of Stored<Element>.
+// Adds a b to acc for one k-step, as MmaGemm::product() does. a: of Stored<Element>.
 template <class Element, int NT>
 SNNLSTM_DEVICE void product_of_stored(Multiply multiply, uint32_t (&a)[2][4], SharedPlace b,
                                       float (&acc)[2][NT][4]) {
@@ -280,11 +285,11 @@ SNNLSTM_DEVICE void product_of_stored(Multiply multiply, uint32_t (&a)[2][4], Sh
   }
 }
 
-// One half of a convolution for a warp's 32 pixels x NT n-tiles.
+// Computes one half of a convolution for a warp's 32 pixels x NT n-tiles.
 template <class Element, int NT>
 struct ResidentWalk {
   static constexpr bool kParts = MmaGemm<Element, NT, true>::kParts;
-  static constexpr int kFolded = 32;  // k-steps, where the tensor cores' sums are folded
+  static constexpr int kFolded = 32;  // in parts: k-steps whose sums are added to the totals
 
   Multiply multiply;
   const Tiling& tiling;
@@ -292,7 +297,7 @@ struct ResidentWalk {
   const int* table;          // see fill_walk()
   int units, unit_bytes;
 
-  // b: the lane's B fragments of the first unit, moved on to the unit behind the last.
+  // b: the lane's B fragments of the first unit; becomes those of the unit behind the last.
   SNNLSTM_DEVICE void add(int first_pixel, int step_h, int step_w, const unsigned char* from,
                           SharedPlace& b, float (&acc)[2][NT][4]) const {
     const int lane = int(threadIdx.x) % 32;
@@ -305,7 +310,8 @@ struct ResidentWalk {
       if (fault(Fault::wrong_halo, 20)) ++column;
       row[mi] = shared_place(from + y + image.pixel(0, column) + (lane >> 4) * 16);
     });
-    const int* offset = table + (column & 1);  // of both pixels: tiles are of even width
+    const int* offset =
+        table + (column & 1);  // both columns have one parity: tiles have even width
     if constexpr (kParts) {
 #pragma unroll 1
       for (int first = 0; first < units; first += kFolded) {
@@ -333,21 +339,21 @@ struct ResidentWalk {
 
 // ---- products without ---------------------------------------------------------------------------
 
-// Copies packed weights (column blocks, rows, 64), see fma.cuh, to (depth, columns) in shared
-// memory; the caller waits for them. columns: a multiple of 4.
+// Begins to copy packed weights (column blocks, rows, 64), see fma.cuh, to (depth, columns) in
+// shared memory; the caller waits. columns: a multiple of 4.
 template <class R>
 SNNLSTM_DEVICE void copy_rows(R* to, const R* from, int depth, int rows, int columns) {
   constexpr int kVector = 16 / sizeof(R);
   const int vectors = columns / kVector;
   for (int i = int(threadIdx.x); i < depth * vectors; i += int(blockDim.x)) {
     const int k = i / vectors, column = i % vectors * kVector;
-    cp_async<16>(to + i * kVector, from + (column / fma::kColumns * rows + k) * fma::kColumns +
-                                       column % fma::kColumns);
+    cp_async(to + i * kVector,
+             from + (column / fma::kColumns * rows + k) * fma::kColumns + column % fma::kColumns);
   }
 }
 
-// acc[pair][pixel][column] += the product of rows 0 ... depth - 1 of K, for 4 columns of weight and
-// the pairs of pixels first, first + 1, first + 16, ... table: see fill_taps().
+// Adds the products of rows 0 ... depth - 1 of K to acc[pair][pixel][column], for 4 columns of
+// weight and the pairs of pixels from first, first + 16, ... on. table: see fill_taps().
 template <class R>
 SNNLSTM_DEVICE void add_products(const Tiling& tiling, const SharedImage& image, int first,
                                  int step_h, int step_w, const unsigned char* from, int depth,

@@ -34,7 +34,7 @@ void resident_backward(const ResidentBackwardPlan& plan, const BackwardArgs& arg
   plan.give(p, c, args.record, weight);
   p.neuron = neuron_of(args, to, gate_type(c.dtype, target.matrix));
   p.syn0 = state_tensor(c, args.syn0, 0, 4);
-  // What is saved of step t - 1 is read under the number t.
+  // The saved syn of step t - 1 is read at t.
   p.saved_syn = as_tensor(image(args.saved_syn, s, c.dtype, 1, -1));
   p.grad_mem0 = state_tensor(c, args.grad_mem0, 0, 4);
   p.window = gates_window(c, false);
@@ -42,9 +42,8 @@ void resident_backward(const ResidentBackwardPlan& plan, const BackwardArgs& arg
   p.quad_bits = plan.quad_bits, p.tiles = plan.tiles;
   p.by_tiles = SmallDivisor(plan.tiles), p.pieces = plan.pieces;
   const bool mma = plan.step.mma();
-  const Launch how{mma ? "backward sequence (mma)" : "backward sequence (fma)", dim3(unsigned(c.N)),
-                   dim3(unsigned(plan.threads())), size_t(plan.at.bytes),
-                   static_cast<Stream>(target.stream)};
+  const Launch how{mma ? "backward sequence (mma)" : "backward sequence (fma)", c.N, plan.threads(),
+                   size_t(plan.at.bytes), target.stream};
   if (!mma) {
     p.weight_rows = int(fma::depth(p.window));
     return with_real(c.dtype,

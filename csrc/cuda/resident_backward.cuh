@@ -1,12 +1,13 @@
-// The steps of the backward pass in one launch, last step first; see resident.cuh. The gradients of
-// x and of the parameters are those of the kernels for all steps at once.
+// The steps of the backward pass in one launch, last step first; see resident.cuh. Other kernels
+// form the gradients of x and of the parameters, for all steps at once. Shared memory holds
 //
-//   d_gates        1 image in the operands' type: step t reads those of t + 1, and writes its own
-//                  over them after a barrier
-//   weights        for the gradient of mem, as they are packed for the kernels of one step
-//   gradients      of mem from the convolution, and of syn: at the place of the thread that has the
-//                  neurons in the pointwise part. Another thread has convolved for them: in layers
-//                  of 8 channels half of the tensor cores' columns are empty.
+//   d_gates        1 image in the operands' type: step t reads those of t + 1, and after a barrier
+//                  writes its own over them
+//   weights        for the gradient of mem, packed as for the kernels of one step
+//   d_mem, d_syn   gradients of mem from the convolution, and of syn, in slots of the thread that
+//   has
+//                  the neurons in the pointwise part. Other threads have convolved for them, since
+//                  in layers of 8 channels half of the tensor cores' columns are empty.
 #pragma once
 
 #include "neuron_backward.cuh"
@@ -25,21 +26,23 @@ struct ResidentBackwardLayout {
 };
 
 struct ResidentBackward : ResidentArgs<NeuronBackward, ResidentBackwardLayout> {
-  Tensor syn0, saved_syn;  // before the first step; after step t - 1 under number t
+  Tensor syn0;       // syn before the first step
+  Tensor saved_syn;  // at t: syn before step t
   Tensor grad_mem0;
   Segment window;       // the transposed convolution
   int weight_rows = 0;  // fma: of K as packed
   WalkSizes walk;       // mma
-  // The pointwise part: a warp's lanes hold 1 << quad_bits times 4 channels of each pixel.
-  int quad_bits = 2, tiles = 0;
-  SmallDivisor by_tiles;  // of the same channels
-  int pieces = 0;         // tiles of all channels
+  // In the pointwise part a warp has pieces: 32 >> quad_bits pairs of pixels, of each pixel
+  // held_channels().
+  int quad_bits = 2;
+  int tiles = 0, pieces = 0;  // pieces of the same channels; all of them
+  SmallDivisor by_tiles;
 
   SNNLSTM_BOTH int held_channels() const { return 4 << quad_bits; }
 };
 
-// Elements to the gradients of pixel m (even), channels first to first + 3; those of pixel m + 1
-// lie kSlotStride behind them.
+// Returns the slot of pixel m (even) and channels first ... first + 3, in elements; pixel m + 1 has
+// the slot kSlotStride behind it.
 constexpr int kSlotStride = 128;
 SNNLSTM_DEVICE int slot_of(const ResidentBackward& p, int m, int first) {
   const int quad = first >> 2 & ((1 << p.quad_bits) - 1), group = first >> (2 + p.quad_bits);
@@ -48,7 +51,8 @@ SNNLSTM_DEVICE int slot_of(const ResidentBackward& p, int m, int first) {
   return (group * p.tiles + tile) * 2 * kSlotStride + 4 * lane;
 }
 
-// Planes: the image of d_gates has a plane for each channel, else its pixels hold all channels.
+// What both kernels do alike. A Unit multiplies. Planes: the image of d_gates has a plane for each
+// channel; else its pixels hold all channels.
 template <class Element, class R, bool Planes>
 class ResidentBackwardBlock {
  public:
@@ -63,9 +67,10 @@ class ResidentBackwardBlock {
     clear_shared(shared_, p_.at.d_gates.bytes);
     tile_.load_vectors();
     unit.fill_table();
-    const int halves = p_.quad_bits == 1 ? 2 : 1;  // of a warp hold the same channels
+    const int halves = p_.quad_bits == 1 ? 2 : 1;  // groups of a warp's lanes with equal channels
     R* row_sums = array(p_.at.row_sums);
-    for (int i = int(threadIdx.x); i < warps() * halves * p_.channels; i += int(blockDim.x))
+    for (int i = int(threadIdx.x); i < resident::warps() * halves * p_.channels;
+         i += int(blockDim.x))
       row_sums[i] = 0;
     R* own_sums = row_sums + (int(threadIdx.x) / (32 / halves)) * p_.channels;
     for_each_patch([&](int m, int first) {
@@ -102,7 +107,7 @@ class ResidentBackwardBlock {
       });
       if (!fault(Fault::missing_barrier_read, 30)) __syncthreads();
     }
-    tile_.write_sums(row_sums, warps() * halves);
+    tile_.write_sums(row_sums, resident::warps() * halves);
     if (!p_.grad_mem0.present()) return;
     convolve(unit);
     if (!fault(Fault::missing_barrier_read, 32)) __syncthreads();
@@ -117,28 +122,26 @@ class ResidentBackwardBlock {
   }
 
  private:
-  SNNLSTM_DEVICE static int warp() { return int(threadIdx.x) / 32; }
-  SNNLSTM_DEVICE static int warps() { return int(blockDim.x) / 32; }
   SNNLSTM_DEVICE R* array(int start) const { return reinterpret_cast<R*>(shared_ + start); }
 
-  // f(first pixel, first channel) of each patch that the thread holds.
+  // Calls f(first pixel, first channel) for each patch that the thread holds.
   template <class F>
   SNNLSTM_DEVICE void for_each_patch(F&& f) const {
     const int lane = int(threadIdx.x) % 32;
     const int quad = lane & ((1 << p_.quad_bits) - 1), pair = lane >> p_.quad_bits;
 #pragma unroll 1
-    for (int piece = warp(); piece < p_.pieces; piece += warps()) {
+    for (int piece = resident::warp(); piece < p_.pieces; piece += resident::warps()) {
       unsigned group = unsigned(piece);
       const int tile = int(p_.by_tiles.split(group));
       f(2 * ((tile << (5 - p_.quad_bits)) + pair), int(group) * p_.held_channels() + 4 * quad);
     }
   }
 
-  // The gradients of mem through the gates.
+  // Writes the gradients that mem gets through the gates of step t + 1.
   template <class Unit>
   SNNLSTM_DEVICE void convolve(Unit& unit) const {
 #pragma unroll 1
-    for (int u = warp(); u < p_.units; u += warps()) {
+    for (int u = resident::warp(); u < p_.units; u += resident::warps()) {
       __syncwarp();  // lanes have gone different ways
       unit.multiply(u, shared_ + p_.at.d_gates.start);
       unit.for_each([&](int m, int first, const R(&d_mem)[2][4]) {
@@ -149,10 +152,11 @@ class ResidentBackwardBlock {
     }
   }
 
+  // Writes a patch's d_gates into the image.
   SNNLSTM_DEVICE void keep(const PixelPair& at, int c0, const R (&gate)[4][2][4]) const {
     if (c0 >= p_.neuron.Cp) return;
     const SharedImage& i = p_.at.d_gates;
-    const DType type = p_.multiply == Multiply::bf16 ? DType::bfloat16 : DType::float16;
+    const DType type = half_type(p_.multiply);
 #pragma unroll
     for (int px = 0; px < 2; ++px) {
       if (!at.valid[px]) continue;
@@ -204,7 +208,8 @@ class ResidentBackwardMma {
     walk.add(pixel_, 1, 1, d_gates, b, acc_);
   }
 
-  // f(first pixel, first channel, values[pixel][channel]) of what the thread holds.
+  // Calls f(first pixel, first channel, values[pixel][channel]) for each patch that the thread
+  // holds.
   template <class F>
   SNNLSTM_DEVICE void for_each(F&& f) const {
     unrolled<2>([&](int mi) {

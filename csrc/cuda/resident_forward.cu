@@ -39,9 +39,8 @@ void resident_forward(const ForwardArgs& args, const Target& target) {
   const bool by_channel = p.x.src.c == 1;
   p.by_first = Divisor(by_channel ? c.Cin : c.W), p.by_second = Divisor(by_channel ? c.W : c.H);
   p.channels = resident::power_of_two(plan.groups * (mma ? 2 * plan.step.tiles : 4));
-  const Launch how{mma ? "forward sequence (mma)" : "forward sequence (fma)", dim3(unsigned(c.N)),
-                   dim3(unsigned(plan.threads())), size_t(plan.at.bytes),
-                   static_cast<Stream>(target.stream)};
+  const Launch how{mma ? "forward sequence (mma)" : "forward sequence (fma)", c.N, plan.threads(),
+                   size_t(plan.at.bytes), target.stream};
   if (!mma) {
     p.weight_rows[0] = int(fma::depth(input_window(c)));
     p.weight_rows[1] = int(fma::depth(state_window(c)));
@@ -56,10 +55,8 @@ void resident_forward(const ForwardArgs& args, const Target& target) {
   p.weight_pitch = packed.x.pitch;
   with_element(p.multiply, [&](auto element) {
     using E = decltype(element);
-    if (plan.step.tiles == 8)
-      launch(how, &resident_forward_mma<E, 2>, p);
-    else
-      launch(how, &resident_forward_mma<E, 1>, p);
+    launch(how, plan.step.tiles == 8 ? &resident_forward_mma<E, 2> : &resident_forward_mma<E, 1>,
+           p);
   });
 }
 

@@ -11,18 +11,19 @@
 namespace snnlstm::cuda {
 
 struct ResidentForward : ResidentArgs<NeuronForward, ResidentLayout> {
-  int64_t* winner = nullptr;    // (T, N), inhibition alone; may be null
+  int64_t* winner = nullptr;    // (T, N), or null
   Segment x;                    // of all time steps
   Divisor by_first, by_second;  // see ResidentInput
-  int weight_rows[2] = {0, 0};  // fma: of K as packed, of x and of mem behind it
+  int weight_rows[2] = {0, 0};  // fma: packed rows of K of x, of mem
   // mma
-  bool gathers = false;  // x: few channels, K = (tap, channel)
+  bool gathers = false;  // x has few channels: K = (tap, channel), without gaps
   WalkSizes walk[2];     // of x, of mem
   int table_of_mem = 0, warp_columns = 1;
   int64_t weight_pitch = 0;  // bytes of a column block
 };
 
-// What both kernels do alike. A Unit multiplies, and says which neurons a thread holds.
+// What both kernels do alike. A Unit multiplies, and says which neurons a thread holds: kPatches
+// for each unit of the warp, numbered through all of them.
 template <class Element, class R, int CH>
 class ResidentForwardBlock {
  public:
@@ -37,17 +38,10 @@ class ResidentForwardBlock {
         tile_(tile),
         mem_tile_{reinterpret_cast<R*>(shared + p.at.mem_tile), p.at.mem_pitch} {}
 
-  SNNLSTM_DEVICE DType operand() const {
-    return p_.multiply == Multiply::bf16 ? DType::bfloat16 : DType::float16;
-  }
-  SNNLSTM_DEVICE static int warp() { return int(threadIdx.x) / 32; }
-  SNNLSTM_DEVICE static int warps() { return int(blockDim.x) / 32; }
   SNNLSTM_DEVICE unsigned char* image(const SharedImage& i, int t) const {
     return shared_ + i.start + (t & 1) * i.bytes;
   }
 
-  // Patches: of a unit, Pixels each, numbered through all units of the warp. work(unit, acc):
-  // multiplies. patch(acc, k, sum): the sums of patch k, called in order.
   template <class Unit>
   SNNLSTM_DEVICE void run(Unit& unit) {
     clear_shared(shared_, p_.at.images);
@@ -56,7 +50,8 @@ class ResidentForwardBlock {
     tile_.load_vectors();
     unit.fill_table();
     __syncthreads();  // the images hold zeros
-    ResidentInput<Element, R> input(p_.x, p_.at.x, operand(), p_.by_first, p_.by_second, block_.n);
+    ResidentInput<Element, R> input(p_.x, p_.at.x, half_type(p_.multiply), p_.by_first,
+                                    p_.by_second, block_.n);
     input.start(0, image(p_.at.x, 0));
     for_each_patch(unit, [&](int patch, int m, int first) { begin(patch, m, first); });
     input.finish();
@@ -71,7 +66,7 @@ class ResidentForwardBlock {
       if (more) input.start(t + 1, image(p_.at.x, t + 1));
       int patch = 0;
 #pragma unroll 1
-      for (int u = warp(); u < p_.units; u += warps()) {
+      for (int u = resident::warp(); u < p_.units; u += resident::warps()) {
         __syncwarp();  // lanes have gone different ways
         unit.multiply(u, image(p_.at.x, t), image(p_.at.mem, t));
 #pragma unroll 1
@@ -99,7 +94,7 @@ class ResidentForwardBlock {
   SNNLSTM_DEVICE void for_each_patch(Unit& unit, F&& f) {
     int patch = 0;
 #pragma unroll 1
-    for (int u = warp(); u < p_.units; u += warps())
+    for (int u = resident::warp(); u < p_.units; u += resident::warps())
 #pragma unroll 1
       for (int k = 0; k < Unit::kPatches; ++k, ++patch) f(patch, unit.pixel(u, k), unit.channel(u));
   }
@@ -112,7 +107,7 @@ class ResidentForwardBlock {
                                        p_.at.flags)[patch * int(blockDim.x) + int(threadIdx.x)];
   }
 
-  // The states before the first step.
+  // Keeps a patch's states before the first step.
   SNNLSTM_DEVICE void begin(int patch, int m, int first) {
     const PixelPair at = pixel_pair(p_.tiling, block_, m, p_.neuron.Ho, p_.neuron.Wo);
     R v[2][CH];
@@ -122,15 +117,15 @@ class ResidentForwardBlock {
     keep_mem(patch, at, first, v, 0);
   }
 
-  // mem for the convolution and the reset of step t.
+  // Keeps a patch's mem for the convolution and the reset of step t.
   SNNLSTM_DEVICE void keep_mem(int patch, const PixelPair& at, int first, const R (&mem)[2][CH],
                                int t) {
     const SharedImage& i = p_.at.mem;
     unsigned char* to = image(i, t) + first * i.channel;
     unrolled<2>([&](int px) {
       if (at.valid[px] && first < (CH == 1 ? p_.neuron.C : p_.neuron.Cp))
-        put_channels<Element>(to + i.pixel(at.y[px] + i.top, at.x[px] + i.left), operand(),
-                              mem[px]);
+        put_channels<Element>(to + i.pixel(at.y[px] + i.top, at.x[px] + i.left),
+                              half_type(p_.multiply), mem[px]);
     });
     if (p_.neuron.reset == Reset::none) return;
     const R* thresholds =
@@ -166,7 +161,8 @@ class ResidentForwardBlock {
     keep_mem(patch, at, first, mem, next);
   }
 
-  // Inhibition, between two barriers: spikes of the step whose mem the tile holds.
+  // Under inhibition writes the spikes of the step whose mem the tile holds. Barriers come before
+  // and after.
   SNNLSTM_DEVICE void fire_winner() const {
     const Fire& f = p_.neuron.fire;
     R* mems = reinterpret_cast<R*>(shared_ + p_.at.winners);
@@ -178,7 +174,7 @@ class ResidentForwardBlock {
     int64_t* winner = p_.winner;
     if (winner != nullptr) winner += block_.t * int64_t(p_.tiling.by_batch.value) + block_.n;
     fire_winner_of(f, image_of(f.spk, block_.t, block_.n), mem_of, mems,
-                   reinterpret_cast<int*>(mems + warps()), winner);
+                   reinterpret_cast<int*>(mems + resident::warps()), winner);
   }
 
   const ResidentForward& p_;
@@ -216,7 +212,7 @@ class ResidentMma {
     copy_to_shared(shared_ + p_.at.weights, p_.weight, p_.weight_bytes);
   }
 
-  // The table of x, then that of mem.
+  // Writes the table of x, and that of mem behind it.
   SNNLSTM_DEVICE void fill_table() const {
     int* table = reinterpret_cast<int*>(shared_ + p_.at.table);
     if (p_.gathers)
@@ -238,7 +234,7 @@ class ResidentMma {
     walk(u, p_.at.mem, 1, 1, 1, mem, b);
   }
 
-  // The sums of the next m16 tile.
+  // Moves the sums of the next m16 tile to `sum`.
   SNNLSTM_DEVICE void take(float (&sum)[4][2][kHeld]) {
     ::snnlstm::cuda::take<Tiles>(acc_[0], sum);
     unrolled<kTiles, 4>([&](int nt, int r) { acc_[0][nt][r] = acc_[1][nt][r]; });
@@ -253,7 +249,7 @@ class ResidentMma {
     walk.add(first_pixel(u), step_h, step_w, from, b, acc_);
   }
 
-  // An x of few channels comes to the fragments element by element: K is (tap, channel), no gaps.
+  // Multiplies an x of few channels, whose elements come to the fragments one by one.
   SNNLSTM_DEVICE void gather(int u, const unsigned char* from, SharedPlace& b) {
     const unsigned char* pixels[2][2];
     unrolled<2, 2>([&](int mi, int odd) {
@@ -322,7 +318,7 @@ class ResidentFma {
     return 4 * int(p_.by_groups.split(rest)) + lane_ / 8;
   }
 
-  // Rows of K, of x and then of mem, each the gates of all channels that units hold.
+  // The weights' rows, of x and then of mem, hold the gates of all channels that units have.
   SNNLSTM_DEVICE int columns() const { return 16 * int(p_.by_groups.value); }
   SNNLSTM_DEVICE int depth(int segment) const {
     return p_.x.taps() * (segment == 0 ? p_.x.channels : p_.neuron.C);

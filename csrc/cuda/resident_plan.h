@@ -12,10 +12,11 @@ namespace snnlstm::cuda {
 
 template <class Step, class Layout>
 struct ResidentPlanOf {
-  const char* reason_against = nullptr;  // why the kernels of one step must do it
-  Step step;                             // whose packed weights are used
+  const char* reason_against = nullptr;  // why the kernels of one step must run the cell
+  Step step;                             // the plan whose packed weights are used
   Tiling tiling;                         // one tile is the whole image
-  int groups = 0, units = 0, warps = 0;  // units of the same pixels, of the convolution; of a block
+  int groups = 0, units = 0;             // units of the same pixels; of the convolution
+  int warps = 0;                         // of a block
   Layout at;
   int weight_bytes = 0;
 
@@ -32,7 +33,8 @@ struct ResidentPlanOf {
 };
 
 struct ResidentPlan : ResidentPlanOf<ForwardPlan, ResidentLayout> {
-  int patches = 0, table_of_mem = 0;  // of a warp; where the table of mem begins
+  int patches = 0;       // of a thread
+  int table_of_mem = 0;  // where it begins, in elements of the table
 };
 
 namespace resident {
@@ -44,7 +46,7 @@ inline int power_of_two(int64_t n) {
   return p;
 }
 
-// The image that a half of the gates' convolution reads, for a tile of w columns.
+// Returns the sizes of the image that a convolution reads for a tile of w columns.
 inline SharedImage shared_image(const Segment& s, int64_t Ho, int w) {
   SharedImage i;
   i.top = s.pad_h, i.left = s.pad_w;
@@ -68,7 +70,8 @@ inline void as_pixels(SharedImage& i, const MmaDepth& depth, int element, int w)
   i.bytes = i.rows * i.row;
 }
 
-// The tiling in which one tile is the whole image; widths are even: threads hold pairs of pixels.
+// Returns the tiling in which one tile is the whole image. Its width is even, since threads hold
+// pairs of pixels.
 inline Tiling whole_image(const Cell& c) {
   Tiling tiling;
   tiling.h = int(c.Ho()), tiling.w = int(round_up(c.Wo(), 2));
@@ -80,14 +83,14 @@ inline Tiling whole_image(const Cell& c) {
   return tiling;
 }
 
-// As many warps as share the units out evenly, 4 at least.
+// Returns so many warps that each has equally many units, and 4 at least.
 inline int warps_for(int units, int most_threads) {
   const int64_t rounds = ceil_div(units, most_threads / 32);
   return int(std::max<int64_t>(ceil_div(units, rounds), 4));
 }
 
 // Returns whether an image with its border, or the weights, have more numbers than shared memory
-// has bytes; what does not is counted in int.
+// has bytes. If not, their bytes can be counted in int.
 inline bool is_large(const Cell& c, int64_t bytes) {
   const Shape s(c);
   const int64_t rows = s.Ho * c.stride_h + int64_t(c.kernel_h - 1) * c.dilation_h;
@@ -97,7 +100,7 @@ inline bool is_large(const Cell& c, int64_t bytes) {
          4 * c.C * s.taps * (c.Cin + c.C) > bytes;
 }
 
-// Pieces of shared memory, one behind the other.
+// Hands out pieces of shared memory, one behind the other.
 struct Pieces {
   int64_t end = 0;
   int take(int64_t bytes) {
@@ -107,7 +110,7 @@ struct Pieces {
   }
 };
 
-// Lays out the images that blocks keep twice, from `start` on; returns where they end.
+// Lays out the two images of x and the two of mem, from `start` on. Returns where they end.
 inline int lay_out_images(ResidentLayout& at, int start) {
   for (SharedImage* i : {&at.x, &at.mem}) {
     i->start = start;
@@ -123,12 +126,12 @@ inline WalkSizes walk_sizes(const MmaDepth& depth) {
   return {int(depth.chunks), depth.tail_steps, int(depth.units())};
 }
 
-// The plan of the forward pass, whether or not it pays.
+// Plans the forward pass, whether or not that pays.
 inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
   ResidentPlan plan;
   plan.step = plan_step(c, target);
   const bool mma = plan.step.mma();
-  const int real = c.dtype == DType::float64 ? 8 : 4;
+  const int real = bytes_of(real_of(c.dtype));
   const Segment x = input_window(c), mem = state_window(c);
   const Shape s(c);
   if (resident::is_large(c, target.shared_bytes)) {
@@ -138,13 +141,13 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
 
   const Tiling& tiling = plan.tiling = resident::whole_image(c);
   const int unit_pixels = mma ? 32 : 64, unit_channels = mma ? 2 * plan.step.tiles : 4;
-  const int of_unit = mma ? 2 : 4;  // patches
+  const int patches_of_unit = mma ? 2 : 4;
   const int64_t tiles = ceil_div(int64_t(tiling.h) * tiling.w, unit_pixels);
   plan.groups = int(mma ? ceil_div(c.C, plan.step.channels()) * plan.step.warps_n
                         : s.Cp / unit_channels);  // saved gates have Cp channels
   plan.units = int(tiles * plan.groups);
   plan.warps = resident::warps_for(plan.units, resident::threads(mma ? plan.step.tiles : real));
-  plan.patches = int(ceil_div(plan.units, plan.warps)) * of_unit;
+  plan.patches = int(ceil_div(plan.units, plan.warps)) * patches_of_unit;
 
   ResidentLayout& at = plan.at;
   at.x = resident::shared_image(x, s.Ho, tiling.w);
@@ -169,45 +172,46 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
     plan.weight_bytes = int(table) * 16 * plan.groups * real;
   }
   resident::Pieces pieces{resident::lay_out_images(at, 0)};
-  const auto take = [&](int64_t bytes) { return pieces.take(bytes); };
   const int64_t held = mma ? 2 * plan.step.held() : 2;
   const int channels = resident::power_of_two(plan.groups * unit_channels);
   at.images = int(pieces.end);
-  at.weights = take(plan.weight_bytes);
-  at.table = take(table * 4);
-  at.slots = take(plan.patches * plan.threads() * held * real);
-  at.flags = take(c.reset == Reset::none ? 0 : int64_t(plan.patches) * plan.threads() * 4);
-  at.vectors = take(5 * channels * real);
+  at.weights = pieces.take(plan.weight_bytes);
+  at.table = pieces.take(table * 4);
+  at.slots = pieces.take(plan.patches * plan.threads() * held * real);
+  at.flags = pieces.take(c.reset == Reset::none ? 0 : int64_t(plan.patches) * plan.threads() * 4);
+  at.vectors = pieces.take(5 * channels * real);
   at.mem_pitch = int(tiles) * unit_pixels + (mma && plan.step.tiles == 8 ? 2 : mma ? 4 : 16);
-  at.mem_tile = take(c.pool == Pool::none && !c.inhibition
-                         ? 0
-                         : int64_t(plan.groups) * unit_channels * at.mem_pitch * real);
-  at.winners = take(c.inhibition ? plan.warps * 2 * real : 0);
+  at.mem_tile = pieces.take(c.pool == Pool::none && !c.inhibition
+                                ? 0
+                                : int64_t(plan.groups) * unit_channels * at.mem_pitch * real);
+  at.winners = pieces.take(c.inhibition ? plan.warps * 2 * real : 0);
   at.bytes = int(pieces.end);
   if (pieces.end > target.shared_bytes)
     plan.reason_against = "an image and the weights do not fit in the shared memory of a block";
   return plan;
 }
 
-// Costs in seconds, but for the last, a ratio; no GPU has been timed.
+// Costs in seconds; the last is a ratio. They are guesses: no GPU has been timed.
 namespace resident_cost {
-// A guess of the time from one dependent kernel's work to the next one's: a chain of empty kernels
-// in a CUDA graph would measure it.
+// The time from a kernel's last work to the first work of the next kernel, which depends on it. A
+// chain of empty kernels in a CUDA graph would measure it.
 constexpr double launch = 3.5e-6;
-// `barrier` is a step's first loads of x, barrier and last warp's wait; `start` passes while
-// weights and states come to shared memory. The resident kernel with one block, over T, would
-// measure both.
+// `barrier`: a step waits for its first loads of x, at the barrier, and for its last warp. `start`:
+// weights and states come to shared memory. Times of the resident kernel with one block, over T,
+// would measure both.
 constexpr double barrier = 1e-6, start = 4e-6;
-// One neuron on one multiprocessor, products apart: 200 and 260 instructions of a warp's 32,
-// counted (PTX executed on a CPU; layers of 8 and 16 channels at 14 x 14 to 28 x 28), where a
-// multiprocessor is taken to issue 3 a cycle at 1.75 GHz; the same run would measure them.
+// A neuron on one multiprocessor, without products. A warp issues 200 instructions for its 32
+// neurons forward and 260 backward, counted in PTX for layers of 8 and 16 channels at 14 x 14 to 28
+// x 28; a multiprocessor is taken to issue 3 instructions a cycle at 1.75 GHz. The same times would
+// measure both.
 constexpr double neuron = 1.2e-9, neuron_backward = 1.5e-9;
-// The instructions of the kernels of one step over those of this one, counted on the same layers.
+// The instructions of the kernels of one step, as a multiple of the resident kernel's, counted on
+// the same layers.
 constexpr double fused = 2.0;
 }  // namespace resident_cost
 
-// Returns whether one launch is likely to take less time than one for every step. blocks: of a step
-// of the other kernels. inputs: channels that a step convolves. neuron: see resident_cost.
+// Returns whether one launch is likely to take less time than one for every step. blocks: of a
+// launch for one step; inputs: channels that a step convolves; neuron: see resident_cost.
 inline bool resident_pays(const Cell& c, const Target& target, Multiply m, int64_t blocks,
                           int64_t inputs, double neuron) {
   if (c.T < 2 || c.N == 0) return false;
@@ -222,17 +226,18 @@ inline bool resident_pays(const Cell& c, const Target& target, Multiply m, int64
   return resident_cost::start + c.T * resident < c.T * fused;
 }
 
-// A demand is met where it can be; refuse_resident() says where it cannot.
+// Returns whether one launch is possible, and pays or is demanded.
 inline bool wants_resident(const char* reason_against, bool pays, const Target& target) {
   return reason_against == nullptr && (pays || target.algorithm == Algorithm::resident);
 }
+// Throws if one launch is demanded and impossible.
 inline void refuse_resident(const char* reason_against, const Target& target) {
   if (reason_against != nullptr && target.algorithm == Algorithm::resident)
     throw std::runtime_error(std::string("algorithm resident cannot run this cell: ") +
                              reason_against);
 }
 
-// Returns whether it is looked into at all: one step is one launch anyway.
+// Returns whether a resident kernel is considered at all: a single step is one launch anyway.
 inline bool may_be_resident(const Cell& c, const Target& target) {
   return target.algorithm == Algorithm::resident
              ? c.T > 0
@@ -257,13 +262,14 @@ struct ResidentBackwardPlan : ResidentPlanOf<DataPlan, ResidentBackwardLayout> {
   int channels() const { return resident::power_of_two(held_channels()); }
 };
 
-// The plan, whether or not it pays. step: how the kernels of one step form the gradient of mem.
+// Plans the backward pass, whether or not that pays. step: the plan by which the kernels of one
+// step form the gradient of mem.
 inline ResidentBackwardPlan plan_resident_backward(const Cell& c, const Target& target,
                                                    const DataPlan& step) {
   ResidentBackwardPlan plan;
   plan.step = step;
   const bool mma = step.mma();
-  const int real = c.dtype == DType::float64 ? 8 : 4;
+  const int real = bytes_of(real_of(c.dtype));
   const Shape s(c);
   if (c.C > 32) {
     plan.reason_against = "its backward pass has at most 32 channels";

@@ -1,11 +1,11 @@
-// Reading and writing images, the caller's and our own, in patches of 2 neighbouring pixels and CH
-// neighbouring channels: what one thread holds of a tile.
+// Reads and writes images, the caller's and our own, in patches. A patch, 2 neighbouring pixels and
+// CH neighbouring channels, is what one thread holds of a tile.
 //
 // Lane l of a warp holds pixels 2g, 2g + 1 (g = l % 8 or l / 4) and channels q * CH ... (q the
 // other part of l). So a warp's access covers whole 32-byte sectors in both usual layouts:
-//   channels last   per pixel CH channels in one vector, neighbouring lanes side by side
-//   contiguous      per channel 2 pixels in one vector, neighbouring lanes side by side
-// and anything else (odd sizes, odd strides, unaligned pointers) goes element by element.
+//   channels last   for a pixel CH channels in one vector, neighbouring lanes side by side
+//   contiguous      for a channel 2 pixels in one vector, neighbouring lanes side by side
+// Other layouts (odd sizes, odd strides, unaligned pointers) are accessed element by element.
 #pragma once
 
 #include "math.cuh"
@@ -19,27 +19,27 @@ enum class Access : int {
   channels,  // the pixel's CH channels as one vector
 };
 
-// (T, N, channels, H, W), strides in elements. Tensors may have any size, one of their images less
-// than 2^31 elements from its first to its last.
+// (T, N, channels, H, W), strides in elements. A tensor may have any size, but an image of it
+// reaches over less than 2^31 elements.
 struct Tensor {
   void* data = nullptr;
   int64_t t = 0, n = 0;
   int c = 0, h = 0, w = 0;
-  int channels = 0;  // reads beyond give 0, writes beyond are dropped
+  int channels = 0;  // load_patch() gives 0 for channels beyond, store_patch() drops them
   Access access = Access::none;
   DType type = DType::float32;
 
   SNNLSTM_BOTH bool present() const { return access != Access::none; }
 };
 
-// A thread's two neighbouring pixels; valid says which of them are in the image.
+// The two neighbouring pixels of a patch. valid: whether each lies in the image.
 struct PixelPair {
   int t, n;
   int y[2], x[2];
   bool valid[2];
 };
 
-// The image of one time step and sample.
+// Returns the image of one time step and sample.
 SNNLSTM_DEVICE void* image_of(const Tensor& a, int t, int n) {
   return static_cast<char*>(a.data) + (t * a.t + n * a.n) * bytes_of(a.type);
 }
@@ -47,12 +47,12 @@ SNNLSTM_DEVICE int offset(const Tensor& a, int c, int y, int x) {
   return c * a.c + y * (fault(Fault::wrong_stride, 1) ? a.w : a.h) + x * a.w;
 }
 
-// An image of ours, channels-last, every pixel's vectors aligned: (T, N, H, width, planes, Cp).
+// Images of ours, (T, N, H, width, planes, Cp), in which the vectors of every pixel are aligned.
 struct Image {
   void* data = nullptr;
   int64_t t = 0, n = 0;
   int width = 0;
-  int planes = 1;  // 4 where there is one for each gate
+  int planes = 1;  // 4 if there is one for each gate
   int Cp = 0;
   DType type = DType::float32;
 
@@ -66,9 +66,8 @@ SNNLSTM_DEVICE int offset(const Image& a, int plane, int c, int y, int x) {
   return ((y * a.width + x) * a.planes + plane) * a.Cp + c;
 }
 
-// Goes over a patch as the layout allows: calls move(p, values) for the CH channels of each pixel,
-// else for both pixels of each channel, else for each element. values come from v[pixel][channel]
-// and go back there.
+// Calls move(p, values) for the CH channels of each pixel, or for both pixels of each channel, or
+// for each element, as the layout allows. The values come from v[pixel][channel] and go back there.
 template <class R, int CH, class Move>
 SNNLSTM_DEVICE void move_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][CH],
                                Move&& move) {
@@ -99,7 +98,7 @@ SNNLSTM_DEVICE void move_patch(const Tensor& a, const PixelPair& at, int c0, R (
   });
 }
 
-// v[pixel][channel] of channels c0, c0 + 1, ...; 0 where there is nothing.
+// Loads v[pixel][channel] of channels c0, c0 + 1, ...; values outside of the tensor are 0.
 template <class R, int CH>
 SNNLSTM_DEVICE void load_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][CH]) {
   clear<2 * CH>(&v[0][0]);

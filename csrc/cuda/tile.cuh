@@ -1,4 +1,4 @@
-// How an image is cut into tiles, and what a convolution reads for one.
+// How images are cut into tiles, and what a convolution reads.
 //
 //      x0       x0 + w
 //   y0 +-----------+        One block computes one tile of one image for one group of output
@@ -6,14 +6,15 @@
 //      |  w  ...   |        shape is chosen at run time: full rows where the image is narrow, so
 //      +-----------+ y0 + h that neighbouring pixels are neighbours in memory too, and whole
 //                           pooling windows.
-// Blocks are numbered with the channel group fastest: those that read the same pixels run together.
+// The channel group counts fastest in a block's number: blocks that read the same pixels run
+// together.
 #pragma once
 
 #include "tensor.cuh"
 
 namespace snnlstm::cuda {
 
-// Division by a number that is only known at run time, without the GPU's 20 instructions for it:
+// Divides by a number that is known at run time only, without the GPU's 20 instructions for that:
 // Granlund and Montgomery 1994, https://doi.org/10.1145/178243.178249, figure 4.1.
 struct Divisor {
   unsigned value = 1, factor = 1, shift1 = 0, shift2 = 0;
@@ -38,7 +39,7 @@ struct Divisor {
   }
 };
 
-// Division in two instructions, for numbers within a block: right if n * value < 2^31.
+// Divides in two instructions, rightly if n * value < 2^31: for numbers within a block.
 struct SmallDivisor {
   unsigned value = 1, factor = 1u << 31;
 
@@ -60,12 +61,12 @@ SNNLSTM_BOTH bool inside(int i, int n) { return unsigned(i) < unsigned(n); }
 
 struct Tiling {
   int h = 1, w = 1;                    // pixels of a tile
-  SmallDivisor by_w;                   // w once more
-  Divisor by_rows, by_cols;            // tiles of an image
+  SmallDivisor by_w;                   // w
+  Divisor by_rows, by_cols;            // rows and columns of tiles in an image
   Divisor by_columns;                  // channel groups
   SmallDivisor by_window, by_windows;  // pooling windows in a row of the tile, in the tile
-  Divisor by_batch;                    // images per time step
-  int64_t images = 0;                  // in this launch: batch, or batch * T
+  Divisor by_batch;                    // images of a time step
+  int64_t images = 0;                  // of the launch: batch, or batch * T
 
   int64_t tiles() const { return images * by_rows.value * by_cols.value; }
   int64_t blocks() const { return tiles() * by_columns.value; }
@@ -87,8 +88,14 @@ SNNLSTM_DEVICE Block block_of(const Tiling& tiling, unsigned index) {
   return b;
 }
 
-// A launch of two jobs numbers its blocks through, the first job's first. Returns the job of block
-// `index`, and makes that the block's number in it.
+// What one launch does twice, at different data.
+template <class Job>
+struct Jobs {
+  Job job[2];
+};
+
+// Returns the job of block `index`, which becomes the block's number within the job. The blocks of
+// the first job come first.
 template <class Job, class Index>
 SNNLSTM_DEVICE const Job& job_of(const Job (&job)[2], Index blocks_of_first, Index& index) {
   const bool second = index >= blocks_of_first;
@@ -96,7 +103,7 @@ SNNLSTM_DEVICE const Job& job_of(const Job (&job)[2], Index blocks_of_first, Ind
   return job[second ? 1 : 0];
 }
 
-// Pixels m and m + 1 of the tile.
+// Returns pixels m and m + 1 of the tile.
 SNNLSTM_DEVICE PixelPair pixel_pair(const Tiling& tiling, const Block& b, int m, int height,
                                     int width) {
   PixelPair p;
@@ -112,9 +119,9 @@ SNNLSTM_DEVICE PixelPair pixel_pair(const Tiling& tiling, const Block& b, int m,
   return p;
 }
 
-// One of the images that a convolution sums over: K = taps x channels. Output pixel (y, x), tap
-// (i, j) read the source pixel at row (y * step_h + i * dilation_h - pad_h) / up_h, where that is a
-// whole number inside the image, else 0; columns likewise.
+// One of the images that a convolution sums over, K = taps x channels. For output pixel (y, x), tap
+// (i, j) reads row (y * step_h + i * dilation_h - pad_h) / up_h of the source, or 0 if that is no
+// whole number or lies outside of the image; likewise the column.
 struct Segment {
   Tensor src;        // (T, N, channels, height, width)
   int channels = 0;  // 0: the segment is absent
@@ -124,8 +131,8 @@ struct Segment {
   int pad_h = 0, pad_w = 0;
   int step_h = 1, step_w = 1;    // stride of the convolution
   SmallDivisor up_h, up_w;       // stride of the convolution whose transpose this is
-  const void* weight = nullptr;  // packed, of the first column block; layout: fma.cuh, mma.cuh
-  int64_t weight_pitch = 0;      // elements from one column block to the next
+  const void* weight = nullptr;  // packed as fma.cuh says, first column block; mma: in MmaConv
+  int64_t weight_pitch = 0;      // bytes from one column block to the next
 
   SNNLSTM_BOTH int taps() const { return taps_h * taps_w; }
 };

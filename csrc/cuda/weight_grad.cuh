@@ -1,7 +1,7 @@
 // The weight gradient of one of the two convolutions, over all time steps at once:
 //   dW[(gate, c)][tap][ci] = sum over t, n, y, x of d_gates[t, n, y, x, gate, c] * in[.. + tap, ci]
-// a GEMM whose K are the pixels of the whole sequence. K is split over blocks that each write a
-// part of the sum; a second kernel adds the parts in order, so that the result is the same every
+// This is a GEMM whose K are the pixels of the whole sequence. K is split: each block writes a part
+// of the sum, and a second kernel adds the parts in order, so that the result is the same every
 // time.
 //   parts  (splits, rows, columns): rows (gate, c) of 4 Cp, columns (tap, ci), each filled up to
 //          the kernel's tiles
@@ -12,9 +12,9 @@
 namespace snnlstm::cuda {
 
 struct WeightGrad {
-  Segment in;     // what was convolved; its src: at all t, or only before the first step
-  Tensor later;   // present: in's source from t = 1 on, at t - 1 (mem after each step)
-  Image d_gates;  // (T, N, Ho, Wo, 4, Cp), one piece
+  Segment in;     // what was convolved; in.src has all t, or if `later` is present t = 0
+  Tensor later;   // the source for t = 1, 2, ... (mem after each step)
+  Image d_gates;  // (T, N, Ho, Wo, 4, Cp), contiguous
   Tiling tiling;  // of all T * N images
   int Ho = 0, Wo = 0;
   int rows = 0, columns = 0;  // 4 Cp; taps * channels
@@ -29,12 +29,12 @@ struct WeightGrad {
   SNNLSTM_DEVICE int source_time(int t) const { return t > 0 && later.present() ? t - 1 : t; }
 };
 
-// ---- without tensor cores: 64 rows x 64 columns a block, 16 pixels at a time --------------------
+// ---- without tensor cores: a block has 64 rows x 64 columns, and takes 16 pixels at a time ------
 
 namespace fma {
 template <class R>
 struct WeightGradShared {
-  R a[2][kDepth][kPixels];   // d_gates: "pixels" are rows of the gradient here
+  R a[2][kDepth][kPixels];   // d_gates; [..][row of the gradient], where fma::multiply() has pixels
   R b[2][kDepth][kColumns];  // source
   int4 where[2][kDepth];     // t (negative: none), n, y, x
 };
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(fma::kThreads)
     });
   };
 
-  // Sums of 1024 pixels, and the totals that they are added to: long sums round less in two stages.
+  // Sums of 1024 pixels are added to totals, since long sums round less in two stages.
   R acc[4][2][4] = {}, total[4][2][4] = {};
   const auto fold = [&] {
     unrolled<32>([&](int i) {
@@ -123,8 +123,8 @@ constexpr int kReduceThreads = 256;
 struct ReduceWeight {
   const void* parts = nullptr;
   int splits = 1, part_rows = 0, part_columns = 0;
-  int channels = 0, tap_stride = 0;  // of the columns: tap * tap_stride + ci
-  int first_channel = 0;             // of the weight's input channels
+  int channels = 0, tap_stride = 0;  // columns of the parts: tap * tap_stride + ci
+  int first_channel = 0;             // among the weight's input channels
 };
 
 // Both halves of the weight in one launch.
@@ -132,7 +132,7 @@ struct ReduceWeights {
   ReduceWeight half[2];
   int C = 0, Cp = 0, taps = 1;
   int all_channels = 0;  // Cin + C
-  int chunk = 32;        // input channels of a block
+  int chunk = 32;        // input channels that a block takes
   void* grad = nullptr;  // (4C, all_channels, taps)
   DType type = DType::float32;
 
@@ -140,8 +140,8 @@ struct ReduceWeights {
   SNNLSTM_BOTH int chunks(int k) const { return (half[k].channels + chunk - 1) / chunk; }
 };
 
-// grid: (4C; chunks of input channels of x, then of mem). The sums go through shared memory,
-// (chunk, pitch): the parts have the channels innermost, the gradient the taps.
+// grid: (4C; chunks of input channels of x, then of mem). The sums pass through shared memory,
+// (chunk, pitch), since the parts have the channels innermost and the gradient has the taps.
 template <class R>
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_weight(const __grid_constant__ ReduceWeights p) {
@@ -171,16 +171,18 @@ __global__ void __launch_bounds__(kReduceThreads)
 
 // ---- sums of columns ----------------------------------------------------------------------------
 
-// The gradient of the bias is d_gates summed over pixels, here in parts that reduce_sums() adds.
+// The gradient of the bias is the sum of d_gates over pixels. sum_gates() writes parts of it, which
+// reduce_sums() adds.
 struct SumGates {
   const void* d_gates = nullptr;  // (pixels, columns), contiguous
   DType type = DType::float32;
-  int64_t pixels = 0, share = 0;  // of all steps; of a part
+  int64_t pixels = 0, share = 0;  // in all steps; in a part
   int columns = 0;                // 4 Cp
   void* parts = nullptr;          // (splits, columns) in the compute type
 };
 
-constexpr int kSumThreads = 256, kSumColumns = 32;  // a thread takes 4 columns of every 32nd pixel
+// A thread takes 4 columns of every 32nd pixel.
+constexpr int kSumThreads = 256, kSumColumns = 32;
 
 template <class R>
 struct SumShared {

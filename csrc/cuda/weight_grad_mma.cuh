@@ -1,21 +1,20 @@
-// The weight gradient on tensor cores: see weight_grad.cuh for what it is. M = rows (gate, c), N =
-// input channels of one tap, K = pixels.
+// The weight gradient (weight_grad.cuh) on tensor cores: M = rows (gate, c), N = input channels of
+// one tap, K = pixels.
 //
-// A block takes 32 * warp rows rows, 32 input channels and 3 * tap groups taps, and walks over the
-// tiles of its share of the sequence. Of a tile it keeps d_gates and the source's neighbourhood in
-// shared memory, pixel by pixel as mma_source.cuh lays them out, two buffers each; the taps read
+// A block takes 32 * warp_rows rows, 32 input channels and 3 * tap_groups taps, and walks over the
+// tiles of its share of the sequence. It keeps a tile's d_gates and its source's neighbourhood in
+// shared memory, pixel by pixel as mma_source.cuh lays them out, in two buffers each; the taps read
 // the neighbourhood shifted. A warp computes 32 rows x 16 channels x 3 taps.
 //
-// Both operands lie with K (pixels) outermost, and the tensor core wants K innermost: 16-bit
-// elements come through ldmatrix transposed, floats as vectors of neighbouring rows or channels
-// that are dealt out to the m16 and n8 tiles one by one. Any pixel may be any k, if both operands
-// agree: with every other pixel of 16 (half of them even, half odd) a warp's reads fall on
-// different banks for every shift.
+// Both operands lie with K (pixels) outermost, and the tensor core wants K innermost. So 16-bit
+// elements come through ldmatrix_transposed(), and floats as vectors of neighbouring rows or
+// channels, each of which goes to another m16 or n8 tile. Any pixel may be any k, if both operands
+// agree. In this order a warp's reads fall on different banks for every shift:
 //   16-bit: k = 0 .. 7 are pixels 0, 2, .. 14, k = 8 .. 15 pixels 1, 3, .. 15 of a k-step's 16
 //   tf32:   k-step s of 2, k = t and t + 4 are pixels 4 t + 2 s and 4 t + 2 s + 1 of 16
 //
-// Tensor cores truncate where they add. An accumulator takes a hundred k-steps and is then added to
-// a total in shared memory, which rounds to nearest.
+// Tensor cores truncate their sums. Therefore an accumulator takes at most 128 k-steps, and is then
+// added to a total in shared memory, which rounds to nearest.
 #pragma once
 
 #include <type_traits>
@@ -28,34 +27,28 @@ namespace snnlstm::cuda {
 struct WeightGradMma {
   WeightGrad grad;  // share and total count tiles
   int column_blocks = 0, row_blocks = 0, splits = 0;
-  MmaSegment source[2];  // before the first step or at all times; from t = 1 on
+  MmaSegment source[2];  // for grad.in.src; for grad.later
   int warp_rows = 1, tap_groups = 1;
-  int planes = 1;        // of d_gates: 64 bytes of the block's rows each, as 4 units of 16
-  int unit_bits = 2;     // log2 of the units
-  int column_pitch = 0;  // of parts: from one tap's columns to the next
-  int buffer_bytes = 0;  // of one neighbourhood chunk
-  int totals = 0;        // where they lie in shared memory, in bytes
-};
-
-// Both halves of the weight in one launch.
-struct WeightGradJobs {
-  WeightGradMma job[2];
+  int planes = 1;        // planes of d_gates in a block, of 4 units of 16 bytes each
+  int unit_bits = 2;     // log2 of the units of all planes
+  int column_pitch = 0;  // columns of parts from one tap to the next
+  int buffer_bytes = 0;  // of one chunk of the neighbourhood
+  int totals = 0;        // bytes of shared memory before the totals
 };
 
 namespace weight_tile {
 constexpr int kPixels = 64, kTaps = 3, kWarpColumns = 2, kChannels = 32;
-constexpr int kMaxThreads = 384;   // of 168 registers
-constexpr int kSums = kTaps * 16;  // of a thread
-// A plane is 64 bytes of rows of d_gates; planes lie half a line apart.
+constexpr int kMaxThreads = 384;   // each has 168 registers
+constexpr int kSums = kTaps * 16;  // sums of a thread
+// A plane has 64 bytes of rows of d_gates for each pixel. Planes begin half a line of banks apart.
 constexpr int kPlaneBytes = 64 * kPixels + 16 * kPixels / 2 + 64;
 constexpr int kMostGroups = 3;
 
-// Offsets into the neighbourhood in bytes, at the start of shared memory.
+// Offsets into the neighbourhood, in bytes. They lie at the start of shared memory.
 struct Tables {
-  // Offset of the tile's pixel 2 i, before the tap's shift: even places, so that offsets add up.
+  // The offset of the tile's pixel 2 i. Its place is even, so that a tap's shift can be added.
   int pair[kPixels / 2];
-  // What a tap adds for the first and the second pixel of a pair, where the neighbourhood begins
-  // `lead` pixels late.
+  // [lead][tap]: what a tap adds for the first and for the second pixel of a pair.
   int shift[2][kMostGroups * kTaps][2];
 };
 constexpr int kTableBytes = (sizeof(Tables) + 127) / 128 * 128;
@@ -76,11 +69,11 @@ class WeightGemm {
       std::conditional_t<M == Multiply::fp16, fp16, std::conditional_t<kHalf, bf16, tf32>>;
   static constexpr int kPerPlane = 64 / sizeof(Element);              // rows, or input channels
   static constexpr int kChunks = weight_tile::kChannels / kPerPlane;  // of the neighbourhood
-  static constexpr int kTurns = weight_tile::kPixels / 16;            // 16 pixels each
-  // Tiles between two folds: 128 k-steps, or a third as many where each adds three times.
+  static constexpr int kTurns = weight_tile::kPixels / 16;            // of 16 pixels
+  // Tiles between two folds: 128 k-steps, or in parts, where each adds three times, 40.
   static constexpr int kFold = kHalf ? 32 : kParts ? 5 : 16;
 
-  // index: of the block among the job's: columns fastest, then rows, then splits.
+  // index: the block's number in the job. Columns count fastest, then rows, then splits.
   SNNLSTM_DEVICE WeightGemm(const WeightGradMma& p, int index, unsigned char* shared)
       : p_(p), tables_(*reinterpret_cast<weight_tile::Tables*>(shared)), source_(M, p.grad.tiling) {
     shared_ = shared + weight_tile::kTableBytes;
@@ -90,7 +83,7 @@ class WeightGemm {
     const int taps_of_block = p.tap_groups * weight_tile::kTaps;
     const int groups = (p.source[0].taps + taps_of_block - 1) / taps_of_block;
     channels_ = column / groups;
-    // Warps: columns fastest, then rows, then tap groups.
+    // In a warp's number columns count fastest, then rows, then tap groups.
     const int warp = int(threadIdx.x) / 32;
     lane_ = int(threadIdx.x) % 32;
     warp_column_ = warp % weight_tile::kWarpColumns;
@@ -99,7 +92,7 @@ class WeightGemm {
     const int first = column % groups * taps_of_block;
     first_tap_ = first + group * weight_tile::kTaps;
     taps_ = p.source[0].taps - first_tap_;
-    if (group >= p.tap_groups) taps_ = 0;  // the other job has more warps
+    if (group >= p.tap_groups) taps_ = 0;  // the other job needs this warp
     first_shifts_ = shifts_ = tables_.shift[0] + group % p.tap_groups * weight_tile::kTaps;
     fill_tables(first);
     address_lane();
@@ -119,7 +112,7 @@ class WeightGemm {
       const bool more = i + 1 < end, computes = i >= begin;
       const Block at = block_of(p_.grad.tiling, unsigned(i + 1));
       const MmaSegment& next = p_.source[more && at.t > 0 && p_.grad.later.present() ? 1 : 0];
-      // Elements that are gathered come a few at a time while the tensor cores work.
+      // Gathered elements come a few at a time, while the tensor cores work.
       const bool in_turns =
           more && computes && (next.feed == Feed::gather || next.feed == Feed::vectors);
       if (more) {
@@ -198,7 +191,7 @@ class WeightGemm {
  private:
   using Sums = float[weight_tile::kTaps][2][2][4];  // [tap][m16 tile][n8 tile]
 
-  // Four of the thread's totals.
+  // Returns the place of totals 4 i ... 4 i + 3 of the thread.
   SNNLSTM_DEVICE unsigned char* total(int i) const {
     return reinterpret_cast<unsigned char*>(&tables_) + p_.totals +
            (i * int(blockDim.x) + int(threadIdx.x)) * 16;
@@ -227,7 +220,8 @@ class WeightGemm {
     const int number = channels_ * kChunks + chunk;
     source_.start(seg, number, neighbourhood(buffer, chunk), true);
   }
-  // The tile's d_gates, the block's rows; zeros outside of the image and behind the last row.
+  // Begins to copy the tile's d_gates of the block's rows, with zeros outside of the image and
+  // behind the last row.
   SNNLSTM_DEVICE void copy_gates(const Block& at, int buffer) const {
     const Tiling& tiling = p_.grad.tiling;
     const auto* image = static_cast<const Element*>(image_of(p_.grad.d_gates, at.t, at.n));
@@ -240,20 +234,20 @@ class WeightGemm {
       const bool real = int(y) < tiling.h && at.y0 + int(y) < p_.grad.Ho &&
                         at.x0 + x < p_.grad.Wo && row < p_.grad.rows;
       const int from = ((at.y0 + int(y)) * p_.grad.Wo + at.x0 + x) * p_.grad.rows + row;
-      cp_async<16>(gates(buffer) + unit / 4 * weight_tile::kPlaneBytes + mma_tile::row_offset(m) +
-                       unit % 4 * 16,
-                   real ? image + from : image, real);
+      cp_async(gates(buffer) + unit / 4 * weight_tile::kPlaneBytes + mma_tile::row_offset(m) +
+                   unit % 4 * 16,
+               real ? image + from : image, real);
     }
   }
 
-  // first: tap of the block.
+  // first: the block's first tap.
   SNNLSTM_DEVICE void fill_tables(int first) const {
     const Tiling& tiling = p_.grad.tiling;
     const MmaSegment& s = p_.source[0];
     const int pixels = tiling.h * tiling.w;
     for (int i = int(threadIdx.x); i < weight_tile::kPixels / 2; i += int(blockDim.x)) {
       int m = 2 * i;
-      if (m >= pixels) m &= 15;  // its d_gates are zero: any pixel, on the same banks
+      if (m >= pixels) m &= 15;  // its d_gates are 0: some pixel, on the same banks
       unsigned y = unsigned(m < pixels ? m : 0);
       const int x = int(tiling.by_w.split(y));
       tables_.pair[i] = mma_tile::row_offset(int(y) * s.step_h * s.pitch + x * s.step_w);
@@ -268,8 +262,7 @@ class WeightGemm {
     }
   }
 
-  // Finds where the lane reads in d_gates and in the neighbourhood, before a turn's and tap's
-  // offsets.
+  // Finds where the lane reads in d_gates and in the neighbourhood; turns and taps add offsets.
   SNNLSTM_DEVICE void address_lane() {
     if constexpr (kHalf) {
       // a: matrices (k, m), (k, m + 8), (k + 8, m), (k + 8, m + 8)
@@ -288,7 +281,7 @@ class WeightGemm {
     }
   }
 
-  // Full: the warp has all of its taps, so that no lane can leave the others.
+  // Full: the warp has all of its taps, and the code no branch for fewer.
   template <bool Full>
   SNNLSTM_DEVICE void multiply(const unsigned char* a, const unsigned char* b, int turn) {
     if constexpr (kHalf)
@@ -297,7 +290,7 @@ class WeightGemm {
       multiply_float<Full>(a, b, turn);
   }
 
-  // One k-step.
+  // Multiplies one k-step.
   template <bool Full>
   SNNLSTM_DEVICE void multiply_half(const unsigned char* a_row, const unsigned char* b_row,
                                     int turn) {
@@ -317,14 +310,14 @@ class WeightGemm {
     }
   }
 
-  // Two k-steps. A lane's rows are 4 g .. 4 g + 3 of the warp's 32, its channels 2 g, 2 g + 1
-  // of 16.
+  // Multiplies two k-steps. A lane has rows 4 g .. 4 g + 3 of the warp's 32, and channels 2 g, 2 g
+  // + 1 of its 16.
   template <bool Full>
   SNNLSTM_DEVICE void multiply_float(const unsigned char* a_row, const unsigned char* b_column,
                                      int turn) {
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
-      uint32_t a[8], a_low[8];  // of m16 tile mi from 4 mi on
+      uint32_t a[8], a_low[8];  // m16 tile mi has 4 from 4 mi on
 #pragma unroll
       for (int k = 0; k < 2; ++k) {  // k = t and t + 4
         const uint4 v = load<uint4>(a_row + mma_tile::row_offset(2 * step) + 64 * k);
@@ -332,7 +325,7 @@ class WeightGemm {
       }
       const unsigned char* b_row = b_column + pairs_[turn * 8 + step];
       uint32_t b[weight_tile::kTaps][4],
-          b_low[weight_tile::kTaps][4];  // of n8 tile nt from 2 nt on
+          b_low[weight_tile::kTaps][4];  // n8 tile nt: 2 nt, 2 nt + 1
       uint32_t of_a = take(a, a_low), of_b = 0;
 #pragma unroll
       for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
@@ -346,9 +339,9 @@ class WeightGemm {
       }
       if constexpr (kParts) {
         if (mma_gemm::may_be_infinite(of_a | of_b)) {
-          without_nan(a_low);
+          mma_gemm::mend_rests(a, a_low);
           unrolled<weight_tile::kTaps>([&](int tap) {
-            if (Full || tap < taps_) without_nan(b_low[tap]);
+            if (Full || tap < taps_) mma_gemm::mend_rests(b[tap], b_low[tap]);
           });
         }
         const bool both = __any_sync(full_warp, (of_b << 1) != 0);  // spikes need no low parts
@@ -362,7 +355,7 @@ class WeightGemm {
     }
   }
 
-  // Rounds numbers to tf32, and in parts says what that leaves of them and which bits it has.
+  // Rounds numbers to tf32. In parts `low` becomes the rests; returns the bits that are set in any.
   template <int N>
   SNNLSTM_DEVICE static uint32_t take(uint32_t (&v)[N], uint32_t (&low)[N]) {
     uint32_t seen = 0;
@@ -375,13 +368,6 @@ class WeightGemm {
       }
     });
     return seen;
-  }
-  template <int N>
-  SNNLSTM_DEVICE static void without_nan(uint32_t (&low)[N]) {
-    unrolled<N>([&](int i) {
-      const float rest = detail::float_of(low[i]);
-      if (rest != rest) low[i] = 0;
-    });
   }
 
   SNNLSTM_DEVICE static void add(float (&acc)[2][2][4], const uint32_t (&a)[8],
@@ -398,17 +384,17 @@ class WeightGemm {
   unsigned char* shared_;
   MmaSource<Element, true> source_;
   int lane_, warp_row_, warp_column_, channels_, row_, split_;
-  int taps_, first_tap_;     // of the warp: how many are left; the first of all
-  int a_offset_, b_offset_;  // of the lane
+  int taps_, first_tap_;     // taps from the warp's first one on; that tap
+  int a_offset_, b_offset_;  // the lane's
   const int* pairs_;
-  const int (*first_shifts_)[2], (*shifts_)[2];   // of the warp's taps; for the tile at hand
+  const int (*first_shifts_)[2], (*shifts_)[2];   // of the warp's taps: lead 0; the tile's lead
   int shift_[weight_tile::kTaps][kHalf ? 1 : 2];  // the lane's
   Sums acc_;
 };
 
 template <Multiply M>
 __global__ void __launch_bounds__(weight_tile::kMaxThreads, 1)
-    weight_grad_mma(const __grid_constant__ WeightGradJobs p) {
+    weight_grad_mma(const __grid_constant__ Jobs<WeightGradMma> p) {
   if constexpr (arch::has_mma) {
     const WeightGradMma& first = p.job[0];
     const int blocks = first.column_blocks * first.row_blocks * first.splits;

@@ -1,5 +1,5 @@
-// The gradients of weight and bias over many steps: which kernels, in which order, on which memory.
-// backward() ends with them; weight_gradient() is nothing else.
+// Launches the kernels that form the gradients of weight and bias over many steps, and lays out
+// their memory. backward() ends with them, and weight_gradient() does nothing else.
 #pragma once
 
 #include "choose.h"
@@ -9,11 +9,10 @@ namespace snnlstm::cuda {
 
 class WeightGradient {
  public:
-  // Over the steps of the cell.
   struct Sources {
     Tensor x;          // (T, N, Cin, H, W)
-    Tensor mem;        // before each step, or before the first
-    Tensor mem_later;  // else present: after each step, read from t = 1 on
+    Tensor mem;        // before each step; if mem_later is present, before the first
+    Tensor mem_later;  // after each step
     void* d_gates;     // (T, N, Ho, Wo, 4, Cp)
   };
 
@@ -26,7 +25,7 @@ class WeightGradient {
         gate_type_(gate_type(type_, target.matrix)),
         bias_splits_(int(std::clamp<int64_t>(pixels() / 1024, 1, 4 * target.multiprocessors))) {}
 
-  // The workspace.
+  // Takes the workspace.
   void carve(Arena& arena) {
     parts_[0] = arena.take(plan_.x.part_bytes(real_));
     parts_[1] = arena.take(plan_.mem.part_bytes(real_));
@@ -40,7 +39,6 @@ class WeightGradient {
   }
 
  private:
-  Stream stream() const { return static_cast<Stream>(target_.stream); }
   int64_t pixels() const { return s_.c.T * s_.c.N * s_.pixels; }
 
   void bias(const Sources& from, void* grad) const {
@@ -49,12 +47,12 @@ class WeightGradient {
     p.columns = int(4 * s_.Cp);
     p.pixels = pixels(), p.share = ceil_div(p.pixels, bias_splits_);
     p.parts = bias_parts_;
-    launch_sum_gates(p, bias_splits_, real_, stream());
+    launch_sum_gates(p, bias_splits_, real_, target_.stream);
     ReduceSums r;
     r.parts = bias_parts_, r.blocks = bias_splits_;
     r.rows = 4, r.pitch = int(s_.Cp), r.columns = int(s_.c.C);
     r.out = grad, r.type = type_;
-    launch_reduce_sums(r, stream());
+    launch_reduce_sums(r, target_.stream);
   }
 
   void weight(const Sources& from, void* out) const {
@@ -83,21 +81,21 @@ class WeightGradient {
       h.first_channel = k == 0 ? 0 : int(c.Cin);
     }
     if (plan_.x.mma()) {
-      WeightGradJobs jobs;
+      Jobs<WeightGradMma> jobs;
       const int threads = plan_.threads();
       for (int k = 0; k < 2; ++k) jobs.job[k] = job(*plans[k], grad[k], k == 0, threads);
-      launch_weight_grad_mma(plan_, jobs, stream());
+      launch_weight_grad_mma(plan_, jobs, target_.stream);
     } else {
       for (int k = 0; k < 2; ++k)
-        launch_weight_grad_fma(grad[k], plans[k]->splits, real_, stream());
+        launch_weight_grad_fma(grad[k], plans[k]->splits, real_, target_.stream);
     }
     r.C = int(c.C), r.Cp = int(s_.Cp), r.taps = int(s_.taps);
     r.all_channels = int(c.Cin + c.C);
     r.grad = out, r.type = type_;
-    launch_reduce_weight(r, stream());
+    launch_reduce_weight(r, target_.stream);
   }
 
-  // threads: of a block of the launch.
+  // threads: of a block of the launch, which may have more warps than the job.
   WeightGradMma job(const WeightPlan& plan, const WeightGrad& grad, bool of_x, int threads) const {
     const MmaType type(plan.multiply);
     const MmaDepth depth = of_x ? x_depth(s_.c, plan.multiply) : mem_depth(s_.c, plan.multiply);
@@ -114,8 +112,8 @@ class WeightGradient {
     Segment in = grad.in;
     for (MmaSegment& m : p.source) {
       m = mma_segment(in, type, depth, plan.tiling);
-      m.tail_steps = 2;  // every warp reads its 16 channels: whole chunks, zeros behind the last
-      // A tile's chunks, one or two, come in the 4 turns of another.
+      m.tail_steps = 2;  // warps read whole chunks: zeros come behind the last channel
+      // A tile's one or two chunks come during the 4 turns of the tile before.
       const int64_t turns = 8 / type.element;
       m.turns = int(ceil_div(ceil_div(chunk_turns(m, type), threads), turns));
       if (grad.later.present()) in.src = grad.later;
