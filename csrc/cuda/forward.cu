@@ -99,7 +99,7 @@ class Forward {
   // Computes the input half of the gate sums of step t and the next ones.
   void hoist(int64_t t) const {
     const int64_t steps = std::min(plan_.hoisted, s_.c.T - t);
-    auto n = neuron_of_step<NeuronForward>(a_, a_.spk, 0, plan_.held());
+    auto n = neuron_of_steps<NeuronForward>(a_, a_.spk, 0, plan_.held());
     n.sums_out = sums(t);
     Tiling tiling = plan_.tiling;
     tiling.images = steps * s_.c.N;

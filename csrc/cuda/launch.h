@@ -59,12 +59,13 @@ void with_real(DType type, F&& f) {
   type == DType::float64 ? f(double{}) : f(float{});
 }
 
-// ---- the caller's arguments as the neurons' kernels take them, for time step t ------------------
+// ---- the caller's arguments as the neurons' kernels take them -----------------------------------
 //
-// held: channels that a thread holds. spk: spikes forward, their gradient backward.
+// The kernels run `steps` time steps from t on: 1, or all. held: channels that a thread holds. spk:
+// spikes forward, their gradient backward.
 
 template <class Args>
-Fire fire_of(const Args& a, const View& spk, int64_t t, int held) {
+Fire fire_of(const Args& a, const View& spk, int64_t t, int held, int64_t steps = 1) {
   const Cell& c = a.cell;
   Fire f;
   f.C = int(c.C), f.Hp = int(c.Hp()), f.Wp = int(c.Wp());
@@ -72,47 +73,52 @@ Fire fire_of(const Args& a, const View& spk, int64_t t, int held) {
   f.num_levels = c.num_levels, f.levels = a.levels;
   f.threshold = a.threshold, f.threshold_stride = a.threshold_stride;
   f.graded = a.graded_factor;
-  f.spk = tensor(spk, c.dtype, t, {1, c.N, c.C, c.Hp(), c.Wp()}, held);
+  f.spk = tensor(spk, c.dtype, t, {steps, c.N, c.C, c.Hp(), c.Wp()}, held);
   return f;
 }
 
 template <class Neuron, class Args>
-Neuron neuron_of_step(const Args& a, const View& spk, int64_t t, int held) {
+Neuron neuron_of_steps(const Args& a, const View& spk, int64_t t, int held, int64_t steps = 1) {
   const Cell& c = a.cell;
   Neuron n;
   n.C = int(c.C), n.Cp = int(Shape(c).Cp), n.Ho = int(c.Ho()), n.Wo = int(c.Wo());
   n.reset = c.reset;
-  n.fire = fire_of(a, spk, t, held);
+  n.fire = fire_of(a, spk, t, held, steps);
   return n;
 }
 
-inline Tensor state_tensor(const Cell& c, const View& v, int64_t t, int held) {
-  return tensor(v, c.dtype, t, {1, c.N, c.C, c.Ho(), c.Wo()}, held);
+inline Tensor state_tensor(const Cell& c, const View& v, int64_t t, int held, int64_t steps = 1) {
+  return tensor(v, c.dtype, t, {steps, c.N, c.C, c.Ho(), c.Wo()}, held);
 }
 
-// Has the states before the first step, and those after step t if the caller wants them.
-inline NeuronForward neuron_forward(const ForwardArgs& a, int64_t t, int held) {
+// The states, or their gradients, that the caller has of the steps: all, the last, or none.
+template <class Args>
+Tensor states_of_steps(const Args& a, const View& v, int64_t t, int held, int64_t steps) {
+  if (a.record) return state_tensor(a.cell, v, t, held, steps);
+  return t + steps == a.cell.T ? state_tensor(a.cell, v, 0, held) : Tensor();
+}
+
+// Has the states before the first step, and those after the steps that the caller wants.
+inline NeuronForward neuron_forward(const ForwardArgs& a, int64_t t, int held, int64_t steps = 1) {
   const Cell& c = a.cell;
-  auto n = neuron_of_step<NeuronForward>(a, a.spk, t, held);
+  auto n = neuron_of_steps<NeuronForward>(a, a.spk, t, held, steps);
   n.bias = a.bias;
   n.syn_in = state_tensor(c, a.syn0, 0, held), n.mem_in = state_tensor(c, a.mem0, 0, held);
-  if (a.record || t == c.T - 1)
-    n.syn_out = state_tensor(c, a.syn, t, held), n.mem_out = state_tensor(c, a.mem, t, held);
+  n.syn_out = states_of_steps(a, a.syn, t, held, steps);
+  n.mem_out = states_of_steps(a, a.mem, t, held, steps);
   return n;
 }
 
-// Has syn before the first step, and the caller's gradients of step t.
-inline NeuronBackward neuron_backward(const BackwardArgs& a, int64_t t) {
+// Has syn before the first step, and the caller's gradients of the steps.
+inline NeuronBackward neuron_backward(const BackwardArgs& a, int64_t t, int64_t steps = 1) {
   const Cell& c = a.cell;
-  auto n = neuron_of_step<NeuronBackward>(a, a.grad_spk, t, 4);
+  auto n = neuron_of_steps<NeuronBackward>(a, a.grad_spk, t, 4, steps);
   n.surrogate = c.surrogate, n.p0 = c.surrogate_p0, n.p1 = c.surrogate_p1;
-  n.noise = tensor(a.noise, c.dtype, t, {1, c.N, c.C, c.Hp(), c.Wp()}, 4);
+  n.noise = tensor(a.noise, c.dtype, t, {steps, c.N, c.C, c.Hp(), c.Wp()}, 4);
   n.winner = c.inhibition ? a.winner + t * c.N : nullptr;
   n.syn_prev = state_tensor(c, a.syn0, 0, 4);
-  if (a.record || t == c.T - 1) {
-    n.grad_syn = state_tensor(c, a.grad_syn, a.record ? t : 0, 4);
-    n.grad_mem = state_tensor(c, a.grad_mem, a.record ? t : 0, 4);
-  }
+  n.grad_syn = states_of_steps(a, a.grad_syn, t, 4, steps);
+  n.grad_mem = states_of_steps(a, a.grad_mem, t, 4, steps);
   return n;
 }
 

@@ -56,35 +56,6 @@ SNNLSTM_DEVICE R rounded(DType type, R x) {
     return type == DType::float32 ? x : from_bits16(type, to_bits16(type, x));
 }
 
-// Loads N (2 or 4) numbers in one access; 4 doubles take two.
-template <class R, int N>
-SNNLSTM_DEVICE void load_vector(const R* p, R (&v)[N]) {
-  if constexpr (sizeof(R) == 8) {
-#pragma unroll
-    for (int k = 0; k < N; k += 2) {
-      const double2 d = load<double2>(p + k);
-      v[k] = d.x, v[k + 1] = d.y;
-    }
-  } else if constexpr (N == 2) {
-    const float2 d = load<float2>(p);
-    v[0] = d.x, v[1] = d.y;
-  } else {
-    const float4 d = load<float4>(p);
-    v[0] = d.x, v[1] = d.y, v[2] = d.z, v[3] = d.w;
-  }
-}
-template <class R, int N>
-SNNLSTM_DEVICE void store_vector(R* p, const R (&v)[N]) {
-  if constexpr (sizeof(R) == 8) {
-#pragma unroll
-    for (int k = 0; k < N; k += 2) store(p + k, make_double2(v[k], v[k + 1]));
-  } else if constexpr (N == 2) {
-    store(p, make_float2(v[0], v[1]));
-  } else {
-    store(p, make_float4(v[0], v[1], v[2], v[3]));
-  }
-}
-
 // Sets `count` numbers to 0.
 template <int count, class R>
 SNNLSTM_DEVICE void clear(R* v) {
@@ -104,51 +75,58 @@ SNNLSTM_DEVICE void with_stored(DType type, F&& f) {
     f(fp16{});
 }
 
-// Loads N (1, 2 or 4) elements, which are aligned to their size, in one access; 4 doubles take two.
+// Elements that one access moves, 16 bytes at most.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Elements {
+  T number[N];
+};
+template <class T, int N>
+constexpr int kAtOnce = N * sizeof(T) <= 16 ? N : 16 / sizeof(T);
+
+// Loads N (1, 2 or 4) elements, which are aligned to what one access moves.
 template <class T, class R, int N>
-SNNLSTM_DEVICE void load_stored(const T* p, R (&v)[N]) {
-  if constexpr (N == 1) {
-    if constexpr (sizeof(T) == 2)
-      v[0] = to_float(*p);
-    else
-      v[0] = *p;
-  } else if constexpr (sizeof(T) != 2) {
-    load_vector(p, v);
-  } else {
-    unsigned word[N / 2];
-    if constexpr (N == 2) {
-      word[0] = load<unsigned>(p);
-    } else {
-      const uint2 d = load<uint2>(p);
-      word[0] = d.x, word[1] = d.y;
-    }
-    unrolled<N>([&](int k) { v[k] = to_float(T{uint16_t(word[k / 2] >> (16 * (k % 2)))}); });
-  }
+SNNLSTM_DEVICE void load_vector(const T* p, R (&v)[N]) {
+  constexpr int count = kAtOnce<T, N>;
+  unrolled<N / count>([&](int k) {
+    const auto part = load<Elements<T, count>>(p + k * count);
+    unrolled<count>([&](int i) {
+      if constexpr (sizeof(T) == 2)
+        v[k * count + i] = to_float(part.number[i]);
+      else
+        v[k * count + i] = part.number[i];
+    });
+  });
+}
+template <class T, int N>
+SNNLSTM_DEVICE void store_elements(T* p, const T (&v)[N]) {
+  constexpr int count = kAtOnce<T, N>;
+  unrolled<N / count>([&](int k) {
+    Elements<T, count> part;
+    unrolled<count>([&](int i) { part.number[i] = v[k * count + i]; });
+    store(p + k * count, part);
+  });
 }
 template <class T, class R, int N>
-SNNLSTM_DEVICE void store_stored(T* p, const R (&v)[N]) {
-  if constexpr (N == 1)
+SNNLSTM_DEVICE void store_vector(T* p, const R (&v)[N]) {
+  T stored[N];
+  unrolled<N>([&](int i) {
     if constexpr (sizeof(T) == 2)
-      *p = from_float<T>(v[0]);
+      stored[i] = from_float<T>(v[i]);
     else
-      *p = v[0];
-  else if constexpr (sizeof(T) != 2)
-    store_vector(p, v);
-  else if constexpr (N == 2)
-    store(p, pack<T>(v[0], v[1]));
-  else
-    store(p, make_uint2(pack<T>(v[0], v[1]), pack<T>(v[2], v[3])));
+      stored[i] = v[i];
+  });
+  store_elements(p, stored);
 }
 
 // The same, from element i of an array on.
 template <class R, int N>
 SNNLSTM_DEVICE void read_vector(const void* array, DType type, int64_t i, R (&v)[N]) {
   with_stored<R>(type,
-                 [&](auto of) { load_stored(static_cast<decltype(of) const*>(array) + i, v); });
+                 [&](auto of) { load_vector(static_cast<decltype(of) const*>(array) + i, v); });
 }
 template <class R, int N>
 SNNLSTM_DEVICE void write_vector(void* array, DType type, int64_t i, const R (&v)[N]) {
-  with_stored<R>(type, [&](auto of) { store_stored(static_cast<decltype(of)*>(array) + i, v); });
+  with_stored<R>(type, [&](auto of) { store_vector(static_cast<decltype(of)*>(array) + i, v); });
 }
 
 #if defined(__CUDA_ARCH__)

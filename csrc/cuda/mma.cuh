@@ -123,44 +123,25 @@ class MmaGemm {
     });
   }
 
+  // Tensor cores truncate their sums. In parts each k-step adds three times, therefore a chunk's
+  // sums are added to totals, which round to nearest.
   SNNLSTM_DEVICE void run(Accumulators& acc) {
-    Totals<kParts> totals;
-    totals.clear(acc);
+    constexpr int kSums = 2 * NT * 4;
+    float *sum = &acc[0][0][0], total[kParts ? kSums : 1];
+    clear<kSums>(sum);
+    if constexpr (kParts) clear<kSums>(total);
     fill_tables();
 #pragma unroll 1
     for (pipeline_.start(); pipeline_.working(); pipeline_.end_chunk()) {
       pipeline_.begin_chunk();
       multiply_chunk(acc);
-      totals.fold(acc);
+      if constexpr (kParts) unrolled<kSums>([&](int i) { total[i] += sum[i], sum[i] = 0; });
     }
-    totals.give(acc);
+    if constexpr (kParts) unrolled<kSums>([&](int i) { sum[i] = total[i]; });
     pipeline_.finish();
   }
 
  private:
-  // Tensor cores truncate their sums. In parts each k-step adds three times, therefore a chunk's
-  // sums are added to totals, which round to nearest.
-  template <bool Real>
-  struct Totals {
-    float sum[Real ? 2 * NT * 4 : 1];
-
-    SNNLSTM_DEVICE void clear(Accumulators& acc) {
-      unrolled<2 * NT * 4>([&](int i) {
-        (&acc[0][0][0])[i] = 0;
-        if constexpr (Real) sum[i] = 0;
-      });
-    }
-    SNNLSTM_DEVICE void fold(Accumulators& acc) {
-      if constexpr (Real)
-        unrolled<2 * NT * 4>([&](int i) { sum[i] += (&acc[0][0][0])[i], (&acc[0][0][0])[i] = 0; });
-    }
-    SNNLSTM_DEVICE void give(Accumulators& acc) const {
-      if constexpr (Real) unrolled<2 * NT * 4>([&](int i) { (&acc[0][0][0])[i] = sum[i]; });
-    }
-  };
-
-  // ---- multiplication ---------------------------------------------------------------------------
-
   SNNLSTM_DEVICE static bool is_strided(const MmaSegment& seg) {
     return Strided && (seg.s.up_h.value > 1 || seg.s.up_w.value > 1);
   }

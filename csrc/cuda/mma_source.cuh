@@ -107,8 +107,12 @@ class MmaSource {
     if constexpr (AnyFeed) {
       if (seg.feed == Feed::patches) return lay_out(seg, chunk_, buffer_);
 #pragma unroll 1
-      for (; next_item_ < items_; next_item_ += Count * int(blockDim.x))
-        transfer<Count>(seg, chunk_, next_item_, buffer_);
+      for (; next_item_ < items_; next_item_ += Count * int(blockDim.x)) {
+        Item item[Count];
+        unrolled<Count>(
+            [&](int k) { fetch(seg, chunk_, next_item_ + k * int(blockDim.x), item[k]); });
+        unrolled<Count>([&](int k) { put(seg, item[k], buffer_); });
+      }
     }
   }
 
@@ -233,15 +237,6 @@ class MmaSource {
                            pack16(type, v[4], v[5]), pack16(type, v[6], v[7])));
     else
       store(to, make_float4(v[0], v[1], v[2], v[3]));
-  }
-
-  // Does Count turns, numbers first, first + threads, ...: all loads come before the first store.
-  template <int Count>
-  SNNLSTM_DEVICE void transfer(const MmaSegment& seg, int chunk, int first,
-                               unsigned char* buffer) const {
-    Item item[Count];
-    unrolled<Count>([&](int k) { fetch(seg, chunk, first + k * int(blockDim.x), item[k]); });
-    unrolled<Count>([&](int k) { put(seg, item[k], buffer); });
   }
 
   SNNLSTM_DEVICE void copy_async(const MmaSegment& seg, int chunk, unsigned char* buffer) const {

@@ -19,7 +19,7 @@ inline PackedPart packed_mma(const StepPlan& plan, const MmaDepth& depth, Use us
   part.use = use, part.multiply = plan.multiply;
   part.depth = depth;
   part.tiles = plan.tiles, part.warps_n = plan.warps_n;
-  part.unit_bytes = plan.builder().unit_bytes();
+  part.unit_bytes = plan.builder().conv.unit_bytes;
   part.blocks = blocks;
   part.pitch = depth.units() * part.unit_bytes;
   return part;

@@ -277,16 +277,14 @@ inline int64_t neighbourhood_bytes(const MmaSegment& m) {
 // Builds a convolution from its segments.
 struct MmaBuilder {
   MmaType type;
-  int warp_columns, tiles;  // n-tiles of a warp
   MmaConv conv;
 
-  MmaBuilder(Multiply multiply, int warp_columns_of, int tiles_of)
-      : type(multiply), warp_columns(warp_columns_of), tiles(tiles_of) {
-    conv.multiply = type.multiply;
+  // tiles: n-tiles of a warp
+  MmaBuilder(Multiply multiply, int warp_columns, int tiles) : type(multiply) {
+    conv.multiply = multiply;
     conv.warp_columns = warp_columns;
-    conv.unit_bytes = unit_bytes();
+    conv.unit_bytes = warp_columns * (tiles / 2) * type.pair_bytes();
   }
-  int unit_bytes() const { return warp_columns * (tiles / 2) * type.pair_bytes(); }
 
   void add(const Segment& s, const MmaDepth& depth, const Tiling& tiling) {
     MmaSegment& m = conv.segment[conv.segments++];

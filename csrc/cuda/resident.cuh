@@ -98,20 +98,9 @@ SNNLSTM_DEVICE Element element_of(DType type, R value) {
 // Stores N neighbouring channels of one pixel, aligned to their size.
 template <class Element, class R, int N>
 SNNLSTM_DEVICE void put_channels(unsigned char* to, DType type, const R (&v)[N]) {
-  if constexpr (N == 1)
-    *reinterpret_cast<Element*>(to) = element_of<Element>(type, v[0]);
-  else if constexpr (sizeof(Element) != 2) {
-    R stored[N];
-    unrolled<N>([&](int i) {
-      stored[i] = v[i];
-      if constexpr (std::is_same_v<Element, tf32>)
-        stored[i] = detail::float_of(element_of<tf32>(type, v[i]).bits);
-    });
-    store_vector(reinterpret_cast<R*>(to), stored);
-  } else if constexpr (N == 2)
-    store(to, pack16(type, v[0], v[1]));
-  else
-    store(to, make_uint2(pack16(type, v[0], v[1]), pack16(type, v[2], v[3])));
+  Element stored[N];
+  unrolled<N>([&](int i) { stored[i] = element_of<Element>(type, v[i]); });
+  store_elements(reinterpret_cast<Element*>(to), stored);
 }
 
 // Writes table[k] for k = (tap, channel) < depth: the bytes from a pixel to that tap and channel,

@@ -3,36 +3,19 @@
 
 namespace snnlstm::cuda {
 
-namespace {
-
-NeuronBackward neuron_of(const BackwardArgs& a, const ResidentGradients& to, DType gates) {
-  const Cell& c = a.cell;
-  const Shape s(c);
-  NeuronBackward n = neuron_backward(a, c.T - 1);
-  n.fire.spk = tensor(a.grad_spk, c.dtype, 0, {c.T, c.N, c.C, c.Hp(), c.Wp()}, 4);
-  n.noise = tensor(a.noise, c.dtype, 0, {c.T, c.N, c.C, c.Hp(), c.Wp()}, 4);
-  const auto states = [&](const View& v) {
-    return tensor(v, c.dtype, 0, {a.record ? c.T : 1, c.N, c.C, s.Ho, s.Wo}, 4);
-  };
-  n.grad_syn = states(a.grad_syn), n.grad_mem = states(a.grad_mem);
-  n.grad_syn0 = state_tensor(c, a.grad_syn0, 0, 4);
-  n.winner = c.inhibition ? a.winner : nullptr;
-  n.gates = image(a.saved_gates, s, gates, 4);
-  n.d_gates = image(to.d_gates, s, gates, 4);
-  n.mem_keep = image(to.mem, s, gates);
-  n.sums = to.sums;
-  return n;
-}
-
-}  // namespace
-
 void resident_backward(const ResidentBackwardPlan& plan, const BackwardArgs& args,
                        const ResidentGradients& to, const void* weight, const Target& target) {
   const Cell& c = args.cell;
   const Shape s(c);
   ResidentBackward p;
   plan.give(p, c, args.record, weight);
-  p.neuron = neuron_of(args, to, gate_type(c.dtype, target.matrix));
+  const DType gates = gate_type(c.dtype, target.matrix);
+  NeuronBackward& n = p.neuron = neuron_backward(args, 0, c.T);
+  n.grad_syn0 = state_tensor(c, args.grad_syn0, 0, 4);
+  n.gates = image(args.saved_gates, s, gates, 4);
+  n.d_gates = image(to.d_gates, s, gates, 4);
+  n.mem_keep = image(to.mem, s, gates);
+  n.sums = to.sums;
   p.syn0 = state_tensor(c, args.syn0, 0, 4);
   // The saved syn of step t - 1 is read at t.
   p.saved_syn = as_tensor(image(args.saved_syn, s, c.dtype, 1, -1));

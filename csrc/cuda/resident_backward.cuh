@@ -75,9 +75,10 @@ class ResidentBackwardBlock {
     R* own_sums = row_sums + (int(threadIdx.x) / (32 / halves)) * p_.channels;
     for_each_patch([&](int m, int first) {
       const R zeros[4] = {0, 0, 0, 0};
+      const int slot = slot_of(p_, m, first);
       unrolled<2>([&](int px) {
-        store_vector(array(p_.at.d_mem) + slot_of(p_, m, first) + px * kSlotStride, zeros);
-        store_vector(array(p_.at.d_syn) + slot_of(p_, m, first) + px * kSlotStride, zeros);
+        store_vector(array(p_.at.d_mem) + slot + px * kSlotStride, zeros);
+        store_vector(array(p_.at.d_syn) + slot + px * kSlotStride, zeros);
       });
     });
     if (!fault(Fault::missing_wait, 30)) cp_async_wait<0>();
@@ -113,10 +114,9 @@ class ResidentBackwardBlock {
     if (!fault(Fault::missing_barrier_read, 32)) __syncthreads();
     for_each_patch([&](int m, int first) {
       const PixelPair at = pixel_pair(p_.tiling, block_, m, p_.neuron.Ho, p_.neuron.Wo);
+      const R* d_mem = array(p_.at.d_mem) + slot_of(p_, m, first);
       R v[2][4];
-      unrolled<2>([&](int px) {
-        load_vector(array(p_.at.d_mem) + slot_of(p_, m, first) + px * kSlotStride, v[px]);
-      });
+      unrolled<2>([&](int px) { load_vector(d_mem + px * kSlotStride, v[px]); });
       store_patch(p_.grad_mem0, at, first, v);
     });
   }

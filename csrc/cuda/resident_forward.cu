@@ -4,27 +4,6 @@
 
 namespace snnlstm::cuda {
 
-namespace {
-
-NeuronForward neuron_of(const ForwardArgs& a, int held, DType gates) {
-  const Cell& c = a.cell;
-  const Shape s(c);
-  NeuronForward n = neuron_forward(a, c.T - 1, held);
-  const auto all = [&](const View& v, int64_t T) {
-    return tensor(v, c.dtype, 0, {T, c.N, c.C, s.Ho, s.Wo}, held);
-  };
-  n.fires = !c.inhibition;
-  n.syn_out = all(a.syn, a.record ? c.T : 1), n.mem_out = all(a.mem, a.record ? c.T : 1);
-  n.fire.spk = tensor(a.spk, c.dtype, 0, {c.T, c.N, c.C, c.Hp(), c.Wp()}, held);
-  if (a.saved_gates != nullptr) {
-    n.gates_out = image(a.saved_gates, s, gates, 4);
-    n.syn_keep = image(a.saved_syn, s, c.dtype);
-  }
-  return n;
-}
-
-}  // namespace
-
 void resident_forward(const ForwardArgs& args, const Target& target) {
   const Cell& c = args.cell;
   const ResidentPlan plan = plan_resident(c, target);
@@ -33,7 +12,12 @@ void resident_forward(const ForwardArgs& args, const Target& target) {
   ResidentForward p;
   plan.give(p, c, args.record, args.weight);
   p.winner = args.winner;
-  p.neuron = neuron_of(args, plan.step.held(), gate_type(c.dtype, target.matrix));
+  p.neuron = neuron_forward(args, 0, plan.step.held(), c.T);
+  p.neuron.fires = !c.inhibition;
+  if (args.saved_gates != nullptr) {
+    p.neuron.gates_out = image(args.saved_gates, s, gate_type(c.dtype, target.matrix), 4);
+    p.neuron.syn_keep = image(args.saved_syn, s, c.dtype);
+  }
   p.x = input_window(c);
   p.x.src = tensor(args.x, c.dtype, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
   const bool by_channel = p.x.src.c == 1;

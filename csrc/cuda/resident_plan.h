@@ -110,16 +110,6 @@ struct Pieces {
   }
 };
 
-// Lays out the two images of x and the two of mem, from `start` on. Returns where they end.
-inline int lay_out_images(ResidentLayout& at, int start) {
-  for (SharedImage* i : {&at.x, &at.mem}) {
-    i->start = start;
-    start += 2 * int(round_up(i->bytes, 128));
-    i->bytes = int(round_up(i->bytes, 128));
-  }
-  return start;
-}
-
 }  // namespace resident
 
 inline WalkSizes walk_sizes(const MmaDepth& depth) {
@@ -171,7 +161,11 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
     table = s.taps * (c.Cin + c.C);
     plan.weight_bytes = int(table) * 16 * plan.groups * real;
   }
-  resident::Pieces pieces{resident::lay_out_images(at, 0)};
+  resident::Pieces pieces;
+  for (SharedImage* i : {&at.x, &at.mem}) {  // two images each
+    i->bytes = int(round_up(i->bytes, 128));
+    i->start = pieces.take(2 * i->bytes);
+  }
   const int64_t held = mma ? 2 * plan.step.held() : 2;
   const int channels = resident::power_of_two(plan.groups * unit_channels);
   at.images = int(pieces.end);

@@ -102,14 +102,14 @@ SNNLSTM_DEVICE void move_patch(const Tensor& a, const PixelPair& at, int c0, R (
 template <class R, int CH>
 SNNLSTM_DEVICE void load_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][CH]) {
   clear<2 * CH>(&v[0][0]);
-  move_patch(a, at, c0, v, [](const auto* p, auto& values) { load_stored(p, values); });
+  move_patch(a, at, c0, v, [](const auto* p, auto& values) { load_vector(p, values); });
 }
 
 template <class R, int CH>
 SNNLSTM_DEVICE void store_patch(const Tensor& a, const PixelPair& at, int c0, const R (&v)[2][CH]) {
   R copy[2][CH];
   unrolled<2, CH>([&](int px, int ch) { copy[px][ch] = v[px][ch]; });
-  move_patch(a, at, c0, copy, [](auto* p, auto& values) { store_stored(p, values); });
+  move_patch(a, at, c0, copy, [](auto* p, auto& values) { store_vector(p, values); });
 }
 
 template <class R, int CH>

@@ -4,8 +4,8 @@
     with core.installed():
         snnlstm.SConv2dLSTM(...)  # on CPU tensors: runs the kernels of csrc/cuda
 
-What runs between is the Python of the real kernels, snnlstm.native.cuda, on the bindings of the
-real ones, csrc/bindings_cuda.h.
+The Python of the real kernels (snnlstm.native.cuda) calls them, through the real bindings
+(csrc/bindings_cuda.h).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _readable_reports() -> Iterator[None]:
 
 
 class Emulated(cuda.Kernels):
-    """The CUDA half without a device: no stream, and a target that tests set."""
+    """The CUDA half without a device. There is no stream, and tests set the target."""
 
     def guard(self, device: torch.device) -> AbstractContextManager:
         return _readable_reports()
@@ -82,12 +82,12 @@ class Core(Emulator):
         shared_bytes: int = 163 * 1024,
         algorithm: str = "fused",
     ) -> None:
-        """What the launchers are told of the device, and which kernels they are to use."""
+        """Sets what the launchers are told of the device, and which kernels they must use."""
         self.settings.compute_capability = compute_capability
         self.module.set_device(
             compute_capability, multiprocessors, shared_bytes, ALGORITHMS[algorithm]
         )
-        self.kernels = Emulated(self.module)  # the old ones remember the old device
+        self.kernels = Emulated(self.module)  # the one before remembers the device before
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -102,7 +102,7 @@ class Core(Emulator):
 
 @contextlib.contextmanager
 def float32_precision(precision: str) -> Iterator[None]:
-    """torch's setting for convolutions on CUDA: "tf32" or "ieee"."""
+    """Within the block, torch's convolutions on CUDA have this precision: "tf32" or "ieee"."""
     owner: Any = getattr(torch.backends.cudnn, "conv", None)
     name, value = "fp32_precision", precision
     if not hasattr(owner, name):  # before torch 2.9
@@ -133,7 +133,7 @@ def simt_core(variant: str = "checked") -> Core:
 
 @contextlib.contextmanager
 def emulated() -> Iterator[None]:
-    """The backend "simt" of the ordinary tests: float32 at full precision, one warp ahead."""
+    """Runs the backend "simt" of the ordinary tests: float32 at full precision, one warp ahead."""
     core = simt_core()
     core.schedule("ahead", seed=1)
     core.device(compute_capability=86)

@@ -1,13 +1,13 @@
 """Builds kernels for the CPU: g++, csrc/cuda/primitives.cuh and the emulator.
 
 ``build(name, sources, variant)`` returns the path of a shared library. Objects and libraries are
-kept under ``build/simt`` and rebuilt only where a file that went into them has changed.
+kept under ``build/simt`` and rebuilt if a file that went into them has changed.
 
 Variants:
     plain     fast; primitives are checked, ``p[i]`` is not
     checked   every access is checked: bounds, alignment, races, uninitialised shared memory;
               counters are exact; seeded faults can be switched on at run time
-    asan      plain under AddressSanitizer (needs libasan preloaded)
+    asan      plain under AddressSanitizer; libasan must be preloaded
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COMMON = [
     "-Wno-unknown-pragmas",
     "-Wno-unused-parameter",
 ]
-# Reports and counters name accesses by their address in the code: no duplicated paths.
+# Reports and counters name accesses by their address in the code, which must not be duplicated.
 VARIANTS = {
     "plain": [],
     "checked": [
@@ -86,25 +86,17 @@ def build(
     includes: tuple[Path, ...] = (),
     host_sources: tuple[Path, ...] = (),
 ) -> Path:
-    """Builds ``sources`` (.cu) together with the emulator.
+    """Builds ``sources`` (.cu) together with the emulator, and returns the library's path.
 
-    Parameters
-    ----------
-    name: of the library, without suffix.
-    sources: files with kernels and launchers; compiled in parallel.
-    variant: a key of VARIANTS.
-    includes: further directories of headers.
-    host_sources: further files that hold no kernels: compiled plainly in every variant.
-
-    Raises
-    ------
-    BuildError: with the compiler's output.
+    name: of the library, without suffix. includes: further directories of headers.
+    host_sources: files without kernels, compiled plainly in every variant.
+    A BuildError has the compiler's output.
     """
     folders = (*includes, ROOT / "csrc" / "cuda", ROOT / "csrc", HERE / "emulator")
     common = [f"-I{folder}" for folder in folders]
-    # The emulator itself is never instrumented; under AddressSanitizer it tells of its fibres.
+    # The emulator is never instrumented, but it tells AddressSanitizer of its fibres.
     sanitised = VARIANTS["asan"] if variant == "asan" else []
-    # It comes first: of equal inline functions the linker takes its own.
+    # The emulator comes first: the linker takes the first of equal inline functions.
     jobs = [
         (source, ["-O3", *sanitised, *common])
         for source in EMULATOR
@@ -158,7 +150,7 @@ def _digest(path: Path) -> str:
 
 
 def _replace(target: Path, write) -> None:
-    """Writes under another name first: an interrupted build must not leave half a file."""
+    """Writes under another name first, so that an interrupted build leaves no half of a file."""
     temporary = target.with_name(f".{os.getpid()}-{target.name}")
     write(str(temporary))
     os.replace(temporary, target)

@@ -1,4 +1,4 @@
-"""A library of emulated kernels, seen from Python.
+"""A library of emulated kernels, for Python.
 
 emulator = Emulator(build("kernels", [...], "checked"))
 emulator.schedule("ahead", seed=3)
@@ -23,13 +23,13 @@ SCHEDULES = ("in_order", "shuffled", "ahead")
 
 
 class EmulationError(RuntimeError):
-    """A kernel did what it must not do; the text says which thread, where in the source."""
+    """A kernel did what it must not do. The text names the thread and the line of the source."""
 
 
 class Spot(NamedTuple):
-    """One line of a kernel: its requests to a memory, their cost, and the fewest possible.
+    """One line of a kernel: its requests to a memory, their cost, and the least possible cost.
 
-    In wavefronts of shared memory, or sectors of 32 bytes of global memory.
+    Costs are wavefronts of shared memory, or sectors of 32 bytes of global memory.
     """
 
     kernel: str
@@ -41,25 +41,22 @@ class Spot(NamedTuple):
 
 
 class Counts(Counter[str]):
-    """What the emulator has counted (see emulator/count.cpp), and ratios of it, 1 at best."""
-
-    def _ratio(self, cost: str, *kinds: str) -> float:
-        fewest = sum(self[f"{kind}_fewest"] for kind in kinds)
-        return sum(self[f"{kind}_{cost}"] for kind in kinds) / fewest if fewest else 1.0
+    """The counters of emulator/count.cpp, and ratios to the least possible cost."""
 
     @property
     def sectors(self) -> float:
         """Sectors of 32 bytes of global memory over the fewest that suffice."""
-        return self._ratio("sectors", "global_read", "global_write")
+        fewest = self["global_read_fewest"] + self["global_write_fewest"]
+        return (self["global_read_sectors"] + self["global_write_sectors"]) / max(fewest, 1)
 
     @property
     def banks(self) -> float:
         """Wavefronts of shared memory over those without conflicts."""
-        return self._ratio("wavefronts", "shared")
+        return self["shared_wavefronts"] / max(self["shared_fewest"], 1)
 
     @property
     def mma(self) -> int:
-        """Tensor core instructions, of a warp each."""
+        """Tensor core instructions of warps."""
         return self["mma_fp16"] + self["mma_bf16"] + self["mma_tf32"]
 
 
@@ -71,14 +68,14 @@ class Launch(NamedTuple):
 
 
 class Settings(ctypes.Structure):
-    """What emulator/machine.h has under this name, and says of each."""
+    """The struct of this name in emulator/machine.h, which documents the fields."""
 
     NUMBERS = "policy races counters compute_capability truncates dry instrumented"
     _fields_ = [("seed", ctypes.c_uint64), *((n, ctypes.c_int) for n in NUMBERS.split())]
 
 
 class Emulator:
-    """Settings hold until they are changed; each test asks for what it needs."""
+    """Settings hold until they are changed."""
 
     def __init__(self, library: Path):
         self.path = library
@@ -90,7 +87,7 @@ class Emulator:
         self.reset()
 
     def reset(self) -> None:
-        """The default settings: threads in order, all checks, no counters, no fault, sm_80."""
+        """Sets the defaults: threads in order, all checks, no counters, no fault, sm_80."""
         ctypes.memmove(ctypes.byref(self.settings), self._defaults, len(self._defaults))
         self.fault(0)
         self.reset_counters()
@@ -102,17 +99,17 @@ class Emulator:
         self.settings.races, self.settings.counters = races, counters
 
     def fault(self, number: int, place: int = 0) -> None:
-        """Switches one seeded fault on (variant "checked"); 0: none."""
+        """Switches one seeded fault on, in the variant "checked"; number 0 is no fault."""
         self.lib.simt_fault(number, place)
 
     def _rows(self, what: str) -> list[list]:
-        """The fields of each line of an answer, numbers as such."""
+        """The fields of each line of an answer; numbers become int."""
         lines = getattr(self.lib, f"simt_{what}")().decode().splitlines()
         return [[int(f) if f.isdigit() else f for f in line.split("\t")] for line in lines]
 
     @contextlib.contextmanager
     def dry(self) -> Iterator[list[Launch]]:
-        """Within the block nothing runs; after it the list holds what would have been launched."""
+        """Within the block nothing runs. After it the list holds what would have been launched."""
         found: list[Launch] = []
         self.settings.dry = 1
         self.lib.simt_launches()
@@ -130,7 +127,7 @@ class Emulator:
         return found
 
     def spots(self) -> list[Spot]:
-        """The same by line of the source, the most wasteful first."""
+        """The costs of each line of the source, the most wasteful line first."""
         joint: dict[tuple[str, str, str], list[int]] = {}
         for kernel, place, space, *numbers in self._rows("spots"):
             sums = joint.setdefault((kernel, symbolise(place), space), [0, 0, 0])
@@ -143,7 +140,7 @@ class Emulator:
 
     @contextlib.contextmanager
     def arrays(self, **arrays: np.ndarray | tuple[np.ndarray, str]) -> Iterator[None]:
-        """Kernels may read these arrays and, of those given as ``(array, "w")``, write them."""
+        """Kernels may read these arrays, and write those that are given as ``(array, "w")``."""
         known = []
         try:
             for name, given in arrays.items():
@@ -175,7 +172,7 @@ def _argument(value):
 
 
 def symbolise(text: str) -> str:
-    """Replaces ``<library+0x12>`` by the source line, where addr2line is at hand."""
+    """Replaces ``<library+0x12>`` by the source line, if there is addr2line."""
 
     def place(match: re.Match) -> str:
         command = ["addr2line", "-Cfie", match[1], match[2]]

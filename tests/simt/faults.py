@@ -1,4 +1,4 @@
-"""Seeded faults: their names and numbers in fault.cuh, and where kernels have placed them."""
+"""Finds the names and numbers of seeded faults in fault.cuh, and their places in kernels."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ HEADER = ROOT / "csrc" / "cuda" / "fault.cuh"
 
 
 def fault_numbers() -> dict[str, int]:
-    """``{"missing_wait": 1, ...}`` as fault.cuh has them."""
+    """``{"missing_wait": 1, ...}``, as in fault.cuh."""
     body = re.search(r"enum class Fault : int \{(.*?)\};", HEADER.read_text(), re.DOTALL)[1]
     return {name: int(n) for name, n in re.findall(r"(\w+) = (\d+)", body) if n != "0"}
 
 
 def placed_faults(paths: Iterable[Path]) -> dict[tuple[str, int], str]:
-    """Every ``fault(Fault::name, place)`` in these sources: (name, place), and in which file."""
+    """The file of every ``fault(Fault::name, place)`` in these sources, by name and place."""
     found = {}
     for path in paths:
         if path.name in ("fault.cuh", "primitives.cuh"):

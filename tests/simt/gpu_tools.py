@@ -1,8 +1,8 @@
-"""NVIDIA's command-line tools, where they are installed: compile for every GPU, read what ptxas
-says of registers and local memory, and disassemble.
+"""Calls NVIDIA's command-line tools: compiles for every GPU, reads what ptxas says of registers and
+local memory, and disassembles.
 
-nvcc comes with a CUDA toolkit or PyPI's nvidia-cuda-nvcc; cuobjdump and nvdisasm from PyPI's
-nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm (both are needed). None of them needs a GPU.
+A CUDA toolkit or PyPI's nvidia-cuda-nvcc has nvcc, PyPI's nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm have cuobjdump and the nvdisasm that it calls. None of them needs a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel needs on one architecture. Bytes of local memory: frame and spills."""
+    """What one kernel needs on one architecture. frame, spilled: bytes of local memory."""
 
     kernel: str
     arch: int
@@ -50,16 +50,14 @@ def find(tool: str) -> str | None:
 
 @cache
 def known_architectures() -> tuple[int, ...]:
-    """Those of ARCHITECTURES that this nvcc can compile for."""
+    """The members of ARCHITECTURES that nvcc can compile for."""
     text = _run([find("nvcc"), "--list-gpu-arch"])
     return tuple(a for a in ARCHITECTURES if f"compute_{a}\n" in text)
 
 
 def compile_fatbin(source: Path, archs: tuple[int, ...]) -> tuple[Path, str]:
-    """Machine code of `source` for each architecture, and what ptxas said.
-
-    Kept under ``build/simt`` until a file that it includes changes.
-    """
+    """Machine code of `source` for each architecture, and what ptxas said. Both are kept under
+    ``build/simt`` until a file that `source` includes changes."""
     nvcc = find("nvcc")
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "--threads=1"]
     flags += [f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'csrc'}"]
@@ -94,7 +92,7 @@ def compile_fatbin(source: Path, archs: tuple[int, ...]) -> tuple[Path, str]:
 
 
 def resources_of_log(log: str) -> list[Resources]:
-    """From the output of ``ptxas -v``."""
+    """Reads the output of ``ptxas -v``."""
     pattern = re.compile(
         r"Compiling entry function '(\w+)' for 'sm_(\d+)a?'.*?"
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
@@ -110,7 +108,7 @@ def resources_of_log(log: str) -> list[Resources]:
 
 
 def resources_of_binary(binary: Path) -> list[Resources]:
-    """From a fatbin, an object or a shared library; a spill shows as a frame."""
+    """Reads a fatbin, an object or a shared library. Spills count as frame."""
     arch, rows = 0, []
     kernel = ""
     for line in _run([find("cuobjdump"), "-res-usage", str(binary)], tools=True).splitlines():
@@ -130,7 +128,7 @@ def architectures_of_binary(binary: Path) -> set[int]:
 
 
 def disassemble(binary: Path, arch: int) -> dict[str, list[tuple[int, str, str, str]]]:
-    """Of each kernel the instructions: address, predicate or "", name with its modifiers
+    """The instructions of each kernel: address, predicate or "", name with its modifiers
     ("LDG.E.128"), operands."""
     text = _run([find("cuobjdump"), "-sass", "-arch", f"sm_{arch}", str(binary)], tools=True)
     line = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")

@@ -1,8 +1,8 @@
-"""What is launched for the layers of the benchmark suite: `python tests/simt/launches.py`.
+"""Lists what is launched for the layers of the benchmark suite: `python tests/simt/launches.py`.
 
-Nothing runs: the launchers choose for an H100, and the emulator lists what they come to. For each
-kernel of a sequence's forward and backward pass the table says how many warps a multiprocessor
-holds and in how many waves the blocks go over them. With nvcc, registers count too.
+Nothing runs: the launchers choose for an H100, and the emulator notes the launches. For each kernel
+of a sequence's forward and backward pass the table says how many warps a multiprocessor holds, and
+in how many waves the blocks run. If there is nvcc, registers count too.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from benchmarks.cases import Case as Layer  # noqa: E402
 
 H100 = {"compute_capability": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024}
 LAYERS: dict[str, Layer] = {**CPU_CASES, **GPU_CASES}
-# By name: dtype and matrix as csrc/args.h and csrc/cuda/api.h number them, and how the names of
-# kernels' instances begin.
+# dtype and matrix, by the numbers of csrc/args.h and csrc/cuda/api.h, and the first template
+# argument of kernels.
 MODES = {
     "tf32": (0, 1, "float|\\(snnlstm::cuda::Multiply\\)3"),
     "3xtf32": (0, 2, "snnlstm::cuda::mma_gemm::Parts|\\(snnlstm::cuda::Multiply\\)4"),
@@ -47,8 +47,8 @@ FACTS: dict[str, Any] = {
 
 
 def calls(core: Core, matrix: int = 1, weight_gradient: bool = False, **facts: Any) -> list[Launch]:
-    """Launches of a sequence with its gradients, channels-last; or of the entry point for many
-    steps' weight gradient."""
+    """Launches of a channels-last sequence with its gradients. weight_gradient: those of the call
+    that forms the weight's gradient for many steps."""
     facts = FACTS | facts
     module, cell = core.module, core.module.Cell(**facts)
     target = module.cuda_target().wanting(matrix, 0)
@@ -96,7 +96,7 @@ def resident_blocks(launch: Launch, registers: int = 0) -> int:
 
 
 def registers_of(launch: Launch, mode: str) -> int:
-    """The most that an instance of the kernel needs; 0 where that is not known."""
+    """The most registers that an instance of the kernel needs, or 0 if that is not known."""
     kernel = KERNELS.get(launch.kernel)
     if kernel is None or gpu_tools.find("nvcc") is None:
         return 0
@@ -106,7 +106,7 @@ def registers_of(launch: Launch, mode: str) -> int:
 
 
 def warps(launch: Launch, registers: int = 0) -> int:
-    """Of a multiprocessor."""
+    """The warps that a multiprocessor holds."""
     blocks = min(resident_blocks(launch, registers), -(-launch.blocks // H100["multiprocessors"]))
     return blocks * launch.threads // 32
 

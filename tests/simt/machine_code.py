@@ -1,8 +1,8 @@
-"""What the machine code of a kernel does between two tensor core instructions.
+"""Counts what the machine code of a kernel does between two tensor core instructions (HMMA).
 
-A loop is the code between a branch backwards and its target. In the innermost loops that hold HMMA
-the way with the most HMMA, and of those the shortest, is what a warp issues over and over; ways
-aside, which fetch elements one by one, are taken rarely or by few threads.
+A loop is the code between a branch backwards and its target. In an innermost loop with HMMA a warp
+issues one way over and over: the one with the most HMMA, and of those the shortest. Other ways, on
+which elements are fetched one by one, are taken rarely or by few threads.
 
     python tests/simt/machine_code.py [--arch 90] [pattern of kernel names]
 """
@@ -28,7 +28,7 @@ class Instruction:
     address: int
     name: str  # with its modifiers
     predicated: bool
-    target: int | None  # of a branch
+    target: int | None  # address that a branch goes to
 
     @property
     def is_hmma(self) -> bool:
@@ -36,24 +36,24 @@ class Instruction:
 
     @property
     def ends(self) -> bool:
-        """Whether what stands behind it is only reached by a branch."""
+        """Whether only a branch reaches the next instruction."""
         return not self.predicated and self.name.split(".")[0] in ("BRA", "EXIT", "RET", "BRX")
 
 
 @dataclass
 class Loop:
-    """An innermost loop with HMMA: all its code, and the way that is issued over and over."""
+    """An innermost loop with HMMA."""
 
-    code: list[Instruction]
-    way: Counter[str]  # instructions by name
-    hmma: int
+    code: list[Instruction]  # on all ways
+    way: Counter[str]  # instructions by name, on the way that is issued over and over
+    hmma: int  # on that way
 
     @property
     def per_hmma(self) -> float:
         return sum(self.way.values()) / self.hmma
 
     def slow(self) -> list[str]:
-        """What must not stand in such a loop, on any way."""
+        """Instructions that no way of such a loop may have."""
         return sorted({i.name for i in self.code if i.name.startswith(SLOW)})
 
 
@@ -62,7 +62,7 @@ def parse(code: list[tuple[int, str, str, str]]) -> list[Instruction]:
     found = []
     for address, predicate, name, operands in code:
         target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
-        # BRA.DIV leaves the way only where the lanes of a warp have gone different ways.
+        # BRA.DIV branches only if the lanes of a warp have gone different ways.
         predicated = bool(predicate or re.match(r"!?U?P\d", operands) or name == "BRA.DIV")
         to = int(target[1], 16) if target else None
         found.append(Instruction(address, name, predicated, to))
@@ -119,8 +119,8 @@ def loops(code: list[Instruction]) -> list[Loop]:
     for header, body in sorted(hot.items()):
         if any(other < body for other in hot.values()):
             continue
-        # From the header once around, inner loops passed through once: the way with the most HMMA
-        # and, of those, the fewest instructions.
+        # The way from the header once around with the most HMMA, and of those the fewest
+        # instructions. It passes inner loops once.
         once = nx.DiGraph(e for e in graph.subgraph(body).edges if e not in back)
         once.add_edges_from((n, "end") for n, h in back if h == header)
         for n, _, edge in once.edges(data=True):
@@ -134,7 +134,7 @@ def loops(code: list[Instruction]) -> list[Loop]:
 
 
 def loops_of_binary(binary: Path, arch: int) -> dict[str, list[Loop]]:
-    """By kernel, those kernels that have loops with HMMA."""
+    """Loops with HMMA by kernel."""
     code = gpu_tools.disassemble(binary, arch)
     found = {name: loops(parse(instructions)) for name, instructions in code.items()}
     return {name: hmma for name, hmma in found.items() if hmma}

@@ -1,4 +1,4 @@
-"""In which numbers and ways the emulated kernels run, and on which calls: tables for the tests."""
+"""Tables for the tests: numbers and ways in which the emulated kernels run, and the calls."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,13 +21,13 @@ SCHEDULES = [("in_order", 0), ("shuffled", 1), ("ahead", 1)]
 
 @dataclass(frozen=True)
 class Mode:
-    """A type of the states, how products are formed, and the errors that this may make."""
+    """A type of the states, a way to form products, and the errors that both may make."""
 
     dtype: torch.dtype
-    error: float  # that a step adds
-    gradient: float  # relative to the largest element of a gradient
-    precision: str = "ieee"  # torch's setting
-    operands: torch.dtype | None = None  # as under autocast
+    error: float  # added by a step
+    gradient: float  # error, relative to the largest element of a gradient
+    precision: str = "ieee"  # see float32_precision()
+    operands: torch.dtype | None = None  # under autocast
     compute_capability: int = 80
     algorithm: str = "direct"
     kernels: str = "fused"  # see backend.ALGORITHMS
@@ -36,10 +36,10 @@ class Mode:
 
     @contextmanager
     def running(self, core):
-        """Within the block, the native path for CPU tensors is this one."""
+        """Within the block, the native path for CPU tensors runs in this mode."""
         core.device(self.compute_capability, self.multiprocessors, self.shared_bytes, self.kernels)
-        # oneDNN 3 with AMX gives wrong sums for bfloat16 images of one column with stride and
-        # dilation, where torch's own convolution stands in for cuDNN's.
+        # torch's convolution stands in for cuDNN's; oneDNN 3 with AMX would give wrong sums for
+        # bfloat16 images of one column with stride and dilation.
         (enabled, *_) = mkldnn.set_flags(False)
         try:
             with core.installed(), float32_precision(self.precision):
@@ -56,7 +56,7 @@ class Mode:
 
     @property
     def exact(self) -> bool:
-        """Whether products are as good as float32's, so that the kernels decide as float64 does."""
+        """Whether products are as good as float32's: then the kernels decide as float64 does."""
         return self.gradient <= 3e-5
 
 
@@ -76,7 +76,7 @@ MODES = {
     "bfloat16 on sm_75": Mode(BF16, 3e-2, 1.2e-1, compute_capability=75),
     "bfloat16 autocast on sm_75": Mode(F32, 3e-2, 8e-2, operands=BF16, compute_capability=75),
 }
-# A whole sequence in one launch, on a GPU with as much shared memory as an H100.
+# A sequence is one launch, on a GPU with as much shared memory as an H100.
 RESIDENT = {
     f"resident {name}": replace(mode, kernels="resident", shared_bytes=227 * 1024)
     for name, mode in MODES.items()
@@ -85,7 +85,7 @@ BEHIND_TORCH = {
     f"{name} behind torch": replace(MODES[name], compute_capability=80, algorithm="pointwise")
     for name in ("float32", "float64", "bfloat16 states", "bfloat16 autocast")
 }
-# The forward pass is the kernels'.
+# The kernels go through the steps, and torch forms the gradients of x, weight and bias.
 HYBRID = {
     f"{name} hybrid": replace(MODES[name], algorithm="hybrid")
     for name in ("float32", "float64", "tf32x3", "bfloat16 states", "bfloat16 autocast")
@@ -94,7 +94,7 @@ FORWARD = MODES | BEHIND_TORCH
 BACKWARD = FORWARD | HYBRID
 ALL = BACKWARD | RESIDENT
 
-# No reset: a coarse mode would decide otherwise here and there, and go apart from there.
+# Without reset, since coarse modes would decide some resets otherwise, and then differ.
 PLAIN = cases.PLAIN.but(reset="none", threshold="number")
 CASES = {
     "plain": PLAIN,
@@ -106,7 +106,7 @@ CASES = {
         in_channels=8, channels=16, height=8, width=8, layouts=("channels_last",) * 4
     ),
     "sliced": PLAIN.but(layouts=("sliced",) * 4),
-    # The input half of the first steps at once, then that of the others.
+    # One launch has the input half of the first steps, another that of the others.
     "long": PLAIN.but(time=18, batch=1, height=3, width=4),
     "kernel 5x1": PLAIN.but(kernel_size=(5, 1), reset="subtract"),
     "kernel 1x1": PLAIN.but(kernel_size=(1, 1), reset="zero"),
@@ -129,7 +129,7 @@ CASES = {
         quant=state_quant(4, uniform=False), pool="max", pool_size=(2, 2)
     ),
     "threshold per channel": PLAIN.but(threshold="column", bias=False, graded=0.7),
-    # Weights of half types that do not fit into the shared memory of the kernel that packs them.
+    # Weights of half types do not fit into the shared memory of the kernel that packs them.
     "kernel 5x5": PLAIN.but(kernel_size=(5, 5), time=1, batch=1),
 }
 # Calls without decisions, for the gradients of coarse modes.
@@ -171,8 +171,8 @@ JUMPING_FITS = fitting(JUMPING) | FITS
 
 
 def crossed(*tables):
-    """Mode, case and schedule, for every mode with every case of each pair of tables. A seventh of
-    them, with each mode and each case, are run at once, the rest in the long run."""
+    """Mode, case and schedule, for every mode and case of each pair of tables. Short runs have a
+    seventh of them, with each mode and each case."""
     return [
         pytest.param(
             mode,

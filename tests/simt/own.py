@@ -1,4 +1,4 @@
-"""The emulator's own kernels, built once per variant, with inputs and expected results."""
+"""Runs the emulator's own kernels, and tells what results they should have."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def own_kernels(variant: str) -> Emulator:
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
-    """Bit patterns, rounded to nearest even."""
+    """Bit patterns of x, rounded to nearest even."""
     u = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype(np.uint16)
 
@@ -27,13 +27,13 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
 
 
 def to_tf32(x: np.ndarray) -> np.ndarray:
-    """As float32, rounded to nearest, ties away from zero."""
+    """x, rounded to nearest, ties away from zero."""
     u = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((u + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def run_case(emulator: Emulator, name: str, bad: bool = False, given=None, out=None) -> None:
-    """Runs a CASE of kernels/ on arrays of 64 or those given; raises EmulationError as reported."""
+    """Runs a CASE of kernels/, on arrays of 64 or those given. A report raises EmulationError."""
     given = np.arange(64, dtype=np.float32) if given is None else given
     out = np.zeros(64, np.float32) if out is None else out
     with emulator.arrays(**{"in": given, "out": (out, "w")}):

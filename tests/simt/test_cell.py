@@ -67,7 +67,6 @@ def test_the_smoke_test_for_gpus_runs_every_kernel(core):
     core.device(shared_bytes=227 * 1024)
     core.kernels.name = lambda: "cpu"
     core.checks(counters=True)
-    core.reset_counters()
     with core.installed(), float32_precision("ieee"):
         for sizes, *which in (
             ((2, 1, 3, 9, 4, 6), ("fused", "resident", "pointwise"), ("plain", "inhibition")),

@@ -10,7 +10,6 @@ from traffic import table
 def emulator():
     found = own_kernels("checked")
     found.checks(counters=True)
-    found.reset_counters()
     yield found
     found.reset()
 

@@ -131,7 +131,6 @@ def test_no_images_give_zeros(core):
 def test_a_step_takes_few_launches(core):
     mode = MODES["tf32"]
     core.checks(counters=True)
-    core.reset_counters()
     step_by_step(core, CASES["channels last"], mode, in_place=True)
     seen = core.counters()
     time = CASES["channels last"].time

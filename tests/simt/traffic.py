@@ -1,8 +1,8 @@
-"""What a step of a layer costs on a GPU, counted in the emulation: `python traffic.py`.
+"""Counts in the emulation what a step of a layer costs on a GPU: `python tests/simt/traffic.py`.
 
-Beside each number stands the fewest possible: each byte of the arguments read once and of the
-results written once; sectors that hold just the bytes asked for; shared memory without bank
-conflicts; tensor core instructions without waste.
+Costs are compared with the least possible: each byte of the arguments is read once, each byte of
+the results written once; sectors have just the bytes that are asked for; shared memory has no bank
+conflicts; tensor core instructions multiply no padding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from modes import Mode  # noqa: E402
 from snnlstm.call import CellOptions  # noqa: E402
 
 STEP = CellOptions((3, 3))
-# Channels and images of the benchmark suite's layers, with as many images as the emulation bears.
+# The benchmark suite's layers, with as many samples as the emulation can run.
 LAYERS = {
     "mnist": Case(STEP, torch.float32, 1, 4, 1, 8, 28, 28, density=0.1),
     "mid": Case(STEP, torch.float32, 1, 1, 32, 64, 32, 32, density=0.1),
@@ -35,7 +35,7 @@ LAYERS = {
 
 
 def fewest_bytes(case: Case, mode: Mode) -> int:
-    """Of one inference step: x, the states and the weight in; spikes and states out."""
+    """Bytes of an inference step: it reads x, states and weight, and writes spikes and states."""
     size = mode.dtype.itemsize
     operand = mode.operands.itemsize if mode.operands else size
     n, c, h, w = case.state_shape
@@ -46,7 +46,8 @@ def fewest_bytes(case: Case, mode: Mode) -> int:
 
 
 def fewest_mma(case: Case, mode: Mode) -> int:
-    """m16n8k16, or k8 for tf32 (three of them for 3xTF32), over pixels, gates and taps."""
+    """Instructions m16n8k16, or for tf32 m16n8k8, for all pixels, gates and taps. 3xTF32 takes
+    three for each."""
     n, c, h, w = case.state_shape
     kh, kw = case.options.kernel_size
     tf32 = mode.dtype.itemsize == 4 and mode.operands is None
@@ -56,10 +57,8 @@ def fewest_mma(case: Case, mode: Mode) -> int:
 
 
 def measure(core: Core, case: Case, mode: Mode, training: bool = False) -> dict[str, Counts]:
-    """Counters of one step, by kernel, without those that pack the weight.
-
-    With `training` the step's backward pass belongs to it.
-    """
+    """Counters of one step by kernel, without the kernels that pack the weight. training: the step
+    has a backward pass."""
     case = mode.of(case)
     inputs = case.inputs()
     core.reset()
@@ -80,7 +79,7 @@ def total(seen: dict[str, Counts]) -> Counts:
 
 
 def cost(seen: dict[str, Counts], case: Case, mode: Mode) -> dict[str, float]:
-    """Ratios to the fewest possible, of all kernels of one step together."""
+    """The costs of all kernels of one step together, over the least possible."""
     all_of_it = total(seen)
     moved = all_of_it["bytes_read"] + all_of_it["bytes_written"]
     return {
@@ -92,7 +91,7 @@ def cost(seen: dict[str, Counts], case: Case, mode: Mode) -> dict[str, float]:
 
 
 def table(seen: dict[str, Counts]) -> str:
-    """One line a kernel."""
+    """A text with one line for each kernel."""
     head = (
         f"{'kernel':<28}{'launches':>9}{'blocks':>8}{'KiB read':>10}{'KiB written':>12}"
         f"{'L2 KiB':>9}{'sectors':>9}{'banks':>7}{'mma':>9}{'per barrier':>12}"
