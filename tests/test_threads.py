@@ -1,9 +1,18 @@
-"""Results depend neither on the number of threads nor on other callers."""
+"""Equal calls give equal bits, in any process and mode, beside any other callers.
 
+Outputs do not depend on the number of threads, either.
+"""
+
+import hashlib
+import itertools
+import json
 import os
+import subprocess
 import sys
 import threading
 import time
+import warnings
+from pathlib import Path
 
 import flat
 import pytest
@@ -82,6 +91,66 @@ def test_callers_at_the_same_time(kernels):
             same(out + grads, [*expected[number][0], *expected[number][1]])
 
     in_threads(work, len(cases))
+
+
+def hashes() -> dict[str, str]:
+    """Returns hashes of the results of some cases, algorithms and numbers of threads."""
+    found, names = {}, ("pooled", "few spikes", "small")
+    for count, algorithm, name in itertools.product((1, 3), ("direct", "winograd"), names):
+        torch.set_num_threads(count)
+        out, grads = train(Kernels(native.cpu.isa, algorithm), CASES[name])
+        data = b"".join(t.contiguous().numpy().tobytes() for t in out + grads)
+        found[f"{name}, {algorithm}, {count}"] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def test_a_fresh_process_gives_the_same_bits():
+    code = "import json, test_threads; print(json.dumps(test_threads.hashes()))"
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    here = hashes()
+    assert here == json.loads(other.stdout)
+    assert len(set(here.values())) >= len(here) / 2  # the two algorithms differ
+
+
+@pytest.mark.parametrize("density", [0.05, 1.0])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reset_mechanism": "subtract", "learn_threshold": True, "max_pool": 2},
+        {"reset_mechanism": "zero", "inhibition": True, "checkpoint": True},
+    ],
+    ids=["subtract", "inhibition"],
+)
+def test_torchs_deterministic_mode_is_met_and_changes_nothing(backend, density, options):
+    """The mode raises or warns at operations that are not deterministic, and fills new memory."""
+    if backend.name == "simt":
+        pytest.skip("the emulated kernels know nothing of this mode")
+
+    def two_steps() -> list[Tensor]:
+        cell = ours(12, 16, 3, seed=4, threshold=0.05, **options)
+        x = torch.randn(3, 2, 12, 17, 18)
+        x = torch.where(torch.rand(x.shape) < density, x, 0).requires_grad_()
+        optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
+        for _ in range(2):
+            cell.reset_mem()
+            spk, syn, mem = cell(x)
+            ((spk * spk.detach().cumsum(0)).sum() + (syn * mem).sum()).backward()
+            optimizer.step()
+        return [spk, syn, mem, x.grad, *(p.grad for p in cell.parameters()), *cell.parameters()]
+
+    expected = two_steps()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            actual = two_steps()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    same(actual, expected)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
