@@ -51,36 +51,36 @@ examples:
 
 
 HELP = {
-    "shapes": 'built-in shapes from the list below; "cpu", "loops", "users" and "gpu" stand for '
+    "shapes": 'built-in shapes of the list below; "cpu", "loops", "users" and "gpu" stand for '
     "whole tables (default: cpu, or gpu with --device cuda)",
     "shape": "a shape of your own, may be repeated; options after k: max_pool=2 avg_pool=2 "
     "reset=zero quant=8 threshold=0.1 density=0.1 (or density=dense) name=mine",
-    "random": "so many shapes of odd sizes, drawn with --seed: a search for one where we are "
-    "slower; the ratios are listed in order, the worst ten with their shapes",
-    "providers": "from the list below; snntorch is always among them (default: all that run here)",
+    "random": "time N random shapes, drawn with --seed, and list the ratios in order, the ten "
+    "lowest with their shapes",
+    "providers": "providers of the list below; snntorch is always timed (default: all that run)",
     "mode": "forward: inference; backward: backward alone; both: training (default: all three)",
     "density": 'share of ones in x, or "dense" for normally distributed x, in place of the '
     "shapes' own (0.1 mostly)",
-    "device": "where all providers run (default: %(default)s)",
+    "device": "device of all providers (default: %(default)s)",
     "dtype": "tf32: float32 tensors on tensor cores (CUDA); autocast: float32 tensors under "
     "torch.autocast to bfloat16",
     "threads": "threads of torch, and so of every provider (default: %(default)s, torch's own)",
-    "seed": "of weights and x (default: %(default)s)",
-    "quick": "fewer of everything: under 2 minutes",
+    "seed": "seed of weights and x (default: %(default)s)",
+    "quick": "time fewer shapes, providers and modes, in under 2 minutes",
     "seconds": "time for one shape in one mode, all providers together (default: 12; --quick: 1.5)",
-    "limit": "begin no further shape after so many seconds in all (default: none)",
+    "limit": "begin no further shape after S seconds in all (default: none)",
     "memory": "peak memory of each shape and against T, against T only, or not (default: all; "
     "--quick: long)",
-    "busy": "keep one core busy with something else: what is that core's loss to each provider?",
+    "busy": "keep one core busy with another program, to see how much slower each provider gets",
     "kernels": "profile one run of snnlstm and of snntorch for each shape and mode, and write "
-    "kernels.csv: the time of each kernel",
+    "the time of each kernel to kernels.csv",
     "profile": "print the shares of the parts of our CPU kernels in the threads' time: products, "
     "transforms, pointwise work, copies, waiting for each other",
-    "goals": "set the speed-ups against our goals",
+    "goals": "compare the speed-ups with our goals",
     "out": "directory for rows.csv, rows.json, table.md and the plots (default: "
     "out/bench-DATE-TIME)",
     "no-plots": "write rows only",
-    "compare": "what changed from run A to run B (directories or files of rows), and what is noise",
+    "compare": "print what changed from run A to run B (directories or files of rows)",
     "plot": "draw the plots of a run again",
 }
 
