@@ -25,7 +25,7 @@ TREES = ROOT / "build" / "instrumented"
 FLAGS = {
     "address": "-O1 -g1 -fsanitize=address -fno-omit-frame-pointer",
     "coverage": "-Og -g1 --coverage -fprofile-update=atomic",
-    "cell": "-O0",
+    "cell": "-O1",
 }
 TESTS = {
     "address": ["test_kernels.py", "test_kernel_gradients.py", "test_fuzz.py", "test_core.py",

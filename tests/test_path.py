@@ -229,12 +229,13 @@ def test_a_call_that_the_kernels_refuse_takes_plain_torch(monkeypatch):
 
 @pytest.mark.skipif(native is None, reason="the core is not built")
 def test_the_native_path_says_what_it_is():
-    cell = ours()
+    cell = ours(checkpoint="gates")
     assert cell.path is None
-    with snnlstm.algorithm("direct"):
-        cell(X)
-    assert re.fullmatch(r"cpu-\w+-direct(-sparse)?", cell.path.name)
-    assert str(cell.path) == f"{cell.path.name} ({cell.path.reason})"
+    for algorithm in ("direct", "winograd"):
+        with snnlstm.algorithm(algorithm):
+            cell(X)
+        assert re.fullmatch(rf"cpu-\w+-{algorithm}(\dx\d)?(-sparse)?", cell.path.name)
+        assert str(cell.path) == f"{cell.path.name} (the native kernels cover this call)"
 
 
 def test_tensors_that_the_kernels_cannot_read_are_computed_all_the_same():
