@@ -141,6 +141,8 @@ GOOD = [
     ("bias", 0),
     ("init_hidden", 1),
     ("max_pool", (2,)),
+    ("max_pool", (2, 1)),
+    ("max_pool", (1, 2)),
     ("avg_pool", [2]),
     ("avg_pool", (6, 3)),  # as large as the image
     ("threshold", 0),
