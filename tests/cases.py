@@ -50,9 +50,10 @@ def wanting_gradients(inputs: Inputs) -> Inputs:
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """Returns `values` in memory of the given layout, with NaN in the memory around them.
+    """Returns `values` in memory of the given layout.
 
-    "expanded" repeats the first entry along the first dimension, with stride 0.
+    "sliced" and "strided" values have NaN around them. "expanded" repeats the first entry along the
+    first dimension, with stride 0.
     """
     if layout == "contiguous":
         return values.contiguous()

@@ -97,17 +97,13 @@ class Calls(Kernels):
     def _cell(self, inputs: Inputs, chosen: CellOptions) -> Callable[..., Any]:
         """Returns a function that runs one or several steps by a cell, which keeps the states."""
         x, syn, mem, weight, bias, threshold, graded = inputs
-        pools = {
-            "none": {},
-            "max": {"max_pool": chosen.pool_size},
-            "avg": {"avg_pool": chosen.pool_size},
-        }
+        pool = {} if chosen.pool == "none" else {f"{chosen.pool}_pool": chosen.pool_size}
         cell = quietly(
             snnlstm.SConv2dLSTM, x.shape[-3], mem.shape[1], chosen.kernel_size, bias is not None,
             spike_grad=chosen.surrogate, reset_mechanism=chosen.reset, inhibition=chosen.inhibition,
             state_quant=chosen.quant or False, stride=chosen.stride, dilation=chosen.dilation,
             surrogate_disable=chosen.surrogate.kind == 0, checkpoint=chosen.checkpoint,
-            dtype=x.dtype, **pools[chosen.pool],
+            dtype=x.dtype, **pool,
         )  # fmt: skip
         # Tensors of a graph take the place of parameters and buffers.
         del cell.conv.weight, cell.conv.bias

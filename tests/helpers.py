@@ -65,20 +65,14 @@ def states(*shape: int, seed: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def close(actual: Any, expected: Any, atol: float = 2e-6, rtol: float = 1e-5) -> None:
-    """Assert that tensors, or tuples or dicts of them, agree; NaN equals NaN."""
-    if isinstance(actual, Tensor):
-        torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol, equal_nan=True)
-        return
+    """Asserts that tensors, or sequences or dicts of them, agree; NaN equals NaN."""
     if isinstance(actual, dict):
         assert list(actual) == list(expected)
-        actual, expected = actual.values(), expected.values()
-    assert len(actual) == len(expected)
-    for one, other in zip(actual, expected, strict=True):
-        close(one, other, atol, rtol)
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol, equal_nan=True)
 
 
 def same(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
-    """Assert that tensors are equal bit for bit."""
+    """Asserts that tensors are equal bit for bit."""
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
 
@@ -90,7 +84,7 @@ def in_threads(work: Callable[[int], Any], count: int = 4) -> None:
 
 
 def same_gradients(one: nn.Module, other: nn.Module, atol: float = 2e-5) -> None:
-    """Assert that all parameters of two modules have the same gradients."""
+    """Asserts that all parameters of two modules have equal gradients."""
     pairs = dict(other.named_parameters())
     for name, parameter in one.named_parameters():
         expected = pairs[name].grad

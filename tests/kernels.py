@@ -50,10 +50,6 @@ class Kernels:
         return flat.run(*arguments, self.algorithm)
 
 
-def _id(kernels: Kernels) -> str:
-    return f"{kernels.isa}-{kernels.algorithm}"
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Within the block torch has one thread: on small tensors threads cost more than they save."""
@@ -77,7 +73,8 @@ def use(kernels: Kernels) -> Iterator[Kernels]:
 
 
 @pytest.fixture(
-    params=[Kernels(isa, algorithm) for isa in ISAS for algorithm in native.cpu.ALGORITHMS], ids=_id
+    params=[Kernels(isa, algorithm) for isa in ISAS for algorithm in native.cpu.ALGORITHMS],
+    ids=lambda kernels: f"{kernels.isa}-{kernels.algorithm}",
 )
 def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     """Runs a test once for each instruction set and algorithm; without the core pytest skips it."""

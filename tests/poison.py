@@ -24,12 +24,6 @@ _FENCE = 256  # bytes
 _FENCE_BYTE = 0xA5
 
 
-def _storage_bytes(shape: tuple[int, ...], strides: tuple[int, ...], item: int) -> int:
-    if 0 in shape:
-        return 0
-    return item * (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)))
-
-
 class _Fenced:
     """Allocates poisoned tensors; `blocks` holds their memory with its fences."""
 
@@ -38,14 +32,15 @@ class _Fenced:
         self.blocks: list[np.ndarray] = []
 
     def new(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        item = dtype.itemsize
-        size = _storage_bytes(shape, strides, item)
+        meta = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+        size = meta.untyped_storage().nbytes()
         block = np.full(size + 2 * _FENCE, self.pattern, np.uint8)
         block[:_FENCE] = block[-_FENCE:] = _FENCE_BYTE
         self.blocks.append(block)
         storage = torch.from_numpy(block).untyped_storage()
         # The tensor must not be a view: autograd treats views among a Function's outputs otherwise.
-        return torch.tensor([], dtype=dtype).set_(storage, _FENCE // item, shape, strides)
+        start = _FENCE // dtype.itemsize
+        return torch.tensor([], dtype=dtype).set_(storage, start, shape, strides)
 
     def check(self) -> None:
         for block in self.blocks:

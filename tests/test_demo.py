@@ -114,12 +114,9 @@ def test_both_networks_start_alike_and_compute_alike():
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """Gives the training 40 digits and 20 test digits; resets torch's threads after the test."""
+    """Gives the training 40 digits and 20 test digits."""
     few = [digits[:n] for digits, n in zip(load_split(0), (40, 40, 20, 20), strict=True)]
     monkeypatch.setattr(training, "load_split", lambda seed: few)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained(**options) -> list[dict]:

@@ -99,12 +99,10 @@ class Twins:
             weights = torch.arange(part.numel()).remainder(13).sub(6) / 8
             loss = loss + (part * weights.view(part.shape)).sum().to(self.dtype)
         leaves = dict(cell.named_parameters(), **dict(zip("xsm", inputs, strict=True)))
-        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        zeros = [torch.zeros_like(leaf) for leaf in leaves.values()]
-        return {
-            name: zero if grad is None else grad
-            for name, grad, zero in zip(leaves, grads, zeros, strict=True)
-        }
+        grads = torch.autograd.grad(
+            loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(leaves, grads, strict=True))
 
 
 def reference_run(cell: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:

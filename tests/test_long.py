@@ -3,11 +3,7 @@
 ``make test-long`` runs ten times as many iterations.
 """
 
-import ctypes
-import gc
 import os
-import resource
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,21 +13,16 @@ from helpers import ours
 from kernels import native
 
 import snnlstm
+from benchmarks import resident
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
 TIMES = 10 if os.environ.get("SNNLSTM_LONG") else 1
 MIB = 1 << 20
 MOST = 8 * MIB  # malloc's own memory may grow by so many bytes
-
-
-def resident() -> int:
-    """Returns the resident bytes of this process, after malloc has given free memory back."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # otherwise a leak would first fill memory that earlier tests freed
-        trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+measured = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
+)
 
 
 def steps(cell, count):
@@ -59,7 +50,7 @@ def made_and_dropped(cell, count):
         other(x)[0].sum().backward()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+@measured
 @pytest.mark.parametrize(
     ("work", "count"), [(steps, 2000), (iterations, 100), (made_and_dropped, 50)]
 )
@@ -69,23 +60,24 @@ def test_memory_does_not_grow(work, count):
     cell = ours(2, 16, 3)
     work(cell, count // 4)
     snnlstm.empty_cache()
-    before = resident()
+    before = resident.watch()
     work(cell, count * TIMES)
     snnlstm.empty_cache()
-    grown = resident() - before
+    grown = resident.watch() - before
     assert grown < MOST, f"{grown / MIB:.1f} MiB more"
     assert len(snntorch.SpikingNeuron.instances) < 10
 
 
+@measured
 def test_a_leak_would_be_seen():
     """The measurement shows a leak that keeps the state of every step."""
     kept = []
     cell = ours(2, 16, 3)
-    before = resident()
+    before = resident.watch()
     for _ in range(500):
         steps(cell, 1)
         kept.append(cell.mem)
-    assert resident() - before > MOST
+    assert resident.watch() - before > MOST
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "auto"])

@@ -197,11 +197,6 @@ def install_gpus(build, tmp_path):
     return install
 
 
-@pytest.fixture
-def nvcc(build, tmp_path) -> str:
-    return program(tmp_path / "default/bin/nvcc")
-
-
 NATIVE = {"SNNLSTM_CUDA_ARCHS": "native"}
 NAMED = {"SNNLSTM_CUDA_ARCHS": "80;86"}
 ON = {"SNNLSTM_CUDA": "on"}
@@ -222,8 +217,9 @@ ON = {"SNNLSTM_CUDA": "on"}
     ids=str,
 )
 def test_a_build_is_for_these_gpus(
-    build, nvcc, install_gpus, monkeypatch, gpus, environment, archs, why
+    build, tmp_path, install_gpus, monkeypatch, gpus, environment, archs, why
 ):
+    nvcc = program(tmp_path / "default/bin/nvcc")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if "native" in environment.values():
