@@ -1,12 +1,12 @@
-"""The package in a tree of its own, built with an instrument, and the tests run there.
+"""Copies the package to a tree of its own, builds it with an instrument, and runs tests there.
 
-    python tests/instrumented.py address     the kernels' tests of Python under AddressSanitizer
-    python tests/instrumented.py coverage    lines and branches that the tests reach
-    python tests/instrumented.py mutants     changes of the code that no test notices
+    python tests/instrumented.py address     runs the kernels' tests under AddressSanitizer
+    python tests/instrumented.py coverage    lists the lines and branches that no test reaches
+    python tests/instrumented.py mutants     lists changes of the code that no test notices
 
-Options come first. Arguments after -- go to pytest, in the place of the usual choice of tests, or
-say what mutants are made of: package, cell. The tree is build/instrumented/NAME; the core is built
-there anew where csrc changed.
+Options come before --. The arguments after -- replace the usual choice of tests of "address" and
+"coverage", and for "mutants" name what is mutated: package, cell. The tree is
+build/instrumented/NAME. A build there compiles only the changed files of csrc.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ TESTS = {
     "address": ["test_kernels.py", "test_kernel_gradients.py", "test_fuzz.py", "test_core.py",
                 "test_loop.py", "test_threads.py", "-k", "not long and not gil"],
     "coverage": ["--ignore=tests/test_distribution.py", "--ignore=tests/test_demo.py",
-                 # What tests the emulator itself, or builds more than the tests of calls do.
+                 # These files test the emulator itself, or build much more than other tests do.
                  *(f"--ignore=tests/simt/test_{of}.py" for of in (
                      "asan", "compiles", "core_counters", "core_mutations", "counters", "detectors",
                      "disassembly", "emulator", "fragments", "mutations", "sizes"))],
 }  # fmt: skip
-# The tests that are to notice mutants of the package, and those that are to notice cell.h's.
+# These tests should notice mutants of the package and of cell.h.
 NOTICE = {
     "package": ["arguments", "messages", "semantics", "state", "overrides", "transforms",
                 "training", "path", "autocast", "loop", "surrogate", "quant", "dtypes",
@@ -44,7 +44,7 @@ NOTICE = {
     "cell": ["math", "surrogate", "quant", "semantics", "kernels", "kernel_gradients",
              "equivalence"],
 }  # fmt: skip
-# The emulator is left out, and a test that compares line numbers, which mutmut moves.
+# pytest leaves out tests of the emulator, and a test of line numbers, which mutmut changes.
 LEFT_OUT = "not simt and not every_error_is_shown"
 MUTMUT = """
 [tool.mutmut]
@@ -59,7 +59,7 @@ pytest_add_cli_args_test_selection = {tests}
 
 
 def tree(name: str) -> Path:
-    """A copy of what is built and tested; files that did not change keep their times."""
+    """Copies all that is built and tested; unchanged files keep their times."""
     to = TREES / name
     for part in ("csrc", "snnlstm", "tests", "benchmarks", "docs"):
         shutil.copytree(
@@ -77,13 +77,13 @@ def build(to: Path, flags: str) -> None:
 
 
 def building(flags: str) -> dict[str, str]:
-    """The environment in which setup.py compiles with these flags."""
+    """Returns the environment in which setup.py compiles with these flags."""
     arguments = f"-DCMAKE_CXX_FLAGS='{flags}' -DCMAKE_CXX_FLAGS_RELEASE="
     return os.environ | {"CMAKE_ARGS": arguments, "SNNLSTM_CUDA": "off"}
 
 
 def library(name: str) -> str:
-    """Path of a runtime library of the compiler's."""
+    """Returns the path of one of the compiler's runtime libraries."""
     command = [os.environ.get("CXX", "g++"), f"-print-file-name={name}"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
@@ -106,13 +106,13 @@ def address(tests: list[str]) -> int:
     return pytest(
         to, tests,
         LD_PRELOAD=f"{library('libasan.so')} {library('libstdc++.so.6')}",
-        # Python frees little at its end; NumPy and torch are not instrumented.
+        # At its end Python leaves most memory allocated, which is no leak.
         ASAN_OPTIONS="detect_leaks=0:detect_odr_violation=0",
     )  # fmt: skip
 
 
 def coverage(tests: list[str], more: bool = False) -> int:
-    """`more`: add to what earlier runs have reached, so that a long run can be cut in pieces."""
+    """Runs tests and reports coverage; with `more`, of earlier runs and this one together."""
     to = tree("coverage")
     build(to, FLAGS["coverage"])
     for old in () if more else [*to.glob("build/**/*.gcda"), *to.glob(".coverage*")]:
@@ -122,7 +122,7 @@ def coverage(tests: list[str], more: bool = False) -> int:
     for command in (
         ["coverage", "combine", "-q", "--append"],
         ["coverage", "report", "--show-missing", "--skip-covered"],
-        # A line counts once, whichever instantiation reached it. Inner loops run 2^32 times.
+        # --merge-lines counts a line once for all instantiations. Inner loops run 2^32 times.
         ["gcovr", "--filter=csrc/", "--merge-lines", "--gcov-suspicious-hits-threshold=0", "build"],
     ):
         subprocess.run([sys.executable, "-m", *command], cwd=to, env=os.environ | data, check=True)
@@ -134,10 +134,10 @@ def files(tests: list[str]) -> list[str]:
 
 
 def mutants(what: list[str], most: int) -> int:
-    """Make mutants of the package's modules, or of cell.h, and list those that no test noticed.
+    """Makes mutants of the package's modules, of cell.h, or of both; lists the survivors.
 
-    `what`: "package" (by mutmut; a run that was stopped goes on), "cell" (by universalmutator, of
-    which at most `most` are judged, drawn by chance), or both.
+    mutmut makes those of "package", and goes on with a run that was stopped. universalmutator makes
+    those of "cell", of which a random sample of at most `most` is tested.
     """
     if "package" in what:
         to = tree("mutants")
@@ -158,18 +158,18 @@ def mutants_of_cell(to: Path, most: int) -> None:
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     shutil.copy2(built, made)
-    # Lines of comments and of the preprocessor are left out.
+    # Comments and the preprocessor's lines are not mutated.
     code = [str(n) for n, line in enumerate(cell.read_text().splitlines(), 1)
             if not re.match(r"\s*(//|#|$)", line)]  # fmt: skip
     (made / "lines").write_text("\n".join(code))
     python, build_again = sys.executable, "setup.py -q build_ext --inplace"
     test = f"{python} -m pytest -x -q -p no:cacheprovider -k '{LEFT_OUT}' "
     test += " ".join(files(NOTICE["cell"]))
-    # A mutant that does not compile, or that compiles to the same bytes, is none.
+    # A mutant that does not compile, or that compiles to equal bytes, does not count.
     compiles = f"{python} {build_again} && ! cmp -s {built} {made / built.name}"
     tool = f"{python} -m universalmutator"
     for command in (
-        test,  # an error if the tests fail without a mutant
+        test,  # the command fails if the tests fail without a mutant
         f"{tool}.genmutants {cell} cpp --noCheck --lines {made / 'lines'} --mutantDir {made}",
         f'{tool}.analyze {cell} "{test}" --compileCommand "{compiles}" --mutantDir {made} '
         f"--timeout 300 --seed 0 --numMutants {most}",
