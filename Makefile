@@ -120,23 +120,17 @@ $(VENV)/.installed: $(SOURCES) | $(RUN)
 	$(RUN) -m pip install --disable-pip-version-check $(NO_DEPS) -e ".[test,bench]"
 	@touch $@
 
-$(VENV)/.linters: pyproject.toml | $(VENV)/.installed
-	$(RUN) -m pip install --disable-pip-version-check ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
-	@touch $@
-
 # snnlstm itself is there: pip adds what the extra names.
-$(VENV)/.docs: pyproject.toml | $(VENV)/.installed
-	$(RUN) -m pip install --disable-pip-version-check "snnlstm[docs]"
+$(VENV)/.linters: EXTRA = dev
+$(VENV)/.docs: EXTRA = docs
+$(VENV)/.linters $(VENV)/.docs: pyproject.toml | $(VENV)/.installed
+	$(RUN) -m pip install --disable-pip-version-check "snnlstm[$(EXTRA)]"
 	@touch $@
 
-$(VENV)/.nox: | $(RUN)
-	$(RUN) -m pip install --disable-pip-version-check "nox>=2025.2.9"
-	@touch $@
-
+$(VENV)/.nox: PROGRAMS = "nox>=2025.2.9"
+$(VENV)/.build: PROGRAMS = build
+$(VENV)/.instruments: PROGRAMS = coverage gcovr mutmut universalmutator
 $(VENV)/.instruments: | $(VENV)/.installed
-	$(RUN) -m pip install --disable-pip-version-check coverage gcovr mutmut universalmutator
-	@touch $@
-
-$(VENV)/.build: | $(RUN)
-	$(RUN) -m pip install --disable-pip-version-check build
+$(VENV)/.nox $(VENV)/.build $(VENV)/.instruments: | $(RUN)
+	$(RUN) -m pip install --disable-pip-version-check $(PROGRAMS)
 	@touch $@

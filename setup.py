@@ -1,18 +1,7 @@
 """Builds snnlstm._C with CMake and Ninja; the metadata is in pyproject.toml.
 
-Where _C cannot be built, the package is installed without it, and runs in plain torch.
-
-Environment
-    SNNLSTM_CORE            off | on; unset: _C is built on Linux, where a C++17 compiler is found;
-                            on: an error where it cannot be built; off: a py3-none-any wheel
-    SNNLSTM_CUDA            off | on | pip; unset: the CUDA half is built where both a CUDA compiler
-                            and a GPU are found, and for the GPUs found; on: for every GPU;
-                            pip: too, with the compiler on PyPI, fetched for this build alone
-    CUDACXX, CUDA_HOME      where nvcc is (then PATH, then the pip package nvidia-cuda-nvcc)
-    SNNLSTM_CUDA_ARCHS      compute capabilities, such as "80;90", or "native" for the GPUs found
-    SNNLSTM_LOCAL_VERSION   e.g. cu13: the wheel becomes snnlstm-0.1.0+cu13
-    MAX_JOBS, CMAKE_BUILD_PARALLEL_LEVEL   how many compilers run at once
-    CMAKE_ARGS              further arguments for CMake
+If _C cannot be built, the package is installed without it, and runs in plain torch. CONTRIBUTING.md
+lists the environment variables that this file reads.
 """
 
 from __future__ import annotations
@@ -301,9 +290,8 @@ class CMakeBuild(build_ext):
         run("compiling", ["cmake", "--build", str(build), "-j", jobs], hint)
 
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(
-            missing_ok=True
-        )  # a process may have the old file mapped: never write into it
+        # A process may have the old file mapped, so nothing is written into it.
+        target.unlink(missing_ok=True)
         shutil.copy2(build / target.name, target)
         cuda = re.search(r'"cuda", "(.*)"', (build / "build_info.h").read_text())
         say(f"built {target.name}, version {version()}")
