@@ -46,7 +46,7 @@ class CellOptions:
     Parameters
     ----------
     kernel_size, stride, dilation : (int, int)
-        Of the gate convolution, height first. The stride applies to the input half only.
+        The gate convolution's sizes, height first. The stride applies to the input half only.
     reset : {"subtract", "zero", "none"}
         What a spike of the previous step does to the membrane potential.
     pool : {"none", "max", "avg"}
@@ -58,11 +58,11 @@ class CellOptions:
     quant : StateQuant, callable or None
         Quantisation of the states; a foreign callable needs the reference path.
     inhibition : bool
-        Of each sample only the neuron with the highest (pooled) potential may spike.
+        Only the neuron with the highest (pooled) potential of each sample may spike.
     sequence : bool
         x is (T, N, Cin, H, W) and spk (T, N, C, Hp, Wp); otherwise both are 4-D.
     record : bool
-        With `sequence`: syn and mem are returned for every step, (T, N, C, Ho, Wo).
+        For a sequence: syn and mem are returned for every step, (T, N, C, Ho, Wo).
     checkpoint : bool or "gates"
         Keep only the states for the backward pass and recompute the gates there; or keep the
         gates as fixed point numbers of half their bits.
@@ -149,7 +149,7 @@ class Signature:
     options : CellOptions
         Its ``operands`` say what autocast asks for.
     dtype, device, device_type
-        Of the states.
+        Those of the states.
     time, n, cin, h, w, c, ho, wo : int
         Steps (1 for a step call), and the sizes of x and of the states.
     state, state_strides : (int, int, int, int)

@@ -39,13 +39,15 @@ def sconv2dlstm(
     """Run one step, or a sequence of them, of a spiking convolutional LSTM.
 
     ``C`` is ``weight.shape[0] // 4`` and ``Ho, Wo`` are ``ceil(H / stride[0])`` and
-    ``ceil(W / stride[1])``. The formulas stand in :mod:`snnlstm.reference`.
+    ``ceil(W / stride[1])``. The formulas stand in :mod:`snnlstm.reference`. Keywords that are not
+    listed here mean what they mean in :class:`snnlstm.SConv2dLSTM`, which names the papers;
+    `state_quant` may be None.
 
     Parameters
     ----------
     x : Tensor
-        (N, Cin, H, W) is one step, (T, N, Cin, H, W) a sequence. Of weight's dtype, or one
-        that converts to it without loss, such as bool.
+        (N, Cin, H, W) is one step, (T, N, Cin, H, W) a sequence. x has weight's dtype, or one that
+        converts to it without loss, such as bool.
     syn, mem : Tensor, optional
         (N, C, Ho, Wo), synaptic current and membrane potential before the first step, of
         weight's dtype. None and a tensor of shape (0,) mean zeros.
@@ -56,31 +58,10 @@ def sconv2dlstm(
     threshold : float or Tensor, default 1.0
         Broadcasts to (N, C, Ho, Wo) and to the pooled size. mem never exceeds 1, so the
         default never spikes: 0.1 and below are usual.
-    spike_grad : callable, optional
-        A surrogate of :mod:`snnlstm.surrogate` or :mod:`snntorch.surrogate`, or any callable;
-        ``atan()`` by default.
-    surrogate_disable : bool, default False
-        spk carries no gradient.
-    reset_mechanism : {"none", "subtract", "zero"}
-        What a neuron whose mem exceeded the threshold before the step does to its mem.
-    max_pool, avg_pool : int or (int, int), default 0
-        Pools mem before the threshold; 0 is off. At most one of them.
-    state_quant : callable, optional
-        A :class:`snnlstm.quant.StateQuant`, a quantiser of snnTorch, or any callable.
     graded_spikes_factor : float or Tensor, default 1.0
         Multiplies spk.
-    inhibition : bool, default False
-        Of each sample only the neuron with the highest (pooled) mem may spike.
-    stride, dilation : int or (int, int), default 1
-        Of the convolution; the stride applies to x alone.
     record : bool, default False
-        With a sequence: return syn and mem of every step.
-    checkpoint : bool or "gates", default False
-        What the backward pass needs of the gates: they are kept (False), computed again there
-        (True), or, on the CPU, kept as fixed point numbers of half their bits ("gates"), for
-        gradients with an error of some 2e-5. CUDA and the reference path keep them whole then.
-    batch_first : bool, default False
-        A sequence x, spk and recorded states are (N, T, ...), not (T, N, ...).
+        For a sequence: return syn and mem of every step.
 
     Returns
     -------
@@ -95,12 +76,6 @@ def sconv2dlstm(
         If an argument is of the wrong type or dtype.
     ValueError
         If a shape, size, device or name does not fit.
-
-    References
-    ----------
-    Shi et al., "Convolutional LSTM network", NeurIPS 2015; Eshraghian et al., "Training
-    spiking neural networks using lessons from deep learning", Proc. IEEE 111, 2023;
-    ``snntorch.SConv2dLSTM`` 1.0.0.
     """
     call = check_call(
         x, syn, mem, weight, bias, threshold=threshold, spike_grad=spike_grad,

@@ -24,14 +24,14 @@ class Way:
     Parameters
     ----------
     name : str
-        Of the layer, as ``named_modules()`` gives it.
+        Name of the layer, as ``named_modules()`` gives it.
     layer : str
-        Its class.
+        Name of its class.
     kind : {"sequence", "fold", "step"}
         One call with the whole sequence; few calls with many steps as a larger batch each,
         (T * N, ...); or one call for each step.
     reason : str
-        Why, in plain words.
+        Reason, in plain words.
     """
 
     name: str

@@ -22,7 +22,7 @@ class Count:
     Parameters
     ----------
     layer : str
-        Its class.
+        Name of its class.
     threshold : float or None
         Its lowest threshold.
     spikes : Tensor
@@ -104,8 +104,8 @@ class SpikeRates(dict[str, Count]):
 def spike_rates(model: nn.Module, show: bool = True) -> SpikeRates:
     """Count the spikes of every neuron layer of a network within a ``with`` block.
 
-    Cells of ours, of snnTorch, and its other neurons. What the layers compute, and by which
-    kernels, is not changed; they are called as always. ::
+    The layers are our cells, snnTorch's cells and its other neurons. Counting changes neither what
+    they compute nor the kernels that run. ::
 
         with snnlstm.spike_rates(net):
             net(x)

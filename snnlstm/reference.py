@@ -138,7 +138,7 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     Parameters
     ----------
     call : Call
-        Where it has a ``conv``, that is called in place of the convolution with weight and bias;
+        Its ``conv``, if there is one, is called in place of the convolution with weight and bias;
         this needs a stride of 1.
 
     Returns

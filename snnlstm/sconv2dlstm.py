@@ -68,27 +68,27 @@ class SConv2dLSTM(DescribedCell):
     init_hidden : bool, default False
         The states live in the cell only: a call takes the input alone and returns spk.
     inhibition : bool, default False
-        Of each sample only the neuron with the highest (pooled) mem may spike.
+        Only the neuron with the highest (pooled) mem of each sample may spike.
     learn_threshold : bool, default False
         The threshold is a parameter.
     reset_mechanism : {"none", "subtract", "zero"}
-        What a neuron whose mem exceeded the threshold before the step does to its new mem.
+        Changes the new mem of a neuron whose mem exceeded the threshold before the step.
     state_quant : callable, default False
         Quantises syn and mem: ``snnlstm.quant.state_quant(...)``, snnTorch's, or any callable.
     output : bool, default False
-        With `init_hidden`: return spk, syn and mem.
+        Return spk, syn and mem, also with `init_hidden`.
     stride : int or (int, int), default 1
-        Of the convolution of the input; the states are (N, C, ceil(H / sh), ceil(W / sw)).
+        Stride of the input's convolution; the states are (N, C, ceil(H / sh), ceil(W / sw)).
     dilation : int or (int, int), default 1
-        Of the whole convolution.
+        Dilation of the whole convolution.
     device : torch.device or str, optional
-        Of the parameters and buffers.
+        Device of the parameters and buffers.
     dtype : torch.dtype, optional
         float32, float64, float16 or bfloat16.
     checkpoint : bool or "gates", default False
-        What the backward pass needs of the gates: they are kept (False), computed again there
-        (True), or, on the CPU, kept as fixed point numbers of half their bits ("gates"), for
-        gradients with an error of some 2e-5. CUDA and the reference path keep them whole then.
+        How the backward pass gets the gates: they are kept (False), or computed again (True).
+        With "gates" the CPU keeps them as fixed point numbers of half their bits, and gradients
+        have an error of some 2e-5; CUDA and the reference path keep them whole.
     batch_first : bool, default False
         A sequence x, spk and recorded states are (N, T, ...), not (T, N, ...).
 
@@ -104,7 +104,7 @@ class SConv2dLSTM(DescribedCell):
     spk : Tensor or None
         The last spikes.
     path : snnlstm.run.Path or None
-        Which implementation ran the last call, and why.
+        The implementation that ran the last call, and the reason.
 
     Raises
     ------
@@ -221,14 +221,14 @@ class SConv2dLSTM(DescribedCell):
         ----------
         x : Tensor
             (N, Cin, H, W) is one step, (T, N, Cin, H, W) a sequence: the same as T calls, in
-            one. Of the cell's dtype, or one that converts to it without loss, such as bool.
+            one. x has the cell's dtype, or one that converts to it without loss, such as bool.
             **Time comes first.** An x of (N, T, Cin, H, W) has the same number of dimensions and
             would be read as N steps of T samples: make the cell with ``batch_first=True``.
         syn, mem : Tensor, optional
             (N, C, Ho, Wo), or (0,), which means zeros, as do zeros of another batch or image size:
             what :meth:`reset_mem` returned. None goes on from the stored state.
         record : bool, default False
-            With a sequence: return syn and mem of every step.
+            For a sequence: return syn and mem of every step.
 
         Returns
         -------
@@ -273,7 +273,7 @@ class SConv2dLSTM(DescribedCell):
         return spk, syn, mem
 
     def _like_before(self, x: Any, syn: Any, mem: Any, record: Any) -> Call | None:
-        """The call, if its arguments are like those of a call that was checked before."""
+        """Return the call, if its arguments are like those of a call that was checked before."""
         if type(x) is not Tensor or not isinstance(record, bool):
             return None
         conv = self._modules["conv"]
@@ -308,7 +308,7 @@ class SConv2dLSTM(DescribedCell):
         return Call(*given, signature)
 
     def _checked(self, x: Any, syn: Any, mem: Any, record: Any) -> Call:
-        """The call, after a check of every argument."""
+        """Return the call, after a check of every argument."""
         conv, channels = self.conv, self.out_channels
         weight, bias = self._parameters_of_conv(x)
         if self.batch_first and isinstance(x, Tensor) and x.dim() == 5:

@@ -44,9 +44,9 @@ class Sequential(nn.Sequential):
       training (its statistics are those of one step), dropout in training (a new mask for every
       step), whatever carries hooks, and modules that are not known here.
 
-    Stacks within the stack are gone into. Of a layer that returns a tuple, such as
-    ``spk, syn, mem``, the next layer gets the first item. The last layer's tuple is
-    returned, every item stacked over time.
+    The layers of a stack within the stack go their own ways. If a layer returns a tuple, such as
+    ``spk, syn, mem``, the next layer gets its first item. The last layer's tuple is returned, with
+    every item stacked over time.
 
     ``snnlstm.Sequential(*net)`` makes one from the layers of an ``nn.Sequential``; :meth:`of` keeps
     their names as well, where they have any. States start from the stored ones, as in step
@@ -55,16 +55,16 @@ class Sequential(nn.Sequential):
     :meth:`SConv2dLSTM.reset_hidden`.
 
     Layers that share a state, such as one cell in two places, cannot be run one after the
-    other: the steps are then taken one by one, and the log says so. With more than one random
-    layer (dropout) the same random numbers are drawn in another order than in the loop.
+    other: the steps are then taken one by one, and the log says so. If there are several random
+    layers (dropout), they draw the same random numbers in another order than in the loop.
 
     Parameters
     ----------
     *layers : nn.Module
         As of an nn.Sequential; a dictionary of named layers works, too.
     batch_first : bool, default False
-        Sequences are (N, T, ...), those that are returned too. Of stacks in stacks the outermost
-        one's counts.
+        Sequences are (N, T, ...), those that are returned too. The setting of the outermost stack
+        counts.
 
     Attributes
     ----------
@@ -160,7 +160,7 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False) -> Any:
     x : Tensor
         (T, N, ...), or (N, T, ...) with `batch_first`; T at least 1.
     *layers : nn.Module
-        In order. Of a layer that returns a tuple the next one gets the first item.
+        In order. If a layer returns a tuple, the next one gets its first item.
     batch_first : bool, default False
         Sequences are (N, T, ...), those that are returned too.
 

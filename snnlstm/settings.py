@@ -26,7 +26,7 @@ def set_algorithm(name: str, file: str | os.PathLike[str] | None = None) -> None
     Parameters
     ----------
     name : str
-        One of these. Where a device has no such algorithm, the name means ``"auto"``.
+        One of these names. A name that a device has no algorithm for means ``"auto"``.
 
         - ``"auto"``, the default, takes what is estimated to be fastest by shape.
         - ``"direct"`` sums products as they stand.
@@ -44,8 +44,8 @@ def set_algorithm(name: str, file: str | os.PathLike[str] | None = None) -> None
           ``torch.backends.cudnn.benchmark`` is set. Nothing is timed while a CUDA graph is being
           captured, nor under ``torch.use_deterministic_algorithms``: there the estimate decides.
     file : path, optional
-        Where ``"measure"`` keeps its choices for other processes, as JSON. It is read now, if it
-        exists, and written after each measurement.
+        A JSON file in which ``"measure"`` keeps its choices for other processes. It is read now,
+        if it exists, and written after each measurement.
 
     Raises
     ------

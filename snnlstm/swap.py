@@ -21,9 +21,9 @@ logger = logging.getLogger("snnlstm")
 
 _ITSELF = "(the model itself)"
 _SILENT = "NEVER SPIKES: no mem exceeds its threshold of 1 or more; 0.1 and below are usual"
-_SAME = (  # attributes of both cells
-    "in_channels", "out_channels", "kernel_size", "padding", "bias", "max_pool", "avg_pool",
-    "init_hidden", "inhibition", "output",
+_SAME = (  # arguments and attributes of both cells
+    "in_channels", "out_channels", "kernel_size", "bias", "max_pool", "avg_pool", "init_hidden",
+    "inhibition", "output", "surrogate_disable",
 )  # fmt: skip
 _ALREADY = ("is snnlstm's already", "is snntorch's already")
 
@@ -262,20 +262,12 @@ def _why_not_theirs(module: nn.Module) -> str | None:
 
 def _adopt(old: Any) -> nn.Module:
     """Make a cell that shares everything with one of snnTorch."""
+    same = {name: getattr(old, name) for name in _SAME}
     cell = SConv2dLSTM(
-        old.in_channels,
-        old.out_channels,
-        old.kernel_size,
-        bool(old.bias),
-        old.max_pool,
-        old.avg_pool,
-        0.1,  # the threshold, replaced below as all tensors are
-        None if old.surrogate_disable else old.spike_grad,
-        old.surrogate_disable,
-        old.init_hidden,
-        old.inhibition,
+        **same | {"bias": bool(old.bias)},
+        threshold=0.1,  # replaced below as all tensors are
+        spike_grad=None if old.surrogate_disable else old.spike_grad,
         state_quant=old.state_quant,
-        output=old.output,
         device="meta",
     )
     cell._adopted = {
@@ -307,7 +299,7 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
             cell, 1, 1, 1, spike_grad=spike_grad, surrogate_disable=old.surrogate_disable,
             reset_mechanism=old.reset_mechanism, state_quant=state_quant,
         )  # fmt: skip
-    for name in _SAME:
+    for name in (*_SAME, "padding"):
         setattr(cell, name, getattr(old, name))
     ours = set(vars(SConv2dLSTM(1, 1, 1, threshold=0.1, device="meta")))
     ours |= {"path", "_adopted", "_layer_name"}

@@ -36,7 +36,7 @@ _is_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtenso
 class _SConv2dLSTM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Seven tensors, as in the call, but weight and bias its loop's; then what is no tensor."""
+        """Take a call's seven tensors, with its loop's weight and bias, and what is no tensor."""
         *tensors, call, choice, loop, algorithm = given
         saved: Any
         if call.options.checkpoint is True:
@@ -116,8 +116,9 @@ def _in_plain_torch(
     inputs: Sequence[Tensor | None], graded: Tensor, options: Any,
     grads: Sequence[Tensor | None], wanted: Sequence[bool], again: bool,
 ) -> Sequence[Tensor | None]:  # fmt: skip
-    """The same gradients in plain torch; `again`: they can be differentiated in their turn."""
-    # The inputs are aliased: one may have been computed from another, whose path must not count.
+    """The same gradients in plain torch; with `again` they can be differentiated in their turn."""
+    # The inputs are aliased, because one may have been computed from another one, and that path
+    # must not count.
     own: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
     x, syn, mem, weight, bias, threshold = own
     outputs = reference.run(Call(x, syn, mem, weight, bias, threshold, graded, options))

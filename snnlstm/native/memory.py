@@ -5,8 +5,8 @@ goes back to it each time: the clearing took up to a third of a forward pass. Bl
 have let go of are kept here instead, as torch keeps CUDA's. When a block of another size is needed,
 those that nobody has used for a while are dropped first.
 
-Workspaces, which no result lies in, are kept beside the blocks, one a thread: each lies in caches
-that a block which went through other hands does not.
+Each thread also keeps one workspace, which holds no result. A workspace stays in the thread's
+caches, and a block that another thread has used does not.
 """
 
 from __future__ import annotations

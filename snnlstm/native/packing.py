@@ -26,8 +26,8 @@ class Packed:
     """A weight in the kernels' forms, and a copy of the weight that they were made from.
 
     ``most_inputs`` is the side of the largest Winograd tile whose rounding errors stay small over
-    long sequences: of those in ``GAINS`` whose limit the gates' root mean square per unit of input
-    does not exceed; 0 if none. nn.Conv2d's initial weights have 0.58.
+    long sequences, or 0 if there is none. ``GAINS`` has the sides, each with the largest gain that
+    it admits: the gates' root mean square per unit of input. nn.Conv2d's initial weights have 0.58.
     """
 
     GAINS: ClassVar = {8: 1.5, 6: 3.0}
@@ -81,10 +81,10 @@ _MOST_PLACES = 16  # weights of one storage whose forms are kept
 def look_up(weight: Tensor, x: int = 0, dtype: int = 0, count: int = 0) -> tuple[Packed, int]:
     """What is packed of `weight`'s present values, and the percentage of x that is not zero.
 
-    x comes as the address, dtype and number of its values, of which none are 100 per cent. Neither
+    x comes as the address, dtype and number of its values; no values count as 100 per cent. Neither
     the address nor the version counter tells whether the weight's values are those that were
-    packed: ``weight.data.add_(...)`` changes neither of them. They are compared byte for byte, one
-    to three hundredths of a step, or more where a wide layer has small images.
+    packed: ``weight.data.add_(...)`` changes neither of them. So the values are compared byte for
+    byte, which takes one to three hundredths of a step, or more if a wide layer has small images.
     """
     contiguous = weight if weight.is_contiguous() else weight.detach().contiguous()
     storage = weight.untyped_storage()

@@ -51,7 +51,7 @@ class Result(NamedTuple):
 
 
 def restored(saved: Saved, shapes: Shapes) -> Saved:
-    """What was saved, in the memory order in which it was: hooks may have given it another."""
+    """What was saved, in its dtype and contiguous again: hooks may have changed both."""
     out = []
     for tensor, (shape, dtype) in zip(saved, shapes, strict=True):
         if tuple(tensor.shape) != shape:
@@ -131,7 +131,7 @@ def make_cell(core: Any, signature: Signature, time: int) -> Any:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The tensor, or what a lazily negated one stands for: real numbers in memory as they read."""
+    """The tensor, or a copy of a lazily negated one, whose memory holds the negated numbers."""
     return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
@@ -149,12 +149,12 @@ def five(strides: Sequence[int]) -> tuple[int, ...]:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where the tensor's numbers are; 0 where there is none."""
+    """Address of the tensor's numbers; 0 if there is no tensor."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def numbers(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor's numbers side by side, of `dtype`; itself where they are."""
+    """The tensor, or a contiguous copy of `dtype` if it is not contiguous or of another dtype."""
     if tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     return plain(tensor.detach()).to(dtype).contiguous()
@@ -263,7 +263,7 @@ class Plan:
     Attributes
     ----------
     spk, state : (shape, strides)
-        Of spk, and of syn and mem.
+        Those of spk, and those of syn and mem.
     saved_shapes : Shapes
     loop_key
         Steps whose plans have equal ones can form their weight gradient together.

@@ -7,7 +7,7 @@ All ways give the same results, up to rounding, and each reads what the others h
   and x over all steps at once
 - "pointwise": torch convolves, and the kernels do the rest of a step
 
-Which is taken is estimated, or measured on the GPU at hand: :func:`snnlstm.set_algorithm`.
+An estimate, or a measurement on the GPU at hand, chooses: :func:`snnlstm.set_algorithm`.
 """
 
 from __future__ import annotations
