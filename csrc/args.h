@@ -69,52 +69,39 @@ struct View {
   int64_t stride[5] = {0, 0, 0, 0, 0};
 };
 
-struct ForwardArgs {
+// What the forward and the backward pass of a call share.
+struct PassArgs {
   Cell cell;
   View x;                            // (T, N, Cin, H, W)
   View syn0, mem0;                   // (N, C, Ho, Wo) states before the first step
-  const void* weight = nullptr;      // packed by pack_weight()
+  const void* weight = nullptr;      // packed by pack_weight() for this pass
   const void* weight_mem = nullptr;  // CPU: Winograd's weight of the recurrent half
-  const void* weight_x = nullptr;    // CPU: and of the input half
-  const void* bias = nullptr;        // (4C,), contiguous
+  const void* weight_x = nullptr;    // CPU: Winograd's weight of the input half
   const void* threshold = nullptr;   // (C,), or one number with threshold_stride = 0
   int64_t threshold_stride = 0;
-  double graded = 1;                    // graded_spikes_factor
-  const void* graded_factor = nullptr;  // CUDA: the same on the device, in the compute type
+  const void* graded_factor = nullptr;  // one number in the compute type
   const void* levels = nullptr;         // (num_levels,), ascending; CUDA: in the compute type
-  bool record = false;  // syn and mem are written for every t, else after the last step only
-  View spk;             // (T, N, C, Hp, Wp)
-  View syn, mem;        // (T, N, C, Ho, Wo) or, with stride[0] = 0, (N, C, Ho, Wo)
-  void* saved_gates = nullptr;  // training: activated gates, layout of the backend's choice
-  bool half_gates = false;      // CPU: as fixed point numbers of half a value's bits
-  void* saved_syn = nullptr;    // training: syn after every step, layout of the backend's choice
-  int64_t* winner =
-      nullptr;  // (T, N): flat index (C, Hp, Wp) of the spike that inhibition lets through
+  bool record = false;                  // syn and mem have every step t, else the last step only
+  void* saved_gates = nullptr;          // training: activated gates, layout of the backend's choice
+  bool half_gates = false;              // CPU: as fixed point numbers of half a value's bits
+  void* saved_syn = nullptr;  // training: syn after every step, layout of the backend's choice
+  int64_t* winner = nullptr;  // (T, N): place in (C, Hp, Wp) of the only neuron that may spike
   void* workspace = nullptr;
   int threads = 1;  // CPU
 };
 
-struct BackwardArgs {
-  Cell cell;
-  View x, syn0, mem0;
-  const void* weight = nullptr;      // packed by pack_weight() for the backward pass
-  const void* weight_mem = nullptr;  // CPU: Winograd's weight of the recurrent half
-  const void* weight_x = nullptr;    // CPU: and of the input half
-  const void* threshold = nullptr;
-  int64_t threshold_stride = 0;
-  double graded = 1;
-  const void* graded_factor = nullptr;
-  const void* levels = nullptr;
-  const void* saved_gates = nullptr;
-  bool half_gates = false;  // CPU: as ForwardArgs::half_gates
-  const void* saved_syn = nullptr;
-  const int64_t* winner = nullptr;
-  View noise;               // (T, N, C, Hp, Wp) uniform in [0, 1): the stochastic surrogate only
-  View grad_spk;            // (T, N, C, Hp, Wp)
-  View grad_syn, grad_mem;  // as ForwardArgs::syn and mem; record says which form
-  bool record = false;
-  View grad_x;                     // (T, N, Cin, H, W)
-  View grad_syn0, grad_mem0;       // (N, C, Ho, Wo)
+struct ForwardArgs : PassArgs {
+  const void* bias = nullptr;  // (4C,), contiguous
+  View spk;                    // (T, N, C, Hp, Wp)
+  View syn, mem;               // (T, N, C, Ho, Wo) or, with stride[0] = 0, (N, C, Ho, Wo)
+};
+
+struct BackwardArgs : PassArgs {
+  View noise;                 // (T, N, C, Hp, Wp) uniform in [0, 1): the stochastic surrogate only
+  View grad_spk;              // (T, N, C, Hp, Wp)
+  View grad_syn, grad_mem;    // as ForwardArgs::syn and mem
+  View grad_x;                // (T, N, Cin, H, W)
+  View grad_syn0, grad_mem0;  // (N, C, Ho, Wo)
   void* grad_weight = nullptr;     // (4C, Cin + C, kernel_h, kernel_w), contiguous
   void* grad_bias = nullptr;       // (4C,)
   void* grad_threshold = nullptr;  // (C,): summed over everything but the channels
@@ -124,8 +111,6 @@ struct BackwardArgs {
   // CUDA, if given: mem after every step but the last is left here, (T - 1, N, Ho, Wo, Cp) of the
   // gate type.
   void* mem_after = nullptr;
-  void* workspace = nullptr;
-  int threads = 1;
 };
 
 // What the gradient of the weight needs of one step of a loop.

@@ -59,7 +59,7 @@ inline View view(const py::handle& from) {
   return v;
 }
 
-// Keyword arguments, of which each must be asked for.
+// The keyword arguments of a call. finish() refuses those that nobody has asked for.
 class Keywords {
  public:
   explicit Keywords(const py::kwargs& given) : given_(given) {}
@@ -78,7 +78,7 @@ class Keywords {
     if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
     return value;
   }
-  // As the others, of what a call cannot do without.
+  // These return an argument that the call must have.
   View needed_view(const char* name) {
     const View found = view(name);
     needs(found.data, name);
@@ -174,8 +174,8 @@ Enum numbered(const char* name, int number, int count) {
   return Enum(number);
 }
 
-// Every size at least 1, but for the numbers of steps and images, which may be 0; and no product of
-// sizes that leaves the integers in which the kernels count.
+// Refuses sizes below 1, except for the numbers of steps and images, which may be 0, and products
+// of sizes that the kernels' integers cannot hold.
 inline void check_sizes(const Cell& c) {
   for (const int64_t size : {c.Cin, c.C, c.H, c.W, int64_t(c.kernel_h), int64_t(c.kernel_w),
                              int64_t(c.stride_h), int64_t(c.stride_w), int64_t(c.dilation_h),

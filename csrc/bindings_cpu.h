@@ -22,7 +22,7 @@ struct CpuPlan {
   int threads;
 };
 
-constexpr int kMostThreads = 1 << 14;  // whose workspaces are counted
+constexpr int kMostThreads = 1 << 14;  // workspaces grow with this number
 
 inline CpuPlan make_cpu_plan(const Cell& cell, int algorithm, double density, int most_inputs,
                              bool backward, int threads) {
@@ -42,6 +42,7 @@ struct Watch : cpu::Interruption {
   static constexpr auto kPause = std::chrono::milliseconds(100);
 
   Watch() { look = &ask; }
+  ~Watch() { cpu::interruption = nullptr; }  // also if a call without memory throws
 
   static void ask(cpu::Interruption& self) {
     Watch& watch = static_cast<Watch&>(self);
@@ -75,7 +76,7 @@ void interruptible(const Cell& cell, F&& run) {
   run();
 }
 
-// The part of `count` values that is not zero, from a sample spread over all of them.
+// Returns the share of nonzeros in a sample that is spread over all `count` values.
 template <class T>
 double density(const T* x, int64_t count) {
   const int64_t step = count / 16384 | 1;  // odd, against the period of channels and columns
@@ -144,8 +145,8 @@ inline double copy_weight(Address weight, Address copy, int dtype, int64_t count
                                                           static_cast<float*>(at(copy)), count);
 }
 
-// What a call looks at before it begins, in one crossing: x's density in hundredths (100 if
-// count is 0), or -1 where `bytes` bytes at `weight` and at `copy` differ.
+// Returns x's density in hundredths (100 if count is 0), or -1 if the `bytes` bytes at `weight` and
+// at `copy` differ. One function does both, because each call from Python takes time.
 inline int inspect(Address x, int dtype, int64_t count, Address weight, Address copy,
                    int64_t bytes) {
   counted("count", count);
@@ -167,8 +168,8 @@ inline int inspect(Address x, int dtype, int64_t count, Address weight, Address 
   return look();
 }
 
-// The forms of the weight that a plan reads: (number, what tells it from others of that number,
-// bytes).
+// Returns the forms of the weight that a plan reads, each as (number, name, bytes). The name tells
+// apart forms of one number.
 inline py::list forms(const CpuPlan& plan, bool backward, bool grad_x) {
   py::list found;
   const int first = int(backward ? cpu::Form::backward : cpu::Form::forward);
@@ -176,12 +177,12 @@ inline py::list forms(const CpuPlan& plan, bool backward, bool grad_x) {
     const auto form = cpu::Form(number);
     if (!cpu::reads(plan.cell, form, grad_x)) continue;
     found.append(py::make_tuple(number, cpu::form_name(plan.cell, form),
-                                cpu::packed_bytes(plan.cell, form)));
+                                cpu::kernels(plan.cell).packed_bytes(plan.cell, form)));
   }
   return found;
 }
 
-// weights: the forms that forms() names, in the places of the first, of mem's and of x's tiles.
+// Adds what the plan knows to the arguments, and refuses a call without what its kernels read.
 template <class Args>
 void set_plan(Args& a, const CpuPlan& plan) {
   a.threads = plan.threads;
@@ -203,9 +204,6 @@ void set_plan(Args& a, const CpuPlan& plan) {
   const int first = int(forward ? cpu::Form::forward : cpu::Form::backward);
   for (int k = 0; k < 3; ++k)
     if (cpu::reads(a.cell, cpu::Form(first + k), grad_x)) needs(weights[k], names[k]);
-  // graded_factor is CUDA's: here the number itself is wanted.
-  a.graded = a.cell.dtype == DType::float64 ? *static_cast<const double*>(a.graded_factor)
-                                            : *static_cast<const float*>(a.graded_factor);
 }
 
 // steps: one (x, mem, address of the d gates) a time step.
@@ -231,7 +229,7 @@ inline void cpu_weight_gradient(const CpuPlan& plan, const py::list& steps, Addr
   a.grad_weight = at(grad_weight);
   a.workspace = at(workspace);
   py::gil_scoped_release release;
-  cpu::weight_gradient(a);
+  cpu::kernels(a.cell).weight_gradient(a);
 }
 
 inline void bind_cpu(py::module_& m) {
@@ -252,7 +250,7 @@ inline void bind_cpu(py::module_& m) {
     Cell cell;
     cell.dtype = numbered<DType>("dtype", dtype, 2), cell.C = C;
     counted("C", C, 1);
-    return cpu::padded_channels(cell);
+    return cpu::kernels(cell).padded_channels(cell);
   });
 
   py::class_<CpuPlan>(m, "CpuPlan", py::module_local())
@@ -277,29 +275,32 @@ inline void bind_cpu(py::module_& m) {
              if (!cpu::reads(p.cell, which, true))
                throw py::value_error("form must be one that the plan reads");
              py::gil_scoped_release release;
-             cpu::pack_weight(p.cell, which, p.threads, at(weight), at(packed));
+             cpu::kernels(p.cell).pack_weight(p.cell, which, p.threads, at(weight), at(packed));
            })
-      .def_property_readonly(
-          "forward_workspace",
-          [](const CpuPlan& p) { return cpu::forward_workspace(p.cell, p.threads); })
+      .def_property_readonly("forward_workspace",
+                             [](const CpuPlan& p) {
+                               return cpu::kernels(p.cell).forward_workspace(p.cell, p.threads);
+                             })
       .def("backward_workspace",
            [](const CpuPlan& p, bool weight) {
-             return cpu::backward_workspace(p.cell, p.threads, weight);
+             return cpu::kernels(p.cell).backward_workspace(p.cell, p.threads, weight);
            })
-      .def_property_readonly(
-          "weight_gradient_workspace",
-          [](const CpuPlan& p) { return cpu::weight_gradient_workspace(p.cell, p.threads); })
+      .def_property_readonly("weight_gradient_workspace",
+                             [](const CpuPlan& p) {
+                               return cpu::kernels(p.cell).weight_gradient_workspace(p.cell,
+                                                                                     p.threads);
+                             })
       .def("forward",
            [](const CpuPlan& p, const py::kwargs& given) {
              ForwardArgs a = forward_args(p.cell, given);
              set_plan(a, p);
-             interruptible(p.cell, [&] { cpu::forward(a); });
+             interruptible(p.cell, [&] { cpu::kernels(a.cell).forward(a); });
            })
       .def("backward",
            [](const CpuPlan& p, const py::kwargs& given) {
              BackwardArgs a = backward_args(p.cell, given);
              set_plan(a, p);
-             interruptible(p.cell, [&] { cpu::backward(a); });
+             interruptible(p.cell, [&] { cpu::kernels(a.cell).backward(a); });
            })
       .def("weight_gradient", &cpu_weight_gradient, py::arg("steps"), py::arg("grad_weight"),
            py::arg("workspace"));

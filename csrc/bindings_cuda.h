@@ -71,16 +71,14 @@ inline void bind_cuda(py::module_& m, const CudaCalls& calls = {}) {
   using cuda::Target;
   py::class_<Target>(m, "CudaTarget", py::module_local())
       // matrix and algorithm: the numbers of cuda::Matrix and cuda::Algorithm
-      .def("wanting",
-           [](const Target& target, int matrix, int algorithm) {
-             Target with = target;
-             with.matrix = numbered<cuda::Matrix>("matrix", matrix, 5);
-             numbered<cuda::Algorithm>("algorithm", algorithm, 7);
-             if (algorithm == 4) throw py::value_error("algorithm must not be 4");
-             if (algorithm != 0) with.algorithm = cuda::Algorithm(algorithm);
-             return with;
-           })
-      .def_readonly("compute_capability", &Target::compute_capability);
+      .def("wanting", [](const Target& target, int matrix, int algorithm) {
+        Target with = target;
+        with.matrix = numbered<cuda::Matrix>("matrix", matrix, 5);
+        numbered<cuda::Algorithm>("algorithm", algorithm, 7);
+        if (algorithm == 4) throw py::value_error("algorithm must not be 4");
+        if (algorithm != 0) with.algorithm = cuda::Algorithm(algorithm);
+        return with;
+      });
 
   m.def("cuda_target", &cuda::current_target);
   m.def("cuda_full_precision", [](const Target& t) { return int(cuda::full_precision(t)); });

@@ -72,11 +72,6 @@ int omp_get_thread_num() {
   return 0;
 }
 
-int omp_get_num_threads() {
-  SNNLSTM_PASS_ON(omp_get_num_threads);
-  return 1;
-}
-
 int omp_get_max_threads() {
   SNNLSTM_PASS_ON(omp_get_max_threads);
   return 1;
@@ -86,7 +81,5 @@ void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned f
   SNNLSTM_PASS_ON(GOMP_parallel, body, data, threads, flags);
   body(data);
 }
-
-void GOMP_barrier() { SNNLSTM_PASS_ON(GOMP_barrier); }
 
 }  // extern "C"

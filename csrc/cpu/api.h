@@ -20,22 +20,6 @@ Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inpu
 // Returns what choose() chose, such as "winograd4-sparse": the recurrent half's way, then x's.
 std::string way_name(const Cell& cell);
 
-// Says whether there are Winograd kernels for the cell's type and number of channels.
-bool has_tiles(const Cell& cell);
-
-// Returns the cost of the input half from lists of its nonzeros, over its cost in direct sums.
-double sparse_cost(const Cell& cell, double density);
-
-// These return the bytes that a call needs as its workspace. `weight` says whether the backward
-// pass forms the weight's gradient.
-int64_t forward_workspace(const Cell& cell, int threads);
-int64_t backward_workspace(const Cell& cell, int threads, bool weight);
-int64_t weight_gradient_workspace(const Cell& cell, int threads);
-
-// Returns C rounded up to whole vectors. A pixel of saved_syn has so many values, a pixel of
-// saved_gates four times as many, or twice as many with half_gates.
-int64_t padded_channels(const Cell& cell);
-
 // The forms of a weight. The first three are ForwardArgs' weight, weight_mem and weight_x, the
 // others are BackwardArgs'.
 enum class Form : int {
@@ -68,33 +52,40 @@ inline bool reads(const Cell& c, Form form, bool grad_x) {
 // Returns what the form depends on beside the channels and the instruction set, such as "3x3:4".
 std::string form_name(const Cell& cell, Form form);
 
-// The weight is (4C, Cin + C, rows, columns), contiguous, and includes the outer taps.
-int64_t packed_bytes(const Cell& cell, Form form);
-void pack_weight(const Cell& cell, Form form, int threads, const void* weight, void* packed);
+// What each instruction set's build provides.
+struct Kernels {
+  // Says whether there are Winograd kernels for the cell's type and number of channels.
+  bool (*has_tiles)(const Cell&);
+  // Returns the cost of the input half from lists of its nonzeros, over its cost in direct sums, or
+  // infinity if the image is too large for lists.
+  double (*sparse_cost)(const Cell&, double density);
 
-void forward(const ForwardArgs& args);
-void backward(const BackwardArgs& args);
-void weight_gradient(const WeightGradArgs& args);
+  // These return the bytes that a call needs as its workspace. `weight` says whether the backward
+  // pass forms the weight's gradient.
+  int64_t (*forward_workspace)(const Cell&, int threads);
+  int64_t (*backward_workspace)(const Cell&, int threads, bool weight);
+  int64_t (*weight_gradient_workspace)(const Cell&, int threads);
+
+  // Returns C rounded up to whole vectors. A pixel of saved_syn has so many values, a pixel of
+  // saved_gates four times as many, or twice as many with half_gates.
+  int64_t (*padded_channels)(const Cell&);
+
+  // The weight is (4C, Cin + C, rows, columns), contiguous, and includes the outer taps.
+  int64_t (*packed_bytes)(const Cell&, Form);
+  void (*pack_weight)(const Cell&, Form, int threads, const void* weight, void* packed);
+
+  void (*forward)(const ForwardArgs&);
+  void (*backward)(const BackwardArgs&);
+  void (*weight_gradient)(const WeightGradArgs&);
+};
+
+// Returns the kernels of the instruction set in use, for the cell's number of channels.
+const Kernels& kernels(const Cell& cell);
 
 // isa_names() lists the compiled instruction sets that this processor can run, best last.
 // isa_name() is the one in use: the best, or what the environment variable SNNLSTM_ISA names.
 std::vector<std::string> isa_names();
 std::string isa_name();
 void set_isa(const std::string& name);  // std::invalid_argument where it cannot run
-
-// What each instruction set's build provides.
-struct Kernels {
-  bool (*has_tiles)(const Cell&);
-  double (*sparse_cost)(const Cell&, double density);
-  int64_t (*forward_workspace)(const Cell&, int);
-  int64_t (*backward_workspace)(const Cell&, int, bool);
-  int64_t (*weight_gradient_workspace)(const Cell&, int);
-  int64_t (*padded_channels)(const Cell&);
-  int64_t (*packed_bytes)(const Cell&, Form);
-  void (*pack_weight)(const Cell&, Form, int, const void*, void*);
-  void (*forward)(const ForwardArgs&);
-  void (*backward)(const BackwardArgs&);
-  void (*weight_gradient)(const WeightGradArgs&);
-};
 
 }  // namespace snnlstm::cpu

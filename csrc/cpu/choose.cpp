@@ -20,8 +20,8 @@ double fetch_cost(const Cell& c, double values) {
   return 1 + 11 * std::min(std::max(bytes / (1 << 20) - 0.5, 0.), 1.);
 }
 
-// Of `wanted` tiles, or pixels, those that one thread has in a step while the weights pass by once:
-// those of one image, or of several small ones.
+// Returns how many tiles, or pixels, one thread has in a step while the weights pass by once: those
+// of one image or of several small ones, and at most `wanted`.
 double at_once(const Cell& c, double of_image, double wanted) {
   return std::min(std::max(of_image, of_image * std::floor(double(c.N) / 2)), wanted);
 }
@@ -103,12 +103,10 @@ Cell within_image(const Cell& cell) {
 
 Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inputs, bool backward) {
   Cell c = within_image(cell);
-  c.tile_h = c.tile_w = 0;
-  c.x_way = Way::direct;
   c.by_columns = lines_cost(c, true) < 0.9 * lines_cost(c, false);
   if (algorithm == Algorithm::direct) return c;
   const bool forced = algorithm == Algorithm::winograd;
-  if (has_tiles(c)) {
+  if (kernels(c).has_tiles(c)) {
     double best = direct_cost(c, double(c.C), backward);
     for (const int h : {4, 3, 2, 1})
       for (const int w : {4, 3, 2, 1}) {
@@ -134,7 +132,7 @@ Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inpu
     if (forced || cost < best) best = cost, c.x_way = Way::winograd;
   }
   if (!forced && density < 1 &&
-      direct_cost(c, double(c.Cin), backward, sparse_cost(c, density)) < best)
+      direct_cost(c, double(c.Cin), backward, kernels(c).sparse_cost(c, density)) < best)
     c.x_way = Way::sparse;
   return c;
 }

@@ -187,6 +187,7 @@ void run(Cell c, const cpu::Kernels& kernels) {
     return T(normal(random_bits));
   };
   const int threads = int(between(1, 4));
+  const T graded = T(0.7);
   const bool record = between(0, 1), training = between(0, 3) > 0, has_bias = between(0, 3) > 0;
   const bool per_channel = between(0, 1);
   const int64_t item = sizeof(T), Ho = c.Ho(), Wo = c.Wo(), K = c.kernel_h * c.kernel_w;
@@ -230,7 +231,7 @@ void run(Cell c, const cpu::Kernels& kernels) {
     a.weight = direct.get(), a.weight_mem = of_mem.get(), a.weight_x = of_x.get();
     a.bias = has_bias ? bias.get() : nullptr;
     a.threshold = threshold.get(), a.threshold_stride = per_channel;
-    a.graded = 0.7, a.levels = levels.get();
+    a.graded_factor = &graded, a.levels = levels.get();
     a.spk = spk.view(), a.syn = syn.view(), a.mem = mem.view();
     if (training) a.saved_gates = gates.get(), a.saved_syn = saved_syn.get();
     if (training && c.inhibition) a.winner = winner.as<int64_t>();
@@ -259,7 +260,7 @@ void run(Cell c, const cpu::Kernels& kernels) {
   a.x = x.view(), a.syn0 = syn0.view(), a.mem0 = mem0.view();
   a.weight = direct.get(), a.weight_mem = of_mem.get(), a.weight_x = of_x.get();
   a.threshold = threshold.get(), a.threshold_stride = per_channel;
-  a.graded = 0.7, a.levels = levels.get();
+  a.graded_factor = &graded, a.levels = levels.get();
   a.saved_gates = gates.get(), a.saved_syn = saved_syn.get();
   if (c.inhibition) a.winner = winner.as<int64_t>();
   if (c.surrogate == Surrogate::stochastic) a.noise = noise.view();

@@ -7,30 +7,24 @@
 SNNLSTM_BEGIN_ISA
 
 void backward(const BackwardArgs& args) {
-  with_lanes(args.cell, [&](auto lanes) {
-    using L = decltype(lanes);
-    Backward<typename L::Scalar, L::count>(args).run();
-  });
+  with_lanes(args.cell,
+             [&](auto lanes) { typename decltype(lanes)::template Of<Backward>(args).run(); });
 }
 
 int64_t backward_workspace(const Cell& cell, int threads, bool weight) {
   return with_lanes(cell, [&](auto lanes) {
-    using L = decltype(lanes);
-    return Backward<typename L::Scalar, L::count>::workspace(cell, threads, weight);
+    return decltype(lanes)::template Of<Backward>::workspace(cell, threads, weight);
   });
 }
 
 void weight_gradient(const WeightGradArgs& args) {
-  with_lanes(args.cell, [&](auto lanes) {
-    using L = decltype(lanes);
-    StepGradients<typename L::Scalar, L::count>(args).run();
-  });
+  with_lanes(args.cell,
+             [&](auto lanes) { typename decltype(lanes)::template Of<StepGradients>(args).run(); });
 }
 
 int64_t weight_gradient_workspace(const Cell& cell, int threads) {
   return with_lanes(cell, [&](auto lanes) {
-    using L = decltype(lanes);
-    return StepGradients<typename L::Scalar, L::count>::workspace(cell, threads);
+    return decltype(lanes)::template Of<StepGradients>::workspace(cell, threads);
   });
 }
 

@@ -69,7 +69,7 @@ class Backward {
              [&](int thread) {
                if (by_sample_) {
                  phases.run(0, c.N, [&](int64_t n) { sample(n, x_tasks > 0, thread); });
-                 return phases.run(1, l_.Cb, [&](int64_t cb) { reduce(cb); });
+                 return phases.run(1, l_.Cb, [&](int64_t cb) { neuron_.reduce(cb); });
                }
                phases.run(0, tasks_.count + (a_.grad_weight ? weights_.clear_tasks() : 0),
                           [&](int64_t task) {
@@ -100,7 +100,7 @@ class Backward {
                }
                phases.run(phase, l_.Cb + (a_.grad_weight ? weights_.write_tasks() : 0),
                           [&](int64_t task) {
-                            if (task < l_.Cb) return reduce(task);
+                            if (task < l_.Cb) return neuron_.reduce(task);
                             weights_.write(task - l_.Cb, a_.grad_weight);
                           });
              });
@@ -126,11 +126,6 @@ class Backward {
     }
     for (int64_t k = n * x_blocks_; x_apart && k < (n + 1) * x_blocks_; ++k) inputs(0, k, thread);
     for (int64_t task = first; task < last; ++task) rows(0, task, thread);
-  }
-
-  void reduce(int64_t cb) {
-    if (cb == 0) neuron_.reduce_bias();
-    neuron_.reduce(cb);
   }
 
   void carve(Arena& arena) {
@@ -212,12 +207,10 @@ class Backward {
 
   void write_x(int64_t t, int64_t n, int64_t together, int64_t begin, int64_t end, const T* rows) {
     const Span span(Part::copies);
-    const View& v = a_.grad_x;
     const Pixels from{a_.cell.W, to_x_.row_size(), l_.x_blocks * VL};
-    T* dst = static_cast<T*>(v.data) + t * v.stride[0] + n * v.stride[1] + begin * v.stride[3];
-    for (int64_t k = 0; k < together; ++k, dst += v.stride[1], rows += (end - begin) * from.row)
-      store_rows<S>(rows, from, end - begin, a_.cell.Cin, dst, v.stride[2], v.stride[3],
-                    v.stride[4], [](typename S::R g, int64_t) { return g; });
+    for (int64_t k = 0; k < together; ++k, rows += (end - begin) * from.row)
+      store_rows<S>(rows, from, end - begin, a_.cell.Cin, a_.grad_x, t, n + k, begin,
+                    [](typename S::R g, int64_t) { return g; });
   }
 
   const BackwardArgs& a_;

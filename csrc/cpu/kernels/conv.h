@@ -101,22 +101,10 @@ __attribute__((noinline)) void conv_row_of(const typename S::Scalar* in, int64_t
     const int64_t n = (count - done + tiles - 1) / tiles;
     const auto* a = in + done * pixel_stride;
     auto* o = out + done * out_stride;
-    switch (n) {
-#define SNNLSTM_TILE(n)                                                              \
-  case n:                                                                            \
-    if constexpr (n <= P)                                                            \
-      conv_tile<S, NV, n>(a, pixel_stride, runs, num_runs, w, start, o, out_stride); \
-    break;
-      SNNLSTM_TILE(1)
-      SNNLSTM_TILE(2)
-      SNNLSTM_TILE(3)
-      SNNLSTM_TILE(4)
-      SNNLSTM_TILE(5)
-      SNNLSTM_TILE(6)
-      SNNLSTM_TILE(7)
-      SNNLSTM_TILE(8)
-#undef SNNLSTM_TILE
-    }
+    with_count<P>(n, [&](auto pixels) __attribute__((always_inline)) {
+      conv_tile<S, NV, decltype(pixels)::value>(a, pixel_stride, runs, num_runs, w, start, o,
+                                                out_stride);
+    });
     if (start.from) start.from += n * start.pixel_stride;
     done += n;
   }

@@ -4,8 +4,6 @@
 // transformed gates' gradient of a block of tiles.
 #pragma once
 
-#include <type_traits>
-
 #include "tiles.h"
 
 SNNLSTM_BEGIN_ISA
@@ -83,19 +81,7 @@ class DataGrad {
   void each_block(F&& f) const {
     for (int64_t block = 0; block < vectors_;) {
       const int count = vector_block(vectors_, block, VL * int(sizeof(T))).count;
-      switch (count) {
-        case 4:
-          f(block, std::integral_constant<int, 4>());
-          break;
-        case 3:
-          f(block, std::integral_constant<int, 3>());
-          break;
-        case 2:
-          f(block, std::integral_constant<int, 2>());
-          break;
-        default:
-          f(block, std::integral_constant<int, 1>());
-      }
+      with_count<4>(count, [&](auto vectors) { f(block, vectors); });
       block += count;
     }
   }

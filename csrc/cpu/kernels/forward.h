@@ -177,7 +177,6 @@ class Forward {
   void gather_x(int64_t t, int64_t n, int64_t b0, int64_t b1, T* patch) {
     const Span span(Part::copies);
     const Cell& c = a_.cell;
-    const T* x = static_cast<const T*>(a_.x.data) + t * a_.x.stride[0] + n * a_.x.stride[1];
     const int64_t first = b0 * c.stride_h - l_.ph;
     const int64_t rows = patch_rows(b1 - b0);
     const int64_t row = l_.Wx * c.Cin, border = l_.pw * c.Cin, right = (l_.pw + c.W) * c.Cin;
@@ -191,8 +190,8 @@ class Forward {
       std::memset(patch + k * row, 0, border * sizeof(T));
       std::memset(patch + k * row + right, 0, (row - right) * sizeof(T));
     }
-    load_rows<S>(x + (first + top) * a_.x.stride[3], a_.x.stride[2], a_.x.stride[3], a_.x.stride[4],
-                 bottom - top, c.Cin, patch + top * row + border, Pixels{c.W, row, c.Cin}, c.Cin);
+    load_rows<S>(a_.x, t, n, first + top, bottom - top, c.Cin, patch + top * row + border,
+                 Pixels{c.W, row, c.Cin}, c.Cin);
   }
 
   // Sums a half over `rows` rows of each block, from state row `first` on. x's half and the bias
@@ -358,9 +357,8 @@ class Forward {
     if (!a_.record && t != a_.cell.T - 1) return;
     const Span span(Part::copies);
     const auto put = [&](const View& v, const T* src, int64_t row) {
-      T* dst = static_cast<T*>(v.data) + t * v.stride[0] + r.n * v.stride[1] + begin * v.stride[3];
-      store_rows<S>(src, Pixels{l_.Wo, row, l_.Cp}, end - begin, a_.cell.C, dst, v.stride[2],
-                    v.stride[3], v.stride[4], [](R state, int64_t) { return state; });
+      store_rows<S>(src, Pixels{l_.Wo, row, l_.Cp}, end - begin, a_.cell.C, v, t, r.n, begin,
+                    [](R state, int64_t) { return state; });
     };
     put(a_.syn, states_.syn_after(t, r, begin), l_.Wo * l_.Cp);
     put(a_.mem, states_.mem_inner(t + 1, r, begin), l_.Wm * l_.Cp);
@@ -381,25 +379,21 @@ class Forward {
     return s.pooled;
   }
 
-  T* spk_row(int64_t t, int64_t n, int64_t h) {
-    const View& v = a_.spk;
-    return static_cast<T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
-  }
+  T graded() const { return *static_cast<const T*>(a_.graded_factor); }
 
   // Writes the spikes of rows [begin, end) of the pooled image.
   void fire(int64_t t, const Rows& r, int64_t begin, int64_t end, const Scratch& s) {
     const Span span(Part::pointwise);
-    const R spike = S::splat(T(a_.graded)), silent = S::splat(T(0) * T(a_.graded));
+    const R spike = S::splat(graded()), silent = S::splat(T(0) * graded());
     const auto spikes = [&](R mem, int64_t ch) {
       return S::where(Neuron<M>::fires(mem, S::load(threshold_ + ch)), spike, silent);
     };
-    const View& v = a_.spk;
     const int64_t rows = a_.cell.pool == Pool::none ? end - begin : 1;
     for (int64_t h = begin; h < end; h += rows) {
       int64_t stride;
       const T* row = pooled_row(t, r, h, s, stride);
-      store_rows<S>(row, Pixels{l_.Wp, l_.Wm * l_.Cp, stride}, rows, a_.cell.C, spk_row(t, r.n, h),
-                    v.stride[2], v.stride[3], v.stride[4], spikes);
+      store_rows<S>(row, Pixels{l_.Wp, l_.Wm * l_.Cp, stride}, rows, a_.cell.C, a_.spk, t, r.n, h,
+                    spikes);
     }
   }
 
@@ -422,14 +416,14 @@ class Forward {
           const bool equal = mem == best || (mem != mem && best != best);
           if (higher || (equal && index < winner)) best = mem, winner = index;
         }
-      store_row<S>(row, Row{stride}, l_.Wp, c.C, spk_row(t, r.n, h), v.stride[2], v.stride[4],
-                   [&](R, int64_t) { return S::splat(T(0) * T(a_.graded)); });
+      store_row<S>(row, Row{stride}, l_.Wp, c.C, row_of<T>(v, t, r.n, h), v.stride[2], v.stride[4],
+                   [&](R, int64_t) { return S::splat(T(0) * graded()); });
     }
     if (a_.winner) a_.winner[t * c.N + r.n] = winner;
     if (winner < 0) return;
     const int64_t ch = winner / (l_.Hp * l_.Wp), h = winner / l_.Wp % l_.Hp, w = winner % l_.Wp;
     if (best - threshold_[ch] > T(0))
-      spk_row(t, r.n, h)[ch * v.stride[2] + w * v.stride[4]] = T(a_.graded);
+      row_of<T>(v, t, r.n, h)[ch * v.stride[2] + w * v.stride[4]] = graded();
   }
 
   const ForwardArgs& a_;

@@ -10,6 +10,8 @@ template <class T, int VL>
 struct Lanes {
   using Scalar = T;
   static constexpr int count = VL;
+  template <template <class, int> class Kernels>
+  using Of = Kernels<T, VL>;
 };
 
 // Narrow vectors are better where one holds all channels. With AVX-512 they are better, too, where

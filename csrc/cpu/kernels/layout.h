@@ -144,7 +144,7 @@ struct Layout {
   }
 
   // Says whether direct convolution of so many channels goes along columns of pixels, and not along
-  // rows. Of a line, the taps are left out that meet only the border along the other axis.
+  // rows. The sum of a line leaves out the taps that meet only the border along the other axis.
   bool along_columns(int64_t channels) const { return c.by_columns && channels >= 8; }
   // Returns the lines of taps that meet the state's image, or x's, from a line of the state's
   // pixels.
@@ -167,7 +167,7 @@ struct Layout {
   int64_t x_image() const { return Hx * Wx * c.Cin; }
   int64_t state_image() const { return pixels * Cp; }
   int64_t gates_image() const { return pixels * 4 * Cp; }
-  // Of the weight for direct convolution, with Winograd the recurrent half is not packed.
+  // With Winograd the weight for direct convolution lacks the recurrent half.
   int64_t packed_rows() const { return c.tiled() ? Kx : K(); }  // of K, in the forward weight
   int64_t packed_forward() const { return Cb * packed_rows() * 4 * VL; }
   int64_t packed_backward() const { return (x_blocks + (c.tiled() ? 0 : Cb)) * Kg * VL; }
@@ -342,9 +342,9 @@ class RunList {
 
   bool window() const { return of_line_ > 0; }
   bool by_columns() const { return by_columns_; }
-  // Of a window, returns the line that a run belongs to.
+  // Returns the line of a window that a run belongs to.
   int64_t line(const Run* run) const { return (run - runs_) / of_line_; }
-  // Of some neighbouring runs of a window, leaves those of the lines [taps.first, taps.last).
+  // Reduces some neighbouring runs of a window to those of the lines [taps.first, taps.last).
   void limit(const Run*& runs, int& number, const MetTaps& taps) const {
     const Run *end = runs + number, *first = runs_ + taps.first * of_line_,
               *last = runs_ + taps.last * of_line_;

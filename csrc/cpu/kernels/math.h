@@ -43,7 +43,8 @@ struct Math : Simd<T, VL> {
   using S::splat;
   using S::where;
 
-  // With x = n ln(2) + r and |x| <= limit, power is 2^n and fraction is exp(r) - 1. NaN gives NaN.
+  // Sets power to 2^n and fraction to exp(r) - 1, where x = n ln(2) + r and |x| <= limit. NaN gives
+  // NaN.
   static SNNLSTM_INLINE void exp_parts(R x, R& power, R& fraction) {
     const R shifted = x * T(1.44269504088896340736) + K::round;
     const R n = shifted - K::round;
@@ -54,7 +55,8 @@ struct Math : Simd<T, VL> {
     for (int k = K::terms - 2; k >= 0; --k) p = p * r + K::c[k];
     fraction = p * (r * r) + r;
     // the low bits of `shifted` hold n: move them, biased, to where the exponent is
-    power = reinterpret_cast<R>((reinterpret_cast<Mask>(shifted) + Mask_bias()) << K::mantissa);
+    power = reinterpret_cast<R>((reinterpret_cast<Mask>(shifted) + typename S::Bits(K::bias))
+                                << K::mantissa);
   }
 
   static SNNLSTM_INLINE R exp(R x) {
@@ -66,8 +68,8 @@ struct Math : Simd<T, VL> {
 
   static SNNLSTM_INLINE R sigmoid(R x) { return T(1) / (T(1) + exp(-x)); }
 
-  // tanh = e / (e + 2), with e = exp(2|x|) - 1 without cancellation, keeps the relative error near
-  // 0.
+  // tanh is e / (e + 2). e = exp(2|x|) - 1 is formed without cancellation, so that the relative
+  // error stays small near 0.
   static SNNLSTM_INLINE R tanh(R x) {
     const R bounded = S::lesser(splat(T(20)), S::abs(x));
     R power, fraction;
@@ -77,9 +79,6 @@ struct Math : Simd<T, VL> {
     return reinterpret_cast<R>(reinterpret_cast<Mask>(t) |
                                (reinterpret_cast<Mask>(x) & S::sign_bit()));
   }
-
- private:
-  static SNNLSTM_INLINE Mask Mask_bias() { return Mask{} + typename S::Bits(K::bias); }
 };
 
 SNNLSTM_END_ISA

@@ -65,7 +65,7 @@ class NeuronBackward {
     std::memset(threshold_sums_ + task * l_.Cp, 0, l_.Cp * sizeof(T));
     std::memset(bias_sums_ + task * 4 * l_.Cp, 0, 4 * l_.Cp * sizeof(T));
     const int64_t begin = tasks_.begin(task);
-    images_.read_rows(a_.syn0, p.n, begin, tasks_.end(task), state_row(syn0_, p, begin),
+    images_.read_rows(a_.syn0, 0, p.n, begin, tasks_.end(task), state_row(syn0_, p, begin),
                       l_.Wo * l_.Cp);
     if (tasks_.begin(task) == 0) images_.clear_borders(p.kept);
   }
@@ -77,7 +77,7 @@ class NeuronBackward {
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task), row = l_.Wo * l_.Cp;
     const auto read = [&](const View& v, T* dst) {
       if (v.data)
-        images_.read_rows(at_time(v, a_.record ? a_.cell.T - 1 : 0), p.n, begin, end, dst, row);
+        images_.read_rows(v, a_.record ? a_.cell.T - 1 : 0, p.n, begin, end, dst, row);
       else
         std::memset(dst, 0, (end - begin) * row * sizeof(T));
     };
@@ -91,7 +91,7 @@ class NeuronBackward {
     const Sample p = sample(task, thread);
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task), row = l_.Wo * l_.Cp;
     const bool last = t == a_.cell.T - 1;
-    if (a_.grad_weight) images_.read_x(at_time(a_.x, t), t, p.n, begin, end);
+    if (a_.grad_weight) images_.read_x(a_.x, t, p.n, begin, end);
     if (a_.record && !last) {
       add_rows(a_.grad_mem, t, p.n, begin, end, s.mem_grad, s);
       add_rows(a_.grad_syn, t, p.n, begin, end, state_row(d_syn_, p, begin), s);
@@ -101,7 +101,8 @@ class NeuronBackward {
       if (t > 0) recompute_mem(t - 1, p, h, images_.mem_row(t, p.kept, h));
     }
     if (t == 0 && a_.grad_weight)
-      images_.read_rows(a_.mem0, p.n, begin, end, images_.mem_row(t, p.kept, begin), l_.Wm * l_.Cp);
+      images_.read_rows(a_.mem0, 0, p.n, begin, end, images_.mem_row(t, p.kept, begin),
+                        l_.Wm * l_.Cp);
     if (a_.grad_spk.data && a_.cell.surrogate != Surrogate::none) spike(t, p, task, s);
     for (int64_t h = begin; h < end; ++h) step(t, p, h, task, s.mem_grad + (h - begin) * row);
     if (t == 0 && a_.grad_syn0.data) write_rows(a_.grad_syn0, task, state_row(d_syn_, p, begin));
@@ -111,33 +112,26 @@ class NeuronBackward {
   void write_rows(const View& v, int64_t task, const T* src) const {
     const Span span(Part::copies);
     const int64_t begin = tasks_.begin(task);
-    T* dst = static_cast<T*>(v.data) + tasks_.image(task) * v.stride[1] + begin * v.stride[3];
-    store_rows<S>(src, Pixels{l_.Wo, l_.Wo * l_.Cp, l_.Cp}, tasks_.end(task) - begin, a_.cell.C,
-                  dst, v.stride[2], v.stride[3], v.stride[4], [](R g, int64_t) { return g; });
+    store_rows<S>(src, Pixels{l_.Wo, l_.Wo * l_.Cp, l_.Cp}, tasks_.end(task) - begin, a_.cell.C, v,
+                  0, tasks_.image(task), begin, [](R g, int64_t) { return g; });
   }
 
-  // These sum the gradients of the threshold, for one channel block, and of the bias over all
-  // tasks, in the tasks' order.
+  // Sums the gradients of threshold and bias for one channel block over all tasks, in their order.
   void reduce(int64_t cb) const {
+    const auto total = [&](const T* sums, int64_t stride) {
+      T sum = 0;
+      for (int64_t k = 0; k < tasks_.count; ++k) sum += sums[k * stride];
+      return sum;
+    };
     const int64_t C = a_.cell.C;
     for (int64_t lane = 0; lane < VL && cb * VL + lane < C; ++lane) {
       const int64_t ch = cb * VL + lane;
-      if (a_.grad_threshold) {
-        T sum = 0;
-        for (int64_t k = 0; k < tasks_.count; ++k) sum += threshold_sums_[k * l_.Cp + ch];
-        static_cast<T*>(a_.grad_threshold)[ch] = sum;
-      }
+      if (a_.grad_threshold)
+        static_cast<T*>(a_.grad_threshold)[ch] = total(threshold_sums_ + ch, l_.Cp);
+      for (int gate = 0; a_.grad_bias && gate < 4; ++gate)
+        static_cast<T*>(a_.grad_bias)[gate * C + ch] =
+            total(bias_sums_ + cb * kGates + gate * VL + lane, 4 * l_.Cp);
     }
-  }
-  void reduce_bias() const {
-    const int64_t C = a_.cell.C;
-    for (int64_t ch = 0; a_.grad_bias && ch < C; ++ch)
-      for (int gate = 0; gate < 4; ++gate) {
-        T sum = 0;
-        for (int64_t k = 0; k < tasks_.count; ++k)
-          sum += bias_sums_[k * 4 * l_.Cp + ch / VL * kGates + gate * VL + ch % VL];
-        static_cast<T*>(a_.grad_bias)[gate * C + ch] = sum;
-      }
   }
 
  private:
@@ -179,11 +173,6 @@ class NeuronBackward {
            h * l_.Wo * l_.Cp;
   }
 
-  static View at_time(const View& v, int64_t t) {
-    View step = v;
-    step.data = static_cast<T*>(v.data) + t * v.stride[0];
-    return step;
-  }
   void add_rows(const View& v, int64_t t, int64_t n, int64_t begin, int64_t end, T* dst,
                 const Scratch& s) const {
     if (!v.data) return;
@@ -191,7 +180,7 @@ class NeuronBackward {
     const int64_t row = l_.Wo * l_.Cp;
     for (int64_t h = begin, stop; h < end; h = stop, dst += rows_at_once() * row) {
       stop = h + rows_at_once() < end ? h + rows_at_once() : end;
-      images_.read_rows(at_time(v, t), n, h, stop, s.rows, row);
+      images_.read_rows(v, t, n, h, stop, s.rows, row);
       for (int64_t k = 0; k < (stop - h) * row; k += VL)
         S::store(dst + k, S::load(dst + k) + S::load(s.rows + k));
     }
@@ -227,7 +216,7 @@ class NeuronBackward {
     const int64_t begin = tasks_.begin(task), row = l_.Wo * l_.Cp;
     T* sums = threshold_sums_ + task * l_.Cp;
     const R p0 = S::splat(T(c.surrogate_p0)), p1 = S::splat(T(c.surrogate_p1));
-    const T graded = T(a_.graded);
+    const T graded = *static_cast<const T*>(a_.graded_factor);
     const int64_t first = begin / c.pool_h, last = tasks_.end(task) / c.pool_h;
     for (int64_t h = first; h < last; ++h) {
       const int64_t place_in = (h - first) % rows_at_once();
@@ -261,10 +250,8 @@ class NeuronBackward {
   }
 
   void pooled_rows(const View& v, int64_t t, int64_t n, int64_t begin, int64_t end, T* dst) const {
-    const T* src =
-        static_cast<const T*>(v.data) + t * v.stride[0] + n * v.stride[1] + begin * v.stride[3];
-    load_rows<S>(src, v.stride[2], v.stride[3], v.stride[4], end - begin, a_.cell.C, dst,
-                 Pixels{l_.Wp, l_.Wp * l_.Cp, l_.Cp}, l_.Cp);
+    load_rows<S>(v, t, n, begin, end - begin, a_.cell.C, dst, Pixels{l_.Wp, l_.Wp * l_.Cp, l_.Cp},
+                 l_.Cp);
   }
   void keep_winner(int64_t winner, int64_t h, T* row) const {
     const bool here = winner >= 0 && winner / l_.Wp % l_.Hp == h;

@@ -8,6 +8,12 @@
 
 SNNLSTM_BEGIN_ISA
 
+// Returns the first channel and column of row h of image n at step t.
+template <class T>
+T* row_of(const View& v, int64_t t, int64_t n, int64_t h) {
+  return static_cast<T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
+}
+
 // Says where the pixels of channels-last rows lie, counted through all rows.
 struct Pixels {
   int64_t W, row, pixel;
@@ -105,10 +111,13 @@ bool one_row(const Pixels& ours, int64_t rows, int64_t stride_h, int64_t stride_
   return stride_h == W * stride_w && (ours.regular() || 5 * long_row < 4 * short_rows);
 }
 
-// Does load_row for each of `rows` rows, from src + h * stride_h to dst + h * to.row.
+// Does load_row for `rows` rows of image n at step t, from row `first` on, to rows that lie to.row
+// apart.
 template <class S, class T = typename S::Scalar>
-void load_rows(const T* src, int64_t stride_c, int64_t stride_h, int64_t stride_w, int64_t rows,
-               int64_t C, T* dst, const Pixels& to, int64_t filled) {
+void load_rows(const View& v, int64_t t, int64_t n, int64_t first, int64_t rows, int64_t C, T* dst,
+               const Pixels& to, int64_t filled) {
+  const T* const src = row_of<const T>(v, t, n, first);
+  const int64_t stride_c = v.stride[2], stride_h = v.stride[3], stride_w = v.stride[4];
   const int64_t W = to.W, next = W == 1 ? stride_h : stride_w;
   if (C == 1 && filled == 1 && stride_w == 1 && to.pixel == 1) {
     for (int64_t h = 0; h < rows; ++h)
@@ -186,10 +195,13 @@ void store_row(const T* src, const Places& from, int64_t W, int64_t C, T* dst, i
   }
 }
 
-// Does store_row for each of `rows` rows, from src + h * from.row to dst + h * stride_h.
+// Does store_row for `rows` rows that lie from.row apart, to image n at step t, from row `first`
+// on.
 template <class S, class F, class T = typename S::Scalar>
-void store_rows(const T* src, const Pixels& from, int64_t rows, int64_t C, T* dst, int64_t stride_c,
-                int64_t stride_h, int64_t stride_w, F&& f) {
+void store_rows(const T* src, const Pixels& from, int64_t rows, int64_t C, const View& v, int64_t t,
+                int64_t n, int64_t first, F&& f) {
+  T* const dst = row_of<T>(v, t, n, first);
+  const int64_t stride_c = v.stride[2], stride_h = v.stride[3], stride_w = v.stride[4];
   const int64_t W = from.W, next = W == 1 ? stride_h : stride_w;
   if (!one_row<S::lanes>(from, rows, stride_h, stride_w)) {
     for (int64_t h = 0; h < rows; ++h)

@@ -106,15 +106,6 @@ struct Simd {
   }
   static SNNLSTM_INLINE Mask flagged(R v) { return reinterpret_cast<Mask>(v) < Mask{}; }
 
-  static SNNLSTM_INLINE R load_first(const T* p, int n) {
-    R v{};
-    for (int k = 0; k < n; ++k) v[k] = p[k];
-    return v;
-  }
-  static SNNLSTM_INLINE void store_first(T* p, R v, int n) {
-    for (int k = 0; k < n; ++k) p[k] = v[k];
-  }
-
   // rows[a][b] becomes rows[b][a], in log2(VL) rounds of interleaving.
   static SNNLSTM_INLINE void transpose(R (&rows)[VL]) {
     Mask low, high;
@@ -135,6 +126,31 @@ struct Simd {
     }
   }
 };
+
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+// Calls f(Count<n>()) if n lies between 1 and `most`, which is 8 or less.
+template <int most, class F>
+SNNLSTM_INLINE void with_count(int64_t n, F&& f) {
+  switch (n) {
+#define SNNLSTM_CASE(n)                     \
+  case n:                                   \
+    if constexpr (n <= most) f(Count<n>()); \
+    break;
+    SNNLSTM_CASE(1)
+    SNNLSTM_CASE(2)
+    SNNLSTM_CASE(3)
+    SNNLSTM_CASE(4)
+    SNNLSTM_CASE(5)
+    SNNLSTM_CASE(6)
+    SNNLSTM_CASE(7)
+    SNNLSTM_CASE(8)
+#undef SNNLSTM_CASE
+  }
+}
 
 // Takes NV neighbouring vectors as fewer, longer ones, where the processor's vectors are longer.
 // Sums do not care in which lane a number lies.

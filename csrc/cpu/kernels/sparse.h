@@ -97,13 +97,18 @@ class SparseInput {
 
   void carve(Arena& arena, Lists& s) const {
     s.begin = arena.take<int32_t>(list_count() * (Wx_ + 1));
-    const int64_t entries = list_count() * Wx_ * rows_ * c_.Cin + kListSlack;
-    s.label = arena.take<int32_t>(entries);
-    s.value = arena.take<T>(entries);
+    s.label = arena.take<int32_t>(entries());
+    s.value = arena.take<T>(entries());
     s.histogram = arena.take<int32_t>((longest() + 1) * kWays);
     s.windows = arena.take<Window>(groups() * block_rows_ * Wo_);
     s.stretches = arena.take<Stretch>(groups() * most_stretches());
     s.stretches_end = arena.take<int32_t>(groups());
+  }
+
+  // Says whether 32 bits hold all labels, numbers of entries and places of pixels.
+  bool fits() const {
+    return fits_label((Wx_ + rows_ * c_.kernel_w) * c_.Cin * kGates) && fits_label(entries()) &&
+           fits_label(block_rows_ * out_row_);
   }
 
   // cycles() estimates what the input half takes per output pixel and channel block, lists
@@ -175,6 +180,7 @@ class SparseInput {
   int64_t most_stretches() const {
     return longest() + 1 < block_rows_ * Wo_ ? longest() + 1 : block_rows_ * Wo_;
   }
+  int64_t entries() const { return list_count() * Wx_ * rows_ * c_.Cin + kListSlack; }
   int64_t list_count() const {
     return shared() ? (block_rows_ - 1) * c_.stride_h + (c_.kernel_h - 1) * c_.dilation_h + 1
                     : block_rows_ * row_groups_;

@@ -63,6 +63,9 @@ class SparseWeightGrad {
     return kVectorCost<T, VL> * l_.Kx * (l_.Cb == 1 ? 2.15 : l_.Cb < 16 ? 2.5 : 4.2);
   }
 
+  // Says whether 32 bits hold all keys, numbers of entries and places of d gates.
+  bool fits() const { return fits_label(keys_) && fits_label(entries()) && fits_label(gathered()); }
+
   // Returns the number of blocks in which a sample's rows are worked on.
   int64_t blocks() const { return blocks_; }
 
@@ -76,7 +79,7 @@ class SparseWeightGrad {
     s.place = arena.take<int32_t>(entries());
     s.next = arena.take<int32_t>(keys_ + 1);
     s.value = arena.take<T>(entries());
-    s.d_gates = arena.take<T>(((rows_ - 1) / c_.stride_h + 2 + above_) * width_ * kGates);
+    s.d_gates = arena.take<T>(gathered());
   }
 
   // Lists a block of x, a sample (H + 2 pad, Wx, Cin) with kListSlack readable values behind it.
@@ -151,6 +154,7 @@ class SparseWeightGrad {
   };
 
   int64_t entries() const { return rows_ * c_.W * c_.Cin + kListSlack; }
+  int64_t gathered() const { return ((rows_ - 1) / c_.stride_h + 2 + above_) * width_ * kGates; }
   // Returns the output row of the gathered d gates' row 0, which is the lowest that the lists'
   // first row meets.
   int64_t top(const Lists& s) const { return s.first / c_.stride_h - above_; }
@@ -189,19 +193,7 @@ class SparseWeightGrad {
   }
 
   void sweep(const Lists& s, const int32_t* begin, const Tap* taps, int count) const {
-    switch (count) {
-#define SNNLSTM_TILE(n)                                    \
-  case n:                                                  \
-    if constexpr (n <= kTaps) channels<n>(s, begin, taps); \
-    break;
-      SNNLSTM_TILE(1)
-      SNNLSTM_TILE(2)
-      SNNLSTM_TILE(3)
-      SNNLSTM_TILE(4)
-      SNNLSTM_TILE(5)
-      SNNLSTM_TILE(6)
-#undef SNNLSTM_TILE
-    }
+    with_count<kTaps>(count, [&](auto n) { channels<decltype(n)::value>(s, begin, taps); });
   }
 
   template <int J>

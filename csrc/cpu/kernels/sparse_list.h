@@ -9,17 +9,6 @@
 
 SNNLSTM_BEGIN_ISA
 
-// Counts those of n values that are not zero. NaN is not zero, and -0.0 is.
-template <class S, class T = typename S::Scalar>
-int64_t count_nonzero(const T* x, int64_t n) {
-  typename S::Mask sum{};
-  int64_t k = 0, total = 0;
-  for (; k + S::lanes <= n; k += S::lanes) sum -= S::load(x + k) != typename S::R{};
-  for (; k < n; ++k) total += x[k] != T(0);
-  for (int lane = 0; lane < S::lanes; ++lane) total += sum[lane];
-  return total;
-}
-
 #if defined(__AVX2__)
 // The table has the members of every set of 8 lanes, in order.
 struct LaneTable {
@@ -79,6 +68,8 @@ constexpr double kVectorCost =
     VL * int(sizeof(T)) > kNativeBytes ? VL * int(sizeof(T)) / double(kNativeBytes) : 1.0;
 
 constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
+
+constexpr bool fits_label(int64_t most) { return most <= INT32_MAX; }
 
 // Vectors may touch so many entries behind the end of every list, and values behind the end of x.
 constexpr int64_t kListSlack = 8;

@@ -118,9 +118,7 @@ class StateRows {
 
   // Reads rows [begin, end) of a state into rows that lie `row` apart.
   void import_rows(const View& v, int64_t n, int64_t begin, int64_t end, T* dst, int64_t row) {
-    const T* src = static_cast<const T*>(v.data) + n * v.stride[1] + begin * v.stride[3];
-    load_rows<S>(src, v.stride[2], v.stride[3], v.stride[4], end - begin, a_.cell.C, dst,
-                 Pixels{l_.Wo, row, l_.Cp}, l_.Cp);
+    load_rows<S>(v, 0, n, begin, end - begin, a_.cell.C, dst, Pixels{l_.Wo, row, l_.Cp}, l_.Cp);
   }
 
   const ForwardArgs& a_;

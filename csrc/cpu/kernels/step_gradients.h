@@ -75,7 +75,7 @@ class StepGradients {
     const int64_t n = tasks_.image(task), begin = tasks_.begin(task), end = tasks_.end(task);
     images_.read_x(step.x, t, n, begin, end);
     const Span span(Part::copies);
-    images_.read_rows(step.mem, n, begin, end, images_.mem_row(t, n, begin), l_.Wm * l_.Cp);
+    images_.read_rows(step.mem, 0, n, begin, end, images_.mem_row(t, n, begin), l_.Wm * l_.Cp);
   }
 
   StepImages<T> images(int64_t t) const {

@@ -63,25 +63,23 @@ class StepBuffers {
     }
   }
 
-  // Reads the input rows that belong to state rows [begin, end) of step t from v, the input of that
-  // step. The last state row brings the rest of the image.
+  // Reads the input rows of step t that belong to state rows [begin, end). The last state row
+  // brings the rest of the image.
   void read_x(const View& v, int64_t t, int64_t n, int64_t begin, int64_t end) const {
     const Span span(Part::copies);
     const Cell& c = l_.c;
-    const T* src = static_cast<const T*>(v.data) + n * v.stride[1];
     const int64_t last = end == l_.Ho ? c.H : end * c.stride_h;
     const int64_t first = begin * c.stride_h;
-    load_rows<S>(src + first * v.stride[3], v.stride[2], v.stride[3], v.stride[4], last - first,
-                 c.Cin, x(t, n) + ((first + l_.ph) * l_.Wx + l_.pw) * c.Cin,
+    load_rows<S>(v, t, n, first, last - first, c.Cin,
+                 x(t, n) + ((first + l_.ph) * l_.Wx + l_.pw) * c.Cin,
                  Pixels{c.W, l_.Wx * c.Cin, c.Cin}, c.Cin);
   }
 
-  // Reads rows [begin, end) of a state, all Cp channels of Wo pixels, into rows that lie `row`
-  // apart.
-  void read_rows(const View& v, int64_t n, int64_t begin, int64_t end, T* dst, int64_t row) const {
-    const T* src = static_cast<const T*>(v.data) + n * v.stride[1] + begin * v.stride[3];
-    load_rows<S>(src, v.stride[2], v.stride[3], v.stride[4], end - begin, l_.c.C, dst,
-                 Pixels{l_.Wo, row, l_.Cp}, l_.Cp);
+  // Reads rows [begin, end) of a state at step t, all Cp channels of Wo pixels, into rows that lie
+  // `row` apart.
+  void read_rows(const View& v, int64_t t, int64_t n, int64_t begin, int64_t end, T* dst,
+                 int64_t row) const {
+    load_rows<S>(v, t, n, begin, end - begin, l_.c.C, dst, Pixels{l_.Wo, row, l_.Cp}, l_.Cp);
   }
 
  private:

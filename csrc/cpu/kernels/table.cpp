@@ -4,6 +4,7 @@
 #include "lanes.h"
 #include "pack.h"
 #include "sparse.h"
+#include "sparse_grad.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -14,7 +15,6 @@ static int64_t padded_channels(const Cell& cell) {
   });
 }
 
-// Whether there are Winograd kernels for a layer's vectors.
 static bool has_tiles(const Cell& c) {
   return with_lanes(c, [](auto lanes) {
     using L = decltype(lanes);
@@ -22,12 +22,12 @@ static bool has_tiles(const Cell& c) {
   });
 }
 
-// What the input half costs from lists of its nonzeros, of what it costs directly.
 static double sparse_cost(const Cell& cell, double density) {
   return with_lanes(cell, [&](auto lanes) {
-    using L = decltype(lanes);
-    const Layout<typename L::Scalar, L::count> l(cell);
-    const SparseInput<typename L::Scalar, L::count> sparse(l, l.strip_rows());
+    const typename decltype(lanes)::template Of<Layout> l(cell);
+    const typename decltype(lanes)::template Of<SparseInput> sparse(l, l.strip_rows());
+    const typename decltype(lanes)::template Of<SparseWeightGrad> gradient(l);
+    if (!sparse.fits() || !gradient.fits()) return double(INFINITY);
     return sparse.cycles(density) / sparse.direct_cycles();
   });
 }
@@ -37,7 +37,7 @@ using cpu::Form;
 static int64_t packed_bytes(const Cell& cell, Form form) {
   return with_lanes(cell, [&](auto lanes) {
     using L = decltype(lanes);
-    const Layout<typename L::Scalar, L::count> l(cell);
+    const typename L::template Of<Layout> l(cell);
     const int64_t tiles = l.tile_weights() * 4 * l.Cp,
                   counts[] = {l.packed_forward(),  tiles * cell.C, tiles * cell.Cin,
                               l.packed_backward(), tiles * l.Cp,   tiles * l.x_blocks * L::count};

@@ -62,22 +62,10 @@ void weight_grad_run(const PixelRows<T>& p, int64_t in_offset, int64_t len, T* o
   for (int64_t done = 0, tiles = (len + KB - 1) / KB; tiles > 0; --tiles) {
     const int64_t n = (len - done + tiles - 1) / tiles;
     T* o = out + done * NV * S::lanes;
-    switch (n) {
-#define SNNLSTM_TILE(n)                                                          \
-  case n:                                                                        \
-    if constexpr (n <= KB)                                                       \
-      weight_grad_tile<typename V::Vector, V::count, n>(p, in_offset + done, o); \
-    break;
-      SNNLSTM_TILE(1)
-      SNNLSTM_TILE(2)
-      SNNLSTM_TILE(3)
-      SNNLSTM_TILE(4)
-      SNNLSTM_TILE(5)
-      SNNLSTM_TILE(6)
-      SNNLSTM_TILE(7)
-      SNNLSTM_TILE(8)
-#undef SNNLSTM_TILE
-    }
+    with_count<KB>(n, [&](auto values) __attribute__((always_inline)) {
+      weight_grad_tile<typename V::Vector, V::count, decltype(values)::value>(p, in_offset + done,
+                                                                              o);
+    });
     done += n;
   }
 }

@@ -170,76 +170,45 @@ void transform_lines(const T* in, const Lines& from, T* out, const Lines& to, in
   transform_each_line<S, Op, false>(in, from, out, to, lines, batches, start, Lines{});
 }
 
-// The passes of an axis. With one tap there is nothing to transform, and they are null.
+// The passes of an axis. With one tap there is nothing to transform, and they are null. `form` is
+// the number of inputs times 10, and the number of outputs or taps.
 template <class S>
-struct AxisPasses {
+class AxisPasses {
   using T = typename S::Scalar;
   template <int A>
   using Of = Transform<typename S::R, T, A>;
 
-  static Pass<T> inputs(const Axis& a) {
-    switch (a.inputs()) {
-      case 4:
-        return transform_lines<S, typename Of<4>::Inputs>;
-      case 5:
-        return transform_lines<S, typename Of<5>::Inputs>;
-      case 6:
-        return transform_lines<S, typename Of<6>::Inputs>;
-      case 7:
-        return transform_lines<S, typename Of<7>::Inputs>;
-      case 8:
-        return transform_lines<S, typename Of<8>::Inputs>;
-      default:
-        return nullptr;
-    }
-  }
+ public:
+  static Pass<T> inputs(const Axis& a) { return inputs_of<4, 5, 6, 7, 8>(a.inputs()); }
   static Pass<T> outputs(const Axis& a, int count) {
-    switch (a.inputs() * 10 + count) {
-      case 42:
-        return transform_lines<S, typename Of<4>::template Outputs<2>>;
-      case 43:
-        return transform_lines<S, typename Of<4>::template Outputs<3>>;
-      case 53:
-        return transform_lines<S, typename Of<5>::template Outputs<3>>;
-      case 62:
-        return transform_lines<S, typename Of<6>::template Outputs<2>>;
-      case 63:
-        return transform_lines<S, typename Of<6>::template Outputs<3>>;
-      case 64:
-        return transform_lines<S, typename Of<6>::template Outputs<4>>;
-      case 65:
-        return transform_lines<S, typename Of<6>::template Outputs<5>>;
-      case 74:
-        return transform_lines<S, typename Of<7>::template Outputs<4>>;
-      case 84:
-        return transform_lines<S, typename Of<8>::template Outputs<4>>;
-      default:
-        return nullptr;
-    }
+    return outputs_of<42, 43, 53, 62, 63, 64, 65, 74, 84>(a.inputs() * 10 + count);
   }
   static Pass<T> taps(const Axis& a, int count) {
-    switch (a.inputs() * 10 + count) {
-      case 42:
-        return transform_lines<S, typename Of<4>::template Taps<2>>;
-      case 43:
-        return transform_lines<S, typename Of<4>::template Taps<3>>;
-      case 53:
-        return transform_lines<S, typename Of<5>::template Taps<3>>;
-      case 62:
-        return transform_lines<S, typename Of<6>::template Taps<2>>;
-      case 63:
-        return transform_lines<S, typename Of<6>::template Taps<3>>;
-      case 64:
-        return transform_lines<S, typename Of<6>::template Taps<4>>;
-      case 65:
-        return transform_lines<S, typename Of<6>::template Taps<5>>;
-      case 74:
-        return transform_lines<S, typename Of<7>::template Taps<4>>;
-      case 85:
-        return transform_lines<S, typename Of<8>::template Taps<5>>;
-      default:
-        return nullptr;
-    }
+    return taps_of<42, 43, 53, 62, 63, 64, 65, 74, 85>(a.inputs() * 10 + count);
+  }
+
+ private:
+  template <int... compiled>
+  static Pass<T> inputs_of(int form) {
+    Pass<T> found = nullptr;
+    ((form == compiled && (found = transform_lines<S, typename Of<compiled>::Inputs>)), ...);
+    return found;
+  }
+  template <int... compiled>
+  static Pass<T> outputs_of(int form) {
+    Pass<T> found = nullptr;
+    ((form == compiled &&
+      (found = transform_lines<S, typename Of<compiled / 10>::template Outputs<compiled % 10>>)),
+     ...);
+    return found;
+  }
+  template <int... compiled>
+  static Pass<T> taps_of(int form) {
+    Pass<T> found = nullptr;
+    ((form == compiled &&
+      (found = transform_lines<S, typename Of<compiled / 10>::template Taps<compiled % 10>>)),
+     ...);
+    return found;
   }
 };
 
