@@ -80,7 +80,7 @@ struct PassArgs {
   const void* threshold = nullptr;   // (C,), or one number with threshold_stride = 0
   int64_t threshold_stride = 0;
   const void* graded_factor = nullptr;  // one number in the compute type
-  const void* levels = nullptr;         // (num_levels,), ascending; CUDA: in the compute type
+  const void* levels = nullptr;         // (num_levels,), ascending, in the compute type
   bool record = false;                  // syn and mem have every step t, else the last step only
   void* saved_gates = nullptr;          // training: activated gates, layout of the backend's choice
   bool half_gates = false;              // CPU: as fixed point numbers of half a value's bits

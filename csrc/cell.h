@@ -50,7 +50,7 @@ struct Neuron {
   // current before its quantisation.
   static SNNLSTM_HD R next_mem(R o, R tanh_syn) { return o * tanh_syn; }
 
-  // The spike, and the reset: which looks at the membrane potential that the step started from.
+  // Says whether a neuron spikes. The reset asks this of the mem that the step started from.
   static SNNLSTM_HD auto fires(R mem, R threshold) { return mem - threshold > M::splat(0); }
 
   // reset * threshold counts as 0 where there is no reset, for an infinite threshold too.

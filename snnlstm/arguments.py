@@ -244,7 +244,7 @@ def state_dtype(weight: Tensor) -> torch.dtype:
 def input_tensor(x: Any, weight: Tensor, in_channels: int, batch_first: bool = False) -> Tensor:
     """Check the input; returns it in the dtype of the states.
 
-    With `batch_first` a sequence came as (N, T, ...) from the caller; here it is (T, N, ...).
+    `batch_first` says that the caller gave a sequence as (N, T, ...); here x is (T, N, ...).
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")

@@ -1,6 +1,6 @@
-"""Which implementation runs a call, and why; and the running of it.
+"""Decides which implementation runs a call, and runs it.
 
-:func:`run` decides between the native kernels and :mod:`snnlstm.reference`; the answer is a
+:func:`run` decides between the native kernels and :mod:`snnlstm.reference`. The answer is a
 :class:`Path`, which the module shows as ``cell.path``. Nothing falls back silently.
 """
 
@@ -40,10 +40,11 @@ class Path:
     reason : str
         Why, in plain words.
     slow : bool, default False
-        Whether this is a fallback where the caller could expect the native kernels; those are
-        logged once per module and reason.
+        Whether this is a fallback where the caller could expect the native kernels. A cell's first
+        such path is logged.
     general : bool, default False
-        Whether the reason lies in the installation or the machine: logged once per process.
+        Whether the reason lies in the installation, the machine or hooks, which tools set on all
+        modules. Each such reason is logged once per process.
     """
 
     name: str
@@ -217,8 +218,8 @@ def _reason_against_like(call: Call) -> Path | None:
 def path_of(call: Call) -> Path:
     """Decide which implementation runs a call.
 
-    The name of a native path says for now what kind of kernels run; which of them is known
-    afterwards.
+    The name of a native path says what kind of kernels will run. Which of them ran is known after
+    the call.
     """
     now, like = _reason_against_now(call), _reason_against_like(call)
     if now is not None and (like is None or like.slow or not now.slow):
@@ -260,11 +261,11 @@ _logged: set[str] = set()  # the general reasons that have been logged
 
 
 def log_fallback(path: Path, seen: set[str], cell: nn.Module | None = None) -> None:
-    """Log a slow `path` of `cell`, unless `seen`, which remembers it, holds another reason already.
+    """Log a slow `path` of `cell`, unless `seen` says that the cell was logged before.
 
-    So each cell has one line at most. A general reason says nothing of the cell, and is logged
-    once per process. Tools that count operations or print summaries hook every module for a
-    moment: that is one, too.
+    `seen` is the cell's and remembers the reason. A general reason says nothing of the cell, and is
+    logged once per process. The hooks that tools set on every module, to count operations or to
+    print summaries, are such a reason.
     """
     if torch.compiler.is_compiling() or not path.slow:
         return

@@ -1,8 +1,7 @@
 """The states of a cell: where they are stored, moved, reset, copied and pickled.
 
-syn and mem are plain attributes. As buffers, DistributedDataParallel would overwrite those of
-all ranks with the first one's, and as parameters (which nn.Module makes of an nn.Parameter)
-they would be trained.
+syn and mem are plain attributes. DistributedDataParallel would overwrite buffers of all ranks with
+the first one's, and parameters, which nn.Module makes of an nn.Parameter, would be trained.
 
 A cell also remembers that it was reset and not called since. torch.compile then need not look at
 the stored states, so that one compiled graph starts every sequence, whatever the last one left.
@@ -272,8 +271,8 @@ def _zeros_like(state: Tensor) -> Tensor:
 def _settled(state: Tensor) -> Tensor:
     """What a stored state is outside of the torch.func transform that computed it.
 
-    Derivatives leave its values; of vmap, whose state belonged to one of many samples, nothing
-    remains, which is an empty state.
+    After derivatives the state keeps its values. After vmap, where it belonged to one of many
+    samples, an empty state remains.
     """
     if functorch.maybe_get_level(state) == _NO_LEVEL or torch._C._are_functorch_transforms_active():
         return state
@@ -298,10 +297,10 @@ class LastReset:
 
 
 class ResetSource:
-    """The reset signal of a step's call, computed when somebody asks for it: hardly anybody does.
+    """The reset signal of a step's call, computed when somebody asks for it, which is rare.
 
-    Dynamo cannot watch for modifications in place, so there it is computed at once. The copy of an
-    unchanged threshold is that of the step `before`.
+    Dynamo cannot watch for modifications in place, so under torch.compile the signal is computed at
+    once. While the threshold does not change, the copy of the step `before` serves.
     """
 
     __slots__ = ("copy", "mem", "reset", "surrogate", "threshold", "threshold_version", "version")
