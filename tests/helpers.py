@@ -4,15 +4,20 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import pytest
 import snntorch
 import torch
 from torch import Tensor, nn
 
 import snnlstm
 
-THRESHOLD = 0.1  # one at which cells spike
+THRESHOLD = 0.1  # cells spike at this threshold
+measures_memory = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
+)
 
 
 def described(value: object) -> str:

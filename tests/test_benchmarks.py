@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import measures_memory
 
 pytest.importorskip("matplotlib")
 
@@ -153,7 +154,7 @@ def test_quantiles():
     assert Quantiles.of([3.0]) == Quantiles(3.0, 3.0, 3.0, 1)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@measures_memory
 def test_peak_memory_is_the_memory_that_is_used():
     # Inference ends with T spikes and two states, and holds little more than the gates besides.
     # Training keeps at least gates, states and spikes of every step.

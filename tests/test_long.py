@@ -4,12 +4,11 @@
 """
 
 import os
-from pathlib import Path
 
 import pytest
 import snntorch
 import torch
-from helpers import ours
+from helpers import measures_memory, ours
 from kernels import native
 
 import snnlstm
@@ -20,9 +19,6 @@ pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 TIMES = 10 if os.environ.get("SNNLSTM_LONG") else 1
 MIB = 1 << 20
 MOST = 8 * MIB  # malloc's own memory may grow by so many bytes
-measured = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
-)
 
 
 def steps(cell, count):
@@ -50,7 +46,7 @@ def made_and_dropped(cell, count):
         other(x)[0].sum().backward()
 
 
-@measured
+@measures_memory
 @pytest.mark.parametrize(
     ("work", "count"), [(steps, 2000), (iterations, 100), (made_and_dropped, 50)]
 )
@@ -68,7 +64,7 @@ def test_memory_does_not_grow(work, count):
     assert len(snntorch.SpikingNeuron.instances) < 10
 
 
-@measured
+@measures_memory
 def test_a_leak_would_be_seen():
     """The measurement shows a leak that keeps the state of every step."""
     kept = []

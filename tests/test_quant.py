@@ -2,17 +2,16 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import close, ours, states, steps, twins
+from helpers import close, measures_memory, ours, states, steps, twins
 from hypothesis import given
 from snntorch.functional.quant import state_quant as theirs
 
 import snnlstm
+from benchmarks import resident
 from snnlstm.quant import StateQuant, state_quant
 from snnlstm.snntorch import recognise_quant
 
@@ -83,20 +82,14 @@ def test_the_gradient_passes_straight_through_out_of_range_too():
     assert torch.equal(x.grad, grad)
 
 
+@measures_memory
 def test_memory_is_not_elements_times_levels():
     """snnTorch needs 6 GiB for this tensor of 32 x 64 x 32 x 32 at 8 bits."""
-    code = """
-import resource, torch, snnlstm
-torch.set_num_threads(1)
-quant = snnlstm.quant.state_quant(8)
-x = torch.randn(32, 64, 32, 32)
-quant(x[:1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-quant(x)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(out.stdout) < 3 * 8 * 1024  # KiB; the result is 8 MiB
+    quant, x = state_quant(8), torch.randn(32, 64, 32, 32)
+    quant(x[:1])
+    before = resident.watch()
+    quant(x)
+    assert resident.high_water() - before < 3 * x.nbytes
 
 
 def test_fire_quantises_the_average_once_more(backend):

@@ -19,6 +19,7 @@ import pytest
 import snntorch
 import torch
 from cases import PLAIN, Case, wanting_gradients
+from gradients import leaves_and_gradients, total
 from helpers import close, in_threads, ours, same
 from kernels import Kernels, native
 from torch import Tensor
@@ -43,10 +44,9 @@ THREADS = (1, 2, 3, 7)
 
 def train(kernels, case: Case) -> tuple[list[Tensor], list[Tensor]]:
     """Returns outputs and gradients."""
-    leaves = wanting_gradients(case.inputs())
+    leaves, grads = leaves_and_gradients(case)
     out = kernels.run(*leaves, case.options)
-    loss = sum((o * g).sum() for o, g in zip(out, case.output_gradients(), strict=True))
-    return [o.detach() for o in out], list(torch.autograd.grad(loss, leaves[:6]))
+    return [o.detach() for o in out], list(torch.autograd.grad(total(out, grads), leaves[:6]))
 
 
 @pytest.mark.parametrize("algorithm", ["auto", "direct", "winograd"])
