@@ -6,6 +6,7 @@ network class takes the cell's class as its first argument.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -265,14 +266,8 @@ def lit_step(net: Any, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
     return loss
 
 
-def _sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
-def _adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=1e-2, betas=(0.9, 0.999))
-
-
+_sgd = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+_adam = functools.partial(torch.optim.Adam, lr=1e-2)
 NETWORKS = {
     "explicit": Network(
         ExplicitStates, ((4, 5, 2, 8, 8), (3, 5, 2, 8, 8)), plain_step, optimizer=_adam
