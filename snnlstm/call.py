@@ -40,50 +40,24 @@ class CellOptions:
     """What a cell computes, besides its tensors.
 
     Frozen and hashable, so that it can key a cache; it holds no tensor of the computation.
-    The padding is always ``dilation * (kernel_size - 1) / 2`` and the state of an image of
-    H x W is ``ceil(H / stride[0])`` x ``ceil(W / stride[1])``.
-
-    Parameters
-    ----------
-    kernel_size, stride, dilation : (int, int)
-        The gate convolution's sizes, height first. The stride applies to the input half only.
-    reset : {"subtract", "zero", "none"}
-        What a spike of the previous step does to the membrane potential.
-    pool : {"none", "max", "avg"}
-        Pooling of the membrane potential before the threshold.
-    pool_size : (int, int)
-        Kernel and stride of the pooling; (1, 1) without.
-    surrogate : Surrogate or callable
-        A callable that is no :class:`~snnlstm.surrogate.Surrogate` needs the reference path.
-    quant : StateQuant, callable or None
-        Quantisation of the states; a foreign callable needs the reference path.
-    inhibition : bool
-        Only the neuron with the highest (pooled) potential of each sample may spike.
-    sequence : bool
-        x is (T, N, Cin, H, W) and spk (T, N, C, Hp, Wp); otherwise both are 4-D.
-    record : bool
-        For a sequence: syn and mem are returned for every step, (T, N, C, Ho, Wo).
-    checkpoint : bool or "gates"
-        Keep only the states for the backward pass and recompute the gates there; or keep the
-        gates as fixed point numbers of half their bits.
-    operands : torch.dtype or None
-        Type of the convolution's operands where it is not the states': torch.float16 or
-        torch.bfloat16 under autocast, which leaves states in float32.
+    :class:`snnlstm.SConv2dLSTM` documents the arguments that the options come from. Pairs are
+    (height, width). The padding is always ``dilation * (kernel_size - 1) / 2`` and the state of an
+    image of H x W is ``ceil(H / stride[0])`` x ``ceil(W / stride[1])``.
     """
 
     kernel_size: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)  # of the input half; the recurrent half has stride 1
     dilation: tuple[int, int] = (1, 1)
     reset: Reset = "none"
     pool: Pool = "none"
-    pool_size: tuple[int, int] = (1, 1)
-    surrogate: Any = NONE
-    quant: Any = None
+    pool_size: tuple[int, int] = (1, 1)  # kernel and stride; (1, 1) without pooling
+    surrogate: Any = NONE  # a callable that is no Surrogate needs the reference path
+    quant: Any = None  # a callable that is no StateQuant needs the reference path
     inhibition: bool = False
-    sequence: bool = False
-    record: bool = False
+    sequence: bool = False  # x is (T, N, Cin, H, W), spk (T, N, C, Hp, Wp); otherwise 4-D
+    record: bool = False  # syn and mem are returned for every step, (T, N, C, Ho, Wo)
     checkpoint: Checkpoint = False
-    operands: torch.dtype | None = None
+    operands: torch.dtype | None = None  # under autocast the convolution's type, if it is a half
     _text: str = field(default="", init=False, repr=False, compare=False)
 
     def __hash__(self) -> int:
@@ -223,43 +197,22 @@ def new_signature(key: tuple[Any, ...], arguments: Arguments) -> Signature:
 
 
 class Call(NamedTuple):
-    """One call of a cell, its arguments checked: what travels from the module to the kernels.
+    """One call of a cell, its arguments checked: what travels from the module to the kernels."""
 
-    Attributes
-    ----------
-    x : Tensor
-        (N, Cin, H, W), or (T, N, Cin, H, W) with ``options.sequence``.
-    syn, mem : Tensor
-        (N, C, Ho, Wo), states before the first step, of x's dtype and device.
-    weight : Tensor
-        (4C, Cin + C, kh, kw), gates in the order i, f, o, g.
-    bias : Tensor or None
-        (4C,).
-    threshold, graded : Tensor
-        Broadcast to mem's shape and to the pooled one.
-    options : CellOptions
-    signature : Signature
-        None while torch.compile traces; nobody asks for it then.
-    conv : callable, optional
-        Called in place of the convolution with `weight` and `bias`: (N, Cin + C, H, W) to
-        (N, 4C, H, W).
-    reason : str, optional
-        Why `conv` must be called.
-    fire, mem_reset : callable, optional
-        The cell's methods, where a subclass or the cell itself overrides them.
-    """
-
-    x: Tensor
-    syn: Tensor
+    x: Tensor  # (N, Cin, H, W), or (T, N, Cin, H, W) with options.sequence
+    syn: Tensor  # (N, C, Ho, Wo), as mem: before the first step, of x's dtype and device
     mem: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    threshold: Tensor
+    weight: Tensor  # (4C, Cin + C, kh, kw), gates in the order i, f, o, g
+    bias: Tensor | None  # (4C,)
+    threshold: Tensor  # broadcasts to mem's shape and to the pooled one, as graded does
     graded: Tensor
     options: CellOptions
-    signature: Signature = None  # type: ignore[assignment]
+    signature: Signature = None  # type: ignore[assignment]  # None while torch.compile traces
+    # The module in the place of the convolution, (N, Cin + C, H, W) to (N, 4C, H, W), and why it
+    # must be called; it need not be if there is no reason.
     conv: Callable[[Tensor], Tensor] | None = None
     reason: str | None = None
+    # The cell's methods, if a subclass or the cell itself overrides them.
     fire: Callable[[Tensor], Tensor] | None = None
     mem_reset: Callable[[Tensor], Tensor] | None = None
 

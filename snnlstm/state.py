@@ -186,16 +186,7 @@ class StatefulCell(Base):
     def detach_hidden(cls) -> None:
         """Detach the stored states of all living cells from the graph, in place.
 
-        For truncated backpropagation through time: the states stay, their history goes. ::
-
-            cell.reset_mem()
-            for chunk in events.split(20):  # (20, N, Cin, H, W)
-                spk, syn, mem = cell(chunk)  # goes on from the last chunk's state
-                optimizer.zero_grad()
-                loss(spk).backward()
-                optimizer.step()
-                SConv2dLSTM.detach_hidden()
-
+        For truncated backpropagation through time: the states stay, and their history goes.
         Neurons of snnTorch have a ``detach_hidden()`` of their own class. States that are passed
         by hand are detached by hand.
         """

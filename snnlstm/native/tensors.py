@@ -25,20 +25,12 @@ Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]
 class Saved(NamedTuple):
     """What a forward pass keeps for its backward pass, beside its arguments.
 
-    Attributes
-    ----------
-    gates : Tensor
-        (T, N, Ho * Wo, 4 Cp), the activated gates of every step in the kernels' own order; Cp is
-        the number of channels C, rounded up to whole vectors.
-    syn : Tensor
-        (T, N, Ho * Wo, Cp), syn after every step; on CUDA, after every step but the last.
-    winner : Tensor
-        (T, N) int64, the neuron that inhibition let through; (0,) without inhibition.
+    Cp is the number of channels C, rounded up to whole vectors.
     """
 
-    gates: Tensor
-    syn: Tensor
-    winner: Tensor
+    gates: Tensor  # (T, N, Ho * Wo, 4 Cp), activated, of every step, in the kernels' own order
+    syn: Tensor  # (T, N, Ho * Wo, Cp), after every step; on CUDA, after every step but the last
+    winner: Tensor  # (T, N) int64, the neuron that inhibition let through; (0,) without inhibition
 
 
 class Result(NamedTuple):
