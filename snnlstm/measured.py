@@ -33,10 +33,7 @@ class Choices:
     def keep_in(self, file: Path | None) -> None:
         """Take over what a file holds, if it exists, and write further choices to it.
 
-        Raises
-        ------
-        ValueError
-            If the file holds something else.
+        A file that holds something else is a ValueError.
         """
         if file is not None:
             for key, name in _read(file).items():

@@ -25,19 +25,8 @@ __all__ = ["fire", "reset_signal", "run", "sconv2dlstm"]
 def reset_signal(mem: Tensor, threshold: Tensor, surrogate: Callable[[Tensor], Tensor]) -> Tensor:
     """Spikes of the state before the step, which reset it; they carry no gradient.
 
-    Parameters
-    ----------
-    mem : Tensor
-        (N, C, H, W), membrane potential.
-    threshold : Tensor
-        Broadcasts to mem's shape.
-    surrogate : callable
-        ``spike_grad`` of the cell.
-
-    Returns
-    -------
-    Tensor
-        (N, C, H, W), 1 where ``mem > threshold``, else 0.
+    The result is 1 where ``mem > threshold``, else 0. mem is (N, C, H, W), threshold broadcasts to
+    that shape, and `surrogate` is the cell's ``spike_grad``.
     """
     return surrogate(mem - threshold).detach().to(mem.dtype, copy=True)
 
@@ -50,26 +39,12 @@ def fire(
     quant: Callable[[Tensor], Tensor] | None = None,
     inhibition: bool = False,
 ) -> Tensor:
-    """Spikes of a (pooled) membrane potential, times the graded factor.
+    """Spikes (N, C, H, W) of a (pooled) membrane potential of that shape, times the graded factor.
 
-    Parameters
-    ----------
-    mem : Tensor
-        (N, C, H, W), membrane potential.
-    threshold, graded : Tensor
-        Broadcast to mem's shape.
-    surrogate : callable
-        Applied to ``mem - threshold``.
-    quant : callable, optional
-        Applied to mem first.
-    inhibition : bool, default False
-        Only the neuron with the highest mem of each sample may spike; a tie goes to the lowest
-        index, and NaN counts as the highest, as in torch.argmax.
-
-    Returns
-    -------
-    Tensor
-        (N, C, H, W).
+    threshold and graded broadcast to mem's shape. `quant`, if given, is applied to mem first, and
+    `surrogate` to ``mem - threshold``. With `inhibition` only the neuron with the highest mem of
+    each sample may spike; a tie goes to the lowest index, and NaN counts as the highest, as in
+    torch.argmax.
     """
     if quant is not None:
         mem = quant(mem)
@@ -133,19 +108,12 @@ def _step(call: Call, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tens
 
 
 def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one step or a whole sequence.
+    """Run one step or a whole sequence; returns spk, syn and mem.
 
-    Parameters
-    ----------
-    call : Call
-        Its ``conv``, if there is one, is called in place of the convolution with weight and bias;
-        this needs a stride of 1.
-
-    Returns
-    -------
-    spk, syn, mem : Tensor
-        spk (N, C, Hp, Wp) or (T, N, C, Hp, Wp); syn and mem (N, C, Ho, Wo), or
-        (T, N, C, Ho, Wo) with ``options.record``. Tensors of their own, never views.
+    The call's ``conv``, if there is a reason for it, is called in place of the convolution with
+    weight and bias; this needs a stride of 1. spk is (N, C, Hp, Wp) or (T, N, C, Hp, Wp); syn and
+    mem are (N, C, Ho, Wo), or (T, N, C, Ho, Wo) with ``options.record``. The results are tensors of
+    their own, never views.
     """
     x, syn, mem, options = call.x, call.syn, call.mem, call.options
     step: Callable[..., tuple[Tensor, Tensor, Tensor]] = _step
@@ -189,17 +157,9 @@ def sconv2dlstm(
     bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the cell in plain torch; arguments, results and errors as the fast form's.
+    """Run the cell in plain torch.
 
-    Parameters
-    ----------
-    x, syn, mem, weight, bias, **options
-        As :func:`snnlstm.functional.sconv2dlstm` takes them.
-
-    Returns
-    -------
-    spk, syn, mem : Tensor
-        As :func:`snnlstm.functional.sconv2dlstm` returns them.
+    Arguments, results and errors are those of :func:`snnlstm.functional.sconv2dlstm`.
     """
     call = check_call(x, syn, mem, weight, bias, **options)
     batch_first = options.get("batch_first", False)

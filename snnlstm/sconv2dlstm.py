@@ -353,17 +353,9 @@ class SConv2dLSTM(DescribedCell):
         return x, None
 
     def fire(self, mem: Tensor) -> Tensor:
-        """Spikes of a membrane potential: quantised, thresholded and graded.
+        """Spikes (N, C, H, W) of an already pooled membrane potential of that shape.
 
-        Parameters
-        ----------
-        mem : Tensor
-            (N, C, H, W), already pooled.
-
-        Returns
-        -------
-        Tensor
-            (N, C, H, W).
+        mem is quantised, thresholded and multiplied with the graded factor.
         """
         threshold, graded, o = self.threshold, self.graded_spikes_factor, self._describe()
         return reference.fire(mem, threshold, graded, o.surrogate, o.quant, o.inhibition)

@@ -153,7 +153,9 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False) -> Any:
         def forward(self, x):  # (T, N, C, H, W)
             return snnlstm.unroll(x, self.lstm1, self.lstm2, nn.Flatten(), self.fc, self.lif)
 
-    With ``init_hidden=False`` a cell or neuron goes on from its stored state: reset it first.
+    With ``init_hidden=False`` a cell or neuron goes on from its stored state: reset it first. The
+    result and the errors are those of :meth:`Sequential.forward`; a layer that is no module is a
+    TypeError, too.
 
     Parameters
     ----------
@@ -163,18 +165,6 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False) -> Any:
         In order. If a layer returns a tuple, the next one gets its first item.
     batch_first : bool, default False
         Sequences are (N, T, ...), those that are returned too.
-
-    Returns
-    -------
-    Tensor or tuple of Tensor
-        What the last layer returned at every step, stacked.
-
-    Raises
-    ------
-    TypeError
-        If x is not a tensor, a layer is not a module, or a layer returns anything but tensors.
-    ValueError
-        If x has no step, or is not a sequence for a cell.
 
     Examples
     --------

@@ -150,17 +150,9 @@ class Surrogate:
         return KINDS[self.kind].name
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Spike where ``x > 0``.
+        """Spikes of x, the membrane potential minus the threshold, of any shape and floating dtype.
 
-        Parameters
-        ----------
-        x : Tensor
-            Membrane potential minus threshold, any shape, a floating dtype.
-
-        Returns
-        -------
-        Tensor
-            1 where ``x > 0`` and 0 elsewhere (also where x is NaN), of x's shape and dtype.
+        The result has x's shape and dtype. It is 1 where ``x > 0``, and 0 elsewhere and for NaN.
         """
         if self.kind == 0:
             return (x > 0).to(x.dtype)
@@ -182,14 +174,9 @@ NONE = Surrogate(0)
 
 
 def make(name: str, **parameters: Any) -> Surrogate:
-    """Make the surrogate called `name`; every parameter must be a finite number.
+    """Make the surrogate called `name`.
 
-    Raises
-    ------
-    TypeError
-        If a parameter is not a number.
-    ValueError
-        If a parameter is infinite or NaN.
+    A parameter that is no number is a TypeError; one that is infinite or NaN is a ValueError.
     """
     numbers = [finite_number(f"{key} of {name}", value) for key, value in parameters.items()]
     return Surrogate(_NUMBERS[name], *numbers)
