@@ -19,7 +19,7 @@ void pack_on_fma(const Cell& c, const PackedPart& part, const void* weight, void
   with_real(c.dtype, [&](auto real) {
     using R = decltype(real);
     const int64_t depth = part.pitch / int64_t(fma::kColumns * sizeof(R));
-    const Launch how{"pack weight (fma)", dim3(depth / fma::kDepth, part.blocks), fma::kThreads, 0,
+    const Launch how{"pack weight (fma)", part.blocks * (depth / fma::kDepth), fma::kThreads, 0,
                      stream};
     launch(how, &pack_fma<R>, map, static_cast<R*>(packed) + part.start / int64_t(sizeof(R)), depth,
            map.depth_channels());
@@ -36,11 +36,11 @@ MmaPacking packing_of(const Cell& c, const PackedPart& part, const void* weight,
 }
 
 void pack_for_mma(Jobs<MmaPacking> p, int jobs, void* stream) {
-  int chunks = 0, pairs = 0;
+  int64_t blocks = 0;
   size_t bytes = sizeof(float);  // the kernel names its shared memory even if nothing fits there
   for (int k = 0; k < jobs; ++k) {
     MmaPacking& job = p.job[k];
-    chunks = std::max(chunks, int(job.part.depth.chunks)), pairs = std::max(pairs, job.pairs);
+    blocks = std::max(blocks, job.part.depth.chunks * job.pairs);
     const bool forward = job.map.forward();
     const int length =
         (forward ? job.part.depth.patches ? job.map.Cin : job.per_chunk() : 16) * job.map.taps;
@@ -49,7 +49,7 @@ void pack_for_mma(Jobs<MmaPacking> p, int jobs, void* stream) {
     job.row_pitch = length | 1;
     bytes = std::max(bytes, of_job);
   }
-  const Launch how{"pack weight (mma)", dim3(chunks, pairs, jobs), kPackThreads, bytes, stream};
+  const Launch how{"pack weight (mma)", dim3(blocks, jobs), kPackThreads, bytes, stream};
   launch(how, &pack_mma<kPackThreads>, p);
 }
 

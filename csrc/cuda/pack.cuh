@@ -59,9 +59,9 @@ SNNLSTM_DEVICE R weight_at(const WeightMap& map, int gate, int c, int input, int
 template <class R>
 __global__ void __launch_bounds__(fma::kThreads)
     pack_fma(const WeightMap map, R* packed, int64_t depth, int channels) {
-  const int64_t chunk = blockIdx.x;
-  const int columns = int(blockIdx.y) * fma::kColumns;
-  R* out = packed + (blockIdx.y * depth + chunk * fma::kDepth) * fma::kColumns;
+  const int64_t chunks = depth / fma::kDepth, chunk = blockIdx.x % chunks;
+  const int columns = int(blockIdx.x / chunks) * fma::kColumns;
+  R* out = packed + int64_t(blockIdx.x) * fma::kDepth * fma::kColumns;
   for (int i = int(threadIdx.x); i < fma::kDepth * fma::kColumns; i += fma::kThreads) {
     const int64_t k = chunk * fma::kDepth + i / fma::kColumns;
     const int column = columns + i % fma::kColumns;
@@ -212,13 +212,15 @@ class MmaPacker {
   int chunk_, pair_, warp_column_, block_, first_column_, first_k_;
 };
 
-// Packs all segments of a call. grid: (chunks, pairs, segments), of each as many as the segment
-// with the most has.
+// Packs all segments of a call. grid: (chunks for each pair, segments), for the segment with the
+// most.
 template <int Threads>
 __global__ void __launch_bounds__(Threads) pack_mma(const __grid_constant__ Jobs<MmaPacking> p) {
-  const MmaPacking& job = p.job[blockIdx.z];
-  const bool real = int(blockIdx.x) < job.part.depth.chunks && int(blockIdx.y) < job.pairs;
-  const MmaPacker packer(job, int(blockIdx.x), int(blockIdx.y), &shared_memory<float>());
+  const MmaPacking& job = p.job[blockIdx.y];
+  const int chunks = int(job.part.depth.chunks);
+  const int chunk = int(blockIdx.x) % chunks, pair = int(blockIdx.x) / chunks;
+  const bool real = pair < job.pairs;
+  const MmaPacker packer(job, chunk, pair, &shared_memory<float>());
   if (real) packer.load();
   __syncthreads();
   if (real) packer.store_units();

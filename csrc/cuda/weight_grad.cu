@@ -18,8 +18,9 @@ void launch_reduce_weight(const ReduceWeights& given, void* stream) {
     ReduceWeights p = given;
     const int64_t of_one = p.pitch() * int64_t(sizeof(R));
     while (p.chunk > 1 && p.chunk * of_one > 48 * 1024) p.chunk /= 2;
-    const Launch how{"add weight gradients", dim3(4 * p.C, p.chunks(0) + p.chunks(1)),
-                     kReduceThreads, size_t(p.chunk * of_one), stream};
+    const int64_t blocks = int64_t(4) * p.C * (p.chunks(0) + p.chunks(1));
+    const Launch how{"add weight gradients", blocks, kReduceThreads, size_t(p.chunk * of_one),
+                     stream};
     launch(how, &reduce_weight<R>, p);
   });
 }

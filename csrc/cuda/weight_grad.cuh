@@ -140,17 +140,18 @@ struct ReduceWeights {
   SNNLSTM_BOTH int chunks(int k) const { return (half[k].channels + chunk - 1) / chunk; }
 };
 
-// grid: (4C; chunks of input channels of x, then of mem). The sums pass through shared memory,
+// grid: 4C for each chunk of input channels of x, then of mem. The sums pass through shared memory,
 // (chunk, pitch), since the parts have the channels innermost and the gradient has the taps.
 template <class R>
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_weight(const __grid_constant__ ReduceWeights p) {
   R* sums = &shared_memory<R>();
-  int chunk = int(blockIdx.y);
+  const int row = int(blockIdx.x) % (4 * p.C);
+  int chunk = int(blockIdx.x) / (4 * p.C);
   const ReduceWeight& h = job_of(p.half, p.chunks(0), chunk);
   const int c0 = chunk * p.chunk;
   const int channels = h.channels - c0 < p.chunk ? h.channels - c0 : p.chunk;
-  const int gate = int(blockIdx.x) / p.C, c = int(blockIdx.x) % p.C;
+  const int gate = row / p.C, c = row % p.C;
   const R* parts = static_cast<const R*>(h.parts) + int64_t(gate * p.Cp + c) * h.part_columns + c0;
   const int64_t part = int64_t(h.part_rows) * h.part_columns;
   for (int i = int(threadIdx.x); i < p.taps * p.chunk; i += kReduceThreads) {
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     sums[ci * p.pitch() + tap] = sum;
   }
   __syncthreads();
-  const int64_t out = (int64_t(blockIdx.x) * p.all_channels + h.first_channel + c0) * p.taps;
+  const int64_t out = (int64_t(row) * p.all_channels + h.first_channel + c0) * p.taps;
   for (int i = int(threadIdx.x); i < channels * p.taps; i += kReduceThreads)
     write(p.grad, p.type, out + i, sums[i / p.taps * p.pitch() + i % p.taps]);
 }

@@ -1,4 +1,4 @@
-"""The kernels and the emulator itself under AddressSanitizer, in a process of its own."""
+"""Runs the emulator and its own kernels under AddressSanitizer, in a process of their own."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What snnlstm.native.cuda asks of the core and of torch, seen on the emulated kernels."""
+"""Tests what snnlstm.native.cuda asks of the core and of torch, on the emulated kernels."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Record(TorchDispatchMode):
 
 @pytest.mark.parametrize("algorithm", ["direct", "hybrid", "pointwise"])
 def test_nothing_waits_for_the_device(core, algorithm):
-    """So a CUDA graph can capture a call, forward and backward."""
+    """Therefore a CUDA graph can capture a call, forward and backward."""
     inputs = TRAINED.inputs()
     with core.installed(), Record() as record:
         train(TRAINED, inputs, algorithm)
@@ -57,7 +57,7 @@ def test_nothing_waits_for_the_device(core, algorithm):
 
 
 class Core:
-    """A core that notes on which stream, and under which guard, its kernels are called."""
+    """A core that notes the stream and the guards of each call of a kernel."""
 
     def __init__(self, module, guarded):
         self.module, self.guarded, self.calls = module, guarded, []
@@ -133,7 +133,7 @@ def test_what_multiplies_follows_torch(
 
 
 def test_every_new_value_of_a_weight_is_seen(core):
-    """Also one that neither its address nor its version tells of."""
+    """Even a change that leaves its address and version."""
     inputs = PLAIN.inputs()
     with core.installed(), torch.no_grad():
         before = flat.run(*inputs, PLAIN.options)

@@ -1,8 +1,8 @@
-"""The project's CUDA kernels, emulated, against the float64 reference: every type and precision.
+"""Compares the project's emulated CUDA kernels with the float64 reference, in every type and way.
 
-The cases and the oracle are those of the CPU kernels (tests/cases.py, tests/oracle.py). All runs
-are checked: bounds, races, uninitialised shared memory, divergence; outputs and workspaces hold
-NaN before.
+The cases and the oracle are those of the CPU kernels (tests/cases.py, tests/oracle.py). The
+emulator checks all runs: bounds, races, uninitialised shared memory, divergence. Outputs and
+workspaces hold NaN before.
 """
 
 import re
@@ -20,7 +20,7 @@ from benchmarks import gpu_smoke
 
 
 def check(core, case: Case, mode: Mode) -> None:
-    """One inference and one training forward call, judged step by step."""
+    """Judges an inference call step by step, and a training call by the inference call."""
     case = mode.of(case.recorded() if case.options.sequence else case)
     inputs = case.inputs()
     with mode.running(core):
@@ -28,7 +28,7 @@ def check(core, case: Case, mode: Mode) -> None:
             out = mode.run(*inputs, case.options)
         check_steps(case, inputs, out, mode.error)
         trained = mode.run(*wanting_gradients(inputs), case.options)
-    if case.options.checkpoint:  # in segments, each of which decides anew how x is convolved
+    if case.options.checkpoint:  # each segment decides anew how x is convolved
         check_steps(case, inputs, [part.detach() for part in trained], mode.error)
     else:
         for one, other in zip(trained, out, strict=True):
@@ -42,7 +42,7 @@ def test_forward(core, mode, case, schedule):
 
 
 def test_full_precision_bears_tensor_cores_that_truncate(core):
-    """One accumulator over all of K, three additions a k-step, would shrink sums by 1e-5."""
+    """One accumulator over all of K would shrink sums by 1e-5: each k-step adds three times."""
     case = PLAIN.but(sequence=False, record=False, batch=1, in_channels=64, channels=64, height=4,
                      width=4)  # fmt: skip
     inputs = case.inputs()
@@ -58,7 +58,7 @@ def test_full_precision_bears_tensor_cores_that_truncate(core):
 
 
 def test_the_smoke_test_for_gpus_runs_every_kernel(core):
-    """In this build, which checks every access, for races too."""
+    """The emulator checks every access of this run."""
     launched = set()
     for source in SOURCES:
         for how in re.findall(r"Launch how\{.*?;", source.read_text(), re.DOTALL):
@@ -99,7 +99,7 @@ def test_forward_of_random_calls(core, mode):
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("mode", ["float32", "tf32", "bfloat16 states"])
 def test_forward_with_one_warp_ahead(core, mode, seed):
-    """Twenty orders of events, over all cases in turn."""
+    """Each of twenty orders of events has three of the cases."""
     core.schedule("ahead", seed)
     calls = list(CASES.values())
     for k in range(3):

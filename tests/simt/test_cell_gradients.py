@@ -1,8 +1,8 @@
-"""Gradients of the CUDA kernels, emulated, against float64 autograd through the reference.
+"""Compares gradients of the emulated CUDA kernels with float64 autograd through the reference.
 
-Where products are as good as float32's, every option is tried and the decisions (resets, maxima,
-levels) agree with the reference's. Coarser products decide otherwise here and there: they are
-compared on calls without such decisions.
+If products are as good as float32's, every option is tried, and the decisions (resets, maxima,
+levels) agree with the reference's. Coarser products would decide otherwise here and there: they are
+tried on calls without such decisions.
 """
 
 import re
@@ -35,7 +35,7 @@ from modes import (
 
 
 def check(core, case: Case, mode: Mode, outputs=OUTPUTS, wanted=NAMES) -> bool:
-    """False where rounding led kernels and reference to different decisions."""
+    """Returns False if rounding led kernels and reference to different decisions."""
     case = mode.of(case)
     inputs = case.inputs()
     grads = of_outputs(case, outputs)
@@ -83,7 +83,7 @@ def test_only_what_is_wanted(core, mode, wanted):
     ids=["fused", "resident"],
 )
 def test_results_are_the_same_under_every_schedule(core, mode, case):
-    """Bit for bit, so that torch.use_deterministic_algorithms has nothing to change."""
+    """Bit for bit: torch.use_deterministic_algorithms has nothing to change."""
     case = mode.of(case)
     inputs, grads = case.inputs(), of_outputs(case)
     seen = []

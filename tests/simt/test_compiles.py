@@ -1,7 +1,6 @@
 """Kernels compile with nvcc for every architecture, and fit into registers.
 
-Compiling them all takes two to three minutes of one core, the first time: what came of it is kept
-under build/simt.
+Compiling them all takes two to three minutes of one core. The results are kept under build/simt.
 """
 
 import os
@@ -22,13 +21,13 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TUNED = (80, 90)  # the architectures whose registers and shared memory were chosen with care
 
 
-# Bytes that a kernel may spill meanwhile: each of its 512 threads has 128 registers, where 3xTF32
-# holds two parts of each number.
+# Bytes that a kernel may spill for now. Each of its 512 threads has 128 registers, and 3xTF32 needs
+# two for each number.
 SPILLS = {("resident_forward_mma<snnlstm::cuda::mma_gemm::Parts, 1>", 80): 64}
 
 
 def overflowing(resources):
-    """Kernels that need local memory, but those of float64, which are not tuned."""
+    """Kernels that need local memory. Those of float64 are not tuned, and do not count."""
     return [
         r
         for r in resources

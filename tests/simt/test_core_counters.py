@@ -1,8 +1,7 @@
-"""Bounds on what a step costs on a GPU, counted in the emulation; traffic.py prints it all.
+"""Bounds what a step costs on a GPU, counted in the emulation; traffic.py prints the counters.
 
-Goals: bytes moved over the fewest possible 1.15; sectors per request over the fewest 1.1;
-wavefronts of shared memory over those without conflicts 1.05; tensor core instructions over the
-fewest needed 1.1 (for wide layers).
+The goals are ratios to the least possible: bytes moved; sectors of a request; wavefronts of shared
+memory; tensor core instructions, for wide layers.
 """
 
 import pytest
@@ -12,7 +11,7 @@ from traffic import LAYERS, cost, fewest_mma, measure, total
 GOALS = {"bytes": 1.15, "sectors": 1.10, "banks": 1.05, "mma": 1.10}
 WIDE = ("mid", "big")
 
-# What is above its goal for now, with the bound that must hold meanwhile.
+# Costs that are above their goals for now, with bounds that must hold.
 ABOVE = {
     # Rows of 28 elements of 2 bytes begin and end within a sector.
     ("mnist", "bfloat16 states"): {"sectors": 1.20},
@@ -39,7 +38,7 @@ def test_a_step_costs_little_more_than_it_must(core, layer, mode):
     "mode", ["bfloat16 states", pytest.param("tf32", marks=pytest.mark.simt_long)]
 )
 def test_training_costs_little_more_than_it_must(core, mode):
-    """In sum, the gradients multiply twice what a step does."""
+    """The gradients together multiply twice as much as the step."""
     seen = measure(core, LAYERS["mid"], MODES[mode], training=True)
     for name, c in seen.items():
         assert c.sectors <= GOALS["sectors"], name
@@ -48,8 +47,8 @@ def test_training_costs_little_more_than_it_must(core, mode):
     assert fewest <= total(seen).mma <= GOALS["mma"] * fewest
 
 
-# Tensor core instructions of a k-step of a warp, and the most barriers that it may wait at for
-# each. One barrier a k-step would be 1; what is above a half is a narrow layer's few k-steps.
+# A warp's tensor core instructions in a k-step, and the most barriers for each k-step. More than a
+# half are allowed to narrow layers, whose blocks have few k-steps.
 K_STEPS = {
     ("mnist", "forward step (mma)"): (8, 0.65),
     ("mnist", "data gradient (mma)"): (4, 0.6),

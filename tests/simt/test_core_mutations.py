@@ -1,7 +1,7 @@
-"""Seeded faults in the project's CUDA kernels: each one that is placed must be caught.
+"""Each fault that is seeded in the project's CUDA kernels must be caught.
 
-One build switches them at run time. A fault counts as caught when a check reports it or the result
-is judged wrong; the runs are the cases of test_cell.py, those first that are likely to show it.
+One build switches the faults at run time. A fault is caught if a check reports it or the result is
+judged wrong. The runs are cases of test_cell.py and test_cell_gradients.py, the likeliest first.
 """
 
 from functools import cache
@@ -40,7 +40,7 @@ BACKWARD_RUNS = {
 
 
 def report_of(core, check, mode, case) -> str:
-    """ "" where the run is fine."""
+    """What is wrong with a run, or ""."""
     try:
         check(core, CASES[case], ALL[mode])
     except (AssertionError, EmulationError) as error:
@@ -49,7 +49,7 @@ def report_of(core, check, mode, case) -> str:
 
 
 def by_likelihood(near: str):
-    """All runs, those first that run the kernel of that file."""
+    """All runs; those come first that run the kernels of the file `near`."""
     runs = [
         (check, mode, case)
         for check, table in ((test_cell.check, RUNS), (test_cell_gradients.check, BACKWARD_RUNS))
@@ -77,7 +77,7 @@ def without_a_fault(*run) -> str:
 
 @pytest.mark.parametrize(("name", "place"), PLACED, ids=[f"{n}-{p}" for n, p in PLACED])
 def test_a_fault_is_caught(core, name, place):
-    """By a run that passes without it."""
+    """A run must notice it, and pass without it."""
     core.fault(NUMBERS[name], place)
     core.schedule("ahead", 1)
     for run in by_likelihood(PLACED[name, place]):
@@ -89,6 +89,6 @@ def test_a_fault_is_caught(core, name, place):
 
 
 def test_every_kind_of_fault_is_placed():
-    """But for the exchange of data between lanes: a __syncwarp() in the kernels only brings lanes
-    together again that have gone different ways."""
+    """Except missing_syncwarp: no lanes exchange data through memory. A __syncwarp() in the kernels
+    brings lanes together again that have gone different ways."""
     assert {name for name, _ in PLACED} == set(NUMBERS) - {"missing_syncwarp"}

@@ -1,4 +1,4 @@
-"""The counters, on access patterns whose cost on a GPU is known."""
+"""Counts access patterns whose cost on a GPU is known."""
 
 import own
 import pytest

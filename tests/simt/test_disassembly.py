@@ -17,8 +17,8 @@ TF32 = ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128", "LDGDEPBAR", "LDSM.16.M88.4
 BOTH_HALVES = ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", *TF32[1:])
 VECTORS = ("LDG.E.128", "STG.E.128")
 
-# By file of csrc/cuda: patterns of kernel names, and how instructions of theirs must begin (a space
-# ends the name). A kernel of 16-bit types holds code for both of them.
+# By file of csrc/cuda: patterns of kernel names, and beginnings of instructions that the kernels
+# must have (a space ends the name). A kernel of 16-bit types has code for both of them.
 EXPECTED = {
     "forward_mma": {
         r"forward_mma<float, \d>": (*TF32, "LDG.E.128"),
@@ -85,12 +85,11 @@ def test_kernels_compiled_anew(file, pattern, arch):
     check(binary, arch, file, pattern)
 
 
-# Instructions per HMMA in the inner loops, by file and by how the names of instances begin. In
-# parts (3xTF32) three HMMA count as one.
+# The most instructions per HMMA in inner loops. In parts (3xTF32) three HMMA count as one.
 MOST = {"half": 8, "tf32": 10, "parts": 14}
-# What is above, with the bound that holds meanwhile, by HMMA of the loop. A warp of the narrow data
-# gradient has only 4 products a k-step, for 16 channels, and asks in each whether the convolution
-# was strided; an input of few channels comes to the sequence kernel number by number.
+# Loops that are above for now, with their bounds, by file, kind and HMMA of the loop. In the
+# narrow data gradient a warp has only 4 products in a k-step, and tests in each whether the
+# convolution has a stride. An input of few channels comes to the sequence kernel number by number.
 ABOVE = {
     ("backward_mma", "parts", 12): 14.5,
     ("resident_forward", "half", 8): 12,

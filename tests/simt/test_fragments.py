@@ -1,10 +1,10 @@
-"""Where the elements of a matrix lie in the registers of a warp: the formulas of the PTX ISA."""
+"""The elements of a matrix lie in the registers of a warp as the formulas of the PTX ISA say."""
 
 import numpy as np
 import pytest
 from own import from_bf16, own_kernels, to_bf16, to_tf32
 
-# Position of the v-th element that a lane holds. PTX ISA, "Matrix Fragments for mma.m16n8k16 with
+# The position of element v that a lane holds: PTX ISA, "Matrix Fragments for mma.m16n8k16 with
 # floating point type" and "... for mma.m16n8k8".
 
 
@@ -38,7 +38,7 @@ TYPES = {"fp16": (0, 16), "bf16": (1, 16), "tf32": (2, 8)}
 
 
 def encode(x, kind):
-    """Elements as the bit patterns that registers hold, and their values."""
+    """The bit patterns of elements in registers, and the elements' values."""
     if kind == "fp16":
         half = x.astype(np.float16)
         return half.view(np.uint16).astype(np.uint32), half.astype(np.float64)
@@ -59,7 +59,7 @@ def scatter(elements, at, per_lane, packed):
 
 
 def run_mma(kind, at_a, at_b, at_c):
-    """(result, expected) of one mma whose operands were laid out with the given positions."""
+    """(result, expected) of one mma whose operands have the given positions."""
     number, K = TYPES[kind]
     rng = np.random.default_rng(number)
     a_bits, a = encode(rng.standard_normal((16, K)).astype(np.float32), kind)
@@ -99,14 +99,13 @@ def test_mma_follows_the_ptx_isa(kind):
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("operand", [0, 1, 2])
 def test_a_slip_in_any_operand_is_seen(kind, operand):
-    """Two registers that change places must not go unnoticed."""
+    """Two registers change places."""
     K = TYPES[kind][1]
     layouts = [ptx_a(K), ptx_b(K), ptx_c]
     right = layouts[operand]
     last = (7 if K == 16 else 3, 3 if K == 16 else 1, 3)[operand]
     layouts[operand] = lambda lane, v: right(lane, {0: last, last: 0}.get(v, v))
     result, expected = run_mma(kind, *layouts)
-    # c is read and written through the same positions: as a whole it is only moved about.
     assert not np.allclose(result, expected, rtol=1e-3, atol=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""launch() against a CUDA runtime that only remembers: limits of shared memory, errors, threads."""
+"""Tests launch() on a CUDA runtime that runs nothing: limits of shared memory, errors, threads."""
 
 import subprocess
 

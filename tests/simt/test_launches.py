@@ -1,7 +1,7 @@
-"""Launches: enough warps on every multiprocessor, few launches, no size that is counted wrongly.
+"""There are few launches, with enough warps on every multiprocessor, and sizes are counted rightly.
 
-Nothing runs here: the emulator only looks at each launch, so that sizes cost nothing. Calls that
-are too large to be counted are refused, and large ones within the limits are not.
+Nothing runs here: the emulator only notes each launch, so that sizes cost nothing. Calls that are
+too large to be counted are refused, and large calls within the limits are not.
 """
 
 import pytest
@@ -19,7 +19,7 @@ def test_wide_layers_fill_the_multiprocessors(core, layer, mode):
     core.device(**H100)
     found = {launch.kernel: launch for launch in of_layer(core, LAYERS[layer], mode)}
     weights = found["weight gradient (mma)"]
-    # One block a multiprocessor, whatever its registers.
+    # A multiprocessor holds one block.
     assert weights.threads >= 32 * 8
     waves = weights.blocks / H100["multiprocessors"]
     assert waves / -(-waves // 1) > 0.85
@@ -35,7 +35,7 @@ def test_how_many_launches_a_sequence_takes(core, layer):
     forward = sum(name.startswith(("forward", "fire")) for name in found)
     assert forward <= time * (2 if "fire" in found else 1) + -(-time // 10)
     assert sum(name.startswith("backward") for name in found) == time
-    # Packing twice, the data gradients, and of the parameters' gradients: parts and their sums.
+    # Two kernels that pack, the data gradients, parts of the parameters' gradients, and their sums.
     others = [n for n in found if not n.startswith(("forward", "backward", "fire", "spread"))]
     assert len(others) <= 8, others
 
@@ -58,10 +58,11 @@ def reason(core, **facts):
     return module.cuda_reason_against(module.Cell(**FACTS | facts), module.cuda_target())
 
 
-@pytest.mark.parametrize("tf32", [False, True])
-def test_many_channels_fit_every_grid(core, tf32):
-    """Rows of the weight's gradient were once numbered along the grid's short axis."""
-    launches = every_call(core, int(tf32), Cin=3, C=16384, H=2, W=2)
+@pytest.mark.parametrize(("inputs", "channels"), [(3, 16384), (1 << 22, 8)])
+@pytest.mark.parametrize("matrix", [0, 1])
+def test_many_channels_fit_every_grid(core, matrix, inputs, channels):
+    """The second and third axis of a grid have fewer than 65,536 blocks."""
+    launches = every_call(core, matrix, Cin=inputs, C=channels, H=2, W=2)
     assert any(launch.kernel == "add weight gradients" for launch in launches)
 
 

@@ -1,4 +1,4 @@
-"""The choice that is measured, with a clock of the tests' own: what is timed, kept and said."""
+"""Tests measured choices with a clock of the tests' own: what is timed, kept and said."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_a_call_that_recomputes_keeps_to_its_choice(core):
 
 
 class Event:
-    """A torch.cuda.Event for a device that takes as long as it is told."""
+    """A torch.cuda.Event; `now` is the device's time."""
 
     now = 0.0
 

@@ -1,7 +1,7 @@
-"""The backward pass step by step, and the weight's gradient of all steps in one call.
+"""Runs the backward pass step by step, and forms the weight's gradient of all steps in one call.
 
-The kernels are called as the shared autograd node of a loop over steps calls them: each step's
-backward leaves the gradient of its gate sums behind, and one call forms the rest.
+So does the autograd node that the steps of a loop share: each step's backward pass leaves the
+gradient of its gate sums behind, and one call forms the gradients of weight and bias from them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def weight_gradient(core, case: Case, mode: Mode, x, mem, d_gates, wanted=(True,
 
 
 def random_gates(case: Case, mode: Mode, generator) -> torch.Tensor:
-    """Gradients of gate sums as a step leaves them, in [0.5, 1.5)."""
+    """Gradients of gate sums, in the layout in which a step leaves them, in [0.5, 1.5)."""
     n, c, ho, wo = case.state_shape
     padded = -(-c // 8) * 8
     d_gates = torch.rand((case.time, n, ho * wo, 4, padded), generator=generator) + 0.5

@@ -1,4 +1,4 @@
-// launch() on a runtime that only remembers; run by test_launch.py.
+// Calls launch() on a runtime that runs nothing; test_launch.py runs this program.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
