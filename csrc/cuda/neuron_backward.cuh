@@ -128,13 +128,7 @@ class BackwardTile {
     if (p_.fire.num_levels > 0)
       for_each_value(mem, [&](R x, int, int) { return quantised(p_.fire, x); });
     unrolled<2, 4>([&](int px, int ch) { mem[px][ch] = rounded(type, mem[px][ch]); });
-    if (gather) {
-      unrolled<4>([&](int ch) {
-        const R pair[2] = {mem[0][ch], mem[1][ch]};
-        store_vector(&tile.at(first + ch, m), pair);
-      });
-      return;
-    }
+    if (gather) return tile.put(m, first, mem);
     if (step.mem_kept && p_.mem_keep.present()) store_patch(p_.mem_keep, at, c0, mem);
     R d_syn[2][4] = {}, d_mem[2][4] = {}, spike[2][4] = {};
     if (step.d_syn != nullptr)

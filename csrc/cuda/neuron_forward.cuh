@@ -150,6 +150,14 @@ struct MemTile {
   int pitch = 0;  // even
 
   SNNLSTM_DEVICE R& at(int channel, int pixel) const { return data[channel * pitch + pixel]; }
+  // Stores pixels m, m + 1 of CH channels from `first` on.
+  template <int CH>
+  SNNLSTM_DEVICE void put(int m, int first, const R (&mem)[2][CH]) const {
+    unrolled<CH>([&](int ch) {
+      const R pair[2] = {mem[0][ch], mem[1][ch]};
+      store_vector(&at(first + ch, m), pair);
+    });
+  }
 };
 
 // What a step writes besides spikes and gates. A kernel of many steps decides anew in each.
@@ -247,12 +255,7 @@ class ForwardTile {
     if (outputs.syn_kept && p_.syn_keep.present()) store_patch(p_.syn_keep, at, c0, syn);
     if (p_.mem_keep.present()) store_patch(p_.mem_keep, at, c0, mem);
     const bool pools = p_.fire.pool != Pool::none;
-    if (p_.fires && pools) {
-      unrolled<CH>([&](int ch) {
-        const R pair[2] = {mem[0][ch], mem[1][ch]};
-        store_vector(&mem_tile.at(first + ch, m), pair);
-      });
-    }
+    if (p_.fires && pools) mem_tile.put(m, first, mem);
     if (outputs.states && p_.syn_out.present()) store_patch(p_.syn_out, at, c0, syn);
     if (outputs.states && p_.mem_out.present()) store_patch(p_.mem_out, at, c0, mem);
     if (!p_.fires || pools) return;

@@ -212,8 +212,8 @@ SNNLSTM_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4],
 
 // ---- vectors -----------------------------------------------------------------------------------
 
-// One access of sizeof(V) bytes (V: float2, float4, uint2, uint4, int2, int4, double2 or a scalar),
-// p aligned to it, in global or shared memory.
+// One access of sizeof(V) bytes, 16 at most, to global or shared memory. V and p are aligned to
+// that.
 template <class V>
 SNNLSTM_DEVICE V load(const void* p) {
 #if defined(__CUDACC__)

@@ -147,12 +147,7 @@ class ResidentForwardBlock {
     tile_.update(
         at, m, first, sum, syn, mem,
         [&](int px, int ch, R) { return (resets >> (px * CH + ch) & 1) != 0; }, mem_tile_, outputs);
-    if (!p_.neuron.fires) {
-      unrolled<CH>([&](int ch) {
-        const R pair[2] = {mem[0][ch], mem[1][ch]};
-        store_vector(&mem_tile_.at(first + ch, m), pair);
-      });
-    }
+    if (!p_.neuron.fires) mem_tile_.put(m, first, mem);
     if (last) return;
     unrolled<2, CH>(
         [&](int px, int ch) { syn[px][ch] = rounded(p_.neuron.fire.spk.type, syn[px][ch]); });

@@ -162,8 +162,9 @@ class WeightGemm {
     if (taps_ <= 0) return;
     float* acc = &acc_[0][0][0][0];
     unrolled<weight_tile::kSums / 4>([&](int i) {
-      const float4 v = load<float4>(total(i));
-      acc[4 * i] = v.x, acc[4 * i + 1] = v.y, acc[4 * i + 2] = v.z, acc[4 * i + 3] = v.w;
+      float v[4];
+      load_vector(total(i), v);
+      unrolled<4>([&](int k) { acc[4 * i + k] = v[k]; });
     });
     const int g = lane_ / 4, t = lane_ % 4;
     float* parts = static_cast<float*>(p_.grad.parts) +
@@ -192,20 +193,20 @@ class WeightGemm {
   using Sums = float[weight_tile::kTaps][2][2][4];  // [tap][m16 tile][n8 tile]
 
   // Returns the place of totals 4 i ... 4 i + 3 of the thread.
-  SNNLSTM_DEVICE unsigned char* total(int i) const {
-    return reinterpret_cast<unsigned char*>(&tables_) + p_.totals +
-           (i * int(blockDim.x) + int(threadIdx.x)) * 16;
+  SNNLSTM_DEVICE float* total(int i) const {
+    return reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(&tables_) + p_.totals) +
+           (i * int(blockDim.x) + int(threadIdx.x)) * 4;
   }
   SNNLSTM_DEVICE void fold() {
     float* acc = &acc_[0][0][0][0];
     unrolled<weight_tile::kSums / 4>([&](int i) {
-      float4 v = load<float4>(total(i));
-      if (!fault(Fault::wrong_split_k, 2)) {
-        v.x += acc[4 * i], v.y += acc[4 * i + 1];
-        v.z += acc[4 * i + 2], v.w += acc[4 * i + 3];
-      }
-      store(total(i), v);
-      unrolled<4>([&](int k) { acc[4 * i + k] = 0; });
+      float v[4];
+      load_vector(total(i), v);
+      unrolled<4>([&](int k) {
+        if (!fault(Fault::wrong_split_k, 2)) v[k] += acc[4 * i + k];
+        acc[4 * i + k] = 0;
+      });
+      store_vector(total(i), v);
     });
   }
 

@@ -10,11 +10,9 @@
 
 #define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __align__(n) alignas(n)
 
 struct uint3 {
   unsigned x, y, z;
@@ -26,15 +24,14 @@ struct dim3 {
   constexpr uint64_t count() const { return uint64_t(x) * y * z; }
 };
 
-#define SIMT_VECTORS(T, name)                                                    \
-  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                             \
-  struct alignas(sizeof(T) == 8 ? 16 : 4 * sizeof(T)) name##4 { T x, y, z, w; }; \
-  __forceinline__ name##2 make_##name##2(T x, T y) { return {x, y}; }            \
+#define SIMT_VECTORS(T, name)                                         \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                  \
+  struct alignas(4 * sizeof(T)) name##4 { T x, y, z, w; };            \
+  __forceinline__ name##2 make_##name##2(T x, T y) { return {x, y}; } \
   __forceinline__ name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 SIMT_VECTORS(int, int)
 SIMT_VECTORS(unsigned, uint)
 SIMT_VECTORS(float, float)
-SIMT_VECTORS(double, double)
 #undef SIMT_VECTORS
 
 // The running thread's; every switch of threads changes them.
@@ -101,6 +98,5 @@ __forceinline__ T __shfl_xor_sync(unsigned mask, T v, int lanes, SIMT_SITE) {
 __forceinline__ int __any_sync(unsigned mask, int predicate, SIMT_SITE) {
   return ::simt::any(mask, predicate != 0, site);
 }
-__forceinline__ float __fdividef(float a, float b) { return a / b; }
 
 __forceinline__ int min(int a, int b) { return b < a ? b : a; }
