@@ -95,8 +95,7 @@ void weight_gradient(const WeightGradArgs& args, const Target& target);
 void pointwise_forward(const ForwardArgs& args, const View& gate_sums, const Target& target);
 
 // The same backward. args.d_gates must be given; mem_after is this step's, (N, Ho, Wo, Cp); x,
-// mem0, weight, grad_x, grad_mem0, grad_weight and grad_bias are unused. workspace:
-// pointwise_workspace().
+// mem0, weight, grad_x, grad_mem0, grad_weight and grad_bias are unused.
 void pointwise_backward(const BackwardArgs& args, const Target& target);
 int64_t pointwise_workspace(const Cell& cell, const Target& target);
 
@@ -112,8 +111,7 @@ Algorithm choose_algorithm(const Cell& cell, const Target& target);
 std::string algorithm_name(const Cell& cell, const Target& target);
 
 // Returns all ways in which the kernels can run a pass of a cell: a launch for every step, in
-// blocks of each shape, the estimate's choice first; then one launch for the sequence, if that is
-// possible.
+// blocks of each shape, the estimate's choice first; then, if possible, one launch for all steps.
 std::vector<Way> ways(const Cell& cell, const Target& target, bool backward);
 
 }  // namespace snnlstm::cuda

@@ -32,8 +32,7 @@ class Backward {
     bytes_ = arena.bytes();
   }
 
-  // of_weights: false for a call that is given d_gates and forms neither gradient of weight and
-  // bias.
+  // of_weights: false if a call is given d_gates and wants no gradient of weight or bias.
   static int64_t workspace(const Cell& cell, const Target& target, bool of_weights) {
     BackwardArgs args;
     args.cell = cell;

@@ -41,9 +41,8 @@ constexpr int kBackwardThreads = 128;
 template <class Element>
 constexpr int kBackwardBlocks = std::is_same_v<Element, mma_gemm::Parts> ? 2 : 3;
 
-// Forms a block's sums and puts them into shared memory, in patches of 2 pixels x 4 channels. If
-// there are two groups of warps, each sums over one half of K, and then goes on with one of the m16
-// tiles.
+// Puts a block's sums into shared memory, in patches of 2 pixels x 4 channels. If there are two
+// groups of warps, each sums over one half of K, and then goes on with one of the m16 tiles.
 template <class Element, int NT, bool Strided>
 class BackwardSums {
  public:

@@ -83,8 +83,7 @@ inline MmaDepth mem_depth(const Cell& c, Multiply m) {
   return MmaDepth(MmaType(m), state_window(c));
 }
 
-// Bytes of shared memory of a tensor core step: the convolution's, in whose place the epilogue
-// comes.
+// Bytes of shared memory of a tensor core step. The epilogue takes the convolution's place.
 inline int64_t forward_shared_bytes(const ForwardPlan& plan, const MmaConv& conv, bool pools) {
   int64_t epilogue = int64_t(8 * plan.held()) * plan.threads() * 4;
   if (pools) epilogue += int64_t(plan.channels()) * plan.mem_pitch() * 4;
@@ -275,8 +274,7 @@ inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int 
   return w;
 }
 
-// Plans the same without tensor cores: two blocks for each multiprocessor, each with 256 pixels or
-// more.
+// The same without tensor cores: two blocks for each multiprocessor, of 256 pixels or more.
 inline WeightPlan weight_fma(const Cell& c, const Target& target, bool of_x) {
   const Shape s(c);
   const Segment in = of_x ? input_window(c) : state_window(c);
@@ -299,8 +297,7 @@ inline WeightPlan weight_fma(const Cell& c, const Target& target, bool of_x) {
 // bytes, as an H100's data sheet says; a sweep over splits would measure the ratio.
 constexpr int64_t kPartsPerTile = 24;
 
-// Chooses the number of splits with which the multiprocessors, which have one block each, are done
-// soonest.
+// Chooses the number of splits with which the multiprocessors, of one block each, end soonest.
 inline void split_tiles(WeightPlans& plan, const Target& target) {
   const int64_t blocks = int64_t(plan.x.column_blocks) * plan.x.row_blocks() +
                          int64_t(plan.mem.column_blocks) * plan.mem.row_blocks();

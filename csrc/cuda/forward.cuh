@@ -35,17 +35,6 @@ SNNLSTM_DEVICE void take(const float (&acc)[4 * Tiles][4], float (&sum)[4][2][2 
   });
 }
 
-// Calls f(k, v) for every vector v of 4 sums, which f may change.
-template <int CH, class F>
-SNNLSTM_DEVICE void for_each_vector(float (&sum)[4][2][CH], F&& f) {
-  float* flat = &sum[0][0][0];
-  unrolled<2 * CH>([&](int k) {
-    float4 v = make_float4(flat[4 * k], flat[4 * k + 1], flat[4 * k + 2], flat[4 * k + 3]);
-    f(k, v);
-    flat[4 * k] = v.x, flat[4 * k + 1] = v.y, flat[4 * k + 2] = v.z, flat[4 * k + 3] = v.w;
-  });
-}
-
 template <class Element, int Tiles>
 __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
     forward_mma(const __grid_constant__ ForwardMma p) {
@@ -63,19 +52,17 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
     gemm.run(acc);
 
     // The second m16 tile waits in shared memory, since the epilogue needs its registers.
-    auto* parked = reinterpret_cast<float*>(shared) + 4 * threadIdx.x;
+    using Parked = Slot<float, kHeld>;
+    auto* parked = reinterpret_cast<float*>(shared);
     float sum[4][2][kHeld];
     take<Tiles>(acc[1], sum);
-    for_each_vector(sum, [&](int k, float4& v) { store(parked + k * 4 * int(blockDim.x), v); });
+    unrolled<4>([&](int gate) { Parked::keep(Parked::of(parked, gate), sum[gate]); });
     take<Tiles>(acc[0], sum);
-    const MemTile<float> mem_tile{reinterpret_cast<float*>(shared) + 8 * kHeld * int(blockDim.x),
-                                  p.mem_pitch};
+    const MemTile<float> mem_tile{parked + 8 * kHeld * int(blockDim.x), p.mem_pitch};
     const int first = gemm.warp_column() * kChannels + kHeld * gemm.quad();
 #pragma unroll 1
     for (int mi = 0; mi < 2; ++mi) {
-      if (mi == 1)
-        for_each_vector(
-            sum, [&](int k, float4& v) { v = load<float4>(parked + k * 4 * int(blockDim.x)); });
+      if (mi == 1) unrolled<4>([&](int gate) { Parked::get(Parked::of(parked, gate), sum[gate]); });
       tile.patch(gemm.pixel(mi), first, sum, mem_tile);
     }
     __syncthreads();

@@ -78,8 +78,6 @@ inline float fp16_to_float_software(uint16_t h) {
 
 }  // namespace detail
 
-SNNLSTM_BOTH float to_float(float x) { return x; }
-
 SNNLSTM_BOTH float to_float(bf16 x) { return detail::float_of(uint32_t(x.bits) << 16); }
 
 SNNLSTM_BOTH float to_float(tf32 x) { return detail::float_of(x.bits); }
@@ -98,11 +96,6 @@ SNNLSTM_BOTH float to_float(fp16 x) {
 // (cvt.rna, the one rounding that every architecture has).
 template <class T>
 SNNLSTM_BOTH T from_float(float x);
-
-template <>
-SNNLSTM_BOTH float from_float<float>(float x) {
-  return x;
-}
 
 template <>
 SNNLSTM_BOTH fp16 from_float<fp16>(float x) {

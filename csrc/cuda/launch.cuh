@@ -50,9 +50,8 @@ inline std::string describe(const Launch& how) {
          dims(how.block) + ", " + std::to_string(how.shared_bytes) + " bytes of shared memory";
 }
 
-// Lets the kernel have as much shared memory as the current device gives one block. The limit is
-// set once for each kernel and device: another thread could lower one that followed each launch's
-// size.
+// Lets the kernel have as much shared memory as the current device gives one block, once for each
+// kernel and device. Other threads could lower a limit that followed the size of each launch.
 inline cudaError_t allow_shared_memory(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;

@@ -116,8 +116,7 @@ class MmaSource {
     }
   }
 
-  // Ends the loads of the call before and begins the next ones: a load has the time between two
-  // calls.
+  // Ends the loads of the last call, and begins the next: a load has the time between calls.
   SNNLSTM_DEVICE void turn(const MmaSegment& seg) {
     if constexpr (AnyFeed) {
 #pragma unroll 1

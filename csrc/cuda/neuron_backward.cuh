@@ -37,8 +37,7 @@ struct BackwardStep {
   bool states = true;                // grad_syn and grad_mem
   bool mem_kept = true;              // mem_keep
   bool first = true;                 // grad_syn0, if present, gets what d_syn would
-  // The thread's gradients of syn, pixel k at d_syn + k * stride, in the place of d_syn_in and
-  // d_syn_out.
+  // The thread's gradients of syn, pixel k at d_syn + k * stride, for d_syn_in and d_syn_out.
   R* d_syn = nullptr;
 };
 
@@ -256,8 +255,7 @@ class BackwardTile {
                     [&](int i, int j, R grad) { at(i, j) = grad; });
     });
   }
-  // Sums over 8 lanes. Each of the first two exchanges halves the channels that a lane goes on
-  // with.
+  // Sums over 8 lanes. The first two exchanges each halve the channels that a lane goes on with.
   SNNLSTM_DEVICE void reduce(const R (&sum)[4], int first, int bit, R* row_sums, bool set) const {
     const bool upper = (int(threadIdx.x) & bit) != 0, odd = (int(threadIdx.x) & 2 * bit) != 0;
     R two[2];

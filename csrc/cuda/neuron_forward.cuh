@@ -54,8 +54,7 @@ SNNLSTM_DEVICE void shift_values(R (&v)[2][CH], R last) {
 
 // Replaces each value of v by body(value, pixel, channel, the others' values). The loop is not
 // unrolled, so that the code holds the body once: quantisers and most surrogates are long and rare.
-// A loop cannot index registers, therefore the values pass through [0][0]. The others do not
-// change.
+// A loop cannot index registers: the values pass through [0][0]. The others do not change.
 template <int CH, class R, class Body, class... Others>
 SNNLSTM_DEVICE void for_each_value(R (&v)[2][CH], Body&& body, Others&... others) {
 #pragma unroll 1
@@ -265,8 +264,7 @@ class ForwardTile {
     store_patch(p_.fire.spk, at, c0, spk);
   }
 
-  // With pooling writes the spikes of the tile's whole windows. All threads call this, after a
-  // barrier.
+  // Writes the spikes of the tile's whole pooling windows. All threads call it, after a barrier.
   SNNLSTM_DEVICE void finish(MemTile<R> mem_tile) const {
     const Fire& f = p_.fire;
     if (!p_.fires || f.pool == Pool::none || p_.sums_out.present()) return;

@@ -6,8 +6,7 @@
 
 namespace snnlstm::cuda {
 
-// Levels come as a kernel's argument: in the stream's order, and streams and graphs share no
-// memory.
+// Levels come as a kernel's argument, in the stream's order: streams and graphs share no memory.
 struct StoreLevels {
   static constexpr int kMost = 256;
   double value[kMost];
@@ -212,8 +211,7 @@ class MmaPacker {
   int chunk_, pair_, warp_column_, block_, first_column_, first_k_;
 };
 
-// Packs all segments of a call. grid: (chunks for each pair, segments), for the segment with the
-// most.
+// Packs all segments of a call. grid: (chunks for each pair, segments); the longest segment's.
 template <int Threads>
 __global__ void __launch_bounds__(Threads) pack_mma(const __grid_constant__ Jobs<MmaPacking> p) {
   const MmaPacking& job = p.job[blockIdx.y];

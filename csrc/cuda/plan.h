@@ -113,8 +113,7 @@ inline Tensor tensor(const View& v, DType type, int64_t t, const int64_t (&exten
   return a;
 }
 
-// Returns our images (T, N, Ho, Wo, planes, Cp) from step t on; as_tensor() gives the same as
-// Tensor.
+// Our images (T, N, Ho, Wo, planes, Cp) from step t on. as_tensor() makes a Tensor of them.
 inline Image image(const void* data, const Shape& s, DType type, int planes = 1, int64_t t = 0) {
   Image a;
   a.type = type;

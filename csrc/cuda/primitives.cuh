@@ -212,8 +212,7 @@ SNNLSTM_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4],
 
 // ---- vectors -----------------------------------------------------------------------------------
 
-// One access of sizeof(V) bytes, 16 at most, to global or shared memory. V and p are aligned to
-// that.
+// One access of sizeof(V) bytes, at most 16, to global or shared memory; V and p are so aligned.
 template <class V>
 SNNLSTM_DEVICE V load(const void* p) {
 #if defined(__CUDACC__)

@@ -2,9 +2,9 @@
 // step leaves for the next lies in its shared memory:
 //
 //   x              2 images in the operands' type: step t reads one while t + 1 comes to the other
-//   mem            2 images: step t reads one and writes the other, so that a step needs one
-//   barrier weights        all of them, packed as for the kernels of one step syn, resets    in
-//   slots of the thread that has the neurons
+//   mem            2 images: step t reads one and writes the other; so a step needs one barrier
+//   weights        all of them, packed as for the kernels of one step
+//   syn, resets    in slots of the thread that has the neurons
 //
 // A unit is what a warp computes at once: some pixels of some channels. Every warp has the same
 // units in every step.
@@ -196,33 +196,6 @@ class ResidentInput {
   unsigned char* to_ = nullptr;
   R value_[kAtOnce];
   int target_[kAtOnce];
-};
-
-// The values of a patch that a thread keeps from step to step, in vectors of kLength. Vectors of
-// neighbouring threads are neighbours.
-template <class R, int CH>
-struct Slot {
-  static constexpr int kVectors = CH == 1 ? 1 : CH / 2, kLength = 2 * CH / kVectors;
-
-  SNNLSTM_DEVICE static R* of(R* slots, int patch) {
-    return slots + (patch * kVectors * int(blockDim.x) + int(threadIdx.x)) * kLength;
-  }
-  SNNLSTM_DEVICE static void keep(R* slot, const R (&v)[2][CH]) {
-    const R* flat = &v[0][0];
-    unrolled<kVectors>([&](int k) {
-      R part[kLength];
-      unrolled<kLength>([&](int i) { part[i] = flat[k * kLength + i]; });
-      store_vector(slot + k * kLength * int(blockDim.x), part);
-    });
-  }
-  SNNLSTM_DEVICE static void get(const R* slot, R (&v)[2][CH]) {
-    R* flat = &v[0][0];
-    unrolled<kVectors>([&](int k) {
-      R part[kLength];
-      load_vector(slot + k * kLength * int(blockDim.x), part);
-      unrolled<kLength>([&](int i) { flat[k * kLength + i] = part[i]; });
-    });
-  }
 };
 
 // The body of all resident kernels: a Sequence goes through the steps, a Tile has the neurons, a

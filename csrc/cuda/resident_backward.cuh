@@ -4,8 +4,7 @@
 //   d_gates        1 image in the operands' type: step t reads those of t + 1, and after a barrier
 //                  writes its own over them
 //   weights        for the gradient of mem, packed as for the kernels of one step
-//   d_mem, d_syn   gradients of mem from the convolution, and of syn, in slots of the thread that
-//   has
+//   d_mem, d_syn   gradients of mem from the convolution, and of syn, in slots of the thread with
 //                  the neurons in the pointwise part. Other threads have convolved for them, since
 //                  in layers of 8 channels half of the tensor cores' columns are empty.
 #pragma once
@@ -32,8 +31,7 @@ struct ResidentBackward : ResidentArgs<NeuronBackward, ResidentBackwardLayout> {
   Segment window;       // the transposed convolution
   int weight_rows = 0;  // fma: of K as packed
   WalkSizes walk;       // mma
-  // In the pointwise part a warp has pieces: 32 >> quad_bits pairs of pixels, of each pixel
-  // held_channels().
+  // In the pointwise part a warp has pieces: 32 >> quad_bits pairs of pixels x held_channels().
   int quad_bits = 2;
   int tiles = 0, pieces = 0;  // pieces of the same channels; all of them
   SmallDivisor by_tiles;
@@ -208,8 +206,7 @@ class ResidentBackwardMma {
     walk.add(pixel_, 1, 1, d_gates, b, acc_);
   }
 
-  // Calls f(first pixel, first channel, values[pixel][channel]) for each patch that the thread
-  // holds.
+  // Calls f(first pixel, first channel, values[pixel][channel]) for the thread's patches.
   template <class F>
   SNNLSTM_DEVICE void for_each(F&& f) const {
     unrolled<2>([&](int mi) {

@@ -70,8 +70,7 @@ inline void as_pixels(SharedImage& i, const MmaDepth& depth, int element, int w)
   i.bytes = i.rows * i.row;
 }
 
-// Returns the tiling in which one tile is the whole image. Its width is even, since threads hold
-// pairs of pixels.
+// The tiling in which one tile is the whole image. Its width is even: threads hold pixel pairs.
 inline Tiling whole_image(const Cell& c) {
   Tiling tiling;
   tiling.h = int(c.Ho()), tiling.w = int(round_up(c.Wo(), 2));

@@ -6,8 +6,7 @@
 //      |  w  ...   |        shape is chosen at run time: full rows where the image is narrow, so
 //      +-----------+ y0 + h that neighbouring pixels are neighbours in memory too, and whole
 //                           pooling windows.
-// The channel group counts fastest in a block's number: blocks that read the same pixels run
-// together.
+// The channel group counts fastest in a block's number: blocks of the same pixels run together.
 #pragma once
 
 #include "tensor.cuh"

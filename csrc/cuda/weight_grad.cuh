@@ -1,8 +1,7 @@
 // The weight gradient of one of the two convolutions, over all time steps at once:
 //   dW[(gate, c)][tap][ci] = sum over t, n, y, x of d_gates[t, n, y, x, gate, c] * in[.. + tap, ci]
 // This is a GEMM whose K are the pixels of the whole sequence. K is split: each block writes a part
-// of the sum, and a second kernel adds the parts in order, so that the result is the same every
-// time.
+// of the sum, and a second kernel adds the parts in order, so that the result is always the same.
 //   parts  (splits, rows, columns): rows (gate, c) of 4 Cp, columns (tap, ci), each filled up to
 //          the kernel's tiles
 #pragma once

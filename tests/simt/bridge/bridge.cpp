@@ -17,8 +17,7 @@ namespace {
 
 cuda::Target the_target;
 
-// What a call does to an array. It overwrites what it `writes`, and reads and writes what it
-// `updates`.
+// What a call does to an array: it overwrites it, or reads and writes it (updates).
 enum Does { reads, writes, updates };
 
 using Extent = int64_t[5];

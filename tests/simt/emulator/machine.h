@@ -114,8 +114,7 @@ class Machine {
   static void entry(void* thread);
   void prepare_block(uint3 block);
   void run_block();
-  // Runs each ready thread of pass_ to its next collective or barrier. Returns whether any was
-  // ready.
+  // Runs each ready thread of pass_ to its next collective or barrier. Returns whether any ran.
   bool run_pass();
   Thread* next_of_pass();
   void enter(Thread& thread);

@@ -55,8 +55,7 @@ ENTRY probe_ldmatrix(int transposed, const uint16_t* tiles, uint32_t* r) {
   });
 }
 
-// Converts bit patterns of float32 to those of the other type, 32 bits each, or (back) the other
-// way.
+// Converts bit patterns of float32 to those of another type, 32 bits each, or back.
 ENTRY convert(int type, int back, const uint32_t* in, uint32_t* out, int n) {
   return guarded([&] {
     for (int i = 0; i < n; ++i) {
