@@ -24,7 +24,7 @@ inline Multiply wanted_multiply(const Cell& cell, const Target& target) {
   return by_matrix[int(target.matrix)];
 }
 
-// The two halves of the gates' convolution: x, and mem; without their data.
+// The two halves of the gates' convolution, of x and of mem, without their data.
 inline Segment input_window(const Cell& c) {
   Segment s;
   s.channels = int(c.Cin), s.height = int(c.H), s.width = int(c.W);

@@ -79,7 +79,8 @@ struct WinnerShared {
 };
 
 // Writes the spikes of a sample; the whole block calls this. mem_of(PooledIndex): the mem that the
-// threshold looks at. mems, indices: (warps,) in shared memory. number: of the winner, or null.
+// threshold looks at. mems, indices: (warps,) in shared memory. number: gets the winner's index, or
+// is null.
 template <class R, class MemOf>
 SNNLSTM_DEVICE void fire_winner_of(const Fire& f, void* spk, MemOf&& mem_of, R* mems, int* indices,
                                    int64_t* number) {

@@ -211,7 +211,8 @@ class MmaPacker {
   int chunk_, pair_, warp_column_, block_, first_column_, first_k_;
 };
 
-// Packs all segments of a call. grid: (chunks for each pair, segments); the longest segment's.
+// Packs all segments of a call. A block has one chunk of one pair. grid: (blocks, segments); some
+// blocks of the smaller segment have nothing to do.
 template <int Threads>
 __global__ void __launch_bounds__(Threads) pack_mma(const __grid_constant__ Jobs<MmaPacking> p) {
   const MmaPacking& job = p.job[blockIdx.y];

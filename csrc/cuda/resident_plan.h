@@ -82,7 +82,7 @@ inline Tiling whole_image(const Cell& c) {
   return tiling;
 }
 
-// Returns so many warps that each has equally many units, and 4 at least.
+// Returns a number of warps among which the units are shared out evenly, 4 at least.
 inline int warps_for(int units, int most_threads) {
   const int64_t rounds = ceil_div(units, most_threads / 32);
   return int(std::max<int64_t>(ceil_div(units, rounds), 4));

@@ -1,7 +1,7 @@
 // The weight gradient of one of the two convolutions, over all time steps at once:
 //   dW[(gate, c)][tap][ci] = sum over t, n, y, x of d_gates[t, n, y, x, gate, c] * in[.. + tap, ci]
 // This is a GEMM whose K are the pixels of the whole sequence. K is split: each block writes a part
-// of the sum, and a second kernel adds the parts in order, so that the result is always the same.
+// of the sum, and a second kernel adds the parts in order, so that results repeat themselves.
 //   parts  (splits, rows, columns): rows (gate, c) of 4 Cp, columns (tap, ci), each filled up to
 //          the kernel's tiles
 #pragma once
@@ -139,8 +139,9 @@ struct ReduceWeights {
   SNNLSTM_BOTH int chunks(int k) const { return (half[k].channels + chunk - 1) / chunk; }
 };
 
-// grid: 4C for each chunk of input channels of x, then of mem. The sums pass through shared memory,
-// (chunk, pitch), since the parts have the channels innermost and the gradient has the taps.
+// A block adds the parts of one of 4C rows, for a chunk of input channels of x or of mem. The sums
+// pass through shared memory, (chunk, pitch), since the parts have the channels innermost and the
+// gradient has the taps.
 template <class R>
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_weight(const __grid_constant__ ReduceWeights p) {
