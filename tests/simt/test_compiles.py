@@ -52,11 +52,7 @@ def compiled() -> dict[Path, tuple[Path, str]]:
 
 def installed_module() -> Path:
     """The built extension module, or a skip."""
-    core = pytest.importorskip("snnlstm._C")
-    facts = core.build_info()
-    if not any("cuda" in k.lower() and str(v) not in ("", "0", "False") for k, v in facts.items()):
-        pytest.skip("the installed module has no CUDA half")
-    path = Path(core.__file__)
+    path = Path(pytest.importorskip("snnlstm._C").__file__)
     if b"nv_fatbin" not in path.read_bytes():
         pytest.skip("the installed module has no CUDA half")
     return path
