@@ -246,9 +246,9 @@ __global__ void __launch_bounds__(kSpreadThreads)
   R* out = static_cast<R*>(image_of(p.spikes_in, 0, block.n));
   tile.spread_window(
       c, y, x, threshold,
-      [&](int i, int j) { return tile.mem_at(c, y * f.pool_h + i, x * f.pool_w + j, threshold); },
-      [&](int i, int j, R grad) {
-        out[offset(p.spikes_in, 0, c, y * f.pool_h + i, x * f.pool_w + j)] = grad;
+      [&](int k, int j) { return tile.mem_at(c, y * f.pool_h + k, x * f.pool_w + j, threshold); },
+      [&](int k, int j, R grad) {
+        out[offset(p.spikes_in, 0, c, y * f.pool_h + k, x * f.pool_w + j)] = grad;
       });
 }
 

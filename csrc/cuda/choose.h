@@ -96,13 +96,12 @@ inline void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns
   tiling.by_columns = Divisor(ceil_div(columns, channels));
 }
 
-inline bool choose_tiling(ForwardPlan& plan, const Cell& c, int pixels) {
-  const bool windows = c.pool != Pool::none;
+inline void choose_tiling(ForwardPlan& plan, const Cell& c, int pixels) {
   plan.tiling = Tiling();
-  plan.fires = !c.inhibition && choose_tile(c, c.Ho(), c.Wo(), pixels, windows, plan.tiling);
+  plan.fires =
+      !c.inhibition && choose_tile(c, c.Ho(), c.Wo(), pixels, c.pool != Pool::none, plan.tiling);
   if (!plan.fires) choose_tile(c, c.Ho(), c.Wo(), pixels, false, plan.tiling);
   cover(plan.tiling, c, c.N, c.C, plan.channels());
-  return plan.fires || c.inhibition || !windows;
 }
 
 // Returns the number of steps whose input half one launch computes before the first of them. That
@@ -113,7 +112,7 @@ inline bool choose_tiling(ForwardPlan& plan, const Cell& c, int pixels) {
 inline int64_t steps_to_hoist(const ForwardPlan& plan, const Cell& c, const Target& target) {
   constexpr int64_t most_bytes = 32 << 20, most_steps = 16, fewest_steps = 4;
   if (plan.tiling.blocks() > target.multiprocessors || 3 * c.Cin < c.C) return 0;
-  const int64_t bytes = Shape(c).gates() * (c.dtype == DType::float64 ? 8 : 4);
+  const int64_t bytes = Shape(c).gates() * bytes_of(real_of(c.dtype));
   const int64_t most = std::min(most_bytes / std::max<int64_t>(bytes, 1), most_steps);
   if (most < fewest_steps || c.T < fewest_steps) return 0;
   return ceil_div(c.T, ceil_div(c.T, most));  // chunks of nearly equal length
