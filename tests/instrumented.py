@@ -45,8 +45,8 @@ NOTICE = {
     "cell": ["math", "surrogate", "quant", "semantics", "kernels", "kernel_gradients",
              "equivalence"],
 }  # fmt: skip
-# pytest leaves out tests of the emulator, a test of line numbers, which mutmut changes, and tests of
-# exports, which cannot look through mutmut's functions.
+# pytest leaves out tests of the emulator, a test of line numbers, which mutmut changes, and tests
+# of exports, which cannot look through mutmut's functions.
 LEFT_OUT = "not simt and not every_error_is_shown and not export"
 MUTMUT = """
 [tool.mutmut]
