@@ -124,8 +124,8 @@ class Suite:
             rows = []
             for name, found in times.items():
                 job = memory.Job(case, mode, name)
-                row = self.row(job, providers[name].path, found, times.get(BASELINE))
-                rows.append(_with_memory(row, weighed.get(job)))
+                path, baseline = providers[name].path, times.get(BASELINE)
+                rows.append(self.row(job, weighed.get(job), path, found, baseline))
             self.rows += rows
             if rows:
                 tqdm.write(case_block(case, mode, rows))
@@ -202,19 +202,21 @@ class Suite:
             for kind in plan.providers
             if kind.name in WEIGHED_LONG and kind.why_not(LONG_CASE, plan.setting) is None
         ]
-        for job, peak in self.weigh("memory of long sequences", jobs).items():
-            self.rows.append(_with_memory(self.row(job), peak))
+        weighed = self.weigh("memory of long sequences", jobs)
+        self.rows += [self.row(job, peak) for job, peak in weighed.items()]
 
     def row(
         self,
         job: memory.Job,
+        weighed: memory.Found | None,
         path: str = "",
         times: Quantiles | None = None,
         baseline: Quantiles | None = None,
     ) -> Row:
-        """Makes one row of the table, without its peak memory."""
+        """Makes one row of the table."""
         case, mode, peak = job.case, job.mode, self.peaks[0]
         flops, millis = case.flops(mode), 1000 / case.steps
+        weighed = weighed or memory.Found()
         row = Row(
             **self.origin,
             **case.columns(),
@@ -227,6 +229,9 @@ class Suite:
             peak_gflops=peak.gflops,
             peak_gbytes=peak.gbytes,
             intensity=flops / case.fewest_bytes(mode, self.plan.setting.torch_dtype.itemsize),
+            live_mib=weighed.live,
+            resident_mib=weighed.resident,
+            note=f"memory: {weighed.note}" if weighed.note else "",
         )
         if times is None:
             return row
@@ -239,10 +244,3 @@ class Suite:
             speedup=baseline.p50 / times.p50 if baseline else None,
             gflops=flops * case.steps / times.p50 / 1e9,
         )
-
-
-def _with_memory(row: Row, found: memory.Found | None) -> Row:
-    if found is None:
-        return row
-    note = f"memory: {found.note}" if found.note else row.note
-    return dataclasses.replace(row, live_mib=found.live, resident_mib=found.resident, note=note)
