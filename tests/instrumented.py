@@ -64,7 +64,7 @@ def tree(name: str) -> Path:
     """Copies all that is built and tested; unchanged files keep their times."""
     to = TREES / name
     for part in ("csrc", "snnlstm", "tests", "benchmarks", "docs"):
-        if part != "snnlstm":  # it holds the core that was built
+        if part != "snnlstm":  # the folder snnlstm holds the core that was built
             shutil.rmtree(to / part, ignore_errors=True)
         shutil.copytree(
             ROOT / part, to / part, dirs_exist_ok=True,

@@ -56,7 +56,7 @@ def test_what_the_cpu_kernels_do_not_take(changed):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_an_image_too_large_for_lists_of_nonzeros_has_none(backward):
-    """Their 32 bits do not hold its places: a call would read and write elsewhere."""
+    """Places in such an image exceed the lists' 32 bits: a call would read and write elsewhere."""
 
     def way(width):
         facts = {"Cin": 512, "C": 16, "H": 1, "W": width, "kernel": (1, 3)}

@@ -133,7 +133,7 @@ def test_patches_of_torchs_class_take_effect(name, called, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_hooks_of_all_modules_are_seen_with_any_torch(kind):
-    """torch 2.4 has no function that tells of them."""
+    """torch 2.4 has no function that tells of global hooks."""
     seen = (snnlstm.run.global_hooks, snnlstm.run._global_hooks)
     assert not any(see() for see in seen)
     register = getattr(nn.modules.module, f"register_module_{kind}_hook")

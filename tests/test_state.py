@@ -355,7 +355,7 @@ def test_states_are_no_buffers_but_move_with_the_cell():
 
 
 def test_memory_of_the_cell_alone_is_made_anew():
-    """Tools that move a network module by module ask for this."""
+    """Tools that move a network module by module call to_empty() with recurse=False."""
     cell = ours()
     cell(torch.ones(1, 2, 5, 5))
     weight = cell.conv.weight
