@@ -13,7 +13,7 @@ from helpers import close, quietly
 import snnlstm
 
 DATA = Path(__file__).with_name("data")
-FILES = ("snntorch-0.9.4.pt", "snnlstm-0.1.0.pt")
+FILES = ("snntorch-0.9.4.pt", "snntorch-1.0.0.pt", "snnlstm-0.1.0.pt")
 
 
 def last_step(cell, x):
