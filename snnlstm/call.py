@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .quant import StateQuant
 from .surrogate import NONE, Surrogate
@@ -150,6 +150,12 @@ class Signature:
 
 _MOST = 1024  # signatures are kept; one more, and all are forgotten
 _signatures: dict[tuple[Any, ...], Signature] = {}
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to in place; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -179,17 +185,19 @@ def known_signature(arguments: Arguments) -> tuple[Signature | None, tuple[Any, 
         graded.device, None if bias is None else (bias.shape, bias.dtype, bias.device),
         autocast_dtype(device.type) if torch._C._is_any_autocast_enabled() else None,
     )  # fmt: skip
-    return _signatures.get(key), key
+    return _signatures.get(key) if type(x) in _PLAIN else None, key
 
 
-def new_signature(key: tuple[Any, ...], arguments: Arguments) -> Signature:
+def new_signature(key: tuple[Any, ...], arguments: Arguments, fits: bool) -> Signature:
     """The signature of arguments that have just been checked; kept for those like them.
 
-    Foreign callables are not kept alive.
+    It is not kept where the weight is one that a foreign conv may have in another shape (not
+    `fits`), nor for subclasses of tensors, whose sizes may be symbols. Foreign callables are not
+    kept alive.
     """
     x, _, mem, _, _, threshold, _, options = arguments
     made = Signature(x, mem, threshold, options, key[-1])
-    if are_ours(options.surrogate, options.quant):
+    if fits and type(x) in _PLAIN and are_ours(options.surrogate, options.quant):
         if len(_signatures) >= _MOST:
             _signatures.clear()
         _signatures[key] = made
@@ -228,7 +236,7 @@ def make_call(
     signature: Any = None
     if not torch.compiler.is_compiling():
         signature, key = known_signature(arguments)
-        signature = signature or new_signature(key, arguments)
+        signature = signature or new_signature(key, arguments, reason is None)
     return Call(*arguments, signature, conv, reason, fire, mem_reset)
 
 

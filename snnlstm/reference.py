@@ -28,6 +28,8 @@ def reset_signal(mem: Tensor, threshold: Tensor, surrogate: Callable[[Tensor], T
     The result is 1 where ``mem > threshold``, else 0. mem is (N, C, H, W), threshold broadcasts to
     that shape, and `surrogate` is the cell's ``spike_grad``.
     """
+    if type(surrogate) is Surrogate:  # dynamo need not trace its autograd.Function
+        return (mem.detach() - threshold.detach() > 0).to(mem.dtype)
     return surrogate(mem - threshold).detach().to(mem.dtype, copy=True)
 
 
@@ -117,7 +119,9 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """
     x, syn, mem, options = call.x, call.syn, call.mem, call.options
     step: Callable[..., tuple[Tensor, Tensor, Tensor]] = _step
-    if options.checkpoint is True and torch.is_grad_enabled():
+    # torch's checkpoint refuses to run under the transforms of torch.func.
+    transformed = torch._C._are_functorch_transforms_active()
+    if options.checkpoint is True and torch.is_grad_enabled() and not transformed:
         step = _checkpointed_step
     if not options.sequence:
         return step(call, x, syn, mem)

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
@@ -89,7 +90,8 @@ _NATIVE_PATHS = {
 
 # ---- reasons against the kernels ------------------------------------------------------------
 
-_FORWARD, _CONV_FORWARD = nn.Conv2d.forward, nn.Conv2d._conv_forward
+_CALL, _FORWARD, _CONV_FORWARD = nn.Conv2d.__call__, nn.Conv2d.forward, nn.Conv2d._conv_forward
+_CONV2D = F.conv2d
 
 
 def _global_hooks() -> bool:
@@ -102,8 +104,10 @@ global_hooks: Callable[[], Any] = getattr(nn_module, "_has_any_global_hook", _gl
 
 
 def _conv2d_is_torchs() -> bool:
-    """Whether nobody has patched the class."""
-    return nn.Conv2d.forward is _FORWARD and nn.Conv2d._conv_forward is _CONV_FORWARD
+    """Whether nobody has patched the class, nor the function that it calls."""
+    kind = nn.Conv2d
+    own = kind.forward is _FORWARD and kind._conv_forward is _CONV_FORWARD
+    return own and kind.__call__ is _CALL and F.conv2d is _CONV2D
 
 
 HOOKS, GLOBAL_HOOKS = "conv carries hooks", "global module hooks are registered"
@@ -148,6 +152,9 @@ def reason_against_conv(
 exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)
 """Whether torch.export, and with it the ONNX exporter that is built on it, is tracing."""
 
+# What torch.fx.experimental.proxy_tensor.make_fx records by.
+_get_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
+
 _PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
@@ -161,7 +168,7 @@ def _reason_against_now(call: Call) -> Path | None:
     if call.signature is not None:  # torch.compile does not trace
         if not _PLAIN.issuperset(map(type, (x, syn, mem, weight, bias, threshold, graded))):
             return Path("reference", "a tensor is of a subclass")
-        if torch._C._get_tracing_state() is not None:
+        if torch._C._get_tracing_state() is not None or _get_mode(_PROXY) is not None:
             return Path("reference", "tracing records plain operators")
         if torch._C._are_functorch_transforms_active():
             return Path("reference", "a torch.func transform is active")

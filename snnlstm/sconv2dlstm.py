@@ -209,11 +209,12 @@ class SConv2dLSTM(DescribedCell):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | None = None,
         syn: Tensor | None = None,
         mem: Tensor | None = None,
         *extra: Any,
         record: bool = False,
+        input_: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Run one step, or a whole sequence.
 
@@ -229,6 +230,8 @@ class SConv2dLSTM(DescribedCell):
             what :meth:`reset_mem` returned. None goes on from the stored state.
         record : bool, default False
             For a sequence: return syn and mem of every step.
+        input_ : Tensor, optional
+            snnTorch's name of x.
 
         Returns
         -------
@@ -261,6 +264,7 @@ class SConv2dLSTM(DescribedCell):
             raise TypeError(
                 "`mem` or `syn` should not be passed as an argument while `init_hidden=True`"
             )
+        x = input_ if x is None else x
         call = None if torch.compiler.is_compiling() else self._like_before(x, syn, mem, record)
         if call is None:
             call = self._checked(x, syn, mem, record)
@@ -276,7 +280,7 @@ class SConv2dLSTM(DescribedCell):
         """Return the call, if its arguments are like those of a call that was checked before."""
         if type(x) is not Tensor or not isinstance(record, bool):
             return None
-        conv = self._modules["conv"]
+        conv: Any = self._modules.get("conv")
         sequence = x.dim() == 5
         options = self._options.get((sequence, record))
         if options is None or type(conv) is not nn.Conv2d or self._own_methods() != (None, None):
@@ -291,13 +295,12 @@ class SConv2dLSTM(DescribedCell):
             mem = self._mem if mem is None else mem
         if sequence and self.batch_first:
             x = x.transpose(0, 1)
-        weight: Any = conv._parameters.get("weight")
-        bias: Any = conv._parameters.get("bias")
         graded: Any = self._buffers.get("graded_spikes_factor")
-        given = (x, syn, mem, weight, bias, threshold, graded, options)
         try:
+            weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+            given = (x, syn, mem, weight, bias, threshold, graded, options)
             signature, _ = known_signature(given)
-        except AttributeError:  # one of them is no tensor
+        except (AttributeError, KeyError):  # one of them is no tensor, or no parameter
             return None
         if (
             signature is None
@@ -345,7 +348,7 @@ class SConv2dLSTM(DescribedCell):
         conv = self.conv
         if type(conv) is nn.Conv2d:
             return conv.weight, conv.bias
-        for parameter in conv.parameters():
+        for parameter in conv.parameters() if isinstance(conv, nn.Module) else ():
             if parameter.dtype in DTYPES:
                 return parameter, None
         if not isinstance(x, Tensor) or x.dtype not in DTYPES:

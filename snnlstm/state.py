@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._C import _functorch as functorch
 
 from . import arguments
-from .call import Call
+from .call import Call, version
 from .reference import reset_signal
 from .run import Path, exporting, log_fallback
 from .snntorch import Base, clear_registries, live, register
@@ -306,9 +306,9 @@ class ResetSource:
         if call.signature is None:
             self.reset = reset_signal(mem, threshold, surrogate)
             return
-        self.mem, self.version, self.surrogate = mem, self._version(mem), surrogate
+        self.mem, self.version, self.surrogate = mem, version(mem), surrogate
         # Optimizers, and users, write to a threshold in place.
-        self.threshold, self.threshold_version = threshold, self._version(threshold)
+        self.threshold, self.threshold_version = threshold, version(threshold)
         if (
             before is not None
             and before.copy is not None
@@ -319,21 +319,17 @@ class ResetSource:
         else:
             self.copy = threshold.detach().clone()
 
-    @staticmethod
-    def _version(tensor: Tensor) -> int:
-        return 0 if tensor.is_inference() else tensor._version
-
     def signal(self) -> Tensor:
         """Return the reset signal, of mem's shape; see :attr:`SConv2dLSTM.reset`."""
         if self.reset is not None:
             return self.reset
-        if self._version(self.mem) != self.version:
+        if version(self.mem) != self.version:
             raise RuntimeError(
                 "reset can no longer be computed: the mem that was passed to the last call was "
                 "modified in place; read reset before that"
             )
         assert self.copy is not None
-        same = self._version(self.threshold) == self.threshold_version
+        same = version(self.threshold) == self.threshold_version
         if same and not torch.allclose(self.threshold, self.copy, 0, 0, equal_nan=True):
             raise RuntimeError(
                 "reset can no longer be computed: the threshold was modified through .data, and "

@@ -285,6 +285,23 @@ def test_one_graph_serves_all_batch_sizes(marked):
     assert counter.frame_count == 1
 
 
+class Loop(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        self.cell.reset_mem()
+        return torch.stack([self.cell(x_t)[0] for x_t in x])
+
+
+def test_a_loop_within_a_graph_that_serves_all_sizes():
+    one, other = (Loop(ours(reset_mechanism="subtract")) for _ in range(2))
+    compiled = torch.compile(one, backend="eager", dynamic=True)
+    for x in (steps(8, 4, 2, 6, 6), steps(8, 3, 2, 5, 7)):
+        close(compiled(x), other(x), atol=0, rtol=0)
+
+
 @counted
 @pytest.mark.parametrize(
     ("passed", "counts"),

@@ -26,6 +26,7 @@ def test_the_calls_of_snntorchs_own_tests_of_the_cell():
         assert cell.reset_mechanism_val == 2
         hidden = ours(1, 8, 3, init_hidden=True, reset_mechanism=reset)
         assert [hidden(x_t).size() for x_t in x] == [(1, 8, 4, 4)] * 2
+    close(ours()(input_=X), theirs()(input_=X))
 
 
 def test_static_helpers():

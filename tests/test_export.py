@@ -12,6 +12,7 @@ import torch
 from helpers import close, ours, same_gradients, states, steps
 from torch import Tensor
 from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import snnlstm
 
@@ -37,6 +38,20 @@ def any_batch(sequence: bool) -> dict[str, dict[int, Dim]]:
     """Returns the sizes that may change, by argument and dimension."""
     batch = Dim("batch", min=1, max=64)
     return {"x": {int(sequence): batch}, "syn": {0: batch}, "mem": {0: batch}}
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+def test_a_graph_of_make_fx(mode):
+    """It is recorded while tensors have numbers: what the kernels do would not be in it."""
+    cell = ours(**CELLS["pooled"]).requires_grad_(False)
+    first, second = inputs("pooled", 2, False), inputs("pooled", 3, False)
+
+    def call(buffers, *args):
+        return torch.func.functional_call(cell, buffers, args)
+
+    graph = make_fx(call, tracing_mode=mode)(cell.state_dict(), *first)
+    other = second if mode == "symbolic" else (first[0].flip(0), *first[1:])
+    close(graph(cell.state_dict(), *other), ours(**CELLS["pooled"])(*other))
 
 
 @pytest.mark.filterwarnings("error::UserWarning")

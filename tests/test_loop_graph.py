@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import close, in_threads, same
 from kernels import native
-from loops import assert_same, both, cells, events, gradients, loss_of, unroll
+from loops import assert_same, both, cells, events, gradients, loss_of, unroll, zeros
 
 from snnlstm.native import autograd, loop
 
@@ -70,6 +70,30 @@ def test_a_weight_that_is_changed_in_place_is_noticed():
         theirs.conv.weight.mul_(1.1)
     loss_of(unroll(theirs, events(), tuple(t.detach() for t in out[-1][1:]))).backward()
     assert_same(theirs, ours)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_threshold_that_adapts_from_step_to_step(learn, through_data):
+    def work(cell):
+        state, loss = zeros(), 0
+        for x in events():
+            spk, *state = cell(x, *state)
+            loss = loss + spk.sum() + state[1].square().sum()
+            with torch.no_grad():
+                (cell.threshold.data if through_data else cell.threshold).mul_(2)
+        loss.backward()
+
+    both(work, learn_threshold=learn)
+
+
+def test_a_threshold_that_was_changed_has_no_second_derivatives():
+    _, ours = cells(learn_threshold=True)
+    loss = loss_of(unroll(ours, events()))
+    with torch.no_grad():
+        ours.threshold.mul_(1.5)
+    with pytest.raises(RuntimeError, match="threshold was modified by an inplace operation"):
+        torch.autograd.grad(loss, ours.threshold, create_graph=True)
 
 
 def test_a_weight_whose_data_is_replaced_before_the_backward_pass():

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import close, ours, states, steps, theirs, twins
+from helpers import close, described, ours, states, steps, theirs, twins
 from kernels import native
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -40,6 +40,13 @@ def hooked(kind="forward", hook=lambda module, args, out: out * 1.5):
     return change
 
 
+def with_plain_bias(conv):
+    bias = conv.bias.detach() + 1
+    del conv.bias
+    conv.bias = bias
+    return conv
+
+
 def dilated(conv):
     conv.dilation, conv.padding = (2, 2), (2, 2)
     return conv
@@ -69,6 +76,7 @@ CHANGES = {
     "old weight_norm": (nn.utils.weight_norm, "conv carries hooks"),
     "old spectral_norm": (nn.utils.spectral_norm, "conv carries hooks"),
     "pruned": (lambda conv: prune.l1_unstructured(conv, "weight", 0.3), "conv carries hooks"),
+    "plain bias": (with_plain_bias, "the native kernels"),
     "low rank": (LowRank, "conv is a LowRank"),
     "swapped": (
         lambda conv: nn.Sequential(nn.Conv2d(5, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 12, 1)),
@@ -90,6 +98,8 @@ CHANGES = {
 @pytest.mark.parametrize("reset", ["subtract", "zero"])
 def test_what_changes_conv_takes_effect_and_trains_as_with_snntorch(name, reset):
     change, reason = CHANGES[name]
+    for _ in range(2):  # a conv without bias is known by now
+        ours(bias=False, reset_mechanism=reset)(X, *START)
     cells, curves, starts = twins(reset_mechanism=reset), [], []
     for cell in cells:
         torch.manual_seed(5)
@@ -113,22 +123,8 @@ def test_what_changes_conv_takes_effect_and_trains_as_with_snntorch(name, reset)
     assert curves[0][2] != pytest.approx(curves[0][0], rel=1e-5)
     close(*starts, atol=1e-4, rtol=1e-4)
     close(cells[0].state_dict(), cells[1].state_dict(), atol=1e-4)
-    assert cells[0].path.name == "reference"
+    assert cells[0].path.native == (name == "plain bias")
     assert cells[0].path.reason.startswith(reason)
-
-
-@pytest.mark.parametrize("name", ["forward", "_conv_forward"])
-@pytest.mark.parametrize("called", [False, True])
-def test_patches_of_torchs_class_take_effect(name, called, monkeypatch):
-    cells = twins()
-    if called:
-        for cell in cells:
-            cell(X, *START)
-    method = getattr(nn.Conv2d, name)
-    monkeypatch.setattr(nn.Conv2d, name, lambda *args: method(*args) * 0.5)
-    found, expected = (cell(X, *START) for cell in cells)
-    close(found, expected)
-    assert cells[0].path == Path("reference", "conv.forward was replaced", slow=True)
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
@@ -141,18 +137,59 @@ def test_hooks_of_all_modules_are_seen_with_any_torch(kind):
         assert all(see() for see in seen)
 
 
-def test_a_convolution_of_other_channels_fails_as_it_does_there():
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dilation": 2}, "must match the size"),
+        ({"kernel_size": 1}, "must match the size"),
+        ({"in_channels": 4}, "to have 4 channels"),
+    ],
+    ids=described,
+)
+def test_a_conv_that_does_not_fit_fails_as_it_does_there_each_time(change, message):
+    sizes = {"in_channels": 5, "out_channels": 12, "kernel_size": 3, "padding": 1}
     for cell in twins():
-        cell.conv = nn.Conv2d(4, 12, 3, padding=1)
-        with pytest.raises(RuntimeError, match="channels"):
-            cell(X, *START)
+        cell.conv = nn.Conv2d(**sizes | change)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match=message):
+                cell(X, *START)
 
 
-def test_a_dilation_that_changes_the_size_fails_as_it_does_there():
+def test_a_function_in_the_place_of_conv():
+    found = []
     for cell in twins():
-        cell.conv.dilation = (2, 2)
-        with pytest.raises(RuntimeError, match="must match the size"):
+        conv = cell.conv
+        del cell.conv
+        cell.conv = lambda x, conv=conv: conv(x) * 2
+        found += [cell(X, *START), cell(X, *START)]
+    for other in found[1:]:
+        close(other, found[0])
+
+
+@pytest.mark.parametrize(
+    ("holder", "name"),
+    [
+        (nn.Module, "__call__"), (nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"),
+        (nn.functional, "conv2d"),
+    ],
+    ids=["__call__", "forward", "_conv_forward", "conv2d"],
+)  # fmt: skip
+@pytest.mark.parametrize("called", [False, True])
+def test_what_is_patched_for_all_convolutions_takes_effect(holder, name, called, monkeypatch):
+    cells = twins()
+    if called:
+        for cell in cells:
             cell(X, *START)
+    before = getattr(holder, name)
+
+    def louder(*args, **kwargs):
+        out = before(*args, **kwargs)
+        return out * 0.5 if isinstance(out, torch.Tensor) else out
+
+    monkeypatch.setattr(holder, name, louder)
+    found, expected = (cell(X, *START) for cell in cells)
+    close(found, expected)
+    assert cells[0].path == Path("reference", "conv.forward was replaced", slow=True)
 
 
 def test_global_hooks_take_effect():

@@ -79,6 +79,15 @@ def test_of_the_states_of_a_vmap_nothing_remains():
     assert cell.mem.dtype == torch.float64
 
 
+def test_a_transform_of_a_cell_that_computes_its_gates_again():
+    found = []
+    for checkpoint in (False, True):
+        _, cell = cells()
+        cell.checkpoint = checkpoint
+        found.append(torch.func.grad(lambda x, cell=cell: cell(x, *zeros())[2].sum())(events(1)[0]))
+    torch.testing.assert_close(*found)
+
+
 def test_the_state_that_a_derivative_leaves_goes_on():
     x = events(2)
     _, cell = cells()

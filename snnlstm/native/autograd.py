@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import reference
-from ..call import Call, make_call
+from ..call import Call, make_call, version
 from . import checkpoint, kernels, ops
 from .loop import loop_of
 from .tensors import Saved, Step, plain, restored
@@ -38,6 +38,9 @@ class _SConv2dLSTM(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Take a call's seven tensors, with its loop's weight and bias, and what is no tensor."""
         *tensors, call, choice, loop, algorithm = given
+        # A threshold may be written to before the backward pass: snnTorch's graph keeps none.
+        ctx.threshold, ctx.version = call.threshold, version(call.threshold)
+        tensors[5] = call.threshold.clone()
         saved: Any
         if call.options.checkpoint is True:
             (spk, new_syn, new_mem, _), saved = checkpoint.forward(call, algorithm)
@@ -65,7 +68,15 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     options, signature, choice, loop, algorithm, addresses = ctx.kept
     wanted = ctx.needs_input_grad[:6]
     if torch.is_grad_enabled() or _beyond_kernels(grads):
-        inputs, again = (x, syn, mem, weight, bias, threshold), torch.is_grad_enabled()
+        again = torch.is_grad_enabled()
+        if again and wanted[5]:  # the copy has no history
+            if version(ctx.threshold) != ctx.version:
+                raise RuntimeError(
+                    "the threshold was modified by an inplace operation, and its gradient is to "
+                    "be differentiated"
+                )
+            threshold = ctx.threshold
+        inputs = x, syn, mem, weight, bias, threshold
         return _in_plain_torch(inputs, graded, options, grads, wanted, again)
     grads = [None if grad is None else plain(grad) for grad in grads]
     dtype = signature.dtype

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call import version
 from .tensors import Step
 
 __all__ = ["Loop", "loop_of"]
@@ -134,7 +135,7 @@ def _facts(tensor: Tensor | None) -> Any:
     """What writing to a tensor, ``tensor.data = other`` and ``requires_grad_()`` change."""
     if tensor is None:
         return None
-    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype, tensor.requires_grad
+    return tensor.data_ptr(), version(tensor), tensor.shape, tensor.dtype, tensor.requires_grad
 
 
 def _leads_to(end: Any, tensor: Tensor) -> bool:
