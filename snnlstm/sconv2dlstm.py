@@ -297,7 +297,8 @@ class SConv2dLSTM(DescribedCell):
             x = x.transpose(0, 1)
         graded: Any = self._buffers.get("graded_spikes_factor")
         try:
-            weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+            weight: Any = conv._parameters["weight"]
+            bias: Any = conv._parameters["bias"]
             given = (x, syn, mem, weight, bias, threshold, graded, options)
             signature, _ = known_signature(given)
         except (AttributeError, KeyError):  # one of them is no tensor, or no parameter
