@@ -115,6 +115,16 @@ def test_a_reset_state_may_be_edited_in_place(backend, how):
         close(cell(x, *((syn, mem) if how == "passed" else ())), ours()(x, *start))
 
 
+def test_an_edited_reset_state_starts_the_first_sequence_of_its_kind():
+    cell, start = ours(), states(2, 3, 6, 23)
+    x = steps(7, 2, 2, 6, 23)  # no other test has this shape, whose arguments are checked anew
+    cell(x[0])
+    edited = cell.reset_mem()
+    for state, value in zip(edited, start, strict=True):
+        state.copy_(value)
+    close(cell(x, *edited), ours()(x, *start))
+
+
 def test_a_stored_state_of_another_size_is_replaced_by_zeros(backend):
     one, other = twins()
     for shape in ((2, 2, 6, 7), (3, 2, 6, 7), (3, 2, 5, 5), (1, 2, 5, 5)):
