@@ -69,7 +69,9 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     wanted = ctx.needs_input_grad[:6]
     if torch.is_grad_enabled() or _beyond_kernels(grads):
         again = torch.is_grad_enabled()
-        if again and wanted[5]:  # the copy has no history
+        if wanted[5] and not again:
+            threshold = threshold.detach().requires_grad_()  # the copy was made without gradients
+        elif wanted[5]:
             if version(ctx.threshold) != ctx.version:
                 raise RuntimeError(
                     "the threshold was modified by an inplace operation, and its gradient is to "
