@@ -150,7 +150,7 @@ class Signature:
 
 _MOST = 1024  # signatures are kept; one more, and all are forgotten
 _signatures: dict[tuple[Any, ...], Signature] = {}
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 
 
 def version(tensor: Tensor) -> int:
@@ -185,7 +185,7 @@ def known_signature(arguments: Arguments) -> tuple[Signature | None, tuple[Any, 
         graded.device, None if bias is None else (bias.shape, bias.dtype, bias.device),
         autocast_dtype(device.type) if torch._C._is_any_autocast_enabled() else None,
     )  # fmt: skip
-    return _signatures.get(key) if type(x) in _PLAIN else None, key
+    return _signatures.get(key) if type(x) in PLAIN else None, key
 
 
 def new_signature(key: tuple[Any, ...], arguments: Arguments, fits: bool) -> Signature:
@@ -197,7 +197,7 @@ def new_signature(key: tuple[Any, ...], arguments: Arguments, fits: bool) -> Sig
     """
     x, _, mem, _, _, threshold, _, options = arguments
     made = Signature(x, mem, threshold, options, key[-1])
-    if fits and type(x) in _PLAIN and are_ours(options.surrogate, options.quant):
+    if fits and type(x) in PLAIN and are_ours(options.surrogate, options.quant):
         if len(_signatures) >= _MOST:
             _signatures.clear()
         _signatures[key] = made

@@ -39,9 +39,7 @@ def sconv2dlstm(
     """Run one step, or a sequence of them, of a spiking convolutional LSTM.
 
     ``C`` is ``weight.shape[0] // 4`` and ``Ho, Wo`` are ``ceil(H / stride[0])`` and
-    ``ceil(W / stride[1])``. The formulas stand in :mod:`snnlstm.reference`. Keywords that are not
-    listed here mean what they mean in :class:`snnlstm.SConv2dLSTM`, which names the papers;
-    `state_quant` may be None.
+    ``ceil(W / stride[1])``. The formulas stand in :mod:`snnlstm.reference`.
 
     Parameters
     ----------
@@ -58,10 +56,31 @@ def sconv2dlstm(
     threshold : float or Tensor, default 1.0
         Broadcasts to (N, C, Ho, Wo) and to the pooled size. mem never exceeds 1, so the
         default never spikes: 0.1 and below are usual.
+    spike_grad : callable, optional
+        A surrogate of :mod:`snnlstm.surrogate` or :mod:`snntorch.surrogate`, or any callable;
+        ``atan()`` by default.
+    surrogate_disable : bool, default False
+        spk carries no gradient.
+    reset_mechanism : {"none", "subtract", "zero"}
+        Changes the new mem of a neuron whose mem exceeded the threshold before the step.
+    max_pool, avg_pool : int or (int, int), default 0
+        Pools mem before the threshold; 0 is off. At most one of them.
+    state_quant : callable, optional
+        A :class:`snnlstm.quant.StateQuant`, a quantiser of snnTorch, or any callable.
     graded_spikes_factor : float or Tensor, default 1.0
         Multiplies spk.
+    inhibition : bool, default False
+        Only the neuron with the highest (pooled) mem of each sample may spike.
+    stride, dilation : int or (int, int), default 1
+        Stride and dilation of the convolution; the stride applies to x alone.
     record : bool, default False
         For a sequence: return syn and mem of every step.
+    checkpoint : bool or "gates", default False
+        How the backward pass gets the gates: they are kept (False), or computed again (True).
+        With "gates" the CPU keeps them as fixed point numbers of half their bits, and gradients
+        have an error of some 2e-5; CUDA and the reference path keep them whole.
+    batch_first : bool, default False
+        A sequence x, spk and recorded states are (N, T, ...), not (T, N, ...).
 
     Returns
     -------
@@ -76,6 +95,12 @@ def sconv2dlstm(
         If an argument is of the wrong type or dtype.
     ValueError
         If a shape, size, device or name does not fit.
+
+    References
+    ----------
+    Shi et al., "Convolutional LSTM network", NeurIPS 2015; Eshraghian et al., "Training
+    spiking neural networks using lessons from deep learning", Proc. IEEE 111, 2023;
+    ``snntorch.SConv2dLSTM`` 1.0.0.
     """
     call = check_call(
         x, syn, mem, weight, bias, threshold=threshold, spike_grad=spike_grad,

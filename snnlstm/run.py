@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from . import reference
-from .call import Call, CellOptions
+from .call import PLAIN, Call, CellOptions
 from .quant import StateQuant
 from .settings import get_algorithm
 from .surrogate import Surrogate
@@ -155,7 +155,7 @@ exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export
 # What torch.fx.experimental.proxy_tensor.make_fx records by.
 _get_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
 
-_PLAIN = {Tensor, nn.Parameter, type(None)}
+_PLAIN = {*PLAIN, type(None)}
 
 
 def _reason_against_now(call: Call) -> Path | None:

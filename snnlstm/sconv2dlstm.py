@@ -231,7 +231,7 @@ class SConv2dLSTM(DescribedCell):
         record : bool, default False
             For a sequence: return syn and mem of every step.
         input_ : Tensor, optional
-            snnTorch's name of x.
+            snnTorch's name of x, accepted in its place.
 
         Returns
         -------
@@ -264,7 +264,10 @@ class SConv2dLSTM(DescribedCell):
             raise TypeError(
                 "`mem` or `syn` should not be passed as an argument while `init_hidden=True`"
             )
-        x = input_ if x is None else x
+        if input_ is not None:
+            if x is not None:
+                raise TypeError("forward takes x or input_, which are one, got both")
+            x = input_
         call = None if torch.compiler.is_compiling() else self._like_before(x, syn, mem, record)
         if call is None:
             call = self._checked(x, syn, mem, record)

@@ -153,9 +153,7 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False) -> Any:
         def forward(self, x):  # (T, N, C, H, W)
             return snnlstm.unroll(x, self.lstm1, self.lstm2, nn.Flatten(), self.fc, self.lif)
 
-    With ``init_hidden=False`` a cell or neuron goes on from its stored state: reset it first. The
-    result and the errors are those of :meth:`Sequential.forward`; a layer that is no module is a
-    TypeError, too.
+    With ``init_hidden=False`` a cell or neuron goes on from its stored state: reset it first.
 
     Parameters
     ----------
@@ -165,6 +163,18 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False) -> Any:
         In order. If a layer returns a tuple, the next one gets its first item.
     batch_first : bool, default False
         Sequences are (N, T, ...), those that are returned too.
+
+    Returns
+    -------
+    Tensor or tuple of Tensor
+        The last layer's outputs of all steps, stacked.
+
+    Raises
+    ------
+    TypeError
+        If x is not a tensor, a layer is not a module, or a layer returns anything but tensors.
+    ValueError
+        If x has no step, or is not a sequence for a cell.
 
     Examples
     --------

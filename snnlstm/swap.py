@@ -154,7 +154,21 @@ def restore(model: nn.Module) -> SwapReport:
     does what snnTorch's cannot is left, and listed with the reason: ``stride``, ``dilation`` and
     ``checkpoint``, and, where it did not come from snnTorch, ``inhibition``, float16 and bfloat16.
 
-    The parameter `model`, the result and the errors are those of :func:`snnlstm.accelerate`.
+    Parameters
+    ----------
+    model : nn.Module
+        A model, or a bare cell: the new one is then ``report.model``.
+
+    Returns
+    -------
+    SwapReport
+
+    Raises
+    ------
+    ImportError
+        If snntorch is not installed.
+    TypeError
+        If `model` is not an nn.Module.
     """
     return _swap("restore", model, SConv2dLSTM, _why_not_theirs, _give_back)
 
