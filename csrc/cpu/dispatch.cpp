@@ -30,7 +30,7 @@ constexpr int64_t kFew = 4;
 const std::vector<Isa>& usable() {
   static const std::vector<Isa> sets = [] {
     std::vector<Isa> s{{"baseline", &baseline::kernels, &baseline::kernels}};
-#if defined(__x86_64__)
+#if SNNLSTM_X86
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return s;
 #if SNNLSTM_TESTING

@@ -12,7 +12,7 @@ namespace snnlstm {
   bool evaluate(const char*, DType, const void*, void*, int64_t); \
   }
 SNNLSTM_DECLARE(baseline)
-#if defined(__x86_64__)
+#if SNNLSTM_X86
 SNNLSTM_DECLARE(avx2)
 SNNLSTM_DECLARE(wide)
 SNNLSTM_DECLARE(avx512)
@@ -25,7 +25,7 @@ namespace bindings {
 inline void evaluate(const std::string& function, int dtype, Address in, Address out,
                      int64_t count) {
   auto* of_isa = &baseline::evaluate;
-#if defined(__x86_64__)
+#if SNNLSTM_X86
   const std::string isa = cpu::isa_name();
   if (isa != "baseline")
     of_isa = isa == "avx2" ? &avx2::evaluate : isa == "wide" ? &wide::evaluate : &avx512::evaluate;
