@@ -43,7 +43,7 @@ NOTICE = {
     "package": ["arguments", "messages", "semantics", "state", "overrides", "transforms",
                 "training", "path", "autocast", "loop", "surrogate", "quant", "dtypes",
                 "constructor", "inhibition", "batch_first", "autograd", "swap"],
-    "cell": ["semantics", "kernels", "kernel_gradients", "surrogate", "quant", "equivalence"],
+    "cell": ["semantics", "quant", "surrogate", "kernels", "kernel_gradients", "equivalence"],
 }  # fmt: skip
 # pytest leaves out tests of the emulator, a test of line numbers, which mutmut changes, and tests
 # of exports, which cannot look through mutmut's functions.
@@ -178,7 +178,7 @@ def mutants_of_cell(to: Path, most: int) -> None:
         test,  # the command fails if the tests fail without a mutant
         f"{tool}.genmutants {cell} cpp --noCheck --lines {made / 'lines'} --mutantDir {made}",
         f'{tool}.analyze {cell} "{test}" --compileCommand "{compiles}" --mutantDir {made} '
-        f"--timeout 300 --seed 0 --numMutants {most}",
+        f"--timeout 200 --seed 0 --numMutants {most}",
         f"for survivor in $(cat notkilled.txt); do diff {cell} {made}/$survivor; done; true",
     ):
         environment = building("cell") | {"PYTHONPATH": str(to)}

@@ -75,6 +75,37 @@ def test_nan_and_infinities_take_index_0(backend):
     backend.check(one.path)
 
 
+TABLES = [
+    *(state_quant(bits, **kwargs).levels for bits in (1, 3, 8) for kwargs in LIMITS),
+    torch.tensor([0.25]),
+    torch.tensor([-1.0, -1.0, 0.0, 0.0, 0.0, 0.5, 2.0, 2.0]),  # the first of equal levels wins
+    1000 + torch.arange(19) * 2.0**-13,  # neighbours, whose distances from many numbers are equal
+]
+
+
+def check_that_cells_quantise():
+    """Compares syn of a step that keeps it, but for its quantisation, with the definition."""
+    for levels in TABLES:
+        for dtype in (torch.float32, torch.float64):
+            cell = ours(1, 3, 1, state_quant=StateQuant(levels)).to(dtype)
+            with torch.no_grad():
+                cell.conv.weight.zero_()
+                cell.conv.bias.copy_(torch.tensor([-99.0, 99.0, 0.0, 0.0]).repeat_interleave(3))
+            syn = hard_points(levels).to(dtype)
+            syn = syn[: len(syn) // 3 * 3].view(1, 3, 1, -1)
+            actual = cell(torch.zeros_like(syn[:, :1]), syn, torch.zeros_like(syn))[1]
+            assert torch.equal(actual, plainly(syn, levels))
+    return cell.path
+
+
+def test_cells_quantise_as_the_definition_says(backend):
+    backend.check(check_that_cells_quantise())
+
+
+def test_every_instruction_set_quantises_as_the_definition_says(isa):
+    assert isa in str(check_that_cells_quantise())
+
+
 def test_the_gradient_passes_straight_through_out_of_range_too():
     x = torch.tensor([-50.0, -0.3, 0.2, 50.0, torch.nan], requires_grad=True)
     grad = torch.tensor([1.0, -2.0, 3.0, 4.0, 5.0])

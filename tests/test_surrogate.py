@@ -210,6 +210,27 @@ def test_the_cell_gives_the_gradients_of_its_surrogate(backend, name, kwargs):
         close(mine.grad / scale, reference.grad / scale, atol=1e-5)
 
 
+EDGES = [*ALL, ("SFS", {"slope": 5, "B": 0.125})]
+
+
+@pytest.mark.parametrize("u", [0.0, 0.125, 1.0, -1.0])
+@pytest.mark.parametrize(("name", "kwargs"), EDGES, ids=str)
+def test_the_kernels_have_the_gradients_of_exact_edges(backend, name, kwargs, u):
+    """mem is 0.5 to the last bit, so mem - threshold is u, where some surrogates jump."""
+    closure = getattr(surrogate if name == "LSO" else theirs, name)(**kwargs)
+    cells = twins(1, 1, 1, spike_grad=closure, threshold=0.5 - u)
+    for cell in cells:
+        with torch.no_grad():
+            cell.conv.weight.zero_()
+            cell.conv.bias.copy_(torch.tensor([99.0, 99.0, 0.0, 99.0]))
+        spk, _, mem = cell(torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 50.0), None)
+        assert mem.item() == 0.5
+        torch.manual_seed(4)
+        spk.sum().backward()
+    backend.check(cells[0].path)
+    close(cells[0].conv.bias.grad, cells[1].conv.bias.grad, atol=0)
+
+
 def test_SSO_draws_its_noise_last_step_first(backend):
     """A whole sequence draws the noise that step calls draw, in the same order."""
     x = steps(3, 2, 2, 6, 8)
