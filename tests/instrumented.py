@@ -159,8 +159,10 @@ def mutants(what: list[str], most: int) -> int:
 
 
 def mutants_of_cell(to: Path, most: int) -> None:
+    made, cell = to / "mutants", to / "csrc/cell.h"
+    cell.touch()  # a run that was stopped leaves the core of a mutant
     build(to, "cell")
-    made, cell, built = to / "mutants", to / "csrc/cell.h", next(to.glob("snnlstm/_C*.so"))
+    built = next(to.glob("snnlstm/_C*.so"))
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     shutil.copy2(built, made)
