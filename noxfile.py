@@ -79,5 +79,5 @@ def without_snntorch(session: nox.Session) -> None:
 def older_snntorch(session: nox.Session) -> None:
     """What meets snnTorch, with the release before the newest."""
     _install(session, "newest", ">=2", snntorch="0.9.4")
-    files = ("test_surrogate", "test_swap", "test_drop_in")
+    files = ("test_surrogate", "test_swap", "test_patch", "test_drop_in")
     _test(session, "tests/networks", *(f"tests/{name}.py" for name in files))

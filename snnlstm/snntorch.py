@@ -195,13 +195,14 @@ class Entry:
 _entering = threading.Lock()
 
 
-def register(cell: nn.Module) -> None:
-    """Enter a new cell in both registries, without keeping it alive.
+def register(cell: nn.Module, ours: bool = True) -> None:
+    """Enter a cell in snnTorch's registry, and one of ours in ours, without keeping it alive.
 
     snnTorch walks ``SpikingNeuron.instances`` in its reset_hidden and detach_hidden, by position:
     the list never becomes shorter, and the entry of a cell that has gone is used again.
     """
-    live.add(cell)
+    if ours:
+        live.add(cell)
     instances = getattr(_Neuron, "instances", None)
     if not isinstance(instances, list):
         return

@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from .arguments import a_module, flag, never_spikes
 from .sconv2dlstm import SConv2dLSTM
-from .snntorch import Base, Neuron, forget, recognise_quant, recognise_surrogate
+from .snntorch import Base, Neuron, forget, recognise_quant, recognise_surrogate, register
 
 __all__ = ["Patch", "SwapReport", "accelerate", "patch", "restore", "unpatch"]
 
@@ -37,9 +38,9 @@ class SwapReport:
     action : str
         ``"accelerate"`` or ``"restore"``.
     model : nn.Module
-        The model, changed in place; or the new cell, where the model was itself a cell.
+        The model, changed in place.
     swapped : tuple of str
-        Names of the new cells, as ``model.named_modules()`` gives them. A cell that occurs in
+        Names of the swapped cells, as ``model.named_modules()`` gives them. A cell that occurs in
         several places stands here with every name, and the name of the model itself is "".
     left : dict of str to str
         Names of the cells and neurons that are as they were, each with the reason.
@@ -79,14 +80,14 @@ class SwapReport:
 
 
 def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
-    """Replace every ``snntorch.SConv2dLSTM`` in a model by ours, in place.
+    """Make every ``snntorch.SConv2dLSTM`` in a model one of ours, in place.
 
-    The replacement shares the parameters, buffers, submodules, state and hooks of the cell
-    that it stands in for, so that optimizers and checkpoints keep working. A cell that occurs
-    in several places is replaced by one. Left alone, and listed with the reason, are instances
+    Each cell stays the object that it is, with its parameters, buffers, submodules, state and
+    hooks, and changes its class: whatever holds the cell goes on working, such as optimizers,
+    plain lists and ``torch.compile``. Left alone, and listed with the reason, are instances
     of subclasses and cells whose forward was replaced (they may compute something else), cells
     that could not run in snnTorch either, such as one with an even kernel, and other neurons.
-    Only modules of the model are found, not cells that a plain list or another object holds.
+    Only modules of the model are found, not cells that a plain list or another object alone holds.
 
     Two things that snnTorch's cell accepts and ignores take effect: ``inhibition`` and a changed
     ``reset_mechanism``.
@@ -94,7 +95,7 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     Parameters
     ----------
     model : nn.Module
-        A model, or a bare cell: the new one is then ``report.model``.
+        A model, or a bare cell.
     surrogates : bool, default False
         Also give snnTorch's other neurons our surrogates in the place of its closures. They
         compute the same; and a model without closures can be pickled, so that
@@ -113,7 +114,7 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     """
     surrogates = flag("surrogates", surrogates)
     report = _swap("accelerate", model, Base, _why_not_ours, _adopt)
-    named = list(report.model.named_modules(remove_duplicate=False))
+    named = list(model.named_modules(remove_duplicate=False))
     for name, module in reversed(named):  # the first of several names stays
         if type(module) is SConv2dLSTM:
             module._layer_name = name
@@ -146,10 +147,10 @@ def _is_silent(module: nn.Module) -> bool:
 
 
 def restore(model: nn.Module) -> SwapReport:
-    """Replace every :class:`SConv2dLSTM` of this package in a model by snnTorch's, in place.
+    """Make every :class:`SConv2dLSTM` of this package in a model one of snnTorch's, in place.
 
     The way back from :func:`snnlstm.accelerate`, and for models that were built with our cell. All
-    is shared as there; snnTorch's own ``spike_grad`` and ``state_quant`` come back where they were
+    is kept as there; snnTorch's own ``spike_grad`` and ``state_quant`` come back where they were
     not changed since, and otherwise ours stay, which work in snnTorch's cell as well. A cell that
     does what snnTorch's cannot is left, and listed with the reason: ``stride``, ``dilation`` and
     ``checkpoint``, and, where it did not come from snnTorch, ``inhibition``, float16 and bfloat16.
@@ -157,7 +158,7 @@ def restore(model: nn.Module) -> SwapReport:
     Parameters
     ----------
     model : nn.Module
-        A model, or a bare cell: the new one is then ``report.model``.
+        A model, or a bare cell.
 
     Returns
     -------
@@ -188,10 +189,10 @@ def _swap(
     why_not: Callable[[nn.Module], str | None],
     make: Callable[[Any], nn.Module],
 ) -> SwapReport:
-    """Replace the instances of `kind` by what `make` makes of them, or say why not."""
+    """Turn the instances of `kind` into what `make` makes of them, or say why not."""
     _require_snntorch(action)
     model = a_module("model", model)
-    # Everything is built before anything is replaced, so that an error leaves the model whole.
+    # Everything is built before anything is changed, so that an error leaves the model whole.
     new: dict[int, nn.Module] = {}
     reasons: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -208,16 +209,17 @@ def _swap(
     named = list(model.named_modules(remove_duplicate=False))
     report = SwapReport(
         action,
-        new.get(id(model), model),
+        model,
         tuple(name for name, module in named if id(module) in new),
         {name: reasons[id(module)] for name, module in named if id(module) in reasons},
     )
     old = [module for module in model.modules() if id(module) in new]
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in new:
-                parent._modules[name] = new[id(child)]
-    forget(old)
+    forget([*old, *new.values()])
+    for cell in old:
+        made = new[id(cell)]
+        object.__setattr__(cell, "__class__", type(made))
+        object.__setattr__(cell, "__dict__", made.__dict__)
+        register(cell, ours=isinstance(made, SConv2dLSTM))
     if not new and not any(isinstance(module, Base) for module in model.modules()):
         logger.warning("%s found no SConv2dLSTM in the model", action)
     logger.info("%s", report.headline)
@@ -261,7 +263,7 @@ def _why_not_theirs(module: nn.Module) -> str | None:
 
 
 def _adopt(old: Any) -> nn.Module:
-    """Make a cell that shares everything with one of snnTorch."""
+    """Make a cell that holds everything that one of snnTorch holds."""
     same = {name: getattr(old, name) for name in _SAME}
     cell = SConv2dLSTM(
         **same | {"bias": bool(old.bias)},
@@ -285,7 +287,7 @@ def _adopt(old: Any) -> nn.Module:
 
 
 def _give_back(old: SConv2dLSTM) -> nn.Module:
-    """Make a cell of snnTorch that shares everything with one of ours."""
+    """Make a cell of snnTorch that holds everything that one of ours holds."""
     originals = old._adopted or {}
     spike_grad, state_quant = old.spike_grad, old.state_quant
     if "spike_grad" in originals and recognise_surrogate(originals["spike_grad"]) == spike_grad:
@@ -304,6 +306,7 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
     ours = set(vars(SConv2dLSTM(1, 1, 1, threshold=0.1, device="meta")))
     ours |= {"path", "_adopted", "_layer_name"}
     _share(old, cell, ours)
+    cell.state_function = MethodType(cell.state_function.__func__, old)  # old is to become cell
     cell._buffers.update(syn=old.syn, mem=old.mem)
     cell._non_persistent_buffers_set |= {"syn", "mem"}
     return cell
@@ -311,7 +314,7 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
 
 def _share(old: nn.Module, new: nn.Module, private: set[str]) -> None:
     """Give `new` what `old` holds, but for the attributes that only old's class needs."""
-    # Both cells share the dictionaries of hooks, to which the handles of hooks point.
+    # The handles of hooks point to the dictionaries of hooks.
     shared = {key for key in old.__dict__ if "hook" in key} | {"training"}
     extra = set(old.__dict__) - set(new.__dict__) - private
     new.__dict__.update({key: old.__dict__[key] for key in shared | extra})

@@ -1,7 +1,4 @@
-"""accelerate() puts our cell in the place of snnTorch's in a model, and restore() undoes that.
-
-After patch(), every new cell of snnTorch's is one of ours, until unpatch().
-"""
+"""accelerate() makes the cells of snnTorch's in a model ours, and restore() undoes that."""
 
 import copy
 import pickle
@@ -20,33 +17,86 @@ import snnlstm
 X, START = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
 
 
-def test_accelerate_shares_all_that_the_cell_has():
-    old = theirs(
-        max_pool=2, learn_threshold=True, reset_mechanism="zero", init_hidden=True, output=True,
-        spike_grad=snntorch.surrogate.sigmoid(5), state_quant=None,
-    )  # fmt: skip
+def test_accelerate_keeps_all_that_the_cell_has():
+    options = {
+        "max_pool": 2, "learn_threshold": True, "reset_mechanism": "zero", "init_hidden": True,
+        "output": True, "spike_grad": snntorch.surrogate.sigmoid(5), "state_quant": None,
+    }  # fmt: skip
+    cell, expected = theirs(**options), theirs(**options)
     seen = []
-    handle = old.register_forward_hook(lambda module, args, out: seen.append(module))
-    old(X)
-    old.eval()
-    old.remark = "mine"
-    new = snnlstm.accelerate(old).model
-    assert type(new) is snnlstm.SConv2dLSTM
-    for name, parameter in old.named_parameters():
-        assert dict(new.named_parameters())[name] is parameter
-    assert list(new.state_dict()) == list(old.state_dict())
-    assert new.conv is old.conv
-    assert new.mem is old.mem
-    assert not new.training
-    assert (new.init_hidden, new.output, new.reset_mechanism) == (True, True, "zero")
-    assert new.spike_grad == snnlstm.surrogate.sigmoid(5)
-    assert new.remark == "mine"
-    assert len(list(new.buffers())) == 2
-    close(new(X), old(X))
-    assert seen[1] is new
+    handle = cell.register_forward_hook(lambda module, args, out: seen.append(module))
+    for each in (cell, expected):
+        each(X)
+        each.eval()
+    cell.remark = "mine"
+    conv, mem, before = cell.conv, cell.mem, dict(cell.named_parameters())
+    assert snnlstm.accelerate(cell).model is cell
+    assert type(cell) is snnlstm.SConv2dLSTM
+    for name, parameter in cell.named_parameters():
+        assert before[name] is parameter
+    assert list(cell.state_dict()) == list(expected.state_dict())
+    assert cell.conv is conv
+    assert cell.mem is mem
+    assert not cell.training
+    assert (cell.init_hidden, cell.output, cell.reset_mechanism) == (True, True, "zero")
+    assert cell.spike_grad == snnlstm.surrogate.sigmoid(5)
+    assert cell.remark == "mine"
+    assert len(list(cell.buffers())) == 2
+    close(cell(X), expected(X))
+    assert seen == [cell, cell]
     handle.remove()
-    new(X)
-    assert len(seen) == 3
+    cell(X)
+    assert len(seen) == 2
+
+
+class KeepsAList(nn.Module):
+    """A network calls its cells from a plain list."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell, self.order = cell, [cell]
+
+    def forward(self, x):
+        return self.order[0](x)
+
+
+def compiled_in_place(cell):
+    cell.compile(backend="eager")
+    return cell
+
+
+HOLDERS = {
+    "bare": lambda cell: cell,
+    "list": KeepsAList,
+    "torch.compile": lambda cell: torch.compile(cell, backend="eager"),
+    "cell.compile": compiled_in_place,
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_whatever_holds_a_cell_holds_the_one_that_runs(holder):
+    cell, expected = theirs(init_hidden=True), theirs(init_hidden=True)
+    model = HOLDERS[holder](cell)
+    close(model(X), expected(X))
+    for swap, kind in (
+        (snnlstm.accelerate, snnlstm.SConv2dLSTM), (snnlstm.restore, snntorch.SConv2dLSTM),
+    ):  # fmt: skip
+        swap(model)
+        assert type(cell) is kind
+        for reset in (cell.reset_mem, snntorch.SConv2dLSTM.reset_hidden):
+            for _ in range(2):
+                close(model(X), expected(X))
+            reset()
+            expected.reset_mem()
+
+
+def test_accelerate_keeps_hooks_that_refer_to_the_cell():
+    cell, seen = theirs(), []
+    cell.register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    model = nn.Sequential(cell)
+    snnlstm.accelerate(model)
+    model.load_state_dict(model.state_dict())
+    assert seen == [model[0]] == [cell]
 
 
 def test_accelerate_runs_the_reset_mechanism_that_a_checkpoint_brought():
@@ -195,23 +245,23 @@ def test_restore_undoes_accelerate(options):
     for cell in (one, other):
         cell(x[0])
     random = torch.get_rng_state()
-    back = snnlstm.restore(snnlstm.accelerate(one).model).model
+    before = {name: getattr(one, name) for name in ("spike_grad", "state_quant", "conv", "mem")}
+    snnlstm.accelerate(one)
+    assert snnlstm.restore(one).swapped == ("",)
     assert torch.equal(torch.get_rng_state(), random)
-    assert type(back) is snntorch.SConv2dLSTM
-    assert back.spike_grad is one.spike_grad
-    assert back.state_quant is one.state_quant
-    assert back.conv is one.conv
-    assert back.mem is one.mem
+    assert type(one) is snntorch.SConv2dLSTM
+    assert all(getattr(one, name) is value for name, value in before.items())
     for name in ("_parameters", "_modules", "_buffers", "_non_persistent_buffers_set"):
-        assert list(getattr(back, name)) == list(getattr(one, name))
-    assert set(vars(back)) == set(vars(one)) - {"reset"}  # the next call sets reset
-    assert list(back.state_dict()) == list(one.state_dict())
+        assert list(getattr(one, name)) == list(getattr(other, name))
+    assert set(vars(one)) == set(vars(other)) - {"reset"}  # the next call sets reset
+    assert one.state_function.__self__ is one
+    assert list(one.state_dict()) == list(other.state_dict())
     for t in range(1, 4):
-        close(back(x[t]), other(x[t]), atol=0, rtol=0)
+        close(one(x[t]), other(x[t]), atol=0, rtol=0)
     if not options.get("surrogate_disable"):
-        back.spk.sum().backward()
+        one.spk.sum().backward()
         other.spk.sum().backward()
-        same_gradients(back, other, atol=0)
+        same_gradients(one, other, atol=0)
 
 
 @pytest.mark.parametrize("reset", ["none", "subtract"])
@@ -239,23 +289,20 @@ def test_both_ways_in_the_midst_of_training_keep_optimizer_hooks_and_states(rese
     assert len(seen) == 6
 
 
-def test_both_ways_leave_the_cells_in_use_in_snntorchs_registry():
+def test_both_ways_leave_each_cell_in_snntorchs_registry_once():
     model = sequential("theirs", leaky=False)
-    old = list(model)
-    registry = snntorch.SpikingNeuron.instances
-    for swap in (snnlstm.accelerate, snnlstm.restore):
+    for swap, ours_alive in ((snnlstm.accelerate, True), (snnlstm.restore, False)):
         swap(model)
-        now = list(model)
         # The list holds entries that do not keep our cells alive.
-        entry = snnlstm.snntorch.Entry
+        entry, registry = snnlstm.snntorch.Entry, snntorch.SpikingNeuron.instances
         held = [e.cell() if type(e) is entry else e for e in registry]
         assert sum(isinstance(cell, snntorch.SConv2dLSTM) for cell in held) == 2
-        assert all(any(cell is entry for entry in held) for cell in now)
+        for cell in model:
+            assert sum(cell is one for one in held) == 1
+            assert (cell in snnlstm.snntorch.live) is ours_alive
         model(X)
         snntorch.SConv2dLSTM.reset_hidden()
-        assert not any(cell.mem.any() for cell in now)
-        assert not any(cell is entry for cell in old for entry in [*held, *snnlstm.snntorch.live])
-        old = now
+        assert not any(cell.mem.any() for cell in model)
 
 
 def test_restore_gives_ours_to_snntorch_where_there_is_no_original():
@@ -346,69 +393,3 @@ def test_the_report_names_the_cells_that_never_spike():
     lines = str(report).splitlines()
     assert [line.split()[0] for line in lines if "NEVER SPIKES" in line] == [*report.silent]
     assert lines[1].startswith("  silent   swapped; NEVER SPIKES: no mem exceeds its threshold")
-
-
-early = snntorch.SConv2dLSTM  # the name was imported before patch()
-
-
-@pytest.fixture
-def patched():
-    with snnlstm.patch() as handle:
-        yield handle
-
-
-def test_patch_makes_every_new_cell_ours_whoever_imported_the_name(patched):
-    from snntorch import SConv2dLSTM
-    from snntorch._neurons.sconv2dlstm import SConv2dLSTM as inner
-
-    for cell in (early, SConv2dLSTM, inner, snntorch.SConv2dLSTM):
-        torch.manual_seed(0)
-        made = cell(2, 3, 3, threshold=0.1, reset_mechanism="zero", stride=1)
-        assert type(made) is snnlstm.SConv2dLSTM
-        close(made(X), ours(reset_mechanism="zero")(X))
-
-
-def test_patched_the_old_cells_and_subclasses_stay_what_they_are():
-    old = theirs()
-    with snnlstm.patch():
-        model = nn.Sequential(old, theirs())
-        assert [type(cell) for cell in model] == [snntorch.SConv2dLSTM, snnlstm.SConv2dLSTM]
-        assert all(isinstance(cell, snntorch.SConv2dLSTM) for cell in model)
-        assert type(Mine(2, 3, 3)) is Mine
-        plain = theirs(spike_grad=torch.sigmoid)  # snnTorch's own surrogates cannot be copied
-        assert type(copy.deepcopy(Mine(2, 3, 3, spike_grad=torch.sigmoid))) is Mine
-        assert type(copy.deepcopy(plain)) is snnlstm.SConv2dLSTM
-        close(model[0](X), model[1](X))
-        utils.reset(model)
-        assert not any(cell.mem.any() for cell in model)
-        utils.reset(nn.Sequential(old))  # this network holds old cells alone
-        assert type(snnlstm.restore(model[1]).model) is snntorch.SConv2dLSTM
-
-
-def test_patched_the_warning_about_the_threshold_names_the_line_that_makes_the_cell(patched):
-    with pytest.warns(UserWarning, match="never spikes") as caught:
-        snntorch.SConv2dLSTM(2, 3, 3)
-    assert caught[0].filename == __file__
-
-
-def test_patch_can_be_undone_in_three_ways():
-    def makes_ours():
-        return type(theirs()) is snnlstm.SConv2dLSTM
-
-    init = snntorch.SConv2dLSTM.__init__
-    with snnlstm.patch():
-        assert makes_ours()
-        with snnlstm.patch():  # neither the second patch nor its end changes anything
-            assert makes_ours()
-        assert makes_ours()
-    assert not makes_ours()
-    with pytest.raises(KeyError), snnlstm.patch():
-        raise KeyError
-    assert not makes_ours()
-    snnlstm.patch()
-    snnlstm.patch()
-    assert makes_ours()
-    snnlstm.unpatch()
-    assert not makes_ours()
-    snnlstm.unpatch()
-    assert snntorch.SConv2dLSTM.__init__ is init
