@@ -51,7 +51,9 @@ def choose(layer: nn.Module, dim: int) -> tuple[str, str]:
             change = "its class has a forward of its own"
         return ("sequence", "one call for all steps") if change is None else ("step", change)
     if isinstance(layer, CELL):
-        return "step", "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
+        if type(layer) is not CELL:
+            change = "its class is a subclass of snntorch.SConv2dLSTM"
+        return "step", change or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
     if Neuron is not None and isinstance(layer, Neuron):
         return "step", "it keeps a state from step to step"
     reason = change or not_per_sample(layer)

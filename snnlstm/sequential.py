@@ -94,6 +94,12 @@ class Sequential(nn.Sequential):
             found.batch_first = self.batch_first
         return found
 
+    def __add__(self, other: nn.Sequential) -> Sequential:
+        return type(self).of(super().__add__(other), self.batch_first)
+
+    def __mul__(self, other: int) -> Sequential:
+        return type(self).of(super().__mul__(other), self.batch_first)
+
     def extra_repr(self) -> str:
         """Arguments that differ from their defaults."""
         return "batch_first=True" if self.batch_first else ""
@@ -107,10 +113,16 @@ class Sequential(nn.Sequential):
         Raises
         ------
         TypeError
-            If `net` is not an nn.Sequential.
+            If `net` is not an nn.Sequential, or has a forward of its own.
         """
+        kind = type(net).__name__
         if not isinstance(net, nn.Sequential):
-            raise TypeError(f"net must be an nn.Sequential, got {type(net).__name__}")
+            raise TypeError(f"net must be an nn.Sequential, got {kind}")
+        if not _is_stack(net) or "forward" in net.__dict__:
+            raise TypeError(
+                f"net must have nn.Sequential's forward, got {kind} with a forward of its own, "
+                "which would be lost: Sequential(net) keeps it as one layer"
+            )
         new = cls(batch_first=batch_first)
         for name, layer in net._modules.items():
             new.add_module(name, layer)
@@ -205,7 +217,7 @@ def _over_time(
     if shared is None:
         out = _run(layers, x, plan)
     else:  # steps one by one, in each of which the layers have the order of the loop
-        out = _join("", [_run(layers, step, plan) for step in x.split(1)], torch.cat)
+        out = _join("", [_run(layers, _own(step), plan) for step in x.split(1)], torch.cat)
         reason = f"layer {shared} is in several places and may keep a state"
         plan = [Way(way.name, way.layer, "step", reason) for way in plan[: len(layers)]]
     if not torch.compiler.is_compiling():
@@ -276,12 +288,20 @@ def _run(layers: Layers, x: Tensor, plan: list[Way]) -> Any:
             if kind == "sequence":
                 out = _sequence(name, layer, x, position == len(layers))
             else:
-                out = _join(name, [layer(step) for step in x.unbind(0)], torch.stack)
+                out = _join(name, [layer(_own(step)) for step in x.unbind(0)], torch.stack)
         if position < len(layers):
             x = out
             while isinstance(x, tuple | list):
                 x = x[0]
     return out
+
+
+def _own(x: Tensor) -> Tensor:
+    """A copy of one of several views of a tensor, to which a layer may write.
+
+    Autograd refuses to let a layer change such a view in place; without it no copy is made.
+    """
+    return x.clone() if torch.is_grad_enabled() else x
 
 
 def _fold(layers: Layers, x: Tensor, plan: list[Way]) -> Tensor:
@@ -292,6 +312,11 @@ def _fold(layers: Layers, x: Tensor, plan: list[Way]) -> Tensor:
     in_chunks = x.device.type == "cpu" and not torch.compiler.is_compiling()
     in_chunks = in_chunks and x.shape[0] > 1 and x.nbytes > FOLD // 8
     folded: list[nn.Module] = []
+
+    def call(layer: nn.Module, out: Tensor) -> Tensor:
+        writes = in_chunks and getattr(layer, "inplace", False)
+        return layer(_own(out) if writes and out._is_view() else out)
+
     first = x[:1] if in_chunks else x
     out = first.flatten(0, 1)
     largest = out.nbytes
@@ -301,21 +326,22 @@ def _fold(layers: Layers, x: Tensor, plan: list[Way]) -> Tensor:
             break
         plan.append(Way(name, type(layer).__name__, kind, reason))
         folded.append(layer)
-        out = layer(out)
+        out = call(layer, out)
         largest = max(largest, out.nbytes)
     outs = [out.unflatten(0, first.shape[:2])]
     if in_chunks:
         for chunk in x[1:].split(max(1, FOLD // largest)):
             out = chunk.flatten(0, 1)
             for layer in folded:
-                out = layer(out)
+                out = call(layer, out)
             outs.append(out.unflatten(0, chunk.shape[:2]))
     return torch.cat(outs) if in_chunks else outs[0]
 
 
 def _sequence(name: str, layer: nn.Module, x: Tensor, last: bool) -> Any:
-    if not isinstance(layer, SConv2dLSTM):  # a stack that carries hooks
-        return layer(x)
+    if isinstance(layer, Sequential):  # a stack that carries hooks
+        return _exchanged(layer(_exchanged(x))) if layer.batch_first else layer(x)
+    assert isinstance(layer, SConv2dLSTM)
     if x.dim() != 5:
         raise ValueError(
             f"x must be a sequence for layer {name} ({type(layer).__name__}), "

@@ -92,6 +92,13 @@ class Cumulative(nn.Module):
         return self.mem
 
 
+class Halves(nn.Module):
+    """A layer of the user's writes to its input."""
+
+    def forward(self, x):
+        return x.mul_(0.5)
+
+
 def hidden(*args, **kwargs):
     return ours(*args, init_hidden=True, **kwargs)
 
@@ -123,6 +130,13 @@ NETS = {
     "nested, with a tuple at the end": (lambda: [nn.Sequential(ours())], "sequence"),
     "batch norm": (lambda: [ours(), nn.BatchNorm2d(3), ours(3, 2, 3)], "sequence step sequence"),
     "dropout": (lambda: [ours(), nn.Dropout(0.5), ours(3, 2, 3)], "sequence step sequence"),
+    "in place": (
+        lambda: [
+            ours(), nn.Dropout(0.5, inplace=True), ours(3, 2, 3), nn.Identity(),
+            nn.ReLU(inplace=True), ours(2, 3, 3), Halves(),
+        ],
+        "sequence step sequence fold fold sequence step",
+    ),
     "an unknown layer": (lambda: [ours(), Cumulative()], "sequence step"),
     "snntorch's cell": (
         lambda: [theirs(spike_grad=snnlstm.surrogate.atan()), nn.Tanh()], "step fold",
@@ -267,6 +281,15 @@ def test_a_sequential_within_a_sequential():
     assert [way.kind for way in one.plan] == ["sequence", "fold"]
 
 
+def test_a_sequential_with_hooks_keeps_its_order_of_dimensions():
+    inner = snnlstm.Sequential(ours(), leaky(), batch_first=True)
+    expected = snnlstm.Sequential(*copy.deepcopy(inner))(X)
+    calls = []
+    inner.register_forward_hook(lambda module, args, out: calls.append(args[0].shape))
+    close(snnlstm.Sequential(inner)(X), expected)
+    assert calls == [X.transpose(0, 1).shape]
+
+
 @pytest.mark.parametrize(("tied", "name"), [("cell", "2"), ("norm", "1")])
 def test_layers_that_share_a_state_are_run_step_by_step(tied, name, caplog):
     cell, norm = hidden(2, 2, 3), nn.BatchNorm2d(2)
@@ -277,6 +300,18 @@ def test_layers_that_share_a_state_are_run_step_by_step(tied, name, caplog):
     where = "0" if tied == "cell" else "0.1"
     said = f"Sequential runs layer {where} (SConv2dLSTM) step by step: {reason}"
     assert caplog.messages[0] == said
+
+
+def test_steps_of_shared_layers_may_be_written_to():
+    cell = hidden(2, 2, 3)
+    net = snnlstm.Sequential(nn.ReLU(inplace=True), cell, cell)
+    grads = []
+    for call in (net, lambda x: loop(net, [step.clone() for step in x])):
+        x = X.clone().requires_grad_()
+        cell.reset_mem()
+        total(call(1 * x)).backward()
+        grads.append(x.grad)
+    close(*grads)
 
 
 def test_layers_without_a_state_may_be_in_several_places():
@@ -297,6 +332,27 @@ def test_it_is_an_nn_sequential():
     close(pickle.loads(pickle.dumps(one))(X), one(X))
 
 
+def test_a_sum_and_a_multiple_take_sequences():
+    net = snnlstm.Sequential(hidden(2, 2, 3), nn.ReLU(), batch_first=True)
+    for made, layers in ((net + nn.Sequential(nn.Flatten()), 3), (net * 2, 4), (2 * net, 4)):
+        assert type(made) is snnlstm.Sequential
+        assert made.batch_first
+        assert len(made) == layers
+        utils.reset(net)
+        expected = loop(made, X)
+        utils.reset(net)
+        close(made(X.transpose(0, 1)).transpose(0, 1), expected)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_of_refuses_a_forward_that_would_be_lost(replaced):
+    net = nn.Sequential(nn.ReLU()) if replaced else Residual(nn.ReLU())
+    if replaced:
+        net.forward = net.forward
+    with pytest.raises(TypeError, match=r"must have nn.Sequential's forward, got .* of its own"):
+        snnlstm.Sequential.of(net)
+
+
 def test_of_keeps_names_and_mode():
     tied = nn.ReLU()
     layers = {"cell": ours(), "relu": tied, "flat": nn.Flatten(), "again": tied}
@@ -312,6 +368,21 @@ def test_of_keeps_names_and_mode():
 
 def test_an_empty_one_returns_its_input():
     assert snnlstm.Sequential()(X) is X
+
+
+class Theirs(snntorch.SConv2dLSTM):
+    pass
+
+
+def test_the_log_names_what_accelerate_cannot_mend(caplog):
+    subclass, replaced = Theirs(2, 3, 3, threshold=0.1), theirs(3, 2, 3)
+    replaced.forward = replaced.forward
+    snnlstm.Sequential(subclass, replaced)(X)
+    start = "Sequential runs layer {} ({}) step by step: {}"
+    assert caplog.messages == [
+        start.format(0, "Theirs", "its class is a subclass of snntorch.SConv2dLSTM"),
+        start.format(1, "SConv2dLSTM", "its forward was replaced"),
+    ]
 
 
 def test_accelerate_works_on_it_and_fallbacks_of_cells_are_logged_once(caplog):

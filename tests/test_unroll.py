@@ -13,7 +13,9 @@ import snnlstm
 
 
 @pytest.mark.parametrize("limit", [1, 2000, 20000])
-@pytest.mark.parametrize("name", ["a classifier", "pools and shapes", "norms", "nested"])
+@pytest.mark.parametrize(
+    "name", ["a classifier", "pools and shapes", "norms", "nested", "in place"]
+)
 def test_folded_layers_run_in_chunks_of_steps(name, limit, monkeypatch):
     make, ways = NETS[name]
     monkeypatch.setattr(snnlstm.sequential, "FOLD", limit)
