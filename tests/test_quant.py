@@ -78,6 +78,7 @@ def test_nan_and_infinities_take_index_0(backend):
 TABLES = [
     *(state_quant(bits, **kwargs).levels for bits in (1, 3, 8) for kwargs in LIMITS),
     torch.tensor([0.25]),
+    torch.tensor([-0.5, 0.0, 0.75]),
     torch.tensor([-1.0, -1.0, 0.0, 0.0, 0.0, 0.5, 2.0, 2.0]),  # the first of equal levels wins
     1000 + torch.arange(19) * 2.0**-13,  # neighbours, whose distances from many numbers are equal
 ]
