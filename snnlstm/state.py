@@ -67,6 +67,11 @@ class StatefulCell(Base):
     syn: Tensor = _stored_state("_syn", "synaptic current")
     mem: Tensor = _stored_state("_mem", "membrane potential")
 
+    def __getattr__(self, name: str) -> Any:
+        # snnTorch's AttributeMonitor calls this method, which knows nn.Module's buffers alone.
+        states = name in ("syn", "mem")
+        return object.__getattribute__(self, name) if states else super().__getattr__(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("syn", "mem"):
             if not isinstance(value, Tensor):

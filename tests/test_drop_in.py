@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import snntorch
 import torch
 from helpers import close, ours, states, steps, theirs
+from snntorch.functional import probe
 
 import snnlstm
 
@@ -27,6 +29,18 @@ def test_the_calls_of_snntorchs_own_tests_of_the_cell():
         hidden = ours(1, 8, 3, init_hidden=True, reset_mechanism=reset)
         assert [hidden(x_t).size() for x_t in x] == [(1, 8, 4, 4)] * 2
     close(ours()(input_=X), theirs()(input_=X))
+
+
+@pytest.mark.parametrize("name", ["syn", "mem", "threshold"])
+def test_snntorchs_monitor_records_the_attributes_of_the_cell(name):
+    records = []
+    for cell in (ours(), theirs()):
+        monitor = probe.AttributeMonitor(name, False, cell, instance=snntorch.SConv2dLSTM)
+        cell(X)
+        records.append(monitor.records)
+    close(*records)
+    with pytest.raises(AttributeError, match="'SConv2dLSTM' object has no attribute 'unknown'"):
+        ours().unknown  # noqa: B018
 
 
 def test_static_helpers():
