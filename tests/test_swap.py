@@ -92,7 +92,8 @@ def test_whatever_holds_a_cell_holds_the_one_that_runs(holder):
 
 def test_accelerate_keeps_hooks_that_refer_to_the_cell():
     cell, seen = theirs(), []
-    cell.register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    # The public name of this method came with torch 2.5.
+    cell._register_load_state_dict_pre_hook(lambda module, *_: seen.append(module), True)
     model = nn.Sequential(cell)
     snnlstm.accelerate(model)
     model.load_state_dict(model.state_dict())
