@@ -196,7 +196,7 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False) -> Any:
     """
     for layer in layers:
         if not isinstance(layer, nn.Module):
-            raise TypeError(f"layers must be modules, got {layer!r}")
+            raise TypeError(f"layers must be modules, got {type(layer).__name__}")
     named = [(str(position), layer) for position, layer in enumerate(layers)]
     return _over_time(x, named, flag("batch_first", batch_first))[0]
 
@@ -344,8 +344,8 @@ def _sequence(name: str, layer: nn.Module, x: Tensor, last: bool) -> Any:
     assert isinstance(layer, SConv2dLSTM)
     if x.dim() != 5:
         raise ValueError(
-            f"x must be a sequence for layer {name} ({type(layer).__name__}), "
-            f"(T, N, {layer.in_channels}, H, W), got {tuple(x.shape)}"
+            f"x must be a sequence of steps (N, {layer.in_channels}, H, W) for layer {name} "
+            f"({type(layer).__name__}), got steps of shape {tuple(x.shape[1:])}"
         )
     # The states of every step are recorded where they are returned.
     record = last and (layer.output or not layer.init_hidden)
