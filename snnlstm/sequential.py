@@ -319,7 +319,7 @@ def _fold(layers: Layers, x: Tensor, plan: list[Way]) -> Tensor:
 
     first = x[:1] if in_chunks else x
     out = first.flatten(0, 1)
-    largest = out.nbytes
+    largest = out.nbytes if in_chunks else 0  # a symbolic shape has no nbytes
     for name, layer in layers:
         kind, reason = _choose(layer, out.dim())
         if kind != "fold":
@@ -327,7 +327,7 @@ def _fold(layers: Layers, x: Tensor, plan: list[Way]) -> Tensor:
         plan.append(Way(name, type(layer).__name__, kind, reason))
         folded.append(layer)
         out = call(layer, out)
-        largest = max(largest, out.nbytes)
+        largest = max(largest, out.nbytes) if in_chunks else 0
     outs = [out.unflatten(0, first.shape[:2])]
     if in_chunks:
         for chunk in x[1:].split(max(1, FOLD // largest)):

@@ -128,13 +128,14 @@ def test_what_changes_after_compiling_is_followed(name):
 
 
 def test_truncated_backpropagation_and_a_stack():
-    """A Sequential trains in chunks of two steps, and its states are detached in between."""
+    """A Sequential trains in chunks, the last of which is shorter; states are detached between."""
     grads = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        stack = snnlstm.Sequential(ours(init_hidden=True), nn.Flatten(), nn.Linear(108, 2))
+        cell, relu = ours(init_hidden=True), nn.ReLU(inplace=True)
+        stack = snnlstm.Sequential(nn.Conv2d(2, 2, 1), cell, relu, nn.Flatten(), nn.Linear(108, 2))
         call = torch.compile(stack, fullgraph=True, backend="aot_eager") if compiled else stack
-        for x in steps(6, 2, 2, 6, 6).split(2):
+        for x in steps(8, 2, 2, 6, 6).split(3):
             call(x).square().sum().backward()
             snnlstm.SConv2dLSTM.detach_hidden()
         grads.append([parameter.grad for parameter in stack.parameters()])
