@@ -67,6 +67,8 @@ def pair(name: str, value: Any, lengths: tuple[int, ...] = (2,), also: str = "")
         raise kind(f"{name} must be an int or a tuple of two ints, got {value!r}")
     if min(both) < 1:
         raise ValueError(f"{name} must be at least 1{also}, got {value!r}")
+    if max(both) >= 2**31:  # the core's ints
+        raise ValueError(f"{name} must be less than 2**31, got {value!r}")
     return int(both[0]), int(both[-1])
 
 

@@ -32,8 +32,8 @@ OPTIONS = {
     "reset_mechanism": {ValueError: ("both", None, 1)},
     "state_quant": {TypeError: (True, 8)},
     "inhibition": FLAG,
-    "stride": {TypeError: (1.0, True), ValueError: (0, (0, 1), (1, 1, 1))},
-    "dilation": {TypeError: (None, "1", [1.0, 1.0]), ValueError: (-1, (1,))},
+    "stride": {TypeError: (1.0, True), ValueError: (0, (0, 1), (1, 1, 1), 2**31)},
+    "dilation": {TypeError: (None, "1", [1.0, 1.0]), ValueError: (-1, (1,), (1, 2**40))},
     "checkpoint": FLAG,
     "batch_first": FLAG,
 }
