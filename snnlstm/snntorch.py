@@ -8,6 +8,7 @@ snnTorch is optional; a missing or broken install costs no more than the feature
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import types
 import weakref
@@ -193,6 +194,16 @@ class Entry:
 
 
 _entering = threading.Lock()
+
+
+def _after_fork() -> None:
+    """In a child process: a thread that no longer exists may have held the lock."""
+    global _entering
+    _entering = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def register(cell: nn.Module, ours: bool = True) -> None:
