@@ -122,6 +122,41 @@ print("failed", hung)
     assert in_a_process(program).split() == ["failed", "0"]
 
 
+def test_locks_that_another_thread_holds_at_a_fork(in_a_process):
+    """Nobody waits for them, but a child that never got them would keep neither blocks nor order."""
+    program = """
+import snntorch
+from snnlstm import snntorch as registry
+from snnlstm.native import memory
+
+held, done = threading.Event(), threading.Event()
+
+def hold():
+    with memory._lock, registry._entering:
+        held.set()
+        done.wait()
+
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    before = len(snntorch.SpikingNeuron.instances)
+    for _ in range(20):
+        made = snnlstm.SConv2dLSTM(1, 1, 1)
+        del made
+    train(cell, torch.rand(2, 2, 2, 96, 96))
+    few = len(snntorch.SpikingNeuron.instances) <= before + 2
+    os._exit(0 if few and memory.free_bytes() else 3)
+status = os.waitpid(child, 0)[1]
+done.set()
+thread.join()
+print(status)
+"""
+    assert in_a_process(program).split() == ["0"]
+
+
 def test_a_signal_handler_that_calls_the_cell_which_is_running(in_a_process):
     program = """
 torch.set_num_threads(1)
@@ -199,6 +234,36 @@ print("passed")
     assert in_a_process(program).split() == ["passed"]
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_results_get_the_memory_of_blocks_that_nobody_uses(grad, in_a_process):
+    """Results and gradients are torch's memory, for which torch drops none of our blocks."""
+    program = f"""
+import resource
+from snnlstm.native import memory
+
+cell = snnlstm.SConv2dLSTM(2, 16, 3, threshold=0.05)
+x = torch.rand(100, 2, 2, 64, 64).requires_grad_({grad})  # 50 MiB of spikes, 6 of gradients
+kept = cell(x)[0].sum() if {grad} else None
+snnlstm.empty_cache()
+here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (here + (250 << 20),) * 2)
+held = [memory.empty((8 << 20,), torch.uint8)]
+try:
+    while True:
+        held.append(memory.empty((2 << 20,), torch.uint8))
+except MemoryError:
+    del held
+assert memory.free_bytes() > 100 << 20
+if {grad}:
+    memory.workspace(1), kept.backward()
+else:
+    with torch.no_grad():
+        cell(x)
+print("passed")
+"""
+    assert in_a_process(program).split() == ["passed"]
+
+
 def test_memory_that_runs_out_leaves_state_and_weights_as_they_were(in_a_process):
     program = """
 import resource
@@ -263,6 +328,18 @@ def test_limits_of_a_container_are_read(tmp_path: Path):
     groups.unlink()
     assert list(read(tmp_path, tmp_path / "cgroup")) == []
     assert 0 < memory.KEPT <= min([1 << 30, *(limit // 8 for limit in read())])
+
+
+def test_a_limit_of_the_address_space_is_read(in_a_process):
+    program = """
+import importlib, resource
+from snnlstm.native import memory
+
+soft = 4 << 30
+resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+print(importlib.reload(memory).KEPT <= soft // 8)
+"""
+    assert in_a_process(program).split() == ["True"]
 
 
 CTRL_C = """

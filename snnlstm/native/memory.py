@@ -11,21 +11,26 @@ caches, and a block that another thread has used does not.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import resource
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["SMALLEST", "empty", "empty_cache", "free_bytes", "workspace"]
+__all__ = ["SMALLEST", "empty", "empty_cache", "free_bytes", "where_it_fits", "workspace"]
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 SMALLEST = 256 << 10  # bytes; less comes from torch, that is, from malloc
 CACHE_LINE = 64  # bytes; vectors that lie across two cost twice
@@ -57,8 +62,14 @@ def _limits(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> 
                 yield int((place / name).read_text())
 
 
-# Bytes in blocks that nobody uses, at most: a gibibyte, or an eighth of what a container may use.
-KEPT = min([1 << 30, *(limit // 8 for limit in _limits())])
+def _address_space() -> list[int]:
+    """Bytes that ``ulimit -v`` allows, if it limits them."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return [] if soft == resource.RLIM_INFINITY else [soft]
+
+
+# Bytes in blocks that nobody uses, at most: a gibibyte, or an eighth of what the process may use.
+KEPT = min([1 << 30, *(limit // 8 for limit in (*_limits(), *_address_space()))])
 
 
 class _Workspace:
@@ -125,6 +136,22 @@ def workspace(count: int) -> Tensor:
         kept.memory = memory = _NOTHING  # not two at a time
         kept.memory = memory = empty((count,), torch.uint8)
     return memory
+
+
+def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function that only allocates try again without the free blocks if torch has no memory."""
+
+    @functools.wraps(function)
+    def again(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:  # torch's
+            if "DefaultCPUAllocator" not in str(error) or not _free_bytes:
+                raise
+        empty_cache()
+        return function(*args, **kwargs)
+
+    return again
 
 
 def _take(size: int) -> np.ndarray:

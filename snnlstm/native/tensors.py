@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..call import DTYPES, POOLS, RESETS, Call, CellOptions, Signature
+from . import memory
 
 __all__ = ["Gradients", "Result", "Saved"]
 
@@ -209,6 +210,7 @@ def image_strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(strides)
 
 
+@memory.where_it_fits
 def empty_like_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An output of `shape` ending in (C, H, W), uninitialised."""
     return x.new_empty_strided(shape, image_strides(x, shape))
@@ -222,6 +224,7 @@ def output_shapes(signature: Signature) -> tuple[tuple[int, ...], tuple[int, ...
     return spk, (*(time if s.options.record else ()), s.n, s.c, s.ho, s.wo)
 
 
+@memory.where_it_fits
 def empty_gradients(x: Tensor, signature: Signature, wanted: Sequence[bool]) -> Gradients:
     """Memory for the gradients that are wanted; the threshold's is one number a channel, (C,)."""
     s, gates = signature, 4 * signature.c
@@ -277,6 +280,7 @@ class Plan:
         geometry = o.kernel_size, o.stride, o.dilation, o.operands
         self.loop_key = (s.cin, s.c, s.h, s.w, s.n, s.dtype, s.device, geometry, half, *settings)
 
+    @memory.where_it_fits
     def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Memory for spk, syn and mem."""
         empty = x.new_empty_strided
