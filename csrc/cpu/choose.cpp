@@ -82,23 +82,6 @@ double tile_cost(const Cell& c, const Tiling& t, double channels, bool backward)
          filter_cost(c, points * t.parts(), channels, backward);
 }
 
-// Returns the cell without the taps that only ever meet the border, which are further from the
-// middle than one end of the image is from the other. The rest of the kernel is never wider than
-// twice the image, and the stride leads no further than the image reaches.
-Cell within_image(const Cell& cell) {
-  Cell c = cell;
-  const auto trim = [](int64_t size, int& kernel, int& stride, int& dilation, int& outer) {
-    const int64_t reach = size > 1 ? (size - 1) / dilation : 0, most = (kernel - 1) / 2;
-    outer = int(most > reach ? most - reach : 0);
-    kernel -= 2 * outer;
-    if (kernel == 1) dilation = 1;
-    stride = int(std::min<int64_t>(stride, size));
-  };
-  trim(c.H, c.kernel_h, c.stride_h, c.dilation_h, c.outer_h);
-  trim(c.W, c.kernel_w, c.stride_w, c.dilation_w, c.outer_w);
-  return c;
-}
-
 }  // namespace
 
 Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inputs, bool backward) {
