@@ -123,7 +123,7 @@ print("failed", hung)
 
 
 def test_locks_that_another_thread_holds_at_a_fork(in_a_process):
-    """Nobody waits for them, but a child that never got them would keep neither blocks nor order."""
+    """Without them the child would run, but keep no blocks and let snnTorch's list grow."""
     program = """
 import snntorch
 from snnlstm import snntorch as registry
@@ -216,48 +216,33 @@ if __name__ == "__main__":
     assert in_a_process(program).split() == ["True"]
 
 
-def test_sequences_of_growing_length_within_a_limit_of_memory(in_a_process):
-    """Memory must not run out while blocks are kept for later."""
-    program = """
-import resource
-cell = snnlstm.SConv2dLSTM(2, 16, 3, threshold=0.05)
-cell(torch.rand(2, 2, 2, 64, 64))[0].sum().backward()
-here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (here + (900 << 20),) * 2)
-for time_steps in range(20, 81, 20):
-    cell.reset_mem()
-    spk = cell(torch.rand(time_steps, 2, 2, 64, 64))[0]
-    spk.sum().backward()
-    del spk
-print("passed")
-"""
-    assert in_a_process(program).split() == ["passed"]
-
-
-@pytest.mark.parametrize("grad", [False, True])
-def test_results_get_the_memory_of_blocks_that_nobody_uses(grad, in_a_process):
-    """Results and gradients are torch's memory, for which torch drops none of our blocks."""
+@pytest.mark.parametrize("what", ["results", "gates", "gradients"])
+def test_memory_is_found_although_blocks_are_kept_for_later(what, in_a_process):
+    """Results and gradients are torch's memory; gates lie in blocks, larger than the free ones."""
     program = f"""
-import resource
+import mmap, resource
 from snnlstm.native import memory
 
-cell = snnlstm.SConv2dLSTM(2, 16, 3, threshold=0.05)
-x = torch.rand(100, 2, 2, 64, 64).requires_grad_({grad})  # 50 MiB of spikes, 6 of gradients
-kept = cell(x)[0].sum() if {grad} else None
+cell, what = snnlstm.SConv2dLSTM(2, 16, 3, threshold=0.05), {what!r}
+# 50 MiB of spikes, 6 of gradients; or 100 of gates in 20 steps
+x = torch.rand(20 if what == "gates" else 100, 2, 2, 64, 64).requires_grad_(what == "gradients")
+kept = cell(x)[0].sum() if what == "gradients" else None
 snnlstm.empty_cache()
 here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (here + (250 << 20),) * 2)
+room = mmap.mmap(-1, 20 << 20 if what == "gates" else 1)  # for the 10 MiB of their spikes
 held = [memory.empty((8 << 20,), torch.uint8)]
 try:
     while True:
         held.append(memory.empty((2 << 20,), torch.uint8))
 except MemoryError:
     del held
+room.close()
 assert memory.free_bytes() > 100 << 20
-if {grad}:
-    memory.workspace(1), kept.backward()
+if kept is not None:
+    kept.backward()
 else:
-    with torch.no_grad():
+    with torch.set_grad_enabled(what == "gates"):
         cell(x)
 print("passed")
 """
@@ -327,19 +312,16 @@ def test_limits_of_a_container_are_read(tmp_path: Path):
 
     groups.unlink()
     assert list(read(tmp_path, tmp_path / "cgroup")) == []
-    assert 0 < memory.KEPT <= min([1 << 30, *(limit // 8 for limit in read())])
 
 
-def test_a_limit_of_the_address_space_is_read(in_a_process):
-    program = """
-import importlib, resource
-from snnlstm.native import memory
-
-soft = 4 << 30
-resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
-print(importlib.reload(memory).KEPT <= soft // 8)
-"""
-    assert in_a_process(program).split() == ["True"]
+@pytest.mark.parametrize(
+    ("limits", "space", "kept"),
+    [([], -1, 1 << 30), ([80 << 20, 1 << 40], -1, 10 << 20), ([80 << 20], 40 << 20, 5 << 20)],
+)
+def test_an_eighth_of_what_the_process_may_use_is_kept(limits, space, kept, monkeypatch):
+    monkeypatch.setattr(memory, "_limits", lambda: limits)
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (space, -1))
+    assert memory._most_kept() == kept
 
 
 CTRL_C = """

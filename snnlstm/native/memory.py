@@ -62,14 +62,14 @@ def _limits(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> 
                 yield int((place / name).read_text())
 
 
-def _address_space() -> list[int]:
-    """Bytes that ``ulimit -v`` allows, if it limits them."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return [] if soft == resource.RLIM_INFINITY else [soft]
+def _most_kept() -> int:
+    """Bytes in blocks that nobody uses: a gibibyte, or an eighth of what the process may use."""
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
+    limits = [*_limits(), *([] if space == resource.RLIM_INFINITY else [space])]
+    return min([1 << 30, *(limit // 8 for limit in limits)])
 
 
-# Bytes in blocks that nobody uses, at most: a gibibyte, or an eighth of what the process may use.
-KEPT = min([1 << 30, *(limit // 8 for limit in (*_limits(), *_address_space()))])
+KEPT = _most_kept()
 
 
 class _Workspace:
@@ -139,7 +139,7 @@ def workspace(count: int) -> Tensor:
 
 
 def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function that only allocates try again without the free blocks if torch has no memory."""
+    """Let a function that only allocates try again without free blocks if torch has no memory."""
 
     @functools.wraps(function)
     def again(*args: P.args, **kwargs: P.kwargs) -> R:
