@@ -194,7 +194,7 @@ def large_cases(draw: Any) -> Case:
         mostly_small(80), height, width, draw(st.sampled_from(["number", "column", "four"])),
         draw(st.booleans()), draw(st.sampled_from([1.0, 0.7, -2.0])),
         draw(st.sampled_from([1.0, 0.3, 0.1, 0.02, 0.0])), draw(st.booleans()),
-        (draw(_LAYOUTS), draw(_LAYOUTS), draw(_LAYOUTS), draw(st.sampled_from(LAYOUTS))),
+        (draw(_LAYOUTS), draw(_LAYOUTS), draw(_LAYOUTS), draw(_LAYOUTS)),
         draw(st.integers(0, 2**16)), draw(st.sampled_from([1.0, 1.0, 1.0, 1e-3, 0.1, 10.0, 100.0])),
     )  # fmt: skip
     while _work(case) > _MOST_WORK:  # halve the largest size

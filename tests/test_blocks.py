@@ -102,6 +102,15 @@ def test_a_block_may_come_back_in_the_middle_of_a_call():
     del other
 
 
+def test_nobody_waits_for_the_lock():
+    """A signal handler may run a cell in the thread that holds the lock."""
+    other = threading.Thread(target=megabytes, args=(4,), daemon=True)
+    with blocks._lock:
+        other.start()
+        other.join(10)
+        assert not other.is_alive()
+
+
 def test_the_cache_may_be_emptied_in_the_middle_of_a_call():
     """A signal handler may call empty_cache() in the thread that holds the lock."""
     held, kept = megabytes(8), megabytes(4)

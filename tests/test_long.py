@@ -48,7 +48,7 @@ def made_and_dropped(cell, count):
 
 @measures_memory
 @pytest.mark.parametrize(
-    ("work", "count"), [(steps, 2000), (iterations, 100), (made_and_dropped, 50)]
+    ("work", "count"), [(steps, 2000), (iterations, 200), (made_and_dropped, 50)]
 )
 def test_memory_does_not_grow(work, count):
     """The growth is measured after a warm-up; a leak of states, cells or graphs exceeds MOST."""

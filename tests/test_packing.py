@@ -252,6 +252,25 @@ def test_temporary_weights_leave_nothing_behind():
     assert len(packing._packed) == 0
 
 
+@torch.no_grad()
+def test_weights_that_are_views_of_one_buffer(packings):
+    """Views that take turns are packed once each; of views that move on, few packings are kept."""
+    size = 64 * 19 * 9
+    buffer, x = torch.randn(size + 20), image()
+
+    def step(offset):
+        weight = buffer[offset : offset + size].view(64, 19, 3, 3)
+        snnlstm.functional.sconv2dlstm(x, weight=weight, threshold=0.05)
+
+    for offset in (0, 1, 0, 1):
+        step(offset)
+    assert len(packings) == 2 * len(set(packings))
+    for offset in range(20):
+        step(offset)
+    (places,) = packing._packed.values()
+    assert len(places) == packing._MOST_PLACES
+
+
 def test_an_old_value_is_not_kept():
     cell, x = make(), image()
     for _ in range(3):
