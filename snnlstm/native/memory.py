@@ -30,7 +30,8 @@ from torch import Tensor
 
 __all__ = ["SMALLEST", "empty", "empty_cache", "free_bytes", "where_it_fits", "workspace"]
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 SMALLEST = 256 << 10  # bytes; less comes from torch, that is, from malloc
 CACHE_LINE = 64  # bytes; vectors that lie across two cost twice
