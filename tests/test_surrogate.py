@@ -215,16 +215,21 @@ EDGES = [*ALL, ("SFS", {"slope": 5, "B": 0.125})]
 
 @pytest.mark.parametrize("u", [0.0, 0.125, 1.0, -1.0])
 @pytest.mark.parametrize(("name", "kwargs"), EDGES, ids=str)
-def test_the_kernels_have_the_gradients_of_exact_edges(backend, name, kwargs, u):
+def test_the_kernels_spike_reset_and_differentiate_exactly_at_edges(backend, name, kwargs, u):
     """mem is 0.5 to the last bit, so mem - threshold is u, where some surrogates jump."""
     closure = getattr(surrogate if name == "LSO" else theirs, name)(**kwargs)
-    cells = twins(1, 1, 1, spike_grad=closure, threshold=0.5 - u)
+    options = {"threshold": 0.5 - u, "reset_mechanism": "subtract"}
+    cells = twins(1, 1, 1, spike_grad=closure, **options)
+    zeros = torch.zeros(1, 1, 1, 1)
     for cell in cells:
         with torch.no_grad():
             cell.conv.weight.zero_()
             cell.conv.bias.copy_(torch.tensor([99.0, 99.0, 0.0, 99.0]))
-        spk, _, mem = cell(torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 50.0), None)
+        spk, syn, mem = cell(zeros, torch.full_like(zeros, 50.0), torch.full_like(zeros, -9.0))
         assert mem.item() == 0.5
+        assert spk.item() == (u > 0)
+        # The next step resets if this one spiked.
+        assert cell(zeros, syn, mem)[2].item() == 0.5 - (u > 0) * (0.5 - u)
         torch.manual_seed(4)
         spk.sum().backward()
     backend.check(cells[0].path)
