@@ -68,7 +68,7 @@ class StatefulCell(Base):
     mem: Tensor = _stored_state("_mem", "membrane potential")
 
     def __getattr__(self, name: str) -> Any:
-        # snnTorch's AttributeMonitor calls this method, which knows nn.Module's buffers alone.
+        # snnTorch's AttributeMonitor calls this method, and nn.Module's finds no properties.
         states = name in ("syn", "mem")
         return object.__getattribute__(self, name) if states else super().__getattr__(name)
 
