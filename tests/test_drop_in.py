@@ -99,6 +99,12 @@ def test_a_missing_or_broken_snntorch_costs_no_more_than_its_features(tmp_path, 
     assert said in done.stderr
 
 
+def test_it_imports_where_unix_modules_are_missing():
+    code = "import sys, snntorch\nfor name in ('fcntl', 'grp', 'pwd', 'resource', 'termios'):\n"
+    code += "    sys.modules[name] = None\nimport os; del os.register_at_fork, os.fork\n"
+    subprocess.run([sys.executable, "-c", code + "import snnlstm"], check=True)
+
+
 def test_second_derivatives_are_those_of_snntorch(backend):
     """A penalty on gradients is differentiated through the states and through the surrogate."""
     penalties = []

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import resource
 import threading
 import time
 import weakref
@@ -27,6 +26,11 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 __all__ = ["SMALLEST", "empty", "empty_cache", "free_bytes", "where_it_fits", "workspace"]
 
@@ -65,9 +69,10 @@ def _limits(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> 
 
 def _most_kept() -> int:
     """Bytes in blocks that nobody uses: a gibibyte, or an eighth of what the process may use."""
-    space, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
-    limits = [*_limits(), *([] if space == resource.RLIM_INFINITY else [space])]
-    return min([1 << 30, *(limit // 8 for limit in limits)])
+    limits = [*_limits()]
+    if resource is not None:
+        limits.append(resource.getrlimit(resource.RLIMIT_AS)[0])  # ulimit -v
+    return min([1 << 30, *(limit // 8 for limit in limits if limit != -1)])
 
 
 KEPT = _most_kept()
