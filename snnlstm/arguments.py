@@ -157,7 +157,7 @@ def real_tensor(name: str, value: Any) -> Tensor:
         raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
     if not isinstance(value, Tensor):
         try:
-            value = torch.as_tensor(value)
+            value = torch.as_tensor(value, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must be a number or a tensor, got {value!r}") from error
     if value.dtype is torch.bool or value.dtype.is_complex:
@@ -303,7 +303,10 @@ def scalar_like(
     """Check a threshold or graded factor; returns it in x's dtype and on x's device."""
     if is_number(value):
         return torch.full((), float(value), dtype=x.dtype, device=x.device)
-    tensor = value if isinstance(value, Tensor) else real_tensor(name, value)
+    if isinstance(value, Tensor):
+        tensor = value
+    else:  # what is no tensor has no device either
+        tensor = real_tensor(name, value).to(x.device)
     if tensor.dim():
         real_tensor(name, tensor)
         state_broadcast(name, tensor.shape, state, options)

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from helpers import close, ours, steps, theirs
@@ -119,6 +120,18 @@ def test_the_default_device_is_that_of_a_new_cell_that_names_none(default_device
         assert named.conv.weight.grad.device.type == "cpu"
         assert native is None or named.path.native
         named.reset_parameters()
+
+
+def test_a_threshold_without_a_device_is_put_on_that_of_x(default_device):
+    """Lists and NumPy's arrays have no device; torch's default device need not be that of x."""
+    x = torch.ones(2, 2, 5, 5, device="cpu")
+    weight = torch.full((12, 5, 3, 3), 0.01, device="cpu")
+    expected = snnlstm.functional.sconv2dlstm(x, weight=weight, threshold=0.1)
+    for threshold in ([0.1], [[[0.1]]] * 3, np.full((3, 1, 1), 0.1)):
+        out = snnlstm.functional.sconv2dlstm(
+            x, weight=weight, threshold=threshold, graded_spikes_factor=[1.0]
+        )
+        close(out, expected)
 
 
 def test_a_cell_without_memory_gets_it_by_to_empty():
