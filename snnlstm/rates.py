@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch as functorch
 
 from .arguments import a_module
 from .sconv2dlstm import SConv2dLSTM
@@ -43,17 +44,26 @@ class Count:
         with torch.no_grad():
             while isinstance(output, tuple | list):
                 output = output[0]
-            self.spikes = self.spikes + output.count_nonzero()
+            output = _bare(output)
+            self.spikes = _bare(self.spikes + output.count_nonzero())
             self.chances += output.numel()
             mem = getattr(layer, "_mem" if isinstance(layer, SConv2dLSTM) else "mem", None)
             if isinstance(mem, Tensor) and mem.numel():
-                highest, so_far = mem.detach().max(), self.highest
-                self.highest = highest if so_far is None else torch.maximum(highest, so_far)
+                highest, so_far = _bare(mem).detach().max(), self.highest
+                self.highest = _bare(highest if so_far is None else torch.maximum(highest, so_far))
 
     @property
     def rate(self) -> float:
         """Spikes per neuron and step; NaN where the layer was not called."""
         return float(self.spikes) / self.chances if self.chances else float("nan")
+
+
+def _bare(tensor: Tensor) -> Tensor:
+    """The tensor without the wrappers of torch.func's transforms; under vmap, of all samples."""
+    if not torch.compiler.is_compiling():
+        while functorch.maybe_get_level(tensor) >= 0:
+            tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 class SpikeRates(dict[str, Count]):
@@ -69,6 +79,10 @@ class SpikeRates(dict[str, Count]):
         ]
 
     def __enter__(self) -> SpikeRates:
+        if self._handles:
+            raise RuntimeError(
+                "these spikes are being counted: call spike_rates again for a block in a block"
+            )
         for name, layer in self._layers:
             threshold = getattr(layer, "threshold", None)
             lowest = float(threshold.detach().min()) if isinstance(threshold, Tensor) else None
@@ -87,7 +101,7 @@ class SpikeRates(dict[str, Count]):
         for name, count in self.items():
             rate, note = f"{count.rate:.2%}", "" if count.spikes else "never spiked"
             if not count.chances:
-                rate, note = "", "not called"
+                rate, note = "", "not called, or compiled before"
             numbers = (count.highest, count.threshold)
             highest, threshold = ("" if n is None else f"{float(n):.3g}" for n in numbers)
             spikes = str(int(count.spikes))
@@ -105,7 +119,8 @@ def spike_rates(model: nn.Module, show: bool = True) -> SpikeRates:
     """Count the spikes of every neuron layer of a network within a ``with`` block.
 
     The layers are our cells, snnTorch's cells and its other neurons. Counting changes neither what
-    they compute nor the kernels that run. ::
+    they compute nor the kernels that run. What torch.compile compiled before the block does not
+    count: compile within the block, or call the network as it was before. ::
 
         with snnlstm.spike_rates(net):
             net(x)

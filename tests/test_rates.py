@@ -72,7 +72,7 @@ def test_the_table_names_what_never_spiked_and_what_was_not_called(capsys):
         "a", "SConv2dLSTM", f"{rates['a'].rate:.2%}", str(int(rates["a"].spikes)),
     ]  # fmt: skip
     assert lines[2].endswith("1  never spiked")
-    assert lines[3].endswith("not called")
+    assert lines[3].endswith("not called, or compiled before")
     assert math.isnan(rates["c"].rate)
 
 
@@ -93,3 +93,39 @@ def test_after_an_error_the_hooks_are_gone_and_nothing_is_printed(capsys):
     with snnlstm.spike_rates(cell, show=False) as rates:
         cell(torch.zeros(1, 2, 5, 5))
     assert list(rates) == [""]
+
+
+def test_blocks_within_blocks_count_each_for_itself():
+    cell = ours()
+    with snnlstm.spike_rates(cell, show=False) as outer:
+        cell(X[0])
+        with snnlstm.spike_rates(cell, show=False) as inner:
+            cell(X[1])
+        with pytest.raises(RuntimeError, match="are being counted: call spike_rates again"), outer:
+            pass
+        cell(X[2])
+    assert outer[""].chances == 3 * inner[""].chances
+    assert not cell._forward_hooks
+    with outer:  # a block after the block starts anew
+        cell(X[0])
+    assert outer[""].chances == inner[""].chances
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "vmap of grad"])
+def test_calls_under_transforms_of_torch_func_are_counted(transform):
+    cell = ours(reset_mechanism="subtract")
+
+    def total(x):
+        return sum(o.sum() for o in cell(x, torch.zeros(0), torch.zeros(0)))
+
+    with snnlstm.spike_rates(cell, show=False) as expected:
+        for x in X:
+            total(x)
+    with snnlstm.spike_rates(cell, show=False) as rates:
+        if transform == "grad":
+            for x in X:
+                torch.func.grad(total)(x)
+        else:
+            torch.func.vmap(total if transform == "vmap" else torch.func.grad(total))(X)
+    assert str(rates) == str(expected)
+    assert rates[""].rate == expected[""].rate > 0
