@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import PLAIN, Inputs, wanting_gradients
 from gradients import NAMES, OUTPUTS, gradients, leaves_and_gradients, total
-from helpers import same
+from helpers import ours, same, steps
 from kernels import native
 from poison import NAN, poisoned
 
@@ -78,3 +78,19 @@ def test_editing_an_output_in_place_gives_right_gradients(name):
                 out[name] = out[name] * 3 + 1
             outcomes.append(torch.autograd.grad(total(tuple(out.values()), grads), inputs[:6]))
         same(*outcomes)
+
+
+@pytest.mark.parametrize("time", [1, 3])
+def test_an_input_made_in_inference_mode_may_be_trained_on(time):
+    """snnTorch's cell copies x with `cat`, so that a frozen encoder may run in inference mode."""
+    found = []
+    for mode in (False, True):
+        cell = ours()
+        with torch.inference_mode(mode):
+            x = steps(time, 2, 2, 6, 7) * 1
+        for one in (x, x[0]):
+            cell(one)[2].sum().backward()
+            cell.reset_mem()
+        assert cell.path.native
+        found.append([p.grad for p in cell.parameters()])
+    same(*found)

@@ -190,6 +190,9 @@ def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]
         training = of_weight or of_states or x.requires_grad or threshold.requires_grad
     if call.signature is None:  # torch.compile traces
         return (*ops.run(call, training, algorithm), None)
+    if training and x.is_inference():  # autograd refuses to save it
+        x = x.clone()
+        call = call._replace(x=x)
     choice = kernels.choose(call, algorithm)
     if not training:
         return (*choice.forward(call, False)[:3], choice.name)
