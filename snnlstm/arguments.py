@@ -250,6 +250,8 @@ def input_tensor(x: Any, weight: Tensor, in_channels: int, batch_first: bool = F
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"x must be dense, as x.to_dense() is, got layout {x.layout}")
     given = tuple(x.shape)
     if batch_first and x.dim() == 5:
         given = (given[1], given[0], *given[2:])
@@ -274,13 +276,23 @@ def _converted(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
         )
     dtype = state_dtype(weight)
     if tensor.dtype != dtype:
-        if torch.promote_types(tensor.dtype, dtype) != dtype:
+        if not _converts(tensor.dtype, dtype):
             raise TypeError(
                 f"{name} must be of {dtype}, as weight is, or convert to it without loss, "
                 f"got {tensor.dtype}"
             )
         tensor = tensor.to(dtype)
     return tensor
+
+
+def _converts(dtype: torch.dtype, to: torch.dtype) -> bool:
+    """Whether numbers of `dtype` become numbers of the dtype `to` by themselves."""
+    try:
+        return torch.promote_types(dtype, to) == to
+    except (
+        RuntimeError
+    ):  # torch has no rule for unsigned integers of 16 bits or more, nor for float8
+        return True
 
 
 def state_tensor(name: str, state: Any, shape: Sequence[int], x: Tensor, weight: Tensor) -> Tensor:

@@ -281,7 +281,7 @@ class SConv2dLSTM(DescribedCell):
 
     def _like_before(self, x: Any, syn: Any, mem: Any, record: Any) -> Call | None:
         """Return the call, if its arguments are like those of a call that was checked before."""
-        if type(x) is not Tensor or not isinstance(record, bool):
+        if type(x) is not Tensor or x.layout is not torch.strided or not isinstance(record, bool):
             return None
         conv: Any = self._modules.get("conv")
         sequence = x.dim() == 5

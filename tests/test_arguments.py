@@ -66,7 +66,7 @@ ATTRIBUTES = OPTIONS | {
 # forward and the functional form share these arguments.
 CALL = {
     "x": {
-        TypeError: ([[1.0]], None, X.double(), X.to(torch.complex64)),
+        TypeError: ([[1.0]], None, X.double(), X.to(torch.complex64), X.to_sparse(), X.to_mkldnn()),
         ValueError: (
             torch.zeros(2, 5, 5), torch.zeros(1, 1, 1, 2, 5, 5), torch.zeros(1, 3, 5, 5),
             torch.zeros(1, 2, 0, 5), torch.zeros(1, 2, 5, 0), torch.zeros(3, 1, 2, 0, 5),

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import close, ours, steps, theirs
+from helpers import close, ours, states, steps, theirs
 from kernels import native
 from test_autocast import TOLERANCE, half
 
@@ -62,6 +62,12 @@ def test_thresholds_of_another_dtype_are_converted(backend):
     )[0].sum().backward()
     assert double.grad.dtype == torch.float64
     assert double.grad.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.float8_e5m2], ids=str)
+def test_inputs_of_dtypes_that_torch_does_not_promote(dtype):
+    cell, x = ours(), steps(1, 2, 2, 6, 7)[0]
+    close(cell(x.to(dtype), *states(2, 3, 6, 7)), cell(x, *states(2, 3, 6, 7)))
 
 
 @pytest.fixture
