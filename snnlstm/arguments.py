@@ -289,9 +289,7 @@ def _converts(dtype: torch.dtype, to: torch.dtype) -> bool:
     """Whether numbers of `dtype` become numbers of the dtype `to` by themselves."""
     try:
         return torch.promote_types(dtype, to) == to
-    except (
-        RuntimeError
-    ):  # torch has no rule for unsigned integers of 16 bits or more, nor for float8
+    except RuntimeError:  # torch has no rule for float8, nor for wide unsigned integers
         return True
 
 
