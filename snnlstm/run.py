@@ -178,6 +178,8 @@ def _reason_against_now(call: Call) -> Path | None:
             return Path("reference", "weight is not strided")
         if x.is_neg() or syn.is_neg() or mem.is_neg() or weight.is_neg():
             return Path("reference", "a tensor is a lazily negated view")
+    elif torch._C._are_functorch_transforms_active():
+        return Path("reference", "a torch.func transform is active")
     if x.numel() == 0:
         return Path("reference", "x is empty")
     if call.fire is not None or call.mem_reset is not None:
