@@ -42,7 +42,7 @@ TESTS = {
 NOTICE = {
     "package": ["arguments", "messages", "semantics", "state", "overrides", "transforms",
                 "training", "path", "autocast", "loop", "surrogate", "quant", "dtypes",
-                "constructor", "inhibition", "batch_first", "autograd", "swap"],
+                "constructor", "inhibition", "batch_first", "autograd", "swap", "drop_in"],
     "cell": ["semantics", "quant", "surrogate", "kernels", "kernel_gradients", "equivalence"],
 }  # fmt: skip
 # pytest leaves out tests of the emulator, a test of line numbers, which mutmut changes, and tests
