@@ -165,21 +165,19 @@ def _reason_against_now(call: Call) -> Path | None:
     x, syn, mem, weight, bias, threshold, graded = call[:7]
     if call.reason is not None:  # a foreign conv has weights of its own
         weight, bias = x, None
+    if torch._C._are_functorch_transforms_active():
+        return Path("reference", "a torch.func transform is active")
     if call.signature is not None:  # torch.compile does not trace
         if not _PLAIN.issuperset(map(type, (x, syn, mem, weight, bias, threshold, graded))):
             return Path("reference", "a tensor is of a subclass")
         if torch._C._get_tracing_state() is not None or _get_mode(_PROXY) is not None:
             return Path("reference", "tracing records plain operators")
-        if torch._C._are_functorch_transforms_active():
-            return Path("reference", "a torch.func transform is active")
         if forward_ad._current_level >= 0:
             return Path("reference", "forward-mode differentiation is active")
         if weight.layout is not torch.strided:
             return Path("reference", "weight is not strided")
         if x.is_neg() or syn.is_neg() or mem.is_neg() or weight.is_neg():
             return Path("reference", "a tensor is a lazily negated view")
-    elif torch._C._are_functorch_transforms_active():
-        return Path("reference", "a torch.func transform is active")
     if x.numel() == 0:
         return Path("reference", "x is empty")
     if call.fire is not None or call.mem_reset is not None:
