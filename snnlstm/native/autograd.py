@@ -2,8 +2,7 @@
 
 Saved for the backward pass: the arguments, and per time step the activated gates and syn.
 mem and the reset are recomputed from these (the reset rides in a sign bit of the gates). With
-``checkpoint`` the gates are recomputed too: checkpoint.py. A step call leaves the gradients of
-weight and bias to its loop: loop.py.
+``checkpoint`` the gates are recomputed too: checkpoint.py.
 """
 
 from __future__ import annotations
@@ -19,16 +18,10 @@ from torch.autograd import forward_ad
 from .. import reference
 from ..call import Call, make_call, version
 from . import checkpoint, kernels, ops
-from .loop import loop_of
-from .tensors import Saved, Step, plain, restored
+from .tensors import as_saved, plain, restored
 
 __all__ = ["run"]
 
-_will_run = torch._C._will_engine_execute_node
-# Whether the backward pass that runs keeps its graph for another one; older versions do not tell.
-_keeps_graph: Callable[[], bool] = getattr(
-    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
-)
 # Whether a gradient is one of many at once, as with is_grads_batched=True.
 _is_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
@@ -36,20 +29,18 @@ _is_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtenso
 class _SConv2dLSTM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Take a call's seven tensors, with its loop's weight and bias, and what is no tensor."""
-        *tensors, call, choice, loop, algorithm = given
+        """Take a call's seven tensors, and what is no tensor."""
+        *tensors, call, choice, algorithm = given
         # A threshold may be written to before the backward pass: snnTorch's graph keeps none.
         ctx.threshold, ctx.version = call.threshold, version(call.threshold)
         tensors[5] = call.threshold.clone()
         saved: Any
         if call.options.checkpoint is True:
             (spk, new_syn, new_mem, _), saved = checkpoint.forward(call, algorithm)
-            addresses: tuple[int, ...] = ()
         else:
             spk, new_syn, new_mem, saved = choice.forward(call, True)
-            addresses = tuple(map(Tensor.data_ptr, saved))
         ctx.save_for_backward(*tensors, *saved)
-        ctx.kept = call.options, call.signature, choice, loop, algorithm, addresses
+        ctx.kept = call.options, call.signature, choice, algorithm
         ctx.set_materialize_grads(False)
         if call.options.surrogate.kind == 0:
             ctx.mark_non_differentiable(spk)
@@ -57,58 +48,39 @@ class _SConv2dLSTM(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        return (*_gradients(ctx, grads), *(None,) * 5)
+        return (*_gradients(ctx, grads), *(None,) * 4)
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The gradients of a backward pass, in the order of :class:`Gradients`."""
+    """The gradients of a backward pass, in the order of :class:`Gradients`.
+
+    The pass writes to nothing that was saved: it may be interrupted and run again.
+    """
     if grads[0] is grads[1] is grads[2] is None:
         return (None,) * 6
     x, syn, mem, weight, bias, threshold, graded, *saved = ctx.saved_tensors
-    options, signature, choice, loop, algorithm, addresses = ctx.kept
+    options, signature, choice, algorithm = ctx.kept
     wanted = ctx.needs_input_grad[:6]
-    if torch.is_grad_enabled() or _beyond_kernels(grads):
-        again = torch.is_grad_enabled()
-        if wanted[5] and not again:
-            threshold = threshold.detach().requires_grad_()  # the copy was made without gradients
-        elif wanted[5]:
+    again = torch.is_grad_enabled()
+    if again or _beyond_kernels(grads):
+        if wanted[5] and again:
             if version(ctx.threshold) != ctx.version:
                 raise RuntimeError(
                     "the threshold was modified by an inplace operation, and its gradient is to "
                     "be differentiated"
                 )
             threshold = ctx.threshold
-        inputs = x, syn, mem, weight, bias, threshold
-        return _in_plain_torch(inputs, graded, options, grads, wanted, again)
+        call = Call(x, syn, mem, weight, bias, threshold, graded, options, signature)
+        return _in_plain_torch(call, grads, wanted, again)
     grads = [None if grad is None else plain(grad) for grad in grads]
-    dtype = signature.dtype
-    for t in (x, syn, mem, weight):
-        if t.dtype is not dtype or t.is_neg():  # hooks on saved tensors changed it
-            x, syn, mem, weight = (plain(t).to(dtype) for t in (x, syn, mem, weight))
-            break
+    s = signature
+    x = as_saved(x, (*((s.time,) if options.sequence else ()), s.n, s.cin, s.h, s.w), s.dtype)
+    syn, mem = as_saved(syn, s.state, s.dtype), as_saved(mem, s.state, s.dtype)
     call = Call(x, syn, mem, weight, bias, threshold, graded, options, signature)
     if options.checkpoint is True:
-        if loop is None:
-            states = [plain(t).to(dtype) for t in saved]
-            return checkpoint.backward(call, states, grads, wanted, algorithm)
-        kept, own = checkpoint.recompute(call, algorithm), True
-    else:
-        kept, own = Saved(*saved), tuple(map(Tensor.data_ptr, saved)) == addresses
-        if not own:  # hooks brought them back in other memory
-            kept = restored(kept, choice.saved_shapes)
-    if loop is None:
-        return choice.backward(call, kept, grads, wanted)
-    bias_here = choice.sums_bias and loop.left.wanted[1]
-    here = (*wanted[:3], False, bias_here, wanted[5])
-    if not _will_run(loop.node):  # a pass that does not want the weight's gradient
-        return choice.backward(call, kept, grads, here, steps=loop.steps)._replace(bias=None)
-    # The gates' memory takes their gradient, unless somebody may still read it: another backward
-    # pass over this graph, or a hook that brought it.
-    overwrite = own and (options.checkpoint is True or not _keeps_graph())
-    d_gates = choice.empty_d_gates(call, kept if overwrite else None)
-    out = choice.backward(call, kept, grads, here, d_gates, loop.steps)
-    loop.left.add(choice, Step(x, mem, d_gates, out.bias))
-    return out._replace(bias=None)
+        states = [as_saved(state, s.state, s.dtype) for state in saved]
+        return checkpoint.backward(call, states, grads, wanted, algorithm)
+    return choice.backward(call, restored(saved, choice.saved_shapes), grads, wanted)
 
 
 # This is _SConv2dLSTM.apply without its search for torch.func's wrappers among all arguments: a
@@ -126,22 +98,30 @@ def _beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
 
 @torch.enable_grad()
 def _in_plain_torch(
-    inputs: Sequence[Tensor | None], graded: Tensor, options: Any,
-    grads: Sequence[Tensor | None], wanted: Sequence[bool], again: bool,
-) -> Sequence[Tensor | None]:  # fmt: skip
+    call: Call, grads: Sequence[Tensor | None], wanted: Sequence[bool], again: bool
+) -> Sequence[Tensor | None]:
     """The same gradients in plain torch; with `again` they can be differentiated in their turn."""
     # The inputs are aliased, because one may have been computed from another one, and that path
-    # must not count.
-    own: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
-    x, syn, mem, weight, bias, threshold = own
-    outputs = reference.run(Call(x, syn, mem, weight, bias, threshold, graded, options))
+    # must not count. An input may have stopped to require a gradient since the forward pass.
+    own: list[Any] = [
+        t if t is None else t.detach().requires_grad_() if want and not t.requires_grad
+        else t.view_as(t)
+        for t, want in zip(call[:6], wanted, strict=True)
+    ]  # fmt: skip
+    operands = call.signature.options.operands
+    # The forward pass's autocast counts, not that of the code which asks for the gradients.
+    with torch.autocast(call.signature.device_type, operands, enabled=operands is not None):
+        x, syn, mem, weight, bias, threshold = own
+        outputs = reference.run(
+            Call(x, syn, mem, weight, bias, threshold, call.graded, call.options)
+        )
     pairs = [
         (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
     ]
     if not pairs:
-        return (None,) * len(inputs)
+        return (None,) * len(own)
     ends, given = zip(*pairs, strict=True)
-    sources: list[Any] = [t for t, want in zip(own, wanted, strict=True) if want]
+    sources = [t for t, want in zip(own, wanted, strict=True) if want]
     found = torch.autograd.grad(ends, sources, given, create_graph=again, allow_unused=True)
     rest = iter(found)
     return tuple(next(rest) if want else None for want in wanted)
@@ -183,11 +163,14 @@ def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]
     if weight.dtype != x.dtype:  # a half precision module under autocast
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         call = call._replace(weight=weight, bias=bias)
-    of_weight = training = False
-    if torch.is_grad_enabled():
-        of_weight = weight.requires_grad or (bias is not None and bias.requires_grad)
-        of_states = mem.requires_grad or syn.requires_grad
-        training = of_weight or of_states or x.requires_grad or threshold.requires_grad
+    training = torch.is_grad_enabled() and (
+        weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or mem.requires_grad
+        or syn.requires_grad
+        or x.requires_grad
+        or threshold.requires_grad
+    )
     if call.signature is None:  # torch.compile traces
         return (*ops.run(call, training, algorithm), None)
     if training and x.is_inference():  # autograd refuses to save it
@@ -196,9 +179,5 @@ def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]
     choice = kernels.choose(call, algorithm)
     if not training:
         return (*choice.forward(call, False)[:3], choice.name)
-    loop = loop_of(weight, bias) if of_weight and not options.sequence else None
-    if loop is not None:
-        loop.steps += 1
-        weight, bias = loop.weight, loop.bias
-    out = _apply(x, syn, mem, weight, bias, threshold, graded, call, choice, loop, algorithm)
+    out = _apply(x, syn, mem, weight, bias, threshold, graded, call, choice, algorithm)
     return (*out, choice.name)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..call import Call, make_call
 from . import kernels, memory, tensors
-from .tensors import Gradients, Result, Saved
+from .tensors import Gradients, Result
 
-__all__ = ["backward", "boundary_count", "forward", "recompute"]
+__all__ = ["backward", "boundary_count", "forward"]
 
 
 @lru_cache
@@ -77,14 +77,6 @@ def forward(call: Call, algorithm: str) -> tuple[Result, list[Tensor]]:
 def _keeping(call: Call) -> Call:
     """The same call, to be run so that its gates are kept."""
     return make_call((*call[:7], replace(call.options, checkpoint=False)))
-
-
-def recompute(call: Call, algorithm: str) -> Saved:
-    """What the forward pass would have kept without ``checkpoint``."""
-    again = _keeping(call)
-    saved = kernels.choose(again, algorithm).forward(again, True).saved
-    assert saved is not None
-    return saved
 
 
 def _with_carry(grad: Tensor | None, segment: slice, carry: Tensor | None) -> Tensor | None:

@@ -14,15 +14,14 @@ from .. import _C
 from ..call import DTYPES, Call, Signature
 from . import memory, tensors
 from .packing import Packed, look_up
-from .tensors import Gradients, Result, Saved, Shapes, Step, address, view
+from .tensors import Gradients, Result, Saved, Shapes, address
 
 __all__ = ["ALGORITHMS", "Kernels", "set_isa"]
 
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/cpu/api.h
 
-# What is done once for a weight is taken to serve so many step calls, where their loop is longer or
-# not known.
-_STEPS_OF_LOOP = 16
+# The choice of algorithms takes one packing of the weight to serve this many step calls.
+_STEPS_PER_PACK = 16
 
 isa = _C.isa_name()
 
@@ -71,29 +70,17 @@ class _Way:
         isa = self._plan.isa
         return [(number, f"{isa}:{name}", size) for number, name, size in core.forms(**which)]
 
-    def backward(
-        self, grad_x: bool, weight: bool, steps: int = _STEPS_OF_LOOP
-    ) -> tuple[Any, Any, int]:
-        """The core's plan of the backward pass, the forms that it reads, bytes of its workspace.
-
-        A step call is one of `steps` that share the forms.
-        """
-        found = self.gradients.get((grad_x, weight, steps))
+    def backward(self, grad_x: bool, weight: bool) -> tuple[Any, Any, int]:
+        """The core's plan of the backward pass, the forms that it reads, bytes of its workspace."""
+        found = self.gradients.get((grad_x, weight))
         if found is None:
             plan = self._plan
-            cell = plan.cell if plan.signature.options.sequence else plan.cell_of(steps)
+            sequence = plan.signature.options.sequence
+            cell = plan.cell if sequence else plan.cell_of(_STEPS_PER_PACK)
             core = self._make(cell, backward=True).with_time(plan.time)
             forms = self._forms_of(core, backward=True, grad_x=grad_x)
             found = core, forms, core.backward_workspace(weight)
-            self.gradients[grad_x, weight, steps] = found
-        return found
-
-    def weight_gradient(self, steps: int) -> tuple[Any, int]:
-        """The core's plan of a loop's weight gradient, and the bytes of its workspace."""
-        found = self.gradients.get(steps)
-        if found is None:
-            core = self._make(self._plan.cell_of(steps), backward=True)
-            found = self.gradients[steps] = core, core.weight_gradient_workspace
+            self.gradients[grad_x, weight] = found
         return found
 
 
@@ -102,7 +89,7 @@ class Plan(tensors.Plan):
 
     def __init__(self, half: Kernels, call: Call, algorithm: str, threads: int, isa: str) -> None:
         number = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
-        super().__init__(half, call, number, threads, isa)
+        super().__init__(half, call)
         s, o = self.signature, self.signature.options
         self.algorithm, self.threads, self.isa, self.time = number, threads, isa, s.time
         self.cell = self.cell_of(s.time)
@@ -160,19 +147,11 @@ class Choice:
     alive.
     """
 
-    __slots__ = ("loop_key", "name", "packed", "plan", "saved_shapes", "way")
-    sums_bias = True  # a loop's step forms its part of the bias gradient in its backward pass
+    __slots__ = ("name", "packed", "plan", "saved_shapes", "way")
 
     def __init__(self, plan: Plan, way: _Way, packed: Packed | None) -> None:
         self.plan, self.way, self.packed, self.name = plan, way, packed, way.name
-        self.loop_key, self.saved_shapes = plan.loop_key, plan.saved_shapes
-
-    def empty_d_gates(self, call: Call, kept: Saved | None) -> Tensor:
-        """Memory for the gate gradients of a step; that of the gates in `kept`, if they fit."""
-        if kept is not None and not self.plan.half_gates:
-            return kept.gates
-        (*images, padded), dtype = self.saved_shapes[1]
-        return memory.empty((*images, 4 * padded), dtype)
+        self.saved_shapes = plan.saved_shapes
 
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; `training`: keep what :meth:`backward` needs."""
@@ -216,23 +195,18 @@ class Choice:
         saved: Saved,
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
-        d_gates: Tensor | None = None,
-        steps: int = _STEPS_OF_LOOP,
     ) -> Gradients:
         """Run the backward kernels on what :meth:`forward` was given and kept.
 
         `grads`, of spk, syn and mem, may have any memory layout, and None stands for zeros.
-        `wanted` says which gradients are computed, in the order of :class:`Gradients`. `d_gates`,
-        if given, has the shape of ``saved.gates``, may be that, and gets the gradient of the gate
-        sums. A step call's loop has so many `steps`.
+        `wanted` says which gradients are computed, in the order of :class:`Gradients`.
         """
         plan, x = self.plan, call.x
         dtype = x.dtype
-        steps = 1 << min(steps, _STEPS_OF_LOOP).bit_length() - 1  # a power of two: few plans
-        core, forms, size = self.way.backward(wanted[0], wanted[3], steps)
+        core, forms, size = self.way.backward(wanted[0], wanted[3])
         packed, self.packed = self.packed, None
         if packed is None:  # a second backward pass over the same graph
-            packed, _ = look_up(call.weight)
+            packed, _ = look_up(tensors.saved_weight(call))
         out = tensors.empty_gradients(x, plan.signature, wanted)
         if plan.huge:
             _prefer_huge_pages(*out)
@@ -242,7 +216,7 @@ class Choice:
         workspace = memory.workspace(size)
         core.backward(
             **packed.addresses(core, forms),
-            **tensors.backward_arguments(call, saved, grads, noise, out, d_gates),
+            **tensors.backward_arguments(call, saved, grads, noise, out, None),
             half_gates=plan.half_gates,
             threshold=threshold.data_ptr(),
             threshold_stride=plan.threshold_stride,
@@ -251,23 +225,6 @@ class Choice:
             workspace=workspace.data_ptr(),
         )
         return tensors.shaped_as(call.threshold, out)
-
-    def weight_gradient(
-        self, steps: Sequence[Step], wanted: Sequence[bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of weight and bias, as `wanted`, from what step calls of this plan left."""
-        of_bias = torch.stack([step.bias for step in steps]).sum(0) if wanted[1] else None  # type: ignore[misc]
-        if not wanted[0]:
-            return None, of_bias
-        core, size = self.way.weight_gradient(len(steps))
-        want = (False, False, False, True, False, False)
-        of_weight = tensors.empty_gradients(steps[0].x, self.plan.signature, want).weight
-        core.weight_gradient(
-            steps=[(view(step.x), view(step.mem), step.d_gates.data_ptr()) for step in steps],
-            grad_weight=address(of_weight),
-            workspace=memory.workspace(size).data_ptr(),
-        )
-        return of_weight, of_bias
 
 
 def _prefer_huge_pages(*results: Tensor | None) -> None:

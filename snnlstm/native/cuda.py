@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..call import Call, Signature
 from . import cudnn, tensors
-from .tensors import Gradients, Pass, Result, Saved, Shapes, Step, address, view
+from .tensors import Gradients, Pass, Result, Saved, Shapes, address, view
 from .ways import Way, Ways
 
 __all__ = ["Kernels"]
@@ -46,13 +46,11 @@ def _tf32_is_allowed() -> bool:
 class Plan(tensors.Plan):
     """The plan of a call on CUDA, and its choice, too: nothing depends on values."""
 
-    sums_bias = False  # the bias gradient of a loop is formed with the weight's
-
     def __init__(
         self, kernels: Kernels, call: Call, algorithm: str, tf32: bool, benchmark: bool
     ) -> None:
         measures = algorithm == "measure" or (benchmark and algorithm == "auto")
-        super().__init__(kernels, call, tf32, algorithm, measures)
+        super().__init__(kernels, call)
         s, core = self.signature, kernels.core
         self.kernels, self.core = kernels, core
         self.cell = tensors.make_cell(core, s, s.time)
@@ -103,7 +101,8 @@ class Plan(tensors.Plan):
         return arguments, [threshold, graded, levels]
 
     def _pack(self, call: Call, target: Any, backward: bool) -> Tensor:
-        weight = tensors.numbers(call.weight, call.x.dtype)
+        given = tensors.saved_weight(call) if backward else call.weight
+        weight = tensors.numbers(given, call.x.dtype)
         size = self._bytes("cuda_packed_bytes", self.cell, target, backward)
         packed = tensors.empty_bytes(size, weight.device)
         self.core.cuda_pack_weight(
@@ -226,37 +225,6 @@ class Plan(tensors.Plan):
             workspace=workspace.data_ptr(),
             **parameters,
         )
-
-    def weight_gradient(
-        self, steps: Sequence[Step], wanted: Sequence[bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of weight and bias, as `wanted`, from what step calls of this plan left."""
-        x = torch.stack([step.x for step in steps])
-        mem = torch.stack([step.mem for step in steps])
-        d_gates = torch.cat([step.d_gates for step in steps])
-        cell = tensors.make_cell(self.core, self.signature, len(steps))
-
-        def run(way: Way) -> tuple[Tensor | None, Tensor | None]:
-            if way.torch:
-                return cudnn.weight_gradient(self, x, mem, d_gates, wanted)
-            want = (False, False, False, *wanted, False)
-            *_, of_weight, of_bias, _ = tensors.empty_gradients(x, self.signature, want)
-            size = self.core.cuda_weight_workspace(cell, way.target)
-            workspace = tensors.empty_bytes(size, x.device)
-            self.core.cuda_weight_gradient(
-                cell,
-                *self._begin(way.target)[1:],
-                x=view(x),
-                mem=view(mem),
-                d_gates=d_gates.data_ptr(),
-                grad_weight=address(of_weight),
-                grad_bias=address(of_bias),
-                workspace=workspace.data_ptr(),
-            )
-            return of_weight, of_bias
-
-        with self.kernels.guard(x.device):
-            return run(self.ways.choose("weight", run, f"T={len(steps)}"))
 
 
 class Kernels:

@@ -99,7 +99,7 @@ def look_up(weight: Tensor, x: int = 0, dtype: int = 0, count: int = 0) -> tuple
         if percent >= 0:
             return packed, percent
     entries.pop(place, None)
-    while len(entries) >= _MOST_PLACES:
-        del entries[next(iter(entries))]
+    for oldest in list(entries)[: max(len(entries) - _MOST_PLACES + 1, 0)]:  # a copy: threads drop
+        entries.pop(oldest, None)
     packed = entries[place] = Packed(contiguous)
     return packed, _C.inspect(x, dtype, count, 0, 0, 0)

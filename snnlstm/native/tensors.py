@@ -43,17 +43,29 @@ class Result(NamedTuple):
     saved: Saved | None
 
 
-def restored(saved: Saved, shapes: Shapes) -> Saved:
-    """What was saved, in its dtype and contiguous again: hooks may have changed both."""
-    out = []
-    for tensor, (shape, dtype) in zip(saved, shapes, strict=True):
-        if tuple(tensor.shape) != shape:
-            raise RuntimeError(
-                f"a saved tensor has come back as {tuple(tensor.shape)}, not {shape}: hooks on "
-                "saved tensors must not change shapes"
-            )
-        out.append(plain(tensor).to(dtype).contiguous())
-    return Saved(*out)
+def as_saved(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """What came back for a tensor that was saved, in its dtype again.
+
+    Hooks on saved tensors, and assignments to ``.data``, may have changed dtype, shape or memory.
+    """
+    if tensor.shape != shape:
+        raise RuntimeError(
+            f"a saved tensor has come back as {tuple(tensor.shape)}, not {tuple(shape)}: what was "
+            "saved for the backward pass must keep its shape"
+        )
+    return tensor if tensor.dtype is dtype and not tensor.is_neg() else plain(tensor).to(dtype)
+
+
+def saved_weight(call: Call) -> Tensor:
+    """The weight that a backward pass was given, as :func:`as_saved` returns it."""
+    s = call.signature
+    return as_saved(call.weight, (4 * s.c, s.cin + s.c, *s.options.kernel_size), s.dtype)
+
+
+def restored(saved: Sequence[Tensor], shapes: Shapes) -> Saved:
+    """What a forward pass saved, in its dtypes and contiguous again."""
+    together = zip(saved, shapes, strict=True)
+    return Saved(*(as_saved(t, shape, dtype).contiguous() for t, (shape, dtype) in together))
 
 
 class Gradients(NamedTuple):
@@ -79,19 +91,6 @@ class Pass(NamedTuple):
     saved: Saved
     grads: Sequence[Tensor | None]
     noise: Tensor | None
-
-
-class Step(NamedTuple):
-    """What the backward pass of a step call leaves for the gradients of weight and bias.
-
-    `mem` is that before the step, `d_gates` the gradient of the gate sums as the algorithm that
-    formed it orders them, and `bias`, (4C,), the step's part of the bias gradient, if it forms one.
-    """
-
-    x: Tensor
-    mem: Tensor
-    d_gates: Tensor
-    bias: Tensor | None
 
 
 def make_cell(core: Any, signature: Signature, time: int) -> Any:
@@ -260,11 +259,9 @@ class Plan:
     spk, state : (shape, strides)
         Those of spk, and those of syn and mem.
     saved_shapes : Shapes
-    loop_key
-        Steps whose plans have equal ones can form their weight gradient together.
     """
 
-    def __init__(self, half: Any, call: Call, *settings: Any) -> None:
+    def __init__(self, half: Any, call: Call) -> None:
         s = self.signature = call.signature
         o = s.options
         self.spk, self.state = ((shape, image_strides(call.x, shape)) for shape in output_shapes(s))
@@ -276,9 +273,6 @@ class Plan:
             self._no_winner = call.x.new_empty(0, dtype=torch.int64)
         self._winner = winner if o.inhibition else None
         self.threshold_stride = 0 if s.thresholds == 1 else 1
-        # The weight gradient does not look at strides, nor at what makes spikes of mem.
-        geometry = o.kernel_size, o.stride, o.dilation, o.operands
-        self.loop_key = (s.cin, s.c, s.h, s.w, s.n, s.dtype, s.device, geometry, half, *settings)
 
     @memory.where_it_fits
     def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
