@@ -17,7 +17,7 @@ RUN      := $(VENV)/bin/python
 PYTEST   := $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 SOURCES  := pyproject.toml setup.py snnlstm/version.py \
             $(shell find csrc -type f -not -name '*.md' 2>/dev/null)
-CXX_CODE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CXX_CODE := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test fuzz sanitize coverage mutants versions test-simt test-long test-wheel lint format docs bench gpu wheel clean distclean
@@ -35,21 +35,21 @@ test-simt: $(VENV)/.installed  ## the emulated CUDA kernels at length: more shap
 	$(PYTEST) tests/simt -m "simt_long or not simt_long" $(ARGS)
 
 test-long: $(VENV)/.installed  ## growth of memory over ten times as many iterations
-	SNNLSTM_LONG=1 $(RUN) -m pytest tests/test_long.py $(ARGS)
+	SNNLSTM_LONG=1 $(RUN) -m pytest tests/system/test_long.py $(ARGS)
 
 fuzz: $(VENV)/.installed  ## random calls against the float64 reference, for MINUTES=10
-	$(RUN) tests/fuzz.py --minutes $(MINUTES) $(ARGS)
+	$(RUN) tools/fuzz.py --minutes $(MINUTES) $(ARGS)
 
 sanitize: $(VENV)/.installed  ## the CPU kernels under the address, undefined-behaviour and thread sanitizers
-	$(RUN) tests/sanitizers/run.py address --isa all
-	$(RUN) tests/sanitizers/run.py thread --isa all
-	$(RUN) tests/instrumented.py address
+	$(RUN) tools/sanitizers/run.py address --isa all
+	$(RUN) tools/sanitizers/run.py thread --isa all
+	$(RUN) tools/instrumented.py address
 
 coverage: $(VENV)/.instruments  ## which lines and branches the tests reach, of Python and of C++
-	$(RUN) tests/instrumented.py coverage $(ARGS)
+	$(RUN) tools/instrumented.py coverage $(ARGS)
 
 mutants: $(VENV)/.instruments  ## changes of the code that no test notices (two hours)
-	$(RUN) tests/instrumented.py mutants $(ARGS)
+	$(RUN) tools/instrumented.py mutants $(ARGS)
 
 versions: $(VENV)/.nox  ## the tests with the oldest and newest torch of each Python, in fresh environments (3 GB each)
 	$(VENV)/bin/nox $(ARGS)
@@ -96,12 +96,12 @@ wheel: $(VENV)/.build  ## build sdist and wheels into dist/ (CUDA=cpu|12|13: the
 test-wheel: | $(RUN)  ## test the newest wheel in dist/, or CUDA's, in a fresh environment
 	@wheel=$$(ls -t dist/snnlstm-*$(LOCAL_$(CUDA))-cp*.whl 2>/dev/null | head -1); \
 	  [ -n "$$wheel" ] || { echo "no such wheel in dist/: make wheel CUDA=$(CUDA)" >&2; exit 1; }; \
-	  $(RUN) tests/wheel.py "$$wheel" -- $(ARGS)
+	  $(RUN) tools/wheel.py "$$wheel" -- $(ARGS)
 
 clean:  ## remove what builds and runs have made
 	rm -rf build dist out docs/_generated *.egg-info snnlstm/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	rm -f $(VENV)/.installed
-	find snnlstm tests benchmarks docs -name __pycache__ -type d -exec rm -rf {} +
+	find snnlstm tests tools benchmarks docs -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove the virtual environment
 	rm -rf $(VENV)

@@ -2,7 +2,7 @@
 
     make versions                                       every environment, about 3 GB each
     make versions ARGS="--session 'tests-3.11(oldest)'"  one of them; --list names all
-    make versions ARGS="... -- tests/test_core.py"       arguments for pytest; the environment stays
+    make versions ARGS="... -- tests/kernels"            arguments for pytest; the environment stays
 
 Pythons that are not installed are left out. An environment is removed when its tests have passed.
 What README.md and pyproject.toml promise is what has passed.
@@ -24,14 +24,16 @@ NEEDED += ["scikit-learn", "matplotlib", "tqdm"]
 LEFT_OUT = [
     f"--ignore=tests/{name}"
     for name in (
-        "simt", "sanitizers", "test_arm.py", "test_benchmarks.py", "test_demo.py",
-        "test_distribution.py", "test_gpu_report.py", "test_kernels.py",
-        "test_kernel_gradients.py",
+        "simt", "bench", "kernels/test_kernels.py", "kernels/test_kernel_gradients.py",
+        "packaging/test_arm.py", "packaging/test_distribution.py",
     )
 ]  # fmt: skip
 
 # torch.compile and exports are promised, and tested, from torch 2.13 on.
-NEWER = [f"--ignore=tests/test_{name}.py" for name in ("compile", "export", "messages")]
+NEWER = [
+    f"--ignore=tests/{name}.py"
+    for name in ("torch/test_compile", "torch/test_export", "docs/test_messages")
+]
 NEWER += [
     "-k",
     "not compile and not export and not one_graph and not dynamic_shapes and not hooks_on_saving "
@@ -44,7 +46,7 @@ def _install(session: nox.Session, torch: str, numpy: str, snntorch: str | None)
     wanted += [f"numpy{numpy}", f"snntorch=={snntorch}" if snntorch else ""]
     extra = "[integrations]" if torch == "newest" and snntorch else ""
     session.install(*filter(None, wanted), *NEEDED, "-e", f".{extra}", env=CORE)
-    session.run("python", "tests/one_step.py")
+    session.run("python", "tools/one_step.py")
 
 
 def _remove(session: nox.Session) -> None:
@@ -79,5 +81,10 @@ def without_snntorch(session: nox.Session) -> None:
 def older_snntorch(session: nox.Session) -> None:
     """What meets snnTorch, with the release before the newest."""
     _install(session, "newest", ">=2", snntorch="0.9.4")
-    files = ("test_surrogate", "test_swap", "test_patch", "test_drop_in")
+    files = (
+        "cell/test_surrogate",
+        "snntorch/test_swap",
+        "snntorch/test_patch",
+        "snntorch/test_drop_in",
+    )
     _test(session, "tests/networks", *(f"tests/{name}.py" for name in files))

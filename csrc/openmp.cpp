@@ -10,7 +10,7 @@
 //
 // These are the functions that parallel regions need (work is handed out with atomics, not with
 // `omp for`). Code that needs another makes a module that fails to load with "undefined symbol:
-// GOMP_..."; tests/test_packaging.py looks for these. Add it below.
+// GOMP_..."; tests/packaging/test_packaging.py looks for these. Add it below.
 #include "openmp.h"
 
 #include <dlfcn.h>

@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 import snntorch
 import torch
-from kernels import isa, kernels, native  # noqa: F401  (fixtures for every test)
+from cpu_kernels import isa, kernels, native  # noqa: F401  (fixtures for every test)
 
 import snnlstm.run
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -28,6 +29,9 @@ from emulator import EmulationError, Emulator, symbolise
 
 from snnlstm.native import cuda
 from snnlstm.native import kernels as native
+
+# Programs that import this module without pytest find the modules of tests/shared, too.
+sys.path.append(str(HERE.parent / "shared"))
 
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 BRIDGE = HERE / "bridge" / "bridge.cpp"

@@ -1,6 +1,6 @@
 """Compares the project's emulated CUDA kernels with the float64 reference, in every type and way.
 
-The cases and the oracle are those of the CPU kernels (tests/cases.py, tests/oracle.py). The
+The cases and the oracle are those of the CPU kernels (cases.py, oracle.py in tests/shared). The
 emulator checks all runs: bounds, races, uninitialised shared memory, divergence. Outputs and
 workspaces hold NaN before.
 """

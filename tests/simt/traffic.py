@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from backend import Core, simt_core  # noqa: E402
 from cases import Case, wanting_gradients  # noqa: E402

@@ -1,5 +1,5 @@
 // exp, sigmoid and tanh of a vector, from one polynomial for exp(r) - 1 on |r| <= ln(2) / 2.
-// Errors are stated and tested in tests/test_math.py.
+// Errors are stated and tested in tests/kernels/test_math.py.
 #pragma once
 
 #include "simd.h"

@@ -1,0 +1,96 @@
+"""The kernels keep autograd's rules about unwanted gradients, freed graphs and edited tensors."""
+
+import gc
+import weakref
+
+import flat
+import pytest
+import torch
+from cases import PLAIN, Inputs, wanting_gradients
+from cpu_kernels import native
+from gradients import NAMES, OUTPUTS, gradients, leaves_and_gradients, total
+from helpers import ours, same, steps
+from poison import NAN, poisoned
+
+from snnlstm import surrogate
+
+pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+
+
+def test_unwanted_gradients_are_not_computed(monkeypatch):
+    seen = []
+    backward = native.cpu.Choice.backward
+    monkeypatch.setattr(
+        native.cpu.Choice, "backward", lambda *a: seen.append(backward(*a)) or seen[-1]
+    )
+    for wanted in NAMES:
+        gradients(flat.run, PLAIN.inputs(), PLAIN.options, PLAIN.output_gradients(), [wanted])
+    for found, wanted in zip(seen, NAMES, strict=True):
+        assert [grad is not None for grad in found] == [name == wanted for name in NAMES]
+
+
+def test_spikes_without_surrogate_are_not_differentiable():
+    case = PLAIN.but(surrogate=surrogate.NONE)
+    spk, syn, mem = flat.run(*wanting_gradients(case.inputs()), case.options)
+    assert not spk.requires_grad
+    assert syn.requires_grad
+    assert mem.requires_grad
+
+
+def test_a_graph_is_used_up_and_its_memory_freed():
+    inputs, grads = leaves_and_gradients(PLAIN)
+    with poisoned(NAN) as fenced:
+        out = flat.run(*inputs, PLAIN.options)
+    blocks = [weakref.ref(block) for block in fenced.blocks]
+    fenced.blocks.clear()
+    loss = total(out, grads)
+    del out
+    assert any(block() is not None for block in blocks)
+    loss.backward()
+    gc.collect()
+    assert all(block() is None for block in blocks)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["x", "syn", "mem", "weight"])
+def test_editing_an_input_in_place_is_noticed(name):
+    # The call gets clones, because torch lets nobody edit leaves that require a gradient.
+    held = Inputs(*(None if t is None else t.clone() for t in wanting_gradients(PLAIN.inputs())))
+    out = flat.run(*held, PLAIN.options)
+    with torch.no_grad():
+        getattr(held, name).mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out[2].sum().backward()
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_editing_an_output_in_place_gives_right_gradients(name):
+    """An edit of a returned tensor enters the graph as the same operation out of place does."""
+    for case in (PLAIN, PLAIN.but(sequence=False, record=False), PLAIN.but(record=False)):
+        inputs, grads = leaves_and_gradients(case)
+        outcomes = []
+        for in_place in (True, False):
+            out = dict(zip(OUTPUTS, flat.run(*inputs, case.options), strict=True))
+            if in_place:
+                out[name].mul_(3).add_(1)
+            else:
+                out[name] = out[name] * 3 + 1
+            outcomes.append(torch.autograd.grad(total(tuple(out.values()), grads), inputs[:6]))
+        same(*outcomes)
+
+
+@pytest.mark.parametrize("time", [1, 3])
+def test_an_input_made_in_inference_mode_may_be_trained_on(time):
+    """snnTorch's cell copies x with `cat`, so that a frozen encoder may run in inference mode."""
+    found = []
+    for mode in (False, True):
+        cell = ours()
+        with torch.inference_mode(mode):
+            x = steps(time, 2, 2, 6, 7) * 1
+        for one in (x, x[0]):
+            cell(one)[2].sum().backward()
+            cell.reset_mem()
+        assert cell.path.native
+        found.append([p.grad for p in cell.parameters()])
+    same(*found)

@@ -1,0 +1,506 @@
+"""A loop of step calls has the gradients of snnTorch's loop, the reference, and one sequence call.
+
+Graphs are kept, live at once, run in threads, fail, or want other gradients. What was saved, and
+the weights, change meanwhile, and hooks see gradients.
+"""
+
+import gc
+import itertools
+import weakref
+from functools import partial
+
+import pytest
+import torch
+from alone import ALONE
+from checks import check_gradients
+from cpu_kernels import native
+from fuzz import Calls
+from helpers import close, in_threads, measures_memory, ours, same, steps
+from loops import STEPS, assert_same, both, cells, events, gradients, loss_of, unroll, zeros
+from torch import nn
+
+import snnlstm
+from benchmarks import resident
+
+pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+
+# "many samples" has images enough that the kernels sum the weight gradient in several parts.
+ROWS = (
+    "one step", "reset to zero", "one threshold", "max_pool", "inhibition", "quantised",
+    "kernel 5x3", "kernel 9x9", "one column", "stride", "dilation and stride", "no bias",
+    "few spikes", "sparse numbers", "checkpoint", "half gates", "a tall image",
+    "small images, pooled and strided", "many weights, small images", "many channels",
+)  # fmt: skip
+CASES = {name: ALONE[name].but(sequence=True, record=True, time=STEPS) for name in ROWS}
+CASES["many samples"] = CASES["one step"].but(batch=9, channels=12, height=13, width=9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_loop_has_the_gradients_of_the_reference(kernels, name):
+    steps = Calls(kernels.isa, kernels.algorithm, "steps")
+    for dtype in kernels.dtypes:
+        # A case in which rounding decides proves nothing: take the next numbers.
+        cases = (CASES[name].but(dtype=dtype, seed=seed) for seed in range(3))
+        assert any(check_gradients(steps, case) for case in cases)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_loop_equals_snntorchs_and_one_call_for_the_sequence(steps, batch):
+    x = events(steps, batch)
+    _, ours = both(lambda cell: loss_of(unroll(cell, x)).backward())
+    _, whole = cells()
+    spk, syn, mem = whole(x, *zeros(batch), record=True)
+    loss_of(list(zip(spk, syn, mem, strict=True))).backward()
+    assert_same(whole, ours)
+
+
+@pytest.mark.parametrize("reached", [(0,), (4,), (1, 3), ()])
+def test_only_some_steps_are_reached_by_the_loss(reached):
+    def work(cell):
+        out = unroll(cell, events())
+        used = [out[k][0].sum() + out[k][2].square().sum() for k in reached]
+        (sum(used) + cell.conv.weight.sum()).backward()
+
+    both(work)
+
+
+def test_states_that_are_detached_within_the_loop():
+    def work(cell):
+        state, total = zeros(), 0
+        for x in events(6).split(2):
+            out = unroll(cell, x, state)
+            total = total + loss_of(out)
+            state = [s.detach() for s in out[-1][1:]]
+        total.backward()
+
+    both(work)
+
+
+def test_a_weight_that_is_changed_between_steps():
+    """Torch does not see the change: each step has the gradient of the weight that it read."""
+    of_x = []
+
+    def work(cell):
+        x = events(4).requires_grad_()
+        state, losses = zeros(), []
+        for x_t in x:
+            spk, *state = cell(x_t, *(s.detach() for s in state))
+            losses.append(spk.sum() + state[1].square().sum())
+            if not of_x:  # a later backward pass of torch's convolution would read the last weight
+                losses.pop().backward()
+            cell.conv.weight.data = cell.conv.weight.data * 1.1
+        if losses:
+            sum(losses).backward()
+        of_x.append(x.grad)
+
+    both(work)
+    close(*of_x, atol=1e-11, rtol=1e-10)
+
+
+@pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("weight", "bias"), ()], ids=str)
+def test_parameters_without_gradients_and_no_bias(frozen):
+    of_x = []
+
+    def work(cell):
+        for name in frozen:
+            getattr(cell.conv, name).requires_grad_(False)
+        x = events().requires_grad_()
+        loss_of(unroll(cell, x)).backward()
+        of_x.append(x.grad)
+        assert all((p.grad is not None) == p.requires_grad for p in cell.parameters())
+
+    both(work, bias=bool(frozen))
+    close(*of_x, atol=1e-11, rtol=1e-10)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_a_penalty_on_first_gradients(learn):
+    """A step's gradient takes only direct paths: its states depend on the same parameters."""
+    found = []
+    for cell in cells(learn_threshold=learn, threshold=0.0625):
+        leaves = [events(3, 2).requires_grad_(), *cell.parameters()]
+        first = torch.autograd.grad(loss_of(unroll(cell, leaves[0])), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
+        found.append([*(grad.detach() for grad in first), *second])
+    # snnTorch multiplies threshold and reset in float32.
+    close(*found, atol=1e-5 if learn else 1e-11, rtol=1e-7 if learn else 1e-9)
+
+
+def test_gradients_of_x_alone_leave_nothing_behind():
+    """A pass without the weight's gradient must not add anything to that of a later pass."""
+    found = []
+    for cell in cells():
+        x = events().requires_grad_()
+        loss = loss_of(unroll(cell, x))
+        (of_x,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (again,) = torch.autograd.grad(loss, x, retain_graph=True)
+        assert torch.equal(of_x, again)
+        loss.backward(inputs=[cell.conv.weight], retain_graph=True)
+        loss.backward()
+        found.append([of_x, x.grad, *gradients(cell)])
+    close(*found, atol=1e-11, rtol=1e-10)
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradients_again():
+    def work(cell):
+        out = unroll(cell, events())
+        loss_of(out).backward(retain_graph=True)
+        loss_of(out[:3]).backward(retain_graph=True)
+        loss_of(out).backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            loss_of(out).backward()
+
+    both(work)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_several_graphs_alive_at_once(order):
+    def work(cell):
+        losses = [loss_of(unroll(cell, events() * (k + 1))) for k in range(3)]
+        for k in order:
+            losses[k].backward()
+
+    both(work)
+
+
+def test_a_weight_that_is_changed_in_place_is_noticed():
+    _, ours = cells()
+    out = unroll(ours, events())
+    with torch.no_grad():
+        ours.conv.weight.mul_(1.1)
+    more = unroll(ours, events(), tuple(t.detach() for t in out[-1][1:]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss_of(out).backward()
+    loss_of(more).backward()
+    theirs, _ = cells()
+    with torch.no_grad():
+        theirs.conv.weight.mul_(1.1)
+    loss_of(unroll(theirs, events(), tuple(t.detach() for t in out[-1][1:]))).backward()
+    assert_same(theirs, ours)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_threshold_that_adapts_from_step_to_step(learn, through_data):
+    def work(cell):
+        state, loss = zeros(), 0
+        for x in events():
+            spk, *state = cell(x, *state)
+            loss = loss + spk.sum() + state[1].square().sum()
+            with torch.no_grad():
+                (cell.threshold.data if through_data else cell.threshold).mul_(2)
+        loss.backward()
+
+    both(work, learn_threshold=learn)
+
+
+def test_a_threshold_that_was_changed_has_no_second_derivatives():
+    _, ours = cells(learn_threshold=True)
+    loss = loss_of(unroll(ours, events()))
+    with torch.no_grad():
+        ours.threshold.mul_(1.5)
+    with pytest.raises(RuntimeError, match="threshold was modified by an inplace operation"):
+        torch.autograd.grad(loss, ours.threshold, create_graph=True)
+
+
+def test_a_weight_whose_data_is_replaced_before_the_backward_pass():
+    """The backward pass reads no memory at the old address in the old shape."""
+    found = []
+    for cell in cells():
+        loss = loss_of(unroll(cell, events()))
+        if found:  # our cell alone: torch's convolution would read the new data
+            cell.conv.weight.data = torch.zeros(3)
+        found += torch.autograd.grad(loss, cell.conv.bias)
+    close(*found, atol=1e-11, rtol=1e-10)
+
+
+def test_hooks_on_parameters_see_the_whole_gradient_once():
+    seen = []
+    for cell in cells():
+        calls = []
+        cell.conv.weight.register_hook(calls.append)
+        cell.conv.weight.register_post_accumulate_grad_hook(
+            lambda p, calls=calls: calls.append(p.grad)
+        )
+        loss_of(unroll(cell, events())).backward()
+        assert len(calls) == 2
+        seen.append(calls)
+    close(*seen, atol=1e-11, rtol=1e-10)
+
+
+def test_threads_with_graphs_of_their_own_on_one_cell():
+    _, alone = both(lambda cell: loss_of(unroll(cell, events())).backward())
+    _, ours = cells()
+
+    def work(_: int) -> None:
+        for _ in range(5):
+            loss = loss_of(unroll(ours, events()))
+            out = torch.autograd.grad(loss, [*ours.parameters()])
+            close(out, gradients(alone), atol=1e-11, rtol=1e-10)
+
+    in_threads(work)
+
+
+def test_two_backward_passes_over_one_kept_graph_at_once():
+    _, ours = cells()
+    loss = loss_of(unroll(ours, events(20)))
+    wanted = [ours.conv.weight, ours.conv.bias]
+    expected = torch.autograd.grad(loss, wanted, retain_graph=True)
+
+    def work(_: int) -> None:
+        for _ in range(5):
+            same(torch.autograd.grad(loss, wanted, retain_graph=True), expected)
+
+    in_threads(work, 3)
+
+
+def test_a_pass_that_fails_leaves_nothing_to_the_next():
+    def work(cell):
+        first = events().requires_grad_().clone()
+        first.register_hook(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loss_of(unroll(cell, first)).backward()
+        cell.zero_grad()
+        loss_of(unroll(cell, events())).backward()
+
+    both(work)
+
+
+# ---- what happens while the backward pass runs --------------------------------------------------
+
+
+class _Restores(torch.autograd.Function):
+    """Doubles x in place; its backward pass halves what it gave out, as invertible layers do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.out = x.detach().mul_(2)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.out.mul_(0.5)
+        return 2 * grad
+
+
+def _trained_within_the_pass(cell):
+    """Each step has an x and first states of its own, which an optimizer changes in the pass."""
+    leaves, losses = [], []
+    for x in events():
+        own = [t.requires_grad_() for t in (x.clone(), *(z + 0.1 for z in zeros()))]
+        for leaf in own:
+            leaf.register_post_accumulate_grad_hook(_descend)
+        leaves += own
+        spk, syn, mem = cell(*own)
+        losses.append(spk.sum() + syn.square().sum() + mem.sum())
+    sum(losses).backward()
+
+
+def _descend(leaf):
+    with torch.no_grad():
+        leaf.sub_(leaf.grad).mul_(3)
+
+
+def _clear(tensor, _):
+    tensor.data.zero_()
+
+
+def _written_to_by_a_hook(cell):
+    x = nn.Parameter(events())
+    state, loss = zeros(), 0
+    for x_t in x.unbind():
+        copy = x_t.clone()
+        copy.register_hook(partial(_clear, copy))
+        spk, *state = cell(copy, *state)
+        mem = state[1]
+        mem.register_hook(partial(_clear, mem))
+        loss = loss + spk.sum() + mem.square().sum()
+    loss.backward()
+
+
+def _restored_by_a_function(cell):
+    x = nn.Parameter(events())
+    out = unroll(cell, torch.stack([_Restores.apply(x_t.clone()) for x_t in x]))
+    loss_of(out).backward()
+
+
+@pytest.mark.parametrize("work", [_trained_within_the_pass, _restored_by_a_function])
+def test_inputs_that_are_written_to_during_the_pass(work):
+    both(work)
+
+
+def test_hooks_that_write_to_what_a_step_has_read():
+    """snnTorch's graph reads mem later; ours has read all of a step's tensors in one node."""
+    _, ours = cells()
+    _written_to_by_a_hook(ours)
+    _, alone = cells()
+    x = nn.Parameter(events())
+    state, loss = zeros(), 0
+    for x_t in x.unbind():
+        spk, *state = alone(x_t.clone(), *state)
+        loss = loss + spk.sum() + state[1].square().sum()
+    loss.backward()
+    assert_same(alone, ours)
+
+
+@pytest.mark.parametrize("place", [0, STEPS - 1])
+@pytest.mark.parametrize("checkpoint", [False, "gates", True])
+def test_a_pass_that_was_interrupted_is_run_again(checkpoint, place):
+    """The second run over the graph finds everything as the first did."""
+    _, ours = cells(learn_threshold=True, checkpoint=checkpoint)
+    broken = []
+
+    def interrupt(*_):
+        if not broken:
+            broken.append(True)
+            raise KeyboardInterrupt
+
+    x = events()
+    mems = [mem for _, _, mem in unroll(ours, x)]
+    mems[place].grad_fn.register_hook(interrupt)  # called behind the step's backward pass
+    keep = place < STEPS - 1  # else autograd has freed nothing yet
+    with pytest.raises(KeyboardInterrupt):
+        mems[-1].backward(torch.ones_like(mems[-1]), retain_graph=keep)
+    ours.zero_grad()
+    mems[-1].backward(torch.ones_like(mems[-1]))
+    _, whole = cells(learn_threshold=True, checkpoint=checkpoint)
+    unroll(whole, x)[-1][2].sum().backward()
+    assert_same(whole, ours)
+
+
+def test_failed_passes_leave_nothing_behind():
+    _, ours = cells()
+    gone = []
+    for _ in range(3):
+        x = events().requires_grad_()
+        first = x.clone()
+        first.register_hook(lambda _: 1 / 0)
+        out = unroll(ours, first)
+        gone += [weakref.ref(first), *(weakref.ref(mem) for _, _, mem in out)]
+        with pytest.raises(ZeroDivisionError):
+            loss_of(out).backward()
+        del out, first
+    ours.reset_mem()
+    ours.spk = None
+    ours._drop_caches()  # the reset signal of the last step is computed from its mem
+    gc.collect()
+    assert not [reference for reference in gone if reference() is not None]
+
+
+def test_a_pass_under_compiled_autograd():
+    compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd")
+
+    def work(cell):
+        loss = loss_of(unroll(cell, events()))
+        if isinstance(cell, snnlstm.SConv2dLSTM):
+            with compiled_autograd._enable(torch.compile(backend="eager")):
+                loss.backward()
+        else:
+            loss.backward()
+
+    both(work)
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        lambda t: t.float(),
+        lambda t: t.double(),
+        lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+        lambda t: torch.stack([t, t], -1)[..., 0],
+        lambda t: torch.stack([t, t])[1],
+    ],
+)
+def test_hooks_that_bring_back_another_dtype_or_stride(back):
+    """Where the memory lies that comes back says nothing: it may be that of the original."""
+    _, expected = cells()
+    loss_of(unroll(expected, events())).backward()
+    _, ours = cells()
+
+    def unpack(packed):
+        numbers, integer = packed
+        return numbers.long() if integer else back(numbers)
+
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (t.double().clone(), not t.is_floating_point()), unpack
+    ):
+        loss = loss_of(unroll(ours, events()))
+    gc.collect()
+    loss.backward()
+    close(gradients(ours), gradients(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_hooks_that_bring_back_another_shape_are_refused():
+    _, ours = cells()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.flatten()):
+        _, _, mem = ours(events(1)[0])
+    with pytest.raises(RuntimeError, match="must keep its shape"):
+        mem.sum().backward()
+
+
+def test_a_weight_whose_strides_change_between_the_steps():
+    """Each step has the gradient of the weight that it read."""
+    found = []
+    for cell in cells():
+        x, losses = events(3), []
+        of_x = [x_t.clone().requires_grad_() for x_t in x]
+        for x_t in of_x:
+            spk, syn, mem = cell(x_t, *zeros())
+            losses.append(spk.sum() + mem.square().sum())
+            if not found:  # a later backward pass of torch's convolution would read the last data
+                losses.pop().backward()
+            cell.conv.weight.data = cell.conv.weight.data.transpose(2, 3)
+        if losses:
+            sum(losses).backward()
+        found.append([*gradients(cell)[1:], *(x_t.grad for x_t in of_x)])
+    close(*found, atol=1e-11, rtol=1e-10)
+
+
+# ---- second derivatives, where something has changed since the forward pass --------------------
+
+
+def test_second_derivatives_within_autocast_of_a_pass_without():
+    """The autocast of the forward pass counts, not that of the code that asks."""
+    found = []
+    for cell in cells():
+        x = events(2).requires_grad_()
+        loss = loss_of(unroll(cell.float(), x.float(), [z.float() for z in zeros()]))
+        with torch.autocast("cpu", torch.bfloat16):
+            (of_x,) = torch.autograd.grad(loss, x, create_graph=True)
+        found.append(of_x.detach())
+    close(*found, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["conv.weight", "conv.bias", "threshold", "x"])
+def test_second_derivatives_of_what_needs_no_gradient_any_more(name):
+    found = []
+    for cell in cells(learn_threshold=True, threshold=0.0625):
+        x = events(2).requires_grad_()
+        loss = loss_of(unroll(cell, x))
+        leaves = {"x": x, **dict(cell.named_parameters())}
+        leaves[name].requires_grad_(False)
+        rest = [leaf for key, leaf in leaves.items() if key != name]
+        first = torch.autograd.grad(loss, rest, create_graph=True)
+        found.append([grad.detach() for grad in first])
+    close(*found, atol=1e-5, rtol=1e-7)  # snnTorch multiplies threshold and reset in float32
+
+
+@measures_memory
+def test_the_pass_of_a_long_loop_needs_no_more_memory_than_that_of_a_short_one():
+    """Autograd adds up the steps' gradients as it goes, and gives back what a step has saved."""
+    torch.set_num_threads(1)
+    grown = []
+    for time in (20, 20, 200):  # the first run warms up
+        cell = ours(2, 24, 3)
+        x = steps(time, 2, 2, 24, 24)
+        spks, state = [], cell.reset_mem()
+        for x_t in x:
+            spk, *state = cell(x_t, *state)
+            spks.append(spk)
+        loss = sum(spk.sum() for spk in spks)
+        before = resident.watch()
+        loss.backward()
+        grown.append(resident.high_water() - before)
+    assert grown[2] < grown[1] + (4 << 20), [f"{g / 2**20:.1f} MiB" for g in grown]

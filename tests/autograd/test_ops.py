@@ -1,0 +1,129 @@
+"""The torch.library operators of the kernels pass torch's checks, and compile."""
+
+import cases
+import flat
+import pytest
+import torch
+from asking import KEPT
+from cases import Case, wanting_gradients
+from cpu_kernels import native
+from helpers import close, same
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.autograd.graph import saved_tensors_hooks
+from torch.library import opcheck
+
+from snnlstm import surrogate
+from snnlstm.call import make_call
+from snnlstm.native import ops
+from snnlstm.quant import state_quant
+
+pytestmark = [
+    pytest.mark.skipif(native is None, reason="the core is not built"),
+    pytest.mark.usefixtures("fresh_compiler"),
+]
+
+PLAIN = cases.PLAIN.but(in_channels=2, channels=3, height=6, width=8, record=False)
+CASES = {
+    "plain": PLAIN,
+    "one step": PLAIN.but(sequence=False),
+    "recorded": PLAIN.but(record=True),
+    "pooled": PLAIN.but(pool="max", pool_size=(2, 3)),
+    "averaged": PLAIN.but(pool="avg", pool_size=(3, 2)),
+    "checkpoint": PLAIN.but(checkpoint=True),
+    "half gates": PLAIN.but(checkpoint="gates"),
+    "inhibition": PLAIN.but(inhibition=True),
+    "quantised": PLAIN.but(quant=state_quant(4)),
+    "strided": PLAIN.but(stride=(2, 1), dilation=(1, 2)),
+    "no bias": PLAIN.but(bias=False, threshold="number"),
+    "float64": PLAIN.but(dtype=torch.float64),
+    "channels_last": PLAIN.but(layouts=("channels_last",) * 4),
+    "no surrogate": PLAIN.but(surrogate=surrogate.NONE),
+}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Collects the arguments of calls of the two operators."""
+    seen: dict[str, list[tuple]] = {"_forward": [], "_backward": []}
+    for name, arguments in seen.items():
+        op = getattr(ops, name)
+
+        def recorded(*a, _op=op, _seen=arguments):
+            _seen.append(a)
+            return _op(*a)
+
+        monkeypatch.setattr(ops, name, recorded)
+    return seen
+
+
+FAST = ("test_schema", "test_autograd_registration", "test_faketensor")
+ALL = (*FAST, "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name, calls):
+    """torch checks schema, registration, fake kernels and their strides, dynamic shapes."""
+    case = CASES[name]
+    checks = ALL if name in ("plain", "one step", "inhibition", "channels_last") else FAST
+    inputs = wanting_gradients(case.inputs())
+    out = ops.run(make_call((*inputs, case.options)), True, "auto")
+    used = [o for o in out if o.requires_grad]
+    torch.autograd.backward(used, [torch.randn_like(o) for o in used])
+    forwards, (backward,) = list(calls["_forward"]), list(calls["_backward"])
+    for arguments in forwards:
+        opcheck(torch.ops.snnlstm.forward.default, arguments, test_utils=checks)
+    arguments = [a.detach() if isinstance(a, Tensor) else a for a in backward]
+    opcheck(torch.ops.snnlstm.backward.default, arguments, test_utils=checks)
+
+
+def step(case: Case, run, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Returns the outputs of `run` and all gradients."""
+    leaves = wanting_gradients(type(case.inputs())(*inputs))
+    out = run(*leaves, case.options)
+    used = [o for o in out if o.requires_grad]
+    loss = sum((o * o.detach().cos()).sum() for o in used)
+    return (
+        *out,
+        *torch.autograd.grad(loss, [t for t in leaves if t is not None and t.requires_grad]),
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_calls_equal_plain_ones(name):
+    case = CASES[name]
+    # A plain call with checkpoint adds up the gradients of its segments; a compiled call has one
+    # segment. A plain step call is a step of a loop, which may sum the weight gradient otherwise.
+    near = 1e-5 if case.options.checkpoint or not case.options.sequence else 1e-6
+    compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        inputs = case.but(seed=seed).inputs()
+        for one, other in zip(
+            step(case, compiled, *inputs), step(case, flat.run, *inputs), strict=True
+        ):
+            torch.testing.assert_close(one, other, atol=near, rtol=near)
+            assert (one.stride(), one.requires_grad) == (other.stride(), other.requires_grad)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True, "gates"])
+def test_compiled_calls_bear_hooks_that_bring_saved_tensors_back_otherwise(checkpoint):
+    case = PLAIN.but(checkpoint=checkpoint)
+    compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")
+    expected = step(case, flat.run, *case.inputs())
+    for back in KEPT.values():
+        with saved_tensors_hooks(lambda t: t, back or (lambda t: t)):
+            found = step(case, compiled, *case.inputs())
+        close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_one_graph_serves_all_sizes():
+    counter = CompileCounter()
+    compiled = torch.compile(flat.run, fullgraph=True, backend=counter, dynamic=True)
+    for time, batch, height, width in ((3, 2, 6, 8), (4, 3, 7, 9), (5, 4, 8, 11), (2, 5, 12, 6)):
+        case = PLAIN.but(time=time, batch=batch, height=height, width=width)
+        inputs = case.inputs()
+        with torch.no_grad():
+            out = compiled(*inputs, case.options)
+            expected = flat.run(*inputs, case.options)
+        same(out, expected)
+    assert counter.frame_count <= 2

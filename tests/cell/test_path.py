@@ -1,0 +1,414 @@
+"""The cell runs the kernels or the reference as it should; cell.path and the log name which."""
+
+import contextlib
+import logging
+import re
+
+import pytest
+import torch
+from cpu_kernels import native
+from helpers import close, described, ours, states, steps, theirs, twins
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import snnlstm
+from snnlstm.run import Path
+
+X, START = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7)
+
+
+class LowRank(nn.Module):
+    """This adapter adds a trained convolution of rank 1 to a frozen convolution."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv.requires_grad_(False)
+        self.down = nn.Conv2d(conv.in_channels, 1, 3, padding=1, bias=False)
+        self.up = nn.Conv2d(1, conv.out_channels, 1, bias=False)
+
+    def forward(self, x):
+        return self.conv(x) + self.up(self.down(x))
+
+
+def hooked(kind="forward", hook=lambda module, args, out: out * 1.5):
+    """Returns a function that registers a hook on a module."""
+
+    def change(conv):
+        getattr(conv, f"register_{kind}_hook")(hook)
+        return conv
+
+    return change
+
+
+def with_plain_bias(conv):
+    bias = conv.bias.detach() + 1
+    del conv.bias
+    conv.bias = bias
+    return conv
+
+
+def dilated(conv):
+    conv.dilation, conv.padding = (2, 2), (2, 2)
+    return conv
+
+
+def replaced(name):
+    """Returns a function that replaces a method of one convolution."""
+
+    def change(conv):
+        method = getattr(conv, name)
+        setattr(conv, name, lambda *args: method(*args) * 0.5)
+        return conv
+
+    return change
+
+
+CHANGES = {
+    "hook": (hooked(), "conv carries hooks"),
+    "pre-hook": (hooked("forward_pre", lambda _, args: (args[0] * 1.5,)), "conv carries hooks"),
+    "backward hook": (
+        hooked("full_backward", lambda _, grads, out: (grads[0] * 2,)),
+        "conv carries hooks",
+    ),
+    "weight_norm": (parametrizations.weight_norm, "conv is a ParametrizedConv2d"),
+    "spectral_norm": (parametrizations.spectral_norm, "conv is a ParametrizedConv2d"),
+    "orthogonal": (parametrizations.orthogonal, "conv is a ParametrizedConv2d"),
+    "old weight_norm": (nn.utils.weight_norm, "conv carries hooks"),
+    "old spectral_norm": (nn.utils.spectral_norm, "conv carries hooks"),
+    "pruned": (lambda conv: prune.l1_unstructured(conv, "weight", 0.3), "conv carries hooks"),
+    "plain bias": (with_plain_bias, "the native kernels"),
+    "low rank": (LowRank, "conv is a LowRank"),
+    "swapped": (
+        lambda conv: nn.Sequential(nn.Conv2d(5, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 12, 1)),
+        "conv is a Sequential",
+    ),
+    "another kernel": (lambda conv: nn.Conv2d(5, 12, 1), "conv has another geometry"),
+    "reflecting": (
+        lambda conv: nn.Conv2d(5, 12, 3, padding=1, padding_mode="reflect"),
+        "conv has another geometry",
+    ),
+    "dilated": (dilated, "conv has another geometry"),
+    "replaced forward": (replaced("forward"), "conv.forward was replaced"),
+    "replaced _conv_forward": (replaced("_conv_forward"), "conv.forward was replaced"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("reset", ["subtract", "zero"])
+def test_what_changes_conv_takes_effect_and_trains_as_with_snntorch(name, reset):
+    change, reason = CHANGES[name]
+    for _ in range(2):  # a conv without bias is known by now
+        ours(bias=False, reset_mechanism=reset)(X, *START)
+    cells, curves, starts = twins(reset_mechanism=reset), [], []
+    for cell in cells:
+        torch.manual_seed(5)
+        cell.conv = change(cell.conv)
+        # With "zero" snnTorch calls conv twice; in training each call of spectral_norm iterates.
+        cell.train(reset != "zero")
+        optimizer = torch.optim.SGD([p for p in cell.parameters() if p.requires_grad], lr=0.005)
+        start = START[1].clone().requires_grad_()
+        curves.append([])
+        for _ in range(3):
+            optimizer.zero_grad()
+            state, loss = (START[0], start), 0
+            for x in steps(2, 2, 2, 6, 7):
+                spk, *state = cell(x, *state)
+                loss = loss + spk.sum() + state[1].sum()
+            loss.backward()
+            optimizer.step()
+            curves[-1].append(loss.item())
+        starts.append(start.grad)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0][2] != pytest.approx(curves[0][0], rel=1e-5)
+    close(*starts, atol=1e-4, rtol=1e-4)
+    close(cells[0].state_dict(), cells[1].state_dict(), atol=1e-4)
+    assert cells[0].path.native == (name == "plain bias")
+    assert cells[0].path.reason.startswith(reason)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_all_modules_are_seen_with_any_torch(kind):
+    """torch 2.4 has no function that tells of global hooks."""
+    seen = (snnlstm.run.global_hooks, snnlstm.run._global_hooks)
+    assert not any(see() for see in seen)
+    register = getattr(nn.modules.module, f"register_module_{kind}_hook")
+    with register(lambda *args: None):
+        assert all(see() for see in seen)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dilation": 2}, "must match the size"),
+        ({"kernel_size": 1}, "must match the size"),
+        ({"in_channels": 4}, "to have 4 channels"),
+    ],
+    ids=described,
+)
+def test_a_conv_that_does_not_fit_fails_as_it_does_there_each_time(change, message):
+    sizes = {"in_channels": 5, "out_channels": 12, "kernel_size": 3, "padding": 1}
+    for cell in twins():
+        cell.conv = nn.Conv2d(**sizes | change)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match=message):
+                cell(X, *START)
+
+
+def test_a_function_in_the_place_of_conv():
+    found = []
+    for cell in twins():
+        conv = cell.conv
+        del cell.conv
+        cell.conv = lambda x, conv=conv: conv(x) * 2
+        found += [cell(X, *START), cell(X, *START)]
+    for other in found[1:]:
+        close(other, found[0])
+
+
+@pytest.mark.parametrize(
+    ("holder", "name"),
+    [
+        (nn.Module, "__call__"), (nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"),
+        (nn.functional, "conv2d"),
+    ],
+    ids=["__call__", "forward", "_conv_forward", "conv2d"],
+)  # fmt: skip
+@pytest.mark.parametrize("called", [False, True])
+def test_what_is_patched_for_all_convolutions_takes_effect(holder, name, called, monkeypatch):
+    cells = twins()
+    if called:
+        for cell in cells:
+            cell(X, *START)
+    before = getattr(holder, name)
+
+    def louder(*args, **kwargs):
+        out = before(*args, **kwargs)
+        return out * 0.5 if isinstance(out, torch.Tensor) else out
+
+    monkeypatch.setattr(holder, name, louder)
+    found, expected = (cell(X, *START) for cell in cells)
+    close(found, expected)
+    assert cells[0].path == Path("reference", "conv.forward was replaced", slow=True)
+
+
+def test_global_hooks_take_effect():
+    cell = ours()
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: out * 2 if isinstance(module, nn.Conv2d) else None
+    )
+    try:
+        doubled = cell(X, *START)
+    finally:
+        handle.remove()
+    assert "global module hooks" in cell.path.reason
+    assert not torch.equal(doubled[1], cell(X, *START)[1])
+
+
+def test_a_fallback_is_logged_once_per_cell(caplog):
+    with caplog.at_level(logging.WARNING, logger="snnlstm"):
+        cells = [ours(spike_grad=lambda u: u.sigmoid()) for _ in range(2)]
+        for cell in cells * 3:
+            cell(X)
+        cells[0].fire = lambda mem: mem
+        cells[0](X)
+        assert "overridden" in cells[0].path.reason
+    said = [record.message for record in caplog.records]
+    cell = "SConv2dLSTM(2, 3, kernel_size=3, threshold=0.1)"
+    log = f"{cell} runs the reference path (plain torch, slower): %s"
+    assert said == [log % "spike_grad is unknown to the kernels"] * 2
+
+
+def test_hooks_on_every_conv_are_logged_once_for_all_cells(caplog, monkeypatch):
+    """Tools that print summaries or count operations set hooks on every module."""
+    monkeypatch.setattr(snnlstm.run, "_logged", set())
+    cells = [ours() for _ in range(3)]
+    for cell in cells:
+        hooked()(cell.conv)
+        cell(X)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("(plain torch, slower): conv carries hooks")
+
+
+def test_the_log_names_the_layer_where_accelerate_knows_it(caplog):
+    with snnlstm.patch():
+        patched = theirs()  # the cell is not yet in a network, so it has no name
+    net = torch.nn.ModuleDict({"inner": torch.nn.Sequential(theirs(), patched)})
+    snnlstm.accelerate(net)
+    for cell in net["inner"]:
+        cell.spike_grad = torch.sigmoid
+        cell(X)
+    assert [record.getMessage().partition(" runs ")[0] for record in caplog.records] == [
+        f"layer inner.{n}, SConv2dLSTM(2, 3, kernel_size=3, threshold=0.1)," for n in (0, 1)
+    ]
+
+
+def test_a_device_without_kernels_is_not_logged(caplog):
+    with caplog.at_level(logging.INFO, logger="snnlstm"), torch.device("meta"):
+        cell = ours()
+        cell(torch.empty(1, 2, 5, 5))
+        assert cell.path == Path("reference", "there are no kernels for device meta")
+        cell(torch.empty(0, 2, 5, 5))
+        assert cell.path == Path("reference", "x is empty")
+        hooked()(cell.conv)
+        cell(torch.empty(1, 2, 5, 5))
+        assert cell.path == Path("reference", "there are no kernels for device meta")
+    assert not caplog.records
+
+
+@pytest.mark.skipif(native is None, reason="the core is not built")
+def test_a_call_that_the_kernels_refuse_takes_plain_torch(monkeypatch):
+    monkeypatch.setattr(native, "reason_against", lambda call: f"no {call.options.pool}")
+    cell = ours()
+    close(cell(X), theirs()(X))
+    assert cell.path == Path("reference", "no none", slow=True)
+
+
+@pytest.mark.skipif(native is None, reason="the core is not built")
+def test_the_native_path_says_what_it_is():
+    cell = ours(checkpoint="gates")
+    assert cell.path is None
+    for algorithm in ("direct", "winograd"):
+        with snnlstm.algorithm(algorithm):
+            cell(X)
+        assert re.fullmatch(rf"cpu-\w+-{algorithm}(\dx\d)?(-sparse)?", cell.path.name)
+        assert str(cell.path) == f"{cell.path.name} (the native kernels cover this call)"
+
+
+def test_tensors_that_the_kernels_cannot_read_are_computed_all_the_same():
+    class Tagged(torch.Tensor):
+        pass
+
+    cell = ours()
+    out = cell(X.as_subclass(Tagged), *START)
+    close([o.as_subclass(torch.Tensor) for o in out], ours()(X, *START))
+    assert cell.path == Path("reference", "a tensor is of a subclass")
+    cell = ours()
+    cell.conv.weight = nn.Parameter(cell.conv.weight.detach().as_subclass(Tagged))
+    close([o.as_subclass(torch.Tensor) for o in cell(X, *START)], ours()(X, *START))
+    assert cell.path == Path("reference", "a tensor is of a subclass")
+
+
+@pytest.mark.parametrize("shape", [(7,), (6, 1), (3, 1, 7), (2, 1, 1, 1)], ids=str)
+def test_a_threshold_that_varies_along_the_batch_or_the_image_takes_plain_torch(shape):
+    cell = ours(threshold=torch.linspace(0, 0.2, torch.Size(shape).numel()).view(shape))
+    spk, _, mem = cell(X, *START)
+    assert torch.equal(spk.bool(), mem > cell.threshold)
+    assert "varies along" in cell.path.reason
+
+
+def negated(values):
+    """Returns equal numbers whose sign is a flag of the tensor."""
+    found = torch.complex(torch.zeros_like(values), -values.detach()).conj().imag
+    assert found.is_neg()
+    return found
+
+
+@pytest.mark.parametrize("which", ["x", "syn", "mem", "weight", "bias", "threshold"])
+def test_lazily_negated_tensors_are_read_as_what_they_are(which):
+    plain = ours()
+    tensors = {
+        "x": X, "syn": START[0], "mem": START[1], "weight": plain.conv.weight.detach(),
+        "bias": plain.conv.bias.detach(), "threshold": torch.full((3, 1, 1), 0.05),
+    }  # fmt: skip
+    other = tensors | {which: negated(tensors[which])}
+    close(*(snnlstm.functional.sconv2dlstm(**given) for given in (tensors, other)))
+
+
+def in_forward_mode(cell):
+    with torch.autograd.forward_ad.dual_level():
+        cell(torch.autograd.forward_ad.make_dual(X, X), *START)
+
+
+def with_a_sparse_weight(cell):
+    cell.conv.weight = nn.Parameter(cell.conv.weight.detach().to_sparse())
+    cell(X, *START)
+
+
+PASSING = {
+    "an export records plain operators": lambda cell: torch.export.export(cell, (X, *START)),
+    "tracing records plain operators": lambda cell: torch.jit.trace(
+        cell, (X, *START), check_trace=False
+    ),
+    "a torch.func transform is active": lambda cell: torch.func.vmap(cell, randomness="same")(
+        X[:, None]
+    ),
+    "forward-mode differentiation is active": in_forward_mode,
+    "weight is not strided": with_a_sparse_weight,
+    "a tensor is a lazily negated view": lambda cell: cell(negated(X), *START),
+    "x is empty": lambda cell: cell(X[:0]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("reason", PASSING)
+def test_reasons_that_come_and_go(reason, monkeypatch):
+    """Some of these calls fail in plain torch, as they do with snnTorch."""
+    seen, decide = [], snnlstm.run.path_of
+    monkeypatch.setattr(snnlstm.run, "path_of", lambda call: seen.append(decide(call)) or seen[-1])
+    cell = ours()
+    with contextlib.suppress(RuntimeError, NotImplementedError):
+        PASSING[reason](cell)
+    assert seen == [Path("reference", reason)] * len(seen)
+    assert seen
+
+
+def test_torch_func_transforms_and_forward_mode():
+    cell, x = ours(), X.double()
+    cell.double()
+    start = [state.double() for state in START]
+    params = dict(cell.named_parameters())
+
+    def loss(params):
+        return torch.func.functional_call(cell, params, (x, *start))[2].square().sum()
+
+    grads = torch.func.grad(loss)(params)
+    expected = ours().double()
+    expected(x, *start)[2].square().sum().backward()
+    close(grads["conv.weight"], expected.conv.weight.grad, atol=1e-9)
+
+    tangents = {name: torch.randn_like(value) for name, value in params.items()}
+    _, jvp = torch.func.jvp(loss, (params,), (tangents,))
+    close(jvp, sum((grads[name] * tangents[name]).sum() for name in params), atol=1e-9)
+
+    each = torch.func.vmap(lambda row: cell(row, start[0][:1], start[1][:1])[1])(x[:, None])
+    close(each[0], ours().double()(x[:1], start[0][:1], start[1][:1])[1], atol=1e-12)
+    cell.reset_mem()  # the stored state died with the transform
+    close(cell(x)[1], ours().double()(x)[1], atol=1e-12)
+
+
+def test_the_fallback_for_a_missing_core_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(snnlstm.run, "_native", None)
+    monkeypatch.setattr(snnlstm.run, "_logged", set())
+    with caplog.at_level(logging.WARNING, logger="snnlstm"):
+        for cell in (ours(), ours()):
+            cell(X)
+    assert str(cell.path) == f"reference ({snnlstm.run._MISSING})"
+    (record,) = caplog.records  # the fallback is logged once per process, not once per cell
+    assert record.getMessage().startswith("SConv2dLSTM runs the reference path")
+
+
+@pytest.mark.skipif(native is None, reason="needs the core")
+def test_a_gpu_that_the_build_does_not_serve_is_said_once(monkeypatch, caplog):
+    """The test passes a CUDA device's name, and needs no GPU."""
+    monkeypatch.setattr(native, "_NO_CUDA", None)
+    monkeypatch.setattr(native.cuda_check, "trouble", lambda index: f"GPU {index} is too old")
+    monkeypatch.setattr(snnlstm.run, "_logged", set())
+    path = snnlstm.run._path_of_device(torch.device("cuda", 3))
+    assert str(path) == "reference (GPU 3 is too old)"
+    with caplog.at_level(logging.WARNING, logger="snnlstm"):
+        for seen in (set(), set()):  # two modules
+            snnlstm.run.log_fallback(path, seen)
+    assert [record.getMessage() for record in caplog.records] == [
+        "SConv2dLSTM runs the reference path (plain torch, slower): GPU 3 is too old"
+    ]
+
+
+@pytest.mark.skipif(native is None, reason="needs the core")
+def test_a_build_without_cuda_is_said_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(native, "_NO_CUDA", native.cuda_check.without_kernels({"cuda": "off"}))
+    path = snnlstm.run._path_of_device(torch.device("cuda", 0))
+    assert "no CUDA kernels (off)" in path.reason
+    assert path.slow
+    assert path.general

@@ -1,0 +1,228 @@
+"""The Python of the README and of docs/ runs, and the files, links and options they name exist."""
+
+from __future__ import annotations
+
+import argparse
+import doctest
+import functools
+import importlib
+import importlib.util
+import itertools
+import logging
+import pkgutil
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import snnlstm
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "NOTES.md",
+    *sorted(DOCS.glob("*.md")),
+]
+
+pytestmark = pytest.mark.skipif(not README.exists(), reason="not in a source tree")
+every_page = pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.exists()], ids=lambda page: page.name
+)
+
+
+@functools.cache
+def text_of(page: Path) -> str:
+    """Returns the text of the page, without the marks of quotations."""
+    return re.sub(r"(?m)^> ?", "", page.read_text())
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Returns the page's fenced code blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", text_of(page), re.DOTALL)
+
+
+@pytest.fixture
+def _settings() -> Iterator[None]:
+    """Restores the settings of the process that examples change."""
+    level = logging.getLogger("snnlstm").level
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    precision = getattr(conv, "fp32_precision", None)
+    tf32 = torch.backends.cudnn.allow_tf32 if precision is None else None
+    paths = list(sys.path)
+    yield
+    logging.getLogger("snnlstm").setLevel(level)
+    snnlstm.set_algorithm("auto")
+    sys.path[:] = paths
+    if precision is not None:
+        conv.fp32_precision = precision
+    else:
+        torch.backends.cudnn.allow_tf32 = tf32
+    if "backend" in sys.modules:
+        sys.modules["backend"].simt_core().reset()
+
+
+def run(page: Path) -> None:
+    """Runs a page's blocks in order, as one session."""
+    session: dict[str, object] = {"__name__": page.stem}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), session)
+
+
+WITH_PYTHON = [page for page in PAGES if page.exists() and blocks(page, "python")]
+
+
+@pytest.mark.usefixtures("_settings")
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+def test_python_blocks_run_in_order(page, recwarn, capsys, monkeypatch):
+    if page.name == "simt.md" and not (snnlstm.run._native and shutil.which("g++")):
+        pytest.skip("no compiler, or no core")
+    monkeypatch.chdir(ROOT)
+    run(page)
+    own = [w for w in recwarn if "snnlstm" in str(w.filename) or str(w.filename) == page.name]
+    assert [str(w.message) for w in own] == []
+    if page == README:
+        printed = capsys.readouterr().out.split("\n")
+        assert printed[:2] == ["accelerate: 1 swapped, 0 left", "  0  swapped"]
+        assert re.match(r"cpu-\w+-\w+ \(.+\)", printed[2])
+        assert printed[3] == "reference (conv is a ParametrizedConv2d, not a plain nn.Conv2d)"
+
+
+def test_the_pages_with_examples_are_found():
+    names = {page.name for page in WITH_PYTHON}
+    assert names >= {"README.md", "quickstart.md", "migrating.md", "sequences.md", "simt.md"}
+
+
+def test_examples_of_docstrings():
+    names, tried = {"snnlstm": snnlstm, "torch": torch, "nn": torch.nn}, 0
+    for module in pkgutil.iter_modules(snnlstm.__path__, "snnlstm."):
+        if module.name not in ("snnlstm.__main__", "snnlstm._C"):
+            found = doctest.testmod(importlib.import_module(module.name), extraglobs=names)
+            assert found.failed == 0, module.name
+            tried += found.attempted
+    assert tried
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Returns the words of each line of the shell blocks, and of each command in the text."""
+    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").split("\n")
+    lines += re.findall(r"(?<!`)`((?:make|python|pytest) [^`\n]+)`", text_of(page))
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@every_page
+def test_make_targets_exist(page):
+    makefile = (ROOT / "Makefile").read_text()
+    for words in commands(page):
+        for before, target in itertools.pairwise(words):
+            if before == "make" and re.fullmatch(r"[a-z][\w-]*", target):
+                assert re.search(rf"(?m)^{target}:", makefile), f"no target {target}"
+
+
+def behind_make(words: list[str]) -> list[str]:
+    """Returns the command behind `make TARGET ARGS=...` if it is one of our modules."""
+    arguments = [word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")]
+    if words[:1] != ["make"] or not arguments:
+        return words
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = re.search(rf"(?m)^{words[1]}:.*\n\t.* -m (benchmarks\S*) \$\(ARGS\)", makefile)
+    return ["python", "-m", recipe[1], *shlex.split(arguments[0])] if recipe else words
+
+
+class Parsed(Exception):
+    """This exception says that a program accepted its arguments."""
+
+
+@every_page
+def test_our_programs_accept_the_arguments(page, monkeypatch, capsys):
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_args(self, *arguments):
+        original(self, *arguments)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.chdir(ROOT)
+    for words in commands(page):
+        words = behind_make(words)
+        program = words[words.index("-m") + 1 :] if "-m" in words else words[1:]
+        if program and program[0].split(".")[0] in ("snnlstm", "benchmarks"):
+            start = functools.partial(runpy.run_module, program[0], run_name="__main__")
+        elif words[:1] == ["python"] and program[:1] and program[0].endswith(".py"):
+            monkeypatch.syspath_prepend(str(Path(program[0]).parent))
+            start = functools.partial(runpy.run_path, program[0], run_name="__main__")
+        else:
+            continue
+        monkeypatch.setattr(sys, "argv", program)
+        try:
+            start()
+        except Parsed:
+            continue
+        except SystemExit:
+            pytest.fail(f"{shlex.join(words)}: {capsys.readouterr().err}")
+        pytest.fail(f"{shlex.join(words)} reads no arguments")
+
+
+GENERATED = {"_generated/surrogates.svg", "_generated/quantisers.svg"}  # docs/figures.py draws them
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)", text_of(page))
+    links += re.findall(r"```\{include\} (\S+)", text_of(page))
+    for link in links:
+        if "://" not in link and link not in GENERATED:
+            assert (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"
+
+
+@every_page
+def test_paths_in_the_text_exist(page):
+    """Paths are such as `csrc/cell.h`; other names in a row of a table lie in its first folder."""
+    top = {path.name for path in ROOT.iterdir()} - {"build", "dist", "out"}
+    for line in text_of(page).split("\n"):
+        folder = ROOT
+        for name in re.findall(r"(?<!`)`([\w./-]+)`", line):
+            first, slash, _ = name.partition("/")
+            if slash and first in top:
+                assert (ROOT / name).exists(), f"{page.name} names {name}, which is not there"
+                folder = (ROOT / name).parent
+            elif line.startswith("| `") and folder != ROOT and re.search(r"\.(py|h|cpp|cu)$", name):
+                assert (folder / name).exists(), f"{page.name} names {folder / name}"
+
+
+def test_every_public_name_is_in_the_reference():
+    api = (DOCS / "api.md").read_text()
+    for name in snnlstm.__all__:
+        assert re.search(rf"\b{re.escape(name)}\b", api), f"docs/api.md does not name {name}"
+
+
+def test_the_table_of_surrogates_is_whole():
+    table = (DOCS / "surrogates.md").read_text()
+    for name in snnlstm.surrogate.__all__:
+        if name not in ("NONE", "Surrogate"):
+            assert re.search(rf"snnlstm\.surrogate\.{name}\b", table), name
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # Sphinx warns of its extensions
+def test_sphinx_builds_it_without_a_warning(tmp_path, capfd):
+    for needed in ("sphinx", "furo", "myst_parser", "matplotlib"):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed: pip install snnlstm[docs]")
+    from sphinx.cmd.build import build_main
+
+    paths = list(sys.path)
+    options = ["-W", "--keep-going", "-q", "-d", str(tmp_path / "trees")]
+    status = build_main([*options, str(DOCS), str(tmp_path / "html")])
+    sys.path[:] = paths
+    assert status == 0, capfd.readouterr().err
+    page = (tmp_path / "html" / "api.html").read_text()
+    assert "snnlstm.functional.sconv2dlstm" in page
+    assert "surrogates.svg" in (tmp_path / "html" / "surrogates.html").read_text()

@@ -1,0 +1,66 @@
+"""The compiled core raises a Python exception at each nonsensical argument, and never crashes."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch  # before the core
+
+_C = pytest.importorskip("snnlstm._C")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(("core", "count"), [("cpu", 2000), ("cuda", 2000), ("simt", 500)])
+def test_random_calls_with_nonsense_among_the_arguments(core, count):
+    """nonsense.py runs as a process, whose last line of output names the call that went wrong."""
+    if core == "cuda" and not (hasattr(_C, "cuda_target") and torch.cuda.is_available()):
+        pytest.skip("no GPU")
+    if core == "simt" and not ((ROOT / "csrc").exists() and shutil.which("g++")):
+        pytest.skip("no sources or no compiler for the emulator")
+    command = [sys.executable, str(ROOT / "tools" / "nonsense.py"), core, str(count), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    last = done.stdout.strip().rpartition("\n")[2]
+    assert done.returncode == 0, f"{done.returncode} at call {last}\n{done.stderr}"
+
+
+FACTS = {
+    "dtype": 0, "T": 1, "N": 1, "Cin": 2, "C": 4, "H": 5, "W": 6, "kernel": (3, 3),
+    "stride": (1, 1), "dilation": (1, 1), "pool": 0, "pool_size": (1, 1), "reset": 2,
+    "surrogate": 1, "p0": 2.0, "p1": 0.0, "inhibition": False, "num_levels": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"dtype": 99}, "dtype must be less than 4, got 99"),
+        ({"C": 0}, "a size of a cell must be positive"),
+        ({"H": 2**62}, "the sizes of a cell are too large"),
+        ({"kernel": (2, 3)}, "kernel must be odd"),
+        ({"pool": 1, "pool_size": (9, 1)}, "pool_size must fit into the state"),
+    ],
+    ids=str,
+)
+def test_messages_name_what_is_wrong(changed, says):
+    with pytest.raises(ValueError, match=says):
+        _C.Cell(**FACTS | changed)
+
+
+@pytest.mark.parametrize("changed", [{"T": 0}, {"N": 0}, {"dtype": 2}], ids=str)
+def test_what_the_cpu_kernels_do_not_take(changed):
+    with pytest.raises(ValueError, match=r"at least 1|float32 and float64"):
+        _C.CpuPlan(_C.Cell(**FACTS | changed), 0, 1.0, 8, False, 1)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_an_image_too_large_for_lists_of_nonzeros_has_none(backward):
+    """Places in such an image exceed the lists' 32 bits: a call would read and write elsewhere."""
+
+    def way(width):
+        facts = {"Cin": 512, "C": 16, "H": 1, "W": width, "kernel": (1, 3)}
+        return _C.CpuPlan(_C.Cell(**FACTS | facts), 0, 0.01, 8, backward, 1).name
+
+    assert way(2**10).endswith("-sparse")
+    assert not way(2**20).endswith("-sparse")

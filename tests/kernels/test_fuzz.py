@@ -1,0 +1,62 @@
+"""Random calls such as those of ``make fuzz`` pass, and a fault in the kernels is found."""
+
+import fuzz
+import pytest
+import torch
+from asking import ASKED, KEPT
+from cases import PLAIN, laid_out
+from cpu_kernels import ISAS, native
+from gradients import NAMES, OUTPUTS
+from poison import NAN
+
+pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+
+
+@pytest.mark.slow
+def test_random_calls():
+    done = fuzz.run(200)
+    assert done["results and gradients"] >= 100
+    assert all(done[way] for way in fuzz.WAYS)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True, "gates"])
+@pytest.mark.parametrize("way", ["one call", "steps", "a cell's calls"])
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [*((asked, "as it is") for asked in ASKED), *(("plain", kept) for kept in KEPT)],
+)
+def test_gradients_that_are_asked_for_in_unusual_ways(asked, kept, way, checkpoint):
+    case = PLAIN.but(checkpoint=checkpoint)
+    assert fuzz.check(
+        fuzz.Example(case, ISAS[-1], "auto", way, 2, OUTPUTS, NAMES, NAN, asked, kept)
+    )
+
+
+def test_a_fault_is_found_and_its_script_shows_it(monkeypatch, capsys):
+    forward = native.cpu.Choice.forward
+
+    def wrong(self, call, training):
+        result = forward(self, call, training)
+        if call.options.pool == "max":
+            result.mem[..., -1] *= 1.001
+        return result
+
+    monkeypatch.setattr(native.cpu.Choice, "forward", wrong)
+    with pytest.raises(AssertionError):
+        fuzz.run(200, seed=1)
+    script = capsys.readouterr().err.rpartition("A script that shows it:")[
+        2
+    ]  # the last is smallest
+    scope = {}
+    with pytest.raises(AssertionError, match="close"):
+        exec(script, scope)
+    assert scope["case"].options.pool == "max"
+    monkeypatch.undo()
+    exec(script, scope)
+
+
+def test_overlapping_memory_is_laid_out_as_it_says():
+    values = laid_out(torch.arange(60.0).view(3, 4, 5), "overlapping")
+    assert values.shape == (3, 4, 5)
+    assert values.stride() == (8, 2, 1)
+    assert values[0, 1, 0] == values[0, 0, 2]

@@ -1,0 +1,292 @@
+"""A weight is packed once for each of its values, and an older value's packing is never used.
+
+Neither the address nor the version counter of a tensor tells of all changes of its numbers:
+``weight.data.add_(...)`` and ``torch._foreach_add_`` on ``.data`` change neither.
+"""
+
+import copy
+import gc
+import itertools
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flat
+import numpy
+import pytest
+import torch
+from cpu_kernels import ISAS, Kernels, native, use
+from helpers import close, in_threads
+from torch import Tensor, nn
+
+import snnlstm
+from snnlstm.call import CellOptions
+from snnlstm.native import packing
+
+pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+
+
+@pytest.fixture(autouse=True)
+def packings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Gives a test a cache of its own; returns the numbers of the forms that are packed."""
+    packed: list[int] = []
+    addresses = packing.Packed.addresses
+
+    def noting(self, core, forms):
+        before = set(self.forms)
+        found = addresses(self, core, forms)
+        packed.extend(number for number, _ in set(self.forms) - before)
+        return found
+
+    monkeypatch.setattr(packing, "_packed", type(packing._packed)())
+    monkeypatch.setattr(packing.Packed, "addresses", noting)
+    return packed
+
+
+def make(channels: int = 16) -> snnlstm.SConv2dLSTM:
+    torch.manual_seed(3)
+    return snnlstm.SConv2dLSTM(3, channels, 3, threshold=0.05, reset_mechanism="subtract")
+
+
+def call(cell: snnlstm.SConv2dLSTM, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    out = cell(x, torch.zeros(0), torch.zeros(0))
+    assert cell.path.native, str(cell.path)
+    return out
+
+
+@torch.no_grad()
+def exact(cell: snnlstm.SConv2dLSTM, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return snnlstm.reference.sconv2dlstm(
+        x, weight=cell.conv.weight, bias=cell.conv.bias, threshold=cell.threshold,
+        reset_mechanism="subtract",
+    )  # fmt: skip
+
+
+def image(dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 3, 6, 7, generator=generator).to(dtype)
+
+
+def by_optimizer(cell: snnlstm.SConv2dLSTM) -> None:
+    optimizer = torch.optim.SGD(cell.parameters(), lr=0.5)
+    call(cell, image())[2].sum().backward()
+    optimizer.step()
+
+
+def by_assigning_load_state_dict(cell: snnlstm.SConv2dLSTM) -> None:
+    state = {name: value.clone() for name, value in cell.state_dict().items()}
+    state["conv.weight"] *= 1.5
+    cell.load_state_dict(state, assign=True)
+
+
+# Some changes write in place, with or without the version counter; some bring other memory.
+CHANGES = {
+    "optimizer": by_optimizer,
+    "data.add_": lambda cell: cell.conv.weight.data.add_(0.1),
+    "foreach on data": lambda cell: torch._foreach_add_([cell.conv.weight.data], 0.1),
+    "numpy": lambda cell: numpy.multiply(w := cell.conv.weight.detach().numpy(), 1.5, out=w),
+    "a view": lambda cell: cell.conv.weight.detach()[-1].zero_(),
+    "other data": lambda cell: setattr(cell.conv.weight, "data", cell.conv.weight.data * 1.5),
+    "load_state_dict": by_assigning_load_state_dict,
+    "swapped contents": lambda cell: torch.utils.swap_tensors(
+        cell.conv.weight, nn.Parameter(cell.conv.weight.detach() * 1.5)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_weight_is_used_at_once(change: Callable[[Any], Any]):
+    """Results and gradients equal those of a cell that never saw the old weight."""
+    cell, x = make(), image().requires_grad_()
+    before = call(cell, x)
+    (old,) = torch.autograd.grad(before[2].sum(), x)
+    change(cell)
+    fresh = make()
+    fresh.load_state_dict(cell.state_dict())
+    out, expected = call(cell, x), call(fresh, x)
+    assert torch.equal(out[2], expected[2])
+    assert not torch.allclose(out[1], before[1], atol=1e-3)
+    (actual,), (wanted,) = (torch.autograd.grad(o[2].sum(), x) for o in (out, expected))
+    assert torch.equal(actual, wanted)
+    assert change is by_optimizer or not torch.allclose(actual, old, atol=1e-3)
+
+
+@pytest.mark.parametrize("channels", [16, 120], ids=["small", "by several threads"])
+def test_one_changed_bit_is_seen(kernels, packings, channels):
+    """A comparison of samples or sums of the weight would not see the bit."""
+    cell, x = make(channels), image()
+    with torch.no_grad():
+        call(cell, x)
+    once = len(packings)
+    for place in (0, 1, cell.conv.weight.numel() // 2, -1):
+        number = cell.conv.weight.data.view(-1)[place : place + 1 or None]
+        number.view(torch.int32).bitwise_xor_(1)
+        packings.clear()
+        with torch.no_grad():
+            call(cell, x)
+        assert len(packings) == once, place
+
+
+def test_a_weight_changed_between_forward_and_backward():
+    """A change that the version counter sees is an error.
+
+    After another change the gradient is that of the forward pass, whose weight was packed.
+    """
+    cell, x = make(), image().requires_grad_()
+    loss = call(cell, x)[2].sum()
+    with torch.no_grad():
+        cell.conv.weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    # The loss depends on x alone, so d x is linear in the weight that the backward pass reads.
+    cell = make()
+    (before,) = torch.autograd.grad(call(cell, x)[2].sum(), x)
+    loss = call(cell, x)[2].sum()
+    cell.conv.weight.data.mul_(2)
+    (after,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(after, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_module_that_is_cast(dtype):
+    cell = make()
+    call(cell, image())
+    cell.double()
+    torch.testing.assert_close(
+        call(cell, image(torch.float64))[1:], exact(cell, image(torch.float64))[1:]
+    )
+    cell.to(dtype).float()
+    cell.conv.weight.data.add_(0.1)
+    torch.testing.assert_close(call(cell, image())[1:], exact(cell, image())[1:], atol=1e-5, rtol=0)
+
+
+def test_a_weight_is_packed_once_for_each_of_its_values(kernels, packings):
+    cell, x = make(), image()
+    for value in range(3):
+        packings.clear()
+        for _ in range(4):  # the calls are steps, forward and backward
+            (call(cell, x)[2].sum() + call(cell, x)[0].sum()).backward()
+            with torch.no_grad():
+                call(cell, x)
+        assert packings, value
+        assert len(packings) == len(set(packings)), value
+        cell.conv.weight.data.mul_(1.1)
+
+
+def test_each_instruction_set_and_algorithm_has_forms_of_its_own():
+    cell, x = make(), image()
+    expected = exact(cell, x)
+    for isa, algorithm in 2 * list(itertools.product(ISAS, native.cpu.ALGORITHMS)):
+        for _ in use(Kernels(isa, algorithm)):
+            close(call(cell, x)[1:], expected[1:], atol=2e-5)
+
+
+def test_weights_of_one_shape_that_are_divided_otherwise():
+    """Calls of one weight with other strides and dilations share its packing, and are right."""
+    weight = torch.randn(32, 11, 3, 3) / 10
+    x = image()
+    for stride in ((1, 1), (2, 2), (1, 3)):
+        for dilation in ((1, 1), (2, 1)):
+            options = CellOptions((3, 3), stride, dilation)
+            state = torch.zeros(2, 8, *options.state_size(6, 7))
+            arguments = (x, state, state, weight, None, torch.tensor(0.1), torch.ones(()), options)
+            out, expected = flat.run(*arguments), flat.reference(*arguments)
+            torch.testing.assert_close(out[1:], expected[1:], atol=2e-5, rtol=0)
+
+
+def test_python_threads_that_share_a_weight(packings):
+    cell, x = make(), image()
+    expected = exact(cell, x)
+
+    def work(_: int) -> None:
+        with torch.no_grad():
+            for _ in range(20):
+                out = snnlstm.functional.sconv2dlstm(
+                    x, weight=cell.conv.weight, bias=cell.conv.bias, threshold=0.05
+                )
+                close(out[1], expected[1], atol=2e-5)
+
+    in_threads(work, 4)
+    assert len(packings) <= 4 * len(set(packings))  # four threads may pack at the same time
+
+
+def test_two_threads_that_pack_at_once_read_one_form():
+    """The form that was packed first stays, because another thread may read its address."""
+    weight = torch.rand(4, 3, 3, 3)
+    packed, others = packing.Packed(weight), []
+
+    class Core:
+        def pack(self, *arguments):
+            if not others:  # another thread begins later, and ends first
+                others.append(None)
+                others[0] = packed.addresses(Core(), [(0, "form", 64)])
+
+    found = packed.addresses(Core(), [(0, "form", 64)])
+    assert [found, *others] == [{"weight": packed.forms[0, "form"].data_ptr()}] * 2
+
+
+def test_an_entry_dies_with_its_weight():
+    cell, x = make(), image()
+    call(cell, x)
+    assert len(packing._packed) == 1
+    conv = cell.conv
+    cell.conv = copy.deepcopy(conv)
+    call(cell, x)
+    assert len(packing._packed) == 2
+    del conv
+    gc.collect()
+    assert len(packing._packed) == 1
+    del cell
+    gc.collect()
+    assert len(packing._packed) == 0
+
+
+def test_temporary_weights_leave_nothing_behind():
+    cell, x = make(), image()
+    mask = torch.ones_like(cell.conv.weight)
+    for _ in range(5):
+        out = snnlstm.functional.sconv2dlstm(x, weight=cell.conv.weight * mask, threshold=0.05)
+        out[2].sum().backward()
+    del out
+    gc.collect()
+    assert len(packing._packed) == 0
+
+
+@torch.no_grad()
+def test_weights_that_are_views_of_one_buffer(packings):
+    """Views that take turns are packed once each; of views that move on, few packings are kept."""
+    size = 64 * 19 * 9
+    buffer, x = torch.randn(size + 20), image()
+
+    def step(offset):
+        weight = buffer[offset : offset + size].view(64, 19, 3, 3)
+        snnlstm.functional.sconv2dlstm(x, weight=weight, threshold=0.05)
+
+    for offset in (0, 1, 0, 1):
+        step(offset)
+    assert len(packings) == 2 * len(set(packings))
+    for offset in range(20):
+        step(offset)
+    (places,) = packing._packed.values()
+    assert len(places) == packing._MOST_PLACES
+
+
+def test_an_old_value_is_not_kept():
+    cell, x = make(), image()
+    for _ in range(3):
+        call(cell, x)[2].sum().backward()
+        cell.conv.weight.data.mul_(1.1)
+    (places,) = packing._packed.values()
+    (entry,) = places.values()
+    assert len(entry.forms) <= 6  # three forms for each direction
+
+
+def test_packed_weights_are_not_saved():
+    cell, x = make(), image()
+    sizes = []
+    for _ in range(2):
+        cell.syn, cell.mem = torch.zeros(0), torch.zeros(0)  # states would be saved
+        sizes.append([len(pickle.dumps(what)) for what in (cell, cell.state_dict())])
+        call(cell, x)
+    weight = cell.conv.weight.numel() * 4
+    assert all(two - one < weight / 4 for one, two in zip(*sizes, strict=True)), sizes

@@ -1,0 +1,206 @@
+"""The source tree becomes an sdist, and the sdist a wheel that installs and computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in a source tree"),
+]
+
+OFFLINE = re.compile(r"name resolution|NewConnectionError|No matching distribution|timed out", re.I)
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "SNNLSTM_ISA")}
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env={**kept, **environment},
+        capture_output=True, text=True, timeout=590,
+    )  # fmt: skip
+    text = done.stdout + done.stderr
+    if done.returncode and "pip" in command and OFFLINE.search(text):
+        pytest.skip("the build requirements cannot be fetched: no package index")
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{text}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("distribution")
+
+
+@pytest.fixture(scope="module")
+def sdist(folder) -> Path:
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", folder, ROOT, cwd=folder)
+    (path,) = folder.glob("snnlstm-*.tar.gz")
+    return path
+
+
+# pip builds the wheel from the sdist alone, isolated and without torch, as for a user. The wheel is
+# named after its variant, as published wheels are. Without optimisation it is built in a tenth of
+# the time.
+COMPILED = {
+    "SNNLSTM_CUDA": "off", "SNNLSTM_LOCAL_VERSION": "cpu",
+    "CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE='-O0 -DNDEBUG'",
+}  # fmt: skip
+NO_COMPILER = {"PATH": "/nowhere", "CXX": ""}
+
+
+def built(place: Path, sdist: Path, environment: dict[str, str]) -> Path:
+    place.mkdir()
+    run(
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", place, sdist,
+        cwd=place, SOURCE_DATE_EPOCH="1700000000", **environment,
+    )  # fmt: skip
+    (path,) = place.glob("snnlstm-*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(folder, sdist) -> Path:
+    return built(folder / "compiler", sdist, COMPILED)
+
+
+@pytest.fixture(scope="module")
+def pure(folder, sdist) -> Path:
+    return built(folder / "no-compiler", sdist, NO_COMPILER)
+
+
+@pytest.fixture(scope="module")
+def python(folder, wheel) -> Path:
+    """Installs the wheel in a fresh environment beside this one's torch; returns its Python."""
+    return install(wheel, folder / "venv", folder)
+
+
+@pytest.fixture(scope="module")
+def pure_python(folder, pure) -> Path:
+    return install(pure, folder / "pure-venv", folder)
+
+
+def install(wheel: Path, place: Path, folder: Path) -> Path:
+    run(sys.executable, "-m", "venv", "--without-pip", place, cwd=folder)
+    executable = place / "bin" / "python"
+    install = ["-m", "pip", "--python", executable, "install", "--no-deps", "--no-index", wheel]
+    run(sys.executable, *install, cwd=folder)
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = run(executable, "-c", code, cwd=folder)
+    # Python searches a folder of a .pth file last, and reads no .pth file in that folder, such as
+    # that of an editable installation.
+    (Path(site.strip()) / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    return executable
+
+
+def tracked(*folders: str) -> set[str]:
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    return set(run("git", "ls-files", *folders, cwd=ROOT).splitlines())
+
+
+def test_the_sdist_holds_what_the_repository_does(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    here = {name for name in tracked() if (ROOT / name).exists()}
+    of_the_repository_alone = (".ci", ".github", ".gitignore")
+    assert {n for n in here - names if not n.startswith(of_the_repository_alone)} == set()
+    assert [name for name in names if name.endswith((".so", ".o", ".pyc"))] == []
+    assert [name for name in names if name.startswith(("build/", ".venv/", "dist/"))] == []
+
+
+def test_the_wheel_holds_the_package_alone_and_needs_torch_and_numpy_alone(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (name,) = (n for n in names if n.endswith(".dist-info/METADATA"))
+        metadata = archive.read(name).decode()
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"snnlstm"}
+    assert tracked("snnlstm") <= set(names)
+    assert len([name for name in names if name.endswith(".so")]) == 1
+    assert [name for name in names if name.endswith((".cpp", ".h", ".cu"))] == []
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert any(name.endswith("licenses/LICENSE-THIRD-PARTY") for name in names)
+    assert wheel.stat().st_size < 20e6
+    needs = [n for n in re.findall(r"(?m)^Requires-Dist: (.+)$", metadata) if "extra ==" not in n]
+    assert sorted(needs) == ["numpy", "torch>=2.4"]
+
+
+def test_the_installed_wheel_computes(python, wheel, folder):
+    """The wheel runs outside of the source tree, by the kernels, forward and backward."""
+    code = """
+import torch, snnlstm
+cell = snnlstm.SConv2dLSTM(2, 4, 3, threshold=0.1)
+x = torch.rand(5, 3, 2, 9, 7)
+spk, syn, mem = cell(x)
+mem.sum().backward()
+assert cell.conv.weight.grad.abs().sum() > 0
+print(snnlstm.__file__, snnlstm.__version__, cell.path.name)
+"""
+    file, version, path = run(python, "-c", code, cwd=folder).split()
+    assert Path(file).is_relative_to(folder)
+    assert path.startswith("cpu-")
+    names = "import torch; from snnlstm import _C; print(*dir(_C), *_C.isa_names())"
+    assert not {"cpu_evaluate", "wide"} & set(run(python, "-c", names, cwd=folder).split())
+    facts = json.loads(run(python, "-m", "snnlstm", "--json", cwd=folder))
+    assert version.endswith("+cpu")
+    assert wheel.name.startswith(f"snnlstm-{version}-")
+    assert facts["version"] == version
+    assert facts["native"]["build"]["version"] == version
+    assert facts["problems"] == []
+
+
+def test_the_wheel_without_a_core_is_for_every_python_and_system(pure):
+    assert pure.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(pure) as archive:
+        names = archive.namelist()
+    assert tracked("snnlstm") <= set(names)
+    assert [name for name in names if name.endswith(".so")] == []
+
+
+@pytest.mark.parametrize(("first", "environment"), [("pure", NO_COMPILER), ("wheel", COMPILED)])
+def test_two_builds_have_the_same_bytes(first, environment, request, sdist, tmp_path):
+    """Each build has a temporary folder of its own, of which the wheel may hold no trace."""
+    again = built(tmp_path / "again", sdist, environment)
+    assert again.read_bytes() == request.getfixturevalue(first).read_bytes()
+
+
+def test_without_a_core_the_first_call_says_so_once(pure_python, folder):
+    code = """
+import sys; sys.stderr = sys.stdout
+import torch, snnlstm
+for _ in range(2):
+    cell = snnlstm.SConv2dLSTM(2, 4, 3, threshold=0.1)
+    cell(torch.rand(5, 3, 2, 9, 7))[2].sum().backward()
+print(cell.path)
+"""
+    said = run(pure_python, "-c", code, cwd=folder)
+    assert said.endswith("reference (the compiled core is missing)\n")
+    assert said.count("the compiled core is missing") == 2  # once in the log, once in the path
+    facts = json.loads(run(pure_python, "-m", "snnlstm", "--json", cwd=folder))
+    (problem,) = facts["problems"]
+    assert problem.startswith("this installation has no native core, so that every call runs in")
+    assert "C++17 compiler" in problem
+
+
+def test_the_tests_pass_without_a_core(pure_python, folder):
+    """The cell's tests pass with the reference as the only implementation."""
+    tests = folder / "tests-only"
+    unneeded = shutil.ignore_patterns("__pycache__", "simt", "sanitizers")
+    for part in ("tests", "tools"):
+        shutil.copytree(ROOT / part, tests / part, ignore=unneeded)
+    shutil.copy2(ROOT / "pyproject.toml", tests)
+    names = ("semantics", "state", "arguments", "inhibition")
+    files = [f"tests/cell/test_{name}.py" for name in names]
+    said = run(pure_python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, cwd=tests)
+    assert re.search(r"\d\d+ passed", said)

@@ -1,0 +1,190 @@
+"""The built module links, exports and runs only what it should."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import snnlstm
+from snnlstm import _C
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE = Path(_C.__file__)
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc and ELF files")
+
+
+def output(*command: str | Path, **options) -> str:
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=300, **options
+    )
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def tool(name: str) -> str:
+    """Finds a program of binutils, which come with every C++ compiler on Linux."""
+    return shutil.which(name) or pytest.skip(f"{name} is not installed")
+
+
+def test_one_version_everywhere():
+    assert importlib.metadata.version("snnlstm") == snnlstm.__version__
+    assert _C.build_info()["version"] == snnlstm.__version__
+
+
+def test_no_source_includes_a_torch_header():
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".h", ".cu", ".cuh"}]
+    if not sources:
+        pytest.skip("an installed package without its sources")
+    for source in sources:
+        assert not re.search(r'#include\s*[<"](torch|ATen|c10|THC)/', source.read_text()), source
+
+
+@linux
+def test_no_instruction_set_shares_a_function_with_another():
+    """Of several weak functions of one name the linker keeps any one, which may be AVX-512's."""
+    objects = sorted((ROOT / "build").glob("*/CMakeFiles/kernels_*.dir/**/*.o"))
+    if not objects:
+        pytest.skip("the module was not built here")
+    for path in objects:
+        weak = re.findall(r" W (.+)", output(tool("nm"), "-C", path))
+        own = re.search(r"kernels_(\w+)\.dir", str(path))[1]
+        assert [name for name in weak if f"snnlstm::{own}" not in name] == [], path
+
+
+@linux
+def test_links_nothing_but_the_language_runtime():
+    needed = re.findall(r"NEEDED.*\[(.+)\]", output(tool("readelf"), "-d", CORE))
+    allowed = r"(libstdc\+\+|libgcc_s|libm|libc|libdl|libpthread|librt|ld-linux-[\w-]+)\.so\.\d+"
+    assert needed
+    assert [name for name in needed if not re.fullmatch(allowed, name)] == []
+    assert "R(UN)?PATH" not in output(tool("readelf"), "-d", CORE)
+
+
+@linux
+def test_exports_its_entry_point_alone():
+    """Symbols of ours, of the C++ library's templates and of the CUDA runtime stay inside."""
+    defined = output(tool("nm"), "-D", "--defined-only", CORE).splitlines()
+    assert [line.split()[-1] for line in defined] == ["PyInit__C"]
+
+
+@linux
+def test_leaves_no_openmp_or_cuda_symbol_to_the_loader():
+    """csrc/openmp.cpp defines OpenMP's functions; an import would fail if it lacked one."""
+    undefined = output(tool("nm"), "-D", "--undefined-only", CORE)
+    assert re.findall(r"\b(?:GOMP_|omp_|__kmpc_|cuda|cu[A-Z])\w*", undefined) == []
+
+
+@linux
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="instruction sets of x86-64")
+def test_wide_instructions_stay_in_their_namespace():
+    """Code for a newer processor must not be linked into what every processor runs."""
+    wide_ok = re.compile(r"\b(avx2|avx512|wide)::")
+    intruders, function, seen = set(), "", 0
+    text = output(tool("objdump"), "-d", "-C", "--no-show-raw-insn", CORE)
+    for line in text.split("\n"):
+        if line.endswith(">:"):
+            function = line[line.index("<") + 1 : -2]
+        elif "%ymm" in line or "%zmm" in line:
+            if wide_ok.search(function):
+                seen += 1
+            elif not function.startswith("cuda"):
+                intruders.add(function)
+    assert seen > 0
+    assert intruders == set()
+
+
+def fatbin_contents(data: bytes) -> set[tuple[str, int]]:
+    """Returns the images of fat binaries in a file: ("ptx" or "elf", compute capability).
+
+    nvcc 12 and 13 write a header of 16 bytes (magic, version, header size, size of all images), and
+    then images, each with a header (kind, -, header size, size, ..., capability).
+    """
+    contents = set()
+    for found in re.finditer(re.escape(b"\x50\xed\x55\xba\x01\x00\x10\x00"), data):
+        place, end = found.end() + 8, found.end() + 8
+        end += struct.unpack_from("<Q", data, found.end())[0]
+        while place < end:
+            kind, _, header, size = struct.unpack_from("<HHIQ", data, place)
+            (capability,) = struct.unpack_from("<I", data, place + 28)
+            contents.add(({1: "ptx", 2: "elf"}.get(kind, str(kind)), capability))
+            place += header + size
+    return contents
+
+
+def test_holds_code_for_every_gpu_that_it_claims():
+    archs = _C.build_info()["cuda_archs"]
+    if not archs:
+        pytest.skip(f"CUDA half {_C.build_info()['cuda']}")
+    claimed = {
+        ("ptx" if arch.endswith("+ptx") else "elf", int(arch.removesuffix("+ptx")))
+        for arch in archs.split()
+    }
+    assert fatbin_contents(CORE.read_bytes()) == claimed
+    assert CORE.stat().st_size < 20e6
+
+
+COUNT_LIBRARIES = """
+import re
+def runtimes():
+    maps = open("/proc/self/maps").read()
+    return sorted(set(re.findall(r"/\\S*/lib(?:gomp|iomp5|omp)[^/\\s]*\\.so[^/\\s]*", maps)))
+"""
+
+
+def python(code: str, folder: Path) -> str:
+    """Runs code in an interpreter of its own, outside of the source tree."""
+    environment = os.environ | {"PYTHONPATH": str(Path(snnlstm.__file__).parents[1])}
+    return output(sys.executable, "-c", COUNT_LIBRARIES + code, cwd=folder, env=environment)
+
+
+@linux
+def test_one_openmp_runtime_in_the_process(tmp_path):
+    """A process with the cell maps the libraries that a process with torch alone maps."""
+    printed = python(
+        """
+import torch
+before = runtimes()
+import snnlstm
+cell = snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.1)
+cell(torch.rand(2, 2, 16, 16))
+assert cell.path.name.startswith("cpu-"), cell.path
+from snnlstm import _C
+print(before == runtimes(), len(before), _C.openmp_library() in before)
+""",
+        tmp_path,
+    )
+    assert printed.split() == ["True", "1", "True"]
+
+
+@linux
+@pytest.mark.skipif(not shutil.which("gcc"), reason="no C compiler")
+def test_finds_the_runtime_of_a_torch_that_renamed_it(tmp_path):
+    """In a repaired wheel torch's copy of the runtime has a name and a SONAME of its own."""
+    gomp, torch_cpu = tmp_path / "libgomp-0123abcd.so.1.0.0", tmp_path / "libtorch_cpu.so"
+    (tmp_path / "gomp.c").write_text("void GOMP_parallel(void) {}")
+    (tmp_path / "torch.c").write_text("void GOMP_parallel(void); void f(void) { GOMP_parallel(); }")
+    shared = ["gcc", "-shared", "-fPIC"]
+    output(*shared, f"-Wl,-soname,{gomp.name}", tmp_path / "gomp.c", "-o", gomp)
+    output(*shared, f"-Wl,-soname,{torch_cpu.name},-rpath,$ORIGIN", tmp_path / "torch.c", gomp,
+           "-o", torch_cpu)  # fmt: skip
+    printed = python(
+        f"""
+import ctypes, importlib.util
+torch_cpu = ctypes.CDLL({str(torch_cpu)!r})
+spec = importlib.util.spec_from_file_location("snnlstm._C", {str(CORE)!r})
+core = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(core)
+print(core.openmp_library(), *runtimes())
+""",
+        tmp_path,
+    )
+    assert printed.split() == [str(gomp), str(gomp)]

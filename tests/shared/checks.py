@@ -1,0 +1,100 @@
+"""Checks the results of a call of the kernels, and its gradients, by the float64 reference.
+
+Both checks run the kernels on poisoned and fenced memory (poison.py).
+"""
+
+from collections.abc import Callable, Sequence
+
+import flat
+import torch
+from cases import Case, Inputs, wanting_gradients
+from cpu_kernels import Kernels, one_thread
+from gradients import NAMES, OUTPUTS, agrees, compare, from_states, gradients, of_outputs
+from helpers import same
+from oracle import check_steps, is_clear
+from poison import HUGE, NAN, poisoned
+from torch import Tensor
+
+# Gates that are kept in half of their bits may add so much to the error of a gradient, relative to
+# its largest element and for a surrogate of slope 1. A steeper surrogate multiplies this error.
+HALF_GATES = {torch.float64: 2e-9} | dict.fromkeys(
+    (torch.float32, torch.float16, torch.bfloat16), 1e-4
+)
+
+
+def infer(
+    kernels: Kernels, case: Case, inputs: Inputs, pattern: int = NAN
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs inference on poisoned memory."""
+    with torch.no_grad(), poisoned(pattern) as fenced:
+        out = kernels.run(*inputs, case.options)
+    assert len(fenced.blocks) >= 4, "the poison does not reach spk, syn, mem and the workspace"
+    return out
+
+
+def check_results(case: Case, kernels: Kernels) -> None:
+    """Judges a forward call that records states; other forms must equal it bit for bit."""
+    inputs, recorded = case.inputs(), case.recorded()
+    before = [None if t is None else t.clone() for t in inputs]
+    out = infer(kernels, recorded, inputs)
+    assert tuple(tensor.shape for tensor in out) == recorded.output_shapes
+    assert {tensor.dtype for tensor in out} == {case.dtype}
+    with one_thread():
+        check_steps(recorded, inputs, out, kernels.state_error(case.dtype))
+
+    last = out
+    if case.options.sequence and not case.options.record:
+        last = (out[0], out[1][-1], out[2][-1])
+    same(infer(kernels, case, inputs, HUGE), last)
+    # Each segment of checkpoint=True has a density of its own, so its convolution may differ.
+    by_segment = case.options.checkpoint is True and kernels.algorithm == "auto"
+    chosen = recorded if by_segment else case
+    with poisoned(HUGE):
+        trained = kernels.run(*wanting_gradients(inputs), chosen.options)
+    if by_segment:
+        with one_thread():
+            check_steps(recorded, inputs, trained, kernels.state_error(case.dtype))
+    else:
+        same(trained, last)
+    for tensor, kept in zip(inputs, before, strict=True):
+        assert tensor is None or torch.equal(tensor, kept), "an input was written to"
+
+
+def check_gradients(
+    kernels: Kernels,
+    case: Case,
+    outputs: Sequence[str] = OUTPUTS,
+    wanted: Sequence[str] = NAMES,
+    pattern: int = NAN,
+    ask: Callable[..., Sequence[Tensor]] = torch.autograd.grad,
+) -> bool:
+    """Compares one case; returns False if kernels and reference made different decisions.
+
+    In half types the kernels round states after each step, so the reference's steps end in the
+    kernels' states.
+    """
+    inputs, oracle = case.inputs(), flat.reference
+    error, half = kernels.gradient_error(case.dtype), case.dtype.itemsize == 2
+    band = kernels.state_error(torch.float32) if half else 0.0
+    if case.options.checkpoint == "gates":
+        band = HALF_GATES[case.dtype]
+        error += band * max(1, case.options.surrogate.p0, case.options.surrogate.p1)
+    with one_thread():
+        if not half and not agrees(kernels.run, case, inputs):
+            return False
+        if band > 0:
+            with torch.no_grad():
+                _, *states = kernels.run(*inputs, case.recorded().options)
+            if not is_clear(case, inputs, *states, band):
+                return False
+            if half:
+                oracle = from_states(*(state.double() for state in states))
+    grads = of_outputs(case, outputs)
+    with poisoned(pattern):
+        actual = gradients(kernels.run, inputs, case.options, grads, wanted, ask=ask)
+    with one_thread():
+        exact = gradients(oracle, inputs.double(), case.options, grads, wanted)
+        compare(actual, exact, error, grads)
+    for name, leaf in zip(NAMES, inputs, strict=False):
+        assert name not in actual or actual[name].shape == leaf.shape
+    return True

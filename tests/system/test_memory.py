@@ -1,0 +1,198 @@
+"""Training keeps and inference takes as many bytes as the documentation says."""
+
+import threading
+import weakref
+
+import cases
+import flat
+import pytest
+import torch
+from cases import Case, wanting_gradients
+from cpu_kernels import native
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import snnlstm
+from snnlstm.call import make_call
+from snnlstm.native import memory
+from snnlstm.quant import state_quant
+
+pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+
+# 16 channels are whole vectors on every instruction set, in float32 and in float64.
+PLAIN = cases.PLAIN.but(time=10, in_channels=8, channels=16, height=12, width=13, record=False)
+VARIANTS = {
+    "plain": PLAIN,
+    "recorded": PLAIN.but(record=True),
+    "one step": PLAIN.but(time=1, sequence=False),
+    "pooled": PLAIN.but(pool="max", pool_size=(2, 2)),
+    "quantised": PLAIN.but(quant=state_quant(8)),
+    "float64": PLAIN.but(dtype=torch.float64),
+    "few spikes": PLAIN.but(density=0.03, spikes=True),
+    "inhibition": PLAIN.but(inhibition=True),
+}
+
+
+def storage(tensor: Tensor) -> tuple[int, int]:
+    """Returns address and bytes of a tensor's memory."""
+    return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+
+
+def kept_bytes(kernels, case: Case) -> int:
+    """Returns how many bytes autograd keeps that neither the caller nor the outputs hold.
+
+    The copy of the threshold does not count.
+    """
+    leaves = wanting_gradients(case.inputs())
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        address, size = storage(tensor)
+        saved[address] = size
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = kernels.run(*leaves, case.options)
+    assert saved
+    held = {storage(t)[0] for t in (*leaves, *out) if t is not None}
+    kept = sum(size for address, size in saved.items() if address not in held)
+    return kept - leaves[5].nbytes
+
+
+def state_bytes(case: Case) -> int:
+    n, c, ho, wo = case.state_shape
+    return n * c * ho * wo * case.dtype.itemsize
+
+
+@pytest.mark.parametrize(("checkpoint", "tensors"), [(False, 5), ("gates", 3)])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_training_keeps_the_activated_gates_and_syn(kernels, name, checkpoint, tensors):
+    """A step keeps four gates, or halves of them, and syn, and inhibition's winners; no more."""
+    case = VARIANTS[name].but(checkpoint=checkpoint)
+    indices = 8 * case.time * case.batch * case.options.inhibition
+    assert kept_bytes(kernels, case) == tensors * case.time * state_bytes(case) + indices
+
+
+def test_checkpoint_keeps_states_alone(kernels):
+    """A segment keeps two state-sized tensors, and there are fewer segments than steps."""
+    case = PLAIN.but(checkpoint=True)
+    for time in (1, 4, 10, 40):
+        kept = kept_bytes(kernels, case.but(time=time)) / state_bytes(case)
+        assert kept <= 2 * (time - 1)
+    assert kept <= 2 * (2.5 * 40) ** 0.5  # T = 40 steps have about sqrt(5/2 T) segments
+
+
+class Allocations(TorchDispatchMode):
+    """Records the sizes of all memory that torch allocates, also of memory that it then frees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        before = {storage(t)[0] for t in args if isinstance(t, Tensor)}
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor) and storage(tensor)[0] not in before | self._seen:
+                self._seen.add(storage(tensor)[0])
+                self.found.append(storage(tensor)[1])
+        return out
+
+
+def taken_in_inference(kernels, case: Case) -> tuple[int, int]:
+    """Returns bytes of outputs, and of all else that a second call of inference allocates."""
+    inputs = case.inputs()
+    with torch.no_grad():
+        kernels.run(*inputs, case.options)  # packs the weight
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "_thread", threading.local())
+            patch.setattr(memory, "SMALLEST", float("inf"))  # torch allocates all blocks
+            with Allocations() as taken:
+                out = kernels.run(*inputs, case.options)
+    outputs = sum(storage(o)[1] for o in out)
+    return outputs, sum(taken.found) - outputs
+
+
+@pytest.mark.parametrize("checkpoint", [False, True, "gates"])
+def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_time(
+    kernels, checkpoint
+):
+    case = PLAIN.but(checkpoint=checkpoint)
+    sizes = {}
+    for time in (2, 20, 200):
+        outputs, others = taken_in_inference(kernels, case.but(time=time))
+        spk = time * state_bytes(case)
+        assert outputs == spk + 2 * state_bytes(case)
+        # Each step has a counter of tasks, which takes a cache line.
+        sizes[time] = others - 64 * time
+    assert len(set(sizes.values())) == 1, sizes
+    # The workspace holds a few states, and for each thread as many tiles as fit into its L2 cache.
+    assert sizes[2] < 16 * state_bytes(case) + torch.get_num_threads() * (512 << 10)
+
+
+def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):
+    sizes = set()
+    for time in (20, 60, 200):  # shorter sequences have fewer parts of the weight gradient
+        call = make_call((*PLAIN.but(time=time).inputs(), PLAIN.options))
+        choice = native.choose(call, kernels.algorithm)
+        counters = 2 * 64 * time  # a step counts its tasks, and the tasks that fold its sums
+        _, _, size = choice.way.backward(grad_x=True, weight=True)
+        sizes.add(size - counters)
+    assert len(sizes) == 1
+
+
+def test_no_gradient_no_memory(kernels):
+    """Without grad mode nothing is kept, although the weight requires a gradient."""
+    leaves = wanting_gradients(PLAIN.inputs())
+    saved = []
+    with saved_tensors_hooks(saved.append, lambda t: t), torch.no_grad():
+        out = kernels.run(*leaves, PLAIN.options)
+    assert not saved
+    assert all(o.grad_fn is None for o in out)
+
+
+def test_the_workspace_is_kept_between_calls_and_let_go_where_it_is_large(monkeypatch):
+    monkeypatch.setattr(memory, "_thread", threading.local())
+    inputs = PLAIN.inputs()
+    with torch.no_grad():
+        flat.run(*inputs, PLAIN.options)
+        kept = memory.workspace(1)
+        assert kept.numel() > 1
+        flat.run(*inputs, PLAIN.options)
+        assert memory.workspace(1) is kept
+        monkeypatch.setattr(memory, "LARGEST_WORKSPACE", kept.numel())
+        large = PLAIN.but(time=1, height=120, width=130)
+        flat.run(*large.inputs(), PLAIN.options)
+    assert memory.workspace(1) is kept
+
+
+def test_empty_cache_gives_the_workspaces_back(monkeypatch):
+    monkeypatch.setattr(memory, "_thread", threading.local())
+    kept = weakref.ref(memory.workspace(1000))
+    assert kept() is memory.workspace(1000)
+    snnlstm.empty_cache()
+    assert kept() is None
+    assert memory.workspace(1000).numel() >= 1000
+
+
+def test_a_segment_that_is_computed_again_takes_the_memory_of_the_one_before(kernels):
+    """With checkpoint=True the backward pass never holds the gates of two segments."""
+    case = PLAIN.but(time=40, batch=4, height=24, width=24)
+    case = case.but(checkpoint=True)
+    held: list[list[weakref.ref[Tensor]]] = []
+
+    def watched(*args, **kwargs):
+        alive = [r for segment in held for r in segment if r() is not None]
+        assert not alive, "the segment before is still held"
+        result = forward(*args, **kwargs)
+        held.append([weakref.ref(result.saved.gates), weakref.ref(result.saved.syn)])
+        return result
+
+    out = kernels.run(*wanting_gradients(case.inputs()), case.options)
+    forward = native.cpu.Choice.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native.cpu.Choice, "forward", watched)
+        out[0].sum().backward()
+    assert len(held) > 5

@@ -1,0 +1,393 @@
+"""Cells work with forks, signals, workers of a DataLoader, and memory that runs out.
+
+Each program runs in a process of its own, which may hang or be killed without ending the tests.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cpu_kernels import native
+
+from snnlstm.native import memory
+
+pytestmark = [
+    pytest.mark.skipif(native is None, reason="the core is not built"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux"),
+]
+
+SERVER = """
+import json, os, sys
+import torch
+import snnlstm
+
+for line in sys.stdin:
+    program, place = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for number, name in enumerate(("out", "err"), 1):
+            os.dup2(os.open(f"{place}/{name}", os.O_WRONLY | os.O_CREAT), number)
+        status = 1
+        try:
+            exec(program, {"__name__": "__main__"})
+            status = 0
+        finally:
+            if status:
+                sys.excepthook(*sys.exc_info())
+            sys.stdout.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+START = """
+import faulthandler
+faulthandler.dump_traceback_later(100, exit=True)  # says where it hangs
+import os, signal, sys, threading, time
+import torch
+import snnlstm
+
+torch.manual_seed(0)
+cell = snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.05)
+x = torch.rand(3, 2, 2, 20, 20)
+
+def train(cell, x=x):
+    syn = mem = torch.zeros(0)
+    total = 0
+    for step in x:
+        spk, syn, mem = cell(step, syn, mem)
+        total = total + spk.sum() + mem.square().sum()
+    total.backward()
+    return total.item()
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen]:
+    """Starts a Python that imports torch once, in seconds, and forks for each program."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:  # fmt: skip
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def in_a_process(server: subprocess.Popen, tmp_path: Path) -> Callable[[str], str]:
+    """Returns a function that runs START with a program, and returns their output."""
+
+    def run(program: str) -> str:
+        print(json.dumps([START + program, str(tmp_path)]), file=server.stdin, flush=True)
+        status = server.stdout.readline().strip()
+        out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
+        assert status == "0", f"{status}: {out}\n{err[-3000:]}"
+        return out
+
+    return run
+
+
+def test_a_fork_while_another_thread_runs_a_cell(in_a_process):
+    """A lock that the other thread held at the fork would never be released in the child."""
+    program = """
+torch.set_num_threads(1)
+expected = train(cell)
+busy = snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.05)
+big = torch.rand(2, 2, 2, 96, 96)  # of blocks, not of malloc's memory
+stop = False
+
+def work():
+    while not stop:
+        train(busy, big)
+        busy.conv.weight.data.mul_(0.999)  # so that the weight is packed anew
+
+thread = threading.Thread(target=work)
+thread.start()
+hung = 0
+for k in range(8):
+    time.sleep(0.003)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        ok = train(cell) == expected and train(busy, big) is not None
+        os._exit(0 if ok else 3)
+    _, status = os.waitpid(child, 0)
+    hung += status != 0
+stop = True
+thread.join()
+print("failed", hung)
+"""
+    assert in_a_process(program).split() == ["failed", "0"]
+
+
+def test_locks_that_another_thread_holds_at_a_fork(in_a_process):
+    """Without them the child would run, but keep no blocks and let snnTorch's list grow."""
+    program = """
+import snntorch
+from snnlstm import snntorch as registry
+from snnlstm.native import memory
+
+held, done = threading.Event(), threading.Event()
+
+def hold():
+    with memory._lock, registry._entering:
+        held.set()
+        done.wait()
+
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    before = len(snntorch.SpikingNeuron.instances)
+    for _ in range(20):
+        made = snnlstm.SConv2dLSTM(1, 1, 1)
+        del made
+    train(cell, torch.rand(2, 2, 2, 96, 96))
+    few = len(snntorch.SpikingNeuron.instances) <= before + 2
+    os._exit(0 if few and memory.free_bytes() else 3)
+status = os.waitpid(child, 0)[1]
+done.set()
+thread.join()
+print(status)
+"""
+    assert in_a_process(program).split() == ["0"]
+
+
+def test_a_signal_handler_that_calls_the_cell_which_is_running(in_a_process):
+    program = """
+torch.set_num_threads(1)
+big = torch.rand(2, 2, 2, 96, 96)
+expected, calls, wrong = train(cell, big), 0, 0
+
+def handler(number, frame):
+    global calls, wrong
+    calls += 1
+    with torch.enable_grad():  # it is off where the handler interrupts a forward pass
+        wrong += train(cell, big) != expected
+    snnlstm.set_algorithm("auto")
+    if calls % 5 == 0:
+        snnlstm.empty_cache()
+    signal.setitimer(signal.ITIMER_REAL, 0.0007 * (1 + calls % 40))
+
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.001)
+while calls < 40:
+    wrong += train(cell, big) != expected
+    if calls % 3 == 0:
+        cell.conv.weight.data.mul_(1.0)
+signal.signal(signal.SIGALRM, signal.SIG_IGN)
+print(wrong)
+"""
+    assert in_a_process(program).split() == ["0"]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_cells_in_the_workers_of_a_data_loader(start, tmp_path, in_a_process):
+    """A forked worker has no pool of threads, and torch sets one thread for it."""
+    program = f"""
+from torch.utils.data import DataLoader
+sys.path.insert(0, {str(tmp_path)!r})
+from worker import Encoded
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    data = Encoded()
+    train(data.cell)
+    expected = torch.stack([data[k] for k in range(12)])
+    loader = DataLoader(data, 4, num_workers=1, multiprocessing_context={start!r})
+    print(torch.equal(torch.cat(list(loader)), expected))
+"""
+    (tmp_path / "worker.py").write_text(
+        "import torch, snnlstm\n"
+        "class Encoded(torch.utils.data.Dataset):\n"
+        "    def __init__(self):\n"
+        "        self.cell = snnlstm.SConv2dLSTM(2, 4, 3, threshold=0.05)\n"
+        "    def __len__(self):\n"
+        "        return 12\n"
+        "    def __getitem__(self, k):\n"
+        "        self.cell.reset_mem()\n"
+        "        with torch.no_grad():\n"
+        "            return self.cell(torch.full((4, 1, 2, 9, 9), 1.0 + k))[2]\n"
+    )
+    assert in_a_process(program).split() == ["True"]
+
+
+@pytest.mark.parametrize("what", ["results", "gates", "gradients"])
+def test_memory_is_found_although_blocks_are_kept_for_later(what, in_a_process):
+    """Results and gradients are torch's memory; gates lie in blocks, larger than the free ones."""
+    program = f"""
+import mmap, resource
+from snnlstm.native import memory
+
+cell, what = snnlstm.SConv2dLSTM(2, 16, 3, threshold=0.05), {what!r}
+# 50 MiB of spikes, 6 of gradients; or 100 of gates in 20 steps
+x = torch.rand(20 if what == "gates" else 100, 2, 2, 64, 64).requires_grad_(what == "gradients")
+kept = cell(x)[0].sum() if what == "gradients" else None
+snnlstm.empty_cache()
+here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (here + (250 << 20),) * 2)
+room = mmap.mmap(-1, 20 << 20 if what == "gates" else 1)  # for the 10 MiB of their spikes
+held = [memory.empty((8 << 20,), torch.uint8)]
+try:
+    while True:
+        held.append(memory.empty((2 << 20,), torch.uint8))
+except MemoryError:
+    del held
+room.close()
+assert memory.free_bytes() > 100 << 20
+if kept is not None:
+    kept.backward()
+else:
+    with torch.set_grad_enabled(what == "gates"):
+        cell(x)
+print("passed")
+"""
+    assert in_a_process(program).split() == ["passed"]
+
+
+def test_memory_that_runs_out_leaves_state_and_weights_as_they_were(in_a_process):
+    program = """
+import resource
+cell = snnlstm.SConv2dLSTM(2, 16, 3, threshold=0.05)
+cell(torch.rand(2, 2, 2, 64, 64))[0].sum().backward()
+weights = [p.clone() for p in cell.parameters()]
+syn, mem = cell.syn.detach().clone(), cell.mem.detach().clone()
+long = torch.rand(400, 2, 2, 64, 64)
+cell.checkpoint = True  # so that the backward pass needs much memory, too
+graph = cell(torch.rand(60, 2, 2, 64, 64), torch.zeros(0), torch.zeros(0))[0]
+cell.checkpoint = False
+snnlstm.empty_cache()
+cell.syn, cell.mem = syn.clone(), mem.clone()
+here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (here + (100 << 20), resource.RLIM_INFINITY))
+raised = []
+try:
+    cell(long)
+except (MemoryError, RuntimeError) as error:
+    raised.append(type(error).__name__)
+hog = []
+try:
+    while True:
+        hog.append(bytearray(1 << 20))
+except MemoryError:
+    pass
+try:
+    graph.sum().backward()
+except (MemoryError, RuntimeError) as error:
+    raised.append(type(error).__name__)
+del hog
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+same = torch.equal(cell.syn, syn) and torch.equal(cell.mem, mem)
+same = same and all(torch.equal(p, w) for p, w in zip(cell.parameters(), weights))
+cell.zero_grad()
+cell(torch.rand(5, 2, 2, 64, 64))[0].sum().backward()
+print(len(raised), same, bool(cell.conv.weight.grad.isfinite().all()))
+"""
+    assert in_a_process(program).split() == ["2", "True", "True"]
+
+
+def test_limits_of_a_container_are_read(tmp_path: Path):
+    (tmp_path / "self").mkdir()
+    groups = tmp_path / "self/cgroup"
+    inner = tmp_path / "cgroup/a/b"
+    inner.mkdir(parents=True)
+    read = memory._limits
+
+    groups.write_text("0::/a/b\n")
+    assert list(read(tmp_path, tmp_path / "cgroup")) == []
+    (inner / "memory.max").write_text("max\n")
+    (inner.parent / "memory.max").write_text("1000\n")
+    (inner.parent.parent / "memory.max").write_text("2000\n")
+    assert list(read(tmp_path, tmp_path / "cgroup")) == [1000, 2000]
+
+    first = tmp_path / "cgroup/memory/c"
+    first.mkdir(parents=True)
+    (first / "memory.limit_in_bytes").write_text("500\n")
+    groups.write_text("4:cpu,memory:/c\n3:cpuset:/a\n0::/\n")
+    assert list(read(tmp_path, tmp_path / "cgroup")) == [500, 2000]
+
+    groups.unlink()
+    assert list(read(tmp_path, tmp_path / "cgroup")) == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "space", "kept"),
+    [([], -1, 1 << 30), ([80 << 20, 1 << 40], -1, 10 << 20), ([80 << 20], 40 << 20, 5 << 20)],
+)
+def test_an_eighth_of_what_the_process_may_use_is_kept(limits, space, kept, monkeypatch):
+    monkeypatch.setattr(memory, "_limits", lambda: limits)
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (space, -1))
+    assert memory._most_kept() == kept
+
+
+CTRL_C = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+torch.set_num_threads(1)
+cell = snnlstm.SConv2dLSTM(8, 32, 3, threshold=0.05)
+cell(torch.rand(2, 1, 8, 32, 32))
+syn, mem = cell.syn.detach().clone(), cell.mem.detach().clone()
+weights = [p.clone() for p in cell.parameters()]
+start = torch.zeros(1, 32, 32, 32)
+x, took = torch.rand(50, 1, 8, 32, 32), 0
+while took < SECONDS_OF_A_CALL / 4:
+    x = torch.cat([x, x])
+    began = time.perf_counter()
+    cell(x, start, start)
+    took = time.perf_counter() - began
+x = torch.cat([x] * 4)
+
+def long_call():
+    began = time.perf_counter()
+    with torch.no_grad():
+        cell.syn, cell.mem = syn.clone(), mem.clone()
+        return cell(x)[2], time.perf_counter() - began
+
+def in_a_while(seconds):
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+"""
+
+
+def test_ctrl_c_within_one_call_of_a_long_sequence(in_a_process):
+    program = (
+        CTRL_C.replace("SECONDS_OF_A_CALL", "1.2")
+        + """
+whole, seconds = long_call()
+for direction in ("forward", "backward"):
+    loss = cell(x, start, start)[0].sum() if direction == "backward" else None
+    cell.syn, cell.mem = syn.clone(), mem.clone()
+    in_a_while(0.2)
+    began = time.perf_counter()
+    try:
+        cell(x) if loss is None else loss.backward()
+        print("not interrupted")
+    except KeyboardInterrupt:
+        took = time.perf_counter() - began
+    same = torch.equal(cell.syn, syn) and torch.equal(cell.mem, mem)
+    for p, w in zip(cell.parameters(), weights):
+        same = same and torch.equal(p, w) and p.grad is None
+    again, _ = long_call()
+    early = seconds > 0.6 and took < 0.2 + 0.6 * (seconds - 0.2)
+    print(same, torch.equal(again, whole), early, f"{direction}:{took:.2f}of{seconds:.2f}")
+"""
+    )
+    for line in in_a_process(program).splitlines():
+        assert line.split()[:3] == ["True"] * 3, line
+
+
+def test_a_handler_of_ctrl_c_that_does_not_raise_leaves_the_results_alone(in_a_process):
+    program = (
+        CTRL_C.replace("SECONDS_OF_A_CALL", "0.6")
+        + """
+calls = []
+signal.signal(signal.SIGINT, lambda *_: calls.append(float(cell(x[0], start, start)[2].sum())))
+whole, seconds = long_call()
+in_a_while(seconds / 3)
+again, _ = long_call()
+print(torch.equal(again, whole), len(calls))
+"""
+    )
+    assert in_a_process(program).split() == ["True", "1"]

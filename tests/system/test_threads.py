@@ -1,0 +1,277 @@
+"""Equal calls give equal bits, in any process and mode, beside any other callers.
+
+Outputs do not depend on the number of threads, either.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import flat
+import pytest
+import snntorch
+import torch
+from cases import PLAIN, Case, wanting_gradients
+from cpu_kernels import Kernels, native
+from gradients import leaves_and_gradients, total
+from helpers import close, in_threads, ours, same
+from torch import Tensor
+
+import snnlstm
+
+pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+
+# A step has work for seven threads: schedule.h gives each thread some 200,000 products.
+LARGE = PLAIN.but(time=2, batch=4, in_channels=8, channels=16, height=16, width=18)
+CASES = {
+    "large": LARGE,
+    "one sample": LARGE.but(batch=1, height=40, width=41),
+    "pooled": LARGE.but(pool="max", pool_size=(3, 2)),
+    "inhibition": LARGE.but(inhibition=True),
+    "strided": LARGE.but(stride=(2, 1), height=33),
+    "few spikes": LARGE.but(density=0.03, spikes=True, in_channels=17),
+    "5x5": LARGE.but(kernel_size=(5, 5)),
+    "float64": LARGE.but(dtype=torch.float64, batch=2),
+    "small": LARGE.but(batch=1, height=4, width=4, channels=3),
+}
+THREADS = (1, 2, 3, 7)
+
+
+def train(kernels, case: Case) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns outputs and gradients."""
+    leaves, grads = leaves_and_gradients(case)
+    out = kernels.run(*leaves, case.options)
+    return [o.detach() for o in out], list(torch.autograd.grad(total(out, grads), leaves[:6]))
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "direct", "winograd"])
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_of_threads(name, algorithm):
+    """Outputs are equal to the bit, and so are gradients for one number of threads."""
+    kernels, case = Kernels(native.cpu.isa, algorithm), CASES[name]
+    first = None
+    for count in THREADS:
+        torch.set_num_threads(count)
+        out, grads = train(kernels, case)
+        again = train(kernels, case)
+        same(out + grads, again[0] + again[1])
+        if first is None:
+            first = out, grads
+        same(out, first[0])
+        for one, other in zip(grads, first[1], strict=True):
+            scale = float(other.abs().max())
+            torch.testing.assert_close(one, other, atol=1e-5 * scale, rtol=0)
+
+
+def test_many_runs_are_equal(kernels):
+    """Many runs are needed, because a race may show itself seldom."""
+    torch.set_num_threads(3)
+    case = LARGE.but(batch=2, channels=8)
+    out, grads = train(kernels, case)
+    for _ in range(30):
+        again = train(kernels, case)
+        same(out + grads, again[0] + again[1])
+
+
+def test_callers_at_the_same_time(kernels):
+    """Python threads have inputs of their own, and each uses several threads."""
+    torch.set_num_threads(2)
+    cases = [LARGE.but(batch=1, seed=seed, channels=4 + seed) for seed in range(4)]
+    expected = [train(kernels, case) for case in cases]
+
+    def work(number: int) -> None:
+        torch.set_num_threads(2)
+        for _ in range(5):
+            out, grads = train(kernels, cases[number])
+            same(out + grads, [*expected[number][0], *expected[number][1]])
+
+    in_threads(work, len(cases))
+
+
+def hashes() -> dict[str, str]:
+    """Returns hashes of the results of some cases, algorithms and numbers of threads."""
+    found, names = {}, ("pooled", "few spikes", "small")
+    for count, algorithm, name in itertools.product((1, 3), ("direct", "winograd"), names):
+        torch.set_num_threads(count)
+        out, grads = train(Kernels(native.cpu.isa, algorithm), CASES[name])
+        data = b"".join(t.contiguous().numpy().tobytes() for t in out + grads)
+        found[f"{name}, {algorithm}, {count}"] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def test_a_fresh_process_gives_the_same_bits():
+    code = "import json, test_threads; print(json.dumps(test_threads.hashes()))"
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    here = hashes()
+    assert here == json.loads(other.stdout)
+    assert len(set(here.values())) >= len(here) / 2  # the two algorithms differ
+
+
+@pytest.mark.parametrize("density", [0.05, 1.0])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reset_mechanism": "subtract", "learn_threshold": True, "max_pool": 2},
+        {"reset_mechanism": "zero", "inhibition": True, "checkpoint": True},
+    ],
+    ids=["subtract", "inhibition"],
+)
+def test_torchs_deterministic_mode_is_met_and_changes_nothing(backend, density, options):
+    """The mode raises or warns at operations that are not deterministic, and fills new memory."""
+    if backend.name == "simt":
+        pytest.skip("the emulated kernels know nothing of this mode")
+
+    def two_steps() -> list[Tensor]:
+        cell = ours(12, 16, 3, seed=4, threshold=0.05, **options)
+        x = torch.randn(3, 2, 12, 17, 18)
+        x = torch.where(torch.rand(x.shape) < density, x, 0).requires_grad_()
+        optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
+        for _ in range(2):
+            cell.reset_mem()
+            spk, syn, mem = cell(x)
+            ((spk * spk.detach().cumsum(0)).sum() + (syn * mem).sum()).backward()
+            optimizer.step()
+        return [spk, syn, mem, x.grad, *(p.grad for p in cell.parameters()), *cell.parameters()]
+
+    expected = two_steps()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            actual = two_steps()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    same(actual, expected)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_gil_is_released(direction):
+    """Python goes on while the kernels run."""
+    torch.set_num_threads(1)
+    case = LARGE.but(time=200, channels=32, record=False)
+    leaves = wanting_gradients(case.inputs())
+    out = flat.run(*leaves, case.options)
+    spans: list[tuple[float, float]] = []
+
+    def work() -> None:
+        begin = time.perf_counter()
+        if direction == "forward":
+            with torch.no_grad():
+                flat.run(*leaves, case.options)
+        else:
+            out[2].sum().backward()
+        spans.append((begin, time.perf_counter()))
+
+    ticks = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    while thread.is_alive():
+        ticks.append(time.perf_counter())
+        time.sleep(0.001)
+    thread.join()
+    ((begin, end),) = spans
+    assert end - begin > 0.02, "too short a call to say anything"
+    # The call is nearly all one call of the core: if that held the GIL, there were no ticks in it.
+    during = [t for t in ticks if begin + 0.2 * (end - begin) < t < end - 0.2 * (end - begin)]
+    assert len(during) >= 3
+
+
+def test_the_number_of_threads_is_torchs(kernels):
+    """The core starts no threads, but uses as many of torch's as set_num_threads says."""
+
+    def running() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("no /proc")
+    torch.set_num_threads(2)
+    torch.ones(200_000).exp_()  # torch's own parallel region starts the pool
+    before = running()
+    train(kernels, LARGE)
+    assert running() == before
+
+
+def test_more_threads_than_work():
+    torch.set_num_threads(7)
+    case = LARGE.but(batch=1, in_channels=1, channels=1, height=1, width=1)
+    inputs = case.inputs()
+    close(flat.run(*inputs, case.options), flat.reference(*inputs, case.options))
+
+
+def test_cells_come_and_go_while_another_thread_resets_all():
+    """snnTorch walks its list by position, and reads each entry several times."""
+    stop, errors = threading.Event(), []
+
+    def walk() -> None:
+        try:
+            while not stop.is_set():
+                snntorch.SConv2dLSTM.reset_hidden()
+                snntorch.SConv2dLSTM.detach_hidden()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=walk)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        thread.start()
+        for _ in range(30):
+            made = [ours(1, 1, 1) for _ in range(10)]
+            del made
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        thread.join()
+    assert not errors, errors
+    assert len(snntorch.SpikingNeuron.instances) < 30
+
+
+def test_another_number_of_threads_in_the_backward_pass(kernels):
+    case = LARGE.but(batch=2, channels=8)
+    found = []
+    for before, after in ((1, 1), (1, 4), (4, 1), (3, 2)):
+        leaves = wanting_gradients(case.inputs())
+        torch.set_num_threads(before)
+        out = kernels.run(*leaves, case.options)
+        torch.set_num_threads(after)
+        found.append(torch.autograd.grad(out[0].sum(), leaves.weight)[0])
+    for grad in found[1:]:
+        torch.testing.assert_close(grad, found[0], atol=1e-5 * float(found[0].abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["inspect", "copy_weight", "pack", "forward", "backward", "weight_gradient"]
+)
+def test_no_lock_is_held_while_the_core_works(name, monkeypatch):
+    """Other threads, signal handlers and forked children may call the same cell meanwhile."""
+    cell, state, ended = ours(2, 8, 3, threshold=0.05), torch.zeros(2, 8, 9, 9), []
+
+    def train() -> None:
+        _, syn, mem = cell(torch.ones(2, 2, 9, 9), state, state)
+        cell(torch.ones(2, 2, 9, 9), syn, mem)[0].sum().backward()
+
+    holder = snnlstm._C if hasattr(snnlstm._C, name) else snnlstm._C.CpuPlan
+    function = getattr(holder, name)
+
+    def meanwhile(*args, **kwargs):
+        if other.ident is None:
+            other.start()
+            other.join(10)
+            ended.append(not other.is_alive())
+        return function(*args, **kwargs)
+
+    other = threading.Thread(target=train, daemon=True)
+    monkeypatch.setattr(holder, name, meanwhile)
+    train()
+    assert ended == [True]

@@ -1,0 +1,270 @@
+"""Cells train under DistributedDataParallel and FSDP2, in 2 and 4 processes on one machine.
+
+A fixture starts the processes once for each number of processes, and they run all checks. A test
+reads the outcome of one check.
+"""
+
+import contextlib
+import functools
+import inspect
+import json
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cpu_kernels import native
+from helpers import THRESHOLD, close, ours, steps
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+import snnlstm
+
+try:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+except ImportError:  # before torch 2.6
+    fully_shard = None
+if not hasattr(torch.cpu.Stream(), "record_event"):  # torch 2.6 has FSDP2 for GPUs alone
+    fully_shard = None
+
+parallel_of: Callable[..., DistributedDataParallel] = DistributedDataParallel
+if "_unsafe_preserve_version_counter" not in inspect.getsource(DistributedDataParallel):
+    # DDP of an older torch writes to the buffers before each call, and autograd notices it: no
+    # module with buffers, such as snnTorch's cell, can be called twice before its backward pass.
+    parallel_of = functools.partial(DistributedDataParallel, broadcast_buffers=False)
+
+CHECKS: dict[str, Callable[[int, int], None]] = {}
+
+
+def check(function: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """Registers a check that every process runs, with its rank and the number of processes."""
+    CHECKS[function.__name__] = function
+    return function
+
+
+def net(**options: Any) -> nn.Sequential:
+    """Makes a network that is equal in every process: a stem, a cell with states, a readout."""
+    torch.manual_seed(0)
+    cell = {"threshold": THRESHOLD, "init_hidden": True, "reset_mechanism": "subtract"} | options
+    return nn.Sequential(
+        nn.Conv2d(2, 2, 3, padding=1),
+        snnlstm.SConv2dLSTM(2, 4, 3, **cell),
+        nn.Flatten(),
+        nn.Linear(4 * 36, 3),
+    )
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Calls the model once for each step of (T, N, 2, 6, 6), and returns a loss."""
+    snnlstm.SConv2dLSTM.reset_hidden()
+    return sum(model(x_t) for x_t in x).square().mean()
+
+
+def whole_batch(world: int, seed: int = 1) -> Tensor:
+    return steps(3, 2 * world, 2, 6, 6, seed=seed)
+
+
+def own_part(x: Tensor, rank: int) -> Tensor:
+    return x[:, 2 * rank : 2 * rank + 2]
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    grads = [parameter.grad for parameter in model.parameters()]
+    return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+
+
+def of_one_process(x: Tensor, **options: Any) -> list[Tensor]:
+    """Returns the gradients that one process forms of the whole batch."""
+    alone = net(**options)
+    loss_of(alone, x).backward()
+    return gradients(alone)
+
+
+@check
+def states_stay_where_they_are_and_last_batches_may_differ(rank: int, world: int) -> None:
+    """snnTorch's states are buffers, and those of rank 0 replace those of other ranks."""
+    cell, alone = ours(), ours()
+    parallel = parallel_of(cell)
+    for batch in (2, 2, 1 + rank):
+        x = steps(1, batch, 2, 6, 6, seed=10 * rank + batch)[0]
+        spk, syn, mem = parallel(x)
+        close((spk, syn, mem), alone(x))
+        (spk.sum() + mem.sum()).backward()
+        snnlstm.SConv2dLSTM.detach_hidden()
+    assert cell.mem.shape == (1 + rank, 3, 6, 6)
+
+
+@check
+def gradients_are_those_of_one_process_on_the_whole_batch(rank: int, world: int) -> None:
+    """The model is called once a step, and one backward pass follows all calls."""
+    x = whole_batch(world)
+    for options in ({}, {"learn_threshold": True}, {"threshold": torch.full((4, 1, 1), 0.1)}):
+        parallel = parallel_of(net(**options))
+        loss_of(parallel, own_part(x, rank)).backward()
+        assert parallel.module[1].path.native == (native is not None)
+        close(gradients(parallel), of_one_process(x, **options), atol=1e-5, rtol=1e-4)
+
+
+@check
+def static_graphs_and_unused_parameters(rank: int, world: int) -> None:
+    class Whole(nn.Module):
+        """This model loops over the steps in its forward, as static_graph needs it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.unused = net(), nn.Linear(1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return loss_of(self.net, x)
+
+    x = whole_batch(world)
+    for kwargs in ({"static_graph": True}, {"find_unused_parameters": True}):
+        model = parallel_of(Whole(), **kwargs)
+        for seed in (1, 2):
+            model.zero_grad()
+            model(own_part(whole_batch(world, seed), rank)).backward()
+        x = whole_batch(world, 2)
+        close(gradients(model.module.net), of_one_process(x), atol=1e-5, rtol=1e-4)
+
+
+@check
+def accumulated_gradients(rank: int, world: int) -> None:
+    parts = [whole_batch(world, seed) for seed in (1, 2)]
+    parallel = parallel_of(net())
+    for last, x in enumerate(parts):
+        with contextlib.nullcontext() if last else parallel.no_sync():
+            loss_of(parallel, own_part(x, rank)).backward()
+    expected = [sum(pair) for pair in zip(*map(of_one_process, parts), strict=True)]
+    close(gradients(parallel), expected, atol=1e-5, rtol=1e-4)
+
+
+@check
+def ranks_with_more_batches_than_others(rank: int, world: int) -> None:
+    """Under torch's Join, ranks that are done take part in what other ranks communicate."""
+    parallel = parallel_of(net(learn_threshold=True))
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    with Join([parallel]):
+        for seed in range(1 + rank):
+            optimizer.zero_grad()
+            parallel.module[1].reset_mem()
+            parallel(steps(1, 2, 2, 6, 6, seed=seed)[0]).square().mean().backward()
+            optimizer.step()
+    mine = torch.cat([p.detach().flatten() for p in parallel.parameters()])
+    first = mine.clone()
+    dist.broadcast(first, 0)
+    close(mine, first)
+
+
+@check
+def sharded_gradients_are_those_of_one_process(rank: int, world: int) -> None:
+    """FSDP2 shards the cell, its conv, or the network as one unit."""
+    x = whole_batch(world)
+    options = {"learn_threshold": True, "threshold": torch.full((4, 1, 1), 0.1)}
+    expected = of_one_process(x, **options)
+    mesh = init_device_mesh("cpu", (world,))
+    for unit in ("cell", "conv", "network"):
+        model = net(**options)
+        cell = model[1]
+        if unit != "network":
+            fully_shard(cell if unit == "cell" else cell.conv, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        loss_of(model, own_part(x, rank)).backward()
+        close(gradients(model), expected, atol=1e-5, rtol=1e-4)
+        assert isinstance(cell, snnlstm.SConv2dLSTM)
+        assert type(cell.mem) is Tensor
+        assert cell.mem.shape == (2, 4, 6, 6)  # not sharded
+        assert cell.conv.weight.to_local().shape[0] == 16 // world
+        # conv's parameters are whole in conv's forward alone, which the reference path calls.
+        assert cell.path.native == (native is not None and unit != "conv")
+        assert unit != "conv" or "conv is a FSDPConv2d" in cell.path.reason
+
+
+@check
+def a_sharded_network_trains_and_gives_its_state_dict_back(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    sharded, alone = net(), net()
+    fully_shard(sharded[1], mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    for model, part in ((sharded, lambda x: own_part(x, rank)), (alone, lambda x: x)):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        for seed in range(3):
+            optimizer.zero_grad()
+            loss_of(model, part(whole_batch(world, seed))).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+    whole = {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in sharded.state_dict().items()
+    }
+    close(whole, dict(alone.state_dict()), atol=1e-4)
+
+
+@check
+def sharded_in_mixed_precision(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    model = net()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    x = whole_batch(world)
+    loss_of(model, own_part(x, rank)).backward()
+    assert model[1].mem.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    close(gradients(model), of_one_process(x), atol=2e-2, rtol=0.3)
+
+
+@check
+def a_threshold_of_one_number_cannot_be_sharded(rank: int, world: int) -> None:
+    """FSDP2 splits the first dimension, so a learned threshold must have a dimension."""
+    mesh = init_device_mesh("cpu", (world,))
+    with pytest.raises(ValueError, match="scalar"):
+        fully_shard(net(learn_threshold=True)[1], mesh=mesh)
+    fully_shard(net(learn_threshold=True, threshold=torch.tensor([THRESHOLD]))[1], mesh=mesh)
+
+
+def _run_checks(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
+        timeout=timedelta(seconds=100),
+    )  # fmt: skip
+    said: dict[str, str] = {}
+    for name, function in CHECKS.items():
+        if fully_shard is None and "shard" in name:
+            continue
+        try:
+            function(rank, world)
+        except Exception:  # other processes may wait for this one, so no check can follow
+            said[name] = traceback.format_exc()
+            break
+        said[name] = ""
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(said))
+    # destroy_process_group may wait for gloo's threads, which wait for the GIL.
+    os._exit(0)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list:
+    """Returns, for each process, an empty text or a traceback for each check."""
+    folder = tmp_path_factory.mktemp(f"world{request.param}")
+    # A server imports torch once and forks all processes.
+    torch.multiprocessing.set_forkserver_preload(["torch", "snntorch", "pytest"])
+    torch.multiprocessing.start_processes(
+        _run_checks, (request.param, str(folder)), request.param, start_method="forkserver"
+    )
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_processes(outcomes, name):
+    if fully_shard is None and "shard" in name:
+        pytest.skip("torch without FSDP2, or without it on a CPU")
+    for rank, said in enumerate(outcomes):
+        assert name in said, f"rank {rank} did not come to it"
+        assert not said[name], f"rank {rank}:\n{said[name]}"

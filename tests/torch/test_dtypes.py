@@ -1,0 +1,163 @@
+"""Cells work in every dtype, follow torch's default dtype and device, and work on meta."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from cpu_kernels import native
+from helpers import close, ours, states, steps, theirs
+from test_autocast import TOLERANCE, half
+
+import snnlstm
+
+
+@half
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+def test_half_precision_modules_work_without_explicit_states(dtype, reset):
+    cell = ours(reset_mechanism=reset).to(dtype)
+    exact = ours(reset_mechanism=reset).double()
+    x = steps(2, 2, 2, 6, 7)
+    for t in range(2):
+        spk, syn, mem = cell(x[t].to(dtype))
+        assert {spk.dtype, syn.dtype, mem.dtype} == {dtype}
+        expected = exact(x[t].double())
+        if t == 0 or reset == "none":  # a flipped spike changes the reset
+            close(syn.double(), expected[1], atol=TOLERANCE[dtype])
+            close(mem.double(), expected[2], atol=TOLERANCE[dtype])
+        assert torch.equal(spk.bool(), mem > cell.threshold)
+    assert native is None or cell.path.native
+    mem.sum().backward()
+    expected[2].sum().backward()
+    grad, right = cell.conv.weight.grad, exact.conv.weight.grad
+    assert grad.dtype == dtype
+    if reset == "none":
+        assert (grad.double() - right).norm() < 2 * TOLERANCE[dtype] * right.norm()
+    assert grad.isfinite().all()
+
+
+def test_stored_states_follow_a_change_of_dtype(backend):
+    cell, other = ours(), ours()
+    x = steps(2, 1, 2, 5, 5)
+    cell(x[0])
+    other(x[0])
+    close(cell.double()(x[1].double())[1].float(), other(x[1])[1])
+    cell.float()
+    with torch.no_grad():
+        cell.conv.double()  # the states stay in float32
+    assert cell(x[1].double())[1].dtype == torch.float64
+
+
+def test_thresholds_of_another_dtype_are_converted(backend):
+    """The test sets an integer threshold, as a checkpoint of snnTorch may hold one."""
+    cell = ours(threshold=0.5)
+    cell.threshold = torch.tensor(0)
+    x = steps(1, 2, 2, 6, 7)[0]
+    spk, _, mem = cell(x)
+    assert torch.equal(spk.bool(), mem > 0)
+    backend.check(cell.path)
+    double = torch.nn.Parameter(torch.full((3, 1, 1), 0.1, dtype=torch.float64))
+    snnlstm.functional.sconv2dlstm(
+        x, weight=cell.conv.weight, bias=cell.conv.bias, threshold=double
+    )[0].sum().backward()
+    assert double.grad.dtype == torch.float64
+    assert double.grad.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.float8_e5m2], ids=str)
+def test_inputs_of_dtypes_that_torch_does_not_promote(dtype):
+    cell, x = ours(), steps(1, 2, 2, 6, 7)[0]
+    close(cell(x.to(dtype), *states(2, 3, 6, 7)), cell(x, *states(2, 3, 6, 7)))
+
+
+@pytest.fixture
+def default_dtype(request):
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "default_dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str, indirect=True
+)
+def test_the_default_dtype_is_that_of_a_new_cell(default_dtype):
+    cell = ours(max_pool=2, learn_threshold=True)  # snnTorch's resets are always float32
+    assert {t.dtype for t in (*cell.parameters(), cell.syn, cell.graded_spikes_factor)} == {
+        default_dtype
+    }
+    x = steps(2, 1, 2, 6, 6).to(default_dtype)
+    out = cell(x)
+    assert {t.dtype for t in out} == {default_dtype}
+    (out[0].sum() + out[2].sum()).backward()
+    assert cell.conv.weight.grad.dtype == cell.threshold.grad.dtype == default_dtype
+    single = ours(dtype=torch.float32)  # a cell may have another dtype than the default
+    assert single(x.float())[1].dtype == torch.float32
+    if default_dtype == torch.float64:
+        with torch.no_grad():
+            other = theirs(max_pool=2)
+            for x_t in x:
+                reference = other(x_t)
+            close(out[1:], reference[1:], atol=1e-12)
+
+
+@pytest.fixture
+def default_device():
+    torch.set_default_device("meta")
+    yield torch.device("meta")
+    torch.set_default_device(None)
+
+
+def test_the_default_device_is_that_of_a_new_cell_that_names_none(default_device):
+    """Tensors on meta have no memory: a tensor that was made there by mistake raises an error."""
+    x = steps(3, 2, 2, 6, 6)
+    assert x.device == default_device  # tests rely on this to run on their backend's device
+    cell = ours()
+    assert {t.device for t in (*cell.parameters(), *cell.buffers(), cell.mem)} == {default_device}
+    assert cell(x)[0].device == default_device
+    options = {
+        "threshold": torch.full((3, 1, 1), 0.1, device="cpu"),
+        "state_quant": snnlstm.quant.state_quant(4, uniform=False), "inhibition": True,
+        "spike_grad": snnlstm.surrogate.SSO(), "reset_mechanism": "subtract",
+    }  # fmt: skip
+    for named in (ours(device="cpu"), ours(device="cpu", **options)):
+        out = named(torch.zeros(3, 2, 2, 6, 6, device="cpu"))
+        assert {o.device.type for o in out} == {"cpu"}
+        (out[0].sum() + out[2].sum()).backward()
+        assert named.conv.weight.grad.device.type == "cpu"
+        assert native is None or named.path.native
+        named.reset_parameters()
+
+
+def test_a_threshold_without_a_device_is_put_on_that_of_x(default_device):
+    """Lists and NumPy's arrays have no device; torch's default device need not be that of x."""
+    x = torch.ones(2, 2, 5, 5, device="cpu")
+    weight = torch.full((12, 5, 3, 3), 0.01, device="cpu")
+    expected = snnlstm.functional.sconv2dlstm(x, weight=weight, threshold=0.1)
+    for threshold in ([0.1], [[[0.1]]] * 3, np.full((3, 1, 1), 0.1)):
+        out = snnlstm.functional.sconv2dlstm(
+            x, weight=weight, threshold=threshold, graded_spikes_factor=[1.0]
+        )
+        close(out, expected)
+
+
+def test_a_cell_without_memory_gets_it_by_to_empty():
+    with torch.device("meta"):
+        cell = ours(learn_threshold=True, threshold=torch.full((3, 1, 1), 0.3, device="cpu"))
+        cell(torch.empty(1, 2, 5, 5))
+    cell = copy.deepcopy(cell).to_empty(device="cpu")
+    assert cell.syn.shape == cell.mem.shape == (1, 3, 5, 5)
+    assert not cell.syn.any()
+    torch.manual_seed(0)
+    cell.reset_parameters()
+    other = ours(threshold=0.3)
+    close(cell(steps(2, 1, 2, 5, 5)), other(steps(2, 1, 2, 5, 5)), atol=0, rtol=0)
+
+
+def test_a_cell_without_memory_takes_that_of_a_state_dict():
+    good = ours(reset_mechanism="zero")
+    with torch.device("meta"):
+        cell = ours()
+    cell.load_state_dict(good.state_dict(), assign=True)
+    assert cell.conv.weight.data_ptr() == good.conv.weight.data_ptr()
+    assert cell.reset_mechanism == "zero"
+    close(cell(steps(2, 1, 2, 5, 5)), good(steps(2, 1, 2, 5, 5)), atol=0, rtol=0)

@@ -1,0 +1,174 @@
+"""Counts what the machine code of a kernel does between two tensor core instructions (HMMA).
+
+A loop is the code between a branch backwards and its target. In an innermost loop with HMMA a warp
+issues one way over and over: the one with the most HMMA, and of those the shortest. Other ways, on
+which elements are fetched one by one, are taken rarely or by few threads.
+
+    python tools/machine_code.py [--arch 90] [pattern of kernel names]
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import networkx as nx  # torch wants it, too
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "simt"))
+
+import gpu_tools
+from builder import ROOT
+
+# Divisions (by way of a reciprocal), calls and local memory.
+SLOW = ("I2F", "F2I", "MUFU.RCP", "CALL", "LDL", "STL")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    name: str  # with its modifiers
+    predicated: bool
+    target: int | None  # address that a branch goes to
+
+    @property
+    def is_hmma(self) -> bool:
+        return self.name.startswith("HMMA")
+
+    @property
+    def ends(self) -> bool:
+        """Whether only a branch reaches the next instruction."""
+        return not self.predicated and self.name.split(".")[0] in ("BRA", "EXIT", "RET", "BRX")
+
+
+@dataclass
+class Loop:
+    """An innermost loop with HMMA."""
+
+    code: list[Instruction]  # on all ways
+    way: Counter[str]  # instructions by name, on the way that is issued over and over
+    hmma: int  # on that way
+
+    @property
+    def per_hmma(self) -> float:
+        return sum(self.way.values()) / self.hmma
+
+    def slow(self) -> list[str]:
+        """Instructions that no way of such a loop may have."""
+        return sorted({i.name for i in self.code if i.name.startswith(SLOW)})
+
+
+def parse(code: list[tuple[int, str, str, str]]) -> list[Instruction]:
+    """The instructions of one kernel, from gpu_tools.disassemble()."""
+    found = []
+    for address, predicate, name, operands in code:
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
+        # BRA.DIV branches only if the lanes of a warp have gone different ways.
+        predicated = bool(predicate or re.match(r"!?U?P\d", operands) or name == "BRA.DIV")
+        to = int(target[1], 16) if target else None
+        found.append(Instruction(address, name, predicated, to))
+    return found
+
+
+@dataclass
+class Block:
+    """Instructions that run one after the other."""
+
+    code: list[Instruction]
+    following: list[int] = field(default_factory=list)  # numbers of blocks
+
+
+def blocks_of(code: list[Instruction]) -> list[Block]:
+    starts = {code[0].address} | {i.target for i in code if i.target is not None}
+    blocks: list[Block] = []
+    for i, before in zip(code, [None, *code], strict=False):
+        if i.address in starts or (before and (before.target is not None or before.ends)):
+            blocks.append(Block([]))
+        blocks[-1].code.append(i)
+    number = {b.code[0].address: k for k, b in enumerate(blocks)}
+    for k, b in enumerate(blocks):
+        last = b.code[-1]
+        if last.target in number:
+            b.following.append(number[last.target])
+        if not last.ends and k + 1 < len(blocks):
+            b.following.append(k + 1)
+    return blocks
+
+
+def loops(code: list[Instruction]) -> list[Loop]:
+    """The innermost loops with HMMA."""
+    blocks = blocks_of(code)
+    graph = nx.DiGraph((k, f) for k, b in enumerate(blocks) for f in b.following)
+    graph.add_node(0)
+    graph = graph.subgraph({0} | nx.descendants(graph, 0))
+    above = nx.immediate_dominators(graph, 0)
+
+    def dominates(one: int, other: int) -> bool:
+        while other not in (one, 0):
+            other = above[other]
+        return other == one
+
+    back = [(n, header) for n, header in graph.edges if dominates(header, n)]
+    bodies: dict[int, set[int]] = {}
+    for n, header in back:
+        within = graph.subgraph(set(graph) - {header})
+        body = {n} | nx.ancestors(within, n) if n != header else set()
+        bodies.setdefault(header, {header}).update(body)
+    hmma = {n for n in graph if any(i.is_hmma for i in blocks[n].code)}
+    hot = {header: body for header, body in bodies.items() if body & hmma}
+    found = []
+    for header, body in sorted(hot.items()):
+        if any(other < body for other in hot.values()):
+            continue
+        # The way from the header once around with the most HMMA, and of those the fewest
+        # instructions. It passes inner loops once.
+        once = nx.DiGraph(e for e in graph.subgraph(body).edges if e not in back)
+        once.add_edges_from((n, "end") for n, h in back if h == header)
+        for n, _, edge in once.edges(data=True):
+            edge["cost"] = sum(1 - 10**6 * i.is_hmma for i in blocks[n].code)
+        *way, _ = nx.bellman_ford_path(once, header, "end", weight="cost")
+        issued = [i for n in way for i in blocks[n].code]
+        names = Counter(i.name for i in issued)
+        everything = [i for n in sorted(body) for i in blocks[n].code]
+        found.append(Loop(everything, names, sum(i.is_hmma for i in issued)))
+    return found
+
+
+def loops_of_binary(binary: Path, arch: int) -> dict[str, list[Loop]]:
+    """Loops with HMMA by kernel."""
+    code = gpu_tools.disassemble(binary, arch)
+    found = {name: loops(parse(instructions)) for name, instructions in code.items()}
+    return {name: hmma for name, hmma in found.items() if hmma}
+
+
+def table(found: dict[str, list[Loop]]) -> str:
+    lines = [f"{'kernel':<52}{'HMMA':>5}{'per HMMA':>10}  most frequent, and what is slow"]
+    for name, of_kernel in found.items():
+        for loop in of_kernel:
+            joint: Counter[str] = Counter()
+            for key, count in loop.way.items():
+                joint[key.split(".")[0]] += count
+            often = " ".join(f"{n} {c}" for n, c in joint.most_common(7))
+            short = name.split("(")[0].replace("snnlstm::cuda::", "").removeprefix("void ")
+            slow = " ".join(loop.slow())
+            lines.append(f"{short:<52}{loop.hmma:>5}{loop.per_hmma:>10.1f}  {often}  {slow}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pattern", nargs="?", default="")
+    parser.add_argument("--arch", type=int, default=90)
+    args = parser.parse_args()
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*mma.cu")):
+        binary, _ = gpu_tools.compile_fatbin(source, (args.arch,))
+        found = loops_of_binary(binary, args.arch)
+        print(table({n: k for n, k in found.items() if re.search(args.pattern, n)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,386 @@
+"""Makes random calls of the core with nonsense among the arguments; each must raise an error.
+
+Each call is printed before it is made, so that the last line names a call that crashed. Valid
+addresses lie in one block of memory, which is large enough for any tensor.
+"""
+
+import argparse
+import math
+import os
+import random
+import resource
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch  # before the core
+
+from snnlstm import _C
+
+SIZES = {"T": 2, "N": 2, "Cin": 3, "C": 5, "H": 6, "W": 7}
+ROOM = 1 << 16  # bytes for a tensor, more than any tensor of these sizes takes
+HALF = 1 << 24  # bytes of half of the block: tensors lie in the first half, workspaces behind
+MOST_MEMORY = 1 << 34  # bytes that this process may take: the core must refuse larger sizes
+HUGE = [2**53, 2**61, 2**62, 2**63 - 1, 2**64, -(2**63)]
+NO_NUMBER = ["x", 1.5, None, (), [1]]
+NO_ADDRESS = [-1, 2**64, *NO_NUMBER]
+NONSENSE: dict[str, list[Any]] = {
+    "address": NO_ADDRESS,  # 0 is valid, and means absent
+    "memory": [0, *NO_ADDRESS],
+    "aligned": [0, 8, *NO_ADDRESS],
+    "aligned or none": [8, *NO_ADDRESS],
+    "number": NO_NUMBER,
+    "enum": [-1, 99, 2**31, *NO_NUMBER],
+    "size": [0, -1, *HUGE, *NO_NUMBER],
+    "count": [-1, *HUGE, *NO_NUMBER],
+    "int": [0, -1, 2**31, *HUGE, *NO_NUMBER],
+    "pair": [(0, 1), (1, -1), (1,), (1, 2, 3), 3, None, (2**31, 1), (1, 2**40), ("x", 1)],
+    "kernel": [(2, 3), (3, 0), (-1, 1), (2**31 - 1, 2**31 - 1), (65537, 65537), (3,), None],
+    "window": [(0, 1), (9, 1), (1, 2**31 - 1), (2**31, 1), (-1, 1), (1,), None],
+    "part": [-0.1, 1.1, math.nan, math.inf, "x", None],
+    "real": ["x", None, (1,)],
+    "flag": ["x", ()],
+    "stride": [2, -1, *HUGE, "x", 1.5, None],
+    "text": ["", "nonsense", 7, None],
+    "object": [7, None, "x"],
+}
+Arguments = dict[str, tuple[str, Any]]  # an argument's kind and a valid value, by its name
+
+
+class Calls(ABC):
+    """Holds the functions of a core, each with arguments that it accepts."""
+
+    step = 8  # valid addresses are multiples of so many bytes
+
+    def __init__(self, module: Any, block: int) -> None:
+        self.module, self.block, self.used = module, block, 0
+        self.facts = {name: value for name, (_, value) in self.cell_arguments().items()}
+        self.cell = module.Cell(**self.facts)
+
+    def address(self) -> int:
+        """Returns an unused place of the block's first half, and begins again at its end."""
+        self.used = (self.used + ROOM) % HALF
+        return self.block + self.used + self.step * random.randrange(4)
+
+    def view(self, *shape: int) -> tuple[int, tuple[int, ...]]:
+        return self.address(), tuple(math.prod(shape[k + 1 :]) for k in range(5))
+
+    def nonsense(self, kind: str) -> Any:
+        if kind not in ("view", "view?", "steps"):
+            return random.choice(NONSENSE[kind])
+        memory, strides = self.view(*SIZES.values())
+        wrong = random.choice([-1, -(2**40), 2**49, 2**63, "x", 1.5, None])
+        broken: list[Any] = [
+            (memory, strides[:4]), (memory, (*strides, 1)), (memory, list(strides)), (memory,),
+            [memory, strides], memory, "x", (memory, None), (-1, strides), (2**64, strides),
+            (memory, (*strides[:2], wrong, *strides[3:])),
+        ]  # fmt: skip
+        if kind == "view?":
+            return random.choice(broken)
+        view = random.choice([*broken, None, (0, strides)])
+        if kind == "view":
+            return view
+        good = ((memory, strides), (memory, strides), memory)
+        bad = [(view, *good[1:]), (good[0], view, memory), (*good[:2], 0), good[:2], [*good], 7]
+        return random.choice([[good], [good] * 3, [good, random.choice(bad)], None, good, 7])
+
+    def cell_arguments(self) -> Arguments:
+        pool = random.randrange(3)
+        return {
+            "dtype": ("enum", random.randrange(2)),
+            **{name: ("count" if name in "TN" else "size", size) for name, size in SIZES.items()},
+            "kernel": ("kernel", (3, 3)), "stride": ("pair", (1, 1)), "dilation": ("pair", (1, 1)),
+            "pool": ("enum", pool), "pool_size": ("window", (1, 2) if pool else (1, 1)),
+            "reset": ("enum", random.randrange(3)), "surrogate": ("enum", random.randrange(11)),
+            "p0": ("real", 2.0), "p1": ("real", 0.0),
+            "inhibition": ("flag", random.random() < 0.3),
+            "num_levels": ("count", random.choice([0, 3])),
+        }  # fmt: skip
+
+    def a_pass(self, backward: bool) -> Arguments:
+        """Returns the arguments that forward and backward passes of both halves take."""
+        t, n, cin, c, h, w = SIZES.values()
+        x, state, spikes = (self.view(*shape) for shape in (
+            (t, n, cin, h, w), (1, n, c, h, w), (t, n, c, h, w)))  # fmt: skip
+        of_levels = "memory" if self.facts["num_levels"] else "address"
+        found: Arguments = {
+            "record": ("number", True), "x": ("view", x), "syn0": ("view", state),
+            "mem0": ("view", state), "threshold": ("memory", self.address()),
+            "threshold_stride": ("stride", 1), "graded": ("memory", self.address()),
+            "levels": (of_levels, self.address()), "saved_syn": ("memory", self.address()),
+            "saved_gates": ("memory" if backward else "address", self.address()),
+        }  # fmt: skip
+        winners = self.block + 2 * HALF  # holds valid indices, which a backward pass may follow
+        if not backward:
+            return found | {
+                "bias": ("address", self.address()), "winner": ("address", winners),
+                **{name: ("view", self.view(t, n, c, h, w)) for name in ("spk", "syn", "mem")},
+            }  # fmt: skip
+        of_winner = "memory" if self.facts["inhibition"] else "address"
+        of_noise = "view" if self.facts["surrogate"] == 9 else "view?"
+        optional = ("grad_bias", "grad_weight", "grad_threshold", "d_gates")
+        return found | {
+            "winner": (of_winner, winners), "noise": (of_noise, spikes),
+            **dict.fromkeys(("grad_spk", "grad_syn", "grad_mem"), ("view?", spikes)),
+            **{name: ("view?", self.view(1, n, c, h, w)) for name in ("grad_syn0", "grad_mem0")},
+            **{name: ("address", self.address()) for name in optional},
+            "grad_x": ("view?", self.view(t, n, cin, h, w)), "mem_after": ("address", 0),
+        }  # fmt: skip
+
+    def workspace(self, step: int) -> int:
+        return self.block + HALF + step * random.randrange(64 // step)
+
+    def calls(self) -> dict[str, tuple[Callable[..., Any], Arguments, int]]:
+        """Returns functions by name, their arguments, and the number of positional arguments."""
+        return {"Cell": (self.module.Cell, self.cell_arguments(), 0)}
+
+    @abstractmethod
+    def sizes(self, cell: Any) -> list[int]:
+        """Returns all counts of bytes that the core tells of a cell."""
+
+
+class Cpu(Calls):
+    def __init__(self, module: Any, block: int) -> None:
+        super().__init__(module, block)
+        plan = {name: value for name, (_, value) in self.plan_arguments().items()}
+        self.plan = module.CpuPlan(**plan)
+
+    def plan_arguments(self) -> Arguments:
+        return {
+            "cell": ("object", self.cell), "algorithm": ("enum", random.randrange(3)),
+            "density": ("part", random.random()), "most_inputs": ("number", random.choice([0, 8])),
+            "backward": ("flag", random.random() < 0.5), "threads": ("int", 1),
+        }  # fmt: skip
+
+    def a_pass(self, backward: bool) -> Arguments:
+        read = {form % 3 for form, *_ in self.plan.forms(backward=backward, grad_x=True)}
+        weights = {
+            name: ("memory" if k in read else "address", self.address())
+            for k, name in enumerate(("weight", "weight_mem", "weight_x"))
+        }
+        workspace = {"workspace": ("memory", self.workspace(1))}
+        halves = {"half_gates": ("number", random.random() < 0.3)}
+        return super().a_pass(backward) | weights | workspace | halves
+
+    def calls(self) -> dict[str, tuple[Callable[..., Any], Arguments, int]]:
+        core, plan, address = self.module, self.plan, self.address
+        t, n, cin, c, h, w = SIZES.values()
+        forms = [form for form, *_ in plan.forms(backward=False, grad_x=True)]
+        step = (self.view(1, n, cin, h, w), self.view(1, n, c, h, w), address())
+        of_name: dict[str, tuple[Arguments, int]] = {
+            "build_info": ({}, 0), "isa_names": ({}, 0), "isa_name": ({}, 0),
+            "openmp_library": ({}, 0), "CpuPlan": (self.plan_arguments(), 0),
+            "cpu_profile": ({"begin": ("flag", random.random() < 0.5)}, 1),
+            "prefer_huge_pages": ({"memory": ("memory", address()), "bytes": ("address", 64)}, 2),
+            "set_isa": ({"name": ("text", random.choice(core.isa_names()))}, 1),
+            "inspect": ({
+                "x": ("memory", address()), "dtype": ("enum", 0), "count": ("count", 64),
+                "weight": ("memory", address()), "copy": ("memory", address()),
+                "bytes": ("count", 64),
+            }, 6),
+            "copy_weight": ({
+                "weight": ("memory", address()), "copy": ("memory", address()),
+                "dtype": ("enum", 0), "count": ("count", 64),
+            }, 4),
+            "cpu_padded_channels": ({"dtype": ("enum", 1), "C": ("size", 5)}, 2),
+            "cpu_evaluate": ({
+                "function": ("text", "tanh"), "dtype": ("enum", 0), "in": ("memory", address()),
+                "out": ("memory", address()), "count": ("count", 9),
+            }, 5),
+        }  # fmt: skip
+        of_plan: dict[str, tuple[Arguments, int]] = {
+            "with_time": ({"time": ("size", 3)}, 1),
+            "forms": ({"backward": ("flag", True), "grad_x": ("flag", True)}, 0),
+            "pack": ({
+                "form": ("enum", random.choice(forms)), "weight": ("memory", address()),
+                "packed": ("memory", address()),
+            }, 3),
+            "backward_workspace": ({"weight": ("flag", True)}, 1),
+            "forward": (self.a_pass(False), 0), "backward": (self.a_pass(True), 0),
+            "weight_gradient": ({
+                "steps": ("steps", [step] * t), "grad_weight": ("memory", address()),
+                "workspace": ("memory", self.workspace(1)),
+            }, 0),
+        }  # fmt: skip
+        found = {name: (getattr(core, name, None), *rest) for name, rest in of_name.items()}
+        of_plan_too = {f"CpuPlan.{k}": (getattr(plan, k), *rest) for k, rest in of_plan.items()}
+        return super().calls() | {k: v for k, v in found.items() if v[0]} | of_plan_too
+
+    def sizes(self, cell: Any) -> list[int]:
+        values = {name: value for name, (_, value) in self.plan_arguments().items()}
+        values |= {"cell": cell, "threads": 2 ** random.randrange(15)}
+        plan = self.module.CpuPlan(**values)
+        found = [bytes_ for _, _, bytes_ in plan.forms(backward=True, grad_x=True)]
+        return [
+            *found, plan.forward_workspace, plan.weight_gradient_workspace,
+            plan.backward_workspace(True), plan.backward_workspace(False),
+        ]  # fmt: skip
+
+
+class Cuda(Calls):
+    step = 16
+    own = ("saved_gates", "saved_syn", "d_gates", "mem_after", "weight", "packed")
+
+    def __init__(self, module: Any, block: int) -> None:
+        super().__init__(module, block)
+        self.target = module.cuda_target()
+
+    def calls(self) -> dict[str, tuple[Callable[..., Any], Arguments, int]]:
+        core, address = self.module, self.address
+        t, n, cin, c, h, w = SIZES.values()
+        step = dict(self.facts, T=1)
+        cell = {"cell": ("object", self.cell), "target": ("object", self.target)}
+        one = cell | {"cell": ("object", core.Cell(**step))}
+        stream, back = {"stream": ("address", 0)}, {"backward": ("flag", True)}
+        space = {"workspace": ("aligned", self.workspace(16))}
+        weight = {"weight": ("memory", address())}
+        sums = {"gate_sums": ("view", self.view(1, n, 4 * c, h, w))}
+        levels = ("memory" if self.facts["num_levels"] else "address", address())
+        forward, backward = self.a_pass(False), self.a_pass(True)
+        of_steps = dict(forward, x=("view?", None), saved_syn=("address", address()))
+        steps_back = dict(
+            backward, x=("view?", None), mem0=("view?", None), grad_weight=("address", 0),
+            saved_syn=("address", 0), d_gates=("memory", address()),
+        )  # fmt: skip
+        of_name: dict[str, tuple[Arguments, int]] = {
+            "target": ({}, 0), "full_precision": ({"target": cell["target"]}, 1),
+            "padded_channels": ({"C": ("size", 5)}, 1),
+            "choose": (cell, 2), "reason_against": (cell, 2), "algorithm_name": (cell, 2),
+            "ways": (cell | back, 3), "packed_bytes": (cell | back, 3),
+            "workspace": (cell | back, 3), "data_workspace": (cell, 2),
+            "weight_workspace": (cell, 2), "pointwise_workspace": (cell, 2),
+            "pack_weight": (
+                cell | stream | weight | back | {"packed": ("memory", address())}, 6
+            ),
+            "store_levels": (cell | stream | {"values": levels, "levels": levels}, 5),
+            "forward": (cell | stream | forward | weight | space, 3),
+            "backward": (cell | stream | backward | weight | space, 3),
+            "weight_gradient": (cell | stream | {
+                "x": forward["x"], "mem": ("view", self.view(t, n, c, h, w)),
+                "d_gates": ("memory", address()), "grad_weight": ("address", address()),
+                "grad_bias": ("address", address()),
+            } | space, 3),
+            "pointwise_forward": (one | stream | sums | of_steps, 4),
+            "pointwise_backward": (one | stream | steps_back | space, 3),
+        }  # fmt: skip
+        for name, (arguments, _) in of_name.items():
+            for key in set(arguments) & set(self.own) - ({"weight"} if "pack" in name else set()):
+                kind, value = arguments[key]
+                arguments[key] = ("aligned" if kind == "memory" else "aligned or none", value)
+        found = {f"cuda_{k}": (getattr(core, f"cuda_{k}"), *rest) for k, rest in of_name.items()}
+        wanting = {"matrix": ("enum", random.choice([0, 1])), "algorithm": ("enum", 0)}
+        return super().calls() | found | {"CudaTarget.wanting": (self.target.wanting, wanting, 2)}
+
+    def sizes(self, cell: Any) -> list[int]:
+        core = self.module
+        target = self.target.wanting(random.randrange(5), random.choice([0, 1, 5, 6]))
+        core.cuda_reason_against(cell, target)
+        return [
+            core.cuda_packed_bytes(cell, target, True), core.cuda_workspace(cell, target, False),
+            core.cuda_workspace(cell, target, True), core.cuda_data_workspace(cell, target),
+            core.cuda_weight_workspace(cell, target), core.cuda_pointwise_workspace(cell, target),
+        ]  # fmt: skip
+
+
+def one(calls: Calls, number: int) -> None:
+    """Calls a random function with valid arguments, or with up to three faults among them."""
+    functions = calls.calls()
+    name = random.choice(list(functions))
+    function, arguments, places = functions[name]
+    faults = min(random.choice([0, 1, 1, 1, 2]), len(arguments))
+    wrong = random.sample(list(arguments), faults)
+    given = {
+        key: calls.nonsense(kind) if key in wrong else value
+        for key, (kind, value) in arguments.items()
+    }
+    by_name = dict(list(given.items())[places:])
+    needed = [key for key in by_name if arguments[key][0] in ("memory", "aligned", "view")]
+    if needed and random.random() < 0.1:
+        wrong.append(random.choice(needed))
+        del by_name[wrong[-1]]
+    elif random.random() < 0.05:
+        wrong.append("nonsense")
+        by_name["nonsense"] = 1
+    values = list(given.values())[:places]
+    print(f"{number}: {name}(*{values}, **{by_name}), wrong: {wrong}", flush=True)
+    try:
+        function(*values, **by_name)
+    except (ValueError, TypeError, OverflowError):
+        if not wrong:
+            raise
+    else:
+        assert not wrong, "accepted"
+
+
+def extreme(calls: Calls, number: int) -> None:
+    """Makes a cell of any size: the core must refuse the cell, or count the bytes it needs."""
+
+    def size(most: int) -> int:
+        return int(2 ** (random.random() ** 3 * most))
+
+    facts = dict(calls.facts)
+    for key in random.sample(list(SIZES), random.choice([1, 1, 2, 3])):
+        facts[key] = size(64)
+    kernel, *others = ((size(31), size(31)) for _ in range(3))
+    if random.random() < 0.5:
+        facts["kernel"] = tuple(min(side, 2000) // 2 * 2 + 1 for side in kernel)
+    if random.random() < 0.5:
+        facts["stride"], facts["dilation"] = others
+    print(f"{number}: {facts}", flush=True)
+    try:
+        sizes = calls.sizes(calls.module.Cell(**facts))
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        print(error)
+    else:
+        assert all(0 <= bytes_ < 2**62 for bytes_ in sizes), sizes
+
+
+def complete(calls: Calls) -> None:
+    """Asserts that every function of the core is called."""
+    half = isinstance(calls, Cuda)
+    there = {
+        name for name in dir(calls.module)
+        if not name.startswith("__") and (name.lower().startswith("cuda") == half)
+    }  # fmt: skip
+    there -= {"set_device"}  # a function of the emulator
+    known = {name.partition(".")[0] for name in calls.calls()} - ({"Cell"} if half else set())
+    assert known == there, known ^ there
+    for kind in (name for name in there if name[0].isupper() and name != "Cell"):
+        methods = {n for n, f in vars(getattr(calls.module, kind)).items() if n[0] != "_" and
+                   not isinstance(f, property)}  # fmt: skip
+        called = {name.partition(".")[2] for name in calls.calls() if name.startswith(kind)} - {""}
+        assert called == methods, called ^ methods
+
+
+def main(core: str, count: int, seed: int) -> None:
+    random.seed(seed)
+    torch.set_num_threads(1)
+    if "asan" not in os.environ.get("LD_PRELOAD", ""):
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    kind: type[Calls] = Cpu if core == "cpu" else Cuda
+    module = _C
+    if core == "simt":
+        sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "simt"))
+        from backend import simt_core
+
+        module = simt_core("plain").module
+    block = torch.zeros(
+        2 * HALF + 4096, dtype=torch.uint8, device="cuda" if core == "cuda" else "cpu"
+    )
+    start = block.data_ptr() + -block.data_ptr() % 256
+    complete(kind(module, start))
+    for number in range(count):
+        if number % 10 == 0:
+            calls = kind(module, start)
+        (extreme if number % 10 == 9 else one)(calls, number)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("core", choices=("cpu", "cuda", "simt"), help="simt: CUDA's, emulated")
+    parser.add_argument("count", type=int, help="how many calls")
+    parser.add_argument("seed", type=int)
+    args = parser.parse_args()
+    main(args.core, args.count, args.seed)
