@@ -196,7 +196,7 @@ def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]
     choice = kernels.choose(call, algorithm)
     if not training:
         return (*choice.forward(call, False)[:3], choice.name)
-    loop = loop_of(weight, bias) if of_weight and not options.sequence else None
+    loop = loop_of(weight, bias) if of_weight and not options.sequence and x.is_cuda else None
     if loop is not None:
         loop.steps += 1
         weight, bias = loop.weight, loop.bias

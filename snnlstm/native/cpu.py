@@ -14,7 +14,7 @@ from .. import _C
 from ..call import DTYPES, Call, Signature
 from . import memory, tensors
 from .packing import Packed, look_up
-from .tensors import Gradients, Result, Saved, Shapes, Step, address, view
+from .tensors import Gradients, Result, Saved, Shapes, address
 
 __all__ = ["ALGORITHMS", "Kernels", "set_isa"]
 
@@ -88,14 +88,6 @@ class _Way:
             self.gradients[grad_x, weight, steps] = found
         return found
 
-    def weight_gradient(self, steps: int) -> tuple[Any, int]:
-        """The core's plan of a loop's weight gradient, and the bytes of its workspace."""
-        found = self.gradients.get(steps)
-        if found is None:
-            core = self._make(self._plan.cell_of(steps), backward=True)
-            found = self.gradients[steps] = core, core.weight_gradient_workspace
-        return found
-
 
 class Plan(tensors.Plan):
     """The plan of a call on the CPU; the values of x and weight decide a :class:`Choice` of it."""
@@ -167,13 +159,6 @@ class Choice:
         self.plan, self.way, self.packed, self.name = plan, way, packed, way.name
         self.loop_key, self.saved_shapes = plan.loop_key, plan.saved_shapes
 
-    def empty_d_gates(self, call: Call, kept: Saved | None) -> Tensor:
-        """Memory for the gate gradients of a step; that of the gates in `kept`, if they fit."""
-        if kept is not None and not self.plan.half_gates:
-            return kept.gates
-        (*images, padded), dtype = self.saved_shapes[1]
-        return memory.empty((*images, 4 * padded), dtype)
-
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; `training`: keep what :meth:`backward` needs."""
         plan, way = self.plan, self.way
@@ -242,7 +227,7 @@ class Choice:
         workspace = memory.workspace(size)
         core.backward(
             **packed.addresses(core, forms),
-            **tensors.backward_arguments(call, saved, grads, noise, out, d_gates),
+            **tensors.backward_arguments(call, saved, grads, noise, out, None),
             half_gates=plan.half_gates,
             threshold=threshold.data_ptr(),
             threshold_stride=plan.threshold_stride,
@@ -251,23 +236,6 @@ class Choice:
             workspace=workspace.data_ptr(),
         )
         return tensors.shaped_as(call.threshold, out)
-
-    def weight_gradient(
-        self, steps: Sequence[Step], wanted: Sequence[bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of weight and bias, as `wanted`, from what step calls of this plan left."""
-        of_bias = torch.stack([step.bias for step in steps]).sum(0) if wanted[1] else None  # type: ignore[misc]
-        if not wanted[0]:
-            return None, of_bias
-        core, size = self.way.weight_gradient(len(steps))
-        want = (False, False, False, True, False, False)
-        of_weight = tensors.empty_gradients(steps[0].x, self.plan.signature, want).weight
-        core.weight_gradient(
-            steps=[(view(step.x), view(step.mem), step.d_gates.data_ptr()) for step in steps],
-            grad_weight=address(of_weight),
-            workspace=memory.workspace(size).data_ptr(),
-        )
-        return of_weight, of_bias
 
 
 def _prefer_huge_pages(*results: Tensor | None) -> None:
