@@ -105,33 +105,23 @@ struct BackwardArgs : PassArgs {
   void* grad_weight = nullptr;     // (4C, Cin + C, kernel_h, kernel_w), contiguous
   void* grad_bias = nullptr;       // (4C,)
   void* grad_threshold = nullptr;  // (C,): summed over everything but the channels
-  // If given: the gradient of the gate sums of every step is left here, (T, N, Ho, Wo, 4, Cp) of
-  // the gate type. It may be saved_gates itself, unless those are halves.
+  // CUDA, if given: the gradient of the gate sums of every step is left here, (T, N, Ho, Wo, 4, Cp)
+  // of the gate type.
   void* d_gates = nullptr;
   // CUDA, if given: mem after every step but the last is left here, (T - 1, N, Ho, Wo, Cp) of the
   // gate type.
   void* mem_after = nullptr;
 };
 
-// What the gradient of the weight needs of one step of a loop.
-struct StepOfGradient {
-  View x;                         // (N, Cin, H, W)
-  View mem;                       // (N, C, Ho, Wo), before the step
-  const void* d_gates = nullptr;  // (N, Ho, Wo, 4, Cp): BackwardArgs::d_gates
-};
-
-// The gradient of the weight, formed over many steps at once from what their backward passes have
-// left in d_gates; on CUDA that of the bias, too, which the CPU's backward pass of a step sums.
+// CUDA: the gradients of weight and bias over many steps at once, from BackwardArgs::d_gates.
 struct WeightGradArgs {
-  Cell cell;                              // T: the number of steps
-  const StepOfGradient* steps = nullptr;  // CPU: T of them
-  View x;                                 // CUDA: (T, N, Cin, H, W)
-  View mem;                               // CUDA: (T, N, C, Ho, Wo), mem before each step
-  const void* d_gates = nullptr;          // CUDA: (T, N, Ho, Wo, 4, Cp), contiguous
-  void* grad_weight = nullptr;            // (4C, Cin + C, kernel_h, kernel_w), contiguous
-  void* grad_bias = nullptr;              // CUDA: (4C,)
+  Cell cell;                      // T: the number of steps
+  View x;                         // (T, N, Cin, H, W)
+  View mem;                       // (T, N, C, Ho, Wo), mem before each step
+  const void* d_gates = nullptr;  // (T, N, Ho, Wo, 4, Cp), contiguous
+  void* grad_weight = nullptr;    // (4C, Cin + C, kernel_h, kernel_w), contiguous
+  void* grad_bias = nullptr;      // (4C,)
   void* workspace = nullptr;
-  int threads = 1;
 };
 
 }  // namespace snnlstm

@@ -196,40 +196,12 @@ void set_plan(Args& a, const CpuPlan& plan) {
     grad_x = a.grad_x.data != nullptr;
     needs(a.mem0.data, "mem0");
     needs(a.saved_syn, "saved_syn");
-    if (a.half_gates && a.d_gates == a.saved_gates)
-      throw py::value_error("halves of gates have no room for d_gates");
   }
   const void* const weights[] = {a.weight, a.weight_mem, a.weight_x};
   const char* const names[] = {"weight", "weight_mem", "weight_x"};
   const int first = int(forward ? cpu::Form::forward : cpu::Form::backward);
   for (int k = 0; k < 3; ++k)
     if (cpu::reads(a.cell, cpu::Form(first + k), grad_x)) needs(weights[k], names[k]);
-}
-
-// steps: one (x, mem, address of the d gates) a time step.
-inline void cpu_weight_gradient(const CpuPlan& plan, const py::list& steps, Address grad_weight,
-                                Address workspace) {
-  std::vector<StepOfGradient> list;
-  for (const py::handle& item : steps) {
-    if (!PyTuple_Check(item.ptr()) || PyTuple_GET_SIZE(item.ptr()) != 3)
-      throw py::value_error("a step is (x, mem, d_gates)");
-    const auto part = [&](int k) { return py::handle(PyTuple_GET_ITEM(item.ptr(), k)); };
-    list.push_back({view(part(0)), view(part(1)), at(address_of(part(2)))});
-    needs(list.back().x.data, "x");
-    needs(list.back().mem.data, "mem");
-    needs(list.back().d_gates, "d_gates");
-  }
-  if (int64_t(list.size()) != plan.cell.T)
-    throw py::value_error("there must be as many steps as the plan was made for");
-  needs(at(grad_weight), "grad_weight");
-  needs(at(workspace), "workspace");
-  WeightGradArgs a;
-  a.cell = plan.cell, a.threads = plan.threads;
-  a.steps = list.data();
-  a.grad_weight = at(grad_weight);
-  a.workspace = at(workspace);
-  py::gil_scoped_release release;
-  cpu::kernels(a.cell).weight_gradient(a);
 }
 
 inline void bind_cpu(py::module_& m) {
@@ -285,25 +257,17 @@ inline void bind_cpu(py::module_& m) {
            [](const CpuPlan& p, bool weight) {
              return cpu::kernels(p.cell).backward_workspace(p.cell, p.threads, weight);
            })
-      .def_property_readonly("weight_gradient_workspace",
-                             [](const CpuPlan& p) {
-                               return cpu::kernels(p.cell).weight_gradient_workspace(p.cell,
-                                                                                     p.threads);
-                             })
       .def("forward",
            [](const CpuPlan& p, const py::kwargs& given) {
              ForwardArgs a = forward_args(p.cell, given);
              set_plan(a, p);
              interruptible(p.cell, [&] { cpu::kernels(a.cell).forward(a); });
            })
-      .def("backward",
-           [](const CpuPlan& p, const py::kwargs& given) {
-             BackwardArgs a = backward_args(p.cell, given);
-             set_plan(a, p);
-             interruptible(p.cell, [&] { cpu::kernels(a.cell).backward(a); });
-           })
-      .def("weight_gradient", &cpu_weight_gradient, py::arg("steps"), py::arg("grad_weight"),
-           py::arg("workspace"));
+      .def("backward", [](const CpuPlan& p, const py::kwargs& given) {
+        BackwardArgs a = backward_args(p.cell, given);
+        set_plan(a, p);
+        interruptible(p.cell, [&] { cpu::kernels(a.cell).backward(a); });
+      });
 }
 
 }  // namespace snnlstm::bindings

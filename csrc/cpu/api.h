@@ -64,7 +64,6 @@ struct Kernels {
   // pass forms the weight's gradient.
   int64_t (*forward_workspace)(const Cell&, int threads);
   int64_t (*backward_workspace)(const Cell&, int threads, bool weight);
-  int64_t (*weight_gradient_workspace)(const Cell&, int threads);
 
   // Returns C rounded up to whole vectors. A pixel of saved_syn has so many values, a pixel of
   // saved_gates four times as many, or twice as many with half_gates.
@@ -76,7 +75,6 @@ struct Kernels {
 
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
-  void (*weight_gradient)(const WeightGradArgs&);
 };
 
 // Returns the kernels of the instruction set in use, for the cell's number of channels.

@@ -2,7 +2,6 @@
 
 #include "entry.h"
 #include "lanes.h"
-#include "step_gradients.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -14,17 +13,6 @@ void backward(const BackwardArgs& args) {
 int64_t backward_workspace(const Cell& cell, int threads, bool weight) {
   return with_lanes(cell, [&](auto lanes) {
     return decltype(lanes)::template Of<Backward>::workspace(cell, threads, weight);
-  });
-}
-
-void weight_gradient(const WeightGradArgs& args) {
-  with_lanes(args.cell,
-             [&](auto lanes) { typename decltype(lanes)::template Of<StepGradients>(args).run(); });
-}
-
-int64_t weight_gradient_workspace(const Cell& cell, int threads) {
-  return with_lanes(cell, [&](auto lanes) {
-    return decltype(lanes)::template Of<StepGradients>::workspace(cell, threads);
   });
 }
 

@@ -3,8 +3,7 @@
 //   rows     the recurrent data gradient of step t, and behind it, while the rows lie in cache, the
 //            pointwise backward of step t - 1 (neuron_backward.h)
 //   inputs   the data gradient of x, where it is wanted (with Winograd the rows tasks do it too)
-//   weights  step t's part of the weight gradient (weight_gradient.h), unless the d gates are left
-//            to step_gradients.h
+//   weights  step t's part of the weight gradient (weight_gradient.h)
 // The workspace holds two time steps of d gates, mem and x, whatever T is. A call of one step of
 // many samples takes one sample after the other, from the gradients of its outputs to those of its
 // inputs, while all of the sample lies in L2.

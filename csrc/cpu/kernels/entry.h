@@ -9,7 +9,5 @@ void forward(const ForwardArgs& args);
 void backward(const BackwardArgs& args);
 int64_t forward_workspace(const Cell& cell, int threads);
 int64_t backward_workspace(const Cell& cell, int threads, bool weight);
-void weight_gradient(const WeightGradArgs& args);
-int64_t weight_gradient_workspace(const Cell& cell, int threads);
 
 SNNLSTM_END_ISA

@@ -268,7 +268,6 @@ class NeuronBackward {
     const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
     T* d_syn = state_row(d_syn_, p, h);
     T* out = images_.d_gates_row(t, p.kept, h);
-    T* left = a_.d_gates ? static_cast<T*>(a_.d_gates) + row_begin(t, p.n, h) * 4 * l_.Cp : nullptr;
     T *bias_sums = bias_sums_ + task * 4 * l_.Cp, *threshold_sums = threshold_sums_ + task * l_.Cp;
     for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
       R bias[4] = {R{}, R{}, R{}, R{}}, threshold{};
@@ -285,7 +284,6 @@ class NeuronBackward {
         const R pre[4] = {d.pre.i, d.pre.f, d.pre.o, d.pre.g};
         for (int v = 0; v < 4; ++v) {
           S::store(out + 4 * k + v * VL, pre[v]);
-          if (left) S::store(left + 4 * k + v * VL, pre[v]);  // perhaps where the gates were
           bias[v] += pre[v];
         }
       }

@@ -72,16 +72,8 @@ static void pack_weight(const Cell& cell, Form form, int threads, const void* we
 }
 
 extern const cpu::Kernels kernels;
-const cpu::Kernels kernels = {has_tiles,
-                              sparse_cost,
-                              forward_workspace,
-                              backward_workspace,
-                              weight_gradient_workspace,
-                              padded_channels,
-                              packed_bytes,
-                              pack_weight,
-                              forward,
-                              backward,
-                              weight_gradient};
+const cpu::Kernels kernels = {has_tiles,          sparse_cost,     forward_workspace,
+                              backward_workspace, padded_channels, packed_bytes,
+                              pack_weight,        forward,         backward};
 
 SNNLSTM_END_ISA
