@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .rates import Count
-from .run import global_hooks
+from .path import global_hooks
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Base, Neuron
 

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .arguments import flag
+from .options import flag
 from .layers import CELL, Way, changed, choose, not_per_sample
 from .sconv2dlstm import SConv2dLSTM
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .arguments import a_module, flag, never_spikes
+from .call import never_spikes
+from .options import a_module, flag
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Base, Neuron, forget, recognise_quant, recognise_surrogate, register
 
