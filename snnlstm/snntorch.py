@@ -8,10 +8,9 @@ snnTorch is optional; a missing or broken install costs no more than the feature
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import types
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -161,49 +160,50 @@ live: weakref.WeakSet[Any] = weakref.WeakSet()
 """Our cells that are alive, for the classmethods of our class."""
 
 
-class Entry:
-    """A cell's place in snnTorch's list, which does not keep the cell alive.
+class Place(weakref.ref):
+    """A weak reference to a cell that says where in snnTorch's list the cell's entry stands."""
 
-    What snnTorch does to the cells of its list reaches the cell as long as it lives. A cell may go
-    while another thread walks the list: its entry then stays, for the next cell, and nothing that
-    is done to it fails.
+    __slots__ = ("position",)
+
+    position: int
+
+
+_left: deque[Place] = deque()
+"""Places of cells that have gone, whose entries the next cells take.
+
+Python appends to it when a cell goes, in any thread and at any time. A deque needs no lock, which
+a fork or a signal handler could find taken.
+"""
+
+
+class Entry:
+    """A cell's entry in snnTorch's list, which does not keep the cell alive.
+
+    What snnTorch does to the cells of its list reaches the cell as long as the cell lives. A cell
+    may go while another thread walks the list. Its entry then stays in the list until a new cell
+    takes the place, and accepts everything that is done to it.
     """
 
-    def __init__(self, cell: nn.Module) -> None:
-        object.__setattr__(self, "_cell", weakref.ref(cell))
+    place: Place
 
-    def cell(self) -> nn.Module | None:
-        """The cell; None if it has gone."""
-        return self._cell()
+    def __init__(self, cell: nn.Module) -> None:
+        object.__setattr__(self, "place", Place(cell, _left.append))
 
     @property  # type: ignore[misc]  # writable in object
     def __class__(self) -> type:  # what isinstance asks for
-        cell = self._cell()
+        cell = self.place()
         return Entry if cell is None else type(cell)
 
     def __getattr__(self, name: str) -> Any:
-        cell = self._cell()
+        cell = self.place()
         if cell is None and name in ("syn", "mem"):
             return torch.zeros(0, device="cpu")
         return getattr(cell, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        cell = self._cell()
+        cell = self.place()
         if cell is not None:
             setattr(cell, name, value)
-
-
-_entering = threading.Lock()
-
-
-def _after_fork() -> None:
-    """In a child process: a thread that no longer exists may have held the lock."""
-    global _entering
-    _entering = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def register(cell: nn.Module, ours: bool = True) -> None:
@@ -217,16 +217,22 @@ def register(cell: nn.Module, ours: bool = True) -> None:
     instances = getattr(_Neuron, "instances", None)
     if not isinstance(instances, list):
         return
-    # Nobody waits for the lock: a signal handler or a forked process may make a cell.
-    if _entering.acquire(blocking=False):
+    entry = Entry(cell)
+    while _left:
         try:
-            for position, entry in enumerate(instances):
-                if type(entry) is Entry and entry.cell() is None:
-                    instances[position] = Entry(cell)
-                    return
-        finally:
-            _entering.release()
-    instances.append(Entry(cell))
+            left = _left.popleft()
+            old = instances[left.position]
+        except IndexError:  # another thread took the place, or the list is a new one
+            continue
+        if type(old) is Entry and old.place is left:
+            entry.place.position = left.position
+            instances[left.position] = entry
+            return
+    position = len(instances)
+    instances.append(entry)
+    while instances[position] is not entry:  # another thread appended its cell in between
+        position += 1
+    entry.place.position = position
 
 
 def forget(cells: Collection[nn.Module]) -> None:
@@ -239,9 +245,11 @@ def forget(cells: Collection[nn.Module]) -> None:
         live.discard(cell)
     instances = getattr(_Neuron, "instances", None)
     if isinstance(instances, list):
+        nobody = nn.Module()  # goes at the end, so that new cells take these places
         for position, entry in enumerate(instances):
-            if id(entry.cell() if type(entry) is Entry else entry) in gone:
-                instances[position] = Entry(nn.Module())  # of which nobody keeps the cell
+            if id(entry.place() if type(entry) is Entry else entry) in gone:
+                instances[position] = Entry(nobody)
+                instances[position].place.position = position
 
 
 def clear_registries() -> None:

@@ -1,5 +1,6 @@
 """The cell starts, keeps, replaces, resets and copies its states as the documentation says."""
 
+import collections
 import copy
 import gc
 import pickle
@@ -282,6 +283,54 @@ def test_cells_are_not_kept_alive():
     for _ in range(5):
         ours()
     assert len(snntorch.SpikingNeuron.instances) == entries, "a dead cell's place is not reused"
+
+
+class Counted(list):
+    """A list that counts how often one of its entries is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, position):
+        self.looks += 1
+        return super().__getitem__(position)
+
+    def __iter__(self):
+        return (self[position] for position in range(len(self)))
+
+    def index(self, *args):
+        self.looks += len(self)
+        return super().index(*args)
+
+
+def test_a_new_cell_looks_at_no_more_entries_the_more_there_are(monkeypatch):
+    registry = Counted()
+    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", registry)
+    monkeypatch.setattr(snnlstm.snntorch, "_left", collections.deque())  # no places of other tests
+    cells = [ours(1, 1, 1) for _ in range(100)]
+    assert len(registry) == 100
+    assert registry.looks <= 100
+    first, others, cells = cells[0], cells[1:], []
+    for _ in range(3):  # the cells that go leave places in the midst of the list
+        registry.looks = 0
+        others.clear()
+        gc.collect()
+        others += [ours(1, 1, 1) for _ in range(99)]
+        assert len(registry) == 100
+        assert registry.looks <= 100
+    assert {id(entry.place()) for entry in registry} == {id(cell) for cell in (first, *others)}
+
+
+def test_places_in_a_list_that_was_dropped_are_not_used(monkeypatch):
+    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", [])
+    gone, dropped = [ours(), ours(), ours()], snntorch.SpikingNeuron.instances
+    gone.pop()
+    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", [])
+    kept = [ours(), snntorch.Leaky(beta=0.5), ours()]
+    gone.clear()
+    kept += [ours(), ours()]
+    registry = snntorch.SpikingNeuron.instances
+    assert [entry if entry is kept[1] else entry.place() for entry in registry] == kept
+    assert len(dropped) == 3
 
 
 @pytest.mark.parametrize("library", [snnlstm.SConv2dLSTM, snntorch.SConv2dLSTM])

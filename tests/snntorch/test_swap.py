@@ -296,7 +296,7 @@ def test_both_ways_leave_each_cell_in_snntorchs_registry_once():
         swap(model)
         # The list holds entries that do not keep our cells alive.
         entry, registry = snnlstm.snntorch.Entry, snntorch.SpikingNeuron.instances
-        held = [e.cell() if type(e) is entry else e for e in registry]
+        held = [e.place() if type(e) is entry else e for e in registry]
         assert sum(isinstance(cell, snntorch.SConv2dLSTM) for cell in held) == 2
         for cell in model:
             assert sum(cell is one for one in held) == 1
