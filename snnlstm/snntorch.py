@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import types
 import weakref
-from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -156,104 +155,92 @@ Neuron: Any = _Neuron if isinstance(_Neuron, type) else None
 Base: Any = _Theirs if isinstance(_Theirs, type) and issubclass(_Theirs, nn.Module) else nn.Module
 """snnTorch's cell, so that isinstance, utils.reset and BPTT know ours; else nn.Module."""
 
-live: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Our cells that are alive, for the classmethods of our class."""
+_alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-class Place(weakref.ref):
-    """A weak reference to a cell that says where in snnTorch's list the cell's entry stands."""
+def alive(kind: type[nn.Module] = nn.Module) -> list[Any]:
+    """The registered cells of a class that are alive.
 
-    __slots__ = ("position",)
-
-    position: int
-
-
-_left: deque[Place] = deque()
-"""Places of cells that have gone, whose entries the next cells take.
-
-Python appends to it when a cell goes, in any thread and at any time. A deque needs no lock, which
-a fork or a signal handler could find taken.
-"""
+    The list is made without a lock, which a fork or a signal handler could find taken. Other
+    threads may make and drop cells meanwhile.
+    """
+    cells = [reference() for reference in _alive.valuerefs()]
+    return [cell for cell in cells if isinstance(cell, kind)]
 
 
-class Entry:
-    """A cell's entry in snnTorch's list, which does not keep the cell alive.
+class _State(Tensor):
+    """syn or mem of all registered cells, which snnTorch's detach_hidden detaches in place."""
 
-    What snnTorch does to the cells of its list reaches the cell as long as the cell lives. A cell
-    may go while another thread walks the list. Its entry then stays in the list until a new cell
-    takes the place, and accepts everything that is done to it.
+    of: str
+
+    def detach_(self) -> Tensor:
+        for cell in alive():
+            getattr(cell, self.of).detach_()
+        return self
+
+
+def _state_of_all(name: str) -> property:
+    def state(_: AllCells) -> Tensor:
+        states = torch.zeros(0, device="cpu").as_subclass(_State)
+        states.of = name
+        return states
+
+    def reset(_: AllCells, zeros: Tensor) -> None:
+        for cell in alive():
+            setattr(cell, name, torch.zeros_like(getattr(cell, name)))
+
+    return property(state, reset)
+
+
+class AllCells:
+    """Stands for all registered cells in snnTorch's list, which would keep each of them alive.
+
+    snnTorch's reset_hidden and detach_hidden walk ``SpikingNeuron.instances``. What they do to the
+    states of this object, they do to those of every registered cell.
     """
 
-    place: Place
-
-    def __init__(self, cell: nn.Module) -> None:
-        object.__setattr__(self, "place", Place(cell, _left.append))
+    syn = _state_of_all("syn")
+    mem = _state_of_all("mem")
 
     @property  # type: ignore[misc]  # writable in object
     def __class__(self) -> type:  # what isinstance asks for
-        cell = self.place()
-        return Entry if cell is None else type(cell)
-
-    def __getattr__(self, name: str) -> Any:
-        cell = self.place()
-        if cell is None and name in ("syn", "mem"):
-            return torch.zeros(0, device="cpu")
-        return getattr(cell, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        cell = self.place()
-        if cell is not None:
-            setattr(cell, name, value)
+        return Base
 
 
-def register(cell: nn.Module, ours: bool = True) -> None:
-    """Enter a cell in snnTorch's registry, and one of ours in ours, without keeping it alive.
+_all_cells = AllCells()
+_position = 0  # where _all_cells stands in snnTorch's list, if it does
 
-    snnTorch walks ``SpikingNeuron.instances`` in its reset_hidden and detach_hidden, by position:
-    the list never becomes shorter, and the entry of a cell that has gone is used again.
+
+def register(cell: nn.Module) -> None:
+    """Let the classmethods of both libraries reach a cell, without keeping the cell alive."""
+    global _position
+    _alive[id(cell)] = cell
+    instances = _instances()
+    if instances[_position : _position + 1] != [_all_cells]:
+        _position = len(instances)
+        instances.append(_all_cells)
+
+
+def take_out(cells: Collection[nn.Module]) -> None:
+    """Take cells out of snnTorch's list, which would hold its own for ever.
+
+    The list keeps its length, because another thread may be walking it by position.
     """
-    if ours:
-        live.add(cell)
-    instances = getattr(_Neuron, "instances", None)
-    if not isinstance(instances, list):
-        return
-    entry = Entry(cell)
-    while _left:
-        try:
-            left = _left.popleft()
-            old = instances[left.position]
-        except IndexError:  # another thread took the place, or the list is a new one
-            continue
-        if type(old) is Entry and old.place is left:
-            entry.place.position = left.position
-            instances[left.position] = entry
-            return
-    position = len(instances)
-    instances.append(entry)
-    while instances[position] is not entry:  # another thread appended its cell in between
-        position += 1
-    entry.place.position = position
-
-
-def forget(cells: Collection[nn.Module]) -> None:
-    """Take cells, of either library, out of both registries.
-
-    snnTorch's list would hold its own for ever, with their last states.
-    """
-    gone = {id(cell) for cell in cells}
-    for cell in cells:
-        live.discard(cell)
-    instances = getattr(_Neuron, "instances", None)
-    if isinstance(instances, list):
-        nobody = nn.Module()  # goes at the end, so that new cells take these places
-        for position, entry in enumerate(instances):
-            if id(entry.place() if type(entry) is Entry else entry) in gone:
-                instances[position] = Entry(nobody)
-                instances[position].place.position = position
+    ids, nobody = {id(cell) for cell in cells}, nn.Module()
+    instances = _instances()
+    for position, neuron in enumerate(instances):
+        if id(neuron) in ids:
+            instances[position] = nobody
 
 
 def clear_registries() -> None:
     """Forget every cell, as ``SpikingNeuron.init()`` does."""
-    live.clear()
+    _alive.clear()
     if _Neuron is not None:
         _Neuron.instances = []
+
+
+def _instances() -> list[Any]:
+    """snnTorch's list of neurons."""
+    instances = getattr(_Neuron, "instances", None)
+    return instances if isinstance(instances, list) else []

@@ -20,7 +20,7 @@ from . import arguments
 from .call import Call, version
 from .reference import reset_signal
 from .run import Path, exporting, log_fallback
-from .snntorch import Base, clear_registries, live, register
+from .snntorch import Base, alive, clear_registries, register
 
 __all__ = ["LastReset", "ResetSource", "StatefulCell", "backward_pass"]
 
@@ -184,7 +184,7 @@ class StatefulCell(Base):
     @classmethod
     def reset_hidden(cls) -> None:
         """Set the stored states of all living cells to zero."""
-        for cell in list(live):
+        for cell in alive(StatefulCell):
             cell.reset_mem()
 
     @classmethod
@@ -195,7 +195,7 @@ class StatefulCell(Base):
         Neurons of snnTorch have a ``detach_hidden()`` of their own class. States that are passed
         by hand are detached by hand.
         """
-        for cell in list(live):
+        for cell in alive(StatefulCell):
             cell._settle()
             for name in ("_syn", "_mem"):
                 state = getattr(cell, name)

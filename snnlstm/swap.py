@@ -14,7 +14,7 @@ from torch import nn
 
 from .arguments import a_module, flag, never_spikes
 from .sconv2dlstm import SConv2dLSTM
-from .snntorch import Base, Neuron, forget, recognise_quant, recognise_surrogate, register
+from .snntorch import Base, Neuron, recognise_quant, recognise_surrogate, register, take_out
 
 __all__ = ["Patch", "SwapReport", "accelerate", "patch", "restore", "unpatch"]
 
@@ -214,12 +214,12 @@ def _swap(
         {name: reasons[id(module)] for name, module in named if id(module) in reasons},
     )
     old = [module for module in model.modules() if id(module) in new]
-    forget([*old, *new.values()])
+    take_out([*old, *new.values()])
     for cell in old:
         made = new[id(cell)]
         object.__setattr__(cell, "__class__", type(made))
         object.__setattr__(cell, "__dict__", made.__dict__)
-        register(cell, ours=isinstance(made, SConv2dLSTM))
+        register(cell)
     if not new and not any(isinstance(module, Base) for module in model.modules()):
         logger.warning("%s found no SConv2dLSTM in the model", action)
     logger.info("%s", report.headline)
