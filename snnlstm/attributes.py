@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import options
 from .options import RESETS, CellOptions, Reset
 from .path import Path
-from .snntorch import Base, clear_registries, live, register
+from .snntorch import Base, alive, clear_registries, register
 from .state import ResetSource, State
 from .surrogate import NONE, is_number
 
@@ -187,7 +187,7 @@ class CellAttributes(Base):
     @classmethod
     def reset_hidden(cls) -> None:
         """Set the stored states of all living cells to zero."""
-        for cell in list(live):
+        for cell in alive(CellAttributes):
             cell.reset_mem()
 
     @classmethod
@@ -198,7 +198,7 @@ class CellAttributes(Base):
         Neurons of snnTorch have a ``detach_hidden()`` of their own class. States that are passed
         by hand are detached by hand.
         """
-        for cell in list(live):
+        for cell in alive(CellAttributes):
             cell._state.detach()
 
     @classmethod

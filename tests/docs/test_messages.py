@@ -58,7 +58,7 @@ def names():
         "weight_norm": nn.utils.parametrizations.weight_norm, "Says": Says, "Own": Own,
         "checkpoint": torch.utils.checkpoint.checkpoint,
         "print_nothing": lambda *_: None, "without_snntorch": without_snntorch,
-        "plan": lambda stack: print(*stack.plan, sep="\n"),
+        "report": lambda stack: print(*stack.report, sep="\n"),
         "cell": snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1), "theirs": theirs,
         "x": torch.zeros(1, 2, 5, 5), "events": torch.zeros(4, 1, 2, 5, 5),
         "syn": torch.zeros(1, 3, 5, 5), "mem": torch.zeros(1, 3, 5, 5),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import flat
@@ -118,29 +117,6 @@ def test_torchs_own_switch_measures_too(core, monkeypatch):
         assert clock.timed == []
         flat.run(*NARROW.inputs(), NARROW.options, "auto")
         assert set(clock.timed) == FORWARD
-
-
-def test_a_file_keeps_choices_between_processes(core, tmp_path):
-    file = tmp_path / "choices.json"
-    cell, x = snnlstm.SConv2dLSTM(2, 6, 3, threshold=0.1), torch.rand(2, 1, 2, 4, 6)
-    with MODES["tf32"].running(core), snnlstm.algorithm("measure", file):
-        timed_by(core, Clock("pointwise"))
-        first = run(cell, x)
-    assert list(json.loads(file.read_text()).values()) == ["pointwise"] * 2
-    choices.clear()  # as in another process
-    with MODES["tf32"].running(core), snnlstm.algorithm("measure", file):
-        clock = timed_by(core, Clock())
-        again = run(cell, x)
-        assert clock.timed == []
-        assert cell.path.name == "simt-measured-pointwise"
-    assert torch.equal(first, again)
-    # A choice that this version does not know is made anew.
-    file.write_text(file.read_text().replace('"pointwise"', '"another"'))
-    choices.clear()
-    with MODES["tf32"].running(core), snnlstm.algorithm("measure", file):
-        clock = timed_by(core, Clock())
-        run(cell, x)
-        assert clock.timed
 
 
 def test_a_call_that_recomputes_keeps_to_its_choice(core):
