@@ -113,15 +113,4 @@ struct BackwardArgs : PassArgs {
   void* mem_after = nullptr;
 };
 
-// CUDA: the gradients of weight and bias over many steps at once, from BackwardArgs::d_gates.
-struct WeightGradArgs {
-  Cell cell;                      // T: the number of steps
-  View x;                         // (T, N, Cin, H, W)
-  View mem;                       // (T, N, C, Ho, Wo), mem before each step
-  const void* d_gates = nullptr;  // (T, N, Ho, Wo, 4, Cp), contiguous
-  void* grad_weight = nullptr;    // (4C, Cin + C, kernel_h, kernel_w), contiguous
-  void* grad_bias = nullptr;      // (4C,)
-  void* workspace = nullptr;
-};
-
 }  // namespace snnlstm

@@ -13,7 +13,6 @@ struct CudaCalls {
   decltype(&cuda::store_levels) store_levels = &cuda::store_levels;
   decltype(&cuda::forward) forward = &cuda::forward;
   decltype(&cuda::backward) backward = &cuda::backward;
-  decltype(&cuda::weight_gradient) weight_gradient = &cuda::weight_gradient;
   decltype(&cuda::pointwise_forward) pointwise_forward = &cuda::pointwise_forward;
   decltype(&cuda::pointwise_backward) pointwise_backward = &cuda::pointwise_backward;
 };
@@ -39,26 +38,12 @@ void needs_workspace(const void* workspace, F&& bytes) {
 template <class Args>
 void own_memory(const Args& a) {
   aligned({{"weight", a.weight}, {"saved_gates", a.saved_gates}, {"saved_syn", a.saved_syn}});
-  if constexpr (std::is_same_v<Args, BackwardArgs>)
+  if constexpr (std::is_same_v<Args, BackwardArgs>) {
     aligned({{"d_gates", a.d_gates}, {"mem_after", a.mem_after}});
-}
-
-inline WeightGradArgs weight_args(const Cell& cell, const py::kwargs& given) {
-  Keywords k(given);
-  WeightGradArgs a;
-  a.cell = cell;
-  a.x = k.view("x"), a.mem = k.view("mem");
-  a.d_gates = k.address("d_gates");
-  a.grad_weight = k.address("grad_weight"), a.grad_bias = k.address("grad_bias");
-  a.workspace = k.address("workspace");
-  k.finish();
-  if (cell.T > 0 && cell.N > 0) {  // otherwise the gradients are zeros
-    needs(a.x.data, "x");
-    needs(a.mem.data, "mem");
-    needs(a.d_gates, "d_gates");
+    if (a.d_gates == a.saved_gates)
+      throw py::value_error(
+          "d_gates must not be saved_gates: nothing that was saved is written to");
   }
-  aligned({{"d_gates", a.d_gates}});
-  return a;
 }
 
 inline cuda::Target on(const cuda::Target& target, Address stream) {
@@ -107,8 +92,6 @@ inline void bind_cuda(py::module_& m, const CudaCalls& calls = {}) {
   });
   m.def("cuda_data_workspace",
         [](const Cell& cell, const Target& t) { return cuda::sizes(cell, t).data_workspace; });
-  m.def("cuda_weight_workspace",
-        [](const Cell& cell, const Target& t) { return cuda::sizes(cell, t).weight_workspace; });
   m.def("cuda_pointwise_workspace", &cuda::pointwise_workspace);
 
   m.def("cuda_pack_weight", [calls](const Cell& cell, const Target& t, Address stream,
@@ -152,13 +135,6 @@ inline void bind_cuda(py::module_& m, const CudaCalls& calls = {}) {
           });
           py::gil_scoped_release release;
           calls.backward(args, on(t, stream));
-        });
-  m.def("cuda_weight_gradient",
-        [calls](const Cell& cell, const Target& t, Address stream, const py::kwargs& given) {
-          const WeightGradArgs args = weight_args(cell, given);
-          needs_workspace(args.workspace, [&] { return cuda::sizes(cell, t).weight_workspace; });
-          py::gil_scoped_release release;
-          calls.weight_gradient(args, on(t, stream));
         });
   m.def("cuda_pointwise_forward", [calls](const Cell& cell, const Target& t, Address stream,
                                           const py::object& gate_sums, const py::kwargs& given) {

@@ -237,18 +237,13 @@ class Cuda(Calls):
             "choose": (cell, 2), "reason_against": (cell, 2), "algorithm_name": (cell, 2),
             "ways": (cell | back, 3), "packed_bytes": (cell | back, 3),
             "workspace": (cell | back, 3), "data_workspace": (cell, 2),
-            "weight_workspace": (cell, 2), "pointwise_workspace": (cell, 2),
+            "pointwise_workspace": (cell, 2),
             "pack_weight": (
                 cell | stream | weight | back | {"packed": ("memory", address())}, 6
             ),
             "store_levels": (cell | stream | {"values": levels, "levels": levels}, 5),
             "forward": (cell | stream | forward | weight | space, 3),
             "backward": (cell | stream | backward | weight | space, 3),
-            "weight_gradient": (cell | stream | {
-                "x": forward["x"], "mem": ("view", self.view(t, n, c, h, w)),
-                "d_gates": ("memory", address()), "grad_weight": ("address", address()),
-                "grad_bias": ("address", address()),
-            } | space, 3),
             "pointwise_forward": (one | stream | sums | of_steps, 4),
             "pointwise_backward": (one | stream | steps_back | space, 3),
         }  # fmt: skip
@@ -267,7 +262,7 @@ class Cuda(Calls):
         return [
             core.cuda_packed_bytes(cell, target, True), core.cuda_workspace(cell, target, False),
             core.cuda_workspace(cell, target, True), core.cuda_data_workspace(cell, target),
-            core.cuda_weight_workspace(cell, target), core.cuda_pointwise_workspace(cell, target),
+            core.cuda_pointwise_workspace(cell, target),
         ]  # fmt: skip
 
 

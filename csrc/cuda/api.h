@@ -57,8 +57,7 @@ Target current_target();
 struct Sizes {
   int64_t packed_forward, packed_backward;  // pack_weight()'s result
   int64_t forward_workspace, backward_workspace;
-  int64_t data_workspace;    // for a backward() with d_gates and neither grad_weight nor grad_bias
-  int64_t weight_workspace;  // for weight_gradient()
+  int64_t data_workspace;  // for a backward() with d_gates and neither grad_weight nor grad_bias
 };
 
 Sizes sizes(const Cell& cell, const Target& target);
@@ -84,10 +83,6 @@ void pack_weight(const Cell& cell, const void* weight, bool backward, void* pack
 
 void forward(const ForwardArgs& args, const Target& target);
 void backward(const BackwardArgs& args, const Target& target);
-
-// Writes the gradients of weight and bias over the cell's T steps. One call of backward(), or a
-// call for each step, has left d_gates.
-void weight_gradient(const WeightGradArgs& args, const Target& target);
 
 // Runs the neurons of one step (cell.T is 1) behind a convolution of torch's. gate_sums: the
 // convolution of cat[x, mem], (1, N, 4C, Ho, Wo) of the gate_type(). args.x, weight and workspace

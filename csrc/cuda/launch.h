@@ -44,7 +44,6 @@ void resident_backward(const ResidentBackwardPlan& plan, const BackwardArgs& arg
 
 int64_t forward_workspace(const Cell& cell, const Target& target);
 int64_t backward_workspace(const Cell& cell, const Target& target, bool of_weights);
-int64_t weight_workspace(const Cell& cell, const Target& target);
 
 // Calls f(E{}), E the type of elements that tensor core kernels are compiled for.
 template <class F>

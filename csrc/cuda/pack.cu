@@ -75,7 +75,6 @@ Sizes sizes(const Cell& cell, const Target& target) {
   z.forward_workspace = forward_workspace(cell, target);
   z.backward_workspace = backward_workspace(cell, target, true);
   z.data_workspace = backward_workspace(cell, target, false);
-  z.weight_workspace = weight_workspace(cell, target);
   return z;
 }
 

@@ -1,5 +1,4 @@
 #include "launch.h"
-#include "weight_gradient.h"
 
 namespace snnlstm::cuda {
 
@@ -41,25 +40,6 @@ void launch_reduce_sums(const ReduceSums& p, void* stream) {
                      kReduceThreads, sizeof(ReduceShared<R>), stream};
     launch(how, &reduce_sums<R>, p);
   });
-}
-
-void weight_gradient(const WeightGradArgs& args, const Target& target) {
-  const Cell& c = args.cell;
-  refuse_oversize(c, 0);
-  WeightGradient grad(c, target);
-  Arena arena(args.workspace);
-  grad.carve(arena);
-  WeightGradient::Sources from;
-  from.x = tensor(args.x, c.dtype, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
-  from.mem = tensor(args.mem, c.dtype, 0, {c.T, c.N, c.C, c.Ho(), c.Wo()}, 4);
-  from.d_gates = const_cast<void*>(args.d_gates);
-  grad.run(from, args.grad_weight, args.grad_bias);
-}
-
-int64_t weight_workspace(const Cell& cell, const Target& target) {
-  Arena arena(nullptr);
-  WeightGradient(cell, target).carve(arena);
-  return arena.bytes();
 }
 
 }  // namespace snnlstm::cuda

@@ -1,5 +1,5 @@
 // Launches the kernels that form the gradients of weight and bias over many steps, and lays out
-// their memory. backward() ends with them, and weight_gradient() does nothing else.
+// their memory. backward() ends with them.
 #pragma once
 
 #include "choose.h"
@@ -11,8 +11,8 @@ class WeightGradient {
  public:
   struct Sources {
     Tensor x;          // (T, N, Cin, H, W)
-    Tensor mem;        // before each step; if mem_later is present, before the first
-    Tensor mem_later;  // after each step
+    Tensor mem;        // before the first step
+    Tensor mem_later;  // after each step; absent if there is one step
     void* d_gates;     // (T, N, Ho, Wo, 4, Cp)
   };
 

@@ -110,10 +110,6 @@ class Plan(tensors.Plan):
         )
         return packed
 
-    def empty_d_gates(self, call: Call, kept: Saved | None) -> Tensor:
-        """Memory for the gate gradients of each step; that of the gates in `kept`, if given."""
-        return self.empty_gates(call.x) if kept is None else kept.gates
-
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; `training`: keep what :meth:`backward` needs."""
         x = call.x
@@ -162,8 +158,6 @@ class Plan(tensors.Plan):
         saved: Saved,
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
-        d_gates: Tensor | None = None,
-        steps: int = 1,
     ) -> Gradients:
         """Run the backward kernels; see the twin's."""
         with self.kernels.guard(call.x.device):
@@ -171,26 +165,21 @@ class Plan(tensors.Plan):
             noise = tensors.stochastic_noise(call.x, call.options, grads[0])
             given = Pass(call, parameters, saved, grads, noise)
 
-            def attempt(way: Way) -> Gradients:  # d_gates may take the place of the saved gates
-                other = None if d_gates is None else torch.empty_like(d_gates)
-                return self._backward(way, given, wanted, other)
+            def run(way: Way) -> Gradients:
+                return self._backward(way, given, wanted)
 
-            way = self.ways.choose("backward" if d_gates is None else "step", attempt, wanted)
-            out = self._backward(way, given, wanted, d_gates)
+            out = run(self.ways.choose("backward", run, wanted))
             del alive
         return tensors.shaped_as(call.threshold, out)
 
-    def _backward(
-        self, way: Way, given: Pass, wanted: Sequence[bool], d_gates: Tensor | None
-    ) -> Gradients:
+    def _backward(self, way: Way, given: Pass, wanted: Sequence[bool]) -> Gradients:
         call, x = given.call, given.call.x
         if not way.torch:
             out = tensors.empty_gradients(x, self.signature, wanted)
-            self._run_steps(way, given, out, d_gates, None)
+            self._run_steps(way, given, out, None, None)
             return out
         out = tensors.empty_gradients(x, self.signature, (*wanted[:3], False, False, wanted[5]))
-        if d_gates is None:
-            d_gates = self.empty_d_gates(call, None)
+        d_gates = self.empty_gates(x)
         mems = cudnn.empty_mems(self, call, d_gates) if wanted[3] else None
         if way.torch == "all":
             cudnn.steps_backward(self, given, out, d_gates, mems)

@@ -50,9 +50,8 @@ class Way(NamedTuple):
 class Ways:
     """The choice for each part of the work of calls that are alike.
 
-    The parts are "forward"; "backward"; "step", the backward pass of a step that leaves the
-    weight's gradient to its loop; and "weight", that gradient. ``name`` says what runs; where it is
-    measured, what is known of it by now.
+    The parts are "forward" and "backward". ``name`` says what runs; where it is measured, what is
+    known of it by now.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Ways:
         self._target = kernels.target(s, tf32, _AUTOMATIC)
         self._fused = kernels.target(s, tf32, _FUSED)
         self._forward, self._backward = (self._estimate(algorithm, part) for part in (False, True))
-        self._known: dict[str, Way] = {}  # a few hundred: wanted gradients, lengths of loops
+        self._known: dict[str, Way] = {}  # a few dozen: wanted gradients
         name = (self._backward if algorithm == "hybrid" else self._forward).name
         self.name = f"{kernels.name()}-{name}"
 
@@ -103,16 +102,12 @@ class Ways:
 
     def _candidates(self, part: str) -> list[Way]:
         """The ways that are timed."""
-        if part == "weight":
-            return [self._named(self._target), Way("torch", self._target, "gradients")]
-        found = self._kernels_ways(backward=part != "forward")
+        found = self._kernels_ways(backward=part == "backward")
         if part == "backward":
             found.append(found[0].hybrid())
         return [*found, Way("pointwise", self._target, "all")]
 
-    def choose(
-        self, part: str, run: Callable[[Way], object], details: str | Sequence[bool] = ""
-    ) -> Way:
+    def choose(self, part: str, run: Callable[[Way], object], details: Sequence[bool] = ()) -> Way:
         """The way to run a part, measured where that is wanted and not known yet.
 
         `run` runs the part in a way, once or more; `details` is what else the time depends on.
@@ -120,9 +115,7 @@ class Ways:
         estimated = self._forward if part == "forward" else self._backward
         if not self._measures:
             return estimated
-        if not isinstance(details, str):
-            details = "".join("01"[detail] for detail in details)
-        what = f"{part} {details}".rstrip()
+        what = f"{part} {''.join('01'[detail] for detail in details)}".rstrip()
         if what in self._known:
             return self._known[what]
         ways = {way.name: way for way in self._candidates(part)}
@@ -136,7 +129,7 @@ class Ways:
             name = kept if (kept := choices.keep(key, fastest)) in ways else fastest
         way = self._known[what] = ways[name]
         parts = {what.split()[0]: way.name for what, way in self._known.items()}
-        order = [parts[part] for part in ("forward", "backward", "step") if part in parts]
+        order = [parts[part] for part in ("forward", "backward") if part in parts]
         self.name = f"{self._kernels.name()}-measured-{'+'.join(order)}"
         return way
 

@@ -46,9 +46,8 @@ FACTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def calls(core: Core, matrix: int = 1, weight_gradient: bool = False, **facts: Any) -> list[Launch]:
-    """Launches of a channels-last sequence with its gradients. weight_gradient: those of the call
-    that forms the weight's gradient for many steps."""
+def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:
+    """Launches of a channels-last sequence with its gradients."""
     facts = FACTS | facts
     module, cell = core.module, core.module.Cell(**facts)
     target = module.cuda_target().wanting(matrix, 0)
@@ -63,11 +62,6 @@ def calls(core: Core, matrix: int = 1, weight_gradient: bool = False, **facts: A
               "graded": ADDRESS, "saved_gates": ADDRESS, "saved_syn": ADDRESS,
               "workspace": ADDRESS}  # fmt: skip
     with core.dry() as launches:
-        if weight_gradient:
-            module.cuda_weight_gradient(cell, target, 0, x=x, mem=state, d_gates=ADDRESS,
-                                        grad_weight=ADDRESS, grad_bias=ADDRESS,
-                                        workspace=ADDRESS)  # fmt: skip
-            return launches
         for backward in (False, True):
             module.cuda_pack_weight(cell, target, 0, ADDRESS, backward, ADDRESS)
         module.cuda_forward(cell, target, 0, record=True, spk=state, syn=state, mem=state, **common)

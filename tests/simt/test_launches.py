@@ -40,19 +40,6 @@ def test_how_many_launches_a_sequence_takes(core, layer):
     assert len(others) <= 8, others
 
 
-def test_the_weight_gradient_of_many_steps(core):
-    assert [launch.kernel for launch in calls(core, weight_gradient=True, T=7, C=16)] == [
-        "weight gradient (mma)",
-        "add weight gradients",
-        "sum gate gradients",
-        "add bias or threshold gradients",
-    ]
-
-
-def every_call(core, matrix=1, **facts):
-    return calls(core, matrix, **facts) + calls(core, matrix, weight_gradient=True, **facts)
-
-
 def reason(core, **facts):
     module = core.module
     return module.cuda_reason_against(module.Cell(**FACTS | facts), module.cuda_target())
@@ -62,7 +49,7 @@ def reason(core, **facts):
 @pytest.mark.parametrize("matrix", [0, 1])
 def test_many_channels_fit_every_grid(core, matrix, inputs, channels):
     """The second and third axis of a grid have fewer than 65,536 blocks."""
-    launches = every_call(core, matrix, Cin=inputs, C=channels, H=2, W=2)
+    launches = calls(core, matrix, Cin=inputs, C=channels, H=2, W=2)
     assert any(launch.kernel == "add weight gradients" for launch in launches)
 
 
@@ -80,16 +67,16 @@ def test_many_channels_fit_every_grid(core, matrix, inputs, channels):
 def test_the_limit_of_each_size(core, fits, over, subject):
     assert reason(core, **fits) == ""
     assert subject in reason(core, **over)
-    every_call(core, **fits)
+    calls(core, **fits)
     with pytest.raises(RuntimeError, match=subject):
-        every_call(core, **over)
+        calls(core, **over)
 
 
 @pytest.mark.parametrize("dilation", [(700, 1), (1, 5000), (3000, 4001), (40000, 30000)])
 @pytest.mark.parametrize("matrix", [0, 1, 2])
 def test_neighbourhoods_beyond_any_shared_memory(core, matrix, dilation):
     """Counted in 31 bits, that of a tile would wrap around and seem to fit."""
-    launches = every_call(core, matrix, dilation=dilation, Cin=8, T=2)
+    launches = calls(core, matrix, dilation=dilation, Cin=8, T=2)
     assert all(launch.shared_bytes <= 163 * 1024 for launch in launches)
     if max(dilation) >= 3000:
         assert not any("step (mma)" in launch.kernel for launch in launches)

@@ -146,7 +146,7 @@ void add_backward(Arrays& arrays, const BackwardArgs& a, const cuda::Target& tar
   const cuda::Sizes z = cuda::sizes(c, target);
   add_inputs(arrays, a, e, z.packed_backward);
   arrays.add("saved gates", a.saved_gates, e.gates_of_all, reads);
-  arrays.add("d_gates", a.d_gates, e.gates_of_all, a.d_gates == a.saved_gates ? updates : writes);
+  arrays.add("d_gates", a.d_gates, e.gates_of_all, writes);
   const int64_t mems = behind_torch ? 1 : c.T - 1;
   arrays.add("mem after", a.mem_after, mems * e.shape.state() * e.gate, writes);
   arrays.add("saved syn", a.saved_syn, e.saved_syn(false), reads);
@@ -197,20 +197,6 @@ void backward(const BackwardArgs& a, const cuda::Target& target) {
   cuda::backward(a, target);
 }
 
-void weight_gradient(const WeightGradArgs& a, const cuda::Target& target) {
-  const Cell& c = a.cell;
-  const Extents e(c, target, true);
-  Arrays arrays;
-  arrays.add("x", a.x, e.input, c.dtype, reads);
-  arrays.add("mem", a.mem, e.states, c.dtype, reads);
-  arrays.add("d_gates", a.d_gates, e.gates_of_all, reads);
-  arrays.add("grad_weight", a.grad_weight, e.weight, writes);
-  arrays.add("grad_bias", a.grad_bias, 4 * c.C * e.size, writes);
-  arrays.add("workspace", a.workspace, cuda::sizes(c, target).weight_workspace, writes);
-  arrays.commit();
-  cuda::weight_gradient(a, target);
-}
-
 void pointwise_forward(const ForwardArgs& a, const View& gate_sums, const cuda::Target& target) {
   Arrays arrays;
   add_forward(arrays, a, target, true);
@@ -238,7 +224,6 @@ PYBIND11_MODULE(snnlstm_simt, m) {
   calls.store_levels = &store_levels;
   calls.forward = &forward;
   calls.backward = &backward;
-  calls.weight_gradient = &weight_gradient;
   calls.pointwise_forward = &pointwise_forward;
   calls.pointwise_backward = &pointwise_backward;
   bindings::bind_cuda(m, calls);
