@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -127,6 +128,7 @@ class CellAttributes(Base):
     def reset_mechanism(self, value: str) -> None:
         self._reset_mechanism = options.reset_mechanism(value)
         self.reset_mechanism_val = self._reset_index(self.reset_mechanism_val.device)
+        self._remake_options()
 
     def _reset_index(self, device: torch.device) -> Tensor:
         return torch.tensor(RESETS.index(self._reset_mechanism), device=device)
@@ -239,6 +241,7 @@ class CellAttributes(Base):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_options"], state["_reset_source"], state["_logged"] = {}, None, set()
+        state["_state"] = copy(self._state)  # without the graph
         state.pop("spk", None)  # spk hangs on the graph of the last call
         if self._adopted is not None:
             state["_adopted"] = {}  # snnTorch's closures cannot be pickled

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from .rates import Count
 from .path import global_hooks
+from .rates import Count
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Base, Neuron
 

@@ -47,7 +47,9 @@ class Count:
             output = _bare(output)
             self.spikes = _bare(self.spikes + output.count_nonzero())
             self.chances += output.numel()
-            mem = layer._state.mem if isinstance(layer, SConv2dLSTM) else getattr(layer, "mem", None)
+            mem = (
+                layer._state.mem if isinstance(layer, SConv2dLSTM) else getattr(layer, "mem", None)
+            )
             if isinstance(mem, Tensor) and mem.numel():
                 highest, so_far = _bare(mem).detach().max(), self.highest
                 self.highest = _bare(highest if so_far is None else torch.maximum(highest, so_far))

@@ -114,7 +114,7 @@ class SConv2dLSTM(CellAttributes):
         are in no state_dict and no buffers, but move with the cell.
     spk : Tensor or None
         The last spikes.
-    path : snnlstm.run.Path or None
+    path : snnlstm.path.Path or None
         The implementation that ran the last call, and the reason.
 
     Raises

@@ -71,10 +71,6 @@ class Plan(tensors.Plan):
         """Name of what runs, as in a path."""
         return self.ways.name
 
-    def choose(self, call: Call) -> Plan:
-        """The plan itself, which is the choice of each of its calls."""
-        return self
-
     def _begin(self, target: Any) -> tuple[Any, Any, int]:
         """The first arguments of every call of the core."""
         return self.cell, target, self.kernels.stream(self.signature.device)
@@ -115,7 +111,7 @@ class Plan(tensors.Plan):
         x = call.x
         with self.kernels.guard(x.device):
             saved = self.empty_saved(x) if training else None
-            result = Result(*self.empty_results(x), saved)
+            result = Result(*self.empty_results(x), saved or ())
             parameters, alive = self._parameters(call)
             bias = None if call.bias is None else tensors.numbers(call.bias, x.dtype)
             parameters["bias"] = address(bias)
@@ -125,13 +121,14 @@ class Plan(tensors.Plan):
 
             run(self.ways.choose("forward", run))
             del alive  # the kernels are on the stream: what takes their memory comes after them
-        return result
+        return result._replace(name=self.name)
 
     def _forward(self, way: Way, call: Call, parameters: dict[str, int], result: Result) -> None:
         if way.torch:
             cudnn.forward(self, call, parameters, result)
             return
-        spk, syn, mem, saved = result
+        spk, syn, mem = result[:3]
+        saved: Any = result.saved or None
         packed = self._pack(call, way.target, backward=False)
         size = self._bytes("cuda_workspace", self.cell, way.target, False)
         workspace = tensors.empty_bytes(size, call.x.device)
@@ -158,11 +155,13 @@ class Plan(tensors.Plan):
         saved: Saved,
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
+        decided: int = 0,
+        packed: Any = None,
     ) -> Gradients:
         """Run the backward kernels; see the twin's."""
         with self.kernels.guard(call.x.device):
             parameters, alive = self._parameters(call)
-            noise = tensors.stochastic_noise(call.x, call.options, grads[0])
+            noise = tensors.stochastic_noise(call.options, grads[0])
             given = Pass(call, parameters, saved, grads, noise)
 
             def run(way: Way) -> Gradients:
@@ -208,7 +207,8 @@ class Plan(tensors.Plan):
         workspace = tensors.empty_bytes(size, call.x.device)
         self.core.cuda_backward(
             *self._begin(way.target),
-            **tensors.backward_arguments(call, saved, grads, noise, out, d_gates),
+            **tensors.backward_arguments(call, saved, grads, noise, out),
+            d_gates=address(d_gates),
             mem_after=0 if mems is None or len(mems) == 1 else mems[1].data_ptr(),
             weight=packed.data_ptr(),
             workspace=workspace.data_ptr(),

@@ -14,14 +14,15 @@ Cp is C, padded to whole vectors. To torch these are channels-last images of 4 C
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from ..call import Call, CellOptions
+from ..call import Call
+from ..options import CellOptions
 from . import tensors
 from .tensors import Gradients, Pass, Result, address, view
 
@@ -52,7 +53,8 @@ def _padded(weight: Tensor, gates: int) -> Tensor:
 
 def forward(plan: Plan, call: Call, parameters: dict[str, int], result: Result) -> None:
     """Torch convolves, the kernels do the rest of each step."""
-    options, saved, begin = call.options, result.saved, plan.begin_step()
+    options, begin = call.options, plan.begin_step()
+    saved: Any = result.saved or None
     syn, mem = call.syn, call.mem
     weight = call.weight.detach().to(plan.work)
     spks, last = _steps(result.spk, options), plan.signature.time - 1

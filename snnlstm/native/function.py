@@ -68,6 +68,7 @@ def _backward(
     grads = [None if grad is None else plain(grad) for grad in grads]
     if options.checkpoint is True:
         states = [as_saved(state, s.state, s.dtype) for state in saved]
+        call = call._replace(weight=tensors.saved_weight(call))
         return checkpoint.backward(call, states, grads, wanted, algorithm)
     return plan.backward(call, plan.restored(saved), grads, wanted, decided, packed)
 
@@ -251,7 +252,8 @@ def _fake_call(*given: Any) -> Call:
     x, _, mem, _, _, threshold, _, text, *_ = given
     options = _options(text.rpartition(";")[0] + ";")
     signature = Signature(x, mem, threshold, options, None)
-    return Call(*given[:7], options, signature)
+    x, syn, mem, weight, bias, threshold, graded = given[:7]
+    return Call(x, syn, mem, weight, bias, threshold, graded, options, signature)
 
 
 def _three(x: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -74,7 +74,8 @@ class Ways:
         return "; ".join(
             (
                 self._kernels.device_name(s.device), f"snnlstm {__version__}",
-                f"torch {torch.__version__}", str(s.dtype), s.options.text(), self._details,
+                f"torch {torch.__version__}", str(s.dtype), s.options.text, str(s.options.operands),
+                self._details,
                 f"T={s.time} N={s.n} {s.cin}->{s.c} {s.h}x{s.w}", what,
             )
         )  # fmt: skip

@@ -95,7 +95,7 @@ def said(code):
             warnings.catch_warnings(record=True) as caught,
             contextlib.redirect_stdout(printed),
             mock.patch.object(log, "propagate", False),
-            mock.patch.object(snnlstm.run, "_logged", set()),
+            mock.patch.object(snnlstm.path, "_logged", set()),
         ):
             warnings.simplefilter("always")
             exec(code, session)
@@ -125,7 +125,7 @@ def gallery():
 
 @pytest.fixture(scope="module")
 def shown():
-    if snnlstm.run._native is None:
+    if snnlstm.path._native is None:
         pytest.skip("without the core, the first line of the log reports that the core is missing")
     return gallery()
 

@@ -87,7 +87,7 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 77, raising=False)
     noting = Core(core.module, guarded)
-    monkeypatch.setitem(native.HALVES, "cpu", cuda.Kernels(noting))
+    monkeypatch.setitem(native.BACKENDS, "cpu", cuda.Kernels(noting))
     train(TRAINED, TRAINED.inputs(), algorithm)
     names = {name for name, *_ in noting.calls}
     assert names >= {"cuda_target", *(
@@ -187,7 +187,7 @@ def test_one_algorithm_reads_what_the_other_saved(core):
         for first, second in permutations(("direct", "pointwise", "hybrid", "resident"), 2):
             call = (*inputs, options)
             result = flat.forward(*call, True, first)
-            found.append(flat.backward(call, result.saved, graded, (True,) * 6, second))
+            found.append(flat.backward(call, result, graded, (True,) * 6, second))
     for gradients in found[1:]:
         for one, other in zip(found[0], gradients, strict=True):
             torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)

@@ -93,7 +93,7 @@ def test_it_is_chosen_if_launches_take_the_time(core, time, batch, channels, siz
         x = torch.empty(time, batch, channels[0], size, size)
         mem = torch.empty(batch, channels[1], size, size)
         rest = (torch.empty(4 * channels[1], sum(channels), 3, 3), None, torch.ones(()))
-        call = make_call((x, mem, mem, *rest, torch.ones(()), case.options))
+        call = make_call((x, mem, mem, *rest, torch.ones(())), case.options)
         plan = core.kernels.plan(call, "auto", core.kernels.settings(call.signature))
         name = core.module.cuda_algorithm_name(plan.cell, plan.target)
     assert name == ("resident-mma-tf32" if resident else "mma-tf32")
