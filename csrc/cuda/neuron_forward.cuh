@@ -4,7 +4,6 @@
 // Our own images are channels-last with Cp channels, C rounded up to a multiple of 8: every pixel
 // starts at a multiple of 16 bytes, and vectors need no tail. Channels from C on hold 0.
 //   gates         (T, N, Ho, Wo, 4, Cp)  activated; the sign of the output gate says "was reset"
-//   gate sums     (T, N, Ho, Wo, 4, Cp)  x's part of the gates, before bias and activation
 //   syn, mem      (N, Ho, Wo, Cp)
 #pragma once
 
@@ -35,8 +34,6 @@ struct NeuronStep {
 struct NeuronForward : NeuronStep {
   bool fires = true;           // false: a kernel behind the step fires
   const void* bias = nullptr;  // (4C,)
-  Image sums_in;               // present: gate sums to add
-  Image sums_out;              // present: the step only stores its gate sums there
   Tensor syn_in, mem_in;       // states before the step; mem_in is for the reset
   Tensor syn_out, mem_out;     // the caller's
   Image syn_keep, mem_keep;    // ours, in the place of the caller's or beside them
@@ -194,21 +191,10 @@ class ForwardTile {
   SNNLSTM_DEVICE void patch(int m, int first, R (&sum)[4][2][CH], MemTile<R> mem_tile) const {
     const int c0 = c0_ + first;
     const PixelPair at = pixel_pair(tiling_, block_, m, p_.Ho, p_.Wo);
-    if (p_.sums_out.present()) {
-      unrolled<4>([&](int gate) { store_patch(p_.sums_out, at, c0, sum[gate], gate); });
-      return;
-    }
     R syn[2][CH], mem[2][CH] = {};
     load_patch(p_.syn_in, at, c0, syn);
     const bool resets = p_.reset != Reset::none && !fault(Fault::missing_reset);
     if (resets) load_patch(p_.mem_in, at, c0, mem);
-    if (p_.sums_in.present()) {
-      unrolled<4>([&](int gate) {
-        R more[2][CH];
-        load_patch(p_.sums_in, at, c0, more, gate);
-        unrolled<2, CH>([&](int px, int ch) { sum[gate][px][ch] += more[px][ch]; });
-      });
-    }
     update(
         at, m, first, sum, syn, mem,
         [&](int px, int ch, R threshold) { return resets && N::fires(mem[px][ch], threshold); },
@@ -267,7 +253,7 @@ class ForwardTile {
   // Writes the spikes of the tile's whole pooling windows. All threads call it, after a barrier.
   SNNLSTM_DEVICE void finish(MemTile<R> mem_tile) const {
     const Fire& f = p_.fire;
-    if (!p_.fires || f.pool == Pool::none || p_.sums_out.present()) return;
+    if (!p_.fires || f.pool == Pool::none) return;
     void* spk = image_of(f.spk, block_.t, block_.n);
     for_each_window(f, tiling_, block_, c0_, channels_, [&](const Window& w) {
       const auto at = [&](int i, int j) { return mem_tile.at(w.channel, w.m + i * tiling_.w + j); };

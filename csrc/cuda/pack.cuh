@@ -2,7 +2,7 @@
 #pragma once
 
 #include "fma.cuh"
-#include "plan.h"
+#include "mma_segments.h"
 
 namespace snnlstm::cuda {
 

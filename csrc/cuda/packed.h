@@ -1,8 +1,8 @@
 // The layout of a packed weight, computed once for the kernels that pack it and those that read it.
 #pragma once
 
-#include "choose.h"
 #include "pack.cuh"
+#include "step_plans.h"
 
 namespace snnlstm::cuda {
 
@@ -56,9 +56,9 @@ inline PackedPart packed_transposed(const Cell& c, const DataPlan& plan, Use use
 struct PackedBackward {
   PackedPart to_x, to_mem;
 
-  PackedBackward(const Cell& c, const BackwardPlan& plan)
-      : to_x(packed_transposed(c, plan.to_x, Use::gates_to_x)),
-        to_mem(packed_transposed(c, plan.to_mem, Use::gates_to_mem)) {
+  PackedBackward(const Cell& c, const DataPlan& of_x, const DataPlan& of_mem)
+      : to_x(packed_transposed(c, of_x, Use::gates_to_x)),
+        to_mem(packed_transposed(c, of_mem, Use::gates_to_mem)) {
     to_mem.start = to_x.bytes();
   }
   int64_t bytes() const { return to_x.bytes() + to_mem.bytes(); }

@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "fire.cuh"
-#include "forward.cuh"
+#include "forward_step.cuh"
 #include "neuron_forward.cuh"
 #include "resident.cuh"
 

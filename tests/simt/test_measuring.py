@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import flat
@@ -13,7 +12,6 @@ from gradients import compare, gradients, of_outputs
 from modes import MODES, PLAIN
 
 import snnlstm
-from snnlstm.measured import choices
 from snnlstm.native import cuda
 
 NARROW = PLAIN.but(time=2, batch=1, channels=6, height=4, width=6)
@@ -26,7 +24,7 @@ OF_WIDE = {"mma-tf32-4x2", "mma-tf32-2x2"}
 
 
 class Clock:
-    """Gives one way the shortest time, and notes which are timed."""
+    """Gives one algorithm the shortest time, and notes which are timed."""
 
     def __init__(self, best: str = "") -> None:
         self.best = best
@@ -34,16 +32,9 @@ class Clock:
 
     def __call__(self, run) -> float:
         run()
-        (way,) = run.args
-        self.timed.append(way.name)
-        return 1.0 if way.name == self.best else 2.0
-
-
-@pytest.fixture(autouse=True)
-def _no_choices():
-    choices.clear()
-    yield
-    choices.clear()
+        (plan,) = run.args
+        self.timed.append(plan.name)
+        return 1.0 if plan.name == self.best else 2.0
 
 
 def timed_by(core, clock):
@@ -83,7 +74,7 @@ def test_of_equals_the_estimated_one_is_kept(core):
 
 
 @pytest.mark.parametrize("best", sorted(FORWARD | BACKWARD | OF_WIDE))
-def test_every_way_that_may_be_chosen_is_right(core, best):
+def test_every_algorithm_that_may_be_chosen_is_right(core, best):
     case = WIDE if best in OF_WIDE else NARROW
     case = MODES["tf32"].of(case.but(pool="avg", pool_size=(2, 2)))
     inputs, grads = case.inputs(), of_outputs(case)
@@ -118,29 +109,6 @@ def test_torchs_own_switch_measures_too(core, monkeypatch):
         assert clock.timed == []
         flat.run(*NARROW.inputs(), NARROW.options, "auto")
         assert set(clock.timed) == FORWARD
-
-
-def test_a_file_keeps_choices_between_processes(core, tmp_path):
-    file = tmp_path / "choices.json"
-    cell, x = snnlstm.SConv2dLSTM(2, 6, 3, threshold=0.1), torch.rand(2, 1, 2, 4, 6)
-    with MODES["tf32"].running(core), snnlstm.algorithm("measure", file):
-        timed_by(core, Clock("pointwise"))
-        first = run(cell, x)
-    assert list(json.loads(file.read_text()).values()) == ["pointwise"] * 2
-    choices.clear()  # as in another process
-    with MODES["tf32"].running(core), snnlstm.algorithm("measure", file):
-        clock = timed_by(core, Clock())
-        again = run(cell, x)
-        assert clock.timed == []
-        assert cell.path.name == "simt-measured-pointwise"
-    assert torch.equal(first, again)
-    # A choice that this version does not know is made anew.
-    file.write_text(file.read_text().replace('"pointwise"', '"another"'))
-    choices.clear()
-    with MODES["tf32"].running(core), snnlstm.algorithm("measure", file):
-        clock = timed_by(core, Clock())
-        run(cell, x)
-        assert clock.timed
 
 
 def test_a_call_that_recomputes_keeps_to_its_choice(core):
@@ -183,7 +151,7 @@ def test_the_shortest_run_after_the_first_counts(monkeypatch):
     assert list(times) == []
 
 
-def test_a_way_that_does_not_fit_into_memory_is_not_taken(monkeypatch):
+def test_an_algorithm_that_does_not_fit_into_memory_is_not_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
 
     def run() -> None:

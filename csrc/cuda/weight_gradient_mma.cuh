@@ -20,7 +20,7 @@
 #include <type_traits>
 
 #include "mma.cuh"
-#include "weight_grad.cuh"
+#include "weight_gradient.cuh"
 
 namespace snnlstm::cuda {
 

@@ -1,28 +1,23 @@
-// The launchers of one step without tensor cores.
-#include "launch.h"
+#include "launchers.h"
 
 namespace snnlstm::cuda {
 
-void launch_forward_fma(const ForwardFma& p, void* stream) {
-  with_real(p.neuron.fire.spk.type, [&](auto real) {
-    using R = decltype(real);
-    const Launch how{"forward step (fma)", p.tiling.blocks(), fma::kThreads, sizeof(fma::Shared<R>),
-                     stream};
-    launch(how, &forward_fma<R>, p);
+void launch_backward_mma(const DataPlan& plan, const BackwardMma& p, size_t shared_bytes,
+                         void* stream) {
+  const Launch how{"backward step (mma)", p.tiling.blocks(), plan.threads(), shared_bytes, stream};
+  with_element(plan.multiply, [&](auto element) {
+    using E = decltype(element);
+    launch(how, plan.tiles == 8 ? &backward_mma<E, 8> : &backward_mma<E, 2>, p);
   });
 }
 
-void launch_fire(const FireStep& p, bool inhibition, void* stream) {
-  with_real(p.fire.spk.type, [&](auto real) {
-    using R = decltype(real);
-    if (inhibition) {
-      const Launch how{"fire (inhibition)", p.N, kFireThreads, sizeof(WinnerShared<R>), stream};
-      return launch(how, &fire_winner<R>, p);
-    }
-    const int blocks = blocks_of_sample(p.fire, kFireThreads);
-    const Launch how{"fire", p.N * blocks, kFireThreads, 0, stream};
-    launch(how, &fire_windows<R>, p);
-  });
+void launch_data_gradient_mma(const Jobs<DataGradientMma>& p, Multiply multiply,
+                              size_t shared_bytes, void* stream) {
+  static_assert(sizeof(p) <= 4096, "a kernel's arguments take no more");
+  const Launch how{"data gradient (mma)", p.job[0].blocks + p.job[1].blocks, kBackwardThreads,
+                   shared_bytes, stream};
+  with_element(multiply,
+               [&](auto element) { launch(how, &data_gradient_mma<decltype(element)>, p); });
 }
 
 void launch_backward_fma(const BackwardFma& p, DType type, void* stream) {

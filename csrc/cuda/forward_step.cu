@@ -1,4 +1,4 @@
-#include "launch.h"
+#include "launchers.h"
 
 namespace snnlstm::cuda {
 
@@ -8,6 +8,15 @@ void launch_forward_mma(const ForwardPlan& plan, const ForwardMma& p, void* stre
   with_element(plan.multiply, [&](auto element) {
     using E = decltype(element);
     launch(how, plan.tiles == 8 ? &forward_mma<E, 2> : &forward_mma<E, 1>, p);
+  });
+}
+
+void launch_forward_fma(const ForwardFma& p, void* stream) {
+  with_real(p.neuron.fire.spk.type, [&](auto real) {
+    using R = decltype(real);
+    const Launch how{"forward step (fma)", p.tiling.blocks(), fma::kThreads, sizeof(fma::Shared<R>),
+                     stream};
+    launch(how, &forward_fma<R>, p);
   });
 }
 
