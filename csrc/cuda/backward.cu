@@ -34,7 +34,7 @@ class Backward {
   void run() {
     const Cell& c = s_.c;
     if (plan_.resident) {
-      resident_backward(plan_, a_, {from_.d_gates, mem_kept(), a_.grad_threshold ? sums_ : nullptr},
+      resident_backward(plan_, a_, {from_.d_gates, own_mem(), a_.grad_threshold ? sums_ : nullptr},
                         stream_);
     } else {
       for (int64_t t = c.T - 1; t >= 0; --t) step(t);
@@ -61,7 +61,7 @@ class Backward {
   }
 
   // The memory for mem after each step, or null if nobody wants that.
-  void* mem_kept() const { return a_.grad_weight || plan_.hybrid ? mem_ : nullptr; }
+  void* own_mem() const { return a_.grad_weight || plan_.hybrid ? mem_ : nullptr; }
 
   Image d_gates(int64_t t) const { return image(from_.d_gates, s_, plan_.gates, 4, t); }
   NeuronBackward neuron(int64_t t) const {
@@ -76,14 +76,14 @@ class Backward {
     else
       n.grad_syn0 = state_tensor(c, a_.grad_syn0, 0, 4);
     n.d_gates = d_gates(t);
-    if (mem_kept() && t < c.T - 1) n.mem_keep = image(mem_, s_, plan_.gates, 1, t);
+    if (own_mem() && t < c.T - 1) n.own_mem = image(mem_, s_, plan_.gates, 1, t);
     if (a_.grad_threshold) n.sums = sums_;
     n.first_sums = t == c.T - 1;
     return n;
   }
 
   Segment transposed(const Image& gates, bool of_x) const {
-    Segment s = gates_window(s_.c, of_x);
+    Segment s = gates_segment(s_.c, of_x);
     s.src = as_tensor(gates);
     return s;
   }
@@ -116,16 +116,27 @@ class Backward {
       p.tiling = plan.tiling;
       p.d_gates = plan_.packed.to_mem.with_weight(s, a_.weight);
       p.neuron = n;
-      return launch_backward_fma(p, plan_.type, stream_);
+      return with_real(plan_.type, [&](auto real) {
+        using R = decltype(real);
+        const bool gathers = n.fire.pool != Pool::none && n.spreads;
+        const Launch how{"backward step (fma)", plan.tiling.blocks(), fma::kThreads,
+                         fma::StepShared<R>::bytes(gathers), stream_};
+        launch(how, &backward_fma<R>, p);
+      });
     }
     BackwardMma p;
     p.tiling = plan.tiling;
     p.conv = conv(plan, plan_.packed.to_mem, s);
     p.neuron = n;
-    const BackwardShared layout(plan, p.conv, s_.c.pool != Pool::none && plan_.spreads);
+    const BackwardLayout layout(plan, p.conv, s_.c.pool != Pool::none && plan_.spreads);
     p.mem_tile = layout.mem_tile, p.mem_pitch = layout.mem_pitch;
     p.vectors = layout.vectors, p.row_sums = layout.row_sums;
-    launch_backward_mma(plan, p, layout.bytes, stream_);
+    const Launch how{"backward step (mma)", plan.tiling.blocks(), plan.threads(),
+                     size_t(layout.bytes), stream_};
+    with_element(plan.multiply, [&](auto element) {
+      using E = decltype(element);
+      launch(how, plan.tiles == 8 ? &backward_mma<E, 8> : &backward_mma<E, 2>, p);
+    });
   }
 
   // Forms the gradients of x, at all steps, and of the first mem in one launch, or in two if only
@@ -149,7 +160,7 @@ class Backward {
         fill(job);
         job.conv = conv(plan, part, s), job.tiles = plan.tiles;
         multiply = plan.multiply;
-        bytes = std::max(bytes, BackwardShared(plan, job.conv, false).bytes);
+        bytes = std::max(bytes, BackwardLayout(plan, job.conv, false).bytes);
       } else {
         fill(fma.job[k]);
         fma.job[k].d_gates = part.with_weight(s, a_.weight);
@@ -159,8 +170,17 @@ class Backward {
     add(0, plan_.to_x, plan_.packed.to_x, x, c.H, c.W);
     if (!plan_.resident)
       add(1, plan_.to_mem, plan_.packed.to_mem, state_tensor(c, a_.grad_mem0, 0, 4), s_.Ho, s_.Wo);
-    launch_data_gradient_fma(fma, plan_.type, stream_);
-    launch_data_gradient_mma(mma, multiply, bytes, stream_);
+    const auto blocks = [](const auto& jobs) { return jobs.job[0].blocks + jobs.job[1].blocks; };
+    with_real(plan_.type, [&](auto real) {
+      using R = decltype(real);
+      const Launch how{"data gradient (fma)", blocks(fma), fma::kThreads,
+                       sizeof(fma::GemmShared<R>), stream_};
+      launch(how, &data_gradient_fma<R>, fma);
+    });
+    static_assert(sizeof(mma) <= 4096, "a kernel's arguments take no more");
+    const Launch how{"data gradient (mma)", blocks(mma), kBackwardThreads, size_t(bytes), stream_};
+    with_element(multiply,
+                 [&](auto element) { launch(how, &data_gradient_mma<decltype(element)>, mma); });
   }
 
   const BackwardPass& plan_;

@@ -58,12 +58,12 @@ class Forward {
     NeuronForward n = neuron_forward(a_, t, plan_.step.held());
     n.fires = plan_.step.fires;
     n.syn_in = syn_before(t), n.mem_in = mem_before(t);
-    if (!writes_states(t)) n.mem_keep = image(mem_[(t + 1) & 1], s_, plan_.type);
+    if (!writes_states(t)) n.own_mem = image(mem_[(t + 1) & 1], s_, plan_.type);
     if (t + 1 < s_.c.T) {
       if (training())
-        n.syn_keep = saved_syn(t);
+        n.own_syn = saved_syn(t);
       else if (!a_.record)
-        n.syn_keep = image(syn_, s_, plan_.type);
+        n.own_syn = image(syn_, s_, plan_.type);
     }
     if (training()) n.gates_out = image(a_.saved_gates, s_, plan_.gates, 4, t);
     return n;
@@ -73,7 +73,7 @@ class Forward {
     const Cell& c = s_.c;
     const ForwardPlan& step = plan_.step;
     const NeuronForward n = neuron(t);
-    Segment x = input_window(c), mem = state_window(c);
+    Segment x = x_segment(c), mem = mem_segment(c);
     x.src = tensor(a_.x, plan_.type, t, {1, c.N, c.Cin, c.H, c.W}, 4);
     mem.src = n.mem_in;
     if (!step.mma()) {
@@ -82,7 +82,12 @@ class Forward {
       p.neuron = n;
       p.x = plan_.packed.x.with_weight(x, a_.weight);
       p.mem = plan_.packed.mem.with_weight(mem, a_.weight);
-      return launch_forward_fma(p, stream_);
+      return with_real(plan_.type, [&](auto real) {
+        using R = decltype(real);
+        const Launch how{"forward step (fma)", step.tiling.blocks(), fma::kThreads,
+                         sizeof(fma::GemmShared<R>), stream_};
+        launch(how, &forward_fma<R>, p);
+      });
     }
     MmaBuilder builder = step.builder();
     builder.add(x, plan_.packed.x.depth, step.tiling);
@@ -94,7 +99,12 @@ class Forward {
     p.conv = builder.conv;
     p.mem_pitch = step.mem_pitch();
     p.vectors = int(forward_shared_bytes(step, p.conv, c.pool != Pool::none));
-    launch_forward_mma(step, p, stream_);
+    const Launch how{"forward step (mma)", step.tiling.blocks(), step.threads(),
+                     p.vectors + 5 * step.channels() * sizeof(float), stream_};
+    with_element(step.multiply, [&](auto element) {
+      using E = decltype(element);
+      launch(how, step.tiles == 8 ? &forward_mma<E, 2> : &forward_mma<E, 1>, p);
+    });
   }
 
   void fire(int64_t t) const {

@@ -1,9 +1,7 @@
 // The launchers, each in the file that is named after its kernels, and what they share.
 #pragma once
 
-#include "backward_step.cuh"
 #include "fire.cuh"
-#include "forward_step.cuh"
 #include "images.h"
 #include "step_plans.h"
 #include "weight_gradient.cuh"
@@ -18,16 +16,8 @@ struct BackwardPass;
 void pack_weight(const Cell& cell, const PackedPart (&parts)[2], const void* weight, void* packed,
                  void* stream);
 
-void launch_forward_fma(const ForwardFma& p, void* stream);
-void launch_forward_mma(const ForwardPlan& plan, const ForwardMma& p, void* stream);
 void launch_fire(const FireStep& p, bool inhibition, void* stream);
 
-void launch_backward_fma(const BackwardFma& p, DType type, void* stream);
-void launch_backward_mma(const DataPlan& plan, const BackwardMma& p, size_t shared_bytes,
-                         void* stream);
-void launch_data_gradient_fma(const Jobs<DataGradientFma>& p, DType type, void* stream);
-void launch_data_gradient_mma(const Jobs<DataGradientMma>& p, Multiply multiply,
-                              size_t shared_bytes, void* stream);
 void launch_spread(const NeuronBackward& p, int64_t N, void* stream);
 
 // What the gradients of weight and bias are summed from, and memory for their parts.

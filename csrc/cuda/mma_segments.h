@@ -32,8 +32,8 @@ struct MmaDepth {
 
   MmaDepth() = default;
   // may_patch: lay out (tap, channel) side by side if that makes fewer units.
-  MmaDepth(const MmaType& type, const Segment& window, bool may_patch = false) {
-    const int64_t taps_of = window.taps(), channels_of = window.channels;
+  MmaDepth(const MmaType& type, const Segment& segment, bool may_patch = false) {
+    const int64_t taps_of = segment.taps(), channels_of = segment.channels;
     const auto steps = [&](int64_t k) { return ceil_div(k, type.per_step()); };
     patches = may_patch && channels_of <= 4 && taps_of * channels_of <= 2 * type.per_chunk() &&
               steps(taps_of * channels_of) < taps_of * steps(channels_of);

@@ -36,7 +36,7 @@ struct NeuronForward : NeuronStep {
   const void* bias = nullptr;  // (4C,)
   Tensor syn_in, mem_in;       // states before the step; mem_in is for the reset
   Tensor syn_out, mem_out;     // the caller's
-  Image syn_keep, mem_keep;    // ours, in the place of the caller's or beside them
+  Image own_syn, own_mem;      // ours, in the place of the caller's or beside them
   Image gates_out;             // in training
 };
 
@@ -121,7 +121,7 @@ struct Window {
 
 // Calls f(window) for the windows of the block. Neighbouring threads take neighbours in spk.
 template <class F>
-SNNLSTM_DEVICE void for_each_window(const Fire& fire, const Tiling& tiling, const Block& block,
+SNNLSTM_DEVICE void for_each_window(const Fire& fire, const Tiling& tiling, const BlockPlace& block,
                                     int c0, int channels, F&& f) {
   const unsigned windows = tiling.by_windows.value;
   const bool by_channel = fire.spk.c == 1;
@@ -158,7 +158,7 @@ struct MemTile {
 
 // What a step writes besides spikes and gates. A kernel of many steps decides anew in each.
 struct StepOutputs {
-  bool states = true, syn_kept = true;
+  bool states = true, own_syn = true;
 };
 
 // The block's channels are c0 ... c0 + channels - 1, channels a power of two.
@@ -168,7 +168,7 @@ class ForwardTile {
   using N = Neuron<Math<R>>;
 
   // vectors: (5, channels) in shared memory: the biases of i, f, o, g and the threshold.
-  SNNLSTM_DEVICE ForwardTile(const NeuronForward& p, const Tiling& tiling, const Block& block,
+  SNNLSTM_DEVICE ForwardTile(const NeuronForward& p, const Tiling& tiling, const BlockPlace& block,
                              int c0, int channels, R* vectors)
       : p_(p), tiling_(tiling), block_(block), c0_(c0), channels_(channels), vectors_(vectors) {}
 
@@ -237,8 +237,8 @@ class ForwardTile {
     }
     const DType type = p_.fire.spk.type;
     unrolled<2, CH>([&](int px, int ch) { mem[px][ch] = rounded(type, mem[px][ch]); });
-    if (outputs.syn_kept && p_.syn_keep.present()) store_patch(p_.syn_keep, at, c0, syn);
-    if (p_.mem_keep.present()) store_patch(p_.mem_keep, at, c0, mem);
+    if (outputs.own_syn && p_.own_syn.present()) store_patch(p_.own_syn, at, c0, syn);
+    if (p_.own_mem.present()) store_patch(p_.own_mem, at, c0, mem);
     const bool pools = p_.fire.pool != Pool::none;
     if (p_.fires && pools) mem_tile.put(m, first, mem);
     if (outputs.states && p_.syn_out.present()) store_patch(p_.syn_out, at, c0, syn);
@@ -266,7 +266,7 @@ class ForwardTile {
  private:
   const NeuronForward& p_;
   const Tiling& tiling_;
-  const Block& block_;
+  const BlockPlace& block_;
   int c0_, channels_;
   R* vectors_;
 };

@@ -34,24 +34,6 @@ MmaPacking packing_of(const Cell& c, const PackedPart& part, const void* weight,
   return p;
 }
 
-void pack_for_mma(Jobs<MmaPacking> p, int jobs, void* stream) {
-  int64_t blocks = 0;
-  size_t bytes = sizeof(float);  // the kernel names its shared memory even if nothing fits there
-  for (int k = 0; k < jobs; ++k) {
-    MmaPacking& job = p.job[k];
-    blocks = std::max(blocks, job.part.depth.chunks * job.pairs);
-    const bool forward = job.map.forward();
-    const int length =
-        (forward ? job.part.depth.patches ? job.map.Cin : job.per_chunk() : 16) * job.map.taps;
-    const size_t of_job = size_t(forward ? 16 : job.per_chunk()) * (length | 1) * sizeof(float);
-    if (of_job > 48 * 1024) continue;
-    job.row_pitch = length | 1;
-    bytes = std::max(bytes, of_job);
-  }
-  const Launch how{"pack weight (mma)", dim3(blocks, jobs), kPackThreads, bytes, stream};
-  launch(how, &pack_mma<kPackThreads>, p);
-}
-
 }  // namespace
 
 void pack_weight(const Cell& cell, const PackedPart (&parts)[2], const void* weight, void* packed,
@@ -64,7 +46,12 @@ void pack_weight(const Cell& cell, const PackedPart (&parts)[2], const void* wei
     else
       pack_on_fma(cell, part, weight, packed, stream);
   }
-  if (count > 0) pack_for_mma(jobs, count, stream);
+  if (count == 0) return;
+  int64_t blocks = 0;
+  for (int k = 0; k < count; ++k)
+    blocks = std::max(blocks, jobs.job[k].part.depth.chunks * jobs.job[k].pairs);
+  const Launch how{"pack weight (mma)", dim3(blocks, count), kPackThreads, 0, stream};
+  launch(how, &pack_mma<kPackThreads>, jobs);
 }
 
 void Plan::store_levels(const double* values, void* levels, void* stream) const {

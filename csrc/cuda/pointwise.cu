@@ -44,12 +44,12 @@ void PointwisePass::run(const ForwardArgs& args, void* stream) const {
   for (int k = 0; k < 4; ++k) p.sums[k] = gate_of(args.gate_sums, gates, c, k);
   p.neuron = neuron_forward(args, 0, 4);
   p.neuron.fires = whole_windows && !c.inhibition;
-  if (args.saved_syn) p.neuron.syn_keep = image(args.saved_syn, s, type);
+  if (args.saved_syn) p.neuron.own_syn = image(args.saved_syn, s, type);
   if (args.saved_gates) p.neuron.gates_out = image(args.saved_gates, s, gates, 4);
   with_real(c.dtype, [&](auto real) {
     using R = decltype(real);
     const Launch how{"pointwise forward", p.tiling.blocks(), pointwise::kThreads,
-                     sizeof(pointwise::Shared<R>), stream};
+                     sizeof(pointwise::PatchShared<R>), stream};
     launch(how, &pointwise_forward<R>, p);
   });
   if (p.neuron.fires) return;
@@ -66,7 +66,7 @@ void PointwisePass::run(const BackwardArgs& args, void* stream) const {
   n = neuron_backward(args, 0);
   n.gates = image(args.saved_gates, s, gates, 4);
   n.d_gates = image(args.d_gates, s, gates, 4);
-  if (args.mem_after) n.mem_keep = image(args.mem_after, s, gates);
+  if (args.mem_after) n.own_mem = image(args.mem_after, s, gates);
   n.grad_syn0 = tensor(args.grad_syn0, c.dtype, 0, {1, c.N, c.C, s.Ho, s.Wo}, 4);
   n.spreads = whole_windows;
   if (args.grad_threshold) n.sums = space.sums;
@@ -77,7 +77,7 @@ void PointwisePass::run(const BackwardArgs& args, void* stream) const {
   with_real(c.dtype, [&](auto zero) {
     using R = decltype(zero);
     const Launch how{"pointwise backward", p.tiling.blocks(), pointwise::kThreads,
-                     sizeof(pointwise::Shared<R>), stream};
+                     sizeof(pointwise::PatchShared<R>), stream};
     launch(how, &pointwise_backward<R>, p);
   });
   if (!args.grad_threshold) return;

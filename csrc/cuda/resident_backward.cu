@@ -16,13 +16,13 @@ void resident_backward(const BackwardPass& pass, const BackwardArgs& args,
   n.grad_syn0 = state_tensor(c, args.grad_syn0, 0, 4);
   n.gates = image(args.saved_gates, s, pass.gates, 4);
   n.d_gates = image(to.d_gates, s, pass.gates, 4);
-  n.mem_keep = image(to.mem, s, pass.gates);
+  n.own_mem = image(to.mem, s, pass.gates);
   n.sums = to.sums;
   p.syn0 = state_tensor(c, args.syn0, 0, 4);
   // The saved syn of step t - 1 is read at t.
   p.saved_syn = as_tensor(image(args.saved_syn, s, c.dtype, 1, -1));
   p.grad_mem0 = state_tensor(c, args.grad_mem0, 0, 4);
-  p.window = gates_window(c, false);
+  p.segment = gates_segment(c, false);
   p.channels = plan.channels();
   p.quad_bits = plan.quad_bits, p.tiles = plan.tiles;
   p.by_tiles = SmallDivisor(plan.tiles), p.pieces = plan.pieces;
@@ -30,7 +30,7 @@ void resident_backward(const BackwardPass& pass, const BackwardArgs& args,
   const Launch how{mma ? "backward sequence (mma)" : "backward sequence (fma)", c.N, plan.threads(),
                    size_t(plan.at.bytes), stream};
   if (!mma) {
-    p.weight_rows = int(fma::depth(p.window));
+    p.weight_rows = int(fma::depth(p.segment));
     return with_real(c.dtype,
                      [&](auto real) { launch(how, &resident_backward_fma<decltype(real)>, p); });
   }

@@ -17,9 +17,9 @@ void resident_forward(const ForwardPass& pass, const ForwardArgs& args, void* st
   p.neuron.fires = !c.inhibition;
   if (args.saved_gates != nullptr) {
     p.neuron.gates_out = image(args.saved_gates, s, pass.gates, 4);
-    p.neuron.syn_keep = image(args.saved_syn, s, c.dtype);
+    p.neuron.own_syn = image(args.saved_syn, s, c.dtype);
   }
-  p.x = input_window(c);
+  p.x = x_segment(c);
   p.x.src = tensor(args.x, c.dtype, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
   const bool by_channel = p.x.src.c == 1;
   p.by_first = Divisor(by_channel ? c.Cin : c.W), p.by_second = Divisor(by_channel ? c.W : c.H);
@@ -27,8 +27,8 @@ void resident_forward(const ForwardPass& pass, const ForwardArgs& args, void* st
   const Launch how{mma ? "forward sequence (mma)" : "forward sequence (fma)", c.N, plan.threads(),
                    size_t(plan.at.bytes), stream};
   if (!mma) {
-    p.weight_rows[0] = int(fma::depth(input_window(c)));
-    p.weight_rows[1] = int(fma::depth(state_window(c)));
+    p.weight_rows[0] = int(fma::depth(x_segment(c)));
+    p.weight_rows[1] = int(fma::depth(mem_segment(c)));
     return with_real(c.dtype,
                      [&](auto real) { launch(how, &resident_forward_fma<decltype(real)>, p); });
   }

@@ -120,7 +120,7 @@ inline ResidentPlan plan_resident(const Cell& c, const Device& device, const For
   ResidentPlan plan;
   const bool mma = step.mma();
   const int real = bytes_of(real_of(c.dtype));
-  const Segment x = input_window(c), mem = state_window(c);
+  const Segment x = x_segment(c), mem = mem_segment(c);
   const Shape s(c);
   if (resident::is_large(c, device.shared_bytes)) return plan;
 
@@ -251,7 +251,7 @@ inline ResidentBackwardPlan plan_resident_backward(const Cell& c, const Device& 
   plan.warps = resident::warps_for(plan.pieces, resident::backward_threads(real));
 
   ResidentBackwardLayout& at = plan.at;
-  at.d_gates = resident::shared_image(gates_window(c, false), s.Ho, plan.tiling.w);
+  at.d_gates = resident::shared_image(gates_segment(c, false), s.Ho, plan.tiling.w);
   int64_t table = 0;
   if (mma) {
     resident::as_pixels(at.d_gates, packed.depth, MmaType(step.multiply).element, plan.tiling.w);

@@ -5,8 +5,8 @@
 #include <optional>
 #include <string>
 
-#include "backward_step.cuh"
-#include "forward_step.cuh"
+#include "backward.cuh"
+#include "forward.cuh"
 #include "mma_segments.h"
 #include "plan.h"
 #include "weight_gradient_mma.cuh"
@@ -57,7 +57,7 @@ inline bool choose_tile(const Cell& c, int64_t height, int64_t width, int pixels
 }
 
 // The two halves of the gates' convolution, of x and of mem, without their data.
-inline Segment input_window(const Cell& c) {
+inline Segment x_segment(const Cell& c) {
   Segment s;
   s.channels = int(c.Cin), s.height = int(c.H), s.width = int(c.W);
   s.taps_h = c.kernel_h, s.taps_w = c.kernel_w;
@@ -66,8 +66,8 @@ inline Segment input_window(const Cell& c) {
   s.step_h = c.stride_h, s.step_w = c.stride_w;
   return s;
 }
-inline Segment state_window(const Cell& c) {
-  Segment s = input_window(c);
+inline Segment mem_segment(const Cell& c) {
+  Segment s = x_segment(c);
   s.channels = int(c.C), s.height = int(c.Ho()), s.width = int(c.Wo());
   s.step_h = s.step_w = 1;
   return s;
@@ -109,10 +109,10 @@ struct ForwardPlan : StepPlan {
 };
 
 inline MmaDepth x_depth(const Cell& c, Multiply m) {
-  return MmaDepth(MmaType(m), input_window(c), true);
+  return MmaDepth(MmaType(m), x_segment(c), true);
 }
 inline MmaDepth mem_depth(const Cell& c, Multiply m) {
-  return MmaDepth(MmaType(m), state_window(c));
+  return MmaDepth(MmaType(m), mem_segment(c));
 }
 
 // Bytes of shared memory of a tensor core step. The epilogue takes the convolution's place.
@@ -165,8 +165,8 @@ inline ForwardPlan plan_forward(const Cell& c, const Device& device, Matrix matr
       if (of.n == 2 && c.C <= 16) return false;
       choose_tiling(plan, c, 32 * of.m);
       MmaBuilder builder = plan.builder();
-      builder.add(input_window(c), x_depth(c, plan.multiply), plan.tiling);
-      builder.add(state_window(c), mem_depth(c, plan.multiply), plan.tiling);
+      builder.add(x_segment(c), x_depth(c, plan.multiply), plan.tiling);
+      builder.add(mem_segment(c), mem_depth(c, plan.multiply), plan.tiling);
       builder.finish(nullptr, 0, plan.threads());
       return forward_shared_bytes(plan, builder.conv, c.pool != Pool::none) +
                  5 * plan.channels() * 4 <=
@@ -191,8 +191,8 @@ struct DataPlan : StepPlan {
 };
 
 // That convolution's source, d_gates; padding is the forward convolution's.
-inline Segment gates_window(const Cell& c, bool of_x) {
-  Segment s = state_window(c);
+inline Segment gates_segment(const Cell& c, bool of_x) {
+  Segment s = mem_segment(c);
   s.channels = int(4 * Shape(c).Cp);
   if (of_x) s.up_h = SmallDivisor(c.stride_h), s.up_w = SmallDivisor(c.stride_w);
   return s;
@@ -201,10 +201,10 @@ inline Segment gates_window(const Cell& c, bool of_x) {
 // The shared memory of a tensor core step, in bytes from its start. It begins with the convolution,
 // in whose place the parked accumulators and the mem tile come; behind them lie the thresholds
 // (vectors) and the sums of their gradients (row_sums).
-struct BackwardShared {
+struct BackwardLayout {
   int mem_tile, mem_pitch, vectors, row_sums, bytes;
 
-  BackwardShared(const DataPlan& plan, const MmaConv& conv, bool with_mem) {
+  BackwardLayout(const DataPlan& plan, const MmaConv& conv, bool with_mem) {
     mem_tile = 8 * plan.tiles * plan.threads() * 4;
     mem_pitch = 32 * plan.warps_m + 2;
     const int epilogue = mem_tile + (with_mem ? plan.channels() * mem_pitch * 4 : 0);
@@ -250,7 +250,7 @@ struct WeightPlans {
 inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int most_rows) {
   const Shape s(c);
   const MmaType type(multiply);
-  const Segment in = of_x ? input_window(c) : state_window(c);
+  const Segment in = of_x ? x_segment(c) : mem_segment(c);
   const MmaDepth depth = of_x ? x_depth(c, multiply) : mem_depth(c, multiply);
   WeightPlan w;
   w.multiply = multiply;
@@ -276,7 +276,7 @@ inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int 
 // The same without tensor cores: two blocks for each multiprocessor, of 256 pixels or more.
 inline WeightPlan weight_fma(const Cell& c, const Device& device, bool of_x) {
   const Shape s(c);
-  const Segment in = of_x ? input_window(c) : state_window(c);
+  const Segment in = of_x ? x_segment(c) : mem_segment(c);
   WeightPlan w;
   cover(w.tiling, c, c.T * c.N, 1, 1);
   w.part_rows = int(round_up(4 * s.Cp, 64));
@@ -347,15 +347,15 @@ inline std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Mu
     const auto fits = [&](const BlockShape& of) {
       if ((of.n == 2) != (columns > 16 && columns <= 32) || !choose_tiling(32 * of.m)) return false;
       MmaBuilder builder = plan.builder();
-      const Segment window = gates_window(c, of_x);
-      builder.add(window, MmaDepth(builder.type, window), plan.tiling);
+      const Segment segment = gates_segment(c, of_x);
+      builder.add(segment, MmaDepth(builder.type, segment), plan.tiling);
       builder.finish(nullptr, 0, plan.threads());
-      return BackwardShared(plan, builder.conv, windows).bytes <= device.shared_bytes;
+      return BackwardLayout(plan, builder.conv, windows).bytes <= device.shared_bytes;
     };
     if (choose_shape(plan, kDataShapes, shape, device, fits)) return plan;
   }
-  const size_t bytes = c.dtype == DType::float64 ? fma::BackwardShared<double>::bytes(windows)
-                                                 : fma::BackwardShared<float>::bytes(windows);
+  const size_t bytes = c.dtype == DType::float64 ? fma::StepShared<double>::bytes(windows)
+                                                 : fma::StepShared<float>::bytes(windows);
   if (int64_t(bytes) > device.shared_bytes || !choose_tiling(fma::kPixels)) return std::nullopt;
   return plan;
 }

@@ -105,9 +105,9 @@ void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* ou
   const Cell& c = s.c;
   WeightGrad grad[2];
   const WeightPlan* plans[2] = {&plan.weights.x, &plan.weights.mem};
-  grad[0].in = input_window(c);
+  grad[0].in = x_segment(c);
   grad[0].in.src = of.x;
-  grad[1].in = state_window(c);
+  grad[1].in = mem_segment(c);
   grad[1].in.src = of.mem;
   grad[1].later = of.mem_later;
   ReduceWeights r;

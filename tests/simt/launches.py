@@ -36,8 +36,8 @@ MODES = {
 }
 # Kernel and file, by the name of the launch.
 KERNELS = {
-    "forward step (mma)": ("forward_mma", "forward_step"),
-    "backward step (mma)": ("backward_mma", "backward_step"),
+    "forward step (mma)": ("forward_mma", "forward"),
+    "backward step (mma)": ("backward_mma", "backward"),
     "weight gradient (mma)": ("weight_grad_mma", "weight_gradient"),
 }
 FUSED = 2  # of csrc/cuda/plan.h

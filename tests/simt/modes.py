@@ -128,7 +128,6 @@ CASES = {
         quant=state_quant(4, uniform=False), pool="max", pool_size=(2, 2)
     ),
     "threshold per channel": PLAIN.but(threshold="column", bias=False, graded=0.7),
-    # Weights of half types do not fit into the shared memory of the kernel that packs them.
     "kernel 5x5": PLAIN.but(kernel_size=(5, 5), time=1, batch=1),
 }
 # Calls without decisions, for the gradients of coarse modes.

@@ -20,7 +20,7 @@ VECTORS = ("LDG.E.128", "STG.E.128")
 # By file of csrc/cuda: patterns of kernel names, and beginnings of instructions that the kernels
 # must have (a space ends the name). A kernel of 16-bit types has code for both of them.
 EXPECTED = {
-    "forward_step": {
+    "forward": {
         r"forward_mma<float, \d>": (*TF32, "LDG.E.128"),
         r"forward_mma<unsigned short, \d>": (*BOTH_HALVES, "LDG.E.128"),
         r"forward_mma<.*, 2>": VECTORS,
@@ -34,7 +34,7 @@ EXPECTED = {
         r"resident_backward_mma<float>": (*TF32, *VECTORS),
         r"resident_backward_mma<unsigned short>": (*BOTH_HALVES, *VECTORS),
     },
-    "backward_step": {
+    "backward": {
         r"backward_mma<float, \d>": (*TF32, *VECTORS),
         r"backward_mma<unsigned short, \d>": (*BOTH_HALVES, *VECTORS),
     },
@@ -91,7 +91,7 @@ MOST = {"half": 8, "tf32": 10, "parts": 14}
 # narrow data gradient a warp has only 4 products in a k-step, and tests in each whether the
 # convolution has a stride. An input of few channels comes to the sequence kernel number by number.
 ABOVE = {
-    ("backward_step", "parts", 12): 14.5,
+    ("backward", "parts", 12): 14.5,
     ("resident_forward", "half", 8): 12,
 }
 
@@ -105,7 +105,7 @@ def kind_of(kernel: str) -> str:
 @needs_nvcc
 @pytest.mark.parametrize(
     "file",
-    ["forward_step", "backward_step", "weight_gradient", "resident_forward", "resident_backward"],
+    ["forward", "backward", "weight_gradient", "resident_forward", "resident_backward"],
 )
 def test_inner_loops_do_little_beside_multiplying(file):
     source = CUDA / f"{file}.cu"
