@@ -51,27 +51,37 @@ class _StubbedCpu:
     backward = forward
 
 
+class _StubbedPlan:
+    """Stands for a plan of the core on CUDA; its kernels do nothing."""
+
+    name, reason_against = "stub", ""
+    algorithm = packed_bytes = workspace = 1
+
+    def forward(self, *_: Any, **__: Any) -> None:
+        pass
+
+    backward = pack = store_levels = forward
+
+
 class _StubbedCuda:
-    """Stands for the core's CUDA half; its kernels do nothing, and sizes are 1."""
+    """Stands for the core with its CUDA backend."""
 
     Cell = _C.Cell
 
-    def wanting(self, *_: Any) -> _StubbedCuda:
-        return self
+    def CudaPlan(self, *_: Any) -> _StubbedPlan:
+        return _StubbedPlan()
 
-    cuda_target = wanting
+    def cuda_device(self) -> None:
+        return None
+
+    def cuda_full_precision(self, _: Any) -> int:
+        return 0
 
     def cuda_padded_channels(self, channels: int) -> int:
         return -(-channels // 8) * 8
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        if not name.startswith("cuda_"):
-            raise AttributeError(name)
-        answer = {"cuda_algorithm_name": "stub", "cuda_reason_against": ""}.get(name, 1)
-        return lambda *_, **__: answer
 
-
-class _OnTheHost(cuda.Kernels):
+class _OnTheHost(cuda.Backend):
     """Runs the CUDA half on CPU tensors."""
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager:

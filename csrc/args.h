@@ -92,8 +92,11 @@ struct PassArgs {
 
 struct ForwardArgs : PassArgs {
   const void* bias = nullptr;  // (4C,), contiguous
-  View spk;                    // (T, N, C, Hp, Wp)
-  View syn, mem;               // (T, N, C, Ho, Wo) or, with stride[0] = 0, (N, C, Ho, Wo)
+  // CUDA, algorithm pointwise: torch's convolution of cat[x, mem], (1, N, 4C, Ho, Wo) of the gate
+  // type, for which x and weight are unused. bias is null if the sums hold it already.
+  View gate_sums;
+  View spk;       // (T, N, C, Hp, Wp)
+  View syn, mem;  // (T, N, C, Ho, Wo) or, with stride[0] = 0, (N, C, Ho, Wo)
 };
 
 struct BackwardArgs : PassArgs {
@@ -105,11 +108,10 @@ struct BackwardArgs : PassArgs {
   void* grad_weight = nullptr;     // (4C, Cin + C, kernel_h, kernel_w), contiguous
   void* grad_bias = nullptr;       // (4C,)
   void* grad_threshold = nullptr;  // (C,): summed over everything but the channels
-  // CUDA, if given: the gradient of the gate sums of every step is left here, (T, N, Ho, Wo, 4, Cp)
-  // of the gate type.
+  // CUDA, algorithms hybrid and pointwise: the gradient of the gate sums of every step is left in
+  // d_gates, (T, N, Ho, Wo, 4, Cp) of the gate type, and if mem_after is given, mem after every
+  // step but the last there, (T - 1, N, Ho, Wo, Cp) of that type.
   void* d_gates = nullptr;
-  // CUDA, if given: mem after every step but the last is left here, (T - 1, N, Ho, Wo, Cp) of the
-  // gate type.
   void* mem_after = nullptr;
 };
 

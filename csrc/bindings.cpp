@@ -38,6 +38,7 @@ PYBIND11_MODULE(_C, m) {
   bind_cpu(m);
 #if SNNLSTM_WITH_CUDA
   bind_cuda(m);
+  m.def("cuda_device", &cuda::current_device);
 #endif
 #if SNNLSTM_TESTING
   bind_testing(m);

@@ -138,7 +138,7 @@ Args common_args(const Cell& cell, Keywords& k) {
 inline ForwardArgs forward_args(const Cell& cell, const py::kwargs& given) {
   Keywords k(given);
   auto a = common_args<ForwardArgs>(cell, k);
-  a.bias = k.address("bias");
+  a.bias = k.address("bias"), a.gate_sums = k.view("gate_sums");
   needs(a.mem0.data, "mem0");
   a.spk = k.needed_view("spk"), a.syn = k.needed_view("syn"), a.mem = k.needed_view("mem");
   k.finish();

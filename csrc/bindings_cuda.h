@@ -1,21 +1,11 @@
-// The CUDA half for Python: csrc/cuda/api.h over addresses. bindings.cpp includes this file if that
-// half is built; the tests build it on top of the emulated kernels.
+// The CUDA backend for Python: csrc/cuda/plan.h over addresses. bindings.cpp includes this file if
+// that backend is built; the tests build it on top of the emulated kernels.
 #pragma once
 
 #include "bindings.h"
-#include "cuda/api.h"
+#include "cuda/plan.h"
 
 namespace snnlstm::bindings {
-
-// The functions that the bindings call; the tests put checks in between.
-struct CudaCalls {
-  decltype(&cuda::pack_weight) pack_weight = &cuda::pack_weight;
-  decltype(&cuda::store_levels) store_levels = &cuda::store_levels;
-  decltype(&cuda::forward) forward = &cuda::forward;
-  decltype(&cuda::backward) backward = &cuda::backward;
-  decltype(&cuda::pointwise_forward) pointwise_forward = &cuda::pointwise_forward;
-  decltype(&cuda::pointwise_backward) pointwise_backward = &cuda::pointwise_backward;
-};
 
 // Memory that no tensor of the caller's lies in. The kernels load 16 bytes of it at a time.
 struct Own {
@@ -28,134 +18,119 @@ inline void aligned(std::initializer_list<Own> all) {
       throw py::value_error(std::string(own.name) + " must be aligned to 16 bytes");
 }
 
-// bytes(): the size of the call's workspace.
-template <class F>
-void needs_workspace(const void* workspace, F&& bytes) {
-  aligned({{"workspace", workspace}});
-  if (!workspace && bytes() > 0) needs(workspace, "workspace");
-}
-
+// Refuses a call without what the plan's kernels read, or with memory that they cannot use.
 template <class Args>
-void own_memory(const Args& a) {
-  aligned({{"weight", a.weight}, {"saved_gates", a.saved_gates}, {"saved_syn", a.saved_syn}});
-  if constexpr (std::is_same_v<Args, BackwardArgs>) {
+void check_pass(const Args& a, const cuda::Plan& plan) {
+  constexpr bool backward = std::is_same_v<Args, BackwardArgs>;
+  if (plan.backward != backward) throw py::value_error("the plan is for the other pass");
+  aligned({{"weight", a.weight},
+           {"saved_gates", a.saved_gates},
+           {"saved_syn", a.saved_syn},
+           {"workspace", a.workspace}});
+  if (plan.workspace > 0) needs(a.workspace, "workspace");
+  const bool pointwise = plan.algorithm == cuda::Algorithm::pointwise;
+  if (!pointwise) needs(a.weight, "weight");
+  if constexpr (backward) {
     aligned({{"d_gates", a.d_gates}, {"mem_after", a.mem_after}});
+    if (!pointwise) needs(a.mem0.data, "mem0");
+    if (plan.leaves_d_gates()) {
+      needs(a.d_gates, "d_gates");
+      if (a.grad_weight || a.grad_bias)
+        throw py::value_error("grad_weight and grad_bias must not be given: torch forms them");
+    } else if (a.d_gates || a.mem_after) {
+      throw py::value_error("d_gates and mem_after must not be given: the kernels keep their own");
+    }
     if (a.d_gates == a.saved_gates)
       throw py::value_error(
-          "d_gates must not be saved_gates: nothing that was saved is written to");
+          "d_gates must not be saved_gates: a backward pass keeps what was saved");
+  } else if (pointwise) {
+    needs(a.gate_sums.data, "gate_sums");
+  } else {
+    needs(a.x.data, "x");
   }
 }
 
-inline cuda::Target on(const cuda::Target& target, Address stream) {
-  cuda::Target there = target;
-  there.stream = at(stream);
-  return there;
+// matrix and algorithm: the numbers of cuda::Matrix and cuda::Algorithm.
+template <class Plan>
+Plan make_cuda_plan(const Cell& cell, const cuda::Device& device, int matrix, int algorithm,
+                    bool backward) {
+  return Plan(cell, device, numbered<cuda::Matrix>("matrix", matrix, 5),
+              numbered<cuda::Algorithm>("algorithm", algorithm, 6), backward);
 }
 
-inline void bind_cuda(py::module_& m, const CudaCalls& calls = {}) {
-  using cuda::Target;
-  py::class_<Target>(m, "CudaTarget", py::module_local())
-      // matrix and algorithm: the numbers of cuda::Matrix and cuda::Algorithm
-      .def("wanting", [](const Target& target, int matrix, int algorithm) {
-        Target with = target;
-        with.matrix = numbered<cuda::Matrix>("matrix", matrix, 5);
-        numbered<cuda::Algorithm>("algorithm", algorithm, 7);
-        if (algorithm == 4) throw py::value_error("algorithm must not be 4");
-        if (algorithm != 0) with.algorithm = cuda::Algorithm(algorithm);
-        return with;
-      });
+// Plan: cuda::Plan, or what the tests derive from it to check the memory of each call.
+template <class Plan = cuda::Plan>
+void bind_cuda(py::module_& m) {
+  py::class_<cuda::Device>(m, "CudaDevice", py::module_local())
+      .def(py::init([](int compute_capability, int multiprocessors, int64_t shared_bytes) {
+             counted("compute_capability", compute_capability, 1);
+             counted("multiprocessors", multiprocessors, 1);
+             counted("shared_bytes", shared_bytes, 48 * 1024);
+             return cuda::Device{compute_capability, multiprocessors, shared_bytes};
+           }),
+           py::arg("compute_capability"), py::arg("multiprocessors"), py::arg("shared_bytes"));
 
-  m.def("cuda_target", &cuda::current_target);
-  m.def("cuda_full_precision", [](const Target& t) { return int(cuda::full_precision(t)); });
-  m.def("cuda_choose",
-        [](const Cell& cell, const Target& t) { return int(cuda::choose_algorithm(cell, t)); });
-  m.def("cuda_reason_against",
-        py::overload_cast<const Cell&, const Target&>(&cuda::reason_against));
-  m.def("cuda_algorithm_name", &cuda::algorithm_name);
-  m.def("cuda_ways", [](const Cell& cell, const Target& t, bool backward) {
-    py::list ways;
-    for (const cuda::Way& way : cuda::ways(cell, t, backward))
-      ways.append(py::make_tuple(way.name, way.target));
-    return ways;
-  });
+  m.def("cuda_full_precision",
+        [](const cuda::Device& device) { return int(cuda::full_precision(device)); });
   m.def("cuda_padded_channels", [](int64_t C) {
     counted("C", C, 1);
     return cuda::padded_channels(C);
   });
-  m.def("cuda_packed_bytes", [](const Cell& cell, const Target& t, bool backward) {
-    const cuda::Sizes sizes = cuda::sizes(cell, t);
-    return backward ? sizes.packed_backward : sizes.packed_forward;
-  });
-  m.def("cuda_workspace", [](const Cell& cell, const Target& t, bool backward) {
-    const cuda::Sizes sizes = cuda::sizes(cell, t);
-    return backward ? sizes.backward_workspace : sizes.forward_workspace;
-  });
-  m.def("cuda_data_workspace",
-        [](const Cell& cell, const Target& t) { return cuda::sizes(cell, t).data_workspace; });
-  m.def("cuda_pointwise_workspace", &cuda::pointwise_workspace);
 
-  m.def("cuda_pack_weight", [calls](const Cell& cell, const Target& t, Address stream,
-                                    Address weight, bool backward, Address packed) {
-    needs(at(weight), "weight");
-    needs(at(packed), "packed");
-    aligned({{"packed", at(packed)}});
-    py::gil_scoped_release release;
-    calls.pack_weight(cell, at(weight), backward, at(packed), on(t, stream));
-  });
-  // values: doubles on the host
-  m.def("cuda_store_levels", [calls](const Cell& cell, const Target& t, Address stream,
-                                     Address values, Address levels) {
-    if (cell.num_levels > 0) {
-      needs(at(values), "values");
-      needs(at(levels), "levels");
-    }
-    py::gil_scoped_release release;
-    calls.store_levels(cell, static_cast<const double*>(at(values)), at(levels), on(t, stream));
-  });
-  m.def("cuda_forward",
-        [calls](const Cell& cell, const Target& t, Address stream, const py::kwargs& given) {
-          const ForwardArgs args = forward_args(cell, given);
-          own_memory(args);
-          needs(args.x.data, "x");
-          needs(args.weight, "weight");
-          needs_workspace(args.workspace, [&] { return cuda::sizes(cell, t).forward_workspace; });
-          py::gil_scoped_release release;
-          calls.forward(args, on(t, stream));
-        });
-  m.def("cuda_backward",
-        [calls](const Cell& cell, const Target& t, Address stream, const py::kwargs& given) {
-          const BackwardArgs args = backward_args(cell, given);
-          own_memory(args);
-          needs(args.weight, "weight");
-          needs(args.mem0.data, "mem0");
-          needs_workspace(args.workspace, [&] {
-            const bool of_data = args.d_gates && !args.grad_weight && !args.grad_bias;
-            const cuda::Sizes sizes = cuda::sizes(cell, t);
-            return of_data ? sizes.data_workspace : sizes.backward_workspace;
-          });
-          py::gil_scoped_release release;
-          calls.backward(args, on(t, stream));
-        });
-  m.def("cuda_pointwise_forward", [calls](const Cell& cell, const Target& t, Address stream,
-                                          const py::object& gate_sums, const py::kwargs& given) {
-    const ForwardArgs args = forward_args(cell, given);
-    own_memory(args);
-    const View sums = view(gate_sums);
-    needs(sums.data, "gate_sums");
-    if (cell.T != 1) throw py::value_error("T must be 1");
-    py::gil_scoped_release release;
-    calls.pointwise_forward(args, sums, on(t, stream));
-  });
-  m.def("cuda_pointwise_backward",
-        [calls](const Cell& cell, const Target& t, Address stream, const py::kwargs& given) {
-          const BackwardArgs args = backward_args(cell, given);
-          own_memory(args);
-          needs(args.d_gates, "d_gates");
-          if (cell.T != 1) throw py::value_error("T must be 1");
-          needs_workspace(args.workspace, [&] { return cuda::pointwise_workspace(cell, t); });
-          py::gil_scoped_release release;
-          calls.pointwise_backward(args, on(t, stream));
-        });
+  py::class_<Plan>(m, "CudaPlan", py::module_local())
+      .def(py::init(&make_cuda_plan<Plan>), py::arg("cell"), py::arg("device"), py::arg("matrix"),
+           py::arg("algorithm"), py::arg("backward"))
+      // The plans of a pass that are worth timing, the estimate's choice first.
+      .def_static(
+          "candidates",
+          [](const Cell& cell, const cuda::Device& device, int matrix, bool backward) {
+            const auto numbers = numbered<cuda::Matrix>("matrix", matrix, 5);
+            std::vector<Plan> found;
+            for (cuda::Plan& plan : cuda::Plan::candidates(cell, device, numbers, backward))
+              found.emplace_back(std::move(plan));
+            return found;
+          },
+          py::arg("cell"), py::arg("device"), py::arg("matrix"), py::arg("backward"))
+      .def_property_readonly("name", [](const Plan& p) { return p.name; })
+      .def_property_readonly("algorithm", [](const Plan& p) { return int(p.algorithm); })
+      .def_property_readonly("reason_against", [](const Plan& p) { return p.reason_against; })
+      .def_property_readonly("packed_bytes", [](const Plan& p) { return p.packed_bytes; })
+      .def_property_readonly("workspace", [](const Plan& p) { return p.workspace; })
+      .def(
+          "pack",
+          [](const Plan& p, Address weight, Address packed, Address stream) {
+            needs(at(weight), "weight");
+            if (p.packed_bytes > 0) needs(at(packed), "packed");
+            aligned({{"packed", at(packed)}});
+            py::gil_scoped_release release;
+            p.pack(at(weight), at(packed), at(stream));
+          },
+          py::arg("weight"), py::arg("packed"), py::arg("stream"))
+      // values: doubles on the host
+      .def(
+          "store_levels",
+          [](const Plan& p, Address values, Address levels, Address stream) {
+            if (p.cell.num_levels > 0) {
+              needs(at(values), "values");
+              needs(at(levels), "levels");
+            }
+            py::gil_scoped_release release;
+            p.store_levels(static_cast<const double*>(at(values)), at(levels), at(stream));
+          },
+          py::arg("values"), py::arg("levels"), py::arg("stream"))
+      .def("forward",
+           [](const Plan& p, Address stream, const py::kwargs& given) {
+             const ForwardArgs a = forward_args(p.cell, given);
+             check_pass(a, p);
+             py::gil_scoped_release release;
+             p.run(a, at(stream));
+           })
+      .def("backward", [](const Plan& p, Address stream, const py::kwargs& given) {
+        const BackwardArgs a = backward_args(p.cell, given);
+        check_pass(a, p);
+        py::gil_scoped_release release;
+        p.run(a, at(stream));
+      });
 }
 
 }  // namespace snnlstm::bindings

@@ -208,62 +208,81 @@ class Cpu(Calls):
 
 class Cuda(Calls):
     step = 16
-    own = ("saved_gates", "saved_syn", "d_gates", "mem_after", "weight", "packed")
+    own = ("saved_gates", "saved_syn", "d_gates", "mem_after", "packed")
 
     def __init__(self, module: Any, block: int) -> None:
         super().__init__(module, block)
-        self.target = module.cuda_target()
+        self.device = module.CudaDevice(80, 108, 163 * 1024)
+        algorithm = random.randrange(6)
+        self.forward, self.backward = (
+            module.CudaPlan(self.cell, self.device, 1, algorithm, backward)
+            for backward in (False, True)
+        )
+
+    def a_pass(self, backward: bool) -> Arguments:
+        _, n, _, c, h, w = SIZES.values()
+        plan = self.backward if backward else self.forward
+        pointwise = plan.name == "pointwise"
+        kind = "aligned or none" if pointwise else "aligned"
+        found = super().a_pass(backward) | {"weight": (kind, self.address())}
+        found["workspace"] = (
+            "aligned" if plan.workspace else "aligned or none",
+            self.workspace(16),
+        )
+        if pointwise:
+            needed = {} if backward else {"gate_sums": ("view", self.view(1, n, 4 * c, h, w))}
+            found |= {"x": ("view?", None), "saved_syn": ("address", self.address()), **needed}
+        if backward and (pointwise or plan.name.startswith("hybrid")):
+            found |= {
+                "d_gates": ("memory", self.address()), "mem_after": ("address", self.address()),
+                "grad_weight": ("address", 0), "grad_bias": ("address", 0),
+            }  # fmt: skip
+        elif backward:
+            found["d_gates"] = ("address", 0)
+        if backward and pointwise:
+            found["mem0"] = ("view?", None)
+        return found
 
     def calls(self) -> dict[str, tuple[Callable[..., Any], Arguments, int]]:
         core, address = self.module, self.address
-        t, n, cin, c, h, w = SIZES.values()
-        step = dict(self.facts, T=1)
-        cell = {"cell": ("object", self.cell), "target": ("object", self.target)}
-        one = cell | {"cell": ("object", core.Cell(**step))}
-        stream, back = {"stream": ("address", 0)}, {"backward": ("flag", True)}
-        space = {"workspace": ("aligned", self.workspace(16))}
-        weight = {"weight": ("memory", address())}
-        sums = {"gate_sums": ("view", self.view(1, n, 4 * c, h, w))}
+        stream, device = {"stream": ("address", 0)}, {"device": ("object", self.device)}
+        facts = {"cell": ("object", self.cell)} | device | {"matrix": ("enum", random.randrange(5))}
+        backward = {"backward": ("flag", random.random() < 0.5)}
         levels = ("memory" if self.facts["num_levels"] else "address", address())
-        forward, backward = self.a_pass(False), self.a_pass(True)
-        of_steps = dict(forward, x=("view?", None), saved_syn=("address", address()))
-        steps_back = dict(
-            backward, x=("view?", None), mem0=("view?", None), grad_weight=("address", 0),
-            saved_syn=("address", 0), d_gates=("memory", address()),
-        )  # fmt: skip
-        of_name: dict[str, tuple[Arguments, int]] = {
-            "target": ({}, 0), "full_precision": ({"target": cell["target"]}, 1),
-            "padded_channels": ({"C": ("size", 5)}, 1),
-            "choose": (cell, 2), "reason_against": (cell, 2), "algorithm_name": (cell, 2),
-            "ways": (cell | back, 3), "packed_bytes": (cell | back, 3),
-            "workspace": (cell | back, 3), "data_workspace": (cell, 2),
-            "pointwise_workspace": (cell, 2),
-            "pack_weight": (
-                cell | stream | weight | back | {"packed": ("memory", address())}, 6
-            ),
-            "store_levels": (cell | stream | {"values": levels, "levels": levels}, 5),
-            "forward": (cell | stream | forward | weight | space, 3),
-            "backward": (cell | stream | backward | weight | space, 3),
-            "pointwise_forward": (one | stream | sums | of_steps, 4),
-            "pointwise_backward": (one | stream | steps_back | space, 3),
+        of_device = {
+            "compute_capability": ("size", 80), "multiprocessors": ("size", 108),
+            "shared_bytes": ("size", 1 << 17),
         }  # fmt: skip
-        for name, (arguments, _) in of_name.items():
-            for key in set(arguments) & set(self.own) - ({"weight"} if "pack" in name else set()):
+        packed = "memory" if self.forward.packed_bytes else "address"
+        weight = {"weight": ("memory", address()), "packed": (packed, address())}
+        found: dict[str, tuple[Callable[..., Any] | None, Arguments, int]] = {
+            "cuda_device": (getattr(core, "cuda_device", None), {}, 0),
+            "cuda_full_precision": (core.cuda_full_precision, device, 1),
+            "cuda_padded_channels": (core.cuda_padded_channels, {"C": ("size", 5)}, 1),
+            "CudaDevice": (core.CudaDevice, of_device, 0),
+            "CudaPlan": (
+                core.CudaPlan, facts | {"algorithm": ("enum", random.randrange(6))} | backward, 0
+            ),
+            "CudaPlan.candidates": (core.CudaPlan.candidates, facts | backward, 0),
+            "CudaPlan.pack": (self.forward.pack, weight | stream, 0),
+            "CudaPlan.store_levels": (
+                self.forward.store_levels, {"values": levels, "levels": levels} | stream, 0
+            ),
+            "CudaPlan.forward": (self.forward.forward, stream | self.a_pass(False), 1),
+            "CudaPlan.backward": (self.backward.backward, stream | self.a_pass(True), 1),
+        }  # fmt: skip
+        for _, arguments, _ in found.values():
+            for key in set(arguments) & set(self.own):
                 kind, value = arguments[key]
                 arguments[key] = ("aligned" if kind == "memory" else "aligned or none", value)
-        found = {f"cuda_{k}": (getattr(core, f"cuda_{k}"), *rest) for k, rest in of_name.items()}
-        wanting = {"matrix": ("enum", random.choice([0, 1])), "algorithm": ("enum", 0)}
-        return super().calls() | found | {"CudaTarget.wanting": (self.target.wanting, wanting, 2)}
+        return super().calls() | {k: (f, *rest) for k, (f, *rest) in found.items() if f}
 
     def sizes(self, cell: Any) -> list[int]:
-        core = self.module
-        target = self.target.wanting(random.randrange(5), random.choice([0, 1, 5, 6]))
-        core.cuda_reason_against(cell, target)
-        return [
-            core.cuda_packed_bytes(cell, target, True), core.cuda_workspace(cell, target, False),
-            core.cuda_workspace(cell, target, True), core.cuda_data_workspace(cell, target),
-            core.cuda_pointwise_workspace(cell, target),
-        ]  # fmt: skip
+        device, matrix = self.device, random.randrange(5)
+        plan = self.module.CudaPlan(
+            cell, device, matrix, random.randrange(6), random.random() < 0.5
+        )
+        return [plan.packed_bytes, plan.workspace]
 
 
 def one(calls: Calls, number: int) -> None:
@@ -326,7 +345,7 @@ def complete(calls: Calls) -> None:
         name for name in dir(calls.module)
         if not name.startswith("__") and (name.lower().startswith("cuda") == half)
     }  # fmt: skip
-    there -= {"set_device"}  # a function of the emulator
+    there -= {"watch"}  # a function of the emulator
     known = {name.partition(".")[0] for name in calls.calls()} - ({"Cell"} if half else set())
     assert known == there, known ^ there
     for kind in (name for name in there if name[0].isupper() and name != "Cell"):

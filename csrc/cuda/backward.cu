@@ -1,12 +1,10 @@
 // Launches the kernels of a sequence's backward pass, last step first, and lays out their memory:
 // one launch for every step, or one for all steps (resident_backward.cu), then one for the
 // gradients of x and of the first mem, and a few for those of the parameters.
-#include <optional>
-
-#include "launch.h"
-#include "packed.h"
-#include "resident_plan.h"
-#include "weight_gradient.h"
+//
+// mem before the first step lies apart from mem before the others, as in forward.cu.
+#include "launchers.h"
+#include "passes.h"
 
 namespace snnlstm::cuda {
 
@@ -14,105 +12,78 @@ namespace {
 
 class Backward {
  public:
-  Backward(const BackwardArgs& args, const Target& target)
-      : a_(args),
-        target_(target),
-        s_(args.cell),
-        plan_(plan_backward(args.cell, target)),
-        packed_(args.cell, plan_),
-        sequence_(may_be_resident(args.cell, target)
-                      ? plan_resident_backward(args.cell, target, plan_.to_mem)
-                      : ResidentBackwardPlan()),
-        resident_(runs_resident_backward(args.cell, target, sequence_)),
-        type_(args.cell.dtype),
-        real_(real_of(type_)),
-        gate_type_(gate_type(type_, target.matrix)) {
-    Arena arena(args.workspace);
-    carve(arena);
-    bytes_ = arena.bytes();
+  Backward(const BackwardPass& plan, const BackwardArgs& args, void* stream)
+      : plan_(plan), a_(args), s_(plan.s), stream_(stream), arena_(args.workspace) {
+    const auto state = [&](DType type, int64_t count) {
+      return arena_.take(count * s_.state() * bytes_of(type));
+    };
+    if (!plan.resident) d_syn_ = state(plan.real, 1);
+    sums_ = arena_.take(threshold_blocks() * threshold_pitch() * bytes_of(plan.real));
+    if (!plan.resident && !plan.spreads) spikes_ = state(plan.real, 1);
+    from_.d_gates = args.d_gates, mem_ = args.mem_after;
+    if (plan.hybrid) return;
+    from_.d_gates = state(plan.gates, 4 * s_.c.T);
+    mem_ = state(plan.gates, std::max<int64_t>(s_.c.T - 1, 0));
+    from_.parts[0] = arena_.take(plan.weights.x.part_bytes(plan.real));
+    from_.parts[1] = arena_.take(plan.weights.mem.part_bytes(plan.real));
+    from_.bias_parts = arena_.take(plan.bias_splits * 4 * s_.Cp * bytes_of(plan.real));
   }
 
-  // of_weights: false if a call is given d_gates and wants no gradient of weight or bias.
-  static int64_t workspace(const Cell& cell, const Target& target, bool of_weights) {
-    BackwardArgs args;
-    args.cell = cell;
-    if (!of_weights) args.d_gates = &args;  // any memory
-    if (of_weights) args.grad_weight = &args;
-    return Backward(args, target).bytes_;
-  }
+  int64_t workspace() const { return arena_.bytes(); }
 
   void run() {
     const Cell& c = s_.c;
-    refuse_oversize(c, backward_blocks(c, plan_));
-    refuse_resident(sequence_.reason_against, target_);
-    if (resident_) {
-      resident_backward(sequence_, a_, {d_gates_, mem_kept(), a_.grad_threshold ? sums_ : nullptr},
-                        packed_.to_mem.in(a_.weight), target_);
+    if (plan_.resident) {
+      resident_backward(plan_, a_, {from_.d_gates, own_mem(), a_.grad_threshold ? sums_ : nullptr},
+                        stream_);
     } else {
       for (int64_t t = c.T - 1; t >= 0; --t) step(t);
     }
     data_gradients();
-    if (weights_) {
-      WeightGradient::Sources from;
-      from.x = tensor(a_.x, type_, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
-      from.mem = state_tensor(c, a_.mem0, 0, 4);
-      if (c.T > 1) from.mem_later = as_tensor(image(mem_, s_, gate_type_));
-      from.d_gates = d_gates_;
-      weights_->run(from, a_.grad_weight, a_.grad_bias);
+    if (a_.grad_weight) {
+      from_.x = tensor(a_.x, plan_.type, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
+      from_.mem = state_tensor(c, a_.mem0, 0, 4);
+      if (c.T > 1) from_.mem_later = as_tensor(image(mem_, s_, plan_.gates));
+      weight_gradient(plan_, from_, a_.grad_weight, stream_);
     }
-    if (a_.grad_threshold) {
-      ReduceSums p;
-      p.parts = sums_, p.blocks = threshold_blocks();
-      p.pitch = int(threshold_pitch()), p.columns = int(c.C);
-      p.out = a_.grad_threshold, p.type = type_;
-      launch_reduce_sums(p, target_.stream);
-    }
+    if (a_.grad_bias) bias_gradient(plan_, from_, a_.grad_bias, stream_);
+    if (a_.grad_threshold)
+      launch_reduce_sums({sums_, threshold_blocks(), 1, int(threshold_pitch()), int(c.C),
+                          a_.grad_threshold, plan_.type},
+                         stream_);
   }
 
  private:
-  int64_t threshold_blocks() const { return resident_ ? s_.c.N : plan_.to_mem.tiling.tiles(); }
+  int64_t threshold_blocks() const { return plan_.resident ? s_.c.N : plan_.to_mem.tiling.tiles(); }
   int64_t threshold_pitch() const {
-    return resident_ ? sequence_.channels()
-                     : plan_.to_mem.tiling.by_columns.value * plan_.to_mem.channels();
-  }
-
-  void carve(Arena& arena) {
-    const Cell& c = s_.c;
-    if (!resident_) d_syn_ = arena.take(s_.state() * bytes_of(real_));
-    sums_ = arena.take(threshold_blocks() * threshold_pitch() * bytes_of(real_));
-    if (!resident_ && !plan_.spreads) spikes_ = arena.take(s_.state() * bytes_of(real_));
-    d_gates_ = a_.d_gates ? a_.d_gates : arena.take(c.T * s_.gates() * bytes_of(gate_type_));
-    mem_ = a_.mem_after;
-    if (!a_.grad_weight && !a_.grad_bias) return;
-    if (!mem_) mem_ = arena.take(std::max<int64_t>(c.T - 1, 0) * s_.state() * bytes_of(gate_type_));
-    weights_.emplace(c, target_);
-    weights_->carve(arena);
+    return plan_.resident ? plan_.sequence.channels()
+                          : plan_.to_mem.tiling.by_columns.value * plan_.to_mem.channels();
   }
 
   // The memory for mem after each step, or null if nobody wants that.
-  void* mem_kept() const { return a_.grad_weight || a_.mem_after ? mem_ : nullptr; }
+  void* own_mem() const { return a_.grad_weight || plan_.hybrid ? mem_ : nullptr; }
 
-  Image d_gates(int64_t t) const { return image(d_gates_, s_, gate_type_, 4, t); }
+  Image d_gates(int64_t t) const { return image(from_.d_gates, s_, plan_.gates, 4, t); }
   NeuronBackward neuron(int64_t t) const {
     const Cell& c = s_.c;
     NeuronBackward n = neuron_backward(a_, t);
     n.spreads = plan_.spreads;
-    n.gates = image(a_.saved_gates, s_, gate_type_, 4, t);
-    if (t > 0) n.syn_prev = as_tensor(image(a_.saved_syn, s_, type_, 1, t - 1));
-    if (t < c.T - 1) n.d_syn_in = image(d_syn_, s_, real_);
+    n.gates = image(a_.saved_gates, s_, plan_.gates, 4, t);
+    if (t > 0) n.syn_prev = as_tensor(image(a_.saved_syn, s_, plan_.type, 1, t - 1));
+    if (t < c.T - 1) n.d_syn_in = image(d_syn_, s_, plan_.real);
     if (t > 0)
-      n.d_syn_out = image(d_syn_, s_, real_);
+      n.d_syn_out = image(d_syn_, s_, plan_.real);
     else
       n.grad_syn0 = state_tensor(c, a_.grad_syn0, 0, 4);
     n.d_gates = d_gates(t);
-    if (mem_kept() && t < c.T - 1) n.mem_keep = image(mem_, s_, gate_type_, 1, t);
+    if (own_mem() && t < c.T - 1) n.own_mem = image(mem_, s_, plan_.gates, 1, t);
     if (a_.grad_threshold) n.sums = sums_;
     n.first_sums = t == c.T - 1;
     return n;
   }
 
   Segment transposed(const Image& gates, bool of_x) const {
-    Segment s = gates_window(s_.c, of_x);
+    Segment s = gates_segment(s_.c, of_x);
     s.src = as_tensor(gates);
     return s;
   }
@@ -121,8 +92,8 @@ class Backward {
     const Cell& c = s_.c;
     NeuronBackward n = neuron(t);
     if (!plan_.spreads && n.fire.spk.present() && n.surrogate != Surrogate::none) {
-      n.spikes_in = image(spikes_, s_, real_);
-      launch_spread(n, c.N, target_.stream);
+      n.spikes_in = image(spikes_, s_, plan_.real);
+      launch_spread(n, c.N, stream_);
     }
     Segment s;
     if (t < c.T - 1) s = transposed(d_gates(t + 1), false);
@@ -143,18 +114,29 @@ class Backward {
     if (!plan.mma()) {
       BackwardFma p;
       p.tiling = plan.tiling;
-      p.d_gates = packed_.to_mem.with_weight(s, a_.weight);
+      p.d_gates = plan_.packed.to_mem.with_weight(s, a_.weight);
       p.neuron = n;
-      return launch_backward_fma(p, type_, target_.stream);
+      return with_real(plan_.type, [&](auto real) {
+        using R = decltype(real);
+        const bool gathers = n.fire.pool != Pool::none && n.spreads;
+        const Launch how{"backward step (fma)", plan.tiling.blocks(), fma::kThreads,
+                         fma::StepShared<R>::bytes(gathers), stream_};
+        launch(how, &backward_fma<R>, p);
+      });
     }
     BackwardMma p;
     p.tiling = plan.tiling;
-    p.conv = conv(plan, packed_.to_mem, s);
+    p.conv = conv(plan, plan_.packed.to_mem, s);
     p.neuron = n;
-    const BackwardShared layout(plan, p.conv, s_.c.pool != Pool::none && plan_.spreads);
+    const BackwardLayout layout(plan, p.conv, s_.c.pool != Pool::none && plan_.spreads);
     p.mem_tile = layout.mem_tile, p.mem_pitch = layout.mem_pitch;
     p.vectors = layout.vectors, p.row_sums = layout.row_sums;
-    launch_backward_mma(plan, p, layout.bytes, target_.stream);
+    const Launch how{"backward step (mma)", plan.tiling.blocks(), plan.threads(),
+                     size_t(layout.bytes), stream_};
+    with_element(plan.multiply, [&](auto element) {
+      using E = decltype(element);
+      launch(how, plan.tiles == 8 ? &backward_mma<E, 8> : &backward_mma<E, 2>, p);
+    });
   }
 
   // Forms the gradients of x, at all steps, and of the first mem in one launch, or in two if only
@@ -178,41 +160,68 @@ class Backward {
         fill(job);
         job.conv = conv(plan, part, s), job.tiles = plan.tiles;
         multiply = plan.multiply;
-        bytes = std::max(bytes, BackwardShared(plan, job.conv, false).bytes);
+        bytes = std::max(bytes, BackwardLayout(plan, job.conv, false).bytes);
       } else {
         fill(fma.job[k]);
         fma.job[k].d_gates = part.with_weight(s, a_.weight);
       }
     };
-    const Tensor x = tensor(a_.grad_x, type_, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
-    add(0, plan_.to_x, packed_.to_x, x, c.H, c.W);
-    if (!resident_)
-      add(1, plan_.to_mem, packed_.to_mem, state_tensor(c, a_.grad_mem0, 0, 4), s_.Ho, s_.Wo);
-    launch_data_gradient_fma(fma, type_, target_.stream);
-    launch_data_gradient_mma(mma, multiply, bytes, target_.stream);
+    const Tensor x = tensor(a_.grad_x, plan_.type, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
+    add(0, plan_.to_x, plan_.packed.to_x, x, c.H, c.W);
+    if (!plan_.resident)
+      add(1, plan_.to_mem, plan_.packed.to_mem, state_tensor(c, a_.grad_mem0, 0, 4), s_.Ho, s_.Wo);
+    const auto blocks = [](const auto& jobs) { return jobs.job[0].blocks + jobs.job[1].blocks; };
+    with_real(plan_.type, [&](auto real) {
+      using R = decltype(real);
+      const Launch how{"data gradient (fma)", blocks(fma), fma::kThreads,
+                       sizeof(fma::GemmShared<R>), stream_};
+      launch(how, &data_gradient_fma<R>, fma);
+    });
+    static_assert(sizeof(mma) <= 4096, "a kernel's arguments take no more");
+    const Launch how{"data gradient (mma)", blocks(mma), kBackwardThreads, size_t(bytes), stream_};
+    with_element(multiply,
+                 [&](auto element) { launch(how, &data_gradient_mma<decltype(element)>, mma); });
   }
 
+  const BackwardPass& plan_;
   const BackwardArgs& a_;
-  const Target& target_;
-  Shape s_;
-  BackwardPlan plan_;
-  PackedBackward packed_;
-  ResidentBackwardPlan sequence_;
-  bool resident_;
-  std::optional<WeightGradient>
-      weights_;  // absent if nobody wants the gradients of weight and bias
-  DType type_, real_, gate_type_;
-  void *d_gates_ = nullptr, *mem_ = nullptr, *d_syn_ = nullptr, *sums_ = nullptr;
-  void* spikes_ = nullptr;
-  int64_t bytes_ = 0;
+  const Shape& s_;
+  void* stream_;
+  Arena arena_;
+  void *mem_ = nullptr, *d_syn_ = nullptr, *sums_ = nullptr, *spikes_ = nullptr;
+  WeightSources from_;
 };
+
+// A tile of whole pooling windows, if there are any.
+DataPlan plan_to_mem(const Cell& c, const Device& device, Multiply multiply, int shape,
+                     bool& spreads) {
+  const auto whole = plan_data(c, device, multiply, false, c.pool != Pool::none, shape);
+  spreads = whole.has_value();
+  return spreads ? *whole : plan_data(c, device, multiply, false, false, shape).value();
+}
 
 }  // namespace
 
-void backward(const BackwardArgs& args, const Target& target) { Backward(args, target).run(); }
+BackwardPass::BackwardPass(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
+                           Algorithm algorithm, int blocks)
+    : PassTypes(cell, matrix),
+      to_mem(plan_to_mem(cell, device, multiply, blocks, spreads)),
+      to_x(plan_data(cell, device, multiply, true, false, -1).value()),
+      packed(cell, to_x, to_mem),
+      sequence(may_be_resident(cell, algorithm)
+                   ? plan_resident_backward(cell, device, to_mem, packed.to_mem)
+                   : ResidentBackwardPlan()),
+      resident(sequence.fits &&
+               (algorithm == Algorithm::resident ||
+                resident_pays(cell, device, to_mem, cell.C, resident_cost::neuron_backward))),
+      hybrid(algorithm == Algorithm::hybrid),
+      weights(plan_weights(cell, device, multiply)),
+      bias_splits(int(std::clamp<int64_t>(pixels() / 1024, 1, 4 * device.multiprocessors))) {
+  workspace = Backward(*this, BackwardArgs(), nullptr).workspace();
+}
 
-int64_t backward_workspace(const Cell& cell, const Target& target, bool of_weights) {
-  return Backward::workspace(cell, target, of_weights);
+void BackwardPass::run(const BackwardArgs& args, void* stream) const {
+  Backward(*this, args, stream).run();
 }
 
 }  // namespace snnlstm::cuda

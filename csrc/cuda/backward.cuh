@@ -8,7 +8,6 @@
 // shared memory while the epilogue goes over them one by one.
 #pragma once
 
-#include "fire.cuh"
 #include "fma.cuh"
 #include "mma.cuh"
 #include "neuron_backward.cuh"
@@ -47,7 +46,7 @@ template <class Element, int NT, bool Strided>
 class BackwardSums {
  public:
   SNNLSTM_DEVICE BackwardSums(const MmaConv& conv, unsigned char* shared, const Tiling& tiling,
-                              const Block& block)
+                              const BlockPlace& block)
       : gemm_(conv, shared, tiling, block) {
     const int group = gemm_.k_group(), threads = int(blockDim.x) / conv.k_groups;
     float acc[2][NT][4];
@@ -98,7 +97,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
     backward_mma(const __grid_constant__ BackwardMma p) {
   if constexpr (arch::has_mma) {
     auto* shared = &shared_memory<unsigned char>();
-    const Block block = block_of(p.tiling, blockIdx.x);
+    const BlockPlace block = block_of(p.tiling, blockIdx.x);
     const int channels = p.conv.warp_columns * 8 * NT;
     const BackwardTile<float> tile(p.neuron, p.tiling, block, block.column * channels, channels,
                                    reinterpret_cast<float*>(shared + p.vectors));
@@ -121,7 +120,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
 
 template <class Element, int NT>
 SNNLSTM_DEVICE void data_gradient(const DataGradientMma& p, unsigned index) {
-  const Block block = block_of(p.tiling, index);
+  const BlockPlace block = block_of(p.tiling, index);
   const BackwardSums<Element, NT, true> sums(p.conv, &shared_memory<unsigned char>(), p.tiling,
                                              block);
   const int c0 = block.column * p.conv.warp_columns * 8 * NT;
@@ -166,15 +165,16 @@ struct DataGradientFma : DataGradient {
 
 namespace fma {
 template <class R>
-struct BackwardShared {
-  Shared<R> gemm;
+struct StepShared {
+  GemmShared<R> gemm;
   R row_sums[kColumns];
   R mem[kColumns * kMemPitch];  // left out if no window needs it
   static constexpr size_t bytes(bool with_mem) {
-    return with_mem ? sizeof(BackwardShared) : sizeof(BackwardShared) - sizeof(mem);
+    return with_mem ? sizeof(StepShared) : sizeof(StepShared) - sizeof(mem);
   }
 };
-static_assert(sizeof(Shared<float>::a) + sizeof(Shared<float>::b) >= 32 * kThreads * sizeof(float),
+static_assert(sizeof(GemmShared<float>::a) + sizeof(GemmShared<float>::b) >=
+                  32 * kThreads * sizeof(float),
               "the accumulators take the place of A and B");
 }  // namespace fma
 
@@ -182,8 +182,8 @@ template <class R>
 __global__ void __launch_bounds__(fma::kThreads)
     backward_fma(const __grid_constant__ BackwardFma p) {
   auto* bytes = &shared_memory<unsigned char>();
-  auto& shared = *reinterpret_cast<fma::BackwardShared<R>*>(bytes);
-  const Block block = block_of(p.tiling, blockIdx.x);
+  auto& shared = *reinterpret_cast<fma::StepShared<R>*>(bytes);
+  const BlockPlace block = block_of(p.tiling, blockIdx.x);
   const int c0 = block.column * fma::kColumns;
   const BackwardTile<R> tile(p.neuron, p.tiling, block, c0, fma::kColumns, shared.gemm.vectors);
   tile.load_vectors();
@@ -209,10 +209,10 @@ __global__ void __launch_bounds__(fma::kThreads)
 template <class R>
 __global__ void __launch_bounds__(fma::kThreads)
     data_gradient_fma(const __grid_constant__ Jobs<DataGradientFma> p) {
-  auto& shared = shared_memory<fma::Shared<R>>();
+  auto& shared = shared_memory<fma::GemmShared<R>>();
   unsigned index = blockIdx.x;
   const DataGradientFma& job = job_of(p.job, unsigned(p.job[0].blocks), index);
-  const Block block = block_of(job.tiling, index);
+  const BlockPlace block = block_of(job.tiling, index);
   fma::Gemm<R> gemm(shared, job.tiling, block);
   R acc[4][2][4] = {};
   gemm.add(job.d_gates, acc);
@@ -220,36 +220,6 @@ __global__ void __launch_bounds__(fma::kThreads)
     const PixelPair at = pixel_pair(job.tiling, block, fma::pixel(i), job.height, job.width);
     store_patch(job.out, at, block.column * fma::kColumns + fma::column(), acc[i]);
   });
-}
-
-// ---- spikes -------------------------------------------------------------------------------------
-//
-// Pooling windows may cross the tiles of the step. Then a kernel of its own brings the gradients of
-// the spikes to the mem that they were made from.
-
-constexpr int kSpreadThreads = 128;
-
-// Writes p.spikes_in inside of whole windows. A thread has one window of one channel, a block one
-// sample; grid: blocks_of_sample() for each sample.
-template <class R>
-__global__ void __launch_bounds__(kSpreadThreads)
-    spread_spikes(const __grid_constant__ NeuronBackward p) {
-  const Fire& f = p.fire;
-  const int blocks = blocks_of_sample(f, kSpreadThreads);
-  const int i = int(blockIdx.x) % blocks * kSpreadThreads + int(threadIdx.x);
-  if (i >= neurons_of_sample(f)) return;
-  const Block block{0, int(blockIdx.x) / blocks, 0, 0, 0, 0};
-  const int c = i % f.C, x = i / f.C % f.Wp, y = i / f.C / f.Wp;
-  const Tiling tiling;
-  const BackwardTile<R> tile(p, tiling, block, 0, 1, nullptr);
-  const R threshold = threshold_of<R>(f, c);
-  R* out = static_cast<R*>(image_of(p.spikes_in, 0, block.n));
-  tile.spread_window(
-      c, y, x, threshold,
-      [&](int k, int j) { return tile.mem_at(c, y * f.pool_h + k, x * f.pool_w + j, threshold); },
-      [&](int k, int j, R grad) {
-        out[offset(p.spikes_in, 0, c, y * f.pool_h + k, x * f.pool_w + j)] = grad;
-      });
 }
 
 }  // namespace snnlstm::cuda

@@ -8,7 +8,7 @@
 //              mma.sync does not reach
 #pragma once
 
-#include "choose.h"
+#include "step_plans.h"
 
 namespace snnlstm::cuda {
 
@@ -22,7 +22,7 @@ struct Rates {
   int multiprocessors;
 };
 
-inline Rates rates_of(const Target& t) {
+inline Rates rates_of(const Device& t) {
   Rates r = t.compute_capability >= 120   ? Rates{210, 105, 52, 1.8, 1.0, 170}    // RTX 5090
             : t.compute_capability >= 100 ? Rates{1125, 560, 37, 8.0, 0.5, 148}   // B200
             : t.compute_capability >= 90  ? Rates{495, 247, 33, 3.35, 0.62, 132}  // H100
@@ -56,16 +56,15 @@ inline double kernel_rate(const Rates& r, Multiply m) {
 }
 
 // Returns whether three tf32 products take less time than one product in float32.
-inline bool tensor_cores_beat_fma(const Target& target) {
-  const Rates r = rates_of(target);
-  return target.compute_capability >= 80 &&
+inline bool tensor_cores_beat_fma(const Device& device) {
+  const Rates r = rates_of(device);
+  return device.compute_capability >= 80 &&
          kernel_rate(r, Multiply::tf32x3) > kernel_rate(r, Multiply::fma);
 }
 
-inline Algorithm estimate(const Cell& c, const Target& target) {
-  const ForwardPlan plan = plan_forward(c, target);
-  const Algorithm fused = plan.mma() ? Algorithm::mma : Algorithm::fma;
-  const Rates r = rates_of(target);
+// Returns whether a step behind torch's convolution takes less time than a fused step.
+inline bool pointwise_pays(const Cell& c, const Device& device, const ForwardPlan& plan) {
+  const Rates r = rates_of(device);
   const Shape s(c);
   const double neurons = double(c.N) * s.pixels * c.C;
   const double products = 4 * neurons * s.taps * (c.Cin + c.C);
@@ -82,7 +81,7 @@ inline Algorithm estimate(const Cell& c, const Target& target) {
   const double theirs = products / (rate * guessed::cudnn_part) +
                         (state_bytes + extra_bytes) / (r.bytes * 1e12) +
                         guessed::pointwise_launches;
-  return theirs < ours ? Algorithm::pointwise : fused;
+  return theirs < ours;
 }
 
 }  // namespace snnlstm::cuda

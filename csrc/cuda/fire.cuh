@@ -1,8 +1,8 @@
-// Kernels that make spikes from mem behind the forward step: for pooling windows that cross the
-// step's tiles, and for inhibition, which looks at a whole sample.
+// Kernels for spikes that a step's tiles cannot make: pooling windows may cross the tiles, and
+// inhibition looks at a whole sample.
 #pragma once
 
-#include "neuron_forward.cuh"
+#include "neuron_backward.cuh"
 
 namespace snnlstm::cuda {
 
@@ -122,6 +122,36 @@ __global__ void __launch_bounds__(kFireThreads, 2) fire_winner(const __grid_cons
       p.fire, image_of(p.fire.spk, 0, n),
       [&](const PooledIndex& at) { return thresholded_mem<R>(p, n, at); }, shared.mem, shared.index,
       p.winner == nullptr ? nullptr : p.winner + n);
+}
+
+// ---- the backward pass --------------------------------------------------------------------------
+//
+// If pooling windows cross the tiles of the step, a kernel of its own brings the gradients of the
+// spikes to the mem that they were made from.
+
+constexpr int kSpreadThreads = 128;
+
+// Writes p.spikes_in inside of whole windows. A thread has one window of one channel, a block one
+// sample; grid: blocks_of_sample() for each sample.
+template <class R>
+__global__ void __launch_bounds__(kSpreadThreads)
+    spread_spikes(const __grid_constant__ NeuronBackward p) {
+  const Fire& f = p.fire;
+  const int blocks = blocks_of_sample(f, kSpreadThreads);
+  const int i = int(blockIdx.x) % blocks * kSpreadThreads + int(threadIdx.x);
+  if (i >= neurons_of_sample(f)) return;
+  const BlockPlace block{0, int(blockIdx.x) / blocks, 0, 0, 0, 0};
+  const int c = i % f.C, x = i / f.C % f.Wp, y = i / f.C / f.Wp;
+  const Tiling tiling;
+  const BackwardTile<R> tile(p, tiling, block, 0, 1, nullptr);
+  const R threshold = threshold_of<R>(f, c);
+  R* out = static_cast<R*>(image_of(p.spikes_in, 0, block.n));
+  tile.spread_window(
+      c, y, x, threshold,
+      [&](int k, int j) { return tile.mem_at(c, y * f.pool_h + k, x * f.pool_w + j, threshold); },
+      [&](int k, int j, R grad) {
+        out[offset(p.spikes_in, 0, c, y * f.pool_h + k, x * f.pool_w + j)] = grad;
+      });
 }
 
 }  // namespace snnlstm::cuda

@@ -22,7 +22,7 @@ constexpr int kLoads = kDepth * kPixels / kThreads;  // elements of A in a threa
 constexpr int kMemPitch = kPixels + 16;
 
 template <class R>
-struct Shared {
+struct GemmShared {
   R a[2][kDepth][kPixels];
   R b[2][kDepth][kColumns];
   int4 where[2][kDepth];    // of each row of A: channel (negative: none), row and column of its tap
@@ -58,7 +58,7 @@ class Gemm {
  public:
   static constexpr int kVector = 16 / sizeof(R);  // elements in a 16-byte copy
 
-  SNNLSTM_DEVICE Gemm(Shared<R>& shared, const Tiling& tiling, const Block& block)
+  SNNLSTM_DEVICE Gemm(GemmShared<R>& shared, const Tiling& tiling, const BlockPlace& block)
       : shared_(shared), block_(block), tid_(int(threadIdx.x)) {
     unsigned row = unsigned(tid_ % kPixels);
     col_ = block.x0 + int(tiling.by_w.split(row));
@@ -138,8 +138,8 @@ class Gemm {
     cp_async_commit();
   }
 
-  Shared<R>& shared_;
-  const Block& block_;
+  GemmShared<R>& shared_;
+  const BlockPlace& block_;
   int tid_, row_, col_;
   bool inside_;
   int tap_ = 0, channel_ = 0;

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
   if constexpr (arch::has_mma) {
     constexpr int kTiles = 4 * Tiles, kHeld = 2 * Tiles, kChannels = 8 * Tiles;
     auto* shared = &shared_memory<unsigned char>();
-    const Block block = block_of(p.tiling, blockIdx.x);
+    const BlockPlace block = block_of(p.tiling, blockIdx.x);
     const int channels = p.conv.warp_columns * kChannels;
     auto* vectors = reinterpret_cast<float*>(shared + p.vectors);
     const ForwardTile<float> tile(p.neuron, p.tiling, block, block.column * channels, channels,
@@ -83,7 +83,7 @@ struct ForwardFma {
 
 namespace fma {
 constexpr int kChannels = kColumns / 4;
-static_assert(kChannels * kMemPitch * sizeof(float) <= sizeof(Shared<float>),
+static_assert(kChannels * kMemPitch * sizeof(float) <= sizeof(GemmShared<float>),
               "the mem tile takes the place of A and B");
 }  // namespace fma
 
@@ -98,8 +98,8 @@ SNNLSTM_DEVICE void take_pair(R (&acc)[4][2][4], R (&sum)[4][2][1]) {
 
 template <class R>
 __global__ void __launch_bounds__(fma::kThreads) forward_fma(const __grid_constant__ ForwardFma p) {
-  auto& shared = shared_memory<fma::Shared<R>>();
-  const Block block = block_of(p.tiling, blockIdx.x);
+  auto& shared = shared_memory<fma::GemmShared<R>>();
+  const BlockPlace block = block_of(p.tiling, blockIdx.x);
   const ForwardTile<R> tile(p.neuron, p.tiling, block, block.column * fma::kChannels,
                             fma::kChannels, shared.vectors);
   tile.load_vectors();

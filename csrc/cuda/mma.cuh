@@ -77,7 +77,7 @@ class MmaGemm {
   using Accumulators = float[2][NT][4];
 
   SNNLSTM_DEVICE MmaGemm(const MmaConv& p, unsigned char* shared, const Tiling& tiling,
-                         const Block& block)
+                         const BlockPlace& block)
       : p_(p), tiling_(tiling), block_(block), pipeline_(p, shared, tiling, block) {
     const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
     warp_column_ = warp % p.warp_columns;
@@ -280,7 +280,7 @@ class MmaGemm {
 
   const MmaConv& p_;
   const Tiling& tiling_;
-  const Block& block_;
+  const BlockPlace& block_;
   int warp_column_, warp_row_, k_group_ = 0;
   SharedPlace fragments_;  // the lane's, of the first unit in the ring of weights
   MmaPipeline<Element, AnyFeed> pipeline_;

@@ -49,7 +49,7 @@ template <class Element, bool AnyFeed>
 class MmaPipeline {
  public:
   SNNLSTM_DEVICE MmaPipeline(const MmaConv& p, unsigned char* shared, const Tiling& tiling,
-                             const Block& block)
+                             const BlockPlace& block)
       : p_(p),
         shared_(shared),
         stages_(shared + 2 * p.buffer_bytes),

@@ -23,7 +23,7 @@ SNNLSTM_BOTH DType half_type(Multiply m) {
   return m == Multiply::bf16 ? DType::bfloat16 : DType::float16;
 }
 
-// The way in which a segment's source comes into shared memory.
+// How a segment's source comes into shared memory.
 enum class Feed : int {
   async,    // 16 bytes of channels, as they are
   vectors,  // 4 channels at a time, converted on the way
@@ -72,7 +72,7 @@ class MmaSource {
       : multiply_(multiply), tiling_(tiling) {}
 
   // Sets the tile that is read for; its t may differ from the block's.
-  SNNLSTM_DEVICE void move_to(const Block& at) { at_ = at; }
+  SNNLSTM_DEVICE void move_to(const BlockPlace& at) { at_ = at; }
 
   // Returns a source coordinate of the neighbourhood's first pixel.
   SNNLSTM_DEVICE static int origin(int tile, int step, int pad, const SmallDivisor& up) {
@@ -272,7 +272,7 @@ class MmaSource {
 
   Multiply multiply_;
   const Tiling& tiling_;
-  Block at_;
+  BlockPlace at_;
   int chunk_ = 0, next_item_ = 0, items_ = 0;  // of the load that is under way
   unsigned char* buffer_ = nullptr;
   Item in_flight_;

@@ -3,7 +3,7 @@
 // forward pass has saved the activated gates and syn before the step, from which this part computes
 // mem anew.
 //   d_gates   (T, N, Ho, Wo, 4, Cp)  gradient of the gates before activation, for the convolutions
-//   mem_keep  (T, N, Ho, Wo, Cp)     mem after the step, for the weight gradient
+//   own_mem  (T, N, Ho, Wo, Cp)     mem after the step, for the weight gradient
 //   d_syn     (N, Ho, Wo, Cp)        in the compute type, passed from step to step
 #pragma once
 
@@ -23,7 +23,7 @@ struct NeuronBackward : NeuronStep {
   Image spikes_in;            // gradient of mem through the spikes, in the compute type
   Image d_syn_in, d_syn_out;  // may be the same
   Tensor grad_syn0;           // present: takes the place of d_syn_out
-  Image d_gates, mem_keep;
+  Image d_gates, own_mem;
   // (blocks of pixels, columns * channels): the threshold's gradient, summed over the block's
   // pixels and over the launches so far. Null: nobody wants it.
   void* sums = nullptr;
@@ -35,7 +35,7 @@ template <class R>
 struct BackwardStep {
   const Tensor* syn_prev = nullptr;  // in the place of the arguments'
   bool states = true;                // grad_syn and grad_mem
-  bool mem_kept = true;              // mem_keep
+  bool own_mem = true;               // own_mem
   bool first = true;                 // grad_syn0, if present, gets what d_syn would
   // The thread's gradients of syn, pixel k at d_syn + k * stride, for d_syn_in and d_syn_out.
   R* d_syn = nullptr;
@@ -52,8 +52,8 @@ class BackwardTile {
   using N = Neuron<Math<R>>;
 
   // vectors: (channels,) thresholds in shared memory.
-  SNNLSTM_DEVICE BackwardTile(const NeuronBackward& p, const Tiling& tiling, const Block& block,
-                              int c0, int channels, R* vectors)
+  SNNLSTM_DEVICE BackwardTile(const NeuronBackward& p, const Tiling& tiling,
+                              const BlockPlace& block, int c0, int channels, R* vectors)
       : p_(p), tiling_(tiling), block_(block), c0_(c0), channels_(channels), vectors_(vectors) {}
 
   SNNLSTM_DEVICE void load_vectors() const {
@@ -128,7 +128,7 @@ class BackwardTile {
       for_each_value(mem, [&](R x, int, int) { return quantised(p_.fire, x); });
     unrolled<2, 4>([&](int px, int ch) { mem[px][ch] = rounded(type, mem[px][ch]); });
     if (gather) return tile.put(m, first, mem);
-    if (step.mem_kept && p_.mem_keep.present()) store_patch(p_.mem_keep, at, c0, mem);
+    if (step.own_mem && p_.own_mem.present()) store_patch(p_.own_mem, at, c0, mem);
     R d_syn[2][4] = {}, d_mem[2][4] = {}, spike[2][4] = {};
     if (step.d_syn != nullptr)
       unrolled<2>([&](int px) { load_vector(step.d_syn + px * stride, d_syn[px]); });
@@ -283,7 +283,7 @@ class BackwardTile {
 
   const NeuronBackward& p_;
   const Tiling& tiling_;
-  const Block& block_;
+  const BlockPlace& block_;
   int c0_, channels_;
   R* vectors_;
 };

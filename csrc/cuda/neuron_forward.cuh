@@ -4,7 +4,6 @@
 // Our own images are channels-last with Cp channels, C rounded up to a multiple of 8: every pixel
 // starts at a multiple of 16 bytes, and vectors need no tail. Channels from C on hold 0.
 //   gates         (T, N, Ho, Wo, 4, Cp)  activated; the sign of the output gate says "was reset"
-//   gate sums     (T, N, Ho, Wo, 4, Cp)  x's part of the gates, before bias and activation
 //   syn, mem      (N, Ho, Wo, Cp)
 #pragma once
 
@@ -35,11 +34,9 @@ struct NeuronStep {
 struct NeuronForward : NeuronStep {
   bool fires = true;           // false: a kernel behind the step fires
   const void* bias = nullptr;  // (4C,)
-  Image sums_in;               // present: gate sums to add
-  Image sums_out;              // present: the step only stores its gate sums there
   Tensor syn_in, mem_in;       // states before the step; mem_in is for the reset
   Tensor syn_out, mem_out;     // the caller's
-  Image syn_keep, mem_keep;    // ours, in the place of the caller's or beside them
+  Image own_syn, own_mem;      // ours, in the place of the caller's or beside them
   Image gates_out;             // in training
 };
 
@@ -124,7 +121,7 @@ struct Window {
 
 // Calls f(window) for the windows of the block. Neighbouring threads take neighbours in spk.
 template <class F>
-SNNLSTM_DEVICE void for_each_window(const Fire& fire, const Tiling& tiling, const Block& block,
+SNNLSTM_DEVICE void for_each_window(const Fire& fire, const Tiling& tiling, const BlockPlace& block,
                                     int c0, int channels, F&& f) {
   const unsigned windows = tiling.by_windows.value;
   const bool by_channel = fire.spk.c == 1;
@@ -161,7 +158,7 @@ struct MemTile {
 
 // What a step writes besides spikes and gates. A kernel of many steps decides anew in each.
 struct StepOutputs {
-  bool states = true, syn_kept = true;
+  bool states = true, own_syn = true;
 };
 
 // The block's channels are c0 ... c0 + channels - 1, channels a power of two.
@@ -171,7 +168,7 @@ class ForwardTile {
   using N = Neuron<Math<R>>;
 
   // vectors: (5, channels) in shared memory: the biases of i, f, o, g and the threshold.
-  SNNLSTM_DEVICE ForwardTile(const NeuronForward& p, const Tiling& tiling, const Block& block,
+  SNNLSTM_DEVICE ForwardTile(const NeuronForward& p, const Tiling& tiling, const BlockPlace& block,
                              int c0, int channels, R* vectors)
       : p_(p), tiling_(tiling), block_(block), c0_(c0), channels_(channels), vectors_(vectors) {}
 
@@ -194,21 +191,10 @@ class ForwardTile {
   SNNLSTM_DEVICE void patch(int m, int first, R (&sum)[4][2][CH], MemTile<R> mem_tile) const {
     const int c0 = c0_ + first;
     const PixelPair at = pixel_pair(tiling_, block_, m, p_.Ho, p_.Wo);
-    if (p_.sums_out.present()) {
-      unrolled<4>([&](int gate) { store_patch(p_.sums_out, at, c0, sum[gate], gate); });
-      return;
-    }
     R syn[2][CH], mem[2][CH] = {};
     load_patch(p_.syn_in, at, c0, syn);
     const bool resets = p_.reset != Reset::none && !fault(Fault::missing_reset);
     if (resets) load_patch(p_.mem_in, at, c0, mem);
-    if (p_.sums_in.present()) {
-      unrolled<4>([&](int gate) {
-        R more[2][CH];
-        load_patch(p_.sums_in, at, c0, more, gate);
-        unrolled<2, CH>([&](int px, int ch) { sum[gate][px][ch] += more[px][ch]; });
-      });
-    }
     update(
         at, m, first, sum, syn, mem,
         [&](int px, int ch, R threshold) { return resets && N::fires(mem[px][ch], threshold); },
@@ -251,8 +237,8 @@ class ForwardTile {
     }
     const DType type = p_.fire.spk.type;
     unrolled<2, CH>([&](int px, int ch) { mem[px][ch] = rounded(type, mem[px][ch]); });
-    if (outputs.syn_kept && p_.syn_keep.present()) store_patch(p_.syn_keep, at, c0, syn);
-    if (p_.mem_keep.present()) store_patch(p_.mem_keep, at, c0, mem);
+    if (outputs.own_syn && p_.own_syn.present()) store_patch(p_.own_syn, at, c0, syn);
+    if (p_.own_mem.present()) store_patch(p_.own_mem, at, c0, mem);
     const bool pools = p_.fire.pool != Pool::none;
     if (p_.fires && pools) mem_tile.put(m, first, mem);
     if (outputs.states && p_.syn_out.present()) store_patch(p_.syn_out, at, c0, syn);
@@ -267,7 +253,7 @@ class ForwardTile {
   // Writes the spikes of the tile's whole pooling windows. All threads call it, after a barrier.
   SNNLSTM_DEVICE void finish(MemTile<R> mem_tile) const {
     const Fire& f = p_.fire;
-    if (!p_.fires || f.pool == Pool::none || p_.sums_out.present()) return;
+    if (!p_.fires || f.pool == Pool::none) return;
     void* spk = image_of(f.spk, block_.t, block_.n);
     for_each_window(f, tiling_, block_, c0_, channels_, [&](const Window& w) {
       const auto at = [&](int i, int j) { return mem_tile.at(w.channel, w.m + i * tiling_.w + j); };
@@ -280,7 +266,7 @@ class ForwardTile {
  private:
   const NeuronForward& p_;
   const Tiling& tiling_;
-  const Block& block_;
+  const BlockPlace& block_;
   int c0_, channels_;
   R* vectors_;
 };

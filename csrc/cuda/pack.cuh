@@ -2,7 +2,7 @@
 #pragma once
 
 #include "fma.cuh"
-#include "plan.h"
+#include "mma_segments.h"
 
 namespace snnlstm::cuda {
 
@@ -102,20 +102,18 @@ struct MmaPacking {
   WeightMap map;
   PackedPart part;
   int pairs = 0;               // of n-tiles, in all column blocks
-  int row_pitch = 0;           // of the weights in shared memory; 0: they do not fit
   uint32_t* packed = nullptr;  // the segment's first unit
 
   SNNLSTM_BOTH int per_word() const { return is_half(part.multiply) ? 2 : 1; }
   SNNLSTM_BOTH int per_chunk() const { return 16 * per_word(); }  // channels
 };
 
-// Packs one chunk of K for one pair of n-tiles: 16 columns. The weights come through shared memory,
-// row by row as they lie. A row is forward a column's (channels of the chunk, taps), backward a K
-// channel's (16 columns, taps).
+// Packs one chunk of K for one pair of n-tiles: 16 columns. The L1 cache holds the block's piece of
+// the weight, some 10 KiB, of which a warp's loads take scattered elements.
 class MmaPacker {
  public:
-  SNNLSTM_DEVICE MmaPacker(const MmaPacking& p, int chunk, int pair, float* shared)
-      : p_(p), map_(p.map), shared_(shared), chunk_(chunk) {
+  SNNLSTM_DEVICE MmaPacker(const MmaPacking& p, int chunk, int pair)
+      : p_(p), map_(p.map), chunk_(chunk) {
     const int of_warp = p.part.tiles / 2;
     pair_ = pair % of_warp;
     warp_column_ = pair / of_warp % p.part.warps_n;
@@ -124,17 +122,6 @@ class MmaPacker {
     first_column_ = !map_.forward()     ? warps * 8 * p.part.tiles + 16 * pair_
                     : p.part.tiles == 8 ? warps * 16
                                         : warps * 8;
-    first_k_ = p.part.depth.patches ? 0 : chunk * p.per_chunk();
-  }
-
-  SNNLSTM_DEVICE void load() const {
-    if (p_.row_pitch == 0) return;
-    const int rows = map_.forward() ? 16 : p_.per_chunk();
-    const int length = (map_.forward() ? row_channels() : 16) * map_.taps;
-    for (int i = int(threadIdx.x); i < rows * length; i += kPackThreads) {
-      const int row = i / length, rest = i % length;
-      shared_[row * p_.row_pitch + rest] = at_place(row, rest / map_.taps, rest % map_.taps);
-    }
   }
 
   SNNLSTM_DEVICE void store_units() const {
@@ -171,44 +158,25 @@ class MmaPacker {
   }
 
  private:
-  SNNLSTM_DEVICE int row_channels() const {
-    return p_.part.depth.patches ? map_.Cin : p_.per_chunk();
-  }
-
-  // Returns an element of the block's piece of the weight. inner: channel or column in the row;
-  // tap: as in the weight.
-  SNNLSTM_DEVICE float at_place(int row, int inner, int tap) const {
-    if (map_.forward()) {
-      const bool by_gate = p_.part.tiles != 8;  // the pair's tiles are two gates of 8 channels
-      const int gate = by_gate ? 2 * pair_ + row / 8 : pair_;
-      const int c = first_column_ + (by_gate ? row % 8 : row), input = first_k_ + inner;
-      return input < map_.depth_channels() ? weight_at<float>(map_, gate, c, input, tap) : 0;
-    }
-    const int k = first_k_ + row;
-    return k < map_.depth_channels()
-               ? weight_at<float>(map_, k / map_.Cp, k % map_.Cp, first_column_ + inner, tap)
-               : 0;
-  }
-
   // Returns the weight for column n of a tile of the pair, channel k of the chunk, tap of the walk.
   SNNLSTM_DEVICE float value(int n, int tile, int k, int tap) const {
-    const bool by_gate = map_.forward() && p_.part.tiles != 8;
-    int column = by_gate ? 8 * tile + n : 4 * (n / 2) + 2 * tile + n % 2;  // mma.cuh: pairs
-    if (p_.part.depth.patches) {
-      k += chunk_ * p_.per_chunk();
-      tap = k / map_.Cin, k %= map_.Cin;
-      if (tap >= map_.taps) return 0;
+    const bool by_gate = p_.part.tiles != 8;  // the pair's tiles are two gates of 8 channels
+    const int column = 4 * (n / 2) + 2 * tile + n % 2;  // mma.cuh: pairs
+    k += chunk_ * p_.per_chunk();
+    if (!map_.forward()) {
+      return k < map_.depth_channels()
+                 ? weight_at<float>(map_, k / map_.Cp, k % map_.Cp, first_column_ + column,
+                                    map_.taps - 1 - tap)
+                 : 0;
     }
-    int row = column;
-    if (!map_.forward()) row = k, k = column, tap = map_.taps - 1 - tap;
-    return p_.row_pitch == 0 ? at_place(row, k, tap)
-                             : shared_[row * p_.row_pitch + k * map_.taps + tap];
+    if (p_.part.depth.patches) tap = k / map_.Cin, k %= map_.Cin;
+    return by_gate ? weight_at<float>(map_, 2 * pair_ + tile, first_column_ + n, k, tap)
+                   : weight_at<float>(map_, pair_, first_column_ + column, k, tap);
   }
 
   const MmaPacking& p_;
   const WeightMap& map_;
-  float* shared_;
-  int chunk_, pair_, warp_column_, block_, first_column_, first_k_;
+  int chunk_, pair_, warp_column_, block_, first_column_;
 };
 
 // Packs all segments of a call. A block has one chunk of one pair. grid: (blocks, segments); some
@@ -218,11 +186,7 @@ __global__ void __launch_bounds__(Threads) pack_mma(const __grid_constant__ Jobs
   const MmaPacking& job = p.job[blockIdx.y];
   const int chunks = int(job.part.depth.chunks);
   const int chunk = int(blockIdx.x) % chunks, pair = int(blockIdx.x) / chunks;
-  const bool real = pair < job.pairs;
-  const MmaPacker packer(job, chunk, pair, &shared_memory<float>());
-  if (real) packer.load();
-  __syncthreads();
-  if (real) packer.store_units();
+  if (pair < job.pairs) MmaPacker(job, chunk, pair).store_units();
 }
 
 }  // namespace snnlstm::cuda

@@ -1,15 +1,15 @@
 // The layout of a packed weight, computed once for the kernels that pack it and those that read it.
 #pragma once
 
-#include "choose.h"
 #include "pack.cuh"
+#include "step_plans.h"
 
 namespace snnlstm::cuda {
 
-inline PackedPart packed_fma(const Cell& c, const Segment& window, Use use, int64_t columns) {
+inline PackedPart packed_fma(const Cell& c, const Segment& segment, Use use, int64_t columns) {
   PackedPart part;
   part.use = use;
-  part.pitch = fma::depth(window) * fma::kColumns * std::max(bytes_of(c.dtype), 4);
+  part.pitch = fma::depth(segment) * fma::kColumns * std::max(bytes_of(c.dtype), 4);
   part.blocks = ceil_div(columns, fma::kColumns);
   return part;
 }
@@ -31,8 +31,8 @@ struct PackedForward {
   // On tensor cores a block has the units of x, then those of mem.
   PackedForward(const Cell& c, const ForwardPlan& plan) {
     if (!plan.mma()) {
-      x = packed_fma(c, input_window(c), Use::x_to_gates, 4 * c.C);
-      mem = packed_fma(c, state_window(c), Use::mem_to_gates, 4 * c.C);
+      x = packed_fma(c, x_segment(c), Use::x_to_gates, 4 * c.C);
+      mem = packed_fma(c, mem_segment(c), Use::mem_to_gates, 4 * c.C);
       mem.start = x.bytes();
       return;
     }
@@ -48,17 +48,17 @@ struct PackedForward {
 inline PackedPart packed_transposed(const Cell& c, const DataPlan& plan, Use use) {
   const bool of_x = use == Use::gates_to_x;
   const int64_t columns = of_x ? c.Cin : c.C;
-  if (!plan.mma()) return packed_fma(c, gates_window(c, of_x), use, columns);
-  const MmaDepth depth(MmaType(plan.multiply), gates_window(c, of_x));
+  if (!plan.mma()) return packed_fma(c, gates_segment(c, of_x), use, columns);
+  const MmaDepth depth(MmaType(plan.multiply), gates_segment(c, of_x));
   return packed_mma(plan, depth, use, ceil_div(columns, plan.channels()));
 }
 
 struct PackedBackward {
   PackedPart to_x, to_mem;
 
-  PackedBackward(const Cell& c, const BackwardPlan& plan)
-      : to_x(packed_transposed(c, plan.to_x, Use::gates_to_x)),
-        to_mem(packed_transposed(c, plan.to_mem, Use::gates_to_mem)) {
+  PackedBackward(const Cell& c, const DataPlan& of_x, const DataPlan& of_mem)
+      : to_x(packed_transposed(c, of_x, Use::gates_to_x)),
+        to_mem(packed_transposed(c, of_mem, Use::gates_to_mem)) {
     to_mem.start = to_x.bytes();
   }
   int64_t bytes() const { return to_x.bytes() + to_mem.bytes(); }

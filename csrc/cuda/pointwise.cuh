@@ -11,7 +11,7 @@ constexpr int kThreads = 128, kPixels = 64, kChannels = 16;
 constexpr int kMemPitch = kPixels + 2;
 
 template <class R>
-struct Shared {
+struct PatchShared {
   R vectors[5 * kChannels];
   R sums[kChannels * kThreads / 32];
   R mem[kChannels * kMemPitch];
@@ -31,8 +31,8 @@ struct PointwiseForward {
 template <class R>
 __global__ void __launch_bounds__(pointwise::kThreads)
     pointwise_forward(const __grid_constant__ PointwiseForward p) {
-  auto& shared = shared_memory<pointwise::Shared<R>>();
-  const Block block = block_of(p.tiling, blockIdx.x);
+  auto& shared = shared_memory<pointwise::PatchShared<R>>();
+  const BlockPlace block = block_of(p.tiling, blockIdx.x);
   const int c0 = block.column * pointwise::kChannels;
   const ForwardTile<R> tile(p.neuron, p.tiling, block, c0, pointwise::kChannels, shared.vectors);
   const MemTile<R> mem_tile{shared.mem, pointwise::kMemPitch};
@@ -55,8 +55,8 @@ struct PointwiseBackward {
 template <class R>
 __global__ void __launch_bounds__(pointwise::kThreads)
     pointwise_backward(const __grid_constant__ PointwiseBackward p) {
-  auto& shared = shared_memory<pointwise::Shared<R>>();
-  const Block block = block_of(p.tiling, blockIdx.x);
+  auto& shared = shared_memory<pointwise::PatchShared<R>>();
+  const BlockPlace block = block_of(p.tiling, blockIdx.x);
   const int c0 = block.column * pointwise::kChannels;
   const BackwardTile<R> tile(p.neuron, p.tiling, block, c0, pointwise::kChannels, shared.vectors);
   const MemTile<R> mem_tile{shared.mem, pointwise::kMemPitch};

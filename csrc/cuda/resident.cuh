@@ -203,7 +203,7 @@ class ResidentInput {
 template <class Sequence, class Tile, class Unit, class Args>
 SNNLSTM_DEVICE void run_resident(const Args& p) {
   auto* shared = &shared_memory<unsigned char>();
-  Block block{0, int(blockIdx.x), 0, 0, 0, blockIdx.x};
+  BlockPlace block{0, int(blockIdx.x), 0, 0, 0, blockIdx.x};
   const Tile tile(p.neuron, p.tiling, block, 0, p.channels,
                   reinterpret_cast<typename Tile::N::R*>(shared + p.at.vectors));
   Unit unit(p, shared);

@@ -28,7 +28,7 @@ struct ResidentBackward : ResidentArgs<NeuronBackward, ResidentBackwardLayout> {
   Tensor syn0;       // syn before the first step
   Tensor saved_syn;  // at t: syn before step t
   Tensor grad_mem0;
-  Segment window;       // the transposed convolution
+  Segment segment;      // the transposed convolution
   int weight_rows = 0;  // fma: of K as packed
   WalkSizes walk;       // mma
   // In the pointwise part a warp has pieces: 32 >> quad_bits pairs of pixels x held_channels().
@@ -55,7 +55,7 @@ template <class Element, class R, bool Planes>
 class ResidentBackwardBlock {
  public:
   SNNLSTM_DEVICE ResidentBackwardBlock(const ResidentBackward& p, unsigned char* shared,
-                                       Block& block, const BackwardTile<R>& tile)
+                                       BlockPlace& block, const BackwardTile<R>& tile)
       : p_(p), shared_(shared), block_(block), tile_(tile) {}
 
   template <class Unit>
@@ -92,7 +92,7 @@ class ResidentBackwardBlock {
       BackwardStep<R> step;
       step.syn_prev = t > 0 ? &p_.saved_syn : &p_.syn0;
       step.states = p_.record || t + 1 == p_.T;
-      step.mem_kept = t + 1 < p_.T;
+      step.own_mem = t + 1 < p_.T;
       step.first = t == 0;
       tile_.in_phases(mem_tile, [&](bool gather) {
         for_each_patch([&](int m, int first) {
@@ -175,7 +175,7 @@ class ResidentBackwardBlock {
 
   const ResidentBackward& p_;
   unsigned char* shared_;
-  Block& block_;
+  BlockPlace& block_;
   const BackwardTile<R>& tile_;
 };
 
@@ -190,7 +190,7 @@ class ResidentBackwardMma {
     copy_to_shared(shared_ + p_.at.weights, p_.weight, p_.weight_bytes);
   }
   SNNLSTM_DEVICE void fill_table() const {
-    fill_walk(reinterpret_cast<int*>(shared_ + p_.at.table), p_.window, p_.at.d_gates, p_.walk);
+    fill_walk(reinterpret_cast<int*>(shared_ + p_.at.table), p_.segment, p_.at.d_gates, p_.walk);
   }
 
   SNNLSTM_DEVICE void multiply(int u, const unsigned char* d_gates) {
@@ -231,15 +231,15 @@ class ResidentBackwardFma {
       : p_(p), shared_(shared), lane_(int(threadIdx.x) % 32) {}
 
   SNNLSTM_DEVICE int columns() const { return 16 * int(p_.by_groups.value); }
-  SNNLSTM_DEVICE int depth() const { return p_.window.taps() * p_.window.channels; }
+  SNNLSTM_DEVICE int depth() const { return p_.segment.taps() * p_.segment.channels; }
 
   SNNLSTM_DEVICE void copy_weights() const {
     copy_rows(reinterpret_cast<R*>(shared_ + p_.at.weights), static_cast<const R*>(p_.weight),
               depth(), p_.weight_rows, columns());
   }
   SNNLSTM_DEVICE void fill_table() const {
-    fill_taps(reinterpret_cast<int*>(shared_ + p_.at.table), depth(), p_.window, p_.window.channels,
-              p_.at.d_gates);
+    fill_taps(reinterpret_cast<int*>(shared_ + p_.at.table), depth(), p_.segment,
+              p_.segment.channels, p_.at.d_gates);
   }
 
   SNNLSTM_DEVICE void multiply(int u, const unsigned char* d_gates) {

@@ -30,8 +30,8 @@ class ResidentForwardBlock {
   using N = Neuron<Math<R>>;
 
   // tile: of the block, whose t this class counts.
-  SNNLSTM_DEVICE ResidentForwardBlock(const ResidentForward& p, unsigned char* shared, Block& block,
-                                      const ForwardTile<R>& tile)
+  SNNLSTM_DEVICE ResidentForwardBlock(const ResidentForward& p, unsigned char* shared,
+                                      BlockPlace& block, const ForwardTile<R>& tile)
       : p_(p),
         shared_(shared),
         block_(block),
@@ -143,7 +143,7 @@ class ResidentForwardBlock {
     Slot<R, CH>::get(slot(patch), syn);
     const unsigned resets = p_.neuron.reset == Reset::none ? 0 : flags(patch);
     StepOutputs outputs;
-    outputs.states = last || p_.record, outputs.syn_kept = !last;
+    outputs.states = last || p_.record, outputs.own_syn = !last;
     tile_.update(
         at, m, first, sum, syn, mem,
         [&](int px, int ch, R) { return (resets >> (px * CH + ch) & 1) != 0; }, mem_tile_, outputs);
@@ -174,7 +174,7 @@ class ResidentForwardBlock {
 
   const ResidentForward& p_;
   unsigned char* shared_;
-  Block& block_;
+  BlockPlace& block_;
   const ForwardTile<R>& tile_;
   MemTile<R> mem_tile_;
 };

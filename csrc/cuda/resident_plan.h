@@ -1,8 +1,7 @@
-// Decides whether a sequence can and should run in one launch (resident.cuh), and lays out the
-// shared memory of its blocks.
+// Says whether a sequence can and should run in one launch (resident.cuh), and lays out the shared
+// memory of its blocks.
 #pragma once
 
-#include "choose.h"
 #include "estimate.h"
 #include "packed.h"
 #include "resident_backward.cuh"
@@ -10,29 +9,28 @@
 
 namespace snnlstm::cuda {
 
-template <class Step, class Layout>
+template <class Layout>
 struct ResidentPlanOf {
-  const char* reason_against = nullptr;  // why the kernels of one step must run the cell
-  Step step;                             // the plan whose packed weights are used
-  Tiling tiling;                         // one tile is the whole image
-  int groups = 0, units = 0;             // units of the same pixels; of the convolution
-  int warps = 0;                         // of a block
+  bool fits = false;          // whether a block's shared memory holds it all
+  Tiling tiling;              // one tile is the whole image
+  int groups = 0, units = 0;  // units of the same pixels; of the convolution
+  int warps = 0;              // of a block
   Layout at;
   int weight_bytes = 0;
 
   int threads() const { return 32 * warps; }
 
   template <class Args>
-  void give(Args& p, const Cell& c, bool record, const void* weight) const {
+  void give(Args& p, const Cell& c, Multiply multiply, bool record, const void* weight) const {
     p.T = int(c.T), p.record = record;
     p.tiling = tiling, p.at = at;
-    p.multiply = step.multiply;
+    p.multiply = multiply;
     p.weight = weight, p.weight_bytes = weight_bytes;
     p.by_groups = SmallDivisor(groups), p.units = units;
   }
 };
 
-struct ResidentPlan : ResidentPlanOf<ForwardPlan, ResidentLayout> {
+struct ResidentPlan : ResidentPlanOf<ResidentLayout> {
   int patches = 0;       // of a thread
   int table_of_mem = 0;  // where it begins, in elements of the table
 };
@@ -115,27 +113,25 @@ inline WalkSizes walk_sizes(const MmaDepth& depth) {
   return {int(depth.chunks), depth.tail_steps, int(depth.units())};
 }
 
-// Plans the forward pass, whether or not that pays.
-inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
+// Plans the forward pass, whether or not that pays. step, packed: the plan of one step and the
+// weight that its kernels read.
+inline ResidentPlan plan_resident(const Cell& c, const Device& device, const ForwardPlan& step,
+                                  const PackedForward& packed) {
   ResidentPlan plan;
-  plan.step = plan_step(c, target);
-  const bool mma = plan.step.mma();
+  const bool mma = step.mma();
   const int real = bytes_of(real_of(c.dtype));
-  const Segment x = input_window(c), mem = state_window(c);
+  const Segment x = x_segment(c), mem = mem_segment(c);
   const Shape s(c);
-  if (resident::is_large(c, target.shared_bytes)) {
-    plan.reason_against = "an image or the weights do not fit in the shared memory of a block";
-    return plan;
-  }
+  if (resident::is_large(c, device.shared_bytes)) return plan;
 
   const Tiling& tiling = plan.tiling = resident::whole_image(c);
-  const int unit_pixels = mma ? 32 : 64, unit_channels = mma ? 2 * plan.step.tiles : 4;
+  const int unit_pixels = mma ? 32 : 64, unit_channels = mma ? 2 * step.tiles : 4;
   const int patches_of_unit = mma ? 2 : 4;
   const int64_t tiles = ceil_div(int64_t(tiling.h) * tiling.w, unit_pixels);
-  plan.groups = int(mma ? ceil_div(c.C, plan.step.channels()) * plan.step.warps_n
+  plan.groups = int(mma ? ceil_div(c.C, step.channels()) * step.warps_n
                         : s.Cp / unit_channels);  // saved gates have Cp channels
   plan.units = int(tiles * plan.groups);
-  plan.warps = resident::warps_for(plan.units, resident::threads(mma ? plan.step.tiles : real));
+  plan.warps = resident::warps_for(plan.units, resident::threads(mma ? step.tiles : real));
   plan.patches = int(ceil_div(plan.units, plan.warps)) * patches_of_unit;
 
   ResidentLayout& at = plan.at;
@@ -143,9 +139,8 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
   at.mem = resident::shared_image(mem, s.Ho, tiling.w);
   int64_t table = 0;
   if (mma) {
-    const PackedForward packed(c, plan.step);
     const MmaDepth &of_x = packed.x.depth, &of_mem = packed.mem.depth;
-    const MmaType type(plan.step.multiply);
+    const MmaType type(step.multiply);
     if (of_x.patches)
       resident::as_planes(at.x, int(c.Cin), type.element);
     else
@@ -165,7 +160,7 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
     i->bytes = int(round_up(i->bytes, 128));
     i->start = pieces.take(2 * i->bytes);
   }
-  const int64_t held = mma ? 2 * plan.step.held() : 2;
+  const int64_t held = mma ? 2 * step.held() : 2;
   const int channels = resident::power_of_two(plan.groups * unit_channels);
   at.images = int(pieces.end);
   at.weights = pieces.take(plan.weight_bytes);
@@ -173,14 +168,13 @@ inline ResidentPlan plan_resident(const Cell& c, const Target& target) {
   at.slots = pieces.take(plan.patches * plan.threads() * held * real);
   at.flags = pieces.take(c.reset == Reset::none ? 0 : int64_t(plan.patches) * plan.threads() * 4);
   at.vectors = pieces.take(5 * channels * real);
-  at.mem_pitch = int(tiles) * unit_pixels + (mma && plan.step.tiles == 8 ? 2 : mma ? 4 : 16);
+  at.mem_pitch = int(tiles) * unit_pixels + (mma && step.tiles == 8 ? 2 : mma ? 4 : 16);
   at.mem_tile = pieces.take(c.pool == Pool::none && !c.inhibition
                                 ? 0
                                 : int64_t(plan.groups) * unit_channels * at.mem_pitch * real);
   at.winners = pieces.take(c.inhibition ? plan.warps * 2 * real : 0);
   at.bytes = int(pieces.end);
-  if (pieces.end > target.shared_bytes)
-    plan.reason_against = "an image and the weights do not fit in the shared memory of a block";
+  plan.fits = pieces.end <= device.shared_bytes;
   return plan;
 }
 
@@ -203,75 +197,49 @@ constexpr double neuron = 1.2e-9, neuron_backward = 1.5e-9;
 constexpr double fused = 2.0;
 }  // namespace resident_cost
 
-// Returns whether one launch is likely to take less time than one for every step. blocks: of a
-// launch for one step; inputs: channels that a step convolves; neuron: see resident_cost.
-inline bool resident_pays(const Cell& c, const Target& target, Multiply m, int64_t blocks,
-                          int64_t inputs, double neuron) {
+// Returns whether one launch is likely to take less time than one for every step. inputs: channels
+// that a step convolves; neuron: see resident_cost.
+inline bool resident_pays(const Cell& c, const Device& device, const StepPlan& step, int64_t inputs,
+                          double neuron) {
   if (c.T < 2 || c.N == 0) return false;
-  const double one = kernel_rate(rates_of(target), m) / target.multiprocessors;
+  const double blocks = double(step.tiling.blocks());
+  const double one = kernel_rate(rates_of(device), step.multiply) / device.multiprocessors;
   const Shape s(c);
-  const double neurons = double(s.pixels) * c.C, tiles = double(blocks) / c.N;
+  const double neurons = double(s.pixels) * c.C, tiles = blocks / double(c.N);
   const double sample = 4 * neurons * s.taps * inputs / one + neurons * neuron;
-  const auto waves = [&](double n) { return std::ceil(n / target.multiprocessors); };
+  const auto waves = [&](double n) { return std::ceil(n / device.multiprocessors); };
   const double resident = waves(double(c.N)) * sample + resident_cost::barrier;
   const double fused =
-      waves(double(blocks)) * resident_cost::fused * sample / tiles + resident_cost::launch;
+      waves(blocks) * resident_cost::fused * sample / tiles + resident_cost::launch;
   return resident_cost::start + c.T * resident < c.T * fused;
 }
 
-// Returns whether one launch is possible, and pays or is demanded.
-inline bool wants_resident(const char* reason_against, bool pays, const Target& target) {
-  return reason_against == nullptr && (pays || target.algorithm == Algorithm::resident);
-}
-// Throws if one launch is demanded and impossible.
-inline void refuse_resident(const char* reason_against, const Target& target) {
-  if (reason_against != nullptr && target.algorithm == Algorithm::resident)
-    throw std::runtime_error(std::string("algorithm resident cannot run this cell: ") +
-                             reason_against);
-}
-
 // Returns whether a resident kernel is considered at all: a single step is one launch anyway.
-inline bool may_be_resident(const Cell& c, const Target& target) {
-  return target.algorithm == Algorithm::resident
+inline bool may_be_resident(const Cell& c, Algorithm algorithm) {
+  return algorithm == Algorithm::resident
              ? c.T > 0
-             : target.algorithm == Algorithm::automatic && c.T > 1;
-}
-
-// Returns whether a call's forward pass is one launch.
-inline bool runs_resident(const Cell& c, const Target& target) {
-  if (!may_be_resident(c, target)) return false;
-  const ResidentPlan plan = plan_resident(c, target);
-  const bool pays = resident_pays(c, target, plan.step.multiply, plan.step.tiling.blocks(),
-                                  c.Cin + c.C, resident_cost::neuron);
-  return wants_resident(plan.reason_against, pays, target);
+             : c.T > 1 && (algorithm == Algorithm::automatic || algorithm == Algorithm::direct);
 }
 
 // ---- the backward pass --------------------------------------------------------------------------
 
-struct ResidentBackwardPlan : ResidentPlanOf<DataPlan, ResidentBackwardLayout> {
+// Its kernel takes at most 32 channels.
+struct ResidentBackwardPlan : ResidentPlanOf<ResidentBackwardLayout> {
   int quad_bits = 2, tiles = 1, pieces = 0;  // of the pointwise part, see ResidentBackward
 
   int held_channels() const { return pieces / tiles * (4 << quad_bits); }
   int channels() const { return resident::power_of_two(held_channels()); }
 };
 
-// Plans the backward pass, whether or not that pays. step: the plan by which the kernels of one
-// step form the gradient of mem.
-inline ResidentBackwardPlan plan_resident_backward(const Cell& c, const Target& target,
-                                                   const DataPlan& step) {
+// Plans the backward pass, whether or not that pays. step, packed: how the kernels of one step form
+// the gradient of mem, and the weight that they read.
+inline ResidentBackwardPlan plan_resident_backward(const Cell& c, const Device& device,
+                                                   const DataPlan& step, const PackedPart& packed) {
   ResidentBackwardPlan plan;
-  plan.step = step;
   const bool mma = step.mma();
   const int real = bytes_of(real_of(c.dtype));
   const Shape s(c);
-  if (c.C > 32) {
-    plan.reason_against = "its backward pass has at most 32 channels";
-    return plan;
-  }
-  if (resident::is_large(c, target.shared_bytes)) {
-    plan.reason_against = "an image or the weights do not fit in the shared memory of a block";
-    return plan;
-  }
+  if (c.C > 32 || resident::is_large(c, device.shared_bytes)) return plan;
   plan.tiling = resident::whole_image(c);
   const int64_t pixels = int64_t(plan.tiling.h) * plan.tiling.w;
   plan.groups = int(mma ? ceil_div(c.C, step.channels()) * step.warps_n : ceil_div(c.C, 16));
@@ -283,10 +251,9 @@ inline ResidentBackwardPlan plan_resident_backward(const Cell& c, const Target& 
   plan.warps = resident::warps_for(plan.pieces, resident::backward_threads(real));
 
   ResidentBackwardLayout& at = plan.at;
-  at.d_gates = resident::shared_image(gates_window(c, false), s.Ho, plan.tiling.w);
+  at.d_gates = resident::shared_image(gates_segment(c, false), s.Ho, plan.tiling.w);
   int64_t table = 0;
   if (mma) {
-    const PackedPart packed = packed_transposed(c, step, Use::gates_to_mem);
     resident::as_pixels(at.d_gates, packed.depth, MmaType(step.multiply).element, plan.tiling.w);
     table = 2 * packed.depth.units();
     plan.weight_bytes = int(packed.bytes());
@@ -307,18 +274,8 @@ inline ResidentBackwardPlan plan_resident_backward(const Cell& c, const Target& 
   at.mem_tile =
       pieces.take(c.pool == Pool::none ? 0 : int64_t(plan.held_channels()) * at.mem_pitch * real);
   at.bytes = int(pieces.end);
-  if (pieces.end > target.shared_bytes)
-    plan.reason_against = "an image and the weights do not fit in the shared memory of a block";
+  plan.fits = pieces.end <= device.shared_bytes;
   return plan;
-}
-
-// Returns whether the steps of a call's backward pass are one launch.
-inline bool runs_resident_backward(const Cell& c, const Target& target,
-                                   const ResidentBackwardPlan& plan) {
-  if (!may_be_resident(c, target)) return false;
-  const bool pays = resident_pays(c, target, plan.step.multiply, plan.step.tiling.blocks(), c.C,
-                                  resident_cost::neuron_backward);
-  return wants_resident(plan.reason_against, pays, target);
 }
 
 }  // namespace snnlstm::cuda

@@ -71,13 +71,13 @@ struct Tiling {
   int64_t blocks() const { return tiles() * by_columns.value; }
 };
 
-struct Block {
+struct BlockPlace {
   int t, n, y0, x0, column;
   unsigned tile;  // number of the tile among all images
 };
 
-SNNLSTM_DEVICE Block block_of(const Tiling& tiling, unsigned index) {
-  Block b;
+SNNLSTM_DEVICE BlockPlace block_of(const Tiling& tiling, unsigned index) {
+  BlockPlace b;
   b.column = int(tiling.by_columns.split(index));
   b.tile = index;
   b.x0 = int(tiling.by_cols.split(index)) * tiling.w;
@@ -103,7 +103,7 @@ SNNLSTM_DEVICE const Job& job_of(const Job (&job)[2], Index blocks_of_first, Ind
 }
 
 // Returns pixels m and m + 1 of the tile.
-SNNLSTM_DEVICE PixelPair pixel_pair(const Tiling& tiling, const Block& b, int m, int height,
+SNNLSTM_DEVICE PixelPair pixel_pair(const Tiling& tiling, const BlockPlace& b, int m, int height,
                                     int width) {
   PixelPair p;
   p.t = b.t, p.n = b.n;

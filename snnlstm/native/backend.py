@@ -78,7 +78,7 @@ class Backend(Protocol):
 BACKENDS: dict[str, Backend] = {"cpu": cpu.Backend()}  # by device type
 _NO_CUDA = cuda_check.without_kernels(_C.build_info())
 if _NO_CUDA is None:
-    BACKENDS["cuda"] = cuda.Kernels(_C)
+    BACKENDS["cuda"] = cuda.Backend(_C)
 DEVICES = frozenset(BACKENDS)
 
 _MOST = 64  # plans are kept of a signature; one more, and all are forgotten

@@ -1,4 +1,4 @@
-"""The CUDA half of the core: plans and calls. Twin of :mod:`snnlstm.native.cpu`.
+"""The CUDA backend: plans and calls. Twin of :mod:`snnlstm.native.cpu`.
 
 Everything is enqueued on the current stream of the tensors' device and nothing waits for it, so
 that a CUDA graph can capture it. All memory comes from torch's caching allocator.
@@ -12,25 +12,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..call import Call, Signature
-from . import cudnn, tensors
+from . import tensors, torch_conv
 from .tensors import Gradients, Pass, Result, Saved, Shapes, address, view
-from .ways import Way, Ways
 
-__all__ = ["Kernels"]
+__all__ = ["Backend"]
 
-# The numbers of csrc/cuda/api.h.
+# The numbers of csrc/cuda/plan.h.
+_ALGORITHMS = ("auto", "direct", "fused", "resident", "hybrid", "pointwise")
+_HYBRID, _POINTWISE = _ALGORITHMS.index("hybrid"), _ALGORITHMS.index("pointwise")
 _EXACT, _TF32 = 0, 1
 _OPERANDS = {torch.float16: 3, torch.bfloat16: 4}
 
-_ROUNDS = 3  # a measured way is timed so often, after one run that is not; the shortest counts
-
+_ROUNDS = 3  # timed runs of an algorithm, after one that is not timed; the shortest counts
 
 # What torch.backends.cudnn.conv.fp32_precision asks for, ten times as fast; torch 2.9 and newer.
 _fp32_precision: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
@@ -44,22 +44,28 @@ def _tf32_is_allowed() -> bool:
 
 
 class Plan(tensors.Plan):
-    """The plan of a call on CUDA, and its choice, too: nothing depends on values."""
+    """The plan of a call on CUDA: a plan of the core for each pass, estimated or measured.
+
+    Nothing depends on values, and each algorithm reads what another one has saved:
+
+    - "fused" and "resident": the kernels do it all, in a launch for each step or in one for all
+    - "hybrid": the kernels go through the steps, and torch (cuDNN) forms the gradients of weight,
+      bias and x over all steps at once
+    - "pointwise": torch convolves, and the kernels do the rest of a step
+
+    The core's estimate chooses, or a measurement: :func:`snnlstm.set_algorithm`.
+    """
 
     def __init__(
-        self, kernels: Kernels, call: Call, algorithm: str, tf32: bool, benchmark: bool
+        self, backend: Backend, call: Call, algorithm: str, tf32: bool, benchmark: bool
     ) -> None:
-        measures = algorithm == "measure" or (benchmark and algorithm == "auto")
-        super().__init__(kernels, call)
-        s, core = self.signature, kernels.core
-        self.kernels, self.core = kernels, core
-        self.cell = tensors.make_cell(core, s, s.time)
-        self.target = kernels.target(s, tf32)
-        self.step = self.cell if s.time == 1 else tensors.make_cell(core, s, 1)
-        strides = call.x.stride(), call.syn.stride(), call.mem.stride()
-        self.ways = Ways(kernels, s, self.cell, strides, algorithm, tf32, measures)
-        # Sizes in bytes, by the core's function that tells them and its arguments.
-        self._bytes = lru_cache(None)(lambda function, *rest: getattr(core, function)(*rest))
+        super().__init__(backend, call)
+        s = self.signature
+        self.backend, self._tf32, self._algorithm = backend, tf32, algorithm
+        self._measures = algorithm == "measure" or (benchmark and algorithm == "auto")
+        self._chosen = {False: backend.core_plan(s, tf32, algorithm, False)}
+        # The fastest plans, by pass and gradients that are wanted: 65 at most.
+        self._measured: dict[tuple[bool, ...], Any] = {}
         self.work = s.options.operands or s.dtype
         self.real = torch.float64 if s.dtype == torch.float64 else torch.float32
         quant = s.options.quant
@@ -68,16 +74,34 @@ class Plan(tensors.Plan):
 
     @property
     def name(self) -> str:
-        """Name of what runs, as in a path."""
-        return self.ways.name
+        """Name of what runs, as in a path; of measured passes, those that are known by now."""
+        by_pass = {key[0]: core.name for key, core in self._measured.items()}
+        names = [by_pass[backward] for backward in (False, True) if backward in by_pass]
+        name = f"measured-{'+'.join(names)}" if names else self._chosen[False].name
+        return f"{self.backend.name()}-{name}"
 
-    def _begin(self, target: Any) -> tuple[Any, Any, int]:
-        """The first arguments of every call of the core."""
-        return self.cell, target, self.kernels.stream(self.signature.device)
+    def _fastest(self, run: Callable[[Any], object], backward: bool, *wanted: bool) -> Any:
+        """The core's plan of a pass, measured where that is wanted and not known yet.
 
-    def begin_step(self) -> tuple[Any, Any, int]:
-        """The first arguments of the calls for one step, behind torch's convolution."""
-        return self.step, self.target, self.kernels.stream(self.signature.device)
+        `run` runs the pass by a plan; `wanted` is what else its time depends on.
+        """
+        key = backward, *wanted
+        found = self._measured.get(key)
+        if found is None and self._measures and self.backend.may_measure():
+            cores = self.backend.candidates(self.signature, self._tf32, backward)
+            seconds = [self.backend.seconds(partial(run, core)) for core in cores]
+            # Another thread may have been first.
+            found = self._measured.setdefault(key, cores[seconds.index(min(seconds))])
+        if found is None and backward not in self._chosen:  # that of the first backward pass
+            self._chosen[backward] = self.backend.core_plan(
+                self.signature, self._tf32, self._algorithm, backward
+            )
+        return self._chosen[backward] if found is None else found
+
+    @property
+    def stream(self) -> int:
+        """The current stream of the call's device."""
+        return self.backend.stream(self.signature.device)
 
     def _parameters(self, call: Call) -> tuple[dict[str, int], list[Tensor | None]]:
         """Arguments of every kernel, and the tensors whose addresses these are."""
@@ -87,7 +111,7 @@ class Plan(tensors.Plan):
         if self.levels is not None:
             levels = call.x.new_empty(self.levels.numel(), dtype=self.real)
             values = self.levels.data_ptr()
-            self.core.cuda_store_levels(*self._begin(self.target), values, levels.data_ptr())
+            self._chosen[False].store_levels(values, levels.data_ptr(), self.stream)
         arguments = {
             "threshold": threshold.data_ptr(),
             "threshold_stride": self.threshold_stride,
@@ -96,44 +120,39 @@ class Plan(tensors.Plan):
         }
         return arguments, [threshold, graded, levels]
 
-    def _pack(self, call: Call, target: Any, backward: bool) -> Tensor:
-        given = tensors.saved_weight(call) if backward else call.weight
-        weight = tensors.numbers(given, call.x.dtype)
-        size = self._bytes("cuda_packed_bytes", self.cell, target, backward)
-        packed = tensors.empty_bytes(size, weight.device)
-        self.core.cuda_pack_weight(
-            *self._begin(target), weight.data_ptr(), backward, packed.data_ptr()
-        )
-        return packed
+    def _memory(self, core: Any, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The packed weight, and a workspace."""
+        weight = tensors.numbers(weight, dtype)
+        packed = tensors.empty_bytes(core.packed_bytes, weight.device)
+        core.pack(weight.data_ptr(), packed.data_ptr(), self.stream)
+        return packed, tensors.empty_bytes(core.workspace, weight.device)
 
     def forward(self, call: Call, training: bool) -> Result:
-        """Run the forward kernels; `training`: keep what :meth:`backward` needs."""
+        """Run the forward kernels; in training, save what :meth:`backward` needs."""
         x = call.x
-        with self.kernels.guard(x.device):
+        with self.backend.guard(x.device):
             saved = self.empty_saved(x) if training else None
             result = Result(*self.empty_results(x), saved or ())
             parameters, alive = self._parameters(call)
             bias = None if call.bias is None else tensors.numbers(call.bias, x.dtype)
             parameters["bias"] = address(bias)
 
-            def run(way: Way) -> None:
-                self._forward(way, call, parameters, result)
+            def run(core: Any) -> None:
+                self._forward(core, call, parameters, result)
 
-            run(self.ways.choose("forward", run))
+            run(self._fastest(run, False))
             del alive  # the kernels are on the stream: what takes their memory comes after them
         return result._replace(name=self.name)
 
-    def _forward(self, way: Way, call: Call, parameters: dict[str, int], result: Result) -> None:
-        if way.torch:
-            cudnn.forward(self, call, parameters, result)
+    def _forward(self, core: Any, call: Call, parameters: dict[str, int], result: Result) -> None:
+        if core.algorithm == _POINTWISE:
+            torch_conv.forward(self, core, call, parameters, result)
             return
         spk, syn, mem = result[:3]
         saved: Any = result.saved or None
-        packed = self._pack(call, way.target, backward=False)
-        size = self._bytes("cuda_workspace", self.cell, way.target, False)
-        workspace = tensors.empty_bytes(size, call.x.device)
-        self.core.cuda_forward(
-            *self._begin(way.target),
+        packed, workspace = self._memory(core, call.weight, call.x.dtype)
+        core.forward(
+            self.stream,
             record=call.options.record,
             x=view(call.x),
             syn0=view(call.syn),
@@ -155,58 +174,53 @@ class Plan(tensors.Plan):
         saved: Saved,
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
-        decided: int = 0,
-        packed: Any = None,
+        decided: int,
+        packed: None,
     ) -> Gradients:
-        """Run the backward kernels; see the twin's."""
-        with self.kernels.guard(call.x.device):
+        """Run the backward kernels on what :meth:`forward` was given and saved."""
+        with self.backend.guard(call.x.device):
             parameters, alive = self._parameters(call)
             noise = tensors.stochastic_noise(call.options, grads[0])
             given = Pass(call, parameters, saved, grads, noise)
 
-            def run(way: Way) -> Gradients:
-                return self._backward(way, given, wanted)
+            def run(core: Any) -> Gradients:
+                return self._backward(core, given, wanted)
 
-            out = run(self.ways.choose("backward", run, wanted))
+            out = run(self._fastest(run, True, *wanted))
             del alive
         return tensors.shaped_as(call.threshold, out)
 
-    def _backward(self, way: Way, given: Pass, wanted: Sequence[bool]) -> Gradients:
+    def _backward(self, core: Any, given: Pass, wanted: Sequence[bool]) -> Gradients:
         call, x = given.call, given.call.x
-        if not way.torch:
+        if core.algorithm not in (_HYBRID, _POINTWISE):
             out = tensors.empty_gradients(x, self.signature, wanted)
-            self._run_steps(way, given, out, None, None)
+            self._run_steps(core, given, out, None, None)
             return out
         out = tensors.empty_gradients(x, self.signature, (*wanted[:3], False, False, wanted[5]))
         d_gates = self.empty_gates(x)
-        mems = cudnn.empty_mems(self, call, d_gates) if wanted[3] else None
-        if way.torch == "all":
-            cudnn.steps_backward(self, given, out, d_gates, mems)
+        mems = torch_conv.empty_mems(self, call, d_gates) if wanted[3] else None
+        if core.algorithm == _POINTWISE:
+            torch_conv.steps_backward(self, core, given, out, d_gates, mems)
         else:
-            self._run_steps(way, given, out._replace(x=None), d_gates, mems)
+            self._run_steps(core, given, out._replace(x=None), d_gates, mems)
         if out.x is not None:
-            cudnn.data_gradient(self, call, d_gates, out.x)
+            torch_conv.data_gradient(self, call, d_gates, out.x)
         xs = x if call.options.sequence else x.unsqueeze(0)
-        mem = None if mems is None else cudnn.images_of(mems, call.mem)
-        weight, bias = cudnn.weight_gradient(self, xs, mem, d_gates, wanted[3:5])
+        mem = None if mems is None else torch_conv.images_of(mems, call.mem)
+        weight, bias = torch_conv.weight_gradient(self, xs, mem, d_gates, wanted[3:5])
         return out._replace(weight=weight, bias=bias)
 
     def _run_steps(
-        self, way: Way, given: Pass, out: Gradients, d_gates: Tensor | None, mems: Tensor | None
+        self, core: Any, given: Pass, out: Gradients, d_gates: Tensor | None, mems: Tensor | None
     ) -> None:
         """The kernels, for the gradients that `out` has memory for.
 
         `mems`, if given, gets mem before each step but the first.
         """
         call, parameters, saved, grads, noise = given
-        packed = self._pack(call, way.target, backward=True)
-        if out.weight is not None or out.bias is not None or d_gates is None:
-            size = self._bytes("cuda_workspace", self.cell, way.target, True)
-        else:
-            size = self._bytes("cuda_data_workspace", self.cell, way.target)
-        workspace = tensors.empty_bytes(size, call.x.device)
-        self.core.cuda_backward(
-            *self._begin(way.target),
+        packed, workspace = self._memory(core, tensors.saved_weight(call), call.x.dtype)
+        core.backward(
+            self.stream,
             **tensors.backward_arguments(call, saved, grads, noise, out),
             d_gates=address(d_gates),
             mem_after=0 if mems is None or len(mems) == 1 else mems[1].data_ptr(),
@@ -216,15 +230,14 @@ class Plan(tensors.Plan):
         )
 
 
-class Kernels:
-    """The kernels of `core`, a module like snnlstm._C with the CUDA half."""
+class Backend:
+    """The CUDA backend over `core`, a module like snnlstm._C; see :mod:`snnlstm.native.backend`."""
 
-    half_types = True  # whether float16 and bfloat16 run as they are
+    half_types = True
 
     def __init__(self, core: Any) -> None:
         self.core = core
         self._devices: dict[torch.device, Any] = {}
-        self._targets: dict[tuple[torch.device, int, int], Any] = {}
 
     def name(self) -> str:
         """Name of the kernels; what they multiply with is known in a call."""
@@ -237,10 +250,6 @@ class Kernels:
     def stream(self, device: torch.device) -> int:
         """The current stream of `device`."""
         return torch._C._cuda_getCurrentRawStream(device.index)
-
-    def device_name(self, device: torch.device) -> str:
-        """What measured choices hold for."""
-        return torch.cuda.get_device_name(device)
 
     def may_measure(self) -> bool:
         """Whether kernels may be timed now, which waits for the GPU and depends on chance."""
@@ -264,35 +273,39 @@ class Kernels:
             return math.inf
         return min(times)
 
-    def _device_target(self, device: torch.device) -> Any:
+    def device(self, device: torch.device) -> Any:
         """What the core knows of a device."""
         if device not in self._devices:
             with self.guard(device):
-                self._devices[device] = self.core.cuda_target()
+                self._devices[device] = self.core.cuda_device()
         return self._devices[device]
 
-    def target(self, signature: Signature, tf32: bool, algorithm: int = 0) -> Any:
-        """The device, in which numbers its convolutions multiply, and api.h's algorithm."""
+    def _facts(self, signature: Signature, tf32: bool) -> tuple[Any, Any, int]:
+        """The core's cell and device, and the numbers that convolutions multiply."""
         s = signature
-        there = self._device_target(s.device)
-        matrix = _EXACT
+        device, matrix = self.device(s.device), _EXACT
         if s.options.operands is not None:
             matrix = _OPERANDS[s.options.operands]
         elif s.dtype == torch.float32:
-            matrix = _TF32 if tf32 else self.core.cuda_full_precision(there)
-        key = s.device, matrix, algorithm
-        if key not in self._targets:
-            self._targets[key] = there.wanting(matrix, algorithm)
-        return self._targets[key]
+            matrix = _TF32 if tf32 else self.core.cuda_full_precision(device)
+        return tensors.make_cell(self.core, s, s.time), device, matrix
+
+    def core_plan(self, signature: Signature, tf32: bool, algorithm: str, backward: bool) -> Any:
+        """The core's plan of a pass."""
+        number = _ALGORITHMS.index(algorithm) if algorithm in _ALGORITHMS else 0
+        return self.core.CudaPlan(*self._facts(signature, tf32), number, backward)
+
+    def candidates(self, signature: Signature, tf32: bool, backward: bool) -> list[Any]:
+        """The core's plans of a pass that are timed; of equals the first one is taken."""
+        return self.core.CudaPlan.candidates(*self._facts(signature, tf32), backward)
 
     def reason_against(self, signature: Signature) -> str | None:
         """Why these kernels cannot run a call; None if they can."""
         tf32 = _tf32_is_allowed()
         key = self, tf32
         if key not in signature.notes:
-            cell = tensors.make_cell(self.core, signature, signature.time)
-            reason = self.core.cuda_reason_against(cell, self.target(signature, tf32))
-            signature.notes[key] = reason or None
+            plans = (self.core_plan(signature, tf32, "fused", of) for of in (False, True))
+            signature.notes[key] = next((p.reason_against for p in plans if p.reason_against), None)
         return signature.notes[key]
 
     def settings(self, signature: Signature) -> tuple[Any, ...]:
@@ -304,7 +317,7 @@ class Kernels:
         return Plan(self, call, algorithm, *settings)
 
     def saved_shapes(self, signature: Signature) -> Shapes:
-        """Shapes and dtypes of what a forward pass keeps."""
+        """Shapes and dtypes of what a forward pass saves."""
         s, options = signature, signature.options
         padded = self.core.cuda_padded_channels(s.c)
         pixels = s.ho * s.wo

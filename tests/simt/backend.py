@@ -36,7 +36,6 @@ sys.path.append(str(HERE.parent / "shared"))
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 BRIDGE = HERE / "bridge" / "bridge.cpp"
 MODULE = "snnlstm_simt"
-ALGORITHMS = {"auto": 0, "fused": 5, "resident": 6}  # the numbers of csrc/cuda/api.h
 
 
 @contextlib.contextmanager
@@ -49,23 +48,40 @@ def _readable_reports() -> Iterator[None]:
         raise EmulationError(symbolise(str(error))) from None
 
 
-class Emulated(cuda.Kernels):
-    """The CUDA half without a device. There is no stream, and tests set the target."""
+class Emulated(cuda.Backend):
+    """The CUDA backend without a GPU, of which tests say what the core knows.
+
+    `algorithm` takes the place of what leaves the choice to an estimate, unless it is "auto";
+    "resident" is then demanded.
+    """
+
+    def __init__(self, core: Any, device: Any, algorithm: str) -> None:
+        super().__init__(core)
+        self._device, self.algorithm, self.now = device, algorithm, 0
 
     def guard(self, device: torch.device) -> AbstractContextManager:
         return _readable_reports()
 
+    def device(self, device: torch.device) -> Any:
+        return self._device
+
     def stream(self, device: torch.device) -> int:
-        return 0
+        return self.now
 
     def name(self) -> str:
         return "simt"
 
-    def device_name(self, device: torch.device) -> str:
-        return "the emulator"
-
     def may_measure(self) -> bool:
         return True
+
+    def core_plan(self, signature: Any, tf32: bool, algorithm: str, backward: bool) -> Any:
+        demanded = algorithm
+        if self.algorithm != "auto" and algorithm in ("auto", "direct", "winograd", "measure"):
+            demanded = self.algorithm
+        plan = super().core_plan(signature, tf32, demanded, backward)
+        if self.algorithm == demanded == "resident" and not plan.name.startswith("resident"):
+            raise EmulationError("an image and the weights do not fit in a block's shared memory")
+        return plan
 
 
 class Core(Emulator):
@@ -88,10 +104,8 @@ class Core(Emulator):
     ) -> None:
         """Sets what the launchers are told of the device, and which kernels they must use."""
         self.settings.compute_capability = compute_capability
-        self.module.set_device(
-            compute_capability, multiprocessors, shared_bytes, ALGORITHMS[algorithm]
-        )
-        self.kernels = Emulated(self.module)  # the one before remembers the device before
+        device = self.module.CudaDevice(compute_capability, multiprocessors, shared_bytes)
+        self.kernels = Emulated(self.module, device, algorithm)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:

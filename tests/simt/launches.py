@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import gpu_tools  # noqa: E402
+import torch  # noqa: E402
 from backend import Core, simt_core  # noqa: E402
 from builder import ROOT  # noqa: E402
 from emulator import Launch  # noqa: E402
@@ -26,18 +27,20 @@ from benchmarks.cases import Case as Layer  # noqa: E402
 
 H100 = {"compute_capability": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024}
 LAYERS: dict[str, Layer] = {**CPU_CASES, **GPU_CASES}
-# dtype and matrix, by the numbers of csrc/args.h and csrc/cuda/api.h, and the first template
+# dtype and matrix, by the numbers of csrc/args.h and csrc/cuda/plan.h, and the first template
 # argument of kernels.
 MODES = {
     "tf32": (0, 1, "float|\\(snnlstm::cuda::Multiply\\)3"),
     "3xtf32": (0, 2, "snnlstm::cuda::mma_gemm::Parts|\\(snnlstm::cuda::Multiply\\)4"),
     "bf16": (3, 0, "unsigned short|\\(snnlstm::cuda::Multiply\\)2"),
 }
+# Kernel and file, by the name of the launch.
 KERNELS = {
-    "forward step (mma)": "forward_mma",
-    "backward step (mma)": "backward_mma",
-    "weight gradient (mma)": "weight_grad_mma",
+    "forward step (mma)": ("forward_mma", "forward"),
+    "backward step (mma)": ("backward_mma", "backward"),
+    "weight gradient (mma)": ("weight_grad_mma", "weight_gradient"),
 }
+FUSED = 2  # of csrc/cuda/plan.h
 ADDRESS = 1 << 20  # of memory that nobody touches
 FACTS: dict[str, Any] = {
     "dtype": 0, "T": 1, "N": 1, "Cin": 1, "C": 8, "H": 8, "W": 8, "kernel": (3, 3),
@@ -46,11 +49,15 @@ FACTS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def plan(core: Core, matrix: int = 1, backward: bool = False, **facts: Any) -> Any:
+    """The core's plan of a launch for every step."""
+    cell, device = core.module.Cell(**FACTS | facts), core.kernels.device(torch.device("cpu"))
+    return core.module.CudaPlan(cell, device, matrix, FUSED, backward)
+
+
 def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:
     """Launches of a channels-last sequence with its gradients."""
     facts = FACTS | facts
-    module, cell = core.module, core.module.Cell(**facts)
-    target = module.cuda_target().wanting(matrix, 0)
     n, c, h, w = (facts[k] for k in ("N", "C", "H", "W"))
 
     def images(channels: int) -> tuple[int, tuple[int, ...]]:
@@ -62,13 +69,13 @@ def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:
               "graded": ADDRESS, "saved_gates": ADDRESS, "saved_syn": ADDRESS,
               "workspace": ADDRESS}  # fmt: skip
     with core.dry() as launches:
-        for backward in (False, True):
-            module.cuda_pack_weight(cell, target, 0, ADDRESS, backward, ADDRESS)
-        module.cuda_forward(cell, target, 0, record=True, spk=state, syn=state, mem=state, **common)
-        module.cuda_backward(cell, target, 0, record=True, grad_spk=state, grad_syn=state,
-                             grad_mem=state, grad_x=x, grad_syn0=state, grad_mem0=state,
-                             grad_weight=ADDRESS, grad_bias=ADDRESS, grad_threshold=ADDRESS,
-                             **common)  # fmt: skip
+        forward, backward = (plan(core, matrix, of, **facts) for of in (False, True))
+        for packed in forward, backward:
+            packed.pack(ADDRESS, ADDRESS, 0)
+        forward.forward(0, record=True, spk=state, syn=state, mem=state, **common)
+        backward.backward(0, record=True, grad_spk=state, grad_syn=state, grad_mem=state,
+                          grad_x=x, grad_syn0=state, grad_mem0=state, grad_weight=ADDRESS,
+                          grad_bias=ADDRESS, grad_threshold=ADDRESS, **common)  # fmt: skip
     return launches
 
 
@@ -91,10 +98,10 @@ def resident_blocks(launch: Launch, registers: int = 0) -> int:
 
 def registers_of(launch: Launch, mode: str) -> int:
     """The most registers that an instance of the kernel needs, or 0 if that is not known."""
-    kernel = KERNELS.get(launch.kernel)
-    if kernel is None or gpu_tools.find("nvcc") is None:
+    if launch.kernel not in KERNELS or gpu_tools.find("nvcc") is None:
         return 0
-    _, log = gpu_tools.compile_fatbin(ROOT / "csrc" / "cuda" / f"{kernel}.cu", (90,))
+    kernel, file = KERNELS[launch.kernel]
+    _, log = gpu_tools.compile_fatbin(ROOT / "csrc" / "cuda" / f"{file}.cu", (90,))
     pattern = re.compile(rf"{kernel}<({MODES[mode][2]})")
     return max(r.registers for r in gpu_tools.resources_of_log(log) if pattern.search(r.kernel))
 

@@ -30,7 +30,7 @@ class Mode:
     operands: torch.dtype | None = None  # under autocast
     compute_capability: int = 80
     algorithm: str = "direct"
-    kernels: str = "fused"  # see backend.ALGORITHMS
+    kernels: str = "fused"  # see backend.Emulated
     shared_bytes: int = 163 * 1024
     multiprocessors: int = 108
 
@@ -106,7 +106,6 @@ CASES = {
         in_channels=8, channels=16, height=8, width=8, layouts=("channels_last",) * 4
     ),
     "sliced": PLAIN.but(layouts=("sliced",) * 4),
-    # One launch has the input half of the first steps, another that of the others.
     "long": PLAIN.but(time=18, batch=1, height=3, width=4),
     "kernel 5x1": PLAIN.but(kernel_size=(5, 1), reset="subtract"),
     "kernel 1x1": PLAIN.but(kernel_size=(1, 1), reset="zero"),
@@ -129,7 +128,6 @@ CASES = {
         quant=state_quant(4, uniform=False), pool="max", pool_size=(2, 2)
     ),
     "threshold per channel": PLAIN.but(threshold="column", bias=False, graded=0.7),
-    # Weights of half types do not fit into the shared memory of the kernel that packs them.
     "kernel 5x5": PLAIN.but(kernel_size=(5, 5), time=1, batch=1),
 }
 # Calls without decisions, for the gradients of coarse modes.

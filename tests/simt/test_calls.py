@@ -56,20 +56,21 @@ def test_nothing_waits_for_the_device(core, algorithm):
     assert record.seen & set(WAITING)
 
 
-class Core:
-    """A core that notes the stream and the guards of each call of a kernel."""
+class Noting:
+    """A plan of the core that notes the stream and the guards of each call of a kernel."""
 
-    def __init__(self, module, guarded):
-        self.module, self.guarded, self.calls = module, guarded, []
+    def __init__(self, plan, guarded, calls):
+        self._plan, self._guarded, self._calls = plan, guarded, calls
 
     def __getattr__(self, name):
-        function = getattr(self.module, name)
-        if not name.endswith(("forward", "backward", "pack_weight", "target")):
-            return function
+        found = getattr(self._plan, name)
+        if name not in ("pack", "store_levels", "forward", "backward"):
+            return found
 
         def noted(*args, **kwargs):
-            self.calls.append((name, list(self.guarded), args[2] if args else None))
-            return function(*args, **kwargs)
+            stream = args[0] if name in ("forward", "backward") else args[-1]
+            self._calls.append((name, list(self._guarded), stream))
+            return found(*args, **kwargs)
 
         return noted
 
@@ -86,17 +87,27 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
 
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 77, raising=False)
-    noting = Core(core.module, guarded)
-    monkeypatch.setitem(native.BACKENDS, "cpu", cuda.Kernels(noting))
+    calls = []
+
+    class Noted(cuda.Backend):
+        def core_plan(self, *facts):
+            return Noting(super().core_plan(*facts), guarded, calls)
+
+    asked = []
+
+    def device():
+        asked.append(list(guarded))
+        return core.module.CudaDevice(80, 108, 163 * 1024)
+
+    monkeypatch.setattr(core.module, "cuda_device", device, raising=False)
+    monkeypatch.setitem(native.BACKENDS, "cpu", Noted(core.module))
     train(TRAINED, TRAINED.inputs(), algorithm)
-    names = {name for name, *_ in noting.calls}
-    assert names >= {"cuda_target", *(
-        {"cuda_pointwise_forward", "cuda_pointwise_backward"} if algorithm == "pointwise"
-        else {"cuda_forward", "cuda_backward", "cuda_pack_weight"}
-    )}  # fmt: skip
-    for name, within, stream in noting.calls:
+    packed = set() if algorithm == "pointwise" else {"pack"}
+    assert {name for name, *_ in calls} == {"forward", "backward", "store_levels"} | packed
+    assert asked == [[torch.device("cpu")]]
+    for name, within, stream in calls:
         assert set(within) == {torch.device("cpu")}, name
-        assert stream in (77, None), name
+        assert stream == 77, name
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ VECTORS = ("LDG.E.128", "STG.E.128")
 # By file of csrc/cuda: patterns of kernel names, and beginnings of instructions that the kernels
 # must have (a space ends the name). A kernel of 16-bit types has code for both of them.
 EXPECTED = {
-    "forward_mma": {
+    "forward": {
         r"forward_mma<float, \d>": (*TF32, "LDG.E.128"),
         r"forward_mma<unsigned short, \d>": (*BOTH_HALVES, "LDG.E.128"),
         r"forward_mma<.*, 2>": VECTORS,
@@ -34,11 +34,11 @@ EXPECTED = {
         r"resident_backward_mma<float>": (*TF32, *VECTORS),
         r"resident_backward_mma<unsigned short>": (*BOTH_HALVES, *VECTORS),
     },
-    "backward_mma": {
+    "backward": {
         r"backward_mma<float, \d>": (*TF32, *VECTORS),
         r"backward_mma<unsigned short, \d>": (*BOTH_HALVES, *VECTORS),
     },
-    "weight_grad_mma": {
+    "weight_gradient": {
         r"weight_grad_mma<.*[34]>": ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128"),
         r"weight_grad_mma<.*1>": ("HMMA.16816.F32 ", "LDGSTS.E.BYPASS.128", "LDSM.16.MT88.4"),
         r"weight_grad_mma<.*2>": ("HMMA.16816.F32.BF16", "LDSM.16.MT88.4"),
@@ -91,7 +91,7 @@ MOST = {"half": 8, "tf32": 10, "parts": 14}
 # narrow data gradient a warp has only 4 products in a k-step, and tests in each whether the
 # convolution has a stride. An input of few channels comes to the sequence kernel number by number.
 ABOVE = {
-    ("backward_mma", "parts", 12): 14.5,
+    ("backward", "parts", 12): 14.5,
     ("resident_forward", "half", 8): 12,
 }
 
@@ -105,7 +105,7 @@ def kind_of(kernel: str) -> str:
 @needs_nvcc
 @pytest.mark.parametrize(
     "file",
-    ["forward_mma", "backward_mma", "weight_grad_mma", "resident_forward", "resident_backward"],
+    ["forward", "backward", "weight_gradient", "resident_forward", "resident_backward"],
 )
 def test_inner_loops_do_little_beside_multiplying(file):
     source = CUDA / f"{file}.cu"

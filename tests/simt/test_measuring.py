@@ -12,7 +12,6 @@ from gradients import compare, gradients, of_outputs
 from modes import MODES, PLAIN
 
 import snnlstm
-from snnlstm.measured import choices
 from snnlstm.native import cuda
 
 NARROW = PLAIN.but(time=2, batch=1, channels=6, height=4, width=6)
@@ -25,7 +24,7 @@ OF_WIDE = {"mma-tf32-4x2", "mma-tf32-2x2"}
 
 
 class Clock:
-    """Gives one way the shortest time, and notes which are timed."""
+    """Gives one algorithm the shortest time, and notes which are timed."""
 
     def __init__(self, best: str = "") -> None:
         self.best = best
@@ -33,16 +32,9 @@ class Clock:
 
     def __call__(self, run) -> float:
         run()
-        (way,) = run.args
-        self.timed.append(way.name)
-        return 1.0 if way.name == self.best else 2.0
-
-
-@pytest.fixture(autouse=True)
-def _no_choices():
-    choices.clear()
-    yield
-    choices.clear()
+        (plan,) = run.args
+        self.timed.append(plan.name)
+        return 1.0 if plan.name == self.best else 2.0
 
 
 def timed_by(core, clock):
@@ -82,7 +74,7 @@ def test_of_equals_the_estimated_one_is_kept(core):
 
 
 @pytest.mark.parametrize("best", sorted(FORWARD | BACKWARD | OF_WIDE))
-def test_every_way_that_may_be_chosen_is_right(core, best):
+def test_every_algorithm_that_may_be_chosen_is_right(core, best):
     case = WIDE if best in OF_WIDE else NARROW
     case = MODES["tf32"].of(case.but(pool="avg", pool_size=(2, 2)))
     inputs, grads = case.inputs(), of_outputs(case)
@@ -155,23 +147,23 @@ def test_the_shortest_run_after_the_first_counts(monkeypatch):
     def run() -> None:
         Event.now += next(times)
 
-    assert cuda.Kernels(None).seconds(run) == pytest.approx(7e-3)
+    assert cuda.Backend(None).seconds(run) == pytest.approx(7e-3)
     assert list(times) == []
 
 
-def test_a_way_that_does_not_fit_into_memory_is_not_taken(monkeypatch):
+def test_an_algorithm_that_does_not_fit_into_memory_is_not_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
 
     def run() -> None:
         raise torch.cuda.OutOfMemoryError
 
-    assert cuda.Kernels(None).seconds(run) == float("inf")
+    assert cuda.Backend(None).seconds(run) == float("inf")
 
 
 def test_nothing_is_timed_in_a_capture_nor_where_runs_must_be_the_same(monkeypatch):
     capturing = SimpleNamespace(now=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing.now)
-    kernels = cuda.Kernels(None)
+    kernels = cuda.Backend(None)
     assert kernels.may_measure()
     capturing.now = True
     assert not kernels.may_measure()

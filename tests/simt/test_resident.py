@@ -9,9 +9,10 @@ import torch
 from backend import float32_precision
 from cases import wanting_gradients
 from emulator import EmulationError
+from launches import FACTS
 from modes import FITS, MODES, PLAIN, RESIDENT
 
-from snnlstm.call import make_call
+TF32, DIRECT = 1, 1  # the numbers of csrc/cuda/plan.h
 
 
 @pytest.mark.parametrize("mode", ["float32", "tf32x3", "bfloat16 states", "float16 autocast"])
@@ -58,8 +59,8 @@ def test_a_sequence_is_one_launch_forward_and_one_backward(core, mode, kind, tim
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (PLAIN.but(batch=1, time=1, channels=200), "do not fit in the shared memory"),
-        (PLAIN.but(dilation=(1_000, 1_000)), "do not fit in the shared memory"),
+        (PLAIN.but(batch=1, time=1, channels=200), "do not fit"),
+        (PLAIN.but(dilation=(1_000, 1_000)), "do not fit"),
     ],
 )
 def test_cells_that_do_not_fit_are_left_to_the_kernels_of_one_step(core, case, message):
@@ -85,18 +86,10 @@ def test_cells_that_do_not_fit_are_left_to_the_kernels_of_one_step(core, case, m
 )
 def test_it_is_chosen_if_launches_take_the_time(core, time, batch, channels, size, resident):
     core.device(90, 132, 227 * 1024, algorithm="auto")
-    case = PLAIN.but(
-        time=time, batch=batch, in_channels=channels[0], channels=channels[1],
-        height=size, width=size,
-    )  # fmt: skip
-    with core.installed(), float32_precision("tf32"):
-        x = torch.empty(time, batch, channels[0], size, size)
-        mem = torch.empty(batch, channels[1], size, size)
-        rest = (torch.empty(4 * channels[1], sum(channels), 3, 3), None, torch.ones(()))
-        call = make_call((x, mem, mem, *rest, torch.ones(())), case.options)
-        plan = core.kernels.plan(call, "auto", core.kernels.settings(call.signature))
-        name = core.module.cuda_algorithm_name(plan.cell, plan.target)
-    assert name == ("resident-mma-tf32" if resident else "mma-tf32")
+    facts = {"T": time, "N": batch, "Cin": channels[0], "C": channels[1], "H": size, "W": size}
+    device = core.kernels.device(None)
+    found = core.module.CudaPlan(core.module.Cell(**FACTS | facts), device, TF32, DIRECT, False)
+    assert found.name == ("resident-mma-tf32" if resident else "mma-tf32")
 
 
 @pytest.mark.parametrize("mode", ["tf32", "bfloat16 states", "float32"])

@@ -7,15 +7,16 @@
 #include <vector>
 
 #include "bindings_cuda.h"
+#include "images.h"
 #include "machine.h"
 #include "memory.h"
-#include "plan.h"
 
 using namespace snnlstm;
+namespace py = pybind11;
 
 namespace {
 
-cuda::Target the_target;
+py::object& watcher = *new py::object;  // outlives the interpreter
 
 // What a call does to an array: it overwrites it, or reads and writes it (updates).
 enum Does { reads, writes, updates };
@@ -32,7 +33,7 @@ class Arrays {
   void add(const char* name, const void* p, int64_t bytes, Does does) {
     if (simt::simt_settings.dry || p == nullptr || bytes <= 0) return;
     const char* c = static_cast<const char*>(p);
-    items_.push_back({c, c + bytes, name, does != reads});
+    items_.push_back({c, c + bytes, name, does != writes, does != reads});
     if (does == writes) std::memset(const_cast<void*>(p), 0xff, size_t(bytes));
   }
 
@@ -44,11 +45,14 @@ class Arrays {
       last += (extent[k] - 1) * v.stride[k];
     }
     const int64_t size = cuda::bytes_of(type);
-    add(name, v.data, (last + 1) * size, does == writes ? updates : does);
-    if (does == writes) poison(static_cast<char*>(v.data), v, extent, size, 0);
+    if (does != writes) return add(name, v.data, (last + 1) * size, does);
+    add(name, v.data, (last + 1) * size, updates);
+    items_.back().readable = false;
+    poison(static_cast<char*>(v.data), v, extent, size, 0);
   }
 
-  void commit() {
+  void commit(void* stream) {
+    report(stream);
     std::sort(items_.begin(), items_.end(),
               [](const Item& a, const Item& b) { return a.start < b.start; });
     for (size_t i = 0; i < items_.size();) {
@@ -68,8 +72,17 @@ class Arrays {
   struct Item {
     const char *start, *end;
     std::string name;
-    bool writable;
+    bool readable, writable;
   };
+  // Tells the watcher of each array, before those that overlap become one.
+  void report(void* stream) const {
+    const py::gil_scoped_acquire acquire;
+    if (!watcher || watcher.is_none()) return;
+    std::vector<std::tuple<uintptr_t, uintptr_t, bool, bool>> seen;
+    for (const Item& i : items_)
+      seen.emplace_back(uintptr_t(i.start), uintptr_t(i.end), i.readable, i.writable);
+    watcher(uintptr_t(stream), seen);
+  }
   std::vector<Item> items_;
   std::vector<const char*> registered_;
 
@@ -90,7 +103,8 @@ struct Extents {
   int64_t size, real, gate;  // of an element: of the states, the compute type, the gates
   int64_t weight, gates_of_all;
 
-  Extents(const Cell& c, const cuda::Target& target, bool record = false)
+  Extents(const cuda::Plan& plan, bool record = false) : Extents(plan.cell, plan.matrix, record) {}
+  Extents(const Cell& c, cuda::Matrix matrix, bool record)
       : shape(c),
         input{c.T, c.N, c.Cin, c.H, c.W},
         state{1, c.N, c.C, c.Ho(), c.Wo()},
@@ -99,7 +113,7 @@ struct Extents {
         gates{1, c.N, 4 * c.C, c.Ho(), c.Wo()},
         size(cuda::bytes_of(c.dtype)),
         real(cuda::bytes_of(cuda::real_of(c.dtype))),
-        gate(cuda::bytes_of(cuda::gate_type(c.dtype, target.matrix))),
+        gate(cuda::bytes_of(cuda::gate_type(c.dtype, matrix))),
         weight(4 * c.C * (c.Cin + c.C) * shape.taps * size),
         gates_of_all(c.T * shape.gates() * gate) {}
 
@@ -109,129 +123,91 @@ struct Extents {
   }
 };
 
-template <class Args>
-void add_inputs(Arrays& arrays, const Args& a, const Extents& e, int64_t packed) {
-  const Cell& c = a.cell;
-  arrays.add("x", a.x, e.input, c.dtype, reads);
-  arrays.add("syn0", a.syn0, e.state, c.dtype, reads);
-  arrays.add("mem0", a.mem0, e.state, c.dtype, reads);
-  arrays.add("packed weight", a.weight, packed, reads);
-  arrays.add("threshold", a.threshold, (1 + (c.C - 1) * a.threshold_stride) * e.size, reads);
-  arrays.add("graded factor", a.graded_factor, e.real, reads);
-  arrays.add("levels", a.levels, c.num_levels * e.real, reads);
-}
+// What the kernels of a plan read and write in a call. A step behind torch's convolution may write
+// the states where it has read them.
+struct CheckedPlan : cuda::Plan {
+  using cuda::Plan::Plan;
+  explicit CheckedPlan(cuda::Plan&& plan) : cuda::Plan(std::move(plan)) {}
 
-// behind_torch: a step behind torch's convolution may write the states where it has read them.
-void add_forward(Arrays& arrays, const ForwardArgs& a, const cuda::Target& target,
-                 bool behind_torch) {
-  const Cell& c = a.cell;
-  const Extents e(c, target, a.record);
-  const cuda::Sizes z = cuda::sizes(c, target);
-  const Does states = behind_torch ? updates : writes;
-  add_inputs(arrays, a, e, z.packed_forward);
-  arrays.add("bias", a.bias, 4 * c.C * e.size, reads);
-  arrays.add("spk", a.spk, e.spikes, c.dtype, writes);
-  arrays.add("syn", a.syn, e.states, c.dtype, states);
-  arrays.add("mem", a.mem, e.states, c.dtype, states);
-  arrays.add("saved gates", a.saved_gates, e.gates_of_all, writes);
-  arrays.add("saved syn", a.saved_syn, e.saved_syn(behind_torch), writes);
-  arrays.add("winner", a.winner, c.T * c.N * 8, writes);
-  arrays.add("workspace", a.workspace, z.forward_workspace, writes);
-}
+  bool behind_torch() const { return algorithm == cuda::Algorithm::pointwise; }
 
-void add_backward(Arrays& arrays, const BackwardArgs& a, const cuda::Target& target,
-                  int64_t workspace, bool behind_torch) {
-  const Cell& c = a.cell;
-  const Extents e(c, target, a.record);
-  const cuda::Sizes z = cuda::sizes(c, target);
-  add_inputs(arrays, a, e, z.packed_backward);
-  arrays.add("saved gates", a.saved_gates, e.gates_of_all, reads);
-  arrays.add("d_gates", a.d_gates, e.gates_of_all, writes);
-  const int64_t mems = behind_torch ? 1 : c.T - 1;
-  arrays.add("mem after", a.mem_after, mems * e.shape.state() * e.gate, writes);
-  arrays.add("saved syn", a.saved_syn, e.saved_syn(false), reads);
-  arrays.add("winner", a.winner, c.T * c.N * 8, reads);
-  arrays.add("noise", a.noise, e.spikes, c.dtype, reads);
-  arrays.add("grad_spk", a.grad_spk, e.spikes, c.dtype, reads);
-  arrays.add("grad_syn", a.grad_syn, e.states, c.dtype, reads);
-  arrays.add("grad_mem", a.grad_mem, e.states, c.dtype, reads);
-  arrays.add("grad_x", a.grad_x, e.input, c.dtype, writes);
-  arrays.add("grad_syn0", a.grad_syn0, e.state, c.dtype, behind_torch ? updates : writes);
-  arrays.add("grad_mem0", a.grad_mem0, e.state, c.dtype, writes);
-  arrays.add("grad_weight", a.grad_weight, e.weight, writes);
-  arrays.add("grad_bias", a.grad_bias, 4 * c.C * e.size, writes);
-  arrays.add("grad_threshold", a.grad_threshold, c.C * e.size, writes);
-  arrays.add("workspace", a.workspace, workspace, writes);
-}
+  template <class Args>
+  void add_inputs(Arrays& arrays, const Args& a, const Extents& e) const {
+    arrays.add("x", a.x, e.input, cell.dtype, reads);
+    arrays.add("syn0", a.syn0, e.state, cell.dtype, reads);
+    arrays.add("mem0", a.mem0, e.state, cell.dtype, reads);
+    arrays.add("packed weight", a.weight, packed_bytes, reads);
+    arrays.add("threshold", a.threshold, (1 + (cell.C - 1) * a.threshold_stride) * e.size, reads);
+    arrays.add("graded factor", a.graded_factor, e.real, reads);
+    arrays.add("levels", a.levels, cell.num_levels * e.real, reads);
+    arrays.add("workspace", a.workspace, workspace, writes);
+  }
 
-void pack_weight(const Cell& c, const void* weight, bool backward, void* packed,
-                 const cuda::Target& target) {
-  const cuda::Sizes z = cuda::sizes(c, target);
-  Arrays arrays;
-  arrays.add("weight", weight, Extents(c, target).weight, reads);
-  arrays.add("packed weight", packed, backward ? z.packed_backward : z.packed_forward, writes);
-  arrays.commit();
-  cuda::pack_weight(c, weight, backward, packed, target);
-}
+  void run(const ForwardArgs& a, void* stream) const {
+    const Cell& c = cell;
+    const Extents e(*this, a.record);
+    const Does states = behind_torch() ? updates : writes;
+    Arrays arrays;
+    add_inputs(arrays, a, e);
+    arrays.add("bias", a.bias, 4 * c.C * e.size, reads);
+    arrays.add("gate sums", a.gate_sums, e.gates, cuda::gate_type(c.dtype, matrix), reads);
+    arrays.add("spk", a.spk, e.spikes, c.dtype, writes);
+    arrays.add("syn", a.syn, e.states, c.dtype, states);
+    arrays.add("mem", a.mem, e.states, c.dtype, states);
+    arrays.add("saved gates", a.saved_gates, e.gates_of_all, writes);
+    arrays.add("saved syn", a.saved_syn, e.saved_syn(behind_torch()), writes);
+    arrays.add("winner", a.winner, c.T * c.N * 8, writes);
+    arrays.commit(stream);
+    cuda::Plan::run(a, stream);
+  }
 
-void store_levels(const Cell& c, const double* values, void* levels, const cuda::Target& target) {
-  Arrays arrays;
-  arrays.add("levels", levels, c.num_levels * Extents(c, target).real, writes);
-  arrays.commit();
-  cuda::store_levels(c, values, levels, target);
-}
+  void run(const BackwardArgs& a, void* stream) const {
+    const Cell& c = cell;
+    const Extents e(*this, a.record);
+    Arrays arrays;
+    add_inputs(arrays, a, e);
+    arrays.add("saved gates", a.saved_gates, e.gates_of_all, reads);
+    arrays.add("d_gates", a.d_gates, e.gates_of_all, writes);
+    const int64_t mems = behind_torch() ? 1 : c.T - 1;
+    arrays.add("mem after", a.mem_after, mems * e.shape.state() * e.gate, writes);
+    arrays.add("saved syn", a.saved_syn, e.saved_syn(false), reads);
+    arrays.add("winner", a.winner, c.T * c.N * 8, reads);
+    arrays.add("noise", a.noise, e.spikes, c.dtype, reads);
+    arrays.add("grad_spk", a.grad_spk, e.spikes, c.dtype, reads);
+    arrays.add("grad_syn", a.grad_syn, e.states, c.dtype, reads);
+    arrays.add("grad_mem", a.grad_mem, e.states, c.dtype, reads);
+    arrays.add("grad_x", a.grad_x, e.input, c.dtype, writes);
+    arrays.add("grad_syn0", a.grad_syn0, e.state, c.dtype, behind_torch() ? updates : writes);
+    arrays.add("grad_mem0", a.grad_mem0, e.state, c.dtype, writes);
+    arrays.add("grad_weight", a.grad_weight, e.weight, writes);
+    arrays.add("grad_bias", a.grad_bias, 4 * c.C * e.size, writes);
+    arrays.add("grad_threshold", a.grad_threshold, c.C * e.size, writes);
+    arrays.commit(stream);
+    cuda::Plan::run(a, stream);
+  }
 
-void forward(const ForwardArgs& a, const cuda::Target& target) {
-  Arrays arrays;
-  add_forward(arrays, a, target, false);
-  arrays.commit();
-  cuda::forward(a, target);
-}
+  void pack(const void* weight, void* packed, void* stream) const {
+    Arrays arrays;
+    arrays.add("weight", weight, Extents(*this).weight, reads);
+    arrays.add("packed weight", packed, packed_bytes, writes);
+    arrays.commit(stream);
+    cuda::Plan::pack(weight, packed, stream);
+  }
 
-void backward(const BackwardArgs& a, const cuda::Target& target) {
-  Arrays arrays;
-  const cuda::Sizes z = cuda::sizes(a.cell, target);
-  const bool of_data = a.d_gates && !a.grad_weight && !a.grad_bias;
-  add_backward(arrays, a, target, of_data ? z.data_workspace : z.backward_workspace, false);
-  arrays.commit();
-  cuda::backward(a, target);
-}
-
-void pointwise_forward(const ForwardArgs& a, const View& gate_sums, const cuda::Target& target) {
-  Arrays arrays;
-  add_forward(arrays, a, target, true);
-  arrays.add("gate sums", gate_sums, Extents(a.cell, target).gates,
-             cuda::gate_type(a.cell.dtype, target.matrix), reads);
-  arrays.commit();
-  cuda::pointwise_forward(a, gate_sums, target);
-}
-
-void pointwise_backward(const BackwardArgs& a, const cuda::Target& target) {
-  Arrays arrays;
-  add_backward(arrays, a, target, cuda::pointwise_workspace(a.cell, target), true);
-  arrays.commit();
-  cuda::pointwise_backward(a, target);
-}
+  void store_levels(const double* values, void* levels, void* stream) const {
+    Arrays arrays;
+    arrays.add("levels", levels, cell.num_levels * Extents(*this).real, writes);
+    arrays.commit(stream);
+    cuda::Plan::store_levels(values, levels, stream);
+  }
+};
 
 }  // namespace
 
-snnlstm::cuda::Target snnlstm::cuda::current_target() { return the_target; }
-
 PYBIND11_MODULE(snnlstm_simt, m) {
   bindings::bind_cell(m);
-  bindings::CudaCalls calls;
-  calls.pack_weight = &pack_weight;
-  calls.store_levels = &store_levels;
-  calls.forward = &forward;
-  calls.backward = &backward;
-  calls.pointwise_forward = &pointwise_forward;
-  calls.pointwise_backward = &pointwise_backward;
-  bindings::bind_cuda(m, calls);
-  m.def("set_device",
-        [](int compute_capability, int multiprocessors, int64_t shared_bytes, int algorithm) {
-          the_target.compute_capability = compute_capability;
-          the_target.multiprocessors = multiprocessors;
-          the_target.shared_bytes = shared_bytes;
-          the_target.algorithm = cuda::Algorithm(algorithm);
-        });
+  bindings::bind_cuda<CheckedPlan>(m);
+  // watcher(stream, [(start, end, whether it is read, whether it is written), ...]) is told of each
+  // call's arrays. None: nobody is.
+  m.def("watch", [](const py::object& seen) { watcher = seen; });
 }

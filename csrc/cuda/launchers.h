@@ -1,49 +1,48 @@
-// The launchers. A function launches one kernel, in the instance for the types. Each family of
-// kernels is compiled in a file of its own.
+// The launchers, each in the file that is named after its kernels, and what they share.
 #pragma once
 
-#include "backward.cuh"
-#include "choose.h"
 #include "fire.cuh"
-#include "forward.cuh"
-#include "neuron_backward.cuh"
-#include "pack.cuh"
-#include "plan.h"
-#include "weight_grad.cuh"
+#include "images.h"
+#include "step_plans.h"
+#include "weight_gradient.cuh"
 
 namespace snnlstm::cuda {
 
-void launch_forward_fma(const ForwardFma& p, void* stream);
-void launch_forward_mma(const ForwardPlan& plan, const ForwardMma& p, void* stream);
+struct PackedPart;
+struct ForwardPass;
+struct BackwardPass;
+
+// Packs the parts, which lie in `packed`.
+void pack_weight(const Cell& cell, const PackedPart (&parts)[2], const void* weight, void* packed,
+                 void* stream);
+
 void launch_fire(const FireStep& p, bool inhibition, void* stream);
 
-void launch_backward_fma(const BackwardFma& p, DType type, void* stream);
-void launch_backward_mma(const DataPlan& plan, const BackwardMma& p, size_t shared_bytes,
-                         void* stream);
-void launch_data_gradient_fma(const Jobs<DataGradientFma>& p, DType type, void* stream);
-void launch_data_gradient_mma(const Jobs<DataGradientMma>& p, Multiply multiply,
-                              size_t shared_bytes, void* stream);
 void launch_spread(const NeuronBackward& p, int64_t N, void* stream);
-void launch_weight_grad_fma(const WeightGrad& p, int splits, DType type, void* stream);
-void launch_weight_grad_mma(const WeightPlans& plan, const Jobs<WeightGradMma>& p, void* stream);
-void launch_reduce_weight(const ReduceWeights& p, void* stream);
-void launch_sum_gates(const SumGates& p, int splits, DType type, void* stream);
+
+// What the gradients of weight and bias are summed from, and memory for their parts.
+struct WeightSources {
+  Tensor x;                             // (T, N, Cin, H, W)
+  Tensor mem;                           // before the first step
+  Tensor mem_later;                     // after each step; absent if there is one step
+  void* d_gates = nullptr;              // (T, N, Ho, Wo, 4, Cp)
+  void* parts[2] = {nullptr, nullptr};  // of x's and of mem's half of the weight
+  void* bias_parts = nullptr;
+};
+void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* out, void* stream);
+void bias_gradient(const BackwardPass& plan, const WeightSources& of, void* out, void* stream);
 void launch_reduce_sums(const ReduceSums& p, void* stream);
 
-// Runs the whole sequence in one launch; resident_plan.h says whether that is possible.
-void resident_forward(const ForwardArgs& args, const Target& target);
+// Runs the whole sequence in one launch.
+void resident_forward(const ForwardPass& plan, const ForwardArgs& args, void* stream);
 
 // What the steps of the backward pass leave behind. mem and sums are null if nobody wants them.
 struct ResidentGradients {
   void *d_gates = nullptr, *mem = nullptr, *sums = nullptr;
 };
-struct ResidentBackwardPlan;
-// Runs all steps, and forms the gradients of the first states. weight: packed, for mem's gradient.
-void resident_backward(const ResidentBackwardPlan& plan, const BackwardArgs& args,
-                       const ResidentGradients& to, const void* weight, const Target& target);
-
-int64_t forward_workspace(const Cell& cell, const Target& target);
-int64_t backward_workspace(const Cell& cell, const Target& target, bool of_weights);
+// Runs all steps, and forms the gradients of the first states.
+void resident_backward(const BackwardPass& plan, const BackwardArgs& args,
+                       const ResidentGradients& to, void* stream);
 
 // Calls f(E{}), E the type of elements that tensor core kernels are compiled for.
 template <class F>

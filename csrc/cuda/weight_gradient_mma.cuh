@@ -20,7 +20,7 @@
 #include <type_traits>
 
 #include "mma.cuh"
-#include "weight_grad.cuh"
+#include "weight_gradient.cuh"
 
 namespace snnlstm::cuda {
 
@@ -110,7 +110,7 @@ class WeightGemm {
       if (!fault(Fault::missing_wait, 3)) cp_async_wait<0>();
       if (!fault(Fault::missing_barrier_read, 3)) __syncthreads();
       const bool more = i + 1 < end, computes = i >= begin;
-      const Block at = block_of(p_.grad.tiling, unsigned(i + 1));
+      const BlockPlace at = block_of(p_.grad.tiling, unsigned(i + 1));
       const MmaSegment& next = p_.source[more && at.t > 0 && p_.grad.later.present() ? 1 : 0];
       // Gathered elements come a few at a time, while the tensor cores work.
       const bool in_turns =
@@ -223,7 +223,7 @@ class WeightGemm {
   }
   // Begins to copy the tile's d_gates of the block's rows, with zeros outside of the image and
   // behind the last row.
-  SNNLSTM_DEVICE void copy_gates(const Block& at, int buffer) const {
+  SNNLSTM_DEVICE void copy_gates(const BlockPlace& at, int buffer) const {
     const Tiling& tiling = p_.grad.tiling;
     const auto* image = static_cast<const Element*>(image_of(p_.grad.d_gates, at.t, at.n));
     const int units = 1 << p_.unit_bits, per_unit = 16 / int(sizeof(Element));

@@ -1,11 +1,15 @@
-// Chooses the kernels that run a cell, and their tiles, from the cell and the target alone: packed
-// weights, saved tensors and workspaces of one cell always fit together.
+// Chooses how the kernels of one step multiply, their tiles and their blocks, from the cell, the
+// device and the matrix type: packed weights, saved tensors and workspaces always fit together.
 #pragma once
+
+#include <optional>
+#include <string>
 
 #include "backward.cuh"
 #include "forward.cuh"
+#include "mma_segments.h"
 #include "plan.h"
-#include "weight_grad_mma.cuh"
+#include "weight_gradient_mma.cuh"
 
 namespace snnlstm::cuda {
 
@@ -14,18 +18,46 @@ inline const char* name_of(Multiply m) {
   return names[int(m)];
 }
 
-inline Multiply wanted_multiply(const Cell& cell, const Target& target) {
-  const bool possible = target.compute_capability >= 80 && target.algorithm != Algorithm::fma;
-  if (!possible || cell.dtype == DType::float64) return Multiply::fma;
+inline Multiply wanted_multiply(const Cell& cell, const Device& device, Matrix matrix) {
+  if (device.compute_capability < 80 || cell.dtype == DType::float64) return Multiply::fma;
   if (cell.dtype == DType::float16) return Multiply::fp16;
   if (cell.dtype == DType::bfloat16) return Multiply::bf16;
   constexpr Multiply by_matrix[] = {Multiply::fma, Multiply::tf32, Multiply::tf32x3, Multiply::fp16,
                                     Multiply::bf16};
-  return by_matrix[int(target.matrix)];
+  return by_matrix[int(matrix)];
+}
+
+// Chooses a tile of at most `pixels` pixels, and with `windows` one of whole pooling windows;
+// returns false if there is none. The width is even, since threads hold pairs of pixels. The tile
+// with the fewest pixels in all tiles and their neighbourhoods wins.
+inline bool choose_tile(const Cell& c, int64_t height, int64_t width, int pixels, bool windows,
+                        Tiling& tiling) {
+  const int64_t unit_h = windows ? c.pool_h : 1;
+  const int64_t unit_w = windows && c.pool_w % 2 ? 2 * int64_t(c.pool_w) : windows ? c.pool_w : 2;
+  int64_t best = -1;
+  for (int64_t w = unit_w; unit_h * w <= pixels; w += unit_w) {
+    const int64_t h =
+        std::min(pixels / w / unit_h * unit_h, round_up(std::max<int64_t>(height, 1), unit_h));
+    const int64_t rows = std::max<int64_t>(ceil_div(height, h), 1);
+    const int64_t cols = std::max<int64_t>(ceil_div(width, w), 1);
+    // In sectors of 8 numbers. A row that goes on beyond the tile costs one more at each end.
+    const int64_t halo = std::min<int64_t>(2 * c.pad_h(), 1 << 16);
+    const int64_t read = (h + halo) * (ceil_div(w, 8) + (w < width ? 2 : 0)) * 8;
+    const int64_t cost = rows * cols * (4 * pixels + read);
+    if (best < 0 || cost < best) {
+      best = cost;
+      tiling.h = int(h), tiling.w = int(w);
+      tiling.by_w = SmallDivisor(w), tiling.by_rows = Divisor(rows), tiling.by_cols = Divisor(cols);
+      tiling.by_window = SmallDivisor(std::max<int64_t>(w / c.pool_w, 1));
+      tiling.by_windows = SmallDivisor(std::max<int64_t>(h / c.pool_h * (w / c.pool_w), 1));
+    }
+    if (w >= width) break;
+  }
+  return best >= 0;
 }
 
 // The two halves of the gates' convolution, of x and of mem, without their data.
-inline Segment input_window(const Cell& c) {
+inline Segment x_segment(const Cell& c) {
   Segment s;
   s.channels = int(c.Cin), s.height = int(c.H), s.width = int(c.W);
   s.taps_h = c.kernel_h, s.taps_w = c.kernel_w;
@@ -34,8 +66,8 @@ inline Segment input_window(const Cell& c) {
   s.step_h = c.stride_h, s.step_w = c.stride_w;
   return s;
 }
-inline Segment state_window(const Cell& c) {
-  Segment s = input_window(c);
+inline Segment mem_segment(const Cell& c) {
+  Segment s = x_segment(c);
   s.channels = int(c.C), s.height = int(c.Ho()), s.width = int(c.Wo());
   s.step_h = s.step_w = 1;
   return s;
@@ -60,6 +92,7 @@ struct StepPlan {
   int tiles = 0;                 // mma: n-tiles of a warp
   int warps_m = 0, warps_n = 0;  // mma: warps along pixels, along channels
   int k_groups = 1;              // groups of warps_m * warps_n warps, which share K among them
+  int shape = -1;                // mma: the row of kForwardShapes or kDataShapes
 
   bool mma() const { return multiply != Multiply::fma; }
   int threads() const { return mma() ? 32 * warps_m * warps_n * k_groups : fma::kThreads; }
@@ -68,8 +101,7 @@ struct StepPlan {
 
 // On tensor cores a warp has 8 n-tiles (16 channels) or 4 (8 channels).
 struct ForwardPlan : StepPlan {
-  bool fires = true;    // false: a kernel behind the step fires
-  int64_t hoisted = 0;  // steps whose input half one launch computes before; 0: none
+  bool fires = true;  // false: a kernel behind the step fires
 
   int held() const { return mma() ? tiles / 2 : 1; }  // channels that a thread holds
   int channels() const { return mma() ? 2 * tiles * warps_n : fma::kChannels; }  // of a block
@@ -77,10 +109,10 @@ struct ForwardPlan : StepPlan {
 };
 
 inline MmaDepth x_depth(const Cell& c, Multiply m) {
-  return MmaDepth(MmaType(m), input_window(c), true);
+  return MmaDepth(MmaType(m), x_segment(c), true);
 }
 inline MmaDepth mem_depth(const Cell& c, Multiply m) {
-  return MmaDepth(MmaType(m), state_window(c));
+  return MmaDepth(MmaType(m), mem_segment(c));
 }
 
 // Bytes of shared memory of a tensor core step. The epilogue takes the convolution's place.
@@ -104,63 +136,43 @@ inline void choose_tiling(ForwardPlan& plan, const Cell& c, int pixels) {
   cover(plan.tiling, c, c.N, c.C, plan.channels());
 }
 
-// Returns the number of steps whose input half one launch computes before the first of them. That
-// costs 8 numbers a neuron and step, written and read. It pays if a step leaves multiprocessors
-// idle: then its time is that of one block, the block's work shrinks, and the input half runs on
-// all of the multiprocessors. The steps are so few that the numbers are still in the cache when
-// they are read, and that the workspace does not grow with T.
-inline int64_t steps_to_hoist(const ForwardPlan& plan, const Cell& c, const Target& target) {
-  constexpr int64_t most_bytes = 32 << 20, most_steps = 16, fewest_steps = 4;
-  if (plan.tiling.blocks() > target.multiprocessors || 3 * c.Cin < c.C) return 0;
-  const int64_t bytes = Shape(c).gates() * bytes_of(real_of(c.dtype));
-  const int64_t most = std::min(most_bytes / std::max<int64_t>(bytes, 1), most_steps);
-  if (most < fewest_steps || c.T < fewest_steps) return 0;
-  return ceil_div(c.T, ceil_div(c.T, most));  // chunks of nearly equal length
-}
-
 // Chooses the first of the shapes that fit and give each multiprocessor a block, since large blocks
 // fetch less; else the last that fits. fits(shape) plans the tiles, too. wanted: the only row that
 // may be chosen, or -1. Returns whether any shape fits.
-template <class Plan, size_t count, class Fits>
-bool choose_shape(Plan& plan, const BlockShape (&shapes)[count], int wanted, const Target& target,
+template <class Step, size_t count, class Fits>
+bool choose_shape(Step& plan, const BlockShape (&shapes)[count], int wanted, const Device& device,
                   Fits&& fits) {
-  Plan best;
+  Step best;
   for (const BlockShape& shape : shapes) {
     if (wanted >= 0 && &shape != shapes + wanted) continue;
     plan.warps_m = shape.m, plan.warps_n = shape.n, plan.k_groups = shape.k;
+    plan.shape = int(&shape - shapes);
     if (!fits(shape)) continue;
     best = plan;
-    if (plan.tiling.blocks() >= target.multiprocessors) break;
+    if (plan.tiling.blocks() >= device.multiprocessors) break;
   }
   plan = best;
   return plan.mma();
 }
 
-inline ForwardPlan plan_step(const Cell& c, const Target& target) {
+// shape: the only row of kForwardShapes that may be chosen, or -1.
+inline ForwardPlan plan_forward(const Cell& c, const Device& device, Matrix matrix, int shape) {
   ForwardPlan plan;
-  plan.multiply = wanted_multiply(c, target);
+  plan.multiply = wanted_multiply(c, device, matrix);
   if (plan.mma()) {
     plan.tiles = c.C <= 8 ? 4 : 8;
-    const auto fits = [&](const BlockShape& shape) {
-      if (shape.n == 2 && c.C <= 16) return false;
-      choose_tiling(plan, c, 32 * shape.m);
+    const auto fits = [&](const BlockShape& of) {
+      if (of.n == 2 && c.C <= 16) return false;
+      choose_tiling(plan, c, 32 * of.m);
       MmaBuilder builder = plan.builder();
-      builder.add(input_window(c), x_depth(c, plan.multiply), plan.tiling);
-      builder.add(state_window(c), mem_depth(c, plan.multiply), plan.tiling);
+      builder.add(x_segment(c), x_depth(c, plan.multiply), plan.tiling);
+      builder.add(mem_segment(c), mem_depth(c, plan.multiply), plan.tiling);
       builder.finish(nullptr, 0, plan.threads());
       return forward_shared_bytes(plan, builder.conv, c.pool != Pool::none) +
                  5 * plan.channels() * 4 <=
-             target.shared_bytes;
+             device.shared_bytes;
     };
-    if (choose_shape(plan, kForwardShapes, target.forward_shape, target, fits)) return plan;
-    if (target.algorithm == Algorithm::mma)
-      throw std::runtime_error("the neighbourhood of a tile does not fit in " +
-                               std::to_string(target.shared_bytes) +
-                               " bytes of shared memory: algorithm mma cannot run this cell");
-  } else if (target.algorithm == Algorithm::mma) {
-    throw std::runtime_error("algorithm mma needs compute capability 8.0 and a matrix type; got " +
-                             std::to_string(target.compute_capability) + " and matrix " +
-                             std::to_string(int(target.matrix)));
+    if (choose_shape(plan, kForwardShapes, shape, device, fits)) return plan;
   }
   choose_tiling(plan, c, fma::kPixels);
   return plan;
@@ -168,14 +180,7 @@ inline ForwardPlan plan_step(const Cell& c, const Target& target) {
 
 // Blocks of the largest launch of the forward pass.
 inline int64_t forward_blocks(const Cell& c, const ForwardPlan& plan) {
-  const int64_t firing = c.N * ceil_div(c.C * c.Ho() * c.Wo(), 256);
-  return std::max(plan.tiling.blocks() * std::max<int64_t>(plan.hoisted, 1), firing);
-}
-
-inline ForwardPlan plan_forward(const Cell& c, const Target& target) {
-  ForwardPlan plan = plan_step(c, target);
-  plan.hoisted = steps_to_hoist(plan, c, target);
-  return plan;
+  return std::max(plan.tiling.blocks(), c.N * ceil_div(c.C * c.Ho() * c.Wo(), 256));
 }
 
 // ---- the backward pass --------------------------------------------------------------------------
@@ -186,8 +191,8 @@ struct DataPlan : StepPlan {
 };
 
 // That convolution's source, d_gates; padding is the forward convolution's.
-inline Segment gates_window(const Cell& c, bool of_x) {
-  Segment s = state_window(c);
+inline Segment gates_segment(const Cell& c, bool of_x) {
+  Segment s = mem_segment(c);
   s.channels = int(4 * Shape(c).Cp);
   if (of_x) s.up_h = SmallDivisor(c.stride_h), s.up_w = SmallDivisor(c.stride_w);
   return s;
@@ -196,10 +201,10 @@ inline Segment gates_window(const Cell& c, bool of_x) {
 // The shared memory of a tensor core step, in bytes from its start. It begins with the convolution,
 // in whose place the parked accumulators and the mem tile come; behind them lie the thresholds
 // (vectors) and the sums of their gradients (row_sums).
-struct BackwardShared {
+struct BackwardLayout {
   int mem_tile, mem_pitch, vectors, row_sums, bytes;
 
-  BackwardShared(const DataPlan& plan, const MmaConv& conv, bool with_mem) {
+  BackwardLayout(const DataPlan& plan, const MmaConv& conv, bool with_mem) {
     mem_tile = 8 * plan.tiles * plan.threads() * 4;
     mem_pitch = 32 * plan.warps_m + 2;
     const int epilogue = mem_tile + (with_mem ? plan.channels() * mem_pitch * 4 : 0);
@@ -241,16 +246,11 @@ struct WeightPlans {
   int shared_bytes() const { return totals() + 4 * weight_tile::kSums * threads(); }
 };
 
-struct BackwardPlan {
-  bool spreads = true;  // no pooling window crosses a tile: the step needs no kernel before it
-  DataPlan to_mem, to_x;
-};
-
 // Plans one half of the weight's gradient on tensor cores, but for its splits.
 inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int most_rows) {
   const Shape s(c);
   const MmaType type(multiply);
-  const Segment in = of_x ? input_window(c) : state_window(c);
+  const Segment in = of_x ? x_segment(c) : mem_segment(c);
   const MmaDepth depth = of_x ? x_depth(c, multiply) : mem_depth(c, multiply);
   WeightPlan w;
   w.multiply = multiply;
@@ -274,9 +274,9 @@ inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int 
 }
 
 // The same without tensor cores: two blocks for each multiprocessor, of 256 pixels or more.
-inline WeightPlan weight_fma(const Cell& c, const Target& target, bool of_x) {
+inline WeightPlan weight_fma(const Cell& c, const Device& device, bool of_x) {
   const Shape s(c);
-  const Segment in = of_x ? input_window(c) : state_window(c);
+  const Segment in = of_x ? x_segment(c) : mem_segment(c);
   WeightPlan w;
   cover(w.tiling, c, c.T * c.N, 1, 1);
   w.part_rows = int(round_up(4 * s.Cp, 64));
@@ -285,7 +285,7 @@ inline WeightPlan weight_fma(const Cell& c, const Target& target, bool of_x) {
   w.total = c.T * c.N * s.pixels;
   const int64_t blocks = int64_t(w.part_rows / 64) * (w.part_columns / 64);
   const int64_t splits =
-      std::clamp<int64_t>(std::min(2 * target.multiprocessors / blocks, w.total / 256), 1, 1024);
+      std::clamp<int64_t>(std::min(2 * device.multiprocessors / blocks, w.total / 256), 1, 1024);
   w.share = std::max<int64_t>(round_up(ceil_div(w.total, splits), fma::kDepth), 1);
   w.splits = int(std::max<int64_t>(ceil_div(w.total, w.share), 1));
   return w;
@@ -297,13 +297,13 @@ inline WeightPlan weight_fma(const Cell& c, const Target& target, bool of_x) {
 constexpr int64_t kPartsPerTile = 24;
 
 // Chooses the number of splits with which the multiprocessors, of one block each, end soonest.
-inline void split_tiles(WeightPlans& plan, const Target& target) {
+inline void split_tiles(WeightPlans& plan, const Device& device) {
   const int64_t blocks = int64_t(plan.x.column_blocks) * plan.x.row_blocks() +
                          int64_t(plan.mem.column_blocks) * plan.mem.row_blocks();
   const int64_t total = plan.x.total;
   int64_t best = 1, best_time = -1;
   for (int64_t splits = 1; splits <= std::max<int64_t>(total / 4, 1); ++splits) {
-    const int64_t waves = ceil_div(blocks * splits, target.multiprocessors);
+    const int64_t waves = ceil_div(blocks * splits, device.multiprocessors);
     if (splits > 1 && waves > 8) break;
     const int64_t time = kPartsPerTile * waves * ceil_div(total, splits) + splits * blocks;
     if (best_time < 0 || time < best_time) best = splits, best_time = time;
@@ -315,62 +315,55 @@ inline void split_tiles(WeightPlans& plan, const Target& target) {
 }
 
 // Plans both halves of the weight for one launch.
-inline WeightPlans plan_weights(const Cell& c, const Target& target) {
-  const Multiply multiply = plan_forward(c, target).multiply;
+inline WeightPlans plan_weights(const Cell& c, const Device& device, Multiply multiply) {
   for (const int most_rows : {4, 2, 1}) {
     if (multiply == Multiply::fma) break;
     WeightPlans plan = {weight_tiles(c, multiply, true, most_rows),
                         weight_tiles(c, multiply, false, most_rows)};
-    if (plan.shared_bytes() > target.shared_bytes || plan.x.total >= int64_t(1) << 30) continue;
-    split_tiles(plan, target);
+    if (plan.shared_bytes() > device.shared_bytes || plan.x.total >= int64_t(1) << 30) continue;
+    split_tiles(plan, device);
     return plan;
   }
-  return {weight_fma(c, target, true), weight_fma(c, target, false)};
+  return {weight_fma(c, device, true), weight_fma(c, device, false)};
 }
 
-// Chooses the tiles of a data gradient, and with `windows` only tiles of whole pooling windows.
-// Returns false if there are none.
-inline bool plan_data(DataPlan& plan, const Cell& c, const Target& target, bool of_x,
-                      bool windows) {
+// Plans the gradient of x or of mem, and with `windows` in tiles of whole pooling windows; returns
+// nothing if there are none. multiply: the forward pass's, which decides the gates' type. shape:
+// the only row of kDataShapes that may be chosen, or -1.
+inline std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Multiply multiply,
+                                         bool of_x, bool windows, int shape) {
   const int64_t height = of_x ? c.H : c.Ho(), width = of_x ? c.W : c.Wo();
   const int64_t columns = of_x ? c.Cin : c.C, images = of_x ? c.T * c.N : c.N;
+  DataPlan plan;
   const auto choose_tiling = [&](int pixels) {
     plan.tiling = Tiling();
     if (!choose_tile(c, height, width, pixels, windows, plan.tiling)) return false;
     cover(plan.tiling, c, images, columns, plan.channels());
     return true;
   };
-  plan.multiply = plan_forward(c, target).multiply;  // the gates' type is the forward pass's choice
+  plan.multiply = multiply;
   if (plan.mma()) {
     plan.tiles = columns <= 32 ? 2 : 8;
-    const auto fits = [&](const BlockShape& shape) {
-      if ((shape.n == 2) != (columns > 16 && columns <= 32) || !choose_tiling(32 * shape.m))
-        return false;
+    const auto fits = [&](const BlockShape& of) {
+      if ((of.n == 2) != (columns > 16 && columns <= 32) || !choose_tiling(32 * of.m)) return false;
       MmaBuilder builder = plan.builder();
-      const Segment window = gates_window(c, of_x);
-      builder.add(window, MmaDepth(builder.type, window), plan.tiling);
+      const Segment segment = gates_segment(c, of_x);
+      builder.add(segment, MmaDepth(builder.type, segment), plan.tiling);
       builder.finish(nullptr, 0, plan.threads());
-      return BackwardShared(plan, builder.conv, windows).bytes <= target.shared_bytes;
+      return BackwardLayout(plan, builder.conv, windows).bytes <= device.shared_bytes;
     };
-    if (choose_shape(plan, kDataShapes, of_x ? -1 : target.data_shape, target, fits)) return true;
+    if (choose_shape(plan, kDataShapes, shape, device, fits)) return plan;
   }
-  const size_t bytes = c.dtype == DType::float64 ? fma::BackwardShared<double>::bytes(windows)
-                                                 : fma::BackwardShared<float>::bytes(windows);
-  return int64_t(bytes) <= target.shared_bytes && choose_tiling(fma::kPixels);
-}
-
-inline int64_t backward_blocks(const Cell& c, const BackwardPlan& plan) {
-  const int64_t spreading = c.N * ceil_div(c.C * c.Ho() * c.Wo(), 128);
-  return std::max({plan.to_mem.tiling.blocks(), plan.to_x.tiling.blocks(), spreading});
-}
-
-inline BackwardPlan plan_backward(const Cell& c, const Target& target) {
-  BackwardPlan plan;
-  const bool windows = c.pool != Pool::none;
-  plan.spreads = plan_data(plan.to_mem, c, target, false, windows);
-  if (!plan.spreads) plan_data(plan.to_mem, c, target, false, false);
-  plan_data(plan.to_x, c, target, true, false);
+  const size_t bytes = c.dtype == DType::float64 ? fma::StepShared<double>::bytes(windows)
+                                                 : fma::StepShared<float>::bytes(windows);
+  if (int64_t(bytes) > device.shared_bytes || !choose_tiling(fma::kPixels)) return std::nullopt;
   return plan;
+}
+
+// Blocks of the largest launch of the backward pass.
+inline int64_t backward_blocks(const Cell& c, const DataPlan& to_mem, const DataPlan& to_x) {
+  const int64_t spreading = c.N * ceil_div(c.C * c.Ho() * c.Wo(), 128);
+  return std::max({to_mem.tiling.blocks(), to_x.tiling.blocks(), spreading});
 }
 
 }  // namespace snnlstm::cuda

@@ -51,9 +51,9 @@ def _padded(weight: Tensor, gates: int) -> Tensor:
     return F.pad(weight.unflatten(0, (4, -1)), pad).flatten(0, 1)
 
 
-def forward(plan: Plan, call: Call, parameters: dict[str, int], result: Result) -> None:
-    """Torch convolves, the kernels do the rest of each step."""
-    options, begin = call.options, plan.begin_step()
+def forward(plan: Plan, core: Any, call: Call, parameters: dict[str, int], result: Result) -> None:
+    """Torch convolves, the kernels do the rest of each step by `core`, a plan of one step."""
+    options, stream = call.options, plan.stream
     saved: Any = result.saved or None
     syn, mem = call.syn, call.mem
     weight = call.weight.detach().to(plan.work)
@@ -63,9 +63,9 @@ def forward(plan: Plan, call: Call, parameters: dict[str, int], result: Result) 
         # Without record the states are updated in place, each neuron by one thread.
         out_syn = result.syn[t] if options.record else result.syn
         out_mem = result.mem[t] if options.record else result.mem
-        plan.core.cuda_pointwise_forward(
-            *begin,
-            view(sums),
+        core.forward(
+            stream,
+            gate_sums=view(sums),
             syn0=view(syn),
             mem0=view(mem),
             spk=view(spks[t]),
@@ -80,7 +80,7 @@ def forward(plan: Plan, call: Call, parameters: dict[str, int], result: Result) 
 
 
 def steps_backward(
-    plan: Plan, given: Pass, out: Gradients, d_gates: Tensor, mems: Tensor | None
+    plan: Plan, core: Any, given: Pass, out: Gradients, d_gates: Tensor, mems: Tensor | None
 ) -> None:
     """The kernels do a step's neurons, last step first; torch forms the gradient of mem.
 
@@ -88,7 +88,7 @@ def steps_backward(
     `mems`, if given, what the module's docstring says.
     """
     call, parameters, saved, grads, noise = given
-    core, options, begin = plan.core, call.options, plan.begin_step()
+    options, stream = call.options, plan.stream
     syn, mem = call.syn, call.mem
     grad_spk, into_syn, into_mem = grads
     recorded_syn, recorded_mem = (into_syn, into_mem) if options.record else (None, None)
@@ -99,12 +99,12 @@ def steps_backward(
     of_mem = _padded(call.weight.detach()[:, -c:].to(plan.work), d_gates.shape[-1])
     d_syn = torch.empty_like(syn) if out.syn is None else out.syn
     of_threshold = None if out.threshold is None else call.x.new_empty((last + 1, c))
-    workspace = tensors.empty_bytes(core.cuda_pointwise_workspace(*begin[:2]), syn.device)
+    workspace = tensors.empty_bytes(core.workspace, syn.device)
     for t in range(last, -1, -1):
         into_syn = _sum(into_syn, recorded_syn, t)
         into_mem = _sum(into_mem, recorded_mem, t)
-        core.cuda_pointwise_backward(
-            *begin,
+        core.backward(
+            stream,
             syn0=view(syn if t == 0 else images_of(saved.syn[t - 1], mem)[:, :c]),
             saved_gates=saved.gates[t].data_ptr(),
             winner=saved.winner[t].data_ptr() if options.inhibition else 0,

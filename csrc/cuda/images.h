@@ -1,0 +1,131 @@
+// Sizes of our own images, and how the kernels access them and the caller's tensors.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "tensor.cuh"
+
+namespace snnlstm::cuda {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Returns the compute type of kernels whose states have this type.
+inline DType real_of(DType states) {
+  return states == DType::float64 ? DType::float64 : DType::float32;
+}
+
+struct Shape {
+  explicit Shape(const Cell& cell)
+      : c(cell),
+        Cp(round_up(cell.C, 8)),
+        Ho(cell.Ho()),
+        Wo(cell.Wo()),
+        pixels(Ho * Wo),
+        taps(int64_t(cell.kernel_h) * cell.kernel_w) {}
+  Cell c;
+  int64_t Cp, Ho, Wo, pixels, taps;
+
+  int64_t state() const { return c.N * pixels * Cp; }  // elements of one time step
+  int64_t gates() const { return 4 * state(); }
+};
+
+// Hands out pieces of one allocation, aligned to 256 bytes. If `base` is null, it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  void* take(int64_t bytes) {
+    char* p = base_ ? base_ + used_ : nullptr;
+    used_ += round_up(bytes, 256);
+    return p;
+  }
+  int64_t bytes() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Returns the caller's tensor from time step t on. extent: T, N, channels, H, W. width: channels
+// that a thread holds.
+inline Tensor tensor(const View& v, DType type, int64_t t, const int64_t (&extent)[5], int width) {
+  Tensor a;
+  a.type = type;
+  if (v.data == nullptr) return a;
+  const int size = bytes_of(type);
+  a.data = static_cast<char*>(v.data) + t * v.stride[0] * size;
+  a.t = v.stride[0], a.n = v.stride[1];
+  a.c = int(v.stride[2]), a.h = int(v.stride[3]), a.w = int(v.stride[4]);
+  a.channels = int(extent[2]);
+  int64_t last = 0;
+  for (int k = 2; k < 5; ++k) last += (extent[k] - 1) * std::abs(v.stride[k]);
+  if (last >= int64_t(1) << 31)
+    throw std::runtime_error("one image of a tensor reaches over " + std::to_string(last) +
+                             " elements, accepted are less than 2^31: make it contiguous");
+  // Returns whether the address and all strides that are used, except `but`, are multiples of `of`.
+  const auto multiple = [&](int of, int but) {
+    if (reinterpret_cast<uintptr_t>(a.data) % (std::min(of * size, 16)) != 0) return false;
+    for (int k = 0; k < 5; ++k)
+      if (k != but && extent[k] > 1 && v.stride[k] % of != 0) return false;
+    return true;
+  };
+  const bool c_dense = a.c == 1 || extent[2] == 1, w_dense = a.w == 1 || extent[4] == 1;
+  if (width > 1 && c_dense && extent[2] % width == 0 && multiple(width, 2))
+    a.access = Access::channels;
+  else if (w_dense && extent[4] % 2 == 0 && multiple(2, 4))
+    a.access = Access::rows;
+  else
+    a.access = Access::scalar;
+  return a;
+}
+
+// Our images (T, N, Ho, Wo, planes, Cp) from step t on. as_tensor() makes a Tensor of them.
+inline Image image(const void* data, const Shape& s, DType type, int planes = 1, int64_t t = 0) {
+  Image a;
+  a.type = type;
+  a.n = s.pixels * planes * s.Cp, a.t = s.c.N * a.n;
+  a.data = const_cast<char*>(static_cast<const char*>(data)) + t * a.t * bytes_of(type);
+  a.width = int(s.Wo), a.planes = planes, a.Cp = int(s.Cp);
+  return a;
+}
+
+inline Tensor as_tensor(const Image& i) {
+  Tensor a;
+  a.data = i.data;
+  a.t = i.t, a.n = i.n, a.c = 1, a.w = i.planes * i.Cp, a.h = i.width * a.w;
+  a.channels = i.planes * i.Cp;
+  a.type = i.type;
+  a.access = Access::channels;
+  return a;
+}
+
+// Says why the kernels cannot run a cell in launches of at most `blocks` blocks, or "". The kernels
+// count blocks, and offsets within one image, in 31 bits.
+inline std::string reason_against(const Cell& c, int64_t blocks) {
+  const Shape s(c);
+  // Bounds the rows or columns that a tile's taps reach over, times the stride: SmallDivisor.
+  const auto reach = [](int64_t size, double stride, int64_t taps, double dilation) {
+    constexpr int64_t tile = 128;
+    const double all = (double(size + tile) * stride + double(taps - 1) * dilation) * stride;
+    return int64_t(std::min(all, 9e18));
+  };
+  const std::pair<const char*, int64_t> counts[] = {
+      {"((height / stride + 128) * stride + (kernel_size - 1) * dilation) * stride of the rows",
+       reach(s.Ho, c.stride_h, c.kernel_h, c.dilation_h)},
+      {"((width / stride + 128) * stride + (kernel_size - 1) * dilation) * stride of the columns",
+       reach(s.Wo, c.stride_w, c.kernel_w, c.dilation_w)},
+      {"4 * channels * height * width of one image's gates", 4 * s.Cp * s.pixels},
+      {"channels * height * width of one input image", c.Cin * c.H * c.W},
+      {"the number of blocks of a launch", blocks}};
+  for (const auto& [what, value] : counts)
+    if (value >= int64_t(1) << 31)
+      return std::string(what) + " is " + std::to_string(value) +
+             "; the CUDA kernels accept less than 2^31";
+  return "";
+}
+
+}  // namespace snnlstm::cuda

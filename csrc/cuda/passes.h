@@ -1,0 +1,61 @@
+// What a plan has computed for its pass: the launchers read it, and add addresses and strides.
+#pragma once
+
+#include "packed.h"
+#include "resident_plan.h"
+
+namespace snnlstm::cuda {
+
+struct PassTypes {
+  Shape s;
+  DType type, real, gates;  // of the states, of sums, of gates
+
+  PassTypes(const Cell& c, Matrix matrix)
+      : s(c), type(c.dtype), real(real_of(type)), gates(gate_type(type, matrix)) {}
+};
+
+// forward.cu
+struct ForwardPass : PassTypes {
+  ForwardPlan step;
+  PackedForward packed;
+  ResidentPlan sequence;  // planned unless `algorithm` excludes it
+  bool resident;
+  int64_t workspace;
+
+  ForwardPass(const Cell& cell, const Device& device, Matrix matrix, Algorithm algorithm,
+              int blocks);
+  void run(const ForwardArgs& args, void* stream) const;
+};
+
+// backward.cu
+struct BackwardPass : PassTypes {
+  bool spreads = true;  // no pooling window crosses a tile: the step needs no kernel before it
+  DataPlan to_mem, to_x;
+  PackedBackward packed;
+  ResidentBackwardPlan sequence;  // planned unless `algorithm` excludes it
+  bool resident;
+  bool hybrid;  // torch forms the gradients of weight and bias
+  WeightPlans weights;
+  int bias_splits;
+  int64_t workspace;
+
+  // multiply: the forward pass's.
+  BackwardPass(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
+               Algorithm algorithm, int blocks);
+  void run(const BackwardArgs& args, void* stream) const;
+
+  int64_t pixels() const { return s.c.T * s.c.N * s.pixels; }
+};
+
+// pointwise.cu
+struct PointwisePass : PassTypes {
+  Tiling tiling;
+  bool whole_windows;
+  int64_t workspace;  // of the backward pass
+
+  PointwisePass(const Cell& cell, Matrix matrix);
+  void run(const ForwardArgs& args, void* stream) const;
+  void run(const BackwardArgs& args, void* stream) const;
+};
+
+}  // namespace snnlstm::cuda

@@ -1,0 +1,125 @@
+#include "estimate.h"
+#include "launchers.h"
+#include "passes.h"
+#include "plan.h"
+
+namespace snnlstm::cuda {
+
+DType gate_type(DType states, Matrix matrix) {
+  if (states != DType::float32) return states;
+  return matrix == Matrix::float16    ? DType::float16
+         : matrix == Matrix::bfloat16 ? DType::bfloat16
+                                      : states;
+}
+
+int64_t padded_channels(int64_t C) {
+  Cell cell;
+  cell.C = C;
+  return Shape(cell).Cp;
+}
+
+Matrix full_precision(const Device& device) {
+  return tensor_cores_beat_fma(device) ? Matrix::tf32x3 : Matrix::exact;
+}
+
+Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wanted, bool of_backward,
+           int only_blocks)
+    : cell(of), matrix(numbers), algorithm(wanted), backward(of_backward) {
+  reason_against = cuda::reason_against(cell, 0);
+  const ForwardPass steps(cell, device, matrix, wanted, backward ? -1 : only_blocks);
+  if (wanted == Algorithm::automatic && !steps.resident && pointwise_pays(cell, device, steps.step))
+    algorithm = Algorithm::pointwise;
+  int64_t launched = 0;
+  const BlockShape* shapes = backward ? kDataShapes : kForwardShapes;
+  if (algorithm == Algorithm::pointwise) {
+    cell.T = 1;
+    pointwise_ = std::make_unique<PointwisePass>(cell, matrix);
+    launched = pointwise_->tiling.blocks();
+    workspace = backward ? pointwise_->workspace : 0;
+    name = "pointwise";
+  } else {
+    bool resident = steps.resident;
+    if (backward) {
+      backward_ = std::make_unique<BackwardPass>(cell, device, matrix, steps.step.multiply, wanted,
+                                                 only_blocks);
+      resident = backward_->resident;
+      blocks = backward_->to_mem.shape;
+      launched = backward_blocks(cell, backward_->to_mem, backward_->to_x);
+      packed_bytes = backward_->packed.bytes(), workspace = backward_->workspace;
+    } else {
+      forward_ = std::make_unique<ForwardPass>(steps);
+      blocks = steps.step.shape;
+      launched = forward_blocks(cell, steps.step);
+      packed_bytes = steps.packed.bytes(), workspace = steps.workspace;
+    }
+    if (algorithm != Algorithm::hybrid)
+      algorithm = resident ? Algorithm::resident : Algorithm::fused;
+    name = name_of(steps.step.multiply);
+    if (resident) name = "resident-" + name;
+    if (algorithm == Algorithm::hybrid) name = "hybrid-" + name;
+    if (only_blocks >= 0 && blocks >= 0) name += "-" + shapes[blocks].name();
+  }
+  if (reason_against.empty()) reason_against = cuda::reason_against(cell, launched);
+}
+
+Plan::Plan(Plan&&) noexcept = default;
+Plan::~Plan() = default;
+
+std::vector<Plan> Plan::candidates(const Cell& cell, const Device& device, Matrix matrix,
+                                   bool backward) {
+  std::vector<Plan> found;
+  const auto plan = [&](Algorithm algorithm, int blocks = -1) {
+    return Plan(cell, device, matrix, algorithm, backward, blocks);
+  };
+  const int first = plan(Algorithm::fused).blocks;
+  found.push_back(plan(Algorithm::fused, first));
+  const int rows = int(backward ? std::size(kDataShapes) : std::size(kForwardShapes));
+  for (int row = 0; first >= 0 && row < rows; ++row) {
+    if (row == first) continue;
+    Plan other = plan(Algorithm::fused, row);
+    if (other.blocks == row) found.push_back(std::move(other));
+  }
+  Plan resident = plan(Algorithm::resident);
+  if (resident.algorithm == Algorithm::resident) found.push_back(std::move(resident));
+  if (backward) found.push_back(plan(Algorithm::hybrid, first));
+  found.push_back(plan(Algorithm::pointwise));
+  return found;
+}
+
+void Plan::pack(const void* weight, void* packed, void* stream) const {
+  if (forward_)
+    pack_weight(cell, {forward_->packed.x, forward_->packed.mem}, weight, packed, stream);
+  if (backward_)
+    pack_weight(cell, {backward_->packed.to_x, backward_->packed.to_mem}, weight, packed, stream);
+}
+
+void Plan::run(const ForwardArgs& args, void* stream) const {
+  if (!reason_against.empty()) throw std::runtime_error(reason_against);
+  pointwise_ ? pointwise_->run(args, stream) : forward_->run(args, stream);
+}
+
+void Plan::run(const BackwardArgs& args, void* stream) const {
+  if (!reason_against.empty()) throw std::runtime_error(reason_against);
+  pointwise_ ? pointwise_->run(args, stream) : backward_->run(args, stream);
+}
+
+#if defined(__CUDACC__)
+
+Device current_device() {
+  int device = 0;
+  const cudaError_t status = cudaGetDevice(&device);
+  check(status, "asking for the current CUDA device");
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device), "asking what the CUDA device can do");
+    return value;
+  };
+  return {10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+              attribute(cudaDevAttrComputeCapabilityMinor),
+          attribute(cudaDevAttrMultiProcessorCount),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+}
+
+#endif
+
+}  // namespace snnlstm::cuda
