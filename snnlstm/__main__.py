@@ -87,7 +87,7 @@ def collect() -> dict[str, Any]:
         "platform": attempt(platform.platform),
         **facts_of("numpy", numpy=version),
         **facts_of("snntorch", snntorch=version),
-        **facts_of("snnlstm.native.kernels", devices=lambda kernels: sorted(kernels.DEVICES)),
+        **facts_of("snnlstm.native.backend", devices=lambda backend: sorted(backend.DEVICES)),
         "forced_isa": os.environ.get("SNNLSTM_ISA"),
         "native": facts_of(
             "snnlstm._C",
