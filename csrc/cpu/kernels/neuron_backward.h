@@ -19,20 +19,20 @@ class NeuronBackward {
   static constexpr int kGates = 4 * VL;
 
  public:
-  // With by_sample, in a call of one step, each thread keeps the images of the sample that it works
-  // on. Otherwise the images of all samples are kept.
+  // With by_sample, in a call of one step, each thread has the images of the sample that it works
+  // on. Otherwise there are images of all samples.
   NeuronBackward(const BackwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks,
                  bool by_sample)
       : a_(a), l_(l), tasks_(tasks), by_sample_(by_sample), kept_(a.half_gates), images_(l) {}
 
   void carve(Arena& arena) {
-    const int64_t kept = by_sample_ ? a_.threads : a_.cell.N;
-    images_.carve(arena, kept, true, a_.grad_weight != nullptr);
+    const int64_t samples = by_sample_ ? a_.threads : a_.cell.N;
+    images_.carve(arena, samples, a_.grad_weight != nullptr);
     threshold_ = arena.take<T>(l_.Cp);
     threshold_sums_ = arena.take<T>(tasks_.count * l_.Cp);
     bias_sums_ = arena.take<T>(tasks_.count * 4 * l_.Cp);
-    syn0_ = arena.take<T>(kept * l_.state_image());
-    d_syn_ = arena.take<T>(kept * l_.state_image());
+    syn0_ = arena.take<T>(samples * l_.state_image());
+    d_syn_ = arena.take<T>(samples * l_.state_image());
     scratch_ = arena.take<Scratch>(a_.threads);
     const int64_t rows = tasks_.most_together * task_size();
     const int64_t some_rows = rows_at_once() * l_.Wo * l_.Cp;
@@ -43,8 +43,10 @@ class NeuronBackward {
   }
 
   StepImages<T> images(int64_t t) const { return images_.images(t); }
+  // Returns which of the images is that of sample n.
+  int64_t slot(int64_t n, int thread) const { return by_sample_ ? thread : n; }
   const T* d_gates(int64_t t, int64_t n, int thread) const {
-    return images_.d_gates(t, kept(n, thread));
+    return images_.d_gates(t, slot(n, thread));
   }
   // Returns the rows of a task, which hold the gradient of mem as the next step's convolution gives
   // it. `slot` counts the tasks that a thread works on together.
@@ -67,7 +69,7 @@ class NeuronBackward {
     const int64_t begin = tasks_.begin(task);
     images_.read_rows(a_.syn0, 0, p.n, begin, tasks_.end(task), state_row(syn0_, p, begin),
                       l_.Wo * l_.Cp);
-    if (tasks_.begin(task) == 0) images_.clear_borders(p.kept);
+    if (tasks_.begin(task) == 0) images_.clear_borders(p.slot);
   }
 
   // Copies the gradients of the last step's states, or zeros.
@@ -91,17 +93,17 @@ class NeuronBackward {
     const Sample p = sample(task, thread);
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task), row = l_.Wo * l_.Cp;
     const bool last = t == a_.cell.T - 1;
-    if (a_.grad_weight) images_.read_x(a_.x, t, p.n, begin, end);
+    if (a_.grad_weight) images_.read_x(a_.x, t, p.n, p.slot, begin, end);
     if (a_.record && !last) {
       add_rows(a_.grad_mem, t, p.n, begin, end, s.mem_grad, s);
       add_rows(a_.grad_syn, t, p.n, begin, end, state_row(d_syn_, p, begin), s);
     }
     for (int64_t h = begin; h < end; ++h) {
-      if (last) recompute_mem(t, p, h, images_.mem_row(t + 1, p.kept, h));
-      if (t > 0) recompute_mem(t - 1, p, h, images_.mem_row(t, p.kept, h));
+      if (last) recompute_mem(t, p, h, images_.mem_row(t + 1, p.slot, h));
+      if (t > 0) recompute_mem(t - 1, p, h, images_.mem_row(t, p.slot, h));
     }
     if (t == 0 && a_.grad_weight)
-      images_.read_rows(a_.mem0, 0, p.n, begin, end, images_.mem_row(t, p.kept, begin),
+      images_.read_rows(a_.mem0, 0, p.n, begin, end, images_.mem_row(t, p.slot, begin),
                         l_.Wm * l_.Cp);
     if (a_.grad_spk.data && a_.cell.surrogate != Surrogate::none) spike(t, p, task, s);
     for (int64_t h = begin; h < end; ++h) step(t, p, h, task, s.mem_grad + (h - begin) * row);
@@ -148,17 +150,15 @@ class NeuronBackward {
     return rows < 1 ? 1 : rows < l_.Ho ? rows : l_.Ho;
   }
 
-  // A sample, and which of the kept samples it is.
   struct Sample {
-    int64_t n, kept;
+    int64_t n, slot;
   };
-  int64_t kept(int64_t n, int thread) const { return by_sample_ ? thread : n; }
   Sample sample(int64_t task, int thread) const {
     const int64_t n = tasks_.image(task);
-    return {n, kept(n, thread)};
+    return {n, slot(n, thread)};
   }
   T* state_row(T* states, const Sample& p, int64_t h) const {
-    return states + p.kept * l_.state_image() + h * l_.Wo * l_.Cp;
+    return states + p.slot * l_.state_image() + h * l_.Wo * l_.Cp;
   }
 
   const T* gates(int64_t t, int64_t n, int64_t h) const {
@@ -229,7 +229,7 @@ class NeuronBackward {
       const T* const noises = s.noise_rows + place_in * l_.Wp * l_.Cp;
       if (c.inhibition) keep_winner(a_.winner[t * c.N + p.n], h, grads);
       const int64_t top = (h * c.pool_h - begin) * row;
-      const T* mem_after = images_.mem_row(t + 1, p.kept, h * c.pool_h);
+      const T* mem_after = images_.mem_row(t + 1, p.slot, h * c.pool_h);
       for (int64_t w = 0; w < l_.Wp; ++w)
         for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
           Mask where{};
@@ -267,7 +267,7 @@ class NeuronBackward {
     const Cell& c = a_.cell;
     const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
     T* d_syn = state_row(d_syn_, p, h);
-    T* out = images_.d_gates_row(t, p.kept, h);
+    T* out = images_.d_gates_row(t, p.slot, h);
     T *bias_sums = bias_sums_ + task * 4 * l_.Cp, *threshold_sums = threshold_sums_ + task * l_.Cp;
     for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
       R bias[4] = {R{}, R{}, R{}, R{}}, threshold{};

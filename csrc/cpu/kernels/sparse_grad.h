@@ -122,9 +122,9 @@ class SparseWeightGrad {
   }
 
   // Adds the part of these rows for one channel block to out (Kx, 4, VL). d_gates is the sample's
-  // first pixel, at the channel block, and d_row the distance of rows.
-  void run(const Lists& s, const T* d_gates, int64_t d_row, const Scratch& t, T* out) const {
-    gather(s, d_gates, d_row, t.d_gates);
+  // first pixel, at the channel block.
+  void run(const Lists& s, const T* d_gates, const Scratch& t, T* out) const {
+    gather(s, d_gates, t.d_gates);
     for (int64_t ry = 0; ry < c_.stride_h; ++ry)
       for (int64_t rq = 0; rq < c_.stride_w; ++rq) {
         const int32_t* begin = s.begin + (ry * c_.stride_w + rq) * c_.Cin;
@@ -161,7 +161,7 @@ class SparseWeightGrad {
 
   // Copies the d gates that the rows of the lists meet, and writes zeros where there is no output
   // pixel.
-  void gather(const Lists& s, const T* d_gates, int64_t d_row, T* out) const {
+  void gather(const Lists& s, const T* d_gates, T* out) const {
     const int64_t d_pixel = 4 * l_.Cp, pixel = kGates * sizeof(T);
     const int64_t last = (s.first + s.rows - 1) / c_.stride_h;
     for (int64_t h = top(s); h <= last; ++h, out += width_ * kGates) {
@@ -169,7 +169,7 @@ class SparseWeightGrad {
         std::memset(out, 0, width_ * pixel);
         continue;
       }
-      const T* d = d_gates + h * d_row;
+      const T* d = d_gates + h * l_.Wm * d_pixel;
       std::memset(out, 0, left_ * pixel);
       T* to = out + left_ * kGates;
       const int64_t count = l_.Wo < width_ - left_ ? l_.Wo : width_ - left_;

@@ -36,7 +36,8 @@ class WeightGradient {
   };
 
  public:
-  WeightGradient(const Layout<T, VL>& l, int threads)
+  // With by_sample, each split is a task: add_sample() adds its samples, one after the other.
+  WeightGradient(const Layout<T, VL>& l, int threads, bool by_sample)
       : l_(l),
         c_(l.c),
         threads_(threads),
@@ -45,7 +46,7 @@ class WeightGradient {
         mem_runs_(c_, l.along_columns(c_.C), c_.C, l.Wm * l.Cp, l.Cp, l.Kx, kPiece),
         x_groups_(groups(x_runs_)),
         mem_groups_(groups(mem_runs_)),
-        splits_(count_splits()),
+        splits_(count_splits(by_sample)),
         x_seen_(l, x_in_tiles() ? c_.Cin : 0, kTilePiece, splits_),
         mem_seen_(l, c_.tiled() ? c_.C : 0, kTilePiece, splits_),
         sums_(l, x_in_tiles(), splits_, (c_.N + splits_ - 1) / splits_ * pixel_blocks()) {
@@ -88,20 +89,20 @@ class WeightGradient {
   }
 
   // Adds a step's part. No other thread uses the tile buffers meanwhile.
-  int64_t tasks() const { return splits_ * l_.Cb * pieces(); }
+  int64_t tasks() const { return splits_ * slices(); }
   void add(const StepImages<T>& step, int64_t task, int thread, const TileBuffers<T>& tiles) {
     scratch_[thread].tiles = tiles;
-    const int64_t slices = l_.Cb * pieces(), split = task / slices, slice = task % slices;
-    const int64_t cb = slice % l_.Cb, index = slice / l_.Cb;
-    const bool of_x = index < x_pieces();
-    const int64_t piece = of_x ? index : index - x_pieces();
-    if (of_x && c_.x_way == Way::sparse)
-      by_lists(step, split, cb, scratch_[thread]);
-    else if (of_x ? !x_in_tiles() : !c_.tiled())
-      directly(step, split, cb, of_x, piece, scratch_[thread]);
-    else if constexpr (kHasWinograd<T, VL>)
-      by_tiles(step, split, cb, of_x, piece, scratch_[thread]);
+    const int64_t split = task / slices();
+    add_slice(step, {split, c_.N * split / splits_, c_.N * (split + 1) / splits_}, task % slices(),
+              thread);
   }
+  // Adds all of the part of one sample, which is one of the step's images, to a split.
+  void add_sample(const StepImages<T>& step, int64_t split, int64_t image, int thread,
+                  const TileBuffers<T>& tiles) {
+    scratch_[thread].tiles = tiles;
+    for (int64_t k = 0; k < slices(); ++k) add_slice(step, {split, image, image + 1}, k, thread);
+  }
+  int64_t splits() const { return splits_; }
 
   // Says whether the sums are to be folded behind step t. The last step comes first.
   bool due(int64_t t) const { return sums_.due(t); }
@@ -114,14 +115,33 @@ class WeightGradient {
   }
 
  private:
-  // Returns so many splits that all threads have tasks, but no more than pay for their sums.
-  int64_t count_splits() const {
-    const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
-    int64_t splits = 4 * threads_ / tasks;
-    if (splits > c_.N) splits = c_.N;
+  // The images whose part is added to the sums of a split.
+  struct Images {
+    int64_t split, first, last;
+  };
+
+  // Returns how many splits give all threads tasks, but no more than pay for their sums.
+  int64_t count_splits(bool by_sample) const {
+    const int64_t tasks = by_sample ? 1 : (l_.Cb + kShared - 1) / kShared * pieces();
     const int64_t worth = (c_.T * c_.N * l_.pixels + kSplitPixels - 1) / kSplitPixels;
+    int64_t splits = 4 * threads_ / tasks, least = by_sample ? threads_ : 1;
     if (splits > worth) splits = worth;
-    return splits < 1 ? 1 : splits;
+    if (splits < least) splits = least;
+    return splits < c_.N ? splits : c_.N < 1 ? 1 : c_.N;
+  }
+
+  // The slices of the weight: a channel block and a piece of K each.
+  int64_t slices() const { return l_.Cb * pieces(); }
+  void add_slice(const StepImages<T>& step, const Images& images, int64_t slice, int thread) {
+    const int64_t cb = slice % l_.Cb, index = slice / l_.Cb;
+    const bool of_x = index < x_pieces();
+    const int64_t piece = of_x ? index : index - x_pieces();
+    if (of_x && c_.x_way == Way::sparse)
+      by_lists(step, images, cb, scratch_[thread]);
+    else if (of_x ? !x_in_tiles() : !c_.tiled())
+      directly(step, images, cb, of_x, piece, scratch_[thread]);
+    else if constexpr (kHasWinograd<T, VL>)
+      by_tiles(step, images, cb, of_x, piece, scratch_[thread]);
   }
 
   // Returns the blocks in which the weight gradient of mem takes an image.
@@ -139,12 +159,12 @@ class WeightGradient {
     return images < 1 ? 1 : images < c_.N ? images : c_.N;
   }
 
-  // Calls f(first image, number of images) for all images of a split.
+  // Calls f(first image, number of images) for all of some images.
   template <class F>
-  void each_images(int64_t split, bool in_tiles, F&& f) const {
-    const int64_t end = c_.N * (split + 1) / splits_, most = images_together(in_tiles);
-    for (int64_t n = c_.N * split / splits_; n < end; n += most)
-      f(n, end - n < most ? end - n : most);
+  void each_images(const Images& images, bool in_tiles, F&& f) const {
+    const int64_t most = images_together(in_tiles);
+    for (int64_t n = images.first; n < images.last; n += most)
+      f(n, images.last - n < most ? images.last - n : most);
   }
 
   // Says whether x's weight gradient goes by Winograd. Few channels gain nothing, and direct sums
@@ -166,9 +186,9 @@ class WeightGradient {
 
   // Adds x's part from the lists of its nonzeros. The task of the first of kShared channel blocks
   // does them all.
-  void by_lists(const StepImages<T>& step, int64_t split, int64_t cb, Scratch& s) {
+  void by_lists(const StepImages<T>& step, const Images& images, int64_t cb, Scratch& s) {
     if (cb % kShared != 0) return;
-    for (int64_t n = c_.N * split / splits_; n < c_.N * (split + 1) / splits_; ++n)
+    for (int64_t n = images.first; n < images.last; ++n)
       for (int64_t block = 0; block < sparse_.blocks(); ++block) {
         {
           const Span span(Part::copies);
@@ -176,18 +196,18 @@ class WeightGradient {
         }
         const Span span(Part::products);
         for (int64_t b = cb; b < cb + kShared && b < l_.Cb; ++b)
-          sparse_.run(s.lists, step.d_gates + n * step.d_image + b * kGates, step.d_row, s.listing,
-                      sums_.rows(split, b, true));
+          sparse_.run(s.lists, step.d_gates + n * 4 * l_.mem_image() + b * kGates, s.listing,
+                      sums_.rows(images.split, b, true));
       }
   }
 
-  void by_tiles(const StepImages<T>& step, int64_t split, int64_t cb, bool of_x, int64_t piece,
+  void by_tiles(const StepImages<T>& step, const Images& all, int64_t cb, bool of_x, int64_t piece,
                 const Scratch& s) {
     if (cb % kShared != 0) return;
     const int64_t channels = of_x ? c_.Cin : c_.C, first = piece * kTilePiece;
     const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
     const int64_t block = l_.rows_of_tiles(l_.grad_form), stride = channels * kGates;
-    each_images(split, true, [&](int64_t n, int64_t images) {
+    each_images(all, true, [&](int64_t n, int64_t images) {
       for (int64_t h = 0; h < l_.Ho; h += block) {
         PixelRows<T> p =
             pixel_rows(step, n, images, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x);
@@ -197,13 +217,13 @@ class WeightGradient {
           const T* in = p.in + k * p.in_image + first;
           if (cb == 0)
             (of_x ? x_seen_ : mem_seen_)
-                .mark(split, piece, in + l_.ph * p.in_row + l_.pw * p.in_pixel, p.in_row,
+                .mark(all.split, piece, in + l_.ph * p.in_row + l_.pw * p.in_pixel, p.in_row,
                       p.in_pixel, h, p.rows);
           inputs_.run(b, in, p.in_row, p.in_pixel, s.tiles.values + k * b.image_values());
         }
         for (int64_t k = cb; k < cb + kShared && k < l_.Cb; ++k, p.d_gates += kGates)
           weight_grad_tiles<S>(taps_, p, b, s.tiles.values, len, s.tiles.products,
-                               sums_.points(split, k, of_x) + first * kGates, stride);
+                               sums_.points(all.split, k, of_x) + first * kGates, stride);
       }
     });
   }
@@ -213,11 +233,11 @@ class WeightGradient {
   PixelRows<T> pixel_rows(const StepImages<T>& step, int64_t n, int64_t images, int64_t h,
                           int64_t rows, int64_t cb, bool of_x) const {
     PixelRows<T> p;
-    p.images = images, p.d_image = step.d_image;
+    p.images = images, p.d_image = 4 * l_.mem_image();
     p.in_image = of_x ? l_.x_image() : l_.mem_image();
     p.d_pixel = 4 * l_.Cp;
-    p.d_row = step.d_row;
-    p.d_gates = step.d_gates + n * step.d_image + h * p.d_row + cb * kGates;
+    p.d_row = l_.Wm * p.d_pixel;
+    p.d_gates = step.d_gates + n * p.d_image + h * p.d_row + cb * kGates;
     p.rows = rows;
     p.pixels = l_.Wo;
     if (of_x) {
@@ -239,14 +259,14 @@ class WeightGradient {
     return rows < 1 ? 1 : rows < l_.Ho ? rows : l_.Ho;
   }
 
-  void directly(const StepImages<T>& step, int64_t split, int64_t cb, bool of_x, int64_t piece,
-                const Scratch& s) {
+  void directly(const StepImages<T>& step, const Images& images, int64_t cb, bool of_x,
+                int64_t piece, const Scratch& s) {
     const Span span(Part::products);
-    T* out = sums_.rows(split, cb, of_x);
+    T* out = sums_.rows(images.split, cb, of_x);
     (of_x ? x_runs_ : mem_runs_).chunks(kPiece, [&](const Run* runs, int count) {
       if (piece-- != 0) return;
-      if (l_.few_channels()) return of_few(step, split, of_x, runs, count, s, out);
-      each_pixel_block(step, split, cb, of_x, [&](int64_t h, PixelRows<T> p) {
+      if (l_.few_channels()) return of_few(step, images, of_x, runs, count, s, out);
+      each_pixel_block(step, images, cb, of_x, [&](int64_t h, PixelRows<T> p) {
         if (l_.Cb > 1) gather_d_gates(p, s.d_gates);
         for (int r = 0; r < count; ++r)
           weight_grad_run<S>(met_by(runs + r, of_x, h, p), runs[r].in, runs[r].len,
@@ -272,11 +292,12 @@ class WeightGradient {
     return p;
   }
 
-  // Calls f(first row, pixels) for the blocks of a split's images.
+  // Calls f(first row, pixels) for the blocks of some images.
   template <class F>
-  void each_pixel_block(const StepImages<T>& step, int64_t split, int64_t cb, bool of_x, F&& f) {
+  void each_pixel_block(const StepImages<T>& step, const Images& all, int64_t cb, bool of_x,
+                        F&& f) {
     const int64_t block = pixel_block_rows();
-    each_images(split, false, [&](int64_t n, int64_t images) {
+    each_images(all, false, [&](int64_t n, int64_t images) {
       for (int64_t h = 0; h < l_.Ho; h += block)
         f(h, pixel_rows(step, n, images, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x));
     });
@@ -284,12 +305,12 @@ class WeightGradient {
 
   // Sums without the lanes that are zero, where these are most: the gates of the other lanes close
   // up.
-  void of_few(const StepImages<T>& step, int64_t split, bool of_x, const Run* runs, int count,
-              const Scratch& s, T* out) {
+  void of_few(const StepImages<T>& step, const Images& images, bool of_x, const Run* runs,
+              int count, const Scratch& s, T* out) {
     const int64_t C = c_.C, vectors = 4 * C <= VL ? 1 : 2, width = vectors * VL;
     T* const sums = s.few_sums;
     std::memset(sums, 0, kPiece * width * sizeof(T));
-    each_pixel_block(step, split, 0, of_x, [&](int64_t h, PixelRows<T> p) {
+    each_pixel_block(step, images, 0, of_x, [&](int64_t h, PixelRows<T> p) {
       gather_lanes(p, width, s.d_gates);
       T* to = sums;
       for (int r = 0; r < count; to += runs[r++].len * width) {
