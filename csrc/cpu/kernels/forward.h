@@ -31,7 +31,7 @@ class Forward {
         states_(args, l_, tasks_),
         block_(l_.block_rows()),
         strip_(l_.strip_rows()),
-        kept_(args.half_gates),
+        kept_(args.packed_gates),
         sparse_(l_, strip_) {
     if constexpr (kHasWinograd<T, VL>) {
       inputs_ = InputTransform<S>(l_.form);
@@ -92,10 +92,11 @@ class Forward {
     const int64_t points = c.tiled() ? l_.form.points() : 0;
     const TileBlock<T> of_mem = tiles(block_, l_.Cp, 1), of_x = tiles(block_, x_channels(), 1);
     for (int k = 0; k < a_.threads; ++k) {
-      const Scratch s{arena.take<Block>(tasks_.most_together), arena.take<T>(l_.Wp * l_.Cp),
-                      arena.take<T>(points * of_mem.values_stride),
-                      arena.take<T>(c.x_way == Way::winograd ? points * of_x.values_stride : 0),
-                      arena.take<T>(points * of_mem.products_stride)};
+      const Scratch s{
+          arena.take<Block>(tasks_.most_together), arena.take<T>(l_.Wp * l_.Cp),
+          arena.take<T>(points * of_mem.values_stride),
+          arena.take<T>(c.x_algorithm == CpuAlgorithm::winograd ? points * of_x.values_stride : 0),
+          arena.take<T>(points * of_mem.products_stride)};
       for (int64_t slot = 0; slot < tasks_.most_together; ++slot) {
         const Block b = carve_block(arena);
         if (s.blocks) s.blocks[slot] = b;
@@ -105,7 +106,8 @@ class Forward {
   }
 
   Block carve_block(Arena& arena) const {
-    const int64_t strips = a_.cell.x_way == Way::sparse ? (block_ + strip_ - 1) / strip_ : 0;
+    const int64_t strips =
+        a_.cell.x_algorithm == CpuAlgorithm::sparse ? (block_ + strip_ - 1) / strip_ : 0;
     const Block b{{},
                   arena.take<T>(patch_rows(block_) * l_.Wx * a_.cell.Cin + kReadAhead),
                   arena.take<T>(strip_ * l_.Wr * kGates),
@@ -149,7 +151,7 @@ class Forward {
       const int64_t b1 = b0 + block_ < end ? b0 + block_ : end;
       for (int64_t k = 0; k < together; ++k) {
         gather_x(t, s.blocks[k].r.n, b0, b1, s.blocks[k].patch);
-        if (a_.cell.x_way == Way::sparse) list_x(b0, b1, s.blocks[k]);
+        if (a_.cell.x_algorithm == CpuAlgorithm::sparse) list_x(b0, b1, s.blocks[k]);
       }
       if (!a_.cell.tiled())
         direct(t, together, b0, b1, s);
@@ -234,7 +236,7 @@ class Forward {
   void sweep_x(int64_t b0, int64_t top, int64_t rows, int64_t cb, const Block* blocks,
                int64_t count) {
     const int64_t row = a_.cell.stride_h * l_.Wx * a_.cell.Cin;
-    if (a_.cell.x_way != Way::sparse)
+    if (a_.cell.x_algorithm != CpuAlgorithm::sparse)
       return sweep(
           true, [&](const Block& b) { return b.patch + top * row; }, row,
           a_.cell.stride_w * a_.cell.Cin, b0 + top, rows, cb, blocks, count);
@@ -263,7 +265,7 @@ class Forward {
     const Cell& c = a_.cell;
     const TileBlock<T> of_mem = tiles(b1 - b0, l_.Cp, together),
                        of_x = tiles(b1 - b0, x_channels(), together);
-    const bool x_too = c.x_way == Way::winograd;
+    const bool x_too = c.x_algorithm == CpuAlgorithm::winograd;
     for (int64_t k = 0; k < together; ++k) {
       const Block& b = s.blocks[k];
       inputs_.run(of_mem, states_.mem_row(t, b.r, b0), l_.Wm * l_.Cp, l_.Cp,

@@ -23,7 +23,7 @@ class NeuronBackward {
   // on. Otherwise there are images of all samples.
   NeuronBackward(const BackwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks,
                  bool by_sample)
-      : a_(a), l_(l), tasks_(tasks), by_sample_(by_sample), kept_(a.half_gates), images_(l) {}
+      : a_(a), l_(l), tasks_(tasks), by_sample_(by_sample), kept_(a.packed_gates), images_(l) {}
 
   void carve(Arena& arena) {
     const int64_t samples = by_sample_ ? a_.threads : a_.cell.N;

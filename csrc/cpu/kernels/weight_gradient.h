@@ -28,9 +28,8 @@ class WeightGradient {
 
   // The memory of one thread.
   struct Scratch {
-    T* d_gates;            // of one channel block and some pixels
-    T* few_sums;           // of_few()
-    TileBuffers<T> tiles;  // the caller's
+    T *d_gates, *few_sums;  // of_few()
+    TileBuffers<T> tiles;   // the caller's
     typename Sparse::Lists lists;
     typename Sparse::Scratch listing;
   };
@@ -68,11 +67,11 @@ class WeightGradient {
     scratch_ = arena.take<Scratch>(threads_);
     for (int k = 0; k < threads_; ++k) {
       Scratch s;
-      const bool gathered = l_.Cb > 1 || l_.few_channels();
-      s.d_gates = arena.take<T>(
-          gathered ? images_together(false) * pixel_block_rows() * l_.Wo * kGates : 0);
-      s.few_sums = arena.take<T>(l_.few_channels() ? kPiece * 2 * VL : 0);
-      if (c_.x_way == Way::sparse) {
+      const bool few = l_.few_channels();
+      s.d_gates =
+          arena.take<T>(few ? images_together(false) * pixel_block_rows() * l_.Wo * 2 * VL : 0);
+      s.few_sums = arena.take<T>(few ? kPiece * 2 * VL : 0);
+      if (c_.x_algorithm == CpuAlgorithm::sparse) {
         sparse_.carve(arena, s.lists);
         sparse_.carve(arena, s.listing);
       }
@@ -136,7 +135,7 @@ class WeightGradient {
     const int64_t cb = slice % l_.Cb, index = slice / l_.Cb;
     const bool of_x = index < x_pieces();
     const int64_t piece = of_x ? index : index - x_pieces();
-    if (of_x && c_.x_way == Way::sparse)
+    if (of_x && c_.x_algorithm == CpuAlgorithm::sparse)
       by_lists(step, images, cb, scratch_[thread]);
     else if (of_x ? !x_in_tiles() : !c_.tiled())
       directly(step, images, cb, of_x, piece, scratch_[thread]);
@@ -169,12 +168,12 @@ class WeightGradient {
 
   // Says whether x's weight gradient goes by Winograd. Few channels gain nothing, and direct sums
   // round less.
-  bool x_in_tiles() const { return c_.x_way == Way::winograd && c_.Cin > 4; }
+  bool x_in_tiles() const { return c_.x_algorithm == CpuAlgorithm::winograd && c_.Cin > 4; }
 
   // These count the pieces of K that weight gradient tasks take.
   static int64_t tile_pieces(int64_t channels) { return (channels + kTilePiece - 1) / kTilePiece; }
   int64_t x_pieces() const {
-    if (c_.x_way == Way::sparse) return 1;
+    if (c_.x_algorithm == CpuAlgorithm::sparse) return 1;
     return x_in_tiles() ? tile_pieces(c_.Cin) : x_groups_;
   }
   int64_t pieces() const { return x_pieces() + (c_.tiled() ? tile_pieces(c_.C) : mem_groups_); }
@@ -267,7 +266,6 @@ class WeightGradient {
       if (piece-- != 0) return;
       if (l_.few_channels()) return of_few(step, images, of_x, runs, count, s, out);
       each_pixel_block(step, images, cb, of_x, [&](int64_t h, PixelRows<T> p) {
-        if (l_.Cb > 1) gather_d_gates(p, s.d_gates);
         for (int r = 0; r < count; ++r)
           weight_grad_run<S>(met_by(runs + r, of_x, h, p), runs[r].in, runs[r].len,
                              out + runs[r].w * kGates);
@@ -329,29 +327,18 @@ class WeightGradient {
             out[(runs[r].w + k) * kGates + gate * VL + ch] += from[gate * C + ch];
   }
 
+  // Puts the d gates of all pixels in a row, without the lanes that are zero.
   void gather_lanes(PixelRows<T>& p, int64_t width, T* to) const {
     const int64_t C = c_.C;
-    gather(p, width, to, [&](const T* d, T* dst) {
-      for (int64_t gate = 0; gate < 4; ++gate)
-        for (int64_t ch = 0; ch < C; ++ch) dst[gate * C + ch] = d[gate * VL + ch];
-      for (int64_t k = 4 * C; k < width; ++k) dst[k] = 0;
-    });
-  }
-
-  // Copies the d gates of pixels side by side. Pixels of many channels are so far apart that few
-  // sets of the cache hold them.
-  void gather_d_gates(PixelRows<T>& p, T* to) const {
-    gather(p, kGates, to, [](const T* d, T* dst) { std::memcpy(dst, d, kGates * sizeof(T)); });
-  }
-
-  // Puts the d gates of all pixels in a row, each as put(pixel, place) makes it.
-  template <class F>
-  static void gather(PixelRows<T>& p, int64_t width, T* to, F&& put) {
     T* dst = to;
     for (int64_t n = 0; n < p.images; ++n)
       for (int64_t h = 0; h < p.rows; ++h)
-        for (int64_t w = 0; w < p.pixels; ++w, dst += width)
-          put(p.d_gates + n * p.d_image + h * p.d_row + w * p.d_pixel, dst);
+        for (int64_t w = 0; w < p.pixels; ++w, dst += width) {
+          const T* d = p.d_gates + n * p.d_image + h * p.d_row + w * p.d_pixel;
+          for (int64_t gate = 0; gate < 4; ++gate)
+            for (int64_t ch = 0; ch < C; ++ch) dst[gate * C + ch] = d[gate * VL + ch];
+          for (int64_t k = 4 * C; k < width; ++k) dst[k] = 0;
+        }
     p.d_gates = to;
     p.d_pixel = width;
     p.d_row = p.pixels * width;
