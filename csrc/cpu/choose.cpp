@@ -61,7 +61,7 @@ double direct_cost(const Cell& c, double channels, bool backward, double lists =
 
 // Adds up the products, the transform of the outputs (of four gates) and the transform of the
 // inputs, which all channel blocks share. Tiles that stick out of the image count whole.
-double tile_cost(const Cell& c, const Tiling& t, double channels, bool backward) {
+double tile_cost(const Cell& c, const TileForm& t, double channels, bool backward) {
   const double points = t.points(), products = points * t.parts() * 4 * channels;
   const auto up = [](const Axis& a, int dilation, int64_t n) {
     const int64_t unit = a.tile * (a.tile > 1 ? dilation : 1);
@@ -88,7 +88,7 @@ Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, boo
         if (!has_form(c.kernel_h, h) || !has_form(c.kernel_w, w) || h * w == 1) continue;
         Cell tiled = c;
         tiled.tile_h = h, tiled.tile_w = w;
-        const Tiling t = tiling(tiled);
+        const TileForm t = tiling(tiled);
         const int inputs = std::max(t.h.inputs(), t.w.inputs());
         if (inputs > (forced ? kMostInputs : most_inputs)) continue;
         double cost = tile_cost(c, t, double(c.C), backward);
@@ -101,7 +101,7 @@ Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, boo
   if (c.tiled() && c.stride_h == 1 && c.stride_w == 1) {
     // The recurrent half has its outputs transformed anyway, so that x pays for its inputs and
     // products alone.
-    const Tiling t = backward ? grad_tiling(c) : tiling(c);
+    const TileForm t = backward ? grad_tiling(c) : tiling(c);
     const double cost = tile_cost(c, t, double(c.Cin), backward) - tile_cost(c, t, 0, backward);
     if (forced || cost < best) best = cost, c.x_algorithm = CpuAlgorithm::winograd;
   }

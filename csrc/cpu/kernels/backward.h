@@ -19,7 +19,7 @@ template <class T, int VL>
 class Backward {
   using S = Simd<T, VL>;
 
-  struct Scratch {
+  struct BackwardScratch {
     T* x;  // rows of the gradient of x
     TileBuffers<T> tiles;
   };
@@ -38,8 +38,8 @@ class Backward {
     if constexpr (kHasWinograd<T, VL>) inputs_ = InputTransform<S>(l_.form);
     x_rows_ = l_.block_rows();
     x_blocks_ = (c.H + x_rows_ - 1) / x_rows_;
-    Arena arena(args.workspace);
-    carve(arena);
+    Workspace workspace(args.workspace);
+    carve(workspace);
   }
 
   // `weight` says whether the call forms the weight's gradient.
@@ -49,9 +49,9 @@ class Backward {
     if (weight) args.grad_weight = &args;  // only asked whether it is null
     args.threads = threads;
     Backward b(args);
-    Arena arena(nullptr);
-    b.carve(arena);
-    return arena.bytes();
+    Workspace workspace(nullptr);
+    b.carve(workspace);
+    return workspace.bytes();
   }
 
   void run() {
@@ -151,18 +151,18 @@ class Backward {
     });
   }
 
-  void carve(Arena& arena) {
-    counters_ = arena.take<Phases::Counter>(most_phases());
-    if (a_.grad_weight) weights_.carve(arena);
-    neuron_.carve(arena);
-    scratch_ = arena.take<Scratch>(a_.threads);
+  void carve(Workspace& workspace) {
+    counters_ = workspace.take<Phases::Counter>(most_phases());
+    if (a_.grad_weight) weights_.carve(workspace);
+    neuron_.carve(workspace);
+    scratch_ = workspace.take<BackwardScratch>(a_.threads);
     const int64_t rows = tasks_.most_together * (l_.tiled_x() ? l_.block_rows() : x_rows_);
     TileSizes sizes(l_, l_.form, 4 * l_.Cp, tasks_.most_together);
     if (a_.grad_weight) sizes.cover(weights_.tile_sizes());
     for (int k = 0; k < a_.threads; ++k) {
-      Scratch s;
-      s.x = arena.take<T>(rows * to_x_.row_size());
-      s.tiles = sizes.template carve<T>(arena);
+      BackwardScratch s;
+      s.x = workspace.take<T>(rows * to_x_.row_size());
+      s.tiles = sizes.template carve<T>(workspace);
       if (scratch_) scratch_[k] = s;
     }
   }
@@ -195,7 +195,7 @@ class Backward {
   // mem's into mem_grad, unless that is null, and x's if it is wanted.
   void tiled(int64_t t, int64_t n, int64_t together, int64_t begin, int64_t end, bool x_wanted,
              T* mem_grad, int thread) {
-    const Scratch& s = scratch_[thread];
+    const BackwardScratch& s = scratch_[thread];
     const TileBlock<T> b =
         tile_block(l_, l_.form, end - begin, 4 * l_.Cp, together, tasks_.most_together);
     const int64_t pixel = 4 * l_.Cp, row = l_.Wm * pixel;
@@ -246,7 +246,7 @@ class Backward {
   InputTransform<S> inputs_;
   int64_t x_rows_, x_blocks_;
   Phases::Counter* counters_ = nullptr;
-  Scratch* scratch_ = nullptr;
+  BackwardScratch* scratch_ = nullptr;
 };
 
 SNNLSTM_END_ISA

@@ -4,8 +4,8 @@
 // step's image.
 #pragma once
 
-#include "fire.h"
-#include "kept_gates.h"
+#include "pool.h"
+#include "saved_gates.h"
 #include "step_images.h"
 
 SNNLSTM_BEGIN_ISA
@@ -23,21 +23,22 @@ class NeuronBackward {
   // on. Otherwise there are images of all samples.
   NeuronBackward(const BackwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks,
                  bool by_sample)
-      : a_(a), l_(l), tasks_(tasks), by_sample_(by_sample), kept_(a.packed_gates), images_(l) {}
+      : a_(a), l_(l), tasks_(tasks), by_sample_(by_sample), saved_(a.packed_gates), images_(l) {}
 
-  void carve(Arena& arena) {
+  void carve(Workspace& workspace) {
     const int64_t samples = by_sample_ ? a_.threads : a_.cell.N;
-    images_.carve(arena, samples, a_.grad_weight != nullptr);
-    threshold_ = arena.take<T>(l_.Cp);
-    threshold_sums_ = arena.take<T>(tasks_.count * l_.Cp);
-    bias_sums_ = arena.take<T>(tasks_.count * 4 * l_.Cp);
-    syn0_ = arena.take<T>(samples * l_.state_image());
-    d_syn_ = arena.take<T>(samples * l_.state_image());
-    scratch_ = arena.take<Scratch>(a_.threads);
+    images_.carve(workspace, samples, a_.grad_weight != nullptr);
+    threshold_ = workspace.take<T>(l_.Cp);
+    threshold_sums_ = workspace.take<T>(tasks_.count * l_.Cp);
+    bias_sums_ = workspace.take<T>(tasks_.count * 4 * l_.Cp);
+    syn0_ = workspace.take<T>(samples * l_.state_image());
+    d_syn_ = workspace.take<T>(samples * l_.state_image());
+    scratch_ = workspace.take<NeuronScratch>(a_.threads);
     const int64_t rows = tasks_.most_together * task_size();
     const int64_t some_rows = rows_at_once() * l_.Wo * l_.Cp;
     for (int k = 0; k < a_.threads; ++k) {
-      const Scratch s{arena.take<T>(rows), arena.take<T>(some_rows), arena.take<T>(some_rows)};
+      const NeuronScratch s{workspace.take<T>(rows), workspace.take<T>(some_rows),
+                            workspace.take<T>(some_rows)};
       if (scratch_) scratch_[k] = s;
     }
   }
@@ -88,7 +89,7 @@ class NeuronBackward {
   }
 
   void rows(int64_t t, int64_t task, int thread, int64_t slot) {
-    Scratch s = scratch_[thread];
+    NeuronScratch s = scratch_[thread];
     s.mem_grad += slot * task_size();
     const Sample p = sample(task, thread);
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task), row = l_.Wo * l_.Cp;
@@ -137,7 +138,7 @@ class NeuronBackward {
   }
 
  private:
-  struct Scratch {
+  struct NeuronScratch {
     T* mem_grad;           // (tasks of a group, rows, Wo, Cp)
     T *rows, *noise_rows;  // rows_at_once()
   };
@@ -162,7 +163,7 @@ class NeuronBackward {
   }
 
   const T* gates(int64_t t, int64_t n, int64_t h) const {
-    return static_cast<const T*>(a_.saved_gates) + row_begin(t, n, h) * l_.Cb * kept_.size();
+    return static_cast<const T*>(a_.saved_gates) + row_begin(t, n, h) * l_.Cb * saved_.size();
   }
   int64_t row_begin(int64_t t, int64_t n, int64_t h) const {  // in pixels
     return (t * a_.cell.N + n) * l_.pixels + h * l_.Wo;
@@ -174,7 +175,7 @@ class NeuronBackward {
   }
 
   void add_rows(const View& v, int64_t t, int64_t n, int64_t begin, int64_t end, T* dst,
-                const Scratch& s) const {
+                const NeuronScratch& s) const {
     if (!v.data) return;
     const Span span(Part::copies);
     const int64_t row = l_.Wo * l_.Cp;
@@ -198,9 +199,9 @@ class NeuronBackward {
     const Cell& c = a_.cell;
     const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
     for (int64_t k = 0; k < l_.Wo; ++k)
-      for (int64_t ch = 0; ch < l_.Cp; ch += VL, gate += kept_.size(), syn += VL, syn_prev += VL) {
+      for (int64_t ch = 0; ch < l_.Cp; ch += VL, gate += saved_.size(), syn += VL, syn_prev += VL) {
         Mask reset;
-        const Gates<R> act = kept_.get(gate, reset);
+        const Gates<R> act = saved_.get(gate, reset);
         R mem = Neuron<M>::next_mem(act.o, tanh_syn(act, syn, syn_prev));
         mem = Neuron<M>::after_reset(c.reset, mem, reset, S::load(threshold_ + ch));
         if (c.num_levels > 0)
@@ -210,7 +211,7 @@ class NeuronBackward {
   }
 
   // Adds the spikes' gradient to the rows of mem_grad.
-  void spike(int64_t t, const Sample& p, int64_t task, const Scratch& s) const {
+  void spike(int64_t t, const Sample& p, int64_t task, const NeuronScratch& s) const {
     const Span span(Part::pointwise);
     const Cell& c = a_.cell;
     const int64_t begin = tasks_.begin(task), row = l_.Wo * l_.Cp;
@@ -244,7 +245,7 @@ class NeuronBackward {
           if (c.pool == Pool::none)
             S::store(s.mem_grad + place, S::load(s.mem_grad + place) + grad);
           else
-            Window<M>::spread(c, grad, where, s.mem_grad + place, row, l_.Cp);
+            PoolWindow<M>::spread(c, grad, where, s.mem_grad + place, row, l_.Cp);
         }
     }
   }
@@ -256,9 +257,9 @@ class NeuronBackward {
   void keep_winner(int64_t winner, int64_t h, T* row) const {
     const bool here = winner >= 0 && winner / l_.Wp % l_.Hp == h;
     const int64_t place = here ? winner % l_.Wp * l_.Cp + winner / (l_.Wp * l_.Hp) : 0;
-    const T kept = here ? row[place] : T(0);
+    const T grad = here ? row[place] : T(0);
     std::memset(row, 0, l_.Wp * l_.Cp * sizeof(T));
-    if (here) row[place] = kept;
+    if (here) row[place] = grad;
   }
 
   // Does the reset and the LSTM of one row.
@@ -274,7 +275,7 @@ class NeuronBackward {
       for (int64_t w = 0; w < l_.Wo; ++w) {
         const int64_t k = w * l_.Cp + ch;
         Mask reset;
-        const Gates<R> act = kept_.get(gate + k / VL * kept_.size(), reset);
+        const Gates<R> act = saved_.get(gate + k / VL * saved_.size(), reset);
         const R grad = S::load(mem_grad + k);
         const NeuronGrad<R> d = Neuron<M>::backward(c.reset, act, S::load(syn_prev + k),
                                                     tanh_syn(act, syn + k, syn_prev + k), reset,
@@ -299,11 +300,11 @@ class NeuronBackward {
   const Layout<T, VL>& l_;
   const RowTasks& tasks_;
   bool by_sample_;
-  KeptGates<M> kept_;
+  SavedGates<M> saved_;
   StepBuffers<T, VL> images_;
   T *threshold_ = nullptr, *threshold_sums_ = nullptr, *bias_sums_ = nullptr;
   T *syn0_ = nullptr, *d_syn_ = nullptr;
-  Scratch* scratch_ = nullptr;
+  NeuronScratch* scratch_ = nullptr;
 };
 
 SNNLSTM_END_ISA

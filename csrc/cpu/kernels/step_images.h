@@ -4,7 +4,7 @@
 #pragma once
 
 #include "layout.h"
-#include "rows.h"
+#include "transpose.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -23,11 +23,11 @@ class StepBuffers {
   explicit StepBuffers(const Layout<T, VL>& l) : l_(l) {}
 
   // Takes memory for some samples, and for x if the weight gradient is formed.
-  void carve(Arena& arena, int64_t samples, bool with_x) {
+  void carve(Workspace& workspace, int64_t samples, bool with_x) {
     for (int k = 0; k < 2; ++k) {
-      d_gates_[k] = arena.take<T>(k < l_.c.T ? samples * 4 * l_.mem_image() : 0);
-      mem_[k] = arena.take<T>(samples * l_.mem_image());
-      x_[k] = arena.take<T>(with_x && k < l_.c.T ? samples * l_.x_image() + kReadAhead : 0);
+      d_gates_[k] = workspace.take<T>(k < l_.c.T ? samples * 4 * l_.mem_image() : 0);
+      mem_[k] = workspace.take<T>(samples * l_.mem_image());
+      x_[k] = workspace.take<T>(with_x && k < l_.c.T ? samples * l_.x_image() + kReadAhead : 0);
     }
     with_x_ = with_x;
   }

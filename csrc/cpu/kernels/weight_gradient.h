@@ -2,11 +2,11 @@
 // owns its part of the sums, so that the result does not depend on the threads' order.
 #pragma once
 
-#include "schedule.h"
 #include "seen_taps.h"
 #include "sparse_grad.h"
 #include "step_images.h"
-#include "weight_grad.h"
+#include "threads.h"
+#include "weight_products.h"
 #include "weight_sums.h"
 
 SNNLSTM_BEGIN_ISA
@@ -20,18 +20,18 @@ class WeightGradient {
   static constexpr int64_t kPiece = 48;      // rows of K in a task
   static constexpr int64_t kTilePiece = 64;  // with Winograd: input channels
   static constexpr int64_t kBlockPixels = 128;
-  // Each split has sums of its own, which are cleared and added up. A split needs so many pixels,
+  // Each split has sums of its own, which are cleared and added up. A split needs this many pixels,
   // of all steps, to pay for that.
   static constexpr int64_t kSplitPixels = 4096;
-  // So many channel blocks share the lists, or the transformed tiles, of the input.
+  // This many channel blocks share the lists, or the transformed tiles, of the input.
   static constexpr int64_t kShared = 4;
 
   // The memory of one thread.
-  struct Scratch {
+  struct WeightScratch {
     T *d_gates, *few_sums;  // of_few()
     TileBuffers<T> tiles;   // the caller's
-    typename Sparse::Lists lists;
-    typename Sparse::Scratch listing;
+    typename Sparse::GradLists lists;
+    typename Sparse::ListScratch listing;
   };
 
  public:
@@ -60,20 +60,20 @@ class WeightGradient {
     return TileSizes(l_, l_.grad_form, kTilePiece + VL, images_together(true));
   }
 
-  void carve(Arena& arena) {
-    sums_.carve(arena);
-    x_seen_.carve(arena);
-    mem_seen_.carve(arena);
-    scratch_ = arena.take<Scratch>(threads_);
+  void carve(Workspace& workspace) {
+    sums_.carve(workspace);
+    x_seen_.carve(workspace);
+    mem_seen_.carve(workspace);
+    scratch_ = workspace.take<WeightScratch>(threads_);
     for (int k = 0; k < threads_; ++k) {
-      Scratch s;
+      WeightScratch s;
       const bool few = l_.few_channels();
       s.d_gates =
-          arena.take<T>(few ? images_together(false) * pixel_block_rows() * l_.Wo * 2 * VL : 0);
-      s.few_sums = arena.take<T>(few ? kPiece * 2 * VL : 0);
+          workspace.take<T>(few ? images_together(false) * pixel_block_rows() * l_.Wo * 2 * VL : 0);
+      s.few_sums = workspace.take<T>(few ? kPiece * 2 * VL : 0);
       if (c_.x_algorithm == CpuAlgorithm::sparse) {
-        sparse_.carve(arena, s.lists);
-        sparse_.carve(arena, s.listing);
+        sparse_.carve(workspace, s.lists);
+        sparse_.carve(workspace, s.listing);
       }
       if (scratch_) scratch_[k] = s;
     }
@@ -185,7 +185,7 @@ class WeightGradient {
 
   // Adds x's part from the lists of its nonzeros. The task of the first of kShared channel blocks
   // does them all.
-  void by_lists(const StepImages<T>& step, const Images& images, int64_t cb, Scratch& s) {
+  void by_lists(const StepImages<T>& step, const Images& images, int64_t cb, WeightScratch& s) {
     if (cb % kShared != 0) return;
     for (int64_t n = images.first; n < images.last; ++n)
       for (int64_t block = 0; block < sparse_.blocks(); ++block) {
@@ -201,7 +201,7 @@ class WeightGradient {
   }
 
   void by_tiles(const StepImages<T>& step, const Images& all, int64_t cb, bool of_x, int64_t piece,
-                const Scratch& s) {
+                const WeightScratch& s) {
     if (cb % kShared != 0) return;
     const int64_t channels = of_x ? c_.Cin : c_.C, first = piece * kTilePiece;
     const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
@@ -259,7 +259,7 @@ class WeightGradient {
   }
 
   void directly(const StepImages<T>& step, const Images& images, int64_t cb, bool of_x,
-                int64_t piece, const Scratch& s) {
+                int64_t piece, const WeightScratch& s) {
     const Span span(Part::products);
     T* out = sums_.rows(images.split, cb, of_x);
     (of_x ? x_runs_ : mem_runs_).chunks(kPiece, [&](const Run* runs, int count) {
@@ -304,7 +304,7 @@ class WeightGradient {
   // Sums without the lanes that are zero, where these are most: the gates of the other lanes close
   // up.
   void of_few(const StepImages<T>& step, const Images& images, bool of_x, const Run* runs,
-              int count, const Scratch& s, T* out) {
+              int count, const WeightScratch& s, T* out) {
     const int64_t C = c_.C, vectors = 4 * C <= VL ? 1 : 2, width = vectors * VL;
     T* const sums = s.few_sums;
     std::memset(sums, 0, kPiece * width * sizeof(T));
@@ -356,7 +356,7 @@ class WeightGradient {
   int64_t splits_;
   SeenTaps<T, VL> x_seen_, mem_seen_;
   WeightSums<T, VL> sums_;
-  Scratch* scratch_ = nullptr;
+  WeightScratch* scratch_ = nullptr;
 };
 
 SNNLSTM_END_ISA
