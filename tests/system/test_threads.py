@@ -28,7 +28,7 @@ import snnlstm
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
-# A step has work for seven threads: schedule.h gives each thread some 200,000 products.
+# A step has work for seven threads: threads.h gives each thread some 200,000 products.
 LARGE = PLAIN.but(time=2, batch=4, in_channels=8, channels=16, height=16, width=18)
 CASES = {
     "large": LARGE,
