@@ -130,9 +130,8 @@ def look_up(weight: Tensor, x: int = 0, dtype: int = 0, count: int = 0) -> tuple
         if percent >= 0:
             return packed, percent
     entries.pop(place, None)
-    for oldest in list(entries)[
-        : max(len(entries) - _MOST + 1, 0)
-    ]:  # a copy: threads drop some too
+    too_many = max(len(entries) - _MOST + 1, 0)
+    for oldest in list(entries)[:too_many]:  # a copy, because other threads drop entries, too
         entries.pop(oldest, None)
     packed = entries[place] = Packed(contiguous)
     return packed, _C.inspect(x, dtype, count, 0, 0, 0)
