@@ -12,6 +12,7 @@ from poison import NAN
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
 
+@pytest.mark.drawn
 @pytest.mark.slow
 def test_random_calls():
     done = fuzz.run(200)
