@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import examples  # noqa: F401  (what Hypothesis draws)
+import drawing  # noqa: F401  (what Hypothesis draws)
 import pytest
 import snntorch
 import torch

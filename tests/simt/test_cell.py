@@ -11,8 +11,8 @@ import pytest
 import torch
 from backend import SOURCES, float32_precision
 from cases import Case, cases, wanting_gradients
+from drawing import drawing
 from emulator import EmulationError
-from examples import drawing
 from hypothesis import given, reject
 from modes import ALL, CASES, FITS, FORWARD, MODES, PLAIN, RESIDENT, Mode, crossed
 from oracle import check_steps

@@ -11,9 +11,9 @@ import flat
 import pytest
 import torch
 from cases import Case, cases
+from drawing import drawing
 from emulator import EmulationError
 from gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
-from examples import drawing
 from hypothesis import given, reject
 from hypothesis import strategies as st
 from modes import (
