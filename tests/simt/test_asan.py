@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from builder import HERE, compiler
+from helpers import HANG
 
 pytestmark = pytest.mark.simt_long
 
@@ -31,7 +32,7 @@ def run(code):
     code = f"import numpy as np, own\nemulator = own.own_kernels('asan')\n{code}\nprint('returned')"
     return subprocess.run(
         [sys.executable, "-c", code],
-        capture_output=True, text=True, env=environment, check=False, timeout=300,
+        capture_output=True, text=True, env=environment, check=False, timeout=HANG,
     )  # fmt: skip
 
 
