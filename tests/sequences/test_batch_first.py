@@ -54,14 +54,6 @@ def test_steps_and_stored_states_stay_as_they_are(backend):
     assert other.spk.shape == (N, 4, 3, 3)
 
 
-def test_errors_show_the_shape_that_the_caller_gave():
-    for cell in twins():
-        with pytest.raises(ValueError, match=r"shape \(2, 3, 1, 7, 6\)"):
-            cell(torch.zeros(2, 3, 1, 7, 6))
-    with pytest.raises(ValueError, match=r"shape \(2, 3, 1, 7, 6\)"):
-        sconv2dlstm(torch.zeros(2, 3, 1, 7, 6), weight=cell.conv.weight, threshold=0.05)
-
-
 def test_the_functional_forms(backend):
     cell, _ = twins()
     x = events()
@@ -81,9 +73,11 @@ def test_results_lie_in_memory_as_they_are_seen(record):
 
 
 def test_errors_speak_of_the_shape_that_came():
-    _, cell = twins()
-    with pytest.raises(ValueError, match=r"got 3: shape \(3, 5, 3, 7, 6\)"):
-        cell(torch.zeros(N, T, 3, 7, 6))
+    for cell in twins():
+        with pytest.raises(ValueError, match=r"shape \(2, 3, 1, 7, 6\)"):
+            cell(torch.zeros(2, 3, 1, 7, 6))
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 1, 7, 6\)"):
+        sconv2dlstm(torch.zeros(2, 3, 1, 7, 6), weight=cell.conv.weight, threshold=0.05)
     with pytest.raises(ValueError, match=r"\(N, T, 2, H, W\) for a sequence, got \(7, 6\)"):
         cell(torch.zeros(7, 6))
 

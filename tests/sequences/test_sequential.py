@@ -1,4 +1,4 @@
-"""snnlstm.Sequential computes what a loop over the steps computes, for any kind of layers."""
+"""Sequential and unroll compute what a loop over the steps computes, for any kind of layers."""
 
 import copy
 import pickle
@@ -56,11 +56,24 @@ def states_of(net):
     ]
 
 
-def equals_the_loop(net, x, kinds, atol=2e-6):
+def exchanged(out):
+    """Returns the result with its first two dimensions exchanged."""
+    return tuple(map(exchanged, out)) if isinstance(out, tuple) else out.transpose(0, 1)
+
+
+FORMS = {
+    "Sequential": lambda net, x: net(x),
+    "unroll": lambda net, x: snnlstm.unroll(x, *net),
+    "batch_first": lambda net, x: exchanged(net(exchanged(x))),
+}
+
+
+def equals_the_loop(net, x, kinds, atol=2e-6, form="Sequential"):
     """Compares two runs of both; the second run starts from the states of the first."""
-    one, other = snnlstm.Sequential(*copy.deepcopy(net)), net
+    one = snnlstm.Sequential(*copy.deepcopy(net), batch_first=form == "batch_first")
+    other, run = net, FORMS[form]
     torch.manual_seed(5)
-    actual = [one(x), one(x)]
+    actual = [run(one, x), run(one, x)]
     torch.manual_seed(5)
     expected = [loop(other, x), loop(other, x)]
     close(actual, expected, atol=atol)
@@ -69,7 +82,8 @@ def equals_the_loop(net, x, kinds, atol=2e-6):
         sum(map(total, actual)).backward()
         sum(map(total, expected)).backward()
         same_gradients(one, other)
-    assert [layer.kind for layer in one.report] == kinds.split()
+    if form != "unroll":
+        assert [layer.kind for layer in one.report] == kinds.split()
     return one
 
 
@@ -164,11 +178,45 @@ NETS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NETS)
-def test_it_equals_the_loop_in_training(name):
+def test_it_equals_the_loop_in_training(name, form):
     make, kinds = NETS[name]
     torch.manual_seed(0)
-    equals_the_loop(nn.Sequential(*make()), X, kinds)
+    equals_the_loop(nn.Sequential(*make()), X, kinds, 2e-6, form)
+
+
+@pytest.mark.parametrize("limit", [1, 2000, 20000])
+@pytest.mark.parametrize(
+    "name", ["a classifier", "pools and shapes", "norms", "nested", "in place"]
+)
+def test_folded_layers_run_in_chunks_of_steps(name, limit, monkeypatch):
+    make, kinds = NETS[name]
+    monkeypatch.setattr(snnlstm.sequential, "FOLD", limit)
+    torch.manual_seed(0)
+    equals_the_loop(nn.Sequential(*make()), X, kinds, atol=1e-5)
+
+
+def test_a_chunk_holds_as_many_steps_as_its_largest_tensor_allows(monkeypatch):
+    sizes = []
+
+    def watched(self, x):
+        sizes.append(x.shape[0] // N)
+        return torch.cat([x, x], 1)
+
+    layer = nn.ReLU()
+    monkeypatch.setattr(nn.ReLU, "forward", watched)
+    step = X[0].nbytes * 2  # the bytes of a step of the layer's result
+    for limit, expected in (
+        (2 * step, [1, 2, 1]),
+        (step - 1, [1] * 4),
+        (9 * step, [1, 3]),
+        (99 * step, [T]),
+    ):
+        monkeypatch.setattr(snnlstm.sequential, "FOLD", limit)
+        sizes.clear()
+        close(snnlstm.unroll(X, layer), torch.cat([X, X], 2), atol=0)
+        assert sizes == expected
 
 
 IN_EVALUATION = {
@@ -332,6 +380,20 @@ def test_it_is_an_nn_sequential():
     close(pickle.loads(pickle.dumps(one))(X), one(X))
 
 
+def test_batch_first_is_kept_and_shown():
+    net = snnlstm.Sequential(hidden(), hidden(3, 2, 3), nn.Flatten(), batch_first=True)
+    assert net[:2].batch_first
+    assert isinstance(net[0], snnlstm.SConv2dLSTM)
+    assert not snnlstm.Sequential(*net)[:2].batch_first
+    assert "batch_first=True" in repr(net)
+    assert copy.deepcopy(net).batch_first
+    assert snnlstm.Sequential.of(nn.Sequential(*net), batch_first=True).batch_first
+    x, other = X.transpose(0, 1), copy.deepcopy(net)
+    close(net(x), snnlstm.unroll(x, *other, batch_first=True), atol=1e-5)
+    with pytest.raises(ValueError, match=r"\(N, T, ...\) with at least one step, got \(3, 0"):
+        net(x[:, :0])
+
+
 def test_a_sum_and_a_multiple_take_sequences():
     net = snnlstm.Sequential(hidden(2, 2, 3), nn.ReLU(), batch_first=True)
     for made, layers in ((net + nn.Sequential(nn.Flatten()), 3), (net * 2, 4), (2 * net, 4)):
@@ -415,3 +477,30 @@ def test_of_a_tuple_the_next_layer_gets_the_first_item():
     expected = [net[2](step) for step in x]
     close(out, torch.stack([step[0] for step in expected]))
     close((h, c), [torch.stack([step[1][k] for step in expected]) for k in range(2)])
+
+
+class KeepsItsNames(nn.Module):
+    """A module has a hand-written forward, and its cells keep states with init_hidden=False."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm1, self.lstm2 = ours(max_pool=2), ours(3, 2, 3, seed=1)
+        self.lif = leaky()
+
+    def forward(self, x):
+        self.lstm1.reset_mem()
+        self.lstm2.reset_mem()
+        self.lif.reset_mem()
+        return snnlstm.unroll(x, self.lstm1, self.lstm2, nn.Flatten(), self.lif)
+
+
+def test_unroll_in_a_forward_registers_nothing():
+    net = KeepsItsNames()
+    keys = list(net.state_dict())
+    spk, mem = net(X)
+    assert list(net.state_dict()) == keys
+    assert [name.partition(".")[0] for name, _ in net.named_children()] == ["lstm1", "lstm2", "lif"]
+    utils.reset(net)
+    one, two, three = net.lstm1, net.lstm2, net.lif
+    records = [three(two(one(x)[0])[0].flatten(1)) for x in X]
+    close((spk, mem), tuple(map(torch.stack, zip(*records, strict=True))))
