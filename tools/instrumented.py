@@ -43,10 +43,10 @@ TESTS = {
 }  # fmt: skip
 # These tests should notice mutants of the package and of cell.h.
 NOTICE = {
-    "package": ["cell", "autograd", "docs/test_messages.py", "sequences/test_batch_first.py",
+    "package": ["cell", "autograd", "docs/test_messages.py", "sequences/test_sequences.py",
                 "snntorch/test_drop_in.py", "snntorch/test_swap.py", "torch/test_autocast.py",
                 "torch/test_dtypes.py", "torch/test_training.py"],
-    "cell": ["cell/test_semantics.py", "cell/test_quant.py", "cell/test_surrogate.py",
+    "cell": ["cell/test_quant.py", "cell/test_surrogate.py",
              "kernels/test_kernels.py", "kernels/test_kernel_gradients.py",
              "snntorch/test_equivalence.py"],
 }  # fmt: skip

@@ -200,7 +200,7 @@ def test_the_tests_pass_without_a_core(pure_python, folder):
     for part in ("tests", "tools"):
         shutil.copytree(ROOT / part, tests / part, ignore=unneeded)
     shutil.copy2(ROOT / "pyproject.toml", tests)
-    names = ("semantics", "state", "arguments", "inhibition")
+    names = ("constructor", "state", "arguments", "inhibition")
     files = [f"tests/cell/test_{name}.py" for name in names]
     said = run(pure_python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, cwd=tests)
     assert re.search(r"\d\d+ passed", said)
