@@ -196,7 +196,7 @@ print(cell.path)
 def test_the_tests_pass_without_a_core(pure_python, folder):
     """The cell's tests pass with the reference as the only implementation."""
     tests = folder / "tests-only"
-    unneeded = shutil.ignore_patterns("__pycache__", "simt", "sanitizers")
+    unneeded = shutil.ignore_patterns("__pycache__", "simt")
     for part in ("tests", "tools"):
         shutil.copytree(ROOT / part, tests / part, ignore=unneeded)
     shutil.copy2(ROOT / "pyproject.toml", tests)
