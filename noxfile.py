@@ -24,7 +24,7 @@ NEEDED += ["scikit-learn", "matplotlib", "tqdm"]
 LEFT_OUT = [
     f"--ignore=tests/{name}"
     for name in (
-        "simt", "bench", "kernels/test_kernels.py", "kernels/test_kernel_gradients.py",
+        "simt", "bench", "kernels/test_kernels.py",
         "packaging/test_arm.py", "packaging/test_distribution.py",
     )
 ]  # fmt: skip

@@ -8,7 +8,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import states
 from loops import cells, events, zeros
 
 import snnlstm
@@ -129,20 +128,3 @@ def test_transforms_within_what_torch_compile_compiles(transform):
         "jvp": lambda weight: torch.func.jvp(total, (weight,), (weight,))[1],
     }[transform]
     torch.testing.assert_close(torch.compile(call, backend="aot_eager")(weight), call(weight))
-
-
-def test_gradcheck_of_syn_and_mem(backend):
-    x = torch.randn(2, 1, 1, 4, 3, dtype=torch.float64, requires_grad=True)
-    state = [s.double().requires_grad_() for s in states(1, 2, 2, 3)]
-    weight = torch.randn(8, 3, 3, 1, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(8, dtype=torch.float64, requires_grad=True)
-
-    def run(*args):
-        return snnlstm.functional.sconv2dlstm(
-            *args, stride=(2, 1), record=True, reset_mechanism="none", surrogate_disable=True
-        )[1:]
-
-    args = (x, *state, weight, bias)
-    fast = backend.name == "simt"
-    assert torch.autograd.gradcheck(run, args, fast_mode=fast)
-    assert torch.autograd.gradgradcheck(run, args, atol=1e-4, fast_mode=fast)

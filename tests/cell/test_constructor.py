@@ -5,7 +5,17 @@ import inspect
 import pytest
 import snntorch
 import torch
-from helpers import close, ours, quietly, same, same_gradients, states, steps, theirs, twins
+from helpers import (
+    close,
+    ours,
+    quietly,
+    same,
+    states,
+    steps,
+    theirs,
+    train_alike,
+    twins,
+)
 from torch import nn
 
 import snnlstm
@@ -50,13 +60,8 @@ def test_a_threshold_of_any_shape_that_broadcasts_gets_a_gradient_of_that_shape(
     one, other = twins(
         threshold=threshold, learn_threshold=True, reset_mechanism="subtract", **pool
     )
-    x = steps(3, 2, 2, 6, 8)
-    for cell in (one, other):
-        loss = sum(spk.sum() + 3 * mem.sum() for spk, _, mem in map(cell, x))
-        loss.backward()
-        assert cell.threshold.grad.shape == shape
-    close((one.spk, one.syn, one.mem), (other.spk, other.syn, other.mem))
-    close(one.threshold.grad, other.threshold.grad, atol=1e-4, rtol=1e-4)
+    train_alike(one, other, steps(3, 2, 2, 6, 8))
+    assert one.threshold.grad.shape == shape
     # The kernels know one threshold, or one a channel.
     backend.check(one.path, native=threshold.numel() in (1, 3))
 
@@ -209,9 +214,5 @@ def test_foreign_surrogates_and_quantisers_that_are_modules_are_submodules():
 
     one, other = ours(spike_grad=Spike()), quietly(theirs, spike_grad=Spike())
     assert list(one.state_dict()) == list(other.state_dict())
-    x = steps(1, 2, 2, 6, 7)[0]
-    close(one(x), other(x))
-    one(x)[0].sum().backward()
-    other(x)[0].sum().backward()
-    same_gradients(one, other)
+    train_alike(one, other, steps(2, 2, 2, 6, 7))
     assert not one.path.native

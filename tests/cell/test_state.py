@@ -435,14 +435,16 @@ def test_reset_after_a_small_change_of_the_threshold_through_data(reset):
         _ = cell.reset
 
 
-def test_reset_after_the_threshold_was_written_to_between_calls():
-    cell, mem = ours(2, 3, 3, threshold=0.1), torch.rand(2, 3, 5, 5)
+@torch.no_grad()
+@pytest.mark.parametrize("learn", [False, True])
+def test_reset_after_the_threshold_was_written_to_between_calls(learn):
+    cell, mem = ours(threshold=0.1, learn_threshold=learn), torch.rand(2, 3, 5, 5)
     for threshold in (0.1, 0.4, 0.9):
         cell.threshold.fill_(threshold)
         cell(torch.rand(2, 2, 5, 5), torch.zeros_like(mem), mem)
-        assert torch.equal(cell.reset, (mem > threshold).float())
-        cell.threshold.fill_(-5.0)
-        assert torch.equal(cell.reset, (mem > threshold).float())
+        for written in (threshold, -5.0, 0.0):
+            cell.threshold.fill_(written)
+            assert torch.equal(cell.reset, (mem > threshold).float())
 
 
 def test_reset_with_a_threshold_that_is_no_number():
