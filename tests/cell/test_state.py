@@ -58,14 +58,6 @@ def test_what_restarts_the_state(backend, how):
     close(cell(x[1], *args), fresh(x[1]), atol=0, rtol=0)
 
 
-def test_reset_mem_of_a_fresh_cell_returns_empty_tensors_that_mean_zeros(backend):
-    one, other = twins()
-    mine, reference = one.reset_mem(), other.reset_mem()
-    assert {state.shape for state in (*mine, *reference)} == {(0,)}
-    x = steps(1, 2, 2, 6, 7)[0]
-    close(one(x, *mine), other(x, *reference))
-
-
 HANDLED = {
     "as it is": lambda cell: cell.reset_mem(),
     "read": lambda cell: (cell.reset_mem(), cell.syn, cell.mem)[1:],
