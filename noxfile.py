@@ -24,7 +24,7 @@ NEEDED += ["scikit-learn", "matplotlib", "tqdm"]
 LEFT_OUT = [
     f"--ignore=tests/{name}"
     for name in (
-        "simt", "bench", "kernels/test_kernels.py", "kernels/test_kernel_gradients.py",
+        "simt", "bench", "kernels/test_kernels.py",
         "packaging/test_arm.py", "packaging/test_distribution.py",
     )
 ]  # fmt: skip
@@ -81,10 +81,6 @@ def without_snntorch(session: nox.Session) -> None:
 def older_snntorch(session: nox.Session) -> None:
     """What meets snnTorch, with the release before the newest."""
     _install(session, "newest", ">=2", snntorch="0.9.4")
-    files = (
-        "cell/test_surrogate",
-        "snntorch/test_swap",
-        "snntorch/test_patch",
-        "snntorch/test_drop_in",
-    )
-    _test(session, "tests/networks", *(f"tests/{name}.py" for name in files))
+    files = ("cell/test_surrogate", "snntorch/test_swap", "snntorch/test_drop_in")
+    named = [f"tests/{name}.py" for name in files]
+    _test(session, "tests/networks", *named, "-k", "not a_checkpoint_loads")

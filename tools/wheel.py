@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         run(python, "-m", "pip", "install", f"snnlstm[test] @ {wheel.as_uri()}", env=environment)
         # The folder has the tests, and neither snnlstm nor csrc.
         tests = Path(folder) / "tests-only"
-        unneeded = shutil.ignore_patterns("__pycache__", "simt", "sanitizers")
+        unneeded = shutil.ignore_patterns("__pycache__", "simt")
         for name in ("tests", "tools", "benchmarks"):
             shutil.copytree(ROOT / name, tests / name, ignore=unneeded)
         shutil.copy2(ROOT / "pyproject.toml", tests)

@@ -12,8 +12,6 @@ from gradients import NAMES, OUTPUTS, gradients, leaves_and_gradients, total
 from helpers import ours, same, steps
 from poison import NAN, poisoned
 
-from snnlstm import surrogate
-
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
 
@@ -27,14 +25,6 @@ def test_unwanted_gradients_are_not_computed(monkeypatch):
         gradients(flat.run, PLAIN.inputs(), PLAIN.options, PLAIN.output_gradients(), [wanted])
     for found, wanted in zip(seen, NAMES, strict=True):
         assert [grad is not None for grad in found] == [name == wanted for name in NAMES]
-
-
-def test_spikes_without_surrogate_are_not_differentiable():
-    case = PLAIN.but(surrogate=surrogate.NONE)
-    spk, syn, mem = flat.run(*wanting_gradients(case.inputs()), case.options)
-    assert not spk.requires_grad
-    assert syn.requires_grad
-    assert mem.requires_grad
 
 
 def test_a_graph_is_used_up_and_its_memory_freed():

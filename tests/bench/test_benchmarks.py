@@ -43,16 +43,23 @@ VARIANTS = {
 # ---- providers -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["hoisted", "snnlstm", "snnlstm-step"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_provider_computes_what_snntorch_computes(name, variant):
-    case = dataclasses.replace(SMALL, **VARIANTS[variant])
-    setting = Setting(dtype="float64")
-    if case.quant_bits:  # snnTorch's levels are float32 in a cell of any type
-        setting = Setting()
-    reference = PROVIDERS["snntorch"](case, setting)
+@pytest.mark.parametrize(
+    ("name", "variant", "dtype"),
+    [
+        # snnTorch's levels are float32 in a cell of any type.
+        *((name, variant, "float32" if "quant" in variant else "float64")
+          for name in ("hoisted", "snnlstm", "snnlstm-step") for variant in VARIANTS),
+        *((name, "plain", "autocast") for name in ("snntorch-compile-last", "hoisted", "snnlstm")),
+    ],
+)  # fmt: skip
+def test_provider_computes_what_snntorch_computes(monkeypatch, name, variant, dtype):
+    monkeypatch.setattr(torch, "compile", lambda cell, **_: cell)
+    case, setting = dataclasses.replace(SMALL, **VARIANTS[variant]), Setting(dtype=dtype)
+    reference, provider = PROVIDERS["snntorch"](case, setting), PROVIDERS[name](case, setting)
     expected, potential = agreement.compute(reference), agreement.potentials(reference)
-    got = agreement.compute(PROVIDERS[name](case, setting))
+    with provider.context():
+        assert torch.is_autocast_enabled("cpu") == (dtype == "autocast")
+    got = agreement.compute(provider)
     agreement.compare(case, setting.dtype, expected, got, potential)
     assert expected.spikes.mean() > 0.01
     assert (expected.gradient_x.numel() > 0) == case.grad_x

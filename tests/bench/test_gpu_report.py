@@ -13,7 +13,7 @@ import torch
 from helpers import HANG
 from test_benchmarks import SMALL
 
-from benchmarks import agreement, cli, gpu, gpu_goals, gpu_smoke
+from benchmarks import cli, gpu, gpu_goals, gpu_smoke
 from benchmarks.kernel_times import kernel_times
 from benchmarks.providers import PROVIDERS, Setting
 from benchmarks.rows import Row
@@ -151,22 +151,6 @@ def test_kernels_are_timed_one_by_one(mode):
     assert sum(kernel.share for kernel in found) == pytest.approx(1)
     assert [k.microseconds for k in found] == sorted((k.microseconds for k in found), reverse=True)
     assert {kernel.mode for kernel in found} == {mode}
-
-
-@pytest.mark.parametrize("name", ["snntorch-compile-last", "snnlstm", "hoisted"])
-def test_baselines_compute_the_same_under_autocast(monkeypatch, name):
-    monkeypatch.setattr(torch, "compile", lambda cell, **_: cell)
-    setting = Setting(dtype="autocast")
-    reference, provider = PROVIDERS["snntorch"](SMALL, setting), PROVIDERS[name](SMALL, setting)
-    assert torch.is_autocast_enabled("cpu") is False
-    with provider.context():
-        assert torch.is_autocast_enabled("cpu")
-    expected, potential = agreement.compute(reference), agreement.potentials(reference)
-    agreement.compare(SMALL, "autocast", expected, agreement.compute(provider), potential)
-    setup, run = provider.prepare("both")
-    setup()
-    run()
-    assert provider.cell.conv.weight.grad.abs().sum() > 0
 
 
 def test_the_compiled_baseline_is_channels_last(monkeypatch):

@@ -5,7 +5,17 @@ import inspect
 import pytest
 import snntorch
 import torch
-from helpers import close, ours, states, steps, theirs, twins
+from helpers import (
+    close,
+    ours,
+    quietly,
+    same,
+    states,
+    steps,
+    theirs,
+    train_alike,
+    twins,
+)
 from torch import nn
 
 import snnlstm
@@ -50,13 +60,8 @@ def test_a_threshold_of_any_shape_that_broadcasts_gets_a_gradient_of_that_shape(
     one, other = twins(
         threshold=threshold, learn_threshold=True, reset_mechanism="subtract", **pool
     )
-    x = steps(3, 2, 2, 6, 8)
-    for cell in (one, other):
-        loss = sum(spk.sum() + 3 * mem.sum() for spk, _, mem in map(cell, x))
-        loss.backward()
-        assert cell.threshold.grad.shape == shape
-    close((one.spk, one.syn, one.mem), (other.spk, other.syn, other.mem))
-    close(one.threshold.grad, other.threshold.grad, atol=1e-4, rtol=1e-4)
+    train_alike(one, other, steps(3, 2, 2, 6, 8))
+    assert one.threshold.grad.shape == shape
     # The kernels know one threshold, or one a channel.
     backend.check(one.path, native=threshold.numel() in (1, 3))
 
@@ -143,3 +148,71 @@ def test_the_representation_names_what_is_not_as_usual():
     cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1, checkpoint="gates", batch_first=True)
     expected = "2, 3, kernel_size=3, checkpoint='gates', batch_first=True, threshold=0.1"
     assert cell.extra_repr() == expected
+
+
+def test_an_infinite_threshold_with_subtract_makes_no_nan(backend):
+    threshold = torch.tensor([0.1, torch.inf, 0.1]).view(3, 1, 1)
+    cell = ours(threshold=threshold, reset_mechanism="subtract", learn_threshold=True)
+    syn, mem = states(2, 3, 6, 7)
+    spk, _, new_mem = cell(steps(1, 2, 2, 6, 7)[0], syn, mem)
+    assert new_mem.isfinite().all()
+    assert spk[:, 0].any()
+    assert not spk[:, 1].any()
+    new_mem.sum().backward()
+    assert cell.threshold.grad.isfinite().all()
+
+
+def test_the_default_threshold_never_spikes_and_warns_once():
+    with pytest.warns(UserWarning, match=r"threshold=1\.0 .* never spikes\. .*0\.1") as caught:
+        cell = snnlstm.SConv2dLSTM(2, 3, 3)
+    assert len(caught) == 1
+    assert not cell(torch.full((1, 2, 5, 5), 100.0))[0].any()
+    with pytest.warns(UserWarning, match="threshold"):
+        snnlstm.SConv2dLSTM(2, 3, 3, threshold=torch.full((3, 1, 1), 2.0))
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_warning_where_the_cell_can_spike():
+    snnlstm.SConv2dLSTM(2, 3, 3, learn_threshold=True)
+    snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.9)
+    snnlstm.SConv2dLSTM(2, 3, 3, threshold=torch.tensor([0.5, 1, 2]).view(3, 1, 1))
+    # The levels reach 1.2, so the quantiser can round a mem near 1 up to more than 1.
+    snnlstm.SConv2dLSTM(2, 3, 3, state_quant=snnlstm.quant.state_quant(4))
+
+
+def test_conv_is_a_plain_conv2d_with_its_initial_values_bit_for_bit():
+    for kwargs in ({}, {"bias": False}, {"learn_threshold": True}):
+        one, other = twins(4, 5, (3, 5), **kwargs)
+        assert type(one.conv) is nn.Conv2d
+        assert one.conv.weight.shape == (20, 9, 3, 5)
+        same(one.parameters(), other.parameters())
+
+
+def test_a_graded_factor_scales_the_spikes(backend):
+    one, other = twins()
+    for factor in (2.5, torch.tensor(0.5)):
+        one.graded_spikes_factor = factor
+        other.graded_spikes_factor = torch.as_tensor(factor)
+        x = steps(1, 2, 2, 6, 7)[0]
+        close(one(x), other(x))
+        backend.check(one.path)
+    learned = ours()
+    learned.graded_spikes_factor = nn.Parameter(torch.tensor(2.0))
+    learned(x)[0].sum().backward()
+    assert learned.graded_spikes_factor.grad == (learned.mem > 0.1).sum()
+    backend.check(learned.path, native=False)
+
+
+def test_foreign_surrogates_and_quantisers_that_are_modules_are_submodules():
+    class Spike(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slope = nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, x):
+            return snnlstm.surrogate.atan()(x) * self.slope
+
+    one, other = ours(spike_grad=Spike()), quietly(theirs, spike_grad=Spike())
+    assert list(one.state_dict()) == list(other.state_dict())
+    train_alike(one, other, steps(2, 2, 2, 6, 7))
+    assert not one.path.native

@@ -6,7 +6,7 @@ The kernels do not call such methods: the cell has to run the reference path.
 import pytest
 import snntorch
 import torch
-from helpers import close, described, ours, steps, theirs, twins
+from helpers import close, described, ours, steps, theirs, train_alike, twins
 
 import snnlstm
 from snnlstm.quant import StateQuant
@@ -24,13 +24,8 @@ def resets_half(base):
 
 
 def compare(one, other):
-    for cell in (one, other):
-        loss = sum((spk.sum() + mem.square().sum()) for spk, _, mem in map(cell, X))
-        loss.backward()
+    train_alike(one, other, X)
     assert one.path.name == "reference"
-    close((one.spk, one.syn, one.mem, one.reset), (other.spk, other.syn, other.mem, other.reset))
-    close(one.conv.weight.grad, other.conv.weight.grad, atol=1e-4, rtol=1e-4)
-    return one
 
 
 def made(base, **options):
@@ -111,34 +106,3 @@ def test_subclasses_of_our_surrogate_and_quantiser_with_calls_of_their_own(optio
         **options,
     )  # fmt: skip
     close((spk[-1], mem), (one.spk, one.mem))
-
-
-def test_the_reset_signal_is_that_of_the_threshold_at_the_call():
-    one, other = twins(threshold=0.05, reset_mechanism="subtract")
-    for change in (
-        lambda cell: cell.threshold.fill_(-5.0),
-        lambda cell: cell.threshold.mul_(0.0),
-        lambda cell: cell.threshold.fill_(0.05),
-    ):
-        for cell in (one, other):
-            for x in X[:2]:
-                cell(x)
-                assert cell.reset is not None
-            change(cell)
-        close(one.reset, other.reset)
-    one(X[2])
-    one.threshold.data.fill_(-1.0)  # no version counter shows this change
-    with pytest.raises(RuntimeError, match=r"modified through \.data"):
-        _ = one.reset
-
-
-def test_the_reset_signal_of_a_learned_threshold_that_an_optimizer_changes():
-    one, other = twins(threshold=0.05, learn_threshold=True)
-    for cell in (one, other):
-        optimizer = torch.optim.SGD(cell.parameters(), 10.0)
-        for x in X:
-            cell(x)
-        (cell.mem.sum() + cell.spk.sum()).backward()
-        optimizer.step()
-    assert one.threshold.item() != 0.05
-    close(one.reset, other.reset)

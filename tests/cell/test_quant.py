@@ -6,7 +6,7 @@ import pickle
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import close, measures_memory, ours, states, steps, twins
+from helpers import measures_memory, ours, steps, train_alike, twins
 from hypothesis import given
 from snntorch.functional.quant import state_quant as theirs
 
@@ -65,17 +65,6 @@ def test_any_levels_give_what_the_definition_gives(values, dtype, random):
         assert torch.equal(actual, plainly(x, levels))
 
 
-def test_nan_and_infinities_take_index_0(backend):
-    quant = state_quant(3)
-    x = torch.tensor([torch.nan, torch.inf, -torch.inf])
-    assert torch.equal(quant(x), quant.levels[0].expand(3))
-    one, other = twins(state_quant=quant)
-    syn, mem = states(1, 3, 5, 5)
-    syn[0, 0, 2, 2], syn[0, 1, 2, 2], syn[0, 2, 2, 2] = x
-    close(one(torch.zeros(1, 2, 5, 5), syn, mem), other(torch.zeros(1, 2, 5, 5), syn, mem))
-    backend.check(one.path)
-
-
 TABLES = [
     *(state_quant(bits, **kwargs).levels for bits in (1, 3, 8) for kwargs in LIMITS),
     torch.tensor([0.25]),
@@ -125,23 +114,6 @@ def test_memory_is_not_elements_times_levels():
     assert resident.high_water() - before < 3 * x.nbytes
 
 
-def test_fire_quantises_the_average_once_more(backend):
-    """A pool of 0 and 1 averages to 0.5, and does not spike only if 0.5 is rounded down to 0.
-
-    test_equivalence.py compares other quantised cells with snnTorch's.
-    """
-    quant = StateQuant(torch.tensor([0.0, 1.0]))
-    cell = ours(1, 1, 1, avg_pool=2, state_quant=quant, threshold=0.4)
-    with torch.no_grad():
-        cell.conv.weight.zero_()
-        cell.conv.bias.copy_(torch.tensor([-99.0, 99.0, 99.0, 0.0]))  # syn stays, o is open
-    syn = torch.tensor([[[[5.0, 5.0], [0.0, 0.0]]]])
-    spk, _, mem = cell(torch.zeros(1, 1, 2, 2), syn, torch.zeros(1, 1, 2, 2))
-    assert mem.flatten().tolist() == [1, 1, 0, 0]
-    assert not spk.any()
-    backend.check(cell.path)
-
-
 def test_any_other_callable_works(backend):
     class Rounded(torch.autograd.Function):
         @staticmethod
@@ -153,12 +125,7 @@ def test_any_other_callable_works(backend):
             return grad
 
     one, other = twins(state_quant=Rounded.apply, avg_pool=2)
-    x = steps(2, 2, 2, 6, 7)
-    for cell in (one, other):
-        cell(x[0])
-        cell(x[1])[0].sum().backward()
-    close((one.spk, one.syn, one.mem), (other.spk, other.syn, other.mem))
-    close(one.conv.weight.grad, other.conv.weight.grad, atol=1e-4)
+    train_alike(one, other, steps(2, 2, 2, 6, 7))
     assert str(one.path) == "reference (state_quant is unknown to the kernels)"
 
 

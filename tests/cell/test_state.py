@@ -60,14 +60,6 @@ def test_what_restarts_the_state(backend, how):
     close(cell(x[1], *args), fresh(x[1]), atol=0, rtol=0)
 
 
-def test_reset_mem_of_a_fresh_cell_returns_empty_tensors_that_mean_zeros(backend):
-    one, other = twins()
-    mine, reference = one.reset_mem(), other.reset_mem()
-    assert {state.shape for state in (*mine, *reference)} == {(0,)}
-    x = steps(1, 2, 2, 6, 7)[0]
-    close(one(x, *mine), other(x, *reference))
-
-
 HANDLED = {
     "as it is": lambda cell: cell.reset_mem(),
     "read": lambda cell: (cell.reset_mem(), cell.syn, cell.mem)[1:],
@@ -476,14 +468,16 @@ def test_reset_after_a_small_change_of_the_threshold_through_data(reset):
         _ = cell.reset
 
 
-def test_reset_after_the_threshold_was_written_to_between_calls():
-    cell, mem = ours(2, 3, 3, threshold=0.1), torch.rand(2, 3, 5, 5)
+@torch.no_grad()
+@pytest.mark.parametrize("learn", [False, True])
+def test_reset_after_the_threshold_was_written_to_between_calls(learn):
+    cell, mem = ours(threshold=0.1, learn_threshold=learn), torch.rand(2, 3, 5, 5)
     for threshold in (0.1, 0.4, 0.9):
         cell.threshold.fill_(threshold)
         cell(torch.rand(2, 2, 5, 5), torch.zeros_like(mem), mem)
-        assert torch.equal(cell.reset, (mem > threshold).float())
-        cell.threshold.fill_(-5.0)
-        assert torch.equal(cell.reset, (mem > threshold).float())
+        for written in (threshold, -5.0, 0.0):
+            cell.threshold.fill_(written)
+            assert torch.equal(cell.reset, (mem > threshold).float())
 
 
 def test_reset_with_a_threshold_that_is_no_number():

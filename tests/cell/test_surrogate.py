@@ -9,7 +9,7 @@ import snntorch
 import snntorch.surrogate as theirs
 import snntorch.utils
 import torch
-from helpers import close, ours, states, steps, twins
+from helpers import close, ours, states, steps, train_alike, twins
 
 import snnlstm
 from snnlstm import surrogate
@@ -285,11 +285,7 @@ def test_custom_surrogate_runs_the_users_function(backend):
         gradient(theirs.custom_surrogate(double), x, weights),
     )
     one, other = twins(spike_grad=theirs.custom_surrogate(double), reset_mechanism="subtract")
-    x = steps(2, 2, 2, 6, 7)
-    for cell in (one, other):
-        cell(x[0])
-        cell(x[1])[0].sum().backward()
-    close(one.conv.weight.grad, other.conv.weight.grad, atol=1e-4)
+    train_alike(one, other, steps(2, 2, 2, 6, 7))
     assert str(one.path) == "reference (spike_grad is unknown to the kernels)"
 
 
@@ -300,16 +296,8 @@ def test_a_foreign_spike_grad_also_makes_the_reset(backend):
         return torch.sigmoid(4 * u)
 
     for reset in ("subtract", "zero"):
-        one, other = twins(spike_grad=soft, reset_mechanism=reset, learn_threshold=True)
-        x = steps(3, 2, 2, 6, 7)
-        for cell in (one, other):
-            loss = sum(sum(o.sum() for o in cell(x_t)) for x_t in x)
-            loss.backward()
-        close(
-            (one.spk, one.syn, one.mem, one.reset), (other.spk, other.syn, other.mem, other.reset)
-        )
-        close(one.conv.weight.grad, other.conv.weight.grad, atol=1e-4, rtol=1e-4)
-        close(one.threshold.grad, other.threshold.grad, atol=1e-4, rtol=1e-4)
+        cells = twins(spike_grad=soft, reset_mechanism=reset, learn_threshold=True)
+        train_alike(*cells, steps(3, 2, 2, 6, 7))
 
 
 @each

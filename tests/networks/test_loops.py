@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import close, ours, same_gradients, steps
-from nets import NETWORKS, ExplicitStates, Lit, Recurrent, Truncated, twins
+from nets import NETWORKS, ExplicitStates, Lit, Recurrent, twins
 from torch import Tensor, nn
 from torch.nn.parallel import replicate
 from torch.utils.data import DataLoader
@@ -101,40 +101,3 @@ def test_replicas_that_go_on_from_a_state_start_from_the_modules():
     _, _, mem = replica(x[1])
     assert cell.mem is before
     close(mem, copy.deepcopy(cell)(x[1])[2])
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_backward_inside_of_autocast_with_a_grad_scaler(autocast):
-    def trained(net: Truncated, scale: float) -> Truncated:
-        """Gradients of two chunks are accumulated, unscaled and clipped."""
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        x, state = steps(3, 2, 2, 6, 6), net.lstm.reset_mem()
-        for index in range(4):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                out = 0
-                for x_t in x:
-                    logits, state = net(x_t, state)
-                    out = out + logits
-                scaler.scale(out.square().mean()).backward()
-            state = [s.detach() for s in state]
-            if index % 2:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-        return net
-
-    (theirs, ours), (_, unscaled) = twins(Truncated), twins(Truncated)
-    before = copy.deepcopy(ours.state_dict())
-    trained(ours, 2.0**16)
-    assert ours.lstm.path.native
-    assert not torch.equal(ours.lstm.conv.weight, before["lstm.conv.weight"])
-    close(ours.state_dict(), trained(unscaled, 1.0).state_dict(), atol=1e-7)
-    trained(theirs, 2.0**16)
-    for name, start in before.items():
-        change = theirs.state_dict()[name] - start
-        difference = (ours.state_dict()[name] - start - change).abs().max()
-        # Under autocast, snnTorch's convolution rounds to bfloat16.
-        assert difference <= (0.3 if autocast else 1e-3) * change.abs().max(), name

@@ -2,17 +2,15 @@
 
 import re
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
+from sanitizers.run import CSRC, run
 
-FOLDER = Path(__file__).resolve().parents[2] / "tools" / "sanitizers"
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not FOLDER.exists(), reason="not in a source tree"),
+    pytest.mark.skipif(not CSRC.exists(), reason="not in a source tree"),
     pytest.mark.skipif(
         not (shutil.which(COMPILER) and shutil.which(EMULATOR) and shutil.which("g++")),
         reason="apt install g++ g++-aarch64-linux-gnu qemu-user",
@@ -22,10 +20,6 @@ pytestmark = [
 
 def test_random_calls_give_on_arm_what_they_give_here(monkeypatch):
     """The driver prints the sum of all numbers that a hundred calls computed, to six digits."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.delitem(sys.modules, "run", raising=False)
-    from run import run
-
     sums = {}
     for compiler, under in (("g++", ""), (COMPILER, f"{EMULATOR} -L /usr/aarch64-linux-gnu")):
         monkeypatch.setenv("CXX", compiler)

@@ -1,8 +1,6 @@
-"""snnlstm.Sequential computes what a loop over the steps computes, for any kind of layers."""
+"""Sequential and unroll compute what a loop over the steps computes, for any kind of layers."""
 
 import copy
-import pickle
-from collections import OrderedDict
 
 import pytest
 import snntorch
@@ -56,11 +54,24 @@ def states_of(net):
     ]
 
 
-def equals_the_loop(net, x, kinds, atol=2e-6):
+def exchanged(out):
+    """Returns the result with its first two dimensions exchanged."""
+    return tuple(map(exchanged, out)) if isinstance(out, tuple) else out.transpose(0, 1)
+
+
+FORMS = {
+    "Sequential": lambda net, x: net(x),
+    "unroll": lambda net, x: snnlstm.unroll(x, *net),
+    "batch_first": lambda net, x: exchanged(net(exchanged(x))),
+}
+
+
+def equals_the_loop(net, x, kinds, atol=2e-6, form="Sequential"):
     """Compares two runs of both; the second run starts from the states of the first."""
-    one, other = snnlstm.Sequential(*copy.deepcopy(net)), net
+    one = snnlstm.Sequential(*copy.deepcopy(net), batch_first=form == "batch_first")
+    other, run = net, FORMS[form]
     torch.manual_seed(5)
-    actual = [one(x), one(x)]
+    actual = [run(one, x), run(one, x)]
     torch.manual_seed(5)
     expected = [loop(other, x), loop(other, x)]
     close(actual, expected, atol=atol)
@@ -69,7 +80,8 @@ def equals_the_loop(net, x, kinds, atol=2e-6):
         sum(map(total, actual)).backward()
         sum(map(total, expected)).backward()
         same_gradients(one, other)
-    assert [layer.kind for layer in one.report] == kinds.split()
+    if form != "unroll":
+        assert [layer.kind for layer in one.report] == kinds.split()
     return one
 
 
@@ -164,11 +176,45 @@ NETS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NETS)
-def test_it_equals_the_loop_in_training(name):
+def test_it_equals_the_loop_in_training(name, form):
     make, kinds = NETS[name]
     torch.manual_seed(0)
-    equals_the_loop(nn.Sequential(*make()), X, kinds)
+    equals_the_loop(nn.Sequential(*make()), X, kinds, 2e-6, form)
+
+
+@pytest.mark.parametrize("limit", [1, 2000, 20000])
+@pytest.mark.parametrize(
+    "name", ["a classifier", "pools and shapes", "norms", "nested", "in place"]
+)
+def test_folded_layers_run_in_chunks_of_steps(name, limit, monkeypatch):
+    make, kinds = NETS[name]
+    monkeypatch.setattr(snnlstm.sequential, "FOLD", limit)
+    torch.manual_seed(0)
+    equals_the_loop(nn.Sequential(*make()), X, kinds, atol=1e-5)
+
+
+def test_a_chunk_holds_as_many_steps_as_its_largest_tensor_allows(monkeypatch):
+    sizes = []
+
+    def watched(self, x):
+        sizes.append(x.shape[0] // N)
+        return torch.cat([x, x], 1)
+
+    layer = nn.ReLU()
+    monkeypatch.setattr(nn.ReLU, "forward", watched)
+    step = X[0].nbytes * 2  # the bytes of a step of the layer's result
+    for limit, expected in (
+        (2 * step, [1, 2, 1]),
+        (step - 1, [1] * 4),
+        (9 * step, [1, 3]),
+        (99 * step, [T]),
+    ):
+        monkeypatch.setattr(snnlstm.sequential, "FOLD", limit)
+        sizes.clear()
+        close(snnlstm.unroll(X, layer), torch.cat([X, X], 2), atol=0)
+        assert sizes == expected
 
 
 IN_EVALUATION = {
@@ -204,207 +250,6 @@ def test_what_is_stepped_in_evaluation_too():
     equals_the_loop(net, X, "step fold")  # the old spectral_norm changes at every step
 
 
-def test_layers_that_change_under_way_take_effect():
-    calls = []
-    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), ours(3, 2, 3), nn.ReLU())
-    for layer in net:
-        layer.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[0]))
-    one = snnlstm.Sequential(*net)
-    expected = loop(copy.deepcopy(net), X)
-    calls.clear()
-    close(one(X), expected)
-    assert [layer.reason for layer in one.report] == 3 * ["it carries hooks"]
-    assert calls == 3 * T * [N]  # a hook sees each step, as in the loop
-    net[0]._forward_hooks.clear()
-    net[0].forward = lambda x: torch.cat([x, x[:, :1] * x.mean()], 1)  # mixes samples
-    expected = loop(copy.deepcopy(net), X)
-    close(one(X), expected)
-    assert one.report[0].reason == "its forward was replaced"
-
-
-def test_global_hooks_are_called_at_every_step():
-    seen = []
-    net = snnlstm.Sequential(nn.Tanh())
-    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
-    try:
-        net(X)
-    finally:
-        handle.remove()
-    assert seen.count(nn.Tanh) == T
-    assert net.report[0].reason == "global module hooks are registered"
-
-
-class Louder(snnlstm.SConv2dLSTM):
-    def forward(self, x):
-        return super().forward(x * x.mean())[0]
-
-
-class Renamed(snnlstm.SConv2dLSTM):
-    pass
-
-
-class Block(nn.Sequential):
-    """This subclass changes nothing."""
-
-
-class Residual(nn.Sequential):
-    def forward(self, x):
-        return x + super().forward(x)
-
-
-def test_subclasses_are_known_by_their_forward():
-    louder, renamed = Louder(2, 3, 3, threshold=0.1), Renamed(3, 2, 3, threshold=0.1)
-    net = snnlstm.Sequential(louder, Block(renamed, nn.ReLU()), Residual(nn.BatchNorm2d(2)))
-    other = copy.deepcopy(net)
-    outs = []
-    for x in X:
-        spk = other[1][1](other[1][0](other[0](x))[0])
-        outs.append(other[2](spk))
-    close(net(X), torch.stack(outs))
-    assert [(layer.name, layer.layer, layer.kind) for layer in net.report] == [
-        ("0", "Louder", "step"),
-        ("1.0", "Renamed", "sequence"),
-        ("1.1", "ReLU", "fold"),
-        ("2", "Residual", "step"),
-    ]
-    assert net.report[0].reason == "its class has a forward of its own"
-
-
-def test_a_sequential_within_a_sequential():
-    inner = snnlstm.Sequential(ours(), nn.ReLU())
-    calls = []
-    net = nn.Sequential(inner, nn.Flatten())
-    one = equals_the_loop(net, X, "sequence fold fold")
-    one[0].register_forward_hook(lambda module, args, out: calls.append(args[0].shape))
-    one(X)
-    assert calls == [X.shape]
-    assert [layer.kind for layer in one.report] == ["sequence", "fold"]
-
-
-def test_a_sequential_with_hooks_keeps_its_order_of_dimensions():
-    inner = snnlstm.Sequential(ours(), leaky(), batch_first=True)
-    expected = snnlstm.Sequential(*copy.deepcopy(inner))(X)
-    calls = []
-    inner.register_forward_hook(lambda module, args, out: calls.append(args[0].shape))
-    close(snnlstm.Sequential(inner)(X), expected)
-    assert calls == [X.transpose(0, 1).shape]
-
-
-@pytest.mark.parametrize(("tied", "name"), [("cell", "2"), ("norm", "1")])
-def test_layers_that_share_a_state_are_run_step_by_step(tied, name, caplog):
-    cell, norm = hidden(2, 2, 3), nn.BatchNorm2d(2)
-    net = [cell, nn.Tanh(), cell] if tied == "cell" else [nn.Sequential(norm, cell), norm]
-    one = equals_the_loop(nn.Sequential(*net), X, "step step step")
-    reason = f"layer {name} is in several places and may keep a state"
-    assert {layer.reason for layer in one.report} == {reason}
-    where = "0" if tied == "cell" else "0.1"
-    said = f"Sequential runs layer {where} (SConv2dLSTM) step by step: {reason}"
-    assert caplog.messages[0] == said
-
-
-def test_steps_of_shared_layers_may_be_written_to():
-    cell = hidden(2, 2, 3)
-    net = snnlstm.Sequential(nn.ReLU(inplace=True), cell, cell)
-    grads = []
-    for call in (net, lambda x: loop(net, [step.clone() for step in x])):
-        x = X.clone().requires_grad_()
-        cell.reset_mem()
-        total(call(1 * x)).backward()
-        grads.append(x.grad)
-    close(*grads)
-
-
-def test_layers_without_a_state_may_be_in_several_places():
-    relu, conv = nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1)
-    equals_the_loop(nn.Sequential(conv, relu, hidden(2, 2, 3), conv, relu), X,
-                    "fold fold sequence fold fold")  # fmt: skip
-
-
-def test_it_is_an_nn_sequential():
-    net = nn.Sequential(ours(), nn.ReLU(), nn.Flatten())
-    one = snnlstm.Sequential(*net)
-    assert str(one) == str(net)
-    assert list(one.state_dict()) == list(net.state_dict())
-    assert one[0] is net[0]
-    assert type(one[:2]) is snnlstm.Sequential
-    assert one.report is None
-    one(X)
-    close(pickle.loads(pickle.dumps(one))(X), one(X))
-
-
-def test_a_sum_and_a_multiple_take_sequences():
-    net = snnlstm.Sequential(hidden(2, 2, 3), nn.ReLU(), batch_first=True)
-    for made, layers in ((net + nn.Sequential(nn.Flatten()), 3), (net * 2, 4), (2 * net, 4)):
-        assert type(made) is snnlstm.Sequential
-        assert made.batch_first
-        assert len(made) == layers
-        utils.reset(net)
-        expected = loop(made, X)
-        utils.reset(net)
-        close(made(X.transpose(0, 1)).transpose(0, 1), expected)
-
-
-@pytest.mark.parametrize("replaced", [False, True])
-def test_of_refuses_a_forward_that_would_be_lost(replaced):
-    net = nn.Sequential(nn.ReLU()) if replaced else Residual(nn.ReLU())
-    if replaced:
-        net.forward = net.forward
-    with pytest.raises(TypeError, match=r"must have nn.Sequential's forward, got .* of its own"):
-        snnlstm.Sequential.of(net)
-
-
-def test_of_keeps_names_and_mode():
-    tied = nn.ReLU()
-    layers = {"cell": ours(), "relu": tied, "flat": nn.Flatten(), "again": tied}
-    net = nn.Sequential(OrderedDict(layers)).eval()
-    one = snnlstm.Sequential.of(net)
-    assert type(one) is snnlstm.Sequential
-    assert list(one.state_dict()) == list(net.state_dict())
-    assert not one.training
-    expected = loop(copy.deepcopy(net), X)
-    close(one(X), expected)
-    assert [layer.name for layer in one.report] == ["cell", "relu", "flat", "again"]
-
-
-def test_an_empty_one_returns_its_input():
-    assert snnlstm.Sequential()(X) is X
-
-
-class Theirs(snntorch.SConv2dLSTM):
-    pass
-
-
-def test_the_log_names_what_accelerate_cannot_mend(caplog):
-    subclass, replaced = Theirs(2, 3, 3, threshold=0.1), theirs(3, 2, 3)
-    replaced.forward = replaced.forward
-    snnlstm.Sequential(subclass, replaced)(X)
-    start = "Sequential runs layer {} ({}) step by step: {}"
-    assert caplog.messages == [
-        start.format(0, "Theirs", "its class is a subclass of snntorch.SConv2dLSTM"),
-        start.format(1, "SConv2dLSTM", "its forward was replaced"),
-    ]
-
-
-def test_accelerate_works_on_it_and_fallbacks_of_cells_are_logged_once(caplog):
-    net = snnlstm.Sequential(theirs(), nn.ReLU(), ours(3, 2, 3))
-    net[2].register_forward_hook(lambda *_: None)
-    for _ in range(2):
-        net(X)
-    assert caplog.messages == [
-        "Sequential runs layer 0 (SConv2dLSTM) step by step: it is snntorch's, and "
-        "snnlstm.accelerate(net) makes it ours",
-        "Sequential runs layer 2 (SConv2dLSTM) step by step: it carries hooks",
-    ]
-    before = net(X)
-    utils.reset(net)
-    assert snnlstm.accelerate(net).swapped == ("0",)
-    first = net(X)
-    assert net.report[0].kind == "sequence"
-    utils.reset(net)
-    close(net(X), first)
-    assert not torch.equal(before[0], first[0])  # utils.reset reached the cells
-
-
 def test_of_a_tuple_the_next_layer_gets_the_first_item():
     net = nn.Sequential(nn.MaxPool2d(2, return_indices=True), nn.Identity(), nn.LSTM(3, 5))
     one = snnlstm.Sequential(*net[:2])
@@ -415,3 +260,30 @@ def test_of_a_tuple_the_next_layer_gets_the_first_item():
     expected = [net[2](step) for step in x]
     close(out, torch.stack([step[0] for step in expected]))
     close((h, c), [torch.stack([step[1][k] for step in expected]) for k in range(2)])
+
+
+class KeepsItsNames(nn.Module):
+    """A module has a hand-written forward, and its cells keep states with init_hidden=False."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm1, self.lstm2 = ours(max_pool=2), ours(3, 2, 3, seed=1)
+        self.lif = leaky()
+
+    def forward(self, x):
+        self.lstm1.reset_mem()
+        self.lstm2.reset_mem()
+        self.lif.reset_mem()
+        return snnlstm.unroll(x, self.lstm1, self.lstm2, nn.Flatten(), self.lif)
+
+
+def test_unroll_in_a_forward_registers_nothing():
+    net = KeepsItsNames()
+    keys = list(net.state_dict())
+    spk, mem = net(X)
+    assert list(net.state_dict()) == keys
+    assert [name.partition(".")[0] for name, _ in net.named_children()] == ["lstm1", "lstm2", "lif"]
+    utils.reset(net)
+    one, two, three = net.lstm1, net.lstm2, net.lif
+    records = [three(two(one(x)[0])[0].flatten(1)) for x in X]
+    close((spk, mem), tuple(map(torch.stack, zip(*records, strict=True))))

@@ -1,7 +1,7 @@
 """This table has a call for each option of the cell alone, and for each kind of size.
 
-test_kernels.py checks the results of each row and test_kernel_gradients.py its gradients, on every
-instruction set of the CPU. The tests of the emulated CUDA kernels take rows by their names.
+test_kernels.py checks the results and gradients of each row, on every instruction set of the CPU.
+The tests of the emulated CUDA kernels take rows by their names.
 """
 
 import torch

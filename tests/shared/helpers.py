@@ -89,6 +89,14 @@ def in_threads(work: Callable[[int], Any], count: int = 4) -> None:
         list(pool.map(work, range(count)))
 
 
+def train_alike(one: nn.Module, other: nn.Module, x: Tensor) -> None:
+    """Calls two cells once a step, and asserts equal spikes, states, resets and gradients."""
+    for cell in (one, other):
+        sum(spk.sum() + mem.square().sum() for spk, _, mem in map(cell, x)).backward()
+    close((one.spk, one.syn, one.mem, one.reset), (other.spk, other.syn, other.mem, other.reset))
+    same_gradients(one, other, atol=1e-4)
+
+
 def same_gradients(one: nn.Module, other: nn.Module, atol: float = 2e-5) -> None:
     """Asserts that all parameters of two modules have equal gradients."""
     pairs = dict(other.named_parameters())

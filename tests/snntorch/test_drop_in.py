@@ -1,17 +1,24 @@
-"""Our cell works in the place of snnTorch's, without snnTorch, and with torch's own tools."""
+"""Our cell takes the place of snnTorch's: its calls, patch(), checkpoints; and without snnTorch."""
 
+import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import snntorch
 import torch
-from helpers import close, ours, states, steps, theirs
+from helpers import close, ours, quietly, steps, theirs
+from snntorch import utils
 from snntorch.functional import probe
+from torch import nn
 
 import snnlstm
 
-X, START = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
+X = steps(1, 2, 2, 6, 6)[0]
+# shared/data/make_checkpoints.py wrote the files of earlier releases.
+DATA = Path(__file__).parents[1] / "shared" / "data"
+FILES = ("snntorch-0.9.4.pt", "snntorch-1.0.0.pt", "snnlstm-0.1.0.pt")
 
 
 def test_the_calls_of_snntorchs_own_tests_of_the_cell():
@@ -105,42 +112,110 @@ def test_it_imports_where_unix_modules_are_missing():
     subprocess.run([sys.executable, "-c", code + "import snnlstm"], check=True)
 
 
-def test_second_derivatives_are_those_of_snntorch(backend):
-    """A penalty on gradients is differentiated through the states and through the surrogate."""
-    penalties = []
-    for cell in (ours(reset_mechanism="zero"), theirs(reset_mechanism="zero")):
-        x = steps(2, 1, 2, 5, 5).requires_grad_()
-        cell(x[0])
-        spk, _, mem = cell(x[1])
-        (grad,) = torch.autograd.grad(spk.sum() + mem.square().sum(), x, create_graph=True)
-        grad.square().sum().backward()
-        penalties.append((x.grad, cell.conv.weight.grad))
-    close(*penalties, atol=1e-4, rtol=1e-4)
+# ---- patch ----------------------------------------------------------------------------------
 
 
-def test_gradcheck_of_syn_and_mem(backend):
-    x = torch.randn(2, 1, 1, 4, 3, dtype=torch.float64, requires_grad=True)
-    state = [s.double().requires_grad_() for s in states(1, 2, 2, 3)]
-    weight = torch.randn(8, 3, 3, 1, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(8, dtype=torch.float64, requires_grad=True)
-
-    def run(*args):
-        return snnlstm.functional.sconv2dlstm(
-            *args, stride=(2, 1), record=True, reset_mechanism="none", surrogate_disable=True
-        )[1:]
-
-    args = (x, *state, weight, bias)
-    fast = backend.name == "simt"
-    assert torch.autograd.gradcheck(run, args, fast_mode=fast)
-    assert torch.autograd.gradgradcheck(run, args, atol=1e-4, fast_mode=fast)
+class Mine(snntorch.SConv2dLSTM):
+    pass
 
 
-def test_inference_mode_and_no_grad(backend):
-    cell = ours(reset_mechanism="subtract")
-    expected = ours(reset_mechanism="subtract")(X, *START)
-    for mode in (torch.inference_mode, torch.no_grad):
-        with mode():
-            close(cell(X, *START), expected)
-            assert cell.reset.shape == (2, 3, 6, 6)
-            close(cell(X), theirs(reset_mechanism="subtract")(X, *expected[1:]))
-        backend.check(cell.path)
+early = snntorch.SConv2dLSTM  # the name was imported before patch()
+
+
+@pytest.fixture
+def patched():
+    with snnlstm.patch() as handle:
+        yield handle
+
+
+def test_patch_makes_every_new_cell_ours_whoever_imported_the_name(patched):
+    from snntorch import SConv2dLSTM
+    from snntorch._neurons.sconv2dlstm import SConv2dLSTM as inner
+
+    for cell in (early, SConv2dLSTM, inner, snntorch.SConv2dLSTM):
+        torch.manual_seed(0)
+        made = cell(2, 3, 3, threshold=0.1, reset_mechanism="zero", stride=1)
+        assert type(made) is snnlstm.SConv2dLSTM
+        close(made(X), ours(reset_mechanism="zero")(X))
+
+
+def test_patched_the_old_cells_and_subclasses_stay_what_they_are():
+    old = theirs()
+    with snnlstm.patch():
+        model = nn.Sequential(old, theirs())
+        assert [type(cell) for cell in model] == [snntorch.SConv2dLSTM, snnlstm.SConv2dLSTM]
+        assert all(isinstance(cell, snntorch.SConv2dLSTM) for cell in model)
+        assert type(Mine(2, 3, 3)) is Mine
+        plain = theirs(spike_grad=torch.sigmoid)  # snnTorch's own surrogates cannot be copied
+        assert type(copy.deepcopy(Mine(2, 3, 3, spike_grad=torch.sigmoid))) is Mine
+        assert type(copy.deepcopy(plain)) is snnlstm.SConv2dLSTM
+        close(model[0](X), model[1](X))
+        utils.reset(model)
+        assert not any(cell.mem.any() for cell in model)
+        utils.reset(nn.Sequential(old))  # this network holds old cells alone
+        assert type(snnlstm.restore(model[1]).model) is snntorch.SConv2dLSTM
+
+
+def test_patched_the_warning_about_the_threshold_names_the_line_that_makes_the_cell(patched):
+    with pytest.warns(UserWarning, match="never spikes") as caught:
+        snntorch.SConv2dLSTM(2, 3, 3)
+    assert caught[0].filename == __file__
+
+
+def test_patch_can_be_undone_in_three_ways():
+    def makes_ours():
+        return type(theirs()) is snnlstm.SConv2dLSTM
+
+    init = snntorch.SConv2dLSTM.__init__
+    with snnlstm.patch():
+        assert makes_ours()
+        with snnlstm.patch():  # neither the second patch nor its end changes anything
+            assert makes_ours()
+        assert makes_ours()
+    assert not makes_ours()
+    with pytest.raises(KeyError), snnlstm.patch():
+        raise KeyError
+    assert not makes_ours()
+    snnlstm.patch()
+    snnlstm.patch()
+    assert makes_ours()
+    snnlstm.unpatch()
+    assert not makes_ours()
+    snnlstm.unpatch()
+    assert snntorch.SConv2dLSTM.__init__ is init
+
+
+# ---- checkpoints ------------------------------------------------------------------------------
+
+
+def last_step(cell, x):
+    with torch.no_grad():
+        return [cell(step) for step in x][-1]
+
+
+def test_every_file_is_tested():
+    assert sorted(path.name for path in DATA.glob("*.pt")) == sorted(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("library", [snnlstm, snntorch], ids=lambda library: library.__name__)
+def test_a_checkpoint_loads_and_computes_what_it_did(name, library):
+    """snnTorch's cell loads the files too: keys, shapes and dtypes are those of its state_dict."""
+    saved = torch.load(DATA / name, weights_only=True)
+    assert len(saved) >= 5
+    for key, cell in saved.items():
+        threshold = cell["state_dict"]["threshold"]
+        arguments = cell["arguments"] | {"threshold": torch.zeros_like(threshold)}
+        made = quietly(library.SConv2dLSTM, 2, 3, 3, **arguments)
+        made.load_state_dict(cell["state_dict"], strict=True)
+        close(last_step(made, cell["x"]), cell["out"])
+        assert cell["out"][0].any(), key
+
+
+def test_what_is_saved_now_loads_as_weights_only(tmp_path):
+    cell = quietly(snnlstm.SConv2dLSTM, 2, 3, 3, learn_threshold=True)
+    cell(torch.rand(4, 2, 2, 5, 6))
+    torch.save(cell.state_dict(), tmp_path / "now.pt")
+    loaded = torch.load(tmp_path / "now.pt", weights_only=True)
+    assert list(loaded) == list(cell.state_dict())
+    close(loaded, cell.state_dict())

@@ -1,8 +1,8 @@
-"""Random cells compute what snntorch 1.0.0's cells compute.
+"""Cells compute, hold and save what snntorch 1.0.0's cells do: chosen calls, and random ones.
 
 Whole trajectories are compared with their gradients, and spikes exactly. That is sound only if no
 potential comes within rounding of a discontinuity (a threshold, the middle between two levels), so
-other examples are discarded. fuzz.py tests options that only our cell has.
+other random examples are discarded. fuzz.py tests options that only our cell has.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,9 @@ import torch
 from cases import PLAIN, Case, cases
 from cases import SURROGATES as ALL
 from drawing import drawing
-from helpers import close, quietly
-from hypothesis import assume, given
+from helpers import close, ours, quietly, states, steps, theirs
+from helpers import twins as cells
+from hypothesis import assume, example, given
 from oracle import pooled
 from rounding import gradient_error, state_error
 
@@ -210,18 +211,21 @@ def some(backend):
     return drawing(8 if backend.name == "simt" else 60, backend.name)
 
 
-def judge(case: Twins, backend: Any) -> bool:
-    """Compares both libraries' cells; returns False if rounding may decide a spike."""
+def judge(case: Twins, backend: Any) -> tuple[torch.Tensor, ...] | None:
+    """Compares both libraries' cells; returns spk, syn and mem of ours.
+
+    The result is None if rounding may decide a spike.
+    """
     cell, other = case.make(snnlstm), case.make(snntorch)
     mine, theirs = case.inputs(), case.inputs()
     out = case.run(cell, mine, case.whole)
     backend.check(cell.path, native=case.case.batch > 0)
     if not case.is_clear(cell, case.inputs()):
-        return False
+        return None
     expected = case.run(other, theirs, whole=False)
     grads = case.gradients(cell, mine, out), case.gradients(other, theirs, expected)
     compare(case, cell.path.name, out, expected, *grads)
-    return True
+    return out
 
 
 PINNED = {
@@ -244,7 +248,20 @@ PINNED = {
 
 @pytest.mark.parametrize("name", PINNED)
 def test_a_combination_of_options_equals_snntorch(backend, name):
-    assert judge(PINNED[name], backend)
+    assert judge(PINNED[name], backend) is not None
+
+
+POOLS = [("none", (1, 1)), *((pool, size) for pool in ("max", "avg") for size in ((2, 2), (2, 3)))]
+
+
+@pytest.mark.parametrize(("pool", "size"), POOLS, ids=str)
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+def test_each_reset_and_pool_equals_snntorch(backend, reset, pool, size):
+    """No gradient flows through the reset, and the returned mem is not pooled."""
+    case = SMALL.but(dtype=torch.float32, time=2, reset=reset, pool=pool, pool_size=size)
+    spk, *_ = judge(Twins(case), backend)
+    assert spk.any()
+    assert not spk.all()
 
 
 @pytest.mark.drawn
@@ -252,7 +269,7 @@ def test_any_combination_of_options_equals_snntorch(backend):
     @some(backend)
     @given(twins())
     def check(case):
-        assume(judge(case, backend))
+        assume(judge(case, backend) is not None)
 
     check()
 
@@ -266,6 +283,9 @@ def test_nan_infinity_and_huge_states_go_where_snntorch_lets_them(backend):
         st.sampled_from([0, 1]),  # syn or mem
         st.integers(0, 10**6),
     )
+    @example(Twins(SMALL.but(pool="max", pool_size=(2, 2))), torch.nan, 1, 57)
+    @example(Twins(SMALL.but(reset="subtract")), torch.nan, 1, 57)
+    @example(Twins(SMALL.but(reset="zero")), torch.nan, 1, 57)
     def check(case, value, which, at):
         assume(case.case.batch > 0)
         cell, other = case.make(snnlstm), case.make(snntorch)
@@ -276,7 +296,81 @@ def test_nan_infinity_and_huge_states_go_where_snntorch_lets_them(backend):
             out = case.run(cell, [x, *state], case.whole)
         assume(case.is_clear(cell, [x, *state]))
         expected = case.run(other, [x, *state], whole=False)
-        assert torch.equal(out[0], expected[0].to(case.dtype))
+        assert torch.equal(out[0], expected[0].to(case.dtype))  # NaN does not spike
         close(out[1:], [e.to(case.dtype) for e in expected[1:]], atol=1e-5)
 
     check()
+
+
+def test_the_oracle_is_snntorch_1_0_0():
+    assert snntorch.__version__ == "1.0.0"
+
+
+def test_zero_reset_needs_one_convolution(backend):
+    cell, other = cells(reset_mechanism="zero")
+    calls = []
+    handle = cell.conv.register_forward_hook(lambda *_: calls.append(1))
+    syn, mem = states(2, 3, 6, 7)
+    x = steps(1, 2, 2, 6, 7)[0]
+    close(cell(x, syn, mem), other(x, syn, mem))
+    assert len(calls) == 1
+    handle.remove()
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_state_dicts_are_interchangeable_both_ways(learn):
+    one, other = ours(learn_threshold=learn), theirs(learn_threshold=learn, seed=5)
+    keys = ["threshold", "graded_spikes_factor", "reset_mechanism_val", "conv.weight", "conv.bias"]
+    assert list(one.state_dict()) == list(other.state_dict()) == keys
+    assert [n for n, _ in one.named_parameters()] == [n for n, _ in other.named_parameters()]
+    assert next(iter(dict(one.named_parameters()))) == ("threshold" if learn else "conv.weight")
+    assert one.state_dict()["reset_mechanism_val"].dtype == torch.int64
+    for old, new in ((other, ours(seed=7, learn_threshold=learn)), (one, theirs(seed=8))):
+        state = old.state_dict()
+        new.load_state_dict(state, strict=True)
+        for key, value in new.state_dict().items():
+            assert torch.equal(value, state[key])
+
+
+def test_attributes_that_users_touch(backend):
+    one, other = cells(reset_mechanism="subtract", max_pool=2)
+    x = steps(1, 2, 2, 6, 6)[0]
+    for _ in range(3):
+        one(x)
+        other(x)
+    for name in ("spk", "syn", "mem", "reset"):
+        close(getattr(one, name), getattr(other, name))
+    for name in (
+        "in_channels", "out_channels", "kernel_size", "padding", "max_pool", "avg_pool", "bias",
+        "init_hidden", "inhibition", "output", "surrogate_disable", "state_quant",
+        "reset_mechanism", "reset_mechanism_val", "graded_spikes_factor", "threshold",
+    ):  # fmt: skip
+        assert getattr(one, name) == getattr(other, name), name
+    assert callable(one.spike_grad)
+    close(one.fire(one.mem), other.fire(other.mem))
+    close(one.mem_reset(one.mem), other.mem_reset(other.mem))
+
+
+def test_second_derivatives_are_those_of_snntorch(backend):
+    """A penalty on gradients is differentiated through the states and through the surrogate."""
+    penalties = []
+    for cell in (ours(reset_mechanism="zero"), theirs(reset_mechanism="zero")):
+        x = steps(2, 1, 2, 5, 5).requires_grad_()
+        cell(x[0])
+        spk, _, mem = cell(x[1])
+        (grad,) = torch.autograd.grad(spk.sum() + mem.square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        penalties.append((x.grad, cell.conv.weight.grad))
+    close(*penalties, atol=1e-4, rtol=1e-4)
+
+
+def test_inference_mode_and_no_grad(backend):
+    x, start = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
+    cell = ours(reset_mechanism="subtract")
+    expected = ours(reset_mechanism="subtract")(x, *start)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            close(cell(x, *start), expected)
+            assert cell.reset.shape == (2, 3, 6, 6)
+            close(cell(x), theirs(reset_mechanism="subtract")(x, *expected[1:]))
+        backend.check(cell.path)

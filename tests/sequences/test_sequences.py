@@ -1,18 +1,59 @@
-"""With batch_first=True cell and function take and return sequences with the batch before time."""
+"""A call of the cell takes a sequence: with states of the calls before, or with the batch first."""
 
 import pytest
 import torch
-from helpers import close, ours, steps
+from helpers import close, ours, same, steps, twins
 from torch import Tensor
 
 import snnlstm
 from snnlstm.functional import sconv2dlstm
 
+
+def test_states_are_carried_from_sequences_to_steps_and_back(backend):
+    one, other = twins(reset_mechanism="zero")
+    x = steps(7, 2, 2, 6, 7)
+    parts = [one(x[:3])[0], one(x[3])[0][None], one(x[4:6], record=True)[0], one(x[6])[0][None]]
+    close(torch.cat(parts), torch.stack([other(x[t])[0] for t in range(7)]))
+    assert not one.mem._is_view()
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_a_sequence_of_no_steps_leaves_the_states_unchanged(backend, record):
+    cell = ours(max_pool=2)
+    cell(steps(1, 2, 2, 6, 7)[0])
+    syn, mem = cell.syn.clone(), cell.mem.clone()
+    spk, s, m = cell(torch.zeros(0, 2, 2, 6, 7), record=record)
+    assert spk.shape == (0, 2, 3, 3, 3)
+    same((cell.syn, cell.mem), (syn, mem))
+    assert s.shape == m.shape == ((0, 2, 3, 6, 7) if record else (2, 3, 6, 7))
+
+
+@pytest.mark.parametrize("pool", [{}, {"max_pool": 2}, {"avg_pool": 2}], ids=str)
+def test_an_empty_batch_works(backend, pool):
+    cell = ours(inhibition=True, **pool)
+    for x in (torch.zeros(0, 2, 6, 7), torch.zeros(3, 0, 2, 6, 7)):
+        cell.reset_mem()
+        spk, syn, mem = cell(x)
+        assert spk.shape[-4] == 0
+        assert syn.shape == mem.shape == (0, 3, 6, 7)
+        (spk.sum() + mem.sum()).backward()
+        assert not cell.conv.weight.grad.any()
+
+
+def test_record_with_init_hidden_and_output(backend):
+    x = steps(3, 1, 2, 5, 5)
+    assert ours(init_hidden=True)(x, record=True).shape == (3, 1, 3, 5, 5)
+    out = ours(init_hidden=True, output=True)(x, record=True)
+    assert [tuple(o.shape) for o in out] == [(3, 1, 3, 5, 5)] * 3
+
+
+# ---- batch_first ----------------------------------------------------------------------------
+
 T, N = 5, 3
 OPTIONS = {"threshold": 0.05, "reset_mechanism": "subtract", "max_pool": 2}
 
 
-def twins(**arguments) -> tuple[snnlstm.SConv2dLSTM, snnlstm.SConv2dLSTM]:
+def both_orders(**arguments) -> tuple[snnlstm.SConv2dLSTM, snnlstm.SConv2dLSTM]:
     """Returns two cells of equal weights; the second one has batch_first=True."""
     arguments = OPTIONS | {"batch_first": True} | arguments
     return ours(2, 4, 3, **(arguments | {"batch_first": False})), ours(2, 4, 3, **arguments)
@@ -30,7 +71,7 @@ def turned(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize(("contiguous", "later"), [(False, True), (True, False)])
 def test_it_is_the_same_with_the_axes_exchanged(backend, record, contiguous, later):
-    one, other = twins(batch_first=not later)
+    one, other = both_orders(batch_first=not later)
     other.batch_first = True
     mine, theirs = events().requires_grad_(), events().requires_grad_()
     x = turned(theirs)
@@ -47,23 +88,15 @@ def test_it_is_the_same_with_the_axes_exchanged(backend, record, contiguous, lat
 
 
 def test_steps_and_stored_states_stay_as_they_are(backend):
-    one, other = twins(init_hidden=True)
+    one, other = both_orders(init_hidden=True)
     x = events()
     close(other(x), torch.stack([one(x[:, t]) for t in range(T)], 1))
     close(other(x[:, 0]), one(x[:, 0]))
     assert other.spk.shape == (N, 4, 3, 3)
 
 
-def test_errors_show_the_shape_that_the_caller_gave():
-    for cell in twins():
-        with pytest.raises(ValueError, match=r"shape \(2, 3, 1, 7, 6\)"):
-            cell(torch.zeros(2, 3, 1, 7, 6))
-    with pytest.raises(ValueError, match=r"shape \(2, 3, 1, 7, 6\)"):
-        sconv2dlstm(torch.zeros(2, 3, 1, 7, 6), weight=cell.conv.weight, threshold=0.05)
-
-
 def test_the_functional_forms(backend):
-    cell, _ = twins()
+    cell, _ = both_orders()
     x = events()
     kept = {"weight": cell.conv.weight, "bias": cell.conv.bias, "threshold": 0.05}
     for form in (sconv2dlstm, snnlstm.reference.sconv2dlstm):
@@ -74,22 +107,24 @@ def test_the_functional_forms(backend):
 @pytest.mark.parametrize("record", [False, True])
 def test_results_lie_in_memory_as_they_are_seen(record):
     """The kernels write contiguous results, so that a layer that folds N and T copies nothing."""
-    _, cell = twins()
+    _, cell = both_orders()
     with torch.no_grad():
         spk, _, mem = cell(events(), record=record)
     assert cell.path.name == "reference" or (spk.is_contiguous() and mem.is_contiguous())
 
 
 def test_errors_speak_of_the_shape_that_came():
-    _, cell = twins()
-    with pytest.raises(ValueError, match=r"got 3: shape \(3, 5, 3, 7, 6\)"):
-        cell(torch.zeros(N, T, 3, 7, 6))
+    for cell in both_orders():
+        with pytest.raises(ValueError, match=r"shape \(2, 3, 1, 7, 6\)"):
+            cell(torch.zeros(2, 3, 1, 7, 6))
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 1, 7, 6\)"):
+        sconv2dlstm(torch.zeros(2, 3, 1, 7, 6), weight=cell.conv.weight, threshold=0.05)
     with pytest.raises(ValueError, match=r"\(N, T, 2, H, W\) for a sequence, got \(7, 6\)"):
         cell(torch.zeros(7, 6))
 
 
 def test_a_stack_has_an_order_of_its_own():
-    one, other = twins(init_hidden=True)
+    one, other = both_orders(init_hidden=True)
     x = events()
     expected = snnlstm.Sequential(one)(turned(x))
     assert torch.equal(snnlstm.Sequential(other)(turned(x)), expected)
