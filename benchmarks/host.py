@@ -24,7 +24,7 @@ import snnlstm
 from benchmarks.providers.with_snntorch import loop
 from snnlstm import _C
 from snnlstm import call as calls
-from snnlstm.native import cpu, cuda, kernels
+from snnlstm.native import backend, cpu, cuda
 
 X = torch.rand(16, 1, 2, 15, 17)
 STATE = torch.zeros(1, 12, 15, 17)
@@ -48,7 +48,7 @@ class _StubbedCpu:
     def forward(self, **_: Any) -> None:
         pass
 
-    backward = weight_gradient = forward
+    backward = forward
 
 
 class _StubbedPlan:
@@ -81,7 +81,7 @@ class _StubbedCuda:
         return -(-channels // 8) * 8
 
 
-class _OnTheHost(cuda.Kernels):
+class _OnTheHost(cuda.Backend):
     """Runs the CUDA half on CPU tensors."""
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager:
@@ -96,7 +96,7 @@ def stubbed(half: str) -> Iterator[None]:
     """Within the block, cells on the CPU run a half of the core whose kernels do nothing."""
     calls._signatures.clear()
     on_cpu = mock.patch.object(cpu, "_C", _StubbedCpu(_C))
-    on_cuda = mock.patch.dict(kernels.HALVES, {"cpu": _OnTheHost(_StubbedCuda())})
+    on_cuda = mock.patch.dict(backend.BACKENDS, {"cpu": _OnTheHost(_StubbedCuda())})
     with on_cpu if half == "cpu" else on_cuda:
         yield
     calls._signatures.clear()

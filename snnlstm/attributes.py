@@ -1,8 +1,9 @@
-"""The attributes that describe what a cell computes: checked when set, and turned to options."""
+"""What the user reads and sets on a cell: its attributes, its states, and what is saved of both."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,29 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments
-from .call import RESETS, CellOptions, Reset
-from .state import StatefulCell
+from . import options
+from .options import RESETS, CellOptions, Reset
+from .path import Path
+from .snntorch import Base, alive, clear_registries, register
+from .state import ResetSource, State
 from .surrogate import NONE, is_number
 
-__all__ = ["DescribedCell"]
+__all__ = ["CellAttributes"]
 
 # The check of each attribute, which returns what is set.
 _CHECKS: dict[str, Callable[[Any], Any]] = {
-    "spike_grad": lambda value: arguments.surrogate(value),
-    "state_quant": lambda value: arguments.quantiser(value) or False,
-    "checkpoint": lambda value: arguments.checkpoint_way(value),
-    "max_pool": lambda value: arguments.pooling(value, 0) and value,
-    "avg_pool": lambda value: arguments.pooling(0, value) and value,
-    "stride": lambda value: arguments.pair("stride", value),
-    "dilation": lambda value: arguments.pair("dilation", value),
+    "spike_grad": lambda value: options.surrogate(value),
+    "state_quant": lambda value: options.quantiser(value) or False,
+    "checkpoint": lambda value: options.checkpoint_way(value),
+    "max_pool": lambda value: options.pooling(value, 0) and value,
+    "avg_pool": lambda value: options.pooling(0, value) and value,
+    "stride": lambda value: options.pair("stride", value),
+    "dilation": lambda value: options.pair("dilation", value),
 }
 for _name in ("surrogate_disable", "inhibition", "init_hidden", "output", "batch_first"):
-    _CHECKS[_name] = partial(arguments.flag, _name)
+    _CHECKS[_name] = partial(options.flag, _name)
 
 
-class DescribedCell(StatefulCell):
-    """What SConv2dLSTM inherits so that its attributes may be set at any time.
+class CellAttributes(Base):
+    """What SConv2dLSTM inherits, so that attributes and states may be read and set at any time.
 
     What runs is what the attributes say, from the next call on.
     """
@@ -40,20 +43,29 @@ class DescribedCell(StatefulCell):
     threshold: Tensor
     graded_spikes_factor: Tensor
     reset_mechanism_val: Tensor
+    spk: Tensor | None = None
+    path: Path | None = None
+    _state: State
+    _reset_source: ResetSource | None = None
     _reset_mechanism: Reset
     _options: dict[tuple[bool, bool], CellOptions]
+    _logged: set[str]
+    """The reason of the slow path that was logged, if one was."""
     _adopted: dict[str, Any] | None = None
     """The callables of the snnTorch cell that this one stands in for, by their names."""
     _layer_name: str = ""
     """The cell's name in the network that was accelerated, for the log."""
 
+    # ---- options --------------------------------------------------------------------------
+
     def _describe(self, sequence: bool = False, record: bool = False) -> CellOptions:
-        """Return the options of a call, from a cache that setting an attribute empties."""
-        options = self._options.get((sequence, record))
-        if options is not None:
-            return options
+        """Return the options of a call."""
+        found = self._options.get((sequence, record))
+        return found or self._make_options()[sequence, record]  # which says what is contradictory
+
+    def _make_options(self) -> dict[tuple[bool, bool], CellOptions]:
         quant = self.state_quant
-        made = arguments.make_options(
+        made = options.make_options(
             self.kernel_size,
             stride=self.stride,
             dilation=self.dilation,
@@ -65,26 +77,36 @@ class DescribedCell(StatefulCell):
             inhibition=self.inhibition,
             checkpoint=self.checkpoint,
         )
-        # All three are made at once: torch.compile compiles again when an entry that it saw missing
-        # appears.
-        every = {
-            (sequence, record): replace(made, sequence=sequence, record=record)
-            for sequence, record in ((False, False), (True, False), (True, True))
-        }
-        if not torch.compiler.is_compiling():
-            self._options = every
-        return every[sequence, record]
+        kinds = ((False, False), (True, False), (True, True))
+        return {kind: replace(made, sequence=kind[0], record=kind[1]) for kind in kinds}
+
+    def _remake_options(self) -> None:
+        """Make the options anew, at once: torch.compile must find them made."""
+        try:
+            self._options = self._make_options()
+        except ValueError:  # two attributes contradict each other until the second one is set
+            self._options = {}
+
+    # ---- attributes -----------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        # snnTorch's AttributeMonitor calls this method, and nn.Module's finds no properties.
+        states = name in ("syn", "mem")
+        return object.__getattribute__(self, name) if states else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _CHECKS:
+        if name in ("syn", "mem"):  # nn.Module would register a Parameter
+            object.__setattr__(self, name, value)
+        elif name in _CHECKS:
             super().__setattr__(name, _CHECKS[name](value))
-            self._options = {}
+            if "_state" in self.__dict__:  # the constructor has run
+                self._remake_options()
         elif name in ("threshold", "graded_spikes_factor") and is_number(value):
             self._set_number(name, float(value))
         elif name == "reset_mechanism_val" and isinstance(value, Tensor):
-            reset = arguments.reset_mechanism_val(value)
+            reset = options.reset_mechanism_val(value)
             super().__setattr__(name, value)
-            self._follow_reset_mechanism(reset)
+            self._follow(reset)
         else:
             super().__setattr__(name, value)
 
@@ -104,38 +126,128 @@ class DescribedCell(StatefulCell):
 
     @reset_mechanism.setter
     def reset_mechanism(self, value: str) -> None:
-        self._reset_mechanism = arguments.reset_mechanism(value)
+        self._reset_mechanism = options.reset_mechanism(value)
         self.reset_mechanism_val = self._reset_index(self.reset_mechanism_val.device)
-        self._options = {}
+        self._remake_options()
 
     def _reset_index(self, device: torch.device) -> Tensor:
         return torch.tensor(RESETS.index(self._reset_mechanism), device=device)
 
-    def _follow_reset_mechanism(self, reset: Reset | None) -> None:
+    def _follow(self, reset: Reset | None) -> None:
         """Let what runs agree with the buffer; `reset` is None where the buffer cannot be read."""
         if reset is not None:
             self._reset_mechanism = reset
-            self._options = {}
+            if "_state" in self.__dict__:
+                self._remake_options()
+
+    # ---- states ---------------------------------------------------------------------------
+
+    @property
+    def syn(self) -> Tensor:
+        """Stored synaptic current, (N, C, Ho, Wo), or (0,) before the first call."""
+        return self._state.read("syn")
+
+    @syn.setter
+    def syn(self, value: Tensor) -> None:
+        self._state.write("syn", value)
+
+    @property
+    def mem(self) -> Tensor:
+        """Stored membrane potential, (N, C, Ho, Wo), or (0,) before the first call."""
+        return self._state.read("mem")
+
+    @mem.setter
+    def mem(self, value: Tensor) -> None:
+        self._state.write("mem", value)
+
+    @property
+    def reset(self) -> Tensor | None:
+        """Reset signal of the last step call, 1 where mem before it spiked; (N, C, Ho, Wo).
+
+        Computed when it is read. None before the first call and after a sequence.
+
+        Raises
+        ------
+        RuntimeError
+            If the mem that was passed to the last call has been modified in place since.
+        """
+        return None if self._reset_source is None else self._reset_source.signal()
+
+    def reset_mem(self) -> tuple[Tensor, Tensor]:
+        """Set the stored states to zero and return them, syn and mem.
+
+        They have the shape of the last call's and may be passed to the next call with an input
+        of any size. To start from something else pass it or assign it: under torch.compile
+        an edit in place of what was returned here is seen only where it is passed.
+        """
+        return self._state.reset()
+
+    def init_sconv2dlstm(self) -> tuple[Tensor, Tensor]:
+        """Deprecated name of :meth:`reset_mem`."""
+        return self.reset_mem()
+
+    @classmethod
+    def reset_hidden(cls) -> None:
+        """Set the stored states of all living cells to zero."""
+        for cell in alive(CellAttributes):
+            cell.reset_mem()
+
+    @classmethod
+    def detach_hidden(cls) -> None:
+        """Detach the stored states of all living cells from the graph, in place.
+
+        For truncated backpropagation through time: the states stay, and their history goes.
+        Neurons of snnTorch have a ``detach_hidden()`` of their own class. States that are passed
+        by hand are detached by hand.
+        """
+        for cell in alive(CellAttributes):
+            cell._state.detach()
+
+    @classmethod
+    def init(cls) -> None:
+        """Forget all cells: reset_hidden and detach_hidden no longer reach them."""
+        clear_registries()
+
+    @staticmethod
+    def detach(*args: Tensor) -> None:
+        """Detach the given states from the graph, in place."""
+        for state in args:
+            state.detach_()
+
+    @staticmethod
+    def zeros(*args: Tensor) -> None:
+        """Set the given states to zero, in place (what snnTorch's documents, but does not do)."""
+        for state in args:
+            state.detach().zero_()
+
+    # ---- moving, saving and loading -------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CellAttributes:
+        super()._apply(fn, recurse)
+        self._state.moved(fn)
+        self._reset_source = None
+        return self
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
         try:
-            self._follow_reset_mechanism(arguments.reset_mechanism_val(self.reset_mechanism_val))
+            self._follow(options.reset_mechanism_val(self.reset_mechanism_val))
         except ValueError as error:
             error_msgs = rest[-1]
             error_msgs.append(str(error))
 
-    def _drop_caches(self) -> None:
-        """Forget what hangs on the last call or is made from attributes."""
-        self._options = {}
-        self._reset_source = None
-
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
+        state = self.__dict__.copy()
         state["_options"], state["_reset_source"], state["_logged"] = {}, None, set()
+        state["_state"] = copy(self._state)  # without the graph
         state.pop("spk", None)  # spk hangs on the graph of the last call
         if self._adopted is not None:
             state["_adopted"] = {}  # snnTorch's closures cannot be pickled
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+        self._remake_options()
+        register(self)

@@ -1,122 +1,41 @@
-"""What one call works on: the options of a cell, its checked tensors, the facts of their shapes.
+"""One call of a cell: its checked tensors, and all that is known of them without their values.
 
-The numbers by which the core knows options stand here too, each once (csrc/args.h).
+:func:`checked_call` checks every tensor of a call, and :func:`make_call` makes a :class:`Call` of
+tensors that have been checked. A check returns the tensor in its normal form or raises: TypeError
+for a wrong type or dtype, ValueError for a wrong shape, value or device. The message names the
+argument, what came and what is accepted. Nothing is modified before all checks have passed.
 """
 
 from __future__ import annotations
 
-from ast import literal_eval
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .quant import StateQuant
-from .surrogate import NONE, Surrogate
+from .options import (
+    DTYPES,
+    NAMES_OF_DTYPES,
+    CellOptions,
+    flag,
+    options_of_arguments,
+)
+from .options import quantiser as check_quantiser
+from .options import surrogate as check_surrogate
+from .surrogate import is_number
 
-__all__ = ["Call", "CellOptions", "Pool", "Reset", "Signature"]
+__all__ = ["Call", "Signature", "checked_call", "make_call"]
 
-Reset = Literal["subtract", "zero", "none"]
-Pool = Literal["none", "max", "avg"]
-Checkpoint = bool | Literal["gates"]
-
-RESETS: tuple[Reset, ...] = ("subtract", "zero", "none")
-"""The reset mechanisms; the position is ``reset_mechanism_val`` in a state_dict."""
-POOLS: tuple[Pool, ...] = ("none", "max", "avg")
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-"""The dtypes of weight and states."""
-
-
-def are_ours(surrogate: Any, quant: Any) -> bool:
-    """Whether the kernels know a surrogate and a quantiser; a subclass of ours may differ."""
-    return type(surrogate) is Surrogate and type(quant) in (StateQuant, type(None))
-
-
-@dataclass(frozen=True)
-class CellOptions:
-    """What a cell computes, besides its tensors.
-
-    Frozen and hashable, so that it can key a cache; it holds no tensor of the computation.
-    :class:`snnlstm.SConv2dLSTM` documents the arguments that the options come from. Pairs are
-    (height, width). The padding is always ``dilation * (kernel_size - 1) / 2`` and the state of an
-    image of H x W is ``ceil(H / stride[0])`` x ``ceil(W / stride[1])``.
-    """
-
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)  # of the input half; the recurrent half has stride 1
-    dilation: tuple[int, int] = (1, 1)
-    reset: Reset = "none"
-    pool: Pool = "none"
-    pool_size: tuple[int, int] = (1, 1)  # kernel and stride; (1, 1) without pooling
-    surrogate: Any = NONE  # a callable that is no Surrogate needs the reference path
-    quant: Any = None  # a callable that is no StateQuant needs the reference path
-    inhibition: bool = False
-    sequence: bool = False  # x is (T, N, Cin, H, W), spk (T, N, C, Hp, Wp); otherwise 4-D
-    record: bool = False  # syn and mem are returned for every step, (T, N, C, Ho, Wo)
-    checkpoint: Checkpoint = False
-    operands: torch.dtype | None = None  # under autocast the convolution's type, if it is a half
-    _text: str = field(default="", init=False, repr=False, compare=False)
-
-    def __hash__(self) -> int:
-        # The hash is computed once: every call looks its options up.
-        found = self.__dict__.get("_hash")
-        if found is None:
-            found = hash(tuple(getattr(self, f.name) for f in fields(self) if f.compare))
-            object.__setattr__(self, "_hash", found)
-        return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Hashes of strings differ between processes.
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @property
-    def padding(self) -> tuple[int, int]:
-        """Zeros on each side that keep the image size, height first."""
-        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
-        return dh * (kh - 1) // 2, dw * (kw - 1) // 2
-
-    def state_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of syn and mem for an image of `height` x `width`."""
-        sh, sw = self.stride
-        return -(-height // sh), -(-width // sw)
-
-    def __post_init__(self) -> None:
-        if type(self.surrogate) is Surrogate and not torch.compiler.is_compiling():
-            object.__setattr__(self, "_text", self._make_text())
-
-    def text(self) -> str:
-        """The options as an operator of torch.library takes them: :meth:`from_text` reads it."""
-        # The text is made beforehand where possible: torch.compile may take numbers for symbols.
-        return self._text or self._make_text()
-
-    def _make_text(self) -> str:
-        spike, quant = self.surrogate, self.quant
-        described = (
-            self.kernel_size, self.stride, self.dilation, self.reset, self.pool, self.pool_size,
-            (spike.kind, spike.p0, spike.p1), self.inhibition, self.sequence, self.record,
-            self.checkpoint, str(self.operands).removeprefix("torch."),
-        )  # fmt: skip
-        return f"{described};{quant.text if isinstance(quant, StateQuant) else ''}"
-
-    @staticmethod
-    @lru_cache(maxsize=256)
-    def from_text(text: str) -> CellOptions:
-        """The options that :meth:`text` wrote."""
-        described, _, quant = text.partition(";")
-        values: list[Any] = [*literal_eval(described)]
-        values[6:7] = Surrogate(*values[6]), StateQuant.from_text(quant) if quant else None
-        values[-1] = getattr(torch, values[-1], None)
-        return CellOptions(*values)
+PLAIN = (Tensor, nn.Parameter)
 
 
 class Signature:
     """All that is known of a call without looking at values: options, shapes, dtypes, device.
 
-    :func:`make_call` finds one object for equal calls; whoever works something out from it may
-    keep that in ``notes``.
+    :func:`make_call` finds one object for equal calls. ``notes`` has what follows from it: the
+    plans, by strides and settings, and the reason for a fallback. Neither grows beyond a bound.
 
     Attributes
     ----------
@@ -126,6 +45,8 @@ class Signature:
         Those of the states.
     time, n, cin, h, w, c, ho, wo : int
         Steps (1 for a step call), and the sizes of x and of the states.
+    input : tuple of ints
+        Shape of x.
     state, state_strides : (int, int, int, int)
         Shape of syn and mem, and its strides where they are contiguous.
     thresholds : int
@@ -140,6 +61,7 @@ class Signature:
         self.dtype, self.device, self.device_type = x.dtype, x.device, x.device.type
         self.time = x.shape[0] if options.sequence else 1
         self.n, self.cin, self.h, self.w = x.shape[-4:]
+        self.input = tuple(x.shape)
         self.c, self.ho, self.wo = mem.shape[1:]
         pixels = self.ho * self.wo
         self.state = self.n, self.c, self.ho, self.wo
@@ -150,7 +72,6 @@ class Signature:
 
 _MOST = 1024  # signatures are kept; one more, and all are forgotten
 _signatures: dict[tuple[Any, ...], Signature] = {}
-PLAIN = (Tensor, nn.Parameter)
 
 
 def version(tensor: Tensor) -> int:
@@ -167,41 +88,8 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return None
 
 
-Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, CellOptions]
-"""x, syn, mem, weight, bias, threshold, graded and options: the first fields of a :class:`Call`."""
-
-
-def known_signature(arguments: Arguments) -> tuple[Signature | None, tuple[Any, ...]]:
-    """The signature of arguments like some that were checked before, if any, and its key.
-
-    An argument that is no tensor raises AttributeError.
-    """
-    x, syn, mem, weight, bias, threshold, graded, options = arguments
-    device = x.device
-    key = (
-        options, x.shape, x.dtype, device, syn.shape, syn.dtype, syn.device,
-        mem.shape, mem.dtype, mem.device, weight.shape, weight.dtype, weight.device,
-        threshold.shape, threshold.dtype, threshold.device, graded.shape, graded.dtype,
-        graded.device, None if bias is None else (bias.shape, bias.dtype, bias.device),
-        autocast_dtype(device.type) if torch._C._is_any_autocast_enabled() else None,
-    )  # fmt: skip
-    return _signatures.get(key) if type(x) in PLAIN else None, key
-
-
-def new_signature(key: tuple[Any, ...], arguments: Arguments, fits: bool) -> Signature:
-    """The signature of arguments that have just been checked; kept for those like them.
-
-    It is not kept where the weight is one that a foreign conv may have in another shape (not
-    `fits`), nor for subclasses of tensors, whose sizes may be symbols. Foreign callables are not
-    kept alive.
-    """
-    x, _, mem, _, _, threshold, _, options = arguments
-    made = Signature(x, mem, threshold, options, key[-1])
-    if fits and type(x) in PLAIN and are_ours(options.surrogate, options.quant):
-        if len(_signatures) >= _MOST:
-            _signatures.clear()
-        _signatures[key] = made
-    return made
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
+"""x, syn, mem, weight, bias, threshold and graded: the first fields of a :class:`Call`."""
 
 
 class Call(NamedTuple):
@@ -216,28 +104,130 @@ class Call(NamedTuple):
     graded: Tensor
     options: CellOptions
     signature: Signature = None  # type: ignore[assignment]  # None while torch.compile traces
-    # The module in the place of the convolution, (N, Cin + C, H, W) to (N, 4C, H, W), and why it
-    # must be called; it need not be if there is no reason.
+    # The module that takes the place of the convolution, (N, Cin + C, H, W) to (N, 4C, H, W), and
+    # the reason why it is called. The kernels run the convolution where the reason is None.
     conv: Callable[[Tensor], Tensor] | None = None
     reason: str | None = None
     # The cell's methods, if a subclass or the cell itself overrides them.
     fire: Callable[[Tensor], Tensor] | None = None
     mem_reset: Callable[[Tensor], Tensor] | None = None
 
+    @property
+    def traced(self) -> bool:
+        """Whether torch.compile traces the call."""
+        return self.signature is None
+
+
+def _key(tensors: Tensors, options: CellOptions, autocast: bool) -> tuple[Any, ...]:
+    """What tells the signatures of calls apart. An argument that is no tensor: AttributeError."""
+    x, syn, mem, weight, bias, threshold, graded = tensors
+    device = x.device
+    counts = autocast and torch._C._is_any_autocast_enabled()
+    return (
+        options, x.shape, x.dtype, device, syn.shape, syn.dtype, syn.device,
+        mem.shape, mem.dtype, mem.device, weight.shape, weight.dtype, weight.device,
+        threshold.shape, threshold.dtype, threshold.device, graded.shape, graded.dtype,
+        graded.device, None if bias is None else (bias.shape, bias.dtype, bias.device),
+        autocast_dtype(device.type) if counts else None,
+    )  # fmt: skip
+
+
+def known_call(tensors: Tensors, options: CellOptions) -> Call | None:
+    """A call of tensors that have not been checked, if a call like it was; else None.
+
+    An argument that is no tensor raises AttributeError.
+    """
+    signature = _signatures.get(_key(tensors, options, True))
+    return None if signature is None else Call(*tensors, options, signature)
+
 
 def make_call(
-    arguments: Arguments,
-    conv: Callable[[Tensor], Tensor] | None = None,
-    reason: str | None = None,
-    fire: Callable[[Tensor], Tensor] | None = None,
-    mem_reset: Callable[[Tensor], Tensor] | None = None,
+    tensors: Tensors, options: CellOptions, *, autocast: bool = True, **foreign: Any
 ) -> Call:
-    """A call of arguments that have been checked, or are known to fit together."""
-    signature: Any = None
-    if not torch.compiler.is_compiling():
-        signature, key = known_signature(arguments)
-        signature = signature or new_signature(key, arguments, reason is None)
-    return Call(*arguments, signature, conv, reason, fire, mem_reset)
+    """A call of tensors that have been checked, or are known to fit together.
+
+    `autocast` says whether torch's autocast counts, and `foreign` has the fields behind the
+    signature.
+    """
+    key = _key(tensors, options, autocast)
+    x, _, mem, _, _, threshold, _ = tensors
+    plain = type(x) in PLAIN
+    signature = _signatures.get(key) if plain else None
+    if signature is None:
+        signature = Signature(x, mem, threshold, options, key[-1])
+        # A foreign conv may have a weight of another shape. The sizes of subclasses of tensors may
+        # be symbols. Foreign callables, whose options have no text, are not kept alive.
+        if plain and foreign.get("reason") is None and options.text:
+            if len(_signatures) >= _MOST:
+                _signatures.clear()
+            _signatures[key] = signature
+    return Call(*tensors, options, signature, **foreign)
+
+
+def checked_call(
+    x: Any,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Any,
+    graded: Any,
+    channels: tuple[int, int],
+    options_of: Callable[[bool, bool], CellOptions],
+    state_of: Callable[[str, tuple[int, ...], Tensor], Tensor],
+    foreign_of: Callable[[CellOptions], dict[str, Any]] | None = None,
+    *,
+    record: Any = False,
+    batch_first: bool = False,
+    traced: bool = False,
+) -> Call:
+    """Check every tensor of a call, and make it.
+
+    `channels` are Cin and C. `options_of` returns the options by (sequence, record), `state_of` the
+    state of a name for a shape and the checked x, and `foreign_of` the fields behind the signature.
+    `traced` says whether torch.compile traces the call.
+    """
+    if batch_first and isinstance(x, Tensor) and x.dim() == 5:
+        x = x.transpose(0, 1)
+    x = input_tensor(x, weight, channels[0], batch_first)
+    sequence = x.dim() == 5
+    if flag("record", record) and not sequence:
+        raise ValueError("record=True needs a sequence: x of shape (T, N, Cin, H, W), got one step")
+    options = options_of(sequence, bool(record))
+    shape = state_shape(x, channels[1], options)
+    syn, mem = (state_of(name, shape, x) for name in ("syn", "mem"))
+    threshold = scalar_like("threshold", threshold, x, shape, options)
+    graded = scalar_like("graded_spikes_factor", graded, x, shape, options)
+    tensors = x, syn, mem, weight, bias, threshold, graded
+    foreign = {} if foreign_of is None else foreign_of(options)
+    if traced:
+        return Call(*tensors, options, **foreign)
+    return make_call(tensors, options, **foreign)
+
+
+def stateless_call(
+    x: Any, syn: Any = None, mem: Any = None, weight: Any = None, bias: Any = None, *,
+    threshold: Any = 1.0, spike_grad: Any = None, surrogate_disable: Any = False,
+    reset_mechanism: Any = "none", max_pool: Any = 0, avg_pool: Any = 0, state_quant: Any = None,
+    graded_spikes_factor: Any = 1.0, inhibition: Any = False, stride: Any = 1, dilation: Any = 1,
+    record: Any = False, checkpoint: Any = False, batch_first: Any = False,
+) -> Call:  # fmt: skip
+    """Check every argument of :func:`snnlstm.functional.sconv2dlstm`, which documents them."""
+    traced = torch.compiler.is_compiling()
+    channels = weight_tensors(weight, bias)
+    states = {"syn": syn, "mem": mem}
+    disable = flag("surrogate_disable", surrogate_disable)
+    options = options_of_arguments(
+        kernel_size=tuple(weight.shape[2:]), stride=stride, dilation=dilation,
+        reset=reset_mechanism, max_pool=max_pool, avg_pool=avg_pool,
+        surrogate=check_surrogate(spike_grad, disable), quant=check_quantiser(state_quant),
+        inhibition=inhibition, checkpoint=checkpoint, record=flag("record", record),
+        sequence=isinstance(x, Tensor) and x.dim() == 5, traced=traced,
+    )  # fmt: skip
+    return checked_call(
+        x, weight, bias, threshold, graded_spikes_factor, channels,
+        lambda sequence, record: options,
+        lambda name, shape, x: state_tensor(name, states[name], shape, x, weight),
+        record=record, batch_first=flag("batch_first", batch_first), traced=traced,
+    )  # fmt: skip
 
 
 def in_order_of_caller(
@@ -249,3 +239,187 @@ def in_order_of_caller(
     if options.record:
         syn, mem = syn.transpose(0, 1), mem.transpose(0, 1)
     return spk.transpose(0, 1), syn, mem
+
+
+# ---- checks of tensors ---------------------------------------------------------------------------
+
+
+def real_tensor(name: str, value: Any) -> Tensor:
+    """Check a number, a tensor or what torch.as_tensor takes: real, and not empty."""
+    if value is None or isinstance(value, (bool, str)):
+        raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name} must be a number or a tensor, got {value!r}") from error
+    if value.dtype is torch.bool or value.dtype.is_complex:
+        raise TypeError(f"{name} must be real, got a tensor of {value.dtype}")
+    if value.numel() == 0:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(value.shape)}")
+    return value
+
+
+def values(value: Any) -> Tensor:
+    """The numbers of a checked number or tensor, detached; not on torch's default device."""
+    return (value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")).detach()
+
+
+def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    return len(shape) <= len(target) and all(
+        size == 1 or size == want
+        for size, want in zip(reversed(shape), reversed(target), strict=False)
+    )
+
+
+def channel_broadcast(name: str, shape: Sequence[int], channels: int) -> None:
+    """Check, before any image is known, that a shape can broadcast to (N, C, H, W)."""
+    if len(shape) > 4 or (len(shape) >= 3 and shape[-3] not in (1, channels)):
+        raise ValueError(
+            f"{name} must broadcast to mem's shape (N, {channels}, H, W), got shape {tuple(shape)}"
+        )
+
+
+def state_broadcast(
+    name: str, shape: Sequence[int], state: Sequence[int], options: CellOptions
+) -> None:
+    """Check that a shape broadcasts to that of mem, and to that of the pooled mem."""
+    pooled = (*state[:2], state[2] // options.pool_size[0], state[3] // options.pool_size[1])
+    if not _broadcasts(shape, state) or not _broadcasts(shape, pooled):
+        both = f"mem's shape {tuple(state)}"
+        if options.pool != "none":
+            both += f" and to the pooled one {pooled}"
+        raise ValueError(f"{name} must broadcast to {both}, got shape {tuple(shape)}")
+
+
+def state_shape(x: Tensor, channels: int, options: CellOptions) -> tuple[int, int, int, int]:
+    """Shape of syn and mem for a checked input, into which a pooling window must fit."""
+    height, width = options.state_size(x.shape[-2], x.shape[-1])
+    if height < options.pool_size[0] or width < options.pool_size[1]:
+        raise ValueError(
+            f"{options.pool}_pool must not be larger than the state, got {options.pool_size} "
+            f"for a state of {height} x {width}"
+        )
+    return x.shape[-4], channels, height, width
+
+
+def state_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype of the states and of spk: weight's, but at least float32 under autocast."""
+    if autocast_dtype(weight.device.type) is not None:
+        return torch.promote_types(weight.dtype, torch.float32)
+    return weight.dtype
+
+
+def input_tensor(x: Any, weight: Tensor, in_channels: int, batch_first: bool = False) -> Tensor:
+    """Check the input; returns it in the dtype of the states.
+
+    `batch_first` says that the caller gave a sequence as (N, T, ...); here x is (T, N, ...).
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"x must be dense, as x.to_dense() is, got layout {x.layout}")
+    given = tuple(x.shape)
+    if batch_first and x.dim() == 5:
+        given = (given[1], given[0], *given[2:])
+    if x.dim() not in (4, 5):
+        raise ValueError(
+            f"x must have shape (N, {in_channels}, H, W) for one step or "
+            f"({'N, T' if batch_first else 'T, N'}, {in_channels}, H, W) for a sequence, "
+            f"got {given}"
+        )
+    if x.shape[-3] != in_channels:
+        raise ValueError(f"x must have {in_channels} channels, got {x.shape[-3]}: shape {given}")
+    if x.shape[-2] == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have at least one pixel, got shape {given}")
+    return _converted("x", x, weight)
+
+
+def _converted(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
+    """`tensor` in the dtype of the states, where the conversion loses nothing."""
+    if tensor.device != weight.device:
+        raise ValueError(
+            f"{name} must be on weight's device {weight.device}, got one on {tensor.device}"
+        )
+    dtype = state_dtype(weight)
+    if tensor.dtype != dtype:
+        if not _converts(tensor.dtype, dtype):
+            raise TypeError(
+                f"{name} must be of {dtype}, as weight is, or convert to it without loss, "
+                f"got {tensor.dtype}"
+            )
+        tensor = tensor.to(dtype)
+    return tensor
+
+
+def _converts(dtype: torch.dtype, to: torch.dtype) -> bool:
+    """Whether numbers of `dtype` become numbers of the dtype `to` by themselves."""
+    try:
+        return torch.promote_types(dtype, to) == to
+    except RuntimeError:  # torch has no rule for float8, nor for wide unsigned integers
+        return True
+
+
+def state_tensor(name: str, state: Any, shape: Sequence[int], x: Tensor, weight: Tensor) -> Tensor:
+    """Check a state of `shape`; None, and a tensor of shape (0,), become zeros like x."""
+    if state is not None and not isinstance(state, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(state).__name__}")
+    if state is None or (state.dim() == 1 and state.shape[0] == 0):
+        return x.new_zeros(shape)
+    if tuple(state.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)} (or (0,), which means zeros), "
+            f"got {tuple(state.shape)}"
+        )
+    return _converted(name, state, weight)
+
+
+def scalar_like(
+    name: str, value: Any, x: Tensor, state: Sequence[int], options: CellOptions
+) -> Tensor:
+    """Check a threshold or graded factor; returns it in x's dtype and on x's device."""
+    if is_number(value):
+        return torch.full((), float(value), dtype=x.dtype, device=x.device)
+    if isinstance(value, Tensor):
+        tensor = value
+    else:  # what is no tensor has no device either
+        tensor = real_tensor(name, value).to(x.device)
+    if tensor.dim():
+        real_tensor(name, tensor)
+        state_broadcast(name, tensor.shape, state, options)
+    if tensor.dtype == x.dtype and tensor.device == x.device:
+        return tensor
+    real_tensor(name, tensor)
+    if tensor.device != x.device and tensor.dim():
+        raise ValueError(f"{name} must be on x's device {x.device}, got one on {tensor.device}")
+    return tensor.to(x.device, x.dtype)
+
+
+def weight_tensors(weight: Any, bias: Any) -> tuple[int, int]:
+    """Check weight and bias; returns (Cin, C)."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {weight!r}")
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"weight must be of one of {NAMES_OF_DTYPES}, got {weight.dtype}")
+    channels = weight.shape[0] // 4 if weight.dim() == 4 else 0
+    if channels == 0 or weight.shape[0] % 4 or weight.shape[1] < channels:
+        raise ValueError(f"weight must have shape (4C, Cin + C, kh, kw), got {tuple(weight.shape)}")
+    if bias is not None:
+        if not isinstance(bias, Tensor):
+            raise TypeError(f"bias must be a tensor or None, got {bias!r}")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape ({4 * channels},), got {tuple(bias.shape)}")
+        if bias.dtype != weight.dtype:
+            raise TypeError(f"bias must be of {weight.dtype}, as weight is, got {bias.dtype}")
+        if bias.device != weight.device:
+            raise ValueError(
+                f"bias must be on weight's device {weight.device}, got one on {bias.device}"
+            )
+    return weight.shape[1] - channels, channels
+
+
+def never_spikes(threshold: Any) -> bool:
+    """Whether no mem can exceed the threshold: mem = o * tanh(syn) is at most 1."""
+    if isinstance(threshold, Tensor):
+        return not threshold.is_meta and bool((threshold.detach() >= 1).all())
+    return is_number(threshold) and bool(threshold >= 1)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .call import Checkpoint, in_order_of_caller
-from .check import check_call
-from .run import run
+from .call import in_order_of_caller, stateless_call
+from .options import Checkpoint
+from .path import run
 
 __all__ = ["sconv2dlstm"]
 
@@ -102,7 +102,7 @@ def sconv2dlstm(
     spiking neural networks using lessons from deep learning", Proc. IEEE 111, 2023;
     ``snntorch.SConv2dLSTM`` 1.0.0.
     """
-    call = check_call(
+    call = stateless_call(
         x, syn, mem, weight, bias, threshold=threshold, spike_grad=spike_grad,
         surrogate_disable=surrogate_disable, reset_mechanism=reset_mechanism, max_pool=max_pool,
         avg_pool=avg_pool, state_quant=state_quant, graded_spikes_factor=graded_spikes_factor,

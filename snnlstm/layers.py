@@ -7,18 +7,18 @@ from typing import Any
 
 from torch import nn
 
+from .path import global_hooks
 from .rates import Count
-from .run import global_hooks
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Base, Neuron
 
-__all__ = ["CELL", "Way", "changed", "choose", "not_per_sample"]
+__all__ = ["CELL", "LayerReport", "changed", "not_per_sample", "report_of"]
 
 CELL = SConv2dLSTM if Base is nn.Module else Base  # the class of our cells and of snnTorch's
 
 
 @dataclass(frozen=True)
-class Way:
+class LayerReport:
     """How one layer went through a sequence.
 
     Parameters
@@ -43,23 +43,34 @@ class Way:
         return f"{self.name} {self.layer}: {self.kind} ({self.reason})"
 
 
-def choose(layer: nn.Module, dim: int) -> tuple[str, str]:
-    """Kind and reason for a layer that gets `dim` dimensions at each step."""
+def report_of(name: str, layer: nn.Module, dim: int) -> LayerReport:
+    """How a layer goes through a sequence of which a step has `dim` dimensions."""
+    reason = _reason_for_steps(layer, dim)
+    if reason is not None:
+        kind = "step"
+    elif isinstance(layer, SConv2dLSTM):
+        kind, reason = "sequence", "one call for all steps"
+    else:
+        kind, reason = "fold", "it treats every sample alone"
+    return LayerReport(name, type(layer).__name__, kind, reason)
+
+
+def _reason_for_steps(layer: nn.Module, dim: int) -> str | None:
+    """Why a layer needs one call for each step; None if it does not."""
     change = changed(layer)
     if isinstance(layer, SConv2dLSTM):
-        if type(layer).forward is not SConv2dLSTM.forward:
-            change = "its class has a forward of its own"
-        return ("sequence", "one call for all steps") if change is None else ("step", change)
+        own = type(layer).forward is not SConv2dLSTM.forward
+        return "its class has a forward of its own" if own else change
     if isinstance(layer, CELL):
         if type(layer) is not CELL:
-            change = "its class is a subclass of snntorch.SConv2dLSTM"
-        return "step", change or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
+            return "its class is a subclass of snntorch.SConv2dLSTM"
+        return change or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
     if Neuron is not None and isinstance(layer, Neuron):
-        return "step", "it keeps a state from step to step"
+        return "it keeps a state from step to step"
     reason = change or not_per_sample(layer)
     if reason is None and not _has_batch(layer, dim):
         reason = f"at a step of {dim} dimensions it may mix samples"
-    return ("fold", "it treats every sample alone") if reason is None else ("step", reason)
+    return reason
 
 
 def changed(layer: nn.Module) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
 
-from .arguments import a_module
+from .options import a_module
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Neuron
 
@@ -47,7 +47,9 @@ class Count:
             output = _bare(output)
             self.spikes = _bare(self.spikes + output.count_nonzero())
             self.chances += output.numel()
-            mem = getattr(layer, "_mem" if isinstance(layer, SConv2dLSTM) else "mem", None)
+            mem = (
+                layer._state.mem if isinstance(layer, SConv2dLSTM) else getattr(layer, "mem", None)
+            )
             if isinstance(mem, Tensor) and mem.numel():
                 highest, so_far = _bare(mem).detach().max(), self.highest
                 self.highest = _bare(highest if so_far is None else torch.maximum(highest, so_far))

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .call import Call, CellOptions, in_order_of_caller
-from .check import check_call
+from .call import Call, in_order_of_caller, stateless_call
+from .options import CellOptions
 from .surrogate import Surrogate
 
 __all__ = ["fire", "reset_signal", "run", "sconv2dlstm"]
@@ -165,6 +165,6 @@ def sconv2dlstm(
 
     Arguments, results and errors are those of :func:`snnlstm.functional.sconv2dlstm`.
     """
-    call = check_call(x, syn, mem, weight, bias, **options)
+    call = stateless_call(x, syn, mem, weight, bias, **options)
     batch_first = options.get("batch_first", False)
     return in_order_of_caller(call.options, batch_first, *run(call))

@@ -10,11 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments, reference
-from .attributes import DescribedCell
-from .call import DTYPES, Call, Checkpoint, in_order_of_caller, known_signature, make_call
-from .run import reason_against_conv, run
-from .state import LastReset, backward_pass
+from . import options, reference
+from .attributes import CellAttributes
+from .call import (
+    Call,
+    channel_broadcast,
+    checked_call,
+    in_order_of_caller,
+    known_call,
+    never_spikes,
+    real_tensor,
+    values,
+)
+from .options import DTYPES, CellOptions, Checkpoint
+from .path import Path, exporting, log_fallback, reason_against_conv, run
+from .snntorch import register
+from .state import LastReset, ResetSource, State
 
 __all__ = ["SConv2dLSTM"]
 
@@ -27,7 +38,7 @@ def _level_of_caller() -> int:
     return level
 
 
-class SConv2dLSTM(DescribedCell):
+class SConv2dLSTM(CellAttributes):
     """Spiking convolutional LSTM cell: snnTorch's, faster.
 
     A drop-in replacement for ``snntorch.SConv2dLSTM`` (1.0.0), of which it is a subclass where
@@ -103,7 +114,7 @@ class SConv2dLSTM(DescribedCell):
         are in no state_dict and no buffers, but move with the cell.
     spk : Tensor or None
         The last spikes.
-    path : snnlstm.run.Path or None
+    path : snnlstm.path.Path or None
         The implementation that ran the last call, and the reason.
 
     Raises
@@ -143,26 +154,23 @@ class SConv2dLSTM(DescribedCell):
         batch_first: bool = False,
     ) -> None:
         nn.Module.__init__(self)
-        arguments.integer("in_channels", in_channels)
-        arguments.integer("out_channels", out_channels)
-        kernel = arguments.kernel("kernel_size", kernel_size)
-        arguments.pooling(max_pool, avg_pool)
-        bias = arguments.flag("bias", bias)
-        learn_threshold = arguments.flag("learn_threshold", learn_threshold)
-        device = arguments.device_or_none("device", device)
-        dtype = arguments.dtype_or_none("dtype", dtype) or torch.get_default_dtype()
-        arguments.channel_broadcast(
-            "threshold", arguments.real_tensor("threshold", threshold).shape, out_channels
-        )
+        options.integer("in_channels", in_channels)
+        options.integer("out_channels", out_channels)
+        kernel = options.kernel("kernel_size", kernel_size)
+        options.pooling(max_pool, avg_pool)
+        bias = options.flag("bias", bias)
+        learn_threshold = options.flag("learn_threshold", learn_threshold)
+        device = options.device_or_none("device", device)
+        dtype = options.dtype_or_none("dtype", dtype) or torch.get_default_dtype()
+        channel_broadcast("threshold", real_tensor("threshold", threshold).shape, out_channels)
 
-        self._drop_caches()
-        self._logged: set[str] = set()
+        self._options, self._logged = {}, set()
         self._initial_threshold = (
             threshold.detach().cpu().clone() if isinstance(threshold, Tensor) else threshold
         )
         # snnTorch's cell assigns these before conv: a surrogate or a quantiser that is an nn.Module
         # becomes a submodule, and comes before conv in the state_dict.
-        self.spike_grad = arguments.surrogate(spike_grad, surrogate_disable)
+        self.spike_grad = options.surrogate(spike_grad, surrogate_disable)
         self.init_hidden, self.inhibition, self.output = init_hidden, inhibition, output
         self.surrogate_disable, self.state_quant = surrogate_disable, state_quant
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -170,19 +178,19 @@ class SConv2dLSTM(DescribedCell):
         self.max_pool, self.avg_pool = max_pool, avg_pool
         self.stride, self.dilation = stride, dilation
         self.checkpoint, self.batch_first = checkpoint, batch_first
-        self._reset_mechanism = arguments.reset_mechanism(reset_mechanism)
+        self._reset_mechanism = options.reset_mechanism(reset_mechanism)
         self.padding = self._describe().padding
 
         conv = nn.Conv2d(
             in_channels + out_channels, 4 * out_channels, kernel, padding=self.padding,
             dilation=self.dilation, bias=bias, device=device, dtype=dtype,
         )  # fmt: skip
-        values = arguments.values(threshold).to(conv.weight.device, dtype, copy=True)
+        initial = values(threshold).to(conv.weight.device, dtype, copy=True)
         if learn_threshold:
-            self.threshold = nn.Parameter(values)
+            self.threshold = nn.Parameter(initial)
         else:
-            self.register_buffer("threshold", values)
-            if not state_quant and arguments.never_spikes(threshold):
+            self.register_buffer("threshold", initial)
+            if not state_quant and never_spikes(threshold):
                 warnings.warn(
                     f"threshold={threshold} is never exceeded: mem = o * tanh(syn) is at most 1, "
                     "so this cell never spikes. Use a lower threshold (0.1 and below are usual) "
@@ -194,7 +202,9 @@ class SConv2dLSTM(DescribedCell):
         self.register_buffer("graded_spikes_factor", conv.weight.new_ones(()))
         self.register_buffer("reset_mechanism_val", self._reset_index(conv.weight.device))
         self.conv = conv
-        self._init_state(conv.weight)
+        self._state = State(conv.weight)
+        self._remake_options()
+        register(self)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -268,9 +278,11 @@ class SConv2dLSTM(DescribedCell):
             if x is not None:
                 raise TypeError("forward takes x or input_, which are one, got both")
             x = input_
-        call = None if torch.compiler.is_compiling() else self._like_before(x, syn, mem, record)
+        # This is the one place that asks whether torch.compile traces a call.
+        traced = torch.compiler.is_compiling()
+        call = None if traced else self._like_before(x, syn, mem, record)
         if call is None:
-            call = self._checked(x, syn, mem, record)
+            call = self._checked(x, syn, mem, record, traced)
         spk, syn, mem, path = run(call)
         self._store(call, spk, syn, mem, path)
         if self.batch_first:
@@ -285,58 +297,88 @@ class SConv2dLSTM(DescribedCell):
             return None
         conv: Any = self._modules.get("conv")
         sequence = x.dim() == 5
-        options = self._options.get((sequence, record))
-        if options is None or type(conv) is not nn.Conv2d or self._own_methods() != (None, None):
+        described = self._options.get((sequence, record))
+        if described is None or type(conv) is not nn.Conv2d or self._own_methods() != (None, None):
             return None
         threshold: Any = self._buffers.get("threshold")
         if threshold is None:
             threshold = self._parameters.get("threshold")
         if syn is None or mem is None:
-            if backward_pass() not in (-1, self._stored_in):
+            state = self._state
+            if not state.as_it_is():
                 return None
-            syn = self._syn if syn is None else syn
-            mem = self._mem if mem is None else mem
+            syn = state.syn if syn is None else syn
+            mem = state.mem if mem is None else mem
         if sequence and self.batch_first:
             x = x.transpose(0, 1)
         graded: Any = self._buffers.get("graded_spikes_factor")
         try:
             weight: Any = conv._parameters["weight"]
             bias: Any = conv._parameters["bias"]
-            given = (x, syn, mem, weight, bias, threshold, graded, options)
-            signature, _ = known_signature(given)
+            call = known_call((x, syn, mem, weight, bias, threshold, graded), described)
         except (AttributeError, KeyError):  # one of them is no tensor, or no parameter
             return None
         if (
-            signature is None
+            call is None
+            or syn.layout is not torch.strided
+            or mem.layout is not torch.strided
             or weight.shape[0] != 4 * self.out_channels
-            or reason_against_conv(conv, options) is not None
+            or reason_against_conv(conv, described) is not None
         ):
             return None
-        return Call(*given, signature)
+        return call
 
-    def _checked(self, x: Any, syn: Any, mem: Any, record: Any) -> Call:
+    def _checked(self, x: Any, syn: Any, mem: Any, record: Any, traced: bool) -> Call:
         """Return the call, after a check of every argument."""
-        conv, channels = self.conv, self.out_channels
         weight, bias = self._parameters_of_conv(x)
-        if self.batch_first and isinstance(x, Tensor) and x.dim() == 5:
-            x = x.transpose(0, 1)
-        x = arguments.input_tensor(x, weight, self.in_channels, self.batch_first)
-        sequence = x.dim() == 5
-        options = self._describe(sequence, arguments.check_record(record, sequence))
-        shape = arguments.state_shape(x, channels, options)
-        syn = self._state("syn", syn, shape, x, weight)
-        mem = self._state("mem", mem, shape, x, weight)
-        threshold = arguments.scalar_like("threshold", self.threshold, x, shape, options)
-        factor = self.graded_spikes_factor
-        graded = arguments.scalar_like("graded_spikes_factor", factor, x, shape, options)
-        weight_shape = (4 * channels, self.in_channels + channels, *options.kernel_size)
-        foreign = reason_against_conv(conv, options, weight_shape)
-        if foreign is not None and options.stride != (1, 1):
+        given = {"syn": syn, "mem": mem}
+
+        def state_of(name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
+            return self._state.before(name, given[name], shape, x, weight, traced)
+
+        return checked_call(
+            x, weight, bias, self.threshold, self.graded_spikes_factor,
+            (self.in_channels, self.out_channels), self._describe, state_of, self._foreign,
+            record=record, batch_first=self.batch_first, traced=traced,
+        )  # fmt: skip
+
+    def _foreign(self, described: CellOptions) -> dict[str, Any]:
+        """The fields of a call by which foreign code takes part in it."""
+        channels = self.out_channels
+        shape = (4 * channels, self.in_channels + channels, *described.kernel_size)
+        reason = reason_against_conv(self.conv, described, shape)
+        if reason is not None and described.stride != (1, 1):
             raise ValueError(
-                f"conv must be a plain nn.Conv2d without hooks where stride is not 1: {foreign}"
+                f"conv must be a plain nn.Conv2d without hooks where stride is not 1: {reason}"
             )
-        given = (x, syn, mem, weight, bias, threshold, graded, options)
-        return make_call(given, conv, foreign, *self._own_methods())
+        fire, mem_reset = self._own_methods()
+        return {"conv": self.conv, "reason": reason, "fire": fire, "mem_reset": mem_reset}
+
+    def _store(self, call: Call, spk: Tensor, syn: Tensor, mem: Tensor, path: Path) -> None:
+        """Keep the results of a call that succeeded."""
+        if exporting():  # tracers must not outlive the export in the cell
+            return
+        if path.slow and not call.traced:
+            log_fallback(path, self._logged, self)
+        described = call.options
+        results: dict[str, Any] = {"path": path, "spk": spk}
+        if described.sequence and self.batch_first:
+            results["spk"] = spk.transpose(0, 1)
+        # A recorded sequence of no steps has no last states: those before it stay.
+        if not described.record or syn.shape[0] > 0:
+            if described.record:
+                # The states are copies: snnTorch detaches states in place, which views refuse.
+                syn, mem = syn[-1].clone(), mem[-1].clone()
+            self._state.store(syn, mem, call.traced)
+        source = None
+        if not described.sequence:
+            source = ResetSource(call, None if call.traced else self._reset_source)
+        results["_reset_source"] = source
+        if call.traced:  # dynamo follows attributes, not dictionaries
+            for name, value in results.items():
+                setattr(self, name, value)
+        else:  # with setattr nn.Module searches for parameters
+            self.__dict__.update(results)
 
     def _own_methods(self) -> tuple[Any, Any]:
         """fire and mem_reset, each where it is another than this class's, else None."""
@@ -377,7 +419,7 @@ class SConv2dLSTM(DescribedCell):
         """Give parameters and buffers their initial values again; the states become zero."""
         self.conv.reset_parameters()
         with torch.no_grad():
-            self.threshold.copy_(arguments.values(self._initial_threshold))
+            self.threshold.copy_(values(self._initial_threshold))
             self.graded_spikes_factor.fill_(1)
             self.reset_mechanism_val.copy_(self._reset_index(self.reset_mechanism_val.device))
         self.reset_mem()

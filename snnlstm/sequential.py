@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import flag
-from .layers import CELL, Way, changed, choose, not_per_sample
+from .layers import CELL, LayerReport, changed, not_per_sample, report_of
+from .options import flag
 from .sconv2dlstm import SConv2dLSTM
 
-__all__ = ["Sequential", "Way", "unroll"]
+__all__ = ["LayerReport", "Sequential", "unroll"]
 
 logger = logging.getLogger("snnlstm")
 
@@ -27,15 +29,15 @@ What does not fit into the cache is read again for each layer, and above 32 MiB 
 clears each tensor anew.
 """
 
-Layers = list[tuple[str, nn.Module]]
+Named = tuple[str, nn.Module]  # a layer and its name
 
 
 class Sequential(nn.Sequential):
     """Time-distributed ``nn.Sequential``: takes and returns sequences, (T, N, ...).
 
     Equal to a loop over the steps that calls the layers one after the other, gradients and the
-    states at the end included, but runs layer by layer. Each layer goes one of three ways,
-    which :attr:`plan` shows after the call:
+    states at the end included, but runs layer by layer. After a call :attr:`report` shows which of
+    three kinds of calls each layer got:
 
     - *sequence*: :class:`SConv2dLSTM`, one call for all steps;
     - *fold*: layers of torch that treat every sample alone (convolutions, linear layers,
@@ -44,9 +46,9 @@ class Sequential(nn.Sequential):
       training (its statistics are those of one step), dropout in training (a new mask for every
       step), whatever carries hooks, and modules that are not known here.
 
-    The layers of a stack within the stack go their own ways. If a layer returns a tuple, such as
-    ``spk, syn, mem``, the next layer gets its first item. The last layer's tuple is returned, with
-    every item stacked over time.
+    Each layer of a stack within the stack has a kind of its own. If a layer returns a tuple, such
+    as ``spk, syn, mem``, the next layer gets its first item. The last layer's tuple is returned,
+    with every item stacked over time.
 
     ``snnlstm.Sequential(*net)`` makes one from the layers of an ``nn.Sequential``; :meth:`of` keeps
     their names as well, where they have any. States start from the stored ones, as in step
@@ -68,7 +70,7 @@ class Sequential(nn.Sequential):
 
     Attributes
     ----------
-    plan : tuple of Way, or None
+    report : tuple of LayerReport, or None
         How each layer went in the last call; None before it, and under torch.compile.
 
     Examples
@@ -82,7 +84,7 @@ class Sequential(nn.Sequential):
     torch.Size([20, 4, 10])
     """
 
-    plan: tuple[Way, ...] | None = None
+    report: tuple[LayerReport, ...] | None = None
 
     def __init__(self, *layers: Any, batch_first: bool = False) -> None:
         super().__init__(*layers)
@@ -123,36 +125,19 @@ class Sequential(nn.Sequential):
                 f"net must have nn.Sequential's forward, got {kind} with a forward of its own, "
                 "which would be lost: Sequential(net) keeps it as one layer"
             )
-        new = cls(batch_first=batch_first)
-        for name, layer in net._modules.items():
-            new.add_module(name, layer)
+        new = cls(OrderedDict(net._modules), batch_first=batch_first)
         new.training = net.training
         return new
 
     def forward(self, x: Tensor) -> Any:
         """Run all layers over a sequence.
 
-        Parameters
-        ----------
-        x : Tensor
-            (T, N, ...), T at least 1: what ``x[t]`` is to the first layer is one step's batch.
-            (N, T, ...) with `batch_first`.
-
-        Returns
-        -------
-        Tensor or tuple of Tensor
-            (T, N, ...): what the last layer returned at every step, stacked.
-
-        Raises
-        ------
-        TypeError
-            If x is not a tensor, or a layer returns anything but tensors.
-        ValueError
-            If x has no step, or is not a sequence for a cell.
+        x (T, N, ...), or (N, T, ...) with `batch_first`, the result and the errors are those of
+        :func:`unroll`.
         """
-        out, plan = _over_time(x, self._modules.items(), self.batch_first)
+        out, report = _over_time(x, self._modules.items(), self.batch_first)
         if not torch.compiler.is_compiling():
-            self.plan = plan
+            self.report = report
         return out
 
 
@@ -201,9 +186,12 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False) -> Any:
     return _over_time(x, named, flag("batch_first", batch_first))[0]
 
 
+# ---- running ----------------------------------------------------------------------------------
+
+
 def _over_time(
-    x: Tensor, modules: Iterable[tuple[str, nn.Module | None]], batch_first: bool
-) -> tuple[Any, tuple[Way, ...]]:
+    x: Tensor, modules: Iterable[tuple[str, Any]], batch_first: bool
+) -> tuple[Any, tuple[LayerReport, ...]]:
     """Run the layers over a sequence; returns their results, and how each layer went."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
@@ -212,47 +200,22 @@ def _over_time(
         raise ValueError(f"x must have shape {shape} with at least one step, got {tuple(x.shape)}")
     x = x.transpose(0, 1) if batch_first else x
     layers = list(_layers(modules, ""))
-    plan: list[Way] = []
+    reports: list[LayerReport] = []
     shared = _shared_state(modules)
     if shared is None:
-        out = _run(layers, x, plan)
+        out = _run(layers, x, reports)
     else:  # steps one by one, in each of which the layers have the order of the loop
-        out = _join("", [_run(layers, _own(step), plan) for step in x.split(1)], torch.cat)
+        out = _join("", [_run(layers, _own(step), reports) for step in x.split(1)], torch.cat)
         reason = f"layer {shared} is in several places and may keep a state"
-        plan = [Way(way.name, way.layer, "step", reason) for way in plan[: len(layers)]]
+        reports = [replace(one, kind="step", reason=reason) for one in reports[: len(layers)]]
     if not torch.compiler.is_compiling():
-        _log_slow(layers, plan)
-    return (_exchanged(out) if batch_first else out), tuple(plan)
+        _log_slow(layers, reports)
+    return (_exchanged(out) if batch_first else out), tuple(reports)
 
 
-def _exchanged(out: Any) -> Any:
-    """Every tensor with its first two dimensions exchanged."""
-    if isinstance(out, Tensor):
-        return out.transpose(0, 1)
-    return tuple(map(_exchanged, out))
-
-
-_logged: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-
-
-def _log_slow(layers: Layers, plan: list[Way]) -> None:
-    """Log, once for each cell and reason, that a cell goes step by step."""
-    for (name, layer), way in zip(layers, plan, strict=True):
-        if way.kind != "step" or not isinstance(layer, CELL):
-            continue
-        seen = _logged.setdefault(layer, set())
-        if way.reason not in seen:
-            seen.add(way.reason)
-            message = "Sequential runs layer %s (%s) step by step: %s"
-            logger.warning(message, name, way.layer, way.reason)
-
-
-def _layers(
-    modules: Iterable[tuple[str, nn.Module | None]], prefix: str
-) -> Iterator[tuple[str, nn.Module]]:
+def _layers(modules: Iterable[tuple[str, Any]], prefix: str) -> Iterator[Named]:
     """Names and layers in order, those of plain nn.Sequentials in their places."""
     for name, layer in modules:
-        assert layer is not None
         if isinstance(layer, nn.Sequential) and _is_stack(layer) and changed(layer) is None:
             yield from _layers(layer._modules.items(), f"{prefix}{name}.")
         else:
@@ -264,29 +227,49 @@ def _is_stack(layer: nn.Module) -> bool:
     return type(layer).forward in (nn.Sequential.forward, Sequential.forward)
 
 
-def _choose(layer: nn.Module, dim: int) -> tuple[str, str]:
-    """Kind and reason for a layer that gets `dim` dimensions at each step."""
-    if isinstance(layer, Sequential):  # a stack that carries hooks
-        return "sequence", "it takes sequences"
-    return choose(layer, dim)
+def _shared_state(modules: Iterable[tuple[str, Any]]) -> str | None:
+    """Name of a layer that occurs twice and may keep a state; None without any."""
+    seen: set[int] = set()
+    for first, layer in modules:
+        for name, module in layer.named_modules(prefix=first, remove_duplicate=False):
+            again = id(module) in seen
+            seen.add(id(module))
+            if again and not _is_stack(module) and (changed(module) or not_per_sample(module)):
+                return name
+    return None
 
 
-def _run(layers: Layers, x: Tensor, plan: list[Way]) -> Any:
-    """Run the layers over (T, N, ...), and say how in `plan`."""
+_logged: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def _log_slow(layers: list[Named], reports: list[LayerReport]) -> None:
+    """Log, once for each cell and reason, that a cell goes step by step."""
+    for (name, layer), report in zip(layers, reports, strict=True):
+        if report.kind != "step" or not isinstance(layer, CELL):
+            continue
+        seen = _logged.setdefault(layer, set())
+        if report.reason not in seen:
+            seen.add(report.reason)
+            message = "Sequential runs layer %s (%s) step by step: %s"
+            logger.warning(message, name, report.layer, report.reason)
+
+
+def _run(layers: list[Named], x: Tensor, reports: list[LayerReport]) -> Any:
+    """Run the layers over (T, N, ...), and append how each went to `reports`."""
     out: Any = x
     position = 0
     while position < len(layers):
         name, layer = layers[position]
-        kind, reason = _choose(layer, x.dim() - 1)
-        if kind == "fold":
-            before = len(plan)
-            out = _fold(layers[position:], x, plan)
-            position += len(plan) - before
+        report = _report_of(name, layer, x.dim() - 1)
+        if report.kind == "fold":
+            before = len(reports)
+            out = _fold(layers[position:], x, reports)
+            position += len(reports) - before
         else:
             position += 1
-            plan.append(Way(name, type(layer).__name__, kind, reason))
-            if kind == "sequence":
-                out = _sequence(name, layer, x, position == len(layers))
+            reports.append(report)
+            if report.kind == "sequence":
+                out = _sequence(name, layer, x, last=position == len(layers))
             else:
                 out = _join(name, [layer(_own(step)) for step in x.unbind(0)], torch.stack)
         if position < len(layers):
@@ -294,6 +277,12 @@ def _run(layers: Layers, x: Tensor, plan: list[Way]) -> Any:
             while isinstance(x, tuple | list):
                 x = x[0]
     return out
+
+
+def _report_of(name: str, layer: nn.Module, dim: int) -> LayerReport:
+    if isinstance(layer, Sequential):  # a stack that carries hooks
+        return LayerReport(name, type(layer).__name__, "sequence", "it takes sequences")
+    return report_of(name, layer, dim)
 
 
 def _own(x: Tensor) -> Tensor:
@@ -304,7 +293,7 @@ def _own(x: Tensor) -> Tensor:
     return x.clone() if torch.is_grad_enabled() else x
 
 
-def _fold(layers: Layers, x: Tensor, plan: list[Way]) -> Tensor:
+def _fold(layers: list[Named], x: Tensor, reports: list[LayerReport]) -> Tensor:
     """Run the layers that treat every sample alone, up to the first that does not.
 
     On the CPU they run on chunks of steps that fit the cache, one chunk through all of them.
@@ -321,10 +310,10 @@ def _fold(layers: Layers, x: Tensor, plan: list[Way]) -> Tensor:
     out = first.flatten(0, 1)
     largest = out.nbytes if in_chunks else 0  # a symbolic shape has no nbytes
     for name, layer in layers:
-        kind, reason = _choose(layer, out.dim())
-        if kind != "fold":
+        report = _report_of(name, layer, out.dim())
+        if report.kind != "fold":
             break
-        plan.append(Way(name, type(layer).__name__, kind, reason))
+        reports.append(report)
         folded.append(layer)
         out = call(layer, out)
         largest = max(largest, out.nbytes) if in_chunks else 0
@@ -338,21 +327,25 @@ def _fold(layers: Layers, x: Tensor, plan: list[Way]) -> Tensor:
     return torch.cat(outs) if in_chunks else outs[0]
 
 
-def _sequence(name: str, layer: nn.Module, x: Tensor, last: bool) -> Any:
-    if isinstance(layer, Sequential):  # a stack that carries hooks
-        return _exchanged(layer(_exchanged(x))) if layer.batch_first else layer(x)
-    assert isinstance(layer, SConv2dLSTM)
-    if x.dim() != 5:
-        raise ValueError(
-            f"x must be a sequence of steps (N, {layer.in_channels}, H, W) for layer {name} "
-            f"({type(layer).__name__}), got steps of shape {tuple(x.shape[1:])}"
-        )
-    # The states of every step are recorded where they are returned.
-    record = last and (layer.output or not layer.init_hidden)
-    if not getattr(layer, "batch_first", False):
-        return layer(x, record=record)
-    out = layer(x.transpose(0, 1), record=record)
-    return out[0].transpose(0, 1) if isinstance(out, tuple) and not last else _exchanged(out)
+def _sequence(name: str, layer: Any, x: Tensor, last: bool) -> Any:
+    """Call a layer that takes sequences: a cell, or a Sequential that carries hooks."""
+    options = {}
+    if isinstance(layer, SConv2dLSTM):
+        if x.dim() != 5:
+            raise ValueError(
+                f"x must be a sequence of steps (N, {layer.in_channels}, H, W) for layer {name} "
+                f"({type(layer).__name__}), got steps of shape {tuple(x.shape[1:])}"
+            )
+        # The states of every step are recorded where they are returned.
+        options["record"] = last and (layer.output or not layer.init_hidden)
+    if layer.batch_first:
+        return _exchanged(layer(_exchanged(x), **options))
+    return layer(x, **options)
+
+
+def _exchanged(out: Any) -> Any:
+    """Every tensor with its first two dimensions exchanged."""
+    return out.transpose(0, 1) if isinstance(out, Tensor) else tuple(map(_exchanged, out))
 
 
 def _join(name: str, results: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
@@ -365,16 +358,3 @@ def _join(name: str, results: list[Any], join: Callable[[list[Tensor]], Tensor])
         f"layer {name} must return tensors, or tuples of them, at every step, "
         f"got {type(results[0]).__name__}"
     )
-
-
-def _shared_state(modules: Iterable[tuple[str, nn.Module | None]]) -> str | None:
-    """Name of a layer that occurs twice and may keep a state; None without any."""
-    seen: set[int] = set()
-    for first, layer in modules:
-        assert layer is not None
-        for name, module in layer.named_modules(prefix=first, remove_duplicate=False):
-            again = id(module) in seen
-            seen.add(id(module))
-            if again and not _is_stack(module) and (changed(module) or not_per_sample(module)):
-                return name
-    return None

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-from .measured import choices
 
 __all__ = ["ALGORITHMS", "algorithm", "get_algorithm", "set_algorithm"]
 
@@ -17,7 +13,7 @@ ALGORITHMS = (
 _algorithm = "auto"
 
 
-def set_algorithm(name: str, file: str | os.PathLike[str] | None = None) -> None:
+def set_algorithm(name: str) -> None:
     """Choose the convolution algorithm of the native kernels, for the whole process.
 
     The setting is one global (not per thread: the backward pass runs in threads of its own).
@@ -43,26 +39,15 @@ def set_algorithm(name: str, file: str | os.PathLike[str] | None = None) -> None
           backward apart, and keeps the fastest for the process; so does ``"auto"`` where
           ``torch.backends.cudnn.benchmark`` is set. Nothing is timed while a CUDA graph is being
           captured, nor under ``torch.use_deterministic_algorithms``: there the estimate decides.
-    file : path, optional
-        A JSON file in which ``"measure"`` keeps its choices for other processes. It is read now,
-        if it exists, and written after each measurement.
 
     Raises
     ------
-    TypeError
-        If `file` is no path.
     ValueError
-        If `name` is none of these, if `file` is given with another name than ``"measure"``, or
-        if it holds something else.
+        If `name` is none of these.
     """
     global _algorithm
     if name not in ALGORITHMS:
         raise ValueError(f"name must be one of {', '.join(ALGORITHMS)}, got {name!r}")
-    if file is not None and not isinstance(file, str | os.PathLike):
-        raise TypeError(f"file must be a path, got {file!r}")
-    if file is not None and name != "measure":
-        raise ValueError(f"file is for the algorithm 'measure' alone, got name={name!r}")
-    choices.keep_in(None if file is None else Path(file))
     _algorithm = name
 
 
@@ -72,14 +57,14 @@ def get_algorithm() -> str:
 
 
 @contextmanager
-def algorithm(name: str, file: str | os.PathLike[str] | None = None) -> Iterator[None]:
+def algorithm(name: str) -> Iterator[None]:
     """Use the algorithm `name` within a ``with`` block; see :func:`snnlstm.set_algorithm`.
 
     The setting is process-wide: other threads see it too while the block runs.
     """
-    before = get_algorithm(), choices.file
-    set_algorithm(name, file)
+    before = get_algorithm()
+    set_algorithm(name)
     try:
         yield
     finally:
-        set_algorithm(*before)
+        set_algorithm(before)

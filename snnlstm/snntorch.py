@@ -8,8 +8,6 @@ snnTorch is optional; a missing or broken install costs no more than the feature
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import types
 import weakref
 from collections.abc import Callable, Collection
@@ -157,95 +155,92 @@ Neuron: Any = _Neuron if isinstance(_Neuron, type) else None
 Base: Any = _Theirs if isinstance(_Theirs, type) and issubclass(_Theirs, nn.Module) else nn.Module
 """snnTorch's cell, so that isinstance, utils.reset and BPTT know ours; else nn.Module."""
 
-live: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Our cells that are alive, for the classmethods of our class."""
+_alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-class Entry:
-    """A cell's place in snnTorch's list, which does not keep the cell alive.
+def alive(kind: type[nn.Module] = nn.Module) -> list[Any]:
+    """The registered cells of a class that are alive.
 
-    What snnTorch does to the cells of its list reaches the cell as long as it lives. A cell may go
-    while another thread walks the list: its entry then stays, for the next cell, and nothing that
-    is done to it fails.
+    The list is made without a lock, which a fork or a signal handler could find taken. Other
+    threads may make and drop cells meanwhile.
+    """
+    cells = [reference() for reference in _alive.valuerefs()]
+    return [cell for cell in cells if isinstance(cell, kind)]
+
+
+class _State(Tensor):
+    """syn or mem of all registered cells, which snnTorch's detach_hidden detaches in place."""
+
+    of: str
+
+    def detach_(self) -> Tensor:
+        for cell in alive():
+            getattr(cell, self.of).detach_()
+        return self
+
+
+def _state_of_all(name: str) -> property:
+    def state(_: AllCells) -> Tensor:
+        states = torch.zeros(0, device="cpu").as_subclass(_State)
+        states.of = name
+        return states
+
+    def reset(_: AllCells, zeros: Tensor) -> None:
+        for cell in alive():
+            setattr(cell, name, torch.zeros_like(getattr(cell, name)))
+
+    return property(state, reset)
+
+
+class AllCells:
+    """Stands for all registered cells in snnTorch's list, which would keep each of them alive.
+
+    snnTorch's reset_hidden and detach_hidden walk ``SpikingNeuron.instances``. What they do to the
+    states of this object, they do to those of every registered cell.
     """
 
-    def __init__(self, cell: nn.Module) -> None:
-        object.__setattr__(self, "_cell", weakref.ref(cell))
-
-    def cell(self) -> nn.Module | None:
-        """The cell; None if it has gone."""
-        return self._cell()
+    syn = _state_of_all("syn")
+    mem = _state_of_all("mem")
 
     @property  # type: ignore[misc]  # writable in object
     def __class__(self) -> type:  # what isinstance asks for
-        cell = self._cell()
-        return Entry if cell is None else type(cell)
-
-    def __getattr__(self, name: str) -> Any:
-        cell = self._cell()
-        if cell is None and name in ("syn", "mem"):
-            return torch.zeros(0, device="cpu")
-        return getattr(cell, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        cell = self._cell()
-        if cell is not None:
-            setattr(cell, name, value)
+        return Base
 
 
-_entering = threading.Lock()
+_all_cells = AllCells()
+_position = 0  # where _all_cells stands in snnTorch's list, if it does
 
 
-def _after_fork() -> None:
-    """In a child process: a thread that no longer exists may have held the lock."""
-    global _entering
-    _entering = threading.Lock()
+def register(cell: nn.Module) -> None:
+    """Let the classmethods of both libraries reach a cell, without keeping the cell alive."""
+    global _position
+    _alive[id(cell)] = cell
+    instances = _instances()
+    if instances[_position : _position + 1] != [_all_cells]:
+        _position = len(instances)
+        instances.append(_all_cells)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+def take_out(cells: Collection[nn.Module]) -> None:
+    """Take cells out of snnTorch's list, which would hold its own for ever.
 
-
-def register(cell: nn.Module, ours: bool = True) -> None:
-    """Enter a cell in snnTorch's registry, and one of ours in ours, without keeping it alive.
-
-    snnTorch walks ``SpikingNeuron.instances`` in its reset_hidden and detach_hidden, by position:
-    the list never becomes shorter, and the entry of a cell that has gone is used again.
+    The list keeps its length, because another thread may be walking it by position.
     """
-    if ours:
-        live.add(cell)
-    instances = getattr(_Neuron, "instances", None)
-    if not isinstance(instances, list):
-        return
-    # Nobody waits for the lock: a signal handler or a forked process may make a cell.
-    if _entering.acquire(blocking=False):
-        try:
-            for position, entry in enumerate(instances):
-                if type(entry) is Entry and entry.cell() is None:
-                    instances[position] = Entry(cell)
-                    return
-        finally:
-            _entering.release()
-    instances.append(Entry(cell))
-
-
-def forget(cells: Collection[nn.Module]) -> None:
-    """Take cells, of either library, out of both registries.
-
-    snnTorch's list would hold its own for ever, with their last states.
-    """
-    gone = {id(cell) for cell in cells}
-    for cell in cells:
-        live.discard(cell)
-    instances = getattr(_Neuron, "instances", None)
-    if isinstance(instances, list):
-        for position, entry in enumerate(instances):
-            if id(entry.cell() if type(entry) is Entry else entry) in gone:
-                instances[position] = Entry(nn.Module())  # of which nobody keeps the cell
+    ids, nobody = {id(cell) for cell in cells}, nn.Module()
+    instances = _instances()
+    for position, neuron in enumerate(instances):
+        if id(neuron) in ids:
+            instances[position] = nobody
 
 
 def clear_registries() -> None:
     """Forget every cell, as ``SpikingNeuron.init()`` does."""
-    live.clear()
+    _alive.clear()
     if _Neuron is not None:
         _Neuron.instances = []
+
+
+def _instances() -> list[Any]:
+    """snnTorch's list of neurons."""
+    instances = getattr(_Neuron, "instances", None)
+    return instances if isinstance(instances, list) else []

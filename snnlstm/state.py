@@ -1,7 +1,8 @@
-"""The states of a cell: where they are stored, moved, reset, copied and pickled.
+"""The states of a cell: an object that owns syn and mem, and the rules by which they are kept.
 
-syn and mem are plain attributes. DistributedDataParallel would overwrite buffers of all ranks with
-the first one's, and parameters, which nn.Module makes of an nn.Parameter, would be trained.
+The states are plain attributes of that object. DistributedDataParallel would overwrite buffers of
+all ranks with the first one's, and parameters, which nn.Module makes of an nn.Parameter, would be
+trained.
 
 A cell also remembers that it was reset and not called since. torch.compile then need not look at
 the stored states, so that one compiled graph starts every sequence, whatever the last one left.
@@ -13,16 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C import _functorch as functorch
 
-from . import arguments
-from .call import Call, version
+from .call import Call, state_tensor, version
 from .reference import reset_signal
-from .run import Path, exporting, log_fallback
-from .snntorch import Base, clear_registries, live, register
 
-__all__ = ["LastReset", "ResetSource", "StatefulCell", "backward_pass"]
+__all__ = ["LastReset", "ResetSource", "State", "backward_pass"]
 
 _NO_LEVEL = -1  # the level of a tensor that no transform has wrapped
 
@@ -30,220 +28,140 @@ backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 """Number of the backward pass that is running in this thread; -1 outside of one."""
 
 
-def _stored_state(name: str, what: str) -> Any:
-    """A property for a stored state; :meth:`StatefulCell.__setattr__` sets it."""
+class State:
+    """syn and mem of one cell, (N, C, Ho, Wo), or (0,) before the first call.
 
-    def state(cell: StatefulCell) -> Tensor:
-        cell._restarted = False  # it may be edited in place from now on
-        cell._settle()
-        return getattr(cell, name)
+    Attributes
+    ----------
+    restarted : bool
+        Whether syn and mem are the zeros of a reset, which nobody has touched.
+    stored_in : int
+        The backward pass in which they were stored; -1 outside of one.
+    """
 
-    return property(state, doc=f"Stored {what}, (N, C, Ho, Wo), or (0,) before the first call.")
+    __slots__ = ("mem", "restarted", "stored_in", "syn")
 
+    syn: Tensor
+    mem: Tensor
+    restarted: bool
+    stored_in: int
 
-class StatefulCell(Base):
-    """What SConv2dLSTM inherits to keep its states."""
-
-    _syn: Tensor
-    _mem: Tensor
-    _restarted: bool  # the stored states are the zeros of a reset, which nobody has touched
-    _stored_in: int  # the backward pass in which they were stored
-    _reset_source: ResetSource | None
-    _logged: set[str]  # holds the reason of the slow path that was logged, if one was
-    batch_first: bool
-    spk: Tensor | None = None
-    path: Path | None = None
-
-    def _init_state(self, like: Tensor) -> None:
-        """Start without a state, on the device and in the dtype of `like`; enter the registry."""
-        self._restart(like.detach().new_zeros(0), like.detach().new_zeros(0))
-        register(self)
+    def __init__(self, like: Tensor) -> None:
+        """Start without a state, on the device and in the dtype of `like`."""
+        empty = like.detach().new_zeros(0)
+        self._restart(empty, empty.clone())
 
     def _restart(self, syn: Tensor, mem: Tensor) -> None:
-        self._syn, self._mem, self._restarted = syn, mem, True
+        self.syn, self.mem, self.restarted = syn, mem, True
         if not torch.compiler.is_compiling():
-            self._stored_in = backward_pass()
+            self.stored_in = backward_pass()
 
-    syn: Tensor = _stored_state("_syn", "synaptic current")
-    mem: Tensor = _stored_state("_mem", "membrane potential")
+    def read(self, name: str) -> Tensor:
+        """Return syn or mem to the user, who may edit it in place from now on."""
+        self.restarted = False
+        self.settle()
+        return getattr(self, name)
 
-    def __getattr__(self, name: str) -> Any:
-        # snnTorch's AttributeMonitor calls this method, and nn.Module's finds no properties.
-        states = name in ("syn", "mem")
-        return object.__getattribute__(self, name) if states else super().__getattr__(name)
+    def write(self, name: str, value: Any) -> None:
+        """Take a state that the user has set."""
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {value!r}")
+        setattr(self, name, value)
+        self.restarted = False
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("syn", "mem"):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {value!r}")
-            object.__setattr__(self, f"_{name}", value)  # nn.Module would register a Parameter
-            self._restarted = False
-        else:
-            super().__setattr__(name, value)
+    def reset(self) -> tuple[Tensor, Tensor]:
+        """Set both to zero, and return them."""
+        self.settle()
+        self._restart(_zeros_like(self.syn), _zeros_like(self.mem))
+        return self.syn, self.mem
 
-    def _stored(self, name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
-        """Return the stored state if it fits `shape`, else zeros; in x's dtype, on its device."""
-        if torch.compiler.is_compiling():
-            if self._restarted:
-                return x.new_zeros(shape)
-        elif backward_pass() not in (-1, self._stored_in):
-            raise RuntimeError(
-                "the cell is called in a backward pass, as torch.utils.checkpoint does, and its "
-                "stored state is a later one than in the forward pass: pass syn and mem, call "
-                "reset_mem() inside of the function that is checkpointed, or make the cell with "
-                "checkpoint=True instead"
-            )
-        self._settle()
-        stored = getattr(self, f"_{name}")
-        if stored.shape != shape:
-            return x.new_zeros(shape)
-        if stored.dtype == x.dtype and stored.device == x.device:
-            return stored
-        return stored.to(x.device, x.dtype)
+    def detach(self) -> None:
+        """Detach both from the graph, in place where torch allows that."""
+        self.settle()
+        for name in ("syn", "mem"):
+            state = getattr(self, name)
+            if state.is_leaf or state._is_view():  # detach_ harms a leaf, and a view refuses
+                setattr(self, name, state.detach())
+            else:
+                state.detach_()
 
-    def _state(
-        self, name: str, state: Any, shape: tuple[int, ...], x: Tensor, weight: Tensor
+    def moved(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Apply to both what ``nn.Module._apply`` applies to parameters."""
+        self.settle()
+        for name in ("syn", "mem"):
+            old = getattr(self, name)
+            new = move(old)
+            # A tensor that leaves the meta device comes in memory that nobody has written.
+            setattr(self, name, torch.zeros_like(new) if old.is_meta else new)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the states without the graph, which can be neither copied nor pickled."""
+        self.settle()
+        states = {"syn": self.syn.detach(), "mem": self.mem.detach()}
+        return states | {"restarted": self.restarted, "stored_in": self.stored_in}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def settle(self) -> None:
+        """Replace states that have outlived the torch.func transform which made them."""
+        if not torch.compiler.is_compiling():
+            self.syn, self.mem = _without_transforms(self.syn), _without_transforms(self.mem)
+
+    def store(self, syn: Tensor, mem: Tensor, traced: bool) -> None:
+        """Keep the states after a call."""
+        self.syn, self.mem, self.restarted = syn, mem, False
+        if not traced:
+            self.stored_in = backward_pass()
+
+    def readable(self) -> bool:
+        """Whether a call may go on from the stored states: they are not of another pass."""
+        return backward_pass() in (-1, self.stored_in)
+
+    def as_it_is(self) -> bool:
+        """Whether the stored states may be read without a closer look."""
+        level = functorch.maybe_get_level
+        return self.readable() and level(self.syn) == _NO_LEVEL and level(self.mem) == _NO_LEVEL
+
+    def before(
+        self, name: str, given: Any, shape: tuple[int, ...], x: Tensor, weight: Tensor, traced: bool
     ) -> Tensor:
         """Return the state that a call starts from: what the caller gave, checked, or the stored.
 
         What reset_mem returned has the shape of the last input, and means zeros for any input, also
         when it was read, copied or used before.
         """
-        if state is None:
-            return self._stored(name, shape, x)
-        fits = isinstance(state, Tensor) and state.shape == shape
+        if given is None:
+            return self._stored(name, shape, x, traced)
+        fits = isinstance(given, Tensor) and given.shape == shape
         # The order matters: torch.compile compiles again when the answer to a question changes.
-        if not fits and self._restarted and state is getattr(self, f"_{name}"):
+        if not fits and self.restarted and given is getattr(self, name):
             return x.new_zeros(shape)
-        if not fits and not torch.compiler.is_compiling() and _as_of_a_reset(state, shape[1]):
+        if not fits and not traced and _as_of_a_reset(given, shape[1]):
             return x.new_zeros(shape)
-        return arguments.state_tensor(name, state, shape, x, weight)
+        return state_tensor(name, given, shape, x, weight)
 
-    def _store(self, call: Call, spk: Tensor, syn: Tensor, mem: Tensor, path: Path) -> None:
-        """Keep the results of a call that succeeded."""
-        if exporting():  # tracers must not outlive the export in the cell
-            return
-        if path.slow:
-            log_fallback(path, self._logged, self)
-        options = call.options
-        kept: dict[str, Any] = {"path": path, "spk": spk}
-        if options.sequence and self.batch_first:
-            kept["spk"] = spk.transpose(0, 1)
-        # A recorded sequence of no steps has no last states: those before it stay.
-        if not options.record or syn.shape[0] > 0:
-            if options.record:
-                # The states are copies: snnTorch detaches states in place, which views refuse.
-                syn, mem = syn[-1].clone(), mem[-1].clone()
-            kept["_syn"], kept["_mem"], kept["_restarted"] = syn, mem, False
-        compiling = call.signature is None
-        before = None if compiling else self._reset_source
-        kept["_reset_source"] = None if options.sequence else ResetSource(call, before)
-        if compiling:  # dynamo follows attributes, not dictionaries
-            for name, value in kept.items():
-                setattr(self, name, value)
-            return
-        if not path.native and torch._C._are_functorch_transforms_active():
-            kept["_options"] = {}  # the next call checks its stored states closely
-        # The dictionary is quicker than setattr, with which nn.Module searches for parameters.
-        self.__dict__.update(kept, _stored_in=backward_pass())
-
-    def _settle(self) -> None:
-        """Replace stored states that have outlived the torch.func transform which made them."""
-        if not torch.compiler.is_compiling():
-            for name in ("_syn", "_mem"):
-                object.__setattr__(self, name, _settled(getattr(self, name)))
-
-    @property
-    def reset(self) -> Tensor | None:
-        """Reset signal of the last step call, 1 where mem before it spiked; (N, C, Ho, Wo).
-
-        Computed when it is read. None before the first call and after a sequence.
-
-        Raises
-        ------
-        RuntimeError
-            If the mem that was passed to the last call has been modified in place since.
-        """
-        return None if self._reset_source is None else self._reset_source.signal()
-
-    def reset_mem(self) -> tuple[Tensor, Tensor]:
-        """Set the stored states to zero and return them, syn and mem.
-
-        They have the shape of the last call's and may be passed to the next call with an input
-        of any size. To start from something else pass it or assign it: under torch.compile
-        an edit in place of what was returned here is seen only where it is passed.
-        """
-        self._settle()
-        self._restart(_zeros_like(self._syn), _zeros_like(self._mem))
-        return self._syn, self._mem
-
-    def init_sconv2dlstm(self) -> tuple[Tensor, Tensor]:
-        """Deprecated name of :meth:`reset_mem`."""
-        return self.reset_mem()
-
-    @classmethod
-    def reset_hidden(cls) -> None:
-        """Set the stored states of all living cells to zero."""
-        for cell in list(live):
-            cell.reset_mem()
-
-    @classmethod
-    def detach_hidden(cls) -> None:
-        """Detach the stored states of all living cells from the graph, in place.
-
-        For truncated backpropagation through time: the states stay, and their history goes.
-        Neurons of snnTorch have a ``detach_hidden()`` of their own class. States that are passed
-        by hand are detached by hand.
-        """
-        for cell in list(live):
-            cell._settle()
-            for name in ("_syn", "_mem"):
-                state = getattr(cell, name)
-                if state.is_leaf or state._is_view():  # detach_ harms a leaf, and a view refuses
-                    object.__setattr__(cell, name, state.detach())
-                else:
-                    state.detach_()
-
-    @classmethod
-    def init(cls) -> None:
-        """Forget all cells: reset_hidden and detach_hidden no longer reach them."""
-        clear_registries()
-
-    @staticmethod
-    def detach(*args: Tensor) -> None:
-        """Detach the given states from the graph, in place."""
-        for state in args:
-            state.detach_()
-
-    @staticmethod
-    def zeros(*args: Tensor) -> None:
-        """Set the given states to zero, in place (what snnTorch's documents, but does not do)."""
-        for state in args:
-            state.detach().zero_()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatefulCell:
-        super()._apply(fn, recurse)
-        self._settle()
-        for name in ("_syn", "_mem"):
-            old = getattr(self, name)
-            new = fn(old)
-            # A tensor that leaves the meta device comes in memory that nobody has written.
-            object.__setattr__(self, name, torch.zeros_like(new) if old.is_meta else new)
-        self._drop_caches()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._settle()
-        state = self.__dict__.copy()
-        # The graph that hangs on a state can be neither copied nor pickled.
-        for name in ("_syn", "_mem"):
-            state[name] = state[name].detach()
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        nn.Module.__setstate__(self, state)
-        self._drop_caches()
-        register(self)
+    def _stored(self, name: str, shape: tuple[int, ...], x: Tensor, traced: bool) -> Tensor:
+        """Return the stored state if it fits `shape`, else zeros; in x's dtype, on its device."""
+        if traced:
+            if self.restarted:
+                return x.new_zeros(shape)
+        elif not self.readable():
+            raise RuntimeError(
+                "the cell is called in a backward pass, as torch.utils.checkpoint does, and its "
+                "stored state is a later one than in the forward pass: pass syn and mem, call "
+                "reset_mem() inside of the function that is checkpointed, or make the cell with "
+                "checkpoint=True instead"
+            )
+        else:
+            self.settle()
+        stored = getattr(self, name)
+        if stored.shape != shape:
+            return x.new_zeros(shape)
+        if stored.dtype == x.dtype and stored.device == x.device:
+            return stored
+        return stored.to(x.device, x.dtype)
 
 
 def _as_of_a_reset(state: Any, channels: int) -> bool:
@@ -264,7 +182,7 @@ def _zeros_like(state: Tensor) -> Tensor:
     return torch.zeros_like(state)
 
 
-def _settled(state: Tensor) -> Tensor:
+def _without_transforms(state: Tensor) -> Tensor:
     """What a stored state is outside of the torch.func transform that computed it.
 
     After derivatives the state keeps its values. After vmap, where it belonged to one of many
@@ -308,7 +226,7 @@ class ResetSource:
         if isinstance(call.mem_reset, LastReset):
             self.reset = call.mem_reset.reset
             return
-        if call.signature is None:
+        if call.traced:
             self.reset = reset_signal(mem, threshold, surrogate)
             return
         self.mem, self.version, self.surrogate = mem, version(mem), surrogate

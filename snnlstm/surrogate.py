@@ -67,7 +67,8 @@ def _fast_sigmoid(x: Tensor, slope: float) -> Tensor:
 
 
 def _noise(x: Tensor, mean: float) -> Tensor:
-    return torch.rand_like(x) - 0.5 + mean
+    # The order is that of the dimensions, whatever the memory's: equal seeds give equal numbers.
+    return torch.rand_like(x, memory_format=torch.contiguous_format) - 0.5 + mean
 
 
 # The position in this tuple is the number of the kind in csrc/cell.h.

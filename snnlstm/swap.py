@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .arguments import a_module, flag, never_spikes
+from .call import never_spikes
+from .options import a_module, flag
 from .sconv2dlstm import SConv2dLSTM
-from .snntorch import Base, Neuron, forget, recognise_quant, recognise_surrogate, register
+from .snntorch import Base, Neuron, recognise_quant, recognise_surrogate, register, take_out
 
-__all__ = ["Patch", "SwapReport", "accelerate", "patch", "restore", "unpatch"]
+__all__ = ["SwapReport", "accelerate", "patch", "restore", "unpatch"]
 
 logger = logging.getLogger("snnlstm")
 
@@ -41,9 +43,9 @@ class SwapReport:
         The model, changed in place.
     swapped : tuple of str
         Names of the swapped cells, as ``model.named_modules()`` gives them. A cell that occurs in
-        several places stands here with every name, and the name of the model itself is "".
+        several places has all of its names here. The name of the model itself is "".
     left : dict of str to str
-        Names of the cells and neurons that are as they were, each with the reason.
+        Names of the cells and neurons that stay as they were, each with the reason.
     surrogates : tuple of str
         Names of snnTorch's other neurons that got picklable surrogates.
     silent : tuple of str
@@ -84,9 +86,9 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
 
     Each cell stays the object that it is, with its parameters, buffers, submodules, state and
     hooks, and changes its class: whatever holds the cell goes on working, such as optimizers,
-    plain lists and ``torch.compile``. Left alone, and listed with the reason, are instances
-    of subclasses and cells whose forward was replaced (they may compute something else), cells
-    that could not run in snnTorch either, such as one with an even kernel, and other neurons.
+    plain lists and ``torch.compile``. Some stay as they are, and the report gives the reason:
+    instances of subclasses and cells whose forward was replaced (they may compute something else),
+    cells that could not run in snnTorch either, such as one with an even kernel, and other neurons.
     Only modules of the model are found, not cells that a plain list or another object alone holds.
 
     Two things that snnTorch's cell accepts and ignores take effect: ``inhibition`` and a changed
@@ -97,9 +99,9 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     model : nn.Module
         A model, or a bare cell.
     surrogates : bool, default False
-        Also give snnTorch's other neurons our surrogates in the place of its closures. They
-        compute the same; and a model without closures can be pickled, so that
-        ``torch.save(model)`` works. :func:`snnlstm.restore` leaves them there.
+        Also give snnTorch's other neurons our surrogates in the place of its closures. Our
+        surrogates compute the same and can be pickled, so that ``torch.save(model)`` works.
+        :func:`snnlstm.restore` leaves them there.
 
     Returns
     -------
@@ -127,17 +129,16 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
 
 
 def _take_our_surrogate(neuron: nn.Module) -> bool:
-    """Replace a closure of snnTorch's in another neuron; whether there was one."""
+    """Replace a surrogate of snnTorch's in another neuron; returns whether there was one."""
     if Neuron is None or not isinstance(neuron, Neuron) or isinstance(neuron, SConv2dLSTM):
         return False
-    ours = recognise_surrogate(neuron.spike_grad)
-    found = ours is not neuron.spike_grad
-    if found:
-        neuron.spike_grad = ours
-    return found
+    theirs = neuron.spike_grad
+    neuron.spike_grad = recognise_surrogate(theirs)
+    return neuron.spike_grad is not theirs
 
 
 def _is_silent(module: nn.Module) -> bool:
+    """Whether no mem of a cell can exceed its threshold."""
     return (
         type(module) is SConv2dLSTM
         and not isinstance(module.threshold, nn.Parameter)
@@ -149,11 +150,12 @@ def _is_silent(module: nn.Module) -> bool:
 def restore(model: nn.Module) -> SwapReport:
     """Make every :class:`SConv2dLSTM` of this package in a model one of snnTorch's, in place.
 
-    The way back from :func:`snnlstm.accelerate`, and for models that were built with our cell. All
-    is kept as there; snnTorch's own ``spike_grad`` and ``state_quant`` come back where they were
-    not changed since, and otherwise ours stay, which work in snnTorch's cell as well. A cell that
-    does what snnTorch's cannot is left, and listed with the reason: ``stride``, ``dilation`` and
-    ``checkpoint``, and, where it did not come from snnTorch, ``inhibition``, float16 and bfloat16.
+    This undoes :func:`snnlstm.accelerate`, and takes models that were built with our cell, too. A
+    cell keeps what it keeps there. snnTorch's own ``spike_grad`` and ``state_quant`` come back
+    where they were not changed since; otherwise ours stay, which work in snnTorch's cell as well.
+    A cell that does what snnTorch's cannot stays as it is, and the report gives the reason:
+    ``stride``, ``dilation`` and ``checkpoint``, and, unless the cell came from snnTorch,
+    ``inhibition``, float16 and bfloat16.
 
     Parameters
     ----------
@@ -189,17 +191,20 @@ def _swap(
     why_not: Callable[[nn.Module], str | None],
     make: Callable[[Any], nn.Module],
 ) -> SwapReport:
-    """Turn the instances of `kind` into what `make` makes of them, or say why not."""
+    """Make cells of the other library of the instances of `kind`, and report the others.
+
+    `why_not` gives a reason to leave a module, and `make` the new cell.
+    """
     _require_snntorch(action)
     model = a_module("model", model)
-    # Everything is built before anything is changed, so that an error leaves the model whole.
-    new: dict[int, nn.Module] = {}
+    # All new cells are made before the model is changed, so that an error leaves it whole.
+    swapped: dict[int, tuple[nn.Module, nn.Module]] = {}
     reasons: dict[int, str] = {}
     for name, module in model.named_modules():
         reason = why_not(module)
         if reason is None and type(module) is kind:
             try:
-                new[id(module)] = make(module)
+                swapped[id(module)] = module, make(module)
             except (TypeError, ValueError) as error:
                 reason = str(error)
         if reason is not None:
@@ -210,24 +215,22 @@ def _swap(
     report = SwapReport(
         action,
         model,
-        tuple(name for name, module in named if id(module) in new),
+        tuple(name for name, module in named if id(module) in swapped),
         {name: reasons[id(module)] for name, module in named if id(module) in reasons},
     )
-    old = [module for module in model.modules() if id(module) in new]
-    forget([*old, *new.values()])
-    for cell in old:
-        made = new[id(cell)]
+    for cell, made in swapped.values():
         object.__setattr__(cell, "__class__", type(made))
         object.__setattr__(cell, "__dict__", made.__dict__)
-        register(cell, ours=isinstance(made, SConv2dLSTM))
-    if not new and not any(isinstance(module, Base) for module in model.modules()):
+        register(cell)
+    take_out([cell for pair in swapped.values() for cell in pair])
+    if not swapped and not any(isinstance(module, Base) for _, module in named):
         logger.warning("%s found no SConv2dLSTM in the model", action)
     logger.info("%s", report.headline)
     return report
 
 
 def _why_not_ours(module: nn.Module) -> str | None:
-    """Why accelerate leaves a module that the report is to name; None for all others."""
+    """Why accelerate leaves a cell or neuron; None for what it swaps and for other modules."""
     if isinstance(module, SConv2dLSTM):
         return _ALREADY[0]
     name = type(module).__name__
@@ -241,7 +244,7 @@ def _why_not_ours(module: nn.Module) -> str | None:
 
 
 def _why_not_theirs(module: nn.Module) -> str | None:
-    """Why restore leaves a module that the report is to name; None for all others."""
+    """Why restore leaves a cell; None for what it swaps and for other modules."""
     if not isinstance(module, SConv2dLSTM):
         return _ALREADY[1] if type(module) is Base else None
     if type(module) is not SConv2dLSTM:
@@ -297,7 +300,7 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
     cell = Base.__new__(Base)
     # This cell is tiny and draws no random numbers; its tensors are replaced below.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        _their_init()(
+        (_original_init or Base.__init__)(
             cell, 1, 1, 1, spike_grad=spike_grad, surrogate_disable=old.surrogate_disable,
             reset_mechanism=old.reset_mechanism, state_quant=state_quant,
         )  # fmt: skip
@@ -327,32 +330,14 @@ def _share(old: nn.Module, new: nn.Module, private: set[str]) -> None:
 # ---- wherever one is made -----------------------------------------------------------------
 
 
-class Patch:
-    """What :func:`snnlstm.patch` returns: undoes it at the end of a ``with`` block."""
-
-    def __init__(self, was_patched: bool) -> None:
-        self._was_patched = was_patched
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self._was_patched:
-            unpatch()
-
-
 _original_init: Callable[..., None] | None = None
 
 
-def _their_init() -> Callable[..., None]:
-    return Base.__init__ if _original_init is None else _original_init
-
-
-def patch() -> Patch:
+def patch() -> AbstractContextManager[object]:
     """From now on, ``snntorch.SConv2dLSTM(...)`` makes one of our cells.
 
-    Whoever imported the name, and when, does not matter: the class stays the same object, and
-    calling it makes an instance of ours, which is a subclass of it. So ``isinstance`` and
+    It does not matter who imported the name, and when: the class stays the same object, and a call
+    of the class makes an instance of ours, which is a subclass of it. So ``isinstance`` and
     ``snntorch.utils.reset`` know the cells made before and those made after. Our keyword
     arguments, such as ``stride=``, are accepted. Subclasses of snnTorch's cell stay what they
     are, and so do cells that exist already: see :func:`snnlstm.accelerate`. A second call changes
@@ -360,8 +345,8 @@ def patch() -> Patch:
 
     Returns
     -------
-    Patch
-        In a ``with`` statement, it undoes the patch at the end of the block, unless it was
+    context manager
+        In a ``with`` statement it undoes the patch at the end of the block, unless the patch was
         there before.
 
     Raises
@@ -371,8 +356,9 @@ def patch() -> Patch:
     """
     global _original_init
     _require_snntorch("patch")
+    undo = ExitStack()
     if _original_init is not None:
-        return Patch(was_patched=True)
+        return undo
     original = Base.__init__
 
     @functools.wraps(original)
@@ -384,7 +370,8 @@ def patch() -> Patch:
             original(self, *args, **kwargs)
 
     Base.__init__, _original_init = init, original
-    return Patch(was_patched=False)
+    undo.callback(unpatch)
+    return undo
 
 
 def unpatch() -> None:

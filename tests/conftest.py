@@ -18,7 +18,7 @@ import snntorch
 import torch
 from cpu_kernels import isa, kernels, native  # noqa: F401  (fixtures for every test)
 
-import snnlstm.run
+import snnlstm.path
 
 SIMT = Path(__file__).parent / "simt"
 sys.path.append(str(SIMT))
@@ -57,7 +57,7 @@ class Backend:
         """Within the block, cells on the device run this implementation."""
         if self.name == "reference":
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(snnlstm.run, "_native", None)
+                patch.setattr(snnlstm.path, "_native", None)
                 yield
         elif self.name == "simt":
             from backend import emulated  # the first import builds the emulator in half a minute
@@ -72,7 +72,7 @@ class Backend:
         else:
             yield
 
-    def check(self, path: "snnlstm.run.Path | None", native: bool = True) -> None:
+    def check(self, path: "snnlstm.path.Path | None", native: bool = True) -> None:
         """Asserts which path a call took; `native` says whether the kernels cover the call."""
         assert path is not None
         assert path.native == (self.native and native), str(path)

@@ -27,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
 import snnlstm
-from snnlstm.call import CellOptions
+from snnlstm.options import CellOptions
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "shared"))
 
@@ -144,13 +144,13 @@ class Example:
     def script(self) -> str:
         """Returns a program that runs this example alone."""
         chosen = self.case.options
-        parts = [f'CellOptions.from_text("{chosen.text()}")']
+        parts = [f'CellOptions.from_text("{chosen.text}")']
         parts += [repr(getattr(self.case, f.name)) for f in fields(Case)[1:]]
         rest = ", ".join(repr(getattr(self, f.name)) for f in fields(self)[1:])
         return (
             "import sys; sys.path[:0] = ['tools', 'tests/shared']\nimport torch\n"
             "from cases import Case\nfrom fuzz import Example, check\n"
-            "from snnlstm.call import CellOptions\n"
+            "from snnlstm.options import CellOptions\n"
             f"case = Case({', '.join(parts)})\ncheck(Example(case, {rest}))\n"
         )
 

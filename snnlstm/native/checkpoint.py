@@ -1,6 +1,6 @@
 """The cell with ``checkpoint=True``: less memory for the backward pass, one more forward pass.
 
-A sequence is cut into segments of some sqrt(T) steps. Kept for the backward pass are the states
+A sequence is cut into segments of some sqrt(T) steps. Saved for the backward pass are the states
 between the segments alone; the gates of one segment at a time are computed again, just before
 their gradients (Chen et al. 2016, "Training deep nets with sublinear memory cost").
 """
@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from torch import Tensor
 
 from ..call import Call, make_call
-from . import kernels, memory, tensors
+from . import backend, memory, tensors
 from .tensors import Gradients, Result
 
 __all__ = ["backward", "boundary_count", "forward"]
@@ -48,35 +48,40 @@ def boundary_count(call: Call) -> int:
     return 2 * (len(_segments(call)) - 1)
 
 
-def forward(call: Call, algorithm: str) -> tuple[Result, list[Tensor]]:
+def _piece(call: Call, segment: slice, syn: Tensor, mem: Tensor, saving: bool) -> Call:
+    """A segment as a call of its own, under the autocast of the whole; `saving` for a backward."""
+    options = call.signature.options
+    if saving:
+        options = replace(options, checkpoint=False)
+    return make_call((call.x[segment], syn, mem, *call[3:7]), options, autocast=False)
+
+
+def forward(call: Call, algorithm: str) -> Result:
     """Run the forward kernels segment by segment.
 
-    The second result is syn and mem before the second segment, before the third, and so on.
+    The result has saved syn and mem before the second segment, before the third, and so on.
     """
     segments = _segments(call)
     if len(segments) == 1:
-        return kernels.choose(call, algorithm).forward(call, False), []
+        return backend.plan_of(call, algorithm).forward(call, False)
     record = call.options.record
-    result = kernels.empty_result(call, training=False)
+    whole = backend.empty_result(call, training=False)
     boundaries: list[Tensor] = []
-    syn, mem, part = call.syn, call.mem, result
+    syn, mem, part = call.syn, call.mem, whole
     for segment in segments:
         if segment.start > 0:
             syn, mem = part.syn, part.mem
             if record:
                 syn, mem = syn[-1].clone(), mem[-1].clone()
             boundaries += syn, mem
-        piece = make_call((call.x[segment], syn, mem, *call[3:8]))
-        part = kernels.choose(piece, algorithm).forward(piece, False)
-        result.spk[segment] = part.spk
+        piece = _piece(call, segment, syn, mem, saving=False)
+        part = backend.plan_of(piece, algorithm).forward(piece, False)
+        whole.spk[segment] = part.spk
         if record:
-            result.syn[segment], result.mem[segment] = part.syn, part.mem
-    return (result if record else result._replace(syn=part.syn, mem=part.mem)), boundaries
-
-
-def _keeping(call: Call) -> Call:
-    """The same call, to be run so that its gates are kept."""
-    return make_call((*call[:7], replace(call.options, checkpoint=False)))
+            whole.syn[segment], whole.mem[segment] = part.syn, part.mem
+    if not record:
+        whole = whole._replace(syn=part.syn, mem=part.mem)
+    return whole._replace(saved=boundaries, name=part.name)
 
 
 def _with_carry(grad: Tensor | None, segment: slice, carry: Tensor | None) -> Tensor | None:
@@ -101,7 +106,7 @@ def backward(
 ) -> Gradients:
     """Compute the gates again, last segment first, and the gradients from them.
 
-    Parameters and result as a choice's backward; `boundaries` from :func:`forward`.
+    Parameters and result are those of a plan's backward; :func:`forward` saved `boundaries`.
     """
     grad_spk, grad_syn, grad_mem = grads
     record = call.options.record
@@ -110,19 +115,21 @@ def backward(
     sums: list[Tensor | None] = [None, None, None]  # weight, bias, threshold
     carry_syn, carry_mem = (None, None) if record else (grad_syn, grad_mem)
     for k, segment in reversed(list(enumerate(_segments(call)))):
-        piece = _keeping(call._replace(x=call.x[segment], syn=states[2 * k], mem=states[2 * k + 1]))
-        choice = kernels.choose(piece, algorithm)
-        saved = choice.forward(piece, True).saved
+        piece = _piece(call, segment, states[2 * k], states[2 * k + 1], saving=True)
+        plan = backend.plan_of(piece, algorithm)
+        again = plan.forward(piece, True)
         into_syn, into_mem = carry_syn, carry_mem
         if record:
             into_syn = _with_carry(grad_syn, segment, carry_syn)
             into_mem = _with_carry(grad_mem, segment, carry_mem)
         want_states = (True, True) if k > 0 else tuple(wanted[1:3])
-        found = choice.backward(
+        found = plan.backward(
             piece,
-            saved,
+            plan.restored(again.saved),
             (None if grad_spk is None else grad_spk[segment], into_syn, into_mem),
             (wanted[0], *want_states, *wanted[3:]),
+            again.decided,
+            again.packed,
         )
         carry_syn, carry_mem = found.syn, found.mem
         if total.x is not None and found.x is not None:
@@ -130,5 +137,5 @@ def backward(
         for place, grad in enumerate(found[3:]):
             so_far = sums[place]
             sums[place] = grad if so_far is None or grad is None else so_far.add_(grad)
-        del saved, found  # so that the next segment may have their memory
+        del again, found  # so that the next segment may have their memory
     return Gradients(total.x, carry_syn, carry_mem, *sums)

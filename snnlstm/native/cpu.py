@@ -1,27 +1,25 @@
-"""The CPU half of the core: plans and calls. Twin of :mod:`snnlstm.native.cuda`."""
+"""The CPU backend: plans, and weights in the kernels' order. Twin of :mod:`snnlstm.native.cuda`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch  # before the core, which uses the OpenMP runtime that torch has loaded
 from torch import Tensor
 
 from .. import _C
-from ..call import DTYPES, Call, Signature
+from ..call import Call, Signature
+from ..options import DTYPES
 from . import memory, tensors
-from .packing import Packed, look_up
 from .tensors import Gradients, Result, Saved, Shapes, address
 
-__all__ = ["ALGORITHMS", "Kernels", "set_isa"]
+__all__ = ["ALGORITHMS", "Backend", "Packed", "look_up", "set_isa"]
 
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/cpu/api.h
-
-# The choice of algorithms takes one packing of the weight to serve this many step calls.
-_STEPS_PER_PACK = 16
 
 isa = _C.isa_name()
 
@@ -49,50 +47,124 @@ def profile() -> Iterator[dict[str, float]]:
         seconds |= zip(parts, (spent / 1e9 for spent in _C.cpu_profile(False)), strict=True)
 
 
-class _Way:
-    """One choice of algorithms for the calls of a plan, by the density of x and the weight."""
+# ---- packed weights ------------------------------------------------------------------------------
 
-    def __init__(self, plan: Plan, percent: int, most_inputs: int) -> None:
-        self._plan, self._by = plan, (percent / 100, most_inputs)
-        self.core = self._make(plan.cell, backward=False)
-        self.forms = self._forms_of(self.core, backward=False, grad_x=False)
-        self.workspace = self.core.forward_workspace
-        self.name = f"cpu-{plan.isa}-{self.core.name}"
-        self.gradients: dict[Any, Any] = {}
+_WEIGHTS = ("weight", "weight_mem", "weight_x")  # the places of the forms, csrc/cpu/api.h: Form
+_MOST = 16  # weights of one storage whose forms are kept, and plans whose addresses a weight knows
 
-    def _make(self, cell: Any, backward: bool) -> Any:
-        density, most_inputs = self._by
-        plan = self._plan
-        return _C.CpuPlan(cell, plan.algorithm, density, most_inputs, backward, plan.threads)
 
-    def _forms_of(self, core: Any, **which: bool) -> list[tuple[int, str, int]]:
-        """Number, name and bytes of the forms of the weight that a plan of the core reads."""
-        isa = self._plan.isa
-        return [(number, f"{isa}:{name}", size) for number, name, size in core.forms(**which)]
+class Packed:
+    """A weight in the forms that the kernels read, and the copy of it that they are made from.
 
-    def backward(self, grad_x: bool, weight: bool) -> tuple[Any, Any, int]:
-        """The core's plan of the backward pass, the forms that it reads, bytes of its workspace."""
-        found = self.gradients.get((grad_x, weight))
-        if found is None:
-            plan = self._plan
-            sequence = plan.signature.options.sequence
-            cell = plan.cell if sequence else plan.cell_of(_STEPS_PER_PACK)
-            core = self._make(cell, backward=True).with_time(plan.time)
-            forms = self._forms_of(core, backward=True, grad_x=grad_x)
-            found = core, forms, core.backward_workspace(weight)
-            self.gradients[grad_x, weight] = found
+    ``most_inputs`` is the side of the largest Winograd tile whose rounding errors stay small over
+    long sequences, or 0 if there is none. ``GAINS`` has the sides, each with the largest gain that
+    it admits: the gates' root mean square per unit of input. nn.Conv2d's initial weights have 0.58.
+    """
+
+    GAINS: ClassVar = {8: 1.5, 6: 3.0}
+
+    def __init__(self, weight: Tensor) -> None:
+        self.original = memory.empty(weight.shape, weight.dtype)
+        self.address = self.original.data_ptr()
+        dtype, count = DTYPES.index(weight.dtype), weight.numel()
+        squares = _C.copy_weight(weight.data_ptr(), self.address, dtype, count)
+        gain = (squares / max(weight.shape[0], 1)) ** 0.5
+        self.most_inputs = max((s for s, most in self.GAINS.items() if gain <= most), default=0)
+        self.bytes = self.original.nbytes
+        self.forms: dict[tuple[int, str], Tensor] = {}
+        self._found: dict[Any, dict[str, int]] = {}  # addresses, by the pass of a plan
+
+    def addresses(self, a_pass: _Pass) -> dict[str, int]:
+        """Addresses of the forms that a pass reads, by the names of the core's arguments.
+
+        Each form, told by its number and name, is made once for each of the weight's values.
+        """
+        found = self._found.get(a_pass)
+        if found is not None:
+            return found
+        found = {}
+        for number, name, size in a_pass.forms:
+            key = number, name
+            form = self.forms.get(key)
+            if form is None:
+                form = memory.empty((size,), torch.uint8)
+                a_pass.core.pack(number, self.address, form.data_ptr())
+                # Other threads may look, so the form is kept when it is whole; and the first stays,
+                # because another thread may have taken its address meanwhile.
+                form = self.forms.setdefault(key, form)
+            found[_WEIGHTS[number % 3]] = form.data_ptr()
+        if len(self._found) >= _MOST:
+            self._found.clear()
+        self._found[a_pass] = found
         return found
 
 
-class Plan(tensors.Plan):
-    """The plan of a call on the CPU; the values of x and weight decide a :class:`Choice` of it."""
+# The packed weights that live, by storage and by place: many weights may lie in one storage.
+# Tensors do not serve as keys, because torch refuses to swap the contents of tensors that have weak
+# references. There is no lock: the worst that two threads do to each other is to pack a weight
+# twice, while a lock could be held across a fork or a signal.
+_packed: WeakKeyDictionary[torch.UntypedStorage, dict[tuple[Any, ...], Packed]] = (
+    WeakKeyDictionary()
+)
 
-    def __init__(self, half: Kernels, call: Call, algorithm: str, threads: int, isa: str) -> None:
-        number = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
-        super().__init__(half, call)
+
+def look_up(weight: Tensor, x: int = 0, dtype: int = 0, count: int = 0) -> tuple[Packed, int]:
+    """The packed form of a weight, and the density of x in hundredths; one call of the core.
+
+    `x` is the address of `count` numbers of `dtype` whose zeros are counted; without a count the
+    density is 100. Neither addresses nor version counters tell whether the weight's values are
+    those that were packed: ``weight.data.add_(...)`` changes neither of them. So the values are
+    compared byte for byte, which takes one to three hundredths of a step, or more if a wide layer
+    has small images.
+    """
+    contiguous = weight if weight.is_contiguous() else weight.detach().contiguous()
+    storage = weight.untyped_storage()
+    entries = _packed.get(storage)
+    if entries is None:
+        entries = _packed.setdefault(storage, {})
+    place = weight.storage_offset(), weight.shape, weight.stride(), weight.dtype
+    packed = entries.get(place)
+    if packed is not None:
+        own = packed.address, packed.bytes
+        percent = _C.inspect(x, dtype, count, contiguous.data_ptr(), *own)
+        if percent >= 0:
+            return packed, percent
+    entries.pop(place, None)
+    for oldest in list(entries)[
+        : max(len(entries) - _MOST + 1, 0)
+    ]:  # a copy: threads drop some too
+        entries.pop(oldest, None)
+    packed = entries[place] = Packed(contiguous)
+    return packed, _C.inspect(x, dtype, count, 0, 0, 0)
+
+
+# ---- plans ---------------------------------------------------------------------------------------
+
+
+class _Pass:
+    """One pass of a plan: the core's plan, the forms of the weight that it reads, its workspace."""
+
+    def __init__(self, core: Any, isa: str, workspace: int, **which: bool) -> None:
+        self.core, self.workspace = core, workspace
+        # The number, the name and the bytes of each form.
+        self.forms = [(number, f"{isa}:{name}", size) for number, name, size in core.forms(**which)]
+
+
+class Plan(tensors.Plan):
+    """The plan of a call on the CPU; see :class:`snnlstm.native.backend.Plan`.
+
+    The density of x and the gain of the weight decide the algorithms of a call. The number that
+    says so is ``16 * percent + most_inputs``.
+    """
+
+    def __init__(
+        self, backend: Backend, call: Call, algorithm: str, threads: int, isa: str
+    ) -> None:
+        super().__init__(backend, call)
         s, o = self.signature, self.signature.options
-        self.algorithm, self.threads, self.isa, self.time = number, threads, isa, s.time
-        self.cell = self.cell_of(s.time)
+        self.algorithm = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
+        self.threads, self.isa = threads, isa
+        self.cell = tensors.make_cell(_C, s, s.time)
         # The core takes five strides.
         self.x5, self.syn5, self.mem5, self.spk5, self.state5 = (
             tensors.five(strides)
@@ -103,10 +175,8 @@ class Plan(tensors.Plan):
         self.half_gates = o.checkpoint == "gates"
         largest = max(math.prod(shape) * dtype.itemsize for shape, dtype in self.saved_shapes)
         self.huge = largest >= memory.SMALLEST
-        self.record = o.record
         self.levels = None if o.quant is None else o.quant.levels.to(s.dtype).contiguous()
         self.levels_address = address(self.levels)
-        self.has_winner = o.inhibition
         # An x of few channels gains nothing from lists of nonzeros, so its zeros are not counted.
         x = call.x
         self.counts_zeros = s.cin > 2
@@ -115,79 +185,82 @@ class Plan(tensors.Plan):
         )
         self.count = x.numel() if self.counts_zeros and dense else 0
         self.dtype = DTYPES.index(s.dtype)
-        self._ways: dict[tuple[int, int], _Way] = {}
+        self._passes: dict[Any, _Pass] = {}
+        self._names: dict[int, str] = {}
 
-    def cell_of(self, time: int) -> Any:
-        """The core's description of a call of so many steps."""
-        return tensors.make_cell(_C, self.signature, time)
+    def _forward_pass(self, decided: int) -> _Pass:
+        found = self._passes.get(decided)
+        if found is None:
+            core = self._core(decided, backward=False)
+            self._names[decided] = f"cpu-{self.isa}-{core.name}"
+            found = _Pass(core, self.isa, core.forward_workspace, backward=False, grad_x=False)
+            self._passes[decided] = found
+        return found
 
-    def choose(self, call: Call) -> Choice:
-        """Decide what depends on the values of x and weight."""
-        x = call.x.data_ptr() if self.count else 0
-        packed, percent = look_up(call.weight, x, self.dtype, self.count)
-        if self.counts_zeros and not self.count:
-            percent = round(100 * int(torch.count_nonzero(call.x)) / max(call.x.numel(), 1))
-        key = percent, packed.most_inputs
-        way = self._ways.get(key)
-        if way is None:
-            way = self._ways[key] = _Way(self, *key)
-        return Choice(self, way, packed)
+    def _backward_pass(self, decided: int, grad_x: bool, grad_weight: bool) -> _Pass:
+        key = decided, grad_x, grad_weight
+        found = self._passes.get(key)
+        if found is None:
+            core = self._core(decided, backward=True)
+            workspace = core.backward_workspace(grad_weight)
+            found = _Pass(core, self.isa, workspace, backward=True, grad_x=grad_x)
+            self._passes[key] = found
+        return found
+
+    def _core(self, decided: int, backward: bool) -> Any:
+        percent, most_inputs = divmod(decided, 16)
+        cell = self.cell
+        if backward and self.signature.time == 1:
+            cell = tensors.make_cell(_C, self.signature, 16)
+        core = _C.CpuPlan(cell, self.algorithm, percent / 100, most_inputs, backward, self.threads)
+        return core.with_time(self.signature.time)
 
     def empty_saved(self, x: Tensor) -> Saved:
-        """What the forward pass keeps in training, uninitialised."""
+        """What the forward pass saves in training, uninitialised."""
         if self.huge:
             return Saved(*(memory.empty(shape, kind) for shape, kind in self.saved_shapes))
         return super().empty_saved(x)
 
-
-class Choice:
-    """The kernels that run one call and its backward pass.
-
-    ``packed`` is the weight. The backward pass lets go of it: a graph that is kept keeps no weight
-    alive.
-    """
-
-    __slots__ = ("name", "packed", "plan", "saved_shapes", "way")
-
-    def __init__(self, plan: Plan, way: _Way, packed: Packed | None) -> None:
-        self.plan, self.way, self.packed, self.name = plan, way, packed, way.name
-        self.saved_shapes = plan.saved_shapes
-
     def forward(self, call: Call, training: bool) -> Result:
-        """Run the forward kernels; `training`: keep what :meth:`backward` needs."""
-        plan, way = self.plan, self.way
-        x = call.x
-        spk, new_syn, new_mem = plan.empty_results(x)
-        if plan.huge:
+        """Run the forward kernels; in training, save what :meth:`backward` needs."""
+        x, dtype = call.x, call.x.dtype
+        packed, percent = look_up(
+            call.weight, x.data_ptr() if self.count else 0, self.dtype, self.count
+        )
+        if self.counts_zeros and not self.count:
+            percent = round(100 * int(torch.count_nonzero(x)) / max(x.numel(), 1))
+        decided = 16 * percent + packed.most_inputs
+        a_pass = self._forward_pass(decided)
+        spk, new_syn, new_mem = self.empty_results(x)
+        if self.huge:
             _prefer_huge_pages(spk, new_syn, new_mem)
-        saved = plan.empty_saved(x) if training else None
-        dtype = x.dtype
+        saved = self.empty_saved(x) if training else None
         bias = None if call.bias is None else tensors.numbers(call.bias, dtype)
         threshold = tensors.numbers(call.threshold, dtype)
         graded = tensors.numbers(call.graded, dtype)
-        workspace = memory.workspace(way.workspace)
-        assert self.packed is not None
-        way.core.forward(
-            **self.packed.addresses(way.core, way.forms),
-            record=plan.record,
-            x=(x.data_ptr(), plan.x5),
-            syn0=(call.syn.data_ptr(), plan.syn5),
-            mem0=(call.mem.data_ptr(), plan.mem5),
+        workspace = memory.workspace(a_pass.workspace)
+        a_pass.core.forward(
+            **packed.addresses(a_pass),
+            record=call.options.record,
+            x=(x.data_ptr(), self.x5),
+            syn0=(call.syn.data_ptr(), self.syn5),
+            mem0=(call.mem.data_ptr(), self.mem5),
             bias=address(bias),
             threshold=threshold.data_ptr(),
-            threshold_stride=plan.threshold_stride,
+            threshold_stride=self.threshold_stride,
             graded=graded.data_ptr(),
-            levels=plan.levels_address,
-            spk=(spk.data_ptr(), plan.spk5),
-            syn=(new_syn.data_ptr(), plan.state5),
-            mem=(new_mem.data_ptr(), plan.state5),
+            levels=self.levels_address,
+            spk=(spk.data_ptr(), self.spk5),
+            syn=(new_syn.data_ptr(), self.state5),
+            mem=(new_mem.data_ptr(), self.state5),
             saved_gates=0 if saved is None else saved.gates.data_ptr(),
             saved_syn=0 if saved is None else saved.syn.data_ptr(),
-            half_gates=plan.half_gates,
-            winner=saved.winner.data_ptr() if saved is not None and plan.has_winner else 0,
+            half_gates=self.half_gates,
+            winner=saved.winner.data_ptr() if saved is not None and self.has_winner else 0,
             workspace=workspace.data_ptr(),
         )
-        return Result(spk, new_syn, new_mem, saved)
+        name = self._names[decided]
+        return Result(spk, new_syn, new_mem, saved or (), name, decided, packed)
 
     def backward(
         self,
@@ -195,33 +268,29 @@ class Choice:
         saved: Saved,
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
+        decided: int,
+        packed: Packed | None,
     ) -> Gradients:
-        """Run the backward kernels on what :meth:`forward` was given and kept.
-
-        `grads`, of spk, syn and mem, may have any memory layout, and None stands for zeros.
-        `wanted` says which gradients are computed, in the order of :class:`Gradients`.
-        """
-        plan, x = self.plan, call.x
-        dtype = x.dtype
-        core, forms, size = self.way.backward(wanted[0], wanted[3])
-        packed, self.packed = self.packed, None
-        if packed is None:  # a second backward pass over the same graph
+        """Run the backward kernels on what :meth:`forward` was given and saved."""
+        x, dtype = call.x, call.x.dtype
+        a_pass = self._backward_pass(decided, wanted[0], wanted[3])
+        if packed is None:  # a second backward pass over the same graph, or a compiled one
             packed, _ = look_up(tensors.saved_weight(call))
-        out = tensors.empty_gradients(x, plan.signature, wanted)
-        if plan.huge:
+        out = tensors.empty_gradients(x, self.signature, wanted)
+        if self.huge:
             _prefer_huge_pages(*out)
         threshold = tensors.numbers(call.threshold, dtype)
         graded = tensors.numbers(call.graded, dtype)
-        noise = tensors.stochastic_noise(x, call.options, grads[0])
-        workspace = memory.workspace(size)
-        core.backward(
-            **packed.addresses(core, forms),
-            **tensors.backward_arguments(call, saved, grads, noise, out, None),
-            half_gates=plan.half_gates,
+        noise = tensors.stochastic_noise(call.options, grads[0])
+        workspace = memory.workspace(a_pass.workspace)
+        a_pass.core.backward(
+            **packed.addresses(a_pass),
+            **tensors.backward_arguments(call, saved, grads, noise, out),
+            half_gates=self.half_gates,
             threshold=threshold.data_ptr(),
-            threshold_stride=plan.threshold_stride,
+            threshold_stride=self.threshold_stride,
             graded=graded.data_ptr(),
-            levels=plan.levels_address,
+            levels=self.levels_address,
             workspace=workspace.data_ptr(),
         )
         return tensors.shaped_as(call.threshold, out)
@@ -234,19 +303,19 @@ def _prefer_huge_pages(*results: Tensor | None) -> None:
             _C.prefer_huge_pages(result.data_ptr(), result.nbytes)
 
 
-class Kernels:
-    """The CPU half of the core."""
+class Backend:
+    """The CPU backend; see :class:`snnlstm.native.backend.Backend`."""
 
-    half_types = False  # whether float16 and bfloat16 run as they are
+    half_types = False
 
     def name(self) -> str:
-        """Name of the kernels, such as ``"cpu-avx2"``; a call's :class:`Choice` says more."""
+        """Name of the kernels, such as ``"cpu-avx2"``; that of a call's result says more."""
         return f"cpu-{isa}"
 
     def reason_against(self, signature: Signature) -> str | None:
         """Why these kernels cannot run a call; None if they can.
 
-        Under autocast they compute in float32, and half types come as that (autograd.run).
+        Under autocast they compute in float32, and half types come as that (function.run).
         """
         dtype = signature.dtype
         return None if dtype in DTYPES else f"there are no CPU kernels for {dtype}"
@@ -260,7 +329,7 @@ class Kernels:
         return Plan(self, call, algorithm, *settings)
 
     def saved_shapes(self, signature: Signature) -> Shapes:
-        """Shapes and dtypes of what a forward pass keeps."""
+        """Shapes and dtypes of what a forward pass saves."""
         s = signature
         padded = _C.cpu_padded_channels(DTYPES.index(s.dtype), s.c)
         images = (s.time, s.n, s.ho * s.wo)

@@ -22,7 +22,7 @@ from ..call import Call, Signature
 from . import tensors, torch_conv
 from .tensors import Gradients, Pass, Result, Saved, Shapes, address, view
 
-__all__ = ["Kernels"]
+__all__ = ["Backend"]
 
 # The numbers of csrc/cuda/plan.h.
 _ALGORITHMS = ("auto", "direct", "fused", "resident", "hybrid", "pointwise")
@@ -57,13 +57,13 @@ class Plan(tensors.Plan):
     """
 
     def __init__(
-        self, kernels: Kernels, call: Call, algorithm: str, tf32: bool, benchmark: bool
+        self, backend: Backend, call: Call, algorithm: str, tf32: bool, benchmark: bool
     ) -> None:
-        super().__init__(kernels, call)
+        super().__init__(backend, call)
         s = self.signature
-        self.kernels, self._tf32, self._algorithm = kernels, tf32, algorithm
+        self.backend, self._tf32, self._algorithm = backend, tf32, algorithm
         self._measures = algorithm == "measure" or (benchmark and algorithm == "auto")
-        self._chosen = {False: kernels.core_plan(s, tf32, algorithm, False)}
+        self._chosen = {False: backend.core_plan(s, tf32, algorithm, False)}
         # The fastest plans, by pass and gradients that are wanted: 65 at most.
         self._measured: dict[tuple[bool, ...], Any] = {}
         self.work = s.options.operands or s.dtype
@@ -77,12 +77,8 @@ class Plan(tensors.Plan):
         """Name of what runs, as in a path; of measured passes, those that are known by now."""
         by_pass = {key[0]: core.name for key, core in self._measured.items()}
         names = [by_pass[backward] for backward in (False, True) if backward in by_pass]
-        name = f"measured-{'+'.join(names)}" if names else self._chosen[0].name
-        return f"{self.kernels.name()}-{name}"
-
-    def choose(self, call: Call) -> Plan:
-        """The plan itself, which is the choice of each of its calls."""
-        return self
+        name = f"measured-{'+'.join(names)}" if names else self._chosen[False].name
+        return f"{self.backend.name()}-{name}"
 
     def _fastest(self, run: Callable[[Any], object], backward: bool, *wanted: bool) -> Any:
         """The core's plan of a pass, measured where that is wanted and not known yet.
@@ -91,13 +87,13 @@ class Plan(tensors.Plan):
         """
         key = backward, *wanted
         found = self._measured.get(key)
-        if found is None and self._measures and self.kernels.may_measure():
-            cores = self.kernels.candidates(self.signature, self._tf32, backward)
-            seconds = [self.kernels.seconds(partial(run, core)) for core in cores]
+        if found is None and self._measures and self.backend.may_measure():
+            cores = self.backend.candidates(self.signature, self._tf32, backward)
+            seconds = [self.backend.seconds(partial(run, core)) for core in cores]
             # Another thread may have been first.
             found = self._measured.setdefault(key, cores[seconds.index(min(seconds))])
         if found is None and backward not in self._chosen:  # that of the first backward pass
-            self._chosen[backward] = self.kernels.core_plan(
+            self._chosen[backward] = self.backend.core_plan(
                 self.signature, self._tf32, self._algorithm, backward
             )
         return self._chosen[backward] if found is None else found
@@ -105,7 +101,7 @@ class Plan(tensors.Plan):
     @property
     def stream(self) -> int:
         """The current stream of the call's device."""
-        return self.kernels.stream(self.signature.device)
+        return self.backend.stream(self.signature.device)
 
     def _parameters(self, call: Call) -> tuple[dict[str, int], list[Tensor | None]]:
         """Arguments of every kernel, and the tensors whose addresses these are."""
@@ -115,7 +111,7 @@ class Plan(tensors.Plan):
         if self.levels is not None:
             levels = call.x.new_empty(self.levels.numel(), dtype=self.real)
             values = self.levels.data_ptr()
-            self._chosen[0].store_levels(values, levels.data_ptr(), self.stream)
+            self._chosen[False].store_levels(values, levels.data_ptr(), self.stream)
         arguments = {
             "threshold": threshold.data_ptr(),
             "threshold_stride": self.threshold_stride,
@@ -132,11 +128,11 @@ class Plan(tensors.Plan):
         return packed, tensors.empty_bytes(core.workspace, weight.device)
 
     def forward(self, call: Call, training: bool) -> Result:
-        """Run the forward kernels; `training`: keep what :meth:`backward` needs."""
+        """Run the forward kernels; in training, save what :meth:`backward` needs."""
         x = call.x
-        with self.kernels.guard(x.device):
+        with self.backend.guard(x.device):
             saved = self.empty_saved(x) if training else None
-            result = Result(*self.empty_results(x), saved)
+            result = Result(*self.empty_results(x), saved or ())
             parameters, alive = self._parameters(call)
             bias = None if call.bias is None else tensors.numbers(call.bias, x.dtype)
             parameters["bias"] = address(bias)
@@ -146,13 +142,14 @@ class Plan(tensors.Plan):
 
             run(self._fastest(run, False))
             del alive  # the kernels are on the stream: what takes their memory comes after them
-        return result
+        return result._replace(name=self.name)
 
     def _forward(self, core: Any, call: Call, parameters: dict[str, int], result: Result) -> None:
         if core.algorithm == _POINTWISE:
             torch_conv.forward(self, core, call, parameters, result)
             return
-        spk, syn, mem, saved = result
+        spk, syn, mem = result[:3]
+        saved: Any = result.saved or None
         packed, workspace = self._memory(core, call.weight, call.x.dtype)
         core.forward(
             self.stream,
@@ -177,11 +174,13 @@ class Plan(tensors.Plan):
         saved: Saved,
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
+        decided: int,
+        packed: None,
     ) -> Gradients:
-        """Run the backward kernels; see the twin's."""
-        with self.kernels.guard(call.x.device):
+        """Run the backward kernels on what :meth:`forward` was given and saved."""
+        with self.backend.guard(call.x.device):
             parameters, alive = self._parameters(call)
-            noise = tensors.stochastic_noise(call.x, call.options, grads[0])
+            noise = tensors.stochastic_noise(call.options, grads[0])
             given = Pass(call, parameters, saved, grads, noise)
 
             def run(core: Any) -> Gradients:
@@ -222,7 +221,8 @@ class Plan(tensors.Plan):
         packed, workspace = self._memory(core, tensors.saved_weight(call), call.x.dtype)
         core.backward(
             self.stream,
-            **tensors.backward_arguments(call, saved, grads, noise, out, d_gates),
+            **tensors.backward_arguments(call, saved, grads, noise, out),
+            d_gates=address(d_gates),
             mem_after=0 if mems is None or len(mems) == 1 else mems[1].data_ptr(),
             weight=packed.data_ptr(),
             workspace=workspace.data_ptr(),
@@ -230,10 +230,10 @@ class Plan(tensors.Plan):
         )
 
 
-class Kernels:
-    """The kernels of `core`, a module like snnlstm._C with the CUDA backend."""
+class Backend:
+    """The CUDA backend over `core`, a module like snnlstm._C; see :mod:`snnlstm.native.backend`."""
 
-    half_types = True  # whether float16 and bfloat16 run as they are
+    half_types = True
 
     def __init__(self, core: Any) -> None:
         self.core = core
@@ -317,7 +317,7 @@ class Kernels:
         return Plan(self, call, algorithm, *settings)
 
     def saved_shapes(self, signature: Signature) -> Shapes:
-        """Shapes and dtypes of what a forward pass keeps."""
+        """Shapes and dtypes of what a forward pass saves."""
         s, options = signature, signature.options
         padded = self.core.cuda_padded_channels(s.c)
         pixels = s.ho * s.wo

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import DTYPES, POOLS, RESETS, Call, CellOptions, Signature
+from ..call import Call, Signature
+from ..options import DTYPES, POOLS, RESETS, CellOptions
 from . import memory
 
 __all__ = ["Gradients", "Result", "Saved"]
@@ -24,7 +25,7 @@ Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]
 
 
 class Saved(NamedTuple):
-    """What a forward pass keeps for its backward pass, beside its arguments.
+    """What a forward pass saves for its backward pass, beside its arguments.
 
     Cp is the number of channels C, rounded up to whole vectors.
     """
@@ -35,12 +36,15 @@ class Saved(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Outputs of a forward pass; `saved` is None in inference."""
+    """Outputs of a forward pass."""
 
     spk: Tensor
     syn: Tensor
     mem: Tensor
-    saved: Saved | None
+    saved: Sequence[Tensor] = ()  # a Saved, in inference nothing; checkpoint=True saves states
+    name: str = ""  # of what ran, such as "cpu-avx2-winograd4-sparse"
+    decided: int = 0  # what values decided, which the backward pass is told
+    packed: Any = None  # the weight as the kernels read it, if that is kept
 
 
 def as_saved(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -60,12 +64,6 @@ def saved_weight(call: Call) -> Tensor:
     """The weight that a backward pass was given, as :func:`as_saved` returns it."""
     s = call.signature
     return as_saved(call.weight, (4 * s.c, s.cin + s.c, *s.options.kernel_size), s.dtype)
-
-
-def restored(saved: Sequence[Tensor], shapes: Shapes) -> Saved:
-    """What a forward pass saved, in its dtypes and contiguous again."""
-    together = zip(saved, shapes, strict=True)
-    return Saved(*(as_saved(t, shape, dtype).contiguous() for t, (shape, dtype) in together))
 
 
 class Gradients(NamedTuple):
@@ -158,9 +156,8 @@ def backward_arguments(
     grads: Sequence[Tensor | None],
     noise: Tensor | None,
     out: Gradients,
-    d_gates: Tensor | None,
 ) -> dict[str, Any]:
-    """What the backward kernels of both halves take by name, but weight, neurons and workspace."""
+    """What both backends' backward kernels take by name, but weight, neurons and workspace."""
     grad_spk, grad_syn, grad_mem = grads
     return {
         "record": call.options.record,
@@ -180,7 +177,6 @@ def backward_arguments(
         "grad_weight": address(out.weight),
         "grad_bias": address(out.bias),
         "grad_threshold": address(out.threshold),
-        "d_gates": address(d_gates),
     }
 
 
@@ -261,17 +257,18 @@ class Plan:
     saved_shapes : Shapes
     """
 
-    def __init__(self, half: Any, call: Call) -> None:
+    def __init__(self, backend: Any, call: Call) -> None:
         s = self.signature = call.signature
         o = s.options
         self.spk, self.state = ((shape, image_strides(call.x, shape)) for shape in output_shapes(s))
-        self.saved_shapes = (gates, of_gates), (syn, _), (winner, _) = half.saved_shapes(s)
+        self.saved_shapes = (gates, of_gates), (syn, _), (winner, _) = backend.saved_shapes(s)
         # Given strides, torch allocates a tensor in two thirds of the time.
         self._gates, self._syn = ((t, _contiguous_strides(t)) for t in (gates, syn))
         self._of_gates = {} if of_gates is s.dtype else {"dtype": of_gates}
         with torch.inference_mode(False):
             self._no_winner = call.x.new_empty(0, dtype=torch.int64)
         self._winner = winner if o.inhibition else None
+        self.has_winner = o.inhibition
         self.threshold_stride = 0 if s.thresholds == 1 else 1
 
     @memory.where_it_fits
@@ -280,8 +277,13 @@ class Plan:
         empty = x.new_empty_strided
         return empty(*self.spk), empty(*self.state), empty(*self.state)
 
+    def restored(self, saved: Sequence[Tensor]) -> Saved:
+        """What the forward pass saved, in its dtypes and contiguous again."""
+        pairs = zip(saved, self.saved_shapes, strict=True)
+        return Saved(*(as_saved(t, shape, dtype).contiguous() for t, (shape, dtype) in pairs))
+
     def empty_saved(self, x: Tensor) -> Saved:
-        """Memory for what the forward pass keeps in training."""
+        """Memory for what the forward pass saves in training."""
         winner = self._no_winner
         if self._winner is not None:
             winner = x.new_empty(self._winner, dtype=torch.int64)
@@ -292,14 +294,15 @@ class Plan:
         return x.new_empty_strided(*self._gates, **self._of_gates)
 
 
-def stochastic_noise(x: Tensor, options: CellOptions, grad_spk: Tensor | None) -> Tensor | None:
+def stochastic_noise(options: CellOptions, grad_spk: Tensor | None) -> Tensor | None:
     """Uniform numbers of the stochastic surrogate, (T, N, C, Hp, Wp), else None.
 
-    Drawn one block a step, last step first: the order in which a loop over steps draws them.
+    Drawn one block a step, last step first, each in the order of (N, C, Hp, Wp): as a loop over
+    steps in plain torch draws them.
     """
     if grad_spk is None or options.surrogate.name != "SSO":
         return None
-    noise = empty_like_images(x, tuple(grad_spk.shape))
+    noise = torch.empty_like(grad_spk, memory_format=torch.contiguous_format)
     for step in reversed(noise.unbind()) if options.sequence else (noise,):
         step.uniform_()
     return noise

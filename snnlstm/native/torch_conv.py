@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from ..call import Call, CellOptions
+from ..call import Call
+from ..options import CellOptions
 from . import tensors
 from .tensors import Gradients, Pass, Result, address, view
 
@@ -52,7 +53,8 @@ def _padded(weight: Tensor, gates: int) -> Tensor:
 
 def forward(plan: Plan, core: Any, call: Call, parameters: dict[str, int], result: Result) -> None:
     """Torch convolves, the kernels do the rest of each step by `core`, a plan of one step."""
-    options, saved, stream = call.options, result.saved, plan.stream
+    options, stream = call.options, plan.stream
+    saved: Any = result.saved or None
     syn, mem = call.syn, call.mem
     weight = call.weight.detach().to(plan.work)
     spks, last = _steps(result.spk, options), plan.signature.time - 1

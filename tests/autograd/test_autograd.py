@@ -19,9 +19,9 @@ pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
 def test_unwanted_gradients_are_not_computed(monkeypatch):
     seen = []
-    backward = native.cpu.Choice.backward
+    backward = native.cpu.Plan.backward
     monkeypatch.setattr(
-        native.cpu.Choice, "backward", lambda *a: seen.append(backward(*a)) or seen[-1]
+        native.cpu.Plan, "backward", lambda *a: seen.append(backward(*a)) or seen[-1]
     )
     for wanted in NAMES:
         gradients(flat.run, PLAIN.inputs(), PLAIN.options, PLAIN.output_gradients(), [wanted])
@@ -39,6 +39,7 @@ def test_spikes_without_surrogate_are_not_differentiable():
 
 def test_a_graph_is_used_up_and_its_memory_freed():
     inputs, grads = leaves_and_gradients(PLAIN)
+    flat.run(*inputs, PLAIN.options)  # makes the plan, which stays
     with poisoned(NAN) as fenced:
         out = flat.run(*inputs, PLAIN.options)
     blocks = [weakref.ref(block) for block in fenced.blocks]

@@ -384,7 +384,7 @@ def test_failed_passes_leave_nothing_behind():
         del out, first
     ours.reset_mem()
     ours.spk = None
-    ours._drop_caches()  # the reset signal of the last step is computed from its mem
+    ours._reset_source = None  # the reset signal of the last step is computed from its mem
     gc.collect()
     assert not [reference for reference in gone if reference() is not None]
 

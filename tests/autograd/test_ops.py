@@ -15,7 +15,7 @@ from torch.library import opcheck
 
 from snnlstm import surrogate
 from snnlstm.call import make_call
-from snnlstm.native import ops
+from snnlstm.native import function
 from snnlstm.quant import state_quant
 
 pytestmark = [
@@ -45,15 +45,15 @@ CASES = {
 @pytest.fixture
 def calls(monkeypatch):
     """Collects the arguments of calls of the two operators."""
-    seen: dict[str, list[tuple]] = {"_forward": [], "_backward": []}
+    seen: dict[str, list[tuple]] = {"_forward_operator": [], "_backward_operator": []}
     for name, arguments in seen.items():
-        op = getattr(ops, name)
+        op = getattr(function, name)
 
         def recorded(*a, _op=op, _seen=arguments):
             _seen.append(a)
             return _op(*a)
 
-        monkeypatch.setattr(ops, name, recorded)
+        monkeypatch.setattr(function, name, recorded)
     return seen
 
 
@@ -67,10 +67,10 @@ def test_opcheck(name, calls):
     case = CASES[name]
     checks = ALL if name in ("plain", "one step", "inhibition", "channels_last") else FAST
     inputs = wanting_gradients(case.inputs())
-    out = ops.run(make_call((*inputs, case.options)), True, "auto")
+    out = function._run_operator(make_call(inputs, case.options), True, "auto")
     used = [o for o in out if o.requires_grad]
     torch.autograd.backward(used, [torch.randn_like(o) for o in used])
-    forwards, (backward,) = list(calls["_forward"]), list(calls["_backward"])
+    forwards, (backward,) = list(calls["_forward_operator"]), list(calls["_backward_operator"])
     for arguments in forwards:
         opcheck(torch.ops.snnlstm.forward.default, arguments, test_utils=checks)
     arguments = [a.detach() if isinstance(a, Tensor) else a for a in backward]

@@ -9,7 +9,7 @@ from helpers import close, ours, states, steps, theirs, twins
 from torch import nn
 
 import snnlstm
-from snnlstm.call import RESETS
+from snnlstm.options import RESETS
 
 
 def test_positional_arguments_come_in_snntorchs_order():

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import snnlstm
-from snnlstm.run import Path
+from snnlstm.path import Path
 
 X, START = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7)
 
@@ -130,7 +130,7 @@ def test_what_changes_conv_takes_effect_and_trains_as_with_snntorch(name, reset)
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_hooks_of_all_modules_are_seen_with_any_torch(kind):
     """torch 2.4 has no function that tells of global hooks."""
-    seen = (snnlstm.run.global_hooks, snnlstm.run._global_hooks)
+    seen = (snnlstm.path.global_hooks, snnlstm.path._global_hooks)
     assert not any(see() for see in seen)
     register = getattr(nn.modules.module, f"register_module_{kind}_hook")
     with register(lambda *args: None):
@@ -221,7 +221,7 @@ def test_a_fallback_is_logged_once_per_cell(caplog):
 
 def test_hooks_on_every_conv_are_logged_once_for_all_cells(caplog, monkeypatch):
     """Tools that print summaries or count operations set hooks on every module."""
-    monkeypatch.setattr(snnlstm.run, "_logged", set())
+    monkeypatch.setattr(snnlstm.path, "_logged", set())
     cells = [ours() for _ in range(3)]
     for cell in cells:
         hooked()(cell.conv)
@@ -345,8 +345,8 @@ PASSING = {
 @pytest.mark.parametrize("reason", PASSING)
 def test_reasons_that_come_and_go(reason, monkeypatch):
     """Some of these calls fail in plain torch, as they do with snnTorch."""
-    seen, decide = [], snnlstm.run.path_of
-    monkeypatch.setattr(snnlstm.run, "path_of", lambda call: seen.append(decide(call)) or seen[-1])
+    seen, decide = [], snnlstm.path.path_of
+    monkeypatch.setattr(snnlstm.path, "path_of", lambda call: seen.append(decide(call)) or seen[-1])
     cell = ours()
     with contextlib.suppress(RuntimeError, NotImplementedError):
         PASSING[reason](cell)
@@ -379,12 +379,12 @@ def test_torch_func_transforms_and_forward_mode():
 
 
 def test_the_fallback_for_a_missing_core_is_said(monkeypatch, caplog):
-    monkeypatch.setattr(snnlstm.run, "_native", None)
-    monkeypatch.setattr(snnlstm.run, "_logged", set())
+    monkeypatch.setattr(snnlstm.path, "_native", None)
+    monkeypatch.setattr(snnlstm.path, "_logged", set())
     with caplog.at_level(logging.WARNING, logger="snnlstm"):
         for cell in (ours(), ours()):
             cell(X)
-    assert str(cell.path) == f"reference ({snnlstm.run._MISSING})"
+    assert str(cell.path) == f"reference ({snnlstm.path._MISSING})"
     (record,) = caplog.records  # the fallback is logged once per process, not once per cell
     assert record.getMessage().startswith("SConv2dLSTM runs the reference path")
 
@@ -394,12 +394,12 @@ def test_a_gpu_that_the_build_does_not_serve_is_said_once(monkeypatch, caplog):
     """The test passes a CUDA device's name, and needs no GPU."""
     monkeypatch.setattr(native, "_NO_CUDA", None)
     monkeypatch.setattr(native.cuda_check, "trouble", lambda index: f"GPU {index} is too old")
-    monkeypatch.setattr(snnlstm.run, "_logged", set())
-    path = snnlstm.run._path_of_device(torch.device("cuda", 3))
+    monkeypatch.setattr(snnlstm.path, "_logged", set())
+    path = snnlstm.path._path_of_device(torch.device("cuda", 3), False)
     assert str(path) == "reference (GPU 3 is too old)"
     with caplog.at_level(logging.WARNING, logger="snnlstm"):
         for seen in (set(), set()):  # two modules
-            snnlstm.run.log_fallback(path, seen)
+            snnlstm.path.log_fallback(path, seen)
     assert [record.getMessage() for record in caplog.records] == [
         "SConv2dLSTM runs the reference path (plain torch, slower): GPU 3 is too old"
     ]
@@ -408,7 +408,7 @@ def test_a_gpu_that_the_build_does_not_serve_is_said_once(monkeypatch, caplog):
 @pytest.mark.skipif(native is None, reason="needs the core")
 def test_a_build_without_cuda_is_said_on_a_gpu(monkeypatch):
     monkeypatch.setattr(native, "_NO_CUDA", native.cuda_check.without_kernels({"cuda": "off"}))
-    path = snnlstm.run._path_of_device(torch.device("cuda", 0))
+    path = snnlstm.path._path_of_device(torch.device("cuda", 0), False)
     assert "no CUDA kernels (off)" in path.reason
     assert path.slow
     assert path.general

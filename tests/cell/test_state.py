@@ -277,11 +277,37 @@ def test_cells_are_not_kept_alive():
     del cell
     gc.collect()
     assert seen() is None
-    snntorch.Leaky.reset_hidden()  # snnTorch walks the list and drops dead entries
+    snntorch.Leaky.reset_hidden()  # snnTorch walks the list
     snntorch.SConv2dLSTM.reset_hidden()
     for _ in range(5):
         ours()
-    assert len(snntorch.SpikingNeuron.instances) == entries, "a dead cell's place is not reused"
+    assert len(snntorch.SpikingNeuron.instances) == entries, "each cell has an entry of its own"
+
+
+class Counted(list):
+    """A list that counts how often its entries are looked at."""
+
+    looks = 0
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        self.looks += len(found) if isinstance(index, slice) else 1
+        return found
+
+    def __iter__(self):
+        return (self[position] for position in range(len(self)))
+
+    def __contains__(self, wanted):
+        return any(entry is wanted for entry in self)
+
+
+def test_a_new_cell_costs_snntorchs_list_the_same_however_many_there_are(monkeypatch):
+    registry = Counted()
+    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", registry)
+    neurons = [snntorch.Leaky(beta=0.5) for _ in range(50)]
+    cells = [ours(1, 1, 1) for _ in range(100)]
+    assert len(registry) == len(neurons) + 1
+    assert registry.looks <= len(cells)
 
 
 @pytest.mark.parametrize("library", [snnlstm.SConv2dLSTM, snntorch.SConv2dLSTM])

@@ -83,7 +83,7 @@ WITH_PYTHON = [page for page in PAGES if page.exists() and blocks(page, "python"
 @pytest.mark.usefixtures("_settings")
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
 def test_python_blocks_run_in_order(page, recwarn, capsys, monkeypatch):
-    if page.name == "simt.md" and not (snnlstm.run._native and shutil.which("g++")):
+    if page.name == "simt.md" and not (snnlstm.path._native and shutil.which("g++")):
         pytest.skip("no compiler, or no core")
     monkeypatch.chdir(ROOT)
     run(page)

@@ -58,7 +58,7 @@ def names():
         "weight_norm": nn.utils.parametrizations.weight_norm, "Says": Says, "Own": Own,
         "checkpoint": torch.utils.checkpoint.checkpoint,
         "print_nothing": lambda *_: None, "without_snntorch": without_snntorch,
-        "plan": lambda stack: print(*stack.plan, sep="\n"),
+        "report": lambda stack: print(*stack.report, sep="\n"),
         "cell": snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1), "theirs": theirs,
         "x": torch.zeros(1, 2, 5, 5), "events": torch.zeros(4, 1, 2, 5, 5),
         "syn": torch.zeros(1, 3, 5, 5), "mem": torch.zeros(1, 3, 5, 5),
@@ -95,7 +95,7 @@ def said(code):
             warnings.catch_warnings(record=True) as caught,
             contextlib.redirect_stdout(printed),
             mock.patch.object(log, "propagate", False),
-            mock.patch.object(snnlstm.run, "_logged", set()),
+            mock.patch.object(snnlstm.path, "_logged", set()),
         ):
             warnings.simplefilter("always")
             exec(code, session)
@@ -125,7 +125,7 @@ def gallery():
 
 @pytest.fixture(scope="module")
 def shown():
-    if snnlstm.run._native is None:
+    if snnlstm.path._native is None:
         pytest.skip("without the core, the first line of the log reports that the core is missing")
     return gallery()
 

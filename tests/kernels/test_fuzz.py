@@ -33,7 +33,7 @@ def test_gradients_that_are_asked_for_in_unusual_ways(asked, kept, way, checkpoi
 
 
 def test_a_fault_is_found_and_its_script_shows_it(monkeypatch, capsys):
-    forward = native.cpu.Choice.forward
+    forward = native.cpu.Plan.forward
 
     def wrong(self, call, training):
         result = forward(self, call, training)
@@ -41,7 +41,7 @@ def test_a_fault_is_found_and_its_script_shows_it(monkeypatch, capsys):
             result.mem[..., -1] *= 1.001
         return result
 
-    monkeypatch.setattr(native.cpu.Choice, "forward", wrong)
+    monkeypatch.setattr(native.cpu.Plan, "forward", wrong)
     with pytest.raises(AssertionError):
         fuzz.run(200, seed=1)
     script = capsys.readouterr().err.rpartition("A script that shows it:")[

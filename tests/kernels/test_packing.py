@@ -20,8 +20,8 @@ from helpers import close, in_threads
 from torch import Tensor, nn
 
 import snnlstm
-from snnlstm.call import CellOptions
-from snnlstm.native import packing
+from snnlstm.native import cpu
+from snnlstm.options import CellOptions
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -30,16 +30,16 @@ pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 def packings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Gives a test a cache of its own; returns the numbers of the forms that are packed."""
     packed: list[int] = []
-    addresses = packing.Packed.addresses
+    addresses = cpu.Packed.addresses
 
-    def noting(self, core, forms):
+    def noting(self, a_pass):
         before = set(self.forms)
-        found = addresses(self, core, forms)
+        found = addresses(self, a_pass)
         packed.extend(number for number, _ in set(self.forms) - before)
         return found
 
-    monkeypatch.setattr(packing, "_packed", type(packing._packed)())
-    monkeypatch.setattr(packing.Packed, "addresses", noting)
+    monkeypatch.setattr(cpu, "_packed", type(cpu._packed)())
+    monkeypatch.setattr(cpu.Packed, "addresses", noting)
     return packed
 
 
@@ -213,32 +213,35 @@ def test_python_threads_that_share_a_weight(packings):
 def test_two_threads_that_pack_at_once_read_one_form():
     """The form that was packed first stays, because another thread may read its address."""
     weight = torch.rand(4, 3, 3, 3)
-    packed, others = packing.Packed(weight), []
+    packed, others = cpu.Packed(weight), []
 
     class Core:
+        def forms(self):
+            return [(0, "form", 64)]
+
         def pack(self, *arguments):
             if not others:  # another thread begins later, and ends first
                 others.append(None)
-                others[0] = packed.addresses(Core(), [(0, "form", 64)])
+                others[0] = packed.addresses(cpu._Pass(Core(), "isa", 0))
 
-    found = packed.addresses(Core(), [(0, "form", 64)])
-    assert [found, *others] == [{"weight": packed.forms[0, "form"].data_ptr()}] * 2
+    found = packed.addresses(cpu._Pass(Core(), "isa", 0))
+    assert [found, *others] == [{"weight": packed.forms[0, "isa:form"].data_ptr()}] * 2
 
 
 def test_an_entry_dies_with_its_weight():
     cell, x = make(), image()
     call(cell, x)
-    assert len(packing._packed) == 1
+    assert len(cpu._packed) == 1
     conv = cell.conv
     cell.conv = copy.deepcopy(conv)
     call(cell, x)
-    assert len(packing._packed) == 2
+    assert len(cpu._packed) == 2
     del conv
     gc.collect()
-    assert len(packing._packed) == 1
+    assert len(cpu._packed) == 1
     del cell
     gc.collect()
-    assert len(packing._packed) == 0
+    assert len(cpu._packed) == 0
 
 
 def test_temporary_weights_leave_nothing_behind():
@@ -249,7 +252,7 @@ def test_temporary_weights_leave_nothing_behind():
         out[2].sum().backward()
     del out
     gc.collect()
-    assert len(packing._packed) == 0
+    assert len(cpu._packed) == 0
 
 
 @torch.no_grad()
@@ -267,8 +270,8 @@ def test_weights_that_are_views_of_one_buffer(packings):
     assert len(packings) == 2 * len(set(packings))
     for offset in range(20):
         step(offset)
-    (places,) = packing._packed.values()
-    assert len(places) == packing._MOST_PLACES
+    (places,) = cpu._packed.values()
+    assert len(places) == cpu._MOST
 
 
 def test_an_old_value_is_not_kept():
@@ -276,7 +279,7 @@ def test_an_old_value_is_not_kept():
     for _ in range(3):
         call(cell, x)[2].sum().backward()
         cell.conv.weight.data.mul_(1.1)
-    (places,) = packing._packed.values()
+    (places,) = cpu._packed.values()
     (entry,) = places.values()
     assert len(entry.forms) <= 6  # three forms for each direction
 

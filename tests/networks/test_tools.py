@@ -59,7 +59,7 @@ def torchs_(net: nn.Module, x: Tensor) -> Any:
 def test_tools_see_what_they_see_in_snntorchs_cell(
     tool: Callable[..., Any], caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snnlstm.run, "_logged", set())
+    monkeypatch.setattr(snnlstm.path, "_logged", set())
     (x, _), *_ = NETWORKS["explicit"].batches()
     theirs, ours = twins(ExplicitStates)
     found = tool(ours, x)

@@ -50,7 +50,7 @@ def test_it_changes_neither_results_nor_paths(backend, caplog):
     expected = other(X)
     with snnlstm.spike_rates(one, show=False) as rates:
         close(one(X), expected, atol=0)
-    assert one.plan == other.plan
+    assert one.report == other.report
     backend.check(one[0].path)
     assert rates["0"].chances == 4 * 2 * 3 * 3 * 3
     assert not any("Sequential runs" in record.getMessage() for record in caplog.records)

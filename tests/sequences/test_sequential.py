@@ -56,7 +56,7 @@ def states_of(net):
     ]
 
 
-def equals_the_loop(net, x, ways, atol=2e-6):
+def equals_the_loop(net, x, kinds, atol=2e-6):
     """Compares two runs of both; the second run starts from the states of the first."""
     one, other = snnlstm.Sequential(*copy.deepcopy(net)), net
     torch.manual_seed(5)
@@ -69,7 +69,7 @@ def equals_the_loop(net, x, ways, atol=2e-6):
         sum(map(total, actual)).backward()
         sum(map(total, expected)).backward()
         same_gradients(one, other)
-    assert [way.kind for way in one.plan] == ways.split()
+    assert [layer.kind for layer in one.report] == kinds.split()
     return one
 
 
@@ -166,9 +166,9 @@ NETS = {
 
 @pytest.mark.parametrize("name", NETS)
 def test_it_equals_the_loop_in_training(name):
-    make, ways = NETS[name]
+    make, kinds = NETS[name]
     torch.manual_seed(0)
-    equals_the_loop(nn.Sequential(*make()), X, ways)
+    equals_the_loop(nn.Sequential(*make()), X, kinds)
 
 
 IN_EVALUATION = {
@@ -213,13 +213,13 @@ def test_layers_that_change_under_way_take_effect():
     expected = loop(copy.deepcopy(net), X)
     calls.clear()
     close(one(X), expected)
-    assert [way.reason for way in one.plan] == 3 * ["it carries hooks"]
+    assert [layer.reason for layer in one.report] == 3 * ["it carries hooks"]
     assert calls == 3 * T * [N]  # a hook sees each step, as in the loop
     net[0]._forward_hooks.clear()
     net[0].forward = lambda x: torch.cat([x, x[:, :1] * x.mean()], 1)  # mixes samples
     expected = loop(copy.deepcopy(net), X)
     close(one(X), expected)
-    assert one.plan[0].reason == "its forward was replaced"
+    assert one.report[0].reason == "its forward was replaced"
 
 
 def test_global_hooks_are_called_at_every_step():
@@ -231,7 +231,7 @@ def test_global_hooks_are_called_at_every_step():
     finally:
         handle.remove()
     assert seen.count(nn.Tanh) == T
-    assert net.plan[0].reason == "global module hooks are registered"
+    assert net.report[0].reason == "global module hooks are registered"
 
 
 class Louder(snnlstm.SConv2dLSTM):
@@ -261,13 +261,13 @@ def test_subclasses_are_known_by_their_forward():
         spk = other[1][1](other[1][0](other[0](x))[0])
         outs.append(other[2](spk))
     close(net(X), torch.stack(outs))
-    assert [(way.name, way.layer, way.kind) for way in net.plan] == [
+    assert [(layer.name, layer.layer, layer.kind) for layer in net.report] == [
         ("0", "Louder", "step"),
         ("1.0", "Renamed", "sequence"),
         ("1.1", "ReLU", "fold"),
         ("2", "Residual", "step"),
     ]
-    assert net.plan[0].reason == "its class has a forward of its own"
+    assert net.report[0].reason == "its class has a forward of its own"
 
 
 def test_a_sequential_within_a_sequential():
@@ -278,7 +278,7 @@ def test_a_sequential_within_a_sequential():
     one[0].register_forward_hook(lambda module, args, out: calls.append(args[0].shape))
     one(X)
     assert calls == [X.shape]
-    assert [way.kind for way in one.plan] == ["sequence", "fold"]
+    assert [layer.kind for layer in one.report] == ["sequence", "fold"]
 
 
 def test_a_sequential_with_hooks_keeps_its_order_of_dimensions():
@@ -296,7 +296,7 @@ def test_layers_that_share_a_state_are_run_step_by_step(tied, name, caplog):
     net = [cell, nn.Tanh(), cell] if tied == "cell" else [nn.Sequential(norm, cell), norm]
     one = equals_the_loop(nn.Sequential(*net), X, "step step step")
     reason = f"layer {name} is in several places and may keep a state"
-    assert {way.reason for way in one.plan} == {reason}
+    assert {layer.reason for layer in one.report} == {reason}
     where = "0" if tied == "cell" else "0.1"
     said = f"Sequential runs layer {where} (SConv2dLSTM) step by step: {reason}"
     assert caplog.messages[0] == said
@@ -327,7 +327,7 @@ def test_it_is_an_nn_sequential():
     assert list(one.state_dict()) == list(net.state_dict())
     assert one[0] is net[0]
     assert type(one[:2]) is snnlstm.Sequential
-    assert one.plan is None
+    assert one.report is None
     one(X)
     close(pickle.loads(pickle.dumps(one))(X), one(X))
 
@@ -363,7 +363,7 @@ def test_of_keeps_names_and_mode():
     assert not one.training
     expected = loop(copy.deepcopy(net), X)
     close(one(X), expected)
-    assert [way.name for way in one.plan] == ["cell", "relu", "flat", "again"]
+    assert [layer.name for layer in one.report] == ["cell", "relu", "flat", "again"]
 
 
 def test_an_empty_one_returns_its_input():
@@ -399,7 +399,7 @@ def test_accelerate_works_on_it_and_fallbacks_of_cells_are_logged_once(caplog):
     utils.reset(net)
     assert snnlstm.accelerate(net).swapped == ("0",)
     first = net(X)
-    assert net.plan[0].kind == "sequence"
+    assert net.report[0].kind == "sequence"
     utils.reset(net)
     close(net(X), first)
     assert not torch.equal(before[0], first[0])  # utils.reset reached the cells
@@ -409,7 +409,7 @@ def test_of_a_tuple_the_next_layer_gets_the_first_item():
     net = nn.Sequential(nn.MaxPool2d(2, return_indices=True), nn.Identity(), nn.LSTM(3, 5))
     one = snnlstm.Sequential(*net[:2])
     close(one(X), loop(net[:2], X))
-    assert one.plan[0].reason == "it returns indices"
+    assert one.report[0].reason == "it returns indices"
     x = torch.rand(T, N, 2, 3)
     out, (h, c) = snnlstm.Sequential(net[2])(x)  # a tuple in a tuple
     expected = [net[2](step) for step in x]

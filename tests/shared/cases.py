@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from snnlstm import surrogate
-from snnlstm.call import CellOptions
+from snnlstm.options import CellOptions
 from snnlstm.quant import StateQuant, state_quant
 
 SURROGATES = (

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import snnlstm
-import snnlstm.run
+import snnlstm.path
 
-native = snnlstm.run._native
+native = snnlstm.path._native
 ISAS: list[str] = snnlstm._C.isa_names() if native else []
 
 

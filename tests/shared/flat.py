@@ -2,29 +2,37 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 import snnlstm
-import snnlstm.run
-from snnlstm.call import make_call
+import snnlstm.path
+from snnlstm.call import Call, make_call
 
-_native = snnlstm.run._native
-_autograd = snnlstm.run._autograd
+_native = snnlstm.path._native
+_function = snnlstm.path._function
 _last = ""
 
 Three = tuple[Tensor, Tensor, Tensor]
 
 
+def call_of(arguments: Sequence) -> Call:
+    """Makes the call of seven tensors and the options."""
+    *tensors, options = arguments
+    traced = torch.compiler.is_compiling()
+    return Call(*tensors, options) if traced else make_call(tuple(tensors), options)
+
+
 def reference(*arguments) -> Three:
     """Returns spk, syn and mem, computed by plain torch."""
-    return snnlstm.reference.run(make_call(arguments))
+    return snnlstm.reference.run(call_of(arguments))
 
 
 def run(*arguments) -> Three:
     """Returns spk, syn and mem of the kernels; the last argument may be an algorithm."""
     global _last
     *_, algorithm = (*arguments, "auto")[:9]
-    *out, name = _autograd.run(make_call(arguments[:8]), algorithm)
+    *out, name = _function.run(call_of(arguments[:8]), algorithm)
     if name is not None:
         _last = name
     return tuple(out)
@@ -39,13 +47,14 @@ def forward(*arguments):
     """Runs the forward kernels alone; `training` and the algorithm follow the other arguments."""
     global _last
     *tensors, training, algorithm = arguments
-    call = make_call(tuple(tensors))
-    choice = _native.choose(call, algorithm)
-    _last = choice.name
-    return choice.forward(call, training)
+    call = call_of(tensors)
+    result = _native.plan_of(call, algorithm).forward(call, training)
+    _last = result.name
+    return result
 
 
-def backward(arguments: Sequence, saved, grads: Sequence[Tensor | None], wanted, algorithm: str):
-    """Runs the backward kernels alone, on the tensors that :func:`forward` saved."""
-    call = make_call(arguments)
-    return _native.choose(call, algorithm).backward(call, saved, grads, wanted)
+def backward(arguments: Sequence, result, grads: Sequence[Tensor | None], wanted, algorithm: str):
+    """Runs the backward kernels alone, behind a call of :func:`forward` with this result."""
+    call = call_of(arguments)
+    plan = _native.plan_of(call, algorithm)
+    return plan.backward(call, result.saved, grads, wanted, result.decided, result.packed)

@@ -10,7 +10,7 @@ from cases import Case, Inputs, wanting_gradients
 from oracle import decisions, steps_of
 from torch import Tensor
 
-from snnlstm.call import CellOptions
+from snnlstm.options import CellOptions
 
 NAMES = ("x", "syn", "mem", "weight", "bias", "threshold")
 OUTPUTS = ("spk", "syn", "mem")

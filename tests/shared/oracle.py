@@ -17,7 +17,7 @@ from cases import Case, Inputs
 from torch import Tensor
 
 from snnlstm import surrogate
-from snnlstm.call import CellOptions
+from snnlstm.options import CellOptions
 
 
 def assert_quantised(value: Tensor, exact: Tensor, levels: Tensor, band: float) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from snnlstm.native import cpu, memory, packing, tensors
+from snnlstm.native import cpu, memory, tensors
 
 NAN = 0xFF  # as float32, float64: NaN; as int64: -1
 HUGE = 0x7F  # as float32, float64: 3.4e38, 1.4e306; as int64: 9.2e18
@@ -78,12 +78,12 @@ def poisoned(pattern: int) -> Iterator[_Fenced]:
         return fenced.new(tuple(shape), tuple(strides), dtype or self.dtype)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cpu, packing, tensors):
+        for module in (cpu, tensors):
             patch.setattr(module, "torch", Torch())
         patch.setattr(memory, "empty", lambda shape, dtype: contiguous(shape, dtype=dtype))
         patch.setattr(Tensor, "new_empty", new_empty)
         patch.setattr(Tensor, "new_empty_strided", new_empty_strided)
         patch.setattr(memory, "_thread", threading.local())  # a workspace of its own
-        patch.setattr(packing, "_packed", WeakKeyDictionary())
+        patch.setattr(cpu, "_packed", WeakKeyDictionary())
         yield fenced
     fenced.check()

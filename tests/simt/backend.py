@@ -27,8 +27,8 @@ import torch
 from builder import HERE, ROOT, build
 from emulator import EmulationError, Emulator, symbolise
 
+from snnlstm.native import backend as native
 from snnlstm.native import cuda
-from snnlstm.native import kernels as native
 
 # Programs that import this module without pytest find the modules of tests/shared, too.
 sys.path.append(str(HERE.parent / "shared"))
@@ -48,7 +48,7 @@ def _readable_reports() -> Iterator[None]:
         raise EmulationError(symbolise(str(error))) from None
 
 
-class Emulated(cuda.Kernels):
+class Emulated(cuda.Backend):
     """The CUDA backend without a GPU, of which tests say what the core knows.
 
     `algorithm` takes the place of what leaves the choice to an estimate, unless it is "auto";
@@ -110,12 +110,12 @@ class Core(Emulator):
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Within the block, snnlstm's native path for CPU tensors is this core."""
-        before = native.HALVES["cpu"]
-        native.HALVES["cpu"] = self.kernels
+        before = native.BACKENDS["cpu"]
+        native.BACKENDS["cpu"] = self.kernels
         try:
             yield
         finally:
-            native.HALVES["cpu"] = before
+            native.BACKENDS["cpu"] = before
 
 
 @contextlib.contextmanager

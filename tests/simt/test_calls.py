@@ -89,7 +89,7 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 77, raising=False)
     calls = []
 
-    class Noted(cuda.Kernels):
+    class Noted(cuda.Backend):
         def core_plan(self, *facts):
             return Noting(super().core_plan(*facts), guarded, calls)
 
@@ -100,7 +100,7 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
         return core.module.CudaDevice(80, 108, 163 * 1024)
 
     monkeypatch.setattr(core.module, "cuda_device", device, raising=False)
-    monkeypatch.setitem(native.HALVES, "cpu", Noted(core.module))
+    monkeypatch.setitem(native.BACKENDS, "cpu", Noted(core.module))
     train(TRAINED, TRAINED.inputs(), algorithm)
     packed = set() if algorithm == "pointwise" else {"pack"}
     assert {name for name, *_ in calls} == {"forward", "backward", "store_levels"} | packed
@@ -198,7 +198,7 @@ def test_one_algorithm_reads_what_the_other_saved(core):
         for first, second in permutations(("direct", "pointwise", "hybrid", "resident"), 2):
             call = (*inputs, options)
             result = flat.forward(*call, True, first)
-            found.append(flat.backward(call, result.saved, graded, (True,) * 6, second))
+            found.append(flat.backward(call, result, graded, (True,) * 6, second))
     for gradients in found[1:]:
         for one, other in zip(found[0], gradients, strict=True):
             torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)

@@ -147,7 +147,7 @@ def test_the_shortest_run_after_the_first_counts(monkeypatch):
     def run() -> None:
         Event.now += next(times)
 
-    assert cuda.Kernels(None).seconds(run) == pytest.approx(7e-3)
+    assert cuda.Backend(None).seconds(run) == pytest.approx(7e-3)
     assert list(times) == []
 
 
@@ -157,13 +157,13 @@ def test_an_algorithm_that_does_not_fit_into_memory_is_not_taken(monkeypatch):
     def run() -> None:
         raise torch.cuda.OutOfMemoryError
 
-    assert cuda.Kernels(None).seconds(run) == float("inf")
+    assert cuda.Backend(None).seconds(run) == float("inf")
 
 
 def test_nothing_is_timed_in_a_capture_nor_where_runs_must_be_the_same(monkeypatch):
     capturing = SimpleNamespace(now=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing.now)
-    kernels = cuda.Kernels(None)
+    kernels = cuda.Backend(None)
     assert kernels.may_measure()
     capturing.now = True
     assert not kernels.may_measure()

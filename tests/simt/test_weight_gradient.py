@@ -15,10 +15,9 @@ import torch
 from cases import Case
 from modes import MODES, PLAIN, Mode
 
-import snnlstm.run
-from snnlstm.call import make_call
+import snnlstm.path
 from snnlstm.native import cuda
-from snnlstm.native.tensors import Saved
+from snnlstm.native.tensors import Result, Saved
 
 BOTH = (False, False, False, True, True, False)
 
@@ -33,7 +32,7 @@ class Given:
         images = (self.positive(t.shape).to(t.dtype) for t in inputs[:3])
         self.call = (*images, *inputs[3:], self.case.options)
         with mode.running(core):
-            plan = snnlstm.run._native.choose(make_call(self.call), "direct")
+            plan = snnlstm.path._native.plan_of(flat.call_of(self.call), "direct")
         gates, syn, winner = plan.saved_shapes
         gates, syn = (self.positive(shape).to(dtype) for shape, dtype in (gates, syn))
         channels = torch.arange(syn.shape[-1]) < case.channels
@@ -47,7 +46,8 @@ class Given:
 
     def backward(self, wanted=BOTH, algorithm: str = "direct"):
         with self.mode.running(self.core):
-            return flat.backward(self.call, self.saved, self.grads, wanted, algorithm)
+            result = Result(*self.call[:3], self.saved)
+            return flat.backward(self.call, result, self.grads, wanted, algorithm)
 
     def summed(self, monkeypatch) -> tuple[torch.Tensor, torch.Tensor]:
         """mem before each step, (T, N, Cp, Ho, Wo), and d_gates, (T, N, Ho * Wo, 4, Cp)."""

@@ -23,7 +23,7 @@ from emulator import Counts  # noqa: E402
 from modes import FORWARD as MODES  # noqa: E402
 from modes import Mode  # noqa: E402
 
-from snnlstm.call import CellOptions  # noqa: E402
+from snnlstm.options import CellOptions  # noqa: E402
 
 STEP = CellOptions((3, 3))
 # The benchmark suite's layers, with as many samples as the emulation can run.

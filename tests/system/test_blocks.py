@@ -145,7 +145,7 @@ def test_the_cache_may_be_emptied_while_another_thread_takes_its_workspace(monke
 
 def test_training_hands_its_blocks_back():
     cell = snnlstm.SConv2dLSTM(2, 32, 3, threshold=0.1)
-    if snnlstm.run._native is None:
+    if snnlstm.path._native is None:
         pytest.skip("the core is not built")
     x = torch.rand(12, 4, 2, 32, 32)
     addresses = set()

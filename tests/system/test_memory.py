@@ -135,11 +135,11 @@ def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_tim
 def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):
     sizes = set()
     for time in (20, 60, 200):  # shorter sequences have fewer parts of the weight gradient
-        call = make_call((*PLAIN.but(time=time).inputs(), PLAIN.options))
-        choice = native.choose(call, kernels.algorithm)
+        call = make_call(PLAIN.but(time=time).inputs(), PLAIN.options)
+        plan = native.plan_of(call, kernels.algorithm)
         counters = 2 * 64 * time  # a step counts its tasks, and the tasks that fold its sums
-        _, _, size = choice.way.backward(grad_x=True, weight=True)
-        sizes.add(size - counters)
+        backward = plan._backward_pass(plan.forward(call, True).decided, True, True)
+        sizes.add(backward.workspace - counters)
     assert len(sizes) == 1
 
 
@@ -191,8 +191,8 @@ def test_a_segment_that_is_computed_again_takes_the_memory_of_the_one_before(ker
         return result
 
     out = kernels.run(*wanting_gradients(case.inputs()), case.options)
-    forward = native.cpu.Choice.forward
+    forward = native.cpu.Plan.forward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native.cpu.Choice, "forward", watched)
+        patch.setattr(native.cpu.Plan, "forward", watched)
         out[0].sum().backward()
     assert len(held) > 5

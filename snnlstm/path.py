@@ -20,7 +20,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from . import reference
-from .call import PLAIN, Call, CellOptions
+from .call import PLAIN, Call
+from .options import CellOptions
 from .quant import StateQuant
 from .settings import get_algorithm
 from .surrogate import Surrogate
@@ -67,10 +68,10 @@ _NATIVE_REASON = "the native kernels cover this call"
 _WHOLE_GATES = "they cover this call, and keep whole gates: checkpoint='gates' is for the CPU"
 
 try:
-    from .native import autograd as _autograd
-    from .native import kernels as _native
+    from .native import backend as _native
+    from .native import function as _function
 except ImportError as error:
-    _native = _autograd = None  # type: ignore[assignment]
+    _native = _function = None  # type: ignore[assignment]
     if find_spec(f"{__package__}._C") is not None:
         _MISSING = f"the compiled core does not load: {error}"
 
@@ -167,7 +168,7 @@ def _reason_against_now(call: Call) -> Path | None:
         weight, bias = x, None
     if torch._C._are_functorch_transforms_active():
         return Path("reference", "a torch.func transform is active")
-    if call.signature is not None:  # torch.compile does not trace
+    if not call.traced:
         if not _PLAIN.issuperset(map(type, (x, syn, mem, weight, bias, threshold, graded))):
             return Path("reference", "a tensor is of a subclass")
         if torch._C._get_tracing_state() is not None or _get_mode(_PROXY) is not None:
@@ -212,7 +213,7 @@ def _reason_against_options(call: Call) -> str | None:
 
 def _reason_against_like(call: Call) -> Path | None:
     """Why the reference path must run: reasons that hold for all like calls."""
-    notes = {} if call.signature is None else call.signature.notes
+    notes = {} if call.traced else call.signature.notes
     if "fallback" not in notes:
         device, reason = call.x.device.type, _reason_against_options(call)
         fallback = None if reason is None else Path("reference", reason, slow=True)
@@ -235,14 +236,14 @@ def path_of(call: Call) -> Path:
         return like
     if _native is None:
         return Path("reference", _MISSING, slow=True, general=True)
-    path = _path_of_device(call.x.device)
+    path = _path_of_device(call.x.device, call.traced)
     reason = _native.reason_against(call) if path.native else None
     return path if reason is None else Path("reference", reason, slow=True)
 
 
-def _path_of_device(device: torch.device) -> Path:
+def _path_of_device(device: torch.device, traced: bool) -> Path:
     """The path that the GPU, its driver and the build of the core allow."""
-    reason = None if device.type == "cpu" else _native.reason_against_device(device)
+    reason = None if device.type == "cpu" else _native.reason_against_device(device, traced)
     if reason is not None:
         return Path("reference", reason, slow=True, general=True)
     return _NATIVE_PATHS[device.type]
@@ -256,8 +257,8 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor, Path]:
     path = path_of(call)
     if not path.native:
         return (*reference.run(call), path)
-    assert _autograd is not None
-    spk, syn, mem, name = _autograd.run(call, get_algorithm())
+    assert _function is not None
+    spk, syn, mem, name = _function.run(call, get_algorithm())
     reason = _NATIVE_REASON
     if call.options.checkpoint == "gates" and call.x.device.type != "cpu":
         reason = _WHOLE_GATES
@@ -274,8 +275,6 @@ def log_fallback(path: Path, seen: set[str], cell: nn.Module | None = None) -> N
     logged once per process. The hooks that tools set on every module, to count operations or to
     print summaries, are such a reason.
     """
-    if torch.compiler.is_compiling() or not path.slow:
-        return
     if path.reason in _logged if path.general else seen:
         return
     (_logged if path.general else seen).add(path.reason)

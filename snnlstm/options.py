@@ -1,0 +1,314 @@
+"""The options of a cell, and the check of each: what describes a cell besides its tensors.
+
+A check returns the argument in its normal form or raises: TypeError for a wrong type, ValueError
+for a wrong value. The message names the argument, what came and what is accepted. Nothing is
+modified before all checks have passed. The numbers by which the core knows options stand here too,
+each once (csrc/args.h).
+"""
+
+from __future__ import annotations
+
+from ast import literal_eval
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from numbers import Integral
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from .quant import StateQuant
+from .snntorch import recognise_quant, recognise_surrogate
+from .surrogate import NONE, Surrogate, atan
+
+__all__ = ["CellOptions", "Pool", "Reset", "make_options"]
+
+Reset = Literal["subtract", "zero", "none"]
+Pool = Literal["none", "max", "avg"]
+Checkpoint = bool | Literal["gates"]
+
+RESETS: tuple[Reset, ...] = ("subtract", "zero", "none")
+"""The reset mechanisms; the position is ``reset_mechanism_val`` in a state_dict."""
+POOLS: tuple[Pool, ...] = ("none", "max", "avg")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""The dtypes of weight and states."""
+NAMES_OF_DTYPES = ", ".join(map(str, DTYPES))
+
+
+def are_ours(surrogate: Any, quant: Any) -> bool:
+    """Whether the kernels know a surrogate and a quantiser; a subclass of ours may differ."""
+    return type(surrogate) is Surrogate and type(quant) in (StateQuant, type(None))
+
+
+@dataclass(frozen=True)
+class CellOptions:
+    """What a cell computes, besides its tensors.
+
+    Frozen and hashable, so that it can key a cache; it holds no tensor of the computation.
+    :class:`snnlstm.SConv2dLSTM` documents the arguments that the options come from. Pairs are
+    (height, width). The padding is always ``dilation * (kernel_size - 1) / 2`` and the state of an
+    image of H x W is ``ceil(H / stride[0])`` x ``ceil(W / stride[1])``.
+    """
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)  # of the input half; the recurrent half has stride 1
+    dilation: tuple[int, int] = (1, 1)
+    reset: Reset = "none"
+    pool: Pool = "none"
+    pool_size: tuple[int, int] = (1, 1)  # kernel and stride; (1, 1) without pooling
+    surrogate: Any = NONE  # a callable that is no Surrogate needs the reference path
+    quant: Any = None  # a callable that is no StateQuant needs the reference path
+    inhibition: bool = False
+    sequence: bool = False  # x is (T, N, Cin, H, W), spk (T, N, C, Hp, Wp); otherwise 4-D
+    record: bool = False  # syn and mem are returned for every step, (T, N, C, Ho, Wo)
+    checkpoint: Checkpoint = False
+    operands: torch.dtype | None = None  # under autocast the convolution's type, if it is a half
+    # All but the operands, as an operator of torch.library takes them: from_text() reads it.
+    text: str = field(default="", init=False, repr=False, compare=False)
+
+    def __hash__(self) -> int:
+        # Every call looks its options up, so the hash is computed once.
+        found = self.__dict__.get("_hash")
+        if found is None:
+            found = hash(tuple(getattr(self, f.name) for f in fields(self) if f.compare))
+            object.__setattr__(self, "_hash", found)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hashes of strings differ between processes.
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Zeros on each side that keep the image size, height first."""
+        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
+        return dh * (kh - 1) // 2, dw * (kw - 1) // 2
+
+    def state_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of syn and mem for an image of `height` x `width`."""
+        sh, sw = self.stride
+        return -(-height // sh), -(-width // sw)
+
+    def __post_init__(self) -> None:
+        # torch.compile may take numbers for symbols, so a cell's text is made before it traces.
+        if are_ours(self.surrogate, self.quant):
+            spike, quant = self.surrogate, self.quant
+            described = (
+                self.kernel_size, self.stride, self.dilation, self.reset, self.pool, self.pool_size,
+                (spike.kind, spike.p0, spike.p1), self.inhibition, self.sequence, self.record,
+                self.checkpoint,
+            )  # fmt: skip
+            text = f"{described};{quant.text if quant else ''}"
+            object.__setattr__(self, "text", text)
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def from_text(text: str, operands: torch.dtype | None = None) -> CellOptions:
+        """The options whose ``text`` this is, with `operands`."""
+        described, _, quant = text.partition(";")
+        values: list[Any] = [*literal_eval(described)]
+        values[6:7] = Surrogate(*values[6]), StateQuant.from_text(quant) if quant else None
+        return replace(CellOptions(*values), operands=operands)
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Check a yes-or-no argument: a bool, or one of the ints 0 and 1."""
+    if isinstance(value, bool) or (isinstance(value, Integral) and value in (0, 1)):
+        return bool(value)
+    if type(value).__name__ in ("bool", "bool_"):  # NumPy's bools, whose import this spares
+        return bool(value)
+    raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+def a_module(name: str, value: Any) -> nn.Module:
+    """Check a model."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be an nn.Module, got {type(value).__name__}")
+    return value
+
+
+def integer(name: str, value: Any) -> int:
+    """Check an int that is at least 1."""
+    if not _is_int(value):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
+
+
+def pair(name: str, value: Any, lengths: tuple[int, ...] = (2,), also: str = "") -> tuple[int, int]:
+    """Check an int or a sequence of ints, each at least 1; returns (height, width).
+
+    `also` says what else the argument accepts.
+    """
+    both = (value, value) if _is_int(value) else value
+    ints = isinstance(both, (tuple, list)) and all(map(_is_int, both))
+    if not ints or len(both) not in lengths:
+        kind = ValueError if ints else TypeError
+        raise kind(f"{name} must be an int or a tuple of two ints, got {value!r}")
+    if min(both) < 1:
+        raise ValueError(f"{name} must be at least 1{also}, got {value!r}")
+    if max(both) >= 2**31:  # the core's ints
+        raise ValueError(f"{name} must be less than 2**31, got {value!r}")
+    return int(both[0]), int(both[-1])
+
+
+def kernel(name: str, value: Any) -> tuple[int, int]:
+    """Check a kernel size: odd, so that one padding keeps the size of the state."""
+    size = pair(name, value)
+    if size[0] % 2 == 0 or size[1] % 2 == 0:
+        raise ValueError(
+            f"{name} must be odd, got {value!r}: the recurrent convolution has to keep the "
+            "size of the state, and with an even kernel no symmetric padding does"
+        )
+    return size
+
+
+def pooling(max_pool: Any, avg_pool: Any) -> tuple[Pool, tuple[int, int]]:
+    """Check both pooling arguments; anything falsy is off."""
+    if max_pool and avg_pool:
+        raise ValueError(
+            "Only one of either `max_pool` or `avg_pool` may be specified, not both: got "
+            f"max_pool={max_pool!r} and avg_pool={avg_pool!r}"
+        )
+    for kind, value in (("max", max_pool), ("avg", avg_pool)):
+        if value:
+            # torch's pools accept one int in a tuple, too.
+            size = pair(f"{kind}_pool", value, lengths=(1, 2), also=", or 0 for none")
+            if size != (1, 1):
+                return cast(Pool, kind), size
+    return "none", (1, 1)
+
+
+def reset_mechanism(value: Any) -> Reset:
+    """Check the name of a reset mechanism."""
+    if value not in RESETS:
+        raise ValueError(
+            f"reset_mechanism must be set to either 'subtract', 'zero', or 'none', got {value!r}"
+        )
+    return cast(Reset, value)
+
+
+def reset_mechanism_val(value: Tensor) -> Reset | None:
+    """Check the number of a reset mechanism; None for a tensor without data."""
+    if value.is_meta:
+        return None
+    if value.numel() != 1 or value.item() not in range(len(RESETS)):
+        raise ValueError(f"reset_mechanism_val must be 0, 1 or 2, got {value}")
+    return RESETS[int(value)]
+
+
+def checkpoint_way(value: Any) -> Checkpoint:
+    """Check `checkpoint`: a yes-or-no argument, or "gates"."""
+    if isinstance(value, str) and value == "gates":
+        return "gates"
+    try:
+        return flag("checkpoint", value)
+    except TypeError:
+        raise TypeError(f"checkpoint must be a bool or 'gates', got {value!r}") from None
+
+
+def surrogate(spike_grad: Any, disable: bool = False) -> Surrogate | Callable[[Tensor], Tensor]:
+    """Check `spike_grad`; snnTorch's closures become the :class:`Surrogate` of their kind."""
+    if spike_grad is not None and not callable(spike_grad):
+        raise TypeError(
+            "spike_grad must be a callable such as snnlstm.surrogate.atan(), or None, "
+            f"got {spike_grad!r}"
+        )
+    if disable:
+        return NONE
+    return atan() if spike_grad is None else recognise_surrogate(spike_grad)
+
+
+def quantiser(state_quant: Any) -> StateQuant | Callable[[Tensor], Tensor] | None:
+    """Check `state_quant`; None, False and 0 are off, snnTorch's closures are recognised."""
+    if state_quant is None or (isinstance(state_quant, int) and not state_quant):
+        return None
+    if not callable(state_quant):
+        raise TypeError(
+            "state_quant must be a callable such as snnlstm.quant.state_quant(), or False, "
+            f"got {state_quant!r}"
+        )
+    return recognise_quant(state_quant)
+
+
+def dtype_or_none(name: str, value: Any) -> torch.dtype | None:
+    """Check a dtype of the module."""
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype or None, got {value!r}")
+    if value is not None and value not in DTYPES:
+        raise ValueError(f"{name} must be one of {NAMES_OF_DTYPES}, got {value}")
+    return value
+
+
+def device_or_none(name: str, value: Any) -> torch.device | None:
+    """Check a device of the module."""
+    if value is None:
+        return None
+    try:
+        return torch.device(value)
+    except (TypeError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} must be a torch.device or its name, got {value!r}") from error
+
+
+def make_options(
+    kernel_size: Any,
+    *,
+    stride: Any,
+    dilation: Any,
+    reset: Any,
+    max_pool: Any,
+    avg_pool: Any,
+    surrogate: Surrogate | Callable[[Tensor], Tensor],
+    quant: StateQuant | Callable[[Tensor], Tensor] | None,
+    inhibition: Any,
+    checkpoint: Any,
+    sequence: bool = False,
+    record: bool = False,
+) -> CellOptions:
+    """Check what describes a cell, and put it into its normal form.
+
+    `surrogate` and `quant` come from the checks of these names.
+    """
+    pool, pool_size = pooling(max_pool, avg_pool)
+    return CellOptions(
+        kernel_size=kernel("kernel_size", kernel_size),
+        stride=pair("stride", stride),
+        dilation=pair("dilation", dilation),
+        reset=reset_mechanism(reset),
+        pool=pool,
+        pool_size=pool_size,
+        surrogate=surrogate,
+        quant=quant,
+        inhibition=flag("inhibition", inhibition),
+        sequence=sequence,
+        record=record,
+        checkpoint=checkpoint_way(checkpoint),
+    )
+
+
+# The cache is typed, because stride=True, an error, must not find what stride=1 left.
+_cached_options = lru_cache(maxsize=256, typed=True)(make_options)
+
+
+def options_of_arguments(*, surrogate: Any, quant: Any, traced: bool, **others: Any) -> CellOptions:
+    """:func:`make_options`, once for equal arguments.
+
+    Foreign callables stay out of the cache, which would keep them alive.
+    """
+    if are_ours(surrogate, quant) and not traced:
+        hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in others.items()}
+        try:
+            return _cached_options(surrogate=surrogate, quant=quant, **hashable)
+        except TypeError:  # a wrong type, or one without a hash: the checks below name it
+            pass
+    return make_options(surrogate=surrogate, quant=quant, **others)
