@@ -7,6 +7,7 @@ missing or broken is part of the report.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -43,48 +44,17 @@ def is_missing(fact: Any) -> bool:
     return isinstance(fact, str) and fact.startswith(MISSING)
 
 
-def imported(name: str) -> Any:
-    """A module, or why it cannot be imported."""
-    return attempt(lambda: importlib.import_module(name))
-
-
-def module_version(name: str) -> str:
-    """A module's version, or why it cannot be imported."""
-    module = imported(name)
-    return module if is_missing(module) else str(getattr(module, "__version__", "unknown"))
-
-
-def native_facts() -> dict[str, Any]:
-    """What snnlstm._C says of itself. Torch is imported first, so that _C finds its OpenMP."""
-    imported("torch")
-    core = imported("snnlstm._C")
-    if is_missing(core):
-        return {"core": core, "isas": [], "isa": core, "openmp": core, "build": {}}
+def facts_of(name: str, **probes: Callable[[Any], Any]) -> dict[str, Any]:
+    """What each of `probes` finds out from a module, or why it could not."""
+    module = attempt(lambda: importlib.import_module(name))
     return {
-        "core": str(getattr(core, "__file__", "unknown")),
-        "isas": attempt(lambda: list(core.isa_names())),
-        "isa": attempt(lambda: str(core.isa_name())),
-        "openmp": attempt(lambda: str(core.openmp_library())),
-        "build": attempt(lambda: {str(k): str(v) for k, v in dict(core.build_info()).items()}),
+        fact: module if is_missing(module) else attempt(functools.partial(probe, module))
+        for fact, probe in probes.items()
     }
 
 
-def torch_facts() -> dict[str, Any]:
-    """torch's version, threads and GPUs."""
-    torch = imported("torch")
-    if is_missing(torch):
-        return {"version": torch, "cuda": None, "driver": None, "threads": None, "devices": [],
-                "notes": []}  # fmt: skip
-    with warnings.catch_warnings(record=True) as caught:  # a broken driver warns
-        warnings.simplefilter("always")
-        return {
-            "version": attempt(lambda: str(torch.__version__)),
-            "cuda": attempt(lambda: torch.version.cuda),
-            "driver": attempt(cuda_check.driver_version),
-            "threads": attempt(lambda: torch.get_num_threads()),
-            "devices": attempt(lambda: gpus(torch)),
-            "notes": [" ".join(str(w.message).split()) for w in caught],
-        }
+def version(module: Any) -> str:
+    return str(getattr(module, "__version__", "unknown"))
 
 
 def gpus(torch: Any) -> list[dict[str, Any]]:
@@ -99,20 +69,35 @@ def gpus(torch: Any) -> list[dict[str, Any]]:
 
 def collect() -> dict[str, Any]:
     """All facts of the report, ready for JSON."""
-    facts = {
-        "version": module_version("snnlstm.version"),
+    with warnings.catch_warnings(record=True) as caught:  # a broken driver warns
+        warnings.simplefilter("always")
+        torch = facts_of(  # torch comes first, so that snnlstm._C finds torch's OpenMP
+            "torch",
+            version=version,
+            cuda=lambda torch: torch.version.cuda,
+            driver=lambda torch: cuda_check.driver_version(),
+            threads=lambda torch: torch.get_num_threads(),
+            devices=gpus,
+        )
+    facts: dict[str, Any] = {
+        **facts_of("snnlstm.version", version=version),
         "path": str(Path(__file__).resolve().parent),
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "executable": sys.executable,
         "platform": attempt(platform.platform),
-        "numpy": module_version("numpy"),
-        "snntorch": module_version("snntorch"),
-        "devices": attempt(
-            lambda: sorted(importlib.import_module("snnlstm.native.kernels").DEVICES)
-        ),
+        **facts_of("numpy", numpy=version),
+        **facts_of("snntorch", snntorch=version),
+        **facts_of("snnlstm.native.backend", devices=lambda backend: sorted(backend.DEVICES)),
         "forced_isa": os.environ.get("SNNLSTM_ISA"),
-        "native": native_facts(),
-        "torch": torch_facts(),
+        "native": facts_of(
+            "snnlstm._C",
+            core=lambda core: str(getattr(core, "__file__", "unknown")),
+            isas=lambda core: list(core.isa_names()),
+            isa=lambda core: str(core.isa_name()),
+            openmp=lambda core: str(core.openmp_library()),
+            build=lambda core: {str(k): str(v) for k, v in dict(core.build_info()).items()},
+        ),
+        "torch": torch | {"notes": [" ".join(str(w.message).split()) for w in caught]},
     }
     facts["problems"] = problems(facts)
     return facts
@@ -122,8 +107,6 @@ def problems(facts: dict[str, Any]) -> list[str]:
     """What keeps the native kernels from running here, and what to do about it."""
     found = []
     native, torch = facts["native"], facts["torch"]
-    if is_missing(torch["version"]):
-        found.append(f"torch cannot be imported ({torch['version']}): pip install torch")
     if is_missing(native["core"]):
         found.append(NO_CORE if native["core"] == NOT_THERE else BROKEN_CORE + native["core"])
     elif is_missing(native["isa"]):
@@ -132,7 +115,9 @@ def problems(facts: dict[str, Any]) -> list[str]:
         found.append("no OpenMP runtime was found: the kernels run on one thread")
     if is_missing(facts["numpy"]):
         found.append(f"numpy cannot be imported ({facts['numpy']}): pip install numpy")
-    if is_missing(torch["devices"]):
+    if is_missing(torch["version"]):
+        found.append(f"torch cannot be imported ({torch['version']}): pip install torch")
+    elif is_missing(torch["devices"]):
         found.append(f"torch cannot use the GPU ({torch['devices']})")
     elif torch["devices"] and not is_missing(native["core"]):
         found += gpu_problems(native["build"], torch["driver"], torch["devices"])

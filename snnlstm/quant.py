@@ -1,8 +1,8 @@
 """Quantisation of the states to a fixed set of levels, with a straight-through gradient.
 
 :func:`state_quant` makes the same levels as ``snntorch.functional.quant.state_quant`` of
-snntorch 1.0.0, and the object works as ``state_quant`` of any neuron of snnTorch. Where
-snnTorch needs (elements x levels) of memory, this needs little more than the result.
+snntorch 1.0.0, and the object works as ``state_quant`` of any neuron of snnTorch. snnTorch's
+needs (elements x levels) of memory, and this one little more than the result.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from .surrogate import finite_number
 
 __all__ = ["StateQuant", "state_quant"]
 
-# So many elements are quantised at a time: the temporaries of one block fit a core's cache.
-_BLOCK = 1 << 16
+_BLOCK = 1 << 16  # elements of a block: its temporaries fit a core's cache
 
 
 def _first_true(predicate: Callable[[Tensor], Tensor], last: Tensor, count: int) -> Tensor:
     """Binary search: the first index in [0, last] at which a monotone predicate holds.
 
-    `predicate` maps indices to bools, false then true; where it holds nowhere the answer
-    is `last`. `count` is an upper bound of ``last + 1``.
+    `predicate` maps indices to bools, false then true; if it holds nowhere the answer is `last`.
+    `count` is an upper bound of ``last + 1``.
     """
     low, high = torch.zeros_like(last), last
     for _ in range((count - 1).bit_length()):
@@ -56,20 +55,14 @@ def _nearest_sorted(x: Tensor, levels: Tensor) -> Tensor:
 
 
 def _nearest_any(x: Tensor, levels: Tensor) -> Tensor:
-    """As :func:`_nearest_sorted`, for levels in any order, in one pass per level."""
-    index = torch.zeros_like(x, dtype=torch.int64)
-    least = (levels[0] - x).abs()
-    for k in range(1, int(levels.numel())):
-        distance = (levels[k] - x).abs()
-        closer = distance < least
-        index = torch.where(closer, k, index)
-        least = torch.where(closer, distance, least)
-    return index
+    """As :func:`_nearest_sorted`, for levels in any order, with all distances in memory."""
+    return (levels - x[..., None]).abs().min(-1).indices
 
 
 def _quantise(x: Tensor, levels: Tensor, ascending: bool) -> Tensor:
     """Nearest level of every element, of x's shape and dtype."""
     nearest = _nearest_sorted if ascending else _nearest_any
+    size = _BLOCK if ascending else max(1, _BLOCK // levels.numel())
 
     def block(part: Tensor) -> Tensor:
         # Distances are compared in the wider of both dtypes, as snnTorch does.
@@ -77,11 +70,10 @@ def _quantise(x: Tensor, levels: Tensor, ascending: bool) -> Tensor:
         return levels[nearest(wide, levels.to(wide.dtype))].to(x.dtype)
 
     levels = levels.to(x.device)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.numel() <= _BLOCK:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.numel() <= size:
         return block(x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    parts = x.reshape(-1).split(_BLOCK)
-    for part, result in zip(parts, out.view(-1).split(_BLOCK), strict=True):
+    for part, result in zip(x.reshape(-1).split(size), out.view(-1).split(size), strict=True):
         result.copy_(block(part))
     return out
 
@@ -105,7 +97,7 @@ class _Quantise(torch.autograd.Function):
 
 
 class _QuantiseForwardMode(_Quantise):
-    """_Quantise with forward-mode AD; apart because torch.compile refuses a Function with jvp."""
+    """_Quantise with forward-mode AD, for eager calls: dynamo refuses a Function with jvp."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
@@ -116,12 +108,21 @@ class StateQuant:
     """Rounds to the nearest of a set of levels.
 
     ``|level - x|`` is compared in floating point; an exact tie takes the lowest index, and
-    NaN and infinities take index 0. Instances compare and hash by their levels.
+    NaN and infinities take index 0. Two instances with the same levels are equal.
 
     Parameters
     ----------
     levels : Tensor
         (n,), n >= 1, finite, floating. Copied to the CPU. Ascending levels are fastest.
+
+    Attributes
+    ----------
+    levels : Tensor
+        The levels, (n,), on the CPU. Do not write to it.
+    ascending : bool
+        Whether no level is lower than the one before.
+    text : str
+        The levels and their dtype as text, for :meth:`from_text`.
 
     Raises
     ------
@@ -139,27 +140,10 @@ class StateQuant:
         infinite = levels.detach()[~levels.isfinite()]
         if infinite.numel():
             raise ValueError(f"levels must be finite, got {infinite[0].item()} among them")
-        self._levels = levels.detach().to("cpu", copy=True).contiguous()
-        self._values = tuple(self._levels.tolist())
-        self._ascending = bool((self._levels.diff() >= 0).all())
-        self._key = (self._values, self._levels.dtype)
-        dtype = str(self._levels.dtype).removeprefix("torch.")
-        self._text = ",".join([dtype, *map(repr, self._values)])  # made once: dynamo cannot cache
-
-    @property
-    def levels(self) -> Tensor:
-        """The levels, (n,), on the CPU. Do not write to it."""
-        return self._levels
-
-    @property
-    def ascending(self) -> bool:
-        """Whether no level is lower than the one before."""
-        return self._ascending
-
-    @property
-    def text(self) -> str:
-        """The levels and their dtype as text, for :meth:`from_text`."""
-        return self._text
+        self.levels = levels.detach().to("cpu", copy=True).contiguous()
+        self.ascending = bool((self.levels.diff() >= 0).all())
+        dtype = str(self.levels.dtype).removeprefix("torch.")
+        self.text = ",".join([dtype, *map(repr, self.levels.tolist())])  # dynamo could not make it
 
     @classmethod
     def from_text(cls, text: str) -> StateQuant:
@@ -171,21 +155,21 @@ class StateQuant:
     def __call__(self, x: Tensor) -> Tensor:
         """Nearest level of each element, of x's shape, dtype and device."""
         if torch.compiler.is_compiling():
-            return _Quantise.apply(x, self._levels, self._ascending)
+            return _Quantise.apply(x, self.levels, self.ascending)
         if torch.jit.is_tracing():  # a trace with a Function of Python in it cannot be saved
             fixed = x.detach()
             straight_through = torch.where(fixed.isfinite(), x - fixed, 0)
-            return _quantise(fixed, self._levels, self._ascending) + straight_through
-        return _QuantiseForwardMode.apply(x, self._levels, self._ascending)
+            return _quantise(fixed, self.levels, self.ascending) + straight_through
+        return _QuantiseForwardMode.apply(x, self.levels, self.ascending)
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self._key == other._key
+        return type(other) is type(self) and self.text == other.text
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return hash(self.text)
 
     def __repr__(self) -> str:
-        values = self._values
+        values = self.levels.tolist()
         return f"StateQuant({len(values)} levels, {min(values):g} to {max(values):g})"
 
 

@@ -1,4 +1,4 @@
-"""How often the neurons of a network spike: the first question to one that does not learn."""
+"""Counts how often the neurons of a network spike; a network that does not learn may be silent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Count", "SpikeRates", "spike_rates"]
 
 @dataclass(eq=False)
 class Count:
-    """What one neuron layer did: a forward hook that counts.
+    """The spikes of one neuron layer, counted by this object as a forward hook of the layer.
 
     Parameters
     ----------
@@ -56,12 +56,12 @@ class Count:
 
     @property
     def rate(self) -> float:
-        """Spikes per neuron and step; NaN where the layer was not called."""
+        """Spikes per neuron and step; NaN if the layer was not called."""
         return float(self.spikes) / self.chances if self.chances else float("nan")
 
 
 def _bare(tensor: Tensor) -> Tensor:
-    """The tensor without the wrappers of torch.func's transforms; under vmap, of all samples."""
+    """The tensor within torch.func's wrappers; under vmap it holds all samples."""
     if not torch.compiler.is_compiling():
         while functorch.maybe_get_level(tensor) >= 0:
             tensor = functorch.get_unwrapped(tensor)
@@ -121,8 +121,8 @@ def spike_rates(model: nn.Module, show: bool = True) -> SpikeRates:
     """Count the spikes of every neuron layer of a network within a ``with`` block.
 
     The layers are our cells, snnTorch's cells and its other neurons. Counting changes neither what
-    they compute nor the kernels that run. What torch.compile compiled before the block does not
-    count: compile within the block, or call the network as it was before. ::
+    they compute nor the kernels that run. Code that torch.compile compiled before the block does
+    not count: compile within the block, or call the network that is not compiled. ::
 
         with snnlstm.spike_rates(net):
             net(x)

@@ -25,8 +25,8 @@ FOLD = 2 << 20
 
 Measured with conv, ReLU, cell, conv, ReLU, pool, linear on 32x32 to 112x112: with all steps at once
 the network trained at 0.7 to 1.4 times the speed of snnTorch's, with chunks of 2 MiB at 1.8 to 2.0.
-What does not fit into the cache is read again for each layer, and above 32 MiB the system maps and
-clears each tensor anew.
+Each layer reads tensors that do not fit into the cache from memory again, and the system maps and
+clears each tensor above 32 MiB anew.
 """
 
 Named = tuple[str, nn.Module]  # a layer and its name
@@ -214,7 +214,7 @@ def _over_time(
 
 
 def _layers(modules: Iterable[tuple[str, Any]], prefix: str) -> Iterator[Named]:
-    """Names and layers in order, those of plain nn.Sequentials in their places."""
+    """Yield names and layers in order; the layers of a plain nn.Sequential take its place."""
     for name, layer in modules:
         if isinstance(layer, nn.Sequential) and _is_stack(layer) and changed(layer) is None:
             yield from _layers(layer._modules.items(), f"{prefix}{name}.")
@@ -228,7 +228,7 @@ def _is_stack(layer: nn.Module) -> bool:
 
 
 def _shared_state(modules: Iterable[tuple[str, Any]]) -> str | None:
-    """Name of a layer that occurs twice and may keep a state; None without any."""
+    """Name of a layer that occurs twice and may keep a state; None if there is none."""
     seen: set[int] = set()
     for first, layer in modules:
         for name, module in layer.named_modules(prefix=first, remove_duplicate=False):
@@ -255,7 +255,7 @@ def _log_slow(layers: list[Named], reports: list[LayerReport]) -> None:
 
 
 def _run(layers: list[Named], x: Tensor, reports: list[LayerReport]) -> Any:
-    """Run the layers over (T, N, ...), and append how each went to `reports`."""
+    """Run the layers over (T, N, ...), and append each one's report to `reports`."""
     out: Any = x
     position = 0
     while position < len(layers):
@@ -296,7 +296,7 @@ def _own(x: Tensor) -> Tensor:
 def _fold(layers: list[Named], x: Tensor, reports: list[LayerReport]) -> Tensor:
     """Run the layers that treat every sample alone, up to the first that does not.
 
-    On the CPU they run on chunks of steps that fit the cache, one chunk through all of them.
+    On the CPU chunks of steps that fit the cache go through all of these layers, one by one.
     """
     in_chunks = x.device.type == "cpu" and not torch.compiler.is_compiling()
     in_chunks = in_chunks and x.shape[0] > 1 and x.nbytes > FOLD // 8
@@ -349,7 +349,7 @@ def _exchanged(out: Any) -> Any:
 
 
 def _join(name: str, results: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
-    """Join what the steps of a layer returned, item by item where that is a tuple."""
+    """Join what the steps of a layer returned; items of tuples are joined one by one."""
     if all(isinstance(result, Tensor) for result in results):
         return join(results)
     if all(isinstance(result, tuple | list) for result in results):

@@ -22,23 +22,23 @@ def set_algorithm(name: str) -> None:
     Parameters
     ----------
     name : str
-        One of these names. A name that a device has no algorithm for means ``"auto"``.
+        One of these names. On a device that has no such algorithm it means ``"auto"``.
 
-        - ``"auto"``, the default, takes what is estimated to be fastest by shape.
+        - ``"auto"``, the default, takes the algorithm that an estimate by shape finds fastest.
         - ``"direct"`` sums products as they stand.
-        - ``"winograd"`` (CPU) is used wherever the kernel size allows; it rounds a little more,
+        - ``"winograd"`` (CPU) runs wherever the kernel size allows; it rounds a little more,
           and a NaN or an infinity spreads over the few pixels of the tile in which it lies.
         - ``"fused"`` (CUDA) launches one kernel for each step.
-        - ``"resident"`` (CUDA) runs a sequence in one launch, where an image and the weights fit
-          into the shared memory of a block; elsewhere it is ``"fused"``.
+        - ``"resident"`` (CUDA) runs a sequence in one launch if an image and the weights fit into
+          the shared memory of a block; otherwise it is ``"fused"``.
         - ``"hybrid"`` (CUDA) is ``"fused"`` for the steps, and leaves the gradients of weight, bias
           and x to torch (cuDNN), over all steps at once.
         - ``"pointwise"`` (CUDA) leaves all convolutions to torch (cuDNN) and runs the kernels
           behind them.
         - ``"measure"`` (CUDA) times the algorithms when it first meets a shape, forward and
-          backward apart, and keeps the fastest for the process; so does ``"auto"`` where
-          ``torch.backends.cudnn.benchmark`` is set. Nothing is timed while a CUDA graph is being
-          captured, nor under ``torch.use_deterministic_algorithms``: there the estimate decides.
+          backward apart, and keeps the fastest for the process. ``"auto"`` does so, too, while
+          ``torch.backends.cudnn.benchmark`` is set. While a CUDA graph is being captured, and
+          under ``torch.use_deterministic_algorithms``, nothing is timed and the estimate decides.
 
     Raises
     ------

@@ -1,8 +1,8 @@
-"""What only makes sense with snnTorch installed.
+"""Everything that needs snnTorch, which is optional.
 
-The base class of our cell, the recognition of snnTorch's closures, and the registry
-through which snnTorch's own ``reset_hidden`` and ``detach_hidden`` reach our cells.
-snnTorch is optional; a missing or broken install costs no more than the features above.
+The base class of our cell, the recognition of snnTorch's surrogates and quantisers, and the
+registry through which snnTorch's own ``reset_hidden`` and ``detach_hidden`` reach our cells. A
+missing or broken snnTorch costs no more than these.
 """
 
 from __future__ import annotations
@@ -24,12 +24,8 @@ __all__ = ["recognise_quant", "recognise_surrogate"]
 logger = logging.getLogger("snnlstm")
 
 
-def _captured(function: object, module: str, qualname: str | None = None) -> dict[str, Any] | None:
-    """Closure variables of a function of that module (and name); None for anything else."""
-    if not isinstance(function, types.FunctionType) or function.__module__ != module:
-        return None
-    if qualname is not None and function.__qualname__ != qualname:
-        return None
+def _captured(function: types.FunctionType) -> dict[str, Any]:
+    """Closure variables of a function, by name."""
     cells = function.__closure__ or ()
     names = function.__code__.co_freevars
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
@@ -41,19 +37,20 @@ def recognise_surrogate(
     """Our surrogate for one of ``snntorch.surrogate``; anything else as it came.
 
     snnTorch 1.0.0 makes closures, ``atan.<locals>.inner``, that hold their parameters. After it
-    come objects, such as an ``ATanSurrogate`` with the attribute ``alpha``. Either is taken for a
-    row of the table by its name, by its parameters, which must be plain numbers, and by what it
-    computes.
+    come objects, such as an ``ATanSurrogate`` with the attribute ``alpha``. Either is recognised by
+    its name, by its parameters, which must be plain numbers, and by what it computes.
     """
-    if isinstance(spike_grad, nn.Module):
-        return spike_grad
-    kind = _kind(spike_grad)
-    parameters = None if kind is None else _numbers(spike_grad, kind.parameters)
-    if kind is None or parameters is None:
+    kind = None if isinstance(spike_grad, nn.Module) else _kind(spike_grad)
+    if kind is None:
         return spike_grad
     try:
+        if isinstance(spike_grad, types.FunctionType):
+            held = _captured(spike_grad)
+            parameters = {name: held[name] for name in kind.parameters}
+        else:
+            parameters = {name: getattr(spike_grad, name) for name in kind.parameters}
         made = surrogate.make(kind.name, **parameters)
-    except (TypeError, ValueError):  # not numbers, or not finite
+    except (AttributeError, KeyError, TypeError, ValueError):  # one is missing, or no finite number
         return spike_grad
     return made if _agree(spike_grad, made) else spike_grad
 
@@ -80,19 +77,11 @@ def _kind(function: object) -> surrogate.Kind | None:
     return _KINDS.get(_plain(named.__qualname__.partition(".")[0]))
 
 
-def _numbers(function: object, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """Parameters of a surrogate, from its closure or its attributes; None if one is missing."""
-    if isinstance(function, types.FunctionType):
-        held = _captured(function, function.__module__) or {}
-    else:
-        held = {name: getattr(function, name) for name in names if hasattr(function, name)}
-    return {name: held[name] for name in names} if set(names) <= set(held) else None
-
-
 def _agree(theirs: Callable[[Tensor], Tensor], ours: surrogate.Surrogate) -> bool:
     """Whether two surrogates give the same spikes and gradients at some points.
 
-    snnTorch's sigmoid is NaN for very negative inputs and its LSO cannot be called; ours mend that.
+    Two defects of snnTorch's do not count: its sigmoid is NaN for very negative inputs, and its LSO
+    cannot be called.
     """
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         points = torch.linspace(-2.9, 3.1, 21, dtype=torch.float64, device="cpu")
@@ -120,12 +109,14 @@ def recognise_quant(
     state_quant: Callable[[Tensor], Tensor],
 ) -> StateQuant | Callable[[Tensor], Tensor]:
     """Our quantiser for one of ``snntorch.functional.quant``; anything else as it came."""
-    captured = _captured(state_quant, "snntorch.functional.quant", "state_quant.<locals>.inner")
-    if captured is None or "levels" not in captured:
+    if not isinstance(state_quant, types.FunctionType):
+        return state_quant
+    name = f"{state_quant.__module__}.{state_quant.__qualname__}"
+    if name != "snntorch.functional.quant.state_quant.<locals>.inner":
         return state_quant
     try:
-        return StateQuant(captured["levels"])
-    except (TypeError, ValueError):
+        return StateQuant(_captured(state_quant)["levels"])
+    except (KeyError, TypeError, ValueError):
         return state_quant
 
 
@@ -135,24 +126,25 @@ def recognise_quant(
 def _import_snntorch() -> types.ModuleType | None:
     try:
         import snntorch
-    except ModuleNotFoundError as error:
-        if error.name != "snntorch":
-            logger.warning("snntorch is installed but does not import: %s", error)
-        return None
     except Exception as error:  # whatever a broken install raises must not break ours
-        logger.warning("snntorch is installed but does not import: %r", error)
+        if not isinstance(error, ModuleNotFoundError) or error.name != "snntorch":
+            logger.warning("snntorch is installed but does not import: %r", error)
         return None
     return snntorch
 
 
 _snntorch = _import_snntorch()
-_Theirs: Any = getattr(_snntorch, "SConv2dLSTM", None)
-_Neuron: Any = getattr(_snntorch, "SpikingNeuron", None)
 
-Neuron: Any = _Neuron if isinstance(_Neuron, type) else None
+
+def _their_class(name: str) -> Any:
+    found = getattr(_snntorch, name, None)
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+
+
+Neuron: Any = _their_class("SpikingNeuron")
 """snnTorch's base class of all neurons, or None."""
 
-Base: Any = _Theirs if isinstance(_Theirs, type) and issubclass(_Theirs, nn.Module) else nn.Module
+Base: Any = _their_class("SConv2dLSTM") or nn.Module
 """snnTorch's cell, so that isinstance, utils.reset and BPTT know ours; else nn.Module."""
 
 _alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -236,11 +228,11 @@ def take_out(cells: Collection[nn.Module]) -> None:
 def clear_registries() -> None:
     """Forget every cell, as ``SpikingNeuron.init()`` does."""
     _alive.clear()
-    if _Neuron is not None:
-        _Neuron.instances = []
+    if Neuron is not None:
+        Neuron.instances = []
 
 
 def _instances() -> list[Any]:
     """snnTorch's list of neurons."""
-    instances = getattr(_Neuron, "instances", None)
+    instances = getattr(Neuron, "instances", None)
     return instances if isinstance(instances, list) else []

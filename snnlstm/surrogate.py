@@ -98,7 +98,7 @@ class _Spike(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, kind: int, p0: float, p1: float) -> Tensor:
+    def forward(x: Tensor, *_: Any) -> Tensor:
         return (x > 0).to(x.dtype)
 
     @staticmethod
@@ -113,7 +113,7 @@ class _Spike(torch.autograd.Function):
 
 
 class _SpikeForwardMode(_Spike):
-    """_Spike with forward-mode AD; apart because torch.compile refuses a Function with jvp."""
+    """_Spike with forward-mode AD, for eager calls: dynamo refuses a Function with jvp."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -157,7 +157,6 @@ class Surrogate:
         """
         if self.kind == 0:
             return (x > 0).to(x.dtype)
-        # Only dynamo refuses jvp, so only dynamo gets the Function without it.
         spike = _Spike if torch.compiler.is_compiling() else _SpikeForwardMode
         return spike.apply(x, self.kind, self.p0, self.p1)
 
@@ -256,11 +255,7 @@ def LSO(slope: float = 0.1) -> Surrogate:
     return make("LSO", slope=slope)
 
 
-class _CustomSpike(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, function: Callable) -> Tensor:
-        return (x > 0).to(x.dtype)
-
+class _CustomSpike(_Spike):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, ctx.function = inputs

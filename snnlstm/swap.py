@@ -157,21 +157,7 @@ def restore(model: nn.Module) -> SwapReport:
     ``stride``, ``dilation`` and ``checkpoint``, and, unless the cell came from snnTorch,
     ``inhibition``, float16 and bfloat16.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A model, or a bare cell.
-
-    Returns
-    -------
-    SwapReport
-
-    Raises
-    ------
-    ImportError
-        If snntorch is not installed.
-    TypeError
-        If `model` is not an nn.Module.
+    `model`, the report and the errors are those of :func:`snnlstm.accelerate`.
     """
     return _swap("restore", model, SConv2dLSTM, _why_not_theirs, _give_back)
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import sys
 import weakref
 
 import pytest
@@ -308,6 +309,23 @@ def test_a_new_cell_costs_snntorchs_list_the_same_however_many_there_are(monkeyp
     cells = [ours(1, 1, 1) for _ in range(100)]
     assert len(registry) == len(neurons) + 1
     assert registry.looks <= len(cells)
+
+
+def test_cells_may_be_made_at_any_line_of_the_search_for_all_of_them():
+    """A signal handler or another thread makes them."""
+    cells, before = [ours(1, 1, 1) for _ in range(3)], sys.gettrace()
+
+    def make(*_):
+        cells.append(ours(1, 1, 1))
+        return make
+
+    sys.settrace(make)
+    try:
+        found = snnlstm.snntorch.alive()
+    finally:
+        sys.settrace(before)
+    assert len(cells) > 3
+    assert set(cells[:3]) <= set(found)
 
 
 @pytest.mark.parametrize("library", [snnlstm.SConv2dLSTM, snntorch.SConv2dLSTM])

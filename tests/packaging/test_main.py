@@ -57,6 +57,7 @@ def test_table_and_json_tell_the_same(run, capsys):
     assert facts["version"] == snnlstm.__version__
     assert facts["torch"]["version"] == torch.__version__
     assert facts["native"]["isa"] in facts["native"]["isas"]
+    assert "cpu" in list(facts["devices"])
     assert facts["problems"] == []
     for fact in (
         facts["version"], facts["path"], facts["python"], facts["platform"], facts["numpy"],

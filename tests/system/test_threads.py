@@ -210,14 +210,15 @@ def test_more_threads_than_work():
 
 
 def test_cells_come_and_go_while_another_thread_resets_all():
-    """snnTorch walks its list by position, and reads each entry several times."""
+    """Neither library's walk over all cells may stumble over one that comes or goes meanwhile."""
     stop, errors = threading.Event(), []
 
     def walk() -> None:
         try:
             while not stop.is_set():
-                snntorch.SConv2dLSTM.reset_hidden()
-                snntorch.SConv2dLSTM.detach_hidden()
+                for library in (snntorch, snnlstm):
+                    library.SConv2dLSTM.reset_hidden()
+                    library.SConv2dLSTM.detach_hidden()
         except BaseException as error:
             errors.append(error)
 
