@@ -37,7 +37,8 @@ test-simt: $(VENV)/.installed  ## the emulated CUDA kernels at length: more shap
 test-long: $(VENV)/.installed  ## growth of memory over ten times as many iterations
 	SNNLSTM_LONG=1 $(RUN) -m pytest tests/system/test_long.py $(ARGS)
 
-fuzz: $(VENV)/.installed  ## random calls against the float64 reference, for MINUTES=10
+fuzz: $(VENV)/.installed  ## fresh examples for the tests that draw some; then random calls for MINUTES=10
+	SNNLSTM_EXAMPLES=fresh $(PYTEST) -m drawn
 	$(RUN) tools/fuzz.py --minutes $(MINUTES) $(ARGS)
 
 sanitize: $(VENV)/.installed  ## the CPU kernels under the address, undefined-behaviour and thread sanitizers

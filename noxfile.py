@@ -18,7 +18,7 @@ nox.options.sessions = ["tests", "without_snntorch", "older_snntorch"]
 # wheels for 3.13, but its torch.save fails there.)
 OLDEST = {"3.10": "2.4.0", "3.11": "2.4.0", "3.12": "2.4.0", "3.13": "2.6.0", "3.14": "2.9.0"}
 CORE = {"SNNLSTM_CORE": "on", "SNNLSTM_CUDA": "off"}
-NEEDED = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "pybind11>=2.13"]
+NEEDED = ["pytest>=8", "pytest-xdist>=3", "hypothesis==6.168.5", "pybind11>=2.13"]
 NEEDED += ["scikit-learn", "matplotlib", "tqdm"]
 # What has no bearing on versions, or has an environment of its own, takes most of the time.
 LEFT_OUT = [

@@ -42,9 +42,6 @@ class _StubbedCpu:
     def CpuPlan(self, *arguments: Any) -> _StubbedCpu:
         return _StubbedCpu(self._of.CpuPlan(*arguments))
 
-    def with_time(self, time: int) -> _StubbedCpu:
-        return _StubbedCpu(self._of.with_time(time))
-
     def forward(self, **_: Any) -> None:
         pass
 

@@ -31,8 +31,8 @@ enum class Surrogate : int {
   leaky = 10,
 };
 
-// How the CPU kernels sum over the input's taps; cpu/choose.cpp decides.
-enum class Way : int { direct = 0, sparse = 1, winograd = 2 };
+// How the CPU kernels sum a convolution. `automatic` leaves that to cpu/choose.cpp.
+enum class CpuAlgorithm : int { automatic = 0, direct = 1, winograd = 2, sparse = 3 };
 
 // The computation, without its data: everything that decides sizes and the choice of kernel.
 struct Cell {
@@ -49,9 +49,9 @@ struct Cell {
   bool inhibition = false;
   int num_levels = 0;            // of the state quantiser; 0: none
   int outer_h = 0, outer_w = 0;  // CPU: taps on either side that meet no pixel, beside kernel_h, _w
-  int tile_h = 0, tile_w = 0;    // CPU: outputs of a Winograd tile of the recurrent half; 0: direct
-  Way x_way = Way::direct;       // CPU: of the input half
-  bool by_columns = false;       // CPU: direct convolution goes along columns of pixels, not rows
+  int tile_h = 0, tile_w = 0;    // CPU: outputs of a Winograd tile of the recurrent half, or 0
+  CpuAlgorithm x_algorithm = CpuAlgorithm::direct;  // CPU: of the input half
+  bool by_columns = false;  // CPU: direct convolution goes along columns of pixels, not rows
 
   int64_t pad_h() const { return int64_t(dilation_h) * (kernel_h - 1) / 2; }
   int64_t pad_w() const { return int64_t(dilation_w) * (kernel_w - 1) / 2; }
@@ -83,7 +83,7 @@ struct PassArgs {
   const void* levels = nullptr;         // (num_levels,), ascending, in the compute type
   bool record = false;                  // syn and mem have every step t, else the last step only
   void* saved_gates = nullptr;          // training: activated gates, layout of the backend's choice
-  bool half_gates = false;              // CPU: as fixed point numbers of half a value's bits
+  bool packed_gates = false;            // CPU: as fixed point numbers of half a value's bits
   void* saved_syn = nullptr;  // training: syn after every step, layout of the backend's choice
   int64_t* winner = nullptr;  // (T, N): place in (C, Hp, Wp) of the only neuron that may spike
   void* workspace = nullptr;

@@ -1,6 +1,4 @@
 // What Python sees of the core: names, numbers and addresses, and the GIL released.
-#include <sys/mman.h>
-
 #include "bindings_cpu.h"
 #include "build_info.h"
 #include "openmp.h"
@@ -23,17 +21,6 @@ PYBIND11_MODULE(_C, m) {
     return facts;
   });
   m.def("openmp_library", &openmp_library);
-  // Asks for huge pages in memory that is about to be written for the first time. A page fault for
-  // each 4 KiB costs a small layer as much as its arithmetic does.
-  m.def("prefer_huge_pages", [](Address memory, size_t bytes) {
-    if (!memory || bytes > ~memory) throw py::value_error("memory must be given");
-#ifdef MADV_HUGEPAGE
-    constexpr Address page = Address(2) << 20;
-    const Address begin = (memory + page - 1) / page * page, end = (memory + bytes) / page * page;
-    if (begin < end) madvise(at(begin), end - begin, MADV_HUGEPAGE);  // a wish
-#endif
-  });
-
   bind_cell(m);
   bind_cpu(m);
 #if SNNLSTM_WITH_CUDA

@@ -1,4 +1,4 @@
-// What the bindings of both halves share: a cell, and the arguments of a call by name.
+// What the bindings of both backends share: a cell, and the arguments of a call by name.
 //
 // A tensor of the caller's comes as a pair (address, strides of time, batch, channel, row and
 // column, in elements), or None. Other memory comes as its address, or 0.
@@ -112,7 +112,7 @@ class Keywords {
   size_t seen_ = 0;
 };
 
-// ---- arguments of a call, for both halves ----
+// ---- arguments of a call, for both backends ----
 
 template <class Args>
 Args common_args(const Cell& cell, Keywords& k) {
@@ -129,7 +129,7 @@ Args common_args(const Cell& cell, Keywords& k) {
   if (cell.num_levels > 0) needs(a.levels, "levels");
   a.saved_gates = k.address("saved_gates"), a.saved_syn = k.address("saved_syn");
   if (a.saved_gates && cell.T > 1) needs(a.saved_syn, "saved_syn");
-  a.half_gates = k.number("half_gates") != 0;
+  a.packed_gates = k.number("packed_gates") != 0;
   a.winner = static_cast<int64_t*>(k.address("winner"));
   a.workspace = k.address("workspace");
   return a;

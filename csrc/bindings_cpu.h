@@ -1,4 +1,4 @@
-// The CPU half for Python: csrc/cpu/api.h over addresses.
+// The CPU backend for Python: csrc/cpu/api.h over addresses.
 #pragma once
 
 #include <omp.h>
@@ -16,24 +16,18 @@
 
 namespace snnlstm::bindings {
 
-// A call's kernels: the cell with the ways of its convolutions chosen, and the number of threads.
-struct CpuPlan {
-  Cell cell;
-  int threads;
-};
-
 constexpr int kMostThreads = 1 << 14;  // workspaces grow with this number
 
-inline CpuPlan make_cpu_plan(const Cell& cell, int algorithm, double density, int most_inputs,
-                             bool backward, int threads) {
+inline cpu::Plan make_cpu_plan(const Cell& cell, int algorithm, double density, int most_inputs,
+                               int threads) {
   if (cell.dtype != DType::float32 && cell.dtype != DType::float64)
     throw py::value_error("the CPU kernels compute in float32 and float64");
   if (threads < 1 || threads > kMostThreads)
     throw py::value_error("threads must lie between 1 and " + std::to_string(kMostThreads));
   if (cell.T < 1 || cell.N < 1) throw py::value_error("T and N must be at least 1");
   if (!(density >= 0 && density <= 1)) throw py::value_error("density must lie between 0 and 1");
-  const auto how = numbered<cpu::Algorithm>("algorithm", algorithm, 3);
-  return {cpu::choose(cell, how, density, most_inputs, backward), threads};
+  return cpu::make_plan(cell, numbered<CpuAlgorithm>("algorithm", algorithm, 3), density,
+                        most_inputs, threads);
 }
 
 // Looks for Ctrl-C ten times a second.
@@ -131,7 +125,7 @@ double copy_and_square(const T* from, T* to, int64_t count) {
   return std::accumulate(sums.begin(), sums.end(), 0.);  // in one order, whatever the threads do
 }
 
-// Copies a weight of so many values, and returns the sum of their squares.
+// Copies the `count` values of a weight, and returns the sum of their squares.
 inline double copy_weight(Address weight, Address copy, int dtype, int64_t count) {
   counted("count", count);
   if (count == 0) return 0;
@@ -168,23 +162,34 @@ inline int inspect(Address x, int dtype, int64_t count, Address weight, Address 
   return look();
 }
 
-// Returns the forms of the weight that a plan reads, each as (number, name, bytes). The name tells
+// Returns the forms of the weight that a pass reads, each as (number, name, bytes). The name tells
 // apart forms of one number.
-inline py::list forms(const CpuPlan& plan, bool backward, bool grad_x) {
+inline py::list forms(const cpu::Plan& plan, bool backward, bool grad_x) {
   py::list found;
   const int first = int(backward ? cpu::Form::backward : cpu::Form::forward);
   for (int number = first; number < first + 3; ++number) {
     const auto form = cpu::Form(number);
-    if (!cpu::reads(plan.cell, form, grad_x)) continue;
-    found.append(py::make_tuple(number, cpu::form_name(plan.cell, form),
-                                cpu::kernels(plan.cell).packed_bytes(plan.cell, form)));
+    const Cell& cell = plan.cell(form);
+    if (!cpu::reads(cell, form, grad_x)) continue;
+    found.append(
+        py::make_tuple(number, cpu::form_name(cell, form), plan.kernels.packed_bytes(cell, form)));
   }
   return found;
 }
 
+inline void pack(const cpu::Plan& plan, int form, Address weight, Address packed) {
+  needs(at(weight), "weight");
+  needs(at(packed), "packed");
+  const auto which = numbered<cpu::Form>("form", form, 6);
+  const Cell& cell = plan.cell(which);
+  if (!cpu::reads(cell, which, true)) throw py::value_error("form must be one that the plan reads");
+  py::gil_scoped_release release;
+  plan.kernels.pack_weight(cell, which, plan.threads, at(weight), at(packed));
+}
+
 // Adds what the plan knows to the arguments, and refuses a call without what its kernels read.
 template <class Args>
-void set_plan(Args& a, const CpuPlan& plan) {
+void set_plan(Args& a, const cpu::Plan& plan) {
   a.threads = plan.threads;
   needs(a.workspace, "workspace");
   constexpr bool forward = std::is_same_v<Args, ForwardArgs>;
@@ -225,48 +230,36 @@ inline void bind_cpu(py::module_& m) {
     return cpu::kernels(cell).padded_channels(cell);
   });
 
-  py::class_<CpuPlan>(m, "CpuPlan", py::module_local())
+  using cpu::Plan;
+  py::class_<Plan>(m, "CpuPlan", py::module_local())
       .def(py::init(&make_cpu_plan), py::arg("cell"), py::arg("algorithm"), py::arg("density"),
-           py::arg("most_inputs"), py::arg("backward"), py::arg("threads"))
-      .def_property_readonly("name", [](const CpuPlan& p) { return cpu::way_name(p.cell); })
-      // The same choice for a call of another number of steps.
-      .def("with_time",
-           [](const CpuPlan& p, int64_t time) {
-             CpuPlan other = p;
-             other.cell.T = time;
-             if (time < 1) throw py::value_error("T must be at least 1");
-             check_sizes(other.cell);
-             return other;
-           })
-      .def("forms", &forms, py::arg("backward"), py::arg("grad_x"))
-      .def("pack",
-           [](const CpuPlan& p, int form, Address weight, Address packed) {
-             needs(at(weight), "weight");
-             needs(at(packed), "packed");
-             const auto which = numbered<cpu::Form>("form", form, 6);
-             if (!cpu::reads(p.cell, which, true))
-               throw py::value_error("form must be one that the plan reads");
-             py::gil_scoped_release release;
-             cpu::kernels(p.cell).pack_weight(p.cell, which, p.threads, at(weight), at(packed));
-           })
-      .def_property_readonly("forward_workspace",
-                             [](const CpuPlan& p) {
-                               return cpu::kernels(p.cell).forward_workspace(p.cell, p.threads);
-                             })
-      .def("backward_workspace",
-           [](const CpuPlan& p, bool weight) {
-             return cpu::kernels(p.cell).backward_workspace(p.cell, p.threads, weight);
-           })
+           py::arg("most_inputs"), py::arg("threads"))
+      .def_property_readonly("name", [](const Plan& p) { return cpu::algorithm_name(p.forward); })
+      .def_property_readonly("backward_name",
+                             [](const Plan& p) { return cpu::algorithm_name(p.backward); })
+      .def_property_readonly("padded_channels",
+                             [](const Plan& p) { return p.kernels.padded_channels(p.forward); })
+      .def_property_readonly(
+          "forward_workspace",
+          [](const Plan& p) { return p.kernels.forward_workspace(p.forward, p.threads); })
+      .def(
+          "backward_workspace",
+          [](const Plan& p, bool weight) {
+            return p.kernels.backward_workspace(p.backward, p.threads, weight);
+          },
+          py::arg("weight"))
+      .def("forms", &forms, py::arg("backward"), py::arg("grad_x") = false)
+      .def("pack", &pack)
       .def("forward",
-           [](const CpuPlan& p, const py::kwargs& given) {
-             ForwardArgs a = forward_args(p.cell, given);
+           [](const Plan& p, const py::kwargs& given) {
+             ForwardArgs a = forward_args(p.forward, given);
              set_plan(a, p);
-             interruptible(p.cell, [&] { cpu::kernels(a.cell).forward(a); });
+             interruptible(a.cell, [&] { p.kernels.forward(a); });
            })
-      .def("backward", [](const CpuPlan& p, const py::kwargs& given) {
-        BackwardArgs a = backward_args(p.cell, given);
+      .def("backward", [](const Plan& p, const py::kwargs& given) {
+        BackwardArgs a = backward_args(p.backward, given);
         set_plan(a, p);
-        interruptible(p.cell, [&] { cpu::kernels(a.cell).backward(a); });
+        interruptible(a.cell, [&] { p.kernels.backward(a); });
       });
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import types
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -160,57 +161,75 @@ def alive(kind: type[nn.Module] = nn.Module) -> list[Any]:
     return [cell for cell in cells if isinstance(cell, kind)]
 
 
-class _State(Tensor):
-    """syn or mem of all registered cells, which snnTorch's detach_hidden detaches in place."""
+class Place(weakref.ref):
+    """A weak reference to a cell that says where in snnTorch's list the cell's entry stands."""
 
-    of: str
+    __slots__ = ("position",)
 
-    def detach_(self) -> Tensor:
-        for cell in alive():
-            getattr(cell, self.of).detach_()
-        return self
+    position: int
 
 
-def _state_of_all(name: str) -> property:
-    def state(_: AllCells) -> Tensor:
-        states = torch.zeros(0, device="cpu").as_subclass(_State)
-        states.of = name
-        return states
+_left: deque[Place] = deque()
+"""Places of cells that have gone, whose entries the next cells take.
 
-    def reset(_: AllCells, zeros: Tensor) -> None:
-        for cell in alive():
-            setattr(cell, name, torch.zeros_like(getattr(cell, name)))
-
-    return property(state, reset)
+Python appends to it when a cell goes, in any thread and at any time. A deque needs no lock, which
+a fork or a signal handler could find taken.
+"""
 
 
-class AllCells:
-    """Stands for all registered cells in snnTorch's list, which would keep each of them alive.
+class Entry:
+    """A cell's entry in snnTorch's list, which does not keep the cell alive.
 
-    snnTorch's reset_hidden and detach_hidden walk ``SpikingNeuron.instances``. What they do to the
-    states of this object, they do to those of every registered cell.
+    What snnTorch does to the cells of its list reaches the cell as long as the cell lives. A cell
+    may go while another thread walks the list. Its entry then stays in the list until a new cell
+    takes the place, and accepts everything that is done to it.
     """
 
-    syn = _state_of_all("syn")
-    mem = _state_of_all("mem")
+    place: Place
+
+    def __init__(self, cell: nn.Module) -> None:
+        object.__setattr__(self, "place", Place(cell, _left.append))
 
     @property  # type: ignore[misc]  # writable in object
     def __class__(self) -> type:  # what isinstance asks for
-        return Base
+        cell = self.place()
+        return Entry if cell is None else type(cell)
 
+    def __getattr__(self, name: str) -> Any:
+        cell = self.place()
+        if cell is None and name in ("syn", "mem"):
+            return torch.zeros(0, device="cpu")
+        return getattr(cell, name)
 
-_all_cells = AllCells()
-_position = 0  # where _all_cells stands in snnTorch's list, if it does
+    def __setattr__(self, name: str, value: Any) -> None:
+        cell = self.place()
+        if cell is not None:
+            setattr(cell, name, value)
 
 
 def register(cell: nn.Module) -> None:
-    """Let the classmethods of both libraries reach a cell, without keeping the cell alive."""
-    global _position
+    """Let the classmethods of both libraries reach a cell, without keeping the cell alive.
+
+    snnTorch walks ``SpikingNeuron.instances`` in its reset_hidden and detach_hidden, by position:
+    the list never becomes shorter, and a new cell takes the place of one that has gone.
+    """
     _alive[id(cell)] = cell
-    instances = _instances()
-    if instances[_position : _position + 1] != [_all_cells]:
-        _position = len(instances)
-        instances.append(_all_cells)
+    instances, entry = _instances(), Entry(cell)
+    while _left:
+        try:
+            left = _left.popleft()
+            old = instances[left.position]
+        except IndexError:  # another thread took the place, or the list is a new one
+            continue
+        if type(old) is Entry and old.place is left:
+            entry.place.position = left.position
+            instances[left.position] = entry
+            return
+    position = len(instances)
+    instances.append(entry)
+    while instances[position] is not entry:  # another thread appended its cell in between
+        position += 1
+    entry.place.position = position
 
 
 def take_out(cells: Collection[nn.Module]) -> None:
@@ -218,11 +237,12 @@ def take_out(cells: Collection[nn.Module]) -> None:
 
     The list keeps its length, because another thread may be walking it by position.
     """
-    ids, nobody = {id(cell) for cell in cells}, nn.Module()
-    instances = _instances()
-    for position, neuron in enumerate(instances):
-        if id(neuron) in ids:
-            instances[position] = nobody
+    gone = {id(cell) for cell in cells}
+    nobody, instances = nn.Module(), _instances()
+    for position, entry in enumerate(instances):
+        if id(entry.place() if type(entry) is Entry else entry) in gone:
+            instances[position] = Entry(nobody)  # which goes, so that a new cell takes the place
+            instances[position].place.position = position
 
 
 def clear_registries() -> None:

@@ -204,11 +204,11 @@ def _swap(
         tuple(name for name, module in named if id(module) in swapped),
         {name: reasons[id(module)] for name, module in named if id(module) in reasons},
     )
+    take_out([cell for pair in swapped.values() for cell in pair])
     for cell, made in swapped.values():
         object.__setattr__(cell, "__class__", type(made))
         object.__setattr__(cell, "__dict__", made.__dict__)
         register(cell)
-    take_out([cell for pair in swapped.values() for cell in pair])
     if not swapped and not any(isinstance(module, Base) for _, module in named):
         logger.warning("%s found no SConv2dLSTM in the model", action)
     logger.info("%s", report.headline)

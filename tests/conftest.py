@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import hypothesis
+import drawing  # noqa: F401  (what Hypothesis draws)
 import pytest
 import snntorch
 import torch
@@ -22,12 +22,6 @@ import snnlstm.path
 
 SIMT = Path(__file__).parent / "simt"
 sys.path.append(str(SIMT))
-
-# Hypothesis draws fresh examples on a developer's machine, and equal ones in every run of CI. A
-# failure prints the code that repeats it.
-hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
-hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

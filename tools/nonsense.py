@@ -144,7 +144,7 @@ class Cpu(Calls):
         return {
             "cell": ("object", self.cell), "algorithm": ("enum", random.randrange(3)),
             "density": ("part", random.random()), "most_inputs": ("number", random.choice([0, 8])),
-            "backward": ("flag", random.random() < 0.5), "threads": ("int", 1),
+            "threads": ("int", 1),
         }  # fmt: skip
 
     def a_pass(self, backward: bool) -> Arguments:
@@ -154,7 +154,7 @@ class Cpu(Calls):
             for k, name in enumerate(("weight", "weight_mem", "weight_x"))
         }
         workspace = {"workspace": ("memory", self.workspace(1))}
-        halves = {"half_gates": ("number", random.random() < 0.3)}
+        halves = {"packed_gates": ("number", random.random() < 0.3)}
         return super().a_pass(backward) | weights | workspace | halves
 
     def calls(self) -> dict[str, tuple[Callable[..., Any], Arguments, int]]:
@@ -164,7 +164,6 @@ class Cpu(Calls):
             "build_info": ({}, 0), "isa_names": ({}, 0), "isa_name": ({}, 0),
             "openmp_library": ({}, 0), "CpuPlan": (self.plan_arguments(), 0),
             "cpu_profile": ({"begin": ("flag", random.random() < 0.5)}, 1),
-            "prefer_huge_pages": ({"memory": ("memory", address()), "bytes": ("address", 64)}, 2),
             "set_isa": ({"name": ("text", random.choice(core.isa_names()))}, 1),
             "inspect": ({
                 "x": ("memory", address()), "dtype": ("enum", 0), "count": ("count", 64),
@@ -182,7 +181,6 @@ class Cpu(Calls):
             }, 5),
         }  # fmt: skip
         of_plan: dict[str, tuple[Arguments, int]] = {
-            "with_time": ({"time": ("size", 3)}, 1),
             "forms": ({"backward": ("flag", True), "grad_x": ("flag", True)}, 0),
             "pack": ({
                 "form": ("enum", random.choice(forms)), "weight": ("memory", address()),

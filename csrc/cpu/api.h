@@ -1,5 +1,5 @@
-// The CPU half's entry points, twins of csrc/cuda/api.h, in float32 and float64. All memory is the
-// caller's, who asks for its sizes first.
+// The entry points of the CPU backend, twins of csrc/cuda/api.h, in float32 and float64. All memory
+// is the caller's, who asks for its sizes first.
 #pragma once
 
 #include <string>
@@ -8,17 +8,6 @@
 #include "../args.h"
 
 namespace snnlstm::cpu {
-
-enum class Algorithm : int { automatic = 0, direct = 1, winograd = 2 };
-
-// Returns the cell without the taps that meet no pixel, which all other functions here expect, and
-// with the ways of its convolutions (tiles, x_way). density is the part of x's values that are not
-// zero, most_inputs a side of the largest Winograd tile whose rounding errors the weights admit,
-// and backward says whether the cell is for the backward pass of a call.
-Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inputs, bool backward);
-
-// Returns what choose() chose, such as "winograd4-sparse": the recurrent half's way, then x's.
-std::string way_name(const Cell& cell);
 
 // The forms of a weight. The first three are ForwardArgs' weight, weight_mem and weight_x, the
 // others are BackwardArgs'.
@@ -37,9 +26,9 @@ inline bool reads(const Cell& c, Form form, bool grad_x) {
   const bool tiles = c.tiled(), tiles_of_x = tiles && c.stride_h == 1 && c.stride_w == 1;
   switch (form) {
     case Form::forward:
-      return !tiles || c.x_way != Way::winograd;
+      return !tiles || c.x_algorithm != CpuAlgorithm::winograd;
     case Form::forward_x_tiles:
-      return c.x_way == Way::winograd;
+      return c.x_algorithm == CpuAlgorithm::winograd;
     case Form::backward:
       return !tiles || (grad_x && !tiles_of_x);
     case Form::backward_x_tiles:
@@ -52,7 +41,7 @@ inline bool reads(const Cell& c, Form form, bool grad_x) {
 // Returns what the form depends on beside the channels and the instruction set, such as "3x3:4".
 std::string form_name(const Cell& cell, Form form);
 
-// What each instruction set's build provides.
+// What the build for an instruction set provides.
 struct Kernels {
   // Says whether there are Winograd kernels for the cell's type and number of channels.
   bool (*has_tiles)(const Cell&);
@@ -65,8 +54,8 @@ struct Kernels {
   int64_t (*forward_workspace)(const Cell&, int threads);
   int64_t (*backward_workspace)(const Cell&, int threads, bool weight);
 
-  // Returns C rounded up to whole vectors. A pixel of saved_syn has so many values, a pixel of
-  // saved_gates four times as many, or twice as many with half_gates.
+  // Returns C rounded up to whole vectors, which is the number of values in a pixel of saved_syn. A
+  // pixel of saved_gates has four times as many, or twice as many with packed_gates.
   int64_t (*padded_channels)(const Cell&);
 
   // The weight is (4C, Cin + C, rows, columns), contiguous, and includes the outer taps.
@@ -79,6 +68,25 @@ struct Kernels {
 
 // Returns the kernels of the instruction set in use, for the cell's number of channels.
 const Kernels& kernels(const Cell& cell);
+
+// What runs a call: the cell of each pass, with the algorithms of its convolutions and without the
+// taps that meet no pixel.
+struct Plan {
+  Cell forward, backward;
+  const Kernels& kernels;
+  int threads;
+
+  const Cell& cell(Form form) const { return form < Form::backward ? forward : backward; }
+};
+
+// Chooses the algorithms. density is the part of x's values that are not zero, and most_inputs a
+// side of the largest Winograd tile whose rounding errors the weights admit.
+Plan make_plan(const Cell& cell, CpuAlgorithm algorithm, double density, int most_inputs,
+               int threads);
+
+// Returns the algorithms of a pass, such as "winograd4-sparse": that of the recurrent half, then
+// that of x.
+std::string algorithm_name(const Cell& cell);
 
 // isa_names() lists the compiled instruction sets that this processor can run, best last.
 // isa_name() is the one in use: the best, or what the environment variable SNNLSTM_ISA names.

@@ -13,25 +13,19 @@ namespace {
 
 constexpr int kMostInputs = 8;  // of a tile, along an axis
 
-// Returns what it costs to fetch a vector of weights, in multiply-adds. A step's weights, so many
-// values for each input channel and gate, come from L2 as far as they fit.
-double fetch_cost(const Cell& c, double values) {
-  const double bytes = values * double(c.Cin + c.C) * 4 * double(c.C) * sizeof(float);
-  return 1 + 11 * std::min(std::max(bytes / (1 << 20) - 0.5, 0.), 1.);
-}
-
 // Returns how many tiles, or pixels, one thread has in a step while the weights pass by once: those
 // of one image or of several small ones, and at most `wanted`.
 double at_once(const Cell& c, double of_image, double wanted) {
   return std::min(std::max(of_image, of_image * std::floor(double(c.N) / 2)), wanted);
 }
 
-// Returns what it costs to pack so many values of each filter and, in the backward pass, to clear
-// and write their gradient. All pixels of a call share that: in training, the filters have changed
-// since the last call. The forward pass counts two steps, whatever T is: a sequence in pieces has
-// the results of the whole.
+// Returns what it costs to pack `values` values of each filter and, in the backward pass, to clear
+// and write their gradient. All pixels of a call share that, because in training the filters change
+// from call to call. The forward pass counts two steps for any T: a sequence in pieces has the
+// results of the whole. The backward pass of one step is taken to be one of 16 that share the
+// packed filters.
 double filter_cost(const Cell& c, double values, double channels, bool backward) {
-  const double steps = backward ? double(c.T) : 2;
+  const double steps = !backward ? 2 : c.T == 1 ? 16 : double(c.T);
   const double pixels = steps * double(c.N) * double(c.Ho() * c.Wo());
   return (backward ? 160 : 70) * values * 4 * channels / pixels;  // measured
 }
@@ -61,13 +55,13 @@ double lines_cost(const Cell& c, bool columns) {
 double direct_cost(const Cell& c, double channels, bool backward, double lists = -1) {
   const double taps = c.kernel_h * c.kernel_w;
   const double share = lists < 0 ? lines_cost(c, c.by_columns) : lists;
-  const double fetching = fetch_cost(c, taps) / at_once(c, double(c.Ho() * c.Wo()), 64);
+  const double fetching = 1 / at_once(c, double(c.Ho() * c.Wo()), 64);
   return taps * channels * 4 * share * (1 + fetching) + filter_cost(c, taps, channels, backward);
 }
 
 // Adds up the products, the transform of the outputs (of four gates) and the transform of the
 // inputs, which all channel blocks share. Tiles that stick out of the image count whole.
-double tile_cost(const Cell& c, const Tiling& t, double channels, bool backward) {
+double tile_cost(const Cell& c, const TileForm& t, double channels, bool backward) {
   const double points = t.points(), products = points * t.parts() * 4 * channels;
   const auto up = [](const Axis& a, int dilation, int64_t n) {
     const int64_t unit = a.tile * (a.tile > 1 ? dilation : 1);
@@ -75,57 +69,64 @@ double tile_cost(const Cell& c, const Tiling& t, double channels, bool backward)
   };
   const double tiles = up(t.h, c.dilation_h, c.Ho()) * up(t.w, c.dilation_w, c.Wo()) *
                        double(c.Ho() * c.Wo()) / (t.h.tile * t.w.tile);
-  const double fetching = fetch_cost(c, points * t.parts()) / at_once(c, tiles, 32);
+  const double fetching = 1 / at_once(c, tiles, 32);
   const double per_tile =
       products * (1.15 + fetching) + points * 3 * 4 * 4 + points * 2.5 * channels / double(c.C);
   return per_tile * tiles / double(c.Ho() * c.Wo()) +
          filter_cost(c, points * t.parts(), channels, backward);
 }
 
-}  // namespace
-
-Cell choose(const Cell& cell, Algorithm algorithm, double density, int most_inputs, bool backward) {
-  Cell c = within_image(cell);
-  c.by_columns = lines_cost(c, true) < 0.9 * lines_cost(c, false);
-  if (algorithm == Algorithm::direct) return c;
-  const bool forced = algorithm == Algorithm::winograd;
+// Returns the cell with the algorithms of one pass. In the backward pass x_algorithm is the weight
+// gradient's.
+Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, bool backward) {
+  if (algorithm == CpuAlgorithm::direct) return c;
+  const bool forced = algorithm == CpuAlgorithm::winograd;
   if (kernels(c).has_tiles(c)) {
     double best = direct_cost(c, double(c.C), backward);
     for (const int h : {4, 3, 2, 1})
       for (const int w : {4, 3, 2, 1}) {
         if (!has_form(c.kernel_h, h) || !has_form(c.kernel_w, w) || h * w == 1) continue;
-        const Tiling t = {axis(c.kernel_h, h), axis(c.kernel_w, w)};
+        Cell tiled = c;
+        tiled.tile_h = h, tiled.tile_w = w;
+        const TileForm t = tiling(tiled);
         const int inputs = std::max(t.h.inputs(), t.w.inputs());
         if (inputs > (forced ? kMostInputs : most_inputs)) continue;
         double cost = tile_cost(c, t, double(c.C), backward);
-        if (backward) {  // half of the work is the weight gradient's, which has tiles of its own
-          Cell tiled = c;
-          tiled.tile_h = h, tiled.tile_w = w;
+        if (backward)  // half of the work is the weight gradient's, which has tiles of its own
           cost = (cost + tile_cost(c, grad_tiling(tiled), double(c.C), backward)) / 2;
-        }
         if (cost < best || (forced && !c.tiled())) best = cost, c.tile_h = h, c.tile_w = w;
       }
   }
   double best = direct_cost(c, double(c.Cin), backward);
   if (c.tiled() && c.stride_h == 1 && c.stride_w == 1) {
-    // In the backward pass x_way is the weight gradient's. In the forward pass the recurrent half
-    // has its outputs transformed anyway, so x pays for its inputs and products alone.
-    const Tiling t = backward ? grad_tiling(c) : tiling(c);
+    // The recurrent half has its outputs transformed anyway, so that x pays for its inputs and
+    // products alone.
+    const TileForm t = backward ? grad_tiling(c) : tiling(c);
     const double cost = tile_cost(c, t, double(c.Cin), backward) - tile_cost(c, t, 0, backward);
-    if (forced || cost < best) best = cost, c.x_way = Way::winograd;
+    if (forced || cost < best) best = cost, c.x_algorithm = CpuAlgorithm::winograd;
   }
   if (!forced && density < 1 &&
       direct_cost(c, double(c.Cin), backward, kernels(c).sparse_cost(c, density)) < best)
-    c.x_way = Way::sparse;
+    c.x_algorithm = CpuAlgorithm::sparse;
   return c;
 }
 
-std::string way_name(const Cell& c) {
+}  // namespace
+
+Plan make_plan(const Cell& cell, CpuAlgorithm algorithm, double density, int most_inputs,
+               int threads) {
+  Cell c = within_image(cell);
+  c.by_columns = lines_cost(c, true) < 0.9 * lines_cost(c, false);
+  return {choose(c, algorithm, density, most_inputs, false),
+          choose(c, algorithm, density, most_inputs, true), kernels(c), threads};
+}
+
+std::string algorithm_name(const Cell& c) {
   const bool square = c.tile_h == c.tile_w;
   const std::string tile =
       std::to_string(c.tile_h) + (square ? "" : "x" + std::to_string(c.tile_w));
-  const std::string way = c.tiled() ? "winograd" + tile : "direct";
-  return way + (c.x_way == Way::sparse ? "-sparse" : "");
+  return (c.tiled() ? "winograd" + tile : "direct") +
+         (c.x_algorithm == CpuAlgorithm::sparse ? "-sparse" : "");
 }
 
 std::string form_name(const Cell& c, Form form) {

@@ -18,7 +18,7 @@ struct Axis {
   int taps() const { return part * parts; }
 };
 
-struct Tiling {
+struct TileForm {
   Axis h, w;
 
   int points() const { return h.inputs() * w.inputs(); }  // products of a tile, part and channel
@@ -36,12 +36,12 @@ inline bool has_form(int kernel, int tile) {
 }
 
 // Returns the tiles of the recurrent convolution, which the input's has too if it is tiled.
-inline Tiling tiling(const Cell& c) {
+inline TileForm tiling(const Cell& c) {
   return {axis(c.kernel_h, c.tile_h), axis(c.kernel_w, c.tile_w)};
 }
 
 // Returns the tiles of the weight gradient. Tiles with more than 6 inputs would round too much.
-inline Tiling grad_tiling(const Cell& c) {
+inline TileForm grad_tiling(const Cell& c) {
   const auto smaller = [](int kernel, int tile) {
     const Axis a = axis(kernel, tile);
     return a.inputs() <= 6 ? a : axis(kernel, kernel == 5 ? 2 : 3);

@@ -130,9 +130,8 @@ def look_up(weight: Tensor, x: int = 0, dtype: int = 0, count: int = 0) -> tuple
         if percent >= 0:
             return packed, percent
     entries.pop(place, None)
-    for oldest in list(entries)[
-        : max(len(entries) - _MOST + 1, 0)
-    ]:  # a copy: threads drop some too
+    too_many = max(len(entries) - _MOST + 1, 0)
+    for oldest in list(entries)[:too_many]:  # a copy, because other threads drop entries, too
         entries.pop(oldest, None)
     packed = entries[place] = Packed(contiguous)
     return packed, _C.inspect(x, dtype, count, 0, 0, 0)
@@ -172,7 +171,7 @@ class Plan(tensors.Plan):
                 call.x.stride(), call.syn.stride(), call.mem.stride(), self.spk[1], self.state[1]
             )
         )  # fmt: skip
-        self.half_gates = o.checkpoint == "gates"
+        self.packed_gates = o.checkpoint == "gates"
         largest = max(math.prod(shape) * dtype.itemsize for shape, dtype in self.saved_shapes)
         self.huge = largest >= memory.SMALLEST
         self.levels = None if o.quant is None else o.quant.levels.to(s.dtype).contiguous()
@@ -185,13 +184,14 @@ class Plan(tensors.Plan):
         )
         self.count = x.numel() if self.counts_zeros and dense else 0
         self.dtype = DTYPES.index(s.dtype)
+        self._cores: dict[int, Any] = {}
         self._passes: dict[Any, _Pass] = {}
         self._names: dict[int, str] = {}
 
     def _forward_pass(self, decided: int) -> _Pass:
         found = self._passes.get(decided)
         if found is None:
-            core = self._core(decided, backward=False)
+            core = self._core(decided)
             self._names[decided] = f"cpu-{self.isa}-{core.name}"
             found = _Pass(core, self.isa, core.forward_workspace, backward=False, grad_x=False)
             self._passes[decided] = found
@@ -201,19 +201,19 @@ class Plan(tensors.Plan):
         key = decided, grad_x, grad_weight
         found = self._passes.get(key)
         if found is None:
-            core = self._core(decided, backward=True)
+            core = self._core(decided)
             workspace = core.backward_workspace(grad_weight)
             found = _Pass(core, self.isa, workspace, backward=True, grad_x=grad_x)
             self._passes[key] = found
         return found
 
-    def _core(self, decided: int, backward: bool) -> Any:
-        percent, most_inputs = divmod(decided, 16)
-        cell = self.cell
-        if backward and self.signature.time == 1:
-            cell = tensors.make_cell(_C, self.signature, 16)
-        core = _C.CpuPlan(cell, self.algorithm, percent / 100, most_inputs, backward, self.threads)
-        return core.with_time(self.signature.time)
+    def _core(self, decided: int) -> Any:
+        found = self._cores.get(decided)
+        if found is None:
+            percent, most_inputs = divmod(decided, 16)
+            found = _C.CpuPlan(self.cell, self.algorithm, percent / 100, most_inputs, self.threads)
+            self._cores[decided] = found
+        return found
 
     def empty_saved(self, x: Tensor) -> Saved:
         """What the forward pass saves in training, uninitialised."""
@@ -232,8 +232,6 @@ class Plan(tensors.Plan):
         decided = 16 * percent + packed.most_inputs
         a_pass = self._forward_pass(decided)
         spk, new_syn, new_mem = self.empty_results(x)
-        if self.huge:
-            _prefer_huge_pages(spk, new_syn, new_mem)
         saved = self.empty_saved(x) if training else None
         bias = None if call.bias is None else tensors.numbers(call.bias, dtype)
         threshold = tensors.numbers(call.threshold, dtype)
@@ -255,7 +253,7 @@ class Plan(tensors.Plan):
             mem=(new_mem.data_ptr(), self.state5),
             saved_gates=0 if saved is None else saved.gates.data_ptr(),
             saved_syn=0 if saved is None else saved.syn.data_ptr(),
-            half_gates=self.half_gates,
+            packed_gates=self.packed_gates,
             winner=saved.winner.data_ptr() if saved is not None and self.has_winner else 0,
             workspace=workspace.data_ptr(),
         )
@@ -277,8 +275,6 @@ class Plan(tensors.Plan):
         if packed is None:  # a second backward pass over the same graph, or a compiled one
             packed, _ = look_up(tensors.saved_weight(call))
         out = tensors.empty_gradients(x, self.signature, wanted)
-        if self.huge:
-            _prefer_huge_pages(*out)
         threshold = tensors.numbers(call.threshold, dtype)
         graded = tensors.numbers(call.graded, dtype)
         noise = tensors.stochastic_noise(call.options, grads[0])
@@ -286,7 +282,7 @@ class Plan(tensors.Plan):
         a_pass.core.backward(
             **packed.addresses(a_pass),
             **tensors.backward_arguments(call, saved, grads, noise, out),
-            half_gates=self.half_gates,
+            packed_gates=self.packed_gates,
             threshold=threshold.data_ptr(),
             threshold_stride=self.threshold_stride,
             graded=graded.data_ptr(),
@@ -294,13 +290,6 @@ class Plan(tensors.Plan):
             workspace=workspace.data_ptr(),
         )
         return tensors.shaped_as(call.threshold, out)
-
-
-def _prefer_huge_pages(*results: Tensor | None) -> None:
-    """Let huge pages back those tensors that are large; nobody must have written to them yet."""
-    for result in results:
-        if result is not None and result.nbytes >= memory.SMALLEST:
-            _C.prefer_huge_pages(result.data_ptr(), result.nbytes)
 
 
 class Backend:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import measures_memory
+from helpers import HANG, measures_memory
 
 pytest.importorskip("matplotlib")
 
@@ -374,7 +374,7 @@ def test_suite_runs(tmp_path, capsys):
         [sys.executable, "-m", "benchmarks", "--shape", "2 1 2 4 6 6 3 name=small", "--quick",
          "--seconds", "0.1", "--memory", "off", "--goals", "--kernels", "--profile",
          "--out", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, timeout=HANG,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = read_rows(tmp_path)

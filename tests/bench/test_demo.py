@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import HANG
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -222,7 +223,7 @@ def test_a_training_that_fails_is_named(capfd):
 def test_demo_runs(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.demo", "--quick", "--threads", "1", "--out", tmp_path],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, timeout=HANG,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Both started from the same" in done.stdout

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from pathlib import Path
 
 import pytest
 import test_benchmarks
 import torch
+from helpers import HANG
 from test_benchmarks import SMALL
 
 from benchmarks import agreement, cli, gpu, gpu_goals, gpu_smoke
@@ -39,7 +41,7 @@ def test_every_command_exists_and_understands_what_it_is_asked(tmp_path, monkeyp
     assert shares == sorted({*shares} - {1.0})
     assert [step.name for step in gpu.STEPS if step.needed] == ["build", "smoke"]
     assert [step.name for step in gpu.STEPS[2:4]] == ["smoke", "tests on cuda"]
-    asked = {}
+    asked, begin = {}, time.monotonic()
     for step in gpu.STEPS:
         words = gpu.words(step, tmp_path, 90)
         assert not any("{" in word for word in words)
@@ -52,24 +54,24 @@ def test_every_command_exists_and_understands_what_it_is_asked(tmp_path, monkeyp
             asked[step.name] = {case.name for case in plans[0].cases}
             for plan in plans:
                 assert [kind.name for kind in plan.providers] == list(PROVIDERS)
-                assert plan.deadline - time.monotonic() < 61
+                assert begin + 60 <= plan.deadline <= time.monotonic() + 60
                 assert plan.kernels
     assert asked["GPU shapes"] >= {"dvs64", "wide128"}
     assert asked["the suite's own shapes"] >= {"tiny", "mnist", "big"}
 
 
-def ran(tmp_path, code: str, left: float = 60.0) -> gpu.Outcome:
+def ran(tmp_path, code: str, left: float = HANG) -> gpu.Outcome:
     (tmp_path / "script.py").write_text(code)
     step = gpu.Step("a step", 1.0, "{python} {out}/script.py {left}", tail=2)
     return gpu.run(step, left, tmp_path)
 
 
 def test_how_a_step_went(tmp_path):
-    good = ran(tmp_path, "import sys; print(1, 2, int(sys.argv[1]), sep='\\n')", left=54.0)
+    good = ran(tmp_path, "import sys; print(1, 2, int(sys.argv[1]), sep='\\n')", left=654.0)
     assert good.verdict == "passed"
-    assert good.output == "2\n24"  # the last two lines; of 54 s, 30 s are for the last shape
+    assert good.output == "2\n624"  # the last two lines; of 654 s, 30 s are for the last shape
     assert ran(tmp_path, "raise SystemExit(3)").verdict == "failed (exit status 3)"
-    missing = gpu.run(gpu.Step("a step", 1.0, "no-such-program"), 60, tmp_path)
+    missing = gpu.run(gpu.Step("a step", 1.0, "no-such-program"), HANG, tmp_path)
     assert missing.verdict == "failed: no such program: no-such-program"
     assert ran(tmp_path, "", left=-6).verdict == "not begun: no time was left"
 
@@ -77,20 +79,22 @@ def test_how_a_step_went(tmp_path):
 def test_a_step_whose_time_is_over_is_interrupted_and_keeps_its_output(tmp_path):
     code = """
 import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-print(child.pid, flush=True)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
 try:
-    time.sleep(60)
+    print(child.pid, flush=True)
+    time.sleep(3600)
 except KeyboardInterrupt:
     print("what there is")
 """
-    late = ran(tmp_path, code, left=2.0)
-    assert late.verdict == "stopped: its time was over after 2 s"
-    said = (tmp_path / "a-step.log").read_text()
-    assert "what there is" in said
-    assert late.seconds < 20
-    child = Path(f"/proc/{said.split()[0]}/stat")
-    for _ in range(50):  # the child was interrupted, too
+    log, left = tmp_path / "a-step.log", 2
+    late = ran(tmp_path, code, left)
+    while not re.match(r"\d+\n", log.read_text()):  # too early: a busy machine needs longer
+        left *= 2
+        late = ran(tmp_path, code, left)
+    assert late.verdict == f"stopped: its time was over after {left} s"
+    assert "what there is" in log.read_text()
+    child = Path(f"/proc/{log.read_text().split()[0]}/stat")
+    for _ in range(10 * HANG):  # the child was interrupted, too
         if not child.exists() or child.read_text().split(")")[1].split()[0] == "Z":
             break
         time.sleep(0.1)

@@ -49,6 +49,7 @@ def test_levels_and_values_equal_snntorchs(bits, uniform, centred):
         assert torch.equal(StateQuant(levels)(x), reference(x))
 
 
+@pytest.mark.drawn
 @given(
     st.lists(st.floats(-8, 8, width=16), min_size=1, max_size=9),
     st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),

@@ -1,5 +1,6 @@
 """The cell starts, keeps, replaces, resets and copies its states as the documentation says."""
 
+import collections
 import copy
 import gc
 import pickle
@@ -278,37 +279,59 @@ def test_cells_are_not_kept_alive():
     del cell
     gc.collect()
     assert seen() is None
-    snntorch.Leaky.reset_hidden()  # snnTorch walks the list
+    snntorch.Leaky.reset_hidden()  # snnTorch walks the list and drops dead entries
     snntorch.SConv2dLSTM.reset_hidden()
     for _ in range(5):
         ours()
-    assert len(snntorch.SpikingNeuron.instances) == entries, "each cell has an entry of its own"
+    assert len(snntorch.SpikingNeuron.instances) == entries, "a dead cell's place is not reused"
 
 
 class Counted(list):
-    """A list that counts how often its entries are looked at."""
+    """A list that counts how often one of its entries is looked at."""
 
     looks = 0
 
-    def __getitem__(self, index):
-        found = super().__getitem__(index)
-        self.looks += len(found) if isinstance(index, slice) else 1
-        return found
+    def __getitem__(self, position):
+        self.looks += 1
+        return super().__getitem__(position)
 
     def __iter__(self):
         return (self[position] for position in range(len(self)))
 
-    def __contains__(self, wanted):
-        return any(entry is wanted for entry in self)
+    def index(self, *args):
+        self.looks += len(self)
+        return super().index(*args)
 
 
-def test_a_new_cell_costs_snntorchs_list_the_same_however_many_there_are(monkeypatch):
+def test_a_new_cell_looks_at_no_more_entries_the_more_there_are(monkeypatch):
     registry = Counted()
     monkeypatch.setattr(snntorch.SpikingNeuron, "instances", registry)
-    neurons = [snntorch.Leaky(beta=0.5) for _ in range(50)]
+    monkeypatch.setattr(snnlstm.snntorch, "_left", collections.deque())  # no places of other tests
     cells = [ours(1, 1, 1) for _ in range(100)]
-    assert len(registry) == len(neurons) + 1
-    assert registry.looks <= len(cells)
+    assert len(registry) == 100
+    assert registry.looks <= 100
+    first, others, cells = cells[0], cells[1:], []
+    for _ in range(3):  # the cells that go leave places in the midst of the list
+        registry.looks = 0
+        others.clear()
+        gc.collect()
+        others += [ours(1, 1, 1) for _ in range(99)]
+        assert len(registry) == 100
+        assert registry.looks <= 100
+    assert {id(entry.place()) for entry in registry} == {id(cell) for cell in (first, *others)}
+
+
+def test_places_in_a_list_that_was_dropped_are_not_used(monkeypatch):
+    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", [])
+    gone, dropped = [ours(), ours(), ours()], snntorch.SpikingNeuron.instances
+    gone.pop()
+    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", [])
+    kept = [ours(), snntorch.Leaky(beta=0.5), ours()]
+    gone.clear()
+    kept += [ours(), ours()]
+    registry = snntorch.SpikingNeuron.instances
+    assert [entry if entry is kept[1] else entry.place() for entry in registry] == kept
+    assert len(dropped) == 3
 
 
 def test_cells_may_be_made_at_any_line_of_the_search_for_all_of_them():

@@ -98,6 +98,26 @@ def test_every_size_of_image_up_to_13(isa, kernel):
             compare(actual, exact, kernels.gradient_error(sized.dtype), grads)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels": 2},
+        {"channels": 12, "density": 0.1},
+        {"channels": 8, "stride": (2, 1)},
+        {"channels": 40, "kernel_size": (5, 5)},  # its weights exceed a thread's cache
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("wanted", [NAMES, ("x", "mem", "weight"), ("syn", "weight"), ("mem",)])
+def test_one_step_of_many_samples(kernels, changes, wanted):
+    """A task takes one sample after the other, with its part of the weight's gradient."""
+    for dtype in kernels.dtypes:
+        case = PLAIN.but(time=1, batch=9, dtype=dtype, **changes)
+        assert any(
+            check_gradients(kernels, case.but(seed=seed), wanted=wanted) for seed in range(3)
+        )
+
+
 def test_a_hundred_steps_stay_accurate(kernels):
     """Relative errors in norm stay below the documented 5e-6 of mem and 2e-5 of gradients."""
     case = PLAIN.but(reset="none", time=100, batch=1, in_channels=4, channels=16)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +30,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "SNNLSTM_ISA")}
     done = subprocess.run(
         list(map(str, command)), cwd=cwd, env={**kept, **environment},
-        capture_output=True, text=True, timeout=590,
+        capture_output=True, text=True, timeout=HANG,
     )  # fmt: skip
     text = done.stdout + done.stderr
     if done.returncode and "pip" in command and OFFLINE.search(text):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import HANG
 
 import snnlstm
 from snnlstm import __main__ as report
@@ -41,7 +42,7 @@ def run(tmp_path):
         environment = os.environ | {"PYTHONPATH": paths, "BLOCK": block} | environment
         done = subprocess.run(
             [sys.executable, "-m", "snnlstm", *arguments],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr

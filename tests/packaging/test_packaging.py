@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import HANG
 
 import snnlstm
 from snnlstm import _C
@@ -24,7 +25,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc and
 
 def output(*command: str | Path, **options) -> str:
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=300, **options
+        list(map(str, command)), capture_output=True, text=True, timeout=HANG, **options
     )
     assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
     return done.stdout

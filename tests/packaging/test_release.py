@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / ".github" / "workflows"
@@ -62,7 +63,7 @@ def publish(tmp_path):
         return subprocess.run(
             [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--isolated",
              "--index-url", (tmp_path / "site/whl" / index).as_uri(), "snnlstm", "-d", tmp_path],
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=HANG,
         )  # fmt: skip
 
     return publish

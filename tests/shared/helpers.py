@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import snnlstm
 
 THRESHOLD = 0.1  # cells spike at this threshold
+HANG = 1200  # seconds; what takes longer hangs, on the busiest machine
 measures_memory = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
 )

@@ -11,8 +11,9 @@ import pytest
 import torch
 from backend import SOURCES, float32_precision
 from cases import Case, cases, wanting_gradients
+from drawing import drawing
 from emulator import EmulationError
-from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import given, reject
 from modes import ALL, CASES, FITS, FORWARD, MODES, PLAIN, RESIDENT, Mode, crossed
 from oracle import check_steps
 
@@ -78,10 +79,11 @@ def test_the_smoke_test_for_gpus_runs_every_kernel(core):
     assert set(core.counters()) == launched
 
 
+@pytest.mark.drawn
 @pytest.mark.simt_long
 @pytest.mark.parametrize("mode", FORWARD | RESIDENT)
 def test_forward_of_random_calls(core, mode):
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @drawing(60, mode)
     @given(cases((ALL[mode].dtype,)))
     def check_case(case: Case) -> None:
         core.schedule("ahead", case.seed)

@@ -11,9 +11,10 @@ import flat
 import pytest
 import torch
 from cases import Case, cases
+from drawing import drawing
 from emulator import EmulationError
 from gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
-from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import given, reject
 from hypothesis import strategies as st
 from modes import (
     ALL,
@@ -96,13 +97,14 @@ def test_results_are_the_same_under_every_schedule(core, mode, case):
             assert torch.equal(gradient, other[name]), name
 
 
+@pytest.mark.drawn
 @pytest.mark.simt_long
 @pytest.mark.parametrize("mode", of(BACKWARD, True) + of(RESIDENT, True))
 def test_gradients_of_random_calls(core, mode):
     subsets = st.sets(st.sampled_from(NAMES), min_size=1).map(lambda s: tuple(sorted(s)))
     resident = mode in RESIDENT
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @drawing(40, mode)
     @given(cases((ALL[mode].dtype,)), subsets)
     def check_case(case: Case, wanted: tuple) -> None:
         # The oracle's noise depends on type and layout.

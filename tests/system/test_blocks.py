@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import in_threads
+from helpers import HANG, in_threads
 
 import snnlstm
 from snnlstm.native import memory as blocks
@@ -65,6 +65,7 @@ def test_blocks_that_nobody_uses_make_room_for_one_of_another_size(monkeypatch):
     del held
     before = blocks.free_bytes()
     assert before >= 24 * MIB
+    monkeypatch.setattr(blocks, "IDLE", float("inf"))
     large = megabytes(16)
     assert blocks.free_bytes() == before, "blocks that were used a moment ago were given back"
     monkeypatch.setattr(blocks, "IDLE", 0.0)
@@ -107,7 +108,7 @@ def test_nobody_waits_for_the_lock():
     other = threading.Thread(target=megabytes, args=(4,), daemon=True)
     with blocks._lock:
         other.start()
-        other.join(10)
+        other.join(HANG)
         assert not other.is_alive()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cpu_kernels import native
+from helpers import HANG
 
 from snnlstm.native import memory
 
@@ -42,9 +43,10 @@ for line in sys.stdin:
             os._exit(status)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-START = """
+START = f"""
 import faulthandler
-faulthandler.dump_traceback_later(100, exit=True)  # says where it hangs
+HANG = {HANG}
+faulthandler.dump_traceback_later(HANG, exit=True)  # says where it hangs
 import os, signal, sys, threading, time
 import torch
 import snnlstm
@@ -107,10 +109,10 @@ thread = threading.Thread(target=work)
 thread.start()
 hung = 0
 for k in range(8):
-    time.sleep(0.003)
+    time.sleep(0.003)  # each child finds the other thread elsewhere
     child = os.fork()
     if child == 0:
-        signal.alarm(20)
+        signal.alarm(HANG // 2)
         ok = train(cell) == expected and train(busy, big) is not None
         os._exit(0 if ok else 3)
     _, status = os.waitpid(child, 0)
@@ -139,7 +141,7 @@ thread.start()
 held.wait()
 child = os.fork()
 if child == 0:
-    signal.alarm(20)
+    signal.alarm(HANG // 2)
     train(cell, torch.rand(2, 2, 2, 96, 96))
     os._exit(0 if memory.free_bytes() else 3)
 status = os.waitpid(child, 0)[1]
@@ -318,69 +320,122 @@ def test_an_eighth_of_what_the_process_may_use_is_kept(limits, space, kept, monk
 
 
 CTRL_C = """
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+import ctypes
+import numpy as np
+
 torch.set_num_threads(1)
-cell = snnlstm.SConv2dLSTM(8, 32, 3, threshold=0.05)
-cell(torch.rand(2, 1, 8, 32, 32))
-syn, mem = cell.syn.detach().clone(), cell.mem.detach().clone()
+snnlstm.set_algorithm("direct")
+
+
+class Interrupted:
+    \"\"\"Sends SIGINT in the middle of the next call of one of the core's functions.
+
+    That is when the call has written one step's `result`, and more than half of the steps are left.
+    \"\"\"
+
+    def __init__(self, function, result, steps, numbers):
+        self.result, self.shape = result, (steps, numbers)
+        self.waiting, self.sent, self.left = True, False, 0
+        self.real = getattr(snnlstm._C.CpuPlan, function)
+        setattr(snnlstm._C.CpuPlan, function, lambda plan, **call: self.run(plan, call))
+
+    def run(self, plan, call):
+        if not self.waiting:
+            return self.real(plan, **call)
+        self.waiting = False
+        kind = ctypes.c_uint32 * (self.shape[0] * self.shape[1])
+        self.memory = np.ctypeslib.as_array(kind.from_address(call[self.result][0]))
+        self.memory = self.memory.reshape(self.shape)
+        self.memory[:] = 2**32 - 1  # NaN, which the core does not write
+        thread = threading.Thread(target=self.interrupt)
+        thread.start()
+        try:
+            return self.real(plan, **call)
+        finally:
+            self.left = self.unwritten()
+            thread.join()
+
+    def unwritten(self):
+        return int((self.memory == 2**32 - 1).all(1).sum())
+
+    def interrupt(self):
+        while self.unwritten() == self.shape[0]:
+            time.sleep(0.001)
+        if self.unwritten() > self.shape[0] // 2:  # else this thread came too late: once more
+            self.sent = True
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def few_numbers(steps):
+    \"\"\"Returns a cell and many steps of x, which need little memory for much work.\"\"\"
+    cell = snnlstm.SConv2dLSTM(8, 32, 3, threshold=0.05, max_pool=32)
+    cell(torch.rand(2, 1, 8, 32, 32))
+    return cell, torch.rand(1, 1, 8, 32, 32).expand(steps, -1, -1, -1, -1)
+"""
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_ctrl_c_within_one_call_of_a_long_sequence(in_a_process, direction):
+    """The call leaves steps unwritten, and states, weights and gradients as they were."""
+    program = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+if DIRECTION == "forward":
+    steps, shape = 10000, (32,)
+    cell, x = few_numbers(steps)
+else:
+    steps, shape = 2000, (64, 8, 8)
+    cell = snnlstm.SConv2dLSTM(64, 64, 3, threshold=0.05)
+    x = torch.rand(1, 1, 64, 8, 8).expand(steps, -1, -1, -1, -1).requires_grad_()
+    cell(x[:2])
+cell.detach_hidden()
+syn, mem = cell.syn.clone(), cell.mem.clone()
 weights = [p.clone() for p in cell.parameters()]
-start = torch.zeros(1, 32, 32, 32)
-x, took = torch.rand(50, 1, 8, 32, 32), 0
-while took < SECONDS_OF_A_CALL / 4:
-    x = torch.cat([x, x])
-    began = time.perf_counter()
-    cell(x, start, start)
-    took = time.perf_counter() - began
-x = torch.cat([x] * 4)
 
-def long_call():
-    began = time.perf_counter()
-    with torch.no_grad():
-        cell.syn, cell.mem = syn.clone(), mem.clone()
-        return cell(x)[2], time.perf_counter() - began
-
-def in_a_while(seconds):
-    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
-"""
-
-
-def test_ctrl_c_within_one_call_of_a_long_sequence(in_a_process):
-    program = (
-        CTRL_C.replace("SECONDS_OF_A_CALL", "1.2")
-        + """
-whole, seconds = long_call()
-for direction in ("forward", "backward"):
-    loss = cell(x, start, start)[0].sum() if direction == "backward" else None
+def a_few_steps():
     cell.syn, cell.mem = syn.clone(), mem.clone()
-    in_a_while(0.2)
-    began = time.perf_counter()
+    return [t.detach() for t in (cell(x[:5])[0], cell.syn, cell.mem)]
+
+few, raised, watched = a_few_steps(), False, None
+while watched is None or not watched.sent:
+    if DIRECTION == "backward":
+        loss = cell(x, syn, mem)[0].sum()
+    cell.syn, cell.mem = syn.clone(), mem.clone()
+    result = "spk" if DIRECTION == "forward" else "grad_x"
+    watched = Interrupted(DIRECTION, result, steps, int(np.prod(shape)))
     try:
-        cell(x) if loss is None else loss.backward()
-        print("not interrupted")
+        with torch.set_grad_enabled(DIRECTION == "backward"):
+            cell(x) if DIRECTION == "forward" else loss.backward()
     except KeyboardInterrupt:
-        took = time.perf_counter() - began
-    same = torch.equal(cell.syn, syn) and torch.equal(cell.mem, mem)
-    for p, w in zip(cell.parameters(), weights):
-        same = same and torch.equal(p, w) and p.grad is None
-    again, _ = long_call()
-    early = seconds > 0.6 and took < 0.2 + 0.6 * (seconds - 0.2)
-    print(same, torch.equal(again, whole), early, f"{direction}:{took:.2f}of{seconds:.2f}")
+        raised = True
+same = torch.equal(cell.syn, syn) and torch.equal(cell.mem, mem)
+for p, w in zip(cell.parameters(), weights):
+    same = same and torch.equal(p, w) and p.grad is None
+print(raised, watched.left > 0, same, all(map(torch.equal, few, a_few_steps())))
 """
-    )
-    for line in in_a_process(program).splitlines():
-        assert line.split()[:3] == ["True"] * 3, line
+    program = CTRL_C + program.replace("DIRECTION", repr(direction))
+    assert in_a_process(program).split() == ["True"] * 4
 
 
 def test_a_handler_of_ctrl_c_that_does_not_raise_leaves_the_results_alone(in_a_process):
+    """The handler runs within the call, and the call begins once more."""
     program = (
-        CTRL_C.replace("SECONDS_OF_A_CALL", "0.6")
+        CTRL_C
         + """
-calls = []
-signal.signal(signal.SIGINT, lambda *_: calls.append(float(cell(x[0], start, start)[2].sum())))
-whole, seconds = long_call()
-in_a_while(seconds / 3)
-again, _ = long_call()
-print(torch.equal(again, whole), len(calls))
+steps, left = 2000, []
+cell, x = few_numbers(steps)
+start = torch.zeros(1, 32, 32, 32)
+
+def handler(*_):
+    left.append(watched.unwritten())
+    cell(x[0], start, start)
+
+signal.signal(signal.SIGINT, handler)
+with torch.no_grad():
+    whole, again = cell(x, start, start), None
+    while not left:
+        watched = Interrupted("forward", "spk", steps, 32)
+        again = cell(x, start, start)
+print(len(left), left[0] > 0, watched.left, all(map(torch.equal, whole, again)))
 """
     )
-    assert in_a_process(program).split() == ["True", "1"]
+    assert in_a_process(program).split() == ["1", "True", "0", "True"]

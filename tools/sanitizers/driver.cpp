@@ -191,7 +191,7 @@ Cell random_cell() {
   return c;
 }
 
-void choose_ways(Cell& c, const cpu::Kernels& kernels) {
+void choose_algorithms(Cell& c, const cpu::Kernels& kernels) {
   c = cpu::within_image(c);
   const auto tile = [](int kernel) {
     return kernel == 1 ? 1 : int(between(kernel < 7 ? 2 : 3, 4));
@@ -200,8 +200,9 @@ void choose_ways(Cell& c, const cpu::Kernels& kernels) {
     c.tile_h = tile(c.kernel_h), c.tile_w = tile(c.kernel_w);
   const bool tiles_of_x = c.tiled() && c.stride_h == 1 && c.stride_w == 1;
   c.by_columns = one_of({false, true});
-  c.x_way = tiles_of_x ? one_of({Way::direct, Way::sparse, Way::winograd, Way::winograd})
-                       : one_of({Way::direct, Way::sparse});
+  c.x_algorithm = tiles_of_x ? one_of({CpuAlgorithm::direct, CpuAlgorithm::sparse,
+                                       CpuAlgorithm::winograd, CpuAlgorithm::winograd})
+                             : one_of({CpuAlgorithm::direct, CpuAlgorithm::sparse});
 }
 
 template <class T>
@@ -317,26 +318,27 @@ void run(Cell c, const cpu::Kernels& kernels) {
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 100, seed = argc > 2 ? std::atoi(argv[2]) : 0;
   const cpu::Kernels& kernels = SNNLSTM_ISA::kernels;
-  int ways[3] = {0, 0, 0}, tiled = 0;
+  int counts[4] = {0, 0, 0, 0}, tiled = 0;
   for (int k = 0; k < cases; ++k) {
     random_bits.seed(uint64_t(seed) * 1000003 + k);
     special = between(0, 4) == 0;
     Cell c = random_cell();
     c.dtype = one_of({DType::float32, DType::float32, DType::float64});
-    choose_ways(c, kernels);
-    ++ways[int(c.x_way)], tiled += c.tiled();
+    choose_algorithms(c, kernels);
+    ++counts[int(c.x_algorithm)], tiled += c.tiled();
     if (std::getenv("VERBOSE"))
       std::fprintf(stderr,
                    "case %d: T=%d N=%d Cin=%d C=%d %dx%d kernel %dx%d stride %dx%d dilation %dx%d "
-                   "pool %d %dx%d tile %dx%d way %d\n",
+                   "pool %d %dx%d tile %dx%d algorithm %d\n",
                    k, int(c.T), int(c.N), int(c.Cin), int(c.C), int(c.H), int(c.W), c.kernel_h,
                    c.kernel_w, c.stride_h, c.stride_w, c.dilation_h, c.dilation_w, int(c.pool),
-                   c.pool_h, c.pool_w, c.tile_h, c.tile_w, int(c.x_way));
+                   c.pool_h, c.pool_w, c.tile_h, c.tile_w, int(c.x_algorithm));
     if (c.dtype == DType::float64)
       run<double>(c, kernels);
     else
       run<float>(c, kernels);
   }
   std::printf("%d cases; in tiles %d; input: direct %d, sparse %d, winograd %d; sum %.6g\n", cases,
-              tiled, ways[0], ways[1], ways[2], total);
+              tiled, counts[int(CpuAlgorithm::direct)], counts[int(CpuAlgorithm::sparse)],
+              counts[int(CpuAlgorithm::winograd)], total);
 }

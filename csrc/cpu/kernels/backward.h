@@ -1,12 +1,12 @@
-// The backward pass of a sequence, last step first. One phase a step, in which these run side by
-// side:
-//   rows     the recurrent data gradient of step t, and behind it, while the rows lie in cache, the
+// The backward pass of a sequence, last step first. Each step is one phase, in which these tasks
+// run side by side:
+//   rows     the recurrent data gradient of step t and then, while the rows lie in cache, the
 //            pointwise backward of step t - 1 (neuron_backward.h)
-//   inputs   the data gradient of x, where it is wanted (with Winograd the rows tasks do it too)
-//   weights  step t's part of the weight gradient (weight_gradient.h)
-// The workspace holds two time steps of d gates, mem and x, whatever T is. A call of one step of
-// many samples takes one sample after the other, from the gradients of its outputs to those of its
-// inputs, while all of the sample lies in L2.
+//   inputs   the data gradient of x, if it is wanted (with Winograd the rows tasks form it too)
+//   weights  the part of step t in the weight gradient (weight_gradient.h)
+// The workspace holds two time steps of d gates, mem and x, for any T. In a call of one step of
+// many small samples, a task takes one sample after the other, from the gradients of its outputs to
+// those of its inputs and of the weight, while all of the sample lies in L2.
 #pragma once
 
 #include "data_grad.h"
@@ -19,7 +19,7 @@ template <class T, int VL>
 class Backward {
   using S = Simd<T, VL>;
 
-  struct Scratch {
+  struct BackwardScratch {
     T* x;  // rows of the gradient of x
     TileBuffers<T> tiles;
   };
@@ -31,16 +31,15 @@ class Backward {
         tasks_(l_, args.threads, false),
         to_mem_(l_, l_.Cb, l_.Wo, 1, 1),
         to_x_(l_, l_.x_blocks, args.cell.W, args.cell.stride_h, args.cell.stride_w),
-        by_sample_(args.cell.T == 1 && !args.grad_weight && tasks_.most_together == 1 &&
-                   enough_samples()),
+        by_sample_(goes_by_sample()),
         neuron_(a_, l_, tasks_, by_sample_),
-        weights_(l_, args.threads) {
+        weights_(l_, args.threads, by_sample_) {
     const Cell& c = a_.cell;
     if constexpr (kHasWinograd<T, VL>) inputs_ = InputTransform<S>(l_.form);
     x_rows_ = l_.block_rows();
     x_blocks_ = (c.H + x_rows_ - 1) / x_rows_;
-    Arena arena(args.workspace);
-    carve(arena);
+    Workspace workspace(args.workspace);
+    carve(workspace);
   }
 
   // `weight` says whether the call forms the weight's gradient.
@@ -50,95 +49,120 @@ class Backward {
     if (weight) args.grad_weight = &args;  // only asked whether it is null
     args.threads = threads;
     Backward b(args);
-    Arena arena(nullptr);
-    b.carve(arena);
-    return arena.bytes();
+    Workspace workspace(nullptr);
+    b.carve(workspace);
+    return workspace.bytes();
   }
 
   void run() {
     const Cell& c = a_.cell;
-    const int64_t T_ = c.T, weight_tasks = a_.grad_weight ? weights_.tasks() : 0;
-    const int64_t x_tasks = a_.grad_x.data && !l_.tiled_x() ? tasks_x() : 0;
-    const int64_t groups = tasks_.groups(),
-                  groups_first = tasks_.most_together > 1 && l_.heavy() ? groups : 0;
     const Phases phases(counters_, most_phases());
     neuron_.pack_vectors();
     const int convolutions = 1 + (a_.grad_weight != nullptr) + (a_.grad_x.data != nullptr);
     parallel(a_.threads, convolutions * double(c.N) * l_.pixels * l_.K() * 4 * c.C,
-             [&](int thread) {
-               if (by_sample_) {
-                 phases.run(0, c.N, [&](int64_t n) { sample(n, x_tasks > 0, thread); });
-                 return phases.run(1, l_.Cb, [&](int64_t cb) { neuron_.reduce(cb); });
-               }
-               phases.run(0, tasks_.count + (a_.grad_weight ? weights_.clear_tasks() : 0),
-                          [&](int64_t task) {
-                            if (task < tasks_.count)
-                              neuron_.clear(task, thread);
-                            else
-                              weights_.clear(task - tasks_.count);
-                          });
-               phases.run(1, tasks_.count, [&](int64_t task) {
-                 neuron_.start(task, thread);
-                 neuron_.rows(T_ - 1, task, thread, 0);
-               });
-               int64_t phase = 2;
-               for (int64_t t = T_ - 1; t >= 0; --t) {
-                 // The largest tasks come first, so that no thread begins one last of all.
-                 phases.run(phase++, groups + weight_tasks + x_tasks, [&](int64_t task) {
-                   if (task < groups_first) return rows(t, task, thread);
-                   task -= groups_first;
-                   if (task < weight_tasks)
-                     return weights_.add(neuron_.images(t), task, thread, scratch_[thread].tiles);
-                   task -= weight_tasks;
-                   if (task < x_tasks) return inputs(t, task, thread);
-                   rows(t, task - x_tasks, thread);
-                 });
-                 if (a_.grad_weight && weights_.due(t))
-                   phases.run(phase++, weights_.fold_tasks(),
-                              [&](int64_t task) { weights_.fold(task, t); });
-               }
-               phases.run(phase, l_.Cb + (a_.grad_weight ? weights_.write_tasks() : 0),
-                          [&](int64_t task) {
-                            if (task < l_.Cb) return neuron_.reduce(task);
-                            weights_.write(task - l_.Cb, a_.grad_weight);
-                          });
-             });
+             [&](int thread) { by_sample_ ? samples(phases, thread) : steps(phases, thread); });
   }
 
  private:
   int64_t most_phases() const { return 2 * a_.cell.T + 3; }
 
-  // Says whether samples make good tasks: L2 holds one, and no thread is idle for long.
-  bool enough_samples() const {
+  // Says whether samples make good tasks: L2 holds one, no thread is idle for long, and the
+  // weight's gradient, which each sample passes over, lies in L2 too.
+  bool goes_by_sample() const {
     const int64_t N = a_.cell.N, rounds = (N + a_.threads - 1) / a_.threads;
     const int64_t bytes = 8 * l_.mem_image() * int64_t(sizeof(T));
-    return 4 * rounds * a_.threads <= 5 * N && bytes <= 1 << 20;
+    return a_.cell.T == 1 && tasks_.most_together == 1 && !(a_.grad_weight && l_.wide()) &&
+           4 * rounds * a_.threads <= 5 * N && bytes <= 1 << 20;
   }
 
-  // Does all of a sample, in a call of one step.
-  void sample(int64_t n, bool x_apart, int thread) {
+  int64_t x_tasks() const { return a_.grad_x.data && !l_.tiled_x() ? tasks_x() : 0; }
+
+  void steps(const Phases& phases, int thread) {
+    const int64_t T_ = a_.cell.T, weight_tasks = a_.grad_weight ? weights_.tasks() : 0;
+    const int64_t groups = tasks_.groups(), x_count = x_tasks(),
+                  groups_first = tasks_.most_together > 1 && l_.heavy() ? groups : 0;
+    phases.run(0, tasks_.count + clear_tasks(), [&](int64_t task) {
+      if (task < tasks_.count)
+        neuron_.clear(task, thread);
+      else
+        weights_.clear(task - tasks_.count);
+    });
+    phases.run(1, tasks_.count, [&](int64_t task) {
+      neuron_.start(task, thread);
+      neuron_.rows(T_ - 1, task, thread, 0);
+    });
+    int64_t phase = 2;
+    for (int64_t t = T_ - 1; t >= 0; --t) {
+      // The largest tasks come first, so that no thread begins one last of all.
+      phases.run(phase++, groups + weight_tasks + x_count, [&](int64_t task) {
+        if (task < groups_first) return rows(t, task, thread);
+        task -= groups_first;
+        if (task < weight_tasks)
+          return weights_.add(neuron_.images(t), task, thread, scratch_[thread].tiles);
+        task -= weight_tasks;
+        if (task < x_count) return inputs(t, task, thread);
+        rows(t, task - x_count, thread);
+      });
+      fold(phases, phase, t);
+    }
+    finish(phases, phase);
+  }
+
+  // Does a call of one step, by samples.
+  void samples(const Phases& phases, int thread) {
+    phases.run(0, clear_tasks(), [&](int64_t task) { weights_.clear(task); });
+    const int64_t N = a_.cell.N, count = a_.grad_weight ? weights_.splits() : N;
+    phases.run(1, count, [&](int64_t task) {
+      for (int64_t n = N * task / count; n < N * (task + 1) / count; ++n) sample(n, task, thread);
+    });
+    int64_t phase = 2;
+    fold(phases, phase, 0);
+    finish(phases, phase);
+  }
+
+  void sample(int64_t n, int64_t split, int thread) {
     const int64_t first = n * tasks_.per_image, last = first + tasks_.per_image;
     for (int64_t task = first; task < last; ++task) {
       neuron_.clear(task, thread);
       neuron_.start(task, thread);
       neuron_.rows(0, task, thread, 0);
     }
-    for (int64_t k = n * x_blocks_; x_apart && k < (n + 1) * x_blocks_; ++k) inputs(0, k, thread);
+    if (a_.grad_weight)
+      weights_.add_sample(neuron_.images(0), split, neuron_.slot(n, thread), thread,
+                          scratch_[thread].tiles);
+    for (int64_t k = n * x_blocks_; x_tasks() > 0 && k < (n + 1) * x_blocks_; ++k)
+      inputs(0, k, thread);
     for (int64_t task = first; task < last; ++task) rows(0, task, thread);
   }
 
-  void carve(Arena& arena) {
-    counters_ = arena.take<Phases::Counter>(most_phases());
-    if (a_.grad_weight) weights_.carve(arena);
-    neuron_.carve(arena);
-    scratch_ = arena.take<Scratch>(a_.threads);
+  int64_t clear_tasks() const { return a_.grad_weight ? weights_.clear_tasks() : 0; }
+
+  // Folds the sums of the weight gradient behind step t, if that is due.
+  void fold(const Phases& phases, int64_t& phase, int64_t t) {
+    if (a_.grad_weight && weights_.due(t))
+      phases.run(phase++, weights_.fold_tasks(), [&](int64_t task) { weights_.fold(task, t); });
+  }
+
+  // Writes the gradients that are sums over all samples.
+  void finish(const Phases& phases, int64_t phase) {
+    phases.run(phase, l_.Cb + (a_.grad_weight ? weights_.write_tasks() : 0), [&](int64_t task) {
+      if (task < l_.Cb) return neuron_.reduce(task);
+      weights_.write(task - l_.Cb, a_.grad_weight);
+    });
+  }
+
+  void carve(Workspace& workspace) {
+    counters_ = workspace.take<Phases::Counter>(most_phases());
+    if (a_.grad_weight) weights_.carve(workspace);
+    neuron_.carve(workspace);
+    scratch_ = workspace.take<BackwardScratch>(a_.threads);
     const int64_t rows = tasks_.most_together * (l_.tiled_x() ? l_.block_rows() : x_rows_);
     TileSizes sizes(l_, l_.form, 4 * l_.Cp, tasks_.most_together);
     if (a_.grad_weight) sizes.cover(weights_.tile_sizes());
     for (int k = 0; k < a_.threads; ++k) {
-      Scratch s;
-      s.x = arena.take<T>(rows * to_x_.row_size());
-      s.tiles = sizes.template carve<T>(arena);
+      BackwardScratch s;
+      s.x = workspace.take<T>(rows * to_x_.row_size());
+      s.tiles = sizes.template carve<T>(workspace);
       if (scratch_) scratch_[k] = s;
     }
   }
@@ -171,7 +195,7 @@ class Backward {
   // mem's into mem_grad, unless that is null, and x's if it is wanted.
   void tiled(int64_t t, int64_t n, int64_t together, int64_t begin, int64_t end, bool x_wanted,
              T* mem_grad, int thread) {
-    const Scratch& s = scratch_[thread];
+    const BackwardScratch& s = scratch_[thread];
     const TileBlock<T> b =
         tile_block(l_, l_.form, end - begin, 4 * l_.Cp, together, tasks_.most_together);
     const int64_t pixel = 4 * l_.Cp, row = l_.Wm * pixel;
@@ -222,7 +246,7 @@ class Backward {
   InputTransform<S> inputs_;
   int64_t x_rows_, x_blocks_;
   Phases::Counter* counters_ = nullptr;
-  Scratch* scratch_ = nullptr;
+  BackwardScratch* scratch_ = nullptr;
 };
 
 SNNLSTM_END_ISA

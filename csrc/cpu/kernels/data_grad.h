@@ -33,7 +33,7 @@ class DataGrad {
     const int64_t pixel = 4 * l.Cp, row = l.Wm * pixel, max_len = chunk();
     const bool few = l.few_channels();  // then only the lanes of channels are summed
     if (sh_ == 1 && sw_ == 1 && !few) {
-      lists_[0].window(l.c, l.along_columns(pixel), pixel, row, pixel, 0, max_len);
+      lists_[0].dense(l.c, l.along_columns(pixel), pixel, row, pixel, 0, max_len);
       return;
     }
     for (int a = 0; a < sh_; ++a)
@@ -90,7 +90,7 @@ class DataGrad {
   void tile_sweep(const TileBlock<T>& b, const T* values, const T* weight, T* products,
                   int64_t block, int64_t rows, T* out) const {
     const int64_t channels = vectors_ * VL;
-    const Tiling& t = b.form;
+    const TileForm& t = b.form;
     const auto& outputs = choose_outputs<NV>();
     constexpr int lanes = NV % 2 ? VL : Two::lanes, batches = NV * VL / lanes;
     const Plane from{t.w.inputs() * b.products_stride, b.products_stride, lanes};
@@ -145,11 +145,11 @@ class DataGrad {
                            sh_ * row_size(), sw_ * channels);
         T* const corner = out + (first - begin) * row_size() + b * channels + block * VL;
         bool add = false;
-        const auto pass = [&](const Run* chunk, int size) {
+        const auto add_chunk = [&](const Run* chunk, int size) {
           for (int64_t line = 0; line < p.lines; ++line) {
             const Run* runs = chunk;
             int number = size;
-            if (list.window())
+            if (list.is_dense())
               list.limit(runs, number, l_.met(by_columns, by_columns ? line : first + line, false));
             if (add && number == 0) continue;
             for (int64_t k = 0; k < images; ++k) {
@@ -163,9 +163,9 @@ class DataGrad {
           add = true;
         };
         if (list.count() > 0)
-          list.chunks(chunk(), pass);
+          list.chunks(chunk(), add_chunk);
         else
-          pass(nullptr, 0);  // no tap reaches these pixels: their gradient is zero
+          add_chunk(nullptr, 0);  // no tap reaches these pixels: their gradient is zero
       }
   }
 

@@ -1,15 +1,15 @@
 // The forward pass of a sequence. Each step and block of rows has its gates convolved, and right
 // after that, while the gates still lie in L1, its LSTM update, reset, quantisation, pooling and
-// spikes. A thread takes several small images together. state_rows.h keeps the states.
+// spikes. A thread takes several small images together. state_rows.h holds the states.
 #pragma once
 
-#include "fire.h"
-#include "kept_gates.h"
-#include "rows.h"
-#include "schedule.h"
+#include "pool.h"
+#include "saved_gates.h"
 #include "sparse.h"
 #include "state_rows.h"
+#include "threads.h"
 #include "tiles.h"
+#include "transpose.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -31,14 +31,14 @@ class Forward {
         states_(args, l_, tasks_),
         block_(l_.block_rows()),
         strip_(l_.strip_rows()),
-        kept_(args.half_gates),
+        saved_(args.packed_gates),
         sparse_(l_, strip_) {
     if constexpr (kHasWinograd<T, VL>) {
       inputs_ = InputTransform<S>(l_.form);
       outputs_ = PlaneTransform<GateVector>::outputs(l_.form, l_.form.h.tile, l_.form.w.tile);
     }
-    Arena arena(args.workspace);
-    carve(arena);
+    Workspace workspace(args.workspace);
+    carve(workspace);
   }
 
   static int64_t workspace(const Cell& cell, int threads) {
@@ -46,15 +46,15 @@ class Forward {
     args.cell = cell;
     args.threads = threads;
     Forward f(args);
-    Arena arena(nullptr);
-    f.carve(arena);
-    return arena.bytes();
+    Workspace workspace(nullptr);
+    f.carve(workspace);
+    return workspace.bytes();
   }
 
   void run() {
     const Cell& c = a_.cell;
-    x_runs_.window(c, l_.along_columns(c.Cin), c.Cin, l_.Wx * c.Cin, c.Cin, 0, kChunk);
-    mem_runs_.window(c, l_.along_columns(c.C), c.C, l_.Wm * l_.Cp, l_.Cp, l_.Kx, kChunk);
+    x_runs_.dense(c, l_.along_columns(c.Cin), c.Cin, l_.Wx * c.Cin, c.Cin, 0, kChunk);
+    mem_runs_.dense(c, l_.along_columns(c.C), c.C, l_.Wm * l_.Cp, l_.Cp, l_.Kx, kChunk);
     pack_vectors();
     const Phases phases(counters_, c.T + 1);
     parallel(a_.threads, double(c.N) * l_.pixels * l_.K() * 4 * c.C, [&](int thread) {
@@ -69,56 +69,59 @@ class Forward {
   static constexpr int64_t kChunk = chunk_length<T>(kGates);
 
   // The rows of one image that a thread works on, and their buffers.
-  struct Block {
+  struct RowBlock {
     Rows r;
-    T* patch;                                   // input rows under the block, with border
-    T* gates;                                   // (strip rows, Wr, 4, VL)
-    typename SparseInput<T, VL>::Lists* lists;  // of x's nonzeros, for every strip
+    T* patch;                                        // input rows under the block, with border
+    T* gates;                                        // (strip rows, Wr, 4, VL)
+    typename SparseInput<T, VL>::InputLists* lists;  // of x's nonzeros, for every strip
   };
 
-  struct Scratch {
-    Block* blocks;
+  struct ForwardScratch {
+    RowBlock* blocks;
     T* pooled;                            // (Wp, Cp)
     T *mem_values, *x_values, *products;  // Winograd: tiles.h
   };
 
-  void carve(Arena& arena) {
+  void carve(Workspace& workspace) {
     const Cell& c = a_.cell;
-    counters_ = arena.take<Phases::Counter>(c.T + 1);
-    bias_ = arena.take<T>(l_.Cb * kGates);
-    threshold_ = arena.take<T>(l_.Cp);
-    states_.carve(arena);
-    scratch_ = arena.take<Scratch>(a_.threads);
+    counters_ = workspace.take<Phases::Counter>(c.T + 1);
+    bias_ = workspace.take<T>(l_.Cb * kGates);
+    threshold_ = workspace.take<T>(l_.Cp);
+    states_.carve(workspace);
+    scratch_ = workspace.take<ForwardScratch>(a_.threads);
     const int64_t points = c.tiled() ? l_.form.points() : 0;
     const TileBlock<T> of_mem = tiles(block_, l_.Cp, 1), of_x = tiles(block_, x_channels(), 1);
     for (int k = 0; k < a_.threads; ++k) {
-      const Scratch s{arena.take<Block>(tasks_.most_together), arena.take<T>(l_.Wp * l_.Cp),
-                      arena.take<T>(points * of_mem.values_stride),
-                      arena.take<T>(c.x_way == Way::winograd ? points * of_x.values_stride : 0),
-                      arena.take<T>(points * of_mem.products_stride)};
+      const ForwardScratch s{
+          workspace.take<RowBlock>(tasks_.most_together), workspace.take<T>(l_.Wp * l_.Cp),
+          workspace.take<T>(points * of_mem.values_stride),
+          workspace.take<T>(c.x_algorithm == CpuAlgorithm::winograd ? points * of_x.values_stride
+                                                                    : 0),
+          workspace.take<T>(points * of_mem.products_stride)};
       for (int64_t slot = 0; slot < tasks_.most_together; ++slot) {
-        const Block b = carve_block(arena);
+        const RowBlock b = carve_block(workspace);
         if (s.blocks) s.blocks[slot] = b;
       }
       if (scratch_) scratch_[k] = s;
     }
   }
 
-  Block carve_block(Arena& arena) const {
-    const int64_t strips = a_.cell.x_way == Way::sparse ? (block_ + strip_ - 1) / strip_ : 0;
-    const Block b{{},
-                  arena.take<T>(patch_rows(block_) * l_.Wx * a_.cell.Cin + kReadAhead),
-                  arena.take<T>(strip_ * l_.Wr * kGates),
-                  arena.take<typename SparseInput<T, VL>::Lists>(strips)};
+  RowBlock carve_block(Workspace& workspace) const {
+    const int64_t strips =
+        a_.cell.x_algorithm == CpuAlgorithm::sparse ? (block_ + strip_ - 1) / strip_ : 0;
+    const RowBlock b{{},
+                     workspace.take<T>(patch_rows(block_) * l_.Wx * a_.cell.Cin + kReadAhead),
+                     workspace.take<T>(strip_ * l_.Wr * kGates),
+                     workspace.take<typename SparseInput<T, VL>::InputLists>(strips)};
     for (int64_t strip = 0; strip < strips; ++strip) {
-      typename SparseInput<T, VL>::Lists lists;
-      sparse_.carve(arena, lists);
+      typename SparseInput<T, VL>::InputLists lists;
+      sparse_.carve(workspace, lists);
       if (b.lists) b.lists[strip] = lists;
     }
     return b;
   }
 
-  // Describes the tiles of so many rows of each of `together` images.
+  // Describes the tiles of `rows` rows of each of `together` images.
   TileBlock<T> tiles(int64_t rows, int64_t channels, int64_t together) const {
     return tile_block(l_, l_.form, rows, channels, together, tasks_.most_together);
   }
@@ -138,7 +141,7 @@ class Forward {
 
   // Does the tasks of a group, which are the same rows of each of its images.
   void step(int64_t t, int64_t group, int thread) {
-    const Scratch& s = scratch_[thread];
+    const ForwardScratch& s = scratch_[thread];
     const int64_t first = tasks_.first(group), together = tasks_.together(group);
     const int64_t begin = tasks_.begin(first), end = tasks_.end(first);
     for (int64_t k = 0; k < together; ++k) {
@@ -149,7 +152,7 @@ class Forward {
       const int64_t b1 = b0 + block_ < end ? b0 + block_ : end;
       for (int64_t k = 0; k < together; ++k) {
         gather_x(t, s.blocks[k].r.n, b0, b1, s.blocks[k].patch);
-        if (a_.cell.x_way == Way::sparse) list_x(b0, b1, s.blocks[k]);
+        if (a_.cell.x_algorithm == CpuAlgorithm::sparse) list_x(b0, b1, s.blocks[k]);
       }
       if (!a_.cell.tiled())
         direct(t, together, b0, b1, s);
@@ -198,7 +201,7 @@ class Forward {
   // are written to the block's gates, mem's is added. in(block) is what the first row sees.
   template <class In>
   void sweep(bool of_x, In&& in, int64_t row, int64_t pixel, int64_t first, int64_t rows,
-             int64_t cb, const Block* blocks, int64_t count) {
+             int64_t cb, const RowBlock* blocks, int64_t count) {
     const Span span(Part::products);
     const RunList& list = of_x ? x_runs_ : mem_runs_;
     const T* w = static_cast<const T*>(a_.weight) + cb * l_.packed_rows() * kGates;
@@ -210,7 +213,7 @@ class Forward {
         list.limit(runs, number,
                    l_.met(list.by_columns(), list.by_columns() ? k : first + k, of_x));
         if (add && number == 0) continue;
-        for (const Block* b = blocks; b < blocks + count; ++b) {
+        for (const RowBlock* b = blocks; b < blocks + count; ++b) {
           T* out = b->gates + k * p.out_line;
           conv_row<S, 4>(in(*b) + k * p.in_line, p.in_pixel, runs, number, w,
                          add ? Start<T>{out, p.out_pixel} : Start<T>{bias_ + cb * kGates, 0}, out,
@@ -221,7 +224,7 @@ class Forward {
     });
   }
 
-  void list_x(int64_t b0, int64_t b1, const Block& b) {
+  void list_x(int64_t b0, int64_t b1, const RowBlock& b) {
     const Span span(Part::copies);
     const int64_t row = a_.cell.stride_h * l_.Wx * a_.cell.Cin;
     for (int64_t h = b0; h < b1; h += strip_)
@@ -231,41 +234,41 @@ class Forward {
 
   // Writes the bias and the input half of a strip of each block: `rows` state rows, which begin
   // `top` rows behind the block's first, b0.
-  void sweep_x(int64_t b0, int64_t top, int64_t rows, int64_t cb, const Block* blocks,
+  void sweep_x(int64_t b0, int64_t top, int64_t rows, int64_t cb, const RowBlock* blocks,
                int64_t count) {
     const int64_t row = a_.cell.stride_h * l_.Wx * a_.cell.Cin;
-    if (a_.cell.x_way != Way::sparse)
+    if (a_.cell.x_algorithm != CpuAlgorithm::sparse)
       return sweep(
-          true, [&](const Block& b) { return b.patch + top * row; }, row,
+          true, [&](const RowBlock& b) { return b.patch + top * row; }, row,
           a_.cell.stride_w * a_.cell.Cin, b0 + top, rows, cb, blocks, count);
     const Span span(Part::products);
-    for (const Block* b = blocks; b < blocks + count; ++b)
+    for (const RowBlock* b = blocks; b < blocks + count; ++b)
       sparse_.convolve(b->lists[top / strip_],
                        static_cast<const T*>(a_.weight) + cb * l_.packed_rows() * kGates,
                        bias_ + cb * kGates, b->gates);
   }
 
-  void direct(int64_t t, int64_t together, int64_t b0, int64_t b1, const Scratch& s) {
+  void direct(int64_t t, int64_t together, int64_t b0, int64_t b1, const ForwardScratch& s) {
     for (int64_t cb = 0; cb < l_.Cb; ++cb) {
       sweep_x(b0, 0, b1 - b0, cb, s.blocks, together);
       sweep(
-          false, [&](const Block& b) { return states_.mem_row(t, b.r, b0); }, l_.Wm * l_.Cp, l_.Cp,
-          b0, b1 - b0, cb, s.blocks, together);
-      for (const Block* b = s.blocks; b < s.blocks + together; ++b)
+          false, [&](const RowBlock& b) { return states_.mem_row(t, b.r, b0); }, l_.Wm * l_.Cp,
+          l_.Cp, b0, b1 - b0, cb, s.blocks, together);
+      for (const RowBlock* b = s.blocks; b < s.blocks + together; ++b)
         for (int64_t h = b0; h < b1; ++h)
           update(t, b->r, h, cb, b->gates + (h - b0) * l_.Wr * kGates);
     }
   }
 
-  // Does the recurrent half by Winograd, and the input half too where x_way says so. One strip of
-  // rows at a time has its gates put together and used.
-  void tiled(int64_t t, int64_t together, int64_t b0, int64_t b1, const Scratch& s) {
+  // Does the recurrent half by Winograd, and the input half too where x_algorithm says so. One
+  // strip of rows at a time has its gates put together and used.
+  void tiled(int64_t t, int64_t together, int64_t b0, int64_t b1, const ForwardScratch& s) {
     const Cell& c = a_.cell;
     const TileBlock<T> of_mem = tiles(b1 - b0, l_.Cp, together),
                        of_x = tiles(b1 - b0, x_channels(), together);
-    const bool x_too = c.x_way == Way::winograd;
+    const bool x_too = c.x_algorithm == CpuAlgorithm::winograd;
     for (int64_t k = 0; k < together; ++k) {
-      const Block& b = s.blocks[k];
+      const RowBlock& b = s.blocks[k];
       inputs_.run(of_mem, states_.mem_row(t, b.r, b0), l_.Wm * l_.Cp, l_.Cp,
                   s.mem_values + k * of_mem.image_values());
       if (x_too)
@@ -289,8 +292,8 @@ class Forward {
   // Puts the gates of state rows [h0, h1) of one image together and uses them. The tiles begin at
   // row b0.
   void strip(int64_t t, const TileBlock<T>& tiles, int64_t image, int64_t b0, int64_t h0,
-             int64_t h1, int64_t cb, bool add, const Scratch& s) {
-    const Block& b = s.blocks[image];
+             int64_t h1, int64_t cb, bool add, const ForwardScratch& s) {
+    const RowBlock& b = s.blocks[image];
     const int64_t r0 = image * tiles.rows + (h0 - b0) / l_.form.h.tile;
     const int64_t rows = l_.tiles(l_.form.h, a_.cell.dilation_h, h1 - h0);
     for (int64_t k = 0; k < rows; ++k)
@@ -312,7 +315,7 @@ class Forward {
     }
   }
 
-  // Does the LSTM update, reset and quantisation of one row and channel block. Each of two passes
+  // Does the LSTM update, reset and quantisation of one row and channel block. Each of two loops
   // has one chain of exp and division per pixel, so that more pixels are in flight.
   void update(int64_t t, const Rows& r, int64_t h, int64_t cb, T* gates) {
     const Span span(Part::pointwise);
@@ -323,10 +326,10 @@ class Forward {
     T* syn_out = states_.syn_after(t, r, h) + cb * VL;
     const T* mem_in = states_.mem_inner(t, r, h) + cb * VL;
     T* mem_out = states_.mem_inner(t + 1, r, h) + cb * VL;
-    const int64_t pixel = l_.Cb * kept_.size();
+    const int64_t pixel = l_.Cb * saved_.size();
     T* saved = a_.saved_gates
                    ? static_cast<T*>(a_.saved_gates) +
-                         ((t * c.N + r.n) * l_.pixels + h * l_.Wo) * pixel + cb * kept_.size()
+                         ((t * c.N + r.n) * l_.pixels + h * l_.Wo) * pixel + cb * saved_.size()
                    : nullptr;
     for (int64_t w = 0; w < l_.Wo; ++w) {
       T* g = gates + w * kGates;
@@ -334,7 +337,7 @@ class Forward {
           {S::load(g), S::load(g + VL), S::load(g + 2 * VL), S::load(g + 3 * VL)});
       S::store(g, Neuron<M>::next_syn(act, S::load(syn_in + w * l_.Cp)));
       S::store(g + 2 * VL, act.o);
-      if (saved) kept_.put(saved + w * pixel, act);
+      if (saved) saved_.put(saved + w * pixel, act);
     }
     for (int64_t w = 0; w < l_.Wo; ++w) {
       const T* g = gates + w * kGates;
@@ -349,7 +352,7 @@ class Forward {
       }
       S::store(syn_out + w * l_.Cp, syn);
       S::store(mem_out + w * l_.Cp, mem);
-      if (saved) kept_.put_output(saved + w * pixel, o, reset);
+      if (saved) saved_.put_output(saved + w * pixel, o, reset);
     }
   }
 
@@ -365,7 +368,8 @@ class Forward {
   }
 
   // Returns row h of the pooled image: channels-last pixels, which lie `stride` apart.
-  const T* pooled_row(int64_t t, const Rows& r, int64_t h, const Scratch& s, int64_t& stride) {
+  const T* pooled_row(int64_t t, const Rows& r, int64_t h, const ForwardScratch& s,
+                      int64_t& stride) {
     const Cell& c = a_.cell;
     const T* mem = states_.mem_inner(t + 1, r, h * c.pool_h);
     stride = l_.Cp;
@@ -382,7 +386,7 @@ class Forward {
   T graded() const { return *static_cast<const T*>(a_.graded_factor); }
 
   // Writes the spikes of rows [begin, end) of the pooled image.
-  void fire(int64_t t, const Rows& r, int64_t begin, int64_t end, const Scratch& s) {
+  void fire(int64_t t, const Rows& r, int64_t begin, int64_t end, const ForwardScratch& s) {
     const Span span(Part::pointwise);
     const R spike = S::splat(graded()), silent = S::splat(T(0) * graded());
     const auto spikes = [&](R mem, int64_t ch) {
@@ -399,7 +403,7 @@ class Forward {
 
   // Inhibition lets only the neuron of a sample with the highest (pooled) membrane potential spike.
   // Among equals the lowest index in (C, Hp, Wp) wins; a NaN counts as highest, as in torch.argmax.
-  void fire_winner(int64_t t, const Rows& r, const Scratch& s) {
+  void fire_winner(int64_t t, const Rows& r, const ForwardScratch& s) {
     const Span span(Part::pointwise);
     const Cell& c = a_.cell;
     const View& v = a_.spk;
@@ -431,14 +435,14 @@ class Forward {
   RowTasks tasks_;
   StateRows<T, VL> states_;
   int64_t block_, strip_;  // rows worked on at a time; rows whose gates are in the buffer at a time
-  KeptGates<M> kept_;
+  SavedGates<M> saved_;
   SparseInput<T, VL> sparse_;
   InputTransform<S> inputs_;
   PlaneTransform<GateVector> outputs_;
   RunList x_runs_, mem_runs_;
   Phases::Counter* counters_ = nullptr;
   T *bias_ = nullptr, *threshold_ = nullptr;
-  Scratch* scratch_ = nullptr;
+  ForwardScratch* scratch_ = nullptr;
 };
 
 SNNLSTM_END_ISA

@@ -1,4 +1,4 @@
-// How the kernels keep data between the caller's tensors.
+// How data lies in memory between the caller's tensors, and how it is cut into tasks.
 //
 // Images are channels-last, so that a vector holds neighbouring channels and a tap's inputs lie
 // side by side. Channels are counted in blocks of VL: Cb blocks, Cp = Cb * VL channels, of which
@@ -7,7 +7,7 @@
 //   mem      (N, Ho + 2 pad, Wo + 2 pad, Cp)      zero border: the recurrent convolution reads it
 //   syn      (N, Ho * Wo, Cp)
 //   gates    (N, Ho * Wo, Cb, 4, VL)              the four gates of a channel in four vectors;
-//                                                 as kept for backward: kept_gates.h
+//                                                 as saved: saved_gates.h
 //   d gates  (N, Ho + 2 pad, Wo + 2 pad, Cb, 4, VL)
 // With Winograd the images are rounded up to whole tiles, with zeros.
 //
@@ -27,14 +27,14 @@
 
 SNNLSTM_BEGIN_ISA
 
-// Vector code may read so many elements behind an image, and throws them away.
+// Vector code may read this many elements behind an image, and throws them away.
 constexpr int64_t kReadAhead = 16;
 
 // Hands out pieces of one allocation, each on a cache line of its own. Without memory it only
 // counts.
-class Arena {
+class Workspace {
  public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
   template <class T>
   T* take(int64_t count) {
     const int64_t size = count * int64_t(sizeof(T)), whole = ((size + 63) & ~int64_t(63)) + kFence;
@@ -83,8 +83,8 @@ template <class T, int VL>
 struct Layout {
   explicit Layout(const Cell& cell)
       : c(cell),
-        form(cell.tiled() ? cpu::tiling(cell) : Tiling()),
-        grad_form(cell.tiled() ? cpu::grad_tiling(cell) : Tiling()),
+        form(cell.tiled() ? cpu::tiling(cell) : TileForm()),
+        grad_form(cell.tiled() ? cpu::grad_tiling(cell) : TileForm()),
         Ho(cell.Ho()),
         Wo(cell.Wo()),
         Hr(whole(form.h, cell.dilation_h, Ho)),
@@ -107,7 +107,7 @@ struct Layout {
         x_blocks(whole_vectors((cell.Cin + VL - 1) / VL)) {}
 
   Cell c;
-  Tiling form, grad_form;          // Winograd's, grad_form of the weight gradient; else of 1 x 1
+  TileForm form, grad_form;        // Winograd's, grad_form of the weight gradient; else of 1 x 1
   int64_t Ho, Wo, Hr, Wr, Hp, Wp;  // Hr, Wr: the state's image in whole tiles
   int64_t ph, pw, Cb, Cp, pixels;
   int64_t Hm, Wm, Hx, Wx;  // with border, of mem and d gates, and of x
@@ -143,8 +143,9 @@ struct Layout {
     return (tap / c.kernel_w + c.outer_h) * all_columns() + tap % c.kernel_w + c.outer_w;
   }
 
-  // Says whether direct convolution of so many channels goes along columns of pixels, and not along
-  // rows. The sum of a line leaves out the taps that meet only the border along the other axis.
+  // Says whether direct convolution of this many channels goes along columns of pixels, and not
+  // along rows. The sum of a line leaves out the taps that meet only the border along the other
+  // axis.
   bool along_columns(int64_t channels) const { return c.by_columns && channels >= 8; }
   // Returns the lines of taps that meet the state's image, or x's, from a line of the state's
   // pixels.
@@ -193,7 +194,7 @@ struct Layout {
   // Returns how many rows are worked on at a time in a form's tiles. A kernel in parts sees rows of
   // tiles below the block too, so that a block of few rows would transform more of those than of
   // its own.
-  int64_t rows_of_tiles(const Tiling& t) const {
+  int64_t rows_of_tiles(const TileForm& t) const {
     const int64_t unit = whole(t.h, c.dilation_h, 1), columns = tiles(t.w, c.dilation_w, Wo);
     const int64_t of_unit = columns * unit / t.h.tile;
     int64_t units = (wanted_tiles(t) + of_unit - 1) / of_unit;
@@ -203,11 +204,11 @@ struct Layout {
   }
 
   // These return the wanted number of tiles of a block, and the number of a whole image.
-  int64_t wanted_tiles(const Tiling& t) const {
+  int64_t wanted_tiles(const TileForm& t) const {
     const int64_t bytes = t.points() * (Cp + 4 * VL) * int64_t(sizeof(T));  // of a tile
     return 64 * bytes <= 448 << 10 ? 64 : 32;
   }
-  int64_t image_tiles(const Tiling& t) const {
+  int64_t image_tiles(const TileForm& t) const {
     return tiles(t.h, c.dilation_h, Ho) * tiles(t.w, c.dilation_w, Wo);
   }
 
@@ -226,7 +227,7 @@ struct Layout {
   }
   // Returns how many images have the wanted number of tiles or, where the weights stay in L2, as
   // many tiles as keep the registers busy.
-  int64_t images_of(const Tiling& t) const {
+  int64_t images_of(const TileForm& t) const {
     return (wide() ? wanted_tiles(t) : 16) / image_tiles(t);
   }
 
@@ -299,17 +300,17 @@ class RunList {
   RunList() = default;
   template <class... Args>
   explicit RunList(const Cell& c, Args... args) {
-    window(c, args...);
+    dense(c, args...);
   }
   RunList(const RunList&) = delete;
   RunList& operator=(const RunList&) = delete;
   ~RunList() { delete[] runs_; }
 
-  // Makes the list of a dense window of kernel_h x kernel_w taps of `channels` values each, one
+  // Makes the list of all kernel_h x kernel_w taps of `channels` values each, one
   // line of taps (a row or, by columns, a column of the kernel) after the other. In the input rows
   // lie row_stride apart and pixels pixel_stride. weight_row is that of the first tap.
-  void window(const Cell& c, bool by_columns, int64_t channels, int64_t row_stride,
-              int64_t pixel_stride, int64_t weight_row, int64_t max_len) {
+  void dense(const Cell& c, bool by_columns, int64_t channels, int64_t row_stride,
+             int64_t pixel_stride, int64_t weight_row, int64_t max_len) {
     const bool whole_rows = !by_columns && c.dilation_w == 1 && pixel_stride == channels;
     const int64_t pieces = whole_rows ? 1 : c.kernel_w;
     const int64_t len = whole_rows ? c.kernel_w * channels : channels;
@@ -340,11 +341,11 @@ class RunList {
   }
   int count() const { return count_; }
 
-  bool window() const { return of_line_ > 0; }
+  bool is_dense() const { return of_line_ > 0; }
   bool by_columns() const { return by_columns_; }
-  // Returns the line of a window that a run belongs to.
+  // Returns the line of taps that a run of a dense list belongs to.
   int64_t line(const Run* run) const { return (run - runs_) / of_line_; }
-  // Reduces some neighbouring runs of a window to those of the lines [taps.first, taps.last).
+  // Reduces some neighbouring runs of a dense list to those of the lines [taps.first, taps.last).
   void limit(const Run*& runs, int& number, const MetTaps& taps) const {
     const Run *end = runs + number, *first = runs_ + taps.first * of_line_,
               *last = runs_ + taps.last * of_line_;

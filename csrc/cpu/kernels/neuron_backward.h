@@ -4,8 +4,8 @@
 // step's image.
 #pragma once
 
-#include "fire.h"
-#include "kept_gates.h"
+#include "pool.h"
+#include "saved_gates.h"
 #include "step_images.h"
 
 SNNLSTM_BEGIN_ISA
@@ -19,32 +19,35 @@ class NeuronBackward {
   static constexpr int kGates = 4 * VL;
 
  public:
-  // With by_sample, in a call of one step, each thread keeps the images of the sample that it works
-  // on. Otherwise the images of all samples are kept.
+  // With by_sample, in a call of one step, each thread has the images of the sample that it works
+  // on. Otherwise there are images of all samples.
   NeuronBackward(const BackwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks,
                  bool by_sample)
-      : a_(a), l_(l), tasks_(tasks), by_sample_(by_sample), kept_(a.half_gates), images_(l) {}
+      : a_(a), l_(l), tasks_(tasks), by_sample_(by_sample), saved_(a.packed_gates), images_(l) {}
 
-  void carve(Arena& arena) {
-    const int64_t kept = by_sample_ ? a_.threads : a_.cell.N;
-    images_.carve(arena, kept, true, a_.grad_weight != nullptr);
-    threshold_ = arena.take<T>(l_.Cp);
-    threshold_sums_ = arena.take<T>(tasks_.count * l_.Cp);
-    bias_sums_ = arena.take<T>(tasks_.count * 4 * l_.Cp);
-    syn0_ = arena.take<T>(kept * l_.state_image());
-    d_syn_ = arena.take<T>(kept * l_.state_image());
-    scratch_ = arena.take<Scratch>(a_.threads);
+  void carve(Workspace& workspace) {
+    const int64_t samples = by_sample_ ? a_.threads : a_.cell.N;
+    images_.carve(workspace, samples, a_.grad_weight != nullptr);
+    threshold_ = workspace.take<T>(l_.Cp);
+    threshold_sums_ = workspace.take<T>(tasks_.count * l_.Cp);
+    bias_sums_ = workspace.take<T>(tasks_.count * 4 * l_.Cp);
+    syn0_ = workspace.take<T>(samples * l_.state_image());
+    d_syn_ = workspace.take<T>(samples * l_.state_image());
+    scratch_ = workspace.take<NeuronScratch>(a_.threads);
     const int64_t rows = tasks_.most_together * task_size();
     const int64_t some_rows = rows_at_once() * l_.Wo * l_.Cp;
     for (int k = 0; k < a_.threads; ++k) {
-      const Scratch s{arena.take<T>(rows), arena.take<T>(some_rows), arena.take<T>(some_rows)};
+      const NeuronScratch s{workspace.take<T>(rows), workspace.take<T>(some_rows),
+                            workspace.take<T>(some_rows)};
       if (scratch_) scratch_[k] = s;
     }
   }
 
   StepImages<T> images(int64_t t) const { return images_.images(t); }
+  // Returns which of the images is that of sample n.
+  int64_t slot(int64_t n, int thread) const { return by_sample_ ? thread : n; }
   const T* d_gates(int64_t t, int64_t n, int thread) const {
-    return images_.d_gates(t, kept(n, thread));
+    return images_.d_gates(t, slot(n, thread));
   }
   // Returns the rows of a task, which hold the gradient of mem as the next step's convolution gives
   // it. `slot` counts the tasks that a thread works on together.
@@ -67,7 +70,7 @@ class NeuronBackward {
     const int64_t begin = tasks_.begin(task);
     images_.read_rows(a_.syn0, 0, p.n, begin, tasks_.end(task), state_row(syn0_, p, begin),
                       l_.Wo * l_.Cp);
-    if (tasks_.begin(task) == 0) images_.clear_borders(p.kept);
+    if (tasks_.begin(task) == 0) images_.clear_borders(p.slot);
   }
 
   // Copies the gradients of the last step's states, or zeros.
@@ -86,22 +89,22 @@ class NeuronBackward {
   }
 
   void rows(int64_t t, int64_t task, int thread, int64_t slot) {
-    Scratch s = scratch_[thread];
+    NeuronScratch s = scratch_[thread];
     s.mem_grad += slot * task_size();
     const Sample p = sample(task, thread);
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task), row = l_.Wo * l_.Cp;
     const bool last = t == a_.cell.T - 1;
-    if (a_.grad_weight) images_.read_x(a_.x, t, p.n, begin, end);
+    if (a_.grad_weight) images_.read_x(a_.x, t, p.n, p.slot, begin, end);
     if (a_.record && !last) {
       add_rows(a_.grad_mem, t, p.n, begin, end, s.mem_grad, s);
       add_rows(a_.grad_syn, t, p.n, begin, end, state_row(d_syn_, p, begin), s);
     }
     for (int64_t h = begin; h < end; ++h) {
-      if (last) recompute_mem(t, p, h, images_.mem_row(t + 1, p.kept, h));
-      if (t > 0) recompute_mem(t - 1, p, h, images_.mem_row(t, p.kept, h));
+      if (last) recompute_mem(t, p, h, images_.mem_row(t + 1, p.slot, h));
+      if (t > 0) recompute_mem(t - 1, p, h, images_.mem_row(t, p.slot, h));
     }
     if (t == 0 && a_.grad_weight)
-      images_.read_rows(a_.mem0, 0, p.n, begin, end, images_.mem_row(t, p.kept, begin),
+      images_.read_rows(a_.mem0, 0, p.n, begin, end, images_.mem_row(t, p.slot, begin),
                         l_.Wm * l_.Cp);
     if (a_.grad_spk.data && a_.cell.surrogate != Surrogate::none) spike(t, p, task, s);
     for (int64_t h = begin; h < end; ++h) step(t, p, h, task, s.mem_grad + (h - begin) * row);
@@ -135,7 +138,7 @@ class NeuronBackward {
   }
 
  private:
-  struct Scratch {
+  struct NeuronScratch {
     T* mem_grad;           // (tasks of a group, rows, Wo, Cp)
     T *rows, *noise_rows;  // rows_at_once()
   };
@@ -148,21 +151,19 @@ class NeuronBackward {
     return rows < 1 ? 1 : rows < l_.Ho ? rows : l_.Ho;
   }
 
-  // A sample, and which of the kept samples it is.
   struct Sample {
-    int64_t n, kept;
+    int64_t n, slot;
   };
-  int64_t kept(int64_t n, int thread) const { return by_sample_ ? thread : n; }
   Sample sample(int64_t task, int thread) const {
     const int64_t n = tasks_.image(task);
-    return {n, kept(n, thread)};
+    return {n, slot(n, thread)};
   }
   T* state_row(T* states, const Sample& p, int64_t h) const {
-    return states + p.kept * l_.state_image() + h * l_.Wo * l_.Cp;
+    return states + p.slot * l_.state_image() + h * l_.Wo * l_.Cp;
   }
 
   const T* gates(int64_t t, int64_t n, int64_t h) const {
-    return static_cast<const T*>(a_.saved_gates) + row_begin(t, n, h) * l_.Cb * kept_.size();
+    return static_cast<const T*>(a_.saved_gates) + row_begin(t, n, h) * l_.Cb * saved_.size();
   }
   int64_t row_begin(int64_t t, int64_t n, int64_t h) const {  // in pixels
     return (t * a_.cell.N + n) * l_.pixels + h * l_.Wo;
@@ -174,7 +175,7 @@ class NeuronBackward {
   }
 
   void add_rows(const View& v, int64_t t, int64_t n, int64_t begin, int64_t end, T* dst,
-                const Scratch& s) const {
+                const NeuronScratch& s) const {
     if (!v.data) return;
     const Span span(Part::copies);
     const int64_t row = l_.Wo * l_.Cp;
@@ -198,9 +199,9 @@ class NeuronBackward {
     const Cell& c = a_.cell;
     const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
     for (int64_t k = 0; k < l_.Wo; ++k)
-      for (int64_t ch = 0; ch < l_.Cp; ch += VL, gate += kept_.size(), syn += VL, syn_prev += VL) {
+      for (int64_t ch = 0; ch < l_.Cp; ch += VL, gate += saved_.size(), syn += VL, syn_prev += VL) {
         Mask reset;
-        const Gates<R> act = kept_.get(gate, reset);
+        const Gates<R> act = saved_.get(gate, reset);
         R mem = Neuron<M>::next_mem(act.o, tanh_syn(act, syn, syn_prev));
         mem = Neuron<M>::after_reset(c.reset, mem, reset, S::load(threshold_ + ch));
         if (c.num_levels > 0)
@@ -210,7 +211,7 @@ class NeuronBackward {
   }
 
   // Adds the spikes' gradient to the rows of mem_grad.
-  void spike(int64_t t, const Sample& p, int64_t task, const Scratch& s) const {
+  void spike(int64_t t, const Sample& p, int64_t task, const NeuronScratch& s) const {
     const Span span(Part::pointwise);
     const Cell& c = a_.cell;
     const int64_t begin = tasks_.begin(task), row = l_.Wo * l_.Cp;
@@ -229,7 +230,7 @@ class NeuronBackward {
       const T* const noises = s.noise_rows + place_in * l_.Wp * l_.Cp;
       if (c.inhibition) keep_winner(a_.winner[t * c.N + p.n], h, grads);
       const int64_t top = (h * c.pool_h - begin) * row;
-      const T* mem_after = images_.mem_row(t + 1, p.kept, h * c.pool_h);
+      const T* mem_after = images_.mem_row(t + 1, p.slot, h * c.pool_h);
       for (int64_t w = 0; w < l_.Wp; ++w)
         for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
           Mask where{};
@@ -244,7 +245,7 @@ class NeuronBackward {
           if (c.pool == Pool::none)
             S::store(s.mem_grad + place, S::load(s.mem_grad + place) + grad);
           else
-            Window<M>::spread(c, grad, where, s.mem_grad + place, row, l_.Cp);
+            PoolWindow<M>::spread(c, grad, where, s.mem_grad + place, row, l_.Cp);
         }
     }
   }
@@ -256,9 +257,9 @@ class NeuronBackward {
   void keep_winner(int64_t winner, int64_t h, T* row) const {
     const bool here = winner >= 0 && winner / l_.Wp % l_.Hp == h;
     const int64_t place = here ? winner % l_.Wp * l_.Cp + winner / (l_.Wp * l_.Hp) : 0;
-    const T kept = here ? row[place] : T(0);
+    const T grad = here ? row[place] : T(0);
     std::memset(row, 0, l_.Wp * l_.Cp * sizeof(T));
-    if (here) row[place] = kept;
+    if (here) row[place] = grad;
   }
 
   // Does the reset and the LSTM of one row.
@@ -267,14 +268,14 @@ class NeuronBackward {
     const Cell& c = a_.cell;
     const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
     T* d_syn = state_row(d_syn_, p, h);
-    T* out = images_.d_gates_row(t, p.kept, h);
+    T* out = images_.d_gates_row(t, p.slot, h);
     T *bias_sums = bias_sums_ + task * 4 * l_.Cp, *threshold_sums = threshold_sums_ + task * l_.Cp;
     for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
       R bias[4] = {R{}, R{}, R{}, R{}}, threshold{};
       for (int64_t w = 0; w < l_.Wo; ++w) {
         const int64_t k = w * l_.Cp + ch;
         Mask reset;
-        const Gates<R> act = kept_.get(gate + k / VL * kept_.size(), reset);
+        const Gates<R> act = saved_.get(gate + k / VL * saved_.size(), reset);
         const R grad = S::load(mem_grad + k);
         const NeuronGrad<R> d = Neuron<M>::backward(c.reset, act, S::load(syn_prev + k),
                                                     tanh_syn(act, syn + k, syn_prev + k), reset,
@@ -299,11 +300,11 @@ class NeuronBackward {
   const Layout<T, VL>& l_;
   const RowTasks& tasks_;
   bool by_sample_;
-  KeptGates<M> kept_;
+  SavedGates<M> saved_;
   StepBuffers<T, VL> images_;
   T *threshold_ = nullptr, *threshold_sums_ = nullptr, *bias_sums_ = nullptr;
   T *syn0_ = nullptr, *d_syn_ = nullptr;
-  Scratch* scratch_ = nullptr;
+  NeuronScratch* scratch_ = nullptr;
 };
 
 SNNLSTM_END_ISA

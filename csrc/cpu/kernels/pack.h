@@ -2,8 +2,8 @@
 // tiles read it (layout.h).
 #pragma once
 
-#include "rows.h"
-#include "schedule.h"
+#include "threads.h"
+#include "transpose.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -99,7 +99,7 @@ struct Packing {
   }
 
   // Calls f(channel block, first, n) for all channel blocks and groups of n of `count` input
-  // channels. A channel makes so many values.
+  // channels. A channel makes `values` values.
   template <class F>
   static void each_forward(const L& l, int threads, int64_t count, int64_t values, F&& f) {
     const int64_t most = together(l), groups = (count + most - 1) / most;
@@ -155,7 +155,7 @@ struct Packing {
   // out + (p * parts + k) * stride.
   static void tile_weights(const L& l, const T* in, bool flipped, int64_t stride, T* out) {
     using D = Simd<double, VL>;
-    const Tiling& t = l.form;
+    const TileForm& t = l.form;
     const auto transform = PlaneTransform<D>::taps(t, t.h.part, t.w.part);
     const int64_t points = t.points(), parts = t.parts();
     alignas(64) double taps[5 * 5 * VL], values[8 * 8 * VL];

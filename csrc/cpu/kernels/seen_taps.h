@@ -24,9 +24,9 @@ class SeenTaps {
         pieces_((channels + piece - 1) / piece),
         splits_(splits) {}
 
-  void carve(Arena& arena) {
-    marks_ = arena.take<Bits>(splits_ * size());
-    all_ = arena.take<bool>(splits_ * pieces_);
+  void carve(Workspace& workspace) {
+    marks_ = workspace.take<Bits>(splits_ * size());
+    all_ = workspace.take<bool>(splits_ * pieces_);
   }
   void clear(int64_t split) {
     std::memset(marks_ + split * size(), 0, size() * sizeof(Bits));

@@ -31,7 +31,7 @@ constexpr int kWideBytes = 32, kNarrowBytes = 16;
 constexpr int kWideBytes = 16, kNarrowBytes = 16;
 #endif
 
-// One instruction loads so many bytes.
+// One instruction loads this many bytes.
 #if defined(__AVX512F__)
 constexpr int kNativeBytes = 64;
 #elif defined(__AVX2__)

@@ -50,9 +50,9 @@ struct Quad {
 
 // The taps are cut into groups whose weights stay near: several kernel rows, one, or a part of one.
 // A list holds the nonzeros of the input rows under one output row and group, column by column, so
-// that the window of an output pixel is one contiguous stretch of it. (With dilation, columns that
-// meet in a window are put side by side.) With one kernel row in a group the list of an input row
-// serves all kernel rows.
+// that the entries of an output pixel are one contiguous stretch of it. (With dilation, columns
+// that meet in a pixel are put side by side.) With one kernel row in a group the list of an input
+// row serves all kernel rows.
 template <class T, int VL>
 class SparseInput {
   using S = Simd<T, VL>;
@@ -64,21 +64,21 @@ class SparseInput {
   struct Group {
     int64_t row, rows, column, columns;  // of the kernel
   };
-  struct Window {
+  struct Pixel {
     int32_t out;    // place of the pixel in the gate buffer
     int32_t begin;  // its first entry
     int32_t shift;  // from the labels of its entries to places in the weight
   };
   struct Stretch {
-    int32_t length, count;  // `count` windows of `length` entries
+    int32_t length, count;  // `count` pixels of `length` entries
   };
 
  public:
   // The lists of one thread.
-  struct Lists {
+  struct InputLists {
     int32_t *begin, *label, *histogram, *stretches_end;
     T* value;
-    Window* windows;
+    Pixel* pixels;
     Stretch* stretches;
   };
 
@@ -95,14 +95,14 @@ class SparseInput {
     column_groups_ = (c_.kernel_w + columns_ - 1) / columns_;
   }
 
-  void carve(Arena& arena, Lists& s) const {
-    s.begin = arena.take<int32_t>(list_count() * (Wx_ + 1));
-    s.label = arena.take<int32_t>(entries());
-    s.value = arena.take<T>(entries());
-    s.histogram = arena.take<int32_t>((longest() + 1) * kWays);
-    s.windows = arena.take<Window>(groups() * block_rows_ * Wo_);
-    s.stretches = arena.take<Stretch>(groups() * most_stretches());
-    s.stretches_end = arena.take<int32_t>(groups());
+  void carve(Workspace& workspace, InputLists& s) const {
+    s.begin = workspace.take<int32_t>(list_count() * (Wx_ + 1));
+    s.label = workspace.take<int32_t>(entries());
+    s.value = workspace.take<T>(entries());
+    s.histogram = workspace.take<int32_t>((longest() + 1) * kCounters);
+    s.pixels = workspace.take<Pixel>(groups() * block_rows_ * Wo_);
+    s.stretches = workspace.take<Stretch>(groups() * most_stretches());
+    s.stretches_end = workspace.take<int32_t>(groups());
   }
 
   // Says whether 32 bits hold all labels, numbers of entries and places of pixels.
@@ -114,8 +114,8 @@ class SparseInput {
   // cycles() estimates what the input half takes per output pixel and channel block, lists
   // included, at `density` nonzeros per value, and direct_cycles() what the direct sweep takes
   // (conv_row). Zen 3 with AVX2 was measured, per vector of 32 bytes. Direct: 2.15 per value and
-  // pixel. Sparse: 2.75 per nonzero; 18 per window for its gates and the ends of loops; 5 per 8
-  // values listed and row; 12 per window sorted. Two loads a cycle are the bound: a nonzero loads 4
+  // pixel. Sparse: 2.75 per nonzero; 18 per pixel for its gates and the ends of loops; 5 per 8
+  // values listed and row; 12 per pixel sorted. Two loads a cycle are the bound: a nonzero loads 4
   // vectors of weights, 1/2 of a label and 1/4 to 1 of a value.
   double cycles(double density) const {
     const double values = double(l_.Kx), listed = shared() ? 1 + 2.0 / block_rows_ : c_.kernel_h;
@@ -126,7 +126,7 @@ class SparseInput {
 
   // Lists the nonzeros under `rows` output rows. The patch (rows, Wx, Cin) has the input rows from
   // the first output row's first tap on, and kListSlack readable values behind them.
-  void build(const T* patch, int64_t rows, const Lists& s) const {
+  void build(const T* patch, int64_t rows, const InputLists& s) const {
     const int64_t row = Wx_ * c_.Cin, listed_rows = c_.kernel_h * c_.dilation_h;
     int64_t n = 0;
     if (shared()) {
@@ -140,39 +140,39 @@ class SparseInput {
                        group(g * column_groups_).rows, n,
                        s.begin + (h * row_groups_ + g) * (Wx_ + 1), s);
     }
-    for (int64_t g = 0; g < groups(); ++g) sort_windows(g, rows, s);
+    for (int64_t g = 0; g < groups(); ++g) sort_pixels(g, rows, s);
   }
 
   // Adds x's part to the gates of one channel block, out (rows, Wr, 4, VL), or with a bias (4, VL)
   // writes the sum of x's part and the bias there. w is the block's weight, (K, 4, VL).
-  void convolve(const Lists& s, const T* w, const T* bias, T* out) const {
+  void convolve(const InputLists& s, const T* w, const T* bias, T* out) const {
     for (int64_t g = 0; g < groups(); ++g) {
-      const Window* window = s.windows + g * block_rows_ * Wo_;
+      const Pixel* pixel = s.pixels + g * block_rows_ * Wo_;
       const Stretch* stretch = s.stretches + g * most_stretches();
       const T* weight = w + group(g).row * c_.kernel_w * c_.Cin * kGates;
       for (int64_t k = 0; k < s.stretches_end[g]; ++k, ++stretch) {
         const int64_t length = stretch->length;
-        const Window* end = window + stretch->count;
+        const Pixel* end = pixel + stretch->count;
         if (length == 0 && !bias) {
-          window = end;
+          pixel = end;
           continue;
         }
-        for (; window + 2 <= end; window += 2) tile<2>(s, window, length, weight, bias, out);
-        if (window < end) tile<1>(s, window++, length, weight, bias, out);
+        for (; pixel + 2 <= end; pixel += 2) tile<2>(s, pixel, length, weight, bias, out);
+        if (pixel < end) tile<1>(s, pixel++, length, weight, bias, out);
       }
       bias = nullptr;
     }
   }
 
  private:
-  // A group's weights have so many bytes. They exceed a 32 KiB L1: longer windows pay for loads
+  // The bytes of a group's weights. They exceed a 32 KiB L1: pixels of more entries pay for loads
   // from L2. With 3 x 3 taps, 32 -> 64 channels, 10 % dense, 16 KiB take 1.00 of the time, 24 KiB
   // 0.95 and 36 KiB (all taps) 0.87. With 64 channels 72 KiB (all taps) take a fifth longer than
   // 24.
   static constexpr int64_t kWeightBytes = 40960;
-  // Neighbouring windows are often equally long. They are counted apart, so that a count need not
+  // Neighbouring pixels are often equally long. They are counted apart, so that a count need not
   // wait for the one before.
-  static constexpr int kWays = 2;
+  static constexpr int kCounters = 2;
 
   bool shared() const { return rows_ == 1; }
   int64_t groups() const { return row_groups_ * column_groups_; }
@@ -196,7 +196,7 @@ class SparseInput {
 
   // Lists the nonzeros of `rows` kernel rows' input rows, column by column, behind the n entries
   // before.
-  int64_t list_row(const T* x, int64_t rows, int64_t n, int32_t* begin, const Lists& s) const {
+  int64_t list_row(const T* x, int64_t rows, int64_t n, int32_t* begin, const InputLists& s) const {
     const int64_t Cin = c_.Cin, row_step = c_.dilation_h * Wx_ * Cin, dilation = c_.dilation_w;
     const int64_t kernel_w = c_.kernel_w, columns = Wx_;
     int32_t* const label = s.label;
@@ -211,37 +211,37 @@ class SparseInput {
     return n;
   }
 
-  // Sorts the windows of one group by the number of their entries.
-  void sort_windows(int64_t g, int64_t rows, const Lists& s) const {
+  // Sorts the pixels of one group by the number of their entries.
+  void sort_pixels(int64_t g, int64_t rows, const InputLists& s) const {
     const Group p = group(g);
-    std::memset(s.histogram, 0, (longest() + 1) * kWays * sizeof(int32_t));
+    std::memset(s.histogram, 0, (longest() + 1) * kCounters * sizeof(int32_t));
     int32_t* const histogram = s.histogram;
     int32_t longest_here = 0;
-    each_window(g, p, rows, s, [&](int64_t w, int32_t length, const Window&) {
-      ++histogram[length * kWays + w % kWays];
+    each_pixel(g, p, rows, s, [&](int64_t w, int32_t length, const Pixel&) {
+      ++histogram[length * kCounters + w % kCounters];
       longest_here = length > longest_here ? length : longest_here;
     });
     Stretch* stretch = s.stretches + g * most_stretches();
     int32_t count = 0, place = 0;
     for (int64_t length = 0; length <= longest_here; ++length) {
       const int32_t before = place;
-      for (int way = 0; way < kWays; ++way) {
-        int32_t& here = histogram[length * kWays + way];
+      for (int k = 0; k < kCounters; ++k) {
+        int32_t& here = histogram[length * kCounters + k];
         place += here;
         here = place - here;
       }
       if (place > before) stretch[count++] = {int32_t(length), place - before};
     }
     s.stretches_end[g] = count;
-    Window* windows = s.windows + g * block_rows_ * Wo_;
-    each_window(g, p, rows, s, [&](int64_t w, int32_t length, const Window& window) {
-      windows[histogram[length * kWays + w % kWays]++] = window;
+    Pixel* pixels = s.pixels + g * block_rows_ * Wo_;
+    each_pixel(g, p, rows, s, [&](int64_t w, int32_t length, const Pixel& pixel) {
+      pixels[histogram[length * kCounters + w % kCounters]++] = pixel;
     });
   }
 
   template <class F>
-  SNNLSTM_INLINE void each_window(int64_t g, const Group& p, int64_t rows, const Lists& s,
-                                  F&& f) const {
+  SNNLSTM_INLINE void each_pixel(int64_t g, const Group& p, int64_t rows, const InputLists& s,
+                                 F&& f) const {
     const int64_t dilation = c_.dilation_w, columns = Wx_ / dilation, longer = Wx_ % dilation;
     const int64_t step = c_.stride_w / dilation, residue_step = c_.stride_w % dilation;
     const int64_t span = p.columns, pixel = c_.Cin * kGates, Wo = Wo_;
@@ -254,7 +254,7 @@ class SparseInput {
       int32_t out = int32_t(h * out_row_);
       for (int64_t w = 0; w < Wo; ++w, out += kGates) {
         const int32_t first = begin[before + m];
-        f(w, begin[before + m + span] - first, Window{out, first, int32_t(m * pixel)});
+        f(w, begin[before + m + span] - first, Pixel{out, first, int32_t(m * pixel)});
         m += step;
         if (residue_step == 0) continue;
         residue += residue_step;
@@ -265,7 +265,7 @@ class SparseInput {
   }
 
   template <int P>
-  static SNNLSTM_INLINE void tile(const Lists& s, const Window* windows, int64_t length,
+  static SNNLSTM_INLINE void tile(const InputLists& s, const Pixel* pixels, int64_t length,
                                   const T* weight, const T* bias, T* out) {
     using V = typename Merged<S, 4>::Vector;
     using R = typename V::R;
@@ -276,10 +276,10 @@ class SparseInput {
     const T* value[P];
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      w[p] = weight - windows[p].shift;
-      label[p] = s.label + windows[p].begin;
-      value[p] = s.value + windows[p].begin;
-      const T* from = bias ? bias : out + windows[p].out;
+      w[p] = weight - pixels[p].shift;
+      label[p] = s.label + pixels[p].begin;
+      value[p] = s.value + pixels[p].begin;
+      const T* from = bias ? bias : out + pixels[p].out;
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[p][v] = V::load(from + v * lanes);
     }
@@ -305,7 +305,7 @@ class SparseInput {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) V::store(out + windows[p].out + v * lanes, acc[p][v]);
+      for (int v = 0; v < NV; ++v) V::store(out + pixels[p].out + v * lanes, acc[p][v]);
   }
 
   L l_;

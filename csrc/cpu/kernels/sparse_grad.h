@@ -6,7 +6,7 @@
 // different taps, and are listed apart.
 //
 // Every sum runs over the pixels of a block in their order, and is then added to the result, as in
-// weight_grad.h.
+// weight_products.h.
 #pragma once
 
 #include "sparse_list.h"
@@ -23,14 +23,14 @@ class SparseWeightGrad {
 
  public:
   // The lists of rows [first, first + rows) of a sample of x, counted with the border.
-  struct Lists {
+  struct GradLists {
     int64_t first, rows;
     bool finite;
     int32_t *begin, *place;  // begin: (residues, Cin), and the end
     T* value;
   };
   // The memory of one thread.
-  struct Scratch {
+  struct ListScratch {
     int32_t *key, *place, *next;
     T *value, *d_gates;
   };
@@ -49,9 +49,9 @@ class SparseWeightGrad {
   // cycles() estimates what the gradient takes per output pixel and channel block at `density`
   // nonzeros per value, with lists that all channel blocks share, and direct_cycles() what
   // weight_grad_run takes. Zen 3 with AVX2 was measured, per vector of 32 bytes. Sparse: 3 per
-  // nonzero and tap, 40 per register tile and list, 8 to gather a pixel's d gates. Lists: 24 per
-  // pixel, 5.5 per 8 values, 9 per nonzero. Direct: 2.15 per value where d gates lie side by side,
-  // more where they are far apart in memory.
+  // nonzero and tap, 40 per register tile and list, 8 to gather a pixel's d gates. GradLists: 24
+  // per pixel, 5.5 per 8 values, 9 per nonzero. Direct: 2.15 per value where d gates lie side by
+  // side, more where they are far apart in memory.
   double cycles(double density) const {
     const double pixels = double(rows_) * c_.W / (c_.stride_h * c_.stride_w);
     const double tiles = double(l_.Kx) / (l_.taps < kTaps ? l_.taps : kTaps);
@@ -69,21 +69,21 @@ class SparseWeightGrad {
   // Returns the number of blocks in which a sample's rows are worked on.
   int64_t blocks() const { return blocks_; }
 
-  void carve(Arena& arena, Lists& s) const {
-    s.begin = arena.take<int32_t>(keys_ + 1);
-    s.place = arena.take<int32_t>(entries());
-    s.value = arena.take<T>(entries());
+  void carve(Workspace& workspace, GradLists& s) const {
+    s.begin = workspace.take<int32_t>(keys_ + 1);
+    s.place = workspace.take<int32_t>(entries());
+    s.value = workspace.take<T>(entries());
   }
-  void carve(Arena& arena, Scratch& s) const {
-    s.key = arena.take<int32_t>(entries());
-    s.place = arena.take<int32_t>(entries());
-    s.next = arena.take<int32_t>(keys_ + 1);
-    s.value = arena.take<T>(entries());
-    s.d_gates = arena.take<T>(gathered());
+  void carve(Workspace& workspace, ListScratch& s) const {
+    s.key = workspace.take<int32_t>(entries());
+    s.place = workspace.take<int32_t>(entries());
+    s.next = workspace.take<int32_t>(keys_ + 1);
+    s.value = workspace.take<T>(entries());
+    s.d_gates = workspace.take<T>(gathered());
   }
 
   // Lists a block of x, a sample (H + 2 pad, Wx, Cin) with kListSlack readable values behind it.
-  void build(const T* x, int64_t block, const Scratch& t, Lists& s) const {
+  void build(const T* x, int64_t block, const ListScratch& t, GradLists& s) const {
     s.first = l_.ph + block * rows_;
     s.rows = c_.H - block * rows_ < rows_ ? c_.H - block * rows_ : rows_;
     std::memset(t.next, 0, (keys_ + 1) * sizeof(int32_t));
@@ -122,9 +122,9 @@ class SparseWeightGrad {
   }
 
   // Adds the part of these rows for one channel block to out (Kx, 4, VL). d_gates is the sample's
-  // first pixel, at the channel block, and d_row the distance of rows.
-  void run(const Lists& s, const T* d_gates, int64_t d_row, const Scratch& t, T* out) const {
-    gather(s, d_gates, d_row, t.d_gates);
+  // first pixel, at the channel block.
+  void run(const GradLists& s, const T* d_gates, const ListScratch& t, T* out) const {
+    gather(s, d_gates, t.d_gates);
     for (int64_t ry = 0; ry < c_.stride_h; ++ry)
       for (int64_t rq = 0; rq < c_.stride_w; ++rq) {
         const int32_t* begin = s.begin + (ry * c_.stride_w + rq) * c_.Cin;
@@ -157,11 +157,11 @@ class SparseWeightGrad {
   int64_t gathered() const { return ((rows_ - 1) / c_.stride_h + 2 + above_) * width_ * kGates; }
   // Returns the output row of the gathered d gates' row 0, which is the lowest that the lists'
   // first row meets.
-  int64_t top(const Lists& s) const { return s.first / c_.stride_h - above_; }
+  int64_t top(const GradLists& s) const { return s.first / c_.stride_h - above_; }
 
   // Copies the d gates that the rows of the lists meet, and writes zeros where there is no output
   // pixel.
-  void gather(const Lists& s, const T* d_gates, int64_t d_row, T* out) const {
+  void gather(const GradLists& s, const T* d_gates, T* out) const {
     const int64_t d_pixel = 4 * l_.Cp, pixel = kGates * sizeof(T);
     const int64_t last = (s.first + s.rows - 1) / c_.stride_h;
     for (int64_t h = top(s); h <= last; ++h, out += width_ * kGates) {
@@ -169,7 +169,7 @@ class SparseWeightGrad {
         std::memset(out, 0, width_ * pixel);
         continue;
       }
-      const T* d = d_gates + h * d_row;
+      const T* d = d_gates + h * l_.Wm * d_pixel;
       std::memset(out, 0, left_ * pixel);
       T* to = out + left_ * kGates;
       const int64_t count = l_.Wo < width_ - left_ ? l_.Wo : width_ - left_;
@@ -181,7 +181,7 @@ class SparseWeightGrad {
   }
 
   // Adds one tap without the zeros around the d gates, since zero times infinity is NaN.
-  void add_inside(const Lists& s, const int32_t* begin, int64_t back, const Tap& tap) const {
+  void add_inside(const GradLists& s, const int32_t* begin, int64_t back, const Tap& tap) const {
     for (int64_t ci = 0; ci < c_.Cin; ++ci)
       for (int32_t k = begin[ci]; k < begin[ci + 1]; ++k) {
         const int64_t pixel = (s.place[k] - back) / kGates;
@@ -192,12 +192,12 @@ class SparseWeightGrad {
       }
   }
 
-  void sweep(const Lists& s, const int32_t* begin, const Tap* taps, int count) const {
+  void sweep(const GradLists& s, const int32_t* begin, const Tap* taps, int count) const {
     with_count<kTaps>(count, [&](auto n) { channels<decltype(n)::value>(s, begin, taps); });
   }
 
   template <int J>
-  void channels(const Lists& s, const int32_t* begin, const Tap* taps) const {
+  void channels(const GradLists& s, const int32_t* begin, const Tap* taps) const {
     for (int64_t ci = 0; ci < c_.Cin; ++ci) {
       R acc[J][4];
 #pragma GCC unroll 8

@@ -1,12 +1,12 @@
-// The states as the forward pass keeps them, channels-last: two images of mem with borders, before
-// and after a step by turns, and syn, which training saves. A sequence keeps the states of all
+// The states in the forward pass, channels-last: two images of mem with borders, before and after a
+// step by turns, and syn, which training saves. A sequence has memory for the states of all
 // samples. In a call of one step each task reads its rows, and those around them that the kernel
 // sees, into memory of its thread, and writes its results from there. `slot` counts the tasks that
 // a thread works on together.
 #pragma once
 
 #include "layout.h"
-#include "rows.h"
+#include "transpose.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -25,10 +25,10 @@ class StateRows {
   StateRows(const ForwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks)
       : a_(a), l_(l), tasks_(tasks) {}
 
-  void carve(Arena& arena) {
-    const int64_t kept = one_step() ? a_.threads * tasks_.most_together : a_.cell.N;
-    for (T*& mem : mem_) mem = arena.take<T>(kept * mem_size());
-    syn_ = arena.take<T>(kept * syn_size());
+  void carve(Workspace& workspace) {
+    const int64_t count = one_step() ? a_.threads * tasks_.most_together : a_.cell.N;
+    for (T*& mem : mem_) mem = workspace.take<T>(count * mem_size());
+    syn_ = workspace.take<T>(count * syn_size());
   }
 
   // Reads a task's rows of the states before the first step.
@@ -50,8 +50,8 @@ class StateRows {
   // Returns the places of a task's rows.
   Rows of(int64_t task, int thread, int64_t slot) const {
     const int64_t n = tasks_.image(task);
-    const int64_t kept = one_step() ? thread * tasks_.most_together + slot : n;
-    const int64_t mem = kept * mem_size(), syn = kept * syn_size();
+    const int64_t place = one_step() ? thread * tasks_.most_together + slot : n;
+    const int64_t mem = place * mem_size(), syn = place * syn_size();
     return {n, one_step() ? tasks_.begin(task) : 0, {mem_[0] + mem, mem_[1] + mem}, syn_ + syn};
   }
   // Returns row h, counted with the border, of mem after step t - 1.

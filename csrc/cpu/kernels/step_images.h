@@ -4,17 +4,15 @@
 #pragma once
 
 #include "layout.h"
-#include "rows.h"
+#include "transpose.h"
 
 SNNLSTM_BEGIN_ISA
 
 // The images of all samples that the weight gradient of a step reads. d_gates is the first pixel
-// behind the border, which is not read; rows lie d_row apart and images d_image.
+// behind the border.
 template <class T>
 struct StepImages {
-  const T* d_gates;
-  int64_t d_row, d_image;
-  const T *mem, *x;
+  const T *d_gates, *mem, *x;
 };
 
 template <class T, int VL>
@@ -24,21 +22,17 @@ class StepBuffers {
  public:
   explicit StepBuffers(const Layout<T, VL>& l) : l_(l) {}
 
-  // Takes memory for so many samples: for d gates if data gradients are formed, for x if the weight
-  // gradient is.
-  void carve(Arena& arena, int64_t samples, bool with_d_gates, bool with_x) {
+  // Takes memory for some samples, and for x if the weight gradient is formed.
+  void carve(Workspace& workspace, int64_t samples, bool with_x) {
     for (int k = 0; k < 2; ++k) {
-      d_gates_[k] = arena.take<T>(with_d_gates && k < l_.c.T ? samples * 4 * l_.mem_image() : 0);
-      mem_[k] = arena.take<T>(samples * l_.mem_image());
-      x_[k] = arena.take<T>(with_x && k < l_.c.T ? samples * l_.x_image() + kReadAhead : 0);
+      d_gates_[k] = workspace.take<T>(k < l_.c.T ? samples * 4 * l_.mem_image() : 0);
+      mem_[k] = workspace.take<T>(samples * l_.mem_image());
+      x_[k] = workspace.take<T>(with_x && k < l_.c.T ? samples * l_.x_image() + kReadAhead : 0);
     }
-    with_d_gates_ = with_d_gates;
     with_x_ = with_x;
   }
 
-  StepImages<T> images(int64_t t) const {
-    return {d_gates_row(t, 0, 0), l_.Wm * 4 * l_.Cp, 4 * l_.mem_image(), mem(t, 0), x(t, 0)};
-  }
+  StepImages<T> images(int64_t t) const { return {d_gates_row(t, 0, 0), mem(t, 0), x(t, 0)}; }
 
   // These return the images of step t and sample n, each with its border.
   T* d_gates(int64_t t, int64_t n) const { return d_gates_[t & 1] + n * 4 * l_.mem_image(); }
@@ -58,20 +52,21 @@ class StepBuffers {
     for (int k = 0; k < 2; ++k) {
       clear_border(mem(k, n), l_.Hm, l_.Wm, l_.Ho, l_.Wo, l_.Cp);
       if (k >= c.T) continue;
-      if (with_d_gates_) clear_border(d_gates(k, n), l_.Hm, l_.Wm, l_.Ho, l_.Wo, 4 * l_.Cp);
+      clear_border(d_gates(k, n), l_.Hm, l_.Wm, l_.Ho, l_.Wo, 4 * l_.Cp);
       if (with_x_) clear_border(x(k, n), l_.Hx, l_.Wx, c.H, c.W, c.Cin);
     }
   }
 
-  // Reads the input rows of step t that belong to state rows [begin, end). The last state row
-  // brings the rest of the image.
-  void read_x(const View& v, int64_t t, int64_t n, int64_t begin, int64_t end) const {
+  // Reads the input rows of step t and sample n that belong to state rows [begin, end), into an
+  // image. The last state row brings the rest of the image.
+  void read_x(const View& v, int64_t t, int64_t n, int64_t image, int64_t begin,
+              int64_t end) const {
     const Span span(Part::copies);
     const Cell& c = l_.c;
     const int64_t last = end == l_.Ho ? c.H : end * c.stride_h;
     const int64_t first = begin * c.stride_h;
     load_rows<S>(v, t, n, first, last - first, c.Cin,
-                 x(t, n) + ((first + l_.ph) * l_.Wx + l_.pw) * c.Cin,
+                 x(t, image) + ((first + l_.ph) * l_.Wx + l_.pw) * c.Cin,
                  Pixels{c.W, l_.Wx * c.Cin, c.Cin}, c.Cin);
   }
 
@@ -101,7 +96,7 @@ class StepBuffers {
   T* d_gates_[2] = {nullptr, nullptr};
   T* mem_[2] = {nullptr, nullptr};
   T* x_[2] = {nullptr, nullptr};
-  bool with_d_gates_ = false, with_x_ = false;
+  bool with_x_ = false;
 };
 
 SNNLSTM_END_ISA

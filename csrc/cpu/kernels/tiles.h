@@ -29,7 +29,7 @@ inline int64_t point_stride(int64_t count) {
 // other.
 template <class T>
 struct TileBlock {
-  Tiling form;
+  TileForm form;
   int64_t dilation_h, dilation_w;
   int64_t rows, columns;        // of tiles
   int64_t in_rows, in_columns;  // of tiles of inputs: those that the other parts see, too
@@ -53,11 +53,11 @@ struct TileBlock {
   }
 };
 
-// Describes `rows` rows, at most those of a block, with so many input channels, of some of
+// Describes `rows` rows, at most those of a block, with `channels` input channels, of some of
 // most_images images.
 template <class T, int VL>
-TileBlock<T> tile_block(const Layout<T, VL>& l, const Tiling& form, int64_t rows, int64_t channels,
-                        int64_t images, int64_t most_images) {
+TileBlock<T> tile_block(const Layout<T, VL>& l, const TileForm& form, int64_t rows,
+                        int64_t channels, int64_t images, int64_t most_images) {
   TileBlock<T> b;
   b.form = form, b.dilation_h = l.c.dilation_h, b.dilation_w = l.c.dilation_w;
   const auto more = [&](const Axis& a, int64_t dilation) { return (a.parts - 1) * dilation; };
@@ -86,13 +86,13 @@ struct TileBuffers {
   T *values, *products;
 };
 
-// The elements of TileBuffers for a form's tiles of some images with so many input channels, or 0
-// for a cell without tiles.
+// The elements of TileBuffers for a form's tiles of some images with `channels` input channels, or
+// 0 for a cell without tiles.
 struct TileSizes {
   int64_t values = 0, products = 0;
 
   template <class T, int VL>
-  TileSizes(const Layout<T, VL>& l, const Tiling& form, int64_t channels, int64_t images) {
+  TileSizes(const Layout<T, VL>& l, const TileForm& form, int64_t channels, int64_t images) {
     if (!l.c.tiled()) return;
     const TileBlock<T> b = tile_block(l, form, 0, channels, images, images);
     values = form.points() * b.values_stride;
@@ -103,9 +103,9 @@ struct TileSizes {
     if (other.products > products) products = other.products;
   }
   template <class T>
-  TileBuffers<T> carve(Arena& arena) const {
-    T* first = arena.take<T>(values);
-    return {first, arena.take<T>(products)};
+  TileBuffers<T> carve(Workspace& workspace) const {
+    T* first = workspace.take<T>(values);
+    return {first, workspace.take<T>(products)};
   }
 };
 
@@ -119,8 +119,8 @@ class InputTransform {
 
  public:
   InputTransform() = default;
-  explicit InputTransform(const Tiling& t)
-      : h_(AxisPasses<S>::inputs(t.h)), w_(AxisPasses<S>::inputs(t.w)) {
+  explicit InputTransform(const TileForm& t)
+      : h_(AxisTransforms<S>::inputs(t.h)), w_(AxisTransforms<S>::inputs(t.w)) {
     if constexpr (Longer::lanes > S::lanes) longer_ = InputTransform<Longer>(t);
   }
 
@@ -158,7 +158,7 @@ class InputTransform {
        b.form.h.inputs(), count, nullptr, {});
   }
 
-  Pass<T> h_ = nullptr, w_ = nullptr;
+  AxisTransform<T> h_ = nullptr, w_ = nullptr;
   std::conditional_t<(Longer::lanes > S::lanes), InputTransform<Longer>, Nothing> longer_;
 };
 

@@ -2,11 +2,11 @@
 // owns its part of the sums, so that the result does not depend on the threads' order.
 #pragma once
 
-#include "schedule.h"
 #include "seen_taps.h"
 #include "sparse_grad.h"
 #include "step_images.h"
-#include "weight_grad.h"
+#include "threads.h"
+#include "weight_products.h"
 #include "weight_sums.h"
 
 SNNLSTM_BEGIN_ISA
@@ -20,23 +20,23 @@ class WeightGradient {
   static constexpr int64_t kPiece = 48;      // rows of K in a task
   static constexpr int64_t kTilePiece = 64;  // with Winograd: input channels
   static constexpr int64_t kBlockPixels = 128;
-  // Each split has sums of its own, which are cleared and added up. A split needs so many pixels,
+  // Each split has sums of its own, which are cleared and added up. A split needs this many pixels,
   // of all steps, to pay for that.
   static constexpr int64_t kSplitPixels = 4096;
-  // So many channel blocks share the lists, or the transformed tiles, of the input.
+  // This many channel blocks share the lists, or the transformed tiles, of the input.
   static constexpr int64_t kShared = 4;
 
   // The memory of one thread.
-  struct Scratch {
-    T* d_gates;            // of one channel block and some pixels
-    T* few_sums;           // of_few()
-    TileBuffers<T> tiles;  // the caller's
-    typename Sparse::Lists lists;
-    typename Sparse::Scratch listing;
+  struct WeightScratch {
+    T *d_gates, *few_sums;  // of_few()
+    TileBuffers<T> tiles;   // the caller's
+    typename Sparse::GradLists lists;
+    typename Sparse::ListScratch listing;
   };
 
  public:
-  WeightGradient(const Layout<T, VL>& l, int threads)
+  // With by_sample, each split is a task: add_sample() adds its samples, one after the other.
+  WeightGradient(const Layout<T, VL>& l, int threads, bool by_sample)
       : l_(l),
         c_(l.c),
         threads_(threads),
@@ -45,7 +45,7 @@ class WeightGradient {
         mem_runs_(c_, l.along_columns(c_.C), c_.C, l.Wm * l.Cp, l.Cp, l.Kx, kPiece),
         x_groups_(groups(x_runs_)),
         mem_groups_(groups(mem_runs_)),
-        splits_(count_splits()),
+        splits_(count_splits(by_sample)),
         x_seen_(l, x_in_tiles() ? c_.Cin : 0, kTilePiece, splits_),
         mem_seen_(l, c_.tiled() ? c_.C : 0, kTilePiece, splits_),
         sums_(l, x_in_tiles(), splits_, (c_.N + splits_ - 1) / splits_ * pixel_blocks()) {
@@ -60,20 +60,20 @@ class WeightGradient {
     return TileSizes(l_, l_.grad_form, kTilePiece + VL, images_together(true));
   }
 
-  void carve(Arena& arena) {
-    sums_.carve(arena);
-    x_seen_.carve(arena);
-    mem_seen_.carve(arena);
-    scratch_ = arena.take<Scratch>(threads_);
+  void carve(Workspace& workspace) {
+    sums_.carve(workspace);
+    x_seen_.carve(workspace);
+    mem_seen_.carve(workspace);
+    scratch_ = workspace.take<WeightScratch>(threads_);
     for (int k = 0; k < threads_; ++k) {
-      Scratch s;
-      const bool gathered = l_.Cb > 1 || l_.few_channels();
-      s.d_gates = arena.take<T>(
-          gathered ? images_together(false) * pixel_block_rows() * l_.Wo * kGates : 0);
-      s.few_sums = arena.take<T>(l_.few_channels() ? kPiece * 2 * VL : 0);
-      if (c_.x_way == Way::sparse) {
-        sparse_.carve(arena, s.lists);
-        sparse_.carve(arena, s.listing);
+      WeightScratch s;
+      const bool few = l_.few_channels();
+      s.d_gates =
+          workspace.take<T>(few ? images_together(false) * pixel_block_rows() * l_.Wo * 2 * VL : 0);
+      s.few_sums = workspace.take<T>(few ? kPiece * 2 * VL : 0);
+      if (c_.x_algorithm == CpuAlgorithm::sparse) {
+        sparse_.carve(workspace, s.lists);
+        sparse_.carve(workspace, s.listing);
       }
       if (scratch_) scratch_[k] = s;
     }
@@ -88,20 +88,20 @@ class WeightGradient {
   }
 
   // Adds a step's part. No other thread uses the tile buffers meanwhile.
-  int64_t tasks() const { return splits_ * l_.Cb * pieces(); }
+  int64_t tasks() const { return splits_ * slices(); }
   void add(const StepImages<T>& step, int64_t task, int thread, const TileBuffers<T>& tiles) {
     scratch_[thread].tiles = tiles;
-    const int64_t slices = l_.Cb * pieces(), split = task / slices, slice = task % slices;
-    const int64_t cb = slice % l_.Cb, index = slice / l_.Cb;
-    const bool of_x = index < x_pieces();
-    const int64_t piece = of_x ? index : index - x_pieces();
-    if (of_x && c_.x_way == Way::sparse)
-      by_lists(step, split, cb, scratch_[thread]);
-    else if (of_x ? !x_in_tiles() : !c_.tiled())
-      directly(step, split, cb, of_x, piece, scratch_[thread]);
-    else if constexpr (kHasWinograd<T, VL>)
-      by_tiles(step, split, cb, of_x, piece, scratch_[thread]);
+    const int64_t split = task / slices();
+    add_slice(step, {split, c_.N * split / splits_, c_.N * (split + 1) / splits_}, task % slices(),
+              thread);
   }
+  // Adds all of the part of one sample, which is one of the step's images, to a split.
+  void add_sample(const StepImages<T>& step, int64_t split, int64_t image, int thread,
+                  const TileBuffers<T>& tiles) {
+    scratch_[thread].tiles = tiles;
+    for (int64_t k = 0; k < slices(); ++k) add_slice(step, {split, image, image + 1}, k, thread);
+  }
+  int64_t splits() const { return splits_; }
 
   // Says whether the sums are to be folded behind step t. The last step comes first.
   bool due(int64_t t) const { return sums_.due(t); }
@@ -114,14 +114,33 @@ class WeightGradient {
   }
 
  private:
-  // Returns so many splits that all threads have tasks, but no more than pay for their sums.
-  int64_t count_splits() const {
-    const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
-    int64_t splits = 4 * threads_ / tasks;
-    if (splits > c_.N) splits = c_.N;
+  // The images whose part is added to the sums of a split.
+  struct Images {
+    int64_t split, first, last;
+  };
+
+  // Returns how many splits give all threads tasks, but no more than pay for their sums.
+  int64_t count_splits(bool by_sample) const {
+    const int64_t tasks = by_sample ? 1 : (l_.Cb + kShared - 1) / kShared * pieces();
     const int64_t worth = (c_.T * c_.N * l_.pixels + kSplitPixels - 1) / kSplitPixels;
+    int64_t splits = 4 * threads_ / tasks, least = by_sample ? threads_ : 1;
     if (splits > worth) splits = worth;
-    return splits < 1 ? 1 : splits;
+    if (splits < least) splits = least;
+    return splits < c_.N ? splits : c_.N < 1 ? 1 : c_.N;
+  }
+
+  // The slices of the weight: a channel block and a piece of K each.
+  int64_t slices() const { return l_.Cb * pieces(); }
+  void add_slice(const StepImages<T>& step, const Images& images, int64_t slice, int thread) {
+    const int64_t cb = slice % l_.Cb, index = slice / l_.Cb;
+    const bool of_x = index < x_pieces();
+    const int64_t piece = of_x ? index : index - x_pieces();
+    if (of_x && c_.x_algorithm == CpuAlgorithm::sparse)
+      by_lists(step, images, cb, scratch_[thread]);
+    else if (of_x ? !x_in_tiles() : !c_.tiled())
+      directly(step, images, cb, of_x, piece, scratch_[thread]);
+    else if constexpr (kHasWinograd<T, VL>)
+      by_tiles(step, images, cb, of_x, piece, scratch_[thread]);
   }
 
   // Returns the blocks in which the weight gradient of mem takes an image.
@@ -139,22 +158,22 @@ class WeightGradient {
     return images < 1 ? 1 : images < c_.N ? images : c_.N;
   }
 
-  // Calls f(first image, number of images) for all images of a split.
+  // Calls f(first image, number of images) for all of some images.
   template <class F>
-  void each_images(int64_t split, bool in_tiles, F&& f) const {
-    const int64_t end = c_.N * (split + 1) / splits_, most = images_together(in_tiles);
-    for (int64_t n = c_.N * split / splits_; n < end; n += most)
-      f(n, end - n < most ? end - n : most);
+  void each_images(const Images& images, bool in_tiles, F&& f) const {
+    const int64_t most = images_together(in_tiles);
+    for (int64_t n = images.first; n < images.last; n += most)
+      f(n, images.last - n < most ? images.last - n : most);
   }
 
   // Says whether x's weight gradient goes by Winograd. Few channels gain nothing, and direct sums
   // round less.
-  bool x_in_tiles() const { return c_.x_way == Way::winograd && c_.Cin > 4; }
+  bool x_in_tiles() const { return c_.x_algorithm == CpuAlgorithm::winograd && c_.Cin > 4; }
 
   // These count the pieces of K that weight gradient tasks take.
   static int64_t tile_pieces(int64_t channels) { return (channels + kTilePiece - 1) / kTilePiece; }
   int64_t x_pieces() const {
-    if (c_.x_way == Way::sparse) return 1;
+    if (c_.x_algorithm == CpuAlgorithm::sparse) return 1;
     return x_in_tiles() ? tile_pieces(c_.Cin) : x_groups_;
   }
   int64_t pieces() const { return x_pieces() + (c_.tiled() ? tile_pieces(c_.C) : mem_groups_); }
@@ -166,9 +185,9 @@ class WeightGradient {
 
   // Adds x's part from the lists of its nonzeros. The task of the first of kShared channel blocks
   // does them all.
-  void by_lists(const StepImages<T>& step, int64_t split, int64_t cb, Scratch& s) {
+  void by_lists(const StepImages<T>& step, const Images& images, int64_t cb, WeightScratch& s) {
     if (cb % kShared != 0) return;
-    for (int64_t n = c_.N * split / splits_; n < c_.N * (split + 1) / splits_; ++n)
+    for (int64_t n = images.first; n < images.last; ++n)
       for (int64_t block = 0; block < sparse_.blocks(); ++block) {
         {
           const Span span(Part::copies);
@@ -176,18 +195,18 @@ class WeightGradient {
         }
         const Span span(Part::products);
         for (int64_t b = cb; b < cb + kShared && b < l_.Cb; ++b)
-          sparse_.run(s.lists, step.d_gates + n * step.d_image + b * kGates, step.d_row, s.listing,
-                      sums_.rows(split, b, true));
+          sparse_.run(s.lists, step.d_gates + n * 4 * l_.mem_image() + b * kGates, s.listing,
+                      sums_.rows(images.split, b, true));
       }
   }
 
-  void by_tiles(const StepImages<T>& step, int64_t split, int64_t cb, bool of_x, int64_t piece,
-                const Scratch& s) {
+  void by_tiles(const StepImages<T>& step, const Images& all, int64_t cb, bool of_x, int64_t piece,
+                const WeightScratch& s) {
     if (cb % kShared != 0) return;
     const int64_t channels = of_x ? c_.Cin : c_.C, first = piece * kTilePiece;
     const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
     const int64_t block = l_.rows_of_tiles(l_.grad_form), stride = channels * kGates;
-    each_images(split, true, [&](int64_t n, int64_t images) {
+    each_images(all, true, [&](int64_t n, int64_t images) {
       for (int64_t h = 0; h < l_.Ho; h += block) {
         PixelRows<T> p =
             pixel_rows(step, n, images, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x);
@@ -197,13 +216,13 @@ class WeightGradient {
           const T* in = p.in + k * p.in_image + first;
           if (cb == 0)
             (of_x ? x_seen_ : mem_seen_)
-                .mark(split, piece, in + l_.ph * p.in_row + l_.pw * p.in_pixel, p.in_row,
+                .mark(all.split, piece, in + l_.ph * p.in_row + l_.pw * p.in_pixel, p.in_row,
                       p.in_pixel, h, p.rows);
           inputs_.run(b, in, p.in_row, p.in_pixel, s.tiles.values + k * b.image_values());
         }
         for (int64_t k = cb; k < cb + kShared && k < l_.Cb; ++k, p.d_gates += kGates)
           weight_grad_tiles<S>(taps_, p, b, s.tiles.values, len, s.tiles.products,
-                               sums_.points(split, k, of_x) + first * kGates, stride);
+                               sums_.points(all.split, k, of_x) + first * kGates, stride);
       }
     });
   }
@@ -213,11 +232,11 @@ class WeightGradient {
   PixelRows<T> pixel_rows(const StepImages<T>& step, int64_t n, int64_t images, int64_t h,
                           int64_t rows, int64_t cb, bool of_x) const {
     PixelRows<T> p;
-    p.images = images, p.d_image = step.d_image;
+    p.images = images, p.d_image = 4 * l_.mem_image();
     p.in_image = of_x ? l_.x_image() : l_.mem_image();
     p.d_pixel = 4 * l_.Cp;
-    p.d_row = step.d_row;
-    p.d_gates = step.d_gates + n * step.d_image + h * p.d_row + cb * kGates;
+    p.d_row = l_.Wm * p.d_pixel;
+    p.d_gates = step.d_gates + n * p.d_image + h * p.d_row + cb * kGates;
     p.rows = rows;
     p.pixels = l_.Wo;
     if (of_x) {
@@ -239,15 +258,14 @@ class WeightGradient {
     return rows < 1 ? 1 : rows < l_.Ho ? rows : l_.Ho;
   }
 
-  void directly(const StepImages<T>& step, int64_t split, int64_t cb, bool of_x, int64_t piece,
-                const Scratch& s) {
+  void directly(const StepImages<T>& step, const Images& images, int64_t cb, bool of_x,
+                int64_t piece, const WeightScratch& s) {
     const Span span(Part::products);
-    T* out = sums_.rows(split, cb, of_x);
+    T* out = sums_.rows(images.split, cb, of_x);
     (of_x ? x_runs_ : mem_runs_).chunks(kPiece, [&](const Run* runs, int count) {
       if (piece-- != 0) return;
-      if (l_.few_channels()) return of_few(step, split, of_x, runs, count, s, out);
-      each_pixel_block(step, split, cb, of_x, [&](int64_t h, PixelRows<T> p) {
-        if (l_.Cb > 1) gather_d_gates(p, s.d_gates);
+      if (l_.few_channels()) return of_few(step, images, of_x, runs, count, s, out);
+      each_pixel_block(step, images, cb, of_x, [&](int64_t h, PixelRows<T> p) {
         for (int r = 0; r < count; ++r)
           weight_grad_run<S>(met_by(runs + r, of_x, h, p), runs[r].in, runs[r].len,
                              out + runs[r].w * kGates);
@@ -272,11 +290,12 @@ class WeightGradient {
     return p;
   }
 
-  // Calls f(first row, pixels) for the blocks of a split's images.
+  // Calls f(first row, pixels) for the blocks of some images.
   template <class F>
-  void each_pixel_block(const StepImages<T>& step, int64_t split, int64_t cb, bool of_x, F&& f) {
+  void each_pixel_block(const StepImages<T>& step, const Images& all, int64_t cb, bool of_x,
+                        F&& f) {
     const int64_t block = pixel_block_rows();
-    each_images(split, false, [&](int64_t n, int64_t images) {
+    each_images(all, false, [&](int64_t n, int64_t images) {
       for (int64_t h = 0; h < l_.Ho; h += block)
         f(h, pixel_rows(step, n, images, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x));
     });
@@ -284,12 +303,12 @@ class WeightGradient {
 
   // Sums without the lanes that are zero, where these are most: the gates of the other lanes close
   // up.
-  void of_few(const StepImages<T>& step, int64_t split, bool of_x, const Run* runs, int count,
-              const Scratch& s, T* out) {
+  void of_few(const StepImages<T>& step, const Images& images, bool of_x, const Run* runs,
+              int count, const WeightScratch& s, T* out) {
     const int64_t C = c_.C, vectors = 4 * C <= VL ? 1 : 2, width = vectors * VL;
     T* const sums = s.few_sums;
     std::memset(sums, 0, kPiece * width * sizeof(T));
-    each_pixel_block(step, split, 0, of_x, [&](int64_t h, PixelRows<T> p) {
+    each_pixel_block(step, images, 0, of_x, [&](int64_t h, PixelRows<T> p) {
       gather_lanes(p, width, s.d_gates);
       T* to = sums;
       for (int r = 0; r < count; to += runs[r++].len * width) {
@@ -308,29 +327,18 @@ class WeightGradient {
             out[(runs[r].w + k) * kGates + gate * VL + ch] += from[gate * C + ch];
   }
 
+  // Puts the d gates of all pixels in a row, without the lanes that are zero.
   void gather_lanes(PixelRows<T>& p, int64_t width, T* to) const {
     const int64_t C = c_.C;
-    gather(p, width, to, [&](const T* d, T* dst) {
-      for (int64_t gate = 0; gate < 4; ++gate)
-        for (int64_t ch = 0; ch < C; ++ch) dst[gate * C + ch] = d[gate * VL + ch];
-      for (int64_t k = 4 * C; k < width; ++k) dst[k] = 0;
-    });
-  }
-
-  // Copies the d gates of pixels side by side. Pixels of many channels are so far apart that few
-  // sets of the cache hold them.
-  void gather_d_gates(PixelRows<T>& p, T* to) const {
-    gather(p, kGates, to, [](const T* d, T* dst) { std::memcpy(dst, d, kGates * sizeof(T)); });
-  }
-
-  // Puts the d gates of all pixels in a row, each as put(pixel, place) makes it.
-  template <class F>
-  static void gather(PixelRows<T>& p, int64_t width, T* to, F&& put) {
     T* dst = to;
     for (int64_t n = 0; n < p.images; ++n)
       for (int64_t h = 0; h < p.rows; ++h)
-        for (int64_t w = 0; w < p.pixels; ++w, dst += width)
-          put(p.d_gates + n * p.d_image + h * p.d_row + w * p.d_pixel, dst);
+        for (int64_t w = 0; w < p.pixels; ++w, dst += width) {
+          const T* d = p.d_gates + n * p.d_image + h * p.d_row + w * p.d_pixel;
+          for (int64_t gate = 0; gate < 4; ++gate)
+            for (int64_t ch = 0; ch < C; ++ch) dst[gate * C + ch] = d[gate * VL + ch];
+          for (int64_t k = 4 * C; k < width; ++k) dst[k] = 0;
+        }
     p.d_gates = to;
     p.d_pixel = width;
     p.d_row = p.pixels * width;
@@ -348,7 +356,7 @@ class WeightGradient {
   int64_t splits_;
   SeenTaps<T, VL> x_seen_, mem_seen_;
   WeightSums<T, VL> sums_;
-  Scratch* scratch_ = nullptr;
+  WeightScratch* scratch_ = nullptr;
 };
 
 SNNLSTM_END_ISA

@@ -18,7 +18,7 @@ class WeightSums {
   static constexpr int64_t kFold = 64;     // blocks of pixels between two folds
 
  public:
-  // A split adds so many blocks of pixels in each time step.
+  // A split adds `blocks` blocks of pixels in each time step.
   WeightSums(const Layout<T, VL>& l, bool x_in_tiles, int64_t splits, int64_t blocks)
       : l_(l),
         x_in_tiles_(x_in_tiles),
@@ -27,9 +27,9 @@ class WeightSums {
         x_size_(l.Cb * kGates * (x_in_tiles ? l.grad_points() * l.c.Cin : l.Kx)),
         size_(x_size_ + l.Cb * kGates * (mem_in_tiles() ? l.grad_points() * l.c.C : l.Km)) {}
 
-  void carve(Arena& arena) {
-    sums_ = arena.take<T>(splits_ * size_);
-    total_ = folds() ? arena.take<T>(size_) : sums_;
+  void carve(Workspace& workspace) {
+    sums_ = workspace.take<T>(splits_ * size_);
+    total_ = folds() ? workspace.take<T>(size_) : sums_;
   }
 
   // The chunks in which the sums are cleared and folded.
@@ -105,7 +105,7 @@ class WeightSums {
   void taps_of_tile(const T* in, int64_t stride, int64_t channel, const SeenTaps<T, VL>& seen,
                     T* out) const {
     using V = typename Merged<S, 4>::Vector;
-    const Tiling& t = l_.grad_form;
+    const TileForm& t = l_.grad_form;
     const auto outputs = PlaneTransform<V>::outputs(t, t.h.part, t.w.part);
     const int64_t point = t.parts() * stride;
     alignas(64) T taps[5 * 5 * kGates];

@@ -26,7 +26,7 @@
 SNNLSTM_BEGIN_ISA
 
 using cpu::Axis;
-using cpu::Tiling;
+using cpu::TileForm;
 
 // One dimension of the transforms, on values of type R (vectors).
 template <class R, class T, int A>
@@ -137,8 +137,8 @@ struct Lines {
 
 // Transforms `batches` times `lines` lines from `in` to `out`, and adds `start` unless it is null.
 template <class T>
-using Pass = void (*)(const T* in, const Lines& from, T* out, const Lines& to, int lines,
-                      int batches, const T* start, const Lines& at);
+using AxisTransform = void (*)(const T* in, const Lines& from, T* out, const Lines& to, int lines,
+                               int batches, const T* start, const Lines& at);
 
 template <class S, class Op, bool adds, class T = typename S::Scalar>
 SNNLSTM_INLINE void transform_each_line(const T* in, Lines from, T* out, Lines to, int lines,
@@ -173,38 +173,38 @@ void transform_lines(const T* in, const Lines& from, T* out, const Lines& to, in
 // The passes of an axis. With one tap there is nothing to transform, and they are null. `form` is
 // the number of inputs times 10, and the number of outputs or taps.
 template <class S>
-class AxisPasses {
+class AxisTransforms {
   using T = typename S::Scalar;
   template <int A>
   using Of = Transform<typename S::R, T, A>;
 
  public:
-  static Pass<T> inputs(const Axis& a) { return inputs_of<4, 5, 6, 7, 8>(a.inputs()); }
-  static Pass<T> outputs(const Axis& a, int count) {
+  static AxisTransform<T> inputs(const Axis& a) { return inputs_of<4, 5, 6, 7, 8>(a.inputs()); }
+  static AxisTransform<T> outputs(const Axis& a, int count) {
     return outputs_of<42, 43, 53, 62, 63, 64, 65, 74, 84>(a.inputs() * 10 + count);
   }
-  static Pass<T> taps(const Axis& a, int count) {
+  static AxisTransform<T> taps(const Axis& a, int count) {
     return taps_of<42, 43, 53, 62, 63, 64, 65, 74, 85>(a.inputs() * 10 + count);
   }
 
  private:
   template <int... compiled>
-  static Pass<T> inputs_of(int form) {
-    Pass<T> found = nullptr;
+  static AxisTransform<T> inputs_of(int form) {
+    AxisTransform<T> found = nullptr;
     ((form == compiled && (found = transform_lines<S, typename Of<compiled>::Inputs>)), ...);
     return found;
   }
   template <int... compiled>
-  static Pass<T> outputs_of(int form) {
-    Pass<T> found = nullptr;
+  static AxisTransform<T> outputs_of(int form) {
+    AxisTransform<T> found = nullptr;
     ((form == compiled &&
       (found = transform_lines<S, typename Of<compiled / 10>::template Outputs<compiled % 10>>)),
      ...);
     return found;
   }
   template <int... compiled>
-  static Pass<T> taps_of(int form) {
-    Pass<T> found = nullptr;
+  static AxisTransform<T> taps_of(int form) {
+    AxisTransform<T> found = nullptr;
     ((form == compiled &&
       (found = transform_lines<S, typename Of<compiled / 10>::template Taps<compiled % 10>>)),
      ...);
@@ -225,7 +225,7 @@ class PlaneTransform {
 
  public:
   PlaneTransform() = default;
-  PlaneTransform(Pass<T> h, int from_h, int to_h, Pass<T> w, int from_w, int to_w)
+  PlaneTransform(AxisTransform<T> h, int from_h, int to_h, AxisTransform<T> w, int from_w, int to_w)
       : h_(h), w_(w), from_h_(from_h), to_h_(to_h), from_w_(from_w), to_w_(to_w) {}
 
   // Transforms up to kMostBatches images, and adds `start` unless it is null.
@@ -244,18 +244,18 @@ class PlaneTransform {
     w_(half, {S::lanes, row, image}, out, to_w, to_h_, batches, start, at_w);
   }
 
-  static PlaneTransform outputs(const Tiling& t, int height, int width) {
-    using P = AxisPasses<S>;
+  static PlaneTransform outputs(const TileForm& t, int height, int width) {
+    using P = AxisTransforms<S>;
     return {P::outputs(t.h, height), t.h.inputs(), height,
             P::outputs(t.w, width),  t.w.inputs(), width};
   }
-  static PlaneTransform taps(const Tiling& t, int height, int width) {
-    using P = AxisPasses<S>;
+  static PlaneTransform taps(const TileForm& t, int height, int width) {
+    using P = AxisTransforms<S>;
     return {P::taps(t.h, height), height, t.h.inputs(), P::taps(t.w, width), width, t.w.inputs()};
   }
 
  private:
-  Pass<T> h_ = nullptr, w_ = nullptr;
+  AxisTransform<T> h_ = nullptr, w_ = nullptr;
   int from_h_ = 1, to_h_ = 1, from_w_ = 1, to_w_ = 1;
 };
 

@@ -1,5 +1,5 @@
-// Pooling and quantisation, which lead from the membrane potential to the spike, and the way of the
-// spike's gradient back.
+// Pooling and quantisation, which lead from the membrane potential to the spike, and back from the
+// gradient of the spike.
 #pragma once
 
 #include "layout.h"
@@ -42,7 +42,7 @@ __attribute__((noinline)) typename M::R quantise_lanes(typename M::R v,
 
 // One pooling window of channels-last rows. `mem` is the window's first pixel and channel.
 template <class M>
-struct Window {
+struct PoolWindow {
   using T = typename M::Scalar;
   using R = typename M::R;
   using Mask = typename M::Mask;
@@ -93,9 +93,9 @@ SNNLSTM_INLINE typename M::R pooled_mem(const Cell& c, const typename M::Scalar*
                                         typename M::Mask& where) {
   typename M::R v;
   if (c.pool == Pool::max)
-    v = Window<M>::max(c, mem, row, pixel, where);
+    v = PoolWindow<M>::max(c, mem, row, pixel, where);
   else if (c.pool == Pool::avg)
-    v = Window<M>::mean(c, mem, row, pixel);
+    v = PoolWindow<M>::mean(c, mem, row, pixel);
   else
     v = M::load(mem);
   if (c.num_levels > 0) v = quantise_lanes<M>(v, levels, c.num_levels);

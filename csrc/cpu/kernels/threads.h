@@ -66,7 +66,7 @@ void parallel(int threads, double multiply_adds_per_step, F&& body) {
   work(omp_get_thread_num());
 }
 
-// Calls f(k) for every k below count. A call has so many operations.
+// Calls f(k) for every k below count. Each call has about `operations` operations.
 template <class F>
 void parallel_for(int threads, int64_t count, int64_t operations, F&& f) {
   int64_t next = 0;

@@ -1,5 +1,5 @@
-// The activated gates that the forward pass keeps for the backward pass, by pixel and vector of
-// channels: the numbers themselves, or fixed point numbers of half their bits.
+// The activated gates that the forward pass saves for the backward pass, by pixel and vector of
+// channels: the numbers themselves or, packed, fixed point numbers of half their bits.
 #pragma once
 
 #include "math.h"
@@ -7,11 +7,11 @@
 SNNLSTM_BEGIN_ISA
 
 // Whole: i, f, o, g in four vectors; the sign of o says "was reset".
-// Halves: two words a lane, i below f and o below g. Codes of i and f count from 0 to 1, those of g
-// from -1 to 1, and those of o, one bit shorter, from 0 to 1; the last bit of o's half says "was
+// Packed: two words a lane, i below f and o below g. Codes of i and f count from 0 to 1, those of g
+// from -1 to 1, and those of o, one bit shorter, from 0 to 1; the last bit of o's word says "was
 // reset". One code of each stands for NaN.
 template <class M>
-class KeptGates {
+class SavedGates {
   using T = typename M::Scalar;
   using R = typename M::R;
   using Mask = typename M::Mask;
@@ -22,14 +22,14 @@ class KeptGates {
   static constexpr T kInteger = T(int64_t(1) << M::K::mantissa);  // adding it rounds to an integer
 
  public:
-  explicit KeptGates(bool halves) : halves_(halves) {}
+  explicit SavedGates(bool packed) : packed_(packed) {}
 
   // Elements of a pixel's vector of channels.
-  int64_t size() const { return (halves_ ? 2 : 4) * VL; }
+  int64_t size() const { return (packed_ ? 2 : 4) * VL; }
 
   // The gates, without the reset; put_output() follows.
   SNNLSTM_INLINE void put(T* to, const Gates<R>& act) const {
-    if (halves_) {
+    if (packed_) {
       store(to, code(act.i, kFirst, 0, kAll) | code(act.f, kFirst, 0, kAll) << kBits);
       store(to + VL, code(act.o, kShort, 0, kSigned) | code(act.g, kSigned, kReset, 0) << kBits);
     } else {
@@ -39,14 +39,14 @@ class KeptGates {
     }
   }
   SNNLSTM_INLINE void put_output(T* to, R o, Mask reset) const {
-    if (halves_)
+    if (packed_)
       store(to + VL, word(to + VL) | (reset & kReset));
     else
       M::store(to + 2 * VL, M::flag(o, reset));
   }
 
   SNNLSTM_INLINE Gates<R> get(const T* from, Mask& reset) const {
-    if (halves_) {
+    if (packed_) {
       const Mask first = word(from), second = word(from + VL);
       reset = (second & kReset) != 0;
       return {number(first & kAll, kFirst, 0, kAll), number(high(first), kFirst, 0, kAll),
@@ -73,7 +73,7 @@ class KeptGates {
     return M::where(code == nan, M::splat(T(NAN)), v);
   }
 
-  bool halves_;
+  bool packed_;
 };
 
 SNNLSTM_END_ISA

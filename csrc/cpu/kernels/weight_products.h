@@ -79,26 +79,12 @@ void weight_grad_tiles(const PlaneTransform<V>& taps, const PixelRows<T>& p, con
   constexpr int VL = S::lanes, kGates = 4 * VL;
   const Plane from{b.dilation_h * p.d_row, b.dilation_w * p.d_pixel, V::lanes};
   const Plane to{b.form.w.inputs() * b.products_stride, b.products_stride, V::lanes};
-  const Tiling& form = b.form;
-  const Plane cut{form.w.tile * kGates, kGates, V::lanes};  // of a tile that sticks out
   Span transforms(Part::transforms);
   for (int64_t k = 0; k < b.images * b.count(); ++k, d_values += kGates) {
     const int64_t image = k / b.count(), tile = k % b.count();
     const int64_t h0 = b.row(tile / b.columns), w0 = b.column(tile % b.columns);
-    const T* corner = p.d_gates + image * p.d_image + h0 * p.d_row + w0 * p.d_pixel;
-    const int64_t height = pixels_inside(p.rows - h0, b.dilation_h, form.h.tile),
-                  width = pixels_inside(p.pixels - w0, b.dilation_w, form.w.tile);
-    if (height == form.h.tile && width == form.w.tile) {
-      taps.run(corner, from, d_values, to, kGates / V::lanes);
-      continue;
-    }
-    alignas(64) T whole[5 * 5 * kGates];
-    std::memset(whole, 0, form.h.tile * cut.row * sizeof(T));
-    for (int64_t i = 0; i < height; ++i)
-      for (int64_t j = 0; j < width; ++j)
-        std::memcpy(whole + i * cut.row + j * kGates, corner + i * from.row + j * from.column,
-                    kGates * sizeof(T));
-    taps.run(whole, cut, d_values, to, kGates / V::lanes);
+    taps.run(p.d_gates + image * p.d_image + h0 * p.d_row + w0 * p.d_pixel, from, d_values, to,
+             kGates / V::lanes);
   }
   transforms.end();
   const Span products(Part::products);
