@@ -7,8 +7,8 @@
 //     pixel 2 | ...
 //
 // So the row of pixel p starts at 64 p + 16 (p / 2) bytes, and three kinds of access touch every
-// bank once: ldmatrix of every other pixel (mma.cuh), reads of 8 neighbours (weight_grad_mma.cuh),
-// and stores of neighbours. Rows and columns around the image are zeros.
+// bank once: ldmatrix of every other pixel (mma.cuh), reads of 8 neighbours
+// (weight_gradient_mma.cuh), and stores of neighbours. Rows and columns around the image are zeros.
 #pragma once
 
 #include "tile.cuh"

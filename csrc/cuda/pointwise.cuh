@@ -9,6 +9,9 @@ namespace snnlstm::cuda {
 namespace pointwise {
 constexpr int kThreads = 128, kPixels = 64, kChannels = 16;
 constexpr int kMemPitch = kPixels + 2;
+// Blocks that a multiprocessor holds. Without this number ptxas aims at 6 on sm_90, and spills.
+template <class R>
+constexpr int kBlocks = sizeof(R) == 4 ? 4 : 1;
 
 template <class R>
 struct PatchShared {
@@ -29,7 +32,7 @@ struct PointwiseForward {
 };
 
 template <class R>
-__global__ void __launch_bounds__(pointwise::kThreads)
+__global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks<R>)
     pointwise_forward(const __grid_constant__ PointwiseForward p) {
   auto& shared = shared_memory<pointwise::PatchShared<R>>();
   const BlockPlace block = block_of(p.tiling, blockIdx.x);
@@ -53,7 +56,7 @@ struct PointwiseBackward {
 };
 
 template <class R>
-__global__ void __launch_bounds__(pointwise::kThreads)
+__global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks<R>)
     pointwise_backward(const __grid_constant__ PointwiseBackward p) {
   auto& shared = shared_memory<pointwise::PatchShared<R>>();
   const BlockPlace block = block_of(p.tiling, blockIdx.x);

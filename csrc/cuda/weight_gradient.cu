@@ -7,24 +7,25 @@ namespace snnlstm::cuda {
 
 namespace {
 
-void launch_weight_grad_fma(const WeightGrad& p, int splits, DType type, void* stream) {
+void launch_weight_gradient_fma(const WeightGradientJob& p, int splits, DType type, void* stream) {
   with_real(type, [&](auto real) {
     using R = decltype(real);
     const Launch how{"weight gradient (fma)", dim3(p.part_columns / 64, p.part_rows / 64, splits),
-                     fma::kThreads, sizeof(fma::WeightGradShared<R>), stream};
-    launch(how, &weight_grad_fma<R>, p);
+                     fma::kThreads, sizeof(fma::WeightGradientShared<R>), stream};
+    launch(how, &weight_gradient_fma<R>, p);
   });
 }
 
-void launch_weight_grad_mma(const WeightPlans& plan, const Jobs<WeightGradMma>& p, void* stream) {
+void launch_weight_gradient_mma(const WeightPlans& plan, const Jobs<WeightGradientMma>& p,
+                                void* stream) {
   int64_t blocks = 0;
-  for (const WeightGradMma& job : p.job)
+  for (const WeightGradientMma& job : p.job)
     blocks += int64_t(job.column_blocks) * job.row_blocks * job.splits;
   const Launch how{"weight gradient (mma)", blocks, plan.threads(), size_t(plan.shared_bytes()),
                    stream};
-  constexpr void (*kernels[])(Jobs<WeightGradMma>) = {
-      nullptr, &weight_grad_mma<Multiply::fp16>, &weight_grad_mma<Multiply::bf16>,
-      &weight_grad_mma<Multiply::tf32>, &weight_grad_mma<Multiply::tf32x3>};
+  constexpr void (*kernels[])(Jobs<WeightGradientMma>) = {
+      nullptr, &weight_gradient_mma<Multiply::fp16>, &weight_gradient_mma<Multiply::bf16>,
+      &weight_gradient_mma<Multiply::tf32>, &weight_gradient_mma<Multiply::tf32x3>};
   launch(how, kernels[int(plan.x.multiply)], p);
 }
 
@@ -51,11 +52,11 @@ void launch_sum_gates(const SumGates& p, int splits, DType type, void* stream) {
 }
 
 // threads: of a block of the launch, which may have more warps than the job.
-WeightGradMma mma_job(const BackwardPass& all, const WeightPlan& plan, const WeightGrad& grad,
-                      bool of_x, int threads) {
+WeightGradientMma mma_job(const BackwardPass& all, const WeightPlan& plan,
+                          const WeightGradientJob& grad, bool of_x, int threads) {
   const MmaType type(plan.multiply);
   const MmaDepth depth = of_x ? x_depth(all.s.c, plan.multiply) : mem_depth(all.s.c, plan.multiply);
-  WeightGradMma p;
+  WeightGradientMma p;
   p.grad = grad;
   p.column_blocks = plan.column_blocks, p.row_blocks = plan.row_blocks();
   p.splits = plan.splits;
@@ -103,7 +104,7 @@ void bias_gradient(const BackwardPass& plan, const WeightSources& of, void* out,
 void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* out, void* stream) {
   const Shape& s = plan.s;
   const Cell& c = s.c;
-  WeightGrad grad[2];
+  WeightGradientJob grad[2];
   const WeightPlan* plans[2] = {&plan.weights.x, &plan.weights.mem};
   grad[0].in = x_segment(c);
   grad[0].in.src = of.x;
@@ -112,7 +113,7 @@ void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* ou
   grad[1].later = of.mem_later;
   ReduceWeights r;
   for (int k = 0; k < 2; ++k) {
-    WeightGrad& g = grad[k];
+    WeightGradientJob& g = grad[k];
     const WeightPlan& part = *plans[k];
     g.d_gates = image(of.d_gates, s, plan.gates, 4);
     g.tiling = part.tiling;
@@ -127,13 +128,13 @@ void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* ou
     h.first_channel = k == 0 ? 0 : int(c.Cin);
   }
   if (plan.weights.x.mma()) {
-    Jobs<WeightGradMma> jobs;
+    Jobs<WeightGradientMma> jobs;
     const int threads = plan.weights.threads();
     for (int k = 0; k < 2; ++k) jobs.job[k] = mma_job(plan, *plans[k], grad[k], k == 0, threads);
-    launch_weight_grad_mma(plan.weights, jobs, stream);
+    launch_weight_gradient_mma(plan.weights, jobs, stream);
   } else {
     for (int k = 0; k < 2; ++k)
-      launch_weight_grad_fma(grad[k], plans[k]->splits, plan.real, stream);
+      launch_weight_gradient_fma(grad[k], plans[k]->splits, plan.real, stream);
   }
   r.C = int(c.C), r.Cp = int(s.Cp), r.taps = int(s.taps);
   r.all_channels = int(c.Cin + c.C);

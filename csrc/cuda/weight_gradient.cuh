@@ -10,7 +10,7 @@
 
 namespace snnlstm::cuda {
 
-struct WeightGrad {
+struct WeightGradientJob {
   Segment in;     // what was convolved; in.src has all t, or if `later` is present t = 0
   Tensor later;   // the source for t = 1, 2, ... (mem after each step)
   Image d_gates;  // (T, N, Ho, Wo, 4, Cp), contiguous
@@ -32,7 +32,7 @@ struct WeightGrad {
 
 namespace fma {
 template <class R>
-struct WeightGradShared {
+struct WeightGradientShared {
   R a[2][kDepth][kPixels];   // d_gates; [..][row of the gradient], where fma::multiply() has pixels
   R b[2][kDepth][kColumns];  // source
   int4 where[2][kDepth];     // t (negative: none), n, y, x
@@ -42,8 +42,8 @@ struct WeightGradShared {
 // grid: (column blocks, row blocks, splits)
 template <class R>
 __global__ void __launch_bounds__(fma::kThreads)
-    weight_grad_fma(const __grid_constant__ WeightGrad p) {
-  auto& shared = shared_memory<fma::WeightGradShared<R>>();
+    weight_gradient_fma(const __grid_constant__ WeightGradientJob p) {
+  auto& shared = shared_memory<fma::WeightGradientShared<R>>();
   const int tid = int(threadIdx.x), lane = tid % 64, first = tid / 64;
   const int row = int(blockIdx.y) * 64 + lane, column = int(blockIdx.x) * 64 + lane;
   const Segment& s = p.in;

@@ -1,5 +1,5 @@
-// The weight gradient (weight_grad.cuh) on tensor cores: M = rows (gate, c), N = input channels of
-// one tap, K = pixels.
+// The weight gradient (weight_gradient.cuh) on tensor cores: M = rows (gate, c), N = input channels
+// of one tap, K = pixels.
 //
 // A block takes 32 * warp_rows rows, 32 input channels and 3 * tap_groups taps, and walks over the
 // tiles of its share of the sequence. It keeps a tile's d_gates and its source's neighbourhood in
@@ -24,8 +24,8 @@
 
 namespace snnlstm::cuda {
 
-struct WeightGradMma {
-  WeightGrad grad;  // share and total count tiles
+struct WeightGradientMma {
+  WeightGradientJob grad;  // share and total count tiles
   int column_blocks = 0, row_blocks = 0, splits = 0;
   MmaSegment source[2];  // for grad.in.src; for grad.later
   int warp_rows = 1, tap_groups = 1;
@@ -74,7 +74,7 @@ class WeightGemm {
   static constexpr int kFold = kHalf ? 32 : kParts ? 5 : 16;
 
   // index: the block's number in the job. Columns count fastest, then rows, then splits.
-  SNNLSTM_DEVICE WeightGemm(const WeightGradMma& p, int index, unsigned char* shared)
+  SNNLSTM_DEVICE WeightGemm(const WeightGradientMma& p, int index, unsigned char* shared)
       : p_(p), tables_(*reinterpret_cast<weight_tile::Tables*>(shared)), source_(M, p.grad.tiling) {
     shared_ = shared + weight_tile::kTableBytes;
     const int column = index % p.column_blocks;
@@ -380,7 +380,7 @@ class WeightGemm {
     });
   }
 
-  const WeightGradMma& p_;
+  const WeightGradientMma& p_;
   weight_tile::Tables& tables_;
   unsigned char* shared_;
   MmaSource<Element, true> source_;
@@ -395,12 +395,12 @@ class WeightGemm {
 
 template <Multiply M>
 __global__ void __launch_bounds__(weight_tile::kMaxThreads, 1)
-    weight_grad_mma(const __grid_constant__ Jobs<WeightGradMma> p) {
+    weight_gradient_mma(const __grid_constant__ Jobs<WeightGradientMma> p) {
   if constexpr (arch::has_mma) {
-    const WeightGradMma& first = p.job[0];
+    const WeightGradientMma& first = p.job[0];
     const int blocks = first.column_blocks * first.row_blocks * first.splits;
     int index = int(blockIdx.x);
-    const WeightGradMma& job = job_of(p.job, blocks, index);
+    const WeightGradientMma& job = job_of(p.job, blocks, index);
     WeightGemm<M> gemm(job, index, &shared_memory<unsigned char>());
     gemm.run();
     gemm.write();

@@ -7,7 +7,6 @@ Variants:
     plain     fast; primitives are checked, ``p[i]`` is not
     checked   every access is checked: bounds, alignment, races, uninitialised shared memory;
               counters are exact; seeded faults can be switched on at run time
-    asan      plain under AddressSanitizer; libasan must be preloaded
 """
 
 from __future__ import annotations
@@ -56,7 +55,6 @@ VARIANTS = {
         "-fno-threadsafe-statics",
         "-DSNNLSTM_FAULT_SWITCH",
     ],
-    "asan": ["-fsanitize=address", "-fno-omit-frame-pointer"],
 }
 
 
@@ -94,16 +92,15 @@ def build(
     """
     folders = (*includes, ROOT / "csrc" / "cuda", ROOT / "csrc", HERE / "emulator")
     common = [f"-I{folder}" for folder in folders]
-    # The emulator is never instrumented, but it tells AddressSanitizer of its fibres.
-    sanitised = VARIANTS["asan"] if variant == "asan" else []
-    # The emulator comes first: the linker takes the first of equal inline functions.
+    # The emulator is never instrumented. It comes first: the linker takes the first of equal inline
+    # functions.
     jobs = [
-        (source, ["-O3", *sanitised, *common])
+        (source, ["-O3", *common])
         for source in EMULATOR
         if variant == "checked" or source.name != "hooks.cpp"
     ]
     jobs += [(source, [*VARIANTS[variant], *common]) for source in sources]
-    jobs += [(source, ["-O1", *sanitised, *common]) for source in host_sources]
+    jobs += [(source, ["-O1", *common]) for source in host_sources]
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test workers want the same objects
@@ -114,7 +111,7 @@ def build(
             key.update(o.with_suffix(".json").read_bytes())
         library = CACHE / f"{name}-{variant}-{key.hexdigest()[:16]}.so"
         if not library.exists():
-            link = [compiler(), "-shared", *map(str, objects), *sanitised[:1], "-ldl", "-o"]
+            link = [compiler(), "-shared", *map(str, objects), "-ldl", "-o"]
             _replace(library, lambda to: _run([*link, to]))
     return library
 

@@ -38,7 +38,7 @@ MODES = {
 KERNELS = {
     "forward step (mma)": ("forward_mma", "forward"),
     "backward step (mma)": ("backward_mma", "backward"),
-    "weight gradient (mma)": ("weight_grad_mma", "weight_gradient"),
+    "weight gradient (mma)": ("weight_gradient_mma", "weight_gradient"),
 }
 FUSED = 2  # of csrc/cuda/plan.h
 ADDRESS = 1 << 20  # of memory that nobody touches

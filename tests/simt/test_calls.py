@@ -14,8 +14,8 @@ from modes import MODES, PLAIN
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
+from snnlstm.native import backend as native
 from snnlstm.native import cuda
-from snnlstm.native import kernels as native
 from snnlstm.quant import state_quant
 
 TRAINED = PLAIN.but(reset="subtract", quant=state_quant(4))

@@ -39,9 +39,9 @@ EXPECTED = {
         r"backward_mma<unsigned short, \d>": (*BOTH_HALVES, *VECTORS),
     },
     "weight_gradient": {
-        r"weight_grad_mma<.*[34]>": ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128"),
-        r"weight_grad_mma<.*1>": ("HMMA.16816.F32 ", "LDGSTS.E.BYPASS.128", "LDSM.16.MT88.4"),
-        r"weight_grad_mma<.*2>": ("HMMA.16816.F32.BF16", "LDSM.16.MT88.4"),
+        r"weight_gradient_mma<.*[34]>": ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128"),
+        r"weight_gradient_mma<.*1>": ("HMMA.16816.F32 ", "LDGSTS.E.BYPASS.128", "LDSM.16.MT88.4"),
+        r"weight_gradient_mma<.*2>": ("HMMA.16816.F32.BF16", "LDSM.16.MT88.4"),
     },
     "pointwise": {r"pointwise_(forward|backward)<": VECTORS},
 }

@@ -14,10 +14,6 @@
 #include <ucontext.h>
 #endif
 
-#if defined(SIMT_ASAN)
-#include <sanitizer/common_interface_defs.h>
-#endif
-
 #if defined(SIMT_ASSEMBLY)
 // In the System V ABI a callee keeps rbx, rbp, r12 to r15 and the stack pointer. All fibres have
 // the same floating point control words.
@@ -127,26 +123,6 @@ static void swap(void** from, void* to) {
 
 #endif
 
-#if defined(SIMT_ASAN)
-
-void switch_fibre(Fibre& from, Fibre& to) {
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, to.low_, size_t(to.high_ - to.low_));
-  swap(&from.state_, to.state_);
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-}
-void leave_fibre(Fibre& from, Fibre& to) {
-  __sanitizer_start_switch_fiber(nullptr, to.low_, size_t(to.high_ - to.low_));
-  swap(&from.state_, to.state_);
-}
-void entered_fibre() { __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr); }
-
-#else
-
 void switch_fibre(Fibre& from, Fibre& to) { swap(&from.state_, to.state_); }
-void leave_fibre(Fibre& from, Fibre& to) { swap(&from.state_, to.state_); }
-void entered_fibre() {}
-
-#endif
 
 }  // namespace simt

@@ -4,10 +4,6 @@
 
 #include <cstddef>
 
-#if defined(__SANITIZE_ADDRESS__)
-#define SIMT_ASAN 1
-#endif
-
 namespace simt {
 
 class Fibre {
@@ -24,7 +20,6 @@ class Fibre {
 
  private:
   friend void switch_fibre(Fibre& from, Fibre& to);
-  friend void leave_fibre(Fibre& from, Fibre& to);
 
   char* low_ = nullptr;
   char* high_ = nullptr;
@@ -33,9 +28,5 @@ class Fibre {
 
 // Continues in `to`. Returns when something switches back to `from`.
 void switch_fibre(Fibre& from, Fibre& to);
-// The same for a fibre that will not be resumed before its next prepare().
-void leave_fibre(Fibre& from, Fibre& to);
-// The first thing that an entry function calls.
-void entered_fibre();
 
 }  // namespace simt

@@ -8,10 +8,6 @@
 #include "checks.h"
 #include "machine.h"
 
-#if defined(SIMT_ASAN)
-#include <sanitizer/asan_interface.h>
-#endif
-
 namespace simt {
 
 namespace {
@@ -112,25 +108,16 @@ std::string describe_address(const void* p) {
 }
 
 void prepare_shared_memory(size_t bytes) {
-#if defined(SIMT_ASAN)
-  __asan_unpoison_memory_region(shared_with_guards, all_shared_bytes);
-#endif
   shared_bytes = bytes;
   std::memset(shared_with_guards, guard_pattern, bytes + 2 * guard_bytes);
   std::memset(shared_start, 0xff, bytes);
-#if defined(SIMT_ASAN)
-  __asan_poison_memory_region(shared_with_guards, guard_bytes);
-  __asan_poison_memory_region(shared_start + bytes, most_shared_bytes - bytes + guard_bytes);
-#endif
 }
 
 std::string check_shared_guard() {
-#if !defined(SIMT_ASAN)
   for (size_t i = 0; i < guard_bytes; ++i)
     for (const char* p : {shared_start + shared_bytes + i, shared_start - 1 - i})
       if (static_cast<unsigned char>(*p) != guard_pattern)
         return "a thread wrote to " + describe_address(p);
-#endif
   return "";
 }
 

@@ -25,7 +25,6 @@ void run(const Geometry& geometry, void (*body)(void*), void* context) {
 void Machine::entry(void* argument) {
   auto& thread = *static_cast<Thread*>(argument);
   Machine& m = machine();
-  entered_fibre();
   m.body_(m.context_);
   if (!thread.copies.empty())
     m.fail(m.name(thread) + " returns with copies under way: cp_async without cp_async_wait at " +
@@ -41,13 +40,13 @@ void Machine::entry(void* argument) {
            describe(m.barrier_site));
   Thread* next = m.next_of_pass();
   if (next != nullptr) m.enter(*next);
-  leave_fibre(thread.fibre, next != nullptr ? next->fibre : m.host_);
+  switch_fibre(thread.fibre, next != nullptr ? next->fibre : m.host_);
   __builtin_unreachable();
 }
 
 void Machine::fail(std::string message) {
   error = std::move(message);
-  leave_fibre(current->fibre, host_);
+  switch_fibre(current->fibre, host_);
   __builtin_unreachable();
 }
 
