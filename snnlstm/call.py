@@ -196,6 +196,8 @@ def checked_call(
     syn, mem = (state_of(name, shape, x) for name in ("syn", "mem"))
     threshold = scalar_like("threshold", threshold, x, shape, options)
     graded = scalar_like("graded_spikes_factor", graded, x, shape, options)
+    if bias is not None:
+        check_dense("bias", bias)
     tensors = x, syn, mem, weight, bias, threshold, graded
     foreign = {} if foreign_of is None else foreign_of(options)
     if traced:
@@ -317,8 +319,7 @@ def input_tensor(x: Any, weight: Tensor, in_channels: int, batch_first: bool = F
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"x must be dense, as x.to_dense() is, got layout {x.layout}")
+    check_dense("x", x)
     given = tuple(x.shape)
     if batch_first and x.dim() == 5:
         given = (given[1], given[0], *given[2:])
@@ -333,6 +334,12 @@ def input_tensor(x: Any, weight: Tensor, in_channels: int, batch_first: bool = F
     if x.shape[-2] == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have at least one pixel, got shape {given}")
     return _converted("x", x, weight)
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Refuse sparse tensors and those of MKL-DNN."""
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, as {name}.to_dense() is, got {tensor.layout}")
 
 
 def _converted(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
@@ -371,6 +378,7 @@ def state_tensor(name: str, state: Any, shape: Sequence[int], x: Tensor, weight:
             f"{name} must have shape {tuple(shape)} (or (0,), which means zeros), "
             f"got {tuple(state.shape)}"
         )
+    check_dense(name, state)
     return _converted(name, state, weight)
 
 
@@ -382,6 +390,7 @@ def scalar_like(
         return torch.full((), float(value), dtype=x.dtype, device=x.device)
     if isinstance(value, Tensor):
         tensor = value
+        check_dense(name, tensor)
     else:  # what is no tensor has no device either
         tensor = real_tensor(name, value).to(x.device)
     if tensor.dim():

@@ -320,6 +320,8 @@ class SConv2dLSTM(CellAttributes):
             return None
         if (
             call is None
+            or (bias is not None and bias.layout is not torch.strided)
+            or threshold.layout is not torch.strided
             or syn.layout is not torch.strided
             or mem.layout is not torch.strided
             or weight.shape[0] != 4 * self.out_channels

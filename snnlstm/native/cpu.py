@@ -236,15 +236,20 @@ class Plan(tensors.Plan):
         bias = None if call.bias is None else tensors.numbers(call.bias, dtype)
         threshold = tensors.numbers(call.threshold, dtype)
         graded = tensors.numbers(call.graded, dtype)
+        at = x.data_ptr(), call.syn.data_ptr(), call.mem.data_ptr(), threshold.data_ptr()
+        at_bias = address(bias)
+        if not all(at) or (bias is not None and not at_bias):
+            names = ("x", "syn", "mem", "bias", "threshold")
+            raise ValueError(tensors.no_memory(**{name: getattr(call, name) for name in names}))
         workspace = memory.workspace(a_pass.workspace)
         a_pass.core.forward(
             **packed.addresses(a_pass),
             record=call.options.record,
-            x=(x.data_ptr(), self.x5),
-            syn0=(call.syn.data_ptr(), self.syn5),
-            mem0=(call.mem.data_ptr(), self.mem5),
-            bias=address(bias),
-            threshold=threshold.data_ptr(),
+            x=(at[0], self.x5),
+            syn0=(at[1], self.syn5),
+            mem0=(at[2], self.mem5),
+            bias=at_bias,
+            threshold=at[3],
             threshold_stride=self.threshold_stride,
             graded=graded.data_ptr(),
             levels=self.levels_address,

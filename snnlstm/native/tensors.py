@@ -143,6 +143,12 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def no_memory(**tensors: Tensor | None) -> str:
+    """Which of some tensors have numbers but no memory: their storage was freed, or never made."""
+    names = [n for n, t in tensors.items() if t is not None and t.numel() and not t.data_ptr()]
+    return f"{' and '.join(names)} must have memory, got a tensor whose storage is empty"
+
+
 def numbers(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor, or a contiguous copy of `dtype` if it is not contiguous or of another dtype."""
     if tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg():

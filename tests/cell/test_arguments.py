@@ -249,6 +249,44 @@ def test_an_input_without_channels():
     assert found[1].any()
 
 
+NO_MEMORY = torch._efficientzerotensor(1, 3, 5, 5)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first call", "known call"])
+@pytest.mark.parametrize("name", ["syn", "mem"])
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda state: state.to_sparse(), TypeError, "must be dense"),
+        (lambda state: state.to_mkldnn(), TypeError, "must be dense"),
+        (lambda state: NO_MEMORY, ValueError, "must have memory"),
+    ],
+    ids=["sparse", "mkldnn", "without memory"],
+)
+def test_states_that_no_kernel_can_read_are_named(name, make, error, text, warm):
+    if snnlstm.path._native is None and error is ValueError:
+        pytest.skip("plain torch reads tensors without memory")
+    cell, given = ours(), {"syn": STATE, "mem": STATE}
+    if warm:
+        cell(X, **given)
+    with pytest.raises(error, match=f"{name} {text}"):
+        cell(X, **given | {name: make(STATE)})
+    cell(X, **given)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first call", "known call"])
+def test_a_bias_whose_storage_was_freed_is_named(warm):
+    """Sharded training frees the storages of parameters between their uses."""
+    if snnlstm.path._native is None:
+        pytest.skip("plain torch reads freed memory")
+    cell = ours()
+    if warm:
+        cell(X, STATE, STATE)
+    cell.conv.bias.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="bias must have memory"):
+        cell(X, STATE, STATE)
+
+
 def test_an_algorithm_is_set_for_a_block():
     before = snnlstm.settings.get_algorithm()
     with snnlstm.algorithm("direct"):

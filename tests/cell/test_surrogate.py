@@ -10,6 +10,7 @@ import snntorch.surrogate as theirs
 import snntorch.utils
 import torch
 from helpers import close, ours, states, steps, train_alike, twins
+from helpers import theirs as cell_of_snntorch
 
 import snnlstm
 from snnlstm import surrogate
@@ -247,6 +248,23 @@ def test_SSO_draws_its_noise_last_step_first(backend):
         (spk * torch.arange(1, 4).view(-1, 1, 1, 1, 1)).sum().backward()
         grads.append(cell.conv.weight.grad)
     close(*grads, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("last", ["x", "states", "both", "none"])
+def test_SSO_draws_the_same_noise_whatever_the_layout(backend, last):
+    """The numbers are those that snnTorch's cell draws on contiguous tensors."""
+    x, (syn, mem), grads = steps(1, 2, 2, 6, 8)[0], states(2, 3, 6, 8), []
+    for make, kind in ((ours, surrogate), (cell_of_snntorch, theirs)):
+        cell = make(spike_grad=kind.SSO(variance=2.0))
+        given = [x, syn, mem]
+        for k, names in enumerate((("x", "both"), ("states", "both"), ("states", "both"))):
+            if make is ours and last in names:
+                given[k] = given[k].to(memory_format=torch.channels_last)
+        spk = cell(*given)[0]
+        torch.manual_seed(4)
+        (spk * torch.arange(1, 4).view(1, 3, 1, 1)).sum().backward()
+        grads.append(cell.conv.weight.grad)
+    close(*grads, atol=2e-5, rtol=1e-4)
 
 
 def test_sigmoid_is_finite_for_very_negative_inputs(backend):

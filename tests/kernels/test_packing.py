@@ -15,7 +15,7 @@ import numpy
 import pytest
 import torch
 from cpu_kernels import ISAS, Kernels, native, use
-from helpers import close, in_threads
+from helpers import close, in_threads, same
 from torch import Tensor, nn
 
 import snnlstm
@@ -294,3 +294,21 @@ def test_packed_weights_are_not_saved():
         call(cell, x)
     weight = cell.conv.weight.numel() * 4
     assert all(two - one < weight / 4 for one, two in zip(*sizes, strict=True)), sizes
+
+
+def test_threads_with_more_weights_of_one_storage_than_are_kept():
+    """Each thread runs a cell of its own, whose weight is a view of one buffer."""
+    count = 20
+    cells = [make(4) for _ in range(count)]
+    buffer = torch.stack([cell.conv.weight.detach() for cell in cells])
+    expected = [call(cell, image()) for cell in cells]
+    for cell, view in zip(cells, buffer, strict=True):
+        cell.conv.weight.data = view
+        cell.reset_mem()
+
+    def work(k: int) -> None:
+        for _ in range(5):
+            cells[k].reset_mem()
+            same(call(cells[k], image()), expected[k])
+
+    in_threads(work, count)

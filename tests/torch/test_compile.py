@@ -1,10 +1,11 @@
 """Compiled cells and networks compute eager's numbers, without graph breaks and recompilations."""
 
+import copy
 import itertools
 
 import pytest
 import torch
-from helpers import close, described, ours, same_gradients, states, steps
+from helpers import close, described, ours, same_gradients, states, steps, theirs
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import fresh_inductor_cache as fresh_cache
@@ -284,6 +285,29 @@ def test_one_graph_serves_all_batch_sizes(marked):
                 torch._dynamo.mark_dynamic(tensor, 0)
         close(compiled(*inputs), other(*inputs), atol=0, rtol=0)
     assert counter.frame_count == 1
+
+
+FRESH = {
+    "new": lambda cell: cell,
+    "moved": lambda cell: cell.to(torch.float64).to(torch.float32),
+    "loaded": lambda cell: cell.load_state_dict(ours(reset_mechanism="zero").state_dict()) and cell,
+    "copied": copy.deepcopy,
+    "set": lambda cell: setattr(cell, "max_pool", 3) or cell,
+    "accelerated": lambda _: snnlstm.accelerate(theirs(reset_mechanism="subtract")).model,
+}
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_a_cell_that_was_not_called_before_compiles_for_all_sizes(name):
+    """The options' text is made before torch.compile traces, and takes numbers for symbols."""
+    warm = ours(reset_mechanism="subtract", max_pool=2)
+    warm(steps(1, 4, 2, 6, 6)[0])
+    cell = FRESH[name](warm)
+    compiled = torch.compile(copy.deepcopy(cell), fullgraph=True, dynamic=True, backend="eager")
+    cell.reset_mem()
+    for batch in (4, 3, 5):
+        inputs = [steps(1, batch, 2, 6, 6)[0], *states(batch, 3, 6, 6)]
+        close(compiled(*inputs), cell(*inputs), atol=0, rtol=0)
 
 
 class Loop(nn.Module):
