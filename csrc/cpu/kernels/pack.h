@@ -40,7 +40,7 @@ struct Packing {
   static void forward_tiles(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                             T* packed) {
     each_forward(l, threads, count, l.tile_weights(), [&](int64_t cb, int64_t begin, int64_t n) {
-      const Taps taps(l, 4 * n);
+      const TapVectors taps(l, 4 * n);
       for (int64_t gate = 0; gate < 4; ++gate)
         load(l, weight + source(l, gate * l.c.C + cb * VL, first + begin, 0), source(l, 1, 0, 0),
              within(l.c.C - cb * VL), n, taps.of(gate * n), {l.taps, l.taps * VL, VL});
@@ -55,7 +55,7 @@ struct Packing {
                              int64_t vectors, T* packed) {
     each_backward(l, threads, weight, first, count, vectors, l.tile_weights(),
                   [&](const T* from, int64_t lanes, int64_t block, int64_t place, int64_t width) {
-                    const Taps taps(l, 1);
+                    const TapVectors taps(l, 1);
                     load(l, from, l.all_taps(), lanes, 1, taps.of(0), {l.taps, 0, VL});
                     tile_weights(l, taps.of(0), true, 4 * l.Cp * width,
                                  packed + block * l.tile_weights() * 4 * l.Cp + place);
@@ -64,13 +64,13 @@ struct Packing {
 
  private:
   // The taps (count, taps, VL) of some vectors of weights.
-  class Taps {
+  class TapVectors {
    public:
-    Taps(const L& l, int64_t count)
+    TapVectors(const L& l, int64_t count)
         : size_(l.taps * VL), values_(count * l.taps <= kFew ? few_ : new T[count * size_]) {}
-    Taps(const Taps&) = delete;
-    Taps& operator=(const Taps&) = delete;
-    ~Taps() {
+    TapVectors(const TapVectors&) = delete;
+    TapVectors& operator=(const TapVectors&) = delete;
+    ~TapVectors() {
       if (values_ != few_) delete[] values_;
     }
     T* of(int64_t k) const { return values_ + k * size_; }
