@@ -66,6 +66,7 @@ lint: $(VENV)/.linters  ## ruff, mypy and clang-format, changing nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_CODE)
 
 format: $(VENV)/.linters  ## let ruff and clang-format rewrite the code

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import snnlstm
-from snnlstm import check, reference
-from snnlstm import run as running
+from snnlstm import path as running
+from snnlstm import reference
+from snnlstm.call import stateless_call
 
 LAYERS = {
     "2->16 k3": (2, 16, (3, 3)),
@@ -40,7 +41,7 @@ def run(plain: bool, tensors: list[Tensor]) -> tuple[list[Tensor], str]:
     """Returns mem of every step with the gradients of x and weight, and the path's name."""
     x, weight, bias, grad = tensors
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    call = check.check_call(leaves[0], weight=leaves[1], bias=leaves[2], threshold=0.1, record=True)
+    call = stateless_call(leaves[0], weight=leaves[1], bias=leaves[2], threshold=0.1, record=True)
     if plain:
         mem, name = reference.run(call)[2], "reference"
     else:

@@ -339,7 +339,9 @@ def input_tensor(x: Any, weight: Tensor, in_channels: int, batch_first: bool = F
 def check_dense(name: str, tensor: Tensor) -> None:
     """Refuse sparse tensors and those of MKL-DNN."""
     if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} must be dense, as {name}.to_dense() is, got {tensor.layout}")
+        raise TypeError(
+            f"{name} must be dense, as {name}.to_dense() is, got layout {tensor.layout}"
+        )
 
 
 def _converted(name: str, tensor: Tensor, weight: Tensor) -> Tensor:

@@ -189,3 +189,15 @@ print(core.openmp_library(), *runtimes())
         tmp_path,
     )
     assert printed.split() == [str(gomp), str(gomp)]
+
+
+def test_files_know_only_those_below_them():
+    """The contracts in pyproject.toml hold."""
+    pytest.importorskip("importlinter")
+    if not (ROOT / "snnlstm").exists():
+        pytest.skip("the tests of a wheel have no source tree")
+    done = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports; exit(lint_imports(no_cache=True))"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
