@@ -82,6 +82,7 @@ class Emulator:
         self.lib = ctypes.CDLL(str(library))
         for name in ("register", "counters", "spots", "launches"):
             getattr(self.lib, f"simt_{name}").restype = ctypes.c_char_p
+        self.lib.simt_copy_of.restype = ctypes.c_void_p
         self.settings = Settings.in_dll(self.lib, "simt_settings")
         self._defaults = bytes(self.settings)
         self.reset()
@@ -140,7 +141,10 @@ class Emulator:
 
     @contextlib.contextmanager
     def arrays(self, **arrays: np.ndarray | tuple[np.ndarray, str]) -> Iterator[None]:
-        """Kernels may read these arrays, and write those that are given as ``(array, "w")``."""
+        """Kernels may read these arrays, and write those that are given as ``(array, "w")``.
+
+        They work on copies, and what they have written is in the arrays after the block.
+        """
         known = []
         try:
             for name, given in arrays.items():
@@ -160,15 +164,14 @@ class Emulator:
         """Calls ``const char* name(...)``, which returns null or what went wrong."""
         function = getattr(self.lib, name)
         function.restype = ctypes.c_char_p
-        problem = function(*map(_argument, args))
+        problem = function(*map(self._argument, args))
         if problem:
             raise EmulationError(symbolise(problem.decode()))
 
-
-def _argument(value):
-    if isinstance(value, np.ndarray):
-        return ctypes.c_void_p(value.ctypes.data)
-    return value.encode() if isinstance(value, str) else ctypes.c_int(value)
+    def _argument(self, value):
+        if isinstance(value, np.ndarray):
+            return ctypes.c_void_p(self.lib.simt_copy_of(ctypes.c_void_p(value.ctypes.data)))
+        return value.encode() if isinstance(value, str) else ctypes.c_int(value)
 
 
 def symbolise(text: str) -> str:

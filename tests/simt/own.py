@@ -32,36 +32,21 @@ def to_tf32(x: np.ndarray) -> np.ndarray:
     return ((u + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def guarded(array: np.ndarray) -> np.ndarray:
-    """A copy between zones of 4 KiB that belong to no array, wherever the others lie."""
-    zone = 4096
-    memory = np.zeros(array.nbytes + 2 * zone, np.uint8)
-    copy = memory[zone : zone + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
-
-
 def run_case(emulator: Emulator, name: str, bad: bool = False, given=None, out=None) -> None:
     """Runs a CASE of kernels/, on arrays of 64 or those given. A report raises EmulationError."""
-    given = guarded(np.arange(64, dtype=np.float32)) if given is None else given
-    out = guarded(np.zeros(64, np.float32)) if out is None else out
+    given = np.arange(64, dtype=np.float32) if given is None else given
+    out = np.zeros(64, np.float32) if out is None else out
     with emulator.arrays(**{"in": given, "out": (out, "w")}):
         emulator.call("run_case", name, int(bad), given, out)
-
-
-def aligned(count: int) -> np.ndarray:
-    """float32 zeros whose address is a multiple of 128."""
-    raw = np.zeros(count + 32, np.float32)
-    return raw[(-raw.ctypes.data % 128) // 4 :][:count]
 
 
 def gemm(emulator: Emulator, M: int = 70, N: int = 40, K: int = 136, splits: int = 2):
     """Runs a product of bf16 matrices; returns (result, expected), float32 (M, N)."""
     rng = np.random.default_rng(M + N + K)
-    a = guarded(to_bf16(rng.standard_normal((M, K))))
-    b = guarded(to_bf16(rng.standard_normal((K, N))))
-    parts = guarded(np.full((splits, M, N), np.nan, np.float32))
-    d = guarded(np.full((M, N), np.nan, np.float32))
+    a = to_bf16(rng.standard_normal((M, K)))
+    b = to_bf16(rng.standard_normal((K, N)))
+    parts = np.full((splits, M, N), np.nan, np.float32)
+    d = np.full((M, N), np.nan, np.float32)
     with emulator.arrays(a=a, b=b, parts=(parts, "w"), d=(d, "w")):
         emulator.call("run_gemm", a, b, parts, d, M, N, K, splits)
     return d, from_bf16(a).astype(np.float64) @ from_bf16(b)

@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 import test_cell
 import test_cell_gradients
+import torch
 from backend import SOURCES, simt_core
 from builder import ROOT
 from emulator import EmulationError
@@ -86,6 +87,22 @@ def test_a_fault_is_caught(core, name, place):
             assert without_a_fault(*run) == ""
             return
     pytest.fail(f"no run notices {name}, place {place}")
+
+
+def test_a_tensor_beside_another_hides_no_access_beside_it(core):
+    """All tensors of the call lie in one storage, without gaps."""
+    mode, case = ALL["tf32"], CASES["odd sizes"]
+    inputs = mode.of(case).inputs()
+    parts = torch.cat([t.reshape(-1) for t in inputs]).split([t.numel() for t in inputs])
+    inputs = [part.view(t.shape) for part, t in zip(parts, inputs, strict=True)]
+    core.fault(NUMBERS["wrong_tail_mask"])
+    core.schedule("ahead", 1)
+    with (
+        mode.running(core),
+        torch.no_grad(),
+        pytest.raises(EmulationError, match="0 bytes behind the end of 'syn0'"),
+    ):
+        mode.run(*inputs, case.options)
 
 
 def test_every_kind_of_fault_is_placed():

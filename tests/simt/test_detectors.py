@@ -120,6 +120,19 @@ def test_an_empty_grid_runs_nothing(emulator):
     assert emulator.counters() == {}
 
 
+@pytest.mark.parametrize(
+    "name", ["read_behind", "write_before", "vector_behind", "copy_from_behind"]
+)
+@pytest.mark.parametrize("variant", ["checked"])
+def test_an_array_beside_another_hides_no_access_beside_it(emulator, name):
+    """The first array ends where the second begins."""
+    given, out = np.arange(128, dtype=np.float32).reshape(2, 64)
+    with pytest.raises(EmulationError, match=CASES[name][0]):
+        run_case(emulator, name, True, given, out)
+    run_case(emulator, name, False, given, out)
+    assert out[0] != 64
+
+
 def test_overlapping_arrays_are_refused():
     x = np.zeros(8, np.float32)
     emulator = own_kernels("plain")

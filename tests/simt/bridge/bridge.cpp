@@ -30,14 +30,18 @@ class Arrays {
     for (const char* start : registered_) simt::unregister_allocation(start);
   }
 
-  void add(const char* name, const void* p, int64_t bytes, Does does) {
+  // commit() changes p: the call is to use the emulator's copy.
+  template <class T>
+  void add(const char* name, T*& p, int64_t bytes, Does does) {
     if (simt::simt_settings.dry || p == nullptr || bytes <= 0) return;
-    const char* c = static_cast<const char*>(p);
-    items_.push_back({c, c + bytes, name, does != writes, does != reads});
-    if (does == writes) std::memset(const_cast<void*>(p), 0xff, size_t(bytes));
+    const char* c = reinterpret_cast<const char*>(p);
+    auto** pointer = const_cast<std::remove_const_t<T>**>(&p);
+    items_.push_back(
+        {c, c + bytes, name, does != writes, does != reads, reinterpret_cast<void**>(pointer)});
+    if (does == writes) std::memset(const_cast<char*>(c), 0xff, size_t(bytes));
   }
 
-  void add(const char* name, const View& v, const Extent& extent, DType type, Does does) {
+  void add(const char* name, View& v, const Extent& extent, DType type, Does does) {
     if (simt::simt_settings.dry || v.data == nullptr) return;
     int64_t last = 0;
     for (int k = 0; k < 5; ++k) {
@@ -66,6 +70,7 @@ class Arrays {
                                 joint.writable);
       registered_.push_back(joint.start);
     }
+    for (const Item& i : items_) *i.pointer = const_cast<void*>(simt::copy_of(i.start));
   }
 
  private:
@@ -73,6 +78,7 @@ class Arrays {
     const char *start, *end;
     std::string name;
     bool readable, writable;
+    void** pointer;  // of the call
   };
   // Tells the watcher of each array, before those that overlap become one.
   void report(void* stream) const {
@@ -132,7 +138,7 @@ struct CheckedPlan : cuda::Plan {
   bool behind_torch() const { return algorithm == cuda::Algorithm::pointwise; }
 
   template <class Args>
-  void add_inputs(Arrays& arrays, const Args& a, const Extents& e) const {
+  void add_inputs(Arrays& arrays, Args& a, const Extents& e) const {
     arrays.add("x", a.x, e.input, cell.dtype, reads);
     arrays.add("syn0", a.syn0, e.state, cell.dtype, reads);
     arrays.add("mem0", a.mem0, e.state, cell.dtype, reads);
@@ -143,7 +149,7 @@ struct CheckedPlan : cuda::Plan {
     arrays.add("workspace", a.workspace, workspace, writes);
   }
 
-  void run(const ForwardArgs& a, void* stream) const {
+  void run(ForwardArgs a, void* stream) const {
     const Cell& c = cell;
     const Extents e(*this, a.record);
     const Does states = behind_torch() ? updates : writes;
@@ -161,7 +167,7 @@ struct CheckedPlan : cuda::Plan {
     cuda::Plan::run(a, stream);
   }
 
-  void run(const BackwardArgs& a, void* stream) const {
+  void run(BackwardArgs a, void* stream) const {
     const Cell& c = cell;
     const Extents e(*this, a.record);
     Arrays arrays;

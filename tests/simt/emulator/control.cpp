@@ -42,6 +42,8 @@ SIMT_EXPORT const char* simt_register(const void* start, size_t bytes, const cha
   }
 }
 
+SIMT_EXPORT const void* simt_copy_of(const void* p) { return simt::copy_of(p); }
+
 SIMT_EXPORT int simt_unregister(const void* start) { return simt::unregister_allocation(start); }
 
 SIMT_EXPORT void simt_reset_counters() { simt::reset_counters(); }

@@ -1,5 +1,7 @@
 #include "memory.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -26,6 +28,12 @@ extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start[], _end
 std::vector<Allocation> registry;  // sorted by start
 size_t next_id = 1;
 size_t last_hit = 0;
+
+// On either side of an array: a mebibyte, and as much as the array has, for strides that are wrong.
+// Nobody touches these pages, and so they take no memory.
+size_t zone_of(size_t bytes) { return (size_t(1) << 20) + (bytes + 4095) / 4096 * 4096; }
+
+size_t mapped(size_t bytes) { return zone_of(bytes) * 3; }
 
 bool inside(const Fibre& fibre, const void* p) { return p >= fibre.low() && p < fibre.high(); }
 
@@ -59,30 +67,44 @@ Place locate(const void* p) {
   return {Space::unknown, 0, nullptr};
 }
 
-void register_allocation(const void* start, size_t bytes, std::string name, bool writable) {
-  const char* c = static_cast<const char*>(start);
-  auto next = std::upper_bound(registry.begin(), registry.end(), c,
-                               [](const char* x, const Allocation& a) { return x < a.start; });
-  const bool overlaps_next = next != registry.end() && c + bytes > next->start;
-  const bool overlaps_previous =
-      next != registry.begin() && std::prev(next)->start + std::prev(next)->bytes > c;
-  if (overlaps_next || overlaps_previous) {
-    throw std::runtime_error("the array '" + name + "' overlaps '" +
-                             (overlaps_next ? next : std::prev(next))->name + "'");
-  }
-  registry.insert(next, Allocation{c, bytes, std::move(name), writable, next_id++});
+void register_allocation(const void* original, size_t bytes, std::string name, bool writable) {
+  char* from = static_cast<char*>(const_cast<void*>(original));
+  for (const Allocation& a : registry)
+    if (from < a.original + a.bytes && a.original < from + bytes)
+      throw std::runtime_error("the array '" + name + "' overlaps '" + a.name + "'");
+  void* all = mmap(nullptr, mapped(bytes), PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (all == MAP_FAILED) throw std::runtime_error("no memory for a copy of '" + name + "'");
+  // malloc aligns to 16 bytes; what an address has beyond that is chance.
+  char* copy = static_cast<char*>(all) + zone_of(bytes) + reinterpret_cast<uintptr_t>(from) % 16;
+  std::memcpy(copy, from, bytes);
+  const auto next =
+      std::upper_bound(registry.begin(), registry.end(), copy,
+                       [](const char* x, const Allocation& a) { return x < a.start; });
+  registry.insert(next, Allocation{copy, bytes, std::move(name), writable, next_id++, from});
   last_hit = 0;
 }
 
-bool unregister_allocation(const void* start) {
+bool unregister_allocation(const void* original) {
   for (auto a = registry.begin(); a != registry.end(); ++a) {
-    if (a->start != start) continue;
+    if (a->original != original) continue;
+    if (a->writable) std::memcpy(a->original, a->start, a->bytes);
     forget_race_shadow(a->id);
     forget_count_map(a->id);
+    char* copy = const_cast<char*>(a->start);
+    munmap(copy - reinterpret_cast<uintptr_t>(copy) % 16 - zone_of(a->bytes), mapped(a->bytes));
     registry.erase(a);
+    last_hit = 0;
     return true;
   }
   return false;
+}
+
+const void* copy_of(const void* p) {
+  const char* c = static_cast<const char*>(p);
+  for (const Allocation& a : registry)
+    if (size_t(c - a.original) < a.bytes) return a.start + (c - a.original);
+  return p;
 }
 
 std::string describe_address(const void* p) {
