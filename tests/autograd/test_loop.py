@@ -1,11 +1,9 @@
 """A loop of step calls has the gradients of snnTorch's loop, the reference, and one sequence call.
 
-Graphs are kept, live at once, run in threads, fail, or want other gradients. What was saved, and
-the weights, change meanwhile, and hooks see gradients.
+Graphs run in threads, or fail. What was saved, and the weights, change meanwhile.
 """
 
 import gc
-import itertools
 import weakref
 from functools import partial
 
@@ -55,28 +53,6 @@ def test_a_loop_equals_snntorchs_and_one_call_for_the_sequence(steps, batch):
     assert_same(whole, ours)
 
 
-@pytest.mark.parametrize("reached", [(0,), (4,), (1, 3), ()])
-def test_only_some_steps_are_reached_by_the_loss(reached):
-    def work(cell):
-        out = unroll(cell, events())
-        used = [out[k][0].sum() + out[k][2].square().sum() for k in reached]
-        (sum(used) + cell.conv.weight.sum()).backward()
-
-    both(work)
-
-
-def test_states_that_are_detached_within_the_loop():
-    def work(cell):
-        state, total = zeros(), 0
-        for x in events(6).split(2):
-            out = unroll(cell, x, state)
-            total = total + loss_of(out)
-            state = [s.detach() for s in out[-1][1:]]
-        total.backward()
-
-    both(work)
-
-
 def test_a_weight_that_is_changed_between_steps():
     """Torch does not see the change: each step has the gradient of the weight that it read."""
     of_x = []
@@ -96,88 +72,6 @@ def test_a_weight_that_is_changed_between_steps():
 
     both(work)
     close(*of_x, atol=1e-11, rtol=1e-10)
-
-
-@pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("weight", "bias"), ()], ids=str)
-def test_parameters_without_gradients_and_no_bias(frozen):
-    of_x = []
-
-    def work(cell):
-        for name in frozen:
-            getattr(cell.conv, name).requires_grad_(False)
-        x = events().requires_grad_()
-        loss_of(unroll(cell, x)).backward()
-        of_x.append(x.grad)
-        assert all((p.grad is not None) == p.requires_grad for p in cell.parameters())
-
-    both(work, bias=bool(frozen))
-    close(*of_x, atol=1e-11, rtol=1e-10)
-
-
-@pytest.mark.parametrize("learn", [False, True])
-def test_a_penalty_on_first_gradients(learn):
-    """A step's gradient takes only direct paths: its states depend on the same parameters."""
-    found = []
-    for cell in cells(learn_threshold=learn, threshold=0.0625):
-        leaves = [events(3, 2).requires_grad_(), *cell.parameters()]
-        first = torch.autograd.grad(loss_of(unroll(cell, leaves[0])), leaves, create_graph=True)
-        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
-        found.append([*(grad.detach() for grad in first), *second])
-    # snnTorch multiplies threshold and reset in float32.
-    close(*found, atol=1e-5 if learn else 1e-11, rtol=1e-7 if learn else 1e-9)
-
-
-def test_gradients_of_x_alone_leave_nothing_behind():
-    """A pass without the weight's gradient must not add anything to that of a later pass."""
-    found = []
-    for cell in cells():
-        x = events().requires_grad_()
-        loss = loss_of(unroll(cell, x))
-        (of_x,) = torch.autograd.grad(loss, x, retain_graph=True)
-        (again,) = torch.autograd.grad(loss, x, retain_graph=True)
-        assert torch.equal(of_x, again)
-        loss.backward(inputs=[cell.conv.weight], retain_graph=True)
-        loss.backward()
-        found.append([of_x, x.grad, *gradients(cell)])
-    close(*found, atol=1e-11, rtol=1e-10)
-
-
-def test_a_graph_that_is_kept_gives_the_same_gradients_again():
-    def work(cell):
-        out = unroll(cell, events())
-        loss_of(out).backward(retain_graph=True)
-        loss_of(out[:3]).backward(retain_graph=True)
-        loss_of(out).backward()
-        with pytest.raises(RuntimeError, match="second time"):
-            loss_of(out).backward()
-
-    both(work)
-
-
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_several_graphs_alive_at_once(order):
-    def work(cell):
-        losses = [loss_of(unroll(cell, events() * (k + 1))) for k in range(3)]
-        for k in order:
-            losses[k].backward()
-
-    both(work)
-
-
-def test_a_weight_that_is_changed_in_place_is_noticed():
-    _, ours = cells()
-    out = unroll(ours, events())
-    with torch.no_grad():
-        ours.conv.weight.mul_(1.1)
-    more = unroll(ours, events(), tuple(t.detach() for t in out[-1][1:]))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss_of(out).backward()
-    loss_of(more).backward()
-    theirs, _ = cells()
-    with torch.no_grad():
-        theirs.conv.weight.mul_(1.1)
-    loss_of(unroll(theirs, events(), tuple(t.detach() for t in out[-1][1:]))).backward()
-    assert_same(theirs, ours)
 
 
 @pytest.mark.parametrize("learn", [False, True])
@@ -215,20 +109,6 @@ def test_a_weight_whose_data_is_replaced_before_the_backward_pass():
     close(*found, atol=1e-11, rtol=1e-10)
 
 
-def test_hooks_on_parameters_see_the_whole_gradient_once():
-    seen = []
-    for cell in cells():
-        calls = []
-        cell.conv.weight.register_hook(calls.append)
-        cell.conv.weight.register_post_accumulate_grad_hook(
-            lambda p, calls=calls: calls.append(p.grad)
-        )
-        loss_of(unroll(cell, events())).backward()
-        assert len(calls) == 2
-        seen.append(calls)
-    close(*seen, atol=1e-11, rtol=1e-10)
-
-
 def test_threads_with_graphs_of_their_own_on_one_cell():
     _, alone = both(lambda cell: loss_of(unroll(cell, events())).backward())
     _, ours = cells()
@@ -253,18 +133,6 @@ def test_two_backward_passes_over_one_kept_graph_at_once():
             same(torch.autograd.grad(loss, wanted, retain_graph=True), expected)
 
     in_threads(work, 3)
-
-
-def test_a_pass_that_fails_leaves_nothing_to_the_next():
-    def work(cell):
-        first = events().requires_grad_().clone()
-        first.register_hook(lambda _: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            loss_of(unroll(cell, first)).backward()
-        cell.zero_grad()
-        loss_of(unroll(cell, events())).backward()
-
-    both(work)
 
 
 # ---- what happens while the backward pass runs --------------------------------------------------

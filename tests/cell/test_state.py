@@ -1,17 +1,11 @@
 """The cell starts, keeps, replaces, resets and copies its states as the documentation says."""
 
-import collections
 import copy
-import gc
 import pickle
-import sys
-import weakref
 
 import pytest
-import snntorch
-import snntorch.functional.quant
 import torch
-from helpers import close, described, ours, states, steps, twins
+from helpers import close, ours, states, steps, twins
 from torch import nn
 
 import snnlstm
@@ -262,151 +256,6 @@ def test_copies_and_pickles_after_a_call_in_grad_mode(backend, copied):
     other(x[1])
     snnlstm.SConv2dLSTM.reset_hidden()  # the class knows the copy
     assert not other.mem.any()
-
-
-def test_cells_are_not_kept_alive():
-    cell = ours()
-    cell(torch.ones(1, 2, 5, 5))
-    seen, entries = weakref.ref(cell), len(snntorch.SpikingNeuron.instances)
-    del cell
-    gc.collect()
-    assert seen() is None
-    snntorch.Leaky.reset_hidden()  # snnTorch walks the list and drops dead entries
-    snntorch.SConv2dLSTM.reset_hidden()
-    for _ in range(5):
-        ours()
-    assert len(snntorch.SpikingNeuron.instances) == entries, "a dead cell's place is not reused"
-
-
-class Counted(list):
-    """A list that counts how often one of its entries is looked at."""
-
-    looks = 0
-
-    def __getitem__(self, position):
-        self.looks += 1
-        return super().__getitem__(position)
-
-    def __iter__(self):
-        return (self[position] for position in range(len(self)))
-
-    def index(self, *args):
-        self.looks += len(self)
-        return super().index(*args)
-
-
-def test_a_new_cell_looks_at_no_more_entries_the_more_there_are(monkeypatch):
-    registry = Counted()
-    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", registry)
-    monkeypatch.setattr(snnlstm.snntorch, "_left", collections.deque())  # no places of other tests
-    cells = [ours(1, 1, 1) for _ in range(100)]
-    assert len(registry) == 100
-    assert registry.looks <= 100
-    first, others, cells = cells[0], cells[1:], []
-    for _ in range(3):  # the cells that go leave places in the midst of the list
-        registry.looks = 0
-        others.clear()
-        gc.collect()
-        others += [ours(1, 1, 1) for _ in range(99)]
-        assert len(registry) == 100
-        assert registry.looks <= 100
-    assert {id(entry.place()) for entry in registry} == {id(cell) for cell in (first, *others)}
-
-
-def test_places_in_a_list_that_was_dropped_are_not_used(monkeypatch):
-    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", [])
-    gone, dropped = [ours(), ours(), ours()], snntorch.SpikingNeuron.instances
-    gone.pop()
-    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", [])
-    kept = [ours(), snntorch.Leaky(beta=0.5), ours()]
-    gone.clear()
-    kept += [ours(), ours()]
-    registry = snntorch.SpikingNeuron.instances
-    assert [entry if entry is kept[1] else entry.place() for entry in registry] == kept
-    assert len(dropped) == 3
-
-
-def test_cells_may_be_made_at_any_line_of_the_search_for_all_of_them():
-    """A signal handler or another thread makes them."""
-    cells, before = [ours(1, 1, 1) for _ in range(3)], sys.gettrace()
-
-    def make(*_):
-        cells.append(ours(1, 1, 1))
-        return make
-
-    sys.settrace(make)
-    try:
-        found = snnlstm.snntorch.alive()
-    finally:
-        sys.settrace(before)
-    assert len(cells) > 3
-    assert set(cells[:3]) <= set(found)
-
-
-@pytest.mark.parametrize("library", [snnlstm.SConv2dLSTM, snntorch.SConv2dLSTM])
-def test_reset_hidden_and_detach_hidden_reach_all_living_cells(library):
-    cells = [ours(), ours(init_hidden=True), ours(stride=2)]
-    x = torch.ones(1, 2, 5, 5)
-    for cell in cells:
-        cell(x)
-        assert cell.mem.requires_grad
-    mems = [cell.mem for cell in cells]
-    library.detach_hidden()
-    for cell, mem in zip(cells, mems, strict=True):
-        assert cell.mem is mem
-        assert not mem.requires_grad
-        assert not cell.syn.requires_grad
-    library.reset_hidden()
-    for cell in cells:
-        assert not cell.mem.any()
-        assert not cell.syn.any()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"state_quant": snntorch.functional.quant.state_quant(4)},  # snnTorch's cell raises here
-        {"reset_mechanism": "zero", "avg_pool": 2},
-        {"stride": 2, "inhibition": True},
-    ],
-    ids=described,
-)
-def test_stored_states_can_be_detached_in_place(backend, options):
-    cell = ours(**options)
-    for x in (torch.ones(1, 2, 5, 5), torch.ones(2, 1, 2, 5, 5)):
-        for record in {False, x.dim() == 5}:
-            cell(x, record=record)
-            assert cell.mem.requires_grad
-            snntorch.SConv2dLSTM.detach_hidden()
-            assert not cell.mem.requires_grad
-            assert not cell.syn.requires_grad
-
-
-def test_the_registries_survive_being_cleared(monkeypatch):
-    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", [])
-    before = ours()
-    before(torch.ones(1, 2, 5, 5))
-    snntorch.SpikingNeuron.init()
-    after = ours()
-    after(torch.ones(1, 2, 5, 5))
-    snnlstm.SConv2dLSTM.reset_hidden()  # ours keeps its own registry
-    assert not before.mem.any() | after.mem.any()
-    snnlstm.SConv2dLSTM.init()
-    after(torch.ones(1, 2, 5, 5))
-    snnlstm.SConv2dLSTM.reset_hidden()
-    assert after.mem.any()
-    assert snntorch.SpikingNeuron.instances == []
-
-
-def test_detach_hidden_leaves_parameters_and_views_alone():
-    cell = ours()
-    parameter = nn.Parameter(torch.ones(1, 3, 5, 5))
-    cell.syn = parameter
-    cell.mem = (parameter * 2)[:]
-    snnlstm.SConv2dLSTM.detach_hidden()
-    assert parameter.requires_grad
-    assert not cell.syn.requires_grad
-    assert not cell.mem.requires_grad
 
 
 def test_states_are_no_buffers_but_move_with_the_cell():

@@ -100,12 +100,13 @@ void check_transforms(int outputs, int taps) {
   };
   const auto x = numbers<T>(batches * strides(n).batch), start = numbers<T>(x.size());
   const auto w = numbers<T>(batches * strides(taps).batch);
-  auto product = transformed(AxisPasses<S>::inputs(axis), x, n, n);
-  const auto of_taps = transformed(AxisPasses<S>::taps(axis, taps), w, taps, n);
+  auto product = transformed(AxisTransforms<S>::inputs(axis), x, n, n);
+  const auto of_taps = transformed(AxisTransforms<S>::taps(axis, taps), w, taps, n);
   for (size_t k = 0; k < product.size(); ++k) product[k] *= of_taps[k];
   std::vector<T> out(batches * strides(outputs).batch);
-  AxisPasses<S>::outputs(axis, outputs)(product.data(), strides(n), out.data(), strides(outputs),
-                                        lines, batches, start.data(), strides(outputs));
+  AxisTransforms<S>::outputs(axis, outputs)(product.data(), strides(n), out.data(),
+                                            strides(outputs), lines, batches, start.data(),
+                                            strides(outputs));
   for (int b = 0; b < batches; ++b)
     for (int l = 0; l < lines; ++l)
       for (int m = 0; m < outputs; ++m)
@@ -128,7 +129,7 @@ void check_transforms(int outputs, int taps) {
 // Convolves images in a block of tiles, with the transforms along both axes. The product is taken
 // twice, and the second time added.
 template <class S, int NV, class T = typename S::Scalar>
-void check_tiles(const Tiling& form, int64_t dilation_h, int64_t dilation_w, int vectors) {
+void check_tiles(const TileForm& form, int64_t dilation_h, int64_t dilation_w, int vectors) {
   constexpr int VL = S::lanes;
   constexpr int64_t width = NV * VL;
   TileBlock<T> b;
@@ -223,11 +224,11 @@ void check_sparse(const Cell& c, double density, int begin) {
   const Layout<T, VL> l(c);
   const int64_t rows = 3, width = 4 * VL, taps = c.kernel_h * c.kernel_w;
   const SparseInput<T, VL> sparse(l, rows + 1);
-  typename SparseInput<T, VL>::Lists lists;
-  Arena counted(nullptr);
+  typename SparseInput<T, VL>::InputLists lists;
+  Workspace counted(nullptr);
   sparse.carve(counted, lists);
   std::vector<char> memory(counted.bytes(), char(-1));
-  Arena arena(memory.data());
+  Workspace arena(memory.data());
   sparse.carve(arena, lists);
   const int64_t row = l.Wx * c.Cin;
   const int64_t patch_rows = (rows - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
@@ -282,9 +283,9 @@ void check_all() {
          {std::pair{2, 3}, {3, 2}, {3, 3}, {4, 3}, {3, 4}, {2, 5}, {5, 2}, {4, 4}, {4, 5}})
       check_transforms<S>(outputs, taps);
     for (int vectors : {1, 2, 3})  // two short vectors are merged into a long one
-      for (const auto& form : {Tiling{axis(3, 2), axis(3, 4)}, Tiling{axis(3, 3), axis(5, 2)},
-                               Tiling{axis(5, 4), axis(1, 1)}, Tiling{axis(1, 1), axis(9, 4)},
-                               Tiling{axis(9, 3), axis(7, 4)}, Tiling{axis(7, 4), axis(3, 3)}})
+      for (const auto& form : {TileForm{axis(3, 2), axis(3, 4)}, TileForm{axis(3, 3), axis(5, 2)},
+                               TileForm{axis(5, 4), axis(1, 1)}, TileForm{axis(1, 1), axis(9, 4)},
+                               TileForm{axis(9, 3), axis(7, 4)}, TileForm{axis(7, 4), axis(3, 3)}})
         for (const auto& [dilation_h, dilation_w] : {std::pair{1, 1}, {2, 1}, {1, 3}}) {
           check_tiles<S, 1>(form, dilation_h, dilation_w, vectors);
           check_tiles<S, 4>(form, dilation_h, dilation_w, vectors);
