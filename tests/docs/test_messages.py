@@ -138,7 +138,8 @@ def test_messages_are_those_of_the_snapshot(shown):
 
 # messages.txt shows every `raise` of these modules.
 SHOWN = (
-    "call", "options", "quant", "sconv2dlstm", "sequential", "settings", "state", "surrogate", "swap"
+    "call", "options", "quant", "sconv2dlstm", "sequential", "settings", "state", "surrogate",
+    "swap",
 )  # fmt: skip
 
 

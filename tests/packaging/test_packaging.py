@@ -196,8 +196,9 @@ def test_files_know_only_those_below_them():
     pytest.importorskip("importlinter")
     if not (ROOT / "snnlstm").exists():
         pytest.skip("the tests of a wheel have no source tree")
+    program = "from importlinter.cli import lint_imports; exit(lint_imports(no_cache=True))"
     done = subprocess.run(
-        [sys.executable, "-c", "from importlinter.cli import lint_imports; exit(lint_imports(no_cache=True))"],
+        [sys.executable, "-c", program],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
