@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,22 +15,9 @@ from .options import RESETS, CellOptions, Reset
 from .path import Path
 from .snntorch import Base, alive, clear_registries, register
 from .state import ResetSource, State
-from .surrogate import NONE, is_number
+from .surrogate import is_number
 
 __all__ = ["CellAttributes"]
-
-# The check of each attribute, which returns what is set.
-_CHECKS: dict[str, Callable[[Any], Any]] = {
-    "spike_grad": lambda value: options.surrogate(value),
-    "state_quant": lambda value: options.quantiser(value) or False,
-    "checkpoint": lambda value: options.checkpoint_way(value),
-    "max_pool": lambda value: options.pooling(value, 0) and value,
-    "avg_pool": lambda value: options.pooling(0, value) and value,
-    "stride": lambda value: options.pair("stride", value),
-    "dilation": lambda value: options.pair("dilation", value),
-}
-for _name in ("surrogate_disable", "inhibition", "init_hidden", "output", "batch_first"):
-    _CHECKS[_name] = partial(options.flag, _name)
 
 
 class CellAttributes(Base):
@@ -64,19 +50,8 @@ class CellAttributes(Base):
         return found or self._make_options()[sequence, record]  # which says what is contradictory
 
     def _make_options(self) -> dict[tuple[bool, bool], CellOptions]:
-        quant = self.state_quant
-        made = options.make_options(
-            self.kernel_size,
-            stride=self.stride,
-            dilation=self.dilation,
-            reset=self._reset_mechanism,
-            max_pool=self.max_pool,
-            avg_pool=self.avg_pool,
-            surrogate=NONE if self.surrogate_disable else self.spike_grad,
-            quant=None if quant is False else quant,
-            inhibition=self.inhibition,
-            checkpoint=self.checkpoint,
-        )
+        described = {name: getattr(self, name) for name in options.DESCRIBING}
+        made = options.make_options(self.kernel_size, **described)
         kinds = ((False, False), (True, False), (True, True))
         return {kind: replace(made, sequence=kind[0], record=kind[1]) for kind in kinds}
 
@@ -97,14 +72,14 @@ class CellAttributes(Base):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("syn", "mem"):  # nn.Module would register a Parameter
             object.__setattr__(self, name, value)
-        elif name in _CHECKS:
-            super().__setattr__(name, _CHECKS[name](value))
+        elif name in options.CHECKS:
+            super().__setattr__(name, options.CHECKS[name](value))
             if "_state" in self.__dict__:  # the constructor has run
                 self._remake_options()
         elif name in ("threshold", "graded_spikes_factor") and is_number(value):
             self._set_number(name, float(value))
         elif name == "reset_mechanism_val" and isinstance(value, Tensor):
-            reset = options.reset_mechanism_val(value)
+            reset = options.reset_of_number(value)
             super().__setattr__(name, value)
             self._follow(reset)
         else:
@@ -126,7 +101,7 @@ class CellAttributes(Base):
 
     @reset_mechanism.setter
     def reset_mechanism(self, value: str) -> None:
-        self._reset_mechanism = options.reset_mechanism(value)
+        self._reset_mechanism = options.reset_name(value)
         self.reset_mechanism_val = self._reset_index(self.reset_mechanism_val.device)
         self._remake_options()
 
@@ -233,7 +208,7 @@ class CellAttributes(Base):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
         try:
-            self._follow(options.reset_mechanism_val(self.reset_mechanism_val))
+            self._follow(options.reset_of_number(self.reset_mechanism_val))
         except ValueError as error:
             error_msgs = rest[-1]
             error_msgs.append(str(error))

@@ -15,15 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .options import (
-    DTYPES,
-    NAMES_OF_DTYPES,
-    CellOptions,
-    flag,
-    options_of_arguments,
-)
-from .options import quantiser as check_quantiser
-from .options import surrogate as check_surrogate
+from .options import DTYPES, NAMES_OF_DTYPES, CellOptions, flag, in_time, make_options
 from .surrogate import is_number
 
 __all__ = ["Call", "Signature", "checked_call", "make_call"]
@@ -193,7 +185,7 @@ def checked_call(
         raise ValueError("record=True needs a sequence: x of shape (T, N, Cin, H, W), got one step")
     options = options_of(sequence, bool(record))
     shape = state_shape(x, channels[1], options)
-    syn, mem = (state_of(name, shape, x) for name in ("syn", "mem"))
+    syn, mem = state_of("syn", shape, x), state_of("mem", shape, x)
     threshold = scalar_like("threshold", threshold, x, shape, options)
     graded = scalar_like("graded_spikes_factor", graded, x, shape, options)
     if bias is not None:
@@ -206,27 +198,28 @@ def checked_call(
 
 
 def stateless_call(
-    x: Any, syn: Any = None, mem: Any = None, weight: Any = None, bias: Any = None, *,
-    threshold: Any = 1.0, spike_grad: Any = None, surrogate_disable: Any = False,
-    reset_mechanism: Any = "none", max_pool: Any = 0, avg_pool: Any = 0, state_quant: Any = None,
-    graded_spikes_factor: Any = 1.0, inhibition: Any = False, stride: Any = 1, dilation: Any = 1,
-    record: Any = False, checkpoint: Any = False, batch_first: Any = False,
-) -> Call:  # fmt: skip
-    """Check every argument of :func:`snnlstm.functional.sconv2dlstm`, which documents them."""
+    x: Any,
+    syn: Any = None,
+    mem: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    threshold: Any = 1.0,
+    graded_spikes_factor: Any = 1.0,
+    record: Any = False,
+    batch_first: Any = False,
+    **described: Any,
+) -> Call:
+    """Check every argument of :func:`snnlstm.functional.sconv2dlstm`, which documents them.
+
+    `described` are arguments of :func:`snnlstm.options.make_options`.
+    """
     traced = torch.compiler.is_compiling()
-    channels = weight_tensors(weight, bias)
-    states = {"syn": syn, "mem": mem}
-    disable = flag("surrogate_disable", surrogate_disable)
-    options = options_of_arguments(
-        kernel_size=tuple(weight.shape[2:]), stride=stride, dilation=dilation,
-        reset=reset_mechanism, max_pool=max_pool, avg_pool=avg_pool,
-        surrogate=check_surrogate(spike_grad, disable), quant=check_quantiser(state_quant),
-        inhibition=inhibition, checkpoint=checkpoint, record=flag("record", record),
-        sequence=isinstance(x, Tensor) and x.dim() == 5, traced=traced,
-    )  # fmt: skip
+    channels, states = weight_tensors(weight, bias), {"syn": syn, "mem": mem}
+    options = make_options(tuple(weight.shape[2:]), traced=traced, **described)
     return checked_call(
         x, weight, bias, threshold, graded_spikes_factor, channels,
-        lambda sequence, record: options,
+        lambda sequence, record: in_time(options, sequence, record, traced),
         lambda name, shape, x: state_tensor(name, states[name], shape, x, weight),
         record=record, batch_first=flag("batch_first", batch_first), traced=traced,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 from ast import literal_eval
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from numbers import Integral
 from typing import Any, Literal, cast
 
@@ -22,7 +22,7 @@ from .quant import StateQuant
 from .snntorch import recognise_quant, recognise_surrogate
 from .surrogate import NONE, Surrogate, atan
 
-__all__ = ["CellOptions", "Pool", "Reset", "make_options"]
+__all__ = ["CHECKS", "DESCRIBING", "CellOptions", "Pool", "Reset", "make_options"]
 
 Reset = Literal["subtract", "zero", "none"]
 Pool = Literal["none", "max", "avg"]
@@ -84,6 +84,19 @@ class CellOptions:
         """Zeros on each side that keep the image size, height first."""
         (kh, kw), (dh, dw) = self.kernel_size, self.dilation
         return dh * (kh - 1) // 2, dw * (kw - 1) // 2
+
+    def reason_against_kernels(self, dtype: torch.dtype) -> str | None:
+        """Why the kernels cannot run a cell with these options on `dtype`; None if they can."""
+        if type(self.surrogate) is not Surrogate:
+            return "spike_grad is unknown to the kernels"
+        if self.quant is not None:
+            if type(self.quant) is not StateQuant:
+                return "state_quant is unknown to the kernels"
+            if self.quant.levels.dtype not in (torch.float32, dtype):
+                return f"state_quant has levels of {self.quant.levels.dtype}"
+            if not self.quant.ascending:
+                return "state_quant has levels that do not ascend"
+        return None
 
     def state_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of syn and mem for an image of `height` x `width`."""
@@ -188,7 +201,7 @@ def pooling(max_pool: Any, avg_pool: Any) -> tuple[Pool, tuple[int, int]]:
     return "none", (1, 1)
 
 
-def reset_mechanism(value: Any) -> Reset:
+def reset_name(value: Any) -> Reset:
     """Check the name of a reset mechanism."""
     if value not in RESETS:
         raise ValueError(
@@ -197,7 +210,7 @@ def reset_mechanism(value: Any) -> Reset:
     return cast(Reset, value)
 
 
-def reset_mechanism_val(value: Tensor) -> Reset | None:
+def reset_of_number(value: Tensor) -> Reset | None:
     """Check the number of a reset mechanism; None for a tensor without data."""
     if value.is_meta:
         return None
@@ -206,7 +219,7 @@ def reset_mechanism_val(value: Tensor) -> Reset | None:
     return RESETS[int(value)]
 
 
-def checkpoint_way(value: Any) -> Checkpoint:
+def checkpoint_kind(value: Any) -> Checkpoint:
     """Check `checkpoint`: a yes-or-no argument, or "gates"."""
     if isinstance(value, str) and value == "gates":
         return "gates"
@@ -214,6 +227,9 @@ def checkpoint_way(value: Any) -> Checkpoint:
         return flag("checkpoint", value)
     except TypeError:
         raise TypeError(f"checkpoint must be a bool or 'gates', got {value!r}") from None
+
+
+_DEFAULT = atan()
 
 
 def surrogate(spike_grad: Any, disable: bool = False) -> Surrogate | Callable[[Tensor], Tensor]:
@@ -225,7 +241,7 @@ def surrogate(spike_grad: Any, disable: bool = False) -> Surrogate | Callable[[T
         )
     if disable:
         return NONE
-    return atan() if spike_grad is None else recognise_surrogate(spike_grad)
+    return _DEFAULT if spike_grad is None else recognise_surrogate(spike_grad)
 
 
 def quantiser(state_quant: Any) -> StateQuant | Callable[[Tensor], Tensor] | None:
@@ -260,55 +276,92 @@ def device_or_none(name: str, value: Any) -> torch.device | None:
         raise kind(f"{name} must be a torch.device or its name, got {value!r}") from error
 
 
-def make_options(
+CHECKS: dict[str, Callable[[Any], Any]] = {
+    "spike_grad": lambda value: surrogate(value),
+    "state_quant": lambda value: quantiser(value) or False,
+    "checkpoint": lambda value: checkpoint_kind(value),
+    "max_pool": lambda value: pooling(value, 0) and value,
+    "avg_pool": lambda value: pooling(0, value) and value,
+    "stride": lambda value: pair("stride", value),
+    "dilation": lambda value: pair("dilation", value),
+}
+"""The check of each attribute of a cell that may be set; it returns what is set."""
+for _name in ("surrogate_disable", "inhibition", "init_hidden", "output", "batch_first"):
+    CHECKS[_name] = partial(flag, _name)
+
+
+def _make_options(
     kernel_size: Any,
-    *,
-    stride: Any,
-    dilation: Any,
-    reset: Any,
-    max_pool: Any,
-    avg_pool: Any,
     surrogate: Surrogate | Callable[[Tensor], Tensor],
     quant: StateQuant | Callable[[Tensor], Tensor] | None,
-    inhibition: Any,
-    checkpoint: Any,
-    sequence: bool = False,
-    record: bool = False,
+    *,
+    stride: Any = 1,
+    dilation: Any = 1,
+    reset_mechanism: Any = "none",
+    max_pool: Any = 0,
+    avg_pool: Any = 0,
+    inhibition: Any = False,
+    checkpoint: Any = False,
 ) -> CellOptions:
-    """Check what describes a cell, and put it into its normal form.
-
-    `surrogate` and `quant` come from the checks of these names.
-    """
     pool, pool_size = pooling(max_pool, avg_pool)
     return CellOptions(
         kernel_size=kernel("kernel_size", kernel_size),
         stride=pair("stride", stride),
         dilation=pair("dilation", dilation),
-        reset=reset_mechanism(reset),
+        reset=reset_name(reset_mechanism),
         pool=pool,
         pool_size=pool_size,
         surrogate=surrogate,
         quant=quant,
         inhibition=flag("inhibition", inhibition),
-        sequence=sequence,
-        record=record,
-        checkpoint=checkpoint_way(checkpoint),
+        checkpoint=checkpoint_kind(checkpoint),
     )
 
 
 # The cache is typed, because stride=True, an error, must not find what stride=1 left.
-_cached_options = lru_cache(maxsize=256, typed=True)(make_options)
+_cached_options = lru_cache(maxsize=256, typed=True)(_make_options)
+
+DESCRIBING = (
+    "spike_grad", "surrogate_disable", "state_quant", "stride", "dilation", "reset_mechanism",
+    "max_pool", "avg_pool", "inhibition", "checkpoint",
+)  # fmt: skip
+"""The arguments of a cell, beside its kernel size, that say what it computes."""
 
 
-def options_of_arguments(*, surrogate: Any, quant: Any, traced: bool, **others: Any) -> CellOptions:
-    """:func:`make_options`, once for equal arguments.
+def make_options(
+    kernel_size: Any,
+    *,
+    spike_grad: Any = None,
+    surrogate_disable: Any = False,
+    state_quant: Any = None,
+    traced: bool = False,
+    **others: Any,
+) -> CellOptions:
+    """Check what describes a cell (:data:`DESCRIBING`), and put it into its normal form.
 
-    Foreign callables stay out of the cache, which would keep them alive.
+    `traced` says whether torch.compile traces. Equal arguments are checked once, but for foreign
+    callables, which a cache would keep alive.
     """
-    if are_ours(surrogate, quant) and not traced:
+    spike = surrogate(spike_grad, flag("surrogate_disable", surrogate_disable))
+    quant = quantiser(state_quant)
+    if are_ours(spike, quant) and not traced:
         hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in others.items()}
+        size = tuple(kernel_size) if isinstance(kernel_size, list) else kernel_size
         try:
-            return _cached_options(surrogate=surrogate, quant=quant, **hashable)
+            return _cached_options(size, spike, quant, **hashable)
         except TypeError:  # a wrong type, or one without a hash: the checks below name it
             pass
-    return make_options(surrogate=surrogate, quant=quant, **others)
+    return _make_options(kernel_size, spike, quant, **others)
+
+
+def _in_time(options: CellOptions, sequence: bool, record: bool) -> CellOptions:
+    return replace(options, sequence=sequence, record=record)
+
+
+_cached_in_time = lru_cache(maxsize=256)(_in_time)
+
+
+def in_time(options: CellOptions, sequence: bool, record: bool, traced: bool) -> CellOptions:
+    """The options of a step call (not `sequence`) or of a sequence; like :func:`make_options`."""
+    cached = options.text and not traced
+    return (_cached_in_time if cached else _in_time)(options, sequence, record)

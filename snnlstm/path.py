@@ -22,9 +22,7 @@ from torch.nn.modules import module as nn_module
 from . import reference
 from .call import PLAIN, Call
 from .options import CellOptions
-from .quant import StateQuant
 from .settings import get_algorithm
-from .surrogate import Surrogate
 
 __all__ = ["Path", "run"]
 
@@ -159,7 +157,7 @@ _get_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.
 _PLAIN = {*PLAIN, type(None)}
 
 
-def _reason_against_now(call: Call) -> Path | None:
+def _reason_against_now(call: Call, traced: bool) -> Path | None:
     """Why the reference path must run: reasons that may come and go between like calls."""
     if exporting():
         return Path("reference", "an export records plain operators")
@@ -168,7 +166,7 @@ def _reason_against_now(call: Call) -> Path | None:
         weight, bias = x, None
     if torch._C._are_functorch_transforms_active():
         return Path("reference", "a torch.func transform is active")
-    if not call.traced:
+    if not traced:
         if not _PLAIN.issuperset(map(type, (x, syn, mem, weight, bias, threshold, graded))):
             return Path("reference", "a tensor is of a subclass")
         if torch._C._get_tracing_state() is not None or _get_mode(_PROXY) is not None:
@@ -193,16 +191,9 @@ def _reason_against_now(call: Call) -> Path | None:
 
 def _reason_against_options(call: Call) -> str | None:
     """Why the kernels cannot run a call with these options and shapes; None if they can."""
-    options, threshold, x = call.options, call.threshold, call.x
-    if type(options.surrogate) is not Surrogate:
-        return "spike_grad is unknown to the kernels"
-    if options.quant is not None:
-        if type(options.quant) is not StateQuant:
-            return "state_quant is unknown to the kernels"
-        if options.quant.levels.dtype not in (torch.float32, x.dtype):
-            return f"state_quant has levels of {options.quant.levels.dtype}"
-        if not options.quant.ascending:
-            return "state_quant has levels that do not ascend"
+    threshold, reason = call.threshold, call.options.reason_against_kernels(call.x.dtype)
+    if reason is not None:
+        return reason
     count, shape = threshold.numel(), threshold.shape
     if count != 1 and not (len(shape) >= 3 and count == shape[-3]):
         return "the threshold varies along the batch or the image"
@@ -211,9 +202,9 @@ def _reason_against_options(call: Call) -> str | None:
     return None
 
 
-def _reason_against_like(call: Call) -> Path | None:
+def _reason_against_like(call: Call, traced: bool) -> Path | None:
     """Why the reference path must run: reasons that hold for all like calls."""
-    notes = {} if call.traced else call.signature.notes
+    notes = {} if traced else call.signature.notes
     if "fallback" not in notes:
         device, reason = call.x.device.type, _reason_against_options(call)
         fallback = None if reason is None else Path("reference", reason, slow=True)
@@ -229,15 +220,17 @@ def path_of(call: Call) -> Path:
     The name of a native path says what kind of kernels will run. Which of them ran is known after
     the call.
     """
-    now, like = _reason_against_now(call), _reason_against_like(call)
+    traced = call.traced
+    now, like = _reason_against_now(call, traced), _reason_against_like(call, traced)
     if now is not None and (like is None or like.slow or not now.slow):
         return now
     if like is not None:
         return like
     if _native is None:
         return Path("reference", _MISSING, slow=True, general=True)
-    path = _path_of_device(call.x.device, call.traced)
-    reason = _native.reason_against(call) if path.native else None
+    path = _path_of_device(call.x.device, traced)
+    # A traced call meets its reason in the operator.
+    reason = _native.reason_against(call) if path.native and not traced else None
     return path if reason is None else Path("reference", reason, slow=True)
 
 

@@ -178,7 +178,7 @@ class SConv2dLSTM(CellAttributes):
         self.max_pool, self.avg_pool = max_pool, avg_pool
         self.stride, self.dilation = stride, dilation
         self.checkpoint, self.batch_first = checkpoint, batch_first
-        self._reset_mechanism = options.reset_mechanism(reset_mechanism)
+        self._reset_mechanism = options.reset_name(reset_mechanism)
         self.padding = self._describe().padding
 
         conv = nn.Conv2d(
@@ -362,7 +362,7 @@ class SConv2dLSTM(CellAttributes):
             return
         if path.slow and not call.traced:
             log_fallback(path, self._logged, self)
-        described = call.options
+        described, traced = call.options, call.traced
         results: dict[str, Any] = {"path": path, "spk": spk}
         if described.sequence and self.batch_first:
             results["spk"] = spk.transpose(0, 1)
@@ -371,12 +371,12 @@ class SConv2dLSTM(CellAttributes):
             if described.record:
                 # The states are copies: snnTorch detaches states in place, which views refuse.
                 syn, mem = syn[-1].clone(), mem[-1].clone()
-            self._state.store(syn, mem, call.traced)
+            self._state.store(syn, mem, traced)
         source = None
         if not described.sequence:
-            source = ResetSource(call, None if call.traced else self._reset_source)
+            source = ResetSource(call, None if traced else self._reset_source)
         results["_reset_source"] = source
-        if call.traced:  # dynamo follows attributes, not dictionaries
+        if traced:  # dynamo follows attributes, not dictionaries
             for name, value in results.items():
                 setattr(self, name, value)
         else:  # with setattr nn.Module searches for parameters

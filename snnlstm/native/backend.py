@@ -119,9 +119,7 @@ def reason_against_device(device: torch.device, traced: bool) -> str | None:
 
 
 def reason_against(call: Call) -> str | None:
-    """Why the kernels of the call's device cannot run it; None if they can, or if it is traced."""
-    if call.traced:  # the operator will say it
-        return None
+    """Why the kernels of the call's device cannot run it; None if they can."""
     return BACKENDS[call.signature.device_type].reason_against(call.signature)
 
 

@@ -145,6 +145,7 @@ class _Pass:
 
     def __init__(self, core: Any, isa: str, workspace: int, **which: bool) -> None:
         self.core, self.workspace = core, workspace
+        self.name = f"cpu-{isa}-{core.name}"
         # The number, the name and the bytes of each form.
         self.forms = [(number, f"{isa}:{name}", size) for number, name, size in core.forms(**which)]
 
@@ -186,16 +187,12 @@ class Plan(tensors.Plan):
         self.dtype = DTYPES.index(s.dtype)
         self._cores: dict[int, Any] = {}
         self._passes: dict[Any, _Pass] = {}
-        self._names: dict[int, str] = {}
 
     def _forward_pass(self, decided: int) -> _Pass:
-        found = self._passes.get(decided)
-        if found is None:
-            core = self._core(decided)
-            self._names[decided] = f"cpu-{self.isa}-{core.name}"
-            found = _Pass(core, self.isa, core.forward_workspace, backward=False, grad_x=False)
-            self._passes[decided] = found
-        return found
+        core = self._core(decided)
+        made = _Pass(core, self.isa, core.forward_workspace, backward=False, grad_x=False)
+        self._passes[decided] = made
+        return made
 
     def _backward_pass(self, decided: int, grad_x: bool, grad_weight: bool) -> _Pass:
         key = decided, grad_x, grad_weight
@@ -230,7 +227,7 @@ class Plan(tensors.Plan):
         if self.counts_zeros and not self.count:
             percent = round(100 * int(torch.count_nonzero(x)) / max(x.numel(), 1))
         decided = 16 * percent + packed.most_inputs
-        a_pass = self._forward_pass(decided)
+        a_pass = self._passes.get(decided) or self._forward_pass(decided)
         spk, new_syn, new_mem = self.empty_results(x)
         saved = self.empty_saved(x) if training else None
         bias = None if call.bias is None else tensors.numbers(call.bias, dtype)
@@ -262,8 +259,7 @@ class Plan(tensors.Plan):
             winner=saved.winner.data_ptr() if saved is not None and self.has_winner else 0,
             workspace=workspace.data_ptr(),
         )
-        name = self._names[decided]
-        return Result(spk, new_syn, new_mem, saved or (), name, decided, packed)
+        return Result(spk, new_syn, new_mem, saved or (), a_pass.name, decided, packed)
 
     def backward(
         self,

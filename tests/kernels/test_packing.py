@@ -217,6 +217,8 @@ def test_two_threads_that_pack_at_once_read_one_form():
     packed, others = cpu.Packed(weight), []
 
     class Core:
+        name = "core"
+
         def forms(self):
             return [(0, "form", 64)]
 
