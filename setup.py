@@ -181,7 +181,7 @@ def find_nvcc() -> tuple[str | None, str]:
             "Looked at CUDACXX, CUDA_HOME, PATH and the pip package nvidia-cuda-nvcc. Set "
             "CUDACXX=/path/to/nvcc, or SNNLSTM_CUDA=pip to have pip fetch CUDA 13's compiler for "
             "the build (not with --no-build-isolation), or unset SNNLSTM_CUDA to build the CPU "
-            "half alone."
+            "backend alone."
         )
     return None, reason
 
@@ -254,9 +254,9 @@ class CMakeBuild(build_ext):
         if (tag == "cpu" and nvcc) or (tag.startswith("cu") and not nvcc):
             half = "with" if nvcc else "without"
             raise CompileError(
-                f"SNNLSTM_LOCAL_VERSION is {tag}, but this build is {half} the CUDA half ({why})"
+                f"SNNLSTM_LOCAL_VERSION is {tag}, but this build is {half} the CUDA backend ({why})"
             )
-        say(f"CUDA half: {nvcc or 'left out'} ({why})")
+        say(f"CUDA backend: {nvcc or 'left out'} ({why})")
 
         # Not setuptools' temporary folder: kept, so that `pip install -e .` again is incremental.
         # CMake can change neither compilers nor the source's place in one that it has configured.
@@ -281,7 +281,7 @@ class CMakeBuild(build_ext):
             arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
             arguments.append(f"-DSNNLSTM_CUDA_ARCHS={archs}")
         arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        half = "SNNLSTM_CUDA=off builds the CPU half alone" if nvcc else ""
+        half = "SNNLSTM_CUDA=off builds the CPU backend alone" if nvcc else ""
         half = half or "SNNLSTM_CORE=off installs the package without it, in plain torch"
         hint = f"\n{half}."
         run("configuring", ["cmake", "-S", str(ROOT / "csrc"), "-B", str(build), *arguments], hint)
@@ -295,7 +295,7 @@ class CMakeBuild(build_ext):
         shutil.copy2(build / target.name, target)
         cuda = re.search(r'"cuda", "(.*)"', (build / "build_info.h").read_text())
         say(f"built {target.name}, version {version()}")
-        say(f"CUDA half {cuda[1] if cuda else 'unknown'}")
+        say(f"CUDA backend {cuda[1] if cuda else 'unknown'}")
 
 
 class BuildPy(build_py):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from benchmarks.rows import Row
 
 LAUNCH_BOUND = 1.5
-"""Launches bind a layer if a CUDA graph makes snnTorch's loop at least so many times as fast."""
+"""Launches bind a layer if a CUDA graph makes snnTorch's loop at least this many times as fast."""
 
 
 class Goal(NamedTuple):

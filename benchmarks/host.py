@@ -3,7 +3,7 @@
     python -m benchmarks.host
 
 Prints microseconds a step of a loop of step calls, without gradients and with a backward pass. The
-rows are the CPU half of the core, the CUDA half (on CPU tensors, so that no GPU is needed), and a
+rows are the CPU backend of the core, the CUDA backend (on CPU tensors, so that no GPU is needed), and a
 Function of torch's that does nothing. The numbers are medians over alternating rounds.
 """
 
@@ -79,7 +79,7 @@ class _StubbedCuda:
 
 
 class _OnTheHost(cuda.Backend):
-    """Runs the CUDA half on CPU tensors."""
+    """Runs the CUDA backend on CPU tensors."""
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
@@ -89,12 +89,12 @@ class _OnTheHost(cuda.Backend):
 
 
 @contextlib.contextmanager
-def stubbed(half: str) -> Iterator[None]:
-    """Within the block, cells on the CPU run a half of the core whose kernels do nothing."""
+def stubbed(backend_name: str) -> Iterator[None]:
+    """Within the block, cells on the CPU run a backend whose kernels do nothing."""
     calls._signatures.clear()
     on_cpu = mock.patch.object(cpu, "_C", _StubbedCpu(_C))
     on_cuda = mock.patch.dict(backend.BACKENDS, {"cpu": _OnTheHost(_StubbedCuda())})
-    with on_cpu if half == "cpu" else on_cuda:
+    with on_cpu if backend_name == "cpu" else on_cuda:
         yield
     calls._signatures.clear()
 
@@ -132,14 +132,15 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=200, help="per row (default: %(default)s)")
     rounds = p.parse_args().rounds
     weight = torch.zeros(1, requires_grad=True)
-    cells = {half: snnlstm.SConv2dLSTM(2, 12, 3, threshold=0.1) for half in ("cpu", "cuda")}
+    names = "cpu", "cuda"
+    cells = {name: snnlstm.SConv2dLSTM(2, 12, 3, threshold=0.1) for name in names}
     times: dict[str, list[tuple[float, float]]] = {}
     for _ in range(rounds // 20):
-        for half, cell in cells.items():
-            with stubbed(half):
+        for name, cell in cells.items():
+            with stubbed(name):
                 _measure(cell)
                 found = [_measure(cell) for _ in range(20)]
-            times.setdefault(f"snnlstm, {half} half stubbed", []).extend(found)
+            times.setdefault(f"snnlstm, {name} stubbed", []).extend(found)
         found = [_measure(lambda *a: _Nothing.apply(*a, weight)) for _ in range(20)]
         times.setdefault("torch.autograd.Function alone", []).extend(found)
     print("Microseconds a step call on the host (without gradients; forward and backward)")

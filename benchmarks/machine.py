@@ -118,7 +118,7 @@ def measure_peak(setting: Setting, seconds: float = 1.0) -> Peak:
         side = 384  # many CPUs have no unit for half types, and need seconds for larger products
     a, b = torch.randn(side, side, **on), torch.randn(side, side, **on)
     product = torch.empty_like(a)
-    # No cache holds so many bytes, so that the copy passes through memory.
+    # No cache holds this many bytes, so that the copy passes through memory.
     size = 1 << 30 if setting.device == "cuda" else 1 << 28
     source = torch.ones(size // setting.torch_dtype.itemsize, **on)
     target = torch.zeros_like(source)

@@ -37,7 +37,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Formats a value with so many significant digits and no exponent; None gives no text."""
+    """Formats a value with this many significant digits and no exponent; None gives no text."""
     if value is None:
         return ""
     text = f"{value:.{digits}g}"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .path import global_hooks
-from .rates import Count
+from .rates import SpikeCount
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Base, Neuron
 
@@ -76,7 +76,7 @@ def _reason_for_steps(layer: nn.Module, dim: int) -> str | None:
 def changed(layer: nn.Module) -> str | None:
     """What makes a call of the layer more than its class's forward; None if nothing does."""
     others = layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    counts = all(isinstance(hook, Count) for hook in layer._forward_hooks.values())
+    counts = all(isinstance(hook, SpikeCount) for hook in layer._forward_hooks.values())
     if any(others) or not counts:
         return "it carries hooks"
     if global_hooks():

@@ -13,11 +13,11 @@ from .options import a_module
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Neuron
 
-__all__ = ["Count", "SpikeRates", "spike_rates"]
+__all__ = ["SpikeCount", "SpikeRates", "spike_rates"]
 
 
 @dataclass(eq=False)
-class Count:
+class SpikeCount:
     """The spikes of one neuron layer, counted by this object as a forward hook of the layer.
 
     Parameters
@@ -68,7 +68,7 @@ def _bare(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class SpikeRates(dict[str, Count]):
+class SpikeRates(dict[str, SpikeCount]):
     """What :func:`snnlstm.spike_rates` counts, by name of the layer. Printed, it is a table."""
 
     def __init__(self, model: nn.Module, show: bool) -> None:
@@ -88,7 +88,7 @@ class SpikeRates(dict[str, Count]):
         for name, layer in self._layers:
             threshold = getattr(layer, "threshold", None)
             lowest = float(threshold.detach().min()) if isinstance(threshold, Tensor) else None
-            self[name] = Count(type(layer).__name__, lowest)
+            self[name] = SpikeCount(type(layer).__name__, lowest)
             self._handles.append(layer.register_forward_hook(self[name]))
         return self
 
@@ -118,7 +118,7 @@ class SpikeRates(dict[str, Count]):
 
 
 def spike_rates(model: nn.Module, show: bool = True) -> SpikeRates:
-    """Count the spikes of every neuron layer of a network within a ``with`` block.
+    """SpikeCount the spikes of every neuron layer of a network within a ``with`` block.
 
     The layers are our cells, snnTorch's cells and its other neurons. Counting changes neither what
     they compute nor the kernels that run. Code that torch.compile compiled before the block does

@@ -178,7 +178,7 @@ def mutants_of_cell(to: Path, most: int) -> None:
     python, build_again = sys.executable, "setup.py -q build_ext --inplace"
     test = f"{python} -m pytest -x -q -p no:cacheprovider -k '{LEFT_OUT}' "
     test += " ".join(files(NOTICE["cell"]))
-    # The CUDA half alone gives quantise() all numbers: the CPU's gives it ties, NaN and infinities.
+    # CUDA alone gives quantise() all numbers: the CPU gives it ties, NaN and infinities.
     test += f" && {python} -m pytest -x -q -p no:cacheprovider -k simt tests/cell/test_quant.py"
     # A mutant that does not compile, or that compiles to equal bytes, does not count.
     compiles = f"{python} {build_again} && ! cmp -s {built} {made / built.name}"
@@ -198,7 +198,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("instrument", choices=["address", "coverage", "mutants"])
     parser.add_argument("--more", action="store_true", help="coverage: add to earlier runs")
-    parser.add_argument("--most", type=int, default=150, help="so many mutants of cell.h")
+    parser.add_argument("--most", type=int, default=150, help="this many mutants of cell.h")
     parser.add_argument("rest", nargs="*", metavar="-- ...", help="for pytest; package, cell")
     chosen = parser.parse_args()
     tests = chosen.rest or TESTS.get(chosen.instrument, [])

@@ -52,7 +52,7 @@ Arguments = dict[str, tuple[str, Any]]  # an argument's kind and a valid value, 
 class Calls(ABC):
     """Holds the functions of a core, each with arguments that it accepts."""
 
-    step = 8  # valid addresses are multiples of so many bytes
+    step = 8  # valid addresses are multiples of this many bytes
 
     def __init__(self, module: Any, block: int) -> None:
         self.module, self.block, self.used = module, block, 0

@@ -34,7 +34,7 @@ from snnlstm import _C
 place = pathlib.Path(snnlstm.__file__).resolve()
 assert place.is_relative_to(pathlib.Path(sys.prefix).resolve()), f"imported from {place}"
 assert driver() == before, "importing snnlstm loads the NVIDIA driver"
-print(f"imported {snnlstm.__version__}; CUDA half {_C.build_info()['cuda']}")
+print(f"imported {snnlstm.__version__}; CUDA backend {_C.build_info()['cuda']}")
 """
 
 

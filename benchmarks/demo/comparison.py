@@ -23,7 +23,7 @@ from benchmarks.plots import STYLE, pyplot
 from benchmarks.report import format_table
 
 WINDOW = 30
-"""A point of the smooth loss curve is the mean of so many batches."""
+"""A point of the smooth loss curve is the mean of this many batches."""
 
 TITLES = {"snntorch": "snnTorch", "snnlstm": "snnlstm"}
 COLOURS = {"snntorch": "#E69F00", "snnlstm": STYLE["snnlstm"][0]}

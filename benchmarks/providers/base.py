@@ -158,7 +158,7 @@ class Provider(ABC):
     def inputs(self, mode: str, steps: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Returns x and zero states; in training x requires a gradient if the case counts it.
 
-        steps: x has only so many time steps of the case.
+        steps: x has only this many time steps of the case.
         """
         case, setting = self.case, self.setting
         device = torch.device(setting.device)

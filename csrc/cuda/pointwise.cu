@@ -15,11 +15,11 @@ Tensor gate_of(const View& all, DType type, const Cell& c, int k) {
 }
 
 // The backward pass's memory. sums: the threshold's gradient, (tiles, channels of all blocks).
-struct Workspace {
+struct PointwiseWorkspace {
   void *sums, *spikes;
   int64_t bytes, pitch;
 
-  Workspace(const PointwisePass& plan, void* base) {
+  PointwiseWorkspace(const PointwisePass& plan, void* base) {
     Arena arena(base);
     pitch = int64_t(plan.tiling.by_columns.value) * pointwise::kChannels;
     sums = arena.take(plan.tiling.tiles() * pitch * bytes_of(plan.real));
@@ -34,7 +34,7 @@ PointwisePass::PointwisePass(const Cell& c, Matrix matrix) : PassTypes(c, matrix
   whole_windows = choose_tile(c, c.Ho(), c.Wo(), pointwise::kPixels, c.pool != Pool::none, tiling);
   if (!whole_windows) choose_tile(c, c.Ho(), c.Wo(), pointwise::kPixels, false, tiling);
   cover(tiling, c, c.N, c.C, pointwise::kChannels);
-  workspace = Workspace(*this, nullptr).bytes;
+  workspace = PointwiseWorkspace(*this, nullptr).bytes;
 }
 
 void PointwisePass::run(const ForwardArgs& args, void* stream) const {
@@ -59,7 +59,7 @@ void PointwisePass::run(const ForwardArgs& args, void* stream) const {
 
 void PointwisePass::run(const BackwardArgs& args, void* stream) const {
   const Cell& c = s.c;
-  const Workspace space(*this, args.workspace);
+  const PointwiseWorkspace space(*this, args.workspace);
   PointwiseBackward p;
   p.tiling = tiling;
   NeuronBackward& n = p.neuron;

@@ -150,7 +150,7 @@ class _Pass:
         self.forms = [(number, f"{isa}:{name}", size) for number, name, size in core.forms(**which)]
 
 
-class Plan(tensors.Plan):
+class Plan(tensors.CommonPlan):
     """The plan of a call on the CPU; see :class:`snnlstm.native.backend.Plan`.
 
     The density of x and the gain of the weight decide the algorithms of a call. The number that

@@ -43,7 +43,7 @@ def _tf32_is_allowed() -> bool:
     return _fp32_precision("cuda", "conv") == "tf32"
 
 
-class Plan(tensors.Plan):
+class Plan(tensors.CommonPlan):
     """The plan of a call on CUDA: a plan of the core for each pass, estimated or measured.
 
     Nothing depends on values, and each algorithm reads what another one has saved:

@@ -253,7 +253,7 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
 
 
-class Plan:
+class CommonPlan:
     """All that follows for a call from its signature, its strides and the process's settings.
 
     Attributes

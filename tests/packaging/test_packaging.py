@@ -124,7 +124,7 @@ def fatbin_contents(data: bytes) -> set[tuple[str, int]]:
 def test_holds_code_for_every_gpu_that_it_claims():
     archs = _C.build_info()["cuda_archs"]
     if not archs:
-        pytest.skip(f"CUDA half {_C.build_info()['cuda']}")
+        pytest.skip(f"CUDA backend {_C.build_info()['cuda']}")
     claimed = {
         ("ptx" if arch.endswith("+ptx") else "elf", int(arch.removesuffix("+ptx")))
         for arch in archs.split()

@@ -1,4 +1,4 @@
-"""setup.py decides rightly whether and how it builds the core and its CUDA half, and says why."""
+"""setup.py decides rightly whether and how it builds the core and CUDA, and says why."""
 
 from __future__ import annotations
 

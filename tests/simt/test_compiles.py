@@ -54,7 +54,7 @@ def installed_module() -> Path:
     """The built extension module, or a skip."""
     path = Path(pytest.importorskip("snnlstm._C").__file__)
     if b"nv_fatbin" not in path.read_bytes():
-        pytest.skip("the installed module has no CUDA half")
+        pytest.skip("the installed module has no CUDA backend")
     return path
 
 

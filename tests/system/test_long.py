@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
 TIMES = 10 if os.environ.get("SNNLSTM_LONG") else 1
 MIB = 1 << 20
-MOST = 8 * MIB  # malloc's own memory may grow by so many bytes
+MOST = 8 * MIB  # malloc's own memory may grow by this many bytes
 
 
 def steps(cell, count):

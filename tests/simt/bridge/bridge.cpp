@@ -1,4 +1,4 @@
-// The emulated CUDA half as a Python module, with the bindings of the real one. Every array of a
+// The emulated CUDA backend as a Python module, with the bindings of the real one. Every array of a
 // call is registered with the emulator, so that an access beside it is an error, and the memory
 // that a call must write is poisoned before.
 #include <algorithm>
