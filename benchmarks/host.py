@@ -3,8 +3,8 @@
     python -m benchmarks.host
 
 Prints microseconds a step of a loop of step calls, without gradients and with a backward pass. The
-rows are the CPU backend, the CUDA backend (on CPU tensors, so that no GPU is needed), and a Function
-of torch's that does nothing. The numbers are medians over alternating rounds.
+rows are the CPU backend, the CUDA backend (on CPU tensors, so that no GPU is needed), and a
+Function of torch's that does nothing. The numbers are medians over alternating rounds.
 """
 
 from __future__ import annotations
