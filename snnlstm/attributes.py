@@ -213,6 +213,12 @@ class CellAttributes(Base):
             error_msgs = rest[-1]
             error_msgs.append(str(error))
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """Give a replica of DataParallel, which shares the attributes, states of its own."""
+        replica = super()._replicate_for_data_parallel()
+        replica._state = self._state.shared()
+        return replica
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_options"], state["_reset_source"], state["_logged"] = {}, None, set()

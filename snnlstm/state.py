@@ -56,6 +56,13 @@ class State:
         if not torch.compiler.is_compiling():
             self.stored_in = backward_pass()
 
+    def shared(self) -> State:
+        """Return another owner of the same tensors; what it stores is not stored here."""
+        other = State.__new__(State)
+        for name in self.__slots__:
+            setattr(other, name, getattr(self, name))
+        return other
+
     def read(self, name: str) -> Tensor:
         """Return syn or mem to the user, who may edit it in place from now on."""
         self.restarted = False
