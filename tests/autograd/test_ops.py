@@ -92,9 +92,8 @@ def step(case: Case, run, *inputs: Tensor | None) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_calls_equal_plain_ones(name):
     case = CASES[name]
-    # A plain call with checkpoint adds up the gradients of its segments; a compiled call has one
-    # segment. A plain step call is a step of a loop, which may sum the weight gradient otherwise.
-    near = 1e-5 if case.options.checkpoint or not case.options.sequence else 1e-6
+    # The choice between lists of nonzeros and direct sums is the forward pass's in both.
+    near = 1e-6
     compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")
     for seed in range(2):
         inputs = case.but(seed=seed).inputs()
@@ -103,6 +102,28 @@ def test_compiled_calls_equal_plain_ones(name):
         ):
             torch.testing.assert_close(one, other, atol=near, rtol=near)
             assert (one.stride(), one.requires_grad) == (other.stride(), other.requires_grad)
+
+
+@pytest.mark.parametrize("density", [0.02, 1.0])
+def test_the_compiled_backward_pass_keeps_the_forward_passs_choice(monkeypatch, density):
+    """The operators hand on what the values of x and weight decided."""
+    case, decided = PLAIN.but(in_channels=4, density=density), []
+    forward, backward = native.cpu.Plan.forward, native.cpu.Plan.backward
+
+    def noted(plan, *args):
+        result = forward(plan, *args)
+        decided.append(result.decided)
+        return result
+
+    monkeypatch.setattr(native.cpu.Plan, "forward", noted)
+    monkeypatch.setattr(
+        native.cpu.Plan, "backward", lambda *a: decided.append(a[5]) or backward(*a)
+    )
+    compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")
+    step(case, compiled, *case.inputs())
+    first, *others = decided
+    assert first // 16 < 10 if density < 0.1 else first // 16 > 90
+    assert set(others) == {first}
 
 
 @pytest.mark.parametrize("checkpoint", [False, True, "gates"])
