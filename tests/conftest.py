@@ -103,6 +103,9 @@ def fresh_compiler() -> Iterator[None]:
 def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
     torch.set_num_threads(2)
+    # torch's default, for convolutions and RNNs alike: a test may leave the two unlike each other,
+    # and then neither torch.export nor the ONNX exporter works.
+    torch.backends.cudnn.allow_tf32 = True
     # snnTorch keeps all of its cells, and detach_hidden() raises an error at some of them.
     snntorch.SpikingNeuron.instances.clear()
     if "backend" not in request.fixturenames:
