@@ -115,6 +115,8 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
     });
     __syncthreads();
     tile.write_sums(row_sums, p.conv.k_groups * sums.rows_of_group());
+  } else {
+    trap_without_mma();
   }
 }
 
@@ -146,6 +148,8 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
       data_gradient<Element, 8>(job, index);
     else
       data_gradient<Element, 2>(job, index);
+  } else {
+    trap_without_mma();
   }
 }
 

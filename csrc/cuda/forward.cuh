@@ -67,6 +67,8 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
     }
     __syncthreads();
     tile.finish(mem_tile);
+  } else {
+    trap_without_mma();
   }
 }
 

@@ -20,9 +20,9 @@
 // - A pointer into one array is neither compared with a pointer into another array nor derived from
 //   it: the emulation checks each access against the array that the address lies in.
 // - fault() marks the places at which the tests can break a kernel.
-// - `if constexpr (arch::has_mma)` tells architectures apart. sm_75 has neither cp.async nor the
-// mma
-//   shapes below: there cp_async() is a plain copy, and mma() traps.
+// - `if constexpr (arch::has_mma)` tells architectures apart. sm_75 has no cp.async, so that
+//   cp_async() is a plain copy there. It has none of the mma shapes below, so that a kernel which
+//   needs them traps.
 #pragma once
 
 #include <cstddef>
@@ -58,6 +58,14 @@ constexpr bool has_mma = false;  // m16n8k16 of fp16 and bf16, m16n8k8 of tf32
 constexpr bool has_mma = true;
 #endif
 }  // namespace arch
+
+// Ends a kernel whose code the architecture has no instructions for. An empty kernel would succeed,
+// and leave the results as they were.
+SNNLSTM_DEVICE void trap_without_mma() {
+#if defined(__CUDA_ARCH__)
+  __trap();
+#endif
+}
 
 // The block's dynamic shared memory, 128-byte aligned; the emulation poisons it at the start.
 template <class T>

@@ -270,6 +270,8 @@ __global__ void __launch_bounds__(resident::backward_threads(sizeof(float)), 1)
   if constexpr (arch::has_mma)
     run_resident<ResidentBackwardBlock<Stored<Element>, float, false>, BackwardTile<float>,
                  ResidentBackwardMma<Element>>(p);
+  else
+    trap_without_mma();
 }
 
 template <class R>

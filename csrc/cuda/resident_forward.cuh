@@ -292,6 +292,8 @@ __global__ void __launch_bounds__(resident::threads(4 * Tiles), 1)
   if constexpr (arch::has_mma)
     run_resident<ResidentForwardBlock<Stored<Element>, float, 2 * Tiles>, ForwardTile<float>,
                  ResidentMma<Element, Tiles>>(p);
+  else
+    trap_without_mma();
 }
 
 // ---- without ------------------------------------------------------------------------------------

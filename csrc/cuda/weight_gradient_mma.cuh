@@ -404,6 +404,8 @@ __global__ void __launch_bounds__(weight_tile::kMaxThreads, 1)
     WeightGemm<M> gemm(job, index, &shared_memory<unsigned char>());
     gemm.run();
     gemm.write();
+  } else {
+    trap_without_mma();
   }
 }
 

@@ -46,7 +46,8 @@ def device_trouble(
     """What is wrong with a GPU of this name and compute capability; None if nothing is.
 
     A GPU that the build has no machine code for gets the PTX, which the driver translates, but
-    only reads up to its own CUDA version, the minor one included.
+    only reads up to its own CUDA version, the minor one included. PTX of 7.5 serves no newer GPU:
+    the kernels that use tensor cores have no code in it.
     """
     own = f"{name} (compute capability {capability[0]}.{capability[1]})"
     if tuple(capability) < OLDEST:
@@ -57,7 +58,9 @@ def device_trouble(
     # Machine code for X.Y runs on X.Z with Z >= Y, PTX on all that is newer.
     if any(arch.isdigit() and int(arch) // 10 == capability[0] for arch in older):
         return None
-    if not any(arch.endswith("+ptx") for arch in older):
+    tensor_cores = 80 if wanted >= 80 else 0
+    translated = [int(arch[:-4]) for arch in older if arch.endswith("+ptx")]
+    if not any(arch >= tensor_cores for arch in translated):
         return (
             f"{own} is not among the GPUs that this build of snnlstm has code for "
             f"({' '.join(archs)}); build with SNNLSTM_CUDA_ARCHS={wanted}"

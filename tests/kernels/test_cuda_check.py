@@ -78,6 +78,10 @@ def test_what_is_said_of_a_machine(machine, build, driver, capability, words):
         ((7, 5), "75", True),
         ((9, 0), "80 86", False),
         ((8, 0), "86 86+ptx", False),
+        ((8, 9), "86", True),
+        ((7, 5), "75 75+ptx", True),
+        ((8, 0), "75 75+ptx", False),  # PTX of 7.5 has no kernels for tensor cores
+        ((9, 0), "75 75+ptx", False),
     ],
 )
 def test_a_gpu_that_the_build_has_no_code_for(capability, archs, covered):

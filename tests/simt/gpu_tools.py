@@ -91,6 +91,18 @@ def compile_fatbin(source: Path, archs: tuple[int, ...]) -> tuple[Path, str]:
     return binary, log.read_text()
 
 
+def entries_of_ptx(source: Path, arch: int) -> dict[str, list[str]]:
+    """The instructions of each kernel of `source` in the PTX for an architecture, by its name."""
+    command = [find("nvcc"), "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-ptx"]
+    command += [f"-arch=compute_{arch}", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'csrc'}"]
+    text = _run([*command, str(source), "-o", "/dev/stdout"])
+    found = {}
+    for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{\n(.*?)\n\}", text, re.DOTALL):
+        lines = (line.strip() for line in body.splitlines())
+        found[name] = [line for line in lines if line and line[0] not in ".$/" and line != "ret;"]
+    return found
+
+
 def resources_of_log(log: str) -> list[Resources]:
     """Reads the output of ``ptxas -v``."""
     pattern = re.compile(

@@ -100,3 +100,13 @@ def test_the_installed_kernels_need_no_local_memory():
     resources = gpu_tools.resources_of_binary(module)
     assert {r.arch for r in resources} == gpu_tools.architectures_of_binary(module)
     assert overflowing(r for r in resources if r.arch in TUNED) == []
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_no_kernel_is_empty_on_an_architecture_without_tensor_cores(source):
+    """A kernel that the architecture has no instructions for ends in a trap."""
+    for name, instructions in gpu_tools.entries_of_ptx(source, 75).items():
+        assert instructions, f"{name} is empty"
+        assert "_mma" not in name or any("trap" in line for line in instructions), name
