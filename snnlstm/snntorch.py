@@ -148,6 +148,16 @@ Neuron: Any = _their_class("SpikingNeuron")
 Base: Any = _their_class("SConv2dLSTM") or nn.Module
 """snnTorch's cell, so that isinstance, utils.reset and BPTT know ours; else nn.Module."""
 
+METHODS: dict[str, Any] = {
+    name: method if str(method.__module__).partition(".")[0] == "snntorch" else None
+    for name in (
+        "forward", "fire", "mem_reset", "_base_state_function", "_base_state_reset_zero",
+        "_base_sub", "_base_zero", "_base_int",
+    )
+    if Base is not nn.Module and (method := getattr(Base, name, None)) is not None
+}  # fmt: skip
+"""What a cell of snnTorch computes with, as it was released; None for what was replaced before."""
+
 _alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 

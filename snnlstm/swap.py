@@ -16,7 +16,15 @@ from torch import nn
 from .call import never_spikes
 from .options import a_module, flag
 from .sconv2dlstm import SConv2dLSTM
-from .snntorch import Base, Neuron, recognise_quant, recognise_surrogate, register, take_out
+from .snntorch import (
+    METHODS,
+    Base,
+    Neuron,
+    recognise_quant,
+    recognise_surrogate,
+    register,
+    take_out,
+)
 
 __all__ = ["SwapReport", "accelerate", "patch", "restore", "unpatch"]
 
@@ -221,11 +229,24 @@ def _why_not_ours(module: nn.Module) -> str | None:
         return _ALREADY[0]
     name = type(module).__name__
     if type(module) is Base:
-        return "its forward was replaced" if "forward" in module.__dict__ else None
+        return _why_not_as_released(module)
     if isinstance(module, Base):
         return f"{name} is a subclass of snntorch.SConv2dLSTM and may compute something else"
     if Neuron is not None and isinstance(module, Neuron):
         return f"{name} is another neuron; only SConv2dLSTM has a faster one"
+    return None
+
+
+def _why_not_as_released(cell: Any) -> str | None:
+    """What makes a cell of snnTorch's class compute something else; None if nothing does."""
+    for name, released in METHODS.items():
+        if name in cell.__dict__ and name not in ("fire", "mem_reset"):  # ours calls these two
+            return f"its {name} was replaced"
+        if getattr(Base, name, None) is not released:
+            return f"snntorch.SConv2dLSTM.{name} was replaced"
+    chosen = getattr(cell.state_function, "__func__", None)
+    if chosen is None or METHODS.get(chosen.__name__) is not chosen:
+        return "its state_function was replaced"
     return None
 
 

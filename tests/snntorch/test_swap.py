@@ -261,6 +261,32 @@ def test_restore_undoes_accelerate(options):
         same_gradients(one, other, atol=0)
 
 
+def double(function):
+    return lambda *args: tuple(2 * state for state in function(*args))
+
+
+@pytest.mark.parametrize("name", ["state_function", "_base_state_function", "_base_int"])
+def test_a_cell_whose_functions_were_replaced_is_left(name):
+    model = sequential("theirs", leaky=False)
+    setattr(model[0], name, double(getattr(model[0], name)))
+    expected = model(X)
+    utils.reset(model)
+    report = snnlstm.accelerate(model)
+    assert type(model[0]) is snntorch.SConv2dLSTM
+    assert f"its {name} was replaced" in str(report)
+    close(model(X), expected)
+
+
+@pytest.mark.parametrize("name", ["forward", "fire", "_base_sub"])
+def test_cells_of_a_class_that_was_patched_are_left(monkeypatch, name):
+    original = getattr(snntorch.SConv2dLSTM, name)
+    monkeypatch.setattr(snntorch.SConv2dLSTM, name, lambda self, *args: original(self, *args))
+    model = sequential("theirs", leaky=False)
+    report = snnlstm.accelerate(model)
+    assert all(type(cell) is snntorch.SConv2dLSTM for cell in model)
+    assert f"snntorch.SConv2dLSTM.{name} was replaced" in str(report)
+
+
 @pytest.mark.parametrize("reset", ["none", "subtract"])
 def test_both_ways_in_the_midst_of_training_keep_optimizer_hooks_and_states(reset):
     x = steps(7, 2, 2, 6, 6)
