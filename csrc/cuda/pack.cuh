@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(fma::kThreads)
   }
 }
 
-// Where the packed weight of one convolution lies. Its blocks of columns are each in the order in
-// which the kernel walks (fma.cuh, mma.cuh).
+// Tells where the packed weight of one convolution lies. Its blocks of columns are each in the
+// order in which the kernel walks (fma.cuh, mma.cuh).
 struct PackedPart {
   Use use = Use::x_to_gates;
   Multiply multiply = Multiply::fma;

@@ -31,7 +31,7 @@ CASES = {
     "pooled": PLAIN.but(pool="max", pool_size=(2, 3)),
     "averaged": PLAIN.but(pool="avg", pool_size=(3, 2)),
     "checkpoint": PLAIN.but(checkpoint=True),
-    "half gates": PLAIN.but(checkpoint="gates"),
+    "packed gates": PLAIN.but(checkpoint="gates"),
     "inhibition": PLAIN.but(inhibition=True),
     "quantised": PLAIN.but(quant=state_quant(4)),
     "strided": PLAIN.but(stride=(2, 1), dilation=(1, 2)),

@@ -252,7 +252,7 @@ def test_a_hundred_steps_stay_accurate(kernels):
         assert (actual[name] - exact[name]).norm() / exact[name].norm() < 2e-5, name
 
 
-def test_half_gates_stay_accurate_and_keep_nan(kernels):
+def test_packed_gates_stay_accurate_and_keep_nan(kernels):
     """Errors stay near the documented 2e-5 in norm, and NaN is where whole gates have NaN."""
     case = PLAIN.but(time=100, batch=1, in_channels=4, channels=16, record=False, density=0.3)
     for dtype, most in ((torch.float32, 5e-5), (torch.float64, 1e-9)):

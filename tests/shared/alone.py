@@ -56,11 +56,11 @@ ALONE = {
     "checkpoint": PLAIN.but(checkpoint=True, time=7),
     "checkpoint, last states": PLAIN.but(checkpoint=True, record=False, reset="zero"),
     "checkpoint, inhibition": PLAIN.but(checkpoint=True, inhibition=True),
-    "half gates": PLAIN.but(checkpoint="gates"),
-    "half gates, last states": PLAIN.but(
+    "packed gates": PLAIN.but(checkpoint="gates"),
+    "packed gates, last states": PLAIN.but(
         checkpoint="gates", record=False, reset="zero", inhibition=True, channels=17
     ),
-    "half gates, one step": PLAIN.but(checkpoint="gates", sequence=False, record=False),
+    "packed gates, one step": PLAIN.but(checkpoint="gates", sequence=False, record=False),
     "few spikes": PLAIN.but(density=0.03, spikes=True, in_channels=17),
     "few spikes, strided": PLAIN.but(
         density=0.03, spikes=True, in_channels=17, height=13, stride=(2, 3), dilation=(1, 2)
