@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -30,9 +32,31 @@ def test_without_a_gpu_it_says_so_at_once(capsys, tmp_path):
 
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "NEEDED", ("no_such_module", "torch"))
-    monkeypatch.setattr(gpu, "PROGRAMS", ("no-such-program", "sh"))
-    assert gpu.lacking() == "missing: pip install no_such_module no-such-program"
+    needed = {"no_such_module": "no_such_module", "torch": "torch>=1000", "numpy": "numpy>=1.2"}
+    monkeypatch.setattr(gpu, "NEEDED", needed)
+    monkeypatch.setattr(gpu, "PROGRAMS", {"no-such-program": "no-such-program", "sh": "sh"})
+    monkeypatch.setattr(gpu, "nvcc", lambda: None)
+    said = gpu.lacking()
+    wanted = f'-m pip install no_such_module "torch>=1000" no-such-program {gpu.NVCC}'
+    assert said.startswith(f"missing or too old: {sys.executable} {wanted}")
+
+
+def test_nothing_but_pythons_own_modules_is_imported_before_it_is_said():
+    """A machine with torch alone gets one message and no traceback."""
+    code = (
+        "import sys, benchmarks.gpu; print(*(m for m in ('torch', 'snntorch') if m in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=gpu.ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
+
+
+def test_a_program_that_is_optional_is_left_out(tmp_path):
+    step = gpu.Step("a step", 1.0, "no-such-program", optional=True)
+    outcome = gpu.run(step, HANG, tmp_path)
+    assert outcome.verdict == "left out: no-such-program is not installed"
+    assert gpu.summary([outcome]) == "0 of 1 passed, 1 left out"
 
 
 def test_every_command_exists_and_understands_what_it_is_asked(tmp_path, monkeypatch):
