@@ -109,4 +109,5 @@ def test_no_kernel_is_empty_on_an_architecture_without_tensor_cores(source):
     """A kernel that the architecture has no instructions for ends in a trap."""
     for name, instructions in gpu_tools.entries_of_ptx(source, 75).items():
         assert instructions, f"{name} is empty"
-        assert "_mma" not in name or any("trap" in line for line in instructions), name
+        multiplies = "_mma" in name and "pack_mma" not in name
+        assert not multiplies or any("trap" in line for line in instructions), name
