@@ -198,8 +198,8 @@ def test_the_gil_is_released(direction, monkeypatch):
 def test_the_number_of_threads_is_torchs(kernels):
     """The core starts no threads, but uses as many of torch's as set_num_threads says."""
 
-    def running() -> int:
-        return len(os.listdir("/proc/self/task"))
+    def running() -> set[str]:
+        return {*os.listdir("/proc/self/task")}
 
     if not os.path.isdir("/proc/self/task"):
         pytest.skip("no /proc")
@@ -207,7 +207,7 @@ def test_the_number_of_threads_is_torchs(kernels):
     torch.ones(200_000).exp_()  # torch's own parallel region starts the pool
     before = running()
     train(kernels, LARGE)
-    assert running() == before
+    assert running() <= before  # OpenMP may still be ending threads of a larger pool
 
 
 def test_more_threads_than_work():
