@@ -164,7 +164,7 @@ class Plan(tensors.CommonPlan):
         s, o = self.signature, self.signature.options
         self.algorithm = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
         self.threads, self.isa = threads, isa
-        self.cell = tensors.make_cell(_C, s, s.time)
+        self.cell = tensors.make_cell(_C, s)
         # The core takes five strides.
         self.x5, self.syn5, self.mem5, self.spk5, self.state5 = (
             tensors.five(strides)
@@ -174,7 +174,7 @@ class Plan(tensors.CommonPlan):
         )  # fmt: skip
         self.packed_gates = o.checkpoint == "gates"
         largest = max(math.prod(shape) * dtype.itemsize for shape, dtype in self.saved_shapes)
-        self.huge = largest >= memory.SMALLEST
+        self.saves_blocks = largest >= memory.SMALLEST  # which are used again, by memory.py
         self.levels = None if o.quant is None else o.quant.levels.to(s.dtype).contiguous()
         self.levels_address = address(self.levels)
         # An x of few channels gains nothing from lists of nonzeros, so its zeros are not counted.
@@ -214,7 +214,7 @@ class Plan(tensors.CommonPlan):
 
     def empty_saved(self, x: Tensor) -> Saved:
         """What the forward pass saves in training, uninitialised."""
-        if self.huge:
+        if self.saves_blocks:
             return Saved(*(memory.empty(shape, kind) for shape, kind in self.saved_shapes))
         return super().empty_saved(x)
 

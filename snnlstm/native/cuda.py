@@ -288,7 +288,7 @@ class Backend:
             matrix = _OPERANDS[s.options.operands]
         elif s.dtype == torch.float32:
             matrix = _TF32 if tf32 else self.core.cuda_full_precision(device)
-        return tensors.make_cell(self.core, s, s.time), device, matrix
+        return tensors.make_cell(self.core, s), device, matrix
 
     def core_plan(self, signature: Signature, tf32: bool, algorithm: str, backward: bool) -> Any:
         """The core's plan of a pass."""

@@ -91,13 +91,13 @@ class Pass(NamedTuple):
     noise: Tensor | None
 
 
-def make_cell(core: Any, signature: Signature, time: int) -> Any:
-    """Describe a call of `time` steps to `core`, a module like snnlstm._C."""
+def make_cell(core: Any, signature: Signature) -> Any:
+    """Describe a call to `core`, a module like snnlstm._C."""
     s, options = signature, signature.options
     surrogate = options.surrogate
     return core.Cell(
         dtype=DTYPES.index(s.dtype),
-        T=time,
+        T=s.time,
         N=s.n,
         Cin=s.cin,
         C=s.c,
