@@ -8,6 +8,7 @@ try:
     from . import functional, quant, reference, surrogate
     from .native.memory import empty_cache
     from .rates import spike_rates
+    from .sconv1dlstm import SConv1dLSTM
     from .sconv2dlstm import SConv2dLSTM
     from .sequential import Sequential, unroll
     from .settings import algorithm, set_algorithm
@@ -19,6 +20,7 @@ except Exception:
         raise
 
 __all__ = [
+    "SConv1dLSTM",
     "SConv2dLSTM",
     "Sequential",
     "__version__",

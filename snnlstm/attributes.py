@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from . import options
+from .call import as_image
 from .options import RESETS, CellOptions, Reset
 from .path import Path
 from .snntorch import Base, alive, clear_registries, register
@@ -25,6 +26,11 @@ class CellAttributes(Base):
 
     What runs is what the attributes say, from the next call on.
     """
+
+    _dims: ClassVar[int] = 2
+    """Dimensions of an image: 2, height and width, or 1, length."""
+
+    _conv_kind: ClassVar[Any] = nn.Conv2d
 
     threshold: Tensor
     graded_spikes_factor: Tensor
@@ -51,7 +57,7 @@ class CellAttributes(Base):
 
     def _make_options(self) -> dict[tuple[bool, bool], CellOptions]:
         described = {name: getattr(self, name) for name in options.DESCRIBING}
-        made = options.make_options(self.kernel_size, **described)
+        made = options.make_options(self.kernel_size, dims=self._dims, **described)
         kinds = ((False, False), (True, False), (True, True))
         return {kind: replace(made, sequence=kind[0], record=kind[1]) for kind in kinds}
 
@@ -73,7 +79,7 @@ class CellAttributes(Base):
         if name in ("syn", "mem"):  # nn.Module would register a Parameter
             object.__setattr__(self, name, value)
         elif name in options.CHECKS:
-            super().__setattr__(name, options.CHECKS[name](value))
+            super().__setattr__(name, options.CHECKS[name](value, self._dims))
             if "_state" in self.__dict__:  # the constructor has run
                 self._remake_options()
         elif name in ("threshold", "graded_spikes_factor") and is_number(value):
@@ -115,6 +121,24 @@ class CellAttributes(Base):
             if "_state" in self.__dict__:
                 self._remake_options()
 
+    def extra_repr(self) -> str:
+        """Arguments that differ from their defaults."""
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
+        ones = (1,) * self._dims
+        defaults = {"stride": ones, "dilation": ones, "max_pool": 0, "avg_pool": 0}
+        defaults |= {"reset_mechanism": "none", "inhibition": False, "init_hidden": False}
+        defaults |= {"checkpoint": False, "batch_first": False}
+        given = {name: getattr(self, name) for name in defaults}
+        parts += [f"{name}={given[name]!r}" for name in given if given[name] != defaults[name]]
+        if self.threshold.numel() == 1 and not self.threshold.is_meta:
+            parts.append(f"threshold={self.threshold.item():g}")
+        return ", ".join(parts)
+
+    @property
+    def _weight(self) -> Tensor:
+        """conv's weight as the kernels take it, (4C, Cin + C, kh, kw)."""
+        return self.conv.weight if self._dims == 2 else as_image(self.conv.weight)
+
     # ---- states ---------------------------------------------------------------------------
 
     @property
@@ -146,7 +170,8 @@ class CellAttributes(Base):
         RuntimeError
             If the mem that was passed to the last call has been modified in place since.
         """
-        return None if self._reset_source is None else self._reset_source.signal()
+        signal = None if self._reset_source is None else self._reset_source.signal()
+        return signal if self._dims == 2 or signal is None else signal.squeeze(-2)
 
     def reset_mem(self) -> tuple[Tensor, Tensor]:
         """Set the stored states to zero and return them, syn and mem.

@@ -170,26 +170,32 @@ def checked_call(
     record: Any = False,
     batch_first: bool = False,
     traced: bool = False,
+    dims: int = 2,
 ) -> Call:
     """Check every tensor of a call, and make it.
 
     `channels` are Cin and C. `options_of` returns the options by (sequence, record), `state_of` the
     state of a name for a shape and the checked x, and `foreign_of` the fields behind the signature.
-    `traced` says whether torch.compile traces the call.
+    `traced` says whether torch.compile traces the call. With a `dims` of 1 all tensors but the
+    weight have a length L in the place of H and W.
     """
-    if batch_first and isinstance(x, Tensor) and x.dim() == 5:
+    if batch_first and isinstance(x, Tensor) and x.dim() == dims + 3:
         x = x.transpose(0, 1)
-    x = input_tensor(x, weight, channels[0], batch_first)
-    sequence = x.dim() == 5
+    x = input_tensor(x, weight, channels[0], batch_first, dims)
+    sequence = x.dim() == dims + 3
     if flag("record", record) and not sequence:
-        raise ValueError("record=True needs a sequence: x of shape (T, N, Cin, H, W), got one step")
+        raise ValueError(
+            f"record=True needs a sequence: x of shape (T, N, Cin, {_SIZES[dims]}), got one step"
+        )
     options = options_of(sequence, bool(record))
-    shape = state_shape(x, channels[1], options)
+    shape = state_shape(x, channels[1], options, dims)
     syn, mem = state_of("syn", shape, x), state_of("mem", shape, x)
     threshold = scalar_like("threshold", threshold, x, shape, options)
     graded = scalar_like("graded_spikes_factor", graded, x, shape, options)
     if bias is not None:
         check_dense("bias", bias)
+    if dims == 1:
+        x, syn, mem, threshold, graded = map(as_image, (x, syn, mem, threshold, graded))
     tensors = x, syn, mem, weight, bias, threshold, graded
     foreign = {} if foreign_of is None else foreign_of(options)
     if traced:
@@ -236,7 +242,15 @@ def in_order_of_caller(
     return spk.transpose(0, 1), syn, mem
 
 
+def as_image(tensor: Tensor) -> Tensor:
+    """(..., L) as images of height 1, (..., 1, L); one number, or L of them, broadcast already."""
+    return tensor.unsqueeze(-2) if tensor.dim() > 1 else tensor
+
+
 # ---- checks of tensors ---------------------------------------------------------------------------
+
+# What stands behind the channels in a shape, by the dimensions of an image.
+_SIZES = {1: "L", 2: "H, W"}
 
 
 def real_tensor(name: str, value: Any) -> Tensor:
@@ -267,11 +281,12 @@ def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
     )
 
 
-def channel_broadcast(name: str, shape: Sequence[int], channels: int) -> None:
-    """Check, before any image is known, that a shape can broadcast to (N, C, H, W)."""
-    if len(shape) > 4 or (len(shape) >= 3 and shape[-3] not in (1, channels)):
+def channel_broadcast(name: str, shape: Sequence[int], channels: int, dims: int) -> None:
+    """Check, before any image is known, that a shape can broadcast to (N, C, H, W) or (N, C, L)."""
+    if len(shape) > dims + 2 or (len(shape) > dims and shape[-dims - 1] not in (1, channels)):
         raise ValueError(
-            f"{name} must broadcast to mem's shape (N, {channels}, H, W), got shape {tuple(shape)}"
+            f"{name} must broadcast to mem's shape (N, {channels}, {_SIZES[dims]}), "
+            f"got shape {tuple(shape)}"
         )
 
 
@@ -279,7 +294,8 @@ def state_broadcast(
     name: str, shape: Sequence[int], state: Sequence[int], options: CellOptions
 ) -> None:
     """Check that a shape broadcasts to that of mem, and to that of the pooled mem."""
-    pooled = (*state[:2], state[2] // options.pool_size[0], state[3] // options.pool_size[1])
+    windows = options.pool_size[4 - len(state) :]
+    pooled = (*state[:2], *(size // w for size, w in zip(state[2:], windows, strict=True)))
     if not _broadcasts(shape, state) or not _broadcasts(shape, pooled):
         both = f"mem's shape {tuple(state)}"
         if options.pool != "none":
@@ -287,15 +303,16 @@ def state_broadcast(
         raise ValueError(f"{name} must broadcast to {both}, got shape {tuple(shape)}")
 
 
-def state_shape(x: Tensor, channels: int, options: CellOptions) -> tuple[int, int, int, int]:
+def state_shape(x: Tensor, channels: int, options: CellOptions, dims: int) -> tuple[int, ...]:
     """Shape of syn and mem for a checked input, into which a pooling window must fit."""
-    height, width = options.state_size(x.shape[-2], x.shape[-1])
+    height, width = options.state_size(x.shape[-2] if dims == 2 else 1, x.shape[-1])
+    size = (height, width)[-dims:]
     if height < options.pool_size[0] or width < options.pool_size[1]:
         raise ValueError(
-            f"{options.pool}_pool must not be larger than the state, got {options.pool_size} "
-            f"for a state of {height} x {width}"
+            f"{options.pool}_pool must not be larger than the state, got "
+            f"{options.pool_size[-dims:]} for a state of {' x '.join(map(str, size))}"
         )
-    return x.shape[-4], channels, height, width
+    return x.shape[-dims - 2], channels, *size
 
 
 def state_dtype(weight: Tensor) -> torch.dtype:
@@ -305,7 +322,7 @@ def state_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def input_tensor(x: Any, weight: Tensor, in_channels: int, batch_first: bool = False) -> Tensor:
+def input_tensor(x: Any, weight: Tensor, in_channels: int, batch_first: bool, dims: int) -> Tensor:
     """Check the input; returns it in the dtype of the states.
 
     `batch_first` says that the caller gave a sequence as (N, T, ...); here x is (T, N, ...).
@@ -314,17 +331,18 @@ def input_tensor(x: Any, weight: Tensor, in_channels: int, batch_first: bool = F
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     check_dense("x", x)
     given = tuple(x.shape)
-    if batch_first and x.dim() == 5:
+    if batch_first and x.dim() == dims + 3:
         given = (given[1], given[0], *given[2:])
-    if x.dim() not in (4, 5):
+    if x.dim() not in (dims + 2, dims + 3):
+        rest = f"{in_channels}, {_SIZES[dims]}"
         raise ValueError(
-            f"x must have shape (N, {in_channels}, H, W) for one step or "
-            f"({'N, T' if batch_first else 'T, N'}, {in_channels}, H, W) for a sequence, "
-            f"got {given}"
+            f"x must have shape (N, {rest}) for one step or "
+            f"({'N, T' if batch_first else 'T, N'}, {rest}) for a sequence, got {given}"
         )
-    if x.shape[-3] != in_channels:
-        raise ValueError(f"x must have {in_channels} channels, got {x.shape[-3]}: shape {given}")
-    if x.shape[-2] == 0 or x.shape[-1] == 0:
+    channels = x.shape[-dims - 1]
+    if channels != in_channels:
+        raise ValueError(f"x must have {in_channels} channels, got {channels}: shape {given}")
+    if x.shape[-dims] == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have at least one pixel, got shape {given}")
     return _converted("x", x, weight)
 

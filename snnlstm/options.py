@@ -11,7 +11,7 @@ from __future__ import annotations
 from ast import literal_eval
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from numbers import Integral
 from typing import Any, Literal, cast
 
@@ -157,26 +157,29 @@ def integer(name: str, value: Any) -> int:
     return int(value)
 
 
-def pair(name: str, value: Any, lengths: tuple[int, ...] = (2,), also: str = "") -> tuple[int, int]:
-    """Check an int or a sequence of ints, each at least 1; returns (height, width).
+def pair(
+    name: str, value: Any, dims: int = 2, lengths: tuple[int, ...] = (), also: str = ""
+) -> tuple[int, int]:
+    """Check an int or a sequence of `dims` ints, each at least 1; returns (height, width).
 
-    `also` says what else the argument accepts.
+    What has a length alone, `dims` of 1, has height 1. `lengths` are other lengths of the sequence
+    that are accepted, and `also` says what else the argument accepts.
     """
-    both = (value, value) if _is_int(value) else value
+    both = (value,) * dims if _is_int(value) else value
     ints = isinstance(both, (tuple, list)) and all(map(_is_int, both))
-    if not ints or len(both) not in lengths:
-        kind = ValueError if ints else TypeError
-        raise kind(f"{name} must be an int or a tuple of two ints, got {value!r}")
+    if not ints or len(both) not in (dims, *lengths):
+        kind, count = ValueError if ints else TypeError, "two ints" if dims == 2 else "one int"
+        raise kind(f"{name} must be an int or a tuple of {count}, got {value!r}")
     if min(both) < 1:
         raise ValueError(f"{name} must be at least 1{also}, got {value!r}")
     if max(both) >= 2**31:  # the core's ints
         raise ValueError(f"{name} must be less than 2**31, got {value!r}")
-    return int(both[0]), int(both[-1])
+    return int(both[0]) if dims == 2 else 1, int(both[-1])
 
 
-def kernel(name: str, value: Any) -> tuple[int, int]:
+def kernel(name: str, value: Any, dims: int = 2) -> tuple[int, int]:
     """Check a kernel size: odd, so that one padding keeps the size of the state."""
-    size = pair(name, value)
+    size = pair(name, value, dims)
     if size[0] % 2 == 0 or size[1] % 2 == 0:
         raise ValueError(
             f"{name} must be odd, got {value!r}: the recurrent convolution has to keep the "
@@ -185,7 +188,7 @@ def kernel(name: str, value: Any) -> tuple[int, int]:
     return size
 
 
-def pooling(max_pool: Any, avg_pool: Any) -> tuple[Pool, tuple[int, int]]:
+def pooling(max_pool: Any, avg_pool: Any, dims: int = 2) -> tuple[Pool, tuple[int, int]]:
     """Check both pooling arguments; anything falsy is off."""
     if max_pool and avg_pool:
         raise ValueError(
@@ -195,7 +198,7 @@ def pooling(max_pool: Any, avg_pool: Any) -> tuple[Pool, tuple[int, int]]:
     for kind, value in (("max", max_pool), ("avg", avg_pool)):
         if value:
             # torch's pools accept one int in a tuple, too.
-            size = pair(f"{kind}_pool", value, lengths=(1, 2), also=", or 0 for none")
+            size = pair(f"{kind}_pool", value, dims, lengths=(1,), also=", or 0 for none")
             if size != (1, 1):
                 return cast(Pool, kind), size
     return "none", (1, 1)
@@ -276,18 +279,21 @@ def device_or_none(name: str, value: Any) -> torch.device | None:
         raise kind(f"{name} must be a torch.device or its name, got {value!r}") from error
 
 
-CHECKS: dict[str, Callable[[Any], Any]] = {
-    "spike_grad": lambda value: surrogate(value),
-    "state_quant": lambda value: quantiser(value) or False,
-    "checkpoint": lambda value: checkpoint_kind(value),
-    "max_pool": lambda value: pooling(value, 0) and value,
-    "avg_pool": lambda value: pooling(0, value) and value,
-    "stride": lambda value: pair("stride", value),
-    "dilation": lambda value: pair("dilation", value),
+CHECKS: dict[str, Callable[[Any, int], Any]] = {
+    "spike_grad": lambda value, _: surrogate(value),
+    "state_quant": lambda value, _: quantiser(value) or False,
+    "checkpoint": lambda value, _: checkpoint_kind(value),
+    "max_pool": lambda value, dims: pooling(value, 0, dims) and value,
+    "avg_pool": lambda value, dims: pooling(0, value, dims) and value,
+    "stride": lambda value, dims: pair("stride", value, dims)[-dims:],
+    "dilation": lambda value, dims: pair("dilation", value, dims)[-dims:],
 }
-"""The check of each attribute of a cell that may be set; it returns what is set."""
+"""The check of each attribute of a cell that may be set; it returns what is set.
+
+It takes the value and the dimensions of an image, 2 or 1.
+"""
 for _name in ("surrogate_disable", "inhibition", "init_hidden", "output", "batch_first"):
-    CHECKS[_name] = partial(flag, _name)
+    CHECKS[_name] = lambda value, _, name=_name: flag(name, value)  # type: ignore[misc]
 
 
 def _make_options(
@@ -295,6 +301,7 @@ def _make_options(
     surrogate: Surrogate | Callable[[Tensor], Tensor],
     quant: StateQuant | Callable[[Tensor], Tensor] | None,
     *,
+    dims: int = 2,
     stride: Any = 1,
     dilation: Any = 1,
     reset_mechanism: Any = "none",
@@ -303,11 +310,11 @@ def _make_options(
     inhibition: Any = False,
     checkpoint: Any = False,
 ) -> CellOptions:
-    pool, pool_size = pooling(max_pool, avg_pool)
+    pool, pool_size = pooling(max_pool, avg_pool, dims)
     return CellOptions(
-        kernel_size=kernel("kernel_size", kernel_size),
-        stride=pair("stride", stride),
-        dilation=pair("dilation", dilation),
+        kernel_size=kernel("kernel_size", kernel_size, dims),
+        stride=pair("stride", stride, dims),
+        dilation=pair("dilation", dilation, dims),
         reset=reset_name(reset_mechanism),
         pool=pool,
         pool_size=pool_size,
@@ -339,8 +346,8 @@ def make_options(
 ) -> CellOptions:
     """Check what describes a cell (:data:`DESCRIBING`), and put it into its normal form.
 
-    `traced` says whether torch.compile traces. Equal arguments are checked once, but for foreign
-    callables, which a cache would keep alive.
+    `traced` says whether torch.compile traces. With a `dims` of 1 sizes are lengths. Equal
+    arguments are checked once, but for foreign callables, which a cache would keep alive.
     """
     spike = surrogate(spike_grad, flag("surrogate_disable", surrogate_disable))
     quant = quantiser(state_quant)

@@ -89,8 +89,14 @@ _NATIVE_PATHS = {
 
 # ---- reasons against the kernels ------------------------------------------------------------
 
-_CALL, _FORWARD, _CONV_FORWARD = nn.Conv2d.__call__, nn.Conv2d.forward, nn.Conv2d._conv_forward
-_CONV2D = F.conv2d
+
+def _methods(kind: type[nn.Conv1d | nn.Conv2d]) -> tuple[Any, ...]:
+    """What a call of a convolution goes through: its class's methods, and torch's function."""
+    function = F.conv2d if kind is nn.Conv2d else F.conv1d
+    return kind.__call__, kind.forward, kind._conv_forward, function
+
+
+_TORCHS = {kind: _methods(kind) for kind in (nn.Conv1d, nn.Conv2d)}
 
 
 def _global_hooks() -> bool:
@@ -102,27 +108,24 @@ global_hooks: Callable[[], Any] = getattr(nn_module, "_has_any_global_hook", _gl
 """Whether hooks on all modules are registered. (torch 2.4 has no function for it.)"""
 
 
-def _conv2d_is_torchs() -> bool:
-    """Whether nobody has patched the class, nor the function that it calls."""
-    kind = nn.Conv2d
-    own = kind.forward is _FORWARD and kind._conv_forward is _CONV_FORWARD
-    return own and kind.__call__ is _CALL and F.conv2d is _CONV2D
-
-
 HOOKS, GLOBAL_HOOKS = "conv carries hooks", "global module hooks are registered"
 
 
 def reason_against_conv(
-    conv: nn.Module, options: CellOptions, weight_shape: tuple[int, ...] | None = None
+    conv: nn.Module,
+    kind: type[nn.Conv1d | nn.Conv2d],
+    options: CellOptions,
+    weight_shape: tuple[int, ...] | None = None,
 ) -> str | None:
     """Why the kernels cannot stand in for a call of the cell's `conv`; None if they can.
 
-    They can where `conv` is a plain nn.Conv2d of the geometry of `options` (and of `weight_shape`,
-    (4C, Cin + C, kh, kw), if given) whose forward was neither replaced nor hooked: only then is
-    calling it the same as using its weight.
+    They can where `conv` is a plain instance of `kind` of the geometry of `options` (and of
+    `weight_shape`, if given) whose forward was neither replaced nor hooked: only then is calling it
+    the same as using its weight.
     """
-    if type(conv) is not nn.Conv2d:
-        return f"conv is a {type(conv).__name__}, not a plain nn.Conv2d"
+    if type(conv) is not kind:
+        return f"conv is a {type(conv).__name__}, not a plain nn.{kind.__name__}"
+    assert isinstance(conv, (nn.Conv1d, nn.Conv2d))
     own = conv.__dict__
     if (
         own["_forward_pre_hooks"]
@@ -133,12 +136,13 @@ def reason_against_conv(
         return HOOKS
     if global_hooks():
         return GLOBAL_HOOKS
-    if "forward" in own or "_conv_forward" in own or not _conv2d_is_torchs():
+    if "forward" in own or "_conv_forward" in own or _methods(kind) != _TORCHS[kind]:
         return "conv.forward was replaced"
+    dims = len(conv.stride)
     if (
-        conv.stride != (1, 1)
-        or conv.padding != options.padding
-        or conv.dilation != options.dilation
+        conv.stride != (1, 1)[-dims:]
+        or conv.padding != options.padding[-dims:]
+        or conv.dilation != options.dilation[-dims:]
         or conv.groups != 1
         or conv.padding_mode != "zeros"
         or (weight_shape is not None and tuple(conv.weight.shape) != weight_shape)

@@ -14,6 +14,7 @@ from . import options, reference
 from .attributes import CellAttributes
 from .call import (
     Call,
+    as_image,
     channel_broadcast,
     checked_call,
     in_order_of_caller,
@@ -156,13 +157,14 @@ class SConv2dLSTM(CellAttributes):
         nn.Module.__init__(self)
         options.integer("in_channels", in_channels)
         options.integer("out_channels", out_channels)
-        kernel = options.kernel("kernel_size", kernel_size)
-        options.pooling(max_pool, avg_pool)
+        kernel = options.kernel("kernel_size", kernel_size, self._dims)
+        options.pooling(max_pool, avg_pool, self._dims)
         bias = options.flag("bias", bias)
         learn_threshold = options.flag("learn_threshold", learn_threshold)
         device = options.device_or_none("device", device)
         dtype = options.dtype_or_none("dtype", dtype) or torch.get_default_dtype()
-        channel_broadcast("threshold", real_tensor("threshold", threshold).shape, out_channels)
+        shape = real_tensor("threshold", threshold).shape
+        channel_broadcast("threshold", shape, out_channels, self._dims)
 
         self._options, self._logged = {}, set()
         self._initial_threshold = (
@@ -179,11 +181,11 @@ class SConv2dLSTM(CellAttributes):
         self.stride, self.dilation = stride, dilation
         self.checkpoint, self.batch_first = checkpoint, batch_first
         self._reset_mechanism = options.reset_name(reset_mechanism)
-        self.padding = self._describe().padding
+        self.padding = self._describe().padding[-self._dims :]
 
-        conv = nn.Conv2d(
-            in_channels + out_channels, 4 * out_channels, kernel, padding=self.padding,
-            dilation=self.dilation, bias=bias, device=device, dtype=dtype,
+        conv = self._conv_kind(
+            in_channels + out_channels, 4 * out_channels, kernel[-self._dims :],
+            padding=self.padding, dilation=self.dilation, bias=bias, device=device, dtype=dtype,
         )  # fmt: skip
         initial = values(threshold).to(conv.weight.device, dtype, copy=True)
         if learn_threshold:
@@ -284,6 +286,9 @@ class SConv2dLSTM(CellAttributes):
         if call is None:
             call = self._checked(x, syn, mem, record, traced)
         spk, syn, mem, path = run(call)
+        if self._dims == 1:
+            fresh = path.native and not traced
+            spk, syn, mem = (_of_length(result, fresh) for result in (spk, syn, mem))
         self._store(call, spk, syn, mem, path)
         if self.batch_first:
             spk, syn, mem = in_order_of_caller(call.options, True, spk, syn, mem)
@@ -296,9 +301,10 @@ class SConv2dLSTM(CellAttributes):
         if type(x) is not Tensor or x.layout is not torch.strided or not isinstance(record, bool):
             return None
         conv: Any = self._modules.get("conv")
-        sequence = x.dim() == 5
+        sequence = x.dim() == self._dims + 3
         described = self._options.get((sequence, record))
-        if described is None or type(conv) is not nn.Conv2d or self._own_methods() != (None, None):
+        kind = self._conv_kind
+        if described is None or type(conv) is not kind or self._own_methods() != (None, None):
             return None
         threshold: Any = self._buffers.get("threshold")
         if threshold is None:
@@ -315,9 +321,12 @@ class SConv2dLSTM(CellAttributes):
         try:
             weight: Any = conv._parameters["weight"]
             bias: Any = conv._parameters["bias"]
-            call = known_call((x, syn, mem, weight, bias, threshold, graded), described)
-        except (AttributeError, KeyError):  # one of them is no tensor, or no parameter
-            return None
+            given = x, syn, mem, weight, bias, threshold, graded
+            if self._dims == 1:
+                given = *map(as_image, given[:4]), bias, *map(as_image, given[5:])
+            call = known_call(given, described)
+        except (AttributeError, KeyError, RuntimeError):
+            return None  # one of them is no tensor, no parameter, or sparse
         if (
             call is None
             or (bias is not None and bias.layout is not torch.strided)
@@ -325,7 +334,7 @@ class SConv2dLSTM(CellAttributes):
             or syn.layout is not torch.strided
             or mem.layout is not torch.strided
             or weight.shape[0] != 4 * self.out_channels
-            or reason_against_conv(conv, described) is not None
+            or reason_against_conv(conv, kind, described) is not None
         ):
             return None
         return call
@@ -341,20 +350,23 @@ class SConv2dLSTM(CellAttributes):
         return checked_call(
             x, weight, bias, self.threshold, self.graded_spikes_factor,
             (self.in_channels, self.out_channels), self._describe, state_of, self._foreign,
-            record=record, batch_first=self.batch_first, traced=traced,
+            record=record, batch_first=self.batch_first, traced=traced, dims=self._dims,
         )  # fmt: skip
 
     def _foreign(self, described: CellOptions) -> dict[str, Any]:
         """The fields of a call by which foreign code takes part in it."""
         channels = self.out_channels
-        shape = (4 * channels, self.in_channels + channels, *described.kernel_size)
-        reason = reason_against_conv(self.conv, described, shape)
+        kernel = described.kernel_size[-self._dims :]
+        shape = (4 * channels, self.in_channels + channels, *kernel)
+        reason = reason_against_conv(self.conv, self._conv_kind, described, shape)
         if reason is not None and described.stride != (1, 1):
             raise ValueError(
-                f"conv must be a plain nn.Conv2d without hooks where stride is not 1: {reason}"
+                f"conv must be a plain nn.{self._conv_kind.__name__} without hooks where stride is "
+                f"not 1: {reason}"
             )
         fire, mem_reset = self._own_methods()
-        return {"conv": self.conv, "reason": reason, "fire": fire, "mem_reset": mem_reset}
+        conv = self._on_images(self.conv)
+        return {"conv": conv, "reason": reason, "fire": fire, "mem_reset": mem_reset}
 
     def _store(self, call: Call, spk: Tensor, syn: Tensor, mem: Tensor, path: Path) -> None:
         """Keep the results of a call that succeeded."""
@@ -387,15 +399,21 @@ class SConv2dLSTM(CellAttributes):
         kind, own = type(self), self.__dict__
         fire, mem_reset = kind.fire is not _FIRE, kind.mem_reset is not _MEM_RESET
         return (
-            self.fire if fire or "fire" in own else None,
-            LastReset(self.mem_reset) if mem_reset or "mem_reset" in own else None,
+            self._on_images(self.fire) if fire or "fire" in own else None,
+            LastReset(self._on_images(self.mem_reset)) if mem_reset or "mem_reset" in own else None,
         )
+
+    def _on_images(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Let foreign code that takes what the cell takes be called with images."""
+        if self._dims == 2:
+            return function
+        return lambda image: as_image(function(image.squeeze(-2)))
 
     def _parameters_of_conv(self, x: Any) -> tuple[Tensor, Tensor | None]:
         """weight and bias; of a foreign conv any floating parameter, for dtype and device."""
         conv = self.conv
-        if type(conv) is nn.Conv2d:
-            return conv.weight, conv.bias
+        if type(conv) is self._conv_kind:
+            return self._weight, conv.bias
         for parameter in conv.parameters() if isinstance(conv, nn.Module) else ():
             if parameter.dtype in DTYPES:
                 return parameter, None
@@ -426,17 +444,13 @@ class SConv2dLSTM(CellAttributes):
             self.reset_mechanism_val.copy_(self._reset_index(self.reset_mechanism_val.device))
         self.reset_mem()
 
-    def extra_repr(self) -> str:
-        """Arguments that differ from their defaults."""
-        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
-        defaults = {"stride": (1, 1), "dilation": (1, 1), "max_pool": 0, "avg_pool": 0}
-        defaults |= {"reset_mechanism": "none", "inhibition": False, "init_hidden": False}
-        defaults |= {"checkpoint": False, "batch_first": False}
-        given = {name: getattr(self, name) for name in defaults}
-        parts += [f"{name}={given[name]!r}" for name in given if given[name] != defaults[name]]
-        if self.threshold.numel() == 1 and not self.threshold.is_meta:
-            parts.append(f"threshold={self.threshold.item():g}")
-        return ", ".join(parts)
+
+def _of_length(image: Tensor, fresh: bool) -> Tensor:
+    """(..., 1, L) as (..., L), no view: snnTorch detaches states in place, which views refuse.
+
+    `fresh` says that autograd has saved nothing in the tensor's memory.
+    """
+    return image.squeeze_(-2) if fresh else image.squeeze(-2).clone()
 
 
 _NEVER_CALLED = (

@@ -331,9 +331,10 @@ def _sequence(name: str, layer: Any, x: Tensor, last: bool) -> Any:
     """Call a layer that takes sequences: a cell, or a Sequential that carries hooks."""
     options = {}
     if isinstance(layer, SConv2dLSTM):
-        if x.dim() != 5:
+        if x.dim() != layer._dims + 3:
+            size = "H, W" if layer._dims == 2 else "L"
             raise ValueError(
-                f"x must be a sequence of steps (N, {layer.in_channels}, H, W) for layer {name} "
+                f"x must be a sequence of steps (N, {layer.in_channels}, {size}) for layer {name} "
                 f"({type(layer).__name__}), got steps of shape {tuple(x.shape[1:])}"
             )
         # The states of every step are recorded where they are returned.

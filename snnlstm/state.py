@@ -145,7 +145,7 @@ class State:
         # The order matters: torch.compile compiles again when the answer to a question changes.
         if not fits and self.restarted and given is getattr(self, name):
             return x.new_zeros(shape)
-        if not fits and not traced and _as_of_a_reset(given, shape[1]):
+        if not fits and not traced and _as_of_a_reset(given, shape):
             return x.new_zeros(shape)
         return state_tensor(name, given, shape, x, weight)
 
@@ -171,11 +171,11 @@ class State:
         return stored.to(x.device, x.dtype)
 
 
-def _as_of_a_reset(state: Any, channels: int) -> bool:
+def _as_of_a_reset(state: Any, shape: tuple[int, ...]) -> bool:
     """Whether a passed state is zeros of another batch or image size, without history."""
     if not isinstance(state, Tensor) or state.requires_grad or state.is_meta:
         return False
-    if state.dim() != 4 or state.shape[1] != channels:
+    if state.dim() != len(shape) or state.shape[1] != shape[1]:
         return False
     try:
         return not state.any()

@@ -15,6 +15,7 @@ from torch import nn
 
 from .call import never_spikes
 from .options import a_module, flag
+from .sconv1dlstm import SConv1dLSTM
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import (
     METHODS,
@@ -256,6 +257,8 @@ def _why_not_theirs(module: nn.Module) -> str | None:
         return _ALREADY[1] if type(module) is Base else None
     if type(module) is not SConv2dLSTM:
         name = type(module).__name__
+        if type(module) is SConv1dLSTM:
+            return f"snntorch has no {name}"
         return f"{name} is a subclass of snnlstm.SConv2dLSTM and may compute something else"
     if "forward" in module.__dict__:
         return "its forward was replaced"

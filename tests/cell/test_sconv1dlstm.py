@@ -1,0 +1,212 @@
+"""The cell on signals is the cell on images of height 1, with shapes of its own."""
+
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cpu_kernels import native
+from helpers import close, quietly, same, states, steps
+from torch import Tensor, nn
+
+import snnlstm
+from snnlstm import surrogate
+
+WITH_STRIDE = {"stride": 2, "dilation": 2, "avg_pool": 2, "bias": False}
+OPTIONS = ({}, {"max_pool": 2, "reset_mechanism": "subtract"}, WITH_STRIDE)
+
+
+def signal_cell(*args: object, **kwargs: object) -> snnlstm.SConv1dLSTM:
+    """Makes a cell of 2 -> 3 channels with five taps, which spikes."""
+    return snnlstm.SConv1dLSTM(*(args or (2, 3, 5)), **{"threshold": 0.05} | kwargs)
+
+
+def as_images(cell: snnlstm.SConv1dLSTM, **kwargs: object) -> snnlstm.SConv2dLSTM:
+    """Makes the cell on images of height 1 that has the same numbers."""
+    wide = {name: (1, value) if "pool" in name else value for name, value in kwargs.items()}
+    wide |= {name: (1, kwargs[name]) for name in ("stride", "dilation") if name in kwargs}
+    twin = snnlstm.SConv2dLSTM(2, 3, (1, 5), **{"threshold": 0.05} | wide)
+    found = cell.state_dict()
+    twin.load_state_dict(found | {"conv.weight": found["conv.weight"].unsqueeze(2)})
+    return twin
+
+
+def plain(cell: snnlstm.SConv1dLSTM, x: Tensor, *out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs a cell without pooling, reset or stride by torch's conv1d."""
+    syn, mem = out
+    spks = []
+    for step in x:
+        gates = F.conv1d(torch.cat([step, mem], 1), cell.conv.weight, cell.conv.bias, padding=2)
+        i, f, o, g = gates.chunk(4, 1)
+        syn = torch.sigmoid(f) * syn + torch.sigmoid(i) * torch.tanh(g)
+        mem = torch.sigmoid(o) * torch.tanh(syn)
+        spks.append(surrogate.atan()(mem - cell.threshold))
+    return torch.stack(spks), syn, mem
+
+
+def test_results_and_gradients_are_those_of_torchs_conv1d(backend):
+    cell = signal_cell(threshold=torch.rand(3, 1) / 10, learn_threshold=True)
+    x, (syn, mem) = steps(4, 2, 2, 11).requires_grad_(), states(2, 3, 11)
+    out = cell(x, syn, mem)
+    backend.check(cell.path)
+    leaves = [x, *cell.parameters()]
+    actual = torch.autograd.grad(sum(o.square().sum() for o in out), leaves)
+    expected = plain(cell, x, syn, mem)
+    close(out, expected)
+    assert out[0].any()
+    close(actual, torch.autograd.grad(sum(o.square().sum() for o in expected), leaves), atol=2e-5)
+
+
+@pytest.mark.parametrize("kwargs", OPTIONS, ids=lambda kwargs: "-".join(kwargs) or "plain")
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time-first", "batch-first"])
+def test_every_option_does_what_it_does_on_images(backend, kwargs, batch_first):
+    cell = signal_cell(**kwargs, batch_first=batch_first)
+    twin = as_images(cell, **kwargs, batch_first=batch_first)
+    x = steps(3, 2, 2, 13)
+    x = x.transpose(0, 1) if batch_first else x
+    for record in (False, True):
+        found = cell(x, record=record)
+        backend.check(cell.path)
+        same(found, (t.squeeze(-2) for t in twin(x.unsqueeze(-2), record=record)))
+        same(
+            (cell.spk, cell.syn, cell.mem), (found[0], *(t.squeeze(-2) for t in twin_states(twin)))
+        )
+    for _ in range(2):
+        same(cell(x[0][:, :, :9]), (t.squeeze(-2) for t in twin(x[0][:, :, None, :9])))
+        assert torch.equal(cell.reset, twin.reset.squeeze(-2))
+
+
+def twin_states(twin: snnlstm.SConv2dLSTM) -> tuple[Tensor, Tensor]:
+    return twin.syn, twin.mem
+
+
+def test_states_can_be_passed_set_detached_in_place_and_reset(backend):
+    cell, x = signal_cell(), steps(2, 2, 2, 7)
+    spk, syn, mem = cell(x[0])
+    for state in (spk, syn, mem, cell.syn):
+        state.detach_()  # as snnTorch does, which views refuse
+    cell.mem = mem.clone()
+    again = cell(x[1])
+    cell.reset_mem()
+    cell(x[0], *cell.init_sconv1dlstm())
+    same(cell(x[1]), again)
+    cell.detach_hidden()
+    assert cell.mem.grad_fn is None
+    assert not any(state.any() for state in cell.reset_mem())
+    cell(steps(2, 3, 2, 6)[0], *cell.reset_mem())  # zeros of another size
+    cell(steps(2, 2, 2, 9)[0], torch.zeros(3, 3, 6), torch.zeros(3, 3, 6))
+
+
+class Own(snnlstm.SConv1dLSTM):
+    """Foreign code sees signals, as a call does."""
+
+    def fire(self, mem: Tensor) -> Tensor:
+        assert mem.dim() == 3
+        return super().fire(mem)
+
+    def mem_reset(self, mem: Tensor) -> Tensor:
+        assert mem.dim() == 3
+        return super().mem_reset(mem)
+
+
+def test_foreign_methods_and_a_foreign_conv_get_signals():
+    torch.manual_seed(0)
+    cell, x = Own(2, 3, 5, threshold=0.05, max_pool=2, reset_mechanism="zero"), steps(3, 2, 2, 9)
+    torch.manual_seed(0)
+    plain_one = signal_cell(max_pool=2, reset_mechanism="zero")
+    close(cell(x), plain_one(x))
+    close(cell(x[0]), plain_one(x[0]))
+    assert torch.equal(cell.reset, plain_one.reset)
+    assert cell.path.reason == "fire or mem_reset is overridden"
+    plain_one.reset_mem()
+    expected = plain_one(x)
+    plain_one.reset_mem()
+    plain_one.conv = nn.Sequential(plain_one.conv)
+    close(plain_one(x), expected)
+    assert plain_one.path.reason == "conv is a Sequential, not a plain nn.Conv1d"
+
+
+@pytest.mark.skipif(native is None, reason="the core is not built")
+def test_a_patched_conv1d_takes_effect(monkeypatch):
+    cell, x = signal_cell(), steps(2, 2, 2, 9)
+    cell(x)
+    assert cell.path.native
+    monkeypatch.setattr(F, "conv1d", lambda *args: torch.conv1d(*args))
+    cell(x)
+    assert cell.path.reason == "conv.forward was replaced"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: signal_cell(2, 3, (3, 3)), "kernel_size must be an int or a tuple of one int"),
+        (lambda: signal_cell(2, 3, 4), "kernel_size must be odd, got 4"),
+        (lambda: signal_cell(max_pool=(2, 2)), "max_pool must be an int or a tuple of one int"),
+        (lambda: setattr(signal_cell(), "stride", (1, 1)), "stride must be an int or a tuple of"),
+        (
+            lambda: signal_cell(threshold=torch.ones(4, 1)),
+            r"threshold must broadcast to mem's shape \(N, 3, L\), got shape \(4, 1\)",
+        ),
+        (
+            lambda: signal_cell(threshold=torch.ones(2, 1, 1) / 9)(torch.ones(3, 2, 5)),
+            r"threshold must broadcast to mem's shape \(3, 3, 5\), got shape \(2, 1, 1\)",
+        ),
+        (
+            lambda: signal_cell()(torch.ones(2, 5)),
+            r"x must have shape \(N, 2, L\) for one step or \(T, N, 2, L\) for a sequence, got",
+        ),
+        (lambda: signal_cell()(torch.ones(1, 3, 5)), "x must have 2 channels, got 3"),
+        (lambda: signal_cell()(torch.ones(1, 2, 0)), "x must have at least one pixel"),
+        (lambda: signal_cell()(torch.ones(1, 2, 5), record=True), r"\(T, N, Cin, L\), got one"),
+        (
+            lambda: signal_cell()(torch.ones(1, 2, 5), torch.ones(1, 3, 1, 5)),
+            r"syn must have shape \(1, 3, 5\)",
+        ),
+        (
+            lambda: signal_cell(avg_pool=6)(torch.ones(1, 2, 5)),
+            r"avg_pool must not be larger than the state, got \(6,\) for a state of 5",
+        ),
+        (
+            lambda: snnlstm.unroll(torch.ones(2, 1, 2, 3, 5), signal_cell()),
+            r"x must be a sequence of steps \(N, 2, L\) for layer 0",
+        ),
+    ],
+)
+def test_errors_speak_of_lengths(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        quietly(call)
+
+
+def test_a_stack_goes_layer_by_layer_and_counts_its_spikes():
+    net = nn.Sequential(nn.Conv1d(1, 2, 3), signal_cell(init_hidden=True), nn.Flatten())
+    x = torch.rand(4, 2, 1, 12)
+    expected = torch.stack([net(step) for step in x])
+    snnlstm.SConv1dLSTM.reset_hidden()
+    stack = snnlstm.Sequential.of(net)
+    close(stack(x), expected)
+    assert [one.kind for one in stack.report] == ["fold", "sequence", "fold"]
+    with snnlstm.spike_rates(net) as rates:
+        net(x[0])
+    assert "SConv1dLSTM" in str(rates)
+
+
+def test_it_is_saved_copied_and_printed():
+    cell, x = signal_cell(max_pool=2, stride=(2,)), steps(3, 2, 2, 9)
+    assert [tuple(t.shape) for t in cell.conv.parameters()] == [(12, 5, 5), (12,)]
+    assert repr(cell).startswith("SConv1dLSTM(\n  2, 3, kernel_size=5, stride=(2,), max_pool=2")
+    copy = pickle.loads(pickle.dumps(cell))
+    same(copy(x), cell(x))
+    assert snnlstm.restore(cell).left == {"": "snntorch has no SConv1dLSTM"}
+
+
+@pytest.mark.skipif(native is None, reason="the core is not built")
+def test_torch_compile_and_torch_export_take_it(fresh_compiler):
+    cell, x = signal_cell(max_pool=2, surrogate_disable=True), steps(3, 2, 2, 9)
+    expected = cell(x)
+    cell.reset_mem()
+    compiled = torch.compile(cell, fullgraph=True)
+    close(compiled(x), expected)
+    assert cell.path.native
+    cell.reset_mem()
+    exported = torch.export.export(cell, (x, *states(2, 3, 9)))
+    close(exported.module()(x, *states(2, 3, 9)), cell(x, *states(2, 3, 9)))
