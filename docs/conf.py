@@ -16,7 +16,7 @@ release = re.search(r'__version__ = "(.+)"', (ROOT / "snnlstm" / "version.py").r
 version = release
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
@@ -25,6 +25,7 @@ extensions = [
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # the outputs are committed
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings state types, with shapes

@@ -118,7 +118,7 @@ class SpikeRates(dict[str, SpikeCount]):
 
 
 def spike_rates(model: nn.Module, show: bool = True) -> SpikeRates:
-    """SpikeCount the spikes of every neuron layer of a network within a ``with`` block.
+    """Count the spikes of every neuron layer of a network within a ``with`` block.
 
     The layers are our cells, snnTorch's cells and its other neurons. Counting changes neither what
     they compute nor the kernels that run. Code that torch.compile compiled before the block does

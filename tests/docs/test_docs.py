@@ -213,7 +213,7 @@ def test_the_table_of_surrogates_is_whole():
 
 @pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # Sphinx warns of its extensions
 def test_sphinx_builds_it_without_a_warning(tmp_path, capfd):
-    for needed in ("sphinx", "furo", "myst_parser", "matplotlib"):
+    for needed in ("sphinx", "furo", "myst_nb", "matplotlib"):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed: pip install snnlstm[docs]")
     from sphinx.cmd.build import build_main
