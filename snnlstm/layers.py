@@ -12,7 +12,7 @@ from .rates import SpikeCount
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Base, Neuron
 
-__all__ = ["CELL", "LayerReport", "changed", "not_per_sample", "report_of"]
+__all__ = ["CELL", "LayerReport", "changed", "may_write", "not_per_sample", "report_of"]
 
 CELL = SConv2dLSTM if Base is nn.Module else Base  # the class of our cells and of snnTorch's
 
@@ -110,6 +110,7 @@ _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _DROPOUT = (
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
+_KNOWN = _BATCHED.union(_BY_DIMENSION, _BATCH_NORM, _DROPOUT)
 
 
 def not_per_sample(layer: nn.Module) -> str | None:
@@ -127,6 +128,13 @@ def not_per_sample(layer: nn.Module) -> str | None:
     if kind in _BY_DIMENSION or kind in _BATCHED:
         return None
     return f"{kind.__name__} is not known to treat every sample alone"
+
+
+def may_write(layer: nn.Module) -> bool:
+    """Whether a call of the layer may write to its input."""
+    kind = type(layer)
+    known = kind in _KNOWN or kind.__module__.partition(".")[0] == "snntorch"
+    return not known or getattr(layer, "inplace", False) or changed(layer) is not None
 
 
 def _has_batch(layer: nn.Module, dim: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,22 +12,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .gather import Gathered, first_item
 from .layers import CELL, LayerReport, changed, not_per_sample, report_of
 from .options import flag
 from .sconv2dlstm import SConv2dLSTM
+from .together import own, run_together
 
 __all__ = ["LayerReport", "Sequential", "unroll"]
 
 logger = logging.getLogger("snnlstm")
-
-FOLD = 2 << 20
-"""Bytes of the largest tensor of one folded call on the CPU; one step may have more.
-
-Measured with conv, ReLU, cell, conv, ReLU, pool, linear on 32x32 to 112x112: with all steps at once
-the network trained at 0.7 to 1.4 times the speed of snnTorch's, with chunks of 2 MiB at 1.8 to 2.0.
-Each layer reads tensors that do not fit into the cache from memory again, and the system maps and
-clears each tensor above 32 MiB anew.
-"""
 
 Named = tuple[str, nn.Module]  # a layer and its name
 
@@ -205,7 +198,10 @@ def _over_time(
     if shared is None:
         out = _run(layers, x, reports)
     else:  # steps one by one, in each of which the layers have the order of the loop
-        out = _join("", [_run(layers, _own(step), reports) for step in x.split(1)], torch.cat)
+        gathered = Gathered(layers[-1][0], x.shape[0])
+        for step in x.split(1):
+            gathered.add(_run(layers, own(step), reports), chunk=True)
+        out = gathered.result()
         reason = f"layer {shared} is in several places and may keep a state"
         reports = [replace(one, kind="step", reason=reason) for one in reports[: len(layers)]]
     if not torch.compiler.is_compiling():
@@ -260,71 +256,26 @@ def _run(layers: list[Named], x: Tensor, reports: list[LayerReport]) -> Any:
     position = 0
     while position < len(layers):
         name, layer = layers[position]
-        report = _report_of(name, layer, x.dim() - 1)
-        if report.kind == "fold":
-            before = len(reports)
-            out = _fold(layers[position:], x, reports)
-            position += len(reports) - before
-        else:
-            position += 1
+        begin, position = position, position + 1
+        report = _sequence_report(name, layer)
+        if report is not None:
             reports.append(report)
-            if report.kind == "sequence":
-                out = _sequence(name, layer, x, last=position == len(layers))
-            else:
-                out = _join(name, [layer(_own(step)) for step in x.unbind(0)], torch.stack)
+            out = _sequence(name, layer, x, last=position == len(layers))
+        else:
+            while position < len(layers) and _sequence_report(*layers[position]) is None:
+                position += 1
+            out = run_together(layers[begin:position], x, reports)
         if position < len(layers):
-            x = out
-            while isinstance(x, tuple | list):
-                x = x[0]
+            x = out = first_item(out)
     return out
 
 
-def _report_of(name: str, layer: nn.Module, dim: int) -> LayerReport:
+def _sequence_report(name: str, layer: nn.Module) -> LayerReport | None:
+    """The report of a layer that takes sequences; None for any other layer."""
     if isinstance(layer, Sequential):  # a stack that carries hooks
         return LayerReport(name, type(layer).__name__, "sequence", "it takes sequences")
-    return report_of(name, layer, dim)
-
-
-def _own(x: Tensor) -> Tensor:
-    """A copy of one of several views of a tensor, to which a layer may write.
-
-    Autograd refuses to let a layer change such a view in place; without it no copy is made.
-    """
-    return x.clone() if torch.is_grad_enabled() else x
-
-
-def _fold(layers: list[Named], x: Tensor, reports: list[LayerReport]) -> Tensor:
-    """Run the layers that treat every sample alone, up to the first that does not.
-
-    On the CPU chunks of steps that fit the cache go through all of these layers, one by one.
-    """
-    in_chunks = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    in_chunks = in_chunks and x.shape[0] > 1 and x.nbytes > FOLD // 8
-    folded: list[nn.Module] = []
-
-    def call(layer: nn.Module, out: Tensor) -> Tensor:
-        writes = in_chunks and getattr(layer, "inplace", False)
-        return layer(_own(out) if writes and out._is_view() else out)
-
-    first = x[:1] if in_chunks else x
-    out = first.flatten(0, 1)
-    largest = out.nbytes if in_chunks else 0  # a symbolic shape has no nbytes
-    for name, layer in layers:
-        report = _report_of(name, layer, out.dim())
-        if report.kind != "fold":
-            break
-        reports.append(report)
-        folded.append(layer)
-        out = call(layer, out)
-        largest = max(largest, out.nbytes) if in_chunks else 0
-    outs = [out.unflatten(0, first.shape[:2])]
-    if in_chunks:
-        for chunk in x[1:].split(max(1, FOLD // largest)):
-            out = chunk.flatten(0, 1)
-            for layer in folded:
-                out = call(layer, out)
-            outs.append(out.unflatten(0, chunk.shape[:2]))
-    return torch.cat(outs) if in_chunks else outs[0]
+    report = report_of(name, layer, 0) if isinstance(layer, SConv2dLSTM) else None
+    return report if report is not None and report.kind == "sequence" else None
 
 
 def _sequence(name: str, layer: Any, x: Tensor, last: bool) -> Any:
@@ -347,15 +298,3 @@ def _sequence(name: str, layer: Any, x: Tensor, last: bool) -> Any:
 def _exchanged(out: Any) -> Any:
     """Every tensor with its first two dimensions exchanged."""
     return out.transpose(0, 1) if isinstance(out, Tensor) else tuple(map(_exchanged, out))
-
-
-def _join(name: str, results: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
-    """Join what the steps of a layer returned; items of tuples are joined one by one."""
-    if all(isinstance(result, Tensor) for result in results):
-        return join(results)
-    if all(isinstance(result, tuple | list) for result in results):
-        return tuple(_join(name, list(items), join) for items in zip(*results, strict=True))
-    raise TypeError(
-        f"layer {name} must return tensors, or tuples of them, at every step, "
-        f"got {type(results[0]).__name__}"
-    )

@@ -190,7 +190,7 @@ def test_it_equals_the_loop_in_training(name, form):
 )
 def test_folded_layers_run_in_chunks_of_steps(name, limit, monkeypatch):
     make, kinds = NETS[name]
-    monkeypatch.setattr(snnlstm.sequential, "FOLD", limit)
+    monkeypatch.setattr(snnlstm.together, "FOLD", limit)
     torch.manual_seed(0)
     equals_the_loop(nn.Sequential(*make()), X, kinds, atol=1e-5)
 
@@ -211,7 +211,7 @@ def test_a_chunk_holds_as_many_steps_as_its_largest_tensor_allows(monkeypatch):
         (9 * step, [1, 3]),
         (99 * step, [T]),
     ):
-        monkeypatch.setattr(snnlstm.sequential, "FOLD", limit)
+        monkeypatch.setattr(snnlstm.together, "FOLD", limit)
         sizes.clear()
         close(snnlstm.unroll(X, layer), torch.cat([X, X], 2), atol=0)
         assert sizes == expected
