@@ -30,7 +30,7 @@ class _Put(torch.autograd.Function):
         return part.new_empty(()).expand(part.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -44,7 +44,7 @@ class _Collect(torch.autograd.Function):
         return gathered.whole
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(grad[place] for place in ctx.places)
 
 
@@ -69,24 +69,25 @@ class Gathered:
         `out` is a sequence of one result each, or one result of some steps: a tensor (k, ...), or
         with `chunk` a tuple of such.
         """
-        if isinstance(out, Tensor):
+        if isinstance(out, Tensor) and self.items is None:
             self._add(out, out.shape[0])
-        elif chunk or all(isinstance(step, tuple | list) for step in out):
+        elif self.filled == 0 and (chunk or all(isinstance(step, tuple | list) for step in out)):
             results = out if chunk else list(zip(*out, strict=True))
             if self.items is None:
                 self.items = [Gathered(self.name, self.steps) for _ in results]
             for item, result in zip(self.items, results, strict=True):
                 item.add(result, chunk)
-        elif all(isinstance(step, Tensor) for step in out):
+        elif self.items is None and all(isinstance(step, Tensor) for step in out):
             if len(out) == self.steps:
                 self._add(torch.stack(list(out)), self.steps)
             else:
                 for step in out:
                     self._add(step)
         else:
+            kinds = {type(step).__name__ for step in out}
             raise TypeError(
                 f"layer {self.name} must return tensors, or tuples of them, at every step, "
-                f"got {type(out[0]).__name__}"
+                f"got {' and '.join(sorted(kinds))}"
             )
 
     def _add(self, part: Tensor, count: int = 0) -> None:
@@ -94,7 +95,8 @@ class Gathered:
         shape = part.shape[1:] if count else part.shape
         if self.filled == 0 and count != self.steps:
             self._begin(part[0] if count else part)
-        elif self.whole is not None and (self.whole.shape[1:], self.whole.dtype) != (shape, part.dtype):
+        elif self.whole is not None and not self._fits(shape, part.dtype):
+            # From now on torch.cat promotes the dtypes, or raises its error.
             self.parts, self.whole = [self.result()[: self.filled]], None
         if self.whole is None:
             self.parts.append(part if count else part.unsqueeze(0))
@@ -106,6 +108,10 @@ class Gathered:
             else:
                 self.whole[place].copy_(part)
         self.filled += count or 1
+
+    def _fits(self, shape: torch.Size, dtype: torch.dtype) -> bool:
+        assert self.whole is not None
+        return self.whole.shape[1:] == shape and self.whole.dtype == dtype
 
     def _begin(self, step: Tensor) -> None:
         """Make the whole, in the order of the step's memory, if it is large and plain."""

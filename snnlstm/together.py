@@ -13,7 +13,7 @@ from .layers import LayerReport, may_write, report_of
 __all__ = ["FOLD", "own", "run_together"]
 
 FOLD = 2 << 20
-"""Bytes of the largest tensor of the steps that run as one batch on the CPU; one step may have more.
+"""Bytes of the largest tensor of steps that run as one batch on the CPU; one step may have more.
 
 Measured with conv, ReLU, cell, conv, ReLU, pool, linear on 32x32 to 112x112: with all steps at once
 the network trained at 0.7 to 1.4 times the speed of snnTorch's, with chunks of 2 MiB at 1.8 to 2.0.
@@ -22,9 +22,7 @@ clears each tensor above 32 MiB anew.
 """
 
 
-def run_together(
-    layers: list[tuple[str, nn.Module]], x: Tensor, reports: list[LayerReport]
-) -> Any:
+def run_together(layers: list[tuple[str, nn.Module]], x: Tensor, reports: list[LayerReport]) -> Any:
     """Run named layers over (T, N, ...); returns what the last one returns at all steps.
 
     Each layer's report is appended to `reports`. On the CPU as many steps go through all layers at
@@ -32,7 +30,8 @@ def run_together(
     """
     run, count = _Run(layers), x.shape[0]
     gathered = Gathered(layers[-1][0], count)
-    if count == 1 or x.device.type != "cpu" or torch.compiler.is_compiling() or x.nbytes <= FOLD // 8:
+    in_chunks = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if count == 1 or not in_chunks or x.nbytes <= FOLD // 8:
         gathered.add(run(x))
     else:
         # The gradient of slices would fill one whole x of zeros for each of them.
@@ -93,7 +92,8 @@ class _Run:
         self._measure(x)
 
     def _measure(self, x: Any) -> None:
-        if isinstance(x, Tensor) and not torch.compiler.is_compiling():  # a symbolic shape has no nbytes
+        # A symbolic shape has no nbytes, and what is no tensor will be an error of Gathered's.
+        if isinstance(x, Tensor) and not torch.compiler.is_compiling():
             self.largest = max(self.largest, x.nbytes)
 
 

@@ -185,12 +185,11 @@ def test_it_equals_the_loop_in_training(name, form):
 
 
 @pytest.mark.parametrize("limit", [1, 2000, 20000])
-@pytest.mark.parametrize(
-    "name", ["a classifier", "pools and shapes", "norms", "nested", "in place"]
-)
-def test_folded_layers_run_in_chunks_of_steps(name, limit, monkeypatch):
+@pytest.mark.parametrize("name", NETS)
+def test_layers_run_together_in_chunks_of_steps(name, limit, monkeypatch):
     make, kinds = NETS[name]
     monkeypatch.setattr(snnlstm.together, "FOLD", limit)
+    monkeypatch.setattr(snnlstm.gather, "IN_PLACE", 0)
     torch.manual_seed(0)
     equals_the_loop(nn.Sequential(*make()), X, kinds, atol=1e-5)
 
