@@ -14,11 +14,20 @@ IN_PLACE = 1 << 20
 """Bytes of the whole tensor, from which on each step's result is copied into it at once."""
 
 
-def first_item(out: Any) -> Any:
-    """What the next layer gets of what a layer returned: of a tuple, the first item."""
+def first_item(name: str, out: Any) -> Tensor:
+    """What the next layer gets of what layer `name` returned: of a tuple, the first item."""
     while isinstance(out, tuple | list):
         out = out[0]
+    if not isinstance(out, Tensor):
+        raise TypeError(_no_tensor(name, out))
     return out
+
+
+def _no_tensor(name: str, out: Any) -> str:
+    return (
+        f"layer {name} must return tensors, or tuples of them, at every step, "
+        f"got {type(out).__name__}"
+    )
 
 
 class _Put(torch.autograd.Function):
@@ -84,11 +93,7 @@ class Gathered:
                 for step in out:
                     self._add(step)
         else:
-            kinds = {type(step).__name__ for step in out}
-            raise TypeError(
-                f"layer {self.name} must return tensors, or tuples of them, at every step, "
-                f"got {' and '.join(sorted(kinds))}"
-            )
+            raise TypeError(_no_tensor(self.name, out[0]))
 
     def _add(self, part: Tensor, count: int = 0) -> None:
         """Add the result of one step, or that of `count` steps, (count, ...)."""

@@ -1,4 +1,4 @@
-"""A stack of layers over whole sequences, layer by layer instead of step by step."""
+"""A stack of layers over whole sequences, whose cells get all steps in one call."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ class Sequential(nn.Sequential):
     """Time-distributed ``nn.Sequential``: takes and returns sequences, (T, N, ...).
 
     Equal to a loop over the steps that calls the layers one after the other, gradients and the
-    states at the end included, but runs layer by layer. After a call :attr:`report` shows which of
-    three kinds of calls each layer got:
+    states at the end included, but each cell gets all steps in one call. The layers between two
+    cells run together: all of them for one step, or for a few steps of small images, then for the
+    next. After a call :attr:`report` shows which of three kinds of calls each layer got:
 
     - *sequence*: :class:`SConv2dLSTM`, one call for all steps;
     - *fold*: layers of torch that treat every sample alone (convolutions, linear layers,
-      activations, pooling, eval-mode batch norm, ...), a call with many steps as one batch;
+      activations, pooling, eval-mode batch norm, ...), a call with as many steps as fit the
+      cache, as one batch;
     - *step*: everything else, one call for each step: snnTorch's other neurons, batch norm in
       training (its statistics are those of one step), dropout in training (a new mask for every
       step), whatever carries hooks, and modules that are not known here.
@@ -144,6 +146,8 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False) -> Any:
             return snnlstm.unroll(x, self.lstm1, self.lstm2, nn.Flatten(), self.fc, self.lif)
 
     With ``init_hidden=False`` a cell or neuron goes on from its stored state: reset it first.
+    ``unroll`` keeps nothing, so it has no report: ``snnlstm.Sequential(*layers)`` makes a module
+    of the same layers, whose :attr:`Sequential.report` tells how each of them went.
 
     Parameters
     ----------
@@ -266,7 +270,7 @@ def _run(layers: list[Named], x: Tensor, reports: list[LayerReport]) -> Any:
                 position += 1
             out = run_together(layers[begin:position], x, reports)
         if position < len(layers):
-            x = out = first_item(out)
+            x = out = first_item(layers[position - 1][0], out)
     return out
 
 

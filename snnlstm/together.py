@@ -65,23 +65,25 @@ class _Run:
         first = not self.reports
         batch = given.flatten(0, 1) if isinstance(given, Tensor) else None
         steps: Any = None if batch is not None else given
+        before = ""
         for index, (name, layer) in enumerate(self.layers):
+            if batch is None and index:
+                steps = [first_item(before, step) for step in steps]
             if first:
-                one = batch if batch is not None else first_item(steps[0])
-                self._learn(name, layer, one)
+                self._learn(name, layer, steps[0] if batch is None else batch)
+            before = name
             writes = self.writes[index]
             if count > 1 and self.reports[index].kind == "fold":
                 if batch is None:
-                    batch = torch.cat([first_item(step) for step in steps])
+                    batch = torch.cat(steps)
                 batch = layer(own(batch) if writes else batch)
             else:
                 if batch is not None:
                     steps = batch.unflatten(0, (count, batch.shape[0] // count)).unbind(0)
                     batch = None
-                steps = [first_item(step) for step in steps] if index else steps
                 steps = [layer(own(step) if writes else step) for step in steps]
         if first:
-            self._measure(first_item(steps[0]) if batch is None else batch)
+            self._measure(steps[0] if batch is None else batch)
         if batch is None:
             return steps
         return batch.unflatten(0, (count, batch.shape[0] // count))
@@ -91,8 +93,9 @@ class _Run:
         self.writes.append(may_write(layer))
         self._measure(x)
 
-    def _measure(self, x: Any) -> None:
-        # A symbolic shape has no nbytes, and what is no tensor will be an error of Gathered's.
+    def _measure(self, out: Any) -> None:
+        # A symbolic shape has no nbytes.
+        x = out[0] if isinstance(out, tuple | list) else out
         if isinstance(x, Tensor) and not torch.compiler.is_compiling():
             self.largest = max(self.largest, x.nbytes)
 
