@@ -7,6 +7,7 @@ missing or broken snnTorch costs no more than these.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import types
 import weakref
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import surrogate
+from . import quant, surrogate
 from .quant import StateQuant
 
 __all__ = ["recognise_quant", "recognise_surrogate"]
@@ -109,16 +110,43 @@ def _agree(theirs: Callable[[Tensor], Tensor], ours: surrogate.Surrogate) -> boo
 def recognise_quant(
     state_quant: Callable[[Tensor], Tensor],
 ) -> StateQuant | Callable[[Tensor], Tensor]:
-    """Our quantiser for one of ``snntorch.functional.quant``; anything else as it came."""
-    if not isinstance(state_quant, types.FunctionType):
+    """Our quantiser for one of ``snntorch.functional.quant``; anything else as it came.
+
+    snnTorch 1.0.0 makes closures, which hold their levels. An object may hold its levels, or the
+    arguments of snnTorch's function. Either is recognised by its name and by what it computes.
+    """
+    closure = state_quant if isinstance(state_quant, types.FunctionType) else None
+    named: Any = closure or type(state_quant)
+    if isinstance(state_quant, nn.Module) or not str(named.__module__).startswith("snntorch."):
         return state_quant
-    name = f"{state_quant.__module__}.{state_quant.__qualname__}"
-    if name != "snntorch.functional.quant.state_quant.<locals>.inner":
+    if "quant" not in _plain(named.__qualname__):
         return state_quant
     try:
-        return StateQuant(_captured(state_quant)["levels"])
+        held = _captured(closure) if closure else vars(state_quant)
+        tensors = [value for value in held.values() if isinstance(value, Tensor)]
+        if not tensors:
+            names = inspect.signature(quant.state_quant).parameters
+            tensors = [quant.state_quant(**{name: held[name] for name in names}).levels]
+        made = StateQuant(*tensors)
     except (KeyError, TypeError, ValueError):
         return state_quant
+    return made if _agree_on_levels(state_quant, made) else state_quant
+
+
+def _agree_on_levels(theirs: Callable[[Tensor], Tensor], ours: StateQuant) -> bool:
+    """Whether two quantisers give the same values and gradients around some of the levels."""
+    with torch.inference_mode(False), torch.enable_grad():
+        some = ours.levels[:: max(1, ours.levels.numel() // 64)].float()
+        ends = torch.stack([ours.levels.min() - 1, ours.levels.max() + 1]).float()
+        middles = (some[1:] + some[:-1]) / 2
+        x = torch.cat([some, middles, middles * 0.999 + 1e-4, ends]).requires_grad_()
+        weights = torch.linspace(0.5, 1.5, len(x), device="cpu")
+        try:
+            out = theirs(x)
+            (gradient,) = torch.autograd.grad(out, x, weights.to(out.dtype))
+        except Exception:  # whatever a foreign callable raises
+            return False
+        return torch.equal(out.float(), ours(x).float()) and torch.equal(gradient, weights)
 
 
 # ---- base class and registry --------------------------------------------------------------

@@ -245,9 +245,10 @@ def _why_not_as_released(cell: Any) -> str | None:
             return f"its {name} was replaced"
         if getattr(Base, name, None) is not released:
             return f"snntorch.SConv2dLSTM.{name} was replaced"
-    chosen = getattr(cell.state_function, "__func__", None)
-    if chosen is None or METHODS.get(chosen.__name__) is not chosen:
-        return "its state_function was replaced"
+    if "state_function" in cell.__dict__:
+        chosen = getattr(cell.state_function, "__func__", None)
+        if chosen is None or METHODS.get(chosen.__name__) is not chosen:
+            return "its state_function was replaced"
     return None
 
 
@@ -290,7 +291,7 @@ def _adopt(old: Any) -> nn.Module:
         for name in ("spike_grad", "state_quant")
         if name not in old._modules
     }
-    _share(old, cell, {"state_function", "reset"})
+    _share(old, cell, {"reset", *_own_methods(old)})
     states = {name: cell._buffers.pop(name) for name in ("syn", "mem")}
     cell._non_persistent_buffers_set -= set(states)
     cell._initial_threshold = cell.threshold.detach().clone()
@@ -319,10 +320,17 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
     ours = set(vars(SConv2dLSTM(1, 1, 1, threshold=0.1, device="meta")))
     ours |= {"path", "_adopted", "_layer_name"}
     _share(old, cell, ours)
-    cell.state_function = MethodType(cell.state_function.__func__, old)  # old is to become cell
+    for name, method in _own_methods(cell).items():
+        setattr(cell, name, MethodType(method.__func__, old))  # old is to become cell
     cell._buffers.update(syn=old.syn, mem=old.mem)
     cell._non_persistent_buffers_set |= {"syn", "mem"}
     return cell
+
+
+def _own_methods(cell: Any) -> dict[str, MethodType]:
+    """The attributes that are methods of the cell itself, such as the chosen state_function."""
+    methods = {k: v for k, v in cell.__dict__.items() if isinstance(v, MethodType)}
+    return {name: method for name, method in methods.items() if method.__self__ is cell}
 
 
 def _share(old: nn.Module, new: nn.Module, private: set[str]) -> None:
