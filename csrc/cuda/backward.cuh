@@ -95,7 +95,7 @@ class BackwardSums {
 template <class Element, int NT>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
     backward_mma(const __grid_constant__ BackwardMma p) {
-  if constexpr (arch::has_mma) {
+  if constexpr (arch::has_mma<Element>) {
     auto* shared = &shared_memory<unsigned char>();
     const BlockPlace block = block_of(p.tiling, blockIdx.x);
     const int channels = p.conv.warp_columns * 8 * NT;
@@ -141,7 +141,7 @@ SNNLSTM_DEVICE void data_gradient(const DataGradientMma& p, unsigned index) {
 template <class Element>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
     data_gradient_mma(const __grid_constant__ Jobs<DataGradientMma> p) {
-  if constexpr (arch::has_mma) {
+  if constexpr (arch::has_mma<Element>) {
     unsigned index = blockIdx.x;
     const DataGradientMma& job = job_of(p.job, unsigned(p.job[0].blocks), index);
     if (job.tiles == 8)

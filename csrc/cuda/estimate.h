@@ -29,7 +29,7 @@ inline Rates rates_of(const Device& t) {
             : t.compute_capability >= 89  ? Rates{83, 41, 41, 1.0, 1.0, 128}      // RTX 4090
             : t.compute_capability >= 86  ? Rates{36, 18, 18, 0.94, 1.0, 82}      // RTX 3090
             : t.compute_capability >= 80  ? Rates{156, 78, 9.7, 1.55, 1.0, 108}   // A100
-                                          : Rates{33, 4, 4, 0.32, 0.0, 40};       // T4
+                                          : Rates{33, 4, 4, 0.32, 1.0, 40};       // T4
   const double part = double(t.multiprocessors) / r.multiprocessors;
   r.half *= part, r.tf32 *= part, r.fp32 *= part;
   return r;

@@ -38,7 +38,7 @@ SNNLSTM_DEVICE void take(const float (&acc)[4 * Tiles][4], float (&sum)[4][2][2 
 template <class Element, int Tiles>
 __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
     forward_mma(const __grid_constant__ ForwardMma p) {
-  if constexpr (arch::has_mma) {
+  if constexpr (arch::has_mma<Element>) {
     constexpr int kTiles = 4 * Tiles, kHeld = 2 * Tiles, kChannels = 8 * Tiles;
     auto* shared = &shared_memory<unsigned char>();
     const BlockPlace block = block_of(p.tiling, blockIdx.x);

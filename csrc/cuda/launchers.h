@@ -48,6 +48,7 @@ void resident_backward(const BackwardPass& plan, const BackwardArgs& args,
 template <class F>
 void with_element(Multiply multiply, F&& f) {
   if (multiply == Multiply::tf32x3) return f(mma_gemm::Parts{});
+  if (multiply == Multiply::fp16_sm75) return f(fp16_sm75{});
   multiply == Multiply::tf32 ? f(float{}) : f(uint16_t{});
 }
 

@@ -107,6 +107,8 @@ class MmaGemm {
       multiply_in_parts(a, b, acc);
     else if constexpr (!kHalf)
       multiply_with<tf32>(a, b, acc);
+    else if constexpr (std::is_same_v<Element, fp16_sm75>)
+      multiply_with<fp16_sm75>(a, b, acc);
     else if (multiply == Multiply::bf16)
       multiply_with<bf16>(a, b, acc);
     else

@@ -22,7 +22,9 @@ namespace snnlstm::cuda {
 
 namespace mma_gemm {
 constexpr int kStages = 4;
-}
+// Pieces of 16 bytes of a stage that a thread carries in registers, if it carries (kCarries).
+constexpr int kCarried = 2;
+}  // namespace mma_gemm
 
 struct MmaConv {
   Multiply multiply = Multiply::tf32;
@@ -145,16 +147,37 @@ class MmaPipeline {
     return shared_ + buffer * p_.buffer_bytes;
   }
 
-  // Begins to copy the next stage, as one group with all else that this thread has begun to copy.
+  // Begins to copy the next stage, as one group with all else that this thread has begun to copy. A
+  // thread that carries lays down the stage that it has, and takes the next.
   SNNLSTM_DEVICE void copy_stage() {
+    if constexpr (kCarries<Element>) {
+      if (copied_ > 0) lay_down();
+    }
     const int from = copied_ * p_.stage_units;
     const int bytes = min(p_.stage_units, p_.units - from) * p_.unit_bytes;
     unsigned char* to = stages_ + copied_ % mma_gemm::kStages * p_.stage_bytes();
     const unsigned char* source = weight_ + int64_t(from) * p_.unit_bytes;
+    if constexpr (kCarries<Element>) {
+      carried_to_ = to, carried_bytes_ = bytes;
+      unrolled<mma_gemm::kCarried>([&](int k) {
+        if (piece(k) < bytes) carried_[k] = load<uint4>(source + piece(k));
+      });
+      ++copied_;
+      return;
+    }
     for (int i = int(threadIdx.x) * 16; i < bytes; i += int(blockDim.x) * 16)
       cp_async(to + i, source + i);
     cp_async_commit();
     ++copied_;
+  }
+
+  // Returns the place of the k-th piece of a stage that the thread carries.
+  SNNLSTM_DEVICE static int piece(int k) { return 16 * (k * int(blockDim.x) + int(threadIdx.x)); }
+  SNNLSTM_DEVICE void lay_down() const {
+    const int late = fault(Fault::missing_wait, 4) ? 16 : 0;
+    unrolled<mma_gemm::kCarried>([&](int k) {
+      if (piece(k) < carried_bytes_ - late) store(carried_to_ + piece(k), carried_[k]);
+    });
   }
 
   SNNLSTM_DEVICE void next_stage() {
@@ -180,6 +203,10 @@ class MmaPipeline {
   int weights_at_ = 0;  // the next unit in the ring, in bytes
   int stage_end_ = 0;   // end of that unit's stage
   int stages_since_load_ = 0;
+  // The stage that the thread carries: where it comes to, and how long it is.
+  uint4 carried_[kCarries<Element> ? mma_gemm::kCarried : 1];
+  unsigned char* carried_to_ = nullptr;
+  int carried_bytes_ = 0;
   MmaSource<Element, AnyFeed> source_;
 };
 

@@ -102,11 +102,18 @@ inline MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDe
   return m;
 }
 
-// Returns the turns of all threads together for a full chunk that is not copied asynchronously.
+// Returns whether threads bring the source while they multiply, turn by turn.
+inline bool comes_in_turns(const MmaSegment& m, const MmaType& type) {
+  return m.feed == Feed::gather || m.feed == Feed::vectors ||
+         (m.feed == Feed::async && type.multiply == Multiply::fp16_sm75);
+}
+
+// Returns the turns of all threads together for a full chunk.
 inline int64_t chunk_turns(const MmaSegment& m, const MmaType& type) {
   return mma_tile::kGroups * (m.feed == Feed::vectors
                                   ? int64_t(type.per_group() / 4) * m.halo_h * m.halo_w
-                                  : int64_t(m.by_run.value));
+                              : m.feed == Feed::async ? int64_t(m.halo_h) * m.halo_w
+                                                      : int64_t(m.by_run.value));
 }
 
 // Returns a neighbourhood's bytes, at most 2^28: an int counts several of them.
@@ -136,16 +143,19 @@ struct MmaBuilder {
     conv.buffer_bytes = int(std::max<int64_t>(conv.buffer_bytes, neighbourhood_bytes(m)));
   }
 
-  // A stage has about 8 KiB, or 16 if the weights come in parts. weight: the first unit of the
-  // first column block; pitch: bytes from one block to the next.
+  // A stage has about 8 KiB, or 16 if the weights come in parts, or what threads carry. weight: the
+  // first unit of the first column block; pitch: bytes from one block to the next.
   void finish(const void* weight, int64_t pitch, int threads) {
-    const int wanted = 16 * type.pair_bytes() / conv.unit_bytes;
+    int bytes = 16 * type.pair_bytes();
+    if (type.multiply == Multiply::fp16_sm75)
+      bytes = std::min(bytes, 16 * mma_gemm::kCarried * threads);
+    const int wanted = bytes / conv.unit_bytes;
     conv.stage_units = std::max(std::min(wanted, conv.units), 1);
     conv.weight = weight;
     conv.weight_pitch = pitch;
     for (int k = 0; k < conv.segments; ++k) {
       MmaSegment& m = conv.segment[k];
-      if (m.feed != Feed::gather && m.feed != Feed::vectors) continue;
+      if (!comes_in_turns(m, type)) continue;
       // The chunk comes while the one before is computed, if that is a full one.
       const int64_t turns = ceil_div(chunk_turns(m, type), threads);
       m.turns = int(ceil_div(turns, std::max(2 * m.taps / conv.stage_units, 1)));

@@ -16,9 +16,11 @@
 namespace snnlstm::cuda {
 
 // How the convolutions multiply. tf32x3: float32 as the sum of two tf32 numbers, in three products.
-enum class Multiply : int { fma, fp16, bf16, tf32, tf32x3 };
+enum class Multiply : int { fma, fp16, bf16, tf32, tf32x3, fp16_sm75 };
 
-SNNLSTM_BOTH bool is_half(Multiply m) { return m == Multiply::fp16 || m == Multiply::bf16; }
+SNNLSTM_BOTH bool is_half(Multiply m) {
+  return m == Multiply::fp16 || m == Multiply::bf16 || m == Multiply::fp16_sm75;
+}
 SNNLSTM_BOTH DType half_type(Multiply m) {
   return m == Multiply::bf16 ? DType::bfloat16 : DType::float16;
 }
@@ -59,14 +61,19 @@ struct MmaSegment {
   SNNLSTM_BOTH int steps(int chunk) const { return chunk + 1 < chunks ? 2 : tail_steps; }
 };
 
-// Element: of shared memory, float (which tf32 rounds when it is read) or the bits of an fp16 or
-// bf16. AnyFeed: false if all sources are our own images (Feed::async).
+// Whether threads carry to shared memory, in registers, what cp_async() brings elsewhere.
+template <class Element>
+constexpr bool kCarries = std::is_same_v<Element, fp16_sm75>;
+
+// Element: of shared memory, float (which tf32 rounds when it is read), the bits of an fp16 or
+// bf16, or fp16_sm75. AnyFeed: false if all sources are our own images (Feed::async).
 template <class Element, bool AnyFeed>
 class MmaSource {
  public:
   static constexpr bool kHalf = sizeof(Element) == 2;
   static constexpr int kPerGroup = mma_tile::kGroupBytes / sizeof(Element);
   static constexpr int kPerChunk = mma_tile::kGroups * kPerGroup;
+  static constexpr bool kTurns = AnyFeed || kCarries<Element>;
 
   SNNLSTM_DEVICE MmaSource(Multiply multiply, const Tiling& tiling)
       : multiply_(multiply), tiling_(tiling) {}
@@ -94,7 +101,10 @@ class MmaSource {
     in_flight_.target = -1;
     next_item_ = int(threadIdx.x), items_ = 0;
     if (!AnyFeed || seg.feed == Feed::async) {
-      copy_async(seg, chunk, buffer);
+      if constexpr (kCarries<Element>)
+        items_ = items(seg, chunk);
+      else
+        copy_async(seg, chunk, buffer);
     } else if (seg.feed != Feed::patches) {
       if (border) fill_border(seg, buffer);
       items_ = items(seg, chunk);
@@ -104,8 +114,8 @@ class MmaSource {
   // Loads the rest of the chunk at once, Count loads at a time; patches always come like this.
   template <int Count>
   SNNLSTM_DEVICE void finish(const MmaSegment& seg) {
-    if constexpr (AnyFeed) {
-      if (seg.feed == Feed::patches) return lay_out(seg, chunk_, buffer_);
+    if constexpr (kTurns) {
+      if (AnyFeed && seg.feed == Feed::patches) return lay_out(seg, chunk_, buffer_);
 #pragma unroll 1
       for (; next_item_ < items_; next_item_ += Count * int(blockDim.x)) {
         Item item[Count];
@@ -118,7 +128,7 @@ class MmaSource {
 
   // Ends the loads of the last call, and begins the next: a load has the time between calls.
   SNNLSTM_DEVICE void turn(const MmaSegment& seg) {
-    if constexpr (AnyFeed) {
+    if constexpr (kTurns) {
 #pragma unroll 1
       for (int k = 0; k < seg.turns; ++k) {
         put(seg, in_flight_, buffer_);
@@ -129,7 +139,7 @@ class MmaSource {
     }
   }
   SNNLSTM_DEVICE void end(const MmaSegment& seg) const {
-    if constexpr (AnyFeed) put(seg, in_flight_, buffer_);
+    if constexpr (kTurns) put(seg, in_flight_, buffer_);
   }
 
  private:
@@ -144,7 +154,8 @@ class MmaSource {
                                                              : int(seg.by_run.value));
   }
 
-  // What one turn brings: 16 bytes of one pixel, or 4 channels of Feed::vectors.
+  // What one turn brings: 16 bytes of one pixel, or 4 channels of Feed::vectors. What cp_async()
+  // would bring has its bits in the first 4 values.
   struct Item {
     int target = -1;  // bytes from the buffer's start; -1: nothing to do
     float value[kPerGroup];
@@ -155,7 +166,14 @@ class MmaSource {
     const void* image = image_of(s.src, at_.t, at_.n);
     item.target = -1;
     unsigned rest = unsigned(number);
-    if (seg.feed == Feed::vectors) {  // a warp's loads lie side by side
+    if (kCarries<Element> && (!AnyFeed || seg.feed == Feed::async)) {
+      if (number >= items_) return;
+      const Group at = group_of(seg, chunk, number);
+      item.target = at.target;
+      const auto v = at.real ? load<float4>(static_cast<const Element*>(image) + at.from)
+                             : make_float4(0, 0, 0, 0);
+      item.value[0] = v.x, item.value[1] = v.y, item.value[2] = v.z, item.value[3] = v.w;
+    } else if (seg.feed == Feed::vectors) {  // a warp's loads lie side by side
       const int lanes = (kPerGroup / 4) * groups(seg, chunk);
       const int part = number & (lanes - 1);
       unsigned row = unsigned(number) >> (seg.steps(chunk) + kPerGroup / 8);
@@ -220,12 +238,14 @@ class MmaSource {
   SNNLSTM_DEVICE void put(const MmaSegment& seg, const Item& item, unsigned char* buffer) const {
     if (item.target < 0) return;
     unsigned char* to = buffer + item.target;
-    if (kHalf && seg.feed == Feed::vectors) {
+    const auto& v = item.value;
+    if (kCarries<Element> && (!AnyFeed || seg.feed == Feed::async)) {
+      store(to, make_float4(v[0], v[1], v[2], v[3]));
+    } else if (kHalf && seg.feed == Feed::vectors) {
       const DType type = half_type(multiply_);
-      store(to, make_uint2(pack16(type, item.value[0], item.value[1]),
-                           pack16(type, item.value[2], item.value[3])));
+      store(to, make_uint2(pack16(type, v[0], v[1]), pack16(type, v[2], v[3])));
     } else {
-      store_group(to, item.value);
+      store_group(to, v);
     }
   }
 
@@ -239,20 +259,31 @@ class MmaSource {
   }
 
   SNNLSTM_DEVICE void copy_async(const MmaSegment& seg, int chunk, unsigned char* buffer) const {
-    const Segment& s = seg.s;
-    const auto* image = static_cast<const Element*>(image_of(s.src, at_.t, at_.n));
-    const int lanes = groups(seg, chunk), count = items(seg, chunk);
-    const int top = origin_h(s), left = origin_w(s);
+    const auto* image = static_cast<const Element*>(image_of(seg.s.src, at_.t, at_.n));
+    const int count = items(seg, chunk);
     for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
-      const int group = i & (lanes - 1);
-      unsigned row = unsigned(i) >> seg.steps(chunk);
-      const int col = int(seg.by_halo_w.split(row));
-      const int y = top + int(row), x = left + col, c = chunk * kPerChunk + group * kPerGroup;
-      const bool real = inside(y, s.height) && inside(x, s.width) && c < s.channels;
-      const int shift = fault(Fault::wrong_halo, 1) && x + 1 < s.width ? 1 : 0;
-      cp_async(buffer + mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) + group * 16,
-               real ? image + offset(s.src, c, y, x + shift) : image, real);
+      const Group at = group_of(seg, chunk, i);
+      cp_async(buffer + at.target, image + at.from, at.real);
     }
+  }
+
+  // Where a group of 16 bytes of Feed::async comes to, in bytes, and from, in elements of the
+  // image. real: false if it lies outside of the image, or behind the last channel.
+  struct Group {
+    int target, from;
+    bool real;
+  };
+  SNNLSTM_DEVICE Group group_of(const MmaSegment& seg, int chunk, int number) const {
+    const Segment& s = seg.s;
+    const int group = number & (groups(seg, chunk) - 1);
+    unsigned row = unsigned(number) >> seg.steps(chunk);
+    const int col = int(seg.by_halo_w.split(row));
+    const int y = origin_h(s) + int(row), x = origin_w(s) + col;
+    const int c = chunk * kPerChunk + group * kPerGroup;
+    const bool real = inside(y, s.height) && inside(x, s.width) && c < s.channels;
+    const int shift = fault(Fault::wrong_halo, 1) && x + 1 < s.width ? 1 : 0;
+    return {mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) + group * 16,
+            real ? offset(s.src, c, y, x + shift) : 0, real};
   }
 
   // Writes the zeros around the image. (copy_async() writes its own.)

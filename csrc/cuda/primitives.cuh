@@ -20,9 +20,9 @@
 // - A pointer into one array is neither compared with a pointer into another array nor derived from
 //   it: the emulation checks each access against the array that the address lies in.
 // - fault() marks the places at which the tests can break a kernel.
-// - `if constexpr (arch::has_mma)` tells architectures apart. sm_75 has no cp.async, so that
-//   cp_async() is a plain copy there. It has none of the mma shapes below, so that a kernel which
-//   needs them traps.
+// - `if constexpr (arch::has_mma<T>)` tells architectures apart: on sm_75 tensor cores multiply
+//   fp16_sm75 alone, on others all types but that. A kernel whose type the architecture does not
+//   multiply traps. sm_75 has no cp.async, so that cp_async() is a plain copy there.
 #pragma once
 
 #include <cstddef>
@@ -52,10 +52,13 @@ namespace snnlstm::cuda {
 constexpr unsigned full_warp = 0xffffffffu;
 
 namespace arch {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr bool has_mma = false;  // m16n8k16 of fp16 and bf16, m16n8k8 of tf32
-#else
+// Whether kernels whose elements are of this type multiply on tensor cores.
+#if !defined(__CUDA_ARCH__)
+template <class T>
 constexpr bool has_mma = true;
+#else
+template <class T>
+constexpr bool has_mma = std::is_same_v<T, fp16_sm75> == (__CUDA_ARCH__ < 800);
 #endif
 }  // namespace arch
 
@@ -191,30 +194,46 @@ inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row SNNLSTM_SITE) 
 // tf32, K = 8
 //   a[0] (g, t)    a[1] (g + 8, t)    a[2] (g, t + 4)    a[3] (g + 8, t + 4)
 //   b[0] (t, g)    b[1] (t + 4, g)
+// fp16_sm75: the registers are fp16's, in two instructions of K = 8
 // Source: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "mma.m16n8k8".
 template <class T>
 SNNLSTM_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4],
                         const uint32_t (&b)[2] SNNLSTM_SITE) {
   [[maybe_unused]] constexpr bool is_fp16 = std::is_same_v<T, fp16>,
-                                  is_bf16 = std::is_same_v<T, bf16>;
+                                  is_bf16 = std::is_same_v<T, bf16>,
+                                  in_two = std::is_same_v<T, fp16_sm75>;
 #if !defined(__CUDACC__)
   using Type = ::simt::MmaType;
-  ::simt::mma(is_fp16 ? Type::fp16 : is_bf16 ? Type::bf16 : Type::tf32, d, a, b, site);
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  __trap();  // a launcher has chosen the wrong kernel
+  constexpr Type type = in_two    ? Type::fp16_k8
+                        : is_fp16 ? Type::fp16
+                        : is_bf16 ? Type::bf16
+                                  : Type::tf32;
+  for (int k = 0; k < (in_two ? 2 : 1); ++k) ::simt::mma(type, d, a + 2 * k, b + k, site);
 #else
+#define SNNLSTM_MMA_K8(a0, a1, b0)                           \
+  asm volatile(                                              \
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"     \
+      " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])       \
+      : "r"(a0), "r"(a1), "r"(b0))
 #define SNNLSTM_MMA(shape_and_types)                                              \
   asm volatile("mma.sync.aligned." shape_and_types                                \
                " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                   \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-  if constexpr (is_fp16)
+  if constexpr (!arch::has_mma<T>) {
+    trap_without_mma();  // a launcher has chosen the wrong kernel
+  } else if constexpr (in_two) {
+    SNNLSTM_MMA_K8(a[0], a[1], b[0]);
+    SNNLSTM_MMA_K8(a[2], a[3], b[1]);
+  } else if constexpr (is_fp16)
     SNNLSTM_MMA("m16n8k16.row.col.f32.f16.f16.f32");
   else if constexpr (is_bf16)
     SNNLSTM_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
   else
     SNNLSTM_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
 #undef SNNLSTM_MMA
+#undef SNNLSTM_MMA_K8
 #endif
 }
 

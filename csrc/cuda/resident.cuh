@@ -88,7 +88,7 @@ struct ResidentArgs {
 template <class Element, class R>
 SNNLSTM_DEVICE Element element_of(DType type, R value) {
   if constexpr (sizeof(Element) == 2)
-    return Element(to_bits16(type, value));
+    return Element{uint16_t(to_bits16(type, value))};
   else if constexpr (std::is_same_v<Element, tf32>)
     return tf32{mma_gemm::rounds_to_tf32(detail::bits_of(value))};
   else

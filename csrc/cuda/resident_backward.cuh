@@ -267,7 +267,7 @@ class ResidentBackwardFma {
 template <class Element>
 __global__ void __launch_bounds__(resident::backward_threads(sizeof(float)), 1)
     resident_backward_mma(const __grid_constant__ ResidentBackward p) {
-  if constexpr (arch::has_mma)
+  if constexpr (arch::has_mma<Element>)
     run_resident<ResidentBackwardBlock<Stored<Element>, float, false>, BackwardTile<float>,
                  ResidentBackwardMma<Element>>(p);
   else

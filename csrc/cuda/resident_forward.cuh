@@ -289,7 +289,7 @@ class ResidentMma {
 template <class Element, int Tiles>
 __global__ void __launch_bounds__(resident::threads(4 * Tiles), 1)
     resident_forward_mma(const __grid_constant__ ResidentForward p) {
-  if constexpr (arch::has_mma)
+  if constexpr (arch::has_mma<Element>)
     run_resident<ResidentForwardBlock<Stored<Element>, float, 2 * Tiles>, ForwardTile<float>,
                  ResidentMma<Element, Tiles>>(p);
   else

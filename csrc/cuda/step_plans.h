@@ -14,12 +14,18 @@
 namespace snnlstm::cuda {
 
 inline const char* name_of(Multiply m) {
-  constexpr const char* names[] = {"fma", "mma-fp16", "mma-bf16", "mma-tf32", "mma-3xtf32"};
+  constexpr const char* names[] = {"fma",      "mma-fp16",   "mma-bf16",
+                                   "mma-tf32", "mma-3xtf32", "mma-fp16"};
   return names[int(m)];
 }
 
 inline Multiply wanted_multiply(const Cell& cell, const Device& device, Matrix matrix) {
-  if (device.compute_capability < 80 || cell.dtype == DType::float64) return Multiply::fma;
+  if (device.compute_capability < 75 || cell.dtype == DType::float64) return Multiply::fma;
+  if (device.compute_capability < 80) {
+    const bool fp16 =
+        cell.dtype == DType::float16 || (cell.dtype == DType::float32 && matrix == Matrix::float16);
+    return fp16 ? Multiply::fp16_sm75 : Multiply::fma;
+  }
   if (cell.dtype == DType::float16) return Multiply::fp16;
   if (cell.dtype == DType::bfloat16) return Multiply::bf16;
   constexpr Multiply by_matrix[] = {Multiply::fma, Multiply::tf32, Multiply::tf32x3, Multiply::fp16,

@@ -24,8 +24,12 @@ void launch_weight_gradient_mma(const WeightPlans& plan, const Jobs<WeightGradie
   const Launch how{"weight gradient (mma)", blocks, plan.threads(), size_t(plan.shared_bytes()),
                    stream};
   constexpr void (*kernels[])(Jobs<WeightGradientMma>) = {
-      nullptr, &weight_gradient_mma<Multiply::fp16>, &weight_gradient_mma<Multiply::bf16>,
-      &weight_gradient_mma<Multiply::tf32>, &weight_gradient_mma<Multiply::tf32x3>};
+      nullptr,
+      &weight_gradient_mma<Multiply::fp16>,
+      &weight_gradient_mma<Multiply::bf16>,
+      &weight_gradient_mma<Multiply::tf32>,
+      &weight_gradient_mma<Multiply::tf32x3>,
+      &weight_gradient_mma<Multiply::fp16_sm75>};
   launch(how, kernels[int(plan.x.multiply)], p);
 }
 

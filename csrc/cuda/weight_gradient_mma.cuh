@@ -62,11 +62,13 @@ SNNLSTM_BOTH int stage_bytes(int planes, int chunks, int neighbourhood) {
 template <Multiply M>
 class WeightGemm {
  public:
-  static constexpr bool kHalf = M == Multiply::fp16 || M == Multiply::bf16;
+  static constexpr bool kSm75 = M == Multiply::fp16_sm75;
+  static constexpr bool kHalf = M == Multiply::fp16 || M == Multiply::bf16 || kSm75;
   static constexpr bool kParts = M == Multiply::tf32x3;
-  using Element = std::conditional_t<kHalf, uint16_t, float>;
-  using Operand =
-      std::conditional_t<M == Multiply::fp16, fp16, std::conditional_t<kHalf, bf16, tf32>>;
+  using Element = std::conditional_t<kSm75, fp16_sm75, std::conditional_t<kHalf, uint16_t, float>>;
+  using Operand = std::conditional_t<
+      kSm75, fp16_sm75,
+      std::conditional_t<M == Multiply::fp16, fp16, std::conditional_t<kHalf, bf16, tf32>>>;
   static constexpr int kPerPlane = 64 / sizeof(Element);              // rows, or input channels
   static constexpr int kChunks = weight_tile::kChannels / kPerPlane;  // of the neighbourhood
   static constexpr int kTurns = weight_tile::kPixels / 16;            // of 16 pixels
@@ -113,8 +115,9 @@ class WeightGemm {
       const BlockPlace at = block_of(p_.grad.tiling, unsigned(i + 1));
       const MmaSegment& next = p_.source[more && at.t > 0 && p_.grad.later.present() ? 1 : 0];
       // Gathered elements come a few at a time, while the tensor cores work.
-      const bool in_turns =
-          more && computes && (next.feed == Feed::gather || next.feed == Feed::vectors);
+      const bool in_turns = more && computes &&
+                            (next.feed == Feed::gather || next.feed == Feed::vectors ||
+                             (kSm75 && next.feed == Feed::async));
       if (more) {
         copy_gates(at, buffer ^ 1);
         source_.move_to({p_.grad.source_time(at.t), at.n, at.y0, at.x0, 0, 0});
@@ -152,6 +155,9 @@ class WeightGemm {
         }
         if (in_turns) source_.end(next);
         if (++folded == kFold) folded = 0, fold();
+      }
+      if constexpr (kCarries<Element>) {
+        if (more) lay_down(buffer ^ 1);
       }
       shifts_ = first_shifts_ + next.lead * (weight_tile::kMostGroups * weight_tile::kTaps);
     }
@@ -191,6 +197,9 @@ class WeightGemm {
 
  private:
   using Sums = float[weight_tile::kTaps][2][2][4];  // [tap][m16 tile][n8 tile]
+  // Pieces of 16 bytes that a thread carries: the block has 256 for each of its warp rows, and
+  // 64 * tap_groups threads.
+  static constexpr int kPieces = kCarries<Element> ? 4 : 1;
 
   // Returns the place of totals 4 i ... 4 i + 3 of the thread.
   SNNLSTM_DEVICE float* total(int i) const {
@@ -222,23 +231,48 @@ class WeightGemm {
     source_.start(seg, number, neighbourhood(buffer, chunk), true);
   }
   // Begins to copy the tile's d_gates of the block's rows, with zeros outside of the image and
-  // behind the last row.
-  SNNLSTM_DEVICE void copy_gates(const BlockPlace& at, int buffer) const {
-    const Tiling& tiling = p_.grad.tiling;
+  // behind the last row. A thread that carries takes its pieces, and lay_down() ends that.
+  SNNLSTM_DEVICE void copy_gates(const BlockPlace& at, int buffer) {
     const auto* image = static_cast<const Element*>(image_of(p_.grad.d_gates, at.t, at.n));
-    const int units = 1 << p_.unit_bits, per_unit = 16 / int(sizeof(Element));
-    const int first = row_ * p_.warp_rows * 32;
-    for (int i = int(threadIdx.x); i < weight_tile::kPixels * units; i += int(blockDim.x)) {
-      const int unit = i & (units - 1), m = i >> p_.unit_bits;
-      unsigned y = unsigned(m);
-      const int x = int(tiling.by_w.split(y)), row = first + unit * per_unit;
-      const bool real = int(y) < tiling.h && at.y0 + int(y) < p_.grad.Ho &&
-                        at.x0 + x < p_.grad.Wo && row < p_.grad.rows;
-      const int from = ((at.y0 + int(y)) * p_.grad.Wo + at.x0 + x) * p_.grad.rows + row;
-      cp_async(gates(buffer) + unit / 4 * weight_tile::kPlaneBytes + mma_tile::row_offset(m) +
-                   unit % 4 * 16,
-               real ? image + from : image, real);
+    const int pieces = weight_tile::kPixels << p_.unit_bits;
+    if constexpr (kCarries<Element>) {
+      unrolled<kPieces>([&](int k) {
+        const int i = int(threadIdx.x) + k * int(blockDim.x);
+        carried_to_[k] = -1;
+        if (i >= pieces) return;
+        const auto [target, from, real] = gates_of(at, i);
+        carried_to_[k] = target;
+        carried_[k] = real ? load<uint4>(image + from) : make_uint4(0, 0, 0, 0);
+      });
+    } else {
+      for (int i = int(threadIdx.x); i < pieces; i += int(blockDim.x)) {
+        const auto [target, from, real] = gates_of(at, i);
+        cp_async(gates(buffer) + target, image + from, real);
+      }
     }
+  }
+  SNNLSTM_DEVICE void lay_down(int buffer) const {
+    unrolled<kPieces>([&](int k) {
+      if (carried_to_[k] >= 0) store(gates(buffer) + carried_to_[k], carried_[k]);
+    });
+  }
+
+  // Where 16 bytes of d_gates come to, in bytes, and from, in elements of the image.
+  struct Piece {
+    int target, from;
+    bool real;
+  };
+  SNNLSTM_DEVICE Piece gates_of(const BlockPlace& at, int number) const {
+    const Tiling& tiling = p_.grad.tiling;
+    const int unit = number & ((1 << p_.unit_bits) - 1), m = number >> p_.unit_bits;
+    unsigned y = unsigned(m);
+    const int x = int(tiling.by_w.split(y));
+    const int row = row_ * p_.warp_rows * 32 + unit * (16 / int(sizeof(Element)));
+    const bool real = int(y) < tiling.h && at.y0 + int(y) < p_.grad.Ho && at.x0 + x < p_.grad.Wo &&
+                      row < p_.grad.rows;
+    const int from = ((at.y0 + int(y)) * p_.grad.Wo + at.x0 + x) * p_.grad.rows + row;
+    return {unit / 4 * weight_tile::kPlaneBytes + mma_tile::row_offset(m) + unit % 4 * 16,
+            real ? from : 0, real};
   }
 
   // first: the block's first tap.
@@ -391,12 +425,14 @@ class WeightGemm {
   const int (*first_shifts_)[2], (*shifts_)[2];   // of the warp's taps: lead 0; the tile's lead
   int shift_[weight_tile::kTaps][kHalf ? 1 : 2];  // the lane's
   Sums acc_;
+  uint4 carried_[kPieces];
+  int carried_to_[kPieces];  // bytes from the buffer's start; -1: nothing
 };
 
 template <Multiply M>
 __global__ void __launch_bounds__(weight_tile::kMaxThreads, 1)
     weight_gradient_mma(const __grid_constant__ Jobs<WeightGradientMma> p) {
-  if constexpr (arch::has_mma) {
+  if constexpr (arch::has_mma<typename WeightGemm<M>::Operand>) {
     const WeightGradientMma& first = p.job[0];
     const int blocks = first.column_blocks * first.row_blocks * first.splits;
     int index = int(blockIdx.x);

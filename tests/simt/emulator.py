@@ -57,7 +57,8 @@ class Counts(Counter[str]):
     @property
     def mma(self) -> int:
         """Tensor core instructions of warps."""
-        return self["mma_fp16"] + self["mma_bf16"] + self["mma_tf32"]
+        kinds = ("fp16", "bf16", "tf32", "fp16_k8")
+        return sum(self[f"mma_{kind}"] for kind in kinds)
 
 
 class Launch(NamedTuple):

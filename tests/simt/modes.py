@@ -61,20 +61,22 @@ class Mode:
 
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+T4: dict[str, Any] = {"compute_capability": 75, "shared_bytes": 64 * 1024, "multiprocessors": 40}
 # On sm_86 plain float32 is faster than three products in tf32, on sm_80 it is slower.
 MODES = {
     "float64": Mode(F64, 1e-12, 1e-10),
     "float32": Mode(F32, 2e-6, 3e-5, compute_capability=86),
-    "float32 on sm_75": Mode(F32, 2e-6, 3e-5, "tf32", compute_capability=75),
+    "float32 on sm_75": Mode(F32, 2e-6, 3e-5, "tf32", **T4),
     "tf32x3": Mode(F32, 5e-6, 3e-5),
     "tf32": Mode(F32, 4e-3, 1e-2, "tf32"),
     "float16 states": Mode(F16, 3e-3, 2e-2),
     "bfloat16 states": Mode(BF16, 3e-2, 1.2e-1),
     "float16 autocast": Mode(F32, 4e-3, 1e-2, operands=F16),
     "bfloat16 autocast": Mode(F32, 3e-2, 8e-2, operands=BF16),
-    "float16 on sm_75": Mode(F16, 3e-3, 2e-2, compute_capability=75),
-    "bfloat16 on sm_75": Mode(BF16, 3e-2, 1.2e-1, compute_capability=75),
-    "bfloat16 autocast on sm_75": Mode(F32, 3e-2, 8e-2, operands=BF16, compute_capability=75),
+    "float16 on sm_75": Mode(F16, 3e-3, 2e-2, **T4),
+    "float16 autocast on sm_75": Mode(F32, 4e-3, 1e-2, operands=F16, **T4),
+    "bfloat16 on sm_75": Mode(BF16, 3e-2, 1.2e-1, **T4),
+    "bfloat16 autocast on sm_75": Mode(F32, 3e-2, 8e-2, operands=BF16, **T4),
 }
 # A sequence is one launch, on a GPU with as much shared memory as an H100.
 RESIDENT = {

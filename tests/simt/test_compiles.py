@@ -104,10 +104,14 @@ def test_the_installed_kernels_need_no_local_memory():
 
 @needs_nvcc
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", [75, 80])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_no_kernel_is_empty_on_an_architecture_without_tensor_cores(source):
-    """A kernel that the architecture has no instructions for ends in a trap."""
-    for name, instructions in gpu_tools.entries_of_ptx(source, 75).items():
+def test_a_kernel_multiplies_on_tensor_cores_or_traps(source, arch):
+    """Tensor cores of sm_75 multiply fp16_sm75 alone, others all types but that."""
+    for name, instructions in gpu_tools.entries_of_ptx(source, arch).items():
         assert instructions, f"{name} is empty"
-        multiplies = "_mma" in name and "pack_mma" not in name
-        assert not multiplies or any("trap" in line for line in instructions), name
+        if "_mma" not in name or "pack_mma" in name:
+            continue
+        of_sm75 = "fp16_sm75" in name or "MultiplyE5" in name
+        wanted = "trap" if of_sm75 != (arch == 75) else "mma.sync"
+        assert any(wanted in line for line in instructions), name

@@ -25,6 +25,7 @@ RUNS = {
     "bfloat16 states": ("channels last", "short chunks", "plain"),
     "tf32x3": ("sliced",),
     "float16 autocast": ("wide",),
+    "float16 on sm_75": ("channels last",),
     "float32 behind torch": ("plain", "max pool"),
     "resident tf32": ("odd sizes",),
     "resident float32": ("max pool", "pooled inhibition"),

@@ -17,18 +17,21 @@ TF32 = ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128", "LDGDEPBAR", "LDSM.16.M88.4
 BOTH_HALVES = ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", *TF32[1:])
 VECTORS = ("LDG.E.128", "STG.E.128")
 
+# Kernels for tensor cores of sm_75, which have no asynchronous copies.
+SM75 = r"fp16_sm75|Multiply\)5"
+
 # By file of csrc/cuda: patterns of kernel names, and beginnings of instructions that the kernels
 # must have (a space ends the name). A kernel of 16-bit types has code for both of them.
 EXPECTED = {
     "forward": {
         r"forward_mma<float, \d>": (*TF32, "LDG.E.128"),
         r"forward_mma<unsigned short, \d>": (*BOTH_HALVES, "LDG.E.128"),
-        r"forward_mma<.*, 2>": VECTORS,
+        r"forward_mma<(?!.*fp16_sm75).*, 2>": VECTORS,
     },
     "resident_forward": {
         r"resident_forward_mma<float, \d>": TF32,
         r"resident_forward_mma<unsigned short, \d>": BOTH_HALVES,
-        r"resident_forward_mma<.*, 2>": VECTORS,
+        r"resident_forward_mma<(?!.*fp16_sm75).*, 2>": VECTORS,
     },
     "resident_backward": {
         r"resident_backward_mma<float>": (*TF32, *VECTORS),
@@ -61,11 +64,14 @@ def check(binary, arch: int, file: str, pattern: str) -> None:
 
 
 @needs_nvcc
-def test_sm_75_has_neither_and_does_without():
+def test_sm_75_multiplies_fp16_alone_and_copies_through_registers():
     for binary, _ in compiled().values():
         for name, instructions in gpu_tools.disassemble(binary, 75).items():
-            assert not any(i[2].startswith(("HMMA", "LDGSTS")) for i in instructions), name
-            assert "mma" in name or any(i[2].startswith(("LDG", "STG")) for i in instructions), name
+            found = {i[2].split(".F32")[0] for i in instructions if i[2].startswith("HMMA")}
+            assert found == ({"HMMA.1688"} if re.search(SM75, name) else set()), name
+            assert not any(i[2].startswith("LDGSTS") for i in instructions), name
+            traps = "mma" in name and "pack" not in name and not found
+            assert traps or any(i[2].startswith(("LDG", "STG")) for i in instructions), name
 
 
 @pytest.mark.parametrize("arch", TUNED)
@@ -94,6 +100,8 @@ ABOVE = {
     ("backward", "parts", 12): 14.5,
     ("resident_forward", "half", 8): 12,
 }
+# On sm_75 a product takes two HMMA, and threads carry what is copied elsewhere.
+MOST_ON_SM75 = 8
 
 
 def kind_of(kernel: str) -> str:
@@ -118,6 +126,17 @@ def test_inner_loops_do_little_beside_multiplying(file):
             assert loop.slow() == [], kernel
             per_hmma = loop.per_hmma * (3 if kind == "parts" else 1)
             assert per_hmma <= ABOVE.get((file, kind, loop.hmma), MOST[kind]), kernel
+
+
+@needs_nvcc
+@pytest.mark.parametrize("file", ["forward", "backward", "weight_gradient"])
+def test_inner_loops_of_sm_75(file):
+    binary, _ = gpu_tools.compile_fatbin(CUDA / f"{file}.cu", gpu_tools.known_architectures())
+    found = machine_code.loops_of_binary(binary, 75)
+    assert any(re.search(SM75, kernel) for kernel in found)
+    for kernel, loops in found.items():
+        for loop in loops:
+            assert loop.per_hmma <= MOST_ON_SM75, kernel
 
 
 @needs_nvcc

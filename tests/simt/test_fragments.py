@@ -34,12 +34,13 @@ def ptx_c(lane, v):
     return (g if v < 2 else g + 8), 2 * t + (v & 1)
 
 
-TYPES = {"fp16": (0, 16), "bf16": (1, 16), "tf32": (2, 8)}
+# Numbers of the probes, and K. sm_75 has K = 16 in two instructions.
+TYPES = {"fp16": (0, 16), "bf16": (1, 16), "tf32": (2, 8), "fp16_sm75": (3, 16)}
 
 
 def encode(x, kind):
     """The bit patterns of elements in registers, and the elements' values."""
-    if kind == "fp16":
+    if kind in ("fp16", "fp16_sm75"):
         half = x.astype(np.float16)
         return half.view(np.uint16).astype(np.uint32), half.astype(np.float64)
     if kind == "bf16":
@@ -71,8 +72,12 @@ def run_mma(kind, at_a, at_b, at_c):
     rc = scatter(c.view(np.uint32), at_c, 4, 1).view(np.float32)
     rd = np.zeros((32, 4), np.float32)
     emulator = own_kernels("checked")
+    emulator.reset()
+    if kind == "fp16_sm75":
+        emulator.settings.compute_capability = 75
     with emulator.arrays(a=ra, b=rb, c=rc, d=(rd, "w")):
         emulator.call("probe_mma", number, ra, rb, rc, rd)
+    emulator.reset()
     d = np.full((16, 8), np.nan)
     for lane in range(32):
         for v in range(4):

@@ -171,7 +171,7 @@ void count_access(Thread& thread, const Place& place, size_t bytes, Access kind,
 }
 
 void count_mma(int type) {
-  constexpr const char* names[] = {"mma_fp16", "mma_bf16", "mma_tf32"};
+  constexpr const char* names[] = {"mma_fp16", "mma_bf16", "mma_tf32", "mma_fp16_k8"};
   if (now != nullptr) ++(*now)[names[type]];
 }
 

@@ -35,20 +35,20 @@ float towards_zero(double exact) {
 // real ones (2022, https://doi.org/10.1177/10943420221090256).
 template <MmaType type>
 void multiply(Warp& warp) {
-  constexpr int K = type == MmaType::tf32 ? 8 : 16;
   constexpr int per_word = type == MmaType::tf32 ? 1 : 2;
+  constexpr int words = type == MmaType::fp16_k8 ? 1 : 2;  // of a lane along K
+  constexpr int K = 4 * per_word * words;
   float a[16][K], b[K][8], d[16][8];
   for (unsigned lane = 0; lane < warp_size; ++lane) {
     const Offer& o = warp.lanes[lane].offer;
     const int g = int(lane) / 4, t = int(lane) % 4;
     for (int half = 0; half < per_word; ++half) {
-      const int k = per_word * t + half;
-      a[g][k] = element<type>(o.a[0], half);
-      a[g + 8][k] = element<type>(o.a[1], half);
-      a[g][k + K / 2] = element<type>(o.a[2], half);
-      a[g + 8][k + K / 2] = element<type>(o.a[3], half);
-      b[k][g] = element<type>(o.b[0], half);
-      b[k + K / 2][g] = element<type>(o.b[1], half);
+      for (int word = 0; word < words; ++word) {
+        const int k = per_word * (t + 4 * word) + half;
+        a[g][k] = element<type>(o.a[2 * word], half);
+        a[g + 8][k] = element<type>(o.a[2 * word + 1], half);
+        b[k][g] = element<type>(o.b[word], half);
+      }
     }
     for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * t + i % 2] = o.d[i];
   }
@@ -114,13 +114,15 @@ void load_tiles(Warp& warp) {
 
 void mma(MmaType type, float* d, const uint32_t* a, const uint32_t* b, Site site) {
   Machine& m = machine();
-  if (simt_settings.compute_capability < 80) m.fail("mma at " + describe(site) + " needs sm_80");
+  const bool old = simt_settings.compute_capability < 80;
+  if (old != (type == MmaType::fp16_k8))
+    m.fail("mma at " + describe(site) + (old ? " needs sm_80" : " is for sm_75"));
   Offer& offer = m.current->offer;
   offer.d = d;
   offer.a = a;
   offer.b = b;
   constexpr void (*by_type[])(Warp&) = {multiply<MmaType::fp16>, multiply<MmaType::bf16>,
-                                        multiply<MmaType::tf32>};
+                                        multiply<MmaType::tf32>, multiply<MmaType::fp16_k8>};
   m.collective(Operation::mma, int(type), site, by_type[int(type)]);
 }
 

@@ -65,7 +65,7 @@ void run(const Geometry& geometry, Body& body) {
   run(geometry, [](void* context) { (*static_cast<Body*>(context))(); }, &body);
 }
 
-enum class MmaType : int { fp16, bf16, tf32 };
+enum class MmaType : int { fp16, bf16, tf32, fp16_k8 };
 constexpr unsigned warp_size = 32, all_lanes = 0xffffffffu;
 
 void* shared_memory(size_t bytes);

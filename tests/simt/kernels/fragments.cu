@@ -13,7 +13,7 @@ __global__ void one_mma(const uint32_t* a, const uint32_t* b, const float* c, fl
   for (int i = 0; i < 4; ++i) ra[i] = a[4 * lane + i];
   for (int i = 0; i < 2; ++i) rb[i] = b[2 * lane + i];
   for (int i = 0; i < 4; ++i) rd[i] = c[4 * lane + i];
-  if constexpr (arch::has_mma) mma<T>(rd, ra, rb);
+  if constexpr (arch::has_mma<T>) mma<T>(rd, ra, rb);
   for (int i = 0; i < 4; ++i) d[4 * lane + i] = rd[i];
 }
 
@@ -42,6 +42,8 @@ ENTRY probe_mma(int type, const uint32_t* a, const uint32_t* b, const float* c, 
         return launch(how, one_mma<fp16>, a, b, c, d);
       case 1:
         return launch(how, one_mma<bf16>, a, b, c, d);
+      case 3:
+        return launch(how, one_mma<fp16_sm75>, a, b, c, d);
       default:
         return launch(how, one_mma<tf32>, a, b, c, d);
     }

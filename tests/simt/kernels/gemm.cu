@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(threads)
       ldmatrix(fa, &s.a[buffer][warp_row + r][step + c]);
       ldmatrix_transposed(fb, &s.b[buffer][step + r][warp_column + c]);
       const uint32_t left[2] = {fb[0], fb[1]}, right[2] = {fb[2], fb[3]};
-      if constexpr (arch::has_mma) {
+      if constexpr (arch::has_mma<bf16>) {
         mma<bf16>(acc[0], fa, left);
         mma<bf16>(acc[1], fa, right);
       }
