@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,16 +25,9 @@ from .options import DTYPES, CellOptions, Checkpoint
 from .path import Path, exporting, log_fallback, reason_against_conv, run
 from .snntorch import register
 from .state import LastReset, ResetSource, State
+from .warn import warn_of_threshold
 
 __all__ = ["SConv2dLSTM"]
-
-
-def _level_of_caller() -> int:
-    """Stacklevel at which a warning of the caller names the line outside of this package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 class SConv2dLSTM(CellAttributes):
@@ -193,14 +184,7 @@ class SConv2dLSTM(CellAttributes):
         else:
             self.register_buffer("threshold", initial)
             if not state_quant and never_spikes(threshold):
-                warnings.warn(
-                    f"threshold={threshold} is never exceeded: mem = o * tanh(syn) is at most 1, "
-                    "so this cell never spikes. Use a lower threshold (0.1 and below are usual) "
-                    "or learn_threshold=True. snnlstm.spike_rates(net) shows what spikes; see "
-                    "'Does it spike at all?' in docs/quickstart.md.",
-                    UserWarning,
-                    stacklevel=_level_of_caller(),
-                )
+                warn_of_threshold(threshold)
         self.register_buffer("graded_spikes_factor", conv.weight.new_ones(()))
         self.register_buffer("reset_mechanism_val", self._reset_index(conv.weight.device))
         self.conv = conv

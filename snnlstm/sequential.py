@@ -178,7 +178,10 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False) -> Any:
     """
     for layer in layers:
         if not isinstance(layer, nn.Module):
-            raise TypeError(f"layers must be modules, got {type(layer).__name__}")
+            name = getattr(layer, "__name__", type(layer).__name__)
+            raise TypeError(
+                f"layers must be modules, such as nn.ReLU() in the place of torch.relu, got {name}"
+            )
     named = [(str(position), layer) for position, layer in enumerate(layers)]
     return _over_time(x, named, flag("batch_first", batch_first))[0]
 

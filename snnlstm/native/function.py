@@ -154,11 +154,23 @@ class _SConv2dLSTM(torch.autograd.Function):
         return (*_gradients(ctx, grads), *(None,) * 6)
 
 
+_FORGOTTEN = (
+    "(This is the graph of an earlier call of an SConv2dLSTM. A cell goes on from its stored "
+    "state, and so from that call's graph: call reset_mem() before each new sequence, or "
+    "SConv2dLSTM.detach_hidden() to keep the state without its history.)"
+)
+
+
 def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The gradients of a backward pass, in the order of :class:`Gradients`."""
     if grads[0] is grads[1] is grads[2] is None:
         return (None,) * 6
-    x, syn, mem, weight, bias, threshold, graded, *saved = ctx.saved_tensors
+    try:
+        x, syn, mem, weight, bias, threshold, graded, *saved = ctx.saved_tensors
+    except RuntimeError as error:
+        if "a second time" in str(error):  # torch's "Trying to backward through the graph ..."
+            raise RuntimeError(f"{error} {_FORGOTTEN}") from None
+        raise
     options, signature, plan, algorithm, decided = ctx.facts
     wanted = ctx.needs_input_grad[:6]
     again = torch.is_grad_enabled()
