@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -29,7 +31,14 @@ DEFAULT_CUDA = Path("/usr/local/cuda")
 DRIVER = "libcuda.so.1"
 ALL_ARCHS = "75;80;86;89;90;100;120"
 OLDEST_ARCH = 75
-COMPILERS = ("c++", "g++", "clang++")  # in CMake's order
+COMPILERS = [["c++"], ["g++"], ["clang++"]]  # in CMake's order
+if sys.platform == "win32":
+    # Not GCC, which keeps vectors of 32 bytes at addresses of 16 there and then faults (its bug
+    # 54412), nor MSVC, which has no vector extensions. ziglang is clang with Windows' headers and
+    # libraries, from PyPI: pyproject.toml has pip fetch it for the build.
+    MACHINE = {"AMD64": "x86_64", "ARM64": "aarch64"}.get(platform.machine(), platform.machine())
+    ZIG = [sys.executable, "-m", "ziglang", "c++", "-target", f"{MACHINE}-windows-gnu"]
+    COMPILERS = [*([ZIG] if find_spec("ziglang") else []), ["clang++"]]
 CUDA_FROM_PIP = ["nvidia-cuda-nvcc==13.*", "nvidia-cuda-runtime==13.*", "nvidia-cuda-cccl==13.*"]
 
 
@@ -53,19 +62,26 @@ PROBE = """
 #error no C++17
 #endif
 typedef float lanes __attribute__((vector_size(16)));
-lanes twice(lanes x) { return x + x; }
+typedef int mask __attribute__((vector_size(16)));
+lanes larger(lanes x, lanes y) { mask m = x < y; return m ? y : x; }
 """
+
+
+def cxx() -> list[str] | None:
+    """The C++ compiler's command: CXX, or the first that is there."""
+    named = os.environ.get("CXX", "").strip()
+    commands = [shlex.split(named)] if named else COMPILERS
+    return next((command for command in commands if shutil.which(command[0])), None)
 
 
 def compiler_trouble() -> str | None:
     """Why no C++ compiler here can build the core, or None where one can."""
     if "CMAKE_CXX_COMPILER" in os.environ.get("CMAKE_ARGS", ""):
         return None
-    named = os.environ.get("CXX", "").strip()
-    commands = [shlex.split(named)] if named else [[name] for name in COMPILERS]
-    command = next((c for c in commands if shutil.which(c[0])), None)
+    command = cxx()
     if command is None:
-        return f"no C++ compiler found: {named or ', '.join(COMPILERS)}"
+        tried = os.environ.get("CXX") or ", ".join(name[0] for name in COMPILERS)
+        return f"no C++ compiler found: {tried}"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text(PROBE)
@@ -74,10 +90,17 @@ def compiler_trouble() -> str | None:
             capture_output=True, text=True, check=False,
         )  # fmt: skip
     if done.returncode:
-        return (
-            f"{shlex.join(command)} compiles no C++17: {(done.stderr or done.stdout).strip()[:200]}"
-        )
+        said = (done.stderr or done.stdout).strip()[:200]
+        return f"{shlex.join(command)} compiles no C++17 with vectors: {said}"
     return None
+
+
+def asked_for() -> list[str]:
+    """The settings that ask for the core by name."""
+    wish, tag = os.environ.get("SNNLSTM_CORE", ""), os.environ.get("SNNLSTM_LOCAL_VERSION", "")
+    needed = [f"SNNLSTM_CORE={wish}"] if wish.strip().lower() == "on" else []
+    needed += [f"SNNLSTM_CUDA={cuda_wish()}"] if cuda_wish() in ("on", "pip") else []
+    return needed + ([f"SNNLSTM_LOCAL_VERSION={tag}"] if tag else [])
 
 
 def core_plan() -> tuple[bool, str]:
@@ -85,14 +108,11 @@ def core_plan() -> tuple[bool, str]:
     wish = os.environ.get("SNNLSTM_CORE", "").strip().lower()
     if wish not in ("", "on", "off"):
         raise CompileError(f"SNNLSTM_CORE is {wish!r}; accepted: on, off, or unset (automatic)")
-    tag = os.environ.get("SNNLSTM_LOCAL_VERSION", "")
-    needed = [f"SNNLSTM_CORE={wish}"] if wish == "on" else []
-    needed += [f"SNNLSTM_CUDA={cuda_wish()}"] if cuda_wish() in ("on", "pip") else []
-    needed += [f"SNNLSTM_LOCAL_VERSION={tag}"] if tag else []
+    needed = asked_for()
     if wish == "off":
         why: str | None = "SNNLSTM_CORE=off"
-    elif sys.platform != "linux" and wish != "on":
-        why = f"it is built on Linux, and this is {sys.platform}"
+    elif sys.platform not in ("linux", "darwin", "win32") and wish != "on":
+        why = f"it is built on Linux, macOS and Windows, and this is {sys.platform}"
     else:
         why = compiler_trouble()
     if why and needed:
@@ -104,7 +124,9 @@ def core() -> list[Extension]:
     """The extension modules: one, or none where it cannot be built."""
     build, why = core_plan()
     if build:
-        return [Extension("snnlstm._C", sources=[])]
+        # Elsewhere than on Linux a build that fails leaves an installation in plain torch.
+        may_fail = sys.platform != "linux" and not asked_for()
+        return [Extension("snnlstm._C", sources=[], optional=may_fail)]
     say(f"WITHOUT the native core ({why}): everything runs in plain torch, and slower")
     return []
 
@@ -162,6 +184,10 @@ def find_nvcc() -> tuple[str | None, str]:
         )
     if wish == "off":
         return None, "SNNLSTM_CUDA=off"
+    if sys.platform != "linux":
+        if wish:
+            raise CompileError(f"SNNLSTM_CUDA={wish}, but the CUDA backend is built on Linux alone")
+        return None, "it is built on Linux alone"
     named = os.environ.get("CUDACXX")
     if named and wish != "pip":  # named by hand: another one would be a surprise
         nvcc = shutil.which(named) or named
@@ -277,6 +303,13 @@ class CMakeBuild(build_ext):
             f"-DSNNLSTM_MODULE={target.name}",
             f"-DSNNLSTM_TESTING={'ON' if self.for_tests else 'OFF'}",  # not in a wheel
         ]  # fmt: skip
+        if sys.platform == "win32" and not os.environ.get("CXX"):
+            command = ";".join(cxx() or COMPILERS[0]).replace("\\", "/")
+            arguments.append(f"-DCMAKE_CXX_COMPILER={command}")
+        if machine := re.findall(r"-arch (\S+)", os.environ.get("ARCHFLAGS", "")):
+            if len(set(machine)) > 1:
+                raise CompileError(f"ARCHFLAGS names {machine}; the core is built for one of them")
+            arguments.append(f"-DCMAKE_OSX_ARCHITECTURES={machine[0]}")
         if nvcc:
             arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
             arguments.append(f"-DSNNLSTM_CUDA_ARCHS={archs}")
@@ -293,9 +326,9 @@ class CMakeBuild(build_ext):
         # A process may have the old file mapped, so nothing is written into it.
         target.unlink(missing_ok=True)
         shutil.copy2(build / target.name, target)
-        cuda = re.search(r'"cuda", "(.*)"', (build / "build_info.h").read_text())
-        say(f"built {target.name}, version {version()}")
-        say(f"CUDA backend {cuda[1] if cuda else 'unknown'}")
+        facts = dict(re.findall(r'\{"(\w+)", "(.*)"\}', (build / "build_info.h").read_text()))
+        say(f"built {target.name}, version {version()}, with {facts['compiler']}")
+        say(f"CUDA backend {facts['cuda']}")
 
 
 class BuildPy(build_py):

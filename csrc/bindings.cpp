@@ -1,7 +1,7 @@
 // What Python sees of the core: names, numbers and addresses, and the GIL released.
 #include "bindings_cpu.h"
 #include "build_info.h"
-#include "openmp.h"
+#include "platform.h"
 
 #if SNNLSTM_WITH_CUDA
 #include "bindings_cuda.h"

@@ -1,8 +1,6 @@
 // The CPU backend for Python: csrc/cpu/api.h over addresses.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -13,6 +11,7 @@
 #include "cpu/api.h"
 #include "cpu/interrupt.h"
 #include "cpu/profile.h"
+#include "platform.h"
 
 namespace snnlstm::bindings {
 
@@ -85,19 +84,14 @@ template <class F>
 bool each_chunk(int64_t count, int64_t chunk, F&& f) {
   int64_t next = 0;
   bool stop = false;
-  const auto work = [&] {
+  const auto work = [&](int) {
     for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) * chunk < count;)
       if (__atomic_load_n(&stop, __ATOMIC_RELAXED) ||
           !f(k, k * chunk, k * chunk + std::min(chunk, count - k * chunk)))
         return __atomic_store_n(&stop, true, __ATOMIC_RELAXED);
   };
-  const int64_t threads = std::min<int64_t>(omp_get_max_threads(), count / (4 * chunk));
-  if (threads > 1) {
-#pragma omp parallel num_threads(int(threads))
-    work();
-  } else {
-    work();
-  }
+  const int64_t threads = std::min<int64_t>(most_threads(), count / (4 * chunk));
+  run_team(int(std::max<int64_t>(threads, 1)), work);
   return !stop;
 }
 

@@ -25,8 +25,8 @@ MISSING = "missing: "
 NOT_THERE = MISSING + "ModuleNotFoundError: No module named 'snnlstm._C'"
 NO_CORE = (
     "this installation has no native core, so that every call runs in plain torch, and slower: "
-    "pip builds the core on Linux, where it finds a C++17 compiler such as GCC 9; in a checkout, "
-    "`pip install -e .` does"
+    "pip builds the core where it finds a C++17 compiler, such as GCC 9 or Clang 14 (`pip install "
+    "-v` says which, or why none served); in a checkout, `pip install -e .` does"
 )
 BROKEN_CORE = "the native core does not load, so that every call runs in plain torch, and slower: "
 
@@ -112,7 +112,10 @@ def problems(facts: dict[str, Any]) -> list[str]:
     elif is_missing(native["isa"]):
         found.append(f"no instruction set could be chosen ({native['isa']})")
     elif native["openmp"] == "":
-        found.append("no OpenMP runtime was found: the kernels run on one thread")
+        found.append(
+            "no OpenMP runtime of torch's was found, whose threads the kernels use: every call on "
+            "the CPU runs in plain torch, and slower"
+        )
     if is_missing(facts["numpy"]):
         found.append(f"numpy cannot be imported ({facts['numpy']}): pip install numpy")
     if is_missing(torch["version"]):

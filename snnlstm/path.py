@@ -239,8 +239,8 @@ def path_of(call: Call) -> Path:
 
 
 def _path_of_device(device: torch.device, traced: bool) -> Path:
-    """The path that the GPU, its driver and the build of the core allow."""
-    reason = None if device.type == "cpu" else _native.reason_against_device(device, traced)
+    """The path that the device, its driver and the build of the core allow."""
+    reason = _native.reason_against_device(device, traced)
     if reason is not None:
         return Path("reference", reason, slow=True, general=True)
     return _NATIVE_PATHS[device.type]

@@ -2,6 +2,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if SNNLSTM_X86
+#include <cpuid.h>
+#endif
+
 #include "api.h"
 
 namespace snnlstm {
@@ -26,20 +30,41 @@ struct Isa {
 };
 constexpr int64_t kFew = 4;
 
+#if SNNLSTM_X86
+// What the processor has and the system saves. (Intel's manual, volume 1, chapters 14 and 15.)
+// The compilers' own __builtin_cpu_supports needs a run-time library that not all bring.
+struct Processor {
+  bool avx2 = false, avx512 = false;
+
+  Processor() {
+    const auto has = [](unsigned bits, unsigned wanted) { return (bits & wanted) == wanted; };
+    constexpr unsigned kFma = 1u << 12, kXgetbv = 1u << 27, kAvx = 1u << 28;  // leaf 1, ECX
+    constexpr unsigned kAvx2 = 1u << 5;                                       // leaf 7, EBX
+    constexpr unsigned kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;   // F, DQ, BW, VL
+    constexpr unsigned kYmm = 0x06, kZmm = 0xE6;                              // XCR0
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !has(c, kFma | kXgetbv | kAvx)) return;
+    unsigned saved, high;
+    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    avx2 = has(saved, kYmm) && has(b, kAvx2);
+    avx512 = avx2 && has(saved, kZmm) && has(b, kAvx512);
+  }
+};
+#endif
+
 // Lists the instruction sets that this processor can run, best last.
 const std::vector<Isa>& usable() {
   static const std::vector<Isa> sets = [] {
     std::vector<Isa> s{{"baseline", &baseline::kernels, &baseline::kernels}};
 #if SNNLSTM_X86
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return s;
+    const Processor processor;
+    if (!processor.avx2) return s;
 #if SNNLSTM_TESTING
     s.insert(s.begin(), {"wide", &wide::kernels, &wide::kernels});
 #endif
     s.push_back({"avx2", &avx2::kernels, &avx2::kernels});
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
-      s.push_back({"avx512", &avx512::kernels, &avx2::kernels});
+    if (processor.avx512) s.push_back({"avx512", &avx512::kernels, &avx2::kernels});
 #endif
     return s;
   }();

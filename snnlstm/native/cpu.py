@@ -21,6 +21,9 @@ __all__ = ["ALGORITHMS", "Backend", "Packed", "look_up", "set_isa"]
 
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/cpu/api.h
 
+NO_THREADS = None if _C.openmp_library() else "no OpenMP runtime of torch's was found"
+"""Why no CPU kernels can run, or None."""
+
 isa = _C.isa_name()
 
 

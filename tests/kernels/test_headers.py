@@ -21,7 +21,8 @@ def test_conv_winograd_tiles_and_sparse(isa, tmp_path):
     source = Path(__file__).with_name("headers.cpp")
     command = [compiler, "-std=gnu++17", "-O1", "-ffp-contract=fast", "-fno-math-errno",
                "-Wno-psabi", *FLAGS[isa], f"-DSNNLSTM_ISA={isa}", f"-I{CSRC}"]  # fmt: skip
-    subprocess.run([*command, str(source), "-o", str(program)], check=True)
+    sources = [str(source), str(CSRC / "platform.cpp")]
+    subprocess.run([*command, *sources, "-ldl", "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout or done.returncode
     assert int(done.stdout.split()[0]) > 300_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 import re
 import shutil
 import struct
@@ -79,19 +80,19 @@ def test_exports_its_entry_point_alone():
 
 @linux
 def test_leaves_no_openmp_or_cuda_symbol_to_the_loader():
-    """csrc/openmp.cpp defines OpenMP's functions; an import would fail if it lacked one."""
+    """csrc/platform.cpp looks OpenMP's functions up; an import would fail if it linked one."""
     undefined = output(tool("nm"), "-D", "--undefined-only", CORE)
     assert re.findall(r"\b(?:GOMP_|omp_|__kmpc_|cuda|cu[A-Z])\w*", undefined) == []
 
 
-@linux
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="instruction sets of x86-64")
-def test_wide_instructions_stay_in_their_namespace():
-    """Code for a newer processor must not be linked into what every processor runs."""
+def wide_instructions_outside(disassembly: str) -> tuple[int, set[str]]:
+    """Counts the lines with registers of 32 and 64 bytes, and names the functions of others' code.
+
+    The lines counted lie in the namespaces of instruction sets that have such registers.
+    """
     wide_ok = re.compile(r"\b(avx2|avx512|wide)::")
     intruders, function, seen = set(), "", 0
-    text = output(tool("objdump"), "-d", "-C", "--no-show-raw-insn", CORE)
-    for line in text.split("\n"):
+    for line in disassembly.split("\n"):
         if line.endswith(">:"):
             function = line[line.index("<") + 1 : -2]
         elif "%ymm" in line or "%zmm" in line:
@@ -99,6 +100,16 @@ def test_wide_instructions_stay_in_their_namespace():
                 seen += 1
             elif not function.startswith("cuda"):
                 intruders.add(function)
+    return seen, intruders
+
+
+@linux
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86-64")
+def test_wide_instructions_stay_in_their_namespace():
+    """Code for a newer processor must not be linked into what every processor runs."""
+    seen, intruders = wide_instructions_outside(
+        output(tool("objdump"), "-d", "-C", "--no-show-raw-insn", CORE)
+    )
     assert seen > 0
     assert intruders == set()
 
@@ -166,16 +177,50 @@ print(before == runtimes(), len(before), _C.openmp_library() in before)
     assert printed.split() == ["True", "1", "True"]
 
 
+# Runtimes whose teams of three run one after the other, by GCC's functions and by LLVM's.
+GOMP = """
+static int number, teams;
+int count_teams(void) { return teams; }
+int omp_get_max_threads(void) { return 3; }
+int omp_get_thread_num(void) { return number; }
+void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags) {
+  ++teams;
+  for (number = 0; number < (int)threads; ++number) body(data);
+}
+"""
+KMP = """
+#include <stdarg.h>
+static int wanted, teams;
+int count_teams(void) { return teams; }
+int omp_get_max_threads(void) { return 3; }
+int __kmpc_global_thread_num(void* place) { return 7; }
+void __kmpc_push_num_threads(void* place, int global, int threads) {
+  wanted = global == 7 ? threads : 0;
+}
+void __kmpc_fork_call(void* place, int count, void (*task)(int*, int*, void*), ...) {
+  va_list rest;
+  va_start(rest, task);
+  void* data = va_arg(rest, void*);
+  ++teams;
+  for (int k = 0, global = 7; count == 1 && k < wanted; ++k) task(&global, &k, data);
+  va_end(rest);
+}
+"""
+
+
 @linux
 @pytest.mark.skipif(not shutil.which("gcc"), reason="no C compiler")
-def test_finds_the_runtime_of_a_torch_that_renamed_it(tmp_path):
+@pytest.mark.parametrize(
+    ("code", "function"), [(GOMP, "GOMP_parallel"), (KMP, "__kmpc_fork_call")], ids=["gcc", "llvm"]
+)
+def test_computes_on_the_runtime_of_a_torch_that_renamed_it(tmp_path, code, function):
     """In a repaired wheel torch's copy of the runtime has a name and a SONAME of its own."""
-    gomp, torch_cpu = tmp_path / "libgomp-0123abcd.so.1.0.0", tmp_path / "libtorch_cpu.so"
-    (tmp_path / "gomp.c").write_text("void GOMP_parallel(void) {}")
-    (tmp_path / "torch.c").write_text("void GOMP_parallel(void); void f(void) { GOMP_parallel(); }")
-    shared = ["gcc", "-shared", "-fPIC"]
-    output(*shared, f"-Wl,-soname,{gomp.name}", tmp_path / "gomp.c", "-o", gomp)
-    output(*shared, f"-Wl,-soname,{torch_cpu.name},-rpath,$ORIGIN", tmp_path / "torch.c", gomp,
+    openmp, torch_cpu = tmp_path / "libomp-0123abcd.so.1.0.0", tmp_path / "libtorch_cpu.so"
+    (tmp_path / "openmp.c").write_text(code)
+    (tmp_path / "torch.c").write_text(f"void {function}(); void f() {{ {function}(); }}")
+    shared = ["gcc", "-std=gnu11", "-shared", "-fPIC"]
+    output(*shared, f"-Wl,-soname,{openmp.name}", tmp_path / "openmp.c", "-o", openmp)
+    output(*shared, f"-Wl,-soname,{torch_cpu.name},-rpath,$ORIGIN", tmp_path / "torch.c", openmp,
            "-o", torch_cpu)  # fmt: skip
     printed = python(
         f"""
@@ -184,11 +229,15 @@ torch_cpu = ctypes.CDLL({str(torch_cpu)!r})
 spec = importlib.util.spec_from_file_location("snnlstm._C", {str(CORE)!r})
 core = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(core)
-print(core.openmp_library(), *runtimes())
+count = 10**6
+weight, copy = (ctypes.c_float * count)(*range(8)), (ctypes.c_float * count)()
+squares = core.copy_weight(ctypes.addressof(weight), ctypes.addressof(copy), 0, count)
+teams = ctypes.CDLL({str(openmp)!r}).count_teams()
+print(core.openmp_library(), *runtimes(), squares, bytes(copy) == bytes(weight), teams)
 """,
         tmp_path,
     )
-    assert printed.split() == [str(gomp), str(gomp)]
+    assert printed.split() == [str(openmp), str(openmp), "140.0", "True", "1"]
 
 
 def test_files_know_only_those_below_them():

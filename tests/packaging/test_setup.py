@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import platform
 import re
 import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,12 +70,40 @@ def test_without_a_compiler_the_package_is_installed_all_the_same(
     assert "WITHOUT the native core (no C++ compiler found" in said
     assert "plain torch" in said
     program(tmp_path / "empty/c++", BROKEN)
-    assert "compiles no C++17: cannot execute cicc" in build["core_plan"]()[1]
-    for platform in ("win32", "darwin"):
-        monkeypatch.setattr(build["core_plan"].__globals__["sys"], "platform", platform)
-        assert build["core_plan"]() == (False, f"it is built on Linux, and this is {platform}")
+    assert "compiles no C++17 with vectors: cannot execute cicc" in build["core_plan"]()[1]
+    monkeypatch.setattr(sys, "platform", "sunos5")
+    assert "built on Linux, macOS and Windows, and this is sunos5" in build["core_plan"]()[1]
     monkeypatch.setenv("SNNLSTM_CORE", "off")
     assert build["core_plan"]() == (False, "SNNLSTM_CORE=off")
+
+
+@pytest.mark.parametrize(
+    ("system", "optional"), [("linux", False), ("darwin", True), ("win32", True)]
+)
+def test_a_failed_build_ends_the_installation_on_linux_or_where_the_core_was_asked_for(
+    build, monkeypatch, system, optional
+):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setenv("CMAKE_ARGS", "-DCMAKE_CXX_COMPILER=c++")  # not looked for
+    assert [bool(extension.optional) for extension in build["core"]()] == [optional]
+    assert build["cuda_plan"]()[2] == (
+        "no CUDA compiler found" if system == "linux" else "it is built on Linux alone"
+    )
+    monkeypatch.setenv("SNNLSTM_CORE", "on")
+    assert [bool(extension.optional) for extension in build["core"]()] == [False]
+
+
+@pytest.mark.parametrize("has_zig", [False, True])
+def test_windows_is_built_for_by_clang_alone(monkeypatch, tmp_path, has_zig):
+    """GCC's vectors lie at wrong addresses there, and MSVC has none."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if has_zig else None)
+    *zig, clang = runpy.run_path(str(SETUP))["COMPILERS"]
+    assert clang == ["clang++"]
+    target = ["-target", "x86_64-windows-gnu"]
+    assert zig == ([[sys.executable, "-m", "ziglang", "c++", *target]] if has_zig else [])
 
 
 NO_CORE = r"needs the native core, which cannot be built: no C\+\+ compiler"

@@ -3,10 +3,12 @@
 //   driver CASES SEED
 //
 // Every buffer is an allocation of its own, exactly as large as the interface says, so that
-// AddressSanitizer sees an access to the first byte beside it. OpenMP's threads are std::thread
-// (below), whose synchronisation ThreadSanitizer knows. The driver checks that every output was
-// written, and that it is finite unless an input holds infinities, NaN or the like.
+// AddressSanitizer sees an access to the first byte beside it. Teams are of std::thread (below),
+// whose synchronisation ThreadSanitizer knows. The driver checks that every output was written, and
+// that it is finite unless an input holds infinities, NaN or the like. Its random numbers are the
+// same with every compiler and C++ library.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -19,24 +21,23 @@
 
 #include "cpu/api.h"
 #include "cpu/tiling.h"
+#include "platform.h"
 
 namespace snnlstm::SNNLSTM_ISA {
 extern const cpu::Kernels kernels;
 }
 
-// These two functions are the part of an OpenMP runtime that the kernels call.
-static thread_local int thread_number = 0;
-extern "C" int omp_get_thread_num() { return thread_number; }
-extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned count, unsigned) {
+// What the kernels ask of csrc/platform.cpp.
+namespace snnlstm {
+void run_team(int threads, void (*body)(void* data, int thread), void* data) {
   std::vector<std::thread> team;
-  for (unsigned k = 1; k < count; ++k)
-    team.emplace_back([=] {
-      thread_number = int(k);
-      body(data);
-    });
-  body(data);
+  for (int k = 1; k < threads; ++k) team.emplace_back(body, data, k);
+  body(data, 0);
   for (std::thread& member : team) member.join();
 }
+void yield_core() { std::this_thread::yield(); }
+int64_t nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
+}  // namespace snnlstm
 
 namespace {
 
@@ -49,9 +50,15 @@ bool special = false;  // true if this case's inputs hold infinities, NaN or the
 bool loose = false;    // true if its results may be infinite or chaotic: special, or large weights
 
 int64_t between(int64_t low, int64_t high) {
-  return std::uniform_int_distribution<int64_t>(low, high)(random_bits);
+  return low + int64_t(random_bits() % uint64_t(high - low + 1));
 }
 int64_t mostly_small(int64_t most) { return std::min(between(1, most), between(1, most)); }
+double uniform() { return double(random_bits() >> 11) / double(uint64_t(1) << 53); }
+double normal() {  // by the central limit theorem
+  double sum = -6;
+  for (int k = 0; k < 12; ++k) sum += uniform();
+  return sum;
+}
 template <class T>
 T one_of(std::initializer_list<T> values) {
   return values.begin()[between(0, int64_t(values.size()) - 1)];
@@ -207,13 +214,12 @@ void choose_algorithms(Cell& c, const cpu::Kernels& kernels) {
 
 template <class T>
 void run(Cell c, const cpu::Kernels& kernels) {
-  std::normal_distribution<double> normal;
   using Limits = std::numeric_limits<T>;
   const auto number = [&] {
     if (special && between(0, 40) == 0)
       return one_of({Limits::infinity(), -Limits::infinity(), Limits::quiet_NaN(), Limits::max(),
                      Limits::lowest(), Limits::denorm_min(), T(-0.0)});
-    return T(normal(random_bits));
+    return T(normal());
   };
   const int threads = int(between(1, 4));
   const T graded = T(0.7);
@@ -225,8 +231,7 @@ void run(Cell c, const cpu::Kernels& kernels) {
   Tensor<T> x({c.T, c.N, c.Cin, c.H, c.W}, true);
   Tensor<T> syn0({c.N, c.C, Ho, Wo}, true), mem0({c.N, c.C, Ho, Wo}, true);
   const double density = one_of({1.0, 0.3, 0.05, 0.0});
-  x.fill(
-      [&] { return std::generate_canonical<double, 32>(random_bits) < density ? number() : T(0); });
+  x.fill([&] { return uniform() < density ? number() : T(0); });
   syn0.fill(number);
   mem0.fill([&] { return number() / 3; });
 

@@ -5,6 +5,8 @@
     python tools/sanitizers/run.py none        runs without a sanitizer, for another processor:
         CXX=aarch64-linux-gnu-g++ python tools/sanitizers/run.py none --isa baseline \
             --under "qemu-aarch64 -L /usr/aarch64-linux-gnu"
+        CXX="python -m ziglang c++ -target x86_64-windows-gnu" python tools/sanitizers/run.py none \
+            --under wine
 
 The program, driver.cpp, calls the kernels of one instruction set without torch and Python. With
 "address" csrc/testing/fences.h fences in the pieces of a workspace too, and every piece starts as
@@ -50,19 +52,19 @@ def isas_here() -> list[str]:
 
 def build(sanitizer: str, isa: str) -> Path:
     """Compiles the driver with `sanitizer` for `isa`, unless that is done; returns its path."""
-    cxx = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    assert cxx, "no C++ compiler"
+    cxx = shlex.split(os.environ.get("CXX") or ("g++" if shutil.which("g++") else "clang++"))
+    assert shutil.which(cxx[0]), f"no C++ compiler: {cxx[0]}"
     sources = [
         *(CSRC / "cpu" / "kernels").iterdir(),
         *(CSRC / "cpu").glob("*.h"),
-        *(CSRC / "args.h", CSRC / "cell.h", CSRC / "testing" / "fences.h"),
+        *(CSRC / "args.h", CSRC / "cell.h", CSRC / "platform.h", CSRC / "testing" / "fences.h"),
         *HERE.iterdir(),
     ]
     content = b"".join(f.read_bytes() for f in sorted(sources) if f.is_file())
     key = hashlib.sha1(content).hexdigest()[:10]
-    name = f"{sanitizer}-{isa}-{Path(cxx).name}"
+    name = f"{sanitizer}-{isa}-{Path(cxx[0]).name}{''.join(cxx[1:])}"
     folder = ROOT / "build" / "sanitizers" / f"{name}-{key}"
-    program = folder / "driver"
+    program = folder / "driver.exe"  # as Windows wants it
     if program.exists():
         return program
     for old in folder.parent.glob(f"{name}-*"):
@@ -73,9 +75,7 @@ def build(sanitizer: str, isa: str) -> Path:
 
     def compile_one(source: Path) -> Path:
         out = folder / f"{source.stem}.o"
-        # The driver has an OpenMP runtime of its own.
-        openmp = [] if source.parent == HERE else ["-fopenmp"]
-        command = [cxx, *flags, *openmp, "-c", str(source), "-o", str(out)]
+        command = [*cxx, *flags, "-c", str(source), "-o", str(out)]
         subprocess.run(command, check=True)
         return out
 
@@ -83,7 +83,7 @@ def build(sanitizer: str, isa: str) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, [*units, HERE / "driver.cpp"]))
     unfinished = program.with_suffix(".new")
-    command = [cxx, *flags, *map(str, objects), "-pthread", "-o", str(unfinished)]
+    command = [*cxx, *flags, *map(str, objects), "-pthread", "-o", str(unfinished)]
     subprocess.run(command, check=True)
     unfinished.rename(program)
     return program

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -108,22 +109,30 @@ struct Simd {
 
   // rows[a][b] becomes rows[b][a], in log2(VL) rounds of interleaving.
   static SNNLSTM_INLINE void transpose(R (&rows)[VL]) {
-    Mask low, high;
-    for (int k = 0; k < VL; ++k) {
-      low[k] = (k & 1 ? VL : 0) + k / 2;
-      high[k] = (k & 1 ? VL : 0) + (k + VL) / 2;
-    }
 #pragma GCC unroll 8
     for (int round = 1; round < VL; round *= 2) {
       R out[VL];
 #pragma GCC unroll 16
       for (int k = 0; k < VL / 2; ++k) {
-        out[2 * k] = __builtin_shuffle(rows[k], rows[k + VL / 2], low);
-        out[2 * k + 1] = __builtin_shuffle(rows[k], rows[k + VL / 2], high);
+        out[2 * k] = interleave<0>(rows[k], rows[k + VL / 2], Lanes());
+        out[2 * k + 1] = interleave<VL / 2>(rows[k], rows[k + VL / 2], Lanes());
       }
 #pragma GCC unroll 16
       for (int k = 0; k < VL; ++k) rows[k] = out[k];
     }
+  }
+
+ private:
+  using Lanes = std::make_integer_sequence<int, VL>;
+
+  // a[from], b[from], a[from + 1], b[from + 1], ...: half of the lanes of each.
+  template <int from, int... lane>
+  static SNNLSTM_INLINE R interleave(R a, R b, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (lane % 2 * VL + lane / 2 + from)...);
+#else  // GCC has the other function since version 12
+    return __builtin_shuffle(a, b, Mask{(lane % 2 * VL + lane / 2 + from)...});
+#endif
   }
 };
 

@@ -1,8 +1,7 @@
 // Counts the time of a part of the kernels (../profile.h).
 #pragma once
 
-#include <time.h>
-
+#include "../../platform.h"
 #include "../profile.h"
 #include "simd.h"
 
@@ -15,24 +14,18 @@ using cpu::Part;
 class Span {
  public:
   explicit SNNLSTM_INLINE Span(Part part) : profile_(cpu::profile), part_(part) {
-    if (profile_) begin_ = now();
+    if (profile_) begin_ = nanoseconds();
   }
   SNNLSTM_INLINE ~Span() { end(); }
   SNNLSTM_INLINE void end() {
     if (profile_)
-      __atomic_fetch_add(&profile_->spent[int(part_)], now() - begin_, __ATOMIC_RELAXED);
+      __atomic_fetch_add(&profile_->spent[int(part_)], nanoseconds() - begin_, __ATOMIC_RELAXED);
     profile_ = nullptr;
   }
   Span(const Span&) = delete;
   Span& operator=(const Span&) = delete;
 
  private:
-  static SNNLSTM_INLINE int64_t now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * int64_t(1000000000) + t.tv_nsec;
-  }
-
   cpu::Profile* profile_;
   Part part_;
   int64_t begin_ = 0;

@@ -1,11 +1,9 @@
-// Threads. A call is one OpenMP region, in which the phases of a sequence follow each other. The
+// Threads. A call is one team of threads, for which the phases of a sequence follow each other. The
 // tasks of a phase are handed out one by one, so that a thread whose core is busy elsewhere takes
 // fewer. The next phase starts when the tasks are done, and does not wait for every thread.
 #pragma once
 
-#include <omp.h>
-#include <sched.h>
-
+#include "../../platform.h"
 #include "../interrupt.h"
 #include "layout.h"
 
@@ -39,7 +37,7 @@ class Phases {
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
-      if (spins > 4096) sched_yield();
+      if (spins > 4096) yield_core();
     }
   }
 
@@ -62,8 +60,7 @@ void parallel(int threads, double multiply_adds_per_step, F&& body) {
     body(thread);
   };
   if (threads <= 1) return work(0);
-#pragma omp parallel num_threads(threads)
-  work(omp_get_thread_num());
+  run_team(threads, work);
 }
 
 // Calls f(k) for every k below count. Each call has about `operations` operations.

@@ -1,0 +1,173 @@
+// One pool of threads in the process: torch's.
+//
+// torch brings its own OpenMP runtime, GCC's, LLVM's or Intel's. Its name depends on the wheel:
+// libgomp.so.1 (2.13, x86-64), libgomp-a34b3233.so.1 (2.4, x86-64), torch.libs/
+// libgomp-804f19d4.so.1.0.0 with the SONAME changed alike and loaded locally (2.4, Arm),
+// libomp.dylib (macOS), libiomp5md.dll (Windows); conda builds have libiomp5 or libomp. A link to
+// any would bring a second copy into some of these processes, with a second pool of threads that
+// fight torch's over the cores. So nothing is linked and no pragma is used: the functions that a
+// compiler would call are looked up in the library that torch calls, and called by hand.
+#include "platform.h"
+
+#include <chrono>
+#include <string>
+#include <thread>
+
+#if defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#else
+#include <dlfcn.h>
+#endif
+#if defined(__APPLE__)
+#include <mach-o/dyld.h>
+#endif
+
+namespace snnlstm {
+namespace {
+
+// ---- libraries of the process
+// --------------------------------------------------------------------
+
+#if defined(_WIN32)
+
+void* address_in(void* library, const char* name) {
+  return reinterpret_cast<void*>(GetProcAddress(static_cast<HMODULE>(library), name));
+}
+
+// Returns the OpenMP library that torch has loaded, or null.
+void* find_openmp(std::string& path) {
+  for (const char* name : {"libiomp5md.dll", "libomp140.x86_64.dll", "libomp.dll"}) {
+    const HMODULE library = GetModuleHandleA(name);
+    if (!library) continue;
+    char text[MAX_PATH];
+    const DWORD length = GetModuleFileNameA(library, text, MAX_PATH);
+    path = length > 0 && length < MAX_PATH ? std::string(text, length) : name;
+    return library;
+  }
+  return nullptr;
+}
+
+#else
+
+void* address_in(void* library, const char* name) { return dlsym(library, name); }
+
+// Returns torch's library where torch has been imported, or null: this never loads it.
+void* find_torch() {
+#if defined(__APPLE__)
+  const std::string wanted = "/libtorch_cpu.dylib";
+  for (uint32_t k = 0; k < _dyld_image_count(); ++k) {
+    const std::string path = _dyld_get_image_name(k);
+    if (path.size() > wanted.size() && path.substr(path.size() - wanted.size()) == wanted)
+      return dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  }
+  return nullptr;
+#else
+  return dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);  // by SONAME
+#endif
+}
+
+// Returns the library that gives torch its parallel regions. For a torch that is built otherwise,
+// or none, it is what the process has, or else the system's.
+void* find_openmp(std::string& path) {
+  const auto parallel_in = [](void* place) {
+    void* const found = dlsym(place, "GOMP_parallel");
+    return found ? found : dlsym(place, "__kmpc_fork_call");
+  };
+  void* parallel = nullptr;
+  if (void* torch = find_torch()) parallel = parallel_in(torch);
+  if (!parallel) parallel = parallel_in(RTLD_DEFAULT);
+#if defined(__linux__)
+  if (!parallel)
+    if (void* system = dlopen("libgomp.so.1", RTLD_LAZY)) parallel = dlsym(system, "GOMP_parallel");
+#endif
+  Dl_info info;
+  if (!parallel || !dladdr(parallel, &info) || !info.dli_fname) return nullptr;
+  path = info.dli_fname;
+  return dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+}
+
+#endif
+
+// ---- the runtime
+// ---------------------------------------------------------------------------------
+
+// Where in a source a region begins: LLVM's and Intel's runtimes want to know. (ident_t in
+// openmp/runtime/src/kmp.h)
+struct Place {
+  int32_t reserved_1, flags, reserved_2, reserved_3;
+  const char* source;
+};
+
+struct Team {
+  void (*body)(void* data, int thread);
+  void* data;
+};
+
+struct Runtime {
+  std::string path;
+  int (*max_threads)() = nullptr;
+  int (*thread_num)() = nullptr;
+  // GCC's runtime. (libgomp/parallel.c)
+  void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags) = nullptr;
+  // LLVM's and Intel's, which have GCC's functions too, but not on Windows. (kmp_csupport.cpp)
+  void (*fork_call)(Place*, int32_t count, void (*)(int32_t*, int32_t*, Team*), ...) = nullptr;
+  int32_t (*global_thread_num)(Place*) = nullptr;
+  void (*push_num_threads)(Place*, int32_t global_thread, int32_t threads) = nullptr;
+
+  Runtime() {
+    std::string found;
+    void* const library = find_openmp(found);
+    if (!library) return;
+    const auto set = [&](auto& function, const char* name) {
+      function = reinterpret_cast<std::decay_t<decltype(function)>>(address_in(library, name));
+    };
+    set(max_threads, "omp_get_max_threads"), set(thread_num, "omp_get_thread_num");
+    set(parallel, "GOMP_parallel"), set(fork_call, "__kmpc_fork_call");
+    set(global_thread_num, "__kmpc_global_thread_num");
+    set(push_num_threads, "__kmpc_push_num_threads");
+    if (has_fork_call() || (parallel && thread_num)) path = found;
+  }
+  bool has_fork_call() const { return fork_call && global_thread_num && push_num_threads; }
+  bool serves() const { return !path.empty(); }
+};
+
+const Runtime& runtime() {
+  static const Runtime instance;  // never closed: its threads may outlive every caller
+  return instance;
+}
+
+}  // namespace
+
+const char* openmp_library() { return runtime().path.c_str(); }
+
+int most_threads() {
+  const Runtime& r = runtime();
+  return r.serves() && r.max_threads ? r.max_threads() : 1;
+}
+
+void run_team(int threads, void (*body)(void* data, int thread), void* data) {
+  const Runtime& r = runtime();
+  if (threads <= 1 || !r.serves()) return body(data, 0);
+  Team team{body, data};
+  if (r.has_fork_call()) {
+    static Place place{0, 2, 0, 0, ";snnlstm;run_team;0;0;;"};  // 2: called as by a compiler
+    r.push_num_threads(&place, r.global_thread_num(&place), threads);
+    const auto member = [](int32_t*, int32_t* thread, Team* of) { of->body(of->data, *thread); };
+    r.fork_call(&place, 1, member, &team);
+    return;
+  }
+  const auto member = [](void* of) {
+    static int (*const number)() = runtime().thread_num;
+    static_cast<Team*>(of)->body(static_cast<Team*>(of)->data, number());
+  };
+  r.parallel(member, &team, unsigned(threads), 0);
+}
+
+void yield_core() { std::this_thread::yield(); }
+
+int64_t nanoseconds() {
+  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+}
+
+}  // namespace snnlstm

@@ -1,0 +1,37 @@
+// What differs between operating systems: threads, the clock, and how to give a core away.
+#pragma once
+
+#include <cstdint>
+
+namespace snnlstm {
+
+// Calls body(data, thread) on `threads` threads of torch's pool, each with its number in the team;
+// returns when all calls have returned. The pool may give fewer threads, and there is always one.
+void run_team(int threads, void (*body)(void* data, int thread), void* data);
+
+// The same for a body(thread) of any type. Static, so that the linker merges no two instruction
+// sets' copies.
+template <class F>
+static void call_body(void* data, int thread) {
+  (*static_cast<const F*>(data))(thread);
+}
+template <class F>
+static void run_team(int threads, const F& body) {
+  run_team(threads, &call_body<F>, const_cast<F*>(&body));
+}
+
+// The number of threads that torch.set_num_threads has set for the calling thread.
+int most_threads();
+
+// Path of the OpenMP runtime in use, such as ".../torch/lib/libgomp.so.1"; "" where there is none
+// and every team has one thread. Looked up at the first call, after which it stays: import torch
+// before.
+const char* openmp_library();
+
+// Lets another thread have this core, where one waits for it.
+void yield_core();
+
+// A clock that never goes back.
+int64_t nanoseconds();
+
+}  // namespace snnlstm
