@@ -202,21 +202,32 @@ TABLES = {"cpu": CPU_CASES, "loops": LOOP_CASES, "users": USERS_CASES, "gpu": GP
 CASES = CPU_CASES | LOOP_CASES | USERS_CASES | GPU_CASES | {LONG_CASE.name: LONG_CASE}
 
 
-def find_cases(names: list[str]) -> list[Case]:
+def find_cases(names: list[str]) -> list[Any]:
     """Returns built-in cases by name; "cpu", "loops", "users" and "gpu" stand for a whole table.
 
-    Raises ValueError that names an unknown shape.
+    So do "networks" and "fronts", which are cases of benchmarks/whole.py. Raises ValueError that
+    names an unknown shape.
     """
-    found: dict[str, Case] = {}
+    found: dict[str, Any] = {}
     for name in names:
         if name in TABLES:
             found |= TABLES[name]
         elif name in CASES:
             found[name] = CASES[name]
         else:
-            known = ", ".join([*CASES, *TABLES])
-            raise ValueError(f"--shapes: no shape is called {name!r}; known: {known}")
+            found |= _networks(name)
     return list(found.values())
+
+
+def _networks(name: str) -> dict[str, Any]:
+    """Returns the networks of a table, or one network."""
+    from benchmarks.whole import TABLES as NETWORKS  # which imports what networks are made of
+
+    each = {key: case for table in NETWORKS.values() for key, case in table.items()}
+    if name not in NETWORKS and name not in each:
+        known = ", ".join([*CASES, *TABLES, *NETWORKS, *each])
+        raise ValueError(f"--shapes: no shape is called {name!r}; known: {known}")
+    return NETWORKS[name] if name in NETWORKS else {name: each[name]}
 
 
 def random_cases(count: int, seed: int) -> list[Case]:

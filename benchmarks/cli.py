@@ -20,6 +20,7 @@ from benchmarks.cases import (
     CASES,
     MODES,
     QUICK_CASES,
+    Case,
     find_cases,
     parse_case,
     parse_density,
@@ -46,13 +47,15 @@ examples:
   python -m benchmarks --shape "8 4 32 48 30 40 3x5 reset=zero density=0.02"
   python -m benchmarks --compare out/before out/after
   python -m benchmarks --random 20 --mode forward both --providers snntorch snnlstm --seconds 2
+  python -m benchmarks --shapes networks fronts --mode forward both --seconds 2
   python -m benchmarks --device cuda --shapes gpu --dtype float32 tf32 bfloat16
 """
 
 
 HELP = {
     "shapes": 'built-in shapes of the list below; "cpu", "loops", "users" and "gpu" stand for '
-    "whole tables (default: cpu, or gpu with --device cuda)",
+    'whole tables, "networks" for whole networks, "fronts" for layers in front of a cell '
+    "(default: cpu, or gpu with --device cuda)",
     "shape": "a shape of your own, may be repeated; options after k: max_pool=2 avg_pool=2 "
     "reset=zero quant=8 threshold=0.1 density=0.1 (or density=dense) name=mine",
     "random": "time N random shapes, drawn with --seed, and list the ratios in order, the ten "
@@ -158,7 +161,8 @@ def plan_from(args: argparse.Namespace, dtype: str) -> Plan:
     cases = find_cases(names or []) + own
     if args.density is not None:
         density = parse_density(args.density)
-        cases = [dataclasses.replace(case, density=density, goals=None) for case in cases]
+        layers = [case for case in cases if isinstance(case, Case)]
+        cases = [dataclasses.replace(case, density=density, goals=None) for case in layers]
     return Plan(
         cases=cases,
         providers=find_providers(args.providers or (QUICK_PROVIDERS if quick else PROVIDERS)),

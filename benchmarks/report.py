@@ -49,6 +49,11 @@ def ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
 
 
+def percent(share: float | None) -> str:
+    """Formats a share; None gives no text."""
+    return "" if share is None else f"{share:.0%}"
+
+
 def timed_rows(rows: Iterable[Row]) -> tuple[list[Row], list[str]]:
     """Returns the rows that are timed against the baseline, and their providers' names."""
     timed = [row for row in rows if row.speedup is not None]
@@ -58,6 +63,7 @@ def timed_rows(rows: Iterable[Row]) -> tuple[list[Row], list[str]]:
 def case_block(case: Case, mode: str, rows: Sequence[Row]) -> str:
     """Formats one case in one mode, with a line per provider."""
     header = ["provider", "p20", "p50", "p80", "speed-up", "GFLOP/s", "of peak", "live MiB"]
+    network = any(row.outside is not None for row in rows)
     cells = []
     for row in rows:
         share = row.gflops / row.peak_gflops if row.gflops and row.peak_gflops else None
@@ -70,13 +76,15 @@ def case_block(case: Case, mode: str, rows: Sequence[Row]) -> str:
                 "" if share is None else f"{share:.0%}",
                 *map(number, (row.live_mib, row.resident_mib)),
                 str(row.rounds),
+                *([percent(row.outside)] if network else []),
             ]
         )
     notes = [f"  {row.provider}: {row.note}" for row in rows if row.note]
     for path in dict.fromkeys(row.path for row in rows if row.path):
         notes.append(f"  {path}: {', '.join(row.provider for row in rows if row.path == path)}")
     title = f"{case.name}  {MODE_TITLES[mode]}  [{case.title}], ms per time step"
-    table = format_table([*header, "resident", "rounds"], cells)
+    columns = [*header, "resident", "rounds", *(["not the cell"] if network else [])]
+    table = format_table(columns, cells)
     return "\n".join([title, table, *notes, ""])
 
 
@@ -146,19 +154,26 @@ def markdown(rows: Sequence[Row]) -> str:
     if not names:
         return ""
     modes = [mode for mode in MODES if any(row.mode == mode for row in timed)]
-    lines = [["layer", f"{BASELINE}, ms a step", *names], ["---"] * (len(names) + 2)]
+    network = any(row.outside is not None for row in timed)
+    head = ["network or layer" if network else "layer", f"{BASELINE}, ms a step", *names]
+    head += ["not the cell"] if network else []
+    lines = [head, ["---"] * len(head)]
     for case in dict.fromkeys(row.case for row in timed):
         found = {(row.provider, row.mode): row for row in timed if row.case == case}
         row = next(iter(found.values()))
         x = "dense x" if row.density is None else f"{row.density:.0%} of x"
-        layer = f"**{case}** T={row.steps} N={row.batch} {row.cin}→{row.cout} "
-        layer += f"{row.height}x{row.width}, {row.kernel}, {x}"
+        layer = f"**{case}** T={row.steps} N={row.batch}"
+        if row.kernel:
+            layer += f" {row.cin}→{row.cout} {row.height}x{row.width}, {row.kernel}, {x}"
         cells = [f"{layer}, {row.options}" if row.options else layer]
         times = [found.get((BASELINE, mode)) for mode in modes]
         cells.append(" / ".join(number(row.p50_ms) if row else "-" for row in times))
         for name in names:
             ratios = [found.get((name, mode)) for mode in modes]
             cells.append(" / ".join(f"{number(row.speedup)}x" if row else "-" for row in ratios))
+        if network:
+            shares = [found.get((names[-1], mode)) for mode in modes]
+            cells.append(" / ".join(percent(row.outside) if row else "-" for row in shares))
         lines.append(cells)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 

@@ -62,6 +62,8 @@ class Row:
     """The peak of memory in use beyond weights and x (see benchmarks/memory.py)."""
     resident_mib: float | None = None
     """The peak of memory that the process took from the system, with fragmentation."""
+    outside: float | None = None
+    """The share of a network's time that is not spent in our cells."""
     note: str = ""
 
     @property

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -35,7 +36,7 @@ class Plan:
     profile: whether the suite prints the shares of the parts of our CPU kernels.
     """
 
-    cases: list[Case]
+    cases: list[Any]
     providers: list[type[Provider]]
     modes: list[str]
     setting: Setting
@@ -107,13 +108,13 @@ class Suite:
 
         return tick
 
-    def run_case(self, case: Case) -> None:
+    def run_case(self, case: Any) -> None:
         """Checks, weighs and times one case, and prints its tables."""
         plan, device = self.plan, self.plan.setting.device
         self.tell(f"{case.name}: checking")
         providers = self.checked(case)
         weighed: dict[memory.Job, memory.Found] = {}
-        if plan.memory == "all":
+        if plan.memory == "all" and isinstance(case, Case):
             modes = [mode for mode in plan.modes if mode != "backward"]
             jobs = [memory.Job(case, mode, name) for mode in modes for name in providers]
             weighed = self.weigh(f"{case.name}: memory", jobs)
@@ -126,6 +127,9 @@ class Suite:
                 job = memory.Job(case, mode, name)
                 path, baseline = providers[name].path, times.get(BASELINE)
                 rows.append(self.row(job, weighed.get(job), path, found, baseline))
+                if not isinstance(case, Case) and name != BASELINE:
+                    share = providers[name].outside(runners[name])
+                    rows[-1] = dataclasses.replace(rows[-1], outside=share)
             self.rows += rows
             if rows:
                 tqdm.write(case_block(case, mode, rows))
@@ -136,9 +140,11 @@ class Suite:
                 if row.provider in PROFILED:
                     self.kernels += kernel_times(row, runners[row.provider], device)
 
-    def checked(self, case: Case) -> dict[str, Provider]:
+    def checked(self, case: Any) -> dict[str, Any]:
         """Returns the providers that can run the case and compute what the baseline computes."""
         plan, setting = self.plan, self.plan.setting
+        if not isinstance(case, Case):
+            return self.checked_network(case)
         built: dict[str, Provider] = {}
         expected = potential = None
         mode = "both" if set(plan.modes) - {"forward"} else "forward"
@@ -163,14 +169,25 @@ class Suite:
                 built[kind.name] = provider
         return built
 
-    def skip(self, name: str, case: Case, reason: str) -> None:
+    def checked_network(self, case: Any) -> dict[str, Any]:
+        """Returns what :meth:`checked` returns, for a network."""
+        try:
+            return case.providers([kind.name for kind in self.plan.providers], self.plan.setting)
+        except agreement.Disagreement as error:
+            self.disagreements.append(f"{case.name}: {error}")
+            tqdm.write(f"NOT TIMED: {self.disagreements[-1]}\n")
+        except Unavailable as error:
+            self.skip("networks", case, str(error))
+        return {}
+
+    def skip(self, name: str, case: Any, reason: str) -> None:
         """Says once why a provider is left out."""
         reason = reason.strip().splitlines()[0] if reason.strip() else "no message"
         if (name, reason) not in self.skipped:
             self.skipped.add((name, reason))
             tqdm.write(f"skipped {name} ({case.name}): {reason}\n")
 
-    def runners(self, case: Case, mode: str, providers: dict[str, Provider]) -> dict[str, Runner]:
+    def runners(self, case: Any, mode: str, providers: dict[str, Any]) -> dict[str, Runner]:
         """Returns all providers that can run the mode, warmed up."""
         runners: dict[str, Runner] = {}
         self.tell(f"{case.name} {mode}: warming up")
@@ -215,7 +232,10 @@ class Suite:
     ) -> Row:
         """Makes one row of the table."""
         case, mode, peak = job.case, job.mode, self.peaks[0]
-        flops, millis = case.flops(mode), 1000 / case.steps
+        millis = 1000 / case.steps
+        layer = isinstance(case, Case)  # of a network the operations are not counted
+        flops = case.flops(mode) if layer else None
+        element = self.plan.setting.torch_dtype.itemsize
         weighed = weighed or memory.Found()
         row = Row(
             **self.origin,
@@ -228,7 +248,7 @@ class Suite:
             goal=case.goal(mode) if job.provider == case.goals_of else None,
             peak_gflops=peak.gflops,
             peak_gbytes=peak.gbytes,
-            intensity=flops / case.fewest_bytes(mode, self.plan.setting.torch_dtype.itemsize),
+            intensity=flops / case.fewest_bytes(mode, element) if flops else None,
             live_mib=weighed.live,
             resident_mib=weighed.resident,
             note=f"memory: {weighed.note}" if weighed.note else "",
@@ -242,5 +262,5 @@ class Suite:
             p50_ms=times.p50 * millis,
             p80_ms=times.p80 * millis,
             speedup=baseline.p50 / times.p50 if baseline else None,
-            gflops=flops * case.steps / times.p50 / 1e9,
+            gflops=flops * case.steps / times.p50 / 1e9 if flops else None,
         )

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import close, ours, same_gradients, steps
-from nets import NETWORKS, ExplicitStates, Lit, Recurrent, twins
 from torch import Tensor, nn
 from torch.nn.parallel import replicate
 from torch.utils.data import DataLoader
 
 import snnlstm
+from benchmarks.networks import NETWORKS, ExplicitStates, Lit, Recurrent, twins
 
 
 def data(name: str) -> list[tuple[Tensor, Tensor]]:

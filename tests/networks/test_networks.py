@@ -16,10 +16,10 @@ import pytest
 import snntorch
 import torch
 from helpers import close
-from nets import NETWORKS, Network
 from torch import Tensor, nn
 
 import snnlstm
+from benchmarks.networks import NETWORKS, Network
 
 STEPS = 10
 every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)

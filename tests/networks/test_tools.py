@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from nets import NETWORKS, ExplicitStates, twins
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import snnlstm
+from benchmarks.networks import NETWORKS, ExplicitStates, twins
 
 
 def torchinfo_(net: nn.Module, x: Tensor) -> Any:

@@ -35,6 +35,7 @@ class Network:
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
     batch_dim: int = 0  # the dimension of x that is the batch
     autocast: bool = False  # under autocast our cell and snnTorch's round differently
+    infer: Callable[[Any, Tensor], Any] = lambda net, x: net(x)
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
         """Returns equal batches at every call: events of density 0.3, and labels."""
@@ -152,6 +153,16 @@ def truncated_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tens
     return torch.stack(losses).mean()
 
 
+def truncated_infer(net: Any, x: Tensor) -> Tensor:
+    """Carries the states through all steps, (T, N, C, H, W)."""
+    state = net.lstm.reset_mem()
+    out = []
+    for x_t in x:
+        logits, state = net(x_t, state)
+        out.append(logits)
+    return torch.stack(out)
+
+
 class Recurrent(nn.Module):
     """Has the whole loop in forward, for DataParallel; data is batch-first."""
 
@@ -219,6 +230,12 @@ def hidden(cell: Any) -> nn.Module:
     )
 
 
+def hidden_infer(net: nn.Module, x: Tensor) -> Tensor:
+    """Loops over time outside of the network, (T, N, C, H, W)."""
+    utils.reset(net)
+    return torch.stack([net(x_t)[1] for x_t in x])
+
+
 def hidden_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
     """Resets before each batch, and loops over time outside of the network."""
     utils.reset(net)
@@ -275,7 +292,13 @@ NETWORKS = {
     "spectrogram": Network(Spectrogram, ((4, 1, 20, 32),), plain_step, optimizer=_adam),
     "columns": Network(Columns, ((2, 129, 5),), plain_step, optimizer=_adam),
     "truncated": Network(
-        Truncated, ((6, 3, 2, 6, 6),), truncated_step, optimizer=_sgd, batch_dim=1, autocast=True
+        Truncated,
+        ((6, 3, 2, 6, 6),),
+        truncated_step,
+        optimizer=_sgd,
+        batch_dim=1,
+        autocast=True,
+        infer=truncated_infer,
     ),
     "parallel": Network(
         lambda cell: nn.DataParallel(Recurrent(cell)), ((4, 4, 2, 12, 12),), plain_step
@@ -283,7 +306,9 @@ NETWORKS = {
     "thresholds": Network(
         LearnedThreshold, ((4, 4, 3, 8, 8),), clipped_step, optimizer=_sgd, batch_dim=1
     ),
-    "hidden": Network(hidden, ((5, 4, 2, 8, 8), (5, 2, 2, 8, 8)), hidden_step, batch_dim=1),
+    "hidden": Network(
+        hidden, ((5, 4, 2, 8, 8), (5, 2, 2, 8, 8)), hidden_step, batch_dim=1, infer=hidden_infer
+    ),
     "lit": Network(Lit, ((4, 3, 2, 6, 6),), lit_step, optimizer=_adam),
 }
 
