@@ -63,7 +63,7 @@ def timed_rows(rows: Iterable[Row]) -> tuple[list[Row], list[str]]:
 def case_block(case: Case, mode: str, rows: Sequence[Row]) -> str:
     """Formats one case in one mode, with a line per provider."""
     header = ["provider", "p20", "p50", "p80", "speed-up", "GFLOP/s", "of peak", "live MiB"]
-    network = any(row.outside is not None for row in rows)
+    network = any(row.not_cell is not None for row in rows)
     cells = []
     for row in rows:
         share = row.gflops / row.peak_gflops if row.gflops and row.peak_gflops else None
@@ -76,7 +76,7 @@ def case_block(case: Case, mode: str, rows: Sequence[Row]) -> str:
                 "" if share is None else f"{share:.0%}",
                 *map(number, (row.live_mib, row.resident_mib)),
                 str(row.rounds),
-                *([percent(row.outside)] if network else []),
+                *([percent(row.not_cell)] if network else []),
             ]
         )
     notes = [f"  {row.provider}: {row.note}" for row in rows if row.note]
@@ -154,7 +154,7 @@ def markdown(rows: Sequence[Row]) -> str:
     if not names:
         return ""
     modes = [mode for mode in MODES if any(row.mode == mode for row in timed)]
-    network = any(row.outside is not None for row in timed)
+    network = any(row.not_cell is not None for row in timed)
     head = ["network or layer" if network else "layer", f"{BASELINE}, ms a step", *names]
     head += ["not the cell"] if network else []
     lines = [head, ["---"] * len(head)]
@@ -173,7 +173,8 @@ def markdown(rows: Sequence[Row]) -> str:
             cells.append(" / ".join(f"{number(row.speedup)}x" if row else "-" for row in ratios))
         if network:
             shares = [found.get((names[-1], mode)) for mode in modes]
-            cells.append(" / ".join(percent(row.outside) if row else "-" for row in shares))
+            told = [percent(row.not_cell) for row in shares if row and row.not_cell is not None]
+            cells.append(" / ".join(told))
         lines.append(cells)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 

@@ -62,7 +62,7 @@ class Row:
     """The peak of memory in use beyond weights and x (see benchmarks/memory.py)."""
     resident_mib: float | None = None
     """The peak of memory that the process took from the system, with fragmentation."""
-    outside: float | None = None
+    not_cell: float | None = None
     """The share of a network's time that is not spent in our cells."""
     note: str = ""
 

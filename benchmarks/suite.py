@@ -128,8 +128,8 @@ class Suite:
                 path, baseline = providers[name].path, times.get(BASELINE)
                 rows.append(self.row(job, weighed.get(job), path, found, baseline))
                 if not isinstance(case, Case) and name != BASELINE:
-                    share = providers[name].outside(runners[name])
-                    rows[-1] = dataclasses.replace(rows[-1], outside=share)
+                    share = providers[name].not_cell(runners[name])
+                    rows[-1] = dataclasses.replace(rows[-1], not_cell=share)
             self.rows += rows
             if rows:
                 tqdm.write(case_block(case, mode, rows))

@@ -184,7 +184,7 @@ _LAYERS: dict[str, Callable[[], list[nn.Module]]] = {
 
 
 def _fronted(front: str, cell: Any) -> nn.Sequential:
-    return nn.Sequential(*_LAYERS[front](), cell(8, 16, 3, threshold=0.1, init_hidden=True))
+    return nn.Sequential(*_LAYERS[front](), cell(8, 16, 3, threshold=0.02, init_hidden=True))
 
 
 def loop_infer(net: nn.Sequential, x: Tensor) -> Tensor:

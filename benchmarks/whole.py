@@ -135,7 +135,7 @@ class WholeNetwork:
         torch.manual_seed(1)  # dropout
         return run().item()  # type: ignore[attr-defined]
 
-    def outside(self, runner: Runner, rounds: int = 9) -> float:
+    def not_cell(self, runner: Runner, rounds: int = 9) -> float:
         """Returns the share of the time of a run that is not spent in our cells."""
         setup, run = runner
         shares = []
