@@ -46,6 +46,8 @@ struct Cell {
   Reset reset = Reset::none;
   Surrogate surrogate = Surrogate::atan;
   double surrogate_p0 = 2, surrogate_p1 = 0;
+  bool spiking = true;  // false: a plain ConvLSTM; mem stands in the place of spk, and nothing
+                        // resets, pools or quantises it
   bool inhibition = false;
   int num_levels = 0;            // of the state quantiser; 0: none
   int outer_h = 0, outer_w = 0;  // CPU: taps on either side that meet no pixel, beside kernel_h, _w
@@ -95,8 +97,10 @@ struct ForwardArgs : PassArgs {
   // CUDA, algorithm pointwise: torch's convolution of cat[x, mem], (1, N, 4C, Ho, Wo) of the gate
   // type, for which x and weight are unused. bias is null if the sums hold it already.
   View gate_sums;
-  View spk;       // (T, N, C, Hp, Wp)
+  View spk;       // (T, N, C, Hp, Wp); absent in a single step of a cell that does not spike
   View syn, mem;  // (T, N, C, Ho, Wo) or, with stride[0] = 0, (N, C, Ho, Wo)
+
+  bool spk_is_mem() const { return !cell.spiking && spk.data != nullptr; }
 };
 
 struct BackwardArgs : PassArgs {

@@ -122,10 +122,11 @@ Args common_args(const Cell& cell, Keywords& k) {
   a.x = k.view("x"), a.syn0 = k.needed_view("syn0"), a.mem0 = k.view("mem0");
   a.weight = k.address("weight");
   a.weight_mem = k.address("weight_mem"), a.weight_x = k.address("weight_x");
-  a.threshold = k.needed_address("threshold"), a.threshold_stride = k.number("threshold_stride");
+  a.threshold = k.address("threshold"), a.threshold_stride = k.number("threshold_stride");
   if (a.threshold_stride != 0 && a.threshold_stride != 1)
     throw py::value_error("threshold_stride must be 0 or 1");
-  a.graded_factor = k.needed_address("graded"), a.levels = k.address("levels");
+  a.graded_factor = k.address("graded"), a.levels = k.address("levels");
+  if (cell.spiking) needs(a.threshold, "threshold"), needs(a.graded_factor, "graded");
   if (cell.num_levels > 0) needs(a.levels, "levels");
   a.saved_gates = k.address("saved_gates"), a.saved_syn = k.address("saved_syn");
   if (a.saved_gates && cell.T > 1) needs(a.saved_syn, "saved_syn");
@@ -140,7 +141,8 @@ inline ForwardArgs forward_args(const Cell& cell, const py::kwargs& given) {
   auto a = common_args<ForwardArgs>(cell, k);
   a.bias = k.address("bias"), a.gate_sums = k.view("gate_sums");
   needs(a.mem0.data, "mem0");
-  a.spk = k.needed_view("spk"), a.syn = k.needed_view("syn"), a.mem = k.needed_view("mem");
+  a.spk = k.view("spk"), a.syn = k.needed_view("syn"), a.mem = k.needed_view("mem");
+  if (cell.spiking || cell.T > 1) needs(a.spk.data, "spk");
   k.finish();
   return a;
 }
@@ -200,7 +202,7 @@ inline Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, i
                       std::pair<int, int> kernel, std::pair<int, int> stride,
                       std::pair<int, int> dilation, int pool, std::pair<int, int> pool_size,
                       int reset, int surrogate, double p0, double p1, bool inhibition,
-                      int num_levels) {
+                      int num_levels, bool spiking) {
   Cell c;
   c.dtype = numbered<DType>("dtype", dtype, 4);
   c.T = T, c.N = N, c.Cin = Cin, c.C = C, c.H = H, c.W = W;
@@ -214,11 +216,15 @@ inline Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, i
   c.surrogate_p0 = p0, c.surrogate_p1 = p1;
   c.inhibition = inhibition;
   c.num_levels = num_levels;
+  c.spiking = spiking;
   check_sizes(c);
   if (c.kernel_h % 2 == 0 || c.kernel_w % 2 == 0) throw py::value_error("kernel must be odd");
   if (c.pool == Pool::none && c.pool_h * c.pool_w != 1)
     throw py::value_error("pool_size must be (1, 1) without pooling");
   if (c.Hp() < 1 || c.Wp() < 1) throw py::value_error("pool_size must fit into the state");
+  if (!spiking && (c.reset != Reset::none || c.pool != Pool::none || inhibition || num_levels > 0 ||
+                   c.surrogate != Surrogate::none))
+    throw py::value_error("a cell that does not spike has nothing that acts on spikes");
   return c;
 }
 
@@ -228,7 +234,7 @@ inline void bind_cell(py::module_& m) {
            py::arg("Cin"), py::arg("C"), py::arg("H"), py::arg("W"), py::arg("kernel"),
            py::arg("stride"), py::arg("dilation"), py::arg("pool"), py::arg("pool_size"),
            py::arg("reset"), py::arg("surrogate"), py::arg("p0"), py::arg("p1"),
-           py::arg("inhibition"), py::arg("num_levels"));
+           py::arg("inhibition"), py::arg("num_levels"), py::arg("spiking") = true);
 }
 
 }  // namespace snnlstm::bindings

@@ -6,6 +6,7 @@ from .version import __version__
 
 try:
     from . import functional, quant, reference, surrogate
+    from .convlstm import ConvLSTM, ConvLSTMCell
     from .native.memory import empty_cache
     from .rates import spike_rates
     from .sconv1dlstm import SConv1dLSTM
@@ -20,6 +21,8 @@ except Exception:
         raise
 
 __all__ = [
+    "ConvLSTM",
+    "ConvLSTMCell",
     "SConv1dLSTM",
     "SConv2dLSTM",
     "Sequential",

@@ -92,7 +92,9 @@ class Call(NamedTuple):
     mem: Tensor
     weight: Tensor  # (4C, Cin + C, kh, kw), gates in the order i, f, o, g
     bias: Tensor | None  # (4C,)
-    threshold: Tensor  # broadcasts to mem's shape and to the pooled one, as graded does
+    # These broadcast to mem's shape and to the pooled one. Nobody reads those of a cell that does
+    # not spike.
+    threshold: Tensor
     graded: Tensor
     options: CellOptions
     signature: Signature = None  # type: ignore[assignment]  # None while torch.compile traces
@@ -171,17 +173,18 @@ def checked_call(
     batch_first: bool = False,
     traced: bool = False,
     dims: int = 2,
+    name: str = "x",
 ) -> Call:
     """Check every tensor of a call, and make it.
 
     `channels` are Cin and C. `options_of` returns the options by (sequence, record), `state_of` the
     state of a name for a shape and the checked x, and `foreign_of` the fields behind the signature.
-    `traced` says whether torch.compile traces the call. With a `dims` of 1 all tensors but the
-    weight have a length L in the place of H and W.
+    `traced` says whether torch.compile traces the call, and `name` is that of x in errors. With a
+    `dims` of 1 all tensors but the weight have a length L in the place of H and W.
     """
     if batch_first and isinstance(x, Tensor) and x.dim() == dims + 3:
         x = x.transpose(0, 1)
-    x = input_tensor(x, weight, channels[0], batch_first, dims)
+    x = input_tensor(x, weight, channels[0], batch_first, dims, name)
     sequence = x.dim() == dims + 3
     if flag("record", record) and not sequence:
         raise ValueError(
@@ -190,8 +193,11 @@ def checked_call(
     options = options_of(sequence, bool(record))
     shape = state_shape(x, channels[1], options, dims)
     syn, mem = state_of("syn", shape, x), state_of("mem", shape, x)
-    threshold = scalar_like("threshold", threshold, x, shape, options)
-    graded = scalar_like("graded_spikes_factor", graded, x, shape, options)
+    if options.spiking:
+        threshold = scalar_like("threshold", threshold, x, shape, options)
+        graded = scalar_like("graded_spikes_factor", graded, x, shape, options)
+    else:
+        threshold = graded = x.new_empty(())
     if bias is not None:
         check_dense("bias", bias)
     if dims == 1:
@@ -322,29 +328,31 @@ def state_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def input_tensor(x: Any, weight: Tensor, in_channels: int, batch_first: bool, dims: int) -> Tensor:
+def input_tensor(
+    x: Any, weight: Tensor, in_channels: int, batch_first: bool, dims: int, name: str
+) -> Tensor:
     """Check the input; returns it in the dtype of the states.
 
     `batch_first` says that the caller gave a sequence as (N, T, ...); here x is (T, N, ...).
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    check_dense("x", x)
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_dense(name, x)
     given = tuple(x.shape)
     if batch_first and x.dim() == dims + 3:
         given = (given[1], given[0], *given[2:])
     if x.dim() not in (dims + 2, dims + 3):
         rest = f"{in_channels}, {_SIZES[dims]}"
         raise ValueError(
-            f"x must have shape (N, {rest}) for one step or "
+            f"{name} must have shape (N, {rest}) for one step or "
             f"({'N, T' if batch_first else 'T, N'}, {rest}) for a sequence, got {given}"
         )
     channels = x.shape[-dims - 1]
     if channels != in_channels:
-        raise ValueError(f"x must have {in_channels} channels, got {channels}: shape {given}")
+        raise ValueError(f"{name} must have {in_channels} channels, got {channels}: shape {given}")
     if x.shape[-dims] == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must have at least one pixel, got shape {given}")
-    return _converted("x", x, weight)
+        raise ValueError(f"{name} must have at least one pixel, got shape {given}")
+    return _converted(name, x, weight)
 
 
 def check_dense(name: str, tensor: Tensor) -> None:

@@ -63,6 +63,9 @@ class CellOptions:
     sequence: bool = False  # x is (T, N, Cin, H, W), spk (T, N, C, Hp, Wp); otherwise 4-D
     record: bool = False  # syn and mem are returned for every step, (T, N, C, Ho, Wo)
     checkpoint: Checkpoint = False
+    # False: a plain ConvLSTM, without reset, pool or quantiser. In a sequence mem of each step is
+    # what spk else is, and a step call has no spk.
+    spiking: bool = True
     operands: torch.dtype | None = None  # under autocast the convolution's type, if it is a half
     # All but the operands, as an operator of torch.library takes them: from_text() reads it.
     text: str = field(default="", init=False, repr=False, compare=False)
@@ -84,6 +87,11 @@ class CellOptions:
         """Zeros on each side that keep the image size, height first."""
         (kh, kw), (dh, dw) = self.kernel_size, self.dilation
         return dh * (kh - 1) // 2, dw * (kw - 1) // 2
+
+    @property
+    def passes_gradient(self) -> bool:
+        """Whether spk carries a gradient."""
+        return self.surrogate.kind != 0 if self.spiking else self.sequence
 
     def reason_against_kernels(self, dtype: torch.dtype) -> str | None:
         """Why the kernels cannot run a cell with these options on `dtype`; None if they can."""
@@ -110,7 +118,7 @@ class CellOptions:
             described = (
                 self.kernel_size, self.stride, self.dilation, self.reset, self.pool, self.pool_size,
                 (spike.kind, spike.p0, spike.p1), self.inhibition, self.sequence, self.record,
-                self.checkpoint,
+                self.checkpoint, self.spiking,
             )  # fmt: skip
             text = f"{described};{quant.text if quant else ''}"
             object.__setattr__(self, "text", text)
@@ -309,6 +317,7 @@ def _make_options(
     avg_pool: Any = 0,
     inhibition: Any = False,
     checkpoint: Any = False,
+    spiking: bool = True,
 ) -> CellOptions:
     pool, pool_size = pooling(max_pool, avg_pool, dims)
     return CellOptions(
@@ -322,6 +331,7 @@ def _make_options(
         quant=quant,
         inhibition=flag("inhibition", inhibition),
         checkpoint=checkpoint_kind(checkpoint),
+        spiking=spiking,
     )
 
 

@@ -21,7 +21,7 @@ from torch.nn.modules import module as nn_module
 
 from . import reference
 from .call import PLAIN, Call
-from .options import CellOptions
+from .options import DTYPES, CellOptions
 from .settings import get_algorithm
 
 __all__ = ["Path", "run"]
@@ -111,6 +111,17 @@ global_hooks: Callable[[], Any] = getattr(nn_module, "_has_any_global_hook", _gl
 HOOKS, GLOBAL_HOOKS = "conv carries hooks", "global module hooks are registered"
 
 
+def carries_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module calls hooks of its own."""
+    own = module.__dict__
+    return bool(
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
+
+
 def reason_against_conv(
     conv: nn.Module,
     kind: type[nn.Conv1d | nn.Conv2d],
@@ -127,12 +138,7 @@ def reason_against_conv(
         return f"conv is a {type(conv).__name__}, not a plain nn.{kind.__name__}"
     assert isinstance(conv, (nn.Conv1d, nn.Conv2d))
     own = conv.__dict__
-    if (
-        own["_forward_pre_hooks"]
-        or own["_forward_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    ):
+    if carries_hooks(conv):
         return HOOKS
     if global_hooks():
         return GLOBAL_HOOKS
@@ -141,7 +147,7 @@ def reason_against_conv(
     dims = len(conv.stride)
     if (
         conv.stride != (1, 1)[-dims:]
-        or conv.padding != options.padding[-dims:]
+        or conv.padding not in (options.padding[-dims:], "same")
         or conv.dilation != options.dilation[-dims:]
         or conv.groups != 1
         or conv.padding_mode != "zeros"
@@ -149,6 +155,34 @@ def reason_against_conv(
     ):
         return "conv has another geometry than the cell"
     return None
+
+
+def like_of(conv: Any, x: Any, other: Any) -> Tensor:
+    """A tensor of a foreign conv's dtype and device: a parameter, x, or `other`."""
+    for parameter in conv.parameters() if isinstance(conv, nn.Module) else ():
+        if parameter.dtype in DTYPES:
+            return parameter
+    return x if isinstance(x, Tensor) and x.dtype in DTYPES else other
+
+
+def foreign_conv(
+    conv: nn.Module,
+    kind: type[nn.Conv1d | nn.Conv2d],
+    options: CellOptions,
+    channels: tuple[int, int],
+) -> dict[str, Any]:
+    """The fields of a call by which a `conv` that is no plain `kind` takes part in it.
+
+    `channels` are Cin and C. A stride needs a plain one: ValueError.
+    """
+    cin, c = channels
+    kernel = options.kernel_size[-1:] if kind is nn.Conv1d else options.kernel_size
+    reason = reason_against_conv(conv, kind, options, (4 * c, cin + c, *kernel))
+    if reason is not None and options.stride != (1, 1):
+        raise ValueError(
+            f"conv must be a plain nn.{kind.__name__} without hooks where stride is not 1: {reason}"
+        )
+    return {"conv": conv, "reason": reason}
 
 
 # torch.compiler.is_exporting is younger than the oldest torch that is supported.
@@ -275,7 +309,7 @@ def log_fallback(path: Path, seen: set[str], cell: nn.Module | None = None) -> N
     if path.reason in _logged if path.general else seen:
         return
     (_logged if path.general else seen).add(path.reason)
-    who = "SConv2dLSTM"
+    who = "SConv2dLSTM" if cell is None else type(cell).__name__
     if cell is not None and not path.general:
         who = f"{type(cell).__name__}({cell.extra_repr()})"
         if name := getattr(cell, "_layer_name", ""):

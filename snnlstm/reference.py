@@ -90,6 +90,8 @@ def _step(call: Call, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tens
     i, f, o, g = gates.chunk(4, 1)
     syn = torch.sigmoid(f) * syn + torch.sigmoid(i) * torch.tanh(g)
     mem = torch.sigmoid(o) * torch.tanh(syn)
+    if not options.spiking:
+        return (mem if options.sequence else mem.new_empty(0)), syn, mem
 
     if options.reset == "subtract":
         # A threshold may be infinite where nothing is reset: 0 * inf must not make NaN.

@@ -21,8 +21,16 @@ from .call import (
     real_tensor,
     values,
 )
-from .options import DTYPES, CellOptions, Checkpoint
-from .path import Path, exporting, log_fallback, reason_against_conv, run
+from .options import CellOptions, Checkpoint
+from .path import (
+    Path,
+    exporting,
+    foreign_conv,
+    like_of,
+    log_fallback,
+    reason_against_conv,
+    run,
+)
 from .snntorch import register
 from .state import LastReset, ResetSource, State
 from .warn import warn_of_threshold
@@ -339,18 +347,12 @@ class SConv2dLSTM(CellAttributes):
 
     def _foreign(self, described: CellOptions) -> dict[str, Any]:
         """The fields of a call by which foreign code takes part in it."""
-        channels = self.out_channels
-        kernel = described.kernel_size[-self._dims :]
-        shape = (4 * channels, self.in_channels + channels, *kernel)
-        reason = reason_against_conv(self.conv, self._conv_kind, described, shape)
-        if reason is not None and described.stride != (1, 1):
-            raise ValueError(
-                f"conv must be a plain nn.{self._conv_kind.__name__} without hooks where stride is "
-                f"not 1: {reason}"
-            )
+        found = foreign_conv(
+            self.conv, self._conv_kind, described, (self.in_channels, self.out_channels)
+        )
         fire, mem_reset = self._own_methods()
         conv = self._on_images(self.conv)
-        return {"conv": conv, "reason": reason, "fire": fire, "mem_reset": mem_reset}
+        return found | {"conv": conv, "fire": fire, "mem_reset": mem_reset}
 
     def _store(self, call: Call, spk: Tensor, syn: Tensor, mem: Tensor, path: Path) -> None:
         """Keep the results of a call that succeeded."""
@@ -394,16 +396,11 @@ class SConv2dLSTM(CellAttributes):
         return lambda image: as_image(function(image.squeeze(-2)))
 
     def _parameters_of_conv(self, x: Any) -> tuple[Tensor, Tensor | None]:
-        """weight and bias; of a foreign conv any floating parameter, for dtype and device."""
+        """weight and bias; of a foreign conv any tensor of its dtype and device."""
         conv = self.conv
         if type(conv) is self._conv_kind:
             return self._weight, conv.bias
-        for parameter in conv.parameters() if isinstance(conv, nn.Module) else ():
-            if parameter.dtype in DTYPES:
-                return parameter, None
-        if not isinstance(x, Tensor) or x.dtype not in DTYPES:
-            return self.graded_spikes_factor, None
-        return x, None
+        return like_of(conv, x, self.graded_spikes_factor), None
 
     def fire(self, mem: Tensor) -> Tensor:
         """Spikes (N, C, H, W) of an already pooled membrane potential of that shape.

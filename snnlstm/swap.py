@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import foreign
 from .call import never_spikes
 from .options import a_module, flag
 from .sconv1dlstm import SConv1dLSTM
@@ -55,6 +56,8 @@ class SwapReport:
         several places has all of its names here. The name of the model itself is "".
     left : dict of str to str
         Names of the cells and neurons that stay as they were, each with the reason.
+    taken : dict of str to str
+        Names of the swapped ConvLSTMs without spikes, each with what it was taken for.
     surrogates : tuple of str
         Names of snnTorch's other neurons that got picklable surrogates.
     silent : tuple of str
@@ -65,6 +68,7 @@ class SwapReport:
     model: nn.Module
     swapped: tuple[str, ...]
     left: dict[str, str] = field(default_factory=dict)
+    taken: dict[str, str] = field(default_factory=dict)
     surrogates: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
 
@@ -74,7 +78,10 @@ class SwapReport:
         return f"{self.action}: {len(self.swapped)} swapped, {len(self.left)} left"
 
     def __str__(self) -> str:
-        rows = [(name, "swapped") for name in self.swapped]
+        rows = [
+            (name, f"swapped: {self.taken[name]}" if name in self.taken else "swapped")
+            for name in self.swapped
+        ]
         rows += [(name, f"left: {reason}") for name, reason in self.left.items()]
         width = max((len(name or _ITSELF) for name, _ in rows), default=0)
         lines = [self.headline]
@@ -91,14 +98,22 @@ class SwapReport:
 
 
 def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
-    """Make every ``snntorch.SConv2dLSTM`` in a model one of ours, in place.
+    """Make every ``snntorch.SConv2dLSTM`` and every ConvLSTM in a model one of ours, in place.
 
-    Each cell stays the object that it is, with its parameters, buffers, submodules, state and
-    hooks, and changes its class: whatever holds the cell goes on working, such as optimizers,
-    plain lists and ``torch.compile``. Some stay as they are, and the report gives the reason:
-    instances of subclasses and cells whose forward was replaced (they may compute something else),
-    cells that could not run in snnTorch either, such as one with an even kernel, and other neurons.
-    Only modules of the model are found, not cells that a plain list or another object alone holds.
+    Each cell of snnTorch stays the object that it is, with its parameters, buffers, submodules,
+    state and hooks, and changes its class: whatever holds the cell goes on working, such as
+    optimizers, plain lists and ``torch.compile``. Some stay as they are, and the report gives the
+    reason: instances of subclasses and cells whose forward was replaced (they may compute something
+    else), cells that could not run in snnTorch either, such as one with an even kernel, and other
+    neurons. Only modules of the model are found, not cells that a plain list or another object
+    alone holds.
+
+    A ConvLSTM without spikes may be of any class. It needs one ``nn.Conv2d`` from Cin + C to 4C
+    channels and a forward of x and (h, c). A copy of it is called in float64, and its results and
+    gradients must be those of :class:`snnlstm.ConvLSTMCell`. Its class then becomes a subclass of
+    its own class, which overrides forward; attributes, methods, keys and ``isinstance`` stay. A
+    stack of such cells is tried likewise, so that a sequence goes in one call. The report says why
+    others were left, such as cells with peepholes, a norm inside or gates in another order.
 
     Two things that snnTorch's cell accepts and ignores take effect: ``inhibition`` and a changed
     ``reset_mechanism``.
@@ -119,16 +134,17 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     Raises
     ------
     ImportError
-        If snntorch is not installed.
+        If snntorch is not installed, and the model has no ConvLSTM that can be taken.
     TypeError
         If `model` is not an nn.Module.
     """
     surrogates = flag("surrogates", surrogates)
-    report = _swap("accelerate", model, Base, _why_not_ours, _adopt)
+    taken, left = foreign.take(a_module("model", model))
+    report = _swap("accelerate", model, Base, _why_not_ours, _adopt, taken, left)
     named = list(model.named_modules(remove_duplicate=False))
     for name, module in reversed(named):  # the first of several names stays
-        if type(module) is SConv2dLSTM:
-            module._layer_name = name
+        if type(module) is SConv2dLSTM or isinstance(module, foreign.Taken):
+            module._layer_name = name  # type: ignore[union-attr]
     changed = {id(m) for _, m in named if surrogates and _take_our_surrogate(m)}
     return replace(
         report,
@@ -164,11 +180,12 @@ def restore(model: nn.Module) -> SwapReport:
     where they were not changed since; otherwise ours stay, which work in snnTorch's cell as well.
     A cell that does what snnTorch's cannot stays as it is, and the report gives the reason:
     ``stride``, ``dilation`` and ``checkpoint``, and, unless the cell came from snnTorch,
-    ``inhibition``, float16 and bfloat16.
+    ``inhibition``, float16 and bfloat16. ConvLSTMs without spikes get their own classes back.
 
     `model`, the report and the errors are those of :func:`snnlstm.accelerate`.
     """
-    return _swap("restore", model, SConv2dLSTM, _why_not_theirs, _give_back)
+    taken = foreign.give_back(a_module("model", model))
+    return _swap("restore", model, SConv2dLSTM, _why_not_theirs, _give_back, taken, {})
 
 
 def _require_snntorch(function: str) -> None:
@@ -185,17 +202,20 @@ def _swap(
     kind: type[nn.Module],
     why_not: Callable[[nn.Module], str | None],
     make: Callable[[Any], nn.Module],
+    taken: dict[int, str],
+    left: dict[int, str],
 ) -> SwapReport:
     """Make cells of the other library of the instances of `kind`, and report the others.
 
-    `why_not` gives a reason to leave a module, and `make` the new cell.
+    `why_not` gives a reason to leave a module, and `make` the new cell. `taken` and `left` have the
+    ids of ConvLSTMs without spikes, with what each was taken for, and why each was left.
     """
-    _require_snntorch(action)
-    model = a_module("model", model)
+    if not taken:
+        _require_snntorch(action)
     # All new cells are made before the model is changed, so that an error leaves it whole.
     swapped: dict[int, tuple[nn.Module, nn.Module]] = {}
-    reasons: dict[int, str] = {}
-    for name, module in model.named_modules():
+    reasons = dict(left)
+    for name, module in model.named_modules() if Base is not nn.Module else ():
         reason = why_not(module)
         if reason is None and type(module) is kind:
             try:
@@ -210,16 +230,18 @@ def _swap(
     report = SwapReport(
         action,
         model,
-        tuple(name for name, module in named if id(module) in swapped),
+        tuple(name for name, module in named if id(module) in swapped or id(module) in taken),
         {name: reasons[id(module)] for name, module in named if id(module) in reasons},
+        {name: taken[id(module)] for name, module in named if id(module) in taken},
     )
     take_out([cell for pair in swapped.values() for cell in pair])
     for cell, made in swapped.values():
         object.__setattr__(cell, "__class__", type(made))
         object.__setattr__(cell, "__dict__", made.__dict__)
         register(cell)
-    if not swapped and not any(isinstance(module, Base) for _, module in named):
-        logger.warning("%s found no SConv2dLSTM in the model", action)
+    found = swapped or reasons or taken
+    if not found and not any(isinstance(module, Base) for _, module in named):
+        logger.warning("%s found neither an SConv2dLSTM nor a ConvLSTM in the model", action)
     logger.info("%s", report.headline)
     return report
 

@@ -80,14 +80,20 @@ class Calls(Kernels):
         )
         spks, syns, mems = [], [], []
         syn, mem = inputs.syn, inputs.mem
-        for x in inputs.x.split(1 if self.way in ("steps", "a cell's calls") else self.chunk):
+        for x in inputs.x.split(1 if self._by_steps(chosen) else self.chunk):
             spk, every_syn, every_mem = call(x, syn, mem)
             syn, mem = every_syn[-1], every_mem[-1]
             for kept, found in ((spks, spk), (syns, every_syn), (mems, every_mem)):
                 kept.append(found)
         if chosen.record:
             syn, mem = torch.cat(syns), torch.cat(mems)
-        return torch.cat(spks), syn, mem
+        # A step of a cell that does not spike has no spk.
+        return torch.cat(spks if chosen.spiking or not self._by_steps(chosen) else mems), syn, mem
+
+    def _by_steps(self, chosen: CellOptions) -> bool:
+        """Returns whether each call has one step: a ConvLSTMCell takes no more."""
+        cell = self.way != "steps" and "cell" in self.way
+        return self.way in ("steps", "a cell's calls") or (cell and not chosen.spiking)
 
     def _functional(self, inputs: Inputs, chosen: CellOptions) -> Callable[..., Any]:
         """Returns a function that runs one or several steps from given states."""
@@ -102,6 +108,8 @@ class Calls(Kernels):
     def _cell(self, inputs: Inputs, chosen: CellOptions) -> Callable[..., Any]:
         """Returns a function that runs one or several steps by a cell, which keeps the states."""
         x, syn, mem, weight, bias, threshold, graded = inputs
+        if not chosen.spiking:
+            return self._plain_cell(inputs, chosen)
         pool = {} if chosen.pool == "none" else {f"{chosen.pool}_pool": chosen.pool_size}
         cell = quietly(
             snnlstm.SConv2dLSTM, x.shape[-3], mem.shape[1], chosen.kernel_size, bias is not None,
@@ -123,6 +131,22 @@ class Calls(Kernels):
                 out = cell(x, record=True)
             assert cell.path.native, str(cell.path)
             return out
+
+        return call
+
+    def _plain_cell(self, inputs: Inputs, chosen: CellOptions) -> Callable[..., Any]:
+        """Returns a function that runs a step by a cell without spikes."""
+        cell = snnlstm.ConvLSTMCell(
+            inputs.x.shape[-3], inputs.mem.shape[1], chosen.kernel_size, inputs.bias is not None,
+            stride=chosen.stride, dilation=chosen.dilation, checkpoint=chosen.checkpoint,
+        )  # fmt: skip
+        del cell.conv.weight, cell.conv.bias
+        cell.conv._parameters = {"weight": inputs.weight, "bias": inputs.bias}
+
+        def call(x: Tensor, syn: Tensor, mem: Tensor) -> Any:
+            h, c = cell(x[0], (mem, syn))
+            assert cell.path.native, str(cell.path)
+            return h.new_empty(1, 0), c[None], h[None]
 
         return call
 

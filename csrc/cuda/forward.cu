@@ -17,7 +17,7 @@ class Forward {
       : plan_(plan), a_(args), s_(plan.s), stream_(stream), arena_(args.workspace) {
     if (s_.c.T < 2) return;
     // States between two steps, which the caller may not keep.
-    for (void*& mem : mem_) mem = take_state();
+    for (void*& mem : mem_) mem = s_.c.spiking ? take_state() : nullptr;
     syn_ = take_state();
   }
 
@@ -39,9 +39,11 @@ class Forward {
   Tensor state(const View& v, int64_t t) const {
     return state_tensor(s_.c, v, t, plan_.step.held());
   }
+  bool keeps_mem() const { return a_.record || a_.spk_is_mem(); }
   Tensor mem_before(int64_t t) const {
     if (t == 0) return state(a_.mem0, 0);
-    return a_.record ? state(a_.mem, t - 1) : as_tensor(image(mem_[t & 1], s_, plan_.type));
+    if (!keeps_mem()) return as_tensor(image(mem_[t & 1], s_, plan_.type));
+    return state(a_.spk_is_mem() ? a_.spk : a_.mem, t - 1);
   }
   Tensor syn_before(int64_t t) const {
     if (t == 0) return state(a_.syn0, 0);
@@ -58,7 +60,7 @@ class Forward {
     NeuronForward n = neuron_forward(a_, t, plan_.step.held());
     n.fires = plan_.step.fires;
     n.syn_in = syn_before(t), n.mem_in = mem_before(t);
-    if (!writes_states(t)) n.own_mem = image(mem_[(t + 1) & 1], s_, plan_.type);
+    if (!writes_states(t) && !keeps_mem()) n.own_mem = image(mem_[(t + 1) & 1], s_, plan_.type);
     if (t + 1 < s_.c.T) {
       if (training())
         n.own_syn = saved_syn(t);

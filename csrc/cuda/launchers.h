@@ -67,6 +67,7 @@ template <class Args>
 Fire fire_of(const Args& a, const View& spk, int64_t t, int held, int64_t steps = 1) {
   const Cell& c = a.cell;
   Fire f;
+  f.spiking = c.spiking;
   f.C = int(c.C), f.Hp = int(c.Hp()), f.Wp = int(c.Wp());
   f.pool = c.pool, f.pool_h = c.pool_h, f.pool_w = c.pool_w;
   f.num_levels = c.num_levels, f.levels = a.levels;

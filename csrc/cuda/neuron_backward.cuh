@@ -137,6 +137,7 @@ class BackwardTile {
     if (recurrent != nullptr)
       unrolled<2>([&](int px) { load_vector(recurrent + px * stride, d_mem[px]); });
     if (step.states) add_patch(p_.grad_mem, at, c0, d_mem), add_patch(p_.grad_syn, at, c0, d_syn);
+    if (!p_.fire.spiking) add_patch(p_.fire.spk, at, c0, d_mem);
     const bool direct = spikes() && p_.fire.pool == Pool::none;
     if (direct) {
       unrolled<2, 4>([&](int px, int ch) { mem[px][ch] -= threshold[ch]; });

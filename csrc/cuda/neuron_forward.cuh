@@ -13,6 +13,7 @@ namespace snnlstm::cuda {
 
 // How spikes are made from mem.
 struct Fire {
+  bool spiking = true;  // false: spk, if present, gets mem itself
   int C = 0, Hp = 0, Wp = 0;
   Pool pool = Pool::none;
   int pool_h = 1, pool_w = 1;
@@ -70,7 +71,7 @@ SNNLSTM_DEVICE R quantised(const Fire& f, R x) {
 
 template <class R>
 SNNLSTM_DEVICE R threshold_of(const Fire& f, int c) {
-  return c < f.C ? read<R>(f.threshold, f.spk.type, c * f.threshold_stride) : R(1);
+  return f.spiking && c < f.C ? read<R>(f.threshold, f.spk.type, c * f.threshold_stride) : R(1);
 }
 
 template <class R>
@@ -244,6 +245,10 @@ class ForwardTile {
     if (outputs.states && p_.syn_out.present()) store_patch(p_.syn_out, at, c0, syn);
     if (outputs.states && p_.mem_out.present()) store_patch(p_.mem_out, at, c0, mem);
     if (!p_.fires || pools) return;
+    if (!p_.fire.spiking) {
+      if (p_.fire.spk.present()) store_patch(p_.fire.spk, at, c0, mem);
+      return;
+    }
     R spk[2][CH];
     unrolled<CH, 2>(
         [&](int ch, int px) { spk[px][ch] = spike_of(p_.fire, mem[px][ch], threshold[ch]); });

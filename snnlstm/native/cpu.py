@@ -168,7 +168,7 @@ class Plan(tensors.CommonPlan):
         self.algorithm = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
         self.threads, self.isa = threads, isa
         self.cell = tensors.make_cell(_C, s)
-        # The core takes five strides.
+        # The core takes five strides. A step of a cell that does not spike has no spk.
         self.x5, self.syn5, self.mem5, self.spk5, self.state5 = (
             tensors.five(strides)
             for strides in (
@@ -253,7 +253,7 @@ class Plan(tensors.CommonPlan):
             threshold_stride=self.threshold_stride,
             graded=graded.data_ptr(),
             levels=self.levels_address,
-            spk=(spk.data_ptr(), self.spk5),
+            spk=(spk.data_ptr(), self.spk5) if self.has_spk else None,
             syn=(new_syn.data_ptr(), self.state5),
             mem=(new_mem.data_ptr(), self.state5),
             saved_gates=0 if saved is None else saved.gates.data_ptr(),

@@ -105,17 +105,18 @@ class Plan(tensors.CommonPlan):
 
     def _parameters(self, call: Call) -> tuple[dict[str, int], list[Tensor | None]]:
         """Arguments of every kernel, and the tensors whose addresses these are."""
-        threshold = tensors.numbers(call.threshold, call.x.dtype)
-        graded = tensors.numbers(call.graded, self.real)
-        levels = None
+        threshold = graded = levels = None
+        if self.signature.options.spiking:
+            threshold = tensors.numbers(call.threshold, call.x.dtype)
+            graded = tensors.numbers(call.graded, self.real)
         if self.levels is not None:
             levels = call.x.new_empty(self.levels.numel(), dtype=self.real)
             values = self.levels.data_ptr()
             self._chosen[False].store_levels(values, levels.data_ptr(), self.stream)
         arguments = {
-            "threshold": threshold.data_ptr(),
+            "threshold": address(threshold),
             "threshold_stride": self.threshold_stride,
-            "graded": graded.data_ptr(),
+            "graded": address(graded),
             "levels": address(levels),
         }
         return arguments, [threshold, graded, levels]

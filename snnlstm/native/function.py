@@ -92,6 +92,8 @@ def _in_float32(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str
     if not options.sequence:
         return (*out[0], name)  # type: ignore[return-value]
     spks, syns, mems = zip(*out, strict=True)
+    if not options.spiking:  # a step has no spk
+        spks = mems
     if options.record:
         syn, mem = torch.stack(syns), torch.stack(mems)
     return torch.stack(spks), syn, mem, name
@@ -141,11 +143,13 @@ class _SConv2dLSTM(torch.autograd.Function):
         x, syn, mem, weight, bias, threshold, graded, options, signature, plan, algorithm, r = given
         # A threshold may be written to before the backward pass: snnTorch's graph keeps none.
         ctx.threshold, ctx.version = threshold, version(threshold)
-        ctx.save_for_backward(x, syn, mem, weight, bias, threshold.clone(), graded, *r.saved)
+        if options.spiking:
+            threshold = threshold.clone()
+        ctx.save_for_backward(x, syn, mem, weight, bias, threshold, graded, *r.saved)
         ctx.facts = options, signature, plan, algorithm, r.decided
         ctx.packed = r.packed
         ctx.set_materialize_grads(False)
-        if options.surrogate.kind == 0:
+        if not options.passes_gradient:
             ctx.mark_non_differentiable(r.spk)
         return r.spk, r.syn, r.mem
 
@@ -359,6 +363,6 @@ def _run_operator(call: Call, training: bool, algorithm: str) -> tuple[Tensor, T
         narrow = None
     text = _text(options, narrow)
     spk, new_syn, new_mem, *_ = _forward_operator(*call[:7], text, training, algorithm)
-    if options.surrogate.kind == 0:
+    if not options.passes_gradient:
         spk = spk.detach()
     return spk, new_syn, new_mem

@@ -114,6 +114,7 @@ def make_cell(core: Any, signature: Signature) -> Any:
         p1=surrogate.p1,
         inhibition=options.inhibition,
         num_levels=0 if options.quant is None else options.quant.levels.numel(),
+        spiking=options.spiking,
     )
 
 
@@ -126,8 +127,8 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def view(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
-    """Address and five strides; the time stride of a tensor without time is 0."""
-    if tensor is None:
+    """Address and five strides; the time stride of a tensor without time is 0. None if empty."""
+    if tensor is None or tensor.numel() == 0:
         return None
     strides = tensor.stride()
     return tensor.data_ptr(), strides if len(strides) == 5 else (0, *strides)
@@ -199,6 +200,8 @@ def image_strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
 
     Images are channels-last where x's are, and time lies within the batch where it does in x.
     """
+    if len(shape) == 1:
+        return (1,)
     *lead, c, h, w = shape
     channels_last = x.stride(-3) == 1 and x.shape[-3] != 1 and not x.is_contiguous()
     strides = [1, w * c, c] if channels_last else [h * w, w, 1]
@@ -213,7 +216,7 @@ def image_strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @memory.where_it_fits
 def empty_like_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An output of `shape` ending in (C, H, W), uninitialised."""
+    """An output of `shape` ending in (C, H, W), or (0,), uninitialised."""
     return x.new_empty_strided(shape, image_strides(x, shape))
 
 
@@ -222,6 +225,8 @@ def output_shapes(signature: Signature) -> tuple[tuple[int, ...], tuple[int, ...
     s, (ph, pw) = signature, signature.options.pool_size
     time = (s.time,) if s.options.sequence else ()
     spk = (*time, s.n, s.c, s.ho // ph, s.wo // pw)
+    if not s.options.spiking and not time:
+        spk = (0,)
     return spk, (*(time if s.options.record else ()), s.n, s.c, s.ho, s.wo)
 
 
@@ -276,6 +281,7 @@ class CommonPlan:
         self._winner = winner if o.inhibition else None
         self.has_winner = o.inhibition
         self.threshold_stride = 0 if s.thresholds == 1 else 1
+        self.has_spk = o.spiking or o.sequence
 
     @memory.where_it_fits
     def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

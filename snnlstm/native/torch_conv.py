@@ -59,16 +59,19 @@ def forward(plan: Plan, core: Any, call: Call, parameters: dict[str, int], resul
     weight = call.weight.detach().to(plan.work)
     spks, last = _steps(result.spk, options), plan.signature.time - 1
     for t, x in enumerate(_steps(call.x, options)):
+        spk: Tensor | None = spks[t]
         sums = _convolve(x.to(plan.work), mem.to(plan.work), weight, options)
         # Without record the states are updated in place, each neuron by one thread.
         out_syn = result.syn[t] if options.record else result.syn
         out_mem = result.mem[t] if options.record else result.mem
+        if t < last and not options.spiking and not options.record:
+            spk, out_mem = None, spks[t]  # which are one, and the next step reads it there
         core.forward(
             stream,
             gate_sums=view(sums),
             syn0=view(syn),
             mem0=view(mem),
-            spk=view(spks[t]),
+            spk=view(spk),
             syn=view(out_syn),
             mem=view(out_mem),
             saved_gates=address(saved and saved.gates[t]),

@@ -52,6 +52,7 @@ def names():
     theirs = snntorch.SConv2dLSTM(2, 3, 3, threshold=0.1)
     return {
         "torch": torch, "nn": nn, "snnlstm": snnlstm, "Sequential": snnlstm.Sequential,
+        "ConvLSTM": snnlstm.ConvLSTM, "ConvLSTMCell": snnlstm.ConvLSTMCell,
         "SConv2dLSTM": snnlstm.SConv2dLSTM, "sconv2dlstm": snnlstm.functional.sconv2dlstm,
         "surrogate": snnlstm.surrogate, "quant": snnlstm.quant,
         "cuda_check": snnlstm.native.cuda_check,
@@ -138,8 +139,8 @@ def test_messages_are_those_of_the_snapshot(shown):
 
 # messages.txt shows every `raise` of these modules.
 SHOWN = (
-    "call", "options", "quant", "sconv2dlstm", "sequential", "settings", "state", "surrogate",
-    "swap",
+    "call", "convlstm", "options", "path", "quant", "sconv2dlstm", "sequential", "settings",
+    "state", "surrogate", "swap",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ The tests of the emulated CUDA kernels take rows by their names.
 """
 
 import torch
-from cases import PLAIN
+from cases import PLAIN, SILENT
 
 from snnlstm.quant import StateQuant, state_quant
 
@@ -61,6 +61,14 @@ ALONE = {
         checkpoint="gates", record=False, reset="zero", inhibition=True, channels=17
     ),
     "packed gates, one step": PLAIN.but(checkpoint="gates", sequence=False, record=False),
+    "no spikes": PLAIN.but(**SILENT),
+    "no spikes, last states": PLAIN.but(**SILENT, record=False),
+    "no spikes, one step": PLAIN.but(**SILENT, sequence=False, record=False),
+    "no spikes, checkpoint": PLAIN.but(**SILENT, record=False, checkpoint=True, time=7),
+    "no spikes, packed gates": PLAIN.but(**SILENT, record=False, checkpoint="gates", batch=9),
+    "no spikes, stride and dilation": PLAIN.but(
+        **SILENT, record=False, stride=(2, 3), dilation=(2, 1), layouts=("channels_last",) * 4
+    ),
     "few spikes": PLAIN.but(density=0.03, spikes=True, in_channels=17),
     "few spikes, strided": PLAIN.but(
         density=0.03, spikes=True, in_channels=17, height=13, stride=(2, 3), dilation=(1, 2)

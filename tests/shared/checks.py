@@ -28,7 +28,8 @@ def infer(
     """Runs inference on poisoned memory."""
     with torch.no_grad(), poisoned(pattern) as fenced:
         out = kernels.run(*inputs, case.options)
-    assert len(fenced.blocks) >= 4, "the poison does not reach spk, syn, mem and the workspace"
+    fewest = 4 if case.options.spiking else 3  # a step without spikes has no spk
+    assert len(fenced.blocks) >= fewest, "the poison does not reach spk, syn, mem and the workspace"
     return out
 
 

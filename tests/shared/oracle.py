@@ -54,6 +54,9 @@ def check_spikes(
     they round it. In these cases a neuron may spike or not if its potential lies within rounding of
     the threshold or of the middle between two levels. In other cases the comparison is exact.
     """
+    if not options.spiking:  # a step call returns mem alone
+        assert not options.sequence or torch.equal(spk, mem)
+        return
     potential = pooled(mem.double(), options)
     band = 0.0
     if options.pool == "avg" or mem.element_size() == 2:
@@ -125,6 +128,8 @@ def is_clear(case: Case, inputs: Inputs, syn: Tensor, mem: Tensor, band: float) 
     pooling window, another winner, or the other side of a surrogate's jump.
     """
     options = case.options
+    if not options.spiking:
+        return True
     jumps = {"triangular": 0.0, "heaviside": 0.0, "LSO": 0.0, "SFS": options.surrogate.p1}
     jump = inputs.threshold.detach().double() + jumps.get(options.surrogate.name, torch.inf)
     for _, exact in exact_steps(inputs, syn, mem, options):
@@ -157,6 +162,8 @@ def decisions(case: Case, inputs: Inputs, syn: Tensor, mem: Tensor) -> list[Tens
     window, the winners, and the sides of the surrogate's jumps on which the potentials lie.
     """
     options = case.options
+    if not options.spiking:
+        return []
     syn, mem = steps_of(syn.double(), options), steps_of(mem.double(), options)
     threshold = inputs.threshold.detach().double()
     found = [torch.cat([inputs.mem.detach().double()[None], mem]) > threshold]

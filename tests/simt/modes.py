@@ -10,7 +10,7 @@ import flat
 import pytest
 import torch
 from backend import float32_precision
-from cases import Case
+from cases import SILENT, Case
 from torch.backends import mkldnn
 
 from snnlstm import surrogate
@@ -131,6 +131,8 @@ CASES = {
     ),
     "threshold per channel": PLAIN.but(threshold="column", bias=False, graded=0.7),
     "kernel 5x5": PLAIN.but(kernel_size=(5, 5), time=1, batch=1),
+    "no spikes": PLAIN.but(**SILENT, record=False),
+    "no spikes, one step": PLAIN.but(**SILENT, sequence=False, record=False),
 }
 # Calls without decisions, for the gradients of coarse modes.
 SMOOTH = {
@@ -140,7 +142,7 @@ SMOOTH = {
         name: CASES[name]
         for name in (
             "plain", "one step", "wide", "channels last", "short chunks", "stride, dilation",
-            "one pixel", "threshold per channel",
+            "one pixel", "threshold per channel", "no spikes", "no spikes, one step",
         )
     },
 }  # fmt: skip

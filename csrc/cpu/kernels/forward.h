@@ -135,7 +135,7 @@ class Forward {
       for (int gate = 0; gate < 4; ++gate)
         bias_[ch / VL * kGates + gate * VL + ch % VL] =
             bias && ch < c.C ? bias[gate * c.C + ch] : T(0);
-      threshold_[ch] = ch < c.C ? threshold[ch * a_.threshold_stride] : T(1);
+      threshold_[ch] = c.spiking && ch < c.C ? threshold[ch * a_.threshold_stride] : T(1);
     }
   }
 
@@ -164,7 +164,7 @@ class Forward {
       write_states(t, r, begin, end);
       if (a_.cell.inhibition)
         fire_winner(t, r, s);
-      else
+      else if (a_.cell.spiking)
         fire(t, r, begin / a_.cell.pool_h, end / a_.cell.pool_h, s);
     }
   }
@@ -322,6 +322,7 @@ class Forward {
     const Cell& c = a_.cell;
     const T* levels = static_cast<const T*>(a_.levels);
     const R threshold = S::load(threshold_ + cb * VL);
+    const bool resets = c.reset != Reset::none;
     const T* syn_in = states_.syn_before(t, r, h) + cb * VL;
     T* syn_out = states_.syn_after(t, r, h) + cb * VL;
     const T* mem_in = states_.mem_inner(t, r, h) + cb * VL;
@@ -343,7 +344,7 @@ class Forward {
       const T* g = gates + w * kGates;
       R syn = S::load(g);
       const R o = S::load(g + 2 * VL);
-      const Mask reset = Neuron<M>::fires(S::load(mem_in + w * l_.Cp), threshold);
+      const Mask reset = resets ? Neuron<M>::fires(S::load(mem_in + w * l_.Cp), threshold) : Mask{};
       R mem = Neuron<M>::next_mem(o, M::tanh(syn));
       mem = Neuron<M>::after_reset(c.reset, mem, reset, threshold);
       if (c.num_levels > 0) {
@@ -357,14 +358,16 @@ class Forward {
   }
 
   void write_states(int64_t t, const Rows& r, int64_t begin, int64_t end) {
-    if (!a_.record && t != a_.cell.T - 1) return;
     const Span span(Part::copies);
     const auto put = [&](const View& v, const T* src, int64_t row) {
       store_rows<S>(src, Pixels{l_.Wo, row, l_.Cp}, end - begin, a_.cell.C, v, t, r.n, begin,
                     [](R state, int64_t) { return state; });
     };
+    const T* mem = states_.mem_inner(t + 1, r, begin);
+    if (a_.spk_is_mem()) put(a_.spk, mem, l_.Wm * l_.Cp);
+    if (!a_.record && t != a_.cell.T - 1) return;
     put(a_.syn, states_.syn_after(t, r, begin), l_.Wo * l_.Cp);
-    put(a_.mem, states_.mem_inner(t + 1, r, begin), l_.Wm * l_.Cp);
+    put(a_.mem, mem, l_.Wm * l_.Cp);
   }
 
   // Returns row h of the pooled image: channels-last pixels, which lie `stride` apart.

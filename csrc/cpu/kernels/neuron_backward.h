@@ -58,7 +58,8 @@ class NeuronBackward {
   void pack_vectors() {
     const T* threshold = static_cast<const T*>(a_.threshold);
     for (int64_t ch = 0; ch < l_.Cp; ++ch)
-      threshold_[ch] = ch < a_.cell.C ? threshold[ch * a_.threshold_stride] : T(1);
+      threshold_[ch] =
+          a_.cell.spiking && ch < a_.cell.C ? threshold[ch * a_.threshold_stride] : T(1);
   }
 
   // Clears borders and sums, and copies the first syn, channels-last.
@@ -99,14 +100,16 @@ class NeuronBackward {
       add_rows(a_.grad_mem, t, p.n, begin, end, s.mem_grad, s);
       add_rows(a_.grad_syn, t, p.n, begin, end, state_row(d_syn_, p, begin), s);
     }
+    const bool spikes = a_.grad_spk.data && a_.cell.surrogate != Surrogate::none;
+    if (!a_.cell.spiking) add_rows(a_.grad_spk, t, p.n, begin, end, s.mem_grad, s);
     for (int64_t h = begin; h < end; ++h) {
-      if (last) recompute_mem(t, p, h, images_.mem_row(t + 1, p.slot, h));
+      if (last && spikes) recompute_mem(t, p, h, images_.mem_row(t + 1, p.slot, h));
       if (t > 0) recompute_mem(t - 1, p, h, images_.mem_row(t, p.slot, h));
     }
     if (t == 0 && a_.grad_weight)
       images_.read_rows(a_.mem0, 0, p.n, begin, end, images_.mem_row(t, p.slot, begin),
                         l_.Wm * l_.Cp);
-    if (a_.grad_spk.data && a_.cell.surrogate != Surrogate::none) spike(t, p, task, s);
+    if (spikes) spike(t, p, task, s);
     for (int64_t h = begin; h < end; ++h) step(t, p, h, task, s.mem_grad + (h - begin) * row);
     if (t == 0 && a_.grad_syn0.data) write_rows(a_.grad_syn0, task, state_row(d_syn_, p, begin));
   }

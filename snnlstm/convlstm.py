@@ -1,0 +1,337 @@
+"""The ConvLSTM without spikes: the cell, and a stack of cells over whole sequences.
+
+Both have the constructor, attributes, keys and results that most of torch's ConvLSTMs have. The
+kernels are those of the spiking cell: their mem is the hidden state h, their syn the cell state c.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import options
+from .call import Call, checked_call, known_call, state_tensor
+from .options import Checkpoint, in_time, make_options
+from .path import (
+    Path,
+    carries_hooks,
+    exporting,
+    foreign_conv,
+    global_hooks,
+    like_of,
+    log_fallback,
+    reason_against_conv,
+    run,
+)
+
+__all__ = ["ConvLSTM", "ConvLSTMCell"]
+
+logger = logging.getLogger("snnlstm")
+
+State = Sequence[Tensor | None]
+"""h and c, (N, C, Ho, Wo) each; None means zeros."""
+
+
+class Convolution:
+    """Runs a convolution of [x, h] as a ConvLSTM, for the module that has it."""
+
+    def __init__(self, channels: tuple[int, int], **described: Any) -> None:
+        """Take Cin and C, and arguments of :func:`snnlstm.options.make_options`."""
+        self.channels, self.logged = channels, set[str]()
+        self.options = make_options(surrogate_disable=True, spiking=False, **described)
+        self.of_sequence = in_time(self.options, True, False, False)
+
+    def run(
+        self, cell: nn.Module, conv: Any, x: Any, h: Any, c: Any, names: Sequence[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return h of every step, which is empty if x is one step, and the last h and c.
+
+        x has time first. `names` are those of x, h and c in errors.
+        """
+        traced = torch.compiler.is_compiling()
+        call = None if traced else self._like_before(conv, x, h, c)
+        if call is None:
+            call = self._checked(conv, x, h, c, names, traced)
+        every, c, h, path = run(call)
+        if exporting():
+            pass
+        elif traced:
+            cell.path = path  # type: ignore[assignment]  # dynamo follows attributes
+        else:
+            cell.__dict__["path"] = path
+            if path.slow:
+                log_fallback(path, self.logged, cell)
+        return every, h, c
+
+    def _like_before(self, conv: Any, x: Any, h: Any, c: Any) -> Call | None:
+        """Return the call, if its arguments are like those of a call that was checked before."""
+        if type(x) is not Tensor or not isinstance(h, Tensor) or not isinstance(c, Tensor):
+            return None
+        described = self.of_sequence if x.dim() == 5 else self.options
+        if reason_against_conv(conv, nn.Conv2d, described) is not None:
+            return None
+        weight, bias, nothing = conv.weight, conv.bias, x.new_empty(())
+        call = known_call((x, c, h, weight, bias, nothing, nothing), described)
+        dense = all(t is None or t.layout is torch.strided for t in (x, h, c, bias))
+        return call if dense and weight.shape[0] == 4 * self.channels[1] else None
+
+    def _checked(
+        self, conv: Any, x: Any, h: Any, c: Any, names: Sequence[str], traced: bool
+    ) -> Call:
+        """Return the call, after a check of every argument."""
+        plain = type(conv) is nn.Conv2d
+        weight, bias = (conv.weight, conv.bias) if plain else (like_of(conv, x, x), None)
+        given = {"mem": (names[1], h), "syn": (names[2], c)}
+        return checked_call(
+            x, weight, bias, None, None, self.channels,
+            lambda sequence, _: self.of_sequence if sequence else self.options,
+            lambda name, shape, x: state_tensor(*given[name], shape, x, weight),
+            lambda described: foreign_conv(conv, nn.Conv2d, described, self.channels),
+            traced=traced, name=names[0],
+        )  # fmt: skip
+
+
+class ConvLSTMCell(nn.Module):
+    """One step of a convolutional LSTM without spikes.
+
+    It has the constructor, attributes, keys, initial values and results of the ``ConvLSTMCell``
+    that many repositories have. It computes the cell of Shi et al. 2015, without peepholes
+    (https://arxiv.org/abs/1506.04214)::
+
+        i, f, o, g = conv(cat[x, h]).chunk(4)
+        c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        h = sigmoid(o) * tanh(c)
+
+    A wrong type raises TypeError, a wrong value, shape or device ValueError.
+
+    Parameters
+    ----------
+    input_dim, hidden_dim : int
+        Channels Cin of the input and C of the states.
+    kernel_size : int or (int, int)
+        Odd. The padding keeps the image size.
+    bias : bool, default True
+        Whether ``conv`` has a bias.
+    stride, dilation, checkpoint, device, dtype
+        As of :class:`snnlstm.SConv2dLSTM`, with the same defaults.
+
+    Attributes
+    ----------
+    conv : nn.Conv2d
+        weight (4C, Cin + C, kh, kw), gates in the order i, f, o, g, and bias (4C,).
+    path : snnlstm.path.Path or None
+        The implementation that ran the last call, and the reason.
+    """
+
+    path: Path | None = None
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int,
+        kernel_size: int | tuple[int, int],
+        bias: bool = True,
+        *,
+        stride: int | tuple[int, int] = 1,
+        dilation: int | tuple[int, int] = 1,
+        checkpoint: Checkpoint = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.input_dim = options.integer("input_dim", input_dim)
+        self.hidden_dim = options.integer("hidden_dim", hidden_dim)
+        self.bias = options.flag("bias", bias)
+        self._convolution = Convolution(
+            (input_dim, hidden_dim), kernel_size=kernel_size, stride=stride, dilation=dilation,
+            checkpoint=checkpoint,
+        )  # fmt: skip
+        described = self._convolution.options
+        self.kernel_size, self.padding = described.kernel_size, described.padding
+        self.stride, self.dilation = described.stride, described.dilation
+        self.checkpoint = described.checkpoint
+        self.conv = nn.Conv2d(
+            input_dim + hidden_dim, 4 * hidden_dim, self.kernel_size, padding=self.padding,
+            dilation=self.dilation, bias=self.bias,
+            device=options.device_or_none("device", device),
+            dtype=options.dtype_or_none("dtype", dtype),
+        )  # fmt: skip
+
+    def forward(self, input_tensor: Tensor, cur_state: State | None = None) -> State:
+        """Run one step.
+
+        Parameters
+        ----------
+        input_tensor : Tensor
+            (N, Cin, H, W), of the cell's dtype, or of one that converts to it without loss.
+        cur_state : (Tensor, Tensor), optional
+            h and c, (N, C, Ho, Wo) each; zeros by default.
+
+        Returns
+        -------
+        h, c : Tensor
+            (N, C, Ho, Wo), after the step.
+        """
+        if isinstance(input_tensor, Tensor) and input_tensor.dim() == 5:
+            raise ValueError(
+                f"input_tensor must be one step, (N, {self.input_dim}, H, W), got "
+                f"{tuple(input_tensor.shape)}: snnlstm.ConvLSTM takes sequences"
+            )
+        _, h, c = self._over_time(input_tensor, cur_state, "cur_state")
+        return h, c
+
+    def _over_time(self, x: Tensor, state: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Run x from a state of this name in errors; the result is :meth:`Convolution.run`'s."""
+        state = (None, None) if state is None else state
+        if not isinstance(state, (tuple, list)) or len(state) != 2:
+            got = f"{len(state)} items" if hasattr(state, "__len__") else type(state).__name__
+            raise TypeError(f"{name} must be h and c, (Tensor, Tensor), or None, got {got}")
+        names = "input_tensor", f"h of {name}", f"c of {name}"
+        return self._convolution.run(self, self.conv, x, state[0], state[1], names)
+
+    def init_hidden(self, batch_size: int, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return zeros for h and c, (batch_size, C, Ho, Wo), for images of `image_size`."""
+        size = self._convolution.options.state_size(*image_size)
+        zeros = self.conv.weight.detach().new_zeros((batch_size, self.hidden_dim, *size))
+        return zeros, zeros.clone()
+
+    def extra_repr(self) -> str:
+        """Arguments that the convolution does not show."""
+        stride = "" if self.stride == (1, 1) else f", stride={self.stride}"
+        return f"{self.input_dim}, {self.hidden_dim}, kernel_size={self.kernel_size}{stride}"
+
+
+def _per_layer(name: str, value: Any, count: int) -> list[Any]:
+    """One value for each layer: a list has them, anything else is that of every layer."""
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} must have one entry for each of {count} layers, got {value!r}")
+    return value
+
+
+class ConvLSTM(nn.Module):
+    """A stack of convolutional LSTMs without spikes, over whole sequences.
+
+    It has the constructor, attributes, keys, initial values and results of the ``ConvLSTM`` that
+    many repositories have. A layer takes all steps in one call, unless its cell has hooks or a
+    forward of its own: that cell is called step by step, and the log says so. Errors are those of
+    :class:`ConvLSTMCell`.
+
+    Parameters
+    ----------
+    input_dim : int
+        Channels of the input.
+    hidden_dim : int or list of int
+        Channels of the states, of all layers or of each.
+    kernel_size : int, (int, int), or list of these
+        Odd, of all layers or of each. The padding keeps the image size.
+    num_layers : int
+    batch_first : bool, default False
+        The input is (N, T, ...), not (T, N, ...).
+    bias, return_all_layers : bool, default True and False
+        Whether convolutions have a bias, and whether all layers' results are returned.
+    **of_cells
+        ``stride``, ``dilation``, ``checkpoint``, ``device`` and ``dtype`` of every cell.
+
+    Attributes
+    ----------
+    cell_list : nn.ModuleList
+        A :class:`ConvLSTMCell` for each layer, so that ``cell_list.0.conv.weight`` is a key.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int | list[int],
+        kernel_size: int | tuple[int, int] | list[Any],
+        num_layers: int,
+        batch_first: bool = False,
+        bias: bool = True,
+        return_all_layers: bool = False,
+        **of_cells: Any,
+    ) -> None:
+        super().__init__()
+        count = options.integer("num_layers", num_layers)
+        self.input_dim, self.num_layers = input_dim, count
+        self.hidden_dim = _per_layer("hidden_dim", hidden_dim, count)
+        self.kernel_size = _per_layer("kernel_size", kernel_size, count)
+        self.batch_first = options.flag("batch_first", batch_first)
+        self.bias = options.flag("bias", bias)
+        self.return_all_layers = options.flag("return_all_layers", return_all_layers)
+        sizes = zip([input_dim, *self.hidden_dim], self.hidden_dim, self.kernel_size, strict=False)
+        self.cell_list = nn.ModuleList(ConvLSTMCell(*size, bias, **of_cells) for size in sizes)
+
+    def forward(
+        self, input_tensor: Tensor, hidden_state: Sequence[State | None] | None = None
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Run a sequence.
+
+        Parameters
+        ----------
+        input_tensor : Tensor
+            (T, N, Cin, H, W), or (N, T, Cin, H, W) with ``batch_first``; T is at least 1.
+        hidden_state : list of (Tensor, Tensor), optional
+            h and c of each layer before the first step, (N, C, Ho, Wo) each; None means zeros.
+
+        Returns
+        -------
+        layer_output_list : list of Tensor
+            h of every step, (N, T, C, Ho, Wo) **whatever batch_first is**, of the last layer, or of
+            all layers with ``return_all_layers``.
+        last_state_list : list of [Tensor, Tensor]
+            h and c of these layers after the last step, (N, C, Ho, Wo) each.
+        """
+        x, order = input_tensor, "N, T" if self.batch_first else "T, N"
+        if not isinstance(x, Tensor):
+            raise TypeError(f"input_tensor must be a tensor, got {type(x).__name__}")
+        if x.dim() != 5 or x.shape[self.batch_first] == 0:
+            raise ValueError(
+                f"input_tensor must be a sequence of a step or more, ({order}, {self.input_dim}, "
+                f"H, W), got {tuple(x.shape)}"
+            )
+        x = x.transpose(0, 1) if self.batch_first else x
+        states = [None] * self.num_layers if hidden_state is None else hidden_state
+        if len(states) != self.num_layers:
+            raise ValueError(
+                f"hidden_state must have h and c of {self.num_layers} layers, got {len(states)}"
+            )
+        outputs, last = [], []
+        for k, (cell, state) in enumerate(zip(self.cell_list, states, strict=True)):
+            x, *after = _over_time(cell, x, state, k)
+            outputs.append(x)
+            last.append(after)
+        if not self.return_all_layers:
+            outputs, last = outputs[-1:], last[-1:]
+        return [out.transpose(0, 1).contiguous() for out in outputs], last
+
+    def _init_hidden(
+        self, batch_size: int, image_size: tuple[int, int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return zeros for h and c of each layer, for images of `image_size`."""
+        states = []
+        for cell in self.cell_list:
+            states.append(cell.init_hidden(batch_size, image_size))  # type: ignore[operator]
+            image_size = tuple(states[-1][0].shape[-2:])
+        return states
+
+
+def _over_time(cell: Any, x: Tensor, state: Any, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a cell over x (T, N, Cin, H, W): h of every step, and h and c after the last."""
+    plain = type(cell).forward is ConvLSTMCell.forward and "forward" not in cell.__dict__
+    if plain and not carries_hooks(cell) and not global_hooks():
+        return cell._over_time(x, state, f"hidden_state[{layer}]")
+    if not torch.compiler.is_compiling() and not cell.__dict__.get("_logged"):
+        cell.__dict__["_logged"] = True
+        text = "ConvLSTM calls layer %d step by step: its %s has hooks or a forward of its own"
+        logger.warning(text, layer, type(cell).__name__)
+    state = cell.init_hidden(x.shape[1], tuple(x.shape[-2:])) if state is None else state
+    every = []
+    for x_t in x:
+        state = cell(x_t, state)
+        every.append(state[0])
+    return torch.stack(every), state[0], state[1]

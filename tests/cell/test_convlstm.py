@@ -1,0 +1,333 @@
+"""The ConvLSTM without spikes has the results and gradients of plain torch, and its interface."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from helpers import close, same_gradients
+from plain_lstm import Cell, Stack
+from rounding import gradient_error, state_error
+from torch import Tensor, nn
+
+import snnlstm
+
+# Rows have the arguments of both stacks; sizes are odd or prime.
+STACKS = {
+    "one layer": ((1, 4, (3, 3), 1), {}),
+    "two layers, batch first": ((2, [5, 3], (3, 3), 2), {"batch_first": True}),
+    "all layers": ((3, [4, 7], [(5, 3), (1, 3)], 2), {"return_all_layers": True}),
+    "no bias": ((2, 3, (5, 5), 2), {"bias": False, "batch_first": True}),
+    "stride": ((2, 3, (3, 3), 2), {"stride": 2, "return_all_layers": True}),
+    "dilation": ((2, 9, (3, 5), 1), {"dilation": 2, "batch_first": True}),
+}
+TIME, BATCH, SIZE = 3, 2, (7, 11)
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+def pair(name: str, dtype: torch.dtype = F32, **more) -> tuple[snnlstm.ConvLSTM, Stack]:
+    """Returns our stack and plain torch's in float64, with equal weights."""
+    args, options = STACKS[name]
+    own = snnlstm.ConvLSTM(*args, **options, dtype=dtype, **more).to(torch.empty(0).device)
+    other = Stack(*args, **options).to(torch.empty(0).device, F64)
+    other.load_state_dict(own.state_dict())
+    return own, other
+
+
+def sequence(module: nn.Module, channels: int, dtype: torch.dtype = F32) -> Tensor:
+    """Returns a sequence in the order that the module takes."""
+    lead = (BATCH, TIME) if module.batch_first else (TIME, BATCH)
+    return torch.randn(*lead, channels, *SIZE).to(dtype)
+
+
+def initial(stack: snnlstm.ConvLSTM, dtype: torch.dtype = F32) -> list[tuple[Tensor, Tensor]]:
+    """Returns random states for each layer."""
+    zeros = stack._init_hidden(BATCH, SIZE)
+    return [(torch.randn_like(h).tanh().to(dtype), torch.randn_like(c).to(dtype)) for h, c in zeros]
+
+
+def wanting(tree):
+    """Returns copies of tensors, in lists and tuples, that require gradients."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone().requires_grad_()
+    return [wanting(branch) for branch in tree]
+
+
+def flat(tree) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [leaf for branch in tree for leaf in flat(branch)]
+
+
+def double(tree):
+    return tree.double() if isinstance(tree, Tensor) else [double(branch) for branch in tree]
+
+
+def compare(own: nn.Module, other: nn.Module, x: Tensor, states, error: float, of_gradients: float):
+    """Compares all results, and the gradients of all inputs and parameters."""
+    leaves = [wanting((x, states)), wanting(double((x, states)))]
+    outs = [flat(m(*args)) for m, args in zip((own, other), leaves, strict=True)]
+    close(double(outs[0]), outs[1], atol=error, rtol=0)
+    weights = [torch.randn_like(out) for out in outs[1]]
+    for out in outs:
+        sum((o * w.to(o.dtype)).sum() for o, w in zip(out, weights, strict=True)).backward()
+    sources = [[*flat(tree), *m.parameters()] for tree, m in zip(leaves, (own, other), strict=True)]
+    for one, exact in zip(*sources, strict=True):
+        scale = float(exact.grad.abs().max())
+        close(one.grad.double(), exact.grad, atol=of_gradients * max(scale, 1), rtol=0)
+    return outs[0]
+
+
+def bounds(stack: snnlstm.ConvLSTM, path: str) -> tuple[float, float]:
+    """Returns what float32 may add to results and gradients, from the largest kernel."""
+    kernel = max(cell.kernel_size for cell in stack.cell_list)
+    return TIME * state_error(path, kernel), TIME * gradient_error(path, kernel)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_stack_computes_what_plain_torch_does(backend, name):
+    for dtype in (F32, F64):
+        own, other = pair(name, dtype)
+        x, states = sequence(other, STACKS[name][0][0], dtype), initial(own, dtype)
+        with torch.no_grad():
+            own(x)
+        backend.check(own.cell_list[-1].path)
+        path = own.cell_list[0].path.name
+        error = bounds(own, path) if dtype == F32 else (1e-12, 1e-11)
+        out = compare(own, other, x, states, *error)
+        assert all(o.is_contiguous() for o in out[:1])
+        close([o.double() for o in flat(own(x))], flat(other(x.double())), atol=error[0], rtol=0)
+
+
+@pytest.mark.parametrize("name", ["one layer", "two layers, batch first", "stride"])
+def test_a_loop_of_steps_is_the_sequence(backend, name):
+    own, _ = pair(name, F64)
+    x = sequence(own, STACKS[name][0][0], F64)
+    cell = own.cell_list[0]
+    one, other = wanting(x), wanting(x)
+    state, every = None, []
+    for x_t in one.transpose(0, 1) if own.batch_first else one:
+        state = cell(x_t, state)
+        every.append(state[0])
+    backend.check(cell.path)
+    own.cell_list = own.cell_list[:1]
+    own.num_layers = 1
+    outputs, [[h, c]] = own(other)
+    close((torch.stack(every, 1), *state), (outputs[0], h, c), atol=1e-13)
+    (every[1].sum() + (state[1] * state[0]).sum()).backward()
+    (outputs[0][:, 1].sum() + (c * h).sum()).backward()
+    close(one.grad, other.grad, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_half_types(backend, dtype):
+    own, other = pair("two layers, batch first", dtype)
+    x, states = sequence(own, 2, dtype), initial(own, dtype)
+    error = 16 * torch.finfo(dtype).eps
+    out = compare(own, other, x, states, error, 4 * error)
+    assert {o.dtype for o in out} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_autocast_gives_the_dtypes_of_plain_torch(backend, dtype):
+    own, other = pair("all layers")
+    x = sequence(own, 3)
+    with torch.autocast(x.device.type, dtype):
+        outs = flat(own(x)), flat(other.float()(x))
+    assert [o.dtype for o in outs[0]] == [o.dtype for o in outs[1]]
+    close(*outs, atol=16 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("checkpoint", [True, "gates"])
+def test_checkpoints(backend, checkpoint):
+    own, other = pair("two layers, batch first", F64, checkpoint=checkpoint)
+    error = 1e-11 if checkpoint is True or backend.name != "cpu" else 1e-8
+    compare(own, other, sequence(own, 2, F64), initial(own, F64), 1e-12, error)
+    backend.check(own.cell_list[0].path)
+
+
+def test_gradients_reach_through_one_result_alone(backend):
+    """What nobody uses adds nothing: h of each step, the last h and the last c have their own."""
+    own, other = pair("two layers, batch first", F64)
+    x = sequence(own, 2, F64)
+    for which in range(3):
+        for stack in (own, other):
+            stack.zero_grad()
+            flat(stack(x))[which].square().sum().backward()
+        for one, exact in zip(own.parameters(), other.parameters(), strict=True):
+            close(one.grad, exact.grad, atol=1e-11)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinity_stay_in_their_sample(backend, value):
+    own, other = pair("one layer", F64)
+    x = sequence(own, 1, F64)
+    x[1, 0, 0, 3, 4] = value
+    actual, exact = flat(own(x)), flat(other(x))
+    for one, two in zip(actual, exact, strict=True):
+        assert torch.equal(one.isnan(), two.isnan())
+    assert actual[0][1].isfinite().all()
+
+
+def test_layouts_and_empty_batches(backend):
+    own, other = pair("two layers, batch first", F64)
+    x = sequence(own, 2, F64)
+    for laid in (
+        x.movedim(2, -1).contiguous().movedim(-1, 2),
+        x.mT.contiguous().mT,
+        x[:, :, :, ::2],
+    ):
+        outputs, _ = own(laid)
+        assert outputs[0].is_contiguous()
+        close(flat((outputs, own(laid)[1])), flat(other(laid)), atol=1e-12)
+    assert [o.shape[0] for o in flat(own(x[:0]))] == [0, 0, 0]
+    with pytest.raises(ValueError, match="input_tensor must be a sequence of a step or more"):
+        own(x[:, :0])
+
+
+# ---- what people have ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["two layers, batch first", "no bias"])
+def test_one_seed_gives_the_same_bits_and_keys(name):
+    args, options = STACKS[name]
+    made = []
+    for kind in (snnlstm.ConvLSTM, Stack):
+        torch.manual_seed(3)
+        made.append(kind(*args, **options).state_dict())
+    assert list(made[0]) == list(made[1])
+    assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
+    torch.manual_seed(3)
+    own = snnlstm.ConvLSTMCell(2, 5, (3, 3), True)
+    torch.manual_seed(3)
+    assert torch.equal(own.conv.weight, Cell(2, 5, (3, 3)).conv.weight)
+
+
+def test_attributes_and_forms():
+    cell = snnlstm.ConvLSTMCell(2, 3, (3, 5), bias=False)
+    assert (cell.input_dim, cell.hidden_dim, cell.bias) == (2, 3, False)
+    assert (cell.kernel_size, cell.padding) == ((3, 5), (1, 2))
+    h, c = cell.init_hidden(2, (5, 7))
+    assert h.shape == c.shape == (2, 3, 5, 7)
+    assert not h.any()
+    h, c = cell(input_tensor=torch.rand(2, 2, 5, 7), cur_state=[h, c])
+    close(cell(torch.rand(2, 2, 5, 7) * 0 + 1, None), cell(torch.ones(2, 2, 5, 7), (None, None)))
+    stack = snnlstm.ConvLSTM(2, [3, 4], 3, 2, True, True, True)
+    outputs, last = stack(input_tensor=torch.rand(2, 4, 2, 5, 7), hidden_state=None)
+    assert [tuple(out.shape) for out in outputs] == [(2, 4, 3, 5, 7), (2, 4, 4, 5, 7)]
+    assert [[tuple(s.shape) for s in pair] for pair in last] == [[(2, n, 5, 7)] * 2 for n in (3, 4)]
+    assert all(torch.equal(out[:, -1], h) for out, (h, _) in zip(outputs, last, strict=True))
+    assert last[0][0].untyped_storage().nbytes() == 4 * last[0][0].numel()  # nobody keeps the rest
+    decoded, _ = stack(torch.rand(2, 1, 2, 5, 7), last)
+    assert decoded[1].shape == (2, 1, 4, 5, 7)
+
+
+def test_copies_and_pickles_compute_the_same():
+    own, _ = pair("all layers")
+    x = sequence(own, 3)
+    own(x)
+    for other in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        close(flat(other(x)), flat(own(x)), atol=0, rtol=0)
+    assert "stride=(2, 2)" in repr(pair("stride")[0])
+
+
+def test_a_step_saves_and_returns_no_more_than_the_step():
+    """The gates and c are kept, beside the caller's tensors, and two places without a number."""
+    cell = snnlstm.ConvLSTMCell(2, 16, 3)
+    x, state = torch.rand(2, 2, 8, 16), [torch.rand(2, 16, 8, 16) for _ in range(2)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        cell(x, state)
+    given = {t.data_ptr() for t in (x, *state, *cell.parameters())}
+    more = sum(t.numel() for t in kept if t.data_ptr() not in given)
+    assert more <= 5 * state[0].numel() + 2
+
+
+# ---- fallbacks -----------------------------------------------------------------------------------
+
+
+class Doubled(snnlstm.ConvLSTMCell):
+    def forward(self, input_tensor, cur_state=None):
+        h, c = super().forward(input_tensor, cur_state)
+        return 2 * h, c
+
+
+def test_a_cell_with_more_to_it_is_called_step_by_step(caplog):
+    own, other = pair("two layers, batch first")
+    x = sequence(own, 2)
+    seen = []
+    handle = own.cell_list[1].register_forward_hook(lambda *_: seen.append(1))
+    with caplog.at_level(logging.WARNING, "snnlstm"):
+        out = own(x)
+    assert len(seen) == TIME
+    assert "layer 1 step by step: its ConvLSTMCell has hooks or" in caplog.text
+    handle.remove()
+    close(flat(out), flat(own(x)))
+    own.cell_list[0].__class__ = Doubled
+    other = other.float()
+    other.cell_list[0].forward = lambda input_tensor, cur_state: (lambda h, c: (2 * h, c))(
+        *Cell.forward(other.cell_list[0], input_tensor, cur_state)
+    )
+    close(flat(own(x)), flat(other(x)), atol=1e-5)
+    assert "layer 0 step by step: its Doubled has hooks or a forward" in caplog.text
+
+
+def test_a_convolution_with_more_to_it_is_called(caplog):
+    own, other = pair("two layers, batch first", F64)
+    for stack in (own, other):
+        nn.utils.parametrizations.weight_norm(stack.cell_list[0].conv)
+        stack.cell_list[1].conv.register_forward_hook(lambda m, args, out: out / 2)
+    other.load_state_dict(own.state_dict())
+    with caplog.at_level(logging.WARNING, "snnlstm"):
+        compare(own, other, sequence(own, 2, F64), initial(own, F64), 1e-12, 1e-11)
+    assert [cell.path.name for cell in own.cell_list] == ["reference"] * 2
+    assert "conv carries hooks" in caplog.text
+    assert "conv is a Parametrized" in caplog.text
+
+
+# ---- tools ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ["two layers, batch first", "stride"])
+def test_compiled_without_a_graph_break(name):
+    own, _ = pair(name)
+    other = copy.deepcopy(own)
+    compiled = torch.compile(own, fullgraph=True, backend="aot_eager")
+    x = sequence(own, 2)
+    outs = compiled(x), other(x)
+    close(*map(flat, outs))
+    for out in outs:
+        sum(o.square().sum() for o in flat(out)).backward()
+    same_gradients(own, other)
+    cells = own.cell_list[0], other.cell_list[0]
+    step = torch.compile(cells[0], fullgraph=True, backend="aot_eager")
+    state = own._init_hidden(BATCH, SIZE)[0]
+    close(
+        step(x[:, 0] if own.batch_first else x[0], state),
+        cells[1](x[:, 0] if own.batch_first else x[0], state),
+    )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported(strict):
+    own, _ = pair("two layers, batch first")
+    x = sequence(own, 2)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    shapes = {"input_tensor": {0: batch}}
+    program = torch.export.export(own, (x,), dynamic_shapes=shapes, strict=strict)
+    for given in (x, torch.randn(5, TIME, 2, *SIZE)):
+        close(flat(program.module()(given)), flat(own(given)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    own, _ = pair("all layers")
+    x = sequence(own, 3)
+    torch.onnx.export(own, (x,), tmp_path / "net.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    close([torch.from_numpy(f) for f in found], [t.detach() for t in flat(own(x))], atol=1e-5)
