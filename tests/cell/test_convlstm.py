@@ -7,11 +7,11 @@ import pickle
 import pytest
 import torch
 from helpers import close, same_gradients
-from plain_lstm import Cell, Stack
 from rounding import gradient_error, state_error
 from torch import Tensor, nn
 
 import snnlstm
+from benchmarks.plain_convlstm import Cell, Stack
 
 # Rows have the arguments of both stacks; sizes are odd or prime.
 STACKS = {

@@ -7,10 +7,10 @@ from unittest import mock
 import pytest
 import torch
 from helpers import close, same_gradients
-from plain_lstm import Cell, Stack
 from torch import Tensor, nn
 
 import snnlstm
+from benchmarks.plain_convlstm import Cell, Stack
 
 SIZE = (5, 7)
 

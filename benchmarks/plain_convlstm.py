@@ -1,4 +1,4 @@
-"""A ConvLSTM in plain torch, written from the formulas: the oracle of snnlstm's.
+"""A ConvLSTM in plain torch, written from the formulas: a provider, and the oracle of the tests.
 
 It has the constructor and the results that ConvLSTMs for torch commonly have. `calls` counts the
 steps that cells of its kind have computed, so that a test knows whether they were called.
