@@ -80,16 +80,18 @@ class Calls(ABC):
         return random.choice(broken if kind == "view?" else [*broken, None, (0, strides)])
 
     def cell_arguments(self) -> Arguments:
-        pool = random.randrange(3)
+        spiking = random.random() < 0.8
+        pool = random.randrange(3) * spiking
         return {
             "dtype": ("enum", random.randrange(2)),
             **{name: ("count" if name in "TN" else "size", size) for name, size in SIZES.items()},
             "kernel": ("kernel", (3, 3)), "stride": ("pair", (1, 1)), "dilation": ("pair", (1, 1)),
             "pool": ("enum", pool), "pool_size": ("window", (1, 2) if pool else (1, 1)),
-            "reset": ("enum", random.randrange(3)), "surrogate": ("enum", random.randrange(11)),
+            "reset": ("enum", random.randrange(3) if spiking else 2),
+            "surrogate": ("enum", random.randrange(11) * spiking),
             "p0": ("real", 2.0), "p1": ("real", 0.0),
-            "inhibition": ("flag", random.random() < 0.3),
-            "num_levels": ("count", random.choice([0, 3])),
+            "inhibition": ("flag", spiking and random.random() < 0.3),
+            "num_levels": ("count", random.choice([0, 3]) * spiking), "spiking": ("flag", spiking),
         }  # fmt: skip
 
     def a_pass(self, backward: bool) -> Arguments:
@@ -98,10 +100,11 @@ class Calls(ABC):
         x, state, spikes = (self.view(*shape) for shape in (
             (t, n, cin, h, w), (1, n, c, h, w), (t, n, c, h, w)))  # fmt: skip
         of_levels = "memory" if self.facts["num_levels"] else "address"
+        of_spikes = "memory" if self.facts["spiking"] else "address"
         found: Arguments = {
             "record": ("number", True), "x": ("view", x), "syn0": ("view", state),
-            "mem0": ("view", state), "threshold": ("memory", self.address()),
-            "threshold_stride": ("stride", 1), "graded": ("memory", self.address()),
+            "mem0": ("view", state), "threshold": (of_spikes, self.address()),
+            "threshold_stride": ("stride", 1), "graded": (of_spikes, self.address()),
             "levels": (of_levels, self.address()), "saved_syn": ("memory", self.address()),
             "saved_gates": ("memory" if backward else "address", self.address()),
         }  # fmt: skip

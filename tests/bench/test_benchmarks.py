@@ -16,7 +16,7 @@ from helpers import HANG, measures_memory
 pytest.importorskip("matplotlib")
 
 import snnlstm
-from benchmarks import agreement, cli, compare, memory, report, suite
+from benchmarks import agreement, cli, compare, convlstm, memory, report, suite
 from benchmarks.cases import CPU_CASES, Case, find_cases, parse_case, random_cases
 from benchmarks.plots import STYLE
 from benchmarks.providers import DETAILS, PROVIDERS, Setting
@@ -420,3 +420,13 @@ def test_suite_runs(tmp_path, capsys):
     assert small.endswith(f" | {fast[0]}x / {fast[1]}x |")
     assert cli.main(["--compare", str(tmp_path), str(tmp_path)]) == 0
     assert f"{len(rows)} noise" in capsys.readouterr().out
+
+
+def test_the_convlstms_that_are_timed_compute_the_same():
+    small = convlstm.Case("small", [3, 2], 3, (2, 3, 1, 5, 7), (1, 1))
+    x = torch.rand(small.shape)
+    expected = convlstm.outputs(small.build(convlstm.Stack), x)
+    providers = {n: p for n, p in convlstm.PROVIDERS.items() if "compiled" not in n}
+    assert len(providers) >= 3
+    for name, build in providers.items():
+        torch.testing.assert_close(convlstm.outputs(build(small), x), expected, msg=name)

@@ -40,6 +40,7 @@ FACTS = {
         ({"H": 2**62}, "the sizes of a cell are too large"),
         ({"kernel": (2, 3)}, "kernel must be odd"),
         ({"pool": 1, "pool_size": (9, 1)}, "pool_size must fit into the state"),
+        ({"spiking": False}, "a cell that does not spike has nothing that acts on spikes"),
     ],
     ids=str,
 )
