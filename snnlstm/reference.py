@@ -22,6 +22,14 @@ from .surrogate import Surrogate
 __all__ = ["fire", "reset_signal", "run", "sconv2dlstm"]
 
 
+def _tensor_of(name: str, function: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+    """What a callable of the user's returns, which must be a tensor."""
+    out: Any = function(given)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{name} must return a tensor, got {type(out).__name__}")
+    return out
+
+
 def reset_signal(mem: Tensor, threshold: Tensor, surrogate: Callable[[Tensor], Tensor]) -> Tensor:
     """Spikes of the state before the step, which reset it; they carry no gradient.
 
@@ -30,7 +38,8 @@ def reset_signal(mem: Tensor, threshold: Tensor, surrogate: Callable[[Tensor], T
     """
     if type(surrogate) is Surrogate:  # dynamo need not trace its autograd.Function
         return (mem.detach() - threshold.detach() > 0).to(mem.dtype)
-    return surrogate(mem - threshold).detach().to(mem.dtype, copy=True)
+    spk = _tensor_of("spike_grad", surrogate, mem - threshold)
+    return spk.detach().to(mem.dtype, copy=True)
 
 
 def fire(
@@ -49,8 +58,9 @@ def fire(
     torch.argmax.
     """
     if quant is not None:
-        mem = quant(mem)
-    spk = surrogate(mem - threshold).to(mem.dtype)  # snnTorch's own always give float32
+        mem = _tensor_of("state_quant", quant, mem)
+    spk = _tensor_of("spike_grad", surrogate, mem - threshold)
+    spk = spk.to(mem.dtype)  # snnTorch's own always give float32
     if inhibition:
         flat = mem.detach().flatten(1)
         winner = flat.argmax(1, keepdim=True)
@@ -99,7 +109,7 @@ def _step(call: Call, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tens
     elif options.reset == "zero":
         mem = mem * (1 - reset)
     if quant is not None:
-        syn, mem = quant(syn), quant(mem)
+        syn, mem = (_tensor_of("state_quant", quant, state) for state in (syn, mem))
 
     pooled = mem
     if options.pool == "max":

@@ -82,6 +82,8 @@ class Sequential(nn.Sequential):
     report: tuple[LayerReport, ...] | None = None
 
     def __init__(self, *layers: Any, batch_first: bool = False) -> None:
+        one = layers[0] if len(layers) == 1 else None
+        _check_modules(one.values() if isinstance(one, dict) else layers)
         super().__init__(*layers)
         self.batch_first: bool = flag("batch_first", batch_first)
 
@@ -176,14 +178,18 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False) -> Any:
     >>> snnlstm.unroll(torch.rand(20, 4, 2, 32, 32), cell, nn.Flatten()).shape
     torch.Size([20, 4, 2048])
     """
+    _check_modules(layers)
+    named = [(str(position), layer) for position, layer in enumerate(layers)]
+    return _over_time(x, named, flag("batch_first", batch_first))[0]
+
+
+def _check_modules(layers: Iterable[Any]) -> None:
     for layer in layers:
         if not isinstance(layer, nn.Module):
             name = getattr(layer, "__name__", type(layer).__name__)
             raise TypeError(
                 f"layers must be modules, such as nn.ReLU() in the place of torch.relu, got {name}"
             )
-    named = [(str(position), layer) for position, layer in enumerate(layers)]
-    return _over_time(x, named, flag("batch_first", batch_first))[0]
 
 
 # ---- running ----------------------------------------------------------------------------------
