@@ -139,6 +139,16 @@ def gpu_problems(build: Any, driver: Any, gpus: list[dict[str, Any]]) -> list[st
     return [text for text in found if text]
 
 
+def gpu_and_code(build: dict[str, str], gpu: dict[str, Any]) -> str:
+    """A GPU, and what of the build it runs."""
+    own = f"{gpu['name']} (sm_{''.join(map(str, gpu['capability']))})"
+    code = cuda_check.code_for(build, tuple(gpu["capability"]))
+    if code is None:
+        return f"{own}, no code"
+    kind, arch = code
+    return f"{own}, machine code of sm_{arch}" if kind != "PTX" else f"{own}, PTX of compute_{arch}"
+
+
 def words(fact: Any) -> Any:
     """A list's items as one text; any other fact as it is."""
     return ", ".join(fact) if isinstance(fact, list) else fact
@@ -151,7 +161,7 @@ def table(facts: dict[str, Any]) -> str:
     forced = f" (forced by SNNLSTM_ISA={facts['forced_isa']})" if facts["forced_isa"] else ""
     gpus, driver = torch["devices"], torch["driver"]
     if isinstance(gpus, list):
-        gpus = [f"{gpu['name']} (sm_{''.join(map(str, gpu['capability']))})" for gpu in gpus]
+        gpus = [gpu_and_code(build, gpu) for gpu in gpus]
     no_gpus = "none" if torch["cuda"] else "none (torch is built without CUDA)"
     rows: list[tuple[str, Any]] = [
         ("snnlstm", f"{facts['version']}  {facts['path']}"),

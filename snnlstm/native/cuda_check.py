@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 
 OLDEST = (7, 5)
+TEGRA = {72, 87, 101, 110}  # Jetson and DRIVE: 10 * major + minor
 FIRST_DRIVERS = {12: 525, 13: 580}  # the first driver branch that runs code of a CUDA major version
 
 
@@ -40,31 +41,48 @@ def driver_trouble(build: Mapping[str, str], driver: int | None) -> str | None:
     )
 
 
+def code_for(build: Mapping[str, str], capability: tuple[int, int]) -> tuple[str, int] | None:
+    """What a GPU would run of a build: ``("machine code", 86)``, ``("PTX", 80)``, or None.
+
+    Machine code for X.Y runs on X.Z with Z >= Y, but not between the GPUs of :data:`TEGRA` and
+    others: NVIDIA's CUDA C++ Programming Guide, "Binary Compatibility". PTX is translated for all
+    that is newer. PTX of 7.5 serves no GPU from 8.0 on: the kernels that use tensor cores have no
+    code in it.
+    """
+    archs = build.get("cuda_archs", "").split()
+    wanted = 10 * capability[0] + capability[1]
+    older = [int(arch) for arch in archs if arch.isdigit() and int(arch) <= wanted]
+    same = [arch for arch in older if arch // 10 == capability[0]]
+    same = [arch for arch in same if arch == wanted or not {arch, wanted} & TEGRA]
+    if same:
+        return "machine code", max(same)
+    translated = [int(arch[:-4]) for arch in archs if arch.endswith("+ptx")]
+    oldest = 80 if wanted >= 80 else 0
+    usable = [arch for arch in translated if oldest <= arch <= wanted]
+    return ("PTX", max(usable)) if usable else None
+
+
 def device_trouble(
     build: Mapping[str, str], name: str, capability: tuple[int, int], driver: int | None = None
 ) -> str | None:
     """What is wrong with a GPU of this name and compute capability; None if nothing is.
 
     A GPU that the build has no machine code for gets the PTX, which the driver translates, but
-    only reads up to its own CUDA version, the minor one included. PTX of 7.5 serves no newer GPU:
-    the kernels that use tensor cores have no code in it.
+    only reads up to its own CUDA version, the minor one included.
     """
     own = f"{name} (compute capability {capability[0]}.{capability[1]})"
     if tuple(capability) < OLDEST:
         return f"{own} is too old: the CUDA kernels need {OLDEST[0]}.{OLDEST[1]} or newer"
-    archs = build.get("cuda_archs", "").split()
     wanted = 10 * capability[0] + capability[1]
-    older = [arch for arch in archs if int(arch.removesuffix("+ptx")) <= wanted]
-    # Machine code for X.Y runs on X.Z with Z >= Y, PTX on all that is newer.
-    if any(arch.isdigit() and int(arch) // 10 == capability[0] for arch in older):
-        return None
-    tensor_cores = 80 if wanted >= 80 else 0
-    translated = [int(arch[:-4]) for arch in older if arch.endswith("+ptx")]
-    if not any(arch >= tensor_cores for arch in translated):
+    code = code_for(build, capability)
+    if code is None:
+        archs = build.get("cuda_archs", "")
         return (
-            f"{own} is not among the GPUs that this build of snnlstm has code for "
-            f"({' '.join(archs)}); build with SNNLSTM_CUDA_ARCHS={wanted}"
+            f"{own} is not among the GPUs that this build of snnlstm has code for ({archs}); "
+            f"build with SNNLSTM_CUDA_ARCHS={wanted}"
         )
+    if code[0] != "PTX":
+        return None
     major, minor = (*map(int, (build.get("cuda_version", "") or "0").split(".")[:2]), 0)[:2]
     newest = 1000 * major + 10 * minor
     if driver is None or driver >= newest:

@@ -82,6 +82,10 @@ def test_what_is_said_of_a_machine(machine, build, driver, capability, words):
         ((7, 5), "75 75+ptx", True),
         ((8, 0), "75 75+ptx", False),  # PTX of 7.5 has no kernels for tensor cores
         ((9, 0), "75 75+ptx", False),
+        ((8, 7), "86", False),  # neither way between Jetson's GPUs and others
+        ((8, 9), "87", False),
+        ((8, 7), "87", True),
+        ((8, 7), "86 80+ptx", True),
     ],
 )
 def test_a_gpu_that_the_build_has_no_code_for(capability, archs, covered):
@@ -93,12 +97,27 @@ def test_a_gpu_that_the_build_has_no_code_for(capability, archs, covered):
 
 
 @pytest.mark.parametrize(
+    ("capability", "archs", "code"),
+    [
+        ((8, 9), "80 86 80+ptx", ("machine code", 86)),
+        ((8, 7), "80 86 80+ptx", ("PTX", 80)),
+        ((12, 1), "75 90 80+ptx", ("PTX", 80)),
+        ((7, 5), "75 80 80+ptx", ("machine code", 75)),
+        ((7, 5), "80 80+ptx", None),
+    ],
+)
+def test_whether_a_gpu_runs_machine_code_or_ptx(capability, archs, code):
+    assert cuda_check.code_for({"cuda_archs": archs}, capability) == code
+
+
+@pytest.mark.parametrize(
     ("capability", "driver", "serves"),
     [
         ((8, 9), 13000, True),  # for machine code the major version alone counts
         ((12, 1), 13020, True),
         ((12, 1), 13010, False),
         ((12, 1), None, True),
+        ((8, 7), 13010, False),  # machine code for 8.0 is for other GPUs than Jetson's
     ],
 )
 def test_a_driver_that_must_translate_knows_the_minor_version_too(capability, driver, serves):
@@ -106,7 +125,9 @@ def test_a_driver_that_must_translate_knows_the_minor_version_too(capability, dr
     said = cuda_check.device_trouble(build, "A card", capability, driver)
     assert (said is None) == serves
     if said:
-        for words in ("A card (compute capability 12.1)", "CUDA 13.2", "CUDA 13.1", "=121"):
+        major, minor = capability
+        own = f"(compute capability {major}.{minor})"
+        for words in (own, "CUDA 13.2", "CUDA 13.1", f"_ARCHS={major}{minor}"):
             assert words in said
 
 

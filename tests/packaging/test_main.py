@@ -152,6 +152,18 @@ def test_gpus_drivers_and_builds(monkeypatch, torch_module, archs, problems):
         assert problem in said
 
 
+def test_each_gpu_is_named_with_the_code_that_it_runs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", fake_torch((8, 9), (12, 0), (7, 5)))
+    monkeypatch.setitem(sys.modules, "snnlstm._C", fake_core("86 80+ptx"))
+    said = report.table(report.collect())
+    for words in (
+        "GPU number 0 (sm_89), machine code of sm_86",
+        "GPU number 1 (sm_120), PTX of compute_80",
+        "GPU number 2 (sm_75), no code",
+    ):
+        assert words in said
+
+
 def test_a_core_of_another_version(monkeypatch):
     """A core that lacks a function is a problem, not a crash."""
     monkeypatch.setitem(sys.modules, "snnlstm._C", types.SimpleNamespace(__file__="old.so"))

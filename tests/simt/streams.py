@@ -4,6 +4,9 @@ Work on a stream may read what was written on the same stream before, or on one 
 waited for. :class:`Streams` notes where each read finds another write. Autograd runs a node's
 backward pass on the stream of its forward pass, after what the gradients come from; what it does
 between nodes is in order, too.
+
+An allocator of CUDA memory hands out at once what was freed on the same stream, and knows nothing
+of other streams. A kernel may therefore write only to memory that was allocated on its own stream.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ class Streams(TorchDispatchMode):
         super().__init__()
         self._core = core
         self._writes: list[Write] = []
+        self._allocated: list[tuple[Span, int | None]] = []  # and the stream
         self._clocks: dict[int, Clock] = {}
         self.races: list[str] = []
         self.backward: set[int] = set()  # the streams of kernels of backward passes
@@ -131,7 +135,13 @@ class Streams(TorchDispatchMode):
         if self._in_backward:
             self.backward.add(stream)
         reads = [(start, end) for start, end, read, _ in arrays if read]
-        self._run("a kernel", reads, [(s, e) for s, e, _, written in arrays if written])
+        writes = [(start, end) for start, end, _, written in arrays if written]
+        self.races += [
+            f"a kernel on stream {stream} writes to memory of stream {owner}"
+            for (start, end), owner in self._allocated
+            if owner not in (None, stream) and any(s < end and start < e for s, e in writes)
+        ]
+        self._run("a kernel", reads, writes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -143,8 +153,10 @@ class Streams(TorchDispatchMode):
             for tree in ((args, kwargs), out)
         )
         if "empty" in name:  # the allocator gives no memory of another stream's
-            for memory in made:
-                self._forget(memory)
+            for start, end in made:
+                self._forget((start, end))
+                others = [a for a in self._allocated if a[0][1] <= start or end <= a[0][0]]
+                self._allocated = [*others, ((start, end), self._now)]
         else:
             self._run(name, given, made)
         return out

@@ -47,6 +47,20 @@ def test_a_state_of_another_stream_is_seen(core, monkeypatch):
     assert any("a kernel on stream 2 reads what stream 1 writes" in race for race in streams.races)
 
 
+def test_memory_that_is_kept_beside_the_allocator_is_seen(core, monkeypatch):
+    """A workspace that all calls share is written to while another stream's kernels read it."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def shared(size, device):
+        return kept.setdefault(size, torch.empty(size, dtype=torch.uint8, device=device))
+
+    monkeypatch.setattr(cuda.tensors, "empty_bytes", shared)
+    streams, _ = train(core, "direct", 2)
+    assert any(
+        "a kernel on stream 2 writes to memory of stream 1" in race for race in streams.races
+    )
+
+
 def test_what_is_handed_over_beside_autograd_is_seen(core, monkeypatch):
     """The last step's backward pass sums the weight gradients that the others have left."""
     torch.manual_seed(0)

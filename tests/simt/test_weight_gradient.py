@@ -89,14 +89,22 @@ def long_sums(core, monkeypatch, mode: str, time: int, special: float | None = N
     return found, torch.einsum("tnpg,tnip->gi", d_gates.flatten(3), inputs)
 
 
+# The share by which long sums may shrink, by how a tensor core truncates; 6e-6 for all others. Each
+# k-step loses half a unit in the 24th bit of the sum so far, once or for each of 10 terms. In tf32
+# and 16-bit types a fold comes after 128 k-steps, which is little beside the operands' errors.
+SHRINKS = {1: {"tf32x3": 6e-6}, 2: {"tf32x3": 1e-5, "tf32": 4e-5, "bfloat16 autocast": 4e-5}}
+
+
+@pytest.mark.parametrize("truncates", SHRINKS)
 @pytest.mark.parametrize("mode", ["tf32", "tf32x3", "bfloat16 autocast"])
-def test_long_sums_bear_tensor_cores_that_truncate(core, monkeypatch, mode):
+def test_long_sums_bear_tensor_cores_that_truncate(core, monkeypatch, mode, truncates):
     """One accumulator over all of a block's tiles would shrink them by 5e-5 and more."""
+    bound = SHRINKS[truncates].get(mode, 6e-6)
     nearest, _ = long_sums(core, monkeypatch, mode, time=128)
-    core.settings.truncates = 1
+    core.settings.truncates = truncates
     found, exact = long_sums(core, monkeypatch, mode, time=128)
-    assert abs(float((found / nearest).mean()) - 1) < 6e-6
-    assert float((found / exact - 1).abs().max()) < {"tf32x3": 6e-6}.get(mode, 1e-3)
+    assert abs(float((found / nearest).mean()) - 1) < bound
+    assert float((found / exact - 1).abs().max()) < (bound if mode == "tf32x3" else 1e-3)
 
 
 def test_long_sums_without_tensor_cores(core, monkeypatch):

@@ -23,7 +23,7 @@ struct Settings {
   int races = 1;  // look for races, in the instrumented build
   int counters = 0;
   int compute_capability = 80;
-  int truncates = 0;     // mma rounds its sums towards zero
+  int truncates = 0;     // mma rounds its sums towards zero: 1 once, 2 each term (fragment.cpp)
   int dry = 0;           // launches are checked and listed, but nothing runs
   int instrumented = 0;  // the build has hooks, which report plain accesses
 };
