@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "simt"))
 import gpu_tools
 from builder import ROOT
 
+ENDS = ("BRA", "EXIT", "RET", "BRX")  # only a branch reaches what comes behind
 # Divisions (by way of a reciprocal), calls and local memory.
 SLOW = ("I2F", "F2I", "MUFU.RCP", "CALL", "LDL", "STL")
 
@@ -35,12 +36,12 @@ class Instruction:
 
     @property
     def is_hmma(self) -> bool:
-        return self.name.startswith("HMMA")
+        return self.name.startswith(("HMMA", "mma."))  # of machine code, of PTX
 
     @property
     def ends(self) -> bool:
         """Whether only a branch reaches the next instruction."""
-        return not self.predicated and self.name.split(".")[0] in ("BRA", "EXIT", "RET", "BRX")
+        return not self.predicated and self.name.split(".")[0].upper() in ENDS
 
 
 @dataclass
@@ -61,10 +62,10 @@ class Loop:
 
 
 def parse(code: list[tuple[int, str, str, str]]) -> list[Instruction]:
-    """The instructions of one kernel, from gpu_tools.disassemble()."""
+    """The instructions of one kernel, from gpu_tools.disassemble() or gpu_tools.code_of_ptx()."""
     found = []
     for address, predicate, name, operands in code:
-        target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name[:3].upper() == "BRA" else None
         # BRA.DIV branches only if the lanes of a warp have gone different ways.
         predicated = bool(predicate or re.match(r"!?U?P\d", operands) or name == "BRA.DIV")
         to = int(target[1], 16) if target else None

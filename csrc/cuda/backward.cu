@@ -213,7 +213,8 @@ BackwardPass::BackwardPass(const Cell& cell, const Device& device, Matrix matrix
                    : ResidentBackwardPlan()),
       resident(sequence.fits &&
                (algorithm == Algorithm::resident ||
-                resident_pays(cell, device, to_mem, cell.C, resident_cost::neuron_backward))),
+                resident_pays(cell, device, to_mem.multiply, data_work(cell, device, to_mem, false),
+                              device.model.neuron_backward))),
       hybrid(algorithm == Algorithm::hybrid),
       weights(plan_weights(cell, device, multiply)),
       bias_splits(int(std::clamp<int64_t>(pixels() / 1024, 1, 4 * device.multiprocessors))) {

@@ -1,87 +1,93 @@
-// Estimates what is fastest for a layer: our fused kernels, or torch's convolution (cuDNN) with our
-// neurons behind it. Nothing is measured: both are taken to be bound by arithmetic or by memory,
-// whichever is slower.
+// Estimates how long a launch takes, from what its blocks do. The plans choose by this; nothing is
+// measured. A multiprocessor is taken to do one thing at its rate and to hide all that is faster:
 //
-//   fused      reads x, mem, syn; writes spk, syn, mem; multiplies with mma.sync
-//   pointwise  also writes cat[x, mem] and the gate sums and reads both again; cuDNN multiplies
-//              with the newest instructions (wgmma on sm_90, tcgen05 on sm_100), whose rate
-//              mma.sync does not reach
+//   products   of all blocks that it gets, with what pads channels, pixels and K, by tensor cores
+//              or plain ones; slower if too few warps are at work
+//   cache      what its blocks read from the level-2 cache
+//   neurons    behind the products, since blocks that run together are in step
+//   memory     of the whole launch, at the card's bandwidth
+//
+// Blocks come in rounds: the multiprocessor with the most blocks decides.
 #pragma once
 
-#include "step_plans.h"
+#include <algorithm>
+#include <cmath>
+
+#include "cards.h"
+#include "mma.cuh"
 
 namespace snnlstm::cuda {
 
-// From NVIDIA's data sheets, without sparsity.
-struct Rates {
-  double half, tf32, fp32;  // 10^12 multiply-adds a second, all multiprocessors together
-  double bytes;             // 10^12 a second
-  // The part of the rate that mma.sync can reach: 1 if it is the newest instruction; on sm_90 what
-  // Luo et al. 2024 measure, https://arxiv.org/abs/2402.13499; on sm_100 a guess.
-  double mma_sync;
-  int multiprocessors;
+// What a launch does.
+struct Work {
+  int64_t blocks = 0;
+  int warps = 4;  // of a block, as the next four
+  int64_t shared_bytes = 0;
+  double products = 0;     // multiply-adds, of padding too
+  double cache_bytes = 0;  // read from the level-2 cache
+  double cycles = 0;       // of a multiprocessor, beside the products; as a resident kernel's
+  double memory = 0;       // bytes of the launch
 };
 
-inline Rates rates_of(const Device& t) {
-  Rates r = t.compute_capability >= 120   ? Rates{210, 105, 52, 1.8, 1.0, 170}    // RTX 5090
-            : t.compute_capability >= 100 ? Rates{1125, 560, 37, 8.0, 0.5, 148}   // B200
-            : t.compute_capability >= 90  ? Rates{495, 247, 33, 3.35, 0.62, 132}  // H100
-            : t.compute_capability >= 89  ? Rates{83, 41, 41, 1.0, 1.0, 128}      // RTX 4090
-            : t.compute_capability >= 86  ? Rates{36, 18, 18, 0.94, 1.0, 82}      // RTX 3090
-            : t.compute_capability >= 80  ? Rates{156, 78, 9.7, 1.55, 1.0, 108}   // A100
-                                          : Rates{33, 4, 4, 0.32, 1.0, 40};       // T4
-  const double part = double(t.multiprocessors) / r.multiprocessors;
-  r.half *= part, r.tf32 *= part, r.fp32 *= part;
-  return r;
-}
+struct Estimate {
+  const Device& device;
+  Model model;
+  Rates rates;
+  int lanes;
 
-// Guesses: no GPU has been timed. `python -m benchmarks --device cuda --shapes gpu --kernels` would
-// measure them: it prints the time of each kernel, and the layer gives the number of operations.
-namespace guessed {
-// The parts of a data sheet's rates that kernels reach on the layers wide64 and wide128: cuDNN's
-// convolution under snnlstm-pointwise; "forward step (mma)", as a part of what mma.sync can reach;
-// "forward step (fma)" in float32.
-constexpr double cudnn_part = 0.7, mma_part = 0.75, fma_part = 0.5;
-// Seconds that the launches of a step around cuDNN (cat, convolution, neurons) take more than one
-// launch of ours. The difference of snnlstm-pointwise and snnlstm on a layer without work, such as
-// --shape "50 1 1 1 4 4 1", would measure it.
-constexpr double pointwise_launches = 8e-6;
-}  // namespace guessed
+  explicit Estimate(const Device& of)
+      : device(of), model(of.model), rates(of), lanes(card_of(of).fp32) {}
 
-// Returns the multiply-adds a second of our kernels; three products of 3xTF32 are one.
-inline double kernel_rate(const Rates& r, Multiply m) {
-  if (m == Multiply::fma) return r.fp32 * guessed::fma_part * 1e12;
-  const double of_type = is_half(m) ? r.half : m == Multiply::tf32x3 ? r.tf32 / 3 : r.tf32;
-  return of_type * r.mma_sync * guessed::mma_part * 1e12;
-}
+  // Returns the multiply-adds a second that our kernels reach at best; three products of 3xTF32
+  // are one. Float64 counts as float32: it is as slow for cuDNN.
+  double rate(Multiply m) const {
+    if (m == Multiply::fma)
+      return rates.fp32 * (lanes > 64 ? model.fma_part_of_128 : model.fma_part);
+    const double of_type = is_half(m)              ? rates.half
+                           : m == Multiply::tf32x3 ? rates.tf32 / 3
+                                                   : rates.tf32;
+    return of_type * rates.mma_sync * model.mma_part;
+  }
+
+  // Returns the multiply-adds a second of cuDNN in the numbers that it would multiply. winograd:
+  // whether it may take Winograd's form for float32.
+  double cudnn_rate(DType states, Matrix matrix, bool winograd) const {
+    const bool tensor_cores = device.compute_capability >= 80;
+    if (states == DType::float16 || matrix == Matrix::float16) return rates.half * model.cudnn_part;
+    if (states == DType::bfloat16 || matrix == Matrix::bfloat16)
+      return (tensor_cores ? rates.half : rates.fp32 / 4) * model.cudnn_part;  // a guess
+    if (matrix == Matrix::tf32 && tensor_cores) return rates.tf32 * model.cudnn_part;
+    return rates.fp32 * (winograd ? model.cudnn_winograd : model.cudnn_part);
+  }
+
+  double moving(double bytes) const { return bytes / (rates.bytes * model.memory_part); }
+
+  // Returns the blocks that a multiprocessor holds at once; each thread has 128 registers. From 8.0
+  // on the system keeps a KiB of shared memory for each block, and the first is not the block's.
+  int64_t at_once(const Work& work) const {
+    const int64_t kept = device.compute_capability >= 80 ? 1024 : 0;
+    const int64_t by_shared =
+        (device.shared_bytes + kept) / std::max<int64_t>(work.shared_bytes + kept, 1);
+    return std::max<int64_t>(std::min<int64_t>(16 / std::max(work.warps, 1), by_shared), 1);
+  }
+
+  // Returns the seconds of a launch without the launch itself.
+  double seconds(const Work& work, Multiply multiply) const {
+    const int64_t blocks = ceil_div(work.blocks, device.multiprocessors);  // of the busiest one
+    const int64_t together = std::min(at_once(work), blocks);
+    const double busy = std::min(1.0, double(work.warps * together) / model.warps);
+    const double products = work.products * device.multiprocessors / (rate(multiply) * busy);
+    const double cache = work.cache_bytes / (model.cache_bytes * rates.cycles);
+    const double block = std::max(products, cache) + model.step * work.cycles / rates.cycles;
+    const double rounds = double(ceil_div(blocks, std::max<int64_t>(together, 1)));
+    return std::max(double(blocks) * block + rounds * model.block, moving(work.memory));
+  }
+};
 
 // Returns whether three tf32 products take less time than one product in float32.
 inline bool tensor_cores_beat_fma(const Device& device) {
-  const Rates r = rates_of(device);
-  return device.compute_capability >= 80 &&
-         kernel_rate(r, Multiply::tf32x3) > kernel_rate(r, Multiply::fma);
-}
-
-// Returns whether a step behind torch's convolution takes less time than a fused step.
-inline bool pointwise_pays(const Cell& c, const Device& device, const ForwardPlan& plan) {
-  const Rates r = rates_of(device);
-  const Shape s(c);
-  const double neurons = double(c.N) * s.pixels * c.C;
-  const double products = 4 * neurons * s.taps * (c.Cin + c.C);
-  const bool half = is_half(plan.multiply);
-  const double size = bytes_of(c.dtype), operand = half ? 2 : size;
-
-  // The rate of what cuDNN would multiply with.
-  const double rate = (half ? r.half : plan.multiply == Multiply::tf32 ? r.tf32 : r.fp32) * 1e12;
-  const double state_bytes = (double(c.N) * c.Cin * c.H * c.W + 5 * neurons) * size;
-  const double extra_bytes =
-      2 * (double(c.N) * c.Cin * c.H * c.W + neurons + 4 * neurons) * operand;
-  const double ours =
-      std::max(products / kernel_rate(r, plan.multiply), state_bytes / (r.bytes * 1e12));
-  const double theirs = products / (rate * guessed::cudnn_part) +
-                        (state_bytes + extra_bytes) / (r.bytes * 1e12) +
-                        guessed::pointwise_launches;
-  return theirs < ours;
+  const Estimate e(device);
+  return device.compute_capability >= 80 && e.rate(Multiply::tf32x3) > e.rate(Multiply::fma);
 }
 
 }  // namespace snnlstm::cuda

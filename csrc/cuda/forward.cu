@@ -134,7 +134,8 @@ ForwardPass::ForwardPass(const Cell& cell, const Device& device, Matrix matrix, 
                                                 : ResidentPlan()),
       resident(sequence.fits &&
                (algorithm == Algorithm::resident ||
-                resident_pays(cell, device, step, cell.Cin + cell.C, resident_cost::neuron))) {
+                resident_pays(cell, device, step.multiply, forward_work(cell, device, step),
+                              device.model.neuron))) {
   workspace = resident ? 0 : Forward(*this, ForwardArgs(), nullptr).workspace();
 }
 

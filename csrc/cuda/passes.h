@@ -3,6 +3,7 @@
 
 #include "packed.h"
 #include "resident_plan.h"
+#include "weight_plans.h"
 
 namespace snnlstm::cuda {
 

@@ -1,4 +1,4 @@
-#include "estimate.h"
+#include "choice.h"
 #include "launchers.h"
 #include "passes.h"
 #include "plan.h"
@@ -18,8 +18,32 @@ int64_t padded_channels(int64_t C) {
   return Shape(cell).Cp;
 }
 
+double cudnn_seconds(const Cell& cell, const Device& device, Matrix matrix, bool backward) {
+  const Cudnn cudnn(cell, device, matrix);
+  const int64_t inputs = cell.Cin + cell.C;
+  return backward ? cudnn.data(inputs) + cudnn.weight(inputs) : cudnn.forward();
+}
+
 Matrix full_precision(const Device& device) {
   return tensor_cores_beat_fma(device) ? Matrix::tf32x3 : Matrix::exact;
+}
+
+// Returns what is estimated to be fastest, or direct, which is resident or fused. steps: the
+// forward pass's.
+static Algorithm fastest(const Cell& cell, const Device& device, Matrix matrix,
+                         const ForwardPass& steps, bool backward) {
+  const double behind_torch = pointwise_seconds(cell, device, matrix, backward);
+  if (!backward)
+    return behind_torch < forward_seconds(cell, device, steps) ? Algorithm::pointwise
+                                                               : Algorithm::direct;
+  Algorithm best = Algorithm::pointwise;
+  double least = behind_torch;
+  for (const Algorithm algorithm : {Algorithm::hybrid, Algorithm::direct}) {
+    const BackwardPass pass(cell, device, matrix, steps.step.multiply, algorithm, -1);
+    const double time = backward_seconds(cell, device, matrix, pass);
+    if (time <= least) best = algorithm, least = time;
+  }
+  return best;
 }
 
 Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wanted, bool of_backward,
@@ -27,27 +51,29 @@ Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wante
     : cell(of), matrix(numbers), algorithm(wanted), backward(of_backward) {
   reason_against = cuda::reason_against(cell, 0);
   const ForwardPass steps(cell, device, matrix, wanted, backward ? -1 : only_blocks);
-  if (wanted == Algorithm::automatic && !steps.resident && pointwise_pays(cell, device, steps.step))
-    algorithm = Algorithm::pointwise;
+  if (wanted == Algorithm::automatic) algorithm = fastest(cell, device, matrix, steps, backward);
   int64_t launched = 0;
   const BlockShape* shapes = backward ? kDataShapes : kForwardShapes;
   if (algorithm == Algorithm::pointwise) {
     cell.T = 1;
     pointwise_ = std::make_unique<PointwisePass>(cell, matrix);
     launched = pointwise_->tiling.blocks();
+    seconds = pointwise_seconds(of, device, matrix, backward);
     workspace = backward ? pointwise_->workspace : 0;
     name = "pointwise";
   } else {
     bool resident = steps.resident;
     if (backward) {
-      backward_ = std::make_unique<BackwardPass>(cell, device, matrix, steps.step.multiply, wanted,
-                                                 only_blocks);
+      backward_ = std::make_unique<BackwardPass>(cell, device, matrix, steps.step.multiply,
+                                                 algorithm, only_blocks);
+      seconds = backward_seconds(cell, device, matrix, *backward_);
       resident = backward_->resident;
       blocks = backward_->to_mem.shape;
       launched = backward_blocks(cell, backward_->to_mem, backward_->to_x);
       packed_bytes = backward_->packed.bytes(), workspace = backward_->workspace;
     } else {
       forward_ = std::make_unique<ForwardPass>(steps);
+      seconds = forward_seconds(cell, device, steps);
       blocks = steps.step.shape;
       launched = forward_blocks(cell, steps.step);
       packed_bytes = steps.packed.bytes(), workspace = steps.workspace;
@@ -114,10 +140,16 @@ Device current_device() {
     check(cudaDeviceGetAttribute(&value, which, device), "asking what the CUDA device can do");
     return value;
   };
-  return {10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-              attribute(cudaDevAttrComputeCapabilityMinor),
-          attribute(cudaDevAttrMultiProcessorCount),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  Device found;
+  found.compute_capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                             attribute(cudaDevAttrComputeCapabilityMinor);
+  found.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  found.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  // In kHz, with two transfers a cycle, and in bits.
+  found.clock = 1e3 * attribute(cudaDevAttrClockRate);
+  found.bandwidth =
+      2e3 * attribute(cudaDevAttrMemoryClockRate) * attribute(cudaDevAttrGlobalMemoryBusWidth) / 8;
+  return found;
 }
 
 #endif

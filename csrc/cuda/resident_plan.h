@@ -2,7 +2,6 @@
 // memory of its blocks.
 #pragma once
 
-#include "estimate.h"
 #include "packed.h"
 #include "resident_backward.cuh"
 #include "resident_forward.cuh"
@@ -178,40 +177,32 @@ inline ResidentPlan plan_resident(const Cell& c, const Device& device, const For
   return plan;
 }
 
-// Costs in seconds; the last is a ratio. They are guesses: no GPU has been timed.
-namespace resident_cost {
-// The time from a kernel's last work to the first work of the next kernel, which depends on it. A
-// chain of empty kernels in a CUDA graph would measure it.
-constexpr double launch = 3.5e-6;
-// `barrier`: a step waits for its first loads of x, at the barrier, and for its last warp. `start`:
-// weights and states come to shared memory. Times of the resident kernel with one block, over T,
-// would measure both.
-constexpr double barrier = 1e-6, start = 4e-6;
-// A neuron on one multiprocessor, without products. A warp issues 200 instructions for its 32
-// neurons forward and 260 backward, counted in PTX for layers of 8 and 16 channels at 14 x 14 to 28
-// x 28; a multiprocessor is taken to issue 3 instructions a cycle at 1.75 GHz. The same times would
-// measure both.
-constexpr double neuron = 1.2e-9, neuron_backward = 1.5e-9;
-// The instructions of the kernels of one step, as a multiple of the resident kernel's, counted on
-// the same layers.
-constexpr double fused = 2.0;
-}  // namespace resident_cost
-
-// Returns whether one launch is likely to take less time than one for every step. inputs: channels
-// that a step convolves; neuron: see resident_cost.
-inline bool resident_pays(const Cell& c, const Device& device, const StepPlan& step, int64_t inputs,
-                          double neuron) {
-  if (c.T < 2 || c.N == 0) return false;
-  const double blocks = double(step.tiling.blocks());
-  const double one = kernel_rate(rates_of(device), step.multiply) / device.multiprocessors;
+// Returns the seconds of all steps in one launch. step: what a step's kernel would do in blocks of
+// its own. neuron: cycles for a neuron (Model).
+inline double resident_seconds(const Cell& c, const Device& device, Multiply multiply,
+                               const Work& step, double neuron) {
+  const Estimate e(device);
+  const double images = double(ceil_div(c.N, device.multiprocessors));
+  const double blocks = double(step.blocks) / double(std::max<int64_t>(c.N, 1));
+  const double products = blocks * step.products * device.multiprocessors / e.rate(multiply);
   const Shape s(c);
-  const double neurons = double(s.pixels) * c.C, tiles = blocks / double(c.N);
-  const double sample = 4 * neurons * s.taps * inputs / one + neurons * neuron;
-  const auto waves = [&](double n) { return std::ceil(n / device.multiprocessors); };
-  const double resident = waves(double(c.N)) * sample + resident_cost::barrier;
-  const double fused =
-      waves(blocks) * resident_cost::fused * sample / tiles + resident_cost::launch;
-  return resident_cost::start + c.T * resident < c.T * fused;
+  const double image = products + double(s.pixels * s.Cp) * neuron / e.rates.cycles;
+  const double one = std::max(images * image, e.moving(step.memory));
+  return e.model.resident + double(c.T) * (one + e.model.barrier);
+}
+
+// Returns the seconds of all steps, each in a launch of its own.
+inline double fused_seconds(const Cell& c, const Device& device, Multiply multiply,
+                            const Work& step) {
+  const Estimate e(device);
+  return double(c.T) * (e.seconds(step, multiply) + e.model.launch);
+}
+
+inline bool resident_pays(const Cell& c, const Device& device, Multiply multiply, const Work& step,
+                          double neuron) {
+  return c.T > 1 && c.N > 0 &&
+         resident_seconds(c, device, multiply, step, neuron) <
+             fused_seconds(c, device, multiply, step);
 }
 
 // Returns whether a resident kernel is considered at all: a single step is one launch anyway.

@@ -6,10 +6,10 @@
 #include <string>
 
 #include "backward.cuh"
+#include "estimate.h"
 #include "forward.cuh"
 #include "mma_segments.h"
 #include "plan.h"
-#include "weight_gradient_mma.cuh"
 
 namespace snnlstm::cuda {
 
@@ -99,6 +99,7 @@ struct StepPlan {
   int warps_m = 0, warps_n = 0;  // mma: warps along pixels, along channels
   int k_groups = 1;              // groups of warps_m * warps_n warps, which share K among them
   int shape = -1;                // mma: the row of kForwardShapes or kDataShapes
+  int64_t shared_bytes = 0;      // of a block
 
   bool mma() const { return multiply != Multiply::fma; }
   int threads() const { return mma() ? 32 * warps_m * warps_n * k_groups : fma::kThreads; }
@@ -142,26 +143,62 @@ inline void choose_tiling(ForwardPlan& plan, const Cell& c, int pixels) {
   cover(plan.tiling, c, c.N, c.C, plan.channels());
 }
 
-// Chooses the first of the shapes that fit and give each multiprocessor a block, since large blocks
-// fetch less; else the last that fits. fits(shape) plans the tiles, too. wanted: the only row that
-// may be chosen, or -1. Returns whether any shape fits.
-template <class Step, size_t count, class Fits>
-bool choose_shape(Step& plan, const BlockShape (&shapes)[count], int wanted, const Device& device,
-                  Fits&& fits) {
+// Chooses the shape that fits and is estimated to take the least time; of equals the larger block,
+// which fetches less. fits(shape) plans the tiles, too, and seconds() estimates that plan. wanted:
+// the only row that may be chosen, or -1. Returns whether any shape fits.
+template <class Step, size_t count, class Fits, class Seconds>
+bool choose_shape(Step& plan, const BlockShape (&shapes)[count], int wanted, Fits&& fits,
+                  Seconds&& seconds) {
   Step best;
+  double least = 0;
   for (const BlockShape& shape : shapes) {
     if (wanted >= 0 && &shape != shapes + wanted) continue;
     plan.warps_m = shape.m, plan.warps_n = shape.n, plan.k_groups = shape.k;
     plan.shape = int(&shape - shapes);
     if (!fits(shape)) continue;
-    best = plan;
-    if (plan.tiling.blocks() >= device.multiprocessors) break;
+    const double time = seconds();
+    if (best.mma() && time >= least) continue;
+    best = plan, least = time;
   }
   plan = best;
   return plan.mma();
 }
 
+// Adds what a block of a step does for one segment, with `depth` on tensor cores.
+inline void add_segment(Work& work, const StepPlan& plan, const Segment& s, const MmaDepth& depth,
+                        int columns) {
+  const MmaType type(plan.multiply);
+  const double k = plan.mma() ? double(depth.units() * type.per_step())
+                              : double(round_up(s.taps() * s.channels, fma::kDepth));
+  const int pixels = plan.mma() ? 32 * plan.warps_m : fma::kPixels;
+  const int element = plan.mma() ? type.element : 4;
+  const auto reach = [](int64_t tile, int64_t step, int64_t taps, int64_t dilation, int64_t up) {
+    return double((tile - 1) * step + (taps - 1) * dilation) / double(up) + 1;
+  };
+  work.products += k * pixels * columns;
+  work.cache_bytes += k * columns * element * (plan.multiply == Multiply::tf32x3 ? 2 : 1);
+  work.cache_bytes += reach(plan.tiling.h, s.step_h, s.taps_h, s.dilation_h, s.up_h.value) *
+                      reach(plan.tiling.w, s.step_w, s.taps_w, s.dilation_w, s.up_w.value) *
+                      s.channels * element;
+}
+
 // shape: the only row of kForwardShapes that may be chosen, or -1.
+// What a step does. Its memory: x, both states before and after, and the spikes.
+inline Work forward_work(const Cell& c, const Device& device, const ForwardPlan& plan) {
+  Work work;
+  const int columns = plan.mma() ? 8 * plan.tiles * plan.warps_n : fma::kColumns;
+  const Segment x = x_segment(c), mem = mem_segment(c);
+  const bool mma = plan.mma();
+  add_segment(work, plan, x, mma ? x_depth(c, plan.multiply) : MmaDepth(), columns);
+  add_segment(work, plan, mem, mma ? mem_depth(c, plan.multiply) : MmaDepth(), columns);
+  work.blocks = plan.tiling.blocks(), work.warps = plan.threads() / 32;
+  work.shared_bytes = plan.shared_bytes;
+  work.cycles = device.model.neuron * plan.channels() * (mma ? 32 * plan.warps_m : fma::kPixels);
+  const double state = double(c.N) * c.C * c.Ho() * c.Wo();
+  work.memory = (double(c.N) * c.Cin * c.H * c.W + 5 * state) * bytes_of(c.dtype);
+  return work;
+}
+
 inline ForwardPlan plan_forward(const Cell& c, const Device& device, Matrix matrix, int shape) {
   ForwardPlan plan;
   plan.multiply = wanted_multiply(c, device, matrix);
@@ -174,11 +211,14 @@ inline ForwardPlan plan_forward(const Cell& c, const Device& device, Matrix matr
       builder.add(x_segment(c), x_depth(c, plan.multiply), plan.tiling);
       builder.add(mem_segment(c), mem_depth(c, plan.multiply), plan.tiling);
       builder.finish(nullptr, 0, plan.threads());
-      return forward_shared_bytes(plan, builder.conv, c.pool != Pool::none) +
-                 5 * plan.channels() * 4 <=
-             device.shared_bytes;
+      plan.shared_bytes =
+          forward_shared_bytes(plan, builder.conv, c.pool != Pool::none) + 5 * plan.channels() * 4;
+      return plan.shared_bytes <= device.shared_bytes;
     };
-    if (choose_shape(plan, kForwardShapes, shape, device, fits)) return plan;
+    const auto seconds = [&] {
+      return Estimate(device).seconds(forward_work(c, device, plan), plan.multiply);
+    };
+    if (choose_shape(plan, kForwardShapes, shape, fits, seconds)) return plan;
   }
   choose_tiling(plan, c, fma::kPixels);
   return plan;
@@ -220,117 +260,24 @@ struct BackwardLayout {
   }
 };
 
-struct WeightPlan {
-  Multiply multiply = Multiply::fma;
-  Tiling tiling;
-  int splits = 1;
-  int64_t share = 0, total = 0;  // of a split, of all: pixels (fma) or tiles (mma)
-  int part_rows = 0, part_columns = 0, tap_stride = 0;
-  // mma
-  int warp_rows = 0, tap_groups = 0, column_pitch = 0, column_blocks = 0, buffer_bytes = 0;
-
-  bool mma() const { return multiply != Multiply::fma; }
-  int threads() const { return 32 * weight_tile::kWarpColumns * warp_rows * tap_groups; }
-  int row_blocks() const { return part_rows / (32 * warp_rows); }
-  int stage_bytes() const {
-    const MmaType type(multiply);
-    return weight_tile::kTableBytes +
-           2 * weight_tile::stage_bytes(warp_rows * 32 / (64 / type.element),
-                                        weight_tile::kChannels / (64 / type.element), buffer_bytes);
-  }
-  int64_t part_bytes(DType real) const {
-    return int64_t(splits) * part_rows * part_columns * bytes_of(real);
-  }
-};
-
-struct WeightPlans {
-  WeightPlan x, mem;
-
-  int threads() const { return std::max(x.threads(), mem.threads()); }
-  // The shared memory on tensor cores: the stages of the larger half, then each thread's totals.
-  int totals() const { return std::max(x.stage_bytes(), mem.stage_bytes()); }
-  int shared_bytes() const { return totals() + 4 * weight_tile::kSums * threads(); }
-};
-
-// Plans one half of the weight's gradient on tensor cores, but for its splits.
-inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int most_rows) {
-  const Shape s(c);
-  const MmaType type(multiply);
-  const Segment in = of_x ? x_segment(c) : mem_segment(c);
-  const MmaDepth depth = of_x ? x_depth(c, multiply) : mem_depth(c, multiply);
-  WeightPlan w;
-  w.multiply = multiply;
-  // Up to 12 warps: all taps of 3x3, or more rows of fewer taps.
-  w.tap_groups = int(std::min<int64_t>(ceil_div(depth.taps, weight_tile::kTaps), 3));
-  w.warp_rows = most_rows;
-  while (w.warp_rows > 1 &&
-         (w.threads() > weight_tile::kMaxThreads || 16 * w.warp_rows >= 4 * s.Cp))
-    w.warp_rows /= 2;
-  choose_tile(c, s.Ho, s.Wo, weight_tile::kPixels, false, w.tiling);
-  cover(w.tiling, c, c.T * c.N, 1, 1);
-  w.total = w.tiling.tiles();
-  w.buffer_bytes = int(neighbourhood_bytes(mma_segment(in, type, depth, w.tiling)));
-  w.column_pitch = int(round_up(depth.channels, weight_tile::kChannels));
-  w.part_rows = int(round_up(4 * s.Cp, 32 * w.warp_rows));
-  w.part_columns = int(depth.taps * w.column_pitch);
-  w.tap_stride = depth.patches ? in.channels : w.column_pitch;
-  w.column_blocks = int(w.column_pitch / weight_tile::kChannels *
-                        ceil_div(depth.taps, weight_tile::kTaps * w.tap_groups));
-  return w;
-}
-
-// The same without tensor cores: two blocks for each multiprocessor, of 256 pixels or more.
-inline WeightPlan weight_fma(const Cell& c, const Device& device, bool of_x) {
-  const Shape s(c);
-  const Segment in = of_x ? x_segment(c) : mem_segment(c);
-  WeightPlan w;
-  cover(w.tiling, c, c.T * c.N, 1, 1);
-  w.part_rows = int(round_up(4 * s.Cp, 64));
-  w.part_columns = int(round_up(s.taps * in.channels, 64));
-  w.tap_stride = in.channels;
-  w.total = c.T * c.N * s.pixels;
-  const int64_t blocks = int64_t(w.part_rows / 64) * (w.part_columns / 64);
-  const int64_t splits =
-      std::clamp<int64_t>(std::min(2 * device.multiprocessors / blocks, w.total / 256), 1, 1024);
-  w.share = std::max<int64_t>(round_up(ceil_div(w.total, splits), fma::kDepth), 1);
-  w.splits = int(std::max<int64_t>(ceil_div(w.total, w.share), 1));
-  return w;
-}
-
-// The time of a block's tile over the time in which a split's part of the gradient is written and
-// read again to be added. Tensor cores are taken to do 200 multiplications while memory moves 3
-// bytes, as an H100's data sheet says; a sweep over splits would measure the ratio.
-constexpr int64_t kPartsPerTile = 24;
-
-// Chooses the number of splits with which the multiprocessors, of one block each, end soonest.
-inline void split_tiles(WeightPlans& plan, const Device& device) {
-  const int64_t blocks = int64_t(plan.x.column_blocks) * plan.x.row_blocks() +
-                         int64_t(plan.mem.column_blocks) * plan.mem.row_blocks();
-  const int64_t total = plan.x.total;
-  int64_t best = 1, best_time = -1;
-  for (int64_t splits = 1; splits <= std::max<int64_t>(total / 4, 1); ++splits) {
-    const int64_t waves = ceil_div(blocks * splits, device.multiprocessors);
-    if (splits > 1 && waves > 8) break;
-    const int64_t time = kPartsPerTile * waves * ceil_div(total, splits) + splits * blocks;
-    if (best_time < 0 || time < best_time) best = splits, best_time = time;
-  }
-  for (WeightPlan* w : {&plan.x, &plan.mem}) {
-    w->share = std::max<int64_t>(ceil_div(total, best), 1);
-    w->splits = int(std::max<int64_t>(ceil_div(total, w->share), 1));
-  }
-}
-
-// Plans both halves of the weight for one launch.
-inline WeightPlans plan_weights(const Cell& c, const Device& device, Multiply multiply) {
-  for (const int most_rows : {4, 2, 1}) {
-    if (multiply == Multiply::fma) break;
-    WeightPlans plan = {weight_tiles(c, multiply, true, most_rows),
-                        weight_tiles(c, multiply, false, most_rows)};
-    if (plan.shared_bytes() > device.shared_bytes || plan.x.total >= int64_t(1) << 30) continue;
-    split_tiles(plan, device);
-    return plan;
-  }
-  return {weight_fma(c, device, true), weight_fma(c, device, false)};
+// What the gradient of mem of a step does with the neurons' derivatives, or that of x over all
+// steps. Its memory: for mem, saved gates and syn, the gradients of spikes and states, d_gates out
+// and in, each about once.
+inline Work data_work(const Cell& c, const Device& device, const DataPlan& plan, bool of_x) {
+  Work work;
+  const Segment gates = gates_segment(c, of_x);
+  const int columns = plan.channels();
+  add_segment(work, plan, gates, plan.mma() ? MmaDepth(MmaType(plan.multiply), gates) : MmaDepth(),
+              columns);
+  work.blocks = plan.tiling.blocks(), work.warps = plan.threads() / 32;
+  work.shared_bytes = plan.shared_bytes;
+  const double state = double(c.N) * c.C * c.Ho() * c.Wo();
+  const double x = double(c.N) * c.Cin * c.H * c.W;
+  if (!of_x)
+    work.cycles =
+        device.model.neuron_backward * columns * (plan.mma() ? 32 * plan.warps_m : fma::kPixels);
+  work.memory = (of_x ? c.T * (4 * state + x) : 19 * state) * bytes_of(c.dtype);
+  return work;
 }
 
 // Plans the gradient of x or of mem, and with `windows` in tiles of whole pooling windows; returns
@@ -356,13 +303,18 @@ inline std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Mu
       const Segment segment = gates_segment(c, of_x);
       builder.add(segment, MmaDepth(builder.type, segment), plan.tiling);
       builder.finish(nullptr, 0, plan.threads());
-      return BackwardLayout(plan, builder.conv, windows).bytes <= device.shared_bytes;
+      plan.shared_bytes = BackwardLayout(plan, builder.conv, windows).bytes;
+      return plan.shared_bytes <= device.shared_bytes;
     };
-    if (choose_shape(plan, kDataShapes, shape, device, fits)) return plan;
+    const auto seconds = [&] {
+      return Estimate(device).seconds(data_work(c, device, plan, of_x), plan.multiply);
+    };
+    if (choose_shape(plan, kDataShapes, shape, fits, seconds)) return plan;
   }
   const size_t bytes = c.dtype == DType::float64 ? fma::StepShared<double>::bytes(windows)
                                                  : fma::StepShared<float>::bytes(windows);
-  if (int64_t(bytes) > device.shared_bytes || !choose_tiling(fma::kPixels)) return std::nullopt;
+  plan.shared_bytes = int64_t(bytes);
+  if (plan.shared_bytes > device.shared_bytes || !choose_tiling(fma::kPixels)) return std::nullopt;
   return plan;
 }
 

@@ -91,16 +91,48 @@ def compile_fatbin(source: Path, archs: tuple[int, ...]) -> tuple[Path, str]:
     return binary, log.read_text()
 
 
+def code_of_ptx(source: Path, arch: int) -> dict[str, list[tuple[int, str, str, str]]]:
+    """The PTX of each kernel of `source` by its name, in the form of :func:`disassemble`."""
+    found = {}
+    text = _ptx_of(source, arch)
+    for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{\n(.*?)\n\}", text, re.DOTALL):
+        code: list[tuple[int, str, str, str]] = []
+        labels: dict[str, int] = {}
+        for line in map(str.strip, body.splitlines()):
+            if label := re.match(r"(\$\w+):", line):
+                labels[label[1]] = len(code)
+            elif m := re.match(r"(@!?%p\d+\s+)?([a-z][\w.:]*)\s*(.*?);", line):
+                code.append((len(code), m[1] or "", m[2], m[3]))
+        found[name] = [
+            (at, predicate, what, hex(labels[rest]) if rest in labels else rest)
+            for at, predicate, what, rest in code
+        ]
+    return found
+
+
+def _ptx_of(source: Path, arch: int) -> str:
+    """nvcc's PTX of `source`, kept under ``build/simt`` until a source of the kernels changes."""
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-ptx", f"-arch=compute_{arch}"]
+    key = sha1(" ".join([find("nvcc"), *flags, str(source)]).encode())
+    for file in sorted((ROOT / "csrc").rglob("*.*h")):
+        key.update(file.read_bytes())
+    key.update(source.read_bytes())
+    CACHE.mkdir(parents=True, exist_ok=True)
+    ptx = CACHE / f"{source.stem}-{key.hexdigest()[:16]}.ptx"
+    if not ptx.exists():
+        temporary = ptx.with_name(f".{os.getpid()}-{ptx.name}")
+        folders = [f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'csrc'}"]
+        _run([find("nvcc"), *flags, *folders, str(source), "-o", str(temporary)])
+        os.replace(temporary, ptx)
+    return ptx.read_text()
+
+
 def entries_of_ptx(source: Path, arch: int) -> dict[str, list[str]]:
     """The instructions of each kernel of `source` in the PTX for an architecture, by its name."""
-    command = [find("nvcc"), "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-ptx"]
-    command += [f"-arch=compute_{arch}", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'csrc'}"]
-    text = _run([*command, str(source), "-o", "/dev/stdout"])
-    found = {}
-    for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{\n(.*?)\n\}", text, re.DOTALL):
-        lines = (line.strip() for line in body.splitlines())
-        found[name] = [line for line in lines if line and line[0] not in ".$/" and line != "ret;"]
-    return found
+    return {
+        name: [f"{what} {rest}" for _, _, what, rest in code if what != "ret"]
+        for name, code in code_of_ptx(source, arch).items()
+    }
 
 
 def resources_of_log(log: str) -> list[Resources]:

@@ -4,11 +4,17 @@ Nothing runs here: the emulator only notes each launch, so that sizes cost nothi
 too large to be counted are refused, and large calls within the limits are not.
 """
 
+import itertools
+
 import pytest
 import torch
-from launches import H100, LAYERS, calls, of_layer, plan, warps
+from launches import H100, LAYERS, balance, calls, card_of, compiled, of_layer, plan, warps
 from modes import MODES, PLAIN
 from test_cell_gradients import check
+from test_compiles import SOURCES, SPILLS, needs_nvcc
+from test_disassembly import kind_of
+
+from benchmarks import devices
 
 WIDE = ("mid", "big", "wide64")
 
@@ -25,6 +31,42 @@ def test_wide_layers_fill_the_multiprocessors(core, layer, mode):
     assert waves / -(-waves // 1) > 0.85
     assert warps(found["backward step (mma)"], registers=168) >= 4
     assert warps(found["forward step (mma)"], registers=128) >= 4
+
+
+# By the name of the launch: the least part of all multiprocessors that has work, on average over
+# the rounds, for wide layers on any card.
+EVEN = {"forward step": 0.7, "backward step": 0.5, "weight gradient": 0.75}
+
+
+@pytest.mark.parametrize("name", devices.EMULATED)
+def test_blocks_fill_the_rounds_of_every_card(core, name):
+    device = card_of(core, name)
+    core.device(**device)
+    modes = ("tf32", "bf16") if device["compute_capability"] >= 80 else ("float32", "fp16")
+    for layer, mode in itertools.product(WIDE, modes):
+        for launch in set(of_layer(core, LAYERS[layer], mode)):
+            least = EVEN.get(launch.kernel.split(" (")[0], 0)
+            assert balance(launch, device) >= least, (layer, mode, launch)
+
+
+# Of nvcc's output: instructions of PTX per mma in inner loops, where parts have three mma for one
+# product; barriers of a kernel.
+MOST_PER_MMA = {"half": 10, "tf32": 13, "parts": 8}
+MOST_BARRIERS = 10
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [75, 80, 90])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_kernels_in_numbers(source, arch):
+    for name, of in compiled(source, arch).items():
+        if "double" in name:
+            continue
+        allowed = [b for (kernel, on), b in SPILLS.items() if kernel in name and on == arch]
+        assert of.spilled <= max(allowed, default=0), name
+        assert of.barriers <= MOST_BARRIERS, name
+        assert of.per_mma <= MOST_PER_MMA[kind_of(name)], name
 
 
 @pytest.mark.parametrize("layer", [name for name in LAYERS if name != "quant"])
