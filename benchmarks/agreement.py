@@ -23,6 +23,7 @@ TOLERANCE = {
     "float32": (3e-5, 1e-3),
     "tf32": (5e-3, 5e-2),
     "autocast": (1e-1, 3e-1),
+    "autocast16": (2e-2, 1e-1),
     "float16": (2e-2, 1e-1),
     "bfloat16": (1e-1, 3e-1),
 }

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import compare, gpu_goals, machine, report
+from benchmarks import compare, devices, gpu_goals, machine, report
 from benchmarks.cases import (
     CASES,
     MODES,
@@ -32,7 +32,7 @@ from benchmarks.rows import Row, read_rows, write_csv, write_rows
 from benchmarks.suite import Plan, Suite
 from benchmarks.timing import Budget
 
-DTYPES = ("float32", "tf32", "autocast", "float64", "bfloat16", "float16")
+DTYPES = ("float32", "tf32", "autocast", "autocast16", "float64", "bfloat16", "float16")
 
 EPILOG = f"""\
 shapes:
@@ -64,9 +64,10 @@ HELP = {
     "mode": "forward: inference; backward: backward alone; both: training (default: all three)",
     "density": 'share of ones in x, or "dense" for normally distributed x, in place of the '
     "shapes' own (0.1 mostly)",
-    "device": "device of all providers (default: %(default)s)",
-    "dtype": "tf32: float32 tensors on tensor cores (CUDA); autocast: float32 tensors under "
-    "torch.autocast to bfloat16",
+    "device": "device of all providers (default: %(default)s); simt-...: a GPU that tests/simt "
+    "emulates, whose times mean nothing",
+    "dtype": "tf32: float32 tensors on tensor cores (CUDA); autocast, autocast16: float32 tensors "
+    "under torch.autocast to bfloat16 and to float16",
     "threads": "threads of torch, and so of every provider (default: %(default)s, torch's own)",
     "seed": "seed of weights and x (default: %(default)s)",
     "quick": "time fewer shapes, providers and modes, in under 2 minutes",
@@ -123,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     add("providers", nargs="+", metavar="NAME")
     add("mode", nargs="+", choices=MODES)
     add("density", metavar="D")
-    add("device", choices=("cpu", "cuda"), default="cpu")
+    add("device", choices=devices.DEVICES, default="cpu")
     add("dtype", nargs="+", choices=DTYPES, default=["float32"])
     add("threads", type=at_least(1), default=torch.get_num_threads(), metavar="N")
     add("seed", type=int, default=0)
@@ -149,10 +150,10 @@ def plan_from(args: argparse.Namespace, dtype: str) -> Plan:
     """Returns the plan that the arguments ask for; a ValueError names a wrong argument."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: cuda was asked for, but torch sees no CUDA device")
-    if dtype == "tf32" and args.device != "cuda":
+    if dtype == "tf32" and args.device == "cpu":
         raise ValueError("--dtype: tf32 needs --device cuda")
-    if args.profile and args.device == "cuda":
-        raise ValueError("--profile: counts the CPU kernels' time, and --device is cuda")
+    if args.profile and args.device != "cpu":
+        raise ValueError(f"--profile: counts the CPU kernels' time, and --device is {args.device}")
     quick, names = args.quick, args.shapes
     own = [*map(parse_case, args.shape), *random_cases(args.random, args.seed)]
     if names is None and not own:
@@ -204,7 +205,8 @@ def _measure(plans: list[Plan], args: argparse.Namespace) -> int:
     try:
         for plan in plans:
             suites.append(Suite(plan))
-            with machine.one_core_busy() if args.busy else contextlib.nullcontext():
+            busy = machine.one_core_busy() if args.busy else contextlib.nullcontext()
+            with busy, devices.running(args.device):
                 _run(suites[-1], args.goals)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -214,7 +216,7 @@ def _measure(plans: list[Plan], args: argparse.Namespace) -> int:
     if args.kernels:
         kernels = [kernel for suite in suites for kernel in suite.kernels]
         written.append(write_csv(out / "kernels.csv", KernelTime._fields, kernels))
-    if args.goals and args.device == "cuda":
+    if args.goals and args.device != "cpu":
         print(gpu_goals.verdict(rows))
     if table := report.markdown(rows):
         written.append(out / "table.md")

@@ -1,4 +1,9 @@
-"""`--compare A B` says which rows changed between two runs, and which differ by noise.
+"""Says which rows changed between two runs, and which differ by noise.
+
+    python -m benchmarks.compare A [B]
+
+A and B are files of rows, their directories, or texts with the block that `make gpu` prints. With A
+alone the rows are shown. `python -m benchmarks --compare A B` does the same as the first form.
 
 A row counts as changed only if the bands between the 20th and the 80th percentile of both runs do
 not touch, and the medians lie more than SMALLEST_CHANGE apart. Other differences are called noise.
@@ -7,12 +12,15 @@ A row with too few rounds for percentiles gets no verdict.
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.providers import BASELINE
-from benchmarks.report import format_table
-from benchmarks.rows import Row
+from benchmarks.report import format_table, number, ratio
+from benchmarks.rows import Row, read_rows
 
 SMALLEST_CHANGE = 0.03
 """Clocks and the placement of pages make medians of equal programs differ by up to this share."""
@@ -106,3 +114,44 @@ def _provenance(before: Row, after: Row) -> list[str]:
         if one != other:
             lines.append(f"Not the same {field}: {one} and {other}. Changes may come from that.")
     return lines
+
+
+def show(rows: list[Row]) -> str:
+    """Returns one run as text: the origin and a table of all timed rows."""
+    timed = [row for row in rows if row.p50_ms is not None]
+    if not timed:
+        return "The run has no timed row."
+    row = timed[0]
+    origin = f"snnlstm {row.version} at {row.commit}, {row.date}, {row.device}, torch {row.torch}"
+    header = ["case", "mode", "dtype", "provider", "ms", "speed-up", "rounds", "path"]
+    cells = [
+        [
+            *(row.case, row.mode, row.dtype, row.provider, number(row.p50_ms)),
+            *(ratio(row.speedup), str(row.rounds), row.path.split(" ")[0]),
+        ]
+        for row in timed
+    ]
+    return f"{origin}\n\n{format_table(header, cells, left=4)}\nms: median per time step"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="one or two runs")
+    options = parser.parse_args(arguments)
+    if len(options.runs) > 2:
+        parser.error(f"expected one or two runs, got {len(options.runs)}")
+    try:
+        runs = [read_rows(path) for path in options.runs]
+    except ValueError as error:
+        parser.error(str(error))
+    print(report(*runs) if len(runs) == 2 else show(runs[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

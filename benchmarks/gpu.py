@@ -1,43 +1,40 @@
 """`make gpu` builds, tests, checks and measures on a GPU in nine minutes, and writes one report.
 
-    python -m benchmarks.gpu [--out DIR] [--minutes 9]
+    python -m benchmarks.gpu [--out DIR] [--minutes 9] [--steps NAME ...]
+    python -m benchmarks.gpu --rehearse [--device simt-t4]
 
-The command needs torch with CUDA and nvcc, and no network. It says all that is missing at once,
-with the line that installs it; before that this file imports Python's own modules alone. Each step
-has a time by which it must end, so later steps get the time that earlier steps leave over. The
-command goes on after a step that fails or is stopped, unless all other steps need it. The report,
-out/gpu-DATE/report.md, is written anew after each step.
+The command says first all that is missing here, with the line that installs it; until then it
+imports Python's own modules alone. It needs no network. Each step has a time by which it must end,
+so later steps get the time that earlier steps leave over. The command goes on after a step that
+fails or is stopped, unless all other steps need it.
+
+--rehearse goes through the same steps without a GPU, on one that tests/simt emulates, with tiny
+layers; the report is marked as a rehearsal, and its times mean nothing. Two files are written anew
+after each step: DIR/report.md has everything, and DIR/send.txt the block of text to send, which
+`python -m benchmarks.compare` reads. The build goes to out/gpu-build and is kept for the next run.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import gpu_needs
+
 ROOT = Path(__file__).resolve().parents[1]
-# The modules and programs that the steps need, as pip installs them. The build is not isolated.
-NEEDED = {
-    "pybind11": "pybind11>=2.13", "setuptools": "setuptools>=77", "wheel": "wheel",
-    "pytest": "pytest>=8", "hypothesis": "hypothesis>=6.100", "snntorch": "snntorch==1.0.0",
-    "tqdm": "tqdm",
-}  # fmt: skip
-PROGRAMS = {"cmake": "cmake>=3.24", "ninja": "ninja"}
-NVCC = '"nvidia-cuda-nvcc==13.*" "nvidia-cuda-runtime==13.*" "nvidia-cuda-cccl==13.*"'
+BUILD = ROOT / "out" / "gpu-build"
 LAST = 30.0  # seconds that a shape of the benchmark may take after it was begun
 
 
@@ -58,30 +55,51 @@ class Step(NamedTuple):
     optional: bool = False
 
 
-SMOKE = "{python} -m benchmarks.gpu_smoke"
+BUILDING = "{python} -m benchmarks.gpu_build {build} {arch}"
 # The sanitizer checks our own kernels alone, because torch's would take minutes.
 SANITIZE = "{sanitizer} --error-exitcode=9 --launch-timeout=60 --kernel-name "
 SANITIZE += "kernel_substring=snnlstm --tool="
-BENCH = "{python} -m benchmarks --device cuda --mode forward both --memory off --no-plots --goals "
-BENCH += "--kernels --limit {left} "
-BUILD = ("SNNLSTM_CUDA=on", "SNNLSTM_CUDA_ARCHS=native")
 UNCACHED = ("PYTORCH_NO_CUDA_MEMORY_CACHING=1",)
-# These are the tests on the backend "cuda"; pytest fails if it finds none.
-TESTS = '{python} -m pytest -q -k "[cuda or -cuda" --ignore=tests/simt --maxfail=50 {workers}'
-GPU_SHAPES = "--shapes gpu --dtype float32 tf32 autocast bfloat16 --seconds 1.5 "
-OWN_SHAPES = "--shapes cpu --dtype tf32 --seconds 0.5 "
-INSTALL = "{python} -m pip install --no-build-isolation --no-deps -e ."
+SMOKE = "{python} -m benchmarks.gpu_smoke --device {device}"
+BENCH = "{python} -m benchmarks --device {device} --mode forward both --memory off --no-plots "
+BENCH += "--goals --kernels --dtype {dtypes} --providers {providers} --out {out}/"
+# Layers of users' networks, the smallest first, then those of the suite's own table for GPUs.
+LAYERS = "--shapes mnist dvs mid big --seconds 1.5 --limit {left}"
+LARGE = "--shapes tiny audio dvs64 wide64 dvs128 wide128 --seconds 1.5 --limit {left}"
+TINY = '--shape "2 1 2 8 6 6 3 name=tiny" --shape "2 1 8 16 4 6 3 max_pool=2 name=pooled"'
+SMALL = "--sizes 2 1 3 5 6 7"
+# The tests on one backend; pytest fails if it finds none.
+TESTS = "{python} -m pytest -q --backend {backend} --maxfail=50 {workers} -p no:cacheprovider "
+CHECKED = "tests/cell tests/sequences tests/autograd tests/networks tests/torch tests/system"
 
-STEPS = (
-    Step("build", 0.17, INSTALL, BUILD, needed=True),
-    Step("what is there", 0.19, "{python} -m snnlstm"),
-    Step("smoke", 0.3, SMOKE, tail=200, needed=True),
-    Step("tests on cuda", 0.46, TESTS),
-    Step("memcheck", 0.52, f"{SANITIZE}memcheck {SMOKE}", UNCACHED, optional=True),
-    Step("racecheck", 0.58, f"{SANITIZE}racecheck {SMOKE}", optional=True),
-    Step("GPU shapes", 0.88, f"{BENCH}{GPU_SHAPES}--out {{out}}/gpu-shapes", tail=600),
-    Step("the suite's own shapes", 0.97, f"{BENCH}{OWN_SHAPES}--out {{out}}/own-shapes", tail=600),
-)
+
+def steps(rehearsal: bool) -> tuple[Step, ...]:
+    """Returns the steps, with tiny layers and few tests in a rehearsal."""
+    small, few = (f" {SMALL}", f" --few {SMALL}") if rehearsal else ("", " --few")
+    build, built = (" --emulator", 0.4) if rehearsal else ("", 0.3)
+    tests = "tests/cell/test_quant.py" if rehearsal else CHECKED
+    first, rest = (f"{TINY} --seconds 0.2",) * 2 if rehearsal else (LAYERS, LARGE)
+    return (
+        Step("build", built, f"{BUILDING}{build}", needed=True),
+        Step("what is there", built + 0.02, "{python} -m snnlstm"),
+        Step("smoke", 0.46, f"{SMOKE}{small}", tail=200, needed=True),
+        Step("tests", 0.56, f"{TESTS}{tests}"),
+        Step("memcheck", 0.63, f"{SANITIZE}memcheck {SMOKE}{few}", UNCACHED, optional=True),
+        Step("racecheck", 0.7, f"{SANITIZE}racecheck {SMOKE}{few}", optional=True),
+        Step("layers", 0.88, f"{BENCH}layers {first}", tail=600),
+        Step("large layers", 0.98, f"{BENCH}large {rest}", tail=600),
+    )
+
+
+# Each GPU is timed in the types that it has instructions for.
+DTYPES = {75: "float32 autocast16 float16", 80: "tf32 bfloat16 float16"}
+PROVIDERS = (
+    "snntorch-cudagraph", "hoisted", "snnlstm-step", "snnlstm", "snnlstm-pointwise",
+    "snnlstm-hybrid", "snnlstm-measured", "snnlstm-cudagraph",
+)  # fmt: skip
+# torch.compile takes a minute of one core for a layer.
+COMPILED = ("snntorch-compile", "snntorch-compile-last", "snntorch-compile-graph")
+CORES_TO_COMPILE = 8
 
 
 class Outcome(NamedTuple):
@@ -94,63 +112,79 @@ class Outcome(NamedTuple):
     command: str = ""
 
 
-def words(step: Step, out: Path, left: float) -> list[str]:
-    """Returns the words of the step's command."""
-    workers = min(8, max(1, (os.cpu_count() or 1) // 2))
-    values = {
-        "python": sys.executable,
-        "out": out,
-        "sanitizer": find("compute-sanitizer") or "compute-sanitizer",
-        "workers": f"-n{workers}" if importlib.util.find_spec("xdist") else "",
-        "left": f"{max(1.0, left - LAST):.0f}",
-    }
-    return [word for part in shlex.split(step.command) if (word := part.format(**values))]
+class Place(NamedTuple):
+    """Says where a run goes: the device, its compute capability, and the folder of results.
 
-
-def find(program: str) -> str | None:
-    """Finds a program on PATH, beside this Python, or beside nvcc."""
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    folders = [f"{home}/bin" for home in [*homes, "/usr/local/cuda"] if home]
-    path = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), *folders]
-    return shutil.which(program, path=os.pathsep.join(path))
-
-
-def run(step: Step, left: float, out: Path) -> Outcome:
-    """Runs a step for at most `left` seconds; a log gets what the step prints.
-
-    A step whose time is over is interrupted as by Ctrl-C, so that it may still print results. Ten
-    seconds later it is killed with its children.
+    arch: what the core is compiled for; None builds the CPU kernels alone.
     """
-    start, command = time.monotonic(), words(step, out, left)
-    said = shlex.join(command)
-    if left <= 0:
-        return Outcome(step, "not begun: no time was left", command=said)
-    if not shutil.which(command[0]) and step.optional:
-        return Outcome(step, f"left out: {command[0]} is not installed", command=said)
-    if not shutil.which(command[0]):
-        return Outcome(step, f"failed: no such program: {command[0]}", command=said)
-    stopping = ("timeout", "--signal=INT", "--kill-after=10", f"{left:.1f}")
-    beside_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    environment = {"PYTHONPATH": str(ROOT), "PATH": beside_python}
-    environment |= dict(word.split("=", 1) for word in step.environment)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # children of a background job inherit it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    log = out / f"{step.name.replace(' ', '-')}.log"
-    with log.open("w") as file:
-        status = subprocess.run(
-            (*stopping, *command), cwd=ROOT, env=os.environ | environment,
-            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
-        ).returncode  # fmt: skip
-    verdict = "passed" if status == 0 else f"failed (exit status {status})"
-    if status in (124, 137, -signal.SIGKILL):
-        verdict = f"stopped: its time was over after {left:.0f} s"
-    lines = log.read_text(errors="replace").splitlines()[-step.tail :]
-    return Outcome(step, verdict, time.monotonic() - start, "\n".join(lines), said)
+
+    device: str
+    capability: int
+    arch: int | None
+    out: Path
+    build: Path
+
+    def words(self, step: Step, left: float) -> list[str]:
+        """Returns the words of the step's command."""
+        cores = os.cpu_count() or 1
+        workers = min(8, max(1, cores // 2))
+        compiled = COMPILED if cores >= CORES_TO_COMPILE else ()
+        values = {
+            "python": sys.executable,
+            "device": self.device,
+            "backend": self.device.split("-")[0],
+            "arch": f"--arch {self.arch}" if self.arch else "",
+            "dtypes": DTYPES[max(of for of in DTYPES if of <= self.capability)],
+            "providers": " ".join((*PROVIDERS, *compiled)),
+            "out": shlex.quote(str(self.out)),
+            "build": shlex.quote(str(self.build)),
+            "sanitizer": gpu_needs.find("compute-sanitizer") or "compute-sanitizer",
+            "workers": f"-n{workers}" if importlib.util.find_spec("xdist") else "",
+            "left": f"{max(1.0, left - LAST):.0f}",
+        }
+        return shlex.split(step.command.format(**values))
+
+    def run(self, step: Step, left: float) -> Outcome:
+        """Runs a step for at most `left` seconds; a log gets what the step prints.
+
+        A step whose time is over is interrupted as by Ctrl-C, so that it may still print results.
+        Ten seconds later it is killed with its children.
+        """
+        start, command = time.monotonic(), self.words(step, left)
+        said = shlex.join(command)
+        if left <= 0:
+            return Outcome(step, "not begun: no time was left", command=said)
+        if not shutil.which(command[0]) and step.optional:
+            return Outcome(step, f"left out: {command[0]} is not installed", command=said)
+        if not shutil.which(command[0]):
+            return Outcome(step, f"failed: no such program: {command[0]}", command=said)
+        stopping = ("timeout", "--signal=INT", "--kill-after=10", f"{left:.1f}")
+        # The build copies the sources to this tree; steps that start there import that copy.
+        tree = self.build / "tree"
+        here = ROOT if step.command.startswith(BUILDING) or not tree.exists() else tree
+        beside_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        environment = {"PYTHONPATH": gpu_needs.before("PYTHONPATH", here), "PATH": beside_python}
+        environment |= {"SNNLSTM_SIMT_CACHE": str(self.build / "simt")}
+        environment |= dict(word.split("=", 1) for word in step.environment)
+        # Children of a background job inherit it.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        log = self.out / f"{step.name.replace(' ', '-')}.log"
+        with log.open("w") as file:
+            status = subprocess.run(
+                (*stopping, *command), cwd=here, env=os.environ | environment,
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
+            ).returncode  # fmt: skip
+        verdict = "passed" if status == 0 else f"failed (exit status {status})"
+        if status in (124, 137, -signal.SIGKILL):
+            verdict = f"stopped: its time was over after {left:.0f} s"
+        lines = log.read_text(errors="replace").splitlines()[-step.tail :]
+        return Outcome(step, verdict, time.monotonic() - start, "\n".join(lines), said)
 
 
-def run_all(planned: Sequence[Step], seconds: float, out: Path) -> list[Outcome]:
+def run_all(place: Place, planned: Sequence[Step], seconds: float) -> list[Outcome]:
     """Runs the steps and writes the report after each."""
-    begin, about = time.monotonic(), facts()
+    begin, about = time.monotonic(), facts(place)
     outcomes: list[Outcome] = []
     for step in planned:
         print(f"{step.name} ...", end=" ", flush=True)
@@ -158,43 +192,45 @@ def run_all(planned: Sequence[Step], seconds: float, out: Path) -> list[Outcome]
         if lost:
             outcome = Outcome(step, f"not begun: {lost[0]} did not pass")
         else:
-            outcome = run(step, begin + step.until * seconds - time.monotonic(), out)
+            outcome = place.run(step, begin + step.until * seconds - time.monotonic())
         outcomes.append(outcome)
         print(f"{outcome.verdict} ({outcome.seconds:.0f} s)", flush=True)
-        (out / "report.md").write_text(report(about, outcomes, time.monotonic() - begin))
+        taken = time.monotonic() - begin
+        (place.out / "report.md").write_text(report(about, outcomes, taken))
+        (place.out / "send.txt").write_text(to_send(about, outcomes, taken, place.out))
     return outcomes
 
 
-def facts() -> dict[str, str]:
+def facts(place: Place) -> dict[str, str]:
     """Returns what the report says of the machine and of versions."""
     import torch
 
-    from benchmarks import machine
+    from benchmarks import devices, machine
     from benchmarks.providers import Setting
 
-    major, minor = torch.cuda.get_device_capability()
+    cuda = place.device == "cuda"
+    rehearsal = {} if cuda else {"REHEARSAL": "no GPU: no time below is a GPU's"}
+    driver = gpu_needs.said(
+        "nvidia-smi",
+        "--query-gpu=driver_version,clocks.max.sm,power.limit",
+        "--format=csv,noheader",
+    )
+    compiler = gpu_needs.nvcc()
     return {
-        "GPU": f"{torch.cuda.get_device_name()} (sm_{major}{minor})",
-        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "nvcc": said("nvcc", "--version"),
+        **rehearsal,
+        "GPU": devices.name(place.device),
+        "driver, highest clock, power": driver if cuda else "none",
+        "nvcc": gpu_needs.said(compiler, "--version") if compiler and place.arch else "none",
         "CUDA of torch": str(torch.version.cuda),
         "machine": f"{platform.platform()}, {machine.device_name('cpu')}",
-        **machine.describe(Setting("cuda")),
+        **machine.describe(Setting("cuda" if cuda else "cpu")),
     }
-
-
-def said(*command: str) -> str:
-    """Returns the last line that is not blank of what a program prints, or "unknown"."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return (done.stdout.strip().splitlines() or ["unknown"])[-1]
 
 
 def report(about: dict[str, str], outcomes: Sequence[Outcome], seconds: float) -> str:
     """Returns the report, in Markdown."""
-    lines = [f"# snnlstm on {about.get('GPU', 'a GPU')}", "", "| | |", "|---|---|"]
+    kind = "Rehearsal of snnlstm" if "REHEARSAL" in about else "snnlstm"
+    lines = [f"# {kind} on {about.get('GPU', 'a GPU')}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in about.items()]
     lines += ["", "| step | outcome | seconds |", "|---|---|---|"]
     lines += [f"| {o.step.name} | {o.verdict} | {o.seconds:.0f} |" for o in outcomes]
@@ -206,6 +242,20 @@ def report(about: dict[str, str], outcomes: Sequence[Outcome], seconds: float) -
     return "\n".join(lines) + "\n"
 
 
+def to_send(about: dict[str, str], outcomes: Sequence[Outcome], seconds: float, out: Path) -> str:
+    """Returns the block of text to send: machine, outcomes, the ends of failures, and all rows."""
+    from benchmarks.rows import read_rows, to_text
+
+    lines = [f"{name}: {value}" for name, value in about.items()]
+    lines += [f"{o.step.name}: {o.verdict}, {o.seconds:.0f} s" for o in outcomes]
+    lines.append(f"all: {summary(outcomes)}, {seconds:.0f} s")
+    for outcome in outcomes:
+        if outcome.verdict.startswith("failed"):
+            lines += ["", f"{outcome.step.name}:", *outcome.output.splitlines()[-20:]]
+    rows = [row for file in sorted(out.glob("*/rows.json")) for row in read_rows(file)]
+    return "\n".join([*lines, "", to_text(rows)]) + "\n"
+
+
 def summary(outcomes: Sequence[Outcome]) -> str:
     """Returns a text that says how many steps passed."""
     passed = sum(outcome.verdict == "passed" for outcome in outcomes)
@@ -213,68 +263,56 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     return f"{passed} of {len(outcomes)} passed" + (f", {left_out} left out" if left_out else "")
 
 
-def lacking() -> str | None:
-    """Returns why no step can run here, or None."""
-    if not importlib.util.find_spec("torch"):
-        return f"no torch: {sys.executable} has none; make gpu PYTHON=... takes another Python"
-    import torch
-
-    if not torch.cuda.is_available():
-        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        return f"no GPU: torch {torch.__version__} ({built}) of {sys.executable} sees none"
-    missing = [pinned for name, pinned in NEEDED.items() if too_old(name, pinned)]
-    missing += [pinned for name, pinned in PROGRAMS.items() if not find(name)]
-    line = " ".join(f'"{pinned}"' if ">" in pinned else pinned for pinned in missing)
-    if not nvcc():
-        line = f"{line} {NVCC}".strip()
-    if not line and not find("timeout"):
-        return "missing: timeout, a program of GNU coreutils"
-    if not line:
-        return None
-    text = f"missing or too old: {sys.executable} -m pip install {line}"
-    owned = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists()
-    if owned and sys.prefix == sys.base_prefix:
-        text += (
-            "\npip installs nothing into this Python (PEP 668). First: "
-            f"{sys.executable} -m venv --system-site-packages .venv"
-            "\nand then the line above with .venv/bin/python."
-        )
-    return text
+def chosen(names: Iterable[str] | None, planned: Sequence[Step]) -> list[Step]:
+    """Returns the named steps, or all; a ValueError names a step that there is none of."""
+    known = [step.name for step in planned]
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"--steps: no step is called {name!r}; known: {', '.join(known)}")
+    return [step for step in planned if not names or step.name in names]
 
 
-def too_old(name: str, pinned: str) -> bool:
-    """Says whether a module is missing, or older than `pinned` asks for."""
-    if not importlib.util.find_spec(name):
-        return True
-    _, _, least = pinned.partition(">=")
-    try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    numbers = [[int(n) for n in re.findall(r"\d+", v)[:2]] for v in (version, least)]
-    return bool(least) and numbers[0] < numbers[1]
-
-
-def nvcc() -> str | None:
-    """Finds nvcc where setup.py looks for it, PyPI's packages included."""
-    packages = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvcc"))
-    return os.environ.get("CUDACXX") or find("nvcc") or next(map(str, packages), None)
+def arch_of(rehearsal: bool, capability: int) -> int | None:
+    """Returns what to compile for; a rehearsal compiles what it finds a compiler for."""
+    off = os.environ.get("SNNLSTM_CUDA", "").strip().lower() == "off" or gpu_needs.nvcc() is None
+    return None if rehearsal and off else capability
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status, 1 if a step did not pass."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: 9)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/gpu-DATE-TIME")
+    parser.add_argument("--build", type=Path, metavar="DIR", default=BUILD, help="of the core")
+    parser.add_argument("--steps", nargs="+", metavar="NAME", help="of the report; default: all")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU, on an emulated one")
+    parser.add_argument("--device", default="simt-t4", help="of a rehearsal (default: simt-t4)")
     options = parser.parse_args(arguments)
-    if trouble := lacking():
+    try:
+        planned = chosen(options.steps, steps(options.rehearse))
+    except ValueError as error:
+        parser.error(str(error))
+    if trouble := gpu_needs.lacking(options.rehearse):
         print(trouble, file=sys.stderr)
         return 1
+    from benchmarks import devices
+
+    device = options.device if options.rehearse else "cuda"
+    if device not in devices.DEVICES:
+        parser.error(f"--device: {device!r} is none of {', '.join(devices.DEVICES)}")
     out = options.out or Path("out") / f"gpu-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    outcomes = run_all(STEPS, 60 * options.minutes, out)
+    capability = devices.capability(device)
+    arch = arch_of(options.rehearse, capability)
+    place = Place(device, capability, arch, out, options.build.resolve())
+    outcomes = run_all(place, planned, 60 * options.minutes)
     print(f"{summary(outcomes)}; wrote {out / 'report.md'}")
+    print(f"to send: {out / 'send.txt'}")
     good = ("passed", "left out")
     return 0 if all(outcome.verdict.startswith(good) for outcome in outcomes) else 1
 

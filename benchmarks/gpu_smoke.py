@@ -1,12 +1,14 @@
 """Runs small cells through every kernel, forward and backward, and compares with float64.
 
-    python -m benchmarks.gpu_smoke
+    python -m benchmarks.gpu_smoke [--device cuda] [--few] [--sizes T N Cin C H W]
 
-`make gpu` runs this program first, and again under compute-sanitizer.
+`make gpu` runs this program first, and with --few again under compute-sanitizer. The types are
+those that a GPU has tensor cores for, besides float32 and float64.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 import snnlstm
+from benchmarks import devices
 from benchmarks.agreement import TOLERANCE
 from snnlstm.reference import sconv2dlstm
 
@@ -31,7 +34,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 SIZES = (2, 3, 6, 21, 13, 19)
 """The sizes T, N, Cin, C, H, W are no multiples of a tile's."""
 EXACT = ("float64", "float32")
-PRECISIONS = (*EXACT, "tf32", "float16", "bfloat16")
+FEW = ("plain", "max_pool, subtract")
+ALGORITHMS = snnlstm.settings.ALGORITHMS[:-1]
 SMOOTH = ("plain", "stride, dilation", "one window")
 """No decision of these options depends on rounding; coarse precisions run these options alone."""
 DECIDING = 0.02
@@ -39,10 +43,18 @@ DECIDING = 0.02
 decision (a reset, a level)."""
 
 
+def precisions(device: str) -> tuple[str, ...]:
+    """Returns the types that a device computes in by itself."""
+    if device == "cpu":
+        return EXACT
+    halves = ("float16",) if devices.capability(device) < 80 else ("tf32", "float16", "bfloat16")
+    return (*EXACT, *halves)
+
+
 def run(
     device: str,
     sizes: tuple[int, ...] = SIZES,
-    algorithms: Sequence[str] = snnlstm.settings.ALGORITHMS[:-1],
+    algorithms: Sequence[str] = ALGORITHMS,
     names: Sequence[str] = tuple(OPTIONS),
 ) -> list[str]:
     """Runs and compares every cell; returns a line for each.
@@ -50,7 +62,7 @@ def run(
     Raises RuntimeError if plain torch ran, or if the kernels computed something else.
     """
     done = {}
-    for precision in PRECISIONS if device == "cuda" else EXACT:
+    for precision in precisions(device):
         for algorithm in algorithms:
             for name in names if precision in EXACT else SMOOTH:
                 options = {
@@ -61,7 +73,7 @@ def run(
                 with snnlstm.algorithm(algorithm):
                     spk, _, mem = cell(x)
                     what = f"{precision}, {name}: {cell.path.name}"
-                    if not cell.path.name.startswith(device):
+                    if not cell.path.name.startswith(devices.backend(device)):
                         raise RuntimeError(f"{precision}, {name}: {cell.path} ran, not the kernels")
                     of_mem, of_gradients = _apart(cell, x, spk, mem, options)
                 allowed = TOLERANCE[precision]
@@ -80,7 +92,8 @@ def _layer(
     torch.manual_seed(0)
     cell = snnlstm.SConv2dLSTM(cin, c, (3, 5), threshold=0.05, **options)
     x = torch.rand(t, n, cin, h, w).gt(0.7)
-    return cell.to(device, dtype), x.to(device, dtype).requires_grad_()
+    place = devices.torch_device(device)
+    return cell.to(place, dtype), x.to(place, dtype).requires_grad_()
 
 
 def _apart(
@@ -102,5 +115,19 @@ def _apart(
     return of_mem, max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_smoke", description=__doc__)
+    parser.add_argument("--device", choices=devices.DEVICES, default="cuda")
+    parser.add_argument("--few", action="store_true", help="each kernel once, not each option")
+    parser.add_argument("--sizes", nargs=6, type=int, default=SIZES, metavar="SIZE")
+    options = parser.parse_args(arguments)
+    names = FEW if options.few else tuple(OPTIONS)
+    with devices.running(options.device):
+        lines = run(options.device, tuple(options.sizes), names=names)
+    print(*lines, sep="\n")
+    return 0
+
+
 if __name__ == "__main__":
-    print(*run(sys.argv[1] if sys.argv[1:] else "cuda"), sep="\n")
+    sys.exit(main())

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.devices import torch_device
 from benchmarks.providers.base import Runner
 from benchmarks.rows import Row
 
@@ -31,7 +32,7 @@ def kernel_times(row: Row, runner: Runner, device: str) -> list[KernelTime]:
     setup()
     if device == "cuda":
         torch.cuda.synchronize()
-    with profile(activities=[getattr(ProfilerActivity, device.upper())]) as profiled:
+    with profile(activities=[getattr(ProfilerActivity, torch_device(device).upper())]) as profiled:
         result = run()
         if device == "cuda":
             torch.cuda.synchronize()

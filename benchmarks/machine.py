@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import devices
 from benchmarks.providers.base import Setting
 from benchmarks.timing import clock
 
@@ -65,6 +66,8 @@ def device_name(device: str) -> str:
     """Returns the GPU's name, or the CPU's with its widest vector unit."""
     if device == "cuda":
         return torch.cuda.get_device_name()
+    if device != "cpu":
+        return f"{devices.name(device)} on {device_name('cpu')}"
     name = _proc("cpuinfo", "model name") or platform.processor() or platform.machine()
     return f"{name} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"
 
@@ -112,9 +115,9 @@ def measure_peak(setting: Setting, seconds: float = 1.0) -> Peak:
     not with a number of a data sheet.
     """
     setting.apply_precision()
-    on = {"device": setting.device, "dtype": setting.torch_dtype}
+    on = {"device": setting.torch_device, "dtype": setting.torch_dtype}
     side = 8192 if setting.device == "cuda" else 1536
-    if setting.device == "cpu" and setting.torch_dtype.itemsize < 4:
+    if setting.device != "cuda" and setting.torch_dtype.itemsize < 4:
         side = 384  # many CPUs have no unit for half types, and need seconds for larger products
     a, b = torch.randn(side, side, **on), torch.randn(side, side, **on)
     product = torch.empty_like(a)

@@ -1,12 +1,16 @@
-"""Writes and reads the rows of a run, one per case, mode and provider, as CSV and as JSON."""
+"""Writes and reads the rows of a run, one per case, mode and provider, as CSV, JSON and text."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import csv
 import dataclasses
 import json
+import textwrap
 import types
 import typing
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +99,39 @@ def write_rows(rows: Iterable[Row], directory: Path) -> tuple[Path, Path]:
     return as_csv, as_json
 
 
+BEGIN, END = "-----BEGIN SNNLSTM ROWS-----", "-----END SNNLSTM ROWS-----"
+
+
+def to_text(rows: Iterable[Row]) -> str:
+    """Returns rows as a block of lines from BEGIN to END, which survives being sent as a text."""
+    table = [_FIELDS, *(list(dataclasses.asdict(row).values()) for row in rows)]
+    packed = base64.b64encode(zlib.compress(json.dumps(table).encode(), 9)).decode()
+    return "\n".join([BEGIN, *textwrap.wrap(packed, 76), END])
+
+
+def from_text(text: str) -> list[Row]:
+    """Reads the rows of all blocks that `to_text` made, from a text with anything around them.
+
+    The text may be quoted, with ">" before each line. Raises ValueError if there is no block.
+    """
+    found: list[Row] = []
+    for part in text.split(BEGIN)[1:]:
+        packed, end, _ = part.partition(END)
+        if not end:
+            raise ValueError(f"the text ends before {END}")
+        try:
+            packed = "".join(packed.replace(">", " ").split())
+            table = json.loads(zlib.decompress(base64.b64decode(packed, validate=True)))
+        except (binascii.Error, zlib.error) as error:
+            raise ValueError(f"the block of rows was changed on its way: {error}") from None
+        found += [Row(**dict(zip(table[0], values, strict=True))) for values in table[1:]]
+    if BEGIN not in text:
+        raise ValueError(f"no line {BEGIN}")
+    return found
+
+
 def read_rows(path: Path) -> list[Row]:
-    """Reads rows from a .csv or .json file, or from the directory that holds them.
+    """Reads rows from a .csv or .json file, from the directory that holds them, or from a text.
 
     Raises ValueError that names a file without rows.
     """
@@ -107,6 +142,8 @@ def read_rows(path: Path) -> list[Row]:
     try:
         if path.suffix == ".json":
             return [Row(**record) for record in json.loads(path.read_text())]
+        if path.suffix != ".csv":
+            return from_text(path.read_text())
         with path.open(newline="") as file:
             return [
                 Row(**{name: _parse(name, text) for name, text in record.items()})

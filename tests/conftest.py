@@ -24,9 +24,23 @@ SIMT = Path(__file__).parent / "simt"
 sys.path.append(str(SIMT))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "run only what takes the backend or device of this name as a parameter, such as cuda"
+    parser.addoption("--backend", help=text)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Runs slow tests first, so that workers end together; skips simt_long unless -m names it."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if wanted := config.getoption("--backend"):
+
+        def taken(item: pytest.Item) -> bool:
+            parameters = getattr(item, "callspec", None)
+            values = parameters.params.values() if parameters else ()
+            return any(wanted in (getattr(v, "name", None), str(v)) for v in values)
+
+        config.hook.pytest_deselected(items=[item for item in items if not taken(item)])
+        items[:] = filter(taken, items)
     if "simt_long" in (config.getoption("-m") or ""):
         return
     skip = pytest.mark.skip(reason="long: run `make test-simt`")

@@ -12,12 +12,17 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.cases import Case
+from benchmarks.devices import torch_device
 
 Tensor = torch.Tensor
 Runner = tuple[Callable[[], object], Callable[[], object]]
 """A pair (setup, run), of which setup is not timed."""
 Spikes = Tensor | list[Tensor]
 """The spikes of a sequence: (T, N, C, Ho, Wo), or a list of T tensors (N, C, Ho, Wo)."""
+
+
+WIDE = ("tf32", "autocast", "autocast16")
+"""Float32 tensors with other precisions of products."""
 
 
 class Unavailable(Exception):
@@ -28,9 +33,9 @@ class Unavailable(Exception):
 class Setting:
     """All providers of a run share one setting.
 
-    device: "cpu" or "cuda". dtype: "float32", "tf32" (float32 tensors, tensor cores), "autocast"
-    (float32 tensors under torch.autocast to bfloat16), "float64", "bfloat16" or "float16".
-    seed: the seed of the weights and of x.
+    device: see benchmarks/devices.py. dtype: "float32", "tf32" (float32 tensors, tensor cores),
+    "autocast" (float32 tensors under torch.autocast to bfloat16), "autocast16" (to float16),
+    "float64", "bfloat16" or "float16". seed: the seed of the weights and of x.
     """
 
     device: str = "cpu"
@@ -40,13 +45,17 @@ class Setting:
     @property
     def torch_dtype(self) -> torch.dtype:
         """Returns the type of x, states and weights."""
-        wide = self.dtype in ("tf32", "autocast")
-        return torch.float32 if wide else getattr(torch, self.dtype)
+        return torch.float32 if self.dtype in WIDE else getattr(torch, self.dtype)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Returns the device of x, states and weights."""
+        return torch.device(torch_device(self.device))
 
     def apply_precision(self) -> None:
-        """Allows tensor cores for float32 under "tf32" and "autocast", and forbids them else."""
-        torch.backends.cudnn.allow_tf32 = self.dtype in ("tf32", "autocast")
-        torch.backends.cuda.matmul.allow_tf32 = self.dtype in ("tf32", "autocast")
+        """Allows tensor cores for float32 under "tf32" and autocast, and forbids them else."""
+        torch.backends.cudnn.allow_tf32 = self.dtype in WIDE
+        torch.backends.cuda.matmul.allow_tf32 = self.dtype in WIDE
 
 
 class Provider(ABC):
@@ -68,7 +77,7 @@ class Provider(ABC):
         setting.apply_precision()
         torch.manual_seed(setting.seed)
         self.cell = self.build_cell()
-        self.cell.to(setting.device, setting.torch_dtype)
+        self.cell.to(setting.torch_device, setting.torch_dtype)
 
     @classmethod
     def why_not(cls, case: Case, setting: Setting) -> str | None:
@@ -97,8 +106,9 @@ class Provider(ABC):
 
     def context(self) -> AbstractContextManager[None]:
         """Returns the context in which the provider runs, forward and backward."""
-        if self.setting.dtype == "autocast":
-            return torch.autocast(self.setting.device, torch.bfloat16)
+        operands = {"autocast": torch.bfloat16, "autocast16": torch.float16}
+        if self.setting.dtype in operands:
+            return torch.autocast(self.setting.torch_device.type, operands[self.setting.dtype])
         return nullcontext()
 
     def prepare(self, mode: str) -> Runner:
@@ -161,7 +171,7 @@ class Provider(ABC):
         steps: x has only this many time steps of the case.
         """
         case, setting = self.case, self.setting
-        device = torch.device(setting.device)
+        device = setting.torch_device
         x = case.make_input(device, setting.torch_dtype, setting.seed)[:steps]
         x.requires_grad_(mode != "forward" and case.grad_x)
         # For one tensor in two places torch.compile would compile a graph of its own.
@@ -172,7 +182,7 @@ class Provider(ABC):
         """Draws the gradient (T, N, C, Ho, Wo) that training sends into the spikes."""
         generator = torch.Generator().manual_seed(self.setting.seed + 1)
         gradient = torch.randn(self.case.spike_shape, generator=generator)
-        return gradient.to(self.setting.device, self.spike_dtype)
+        return gradient.to(self.setting.torch_device, self.spike_dtype)
 
 
 def captured(of: type[Provider], name: str) -> type[Provider]:

@@ -10,6 +10,7 @@ import torch
 
 import snnlstm
 from benchmarks.cases import Case
+from benchmarks.devices import backend
 from benchmarks.providers.base import Provider, Runner, Setting, Spikes, Tensor, Unavailable
 from benchmarks.providers.with_snntorch import cell_arguments, loop
 
@@ -23,13 +24,13 @@ class Snnlstm(Provider):
     name = "snnlstm"
     title = "snnlstm, the whole sequence in one call"
     algorithm = "auto"
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    devices: tuple[str, ...] = ("cpu", "cuda", "simt")
     runs_as: tuple[str, ...] = ("",)
     checkpoint: bool | str = False
 
     @classmethod
     def why_not(cls, case: Case, setting: Setting) -> str | None:
-        if setting.device not in cls.devices:
+        if backend(setting.device) not in cls.devices:
             return f"there is no {cls.algorithm} on {setting.device}"
         return None
 
@@ -79,7 +80,7 @@ def _variant(name: str, title: str, *runs_as: str, **fields: Any) -> type[Snnlst
     return type(name, (Snnlstm,), {"runs_as": runs_as or ("",), **fields})
 
 
-CPU, CUDA = ("cpu",), ("cuda",)
+CPU, CUDA = ("cpu",), ("cuda", "simt")
 ALGORITHMS = (
     _variant("direct", "direct convolution", "direct", "fma", "mma", algorithm="direct"),
     _variant("winograd", "Winograd", "winograd", algorithm="winograd", devices=CPU),
@@ -90,7 +91,9 @@ ALGORITHMS = (
         "hybrid", "torch for the gradients of weight and x", "hybrid", algorithm="hybrid",
         devices=CUDA,
     ),
-    _variant("measured", "the algorithm measured", "measured", algorithm="measure", devices=CUDA),
+    _variant(
+        "measured", "the algorithm measured", "measured", algorithm="measure", devices=("cuda",)
+    ),
 )  # fmt: skip
 SAVING = (
     _variant("checkpoint", "checkpoint=True", checkpoint=True),

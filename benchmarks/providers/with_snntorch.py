@@ -70,7 +70,7 @@ class SnnTorchCompiled(SnnTorchEager):
     @classmethod
     def why_not(cls, case: Case, setting: Setting) -> str | None:
         compiler = os.environ.get("CXX", "g++")
-        if setting.device == "cpu" and shutil.which(compiler) is None:
+        if setting.device != "cuda" and shutil.which(compiler) is None:
             return f"torch.compile needs a C++ compiler on the CPU, and {compiler} is missing"
         return super().why_not(case, setting)
 

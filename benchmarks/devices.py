@@ -1,0 +1,79 @@
+"""Names the devices that a program may run on: the CPU, a GPU, and an emulated GPU.
+
+The device "simt-t4" is a T4 that tests/simt emulates: tensors lie on the CPU, and the CUDA kernels
+run there. Nothing on it takes the time that it would take on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIMT = Path(__file__).resolve().parents[1] / "tests" / "simt"
+# Cards of csrc/cuda/cards.h, with their compute capabilities.
+EMULATED = {"t4": 75, "2080ti": 75, "a100": 80, "3090": 86, "4090": 89, "l4": 89, "h100": 90}
+DEVICES = ("cpu", "cuda", *(f"simt-{name}" for name in EMULATED))
+
+
+def torch_device(device: str) -> str:
+    """Returns the type of the torch device that the tensors of `device` lie on."""
+    return "cuda" if device == "cuda" else "cpu"
+
+
+def backend(device: str) -> str:
+    """Returns the first part of the path of a call that our kernels run on `device`."""
+    return device.split("-")[0]
+
+
+def capability(device: str) -> int:
+    """Returns 10 * major + minor of the compute capability of a GPU, emulated or not."""
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return 10 * major + minor
+    return EMULATED[device.removeprefix("simt-")]
+
+
+def name(device: str) -> str:
+    """Returns the name of a GPU, with its compute capability."""
+    kind = torch.cuda.get_device_name() if device == "cuda" else f"an emulated {device[5:]}"
+    return f"{kind} (sm_{capability(device)})"
+
+
+def emulator() -> Any:
+    """Returns the emulator; the first call builds it, in about a minute."""
+    if str(SIMT) not in sys.path:
+        sys.path.append(str(SIMT))
+    from backend import simt_core
+
+    return simt_core()
+
+
+def planner() -> Any:
+    """Returns the module that plans for CUDA: this build's core, or without CUDA the emulator's."""
+    from snnlstm import _C
+
+    return _C if hasattr(_C, "CudaPlan") else emulator().module
+
+
+@contextlib.contextmanager
+def running(device: str) -> Iterator[None]:
+    """Within the block our kernels for `device` run on the tensors of `torch_device(device)`."""
+    if backend(device) != "simt":
+        yield
+        return
+    core = emulator()
+    (card,) = (c for c in core.module.cuda_cards() if c["name"] == device.removeprefix("simt-"))
+    core.checks(races=False)
+    core.device(
+        card["capability"], card["multiprocessors"], 1024 * card["shared_kib"], algorithm="auto"
+    )
+    try:
+        with core.installed():
+            yield
+    finally:
+        core.reset()
