@@ -277,10 +277,17 @@ def test_a_cell_whose_functions_were_replaced_is_left(name):
     close(model(X), expected)
 
 
-@pytest.mark.parametrize("name", ["forward", "fire", "_base_sub"])
-def test_cells_of_a_class_that_was_patched_are_left(monkeypatch, name):
-    original = getattr(snntorch.SConv2dLSTM, name)
-    monkeypatch.setattr(snntorch.SConv2dLSTM, name, lambda self, *args: original(self, *args))
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (snntorch.SConv2dLSTM, "forward"),
+        (snntorch.SConv2dLSTM, "_base_sub"),
+        (snntorch.SpikingNeuron, "fire"),
+    ],
+)
+def test_cells_of_a_class_that_was_patched_are_left(monkeypatch, kind, name):
+    original = getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda self, *args: original(self, *args))
     model = sequential("theirs", leaky=False)
     report = snnlstm.accelerate(model)
     assert all(type(cell) is snntorch.SConv2dLSTM for cell in model)
