@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -112,12 +113,22 @@ class WholeNetwork:
         return ", ".join(dict.fromkeys(str(cell.path) for cell in cells))
 
     def prepare(self, mode: str) -> Runner:
-        """Returns (setup, run), as every provider; each training step begins with equal weights."""
+        """Returns (setup, run), as every provider.
+
+        Each training step begins with the same weights but for a rounding error, as in the suite.
+        """
         if mode == "backward":
             raise Unavailable("a network trains in whole steps, of which backward is a part")
 
+        factors = itertools.cycle((1 + 1e-6, 1.0))
+
         def setup() -> None:
             self.net.load_state_dict(self.initial)
+            if mode == "both":
+                with torch.no_grad():
+                    factor = next(factors)
+                    for parameter in self.net.parameters():
+                        parameter.mul_(factor)
 
         def run() -> object:
             with self.context():
