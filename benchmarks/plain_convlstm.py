@@ -1,7 +1,6 @@
 """A ConvLSTM in plain torch, written from the formulas: a provider, and the oracle of the tests.
 
-It has the constructor and the results that ConvLSTMs for torch commonly have. `calls` counts the
-steps that cells of its kind have computed, so that a test knows whether they were called.
+It has the constructor and the results that ConvLSTMs for torch commonly have.
 """
 
 import torch
@@ -9,8 +8,6 @@ from torch import Tensor, nn
 
 
 class Cell(nn.Module):
-    calls = 0
-
     def __init__(self, input_dim, hidden_dim, kernel_size, bias=True, stride=1, dilation=1):
         super().__init__()
         self.input_dim, self.hidden_dim = input_dim, hidden_dim
@@ -31,7 +28,6 @@ class Cell(nn.Module):
         return out + nn.functional.conv2d(h, of_h, None, **shape)
 
     def forward(self, input_tensor, cur_state):
-        Cell.calls += 1
         h, c = cur_state
         i, f, o, g = self.gates(input_tensor, h).chunk(4, 1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()

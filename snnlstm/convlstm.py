@@ -309,16 +309,6 @@ class ConvLSTM(nn.Module):
             outputs, last = outputs[-1:], last[-1:]
         return [out.transpose(0, 1).contiguous() for out in outputs], last
 
-    def _init_hidden(
-        self, batch_size: int, image_size: tuple[int, int]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Return zeros for h and c of each layer, for images of `image_size`."""
-        states = []
-        for cell in self.cell_list:
-            states.append(cell.init_hidden(batch_size, image_size))  # type: ignore[operator]
-            image_size = tuple(states[-1][0].shape[-2:])
-        return states
-
 
 def _over_time(cell: Any, x: Tensor, state: Any, layer: int) -> tuple[Tensor, Tensor, Tensor]:
     """Run a cell over x (T, N, Cin, H, W): h of every step, and h and c after the last."""

@@ -53,34 +53,12 @@ def sconv2dlstm(
         (4C, Cin + C, kh, kw), kh and kw odd; gates in the order i, f, o, g. Required.
     bias : Tensor, optional
         (4C,).
-    threshold : float or Tensor, default 1.0
-        Broadcasts to (N, C, Ho, Wo) and to the pooled size. mem never exceeds 1, so the
-        default never spikes: 0.1 and below are usual.
-    spike_grad : callable, optional
-        A surrogate of :mod:`snnlstm.surrogate` or :mod:`snntorch.surrogate`, or any callable;
-        ``atan()`` by default.
-    surrogate_disable : bool, default False
-        spk carries no gradient.
-    reset_mechanism : {"none", "subtract", "zero"}
-        Changes the new mem of a neuron whose mem exceeded the threshold before the step.
-    max_pool, avg_pool : int or (int, int), default 0
-        Pools mem before the threshold; 0 is off. At most one of them.
-    state_quant : callable, optional
-        A :class:`snnlstm.quant.StateQuant`, a quantiser of snnTorch, or any callable.
-    graded_spikes_factor : float or Tensor, default 1.0
-        Multiplies spk.
-    inhibition : bool, default False
-        Only the neuron with the highest (pooled) mem of each sample may spike.
-    stride, dilation : int or (int, int), default 1
-        Stride and dilation of the convolution; the stride applies to x alone.
-    record : bool, default False
-        For a sequence: return syn and mem of every step.
-    checkpoint : bool or "gates", default False
-        How the backward pass gets the gates: they are kept (False), or computed again (True).
-        With "gates" the CPU keeps them as fixed point numbers of half their bits, and gradients
-        have an error of some 2e-5; CUDA and the reference path keep them whole.
-    batch_first : bool, default False
-        A sequence x, spk and recorded states are (N, T, ...), not (T, N, ...).
+    threshold, graded_spikes_factor : float or Tensor, default 1.0
+        Broadcast to (N, C, Ho, Wo) and to the pooled size; the factor multiplies spk.
+    record, batch_first : bool, default False
+        As of :meth:`snnlstm.SConv2dLSTM.forward`, and of its constructor.
+    **options
+        The others are those of :class:`snnlstm.SConv2dLSTM`, with the same defaults.
 
     Returns
     -------

@@ -43,8 +43,12 @@ def sequence(module: nn.Module, channels: int, dtype: torch.dtype = F32) -> Tens
 
 def initial(stack: snnlstm.ConvLSTM, dtype: torch.dtype = F32) -> list[tuple[Tensor, Tensor]]:
     """Returns random states for each layer."""
-    zeros = stack._init_hidden(BATCH, SIZE)
-    return [(torch.randn_like(h).tanh().to(dtype), torch.randn_like(c).to(dtype)) for h, c in zeros]
+    size, states = SIZE, []
+    for cell in stack.cell_list:
+        h, c = (torch.randn_like(zeros).to(dtype) for zeros in cell.init_hidden(BATCH, size))
+        states.append((h.tanh(), c))
+        size = tuple(h.shape[-2:])
+    return states
 
 
 def wanting(tree):
@@ -303,7 +307,7 @@ def test_compiled_without_a_graph_break(name):
     same_gradients(own, other)
     cells = own.cell_list[0], other.cell_list[0]
     step = torch.compile(cells[0], fullgraph=True, backend="aot_eager")
-    state = own._init_hidden(BATCH, SIZE)[0]
+    state = cells[0].init_hidden(BATCH, SIZE)
     close(
         step(x[:, 0] if own.batch_first else x[0], state),
         cells[1](x[:, 0] if own.batch_first else x[0], state),
