@@ -275,8 +275,11 @@ def take(model: nn.Module) -> tuple[dict[int, str], dict[int, str]]:
     for module in modules:
         if isinstance(module, Taken):
             left[id(module)] = "is snnlstm's already"
-        elif _convolution_of(module) is not None:
-            attempt(module, _tried(module, _try_cell))
+        elif (name := _convolution_of(module)) is not None:
+            # A copy of what holds far more than a convolution could be a large one.
+            small = _size(module) <= 2 * _size(module.get_submodule(name))
+            more = f"it has more layers than its {name}"
+            attempt(module, _tried(module, _try_cell) if small else more)
         elif any(isinstance(child, nn.Conv2d) for child in module.children()):
             attempt(module, "it has no convolution of [x, h] to the four gates")
     for module in reversed(modules):  # a stack comes before what holds it
@@ -289,6 +292,10 @@ def take(model: nn.Module) -> tuple[dict[int, str], dict[int, str]]:
         ):
             attempt(module, _tried(module, _try_stack))
     return taken, left
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def give_back(model: nn.Module) -> dict[int, str]:

@@ -226,6 +226,15 @@ class Counting(Named):
         return super().after(c, i, f, o, g)
 
 
+class Deep(Named):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 64, 3, padding=1)
+
+    def forward(self, x, state):
+        raise AssertionError("what is so large is not tried")
+
+
 class Fixed(Named):
     def after(self, c, i, f, o, g):
         return super().after(c + torch.zeros(1, 3, 9, 9), i, f, o, g)
@@ -250,6 +259,7 @@ LEFT = {
     Dropping: "in training it computes other things",
     Detached: "in training it computes other things",
     Counting: "it keeps something from call to call",
+    Deep: "it has more layers than its Gates",
     Fixed: "a call like that of a ConvLSTM raises RuntimeError",
     TwoConvLSTM: "no convolution of [x, h] to the four gates",
 }
