@@ -60,6 +60,8 @@ struct Cell {
   bool tiled() const { return tile_h > 0; }
   int64_t Ho() const { return (H + stride_h - 1) / stride_h; }
   int64_t Wo() const { return (W + stride_w - 1) / stride_w; }
+  // Bytes of the number of a pixel in its pooling window: those of uint8_t or of int32_t.
+  int place_bytes() const { return int64_t(pool_h) * pool_w > 256 ? 4 : 1; }
   int64_t Hp() const { return Ho() / pool_h; }
   int64_t Wp() const { return Wo() / pool_w; }
 };
@@ -88,6 +90,9 @@ struct PassArgs {
   bool packed_gates = false;            // CPU: as fixed point numbers of half a value's bits
   void* saved_syn = nullptr;  // training: syn after every step, layout of the backend's choice
   int64_t* winner = nullptr;  // (T, N): place in (C, Hp, Wp) of the only neuron that may spike
+  // training with Pool::max: for each pooled pixel of every step the number, row by row, of the
+  // window's pixel that gets its gradient; in a layout of the backend's choice
+  void* places = nullptr;  // Cell::place_bytes()
   void* workspace = nullptr;
   int threads = 1;  // CPU
 };

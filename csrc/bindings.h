@@ -132,6 +132,7 @@ Args common_args(const Cell& cell, Keywords& k) {
   if (a.saved_gates && cell.T > 1) needs(a.saved_syn, "saved_syn");
   a.packed_gates = k.number("packed_gates") != 0;
   a.winner = static_cast<int64_t*>(k.address("winner"));
+  a.places = k.address("places");
   a.workspace = k.address("workspace");
   return a;
 }
@@ -143,6 +144,7 @@ inline ForwardArgs forward_args(const Cell& cell, const py::kwargs& given) {
   needs(a.mem0.data, "mem0");
   a.spk = k.view("spk"), a.syn = k.needed_view("syn"), a.mem = k.needed_view("mem");
   if (cell.spiking || cell.T > 1) needs(a.spk.data, "spk");
+  if (a.saved_gates && cell.pool == Pool::max) needs(a.places, "places");
   k.finish();
   return a;
 }
@@ -154,6 +156,7 @@ inline BackwardArgs backward_args(const Cell& cell, const py::kwargs& given) {
   a.noise = k.view("noise");
   a.grad_spk = k.view("grad_spk");
   if (a.grad_spk.data && cell.inhibition) needs(a.winner, "winner");
+  if (a.grad_spk.data && cell.pool == Pool::max) needs(a.places, "places");
   if (a.grad_spk.data && cell.surrogate == Surrogate::stochastic) needs(a.noise.data, "noise");
   a.grad_syn = k.view("grad_syn"), a.grad_mem = k.view("grad_mem");
   a.grad_x = k.view("grad_x");

@@ -120,6 +120,15 @@ struct Neuron {
   }
 };
 
+// Says whether a mem counts as the largest of a pooling window or, under inhibition, of a sample.
+// The first that counts gets the gradient. Mems that would be equal, if no convolution rounded, may
+// differ by a unit in the last place; so `unit` is that of the largest, or 0 in half types, where
+// it is larger than such differences. A NaN is the largest.
+template <class R>
+SNNLSTM_HD auto is_largest(R mem, R largest, R unit) {
+  return (mem >= largest - unit) | (mem == largest) | (mem != mem);
+}
+
 // Nearest of n ascending levels by |level - x| as T rounds it. An exact tie takes the lowest
 // index, as do NaN and the infinities (all their distances are equal).
 template <class T>

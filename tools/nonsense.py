@@ -109,9 +109,11 @@ class Calls(ABC):
             "saved_gates": ("memory" if backward else "address", self.address()),
         }  # fmt: skip
         winners = self.block + 2 * HALF  # holds valid indices, which a backward pass may follow
+        of_places = "memory" if backward and self.facts["pool"] == 1 else "address"
         if not backward:
             return found | {
                 "bias": ("address", self.address()), "winner": ("address", winners),
+                "places": (of_places, self.address()),
                 **{name: ("view", self.view(t, n, c, h, w)) for name in ("spk", "syn", "mem")},
             }  # fmt: skip
         of_winner = "memory" if self.facts["inhibition"] else "address"
@@ -119,6 +121,7 @@ class Calls(ABC):
         optional = ("grad_bias", "grad_weight", "grad_threshold", "d_gates")
         return found | {
             "winner": (of_winner, winners), "noise": (of_noise, spikes),
+            "places": (of_places, self.address()),
             **dict.fromkeys(("grad_spk", "grad_syn", "grad_mem"), ("view?", spikes)),
             **{name: ("view?", self.view(1, n, c, h, w)) for name in ("grad_syn0", "grad_mem0")},
             **{name: ("address", self.address()) for name in optional},

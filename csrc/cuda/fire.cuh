@@ -27,14 +27,13 @@ struct PooledIndex {
       y = i % f.Hp, c = i / f.Hp;
     }
   }
-  SNNLSTM_DEVICE int flat(const Fire& f) const { return (c * f.Hp + y) * f.Wp + x; }
 };
 
 template <class R>
 SNNLSTM_DEVICE R thresholded_mem(const FireStep& p, int n, const PooledIndex& at) {
   const void* mem = image_of(p.mem, 0, n);
   const int first = offset(p.mem, at.c, at.y * p.fire.pool_h, at.x * p.fire.pool_w);
-  return thresholded<R>(p.fire, [&](int i, int j) {
+  return thresholded<R>(p.fire, p.fire.place_at(n, at.c, at.y, at.x), [&](int i, int j) {
     return read<R>(mem, p.mem.type, first + i * p.mem.h + j * p.mem.w);
   });
 }
@@ -57,18 +56,15 @@ __global__ void __launch_bounds__(kFireThreads) fire_windows(const __grid_consta
         spike_of(f, thresholded_mem<R>(p, n, at), threshold_of<R>(f, at.c)));
 }
 
-// Under inhibition only the neuron with the highest (pooled) mem may spike: of equals the one with
-// the lowest index in (C, Hp, Wp), and a NaN counts as highest, as in torch.argmax.
+// Under inhibition only the neuron with the highest (pooled) mem may spike: of those that count as
+// the highest the one with the lowest index in (C, Hp, Wp).
 template <class R>
 struct Winner {
   R mem = 0;
   int index = -1;  // -1: no neuron
 
-  SNNLSTM_DEVICE bool beats(const Winner& other) const {
-    if (index < 0 || other.index < 0) return other.index < 0 && index >= 0;
-    const bool nan = mem != mem, other_nan = other.mem != other.mem;
-    if (nan || other_nan) return nan && (!other_nan || index < other.index);
-    return mem > other.mem || (mem == other.mem && index < other.index);
+  SNNLSTM_DEVICE void take(const Winner& other) {
+    if (other.index >= 0 && (index < 0 || other.index < index)) *this = other;
   }
 };
 
@@ -84,28 +80,39 @@ struct WinnerShared {
 template <class R, class MemOf>
 SNNLSTM_DEVICE void fire_winner_of(const Fire& f, void* spk, MemOf&& mem_of, R* mems, int* indices,
                                    int64_t* number) {
+  const int warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32;
+  const auto higher = [](R a, R b) { return b > a || b != b ? b : a; };
+  R highest = -R(INFINITY);
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < neurons_of_sample(f); i += int(blockDim.x)) {
+    const PooledIndex at(f, i);
+    highest = higher(highest, mem_of(at));
+    write(spk, f.spk.type, offset(f.spk, at.c, at.y, at.x), R(0) * graded_of<R>(f));
+  }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2)
+    highest = higher(highest, __shfl_xor_sync(full_warp, highest, lanes));
+  if (threadIdx.x % 32 == 0) mems[warp] = highest;
+  if (!fault(Fault::missing_barrier_read, 5)) __syncthreads();
+  for (int k = 0; k < warps; ++k) highest = higher(highest, mems[k]);
+  if (!fault(Fault::missing_barrier_overwrite, 5)) __syncthreads();
+
+  const R unit = last_place(f.spk.type, highest);
   Winner<R> best;
 #pragma unroll 1
   for (int i = int(threadIdx.x); i < neurons_of_sample(f); i += int(blockDim.x)) {
     const PooledIndex at(f, i);
-    const Winner<R> here{mem_of(at), at.flat(f)};
-    if (here.beats(best)) best = here;
-    write(spk, f.spk.type, offset(f.spk, at.c, at.y, at.x), R(0) * graded_of<R>(f));
+    const R mem = mem_of(at);
+    if (is_largest(mem, highest, unit)) best.take({mem, f.flat(at.c, at.y, at.x)});
   }
 #pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    const Winner<R> other{__shfl_xor_sync(full_warp, best.mem, lanes),
-                          __shfl_xor_sync(full_warp, best.index, lanes)};
-    if (other.beats(best)) best = other;
-  }
-  const int warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32;
+  for (int lanes = 16; lanes > 0; lanes /= 2)
+    best.take({__shfl_xor_sync(full_warp, best.mem, lanes),
+               __shfl_xor_sync(full_warp, best.index, lanes)});
   if (threadIdx.x % 32 == 0) mems[warp] = best.mem, indices[warp] = best.index;
-  if (!fault(Fault::missing_barrier_read, 5)) __syncthreads();
+  if (!fault(Fault::missing_barrier_read, 8)) __syncthreads();
   if (threadIdx.x > 0) return;
-  for (int k = 1; k < warps; ++k) {
-    const Winner<R> other{mems[k], indices[k]};
-    if (other.beats(best)) best = other;
-  }
+  for (int k = 1; k < warps; ++k) best.take({mems[k], indices[k]});
   if (number != nullptr) *number = best.index;
   if (best.index < 0) return;
   const int c = best.index / (f.Hp * f.Wp), y = best.index / f.Wp % f.Hp;

@@ -74,6 +74,8 @@ Fire fire_of(const Args& a, const View& spk, int64_t t, int held, int64_t steps 
   f.threshold = a.threshold, f.threshold_stride = a.threshold_stride;
   f.graded = a.graded_factor;
   f.spk = tensor(spk, c.dtype, t, {steps, c.N, c.C, c.Hp(), c.Wp()}, held);
+  if (a.places && c.pool == Pool::max)
+    f.places = static_cast<char*>(a.places) + t * c.N * c.C * c.Hp() * c.Wp() * c.place_bytes();
   return f;
 }
 

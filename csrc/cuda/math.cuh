@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 
 #include "../cell.h"
 #include "primitives.cuh"
@@ -54,6 +55,22 @@ SNNLSTM_DEVICE R rounded(DType type, R x) {
     return x;
   else
     return type == DType::float32 ? x : from_bits16(type, to_bits16(type, x));
+}
+
+// Returns the unit in the last place of a number of `type`: 0 for 0, for subnormal numbers and in
+// half types, and infinity's is infinity.
+template <class R>
+SNNLSTM_DEVICE R last_place(DType type, R x) {
+  if constexpr (sizeof(R) == 8) {
+    uint64_t bits;
+    std::memcpy(&bits, &x, 8);
+    bits &= uint64_t(0x7ff) << 52;
+    std::memcpy(&x, &bits, 8);
+    return x * R(0x1p-52);
+  } else {
+    if (bytes_of(type) == 2) return 0;
+    return detail::float_of(detail::bits_of(x) & 0x7f800000u) * R(0x1p-23);
+  }
 }
 
 // Sets `count` numbers to 0.

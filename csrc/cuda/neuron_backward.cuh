@@ -76,10 +76,8 @@ class BackwardTile {
     if (p_.noise.present())
       noise =
           read<R>(image_of(p_.noise, block_.t, block_.n), p_.noise.type, offset(p_.noise, c, y, x));
-    if (p_.winner != nullptr) {
-      const int flat = (c * f.Hp + y) * f.Wp + x;
-      if (p_.winner[block_.t * int64_t(tiling_.by_batch.value) + block_.n] != flat) return 0;
-    }
+    if (p_.winner != nullptr && p_.winner[image_number(tiling_, block_)] != f.flat(c, y, x))
+      return 0;
     return N::surrogate_gradient(p_.surrogate, u, R(p_.p0), R(p_.p1), noise) *
            (grad * graded_of<R>(f));
   }
@@ -222,15 +220,25 @@ class BackwardTile {
   template <class At, class Put>
   SNNLSTM_DEVICE void spread_window(int c, int y, int x, R threshold, At&& at, Put&& put) const {
     const Fire& f = p_.fire;
-    int where;
-    const R mem = pooled<R>(f, at, where);
+    R mem = 0;
+    int where = 0;
+    if (f.pool == Pool::avg) {
+      mem = mean_of_window<R>(f, at);
+    } else {
+      const int64_t place = f.place_at(image_number(tiling_, block_), c, y, x);
+      where = f.wide_places() ? static_cast<const int32_t*>(f.places)[place]
+                              : static_cast<const uint8_t*>(f.places)[place];
+      for_each_element(f, [&](int i, int j, int number) {
+        if (number == where) mem = at(i, j);
+      });
+    }
+    mem = quantised(f, mem);
     R grad = read<R>(image_of(f.spk, block_.t, block_.n), f.spk.type, offset(f.spk, c, y, x));
     grad = spike_gradient(c, y, x, mem - threshold, grad);
     if (f.pool == Pool::avg) grad /= R(f.pool_h * f.pool_w);
-    int place = 0;
-    for (int i = 0; i < f.pool_h; ++i)
-      for (int j = 0; j < f.pool_w; ++j, ++place)
-        put(i, j, f.pool == Pool::avg || place == where ? grad : R(0));
+    for_each_element(f, [&](int i, int j, int number) {
+      put(i, j, f.pool == Pool::avg || number == where ? grad : R(0));
+    });
   }
 
   // Adds the rows' sums up in global memory. A barrier must come before.

@@ -23,6 +23,14 @@ struct Fire {
   int64_t threshold_stride = 0;
   const void* graded = nullptr;  // one number in the compute type
   Tensor spk;                    // (T, N, C, Hp, Wp); threshold and bias have the same type
+  // max pooling in training: PassArgs::places, (T, N, C, Hp, Wp) from the launch's first step on
+  void* places = nullptr;
+
+  SNNLSTM_DEVICE int flat(int c, int y, int x) const { return (c * Hp + y) * Wp + x; }
+  SNNLSTM_DEVICE int64_t place_at(int64_t image, int c, int y, int x) const {
+    return image * (int64_t(C) * Hp * Wp) + flat(c, y, x);
+  }
+  SNNLSTM_DEVICE bool wide_places() const { return pool_h * pool_w > 256; }
 };
 
 // What the neurons' kernels of both passes take.
@@ -85,32 +93,50 @@ SNNLSTM_DEVICE R spike_of(const Fire& f, R mem, R threshold) {
   return Neuron<Math<R>>::fires(mem, threshold) ? graded : R(0) * graded;
 }
 
-// Pools a window of mem as torch.nn.functional does: a NaN is the maximum, and of equals the first.
-// at(i, j): element (i, j) of the window. where: becomes the number of the maximum's place.
-template <class R, class At>
-SNNLSTM_DEVICE R pooled(const Fire& f, At&& at, int& where) {
-  R value = 0;
-  where = 0;
-  if (f.pool == Pool::avg) {
-    for (int i = 0; i < f.pool_h; ++i)
-      for (int j = 0; j < f.pool_w; ++j) value += at(i, j);
-    value = rounded(f.spk.type, value / R(f.pool_h * f.pool_w));
-  } else {
-    value = at(0, 0);
-    for (int i = 0; i < f.pool_h; ++i)
-      for (int j = 0; j < f.pool_w; ++j) {
-        const R v = at(i, j);
-        if (v > value || v != v) value = v, where = i * f.pool_w + j;
-      }
-  }
-  return quantised(f, value);
+// Calls f(i, j, number) for the elements of a pooling window, row by row.
+template <class F>
+SNNLSTM_DEVICE void for_each_element(const Fire& fire, F&& f) {
+  int number = 0;
+  for (int i = 0; i < fire.pool_h; ++i)
+    for (int j = 0; j < fire.pool_w; ++j, ++number) f(i, j, number);
 }
 
-// Returns the mem that the threshold looks at: pooled, or at(0, 0) itself.
+// at(i, j): element (i, j) of a window.
 template <class R, class At>
-SNNLSTM_DEVICE R thresholded(const Fire& f, At&& at) {
-  int where;
-  return f.pool == Pool::none ? at(0, 0) : pooled<R>(f, at, where);
+SNNLSTM_DEVICE R mean_of_window(const Fire& f, At&& at) {
+  R sum = 0;
+  for_each_element(f, [&](int i, int j, int) { sum += at(i, j); });
+  return rounded(f.spk.type, sum / R(f.pool_h * f.pool_w));
+}
+
+// Returns the mem that the threshold looks at: pooled, or at(0, 0) itself. In training it keeps the
+// place of a window's maximum, at f.place_at(...) = place. A NaN is the maximum.
+template <class R, class At>
+SNNLSTM_DEVICE R thresholded(const Fire& f, int64_t place, At&& at) {
+  if (f.pool == Pool::none) return at(0, 0);
+  if (f.pool == Pool::avg) return quantised(f, mean_of_window<R>(f, at));
+  R largest = at(0, 0);
+  for_each_element(f, [&](int i, int j, int) {
+    const R v = at(i, j);
+    if (v > largest || v != v) largest = v;
+  });
+  if (f.places != nullptr) {
+    const R unit = last_place(f.spk.type, largest);
+    int where = -1;
+    for_each_element(f, [&](int i, int j, int number) {
+      if (where < 0 && is_largest(R(at(i, j)), largest, unit)) where = number;
+    });
+    if (f.wide_places())
+      static_cast<int32_t*>(f.places)[place] = where;
+    else
+      static_cast<uint8_t*>(f.places)[place] = uint8_t(where);
+  }
+  return quantised(f, largest);
+}
+
+// Returns the number of the block's sample among those of all steps.
+SNNLSTM_DEVICE int64_t image_number(const Tiling& tiling, const BlockPlace& block) {
+  return block.t * int64_t(tiling.by_batch.value) + block.n;
 }
 
 // A whole pooling window of a tile.
@@ -260,11 +286,12 @@ class ForwardTile {
     const Fire& f = p_.fire;
     if (!p_.fires || f.pool == Pool::none) return;
     void* spk = image_of(f.spk, block_.t, block_.n);
+    const int64_t image = image_number(tiling_, block_);
     for_each_window(f, tiling_, block_, c0_, channels_, [&](const Window& w) {
       const auto at = [&](int i, int j) { return mem_tile.at(w.channel, w.m + i * tiling_.w + j); };
-      int where;
+      const R mem = thresholded<R>(f, f.place_at(image, w.c, w.y, w.x), at);
       write(spk, f.spk.type, offset(f.spk, w.c, w.y, w.x),
-            spike_of(f, pooled<R>(f, at, where), vectors_[4 * channels_ + w.channel]));
+            spike_of(f, mem, vectors_[4 * channels_ + w.channel]));
     });
   }
 

@@ -160,14 +160,16 @@ class ResidentForwardBlock {
   // and after.
   SNNLSTM_DEVICE void fire_winner() const {
     const Fire& f = p_.neuron.fire;
+    const int64_t sample = image_number(p_.tiling, block_);
     R* mems = reinterpret_cast<R*>(shared_ + p_.at.winners);
     const auto mem_of = [&](const PooledIndex& at) {
       const int m = at.y * f.pool_h * p_.tiling.w + at.x * f.pool_w;
-      return thresholded<R>(
-          f, [&](int i, int j) { return mem_tile_.at(at.c, m + i * p_.tiling.w + j); });
+      return thresholded<R>(f, f.place_at(sample, at.c, at.y, at.x), [&](int i, int j) {
+        return mem_tile_.at(at.c, m + i * p_.tiling.w + j);
+      });
     };
     int64_t* winner = p_.winner;
-    if (winner != nullptr) winner += block_.t * int64_t(p_.tiling.by_batch.value) + block_.n;
+    if (winner != nullptr) winner += sample;
     fire_winner_of(f, image_of(f.spk, block_.t, block_.n), mem_of, mems,
                    reinterpret_cast<int*>(mems + resident::warps()), winner);
   }

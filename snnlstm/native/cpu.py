@@ -259,7 +259,8 @@ class Plan(tensors.CommonPlan):
             saved_gates=0 if saved is None else saved.gates.data_ptr(),
             saved_syn=0 if saved is None else saved.syn.data_ptr(),
             packed_gates=self.packed_gates,
-            winner=saved.winner.data_ptr() if saved is not None and self.has_winner else 0,
+            winner=0 if saved is None else saved.winner.data_ptr(),
+            places=0 if saved is None else saved.places.data_ptr(),
             workspace=workspace.data_ptr(),
         )
         return Result(spk, new_syn, new_mem, saved or (), a_pass.name, decided, packed)
@@ -332,5 +333,5 @@ class Backend:
         return (
             gates,
             ((*images, padded), s.dtype),
-            ((s.time, s.n) if s.options.inhibition else (0,), torch.int64),
+            *tensors.of_decisions(s, padded),
         )

@@ -164,7 +164,8 @@ class Plan(tensors.CommonPlan):
             mem=view(mem),
             saved_gates=0 if saved is None else saved.gates.data_ptr(),
             saved_syn=0 if saved is None else saved.syn.data_ptr(),
-            winner=saved.winner.data_ptr() if saved and call.options.inhibition else 0,
+            winner=0 if saved is None else saved.winner.data_ptr(),
+            places=0 if saved is None else saved.places.data_ptr(),
             workspace=workspace.data_ptr(),
             **parameters,
         )
@@ -325,5 +326,5 @@ class Backend:
         return (
             ((s.time, s.n, pixels, 4 * padded), options.operands or s.dtype),
             ((s.time - 1, s.n, pixels, padded), s.dtype),
-            ((s.time, s.n) if options.inhibition else (0,), torch.int64),
+            *tensors.of_decisions(s, s.c),
         )

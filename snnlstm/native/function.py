@@ -272,15 +272,16 @@ def _fake_call(*given: Any) -> Call:
     return Call(x, syn, mem, weight, bias, threshold, graded, options, signature)
 
 
-def _three(x: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What was saved, as three tensors: checkpoint=True saves states, as many as it has segments.
+def _four(x: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What was saved, as four tensors: checkpoint=True saves states, as many as it has segments.
 
     Nothing is saved in inference.
     """
-    if len(saved) == 3 and saved[2].dtype == torch.int64:
+    if len(saved) == 4 and saved[2].dtype == torch.int64:
         return tuple(saved)
     first = torch.stack(list(saved)) if saved else x.new_empty(0)
-    return first, x.new_empty(0), x.new_empty(0, dtype=torch.int64)
+    none = [x.new_empty(0, dtype=dtype) for dtype in (x.dtype, torch.int64, torch.uint8)]
+    return first, *none
 
 
 def _number(x: Tensor, decided: int) -> Tensor:
@@ -292,12 +293,12 @@ def _number(x: Tensor, decided: int) -> Tensor:
 
 @torch.library.custom_op(
     "snnlstm::forward", mutates_args=(),
-    schema=f"({_CALL}, bool training, str algorithm) -> {_results(7)}",
+    schema=f"({_CALL}, bool training, str algorithm) -> {_results(8)}",
 )  # fmt: skip
 def _forward_operator(*given: Any) -> tuple[Tensor, ...]:
     call, (training, algorithm) = _call(*given), given[8:]
     r = _forward(backend.plan_of(call, algorithm), call, training, algorithm)
-    return r.spk, r.syn, r.mem, *_three(call.x, r.saved), _number(call.x, r.decided)
+    return r.spk, r.syn, r.mem, *_four(call.x, r.saved), _number(call.x, r.decided)
 
 
 @_forward_operator.register_fake
@@ -305,7 +306,7 @@ def _(*given):
     call, training = _fake_call(*given), given[8]
     saves = training and call.options.checkpoint is not True
     r = backend.empty_result(call, saves)
-    first, *rest = _three(call.x, r.saved)
+    first, *rest = _four(call.x, r.saved)
     count = checkpoint.boundary_count(call) if training and not saves else 0
     if count > 0:
         first = first.new_empty((count, *call.mem.shape))
@@ -314,12 +315,12 @@ def _(*given):
 
 @torch.library.custom_op(
     "snnlstm::backward", mutates_args=(),
-    schema=f"({_CALL}, Tensor saved_gates, Tensor saved_syn, Tensor saved_winner, Tensor decided, "
-    "Tensor grad_spk, Tensor grad_syn, Tensor grad_mem, bool[] wanted, str algorithm) -> "
-    f"{_results(6)}",
+    schema=f"({_CALL}, Tensor saved_gates, Tensor saved_syn, Tensor saved_winner, "
+    "Tensor saved_places, Tensor decided, Tensor grad_spk, Tensor grad_syn, Tensor grad_mem, "
+    f"bool[] wanted, str algorithm) -> {_results(6)}",
 )  # fmt: skip
 def _backward_operator(*given: Any) -> tuple[Tensor, ...]:
-    saved, decided, grads, (wanted, algorithm) = given[8:11], given[11], given[12:15], given[15:]
+    saved, decided, grads, (wanted, algorithm) = given[8:12], given[12], given[13:16], given[16:]
     dtype = grads[0].dtype
     call = _call(*(plain(t).to(dtype) for t in given[:4]), *given[4:])
     if call.options.checkpoint is True:
@@ -334,7 +335,7 @@ def _six(x: Tensor, out: Gradients) -> tuple[Tensor, ...]:
 
 @_backward_operator.register_fake
 def _(*given):
-    call, wanted = _fake_call(*given), given[15]
+    call, wanted = _fake_call(*given), given[16]
     out = tensors.empty_gradients(call.x, call.signature, wanted)
     if wanted[5]:
         out = out._replace(threshold=torch.empty_like(call.threshold))

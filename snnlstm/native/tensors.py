@@ -33,6 +33,10 @@ class Saved(NamedTuple):
     gates: Tensor  # (T, N, Ho * Wo, 4 Cp), activated, of every step, in the kernels' own order
     syn: Tensor  # (T, N, Ho * Wo, Cp), after every step; on CUDA, after every step but the last
     winner: Tensor  # (T, N) int64, the neuron that inhibition let through; (0,) without inhibition
+    # For each pooled pixel, in the kernels' own order, the number of the pixel of its window that
+    # gets the gradient, row by row; (0,) without max_pool. uint8, or int32 where a window has more
+    # than 256 pixels.
+    places: Tensor
 
 
 class Result(NamedTuple):
@@ -173,7 +177,8 @@ def backward_arguments(
         "mem0": view(call.mem),
         "saved_gates": saved.gates.data_ptr(),
         "saved_syn": saved.syn.data_ptr(),
-        "winner": saved.winner.data_ptr() if call.options.inhibition else 0,
+        "winner": saved.winner.data_ptr(),
+        "places": saved.places.data_ptr(),
         "noise": view(noise),
         "grad_spk": view(grad_spk),
         "grad_syn": view(grad_syn),
@@ -246,6 +251,19 @@ def empty_gradients(x: Tensor, signature: Signature, wanted: Sequence[bool]) -> 
     )
 
 
+def of_decisions(signature: Signature, channels: int) -> Shapes:
+    """Shapes and dtypes of :class:`Saved`'s winner and places, of images of so many channels."""
+    s, (ph, pw) = signature, signature.options.pool_size
+    pixels = (s.time, s.n, (s.ho // ph) * (s.wo // pw), channels)
+    return (
+        ((s.time, s.n) if s.options.inhibition else (0,), torch.int64),
+        (
+            pixels if s.options.pool == "max" else (0,),
+            torch.uint8 if ph * pw <= 256 else torch.int32,
+        ),
+    )
+
+
 def shaped_as(threshold: Tensor, out: Gradients) -> Gradients:
     """The gradients; the threshold's, one number a channel, gets the shape of the threshold."""
     if out.threshold is None:
@@ -272,14 +290,15 @@ class CommonPlan:
         s = self.signature = call.signature
         o = s.options
         self.spk, self.state = ((shape, image_strides(call.x, shape)) for shape in output_shapes(s))
-        self.saved_shapes = (gates, of_gates), (syn, _), (winner, _) = backend.saved_shapes(s)
+        self.saved_shapes = (gates, of_gates), (syn, _), *decisions = backend.saved_shapes(s)
         # Given strides, torch allocates a tensor in two thirds of the time.
         self._gates, self._syn = ((t, _contiguous_strides(t)) for t in (gates, syn))
         self._of_gates = {} if of_gates is s.dtype else {"dtype": of_gates}
-        with torch.inference_mode(False):
-            self._no_winner = call.x.new_empty(0, dtype=torch.int64)
-        self._winner = winner if o.inhibition else None
-        self.has_winner = o.inhibition
+        with torch.inference_mode(False):  # all calls share what is empty
+            self._decisions = [
+                (shape, dtype, None if math.prod(shape) else call.x.new_empty(shape, dtype=dtype))
+                for shape, dtype in decisions
+            ]
         self.threshold_stride = 0 if s.thresholds == 1 else 1
         self.has_spk = o.spiking or o.sequence
 
@@ -296,10 +315,11 @@ class CommonPlan:
 
     def empty_saved(self, x: Tensor) -> Saved:
         """Memory for what the forward pass saves in training."""
-        winner = self._no_winner
-        if self._winner is not None:
-            winner = x.new_empty(self._winner, dtype=torch.int64)
-        return Saved(self.empty_gates(x), x.new_empty_strided(*self._syn), winner)
+        winner, places = (
+            x.new_empty(shape, dtype=dtype) if shared is None else shared
+            for shape, dtype, shared in self._decisions
+        )
+        return Saved(self.empty_gates(x), x.new_empty_strided(*self._syn), winner, places)
 
     def empty_gates(self, x: Tensor) -> Tensor:
         """Memory for the gates of every step, or for their gradients."""

@@ -24,7 +24,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from ..call import Call
 from ..options import CellOptions
 from . import tensors
-from .tensors import Gradients, Pass, Result, address, view
+from .tensors import Gradients, Pass, Result, Saved, address, view
 
 if TYPE_CHECKING:
     from .cuda import Plan
@@ -76,10 +76,18 @@ def forward(plan: Plan, core: Any, call: Call, parameters: dict[str, int], resul
             mem=view(out_mem),
             saved_gates=address(saved and saved.gates[t]),
             saved_syn=saved.syn[t].data_ptr() if saved and t < last else 0,
-            winner=saved.winner[t].data_ptr() if saved and options.inhibition else 0,
+            **_decisions(saved, t),
             **parameters,
         )
         syn, mem = out_syn, out_mem
+
+
+def _decisions(saved: Saved | None, step: int) -> dict[str, int]:
+    """Addresses of a step's winners and places, where there are any."""
+    if saved is None:
+        return {}
+    kinds = {"winner": saved.winner, "places": saved.places}
+    return {name: kind[step].data_ptr() for name, kind in kinds.items() if kind.numel()}
 
 
 def steps_backward(
@@ -110,7 +118,7 @@ def steps_backward(
             stream,
             syn0=view(syn if t == 0 else images_of(saved.syn[t - 1], mem)[:, :c]),
             saved_gates=saved.gates[t].data_ptr(),
-            winner=saved.winner[t].data_ptr() if options.inhibition else 0,
+            **_decisions(saved, t),
             noise=view(None if noise is None else noise[t]),
             grad_spk=view(None if grad_spk is None else grad_spk[t]),
             grad_syn=view(into_syn),

@@ -70,7 +70,8 @@ def check_spikes(
     if options.inhibition:
         flat_low, flat_high = low.flatten(1), high.flatten(1)
         if band == 0:
-            winner = flat_low.argmax(1, keepdim=True)  # of equal potentials the first one
+            # The first within a unit of the highest; argmax finds the first of the equal values.
+            winner = (flat_low >= _just_below(flat_low, mem.dtype)).float().argmax(1, keepdim=True)
             winners = torch.zeros_like(flat_low, dtype=torch.bool).scatter(1, winner, True)
         else:
             winners = flat_high >= flat_low.amax(1, keepdim=True)
@@ -82,6 +83,13 @@ def check_spikes(
     assert not (spiked & ~may).any(), f"{int((spiked & ~may).sum())} spikes too many"
     assert not (must & ~spiked).any(), f"{int((must & ~spiked).sum())} spikes missing"
     assert torch.equal(spk, torch.where(spiked, graded, torch.zeros_like(graded)))
+
+
+def _just_below(potential: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns what lies one unit in the last place of `dtype` below the highest of each row."""
+    highest = potential.amax(1, keepdim=True)
+    exponent = torch.frexp(highest).exponent - 1
+    return highest - torch.ldexp(torch.full_like(highest, torch.finfo(dtype).eps), exponent)
 
 
 def exact_steps(

@@ -33,11 +33,12 @@ class Given:
         self.call = (*images, *inputs[3:], self.case.options)
         with mode.running(core):
             plan = snnlstm.path._native.plan_of(flat.call_of(self.call), "direct")
-        gates, syn, winner = plan.saved_shapes
+        gates, syn, *decisions = plan.saved_shapes
         gates, syn = (self.positive(shape).to(dtype) for shape, dtype in (gates, syn))
         channels = torch.arange(syn.shape[-1]) < case.channels
         gates = (gates.unflatten(-1, (4, -1)) / 2 * channels).flatten(-2)
-        self.saved = Saved(gates, syn * channels, torch.empty(winner[0], dtype=winner[1]))
+        decisions = (torch.zeros(shape, dtype=dtype) for shape, dtype in decisions)
+        self.saved = Saved(gates, syn * channels, *decisions)
         states = (case.time, *self.case.state_shape)
         self.grads = (None, *(self.positive(states).to(inputs.x.dtype) for _ in range(2)))
 

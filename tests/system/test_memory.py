@@ -68,10 +68,15 @@ def state_bytes(case: Case) -> int:
 @pytest.mark.parametrize(("checkpoint", "tensors"), [(False, 5), ("gates", 3)])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_keeps_the_activated_gates_and_syn(kernels, name, checkpoint, tensors):
-    """A step keeps four gates, or halves of them, and syn, and inhibition's winners; no more."""
+    """A step keeps four gates, or halves of them, syn, and what was decided; no more.
+
+    That is the winner of each sample under inhibition, and a byte for each pixel of a max_pool.
+    """
     case = VARIANTS[name].but(checkpoint=checkpoint)
-    indices = 8 * case.time * case.batch * case.options.inhibition
-    assert kept_bytes(kernels, case) == tensors * case.time * state_bytes(case) + indices
+    (ph, pw), (n, c, ho, wo) = case.options.pool_size, case.state_shape
+    pooled = n * c * (ho // ph) * (wo // pw) * (case.options.pool == "max")
+    decisions = case.time * (8 * n * case.options.inhibition + pooled)
+    assert kept_bytes(kernels, case) == tensors * case.time * state_bytes(case) + decisions
 
 
 def test_checkpoint_keeps_states_alone(kernels):

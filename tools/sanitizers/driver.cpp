@@ -256,7 +256,8 @@ void run(Cell c, const cpu::Kernels& kernels) {
   const std::vector<int64_t> states = record ? std::vector<int64_t>{c.T, c.N, c.C, Ho, Wo} : state;
   Tensor<T> spk({c.T, c.N, c.C, c.Hp(), c.Wp()}), syn(states), mem(states);
   const int64_t padded = kernels.padded_channels(c), rows = c.T * c.N * Ho * Wo * padded;
-  Bytes gates(4 * rows * item), saved_syn(rows * item), winner(c.T * c.N * 8);
+  Bytes gates(4 * rows * item), saved_syn(rows * item), winner(c.T * c.N * 8),
+      places(c.T * c.N * c.Hp() * c.Wp() * padded * c.place_bytes());
   {
     const Bytes direct = pack(Form::forward, false);
     const Bytes of_mem = pack(Form::forward_mem_tiles, false);
@@ -272,6 +273,7 @@ void run(Cell c, const cpu::Kernels& kernels) {
     a.spk = spk.view(), a.syn = syn.view(), a.mem = mem.view();
     if (training) a.saved_gates = gates.get(), a.saved_syn = saved_syn.get();
     if (training && c.inhibition) a.winner = winner.as<int64_t>();
+    if (training) a.places = places.get();
     a.workspace = workspace.get();
     kernels.forward(a);
   }
@@ -300,6 +302,7 @@ void run(Cell c, const cpu::Kernels& kernels) {
   a.graded_factor = &graded, a.levels = levels.get();
   a.saved_gates = gates.get(), a.saved_syn = saved_syn.get();
   if (c.inhibition) a.winner = winner.as<int64_t>();
+  a.places = places.get();
   if (c.surrogate == Surrogate::stochastic) a.noise = noise.view();
   if (wanted()) a.grad_spk = grad_spk.view();
   if (wanted()) a.grad_syn = grad_syn.view();

@@ -32,6 +32,7 @@ class Forward {
         block_(l_.block_rows()),
         strip_(l_.strip_rows()),
         saved_(args.packed_gates),
+        places_(args, l_.Cp),
         sparse_(l_, strip_) {
     if constexpr (kHasWinograd<T, VL>) {
       inputs_ = InputTransform<S>(l_.form);
@@ -320,7 +321,6 @@ class Forward {
   void update(int64_t t, const Rows& r, int64_t h, int64_t cb, T* gates) {
     const Span span(Part::pointwise);
     const Cell& c = a_.cell;
-    const T* levels = static_cast<const T*>(a_.levels);
     const R threshold = S::load(threshold_ + cb * VL);
     const bool resets = c.reset != Reset::none;
     const T* syn_in = states_.syn_before(t, r, h) + cb * VL;
@@ -347,12 +347,8 @@ class Forward {
       const Mask reset = resets ? Neuron<M>::fires(S::load(mem_in + w * l_.Cp), threshold) : Mask{};
       R mem = Neuron<M>::next_mem(o, M::tanh(syn));
       mem = Neuron<M>::after_reset(c.reset, mem, reset, threshold);
-      if (c.num_levels > 0) {
-        syn = quantise_lanes<M>(syn, levels, c.num_levels);
-        mem = quantise_lanes<M>(mem, levels, c.num_levels);
-      }
-      S::store(syn_out + w * l_.Cp, syn);
-      S::store(mem_out + w * l_.Cp, mem);
+      S::store(syn_out + w * l_.Cp, quantised<M>(syn, a_));
+      S::store(mem_out + w * l_.Cp, quantised<M>(mem, a_));
       if (saved) saved_.put_output(saved + w * pixel, o, reset);
     }
   }
@@ -370,19 +366,29 @@ class Forward {
     put(a_.mem, mem, l_.Wm * l_.Cp);
   }
 
-  // Returns row h of the pooled image: channels-last pixels, which lie `stride` apart.
+  // Returns row h of the pooled image: channels-last pixels, which lie `stride` apart. In training
+  // it keeps the places of the maxima.
   const T* pooled_row(int64_t t, const Rows& r, int64_t h, const ForwardScratch& s,
                       int64_t& stride) {
     const Cell& c = a_.cell;
     const T* mem = states_.mem_inner(t + 1, r, h * c.pool_h);
     stride = l_.Cp;
     if (c.pool == Pool::none) return mem;  // quantised already
-    Mask unused;
+    const int64_t row = l_.Wm * l_.Cp, first = places_.row(t, r.n, h);
     for (int64_t w = 0; w < l_.Wp; ++w)
-      for (int64_t ch = 0; ch < l_.Cp; ch += VL)
-        S::store(s.pooled + w * l_.Cp + ch,
-                 pooled_mem<M>(c, mem + w * c.pool_w * l_.Cp + ch, l_.Wm * l_.Cp, l_.Cp,
-                               static_cast<const T*>(a_.levels), unused));
+      for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
+        const T* window = mem + w * c.pool_w * l_.Cp + ch;
+        const int64_t k = w * l_.Cp + ch;
+        R v;
+        if (c.pool == Pool::max) {
+          v = PoolWindow<M>::max(c, window, row, l_.Cp);
+          if (places_.present())
+            places_.put(first + k, PoolWindow<M>::place(c, window, row, l_.Cp, v));
+        } else {
+          v = PoolWindow<M>::mean(c, window, row, l_.Cp);
+        }
+        S::store(s.pooled + k, quantised<M>(v, a_));
+      }
     return s.pooled;
   }
 
@@ -405,27 +411,30 @@ class Forward {
   }
 
   // Inhibition lets only the neuron of a sample with the highest (pooled) membrane potential spike.
-  // Among equals the lowest index in (C, Hp, Wp) wins; a NaN counts as highest, as in torch.argmax.
+  // Of those that count as the highest the one with the lowest index in (C, Hp, Wp) wins.
   void fire_winner(int64_t t, const Rows& r, const ForwardScratch& s) {
     const Span span(Part::pointwise);
     const Cell& c = a_.cell;
     const View& v = a_.spk;
+    const auto each = [&](auto&& look) {
+      for (int64_t h = 0; h < l_.Hp; ++h) {
+        int64_t stride;
+        const T* row = pooled_row(t, r, h, s, stride);
+        for (int64_t ch = 0; ch < c.C; ++ch)
+          for (int64_t w = 0; w < l_.Wp; ++w)
+            look(row[w * stride + ch], (ch * l_.Hp + h) * l_.Wp + w);
+        store_row<S>(row, Row{stride}, l_.Wp, c.C, row_of<T>(v, t, r.n, h), v.stride[2],
+                     v.stride[4], [&](R, int64_t) { return S::splat(T(0) * graded()); });
+      }
+    };
+    T highest = -INFINITY, best = 0;
+    each([&](T mem, int64_t) { highest = mem > highest || mem != mem ? mem : highest; });
+    const T unit = M::last_place(S::splat(highest))[0];
     int64_t winner = -1;
-    T best = 0;
-    for (int64_t h = 0; h < l_.Hp; ++h) {
-      int64_t stride;
-      const T* row = pooled_row(t, r, h, s, stride);
-      for (int64_t ch = 0; ch < c.C; ++ch)
-        for (int64_t w = 0; w < l_.Wp; ++w) {
-          const T mem = row[w * stride + ch];
-          const int64_t index = (ch * l_.Hp + h) * l_.Wp + w;
-          const bool higher = winner < 0 || mem > best || (mem != mem && best == best);
-          const bool equal = mem == best || (mem != mem && best != best);
-          if (higher || (equal && index < winner)) best = mem, winner = index;
-        }
-      store_row<S>(row, Row{stride}, l_.Wp, c.C, row_of<T>(v, t, r.n, h), v.stride[2], v.stride[4],
-                   [&](R, int64_t) { return S::splat(T(0) * graded()); });
-    }
+    each([&](T mem, int64_t index) {
+      if ((winner < 0 || index < winner) && is_largest(mem, highest, unit))
+        best = mem, winner = index;
+    });
     if (a_.winner) a_.winner[t * c.N + r.n] = winner;
     if (winner < 0) return;
     const int64_t ch = winner / (l_.Hp * l_.Wp), h = winner / l_.Wp % l_.Hp, w = winner % l_.Wp;
@@ -439,6 +448,7 @@ class Forward {
   StateRows<T, VL> states_;
   int64_t block_, strip_;  // rows worked on at a time; rows whose gates are in the buffer at a time
   SavedGates<M> saved_;
+  Places<M> places_;
   SparseInput<T, VL> sparse_;
   InputTransform<S> inputs_;
   PlaneTransform<GateVector> outputs_;

@@ -66,6 +66,14 @@ struct Math : Simd<T, VL> {
     return power * fraction + power;
   }
 
+  // Returns the unit in the last place: 0 for 0 and for subnormal numbers, and infinity's is
+  // infinity.
+  static SNNLSTM_INLINE R last_place(R x) {
+    const typename S::Bits exponent = ((typename S::Bits(2) * K::bias) + 1) << K::mantissa;
+    const R power = reinterpret_cast<R>(reinterpret_cast<Mask>(x) & exponent);
+    return power / T(typename S::Bits(1) << K::mantissa);
+  }
+
   static SNNLSTM_INLINE R sigmoid(R x) { return T(1) / (T(1) + exp(-x)); }
 
   // tanh is e / (e + 2). e = exp(2|x|) - 1 is formed without cancellation, so that the relative

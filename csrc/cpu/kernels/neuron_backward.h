@@ -23,7 +23,13 @@ class NeuronBackward {
   // on. Otherwise there are images of all samples.
   NeuronBackward(const BackwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks,
                  bool by_sample)
-      : a_(a), l_(l), tasks_(tasks), by_sample_(by_sample), saved_(a.packed_gates), images_(l) {}
+      : a_(a),
+        l_(l),
+        tasks_(tasks),
+        by_sample_(by_sample),
+        saved_(a.packed_gates),
+        places_(a, l.Cp),
+        images_(l) {}
 
   void carve(Workspace& workspace) {
     const int64_t samples = by_sample_ ? a_.threads : a_.cell.N;
@@ -207,9 +213,7 @@ class NeuronBackward {
         const Gates<R> act = saved_.get(gate, reset);
         R mem = Neuron<M>::next_mem(act.o, tanh_syn(act, syn, syn_prev));
         mem = Neuron<M>::after_reset(c.reset, mem, reset, S::load(threshold_ + ch));
-        if (c.num_levels > 0)
-          mem = quantise_lanes<M>(mem, static_cast<const T*>(a_.levels), c.num_levels);
-        S::store(out + k * l_.Cp + ch, mem);
+        S::store(out + k * l_.Cp + ch, quantised<M>(mem, a_));
       }
   }
 
@@ -234,12 +238,13 @@ class NeuronBackward {
       if (c.inhibition) keep_winner(a_.winner[t * c.N + p.n], h, grads);
       const int64_t top = (h * c.pool_h - begin) * row;
       const T* mem_after = images_.mem_row(t + 1, p.slot, h * c.pool_h);
+      const int64_t places = places_.row(t, p.n, h);
       for (int64_t w = 0; w < l_.Wp; ++w)
         for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
           Mask where{};
           const int64_t column = w * c.pool_w * l_.Cp + ch, place = top + column;
-          const R mem = pooled_mem<M>(c, mem_after + column, l_.Wm * l_.Cp, l_.Cp,
-                                      static_cast<const T*>(a_.levels), where);
+          if (c.pool == Pool::max) where = places_.get(places + w * l_.Cp + ch);
+          const R mem = pooled_mem(mem_after + column, where);
           const R noise = a_.noise.data ? S::load(noises + w * l_.Cp + ch) : R{};
           const R slope = Neuron<M>::surrogate_gradient(c.surrogate, mem - S::load(threshold_ + ch),
                                                         p0, p1, noise);
@@ -251,6 +256,17 @@ class NeuronBackward {
             PoolWindow<M>::spread(c, grad, where, s.mem_grad + place, row, l_.Cp);
         }
     }
+  }
+
+  // Returns the mem that the threshold has seen. `mem`: the window's first pixel, `where` the place
+  // of its maximum.
+  R pooled_mem(const T* mem, Mask where) const {
+    const Cell& c = a_.cell;
+    const int64_t row = l_.Wm * l_.Cp;
+    if (c.pool == Pool::none) return S::load(mem);  // quantised already
+    return quantised<M>(c.pool == Pool::max ? PoolWindow<M>::at(c, mem, row, l_.Cp, where)
+                                            : PoolWindow<M>::mean(c, mem, row, l_.Cp),
+                        a_);
   }
 
   void pooled_rows(const View& v, int64_t t, int64_t n, int64_t begin, int64_t end, T* dst) const {
@@ -304,6 +320,7 @@ class NeuronBackward {
   const RowTasks& tasks_;
   bool by_sample_;
   SavedGates<M> saved_;
+  Places<M> places_;
   StepBuffers<T, VL> images_;
   T *threshold_ = nullptr, *threshold_sums_ = nullptr, *bias_sums_ = nullptr;
   T *syn0_ = nullptr, *d_syn_ = nullptr;

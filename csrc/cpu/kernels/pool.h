@@ -40,6 +40,13 @@ __attribute__((noinline)) typename M::R quantise_lanes(typename M::R v,
   return result;
 }
 
+// Returns a state after its quantisation, if there is one.
+template <class M>
+SNNLSTM_INLINE typename M::R quantised(typename M::R v, const PassArgs& a) {
+  if (a.cell.num_levels == 0) return v;
+  return quantise_lanes<M>(v, static_cast<const typename M::Scalar*>(a.levels), a.cell.num_levels);
+}
+
 // One pooling window of channels-last rows. `mem` is the window's first pixel and channel.
 template <class M>
 struct PoolWindow {
@@ -47,21 +54,38 @@ struct PoolWindow {
   using R = typename M::R;
   using Mask = typename M::Mask;
 
-  // Does what torch.nn.functional.max_pool2d does: a NaN wins, and the first of equal values.
-  // `where` gets the winner's place.
-  static SNNLSTM_INLINE R max(const Cell& c, const T* mem, int64_t row, int64_t pixel,
-                              Mask& where) {
+  // Returns the maximum; a NaN is the largest.
+  static SNNLSTM_INLINE R max(const Cell& c, const T* mem, int64_t row, int64_t pixel) {
     R best = M::load(mem);
-    where = Mask{};
-    typename M::Bits place = 0;
     for (int i = 0; i < c.pool_h; ++i)
-      for (int j = 0; j < c.pool_w; ++j, ++place) {
+      for (int j = 0; j < c.pool_w; ++j) {
         const R v = M::load(mem + i * row + j * pixel);
-        const Mask better = (v > best) | (v != v);
-        best = M::where(better, v, best);
-        where = better ? Mask{} + place : where;
+        best = M::where((v > best) | (v != v), v, best);
       }
     return best;
+  }
+
+  // Returns the number of the first pixel that counts as the maximum.
+  static SNNLSTM_INLINE Mask place(const Cell& c, const T* mem, int64_t row, int64_t pixel,
+                                   R maximum) {
+    const R unit = M::last_place(maximum);
+    Mask where{};
+    for (int i = c.pool_h - 1; i >= 0; --i)
+      for (int j = c.pool_w - 1; j >= 0; --j) {
+        const Mask largest = is_largest(M::load(mem + i * row + j * pixel), maximum, unit);
+        where = largest ? Mask{} + typename M::Bits(i * c.pool_w + j) : where;
+      }
+    return where;
+  }
+
+  // Returns the values of the pixels with the numbers `where`.
+  static SNNLSTM_INLINE R at(const Cell& c, const T* mem, int64_t row, int64_t pixel, Mask where) {
+    R value{};
+    typename M::Bits place = 0;
+    for (int i = 0; i < c.pool_h; ++i)
+      for (int j = 0; j < c.pool_w; ++j, ++place)
+        value = M::where(where == Mask{} + place, M::load(mem + i * row + j * pixel), value);
+    return value;
   }
 
   static SNNLSTM_INLINE R mean(const Cell& c, const T* mem, int64_t row, int64_t pixel) {
@@ -85,21 +109,47 @@ struct PoolWindow {
   }
 };
 
-// Returns the membrane potential that the threshold sees at one pooled pixel: it is pooled and,
-// with a quantiser, quantised once more. `mem` is the window's first pixel.
+// PassArgs::places, which is (T, N, Hp, Wp, Cp) here.
 template <class M>
-SNNLSTM_INLINE typename M::R pooled_mem(const Cell& c, const typename M::Scalar* mem, int64_t row,
-                                        int64_t pixel, const typename M::Scalar* levels,
-                                        typename M::Mask& where) {
-  typename M::R v;
-  if (c.pool == Pool::max)
-    v = PoolWindow<M>::max(c, mem, row, pixel, where);
-  else if (c.pool == Pool::avg)
-    v = PoolWindow<M>::mean(c, mem, row, pixel);
-  else
-    v = M::load(mem);
-  if (c.num_levels > 0) v = quantise_lanes<M>(v, levels, c.num_levels);
-  return v;
-}
+class Places {
+  using Mask = typename M::Mask;
+
+ public:
+  Places(const PassArgs& a, int64_t Cp)
+      : data_(a.cell.pool == Pool::max ? a.places : nullptr),
+        wide_(a.cell.place_bytes() > 1),
+        N_(a.cell.N),
+        Hp_(a.cell.Hp()),
+        row_(a.cell.Wp() * Cp) {}
+
+  bool present() const { return data_ != nullptr; }
+  // Returns where a row of an image begins.
+  int64_t row(int64_t t, int64_t n, int64_t h) const { return ((t * N_ + n) * Hp_ + h) * row_; }
+
+  SNNLSTM_INLINE void put(int64_t k, Mask places) const {
+    wide_ ? put(static_cast<int32_t*>(data_) + k, places)
+          : put(static_cast<uint8_t*>(data_) + k, places);
+  }
+  SNNLSTM_INLINE Mask get(int64_t k) const {
+    return wide_ ? get(static_cast<const int32_t*>(data_) + k)
+                 : get(static_cast<const uint8_t*>(data_) + k);
+  }
+
+ private:
+  template <class Place>
+  static SNNLSTM_INLINE void put(Place* to, Mask places) {
+    for (int lane = 0; lane < M::lanes; ++lane) to[lane] = Place(places[lane]);
+  }
+  template <class Place>
+  static SNNLSTM_INLINE Mask get(const Place* from) {
+    Mask places;
+    for (int lane = 0; lane < M::lanes; ++lane) places[lane] = from[lane];
+    return places;
+  }
+
+  void* data_;
+  bool wide_;
+  int64_t N_, Hp_, row_;
+};
 
 SNNLSTM_END_ISA

@@ -107,7 +107,7 @@ struct Extents {
   cuda::Shape shape;
   Extent input, state, states, spikes, gates;
   int64_t size, real, gate;  // of an element: of the states, the compute type, the gates
-  int64_t weight, gates_of_all;
+  int64_t weight, gates_of_all, places;
 
   Extents(const cuda::Plan& plan, bool record = false) : Extents(plan.cell, plan.matrix, record) {}
   Extents(const Cell& c, cuda::Matrix matrix, bool record)
@@ -121,7 +121,8 @@ struct Extents {
         real(cuda::bytes_of(cuda::real_of(c.dtype))),
         gate(cuda::bytes_of(cuda::gate_type(c.dtype, matrix))),
         weight(4 * c.C * (c.Cin + c.C) * shape.taps * size),
-        gates_of_all(c.T * shape.gates() * gate) {}
+        gates_of_all(c.T * shape.gates() * gate),
+        places(c.T * c.N * c.C * c.Hp() * c.Wp() * c.place_bytes()) {}
 
   // Bytes of syn after each step that another follows, or behind torch's convolution of one step.
   int64_t saved_syn(bool behind_torch) const {
@@ -163,6 +164,7 @@ struct CheckedPlan : cuda::Plan {
     arrays.add("saved gates", a.saved_gates, e.gates_of_all, writes);
     arrays.add("saved syn", a.saved_syn, e.saved_syn(behind_torch()), writes);
     arrays.add("winner", a.winner, c.T * c.N * 8, writes);
+    arrays.add("places", a.places, e.places, writes);
     arrays.commit(stream);
     cuda::Plan::run(a, stream);
   }
@@ -178,6 +180,7 @@ struct CheckedPlan : cuda::Plan {
     arrays.add("mem after", a.mem_after, mems * e.shape.state() * e.gate, writes);
     arrays.add("saved syn", a.saved_syn, e.saved_syn(false), reads);
     arrays.add("winner", a.winner, c.T * c.N * 8, reads);
+    arrays.add("places", a.places, e.places, reads);
     arrays.add("noise", a.noise, e.spikes, c.dtype, reads);
     arrays.add("grad_spk", a.grad_spk, e.spikes, c.dtype, reads);
     arrays.add("grad_syn", a.grad_syn, e.states, c.dtype, reads);
