@@ -214,7 +214,8 @@ SIZES = (32, 64, 128, 256)
 
 
 def _front(front: str, size: int) -> tuple[Network, Network]:
-    make, data = functools.partial(_fronted, front), ((10, 4, 2, size, size),)
+    steps = 10 if size < 128 else 5
+    make, data = functools.partial(_fronted, front), ((steps, 4, 2, size, size),)
     one, other = (
         Network(make, data, _step_of(infer), torch.optim.SGD, batch_dim=1, infer=infer)
         for infer in (loop_infer, unroll_infer)

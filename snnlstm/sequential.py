@@ -238,6 +238,9 @@ def _is_stack(layer: nn.Module) -> bool:
 
 def _shared_state(modules: Iterable[tuple[str, Any]]) -> str | None:
     """Name of a layer that occurs twice and may keep a state; None if there is none."""
+    found = [*_ids(layer for _, layer in modules)]
+    if len(found) == len(set(found)):
+        return None
     seen: set[int] = set()
     for first, layer in modules:
         for name, module in layer.named_modules(prefix=first, remove_duplicate=False):
@@ -246,6 +249,15 @@ def _shared_state(modules: Iterable[tuple[str, Any]]) -> str | None:
             if again and not _is_stack(module) and (changed(module) or not_per_sample(module)):
                 return name
     return None
+
+
+def _ids(layers: Iterable[nn.Module | None]) -> Iterator[int]:
+    """Yield the ids of layers and of all modules within, as often as they occur."""
+    for layer in layers:
+        if layer is not None:
+            yield id(layer)
+            if layer._modules:
+                yield from _ids(layer._modules.values())
 
 
 _logged: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
@@ -265,17 +277,18 @@ def _log_slow(layers: list[Named], reports: list[LayerReport]) -> None:
 
 def _run(layers: list[Named], x: Tensor, reports: list[LayerReport]) -> Any:
     """Run the layers over (T, N, ...), and append each one's report to `reports`."""
+    of_sequences = [_sequence_report(name, layer) for name, layer in layers]
     out: Any = x
     position = 0
     while position < len(layers):
         name, layer = layers[position]
+        report = of_sequences[position]
         begin, position = position, position + 1
-        report = _sequence_report(name, layer)
         if report is not None:
             reports.append(report)
             out = _sequence(name, layer, x, last=position == len(layers))
         else:
-            while position < len(layers) and _sequence_report(*layers[position]) is None:
+            while position < len(layers) and of_sequences[position] is None:
                 position += 1
             out = run_together(layers[begin:position], x, reports)
         if position < len(layers):
