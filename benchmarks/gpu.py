@@ -82,11 +82,11 @@ def steps(rehearsal: bool) -> tuple[Step, ...]:
     return (
         Step("build", built, f"{BUILDING}{build}", needed=True),
         Step("what is there", built + 0.02, "{python} -m snnlstm"),
-        Step("smoke", 0.46, f"{SMOKE}{small}", tail=200, needed=True),
+        Step("smoke", built + 0.12, f"{SMOKE}{small}", tail=200, needed=True),
         Step("tests", 0.56, f"{TESTS}{tests}"),
-        Step("memcheck", 0.63, f"{SANITIZE}memcheck {SMOKE}{few}", UNCACHED, optional=True),
-        Step("racecheck", 0.7, f"{SANITIZE}racecheck {SMOKE}{few}", optional=True),
-        Step("layers", 0.88, f"{BENCH}layers {first}", tail=600),
+        Step("memcheck", 0.66, f"{SANITIZE}memcheck {SMOKE}{few}", UNCACHED, optional=True),
+        Step("racecheck", 0.77, f"{SANITIZE}racecheck {SMOKE}{few}", optional=True),
+        Step("layers", 0.9, f"{BENCH}layers {first}", tail=600),
         Step("large layers", 0.98, f"{BENCH}large {rest}", tail=600),
     )
 
