@@ -15,10 +15,11 @@ __all__ = ["FOLD", "own", "run_together"]
 FOLD = 2 << 20
 """Bytes of the largest tensor of steps that run as one batch on the CPU; one step may have more.
 
-Measured with conv, ReLU, cell, conv, ReLU, pool, linear on 32x32 to 112x112: with all steps at once
-the network trained at 0.7 to 1.4 times the speed of snnTorch's, with chunks of 2 MiB at 1.8 to 2.0.
-Each layer reads tensors that do not fit into the cache from memory again, and the system maps and
-clears each tensor above 32 MiB anew.
+Networks with layers on 32x32 in front of a cell run 1.06 to 1.10 times as fast as step by step, and
+those on 64x64 as fast (benchmarks/NOTES.md). With conv, ReLU, cell, conv, ReLU, pool, linear on
+32x32 to 112x112 and all steps at once the network trained at 0.7 to 1.4 times the speed of
+snnTorch's, with chunks of 2 MiB at 1.8 to 2.0. Each layer reads tensors that do not fit into the
+cache from memory again, and the system maps and clears each tensor above 32 MiB anew.
 """
 
 

@@ -178,6 +178,8 @@ class Plan(tensors.CommonPlan):
         self.packed_gates = o.checkpoint == "gates"
         largest = max(math.prod(shape) * dtype.itemsize for shape, dtype in self.saved_shapes)
         self.saves_blocks = largest >= memory.SMALLEST  # which are used again, by memory.py
+        itemsize = s.dtype.itemsize
+        self.largest_result = itemsize * max(math.prod(of[0]) for of in (self.spk, self.state))
         self.levels = None if o.quant is None else o.quant.levels.to(s.dtype).contiguous()
         self.levels_address = address(self.levels)
         # An x of few channels gains nothing from lists of nonzeros, so its zeros are not counted.
@@ -214,6 +216,18 @@ class Plan(tensors.CommonPlan):
             found = _C.CpuPlan(self.cell, self.algorithm, percent / 100, most_inputs, self.threads)
             self._cores[decided] = found
         return found
+
+    def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Memory for spk, syn and mem; large ones lie in blocks that are used again."""
+        if not self.largest_result > memory.MAPPED:
+            return super().empty_results(x)
+        made = (self._empty_result(x, *result) for result in (self.spk, self.state, self.state))
+        return tuple(made)  # type: ignore[return-value]
+
+    def _empty_result(self, x: Tensor, shape: Any, strides: Any) -> Tensor:
+        if math.prod(shape) * x.itemsize > memory.MAPPED:
+            return memory.empty_strided(shape, strides, x.dtype)
+        return x.new_empty_strided(shape, strides)
 
     def empty_saved(self, x: Tensor) -> Saved:
         """What the forward pass saves in training, uninitialised."""

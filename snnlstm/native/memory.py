@@ -1,9 +1,9 @@
 """Large blocks of CPU memory, used again by the next call.
 
-A system clears every page that it hands out, and what a training pass keeps for its backward pass
-goes back to it each time: the clearing took up to a third of a forward pass. Blocks that tensors
-have let go of are kept here instead, as torch keeps CUDA's. When a block of another size is needed,
-those that nobody has used for a while are dropped first.
+A system clears every page that it hands out. What a training pass keeps for its backward pass, and
+results above 32 MiB, go back to it each time: the clearing took up to a third of a forward pass.
+Blocks that tensors have let go of are kept here instead, as torch keeps CUDA's. When a block of
+another size is needed, those that nobody has used for a while are dropped first.
 
 Each thread also keeps one workspace, which holds no result. A workspace stays in the thread's
 caches, and a block that another thread has used does not.
@@ -32,12 +32,16 @@ try:
 except ImportError:  # on Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["SMALLEST", "empty", "empty_cache", "free_bytes", "where_it_fits", "workspace"]
+__all__ = [
+    "MAPPED", "SMALLEST", "empty", "empty_cache", "empty_strided", "free_bytes", "where_it_fits",
+    "workspace",
+]  # fmt: skip
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 SMALLEST = 256 << 10  # bytes; less comes from torch, that is, from malloc
+MAPPED = 32 << 20  # bytes; malloc has each larger block from the system, whatever was freed before
 CACHE_LINE = 64  # bytes; vectors that lie across two cost twice
 FITTING = 1.25  # a block serves for a tensor that is smaller by this factor at most
 
@@ -127,6 +131,16 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     view = block[begin : begin + size]
     weakref.finalize(view, _give_back, block).atexit = False
     return torch.from_numpy(view).view(dtype).view(shape)
+
+
+def empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As :func:`empty`, but with strides that leave no gap, and no view of another tensor.
+
+    Autograd treats views with suspicion, and users get this one.
+    """
+    flat = empty((math.prod(shape),), dtype)
+    of = flat.untyped_storage(), flat.storage_offset()
+    return flat.new_empty(0).set_(*of, shape, strides)
 
 
 def workspace(count: int) -> Tensor:

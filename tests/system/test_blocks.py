@@ -38,6 +38,50 @@ def test_what_it_returns():
     assert blocks.empty((0,), torch.int64).shape == (0,)
 
 
+def test_strided_tensors_are_views_of_nothing():
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            made = blocks.empty_strided((2, 3, 4 * MIB), (3 * MIB * 4, 1, 3), torch.float32)
+            assert made.stride() == (3 * MIB * 4, 1, 3)
+            assert not made._is_view()
+            assert made.is_inference() == mode
+            made.fill_(7)  # all of it is there
+    made = blocks.empty_strided((2, 3), (1, 2), torch.float32).requires_grad_()
+    made.mul(2).sum().backward()
+    assert made.grad.eq(2).all()
+
+
+@pytest.mark.parametrize("time_within", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_large_results_lie_in_blocks_and_are_what_small_ones_are(
+    monkeypatch, channels_last, time_within
+):
+    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1)
+    x = torch.rand(4, 3, 2, 200, 300).gt(0.7).float()
+    if channels_last:
+        x = x.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (4, 3))
+    x = x.transpose(0, 1).contiguous().transpose(0, 1) if time_within else x
+    found = []
+    for mapped in (1 << 40, blocks.SMALLEST):
+        monkeypatch.setattr(blocks, "MAPPED", mapped)
+        cell.reset_mem()
+        cell.zero_grad()
+        spk, syn, mem = cell(x)
+        (spk.sum() + mem.square().sum()).backward()
+        found.append((spk, syn, mem, cell.conv.weight.grad.clone()))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+        assert not other._is_view()
+    cell.reset_mem()
+    address = found[1][0].untyped_storage().data_ptr()
+    del found, spk, syn, mem, one, other
+    cell.spk = None
+    gc.collect()
+    with torch.no_grad():
+        assert cell(x)[0].data_ptr() == address
+
+
 def test_a_block_that_nothing_refers_to_is_used_again():
     first = megabytes(8)
     address, view = first.data_ptr(), first[3:].view(-1)
