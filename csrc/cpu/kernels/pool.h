@@ -137,14 +137,19 @@ class Places {
 
  private:
   template <class Place>
+  struct Lanes {
+    typedef Place Vector __attribute__((vector_size(M::lanes * sizeof(Place))));
+  };
+  template <class Place>
   static SNNLSTM_INLINE void put(Place* to, Mask places) {
-    for (int lane = 0; lane < M::lanes; ++lane) to[lane] = Place(places[lane]);
+    const auto stored = __builtin_convertvector(places, typename Lanes<Place>::Vector);
+    std::memcpy(to, &stored, sizeof(stored));
   }
   template <class Place>
   static SNNLSTM_INLINE Mask get(const Place* from) {
-    Mask places;
-    for (int lane = 0; lane < M::lanes; ++lane) places[lane] = from[lane];
-    return places;
+    typename Lanes<Place>::Vector stored;
+    std::memcpy(&stored, from, sizeof(stored));
+    return __builtin_convertvector(stored, Mask);
   }
 
   void* data_;
