@@ -74,11 +74,20 @@ class Plan(tensors.CommonPlan):
 
     @property
     def name(self) -> str:
-        """Name of what runs, as in a path; of measured passes, those that are known by now."""
+        """Name of what runs, as in a path; of measured passes, those that are known by now.
+
+        An estimated backward pass is named, too, if it leaves other convolutions to torch.
+        """
         by_pass = {key[0]: core.name for key, core in self._measured.items()}
         names = [by_pass[backward] for backward in (False, True) if backward in by_pass]
-        name = f"measured-{'+'.join(names)}" if names else self._chosen[False].name
-        return f"{self.backend.name()}-{name}"
+        if names:
+            return f"{self.backend.name()}-measured-{'+'.join(names)}"
+        forward, backward = self._chosen[False], self._chosen.get(True)
+        names = [forward.name]
+        if backward is not None and backward.algorithm != forward.algorithm:
+            torch_convolves = {forward.algorithm, backward.algorithm} & {_HYBRID, _POINTWISE}
+            names += [backward.name] if torch_convolves else []
+        return f"{self.backend.name()}-{'+'.join(names)}"
 
     def _fastest(self, run: Callable[[Any], object], backward: bool, *wanted: bool) -> Any:
         """The core's plan of a pass, measured where that is wanted and not known yet.

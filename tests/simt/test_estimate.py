@@ -7,7 +7,10 @@ import itertools
 import re
 
 import pytest
+import torch
+from backend import float32_precision
 
+import snnlstm
 from benchmarks import devices, estimate
 from benchmarks.cases import CASES
 
@@ -101,6 +104,24 @@ def test_each_pass_is_chosen_by_itself(core):
             differ += forward != backward
     assert found >= {"fused", "resident", "hybrid", "pointwise"}
     assert differ
+
+
+@pytest.mark.parametrize("backward", ["hybrid", "pointwise", "direct"])
+def test_a_path_names_the_backward_pass_if_torch_convolves_there(core, monkeypatch, backward):
+    core.device(algorithm="auto")
+    plan_of = type(core.kernels).core_plan
+
+    def chosen(kernels, signature, tf32, algorithm, of_backward):
+        wanted = backward if of_backward else "fused"
+        return plan_of(kernels, signature, tf32, wanted, of_backward)
+
+    monkeypatch.setattr(type(core.kernels), "core_plan", chosen)
+    cell, x = snnlstm.SConv2dLSTM(1, 8, 3, threshold=0.1), torch.rand(3, 1, 1, 10, 9)
+    with core.installed(), float32_precision("tf32"):
+        for _ in range(2):
+            cell(x, *cell.reset_mem())[0].sum().backward()
+    named = {"hybrid": "+hybrid-mma-tf32", "pointwise": "+pointwise", "direct": ""}
+    assert cell.path.name == f"simt-mma-tf32{named[backward]}"
 
 
 def test_bandwidth_is_the_cards_own(core):
