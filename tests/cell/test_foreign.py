@@ -192,6 +192,15 @@ class Peephole(Named):
         return super().after(c, i + self.w_ci * c, f, o, g)
 
 
+class Gained(Peephole):  # at its zeros the gradients are zeros, too
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def after(self, c, i, f, o, g):
+        return Named.after(self, c, i + self.gain * self.w_ci * c, f, o, g)
+
+
 class Normed(Named):
     def __init__(self):
         super().__init__()
@@ -254,6 +263,7 @@ class TwoConvLSTM(nn.Module):
 LEFT = {
     Swapped: "in training it computes other things than gates i, f, o, g",
     Peephole: "gates i, f, o, g; beside Gates it has w_ci",
+    Gained: "gates i, f, o, g; beside Gates it has w_ci, gain",
     Normed: "gates i, f, o, g; beside Gates it has norm",
     Clamped: "in training it computes other things",
     Dropping: "in training it computes other things",
