@@ -81,7 +81,8 @@ void bind_cuda(py::module_& m) {
              return device;
            }),
            py::arg("compute_capability"), py::arg("multiprocessors"), py::arg("shared_bytes"),
-           py::arg("model") = std::map<std::string, double>());
+           py::arg("model") = std::map<std::string, double>())
+      .def_readonly("compute_capability", &cuda::Device::compute_capability);
 
   // The seconds that the estimate gives cuDNN for the convolutions of one step in plain torch.
   m.def(

@@ -67,6 +67,10 @@ class Plan(tensors.CommonPlan):
         # The fastest plans, by pass and gradients that are wanted: 65 at most.
         self._measured: dict[tuple[bool, ...], Any] = {}
         self.work = s.options.operands or s.dtype
+        # As far as is known, cuDNN has fast kernels of full float32 for contiguous images alone.
+        self.contiguous = (
+            self.work == torch.float32 and backend.device(s.device).compute_capability < 80
+        )
         self.real = torch.float64 if s.dtype == torch.float64 else torch.float32
         quant = s.options.quant
         # The levels stay on the host, from where each call brings them to the device.
@@ -130,12 +134,16 @@ class Plan(tensors.CommonPlan):
         }
         return arguments, [threshold, graded, levels]
 
-    def _memory(self, core: Any, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The packed weight, and a workspace."""
+    def _memory(
+        self, core: Any, weight: Tensor, dtype: torch.dtype, stream: int
+    ) -> tuple[int, int, Tensor]:
+        """Addresses of the packed weight and of a workspace, and what holds both."""
         weight = tensors.numbers(weight, dtype)
-        packed = tensors.empty_bytes(core.packed_bytes, weight.device)
-        core.pack(weight.data_ptr(), packed.data_ptr(), self.stream)
-        return packed, tensors.empty_bytes(core.workspace, weight.device)
+        workspace = -core.packed_bytes // 256 * -256
+        memory = tensors.empty_bytes(workspace + core.workspace, weight.device)
+        packed = memory.data_ptr()
+        core.pack(weight.data_ptr(), packed, stream)
+        return packed, packed + workspace, memory
 
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
@@ -160,14 +168,15 @@ class Plan(tensors.CommonPlan):
             return
         spk, syn, mem = result[:3]
         saved: Any = result.saved or None
-        packed, workspace = self._memory(core, call.weight, call.x.dtype)
+        stream = self.stream
+        packed, workspace, _alive = self._memory(core, call.weight, call.x.dtype, stream)
         core.forward(
-            self.stream,
+            stream,
             record=call.options.record,
             x=view(call.x),
             syn0=view(call.syn),
             mem0=view(call.mem),
-            weight=packed.data_ptr(),
+            weight=packed,
             spk=view(spk),
             syn=view(syn),
             mem=view(mem),
@@ -175,7 +184,7 @@ class Plan(tensors.CommonPlan):
             saved_syn=0 if saved is None else saved.syn.data_ptr(),
             winner=0 if saved is None else saved.winner.data_ptr(),
             places=0 if saved is None else saved.places.data_ptr(),
-            workspace=workspace.data_ptr(),
+            workspace=workspace,
             **parameters,
         )
 
@@ -229,14 +238,16 @@ class Plan(tensors.CommonPlan):
         `mems`, if given, gets mem before each step but the first.
         """
         call, parameters, saved, grads, noise = given
-        packed, workspace = self._memory(core, tensors.saved_weight(call), call.x.dtype)
+        stream = self.stream
+        weight = tensors.saved_weight(call)
+        packed, workspace, _alive = self._memory(core, weight, call.x.dtype, stream)
         core.backward(
-            self.stream,
+            stream,
             **tensors.backward_arguments(call, saved, grads, noise, out),
             d_gates=address(d_gates),
             mem_after=0 if mems is None or len(mems) == 1 else mems[1].data_ptr(),
-            weight=packed.data_ptr(),
-            workspace=workspace.data_ptr(),
+            weight=packed,
+            workspace=workspace,
             **parameters,
         )
 

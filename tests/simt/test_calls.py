@@ -149,6 +149,34 @@ def test_what_multiplies_follows_torch(
     assert {spk.dtype, syn.dtype, mem.dtype} == {dtype}
 
 
+@pytest.mark.parametrize("algorithm", ["hybrid", "pointwise"])
+@pytest.mark.parametrize(("capability", "contiguous"), [(75, True), (80, False)])
+def test_float32_without_tensor_cores_is_convolved_in_contiguous_images(
+    core, monkeypatch, algorithm, capability, contiguous
+):
+    seen = []
+
+    def note(name, *places):
+        of = getattr(cuda.torch_conv, name)
+
+        def noted(*args):
+            seen.extend(args[k] for k in places)
+            return of(*args)
+
+        monkeypatch.setattr(cuda.torch_conv, name, noted)
+
+    note("conv2d_input", 2)
+    note("conv2d_weight", 0, 2)
+    core.device(capability)
+    case = PLAIN.but(channels=8, in_channels=2, time=3)
+    with core.installed(), float32_precision("ieee"):
+        train(case, case.inputs(), algorithm)
+    of_gates = [t for t in seen if t.shape[1] == 32]
+    of_mem = [t for t in seen if t.shape[1] == 8]
+    assert len(of_gates) > len(of_mem) > 0
+    assert {t.is_contiguous() for t in of_gates + of_mem} == {contiguous}
+
+
 def test_every_new_value_of_a_weight_is_seen(core):
     """Even a change that leaves its address and version."""
     inputs = PLAIN.inputs()
