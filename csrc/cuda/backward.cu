@@ -25,7 +25,8 @@ class Backward {
     from_.d_gates = state(plan.gates, 4 * s_.c.T);
     mem_ = state(plan.gates, std::max<int64_t>(s_.c.T - 1, 0));
     from_.parts[0] = arena_.take(plan.weights.x.part_bytes(plan.real));
-    from_.parts[1] = arena_.take(plan.weights.mem.part_bytes(plan.real));
+    if (!plan.weights.side_by_side())
+      from_.parts[1] = arena_.take(plan.weights.mem.part_bytes(plan.real));
     from_.bias_parts = arena_.take(plan.bias_splits * 4 * s_.Cp * bytes_of(plan.real));
   }
 
@@ -40,17 +41,14 @@ class Backward {
       for (int64_t t = c.T - 1; t >= 0; --t) step(t);
     }
     data_gradients();
-    if (a_.grad_weight) {
-      from_.x = tensor(a_.x, plan_.type, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
-      from_.mem = state_tensor(c, a_.mem0, 0, 4);
-      if (c.T > 1) from_.mem_later = as_tensor(image(mem_, s_, plan_.gates));
-      weight_gradient(plan_, from_, a_.grad_weight, stream_);
-    }
-    if (a_.grad_bias) bias_gradient(plan_, from_, a_.grad_bias, stream_);
-    if (a_.grad_threshold)
-      launch_reduce_sums({sums_, threshold_blocks(), 1, int(threshold_pitch()), int(c.C),
-                          a_.grad_threshold, plan_.type},
-                         stream_);
+    from_.x = tensor(a_.x, plan_.type, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
+    from_.mem = state_tensor(c, a_.mem0, 0, 4);
+    if (c.T > 1) from_.mem_later = as_tensor(image(mem_, s_, plan_.gates));
+    AddGradients add;
+    weight_gradient(plan_, from_, a_.grad_weight, a_.grad_bias, add, stream_);
+    add.sums[1] = {sums_,    threshold_blocks(), 1,         int(threshold_pitch()),
+                   int(c.C), a_.grad_threshold,  plan_.type};
+    launch_add_gradients(add, plan_.real, stream_);
   }
 
  private:
@@ -116,12 +114,13 @@ class Backward {
       p.tiling = plan.tiling;
       p.d_gates = plan_.packed.to_mem.with_weight(s, a_.weight);
       p.neuron = n;
-      return with_real(plan_.type, [&](auto real) {
+      return with_tile<16>(plan_.type, plan.columns, [&](auto real, auto tile) {
         using R = decltype(real);
+        using T = decltype(tile);
         const bool gathers = n.fire.pool != Pool::none && n.spreads;
         const Launch how{"backward step (fma)", plan.tiling.blocks(), fma::kThreads,
-                         fma::StepShared<R>::bytes(gathers), stream_};
-        launch(how, &backward_fma<R>, p);
+                         fma::StepShared<R, T>::bytes(gathers), stream_};
+        launch(how, &backward_fma<R, T>, p);
       });
     }
     BackwardMma p;
@@ -147,6 +146,7 @@ class Backward {
     Jobs<DataGradientMma> mma;
     Multiply multiply = Multiply::fma;
     int bytes = 0;
+    size_t fma_bytes = 0;
     const auto add = [&](int k, const DataPlan& plan, const PackedPart& part, const Tensor& out,
                          int64_t height, int64_t width) {
       if (!out.present()) return;
@@ -164,6 +164,11 @@ class Backward {
       } else {
         fill(fma.job[k]);
         fma.job[k].d_gates = part.with_weight(s, a_.weight);
+        fma.job[k].columns = plan.columns;
+        with_tile<16>(plan_.type, plan.columns, [&](auto real, auto tile) {
+          const size_t of_tile = sizeof(fma::GemmShared<decltype(real), decltype(tile)>);
+          fma_bytes = std::max(fma_bytes, of_tile);
+        });
       }
     };
     const Tensor x = tensor(a_.grad_x, plan_.type, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
@@ -173,8 +178,7 @@ class Backward {
     const auto blocks = [](const auto& jobs) { return jobs.job[0].blocks + jobs.job[1].blocks; };
     with_real(plan_.type, [&](auto real) {
       using R = decltype(real);
-      const Launch how{"data gradient (fma)", blocks(fma), fma::kThreads,
-                       sizeof(fma::GemmShared<R>), stream_};
+      const Launch how{"data gradient (fma)", blocks(fma), fma::kThreads, fma_bytes, stream_};
       launch(how, &data_gradient_fma<R>, fma);
     });
     static_assert(sizeof(mma) <= 4096, "a kernel's arguments take no more");

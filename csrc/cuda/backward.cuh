@@ -110,8 +110,9 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
       for (int pair = 0; pair < NT / 2; ++pair)
 #pragma unroll 1
         for (int mi = sums.first_mi; mi <= sums.last_mi; ++mi)
-          tile.patch(sums.pixel(mi), sums.channel(pair), gather, sums.patch(pair, mi), sums.stride,
-                     mem_tile, row_sums + sums.row() * channels, 4, mi == sums.first_mi);
+          tile.patch(sums.pixel(mi), sums.channel(pair), gather,
+                     FromShared<float>{sums.patch(pair, mi), sums.stride}, mem_tile,
+                     row_sums + sums.row() * channels, 4, mi == sums.first_mi);
     });
     __syncthreads();
     tile.write_sums(row_sums, p.conv.k_groups * sums.rows_of_group());
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
 
 // ---- without tensor cores -----------------------------------------------------------------------
 //
-// See fma.cuh for the tile. A thread's 4 columns are 4 neighbouring channels; a block covers 64.
+// See fma.cuh for the tile. A thread's 4 columns are 4 neighbouring channels.
 
 struct BackwardFma {
   Tiling tiling;
@@ -165,65 +166,82 @@ struct BackwardFma {
 
 struct DataGradientFma : DataGradient {
   Segment d_gates;
+  int columns = 0;  // of the job's tiles
 };
 
 namespace fma {
-template <class R>
+template <class R, class T>
 struct StepShared {
-  GemmShared<R> gemm;
-  R row_sums[kColumns];
-  R mem[kColumns * kMemPitch];  // left out if no window needs it
+  R row_sums[T::kPixels / 64 * T::kColumns];  // of each row of warps
+  GemmShared<R, T> gemm;
+
+  // The mem tile takes the place of A and of what comes behind. Four channels lie on other banks.
+  static constexpr int kMemPitch = T::kPixels + 4;
   static constexpr size_t bytes(bool with_mem) {
-    return with_mem ? sizeof(StepShared) : sizeof(StepShared) - sizeof(mem);
+    constexpr size_t before = sizeof(row_sums) + sizeof(gemm.vectors);
+    constexpr size_t pooled = before + sizeof(R) * T::kColumns * kMemPitch;
+    return with_mem && pooled > sizeof(StepShared) ? pooled : sizeof(StepShared);
   }
 };
-static_assert(sizeof(GemmShared<float>::a) + sizeof(GemmShared<float>::b) >=
-                  32 * kThreads * sizeof(float),
-              "the accumulators take the place of A and B");
 }  // namespace fma
 
-template <class R>
-__global__ void __launch_bounds__(fma::kThreads)
+template <class R, class T>
+__global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
     backward_fma(const __grid_constant__ BackwardFma p) {
+  using Shared = fma::StepShared<R, T>;
   auto* bytes = &shared_memory<unsigned char>();
-  auto& shared = *reinterpret_cast<fma::StepShared<R>*>(bytes);
+  auto& shared = *reinterpret_cast<Shared*>(bytes);
   const BlockPlace block = block_of(p.tiling, blockIdx.x);
-  const int c0 = block.column * fma::kColumns;
-  const BackwardTile<R> tile(p.neuron, p.tiling, block, c0, fma::kColumns, shared.gemm.vectors);
+  const int c0 = block.column * T::kColumns;
+  const BackwardTile<R> tile(p.neuron, p.tiling, block, c0, T::kColumns, shared.gemm.vectors);
   tile.load_vectors();
-  fma::Gemm<R> gemm(shared.gemm, p.tiling, block);
+  fma::Gemm<R, T> gemm(shared.gemm, p.tiling, block);
   R acc[4][2][4] = {};
   gemm.add(p.d_gates, acc);
   __syncthreads();
 
-  R* parked = &shared.gemm.a[0][0][0] + 4 * threadIdx.x;
-  constexpr int stride = 4 * fma::kThreads;
-  unrolled<8>([&](int i) { store_vector(parked + i * stride, acc[i / 2][i % 2]); });
-  const MemTile<R> mem_tile{shared.mem, fma::kMemPitch};
+  const MemTile<R> mem_tile{&shared.gemm.a[0][0][0], Shared::kMemPitch};
+  R* row_sums = shared.row_sums + T::pixel(0) / 64 * T::kColumns;
   tile.in_phases(mem_tile, [&](bool gather) {
 #pragma unroll 1
-    for (int i = 0; i < 4; ++i)
-      tile.patch(fma::pixel(i), fma::column(), gather, parked + 2 * i * stride, stride, mem_tile,
-                 shared.row_sums, 1, i == 0);
+    for (int i = 0; i < 4; ++i) {  // not unrolled: the accumulators move instead
+      const auto recurrent = [&](R(&d_mem)[2][4]) {
+        unrolled<2, 4>([&](int px, int ch) { d_mem[px][ch] = acc[0][px][ch]; });
+      };
+      tile.patch(T::pixel(i), T::column(), gather, recurrent, mem_tile, row_sums, 1, i == 0);
+      if (!gather)
+        unrolled<3, 8>([&](int k, int j) { acc[k][j / 4][j % 4] = acc[k + 1][j / 4][j % 4]; });
+    }
   });
   __syncthreads();
-  tile.write_sums(shared.row_sums, 1);
+  tile.write_sums(shared.row_sums, T::kPixels / 64);
+}
+
+template <class R, class T>
+SNNLSTM_DEVICE void data_gradient_fma_of(const DataGradientFma& job, unsigned index) {
+  const BlockPlace block = block_of(job.tiling, index);
+  fma::Gemm<R, T> gemm(shared_memory<fma::GemmShared<R, T>>(), job.tiling, block);
+  R acc[4][2][4] = {};
+  gemm.add(job.d_gates, acc);
+  unrolled<4>([&](int i) {
+    const PixelPair at = pixel_pair(job.tiling, block, T::pixel(i), job.height, job.width);
+    store_patch(job.out, at, block.column * T::kColumns + T::column(), acc[i]);
+  });
 }
 
 template <class R>
 __global__ void __launch_bounds__(fma::kThreads)
     data_gradient_fma(const __grid_constant__ Jobs<DataGradientFma> p) {
-  auto& shared = shared_memory<fma::GemmShared<R>>();
   unsigned index = blockIdx.x;
   const DataGradientFma& job = job_of(p.job, unsigned(p.job[0].blocks), index);
-  const BlockPlace block = block_of(job.tiling, index);
-  fma::Gemm<R> gemm(shared, job.tiling, block);
-  R acc[4][2][4] = {};
-  gemm.add(job.d_gates, acc);
-  unrolled<4>([&](int i) {
-    const PixelPair at = pixel_pair(job.tiling, block, fma::pixel(i), job.height, job.width);
-    store_patch(job.out, at, block.column * fma::kColumns + fma::column(), acc[i]);
-  });
+  if (sizeof(R) == 8 || job.columns == 64)
+    return data_gradient_fma_of<R, fma::Tile<64>>(job, index);
+  if constexpr (sizeof(R) == 4) {
+    if (job.columns == 32)
+      data_gradient_fma_of<R, fma::Tile<32>>(job, index);
+    else
+      data_gradient_fma_of<R, fma::Tile<16>>(job, index);
+  }
 }
 
 }  // namespace snnlstm::cuda

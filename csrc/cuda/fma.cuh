@@ -1,13 +1,16 @@
-// Implicit GEMM without tensor cores: for float64, for GPUs before sm_80, for exact float32, and
-// for every shape whose neighbourhood the tensor core kernels cannot keep in shared memory.
+// Implicit GEMM without tensor cores: for float64, for float32 and bfloat16 on sm_75, for exact
+// float32, and for every shape whose neighbourhood the tensor core kernels cannot keep in shared
+// memory.
 //
-// A block computes 64 pixels x 64 columns; a column is an output channel, or one gate of it. K
-// comes in chunks of 16: a chunk of A is gathered from the images, a chunk of B copied from the
-// packed weights, and both are double buffered. Thread tid of 128 holds 8 pixels x 4 columns:
-//   pixels  16 i + 2 (tid % 8) + {0, 1}, i < 4      columns  4 (tid / 8) ...
+// A block of 128 threads computes 64 pixels x 64 columns, or for few columns 128 x 32 or 256 x 16;
+// a column is an output channel, or one gate of it. K comes in chunks: a chunk of A is gathered
+// from the images, a chunk of B comes from the packed weights. Both are loaded into registers while
+// the chunk before is multiplied, and both are double buffered. A warp has 64 pixels x 16 columns,
+// a thread 8 x 4:
+//   pixels  16 i + 2 (lane % 8) + {0, 1}, i < 4      columns  4 (lane / 8) ...
 //
-// The packed weights of a segment are (column blocks, K, 64) in the compute type. K = taps x
-// channels, channels fastest, filled up with zeros to a multiple of 16.
+// The packed weights of a segment are (column blocks, K, columns of a block) in the compute type.
+// K = taps x channels, channels fastest, filled up with zeros to a multiple of 16.
 #pragma once
 
 #include "tile.cuh"
@@ -16,60 +19,90 @@ namespace snnlstm::cuda {
 
 namespace fma {
 
-constexpr int kPixels = 64, kColumns = 64, kDepth = 16, kThreads = 128;
-constexpr int kLoads = kDepth * kPixels / kThreads;  // elements of A in a thread's chunk
-// The pitch of the mem tile. A half warp stores pixel pairs of two channels, to different banks.
-constexpr int kMemPitch = kPixels + 16;
-
+constexpr int kThreads = 128, kDepthUnit = 16;
+// Blocks of float32 that a multiprocessor holds: on sm_75 its shared memory bounds them to 3.
 template <class R>
+constexpr int kBlocks = sizeof(R) == 4 ? 3 : 1;
+
+// The tile of a block of so many columns: 16, 32 or 64.
+template <int Columns>
+struct Tile {
+  static constexpr int kColumns = Columns, kPixels = 4096 / Columns;
+  static constexpr int kDepth = Columns == 16 ? 8 : 16;  // of a chunk
+  // The pitch of the mem tile. A half warp stores pixel pairs of two channels, to different banks.
+  static constexpr int kMemPitch = kPixels + 16;
+
+  // The thread's first pixel of a pair, and its first column.
+  SNNLSTM_DEVICE static int pixel(int pair) {
+    return warp() / (Columns / 16) * 64 + 16 * pair + 2 * (int(threadIdx.x) % 8);
+  }
+  SNNLSTM_DEVICE static int column() {
+    return warp() % (Columns / 16) * 16 + 4 * (int(threadIdx.x) % 32 / 8);
+  }
+
+ private:
+  SNNLSTM_DEVICE static int warp() { return int(threadIdx.x) / 32; }
+};
+
+// The instructions of a thread for 512 multiply-adds, counted in machine code for sm_75: the fewer
+// the columns, the more elements of A are gathered for each of them.
+struct TileCost {
+  int columns;
+  double time;
+};
+constexpr TileCost kTiles[] = {{64, 730}, {32, 817}, {16, 954}};
+// The time of so many columns, over that of 64.
+inline double time_of(int columns) {
+  for (const TileCost& tile : kTiles)
+    if (tile.columns == columns) return tile.time / kTiles[0].time;
+  return 1;
+}
+
+template <class R, class T>
 struct GemmShared {
-  R a[2][kDepth][kPixels];
-  R b[2][kDepth][kColumns];
-  int4 where[2][kDepth];    // of each row of A: channel (negative: none), row and column of its tap
-  R vectors[5 * kColumns];  // for the epilogue
+  R vectors[5 * T::kColumns / 4];  // for the epilogue: 5 for a channel, or 1 for a column
+  R a[2][T::kDepth][T::kPixels];
+  R b[2][T::kDepth][T::kColumns];
+  int4 where[2][T::kDepth];  // see Gemm::locate()
 };
 
 SNNLSTM_BOTH int64_t depth(const Segment& s) {
   const int64_t k = int64_t(s.taps()) * s.channels;
-  return (k + kDepth - 1) / kDepth * kDepth;
+  return (k + kDepthUnit - 1) / kDepthUnit * kDepthUnit;
 }
 
-// The thread's first pixel of a pair, and its first column.
-SNNLSTM_DEVICE int pixel(int pair) { return 16 * pair + 2 * (int(threadIdx.x) % 8); }
-SNNLSTM_DEVICE int column() { return 4 * (int(threadIdx.x) / 8); }
-
 // acc[pair][pixel][column] += a * b for one chunk of K.
-template <class R>
-SNNLSTM_DEVICE void multiply(const R (&a)[kDepth][kPixels], const R (&b)[kDepth][kColumns],
-                             R (&acc)[4][2][4]) {
+template <class T, class R>
+SNNLSTM_DEVICE void multiply(const R (&a)[T::kDepth][T::kPixels],
+                             const R (&b)[T::kDepth][T::kColumns], R (&acc)[4][2][4]) {
 #pragma unroll 4
-  for (int k = 0; k < kDepth; ++k) {
+  for (int k = 0; k < T::kDepth; ++k) {
     R left[4][2], right[4];
-    load_vector(&b[k][column()], right);
-    unrolled<4>([&](int i) { load_vector(&a[k][pixel(i)], left[i]); });
+    load_vector(&b[k][T::column()], right);
+    unrolled<4>([&](int i) { load_vector(&a[k][T::pixel(i)], left[i]); });
     unrolled<4, 2>([&](int i, int px) {
       unrolled<4>([&](int c) { acc[i][px][c] += left[i][px] * right[c]; });
     });
   }
 }
 
-template <class R>
+template <class R, class T>
 class Gemm {
  public:
-  static constexpr int kVector = 16 / sizeof(R);  // elements in a 16-byte copy
-
-  SNNLSTM_DEVICE Gemm(GemmShared<R>& shared, const Tiling& tiling, const BlockPlace& block)
+  SNNLSTM_DEVICE Gemm(GemmShared<R, T>& shared, const Tiling& tiling, const BlockPlace& block)
       : shared_(shared), block_(block), tid_(int(threadIdx.x)) {
-    unsigned row = unsigned(tid_ % kPixels);
-    col_ = block.x0 + int(tiling.by_w.split(row));
-    row_ = block.y0 + int(row);
-    inside_ = int(row) < tiling.h;
+    unrolled<kPixels>([&](int j) {
+      unsigned row = unsigned(tid_ % (T::kPixels / kPixels) + j * kThreads);
+      col_[j] = block.x0 + int(tiling.by_w.split(row));
+      row_[j] = int(row) < tiling.h ? block.y0 + int(row) : kNowhere;
+    });
   }
 
   // acc[pair][pixel][column] += segment * its weights.
   SNNLSTM_DEVICE void add(const Segment& s, R (&acc)[4][2][4]) {
-    const int chunks = int(depth(s) / kDepth);
+    const int chunks = int(depth(s)) / T::kDepth;
     if (chunks == 0) return;
+    const bool up = s.up_h.value > 1 || s.up_w.value > 1;
     const R* weight = reinterpret_cast<const R*>(static_cast<const char*>(s.weight) +
                                                  block_.column * s.weight_pitch);
     tap_ = 0, channel_ = tid_;  // for locate()
@@ -78,15 +111,14 @@ class Gemm {
     locate(s, 1);
     for (int chunk = -1; chunk < chunks; ++chunk) {
       const int buffer = chunk & 1;
-      if (!fault(Fault::missing_wait)) cp_async_wait<0>();
       if (!fault(Fault::missing_barrier_read)) __syncthreads();
       const bool more = chunk + 1 < chunks;
       if (more) {
-        copy_weights(weight + int64_t(chunk + 1) * kDepth * kColumns, buffer ^ 1);
-        fetch(s, buffer ^ 1);
+        fetch_weights(weight + int64_t(chunk + 1) * T::kDepth * T::kColumns);
+        up ? fetch<true>(s, buffer ^ 1) : fetch<false>(s, buffer ^ 1);
       }
       if (chunk >= 0) {
-        multiply(shared_.a[buffer], shared_.b[buffer], acc);
+        multiply<T>(shared_.a[buffer], shared_.b[buffer], acc);
         locate(s, buffer);
       }
       if (more) put(fault(Fault::missing_barrier_overwrite) ? buffer : buffer ^ 1);
@@ -94,58 +126,109 @@ class Gemm {
   }
 
  private:
-  // Writes `where` for the rows of the chunk after the next.
+  static constexpr int kVector = 16 / sizeof(R);                            // elements in 16 bytes
+  static constexpr int kVectors = T::kDepth * T::kColumns / kVector;        // of a chunk of B
+  static constexpr int kOwnVectors = (kVectors + kThreads - 1) / kThreads;  // of a thread
+  static constexpr int kPixels = T::kPixels > kThreads ? T::kPixels / kThreads : 1;
+  static constexpr int kRowStep = T::kPixels < kThreads ? kThreads / T::kPixels : 1;
+  static constexpr int kRows = T::kDepth / kRowStep;  // of a chunk of A that a thread gathers
+  // A row and a column that lie in no image, wherever the other summand lies.
+  static constexpr int kNowhere = -(1 << 30);
+
+  // Writes `where` for the rows of the chunk after the next: row and column of the row's tap, the
+  // offset of its channel, and of all three.
   SNNLSTM_DEVICE void locate(const Segment& s, int buffer) {
-    if (tid_ >= kDepth) return;
+    if (tid_ >= T::kDepth) return;
     while (channel_ >= s.channels && tap_ < s.taps()) channel_ -= s.channels, ++tap_;
-    const bool real = tap_ < s.taps();
     const int shift = fault(Fault::wrong_halo) ? 1 : 0;
+    const int y = tap_ / s.taps_w * s.dilation_h - s.pad_h;
+    const int x = tap_ % s.taps_w * s.dilation_w - s.pad_w + shift;
+    const int4 nowhere = make_int4(kNowhere, kNowhere, 0, 0);
+    const unsigned c = unsigned(channel_) * unsigned(s.src.c);
     store(&shared_.where[buffer][tid_],
-          make_int4(real ? channel_ : -1, tap_ / s.taps_w * s.dilation_h - s.pad_h,
-                    tap_ % s.taps_w * s.dilation_w - s.pad_w + shift, 0));
-    channel_ += kDepth;
+          tap_ < s.taps() ? make_int4(y, x, int(c), int(c + place(s.src, y, x))) : nowhere);
+    channel_ += T::kDepth;
   }
 
-  // Loads the next chunk of A from global memory into registers.
+  // The offset of row y and column x; without a meaning if these lie outside of the image.
+  SNNLSTM_DEVICE static unsigned place(const Tensor& a, int y, int x) {
+    return unsigned(y) * unsigned(a.h) + unsigned(x) * unsigned(a.w);
+  }
+
+  // Loads the next chunk of A from global memory into registers. Up: the convolution is the
+  // transpose of one with stride.
+  template <bool Up>
   SNNLSTM_DEVICE void fetch(const Segment& s, int buffer) {
-    const void* image = image_of(s.src, block_.t, block_.n);
-    const bool up = s.up_h.value > 1 || s.up_w.value > 1;
-    unrolled<kLoads>([&](int k) {
-      const int4 where =
-          load<int4>(&shared_.where[buffer][tid_ / kPixels + k * (kThreads / kPixels)]);
-      int y = row_ * s.step_h + where.y, x = col_ * s.step_w + where.z;
-      bool real = inside_ && where.x >= 0;
-      if (up) {
-        unsigned row = unsigned(y), col = unsigned(x);
-        real = real && y >= 0 && x >= 0 && s.up_h.split(row) == 0 && s.up_w.split(col) == 0;
-        y = int(row), x = int(col);
-      }
-      real = real && inside(y, s.height) && inside(x, s.width);
-      next_[k] = real ? read<R>(image, s.src.type, offset(s.src, where.x, y, x)) : R(0);
+    const Tensor& src = s.src;
+    int top[kPixels], left[kPixels];
+    unsigned from[kPixels];
+    unrolled<kPixels>([&](int j) {
+      top[j] = row_[j] == kNowhere ? kNowhere : row_[j] * s.step_h;
+      left[j] = col_[j] * s.step_w;
+      from[j] = place(src, top[j], left[j]);
+    });
+    with_stored<R>(src.type, [&](auto of) {
+      const auto* image = static_cast<const decltype(of)*>(image_of(src, block_.t, block_.n));
+      unrolled<kRows>([&](int k) {
+        const int4 where = load<int4>(&shared_.where[buffer][tid_ / T::kPixels + k * kRowStep]);
+        unrolled<kPixels>([&](int j) {
+          int y = top[j] + where.x, x = left[j] + where.y;
+          bool real = true;
+          unsigned at = from[j] + unsigned(where.w);
+          if constexpr (Up) {
+            unsigned row = unsigned(y), col = unsigned(x);
+            real = y >= 0 && x >= 0 && s.up_h.split(row) == 0 && s.up_w.split(col) == 0;
+            y = int(row), x = int(col);
+            at = unsigned(where.z) + place(src, y, x);
+          }
+          real = real && inside(y, s.height) && inside(x, s.width);
+          R& v = next_[j][k] = 0;
+          if (!real) return;
+          if constexpr (sizeof(of) == 2)
+            v = to_float(image[int(at)]);
+          else
+            v = image[int(at)];
+        });
+      });
+    });
+  }
+
+  SNNLSTM_DEVICE void fetch_weights(const R* weight) {
+    unrolled<kOwnVectors>([&](int k) {
+      const int i = tid_ + k * kThreads;
+      if (i < kVectors) weights_[k] = load<uint4>(weight + i * kVector);
     });
   }
 
   SNNLSTM_DEVICE void put(int buffer) {
-    unrolled<kLoads>([&](int k) {
-      shared_.a[buffer][tid_ / kPixels + k * (kThreads / kPixels)][tid_ % kPixels] = next_[k];
+    unrolled<kPixels, kRows>([&](int j, int k) {
+      shared_.a[buffer][tid_ / T::kPixels + k * kRowStep]
+               [tid_ % (T::kPixels / kPixels) + j * kThreads] = next_[j][k];
+    });
+    unrolled<kOwnVectors>([&](int k) {
+      const int i = tid_ + k * kThreads;
+      if (i < kVectors) store(&shared_.b[buffer][0][0] + i * kVector, weights_[k]);
     });
   }
 
-  SNNLSTM_DEVICE void copy_weights(const R* weight, int buffer) {
-    R* to = &shared_.b[buffer][0][0];
-    for (int i = tid_; i < kDepth * kColumns / kVector; i += kThreads)
-      cp_async(to + i * kVector, weight + i * kVector);
-    cp_async_commit();
-  }
-
-  GemmShared<R>& shared_;
+  GemmShared<R, T>& shared_;
   const BlockPlace& block_;
-  int tid_, row_, col_;
-  bool inside_;
+  int tid_, row_[kPixels], col_[kPixels];
   int tap_ = 0, channel_ = 0;
-  R next_[kLoads];
+  R next_[kPixels][kRows];
+  uint4 weights_[kOwnVectors];
 };
 
 }  // namespace fma
+
+// Calls f(R{}, fma::Tile<columns>{}), R the compute type of float64 or of other states. Fewest: the
+// fewest columns that there are.
+template <int Fewest, class F>
+void with_tile(DType type, int columns, F&& f) {
+  if (type == DType::float64) return f(double{}, fma::Tile<64>{});
+  if (columns == 64) return f(float{}, fma::Tile<64>{});
+  if (Fewest == 32 || columns == 32) return f(float{}, fma::Tile<32>{});
+  if constexpr (Fewest == 16) f(float{}, fma::Tile<16>{});
+}
 
 }  // namespace snnlstm::cuda

@@ -84,11 +84,12 @@ class Forward {
       p.neuron = n;
       p.x = plan_.packed.x.with_weight(x, a_.weight);
       p.mem = plan_.packed.mem.with_weight(mem, a_.weight);
-      return with_real(plan_.type, [&](auto real) {
+      return with_tile<32>(plan_.type, step.columns, [&](auto real, auto tile) {
         using R = decltype(real);
+        using T = decltype(tile);
         const Launch how{"forward step (fma)", step.tiling.blocks(), fma::kThreads,
-                         sizeof(fma::GemmShared<R>), stream_};
-        launch(how, &forward_fma<R>, p);
+                         sizeof(fma::GemmShared<R, T>), stream_};
+        launch(how, &forward_fma<R, T>, p);
       });
     }
     MmaBuilder builder = step.builder();

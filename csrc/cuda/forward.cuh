@@ -75,19 +75,13 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<Element>)
 // ---- without tensor cores -----------------------------------------------------------------------
 //
 // See fma.cuh for the tile. A thread's 4 columns are the four gates of one channel, so a block
-// covers 16 channels.
+// covers 16 channels, or 8.
 
 struct ForwardFma {
   Tiling tiling;
   Segment x, mem;
   NeuronForward neuron;
 };
-
-namespace fma {
-constexpr int kChannels = kColumns / 4;
-static_assert(kChannels * kMemPitch * sizeof(float) <= sizeof(GemmShared<float>),
-              "the mem tile takes the place of A and B");
-}  // namespace fma
 
 // Moves the gate sums of the first pair of pixels out of the accumulators, and the others up.
 template <class R>
@@ -98,25 +92,29 @@ SNNLSTM_DEVICE void take_pair(R (&acc)[4][2][4], R (&sum)[4][2][1]) {
   });
 }
 
-template <class R>
-__global__ void __launch_bounds__(fma::kThreads) forward_fma(const __grid_constant__ ForwardFma p) {
-  auto& shared = shared_memory<fma::GemmShared<R>>();
+template <class R, class T>
+__global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
+    forward_fma(const __grid_constant__ ForwardFma p) {
+  constexpr int kChannels = T::kColumns / 4;
+  static_assert(kChannels * T::kMemPitch * sizeof(R) <= sizeof(fma::GemmShared<R, T>::a),
+                "the mem tile takes the place of A");
+  auto& shared = shared_memory<fma::GemmShared<R, T>>();
   const BlockPlace block = block_of(p.tiling, blockIdx.x);
-  const ForwardTile<R> tile(p.neuron, p.tiling, block, block.column * fma::kChannels,
-                            fma::kChannels, shared.vectors);
+  const ForwardTile<R> tile(p.neuron, p.tiling, block, block.column * kChannels, kChannels,
+                            shared.vectors);
   tile.load_vectors();
-  fma::Gemm<R> gemm(shared, p.tiling, block);
+  fma::Gemm<R, T> gemm(shared, p.tiling, block);
   R acc[4][2][4] = {};
   gemm.add(p.x, acc);
   gemm.add(p.mem, acc);
   __syncthreads();  // shared memory becomes the mem tile
 
-  const MemTile<R> mem_tile{&shared.a[0][0][0], fma::kMemPitch};
+  const MemTile<R> mem_tile{&shared.a[0][0][0], T::kMemPitch};
 #pragma unroll 1
   for (int i = 0; i < 4; ++i) {  // not unrolled: the accumulators move instead
     R sum[4][2][1];
     take_pair(acc, sum);
-    tile.patch(fma::pixel(i), fma::column() / 4, sum, mem_tile);
+    tile.patch(T::pixel(i), T::column() / 4, sum, mem_tile);
   }
   __syncthreads();
   tile.finish(mem_tile);

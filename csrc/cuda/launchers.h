@@ -1,6 +1,7 @@
 // The launchers, each in the file that is named after its kernels, and what they share.
 #pragma once
 
+#include "add_gradients.cuh"
 #include "fire.cuh"
 #include "images.h"
 #include "step_plans.h"
@@ -29,9 +30,12 @@ struct WeightSources {
   void* parts[2] = {nullptr, nullptr};  // of x's and of mem's half of the weight
   void* bias_parts = nullptr;
 };
-void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* out, void* stream);
-void bias_gradient(const BackwardPass& plan, const WeightSources& of, void* out, void* stream);
-void launch_reduce_sums(const ReduceSums& p, void* stream);
+// Sums in parts what the gradients of weight and bias, those that have an address, consist of. The
+// parts are yet to be added: p is told how.
+void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* weight, void* bias,
+                     AddGradients& p, void* stream);
+// type: of the sums.
+void launch_add_gradients(AddGradients p, DType type, void* stream);
 
 // Runs the whole sequence in one launch.
 void resident_forward(const ForwardPass& plan, const ForwardArgs& args, void* stream);

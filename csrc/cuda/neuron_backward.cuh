@@ -39,6 +39,17 @@ struct BackwardStep {
   bool first = true;                 // grad_syn0, if present, gets what d_syn would
   // The thread's gradients of syn, pixel k at d_syn + k * stride, for d_syn_in and d_syn_out.
   R* d_syn = nullptr;
+  int stride = 0;
+};
+
+// Loads the recurrent gradients of a patch: pixel k has them at `from` + k * stride.
+template <class R>
+struct FromShared {
+  const R* from;
+  int stride;
+  SNNLSTM_DEVICE void operator()(R (&d_mem)[2][4]) const {
+    unrolled<2>([&](int px) { load_vector(from + px * stride, d_mem[px]); });
+  }
 };
 
 struct NothingElse {
@@ -99,14 +110,14 @@ class BackwardTile {
 
   // Runs the step backward for pixels m, m + 1 and 4 of the block's channels, from `first` on.
   // gather: only mem is computed, and written into the tile.
-  // recurrent: the thread's gradients of mem, pixel k at recurrent + k * stride; null: 0.
-  // row_sums, (channels,) in shared memory for each row of warps, gets the threshold's gradient,
-  // summed over the lanes that differ in the three bits from `bit` on; set: it does not add to what
-  // is there. keep(pixels, channel, d_gates) is called, too.
-  template <class Keep = NothingElse>
-  SNNLSTM_DEVICE void patch(int m, int first, bool gather, const R* recurrent, int stride,
-                            MemTile<R> tile, R* row_sums, int bit, bool set,
-                            const BackwardStep<R>& step = {}, Keep&& keep = {}) const {
+  // recurrent(d_mem) writes the thread's gradients of mem, d_mem[pixel][channel], which are 0
+  // before. row_sums, (channels,) in shared memory for each row of warps, gets the threshold's
+  // gradient, summed over the lanes that differ in the three bits from `bit` on; set: it does not
+  // add to what is there. keep(pixels, channel, d_gates) is called, too.
+  template <class Recurrent, class Keep = NothingElse>
+  SNNLSTM_DEVICE void patch(int m, int first, bool gather, Recurrent&& recurrent, MemTile<R> tile,
+                            R* row_sums, int bit, bool set, const BackwardStep<R>& step = {},
+                            Keep&& keep = {}) const {
     const PixelPair at = pixel_pair(tiling_, block_, m, p_.Ho, p_.Wo);
     const int c0 = c0_ + first;
     R gate[4][2][4];
@@ -129,11 +140,10 @@ class BackwardTile {
     if (step.own_mem && p_.own_mem.present()) store_patch(p_.own_mem, at, c0, mem);
     R d_syn[2][4] = {}, d_mem[2][4] = {}, spike[2][4] = {};
     if (step.d_syn != nullptr)
-      unrolled<2>([&](int px) { load_vector(step.d_syn + px * stride, d_syn[px]); });
+      unrolled<2>([&](int px) { load_vector(step.d_syn + px * step.stride, d_syn[px]); });
     else if (p_.d_syn_in.present())
       load_patch(p_.d_syn_in, at, c0, d_syn);
-    if (recurrent != nullptr)
-      unrolled<2>([&](int px) { load_vector(recurrent + px * stride, d_mem[px]); });
+    recurrent(d_mem);
     if (step.states) add_patch(p_.grad_mem, at, c0, d_mem), add_patch(p_.grad_syn, at, c0, d_syn);
     if (!p_.fire.spiking) add_patch(p_.fire.spk, at, c0, d_mem);
     const bool direct = spikes() && p_.fire.pool == Pool::none;
@@ -191,7 +201,7 @@ class BackwardTile {
     if (step.first && p_.grad_syn0.present())
       store_patch(p_.grad_syn0, at, c0, d_syn);
     else if (step.d_syn != nullptr)
-      unrolled<2>([&](int px) { store_vector(step.d_syn + px * stride, d_syn[px]); });
+      unrolled<2>([&](int px) { store_vector(step.d_syn + px * step.stride, d_syn[px]); });
     else if (p_.d_syn_out.present())
       store_patch(p_.d_syn_out, at, c0, d_syn);
     if (p_.sums == nullptr) return;

@@ -12,17 +12,14 @@ WeightMap map_of(const Cell& c, const void* weight, Use use) {
   return {weight, c.dtype, int(c.C), int(s.Cp), int(c.Cin), int(s.taps), use};
 }
 
-void pack_on_fma(const Cell& c, const PackedPart& part, const void* weight, void* packed,
-                 void* stream) {
-  const WeightMap map = map_of(c, weight, part.use);
-  with_real(c.dtype, [&](auto real) {
-    using R = decltype(real);
-    const int64_t depth = part.pitch / int64_t(fma::kColumns * sizeof(R));
-    const Launch how{"pack weight (fma)", part.blocks * (depth / fma::kDepth), fma::kThreads, 0,
-                     stream};
-    launch(how, &pack_fma<R>, map, static_cast<R*>(packed) + part.start / int64_t(sizeof(R)), depth,
-           map.depth_channels());
-  });
+FmaPacking fma_packing_of(const Cell& c, const PackedPart& part, const void* weight, void* packed) {
+  FmaPacking p;
+  p.map = map_of(c, weight, part.use);
+  p.packed = static_cast<char*>(packed) + part.start;
+  p.columns = part.columns;
+  p.chunks = int(part.pitch / (fma::kDepthUnit * part.columns * bytes_of(real_of(c.dtype))));
+  p.blocks = int(part.blocks) * p.chunks;
+  return p;
 }
 
 MmaPacking packing_of(const Cell& c, const PackedPart& part, const void* weight, void* packed) {
@@ -39,13 +36,19 @@ MmaPacking packing_of(const Cell& c, const PackedPart& part, const void* weight,
 void pack_weight(const Cell& cell, const PackedPart (&parts)[2], const void* weight, void* packed,
                  void* stream) {
   Jobs<MmaPacking> jobs;
-  int count = 0;
+  Jobs<FmaPacking> on_fma;
+  int count = 0, fma_count = 0;
   for (const PackedPart& part : parts) {
     if (part.mma())
       jobs.job[count++] = packing_of(cell, part, weight, packed);
     else
-      pack_on_fma(cell, part, weight, packed, stream);
+      on_fma.job[fma_count++] = fma_packing_of(cell, part, weight, packed);
   }
+  with_real(cell.dtype, [&](auto real) {
+    const Launch how{"pack weight (fma)", on_fma.job[0].blocks + on_fma.job[1].blocks,
+                     fma::kThreads, 0, stream};
+    launch(how, &pack_fma<decltype(real)>, on_fma);
+  });
   if (count == 0) return;
   int64_t blocks = 0;
   for (int k = 0; k < count; ++k)

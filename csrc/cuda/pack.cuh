@@ -54,16 +54,29 @@ SNNLSTM_DEVICE R weight_at(const WeightMap& map, int gate, int c, int input, int
   return read<R>(map.weight, map.type, (row * (map.Cin + map.C) + in) * map.taps + tap);
 }
 
-// packed: (column blocks, K, 64), see fma.cuh. A block packs 64 columns of a chunk of K.
+// One segment, for the kernel that packs it as (column blocks, K, columns of a block): fma.cuh.
+struct FmaPacking {
+  WeightMap map;
+  void* packed = nullptr;
+  int chunks = 0;   // of 16 rows of K
+  int columns = 0;  // of a block
+  int blocks = 0;   // of the launch
+};
+
+// A block packs a chunk.
 template <class R>
 __global__ void __launch_bounds__(fma::kThreads)
-    pack_fma(const WeightMap map, R* packed, int64_t depth, int channels) {
-  const int64_t chunks = depth / fma::kDepth, chunk = blockIdx.x % chunks;
-  const int columns = int(blockIdx.x / chunks) * fma::kColumns;
-  R* out = packed + int64_t(blockIdx.x) * fma::kDepth * fma::kColumns;
-  for (int i = int(threadIdx.x); i < fma::kDepth * fma::kColumns; i += fma::kThreads) {
-    const int64_t k = chunk * fma::kDepth + i / fma::kColumns;
-    const int column = columns + i % fma::kColumns;
+    pack_fma(const __grid_constant__ Jobs<FmaPacking> p) {
+  int index = int(blockIdx.x);
+  const FmaPacking& job = job_of(p.job, p.job[0].blocks, index);
+  const WeightMap& map = job.map;
+  const int columns = job.columns, channels = map.depth_channels();
+  const int64_t chunk = index % job.chunks;
+  const int first = index / job.chunks * columns;
+  R* out = static_cast<R*>(job.packed) + int64_t(index) * fma::kDepthUnit * columns;
+  for (int i = int(threadIdx.x); i < fma::kDepthUnit * columns; i += fma::kThreads) {
+    const int64_t k = chunk * fma::kDepthUnit + i / columns;
+    const int column = first + i % columns;
     const int tap = int(k / channels), channel = int(k % channels);
     out[i] = map.forward() ? weight_at<R>(map, column % 4, column / 4, channel, tap)
              : tap < map.taps
@@ -80,6 +93,7 @@ struct PackedPart {
   int64_t start = 0;   // bytes from the packed weight's start to the first block
   int64_t pitch = 0;   // bytes from one block to the next
   int64_t blocks = 0;  // of columns
+  int columns = 0;     // fma: of a block
   // mma
   MmaDepth depth;
   int unit_bytes = 0;

@@ -6,11 +6,13 @@
 
 namespace snnlstm::cuda {
 
-inline PackedPart packed_fma(const Cell& c, const Segment& segment, Use use, int64_t columns) {
+// columns: of all blocks.
+inline PackedPart packed_fma(const Cell& c, const StepPlan& plan, const Segment& segment, Use use,
+                             int64_t columns) {
   PackedPart part;
-  part.use = use;
-  part.pitch = fma::depth(segment) * fma::kColumns * std::max(bytes_of(c.dtype), 4);
-  part.blocks = ceil_div(columns, fma::kColumns);
+  part.use = use, part.columns = plan.columns;
+  part.pitch = fma::depth(segment) * part.columns * std::max(bytes_of(c.dtype), 4);
+  part.blocks = ceil_div(columns, part.columns);
   return part;
 }
 
@@ -31,8 +33,8 @@ struct PackedForward {
   // On tensor cores a block has the units of x, then those of mem.
   PackedForward(const Cell& c, const ForwardPlan& plan) {
     if (!plan.mma()) {
-      x = packed_fma(c, x_segment(c), Use::x_to_gates, 4 * c.C);
-      mem = packed_fma(c, mem_segment(c), Use::mem_to_gates, 4 * c.C);
+      x = packed_fma(c, plan, x_segment(c), Use::x_to_gates, 4 * c.C);
+      mem = packed_fma(c, plan, mem_segment(c), Use::mem_to_gates, 4 * c.C);
       mem.start = x.bytes();
       return;
     }
@@ -48,7 +50,7 @@ struct PackedForward {
 inline PackedPart packed_transposed(const Cell& c, const DataPlan& plan, Use use) {
   const bool of_x = use == Use::gates_to_x;
   const int64_t columns = of_x ? c.Cin : c.C;
-  if (!plan.mma()) return packed_fma(c, gates_segment(c, of_x), use, columns);
+  if (!plan.mma()) return packed_fma(c, plan, gates_segment(c, of_x), use, columns);
   const MmaDepth depth(MmaType(plan.multiply), gates_segment(c, of_x));
   return packed_mma(plan, depth, use, ceil_div(columns, plan.channels()));
 }

@@ -81,9 +81,10 @@ void PointwisePass::run(const BackwardArgs& args, void* stream) const {
     launch(how, &pointwise_backward<R>, p);
   });
   if (!args.grad_threshold) return;
-  launch_reduce_sums(
-      {space.sums, tiling.tiles(), 1, int(space.pitch), int(c.C), args.grad_threshold, type},
-      stream);
+  AddGradients add;
+  add.sums[1] = {space.sums, tiling.tiles(),      1,   int(space.pitch),
+                 int(c.C),   args.grad_threshold, type};
+  launch_add_gradients(add, real, stream);
 }
 
 }  // namespace snnlstm::cuda

@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks<R>)
   __syncthreads();
   R* row_sums = shared.sums + int(threadIdx.x) / 32 * pointwise::kChannels;
   tile.in_phases(mem_tile, [&](bool gather) {
-    tile.patch(pointwise::pixel(), pointwise::channel(), gather, static_cast<const R*>(nullptr), 0,
-               mem_tile, row_sums, 4, true);
+    tile.patch(pointwise::pixel(), pointwise::channel(), gather, NothingElse(), mem_tile, row_sums,
+               4, true);
   });
   __syncthreads();
   tile.write_sums(shared.sums, pointwise::kThreads / 32);

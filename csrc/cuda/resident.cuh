@@ -80,6 +80,7 @@ struct ResidentArgs {
   Multiply multiply = Multiply::fma;
   const void* weight = nullptr;          // packed
   int weight_bytes = 0, unit_bytes = 0;  // mma: bytes of the weight; of a unit of the walk
+  int weight_columns = 0;                // fma: of a block of the weight
   SmallDivisor by_groups;                // units of the same pixels
   int units = 0;                         // what warps compute at once, in the whole convolution
   int channels = 0;                      // of the tile
@@ -131,11 +132,12 @@ SNNLSTM_DEVICE void copy_to_shared(unsigned char* to, const void* from, int byte
 }
 
 // Brings one time step of x to shared memory. A thread has kAtOnce elements under way, which arrive
-// between two turns.
+// between two turns. In parts the products need all registers but those of two, and take
+// three times as long.
 template <class Element, class R>
 class ResidentInput {
  public:
-  static constexpr int kAtOnce = 8;
+  static constexpr int kAtOnce = std::is_same_v<Element, mma_gemm::Parts> ? 2 : 8;
 
   SNNLSTM_DEVICE ResidentInput(const Segment& s, const SharedImage& image, DType type,
                                const Divisor& by_first, const Divisor& by_second, int n)
@@ -301,16 +303,17 @@ struct ResidentWalk {
 
 // ---- products without ---------------------------------------------------------------------------
 
-// Begins to copy packed weights (column blocks, rows, 64), see fma.cuh, to (depth, columns) in
-// shared memory; the caller waits. columns: a multiple of 4.
+// Begins to copy packed weights (column blocks, rows, columns of a block), see fma.cuh, to (depth,
+// columns) in shared memory; the caller waits. columns, of_block: multiples of 4.
 template <class R>
-SNNLSTM_DEVICE void copy_rows(R* to, const R* from, int depth, int rows, int columns) {
+SNNLSTM_DEVICE void copy_rows(R* to, const R* from, int depth, int rows, int columns,
+                              int of_block) {
   constexpr int kVector = 16 / sizeof(R);
   const int vectors = columns / kVector;
   for (int i = int(threadIdx.x); i < depth * vectors; i += int(blockDim.x)) {
     const int k = i / vectors, column = i % vectors * kVector;
     cp_async(to + i * kVector,
-             from + (column / fma::kColumns * rows + k) * fma::kColumns + column % fma::kColumns);
+             from + (column / of_block * rows + k) * of_block + column % of_block);
   }
 }
 

@@ -30,7 +30,7 @@ void resident_backward(const BackwardPass& pass, const BackwardArgs& args,
   const Launch how{mma ? "backward sequence (mma)" : "backward sequence (fma)", c.N, plan.threads(),
                    size_t(plan.at.bytes), stream};
   if (!mma) {
-    p.weight_rows = int(fma::depth(p.segment));
+    p.weight_rows = int(fma::depth(p.segment)), p.weight_columns = pass.to_mem.columns;
     return with_real(c.dtype,
                      [&](auto real) { launch(how, &resident_backward_fma<decltype(real)>, p); });
   }

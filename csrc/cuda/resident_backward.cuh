@@ -97,10 +97,10 @@ class ResidentBackwardBlock {
       tile_.in_phases(mem_tile, [&](bool gather) {
         for_each_patch([&](int m, int first) {
           const int slot = slot_of(p_, m, first);
-          step.d_syn = array(p_.at.d_syn) + slot;
+          step.d_syn = array(p_.at.d_syn) + slot, step.stride = kSlotStride;
           tile_.patch(
-              m, first, gather, array(p_.at.d_mem) + slot, kSlotStride, mem_tile, own_sums,
-              1 << p_.quad_bits, false, step,
+              m, first, gather, FromShared<R>{array(p_.at.d_mem) + slot, kSlotStride}, mem_tile,
+              own_sums, 1 << p_.quad_bits, false, step,
               [&](const PixelPair& at, int c0, const R(&gate)[4][2][4]) { keep(at, c0, gate); });
         });
       });
@@ -235,7 +235,7 @@ class ResidentBackwardFma {
 
   SNNLSTM_DEVICE void copy_weights() const {
     copy_rows(reinterpret_cast<R*>(shared_ + p_.at.weights), static_cast<const R*>(p_.weight),
-              depth(), p_.weight_rows, columns());
+              depth(), p_.weight_rows, columns(), p_.weight_columns);
   }
   SNNLSTM_DEVICE void fill_table() const {
     fill_taps(reinterpret_cast<int*>(shared_ + p_.at.table), depth(), p_.segment,

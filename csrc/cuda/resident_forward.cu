@@ -29,6 +29,7 @@ void resident_forward(const ForwardPass& pass, const ForwardArgs& args, void* st
   if (!mma) {
     p.weight_rows[0] = int(fma::depth(x_segment(c)));
     p.weight_rows[1] = int(fma::depth(mem_segment(c)));
+    p.weight_columns = step.columns;
     return with_real(c.dtype,
                      [&](auto real) { launch(how, &resident_forward_fma<decltype(real)>, p); });
   }

@@ -326,10 +326,10 @@ class ResidentFma {
   SNNLSTM_DEVICE void copy_weights() const {
     R* to = reinterpret_cast<R*>(shared_ + p_.at.weights);
     const R* from = static_cast<const R*>(p_.weight);
-    const int blocks = (columns() + fma::kColumns - 1) / fma::kColumns;
-    copy_rows(to, from, depth(0), p_.weight_rows[0], columns());
-    copy_rows(to + depth(0) * columns(), from + blocks * p_.weight_rows[0] * fma::kColumns,
-              depth(1), p_.weight_rows[1], columns());
+    const int of_block = p_.weight_columns, blocks = (columns() + of_block - 1) / of_block;
+    copy_rows(to, from, depth(0), p_.weight_rows[0], columns(), of_block);
+    copy_rows(to + depth(0) * columns(), from + blocks * p_.weight_rows[0] * of_block, depth(1),
+              p_.weight_rows[1], columns(), of_block);
   }
 
   SNNLSTM_DEVICE void fill_table() const {

@@ -100,9 +100,11 @@ struct StepPlan {
   int k_groups = 1;              // groups of warps_m * warps_n warps, which share K among them
   int shape = -1;                // mma: the row of kForwardShapes or kDataShapes
   int64_t shared_bytes = 0;      // of a block
+  int columns = 64;              // fma: of a tile
 
   bool mma() const { return multiply != Multiply::fma; }
   int threads() const { return mma() ? 32 * warps_m * warps_n * k_groups : fma::kThreads; }
+  int pixels() const { return mma() ? 32 * warps_m : 4096 / columns; }  // of a tile
   MmaBuilder builder() const { return MmaBuilder(multiply, warps_n, tiles); }
 };
 
@@ -111,7 +113,7 @@ struct ForwardPlan : StepPlan {
   bool fires = true;  // false: a kernel behind the step fires
 
   int held() const { return mma() ? tiles / 2 : 1; }  // channels that a thread holds
-  int channels() const { return mma() ? 2 * tiles * warps_n : fma::kChannels; }  // of a block
+  int channels() const { return mma() ? 2 * tiles * warps_n : columns / 4; }  // of a block
   int mem_pitch() const { return 32 * warps_m + (tiles == 8 ? 2 : 4); }
 };
 
@@ -164,18 +166,39 @@ bool choose_shape(Step& plan, const BlockShape (&shapes)[count], int wanted, Fit
   return plan.mma();
 }
 
+// Chooses the columns of a tile, `fewest` or more, that are estimated to take the least time,
+// without tensor cores. plan_tiles(pixels) plans tiles of so many pixels, and returns whether that
+// is possible; seconds() estimates that plan. Returns whether any tile is possible. Of float64
+// there are tiles of 64 columns alone.
+template <class Step, class PlanTiles, class Seconds>
+bool choose_columns(Step& plan, const Cell& c, int fewest, PlanTiles&& plan_tiles,
+                    Seconds&& seconds) {
+  std::optional<Step> best;
+  double best_time = 0;
+  for (const fma::TileCost& tile : fma::kTiles) {
+    if (tile.columns < (c.dtype == DType::float64 ? 64 : fewest)) continue;
+    plan.columns = tile.columns;
+    if (!plan_tiles(plan.pixels())) continue;
+    const double time = seconds();
+    if (best && time >= best_time) continue;
+    best = plan, best_time = time;
+  }
+  if (best) plan = *best;
+  return best.has_value();
+}
+
 // Adds what a block of a step does for one segment, with `depth` on tensor cores.
 inline void add_segment(Work& work, const StepPlan& plan, const Segment& s, const MmaDepth& depth,
                         int columns) {
   const MmaType type(plan.multiply);
   const double k = plan.mma() ? double(depth.units() * type.per_step())
-                              : double(round_up(s.taps() * s.channels, fma::kDepth));
-  const int pixels = plan.mma() ? 32 * plan.warps_m : fma::kPixels;
+                              : double(round_up(s.taps() * s.channels, fma::kDepthUnit));
+  const int pixels = plan.pixels();
   const int element = plan.mma() ? type.element : 4;
   const auto reach = [](int64_t tile, int64_t step, int64_t taps, int64_t dilation, int64_t up) {
     return double((tile - 1) * step + (taps - 1) * dilation) / double(up) + 1;
   };
-  work.products += k * pixels * columns;
+  work.products += k * pixels * columns * (plan.mma() ? 1 : fma::time_of(plan.columns));
   work.cache_bytes += k * columns * element * (plan.multiply == Multiply::tf32x3 ? 2 : 1);
   work.cache_bytes += reach(plan.tiling.h, s.step_h, s.taps_h, s.dilation_h, s.up_h.value) *
                       reach(plan.tiling.w, s.step_w, s.taps_w, s.dilation_w, s.up_w.value) *
@@ -186,14 +209,14 @@ inline void add_segment(Work& work, const StepPlan& plan, const Segment& s, cons
 // What a step does. Its memory: x, both states before and after, and the spikes.
 inline Work forward_work(const Cell& c, const Device& device, const ForwardPlan& plan) {
   Work work;
-  const int columns = plan.mma() ? 8 * plan.tiles * plan.warps_n : fma::kColumns;
+  const int columns = plan.mma() ? 8 * plan.tiles * plan.warps_n : plan.columns;
   const Segment x = x_segment(c), mem = mem_segment(c);
   const bool mma = plan.mma();
   add_segment(work, plan, x, mma ? x_depth(c, plan.multiply) : MmaDepth(), columns);
   add_segment(work, plan, mem, mma ? mem_depth(c, plan.multiply) : MmaDepth(), columns);
   work.blocks = plan.tiling.blocks(), work.warps = plan.threads() / 32;
   work.shared_bytes = plan.shared_bytes;
-  work.cycles = device.model.neuron * plan.channels() * (mma ? 32 * plan.warps_m : fma::kPixels);
+  work.cycles = device.model.neuron * plan.channels() * plan.pixels();
   const double state = double(c.N) * c.C * c.Ho() * c.Wo();
   work.memory = (double(c.N) * c.Cin * c.H * c.W + 5 * state) * bytes_of(c.dtype);
   return work;
@@ -220,7 +243,13 @@ inline ForwardPlan plan_forward(const Cell& c, const Device& device, Matrix matr
     };
     if (choose_shape(plan, kForwardShapes, shape, fits, seconds)) return plan;
   }
-  choose_tiling(plan, c, fma::kPixels);
+  const auto tile = [&](int pixels) {
+    choose_tiling(plan, c, pixels);
+    return true;
+  };
+  choose_columns(plan, c, 32, tile, [&] {
+    return Estimate(device).seconds(forward_work(c, device, plan), plan.multiply);
+  });
   return plan;
 }
 
@@ -233,7 +262,7 @@ inline int64_t forward_blocks(const Cell& c, const ForwardPlan& plan) {
 
 // The convolution of d_gates with the transposed weights: the gradient of x or of mem.
 struct DataPlan : StepPlan {
-  int channels() const { return mma() ? 8 * tiles * warps_n : fma::kColumns; }  // of a block
+  int channels() const { return mma() ? 8 * tiles * warps_n : columns; }  // of a block
 };
 
 // That convolution's source, d_gates; padding is the forward convolution's.
@@ -273,9 +302,7 @@ inline Work data_work(const Cell& c, const Device& device, const DataPlan& plan,
   work.shared_bytes = plan.shared_bytes;
   const double state = double(c.N) * c.C * c.Ho() * c.Wo();
   const double x = double(c.N) * c.Cin * c.H * c.W;
-  if (!of_x)
-    work.cycles =
-        device.model.neuron_backward * columns * (plan.mma() ? 32 * plan.warps_m : fma::kPixels);
+  if (!of_x) work.cycles = device.model.neuron_backward * columns * plan.pixels();
   work.memory = (of_x ? c.T * (4 * state + x) : 19 * state) * bytes_of(c.dtype);
   return work;
 }
@@ -311,10 +338,16 @@ inline std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Mu
     };
     if (choose_shape(plan, kDataShapes, shape, fits, seconds)) return plan;
   }
-  const size_t bytes = c.dtype == DType::float64 ? fma::StepShared<double>::bytes(windows)
-                                                 : fma::StepShared<float>::bytes(windows);
-  plan.shared_bytes = int64_t(bytes);
-  if (plan.shared_bytes > device.shared_bytes || !choose_tiling(fma::kPixels)) return std::nullopt;
+  const auto fits = [&](int pixels) {
+    with_tile<16>(c.dtype, plan.columns, [&](auto real, auto tile) {
+      plan.shared_bytes = int64_t(fma::StepShared<decltype(real), decltype(tile)>::bytes(windows));
+    });
+    return plan.shared_bytes <= device.shared_bytes && choose_tiling(pixels);
+  };
+  const auto seconds = [&] {
+    return Estimate(device).seconds(data_work(c, device, plan, of_x), plan.multiply);
+  };
+  if (!choose_columns(plan, c, 16, fits, seconds)) return std::nullopt;
   return plan;
 }
 

@@ -7,52 +7,28 @@ namespace snnlstm::cuda {
 
 namespace {
 
-void launch_weight_gradient_fma(const WeightGradientJob& p, int splits, DType type, void* stream) {
-  with_real(type, [&](auto real) {
-    using R = decltype(real);
-    const Launch how{"weight gradient (fma)", dim3(p.part_columns / 64, p.part_rows / 64, splits),
-                     fma::kThreads, sizeof(fma::WeightGradientShared<R>), stream};
-    launch(how, &weight_gradient_fma<R>, p);
-  });
-}
-
-void launch_weight_gradient_mma(const WeightPlans& plan, const Jobs<WeightGradientMma>& p,
+void launch_weight_gradient_fma(const WeightPlan& plan, WeightGradientsFma& p, DType type,
                                 void* stream) {
-  int64_t blocks = 0;
-  for (const WeightGradientMma& job : p.job)
-    blocks += int64_t(job.column_blocks) * job.row_blocks * job.splits;
-  const Launch how{"weight gradient (mma)", blocks, plan.threads(), size_t(plan.shared_bytes()),
-                   stream};
-  constexpr void (*kernels[])(Jobs<WeightGradientMma>) = {
-      nullptr,
-      &weight_gradient_mma<Multiply::fp16>,
-      &weight_gradient_mma<Multiply::bf16>,
-      &weight_gradient_mma<Multiply::tf32>,
-      &weight_gradient_mma<Multiply::tf32x3>,
-      &weight_gradient_mma<Multiply::fp16_sm75>};
+  with_tile<32>(type, plan.columns, [&](auto real, auto tile) {
+    using R = decltype(real);
+    using T = decltype(tile);
+    const Launch how{"weight gradient (fma)", p.blocks + p.bias.blocks(), fma::kThreads,
+                     sizeof(fma::WeightGradientShared<R, T>), stream};
+    launch(how, &weight_gradient_fma<R, T>, p);
+  });
+}
+
+void launch_weight_gradient_mma(const WeightPlans& plan, WeightGradientsMma& p, void* stream) {
+  const Launch how{"weight gradient (mma)", p.blocks + p.bias.blocks(), plan.threads(),
+                   size_t(plan.shared_bytes()), stream};
+  constexpr void (*kernels[])(WeightGradientsMma) = {nullptr,
+                                                     &weight_gradient_mma<Multiply::fp16>,
+                                                     &weight_gradient_mma<Multiply::bf16>,
+                                                     &weight_gradient_mma<Multiply::tf32>,
+                                                     &weight_gradient_mma<Multiply::tf32x3>,
+                                                     &weight_gradient_mma<Multiply::fp16_sm75>};
+  static_assert(sizeof(p) <= 4096, "a kernel's arguments take no more");
   launch(how, kernels[int(plan.x.multiply)], p);
-}
-
-void launch_reduce_weight(const ReduceWeights& given, void* stream) {
-  with_real(given.type, [&](auto real) {
-    using R = decltype(real);
-    ReduceWeights p = given;
-    const int64_t of_one = p.pitch() * int64_t(sizeof(R));
-    while (p.chunk > 1 && p.chunk * of_one > 48 * 1024) p.chunk /= 2;
-    const int64_t blocks = int64_t(4) * p.C * (p.chunks(0) + p.chunks(1));
-    const Launch how{"add weight gradients", blocks, kReduceThreads, size_t(p.chunk * of_one),
-                     stream};
-    launch(how, &reduce_weight<R>, p);
-  });
-}
-
-void launch_sum_gates(const SumGates& p, int splits, DType type, void* stream) {
-  with_real(type, [&](auto real) {
-    using R = decltype(real);
-    const Launch how{"sum gate gradients", dim3(p.columns / kSumColumns, splits), kSumThreads,
-                     sizeof(SumShared<R>), stream};
-    launch(how, &sum_gates<R>, p);
-  });
 }
 
 // threads: of a block of the launch, which may have more warps than the job.
@@ -84,38 +60,46 @@ WeightGradientMma mma_job(const BackwardPass& all, const WeightPlan& plan,
 
 }  // namespace
 
-void launch_reduce_sums(const ReduceSums& p, void* stream) {
-  with_real(p.type, [&](auto real) {
+void launch_add_gradients(AddGradients p, DType type, void* stream) {
+  with_real(type, [&](auto real) {
     using R = decltype(real);
-    const Launch how{"add bias or threshold gradients", dim3(ceil_div(p.columns, 32), p.rows),
-                     kReduceThreads, sizeof(ReduceShared<R>), stream};
-    launch(how, &reduce_sums<R>, p);
+    size_t bytes = sizeof(ReduceShared<R>);
+    ReduceWeights& w = p.weight;
+    if (w.grad != nullptr) {
+      const int64_t of_one = w.pitch() * int64_t(sizeof(R));
+      while (w.chunk > 1 && w.chunk * of_one > 48 * 1024) w.chunk /= 2;
+      bytes = std::max(bytes, size_t(w.chunk * of_one));
+      p.of_weight = 4 * w.C * (w.chunks(0) + w.chunks(1));
+    }
+    const int64_t blocks = p.of_weight + p.sums[0].launched() + p.sums[1].launched();
+    const Launch how{"add gradients", blocks, kReduceThreads, bytes, stream};
+    launch(how, &add_gradients<R>, p);
   });
 }
 
-void bias_gradient(const BackwardPass& plan, const WeightSources& of, void* out, void* stream) {
-  SumGates p;
-  p.d_gates = of.d_gates, p.type = plan.gates;
-  p.columns = int(4 * plan.s.Cp);
-  p.pixels = plan.pixels(), p.share = ceil_div(p.pixels, plan.bias_splits);
-  p.parts = of.bias_parts;
-  launch_sum_gates(p, plan.bias_splits, plan.real, stream);
-  launch_reduce_sums(
-      {of.bias_parts, plan.bias_splits, 4, int(plan.s.Cp), int(plan.s.c.C), out, plan.type},
-      stream);
-}
-
-void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* out, void* stream) {
+void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* weight, void* bias,
+                     AddGradients& add, void* stream) {
   const Shape& s = plan.s;
   const Cell& c = s.c;
-  WeightGradientJob grad[2];
+  SumGates sums;
+  sums.d_gates = of.d_gates, sums.type = plan.gates;
+  sums.columns = int(4 * s.Cp);
+  sums.pixels = plan.pixels(), sums.share = ceil_div(sums.pixels, plan.bias_splits);
+  sums.parts = of.bias_parts;
+  if (bias != nullptr) sums.splits = plan.bias_splits;
+  add.sums[0] = {of.bias_parts, plan.bias_splits, 4, int(s.Cp), int(c.C), bias, plan.type};
+
+  WeightGradientsFma fma;
+  WeightGradientsMma mma;
+  fma.bias = mma.bias = sums;
+  auto& grad = fma.job;
   const WeightPlan* plans[2] = {&plan.weights.x, &plan.weights.mem};
   grad[0].in = x_segment(c);
   grad[0].in.src = of.x;
   grad[1].in = mem_segment(c);
   grad[1].in.src = of.mem;
   grad[1].later = of.mem_later;
-  ReduceWeights r;
+  ReduceWeights& r = add.weight;
   for (int k = 0; k < 2; ++k) {
     WeightGradientJob& g = grad[k];
     const WeightPlan& part = *plans[k];
@@ -124,26 +108,32 @@ void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* ou
     g.Ho = int(s.Ho), g.Wo = int(s.Wo);
     g.rows = int(4 * s.Cp), g.columns = int(s.taps * g.in.channels);
     g.share = part.share, g.total = part.total;
-    g.parts = of.parts[k], g.part_rows = part.part_rows, g.part_columns = part.part_columns;
+    g.parts = of.parts[plan.weights.side_by_side() ? 0 : k];
+    g.part_rows = part.part_rows, g.part_columns = part.part_columns;
     ReduceWeight& h = r.half[k];
-    h.parts = of.parts[k], h.splits = part.splits;
+    h.parts = g.parts, h.splits = part.splits;
+    if (k == 1 && plan.weights.side_by_side())
+      h.parts = static_cast<char*>(g.parts) + grad[0].columns * bytes_of(plan.real);
     h.part_rows = part.part_rows, h.part_columns = part.part_columns;
     h.channels = g.in.channels, h.tap_stride = part.tap_stride;
     h.first_channel = k == 0 ? 0 : int(c.Cin);
   }
-  if (plan.weights.x.mma()) {
-    Jobs<WeightGradientMma> jobs;
-    const int threads = plan.weights.threads();
-    for (int k = 0; k < 2; ++k) jobs.job[k] = mma_job(plan, *plans[k], grad[k], k == 0, threads);
-    launch_weight_gradient_mma(plan.weights, jobs, stream);
-  } else {
-    for (int k = 0; k < 2; ++k)
-      launch_weight_gradient_fma(grad[k], plans[k]->splits, plan.real, stream);
-  }
   r.C = int(c.C), r.Cp = int(s.Cp), r.taps = int(s.taps);
   r.all_channels = int(c.Cin + c.C);
-  r.grad = out, r.type = plan.type;
-  launch_reduce_weight(r, stream);
+  r.grad = weight, r.type = plan.type;
+  const WeightPlan& x = plan.weights.x;
+  if (x.mma()) {
+    const int threads = plan.weights.threads();
+    for (int k = 0; k < 2; ++k) {
+      mma.job[k] = mma_job(plan, *plans[k], grad[k], k == 0, threads);
+      const WeightGradientMma& job = mma.job[k];
+      if (weight != nullptr) mma.blocks += job.column_blocks * job.row_blocks * job.splits;
+    }
+    launch_weight_gradient_mma(plan.weights, mma, stream);
+  } else {
+    if (weight != nullptr) fma.blocks = int(x.part_bytes(DType::float32) / (4 * 4096));
+    launch_weight_gradient_fma(x, fma, plan.real, stream);
+  }
 }
 
 }  // namespace snnlstm::cuda

@@ -14,7 +14,7 @@ struct WeightGradientJob {
   Segment in;     // what was convolved; in.src has all t, or if `later` is present t = 0
   Tensor later;   // the source for t = 1, 2, ... (mem after each step)
   Image d_gates;  // (T, N, Ho, Wo, 4, Cp), contiguous
-  Tiling tiling;  // of all T * N images
+  Tiling tiling;  // of all T * N images; fma: tiles of one pixel
   int Ho = 0, Wo = 0;
   int rows = 0, columns = 0;  // 4 Cp; taps * channels
   int64_t share = 0;          // of a split: pixels (fma) or tiles (mma)
@@ -28,226 +28,255 @@ struct WeightGradientJob {
   SNNLSTM_DEVICE int source_time(int t) const { return t > 0 && later.present() ? t - 1 : t; }
 };
 
-// ---- without tensor cores: a block has 64 rows x 64 columns, and takes 16 pixels at a time ------
+// ---- the gradient of the bias -------------------------------------------------------------------
 
-namespace fma {
-template <class R>
-struct WeightGradientShared {
-  R a[2][kDepth][kPixels];   // d_gates; [..][row of the gradient], where fma::multiply() has pixels
-  R b[2][kDepth][kColumns];  // source
-  int4 where[2][kDepth];     // t (negative: none), n, y, x
-};
-}  // namespace fma
-
-// grid: (column blocks, row blocks, splits)
-template <class R>
-__global__ void __launch_bounds__(fma::kThreads)
-    weight_gradient_fma(const __grid_constant__ WeightGradientJob p) {
-  auto& shared = shared_memory<fma::WeightGradientShared<R>>();
-  const int tid = int(threadIdx.x), lane = tid % 64, first = tid / 64;
-  const int row = int(blockIdx.y) * 64 + lane, column = int(blockIdx.x) * 64 + lane;
-  const Segment& s = p.in;
-  const int tap = column / s.channels, channel = column % s.channels;
-  const int shift_y = tap / s.taps_w * s.dilation_h - s.pad_h;
-  const int shift_x = tap % s.taps_w * s.dilation_w - s.pad_w;
-  const int64_t begin = blockIdx.z * p.share;
-  const int64_t end = begin + p.share < p.total ? begin + p.share : p.total;
-  const int chunks = begin < end ? int((end - begin + fma::kDepth - 1) / fma::kDepth) : 0;
-
-  const auto locate = [&](int chunk) {
-    if (tid >= fma::kDepth) return;
-    const int64_t i = begin + int64_t(chunk) * fma::kDepth + tid;
-    const int64_t size = int64_t(p.Ho) * p.Wo, image = i / size;
-    const int pixel = int(i % size), batch = int(p.tiling.by_batch.value);
-    store(&shared.where[chunk & 1][tid], make_int4(i < end ? int(image / batch) : -1,
-                                                   int(image % batch), pixel / p.Wo, pixel % p.Wo));
-  };
-  R next_a[fma::kLoads], next_b[fma::kLoads];
-  const auto fetch = [&](int chunk) {
-    unrolled<fma::kLoads>([&](int k) {
-      const int4 at = load<int4>(&shared.where[chunk & 1][first + 2 * k]);
-      const int64_t i = begin + int64_t(chunk) * fma::kDepth + first + 2 * k;
-      next_a[k] = at.x >= 0 && row < p.rows
-                      ? read<R>(p.d_gates.data, p.d_gates.type, i * p.rows + row)
-                      : R(0);
-      const int y = at.z * s.step_h + shift_y, x = at.w * s.step_w + shift_x;
-      const bool real =
-          at.x >= 0 && column < p.columns && inside(y, s.height) && inside(x, s.width);
-      const Tensor& src = p.source(at.x);
-      next_b[k] = real ? read<R>(image_of(src, p.source_time(at.x), at.y), src.type,
-                                 offset(src, channel, y, x))
-                       : R(0);
-    });
-  };
-
-  // Sums of 1024 pixels are added to totals, since long sums round less in two stages.
-  R acc[4][2][4] = {}, total[4][2][4] = {};
-  const auto fold = [&] {
-    unrolled<32>([&](int i) {
-      (&total[0][0][0])[i] += (&acc[0][0][0])[i];
-      (&acc[0][0][0])[i] = 0;
-    });
-  };
-  locate(0);
-  locate(1);
-  for (int chunk = -1; chunk < chunks; ++chunk) {
-    __syncthreads();
-    const bool more = chunk + 1 < chunks;
-    if (more) fetch(chunk + 1);
-    if (chunk >= 0) {
-      fma::multiply(shared.a[chunk & 1], shared.b[chunk & 1], acc);
-      if ((chunk & 63) == 63) fold();
-      locate(chunk + 2);
-    }
-    if (more) {
-      unrolled<fma::kLoads>([&](int k) {
-        shared.a[(chunk + 1) & 1][first + 2 * k][lane] = next_a[k];
-        shared.b[(chunk + 1) & 1][first + 2 * k][lane] = next_b[k];
-      });
-    }
-  }
-  fold();
-  R* part = static_cast<R*>(p.parts) + int64_t(blockIdx.z) * p.part_rows * p.part_columns;
-  unrolled<4, 2>([&](int i, int px) {
-    store_vector(part + int64_t(blockIdx.y * 64 + fma::pixel(i) + px) * p.part_columns +
-                     blockIdx.x * 64 + fma::column(),
-                 total[i][px]);
-  });
-}
-
-constexpr int kReduceThreads = 256;
-
-// ---- adding the parts ---------------------------------------------------------------------------
-
-struct ReduceWeight {
-  const void* parts = nullptr;
-  int splits = 1, part_rows = 0, part_columns = 0;
-  int channels = 0, tap_stride = 0;  // columns of the parts: tap * tap_stride + ci
-  int first_channel = 0;             // among the weight's input channels
-};
-
-// Both halves of the weight in one launch.
-struct ReduceWeights {
-  ReduceWeight half[2];
-  int C = 0, Cp = 0, taps = 1;
-  int all_channels = 0;  // Cin + C
-  int chunk = 32;        // input channels that a block takes
-  void* grad = nullptr;  // (4C, all_channels, taps)
-  DType type = DType::float32;
-
-  SNNLSTM_BOTH int pitch() const { return taps | 1; }  // of a channel in shared memory
-  SNNLSTM_BOTH int chunks(int k) const { return (half[k].channels + chunk - 1) / chunk; }
-};
-
-// A block adds the parts of one of 4C rows, for a chunk of input channels of x or of mem. The sums
-// pass through shared memory, (chunk, pitch), since the parts have the channels innermost and the
-// gradient has the taps.
-template <class R>
-__global__ void __launch_bounds__(kReduceThreads)
-    reduce_weight(const __grid_constant__ ReduceWeights p) {
-  R* sums = &shared_memory<R>();
-  const int row = int(blockIdx.x) % (4 * p.C);
-  int chunk = int(blockIdx.x) / (4 * p.C);
-  const ReduceWeight& h = job_of(p.half, p.chunks(0), chunk);
-  const int c0 = chunk * p.chunk;
-  const int channels = h.channels - c0 < p.chunk ? h.channels - c0 : p.chunk;
-  const int gate = row / p.C, c = row % p.C;
-  const R* parts = static_cast<const R*>(h.parts) + int64_t(gate * p.Cp + c) * h.part_columns + c0;
-  const int64_t part = int64_t(h.part_rows) * h.part_columns;
-  for (int i = int(threadIdx.x); i < p.taps * p.chunk; i += kReduceThreads) {
-    const int tap = i / p.chunk, ci = i % p.chunk;
-    const int tap_stride = fault(Fault::wrong_stride) ? h.channels : h.tap_stride;
-    if (ci >= channels) continue;
-    R sum = 0;
-#pragma unroll 4
-    for (int k = fault(Fault::wrong_split_k) ? 1 : 0; k < h.splits; ++k)
-      sum += parts[k * part + tap * tap_stride + ci];
-    sums[ci * p.pitch() + tap] = sum;
-  }
-  __syncthreads();
-  const int64_t out = (int64_t(row) * p.all_channels + h.first_channel + c0) * p.taps;
-  for (int i = int(threadIdx.x); i < channels * p.taps; i += kReduceThreads)
-    write(p.grad, p.type, out + i, sums[i / p.taps * p.pitch() + i % p.taps]);
-}
-
-// ---- sums of columns ----------------------------------------------------------------------------
-
-// The gradient of the bias is the sum of d_gates over pixels. sum_gates() writes parts of it, which
-// reduce_sums() adds.
+// The gradient of the bias is the sum of d_gates over pixels. Blocks behind those of the weight
+// write parts of it, each for 32 columns.
 struct SumGates {
   const void* d_gates = nullptr;  // (pixels, columns), contiguous
   DType type = DType::float32;
   int64_t pixels = 0, share = 0;  // in all steps; in a part
   int columns = 0;                // 4 Cp
+  int splits = 0;                 // 0: nobody wants the sums
   void* parts = nullptr;          // (splits, columns) in the compute type
-};
 
-// A thread takes 4 columns of every 32nd pixel.
-constexpr int kSumThreads = 256, kSumColumns = 32;
+  SNNLSTM_BOTH int blocks() const { return splits * (columns / 32); }
+};
 
 template <class R>
 struct SumShared {
-  R sum[kSumThreads / 8][kSumColumns];
+  static constexpr int kMostRows = 48;  // of 8 threads
+  R sum[kMostRows][32];
 };
 
-// grid: (columns / 32, splits)
+// A thread takes 4 columns of every (blockDim.x / 8)-th pixel.
 template <class R>
-__global__ void __launch_bounds__(kSumThreads) sum_gates(const __grid_constant__ SumGates p) {
+SNNLSTM_DEVICE void sum_gates(const SumGates& p, int index) {
   auto& shared = shared_memory<SumShared<R>>();
-  constexpr int kRows = kSumThreads / 8;
+  const int rows = int(blockDim.x) / 8;
   const int row = int(threadIdx.x) / 8, column = int(threadIdx.x) % 8 * 4;
-  const int64_t begin = blockIdx.y * p.share;
+  const int split = index / (p.columns / 32), first = index % (p.columns / 32) * 32;
+  const int64_t begin = split * p.share;
   const int64_t end = begin + p.share < p.pixels ? begin + p.share : p.pixels;
-  const int first = int(blockIdx.x) * kSumColumns + column;
   R sum[4] = {};
 #pragma unroll 4
-  for (int64_t i = begin + row; i < end; i += kRows) {
+  for (int64_t i = begin + row; i < end; i += rows) {
     R v[4];
-    read_vector<R>(p.d_gates, p.type, i * p.columns + first, v);
+    read_vector<R>(p.d_gates, p.type, i * p.columns + first + column, v);
     unrolled<4>([&](int k) { sum[k] += v[k]; });
   }
   store_vector(&shared.sum[row][column], sum);
   if (!fault(Fault::missing_barrier_read, 6)) __syncthreads();
   const int own = int(threadIdx.x);
-  if (own >= kSumColumns) return;
+  if (own >= 32) return;
   R total = 0;
-#pragma unroll
-  for (int i = fault(Fault::wrong_split_k, 1) ? 1 : 0; i < kRows; ++i) total += shared.sum[i][own];
-  static_cast<R*>(p.parts)[int64_t(blockIdx.y) * p.columns + blockIdx.x * kSumColumns + own] =
-      total;
+  for (int i = fault(Fault::wrong_split_k, 1) ? 1 : 0; i < rows; ++i) total += shared.sum[i][own];
+  static_cast<R*>(p.parts)[int64_t(split) * p.columns + first + own] = total;
 }
 
-// out[k * columns + c] = sum over blocks b of parts[b][k][c].
-struct ReduceSums {
-  const void* parts = nullptr;  // (blocks, rows, pitch) in the compute type
-  int64_t blocks = 0;
-  int rows = 1, pitch = 0, columns = 0;
-  void* out = nullptr;
-  DType type = DType::float32;
+// ---- without tensor cores -----------------------------------------------------------------------
+//
+// A launch forms both halves, whose columns lie side by side in the parts: (tap, ci) of x, then of
+// mem. A block takes 16 pixels of the sequence at a time. It has T::kColumns rows and T::kPixels
+// columns of the gradient, where fma::multiply() has columns and pixels: 64 x 64, or 32 x 128.
+
+namespace fma {
+// A pixel of the sequence: where both sources have it at tap 0, 0 and channel 0, were there no
+// padding; row and column (kNowhere if there is no such pixel); whether it has t > 0.
+struct alignas(16) SourcePixel {
+  const char* source[2];
+  int y, x, later, unused;
 };
 
-template <class R>
-struct ReduceShared {
-  R sum[kReduceThreads / 32][32];
+template <class R, class T>
+struct WeightGradientShared {
+  R a[2][T::kDepth][T::kPixels];   // sources
+  R b[2][T::kDepth][T::kColumns];  // d_gates
+  SourcePixel where[2][T::kDepth];
+};
+}  // namespace fma
+
+template <class R, class T>
+class WeightGradientFma {
+ public:
+  SNNLSTM_DEVICE WeightGradientFma(const Jobs<WeightGradientJob>& p)
+      : p_(p),
+        of_(p.job[0]),
+        shared_(shared_memory<fma::WeightGradientShared<R, T>>()),
+        tid_(int(threadIdx.x)) {
+    row_ = first_row();
+    int column = first_column() + tid_ % T::kPixels;
+    half_ = column < of_.columns ? 0 : 1;
+    if (half_ == 1) column -= of_.columns;
+    const WeightGradientJob& own = p.job[half_];
+    const Segment& s = own.in;
+    has_column_ = column < own.columns;
+    const int tap = column / s.channels, channel = column % s.channels;
+    shift_y_ = tap / s.taps_w * s.dilation_h - s.pad_h;
+    shift_x_ = tap % s.taps_w * s.dilation_w - s.pad_w;
+    const auto shift = [&](const Tensor& a) {
+      return unsigned(channel) * unsigned(a.c) + unsigned(shift_y_) * unsigned(a.h) +
+             unsigned(shift_x_) * unsigned(a.w);
+    };
+    shift_ = int(shift(s.src)), shift_later_ = int(shift(own.later));
+    const auto is_float = [](const WeightGradientJob& job) {
+      return job.in.src.type == DType::float32 &&
+             (!job.later.present() || job.later.type == DType::float32);
+    };
+    floats_ = is_float(p.job[0]) && is_float(p.job[1]);
+
+    begin_ = split() * of_.share;
+    end_ = begin_ + of_.share < of_.total ? begin_ + of_.share : of_.total;
+    const int64_t first = begin_ + tid_, size = int64_t(of_.Ho) * of_.Wo;
+    const int64_t image = first / size;
+    pixel_ = int(first % size), n_ = int(image % of_.tiling.by_batch.value);
+    t_ = int(image / of_.tiling.by_batch.value);
+  }
+
+  SNNLSTM_DEVICE void run() {
+    const int chunks = begin_ < end_ ? int((end_ - begin_ + T::kDepth - 1) / T::kDepth) : 0;
+    // Sums of 1024 pixels are added to totals, since long sums round less in two stages.
+    R acc[4][2][4] = {}, total[4][2][4] = {};
+    const auto fold = [&] {
+      unrolled<32>([&](int i) {
+        (&total[0][0][0])[i] += (&acc[0][0][0])[i];
+        (&acc[0][0][0])[i] = 0;
+      });
+    };
+    locate(0);
+    locate(1);
+    for (int chunk = -1; chunk < chunks; ++chunk) {
+      __syncthreads();
+      const bool more = chunk + 1 < chunks;
+      if (more) fetch(chunk + 1);
+      if (chunk >= 0) {
+        fma::multiply<T>(shared_.a[chunk & 1], shared_.b[chunk & 1], acc);
+        if ((chunk & 63) == 63) fold();
+        locate(chunk + 2);
+      }
+      if (more) put((chunk + 1) & 1);
+    }
+    fold();
+    R* part = static_cast<R*>(of_.parts) + int64_t(split()) * of_.part_rows * of_.part_columns;
+    const int row = first_row() + T::column(), column = first_column();
+    unrolled<4, 4>([&](int i, int c) {
+      const R pair[2] = {total[i][0][c], total[i][1][c]};
+      store_vector(part + int64_t(row + c) * of_.part_columns + column + T::pixel(i), pair);
+    });
+  }
+
+ private:
+  static constexpr int kRowStep = fma::kThreads / T::kPixels;  // of A, between two of a thread's
+  static constexpr int kRows = T::kDepth / kRowStep;           // of A that a thread fetches
+  static constexpr int kQuads = T::kColumns / 4;               // of a row of B
+  static constexpr int kOwnQuads = T::kDepth * kQuads / fma::kThreads;
+  static constexpr int kNowhere = -(1 << 30);
+
+  // The block's place. Columns count fastest, then rows, then splits.
+  SNNLSTM_DEVICE int column_blocks() const { return of_.part_columns / T::kPixels; }
+  SNNLSTM_DEVICE int row_blocks() const { return of_.part_rows / T::kColumns; }
+  SNNLSTM_DEVICE int first_column() const { return int(blockIdx.x) % column_blocks() * T::kPixels; }
+  SNNLSTM_DEVICE int first_row() const {
+    return int(blockIdx.x) / column_blocks() % row_blocks() * T::kColumns;
+  }
+  SNNLSTM_DEVICE int split() const { return int(blockIdx.x) / column_blocks() / row_blocks(); }
+
+  // Writes `where` for a chunk; chunks come in order.
+  SNNLSTM_DEVICE void locate(int chunk) {
+    if (tid_ >= T::kDepth) return;
+    const Tiling& tiling = of_.tiling;  // of tiles of one pixel
+    unsigned y = unsigned(pixel_), x = tiling.by_cols.split(y), image = y;
+    y = tiling.by_rows.split(image);
+    unsigned steps = unsigned(n_) + image;
+    n_ = int(tiling.by_batch.split(steps)), t_ += int(steps);
+    pixel_ = int(y) * of_.Wo + int(x);
+    fma::SourcePixel& at = shared_.where[chunk & 1][tid_];
+    const bool real = begin_ + int64_t(chunk) * T::kDepth + tid_ < end_;
+    store(&at.y, make_int4(real ? int(y) : kNowhere, int(x), t_ > 0 ? 1 : 0, 0));
+    unrolled<2>([&](int half) {
+      const WeightGradientJob& job = p_.job[half];
+      const Tensor& a = job.source(t_);
+      const auto* image_of_t = static_cast<const char*>(image_of(a, job.source_time(t_), n_));
+      const unsigned from =
+          y * unsigned(job.in.step_h) * unsigned(a.h) + x * unsigned(job.in.step_w) * unsigned(a.w);
+      store(&at.source[half], image_of_t + int64_t(from) * bytes_of(a.type));
+    });
+    pixel_ += T::kDepth;
+  }
+
+  SNNLSTM_DEVICE void fetch(int chunk) {
+    if (sizeof(R) == 4 && floats_)
+      fetch_sources(chunk, [](const char* at, int shift, DType) {
+        return R(reinterpret_cast<const float*>(at)[shift]);
+      });
+    else
+      fetch_sources(chunk,
+                    [](const char* at, int shift, DType type) { return read<R>(at, type, shift); });
+    unrolled<kOwnQuads>([&](int k) {
+      const int i = tid_ + k * fma::kThreads;
+      const int row = row_ + i % kQuads * 4;
+      const int64_t pixel = begin_ + int64_t(chunk) * T::kDepth + i / kQuads;
+      clear<4>(gates_[k]);
+      if (pixel < end_ && row < of_.rows)
+        read_vector<R>(of_.d_gates.data, of_.d_gates.type, pixel * of_.rows + row, gates_[k]);
+    });
+  }
+
+  // read_one(address, elements behind it, type)
+  template <class ReadOne>
+  SNNLSTM_DEVICE void fetch_sources(int chunk, ReadOne&& read_one) {
+    const WeightGradientJob& own = p_.job[half_];
+    const Segment& s = own.in;
+    const bool has_later = own.later.present();
+    unrolled<kRows>([&](int k) {
+      const fma::SourcePixel& pixel = shared_.where[chunk & 1][tid_ / T::kPixels + k * kRowStep];
+      const int4 at = load<int4>(&pixel.y);
+      const char* source = load<const char*>(&pixel.source[half_]);
+      const bool later = has_later && at.z != 0;
+      const bool real = has_column_ && at.x != kNowhere &&
+                        inside(at.x * s.step_h + shift_y_, s.height) &&
+                        inside(at.y * s.step_w + shift_x_, s.width);
+      sources_[k] = 0;
+      if (real)
+        sources_[k] =
+            read_one(source, later ? shift_later_ : shift_, later ? own.later.type : s.src.type);
+    });
+  }
+
+  SNNLSTM_DEVICE void put(int buffer) {
+    unrolled<kRows>([&](int k) {
+      shared_.a[buffer][tid_ / T::kPixels + k * kRowStep][tid_ % T::kPixels] = sources_[k];
+    });
+    unrolled<kOwnQuads>([&](int k) {
+      const int i = tid_ + k * fma::kThreads;
+      store_vector(&shared_.b[buffer][i / kQuads][i % kQuads * 4], gates_[k]);
+    });
+  }
+
+  const Jobs<WeightGradientJob>& p_;
+  const WeightGradientJob& of_;  // d_gates, parts and shares are the same in both jobs
+  fma::WeightGradientShared<R, T>& shared_;
+  int tid_, row_;  // the block's first row
+  int half_, shift_y_, shift_x_;
+  int shift_, shift_later_;  // elements from a pixel to the thread's tap and channel
+  bool has_column_, floats_;
+  int64_t begin_, end_;
+  int pixel_, n_, t_;  // of the next chunk: the thread's pixel of an image, its sample and time
+  R sources_[kRows], gates_[kOwnQuads][4];
 };
 
-// grid: (columns / 32, rows)
-template <class R>
-__global__ void __launch_bounds__(kReduceThreads)
-    reduce_sums(const __grid_constant__ ReduceSums p) {
-  auto& shared = shared_memory<ReduceShared<R>>();
-  constexpr int kRows = kReduceThreads / 32;
-  const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) / 32;
-  const int c = int(blockIdx.x) * 32 + lane, k = int(blockIdx.y);
-  const R* from = static_cast<const R*>(p.parts) + int64_t(k) * p.pitch + c;
-  R sum = 0;
-  if (c < p.columns)
-    for (int64_t b = row; b < p.blocks; b += kRows) sum += from[b * p.rows * p.pitch];
-  shared.sum[row][lane] = sum;
-  __syncthreads();
-  if (row > 0 || c >= p.columns) return;
-  for (int i = 1; i < kRows; ++i) sum += shared.sum[i][lane];
-  write(p.out, p.type, k * p.columns + c, sum);
+struct WeightGradientsFma : Jobs<WeightGradientJob> {
+  int blocks = 0;  // of the weight
+  SumGates bias;
+};
+
+template <class R, class T>
+__global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
+    weight_gradient_fma(const __grid_constant__ WeightGradientsFma p) {
+  if (int(blockIdx.x) < p.blocks)
+    WeightGradientFma<R, T>(p).run();
+  else
+    sum_gates<R>(p.bias, int(blockIdx.x) - p.blocks);
 }
 
 }  // namespace snnlstm::cuda

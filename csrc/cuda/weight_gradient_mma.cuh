@@ -129,8 +129,7 @@ class WeightGemm {
         cp_async_commit();
       }
       if (computes) {
-        const unsigned char* a = gates(buffer) + a_offset_;
-        const unsigned char* b = neighbourhood(buffer, 0) + b_offset_;
+        Place a = place(gates(buffer) + a_offset_), b = place(neighbourhood(buffer, 0) + b_offset_);
         __syncwarp();  // lanes have gone different ways
         unrolled<weight_tile::kTaps>([&](int tap) {
           const int2 shift = load<int2>(&shifts_[tap][0]);
@@ -151,7 +150,7 @@ class WeightGemm {
             multiply<true>(a, b, turn);
           else if (taps_ > 0)
             multiply<false>(a, b, turn);
-          a += mma_tile::row_offset(16);
+          a = a + mma_tile::row_offset(16);
         }
         if (in_turns) source_.end(next);
         if (++folded == kFold) folded = 0, fold();
@@ -316,9 +315,18 @@ class WeightGemm {
     }
   }
 
+  // Where ldmatrix, or loads of vectors, read.
+  using Place = std::conditional_t<kHalf, SharedPlace, const unsigned char*>;
+  SNNLSTM_DEVICE static Place place(const unsigned char* p) {
+    if constexpr (kHalf)
+      return shared_place(p);
+    else
+      return p;
+  }
+
   // Full: the warp has all of its taps, and the code no branch for fewer.
   template <bool Full>
-  SNNLSTM_DEVICE void multiply(const unsigned char* a, const unsigned char* b, int turn) {
+  SNNLSTM_DEVICE void multiply(Place a, Place b, int turn) {
     if constexpr (kHalf)
       multiply_half<Full>(a, b, turn);
     else
@@ -327,11 +335,10 @@ class WeightGemm {
 
   // Multiplies one k-step.
   template <bool Full>
-  SNNLSTM_DEVICE void multiply_half(const unsigned char* a_row, const unsigned char* b_row,
-                                    int turn) {
+  SNNLSTM_DEVICE void multiply_half(SharedPlace a_row, SharedPlace b_row, int turn) {
     uint32_t a[2][4];
     unrolled<2>([&](int mi) { ldmatrix_transposed(a[mi], a_row + mi * 32); });
-    b_row += pairs_[turn * 8];
+    b_row = b_row + pairs_[turn * 8];
 #pragma unroll
     for (int tap = 0; tap < weight_tile::kTaps; ++tap) {
       if (!Full && tap >= taps_) break;
@@ -429,13 +436,19 @@ class WeightGemm {
   int carried_to_[kPieces];  // bytes from the buffer's start; -1: nothing
 };
 
+struct WeightGradientsMma : Jobs<WeightGradientMma> {
+  int blocks = 0;  // of the weight
+  SumGates bias;
+};
+
 template <Multiply M>
 __global__ void __launch_bounds__(weight_tile::kMaxThreads, 1)
-    weight_gradient_mma(const __grid_constant__ Jobs<WeightGradientMma> p) {
+    weight_gradient_mma(const __grid_constant__ WeightGradientsMma p) {
   if constexpr (arch::has_mma<typename WeightGemm<M>::Operand>) {
     const WeightGradientMma& first = p.job[0];
     const int blocks = first.column_blocks * first.row_blocks * first.splits;
     int index = int(blockIdx.x);
+    if (index >= p.blocks) return sum_gates<float>(p.bias, index - p.blocks);
     const WeightGradientMma& job = job_of(p.job, blocks, index);
     WeightGemm<M> gemm(job, index, &shared_memory<unsigned char>());
     gemm.run();

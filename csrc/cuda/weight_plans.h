@@ -12,6 +12,7 @@ struct WeightPlan {
   int splits = 1;
   int64_t share = 0, total = 0;  // of a split, of all: pixels (fma) or tiles (mma)
   int part_rows = 0, part_columns = 0, tap_stride = 0;
+  int columns = 64;  // fma: rows of the gradient in a block, columns of its tile
   // mma
   int warp_rows = 0, tap_groups = 0, column_pitch = 0, column_blocks = 0, buffer_bytes = 0;
 
@@ -32,6 +33,8 @@ struct WeightPlan {
 struct WeightPlans {
   WeightPlan x, mem;
 
+  // Whether the columns of x and of mem lie in the same parts.
+  bool side_by_side() const { return !x.mma(); }
   int threads() const { return std::max(x.threads(), mem.threads()); }
   // The shared memory on tensor cores: the stages of the larger half, then each thread's totals.
   int totals() const { return std::max(x.stage_bytes(), mem.stage_bytes()); }
@@ -65,22 +68,34 @@ inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int 
   return w;
 }
 
-// The same without tensor cores: two blocks for each multiprocessor, of 256 pixels or more.
-inline WeightPlan weight_fma(const Cell& c, const Device& device, bool of_x) {
+// The same without tensor cores, of both halves: three blocks for each multiprocessor, of 256
+// pixels or more.
+inline WeightPlans weight_fma(const Cell& c, const Device& device) {
   const Shape s(c);
-  const Segment in = of_x ? x_segment(c) : mem_segment(c);
+  const int64_t rows = 4 * s.Cp, columns = s.taps * (c.Cin + c.C);
   WeightPlan w;
+  w.tiling.by_rows = Divisor(std::max<int64_t>(s.Ho, 1));
+  w.tiling.by_cols = Divisor(std::max<int64_t>(s.Wo, 1));
   cover(w.tiling, c, c.T * c.N, 1, 1);
-  w.part_rows = int(round_up(4 * s.Cp, 64));
-  w.part_columns = int(round_up(s.taps * in.channels, 64));
-  w.tap_stride = in.channels;
+  double best = 0;
+  for (const fma::TileCost& tile : fma::kTiles) {
+    if (tile.columns < (c.dtype == DType::float64 ? 64 : 32)) continue;
+    const int64_t part_rows = round_up(rows, tile.columns);
+    const int64_t part_columns = round_up(columns, 4096 / tile.columns);
+    const double time = double(part_rows) * double(part_columns) * tile.time;
+    if (best > 0 && time >= best) continue;
+    best = time, w.columns = tile.columns;
+    w.part_rows = int(part_rows), w.part_columns = int(part_columns);
+  }
   w.total = c.T * c.N * s.pixels;
-  const int64_t blocks = int64_t(w.part_rows / 64) * (w.part_columns / 64);
+  const int64_t blocks = int64_t(w.part_rows) * w.part_columns / 4096;
   const int64_t splits =
-      std::clamp<int64_t>(std::min(2 * device.multiprocessors / blocks, w.total / 256), 1, 1024);
-  w.share = std::max<int64_t>(round_up(ceil_div(w.total, splits), fma::kDepth), 1);
+      std::clamp<int64_t>(std::min(3 * device.multiprocessors / blocks, w.total / 256), 1, 1024);
+  w.share = std::max<int64_t>(round_up(ceil_div(w.total, splits), fma::kDepthUnit), 1);
   w.splits = int(std::max<int64_t>(ceil_div(w.total, w.share), 1));
-  return w;
+  WeightPlans plans = {w, w};
+  plans.x.tap_stride = int(c.Cin), plans.mem.tap_stride = int(c.C);
+  return plans;
 }
 
 // The time of a block's tile over the time in which a split's part of the gradient is written and
@@ -116,7 +131,7 @@ inline WeightPlans plan_weights(const Cell& c, const Device& device, Multiply mu
     split_tiles(plan, device);
     return plan;
   }
-  return {weight_fma(c, device, true), weight_fma(c, device, false)};
+  return weight_fma(c, device);
 }
 
 // What a launch for both halves of the weight does, but for the memory of its sources: a block of
@@ -125,20 +140,21 @@ inline Work weight_work(const WeightPlans& plans) {
   Work work;
   for (const WeightPlan* w : {&plans.x, &plans.mem}) {
     const bool mma = w->mma();
-    const int64_t rows = mma ? 32 * w->warp_rows : 64;
+    const int64_t rows = mma ? 32 * w->warp_rows : w->columns;
     const int64_t taps = mma ? weight_tile::kTaps * w->tap_groups : 1;
-    const int64_t columns = mma ? weight_tile::kChannels : 64;
+    const int64_t columns = mma ? weight_tile::kChannels : 4096 / w->columns;
     const int64_t pixels = w->share * (mma ? weight_tile::kPixels : 1);
     const int64_t blocks = mma ? int64_t(w->column_blocks) * w->row_blocks()
                                : w->part_rows / rows * (w->part_columns / columns);
+    const double time = mma ? 1 : fma::time_of(w->columns);
     work.blocks += blocks * w->splits;
-    work.warps = w->threads() / 32;
-    work.products = std::max(work.products, double(rows * columns * taps) * double(pixels));
+    work.warps = mma ? w->threads() / 32 : fma::kThreads / 32;
+    work.products = std::max(work.products, double(rows * columns * taps) * double(pixels) * time);
     work.cache_bytes = std::max(work.cache_bytes, 4.0 * double(rows + columns) * double(pixels));
     work.memory += 2.0 * double(w->part_bytes(DType::float32));
+    if (plans.side_by_side()) break;
   }
   work.shared_bytes = plans.mem.mma() ? plans.shared_bytes() : 0;
-  if (!plans.mem.mma()) work.warps = fma::kThreads / 32;
   return work;
 }
 

@@ -44,7 +44,7 @@ LAYERS: dict[str, Layer] = {**CPU_CASES, **GPU_CASES}
 # argument of kernels.
 MODES = {
     "float32": (0, 0, "float"),
-    "fp16": (2, 0, "unsigned short|\\(snnlstm::cuda::Multiply\\)1"),
+    "fp16": (2, 0, "unsigned short|snnlstm::cuda::fp16_sm75|\\(snnlstm::cuda::Multiply\\)[15]"),
     "tf32": (0, 1, "float|\\(snnlstm::cuda::Multiply\\)3"),
     "3xtf32": (0, 2, "snnlstm::cuda::mma_gemm::Parts|\\(snnlstm::cuda::Multiply\\)4"),
     "bf16": (3, 0, "unsigned short|\\(snnlstm::cuda::Multiply\\)2"),

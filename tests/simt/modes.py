@@ -61,7 +61,8 @@ class Mode:
 
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-T4: dict[str, Any] = {"compute_capability": 75, "shared_bytes": 64 * 1024, "multiprocessors": 40}
+# Like a T4, but with one multiprocessor: small calls then have blocks as large ones have.
+T4: dict[str, Any] = {"compute_capability": 75, "shared_bytes": 64 * 1024, "multiprocessors": 1}
 # On sm_86 plain float32 is faster than three products in tf32, on sm_80 it is slower.
 MODES = {
     "float64": Mode(F64, 1e-12, 1e-10),
@@ -87,6 +88,9 @@ BEHIND_TORCH = {
     f"{name} behind torch": replace(MODES[name], compute_capability=80, algorithm="pointwise")
     for name in ("float32", "float64", "bfloat16 states", "bfloat16 autocast")
 }
+BEHIND_TORCH["float32 on sm_75 behind torch"] = replace(
+    MODES["float32 on sm_75"], precision="ieee", algorithm="pointwise"
+)
 # The kernels go through the steps, and torch forms the gradients of x, weight and bias.
 HYBRID = {
     f"{name} hybrid": replace(MODES[name], algorithm="hybrid")
