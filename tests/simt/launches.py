@@ -77,7 +77,7 @@ def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:
     state, x = images(c), images(facts["Cin"])
     common = {"x": x, "syn0": state, "mem0": state, "weight": ADDRESS, "threshold": ADDRESS,
               "graded": ADDRESS, "saved_gates": ADDRESS, "saved_syn": ADDRESS,
-              "workspace": ADDRESS}  # fmt: skip
+              "places": ADDRESS, "workspace": ADDRESS}  # fmt: skip
     with core.dry() as launches:
         forward, backward = (plan(core, matrix, of, **facts) for of in (False, True))
         for packed in forward, backward:
