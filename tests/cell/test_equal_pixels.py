@@ -29,7 +29,7 @@ def run(cell, syn: Tensor) -> tuple[Tensor, Tensor]:
 def neighbours(dtype: torch.dtype) -> list[Tensor]:
     """Returns three values of syn, whose mem lies 0, 1 and 2 units below the first one's."""
     unit = torch.finfo(dtype).eps / 4  # of numbers from 1/4 to 1/2
-    syn = 0.4 + torch.arange(256, dtype=dtype) * unit
+    syn = 0.4 + torch.arange(64, dtype=dtype) * unit
     mem = run(open_cell().to(dtype), syn.view(1, 1, 1, -1))[1].flatten()
     units = ((mem - mem[0]) / unit).round().tolist()  # tanh leaves some numbers out
     first = next(n for n in reversed(units) if {n - 1, n - 2} <= set(units))
@@ -73,6 +73,16 @@ def test_the_first_pixel_within_a_unit_of_the_maximum_gets_the_gradient(
     grad = gradient_of(cell, image(dtype, below, 2))
     assert grad.nonzero().flatten().tolist() == [chosen]
     backend.check(cell.path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types_choose_the_first_that_equals_the_maximum(backend, dtype):
+    if backend.name in ("reference", "cpu"):
+        pytest.skip("the CPU computes half types in float32")
+    cell = open_cell(max_pool=2).to(dtype)
+    for below, chosen in ([2, 1, 0, 0], 2), ([1, 1, 1, 0], 3), ([0, 1, 0, 0], 0):
+        grad = gradient_of(cell, image(dtype, below, 2))
+        assert grad.nonzero().flatten().tolist() == [chosen]
 
 
 def test_the_maximum_decides_the_spike(backend):

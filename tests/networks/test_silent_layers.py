@@ -33,7 +33,6 @@ NETWORKS = {  # name of the stack, threshold, density of the input
     "three, silent": ("three", 0.99, 0.3),
     "three, half": ("three", 0.05, 0.3),
 }
-STEPS = 8
 # How many times snnTorch's error ours may be. Winograd, which "auto" does not choose behind a
 # silent layer, rounds more; where half of the neurons are silent, the docs promise nothing of it.
 FACTORS = {"auto": 3, "direct": 3, "winograd": 8}
@@ -42,12 +41,13 @@ FACTORS = {"auto": 3, "direct": 3, "winograd": 8}
 class Problem:
     """A stack with one input; `errors` of gradients count against plain torch in float64."""
 
-    def __init__(self, name: str, seed: int = 0) -> None:
+    def __init__(self, name: str, steps: int = 8, batch: int | None = None) -> None:
         stack, self.threshold, density = NETWORKS[name]
         self.silent = name.endswith("silent")
-        self.cells, shape = STACKS[stack]
-        self.random = torch.Generator().manual_seed(seed)
-        self.x = (torch.rand(STEPS, *shape, generator=self.random) < density).float()
+        self.cells, (samples, *image) = STACKS[stack]
+        self.random = torch.Generator().manual_seed(0)
+        shape = steps, batch or samples, *image
+        self.x = (torch.rand(shape, generator=self.random) < density).float()
         self.factors = None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(snnlstm.path, "_native", None)
@@ -74,6 +74,11 @@ class Problem:
         return float((gradient - self.exact).norm() / self.exact.norm())
 
 
+def compare(problem: Problem, algorithm: str) -> None:
+    error = problem.error(problem.gradient(snnlstm.SConv2dLSTM, torch.float32))
+    assert error <= max(FACTORS[algorithm] * problem.theirs, 1e-4), problem.theirs
+
+
 @pytest.fixture(scope="module", params=NETWORKS)
 def problem(request: pytest.FixtureRequest) -> Problem:
     torch.manual_seed(0)
@@ -87,5 +92,17 @@ def test_gradients_are_as_exact_as_those_of_snntorch(problem, isa, algorithm):
     if algorithm == "winograd" and not problem.silent:
         pytest.skip("Winograd alone may choose other pixels")
     for _ in use(Kernels(isa, algorithm)):
-        error = problem.error(problem.gradient(snnlstm.SConv2dLSTM, torch.float32))
-    assert error <= max(FACTORS[algorithm] * problem.theirs, 1e-4), problem.theirs
+        compare(problem, algorithm)
+
+
+SHORT = ("28x28, silent", "three, silent", "three, half")
+
+
+@pytest.mark.parametrize(
+    "network",
+    [pytest.param(n, marks=() if n in SHORT else pytest.mark.simt_long) for n in NETWORKS],
+)
+def test_gradients_of_emulated_kernels_are_as_exact(backend, network):
+    if backend.name != "simt":
+        pytest.skip("the test above has the other kernels")
+    compare(Problem(network, steps=2, batch=1), "direct")
