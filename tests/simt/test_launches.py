@@ -35,7 +35,8 @@ def test_wide_layers_fill_the_multiprocessors(core, layer, mode):
 
 # By the name of the launch: the least part of all multiprocessors that has work, on average over
 # the rounds, for wide layers on any card.
-EVEN = {"forward step": 0.7, "backward step": 0.5, "weight gradient": 0.75}
+# Without tensor cores the weight's gradient is not cut by rounds.
+EVEN = {"forward step": 0.7, "backward step": 0.5, "weight gradient (mma)": 0.75}
 
 
 @pytest.mark.parametrize("name", devices.EMULATED)
@@ -45,7 +46,7 @@ def test_blocks_fill_the_rounds_of_every_card(core, name):
     modes = ("tf32", "bf16") if device["compute_capability"] >= 80 else ("float32", "fp16")
     for layer, mode in itertools.product(WIDE, modes):
         for launch in set(of_layer(core, LAYERS[layer], mode)):
-            least = EVEN.get(launch.kernel.split(" (")[0], 0)
+            least = EVEN.get(launch.kernel, EVEN.get(launch.kernel.split(" (")[0], 0))
             assert balance(launch, device) >= least, (layer, mode, launch)
 
 
