@@ -87,6 +87,8 @@ struct PassArgs {
   const void* levels = nullptr;         // (num_levels,), ascending, in the compute type
   bool record = false;                  // syn and mem have every step t, else the last step only
   void* saved_gates = nullptr;          // training: activated gates, layout of the backend's choice
+  const int64_t* lengths = nullptr;     // (N,): steps of each sample, 0 to T; null: all have T
+  const int64_t* order = nullptr;       // CPU, with lengths: the samples, the longest first
   bool packed_gates = false;            // CPU: as fixed point numbers of half a value's bits
   void* saved_syn = nullptr;  // training: syn after every step, layout of the backend's choice
   int64_t* winner = nullptr;  // (T, N): place in (C, Hp, Wp) of the only neuron that may spike

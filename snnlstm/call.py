@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .lengths import checked
 from .options import DTYPES, NAMES_OF_DTYPES, CellOptions, flag, in_time, make_options
 from .surrogate import is_number
 
@@ -105,6 +106,7 @@ class Call(NamedTuple):
     # The cell's methods, if a subclass or the cell itself overrides them.
     fire: Callable[[Tensor], Tensor] | None = None
     mem_reset: Callable[[Tensor], Tensor] | None = None
+    lengths: Tensor | None = None  # (N,) int64, the steps of each sample; None: all have T
 
     @property
     def traced(self) -> bool:
@@ -140,8 +142,7 @@ def make_call(
 ) -> Call:
     """A call of tensors that have been checked, or are known to fit together.
 
-    `autocast` says whether torch's autocast counts, and `foreign` has the fields behind the
-    signature.
+    `autocast` says whether torch's autocast counts, and `foreign` has fields behind the signature.
     """
     key = _key(tensors, options, autocast)
     x, _, mem, _, _, threshold, _ = tensors
@@ -170,6 +171,7 @@ def checked_call(
     foreign_of: Callable[[CellOptions], dict[str, Any]] | None = None,
     *,
     record: Any = False,
+    lengths: Any = None,
     batch_first: bool = False,
     traced: bool = False,
     dims: int = 2,
@@ -190,6 +192,12 @@ def checked_call(
         raise ValueError(
             f"record=True needs a sequence: x of shape (T, N, Cin, {_SIZES[dims]}), got one step"
         )
+    if lengths is not None:
+        if not sequence:
+            raise ValueError(
+                f"lengths needs a sequence: x of shape (T, N, Cin, {_SIZES[dims]}), got one step"
+            )
+        lengths = checked(lengths, x.shape[0], x.shape[1], x.device, traced)
     options = options_of(sequence, bool(record))
     shape = state_shape(x, channels[1], options, dims)
     syn, mem = state_of("syn", shape, x), state_of("mem", shape, x)
@@ -203,7 +211,7 @@ def checked_call(
     if dims == 1:
         x, syn, mem, threshold, graded = map(as_image, (x, syn, mem, threshold, graded))
     tensors = x, syn, mem, weight, bias, threshold, graded
-    foreign = {} if foreign_of is None else foreign_of(options)
+    foreign = {"lengths": lengths} | ({} if foreign_of is None else foreign_of(options))
     if traced:
         return Call(*tensors, options, **foreign)
     return make_call(tensors, options, **foreign)
@@ -219,6 +227,7 @@ def stateless_call(
     threshold: Any = 1.0,
     graded_spikes_factor: Any = 1.0,
     record: Any = False,
+    lengths: Any = None,
     batch_first: Any = False,
     **described: Any,
 ) -> Call:
@@ -233,7 +242,8 @@ def stateless_call(
         x, weight, bias, threshold, graded_spikes_factor, channels,
         lambda sequence, record: in_time(options, sequence, record, traced),
         lambda name, shape, x: state_tensor(name, states[name], shape, x, weight),
-        record=record, batch_first=flag("batch_first", batch_first), traced=traced,
+        record=record, lengths=lengths, batch_first=flag("batch_first", batch_first),
+        traced=traced,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import options
 from .call import Call, checked_call, known_call, state_tensor
+from .lengths import active, checked
 from .options import Checkpoint, in_time, make_options
 from .path import (
     Path,
@@ -46,16 +47,24 @@ class Convolution:
         self.of_sequence = in_time(self.options, True, False, False)
 
     def run(
-        self, cell: nn.Module, conv: Any, x: Any, h: Any, c: Any, names: Sequence[str]
+        self,
+        cell: nn.Module,
+        conv: Any,
+        x: Any,
+        h: Any,
+        c: Any,
+        names: Sequence[str],
+        lengths: Any = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return h of every step, which is empty if x is one step, and the last h and c.
 
-        x has time first. `names` are those of x, h and c in errors.
+        x has time first. `names` are those of x, h and c in errors. `lengths` are the steps of each
+        sample.
         """
         traced = torch.compiler.is_compiling()
-        call = None if traced else self._like_before(conv, x, h, c)
+        call = None if traced or lengths is not None else self._like_before(conv, x, h, c)
         if call is None:
-            call = self._checked(conv, x, h, c, names, traced)
+            call = self._checked(conv, x, h, c, names, lengths, traced)
         every, c, h, path = run(call)
         if exporting():
             pass
@@ -80,7 +89,7 @@ class Convolution:
         return call if dense and weight.shape[0] == 4 * self.channels[1] else None
 
     def _checked(
-        self, conv: Any, x: Any, h: Any, c: Any, names: Sequence[str], traced: bool
+        self, conv: Any, x: Any, h: Any, c: Any, names: Sequence[str], lengths: Any, traced: bool
     ) -> Call:
         """Return the call, after a check of every argument."""
         plain = type(conv) is nn.Conv2d
@@ -91,7 +100,7 @@ class Convolution:
             lambda sequence, _: self.of_sequence if sequence else self.options,
             lambda name, shape, x: state_tensor(*given[name], shape, x, weight),
             lambda described: foreign_conv(conv, nn.Conv2d, described, self.channels),
-            traced=traced, name=names[0],
+            lengths=lengths, traced=traced, name=names[0],
         )  # fmt: skip
 
 
@@ -184,14 +193,16 @@ class ConvLSTMCell(nn.Module):
         _, h, c = self._over_time(input_tensor, cur_state, "cur_state")
         return h, c
 
-    def _over_time(self, x: Tensor, state: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _over_time(
+        self, x: Tensor, state: Any, name: str, lengths: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Run x from a state of this name in errors; the result is :meth:`Convolution.run`'s."""
         state = (None, None) if state is None else state
         if not isinstance(state, (tuple, list)) or len(state) != 2:
             got = f"{len(state)} items" if hasattr(state, "__len__") else type(state).__name__
             raise TypeError(f"{name} must be h and c, (Tensor, Tensor), or None, got {got}")
         names = "input_tensor", f"h of {name}", f"c of {name}"
-        return self._convolution.run(self, self.conv, x, state[0], state[1], names)
+        return self._convolution.run(self, self.conv, x, state[0], state[1], names, lengths)
 
     def init_hidden(self, batch_size: int, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return zeros for h and c, (batch_size, C, Ho, Wo), for images of `image_size`."""
@@ -267,7 +278,10 @@ class ConvLSTM(nn.Module):
         self.cell_list = nn.ModuleList(ConvLSTMCell(*size, bias, **of_cells) for size in sizes)
 
     def forward(
-        self, input_tensor: Tensor, hidden_state: Sequence[State | None] | None = None
+        self,
+        input_tensor: Tensor,
+        hidden_state: Sequence[State | None] | None = None,
+        lengths: Any = None,
     ) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Run a sequence.
 
@@ -277,6 +291,10 @@ class ConvLSTM(nn.Module):
             (T, N, Cin, H, W), or (N, T, Cin, H, W) with ``batch_first``; T is at least 1.
         hidden_state : list of (Tensor, Tensor), optional
             h and c of each layer before the first step, (N, C, Ho, Wo) each; None means zeros.
+        lengths : Tensor or list of int, optional
+            (N,) ints, the steps of each sample, between 0 and T. Behind its last step a sample's
+            outputs are 0, and its states stay as they are. Numbers on a GPU are not checked, but
+            clamped.
 
         Returns
         -------
@@ -295,6 +313,9 @@ class ConvLSTM(nn.Module):
                 f"H, W), got {tuple(x.shape)}"
             )
         x = x.transpose(0, 1) if self.batch_first else x
+        if lengths is not None:
+            traced = torch.compiler.is_compiling()
+            lengths = checked(lengths, x.shape[0], x.shape[1], x.device, traced)
         states = [None] * self.num_layers if hidden_state is None else hidden_state
         if len(states) != self.num_layers:
             raise ValueError(
@@ -302,7 +323,7 @@ class ConvLSTM(nn.Module):
             )
         outputs, last = [], []
         for k, (cell, state) in enumerate(zip(self.cell_list, states, strict=True)):
-            x, *after = _over_time(cell, x, state, k)
+            x, *after = _over_time(cell, x, state, k, lengths)
             outputs.append(x)
             last.append(after)
         if not self.return_all_layers:
@@ -310,18 +331,24 @@ class ConvLSTM(nn.Module):
         return [out.transpose(0, 1).contiguous() for out in outputs], last
 
 
-def _over_time(cell: Any, x: Tensor, state: Any, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+def _over_time(
+    cell: Any, x: Tensor, state: Any, layer: int, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run a cell over x (T, N, Cin, H, W): h of every step, and h and c after the last."""
     plain = type(cell).forward is ConvLSTMCell.forward and "forward" not in cell.__dict__
     if plain and not carries_hooks(cell) and not global_hooks():
-        return cell._over_time(x, state, f"hidden_state[{layer}]")
+        return cell._over_time(x, state, f"hidden_state[{layer}]", lengths)
     if not torch.compiler.is_compiling() and not cell.__dict__.get("_logged"):
         cell.__dict__["_logged"] = True
         text = "ConvLSTM calls layer %d step by step: its %s has hooks or a forward of its own"
         logger.warning(text, layer, type(cell).__name__)
     state = cell.init_hidden(x.shape[1], tuple(x.shape[-2:])) if state is None else state
     every = []
-    for x_t in x:
-        state = cell(x_t, state)
+    own = None if lengths is None else active(lengths, x.shape[0])
+    for t, x_t in enumerate(x if own is None else torch.where(own, x, 0)):
+        before, state = state, cell(x_t, state)
+        if own is not None:
+            state = [torch.where(own[t], *pair) for pair in zip(state, before, strict=True)]
         every.append(state[0])
-    return torch.stack(every), state[0], state[1]
+    out = torch.stack(every)
+    return out if own is None else torch.where(own, out, 0), state[0], state[1]

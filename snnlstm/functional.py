@@ -33,6 +33,7 @@ def sconv2dlstm(
     stride: int | tuple[int, int] = 1,
     dilation: int | tuple[int, int] = 1,
     record: bool = False,
+    lengths: Any = None,
     checkpoint: Checkpoint = False,
     batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +56,7 @@ def sconv2dlstm(
         (4C,).
     threshold, graded_spikes_factor : float or Tensor, default 1.0
         Broadcast to (N, C, Ho, Wo) and to the pooled size; the factor multiplies spk.
-    record, batch_first : bool, default False
+    record, lengths, batch_first
         As of :meth:`snnlstm.SConv2dLSTM.forward`, and of its constructor.
     **options
         The others are those of :class:`snnlstm.SConv2dLSTM`, with the same defaults.
@@ -84,7 +85,7 @@ def sconv2dlstm(
         x, syn, mem, weight, bias, threshold=threshold, spike_grad=spike_grad,
         surrogate_disable=surrogate_disable, reset_mechanism=reset_mechanism, max_pool=max_pool,
         avg_pool=avg_pool, state_quant=state_quant, graded_spikes_factor=graded_spikes_factor,
-        inhibition=inhibition, stride=stride, dilation=dilation, record=record,
+        inhibition=inhibition, stride=stride, dilation=dilation, record=record, lengths=lengths,
         checkpoint=checkpoint, batch_first=batch_first,
     )  # fmt: skip
     return in_order_of_caller(call.options, batch_first, *run(call)[:3])

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .path import global_hooks
 from .rates import SpikeCount
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Base, Neuron
 
-__all__ = ["CELL", "LayerReport", "changed", "may_write", "not_per_sample", "report_of"]
+__all__ = ["CELL", "Frozen", "LayerReport", "changed", "may_write", "not_per_sample", "report_of"]
 
 CELL = SConv2dLSTM if Base is nn.Module else Base  # the class of our cells and of snnTorch's
 
@@ -152,3 +153,53 @@ def _has_batch(layer: nn.Module, dim: int) -> bool:
     elif isinstance(layer, nn.Unflatten | nn.Softmax | nn.LogSoftmax | nn.Softmin | nn.GLU):
         first = layer.dim
     return isinstance(first, int) and first % dim != 0
+
+
+class Frozen:
+    """Calls a layer step by step, and leaves samples behind their last step as they are.
+
+    The layer computes them, too, but its first result is 0 there. What it keeps of a sample, in
+    tensors (N, ...) that are its attributes or buffers of no state_dict, and what it returns
+    besides, stays what it was.
+    """
+
+    def __init__(self, layer: nn.Module, lengths: Tensor) -> None:
+        self._layer, self._lengths, self._step = layer, lengths, 0
+        self._returned: Any = None
+
+    def __call__(self, x: Tensor) -> Any:
+        own = self._lengths > self._step
+        before = {id(owner): _kept(owner) for owner in self._layer.modules()}
+        out = self._layer(x)
+        for owner in self._layer.modules():
+            for name, after in _kept(owner).items():
+                if after.dim() > 1 and after.shape[0] == len(own):
+                    setattr(owner, name, _chosen(own, after, before[id(owner)].get(name)))
+        self._step, self._returned = self._step + 1, self._stay(out, self._returned, own, True)
+        return self._returned
+
+    def _stay(self, out: Any, before: Any, own: Tensor, first: bool) -> Any:
+        if isinstance(out, Tensor):
+            return _chosen(own, out, None if first else before)
+        if not isinstance(out, tuple | list):
+            return out
+        olds = before if isinstance(before, tuple) else (None,) * len(out)
+        pairs = enumerate(zip(out, olds, strict=True))
+        return tuple(self._stay(new, old, own, first and k == 0) for k, (new, old) in pairs)
+
+
+def _chosen(own: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
+    """Samples of `new` where they are at a step of their own, else of `old`, or 0."""
+    if old is None or old.shape != new.shape:
+        old = torch.zeros_like(new)
+    return torch.where(own.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
+
+
+def _kept(owner: nn.Module) -> dict[str, Tensor]:
+    """The tensors in which a module may keep something from step to step."""
+    if isinstance(owner, SConv2dLSTM):
+        return {"syn": owner._state.syn, "mem": owner._state.mem}
+    own = {k: v for k, v in owner.__dict__.items() if isinstance(v, Tensor)}
+    temporary = owner._non_persistent_buffers_set
+    buffers = {k: v for k, v in owner._buffers.items() if k in temporary and v is not None}
+    return own | buffers

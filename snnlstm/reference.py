@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .call import Call, in_order_of_caller, stateless_call
+from .lengths import active
 from .options import CellOptions
 from .surrogate import Surrogate
 
@@ -126,7 +127,8 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
     The call's ``conv``, if there is a reason for it, is called in place of the convolution with
     weight and bias; this needs a stride of 1. spk is (N, C, Hp, Wp) or (T, N, C, Hp, Wp); syn and
-    mem are (N, C, Ho, Wo), or (T, N, C, Ho, Wo) with ``options.record``. The results are tensors of
+    mem are (N, C, Ho, Wo), or (T, N, C, Ho, Wo) with ``options.record``. Finished samples take part
+    in the steps, and what these do to them is dropped. The results are tensors of
     their own, never views.
     """
     x, syn, mem, options = call.x, call.syn, call.mem, call.options
@@ -140,8 +142,15 @@ def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     if x.shape[0] == 0:
         return _no_steps(x, syn, mem, options)
     spks, syns, mems = [], [], []
-    for x_t in x:
+    own = None if call.lengths is None else active(call.lengths, x.shape[0])
+    if own is not None:
+        x = torch.where(own, x, 0)  # whatever the padding holds, no gradient may become NaN
+    for t, x_t in enumerate(x):
+        before = syn, mem
         spk, syn, mem = step(call, x_t, syn, mem)
+        if own is not None:
+            spk = torch.where(own[t], spk, 0)
+            syn, mem = torch.where(own[t], syn, before[0]), torch.where(own[t], mem, before[1])
         spks.append(spk)
         if options.record:
             syns.append(syn)

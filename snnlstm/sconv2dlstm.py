@@ -218,6 +218,7 @@ class SConv2dLSTM(CellAttributes):
         mem: Tensor | None = None,
         *extra: Any,
         record: bool = False,
+        lengths: Any = None,
         input_: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Run one step, or a whole sequence.
@@ -234,6 +235,10 @@ class SConv2dLSTM(CellAttributes):
             what :meth:`reset_mem` returned. None goes on from the stored state.
         record : bool, default False
             For a sequence: return syn and mem of every step.
+        lengths : Tensor or list of int, optional
+            For a sequence: (N,) ints, the steps of each sample, between 0 and T. Behind its last
+            step a sample's spikes are 0 and its states, recorded ones too, stay as they are.
+            Numbers on a GPU are not checked, but clamped.
         input_ : Tensor, optional
             snnTorch's name of x, accepted in its place.
 
@@ -263,7 +268,7 @@ class SConv2dLSTM(CellAttributes):
         """
         # The ONNX exporter of torch.jit passes the defaults of keywords as further positions.
         if extra and not torch.onnx.is_in_onnx_export():
-            raise TypeError(f"forward takes x, syn and mem, and record by name; got also {extra}")
+            raise TypeError(f"forward takes x, syn and mem, and others by name; got also {extra}")
         if self.init_hidden and not (syn is None and mem is None):
             raise TypeError(
                 "`mem` or `syn` should not be passed as an argument while `init_hidden=True`"
@@ -274,9 +279,11 @@ class SConv2dLSTM(CellAttributes):
             x = input_
         # This is the one place that asks whether torch.compile traces a call.
         traced = torch.compiler.is_compiling()
-        call = None if traced else self._like_before(x, syn, mem, record)
+        call = None
+        if not traced and lengths is None:
+            call = self._like_before(x, syn, mem, record)
         if call is None:
-            call = self._checked(x, syn, mem, record, traced)
+            call = self._checked(x, syn, mem, record, lengths, traced)
         spk, syn, mem, path = run(call)
         if self._dims == 1:
             fresh = path.native and not traced
@@ -331,7 +338,7 @@ class SConv2dLSTM(CellAttributes):
             return None
         return call
 
-    def _checked(self, x: Any, syn: Any, mem: Any, record: Any, traced: bool) -> Call:
+    def _checked(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, traced: bool) -> Call:
         """Return the call, after a check of every argument."""
         weight, bias = self._parameters_of_conv(x)
         given = {"syn": syn, "mem": mem}
@@ -342,7 +349,8 @@ class SConv2dLSTM(CellAttributes):
         return checked_call(
             x, weight, bias, self.threshold, self.graded_spikes_factor,
             (self.in_channels, self.out_channels), self._describe, state_of, self._foreign,
-            record=record, batch_first=self.batch_first, traced=traced, dims=self._dims,
+            record=record, lengths=lengths, batch_first=self.batch_first, traced=traced,
+            dims=self._dims,
         )  # fmt: skip
 
     def _foreign(self, described: CellOptions) -> dict[str, Any]:

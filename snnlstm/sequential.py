@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .gather import Gathered, first_item
 from .layers import CELL, LayerReport, changed, not_per_sample, report_of
+from .lengths import checked, silenced
 from .options import flag
 from .sconv2dlstm import SConv2dLSTM
 from .together import own, run_together
@@ -126,19 +127,19 @@ class Sequential(nn.Sequential):
         new.training = net.training
         return new
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor, lengths: Any = None) -> Any:
         """Run all layers over a sequence.
 
-        x (T, N, ...), or (N, T, ...) with `batch_first`, the result and the errors are those of
-        :func:`unroll`.
+        x (T, N, ...), or (N, T, ...) with `batch_first`, `lengths`, the result and the errors are
+        those of :func:`unroll`.
         """
-        out, report = _over_time(x, self._modules.items(), self.batch_first)
+        out, report = _over_time(x, self._modules.items(), self.batch_first, lengths)
         if not torch.compiler.is_compiling():
             self.report = report
         return out
 
 
-def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False) -> Any:
+def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False, lengths: Any = None) -> Any:
     """Run layers over a sequence, as :class:`Sequential` does, without making a module of them.
 
     For the ``forward`` of a network that keeps its layers under names of its own: nothing is
@@ -159,6 +160,10 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False) -> Any:
         In order. If a layer returns a tuple, the next one gets its first item.
     batch_first : bool, default False
         Sequences are (N, T, ...), those that are returned too.
+    lengths : Tensor or list of int, optional
+        (N,) ints, the steps of each sample, between 0 and T. Behind its last step a sample's
+        outputs are 0, and its states, of cells and of neurons, stay as they are. Numbers on a GPU
+        are not checked, but clamped.
 
     Returns
     -------
@@ -180,7 +185,7 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False) -> Any:
     """
     _check_modules(layers)
     named = [(str(position), layer) for position, layer in enumerate(layers)]
-    return _over_time(x, named, flag("batch_first", batch_first))[0]
+    return _over_time(x, named, flag("batch_first", batch_first), lengths)[0]
 
 
 def _check_modules(layers: Iterable[Any]) -> None:
@@ -196,7 +201,7 @@ def _check_modules(layers: Iterable[Any]) -> None:
 
 
 def _over_time(
-    x: Tensor, modules: Iterable[tuple[str, Any]], batch_first: bool
+    x: Tensor, modules: Iterable[tuple[str, Any]], batch_first: bool, lengths: Any
 ) -> tuple[Any, tuple[LayerReport, ...]]:
     """Run the layers over a sequence; returns their results, and how each layer went."""
     if not isinstance(x, Tensor):
@@ -205,15 +210,19 @@ def _over_time(
         shape = "(N, T, ...)" if batch_first else "(T, N, ...)"
         raise ValueError(f"x must have shape {shape} with at least one step, got {tuple(x.shape)}")
     x = x.transpose(0, 1) if batch_first else x
+    if lengths is not None:
+        traced = torch.compiler.is_compiling()
+        lengths = checked(lengths, x.shape[0], x.shape[1], x.device, traced)
     layers = list(_layers(modules, ""))
     reports: list[LayerReport] = []
     shared = _shared_state(modules)
     if shared is None:
-        out = _run(layers, x, reports)
+        out = _run(layers, x, reports, lengths)
     else:  # steps one by one, in each of which the layers have the order of the loop
         gathered = Gathered(layers[-1][0], x.shape[0])
-        for step in x.split(1):
-            gathered.add(_run(layers, own(step), reports), chunk=True)
+        for t, step in enumerate(x.split(1)):
+            left = None if lengths is None else (lengths - t).clamp(0, 1)
+            gathered.add(_run(layers, own(step), reports, left), chunk=True)
         out = gathered.result()
         reason = f"layer {shared} is in several places and may keep a state"
         reports = [replace(one, kind="step", reason=reason) for one in reports[: len(layers)]]
@@ -275,7 +284,7 @@ def _log_slow(layers: list[Named], reports: list[LayerReport]) -> None:
             logger.warning(message, name, report.layer, report.reason)
 
 
-def _run(layers: list[Named], x: Tensor, reports: list[LayerReport]) -> Any:
+def _run(layers: list[Named], x: Tensor, reports: list[LayerReport], lengths: Tensor | None) -> Any:
     """Run the layers over (T, N, ...), and append each one's report to `reports`."""
     of_sequences = [_sequence_report(name, layer) for name, layer in layers]
     out: Any = x
@@ -286,11 +295,15 @@ def _run(layers: list[Named], x: Tensor, reports: list[LayerReport]) -> Any:
         begin, position = position, position + 1
         if report is not None:
             reports.append(report)
-            out = _sequence(name, layer, x, last=position == len(layers))
+            out = _sequence(name, layer, x, lengths, last=position == len(layers))
         else:
             while position < len(layers) and of_sequences[position] is None:
                 position += 1
-            out = run_together(layers[begin:position], x, reports)
+            if lengths is not None and begin == 0:
+                x = silenced(x, lengths)  # whatever the padding holds, no gradient may become NaN
+            out = run_together(layers[begin:position], x, reports, lengths)
+            if lengths is not None and position == len(layers) and reports[-1].kind == "fold":
+                out = silenced(out, lengths)
         if position < len(layers):
             x = out = first_item(layers[position - 1][0], out)
     return out
@@ -304,9 +317,9 @@ def _sequence_report(name: str, layer: nn.Module) -> LayerReport | None:
     return report if report is not None and report.kind == "sequence" else None
 
 
-def _sequence(name: str, layer: Any, x: Tensor, last: bool) -> Any:
+def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bool) -> Any:
     """Call a layer that takes sequences: a cell, or a Sequential that carries hooks."""
-    options = {}
+    options: dict[str, Any] = {} if lengths is None else {"lengths": lengths}
     if isinstance(layer, SConv2dLSTM):
         if x.dim() != layer._dims + 3:
             size = "H, W" if layer._dims == 2 else "L"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .gather import Gathered, first_item
-from .layers import LayerReport, may_write, report_of
+from .layers import Frozen, LayerReport, may_write, report_of
 
 __all__ = ["FOLD", "own", "run_together"]
 
@@ -23,13 +24,19 @@ cache from memory again, and the system maps and clears each tensor above 32 MiB
 """
 
 
-def run_together(layers: list[tuple[str, nn.Module]], x: Tensor, reports: list[LayerReport]) -> Any:
+def run_together(
+    layers: list[tuple[str, nn.Module]],
+    x: Tensor,
+    reports: list[LayerReport],
+    lengths: Tensor | None = None,
+) -> Any:
     """Run named layers over (T, N, ...); returns what the last one returns at all steps.
 
-    Each layer's report is appended to `reports`. On the CPU as many steps go through all layers at
-    a time as fit the cache, and a step that is large goes alone, as in the loop.
+    Each layer's report is appended to `reports`, and `lengths` are the steps of each sample. On the
+    CPU as many steps go through all layers at a time as fit the cache, and a step that is large
+    goes alone, as in the loop.
     """
-    run, count = _Run(layers), x.shape[0]
+    run, count = _Run(layers, lengths), x.shape[0]
     gathered = Gathered(layers[-1][0], count)
     in_chunks = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if count == 1 or not in_chunks or x.nbytes <= FOLD // 8:
@@ -50,8 +57,9 @@ def run_together(layers: list[tuple[str, nn.Module]], x: Tensor, reports: list[L
 class _Run:
     """The layers, and how each of them is called, which the first call finds out."""
 
-    def __init__(self, layers: list[tuple[str, nn.Module]]) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[tuple[str, nn.Module]], lengths: Tensor | None) -> None:
+        self.layers, self.lengths = layers, lengths
+        self.calls: list[Callable[[Tensor], Any]] = []
         self.reports: list[LayerReport] = []
         self.writes: list[bool] = []  # whether a layer may write to its input
         self.largest = 1  # bytes of the largest tensor of the first call
@@ -82,7 +90,8 @@ class _Run:
                 if batch is not None:
                     steps = batch.unflatten(0, (count, batch.shape[0] // count)).unbind(0)
                     batch = None
-                steps = [layer(own(step) if writes else step) for step in steps]
+                call = self.calls[index]
+                steps = [call(own(step) if writes else step) for step in steps]
         if first:
             self._measure(steps[0] if batch is None else batch)
         if batch is None:
@@ -92,6 +101,8 @@ class _Run:
     def _learn(self, name: str, layer: nn.Module, x: Any) -> None:
         self.reports.append(report_of(name, layer, x.dim()))
         self.writes.append(may_write(layer))
+        frozen = self.lengths is not None and self.reports[-1].kind == "step"
+        self.calls.append(Frozen(layer, self.lengths) if frozen else layer)  # type: ignore[arg-type]
         self._measure(x)
 
     def _measure(self, out: Any) -> None:

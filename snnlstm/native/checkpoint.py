@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 from torch import Tensor
 
 from ..call import Call, make_call
+from ..lengths import last
 from . import backend, memory, tensors
 from .tensors import Gradients, Result
 
@@ -53,7 +54,10 @@ def _piece(call: Call, segment: slice, syn: Tensor, mem: Tensor, saving: bool) -
     options = call.signature.options
     if saving:
         options = replace(options, checkpoint=False)
-    return make_call((call.x[segment], syn, mem, *call[3:7]), options, autocast=False)
+    x, lengths = call.x[segment], call.lengths
+    if lengths is not None:
+        lengths = (lengths - (segment.start or 0)).clamp(0, len(x))
+    return make_call((x, syn, mem, *call[3:7]), options, autocast=False, lengths=lengths)
 
 
 def forward(call: Call, algorithm: str) -> Result:
@@ -67,11 +71,14 @@ def forward(call: Call, algorithm: str) -> Result:
     record = call.options.record
     whole = backend.empty_result(call, training=False)
     boundaries: list[Tensor] = []
-    syn, mem, part = call.syn, call.mem, whole
+    syn, mem, part, piece = call.syn, call.mem, whole, call
     for segment in segments:
         if segment.start > 0:
             syn, mem = part.syn, part.mem
-            if record:
+            if record and piece.lengths is not None:
+                syn = last(syn, piece.syn, piece.lengths)
+                mem = last(mem, piece.mem, piece.lengths)
+            elif record:
                 syn, mem = syn[-1].clone(), mem[-1].clone()
             boundaries += syn, mem
         piece = _piece(call, segment, syn, mem, saving=False)

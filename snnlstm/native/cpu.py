@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _C
 from ..call import Call, Signature
+from ..lengths import active
 from ..options import DTYPES
 from . import memory, tensors
 from .tensors import Gradients, Result, Saved, Shapes, address
@@ -241,11 +242,14 @@ class Plan(tensors.CommonPlan):
         packed, percent = look_up(
             call.weight, x.data_ptr() if self.count else 0, self.dtype, self.count
         )
-        if self.counts_zeros and not self.count:
-            percent = round(100 * int(torch.count_nonzero(x)) / max(x.numel(), 1))
+        if self.counts_zeros and (not self.count or call.lengths is not None):
+            percent = _percent(x, call.lengths)
         decided = 16 * percent + packed.most_inputs
         a_pass = self._passes.get(decided) or self._forward_pass(decided)
         spk, new_syn, new_mem = self.empty_results(x)
+        lengths, _held = tensors.by_length(call)
+        if call.lengths is not None:
+            tensors.clear_padding(spk, call.lengths)
         saved = self.empty_saved(x) if training else None
         bias = None if call.bias is None else tensors.numbers(call.bias, dtype)
         threshold = tensors.numbers(call.threshold, dtype)
@@ -258,6 +262,7 @@ class Plan(tensors.CommonPlan):
         workspace = memory.workspace(a_pass.workspace)
         a_pass.core.forward(
             **packed.addresses(a_pass),
+            **lengths,
             record=call.options.record,
             x=(at[0], self.x5),
             syn0=(at[1], self.syn5),
@@ -277,6 +282,8 @@ class Plan(tensors.CommonPlan):
             places=0 if saved is None else saved.places.data_ptr(),
             workspace=workspace.data_ptr(),
         )
+        if lengths and not call.options.record:
+            tensors.keep_empty(call, (new_syn, new_mem), (call.syn, call.mem))
         return Result(spk, new_syn, new_mem, saved or (), a_pass.name, decided, packed)
 
     def backward(
@@ -294,6 +301,9 @@ class Plan(tensors.CommonPlan):
         if packed is None:  # a second backward pass over the same graph, or a compiled one
             packed, _ = look_up(tensors.saved_weight(call))
         out = tensors.empty_gradients(x, self.signature, wanted)
+        lengths, _held = tensors.by_length(call)
+        if call.lengths is not None and out.x is not None:
+            tensors.clear_padding(out.x, call.lengths)
         threshold = tensors.numbers(call.threshold, dtype)
         graded = tensors.numbers(call.graded, dtype)
         noise = tensors.stochastic_noise(call.options, grads[0])
@@ -301,6 +311,7 @@ class Plan(tensors.CommonPlan):
         a_pass.core.backward(
             **packed.addresses(a_pass),
             **tensors.backward_arguments(call, saved, grads, noise, out),
+            **lengths,
             packed_gates=self.packed_gates,
             threshold=threshold.data_ptr(),
             threshold_stride=self.threshold_stride,
@@ -308,7 +319,19 @@ class Plan(tensors.CommonPlan):
             levels=self.levels_address,
             workspace=workspace.data_ptr(),
         )
+        if lengths:
+            into = (None, None) if call.options.record else grads[1:]
+            tensors.keep_empty(call, (out.syn, out.mem), into)
         return tensors.shaped_as(call.threshold, out)
+
+
+def _percent(x: Tensor, lengths: Tensor | None) -> int:
+    """The density of x in hundredths; padding does not count."""
+    if lengths is None:
+        return round(100 * int(torch.count_nonzero(x)) / max(x.numel(), 1))
+    some = x[..., :: x.numel() // 2**16 | 1]  # of a row
+    counts = torch.count_nonzero(some, dim=(2, 3, 4))[active(lengths, len(x)).flatten(1)]
+    return round(100 * int(counts.sum()) / max(len(counts) * some[0, 0].numel(), 1))
 
 
 class Backend:

@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 
 from .. import reference
 from ..call import Call, Signature, autocast_dtype, make_call, version
+from ..lengths import repeated
 from ..options import CellOptions
 from . import backend, checkpoint, tensors
 from .backend import Plan
@@ -79,24 +80,27 @@ def _in_float32(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str
     dtype = x.dtype
     weight, threshold, graded = weight.float(), threshold.float(), graded.float()
     bias = None if bias is None else bias.float()
-    step = replace(options, sequence=False, record=False)
+    step = replace(options, record=False)
     out: list[tuple[Tensor, ...]] = []
-    name = None
-    for x_t in x.unbind(0) if options.sequence else [x]:
+    name = lengths = None
+    for t, x_t in enumerate(x.split(1) if options.sequence else [x]):
         states = syn.float(), mem.float()
         tensors = x_t.float(), *states, weight, bias, threshold, graded
-        wide = Call(*tensors, step) if call.traced else make_call(tensors, step)
+        if call.lengths is not None:
+            lengths = (call.lengths - t).clamp(0, 1)
+        if call.traced:
+            wide = Call(*tensors, step, lengths=lengths)
+        else:
+            wide = make_call(tensors, step, lengths=lengths)
         *results, name = run(wide, algorithm)
         out.append(tuple(result.to(dtype) for result in results))
         _, syn, mem = out[-1]
     if not options.sequence:
         return (*out[0], name)  # type: ignore[return-value]
     spks, syns, mems = zip(*out, strict=True)
-    if not options.spiking:  # a step has no spk
-        spks = mems
     if options.record:
         syn, mem = torch.stack(syns), torch.stack(mems)
-    return torch.stack(spks), syn, mem, name
+    return torch.cat(spks), syn, mem, name
 
 
 def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]:
@@ -105,6 +109,14 @@ def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]
     The backward pass keeps to `algorithm`. The fourth result is the name of what ran, such as
     ``"cpu-avx2-winograd4-sparse"``; None while torch.compile traces.
     """
+    spk, syn, mem, name = _run(call, algorithm)
+    if call.lengths is not None and call.options.record:
+        syn, mem = repeated(syn, call.syn, call.lengths), repeated(mem, call.mem, call.lengths)
+    return spk, syn, mem, name
+
+
+def _run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]:
+    """The same, but for recorded states behind a sample's last step, which may be anything."""
     x, syn, mem, weight, bias, threshold, graded, options = call[:8]
     narrow = x.dtype in (torch.float16, torch.bfloat16)
     if narrow and not backend.BACKENDS[x.device.type].half_types:
@@ -130,7 +142,8 @@ def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]
         return result.spk, result.syn, result.mem, result.name
     with torch.no_grad():
         result = _forward(plan, call, True, algorithm)
-    return (*_apply(*call[:7], call.options, call.signature, plan, algorithm, result), result.name)
+    given = *call[:7], call.lengths, call.options, call.signature, plan, algorithm, result
+    return (*_apply(*given), result.name)
 
 
 # ---- the Function --------------------------------------------------------------------------------
@@ -139,13 +152,14 @@ def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]
 class _SConv2dLSTM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Take a call's seven tensors, what is no tensor, and the result of the kernels."""
-        x, syn, mem, weight, bias, threshold, graded, options, signature, plan, algorithm, r = given
+        """Take a call's tensors, what is no tensor, and the result of the kernels."""
+        x, syn, mem, weight, bias, threshold, graded, lengths, *others = given
+        options, signature, plan, algorithm, r = others
         # A threshold may be written to before the backward pass: snnTorch's graph keeps none.
         ctx.threshold, ctx.version = threshold, version(threshold)
         if options.spiking:
             threshold = threshold.clone()
-        ctx.save_for_backward(x, syn, mem, weight, bias, threshold, graded, *r.saved)
+        ctx.save_for_backward(x, syn, mem, weight, bias, threshold, graded, lengths, *r.saved)
         ctx.facts = options, signature, plan, algorithm, r.decided
         ctx.packed = r.packed
         ctx.set_materialize_grads(False)
@@ -155,7 +169,7 @@ class _SConv2dLSTM(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        return (*_gradients(ctx, grads), *(None,) * 6)
+        return (*_gradients(ctx, grads), *(None,) * 7)
 
 
 _FORGOTTEN = (
@@ -170,7 +184,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     if grads[0] is grads[1] is grads[2] is None:
         return (None,) * 6
     try:
-        x, syn, mem, weight, bias, threshold, graded, *saved = ctx.saved_tensors
+        x, syn, mem, weight, bias, threshold, graded, lengths, *saved = ctx.saved_tensors
     except RuntimeError as error:
         if "a second time" in str(error):  # torch's "Trying to backward through the graph ..."
             raise RuntimeError(f"{error} {_FORGOTTEN}") from None
@@ -185,7 +199,8 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
                 "differentiated"
             )
         threshold = ctx.threshold
-    call = Call(x, syn, mem, weight, bias, threshold, graded, options, signature)
+    tensors = x, syn, mem, weight, bias, threshold, graded
+    call = Call(*tensors, options, signature, lengths=lengths)
     if again or _beyond_kernels(grads):
         return _in_plain_torch(call, grads, wanted, again)
     packed, ctx.packed = ctx.packed, None  # a graph that is kept keeps no packed weight alive
@@ -221,9 +236,8 @@ def _in_plain_torch(
     # The forward pass's autocast counts, not that of the code which asks for the gradients.
     with torch.autocast(call.signature.device_type, operands, enabled=operands is not None):
         x, syn, mem, weight, bias, threshold = own
-        outputs = reference.run(
-            Call(x, syn, mem, weight, bias, threshold, call.graded, call.options)
-        )
+        tensors = x, syn, mem, weight, bias, threshold, call.graded
+        outputs = reference.run(Call(*tensors, call.options, lengths=call.lengths))
     pairs = [
         (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
     ]
@@ -240,7 +254,7 @@ def _in_plain_torch(
 
 _CALL = (
     "Tensor x, Tensor syn, Tensor mem, Tensor weight, Tensor? bias, Tensor threshold, "
-    "Tensor graded, str options"
+    "Tensor graded, Tensor? lengths, str options"
 )
 
 
@@ -259,17 +273,17 @@ def _options(text: str) -> CellOptions:
 
 
 def _call(*given: Any) -> Call:
-    """The call of an operator's first eight arguments."""
-    return make_call(given[:7], _options(given[7]), autocast=False)
+    """The call of an operator's first nine arguments."""
+    return make_call(given[:7], _options(given[8]), autocast=False, lengths=given[7])
 
 
 def _fake_call(*given: Any) -> Call:
     """The call of fake tensors, without levels: among fake tensors they would have no numbers."""
-    x, _, mem, _, _, threshold, _, text, *_ = given
+    x, syn, mem, weight, bias, threshold, graded, lengths, text = given[:9]
     options = _options(text.rpartition(";")[0] + ";")
     signature = Signature(x, mem, threshold, options, None)
-    x, syn, mem, weight, bias, threshold, graded = given[:7]
-    return Call(x, syn, mem, weight, bias, threshold, graded, options, signature)
+    tensors = x, syn, mem, weight, bias, threshold, graded
+    return Call(*tensors, options, signature, lengths=lengths)
 
 
 def _four(x: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -296,14 +310,14 @@ def _number(x: Tensor, decided: int) -> Tensor:
     schema=f"({_CALL}, bool training, str algorithm) -> {_results(8)}",
 )  # fmt: skip
 def _forward_operator(*given: Any) -> tuple[Tensor, ...]:
-    call, (training, algorithm) = _call(*given), given[8:]
+    call, (training, algorithm) = _call(*given), given[9:]
     r = _forward(backend.plan_of(call, algorithm), call, training, algorithm)
     return r.spk, r.syn, r.mem, *_four(call.x, r.saved), _number(call.x, r.decided)
 
 
 @_forward_operator.register_fake
 def _(*given):
-    call, training = _fake_call(*given), given[8]
+    call, training = _fake_call(*given), given[9]
     saves = training and call.options.checkpoint is not True
     r = backend.empty_result(call, saves)
     first, *rest = _four(call.x, r.saved)
@@ -320,7 +334,7 @@ def _(*given):
     f"bool[] wanted, str algorithm) -> {_results(6)}",
 )  # fmt: skip
 def _backward_operator(*given: Any) -> tuple[Tensor, ...]:
-    saved, decided, grads, (wanted, algorithm) = given[8:12], given[12], given[13:16], given[16:]
+    saved, decided, grads, (wanted, algorithm) = given[9:13], given[13], given[14:17], given[17:]
     dtype = grads[0].dtype
     call = _call(*(plain(t).to(dtype) for t in given[:4]), *given[4:])
     if call.options.checkpoint is True:
@@ -335,7 +349,7 @@ def _six(x: Tensor, out: Gradients) -> tuple[Tensor, ...]:
 
 @_backward_operator.register_fake
 def _(*given):
-    call, wanted = _fake_call(*given), given[16]
+    call, wanted = _fake_call(*given), given[17]
     out = tensors.empty_gradients(call.x, call.signature, wanted)
     if wanted[5]:
         out = out._replace(threshold=torch.empty_like(call.threshold))
@@ -350,8 +364,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward_of_operator(ctx: Any, *grads: Tensor) -> tuple:
     saved, wanted = ctx.saved_tensors, list(ctx.needs_input_grad[:6])
-    out = _backward_operator(*saved[:7], ctx.options, *saved[7:], *grads[:3], wanted, ctx.algorithm)
-    return (*(g if want else None for g, want in zip(out, wanted, strict=True)), *(None,) * 4)
+    out = _backward_operator(*saved[:8], ctx.options, *saved[8:], *grads[:3], wanted, ctx.algorithm)
+    return (*(g if want else None for g, want in zip(out, wanted, strict=True)), *(None,) * 5)
 
 
 _forward_operator.register_autograd(_backward_of_operator, setup_context=_setup_context)
@@ -363,7 +377,8 @@ def _run_operator(call: Call, training: bool, algorithm: str) -> tuple[Tensor, T
     if narrow == torch.float32 or call.x.dtype != torch.float32:
         narrow = None
     text = _text(options, narrow)
-    spk, new_syn, new_mem, *_ = _forward_operator(*call[:7], text, training, algorithm)
+    given = *call[:7], call.lengths, text, training, algorithm
+    spk, new_syn, new_mem, *_ = _forward_operator(*given)
     if not options.passes_gradient:
         spk = spk.detach()
     return spk, new_syn, new_mem

@@ -192,6 +192,34 @@ def backward_arguments(
     }
 
 
+def by_length(call: Call) -> tuple[dict[str, int], Sequence[Tensor]]:
+    """Addresses of the samples' lengths and of the samples, longest first, and what holds them."""
+    if call.lengths is None:
+        return {}, ()
+    held = call.lengths, call.lengths.argsort(descending=True, stable=True)
+    return dict(zip(("lengths", "order"), map(address, held), strict=True)), held
+
+
+def clear_padding(sequence: Tensor, lengths: Tensor) -> None:
+    """Zero what a sequence (T, N, ...) holds behind each sample's last step, or all of it."""
+    if lengths.device.type != "cpu":
+        sequence.zero_()  # the host does not know the lengths
+        return
+    for n, length in enumerate(lengths.tolist()):
+        sequence[length:, n].zero_()
+
+
+def keep_empty(call: Call, outs: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:
+    """Give samples without a step those of `values`, or 0: the kernels leave such samples out."""
+    assert call.lengths is not None
+    empty = (call.lengths == 0)[:, None, None, None]
+    if empty.device.type == "cpu" and not empty.any():
+        return
+    for out, value in zip(outs, values, strict=True):
+        if out is not None:
+            out.copy_(torch.where(empty, 0 if value is None else value, out))
+
+
 # ---- memory -----------------------------------------------------------------------------------
 
 

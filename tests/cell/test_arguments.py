@@ -84,6 +84,7 @@ CALL = {
         ValueError: (torch.ones(2, 3, 5, 5), torch.zeros(3, 5, 5), torch.zeros(0, 4, 5, 5)),
     },
     "record": {TypeError: ("yes", None, 2), ValueError: (True,)},
+    "lengths": {ValueError: ([1], 1)},  # of one step; tests/sequences/test_lengths.py has others
 }  # fmt: skip
 FUNCTIONAL = OPTIONS | CALL | {
     "weight": {

@@ -28,7 +28,7 @@ class Backward {
   explicit Backward(const BackwardArgs& args)
       : a_(args),
         l_(args.cell),
-        tasks_(l_, args.threads, false),
+        tasks_(l_, args, false),
         to_mem_(l_, l_.Cb, l_.Wo, 1, 1),
         to_x_(l_, l_.x_blocks, args.cell.W, args.cell.stride_h, args.cell.stride_w),
         by_sample_(goes_by_sample()),
@@ -75,34 +75,45 @@ class Backward {
            4 * rounds * a_.threads <= 5 * N && bytes <= 1 << 20;
   }
 
-  int64_t x_tasks() const { return a_.grad_x.data && !l_.tiled_x() ? tasks_x() : 0; }
+  // Counts the tasks of the data gradient of x: blocks of rows of all images that belong together.
+  int64_t x_tasks(const RowTasks& tasks) const {
+    if (!a_.grad_x.data || l_.tiled_x()) return 0;
+    return (tasks_.most_together > 1 ? tasks.groups() : tasks.images()) * x_blocks_;
+  }
 
   void steps(const Phases& phases, int thread) {
     const int64_t T_ = a_.cell.T, weight_tasks = a_.grad_weight ? weights_.tasks() : 0;
-    const int64_t groups = tasks_.groups(), x_count = x_tasks(),
-                  groups_first = tasks_.most_together > 1 && l_.heavy() ? groups : 0;
     phases.run(0, tasks_.count + clear_tasks(), [&](int64_t task) {
       if (task < tasks_.count)
         neuron_.clear(task, thread);
       else
         weights_.clear(task - tasks_.count);
     });
-    phases.run(1, tasks_.count, [&](int64_t task) {
+    const auto start = [&](int64_t t, int64_t task) {  // with the last step of the task's sample
       neuron_.start(task, thread);
-      neuron_.rows(T_ - 1, task, thread, 0);
-    });
+      neuron_.rows(t, task, thread, 0);
+    };
+    RowTasks tasks = tasks_.at(T_ - 1);
+    phases.run(1, tasks.count, [&](int64_t task) { start(T_ - 1, task); });
     int64_t phase = 2;
     for (int64_t t = T_ - 1; t >= 0; --t) {
+      const RowTasks next = t > 0 ? tasks_.at(t - 1) : tasks;
+      const int64_t groups = tasks.groups(), x_count = x_tasks(tasks);
+      const int64_t groups_first = tasks.most_together > 1 && l_.heavy() ? groups : 0;
+      const int64_t all = groups + weight_tasks + x_count;
       // The largest tasks come first, so that no thread begins one last of all.
-      phases.run(phase++, groups + weight_tasks + x_count, [&](int64_t task) {
-        if (task < groups_first) return rows(t, task, thread);
+      phases.run(phase++, all + next.count - tasks.count, [&](int64_t task) {
+        if (task >= all) return start(t - 1, tasks.count + task - all);
+        if (task < groups_first) return rows(t, tasks, task, thread);
         task -= groups_first;
         if (task < weight_tasks)
-          return weights_.add(neuron_.images(t), task, thread, scratch_[thread].tiles);
+          return weights_.add(neuron_.images(t), tasks.images(), task, thread,
+                              scratch_[thread].tiles);
         task -= weight_tasks;
-        if (task < x_count) return inputs(t, task, thread);
-        rows(t, task - x_count, thread);
+        if (task < x_count) return inputs(t, tasks, task, thread);
+        rows(t, tasks, task - x_count, thread);
       });
+      tasks = next;
       fold(phases, phase, t);
     }
     finish(phases, phase);
@@ -111,7 +122,8 @@ class Backward {
   // Does a call of one step, by samples.
   void samples(const Phases& phases, int thread) {
     phases.run(0, clear_tasks(), [&](int64_t task) { weights_.clear(task); });
-    const int64_t N = a_.cell.N, count = a_.grad_weight ? weights_.splits() : N;
+    const RowTasks tasks = tasks_.at(0);
+    const int64_t N = tasks.images(), count = a_.grad_weight ? weights_.splits() : N;
     phases.run(1, count, [&](int64_t task) {
       for (int64_t n = N * task / count; n < N * (task + 1) / count; ++n) sample(n, task, thread);
     });
@@ -130,9 +142,9 @@ class Backward {
     if (a_.grad_weight)
       weights_.add_sample(neuron_.images(0), split, neuron_.slot(n, thread), thread,
                           scratch_[thread].tiles);
-    for (int64_t k = n * x_blocks_; x_tasks() > 0 && k < (n + 1) * x_blocks_; ++k)
-      inputs(0, k, thread);
-    for (int64_t task = first; task < last; ++task) rows(0, task, thread);
+    for (int64_t k = n * x_blocks_; x_tasks(tasks_) > 0 && k < (n + 1) * x_blocks_; ++k)
+      inputs(0, tasks_, k, thread);
+    for (int64_t task = first; task < last; ++task) rows(0, tasks_, task, thread);
   }
 
   int64_t clear_tasks() const { return a_.grad_weight ? weights_.clear_tasks() : 0; }
@@ -168,10 +180,10 @@ class Backward {
   }
 
   // Does the tasks of a group, which are the same rows of each of its images.
-  void rows(int64_t t, int64_t group, int thread) {
+  void rows(int64_t t, const RowTasks& tasks, int64_t group, int thread) {
     const bool mem_wanted = t > 0 || a_.grad_mem0.data, x_wanted = a_.grad_x.data && l_.tiled_x();
     if (!mem_wanted && !x_wanted) return;
-    const int64_t first = tasks_.first(group), together = tasks_.together(group);
+    const int64_t first = tasks.first(group), together = tasks.together(group);
     const int64_t begin = tasks_.begin(first), end = tasks_.end(first), block = l_.block_rows();
     for (int64_t h = begin; h < end; h += block) {
       const int64_t stop = h + block < end ? h + block : end, n = tasks_.image(first);
@@ -211,16 +223,12 @@ class Backward {
     write_x(t, n, together, begin, end, s.x);
   }
 
-  // Counts the tasks of the data gradient of x: blocks of rows of all images that belong together.
-  int64_t tasks_x() const {
-    return (tasks_.most_together > 1 ? tasks_.groups() : a_.cell.N) * x_blocks_;
-  }
-  void inputs(int64_t t, int64_t task, int thread) {
+  void inputs(int64_t t, const RowTasks& tasks, int64_t task, int thread) {
     const int64_t index = task / x_blocks_, begin = task % x_blocks_ * x_rows_;
     const int64_t end = begin + x_rows_ < a_.cell.H ? begin + x_rows_ : a_.cell.H;
     const bool several = tasks_.most_together > 1;  // then a task is an image
-    const int64_t n = several ? tasks_.first(index) : index;
-    const int64_t together = several ? tasks_.together(index) : 1;
+    const int64_t n = several ? tasks.first(index) : index;
+    const int64_t together = several ? tasks.together(index) : 1;
     T* rows = scratch_[thread].x;
     to_x_.rows(
         together, [&](int64_t k) { return neuron_.d_gates(t, n + k, thread); },
@@ -232,7 +240,7 @@ class Backward {
     const Span span(Part::copies);
     const Pixels from{a_.cell.W, to_x_.row_size(), l_.x_blocks * VL};
     for (int64_t k = 0; k < together; ++k, rows += (end - begin) * from.row)
-      store_rows<S>(rows, from, end - begin, a_.cell.Cin, a_.grad_x, t, n + k, begin,
+      store_rows<S>(rows, from, end - begin, a_.cell.Cin, a_.grad_x, t, tasks_.sample(n + k), begin,
                     [](typename S::R g, int64_t) { return g; });
   }
 

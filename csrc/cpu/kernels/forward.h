@@ -27,7 +27,7 @@ class Forward {
   explicit Forward(const ForwardArgs& args)
       : a_(args),
         l_(args.cell),
-        tasks_(l_, args.threads, true),
+        tasks_(l_, args, true),
         states_(args, l_, tasks_),
         block_(l_.block_rows()),
         strip_(l_.strip_rows()),
@@ -61,8 +61,10 @@ class Forward {
     parallel(a_.threads, double(c.N) * l_.pixels * l_.K() * 4 * c.C, [&](int thread) {
       if (c.T > 1)
         phases.run(0, tasks_.count, [&](int64_t task) { states_.read(task, thread, 0); });
-      for (int64_t t = 0; t < c.T; ++t)
-        phases.run(t + 1, tasks_.groups(), [&](int64_t group) { step(t, group, thread); });
+      for (int64_t t = 0; t < c.T; ++t) {
+        const RowTasks tasks = tasks_.at(t);
+        phases.run(t + 1, tasks.groups(), [&](int64_t group) { step(t, tasks, group, thread); });
+      }
     });
   }
 
@@ -141,9 +143,9 @@ class Forward {
   }
 
   // Does the tasks of a group, which are the same rows of each of its images.
-  void step(int64_t t, int64_t group, int thread) {
+  void step(int64_t t, const RowTasks& tasks, int64_t group, int thread) {
     const ForwardScratch& s = scratch_[thread];
-    const int64_t first = tasks_.first(group), together = tasks_.together(group);
+    const int64_t first = tasks.first(group), together = tasks.together(group);
     const int64_t begin = tasks_.begin(first), end = tasks_.end(first);
     for (int64_t k = 0; k < together; ++k) {
       if (a_.cell.T == 1) states_.read(first + k, thread, k);
@@ -361,7 +363,7 @@ class Forward {
     };
     const T* mem = states_.mem_inner(t + 1, r, begin);
     if (a_.spk_is_mem()) put(a_.spk, mem, l_.Wm * l_.Cp);
-    if (!a_.record && t != a_.cell.T - 1) return;
+    if (!a_.record && t != r.steps - 1) return;
     put(a_.syn, states_.syn_after(t, r, begin), l_.Wo * l_.Cp);
     put(a_.mem, mem, l_.Wm * l_.Cp);
   }

@@ -263,18 +263,38 @@ struct Layout {
 };
 
 // The tasks are blocks of rows of all N images. The last block of an image takes the rows that no
-// pooling window covers, too.
+// pooling window covers, too. An image is a sample's; if samples have lengths, the longest has the
+// first image, so that those which are not finished at a step are the first ones.
 struct RowTasks {
   int64_t rows, per_image, count;
   int64_t most_together;  // tasks of a group
   template <class L>
-  RowTasks(const L& l, int threads, bool even) : rows(l.task_rows(threads)) {
+  RowTasks(const L& l, const PassArgs& a, bool even)
+      : rows(l.task_rows(a.threads)), a_(&a), threads_(a.threads) {
     const int64_t covered = l.Hp * l.c.pool_h;
     per_image = covered > 0 ? (covered + rows - 1) / rows : 1;
     count = l.c.N * per_image;
-    most_together = per_image == 1 ? l.images_together(threads, even) : 1;
+    most_together = per_image == 1 ? l.images_together(a.threads, even) : 1;
     image_rows_ = l.Ho;
   }
+  // Returns the tasks of the images that are not finished at step t.
+  RowTasks at(int64_t t) const {
+    RowTasks some = *this;
+    if (!a_->lengths) return some;
+    some.count = 0;
+    while (some.count < count && steps(some.count) > t) some.count += per_image;
+    if (some.count < count && most_together > 1) {
+      const int64_t each = (some.count + threads_ - 1) / threads_;
+      some.most_together = each < 1 ? 1 : each < most_together ? each : most_together;
+    }
+    return some;
+  }
+  // Returns the sample of an image, and the steps of a task's sample.
+  int64_t sample(int64_t image) const { return a_->order ? a_->order[image] : image; }
+  int64_t steps(int64_t task) const {
+    return a_->lengths ? a_->lengths[sample(image(task))] : a_->cell.T;
+  }
+  int64_t images() const { return count / per_image; }
   // The groups of tasks that share the weights: whole images, or one task each.
   int64_t groups() const { return (count + most_together - 1) / most_together; }
   int64_t first(int64_t group) const { return count > 0 ? count * group / groups() : 0; }
@@ -290,6 +310,8 @@ struct RowTasks {
   }
 
  private:
+  const PassArgs* a_;
+  int threads_;
   int64_t image_rows_;
 };
 

@@ -87,7 +87,7 @@ class NeuronBackward {
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task), row = l_.Wo * l_.Cp;
     const auto read = [&](const View& v, T* dst) {
       if (v.data)
-        images_.read_rows(v, a_.record ? a_.cell.T - 1 : 0, p.n, begin, end, dst, row);
+        images_.read_rows(v, a_.record ? p.steps - 1 : 0, p.n, begin, end, dst, row);
       else
         std::memset(dst, 0, (end - begin) * row * sizeof(T));
     };
@@ -100,7 +100,7 @@ class NeuronBackward {
     s.mem_grad += slot * task_size();
     const Sample p = sample(task, thread);
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task), row = l_.Wo * l_.Cp;
-    const bool last = t == a_.cell.T - 1;
+    const bool last = t == p.steps - 1;
     if (a_.grad_weight) images_.read_x(a_.x, t, p.n, p.slot, begin, end);
     if (a_.record && !last) {
       add_rows(a_.grad_mem, t, p.n, begin, end, s.mem_grad, s);
@@ -125,14 +125,16 @@ class NeuronBackward {
     const Span span(Part::copies);
     const int64_t begin = tasks_.begin(task);
     store_rows<S>(src, Pixels{l_.Wo, l_.Wo * l_.Cp, l_.Cp}, tasks_.end(task) - begin, a_.cell.C, v,
-                  0, tasks_.image(task), begin, [](R g, int64_t) { return g; });
+                  0, tasks_.sample(tasks_.image(task)), begin, [](R g, int64_t) { return g; });
   }
 
-  // Sums the gradients of threshold and bias for one channel block over all tasks, in their order.
+  // Sums the gradients of threshold and bias for one channel block over all tasks that have a step,
+  // in order.
   void reduce(int64_t cb) const {
+    const int64_t count = tasks_.at(0).count;
     const auto total = [&](const T* sums, int64_t stride) {
       T sum = 0;
-      for (int64_t k = 0; k < tasks_.count; ++k) sum += sums[k * stride];
+      for (int64_t k = 0; k < count; ++k) sum += sums[k * stride];
       return sum;
     };
     const int64_t C = a_.cell.C;
@@ -161,11 +163,11 @@ class NeuronBackward {
   }
 
   struct Sample {
-    int64_t n, slot;
+    int64_t n, slot, steps;
   };
   Sample sample(int64_t task, int thread) const {
-    const int64_t n = tasks_.image(task);
-    return {n, slot(n, thread)};
+    const int64_t image = tasks_.image(task);
+    return {tasks_.sample(image), slot(image, thread), tasks_.steps(task)};
   }
   T* state_row(T* states, const Sample& p, int64_t h) const {
     return states + p.slot * l_.state_image() + h * l_.Wo * l_.Cp;

@@ -15,10 +15,10 @@ class StateRows {
   using S = Simd<T, VL>;
 
  public:
-  // The states of sample n, from the state row `first` on: mem before and after a step by turns,
-  // and the first syn.
+  // The states of sample n, which has so many steps, from the state row `first` on: mem before and
+  // after a step by turns, and the first syn.
   struct Rows {
-    int64_t n, first;
+    int64_t n, steps, first;
     T *mem[2], *syn;
   };
 
@@ -49,10 +49,14 @@ class StateRows {
 
   // Returns the places of a task's rows.
   Rows of(int64_t task, int thread, int64_t slot) const {
-    const int64_t n = tasks_.image(task);
-    const int64_t place = one_step() ? thread * tasks_.most_together + slot : n;
+    const int64_t image = tasks_.image(task);
+    const int64_t place = one_step() ? thread * tasks_.most_together + slot : image;
     const int64_t mem = place * mem_size(), syn = place * syn_size();
-    return {n, one_step() ? tasks_.begin(task) : 0, {mem_[0] + mem, mem_[1] + mem}, syn_ + syn};
+    return {tasks_.sample(image),
+            tasks_.steps(task),
+            one_step() ? tasks_.begin(task) : 0,
+            {mem_[0] + mem, mem_[1] + mem},
+            syn_ + syn};
   }
   // Returns row h, counted with the border, of mem after step t - 1.
   T* mem_row(int64_t t, const Rows& r, int64_t h) const {

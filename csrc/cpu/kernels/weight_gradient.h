@@ -87,12 +87,13 @@ class WeightGradient {
     mem_seen_.clear(task);
   }
 
-  // Adds a step's part. No other thread uses the tile buffers meanwhile.
+  // Adds a step's part, of its first N images. No other thread uses the tile buffers meanwhile.
   int64_t tasks() const { return splits_ * slices(); }
-  void add(const StepImages<T>& step, int64_t task, int thread, const TileBuffers<T>& tiles) {
+  void add(const StepImages<T>& step, int64_t N, int64_t task, int thread,
+           const TileBuffers<T>& tiles) {
     scratch_[thread].tiles = tiles;
     const int64_t split = task / slices();
-    add_slice(step, {split, c_.N * split / splits_, c_.N * (split + 1) / splits_}, task % slices(),
+    add_slice(step, {split, N * split / splits_, N * (split + 1) / splits_}, task % slices(),
               thread);
   }
   // Adds all of the part of one sample, which is one of the step's images, to a split.

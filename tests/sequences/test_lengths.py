@@ -1,0 +1,202 @@
+"""With lengths= each sample of a batch is as it is alone, and its padding does nothing."""
+
+from typing import Any
+
+import pytest
+import snntorch
+import snntorch.utils
+import torch
+from by_length import CELLS, LENGTHS, TIME, alone, check, gradients, inputs, own
+from cpu_kernels import native
+from helpers import close, ours, same, steps
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import snnlstm
+from snnlstm import functional
+
+
+@pytest.mark.parametrize("record", [False, True], ids=["last", "record"])
+@pytest.mark.parametrize("options", CELLS.values(), ids=CELLS)
+def test_each_sample_is_as_it_is_alone(backend, options, record):
+    dtype = torch.float32 if options.get("checkpoint") == "gates" else torch.float64
+    check(dtype, record, **options)
+
+
+@pytest.mark.parametrize("sizes", [(4, 16, 12), (1, 9, 3), (24, 8, 5)], ids=str)
+def test_every_algorithm_of_the_cpu_leaves_finished_samples_out(kernels, sizes):
+    given = inputs(torch.float32, *sizes)
+    with snnlstm.algorithm(kernels.algorithm):
+        out = functional.sconv2dlstm(**given, lengths=LENGTHS, record=True, max_pool=2)
+        apart = [
+            alone(given, n, max_pool=2, run=functional.sconv2dlstm) for n in range(len(LENGTHS))
+        ]
+    expected = [torch.cat(of_all, 1) for of_all in zip(*apart, strict=True)]
+    close(out[1:], expected[1:], atol=kernels.state_error(torch.float32), rtol=0)
+    with snnlstm.algorithm(kernels.algorithm):
+        actual, exact = gradients(out, given), gradients(expected, given)
+    for name, grad in exact.items():
+        close(actual[name] / grad.abs().max(), grad / grad.abs().max(), atol=2e-4)
+
+
+def cell_and_input(**options: Any) -> tuple[snnlstm.SConv2dLSTM, Tensor]:
+    return ours(**options), steps(TIME, len(LENGTHS), 2, 6, 7)
+
+
+def test_a_cell_goes_on_from_each_samples_last_state(backend):
+    cell, x = cell_and_input(batch_first=True)
+    whole = cell(x.transpose(0, 1), lengths=LENGTHS)
+    assert cell.path.native == (backend.name == "cpu")
+    cell.reset_mem()
+    parts = [
+        cell(piece.transpose(0, 1), lengths=(torch.tensor(LENGTHS) - t).clamp(0, 2))
+        for t, piece in zip(range(0, TIME, 2), x.split(2), strict=True)
+    ]
+    same(parts[-1][1:], whole[1:])
+    same(whole[1:], (cell.syn, cell.mem))
+    assert torch.equal(torch.cat([part[0] for part in parts], 1), whole[0])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        (
+            [1, 7, *[1] * 5],
+            ValueError,
+            "lengths must lie between 0 and x's number of steps, 6, got 7",
+        ),
+        ([1, -1, *[1] * 5], ValueError, "lengths must lie between 0 and .* 6, got -1"),
+        ([1, 2], ValueError, r"lengths must have shape \(7,\), one for each sample, got \(2,\)"),
+        ([1.0] * 7, TypeError, "lengths must be ints, got a tensor of torch.float32"),
+        (torch.ones(7) > 0, TypeError, "lengths must be ints, got a tensor of torch.bool"),
+        ("all", TypeError, "lengths must be ints, one for each sample, got 'all'"),
+        (torch.ones(7, dtype=torch.int64, device="meta"), ValueError, "lengths must be on the CPU"),
+    ],
+)
+def test_wrong_lengths_are_named_and_the_state_stays(lengths, error, message):
+    cell, x = cell_and_input()
+    before = [state.clone() for state in cell(x)[1:]]
+    for call in (cell, snnlstm.Sequential(cell)):
+        with pytest.raises(error, match=message):
+            call(x, lengths=lengths)
+    same((cell.syn, cell.mem), before)
+    with pytest.raises(ValueError, match=r"lengths needs a sequence: x of shape \(T, N, Cin, H, W"):
+        cell(x[0], lengths=LENGTHS)
+
+
+def test_half_types_and_signals(backend):
+    cell = snnlstm.SConv1dLSTM(2, 3, 3, threshold=0.1, dtype=torch.bfloat16)
+    x = steps(TIME, len(LENGTHS), 2, 9).bool()
+    out = cell(x, lengths=LENGTHS, record=True)
+    for n, length in enumerate(LENGTHS):
+        cell.reset_mem()
+        expected = cell(x[:length, n : n + 1], record=True)
+        for found, one in zip(out, expected, strict=True):
+            close(found[:length, n : n + 1], one, atol=0.02)
+            assert length == 0 or found is out[0] or torch.equal(found[-1, n], found[length - 1, n])
+        assert not out[0][length:, n].any()
+
+
+def network() -> list[nn.Module]:
+    torch.manual_seed(4)
+    return [
+        nn.Conv2d(2, 2, 3),
+        ours(init_hidden=True),
+        nn.Flatten(),
+        nn.Linear(60, 5),
+        snntorch.Leaky(0.8, threshold=0.2, init_hidden=True),
+        nn.Linear(5, 4),
+        snntorch.Leaky(0.7, learn_beta=True),
+    ]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["layers", "steps"])
+def test_a_stack_is_for_each_sample_as_it_is_alone(shared):
+    layers, x = network(), steps(TIME, len(LENGTHS), 2, 6, 7).masked_fill_(~own(), torch.nan)
+    if shared:
+        layers.insert(5, layers[4])
+    spk, mem = snnlstm.unroll(x, *layers, lengths=LENGTHS)
+    kept = [layers[k].mem for k in (1, 4, -1)]
+    (spk.sum() + mem[-1].sum()).backward()
+    grads = [p.grad.clone() for layer in layers for p in layer.parameters()]
+    expected = 0
+    for n, length in enumerate(LENGTHS):
+        snntorch.utils.reset(nn.Sequential(*layers))
+        if length == 0:
+            assert not spk[:, n].any()
+            continue
+        one, states = snnlstm.unroll(x[:length, n : n + 1], *layers)
+        close(spk[:length, n : n + 1], one)
+        assert not spk[length:, n].any()
+        close(mem[:length, n : n + 1], states)
+        close([state[n : n + 1] for state in kept], [layers[k].mem for k in (1, 4, -1)])
+        expected = expected + one.sum() + states[-1].sum()
+    if shared:
+        return  # what a step returned is not known at the next one
+    nn.Sequential(*layers).zero_grad()
+    expected.backward()
+    close(grads, [p.grad for layer in layers for p in layer.parameters()], atol=2e-5)
+
+
+def test_a_stack_that_ends_without_a_neuron_returns_zeros_behind_the_last_step():
+    x = steps(TIME, len(LENGTHS), 2, 6, 7).masked_fill_(~own(), torch.nan)
+    flat = snnlstm.unroll(x, ours(init_hidden=True), nn.Flatten(), lengths=LENGTHS)
+    net = snnlstm.Sequential(ours(init_hidden=True), nn.Flatten(), nn.Linear(126, 3))
+    out = net(x, lengths=torch.tensor(LENGTHS))
+    assert out.masked_select(~own().flatten(2)).count_nonzero() == 0
+    assert out.masked_select(own().flatten(2)).all()
+    close(out.masked_fill(~own().flatten(2), 0), out)
+    assert not flat.isnan().any()
+
+
+@pytest.mark.skipif(native is None, reason="the core is not built")
+def test_padding_does_not_count_for_the_density_of_x():
+    cell, x = ours(16, 32, 3), torch.rand(TIME, len(LENGTHS), 16, 12, 12)
+    names = []
+    for density, padding in (1, 0), (0.05, 0), (0.05, 1):
+        spikes = (x < density).float().masked_fill_(~own(), padding)
+        cell(spikes, lengths=LENGTHS)
+        names.append(cell.path.name)
+        cell(spikes.transpose(3, 4).contiguous().transpose(3, 4), lengths=LENGTHS)
+        names.append(cell.path.name)
+    assert ["sparse" in name for name in names] == [False, False, True, True, True, True], names
+
+
+@pytest.mark.skipif(native is None, reason="the core is not built")
+def test_compiled_code_takes_other_lengths_without_another_compilation(fresh_compiler):
+    cell, x = cell_and_input(surrogate_disable=False)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(cell, backend=counter, fullgraph=True)
+    for lengths in (torch.tensor(LENGTHS), torch.tensor(LENGTHS[::-1])):
+        results = []
+        for call in (cell, compiled):
+            cell.reset_mem()
+            out = call(x, lengths=lengths, record=True)
+            results.append((*out, *torch.autograd.grad(out[2].sum(), cell.parameters())))
+        close(*results)
+    assert counter.frame_count == 1
+    assert cell.path.native
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["sequence", "steps"])
+def test_a_convlstm_is_for_each_sample_as_it_is_alone(backend, hooked):
+    torch.manual_seed(1)
+    net = snnlstm.ConvLSTM(2, [3, 4], 3, 2, return_all_layers=True, dtype=torch.float64)
+    if hooked:
+        net.cell_list[0].register_forward_hook(lambda *given: None)
+    x = steps(TIME, len(LENGTHS), 2, 6, 7).double().masked_fill_(~own(), torch.nan)
+    outs, states = net(x, lengths=LENGTHS)
+    sum(h.sum() for h in [*outs, *states[1]]).backward()
+    grads = [p.grad for p in net.parameters()]
+    net.zero_grad(set_to_none=True)
+    for n, length in enumerate(LENGTHS):
+        assert not any(out[n, length:].any() for out in outs)
+        if length == 0:
+            continue
+        alone_outs, alone_states = net(x[:length, n : n + 1])
+        close([out[n : n + 1, :length] for out in outs], alone_outs)
+        close([[s[n : n + 1] for s in pair] for pair in states], alone_states)
+        sum(h.sum() for h in [*alone_outs, *alone_states[1]]).backward()
+    close(grads, [p.grad for p in net.parameters()], atol=1e-9)
+    with pytest.raises(ValueError, match="lengths must lie between 0 and"):
+        net(x, lengths=[7] * 7)
