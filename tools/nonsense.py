@@ -8,7 +8,6 @@ import argparse
 import math
 import os
 import random
-import resource
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -362,7 +361,9 @@ def complete(calls: Calls) -> None:
 def main(core: str, count: int, seed: int) -> None:
     random.seed(seed)
     torch.set_num_threads(1)
-    if "asan" not in os.environ.get("LD_PRELOAD", ""):
+    if sys.platform == "linux" and "asan" not in os.environ.get("LD_PRELOAD", ""):
+        import resource  # not on Windows; macOS refuses such limits
+
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     kind: type[Calls] = Cpu if core == "cpu" else Cuda
     module = _C
