@@ -32,7 +32,7 @@ PACKAGES = [  # with all that they need: pip would judge that by this system
     "torch==2.13.0", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe",
     "fsspec", "filelock", "setuptools", "numpy==2.4.6", "snntorch==1.0.0", "hypothesis==6.168.5",
     "sortedcontainers", "pytest", "pluggy", "iniconfig", "packaging", "colorama", "pygments",
-    "pytest-xdist", "execnet",
+    "pytest-xdist", "execnet", "tqdm",
 ]  # fmt: skip
 
 

@@ -74,7 +74,8 @@ struct Transform {
     static constexpr bool adds = true;
     static SNNLSTM_INLINE void apply(const R (&y)[A], R (&out)[M]) {
       const R even = y[1] + y[2], odd = y[1] - y[2];
-      for (int k = 0; k < M; ++k) out[k] = T(power(p, k)) * (k % 2 ? odd : even);
+      double power = 1;
+      for (int k = 0; k < M; ++k, power *= p) out[k] = T(power) * (k % 2 ? odd : even);
       if constexpr (pairs > 1) add_pair(y[3], y[4], q, out);
       if constexpr (pairs > 2) add_pair(y[5], y[6], r, out);
       out[0] += y[0];
@@ -99,10 +100,6 @@ struct Transform {
   };
 
  private:
-  static constexpr double power(double base, int n) {
-    return n == 0 ? 1 : base * power(base, n - 1);
-  }
-
   static SNNLSTM_INLINE void plus_minus(R even, R odd, R& plus, R& minus) {
     plus = even + odd;
     minus = even - odd;
@@ -117,14 +114,16 @@ struct Transform {
   template <int M>
   static SNNLSTM_INLINE void add_pair(R plus, R minus, double z, R (&out)[M]) {
     const R even = plus + minus, odd = plus - minus;
-    for (int k = 0; k < M; ++k) out[k] += T(power(z, k)) * (k % 2 ? odd : even);
+    double power = 1;  // a loop, because Clang leaves calls of a recursive function in the code
+    for (int k = 0; k < M; ++k, power *= z) out[k] += T(power) * (k % 2 ? odd : even);
   }
 
   // Evaluates the polynomial with coefficients x, times scale, at z (plus) and at -z (minus).
   template <int N>
   static SNNLSTM_INLINE void pair(const R (&x)[N], double z, double scale, R& plus, R& minus) {
     R even = T(scale) * x[0], odd = T(scale * z) * x[1];
-    for (int k = 2; k < N; ++k) (k % 2 ? odd : even) += T(scale * power(z, k)) * x[k];
+    double power = z * z;
+    for (int k = 2; k < N; ++k, power *= z) (k % 2 ? odd : even) += T(scale * power) * x[k];
     plus_minus(even, odd, plus, minus);
   }
 };
