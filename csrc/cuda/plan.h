@@ -16,7 +16,7 @@
 namespace snnlstm::cuda {
 
 // The constants of the estimate (estimate.h). No GPU has been timed: those without a source are
-// guesses, fixed before the kernels that they judge were changed.
+// guesses.
 struct Model {
   // The parts of a card's rates that convolutions reach on wide layers. cuDNN's, in whatever it
   // multiplies with: Luo et al. 2024 measure 60 to 80 % for dense products.
