@@ -44,6 +44,7 @@ NONSENSE: dict[str, list[Any]] = {
     "stride": [2, -1, *HUGE, "x", 1.5, None],
     "text": ["", "nonsense", 7, None],
     "object": [7, None, "x"],
+    "model": [{"nonsense": 1.0}, {"host": "x"}, [1], 7, None],
 }
 Arguments = dict[str, tuple[str, Any]]  # an argument's kind and a valid value, by its name
 
@@ -254,13 +255,16 @@ class Cuda(Calls):
         levels = ("memory" if self.facts["num_levels"] else "address", address())
         of_device = {
             "compute_capability": ("size", 80), "multiprocessors": ("size", 108),
-            "shared_bytes": ("size", 1 << 17),
+            "shared_bytes": ("size", 1 << 17), "model": ("model", {}),
         }  # fmt: skip
         packed = "memory" if self.forward.packed_bytes else "address"
         weight = {"weight": ("memory", address()), "packed": (packed, address())}
         found: dict[str, tuple[Callable[..., Any] | None, Arguments, int]] = {
             "cuda_device": (getattr(core, "cuda_device", None), {}, 0),
             "cuda_full_precision": (core.cuda_full_precision, device, 1),
+            "cuda_model": (core.cuda_model, {}, 0),
+            "cuda_cards": (core.cuda_cards, {}, 0),
+            "cuda_cudnn_seconds": (core.cuda_cudnn_seconds, facts | backward, 4),
             "cuda_padded_channels": (core.cuda_padded_channels, {"C": ("size", 5)}, 1),
             "CudaDevice": (core.CudaDevice, of_device, 0),
             "CudaPlan": (
