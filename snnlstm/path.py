@@ -217,8 +217,6 @@ def _reason_against_now(call: Call, traced: bool) -> Path | None:
             return Path("reference", "a tensor is a lazily negated view")
     if x.numel() == 0:
         return Path("reference", "x is empty")
-    if call.lengths is not None and _native and not _native.takes_lengths(x.device.type):
-        return Path("reference", "the CUDA kernels do not take lengths yet", slow=True)
     if call.fire is not None or call.mem_reset is not None:
         return Path("reference", "fire or mem_reset is overridden", slow=True)
     if call.reason is not None:

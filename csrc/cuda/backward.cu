@@ -20,7 +20,7 @@ class Backward {
     if (!plan.resident) d_syn_ = state(plan.real, 1);
     sums_ = arena_.take(threshold_blocks() * threshold_pitch() * bytes_of(plan.real));
     if (!plan.resident && !plan.spreads) spikes_ = state(plan.real, 1);
-    from_.d_gates = args.d_gates, mem_ = args.mem_after;
+    from_.d_gates = args.d_gates, mem_ = args.mem_after, from_.lengths = args.lengths;
     if (plan.hybrid) return;
     from_.d_gates = state(plan.gates, 4 * s_.c.T);
     mem_ = state(plan.gates, std::max<int64_t>(s_.c.T - 1, 0));
@@ -154,6 +154,7 @@ class Backward {
       const auto fill = [&](auto& job) {
         job.tiling = plan.tiling, job.blocks = int(plan.tiling.blocks());
         job.out = out, job.height = int(height), job.width = int(width);
+        job.lengths = a_.lengths;
       };
       if (plan.mma()) {
         DataGradientMma& job = mma.job[k];

@@ -26,8 +26,9 @@ struct BackwardMma {
 struct DataGradient {
   Tiling tiling;
   Tensor out;
-  int height = 0, width = 0;  // of an image of `out`
-  int blocks = 0;             // 0: the job is absent
+  int height = 0, width = 0;         // of an image of `out`
+  int blocks = 0;                    // 0: the job is absent
+  const int64_t* lengths = nullptr;  // as Fire::lengths
 };
 
 struct DataGradientMma : DataGradient {
@@ -101,6 +102,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
     const int channels = p.conv.warp_columns * 8 * NT;
     const BackwardTile<float> tile(p.neuron, p.tiling, block, block.column * channels, channels,
                                    reinterpret_cast<float*>(shared + p.vectors));
+    if (tile.is_finished()) return;
     tile.load_vectors();
     const BackwardSums<Element, NT, false> sums(p.conv, shared, p.tiling, block);
     const MemTile<float> mem_tile{reinterpret_cast<float*>(shared + p.mem_tile), p.mem_pitch};
@@ -124,6 +126,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
 template <class Element, int NT>
 SNNLSTM_DEVICE void data_gradient(const DataGradientMma& p, unsigned index) {
   const BlockPlace block = block_of(p.tiling, index);
+  if (is_finished(p.lengths, block)) return;
   const BackwardSums<Element, NT, true> sums(p.conv, &shared_memory<unsigned char>(), p.tiling,
                                              block);
   const int c0 = block.column * p.conv.warp_columns * 8 * NT;
@@ -194,6 +197,7 @@ __global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
   const BlockPlace block = block_of(p.tiling, blockIdx.x);
   const int c0 = block.column * T::kColumns;
   const BackwardTile<R> tile(p.neuron, p.tiling, block, c0, T::kColumns, shared.gemm.vectors);
+  if (tile.is_finished()) return;
   tile.load_vectors();
   fma::Gemm<R, T> gemm(shared.gemm, p.tiling, block);
   R acc[4][2][4] = {};
@@ -220,6 +224,7 @@ __global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
 template <class R, class T>
 SNNLSTM_DEVICE void data_gradient_fma_of(const DataGradientFma& job, unsigned index) {
   const BlockPlace block = block_of(job.tiling, index);
+  if (is_finished(job.lengths, block)) return;
   fma::Gemm<R, T> gemm(shared_memory<fma::GemmShared<R, T>>(), job.tiling, block);
   R acc[4][2][4] = {};
   gemm.add(job.d_gates, acc);

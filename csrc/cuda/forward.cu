@@ -34,7 +34,10 @@ class Forward {
   void* take_state() { return arena_.take(s_.state() * bytes_of(plan_.type)); }
 
   bool training() const { return a_.saved_gates != nullptr; }
-  bool writes_states(int64_t t) const { return a_.record || t == s_.c.T - 1; }
+  // Says whether the caller's states are those of all samples after step t.
+  bool writes_states(int64_t t) const {
+    return a_.record || (t == s_.c.T - 1 && (t == 0 || !a_.lengths));
+  }
 
   Tensor state(const View& v, int64_t t) const {
     return state_tensor(s_.c, v, t, plan_.step.held());

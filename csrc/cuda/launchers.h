@@ -29,6 +29,7 @@ struct WeightSources {
   void* d_gates = nullptr;              // (T, N, Ho, Wo, 4, Cp)
   void* parts[2] = {nullptr, nullptr};  // of x's and of mem's half of the weight
   void* bias_parts = nullptr;
+  const int64_t* lengths = nullptr;  // as PassArgs::lengths
 };
 // Sums in parts what the gradients of weight and bias, those that have an address, consist of. The
 // parts are yet to be added: p is told how.
@@ -77,6 +78,7 @@ Fire fire_of(const Args& a, const View& spk, int64_t t, int held, int64_t steps 
   f.num_levels = c.num_levels, f.levels = a.levels;
   f.threshold = a.threshold, f.threshold_stride = a.threshold_stride;
   f.graded = a.graded_factor;
+  f.lengths = a.lengths, f.step = int(t);
   f.spk = tensor(spk, c.dtype, t, {steps, c.N, c.C, c.Hp(), c.Wp()}, held);
   if (a.places && c.pool == Pool::max)
     f.places = static_cast<char*>(a.places) + t * c.N * c.C * c.Hp() * c.Wp() * c.place_bytes();
@@ -97,11 +99,12 @@ inline Tensor state_tensor(const Cell& c, const View& v, int64_t t, int held, in
   return tensor(v, c.dtype, t, {steps, c.N, c.C, c.Ho(), c.Wo()}, held);
 }
 
-// The states, or their gradients, that the caller has of the steps: all, the last, or none.
+// The states, or their gradients, that the caller has of the steps: all, the last, or none. If
+// samples have lengths, each step may be the last of some.
 template <class Args>
 Tensor states_of_steps(const Args& a, const View& v, int64_t t, int held, int64_t steps) {
   if (a.record) return state_tensor(a.cell, v, t, held, steps);
-  return t + steps == a.cell.T ? state_tensor(a.cell, v, 0, held) : Tensor();
+  return t + steps == a.cell.T || a.lengths ? state_tensor(a.cell, v, 0, held) : Tensor();
 }
 
 // Has the states before the first step, and those after the steps that the caller wants.
@@ -125,6 +128,7 @@ inline NeuronBackward neuron_backward(const BackwardArgs& a, int64_t t, int64_t 
   n.syn_prev = state_tensor(c, a.syn0, 0, 4);
   n.grad_syn = states_of_steps(a, a.grad_syn, t, 4, steps);
   n.grad_mem = states_of_steps(a, a.grad_mem, t, 4, steps);
+  n.at_ends = a.lengths != nullptr && !a.record;
   return n;
 }
 

@@ -20,6 +20,7 @@ struct NeuronBackward : NeuronStep {
   Image gates;                      // as the forward pass has saved them
   Tensor syn_prev;
   Tensor grad_syn, grad_mem;  // the caller's, for the states after this step
+  bool at_ends = false;       // these are for the states after each sample's own last step
   Image spikes_in;            // gradient of mem through the spikes, in the compute type
   Image d_syn_in, d_syn_out;  // may be the same
   Tensor grad_syn0;           // present: takes the place of d_syn_out
@@ -70,6 +71,14 @@ class BackwardTile {
   SNNLSTM_DEVICE void load_vectors() const {
     for (int i = int(threadIdx.x); i < channels_; i += int(blockDim.x))
       vectors_[i] = threshold_of<R>(p_.fire, c0_ + i);
+  }
+
+  // Says whether the block's step lies behind its sample's last one. Then the gradients are left
+  // out, but a launch that sets the threshold's sums sets them to 0.
+  SNNLSTM_DEVICE bool is_finished() const {
+    const bool finished = p_.fire.left(block_.n, block_.t) <= 0;
+    if (finished && p_.first_sums) write_sums(nullptr, 0);
+    return finished;
   }
 
   SNNLSTM_DEVICE bool spikes() const {
@@ -138,13 +147,15 @@ class BackwardTile {
     unrolled<2, 4>([&](int px, int ch) { mem[px][ch] = rounded(type, mem[px][ch]); });
     if (gather) return tile.put(m, first, mem);
     if (step.own_mem && p_.own_mem.present()) store_patch(p_.own_mem, at, c0, mem);
+    const bool starts = p_.fire.left(block_.n, block_.t) == 1;  // nothing comes from later steps
     R d_syn[2][4] = {}, d_mem[2][4] = {}, spike[2][4] = {};
     if (step.d_syn != nullptr)
       unrolled<2>([&](int px) { load_vector(step.d_syn + px * step.stride, d_syn[px]); });
-    else if (p_.d_syn_in.present())
+    else if (p_.d_syn_in.present() && !starts)
       load_patch(p_.d_syn_in, at, c0, d_syn);
-    recurrent(d_mem);
-    if (step.states) add_patch(p_.grad_mem, at, c0, d_mem), add_patch(p_.grad_syn, at, c0, d_syn);
+    if (!starts) recurrent(d_mem);
+    if (step.states && (starts || !p_.at_ends))
+      add_patch(p_.grad_mem, at, c0, d_mem), add_patch(p_.grad_syn, at, c0, d_syn);
     if (!p_.fire.spiking) add_patch(p_.fire.spk, at, c0, d_mem);
     const bool direct = spikes() && p_.fire.pool == Pool::none;
     if (direct) {

@@ -25,7 +25,17 @@ struct Fire {
   Tensor spk;                    // (T, N, C, Hp, Wp); threshold and bias have the same type
   // max pooling in training: PassArgs::places, (T, N, C, Hp, Wp) from the launch's first step on
   void* places = nullptr;
+  const int64_t* lengths = nullptr;  // (N,) steps of each sample, or null
+  int step = 0;                      // number of the launch's first step
 
+  // Returns how many steps sample n has from step t of the launch on: 0 or less if it is finished.
+  SNNLSTM_DEVICE int left(int n, int t) const {
+    return lengths == nullptr ? 1 << 30 : int(lengths[n]) - step - t;
+  }
+  // Says whether sample n is finished at the launch's first step.
+  SNNLSTM_DEVICE bool is_finished(int n) const {
+    return lengths != nullptr && int(lengths[n]) <= step;
+  }
   SNNLSTM_DEVICE int flat(int c, int y, int x) const { return (c * Hp + y) * Wp + x; }
   SNNLSTM_DEVICE int64_t place_at(int64_t image, int c, int y, int x) const {
     return image * (int64_t(C) * Hp * Wp) + flat(c, y, x);

@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks<R>)
   auto& shared = shared_memory<pointwise::PatchShared<R>>();
   const BlockPlace block = block_of(p.tiling, blockIdx.x);
   const int c0 = block.column * pointwise::kChannels;
+  if (p.neuron.fire.is_finished(block.n)) return;
   const ForwardTile<R> tile(p.neuron, p.tiling, block, c0, pointwise::kChannels, shared.vectors);
   const MemTile<R> mem_tile{shared.mem, pointwise::kMemPitch};
   tile.load_vectors();
@@ -62,6 +63,7 @@ __global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks<R>)
   const BlockPlace block = block_of(p.tiling, blockIdx.x);
   const int c0 = block.column * pointwise::kChannels;
   const BackwardTile<R> tile(p.neuron, p.tiling, block, c0, pointwise::kChannels, shared.vectors);
+  if (tile.is_finished()) return;
   const MemTile<R> mem_tile{shared.mem, pointwise::kMemPitch};
   tile.load_vectors();
   __syncthreads();

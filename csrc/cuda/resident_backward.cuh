@@ -60,6 +60,7 @@ class ResidentBackwardBlock {
 
   template <class Unit>
   SNNLSTM_DEVICE void run(Unit& unit) {
+    const int T = min(p_.T, p_.neuron.fire.left(block_.n, 0));
     unit.copy_weights();
     cp_async_commit();
     clear_shared(shared_, p_.at.d_gates.bytes);
@@ -84,15 +85,15 @@ class ResidentBackwardBlock {
 
     const MemTile<R> mem_tile{array(p_.at.mem_tile), p_.at.mem_pitch};
 #pragma unroll 1
-    for (int t = p_.T - 1; t >= 0; --t) {
+    for (int t = T - 1; t >= 0; --t) {
       block_.t = t;
-      if (t + 1 < p_.T) convolve(unit);
+      if (t + 1 < T) convolve(unit);
       // From here on all threads have read the gradients of step t + 1.
       if (!fault(Fault::missing_barrier_overwrite, 30)) __syncthreads();
       BackwardStep<R> step;
       step.syn_prev = t > 0 ? &p_.saved_syn : &p_.syn0;
-      step.states = p_.record || t + 1 == p_.T;
-      step.own_mem = t + 1 < p_.T;
+      step.states = p_.record || t + 1 == T;
+      step.own_mem = t + 1 < T;
       step.first = t == 0;
       tile_.in_phases(mem_tile, [&](bool gather) {
         for_each_patch([&](int m, int first) {

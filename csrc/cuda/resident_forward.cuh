@@ -44,6 +44,8 @@ class ResidentForwardBlock {
 
   template <class Unit>
   SNNLSTM_DEVICE void run(Unit& unit) {
+    const int T = min(p_.T, p_.neuron.fire.left(block_.n, 0));
+    if (T <= 0) return;
     clear_shared(shared_, p_.at.images);
     unit.copy_weights();
     cp_async_commit();
@@ -60,9 +62,9 @@ class ResidentForwardBlock {
 
     const bool pools = p_.neuron.fire.pool != Pool::none, inhibits = !p_.neuron.fires;
 #pragma unroll 1
-    for (int t = 0; t < p_.T; ++t) {
+    for (int t = 0; t < T; ++t) {
       block_.t = t;
-      const bool more = t + 1 < p_.T;
+      const bool more = t + 1 < T;
       if (more) input.start(t + 1, image(p_.at.x, t + 1));
       int patch = 0;
 #pragma unroll 1

@@ -87,6 +87,11 @@ SNNLSTM_DEVICE BlockPlace block_of(const Tiling& tiling, unsigned index) {
   return b;
 }
 
+// Says whether the block's step lies behind its sample's last one. lengths: (N,), or null.
+SNNLSTM_DEVICE bool is_finished(const int64_t* lengths, const BlockPlace& b) {
+  return lengths != nullptr && lengths[b.n] <= b.t;
+}
+
 // What one launch does twice, at different data.
 template <class Job>
 struct Jobs {

@@ -86,6 +86,7 @@ void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* we
   sums.columns = int(4 * s.Cp);
   sums.pixels = plan.pixels(), sums.share = ceil_div(sums.pixels, plan.bias_splits);
   sums.parts = of.bias_parts;
+  sums.lengths = of.lengths, sums.batch = c.N, sums.of_image = s.pixels;
   if (bias != nullptr) sums.splits = plan.bias_splits;
   add.sums[0] = {of.bias_parts, plan.bias_splits, 4, int(s.Cp), int(c.C), bias, plan.type};
 
@@ -108,6 +109,7 @@ void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* we
     g.Ho = int(s.Ho), g.Wo = int(s.Wo);
     g.rows = int(4 * s.Cp), g.columns = int(s.taps * g.in.channels);
     g.share = part.share, g.total = part.total;
+    g.lengths = of.lengths;
     g.parts = of.parts[plan.weights.side_by_side() ? 0 : k];
     g.part_rows = part.part_rows, g.part_columns = part.part_columns;
     ReduceWeight& h = r.half[k];

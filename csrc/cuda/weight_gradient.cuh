@@ -21,6 +21,7 @@ struct WeightGradientJob {
   int64_t total = 0;          // pixels, or tiles
   void* parts = nullptr;
   int part_rows = 0, part_columns = 0;
+  const int64_t* lengths = nullptr;  // (N,) steps of each sample, or null
 
   SNNLSTM_DEVICE const Tensor& source(int t) const {
     return t > 0 && later.present() ? later : in.src;
@@ -35,10 +36,12 @@ struct WeightGradientJob {
 struct SumGates {
   const void* d_gates = nullptr;  // (pixels, columns), contiguous
   DType type = DType::float32;
-  int64_t pixels = 0, share = 0;  // in all steps; in a part
-  int columns = 0;                // 4 Cp
-  int splits = 0;                 // 0: nobody wants the sums
-  void* parts = nullptr;          // (splits, columns) in the compute type
+  int64_t pixels = 0, share = 0;     // in all steps; in a part
+  int columns = 0;                   // 4 Cp
+  int splits = 0;                    // 0: nobody wants the sums
+  void* parts = nullptr;             // (splits, columns) in the compute type
+  const int64_t* lengths = nullptr;  // (batch,) steps of each sample, or null
+  int64_t batch = 1, of_image = 1;   // images of a step; pixels of an image
 
   SNNLSTM_BOTH int blocks() const { return splits * (columns / 32); }
 };
@@ -61,6 +64,10 @@ SNNLSTM_DEVICE void sum_gates(const SumGates& p, int index) {
   R sum[4] = {};
 #pragma unroll 4
   for (int64_t i = begin + row; i < end; i += rows) {
+    if (p.lengths != nullptr) {
+      const int64_t image = i / p.of_image;
+      if (p.lengths[image % p.batch] <= image / p.batch) continue;
+    }
     R v[4];
     read_vector<R>(p.d_gates, p.type, i * p.columns + first + column, v);
     unrolled<4>([&](int k) { sum[k] += v[k]; });
@@ -191,7 +198,8 @@ class WeightGradientFma {
     n_ = int(tiling.by_batch.split(steps)), t_ += int(steps);
     pixel_ = int(y) * of_.Wo + int(x);
     fma::SourcePixel& at = shared_.where[chunk & 1][tid_];
-    const bool real = begin_ + int64_t(chunk) * T::kDepth + tid_ < end_;
+    const bool real = begin_ + int64_t(chunk) * T::kDepth + tid_ < end_ &&
+                      (of_.lengths == nullptr || of_.lengths[n_] > t_);
     store(&at.y, make_int4(real ? int(y) : kNowhere, int(x), t_ > 0 ? 1 : 0, 0));
     unrolled<2>([&](int half) {
       const WeightGradientJob& job = p_.job[half];
@@ -217,7 +225,8 @@ class WeightGradientFma {
       const int row = row_ + i % kQuads * 4;
       const int64_t pixel = begin_ + int64_t(chunk) * T::kDepth + i / kQuads;
       clear<4>(gates_[k]);
-      if (pixel < end_ && row < of_.rows)
+      const int y = load<int4>(&shared_.where[chunk & 1][i / kQuads].y).x;
+      if (pixel < end_ && y != kNowhere && row < of_.rows)
         read_vector<R>(of_.d_gates.data, of_.d_gates.type, pixel * of_.rows + row, gates_[k]);
     });
   }

@@ -103,16 +103,19 @@ class WeightGemm {
   SNNLSTM_DEVICE void run() {
     clear<weight_tile::kSums>(&acc_[0][0][0][0]);
     unrolled<weight_tile::kSums / 4>([&](int i) { store(total(i), make_float4(0, 0, 0, 0)); });
-    const int begin = split_ * int(p_.grad.share);
-    const int end = min(begin + int(p_.grad.share), int(p_.grad.total));
+    // If samples have lengths, the splits take tiles by turns, so that each has as many to compute.
+    const bool by_turns = p_.grad.lengths != nullptr;
+    const int all = int(p_.grad.total), first = split_ * int(p_.grad.share);
+    const int end = by_turns ? all : min(first + int(p_.grad.share), all);
     int folded = 0;  // tiles since the last fold
+    int fetched = running_tile(by_turns ? split_ : first, end);
 #pragma unroll 1
-    for (int i = begin - 1; i < end; ++i) {  // computes tile i, fetches tile i + 1
-      const int buffer = (i - begin) & 1;
+    for (int round = -1;; ++round) {  // computes a tile, and fetches the next one
+      const int buffer = round & 1;
       if (!fault(Fault::missing_wait, 3)) cp_async_wait<0>();
       if (!fault(Fault::missing_barrier_read, 3)) __syncthreads();
-      const bool more = i + 1 < end, computes = i >= begin;
-      const BlockPlace at = block_of(p_.grad.tiling, unsigned(i + 1));
+      const bool more = fetched < end, computes = round >= 0;
+      const BlockPlace at = block_of(p_.grad.tiling, unsigned(fetched));
       const MmaSegment& next = p_.source[more && at.t > 0 && p_.grad.later.present() ? 1 : 0];
       // Gathered elements come a few at a time, while the tensor cores work.
       const bool in_turns = more && computes &&
@@ -159,6 +162,8 @@ class WeightGemm {
         if (more) lay_down(buffer ^ 1);
       }
       shifts_ = first_shifts_ + next.lead * (weight_tile::kMostGroups * weight_tile::kTaps);
+      if (!more) break;
+      fetched = running_tile(fetched + (p_.grad.lengths != nullptr ? p_.splits : 1), end);
     }
     fold();
   }
@@ -200,6 +205,13 @@ class WeightGemm {
   // 64 * tap_groups threads.
   static constexpr int kPieces = kCarries<Element> ? 4 : 1;
 
+  // Returns the first of the split's tiles from i on whose sample is not finished; or end or more.
+  SNNLSTM_DEVICE int running_tile(int i, int end) const {
+    if (p_.grad.lengths != nullptr)
+      while (i < end && is_finished(p_.grad.lengths, block_of(p_.grad.tiling, unsigned(i))))
+        i += p_.splits;
+    return i;
+  }
   // Returns the place of totals 4 i ... 4 i + 3 of the thread.
   SNNLSTM_DEVICE float* total(int i) const {
     return reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(&tables_) + p_.totals) +

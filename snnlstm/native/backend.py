@@ -110,11 +110,6 @@ def name(device: str) -> str:
     return BACKENDS[device].name()
 
 
-def takes_lengths(device: str) -> bool:
-    """Whether the kernels of a device type leave finished samples out."""
-    return device not in BACKENDS or isinstance(BACKENDS[device], cpu.Backend)
-
-
 def reason_against_device(device: torch.device, traced: bool) -> str | None:
     """Why no kernels can run on a device; None if they can, or if the call is traced."""
     if device.type == "cpu":

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call, Signature
+from ..lengths import active
 from . import tensors, torch_conv
 from .tensors import Gradients, Pass, Result, Saved, Shapes, address, view
 
@@ -131,6 +132,7 @@ class Plan(tensors.CommonPlan):
             "threshold_stride": self.threshold_stride,
             "graded": address(graded),
             "levels": address(levels),
+            "lengths": address(call.lengths),
         }
         return arguments, [threshold, graded, levels]
 
@@ -151,6 +153,8 @@ class Plan(tensors.CommonPlan):
         with self.backend.guard(x.device):
             saved = self.empty_saved(x) if training else None
             result = Result(*self.empty_results(x), saved or ())
+            if call.lengths is not None:
+                tensors.clear_padding(result.spk, call.lengths)
             parameters, alive = self._parameters(call)
             bias = None if call.bias is None else tensors.numbers(call.bias, x.dtype)
             parameters["bias"] = address(bias)
@@ -159,6 +163,8 @@ class Plan(tensors.CommonPlan):
                 self._forward(core, call, parameters, result)
 
             run(self._fastest(run, False))
+            if call.lengths is not None and not call.options.record:
+                tensors.keep_empty(call, result[1:3], (call.syn, call.mem))
             del alive  # the kernels are on the stream: what takes their memory comes after them
         return result._replace(name=self.name)
 
@@ -207,6 +213,9 @@ class Plan(tensors.CommonPlan):
                 return self._backward(core, given, wanted)
 
             out = run(self._fastest(run, True, *wanted))
+            if call.lengths is not None:
+                into = (None, None) if call.options.record else grads[1:]
+                tensors.keep_empty(call, (out.syn, out.mem), into)
             del alive
         return tensors.shaped_as(call.threshold, out)
 
@@ -214,11 +223,16 @@ class Plan(tensors.CommonPlan):
         call, x = given.call, given.call.x
         if core.algorithm not in (_HYBRID, _POINTWISE):
             out = tensors.empty_gradients(x, self.signature, wanted)
+            if call.lengths is not None and out.x is not None:
+                tensors.clear_padding(out.x, call.lengths)
             self._run_steps(core, given, out, None, None)
             return out
         out = tensors.empty_gradients(x, self.signature, (*wanted[:3], False, False, wanted[5]))
         d_gates = self.empty_gates(x)
         mems = torch_conv.empty_mems(self, call, d_gates) if wanted[3] else None
+        if call.lengths is not None:  # torch forms the gradients of all samples
+            d_gates.zero_()
+            x = torch.where(active(call.lengths, self.signature.time), x, 0)
         if core.algorithm == _POINTWISE:
             torch_conv.steps_backward(self, core, given, out, d_gates, mems)
         else:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from ..call import Call
+from ..lengths import active
 from ..options import CellOptions
 from . import tensors
 from .tensors import Gradients, Pass, Result, Saved, address, view
@@ -70,8 +71,10 @@ def forward(plan: Plan, core: Any, call: Call, parameters: dict[str, int], resul
         # Without record the states are updated in place, each neuron by one thread.
         out_syn = result.syn[t] if options.record else result.syn
         out_mem = result.mem[t] if options.record else result.mem
-        if t < last and not options.spiking and not options.record:
+        plain = not options.spiking and not options.record and call.lengths is None
+        if t < last and plain:
             spk, out_mem = None, spks[t]  # which are one, and the next step reads it there
+        at_step, _held = _at_step(call, parameters, t)
         core.forward(
             stream,
             gate_sums=view(sums),
@@ -83,7 +86,7 @@ def forward(plan: Plan, core: Any, call: Call, parameters: dict[str, int], resul
             saved_gates=address(saved and saved.gates[t]),
             saved_syn=saved.syn[t].data_ptr() if saved and t < last else 0,
             **_decisions(saved, t),
-            **parameters,
+            **at_step,
         )
         syn, mem = out_syn, out_mem
 
@@ -94,6 +97,21 @@ def _decisions(saved: Saved | None, step: int) -> dict[str, int]:
         return {}
     kinds = {"winner": saved.winner, "places": saved.places}
     return {name: kind[step].data_ptr() for name, kind in kinds.items() if kind.numel()}
+
+
+def _at_step(
+    call: Call, parameters: dict[str, int], t: int
+) -> tuple[dict[str, int], Tensor | None]:
+    """The parameters of a call of one step, and what holds the lengths from there on.
+
+    The kernels leave finished samples out. Torch convolves those too, since the host does not know
+    them.
+    """
+    if call.lengths is None:
+        return parameters, None
+    left = call.lengths - t
+    # The states are carried on: those of every step are wanted.
+    return parameters | {"lengths": left.data_ptr(), "record": True}, left
 
 
 def steps_backward(
@@ -116,10 +134,14 @@ def steps_backward(
     of_mem = _padded(call.weight.detach()[:, -c:].to(plan.work), d_gates.shape[-1])
     d_syn = torch.empty_like(syn) if out.syn is None else out.syn
     of_threshold = None if out.threshold is None else call.x.new_empty((last + 1, c))
+    own = None if call.lengths is None else active(call.lengths, last + 1)
+    if own is not None:  # where finished samples keep what they were given
+        into_syn = d_syn.zero_() if into_syn is None else d_syn.copy_(into_syn)
     workspace = tensors.empty_bytes(core.workspace, syn.device)
     for t in range(last, -1, -1):
         into_syn = _sum(into_syn, recorded_syn, t)
         into_mem = _sum(into_mem, recorded_mem, t)
+        at_step, _held = _at_step(call, parameters, t)
         core.backward(
             stream,
             syn0=view(syn if t == 0 else images_of(saved.syn[t - 1], mem)[:, :c]),
@@ -134,14 +156,16 @@ def steps_backward(
             d_gates=d_gates[t].data_ptr(),
             mem_after=0 if mems is None or t == last else mems[t + 1].data_ptr(),
             workspace=workspace.data_ptr(),
-            **parameters,
+            **at_step,
         )
-        into_syn, into_mem = d_syn, None
+        into_syn, kept, into_mem = d_syn, into_mem, None
         if t > 0 or out.mem is not None:
             of_sums = _ordered(plan, images_of(d_gates[t], mem))
             into_mem = conv2d_input(
                 mem.shape, of_mem, of_sums, 1, options.padding, options.dilation
             ).to(mem.dtype)
+        if own is not None and into_mem is not None:
+            into_mem = torch.where(own[t], into_mem, 0 if kept is None else kept)
     if out.mem is not None and into_mem is not None:
         out.mem.copy_(into_mem)
     if out.threshold is not None and of_threshold is not None:
@@ -151,7 +175,8 @@ def steps_backward(
 def empty_mems(plan: Plan, call: Call, d_gates: Tensor) -> Tensor:
     """Memory for mem before each step, which holds that before the first."""
     *shape, gates = d_gates.shape
-    mems = call.mem.new_empty((*shape, gates // 4), dtype=plan.work)
+    new = call.mem.new_empty if call.lengths is None else call.mem.new_zeros
+    mems = new((*shape, gates // 4), dtype=plan.work)
     images_of(mems[0], call.mem)[:, : call.mem.shape[1]].copy_(call.mem)
     return mems
 

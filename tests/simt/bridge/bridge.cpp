@@ -148,6 +148,7 @@ struct CheckedPlan : cuda::Plan {
     arrays.add("graded factor", a.graded_factor, e.real, reads);
     arrays.add("levels", a.levels, cell.num_levels * e.real, reads);
     arrays.add("workspace", a.workspace, workspace, writes);
+    arrays.add("lengths", a.lengths, cell.N * 8, reads);
   }
 
   void run(ForwardArgs a, void* stream) const {
@@ -158,7 +159,7 @@ struct CheckedPlan : cuda::Plan {
     add_inputs(arrays, a, e);
     arrays.add("bias", a.bias, 4 * c.C * e.size, reads);
     arrays.add("gate sums", a.gate_sums, e.gates, cuda::gate_type(c.dtype, matrix), reads);
-    arrays.add("spk", a.spk, e.spikes, c.dtype, writes);
+    arrays.add("spk", a.spk, e.spikes, c.dtype, a.lengths ? updates : writes);
     arrays.add("syn", a.syn, e.states, c.dtype, states);
     arrays.add("mem", a.mem, e.states, c.dtype, states);
     arrays.add("saved gates", a.saved_gates, e.gates_of_all, writes);
@@ -175,9 +176,10 @@ struct CheckedPlan : cuda::Plan {
     Arrays arrays;
     add_inputs(arrays, a, e);
     arrays.add("saved gates", a.saved_gates, e.gates_of_all, reads);
-    arrays.add("d_gates", a.d_gates, e.gates_of_all, writes);
+    const Does some = a.lengths ? updates : writes;  // nobody writes those of finished samples
+    arrays.add("d_gates", a.d_gates, e.gates_of_all, some);
     const int64_t mems = behind_torch() ? 1 : c.T - 1;
-    arrays.add("mem after", a.mem_after, mems * e.shape.state() * e.gate, writes);
+    arrays.add("mem after", a.mem_after, mems * e.shape.state() * e.gate, some);
     arrays.add("saved syn", a.saved_syn, e.saved_syn(false), reads);
     arrays.add("winner", a.winner, c.T * c.N * 8, reads);
     arrays.add("places", a.places, e.places, reads);
@@ -185,7 +187,7 @@ struct CheckedPlan : cuda::Plan {
     arrays.add("grad_spk", a.grad_spk, e.spikes, c.dtype, reads);
     arrays.add("grad_syn", a.grad_syn, e.states, c.dtype, reads);
     arrays.add("grad_mem", a.grad_mem, e.states, c.dtype, reads);
-    arrays.add("grad_x", a.grad_x, e.input, c.dtype, writes);
+    arrays.add("grad_x", a.grad_x, e.input, c.dtype, some);
     arrays.add("grad_syn0", a.grad_syn0, e.state, c.dtype, behind_torch() ? updates : writes);
     arrays.add("grad_mem0", a.grad_mem0, e.state, c.dtype, writes);
     arrays.add("grad_weight", a.grad_weight, e.weight, writes);
