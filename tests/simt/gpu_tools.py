@@ -7,6 +7,7 @@ nvidia-cuda-nvdisasm have cuobjdump and the nvdisasm that it calls. None of them
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import re
@@ -69,26 +70,34 @@ def compile_fatbin(source: Path, archs: tuple[int, ...]) -> tuple[Path, str]:
     CACHE.mkdir(parents=True, exist_ok=True)
     binary = CACHE / f"{source.stem}-{key.hexdigest()[:16]}.fatbin"
     log = binary.with_suffix(".log")
-    if not (binary.exists() and log.exists()):
-        # As csrc/cmake/cuda.cmake does: one translation to PTX for all with tensor cores.
-        groups = {75: [a for a in archs if a < 80], 80: [a for a in archs if a >= 80]}
-        for_each = [
-            f"-gencode=arch=compute_{ptx},code=[{','.join(f'sm_{a}' for a in members)}]"
-            for ptx, members in groups.items()
-            if members
-        ]
-        temporary = binary.with_name(f".{os.getpid()}-{binary.name}")
-        done = subprocess.run(
-            [nvcc, *flags, *for_each, "-fatbin", str(source), "-o", str(temporary)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"nvcc {source}:\n{done.stderr}{done.stdout}")
-        log.write_text(done.stderr + done.stdout)
-        os.replace(temporary, binary)
+    with binary.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several test workers want the same machine code
+        if not (binary.exists() and log.exists()):
+            _compile_fatbin([nvcc, *flags], source, archs, binary, log)
     return binary, log.read_text()
+
+
+def _compile_fatbin(
+    nvcc: list[str], source: Path, archs: tuple[int, ...], binary: Path, log: Path
+) -> None:
+    # As csrc/cmake/cuda.cmake does: one translation to PTX for all with tensor cores.
+    groups = {75: [a for a in archs if a < 80], 80: [a for a in archs if a >= 80]}
+    for_each = [
+        f"-gencode=arch=compute_{ptx},code=[{','.join(f'sm_{a}' for a in members)}]"
+        for ptx, members in groups.items()
+        if members
+    ]
+    temporary = binary.with_name(f".{os.getpid()}-{binary.name}")
+    done = subprocess.run(
+        [*nvcc, *for_each, "-fatbin", str(source), "-o", str(temporary)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"nvcc {source}:\n{done.stderr}{done.stdout}")
+    log.write_text(done.stderr + done.stdout)
+    os.replace(temporary, binary)
 
 
 def code_of_ptx(source: Path, arch: int) -> dict[str, list[tuple[int, str, str, str]]]:

@@ -142,8 +142,8 @@ def compiled(source: Path, arch: int) -> dict[str, Compiled]:
     """The kernels of a source by name, as they are compiled for an architecture."""
     import machine_code
 
-    _, log = gpu_tools.compile_fatbin(source, (arch,))
-    resources = {r.kernel: r for r in gpu_tools.resources_of_log(log)}
+    _, log = gpu_tools.compile_fatbin(source, gpu_tools.known_architectures())
+    resources = {r.kernel: r for r in gpu_tools.resources_of_log(log) if r.arch == arch}
     code = gpu_tools.code_of_ptx(source, 75 if arch < 80 else 80)
     found = {}
     for name, instructions in zip(gpu_tools.demangle(list(code)), code.values(), strict=True):
