@@ -162,12 +162,11 @@ class MmaPipeline {
       unrolled<mma_gemm::kCarried>([&](int k) {
         if (piece(k) < bytes) carried_[k] = load<uint4>(source + piece(k));
       });
-      ++copied_;
-      return;
+    } else {
+      for (int i = int(threadIdx.x) * 16; i < bytes; i += int(blockDim.x) * 16)
+        cp_async(to + i, source + i);
+      cp_async_commit();
     }
-    for (int i = int(threadIdx.x) * 16; i < bytes; i += int(blockDim.x) * 16)
-      cp_async(to + i, source + i);
-    cp_async_commit();
     ++copied_;
   }
 

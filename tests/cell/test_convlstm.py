@@ -277,7 +277,8 @@ def test_a_cell_with_more_to_it_is_called_step_by_step(caplog):
     assert "layer 0 step by step: its Doubled has hooks or a forward" in caplog.text
 
 
-def test_a_convolution_with_more_to_it_is_called(caplog):
+def test_a_convolution_with_more_to_it_is_called(caplog, monkeypatch):
+    monkeypatch.setattr(snnlstm.path, "_logged", set())  # hooks are logged once per process
     own, other = pair("two layers, batch first", F64)
     for stack in (own, other):
         nn.utils.parametrizations.weight_norm(stack.cell_list[0].conv)
