@@ -225,7 +225,8 @@ kept = cell(x)[0].sum() if what == "gradients" else None
 snnlstm.empty_cache()
 here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (here + (250 << 20),) * 2)
-room = mmap.mmap(-1, 20 << 20 if what == "gates" else 1)  # for the 10 MiB of their spikes
+# for the 10 MiB of their spikes; for states, which torch allocates
+room = mmap.mmap(-1, (20 if what == "gates" else 4) << 20)
 held = [memory.empty((8 << 20,), torch.uint8)]
 try:
     while True:
