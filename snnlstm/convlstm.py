@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import options
-from .call import Call, checked_call, known_call, state_tensor
+from .call import Call, checked_call, known_call
+from .checks import state_tensor
 from .lengths import active, checked
 from .options import Checkpoint, in_time, make_options
 from .path import (

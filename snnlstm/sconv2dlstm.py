@@ -10,17 +10,8 @@ from torch import Tensor, nn
 
 from . import options, reference
 from .attributes import CellAttributes
-from .call import (
-    Call,
-    as_image,
-    channel_broadcast,
-    checked_call,
-    in_order_of_caller,
-    known_call,
-    never_spikes,
-    real_tensor,
-    values,
-)
+from .call import Call, as_image, checked_call, in_order_of_caller, known_call
+from .checks import channel_broadcast, never_spikes, real_tensor, values
 from .options import CellOptions, Checkpoint
 from .path import (
     Path,

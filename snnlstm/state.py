@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 
-from .call import Call, state_tensor, version
+from .call import Call, version
+from .checks import state_tensor
 from .reference import reset_signal
 
 __all__ = ["LastReset", "ResetSource", "State", "backward_pass"]

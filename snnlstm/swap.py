@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from . import foreign
-from .call import never_spikes
+from .checks import never_spikes
 from .options import a_module, flag
 from .sconv1dlstm import SConv1dLSTM
 from .sconv2dlstm import SConv2dLSTM

@@ -56,7 +56,8 @@ LEFT_OUT = "not simt and not every_error_is_shown and not export"
 MUTMUT = """
 [tool.mutmut]
 source_paths = ["snnlstm"]
-only_mutate = ["snnlstm/call.py", "snnlstm/options.py", "snnlstm/path.py", "snnlstm/state.py"]
+only_mutate = ["snnlstm/call.py", "snnlstm/checks.py", "snnlstm/options.py", "snnlstm/path.py",
+               "snnlstm/state.py"]
 also_copy = ["benchmarks", "csrc", "docs", "tools", "setup.py",
              "README.md", "CHANGELOG.md", "SECURITY.md"]
 process_isolation = "forkserver"  # threads of torch do not survive a fork

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import reference
-from ..call import Call, Signature, autocast_dtype, make_call, version
+from ..call import Call, Signature, make_call, version
+from ..checks import autocast_dtype
 from ..lengths import repeated
 from ..options import CellOptions
 from . import backend, checkpoint, tensors
