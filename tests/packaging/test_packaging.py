@@ -208,6 +208,17 @@ void __kmpc_fork_call(void* place, int count, void (*task)(int*, int*, void*), .
 """
 
 
+LOADS_CORE = f"""
+import ctypes, importlib.util
+spec = importlib.util.spec_from_file_location("snnlstm._C", {str(CORE)!r})
+core = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(core)
+count = 10**6
+weight, copy = (ctypes.c_float * count)(*range(8)), (ctypes.c_float * count)()
+squares = core.copy_weight(ctypes.addressof(weight), ctypes.addressof(copy), 0, count)
+"""
+
+
 @linux
 @pytest.mark.skipif(not shutil.which("gcc"), reason="no C compiler")
 @pytest.mark.parametrize(
@@ -224,20 +235,58 @@ def test_computes_on_the_runtime_of_a_torch_that_renamed_it(tmp_path, code, func
            "-o", torch_cpu)  # fmt: skip
     printed = python(
         f"""
-import ctypes, importlib.util
+import ctypes
 torch_cpu = ctypes.CDLL({str(torch_cpu)!r})
-spec = importlib.util.spec_from_file_location("snnlstm._C", {str(CORE)!r})
-core = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(core)
-count = 10**6
-weight, copy = (ctypes.c_float * count)(*range(8)), (ctypes.c_float * count)()
-squares = core.copy_weight(ctypes.addressof(weight), ctypes.addressof(copy), 0, count)
+{LOADS_CORE}
 teams = ctypes.CDLL({str(openmp)!r}).count_teams()
 print(core.openmp_library(), *runtimes(), squares, bytes(copy) == bytes(weight), teams)
 """,
         tmp_path,
     )
     assert printed.split() == [str(openmp), str(openmp), "140.0", "True", "1"]
+
+
+@linux
+@pytest.mark.skipif(not shutil.which("gcc"), reason="no C compiler")
+def test_a_process_without_an_openmp_runtime(tmp_path):
+    """The core computes on the calling thread, and cells run in plain torch and say why.
+
+    The core is loaded before torch, beside an empty library in the place of the system's libgomp.
+    """
+    (tmp_path / "empty.c").write_text("")
+    output("gcc", "-shared", "-Wl,-soname,libgomp.so.1", tmp_path / "empty.c",
+           "-o", tmp_path / "libgomp.so.1")  # fmt: skip
+    printed = python(
+        f"""
+import ctypes
+ctypes.CDLL({str(tmp_path / "libgomp.so.1")!r})
+{LOADS_CORE}
+print(repr(core.openmp_library()), squares, bytes(copy) == bytes(weight))
+""",
+        tmp_path,
+    )
+    assert printed.split() == ["''", "140.0", "True"]
+    printed = python(
+        """
+import sys, torch
+import snnlstm._C as core
+for name in [name for name in sys.modules if name.startswith("snnlstm")]:
+    del sys.modules[name]
+core.openmp_library = lambda: ""
+sys.modules["snnlstm._C"] = core
+import snnlstm
+from snnlstm import __main__ as report
+cell = snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.1)
+cell(torch.rand(2, 2, 16, 16))
+print(cell.path)
+print(report.table(report.collect()))
+""",
+        tmp_path,
+    )
+    path, _, report = printed.partition("\n")
+    assert path.startswith("reference")
+    assert "no OpenMP runtime" in path
+    assert "problem: no OpenMP runtime" in report
 
 
 def test_files_know_only_those_below_them():
