@@ -37,7 +37,8 @@ def _mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
     return function(tree)
 
 
-def _leaves(tree: Any) -> list[Any]:
+def leaves(tree: Any) -> list[Any]:
+    """What lies in a tree of tuples and lists, in order."""
     found: list[Any] = []
     _mapped(tree, found.append)
     return found
@@ -84,9 +85,9 @@ def _compare(made: nn.Module, theirs: Callable, ours: Callable, shapes: Iterable
         given = [factor * torch.randn(shape, dtype=torch.float64) for shape in shapes]
         kept, found = _kept(made), []
         for run in (theirs, ours):
-            leaves = [t.clone().requires_grad_() for t in given]
-            outs = _leaves(run(*leaves))
-            sources = [*leaves, *made.parameters()]
+            inputs = [t.clone().requires_grad_() for t in given]
+            outs = leaves(run(*inputs))
+            sources = [*inputs, *made.parameters()]
             ends = [(out * torch.linspace(1, 2, out.numel()).view_as(out)).sum() for out in outs]
             grads = torch.autograd.grad(ends, sources, allow_unused=True, materialize_grads=True)
             found.append([*outs, *grads])
@@ -159,7 +160,7 @@ def _try_cell(made: nn.Module) -> _Cell:
 
     shapes = [(2, count, 5, 7) for count in (channels[0], c, c)]
     found = theirs(*(torch.randn(shape, dtype=torch.float64) for shape in shapes))
-    places = iter({2: (0, 1), 3: (0, 0, 1)}.get(len(_leaves(found)), ()))
+    places = iter({2: (0, 1), 3: (0, 0, 1)}.get(len(leaves(found)), ()))
     result = _mapped(found, lambda _: next(places, 0))
     try:
         _compare(made, theirs, ours, shapes)
@@ -212,7 +213,7 @@ def _try_stack(made: nn.Module) -> _Stack:
         form = _Stack(tuple(name for name, _ in cells), tuple(_names(made)[:2]), batch_first)
         found = form.results(made, x)
         form.result = _mapped(theirs, partial(_key_of, found))
-        if None not in _leaves(form.result):
+        if None not in leaves(form.result):
             _compare(made, made, lambda x, form=form: form(made, x), [shape])
             return form
     raise _Other("it does not return h and c of its cells over time")

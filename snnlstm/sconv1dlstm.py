@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .sconv2dlstm import SConv2dLSTM
+from .snntorch import Base1d
 
 __all__ = ["SConv1dLSTM"]
 
 
-class SConv1dLSTM(SConv2dLSTM):
+class SConv1dLSTM(SConv2dLSTM, *filter(None, [Base1d])):  # type: ignore[misc]
     """:class:`SConv2dLSTM` on signals, (N, Cin, L), in the place of images.
 
     x is (N, Cin, L) for one step or (T, N, Cin, L) for a sequence, and syn and mem are

@@ -176,6 +176,9 @@ Neuron: Any = _their_class("SpikingNeuron")
 Base: Any = _their_class("SConv2dLSTM") or nn.Module
 """snnTorch's cell, so that isinstance, utils.reset and BPTT know ours; else nn.Module."""
 
+Base1d: Any = _their_class("SConv1dLSTM")
+"""snnTorch's cell on signals, which is proposed there; None as long as there is none."""
+
 METHODS: dict[str, Any] = {
     name: method if str(method.__module__).partition(".")[0] == "snntorch" else None
     for name in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from torch import nn
 
 from . import foreign
 from .checks import never_spikes
-from .options import a_module, flag
+from .options import a_module, flag, pooling
 from .sconv1dlstm import SConv1dLSTM
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import (
     METHODS,
     Base,
+    Base1d,
     Neuron,
     recognise_quant,
     recognise_surrogate,
@@ -38,6 +40,9 @@ _SAME = (  # arguments and attributes of both cells
     "in_channels", "out_channels", "kernel_size", "bias", "max_pool", "avg_pool", "init_hidden",
     "inhibition", "output", "surrogate_disable",
 )  # fmt: skip
+OURS = {kind: ours for kind, ours in ((Base, SConv2dLSTM), (Base1d, SConv1dLSTM)) if kind}
+"""Our class for each class of snnTorch's cells."""
+
 _ALREADY = ("is snnlstm's already", "is snntorch's already")
 
 
@@ -140,11 +145,11 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     """
     surrogates = flag("surrogates", surrogates)
     taken, left = foreign.take(a_module("model", model))
-    report = _swap("accelerate", model, Base, _why_not_ours, _adopt, taken, left)
+    report = _swap("accelerate", model, _why_not_ours, _adopt, taken, left)
     named = list(model.named_modules(remove_duplicate=False))
     for name, module in reversed(named):  # the first of several names stays
-        if type(module) is SConv2dLSTM or isinstance(module, foreign.Taken):
-            module._layer_name = name  # type: ignore[union-attr]
+        if type(module) in OURS.values() or isinstance(module, foreign.Taken):
+            module._layer_name = name
     changed = {id(m) for _, m in named if surrogates and _take_our_surrogate(m)}
     return replace(
         report,
@@ -165,7 +170,8 @@ def _take_our_surrogate(neuron: nn.Module) -> bool:
 def _is_silent(module: nn.Module) -> bool:
     """Whether no mem of a cell can exceed its threshold."""
     return (
-        type(module) is SConv2dLSTM
+        isinstance(module, SConv2dLSTM)
+        and type(module) in OURS.values()
         and not isinstance(module.threshold, nn.Parameter)
         and not module.state_quant
         and never_spikes(module.threshold)
@@ -185,7 +191,7 @@ def restore(model: nn.Module) -> SwapReport:
     `model`, the report and the errors are those of :func:`snnlstm.accelerate`.
     """
     taken = foreign.give_back(a_module("model", model))
-    return _swap("restore", model, SConv2dLSTM, _why_not_theirs, _give_back, taken, {})
+    return _swap("restore", model, _why_not_theirs, _give_back, taken, {})
 
 
 def _require_snntorch(function: str) -> None:
@@ -199,32 +205,32 @@ def _require_snntorch(function: str) -> None:
 def _swap(
     action: str,
     model: nn.Module,
-    kind: type[nn.Module],
     why_not: Callable[[nn.Module], str | None],
     make: Callable[[Any], nn.Module],
     taken: dict[int, str],
     left: dict[int, str],
 ) -> SwapReport:
-    """Make cells of the other library of the instances of `kind`, and report the others.
+    """Make cells of one library those of the other, and report the modules that stay.
 
     `why_not` gives a reason to leave a module, and `make` the new cell. `taken` and `left` have the
     ids of ConvLSTMs without spikes, with what each was taken for, and why each was left.
     """
     if not taken:
         _require_snntorch(action)
+    kinds = list(OURS) if make is _adopt else list(OURS.values())
     # All new cells are made before the model is changed, so that an error leaves it whole.
     swapped: dict[int, tuple[nn.Module, nn.Module]] = {}
     reasons = dict(left)
     for name, module in model.named_modules() if Base is not nn.Module else ():
         reason = why_not(module)
-        if reason is None and type(module) is kind:
+        if reason is None and type(module) in kinds:
             try:
                 swapped[id(module)] = module, make(module)
             except (TypeError, ValueError) as error:
                 reason = str(error)
         if reason is not None:
             reasons[id(module)] = reason
-            if isinstance(module, Base) and reason not in _ALREADY:
+            if isinstance(module, tuple(OURS)) and reason not in _ALREADY:
                 logger.warning("%s leaves %s: %s", action, name or "the model itself", reason)
     named = list(model.named_modules(remove_duplicate=False))
     report = SwapReport(
@@ -240,7 +246,7 @@ def _swap(
         object.__setattr__(cell, "__dict__", made.__dict__)
         register(cell)
     found = swapped or reasons or taken
-    if not found and not any(isinstance(module, Base) for _, module in named):
+    if not found and not any(isinstance(module, tuple(OURS)) for _, module in named):
         logger.warning("%s found neither an SConv2dLSTM nor a ConvLSTM in the model", action)
     logger.info("%s", report.headline)
     return report
@@ -253,6 +259,8 @@ def _why_not_ours(module: nn.Module) -> str | None:
     name = type(module).__name__
     if type(module) is Base:
         return _why_not_as_released(module)
+    if type(module) in OURS:
+        return _computes_something_else(module)
     if isinstance(module, Base):
         return f"{name} is a subclass of snntorch.SConv2dLSTM and may compute something else"
     if Neuron is not None and isinstance(module, Neuron):
@@ -274,18 +282,46 @@ def _why_not_as_released(cell: Any) -> str | None:
     return None
 
 
+def _computes_something_else(cell: Any) -> str | None:
+    """What three steps of a cell of snnTorch's that is not released yet have against ours.
+
+    A copy of the cell and ours in its place are called in float64 on equal random numbers.
+    """
+    found = []
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        try:
+            theirs = copy.deepcopy(cell).to("cpu", torch.float64).requires_grad_()
+            torch.manual_seed(0)
+            length = 8 * pooling(cell.max_pool, cell.avg_pool, dims=1)[1][1]
+            x = torch.rand(3, 2, cell.in_channels, length, dtype=torch.float64, device="cpu")
+            for tried in (theirs, _adopt(theirs)):
+                torch.manual_seed(0)  # for random surrogates
+                zeros = x.new_zeros(2, cell.out_channels, length)
+                tried.syn, tried.mem = zeros, zeros
+                outs = [tried(step) for step in x]
+                sums = [out.double().square().sum() for out in foreign.leaves(outs)]
+                grads = torch.autograd.grad(sum(sums), list(tried.parameters()), allow_unused=True)
+                given = [grad.flatten() for grad in grads if grad is not None]
+                found.append(torch.cat([torch.stack(sums), *given]))
+            same = torch.allclose(found[0], found[1], rtol=1e-5)  # snnTorch's spikes are float32
+        except Exception as error:  # whatever a foreign module raises
+            return f"a call raises {type(error).__name__}: {error}"
+    return None if same else "it computes other things than our cell"
+
+
 def _why_not_theirs(module: nn.Module) -> str | None:
     """Why restore leaves a cell; None for what it swaps and for other modules."""
+    name = type(module).__name__
     if not isinstance(module, SConv2dLSTM):
-        return _ALREADY[1] if type(module) is Base else None
-    if type(module) is not SConv2dLSTM:
-        name = type(module).__name__
-        if type(module) is SConv1dLSTM:
-            return f"snntorch has no {name}"
+        return _ALREADY[1] if type(module) in OURS else None
+    if type(module) is SConv1dLSTM and SConv1dLSTM not in OURS.values():
+        return f"snntorch has no {name}"
+    if type(module) not in OURS.values():
         return f"{name} is a subclass of snnlstm.SConv2dLSTM and may compute something else"
     if "forward" in module.__dict__:
         return "its forward was replaced"
-    for name, default in (("stride", (1, 1)), ("dilation", (1, 1)), ("checkpoint", False)):
+    ones = (1,) * module._dims
+    for name, default in (("stride", ones), ("dilation", ones), ("checkpoint", False)):
         value = getattr(module, name)
         if value != default:
             return f"snntorch's cell has no {name}, and here it is {value}"
@@ -301,7 +337,7 @@ def _why_not_theirs(module: nn.Module) -> str | None:
 def _adopt(old: Any) -> nn.Module:
     """Make a cell that holds everything that one of snnTorch holds."""
     same = {name: getattr(old, name) for name in _SAME}
-    cell = SConv2dLSTM(
+    cell = OURS[type(old)](
         **same | {"bias": bool(old.bias)},
         threshold=0.1,  # replaced below as all tensors are
         spike_grad=None if old.surrogate_disable else old.spike_grad,
@@ -330,16 +366,17 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
         spike_grad = originals["spike_grad"]
     if state_quant and recognise_quant(originals.get("state_quant", False)) == state_quant:
         state_quant = originals["state_quant"]
-    cell = Base.__new__(Base)
+    kind = next(theirs for theirs, ours in OURS.items() if ours is type(old))
+    cell = kind.__new__(kind)
     # This cell is tiny and draws no random numbers; its tensors are replaced below.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        (_original_init or Base.__init__)(
+        (_original_init if kind is Base and _original_init else kind.__init__)(
             cell, 1, 1, 1, spike_grad=spike_grad, surrogate_disable=old.surrogate_disable,
             reset_mechanism=old.reset_mechanism, state_quant=state_quant,
         )  # fmt: skip
     for name in (*_SAME, "padding"):
         setattr(cell, name, getattr(old, name))
-    ours = set(vars(SConv2dLSTM(1, 1, 1, threshold=0.1, device="meta")))
+    ours = set(vars(type(old)(1, 1, 1, threshold=0.1, device="meta")))
     ours |= {"path", "_adopted", "_layer_name"}
     _share(old, cell, ours)
     for name, method in _own_methods(cell).items():
