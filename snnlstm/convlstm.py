@@ -17,7 +17,7 @@ from . import options
 from .call import Call, checked_call, known_call
 from .checks import state_tensor
 from .lengths import active, checked
-from .options import Checkpoint, in_time, make_options
+from .options import CellOptions, Checkpoint, in_time, make_options
 from .path import (
     Path,
     carries_hooks,
@@ -45,7 +45,7 @@ class Convolution:
         """Take Cin and C, and arguments of :func:`snnlstm.options.make_options`."""
         self.channels, self.logged = channels, set[str]()
         self.options = make_options(surrogate_disable=True, spiking=False, **described)
-        self.of_sequence = in_time(self.options, True, False, False)
+        self.of_sequence = [in_time(self.options, True, record, False) for record in (False, True)]
 
     def run(
         self,
@@ -56,16 +56,20 @@ class Convolution:
         c: Any,
         names: Sequence[str],
         lengths: Any = None,
+        record: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return h of every step, which is empty if x is one step, and the last h and c.
 
         x has time first. `names` are those of x, h and c in errors. `lengths` are the steps of each
-        sample.
+        sample. With `record` h and c are those of every step.
         """
         traced = torch.compiler.is_compiling()
-        call = None if traced or lengths is not None else self._like_before(conv, x, h, c)
+        sequence = isinstance(x, Tensor) and x.dim() == 5
+        described = self.of_sequence[record] if sequence else self.options
+        known = not traced and lengths is None
+        call = self._like_before(conv, x, h, c, described) if known else None
         if call is None:
-            call = self._checked(conv, x, h, c, names, lengths, traced)
+            call = self._checked(conv, x, h, c, described, names, lengths, traced)
         every, c, h, path = run(call)
         if exporting():
             pass
@@ -77,11 +81,12 @@ class Convolution:
                 log_fallback(path, self.logged, cell)
         return every, h, c
 
-    def _like_before(self, conv: Any, x: Any, h: Any, c: Any) -> Call | None:
+    def _like_before(
+        self, conv: Any, x: Any, h: Any, c: Any, described: CellOptions
+    ) -> Call | None:
         """Return the call, if its arguments are like those of a call that was checked before."""
         if type(x) is not Tensor or not isinstance(h, Tensor) or not isinstance(c, Tensor):
             return None
-        described = self.of_sequence if x.dim() == 5 else self.options
         if reason_against_conv(conv, nn.Conv2d, described) is not None:
             return None
         weight, bias, nothing = conv.weight, conv.bias, x.new_empty(())
@@ -90,7 +95,15 @@ class Convolution:
         return call if dense and weight.shape[0] == 4 * self.channels[1] else None
 
     def _checked(
-        self, conv: Any, x: Any, h: Any, c: Any, names: Sequence[str], lengths: Any, traced: bool
+        self,
+        conv: Any,
+        x: Any,
+        h: Any,
+        c: Any,
+        described: CellOptions,
+        names: Sequence[str],
+        lengths: Any,
+        traced: bool,
     ) -> Call:
         """Return the call, after a check of every argument."""
         plain = type(conv) is nn.Conv2d
@@ -98,10 +111,10 @@ class Convolution:
         given = {"mem": (names[1], h), "syn": (names[2], c)}
         return checked_call(
             x, weight, bias, None, None, self.channels,
-            lambda sequence, _: self.of_sequence if sequence else self.options,
+            lambda *_: described,
             lambda name, shape, x: state_tensor(*given[name], shape, x, weight),
             lambda described: foreign_conv(conv, nn.Conv2d, described, self.channels),
-            lengths=lengths, traced=traced, name=names[0],
+            record=described.record, lengths=lengths, traced=traced, name=names[0],
         )  # fmt: skip
 
 
@@ -195,7 +208,7 @@ class ConvLSTMCell(nn.Module):
         return h, c
 
     def _over_time(
-        self, x: Tensor, state: Any, name: str, lengths: Any = None
+        self, x: Tensor, state: Any, name: str, lengths: Any = None, record: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run x from a state of this name in errors; the result is :meth:`Convolution.run`'s."""
         state = (None, None) if state is None else state
@@ -203,7 +216,7 @@ class ConvLSTMCell(nn.Module):
             got = f"{len(state)} items" if hasattr(state, "__len__") else type(state).__name__
             raise TypeError(f"{name} must be h and c, (Tensor, Tensor), or None, got {got}")
         names = "input_tensor", f"h of {name}", f"c of {name}"
-        return self._convolution.run(self, self.conv, x, state[0], state[1], names, lengths)
+        return self._convolution.run(self, self.conv, x, state[0], state[1], names, lengths, record)
 
     def init_hidden(self, batch_size: int, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return zeros for h and c, (batch_size, C, Ho, Wo), for images of `image_size`."""
@@ -283,6 +296,7 @@ class ConvLSTM(nn.Module):
         input_tensor: Tensor,
         hidden_state: Sequence[State | None] | None = None,
         lengths: Any = None,
+        record: bool = False,
     ) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Run a sequence.
 
@@ -296,6 +310,9 @@ class ConvLSTM(nn.Module):
             (N,) ints, the steps of each sample, between 0 and T. Behind its last step a sample's
             outputs are 0, and its states stay as they are. Numbers on a GPU are not checked, but
             clamped.
+        record : bool, default False
+            Return h and c of every step in `last_state_list`, in the place of the last ones. A
+            sample's states after its own last step are those of that step.
 
         Returns
         -------
@@ -303,8 +320,10 @@ class ConvLSTM(nn.Module):
             h of every step, (N, T, C, Ho, Wo) **whatever batch_first is**, of the last layer, or of
             all layers with ``return_all_layers``.
         last_state_list : list of [Tensor, Tensor]
-            h and c of these layers after the last step, (N, C, Ho, Wo) each.
+            h and c of these layers after the last step, (N, C, Ho, Wo) each, or of every step,
+            (N, T, C, Ho, Wo), with `record`.
         """
+        record = options.flag("record", record)
         x, order = input_tensor, "N, T" if self.batch_first else "T, N"
         if not isinstance(x, Tensor):
             raise TypeError(f"input_tensor must be a tensor, got {type(x).__name__}")
@@ -324,32 +343,33 @@ class ConvLSTM(nn.Module):
             )
         outputs, last = [], []
         for k, (cell, state) in enumerate(zip(self.cell_list, states, strict=True)):
-            x, *after = _over_time(cell, x, state, k, lengths)
+            x, *after = _over_time(cell, x, state, k, lengths, record)
             outputs.append(x)
-            last.append(after)
+            last.append([s.transpose(0, 1).contiguous() for s in after] if record else after)
         if not self.return_all_layers:
             outputs, last = outputs[-1:], last[-1:]
         return [out.transpose(0, 1).contiguous() for out in outputs], last
 
 
 def _over_time(
-    cell: Any, x: Tensor, state: Any, layer: int, lengths: Tensor | None
+    cell: Any, x: Tensor, state: Any, layer: int, lengths: Tensor | None, record: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a cell over x (T, N, Cin, H, W): h of every step, and h and c after the last."""
+    """Run a cell over x (T, N, Cin, H, W): h of every step, and the last h and c or all."""
     plain = type(cell).forward is ConvLSTMCell.forward and "forward" not in cell.__dict__
     if plain and not carries_hooks(cell) and not global_hooks():
-        return cell._over_time(x, state, f"hidden_state[{layer}]", lengths)
+        return cell._over_time(x, state, f"hidden_state[{layer}]", lengths, record)
     if not torch.compiler.is_compiling() and not cell.__dict__.get("_logged"):
         cell.__dict__["_logged"] = True
         text = "ConvLSTM calls layer %d step by step: its %s has hooks or a forward of its own"
         logger.warning(text, layer, type(cell).__name__)
     state = cell.init_hidden(x.shape[1], tuple(x.shape[-2:])) if state is None else state
-    every = []
+    states = []
     own = None if lengths is None else active(lengths, x.shape[0])
     for t, x_t in enumerate(x if own is None else torch.where(own, x, 0)):
         before, state = state, cell(x_t, state)
         if own is not None:
             state = [torch.where(own[t], *pair) for pair in zip(state, before, strict=True)]
-        every.append(state[0])
-    out = torch.stack(every)
-    return out if own is None else torch.where(own, out, 0), state[0], state[1]
+        states.append(state)
+    h = torch.stack([h for h, _ in states])
+    out = h if own is None else torch.where(own, h, 0)
+    return (out, h, torch.stack([c for _, c in states])) if record else (out, *state)

@@ -200,3 +200,32 @@ def test_a_convlstm_is_for_each_sample_as_it_is_alone(backend, hooked):
     close(grads, [p.grad for p in net.parameters()], atol=1e-9)
     with pytest.raises(ValueError, match="lengths must lie between 0 and"):
         net(x, lengths=[7] * 7)
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["sequence", "steps"])
+def test_a_convlstm_records_the_states_of_every_step(backend, hooked):
+    torch.manual_seed(2)
+    net = snnlstm.ConvLSTM(2, [3, 4], 3, 2, return_all_layers=True, dtype=torch.float64)
+    if hooked:
+        net.cell_list[0].register_forward_hook(lambda *given: None)
+    x = steps(TIME, len(LENGTHS), 2, 6, 7).double()
+    results = []
+    for lengths in (None, LENGTHS):
+        outs, states = net(x, lengths=lengths, record=True)
+        prefixes = [
+            net(x[: t + 1], lengths=lengths and [min(n, t + 1) for n in lengths])[1]
+            for t in range(TIME)
+        ]
+        expected = [[torch.stack(s, 1) for s in zip(*p, strict=True)]
+                    for p in zip(*prefixes, strict=True)]  # fmt: skip
+        close(states, expected)
+        close(outs, [h if lengths is None else torch.where(own().transpose(0, 1), h, 0)
+                     for h, _ in states])  # fmt: skip
+        for found in (states, expected):
+            every = [s for pair in found for s in pair]
+            ends = [(s * torch.linspace(1, 2, s.numel()).view_as(s)).sum() for s in every]
+            results.append(torch.autograd.grad(sum(ends), list(net.parameters())))
+        close(*results[-2:], atol=1e-9)
+    backend.check(net.cell_list[1].path)
+    with pytest.raises(TypeError, match="record must be a bool, got 2"):
+        net(x, record=2)
