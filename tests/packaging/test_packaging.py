@@ -57,9 +57,12 @@ def test_no_instruction_set_shares_a_function_with_another():
     if not objects:
         pytest.skip("the module was not built here")
     for path in objects:
-        weak = re.findall(r" W (.+)", output(tool("nm"), "-C", path))
+        symbols = output(tool("readelf"), "--symbols", "--wide", "--demangle", path)
+        weak = re.findall(r" FUNC +WEAK +\w+ +\d+ (.+)", symbols)
         own = re.search(r"kernels_(\w+)\.dir", str(path))[1]
-        assert [name for name in weak if f"snnlstm::{own}" not in name] == [], path
+        shared = {name.split(" [")[0] for name in weak if f"snnlstm::{own}" not in name}
+        # Clang's own function ends the process by two calls, without a vector.
+        assert shared <= {"__clang_call_terminate"}, path
 
 
 @linux
