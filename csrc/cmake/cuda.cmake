@@ -11,23 +11,27 @@ execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch
 if(failed)
   message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} --list-gpu-arch failed:\n${trouble}")
 endif()
-# One PTX for all GPUs with tensor cores of the kind that the kernels use, and one for those before:
-# translating C++ to PTX is two thirds of nvcc's time, and nothing here needs more than compute_80.
-# The machine code is still each GPU's own. Only the last PTX is kept: the driver translates it for
-# every GPU newer than those listed.
+# Translating C++ to PTX is two thirds of nvcc's time. So there is one PTX for all GPUs without
+# cp.async, one for those with it, and one for those on which launches overlap (griddepcontrol, from
+# 9.0 on); the machine code is still each GPU's own. One PTX is kept, which the driver translates
+# for every GPU that is not listed: that of 8.0, which serves the most GPUs, or of those that are
+# made anyway the next best.
 string(REGEX MATCHALL "[0-9]+" known "${known}")
 list(SORT known COMPARE NATURAL)
 list(GET known -1 newest)
 set(archs "")
 set(code75 "")
 set(code80 "")
+set(code90 "")
 foreach(arch IN LISTS SNNLSTM_CUDA_ARCHS)
   if(arch IN_LIST known)
     list(APPEND archs ${arch})
     if(arch LESS 80)
       list(APPEND code75 sm_${arch})
-    else()
+    elseif(arch LESS 90)
       list(APPEND code80 sm_${arch})
+    else()
+      list(APPEND code90 sm_${arch})
     endif()
   elseif(arch GREATER newest)
     set(ptx 80)
@@ -35,6 +39,8 @@ foreach(arch IN LISTS SNNLSTM_CUDA_ARCHS)
 endforeach()
 if(code80)
   set(ptx 80)
+elseif(code90)
+  set(ptx 90)
 elseif(code75 AND NOT ptx)
   set(ptx 75)
 elseif(NOT ptx)
@@ -44,7 +50,7 @@ elseif(NOT ptx)
 endif()
 list(APPEND code${ptx} compute_${ptx})
 set(GENCODE "")
-foreach(arch 75 80)
+foreach(arch 75 80 90)
   if(code${arch})
     list(JOIN code${arch} "," code)
     list(APPEND GENCODE "-gencode=arch=compute_${arch},code=[${code}]")

@@ -106,9 +106,10 @@ class Backward {
     return builder.conv;
   }
 
-  // If s has no channels, there is nothing to convolve.
+  // If s has no channels, it is the last step: there is nothing to convolve or to overlap.
   void run_step(const Segment& s, const NeuronBackward& n) const {
     const DataPlan& plan = plan_.to_mem;
+    const bool overlaps = s.channels > 0;
     if (!plan.mma()) {
       BackwardFma p;
       p.tiling = plan.tiling;
@@ -119,7 +120,7 @@ class Backward {
         using T = decltype(tile);
         const bool gathers = n.fire.pool != Pool::none && n.spreads;
         const Launch how{"backward step (fma)", plan.tiling.blocks(), fma::kThreads,
-                         fma::StepShared<R, T>::bytes(gathers), stream_};
+                         fma::StepShared<R, T>::bytes(gathers), stream_, overlaps};
         launch(how, &backward_fma<R, T>, p);
       });
     }
@@ -131,7 +132,7 @@ class Backward {
     p.mem_tile = layout.mem_tile, p.mem_pitch = layout.mem_pitch;
     p.vectors = layout.vectors, p.row_sums = layout.row_sums;
     const Launch how{"backward step (mma)", plan.tiling.blocks(), plan.threads(),
-                     size_t(layout.bytes), stream_};
+                     size_t(layout.bytes), stream_, overlaps};
     with_element(plan.multiply, [&](auto element) {
       using E = decltype(element);
       launch(how, plan.tiles == 8 ? &backward_mma<E, 8> : &backward_mma<E, 2>, p);

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
     const int channels = p.conv.warp_columns * 8 * NT;
     const BackwardTile<float> tile(p.neuron, p.tiling, block, block.column * channels, channels,
                                    reinterpret_cast<float*>(shared + p.vectors));
-    if (tile.is_finished()) return;
+    if (tile.is_finished()) return wait_for_launch_before();
     tile.load_vectors();
     const BackwardSums<Element, NT, false> sums(p.conv, shared, p.tiling, block);
     const MemTile<float> mem_tile{reinterpret_cast<float*>(shared + p.mem_tile), p.mem_pitch};
@@ -197,10 +197,11 @@ __global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
   const BlockPlace block = block_of(p.tiling, blockIdx.x);
   const int c0 = block.column * T::kColumns;
   const BackwardTile<R> tile(p.neuron, p.tiling, block, c0, T::kColumns, shared.gemm.vectors);
-  if (tile.is_finished()) return;
+  if (tile.is_finished()) return wait_for_launch_before();
   tile.load_vectors();
   fma::Gemm<R, T> gemm(shared.gemm, p.tiling, block);
   R acc[4][2][4] = {};
+  if (!fault(Fault::missing_wait, 7)) wait_for_launch_before();
   gemm.add(p.d_gates, acc);
   __syncthreads();
 

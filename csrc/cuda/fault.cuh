@@ -12,7 +12,7 @@ namespace snnlstm::cuda {
 
 enum class Fault : int {
   none = 0,
-  missing_wait = 1,               // data is used before the wait for its cp.async
+  missing_wait = 1,               // data is used before the wait for its cp.async or its launch
   missing_barrier_read = 2,       // no barrier between a write of shared memory and others' reads
   missing_barrier_overwrite = 3,  // no barrier between reads and the next overwrite
   missing_syncwarp = 4,           // lanes of a warp exchange data without __syncwarp

@@ -7,8 +7,8 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 
+#include <map>
 #include <mutex>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -26,6 +26,9 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;
   void* stream = nullptr;
+  // Where kernel and driver can, blocks begin before the launch before this one in the stream is
+  // complete. The kernel then calls wait_for_launch_before().
+  bool overlaps = false;
   const char* file = __builtin_FILE();
   int line = __builtin_LINE();
 };
@@ -50,21 +53,30 @@ inline std::string describe(const Launch& how) {
          dims(how.block) + ", " + std::to_string(how.shared_bytes) + " bytes of shared memory";
 }
 
-// Lets the kernel have as much shared memory as the current device gives one block, once for each
-// kernel and device. Other threads could lower a limit that followed the size of each launch.
-inline cudaError_t allow_shared_memory(const void* kernel) {
+// Once for each kernel and device: lets the kernel have as much shared memory as the current device
+// gives one block (other threads could lower a limit that followed the size of each launch), and
+// finds out whether its launches may overlap. They may if the code that the device runs waits, which
+// that from PTX of 9.0 on does, and if the driver can capture it in a graph, as of CUDA 12.3 on.
+inline cudaError_t prepare(const void* kernel, bool& may_overlap) {
   static std::mutex mutex;
-  static std::set<std::pair<const void*, int>> allowed;
-  int device = 0, most = 0;
+  static std::map<std::pair<const void*, int>, bool> prepared;
+  int device = 0, most = 0, driver = 0;
+  cudaFuncAttributes code;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count({kernel, device}) != 0) return cudaSuccess;
+  if (const auto found = prepared.find({kernel, device}); found != prepared.end()) {
+    may_overlap = found->second;
+    return cudaSuccess;
+  }
   status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-  if (status == cudaSuccess) allowed.insert({kernel, device});
-  return status;
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&code, kernel);
+  if (status == cudaSuccess) status = cudaDriverGetVersion(&driver);
+  if (status != cudaSuccess) return status;
+  may_overlap = prepared[{kernel, device}] = code.ptxVersion >= 90 && driver >= 12030;
+  return cudaSuccess;
 }
 
 #endif
@@ -79,21 +91,30 @@ void launch(const Launch& how, void (*kernel)(Params...), Args... args) {
 #if defined(__CUDACC__)
   const auto function = reinterpret_cast<const void*>(kernel);
   cudaError_t status = cudaSuccess;
-  if (how.shared_bytes > 48 * 1024) status = allow_shared_memory(function);
+  bool may_overlap = false;
+  if (how.overlaps || how.shared_bytes > 48 * 1024) status = prepare(function, may_overlap);
   if (status == cudaSuccess) {
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = how.grid, config.blockDim = how.block;
+    config.dynamicSmemBytes = how.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(how.stream);
+    config.attrs = &overlap, config.numAttrs = how.overlaps && may_overlap ? 1 : 0;
     std::tuple<Params...> values(static_cast<Params>(args)...);
     std::apply(
         [&](auto&... value) {
           void* addresses[] = {&value...};
-          status = cudaLaunchKernel(function, how.grid, how.block, addresses, how.shared_bytes,
-                                    static_cast<cudaStream_t>(how.stream));
+          status = cudaLaunchKernelExC(&config, function, addresses);
         },
         values);
   }
   if (status != cudaSuccess) check(status, describe(how).c_str(), how.file, how.line);
 #else
   auto thread = [&] { kernel(static_cast<Params>(args)...); };
-  ::simt::run(::simt::Geometry{how.name, how.grid, how.block, how.shared_bytes, how.file, how.line},
+  ::simt::run(::simt::Geometry{how.name, how.grid, how.block, how.shared_bytes, how.file, how.line,
+                               how.overlaps},
               thread);
 #endif
 }

@@ -11,6 +11,9 @@
 //
 // and all threads run it. The next chunk is on its way while one is multiplied.
 //
+// The launch before this one may write the last segment's source. It is waited for when that is
+// first read; the rest is loaded before.
+//
 //   neighbourhood, 2 buffers       weights, kStages stages of a few units
 //     pixel | 4 groups of 16 B       unit: [warp column][pair of n-tiles][lane][16 bytes]
 //     ...                            a lane's 16 bytes are the B fragments of a pair
@@ -65,14 +68,15 @@ class MmaPipeline {
     // Pixels without a source read these 64 bytes, behind the stages.
     if (threadIdx.x < 4) store(zeros() + 16 * threadIdx.x, make_uint4(0, 0, 0, 0));
     working_ = more_ = p_.segments > 0;
+    copy_stage();
 #pragma unroll 1
     for (int buffer = 0; buffer < 2 && more_; ++buffer) {
-      const MmaSegment& seg = p_.segment[loaded_.segment];
-      source_.start(seg, loaded_.chunk, buffer_at(buffer), true);
-      source_.template finish<3>(seg);
+      load_chunk(buffer, true);
+      source_.template finish<3>(next());
       more_ = advance(loaded_);
     }
-    for (int k = 0; k < mma_gemm::kStages - 1; ++k) copy_stage();
+    cp_async_commit();
+    for (int k = 1; k < mma_gemm::kStages - 1; ++k) copy_stage(), cp_async_commit();
   }
   SNNLSTM_DEVICE bool working() const { return working_; }
 
@@ -91,7 +95,7 @@ class MmaPipeline {
     if (!fault(Fault::missing_barrier_overwrite, 1)) __syncthreads();
     loading_ = !first_ && more_;
     stages_since_load_ = loading_ ? 0 : mma_gemm::kStages;
-    if (loading_) source_.start(next(), loaded_.chunk, buffer_at(buffer_ ^ 1), loaded_.chunk < 2);
+    if (loading_) load_chunk(buffer_ ^ 1, loaded_.chunk < 2);
   }
   SNNLSTM_DEVICE void end_chunk() {
     if (loading_) {
@@ -108,8 +112,10 @@ class MmaPipeline {
   }
   SNNLSTM_DEVICE void end_step(int bytes) { weights_at_ += bytes; }
 
-  // Waits until no copy is on its way and no thread reads: shared memory is the caller's again.
+  // Waits until no copy is on its way and no thread reads: shared memory is the caller's again. The
+  // launch before this one is complete, too, even if there was nothing to load.
   SNNLSTM_DEVICE void finish() const {
+    wait_for_launch_before();
     cp_async_wait<0>();
     __syncthreads();
   }
@@ -147,8 +153,15 @@ class MmaPipeline {
     return shared_ + buffer * p_.buffer_bytes;
   }
 
-  // Begins to copy the next stage, as one group with all else that this thread has begun to copy. A
-  // thread that carries lays down the stage that it has, and takes the next.
+  // Begins to load the next chunk to a buffer.
+  SNNLSTM_DEVICE void load_chunk(int buffer, bool border) {
+    const bool first_of_last = loaded_.segment + 1 == p_.segments && loaded_.chunk == 0;
+    if (first_of_last && !fault(Fault::missing_wait, 5)) wait_for_launch_before();
+    source_.start(next(), loaded_.chunk, buffer_at(buffer), border);
+  }
+
+  // Begins to copy the next stage. A thread that carries lays down the stage that it has, and takes
+  // the next.
   SNNLSTM_DEVICE void copy_stage() {
     if constexpr (kCarries<Element>) {
       if (copied_ > 0) lay_down();
@@ -165,7 +178,6 @@ class MmaPipeline {
     } else {
       for (int i = int(threadIdx.x) * 16; i < bytes; i += int(blockDim.x) * 16)
         cp_async(to + i, source + i);
-      cp_async_commit();
     }
     ++copied_;
   }
@@ -183,6 +195,7 @@ class MmaPipeline {
     if (!fault(Fault::missing_wait, 1)) cp_async_wait<mma_gemm::kStages - 2>();
     if (!fault(Fault::missing_barrier_read, 1)) __syncthreads();
     copy_stage();
+    cp_async_commit();
     if (weights_at_ == mma_gemm::kStages * p_.stage_bytes()) weights_at_ = 0;
     stage_end_ = weights_at_ + p_.stage_bytes();
     ++stages_since_load_;

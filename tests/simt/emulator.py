@@ -66,6 +66,7 @@ class Launch(NamedTuple):
     blocks: int
     threads: int
     shared_bytes: int
+    overlaps: int  # 1: the launch before it
 
 
 class Settings(ctypes.Structure):

@@ -16,6 +16,7 @@ import subprocess
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha1
+from itertools import groupby
 from pathlib import Path
 
 from builder import CACHE, ROOT
@@ -56,6 +57,11 @@ def known_architectures() -> tuple[int, ...]:
     return tuple(a for a in ARCHITECTURES if f"compute_{a}\n" in text)
 
 
+def ptx_of(arch: int) -> int:
+    """The PTX that machine code is made from, as csrc/cmake/cuda.cmake does it."""
+    return max(ptx for ptx in (75, 80, 90) if ptx <= arch)
+
+
 def compile_fatbin(source: Path, archs: tuple[int, ...]) -> tuple[Path, str]:
     """Machine code of `source` for each architecture, and what ptxas said. Both are kept under
     ``build/simt`` until a file that `source` includes changes."""
@@ -80,12 +86,9 @@ def compile_fatbin(source: Path, archs: tuple[int, ...]) -> tuple[Path, str]:
 def _compile_fatbin(
     nvcc: list[str], source: Path, archs: tuple[int, ...], binary: Path, log: Path
 ) -> None:
-    # As csrc/cmake/cuda.cmake does: one translation to PTX for all with tensor cores.
-    groups = {75: [a for a in archs if a < 80], 80: [a for a in archs if a >= 80]}
     for_each = [
         f"-gencode=arch=compute_{ptx},code=[{','.join(f'sm_{a}' for a in members)}]"
-        for ptx, members in groups.items()
-        if members
+        for ptx, members in groupby(archs, ptx_of)
     ]
     temporary = binary.with_name(f".{os.getpid()}-{binary.name}")
     done = subprocess.run(

@@ -144,7 +144,7 @@ def compiled(source: Path, arch: int) -> dict[str, Compiled]:
 
     _, log = gpu_tools.compile_fatbin(source, gpu_tools.known_architectures())
     resources = {r.kernel: r for r in gpu_tools.resources_of_log(log) if r.arch == arch}
-    code = gpu_tools.code_of_ptx(source, 75 if arch < 80 else 80)
+    code = gpu_tools.code_of_ptx(source, gpu_tools.ptx_of(arch))
     found = {}
     for name, instructions in zip(gpu_tools.demangle(list(code)), code.values(), strict=True):
         loops = machine_code.loops(machine_code.parse(instructions)) if instructions else []

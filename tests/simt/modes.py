@@ -96,9 +96,14 @@ HYBRID = {
     f"{name} hybrid": replace(MODES[name], algorithm="hybrid")
     for name in ("float32", "float64", "tf32x3", "bfloat16 states", "bfloat16 autocast")
 }
+# There the launches of a sequence's steps overlap.
+OVERLAPPING = {
+    f"{name} on sm_90": replace(MODES[name], compute_capability=90)
+    for name in ("float64", "tf32x3", "tf32", "bfloat16 states", "bfloat16 autocast")
+}
 FORWARD = MODES | BEHIND_TORCH
 BACKWARD = FORWARD | HYBRID
-ALL = BACKWARD | RESIDENT
+ALL = BACKWARD | RESIDENT | OVERLAPPING
 
 # Without reset, since coarse modes would decide some resets otherwise, and then differ.
 PLAIN = cases.PLAIN.but(reset="none", threshold="number")

@@ -4,6 +4,7 @@ Compiling them all takes two to three minutes of one core. The results are kept 
 """
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -102,3 +103,20 @@ def test_a_kernel_multiplies_on_tensor_cores_or_traps(source, arch):
         of_sm75 = "fp16_sm75" in name or "MultiplyE5" in name
         wanted = "trap" if of_sm75 != (arch == 75) else "mma.sync"
         assert any(wanted in line for line in instructions), name
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("source", ["forward.cu", "backward.cu"])
+def test_steps_wait_for_the_launch_before_on_sm_90(source, arch):
+    """Unless they trap. Launches overlap only where the code is from PTX of 9.0 on."""
+    entries = gpu_tools.entries_of_ptx(ROOT / "csrc" / "cuda" / source, arch)
+    for name, instructions in entries.items():
+        waits = [line for line in instructions if "griddepcontrol.wait" in line]
+        begins = [line for line in instructions if "griddepcontrol.launch_dependents" in line]
+        traps = any("trap" in line for line in instructions)
+        step = re.search(r"(forward|backward)_(mma|fma)I", name) is not None
+        assert len(waits) == len(begins)
+        if arch < 90 or step or "data_gradient_mma" not in name:
+            assert bool(waits) == (step and arch >= 90 and not traps), name

@@ -27,6 +27,8 @@ RUNS = {
     "float16 autocast": ("wide",),
     "float16 on sm_75": ("channels last",),
     "float32 behind torch": ("plain", "max pool"),
+    "tf32 on sm_90": ("plain",),
+    "float64 on sm_90": ("plain",),
     "resident tf32": ("odd sizes",),
     "resident float32": ("max pool", "pooled inhibition"),
     "resident tf32x3": ("quantised",),
@@ -36,6 +38,7 @@ BACKWARD_RUNS = {
     "tf32x3": ("plain", "wide", "stride, dilation"),
     "bfloat16 states": ("channels last", "short chunks"),
     "float32 behind torch": ("max pool",),
+    "float64 on sm_90": ("plain",),
     "resident tf32x3": ("plain",),
     "resident float32": ("max pool",),
 }

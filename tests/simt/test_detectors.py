@@ -7,6 +7,7 @@ import pytest
 from emulator import EmulationError
 from own import own_kernels, run_case
 
+WAIT = r" it at .*, before its wait_for_launch_before\(\)"
 # By kernel: what the report says, and whether the plain build has a report, too.
 CASES = {
     "divergent_barriers": ("waits in __syncthreads .*: divergent barriers", True),
@@ -46,6 +47,12 @@ CASES = {
     "bytes_of_a_word": ("race|uninitialised", False),
     "blocks_write": ("race: .*nothing orders blocks", False),
     "blocks_read": ("race: .*nothing orders blocks", False),
+    "read_before_launch_wait": (f"race: .* reads .*launch before writes{WAIT}", False),
+    "write_before_launch_wait": (f"race: .* writes .*launch before writes{WAIT}", False),
+    "overwrite_before_launch_wait": (f"race: .* writes .*launch before reads{WAIT}", False),
+    "half_before_launch_wait": (f"race: .* reads .*launch before writes{WAIT}", False),
+    "another_thread_waits": (f"race: .* reads .*launch before writes{WAIT}", False),
+    "return_without_launch_wait": ("of block .* returns without wait_for_launch_before", True),
 }
 SCHEDULES = [("in_order", 0), ("shuffled", 1), ("shuffled", 2), ("ahead", 1), ("ahead", 2)]
 
@@ -62,6 +69,7 @@ def violate(emulator, name, bad):
 @pytest.fixture
 def emulator(variant):
     found = own_kernels(variant)
+    found.settings.compute_capability = 90  # only there launches overlap
     yield found
     found.reset()
 

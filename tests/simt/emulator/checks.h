@@ -25,7 +25,8 @@ std::string describe_pc(const void* pc);
 // ---- race.cpp: accesses of different threads that neither a barrier nor a __syncwarp orders.
 // These functions do nothing without instrumentation, or where races are not asked for.
 
-void begin_race_launch();
+// overlaps: nothing orders a thread behind the launch before, until it waits for that.
+void begin_race_launch(bool overlaps);
 void begin_race_block();
 void check_race(Thread& thread, const Place& place, size_t bytes, Access kind, const void* pc);
 // Checks a part of a row that ldmatrix reads. Nobody need have written it; then it is NaN.

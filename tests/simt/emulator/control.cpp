@@ -21,12 +21,13 @@ SIMT_EXPORT void simt_fault(int which, int place) {
 }
 
 // Returns lines of fields with tabs between, for the dry runs since the last call: kernel, blocks,
-// threads, bytes of shared memory.
+// threads, bytes of shared memory, whether it overlaps the launch before.
 SIMT_EXPORT const char* simt_launches() {
   answer.clear();
   for (const simt::Geometry& g : simt::machine().launches)
     answer +=
-        simt::text(g.name, "\t", g.grid.count(), "\t", g.block.count(), "\t", g.shared_bytes, "\n");
+        simt::text(g.name, "\t", g.grid.count(), "\t", g.block.count(), "\t", g.shared_bytes,
+                   "\t", g.overlaps, "\n");
   simt::machine().launches.clear();
   return answer.c_str();
 }

@@ -62,6 +62,7 @@ struct Thread {
   Offer offer;
   std::vector<Copy> copies;
   unsigned committed = 0;  // groups so far
+  bool waits = false;      // must yet wait for the launch before
 };
 
 struct Warp {
@@ -83,6 +84,7 @@ class Machine {
   uint32_t epoch = 0;              // barriers of all blocks and launches so far
   uint32_t block_epoch = 0;        // epoch at the start of this block
   uint32_t launch_epoch = 0;       // epoch at the start of this launch
+  uint32_t before_epoch = 0;       // epoch at the start of the launch before
   std::vector<Thread> threads;     // of this block
   std::vector<Warp> warps;
   Thread* current = nullptr;           // null: the host runs
@@ -112,7 +114,7 @@ class Machine {
   std::mt19937_64 random_;
 
   static void entry(void* thread);
-  void prepare_block(uint3 block);
+  void prepare_block(uint3 block, bool overlaps);
   void run_block();
   // Runs each ready thread of pass_ to its next collective or barrier. Returns whether any ran.
   bool run_pass();

@@ -1,4 +1,5 @@
-// The race detector. No access of a block is ordered with respect to those of other blocks.
+// The race detector. No access of a block is ordered with respect to those of other blocks of the
+// launch, nor of the launch before if the thread has yet to wait for that.
 #include <algorithm>
 #include <unordered_map>
 #include <vector>
@@ -61,7 +62,7 @@ class Shadow {
     }
   }
 
-  // The next launch or block starts with whole words again.
+  // The next launch or block starts with whole words again, and without what the parts tell.
   void join() {
     for (const size_t word : split_words_) split_[word] = 0;
     split_words_.clear();
@@ -86,15 +87,16 @@ std::unordered_map<size_t, Shadow> global_shadows;  // by the number of the allo
 
 bool wanted() { return simt_settings.races != 0 && simt_settings.instrumented != 0; }
 
-bool from_other_block(const Record& r) {
+// Whether the access is another block's that nothing orders before what `thread` does now.
+bool from_other_block(const Record& r, const Thread& thread) {
   const Machine& m = machine();
-  return r.epoch >= m.launch_epoch && r.epoch < m.block_epoch;
+  return r.epoch >= (thread.waits ? m.before_epoch : m.launch_epoch) && r.epoch < m.block_epoch;
 }
 
 // Returns whether nothing orders the access of r before what `thread` does now.
 bool races(const Record& r, const Thread& thread, bool global) {
   const Machine& m = machine();
-  if (r.epoch < m.block_epoch) return global && from_other_block(r);
+  if (r.epoch < m.block_epoch) return global && from_other_block(r, thread);
   if (r.epoch < m.epoch || r.thread == thread.id) return false;
   if (r.thread / warp_size != thread.warp->id) return true;
   return thread.warp->events <= r.event;
@@ -104,13 +106,19 @@ bool races(const Record& r, const Thread& thread, bool global) {
                          const Thread& thread, const char* address, const void* pc) {
   Machine& m = machine();
   const char* remedy = "no barrier between them";
-  if (from_other_block(r))
+  const bool earlier = r.epoch < m.launch_epoch, other = from_other_block(r, thread);
+  if (earlier)
+    remedy = "before its wait_for_launch_before()";
+  else if (other)
     remedy = "nothing orders blocks";
   else if (r.thread / warp_size == thread.warp->id)
     remedy = "neither a barrier nor a __syncwarp between them";
   m.fail(text("race: ", m.name(thread), " ", second, " ", describe_address(address), " at ",
               describe_pc(pc), "; ", m.name_of(r.thread),
-              from_other_block(r) ? " of an earlier block " : " ", first, " it at ",
+              earlier ? " of the launch before "
+              : other ? " of an earlier block "
+                      : " ",
+              first, " it at ",
               describe_pc(lengthen(r.pc)), ", ", remedy));
 }
 
@@ -170,7 +178,7 @@ inline void on_read(Cell& cell, const Context& c, bool must_be_written, size_t o
     cell.read_lanes |= bit;
   } else {
     if (last.epoch == m.epoch && !same_warp) cell.read_elsewhere = last;
-    if (c.global && from_other_block(last)) cell.other_read = last;
+    if (c.global && from_other_block(last, thread)) cell.other_read = last;
     cell.read_lanes = bit;
   }
   last = now(c);
@@ -193,7 +201,7 @@ void on_write(Cell& cell, const Context& c, const char* what, size_t offset) {
   }
   must_follow(read, "reads", c, what, offset);
   must_follow(cell.read_elsewhere, "reads", c, what, offset);
-  if (c.global && from_other_block(cell.write)) cell.other_write = cell.write;
+  if (c.global && from_other_block(cell.write, thread)) cell.other_write = cell.write;
   cell.write = now(c);
 }
 
@@ -246,7 +254,8 @@ void check_matrix_part(Thread& thread, const void* p, size_t bytes, const void* 
 
 void begin_race_block() { shared_shadow.join(); }
 
-void begin_race_launch() {
+void begin_race_launch(bool overlaps) {
+  if (overlaps) return;
   for (auto& shadow : global_shadows) shadow.second.join();
 }
 

@@ -22,10 +22,16 @@ void run(const Geometry& geometry, void (*body)(void*), void* context) {
   machine().run(geometry, body, context);
 }
 
+// Blocks run in order all the same: only the race detector knows of the overlap.
+void wait_for_launch_before() { machine().current->waits = false; }
+
 void Machine::entry(void* argument) {
   auto& thread = *static_cast<Thread*>(argument);
   Machine& m = machine();
   m.body_(m.context_);
+  if (thread.waits)
+    m.fail(m.name(thread) +
+           " returns without wait_for_launch_before(): the launch behind could overlap two");
   if (!thread.copies.empty())
     m.fail(m.name(thread) + " returns with copies under way: cp_async without cp_async_wait at " +
            describe_pc(thread.copies.front().pc));
@@ -115,6 +121,7 @@ void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
   gridDim = g.grid;
   host_.adopt();
   random_.seed(simt_settings.seed);
+  before_epoch = launch_epoch;
   launch_epoch = ++epoch;
 
   if (threads.size() < size) {
@@ -123,7 +130,8 @@ void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
     for (size_t i = before; i < size; ++i) threads[i].fibre.allocate(stack_bytes, i * 448);
   }
   warps.resize(size / warp_size);
-  begin_race_launch();
+  const bool overlaps = g.overlaps && simt_settings.compute_capability >= 90;
+  begin_race_launch(overlaps);
   begin_count_launch(g);
 
   std::vector<uint64_t> order(g.grid.count());
@@ -131,7 +139,8 @@ void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
   if (simt_settings.policy != Policy::in_order) std::shuffle(order.begin(), order.end(), random_);
   for (const uint64_t b : order) {
     prepare_block({unsigned(b % g.grid.x), unsigned(b / g.grid.x % g.grid.y),
-                   unsigned(b / g.grid.x / g.grid.y)});
+                   unsigned(b / g.grid.x / g.grid.y)},
+                  overlaps);
     run_block();
     count_interval();
     if (!failed()) error = check_shared_guard();
@@ -143,7 +152,7 @@ void Machine::run(const Geometry& g, void (*body)(void*), void* context) {
   if (failed()) refuse(error);
 }
 
-void Machine::prepare_block(uint3 block) {
+void Machine::prepare_block(uint3 block, bool overlaps) {
   blockIdx = block;
   arrived = finished = 0;
   block_epoch = ++epoch;
@@ -165,6 +174,7 @@ void Machine::prepare_block(uint3 block) {
     t.state = State::ready;
     t.copies.clear();
     t.committed = 0;
+    t.waits = overlaps;
     t.fibre.prepare(entry, &t);
   }
   prepare_shared_memory(geometry.shared_bytes);

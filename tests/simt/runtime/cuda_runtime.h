@@ -16,13 +16,31 @@ using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
 
 namespace fake {
 inline std::mutex mutex;
 inline thread_local int device = 0;
 inline thread_local cudaError_t last = cudaSuccess;
 inline std::map<std::pair<const void*, int>, int> limits;
-inline int attribute_calls = 0, launches = 0, optin = 200 * 1024;
+inline int attribute_calls = 0, launches = 0, overlaps = 0, optin = 200 * 1024;
+inline int ptx = 80, driver = 13000;
 inline bool refuses_attributes = false;
 
 inline cudaError_t fail() { return last = cudaErrorInvalidValue; }
@@ -42,12 +60,21 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
   fake::limits[{kernel, fake::device}] = bytes;
   return cudaSuccess;
 }
-inline cudaError_t cudaLaunchKernel(const void* kernel, dim3, dim3, void** arguments, size_t bytes,
-                                    cudaStream_t) {
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, const void*) {
+  return of->ptxVersion = fake::ptx, cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  return *version = fake::driver, cudaSuccess;
+}
+inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* kernel,
+                                       void** arguments) {
   const std::lock_guard<std::mutex> lock(fake::mutex);
   const auto found = fake::limits.find({kernel, fake::device});
-  if (bytes > size_t(found == fake::limits.end() ? 48 * 1024 : found->second)) return fake::fail();
+  if (how->dynamicSmemBytes > size_t(found == fake::limits.end() ? 48 * 1024 : found->second)) return fake::fail();
   if (fake::last != cudaSuccess) return fake::last;  // as a check of the last error would say
   fake::launches += *static_cast<int*>(arguments[0]);
+  for (unsigned k = 0; k < how->numAttrs; ++k)
+    fake::overlaps += how->attrs[k].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                      how->attrs[k].val.programmaticStreamSerializationAllowed;
   return cudaSuccess;
 }

@@ -1,0 +1,55 @@
+"""On sm_90 the launches of a sequence's steps overlap. The emulator runs them in order, and reports
+what a step does to the results of the one before while it has not waited for that."""
+
+import pytest
+import test_cell
+import test_cell_gradients
+import torch
+from backend import float32_precision
+from by_length import CELLS
+from by_length import check as check_lengths
+from emulator import EmulationError
+from faults import fault_numbers
+from launches import calls
+from modes import CASES, OVERLAPPING, PLAIN, SMOOTH
+
+CALLS = ("plain", "wide", "channels last", "max pool", "uneven average pool", "inhibition")
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("mode", OVERLAPPING)
+def test_steps_that_overlap(core, mode, name):
+    core.schedule("ahead", 3)
+    test_cell.check(core, CASES[name], OVERLAPPING[mode])
+    if OVERLAPPING[mode].exact or name in SMOOTH:
+        test_cell_gradients.check(core, CASES[name], OVERLAPPING[mode])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["plain", "odd-pool"])
+def test_blocks_of_finished_samples_wait_too(core, name, dtype):
+    core.device(compute_capability=90)
+    with core.installed(), float32_precision("ieee"):
+        check_lengths(dtype, name == "plain", **CELLS[name])
+
+
+@pytest.mark.parametrize("matrix", [0, 1])
+def test_each_step_but_the_first_overlaps(core, matrix):
+    found = [launch for launch in calls(core, matrix, T=3, Cin=8) if "step" in launch.kernel]
+    assert [launch.overlaps for launch in found] == [0, 1, 1, 0, 1, 1]
+    assert not any(launch.overlaps for launch in calls(core, matrix, T=1, Cin=8))
+
+
+@pytest.mark.parametrize(
+    ("place", "mode", "check"),
+    [
+        (5, "tf32 on sm_90", test_cell.check),
+        (6, "float64 on sm_90", test_cell.check),
+        (7, "float64 on sm_90", test_cell_gradients.check),
+    ],
+)
+def test_a_read_of_the_step_before_without_a_wait_is_found(core, place, mode, check):
+    core.fault(fault_numbers()["missing_wait"], place)
+    race = r"race: .* reads .*of the launch before writes it at .*wait_for_launch_before\(\)"
+    with pytest.raises(EmulationError, match=race):
+        check(core, PLAIN, OVERLAPPING[mode])
