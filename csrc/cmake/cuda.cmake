@@ -14,8 +14,7 @@ endif()
 # Translating C++ to PTX is two thirds of nvcc's time. So there is one PTX for all GPUs without
 # cp.async, one for those with it, and one for those on which launches overlap (griddepcontrol, from
 # 9.0 on); the machine code is still each GPU's own. One PTX is kept, which the driver translates
-# for every GPU that is not listed: that of 8.0, which serves the most GPUs, or of those that are
-# made anyway the next best.
+# for GPUs that are not listed: that of 8.0 serves the most. On those the launches do not overlap.
 string(REGEX MATCHALL "[0-9]+" known "${known}")
 list(SORT known COMPARE NATURAL)
 list(GET known -1 newest)

@@ -119,8 +119,12 @@ class Backward {
         using R = decltype(real);
         using T = decltype(tile);
         const bool gathers = n.fire.pool != Pool::none && n.spreads;
-        const Launch how{"backward step (fma)", plan.tiling.blocks(), fma::kThreads,
-                         fma::StepShared<R, T>::bytes(gathers), stream_, overlaps};
+        const Launch how{"backward step (fma)",
+                         plan.tiling.blocks(),
+                         fma::kThreads,
+                         fma::StepShared<R, T>::bytes(gathers),
+                         stream_,
+                         overlaps};
         launch(how, &backward_fma<R, T>, p);
       });
     }
@@ -131,8 +135,12 @@ class Backward {
     const BackwardLayout layout(plan, p.conv, s_.c.pool != Pool::none && plan_.spreads);
     p.mem_tile = layout.mem_tile, p.mem_pitch = layout.mem_pitch;
     p.vectors = layout.vectors, p.row_sums = layout.row_sums;
-    const Launch how{"backward step (mma)", plan.tiling.blocks(), plan.threads(),
-                     size_t(layout.bytes), stream_, overlaps};
+    const Launch how{"backward step (mma)",
+                     plan.tiling.blocks(),
+                     plan.threads(),
+                     size_t(layout.bytes),
+                     stream_,
+                     overlaps};
     with_element(plan.multiply, [&](auto element) {
       using E = decltype(element);
       launch(how, plan.tiles == 8 ? &backward_mma<E, 8> : &backward_mma<E, 2>, p);

@@ -90,8 +90,12 @@ class Forward {
       return with_tile<32>(plan_.type, step.columns, [&](auto real, auto tile) {
         using R = decltype(real);
         using T = decltype(tile);
-        const Launch how{"forward step (fma)", step.tiling.blocks(), fma::kThreads,
-                         sizeof(fma::GemmShared<R, T>), stream_, t > 0};
+        const Launch how{"forward step (fma)",
+                         step.tiling.blocks(),
+                         fma::kThreads,
+                         sizeof(fma::GemmShared<R, T>),
+                         stream_,
+                         t > 0};
         launch(how, &forward_fma<R, T>, p);
       });
     }
@@ -105,8 +109,12 @@ class Forward {
     p.conv = builder.conv;
     p.mem_pitch = step.mem_pitch();
     p.vectors = int(forward_shared_bytes(step, p.conv, c.pool != Pool::none));
-    const Launch how{"forward step (mma)", step.tiling.blocks(), step.threads(),
-                     p.vectors + 5 * step.channels() * sizeof(float), stream_, t > 0};
+    const Launch how{"forward step (mma)",
+                     step.tiling.blocks(),
+                     step.threads(),
+                     p.vectors + 5 * step.channels() * sizeof(float),
+                     stream_,
+                     t > 0};
     with_element(step.multiply, [&](auto element) {
       using E = decltype(element);
       launch(how, step.tiles == 8 ? &forward_mma<E, 2> : &forward_mma<E, 1>, p);

@@ -55,8 +55,9 @@ inline std::string describe(const Launch& how) {
 
 // Once for each kernel and device: lets the kernel have as much shared memory as the current device
 // gives one block (other threads could lower a limit that followed the size of each launch), and
-// finds out whether its launches may overlap. They may if the code that the device runs waits, which
-// that from PTX of 9.0 on does, and if the driver can capture it in a graph, as of CUDA 12.3 on.
+// finds out whether its launches may overlap. They may if the code that the device runs waits,
+// which that from PTX of 9.0 on does, and if the driver can capture it in a graph, as of CUDA 12.3
+// on.
 inline cudaError_t prepare(const void* kernel, bool& may_overlap) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, bool> prepared;

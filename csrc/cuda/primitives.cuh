@@ -71,10 +71,10 @@ SNNLSTM_DEVICE void trap_without_mma() {
 }
 
 // Waits until the launch before this one in the stream is complete and its writes are visible; then
-// lets the launch behind this one begin. A kernel of a launch that overlaps (Launch::overlaps) calls it in every
-// thread: until then the thread reads nothing that the launch before writes, and writes nothing.
-// Since each launch waits before the next may begin, two launches overlap at most. Further calls
-// do nothing. Source: PTX ISA, "griddepcontrol".
+// lets the launch behind this one begin. A kernel of a launch that overlaps (Launch::overlaps)
+// calls it in every thread: until then the thread reads nothing that the launch before writes, and
+// writes nothing. Since each launch waits before the next may begin, two launches overlap at most.
+// Further calls do nothing. Source: PTX ISA, "griddepcontrol".
 SNNLSTM_DEVICE void wait_for_launch_before() {
 #if !defined(__CUDACC__)
   ::simt::wait_for_launch_before();

@@ -25,9 +25,8 @@ SIMT_EXPORT void simt_fault(int which, int place) {
 SIMT_EXPORT const char* simt_launches() {
   answer.clear();
   for (const simt::Geometry& g : simt::machine().launches)
-    answer +=
-        simt::text(g.name, "\t", g.grid.count(), "\t", g.block.count(), "\t", g.shared_bytes,
-                   "\t", g.overlaps, "\n");
+    answer += simt::text(g.name, "\t", g.grid.count(), "\t", g.block.count(), "\t", g.shared_bytes,
+                         "\t", g.overlaps, "\n");
   simt::machine().launches.clear();
   return answer.c_str();
 }

@@ -118,8 +118,7 @@ bool races(const Record& r, const Thread& thread, bool global) {
               earlier ? " of the launch before "
               : other ? " of an earlier block "
                       : " ",
-              first, " it at ",
-              describe_pc(lengthen(r.pc)), ", ", remedy));
+              first, " it at ", describe_pc(lengthen(r.pc)), ", ", remedy));
 }
 
 struct Context {

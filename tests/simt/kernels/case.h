@@ -37,9 +37,9 @@ inline std::map<std::string, Case> cases;
 
 // CASE(name) { body } is a kernel that Python runs by its name. The file has kThreads, the threads
 // of a block, and the struct Shared. d: the kernel's Data.
-#define CASES(name, launches, blocks)                                                           \
-  __global__ void name(Data d);                                                    \
-  const bool is_case_##name =                                                      \
+#define CASES(name, launches, blocks)                                                   \
+  __global__ void name(Data d);                                                         \
+  const bool is_case_##name =                                                           \
       cases.insert({#name, {name, launches, blocks, kThreads, sizeof(Shared)}}).second; \
   __global__ void name(Data d)
 #define CASE(name) CASES(name, 1, 1)

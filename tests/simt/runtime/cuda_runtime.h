@@ -70,7 +70,8 @@ inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void
                                        void** arguments) {
   const std::lock_guard<std::mutex> lock(fake::mutex);
   const auto found = fake::limits.find({kernel, fake::device});
-  if (how->dynamicSmemBytes > size_t(found == fake::limits.end() ? 48 * 1024 : found->second)) return fake::fail();
+  if (how->dynamicSmemBytes > size_t(found == fake::limits.end() ? 48 * 1024 : found->second))
+    return fake::fail();
   if (fake::last != cudaSuccess) return fake::last;  // as a check of the last error would say
   fake::launches += *static_cast<int*>(arguments[0]);
   for (unsigned k = 0; k < how->numAttrs; ++k)
