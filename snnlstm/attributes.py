@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import options
 from .call import as_image
 from .options import RESETS, CellOptions, Reset
-from .path import Path
+from .path import LastPath
 from .snntorch import Base, alive, clear_registries, register
 from .state import ResetSource, State
 from .surrogate import is_number
@@ -36,7 +36,7 @@ class CellAttributes(Base):
     graded_spikes_factor: Tensor
     reset_mechanism_val: Tensor
     spk: Tensor | None = None
-    path: Path | None = None
+    path = LastPath()
     _state: State
     _reset_source: ResetSource | None = None
     _reset_mechanism: Reset

@@ -19,7 +19,7 @@ from .checks import state_tensor
 from .lengths import active, checked
 from .options import CellOptions, Checkpoint, in_time, make_options
 from .path import (
-    Path,
+    LastPath,
     carries_hooks,
     exporting,
     foreign_conv,
@@ -74,9 +74,9 @@ class Convolution:
         if exporting():
             pass
         elif traced:
-            cell.path = path  # type: ignore[assignment]  # dynamo follows attributes
+            cell._path = path  # type: ignore[assignment]  # dynamo follows attributes
         else:
-            cell.__dict__["path"] = path
+            cell.__dict__["_path"] = path
             if path.slow:
                 log_fallback(path, self.logged, cell)
         return every, h, c
@@ -147,10 +147,11 @@ class ConvLSTMCell(nn.Module):
     conv : nn.Conv2d
         weight (4C, Cin + C, kh, kw), gates in the order i, f, o, g, and bias (4C,).
     path : snnlstm.path.Path or None
-        The implementation that ran the last call, and the reason.
+        The implementation that ran the last call, and the reason. A `path` that is set on the cell
+        stays what it was set to.
     """
 
-    path: Path | None = None
+    path = LastPath()
 
     def __init__(
         self,

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .quant import StateQuant
-from .snntorch import recognise_quant, recognise_surrogate
-from .surrogate import NONE, Surrogate, atan
+from .snntorch import recognise_quant, recognise_surrogate, recognise_traced, refuse_traced
+from .surrogate import NONE, Surrogate, atan, fixed
 
 __all__ = ["CHECKS", "DESCRIBING", "CellOptions", "Pool", "Reset", "make_options"]
 
@@ -117,8 +117,8 @@ class CellOptions:
             spike, quant = self.surrogate, self.quant
             described = (
                 self.kernel_size, self.stride, self.dilation, self.reset, self.pool, self.pool_size,
-                (spike.kind, spike.p0, spike.p1), self.inhibition, self.sequence, self.record,
-                self.checkpoint, self.spiking,
+                (spike.kind, fixed(spike.p0), fixed(spike.p1)), self.inhibition, self.sequence,
+                self.record, self.checkpoint, self.spiking,
             )  # fmt: skip
             text = f"{described};{quant.text if quant else ''}"
             object.__setattr__(self, "text", text)
@@ -182,7 +182,7 @@ def pair(
         raise ValueError(f"{name} must be at least 1{also}, got {value!r}")
     if max(both) >= 2**31:  # the core's ints
         raise ValueError(f"{name} must be less than 2**31, got {value!r}")
-    return int(both[0]) if dims == 2 else 1, int(both[-1])
+    return int(fixed(both[0])) if dims == 2 else 1, int(fixed(both[-1]))
 
 
 def kernel(name: str, value: Any, dims: int = 2) -> tuple[int, int]:
@@ -243,7 +243,9 @@ def checkpoint_kind(value: Any) -> Checkpoint:
 _DEFAULT = atan()
 
 
-def surrogate(spike_grad: Any, disable: bool = False) -> Surrogate | Callable[[Tensor], Tensor]:
+def surrogate(
+    spike_grad: Any, disable: bool = False, traced: bool = False
+) -> Surrogate | Callable[[Tensor], Tensor]:
     """Check `spike_grad`; snnTorch's closures become the :class:`Surrogate` of their kind."""
     if spike_grad is not None and not callable(spike_grad):
         raise TypeError(
@@ -252,10 +254,14 @@ def surrogate(spike_grad: Any, disable: bool = False) -> Surrogate | Callable[[T
         )
     if disable:
         return NONE
-    return _DEFAULT if spike_grad is None else recognise_surrogate(spike_grad)
+    if spike_grad is None:
+        return _DEFAULT
+    return recognise_traced(spike_grad) if traced else recognise_surrogate(spike_grad)
 
 
-def quantiser(state_quant: Any) -> StateQuant | Callable[[Tensor], Tensor] | None:
+def quantiser(
+    state_quant: Any, traced: bool = False
+) -> StateQuant | Callable[[Tensor], Tensor] | None:
     """Check `state_quant`; None, False and 0 are off, snnTorch's closures are recognised."""
     if state_quant is None or (isinstance(state_quant, int) and not state_quant):
         return None
@@ -264,6 +270,9 @@ def quantiser(state_quant: Any) -> StateQuant | Callable[[Tensor], Tensor] | Non
             "state_quant must be a callable such as snnlstm.quant.state_quant(), or False, "
             f"got {state_quant!r}"
         )
+    if traced:
+        refuse_traced(state_quant)
+        return state_quant
     return recognise_quant(state_quant)
 
 
@@ -359,8 +368,8 @@ def make_options(
     `traced` says whether torch.compile traces. With a `dims` of 1 sizes are lengths. Equal
     arguments are checked once, but for foreign callables, which a cache would keep alive.
     """
-    spike = surrogate(spike_grad, flag("surrogate_disable", surrogate_disable))
-    quant = quantiser(state_quant)
+    spike = surrogate(spike_grad, flag("surrogate_disable", surrogate_disable), traced)
+    quant = quantiser(state_quant, traced)
     if are_ours(spike, quant) and not traced:
         hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in others.items()}
         size = tuple(kernel_size) if isinstance(kernel_size, list) else kernel_size

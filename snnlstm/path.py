@@ -24,7 +24,7 @@ from .call import PLAIN, Call
 from .options import DTYPES, CellOptions
 from .settings import get_algorithm
 
-__all__ = ["Path", "run"]
+__all__ = ["LastPath", "Path", "run"]
 
 logger = logging.getLogger("snnlstm")
 
@@ -59,6 +59,24 @@ class Path:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
+
+
+class LastPath:
+    """The attribute ``path`` of a module, which tells what its last call ran.
+
+    It has no setter: a module on which the user sets a `path`, also one that is a submodule or a
+    tensor, keeps the user's, and the log alone names slow paths.
+    """
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Path | None:
+        """Return the path of the last call, None before the first."""
+        if module is None:
+            return None
+        own = module.__dict__
+        for kind in ("_modules", "_parameters", "_buffers"):
+            if "path" in own.get(kind, ()):
+                return own[kind]["path"]
+        return own.get("_path")
 
 
 _MISSING = "the compiled core is missing"

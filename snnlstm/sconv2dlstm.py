@@ -106,7 +106,8 @@ class SConv2dLSTM(CellAttributes):
     spk : Tensor or None
         The last spikes.
     path : snnlstm.path.Path or None
-        The implementation that ran the last call, and the reason.
+        The implementation that ran the last call, and the reason. A `path` that is set on the cell
+        stays what it was set to.
 
     Raises
     ------
@@ -360,7 +361,7 @@ class SConv2dLSTM(CellAttributes):
         if path.slow and not call.traced:
             log_fallback(path, self._logged, self)
         described, traced = call.options, call.traced
-        results: dict[str, Any] = {"path": path, "spk": spk}
+        results: dict[str, Any] = {"_path": path, "spk": spk}
         if described.sequence and self.batch_first:
             results["spk"] = spk.transpose(0, 1)
         # A recorded sequence of no steps has no last states: those before it stay.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import quant, surrogate
 from .quant import StateQuant
 
-__all__ = ["recognise_quant", "recognise_surrogate"]
+__all__ = ["recognise_quant", "recognise_surrogate", "recognise_traced", "refuse_traced"]
 
 logger = logging.getLogger("snnlstm")
 
@@ -55,6 +55,46 @@ def recognise_surrogate(
     except (AttributeError, KeyError, TypeError, ValueError):  # one is missing, or no finite number
         return spike_grad
     return made if _agree(spike_grad, made) else spike_grad
+
+
+def recognise_traced(
+    spike_grad: Callable[[Tensor], Tensor],
+) -> surrogate.Surrogate | Callable[[Tensor], Tensor]:
+    """What :func:`recognise_surrogate` returns of a closure, while torch.compile traces.
+
+    The compiler reads a function's code and the numbers that it holds, and no names. The trial of
+    what the function computes is made once for its kind, outside of the trace. A closure that the
+    traced code itself has made, and an object, stay as they came.
+    """
+    if not isinstance(spike_grad, types.FunctionType):
+        return spike_grad
+    for code, kind in _CODES:
+        if spike_grad.__code__ is code and _is_released(kind.name):
+            try:
+                cells = spike_grad.__closure__ or ()
+            except AttributeError:
+                return spike_grad
+            held = {
+                name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)
+            }
+            if not all(map(surrogate.is_number, held.values())):
+                raise TypeError(
+                    f"under torch.compile snntorch.surrogate.{kind.name} must hold numbers alone: "
+                    "pass a function of your own that calls it"
+                )
+            return surrogate.make(kind.name, **{name: held[name] for name in kind.parameters})
+    return spike_grad
+
+
+def refuse_traced(state_quant: Callable[[Tensor], Tensor]) -> None:
+    """Refuse snnTorch's quantisers while torch.compile traces, which cannot go through them."""
+    if isinstance(state_quant, types.FunctionType):
+        code = state_quant.__code__
+        if code.co_freevars == ("levels",) and "StateQuant" in code.co_names:
+            raise TypeError(
+                "under torch.compile state_quant cannot be one of snntorch.functional.quant: pass "
+                "snnlstm.quant.state_quant(...), which takes the same arguments"
+            )
 
 
 def _plain(name: str) -> str:
@@ -163,6 +203,30 @@ def _import_snntorch() -> types.ModuleType | None:
 
 
 _snntorch = _import_snntorch()
+
+
+def _codes(factory: Any) -> list[types.CodeType]:
+    """The code of the closures that a function of snnTorch makes."""
+    constants = factory.__code__.co_consts if isinstance(factory, types.FunctionType) else ()
+    return [constant for constant in constants if isinstance(constant, types.CodeType)]
+
+
+_theirs: Any = getattr(_snntorch, "surrogate", None)
+_CODES = tuple(
+    (code, kind)
+    for kind in surrogate.KINDS[1:]
+    for code in _codes(getattr(_theirs, kind.name, None))
+)
+
+
+def _is_released(name: str) -> bool:
+    """Whether snnTorch's surrogate of this name computes what ours does."""
+    made = getattr(_theirs, name)()
+    return isinstance(recognise_surrogate(made), surrogate.Surrogate)
+
+
+# What torch.compiler.assume_constant_result does, whose call imports the compiler.
+_is_released._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _their_class(name: str) -> Any:

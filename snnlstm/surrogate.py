@@ -44,13 +44,20 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def fixed(number: float) -> float:
+    """The number itself; torch.compile, for which it may be a symbol, guards on its value here."""
+    (same,) = {number}  # the compiler has constants alone as members of a set
+    return same
+
+
 def finite_number(name: str, value: Any) -> float:
     """Check an argument that must be a finite real number."""
     if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    number = float(fixed(value))
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value!r}")
-    return float(value)
+    return number
 
 
 class Kind(NamedTuple):

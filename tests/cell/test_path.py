@@ -275,6 +275,23 @@ def test_the_native_path_says_what_it_is():
         assert str(cell.path) == f"{cell.path.name} (the native kernels cover this call)"
 
 
+@pytest.mark.parametrize("value", ["a/file", nn.Identity(), nn.Parameter(X)], ids=type)
+def test_a_path_that_the_user_sets_stays(value):
+    """An accelerated cell may have a parameter of this name; torch adds none to a new cell."""
+    accelerated, step = theirs(), snnlstm.ConvLSTMCell(2, 3, 3)
+    cells = [accelerated] if isinstance(value, nn.Parameter) else [accelerated, ours(), step]
+    for cell in cells:
+        cell.path = value
+    snnlstm.accelerate(nn.Sequential(accelerated))
+    for cell in cells:
+        cell(X)
+        assert cell.path is value
+        assert "path" not in cell._path.name
+        del cell.path
+        cell(X)
+        assert isinstance(cell.path, Path)
+
+
 def test_tensors_that_the_kernels_cannot_read_are_computed_all_the_same():
     class Tagged(torch.Tensor):
         pass

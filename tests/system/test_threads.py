@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -193,6 +194,66 @@ def test_the_gil_is_released(direction, monkeypatch):
         sys.setswitchinterval(interval)
         other.join()
     assert any(seen)
+
+
+REFUSING = """
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+static std::uintptr_t first, last;
+static long count;
+extern "C" void watch(std::uintptr_t from, std::uintptr_t to) { first = from, last = to; }
+extern "C" long allocations() { return count; }
+static void* allocate(std::size_t size, void* caller, std::size_t alignment = 64) {
+  const std::uintptr_t place = reinterpret_cast<std::uintptr_t>(caller);
+  if (first <= place && place < last) {
+    if (syscall(SYS_gettid) != getpid()) throw std::bad_alloc();
+    ++count;
+  }
+  return std::aligned_alloc(alignment, (size / alignment + 1) * alignment);
+}
+void* operator new(std::size_t n) { return allocate(n, __builtin_return_address(0)); }
+void* operator new[](std::size_t n) { return allocate(n, __builtin_return_address(0)); }
+void* operator new(std::size_t n, std::align_val_t alignment) {
+  return allocate(n, __builtin_return_address(0), std::size_t(alignment));
+}
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete[](void* p) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None, reason="needs LD_PRELOAD and g++"
+)
+def test_no_thread_beside_the_callers_allocates(tmp_path):
+    """Memory that runs out is then the caller's MemoryError, and not the process's end."""
+    library = tmp_path / "refusing.so"
+    build = ["g++", "-std=c++17", "-shared", "-fPIC", "-x", "c++", "-", "-o", library]
+    subprocess.run(build, input=REFUSING, text=True, check=True)
+    program = """
+import ctypes, sys, torch, snnlstm
+core = [line.split()[0].split("-") for line in open("/proc/self/maps") if "snnlstm/_C." in line]
+refusing = ctypes.CDLL(sys.argv[1])
+refusing.watch(ctypes.c_size_t(int(core[0][0], 16)), ctypes.c_size_t(int(core[-1][1], 16)))
+torch.set_num_threads(3)
+for kernel, algorithm in ((3, "direct"), (3, "winograd"), (5, "winograd"), (9, "auto")):
+    with snnlstm.algorithm(algorithm):
+        cell = snnlstm.SConv2dLSTM(64, 64, kernel, threshold=0.05, max_pool=2)
+        x = (torch.rand(2, 3, 64, 14, 13) < 0.3).float().requires_grad_()
+        (cell(x)[2].sum() + cell(x.detach()[0])[2].sum()).backward()
+        assert cell.path.native
+print(refusing.allocations())
+"""
+    command = [sys.executable, "-c", program, library]
+    environment = os.environ | {"LD_PRELOAD": str(library)}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=HANG, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
 
 
 def test_the_number_of_threads_is_torchs(kernels):

@@ -6,6 +6,8 @@ import itertools
 import pytest
 import torch
 from helpers import close, described, ours, same_gradients, states, steps, theirs
+from snntorch import surrogate
+from snntorch.functional.quant import state_quant
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import fresh_inductor_cache as fresh_cache
@@ -126,6 +128,63 @@ def test_what_changes_after_compiling_is_followed(name):
     close(actual, expected)
     changes_mem = name in ("reset", "state_dict")
     assert torch.allclose(actual[2].float(), before, atol=1e-5) != changes_mem
+
+
+SURROGATES = {
+    "theirs": (surrogate.atan(), surrogate.atan(3.0)),
+    "of two numbers": (surrogate.SFS(3.0, 0.5), surrogate.spike_rate_escape(2)),
+    "ours": (snnlstm.surrogate.atan(2), snnlstm.surrogate.atan(3.0)),
+}
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_the_functional_form_recognises_surrogates(name):
+    """A second number is a symbol to the compiler, and is guarded on."""
+    spikes = SURROGATES[name]
+    weight, x = torch.randn(12, 5, 3, 3, requires_grad=True) / 9, steps(3, 2, 2, 6, 6)
+    codes = []
+
+    def backend(graph, _):
+        codes.append(graph.code)
+        return graph
+
+    def call(spike, **options):
+        return snnlstm.functional.sconv2dlstm(
+            x, weight=weight, threshold=0.01, spike_grad=spike, **options
+        )
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    for spike in spikes:
+        results = [form(spike) for form in (compiled, call)]
+        close(*results)
+        close(*(torch.autograd.grad(spk.sum() + mem.sum(), weight) for spk, _, mem in results))
+    for stride in (1, 2):
+        close(compiled(spikes[0], stride=stride), call(spikes[0], stride=stride))
+    assert len(codes) >= 3
+    assert all("snnlstm.forward" in code for code in codes)
+
+
+def test_the_functional_form_names_what_torch_compile_cannot_take():
+    """What the traced code makes itself, and foreign functions, run in plain torch."""
+    weight, x = torch.randn(12, 5, 3, 3) / 9, steps(3, 2, 2, 6, 6)
+
+    def call(spike, quant=None):
+        spike = surrogate.atan() if spike is None else spike
+        return snnlstm.functional.sconv2dlstm(
+            x, weight=weight, threshold=0.01, spike_grad=spike, state_quant=quant
+        )
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for spike in (None, torch.sigmoid, surrogate.custom_surrogate(lambda x, grad, spk: grad)):
+        close(compiled(spike), call(spike))
+    slope = surrogate.fast_sigmoid(torch.tensor(25.0))
+    for arguments, text in (
+        ((surrogate.atan(), state_quant(4)), r"pass snnlstm\.quant\.state_quant"),
+        ((slope,), "fast_sigmoid must hold numbers alone"),
+    ):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=text):
+            compiled(*arguments)
+    close(torch.compile(call, backend="aot_eager")(slope), call(slope))
 
 
 def test_truncated_backpropagation_and_a_stack():

@@ -116,7 +116,7 @@ class Backward {
       tasks = next;
       fold(phases, phase, t);
     }
-    finish(phases, phase);
+    finish(phases, phase, thread);
   }
 
   // Does a call of one step, by samples.
@@ -129,7 +129,7 @@ class Backward {
     });
     int64_t phase = 2;
     fold(phases, phase, 0);
-    finish(phases, phase);
+    finish(phases, phase, thread);
   }
 
   void sample(int64_t n, int64_t split, int thread) {
@@ -156,10 +156,10 @@ class Backward {
   }
 
   // Writes the gradients that are sums over all samples.
-  void finish(const Phases& phases, int64_t phase) {
+  void finish(const Phases& phases, int64_t phase, int thread) {
     phases.run(phase, l_.Cb + (a_.grad_weight ? weights_.write_tasks() : 0), [&](int64_t task) {
       if (task < l_.Cb) return neuron_.reduce(task);
-      weights_.write(task - l_.Cb, a_.grad_weight);
+      weights_.write(task - l_.Cb, thread, a_.grad_weight);
     });
   }
 

@@ -39,46 +39,48 @@ struct Packing {
   // Makes Winograd's weights from the input channels [first, first + count) to the gates.
   static void forward_tiles(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                             T* packed) {
-    each_forward(l, threads, count, l.tile_weights(), [&](int64_t cb, int64_t begin, int64_t n) {
-      const TapVectors taps(l, 4 * n);
-      for (int64_t gate = 0; gate < 4; ++gate)
-        load(l, weight + source(l, gate * l.c.C + cb * VL, first + begin, 0), source(l, 1, 0, 0),
-             within(l.c.C - cb * VL), n, taps.of(gate * n), {l.taps, l.taps * VL, VL});
-      T* const out = packed + (cb * l.tile_weights() * count + begin) * 4 * VL;
-      for (int64_t k = 0; k < 4 * n; ++k)
-        tile_weights(l, taps.of(k % 4 * n + k / 4), false, count * 4 * VL, out + k * VL);
-    });
+    const TapVectors taps(l, threads, 4 * together(l));
+    each_forward(l, threads, count, l.tile_weights(),
+                 [&](int64_t cb, int64_t begin, int64_t n, int thread) {
+                   for (int64_t gate = 0; gate < 4; ++gate)
+                     load(l, weight + source(l, gate * l.c.C + cb * VL, first + begin, 0),
+                          source(l, 1, 0, 0), within(l.c.C - cb * VL), n, taps.of(thread, gate * n),
+                          {l.taps, l.taps * VL, VL});
+                   T* const out = packed + (cb * l.tile_weights() * count + begin) * 4 * VL;
+                   for (int64_t k = 0; k < 4 * n; ++k)
+                     tile_weights(l, taps.of(thread, k % 4 * n + k / 4), false, count * 4 * VL,
+                                  out + k * VL);
+                 });
   }
 
   // Makes those of the data gradient, from the gates to `vectors` vectors of those channels.
   static void backward_tiles(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                              int64_t vectors, T* packed) {
-    each_backward(l, threads, weight, first, count, vectors, l.tile_weights(),
-                  [&](const T* from, int64_t lanes, int64_t block, int64_t place, int64_t width) {
-                    const TapVectors taps(l, 1);
-                    load(l, from, l.all_taps(), lanes, 1, taps.of(0), {l.taps, 0, VL});
-                    tile_weights(l, taps.of(0), true, 4 * l.Cp * width,
-                                 packed + block * l.tile_weights() * 4 * l.Cp + place);
-                  });
+    const TapVectors taps(l, threads, 1);
+    each_backward(
+        l, threads, weight, first, count, vectors, l.tile_weights(),
+        [&](const T* from, int64_t lanes, int64_t block, int64_t place, int64_t width, int thread) {
+          load(l, from, l.all_taps(), lanes, 1, taps.of(thread, 0), {l.taps, 0, VL});
+          tile_weights(l, taps.of(thread, 0), true, 4 * l.Cp * width,
+                       packed + block * l.tile_weights() * 4 * l.Cp + place);
+        });
   }
 
  private:
-  // The taps (count, taps, VL) of some vectors of weights.
+  // The taps (count, taps, VL) of some vectors of weights, for each thread.
   class TapVectors {
    public:
-    TapVectors(const L& l, int64_t count)
-        : size_(l.taps * VL), values_(count * l.taps <= kFew ? few_ : new T[count * size_]) {}
+    TapVectors(const L& l, int threads, int64_t count)
+        : size_(l.taps * VL),
+          of_thread_(count * size_),
+          values_(new T[(threads > 1 ? threads : 1) * of_thread_]) {}
     TapVectors(const TapVectors&) = delete;
     TapVectors& operator=(const TapVectors&) = delete;
-    ~TapVectors() {
-      if (values_ != few_) delete[] values_;
-    }
-    T* of(int64_t k) const { return values_ + k * size_; }
+    ~TapVectors() { delete[] values_; }
+    T* of(int thread, int64_t k) const { return values_ + thread * of_thread_ + k * size_; }
 
    private:
-    static constexpr int64_t kFew = 64;  // need no allocation
-    alignas(64) T few_[kFew * VL];
-    int64_t size_;
+    int64_t size_, of_thread_;
     T* values_;
   };
 
@@ -98,20 +100,20 @@ struct Packing {
     }
   }
 
-  // Calls f(channel block, first, n) for all channel blocks and groups of n of `count` input
-  // channels. A channel makes `values` values.
+  // Calls f(channel block, first, n, thread number) for all channel blocks and groups of n of
+  // `count` input channels. A channel makes `values` values.
   template <class F>
   static void each_forward(const L& l, int threads, int64_t count, int64_t values, F&& f) {
     const int64_t most = together(l), groups = (count + most - 1) / most;
-    parallel_for(threads, l.Cb * groups, most * values * 4 * VL, [&](int64_t task) {
+    parallel_for(threads, l.Cb * groups, most * values * 4 * VL, [&](int64_t task, int thread) {
       const int64_t begin = task % groups * most;
-      f(task / groups, begin, begin + most < count ? most : count - begin);
+      f(task / groups, begin, begin + most < count ? most : count - begin, thread);
     });
   }
 
   static void forward_half(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                            T* packed) {
-    each_forward(l, threads, count, l.taps, [&](int64_t cb, int64_t begin, int64_t n) {
+    each_forward(l, threads, count, l.taps, [&](int64_t cb, int64_t begin, int64_t n, int) {
       T* const out = packed + (cb * l.packed_rows() + begin) * 4 * VL;
       for (int64_t gate = 0; gate < 4; ++gate)
         load(l, weight + source(l, gate * l.c.C + cb * VL, first + begin, 0), source(l, 1, 0, 0),
@@ -119,23 +121,23 @@ struct Packing {
     });
   }
 
-  // Calls f(from, lanes, block, place, width) for every gate channel and vector of input channels.
-  // `from` is the weight of its first lane. The vector belongs to a block of `width` channels that
-  // begins at channel `block`, and lies at `place` in that block's row of all gates. The vectors of
-  // a block follow each other, and fill whole cache lines.
+  // Calls f(from, lanes, block, place, width, thread number) for every gate channel and vector of
+  // input channels. `from` is the weight of its first lane. The vector belongs to a block of
+  // `width` channels that begins at channel `block`, and lies at `place` in that block's row of all
+  // gates. The vectors of a block follow each other, and fill whole cache lines.
   template <class F>
   static void each_backward(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                             int64_t vectors, int64_t values, F&& f) {
     constexpr int kTogether = 4;
     parallel_for(threads, 4 * l.Cp / kTogether, kTogether * vectors * VL * values,
-                 [&](int64_t task) {
+                 [&](int64_t task, int thread) {
                    for (int64_t g = task * kTogether; g < (task + 1) * kTogether; ++g) {
                      const int64_t ch = g / (4 * VL) * VL + g % VL, gate = g / VL % 4;
                      for (int64_t v = 0; v < vectors; ++v) {
                        const VectorBlock b = vector_block(vectors, v, VL * int(sizeof(T)));
                        f(weight + source(l, gate * l.c.C + ch, first + v * VL, 0),
                          ch < l.c.C ? within(count - v * VL) : 0, b.first * VL,
-                         (g * b.count + v - b.first) * VL, b.count * VL);
+                         (g * b.count + v - b.first) * VL, b.count * VL, thread);
                      }
                    }
                  });
@@ -143,12 +145,13 @@ struct Packing {
 
   static void backward_half(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                             int64_t vectors, T* packed) {
-    each_backward(l, threads, weight, first, count, vectors, l.taps,
-                  [&](const T* from, int64_t lanes, int64_t block, int64_t place, int64_t width) {
-                    const int64_t next = 4 * l.Cp * width;  // tap, from the last one on
-                    T* const last = packed + block * l.Kg + place + (l.taps - 1) * next;
-                    load(l, from, l.all_taps(), lanes, 1, last, {l.taps, 0, -next});
-                  });
+    each_backward(
+        l, threads, weight, first, count, vectors, l.taps,
+        [&](const T* from, int64_t lanes, int64_t block, int64_t place, int64_t width, int) {
+          const int64_t next = 4 * l.Cp * width;  // tap, from the last one on
+          T* const last = packed + block * l.Kg + place + (l.taps - 1) * next;
+          load(l, from, l.all_taps(), lanes, 1, last, {l.taps, 0, -next});
+        });
   }
 
   // Transforms a vector's taps, flipped or not, in double precision. Point p of part k goes to

@@ -1,6 +1,7 @@
-// Threads. A call is one team of threads, for which the phases of a sequence follow each other. The
-// tasks of a phase are handed out one by one, so that a thread whose core is busy elsewhere takes
-// fewer. The next phase starts when the tasks are done, and does not wait for every thread.
+// Threads. No thread of a team allocates memory: an exception there would end the process. A call
+// is one team of threads, for which the phases of a sequence follow each other. The tasks of a
+// phase are handed out one by one, so that a thread whose core is busy elsewhere takes fewer. The
+// next phase starts when the tasks are done, and does not wait for every thread.
 #pragma once
 
 #include "../../platform.h"
@@ -63,13 +64,13 @@ void parallel(int threads, double multiply_adds_per_step, F&& body) {
   run_team(threads, work);
 }
 
-// Calls f(k) for every k below count. Each call has about `operations` operations.
+// Calls f(k, thread number) for every k below count. Each call has about `operations` operations.
 template <class F>
 void parallel_for(int threads, int64_t count, int64_t operations, F&& f) {
   int64_t next = 0;
-  parallel(threads, double(count) * double(operations), [&](int) {
+  parallel(threads, double(count) * double(operations), [&](int thread) {
     const Span span(Part::copies);
-    for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) f(k);
+    for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) f(k, thread);
   });
 }
 

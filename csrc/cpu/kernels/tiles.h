@@ -162,13 +162,23 @@ class InputTransform {
   std::conditional_t<(Longer::lanes > S::lanes), InputTransform<Longer>, Nothing> longer_;
 };
 
-// Lists what a tile's products sum over: `len` values of each part, in pieces that round little.
-template <class T>
-void part_runs(const TileBlock<T>& b, int64_t len, int64_t most, RunList& list) {
-  list.reserve(b.form.parts() * ((len + most - 1) / most));
-  for (int i = 0; i < b.form.h.parts; ++i)
-    for (int j = 0; j < b.form.w.parts; ++j)
-      list.add({b.part(i, j), (i * b.form.w.parts + j) * len, len}, most);
+// Calls f(first run, number of runs) for stretches of at most `most` values of what a tile's
+// products sum over: `len` values of each part, in pieces that round little.
+template <int most, class T, class F>
+void part_runs(const TileBlock<T>& b, int64_t len, F&& f) {
+  const int64_t pieces = (len + most - 1) / most;
+  Run runs[most];
+  int64_t values = 0;
+  int number = 0;
+  for (int64_t k = 0; k < b.form.parts() * pieces; ++k) {
+    const int64_t part = k / pieces, begin = len * (k % pieces) / pieces,
+                  end = len * (k % pieces + 1) / pieces;
+    if (values + end - begin > most) f(runs, number), values = number = 0;
+    runs[number++] = {b.part(part / b.form.w.parts, part % b.form.w.parts) + begin,
+                      part * len + begin, end - begin};
+    values += end - begin;
+  }
+  if (number > 0) f(runs, number);
 }
 
 // A block's tiles in rows of tiles whose values lie side by side. The rows are as long as they can
@@ -196,15 +206,13 @@ void multiply(const TileBlock<T>& b, const T* values, const T* weight, int64_t l
               T* products) {
   const Span span(Part::products);
   constexpr int64_t width = NV * S::lanes, in_cache = chunk_length<T>(width);
-  constexpr int64_t most = in_cache < 48 ? in_cache : 48;  // longer sums would round more
-  RunList list;
-  part_runs(b, len, most, list);
+  constexpr int most = in_cache < 48 ? in_cache : 48;  // longer sums would round more
   const TileRows rows(b);
   for (int k = 0; k < b.form.points(); ++k) {
     const T* w = weight + k * b.form.parts() * len * width;
     T* out = products + k * b.products_stride;
     bool more = add;
-    list.chunks(most, [&](const Run* runs, int number) {
+    part_runs<most>(b, len, [&](const Run* runs, int number) {
       for (int64_t n = 0; n < rows.images; ++n)
         for (int64_t r = 0; r < rows.rows; ++r) {
           T* to = out + (n * rows.rows + r) * rows.columns * width;

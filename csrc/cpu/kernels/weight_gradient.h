@@ -61,7 +61,7 @@ class WeightGradient {
   }
 
   void carve(Workspace& workspace) {
-    sums_.carve(workspace);
+    sums_.carve(workspace, threads_);
     x_seen_.carve(workspace);
     mem_seen_.carve(workspace);
     scratch_ = workspace.take<WeightScratch>(threads_);
@@ -110,8 +110,8 @@ class WeightGradient {
   void fold(int64_t task, int64_t t) { sums_.fold(task, t); }
 
   int64_t write_tasks() const { return sums_.write_tasks(); }
-  void write(int64_t task, void* grad_weight) const {
-    sums_.write(task, static_cast<T*>(grad_weight), x_seen_, mem_seen_);
+  void write(int64_t task, int thread, void* grad_weight) const {
+    sums_.write(task, thread, static_cast<T*>(grad_weight), x_seen_, mem_seen_);
   }
 
  private:

@@ -27,9 +27,10 @@ class WeightSums {
         x_size_(l.Cb * kGates * (x_in_tiles ? l.grad_points() * l.c.Cin : l.Kx)),
         size_(x_size_ + l.Cb * kGates * (mem_in_tiles() ? l.grad_points() * l.c.C : l.Km)) {}
 
-  void carve(Workspace& workspace) {
+  void carve(Workspace& workspace, int threads) {
     sums_ = workspace.take<T>(splits_ * size_);
     total_ = folds() ? workspace.take<T>(size_) : sums_;
+    taps_ = workspace.take<T>(x_in_tiles_ || mem_in_tiles() ? threads * taps_size() : 0);
   }
 
   // The chunks in which the sums are cleared and folded.
@@ -68,7 +69,7 @@ class WeightSums {
   // Writes the total of a channel block and some input channels in the caller's order. Taps that
   // met only zeros get zero, and not what Winograd sums for them.
   int64_t write_tasks() const { return l_.Cb * (groups(l_.c.Cin) + groups(l_.c.C)); }
-  void write(int64_t task, T* grad_weight, const SeenTaps<T, VL>& x_seen,
+  void write(int64_t task, int thread, T* grad_weight, const SeenTaps<T, VL>& x_seen,
              const SeenTaps<T, VL>& mem_seen) const {
     const Span span(Part::copies);
     const int64_t cb = task % l_.Cb, group = task / l_.Cb;
@@ -81,17 +82,17 @@ class WeightSums {
     if (!(of_x ? x_in_tiles_ : mem_in_tiles()))
       return write_taps(cb, n, in + cb * l_.taps * stride, {l_.taps, kGates, stride}, out);
     if constexpr (kHasWinograd<T, VL>) {
-      T* const taps = new T[n * l_.taps * kGates];
+      T* const taps = taps_ + thread * taps_size();
       for (int64_t k = 0; k < n; ++k)
         taps_of_tile(in + cb * l_.grad_points() * stride + k * kGates, stride, first + k,
                      of_x ? x_seen : mem_seen, taps + k * l_.taps * kGates);
       write_taps(cb, n, taps, {l_.taps, l_.taps * kGates, kGates}, out);
-      delete[] taps;
     }
   }
 
  private:
   bool mem_in_tiles() const { return l_.c.tiled(); }
+  int64_t taps_size() const { return P::together(l_) * l_.taps * kGates; }  // of a write task
   bool folds() const { return splits_ > 1 || l_.c.T > steps_; }
   int64_t length(int64_t chunk) const {
     const int64_t left = size_ - chunk * kChunk;
@@ -149,7 +150,7 @@ class WeightSums {
   const Layout<T, VL>& l_;
   bool x_in_tiles_;
   int64_t splits_, steps_, x_size_, size_;
-  T *sums_ = nullptr, *total_ = nullptr;
+  T *sums_ = nullptr, *total_ = nullptr, *taps_ = nullptr;
 };
 
 SNNLSTM_END_ISA
