@@ -254,6 +254,27 @@ def test_one_version_and_a_changelog():
     assert first in ("Unreleased", version)
 
 
+@repository
+def test_a_release_without_an_owner_is_refused():
+    """The workflow's command finds every file that still holds the placeholder."""
+    (command,) = re.findall(r'run: "! (git grep .+)"', (WORKFLOWS / "wheels.yml").read_text())
+    holding = {
+        name for name in tracked()
+        if (ROOT / name).exists() and re.search(rb"\bOWNER\b", (ROOT / name).read_bytes())
+    }  # fmt: skip
+    done = subprocess.run(
+        command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    found = {line.partition(":")[0] for line in done.stdout.splitlines()}
+    about_it = {
+        "CONTRIBUTING.md",
+        ".github/workflows/wheels.yml",
+        "tests/packaging/test_distribution.py",
+    }
+    assert found == holding - about_it
+    assert (done.returncode == 0) == bool(found)
+
+
 def test_an_index_would_show_what_the_metadata_says(sdist, wheel, pure):
     pytest.importorskip("twine")
     said = run(
