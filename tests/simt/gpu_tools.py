@@ -62,12 +62,13 @@ def ptx_of(arch: int) -> int:
     return max(ptx for ptx in (75, 80, 90) if ptx <= arch)
 
 
+@cache
 def compile_fatbin(source: Path, archs: tuple[int, ...]) -> tuple[Path, str]:
-    """Machine code of `source` for each architecture, and what ptxas said. Both are kept under
-    ``build/simt`` until a file that `source` includes changes."""
+    """Machine code of `source` for each architecture with its PTX, and what ptxas said. Both are
+    kept under ``build/simt`` until a file that `source` includes changes."""
     nvcc = find("nvcc")
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "--threads=1"]
-    flags += [f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'csrc'}"]
+    flags += ["--no-compress", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'csrc'}"]
     listed = _run([nvcc, *flags, "-M", str(source)]).replace("\\\n", " ").split(":", 1)[1].split()
     key = sha1(" ".join([nvcc, *flags, str(source), *map(str, archs)]).encode())
     for name in sorted(set(listed)):
@@ -87,7 +88,7 @@ def _compile_fatbin(
     nvcc: list[str], source: Path, archs: tuple[int, ...], binary: Path, log: Path
 ) -> None:
     for_each = [
-        f"-gencode=arch=compute_{ptx},code=[{','.join(f'sm_{a}' for a in members)}]"
+        f"-gencode=arch=compute_{ptx},code=[compute_{ptx},{','.join(f'sm_{a}' for a in members)}]"
         for ptx, members in groupby(archs, ptx_of)
     ]
     temporary = binary.with_name(f".{os.getpid()}-{binary.name}")
@@ -123,20 +124,11 @@ def code_of_ptx(source: Path, arch: int) -> dict[str, list[tuple[int, str, str, 
 
 
 def _ptx_of(source: Path, arch: int) -> str:
-    """nvcc's PTX of `source`, kept under ``build/simt`` until a source of the kernels changes."""
-    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-ptx", f"-arch=compute_{arch}"]
-    key = sha1(" ".join([find("nvcc"), *flags, str(source)]).encode())
-    for file in sorted((ROOT / "csrc").rglob("*.*h")):
-        key.update(file.read_bytes())
-    key.update(source.read_bytes())
-    CACHE.mkdir(parents=True, exist_ok=True)
-    ptx = CACHE / f"{source.stem}-{key.hexdigest()[:16]}.ptx"
-    if not ptx.exists():
-        temporary = ptx.with_name(f".{os.getpid()}-{ptx.name}")
-        folders = [f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'csrc'}"]
-        _run([find("nvcc"), *flags, *folders, str(source), "-o", str(temporary)])
-        os.replace(temporary, ptx)
-    return ptx.read_text()
+    """nvcc's PTX of `source`, which lies uncompressed beside the machine code that it became."""
+    binary, _ = compile_fatbin(source, known_architectures())
+    texts = re.findall(rb"\.version [^\0]+", binary.read_bytes())
+    (found,) = (text for text in texts if b".target sm_%d\n" % arch in text)
+    return found.decode()
 
 
 def entries_of_ptx(source: Path, arch: int) -> dict[str, list[str]]:
