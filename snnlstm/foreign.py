@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .convlstm import Convolution
-from .path import carries_hooks
+from .path import LastPath, carries_hooks
 
 __all__ = ["Taken", "give_back", "take"]
 
@@ -101,7 +101,7 @@ def _kept(made: nn.Module) -> dict[str, Any]:
     """What a module and its parts hold, to be compared; buffers by their values."""
     found: dict[str, Any] = {}
     for name, part in made.named_modules():
-        found |= {f"{name}.{k}": id(v) for k, v in part.__dict__.items() if k != "path"}
+        found |= {f"{name}.{k}": id(v) for k, v in part.__dict__.items() if k != "_path"}
     return found | {name: value.tolist() for name, value in made.named_buffers()}
 
 
@@ -237,6 +237,12 @@ class Taken:
         return _made_again, (_theirs(self),), self.__dict__
 
 
+class _WithPath:
+    """The last base of a class of a module that was taken: the own class may have a `path`, too."""
+
+    path = LastPath()
+
+
 def _theirs(module: Any) -> Any:
     return type(module).__mro__[2]
 
@@ -244,7 +250,9 @@ def _theirs(module: Any) -> Any:
 @lru_cache
 def _class_of(theirs: Any) -> Any:
     names = "__module__", "__qualname__", "__doc__"
-    return type(theirs.__name__, (Taken, theirs), {name: getattr(theirs, name) for name in names})
+    return type(
+        theirs.__name__, (Taken, theirs, _WithPath), {name: getattr(theirs, name) for name in names}
+    )
 
 
 def _made_again(theirs: Any) -> Any:
@@ -303,7 +311,7 @@ def give_back(model: nn.Module) -> dict[int, str]:
     """Give the modules that :func:`take` took their own class again; the ids say which."""
     found = {id(m): "its own class's" for m in model.modules() if isinstance(m, Taken)}
     for module in [m for m in model.modules() if id(m) in found]:
-        for name in ("_taken", "path", "_layer_name"):
+        for name in ("_taken", "_path", "_layer_name"):
             module.__dict__.pop(name, None)
         object.__setattr__(module, "__class__", _theirs(module))
     return found

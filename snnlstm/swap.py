@@ -377,7 +377,7 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
     for name in (*_SAME, "padding"):
         setattr(cell, name, getattr(old, name))
     ours = set(vars(type(old)(1, 1, 1, threshold=0.1, device="meta")))
-    ours |= {"path", "_adopted", "_layer_name"}
+    ours |= {"_path", "_adopted", "_layer_name"}
     _share(old, cell, ours)
     for name, method in _own_methods(cell).items():
         setattr(cell, name, MethodType(method.__func__, old))  # old is to become cell

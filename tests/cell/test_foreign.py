@@ -118,6 +118,14 @@ def test_a_cell_is_taken_and_given_back(backend, name):
     assert cell.__dict__ == before
 
 
+def test_a_cell_with_a_path_of_its_own_keeps_it():
+    kind = type("WithPath", (Cell,), {"path": "its own"})
+    cell = kind(2, 3, (3, 3), True)
+    assert snnlstm.accelerate(cell).swapped == ("",)
+    called(cell, *inputs())
+    assert cell.path == "its own"
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("return_all", [True, False])
 def test_a_stack_goes_in_one_call(backend, batch_first, return_all, steps):
