@@ -5,7 +5,8 @@
     python tools/instrumented.py mutants     lists changes of the code that no test notices
 
 Options come before --. The arguments after -- replace the usual choice of tests of "address" and
-"coverage", and for "mutants" name what is mutated: package, cell. The tree is
+"coverage", and for "mutants" name what is mutated: cell, package, or modules of the package such as
+path. The tree is
 build/instrumented/NAME. A build there compiles only the changed files of csrc.
 """
 
@@ -56,8 +57,7 @@ LEFT_OUT = "not simt and not every_error_is_shown and not export"
 MUTMUT = """
 [tool.mutmut]
 source_paths = ["snnlstm"]
-only_mutate = ["snnlstm/call.py", "snnlstm/checks.py", "snnlstm/options.py", "snnlstm/path.py",
-               "snnlstm/state.py"]
+only_mutate = {modules}
 also_copy = ["benchmarks", "csrc", "docs", "tools", "setup.py",
              "README.md", "CHANGELOG.md", "SECURITY.md"]
 process_isolation = "forkserver"  # threads of torch do not survive a fork
@@ -65,6 +65,9 @@ use_git_change_detection = false
 pytest_add_cli_args = ["-p", "no:cacheprovider", "-k", "{left_out}"]
 pytest_add_cli_args_test_selection = {tests}
 """
+
+
+MUTATED = ("call", "checks", "options", "path", "state")  # of the package, if no module is named
 
 
 def tree(name: str) -> Path:
@@ -146,16 +149,24 @@ def files(tests: list[str]) -> list[str]:
 
 
 def mutants(what: list[str], most: int) -> int:
-    """Makes mutants of the package's modules, of cell.h, or of both; lists the survivors.
+    """Makes mutants of the package, of some of its modules, or of cell.h; lists the survivors.
 
-    mutmut makes those of "package", and goes on with a run that was stopped. universalmutator makes
-    those of "cell", of which a random sample of at most `most` is tested.
+    mutmut makes those of the package, and goes on with a run that was stopped. universalmutator
+    makes those of "cell", of which a random sample of at most `most` is tested.
     """
-    if "package" in what:
+    modules = [name for name in what if (ROOT / f"snnlstm/{name}.py").exists()]
+    modules += MUTATED if "package" in what else ()
+    if unknown := {*what} - {*modules, "package", "cell"}:
+        raise SystemExit(f"mutants are made of package, cell or modules, not of {unknown}")
+    if modules:
         to = tree("mutants")
         for built in (ROOT / "snnlstm").glob("_C*.so"):
             shutil.copy2(built, to / "snnlstm")
-        settings = MUTMUT.format(left_out=LEFT_OUT, tests=files(NOTICE["package"]))
+        tests = files(NOTICE["package"])
+        for name in modules:
+            tests += [str(path.relative_to(ROOT)) for path in ROOT.glob(f"tests/*/test_{name}.py")]
+        sources = [f"snnlstm/{name}.py" for name in modules]
+        settings = MUTMUT.format(left_out=LEFT_OUT, tests=tests, modules=sources)
         (to / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
         for command in (["run", "--max-children", str(os.cpu_count())], ["results"]):
             subprocess.run([sys.executable, "-m", "mutmut", *command], cwd=to, check=True)
@@ -200,7 +211,9 @@ def main() -> int:
     parser.add_argument("instrument", choices=["address", "coverage", "mutants"])
     parser.add_argument("--more", action="store_true", help="coverage: add to earlier runs")
     parser.add_argument("--most", type=int, default=150, help="this many mutants of cell.h")
-    parser.add_argument("rest", nargs="*", metavar="-- ...", help="for pytest; package, cell")
+    parser.add_argument(
+        "rest", nargs="*", metavar="-- ...", help="for pytest; package, path, cell ..."
+    )
     chosen = parser.parse_args()
     tests = chosen.rest or TESTS.get(chosen.instrument, [])
     if chosen.instrument == "coverage":
