@@ -14,6 +14,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -68,8 +69,8 @@ class _StubbedCuda:
     def CudaPlan(self, *_: Any) -> _StubbedPlan:
         return _StubbedPlan()
 
-    def cuda_device(self) -> None:
-        return None
+    def cuda_device(self) -> SimpleNamespace:
+        return SimpleNamespace(compute_capability=80)
 
     def cuda_full_precision(self, _: Any) -> int:
         return 0
@@ -126,11 +127,11 @@ def _measure(step: Callable) -> tuple[float, float]:
     return (middle - begin) * each, (time.perf_counter() - middle) * each
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Prints the table."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
     p.add_argument("--rounds", type=int, default=200, help="per row (default: %(default)s)")
-    rounds = p.parse_args().rounds
+    rounds = p.parse_args(given).rounds
     weight = torch.zeros(1, requires_grad=True)
     names = "cpu", "cuda"
     cells = {name: snnlstm.SConv2dLSTM(2, 12, 3, threshold=0.1) for name in names}

@@ -16,7 +16,7 @@ from helpers import HANG, measures_memory
 pytest.importorskip("matplotlib")
 
 import snnlstm
-from benchmarks import agreement, cli, compare, convlstm, memory, report, suite
+from benchmarks import agreement, cli, compare, convlstm, host, memory, report, suite
 from benchmarks.cases import CPU_CASES, Case, find_cases, parse_case, random_cases
 from benchmarks.plots import STYLE
 from benchmarks.providers import DETAILS, PROVIDERS, Setting
@@ -153,6 +153,13 @@ def test_rounds_are_interleaved_and_every_provider_runs_in_each():
     assert all(q.rounds == 4 and 0 <= q.p20 <= q.p50 <= q.p80 for q in found.values())
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
+
+
+def test_the_host_is_measured_with_both_backends_stubbed(capsys):
+    host.main(["--rounds", "20"])
+    assert re.search(
+        r"cpu stubbed +[\d.]+ +[\d.]+\n.*cuda stubbed +[\d.]+", capsys.readouterr().out
+    )
 
 
 def test_quantiles():
