@@ -31,8 +31,15 @@ enum class Surrogate : int {
   leaky = 10,
 };
 
-// How the CPU kernels sum a convolution. `automatic` leaves that to cpu/choose.cpp.
-enum class CpuAlgorithm : int { automatic = 0, direct = 1, winograd = 2, sparse = 3 };
+// How the CPU kernels sum a convolution, or that torch does (pointwise). `automatic` leaves that to
+// cpu/choose.cpp.
+enum class CpuAlgorithm : int {
+  automatic = 0,
+  direct = 1,
+  winograd = 2,
+  pointwise = 3,
+  sparse = 4
+};
 
 // The computation, without its data: everything that decides sizes and the choice of kernel.
 struct Cell {
@@ -58,6 +65,7 @@ struct Cell {
   int64_t pad_h() const { return int64_t(dilation_h) * (kernel_h - 1) / 2; }
   int64_t pad_w() const { return int64_t(dilation_w) * (kernel_w - 1) / 2; }
   bool tiled() const { return tile_h > 0; }
+  bool pointwise() const { return x_algorithm == CpuAlgorithm::pointwise; }
   int64_t Ho() const { return (H + stride_h - 1) / stride_h; }
   int64_t Wo() const { return (W + stride_w - 1) / stride_w; }
   // Bytes of the number of a pixel in its pooling window: those of uint8_t or of int32_t.
@@ -101,8 +109,8 @@ struct PassArgs {
 
 struct ForwardArgs : PassArgs {
   const void* bias = nullptr;  // (4C,), contiguous
-  // CUDA, algorithm pointwise: torch's convolution of cat[x, mem], (1, N, 4C, Ho, Wo) of the gate
-  // type, for which x and weight are unused. bias is null if the sums hold it already.
+  // Algorithm pointwise: torch's convolution of cat[x, mem], (1, N, 4C, Ho, Wo) of the gate type,
+  // for which x and weight are unused. bias is null if the sums hold it already.
   View gate_sums;
   View spk;       // (T, N, C, Hp, Wp); absent in a single step of a cell that does not spike
   View syn, mem;  // (T, N, C, Ho, Wo) or, with stride[0] = 0, (N, C, Ho, Wo)
@@ -119,8 +127,8 @@ struct BackwardArgs : PassArgs {
   void* grad_weight = nullptr;     // (4C, Cin + C, kernel_h, kernel_w), contiguous
   void* grad_bias = nullptr;       // (4C,)
   void* grad_threshold = nullptr;  // (C,): summed over everything but the channels
-  // CUDA, algorithms hybrid and pointwise: the gradient of the gate sums of every step is left in
-  // d_gates, (T, N, Ho, Wo, 4, Cp) of the gate type, and if mem_after is given, mem after every
+  // Algorithms hybrid (of CUDA) and pointwise: the gradient of the gate sums of every step is left
+  // in d_gates, (T, N, Ho, Wo, 4, Cp) of the gate type, and if mem_after is given, mem after every
   // step but the last there, (T - 1, N, Ho, Wo, Cp) of that type.
   void* d_gates = nullptr;
   void* mem_after = nullptr;

@@ -171,6 +171,16 @@ inline BackwardArgs backward_args(const Cell& cell, const py::kwargs& given) {
   return a;
 }
 
+// These refuse a backward pass what another algorithm forms.
+inline void refuse_gradients(const BackwardArgs& a) {
+  if (a.grad_weight || a.grad_bias)
+    throw py::value_error("grad_weight and grad_bias must not be given: torch forms them");
+}
+inline void refuse_d_gates(const BackwardArgs& a) {
+  if (a.d_gates || a.mem_after)
+    throw py::value_error("d_gates and mem_after must not be given: the kernels keep their own");
+}
+
 // ---- the cell ----
 
 template <class Enum>

@@ -18,15 +18,17 @@ namespace snnlstm::bindings {
 constexpr int kMostThreads = 1 << 14;  // workspaces grow with this number
 
 inline cpu::Plan make_cpu_plan(const Cell& cell, int algorithm, double density, int most_inputs,
-                               int threads) {
+                               int threads, cpu::TorchRates torch_rates) {
   if (cell.dtype != DType::float32 && cell.dtype != DType::float64)
     throw py::value_error("the CPU kernels compute in float32 and float64");
   if (threads < 1 || threads > kMostThreads)
     throw py::value_error("threads must lie between 1 and " + std::to_string(kMostThreads));
   if (cell.T < 1 || cell.N < 1) throw py::value_error("T and N must be at least 1");
   if (!(density >= 0 && density <= 1)) throw py::value_error("density must lie between 0 and 1");
-  return cpu::make_plan(cell, numbered<CpuAlgorithm>("algorithm", algorithm, 3), density,
-                        most_inputs, threads);
+  if (!(torch_rates.first >= 0 && torch_rates.second >= 0))
+    throw py::value_error("torch_rates must not be negative");
+  return cpu::make_plan(cell, numbered<CpuAlgorithm>("algorithm", algorithm, 4), density,
+                        most_inputs, threads, torch_rates);
 }
 
 // Looks for Ctrl-C ten times a second.
@@ -187,13 +189,17 @@ void set_plan(Args& a, const cpu::Plan& plan) {
   a.threads = plan.threads;
   needs(a.workspace, "workspace");
   constexpr bool forward = std::is_same_v<Args, ForwardArgs>;
+  const bool pointwise = a.cell.pointwise();
   bool grad_x = false;
   if constexpr (forward) {
-    needs(a.x.data, "x");
+    pointwise ? needs(a.gate_sums.data, "gate_sums") : needs(a.x.data, "x");
     if (a.saved_gates) needs(a.saved_syn, "saved_syn");
   } else {
     grad_x = a.grad_x.data != nullptr;
-    needs(a.mem0.data, "mem0");
+    if (pointwise)
+      needs(a.d_gates, "d_gates"), refuse_gradients(a);
+    else
+      needs(a.mem0.data, "mem0"), refuse_d_gates(a);
     needs(a.saved_syn, "saved_syn");
   }
   const void* const weights[] = {a.weight, a.weight_mem, a.weight_x};
@@ -227,7 +233,7 @@ inline void bind_cpu(py::module_& m) {
   using cpu::Plan;
   py::class_<Plan>(m, "CpuPlan", py::module_local())
       .def(py::init(&make_cpu_plan), py::arg("cell"), py::arg("algorithm"), py::arg("density"),
-           py::arg("most_inputs"), py::arg("threads"))
+           py::arg("most_inputs"), py::arg("threads"), py::arg("torch_rates") = cpu::TorchRates())
       .def_property_readonly("name", [](const Plan& p) { return cpu::algorithm_name(p.forward); })
       .def_property_readonly("backward_name",
                              [](const Plan& p) { return cpu::algorithm_name(p.backward); })

@@ -35,10 +35,9 @@ void check_pass(const Args& a, const cuda::Plan& plan) {
     if (!pointwise) needs(a.mem0.data, "mem0");
     if (plan.leaves_d_gates()) {
       needs(a.d_gates, "d_gates");
-      if (a.grad_weight || a.grad_bias)
-        throw py::value_error("grad_weight and grad_bias must not be given: torch forms them");
-    } else if (a.d_gates || a.mem_after) {
-      throw py::value_error("d_gates and mem_after must not be given: the kernels keep their own");
+      refuse_gradients(a);
+    } else {
+      refuse_d_gates(a);
     }
     if (a.d_gates == a.saved_gates)
       throw py::value_error(

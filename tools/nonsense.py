@@ -38,6 +38,7 @@ NONSENSE: dict[str, list[Any]] = {
     "pair": [(0, 1), (1, -1), (1,), (1, 2, 3), 3, None, (2**31, 1), (1, 2**40), ("x", 1)],
     "kernel": [(2, 3), (3, 0), (-1, 1), (2**31 - 1, 2**31 - 1), (65537, 65537), (3,), None],
     "window": [(0, 1), (9, 1), (1, 2**31 - 1), (2**31, 1), (-1, 1), (1,), None],
+    "rates": [(-0.1, 1.0), (1.0, math.nan), (1.0,), 1.0, None],
     "part": [-0.1, 1.1, math.nan, math.inf, "x", None],
     "real": ["x", None, (1,)],
     "flag": ["x", ()],
@@ -128,6 +129,20 @@ class Calls(ABC):
             "grad_x": ("view?", self.view(t, n, cin, h, w)), "mem_after": ("address", 0),
         }  # fmt: skip
 
+    def behind_torch(self, backward: bool, pointwise: bool, hybrid: bool = False) -> Arguments:
+        """Returns the arguments of a pass that change if torch forms sums or gradients."""
+        _, n, _, c, h, w = SIZES.values()
+        found: Arguments = {"x": ("view?", None)} if pointwise else {}
+        if not backward:
+            sums = "view", self.view(1, n, 4 * c, h, w)
+            return found | ({"gate_sums": sums} if pointwise else {})
+        if not (pointwise or hybrid):
+            return {"d_gates": ("address", 0)}
+        return found | ({"mem0": ("view?", None)} if pointwise else {}) | {
+            "d_gates": ("memory", self.address()), "mem_after": ("address", self.address()),
+            "grad_weight": ("address", 0), "grad_bias": ("address", 0),
+        }  # fmt: skip
+
     def workspace(self, step: int) -> int:
         return self.block + HALF + step * random.randrange(64 // step)
 
@@ -145,12 +160,14 @@ class Cpu(Calls):
         super().__init__(module, block)
         plan = {name: value for name, (_, value) in self.plan_arguments().items()}
         self.plan = module.CpuPlan(**plan)
+        self.direct = module.CpuPlan(self.cell, 1, 1.0, 8, 1)
 
     def plan_arguments(self) -> Arguments:
         return {
-            "cell": ("object", self.cell), "algorithm": ("enum", random.randrange(3)),
+            "cell": ("object", self.cell), "algorithm": ("enum", random.randrange(4)),
             "density": ("part", random.random()), "most_inputs": ("number", random.choice([0, 8])),
             "threads": ("int", 1),
+            "torch_rates": ("rates", (random.choice([0.0, 1.0]), random.choice([0.0, math.inf]))),
         }  # fmt: skip
 
     def a_pass(self, backward: bool) -> Arguments:
@@ -161,11 +178,13 @@ class Cpu(Calls):
         }
         workspace = {"workspace": ("memory", self.workspace(1))}
         halves = {"packed_gates": ("number", random.random() < 0.3)}
-        return super().a_pass(backward) | weights | workspace | halves
+        found = super().a_pass(backward) | weights | workspace | halves
+        name = self.plan.backward_name if backward else self.plan.name
+        return found | self.behind_torch(backward, name == "pointwise")
 
     def calls(self) -> dict[str, tuple[Callable[..., Any], Arguments, int]]:
         core, plan, address = self.module, self.plan, self.address
-        forms = [form for form, *_ in plan.forms(backward=False, grad_x=True)]
+        forms = [form for form, *_ in self.direct.forms(backward=False, grad_x=True)]
         of_name: dict[str, tuple[Arguments, int]] = {
             "build_info": ({}, 0), "isa_names": ({}, 0), "isa_name": ({}, 0),
             "openmp_library": ({}, 0), "CpuPlan": (self.plan_arguments(), 0),
@@ -197,6 +216,7 @@ class Cpu(Calls):
         }  # fmt: skip
         found = {name: (getattr(core, name, None), *rest) for name, rest in of_name.items()}
         of_plan_too = {f"CpuPlan.{k}": (getattr(plan, k), *rest) for k, rest in of_plan.items()}
+        of_plan_too["CpuPlan.pack"] = (self.direct.pack, *of_plan["pack"])
         return super().calls() | {k: v for k, v in found.items() if v[0]} | of_plan_too
 
     def sizes(self, cell: Any) -> list[int]:
@@ -224,7 +244,6 @@ class Cuda(Calls):
         )
 
     def a_pass(self, backward: bool) -> Arguments:
-        _, n, _, c, h, w = SIZES.values()
         plan = self.backward if backward else self.forward
         pointwise = plan.name == "pointwise"
         kind = "aligned or none" if pointwise else "aligned"
@@ -234,18 +253,9 @@ class Cuda(Calls):
             self.workspace(16),
         )
         if pointwise:
-            needed = {} if backward else {"gate_sums": ("view", self.view(1, n, 4 * c, h, w))}
-            found |= {"x": ("view?", None), "saved_syn": ("address", self.address()), **needed}
-        if backward and (pointwise or plan.name.startswith("hybrid")):
-            found |= {
-                "d_gates": ("memory", self.address()), "mem_after": ("address", self.address()),
-                "grad_weight": ("address", 0), "grad_bias": ("address", 0),
-            }  # fmt: skip
-        elif backward:
-            found["d_gates"] = ("address", 0)
-        if backward and pointwise:
-            found["mem0"] = ("view?", None)
-        return found
+            found["saved_syn"] = "address", self.address()
+        hybrid = plan.name.startswith("hybrid")
+        return found | self.behind_torch(backward, pointwise, hybrid)
 
     def calls(self) -> dict[str, tuple[Callable[..., Any], Arguments, int]]:
         core, address = self.module, self.address

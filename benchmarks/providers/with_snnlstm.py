@@ -84,9 +84,7 @@ CPU, CUDA = ("cpu",), ("cuda", "simt")
 ALGORITHMS = (
     _variant("direct", "direct convolution", "direct", "fma", "mma", algorithm="direct"),
     _variant("winograd", "Winograd", "winograd", algorithm="winograd", devices=CPU),
-    _variant(
-        "pointwise", "behind torch's convolution", "pointwise", algorithm="pointwise", devices=CUDA
-    ),
+    _variant("pointwise", "behind torch's convolution", "pointwise", algorithm="pointwise"),
     _variant(
         "hybrid", "torch for the gradients of weight and x", "hybrid", algorithm="hybrid",
         devices=CUDA,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../args.h"
@@ -23,6 +24,7 @@ enum class Form : int {
 // Says whether a call reads this form. grad_x says whether the call is a backward pass that gives x
 // a gradient.
 inline bool reads(const Cell& c, Form form, bool grad_x) {
+  if (c.pointwise()) return false;
   const bool tiles = c.tiled(), tiles_of_x = tiles && c.stride_h == 1 && c.stride_w == 1;
   switch (form) {
     case Form::forward:
@@ -70,7 +72,7 @@ struct Kernels {
 const Kernels& kernels(const Cell& cell);
 
 // What runs a call: the cell of each pass, with the algorithms of its convolutions and without the
-// taps that meet no pixel.
+// taps that meet no pixel. A pointwise cell is that of one step, and its images are the states'.
 struct Plan {
   Cell forward, backward;
   const Kernels& kernels;
@@ -80,9 +82,11 @@ struct Plan {
 };
 
 // Chooses the algorithms. density is the part of x's values that are not zero, and most_inputs a
-// side of the largest Winograd tile whose rounding errors the weights admit.
+// side of the largest Winograd tile whose rounding errors the weights admit. torch_rates are those
+// of torch's convolution in each pass, over that in float32, or 0 where it is not worth a thought.
+using TorchRates = std::pair<double, double>;
 Plan make_plan(const Cell& cell, CpuAlgorithm algorithm, double density, int most_inputs,
-               int threads);
+               int threads, TorchRates torch_rates);
 
 // Returns the algorithms of a pass, such as "winograd4-sparse": that of the recurrent half, then
 // that of x.

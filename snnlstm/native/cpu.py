@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -15,12 +16,12 @@ from .. import _C
 from ..call import Call, Signature
 from ..lengths import active
 from ..options import DTYPES
-from . import memory, tensors
-from .tensors import Gradients, Result, Saved, Shapes, address
+from . import memory, tensors, torch_conv
+from .tensors import Gradients, Pass, Result, Saved, Shapes, address
 
 __all__ = ["ALGORITHMS", "Backend", "Packed", "look_up", "set_isa"]
 
-ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/cpu/api.h
+ALGORITHMS = ("auto", "direct", "winograd", "pointwise")  # the numbers of csrc/args.h
 
 NO_THREADS = None if _C.openmp_library() else "no OpenMP runtime of torch's was found"
 """Why no CPU kernels can run, or None."""
@@ -147,19 +148,30 @@ def look_up(weight: Tensor, x: int = 0, dtype: int = 0, count: int = 0) -> tuple
 class _Pass:
     """One pass of a plan: the core's plan, the forms of the weight that it reads, its workspace."""
 
-    def __init__(self, core: Any, isa: str, workspace: int, **which: bool) -> None:
+    def __init__(
+        self, core: Any, isa: str, workspace: int, backward: bool = False, grad_x: bool = False
+    ) -> None:
         self.core, self.workspace = core, workspace
-        self.name = f"cpu-{isa}-{core.name}"
+        self.name = self.in_training = f"cpu-{isa}-{core.name}"
+        self.pointwise = (core.backward_name if backward else core.name) == "pointwise"
         # The number, the name and the bytes of each form.
-        self.forms = [(number, f"{isa}:{name}", size) for number, name, size in core.forms(**which)]
+        self.forms = [
+            (number, f"{isa}:{name}", size) for number, name, size in core.forms(backward, grad_x)
+        ]
+
+
+_ANY_WEIGHT = 8  # as most_inputs: the weights admit all tiles, with which the kernels are fastest
 
 
 class Plan(tensors.CommonPlan):
     """The plan of a call on the CPU; see :class:`snnlstm.native.backend.Plan`.
 
     The density of x and the gain of the weight decide the algorithms of a call. The number that
-    says so is ``16 * percent + most_inputs``.
+    says so is ``16 * percent + most_inputs``. With "pointwise" torch convolves, and the kernels do
+    the rest of a step.
     """
+
+    contiguous = True  # oneDNN's gradients of channels-last images can take ten times as long
 
     def __init__(
         self, backend: Backend, call: Call, algorithm: str, threads: int, isa: str
@@ -193,10 +205,21 @@ class Plan(tensors.CommonPlan):
         self.dtype = DTYPES.index(s.dtype)
         self._cores: dict[int, Any] = {}
         self._passes: dict[Any, _Pass] = {}
+        rates = torch_conv.rates_on_cpu(self.work, s.dtype, isa)
+        self.work, self.of_weight, self._torch_rates = rates
+        self._may_leave = "pointwise" in self._names(16 * 100 + _ANY_WEIGHT)
+
+    def _names(self, decided: int) -> tuple[str, str]:
+        """What the forward and the backward pass run."""
+        core = self._core(decided)
+        return core.name, core.backward_name
 
     def _forward_pass(self, decided: int) -> _Pass:
         core = self._core(decided)
-        made = _Pass(core, self.isa, core.forward_workspace, backward=False, grad_x=False)
+        made = _Pass(core, self.isa, core.forward_workspace)
+        names = self._names(decided)
+        if names.count("pointwise") == 1:
+            made.in_training += f"+{names[1]}"
         self._passes[decided] = made
         return made
 
@@ -206,7 +229,7 @@ class Plan(tensors.CommonPlan):
         if found is None:
             core = self._core(decided)
             workspace = core.backward_workspace(grad_weight)
-            found = _Pass(core, self.isa, workspace, backward=True, grad_x=grad_x)
+            found = _Pass(core, self.isa, workspace, True, grad_x)
             self._passes[key] = found
         return found
 
@@ -214,7 +237,8 @@ class Plan(tensors.CommonPlan):
         found = self._cores.get(decided)
         if found is None:
             percent, most_inputs = divmod(decided, 16)
-            found = _C.CpuPlan(self.cell, self.algorithm, percent / 100, most_inputs, self.threads)
+            given = self.cell, self.algorithm, percent / 100, most_inputs, self.threads
+            found = _C.CpuPlan(*given, self._torch_rates)
             self._cores[decided] = found
         return found
 
@@ -236,15 +260,29 @@ class Plan(tensors.CommonPlan):
             return Saved(*(memory.empty(shape, kind) for shape, kind in self.saved_shapes))
         return super().empty_saved(x)
 
+    def empty_d_gates(self, x: Tensor) -> Tensor:
+        """Memory for the gradient of the gate sums of every step."""
+        return memory.empty(self.d_gates, self.of_sums)
+
+    def _decide(self, call: Call) -> tuple[int, Packed | None]:
+        """The number that says what runs, and the packed weight, unless torch reads it alone."""
+        x = call.x
+        numbers = x.data_ptr() if self.count else 0, self.dtype, self.count
+        samples = self.counts_zeros and (not self.count or call.lengths is not None)
+        if self._may_leave:  # a weight that no kernel reads need not be compared with its copy
+            percent = _percent(x, call.lengths) if samples else _C.inspect(*numbers, 0, 0, 0)
+            decided = 16 * percent + _ANY_WEIGHT
+            if self._names(decided)[0] == "pointwise":
+                return decided, None
+        packed, percent = look_up(call.weight, *numbers)
+        if samples:
+            percent = _percent(x, call.lengths)
+        return 16 * percent + packed.most_inputs, packed
+
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
         x, dtype = call.x, call.x.dtype
-        packed, percent = look_up(
-            call.weight, x.data_ptr() if self.count else 0, self.dtype, self.count
-        )
-        if self.counts_zeros and (not self.count or call.lengths is not None):
-            percent = _percent(x, call.lengths)
-        decided = 16 * percent + packed.most_inputs
+        decided, packed = self._decide(call)
         a_pass = self._passes.get(decided) or self._forward_pass(decided)
         spk, new_syn, new_mem = self.empty_results(x)
         lengths, _held = tensors.by_length(call)
@@ -260,31 +298,39 @@ class Plan(tensors.CommonPlan):
             names = ("x", "syn", "mem", "bias", "threshold")
             raise ValueError(tensors.no_memory(**{name: getattr(call, name) for name in names}))
         workspace = memory.workspace(a_pass.workspace)
-        a_pass.core.forward(
-            **packed.addresses(a_pass),
+        parameters = {
             **lengths,
-            record=call.options.record,
-            x=(at[0], self.x5),
-            syn0=(at[1], self.syn5),
-            mem0=(at[2], self.mem5),
-            bias=at_bias,
-            threshold=at[3],
-            threshold_stride=self.threshold_stride,
-            graded=graded.data_ptr(),
-            levels=self.levels_address,
-            spk=(spk.data_ptr(), self.spk5) if self.has_spk else None,
-            syn=(new_syn.data_ptr(), self.state5),
-            mem=(new_mem.data_ptr(), self.state5),
-            saved_gates=0 if saved is None else saved.gates.data_ptr(),
-            saved_syn=0 if saved is None else saved.syn.data_ptr(),
-            packed_gates=self.packed_gates,
-            winner=0 if saved is None else saved.winner.data_ptr(),
-            places=0 if saved is None else saved.places.data_ptr(),
-            workspace=workspace.data_ptr(),
-        )
+            "bias": at_bias,
+            "threshold": at[3],
+            "threshold_stride": self.threshold_stride,
+            "graded": graded.data_ptr(),
+            "levels": self.levels_address,
+            "packed_gates": self.packed_gates,
+            "workspace": workspace.data_ptr(),
+        }
+        name = a_pass.in_training if training else a_pass.name
+        result = Result(spk, new_syn, new_mem, saved or (), name, decided, packed)
+        if packed is None or a_pass.pointwise:
+            torch_conv.forward(self, a_pass.core.forward, call, parameters, result)
+        else:
+            a_pass.core.forward(
+                **packed.addresses(a_pass),
+                **parameters,
+                record=call.options.record,
+                x=(at[0], self.x5),
+                syn0=(at[1], self.syn5),
+                mem0=(at[2], self.mem5),
+                spk=(spk.data_ptr(), self.spk5) if self.has_spk else None,
+                syn=(new_syn.data_ptr(), self.state5),
+                mem=(new_mem.data_ptr(), self.state5),
+                saved_gates=0 if saved is None else saved.gates.data_ptr(),
+                saved_syn=0 if saved is None else saved.syn.data_ptr(),
+                winner=0 if saved is None else saved.winner.data_ptr(),
+                places=0 if saved is None else saved.places.data_ptr(),
+            )
         if lengths and not call.options.record:
             tensors.keep_empty(call, (new_syn, new_mem), (call.syn, call.mem))
-        return Result(spk, new_syn, new_mem, saved or (), a_pass.name, decided, packed)
+        return result
 
     def backward(
         self,
@@ -298,27 +344,35 @@ class Plan(tensors.CommonPlan):
         """Run the backward kernels on what :meth:`forward` was given and saved."""
         x, dtype = call.x, call.x.dtype
         a_pass = self._backward_pass(decided, wanted[0], wanted[3])
-        if packed is None:  # a second backward pass over the same graph, or a compiled one
-            packed, _ = look_up(tensors.saved_weight(call))
-        out = tensors.empty_gradients(x, self.signature, wanted)
         lengths, _held = tensors.by_length(call)
-        if call.lengths is not None and out.x is not None:
-            tensors.clear_padding(out.x, call.lengths)
         threshold = tensors.numbers(call.threshold, dtype)
         graded = tensors.numbers(call.graded, dtype)
         noise = tensors.stochastic_noise(call.options, grads[0])
         workspace = memory.workspace(a_pass.workspace)
-        a_pass.core.backward(
-            **packed.addresses(a_pass),
-            **tensors.backward_arguments(call, saved, grads, noise, out),
+        parameters = {
             **lengths,
-            packed_gates=self.packed_gates,
-            threshold=threshold.data_ptr(),
-            threshold_stride=self.threshold_stride,
-            graded=graded.data_ptr(),
-            levels=self.levels_address,
-            workspace=workspace.data_ptr(),
-        )
+            "packed_gates": self.packed_gates,
+            "threshold": threshold.data_ptr(),
+            "threshold_stride": self.threshold_stride,
+            "graded": graded.data_ptr(),
+            "levels": self.levels_address,
+            "workspace": workspace.data_ptr(),
+        }
+        if a_pass.pointwise:
+            given = Pass(call, parameters, saved, grads, noise)
+            steps = partial(torch_conv.steps_backward, self, a_pass.core.backward, given)
+            out = torch_conv.backward(self, given, wanted, steps)
+        else:
+            if packed is None:  # a second backward pass over the same graph, or a compiled one
+                packed, _ = look_up(tensors.saved_weight(call))
+            out = tensors.empty_gradients(x, self.signature, wanted)
+            if call.lengths is not None and out.x is not None:
+                tensors.clear_padding(out.x, call.lengths)
+            a_pass.core.backward(
+                **packed.addresses(a_pass),
+                **tensors.backward_arguments(call, saved, grads, noise, out),
+                **parameters,
+            )
         if lengths:
             into = (None, None) if call.options.record else grads[1:]
             tensors.keep_empty(call, (out.syn, out.mem), into)

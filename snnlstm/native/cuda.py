@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..call import Call, Signature
-from ..lengths import active
 from . import tensors, torch_conv
 from .tensors import Gradients, Pass, Result, Saved, Shapes, address, view
 
@@ -67,11 +66,11 @@ class Plan(tensors.CommonPlan):
         self._chosen = {False: backend.core_plan(s, tf32, algorithm, False)}
         # The fastest plans, by pass and gradients that are wanted: 65 at most.
         self._measured: dict[tuple[bool, ...], Any] = {}
-        self.work = s.options.operands or s.dtype
         # As far as is known, cuDNN has fast kernels of full float32 for contiguous images alone.
         self.contiguous = (
             self.work == torch.float32 and backend.device(s.device).compute_capability < 80
         )
+        self.of_weight = self.work
         self.real = torch.float64 if s.dtype == torch.float64 else torch.float32
         quant = s.options.quant
         # The levels stay on the host, from where each call brings them to the device.
@@ -169,12 +168,12 @@ class Plan(tensors.CommonPlan):
         return result._replace(name=self.name)
 
     def _forward(self, core: Any, call: Call, parameters: dict[str, int], result: Result) -> None:
+        stream = self.stream
         if core.algorithm == _POINTWISE:
-            torch_conv.forward(self, core, call, parameters, result)
+            torch_conv.forward(self, partial(core.forward, stream), call, parameters, result)
             return
         spk, syn, mem = result[:3]
         saved: Any = result.saved or None
-        stream = self.stream
         packed, workspace, _alive = self._memory(core, call.weight, call.x.dtype, stream)
         core.forward(
             stream,
@@ -227,30 +226,24 @@ class Plan(tensors.CommonPlan):
                 tensors.clear_padding(out.x, call.lengths)
             self._run_steps(core, given, out, None, None)
             return out
-        out = tensors.empty_gradients(x, self.signature, (*wanted[:3], False, False, wanted[5]))
-        d_gates = self.empty_gates(x)
-        mems = torch_conv.empty_mems(self, call, d_gates) if wanted[3] else None
-        if call.lengths is not None:  # torch forms the gradients of all samples
-            d_gates.zero_()
-            x = torch.where(active(call.lengths, self.signature.time), x, 0)
-        if core.algorithm == _POINTWISE:
-            torch_conv.steps_backward(self, core, given, out, d_gates, mems)
-        else:
-            self._run_steps(core, given, out._replace(x=None), d_gates, mems)
-        if out.x is not None:
-            torch_conv.data_gradient(self, call, d_gates, out.x)
-        xs = x if call.options.sequence else x.unsqueeze(0)
-        mem = None if mems is None else torch_conv.images_of(mems, call.mem)
-        weight, bias = torch_conv.weight_gradient(self, xs, mem, d_gates, wanted[3:5])
-        return out._replace(weight=weight, bias=bias)
+        if core.algorithm == _HYBRID:
+            return torch_conv.backward(self, given, wanted, partial(self._run_steps, core, given))
+        workspace = tensors.empty_bytes(core.workspace, x.device)
+        run, parameters = partial(core.backward, self.stream), {"workspace": address(workspace)}
+        given = given._replace(parameters=given.parameters | parameters)
+        steps = partial(torch_conv.steps_backward, self, run, given)
+        return torch_conv.backward(self, given, wanted, steps)
 
     def _run_steps(
         self, core: Any, given: Pass, out: Gradients, d_gates: Tensor | None, mems: Tensor | None
     ) -> None:
         """The kernels, for the gradients that `out` has memory for.
 
-        `mems`, if given, gets mem before each step but the first.
+        With `d_gates` they leave the gradient of x to torch. `mems`, if given, gets mem before each
+        step but the first.
         """
+        if d_gates is not None:
+            out = out._replace(x=None)
         call, parameters, saved, grads, noise = given
         stream = self.stream
         weight = tensors.saved_weight(call)

@@ -82,7 +82,7 @@ class Gradients(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """What a backward pass on CUDA is given.
+    """What a backward pass on CUDA, or behind torch's convolution, is given.
 
     `parameters` holds the addresses that every kernel takes, by the names of the core's arguments;
     `grads` the gradients of spk, syn and mem; `noise` the stochastic surrogate's numbers.
@@ -317,11 +317,15 @@ class CommonPlan:
     def __init__(self, backend: Any, call: Call) -> None:
         s = self.signature = call.signature
         o = s.options
+        self.work = o.operands or s.dtype  # in which torch convolves
         self.spk, self.state = ((shape, image_strides(call.x, shape)) for shape in output_shapes(s))
         self.saved_shapes = (gates, of_gates), (syn, _), *decisions = backend.saved_shapes(s)
         # Given strides, torch allocates a tensor in two thirds of the time.
         self._gates, self._syn = ((t, _contiguous_strides(t)) for t in (gates, syn))
         self._of_gates = {} if of_gates is s.dtype else {"dtype": of_gates}
+        # Of the gate sums where torch forms them, and of their gradient: (T, N, Ho * Wo, 4 Cp).
+        self.of_sums = of_gates if of_gates.is_floating_point else s.dtype
+        self.d_gates = s.time, *syn[1:3], 4 * syn[3]
         with torch.inference_mode(False):  # all calls share what is empty
             self._decisions = [
                 (shape, dtype, None if math.prod(shape) else call.x.new_empty(shape, dtype=dtype))
@@ -347,11 +351,12 @@ class CommonPlan:
             x.new_empty(shape, dtype=dtype) if shared is None else shared
             for shape, dtype, shared in self._decisions
         )
-        return Saved(self.empty_gates(x), x.new_empty_strided(*self._syn), winner, places)
+        gates = x.new_empty_strided(*self._gates, **self._of_gates)
+        return Saved(gates, x.new_empty_strided(*self._syn), winner, places)
 
-    def empty_gates(self, x: Tensor) -> Tensor:
-        """Memory for the gates of every step, or for their gradients."""
-        return x.new_empty_strided(*self._gates, **self._of_gates)
+    def empty_d_gates(self, x: Tensor) -> Tensor:
+        """Memory for the gradient of the gate sums of every step."""
+        return x.new_empty(self.d_gates, dtype=self.of_sums)
 
 
 def stochastic_noise(options: CellOptions, grad_spk: Tensor | None) -> Tensor | None:

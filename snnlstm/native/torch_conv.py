@@ -1,21 +1,24 @@
-"""What torch's convolution (cuDNN) does of the cell on CUDA.
+"""What torch's convolution does of the cell: cuDNN on CUDA, oneDNN on the CPU.
 
 "pointwise": torch convolves, and the kernels do what is of the neurons alone, step by step.
-"hybrid": the kernels go through the steps, and torch forms the gradients of x, weight and bias over
-all steps at once. Results, what is saved, and the gradient of the gate sums are laid out as those
-of the kernels:
+"hybrid", on CUDA: the kernels go through the steps, and torch forms the gradients of x, weight and
+bias over all steps at once. Results and what is saved are laid out as those of the kernels. So is
+the gradient of the gate sums:
 
     d_gates   (T, N, Ho * Wo, 4 Cp)
     mems      (T, N, Ho * Wo, Cp), mem before each step
 
 Cp is C, padded to whole vectors. To torch these are channels-last images of 4 Cp and Cp channels,
-which are made contiguous where cuDNN is faster then (`plan.contiguous`).
+which are made contiguous where torch is faster then (`plan.contiguous`). Torch multiplies numbers
+of the type `plan.work`, or `plan.of_weight` for the gradient of the weight. The gate sums and
+d_gates are of the type `plan.of_sums`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +31,10 @@ from ..options import CellOptions
 from . import tensors
 from .tensors import Gradients, Pass, Result, Saved, address, view
 
-if TYPE_CHECKING:
-    from .cuda import Plan
+__all__ = ["backward", "forward", "rates_on_cpu", "steps_backward"]
 
-__all__ = ["data_gradient", "empty_mems", "forward", "steps_backward", "weight_gradient"]
+# A tensors.CommonPlan with the attributes `contiguous` and `of_weight`.
+Plan = Any
 
 
 def _steps(tensor: Tensor, options: CellOptions) -> Tensor:
@@ -44,30 +47,40 @@ def images_of(pixels: Tensor, mem: Tensor) -> Tensor:
     return pixels.unflatten(-2, mem.shape[-2:]).movedim(-1, -3)
 
 
-def _ordered(plan: Plan, images: Tensor) -> Tensor:
-    """The images in the order that torch convolves fastest."""
+def _ordered(plan: Plan, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """The images in a type, and in the order that torch convolves fastest."""
+    images = images.to(dtype)
     return images.contiguous() if plan.contiguous else images
 
 
-def _padded(weight: Tensor, gates: int) -> Tensor:
-    """Weight (4C, ...) with zeros for the padding between gates, (gates, ...)."""
-    padding = (gates - weight.shape[0]) // 4
+def _part(plan: Plan, weight: Tensor, d_gates: Tensor) -> Tensor:
+    """Weight (4C, ...) with zeros for the padding between gates, as d_gates have it."""
+    weight = weight.detach().to(plan.work).contiguous()
+    padding = (d_gates.shape[-1] - weight.shape[0]) // 4
     if padding == 0:
         return weight
     pad = (0, 0) * (weight.dim() - 1) + (0, padding)
     return F.pad(weight.unflatten(0, (4, -1)), pad).flatten(0, 1)
 
 
-def forward(plan: Plan, core: Any, call: Call, parameters: dict[str, int], result: Result) -> None:
-    """Torch convolves, the kernels do the rest of each step by `core`, a plan of one step."""
-    options, stream = call.options, plan.stream
+def forward(
+    plan: Plan,
+    run: Callable[..., None],
+    call: Call,
+    parameters: dict[str, int],
+    result: Result,
+) -> None:
+    """Torch convolves, the kernels do the rest of each step by `run`, of one step."""
+    options = call.options
     saved: Any = result.saved or None
     syn, mem = call.syn, call.mem
     weight = call.weight.detach().to(plan.work)
     spks, last = _steps(result.spk, options), plan.signature.time - 1
     for t, x in enumerate(_steps(call.x, options)):
         spk: Tensor | None = spks[t]
-        sums = _convolve(x.to(plan.work), mem.to(plan.work), weight, options)
+        with torch.autocast(x.device.type, enabled=False):  # the call's own counts: plan.work
+            sums = _convolve(plan, x.to(plan.work), mem.to(plan.work), weight)
+        sums = sums.to(plan.of_sums)
         # Without record the states are updated in place, each neuron by one thread.
         out_syn = result.syn[t] if options.record else result.syn
         out_mem = result.mem[t] if options.record else result.mem
@@ -75,28 +88,26 @@ def forward(plan: Plan, core: Any, call: Call, parameters: dict[str, int], resul
         if t < last and plain:
             spk, out_mem = None, spks[t]  # which are one, and the next step reads it there
         at_step, _held = _at_step(call, parameters, t)
-        core.forward(
-            stream,
+        run(
             gate_sums=view(sums),
             syn0=view(syn),
             mem0=view(mem),
             spk=view(spk),
             syn=view(out_syn),
             mem=view(out_mem),
-            saved_gates=address(saved and saved.gates[t]),
-            saved_syn=saved.syn[t].data_ptr() if saved and t < last else 0,
-            **_decisions(saved, t),
+            **_saved_at(saved, t),
             **at_step,
         )
         syn, mem = out_syn, out_mem
 
 
-def _decisions(saved: Saved | None, step: int) -> dict[str, int]:
-    """Addresses of a step's winners and places, where there are any."""
+def _saved_at(saved: Saved | None, step: int) -> dict[str, int]:
+    """Addresses of what is saved of a step, where there is any."""
     if saved is None:
         return {}
-    kinds = {"winner": saved.winner, "places": saved.places}
-    return {name: kind[step].data_ptr() for name, kind in kinds.items() if kind.numel()}
+    kinds = {"saved_gates": saved.gates, "saved_syn": saved.syn}
+    kinds |= {"winner": saved.winner, "places": saved.places}
+    return {name: kind[step].data_ptr() for name, kind in kinds.items() if len(kind) > step}
 
 
 def _at_step(
@@ -104,7 +115,7 @@ def _at_step(
 ) -> tuple[dict[str, int], Tensor | None]:
     """The parameters of a call of one step, and what holds the lengths from there on.
 
-    The kernels leave finished samples out. Torch convolves those too, since the host does not know
+    The kernels leave finished samples out. Torch convolves those, too: CUDA's host does not know
     them.
     """
     if call.lengths is None:
@@ -114,39 +125,66 @@ def _at_step(
     return parameters | {"lengths": left.data_ptr(), "record": True}, left
 
 
+def backward(
+    plan: Plan,
+    given: Pass,
+    wanted: Sequence[bool],
+    run_steps: Callable[[Gradients, Tensor, Tensor | None], None],
+) -> Gradients:
+    """The gradients that are wanted. Torch forms those of x, weight and bias behind the steps.
+
+    `run_steps` gets the gradients of syn, mem and threshold to fill in, d_gates, and mems or None,
+    of which the first step's is there.
+    """
+    call, signature, x = given.call, plan.signature, given.call.x
+    out = tensors.empty_gradients(x, signature, (*wanted[:3], False, False, wanted[5]))
+    d_gates = plan.empty_d_gates(x)
+    mems = _empty_mems(call, d_gates) if wanted[3] else None
+    if call.lengths is not None:  # torch forms the gradients of all samples
+        d_gates.zero_()
+        x = torch.where(active(call.lengths, signature.time), x, 0)
+    run_steps(out, d_gates, mems)
+    if out.x is not None:
+        _data_gradient(plan, call, d_gates, out.x)
+    mem = None if mems is None else images_of(mems, call.mem)
+    weight, bias = _weight_gradient(plan, _steps(x, call.options), mem, d_gates, wanted[3:5])
+    return out._replace(weight=weight, bias=bias)
+
+
 def steps_backward(
-    plan: Plan, core: Any, given: Pass, out: Gradients, d_gates: Tensor, mems: Tensor | None
+    plan: Plan,
+    run: Callable[..., None],
+    given: Pass,
+    out: Gradients,
+    d_gates: Tensor,
+    mems: Tensor | None,
 ) -> None:
-    """The kernels do a step's neurons, last step first; torch forms the gradient of mem.
+    """The kernels do a step's neurons by `run`, last step first; torch forms the gradient of mem.
 
     `out` gets the gradients of syn, mem and threshold that it has memory for, `d_gates` and
     `mems`, if given, what the module's docstring says.
     """
     call, parameters, saved, grads, noise = given
-    options, stream = call.options, plan.stream
-    syn, mem = call.syn, call.mem
+    options, syn, mem = call.options, call.syn, call.mem
     grad_spk, into_syn, into_mem = grads
     recorded_syn, recorded_mem = (into_syn, into_mem) if options.record else (None, None)
     if options.record:
         into_syn = into_mem = None
     noise, grad_spk = (None if t is None else _steps(t, options) for t in (noise, grad_spk))
     c, last = mem.shape[1], plan.signature.time - 1
-    of_mem = _padded(call.weight.detach()[:, -c:].to(plan.work), d_gates.shape[-1])
+    of_mem = _part(plan, call.weight[:, -c:], d_gates)
     d_syn = torch.empty_like(syn) if out.syn is None else out.syn
     of_threshold = None if out.threshold is None else call.x.new_empty((last + 1, c))
     own = None if call.lengths is None else active(call.lengths, last + 1)
     if own is not None:  # where finished samples keep what they were given
         into_syn = d_syn.zero_() if into_syn is None else d_syn.copy_(into_syn)
-    workspace = tensors.empty_bytes(core.workspace, syn.device)
     for t in range(last, -1, -1):
         into_syn = _sum(into_syn, recorded_syn, t)
         into_mem = _sum(into_mem, recorded_mem, t)
         at_step, _held = _at_step(call, parameters, t)
-        core.backward(
-            stream,
+        run(
             syn0=view(syn if t == 0 else images_of(saved.syn[t - 1], mem)[:, :c]),
-            saved_gates=saved.gates[t].data_ptr(),
-            **_decisions(saved, t),
+            **_saved_at(saved, t),
             noise=view(None if noise is None else noise[t]),
             grad_spk=view(None if grad_spk is None else grad_spk[t]),
             grad_syn=view(into_syn),
@@ -155,12 +193,11 @@ def steps_backward(
             grad_threshold=address(None if of_threshold is None else of_threshold[t]),
             d_gates=d_gates[t].data_ptr(),
             mem_after=0 if mems is None or t == last else mems[t + 1].data_ptr(),
-            workspace=workspace.data_ptr(),
             **at_step,
         )
         into_syn, kept, into_mem = d_syn, into_mem, None
         if t > 0 or out.mem is not None:
-            of_sums = _ordered(plan, images_of(d_gates[t], mem))
+            of_sums = _ordered(plan, images_of(d_gates[t], mem), plan.work)
             into_mem = conv2d_input(
                 mem.shape, of_mem, of_sums, 1, options.padding, options.dilation
             ).to(mem.dtype)
@@ -172,25 +209,25 @@ def steps_backward(
         torch.sum(of_threshold, 0, out=out.threshold)
 
 
-def empty_mems(plan: Plan, call: Call, d_gates: Tensor) -> Tensor:
+def _empty_mems(call: Call, d_gates: Tensor) -> Tensor:
     """Memory for mem before each step, which holds that before the first."""
     *shape, gates = d_gates.shape
     new = call.mem.new_empty if call.lengths is None else call.mem.new_zeros
-    mems = new((*shape, gates // 4), dtype=plan.work)
+    mems = new((*shape, gates // 4), dtype=d_gates.dtype)
     images_of(mems[0], call.mem)[:, : call.mem.shape[1]].copy_(call.mem)
     return mems
 
 
-def data_gradient(plan: Plan, call: Call, d_gates: Tensor, out: Tensor) -> None:
+def _data_gradient(plan: Plan, call: Call, d_gates: Tensor, out: Tensor) -> None:
     """The gradient of x at all steps, from that of the gate sums."""
     options, x = call.options, _steps(call.x, call.options)
-    of_x = _padded(call.weight.detach()[:, : x.shape[2]].to(plan.work), d_gates.shape[-1])
+    of_x = _part(plan, call.weight[:, : x.shape[2]], d_gates)
     geometry = (options.stride, options.padding, options.dilation)
-    grads = _ordered(plan, images_of(d_gates.flatten(0, 1), call.mem))
+    grads = _ordered(plan, images_of(d_gates.flatten(0, 1), call.mem), plan.work)
     out.copy_(conv2d_input(x.flatten(0, 1).shape, of_x, grads, *geometry).view_as(out))
 
 
-def weight_gradient(
+def _weight_gradient(
     plan: Plan, x: Tensor, mem: Tensor | None, d_gates: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of weight and bias over steps, as `wanted`.
@@ -204,16 +241,16 @@ def weight_gradient(
     d_weight = d_bias = None
     if wanted[0]:
         assert mem is not None
-        grads = _ordered(plan, images_of(d_gates, mem).flatten(0, 1))
+        grads = _ordered(plan, images_of(d_gates, mem).flatten(0, 1), plan.of_weight)
         halves = []
         for images, stride in (x, options.stride), (mem, (1, 1)):
-            images = _ordered(plan, images.flatten(0, 1).to(plan.work))
+            images = _ordered(plan, images.flatten(0, 1), plan.of_weight)
             shape = gates, images.shape[1], *kernel
             halves.append(conv2d_weight(images, shape, grads, stride, *rest))
         both = torch.cat([halves[0], halves[1][:, :c]], 1)
         d_weight = both.unflatten(0, (4, -1))[:, :c].flatten(0, 1).to(dtype)
     if wanted[1]:
-        sums = d_gates.sum((0, 1, 2), dtype=plan.real)
+        sums = d_gates.sum((0, 1, 2), dtype=torch.promote_types(torch.float32, dtype))
         d_bias = sums.unflatten(0, (4, -1))[:, :c].flatten().to(dtype)
     return d_weight, d_bias
 
@@ -225,11 +262,47 @@ def _sum(carried: Tensor | None, recorded: Tensor | None, step: int) -> Tensor |
     return recorded[step] if carried is None else carried + recorded[step]
 
 
-def _convolve(x: Tensor, mem: Tensor, weight: Tensor, options: CellOptions) -> Tensor:
+def _convolve(plan: Plan, x: Tensor, mem: Tensor, weight: Tensor) -> Tensor:
     """The gate sums, without the bias, which the kernels add."""
+    options, on_cpu = plan.signature.options, x.device.type == "cpu"
+
+    def convolve(images: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
+        if on_cpu:  # where equal numbers in any layout have equal sums
+            images, weight = images.contiguous(), weight.contiguous()
+        return F.conv2d(images, weight, None, stride, options.padding, options.dilation)
+
     if options.stride == (1, 1):
-        both = torch.cat([x, mem], 1)
-        return F.conv2d(both, weight, None, 1, options.padding, options.dilation)
+        return convolve(torch.cat([x, mem], 1), weight, (1, 1))
     of_x, of_mem = weight.split([x.shape[1], mem.shape[1]], 1)
-    sums = F.conv2d(x, of_x, None, options.stride, options.padding, options.dilation)
-    return sums.add_(F.conv2d(mem, of_mem, None, 1, options.padding, options.dilation))
+    return convolve(x, of_x, options.stride).add_(convolve(mem, of_mem, (1, 1)))
+
+
+# What asks for instructions for products of bfloat16, and how many times as many torch's
+# convolution forms with them as of float32. Younger versions of torch have these functions.
+_PRODUCTS = (("_is_amx_tile_supported", 6.0), ("_is_avx512_bf16_supported", 2.0))
+
+
+@lru_cache
+def _bfloat16_rate() -> float:
+    if not torch.backends.mkldnn.is_available():
+        return 0
+    return next((rate for name, rate in _PRODUCTS if getattr(torch.cpu, name, bool)()), 0)
+
+
+def rates_on_cpu(
+    wanted: torch.dtype, own: torch.dtype, isa: str
+) -> tuple[torch.dtype, torch.dtype, tuple[float, float]]:
+    """The types in which torch convolves and forms the weight's gradient, and how fast.
+
+    The rates of the forward and the backward pass are 1 for float32, and 0 for what is very slow.
+    The types are what the user asked for where the processor has instructions for that, and else
+    the states' own. oneDNN is fast with AMX alone where it forms the gradient of the weight in
+    bfloat16; else it takes up to 8 times as long as in float32.
+    """
+    rate = _bfloat16_rate() if wanted == torch.bfloat16 and isa == "avx512" else 0
+    if rate > 2:
+        return wanted, wanted, (rate, rate)
+    if rate:
+        return wanted, own, (rate, 2 / (1 + 1 / rate))
+    rate = float(own == torch.float32 and torch.backends.mkldnn.is_available())
+    return own, own, (rate, rate)

@@ -169,7 +169,7 @@ def test_a_weight_is_packed_once_for_each_of_its_values(kernels, packings):
             (call(cell, x)[2].sum() + call(cell, x)[0].sum()).backward()
             with torch.no_grad():
                 call(cell, x)
-        assert packings, value
+        assert bool(packings) == (kernels.algorithm != "pointwise"), value
         assert len(packings) == len(set(packings)), value
         cell.conv.weight.data.mul_(1.1)
 
@@ -219,7 +219,7 @@ def test_two_threads_that_pack_at_once_read_one_form():
     class Core:
         name = "core"
 
-        def forms(self):
+        def forms(self, *_):
             return [(0, "form", 64)]
 
         def pack(self, *arguments):

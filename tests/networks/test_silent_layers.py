@@ -35,7 +35,7 @@ NETWORKS = {  # name of the stack, threshold, density of the input
 }
 # How many times snnTorch's error ours may be. Winograd, which "auto" does not choose behind a
 # silent layer, rounds more; where half of the neurons are silent, the docs promise nothing of it.
-FACTORS = {"auto": 3, "direct": 3, "winograd": 8}
+FACTORS = {"auto": 3, "direct": 3, "pointwise": 3, "winograd": 8}
 
 
 class Problem:

@@ -100,7 +100,8 @@ def from_states(syn: Tensor, mem: Tensor) -> Run:
         for x_t, *given in zip(*(steps_of(t, options) for t in (x, syn, mem)), strict=True):
             spk, *found = flat.reference(x_t, *states, weight, bias, threshold, graded, step)
             states = [f + (g - f).detach() for f, g in zip(found, given, strict=True)]
-            out.append((spk if options.spiking else states[1], *states))
+            in_sequence = options.sequence and not options.spiking
+            out.append((states[1] if in_sequence else spk, *states))
         if not options.sequence:
             return out[0]
         spks, *every = (torch.stack(of) for of in zip(*out, strict=True))

@@ -55,11 +55,10 @@ class Backward {
   }
 
   void run() {
-    const Cell& c = a_.cell;
     const Phases phases(counters_, most_phases());
     neuron_.pack_vectors();
     const int convolutions = 1 + (a_.grad_weight != nullptr) + (a_.grad_x.data != nullptr);
-    parallel(a_.threads, convolutions * double(c.N) * l_.pixels * l_.K() * 4 * c.C,
+    parallel(a_.threads, convolutions * l_.step_work(),
              [&](int thread) { by_sample_ ? samples(phases, thread) : steps(phases, thread); });
   }
 
@@ -71,8 +70,8 @@ class Backward {
   bool goes_by_sample() const {
     const int64_t N = a_.cell.N, rounds = (N + a_.threads - 1) / a_.threads;
     const int64_t bytes = 8 * l_.mem_image() * int64_t(sizeof(T));
-    return a_.cell.T == 1 && tasks_.most_together == 1 && !(a_.grad_weight && l_.wide()) &&
-           4 * rounds * a_.threads <= 5 * N && bytes <= 1 << 20;
+    return a_.cell.T == 1 && !a_.cell.pointwise() && tasks_.most_together == 1 &&
+           !(a_.grad_weight && l_.wide()) && 4 * rounds * a_.threads <= 5 * N && bytes <= 1 << 20;
   }
 
   // Counts the tasks of the data gradient of x: blocks of rows of all images that belong together.

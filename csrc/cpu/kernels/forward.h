@@ -58,7 +58,7 @@ class Forward {
     mem_runs_.dense(c, l_.along_columns(c.C), c.C, l_.Wm * l_.Cp, l_.Cp, l_.Kx, kChunk);
     pack_vectors();
     const Phases phases(counters_, c.T + 1);
-    parallel(a_.threads, double(c.N) * l_.pixels * l_.K() * 4 * c.C, [&](int thread) {
+    parallel(a_.threads, l_.step_work(), [&](int thread) {
       if (c.T > 1)
         phases.run(0, tasks_.count, [&](int64_t task) { states_.read(task, thread, 0); });
       for (int64_t t = 0; t < c.T; ++t) {
@@ -153,7 +153,7 @@ class Forward {
     }
     for (int64_t b0 = begin; b0 < end; b0 += block_) {
       const int64_t b1 = b0 + block_ < end ? b0 + block_ : end;
-      for (int64_t k = 0; k < together; ++k) {
+      for (int64_t k = 0; k < together && !a_.cell.pointwise(); ++k) {
         gather_x(t, s.blocks[k].r.n, b0, b1, s.blocks[k].patch);
         if (a_.cell.x_algorithm == CpuAlgorithm::sparse) list_x(b0, b1, s.blocks[k]);
       }
@@ -251,12 +251,33 @@ class Forward {
                        bias_ + cb * kGates, b->gates);
   }
 
+  // Reads the sums that torch has formed, and adds the bias.
+  void read_sums(int64_t b0, int64_t b1, int64_t cb, const RowBlock& b) {
+    const Span span(Part::copies);
+    const int64_t left = a_.cell.C - cb * VL, row = l_.Wr * kGates;
+    for (int gate = 0; gate < 4; ++gate) {
+      View sums = a_.gate_sums;
+      sums.data = static_cast<T*>(sums.data) + (gate * a_.cell.C + cb * VL) * sums.stride[2];
+      load_rows<S>(sums, 0, b.r.n, b0, b1 - b0, left < VL ? left : VL, b.gates + gate * VL,
+                   Pixels{l_.Wo, row, kGates}, VL);
+    }
+    if (!a_.bias) return;
+    for (int64_t h = 0; h < b1 - b0; ++h)
+      for (T *g = b.gates + h * row, *end = g + l_.Wo * kGates; g < end; g += kGates)
+        for (int k = 0; k < kGates; k += VL)
+          S::store(g + k, S::load(g + k) + S::load(bias_ + cb * kGates + k));
+  }
+
   void direct(int64_t t, int64_t together, int64_t b0, int64_t b1, const ForwardScratch& s) {
     for (int64_t cb = 0; cb < l_.Cb; ++cb) {
-      sweep_x(b0, 0, b1 - b0, cb, s.blocks, together);
-      sweep(
-          false, [&](const RowBlock& b) { return states_.mem_row(t, b.r, b0); }, l_.Wm * l_.Cp,
-          l_.Cp, b0, b1 - b0, cb, s.blocks, together);
+      if (a_.cell.pointwise()) {
+        for (int64_t k = 0; k < together; ++k) read_sums(b0, b1, cb, s.blocks[k]);
+      } else {
+        sweep_x(b0, 0, b1 - b0, cb, s.blocks, together);
+        sweep(
+            false, [&](const RowBlock& b) { return states_.mem_row(t, b.r, b0); }, l_.Wm * l_.Cp,
+            l_.Cp, b0, b1 - b0, cb, s.blocks, together);
+      }
       for (const RowBlock* b = s.blocks; b < s.blocks + together; ++b)
         for (int64_t h = b0; h < b1; ++h)
           update(t, b->r, h, cb, b->gates + (h - b0) * l_.Wr * kGates);

@@ -164,6 +164,8 @@ struct Layout {
   bool few_channels() const { return 2 * c.C <= Cp; }
 
   int64_t K() const { return Kx + Km; }
+  // Returns the multiply-adds of a step's convolution. A neuron takes as long as a hundred of them.
+  double step_work() const { return double(c.N) * pixels * (c.pointwise() ? 100 : 4 * K()) * c.C; }
   int64_t mem_image() const { return Hm * Wm * Cp; }
   int64_t x_image() const { return Hx * Wx * c.Cin; }
   int64_t state_image() const { return pixels * Cp; }
@@ -289,10 +291,12 @@ struct RowTasks {
     }
     return some;
   }
-  // Returns the sample of an image, and the steps of a task's sample.
+  // Returns the sample of an image, and the steps of a task's sample. A call of one of the caller's
+  // steps may be given how many are left of each sample.
   int64_t sample(int64_t image) const { return a_->order ? a_->order[image] : image; }
   int64_t steps(int64_t task) const {
-    return a_->lengths ? a_->lengths[sample(image(task))] : a_->cell.T;
+    const int64_t T = a_->cell.T, own = a_->lengths ? a_->lengths[sample(image(task))] : T;
+    return own < T ? own : T;
   }
   int64_t images() const { return count / per_image; }
   // The groups of tasks that share the weights: whole images, or one task each.

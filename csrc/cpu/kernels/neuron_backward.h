@@ -33,7 +33,7 @@ class NeuronBackward {
 
   void carve(Workspace& workspace) {
     const int64_t samples = by_sample_ ? a_.threads : a_.cell.N;
-    images_.carve(workspace, samples, a_.grad_weight != nullptr);
+    images_.carve(workspace, a_, samples);
     threshold_ = workspace.take<T>(l_.Cp);
     threshold_sums_ = workspace.take<T>(tasks_.count * l_.Cp);
     bias_sums_ = workspace.take<T>(tasks_.count * 4 * l_.Cp);
@@ -50,8 +50,10 @@ class NeuronBackward {
   }
 
   StepImages<T> images(int64_t t) const { return images_.images(t); }
-  // Returns which of the images is that of sample n.
-  int64_t slot(int64_t n, int thread) const { return by_sample_ ? thread : n; }
+  // Returns the place of an image. Behind torch's convolution images lie in the samples' order.
+  int64_t slot(int64_t image, int thread) const {
+    return by_sample_ ? thread : a_.cell.pointwise() ? tasks_.sample(image) : image;
+  }
   const T* d_gates(int64_t t, int64_t n, int thread) const {
     return images_.d_gates(t, slot(n, thread));
   }
@@ -109,7 +111,8 @@ class NeuronBackward {
     const bool spikes = a_.grad_spk.data && a_.cell.surrogate != Surrogate::none;
     if (!a_.cell.spiking) add_rows(a_.grad_spk, t, p.n, begin, end, s.mem_grad, s);
     for (int64_t h = begin; h < end; ++h) {
-      if (last && spikes) recompute_mem(t, p, h, images_.mem_row(t + 1, p.slot, h));
+      if (last && (spikes || a_.mem_after))
+        recompute_mem(t, p, h, images_.mem_row(t + 1, p.slot, h));
       if (t > 0) recompute_mem(t - 1, p, h, images_.mem_row(t, p.slot, h));
     }
     if (t == 0 && a_.grad_weight)
@@ -290,6 +293,8 @@ class NeuronBackward {
     const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
     T* d_syn = state_row(d_syn_, p, h);
     T* out = images_.d_gates_row(t, p.slot, h);
+    // The caller's d gates are (pixels, 4, Cp), the kernels' own (pixels, Cb, 4, VL).
+    const int64_t of_gate = c.pointwise() ? l_.Cp : VL, of_block = c.pointwise() ? VL : kGates;
     T *bias_sums = bias_sums_ + task * 4 * l_.Cp, *threshold_sums = threshold_sums_ + task * l_.Cp;
     for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
       R bias[4] = {R{}, R{}, R{}, R{}}, threshold{};
@@ -305,7 +310,7 @@ class NeuronBackward {
         S::store(d_syn + k, d.syn_prev);
         const R pre[4] = {d.pre.i, d.pre.f, d.pre.o, d.pre.g};
         for (int v = 0; v < 4; ++v) {
-          S::store(out + 4 * k + v * VL, pre[v]);
+          S::store(out + w * 4 * l_.Cp + ch / VL * of_block + v * of_gate, pre[v]);
           bias[v] += pre[v];
         }
       }
