@@ -170,14 +170,15 @@ void part_runs(const TileBlock<T>& b, int64_t len, F&& f) {
   Run runs[most];
   int64_t values = 0;
   int number = 0;
-  for (int64_t k = 0; k < b.form.parts() * pieces; ++k) {
-    const int64_t part = k / pieces, begin = len * (k % pieces) / pieces,
-                  end = len * (k % pieces + 1) / pieces;
-    if (values + end - begin > most) f(runs, number), values = number = 0;
-    runs[number++] = {b.part(part / b.form.w.parts, part % b.form.w.parts) + begin,
-                      part * len + begin, end - begin};
-    values += end - begin;
-  }
+  for (int i = 0; i < b.form.h.parts; ++i)
+    for (int j = 0; j < b.form.w.parts; ++j)
+      for (int64_t p = 1, begin = 0, end; p <= pieces; ++p, begin = end) {
+        end = p < pieces ? len * p / pieces : len;
+        if (values + end - begin > most) f(runs, number), values = number = 0;
+        runs[number++] = {b.part(i, j) + begin, (i * b.form.w.parts + j) * len + begin,
+                          end - begin};
+        values += end - begin;
+      }
   if (number > 0) f(runs, number);
 }
 
