@@ -104,8 +104,8 @@ def name(device: str) -> str:
 
     On the CPU, ``direct`` or ``winogradM`` (tiles of M x M outputs) is the recurrent convolution
     and ``sparse`` says that the input's zeros were skipped. On CUDA, ``fma`` and ``mma-TYPE``
-    say what multiplied (plain cores, or tensor cores with operands of a type), ``pointwise``
-    that torch convolved.
+    say what multiplied (plain cores, or tensor cores with operands of a type). On both,
+    ``pointwise`` says that torch convolved.
     """
     return BACKENDS[device].name()
 
