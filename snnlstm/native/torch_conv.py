@@ -63,6 +63,28 @@ def _part(plan: Plan, weight: Tensor, d_gates: Tensor) -> Tensor:
     return F.pad(weight.unflatten(0, (4, -1)), pad).flatten(0, 1)
 
 
+def _own_images(call: Call, time: int, step: int | None = None) -> Tensor | None:
+    """Which samples have a step, or which of those of all steps in a row; None for every one.
+
+    Torch leaves out the others, but not on CUDA, whose host does not know the lengths.
+    """
+    if call.lengths is None or call.lengths.device.type != "cpu":
+        return None
+    own = active(call.lengths, time)
+    return (own if step is None else own[step]).flatten().nonzero()[:, 0]
+
+
+def _of(images: Tensor, own: Tensor | None) -> Tensor:
+    return images if own is None else images[own]
+
+
+def _among(images: Tensor, own: Tensor | None, count: int) -> Tensor:
+    """Put images among zeros in the place of the `count` - len(`own`) that were left out."""
+    if own is None:
+        return images
+    return images.new_zeros((count, *images.shape[1:])).index_copy_(0, own, images)
+
+
 def forward(
     plan: Plan,
     run: Callable[..., None],
@@ -78,9 +100,11 @@ def forward(
     spks, last = _steps(result.spk, options), plan.signature.time - 1
     for t, x in enumerate(_steps(call.x, options)):
         spk: Tensor | None = spks[t]
+        own = _own_images(call, last + 1, t)
         with torch.autocast(x.device.type, enabled=False):  # the call's own counts: plan.work
-            sums = _convolve(plan, x.to(plan.work), mem.to(plan.work), weight)
-        sums = sums.to(plan.of_sums)
+            of_x, of_mem = (_of(half, own).to(plan.work) for half in (x, mem))
+            sums = _convolve(plan, of_x, of_mem, weight).to(plan.of_sums)
+        sums = _among(sums, own, len(x))
         # Without record the states are updated in place, each neuron by one thread.
         out_syn = result.syn[t] if options.record else result.syn
         out_mem = result.mem[t] if options.record else result.mem
@@ -115,8 +139,7 @@ def _at_step(
 ) -> tuple[dict[str, int], Tensor | None]:
     """The parameters of a call of one step, and what holds the lengths from there on.
 
-    The kernels leave finished samples out. Torch convolves those, too: CUDA's host does not know
-    them.
+    The kernels leave finished samples out.
     """
     if call.lengths is None:
         return parameters, None
@@ -140,14 +163,17 @@ def backward(
     out = tensors.empty_gradients(x, signature, (*wanted[:3], False, False, wanted[5]))
     d_gates = plan.empty_d_gates(x)
     mems = _empty_mems(call, d_gates) if wanted[3] else None
-    if call.lengths is not None:  # torch forms the gradients of all samples
+    own = _own_images(call, signature.time)
+    if call.lengths is not None:
         d_gates.zero_()
-        x = torch.where(active(call.lengths, signature.time), x, 0)
+        if own is None:  # torch forms the gradients of all samples
+            x = torch.where(active(call.lengths, signature.time), x, 0)
     run_steps(out, d_gates, mems)
     if out.x is not None:
-        _data_gradient(plan, call, d_gates, out.x)
+        _data_gradient(plan, call, d_gates, own, out.x)
     mem = None if mems is None else images_of(mems, call.mem)
-    weight, bias = _weight_gradient(plan, _steps(x, call.options), mem, d_gates, wanted[3:5])
+    x = _steps(x, call.options)
+    weight, bias = _weight_gradient(plan, x, mem, d_gates, own, wanted[3:5])
     return out._replace(weight=weight, bias=bias)
 
 
@@ -197,10 +223,11 @@ def steps_backward(
         )
         into_syn, kept, into_mem = d_syn, into_mem, None
         if t > 0 or out.mem is not None:
-            of_sums = _ordered(plan, images_of(d_gates[t], mem), plan.work)
-            into_mem = conv2d_input(
-                mem.shape, of_mem, of_sums, 1, options.padding, options.dilation
-            ).to(mem.dtype)
+            some = _own_images(call, last + 1, t)
+            of_sums = _ordered(plan, _of(images_of(d_gates[t], mem), some), plan.work)
+            shape = len(of_sums), *mem.shape[1:]
+            into_mem = conv2d_input(shape, of_mem, of_sums, 1, options.padding, options.dilation)
+            into_mem = _among(into_mem, some, len(mem)).to(mem.dtype)
         if own is not None and into_mem is not None:
             into_mem = torch.where(own[t], into_mem, 0 if kept is None else kept)
     if out.mem is not None and into_mem is not None:
@@ -218,19 +245,28 @@ def _empty_mems(call: Call, d_gates: Tensor) -> Tensor:
     return mems
 
 
-def _data_gradient(plan: Plan, call: Call, d_gates: Tensor, out: Tensor) -> None:
-    """The gradient of x at all steps, from that of the gate sums."""
+def _data_gradient(
+    plan: Plan, call: Call, d_gates: Tensor, own: Tensor | None, out: Tensor
+) -> None:
+    """The gradient of x at all steps, from that of the gate sums of `own` images."""
     options, x = call.options, _steps(call.x, call.options)
     of_x = _part(plan, call.weight[:, : x.shape[2]], d_gates)
     geometry = (options.stride, options.padding, options.dilation)
-    grads = _ordered(plan, images_of(d_gates.flatten(0, 1), call.mem), plan.work)
-    out.copy_(conv2d_input(x.flatten(0, 1).shape, of_x, grads, *geometry).view_as(out))
+    grads = _of(images_of(d_gates.flatten(0, 1), call.mem), own)
+    shape = len(grads), *x.shape[2:]
+    found = conv2d_input(shape, of_x, _ordered(plan, grads, plan.work), *geometry)
+    out.copy_(_among(found, own, x.shape[0] * x.shape[1]).view_as(out))
 
 
 def _weight_gradient(
-    plan: Plan, x: Tensor, mem: Tensor | None, d_gates: Tensor, wanted: Sequence[bool]
+    plan: Plan,
+    x: Tensor,
+    mem: Tensor | None,
+    d_gates: Tensor,
+    own: Tensor | None,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of weight and bias over steps, as `wanted`.
+    """Gradients of weight and bias over the `own` images of all steps, as `wanted`.
 
     x is (T, N, Cin, H, W), and `mem`, (T, N, C or more, Ho, Wo), is that before each step, which
     only the weight's gradient needs.
@@ -241,10 +277,10 @@ def _weight_gradient(
     d_weight = d_bias = None
     if wanted[0]:
         assert mem is not None
-        grads = _ordered(plan, images_of(d_gates, mem).flatten(0, 1), plan.of_weight)
+        grads = _ordered(plan, _of(images_of(d_gates, mem).flatten(0, 1), own), plan.of_weight)
         halves = []
         for images, stride in (x, options.stride), (mem, (1, 1)):
-            images = _ordered(plan, images.flatten(0, 1), plan.of_weight)
+            images = _ordered(plan, _of(images.flatten(0, 1), own), plan.of_weight)
             shape = gates, images.shape[1], *kernel
             halves.append(conv2d_weight(images, shape, grads, stride, *rest))
         both = torch.cat([halves[0], halves[1][:, :c]], 1)
