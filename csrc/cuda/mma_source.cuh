@@ -202,8 +202,13 @@ class MmaSource {
       item.target = mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) + group * 16;
       const int c = chunk * kPerChunk + group * kPerGroup;
       const int from = offset(s.src, c, y, x);
-      unrolled<kPerGroup>([&](int k) {
-        item.value[k] = c + k < s.channels ? read<float>(image, s.src.type, from + k * s.src.c) : 0;
+      with_stored<float>(s.src.type, [&](auto of) {
+        const auto* first = static_cast<const decltype(of)*>(image) + from;
+        unrolled<kPerGroup>([&](int k) {
+          float v[1] = {0};
+          if (c + k < s.channels) load_vector(first + k * s.src.c, v);
+          item.value[k] = v[0];
+        });
       });
     }
   }
