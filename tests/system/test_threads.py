@@ -239,7 +239,8 @@ core = [line.split()[0].split("-") for line in open("/proc/self/maps") if "snnls
 refusing = ctypes.CDLL(sys.argv[1])
 refusing.watch(ctypes.c_size_t(int(core[0][0], 16)), ctypes.c_size_t(int(core[-1][1], 16)))
 torch.set_num_threads(3)
-for kernel, algorithm in ((3, "direct"), (3, "winograd"), (5, "winograd"), (9, "auto")):
+calls = (3, "direct"), (3, "winograd"), (5, "winograd"), (9, "auto"), (3, "pointwise")
+for kernel, algorithm in calls:
     with snnlstm.algorithm(algorithm):
         cell = snnlstm.SConv2dLSTM(64, 64, kernel, threshold=0.05, max_pool=2)
         x = (torch.rand(2, 3, 64, 14, 13) < 0.3).float().requires_grad_()
