@@ -88,7 +88,7 @@ def test_a_cell_goes_on_from_each_samples_last_state(backend):
     ("lengths", "error", "message"),
     [
         (
-            [1, 7, *[1] * 5],
+            [0, 7, *[1] * 5],
             ValueError,
             "lengths must lie between 0 and x's number of steps, 6, got 7",
         ),
@@ -109,6 +109,15 @@ def test_wrong_lengths_are_named_and_the_state_stays(lengths, error, message):
     same((cell.syn, cell.mem), before)
     with pytest.raises(ValueError, match=r"lengths needs a sequence: x of shape \(T, N, Cin, H, W"):
         cell(x[0], lengths=LENGTHS)
+
+
+def test_lengths_follow_x_whatever_the_default_device():
+    cell, x = cell_and_input()
+    expected = cell(x, lengths=LENGTHS, record=True)
+    cell.reset_mem()
+    with torch.device("meta"):
+        same(cell(x, lengths=LENGTHS, record=True), expected)
+    assert cell(x[:, :0], lengths=[])[0].shape[:2] == (TIME, 0)
 
 
 def test_half_types_and_signals(backend):
