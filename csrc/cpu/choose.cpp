@@ -88,13 +88,12 @@ Cell behind_torch(Cell c) {
 
 // Returns what torch's convolution of both halves costs, with the copies in front of it and behind
 // it, and the 100 us (backward 150) of Python and torch for a step, for which all threads wait. Its
-// channels come in vectors of 16, and it packs filters, too.
+// channels come in vectors of 16, and it packs the filters in every step.
 double torch_cost(const Cell& c, double rate, int threads, bool backward) {
   const double blocks = std::ceil(double(c.C) / 16), pixels = double(c.N * c.Ho() * c.Wo());
   const double taps = c.kernel_h * c.kernel_w, channels = double((c.Cin + c.C + 15) / 16 * 16);
   const double host = (backward ? 1e6 : 7e5) * threads / (pixels * blocks);
-  return taps * channels * 4 / rate + 300 + host +
-         filter_cost(c, taps, double(c.Cin + c.C), backward);
+  return taps * channels * 4 * (1 / rate + 60 / pixels) + 300 + host;
 }
 
 // Returns the cell with the algorithms of one pass. In the backward pass x_algorithm is the weight

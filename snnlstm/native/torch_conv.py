@@ -315,7 +315,7 @@ def _convolve(plan: Plan, x: Tensor, mem: Tensor, weight: Tensor) -> Tensor:
 
 # What asks for instructions for products of bfloat16, and how many times as many torch's
 # convolution forms with them as of float32. Younger versions of torch have these functions.
-_PRODUCTS = (("_is_amx_tile_supported", 6.0), ("_is_avx512_bf16_supported", 2.0))
+_PRODUCTS = (("_is_amx_tile_supported", 6.0), ("_is_avx512_bf16_supported", 2.1))
 
 
 @lru_cache
@@ -336,7 +336,7 @@ def rates_on_cpu(
     bfloat16; else it takes up to 8 times as long as in float32.
     """
     rate = _bfloat16_rate() if wanted == torch.bfloat16 and isa == "avx512" else 0
-    if rate > 2:
+    if rate > 3:
         return wanted, wanted, (rate, rate)
     if rate:
         return wanted, own, (rate, 2 / (1 + 1 / rate))
