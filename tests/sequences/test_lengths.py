@@ -117,7 +117,11 @@ def test_lengths_follow_x_whatever_the_default_device():
     cell.reset_mem()
     with torch.device("meta"):
         same(cell(x, lengths=LENGTHS, record=True), expected)
+    cell.reset_mem()
+    same(cell(x, lengths=torch.tensor(LENGTHS, dtype=torch.int16), record=True), expected)
     assert cell(x[:, :0], lengths=[])[0].shape[:2] == (TIME, 0)
+    spk = cell.to("meta")(x.to("meta"), lengths=LENGTHS)[0]
+    assert (spk.shape, spk.is_meta) == (expected[0].shape, True)
 
 
 def test_half_types_and_signals(backend):
