@@ -66,6 +66,9 @@ struct Cell {
   int64_t pad_w() const { return int64_t(dilation_w) * (kernel_w - 1) / 2; }
   bool tiled() const { return tile_h > 0; }
   bool pointwise() const { return x_algorithm == CpuAlgorithm::pointwise; }
+  // CPU: says whether Winograd leaves pixels that may have an equal in their pooling window to
+  // direct sums (cpu/kernels/equal_pixels.h).
+  bool keeps_equal() const { return tiled() && pool == Pool::max; }
   int64_t Ho() const { return (H + stride_h - 1) / stride_h; }
   int64_t Wo() const { return (W + stride_w - 1) / stride_w; }
   // Bytes of the number of a pixel in its pooling window: those of uint8_t or of int32_t.

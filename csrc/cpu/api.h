@@ -28,7 +28,7 @@ inline bool reads(const Cell& c, Form form, bool grad_x) {
   const bool tiles = c.tiled(), tiles_of_x = tiles && c.stride_h == 1 && c.stride_w == 1;
   switch (form) {
     case Form::forward:
-      return !tiles || c.x_algorithm != CpuAlgorithm::winograd;
+      return !tiles || c.keeps_equal() || c.x_algorithm != CpuAlgorithm::winograd;
     case Form::forward_x_tiles:
       return c.x_algorithm == CpuAlgorithm::winograd;
     case Form::backward:

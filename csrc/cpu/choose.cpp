@@ -104,11 +104,10 @@ Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, int
   if (algorithm == CpuAlgorithm::direct) return c;
   if (algorithm == CpuAlgorithm::pointwise) return behind_torch(c);
   const bool forced = algorithm == CpuAlgorithm::winograd;
-  // Behind a silent layer most windows of a max_pool hold equal pixels, whose gradient goes to the
-  // first. Direct sums keep them equal, and lists of x's nonzeros make up for the time.
-  const bool keeps_equal = !backward && !forced && c.pool == Pool::max && density < 0.005;
+  // Of all neurons that are equal inhibition chooses the first. Winograd makes them unequal.
+  const bool has_ties = !backward && !forced && c.inhibition;
   double best = direct_cost(c, double(c.C), backward);
-  if (!keeps_equal && kernels(c).has_tiles(c)) {
+  if (!has_ties && kernels(c).has_tiles(c)) {
     for (const int h : {4, 3, 2, 1})
       for (const int w : {4, 3, 2, 1}) {
         if (!has_form(c.kernel_h, h) || !has_form(c.kernel_w, w) || h * w == 1) continue;
@@ -166,7 +165,7 @@ std::string algorithm_name(const Cell& c) {
 
 std::string form_name(const Cell& c, Form form) {
   const std::string kernel = std::to_string(c.kernel_h) + "x" + std::to_string(c.kernel_w);
-  if (!c.tiled()) return kernel;
+  if (!c.tiled() || (form == Form::forward && c.keeps_equal())) return kernel;
   if (form == Form::forward || form == Form::backward) return kernel + ":x";
   return kernel + ":" + std::to_string(c.tile_h) + "x" + std::to_string(c.tile_w);
 }

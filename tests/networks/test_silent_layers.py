@@ -1,4 +1,4 @@
-"""In silent layers the gradients are as near to exact ones as snnTorch's are.
+"""In silent and half-silent layers the gradients are as near to exact ones as snnTorch's are.
 
 Nearly all windows of max_pool then hold equal pixels. Whoever chooses another pixel than exact sums
 would brings the gradient of x, and with it all layers before, to another place.
@@ -22,30 +22,36 @@ STACKS = {  # arguments of the cells, and the shape of an input
     "5x5": ([(2, 16, 5, 2), (16, 32, 5, 2)], (2, 2, 32, 32)),
     "electrodes": ([(1, 8, (19, 3), (1, 2)), (8, 8, 3, (1, 2))], (4, 1, 19, 64)),
     "three": ([(2, 8, 3, 2)] + 2 * [(8, 8, 3, 2)], (2, 2, 32, 32)),
+    "large windows": ([(1, 16, 3, 4), (16, 8, 3, 4)], (4, 1, 48, 48)),
 }
-NETWORKS = {  # name of the stack, threshold, density of the input
-    "28x28, silent": ("28x28", 0.99, 0.1),
-    "28x28, half": ("28x28", 0.05, 0.3),
-    "5x5, silent": ("5x5", 0.99, 0.1),
-    "5x5, half": ("5x5", 0.05, 0.05),
-    "electrodes, silent": ("electrodes", 0.99, 0.1),
-    "electrodes, half": ("electrodes", 0.05, 0.05),
-    "three, silent": ("three", 0.99, 0.3),
-    "three, half": ("three", 0.05, 0.3),
+# The name of the stack, the threshold, the density of the input and its seed. With few seeds two
+# states of a window lie as near as rounding errors, so that chance decides between them.
+NETWORKS = {
+    "28x28, silent": ("28x28", 0.99, 0.1, 0),
+    "28x28, half": ("28x28", 0.05, 0.05, 0),
+    "28x28, more than half": ("28x28", 0.05, 0.3, 0),
+    "5x5, silent": ("5x5", 0.99, 0.1, 0),
+    "5x5, half": ("5x5", 0.05, 0.05, 0),
+    "5x5, more than half": ("5x5", 0.05, 0.3, 0),
+    "electrodes, silent": ("electrodes", 0.99, 0.1, 0),
+    "electrodes, half": ("electrodes", 0.05, 0.05, 0),
+    "electrodes, more than half": ("electrodes", 0.05, 0.3, 1),
+    "three, silent": ("three", 0.99, 0.3, 0),
+    "three, half": ("three", 0.05, 0.05, 0),
+    "three, more than half": ("three", 0.05, 0.3, 0),
+    "large windows, silent": ("large windows", 0.99, 0.1, 0),
+    "large windows, half": ("large windows", 0.05, 0.05, 0),
 }
-# How many times snnTorch's error ours may be. Winograd, which "auto" does not choose behind a
-# silent layer, rounds more; where half of the neurons are silent, the docs promise nothing of it.
-FACTORS = {"auto": 3, "direct": 3, "pointwise": 3, "winograd": 8}
+ALGORITHMS = ("auto", "direct", "pointwise", "winograd")
 
 
 class Problem:
     """A stack with one input; `errors` of gradients count against plain torch in float64."""
 
     def __init__(self, name: str, steps: int = 8, batch: int | None = None) -> None:
-        stack, self.threshold, density = NETWORKS[name]
-        self.silent = name.endswith("silent")
+        stack, self.threshold, density, seed = NETWORKS[name]
         self.cells, (samples, *image) = STACKS[stack]
-        self.random = torch.Generator().manual_seed(0)
+        self.random = torch.Generator().manual_seed(seed)
         shape = steps, batch or samples, *image
         self.x = (torch.rand(shape, generator=self.random) < density).float()
         self.factors = None
@@ -74,9 +80,9 @@ class Problem:
         return float((gradient - self.exact).norm() / self.exact.norm())
 
 
-def compare(problem: Problem, algorithm: str) -> None:
+def compare(problem: Problem) -> None:
     error = problem.error(problem.gradient(snnlstm.SConv2dLSTM, torch.float32))
-    assert error <= max(FACTORS[algorithm] * problem.theirs, 1e-4), problem.theirs
+    assert error <= max(3 * problem.theirs, 1e-4), problem.theirs
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -86,13 +92,11 @@ def problem(request: pytest.FixtureRequest) -> Problem:
     return Problem(request.param)
 
 
-@pytest.mark.parametrize("algorithm", FACTORS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_gradients_are_as_exact_as_those_of_snntorch(problem, isa, algorithm):
-    if algorithm == "winograd" and not problem.silent:
-        pytest.skip("Winograd alone may choose other pixels")
     for _ in use(Kernels(isa, algorithm)):
-        compare(problem, algorithm)
+        compare(problem)
 
 
 SHORT = ("28x28, silent", "three, silent", "three, half")
@@ -105,4 +109,4 @@ SHORT = ("28x28, silent", "three, silent", "three, half")
 def test_gradients_of_emulated_kernels_are_as_exact(backend, network):
     if backend.name != "simt":
         pytest.skip("the test above has the other kernels")
-    compare(Problem(network, steps=2, batch=1), "direct")
+    compare(Problem(network, steps=2, batch=1))

@@ -3,6 +3,7 @@
 // spikes. A thread takes several small images together. state_rows.h holds the states.
 #pragma once
 
+#include "equal_pixels.h"
 #include "pool.h"
 #include "saved_gates.h"
 #include "sparse.h"
@@ -33,7 +34,8 @@ class Forward {
         strip_(l_.strip_rows()),
         saved_(args.packed_gates),
         places_(args, l_.Cp),
-        sparse_(l_, strip_) {
+        sparse_(l_, strip_),
+        equal_(l_, block_, strip_) {
     if constexpr (kHasWinograd<T, VL>) {
       inputs_ = InputTransform<S>(l_.form);
       outputs_ = PlaneTransform<GateVector>::outputs(l_.form, l_.form.h.tile, l_.form.w.tile);
@@ -77,12 +79,14 @@ class Forward {
     T* patch;                                        // input rows under the block, with border
     T* gates;                                        // (strip rows, Wr, 4, VL)
     typename SparseInput<T, VL>::InputLists* lists;  // of x's nonzeros, for every strip
+    Sums* sums;                                      // Winograd: of every pixel
   };
 
   struct ForwardScratch {
     RowBlock* blocks;
     T* pooled;                            // (Wp, Cp)
     T *mem_values, *x_values, *products;  // Winograd: tiles.h
+    typename EqualPixels<T, VL>::Scratch equal;
   };
 
   void carve(Workspace& workspace) {
@@ -96,11 +100,13 @@ class Forward {
     const TileBlock<T> of_mem = tiles(block_, l_.Cp, 1), of_x = tiles(block_, x_channels(), 1);
     for (int k = 0; k < a_.threads; ++k) {
       const ForwardScratch s{
-          workspace.take<RowBlock>(tasks_.most_together), workspace.take<T>(l_.Wp * l_.Cp),
+          workspace.take<RowBlock>(tasks_.most_together),
+          workspace.take<T>(l_.Wp * l_.Cp),
           workspace.take<T>(points * of_mem.values_stride),
           workspace.take<T>(c.x_algorithm == CpuAlgorithm::winograd ? points * of_x.values_stride
                                                                     : 0),
-          workspace.take<T>(points * of_mem.products_stride)};
+          workspace.take<T>(points * of_mem.products_stride),
+          equal_.carve(workspace)};
       for (int64_t slot = 0; slot < tasks_.most_together; ++slot) {
         const RowBlock b = carve_block(workspace);
         if (s.blocks) s.blocks[slot] = b;
@@ -115,7 +121,8 @@ class Forward {
     const RowBlock b{{},
                      workspace.take<T>(patch_rows(block_) * l_.Wx * a_.cell.Cin + kReadAhead),
                      workspace.take<T>(strip_ * l_.Wr * kGates),
-                     workspace.take<typename SparseInput<T, VL>::InputLists>(strips)};
+                     workspace.take<typename SparseInput<T, VL>::InputLists>(strips),
+                     workspace.take<Sums>(equal_.decisions())};
     for (int64_t strip = 0; strip < strips; ++strip) {
       typename SparseInput<T, VL>::InputLists lists;
       sparse_.carve(workspace, lists);
@@ -129,6 +136,10 @@ class Forward {
     return tile_block(l_, l_.form, rows, channels, together, tasks_.most_together);
   }
   int64_t x_channels() const { return l_.x_blocks * VL; }
+  // Returns a channel block's weight for direct sums.
+  const T* weight(int64_t cb) const {
+    return static_cast<const T*>(a_.weight) + cb * l_.packed_rows() * kGates;
+  }
 
   void pack_vectors() {
     const Cell& c = a_.cell;
@@ -200,16 +211,16 @@ class Forward {
                  Pixels{c.W, row, c.Cin}, c.Cin);
   }
 
-  // Sums a half over `rows` rows of each block, from state row `first` on. x's half and the bias
-  // are written to the block's gates, mem's is added. in(block) is what the first row sees.
+  // Sums a half over `rows` rows of each block, from state row `first` on. mem's half and the bias
+  // are written to the block's gates, x's is added. in(block) is what the first row sees.
   template <class In>
   void sweep(bool of_x, In&& in, int64_t row, int64_t pixel, int64_t first, int64_t rows,
              int64_t cb, const RowBlock* blocks, int64_t count) {
     const Span span(Part::products);
     const RunList& list = of_x ? x_runs_ : mem_runs_;
-    const T* w = static_cast<const T*>(a_.weight) + cb * l_.packed_rows() * kGates;
+    const T* w = weight(cb);
     const PixelLines p(list.by_columns(), rows, l_.Wo, row, pixel, l_.Wr * kGates, kGates);
-    list.chunks(kChunk, [&, add = !of_x](const Run* chunk, int size) mutable {
+    list.chunks(kChunk, [&, add = of_x](const Run* chunk, int size) mutable {
       for (int64_t k = 0; k < p.lines; ++k) {
         const Run* runs = chunk;
         int number = size;
@@ -235,8 +246,8 @@ class Forward {
                     b.lists[(h - b0) / strip_]);
   }
 
-  // Writes the bias and the input half of a strip of each block: `rows` state rows, which begin
-  // `top` rows behind the block's first, b0.
+  // Adds the input half of a strip of each block: `rows` state rows, which begin `top` rows behind
+  // the block's first, b0.
   void sweep_x(int64_t b0, int64_t top, int64_t rows, int64_t cb, const RowBlock* blocks,
                int64_t count) {
     const int64_t row = a_.cell.stride_h * l_.Wx * a_.cell.Cin;
@@ -246,9 +257,7 @@ class Forward {
           a_.cell.stride_w * a_.cell.Cin, b0 + top, rows, cb, blocks, count);
     const Span span(Part::products);
     for (const RowBlock* b = blocks; b < blocks + count; ++b)
-      sparse_.convolve(b->lists[top / strip_],
-                       static_cast<const T*>(a_.weight) + cb * l_.packed_rows() * kGates,
-                       bias_ + cb * kGates, b->gates);
+      sparse_.convolve(b->lists[top / strip_], weight(cb), b->gates);
   }
 
   // Reads the sums that torch has formed, and adds the bias.
@@ -273,10 +282,10 @@ class Forward {
       if (a_.cell.pointwise()) {
         for (int64_t k = 0; k < together; ++k) read_sums(b0, b1, cb, s.blocks[k]);
       } else {
-        sweep_x(b0, 0, b1 - b0, cb, s.blocks, together);
         sweep(
             false, [&](const RowBlock& b) { return states_.mem_row(t, b.r, b0); }, l_.Wm * l_.Cp,
             l_.Cp, b0, b1 - b0, cb, s.blocks, together);
+        sweep_x(b0, 0, b1 - b0, cb, s.blocks, together);
       }
       for (const RowBlock* b = s.blocks; b < s.blocks + together; ++b)
         for (int64_t h = b0; h < b1; ++h)
@@ -291,7 +300,8 @@ class Forward {
     const TileBlock<T> of_mem = tiles(b1 - b0, l_.Cp, together),
                        of_x = tiles(b1 - b0, x_channels(), together);
     const bool x_too = c.x_algorithm == CpuAlgorithm::winograd;
-    for (int64_t k = 0; k < together; ++k) {
+    const bool any = !equal_.sought() || find_equal(t, together, b0, b1, s) > 0;
+    for (int64_t k = 0; any && k < together; ++k) {
       const RowBlock& b = s.blocks[k];
       inputs_.run(of_mem, states_.mem_row(t, b.r, b0), l_.Wm * l_.Cp, l_.Cp,
                   s.mem_values + k * of_mem.image_values());
@@ -300,43 +310,65 @@ class Forward {
     }
     for (int64_t cb = 0; cb < l_.Cb; ++cb) {
       const int64_t block = cb * l_.tile_weights() * kGates;
-      multiply<S, 4>(of_mem, s.mem_values, static_cast<const T*>(a_.weight_mem) + block * c.C, c.C,
-                     false, s.products);
-      if (x_too)
+      if (any)
+        multiply<S, 4>(of_mem, s.mem_values, static_cast<const T*>(a_.weight_mem) + block * c.C,
+                       c.C, false, s.products);
+      if (any && x_too)
         multiply<S, 4>(of_x, s.x_values, static_cast<const T*>(a_.weight_x) + block * c.Cin, c.Cin,
                        true, s.products);
       for (int64_t h0 = b0; h0 < b1; h0 += strip_) {
         const int64_t h1 = h0 + strip_ < b1 ? h0 + strip_ : b1;
+        for (int64_t k = 0; k < together; ++k) {
+          if (any) add_strip(of_mem, k, b0, h0, h1, cb, s);
+          if (equal_.sought()) sum_equal(t, s.blocks[k], b0, h0, h1, cb, x_too);
+        }
         if (!x_too) sweep_x(b0, h0 - b0, h1 - h0, cb, s.blocks, together);
-        for (int64_t k = 0; k < together; ++k) strip(t, of_mem, k, b0, h0, h1, cb, !x_too, s);
+        for (const RowBlock* b = s.blocks; b < s.blocks + together; ++b)
+          for (int64_t h = h0; h < h1; ++h)
+            update(t, b->r, h, cb, b->gates + (h - h0) * l_.Wr * kGates);
       }
     }
   }
 
-  // Puts the gates of state rows [h0, h1) of one image together and uses them. The tiles begin at
-  // row b0.
-  void strip(int64_t t, const TileBlock<T>& tiles, int64_t image, int64_t b0, int64_t h0,
-             int64_t h1, int64_t cb, bool add, const ForwardScratch& s) {
-    const RowBlock& b = s.blocks[image];
-    const int64_t r0 = image * tiles.rows + (h0 - b0) / l_.form.h.tile;
-    const int64_t rows = l_.tiles(l_.form.h, a_.cell.dilation_h, h1 - h0);
-    for (int64_t k = 0; k < rows; ++k)
-      add_tiles(tiles, r0 + k, cb, add, s.products, b.gates + tiles.row(k) * l_.Wr * kGates);
-    for (int64_t h = h0; h < h1; ++h) update(t, b.r, h, cb, b.gates + (h - h0) * l_.Wr * kGates);
-  }
-
-  // Adds the outputs of one row of tiles to the gates or, without `add`, to the bias.
-  void add_tiles(const TileBlock<T>& b, int64_t r, int64_t cb, bool add, const T* products,
-                 T* gates) {
+  // Writes the bias and the outputs of the tiles to the gates of state rows [h0, h1) of one image.
+  // The tiles begin at row b0.
+  void add_strip(const TileBlock<T>& b, int64_t image, int64_t b0, int64_t h0, int64_t h1,
+                 int64_t cb, const ForwardScratch& s) {
     const Span span(Part::transforms);
     constexpr int lanes = GateVector::lanes;
     const Plane from{b.form.w.inputs() * b.products_stride, b.products_stride, lanes};
     const Plane to{b.dilation_h * l_.Wr * kGates, b.dilation_w * kGates, lanes};
-    for (int64_t column = 0; column < b.columns; ++column) {
-      T* out = gates + b.column(column) * kGates;
-      outputs_.run(products + (r * b.columns + column) * kGates, from, out, to, kGates / lanes,
-                   add ? out : bias_ + cb * kGates, add ? to : Plane{0, 0, lanes});
-    }
+    const int64_t r0 = image * b.rows + (h0 - b0) / l_.form.h.tile;
+    const int64_t rows = l_.tiles(l_.form.h, a_.cell.dilation_h, h1 - h0);
+    for (int64_t k = 0; k < rows; ++k)
+      for (int64_t column = 0; column < b.columns; ++column) {
+        T* out = s.blocks[image].gates + (b.row(k) * l_.Wr + b.column(column)) * kGates;
+        outputs_.run(s.products + ((r0 + k) * b.columns + column) * kGates, from, out, to,
+                     kGates / lanes, bias_ + cb * kGates, Plane{0, 0, lanes});
+      }
+  }
+
+  // Finds the pixels of each block whose sums are formed directly, and counts the others.
+  int64_t find_equal(int64_t t, int64_t together, int64_t b0, int64_t b1, const ForwardScratch& s) {
+    const Span span(Part::transforms);
+    int64_t left = 0;
+    for (const RowBlock* b = s.blocks; b < s.blocks + together; ++b)
+      left += equal_.find(states_.mem_row(t, b->r, b0), b1 - b0, s.equal, b->sums);
+    return left;
+  }
+
+  // Forms those sums for state rows [h0, h1) of one block, of x too if its half is Winograd's.
+  void sum_equal(int64_t t, const RowBlock& b, int64_t b0, int64_t h0, int64_t h1, int64_t cb,
+                 bool x_too) {
+    const Span span(Part::products);
+    const auto sums = [&](int64_t h) { return equal_.row(b.sums, h - b0); };
+    const auto gates = [&](int64_t h) { return b.gates + (h - h0) * l_.Wr * kGates; };
+    for (int64_t h = h0; h < h1; ++h)
+      equal_.write_mem(sums(h), mem_runs_, states_.mem_row(t, b.r, h), weight(cb),
+                       bias_ + cb * kGates, gates(h));
+    for (int64_t h = h0; x_too && h < h1; ++h)
+      equal_.add_x(sums(h), x_runs_, b.patch + (h - b0) * l_.Wx * a_.cell.Cin, weight(cb),
+                   gates(h));
   }
 
   // Does the LSTM update, reset and quantisation of one row and channel block. Each of two loops
@@ -473,6 +505,7 @@ class Forward {
   SavedGates<M> saved_;
   Places<M> places_;
   SparseInput<T, VL> sparse_;
+  EqualPixels<T, VL> equal_;
   InputTransform<S> inputs_;
   PlaneTransform<GateVector> outputs_;
   RunList x_runs_, mem_runs_;

@@ -170,8 +170,9 @@ struct Layout {
   int64_t x_image() const { return Hx * Wx * c.Cin; }
   int64_t state_image() const { return pixels * Cp; }
   int64_t gates_image() const { return pixels * 4 * Cp; }
-  // With Winograd the weight for direct convolution lacks the recurrent half.
-  int64_t packed_rows() const { return c.tiled() ? Kx : K(); }  // of K, in the forward weight
+  // With Winograd the weight for direct convolution lacks the recurrent half, unless some pixels'
+  // sums are formed directly.
+  int64_t packed_rows() const { return c.tiled() && !c.keeps_equal() ? Kx : K(); }  // of forward
   int64_t packed_forward() const { return Cb * packed_rows() * 4 * VL; }
   int64_t packed_backward() const { return (x_blocks + (c.tiled() ? 0 : Cb)) * Kg * VL; }
 

@@ -27,7 +27,8 @@ struct Packing {
 
   static void forward(const L& l, int threads, const T* weight, T* packed) {
     forward_half(l, threads, weight, 0, l.c.Cin, packed);
-    if (!l.c.tiled()) forward_half(l, threads, weight, l.c.Cin, l.c.C, packed + l.Kx * 4 * VL);
+    if (l.packed_rows() > l.Kx)
+      forward_half(l, threads, weight, l.c.Cin, l.c.C, packed + l.Kx * 4 * VL);
   }
 
   static void backward(const L& l, int threads, const T* weight, T* packed) {

@@ -143,9 +143,9 @@ class SparseInput {
     for (int64_t g = 0; g < groups(); ++g) sort_pixels(g, rows, s);
   }
 
-  // Adds x's part to the gates of one channel block, out (rows, Wr, 4, VL), or with a bias (4, VL)
-  // writes the sum of x's part and the bias there. w is the block's weight, (K, 4, VL).
-  void convolve(const InputLists& s, const T* w, const T* bias, T* out) const {
+  // Adds x's part to the gates of one channel block, out (rows, Wr, 4, VL). w is the block's
+  // weight, (K, 4, VL).
+  void convolve(const InputLists& s, const T* w, T* out) const {
     for (int64_t g = 0; g < groups(); ++g) {
       const Pixel* pixel = s.pixels + g * block_rows_ * Wo_;
       const Stretch* stretch = s.stretches + g * most_stretches();
@@ -153,14 +153,13 @@ class SparseInput {
       for (int64_t k = 0; k < s.stretches_end[g]; ++k, ++stretch) {
         const int64_t length = stretch->length;
         const Pixel* end = pixel + stretch->count;
-        if (length == 0 && !bias) {
+        if (length == 0) {
           pixel = end;
           continue;
         }
-        for (; pixel + 2 <= end; pixel += 2) tile<2>(s, pixel, length, weight, bias, out);
-        if (pixel < end) tile<1>(s, pixel++, length, weight, bias, out);
+        for (; pixel + 2 <= end; pixel += 2) tile<2>(s, pixel, length, weight, out);
+        if (pixel < end) tile<1>(s, pixel++, length, weight, out);
       }
-      bias = nullptr;
     }
   }
 
@@ -266,7 +265,7 @@ class SparseInput {
 
   template <int P>
   static SNNLSTM_INLINE void tile(const InputLists& s, const Pixel* pixels, int64_t length,
-                                  const T* weight, const T* bias, T* out) {
+                                  const T* weight, T* out) {
     using V = typename Merged<S, 4>::Vector;
     using R = typename V::R;
     constexpr int NV = Merged<S, 4>::count, lanes = V::lanes;
@@ -279,9 +278,8 @@ class SparseInput {
       w[p] = weight - pixels[p].shift;
       label[p] = s.label + pixels[p].begin;
       value[p] = s.value + pixels[p].begin;
-      const T* from = bias ? bias : out + pixels[p].out;
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[p][v] = V::load(from + v * lanes);
+      for (int v = 0; v < NV; ++v) acc[p][v] = V::load(out + pixels[p].out + v * lanes);
     }
     int64_t k = 0;
     const auto add = [&](R(&sum)[NV], const T* row, R x) {
