@@ -71,32 +71,33 @@ class EqualPixels {
   // Returns the decisions of a row of a block.
   const Sums* row(const Sums* sums, int64_t h) const { return sums + h * columns_; }
 
-  // Writes the bias and the recurrent sums of a row's pixels, except those that are Winograd's.
-  void write_mem(const Sums* sums, const RunList& list, const T* mem, const T* weight,
+  // Writes the bias and the recurrent sums of the pixels of some rows, except Winograd's.
+  void write_mem(const Sums* sums, int64_t rows, const RunList& list, const T* mem, const T* weight,
                  const T* bias, T* gates) const {
-    for (int64_t w = 0; w < l_.Wo;) {
-      int64_t end = w;
-      while (end < l_.Wo && sums[end] == Sums::directly) ++end;
-      sum(list, mem + w * l_.Cp, l_.Cp, weight, {bias, 0}, gates + w * kGates, end - w);
-      for (w = end; w < l_.Wo && sums[w] != Sums::directly; ++w) {
-        T* out = gates + w * kGates;
-        if (sums[w] != Sums::tiled)
-          std::memcpy(
-              out,
-              out - (sums[w] == Sums::as_left ? c_.dilation_w : c_.dilation_h * l_.Wr) * kGates,
-              kGates * sizeof(T));
+    for (; rows > 0; --rows, sums += columns_, mem += l_.Wm * l_.Cp, gates += l_.Wr * kGates)
+      for (int64_t w = 0; w < l_.Wo;) {
+        int64_t end = w;
+        while (end < l_.Wo && sums[end] == Sums::directly) ++end;
+        sum(list, mem + w * l_.Cp, l_.Cp, weight, {bias, 0}, gates + w * kGates, end - w);
+        for (w = end; w < l_.Wo && sums[w] != Sums::directly; ++w) {
+          if (sums[w] == Sums::tiled) continue;
+          const int64_t away = sums[w] == Sums::as_left ? c_.dilation_w : c_.dilation_h * l_.Wr;
+          T* out = gates + w * kGates;
+          std::memcpy(out, out - away * kGates, kGates * sizeof(T));
+        }
       }
-    }
   }
 
   // Adds the sums of x to the same pixels.
-  void add_x(const Sums* sums, const RunList& list, const T* x, const T* weight, T* gates) const {
-    for (int64_t w = 0; w < l_.Wo; ++w) {
-      const int64_t begin = w;
-      while (w < l_.Wo && sums[w] != Sums::tiled) ++w;
-      T* out = gates + begin * kGates;
-      sum(list, x + begin * c_.Cin, c_.Cin, weight, {out, kGates}, out, w - begin);
-    }
+  void add_x(const Sums* sums, int64_t rows, const RunList& list, const T* x, const T* weight,
+             T* gates) const {
+    for (; rows > 0; --rows, sums += columns_, x += l_.Wx * c_.Cin, gates += l_.Wr * kGates)
+      for (int64_t w = 0; w < l_.Wo; ++w) {
+        const int64_t begin = w;
+        while (w < l_.Wo && sums[w] != Sums::tiled) ++w;
+        T* out = gates + begin * kGates;
+        sum(list, x + begin * c_.Cin, c_.Cin, weight, {out, kGates}, out, w - begin);
+      }
   }
 
  private:

@@ -320,7 +320,7 @@ class Forward {
         const int64_t h1 = h0 + strip_ < b1 ? h0 + strip_ : b1;
         for (int64_t k = 0; k < together; ++k) {
           if (any) add_strip(of_mem, k, b0, h0, h1, cb, s);
-          if (equal_.sought()) sum_equal(t, s.blocks[k], b0, h0, h1, cb, x_too);
+          if (equal_.sought()) sum_equal(t, s.blocks[k], b0, h0, h1, cb);
         }
         if (!x_too) sweep_x(b0, h0 - b0, h1 - h0, cb, s.blocks, together);
         for (const RowBlock* b = s.blocks; b < s.blocks + together; ++b)
@@ -358,17 +358,14 @@ class Forward {
   }
 
   // Forms those sums for state rows [h0, h1) of one block, of x too if its half is Winograd's.
-  void sum_equal(int64_t t, const RowBlock& b, int64_t b0, int64_t h0, int64_t h1, int64_t cb,
-                 bool x_too) {
+  void sum_equal(int64_t t, const RowBlock& b, int64_t b0, int64_t h0, int64_t h1, int64_t cb) {
     const Span span(Part::products);
-    const auto sums = [&](int64_t h) { return equal_.row(b.sums, h - b0); };
-    const auto gates = [&](int64_t h) { return b.gates + (h - h0) * l_.Wr * kGates; };
-    for (int64_t h = h0; h < h1; ++h)
-      equal_.write_mem(sums(h), mem_runs_, states_.mem_row(t, b.r, h), weight(cb),
-                       bias_ + cb * kGates, gates(h));
-    for (int64_t h = h0; x_too && h < h1; ++h)
-      equal_.add_x(sums(h), x_runs_, b.patch + (h - b0) * l_.Wx * a_.cell.Cin, weight(cb),
-                   gates(h));
+    const Sums* sums = equal_.row(b.sums, h0 - b0);
+    equal_.write_mem(sums, h1 - h0, mem_runs_, states_.mem_row(t, b.r, h0), weight(cb),
+                     bias_ + cb * kGates, b.gates);
+    if (a_.cell.x_algorithm == CpuAlgorithm::winograd)
+      equal_.add_x(sums, h1 - h0, x_runs_, b.patch + (h0 - b0) * l_.Wx * a_.cell.Cin, weight(cb),
+                   b.gates);
   }
 
   // Does the LSTM update, reset and quantisation of one row and channel block. Each of two loops
