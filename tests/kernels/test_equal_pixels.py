@@ -17,6 +17,7 @@ DIRECTIONS = [(0, 1), (1, 0), (1, 1), (1, -1)]
 CELLS = {  # in, out, kernel, max_pool, the share of lines that are not zero, and dilation
     "narrow": (1, 5, 3, 2, 0.2, 1),
     "wide": (8, 33, 3, 2, 0.9, 1),  # dense, so that x has Winograd's sums, too
+    "sparse": (16, 20, 3, 2, 0.05, 1),
     "5x5": (2, 16, 5, 2, 0.3, 1),
     "7x3": (2, 8, (7, 3), (3, 2), 0.3, 1),
     "larger windows than kernels": (2, 8, 3, 4, 0.3, 1),
