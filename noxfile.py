@@ -25,7 +25,7 @@ LEFT_OUT = [
     f"--ignore=tests/{name}"
     for name in (
         "simt", "bench", "kernels/test_kernels.py",
-        "packaging/test_arm.py", "packaging/test_distribution.py",
+        "packaging/test_cross.py", "packaging/test_distribution.py",
     )
 ]  # fmt: skip
 
