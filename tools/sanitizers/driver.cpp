@@ -326,7 +326,7 @@ void run(Cell c, const cpu::Kernels& kernels) {
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 100, seed = argc > 2 ? std::atoi(argv[2]) : 0;
   const cpu::Kernels& kernels = SNNLSTM_ISA::kernels;
-  int counts[4] = {0, 0, 0, 0}, tiled = 0;
+  int counts[int(CpuAlgorithm::sparse) + 1] = {}, tiled = 0;
   for (int k = 0; k < cases; ++k) {
     random_bits.seed(uint64_t(seed) * 1000003 + k);
     special = between(0, 4) == 0;
