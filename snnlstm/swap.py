@@ -145,7 +145,7 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     """
     surrogates = flag("surrogates", surrogates)
     taken, left = foreign.take(a_module("model", model))
-    report = _swap("accelerate", model, _why_not_ours, _adopt, taken, left)
+    report = _swap("accelerate", model, list(OURS), _why_not_ours, _adopt, taken, left)
     named = list(model.named_modules(remove_duplicate=False))
     for name, module in reversed(named):  # the first of several names stays
         if type(module) in OURS.values() or isinstance(module, foreign.Taken):
@@ -191,7 +191,7 @@ def restore(model: nn.Module) -> SwapReport:
     `model`, the report and the errors are those of :func:`snnlstm.accelerate`.
     """
     taken = foreign.give_back(a_module("model", model))
-    return _swap("restore", model, _why_not_theirs, _give_back, taken, {})
+    return _swap("restore", model, list(OURS.values()), _why_not_theirs, _give_back, taken, {})
 
 
 def _require_snntorch(function: str) -> None:
@@ -205,19 +205,19 @@ def _require_snntorch(function: str) -> None:
 def _swap(
     action: str,
     model: nn.Module,
+    kinds: list[Any],
     why_not: Callable[[nn.Module], str | None],
     make: Callable[[Any], nn.Module],
     taken: dict[int, str],
     left: dict[int, str],
 ) -> SwapReport:
-    """Make cells of one library those of the other, and report the modules that stay.
+    """Make cells of one library, of the classes `kinds`, those of the other, and report the rest.
 
     `why_not` gives a reason to leave a module, and `make` the new cell. `taken` and `left` have the
     ids of ConvLSTMs without spikes, with what each was taken for, and why each was left.
     """
     if not taken:
         _require_snntorch(action)
-    kinds = list(OURS) if make is _adopt else list(OURS.values())
     # All new cells are made before the model is changed, so that an error leaves it whole.
     swapped: dict[int, tuple[nn.Module, nn.Module]] = {}
     reasons = dict(left)

@@ -63,26 +63,27 @@ def _part(plan: Plan, weight: Tensor, d_gates: Tensor) -> Tensor:
     return F.pad(weight.unflatten(0, (4, -1)), pad).flatten(0, 1)
 
 
-def _own_images(call: Call, time: int, step: int | None = None) -> Tensor | None:
-    """Which samples have a step, or which of those of all steps in a row; None for every one.
+def _own(call: Call, time: int) -> Tensor | None:
+    """Whether a step is one of the sample's own, (T, N), and None for all.
 
     Torch leaves out the others, but not on CUDA, whose host does not know the lengths.
     """
     if call.lengths is None or call.lengths.device.type != "cpu":
         return None
-    own = active(call.lengths, time)
-    return (own if step is None else own[step]).flatten().nonzero()[:, 0]
+    return active(call.lengths, time).flatten(1)
 
 
 def _of(images: Tensor, own: Tensor | None) -> Tensor:
     return images if own is None else images[own]
 
 
-def _among(images: Tensor, own: Tensor | None, count: int) -> Tensor:
-    """Put images among zeros in the place of the `count` - len(`own`) that were left out."""
+def _among(images: Tensor, own: Tensor | None) -> Tensor:
+    """Put images among zeros in the place of those that :func:`_of` left out."""
     if own is None:
         return images
-    return images.new_zeros((count, *images.shape[1:])).index_copy_(0, own, images)
+    every = images.new_zeros((len(own), *images.shape[1:]))
+    every[own] = images
+    return every
 
 
 def forward(
@@ -98,13 +99,14 @@ def forward(
     syn, mem = call.syn, call.mem
     weight = call.weight.detach().to(plan.work)
     spks, last = _steps(result.spk, options), plan.signature.time - 1
+    all_own = _own(call, last + 1)
     for t, x in enumerate(_steps(call.x, options)):
         spk: Tensor | None = spks[t]
-        own = _own_images(call, last + 1, t)
+        own = None if all_own is None else all_own[t]
         with torch.autocast(x.device.type, enabled=False):  # the call's own counts: plan.work
             of_x, of_mem = (_of(half, own).to(plan.work) for half in (x, mem))
             sums = _convolve(plan, of_x, of_mem, weight).to(plan.of_sums)
-        sums = _among(sums, own, len(x))
+        sums = _among(sums, own)
         # Without record the states are updated in place, each neuron by one thread.
         out_syn = result.syn[t] if options.record else result.syn
         out_mem = result.mem[t] if options.record else result.mem
@@ -163,7 +165,8 @@ def backward(
     out = tensors.empty_gradients(x, signature, (*wanted[:3], False, False, wanted[5]))
     d_gates = plan.empty_d_gates(x)
     mems = _empty_mems(call, d_gates) if wanted[3] else None
-    own = _own_images(call, signature.time)
+    own = _own(call, signature.time)
+    own = None if own is None else own.flatten()
     if call.lengths is not None:
         d_gates.zero_()
         if own is None:  # torch forms the gradients of all samples
@@ -202,6 +205,7 @@ def steps_backward(
     d_syn = torch.empty_like(syn) if out.syn is None else out.syn
     of_threshold = None if out.threshold is None else call.x.new_empty((last + 1, c))
     own = None if call.lengths is None else active(call.lengths, last + 1)
+    all_own = _own(call, last + 1)
     if own is not None:  # where finished samples keep what they were given
         into_syn = d_syn.zero_() if into_syn is None else d_syn.copy_(into_syn)
     for t in range(last, -1, -1):
@@ -223,11 +227,11 @@ def steps_backward(
         )
         into_syn, kept, into_mem = d_syn, into_mem, None
         if t > 0 or out.mem is not None:
-            some = _own_images(call, last + 1, t)
+            some = None if all_own is None else all_own[t]
             of_sums = _ordered(plan, _of(images_of(d_gates[t], mem), some), plan.work)
             shape = len(of_sums), *mem.shape[1:]
             into_mem = conv2d_input(shape, of_mem, of_sums, 1, options.padding, options.dilation)
-            into_mem = _among(into_mem, some, len(mem)).to(mem.dtype)
+            into_mem = _among(into_mem, some).to(mem.dtype)
         if own is not None and into_mem is not None:
             into_mem = torch.where(own[t], into_mem, 0 if kept is None else kept)
     if out.mem is not None and into_mem is not None:
@@ -255,7 +259,7 @@ def _data_gradient(
     grads = _of(images_of(d_gates.flatten(0, 1), call.mem), own)
     shape = len(grads), *x.shape[2:]
     found = conv2d_input(shape, of_x, _ordered(plan, grads, plan.work), *geometry)
-    out.copy_(_among(found, own, x.shape[0] * x.shape[1]).view_as(out))
+    out.copy_(_among(found, own).view_as(out))
 
 
 def _weight_gradient(

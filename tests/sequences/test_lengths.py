@@ -218,13 +218,19 @@ def test_compiled_code_takes_other_lengths_without_another_compilation(fresh_com
     assert cell.path.native
 
 
-@pytest.mark.parametrize("hooked", [False, True], ids=["sequence", "steps"])
-def test_a_convlstm_is_for_each_sample_as_it_is_alone(backend, hooked):
+def convlstm_and_input(hooked: bool) -> tuple[snnlstm.ConvLSTM, Tensor]:
+    """Returns a stack of two layers, whose first is called step by step if it is hooked."""
     torch.manual_seed(1)
     net = snnlstm.ConvLSTM(2, [3, 4], 3, 2, return_all_layers=True, dtype=torch.float64)
     if hooked:
         net.cell_list[0].register_forward_hook(lambda *given: None)
-    x = steps(TIME, len(LENGTHS), 2, 6, 7).double().masked_fill_(~own(), torch.nan)
+    return net, steps(TIME, len(LENGTHS), 2, 6, 7).double()
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["sequence", "steps"])
+def test_a_convlstm_is_for_each_sample_as_it_is_alone(backend, hooked):
+    net, x = convlstm_and_input(hooked)
+    x.masked_fill_(~own(), torch.nan)
     outs, states = net(x, lengths=LENGTHS)
     sum(h.sum() for h in [*outs, *states[1]]).backward()
     grads = [p.grad for p in net.parameters()]
@@ -258,11 +264,7 @@ def after_each_step(cell: snnlstm.ConvLSTMCell, x: Tensor, lengths: list[int] | 
 
 @pytest.mark.parametrize("hooked", [False, True], ids=["sequence", "steps"])
 def test_a_convlstm_records_the_states_of_every_step(backend, hooked):
-    torch.manual_seed(2)
-    net = snnlstm.ConvLSTM(2, [3, 4], 3, 2, return_all_layers=True, dtype=torch.float64)
-    if hooked:
-        net.cell_list[0].register_forward_hook(lambda *given: None)
-    x = steps(TIME, len(LENGTHS), 2, 6, 7).double()
+    net, x = convlstm_and_input(hooked)
     results = []
     for lengths in (None, LENGTHS):
         outs, states = net(x, lengths=lengths, record=True)
