@@ -1,25 +1,19 @@
 // The forward pass of a sequence. Each step and block of rows has its gates convolved, and right
-// after that, while the gates still lie in L1, its LSTM update, reset, quantisation, pooling and
-// spikes. A thread takes several small images together. state_rows.h holds the states.
+// after that, while the gates still lie in L1, its neurons updated (neuron_forward.h). A thread
+// takes several small images together. state_rows.h holds the states.
 #pragma once
 
 #include "equal_pixels.h"
-#include "pool.h"
-#include "saved_gates.h"
+#include "neuron_forward.h"
 #include "sparse.h"
-#include "state_rows.h"
 #include "threads.h"
 #include "tiles.h"
-#include "transpose.h"
 
 SNNLSTM_BEGIN_ISA
 
 template <class T, int VL>
 class Forward {
-  using M = Math<T, VL>;
   using S = Simd<T, VL>;
-  using R = typename S::R;
-  using Mask = typename S::Mask;
   static constexpr int kGates = 4 * VL;
   using GateVector = typename Merged<S, 4>::Vector;
   using Rows = typename StateRows<T, VL>::Rows;
@@ -32,8 +26,7 @@ class Forward {
         states_(args, l_, tasks_),
         block_(l_.block_rows()),
         strip_(l_.strip_rows()),
-        saved_(args.packed_gates),
-        places_(args, l_.Cp),
+        neuron_(args, l_, states_),
         sparse_(l_, strip_),
         equal_(l_, block_, strip_) {
     if constexpr (kHasWinograd<T, VL>) {
@@ -84,7 +77,6 @@ class Forward {
 
   struct ForwardScratch {
     RowBlock* blocks;
-    T* pooled;                            // (Wp, Cp)
     T *mem_values, *x_values, *products;  // Winograd: tiles.h
     typename EqualPixels<T, VL>::Scratch equal;
   };
@@ -93,7 +85,7 @@ class Forward {
     const Cell& c = a_.cell;
     counters_ = workspace.take<Phases::Counter>(c.T + 1);
     bias_ = workspace.take<T>(l_.Cb * kGates);
-    threshold_ = workspace.take<T>(l_.Cp);
+    neuron_.carve(workspace);
     states_.carve(workspace);
     scratch_ = workspace.take<ForwardScratch>(a_.threads);
     const int64_t points = c.tiled() ? l_.form.points() : 0;
@@ -101,12 +93,10 @@ class Forward {
     for (int k = 0; k < a_.threads; ++k) {
       const ForwardScratch s{
           workspace.take<RowBlock>(tasks_.most_together),
-          workspace.take<T>(l_.Wp * l_.Cp),
           workspace.take<T>(points * of_mem.values_stride),
           workspace.take<T>(c.x_algorithm == CpuAlgorithm::winograd ? points * of_x.values_stride
                                                                     : 0),
-          workspace.take<T>(points * of_mem.products_stride),
-          equal_.carve(workspace)};
+          workspace.take<T>(points * of_mem.products_stride), equal_.carve(workspace)};
       for (int64_t slot = 0; slot < tasks_.most_together; ++slot) {
         const RowBlock b = carve_block(workspace);
         if (s.blocks) s.blocks[slot] = b;
@@ -144,13 +134,11 @@ class Forward {
   void pack_vectors() {
     const Cell& c = a_.cell;
     const T* bias = static_cast<const T*>(a_.bias);
-    const T* threshold = static_cast<const T*>(a_.threshold);
-    for (int64_t ch = 0; ch < l_.Cp; ++ch) {
+    for (int64_t ch = 0; ch < l_.Cp; ++ch)
       for (int gate = 0; gate < 4; ++gate)
         bias_[ch / VL * kGates + gate * VL + ch % VL] =
             bias && ch < c.C ? bias[gate * c.C + ch] : T(0);
-      threshold_[ch] = c.spiking && ch < c.C ? threshold[ch * a_.threshold_stride] : T(1);
-    }
+    neuron_.pack_vectors();
   }
 
   // Does the tasks of a group, which are the same rows of each of its images.
@@ -173,14 +161,7 @@ class Forward {
       else if constexpr (kHasWinograd<T, VL>)
         tiled(t, together, b0, b1, s);
     }
-    for (int64_t k = 0; k < together; ++k) {
-      const Rows& r = s.blocks[k].r;
-      write_states(t, r, begin, end);
-      if (a_.cell.inhibition)
-        fire_winner(t, r, s);
-      else if (a_.cell.spiking)
-        fire(t, r, begin / a_.cell.pool_h, end / a_.cell.pool_h, s);
-    }
+    for (int64_t k = 0; k < together; ++k) neuron_.finish(t, s.blocks[k].r, begin, end, thread);
   }
 
   // Returns how many input rows the kernel, or the tiles, of `rows` state rows look at.
@@ -289,7 +270,7 @@ class Forward {
       }
       for (const RowBlock* b = s.blocks; b < s.blocks + together; ++b)
         for (int64_t h = b0; h < b1; ++h)
-          update(t, b->r, h, cb, b->gates + (h - b0) * l_.Wr * kGates);
+          neuron_.update(t, b->r, h, cb, b->gates + (h - b0) * l_.Wr * kGates);
     }
   }
 
@@ -325,7 +306,7 @@ class Forward {
         if (!x_too) sweep_x(b0, h0 - b0, h1 - h0, cb, s.blocks, together);
         for (const RowBlock* b = s.blocks; b < s.blocks + together; ++b)
           for (int64_t h = h0; h < h1; ++h)
-            update(t, b->r, h, cb, b->gates + (h - h0) * l_.Wr * kGates);
+            neuron_.update(t, b->r, h, cb, b->gates + (h - h0) * l_.Wr * kGates);
       }
     }
   }
@@ -368,146 +349,19 @@ class Forward {
                    b.gates);
   }
 
-  // Does the LSTM update, reset and quantisation of one row and channel block. Each of two loops
-  // has one chain of exp and division per pixel, so that more pixels are in flight.
-  void update(int64_t t, const Rows& r, int64_t h, int64_t cb, T* gates) {
-    const Span span(Part::pointwise);
-    const Cell& c = a_.cell;
-    const R threshold = S::load(threshold_ + cb * VL);
-    const bool resets = c.reset != Reset::none;
-    const T* syn_in = states_.syn_before(t, r, h) + cb * VL;
-    T* syn_out = states_.syn_after(t, r, h) + cb * VL;
-    const T* mem_in = states_.mem_inner(t, r, h) + cb * VL;
-    T* mem_out = states_.mem_inner(t + 1, r, h) + cb * VL;
-    const int64_t pixel = l_.Cb * saved_.size();
-    T* saved = a_.saved_gates
-                   ? static_cast<T*>(a_.saved_gates) +
-                         ((t * c.N + r.n) * l_.pixels + h * l_.Wo) * pixel + cb * saved_.size()
-                   : nullptr;
-    for (int64_t w = 0; w < l_.Wo; ++w) {
-      T* g = gates + w * kGates;
-      const Gates<R> act = Neuron<M>::activate(
-          {S::load(g), S::load(g + VL), S::load(g + 2 * VL), S::load(g + 3 * VL)});
-      S::store(g, Neuron<M>::next_syn(act, S::load(syn_in + w * l_.Cp)));
-      S::store(g + 2 * VL, act.o);
-      if (saved) saved_.put(saved + w * pixel, act);
-    }
-    for (int64_t w = 0; w < l_.Wo; ++w) {
-      const T* g = gates + w * kGates;
-      R syn = S::load(g);
-      const R o = S::load(g + 2 * VL);
-      const Mask reset = resets ? Neuron<M>::fires(S::load(mem_in + w * l_.Cp), threshold) : Mask{};
-      R mem = Neuron<M>::next_mem(o, M::tanh(syn));
-      mem = Neuron<M>::after_reset(c.reset, mem, reset, threshold);
-      S::store(syn_out + w * l_.Cp, quantised<M>(syn, a_));
-      S::store(mem_out + w * l_.Cp, quantised<M>(mem, a_));
-      if (saved) saved_.put_output(saved + w * pixel, o, reset);
-    }
-  }
-
-  void write_states(int64_t t, const Rows& r, int64_t begin, int64_t end) {
-    const Span span(Part::copies);
-    const auto put = [&](const View& v, const T* src, int64_t row) {
-      store_rows<S>(src, Pixels{l_.Wo, row, l_.Cp}, end - begin, a_.cell.C, v, t, r.n, begin,
-                    [](R state, int64_t) { return state; });
-    };
-    const T* mem = states_.mem_inner(t + 1, r, begin);
-    if (a_.spk_is_mem()) put(a_.spk, mem, l_.Wm * l_.Cp);
-    if (!a_.record && t != r.steps - 1) return;
-    put(a_.syn, states_.syn_after(t, r, begin), l_.Wo * l_.Cp);
-    put(a_.mem, mem, l_.Wm * l_.Cp);
-  }
-
-  // Returns row h of the pooled image: channels-last pixels, which lie `stride` apart. In training
-  // it keeps the places of the maxima.
-  const T* pooled_row(int64_t t, const Rows& r, int64_t h, const ForwardScratch& s,
-                      int64_t& stride) {
-    const Cell& c = a_.cell;
-    const T* mem = states_.mem_inner(t + 1, r, h * c.pool_h);
-    stride = l_.Cp;
-    if (c.pool == Pool::none) return mem;  // quantised already
-    const int64_t row = l_.Wm * l_.Cp, first = places_.row(t, r.n, h);
-    for (int64_t w = 0; w < l_.Wp; ++w)
-      for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
-        const T* window = mem + w * c.pool_w * l_.Cp + ch;
-        const int64_t k = w * l_.Cp + ch;
-        R v;
-        if (c.pool == Pool::max) {
-          v = PoolWindow<M>::max(c, window, row, l_.Cp);
-          if (places_.present())
-            places_.put(first + k, PoolWindow<M>::place(c, window, row, l_.Cp, v));
-        } else {
-          v = PoolWindow<M>::mean(c, window, row, l_.Cp);
-        }
-        S::store(s.pooled + k, quantised<M>(v, a_));
-      }
-    return s.pooled;
-  }
-
-  T graded() const { return *static_cast<const T*>(a_.graded_factor); }
-
-  // Writes the spikes of rows [begin, end) of the pooled image.
-  void fire(int64_t t, const Rows& r, int64_t begin, int64_t end, const ForwardScratch& s) {
-    const Span span(Part::pointwise);
-    const R spike = S::splat(graded()), silent = S::splat(T(0) * graded());
-    const auto spikes = [&](R mem, int64_t ch) {
-      return S::where(Neuron<M>::fires(mem, S::load(threshold_ + ch)), spike, silent);
-    };
-    const int64_t rows = a_.cell.pool == Pool::none ? end - begin : 1;
-    for (int64_t h = begin; h < end; h += rows) {
-      int64_t stride;
-      const T* row = pooled_row(t, r, h, s, stride);
-      store_rows<S>(row, Pixels{l_.Wp, l_.Wm * l_.Cp, stride}, rows, a_.cell.C, a_.spk, t, r.n, h,
-                    spikes);
-    }
-  }
-
-  // Inhibition lets only the neuron of a sample with the highest (pooled) membrane potential spike.
-  // Of those that count as the highest the one with the lowest index in (C, Hp, Wp) wins.
-  void fire_winner(int64_t t, const Rows& r, const ForwardScratch& s) {
-    const Span span(Part::pointwise);
-    const Cell& c = a_.cell;
-    const View& v = a_.spk;
-    const auto each = [&](auto&& look) {
-      for (int64_t h = 0; h < l_.Hp; ++h) {
-        int64_t stride;
-        const T* row = pooled_row(t, r, h, s, stride);
-        for (int64_t ch = 0; ch < c.C; ++ch)
-          for (int64_t w = 0; w < l_.Wp; ++w)
-            look(row[w * stride + ch], (ch * l_.Hp + h) * l_.Wp + w);
-        store_row<S>(row, Row{stride}, l_.Wp, c.C, row_of<T>(v, t, r.n, h), v.stride[2],
-                     v.stride[4], [&](R, int64_t) { return S::splat(T(0) * graded()); });
-      }
-    };
-    T highest = -INFINITY, best = 0;
-    each([&](T mem, int64_t) { highest = mem > highest || mem != mem ? mem : highest; });
-    const T unit = M::last_place(S::splat(highest))[0];
-    int64_t winner = -1;
-    each([&](T mem, int64_t index) {
-      if ((winner < 0 || index < winner) && is_largest(mem, highest, unit))
-        best = mem, winner = index;
-    });
-    if (a_.winner) a_.winner[t * c.N + r.n] = winner;
-    if (winner < 0) return;
-    const int64_t ch = winner / (l_.Hp * l_.Wp), h = winner / l_.Wp % l_.Hp, w = winner % l_.Wp;
-    if (best - threshold_[ch] > T(0))
-      row_of<T>(v, t, r.n, h)[ch * v.stride[2] + w * v.stride[4]] = graded();
-  }
-
   const ForwardArgs& a_;
   Layout<T, VL> l_;
   RowTasks tasks_;
   StateRows<T, VL> states_;
   int64_t block_, strip_;  // rows worked on at a time; rows whose gates are in the buffer at a time
-  SavedGates<M> saved_;
-  Places<M> places_;
+  NeuronForward<T, VL> neuron_;
   SparseInput<T, VL> sparse_;
   EqualPixels<T, VL> equal_;
   InputTransform<S> inputs_;
   PlaneTransform<GateVector> outputs_;
   RunList x_runs_, mem_runs_;
   Phases::Counter* counters_ = nullptr;
-  T *bias_ = nullptr, *threshold_ = nullptr;
+  T* bias_ = nullptr;
   ForwardScratch* scratch_ = nullptr;
 };
 

@@ -1,0 +1,186 @@
+// The pointwise part of the forward pass: LSTM update, reset and quantisation of a row of gates,
+// pooling and spikes. It writes the results that the caller asked for, and what training saves.
+#pragma once
+
+#include "pool.h"
+#include "saved_gates.h"
+#include "state_rows.h"
+
+SNNLSTM_BEGIN_ISA
+
+template <class T, int VL>
+class NeuronForward {
+  using M = Math<T, VL>;
+  using S = Simd<T, VL>;
+  using R = typename S::R;
+  using Mask = typename S::Mask;
+  using Rows = typename StateRows<T, VL>::Rows;
+  static constexpr int kGates = 4 * VL;
+
+ public:
+  NeuronForward(const ForwardArgs& a, const Layout<T, VL>& l, const StateRows<T, VL>& states)
+      : a_(a), l_(l), states_(states), saved_(a.packed_gates), places_(a, l.Cp) {}
+
+  void carve(Workspace& workspace) {
+    threshold_ = workspace.take<T>(l_.Cp);
+    pooled_ = workspace.take<T*>(a_.threads);
+    for (int k = 0; k < a_.threads; ++k) {
+      T* const row = workspace.take<T>(l_.Wp * l_.Cp);
+      if (pooled_) pooled_[k] = row;
+    }
+  }
+
+  void pack_vectors() {
+    const T* threshold = static_cast<const T*>(a_.threshold);
+    for (int64_t ch = 0; ch < l_.Cp; ++ch)
+      threshold_[ch] =
+          a_.cell.spiking && ch < a_.cell.C ? threshold[ch * a_.threshold_stride] : T(1);
+  }
+
+  // Does the LSTM update, reset and quantisation of one row and channel block. Each of two loops
+  // has one chain of exp and division per pixel, so that more pixels are in flight.
+  void update(int64_t t, const Rows& r, int64_t h, int64_t cb, T* gates) const {
+    const Span span(Part::pointwise);
+    const Cell& c = a_.cell;
+    const R threshold = S::load(threshold_ + cb * VL);
+    const bool resets = c.reset != Reset::none;
+    const T* syn_in = states_.syn_before(t, r, h) + cb * VL;
+    T* syn_out = states_.syn_after(t, r, h) + cb * VL;
+    const T* mem_in = states_.mem_inner(t, r, h) + cb * VL;
+    T* mem_out = states_.mem_inner(t + 1, r, h) + cb * VL;
+    const int64_t pixel = l_.Cb * saved_.size();
+    T* saved = a_.saved_gates
+                   ? static_cast<T*>(a_.saved_gates) +
+                         ((t * c.N + r.n) * l_.pixels + h * l_.Wo) * pixel + cb * saved_.size()
+                   : nullptr;
+    for (int64_t w = 0; w < l_.Wo; ++w) {
+      T* g = gates + w * kGates;
+      const Gates<R> act = Neuron<M>::activate(
+          {S::load(g), S::load(g + VL), S::load(g + 2 * VL), S::load(g + 3 * VL)});
+      S::store(g, Neuron<M>::next_syn(act, S::load(syn_in + w * l_.Cp)));
+      S::store(g + 2 * VL, act.o);
+      if (saved) saved_.put(saved + w * pixel, act);
+    }
+    for (int64_t w = 0; w < l_.Wo; ++w) {
+      const T* g = gates + w * kGates;
+      R syn = S::load(g);
+      const R o = S::load(g + 2 * VL);
+      const Mask reset = resets ? Neuron<M>::fires(S::load(mem_in + w * l_.Cp), threshold) : Mask{};
+      R mem = Neuron<M>::next_mem(o, M::tanh(syn));
+      mem = Neuron<M>::after_reset(c.reset, mem, reset, threshold);
+      S::store(syn_out + w * l_.Cp, quantised<M>(syn, a_));
+      S::store(mem_out + w * l_.Cp, quantised<M>(mem, a_));
+      if (saved) saved_.put_output(saved + w * pixel, o, reset);
+    }
+  }
+
+  // Writes the states and spikes of rows [begin, end), all of whose channels are updated.
+  void finish(int64_t t, const Rows& r, int64_t begin, int64_t end, int thread) const {
+    const Cell& c = a_.cell;
+    T* const pooled = pooled_[thread];
+    write_states(t, r, begin, end);
+    if (c.inhibition)
+      fire_winner(t, r, pooled);
+    else if (c.spiking)
+      fire(t, r, begin / c.pool_h, end / c.pool_h, pooled);
+  }
+
+ private:
+  void write_states(int64_t t, const Rows& r, int64_t begin, int64_t end) const {
+    const Span span(Part::copies);
+    const auto put = [&](const View& v, const T* src, int64_t row) {
+      store_rows<S>(src, Pixels{l_.Wo, row, l_.Cp}, end - begin, a_.cell.C, v, t, r.n, begin,
+                    [](R state, int64_t) { return state; });
+    };
+    const T* mem = states_.mem_inner(t + 1, r, begin);
+    if (a_.spk_is_mem()) put(a_.spk, mem, l_.Wm * l_.Cp);
+    if (!a_.record && t != r.steps - 1) return;
+    put(a_.syn, states_.syn_after(t, r, begin), l_.Wo * l_.Cp);
+    put(a_.mem, mem, l_.Wm * l_.Cp);
+  }
+
+  // Returns row h of the pooled image: channels-last pixels, which lie `stride` apart. In training
+  // it keeps the places of the maxima.
+  const T* pooled_row(int64_t t, const Rows& r, int64_t h, T* pooled, int64_t& stride) const {
+    const Cell& c = a_.cell;
+    const T* mem = states_.mem_inner(t + 1, r, h * c.pool_h);
+    stride = l_.Cp;
+    if (c.pool == Pool::none) return mem;  // quantised already
+    const int64_t row = l_.Wm * l_.Cp, first = places_.row(t, r.n, h);
+    for (int64_t w = 0; w < l_.Wp; ++w)
+      for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
+        const T* window = mem + w * c.pool_w * l_.Cp + ch;
+        const int64_t k = w * l_.Cp + ch;
+        R v;
+        if (c.pool == Pool::max) {
+          v = PoolWindow<M>::max(c, window, row, l_.Cp);
+          if (places_.present())
+            places_.put(first + k, PoolWindow<M>::place(c, window, row, l_.Cp, v));
+        } else {
+          v = PoolWindow<M>::mean(c, window, row, l_.Cp);
+        }
+        S::store(pooled + k, quantised<M>(v, a_));
+      }
+    return pooled;
+  }
+
+  T graded() const { return *static_cast<const T*>(a_.graded_factor); }
+
+  // Writes the spikes of rows [begin, end) of the pooled image.
+  void fire(int64_t t, const Rows& r, int64_t begin, int64_t end, T* pooled) const {
+    const Span span(Part::pointwise);
+    const R spike = S::splat(graded()), silent = S::splat(T(0) * graded());
+    const auto spikes = [&](R mem, int64_t ch) {
+      return S::where(Neuron<M>::fires(mem, S::load(threshold_ + ch)), spike, silent);
+    };
+    const int64_t rows = a_.cell.pool == Pool::none ? end - begin : 1;
+    for (int64_t h = begin; h < end; h += rows) {
+      int64_t stride;
+      const T* row = pooled_row(t, r, h, pooled, stride);
+      store_rows<S>(row, Pixels{l_.Wp, l_.Wm * l_.Cp, stride}, rows, a_.cell.C, a_.spk, t, r.n, h,
+                    spikes);
+    }
+  }
+
+  // Inhibition lets only the neuron of a sample with the highest (pooled) membrane potential spike.
+  // Of those that count as the highest the one with the lowest index in (C, Hp, Wp) wins.
+  void fire_winner(int64_t t, const Rows& r, T* pooled) const {
+    const Span span(Part::pointwise);
+    const Cell& c = a_.cell;
+    const View& v = a_.spk;
+    const auto each = [&](auto&& look) {
+      for (int64_t h = 0; h < l_.Hp; ++h) {
+        int64_t stride;
+        const T* row = pooled_row(t, r, h, pooled, stride);
+        for (int64_t ch = 0; ch < c.C; ++ch)
+          for (int64_t w = 0; w < l_.Wp; ++w)
+            look(row[w * stride + ch], (ch * l_.Hp + h) * l_.Wp + w);
+        store_row<S>(row, Row{stride}, l_.Wp, c.C, row_of<T>(v, t, r.n, h), v.stride[2],
+                     v.stride[4], [&](R, int64_t) { return S::splat(T(0) * graded()); });
+      }
+    };
+    T highest = -INFINITY, best = 0;
+    each([&](T mem, int64_t) { highest = mem > highest || mem != mem ? mem : highest; });
+    const T unit = M::last_place(S::splat(highest))[0];
+    int64_t winner = -1;
+    each([&](T mem, int64_t index) {
+      if ((winner < 0 || index < winner) && is_largest(mem, highest, unit))
+        best = mem, winner = index;
+    });
+    if (a_.winner) a_.winner[t * c.N + r.n] = winner;
+    if (winner < 0) return;
+    const int64_t ch = winner / (l_.Hp * l_.Wp), h = winner / l_.Wp % l_.Hp, w = winner % l_.Wp;
+    if (best - threshold_[ch] > T(0))
+      row_of<T>(v, t, r.n, h)[ch * v.stride[2] + w * v.stride[4]] = graded();
+  }
+
+  const ForwardArgs& a_;
+  const Layout<T, VL>& l_;
+  const StateRows<T, VL>& states_;
+  SavedGates<M> saved_;
+  Places<M> places_;
+  T* threshold_ = nullptr;
+  T** pooled_ = nullptr;  // of each thread: (Wp, Cp)
+};
+
+SNNLSTM_END_ISA
