@@ -166,7 +166,7 @@ def integer(name: str, value: Any) -> int:
 
 
 def pair(
-    name: str, value: Any, dims: int = 2, lengths: tuple[int, ...] = (), also: str = ""
+    name: str, value: Any, dims: int, lengths: tuple[int, ...] = (), also: str = ""
 ) -> tuple[int, int]:
     """Check an int or a sequence of `dims` ints, each at least 1; returns (height, width).
 
@@ -185,7 +185,7 @@ def pair(
     return int(fixed(both[0])) if dims == 2 else 1, int(fixed(both[-1]))
 
 
-def kernel(name: str, value: Any, dims: int = 2) -> tuple[int, int]:
+def kernel(name: str, value: Any, dims: int) -> tuple[int, int]:
     """Check a kernel size: odd, so that one padding keeps the size of the state."""
     size = pair(name, value, dims)
     if size[0] % 2 == 0 or size[1] % 2 == 0:
@@ -196,7 +196,7 @@ def kernel(name: str, value: Any, dims: int = 2) -> tuple[int, int]:
     return size
 
 
-def pooling(max_pool: Any, avg_pool: Any, dims: int = 2) -> tuple[Pool, tuple[int, int]]:
+def pooling(max_pool: Any, avg_pool: Any, dims: int) -> tuple[Pool, tuple[int, int]]:
     """Check both pooling arguments; anything falsy is off."""
     if max_pool and avg_pool:
         raise ValueError(

@@ -47,9 +47,7 @@ class SpikeCount:
             output = _bare(output)
             self.spikes = _bare(self.spikes + output.count_nonzero())
             self.chances += output.numel()
-            mem = (
-                layer._state.mem if isinstance(layer, SConv2dLSTM) else getattr(layer, "mem", None)
-            )
+            mem = getattr(layer, "mem", None)
             if isinstance(mem, Tensor) and mem.numel():
                 highest, so_far = _bare(mem).detach().max(), self.highest
                 self.highest = _bare(highest if so_far is None else torch.maximum(highest, so_far))
@@ -129,9 +127,9 @@ def spike_rates(model: nn.Module, show: bool = True) -> SpikeRates:
 
     prints, at the end of the block::
 
-        layer               rate  spikes  mem up to  threshold
-        lstm1  SConv2dLSTM  5.31%   1203      0.192        0.1
-        lstm2  SConv2dLSTM  0.00%      0     0.0871          1  never spiked
+        layer                rate  spikes  mem up to  threshold
+        lstm1  SConv2dLSTM  5.31%    1203      0.192        0.1
+        lstm2  SConv2dLSTM  0.00%       0     0.0871          1  never spiked
 
     Parameters
     ----------

@@ -170,6 +170,11 @@ def test_numpys_numbers_are_accepted():
     assert cell.conv.bias is None
     cell.threshold = numpy.float32(0.25)
     assert cell.threshold == 0.25
+    of_numpy_1 = type("bool_", (), {"__bool__": lambda self: True})
+    for value in (numpy.bool_(True), of_numpy_1()):
+        cell.inhibition = value
+        assert cell.inhibition is True
+        cell.inhibition = False
 
 
 @pytest.mark.parametrize(("name", "value", "error"), rows(ATTRIBUTES))
@@ -286,6 +291,33 @@ def test_a_bias_whose_storage_was_freed_is_named(warm):
     cell.conv.bias.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="bias must have memory"):
         cell(X, STATE, STATE)
+
+
+def test_the_hash_of_options_is_computed_once(monkeypatch):
+    one, other = snnlstm.options.CellOptions((3, 3)), snnlstm.options.CellOptions((3, 5))
+    before = hash(one)
+    assert before != hash(other)
+    monkeypatch.setattr(snnlstm.options, "fields", None)
+    assert hash(one) == before
+
+
+def test_options_of_equal_arguments_are_found_again():
+    make, in_time = snnlstm.options.make_options, snnlstm.options.in_time
+
+    def found_again(**arguments):
+        one, other = (make([3, 3], stride=[2, 1], **arguments) for _ in range(2))
+        assert one == other
+        assert (in_time(one, True, False, False) is in_time(one, True, False, False)) is bool(
+            one.text
+        )
+        assert in_time(one, True, False, True) is not in_time(one, True, False, True)
+        return one is other
+
+    assert found_again()
+    # torch.compile traces no cache, and a cache would keep the callables of others alive.
+    assert not found_again(traced=True)
+    assert not found_again(spike_grad=torch.sigmoid)
+    assert not found_again(state_quant=torch.round)
 
 
 def test_an_algorithm_is_set_for_a_block():

@@ -1,6 +1,7 @@
 """Quantisers of states have snnTorch's levels and values, and straight-through gradients."""
 
 import copy
+import io
 import pickle
 
 import hypothesis.strategies as st
@@ -63,6 +64,19 @@ def test_any_levels_give_what_the_definition_gives(values, dtype, random):
         actual = StateQuant(levels)(x)
         assert actual.dtype == dtype
         assert torch.equal(actual, plainly(x, levels))
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["ascending", "descending"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_of_many_blocks_in_any_order_of_memory(order, dtype):
+    quant = StateQuant(order * torch.linspace(-1, 1, 33))
+    assert quant.ascending is (order == 1)
+    x = 3 * torch.randn(2, 3, 101, 127, dtype=dtype)
+    for image in (x[0, :, :3, :5], x, x.to(memory_format=torch.channels_last)):
+        actual = quant(image)
+        assert actual.dtype == dtype
+        assert torch.equal(actual, plainly(image, quant.levels))
+    assert quant(x.to("meta")).shape == x.shape
 
 
 TABLES = [
@@ -139,13 +153,29 @@ def test_levels_that_the_kernels_cannot_take_use_the_reference_path(backend):
         assert reason in cell.path.reason
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-def test_it_differentiates_forward_and_under_vmap_and_compiles():
+def test_it_differentiates_forward_and_under_vmap():
     quant, x = state_quant(4), torch.linspace(-2, 2, 64)
     out, tangent = torch.func.jvp(quant, (x,), (torch.arange(64.0),))
     assert torch.equal(out, quant(x))
     assert torch.equal(tangent, torch.arange(64.0))
     assert torch.equal(torch.func.vmap(quant)(x.view(8, 8)).flatten(), quant(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_records_values_and_gradient_and_can_be_saved():
+    quant, x = state_quant(4), torch.linspace(-2, 2, 64)
+    torch.jit.save(torch.jit.trace(lambda x: quant(x), x), file := io.BytesIO())
+    file.seek(0)
+    y = torch.cat([3 * torch.randn(61), torch.tensor([torch.nan, torch.inf, -torch.inf])])
+    out = torch.jit.load(file)(y.requires_grad_())
+    assert torch.equal(out, quant(y))
+    out.sum().backward()
+    assert torch.equal(y.grad, y.isfinite().float())
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_it_compiles():
+    quant, x = state_quant(4), torch.linspace(-2, 2, 64)
     assert torch.equal(torch.compile(quant, fullgraph=True, backend="aot_eager")(x), quant(x))
 
 
@@ -154,6 +184,8 @@ def test_it_can_be_copied_pickled_hashed_and_printed():
     assert copy.deepcopy(quant) == pickle.loads(pickle.dumps(quant)) == quant
     assert len({quant, state_quant(4), state_quant(5)}) == 2
     assert quant != state_quant(4, threshold=2)
+    for one in (quant, StateQuant(quant.levels.double())):
+        assert StateQuant.from_text(one.text) == one
     assert repr(quant) == "StateQuant(16 levels, -1 to 1.2)"
 
 
@@ -162,6 +194,7 @@ def test_levels_are_copied():
     quant = StateQuant(levels)
     levels.fill_(7)
     assert quant.levels.tolist() == [0, 1]
+    assert StateQuant(levels).ascending  # which are equal
 
 
 def test_what_is_not_snntorchs_quantiser_stays_what_it_is():

@@ -53,6 +53,7 @@ def names():
     return {
         "torch": torch, "nn": nn, "snnlstm": snnlstm, "Sequential": snnlstm.Sequential,
         "ConvLSTM": snnlstm.ConvLSTM, "ConvLSTMCell": snnlstm.ConvLSTMCell,
+        "SConv1dLSTM": snnlstm.SConv1dLSTM,
         "SConv2dLSTM": snnlstm.SConv2dLSTM, "sconv2dlstm": snnlstm.functional.sconv2dlstm,
         "surrogate": snnlstm.surrogate, "quant": snnlstm.quant,
         "cuda_check": snnlstm.native.cuda_check,
@@ -134,7 +135,7 @@ def shown():
 def test_messages_are_those_of_the_snapshot(shown):
     actual, expected = shown[0].split(">>> "), SNAPSHOT.read_text().split(">>> ")
     for one, other in itertools.zip_longest(actual, expected):
-        assert one == other, "a message changed: python -m tests.test_messages, and read git diff"
+        assert one == other, "a message changed: python -m tests.docs.test_messages, and read git diff"
 
 
 # messages.txt shows every `raise` of these modules.

@@ -10,6 +10,7 @@ from helpers import close, ours, quietly, steps, theirs
 from torch import nn
 
 import snnlstm
+from snnlstm.rates import SpikeCount
 
 X = steps(4, 2, 2, 6, 6)
 
@@ -74,6 +75,46 @@ def test_the_table_names_what_never_spiked_and_what_was_not_called(capsys):
     assert lines[2].endswith("1  never spiked")
     assert lines[3].endswith("not called, or compiled before")
     assert math.isnan(rates["c"].rate)
+
+
+def test_the_table_is_the_documented_one():
+    table = snnlstm.rates.SpikeRates(nn.Identity(), show=False)
+    table["lstm1"] = SpikeCount("SConv2dLSTM", 0.1, torch.tensor(1203), 22656, torch.tensor(0.192))
+    table["lstm2"] = SpikeCount("SConv2dLSTM", 1.0, torch.tensor(0), 11328, torch.tensor(0.0871))
+    for line in str(table).splitlines():
+        assert line in snnlstm.spike_rates.__doc__
+    table[""] = SpikeCount("Bare", None, torch.tensor(1), 2)
+    table["late"] = SpikeCount("Bare", None)
+    assert str(table).splitlines()[1:] == [
+        "lstm1  SConv2dLSTM   5.31%    1203      0.192        0.1",
+        "lstm2  SConv2dLSTM   0.00%       0     0.0871          1  never spiked",
+        ".      Bare         50.00%       1",
+        "late   Bare                      0                        not called, or compiled before",
+    ]
+
+
+class Bare(snntorch.SpikingNeuron):
+    """This neuron has neither mem nor a threshold."""
+
+    def __init__(self):
+        super().__init__()
+        del self.threshold
+
+    def forward(self, x):
+        return (x > 0).float()
+
+
+def test_neurons_without_mem_or_threshold_are_counted():
+    net = nn.Sequential(Bare(), ours(init_hidden=True))
+    with snnlstm.spike_rates(net, show=False) as rates:
+        net(X[0])
+    assert (rates["0"].threshold, rates["0"].highest) == (None, None)
+    assert rates["0"].spikes == X[0].count_nonzero()
+
+
+def test_without_snntorch_our_cells_are_counted(monkeypatch):
+    monkeypatch.setattr(snnlstm.rates, "Neuron", None)
+    assert list(snnlstm.spike_rates(network(), show=False).__enter__()) == ["0", "1"]
 
 
 def test_a_model_without_neurons_and_what_is_no_model():
