@@ -93,6 +93,18 @@ CHANGES = {
 }
 
 
+def test_each_part_of_convs_geometry_counts(backend):
+    for name, value in (("stride", (2, 2)), ("padding", (0, 0)), ("groups", 2)):
+        cell = ours()
+        setattr(cell.conv, name, value)
+        found = snnlstm.path.reason_against_conv(cell.conv, nn.Conv2d, cell._options[False, False])
+        assert found == "conv has another geometry than the cell", name
+    cell = ours()
+    cell.conv.padding = "same"
+    close(cell(X, *START), ours()(X, *START))
+    backend.check(cell.path)
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("reset", ["subtract", "zero"])
@@ -275,11 +287,19 @@ def test_the_native_path_says_what_it_is():
         assert str(cell.path) == f"{cell.path.name} (the native kernels cover this call)"
 
 
-@pytest.mark.parametrize("value", ["a/file", nn.Identity(), nn.Parameter(X)], ids=type)
+def test_a_cell_that_is_being_made_has_no_path():
+    assert snnlstm.SConv2dLSTM.__new__(snnlstm.SConv2dLSTM).path is None
+
+
+@pytest.mark.parametrize("value", ["a/file", nn.Identity(), nn.Parameter(X), X], ids=type)
 def test_a_path_that_the_user_sets_stays(value):
-    """An accelerated cell may have a parameter of this name; torch adds none to a new cell."""
-    accelerated, step = theirs(), snnlstm.ConvLSTMCell(2, 3, 3)
-    cells = [accelerated] if isinstance(value, nn.Parameter) else [accelerated, ours(), step]
+    """An accelerated cell may have a tensor of this name; torch adds none to a new cell."""
+    accelerated, cells = theirs(), [ours(), snnlstm.ConvLSTMCell(2, 3, 3)]
+    if isinstance(value, torch.Tensor):
+        cells.clear()
+    if type(value) is torch.Tensor:
+        accelerated.register_buffer("path", value)
+    cells.append(accelerated)
     for cell in cells:
         cell.path = value
     snnlstm.accelerate(nn.Sequential(accelerated))

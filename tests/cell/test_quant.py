@@ -1,6 +1,7 @@
 """Quantisers of states have snnTorch's levels and values, and straight-through gradients."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -33,6 +34,21 @@ def hard_points(levels):
     return torch.cat([edges, near, huge.flatten(), huge.flatten() + 1, special, wide])
 
 
+def test_its_defaults_are_snntorchs():
+    defaults = [
+        {name: parameter.default for name, parameter in inspect.signature(make).parameters.items()}
+        for make in (state_quant, theirs)
+    ]
+    assert defaults[0] == defaults[1]
+    assert len(state_quant(16).levels) == 2**16
+
+
+@pytest.mark.parametrize("name", ["threshold", "lower_limit", "upper_limit", "multiplier"])
+def test_its_arguments_are_numbers(name):
+    with pytest.raises(TypeError, match=f"^{name} must be a number, got '1'"):
+        state_quant(4, **{name: "1"})
+
+
 LIMITS = ({}, {"threshold": 0.1, "lower_limit": 0.3, "upper_limit": 0.7}, {"multiplier": 0.6})
 
 
@@ -48,6 +64,20 @@ def test_levels_and_values_equal_snntorchs(bits, uniform, centred):
         assert torch.equal(quant.levels, levels)
         x = hard_points(levels)
         assert torch.equal(StateQuant(levels)(x), reference(x))
+
+
+@pytest.mark.parametrize(("centred", "edge"), [(False, "lower_limit"), (True, "upper_limit")])
+def test_levels_may_lie_on_one_side_of_the_centre(centred, edge):
+    limits = {"lower_limit": -1} if edge == "lower_limit" else {"upper_limit": 0}
+    levels = theirs(3, False, centred, **limits).__closure__[0].cell_contents
+    assert torch.equal(state_quant(3, False, centred, **limits).levels, levels)
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_levels_are_made_on_the_cpu(uniform):
+    with torch.device("meta"):
+        quant = state_quant(3, uniform)
+    assert quant == state_quant(3, uniform)
 
 
 @pytest.mark.drawn
@@ -151,6 +181,9 @@ def test_levels_that_the_kernels_cannot_take_use_the_reference_path(backend):
         cell = ours(state_quant=StateQuant(levels))
         assert torch.isin(cell(steps(1, 1, 2, 5, 5)[0])[2], levels.float()).all()
         assert reason in cell.path.reason
+    cell = ours(state_quant=StateQuant(torch.linspace(-1, 1, 5, dtype=torch.float64))).double()
+    cell(steps(1, 1, 2, 5, 5)[0].double())
+    backend.check(cell.path)
 
 
 def test_it_differentiates_forward_and_under_vmap():
@@ -161,7 +194,7 @@ def test_it_differentiates_forward_and_under_vmap():
     assert torch.equal(torch.func.vmap(quant)(x.view(8, 8)).flatten(), quant(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")  # torch.jit warns of itself
 def test_a_trace_records_values_and_gradient_and_can_be_saved():
     quant, x = state_quant(4), torch.linspace(-2, 2, 64)
     torch.jit.save(torch.jit.trace(lambda x: quant(x), x), file := io.BytesIO())
@@ -184,6 +217,7 @@ def test_it_can_be_copied_pickled_hashed_and_printed():
     assert copy.deepcopy(quant) == pickle.loads(pickle.dumps(quant)) == quant
     assert len({quant, state_quant(4), state_quant(5)}) == 2
     assert quant != state_quant(4, threshold=2)
+    assert hash(quant) != hash(state_quant(5))
     for one in (quant, StateQuant(quant.levels.double())):
         assert StateQuant.from_text(one.text) == one
     assert repr(quant) == "StateQuant(16 levels, -1 to 1.2)"

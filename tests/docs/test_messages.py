@@ -135,7 +135,7 @@ def shown():
 def test_messages_are_those_of_the_snapshot(shown):
     actual, expected = shown[0].split(">>> "), SNAPSHOT.read_text().split(">>> ")
     for one, other in itertools.zip_longest(actual, expected):
-        assert one == other, "a message changed: python -m tests.docs.test_messages, and read git diff"
+        assert one == other, "a message changed: see the head of this file, and read git diff"
 
 
 # messages.txt shows every `raise` of these modules.

@@ -45,6 +45,70 @@ def test_global_hooks_are_called_at_every_step():
     assert net.report[0].reason == "global module hooks are registered"
 
 
+DIM = 4  # of one step of images
+REASONS = {
+    "it keeps a state from step to step": [leaky()],
+    "it draws a new mask for every step": [nn.Dropout(0.5), nn.Dropout2d(1.0)],
+    "its running statistics follow the steps": [nn.InstanceNorm2d(2, track_running_stats=True)],
+    "it treats every sample alone": [
+        nn.Dropout(0.0), nn.Dropout(0.5).eval(), nn.InstanceNorm2d(2), nn.ReLU(),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_the_report_says_why(reason):
+    for layer in REASONS[reason]:
+        assert snnlstm.layers.report_of("a", layer, DIM).reason == reason
+
+
+def test_without_snntorch_its_neurons_are_unknown(monkeypatch):
+    monkeypatch.setattr(snnlstm.layers, "Neuron", None)
+    found = snnlstm.layers.report_of("a", leaky(), DIM)
+    assert found.reason == "Leaky is not known to treat every sample alone"
+
+
+def test_layers_that_write_to_no_input_need_no_copy_of_it():
+    layers = {
+        False: [nn.Tanh(), nn.ReLU(), nn.Dropout(), nn.BatchNorm2d(2), leaky(), theirs()],
+        True: [nn.ReLU(inplace=True), nn.Dropout(inplace=True), Residual(), nn.Sequential()],
+    }
+    layers[True].append(nn.Tanh())
+    layers[True][-1].register_forward_hook(lambda *_: None)
+    for expected, those in layers.items():
+        for layer in those:
+            assert bool(snnlstm.layers.may_write(layer)) is expected, layer
+
+
+class Keeps(nn.Module):
+    """A cell within a layer of one's own, which keeps other things too."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.of_channels, self.all = hidden(), torch.zeros(N), torch.zeros(N + 1, 2)
+        self.register_buffer("saved", torch.zeros(N, 2))
+        self.register_buffer("absent", None, persistent=False)
+
+    def forward(self, x):
+        self.of_channels, self.all, self.saved = (
+            kept + 1 for kept in (self.of_channels, self.all, self.saved)
+        )
+        return self.cell(x)
+
+
+def test_of_a_finished_sample_a_layer_keeps_what_is_the_samples():
+    net, lengths = snnlstm.Sequential(Keeps()), torch.arange(N) + 1
+    net(X[:N], lengths=lengths)
+    kept = net[0]
+    for n, length in enumerate(lengths):
+        alone = copy.deepcopy(Keeps().cell)
+        alone.load_state_dict(kept.cell.state_dict())
+        snnlstm.unroll(X[:length, n : n + 1], alone)
+        close([kept.cell.syn[n], kept.cell.mem[n]], [alone.syn[0], alone.mem[0]])
+    for counted in (kept.of_channels, kept.all, kept.saved):
+        assert counted.eq(N).all()
+
+
 class Louder(snnlstm.SConv2dLSTM):
     def forward(self, x):
         return super().forward(x * x.mean())[0]
