@@ -44,7 +44,7 @@ TESTS = {
 }  # fmt: skip
 # These tests should notice mutants of the package and of cell.h.
 NOTICE = {
-    "package": ["cell", "autograd", "docs/test_messages.py", "sequences/test_sequences.py",
+    "package": ["cell", "autograd", "docs/test_messages.py", "sequences",
                 "snntorch/test_drop_in.py", "snntorch/test_swap.py",
                 "torch/test_dtypes.py", "torch/test_training.py"],
     "cell": ["cell/test_quant.py", "cell/test_surrogate.py",
@@ -53,21 +53,20 @@ NOTICE = {
 }  # fmt: skip
 # pytest leaves out tests of the emulator, a test of line numbers, which mutmut changes, and tests
 # of exports and of torch.compile, which cannot look through mutmut's functions.
-LEFT_OUT = "not simt and not every_error_is_shown and not export and not compile"
+LEFT_OUT = "not simt and not every_error_is_shown and not export and not compile and not one_graph"
 MUTMUT = """
 [tool.mutmut]
 source_paths = ["snnlstm"]
 only_mutate = {modules}
 also_copy = ["benchmarks", "csrc", "docs", "tools", "setup.py",
              "README.md", "CHANGELOG.md", "SECURITY.md"]
-process_isolation = "forkserver"  # threads of torch do not survive a fork
-use_git_change_detection = false
-pytest_add_cli_args = ["-p", "no:cacheprovider", "-k", "{left_out}"]
-pytest_add_cli_args_test_selection = {tests}
 """
 
 
-MUTATED = ("call", "checks", "options", "path", "state")  # of the package, if no module is named
+MUTATED = (  # of the package, if no module is named
+    "options", "layers", "rates", "quant", "surrogate", "path", "checks", "call", "state",
+    "lengths", "settings",
+)  # fmt: skip
 
 
 def tree(name: str) -> Path:
@@ -148,11 +147,12 @@ def files(tests: list[str]) -> list[str]:
     return [f"tests/{test}" if (ROOT / "tests" / test).exists() else test for test in tests]
 
 
-def mutants(what: list[str], most: int) -> int:
+def mutants(what: list[str], most: int, seconds: str) -> int:
     """Makes mutants of the package, of some of its modules, or of cell.h; lists the survivors.
 
-    mutmut makes those of the package, and goes on with a run that was stopped. universalmutator
-    makes those of "cell", of which a random sample of at most `most` is tested.
+    mutmut makes those of the package, and judge.py judges them by `seconds` of tests each, but for
+    those that an earlier run killed and whose function is as it was. universalmutator makes those
+    of "cell", of which a random sample of at most `most` is tested.
     """
     modules = [name for name in what if (ROOT / f"snnlstm/{name}.py").exists()]
     modules += MUTATED if "package" in what else ()
@@ -166,10 +166,11 @@ def mutants(what: list[str], most: int) -> int:
         for name in modules:
             tests += [str(path.relative_to(ROOT)) for path in ROOT.glob(f"tests/*/test_{name}.py")]
         sources = [f"snnlstm/{name}.py" for name in modules]
-        settings = MUTMUT.format(left_out=LEFT_OUT, tests=tests, modules=sources)
+        settings = MUTMUT.format(modules=sources)
         (to / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
-        for command in (["run", "--max-children", str(os.cpu_count())], ["results"]):
-            subprocess.run([sys.executable, "-m", "mutmut", *command], cwd=to, check=True)
+        command = [sys.executable, ROOT / "tools/judge.py", "--modules", *modules]
+        command += ["--tests", *tests, "-k", LEFT_OUT, "--seconds", seconds]
+        subprocess.run(command, cwd=to, check=True)
     if "cell" in what:
         mutants_of_cell(tree("mutants-cell"), most)
     return 0
@@ -211,6 +212,7 @@ def main() -> int:
     parser.add_argument("instrument", choices=["address", "coverage", "mutants"])
     parser.add_argument("--more", action="store_true", help="coverage: add to earlier runs")
     parser.add_argument("--most", type=int, default=150, help="this many mutants of cell.h")
+    parser.add_argument("--seconds", default="inf", help="of tests for a mutant of the package")
     parser.add_argument(
         "rest", nargs="*", metavar="-- ...", help="for pytest; package, path, cell ..."
     )
@@ -219,7 +221,7 @@ def main() -> int:
     if chosen.instrument == "coverage":
         return coverage(tests, chosen.more)
     if chosen.instrument == "mutants":
-        return mutants(tests or list(NOTICE), chosen.most)
+        return mutants(tests or list(NOTICE), chosen.most, chosen.seconds)
     return address(tests)
 
 

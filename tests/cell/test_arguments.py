@@ -293,6 +293,13 @@ def test_a_bias_whose_storage_was_freed_is_named(warm):
         cell(X, STATE, STATE)
 
 
+def test_numbers_are_read_on_the_cpu_and_tensors_where_they_are():
+    with torch.device("meta"):
+        assert snnlstm.checks.real_tensor("threshold", [0.5]).device.type == "cpu"
+        assert snnlstm.checks.values(0.5).device.type == "cpu"
+        assert snnlstm.checks.values(torch.ones(2)).device.type == "meta"
+
+
 def test_the_hash_of_options_is_computed_once(monkeypatch):
     one, other = snnlstm.options.CellOptions((3, 3)), snnlstm.options.CellOptions((3, 5))
     before = hash(one)
