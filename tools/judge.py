@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,8 @@ KILLED, LEFT, LOST = "killed", "left", "died or did not end in time"
 def make(modules: list[str]) -> None:
     """Writes the mutants of modules to the folder mutants."""
     mutmut.set_mutant_under_test("mutant_generation")
+    for part in ("snnlstm", "tests"):  # mutmut makes no mutants where an older file lies
+        shutil.rmtree(Path("mutants", part), ignore_errors=True)
     Path("mutants").mkdir(exist_ok=True)
     mutmut.copy_src_dir()
     mutmut.copy_also_copy_files()
