@@ -4,7 +4,7 @@
 
 mutmut itself collects the thousands of tests again for each mutant, and runs them in any order.
 Here a mutant meets the tests that call its function, until one fails: first those that killed other
-mutants of the module, then the quickest. The program is a plugin of the pytest that it starts.
+mutants of the module, then those of messages and of the module, then the quickest. The program is a plugin of the pytest that it starts.
 """
 
 from __future__ import annotations
@@ -124,9 +124,13 @@ def judge(mutants: list[str], tests: dict[str, pytest.Item], known: dict[str, An
     for mutant in mutants:
         function = mutant.rpartition("__mutmut_")[0]
         module = function.rpartition(".")[0]
-        order = [(-kills[module, name], seconds[name], name) for name in calling.get(function, ())]
-        spent = accumulate(seconds for _, seconds, _ in sorted(order))
-        chosen = [name for (*_, name), by in zip(sorted(order), spent, strict=True) if by <= most]
+        near = "/test_messages.py", f"/test_{module.rpartition('.')[2]}.py"
+        order = sorted(
+            (-kills[module, name], not any(file in name for file in near), seconds[name], name)
+            for name in calling.get(function, ())
+        )
+        spent = accumulate(seconds[name] for *_, name in order)
+        chosen = [name for (*_, name), by in zip(order, spent, strict=True) if by <= most]
         limit = 60 + 10 * sum(seconds[name] for name in chosen)
         killer = in_a_fork(mutant, partial(first_failure, [tests[t] for t in chosen]), limit)
         if killer and seconds[killer] < 1:
