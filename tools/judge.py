@@ -4,7 +4,8 @@
 
 mutmut itself collects the thousands of tests again for each mutant, and runs them in any order.
 Here a mutant meets the tests that call its function, until one fails: first those that killed other
-mutants of the module, then those of messages and of the module, then the quickest. The program is a plugin of the pytest that it starts.
+mutants of the module, then those of messages and of the module, then the quickest. The program is
+a plugin of the pytest that it starts.
 """
 
 from __future__ import annotations
