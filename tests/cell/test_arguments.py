@@ -4,6 +4,7 @@ An error leaves state, weights and random numbers as they were. messages.txt sho
 of each error.
 """
 
+import dataclasses
 import inspect
 import re
 
@@ -321,10 +322,27 @@ def test_options_of_equal_arguments_are_found_again():
         return one is other
 
     assert found_again()
+    assert found_again(state_quant=snnlstm.quant.state_quant(2))
     # torch.compile traces no cache, and a cache would keep the callables of others alive.
     assert not found_again(traced=True)
     assert not found_again(spike_grad=torch.sigmoid)
     assert not found_again(state_quant=torch.round)
+
+
+@pytest.mark.parametrize("quant", [None, snnlstm.quant.state_quant(2)], ids=["", "quant"])
+def test_an_operator_reads_options_from_their_text(quant):
+    spike = snnlstm.surrogate.SFS(slope=3, B=0.25)
+    one = snnlstm.options.make_options(
+        [3, 5], stride=2, spike_grad=spike, state_quant=quant, max_pool=2, checkpoint="gates"
+    )
+    assert snnlstm.options.CellOptions.from_text(one.text) == one
+    narrow = snnlstm.options.CellOptions.from_text(one.text, torch.bfloat16)
+    assert narrow == dataclasses.replace(one, operands=torch.bfloat16)
+
+
+def test_what_is_not_given_is_the_default():
+    default = snnlstm.options.CellOptions((3, 3), surrogate=snnlstm.surrogate.atan())
+    assert snnlstm.options.make_options(3) == default
 
 
 def test_an_algorithm_is_set_for_a_block():
