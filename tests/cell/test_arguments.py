@@ -299,6 +299,10 @@ def test_numbers_are_read_on_the_cpu_and_tensors_where_they_are():
         assert snnlstm.checks.real_tensor("threshold", [0.5]).device.type == "cpu"
         assert snnlstm.checks.values(0.5).device.type == "cpu"
         assert snnlstm.checks.values(torch.ones(2)).device.type == "meta"
+    x, options = X.to("meta"), snnlstm.options.CellOptions((3, 3))
+    for value in (0.5, numpy.full((3, 1, 1), 0.5), torch.tensor(0.5, dtype=torch.float64)):
+        found = snnlstm.checks.scalar_like("threshold", value, x, STATE.shape, options)
+        assert (found.device, found.dtype) == (x.device, x.dtype)
 
 
 def test_the_hash_of_options_is_computed_once(monkeypatch):
