@@ -71,12 +71,27 @@ void interruptible(const Cell& cell, F&& run) {
   run();
 }
 
-// Returns the share of nonzeros in a sample that is spread over all `count` values.
+// Returns the share of nonzeros in a sample that is spread over x's images, without those behind
+// the last steps of their samples.
 template <class T>
-double density(const T* x, int64_t count) {
-  const int64_t step = count / 16384 | 1;  // odd, against the period of channels and columns
-  int64_t seen = 0, nonzero = 0;
-  for (int64_t k = 0; k < count; k += step, ++seen) nonzero += x[k] != T(0);
+double density(const Cell& c, const View& x, const int64_t* lengths) {
+  const int64_t plane = c.H * c.W, size = c.Cin * plane;
+  const auto steps = [&](int64_t n) { return lengths ? std::min(lengths[n], c.T) : c.T; };
+  int64_t images = 0, seen = 0, nonzero = 0;
+  for (int64_t n = 0; n < c.N; ++n) images += steps(n);
+  const int64_t step = images * size / 16384 | 1;  // odd, against the period of channels and columns
+  const bool dense = x.dense(c.Cin, c.H, c.W);
+  const auto place = [&](int64_t k) {
+    return k / plane * x.stride[2] + k / c.W % c.H * x.stride[3] + k % c.W * x.stride[4];
+  };
+  int64_t k = 0;
+  for (int64_t t = 0; t < c.T; ++t)
+    for (int64_t n = 0; n < c.N; ++n) {
+      if (t >= steps(n)) continue;
+      const T* image = static_cast<const T*>(x.data) + t * x.stride[0] + n * x.stride[1];
+      for (; k < size; k += step, ++seen) nonzero += image[dense ? k : place(k)] != T(0);
+      k -= size;
+    }
   return seen ? double(nonzero) / double(seen) : 1;
 }
 
@@ -135,22 +150,20 @@ inline double copy_weight(Address weight, Address copy, int dtype, int64_t count
                                                           static_cast<float*>(at(copy)), count);
 }
 
-// Returns x's density in hundredths (100 if count is 0), or -1 if the `bytes` bytes at `weight` and
-// at `copy` differ. One function does both, because each call from Python takes time.
-inline int inspect(Address x, int dtype, int64_t count, Address weight, Address copy,
-                   int64_t bytes) {
-  counted("count", count);
+// Returns x's density in hundredths (100 without x), or -1 if the `bytes` bytes at `weight` and at
+// `copy` differ. One function does both, because each call from Python takes time.
+inline int inspect(Address weight, Address copy, int64_t bytes, const Cell& cell,
+                   const py::handle& x, Address lengths) {
   counted("bytes", bytes);
-  if (count > 0) needs(at(x), "x");
   if (bytes > 0) needs(at(weight), "weight");
   if (bytes > 0) needs(at(copy), "copy");
-  numbered<DType>("dtype", dtype, 2);
+  const View seen = x.is_none() ? View() : view(x);
+  const auto* steps = static_cast<const int64_t*>(at(lengths));
   const auto look = [&] {
     if (bytes > 0 && !same(at(weight), at(copy), bytes)) return -1;
-    if (count == 0) return 100;
-    const double part = DType(dtype) == DType::float64
-                            ? density(static_cast<const double*>(at(x)), count)
-                            : density(static_cast<const float*>(at(x)), count);
+    if (!seen.data) return 100;
+    const double part = cell.dtype == DType::float64 ? density<double>(cell, seen, steps)
+                                                     : density<float>(cell, seen, steps);
     return int(100 * part + 0.5);
   };
   if (bytes < (1 << 16)) return look();

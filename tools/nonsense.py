@@ -184,6 +184,7 @@ class Cpu(Calls):
 
     def calls(self) -> dict[str, tuple[Callable[..., Any], Arguments, int]]:
         core, plan, address = self.module, self.plan, self.address
+        x = self.view(*(SIZES[of] for of in ("T", "N", "Cin", "H", "W")))
         forms = [form for form, *_ in self.direct.forms(backward=False, grad_x=True)]
         of_name: dict[str, tuple[Arguments, int]] = {
             "build_info": ({}, 0), "isa_names": ({}, 0), "isa_name": ({}, 0),
@@ -191,9 +192,9 @@ class Cpu(Calls):
             "cpu_profile": ({"begin": ("flag", random.random() < 0.5)}, 1),
             "set_isa": ({"name": ("text", random.choice(core.isa_names()))}, 1),
             "inspect": ({
-                "x": ("memory", address()), "dtype": ("enum", 0), "count": ("count", 64),
                 "weight": ("memory", address()), "copy": ("memory", address()),
-                "bytes": ("count", 64),
+                "bytes": ("count", 64), "cell": ("object", self.cell), "x": ("view?", x),
+                "lengths": ("address", 0),
             }, 6),
             "copy_weight": ({
                 "weight": ("memory", address()), "copy": ("memory", address()),

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .. import _C
 from ..call import Call, Signature
-from ..lengths import active
 from ..options import DTYPES
 from . import memory, tensors, torch_conv
 from .tensors import Gradients, Pass, Result, Saved, Shapes, address
@@ -113,11 +112,11 @@ _packed: WeakKeyDictionary[torch.UntypedStorage, dict[tuple[Any, ...], Packed]] 
 )
 
 
-def look_up(weight: Tensor, x: int = 0, dtype: int = 0, count: int = 0) -> tuple[Packed, int]:
+def look_up(weight: Tensor, cell: Any, x: Any = None, lengths: int = 0) -> tuple[Packed, int]:
     """The packed form of a weight, and the density of x in hundredths; one call of the core.
 
-    `x` is the address of `count` numbers of `dtype` whose zeros are counted; without a count the
-    density is 100. Neither addresses nor version counters tell whether the weight's values are
+    `cell` describes x, which is given as its address and five strides; without x the density is
+    100. What lies behind the last step of a sample does not count. Neither addresses nor version counters tell whether the weight's values are
     those that were packed: ``weight.data.add_(...)`` changes neither of them. So the values are
     compared byte for byte, which takes one to three hundredths of a step, or more if a wide layer
     has small images.
@@ -131,7 +130,7 @@ def look_up(weight: Tensor, x: int = 0, dtype: int = 0, count: int = 0) -> tuple
     packed = entries.get(place)
     if packed is not None:
         own = packed.address, packed.bytes
-        percent = _C.inspect(x, dtype, count, contiguous.data_ptr(), *own)
+        percent = _C.inspect(contiguous.data_ptr(), *own, cell, x, lengths)
         if percent >= 0:
             return packed, percent
     entries.pop(place, None)
@@ -139,7 +138,7 @@ def look_up(weight: Tensor, x: int = 0, dtype: int = 0, count: int = 0) -> tuple
     for oldest in list(entries)[:too_many]:  # a copy, because other threads drop entries, too
         entries.pop(oldest, None)
     packed = entries[place] = Packed(contiguous)
-    return packed, _C.inspect(x, dtype, count, 0, 0, 0)
+    return packed, _C.inspect(0, 0, 0, cell, x, lengths)
 
 
 # ---- plans ---------------------------------------------------------------------------------------
@@ -196,13 +195,7 @@ class Plan(tensors.CommonPlan):
         self.levels = None if o.quant is None else o.quant.levels.to(s.dtype).contiguous()
         self.levels_address = address(self.levels)
         # An x of few channels gains nothing from lists of nonzeros, so its zeros are not counted.
-        x = call.x
         self.counts_zeros = s.cin > 2
-        dense = x.is_contiguous() or (
-            x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        )
-        self.count = x.numel() if self.counts_zeros and dense else 0
-        self.dtype = DTYPES.index(s.dtype)
         self._cores: dict[int, Any] = {}
         self._passes: dict[Any, _Pass] = {}
         rates = torch_conv.rates_on_cpu(self.work, s.dtype, isa)
@@ -266,17 +259,13 @@ class Plan(tensors.CommonPlan):
 
     def _decide(self, call: Call) -> tuple[int, Packed | None]:
         """The number that says what runs, and the packed weight, unless torch reads it alone."""
-        x = call.x
-        numbers = x.data_ptr() if self.count else 0, self.dtype, self.count
-        samples = self.counts_zeros and (not self.count or call.lengths is not None)
+        x = (call.x.data_ptr(), self.x5) if self.counts_zeros else None
+        numbers = self.cell, x, address(call.lengths)
         if self._may_leave:  # a weight that no kernel reads need not be compared with its copy
-            percent = _percent(x, call.lengths) if samples else _C.inspect(*numbers, 0, 0, 0)
-            decided = 16 * percent + _ANY_WEIGHT
+            decided = 16 * _C.inspect(0, 0, 0, *numbers) + _ANY_WEIGHT
             if self._names(decided)[0] == "pointwise":
                 return decided, None
         packed, percent = look_up(call.weight, *numbers)
-        if samples:
-            percent = _percent(x, call.lengths)
         return 16 * percent + packed.most_inputs, packed
 
     def forward(self, call: Call, training: bool) -> Result:
@@ -286,8 +275,6 @@ class Plan(tensors.CommonPlan):
         a_pass = self._passes.get(decided) or self._forward_pass(decided)
         spk, new_syn, new_mem = self.empty_results(x)
         lengths, _held = tensors.by_length(call)
-        if call.lengths is not None:
-            tensors.clear_padding(spk, call.lengths)
         saved = self.empty_saved(x) if training else None
         bias = None if call.bias is None else tensors.numbers(call.bias, dtype)
         threshold = tensors.numbers(call.threshold, dtype)
@@ -364,10 +351,8 @@ class Plan(tensors.CommonPlan):
             out = torch_conv.backward(self, given, wanted, steps)
         else:
             if packed is None:  # a second backward pass over the same graph, or a compiled one
-                packed, _ = look_up(tensors.saved_weight(call))
+                packed, _ = look_up(tensors.saved_weight(call), self.cell)
             out = tensors.empty_gradients(x, self.signature, wanted)
-            if call.lengths is not None and out.x is not None:
-                tensors.clear_padding(out.x, call.lengths)
             a_pass.core.backward(
                 **packed.addresses(a_pass),
                 **tensors.backward_arguments(call, saved, grads, noise, out),
@@ -377,16 +362,6 @@ class Plan(tensors.CommonPlan):
             into = (None, None) if call.options.record else grads[1:]
             tensors.keep_empty(call, (out.syn, out.mem), into)
         return tensors.shaped_as(call.threshold, out)
-
-
-def _percent(x: Tensor, lengths: Tensor | None) -> int:
-    """The density of x in hundredths; padding does not count."""
-    if lengths is None:
-        return round(100 * int(torch.count_nonzero(x)) / max(x.numel(), 1))
-    step = math.isqrt(x.numel() // 2**14) | 1  # odd, since images are often even
-    some = x[..., ::step, ::step]
-    counts = torch.count_nonzero(some, dim=(2, 3, 4))[active(lengths, len(x)).flatten(1)]
-    return round(100 * int(counts.sum()) / max(len(counts) * some[0, 0].numel(), 1))
 
 
 class Backend:

@@ -1,7 +1,7 @@
 """Large blocks of CPU memory, used again by the next call.
 
 A system clears every page that it hands out. What a training pass keeps for its backward pass, and
-results of 32 MiB or more, go back to it each time: clearing took up to a third of a forward pass.
+results of 4 MiB or more, go back to it each time: clearing took up to a third of a forward pass.
 Blocks that tensors have let go of are kept here instead, as torch keeps CUDA's. When a block of
 another size is needed, those that nobody has used for a while are dropped first.
 
@@ -41,7 +41,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 SMALLEST = 256 << 10  # bytes; less comes from torch, that is, from malloc
-MAPPED = 32 << 20  # bytes; malloc has each such block from the system, whatever was freed before
+MAPPED = 4 << 20  # bytes; malloc gives a block of this size back to the system when it is freed
 CACHE_LINE = 64  # bytes; vectors that lie across two cost twice
 FITTING = 1.25  # a block serves for a tensor that is smaller by this factor at most
 

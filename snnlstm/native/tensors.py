@@ -200,15 +200,6 @@ def by_length(call: Call) -> tuple[dict[str, int], Sequence[Tensor]]:
     return dict(zip(("lengths", "order"), map(address, held), strict=True)), held
 
 
-def clear_padding(sequence: Tensor, lengths: Tensor) -> None:
-    """Zero what a sequence (T, N, ...) holds behind each sample's last step, or all of it."""
-    if lengths.device.type != "cpu":
-        sequence.zero_()  # the host does not know the lengths
-        return
-    for n, length in enumerate(lengths.tolist()):
-        sequence[length:, n].zero_()
-
-
 def keep_empty(call: Call, outs: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:
     """Give samples without a step those of `values`, or 0: the kernels leave such samples out."""
     assert call.lengths is not None

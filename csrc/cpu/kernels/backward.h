@@ -99,9 +99,10 @@ class Backward {
       const RowTasks next = t > 0 ? tasks_.at(t - 1) : tasks;
       const int64_t groups = tasks.groups(), x_count = x_tasks(tasks);
       const int64_t groups_first = tasks.most_together > 1 && l_.heavy() ? groups : 0;
-      const int64_t all = groups + weight_tasks + x_count;
+      const int64_t all = groups + weight_tasks + x_count, with_next = all + next.count - tasks.count;
       // The largest tasks come first, so that no thread begins one last of all.
-      phases.run(phase++, all + next.count - tasks.count, [&](int64_t task) {
+      phases.run(phase++, with_next + finished(tasks), [&](int64_t task) {
+        if (task >= with_next) return clear_x(t, tasks.images() + task - with_next);
         if (task >= all) return start(t - 1, tasks.count + task - all);
         if (task < groups_first) return rows(t, tasks, task, thread);
         task -= groups_first;
@@ -123,7 +124,8 @@ class Backward {
     phases.run(0, clear_tasks(), [&](int64_t task) { weights_.clear(task); });
     const RowTasks tasks = tasks_.at(0);
     const int64_t N = tasks.images(), count = a_.grad_weight ? weights_.splits() : N;
-    phases.run(1, count, [&](int64_t task) {
+    phases.run(1, count + finished(tasks), [&](int64_t task) {
+      if (task >= count) return clear_x(0, N + task - count);
       for (int64_t n = N * task / count; n < N * (task + 1) / count; ++n) sample(n, task, thread);
     });
     int64_t phase = 2;
@@ -220,6 +222,15 @@ class Backward {
     to_x_.tiles(b, s.tiles.values, static_cast<const T*>(a_.weight_x), s.tiles.products, begin, end,
                 s.x);
     write_x(t, n, together, begin, end, s.x);
+  }
+
+  // Counts the samples that are finished at a step, and have zeros for its gradient of x.
+  int64_t finished(const RowTasks& tasks) const {
+    return a_.grad_x.data ? a_.cell.N - tasks.images() : 0;
+  }
+  void clear_x(int64_t t, int64_t image) {
+    const Cell& c = a_.cell;
+    clear_image<T>(a_.grad_x, t, tasks_.sample(image), c.Cin, c.H, c.W);
   }
 
   void inputs(int64_t t, const RowTasks& tasks, int64_t task, int thread) {

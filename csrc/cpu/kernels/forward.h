@@ -57,8 +57,12 @@ class Forward {
       if (c.T > 1)
         phases.run(0, tasks_.count, [&](int64_t task) { states_.read(task, thread, 0); });
       for (int64_t t = 0; t < c.T; ++t) {
-        const RowTasks tasks = tasks_.at(t);
-        phases.run(t + 1, tasks.groups(), [&](int64_t group) { step(t, tasks, group, thread); });
+        const RowTasks tasks = tasks_.at(t).cut();
+        const int64_t groups = tasks.groups(), left = tasks.images();
+        phases.run(t + 1, groups + (a_.spk.data ? c.N - left : 0), [&](int64_t task) {
+          if (task < groups) return step(t, tasks, task, thread);
+          clear_image<T>(a_.spk, t, tasks.sample(left + task - groups), c.C, l_.Hp, l_.Wp);
+        });
       }
     });
   }
@@ -145,10 +149,10 @@ class Forward {
   void step(int64_t t, const RowTasks& tasks, int64_t group, int thread) {
     const ForwardScratch& s = scratch_[thread];
     const int64_t first = tasks.first(group), together = tasks.together(group);
-    const int64_t begin = tasks_.begin(first), end = tasks_.end(first);
+    const int64_t begin = tasks.begin(first), end = tasks.end(first);
     for (int64_t k = 0; k < together; ++k) {
       if (a_.cell.T == 1) states_.read(first + k, thread, k);
-      s.blocks[k].r = states_.of(first + k, thread, k);
+      s.blocks[k].r = states_.of(tasks, first + k, thread, k);
     }
     for (int64_t b0 = begin; b0 < end; b0 += block_) {
       const int64_t b1 = b0 + block_ < end ? b0 + block_ : end;
