@@ -82,12 +82,6 @@ struct Cell {
 struct View {
   void* data = nullptr;
   int64_t stride[5] = {0, 0, 0, 0, 0};
-
-  // Says whether the values of an image lie side by side, contiguous or channels-last.
-  bool dense(int64_t channels, int64_t rows, int64_t columns) const {
-    return (stride[4] == 1 && stride[3] == columns && stride[2] == rows * columns) ||
-           (stride[2] == 1 && stride[4] == channels && stride[3] == columns * channels);
-  }
 };
 
 // What the forward and the backward pass of a call share.

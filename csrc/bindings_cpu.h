@@ -79,16 +79,19 @@ double density(const Cell& c, const View& x, const int64_t* lengths) {
   const auto steps = [&](int64_t n) { return lengths ? std::min(lengths[n], c.T) : c.T; };
   int64_t images = 0, seen = 0, nonzero = 0;
   for (int64_t n = 0; n < c.N; ++n) images += steps(n);
-  const int64_t step = images * size / 16384 | 1;  // odd, against the period of channels and columns
-  const bool dense = x.dense(c.Cin, c.H, c.W);
+  const int64_t step =
+      images * size / 16384 | 1;  // odd, against the period of channels and columns
+  const auto* s = x.stride;
+  const bool dense = (s[4] == 1 && s[3] == c.W && s[2] == plane) ||
+                     (s[2] == 1 && s[4] == c.Cin && s[3] == c.W * c.Cin);
   const auto place = [&](int64_t k) {
-    return k / plane * x.stride[2] + k / c.W % c.H * x.stride[3] + k % c.W * x.stride[4];
+    return k / plane * s[2] + k / c.W % c.H * s[3] + k % c.W * s[4];
   };
   int64_t k = 0;
   for (int64_t t = 0; t < c.T; ++t)
     for (int64_t n = 0; n < c.N; ++n) {
       if (t >= steps(n)) continue;
-      const T* image = static_cast<const T*>(x.data) + t * x.stride[0] + n * x.stride[1];
+      const T* image = static_cast<const T*>(x.data) + t * s[0] + n * s[1];
       for (; k < size; k += step, ++seen) nonzero += image[dense ? k : place(k)] != T(0);
       k -= size;
     }

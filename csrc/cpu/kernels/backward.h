@@ -99,7 +99,8 @@ class Backward {
       const RowTasks next = t > 0 ? tasks_.at(t - 1) : tasks;
       const int64_t groups = tasks.groups(), x_count = x_tasks(tasks);
       const int64_t groups_first = tasks.most_together > 1 && l_.heavy() ? groups : 0;
-      const int64_t all = groups + weight_tasks + x_count, with_next = all + next.count - tasks.count;
+      const int64_t all = groups + weight_tasks + x_count,
+                    with_next = all + next.count - tasks.count;
       // The largest tasks come first, so that no thread begins one last of all.
       phases.run(phase++, with_next + finished(tasks), [&](int64_t task) {
         if (task >= with_next) return clear_x(t, tasks.images() + task - with_next);
@@ -230,7 +231,7 @@ class Backward {
   }
   void clear_x(int64_t t, int64_t image) {
     const Cell& c = a_.cell;
-    clear_image<T>(a_.grad_x, t, tasks_.sample(image), c.Cin, c.H, c.W);
+    clear_image<T>(a_.grad_x, t, tasks_.sample(image), c.Cin * c.H * c.W);
   }
 
   void inputs(int64_t t, const RowTasks& tasks, int64_t task, int thread) {

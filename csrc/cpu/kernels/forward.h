@@ -61,7 +61,7 @@ class Forward {
         const int64_t groups = tasks.groups(), left = tasks.images();
         phases.run(t + 1, groups + (a_.spk.data ? c.N - left : 0), [&](int64_t task) {
           if (task < groups) return step(t, tasks, task, thread);
-          clear_image<T>(a_.spk, t, tasks.sample(left + task - groups), c.C, l_.Hp, l_.Wp);
+          clear_image<T>(a_.spk, t, tasks.sample(left + task - groups), c.C * l_.Hp * l_.Wp);
         });
       }
     });

@@ -14,19 +14,11 @@ T* row_of(const View& v, int64_t t, int64_t n, int64_t h) {
   return static_cast<T*>(v.data) + t * v.stride[0] + n * v.stride[1] + h * v.stride[3];
 }
 
-// Clears the image of step t and sample n.
+// Clears the image of step t and sample n, of `size` values. A result's images lie in one piece.
 template <class T>
-void clear_image(const View& v, int64_t t, int64_t n, int64_t C, int64_t H, int64_t W) {
+void clear_image(const View& v, int64_t t, int64_t n, int64_t size) {
   const Span span(Part::copies);
-  T* const image = row_of<T>(v, t, n, 0);
-  if (v.dense(C, H, W)) {
-    std::memset(image, 0, C * H * W * sizeof(T));
-    return;
-  }
-  for (int64_t c = 0; c < C; ++c)
-    for (int64_t h = 0; h < H; ++h)
-      for (int64_t w = 0; w < W; ++w)
-        image[c * v.stride[2] + h * v.stride[3] + w * v.stride[4]] = T(0);
+  std::memset(row_of<T>(v, t, n, 0), 0, size * sizeof(T));
 }
 
 // Says where the pixels of channels-last rows lie, counted through all rows.
