@@ -116,10 +116,10 @@ def look_up(weight: Tensor, cell: Any, x: Any = None, lengths: int = 0) -> tuple
     """The packed form of a weight, and the density of x in hundredths; one call of the core.
 
     `cell` describes x, which is given as its address and five strides; without x the density is
-    100. What lies behind the last step of a sample does not count. Neither addresses nor version counters tell whether the weight's values are
-    those that were packed: ``weight.data.add_(...)`` changes neither of them. So the values are
-    compared byte for byte, which takes one to three hundredths of a step, or more if a wide layer
-    has small images.
+    100. What lies behind the last step of a sample does not count. Neither addresses nor version
+    counters tell whether the weight's values are those that were packed:
+    ``weight.data.add_(...)`` changes neither of them. So the values are compared byte for byte,
+    which takes one to three hundredths of a step, or more if a wide layer has small images.
     """
     contiguous = weight if weight.is_contiguous() else weight.detach().contiguous()
     storage = weight.untyped_storage()
