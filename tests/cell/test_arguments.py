@@ -333,6 +333,19 @@ def test_options_of_equal_arguments_are_found_again():
     assert not found_again(state_quant=torch.round)
 
 
+def test_a_call_is_known_by_all_that_was_checked(monkeypatch):
+    monkeypatch.setattr(snnlstm.call, "_signatures", {})
+    call = snnlstm.call.stateless_call(X, STATE, STATE, WEIGHT, BIAS)
+    tensors, options = call[:7], call.options
+    assert snnlstm.call.known_call(tensors, options).signature is call.signature
+    for bias in (None, BIAS.double(), BIAS[:3], BIAS.to("meta")):
+        assert snnlstm.call.known_call((*tensors[:4], bias, *tensors[5:]), options) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert snnlstm.call.known_call(tensors, options) is None
+        same = snnlstm.call.make_call(tensors, options, autocast=False)
+    assert same.signature is call.signature
+
+
 @pytest.mark.parametrize("quant", [None, snnlstm.quant.state_quant(2)], ids=["", "quant"])
 def test_an_operator_reads_options_from_their_text(quant):
     spike = snnlstm.surrogate.SFS(slope=3, B=0.25)

@@ -71,6 +71,18 @@ def test_thresholds_of_another_dtype_are_converted(backend):
     assert double.grad.all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("asked", [torch.bfloat16, torch.float16, None], ids=str)
+def test_a_signature_says_what_autocast_asks_of_float32(dtype, asked):
+    x, weight = torch.zeros(1, 2, 5, 5, dtype=dtype), torch.zeros(12, 5, 3, 3, dtype=dtype)
+    with torch.autocast("cpu", asked, enabled=asked is not None):
+        call = snnlstm.call.stateless_call(x, weight=weight)
+    expected = asked if dtype is torch.float32 else None
+    assert call.signature.options.operands is expected
+    if expected is None:
+        assert call.signature.options is call.options
+
+
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.float8_e5m2], ids=str)
 def test_inputs_of_dtypes_that_torch_does_not_promote(dtype):
     cell, x = ours(), steps(1, 2, 2, 6, 7)[0]
