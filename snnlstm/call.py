@@ -169,10 +169,10 @@ def checked_call(
     state_of: Callable[[str, tuple[int, ...], Tensor], Tensor],
     foreign_of: Callable[[CellOptions], dict[str, Any]] | None = None,
     *,
-    record: Any = False,
-    lengths: Any = None,
+    record: Any,
+    lengths: Any,
+    traced: bool,
     batch_first: bool = False,
-    traced: bool = False,
     dims: int = 2,
     name: str = "x",
 ) -> Call:
