@@ -337,6 +337,7 @@ def test_a_call_is_known_by_all_that_was_checked(monkeypatch):
     monkeypatch.setattr(snnlstm.call, "_signatures", {})
     call = snnlstm.call.stateless_call(X, STATE, STATE, WEIGHT, BIAS)
     tensors, options = call[:7], call.options
+    assert (call.threshold, call.graded) == (1, 1)  # which are not given
     assert snnlstm.call.known_call(tensors, options).signature is call.signature
     for bias in (None, BIAS.double(), BIAS[:3], BIAS.to("meta")):
         assert snnlstm.call.known_call((*tensors[:4], bias, *tensors[5:]), options) is None
