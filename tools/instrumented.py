@@ -44,7 +44,7 @@ TESTS = {
 }  # fmt: skip
 # These tests should notice mutants of the package and of cell.h.
 NOTICE = {
-    "package": ["cell", "autograd", "docs/test_messages.py", "sequences",
+    "package": ["cell", "autograd", "docs/test_messages.py", "networks/test_loops.py", "sequences",
                 "snntorch/test_drop_in.py", "snntorch/test_swap.py", "system/test_caches.py",
                 "torch/test_dtypes.py", "torch/test_training.py"],
     "cell": ["cell/test_quant.py", "cell/test_surrogate.py",

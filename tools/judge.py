@@ -21,7 +21,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def verdicts() -> dict[str, str]:
 
 def results(tests: list[pytest.Item]) -> Iterator[tuple[str, bool]]:
     """Runs tests; yields the name of each, and whether it passed."""
-    for test, following in zip(tests, [*tests[1:], None], strict=True):
+    for test, following in zip_longest(tests, tests[1:]):
         reports = runtestprotocol(test, log=False, nextitem=following)
         yield test.nodeid, not any(report.failed for report in reports)
 

@@ -17,6 +17,7 @@ import snnlstm
 def test_what_a_step_call_takes_and_returns(backend, hidden, output, explicit):
     """A step goes on from the stored state, not from zero, unless the caller passes a state."""
     one, other = twins(init_hidden=hidden, output=output)
+    assert one.syn.shape == one.mem.shape == (0,)
     state = reference = states(2, 3, 6, 7) if explicit and not hidden else ()
     for x in steps(4, 2, 2, 6, 7):
         mine, expected = one(x, *state), other(x, *reference)
@@ -85,6 +86,9 @@ def test_zeros_of_a_wrong_size_that_have_a_history_or_other_channels_are_refused
     for state in (learned, torch.zeros(2, 4, 6, 7), torch.zeros(3, 6, 7)):
         with pytest.raises(ValueError, match="mem must have shape"):
             cell(x, mem=state)
+    cell.mem = learned.detach() + 1  # which is no zeros of a reset any more
+    with pytest.raises(ValueError, match="mem must have shape"):
+        cell(x, mem=cell._state.mem)
     with pytest.raises(ValueError, match="mem must have shape"):
         torch.func.vmap(lambda mem: cell(x, mem=mem)[2])(torch.zeros(2, 1, 3, 6, 7))
 
@@ -222,6 +226,18 @@ def test_editing_a_returned_tensor_in_place_corrupts_no_gradient(backend, which,
         assert "modified by an inplace operation" in str(error)  # noqa: PT017 (one outcome of two)
     else:
         close(actual, expected)
+
+
+def test_detaching_leaves_the_users_tensors_in_their_graphs():
+    cell = ours()
+    leaf = torch.zeros(1, 3, 5, 5, requires_grad=True)
+    view = (2 * torch.zeros(2, 3, 5, 5, requires_grad=True))[1:]
+    cell.syn, cell.mem = leaf, view
+    cell.detach_hidden()
+    assert leaf.requires_grad
+    assert view.requires_grad
+    assert not cell.syn.requires_grad
+    assert not cell.mem.requires_grad
 
 
 def test_detaching_a_returned_state_in_place_cuts_the_graph(backend):
