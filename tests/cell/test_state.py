@@ -288,6 +288,19 @@ def test_states_are_no_buffers_but_move_with_the_cell():
     assert cell.mem.is_meta
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.jit warns of itself
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_states_that_a_trace_or_a_transform_leaves_are_where_they_were(device):
+    cell, x = ours().double().to(device), steps(2, 1, 2, 5, 5).double().to(device)
+    reset = []
+    torch.jit.trace(lambda x: (reset.extend(cell.reset_mem()), 1 * x)[1], x[0], check_trace=False)
+    torch.func.vmap(cell, randomness="same")(x)
+    for state in (*reset, cell.syn, cell.mem):
+        assert (state.shape, state.dtype, state.device.type) == ((0,), torch.float64, device)
+    found = ours()._state._stored("mem", (0,), x, False)
+    assert (found.dtype, found.device.type) == (torch.float64, device)
+
+
 def test_memory_of_the_cell_alone_is_made_anew():
     """Tools that move a network module by module call to_empty() with recurse=False."""
     cell = ours()
@@ -334,6 +347,24 @@ def test_reset_after_a_small_change_of_the_threshold_through_data(reset):
 
 
 @torch.no_grad()
+def test_reset_of_a_traced_call_is_computed_at_once():
+    x, (syn, mem), weight = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7), ours().conv.weight
+    call = snnlstm.call.stateless_call(x, syn, mem, weight, threshold=0.1)
+    traced = snnlstm.state.ResetSource(call._replace(signature=None))
+    assert torch.equal(traced.reset, snnlstm.state.ResetSource(call).signal())
+
+
+def test_reset_is_what_an_override_returns_while_it_is_there():
+    cell, x = ours(reset_mechanism="subtract"), steps(2, 1, 2, 5, 5)
+    cell.mem_reset = lambda mem: torch.full_like(mem, 0.5)
+    cell(x[0])
+    assert cell.reset.eq(0.5).all()
+    del cell.mem_reset
+    before = cell.mem
+    cell(x[1])
+    assert torch.equal(cell.reset, (before > cell.threshold).float())
+
+
 @pytest.mark.parametrize("learn", [False, True])
 def test_reset_after_the_threshold_was_written_to_between_calls(learn):
     cell, mem = ours(threshold=0.1, learn_threshold=learn), torch.rand(2, 3, 5, 5)
