@@ -135,6 +135,8 @@ void bind_cuda(py::module_& m) {
       .def_property_readonly("algorithm", [](const Plan& p) { return int(p.algorithm); })
       .def_property_readonly("blocks", [](const Plan& p) { return p.blocks; })
       .def_property_readonly("seconds", [](const Plan& p) { return p.seconds; })
+      .def_property_readonly("tile", &Plan::tile)
+      .def("seconds_on", &Plan::seconds_on, py::arg("device"))
       .def_property_readonly("reason_against", [](const Plan& p) { return p.reason_against; })
       .def_property_readonly("packed_bytes", [](const Plan& p) { return p.packed_bytes; })
       .def_property_readonly("workspace", [](const Plan& p) { return p.workspace; })

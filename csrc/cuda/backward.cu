@@ -225,12 +225,13 @@ BackwardPass::BackwardPass(const Cell& cell, const Device& device, Matrix matrix
       sequence(may_be_resident(cell, algorithm)
                    ? plan_resident_backward(cell, device, to_mem, packed.to_mem)
                    : ResidentBackwardPlan()),
-      resident(sequence.fits &&
-               (algorithm == Algorithm::resident ||
-                resident_pays(cell, device, to_mem.multiply, data_work(cell, device, to_mem, false),
-                              device.model.neuron_backward))),
+      resident(algorithm == Algorithm::resident
+                   ? sequence.fits
+                   : resident_pays(cell, device, sequence, to_mem,
+                                   data_work(cell, device, to_mem, false),
+                                   device.model.neuron_backward)),
       hybrid(algorithm == Algorithm::hybrid),
-      weights(plan_weights(cell, device, multiply)),
+      weights(hybrid ? WeightPlans() : plan_weights(cell, device, multiply)),
       bias_splits(int(std::clamp<int64_t>(pixels() / 1024, 1, 4 * device.multiprocessors))) {
   workspace = Backward(*this, BackwardArgs(), nullptr).workspace();
 }

@@ -64,13 +64,10 @@ struct StepBytes {
 inline double gradient_seconds(const Cell& c, const Device& device, const DataPlan& to_x,
                                const WeightPlans& weights) {
   const Estimate e(device);
-  const StepBytes bytes(c);
   double seconds = 0;
   if (c.Cin > kFirstLayer)
     seconds += e.seconds(data_work(c, device, to_x, true), to_x.multiply) + e.model.launch;
-  Work work = weight_work(weights);
-  work.memory += double(c.T) * (bytes.x + 5 * bytes.state);
-  return seconds + e.seconds(work, weights.mem.multiply) + 4 * e.model.launch;
+  return seconds + e.seconds(weight_work(c, weights), weights.mem.multiply) + 4 * e.model.launch;
 }
 
 // Returns the seconds of cuDNN for the same. It reads d_gates once for each of them, and mem of all
@@ -90,7 +87,8 @@ inline double gradient_seconds_of_cudnn(const Cell& c, const Device& device, Mat
 inline double forward_seconds(const Cell& c, const Device& device, const ForwardPass& pass) {
   const Estimate e(device);
   const Work step = forward_work(c, device, pass.step);
-  if (pass.resident) return resident_seconds(c, device, pass.step.multiply, step, e.model.neuron);
+  if (pass.resident)
+    return resident_seconds(c, device, pass.sequence, pass.step, step, e.model.neuron);
   const double firing = pass.step.fires ? 0 : e.model.launch + e.moving(StepBytes(c).state);
   return fused_seconds(c, device, pass.step.multiply, step) + c.T * firing;
 }
@@ -102,9 +100,9 @@ inline double backward_seconds(const Cell& c, const Device& device, Matrix matri
   const Multiply multiply = pass.to_mem.multiply;
   const double spreading =
       pass.resident || pass.spreads ? 0 : e.model.launch + e.moving(StepBytes(c).state);
-  const double steps = pass.resident
-                           ? resident_seconds(c, device, multiply, step, e.model.neuron_backward)
-                           : fused_seconds(c, device, multiply, step);
+  const double steps = pass.resident ? resident_seconds(c, device, pass.sequence, pass.to_mem, step,
+                                                        e.model.neuron_backward)
+                                     : fused_seconds(c, device, multiply, step);
   return steps + c.T * spreading +
          (pass.hybrid ? gradient_seconds_of_cudnn(c, device, matrix)
                       : gradient_seconds(c, device, pass.to_x, pass.weights));

@@ -71,8 +71,8 @@ struct Estimate {
     return std::max<int64_t>(std::min<int64_t>(16 / std::max(work.warps, 1), by_shared), 1);
   }
 
-  // Returns the seconds of a launch without the launch itself.
-  double seconds(const Work& work, Multiply multiply) const {
+  // Returns the seconds of a launch's blocks, if memory hands on all in time.
+  double working(const Work& work, Multiply multiply) const {
     const int64_t blocks = ceil_div(work.blocks, device.multiprocessors);  // of the busiest one
     const int64_t together = std::min(at_once(work), blocks);
     const double busy = std::min(1.0, double(work.warps * together) / model.warps);
@@ -80,7 +80,12 @@ struct Estimate {
     const double cache = work.cache_bytes / (model.cache_bytes * rates.cycles);
     const double block = std::max(products, cache) + model.step * work.cycles / rates.cycles;
     const double rounds = double(ceil_div(blocks, std::max<int64_t>(together, 1)));
-    return std::max(double(blocks) * block + rounds * model.block, moving(work.memory));
+    return double(blocks) * block + rounds * model.block;
+  }
+
+  // Returns the seconds of a launch without the launch itself.
+  double seconds(const Work& work, Multiply multiply) const {
+    return std::max(working(work, multiply), moving(work.memory));
   }
 };
 

@@ -144,10 +144,10 @@ ForwardPass::ForwardPass(const Cell& cell, const Device& device, Matrix matrix, 
       packed(cell, step),
       sequence(may_be_resident(cell, algorithm) ? plan_resident(cell, device, step, packed)
                                                 : ResidentPlan()),
-      resident(sequence.fits &&
-               (algorithm == Algorithm::resident ||
-                resident_pays(cell, device, step.multiply, forward_work(cell, device, step),
-                              device.model.neuron))) {
+      resident(algorithm == Algorithm::resident
+                   ? sequence.fits
+                   : resident_pays(cell, device, sequence, step, forward_work(cell, device, step),
+                                   device.model.neuron)) {
   workspace = resident ? 0 : Forward(*this, ForwardArgs(), nullptr).workspace();
 }
 

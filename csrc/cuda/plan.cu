@@ -29,9 +29,10 @@ Matrix full_precision(const Device& device) {
 }
 
 // Returns what is estimated to be fastest, or direct, which is resident or fused. steps: the
-// forward pass's.
+// forward pass's. found: becomes that algorithm's backward pass, if it has one.
 static Algorithm fastest(const Cell& cell, const Device& device, Matrix matrix,
-                         const ForwardPass& steps, bool backward) {
+                         const ForwardPass& steps, bool backward,
+                         std::unique_ptr<const BackwardPass>& found) {
   const double behind_torch = pointwise_seconds(cell, device, matrix, backward);
   if (!backward)
     return behind_torch < forward_seconds(cell, device, steps) ? Algorithm::pointwise
@@ -39,9 +40,10 @@ static Algorithm fastest(const Cell& cell, const Device& device, Matrix matrix,
   Algorithm best = Algorithm::pointwise;
   double least = behind_torch;
   for (const Algorithm algorithm : {Algorithm::hybrid, Algorithm::direct}) {
-    const BackwardPass pass(cell, device, matrix, steps.step.multiply, algorithm, -1);
-    const double time = backward_seconds(cell, device, matrix, pass);
-    if (time <= least) best = algorithm, least = time;
+    auto pass = std::make_unique<const BackwardPass>(cell, device, matrix, steps.step.multiply,
+                                                     algorithm, -1);
+    const double time = backward_seconds(cell, device, matrix, *pass);
+    if (time <= least) best = algorithm, least = time, found = std::move(pass);
   }
   return best;
 }
@@ -51,29 +53,28 @@ Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wante
     : cell(of), matrix(numbers), algorithm(wanted), backward(of_backward) {
   reason_against = cuda::reason_against(cell, 0);
   const ForwardPass steps(cell, device, matrix, wanted, backward ? -1 : only_blocks);
-  if (wanted == Algorithm::automatic) algorithm = fastest(cell, device, matrix, steps, backward);
+  if (wanted == Algorithm::automatic)
+    algorithm = fastest(cell, device, matrix, steps, backward, backward_);
   int64_t launched = 0;
   const BlockShape* shapes = backward ? kDataShapes : kForwardShapes;
   if (algorithm == Algorithm::pointwise) {
     cell.T = 1;
-    pointwise_ = std::make_unique<PointwisePass>(cell, matrix);
+    pointwise_ = std::make_unique<PointwisePass>(of, matrix);
     launched = pointwise_->tiling.blocks();
-    seconds = pointwise_seconds(of, device, matrix, backward);
     workspace = backward ? pointwise_->workspace : 0;
     name = "pointwise";
   } else {
     bool resident = steps.resident;
     if (backward) {
-      backward_ = std::make_unique<BackwardPass>(cell, device, matrix, steps.step.multiply,
-                                                 algorithm, only_blocks);
-      seconds = backward_seconds(cell, device, matrix, *backward_);
+      if (!backward_)
+        backward_ = std::make_unique<BackwardPass>(cell, device, matrix, steps.step.multiply,
+                                                   algorithm, only_blocks);
       resident = backward_->resident;
       blocks = backward_->to_mem.shape;
       launched = backward_blocks(cell, backward_->to_mem, backward_->to_x);
       packed_bytes = backward_->packed.bytes(), workspace = backward_->workspace;
     } else {
       forward_ = std::make_unique<ForwardPass>(steps);
-      seconds = forward_seconds(cell, device, steps);
       blocks = steps.step.shape;
       launched = forward_blocks(cell, steps.step);
       packed_bytes = steps.packed.bytes(), workspace = steps.workspace;
@@ -86,6 +87,20 @@ Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wante
     if (only_blocks >= 0 && blocks >= 0) name += "-" + shapes[blocks].name();
   }
   if (reason_against.empty()) reason_against = cuda::reason_against(cell, launched);
+  seconds = seconds_on(device);
+}
+
+std::pair<int, int> Plan::tile() const {
+  const Tiling& of = forward_    ? forward_->step.tiling
+                     : backward_ ? backward_->to_mem.tiling
+                                 : pointwise_->tiling;
+  return {of.h, of.w};
+}
+
+double Plan::seconds_on(const Device& device) const {
+  if (forward_) return forward_seconds(cell, device, *forward_);
+  if (backward_) return backward_seconds(cell, device, matrix, *backward_);
+  return pointwise_seconds(pointwise_->s.c, device, matrix, backward);
 }
 
 Plan::Plan(Plan&&) noexcept = default;

@@ -9,6 +9,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../args.h"
@@ -117,7 +118,7 @@ class Plan {
   int blocks = -1;             // the steps' row; -1 without tensor cores
   std::string name;            // such as "mma-tf32" or "resident-fma"
   std::string reason_against;  // why no call can run, or ""
-  double seconds = 0;          // of the whole pass, estimated (choice.h)
+  double seconds = 0;          // of the whole pass on the plan's device, estimated
   // Sizes in bytes. A pointwise plan has no packed weight.
   int64_t packed_bytes = 0, workspace = 0;
 
@@ -125,6 +126,11 @@ class Plan {
   bool leaves_d_gates() const {
     return algorithm == Algorithm::hybrid || algorithm == Algorithm::pointwise;
   }
+
+  // Returns the height and width of a step's tiles.
+  std::pair<int, int> tile() const;
+  // Returns the seconds of the whole pass on a device, estimated (choice.h).
+  double seconds_on(const Device& device) const;
 
   // weight: (4C, Cin + C, kernel_h, kernel_w), contiguous, in the cell's dtype.
   void pack(const void* weight, void* packed, void* stream) const;

@@ -31,8 +31,12 @@ struct PointwiseWorkspace {
 }  // namespace
 
 PointwisePass::PointwisePass(const Cell& c, Matrix matrix) : PassTypes(c, matrix) {
-  whole_windows = choose_tile(c, c.Ho(), c.Wo(), pointwise::kPixels, c.pool != Pool::none, tiling);
-  if (!whole_windows) choose_tile(c, c.Ho(), c.Wo(), pointwise::kPixels, false, tiling);
+  const auto sizes = [&](bool windows) {
+    return tile_sizes(c, c.Ho(), c.Wo(), pointwise::kPixels, windows);
+  };
+  const std::vector<TileSize> whole = sizes(c.pool != Pool::none);
+  whole_windows = !whole.empty();
+  cut(tiling, c, c.Ho(), c.Wo(), whole_windows ? whole[0] : sizes(false)[0]);
   cover(tiling, c, c.N, c.C, pointwise::kChannels);
   workspace = PointwiseWorkspace(*this, nullptr).bytes;
 }

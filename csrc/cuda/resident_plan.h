@@ -177,17 +177,19 @@ inline ResidentPlan plan_resident(const Cell& c, const Device& device, const For
   return plan;
 }
 
-// Returns the seconds of all steps in one launch. step: what a step's kernel would do in blocks of
-// its own. neuron: cycles for a neuron (Model).
-inline double resident_seconds(const Cell& c, const Device& device, Multiply multiply,
-                               const Work& step, double neuron) {
+// Returns the seconds of all steps in one launch. plan: of the launch. step, work: what would do a
+// step in a launch of its own. neuron: cycles for a neuron (Model).
+template <class Layout, class Step>
+double resident_seconds(const Cell& c, const Device& device, const ResidentPlanOf<Layout>& plan,
+                        const Step& step, const Work& work, double neuron) {
   const Estimate e(device);
   const double images = double(ceil_div(c.N, device.multiprocessors));
-  const double blocks = double(step.blocks) / double(std::max<int64_t>(c.N, 1));
-  const double products = blocks * step.products * device.multiprocessors / e.rate(multiply);
+  const double outputs = double(plan.units) * (step.mma() ? 32 * 8 * step.tiles : 64 * 16);
+  const double products = outputs * work.products / step.outputs() * device.multiprocessors;
   const Shape s(c);
-  const double image = products + double(s.pixels * s.Cp) * neuron / e.rates.cycles;
-  const double one = std::max(images * image, e.moving(step.memory));
+  const double image =
+      products / e.rate(step.multiply) + double(s.pixels * s.Cp) * neuron / e.rates.cycles;
+  const double one = std::max(images * image, e.moving(work.memory));
   return e.model.resident + double(c.T) * (one + e.model.barrier);
 }
 
@@ -198,11 +200,12 @@ inline double fused_seconds(const Cell& c, const Device& device, Multiply multip
   return double(c.T) * (e.seconds(step, multiply) + e.model.launch);
 }
 
-inline bool resident_pays(const Cell& c, const Device& device, Multiply multiply, const Work& step,
-                          double neuron) {
-  return c.T > 1 && c.N > 0 &&
-         resident_seconds(c, device, multiply, step, neuron) <
-             fused_seconds(c, device, multiply, step);
+template <class Layout, class Step>
+bool resident_pays(const Cell& c, const Device& device, const ResidentPlanOf<Layout>& plan,
+                   const Step& step, const Work& work, double neuron) {
+  return plan.fits && c.T > 1 && c.N > 0 &&
+         resident_seconds(c, device, plan, step, work, neuron) <
+             fused_seconds(c, device, step.multiply, work);
 }
 
 // Returns whether a resident kernel is considered at all: a single step is one launch anyway.

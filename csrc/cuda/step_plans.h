@@ -2,8 +2,10 @@
 // device and the matrix type: packed weights, saved tensors and workspaces always fit together.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "backward.cuh"
 #include "estimate.h"
@@ -33,34 +35,65 @@ inline Multiply wanted_multiply(const Cell& cell, const Device& device, Matrix m
   return by_matrix[int(matrix)];
 }
 
-// Chooses a tile of at most `pixels` pixels, and with `windows` one of whole pooling windows;
-// returns false if there is none. The width is even, since threads hold pairs of pixels. The tile
-// with the fewest pixels in all tiles and their neighbourhoods wins.
-inline bool choose_tile(const Cell& c, int64_t height, int64_t width, int pixels, bool windows,
-                        Tiling& tiling) {
+// The pixels of a tile. cost: the pixels that all tiles of an image compute and read.
+struct TileSize {
+  int h, w;
+  int64_t cost;
+};
+
+// Returns tiles of at most `pixels` pixels, and with `windows` those of whole pooling windows, of
+// which there may be none; the least cost comes first, and none has twice that. The width is even,
+// since threads hold pairs of pixels. Of the tiles that are as many along an axis it takes the
+// smallest.
+inline std::vector<TileSize> tile_sizes(const Cell& c, int64_t height, int64_t width, int pixels,
+                                        bool windows) {
   const int64_t unit_h = windows ? c.pool_h : 1;
   const int64_t unit_w = windows && c.pool_w % 2 ? 2 * int64_t(c.pool_w) : windows ? c.pool_w : 2;
-  int64_t best = -1;
+  const int64_t halo = std::min<int64_t>(2 * c.pad_h(), 1 << 16);
+  const auto count = [](int64_t all, int64_t of) {
+    return ceil_div(std::max<int64_t>(all, 1), of);
+  };
+  std::vector<TileSize> found;
   for (int64_t w = unit_w; unit_h * w <= pixels; w += unit_w) {
-    const int64_t h =
-        std::min(pixels / w / unit_h * unit_h, round_up(std::max<int64_t>(height, 1), unit_h));
-    const int64_t rows = std::max<int64_t>(ceil_div(height, h), 1);
-    const int64_t cols = std::max<int64_t>(ceil_div(width, w), 1);
-    // In sectors of 8 numbers. A row that goes on beyond the tile costs one more at each end.
-    const int64_t halo = std::min<int64_t>(2 * c.pad_h(), 1 << 16);
-    const int64_t read = (h + halo) * (ceil_div(w, 8) + (w < width ? 2 : 0)) * 8;
-    const int64_t cost = rows * cols * (4 * pixels + read);
-    if (best < 0 || cost < best) {
-      best = cost;
-      tiling.h = int(h), tiling.w = int(w);
-      tiling.by_w = SmallDivisor(w), tiling.by_rows = Divisor(rows), tiling.by_cols = Divisor(cols);
-      tiling.by_window = SmallDivisor(std::max<int64_t>(w / c.pool_w, 1));
-      tiling.by_windows = SmallDivisor(std::max<int64_t>(h / c.pool_h * (w / c.pool_w), 1));
+    const int64_t columns = count(width, w);
+    if (w > unit_w && count(width, w - unit_w) == columns) continue;
+    for (int64_t h = unit_h; h * w <= pixels; h += unit_h) {
+      const int64_t rows = count(height, h);
+      if (h > unit_h && count(height, h - unit_h) == rows) continue;
+      // In sectors of 8 numbers. A row that goes on beyond the tile costs one more at each end.
+      const int64_t read = (h + halo) * (ceil_div(w, 8) + (w < width ? 2 : 0)) * 8;
+      found.push_back({int(h), int(w), rows * columns * (4 * pixels + read)});
     }
-    if (w >= width) break;
   }
-  return best >= 0;
+  const auto less = [](const TileSize& a, const TileSize& b) { return a.cost < b.cost; };
+  std::stable_sort(found.begin(), found.end(), less);
+  while (!found.empty() && found.back().cost >= 2 * found.front().cost) found.pop_back();
+  return found;
 }
+
+// Cuts images into tiles of that size.
+inline void cut(Tiling& tiling, const Cell& c, int64_t height, int64_t width,
+                const TileSize& size) {
+  const int64_t w = size.w, h = size.h;
+  tiling.h = size.h, tiling.w = size.w;
+  tiling.by_w = SmallDivisor(w);
+  tiling.by_rows = Divisor(std::max<int64_t>(ceil_div(height, h), 1));
+  tiling.by_cols = Divisor(std::max<int64_t>(ceil_div(width, w), 1));
+  tiling.by_window = SmallDivisor(std::max<int64_t>(w / c.pool_w, 1));
+  tiling.by_windows = SmallDivisor(std::max<int64_t>(h / c.pool_h * (w / c.pool_w), 1));
+}
+
+// The plan of the least time so far. A plan that is less than 2 % faster changes nothing: the
+// estimate does not see that well, and those that come first have larger blocks, or read less.
+template <class Plan>
+struct Fastest {
+  std::optional<Plan> plan;
+  double seconds = 0;
+
+  void offer(const Plan& other, double time) {
+    if (!plan || time < 0.98 * seconds) plan = other, seconds = time;
+  }
+};
 
 // The two halves of the gates' convolution, of x and of mem, without their data.
 inline Segment x_segment(const Cell& c) {
@@ -114,6 +147,7 @@ struct ForwardPlan : StepPlan {
 
   int held() const { return mma() ? tiles / 2 : 1; }  // channels that a thread holds
   int channels() const { return mma() ? 2 * tiles * warps_n : columns / 4; }  // of a block
+  int outputs() const { return 4 * channels() * pixels(); }
   int mem_pitch() const { return 32 * warps_m + (tiles == 8 ? 2 : 4); }
 };
 
@@ -137,54 +171,14 @@ inline void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns
   tiling.by_columns = Divisor(ceil_div(columns, channels));
 }
 
-inline void choose_tiling(ForwardPlan& plan, const Cell& c, int pixels) {
-  plan.tiling = Tiling();
-  plan.fires =
-      !c.inhibition && choose_tile(c, c.Ho(), c.Wo(), pixels, c.pool != Pool::none, plan.tiling);
-  if (!plan.fires) choose_tile(c, c.Ho(), c.Wo(), pixels, false, plan.tiling);
-  cover(plan.tiling, c, c.N, c.C, plan.channels());
-}
-
-// Chooses the shape that fits and is estimated to take the least time; of equals the larger block,
-// which fetches less. fits(shape) plans the tiles, too, and seconds() estimates that plan. wanted:
-// the only row that may be chosen, or -1. Returns whether any shape fits.
-template <class Step, size_t count, class Fits, class Seconds>
-bool choose_shape(Step& plan, const BlockShape (&shapes)[count], int wanted, Fits&& fits,
-                  Seconds&& seconds) {
-  Step best;
-  double least = 0;
-  for (const BlockShape& shape : shapes) {
-    if (wanted >= 0 && &shape != shapes + wanted) continue;
-    plan.warps_m = shape.m, plan.warps_n = shape.n, plan.k_groups = shape.k;
-    plan.shape = int(&shape - shapes);
-    if (!fits(shape)) continue;
-    const double time = seconds();
-    if (best.mma() && time >= least) continue;
-    best = plan, least = time;
+// Offers every tile of the plan's blocks that fits. fits() and seconds() are of the plan.
+template <class Step, class Fits, class Seconds>
+void offer_tiles(Fastest<Step>& best, Step& plan, const std::vector<TileSize>& sizes, const Cell& c,
+                 int64_t height, int64_t width, Fits&& fits, Seconds&& seconds) {
+  for (const TileSize& size : sizes) {
+    cut(plan.tiling, c, height, width, size);
+    if (fits()) best.offer(plan, seconds());
   }
-  plan = best;
-  return plan.mma();
-}
-
-// Chooses the columns of a tile, `fewest` or more, that are estimated to take the least time,
-// without tensor cores. plan_tiles(pixels) plans tiles of so many pixels, and returns whether that
-// is possible; seconds() estimates that plan. Returns whether any tile is possible. Of float64
-// there are tiles of 64 columns alone.
-template <class Step, class PlanTiles, class Seconds>
-bool choose_columns(Step& plan, const Cell& c, int fewest, PlanTiles&& plan_tiles,
-                    Seconds&& seconds) {
-  std::optional<Step> best;
-  double best_time = 0;
-  for (const fma::TileCost& tile : fma::kTiles) {
-    if (tile.columns < (c.dtype == DType::float64 ? 64 : fewest)) continue;
-    plan.columns = tile.columns;
-    if (!plan_tiles(plan.pixels())) continue;
-    const double time = seconds();
-    if (best && time >= best_time) continue;
-    best = plan, best_time = time;
-  }
-  if (best) plan = *best;
-  return best.has_value();
 }
 
 // Adds what a block of a step does for one segment, with `depth` on tensor cores.
@@ -205,11 +199,10 @@ inline void add_segment(Work& work, const StepPlan& plan, const Segment& s, cons
                       s.channels * element;
 }
 
-// shape: the only row of kForwardShapes that may be chosen, or -1.
 // What a step does. Its memory: x, both states before and after, and the spikes.
 inline Work forward_work(const Cell& c, const Device& device, const ForwardPlan& plan) {
   Work work;
-  const int columns = plan.mma() ? 8 * plan.tiles * plan.warps_n : plan.columns;
+  const int columns = 4 * plan.channels();
   const Segment x = x_segment(c), mem = mem_segment(c);
   const bool mma = plan.mma();
   add_segment(work, plan, x, mma ? x_depth(c, plan.multiply) : MmaDepth(), columns);
@@ -222,35 +215,48 @@ inline Work forward_work(const Cell& c, const Device& device, const ForwardPlan&
   return work;
 }
 
+// Plans a step: of all blocks and tiles those that are estimated to take the least time. shape: the
+// only row of kForwardShapes that may be chosen, or -1.
 inline ForwardPlan plan_forward(const Cell& c, const Device& device, Matrix matrix, int shape) {
+  const Estimate estimate(device);
+  const bool pools = c.pool != Pool::none;
   ForwardPlan plan;
+  Fastest<ForwardPlan> best;
+  const auto offer = [&](auto&& fits) {
+    std::vector<TileSize> sizes;
+    if (!c.inhibition) sizes = tile_sizes(c, c.Ho(), c.Wo(), plan.pixels(), pools);
+    plan.fires = !sizes.empty();
+    if (!plan.fires) sizes = tile_sizes(c, c.Ho(), c.Wo(), plan.pixels(), false);
+    cover(plan.tiling, c, c.N, c.C, plan.channels());
+    offer_tiles(best, plan, sizes, c, c.Ho(), c.Wo(), fits,
+                [&] { return estimate.seconds(forward_work(c, device, plan), plan.multiply); });
+  };
   plan.multiply = wanted_multiply(c, device, matrix);
   if (plan.mma()) {
     plan.tiles = c.C <= 8 ? 4 : 8;
-    const auto fits = [&](const BlockShape& of) {
-      if (of.n == 2 && c.C <= 16) return false;
-      choose_tiling(plan, c, 32 * of.m);
-      MmaBuilder builder = plan.builder();
-      builder.add(x_segment(c), x_depth(c, plan.multiply), plan.tiling);
-      builder.add(mem_segment(c), mem_depth(c, plan.multiply), plan.tiling);
-      builder.finish(nullptr, 0, plan.threads());
-      plan.shared_bytes =
-          forward_shared_bytes(plan, builder.conv, c.pool != Pool::none) + 5 * plan.channels() * 4;
-      return plan.shared_bytes <= device.shared_bytes;
-    };
-    const auto seconds = [&] {
-      return Estimate(device).seconds(forward_work(c, device, plan), plan.multiply);
-    };
-    if (choose_shape(plan, kForwardShapes, shape, fits, seconds)) return plan;
+    for (const BlockShape& of : kForwardShapes) {
+      plan.shape = int(&of - kForwardShapes);
+      if ((shape >= 0 && shape != plan.shape) || (of.n == 2 && c.C <= 16)) continue;
+      plan.warps_m = of.m, plan.warps_n = of.n, plan.k_groups = of.k;
+      offer([&] {
+        MmaBuilder builder = plan.builder();
+        builder.add(x_segment(c), x_depth(c, plan.multiply), plan.tiling);
+        builder.add(mem_segment(c), mem_depth(c, plan.multiply), plan.tiling);
+        builder.finish(nullptr, 0, plan.threads());
+        plan.shared_bytes =
+            forward_shared_bytes(plan, builder.conv, pools) + 5 * plan.channels() * 4;
+        return plan.shared_bytes <= device.shared_bytes;
+      });
+    }
+    if (best.plan) return *best.plan;
+    plan = ForwardPlan();
   }
-  const auto tile = [&](int pixels) {
-    choose_tiling(plan, c, pixels);
-    return true;
-  };
-  choose_columns(plan, c, 32, tile, [&] {
-    return Estimate(device).seconds(forward_work(c, device, plan), plan.multiply);
-  });
-  return plan;
+  for (const fma::TileCost& tile : fma::kTiles) {
+    if (tile.columns < (c.dtype == DType::float64 ? 64 : 32)) continue;
+    plan.columns = tile.columns;
+    offer([] { return true; });
+  }
+  return *best.plan;
 }
 
 // Blocks of the largest launch of the forward pass.
@@ -263,6 +269,7 @@ inline int64_t forward_blocks(const Cell& c, const ForwardPlan& plan) {
 // The convolution of d_gates with the transposed weights: the gradient of x or of mem.
 struct DataPlan : StepPlan {
   int channels() const { return mma() ? 8 * tiles * warps_n : columns; }  // of a block
+  int outputs() const { return channels() * pixels(); }
 };
 
 // That convolution's source, d_gates; padding is the forward convolution's.
@@ -307,48 +314,51 @@ inline Work data_work(const Cell& c, const Device& device, const DataPlan& plan,
   return work;
 }
 
-// Plans the gradient of x or of mem, and with `windows` in tiles of whole pooling windows; returns
-// nothing if there are none. multiply: the forward pass's, which decides the gates' type. shape:
-// the only row of kDataShapes that may be chosen, or -1.
+// Plans the gradient of x or of mem like a forward step, and with `windows` in tiles of whole
+// pooling windows; returns nothing if there are none. multiply: the forward pass's, which decides
+// the gates' type. shape: the only row of kDataShapes that may be chosen, or -1.
 inline std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Multiply multiply,
                                          bool of_x, bool windows, int shape) {
   const int64_t height = of_x ? c.H : c.Ho(), width = of_x ? c.W : c.Wo();
   const int64_t columns = of_x ? c.Cin : c.C, images = of_x ? c.T * c.N : c.N;
+  const Estimate estimate(device);
   DataPlan plan;
-  const auto choose_tiling = [&](int pixels) {
-    plan.tiling = Tiling();
-    if (!choose_tile(c, height, width, pixels, windows, plan.tiling)) return false;
+  Fastest<DataPlan> best;
+  const auto offer = [&](auto&& fits) {
     cover(plan.tiling, c, images, columns, plan.channels());
-    return true;
+    offer_tiles(best, plan, tile_sizes(c, height, width, plan.pixels(), windows), c, height, width,
+                fits,
+                [&] { return estimate.seconds(data_work(c, device, plan, of_x), plan.multiply); });
   };
   plan.multiply = multiply;
   if (plan.mma()) {
     plan.tiles = columns <= 32 ? 2 : 8;
-    const auto fits = [&](const BlockShape& of) {
-      if ((of.n == 2) != (columns > 16 && columns <= 32) || !choose_tiling(32 * of.m)) return false;
-      MmaBuilder builder = plan.builder();
-      const Segment segment = gates_segment(c, of_x);
-      builder.add(segment, MmaDepth(builder.type, segment), plan.tiling);
-      builder.finish(nullptr, 0, plan.threads());
-      plan.shared_bytes = BackwardLayout(plan, builder.conv, windows).bytes;
-      return plan.shared_bytes <= device.shared_bytes;
-    };
-    const auto seconds = [&] {
-      return Estimate(device).seconds(data_work(c, device, plan, of_x), plan.multiply);
-    };
-    if (choose_shape(plan, kDataShapes, shape, fits, seconds)) return plan;
+    const Segment segment = gates_segment(c, of_x);
+    for (const BlockShape& of : kDataShapes) {
+      plan.shape = int(&of - kDataShapes);
+      if ((shape >= 0 && shape != plan.shape) || (of.n == 2) != (columns > 16 && columns <= 32))
+        continue;
+      plan.warps_m = of.m, plan.warps_n = of.n, plan.k_groups = of.k;
+      offer([&] {
+        MmaBuilder builder = plan.builder();
+        builder.add(segment, MmaDepth(builder.type, segment), plan.tiling);
+        builder.finish(nullptr, 0, plan.threads());
+        plan.shared_bytes = BackwardLayout(plan, builder.conv, windows).bytes;
+        return plan.shared_bytes <= device.shared_bytes;
+      });
+    }
+    if (best.plan) return best.plan;
+    plan = DataPlan();
   }
-  const auto fits = [&](int pixels) {
-    with_tile<16>(c.dtype, plan.columns, [&](auto real, auto tile) {
-      plan.shared_bytes = int64_t(fma::StepShared<decltype(real), decltype(tile)>::bytes(windows));
+  for (const fma::TileCost& tile : fma::kTiles) {
+    if (tile.columns < (c.dtype == DType::float64 ? 64 : 16)) continue;
+    plan.columns = tile.columns;
+    with_tile<16>(c.dtype, plan.columns, [&](auto real, auto size) {
+      plan.shared_bytes = int64_t(fma::StepShared<decltype(real), decltype(size)>::bytes(windows));
     });
-    return plan.shared_bytes <= device.shared_bytes && choose_tiling(pixels);
-  };
-  const auto seconds = [&] {
-    return Estimate(device).seconds(data_work(c, device, plan, of_x), plan.multiply);
-  };
-  if (!choose_columns(plan, c, 16, fits, seconds)) return std::nullopt;
-  return plan;
+    if (plan.shared_bytes <= device.shared_bytes) offer([] { return true; });
+  }
+  return best.plan;
 }
 
 // Blocks of the largest launch of the backward pass.

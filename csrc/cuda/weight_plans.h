@@ -2,7 +2,7 @@
 #pragma once
 
 #include "step_plans.h"
-#include "weight_gradient_mma.cuh"
+#include "weight_tile.h"
 
 namespace snnlstm::cuda {
 
@@ -19,6 +19,17 @@ struct WeightPlan {
   bool mma() const { return multiply != Multiply::fma; }
   int threads() const { return 32 * weight_tile::kWarpColumns * warp_rows * tap_groups; }
   int row_blocks() const { return part_rows / (32 * warp_rows); }
+  int64_t blocks() const {  // of a split
+    return mma() ? int64_t(column_blocks) * row_blocks() : int64_t(part_rows) * part_columns / 4096;
+  }
+  // What a split's share is a multiple of: fma a chunk of pixels, mma a tile.
+  int64_t unit() const { return mma() ? 1 : fma::kDepthUnit; }
+  int64_t units() const { return ceil_div(total, unit()); }
+  // Splits into so many shares, or fewer if these are enough.
+  void split(int64_t wanted) {
+    share = std::max<int64_t>(ceil_div(units(), wanted), 1) * unit();
+    splits = int(std::max<int64_t>(ceil_div(total, share), 1));
+  }
   int stage_bytes() const {
     const MmaType type(multiply);
     return weight_tile::kTableBytes +
@@ -42,7 +53,8 @@ struct WeightPlans {
 };
 
 // Plans one half of the weight's gradient on tensor cores, but for its splits.
-inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int most_rows) {
+inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int most_rows,
+                               const TileSize& size) {
   const Shape s(c);
   const MmaType type(multiply);
   const Segment in = of_x ? x_segment(c) : mem_segment(c);
@@ -55,7 +67,7 @@ inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int 
   while (w.warp_rows > 1 &&
          (w.threads() > weight_tile::kMaxThreads || 16 * w.warp_rows >= 4 * s.Cp))
     w.warp_rows /= 2;
-  choose_tile(c, s.Ho, s.Wo, weight_tile::kPixels, false, w.tiling);
+  cut(w.tiling, c, s.Ho, s.Wo, size);
   cover(w.tiling, c, c.T * c.N, 1, 1);
   w.total = w.tiling.tiles();
   w.buffer_bytes = int(neighbourhood_bytes(mma_segment(in, type, depth, w.tiling)));
@@ -68,86 +80,35 @@ inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int 
   return w;
 }
 
-// The same without tensor cores, of both halves: three blocks for each multiprocessor, of 256
-// pixels or more.
-inline WeightPlans weight_fma(const Cell& c, const Device& device) {
+// The same without tensor cores, of both halves. columns: of a tile.
+inline WeightPlan weight_fma(const Cell& c, int columns) {
   const Shape s(c);
-  const int64_t rows = 4 * s.Cp, columns = s.taps * (c.Cin + c.C);
   WeightPlan w;
   w.tiling.by_rows = Divisor(std::max<int64_t>(s.Ho, 1));
   w.tiling.by_cols = Divisor(std::max<int64_t>(s.Wo, 1));
   cover(w.tiling, c, c.T * c.N, 1, 1);
-  double best = 0;
-  for (const fma::TileCost& tile : fma::kTiles) {
-    if (tile.columns < (c.dtype == DType::float64 ? 64 : 32)) continue;
-    const int64_t part_rows = round_up(rows, tile.columns);
-    const int64_t part_columns = round_up(columns, 4096 / tile.columns);
-    const double time = double(part_rows) * double(part_columns) * tile.time;
-    if (best > 0 && time >= best) continue;
-    best = time, w.columns = tile.columns;
-    w.part_rows = int(part_rows), w.part_columns = int(part_columns);
-  }
+  w.columns = columns;
+  w.part_rows = int(round_up(4 * s.Cp, columns));
+  w.part_columns = int(round_up(s.taps * (c.Cin + c.C), 4096 / columns));
   w.total = c.T * c.N * s.pixels;
-  const int64_t blocks = int64_t(w.part_rows) * w.part_columns / 4096;
-  const int64_t splits =
-      std::clamp<int64_t>(std::min(3 * device.multiprocessors / blocks, w.total / 256), 1, 1024);
-  w.share = std::max<int64_t>(round_up(ceil_div(w.total, splits), fma::kDepthUnit), 1);
-  w.splits = int(std::max<int64_t>(ceil_div(w.total, w.share), 1));
-  WeightPlans plans = {w, w};
-  plans.x.tap_stride = int(c.Cin), plans.mem.tap_stride = int(c.C);
-  return plans;
+  return w;
 }
 
-// The time of a block's tile over the time in which a split's part of the gradient is written and
-// read again to be added. Tensor cores are taken to do 200 multiplications while memory moves 3
-// bytes, as an H100's data sheet says; a sweep over splits would measure the ratio.
-constexpr int64_t kPartsPerTile = 24;
-
-// Chooses the number of splits with which the multiprocessors, of one block each, end soonest.
-inline void split_tiles(WeightPlans& plan, const Device& device) {
-  const int64_t blocks = int64_t(plan.x.column_blocks) * plan.x.row_blocks() +
-                         int64_t(plan.mem.column_blocks) * plan.mem.row_blocks();
-  const int64_t total = plan.x.total;
-  int64_t best = 1, best_time = -1;
-  for (int64_t splits = 1; splits <= std::max<int64_t>(total / 4, 1); ++splits) {
-    const int64_t waves = ceil_div(blocks * splits, device.multiprocessors);
-    if (splits > 1 && waves > 8) break;
-    const int64_t time = kPartsPerTile * waves * ceil_div(total, splits) + splits * blocks;
-    if (best_time < 0 || time < best_time) best = splits, best_time = time;
-  }
-  for (WeightPlan* w : {&plan.x, &plan.mem}) {
-    w->share = std::max<int64_t>(ceil_div(total, best), 1);
-    w->splits = int(std::max<int64_t>(ceil_div(total, w->share), 1));
-  }
-}
-
-// Plans both halves of the weight for one launch.
-inline WeightPlans plan_weights(const Cell& c, const Device& device, Multiply multiply) {
-  for (const int most_rows : {4, 2, 1}) {
-    if (multiply == Multiply::fma) break;
-    WeightPlans plan = {weight_tiles(c, multiply, true, most_rows),
-                        weight_tiles(c, multiply, false, most_rows)};
-    if (plan.shared_bytes() > device.shared_bytes || plan.x.total >= int64_t(1) << 30) continue;
-    split_tiles(plan, device);
-    return plan;
-  }
-  return weight_fma(c, device);
-}
-
-// What a launch for both halves of the weight does, but for the memory of its sources: a block of
-// the larger half decides.
-inline Work weight_work(const WeightPlans& plans) {
+// What a launch for both halves of the weight does: a block of the larger half decides. Its memory:
+// x, mem and d_gates of all steps, and the parts, which are written and read again.
+inline Work weight_work(const Cell& c, const WeightPlans& plans) {
   Work work;
+  const double state = double(c.N) * c.C * double(c.Ho() * c.Wo());
+  const double x = double(c.N) * c.Cin * double(c.H * c.W);
+  work.memory = double(c.T) * (x + 5 * state) * bytes_of(c.dtype);
   for (const WeightPlan* w : {&plans.x, &plans.mem}) {
     const bool mma = w->mma();
     const int64_t rows = mma ? 32 * w->warp_rows : w->columns;
     const int64_t taps = mma ? weight_tile::kTaps * w->tap_groups : 1;
     const int64_t columns = mma ? weight_tile::kChannels : 4096 / w->columns;
     const int64_t pixels = w->share * (mma ? weight_tile::kPixels : 1);
-    const int64_t blocks = mma ? int64_t(w->column_blocks) * w->row_blocks()
-                               : w->part_rows / rows * (w->part_columns / columns);
     const double time = mma ? 1 : fma::time_of(w->columns);
-    work.blocks += blocks * w->splits;
+    work.blocks += w->blocks() * w->splits;
     work.warps = mma ? w->threads() / 32 : fma::kThreads / 32;
     work.products = std::max(work.products, double(rows * columns * taps) * double(pixels) * time);
     work.cache_bytes = std::max(work.cache_bytes, 4.0 * double(rows + columns) * double(pixels));
@@ -156,6 +117,68 @@ inline Work weight_work(const WeightPlans& plans) {
   }
   work.shared_bytes = plans.mem.mma() ? plans.shared_bytes() : 0;
   return work;
+}
+
+// Offers the numbers of splits that fill whole rounds of the multiprocessors. If memory takes more
+// time than the products, fewer splits are better; where both take as long is found by halving.
+inline void offer_splits(Fastest<WeightPlans>& best, WeightPlans& plans, const Cell& c,
+                         const Device& device) {
+  const Estimate estimate(device);
+  const int64_t blocks = plans.x.blocks() + (plans.side_by_side() ? 0 : plans.mem.blocks());
+  const int64_t most = std::clamp<int64_t>(plans.x.units(), 1, 1024);
+  Work work;
+  // Takes so many splits at most; returns whether memory takes more time.
+  const auto split = [&](int64_t splits) {
+    for (WeightPlan* w : {&plans.x, &plans.mem}) w->split(splits);
+    work = weight_work(c, plans);
+    return estimate.moving(work.memory) > estimate.working(work, plans.x.multiply);
+  };
+  const auto offer = [&] { best.offer(plans, estimate.seconds(work, plans.x.multiply)); };
+  int64_t before = 0;
+  for (int rounds = 1; rounds <= 8; ++rounds) {
+    const int64_t splits = std::clamp<int64_t>(rounds * device.multiprocessors / blocks, 1, most);
+    if (splits == before) continue;
+    const bool moves = split(splits);
+    offer();
+    if (moves) {
+      int64_t low = before, high = splits;  // in `high` splits memory takes more time
+      while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (split(middle) ? high : low) = middle;
+      }
+      for (const int64_t of : {high, low})
+        if (of > before) split(of), offer();
+      return;
+    }
+    before = splits;
+  }
+}
+
+// Plans both halves of the weight for one launch.
+inline WeightPlans plan_weights(const Cell& c, const Device& device, Multiply multiply) {
+  Fastest<WeightPlans> best;
+  if (multiply != Multiply::fma) {
+    for (const TileSize& size : tile_sizes(c, c.Ho(), c.Wo(), weight_tile::kPixels, false)) {
+      WeightPlans plans;
+      for (const int most_rows : {4, 2, 1}) {
+        if (std::max(plans.x.warp_rows, plans.mem.warp_rows) == most_rows) continue;  // as before
+        plans = {weight_tiles(c, multiply, true, most_rows, size),
+                 weight_tiles(c, multiply, false, most_rows, size)};
+        if (plans.shared_bytes() > device.shared_bytes || plans.x.total >= int64_t(1) << 30)
+          continue;
+        offer_splits(best, plans, c, device);
+      }
+    }
+    if (best.plan) return *best.plan;
+  }
+  for (const fma::TileCost& tile : fma::kTiles) {
+    if (tile.columns < (c.dtype == DType::float64 ? 64 : 32)) continue;
+    const WeightPlan w = weight_fma(c, tile.columns);
+    WeightPlans plans = {w, w};
+    plans.x.tap_stride = int(c.Cin), plans.mem.tap_stride = int(c.C);
+    offer_splits(best, plans, c, device);
+  }
+  return *best.plan;
 }
 
 }  // namespace snnlstm::cuda

@@ -180,13 +180,6 @@ class Plan(tensors.CommonPlan):
         self.algorithm = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
         self.threads, self.isa = threads, isa
         self.cell = tensors.make_cell(_C, s)
-        # The core takes five strides. A step of a cell that does not spike has no spk.
-        self.x5, self.syn5, self.mem5, self.spk5, self.state5 = (
-            tensors.five(strides)
-            for strides in (
-                call.x.stride(), call.syn.stride(), call.mem.stride(), self.spk[1], self.state[1]
-            )
-        )  # fmt: skip
         self.packed_gates = o.checkpoint == "gates"
         largest = max(math.prod(shape) * dtype.itemsize for shape, dtype in self.saved_shapes)
         self.saves_blocks = largest >= memory.SMALLEST  # which are used again, by memory.py

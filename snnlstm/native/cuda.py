@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..call import Call, Signature
 from . import tensors, torch_conv
-from .tensors import Gradients, Pass, Result, Saved, Shapes, address, view
+from .tensors import Gradients, Pass, Result, Saved, Shapes, address
 
 __all__ = ["Backend"]
 
@@ -165,7 +165,7 @@ class Plan(tensors.CommonPlan):
             if call.lengths is not None and not call.options.record:
                 tensors.keep_empty(call, result[1:3], (call.syn, call.mem))
             del alive  # the kernels are on the stream: what takes their memory comes after them
-        return result._replace(name=self.name)
+        return Result(*result[:4], self.name)
 
     def _forward(self, core: Any, call: Call, parameters: dict[str, int], result: Result) -> None:
         stream = self.stream
@@ -178,13 +178,13 @@ class Plan(tensors.CommonPlan):
         core.forward(
             stream,
             record=call.options.record,
-            x=view(call.x),
-            syn0=view(call.syn),
-            mem0=view(call.mem),
+            x=(call.x.data_ptr(), self.x5),
+            syn0=(call.syn.data_ptr(), self.syn5),
+            mem0=(call.mem.data_ptr(), self.mem5),
             weight=packed,
-            spk=view(spk),
-            syn=view(syn),
-            mem=view(mem),
+            spk=(spk.data_ptr(), self.spk5) if self.has_spk else None,
+            syn=(syn.data_ptr(), self.state5),
+            mem=(mem.data_ptr(), self.state5),
             saved_gates=0 if saved is None else saved.gates.data_ptr(),
             saved_syn=0 if saved is None else saved.syn.data_ptr(),
             winner=0 if saved is None else saved.winner.data_ptr(),

@@ -62,11 +62,14 @@ def _backward(
     memory. `plan`, `decided` and `packed` are the forward pass's; `packed` may be None.
     """
     s, options = call.signature, call.options
-    call = call._replace(
-        x=as_saved(call.x, s.input, s.dtype),
-        syn=as_saved(call.syn, s.state, s.dtype),
-        mem=as_saved(call.mem, s.state, s.dtype),
+    x, syn, mem = call[:3]
+    given = (
+        as_saved(x, s.input, s.dtype),
+        as_saved(syn, s.state, s.dtype),
+        as_saved(mem, s.state, s.dtype),
     )
+    if given[0] is not x or given[1] is not syn or given[2] is not mem:
+        call = Call(*given, *call[3:])
     grads = [None if grad is None else plain(grad) for grad in grads]
     if options.checkpoint is True:
         states = [as_saved(state, s.state, s.dtype) for state in saved]

@@ -131,16 +131,13 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def view(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
-    """Address and five strides; the time stride of a tensor without time is 0. None if empty."""
-    if tensor is None or tensor.numel() == 0:
-        return None
-    strides = tensor.stride()
-    return tensor.data_ptr(), strides if len(strides) == 5 else (0, *strides)
+    """Address, which is 0 if the tensor is empty, and five strides."""
+    return None if tensor is None else (tensor.data_ptr(), five(tensor.stride()))
 
 
-def five(strides: Sequence[int]) -> tuple[int, ...]:
+def five(strides: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of time, batch, channel, row and column: that of time is 0 where there is none."""
-    return tuple(strides) if len(strides) == 5 else (0, *strides)
+    return strides if len(strides) == 5 else (0, *strides)
 
 
 def address(tensor: Tensor | None) -> int:
@@ -322,6 +319,13 @@ class CommonPlan:
                 (shape, dtype, None if math.prod(shape) else call.x.new_empty(shape, dtype=dtype))
                 for shape, dtype in decisions
             ]
+        # The core takes five strides. A step of a cell that does not spike has no spk.
+        self.x5, self.syn5, self.mem5, self.spk5, self.state5 = (
+            five(strides)
+            for strides in (
+                call.x.stride(), call.syn.stride(), call.mem.stride(), self.spk[1], self.state[1]
+            )
+        )  # fmt: skip
         self.threshold_stride = 0 if s.thresholds == 1 else 1
         self.has_spk = o.spiking or o.sequence
 

@@ -101,10 +101,15 @@ class Core(Emulator):
         multiprocessors: int = 108,
         shared_bytes: int = 163 * 1024,
         algorithm: str = "fused",
+        model: dict[str, float] | None = None,
     ) -> None:
-        """Sets what the launchers are told of the device, and which kernels they must use."""
+        """Sets what the launchers are told of the device, and which kernels they must use.
+
+        `model` has other constants for the estimate.
+        """
         self.settings.compute_capability = compute_capability
-        device = self.module.CudaDevice(compute_capability, multiprocessors, shared_bytes)
+        of = compute_capability, multiprocessors, shared_bytes
+        device = self.module.CudaDevice(*of, model or {})
         self.kernels = Emulated(self.module, device, algorithm)
 
     @contextlib.contextmanager

@@ -1,8 +1,6 @@
 """The model of csrc/cuda/estimate.h once more, in Python and by itself: every way of a pass with
-every block, for layers of stride 1 without pooling. Tests judge the core's choice by it.
-
-Tiles are those with the fewest pixels to read, or with `every_tile` all that there are. Times are
-in seconds, and the constants are the core's."""
+every block, tile and number of splits, for layers of stride 1 without pooling. Tests judge the
+core's choice by it. Times are in seconds, and the constants are the core's."""
 
 from __future__ import annotations
 
@@ -35,14 +33,14 @@ class Work(NamedTuple):
     cycles: float
     memory: float
     mma: bool
+    of_image: float = 0  # blocks whose products are those of an image in a resident kernel
 
 
 class Model:
     """The seconds of a layer's passes on a card."""
 
-    def __init__(self, gpu: Gpu, case: Case, dtype: str, every_tile: bool = False) -> None:
+    def __init__(self, gpu: Gpu, case: Case, dtype: str) -> None:
         self.gpu, self.c, self.dtype, card = gpu, case, dtype, gpu.card
-        self.every_tile = every_tile
         self.of = gpu.core.cuda_model() | dict(gpu.model)
         self.states, self.matrix = TYPES[dtype][0], arguments(gpu, case, dtype)[2]
         self.size = 2 if self.states >= 2 else 4
@@ -121,20 +119,9 @@ class Model:
     def tiles(self, pixels: int) -> Iterator[tuple[int, int, int]]:
         """Height and width of each tile of so many pixels, and the tiles of an image."""
         height, width = self.c.height, self.c.width
-        found = [
-            (h, w, counted(height, h) * counted(width, w))
-            for h in {counted(height, k) for k in range(1, height + 1)}
-            | {min(pixels // w, height) for w in range(2, pixels + 1, 2)}
-            for w in range(2, min(pixels // max(h, 1), up(width, 2)) + 1, 2)
-        ]
-
-        def read(tile: tuple[int, int, int]) -> int:
-            h, w, count = tile
-            sectors = counted(w, 8) + (2 if w < width else 0)
-            return count * (4 * pixels + 8 * sectors * (h + self.c.kernel[0] // 2 * 2))
-
-        full = [tile for tile in found if tile[0] == min(pixels // tile[1], height)]
-        yield from found if self.every_tile else [min(full, key=lambda t: (read(t), t[1]))]
+        for h in range(1, height + 1):
+            for w in range(2, min(pixels // h, up(width, 2)) + 1, 2):
+                yield h, w, counted(height, h) * counted(width, w)
 
     def steps(self, gates: bool, columns: int, images: int, memory: float, neuron: float):
         """The work of each block and tile: gates of x and mem, or data from d_gates."""
@@ -178,7 +165,11 @@ class Model:
                 if shared <= 1024 * self.gpu.card["shared_kib"]:
                     blocks = images * count * counted(columns, channels)
                     cycles = neuron * channels * pixels
-                    yield Work(blocks, warps, shared, products, cache, cycles, memory, self.mma)
+                    together = 32 if self.mma else 64
+                    wide = up(columns, channels if self.mma else 8 if gates else 16)
+                    whole = up(c.height * up(c.width, 2), together) * wide / (pixels * channels)
+                    yield Work(blocks, warps, shared, products, cache, cycles, memory, self.mma,
+                               whole)  # fmt: skip
 
     def forward_steps(self) -> list[Work]:
         memory = self.x + 5 * self.state
@@ -201,7 +192,7 @@ class Model:
         for own in (64, 32):
             rows, columns = up(4 * self.cp, own), up(self.taps * (c.cin + c.cout), 4096 // own)
             blocks, total = rows * columns // 4096, c.steps * c.batch * self.pixels
-            for splits in range(1, min(max(3 * self.processors // blocks, 1), 1024) + 1):
+            for splits in range(1, min(max(8 * self.processors // blocks, 1), 1024) + 1):
                 share = up(counted(total, splits), 16)
                 yield Work(blocks * splits, 4, 0, 4096 * share * FMA_TIME[own],
                            4.0 * (own + 4096 // own) * share, 0,
@@ -233,7 +224,7 @@ class Model:
                 total = c.steps * c.batch * count
                 if shared > 1024 * self.gpu.card["shared_kib"]:
                     continue
-                for splits in range(1, max(8 * self.processors // blocks, 1) + 1):
+                for splits in range(1, min(max(8 * self.processors // blocks, 1), 1024) + 1):
                     share = counted(total, splits)
                     yield Work(blocks * splits, threads // 32, shared, products * share,
                                cache * share, 0, moved + 8.0 * splits * parts, True)  # fmt: skip
@@ -277,8 +268,8 @@ class Model:
 
     def sequence(self, step: Work, neuron: str) -> float:
         """All steps in one launch; `step` is what one would do in blocks of its own."""
-        images, each = counted(self.c.batch, self.processors), step.blocks / self.c.batch
-        image = each * step.products * self.processors / self.rate(step.mma)
+        images = counted(self.c.batch, self.processors)
+        image = step.of_image * step.products * self.processors / self.rate(step.mma)
         image += self.pixels * self.cp * self.of[neuron] / self.clock
         one = max(images * image, self.moving(step.memory))
         return self.of["resident"] + self.c.steps * (one + self.of["barrier"])

@@ -33,11 +33,13 @@ class Mode:
     kernels: str = "fused"  # see backend.Emulated
     shared_bytes: int = 163 * 1024
     multiprocessors: int = 108
+    model: tuple[tuple[str, float], ...] = ()  # other constants of the estimate
 
     @contextmanager
     def running(self, core):
         """Within the block, the native path for CPU tensors runs in this mode."""
-        core.device(self.compute_capability, self.multiprocessors, self.shared_bytes, self.kernels)
+        card = self.compute_capability, self.multiprocessors, self.shared_bytes
+        core.device(*card, self.kernels, dict(self.model))
         # torch's convolution stands in for cuDNN's; oneDNN 3 with AMX would give wrong sums for
         # bfloat16 images of one column with stride and dilation.
         (enabled, *_) = mkldnn.set_flags(False)

@@ -30,13 +30,6 @@ def cases_of(gpu: estimate.Gpu):
     return itertools.product((CASES[name] for name in LAYERS), gpu.types(), PASSES)
 
 
-def judged(gpu: estimate.Gpu, plan, case, dtype: str, backward: bool) -> float:
-    """The seconds of what another GPU's plan would run, on this one."""
-    of = estimate.arguments(gpu, case, dtype)
-    blocks = plan.blocks if NAMES[plan.algorithm] in ("fused", "hybrid") else -1
-    return gpu.core.CudaPlan(*of, plan.algorithm, backward, blocks).seconds
-
-
 def test_the_table_of_cards_agrees_with_its_sources(core):
     cards = core.module.cuda_cards()
     assert [card["name"] for card in cards] == sorted(CARDS, key=[c["name"] for c in cards].index)
@@ -56,34 +49,21 @@ def test_the_emulated_devices_are_cards(core):
     assert devices.EMULATED.items() <= cards.items()
 
 
-# The core splits the weight's gradient by a rule, which small images bend most.
-BOUNDS = {"small": 1.09}
+QUICK = ("t4", "a100")
 
 
-@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize(
+    "name", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CARDS]
+)
 def test_the_choice_is_close_to_the_best_of_all(core, name):
-    """model.py computes the time of every way and block by itself."""
+    """model.py computes the time of every way, block, tile and number of splits by itself."""
     gpu = gpu_of(core, name)
     for case, dtype, backward in cases_of(gpu):
         plan = estimate.chosen(gpu, case, dtype, backward)
         ways = Model(gpu, case, dtype).ways(backward)
-        bound, best = BOUNDS.get(case.name, 1.05), min(ways.values())
-        assert 0.99 * best <= plan.seconds <= bound * best, (case.name, dtype, plan.name, ways)
-        way = ways[NAMES[plan.algorithm]]
-        assert 0.99 * way <= plan.seconds <= bound * way, (case.name, dtype, plan.name, ways)
-        assert plan.seconds == judged(gpu, plan, case, dtype, backward)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CARDS)
-def test_other_tiles_would_gain_what_the_notes_say(core, name):
-    """The core takes the tile with the fewest pixels to read. By the model a smaller one takes less
-    time for some layers, since a multiprocessor holds two: benchmarks/NOTES.md."""
-    gpu = gpu_of(core, name)
-    for case, dtype, backward in cases_of(gpu):
-        seconds = estimate.chosen(gpu, case, dtype, backward).seconds
-        best = min(Model(gpu, case, dtype, every_tile=True).ways(backward).values())
-        assert seconds <= 1.65 * best, (case.name, dtype, backward)
+        best, way = min(ways.values()), ways[NAMES[plan.algorithm]]
+        assert 0.99 * best <= plan.seconds <= 1.05 * best, (case.name, dtype, plan.name, ways)
+        assert 0.99 * way <= plan.seconds <= 1.05 * way, (case.name, dtype, plan.name, ways)
 
 
 @pytest.mark.slow
@@ -100,7 +80,7 @@ def test_errors_of_each_constant_by_a_fifth_cost_little(core, name):
             wrong = gpu_of(core, name, **{constant: factor * value})
             for case, dtype, backward in cases_of(gpu):
                 plan = estimate.chosen(wrong, case, dtype, backward)
-                lost = judged(gpu, plan, case, dtype, backward) / best[case.name, dtype, backward]
+                lost = plan.seconds_on(gpu.device) / best[case.name, dtype, backward]
                 assert lost <= 1.25, (constant, factor, case.name, dtype, backward, plan.name)
                 worst = max(worst, lost)
     assert worst > 1.0  # some choice did change
@@ -162,7 +142,7 @@ def test_blocks_are_chosen_by_their_rounds(core):
         by_shape = [gpu.core.CudaPlan(*of, NAMES.index("fused"), False, row) for row in range(4)]
         assert min(plan.seconds for plan in by_shape) < by_shape[0].seconds / 1.2
         chosen = gpu.core.CudaPlan(*of, NAMES.index("fused"), False)
-        assert chosen.seconds == min(plan.seconds for plan in by_shape)
+        assert chosen.seconds <= min(plan.seconds for plan in by_shape) / 0.98
 
 
 def test_the_command_prints_each_layer_and_says_that_nothing_was_measured(capsys, monkeypatch):
