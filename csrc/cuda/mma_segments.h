@@ -102,6 +102,12 @@ inline MmaSegment mma_segment(const Segment& s, const MmaType& type, const MmaDe
   return m;
 }
 
+// Returns whether the rows of a tile of w columns, one after the other, lie on the shared memory's
+// banks as one long row would: then a warp's reads of 8 pixels meet no bank twice.
+inline bool rows_fit_banks(const MmaSegment& m, int w) {
+  return m.step_w != 1 || m.s.up_w.value != 1 || w % 16 == 0 || (m.pitch - w) % 16 == 0;
+}
+
 // Returns whether threads bring the source while they multiply, turn by turn.
 inline bool comes_in_turns(const MmaSegment& m, const MmaType& type) {
   return m.feed == Feed::gather || m.feed == Feed::vectors ||
@@ -128,6 +134,7 @@ inline int64_t neighbourhood_bytes(const MmaSegment& m) {
 struct MmaBuilder {
   MmaType type;
   MmaConv conv;
+  bool fits_banks = true;  // of all segments
 
   // tiles: n-tiles of a warp
   MmaBuilder(Multiply multiply, int warp_columns, int tiles) : type(multiply) {
@@ -139,6 +146,7 @@ struct MmaBuilder {
   void add(const Segment& s, const MmaDepth& depth, const Tiling& tiling) {
     MmaSegment& m = conv.segment[conv.segments++];
     m = mma_segment(s, type, depth, tiling);
+    fits_banks = fits_banks && rows_fit_banks(m, tiling.w);
     conv.units += int(depth.units());
     conv.buffer_bytes = int(std::max<int64_t>(conv.buffer_bytes, neighbourhood_bytes(m)));
   }

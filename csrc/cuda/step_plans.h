@@ -44,7 +44,7 @@ struct TileSize {
 // Returns tiles of at most `pixels` pixels, and with `windows` those of whole pooling windows, of
 // which there may be none; the least cost comes first, and none has twice that. The width is even,
 // since threads hold pairs of pixels. Of the tiles that are as many along an axis it takes the
-// smallest.
+// smallest, and those of 16 columns or a multiple.
 inline std::vector<TileSize> tile_sizes(const Cell& c, int64_t height, int64_t width, int pixels,
                                         bool windows) {
   const int64_t unit_h = windows ? c.pool_h : 1;
@@ -56,7 +56,8 @@ inline std::vector<TileSize> tile_sizes(const Cell& c, int64_t height, int64_t w
   std::vector<TileSize> found;
   for (int64_t w = unit_w; unit_h * w <= pixels; w += unit_w) {
     const int64_t columns = count(width, w);
-    if (w > unit_w && count(width, w - unit_w) == columns) continue;
+    const bool fits_banks = w % 16 == 0 && w < width;
+    if (w > unit_w && count(width, w - unit_w) == columns && !fits_banks) continue;
     for (int64_t h = unit_h; h * w <= pixels; h += unit_h) {
       const int64_t rows = count(height, h);
       if (h > unit_h && count(height, h - unit_h) == rows) continue;
@@ -171,13 +172,21 @@ inline void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns
   tiling.by_columns = Divisor(ceil_div(columns, channels));
 }
 
-// Offers every tile of the plan's blocks that fits. fits() and seconds() are of the plan.
+// Offers every tile of the plan's blocks that fits. fits(any) and seconds() are of the plan. any:
+// whether rows may meet the same banks, which the estimate does not see; that is asked if none
+// fits.
 template <class Step, class Fits, class Seconds>
 void offer_tiles(Fastest<Step>& best, Step& plan, const std::vector<TileSize>& sizes, const Cell& c,
                  int64_t height, int64_t width, Fits&& fits, Seconds&& seconds) {
-  for (const TileSize& size : sizes) {
-    cut(plan.tiling, c, height, width, size);
-    if (fits()) best.offer(plan, seconds());
+  bool found = false;
+  for (const bool any : {false, true}) {
+    for (const TileSize& size : sizes) {
+      cut(plan.tiling, c, height, width, size);
+      if (!fits(any)) continue;
+      best.offer(plan, seconds());
+      found = true;
+    }
+    if (found) return;
   }
 }
 
@@ -238,14 +247,14 @@ inline ForwardPlan plan_forward(const Cell& c, const Device& device, Matrix matr
       plan.shape = int(&of - kForwardShapes);
       if ((shape >= 0 && shape != plan.shape) || (of.n == 2 && c.C <= 16)) continue;
       plan.warps_m = of.m, plan.warps_n = of.n, plan.k_groups = of.k;
-      offer([&] {
+      offer([&](bool any) {
         MmaBuilder builder = plan.builder();
         builder.add(x_segment(c), x_depth(c, plan.multiply), plan.tiling);
         builder.add(mem_segment(c), mem_depth(c, plan.multiply), plan.tiling);
         builder.finish(nullptr, 0, plan.threads());
         plan.shared_bytes =
             forward_shared_bytes(plan, builder.conv, pools) + 5 * plan.channels() * 4;
-        return plan.shared_bytes <= device.shared_bytes;
+        return plan.shared_bytes <= device.shared_bytes && (any || builder.fits_banks);
       });
     }
     if (best.plan) return *best.plan;
@@ -254,7 +263,7 @@ inline ForwardPlan plan_forward(const Cell& c, const Device& device, Matrix matr
   for (const fma::TileCost& tile : fma::kTiles) {
     if (tile.columns < (c.dtype == DType::float64 ? 64 : 32)) continue;
     plan.columns = tile.columns;
-    offer([] { return true; });
+    offer([](bool) { return true; });
   }
   return *best.plan;
 }
@@ -339,12 +348,12 @@ inline std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Mu
       if ((shape >= 0 && shape != plan.shape) || (of.n == 2) != (columns > 16 && columns <= 32))
         continue;
       plan.warps_m = of.m, plan.warps_n = of.n, plan.k_groups = of.k;
-      offer([&] {
+      offer([&](bool any) {
         MmaBuilder builder = plan.builder();
         builder.add(segment, MmaDepth(builder.type, segment), plan.tiling);
         builder.finish(nullptr, 0, plan.threads());
         plan.shared_bytes = BackwardLayout(plan, builder.conv, windows).bytes;
-        return plan.shared_bytes <= device.shared_bytes;
+        return plan.shared_bytes <= device.shared_bytes && (any || builder.fits_banks);
       });
     }
     if (best.plan) return best.plan;
@@ -356,7 +365,7 @@ inline std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Mu
     with_tile<16>(c.dtype, plan.columns, [&](auto real, auto size) {
       plan.shared_bytes = int64_t(fma::StepShared<decltype(real), decltype(size)>::bytes(windows));
     });
-    if (plan.shared_bytes <= device.shared_bytes) offer([] { return true; });
+    if (plan.shared_bytes <= device.shared_bytes) offer([](bool) { return true; });
   }
   return best.plan;
 }

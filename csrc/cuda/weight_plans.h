@@ -15,6 +15,7 @@ struct WeightPlan {
   int columns = 64;  // fma: rows of the gradient in a block, columns of its tile
   // mma
   int warp_rows = 0, tap_groups = 0, column_pitch = 0, column_blocks = 0, buffer_bytes = 0;
+  bool fits_banks = true;
 
   bool mma() const { return multiply != Multiply::fma; }
   int threads() const { return 32 * weight_tile::kWarpColumns * warp_rows * tap_groups; }
@@ -70,7 +71,9 @@ inline WeightPlan weight_tiles(const Cell& c, Multiply multiply, bool of_x, int 
   cut(w.tiling, c, s.Ho, s.Wo, size);
   cover(w.tiling, c, c.T * c.N, 1, 1);
   w.total = w.tiling.tiles();
-  w.buffer_bytes = int(neighbourhood_bytes(mma_segment(in, type, depth, w.tiling)));
+  const MmaSegment source = mma_segment(in, type, depth, w.tiling);
+  w.buffer_bytes = int(neighbourhood_bytes(source));
+  w.fits_banks = rows_fit_banks(source, w.tiling.w);
   w.column_pitch = int(round_up(depth.channels, weight_tile::kChannels));
   w.part_rows = int(round_up(4 * s.Cp, 32 * w.warp_rows));
   w.part_columns = int(depth.taps * w.column_pitch);
@@ -119,13 +122,15 @@ inline Work weight_work(const Cell& c, const WeightPlans& plans) {
   return work;
 }
 
-// Offers the numbers of splits that fill whole rounds of the multiprocessors. If memory takes more
-// time than the products, fewer splits are better; where both take as long is found by halving.
+// Offers the numbers of splits that fill whole rounds of the multiprocessors. A split has 256
+// pixels or more, beside which a block's start is short. If memory takes more time than the
+// products, fewer splits are better; where both take as long is found by halving.
 inline void offer_splits(Fastest<WeightPlans>& best, WeightPlans& plans, const Cell& c,
                          const Device& device) {
   const Estimate estimate(device);
   const int64_t blocks = plans.x.blocks() + (plans.side_by_side() ? 0 : plans.mem.blocks());
-  const int64_t most = std::clamp<int64_t>(plans.x.units(), 1, 1024);
+  const int64_t pixels = plans.x.mma() ? weight_tile::kPixels : fma::kDepthUnit;
+  const int64_t most = std::clamp<int64_t>(plans.x.units() * pixels / 256, 1, 1024);
   Work work;
   // Takes so many splits at most; returns whether memory takes more time.
   const auto split = [&](int64_t splits) {
@@ -157,8 +162,10 @@ inline void offer_splits(Fastest<WeightPlans>& best, WeightPlans& plans, const C
 // Plans both halves of the weight for one launch.
 inline WeightPlans plan_weights(const Cell& c, const Device& device, Multiply multiply) {
   Fastest<WeightPlans> best;
-  if (multiply != Multiply::fma) {
-    for (const TileSize& size : tile_sizes(c, c.Ho(), c.Wo(), weight_tile::kPixels, false)) {
+  const auto sizes = tile_sizes(c, c.Ho(), c.Wo(), weight_tile::kPixels, false);
+  for (const bool any : {false, true}) {  // as offer_tiles()
+    if (multiply == Multiply::fma) break;
+    for (const TileSize& size : sizes) {
       WeightPlans plans;
       for (const int most_rows : {4, 2, 1}) {
         if (std::max(plans.x.warp_rows, plans.mem.warp_rows) == most_rows) continue;  // as before
@@ -166,7 +173,8 @@ inline WeightPlans plan_weights(const Cell& c, const Device& device, Multiply mu
                  weight_tiles(c, multiply, false, most_rows, size)};
         if (plans.shared_bytes() > device.shared_bytes || plans.x.total >= int64_t(1) << 30)
           continue;
-        offer_splits(best, plans, c, device);
+        if (any || (plans.x.fits_banks && plans.mem.fits_banks))
+          offer_splits(best, plans, c, device);
       }
     }
     if (best.plan) return *best.plan;

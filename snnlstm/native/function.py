@@ -62,14 +62,13 @@ def _backward(
     memory. `plan`, `decided` and `packed` are the forward pass's; `packed` may be None.
     """
     s, options = call.signature, call.options
-    x, syn, mem = call[:3]
-    given = (
-        as_saved(x, s.input, s.dtype),
-        as_saved(syn, s.state, s.dtype),
-        as_saved(mem, s.state, s.dtype),
+    x, syn, mem = (
+        as_saved(call.x, s.input, s.dtype),
+        as_saved(call.syn, s.state, s.dtype),
+        as_saved(call.mem, s.state, s.dtype),
     )
-    if given[0] is not x or given[1] is not syn or given[2] is not mem:
-        call = Call(*given, *call[3:])
+    if x is not call.x or syn is not call.syn or mem is not call.mem:
+        call = call._replace(x=x, syn=syn, mem=mem)
     grads = [None if grad is None else plain(grad) for grad in grads]
     if options.checkpoint is True:
         states = [as_saved(state, s.state, s.dtype) for state in saved]

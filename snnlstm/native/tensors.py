@@ -131,8 +131,10 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def view(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
-    """Address, which is 0 if the tensor is empty, and five strides."""
-    return None if tensor is None else (tensor.data_ptr(), five(tensor.stride()))
+    """Address and five strides; None if there is no tensor, or an empty one."""
+    if tensor is None or not (address := tensor.data_ptr()):
+        return None
+    return address, five(tensor.stride())
 
 
 def five(strides: tuple[int, ...]) -> tuple[int, ...]:

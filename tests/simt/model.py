@@ -1,6 +1,7 @@
 """The model of csrc/cuda/estimate.h once more, in Python and by itself: every way of a pass with
 every block, tile and number of splits, for layers of stride 1 without pooling. Tests judge the
-core's choice by it. Times are in seconds, and the constants are the core's."""
+core's choice by it. On tensor cores tiles whose rows meet the same banks count only if there are no
+others. Times are in seconds, and the constants are the core's."""
 
 from __future__ import annotations
 
@@ -20,6 +21,11 @@ def up(number: int, of: int) -> int:
 
 def counted(number: int, of: int) -> int:
     return -(-number // of)
+
+
+def preferred(found: list[tuple[bool, Work]]) -> list[Work]:
+    """What is marked, or everything if nothing is."""
+    return [work for marked, work in found if marked] or [work for _, work in found]
 
 
 class Work(NamedTuple):
@@ -104,17 +110,23 @@ class Model:
         patches = may_patch and channels <= 4 and self.taps * channels <= 4 * step
         return (patched, 1, True) if patches and patched < plain else (plain, self.taps, False)
 
+    def pitch(self, w: int, patches: bool) -> int:
+        """Pixels from one row of a neighbourhood to the next."""
+        if patches:
+            return w
+        columns = w + self.c.kernel[1] - 1
+        pitch = up(columns + 1, 2)
+        wanted = pitch + (w - pitch % 16 + 32) % 16
+        return wanted if w % 16 and 5 * wanted <= 8 * columns else pitch
+
     def neighbourhood(self, h: int, w: int, patches: bool) -> int:
-        rows, columns = h, w
-        pitch = w
-        if not patches:
-            rows, columns = h + self.c.kernel[0] - 1, w + self.c.kernel[1] - 1
-            pitch = up(columns + 1, 2)
-            wanted = pitch + (w - pitch % 16 + 32) % 16
-            if w % 16 and 5 * wanted <= 8 * columns:
-                pitch = wanted
-        pixels = rows * pitch
+        rows = h if patches else h + self.c.kernel[0] - 1
+        pixels = rows * self.pitch(w, patches)
         return up(64 * pixels + 16 * (pixels // 2) + 16, 128)
+
+    def fits_banks(self, w: int, *patches: bool) -> bool:
+        """Whether the rows of a tile lie on shared memory's banks as one long row would."""
+        return w % 16 == 0 or all((self.pitch(w, of) - w) % 16 == 0 for of in patches)
 
     def tiles(self, pixels: int) -> Iterator[tuple[int, int, int]]:
         """Height and width of each tile of so many pixels, and the tiles of an image."""
@@ -140,6 +152,7 @@ class Model:
             pixels = 32 * m if self.mma else 4096 // own
             channels = own // 4 if gates else own
             warps = m * n * k if self.mma else 4
+            found = []
             for h, w, count in self.tiles(pixels):
                 cache = products = 0.0
                 for of, deep, _, _ in depths:
@@ -168,8 +181,11 @@ class Model:
                     together = 32 if self.mma else 64
                     wide = up(columns, channels if self.mma else 8 if gates else 16)
                     whole = up(c.height * up(c.width, 2), together) * wide / (pixels * channels)
-                    yield Work(blocks, warps, shared, products, cache, cycles, memory, self.mma,
-                               whole)  # fmt: skip
+                    work = Work(blocks, warps, shared, products, cache, cycles, memory, self.mma,
+                                whole)  # fmt: skip
+                    fits = not self.mma or self.fits_banks(w, *(patch for *_, patch in depths))
+                    found.append((fits, work))
+            yield from preferred(found)
 
     def forward_steps(self) -> list[Work]:
         memory = self.x + 5 * self.state
@@ -184,7 +200,7 @@ class Model:
     def weights(self) -> list[Work]:
         """The work of each way to form the weight's gradient, whatever the splits are: without
         tensor cores if there are none, or if their tiles do not fit."""
-        return (list(self.mma_weights()) if self.mma else []) or list(self.fma_weights())
+        return (self.mma_weights() if self.mma else []) or list(self.fma_weights())
 
     def fma_weights(self) -> Iterator[Work]:
         c = self.c
@@ -192,22 +208,28 @@ class Model:
         for own in (64, 32):
             rows, columns = up(4 * self.cp, own), up(self.taps * (c.cin + c.cout), 4096 // own)
             blocks, total = rows * columns // 4096, c.steps * c.batch * self.pixels
-            for splits in range(1, min(max(8 * self.processors // blocks, 1), 1024) + 1):
+            for splits in range(1, self.most_splits(blocks, total // 256) + 1):
                 share = up(counted(total, splits), 16)
                 yield Work(blocks * splits, 4, 0, 4096 * share * FMA_TIME[own],
                            4.0 * (own + 4096 // own) * share, 0,
                            moved + 8.0 * splits * rows * columns, False)  # fmt: skip
 
-    def mma_weights(self) -> Iterator[Work]:
-        c = self.c
+    def most_splits(self, blocks: int, by_size: int) -> int:
+        """At most 8 rounds of one block for each multiprocessor, and 256 pixels or more a split."""
+        return max(min(8 * self.processors // blocks, by_size, 1024), 1)
+
+    def mma_weights(self) -> list[Work]:
+        c, found = self.c, []
         moved = c.steps * (self.x + 5 * self.state)
         wide = 64 // self.element
         for most in (4, 2, 1):
             for h, w, count in self.tiles(64):
                 blocks = shared = threads = 0
                 products = cache = parts = 0.0
+                patched = []
                 for channels, patch in ((c.cin, True), (c.cout, False)):
                     _, taps, patches = self.depth(channels, patch)
+                    patched.append(patches)
                     across = self.taps * channels if patches else channels
                     groups, rows = min(counted(taps, 3), 3), most
                     while rows > 1 and (64 * rows * groups > 384 or 16 * rows >= 4 * self.cp):
@@ -224,10 +246,13 @@ class Model:
                 total = c.steps * c.batch * count
                 if shared > 1024 * self.gpu.card["shared_kib"]:
                     continue
-                for splits in range(1, min(max(8 * self.processors // blocks, 1), 1024) + 1):
+                fits = self.fits_banks(w, *patched)
+                for splits in range(1, self.most_splits(blocks, total // 4) + 1):
                     share = counted(total, splits)
-                    yield Work(blocks * splits, threads // 32, shared, products * share,
-                               cache * share, 0, moved + 8.0 * splits * parts, True)  # fmt: skip
+                    work = Work(blocks * splits, threads // 32, shared, products * share,
+                                cache * share, 0, moved + 8.0 * splits * parts, True)  # fmt: skip
+                    found.append((fits, work))
+        return preferred(found)
 
     def gradients(self) -> float:
         c, launch = self.c, self.of["launch"]

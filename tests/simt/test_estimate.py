@@ -49,12 +49,8 @@ def test_the_emulated_devices_are_cards(core):
     assert devices.EMULATED.items() <= cards.items()
 
 
-QUICK = ("t4", "a100")
-
-
-@pytest.mark.parametrize(
-    "name", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CARDS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CARDS)
 def test_the_choice_is_close_to_the_best_of_all(core, name):
     """model.py computes the time of every way, block, tile and number of splits by itself."""
     gpu = gpu_of(core, name)

@@ -115,9 +115,10 @@ def test_narrow_layers_without_tensor_cores_fill_their_blocks(
     assert found["backward step (fma)"] * 4096 == pixels * round_up(channels, blocks)
     of_weight = round_up(4 * channels, rows) * round_up(9 * (inputs + channels), 4096 // rows)
     tiles = of_weight // 4096
-    splits = 3 * 40 // tiles
     of_bias = 2 * pixels // 1024 * (channels // 8)
-    assert tiles * (splits - 1) <= found["weight gradient (fma)"] - of_bias <= tiles * splits
+    of_weight = found["weight gradient (fma)"] - of_bias
+    assert of_weight % tiles == 0
+    assert of_weight / round_up(of_weight, 40) > 0.9
 
 
 def test_few_blocks_are_not_made_fewer(core):
