@@ -52,9 +52,9 @@ void check_pass(const Args& a, const cuda::Plan& plan) {
 // matrix and algorithm: the numbers of cuda::Matrix and cuda::Algorithm.
 template <class Plan>
 Plan make_cuda_plan(const Cell& cell, const cuda::Device& device, int matrix, int algorithm,
-                    bool backward, int blocks) {
+                    bool backward, int shape) {
   return Plan(cell, device, numbered<cuda::Matrix>("matrix", matrix, 5),
-              numbered<cuda::Algorithm>("algorithm", algorithm, 6), backward, blocks);
+              numbered<cuda::Algorithm>("algorithm", algorithm, 6), backward, shape);
 }
 
 // Plan: cuda::Plan, or what the tests derive from it to check the memory of each call.
@@ -119,7 +119,7 @@ void bind_cuda(py::module_& m) {
 
   py::class_<Plan>(m, "CudaPlan", py::module_local())
       .def(py::init(&make_cuda_plan<Plan>), py::arg("cell"), py::arg("device"), py::arg("matrix"),
-           py::arg("algorithm"), py::arg("backward"), py::arg("blocks") = -1)
+           py::arg("algorithm"), py::arg("backward"), py::arg("shape") = -1)
       // The plans of a pass that are worth timing, the estimate's choice first.
       .def_static(
           "candidates",
@@ -133,7 +133,6 @@ void bind_cuda(py::module_& m) {
           py::arg("cell"), py::arg("device"), py::arg("matrix"), py::arg("backward"))
       .def_property_readonly("name", [](const Plan& p) { return p.name; })
       .def_property_readonly("algorithm", [](const Plan& p) { return int(p.algorithm); })
-      .def_property_readonly("blocks", [](const Plan& p) { return p.blocks; })
       .def_property_readonly("seconds", [](const Plan& p) { return p.seconds; })
       .def_property_readonly("tile", &Plan::tile)
       .def("seconds_on", &Plan::seconds_on, py::arg("device"))

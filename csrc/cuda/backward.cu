@@ -217,9 +217,9 @@ DataPlan plan_to_mem(const Cell& c, const Device& device, Multiply multiply, int
 }  // namespace
 
 BackwardPass::BackwardPass(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
-                           Algorithm algorithm, int blocks)
+                           Algorithm algorithm, int shape)
     : PassTypes(cell, matrix),
-      to_mem(plan_to_mem(cell, device, multiply, blocks, spreads)),
+      to_mem(plan_to_mem(cell, device, multiply, shape, spreads)),
       to_x(plan_data(cell, device, multiply, true, false, -1).value()),
       packed(cell, to_x, to_mem),
       sequence(may_be_resident(cell, algorithm)

@@ -138,9 +138,9 @@ class Forward {
 }  // namespace
 
 ForwardPass::ForwardPass(const Cell& cell, const Device& device, Matrix matrix, Algorithm algorithm,
-                         int blocks)
+                         int shape)
     : PassTypes(cell, matrix),
-      step(plan_forward(cell, device, matrix, blocks)),
+      step(plan_forward(cell, device, matrix, shape)),
       packed(cell, step),
       sequence(may_be_resident(cell, algorithm) ? plan_resident(cell, device, step, packed)
                                                 : ResidentPlan()),

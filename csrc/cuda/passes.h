@@ -24,7 +24,7 @@ struct ForwardPass : PassTypes {
   int64_t workspace;
 
   ForwardPass(const Cell& cell, const Device& device, Matrix matrix, Algorithm algorithm,
-              int blocks);
+              int shape);
   void run(const ForwardArgs& args, void* stream) const;
 };
 
@@ -42,7 +42,7 @@ struct BackwardPass : PassTypes {
 
   // multiply: the forward pass's.
   BackwardPass(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
-               Algorithm algorithm, int blocks);
+               Algorithm algorithm, int shape);
   void run(const BackwardArgs& args, void* stream) const;
 
   int64_t pixels() const { return s.c.T * s.c.N * s.pixels; }

@@ -49,10 +49,10 @@ static Algorithm fastest(const Cell& cell, const Device& device, Matrix matrix,
 }
 
 Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wanted, bool of_backward,
-           int only_blocks)
+           int only_shape)
     : cell(of), matrix(numbers), algorithm(wanted), backward(of_backward) {
   reason_against = cuda::reason_against(cell, 0);
-  const ForwardPass steps(cell, device, matrix, wanted, backward ? -1 : only_blocks);
+  const ForwardPass steps(cell, device, matrix, wanted, backward ? -1 : only_shape);
   if (wanted == Algorithm::automatic)
     algorithm = fastest(cell, device, matrix, steps, backward, backward_);
   int64_t launched = 0;
@@ -68,14 +68,14 @@ Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wante
     if (backward) {
       if (!backward_)
         backward_ = std::make_unique<BackwardPass>(cell, device, matrix, steps.step.multiply,
-                                                   algorithm, only_blocks);
+                                                   algorithm, only_shape);
       resident = backward_->resident;
-      blocks = backward_->to_mem.shape;
+      shape = backward_->to_mem.shape;
       launched = backward_blocks(cell, backward_->to_mem, backward_->to_x);
       packed_bytes = backward_->packed.bytes(), workspace = backward_->workspace;
     } else {
       forward_ = std::make_unique<ForwardPass>(steps);
-      blocks = steps.step.shape;
+      shape = steps.step.shape;
       launched = forward_blocks(cell, steps.step);
       packed_bytes = steps.packed.bytes(), workspace = steps.workspace;
     }
@@ -84,7 +84,7 @@ Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wante
     name = name_of(steps.step.multiply);
     if (resident) name = "resident-" + name;
     if (algorithm == Algorithm::hybrid) name = "hybrid-" + name;
-    if (only_blocks >= 0 && blocks >= 0) name += "-" + shapes[blocks].name();
+    if (only_shape >= 0 && shape >= 0) name += "-" + shapes[shape].name();
   }
   if (reason_against.empty()) reason_against = cuda::reason_against(cell, launched);
   seconds = seconds_on(device);
@@ -109,16 +109,16 @@ Plan::~Plan() = default;
 std::vector<Plan> Plan::candidates(const Cell& cell, const Device& device, Matrix matrix,
                                    bool backward) {
   std::vector<Plan> found;
-  const auto plan = [&](Algorithm algorithm, int blocks = -1) {
-    return Plan(cell, device, matrix, algorithm, backward, blocks);
+  const auto plan = [&](Algorithm algorithm, int shape = -1) {
+    return Plan(cell, device, matrix, algorithm, backward, shape);
   };
-  const int first = plan(Algorithm::fused).blocks;
+  const int first = plan(Algorithm::fused).shape;
   found.push_back(plan(Algorithm::fused, first));
   const int rows = int(backward ? std::size(kDataShapes) : std::size(kForwardShapes));
   for (int row = 0; first >= 0 && row < rows; ++row) {
     if (row == first) continue;
     Plan other = plan(Algorithm::fused, row);
-    if (other.blocks == row) found.push_back(std::move(other));
+    if (other.shape == row) found.push_back(std::move(other));
   }
   Plan resident = plan(Algorithm::resident);
   if (resident.algorithm == Algorithm::resident) found.push_back(std::move(resident));

@@ -99,10 +99,10 @@ struct PointwisePass;
 
 class Plan {
  public:
-  // blocks: a row of kForwardShapes or kDataShapes, the only blocks on tensor cores that the steps
+  // shape: a row of kForwardShapes or kDataShapes, the only blocks on tensor cores that the steps
   // may have; -1 leaves them to the plan.
   Plan(const Cell& cell, const Device& device, Matrix matrix, Algorithm algorithm, bool backward,
-       int blocks = -1);
+       int shape = -1);
   Plan(Plan&&) noexcept;
   ~Plan();
 
@@ -115,7 +115,7 @@ class Plan {
   Matrix matrix;
   Algorithm algorithm;  // neither automatic nor direct
   bool backward;
-  int blocks = -1;             // the steps' row; -1 without tensor cores
+  int shape = -1;              // the steps' row; -1 without tensor cores
   std::string name;            // such as "mma-tf32" or "resident-fma"
   std::string reason_against;  // why no call can run, or ""
   double seconds = 0;          // of the whole pass on the plan's device, estimated
