@@ -346,7 +346,6 @@ def test_reset_after_a_small_change_of_the_threshold_through_data(reset):
         _ = cell.reset
 
 
-@torch.no_grad()
 def test_reset_of_a_traced_call_is_computed_at_once():
     x, (syn, mem), weight = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7), ours().conv.weight
     call = snnlstm.call.stateless_call(x, syn, mem, weight, threshold=0.1)
@@ -365,6 +364,7 @@ def test_reset_is_what_an_override_returns_while_it_is_there():
     assert torch.equal(cell.reset, (before > cell.threshold).float())
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("learn", [False, True])
 def test_reset_after_the_threshold_was_written_to_between_calls(learn):
     cell, mem = ours(threshold=0.1, learn_threshold=learn), torch.rand(2, 3, 5, 5)
