@@ -294,6 +294,10 @@ def test_a_bias_whose_storage_was_freed_is_named(warm):
         cell(X, STATE, STATE)
 
 
+def test_sizes_are_the_cores_ints():
+    assert snnlstm.options.pair("dilation", 2**31 - 1, 2) == (2**31 - 1, 2**31 - 1)
+
+
 def test_numbers_are_read_on_the_cpu_and_tensors_where_they_are():
     with torch.device("meta"):
         assert snnlstm.checks.real_tensor("threshold", [0.5]).device.type == "cpu"

@@ -231,6 +231,12 @@ def test_levels_are_copied():
     assert StateQuant(levels).ascending  # which are equal
 
 
+def test_snntorchs_quantiser_may_be_set():
+    cell = ours()
+    cell.state_quant = theirs(4)
+    assert cell.state_quant == state_quant(4)
+
+
 def test_what_is_not_snntorchs_quantiser_stays_what_it_is():
     spoiled = theirs(2, threshold=float("inf"))
     for foreign in (spoiled, len, snnlstm.surrogate.atan(), lambda x: x):

@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import snnlstm
 from snnlstm import functional
+from snnlstm.lengths import checked
 from snnlstm.native import torch_conv
 
 
@@ -216,6 +217,16 @@ def test_compiled_code_takes_other_lengths_without_another_compilation(fresh_com
         close(*results)
     assert counter.frame_count == 1
     assert cell.path.native
+
+
+def test_numbers_that_the_host_does_not_see_are_clamped():
+    given, found = torch.tensor([9, -3]), []
+    cpu = torch.device("cpu")
+    torch.func.grad(lambda x: (found.append(checked(given, 4, 2, cpu, False)), x)[1])(
+        torch.ones(())
+    )
+    found.append(checked(given, 4, 2, cpu, True))  # as torch.compile traces it
+    assert [lengths.tolist() for lengths in found] == [[4, 0], [4, 0]]
 
 
 def convlstm_and_input(hooked: bool) -> tuple[snnlstm.ConvLSTM, Tensor]:
