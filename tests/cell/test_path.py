@@ -167,6 +167,15 @@ def test_a_conv_that_does_not_fit_fails_as_it_does_there_each_time(change, messa
                 cell(X, *START)
 
 
+def test_a_foreign_conv_has_the_dtype_of_its_parameters_or_of_x():
+    like, other = snnlstm.path.like_of, torch.zeros(1)
+    coded = nn.Linear(1, 1)
+    coded.weight = nn.Parameter(torch.zeros(1, dtype=torch.int8), requires_grad=False)
+    assert like(coded, X, other) is coded.bias
+    assert like(len, X, other) is like(nn.Identity(), X, other) is X
+    assert like(len, X.int(), other) is like(len, "events", other) is other
+
+
 def test_a_function_in_the_place_of_conv():
     found = []
     for cell in twins():
