@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .convlstm import Convolution
+from .options import pooling
 from .path import LastPath, carries_hooks
 
-__all__ = ["Taken", "give_back", "take"]
+__all__ = ["Taken", "difference", "give_back", "take"]
 
 
 _KNOWN = ("torch", "snnlstm", "snntorch")  # packages whose modules are no ConvLSTMs of others
@@ -37,33 +38,70 @@ def _mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
     return function(tree)
 
 
-def leaves(tree: Any) -> list[Any]:
+def _leaves(tree: Any) -> list[Any]:
     """What lies in a tree of tuples and lists, in order."""
     found: list[Any] = []
     _mapped(tree, found.append)
     return found
 
 
-def _tried(module: nn.Module, trial: Callable[[Any], Any]) -> Any:
-    """What a trial finds on a copy of a module, or the reason why it fails."""
-    if any(_is_changed(part) for part in module.modules()):
-        return "it carries hooks, or its forward was replaced"
+def _on_copy(module: nn.Module, trial: Callable[[Any], Any]) -> Any:
+    """What a trial finds on a copy of a module, on the CPU and in float64, or why it fails.
+
+    The trial draws its random numbers from a generator of its own.
+    """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
         try:
             made = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_()
-            with torch.device("cpu"), torch.no_grad():
-                # Initial values may hide what a module computes: peepholes often begin as zeros.
-                for parameter in made.parameters():
-                    fan_in = max(parameter.numel(), 1) / max(parameter.shape[:1].numel(), 1)
-                    parameter.copy_(torch.randn_like(parameter) / fan_in**0.5)
             with torch.device("cpu"):
                 return trial(made)
         except _Other as other:
             return str(other)
         except Exception as error:  # whatever a foreign module raises
-            return f"a call like that of a ConvLSTM raises {type(error).__name__}: {error}"
+            return f"a call raises {type(error).__name__}: {error}"
+
+
+def difference(cell: Any, ours_of: Callable[[Any], Any]) -> str | None:
+    """What three steps of a spiking cell of others have against ours, which `ours_of` makes of it.
+
+    A copy of the cell and ours in its place are called on equal random numbers.
+    """
+
+    def trial(theirs: Any) -> str | None:
+        found = []
+        length = 8 * pooling(cell.max_pool, cell.avg_pool, dims=1)[1][1]
+        x = torch.rand(3, 2, cell.in_channels, length, dtype=torch.float64)
+        for tried in (theirs, ours_of(theirs)):
+            torch.manual_seed(0)  # for random surrogates
+            zeros = x.new_zeros(2, cell.out_channels, length)
+            tried.syn, tried.mem = zeros, zeros
+            outs = [tried(step) for step in x]
+            sums = [out.double().square().sum() for out in _leaves(outs)]
+            grads = torch.autograd.grad(sum(sums), list(tried.parameters()), allow_unused=True)
+            given = [grad.flatten() for grad in grads if grad is not None]
+            found.append(torch.cat([torch.stack(sums), *given]))
+        same = torch.allclose(found[0], found[1], rtol=1e-5)  # snnTorch's spikes are float32
+        return None if same else "it computes other things than our cell"
+
+    return _on_copy(cell, trial)
+
+
+def _tried(module: nn.Module, trial: Callable[[Any], Any]) -> Any:
+    """What a trial finds on a copy of a module with random weights, or why it fails."""
+    if any(_is_changed(part) for part in module.modules()):
+        return "it carries hooks, or its forward was replaced"
+
+    def with_random_weights(made: nn.Module) -> Any:
+        # Initial values may hide what a module computes: peepholes often begin as zeros.
+        with torch.no_grad():
+            for parameter in made.parameters():
+                fan_in = max(parameter.numel(), 1) / max(parameter.shape[:1].numel(), 1)
+                parameter.copy_(torch.randn_like(parameter) / fan_in**0.5)
+        return trial(made)
+
+    return _on_copy(module, with_random_weights)
 
 
 def _is_changed(module: Any) -> bool:
@@ -86,7 +124,7 @@ def _compare(made: nn.Module, theirs: Callable, ours: Callable, shapes: Iterable
         kept, found = _kept(made), []
         for run in (theirs, ours):
             inputs = [t.clone().requires_grad_() for t in given]
-            outs = leaves(run(*inputs))
+            outs = _leaves(run(*inputs))
             sources = [*inputs, *made.parameters()]
             ends = [(out * torch.linspace(1, 2, out.numel()).view_as(out)).sum() for out in outs]
             grads = torch.autograd.grad(ends, sources, allow_unused=True, materialize_grads=True)
@@ -160,7 +198,7 @@ def _try_cell(made: nn.Module) -> _Cell:
 
     shapes = [(2, count, 5, 7) for count in (channels[0], c, c)]
     found = theirs(*(torch.randn(shape, dtype=torch.float64) for shape in shapes))
-    places = iter({2: (0, 1), 3: (0, 0, 1)}.get(len(leaves(found)), ()))
+    places = iter({2: (0, 1), 3: (0, 0, 1)}.get(len(_leaves(found)), ()))
     result = _mapped(found, lambda _: next(places, 0))
     try:
         _compare(made, theirs, ours, shapes)
@@ -213,7 +251,7 @@ def _try_stack(made: nn.Module) -> _Stack:
         form = _Stack(tuple(name for name, _ in cells), tuple(_names(made)[:2]), batch_first)
         found = form.results(made, x)
         form.result = _mapped(theirs, partial(_key_of, found))
-        if None not in leaves(form.result):
+        if None not in _leaves(form.result):
             _compare(made, made, lambda x, form=form: form(made, x), [shape])
             return form
     raise _Other("it does not return h and c of its cells over time")

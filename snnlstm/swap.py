@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from torch import nn
 
 from . import foreign
 from .checks import never_spikes
-from .options import a_module, flag, pooling
+from .options import a_module, flag
 from .sconv1dlstm import SConv1dLSTM
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import (
@@ -260,7 +259,7 @@ def _why_not_ours(module: nn.Module) -> str | None:
     if type(module) is Base:
         return _why_not_as_released(module)
     if type(module) in OURS:
-        return _computes_something_else(module)
+        return foreign.difference(module, _adopt)
     if isinstance(module, Base):
         return f"{name} is a subclass of snntorch.SConv2dLSTM and may compute something else"
     if Neuron is not None and isinstance(module, Neuron):
@@ -280,33 +279,6 @@ def _why_not_as_released(cell: Any) -> str | None:
         if chosen is None or METHODS.get(chosen.__name__) is not chosen:
             return "its state_function was replaced"
     return None
-
-
-def _computes_something_else(cell: Any) -> str | None:
-    """What three steps of a cell of snnTorch's that is not released yet have against ours.
-
-    A copy of the cell and ours in its place are called in float64 on equal random numbers.
-    """
-    found = []
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-        try:
-            theirs = copy.deepcopy(cell).to("cpu", torch.float64).requires_grad_()
-            torch.manual_seed(0)
-            length = 8 * pooling(cell.max_pool, cell.avg_pool, dims=1)[1][1]
-            x = torch.rand(3, 2, cell.in_channels, length, dtype=torch.float64, device="cpu")
-            for tried in (theirs, _adopt(theirs)):
-                torch.manual_seed(0)  # for random surrogates
-                zeros = x.new_zeros(2, cell.out_channels, length)
-                tried.syn, tried.mem = zeros, zeros
-                outs = [tried(step) for step in x]
-                sums = [out.double().square().sum() for out in foreign.leaves(outs)]
-                grads = torch.autograd.grad(sum(sums), list(tried.parameters()), allow_unused=True)
-                given = [grad.flatten() for grad in grads if grad is not None]
-                found.append(torch.cat([torch.stack(sums), *given]))
-            same = torch.allclose(found[0], found[1], rtol=1e-5)  # snnTorch's spikes are float32
-        except Exception as error:  # whatever a foreign module raises
-            return f"a call raises {type(error).__name__}: {error}"
-    return None if same else "it computes other things than our cell"
 
 
 def _why_not_theirs(module: nn.Module) -> str | None:

@@ -278,7 +278,7 @@ LEFT = {
     Detached: "in training it computes other things",
     Counting: "it keeps something from call to call",
     Deep: "it has more layers than its Gates",
-    Fixed: "a call like that of a ConvLSTM raises RuntimeError",
+    Fixed: "a call raises RuntimeError",
     TwoConvLSTM: "no convolution of [x, h] to the four gates",
 }
 
