@@ -27,7 +27,7 @@ class NeuronBackward {
         l_(l),
         tasks_(tasks),
         by_sample_(by_sample),
-        saved_(a.packed_gates),
+        saved_(a.packed_gates, l.Cb),
         places_(a, l.Cp),
         images_(l) {}
 
@@ -177,7 +177,7 @@ class NeuronBackward {
   }
 
   const T* gates(int64_t t, int64_t n, int64_t h) const {
-    return static_cast<const T*>(a_.saved_gates) + row_begin(t, n, h) * l_.Cb * saved_.size();
+    return static_cast<const T*>(a_.saved_gates) + row_begin(t, n, h) * saved_.pixel();
   }
   int64_t row_begin(int64_t t, int64_t n, int64_t h) const {  // in pixels
     return (t * a_.cell.N + n) * l_.pixels + h * l_.Wo;
@@ -202,9 +202,10 @@ class NeuronBackward {
   }
 
   // Returns the tanh of the synaptic current before its quantisation.
-  R tanh_syn(const Gates<R>& act, const T* syn, const T* syn_prev) const {
-    if (a_.cell.num_levels == 0) return M::tanh(S::load(syn));
-    return M::tanh(Neuron<M>::next_syn(act, S::load(syn_prev)));
+  template <class N, class W = typename N::R>
+  W tanh_syn(const Gates<W>& act, const T* syn, W syn_prev) const {
+    if (a_.cell.num_levels == 0) return N::tanh(N::load(syn, l_.Cp));
+    return N::tanh(Neuron<N>::next_syn(act, syn_prev));
   }
 
   // Computes mem after step t from what was saved.
@@ -212,14 +213,19 @@ class NeuronBackward {
     const Span span(Part::pointwise);
     const Cell& c = a_.cell;
     const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
-    for (int64_t k = 0; k < l_.Wo; ++k)
-      for (int64_t ch = 0; ch < l_.Cp; ch += VL, gate += saved_.size(), syn += VL, syn_prev += VL) {
-        Mask reset;
-        const Gates<R> act = saved_.get(gate, reset);
-        R mem = Neuron<M>::next_mem(act.o, tanh_syn(act, syn, syn_prev));
-        mem = Neuron<M>::after_reset(c.reset, mem, reset, S::load(threshold_ + ch));
-        S::store(out + k * l_.Cp + ch, quantised<M>(mem, a_));
+    each_neighbours<T, VL>(l_.Wo, [&](int64_t w, auto count) __attribute__((always_inline)) {
+      using N = Neighbours<T, VL, decltype(count)::value>;
+      for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
+        const int64_t k = w * l_.Cp + ch;
+        typename N::Mask reset;
+        const auto act =
+            saved_.of(count).get(gate + w * saved_.pixel() + ch / VL * saved_.size(), reset);
+        auto mem =
+            Neuron<N>::next_mem(act.o, tanh_syn<N>(act, syn + k, N::load(syn_prev + k, l_.Cp)));
+        mem = Neuron<N>::after_reset(c.reset, mem, reset, N::load(threshold_ + ch, 0));
+        N::store(out + k, l_.Cp, quantised<N>(mem, a_));
       }
+    });
   }
 
   // Adds the spikes' gradient to the rows of mem_grad.
@@ -298,22 +304,25 @@ class NeuronBackward {
     T *bias_sums = bias_sums_ + task * 4 * l_.Cp, *threshold_sums = threshold_sums_ + task * l_.Cp;
     for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
       R bias[4] = {R{}, R{}, R{}, R{}}, threshold{};
-      for (int64_t w = 0; w < l_.Wo; ++w) {
+      each_neighbours<T, VL>(l_.Wo, [&](int64_t w, auto count) __attribute__((always_inline)) {
+        using N = Neighbours<T, VL, decltype(count)::value>;
+        using W = typename N::R;
         const int64_t k = w * l_.Cp + ch;
-        Mask reset;
-        const Gates<R> act = saved_.get(gate + k / VL * saved_.size(), reset);
-        const R grad = S::load(mem_grad + k);
-        const NeuronGrad<R> d = Neuron<M>::backward(c.reset, act, S::load(syn_prev + k),
-                                                    tanh_syn(act, syn + k, syn_prev + k), reset,
-                                                    grad, S::load(d_syn + k));
-        if (c.reset == Reset::subtract) threshold -= S::where(reset, grad, R{});
-        S::store(d_syn + k, d.syn_prev);
-        const R pre[4] = {d.pre.i, d.pre.f, d.pre.o, d.pre.g};
+        typename N::Mask reset;
+        const Gates<W> act =
+            saved_.of(count).get(gate + w * saved_.pixel() + ch / VL * saved_.size(), reset);
+        const W grad = N::load(mem_grad + k, l_.Cp), before = N::load(syn_prev + k, l_.Cp);
+        const NeuronGrad<W> d =
+            Neuron<N>::backward(c.reset, act, before, tanh_syn<N>(act, syn + k, before), reset,
+                                grad, N::load(d_syn + k, l_.Cp));
+        if (c.reset == Reset::subtract) threshold -= N::sum(N::where(reset, grad, W{}));
+        N::store(d_syn + k, l_.Cp, d.syn_prev);
+        const W pre[4] = {d.pre.i, d.pre.f, d.pre.o, d.pre.g};
         for (int v = 0; v < 4; ++v) {
-          S::store(out + w * 4 * l_.Cp + ch / VL * of_block + v * of_gate, pre[v]);
-          bias[v] += pre[v];
+          N::store(out + w * 4 * l_.Cp + ch / VL * of_block + v * of_gate, 4 * l_.Cp, pre[v]);
+          bias[v] += N::sum(pre[v]);
         }
-      }
+      });
       for (int v = 0; v < 4; ++v) {
         T* sum = bias_sums + 4 * ch + v * VL;
         S::store(sum, S::load(sum) + bias[v]);
@@ -326,7 +335,7 @@ class NeuronBackward {
   const Layout<T, VL>& l_;
   const RowTasks& tasks_;
   bool by_sample_;
-  SavedGates<M> saved_;
+  SavedGates<T, VL> saved_;
   Places<M> places_;
   StepBuffers<T, VL> images_;
   T *threshold_ = nullptr, *threshold_sums_ = nullptr, *bias_sums_ = nullptr;

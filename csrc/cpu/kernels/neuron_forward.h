@@ -19,7 +19,7 @@ class NeuronForward {
 
  public:
   NeuronForward(const ForwardArgs& a, const Layout<T, VL>& l, const StateRows<T, VL>& states)
-      : a_(a), l_(l), states_(states), saved_(a.packed_gates), places_(a, l.Cp) {}
+      : a_(a), l_(l), states_(states), saved_(a.packed_gates, l.Cb), places_(a, l.Cp) {}
 
   void carve(Workspace& workspace) {
     threshold_ = workspace.take<T>(l_.Cp);
@@ -42,36 +42,39 @@ class NeuronForward {
   void update(int64_t t, const Rows& r, int64_t h, int64_t cb, T* gates) const {
     const Span span(Part::pointwise);
     const Cell& c = a_.cell;
-    const R threshold = S::load(threshold_ + cb * VL);
     const bool resets = c.reset != Reset::none;
-    const T* syn_in = states_.syn_before(t, r, h) + cb * VL;
+    const T *threshold = threshold_ + cb * VL, *syn_in = states_.syn_before(t, r, h) + cb * VL;
     T* syn_out = states_.syn_after(t, r, h) + cb * VL;
     const T* mem_in = states_.mem_inner(t, r, h) + cb * VL;
     T* mem_out = states_.mem_inner(t + 1, r, h) + cb * VL;
-    const int64_t pixel = l_.Cb * saved_.size();
+    const int64_t pixel = saved_.pixel(), Cp = l_.Cp;
     T* saved = a_.saved_gates
                    ? static_cast<T*>(a_.saved_gates) +
                          ((t * c.N + r.n) * l_.pixels + h * l_.Wo) * pixel + cb * saved_.size()
                    : nullptr;
-    for (int64_t w = 0; w < l_.Wo; ++w) {
+    each_neighbours<T, VL>(l_.Wo, [&](int64_t w, auto count) __attribute__((always_inline)) {
+      using N = Neighbours<T, VL, decltype(count)::value>;
       T* g = gates + w * kGates;
-      const Gates<R> act = Neuron<M>::activate(
-          {S::load(g), S::load(g + VL), S::load(g + 2 * VL), S::load(g + 3 * VL)});
-      S::store(g, Neuron<M>::next_syn(act, S::load(syn_in + w * l_.Cp)));
-      S::store(g + 2 * VL, act.o);
-      if (saved) saved_.put(saved + w * pixel, act);
-    }
-    for (int64_t w = 0; w < l_.Wo; ++w) {
+      const Gates<typename N::R> act =
+          Neuron<N>::activate({N::load(g, kGates), N::load(g + VL, kGates),
+                               N::load(g + 2 * VL, kGates), N::load(g + 3 * VL, kGates)});
+      N::store(g, kGates, Neuron<N>::next_syn(act, N::load(syn_in + w * Cp, Cp)));
+      N::store(g + 2 * VL, kGates, act.o);
+      if (saved) saved_.of(count).put(saved + w * pixel, act);
+    });
+    each_neighbours<T, VL>(l_.Wo, [&](int64_t w, auto count) __attribute__((always_inline)) {
+      using N = Neighbours<T, VL, decltype(count)::value>;
       const T* g = gates + w * kGates;
-      R syn = S::load(g);
-      const R o = S::load(g + 2 * VL);
-      const Mask reset = resets ? Neuron<M>::fires(S::load(mem_in + w * l_.Cp), threshold) : Mask{};
-      R mem = Neuron<M>::next_mem(o, M::tanh(syn));
-      mem = Neuron<M>::after_reset(c.reset, mem, reset, threshold);
-      S::store(syn_out + w * l_.Cp, quantised<M>(syn, a_));
-      S::store(mem_out + w * l_.Cp, quantised<M>(mem, a_));
-      if (saved) saved_.put_output(saved + w * pixel, o, reset);
-    }
+      const typename N::R syn = N::load(g, kGates), o = N::load(g + 2 * VL, kGates),
+                          limit = N::load(threshold, 0);
+      typename N::Mask reset{};
+      if (resets) reset = Neuron<N>::fires(N::load(mem_in + w * Cp, Cp), limit);
+      typename N::R mem = Neuron<N>::next_mem(o, N::tanh(syn));
+      mem = Neuron<N>::after_reset(c.reset, mem, reset, limit);
+      N::store(syn_out + w * Cp, Cp, quantised<N>(syn, a_));
+      N::store(mem_out + w * Cp, Cp, quantised<N>(mem, a_));
+      if (saved) saved_.of(count).put_output(saved + w * pixel, o, reset);
+    });
   }
 
   // Writes the states and spikes of rows [begin, end), all of whose channels are updated.
@@ -177,7 +180,7 @@ class NeuronForward {
   const ForwardArgs& a_;
   const Layout<T, VL>& l_;
   const StateRows<T, VL>& states_;
-  SavedGates<M> saved_;
+  SavedGates<T, VL> saved_;
   Places<M> places_;
   T* threshold_ = nullptr;
   T** pooled_ = nullptr;  // of each thread: (Wp, Cp)

@@ -1,0 +1,74 @@
+// The vectors of neighbouring pixels side by side in one, for the work on single neurons: where the
+// processor's vectors are longer than a cell's, that takes half or a quarter of the instructions.
+#pragma once
+
+#include "math.h"
+
+SNNLSTM_BEGIN_ISA
+
+// P pixels, which lie `stride` apart in memory.
+template <class T, int VL, int P>
+struct Neighbours : Math<T, P * VL> {
+  using M = Math<T, P * VL>;
+  using R = typename M::R;
+
+  static SNNLSTM_INLINE R load(const T* p, int64_t stride) {
+    if constexpr (P == 1)
+      return M::load(p);
+    else
+      return join(Half::load(p, stride), Half::load(p + P / 2 * stride, stride), Lanes());
+  }
+  static SNNLSTM_INLINE void store(T* p, int64_t stride, R v) {
+    if constexpr (P == 1) {
+      M::store(p, v);
+    } else {
+      Half::store(p, stride, half<0>(v, HalfLanes()));
+      Half::store(p + P / 2 * stride, stride, half<P / 2 * VL>(v, HalfLanes()));
+    }
+  }
+  // Adds up the pixels.
+  static SNNLSTM_INLINE typename Simd<T, VL>::R sum(R v) {
+    if constexpr (P == 1)
+      return v;
+    else
+      return Half::sum(half<0>(v, HalfLanes()) + half<P / 2 * VL>(v, HalfLanes()));
+  }
+
+ private:
+  using Half = Neighbours<T, VL, (P > 1 ? P / 2 : 1)>;
+  using HalfR = typename Simd<T, (P > 1 ? P / 2 : 1) * VL>::R;
+  using Lanes = std::make_integer_sequence<int, P * VL>;
+  using HalfLanes = std::make_integer_sequence<int, (P > 1 ? P / 2 : 1) * VL>;
+
+  template <int... lane>
+  static SNNLSTM_INLINE R join(HalfR a, HalfR b, std::integer_sequence<int, lane...>) {
+    return __builtin_shufflevector(a, b, lane...);
+  }
+  template <int from, int... lane>
+  static SNNLSTM_INLINE HalfR half(R v, std::integer_sequence<int, lane...>) {
+    return __builtin_shufflevector(v, v, (from + lane)...);
+  }
+};
+
+// How many pixels fill one of the processor's vectors. GCC has the function above since version 12.
+#if defined(__clang__) || __GNUC__ >= 12
+template <class T, int VL>
+constexpr int kNeighbours =
+    VL * int(sizeof(T)) < kNativeBytes ? kNativeBytes / (VL * int(sizeof(T))) : 1;
+#else
+template <class T, int VL>
+constexpr int kNeighbours = 1;
+#endif
+
+// Calls f(first pixel, Count<P>()) for `count` pixels, P at a time: kNeighbours, and one by one the
+// rest.
+template <class T, int VL, class F>
+SNNLSTM_INLINE void each_neighbours(int64_t count, F&& f) {
+  constexpr int P = kNeighbours<T, VL>;
+  int64_t w = 0;
+  for (; w + P <= count; w += P) f(w, Count<P>());
+  if constexpr (P > 1)
+    for (; w < count; ++w) f(w, Count<1>());
+}
+
+SNNLSTM_END_ISA
