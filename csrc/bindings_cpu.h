@@ -243,7 +243,7 @@ inline void bind_cpu(py::module_& m) {
     Cell cell;
     cell.dtype = numbered<DType>("dtype", dtype, 2), cell.C = C;
     counted("C", C, 1);
-    return cpu::kernels(cell).padded_channels(cell);
+    return cpu::kernels().padded_channels(cell);
   });
 
   using cpu::Plan;

@@ -47,9 +47,9 @@ std::string form_name(const Cell& cell, Form form);
 struct Kernels {
   // Says whether there are Winograd kernels for the cell's type and number of channels.
   bool (*has_tiles)(const Cell&);
-  // Returns the cost of the input half from lists of its nonzeros, over its cost in direct sums, or
-  // infinity if the image is too large for lists.
-  double (*sparse_cost)(const Cell&, double density);
+  // Returns the cost of a pass's input half from lists of its nonzeros, over its cost in direct
+  // sums, or infinity if the image is too large for lists.
+  double (*sparse_cost)(const Cell&, double density, bool backward);
 
   // These return the bytes that a call needs as its workspace. `weight` says whether the backward
   // pass forms the weight's gradient.
@@ -68,8 +68,8 @@ struct Kernels {
   void (*backward)(const BackwardArgs&);
 };
 
-// Returns the kernels of the instruction set in use, for the cell's number of channels.
-const Kernels& kernels(const Cell& cell);
+// Returns the kernels of the instruction set in use.
+const Kernels& kernels();
 
 // What runs a call: the cell of each pass, with the algorithms of its convolutions and without the
 // taps that meet no pixel. A pointwise cell is that of one step, and its images are the states'.

@@ -23,11 +23,11 @@ double at_once(const Cell& c, double of_image, double wanted) {
 // and write their gradient. All pixels of a call share that, because in training the filters change
 // from call to call. The forward pass counts two steps for any T: a sequence in pieces has the
 // results of the whole. The backward pass of one step is taken to be one of 16 that share the
-// packed filters.
+// packed filters, but each writes a gradient.
 double filter_cost(const Cell& c, double values, double channels, bool backward) {
-  const double steps = !backward ? 2 : c.T == 1 ? 16 : double(c.T);
-  const double pixels = steps * double(c.N) * double(c.Ho() * c.Wo());
-  return (backward ? 160 : 70) * values * 4 * channels / pixels;  // measured
+  const double sharing = !backward ? 2 : c.T == 1 ? 16 : double(c.T);
+  const double per_pixel = values * 4 * channels / (double(c.N) * double(c.Ho() * c.Wo()));
+  return (70 / sharing + (backward ? 90 / double(c.T) : 0)) * per_pixel;  // measured
 }
 
 // Returns the share of the taps that meet a pixel, of all outputs along an axis of n pixels: a tap
@@ -88,12 +88,14 @@ Cell behind_torch(Cell c) {
 
 // Returns what torch's convolution of both halves costs, with the copies in front of it and behind
 // it, and the 100 us (backward 150) of Python and torch for a step, for which all threads wait. Its
-// channels come in vectors of 16, and it packs the filters in every step.
+// channels come in vectors of 16, it packs the filters in every step, and it writes a gradient of
+// them as filter_cost() says.
 double torch_cost(const Cell& c, double rate, int threads, bool backward) {
   const double blocks = std::ceil(double(c.C) / 16), pixels = double(c.N * c.Ho() * c.Wo());
   const double taps = c.kernel_h * c.kernel_w, channels = double((c.Cin + c.C + 15) / 16 * 16);
   const double host = (backward ? 1e6 : 7e5) * threads / (pixels * blocks);
-  return taps * channels * 4 * (1 / rate + 60 / pixels) + 300 + host;
+  const double filters = 60 + (backward ? 90 / double(c.T) : 0);
+  return taps * channels * 4 * (1 / rate + filters / pixels) + 300 + host;
 }
 
 // Returns the cell with the algorithms of one pass. In the backward pass x_algorithm is the weight
@@ -107,7 +109,7 @@ Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, int
   // Of all neurons that are equal inhibition chooses the first. Winograd makes them unequal.
   const bool has_ties = !backward && !forced && c.inhibition;
   double best = direct_cost(c, double(c.C), backward);
-  if (!has_ties && kernels(c).has_tiles(c)) {
+  if (!has_ties && kernels().has_tiles(c)) {
     for (const int h : {4, 3, 2, 1})
       for (const int w : {4, 3, 2, 1}) {
         if (!has_form(c.kernel_h, h) || !has_form(c.kernel_w, w) || h * w == 1) continue;
@@ -132,7 +134,8 @@ Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, int
     if (forced || cost < best) best = cost, c.x_algorithm = CpuAlgorithm::winograd;
   }
   if (!forced && density < 1) {
-    const double cost = direct_cost(c, double(c.Cin), backward, kernels(c).sparse_cost(c, density));
+    const double cost =
+        direct_cost(c, double(c.Cin), backward, kernels().sparse_cost(c, density, backward));
     if (cost < best) best = cost, c.x_algorithm = CpuAlgorithm::sparse;
   }
   total += best;
@@ -151,7 +154,7 @@ Plan make_plan(const Cell& cell, CpuAlgorithm algorithm, double density, int mos
     return choose(c, algorithm, density, most_inputs, threads,
                   backward ? torch_rates.second : torch_rates.first, backward);
   };
-  return {chosen(false), chosen(true), kernels(c), threads};
+  return {chosen(false), chosen(true), kernels(), threads};
 }
 
 std::string algorithm_name(const Cell& c) {

@@ -26,9 +26,7 @@ namespace {
 struct Isa {
   const char* name;
   const Kernels* kernels;
-  const Kernels* for_few_channels;  // up to kFew channels leave long vectors mostly empty
 };
-constexpr int64_t kFew = 4;
 
 #if SNNLSTM_X86
 // What the processor has and the system saves. (Intel's manual, volume 1, chapters 14 and 15.)
@@ -56,15 +54,15 @@ struct Processor {
 // Lists the instruction sets that this processor can run, best last.
 const std::vector<Isa>& usable() {
   static const std::vector<Isa> sets = [] {
-    std::vector<Isa> s{{"baseline", &baseline::kernels, &baseline::kernels}};
+    std::vector<Isa> s{{"baseline", &baseline::kernels}};
 #if SNNLSTM_X86
     const Processor processor;
     if (!processor.avx2) return s;
 #if SNNLSTM_TESTING
-    s.insert(s.begin(), {"wide", &wide::kernels, &wide::kernels});
+    s.insert(s.begin(), {"wide", &wide::kernels});
 #endif
-    s.push_back({"avx2", &avx2::kernels, &avx2::kernels});
-    if (processor.avx512) s.push_back({"avx512", &avx512::kernels, &avx2::kernels});
+    s.push_back({"avx2", &avx2::kernels});
+    if (processor.avx512) s.push_back({"avx512", &avx512::kernels});
 #endif
     return s;
   }();
@@ -99,9 +97,7 @@ std::vector<std::string> isa_names() {
 std::string isa_name() { return current()->name; }
 void set_isa(const std::string& name) { current() = &find(name); }
 
-const Kernels& kernels(const Cell& cell) {
-  return cell.C <= kFew ? *current()->for_few_channels : *current()->kernels;
-}
+const Kernels& kernels() { return *current()->kernels; }
 
 }  // namespace cpu
 }  // namespace snnlstm

@@ -96,8 +96,10 @@ class DataGrad {
     const Plane from{t.w.inputs() * b.products_stride, b.products_stride, lanes};
     const Plane to{b.dilation_h * width_ * channels, b.dilation_w * channels, lanes};
     const Plane cut{4 * NV * VL, NV * VL, lanes};  // of a tile that sticks out
-    multiply<S, NV>(b, values, weight + block * VL * l_.tile_weights() * b.channels, b.channels,
-                    false, products);
+    // The gates' lanes without a channel are zero.
+    const Inputs inputs = l_.few_channels() ? Inputs(b.channels, VL, l_.c.C) : Inputs(b.channels);
+    multiply<S, NV>(b, values, weight + block * VL * l_.tile_weights() * b.channels, inputs, false,
+                    products);
     const Span span(Part::transforms);
     for (int64_t k = 0; k < b.images * b.count(); ++k) {
       const int64_t image = k / b.count(), tile = k % b.count();

@@ -22,12 +22,17 @@ inline bool narrow_is_better(int64_t channels, int64_t narrow, int64_t wide) {
   return channels <= narrow || (kNarrowBytes >= 32 && padded(narrow) < padded(wide));
 }
 
+// With AVX-512 the four gates of so few channels are one vector.
+constexpr int kFewChannels = kNativeBytes >= 64 ? 4 : 0;
+
 // Calls f(Lanes<T, VL>) with the vectors in which a cell is computed.
 template <class F>
 auto with_lanes(const Cell& c, F&& f) {
   const auto choose = [&](auto number) {
     using T = decltype(number);
     constexpr int wide = kWideBytes / sizeof(T), narrow = kNarrowBytes / sizeof(T);
+    if constexpr (kFewChannels > 0 && kFewChannels < narrow)
+      if (c.C <= kFewChannels) return f(Lanes<T, kFewChannels>{});
     if constexpr (narrow < wide)
       if (narrow_is_better(c.C, narrow, wide)) return f(Lanes<T, narrow>{});
     return f(Lanes<T, wide>{});

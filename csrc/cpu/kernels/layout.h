@@ -162,6 +162,10 @@ struct Layout {
 
   // Says whether at least half of the lanes are zero.
   bool few_channels() const { return 2 * c.C <= Cp; }
+  // Says whether the weight gradient closes up the others, to few_vectors() vectors of gates. Where
+  // all four gates are one vector that saves nothing.
+  bool closes_up() const { return few_channels() && 4 * VL * int(sizeof(T)) > kNativeBytes; }
+  int few_vectors() const { return 4 * c.C <= VL ? 1 : 2; }
 
   int64_t K() const { return Kx + Km; }
   // Returns the multiply-adds of a step's convolution. A neuron takes as long as a hundred of them.

@@ -16,10 +16,10 @@ SNNLSTM_BEGIN_ISA
 template <class T, int VL>
 class SparseWeightGrad {
   using S = Simd<T, VL>;
-  using R = typename S::R;
+  using V = typename Merged<S, 4>::Vector;
   using L = Layout<T, VL>;
-  static constexpr int kGates = 4 * VL;
-  static constexpr int kTaps = kAccumulators / 4;
+  static constexpr int kGates = 4 * VL, kVectors = Merged<S, 4>::count;
+  static constexpr int kTaps = kMaxPixels<kVectors>;
 
  public:
   // The lists of rows [first, first + rows) of a sample of x, counted with the border.
@@ -51,7 +51,7 @@ class SparseWeightGrad {
   // weight_grad_run takes. Zen 3 with AVX2 was measured, per vector of 32 bytes. Sparse: 3 per
   // nonzero and tap, 40 per register tile and list, 8 to gather a pixel's d gates. GradLists: 24
   // per pixel, 5.5 per 8 values, 9 per nonzero. Direct: 2.15 per value where d gates lie side by
-  // side, more where they are far apart in memory.
+  // side, more where they are far apart in memory, less where zero lanes are left out.
   double cycles(double density) const {
     const double pixels = double(rows_) * c_.W / (c_.stride_h * c_.stride_w);
     const double tiles = double(l_.Kx) / (l_.taps < kTaps ? l_.taps : kTaps);
@@ -60,7 +60,8 @@ class SparseWeightGrad {
     return kVectorCost<T, VL> * sums + lists * c_.stride_h * c_.stride_w / l_.Cb;
   }
   double direct_cycles() const {
-    return kVectorCost<T, VL> * l_.Kx * (l_.Cb == 1 ? 2.15 : l_.Cb < 16 ? 2.5 : 4.2);
+    const double all = l_.closes_up() ? 0.25 * l_.few_vectors() : 1;
+    return kVectorCost<T, VL> * all * l_.Kx * (l_.Cb == 1 ? 2.15 : l_.Cb < 16 ? 2.5 : 4.2);
   }
 
   // Says whether 32 bits hold all keys, numbers of entries and places of d gates.
@@ -199,25 +200,26 @@ class SparseWeightGrad {
   template <int J>
   void channels(const GradLists& s, const int32_t* begin, const Tap* taps) const {
     for (int64_t ci = 0; ci < c_.Cin; ++ci) {
-      R acc[J][4];
+      typename V::R acc[J][kVectors];
 #pragma GCC unroll 8
       for (int j = 0; j < J; ++j)
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) acc[j][v] = R{};
+        for (int v = 0; v < kVectors; ++v) acc[j][v] = typename V::R{};
       for (int32_t k = begin[ci]; k < begin[ci + 1]; ++k) {
-        const R x = S::splat(s.value[k]);
+        const typename V::R x = V::splat(s.value[k]);
         const int64_t place = s.place[k];
 #pragma GCC unroll 8
         for (int j = 0; j < J; ++j)
 #pragma GCC unroll 4
-          for (int v = 0; v < 4; ++v) acc[j][v] += x * S::load(taps[j].d_gates + place + v * VL);
+          for (int v = 0; v < kVectors; ++v)
+            acc[j][v] += x * V::load(taps[j].d_gates + place + v * V::lanes);
       }
 #pragma GCC unroll 8
       for (int j = 0; j < J; ++j)
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) {
-          T* p = taps[j].out + ci * kGates + v * VL;
-          S::store(p, S::load(p) + acc[j][v]);
+        for (int v = 0; v < kVectors; ++v) {
+          T* p = taps[j].out + ci * kGates + v * V::lanes;
+          V::store(p, V::load(p) + acc[j][v]);
         }
     }
   }

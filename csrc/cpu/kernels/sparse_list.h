@@ -62,10 +62,9 @@ SNNLSTM_INLINE int64_t append_nonzeros(const double* x, int64_t count, int32_t f
   return n;
 }
 
-// The instructions per vector, which are the unit of the cost estimates.
+// The instructions per vector, which are the unit of the cost estimates. Products merge short ones.
 template <class T, int VL>
-constexpr double kVectorCost =
-    VL * int(sizeof(T)) > kNativeBytes ? VL * int(sizeof(T)) / double(kNativeBytes) : 1.0;
+constexpr double kVectorCost = VL * int(sizeof(T)) / double(kNativeBytes);
 
 constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 

@@ -22,13 +22,14 @@ static bool has_tiles(const Cell& c) {
   });
 }
 
-static double sparse_cost(const Cell& cell, double density) {
+static double sparse_cost(const Cell& cell, double density, bool backward) {
   return with_lanes(cell, [&](auto lanes) {
     const typename decltype(lanes)::template Of<Layout> l(cell);
     const typename decltype(lanes)::template Of<SparseInput> sparse(l, l.strip_rows());
     const typename decltype(lanes)::template Of<SparseWeightGrad> gradient(l);
     if (!sparse.fits() || !gradient.fits()) return double(INFINITY);
-    return sparse.cycles(density) / sparse.direct_cycles();
+    return backward ? gradient.cycles(density) / gradient.direct_cycles()
+                    : sparse.cycles(density) / sparse.direct_cycles();
   });
 }
 

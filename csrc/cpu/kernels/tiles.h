@@ -162,23 +162,31 @@ class InputTransform {
   std::conditional_t<(Longer::lanes > S::lanes), InputTransform<Longer>, Nothing> longer_;
 };
 
+// The input values of a part that a tile's products sum over: the first `used` of every `every`.
+struct Inputs {
+  int64_t len, every, used;
+  Inputs(int64_t len) : len(len), every(len), used(len) {}  // NOLINT: all of them
+  Inputs(int64_t len, int64_t every, int64_t used) : len(len), every(every), used(used) {}
+};
+
 // Calls f(first run, number of runs) for stretches of at most `most` values of what a tile's
-// products sum over: `len` values of each part, in pieces that round little.
+// products sum over, in pieces that round little.
 template <int most, class T, class F>
-void part_runs(const TileBlock<T>& b, int64_t len, F&& f) {
-  const int64_t pieces = (len + most - 1) / most;
+void part_runs(const TileBlock<T>& b, const Inputs& inputs, F&& f) {
+  const int64_t len = inputs.len, used = inputs.used, pieces = (used + most - 1) / most;
   Run runs[most];
   int64_t values = 0;
   int number = 0;
   for (int i = 0; i < b.form.h.parts; ++i)
     for (int j = 0; j < b.form.w.parts; ++j)
-      for (int64_t p = 1, begin = 0, end; p <= pieces; ++p, begin = end) {
-        end = p < pieces ? len * p / pieces : len;
-        if (values + end - begin > most) f(runs, number), values = number = 0;
-        runs[number++] = {b.part(i, j) + begin, (i * b.form.w.parts + j) * len + begin,
-                          end - begin};
-        values += end - begin;
-      }
+      for (int64_t first = 0; first < len; first += inputs.every)
+        for (int64_t p = 1, begin = 0, end; p <= pieces; ++p, begin = end) {
+          end = p < pieces ? used * p / pieces : used;
+          if (values + end - begin > most) f(runs, number), values = number = 0;
+          runs[number++] = {b.part(i, j) + first + begin,
+                            (i * b.form.w.parts + j) * len + first + begin, end - begin};
+          values += end - begin;
+        }
   if (number > 0) f(runs, number);
 }
 
@@ -203,17 +211,17 @@ struct TileRows {
 // Writes the products with a weight (points, parts, len, NV * VL), or adds them to those that are
 // there.
 template <class S, int NV, class T = typename S::Scalar>
-void multiply(const TileBlock<T>& b, const T* values, const T* weight, int64_t len, bool add,
-              T* products) {
+void multiply(const TileBlock<T>& b, const T* values, const T* weight, const Inputs& inputs,
+              bool add, T* products) {
   const Span span(Part::products);
   constexpr int64_t width = NV * S::lanes, in_cache = chunk_length<T>(width);
   constexpr int most = in_cache < 48 ? in_cache : 48;  // longer sums would round more
   const TileRows rows(b);
   for (int k = 0; k < b.form.points(); ++k) {
-    const T* w = weight + k * b.form.parts() * len * width;
+    const T* w = weight + k * b.form.parts() * inputs.len * width;
     T* out = products + k * b.products_stride;
     bool more = add;
-    part_runs<most>(b, len, [&](const Run* runs, int number) {
+    part_runs<most>(b, inputs, [&](const Run* runs, int number) {
       for (int64_t n = 0; n < rows.images; ++n)
         for (int64_t r = 0; r < rows.rows; ++r) {
           T* to = out + (n * rows.rows + r) * rows.columns * width;

@@ -67,7 +67,7 @@ class WeightGradient {
     scratch_ = workspace.take<WeightScratch>(threads_);
     for (int k = 0; k < threads_; ++k) {
       WeightScratch s;
-      const bool few = l_.few_channels();
+      const bool few = l_.closes_up();
       s.d_gates =
           workspace.take<T>(few ? images_together(false) * pixel_block_rows() * l_.Wo * 2 * VL : 0);
       s.few_sums = workspace.take<T>(few ? kPiece * 2 * VL : 0);
@@ -265,7 +265,7 @@ class WeightGradient {
     T* out = sums_.rows(images.split, cb, of_x);
     (of_x ? x_runs_ : mem_runs_).chunks(kPiece, [&](const Run* runs, int count) {
       if (piece-- != 0) return;
-      if (l_.few_channels()) return of_few(step, images, of_x, runs, count, s, out);
+      if (l_.closes_up()) return of_few(step, images, of_x, runs, count, s, out);
       each_pixel_block(step, images, cb, of_x, [&](int64_t h, PixelRows<T> p) {
         for (int r = 0; r < count; ++r)
           weight_grad_run<S>(met_by(runs + r, of_x, h, p), runs[r].in, runs[r].len,
@@ -306,7 +306,7 @@ class WeightGradient {
   // up.
   void of_few(const StepImages<T>& step, const Images& images, bool of_x, const Run* runs,
               int count, const WeightScratch& s, T* out) {
-    const int64_t C = c_.C, vectors = 4 * C <= VL ? 1 : 2, width = vectors * VL;
+    const int64_t C = c_.C, vectors = l_.few_vectors(), width = vectors * VL;
     T* const sums = s.few_sums;
     std::memset(sums, 0, kPiece * width * sizeof(T));
     each_pixel_block(step, images, 0, of_x, [&](int64_t h, PixelRows<T> p) {
