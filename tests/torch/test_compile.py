@@ -96,6 +96,7 @@ def test_under_autocast(backend):
         wanted = reference.grad
         assert (parameter.grad - wanted).norm() <= 1e-2 * wanted.norm()
     assert one.path.native == backend.native
+    assert one.path.name.startswith(backend.device.type if backend.native else "reference")
 
 
 LATER = {
