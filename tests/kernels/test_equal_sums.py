@@ -22,6 +22,7 @@ CELLS = {  # in, out, kernel, max_pool, the share of lines that are not zero, an
     "7x3": (2, 8, (7, 3), (3, 2), 0.3, 1),
     "larger windows than kernels": (2, 8, 3, 4, 0.3, 1),
     "dilated": (2, 8, 3, 2, 0.3, 2),
+    "1x1": (2, 3, 1, 2, 0.3, 1),  # no border: the last pixels of a row count, which share no vector
 }
 
 
