@@ -282,6 +282,7 @@ class Cuda(Calls):
                 core.CudaPlan, facts | {"algorithm": ("enum", random.randrange(6))} | backward, 0
             ),
             "CudaPlan.candidates": (core.CudaPlan.candidates, facts | backward, 0),
+            "CudaPlan.seconds_on": (self.forward.seconds_on, device, 1),
             "CudaPlan.pack": (self.forward.pack, weight | stream, 0),
             "CudaPlan.store_levels": (
                 self.forward.store_levels, {"values": levels, "levels": levels} | stream, 0
