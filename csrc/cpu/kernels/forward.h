@@ -57,7 +57,7 @@ class Forward {
       if (c.T > 1)
         phases.run(0, tasks_.count, [&](int64_t task) { states_.read(task, thread, 0); });
       for (int64_t t = 0; t < c.T; ++t) {
-        const RowTasks tasks = tasks_.at(t).cut();
+        const RowTasks tasks = tasks_.at(t);
         const int64_t groups = tasks.groups(), left = tasks.images();
         phases.run(t + 1, groups + (a_.spk.data ? c.N - left : 0), [&](int64_t task) {
           if (task < groups) return step(t, tasks, task, thread);

@@ -261,16 +261,11 @@ struct Layout {
     const int64_t bytes = (2 * Wm + Wo) * Cp * int64_t(sizeof(T));
     while (c.T == 1 && rows < Ho && tasks(2 * rows) >= wanted && 2 * rows * bytes <= 512 << 10)
       rows *= 2;
-    const int64_t unit = row_unit();
-    rows = rows / unit * unit;
-    return rows < unit ? unit : rows;
-  }
-  // Returns the fewest rows of a task: whole pooling windows and tiles.
-  int64_t row_unit() const {
     if (c.inhibition) return Hr;  // the winner is sought among all neurons of a sample
     int64_t unit = c.pool_h;
-    while (unit % whole(form.h, c.dilation_h, 1) != 0) unit += c.pool_h;
-    return unit;
+    while (unit % whole_tiles != 0) unit += c.pool_h;
+    rows = rows / unit * unit;
+    return rows < unit ? unit : rows;
   }
 };
 
@@ -286,9 +281,6 @@ struct RowTasks {
     const int64_t covered = l.Hp * l.c.pool_h;
     per_image = covered > 0 ? (covered + rows - 1) / rows : 1;
     count = l.c.N * per_image;
-    unit_ = l.row_unit() * l.form.h.parts;
-    units_ = (covered + unit_ - 1) / unit_;
-    wanted_ = (l.wide() ? 1 : 8) * a.threads;
     most_together = per_image == 1 ? l.images_together(a.threads, even) : 1;
     image_rows_ = l.Ho;
   }
@@ -302,18 +294,6 @@ struct RowTasks {
       const int64_t each = (some.count + threads_ - 1) / threads_;
       some.most_together = each < 1 ? 1 : each < most_together ? each : most_together;
     }
-    return some;
-  }
-  // Returns tasks of fewer rows if that many threads would have too few where samples are finished.
-  RowTasks cut() const {
-    RowTasks some = *this;
-    if (!a_->lengths || a_->cell.T == 1 || count == 0 || count >= wanted_) return some;
-    const int64_t left = images(), parts = (wanted_ + left - 1) / left;
-    if (parts <= per_image) return some;
-    some.rows = (units_ + parts - 1) / parts * unit_;
-    some.per_image = (units_ * unit_ + some.rows - 1) / some.rows;
-    some.count = left * some.per_image;
-    some.most_together = 1;
     return some;
   }
   // Returns the sample of an image, and the steps of a task's sample. A call of one of the caller's
@@ -342,7 +322,6 @@ struct RowTasks {
   const PassArgs* a_;
   int threads_;
   int64_t image_rows_;
-  int64_t unit_, units_, wanted_;  // of cut(): rows, those of an image, and tasks
 };
 
 // The input values that a convolution sums for one output pixel. They are cut into chunks whose
