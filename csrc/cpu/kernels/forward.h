@@ -149,10 +149,10 @@ class Forward {
   void step(int64_t t, const RowTasks& tasks, int64_t group, int thread) {
     const ForwardScratch& s = scratch_[thread];
     const int64_t first = tasks.first(group), together = tasks.together(group);
-    const int64_t begin = tasks.begin(first), end = tasks.end(first);
+    const int64_t begin = tasks_.begin(first), end = tasks_.end(first);
     for (int64_t k = 0; k < together; ++k) {
       if (a_.cell.T == 1) states_.read(first + k, thread, k);
-      s.blocks[k].r = states_.of(tasks, first + k, thread, k);
+      s.blocks[k].r = states_.of(first + k, thread, k);
     }
     for (int64_t b0 = begin; b0 < end; b0 += block_) {
       const int64_t b1 = b0 + block_ < end ? b0 + block_ : end;

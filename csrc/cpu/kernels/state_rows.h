@@ -34,7 +34,7 @@ class StateRows {
   // Reads a task's rows of the states before the first step.
   void read(int64_t task, int thread, int64_t slot) {
     const Span span(Part::copies);
-    const Rows r = of(tasks_, task, thread, slot);
+    const Rows r = of(task, thread, slot);
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task);
     if (one_step()) {
       import_mem(r, begin, begin + seen_rows(end - begin));
@@ -48,13 +48,13 @@ class StateRows {
   }
 
   // Returns the places of a task's rows.
-  Rows of(const RowTasks& tasks, int64_t task, int thread, int64_t slot) const {
-    const int64_t image = tasks.image(task);
+  Rows of(int64_t task, int thread, int64_t slot) const {
+    const int64_t image = tasks_.image(task);
     const int64_t place = one_step() ? thread * tasks_.most_together + slot : image;
     const int64_t mem = place * mem_size(), syn = place * syn_size();
-    return {tasks.sample(image),
-            tasks.steps(task),
-            one_step() ? tasks.begin(task) : 0,
+    return {tasks_.sample(image),
+            tasks_.steps(task),
+            one_step() ? tasks_.begin(task) : 0,
             {mem_[0] + mem, mem_[1] + mem},
             syn_ + syn};
   }
