@@ -323,12 +323,11 @@ def test_both_ways_leave_each_cell_in_snntorchs_registry_once():
     model = sequential("theirs", leaky=False)
     for swap, ours_alive in ((snnlstm.accelerate, True), (snnlstm.restore, False)):
         swap(model)
-        # The list holds entries that do not keep our cells alive.
-        entry, registry = snnlstm.snntorch.Entry, snntorch.SpikingNeuron.instances
-        held = [e.place() if type(e) is entry else e for e in registry]
-        assert sum(isinstance(cell, snntorch.SConv2dLSTM) for cell in held) == 2
+        registry = snntorch.SpikingNeuron.instances
+        convs = [e.conv for e in registry if isinstance(e, snntorch.SConv2dLSTM)]
+        assert len(convs) == 2
         for cell in model:
-            assert sum(cell is one for one in held) == 1
+            assert sum(cell.conv is conv for conv in convs) == 1
             assert (cell in snnlstm.snntorch.alive(snnlstm.SConv2dLSTM)) is ours_alive
         model(X)
         snntorch.SConv2dLSTM.reset_hidden()
