@@ -211,12 +211,13 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     if grads[0] is grads[1] is grads[2] is None:
         return (None,) * 6
     try:
-        *tensors, lengths = ctx.saved_tensors[:8]
-        saved = ctx.saved_tensors[8:]
+        everything = ctx.saved_tensors  # asked once, which torch's checkpoint demands
     except RuntimeError as error:
         if "a second time" in str(error):  # torch's "Trying to backward through the graph ..."
             raise RuntimeError(f"{error} {_FORGOTTEN}") from None
         raise
+    *tensors, lengths = everything[:8]
+    saved = everything[8:]
     wanted = ctx.needs_input_grad[1:7]
     again = torch.is_grad_enabled()
     if again and wanted[5]:
