@@ -241,16 +241,21 @@ class Entry:
     spec : CellSpec
     fallback : Path or None
         Why the reference path must run.
-    plan
-        Of the native kernels; None where each step of a half type has a plan of its own.
     training : bool
         Whether a result may require a gradient.
+    in_float32 : bool
+        Whether each step of a half type runs in float32, as a call of its own.
+    plan : Plan or None
+        Of the native kernels, once they have run.
     """
 
-    __slots__ = ("fallback", "plan", "spec", "training")
+    __slots__ = ("fallback", "in_float32", "plan", "spec", "training")
 
-    def __init__(self, spec: CellSpec, fallback: Path | None, plan: Any, training: bool) -> None:
-        self.spec, self.fallback, self.plan, self.training = spec, fallback, plan, training
+    def __init__(
+        self, spec: CellSpec, fallback: Path | None, training: bool, in_float32: bool = False
+    ) -> None:
+        self.spec, self.fallback, self.training = spec, fallback, training
+        self.in_float32, self.plan = in_float32, None
 
 
 Entries = dict[Any, Entry]
@@ -307,17 +312,18 @@ def _made_entry(call: Call, spec: CellSpec) -> Entry:
     )
     fallback = _static_reason(call, spec, False)
     if fallback is not None:
-        return Entry(spec, fallback, None, training)
+        return Entry(spec, fallback, training)
     assert _native is not None
-    settings, device = _settings(call.x), call.x.device.type
-    if call.x.dtype in HALF_TYPES and not settings[0].half_types:
-        return Entry(spec, None, None, training)
-    operands = _native.operands_of(call, autocast_dtype(device))
-    reason = settings[0].reason_against(_native.Sizes(call, spec, operands))
-    if reason is not None:
-        return Entry(spec, Path("reference", reason, slow=True), None, training)
-    inner = replace(spec, checkpoint=False) if spec.checkpoint else spec
-    return Entry(spec, None, _native.plan_of(call, inner, operands, settings), training)
+    backend = _settings(call.x)[0]
+    if call.x.dtype in HALF_TYPES and not backend.half_types:
+        return Entry(spec, None, training, in_float32=True)
+    reason = backend.reason_against(_native.Sizes(call, spec, _operands(call)))
+    return Entry(spec, None if reason is None else Path("reference", reason, slow=True), training)
+
+
+def _operands(call: Call) -> torch.dtype | None:
+    assert _native is not None
+    return _native.operands_of(call, autocast_dtype(call.x.device.type))
 
 
 def _static_reason(call: Call, spec: CellSpec, traced: bool) -> Path | None:
@@ -329,10 +335,10 @@ def _static_reason(call: Call, spec: CellSpec, traced: bool) -> Path | None:
         return Path("reference", "weight is not strided")
     reason = spec.reason_against_kernels(call.x.dtype)
     threshold, graded = call.threshold, call.graded
-    if device.type not in ("cpu", "cuda"):
-        return Path("reference", f"there are no kernels for device {device.type}")
     if call.x.numel() == 0:
         return Path("reference", "x is empty")
+    if device.type not in ("cpu", "cuda"):
+        return Path("reference", f"there are no kernels for device {device.type}")
     if reason is None and threshold is not None and graded is not None:
         count, shape = threshold.numel(), threshold.shape
         if count != 1 and not (len(shape) >= 3 and count == shape[-3]):
@@ -396,32 +402,46 @@ _inside: Entries = {}
 
 def run(call: Call, entry: Entry, overrides: Overrides | None = None) -> Results:
     """Choose an implementation for a call, and run it."""
-    if entry.spec.checkpoint and (entry.training or overrides) and _may_checkpoint():
-        return _in_segments(call, entry.spec, overrides, False)
     path = _path(entry.fallback, call, overrides, False)
+    if entry.spec.checkpoint and (entry.training or overrides) and _may_checkpoint():
+        return _in_segments(call, entry.spec, overrides, path, False)
+    return _run_by(path, call, entry, overrides)
+
+
+def _run_by(path: Path, call: Call, entry: Entry, overrides: Overrides | None) -> Results:
+    """Run a call by the implementation that was chosen."""
     if not path.native:
         return (*reference.run(call, entry.spec, overrides), path)
     assert _native is not None
-    if entry.plan is None:
-        spk, syn, mem, path = _native.in_float32(call, lambda step: _run_inside(step, entry.spec))
-        return spk, syn, mem, path
-    spk, syn, mem, name = _native.run(entry.plan, call, entry.training)
+    if entry.in_float32:
+
+        def step(one: Call) -> Results:
+            return _run_by(path, one, entry_of(_inside, one, entry.spec), None)
+
+        return _native.in_float32(call, step)
+    plan = entry.plan
+    if plan is None:  # not made with the entry, which a transform of torch.func may have asked for
+        spec = replace(entry.spec, checkpoint=False)
+        plan = entry.plan = _native.plan_of(call, spec, _operands(call), _settings(call.x))
+    spk, syn, mem, name = _native.run(plan, call, entry.training)
     return spk, syn, mem, _native_path(name)
-
-
-def _run_inside(call: Call, spec: CellSpec, overrides: Overrides | None = None) -> Results:
-    return run(call, entry_of(_inside, call, spec), overrides)
 
 
 def run_traced(call: Call, spec: CellSpec, overrides: Overrides | None = None) -> Results:
     """The same, while torch.compile traces."""
-    if spec.checkpoint and _may_checkpoint():
-        return _in_segments(call, spec, overrides, True)
     path = _path(_static_reason(call, spec, True), call, overrides, True)
+    if spec.checkpoint and _may_checkpoint():
+        return _in_segments(call, spec, overrides, path, True)
+    return (*_run_traced_by(path, call, spec, overrides), path)
+
+
+def _run_traced_by(
+    path: Path, call: Call, spec: CellSpec, overrides: Overrides | None
+) -> tuple[Tensor, Tensor, Tensor]:
     if not path.native:
-        return (*reference.run(call, spec, overrides), path)
+        return reference.run(call, spec, overrides)
     assert _native is not None
-    return (*_native.run_operator(call, spec, get_algorithm())[:3], path)
+    return _native.run_operator(call, spec, get_algorithm())[:3]
 
 
 def _may_checkpoint() -> bool:
@@ -430,45 +450,50 @@ def _may_checkpoint() -> bool:
 
 
 def _in_segments(
-    call: Call, spec: CellSpec, overrides: Overrides | None, traced: bool
+    call: Call, spec: CellSpec, overrides: Overrides | None, path: Path, traced: bool
 ) -> Results:
     """The cell with ``checkpoint=True``: less memory for the backward pass, one more forward pass.
 
     A sequence is cut into segments of some sqrt(T) steps. Saved for the backward pass are the
     states between the segments alone; the gates of one segment at a time are computed again, just
-    before their gradients (Chen et al. 2016, "Training deep nets with sublinear memory cost").
+    before their gradients (Chen et al. 2016, "Training deep nets with sublinear memory cost"), by
+    the implementation that ran before.
     """
     inner = replace(spec, checkpoint=False)
-    ran: list[Path] = []
+    paths, dtypes = [path], [None if t is None else t.dtype for t in call[:8]]
 
-    def segment(x: Tensor, syn: Tensor, mem: Tensor, lengths: Tensor | None) -> Any:
-        part = call._replace(x=x, syn=syn, mem=mem, lengths=lengths)
+    def segment(*tensors: Any) -> Any:
+        part = Call(*tensors, call.record)
         if traced:
-            return run_traced(part, inner, overrides)[:3]
-        *results, path = _run_inside(part, inner, overrides)
-        ran.append(path)
+            return _run_traced_by(path, part, inner, overrides)
+        # Hooks on saved tensors may bring them back as lazily negated views, or in another dtype.
+        again = (t if t is None else t.resolve_neg().to(of) for t, of in zip(part[:8], dtypes))
+        part = Call(*again, call.record)
+        *results, paths[0] = _run_by(path, part, entry_of(_inside, part, inner), overrides)
         return tuple(results)
 
+    weight, bias, threshold, graded, lengths = call[3:8]
+    if threshold is not None:  # it may be written to before the backward pass
+        threshold = threshold.clone()
     # In state-sized tensors a step takes 5, and a boundary 2: the sum is least for these segments.
     steps = max(1, round((0.4 * call.x.shape[0]) ** 0.5)) if call.sequence else 1
     pieces = call.x.split(steps) if call.sequence and call.x.shape[0] else (call.x,)
     syn, mem, results = call.syn, call.mem, []
     for k, x in enumerate(pieces):
-        lengths = None
-        if call.lengths is not None:
-            lengths = (call.lengths - k * steps).clamp(0, x.shape[0])
+        left = None if lengths is None else (lengths - k * steps).clamp(0, x.shape[0])
+        # All tensors are arguments, so that torch notices if one is written to meanwhile.
         out = checkpoint(
-            segment, x, syn, mem, lengths, use_reentrant=False, preserve_rng_state=False
-        )
+            segment, x, syn, mem, weight, bias, threshold, graded, left,
+            use_reentrant=False, preserve_rng_state=False,
+        )  # fmt: skip
         results.append(out)
         syn, mem = (s[-1] for s in out[1:]) if call.record and x.shape[0] else out[1:]
-    path = _path(_static_reason(call, inner, True), call, overrides, True) if traced else ran[-1]
     if len(results) == 1:
-        return (*results[0], path)
+        return (*results[0], paths[0])
     spks, syns, mems = zip(*results, strict=True)
     if call.record:
         syn, mem = torch.cat(syns), torch.cat(mems)
-    return torch.cat(spks), syn, mem, path
+    return torch.cat(spks), syn, mem, paths[0]
 
 
 _logged: set[str] = set()  # the general reasons that have been logged
