@@ -62,11 +62,13 @@ def key_of(call: Call) -> tuple[Any, ...]:
         mem.shape, mem.stride(), mem.dtype, mem.get_device(),
         weight.shape, weight.is_contiguous(), weight.dtype, weight.get_device(),
         bias is None
-        or (bias.shape, bias.is_contiguous(), bias.dtype, bias.get_device()),
+        or (bias.shape, bias.dtype, bias.get_device(), bias.is_contiguous(), bias.is_neg()),
         threshold is None
-        or (threshold.shape, threshold.is_contiguous(), threshold.dtype, threshold.get_device()),
+        or (threshold.shape, threshold.dtype, threshold.get_device(),
+            threshold.is_contiguous(), threshold.is_neg()),
         graded is None
-        or (graded.shape, graded.dtype, graded.get_device(), graded.requires_grad),
+        or (graded.shape, graded.dtype, graded.get_device(), graded.is_contiguous(),
+            graded.is_neg(), graded.requires_grad),
         record, lengths is None,
         torch.is_grad_enabled() and (
             x.requires_grad, syn.requires_grad, mem.requires_grad, weight.requires_grad,

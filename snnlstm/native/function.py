@@ -34,6 +34,7 @@ from .plan import (
     empty_gradients,
     empty_like_images,
     plain,
+    reads_as_is,
 )
 
 __all__ = ["BACKENDS", "DEVICES", "plan_of", "run", "run_operator"]
@@ -107,6 +108,7 @@ def plan_of(
     key = (
         spec, operands, settings, call.record, x.shape, x.stride(), x.dtype, x.device,
         syn.stride(), mem.shape, mem.stride(), None if threshold is None else threshold.numel(),
+        reads_as_is(call),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
