@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -254,7 +254,8 @@ class Entry:
         self, spec: CellSpec, fallback: Path | None, training: bool, in_float32: bool = False
     ) -> None:
         self.spec, self.fallback, self.training = spec, fallback, training
-        self.in_float32, self.plan = in_float32, None
+        self.in_float32 = in_float32
+        self.plan: Any = None
 
 
 Entries = dict[Any, Entry]
@@ -310,9 +311,7 @@ def entry_of(
 
 
 def _made_entry(call: Call, spec: CellSpec) -> Entry:
-    training = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in call[:6]
-    )
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:6])
     fallback = _static_reason(call, spec, False)
     if fallback is not None:
         return Entry(spec, fallback, training)
@@ -473,16 +472,23 @@ def _in_segments(
     the implementation that ran before.
     """
     inner = replace(spec, checkpoint=False)
-    paths, dtypes = [fallback or _NATIVE_PATHS[call.x.device.type]], [None if t is None else t.dtype for t in call[:8]]
+    paths, dtypes = (
+        [fallback or _NATIVE_PATHS[call.x.device.type]],
+        [None if t is None else t.dtype for t in call[:8]],
+    )
 
     def segment(*tensors: Any) -> Any:
-        part = Call(*tensors, call.record)
         if traced:
+            part = Call._make((*tensors, call.record))
             return _run_traced_by(fallback, part, inner, overrides)
         # Hooks on saved tensors may bring them back as lazily negated views, or in another dtype.
-        again = (t if t is None else t.resolve_neg().to(of) for t, of in zip(part[:8], dtypes))
-        part = Call(*again, call.record)
-        *results, paths[0] = _run_by(fallback, part, entry_of(_inside, part, inner, inner), overrides)
+        plain = [
+            t if t is None else t.resolve_neg().to(dtype)
+            for t, dtype in zip(tensors, dtypes, strict=True)
+        ]
+        part = Call._make((*plain, call.record))
+        entry = entry_of(_inside, part, inner, inner)
+        *results, paths[0] = _run_by(fallback, part, entry, overrides)
         return tuple(results)
 
     weight, bias, threshold, graded, lengths = call[3:8]

@@ -320,15 +320,13 @@ class SConv2dLSTM(CellAttributes):
             if lengths is not None and sequence:
                 lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, False)
             weight, bias = conv._parameters["weight"], conv._parameters["bias"]
-            call = Call(
-                x, syn, mem, weight, bias, threshold, self._buffers["graded_spikes_factor"],
-                lengths, record,
-            )  # fmt: skip
+            graded = self._buffers["graded_spikes_factor"]
             if self._dims == 1:
-                call = Call(*map(as_image, call[:4]), bias, *map(as_image, call[5:7]), *call[7:])
+                x, syn, mem, weight = map(as_image, (x, syn, mem, weight))
+                threshold, graded = as_image(threshold), as_image(graded)
         except (AttributeError, KeyError, RuntimeError):
             return None  # one of them is no tensor, no parameter, or sparse
-        return call
+        return Call(x, syn, mem, weight, bias, threshold, graded, lengths, record)
 
     def _checked(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, traced: bool) -> Call:
         """Return the call, after a check of every argument."""
@@ -375,9 +373,10 @@ class SConv2dLSTM(CellAttributes):
             self._reset_source = None
             if not call.sequence:
                 if overrides is not None and overrides.mem_reset is not None:
-                    reset = overrides.mem_reset.reset
+                    reset = overrides.mem_reset.reset  # type: ignore[attr-defined]
                 else:
-                    reset = reference.reset_signal(call.mem, call.threshold, described.surrogate)
+                    threshold: Any = call.threshold
+                    reset = reference.reset_signal(call.mem, threshold, described.surrogate)
                 self._reset_source = ResetSource.of(reset)
             if call.record:
                 self._keep_recorded(syn, mem, True)

@@ -224,10 +224,13 @@ class ResetSource:
 
     __slots__ = ("copy", "mem", "reset", "surrogate", "threshold", "threshold_version", "version")
 
+    reset: Tensor | None
+    copy: Tensor | None
+
     def __init__(
         self, mem: Tensor, threshold: Any, surrogate: Any, before: ResetSource | None
     ) -> None:
-        self.reset: Tensor | None = None
+        self.reset = None
         self.mem, self.version, self.surrogate = mem, version(mem), surrogate
         # Optimizers, and users, write to a threshold in place.
         self.threshold, self.threshold_version = threshold, version(threshold)

@@ -392,9 +392,7 @@ class CommonPlan(Sizes):
         if x is not call.x or syn is not call.syn or mem is not call.mem:
             call = call._replace(x=x, syn=syn, mem=mem)
         pairs = zip(saved, self.saved_shapes, strict=True)
-        return call, Saved(
-            *(as_saved(t, shape, dtype).contiguous() for t, (shape, dtype) in pairs)
-        )
+        return call, Saved(*(as_saved(t, shape, dtype).contiguous() for t, (shape, dtype) in pairs))
 
     def saved_weight(self, call: Call) -> Tensor:
         """The weight that a backward pass was given, as :func:`as_saved` returns it."""
