@@ -193,7 +193,7 @@ class _SConv2dLSTM(torch.autograd.Function):
         ctx.plan, ctx.record = plan, call.record
         ctx.decided, ctx.packed = result.decided, result.packed
         ctx.set_materialize_grads(False)
-        if not plan.spec.passes_gradient(plan.sequence):
+        if not plan.passes_gradient:
             ctx.mark_non_differentiable(result.spk)
         return result.spk, result.syn, result.mem, result.name
 

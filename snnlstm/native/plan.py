@@ -373,6 +373,7 @@ class CommonPlan(Sizes):
         # Whether bias, threshold and graded factor are as the kernels read them.
         self.reads_as_is = reads_as_is(call)
         self.has_spk = spec.spiking or self.sequence
+        self.passes_gradient = spec.passes_gradient(self.sequence)
 
     @pool.where_it_fits
     def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
