@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,9 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import checkpoint
 
-from . import reference
+from . import reference, settings
 from .call import PLAIN, Call, autocast_dtype, key_of
 from .reference import Overrides
-from .settings import get_algorithm
 from .spec import DTYPES, HALF_TYPES, CellSpec
 
 __all__ = ["LastPath", "Path", "run"]
@@ -255,7 +254,8 @@ class Entry:
         self, spec: CellSpec, fallback: Path | None, training: bool, in_float32: bool = False
     ) -> None:
         self.spec, self.fallback, self.training = spec, fallback, training
-        self.in_float32, self.plan = in_float32, None
+        self.in_float32 = in_float32
+        self.plan: Any = None
 
 
 Entries = dict[Any, Entry]
@@ -264,38 +264,42 @@ Entries = dict[Any, Entry]
 _MOST = 64  # entries are kept; one more, and all are forgotten
 
 
-def _key(call: Call, spec: CellSpec) -> Any:
+def _key(call: Call, spec: CellSpec | None) -> Any:
     """The key of a call, with the settings last; None if it has none.
 
     Tensors of subclasses have none, because their sizes may be symbols, and sparse ones, which have
-    no strides. Neither has a spec with foreign callables, which a table would keep alive.
+    no strides. A cell's entries are those of one spec, which their keys need not name: None.
     """
     x, syn, mem, weight, bias, threshold, graded, _, _ = call
-    if not spec.text or not _PLAIN.issuperset(
-        (type(x), type(syn), type(mem), type(weight), type(bias), type(threshold), type(graded))
-    ):
+    types = type(x), type(syn), type(mem), type(weight), type(bias), type(threshold), type(graded)
+    if not _PLAIN.issuperset(types):
         return None
     try:
-        key = key_of(call)
+        return spec, key_of(call), _settings(x)
     except (AttributeError, RuntimeError):  # one is no tensor, or sparse
         return None
-    return spec, key, _settings(x)
 
 
 def _settings(x: Tensor) -> Any:
     """The settings of the process that a plan depends on; None without kernels for the device."""
     backend = None if _native is None else _native.BACKENDS.get(x.device.type)
-    return None if backend is None else backend.settings(get_algorithm())
+    return None if backend is None else backend.settings(settings.current)
 
 
-def known_entry(entries: Entries, call: Call, spec: CellSpec) -> Entry | None:
+def known_entry(entries: Entries, call: Call, spec: CellSpec | None = None) -> Entry | None:
     """The entry of a call whose tensors need not be checked, because a call like it was."""
     return entries.get(_key(call, spec))
 
 
-def entry_of(entries: Entries, call: Call, spec: CellSpec) -> Entry:
-    """The entry of a call that was checked, looked up or made."""
-    key = _key(call, spec)
+def entry_of(
+    entries: Entries, call: Call, spec: CellSpec, of_many: CellSpec | None = None
+) -> Entry:
+    """The entry of a call that was checked, looked up or made.
+
+    `of_many` is the spec again where the entries are those of many.
+    """
+    # A spec with foreign callables has no text, and a table of the process would keep it alive.
+    key = _key(call, of_many) if spec.text else None
     entry = entries.get(key)
     if entry is None:
         entry = _made_entry(call, spec)
@@ -307,9 +311,7 @@ def entry_of(entries: Entries, call: Call, spec: CellSpec) -> Entry:
 
 
 def _made_entry(call: Call, spec: CellSpec) -> Entry:
-    training = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in call[:6]
-    )
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:6])
     fallback = _static_reason(call, spec, False)
     if fallback is not None:
         return Entry(spec, fallback, training)
@@ -369,7 +371,8 @@ def _dynamic_reason(call: Call, overrides: Overrides | None, traced: bool) -> Pa
             return Path("reference", "tracing records plain operators")
         if forward_ad._current_level >= 0:
             return Path("reference", "forward-mode differentiation is active")
-        if call.x.is_neg() or call.syn.is_neg() or call.mem.is_neg() or call.weight.is_neg():
+        x, syn, mem, weight = call[:4]
+        if x.is_neg() or syn.is_neg() or mem.is_neg() or weight.is_neg():
             return Path("reference", "a tensor is a lazily negated view")
     if overrides is None:
         return None
@@ -379,15 +382,11 @@ def _dynamic_reason(call: Call, overrides: Overrides | None, traced: bool) -> Pa
     return Path("reference", str(overrides.reason), slow=True, general=general)
 
 
-def _path(static: Path | None, call: Call, overrides: Overrides | None, traced: bool) -> Path:
-    """Which implementation runs a call. The name of a native path says what kind of kernels.
-
-    Which of the kernels ran is known after the call.
-    """
-    dynamic = _dynamic_reason(call, overrides, traced)
+def _stronger(static: Path | None, dynamic: Path | None) -> Path | None:
+    """The reason of two for the reference path; None where the kernels run."""
     if dynamic is not None and (static is None or static.slow or not dynamic.slow):
         return dynamic
-    return _NATIVE_PATHS[call.x.device.type] if static is None else static
+    return static
 
 
 # ---- running ----------------------------------------------------------------------------------
@@ -402,21 +401,25 @@ _inside: Entries = {}
 
 def run(call: Call, entry: Entry, overrides: Overrides | None = None) -> Results:
     """Choose an implementation for a call, and run it."""
-    path = _path(entry.fallback, call, overrides, False)
+    path, dynamic = entry.fallback, _dynamic_reason(call, overrides, False)
+    if path is not None or dynamic is not None:
+        path = _stronger(path, dynamic)
     if entry.spec.checkpoint and (entry.training or overrides) and _may_checkpoint():
         return _in_segments(call, entry.spec, overrides, path, False)
     return _run_by(path, call, entry, overrides)
 
 
-def _run_by(path: Path, call: Call, entry: Entry, overrides: Overrides | None) -> Results:
+def _run_by(
+    fallback: Path | None, call: Call, entry: Entry, overrides: Overrides | None
+) -> Results:
     """Run a call by the implementation that was chosen."""
-    if not path.native:
-        return (*reference.run(call, entry.spec, overrides), path)
+    if fallback is not None:
+        return (*reference.run(call, entry.spec, overrides), fallback)
     assert _native is not None
     if entry.in_float32:
 
         def step(one: Call) -> Results:
-            return _run_by(path, one, entry_of(_inside, one, entry.spec), None)
+            return _run_by(None, one, entry_of(_inside, one, entry.spec, entry.spec), None)
 
         return _native.in_float32(call, step)
     plan = entry.plan
@@ -428,20 +431,25 @@ def _run_by(path: Path, call: Call, entry: Entry, overrides: Overrides | None) -
 
 
 def run_traced(call: Call, spec: CellSpec, overrides: Overrides | None = None) -> Results:
-    """The same, while torch.compile traces."""
-    path = _path(_static_reason(call, spec, True), call, overrides, True)
+    """The same, while torch.compile traces.
+
+    The name of a native path says what kind of kernels run; which of them is known afterwards.
+    """
+    dynamic = _dynamic_reason(call, overrides, True)
+    path = _stronger(_static_reason(call, spec, True), dynamic)
     if spec.checkpoint and _may_checkpoint():
         return _in_segments(call, spec, overrides, path, True)
-    return (*_run_traced_by(path, call, spec, overrides), path)
+    results = _run_traced_by(path, call, spec, overrides)
+    return (*results, path or _NATIVE_PATHS[call.x.device.type])
 
 
 def _run_traced_by(
-    path: Path, call: Call, spec: CellSpec, overrides: Overrides | None
+    fallback: Path | None, call: Call, spec: CellSpec, overrides: Overrides | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not path.native:
+    if fallback is not None:
         return reference.run(call, spec, overrides)
     assert _native is not None
-    return _native.run_operator(call, spec, get_algorithm())[:3]
+    return _native.run_operator(call, spec, settings.current)[:3]
 
 
 def _may_checkpoint() -> bool:
@@ -450,7 +458,11 @@ def _may_checkpoint() -> bool:
 
 
 def _in_segments(
-    call: Call, spec: CellSpec, overrides: Overrides | None, path: Path, traced: bool
+    call: Call,
+    spec: CellSpec,
+    overrides: Overrides | None,
+    fallback: Path | None,
+    traced: bool,
 ) -> Results:
     """The cell with ``checkpoint=True``: less memory for the backward pass, one more forward pass.
 
@@ -460,16 +472,23 @@ def _in_segments(
     the implementation that ran before.
     """
     inner = replace(spec, checkpoint=False)
-    paths, dtypes = [path], [None if t is None else t.dtype for t in call[:8]]
+    paths, dtypes = (
+        [fallback or _NATIVE_PATHS[call.x.device.type]],
+        [None if t is None else t.dtype for t in call[:8]],
+    )
 
     def segment(*tensors: Any) -> Any:
-        part = Call(*tensors, call.record)
         if traced:
-            return _run_traced_by(path, part, inner, overrides)
+            part = Call._make((*tensors, call.record))
+            return _run_traced_by(fallback, part, inner, overrides)
         # Hooks on saved tensors may bring them back as lazily negated views, or in another dtype.
-        again = (t if t is None else t.resolve_neg().to(of) for t, of in zip(part[:8], dtypes))
-        part = Call(*again, call.record)
-        *results, paths[0] = _run_by(path, part, entry_of(_inside, part, inner), overrides)
+        plain = [
+            t if t is None else t.resolve_neg().to(dtype)
+            for t, dtype in zip(tensors, dtypes, strict=True)
+        ]
+        part = Call._make((*plain, call.record))
+        entry = entry_of(_inside, part, inner, inner)
+        *results, paths[0] = _run_by(fallback, part, entry, overrides)
         return tuple(results)
 
     weight, bias, threshold, graded, lengths = call[3:8]

@@ -123,7 +123,8 @@ class CellSpec:
         numbers, _, quant = text.partition(";")
         *first, surrogate, inhibition, checkpoint, spiking = literal_eval(numbers)
         levels = StateQuant.from_text(quant) if quant else None
-        return CellSpec(*first, Surrogate(*surrogate), levels, inhibition, checkpoint, spiking)
+        values = *first, Surrogate(*surrogate), levels, inhibition, checkpoint, spiking
+        return CellSpec(*values)
 
 
 # ---- checks -------------------------------------------------------------------------------------

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-from .spec import a_module, flag, pooling
 from .sconv1dlstm import SConv1dLSTM
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import (
@@ -28,6 +26,7 @@ from .snntorch import (
     register,
     take_out,
 )
+from .spec import a_module, flag, pooling
 from .warn import DOCUMENTATION, never_spikes
 
 __all__ = ["SwapReport", "accelerate", "patch", "restore", "unpatch"]

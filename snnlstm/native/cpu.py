@@ -29,6 +29,7 @@ from .plan import (
     keep_empty,
     make_cell,
     no_memory,
+    numbers,
     saved_addresses,
     shaped_as,
     stochastic_noise,
@@ -216,6 +217,7 @@ class Plan(CommonPlan):
         self.counts_zeros = self.cin > 2
         self._cores: dict[Decided, Any] = {}
         self._passes: dict[Any, Pass] = {}
+        self._forward_passes: dict[Decided, Pass] = {}
 
     def _pass(self, decided: Decided, backward: bool, grad_x: bool, weight: bool) -> Pass:
         key = decided, backward, grad_x, weight
@@ -227,6 +229,8 @@ class Plan(CommonPlan):
                 given = self.cell, self.algorithm, percent / 100, most, self.threads
                 core = self._cores[decided] = _C.CpuPlan(*given)
             known = self._passes[key] = Pass(core, self.isa, backward, grad_x, weight)
+            if not backward:
+                self._forward_passes[decided] = known
         return known
 
     def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,18 +254,22 @@ class Plan(CommonPlan):
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
         x, syn, mem, weight, bias, threshold, graded, lengths, record = call
-        packed, percent = packed_weight(weight), 100
-        order = None if lengths is None else longest_first(lengths)
+        packed, percent, lengths_at, order = packed_weight(weight), 100, 0, None
+        if lengths is not None:
+            lengths_at, order = lengths.data_ptr(), longest_first(lengths)
         if self.counts_zeros:
-            percent = _C.density(self.cell, (x.data_ptr(), self.x5), address(lengths))
+            percent = _C.density(self.cell, (x.data_ptr(), self.x5), lengths_at)
         decided = Decided(percent, packed.most_inputs)
-        a_pass = self._pass(decided, False, False, False)
+        a_pass = self._forward_passes.get(decided) or self._pass(decided, False, False, False)
         forms = packed.forms(a_pass)
         spk, new_syn, new_mem = self.empty_results(x)
         saved = self.empty_saved(x) if training else None
-        bias_at, _bias = address_of_numbers(bias, self.dtype)
-        threshold_at, _threshold = address_of_numbers(threshold, self.dtype)
-        graded_at, _graded = address_of_numbers(graded, self.dtype)
+        if not self.reads_as_is:
+            bias, threshold, graded = (
+                None if t is None else numbers(t, self.dtype) for t in call[4:7]
+            )
+        bias_at = 0 if bias is None else bias.data_ptr()
+        threshold_at = 0 if threshold is None else threshold.data_ptr()
         x_at, syn_at, mem_at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
         if (
             not (x_at and syn_at and mem_at)
@@ -272,10 +280,9 @@ class Plan(CommonPlan):
         workspace = pool.workspace(a_pass.workspace)
         a_pass.run((
             (x_at, self.x5), (syn_at, self.syn5), (mem_at, self.mem5), *forms.addresses,
-            threshold_at, self.threshold_stride, graded_at, self.levels_address, record,
-            *(NO_SAVED if saved is None else saved_addresses(saved)),
-            0 if lengths is None else lengths.data_ptr(), address(order),
-            workspace.data_ptr(), bias_at, None,
+            threshold_at, self.threshold_stride, 0 if graded is None else graded.data_ptr(),
+            self.levels_address, record, *(NO_SAVED if saved is None else saved_addresses(saved)),
+            lengths_at, address(order), workspace.data_ptr(), bias_at, None,
             (spk.data_ptr(), self.spk5) if self.has_spk else None,
             (new_syn.data_ptr(), self.state5), (new_mem.data_ptr(), self.state5),
         ))  # fmt: skip
