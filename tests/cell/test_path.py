@@ -391,8 +391,8 @@ PASSING = {
 @pytest.mark.parametrize("reason", PASSING)
 def test_reasons_that_come_and_go(reason, monkeypatch):
     """Some of these calls fail in plain torch, as they do with snnTorch."""
-    seen, decide = [], snnlstm.path._path
-    monkeypatch.setattr(snnlstm.path, "_path", lambda *of: seen.append(decide(*of)) or seen[-1])
+    seen, decide = [], snnlstm.path._stronger
+    monkeypatch.setattr(snnlstm.path, "_stronger", lambda *of: seen.append(decide(*of)) or seen[-1])
     cell = ours()
     with contextlib.suppress(RuntimeError, NotImplementedError):
         PASSING[reason](cell)
