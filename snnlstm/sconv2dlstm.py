@@ -353,7 +353,7 @@ class SConv2dLSTM(CellAttributes):
             fire = self._on_images(self.fire)
         if kind.mem_reset is not _MEM_RESET or "mem_reset" in own:
             mem_reset = LastReset(self._on_images(self.mem_reset))
-        conv: Any = own["_modules"].get("conv")
+        conv: Any = own["_modules"].get("conv") or self.conv  # it may be a plain function
         found = overrides_of(conv, self._conv_kind, described, channels, fire, mem_reset)
         if found is not None and found.conv is not None:
             found = found._replace(conv=self._on_images(conv))
