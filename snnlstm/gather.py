@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .native import memory
+from .native import pool
 
 __all__ = ["IN_PLACE", "Gathered", "first_item"]
 
@@ -125,7 +125,7 @@ class Gathered:
         if step.nbytes * self.steps >= IN_PLACE and _plain(step):
             like = torch.empty_like(step)
             shape, strides = (self.steps, *step.shape), (step.numel(), *like.stride())
-            self.whole = memory.empty_strided(shape, strides, step.dtype)
+            self.whole = pool.empty_strided(shape, strides, step.dtype)
 
     def result(self) -> Any:
         """The results of all steps, (T, ...)."""

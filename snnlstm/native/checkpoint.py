@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..call import Call, make_call
 from ..lengths import last
-from . import backend, memory, tensors
+from . import backend, pool, tensors
 from .tensors import Gradients, Result
 
 __all__ = ["backward", "boundary_count", "forward"]
@@ -31,7 +31,7 @@ def _lengths(steps: int) -> list[int]:
         short, long = steps // count, -(-steps // count)
         # The backward pass takes the longest segments first. A shorter one gets the memory of a
         # longer one again, unless their lengths are too far apart.
-        return 5 * (long if long <= memory.FITTING * short else long + short) + 2 * count
+        return 5 * (long if long <= pool.FITTING * short else long + short) + 2 * count
 
     count = min(range(1, steps + 1), key=cost, default=1)
     return [(steps + k) // count for k in range(count)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _C
 from ..call import Call, Signature
 from ..options import DTYPES
-from . import memory, tensors, torch_conv
+from . import pool, tensors, torch_conv
 from .tensors import Gradients, Pass, Result, Saved, Shapes, address
 
 __all__ = ["ALGORITHMS", "Backend", "Packed", "look_up", "set_isa"]
@@ -68,7 +68,7 @@ class Packed:
     GAINS: ClassVar = {8: 1.5, 6: 3.0}
 
     def __init__(self, weight: Tensor) -> None:
-        self.original = memory.empty(weight.shape, weight.dtype)
+        self.original = pool.empty(weight.shape, weight.dtype)
         self.address = self.original.data_ptr()
         dtype, count = DTYPES.index(weight.dtype), weight.numel()
         squares = _C.copy_weight(weight.data_ptr(), self.address, dtype, count)
@@ -91,7 +91,7 @@ class Packed:
             key = number, name
             form = self.forms.get(key)
             if form is None:
-                form = memory.empty((size,), torch.uint8)
+                form = pool.empty((size,), torch.uint8)
                 a_pass.core.pack(number, self.address, form.data_ptr())
                 # Other threads may look, so the form is kept when it is whole; and the first stays,
                 # because another thread may have taken its address meanwhile.
@@ -182,7 +182,7 @@ class Plan(tensors.CommonPlan):
         self.cell = tensors.make_cell(_C, s)
         self.packed_gates = o.checkpoint == "gates"
         largest = max(math.prod(shape) * dtype.itemsize for shape, dtype in self.saved_shapes)
-        self.saves_blocks = largest >= memory.SMALLEST  # which are used again, by memory.py
+        self.saves_blocks = largest >= pool.SMALLEST  # which are used again, by pool.py
         itemsize = s.dtype.itemsize
         self.largest_result = itemsize * max(math.prod(of[0]) for of in (self.spk, self.state))
         self.levels = None if o.quant is None else o.quant.levels.to(s.dtype).contiguous()
@@ -230,25 +230,25 @@ class Plan(tensors.CommonPlan):
 
     def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Memory for spk, syn and mem; large ones lie in blocks that are used again."""
-        if not self.largest_result >= memory.MAPPED:
+        if not self.largest_result >= pool.MAPPED:
             return super().empty_results(x)
         made = (self._empty_result(x, *result) for result in (self.spk, self.state, self.state))
         return tuple(made)  # type: ignore[return-value]
 
     def _empty_result(self, x: Tensor, shape: Any, strides: Any) -> Tensor:
-        if math.prod(shape) * x.itemsize >= memory.MAPPED:
-            return memory.empty_strided(shape, strides, x.dtype)
+        if math.prod(shape) * x.itemsize >= pool.MAPPED:
+            return pool.empty_strided(shape, strides, x.dtype)
         return x.new_empty_strided(shape, strides)
 
     def empty_saved(self, x: Tensor) -> Saved:
         """What the forward pass saves in training, uninitialised."""
         if self.saves_blocks:
-            return Saved(*(memory.empty(shape, kind) for shape, kind in self.saved_shapes))
+            return Saved(*(pool.empty(shape, kind) for shape, kind in self.saved_shapes))
         return super().empty_saved(x)
 
     def empty_d_gates(self, x: Tensor) -> Tensor:
         """Memory for the gradient of the gate sums of every step."""
-        return memory.empty(self.d_gates, self.of_sums)
+        return pool.empty(self.d_gates, self.of_sums)
 
     def _decide(self, call: Call) -> tuple[int, Packed | None]:
         """The number that says what runs, and the packed weight, unless torch reads it alone."""
@@ -277,7 +277,7 @@ class Plan(tensors.CommonPlan):
         if not all(at) or (bias is not None and not at_bias):
             names = ("x", "syn", "mem", "bias", "threshold")
             raise ValueError(tensors.no_memory(**{name: getattr(call, name) for name in names}))
-        workspace = memory.workspace(a_pass.workspace)
+        workspace = pool.workspace(a_pass.workspace)
         parameters = {
             **lengths,
             "bias": at_bias,
@@ -328,7 +328,7 @@ class Plan(tensors.CommonPlan):
         threshold = tensors.numbers(call.threshold, dtype)
         graded = tensors.numbers(call.graded, dtype)
         noise = tensors.stochastic_noise(call.options, grads[0])
-        workspace = memory.workspace(a_pass.workspace)
+        workspace = pool.workspace(a_pass.workspace)
         parameters = {
             **lengths,
             "packed_gates": self.packed_gates,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..call import Call, Signature
 from ..options import DTYPES, POOLS, RESETS, CellOptions
-from . import memory
+from . import pool
 
 __all__ = ["Gradients", "Result", "Saved"]
 
@@ -237,7 +237,7 @@ def image_strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-@memory.where_it_fits
+@pool.where_it_fits
 def empty_like_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An output of `shape` ending in (C, H, W), or (0,), uninitialised."""
     return x.new_empty_strided(shape, image_strides(x, shape))
@@ -253,7 +253,7 @@ def output_shapes(signature: Signature) -> tuple[tuple[int, ...], tuple[int, ...
     return spk, (*(time if s.options.record else ()), s.n, s.c, s.ho, s.wo)
 
 
-@memory.where_it_fits
+@pool.where_it_fits
 def empty_gradients(x: Tensor, signature: Signature, wanted: Sequence[bool]) -> Gradients:
     """Memory for the gradients that are wanted; the threshold's is one number a channel, (C,)."""
     s, gates = signature, 4 * signature.c
@@ -331,7 +331,7 @@ class CommonPlan:
         self.threshold_stride = 0 if s.thresholds == 1 else 1
         self.has_spk = o.spiking or o.sequence
 
-    @memory.where_it_fits
+    @pool.where_it_fits
     def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Memory for spk, syn and mem."""
         empty = x.new_empty_strided
