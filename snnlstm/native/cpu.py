@@ -22,8 +22,8 @@ __all__ = ["ALGORITHMS", "Backend", "Packed", "look_up", "set_isa"]
 
 ALGORITHMS = ("auto", "direct", "winograd", "pointwise")  # the numbers of csrc/args.h
 
-NO_THREADS = None if _C.openmp_library() else "no OpenMP runtime of torch's was found"
-"""Why no CPU kernels can run, or None."""
+ONE_THREAD = not _C.openmp_library()
+"""Whether no OpenMP runtime of torch's was found, whose threads the kernels would use."""
 
 isa = _C.isa_name()
 
@@ -376,7 +376,7 @@ class Backend:
 
     def settings(self, signature: Signature) -> tuple[Any, ...]:
         """The process's settings that a plan depends on."""
-        return torch.get_num_threads(), isa
+        return 1 if ONE_THREAD else torch.get_num_threads(), isa
 
     def plan(self, call: Call, algorithm: str, settings: tuple[Any, ...]) -> Plan:
         """The plan of calls like this one."""
