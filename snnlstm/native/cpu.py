@@ -40,8 +40,8 @@ __all__ = ["ALGORITHMS", "Backend", "PackedWeight", "packed_weight", "set_isa"]
 
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/args.h
 
-NO_THREADS = None if _C.openmp_library() else "no OpenMP runtime of torch's was found"
-"""Why no CPU kernels can run, or None."""
+ONE_THREAD = not _C.openmp_library()
+"""Whether no OpenMP runtime of torch's was found, whose threads the kernels would use."""
 
 isa = _C.isa_name()
 
@@ -340,7 +340,7 @@ class Backend:
 
     def settings(self, algorithm: str) -> tuple[Any, ...]:
         """The process's settings that a plan depends on."""
-        return self, algorithm, torch.get_num_threads(), isa
+        return self, algorithm, 1 if ONE_THREAD else torch.get_num_threads(), isa
 
     def plan(self, call: Call, spec: CellSpec, operands: Any, settings: tuple[Any, ...]) -> Plan:
         """The plan of calls like this one."""
