@@ -31,15 +31,8 @@ enum class Surrogate : int {
   leaky = 10,
 };
 
-// How the CPU kernels sum a convolution, or that torch does (pointwise). `automatic` leaves that to
-// cpu/choose.cpp.
-enum class CpuAlgorithm : int {
-  automatic = 0,
-  direct = 1,
-  winograd = 2,
-  pointwise = 3,
-  sparse = 4
-};
+// How the CPU kernels sum a convolution. `automatic` leaves that to cpu/choose.cpp.
+enum class CpuAlgorithm : int { automatic = 0, direct = 1, winograd = 2, sparse = 3 };
 
 // The computation, without its data: everything that decides sizes and the choice of kernel.
 struct Cell {
@@ -65,7 +58,6 @@ struct Cell {
   int64_t pad_h() const { return int64_t(dilation_h) * (kernel_h - 1) / 2; }
   int64_t pad_w() const { return int64_t(dilation_w) * (kernel_w - 1) / 2; }
   bool tiled() const { return tile_h > 0; }
-  bool pointwise() const { return x_algorithm == CpuAlgorithm::pointwise; }
   // CPU: says whether Winograd leaves pixels that may have an equal in their pooling window to
   // direct sums (cpu/kernels/equal_pixels.h).
   bool keeps_equal() const { return tiled() && pool == Pool::max; }
@@ -100,7 +92,6 @@ struct PassArgs {
   void* saved_gates = nullptr;          // training: activated gates, layout of the backend's choice
   const int64_t* lengths = nullptr;     // (N,): steps of each sample, 0 to T; null: all have T
   const int64_t* order = nullptr;       // CPU, with lengths: the samples, the longest first
-  bool packed_gates = false;            // CPU: as fixed point numbers of half a value's bits
   void* saved_syn = nullptr;  // training: syn after every step, layout of the backend's choice
   int64_t* winner = nullptr;  // (T, N): place in (C, Hp, Wp) of the only neuron that may spike
   // training with Pool::max: for each pooled pixel of every step the number, row by row, of the
@@ -112,7 +103,7 @@ struct PassArgs {
 
 struct ForwardArgs : PassArgs {
   const void* bias = nullptr;  // (4C,), contiguous
-  // Algorithm pointwise: torch's convolution of cat[x, mem], (1, N, 4C, Ho, Wo) of the gate type,
+  // CUDA, pointwise: torch's convolution of cat[x, mem], (1, N, 4C, Ho, Wo) of the gate type,
   // for which x and weight are unused. bias is null if the sums hold it already.
   View gate_sums;
   View spk;       // (T, N, C, Hp, Wp); absent in a single step of a cell that does not spike
@@ -130,9 +121,9 @@ struct BackwardArgs : PassArgs {
   void* grad_weight = nullptr;     // (4C, Cin + C, kernel_h, kernel_w), contiguous
   void* grad_bias = nullptr;       // (4C,)
   void* grad_threshold = nullptr;  // (C,): summed over everything but the channels
-  // Algorithms hybrid (of CUDA) and pointwise: the gradient of the gate sums of every step is left
-  // in d_gates, (T, N, Ho, Wo, 4, Cp) of the gate type, and if mem_after is given, mem after every
-  // step but the last there, (T - 1, N, Ho, Wo, Cp) of that type.
+  // CUDA, hybrid and pointwise: the gradient of the gate sums of every step is left in d_gates,
+  // (T, N, Ho, Wo, 4, Cp) of the gate type, and if mem_after is given, mem after every step but the
+  // last there, (T - 1, N, Ho, Wo, Cp) of that type.
   void* d_gates = nullptr;
   void* mem_after = nullptr;
 };

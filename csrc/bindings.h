@@ -130,7 +130,6 @@ Args common_args(const Cell& cell, Keywords& k) {
   if (cell.num_levels > 0) needs(a.levels, "levels");
   a.saved_gates = k.address("saved_gates"), a.saved_syn = k.address("saved_syn");
   if (a.saved_gates && cell.T > 1) needs(a.saved_syn, "saved_syn");
-  a.packed_gates = k.number("packed_gates") != 0;
   a.lengths = static_cast<const int64_t*>(k.address("lengths"));
   a.order = static_cast<const int64_t*>(k.address("order"));
   a.winner = static_cast<int64_t*>(k.address("winner"));

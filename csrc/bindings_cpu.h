@@ -2,15 +2,12 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <numeric>
 #include <vector>
 
 #include "bindings.h"
 #include "cpu/api.h"
-#include "cpu/interrupt.h"
-#include "cpu/profile.h"
 #include "platform.h"
 
 namespace snnlstm::bindings {
@@ -18,57 +15,15 @@ namespace snnlstm::bindings {
 constexpr int kMostThreads = 1 << 14;  // workspaces grow with this number
 
 inline cpu::Plan make_cpu_plan(const Cell& cell, int algorithm, double density, int most_inputs,
-                               int threads, cpu::TorchRates torch_rates) {
+                               int threads) {
   if (cell.dtype != DType::float32 && cell.dtype != DType::float64)
     throw py::value_error("the CPU kernels compute in float32 and float64");
   if (threads < 1 || threads > kMostThreads)
     throw py::value_error("threads must lie between 1 and " + std::to_string(kMostThreads));
   if (cell.T < 1 || cell.N < 1) throw py::value_error("T and N must be at least 1");
   if (!(density >= 0 && density <= 1)) throw py::value_error("density must lie between 0 and 1");
-  if (!(torch_rates.first >= 0 && torch_rates.second >= 0))
-    throw py::value_error("torch_rates must not be negative");
-  return cpu::make_plan(cell, numbered<CpuAlgorithm>("algorithm", algorithm, 4), density,
-                        most_inputs, threads, torch_rates);
-}
-
-// Looks for Ctrl-C ten times a second.
-struct Watch : cpu::Interruption {
-  using Clock = std::chrono::steady_clock;
-  static constexpr auto kPause = std::chrono::milliseconds(100);
-
-  Watch() { look = &ask; }
-  ~Watch() { cpu::interruption = nullptr; }  // also if a call without memory throws
-
-  static void ask(cpu::Interruption& self) {
-    Watch& watch = static_cast<Watch&>(self);
-    const auto now = Clock::now();
-    if (now < watch.next_) return;
-    watch.next_ = now + kPause;
-    py::gil_scoped_acquire acquire;
-    if (PyOS_InterruptOccurred()) __atomic_store_n(&watch.stop, 1, __ATOMIC_RELAXED);
-  }
-
- private:
-  Clock::time_point next_ = Clock::now() + kPause;
-};
-
-// Runs a call of several steps without the GIL. Ctrl-C ends it; then Python's handler runs, which
-// must not find the kernels at work on memory of this thread's. Where the handler does not raise,
-// the call runs once more, from its beginning.
-template <class F>
-void interruptible(const Cell& cell, F&& run) {
-  Watch watch;
-  {
-    py::gil_scoped_release release;
-    if (cell.T > 1) cpu::interruption = &watch;
-    run();
-    cpu::interruption = nullptr;
-  }
-  if (!watch.stop) return;
-  PyErr_SetInterrupt();
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-  py::gil_scoped_release release;
-  run();
+  return cpu::make_plan(cell, numbered<CpuAlgorithm>("algorithm", algorithm, 3), density,
+                        most_inputs, threads);
 }
 
 // Returns the share of nonzeros in a sample that is spread over x's images, without those behind
@@ -205,18 +160,13 @@ void set_plan(Args& a, const cpu::Plan& plan) {
   a.threads = plan.threads;
   needs(a.workspace, "workspace");
   constexpr bool forward = std::is_same_v<Args, ForwardArgs>;
-  const bool pointwise = a.cell.pointwise();
   bool grad_x = false;
   if constexpr (forward) {
-    pointwise ? needs(a.gate_sums.data, "gate_sums") : needs(a.x.data, "x");
+    needs(a.x.data, "x");
     if (a.saved_gates) needs(a.saved_syn, "saved_syn");
   } else {
     grad_x = a.grad_x.data != nullptr;
-    if (pointwise)
-      needs(a.d_gates, "d_gates"), refuse_gradients(a);
-    else
-      needs(a.mem0.data, "mem0"), refuse_d_gates(a);
-    needs(a.saved_syn, "saved_syn");
+    needs(a.mem0.data, "mem0"), needs(a.saved_syn, "saved_syn"), refuse_d_gates(a);
   }
   const void* const weights[] = {a.weight, a.weight_mem, a.weight_x};
   const char* const names[] = {"weight", "weight_mem", "weight_x"};
@@ -231,14 +181,6 @@ inline void bind_cpu(py::module_& m) {
   m.def("set_isa", &cpu::set_isa);
   m.def("inspect", &inspect);
   m.def("copy_weight", &copy_weight);
-  // Begins to count the time of the kernels' parts, or ends that: nanoseconds by part.
-  m.def("cpu_profile", [](bool begin) {
-    static cpu::Profile counted;
-    const std::vector<int64_t> spent(std::begin(counted.spent), std::end(counted.spent));
-    counted = {};
-    cpu::profile = begin ? &counted : nullptr;
-    return spent;
-  });
   m.def("cpu_padded_channels", [](int dtype, int64_t C) {
     Cell cell;
     cell.dtype = numbered<DType>("dtype", dtype, 2), cell.C = C;
@@ -249,33 +191,28 @@ inline void bind_cpu(py::module_& m) {
   using cpu::Plan;
   py::class_<Plan>(m, "CpuPlan", py::module_local())
       .def(py::init(&make_cpu_plan), py::arg("cell"), py::arg("algorithm"), py::arg("density"),
-           py::arg("most_inputs"), py::arg("threads"), py::arg("torch_rates") = cpu::TorchRates())
+           py::arg("most_inputs"), py::arg("threads"))
       .def_property_readonly("name", [](const Plan& p) { return cpu::algorithm_name(p.forward); })
       .def_property_readonly("backward_name",
                              [](const Plan& p) { return cpu::algorithm_name(p.backward); })
       .def_property_readonly("padded_channels",
                              [](const Plan& p) { return p.kernels.padded_channels(p.forward); })
-      .def_property_readonly(
-          "forward_workspace",
-          [](const Plan& p) { return p.kernels.forward_workspace(p.forward, p.threads); })
-      .def(
-          "backward_workspace",
-          [](const Plan& p, bool weight) {
-            return p.kernels.backward_workspace(p.backward, p.threads, weight);
-          },
-          py::arg("weight"))
+      .def_property_readonly("forward_workspace", &Plan::forward_workspace)
+      .def("backward_workspace", &Plan::backward_workspace, py::arg("weight"))
       .def("forms", &forms, py::arg("backward"), py::arg("grad_x") = false)
       .def("pack", &pack)
       .def("forward",
            [](const Plan& p, const py::kwargs& given) {
              ForwardArgs a = forward_args(p.forward, given);
              set_plan(a, p);
-             interruptible(a.cell, [&] { p.kernels.forward(a); });
+             py::gil_scoped_release release;
+             p.run(a);
            })
       .def("backward", [](const Plan& p, const py::kwargs& given) {
         BackwardArgs a = backward_args(p.backward, given);
         set_plan(a, p);
-        interruptible(a.cell, [&] { p.kernels.backward(a); });
+        py::gil_scoped_release release;
+        p.run(a);
       });
 }
 

@@ -9,7 +9,6 @@
 // compiler would call are looked up in the library that torch calls, and called by hand.
 #include "platform.h"
 
-#include <chrono>
 #include <string>
 #include <thread>
 
@@ -165,9 +164,5 @@ void run_team(int threads, void (*body)(void* data, int thread), void* data) {
 }
 
 void yield_core() { std::this_thread::yield(); }
-
-int64_t nanoseconds() {
-  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
-}
 
 }  // namespace snnlstm

@@ -1,4 +1,4 @@
-// What differs between operating systems: threads, the clock, and how to give a core away.
+// What differs between operating systems: threads, and how to give a core away.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +30,5 @@ const char* openmp_library();
 
 // Lets another thread have this core, where one waits for it.
 void yield_core();
-
-// A clock that never goes back.
-int64_t nanoseconds();
 
 }  // namespace snnlstm

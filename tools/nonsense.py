@@ -38,7 +38,6 @@ NONSENSE: dict[str, list[Any]] = {
     "pair": [(0, 1), (1, -1), (1,), (1, 2, 3), 3, None, (2**31, 1), (1, 2**40), ("x", 1)],
     "kernel": [(2, 3), (3, 0), (-1, 1), (2**31 - 1, 2**31 - 1), (65537, 65537), (3,), None],
     "window": [(0, 1), (9, 1), (1, 2**31 - 1), (2**31, 1), (-1, 1), (1,), None],
-    "rates": [(-0.1, 1.0), (1.0, math.nan), (1.0,), 1.0, None],
     "part": [-0.1, 1.1, math.nan, math.inf, "x", None],
     "real": ["x", None, (1,)],
     "flag": ["x", ()],
@@ -164,10 +163,9 @@ class Cpu(Calls):
 
     def plan_arguments(self) -> Arguments:
         return {
-            "cell": ("object", self.cell), "algorithm": ("enum", random.randrange(4)),
+            "cell": ("object", self.cell), "algorithm": ("enum", random.randrange(3)),
             "density": ("part", random.random()), "most_inputs": ("number", random.choice([0, 8])),
             "threads": ("int", 1),
-            "torch_rates": ("rates", (random.choice([0.0, 1.0]), random.choice([0.0, math.inf]))),
         }  # fmt: skip
 
     def a_pass(self, backward: bool) -> Arguments:
@@ -177,10 +175,8 @@ class Cpu(Calls):
             for k, name in enumerate(("weight", "weight_mem", "weight_x"))
         }
         workspace = {"workspace": ("memory", self.workspace(1))}
-        halves = {"packed_gates": ("number", random.random() < 0.3)}
-        found = super().a_pass(backward) | weights | workspace | halves
-        name = self.plan.backward_name if backward else self.plan.name
-        return found | self.behind_torch(backward, name == "pointwise")
+        found = super().a_pass(backward) | weights | workspace
+        return found | self.behind_torch(backward, False)
 
     def calls(self) -> dict[str, tuple[Callable[..., Any], Arguments, int]]:
         core, plan, address = self.module, self.plan, self.address
@@ -189,7 +185,6 @@ class Cpu(Calls):
         of_name: dict[str, tuple[Arguments, int]] = {
             "build_info": ({}, 0), "isa_names": ({}, 0), "isa_name": ({}, 0),
             "openmp_library": ({}, 0), "CpuPlan": (self.plan_arguments(), 0),
-            "cpu_profile": ({"begin": ("flag", random.random() < 0.5)}, 1),
             "set_isa": ({"name": ("text", random.choice(core.isa_names()))}, 1),
             "inspect": ({
                 "weight": ("memory", address()), "copy": ("memory", address()),

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "../args.h"
@@ -24,7 +23,6 @@ enum class Form : int {
 // Says whether a call reads this form. grad_x says whether the call is a backward pass that gives x
 // a gradient.
 inline bool reads(const Cell& c, Form form, bool grad_x) {
-  if (c.pointwise()) return false;
   const bool tiles = c.tiled(), tiles_of_x = tiles && c.stride_h == 1 && c.stride_w == 1;
   switch (form) {
     case Form::forward:
@@ -57,7 +55,7 @@ struct Kernels {
   int64_t (*backward_workspace)(const Cell&, int threads, bool weight);
 
   // Returns C rounded up to whole vectors, which is the number of values in a pixel of saved_syn. A
-  // pixel of saved_gates has four times as many, or twice as many with packed_gates.
+  // pixel of saved_gates has four times as many.
   int64_t (*padded_channels)(const Cell&);
 
   // The weight is (4C, Cin + C, rows, columns), contiguous, and includes the outer taps.
@@ -72,21 +70,28 @@ struct Kernels {
 const Kernels& kernels();
 
 // What runs a call: the cell of each pass, with the algorithms of its convolutions and without the
-// taps that meet no pixel. A pointwise cell is that of one step, and its images are the states'.
+// taps that meet no pixel.
 struct Plan {
   Cell forward, backward;
   const Kernels& kernels;
   int threads;
 
   const Cell& cell(Form form) const { return form < Form::backward ? forward : backward; }
+
+  // `weight` says whether the backward pass forms the weight's gradient.
+  int64_t forward_workspace() const { return kernels.forward_workspace(forward, threads); }
+  int64_t backward_workspace(bool weight) const {
+    return kernels.backward_workspace(backward, threads, weight);
+  }
+  // These run a call whose cell and threads are the plan's.
+  void run(const ForwardArgs& args) const { kernels.forward(args); }
+  void run(const BackwardArgs& args) const { kernels.backward(args); }
 };
 
 // Chooses the algorithms. density is the part of x's values that are not zero, and most_inputs a
-// side of the largest Winograd tile whose rounding errors the weights admit. torch_rates are those
-// of torch's convolution in each pass, over that in float32, or 0 where it is not worth a thought.
-using TorchRates = std::pair<double, double>;
+// side of the largest Winograd tile whose rounding errors the weights admit.
 Plan make_plan(const Cell& cell, CpuAlgorithm algorithm, double density, int most_inputs,
-               int threads, TorchRates torch_rates);
+               int threads);
 
 // Returns the algorithms of a pass, such as "winograd4-sparse": that of the recurrent half, then
 // that of x.

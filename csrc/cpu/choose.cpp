@@ -76,35 +76,10 @@ double tile_cost(const Cell& c, const TileForm& t, double channels, bool backwar
          filter_cost(c, points * t.parts(), channels, backward);
 }
 
-// Returns the cell of one step behind torch's convolution.
-Cell behind_torch(Cell c) {
-  c.T = 1, c.Cin = 1, c.H = c.Ho(), c.W = c.Wo();
-  for (int* one :
-       {&c.kernel_h, &c.kernel_w, &c.stride_h, &c.stride_w, &c.dilation_h, &c.dilation_w})
-    *one = 1;
-  c.x_algorithm = CpuAlgorithm::pointwise;
-  return c;
-}
-
-// Returns what torch's convolution of both halves costs, with the copies in front of it and behind
-// it, and the 100 us (backward 150) of Python and torch for a step, for which all threads wait. Its
-// channels come in vectors of 16, it packs the filters in every step, and it writes a gradient of
-// them as filter_cost() says.
-double torch_cost(const Cell& c, double rate, int threads, bool backward) {
-  const double blocks = std::ceil(double(c.C) / 16), pixels = double(c.N * c.Ho() * c.Wo());
-  const double taps = c.kernel_h * c.kernel_w, channels = double((c.Cin + c.C + 15) / 16 * 16);
-  const double host = (backward ? 1e6 : 7e5) * threads / (pixels * blocks);
-  const double filters = 60 + (backward ? 90 / double(c.T) : 0);
-  return taps * channels * 4 * (1 / rate + filters / pixels) + 300 + host;
-}
-
 // Returns the cell with the algorithms of one pass. In the backward pass x_algorithm is the weight
 // gradient's.
-Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, int threads,
-            double torch_rate, bool backward) {
-  const Cell plain = c;
+Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, bool backward) {
   if (algorithm == CpuAlgorithm::direct) return c;
-  if (algorithm == CpuAlgorithm::pointwise) return behind_torch(c);
   const bool forced = algorithm == CpuAlgorithm::winograd;
   // Of all neurons that are equal inhibition chooses the first. Winograd makes them unequal.
   const bool has_ties = !backward && !forced && c.inhibition;
@@ -124,7 +99,6 @@ Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, int
         if (cost < best || (forced && !c.tiled())) best = cost, c.tile_h = h, c.tile_w = w;
       }
   }
-  double total = best;
   best = direct_cost(c, double(c.Cin), backward);
   if (c.tiled() && c.stride_h == 1 && c.stride_w == 1) {
     // The recurrent half has its outputs transformed anyway, so that x pays for its inputs and
@@ -136,29 +110,22 @@ Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, int
   if (!forced && density < 1) {
     const double cost =
         direct_cost(c, double(c.Cin), backward, kernels().sparse_cost(c, density, backward));
-    if (cost < best) best = cost, c.x_algorithm = CpuAlgorithm::sparse;
+    if (cost < best) c.x_algorithm = CpuAlgorithm::sparse;
   }
-  total += best;
-  return !forced && torch_rate > 0 && torch_cost(plain, torch_rate, threads, backward) < total
-             ? behind_torch(plain)
-             : c;
+  return c;
 }
 
 }  // namespace
 
 Plan make_plan(const Cell& cell, CpuAlgorithm algorithm, double density, int most_inputs,
-               int threads, TorchRates torch_rates) {
+               int threads) {
   Cell c = within_image(cell);
   c.by_columns = lines_cost(c, true) < 0.9 * lines_cost(c, false);
-  const auto chosen = [&](bool backward) {
-    return choose(c, algorithm, density, most_inputs, threads,
-                  backward ? torch_rates.second : torch_rates.first, backward);
-  };
-  return {chosen(false), chosen(true), kernels(), threads};
+  return {choose(c, algorithm, density, most_inputs, false),
+          choose(c, algorithm, density, most_inputs, true), kernels(), threads};
 }
 
 std::string algorithm_name(const Cell& c) {
-  if (c.pointwise()) return "pointwise";
   const bool square = c.tile_h == c.tile_w;
   const std::string tile =
       std::to_string(c.tile_h) + (square ? "" : "x" + std::to_string(c.tile_w));

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -15,12 +13,12 @@ from torch import Tensor
 from .. import _C
 from ..call import Call, Signature
 from ..options import DTYPES
-from . import memory, tensors, torch_conv
-from .tensors import Gradients, Pass, Result, Saved, Shapes, address
+from . import memory, tensors
+from .tensors import Gradients, Result, Saved, Shapes, address
 
 __all__ = ["ALGORITHMS", "Backend", "Packed", "look_up", "set_isa"]
 
-ALGORITHMS = ("auto", "direct", "winograd", "pointwise")  # the numbers of csrc/args.h
+ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/args.h
 
 NO_THREADS = None if _C.openmp_library() else "no OpenMP runtime of torch's was found"
 """Why no CPU kernels can run, or None."""
@@ -33,22 +31,6 @@ def set_isa(name: str) -> None:
     global isa
     _C.set_isa(name)
     isa = name
-
-
-@contextmanager
-def profile() -> Iterator[dict[str, float]]:
-    """Within the block, count the time of the kernels' parts, of all threads.
-
-    Afterwards the dict has the seconds of products, transforms, pointwise work, copies, waiting for
-    other threads, and "all", which is more than their sum.
-    """
-    parts = ("products", "transforms", "pointwise", "copies", "waiting", "all")
-    seconds: dict[str, float] = {}
-    _C.cpu_profile(True)
-    try:
-        yield seconds
-    finally:
-        seconds |= zip(parts, (spent / 1e9 for spent in _C.cpu_profile(False)), strict=True)
 
 
 # ---- packed weights ------------------------------------------------------------------------------
@@ -151,23 +133,18 @@ class _Pass:
         self, core: Any, isa: str, workspace: int, backward: bool = False, grad_x: bool = False
     ) -> None:
         self.core, self.workspace = core, workspace
-        self.name = self.in_training = f"cpu-{isa}-{core.name}"
-        self.pointwise = (core.backward_name if backward else core.name) == "pointwise"
+        self.name = f"cpu-{isa}-{core.name}"
         # The number, the name and the bytes of each form.
         self.forms = [
             (number, f"{isa}:{name}", size) for number, name, size in core.forms(backward, grad_x)
         ]
 
 
-_ANY_WEIGHT = 8  # as most_inputs: the weights admit all tiles, with which the kernels are fastest
-
-
 class Plan(tensors.CommonPlan):
     """The plan of a call on the CPU; see :class:`snnlstm.native.backend.Plan`.
 
     The density of x and the gain of the weight decide the algorithms of a call. The number that
-    says so is ``16 * percent + most_inputs``. With "pointwise" torch convolves, and the kernels do
-    the rest of a step.
+    says so is ``16 * percent + most_inputs``.
     """
 
     contiguous = True  # oneDNN's gradients of channels-last images can take ten times as long
@@ -180,7 +157,6 @@ class Plan(tensors.CommonPlan):
         self.algorithm = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
         self.threads, self.isa = threads, isa
         self.cell = tensors.make_cell(_C, s)
-        self.packed_gates = o.checkpoint == "gates"
         largest = max(math.prod(shape) * dtype.itemsize for shape, dtype in self.saved_shapes)
         self.saves_blocks = largest >= memory.SMALLEST  # which are used again, by memory.py
         itemsize = s.dtype.itemsize
@@ -191,21 +167,10 @@ class Plan(tensors.CommonPlan):
         self.counts_zeros = s.cin > 2
         self._cores: dict[int, Any] = {}
         self._passes: dict[Any, _Pass] = {}
-        rates = torch_conv.rates_on_cpu(self.work, s.dtype, isa)
-        self.work, self.of_weight, self._torch_rates = rates
-        self._may_leave = "pointwise" in self._names(16 * 100 + _ANY_WEIGHT)
-
-    def _names(self, decided: int) -> tuple[str, str]:
-        """What the forward and the backward pass run."""
-        core = self._core(decided)
-        return core.name, core.backward_name
 
     def _forward_pass(self, decided: int) -> _Pass:
         core = self._core(decided)
         made = _Pass(core, self.isa, core.forward_workspace)
-        names = self._names(decided)
-        if names.count("pointwise") == 1:
-            made.in_training += f"+{names[1]}"
         self._passes[decided] = made
         return made
 
@@ -224,7 +189,7 @@ class Plan(tensors.CommonPlan):
         if found is None:
             percent, most_inputs = divmod(decided, 16)
             given = self.cell, self.algorithm, percent / 100, most_inputs, self.threads
-            found = _C.CpuPlan(*given, self._torch_rates)
+            found = _C.CpuPlan(*given)
             self._cores[decided] = found
         return found
 
@@ -246,19 +211,10 @@ class Plan(tensors.CommonPlan):
             return Saved(*(memory.empty(shape, kind) for shape, kind in self.saved_shapes))
         return super().empty_saved(x)
 
-    def empty_d_gates(self, x: Tensor) -> Tensor:
-        """Memory for the gradient of the gate sums of every step."""
-        return memory.empty(self.d_gates, self.of_sums)
-
-    def _decide(self, call: Call) -> tuple[int, Packed | None]:
-        """The number that says what runs, and the packed weight, unless torch reads it alone."""
+    def _decide(self, call: Call) -> tuple[int, Packed]:
+        """The number that says what runs, and the packed weight."""
         x = (call.x.data_ptr(), self.x5) if self.counts_zeros else None
-        numbers = self.cell, x, address(call.lengths)
-        if self._may_leave:  # a weight that no kernel reads need not be compared with its copy
-            decided = 16 * _C.inspect(0, 0, 0, *numbers) + _ANY_WEIGHT
-            if self._names(decided)[0] == "pointwise":
-                return decided, None
-        packed, percent = look_up(call.weight, *numbers)
+        packed, percent = look_up(call.weight, self.cell, x, address(call.lengths))
         return 16 * percent + packed.most_inputs, packed
 
     def forward(self, call: Call, training: bool) -> Result:
@@ -285,29 +241,24 @@ class Plan(tensors.CommonPlan):
             "threshold_stride": self.threshold_stride,
             "graded": graded.data_ptr(),
             "levels": self.levels_address,
-            "packed_gates": self.packed_gates,
             "workspace": workspace.data_ptr(),
         }
-        name = a_pass.in_training if training else a_pass.name
-        result = Result(spk, new_syn, new_mem, saved or (), name, decided, packed)
-        if packed is None or a_pass.pointwise:
-            torch_conv.forward(self, a_pass.core.forward, call, parameters, result)
-        else:
-            a_pass.core.forward(
-                **packed.addresses(a_pass),
-                **parameters,
-                record=call.options.record,
-                x=(at[0], self.x5),
-                syn0=(at[1], self.syn5),
-                mem0=(at[2], self.mem5),
-                spk=(spk.data_ptr(), self.spk5) if self.has_spk else None,
-                syn=(new_syn.data_ptr(), self.state5),
-                mem=(new_mem.data_ptr(), self.state5),
-                saved_gates=0 if saved is None else saved.gates.data_ptr(),
-                saved_syn=0 if saved is None else saved.syn.data_ptr(),
-                winner=0 if saved is None else saved.winner.data_ptr(),
-                places=0 if saved is None else saved.places.data_ptr(),
-            )
+        result = Result(spk, new_syn, new_mem, saved or (), a_pass.name, decided, packed)
+        a_pass.core.forward(
+            **packed.addresses(a_pass),
+            **parameters,
+            record=call.options.record,
+            x=(at[0], self.x5),
+            syn0=(at[1], self.syn5),
+            mem0=(at[2], self.mem5),
+            spk=(spk.data_ptr(), self.spk5) if self.has_spk else None,
+            syn=(new_syn.data_ptr(), self.state5),
+            mem=(new_mem.data_ptr(), self.state5),
+            saved_gates=0 if saved is None else saved.gates.data_ptr(),
+            saved_syn=0 if saved is None else saved.syn.data_ptr(),
+            winner=0 if saved is None else saved.winner.data_ptr(),
+            places=0 if saved is None else saved.places.data_ptr(),
+        )
         if lengths and not call.options.record:
             tensors.keep_empty(call, (new_syn, new_mem), (call.syn, call.mem))
         return result
@@ -331,26 +282,20 @@ class Plan(tensors.CommonPlan):
         workspace = memory.workspace(a_pass.workspace)
         parameters = {
             **lengths,
-            "packed_gates": self.packed_gates,
             "threshold": threshold.data_ptr(),
             "threshold_stride": self.threshold_stride,
             "graded": graded.data_ptr(),
             "levels": self.levels_address,
             "workspace": workspace.data_ptr(),
         }
-        if a_pass.pointwise:
-            given = Pass(call, parameters, saved, grads, noise)
-            steps = partial(torch_conv.steps_backward, self, a_pass.core.backward, given)
-            out = torch_conv.backward(self, given, wanted, steps)
-        else:
-            if packed is None:  # a second backward pass over the same graph, or a compiled one
-                packed, _ = look_up(tensors.saved_weight(call), self.cell)
-            out = tensors.empty_gradients(x, self.signature, wanted)
-            a_pass.core.backward(
-                **packed.addresses(a_pass),
-                **tensors.backward_arguments(call, saved, grads, noise, out),
-                **parameters,
-            )
+        if packed is None:  # a second backward pass over the same graph, or a compiled one
+            packed, _ = look_up(tensors.saved_weight(call), self.cell)
+        out = tensors.empty_gradients(x, self.signature, wanted)
+        a_pass.core.backward(
+            **packed.addresses(a_pass),
+            **tensors.backward_arguments(call, saved, grads, noise, out),
+            **parameters,
+        )
         if lengths:
             into = (None, None) if call.options.record else grads[1:]
             tensors.keep_empty(call, (out.syn, out.mem), into)
@@ -387,11 +332,8 @@ class Backend:
         s = signature
         padded = _C.cpu_padded_channels(DTYPES.index(s.dtype), s.c)
         images = (s.time, s.n, s.ho * s.wo)
-        gates = (*images, 4 * padded), s.dtype
-        if s.options.checkpoint == "gates":  # words, which a hook on saved tensors must not round
-            gates = (*images, 2 * padded), torch.int64 if s.dtype == torch.float64 else torch.int32
         return (
-            gates,
+            ((*images, 4 * padded), s.dtype),
             ((*images, padded), s.dtype),
             *tensors.of_decisions(s, padded),
         )

@@ -214,7 +214,7 @@ def test_hooks_that_write_to_what_a_step_has_read():
 
 
 @pytest.mark.parametrize("place", [0, STEPS - 1])
-@pytest.mark.parametrize("checkpoint", [False, "gates", True])
+@pytest.mark.parametrize("checkpoint", [False, True])
 def test_a_pass_that_was_interrupted_is_run_again(checkpoint, place):
     """The second run over the graph finds everything as the first did."""
     _, ours = cells(learn_threshold=True, checkpoint=checkpoint)

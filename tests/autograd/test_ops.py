@@ -31,7 +31,6 @@ CASES = {
     "pooled": PLAIN.but(pool="max", pool_size=(2, 3)),
     "averaged": PLAIN.but(pool="avg", pool_size=(3, 2)),
     "checkpoint": PLAIN.but(checkpoint=True),
-    "packed gates": PLAIN.but(checkpoint="gates"),
     "inhibition": PLAIN.but(inhibition=True),
     "quantised": PLAIN.but(quant=state_quant(4)),
     "strided": PLAIN.but(stride=(2, 1), dilation=(1, 2)),
@@ -126,7 +125,7 @@ def test_the_compiled_backward_pass_keeps_the_forward_passs_choice(monkeypatch, 
     assert set(others) == {first}
 
 
-@pytest.mark.parametrize("checkpoint", [False, True, "gates"])
+@pytest.mark.parametrize("checkpoint", [False, True])
 def test_compiled_calls_bear_hooks_that_bring_saved_tensors_back_otherwise(checkpoint):
     case = PLAIN.but(checkpoint=checkpoint)
     compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")

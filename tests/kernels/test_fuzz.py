@@ -25,7 +25,7 @@ def test_random_calls():
     assert all(done[way] for way in fuzz.WAYS)
 
 
-@pytest.mark.parametrize("checkpoint", [False, True, "gates"])
+@pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("way", ["one call", "steps", "a cell's calls"])
 @pytest.mark.parametrize(
     ("asked", "kept"),

@@ -42,7 +42,7 @@ NETWORKS = {
     "large windows, silent": ("large windows", 0.99, 0.1, 0),
     "large windows, half": ("large windows", 0.05, 0.05, 0),
 }
-ALGORITHMS = ("auto", "direct", "pointwise", "winograd")
+ALGORITHMS = ("auto", "direct", "winograd")
 
 
 class Problem:

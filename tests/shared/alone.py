@@ -56,16 +56,12 @@ ALONE = {
     "checkpoint": PLAIN.but(checkpoint=True, time=7),
     "checkpoint, last states": PLAIN.but(checkpoint=True, record=False, reset="zero"),
     "checkpoint, inhibition": PLAIN.but(checkpoint=True, inhibition=True),
-    "packed gates": PLAIN.but(checkpoint="gates"),
-    "packed gates, last states": PLAIN.but(
-        checkpoint="gates", record=False, reset="zero", inhibition=True, channels=17
-    ),
-    "packed gates, one step": PLAIN.but(checkpoint="gates", sequence=False, record=False),
+    "inhibition, last states": PLAIN.but(record=False, reset="zero", inhibition=True, channels=17),
     "no spikes": PLAIN.but(**SILENT),
     "no spikes, last states": PLAIN.but(**SILENT, record=False),
     "no spikes, one step": PLAIN.but(**SILENT, sequence=False, record=False),
     "no spikes, checkpoint": PLAIN.but(**SILENT, record=False, checkpoint=True, time=7),
-    "no spikes, packed gates": PLAIN.but(**SILENT, record=False, checkpoint="gates", batch=9),
+    "no spikes, many samples": PLAIN.but(**SILENT, record=False, batch=9),
     "no spikes, stride and dilation": PLAIN.but(
         **SILENT, record=False, stride=(2, 3), dilation=(2, 1), layouts=("channels_last",) * 4
     ),

@@ -19,7 +19,6 @@ CELLS: dict[str, dict[str, Any]] = {
     "inhibition": {"inhibition": True},
     "stride": {"stride": 2, "dilation": 2},
     "segments": {"checkpoint": True},
-    "packed-gates": {"checkpoint": "gates"},
 }
 
 
@@ -83,10 +82,9 @@ def check(dtype: torch.dtype, record: bool, sizes: Any = (), **options: Any) -> 
     for n, length in enumerate(LENGTHS):
         assert not out[0][length:, n].any()
     actual = gradients(out, given)
-    atol = 2e-4 if options.get("checkpoint") == "gates" else 3e-5
     for name, grad in gradients(expected, exact).items():
         scale = max(1.0, float(grad.abs().max()))
-        close(actual[name].double() / scale, grad / scale, atol=1e-9 if tight < 1e-9 else atol)
+        close(actual[name].double() / scale, grad / scale, atol=1e-9 if tight < 1e-9 else 3e-5)
     for n, length in enumerate(LENGTHS):
         assert not actual["x"][length:, n].any()
 

@@ -230,7 +230,7 @@ def options(draw: Any, height: int, width: int) -> CellOptions:
         draw(st.sampled_from([False, False, False, True])),
         sequence,
         sequence and draw(st.booleans()),
-        draw(st.sampled_from([False, True, "gates"])),
+        draw(st.booleans()),
     )
     return replace(drawn, **SILENT) if draw(st.integers(0, 4)) == 0 else drawn
 

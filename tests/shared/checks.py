@@ -15,12 +15,6 @@ from oracle import check_steps, is_clear
 from poison import HUGE, NAN, poisoned
 from torch import Tensor
 
-# Gates that are kept in half of their bits may add so much to the error of a gradient, relative to
-# its largest element and for a surrogate of slope 1. A steeper surrogate multiplies this error.
-HALF_GATES = {torch.float64: 2e-9} | dict.fromkeys(
-    (torch.float32, torch.float16, torch.bfloat16), 1e-4
-)
-
 
 def infer(
     kernels: Kernels, case: Case, inputs: Inputs, pattern: int = NAN
@@ -77,9 +71,6 @@ def check_gradients(
     inputs, oracle = case.inputs(), flat.reference
     error, half = kernels.gradient_error(case.dtype), case.dtype.itemsize == 2
     band = kernels.state_error(torch.float32) if half else 0.0
-    if case.options.checkpoint == "gates":
-        band = HALF_GATES[case.dtype]
-        error += band * max(1, case.options.surrogate.p0, case.options.surrogate.p1)
     with one_thread():
         if not half and not agrees(kernels.run, case, inputs):
             return False

@@ -65,18 +65,17 @@ def state_bytes(case: Case) -> int:
     return n * c * ho * wo * case.dtype.itemsize
 
 
-@pytest.mark.parametrize(("checkpoint", "tensors"), [(False, 5), ("gates", 3)])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_training_keeps_the_activated_gates_and_syn(kernels, name, checkpoint, tensors):
-    """A step keeps four gates, or halves of them, syn, and what was decided; no more.
+def test_training_keeps_the_activated_gates_and_syn(kernels, name):
+    """A step keeps four gates, syn, and what was decided; no more.
 
     That is the winner of each sample under inhibition, and a byte for each pixel of a max_pool.
     """
-    case = VARIANTS[name].but(checkpoint=checkpoint)
+    case = VARIANTS[name]
     (ph, pw), (n, c, ho, wo) = case.options.pool_size, case.state_shape
     pooled = n * c * (ho // ph) * (wo // pw) * (case.options.pool == "max")
     decisions = case.time * (8 * n * case.options.inhibition + pooled)
-    assert kept_bytes(kernels, case) == tensors * case.time * state_bytes(case) + decisions
+    assert kept_bytes(kernels, case) == 5 * case.time * state_bytes(case) + decisions
 
 
 def test_checkpoint_keeps_states_alone(kernels):
@@ -120,12 +119,10 @@ def taken_in_inference(kernels, case: Case) -> tuple[int, int]:
     return outputs, sum(taken.found) - outputs
 
 
-@pytest.mark.parametrize("checkpoint", [False, True, "gates"])
+@pytest.mark.parametrize("checkpoint", [False, True])
 def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_time(
     kernels, checkpoint
 ):
-    if kernels.algorithm == "pointwise":
-        pytest.skip("torch takes memory for the sums of each step, and lets go of it")
     case = PLAIN.but(checkpoint=checkpoint)
     sizes = {}
     for time in (2, 20, 200):
@@ -144,8 +141,7 @@ def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):
     for time in (20, 60, 200):  # shorter sequences have fewer parts of the weight gradient
         call = make_call(PLAIN.but(time=time).inputs(), PLAIN.options)
         plan = native.plan_of(call, kernels.algorithm)
-        # A step counts its tasks, and the tasks that fold its sums. Pointwise, a call has one step.
-        counters = 2 * 64 * (1 if kernels.algorithm == "pointwise" else time)
+        counters = 2 * 64 * time  # a step counts its tasks, and the tasks that fold its sums
         backward = plan._backward_pass(plan.forward(call, True).decided, True, True)
         sizes.add(backward.workspace - counters)
     assert len(sizes) == 1

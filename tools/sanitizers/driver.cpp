@@ -8,7 +8,6 @@
 // that it is finite unless an input holds infinities, NaN or the like. Its random numbers are the
 // same with every compiler and C++ library.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -36,7 +35,6 @@ void run_team(int threads, void (*body)(void* data, int thread), void* data) {
   for (std::thread& member : team) member.join();
 }
 void yield_core() { std::this_thread::yield(); }
-int64_t nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 }  // namespace snnlstm
 
 namespace {

@@ -70,8 +70,8 @@ class Backward {
   bool goes_by_sample() const {
     const int64_t N = a_.cell.N, rounds = (N + a_.threads - 1) / a_.threads;
     const int64_t bytes = 8 * l_.mem_image() * int64_t(sizeof(T));
-    return a_.cell.T == 1 && !a_.cell.pointwise() && tasks_.most_together == 1 &&
-           !(a_.grad_weight && l_.wide()) && 4 * rounds * a_.threads <= 5 * N && bytes <= 1 << 20;
+    return a_.cell.T == 1 && tasks_.most_together == 1 && !(a_.grad_weight && l_.wide()) &&
+           4 * rounds * a_.threads <= 5 * N && bytes <= 1 << 20;
   }
 
   // Counts the tasks of the data gradient of x: blocks of rows of all images that belong together.
@@ -248,7 +248,6 @@ class Backward {
   }
 
   void write_x(int64_t t, int64_t n, int64_t together, int64_t begin, int64_t end, const T* rows) {
-    const Span span(Part::copies);
     const Pixels from{a_.cell.W, to_x_.row_size(), l_.x_blocks * VL};
     for (int64_t k = 0; k < together; ++k, rows += (end - begin) * from.row)
       store_rows<S>(rows, from, end - begin, a_.cell.Cin, a_.grad_x, t, tasks_.sample(n + k), begin,

@@ -100,7 +100,6 @@ class DataGrad {
     const Inputs inputs = l_.few_channels() ? Inputs(b.channels, VL, l_.c.C) : Inputs(b.channels);
     multiply<S, NV>(b, values, weight + block * VL * l_.tile_weights() * b.channels, inputs, false,
                     products);
-    const Span span(Part::transforms);
     for (int64_t k = 0; k < b.images * b.count(); ++k) {
       const int64_t image = k / b.count(), tile = k % b.count();
       const int64_t h0 = b.row(tile / b.columns), w0 = b.column(tile % b.columns);
@@ -134,7 +133,6 @@ class DataGrad {
   template <int NV, class In>
   void sweep(int64_t images, In&& d_gates, const T* weight, int64_t block, int64_t begin,
              int64_t end, T* out) const {
-    const Span span(Part::products);
     const int64_t channels = vectors_ * VL, pixel = 4 * l_.Cp, row = l_.Wm * pixel;
     for (int64_t a = 0; a < sh_; ++a)
       for (int64_t b = 0; b < sw_; ++b) {

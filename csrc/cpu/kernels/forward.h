@@ -156,7 +156,7 @@ class Forward {
     }
     for (int64_t b0 = begin; b0 < end; b0 += block_) {
       const int64_t b1 = b0 + block_ < end ? b0 + block_ : end;
-      for (int64_t k = 0; k < together && !a_.cell.pointwise(); ++k) {
+      for (int64_t k = 0; k < together; ++k) {
         gather_x(t, s.blocks[k].r.n, b0, b1, s.blocks[k].patch);
         if (a_.cell.x_algorithm == CpuAlgorithm::sparse) list_x(b0, b1, s.blocks[k]);
       }
@@ -177,7 +177,6 @@ class Forward {
 
   // Copies the input rows that state rows [b0, b1) look at, channels-last, with a zero border.
   void gather_x(int64_t t, int64_t n, int64_t b0, int64_t b1, T* patch) {
-    const Span span(Part::copies);
     const Cell& c = a_.cell;
     const int64_t first = b0 * c.stride_h - l_.ph;
     const int64_t rows = patch_rows(b1 - b0);
@@ -201,7 +200,6 @@ class Forward {
   template <class In>
   void sweep(bool of_x, In&& in, int64_t row, int64_t pixel, int64_t first, int64_t rows,
              int64_t cb, const RowBlock* blocks, int64_t count) {
-    const Span span(Part::products);
     const RunList& list = of_x ? x_runs_ : mem_runs_;
     const T* w = weight(cb);
     const PixelLines p(list.by_columns(), rows, l_.Wo, row, pixel, l_.Wr * kGates, kGates);
@@ -224,7 +222,6 @@ class Forward {
   }
 
   void list_x(int64_t b0, int64_t b1, const RowBlock& b) {
-    const Span span(Part::copies);
     const int64_t row = a_.cell.stride_h * l_.Wx * a_.cell.Cin;
     for (int64_t h = b0; h < b1; h += strip_)
       sparse_.build(b.patch + (h - b0) * row, h + strip_ < b1 ? strip_ : b1 - h,
@@ -240,38 +237,16 @@ class Forward {
       return sweep(
           true, [&](const RowBlock& b) { return b.patch + top * row; }, row,
           a_.cell.stride_w * a_.cell.Cin, b0 + top, rows, cb, blocks, count);
-    const Span span(Part::products);
     for (const RowBlock* b = blocks; b < blocks + count; ++b)
       sparse_.convolve(b->lists[top / strip_], weight(cb), b->gates);
   }
 
-  // Reads the sums that torch has formed, and adds the bias.
-  void read_sums(int64_t b0, int64_t b1, int64_t cb, const RowBlock& b) {
-    const Span span(Part::copies);
-    const int64_t left = a_.cell.C - cb * VL, row = l_.Wr * kGates;
-    for (int gate = 0; gate < 4; ++gate) {
-      View sums = a_.gate_sums;
-      sums.data = static_cast<T*>(sums.data) + (gate * a_.cell.C + cb * VL) * sums.stride[2];
-      load_rows<S>(sums, 0, b.r.n, b0, b1 - b0, left < VL ? left : VL, b.gates + gate * VL,
-                   Pixels{l_.Wo, row, kGates}, VL);
-    }
-    if (!a_.bias) return;
-    for (int64_t h = 0; h < b1 - b0; ++h)
-      for (T *g = b.gates + h * row, *end = g + l_.Wo * kGates; g < end; g += kGates)
-        for (int k = 0; k < kGates; k += VL)
-          S::store(g + k, S::load(g + k) + S::load(bias_ + cb * kGates + k));
-  }
-
   void direct(int64_t t, int64_t together, int64_t b0, int64_t b1, const ForwardScratch& s) {
     for (int64_t cb = 0; cb < l_.Cb; ++cb) {
-      if (a_.cell.pointwise()) {
-        for (int64_t k = 0; k < together; ++k) read_sums(b0, b1, cb, s.blocks[k]);
-      } else {
-        sweep(
-            false, [&](const RowBlock& b) { return states_.mem_row(t, b.r, b0); }, l_.Wm * l_.Cp,
-            l_.Cp, b0, b1 - b0, cb, s.blocks, together);
-        sweep_x(b0, 0, b1 - b0, cb, s.blocks, together);
-      }
+      sweep(
+          false, [&](const RowBlock& b) { return states_.mem_row(t, b.r, b0); }, l_.Wm * l_.Cp,
+          l_.Cp, b0, b1 - b0, cb, s.blocks, together);
+      sweep_x(b0, 0, b1 - b0, cb, s.blocks, together);
       for (const RowBlock* b = s.blocks; b < s.blocks + together; ++b)
         for (int64_t h = b0; h < b1; ++h)
           neuron_.update(t, b->r, h, cb, b->gates + (h - b0) * l_.Wr * kGates);
@@ -319,7 +294,6 @@ class Forward {
   // The tiles begin at row b0.
   void add_strip(const TileBlock<T>& b, int64_t image, int64_t b0, int64_t h0, int64_t h1,
                  int64_t cb, const ForwardScratch& s) {
-    const Span span(Part::transforms);
     constexpr int lanes = GateVector::lanes;
     const Plane from{b.form.w.inputs() * b.products_stride, b.products_stride, lanes};
     const Plane to{b.dilation_h * l_.Wr * kGates, b.dilation_w * kGates, lanes};
@@ -335,7 +309,6 @@ class Forward {
 
   // Finds the pixels of each block whose sums are formed directly, and counts the others.
   int64_t find_equal(int64_t t, int64_t together, int64_t b0, int64_t b1, const ForwardScratch& s) {
-    const Span span(Part::transforms);
     int64_t left = 0;
     for (const RowBlock* b = s.blocks; b < s.blocks + together; ++b)
       left += equal_.find(states_.mem_row(t, b->r, b0), b1 - b0, s.equal, b->sums);
@@ -344,7 +317,6 @@ class Forward {
 
   // Forms those sums for state rows [h0, h1) of one block, of x too if its half is Winograd's.
   void sum_equal(int64_t t, const RowBlock& b, int64_t b0, int64_t h0, int64_t h1, int64_t cb) {
-    const Span span(Part::products);
     const Sums* sums = equal_.row(b.sums, h0 - b0);
     equal_.write_mem(sums, h1 - h0, mem_runs_, states_.mem_row(t, b.r, h0), weight(cb),
                      bias_ + cb * kGates, b.gates);

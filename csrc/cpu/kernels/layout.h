@@ -6,8 +6,8 @@
 //   x        (rows, W + 2 pad, Cin)               zero border, task-local or for one time step
 //   mem      (N, Ho + 2 pad, Wo + 2 pad, Cp)      zero border: the recurrent convolution reads it
 //   syn      (N, Ho * Wo, Cp)
-//   gates    (N, Ho * Wo, Cb, 4, VL)              the four gates of a channel in four vectors;
-//                                                 as saved: saved_gates.h
+//   gates    (N, Ho * Wo, Cb, 4, VL)              i, f, o and g of a channel in four vectors; in
+//                                                 saved gates the sign of o says "was reset"
 //   d gates  (N, Ho + 2 pad, Wo + 2 pad, Cb, 4, VL)
 // With Winograd the images are rounded up to whole tiles, with zeros.
 //
@@ -22,7 +22,6 @@
 
 #include "../../testing/fences.h"
 #include "conv.h"
-#include "span.h"
 #include "winograd.h"
 
 SNNLSTM_BEGIN_ISA
@@ -168,8 +167,8 @@ struct Layout {
   int few_vectors() const { return 4 * c.C <= VL ? 1 : 2; }
 
   int64_t K() const { return Kx + Km; }
-  // Returns the multiply-adds of a step's convolution. A neuron takes as long as a hundred of them.
-  double step_work() const { return double(c.N) * pixels * (c.pointwise() ? 100 : 4 * K()) * c.C; }
+  // Returns the multiply-adds of a step's convolution.
+  double step_work() const { return double(c.N) * pixels * 4 * K() * c.C; }
   int64_t mem_image() const { return Hm * Wm * Cp; }
   int64_t x_image() const { return Hx * Wx * c.Cin; }
   int64_t state_image() const { return pixels * Cp; }

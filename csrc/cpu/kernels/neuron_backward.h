@@ -4,8 +4,8 @@
 // step's image.
 #pragma once
 
+#include "neighbours.h"
 #include "pool.h"
-#include "saved_gates.h"
 #include "step_images.h"
 
 SNNLSTM_BEGIN_ISA
@@ -23,13 +23,7 @@ class NeuronBackward {
   // on. Otherwise there are images of all samples.
   NeuronBackward(const BackwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks,
                  bool by_sample)
-      : a_(a),
-        l_(l),
-        tasks_(tasks),
-        by_sample_(by_sample),
-        saved_(a.packed_gates, l.Cb),
-        places_(a, l.Cp),
-        images_(l) {}
+      : a_(a), l_(l), tasks_(tasks), by_sample_(by_sample), places_(a, l.Cp), images_(l) {}
 
   void carve(Workspace& workspace) {
     const int64_t samples = by_sample_ ? a_.threads : a_.cell.N;
@@ -50,10 +44,8 @@ class NeuronBackward {
   }
 
   StepImages<T> images(int64_t t) const { return images_.images(t); }
-  // Returns the place of an image. Behind torch's convolution images lie in the samples' order.
-  int64_t slot(int64_t image, int thread) const {
-    return by_sample_ ? thread : a_.cell.pointwise() ? tasks_.sample(image) : image;
-  }
+  // Returns the place of an image.
+  int64_t slot(int64_t image, int thread) const { return by_sample_ ? thread : image; }
   const T* d_gates(int64_t t, int64_t n, int thread) const {
     return images_.d_gates(t, slot(n, thread));
   }
@@ -72,7 +64,6 @@ class NeuronBackward {
 
   // Clears borders and sums, and copies the first syn, channels-last.
   void clear(int64_t task, int thread) {
-    const Span span(Part::copies);
     const Sample p = sample(task, thread);
     std::memset(threshold_sums_ + task * l_.Cp, 0, l_.Cp * sizeof(T));
     std::memset(bias_sums_ + task * 4 * l_.Cp, 0, 4 * l_.Cp * sizeof(T));
@@ -84,7 +75,6 @@ class NeuronBackward {
 
   // Copies the gradients of the last step's states, or zeros.
   void start(int64_t task, int thread) {
-    const Span span(Part::copies);
     const Sample p = sample(task, thread);
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task), row = l_.Wo * l_.Cp;
     const auto read = [&](const View& v, T* dst) {
@@ -111,8 +101,7 @@ class NeuronBackward {
     const bool spikes = a_.grad_spk.data && a_.cell.surrogate != Surrogate::none;
     if (!a_.cell.spiking) add_rows(a_.grad_spk, t, p.n, begin, end, s.mem_grad, s);
     for (int64_t h = begin; h < end; ++h) {
-      if (last && (spikes || a_.mem_after))
-        recompute_mem(t, p, h, images_.mem_row(t + 1, p.slot, h));
+      if (last && spikes) recompute_mem(t, p, h, images_.mem_row(t + 1, p.slot, h));
       if (t > 0) recompute_mem(t - 1, p, h, images_.mem_row(t, p.slot, h));
     }
     if (t == 0 && a_.grad_weight)
@@ -125,7 +114,6 @@ class NeuronBackward {
 
   // Writes the gradient of a task's rows of a state.
   void write_rows(const View& v, int64_t task, const T* src) const {
-    const Span span(Part::copies);
     const int64_t begin = tasks_.begin(task);
     store_rows<S>(src, Pixels{l_.Wo, l_.Wo * l_.Cp, l_.Cp}, tasks_.end(task) - begin, a_.cell.C, v,
                   0, tasks_.sample(tasks_.image(task)), begin, [](R g, int64_t) { return g; });
@@ -176,11 +164,18 @@ class NeuronBackward {
     return states + p.slot * l_.state_image() + h * l_.Wo * l_.Cp;
   }
 
+  // Returns a row of saved gates, and load_gates() those of one vector of channels of some pixels.
   const T* gates(int64_t t, int64_t n, int64_t h) const {
-    return static_cast<const T*>(a_.saved_gates) + row_begin(t, n, h) * saved_.pixel();
+    return static_cast<const T*>(a_.saved_gates) + (t * a_.cell.N + n) * l_.gates_image() +
+           h * l_.Wo * 4 * l_.Cp;
   }
-  int64_t row_begin(int64_t t, int64_t n, int64_t h) const {  // in pixels
-    return (t * a_.cell.N + n) * l_.pixels + h * l_.Wo;
+  template <class N>
+  Gates<typename N::R> load_gates(const T* from, typename N::Mask& reset) const {
+    const int64_t pixel = 4 * l_.Cp;
+    const typename N::R o = N::load(from + 2 * VL, pixel);
+    reset = N::flagged(o);
+    return {N::load(from, pixel), N::load(from + VL, pixel), N::abs(o),
+            N::load(from + 3 * VL, pixel)};
   }
   const T* syn_after(int64_t t, const Sample& p, int64_t h) const {  // t = -1: the first syn
     if (t < 0) return state_row(syn0_, p, h);
@@ -191,7 +186,6 @@ class NeuronBackward {
   void add_rows(const View& v, int64_t t, int64_t n, int64_t begin, int64_t end, T* dst,
                 const NeuronScratch& s) const {
     if (!v.data) return;
-    const Span span(Part::copies);
     const int64_t row = l_.Wo * l_.Cp;
     for (int64_t h = begin, stop; h < end; h = stop, dst += rows_at_once() * row) {
       stop = h + rows_at_once() < end ? h + rows_at_once() : end;
@@ -210,7 +204,6 @@ class NeuronBackward {
 
   // Computes mem after step t from what was saved.
   void recompute_mem(int64_t t, const Sample& p, int64_t h, T* out) const {
-    const Span span(Part::pointwise);
     const Cell& c = a_.cell;
     const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
     each_neighbours<T, VL>(l_.Wo, [&](int64_t w, auto count) __attribute__((always_inline)) {
@@ -218,8 +211,7 @@ class NeuronBackward {
       for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
         const int64_t k = w * l_.Cp + ch;
         typename N::Mask reset;
-        const auto act =
-            saved_.of(count).get(gate + w * saved_.pixel() + ch / VL * saved_.size(), reset);
+        const auto act = load_gates<N>(gate + 4 * k, reset);
         auto mem =
             Neuron<N>::next_mem(act.o, tanh_syn<N>(act, syn + k, N::load(syn_prev + k, l_.Cp)));
         mem = Neuron<N>::after_reset(c.reset, mem, reset, N::load(threshold_ + ch, 0));
@@ -230,7 +222,6 @@ class NeuronBackward {
 
   // Adds the spikes' gradient to the rows of mem_grad.
   void spike(int64_t t, const Sample& p, int64_t task, const NeuronScratch& s) const {
-    const Span span(Part::pointwise);
     const Cell& c = a_.cell;
     const int64_t begin = tasks_.begin(task), row = l_.Wo * l_.Cp;
     T* sums = threshold_sums_ + task * l_.Cp;
@@ -294,13 +285,10 @@ class NeuronBackward {
 
   // Does the reset and the LSTM of one row.
   void step(int64_t t, const Sample& p, int64_t h, int64_t task, const T* mem_grad) const {
-    const Span span(Part::pointwise);
     const Cell& c = a_.cell;
     const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
     T* d_syn = state_row(d_syn_, p, h);
     T* out = images_.d_gates_row(t, p.slot, h);
-    // The caller's d gates are (pixels, 4, Cp), the kernels' own (pixels, Cb, 4, VL).
-    const int64_t of_gate = c.pointwise() ? l_.Cp : VL, of_block = c.pointwise() ? VL : kGates;
     T *bias_sums = bias_sums_ + task * 4 * l_.Cp, *threshold_sums = threshold_sums_ + task * l_.Cp;
     for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
       R bias[4] = {R{}, R{}, R{}, R{}}, threshold{};
@@ -309,8 +297,7 @@ class NeuronBackward {
         using W = typename N::R;
         const int64_t k = w * l_.Cp + ch;
         typename N::Mask reset;
-        const Gates<W> act =
-            saved_.of(count).get(gate + w * saved_.pixel() + ch / VL * saved_.size(), reset);
+        const Gates<W> act = load_gates<N>(gate + 4 * k, reset);
         const W grad = N::load(mem_grad + k, l_.Cp), before = N::load(syn_prev + k, l_.Cp);
         const NeuronGrad<W> d =
             Neuron<N>::backward(c.reset, act, before, tanh_syn<N>(act, syn + k, before), reset,
@@ -319,7 +306,7 @@ class NeuronBackward {
         N::store(d_syn + k, l_.Cp, d.syn_prev);
         const W pre[4] = {d.pre.i, d.pre.f, d.pre.o, d.pre.g};
         for (int v = 0; v < 4; ++v) {
-          N::store(out + w * 4 * l_.Cp + ch / VL * of_block + v * of_gate, 4 * l_.Cp, pre[v]);
+          N::store(out + 4 * k + v * VL, 4 * l_.Cp, pre[v]);
           bias[v] += N::sum(pre[v]);
         }
       });
@@ -335,7 +322,6 @@ class NeuronBackward {
   const Layout<T, VL>& l_;
   const RowTasks& tasks_;
   bool by_sample_;
-  SavedGates<T, VL> saved_;
   Places<M> places_;
   StepBuffers<T, VL> images_;
   T *threshold_ = nullptr, *threshold_sums_ = nullptr, *bias_sums_ = nullptr;

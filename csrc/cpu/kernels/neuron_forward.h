@@ -2,8 +2,8 @@
 // pooling and spikes. It writes the results that the caller asked for, and what training saves.
 #pragma once
 
+#include "neighbours.h"
 #include "pool.h"
-#include "saved_gates.h"
 #include "state_rows.h"
 
 SNNLSTM_BEGIN_ISA
@@ -19,7 +19,7 @@ class NeuronForward {
 
  public:
   NeuronForward(const ForwardArgs& a, const Layout<T, VL>& l, const StateRows<T, VL>& states)
-      : a_(a), l_(l), states_(states), saved_(a.packed_gates, l.Cb), places_(a, l.Cp) {}
+      : a_(a), l_(l), states_(states), places_(a, l.Cp) {}
 
   void carve(Workspace& workspace) {
     threshold_ = workspace.take<T>(l_.Cp);
@@ -40,18 +40,15 @@ class NeuronForward {
   // Does the LSTM update, reset and quantisation of one row and channel block. Each of two loops
   // has one chain of exp and division per pixel, so that more pixels are in flight.
   void update(int64_t t, const Rows& r, int64_t h, int64_t cb, T* gates) const {
-    const Span span(Part::pointwise);
     const Cell& c = a_.cell;
     const bool resets = c.reset != Reset::none;
     const T *threshold = threshold_ + cb * VL, *syn_in = states_.syn_before(t, r, h) + cb * VL;
     T* syn_out = states_.syn_after(t, r, h) + cb * VL;
     const T* mem_in = states_.mem_inner(t, r, h) + cb * VL;
     T* mem_out = states_.mem_inner(t + 1, r, h) + cb * VL;
-    const int64_t pixel = saved_.pixel(), Cp = l_.Cp;
-    T* saved = a_.saved_gates
-                   ? static_cast<T*>(a_.saved_gates) +
-                         ((t * c.N + r.n) * l_.pixels + h * l_.Wo) * pixel + cb * saved_.size()
-                   : nullptr;
+    const int64_t Cp = l_.Cp, pixel = 4 * Cp;
+    T* saved = static_cast<T*>(a_.saved_gates);
+    if (saved) saved += (t * c.N + r.n) * l_.gates_image() + h * l_.Wo * pixel + cb * kGates;
     each_neighbours<T, VL>(l_.Wo, [&](int64_t w, auto count) __attribute__((always_inline)) {
       using N = Neighbours<T, VL, decltype(count)::value>;
       T* g = gates + w * kGates;
@@ -60,7 +57,10 @@ class NeuronForward {
                                N::load(g + 2 * VL, kGates), N::load(g + 3 * VL, kGates)});
       N::store(g, kGates, Neuron<N>::next_syn(act, N::load(syn_in + w * Cp, Cp)));
       N::store(g + 2 * VL, kGates, act.o);
-      if (saved) saved_.of(count).put(saved + w * pixel, act);
+      if (!saved) return;
+      N::store(saved + w * pixel, pixel, act.i);
+      N::store(saved + w * pixel + VL, pixel, act.f);
+      N::store(saved + w * pixel + 3 * VL, pixel, act.g);
     });
     each_neighbours<T, VL>(l_.Wo, [&](int64_t w, auto count) __attribute__((always_inline)) {
       using N = Neighbours<T, VL, decltype(count)::value>;
@@ -73,7 +73,7 @@ class NeuronForward {
       mem = Neuron<N>::after_reset(c.reset, mem, reset, limit);
       N::store(syn_out + w * Cp, Cp, quantised<N>(syn, a_));
       N::store(mem_out + w * Cp, Cp, quantised<N>(mem, a_));
-      if (saved) saved_.of(count).put_output(saved + w * pixel, o, reset);
+      if (saved) N::store(saved + w * pixel + 2 * VL, pixel, N::flag(o, reset));
     });
   }
 
@@ -90,7 +90,6 @@ class NeuronForward {
 
  private:
   void write_states(int64_t t, const Rows& r, int64_t begin, int64_t end) const {
-    const Span span(Part::copies);
     const auto put = [&](const View& v, const T* src, int64_t row) {
       store_rows<S>(src, Pixels{l_.Wo, row, l_.Cp}, end - begin, a_.cell.C, v, t, r.n, begin,
                     [](R state, int64_t) { return state; });
@@ -131,7 +130,6 @@ class NeuronForward {
 
   // Writes the spikes of rows [begin, end) of the pooled image.
   void fire(int64_t t, const Rows& r, int64_t begin, int64_t end, T* pooled) const {
-    const Span span(Part::pointwise);
     const R spike = S::splat(graded()), silent = S::splat(T(0) * graded());
     const auto spikes = [&](R mem, int64_t ch) {
       return S::where(Neuron<M>::fires(mem, S::load(threshold_ + ch)), spike, silent);
@@ -148,7 +146,6 @@ class NeuronForward {
   // Inhibition lets only the neuron of a sample with the highest (pooled) membrane potential spike.
   // Of those that count as the highest the one with the lowest index in (C, Hp, Wp) wins.
   void fire_winner(int64_t t, const Rows& r, T* pooled) const {
-    const Span span(Part::pointwise);
     const Cell& c = a_.cell;
     const View& v = a_.spk;
     const auto each = [&](auto&& look) {
@@ -180,7 +177,6 @@ class NeuronForward {
   const ForwardArgs& a_;
   const Layout<T, VL>& l_;
   const StateRows<T, VL>& states_;
-  SavedGates<T, VL> saved_;
   Places<M> places_;
   T* threshold_ = nullptr;
   T** pooled_ = nullptr;  // of each thread: (Wp, Cp)

@@ -33,7 +33,6 @@ class StateRows {
 
   // Reads a task's rows of the states before the first step.
   void read(int64_t task, int thread, int64_t slot) {
-    const Span span(Part::copies);
     const Rows r = of(task, thread, slot);
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task);
     if (one_step()) {

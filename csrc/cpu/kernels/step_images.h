@@ -22,18 +22,14 @@ class StepBuffers {
  public:
   explicit StepBuffers(const Layout<T, VL>& l) : l_(l) {}
 
-  // Takes memory for some samples, and for x if the weight gradient is formed. Behind torch's
-  // convolution the caller has memory for d gates, and may have it for mem after the step.
+  // Takes memory for some samples, and for x if the weight gradient is formed.
   void carve(Workspace& workspace, const BackwardArgs& a, int64_t samples) {
-    const bool own = !l_.c.pointwise();
     with_x_ = a.grad_weight != nullptr;
     for (int k = 0; k < 2; ++k) {
-      d_gates_[k] = workspace.take<T>(own && k < l_.c.T ? samples * 4 * l_.mem_image() : 0);
-      mem_[k] = workspace.take<T>(own || k == 1 ? samples * l_.mem_image() : 0);
+      d_gates_[k] = workspace.take<T>(k < l_.c.T ? samples * 4 * l_.mem_image() : 0);
+      mem_[k] = workspace.take<T>(samples * l_.mem_image());
       x_[k] = workspace.take<T>(with_x_ && k < l_.c.T ? samples * l_.x_image() + kReadAhead : 0);
     }
-    if (!own) d_gates_[0] = static_cast<T*>(a.d_gates);
-    if (a.mem_after) mem_[1] = static_cast<T*>(a.mem_after);
   }
 
   StepImages<T> images(int64_t t) const { return {d_gates_row(t, 0, 0), mem(t, 0), x(t, 0)}; }
@@ -65,7 +61,6 @@ class StepBuffers {
   // image. The last state row brings the rest of the image.
   void read_x(const View& v, int64_t t, int64_t n, int64_t image, int64_t begin,
               int64_t end) const {
-    const Span span(Part::copies);
     const Cell& c = l_.c;
     const int64_t last = end == l_.Ho ? c.H : end * c.stride_h;
     const int64_t first = begin * c.stride_h;

@@ -5,7 +5,6 @@
 #pragma once
 
 #include "../../platform.h"
-#include "../interrupt.h"
 #include "layout.h"
 
 SNNLSTM_BEGIN_ISA
@@ -16,24 +15,20 @@ class Phases {
     int64_t next, done;
   };
 
-  Phases(Counter* counters, int64_t phases)
-      : counters_(counters), interruption_(cpu::interruption) {
+  Phases(Counter* counters, int64_t phases) : counters_(counters) {
     std::memset(static_cast<void*>(counters), 0, sizeof(Counter) * phases);
   }
 
-  // Calls f(task) for every task of the phase, and returns when all threads' tasks are done. After
-  // an interruption the tasks that are left count as done.
+  // Calls f(task) for every task of the phase, and returns when all threads' tasks are done.
   template <class F>
   void run(int64_t phase, int64_t tasks, F&& f) const {
-    if (interruption_ && interruption_ == cpu::interruption) interruption_->look(*interruption_);
     Counter& c = counters_[phase];
     for (;;) {
       const int64_t task = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED);
       if (task >= tasks) break;
-      if (!stopped()) f(task);
+      f(task);
       __atomic_fetch_add(&c.done, 1, __ATOMIC_RELEASE);
     }
-    const Span span(Part::waiting);
     for (int spins = 0; __atomic_load_n(&c.done, __ATOMIC_ACQUIRE) < tasks; ++spins) {
 #if defined(__x86_64__)
       __builtin_ia32_pause();
@@ -43,12 +38,7 @@ class Phases {
   }
 
  private:
-  bool stopped() const {
-    return interruption_ && __atomic_load_n(&interruption_->stop, __ATOMIC_RELAXED);
-  }
-
   Counter* counters_;
-  cpu::Interruption* interruption_;
 };
 
 // Calls body(thread number) on as many threads as have some 10 us of work in each step.
@@ -56,12 +46,8 @@ template <class F>
 void parallel(int threads, double multiply_adds_per_step, F&& body) {
   const double worth = multiply_adds_per_step / 2e5;
   if (worth < threads) threads = worth < 1 ? 1 : int(worth);
-  const auto work = [&](int thread) {
-    const Span span(Part::all);
-    body(thread);
-  };
-  if (threads <= 1) return work(0);
-  run_team(threads, work);
+  if (threads <= 1) return body(0);
+  run_team(threads, body);
 }
 
 // Calls f(k, thread number) for every k below count. Each call has about `operations` operations.
@@ -69,7 +55,6 @@ template <class F>
 void parallel_for(int threads, int64_t count, int64_t operations, F&& f) {
   int64_t next = 0;
   parallel(threads, double(count) * double(operations), [&](int thread) {
-    const Span span(Part::copies);
     for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) f(k, thread);
   });
 }

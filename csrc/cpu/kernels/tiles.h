@@ -129,7 +129,6 @@ class InputTransform {
   void run(const TileBlock<T>& b, const T* in, int64_t row, int64_t pixel, T* values) const {
     if constexpr (Longer::lanes > S::lanes)
       if (b.channels % Longer::lanes == 0) return longer_.run(b, in, row, pixel, values);
-    const Span span(Part::transforms);
     const int most = b.dilation_w > 1 ? 1 : kTiles;
     for (int64_t r = 0; r < b.in_rows; ++r)
       for (int64_t c = 0; c < b.in_columns; c += most) {
@@ -213,7 +212,6 @@ struct TileRows {
 template <class S, int NV, class T = typename S::Scalar>
 void multiply(const TileBlock<T>& b, const T* values, const T* weight, const Inputs& inputs,
               bool add, T* products) {
-  const Span span(Part::products);
   constexpr int64_t width = NV * S::lanes, in_cache = chunk_length<T>(width);
   constexpr int most = in_cache < 48 ? in_cache : 48;  // longer sums would round more
   const TileRows rows(b);

@@ -17,7 +17,6 @@ T* row_of(const View& v, int64_t t, int64_t n, int64_t h) {
 // Clears the image of step t and sample n, of `size` values. A result's images lie in one piece.
 template <class T>
 void clear_image(const View& v, int64_t t, int64_t n, int64_t size) {
-  const Span span(Part::copies);
   std::memset(row_of<T>(v, t, n, 0), 0, size * sizeof(T));
 }
 

@@ -2,7 +2,6 @@
 // owns its part of the sums, so that the result does not depend on the threads' order.
 #pragma once
 
-#include "seen_taps.h"
 #include "sparse_grad.h"
 #include "step_images.h"
 #include "threads.h"
@@ -46,8 +45,6 @@ class WeightGradient {
         x_groups_(groups(x_runs_)),
         mem_groups_(groups(mem_runs_)),
         splits_(count_splits(by_sample)),
-        x_seen_(l, x_in_tiles() ? c_.Cin : 0, kTilePiece, splits_),
-        mem_seen_(l, c_.tiled() ? c_.C : 0, kTilePiece, splits_),
         sums_(l, x_in_tiles(), splits_, (c_.N + splits_ - 1) / splits_ * pixel_blocks()) {
     if constexpr (kHasWinograd<T, VL>) {
       inputs_ = InputTransform<S>(l.grad_form);
@@ -62,8 +59,6 @@ class WeightGradient {
 
   void carve(Workspace& workspace) {
     sums_.carve(workspace, threads_);
-    x_seen_.carve(workspace);
-    mem_seen_.carve(workspace);
     scratch_ = workspace.take<WeightScratch>(threads_);
     for (int k = 0; k < threads_; ++k) {
       WeightScratch s;
@@ -79,13 +74,8 @@ class WeightGradient {
     }
   }
 
-  int64_t clear_tasks() const { return splits_ + sums_.chunks(); }
-  void clear(int64_t task) {
-    const Span span(Part::copies);
-    if (task >= splits_) return sums_.clear(task - splits_);
-    x_seen_.clear(task);
-    mem_seen_.clear(task);
-  }
+  int64_t clear_tasks() const { return sums_.chunks(); }
+  void clear(int64_t task) { sums_.clear(task); }
 
   // Adds a step's part, of its first N images. No other thread uses the tile buffers meanwhile.
   int64_t tasks() const { return splits_ * slices(); }
@@ -111,7 +101,7 @@ class WeightGradient {
 
   int64_t write_tasks() const { return sums_.write_tasks(); }
   void write(int64_t task, int thread, void* grad_weight) const {
-    sums_.write(task, thread, static_cast<T*>(grad_weight), x_seen_, mem_seen_);
+    sums_.write(task, thread, static_cast<T*>(grad_weight));
   }
 
  private:
@@ -190,11 +180,7 @@ class WeightGradient {
     if (cb % kShared != 0) return;
     for (int64_t n = images.first; n < images.last; ++n)
       for (int64_t block = 0; block < sparse_.blocks(); ++block) {
-        {
-          const Span span(Part::copies);
-          sparse_.build(step.x + n * l_.x_image(), block, s.listing, s.lists);
-        }
-        const Span span(Part::products);
+        sparse_.build(step.x + n * l_.x_image(), block, s.listing, s.lists);
         for (int64_t b = cb; b < cb + kShared && b < l_.Cb; ++b)
           sparse_.run(s.lists, step.d_gates + n * 4 * l_.mem_image() + b * kGates, s.listing,
                       sums_.rows(images.split, b, true));
@@ -213,14 +199,9 @@ class WeightGradient {
             pixel_rows(step, n, images, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x);
         const TileBlock<T> b = tile_block(l_, l_.grad_form, p.rows, (len + VL - 1) / VL * VL,
                                           images, images_together(true));
-        for (int64_t k = 0; k < images; ++k) {
-          const T* in = p.in + k * p.in_image + first;
-          if (cb == 0)
-            (of_x ? x_seen_ : mem_seen_)
-                .mark(all.split, piece, in + l_.ph * p.in_row + l_.pw * p.in_pixel, p.in_row,
-                      p.in_pixel, h, p.rows);
-          inputs_.run(b, in, p.in_row, p.in_pixel, s.tiles.values + k * b.image_values());
-        }
+        for (int64_t k = 0; k < images; ++k)
+          inputs_.run(b, p.in + k * p.in_image + first, p.in_row, p.in_pixel,
+                      s.tiles.values + k * b.image_values());
         for (int64_t k = cb; k < cb + kShared && k < l_.Cb; ++k, p.d_gates += kGates)
           weight_grad_tiles<S>(taps_, p, b, s.tiles.values, len, s.tiles.products,
                                sums_.points(all.split, k, of_x) + first * kGates, stride);
@@ -261,7 +242,6 @@ class WeightGradient {
 
   void directly(const StepImages<T>& step, const Images& images, int64_t cb, bool of_x,
                 int64_t piece, const WeightScratch& s) {
-    const Span span(Part::products);
     T* out = sums_.rows(images.split, cb, of_x);
     (of_x ? x_runs_ : mem_runs_).chunks(kPiece, [&](const Run* runs, int count) {
       if (piece-- != 0) return;
@@ -355,7 +335,6 @@ class WeightGradient {
   RunList x_runs_, mem_runs_;
   int64_t x_groups_, mem_groups_;  // pieces of the runs
   int64_t splits_;
-  SeenTaps<T, VL> x_seen_, mem_seen_;
   WeightSums<T, VL> sums_;
   WeightScratch* scratch_ = nullptr;
 };

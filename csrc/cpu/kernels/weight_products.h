@@ -79,15 +79,12 @@ void weight_grad_tiles(const PlaneTransform<V>& taps, const PixelRows<T>& p, con
   constexpr int VL = S::lanes, kGates = 4 * VL;
   const Plane from{b.dilation_h * p.d_row, b.dilation_w * p.d_pixel, V::lanes};
   const Plane to{b.form.w.inputs() * b.products_stride, b.products_stride, V::lanes};
-  Span transforms(Part::transforms);
   for (int64_t k = 0; k < b.images * b.count(); ++k, d_values += kGates) {
     const int64_t image = k / b.count(), tile = k % b.count();
     const int64_t h0 = b.row(tile / b.columns), w0 = b.column(tile % b.columns);
     taps.run(p.d_gates + image * p.d_image + h0 * p.d_row + w0 * p.d_pixel, from, d_values, to,
              kGates / V::lanes);
   }
-  transforms.end();
-  const Span products(Part::products);
   d_values -= b.images * b.count() * kGates;
   const TileRows rows(b);
   for (int point = 0; point < b.form.points(); ++point)

@@ -5,7 +5,6 @@
 #pragma once
 
 #include "pack.h"
-#include "seen_taps.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -55,7 +54,6 @@ class WeightSums {
   // Says whether to fold behind step t. The sums of one split and few steps are the total.
   bool due(int64_t t) const { return folds() && (t == 0 || (l_.c.T - t) % steps_ == 0); }
   void fold(int64_t chunk, int64_t t) {
-    const Span span(Part::copies);
     const bool first = l_.c.T - t <= steps_;
     const int64_t begin = chunk * kChunk;
     for (int64_t k = begin; k < begin + length(chunk); k += VL) {
@@ -66,12 +64,9 @@ class WeightSums {
     if (t > 0) clear(chunk);
   }
 
-  // Writes the total of a channel block and some input channels in the caller's order. Taps that
-  // met only zeros get zero, and not what Winograd sums for them.
+  // Writes the total of a channel block and some input channels in the caller's order.
   int64_t write_tasks() const { return l_.Cb * (groups(l_.c.Cin) + groups(l_.c.C)); }
-  void write(int64_t task, int thread, T* grad_weight, const SeenTaps<T, VL>& x_seen,
-             const SeenTaps<T, VL>& mem_seen) const {
-    const Span span(Part::copies);
+  void write(int64_t task, int thread, T* grad_weight) const {
     const int64_t cb = task % l_.Cb, group = task / l_.Cb;
     const bool of_x = group < groups(l_.c.Cin);
     const int64_t count = of_x ? l_.c.Cin : l_.c.C, stride = count * kGates;
@@ -84,8 +79,8 @@ class WeightSums {
     if constexpr (kHasWinograd<T, VL>) {
       T* const taps = taps_ + thread * taps_size();
       for (int64_t k = 0; k < n; ++k)
-        taps_of_tile(in + cb * l_.grad_points() * stride + k * kGates, stride, first + k,
-                     of_x ? x_seen : mem_seen, taps + k * l_.taps * kGates);
+        taps_of_tile(in + cb * l_.grad_points() * stride + k * kGates, stride,
+                     taps + k * l_.taps * kGates);
       write_taps(cb, n, taps, {l_.taps, l_.taps * kGates, kGates}, out);
     }
   }
@@ -103,8 +98,7 @@ class WeightSums {
   }
 
   // Transforms the sums of one channel, whose points lie `stride` apart, into its taps.
-  void taps_of_tile(const T* in, int64_t stride, int64_t channel, const SeenTaps<T, VL>& seen,
-                    T* out) const {
+  void taps_of_tile(const T* in, int64_t stride, T* out) const {
     using V = typename Merged<S, 4>::Vector;
     const TileForm& t = l_.grad_form;
     const auto outputs = PlaneTransform<V>::outputs(t, t.h.part, t.w.part);
@@ -115,13 +109,9 @@ class WeightSums {
         outputs.run(in, {t.w.inputs() * point, point, V::lanes}, taps,
                     {5 * kGates, kGates, V::lanes}, kGates / V::lanes);
         for (int64_t i = i0; i < i0 + t.h.part && i < l_.c.kernel_h; ++i)
-          for (int64_t j = j0; j < j0 + t.w.part && j < l_.c.kernel_w; ++j) {
-            const int64_t tap = i * l_.c.kernel_w + j;
-            T* const values = taps + ((i - i0) * 5 + j - j0) * kGates;
-            if (!seen.seen(channel, tap))
-              for (int64_t k = 0; k < kGates; ++k) values[k] -= values[k];  // NaN stays NaN
-            std::memcpy(out + tap * kGates, values, kGates * sizeof(T));
-          }
+          for (int64_t j = j0; j < j0 + t.w.part && j < l_.c.kernel_w; ++j)
+            std::memcpy(out + (i * l_.c.kernel_w + j) * kGates,
+                        taps + ((i - i0) * 5 + j - j0) * kGates, kGates * sizeof(T));
       }
   }
 
