@@ -77,17 +77,10 @@ def compiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def accelerated(model: nn.Module) -> nn.Module:
-    """Returns the model after `snnlstm.accelerate`."""
-    snnlstm.accelerate(model)
-    return model
-
-
 PROVIDERS: dict[str, Callable[[Case], Any]] = {
     "plain loop": lambda case: case.build(Stack),
     "plain, compiled": lambda case: compiled(case.build(Stack)),
     "snnlstm": lambda case: case.build(snnlstm.ConvLSTM),
-    "accelerated": lambda case: accelerated(case.build(Stack)),
     "snnlstm, compiled": lambda case: torch.compile(case.build(snnlstm.ConvLSTM), dynamic=False),
 }
 if find_spec("keras"):

@@ -76,7 +76,8 @@ struct View {
   int64_t stride[5] = {0, 0, 0, 0, 0};
 };
 
-// What the forward and the backward pass of a call share.
+// What the forward and the backward pass of a call share. Python gives the fields from x to
+// workspace, and those of the pass, in this order (bindings.h).
 struct PassArgs {
   Cell cell;
   View x;                            // (T, N, Cin, H, W)
@@ -90,15 +91,15 @@ struct PassArgs {
   const void* levels = nullptr;         // (num_levels,), ascending, in the compute type
   bool record = false;                  // syn and mem have every step t, else the last step only
   void* saved_gates = nullptr;          // training: activated gates, layout of the backend's choice
-  const int64_t* lengths = nullptr;     // (N,): steps of each sample, 0 to T; null: all have T
-  const int64_t* order = nullptr;       // CPU, with lengths: the samples, the longest first
   void* saved_syn = nullptr;  // training: syn after every step, layout of the backend's choice
   int64_t* winner = nullptr;  // (T, N): place in (C, Hp, Wp) of the only neuron that may spike
   // training with Pool::max: for each pooled pixel of every step the number, row by row, of the
   // window's pixel that gets its gradient; in a layout of the backend's choice
-  void* places = nullptr;  // Cell::place_bytes()
+  void* places = nullptr;            // Cell::place_bytes()
+  const int64_t* lengths = nullptr;  // (N,): steps of each sample, 0 to T; null: all have T
+  const int64_t* order = nullptr;    // CPU, with lengths: the samples, the longest first
   void* workspace = nullptr;
-  int threads = 1;  // CPU
+  int threads = 1;  // CPU: the plan's
 };
 
 struct ForwardArgs : PassArgs {

@@ -1,4 +1,5 @@
-// What the bindings of both backends share: a cell, and the arguments of a call by name.
+// What the bindings of both backends share: a cell, and the arguments of a call, which come as one
+// tuple in the order of the structs' fields (args.h).
 //
 // A tensor of the caller's comes as a pair (address, strides of time, batch, channel, row and
 // column, in elements), or None. Other memory comes as its address, or 0.
@@ -9,7 +10,6 @@
 
 #include <algorithm>
 #include <string>
-#include <unordered_map>
 
 #include "args.h"
 
@@ -59,114 +59,86 @@ inline View view(const py::handle& from) {
   return v;
 }
 
-// The keyword arguments of a call. finish() refuses those that nobody has asked for.
-class Keywords {
+// Reads the tuple of a call, field by field, after a check of its length.
+class Fields {
  public:
-  explicit Keywords(const py::kwargs& given) : given_(given) {}
-
-  View view(const char* name) {
-    const py::handle found = find(name);
-    return found ? bindings::view(found) : View();
-  }
-  void* address(const char* name) {
-    const py::handle found = find(name);
-    return found ? at(address_of(found)) : nullptr;
-  }
-  int64_t number(const char* name) {
-    const py::handle found = find(name);
-    const int64_t value = found ? PyLong_AsLongLong(found.ptr()) : 0;
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
-  // These return an argument that the call must have.
-  View needed_view(const char* name) {
-    const View found = view(name);
-    needs(found.data, name);
-    return found;
-  }
-  void* needed_address(const char* name) {
-    void* const found = address(name);
-    needs(found, name);
-    return found;
+  Fields(const py::tuple& given, Py_ssize_t count) : given_(given.ptr()) {
+    const Py_ssize_t size = PyTuple_GET_SIZE(given_);
+    if (size != count)
+      throw py::value_error("a call of this pass has " + std::to_string(count) + " fields, got " +
+                            std::to_string(size));
   }
 
-  void finish() const {
-    if (seen_ != given_.size()) throw py::type_error("an argument that the kernels do not know");
+  template <class... All>
+  void read(All&... fields) {
+    (one(fields), ...);
   }
 
  private:
-  py::handle find(const char* name) {
-    const py::handle found = PyDict_GetItem(given_.ptr(), interned(name));
-    if (found) ++seen_;
-    return found;
+  py::handle next() { return PyTuple_GET_ITEM(given_, used_++); }
+  void one(View& v) { v = view(next()); }
+  template <class T>
+  void one(T*& address) {
+    address = static_cast<T*>(at(address_of(next())));
   }
-  // The name as Python has it, made once for each literal: its hash is most of the search.
-  static PyObject* interned(const char* name) {
-    static std::unordered_map<const char*, PyObject*> names;  // under the GIL
-    PyObject*& found = names[name];
-    if (!found) found = PyUnicode_InternFromString(name);
-    return found;
+  void one(int64_t& number) {
+    number = PyLong_AsLongLong(next().ptr());
+    if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+  void one(bool& flag) {
+    int64_t number;
+    one(number), flag = number != 0;
   }
 
-  const py::kwargs& given_;
-  size_t seen_ = 0;
+  PyObject* given_;
+  Py_ssize_t used_ = 0;
 };
 
 // ---- arguments of a call, for both backends ----
 
-template <class Args>
-Args common_args(const Cell& cell, Keywords& k) {
-  Args a;
-  a.cell = cell;
-  a.record = k.number("record") != 0;
-  a.x = k.view("x"), a.syn0 = k.needed_view("syn0"), a.mem0 = k.view("mem0");
-  a.weight = k.address("weight");
-  a.weight_mem = k.address("weight_mem"), a.weight_x = k.address("weight_x");
-  a.threshold = k.address("threshold"), a.threshold_stride = k.number("threshold_stride");
+constexpr Py_ssize_t kPassFields = 18;
+
+inline void read_pass(Fields& f, PassArgs& a) {
+  f.read(a.x, a.syn0, a.mem0, a.weight, a.weight_mem, a.weight_x, a.threshold, a.threshold_stride,
+         a.graded_factor, a.levels, a.record, a.saved_gates, a.saved_syn, a.winner, a.places,
+         a.lengths, a.order, a.workspace);
+}
+
+inline void check_common(const PassArgs& a) {
+  needs(a.syn0.data, "syn0");
   if (a.threshold_stride != 0 && a.threshold_stride != 1)
     throw py::value_error("threshold_stride must be 0 or 1");
-  a.graded_factor = k.address("graded"), a.levels = k.address("levels");
-  if (cell.spiking) needs(a.threshold, "threshold"), needs(a.graded_factor, "graded");
-  if (cell.num_levels > 0) needs(a.levels, "levels");
-  a.saved_gates = k.address("saved_gates"), a.saved_syn = k.address("saved_syn");
-  if (a.saved_gates && cell.T > 1) needs(a.saved_syn, "saved_syn");
-  a.lengths = static_cast<const int64_t*>(k.address("lengths"));
-  a.order = static_cast<const int64_t*>(k.address("order"));
-  a.winner = static_cast<int64_t*>(k.address("winner"));
-  a.places = k.address("places");
-  a.workspace = k.address("workspace");
-  return a;
+  if (a.cell.spiking) needs(a.threshold, "threshold"), needs(a.graded_factor, "graded");
+  if (a.cell.num_levels > 0) needs(a.levels, "levels");
+  if (a.saved_gates && a.cell.T > 1) needs(a.saved_syn, "saved_syn");
 }
 
-inline ForwardArgs forward_args(const Cell& cell, const py::kwargs& given) {
-  Keywords k(given);
-  auto a = common_args<ForwardArgs>(cell, k);
-  a.bias = k.address("bias"), a.gate_sums = k.view("gate_sums");
-  needs(a.mem0.data, "mem0");
-  a.spk = k.view("spk"), a.syn = k.needed_view("syn"), a.mem = k.needed_view("mem");
+inline ForwardArgs forward_args(const Cell& cell, const py::tuple& given) {
+  ForwardArgs a;
+  a.cell = cell;
+  Fields f(given, kPassFields + 5);
+  read_pass(f, a);
+  f.read(a.bias, a.gate_sums, a.spk, a.syn, a.mem);
+  check_common(a);
+  needs(a.mem0.data, "mem0"), needs(a.syn.data, "syn"), needs(a.mem.data, "mem");
   if (cell.spiking || cell.T > 1) needs(a.spk.data, "spk");
   if (a.saved_gates && cell.pool == Pool::max) needs(a.places, "places");
-  k.finish();
   return a;
 }
 
-inline BackwardArgs backward_args(const Cell& cell, const py::kwargs& given) {
-  Keywords k(given);
-  auto a = common_args<BackwardArgs>(cell, k);
+inline BackwardArgs backward_args(const Cell& cell, const py::tuple& given) {
+  BackwardArgs a;
+  a.cell = cell;
+  Fields f(given, kPassFields + 12);
+  read_pass(f, a);
+  f.read(a.noise, a.grad_spk, a.grad_syn, a.grad_mem, a.grad_x, a.grad_syn0, a.grad_mem0,
+         a.grad_weight, a.grad_bias, a.grad_threshold, a.d_gates, a.mem_after);
+  check_common(a);
   needs(a.saved_gates, "saved_gates");
-  a.noise = k.view("noise");
-  a.grad_spk = k.view("grad_spk");
   if (a.grad_spk.data && cell.inhibition) needs(a.winner, "winner");
   if (a.grad_spk.data && cell.pool == Pool::max) needs(a.places, "places");
   if (a.grad_spk.data && cell.surrogate == Surrogate::stochastic) needs(a.noise.data, "noise");
-  a.grad_syn = k.view("grad_syn"), a.grad_mem = k.view("grad_mem");
-  a.grad_x = k.view("grad_x");
-  a.grad_syn0 = k.view("grad_syn0"), a.grad_mem0 = k.view("grad_mem0");
-  a.grad_weight = k.address("grad_weight"), a.grad_bias = k.address("grad_bias");
-  a.grad_threshold = k.address("grad_threshold");
   if (a.grad_weight) needs(a.x.data, "x");
-  a.d_gates = k.address("d_gates"), a.mem_after = k.address("mem_after");
-  k.finish();
   return a;
 }
 

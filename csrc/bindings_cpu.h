@@ -108,25 +108,25 @@ inline double copy_weight(Address weight, Address copy, int dtype, int64_t count
                                                           static_cast<float*>(at(copy)), count);
 }
 
-// Returns x's density in hundredths (100 without x), or -1 if the `bytes` bytes at `weight` and at
-// `copy` differ. One function does both, because each call from Python takes time.
-inline int inspect(Address weight, Address copy, int64_t bytes, const Cell& cell,
-                   const py::handle& x, Address lengths) {
+// Says whether the bytes at `weight` are those at `copy`.
+inline bool same_bytes(Address weight, Address copy, int64_t bytes) {
   counted("bytes", bytes);
-  if (bytes > 0) needs(at(weight), "weight");
-  if (bytes > 0) needs(at(copy), "copy");
-  const View seen = x.is_none() ? View() : view(x);
-  const auto* steps = static_cast<const int64_t*>(at(lengths));
-  const auto look = [&] {
-    if (bytes > 0 && !same(at(weight), at(copy), bytes)) return -1;
-    if (!seen.data) return 100;
-    const double part = cell.dtype == DType::float64 ? density<double>(cell, seen, steps)
-                                                     : density<float>(cell, seen, steps);
-    return int(100 * part + 0.5);
-  };
-  if (bytes < (1 << 16)) return look();
+  if (bytes == 0) return true;
+  needs(at(weight), "weight");
+  needs(at(copy), "copy");
+  if (bytes < (1 << 16)) return std::memcmp(at(weight), at(copy), size_t(bytes)) == 0;
   py::gil_scoped_release release;
-  return look();
+  return same(at(weight), at(copy), bytes);
+}
+
+// Returns x's density in hundredths.
+inline int percent_of(const Cell& cell, const py::handle& x, Address lengths) {
+  const View seen = view(x);
+  needs(seen.data, "x");
+  const auto* steps = static_cast<const int64_t*>(at(lengths));
+  const double part = cell.dtype == DType::float64 ? density<double>(cell, seen, steps)
+                                                   : density<float>(cell, seen, steps);
+  return int(100 * part + 0.5);
 }
 
 // Returns the forms of the weight that a pass reads, each as (number, name, bytes). The name tells
@@ -179,7 +179,8 @@ inline void bind_cpu(py::module_& m) {
   m.def("isa_names", &cpu::isa_names);
   m.def("isa_name", &cpu::isa_name);
   m.def("set_isa", &cpu::set_isa);
-  m.def("inspect", &inspect);
+  m.def("same", &same_bytes);
+  m.def("density", &percent_of);
   m.def("copy_weight", &copy_weight);
   m.def("cpu_padded_channels", [](int dtype, int64_t C) {
     Cell cell;
@@ -202,13 +203,13 @@ inline void bind_cpu(py::module_& m) {
       .def("forms", &forms, py::arg("backward"), py::arg("grad_x") = false)
       .def("pack", &pack)
       .def("forward",
-           [](const Plan& p, const py::kwargs& given) {
+           [](const Plan& p, const py::tuple& given) {
              ForwardArgs a = forward_args(p.forward, given);
              set_plan(a, p);
              py::gil_scoped_release release;
              p.run(a);
            })
-      .def("backward", [](const Plan& p, const py::kwargs& given) {
+      .def("backward", [](const Plan& p, const py::tuple& given) {
         BackwardArgs a = backward_args(p.backward, given);
         set_plan(a, p);
         py::gil_scoped_release release;

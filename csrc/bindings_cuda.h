@@ -162,13 +162,13 @@ void bind_cuda(py::module_& m) {
           },
           py::arg("values"), py::arg("levels"), py::arg("stream"))
       .def("forward",
-           [](const Plan& p, Address stream, const py::kwargs& given) {
+           [](const Plan& p, Address stream, const py::tuple& given) {
              const ForwardArgs a = forward_args(p.cell, given);
              check_pass(a, p);
              py::gil_scoped_release release;
              p.run(a, at(stream));
            })
-      .def("backward", [](const Plan& p, Address stream, const py::kwargs& given) {
+      .def("backward", [](const Plan& p, Address stream, const py::tuple& given) {
         const BackwardArgs a = backward_args(p.cell, given);
         check_pass(a, p);
         py::gil_scoped_release release;

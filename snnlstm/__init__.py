@@ -7,7 +7,7 @@ from .version import __version__
 try:
     from . import functional, quant, reference, surrogate
     from .convlstm import ConvLSTM, ConvLSTMCell
-    from .native.memory import empty_cache
+    from .native.pool import empty_cache
     from .rates import spike_rates
     from .sconv1dlstm import SConv1dLSTM
     from .sconv2dlstm import SConv2dLSTM

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from . import options
+from . import spec
 from .call import as_image
-from .options import RESETS, CellOptions, Reset
-from .path import LastPath
+from .path import Entries, LastPath
 from .snntorch import Base, alive, clear_registries, register
+from .spec import RESETS, CellSpec, Reset
 from .state import ResetSource, State
 from .surrogate import is_number
 
@@ -40,7 +39,9 @@ class CellAttributes(Base):
     _state: State
     _reset_source: ResetSource | None = None
     _reset_mechanism: Reset
-    _options: dict[tuple[bool, bool], CellOptions]
+    _spec: CellSpec | None
+    """What the attributes say; None while they contradict each other."""
+    _entries: Entries
     _logged: set[str]
     """The reason of the slow path that was logged, if one was."""
     _adopted: dict[str, Any] | None = None
@@ -48,25 +49,23 @@ class CellAttributes(Base):
     _layer_name: str = ""
     """The cell's name in the network that was accelerated, for the log."""
 
-    # ---- options --------------------------------------------------------------------------
+    # ---- spec -----------------------------------------------------------------------------
 
-    def _describe(self, sequence: bool = False, record: bool = False) -> CellOptions:
-        """Return the options of a call."""
-        found = self._options.get((sequence, record))
-        return found or self._make_options()[sequence, record]  # which says what is contradictory
+    def _describe(self) -> CellSpec:
+        """Return what the attributes say; an error says what is contradictory."""
+        return self._spec or self._make_spec()
 
-    def _make_options(self) -> dict[tuple[bool, bool], CellOptions]:
-        described = {name: getattr(self, name) for name in options.DESCRIBING}
-        made = options.make_options(self.kernel_size, dims=self._dims, **described)
-        kinds = ((False, False), (True, False), (True, True))
-        return {kind: replace(made, sequence=kind[0], record=kind[1]) for kind in kinds}
+    def _make_spec(self) -> CellSpec:
+        described = {name: getattr(self, name) for name in spec.DESCRIBING}
+        return spec.make_spec(self.kernel_size, dims=self._dims, **described)
 
-    def _remake_options(self) -> None:
-        """Make the options anew, at once: torch.compile must find them made."""
+    def _remake_spec(self) -> None:
+        """Make the spec anew, at once: torch.compile must find it made."""
+        self._entries = {}
         try:
-            self._options = self._make_options()
+            self._spec = self._make_spec()
         except ValueError:  # two attributes contradict each other until the second one is set
-            self._options = {}
+            self._spec = None
 
     # ---- attributes -----------------------------------------------------------------------
 
@@ -78,14 +77,14 @@ class CellAttributes(Base):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("syn", "mem"):  # nn.Module would register a Parameter
             object.__setattr__(self, name, value)
-        elif name in options.CHECKS:
-            super().__setattr__(name, options.CHECKS[name](value, self._dims))
+        elif name in spec.CHECKS:
+            super().__setattr__(name, spec.CHECKS[name](value, self._dims))
             if "_state" in self.__dict__:  # the constructor has run
-                self._remake_options()
+                self._remake_spec()
         elif name in ("threshold", "graded_spikes_factor") and is_number(value):
             self._set_number(name, float(value))
         elif name == "reset_mechanism_val" and isinstance(value, Tensor):
-            reset = options.reset_of_number(value)
+            reset = spec.reset_of_number(value)
             super().__setattr__(name, value)
             self._follow(reset)
         else:
@@ -107,9 +106,9 @@ class CellAttributes(Base):
 
     @reset_mechanism.setter
     def reset_mechanism(self, value: str) -> None:
-        self._reset_mechanism = options.reset_name(value)
+        self._reset_mechanism = spec.reset_name(value)
         self.reset_mechanism_val = self._reset_index(self.reset_mechanism_val.device)
-        self._remake_options()
+        self._remake_spec()
 
     def _reset_index(self, device: torch.device) -> Tensor:
         return torch.tensor(RESETS.index(self._reset_mechanism), device=device)
@@ -119,7 +118,7 @@ class CellAttributes(Base):
         if reset is not None:
             self._reset_mechanism = reset
             if "_state" in self.__dict__:
-                self._remake_options()
+                self._remake_spec()
 
     def extra_repr(self) -> str:
         """Arguments that differ from their defaults."""
@@ -233,7 +232,7 @@ class CellAttributes(Base):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
         try:
-            self._follow(options.reset_of_number(self.reset_mechanism_val))
+            self._follow(spec.reset_of_number(self.reset_mechanism_val))
         except ValueError as error:
             error_msgs = rest[-1]
             error_msgs.append(str(error))
@@ -241,12 +240,13 @@ class CellAttributes(Base):
     def _replicate_for_data_parallel(self) -> Any:
         """Give a replica of DataParallel, which shares the attributes, states of its own."""
         replica = super()._replicate_for_data_parallel()
-        replica._state = self._state.shared()
+        replica._state, replica._entries = self._state.shared(), {}
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_options"], state["_reset_source"], state["_logged"] = {}, None, set()
+        state["_spec"], state["_entries"] = None, {}
+        state["_reset_source"], state["_logged"] = None, set()
         state["_state"] = copy(self._state)  # without the graph
         state.pop("spk", None)  # spk hangs on the graph of the last call
         if self._adopted is not None:
@@ -255,5 +255,5 @@ class CellAttributes(Base):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
-        self._remake_options()
+        self._remake_spec()
         register(self)

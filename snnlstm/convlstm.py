@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import options
-from .call import Call, checked_call, known_call
-from .checks import state_tensor
-from .lengths import active, checked
-from .options import CellOptions, Checkpoint, in_time, make_options
+from . import spec
+from .call import Call, active, checked_call, checked_lengths, state_tensor
 from .path import (
+    Entries,
     LastPath,
     carries_hooks,
+    entry_of,
     exporting,
-    foreign_conv,
     global_hooks,
+    known_entry,
     like_of,
     log_fallback,
-    reason_against_conv,
+    overrides_of,
     run,
+    run_traced,
 )
 
 __all__ = ["ConvLSTM", "ConvLSTMCell"]
@@ -36,86 +36,6 @@ logger = logging.getLogger("snnlstm")
 
 State = Sequence[Tensor | None]
 """h and c, (N, C, Ho, Wo) each; None means zeros."""
-
-
-class Convolution:
-    """Runs a convolution of [x, h] as a ConvLSTM, for the module that has it."""
-
-    def __init__(self, channels: tuple[int, int], **described: Any) -> None:
-        """Take Cin and C, and arguments of :func:`snnlstm.options.make_options`."""
-        self.channels, self.logged = channels, set[str]()
-        self.options = make_options(surrogate_disable=True, spiking=False, **described)
-        self.of_sequence = [in_time(self.options, True, record, False) for record in (False, True)]
-
-    def run(
-        self,
-        cell: nn.Module,
-        conv: Any,
-        x: Any,
-        h: Any,
-        c: Any,
-        names: Sequence[str],
-        lengths: Any = None,
-        record: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return h of every step, which is empty if x is one step, and the last h and c.
-
-        x has time first. `names` are those of x, h and c in errors. `lengths` are the steps of each
-        sample. With `record` h and c are those of every step.
-        """
-        traced = torch.compiler.is_compiling()
-        sequence = isinstance(x, Tensor) and x.dim() == 5
-        described = self.of_sequence[record] if sequence else self.options
-        known = not traced and lengths is None
-        call = self._like_before(conv, x, h, c, described) if known else None
-        if call is None:
-            call = self._checked(conv, x, h, c, described, names, lengths, traced)
-        every, c, h, path = run(call)
-        if exporting():
-            pass
-        elif traced:
-            cell._path = path  # type: ignore[assignment]  # dynamo follows attributes
-        else:
-            cell.__dict__["_path"] = path
-            if path.slow:
-                log_fallback(path, self.logged, cell)
-        return every, h, c
-
-    def _like_before(
-        self, conv: Any, x: Any, h: Any, c: Any, described: CellOptions
-    ) -> Call | None:
-        """Return the call, if its arguments are like those of a call that was checked before."""
-        if type(x) is not Tensor or not isinstance(h, Tensor) or not isinstance(c, Tensor):
-            return None
-        if reason_against_conv(conv, nn.Conv2d, described) is not None:
-            return None
-        weight, bias, nothing = conv.weight, conv.bias, x.new_empty(())
-        call = known_call((x, c, h, weight, bias, nothing, nothing), described)
-        dense = all(t is None or t.layout is torch.strided for t in (x, h, c, bias))
-        return call if dense and weight.shape[0] == 4 * self.channels[1] else None
-
-    def _checked(
-        self,
-        conv: Any,
-        x: Any,
-        h: Any,
-        c: Any,
-        described: CellOptions,
-        names: Sequence[str],
-        lengths: Any,
-        traced: bool,
-    ) -> Call:
-        """Return the call, after a check of every argument."""
-        plain = type(conv) is nn.Conv2d
-        weight, bias = (conv.weight, conv.bias) if plain else (like_of(conv, x, x), None)
-        given = {"mem": (names[1], h), "syn": (names[2], c)}
-        return checked_call(
-            x, weight, bias, None, None, self.channels,
-            lambda *_: described,
-            lambda name, shape, x: state_tensor(*given[name], shape, x, weight),
-            lambda described: foreign_conv(conv, nn.Conv2d, described, self.channels),
-            record=described.record, lengths=lengths, traced=traced, name=names[0],
-        )  # fmt: skip
 
 
 class ConvLSTMCell(nn.Module):
@@ -162,27 +82,28 @@ class ConvLSTMCell(nn.Module):
         *,
         stride: int | tuple[int, int] = 1,
         dilation: int | tuple[int, int] = 1,
-        checkpoint: Checkpoint = False,
+        checkpoint: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.input_dim = options.integer("input_dim", input_dim)
-        self.hidden_dim = options.integer("hidden_dim", hidden_dim)
-        self.bias = options.flag("bias", bias)
-        self._convolution = Convolution(
-            (input_dim, hidden_dim), kernel_size=kernel_size, stride=stride, dilation=dilation,
+        self.input_dim = spec.integer("input_dim", input_dim)
+        self.hidden_dim = spec.integer("hidden_dim", hidden_dim)
+        self.bias = spec.flag("bias", bias)
+        described = self._spec = spec.make_spec(
+            kernel_size, surrogate_disable=True, spiking=False, stride=stride, dilation=dilation,
             checkpoint=checkpoint,
         )  # fmt: skip
-        described = self._convolution.options
+        self._entries: Entries = {}
+        self._logged: set[str] = set()
         self.kernel_size, self.padding = described.kernel_size, described.padding
         self.stride, self.dilation = described.stride, described.dilation
         self.checkpoint = described.checkpoint
         self.conv = nn.Conv2d(
             input_dim + hidden_dim, 4 * hidden_dim, self.kernel_size, padding=self.padding,
             dilation=self.dilation, bias=self.bias,
-            device=options.device_or_none("device", device),
-            dtype=options.dtype_or_none("dtype", dtype),
+            device=spec.device_or_none("device", device),
+            dtype=spec.dtype_or_none("dtype", dtype),
         )  # fmt: skip
 
     def forward(self, input_tensor: Tensor, cur_state: State | None = None) -> State:
@@ -209,19 +130,69 @@ class ConvLSTMCell(nn.Module):
         return h, c
 
     def _over_time(
-        self, x: Tensor, state: Any, name: str, lengths: Any = None, record: bool = False
+        self, x: Any, state: Any, name: str, lengths: Any = None, record: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run x from a state of this name in errors; the result is :meth:`Convolution.run`'s."""
+        """Return h of every step, which is empty if x is one step, and the last h and c.
+
+        x has time first, and `name` is that of the state in errors. `lengths` are the steps of
+        each sample. With `record` h and c are those of every step.
+        """
         state = (None, None) if state is None else state
         if not isinstance(state, (tuple, list)) or len(state) != 2:
             got = f"{len(state)} items" if hasattr(state, "__len__") else type(state).__name__
             raise TypeError(f"{name} must be h and c, (Tensor, Tensor), or None, got {got}")
-        names = "input_tensor", f"h of {name}", f"c of {name}"
-        return self._convolution.run(self, self.conv, x, state[0], state[1], names, lengths, record)
+        conv, kind = self.conv, nn.Conv2d
+        if torch.compiler.is_compiling():
+            overrides = overrides_of(conv, kind, self._spec)
+            call = self._checked(x, state, name, lengths, record, True)
+            every, c, h, path = run_traced(call, self._spec, overrides)
+            if not exporting():
+                self._path = path  # dynamo follows attributes
+            return every, h, c
+        overrides, entry = overrides_of(conv, kind, self._spec), None
+        if overrides is None:
+            h, c = state
+            call = Call(x, c, h, conv.weight, conv.bias, None, None, lengths, record)
+            # States that are None, and lengths, are for the checked way.
+            if h is not None and c is not None and lengths is None:
+                entry = known_entry(self._entries, call, self._spec)
+            if entry is None:
+                overrides = overrides_of(conv, kind, self._spec, (self.input_dim, self.hidden_dim))
+        if entry is None:
+            call = self._checked(x, state, name, lengths, record, False)
+            entry = entry_of(self._entries if overrides is None else {}, call, self._spec)
+        every, c, h, path = run(call, entry, overrides)
+        if not exporting():
+            self.__dict__["_path"] = path
+            if path.slow:
+                log_fallback(path, self._logged, self)
+        return every, h, c
+
+    def _checked(
+        self, x: Any, state: Any, name: str, lengths: Any, record: bool, traced: bool
+    ) -> Call:
+        """Return the call, after a check of every argument."""
+        conv = self.conv
+        plain = type(conv) is nn.Conv2d
+        weight, bias = (conv.weight, conv.bias) if plain else (like_of(conv, x, x), None)
+        given = {"mem": (f"h of {name}", state[0]), "syn": (f"c of {name}", state[1])}
+        return checked_call(
+            x, weight, bias, None, None, (self.input_dim, self.hidden_dim), self._spec,
+            lambda name, shape, x: state_tensor(*given[name], shape, x, weight),
+            record=record, lengths=lengths, traced=traced, name="input_tensor",
+        )  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_entries": {}, "_logged": set()}
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica._entries = {}
+        return replica
 
     def init_hidden(self, batch_size: int, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return zeros for h and c, (batch_size, C, Ho, Wo), for images of `image_size`."""
-        size = self._convolution.options.state_size(*image_size)
+        size = self._spec.state_size(*image_size)
         zeros = self.conv.weight.detach().new_zeros((batch_size, self.hidden_dim, *size))
         return zeros, zeros.clone()
 
@@ -282,13 +253,13 @@ class ConvLSTM(nn.Module):
         **of_cells: Any,
     ) -> None:
         super().__init__()
-        count = options.integer("num_layers", num_layers)
+        count = spec.integer("num_layers", num_layers)
         self.input_dim, self.num_layers = input_dim, count
         self.hidden_dim = _per_layer("hidden_dim", hidden_dim, count)
         self.kernel_size = _per_layer("kernel_size", kernel_size, count)
-        self.batch_first = options.flag("batch_first", batch_first)
-        self.bias = options.flag("bias", bias)
-        self.return_all_layers = options.flag("return_all_layers", return_all_layers)
+        self.batch_first = spec.flag("batch_first", batch_first)
+        self.bias = spec.flag("bias", bias)
+        self.return_all_layers = spec.flag("return_all_layers", return_all_layers)
         sizes = zip([input_dim, *self.hidden_dim], self.hidden_dim, self.kernel_size, strict=False)
         self.cell_list = nn.ModuleList(ConvLSTMCell(*size, bias, **of_cells) for size in sizes)
 
@@ -324,7 +295,7 @@ class ConvLSTM(nn.Module):
             h and c of these layers after the last step, (N, C, Ho, Wo) each, or of every step,
             (N, T, C, Ho, Wo), with `record`.
         """
-        record = options.flag("record", record)
+        record = spec.flag("record", record)
         x, order = input_tensor, "N, T" if self.batch_first else "T, N"
         if not isinstance(x, Tensor):
             raise TypeError(f"input_tensor must be a tensor, got {type(x).__name__}")
@@ -336,7 +307,7 @@ class ConvLSTM(nn.Module):
         x = x.transpose(0, 1) if self.batch_first else x
         if lengths is not None:
             traced = torch.compiler.is_compiling()
-            lengths = checked(lengths, x.shape[0], x.shape[1], x.device, traced)
+            lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, traced)
         states = [None] * self.num_layers if hidden_state is None else hidden_state
         if len(states) != self.num_layers:
             raise ValueError(
@@ -359,8 +330,8 @@ def _over_time(
     plain = type(cell).forward is ConvLSTMCell.forward and "forward" not in cell.__dict__
     if plain and not carries_hooks(cell) and not global_hooks():
         return cell._over_time(x, state, f"hidden_state[{layer}]", lengths, record)
-    if not torch.compiler.is_compiling() and not cell.__dict__.get("_logged"):
-        cell.__dict__["_logged"] = True
+    if not torch.compiler.is_compiling() and not cell.__dict__.get("_says_steps"):
+        cell.__dict__["_says_steps"] = True
         text = "ConvLSTM calls layer %d step by step: its %s has hooks or a forward of its own"
         logger.warning(text, layer, type(cell).__name__)
     state = cell.init_hidden(x.shape[1], tuple(x.shape[-2:])) if state is None else state

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .call import in_order_of_caller, stateless_call
-from .options import Checkpoint
-from .path import run
+from .call import batch_before_time, stateless_call
+from .path import Entries, entry_of, run, run_traced
 
 __all__ = ["sconv2dlstm"]
+
+_entries: Entries = {}
 
 
 def sconv2dlstm(
@@ -34,7 +36,7 @@ def sconv2dlstm(
     dilation: int | tuple[int, int] = 1,
     record: bool = False,
     lengths: Any = None,
-    checkpoint: Checkpoint = False,
+    checkpoint: bool = False,
     batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one step, or a sequence of them, of a spiking convolutional LSTM.
@@ -81,11 +83,15 @@ def sconv2dlstm(
     spiking neural networks using lessons from deep learning", Proc. IEEE 111, 2023;
     ``snntorch.SConv2dLSTM`` 1.0.0.
     """
-    call = stateless_call(
+    call, spec = stateless_call(
         x, syn, mem, weight, bias, threshold=threshold, spike_grad=spike_grad,
         surrogate_disable=surrogate_disable, reset_mechanism=reset_mechanism, max_pool=max_pool,
         avg_pool=avg_pool, state_quant=state_quant, graded_spikes_factor=graded_spikes_factor,
         inhibition=inhibition, stride=stride, dilation=dilation, record=record, lengths=lengths,
         checkpoint=checkpoint, batch_first=batch_first,
     )  # fmt: skip
-    return in_order_of_caller(call.options, batch_first, *run(call)[:3])
+    if torch.compiler.is_compiling():
+        results = run_traced(call, spec)
+    else:
+        results = run(call, entry_of(_entries, call, spec))
+    return batch_before_time(call, batch_first, *results[:3])

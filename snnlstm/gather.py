@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .native import memory
+from .native import pool as memory
 
 __all__ = ["IN_PLACE", "Gathered", "first_item"]
 

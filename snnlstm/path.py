@@ -1,28 +1,31 @@
 """Decides which implementation runs a call, and runs it.
 
-:func:`run` decides between the native kernels and :mod:`snnlstm.reference`. The answer is a
-:class:`Path`, which the module shows as ``cell.path``. Nothing falls back silently.
+What is static of a call is looked up: an :class:`Entry` has the plan of the native kernels, or the
+reason for :mod:`snnlstm.reference`. What may change between like calls is asked here, once a call.
+The answer is a :class:`Path`, which the module shows as ``cell.path``. Nothing falls back silently.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torch.utils.checkpoint import checkpoint
 
 from . import reference
-from .call import PLAIN, Call
-from .options import DTYPES, CellOptions
+from .call import PLAIN, Call, autocast_dtype, key_of
+from .reference import Overrides
 from .settings import get_algorithm
+from .spec import DTYPES, HALF_TYPES, CellSpec
 
 __all__ = ["LastPath", "Path", "run"]
 
@@ -81,26 +84,24 @@ class LastPath:
 
 _MISSING = "the compiled core is missing"
 _NATIVE_REASON = "the native kernels cover this call"
-_WHOLE_GATES = "they cover this call, and keep whole gates: checkpoint='gates' is for the CPU"
 
 try:
-    from .native import backend as _native
-    from .native import function as _function
+    from .native import function as _native
 except ImportError as error:
-    _native = _function = None  # type: ignore[assignment]
+    _native = None  # type: ignore[assignment]
     if find_spec(f"{__package__}._C") is not None:
         _MISSING = f"the compiled core does not load: {error}"
 
 
 @lru_cache(maxsize=64)
-def _native_path(name: str, reason: str) -> Path:
+def _native_path(name: str) -> Path:
     """Path of a call that the native kernels called `name` ran."""
-    return Path(name, reason)
+    return Path(name, _NATIVE_REASON)
 
 
 # The paths are made once, here: dynamo cannot trace a call into the core.
 _NATIVE_PATHS = {
-    device: _native_path(_native.name(device), _NATIVE_REASON)
+    device: _native_path(_native.BACKENDS[device].name())
     for device in getattr(_native, "DEVICES", ())
 }
 
@@ -108,13 +109,11 @@ _NATIVE_PATHS = {
 # ---- reasons against the kernels ------------------------------------------------------------
 
 
-def _methods(kind: type[nn.Conv1d | nn.Conv2d]) -> tuple[Any, ...]:
-    """What a call of a convolution goes through: its class's methods, and torch's function."""
-    function = F.conv2d if kind is nn.Conv2d else F.conv1d
-    return kind.__call__, kind.forward, kind._conv_forward, function
-
-
-_TORCHS = {kind: _methods(kind) for kind in (nn.Conv1d, nn.Conv2d)}
+# What a call of a convolution goes through: its class's methods, and torch's function.
+_TORCHS = {
+    kind: (kind.__call__, kind.forward, kind._conv_forward) for kind in (nn.Conv1d, nn.Conv2d)
+}
+_FUNCTIONS = F.conv1d, F.conv2d
 
 
 def _global_hooks() -> bool:
@@ -143,32 +142,38 @@ def carries_hooks(module: nn.Module) -> bool:
 def reason_against_conv(
     conv: nn.Module,
     kind: type[nn.Conv1d | nn.Conv2d],
-    options: CellOptions,
+    spec: CellSpec,
     weight_shape: tuple[int, ...] | None = None,
 ) -> str | None:
     """Why the kernels cannot stand in for a call of the cell's `conv`; None if they can.
 
-    They can where `conv` is a plain instance of `kind` of the geometry of `options` (and of
+    They can where `conv` is a plain instance of `kind` of the geometry of `spec` (and of
     `weight_shape`, if given) whose forward was neither replaced nor hooked: only then is calling it
     the same as using its weight.
     """
     if type(conv) is not kind:
         return f"conv is a {type(conv).__name__}, not a plain nn.{kind.__name__}"
-    assert isinstance(conv, (nn.Conv1d, nn.Conv2d))
-    own = conv.__dict__
+    own, plain = conv.__dict__, _TORCHS[kind]
     if carries_hooks(conv):
         return HOOKS
     if global_hooks():
         return GLOBAL_HOOKS
-    if "forward" in own or "_conv_forward" in own or _methods(kind) != _TORCHS[kind]:
-        return "conv.forward was replaced"
-    dims = len(conv.stride)
     if (
-        conv.stride != (1, 1)[-dims:]
-        or conv.padding not in (options.padding[-dims:], "same")
-        or conv.dilation != options.dilation[-dims:]
-        or conv.groups != 1
-        or conv.padding_mode != "zeros"
+        "forward" in own
+        or "_conv_forward" in own
+        or kind.__call__ is not plain[0]
+        or kind.forward is not plain[1]
+        or kind._conv_forward is not plain[2]
+        or (F.conv1d, F.conv2d) != _FUNCTIONS
+    ):
+        return "conv.forward was replaced"
+    dims = len(own["stride"])
+    if (
+        own["stride"] != (1, 1)[-dims:]
+        or own["padding"] not in (spec.padding[-dims:], "same")
+        or own["dilation"] != spec.dilation[-dims:]
+        or own["groups"] != 1
+        or own["padding_mode"] != "zeros"
         or (weight_shape is not None and tuple(conv.weight.shape) != weight_shape)
     ):
         return "conv has another geometry than the cell"
@@ -183,24 +188,36 @@ def like_of(conv: Any, x: Any, other: Any) -> Tensor:
     return x if isinstance(x, Tensor) and x.dtype in DTYPES else other
 
 
-def foreign_conv(
-    conv: nn.Module,
+def overrides_of(
+    conv: Any,
     kind: type[nn.Conv1d | nn.Conv2d],
-    options: CellOptions,
-    channels: tuple[int, int],
-) -> dict[str, Any]:
-    """The fields of a call by which a `conv` that is no plain `kind` takes part in it.
+    spec: CellSpec,
+    channels: tuple[int, int] | None = None,
+    fire: Any = None,
+    mem_reset: Any = None,
+) -> Overrides | None:
+    """The foreign code that takes part in a call; None where the cell and its conv are plain.
 
-    `channels` are Cin and C. A stride needs a plain one: ValueError.
+    `channels`, Cin and C, are given where the weight's shape is not known to fit. `fire` and
+    `mem_reset` are methods that a subclass or the cell itself overrides.
+
+    Raises
+    ------
+    ValueError
+        If the cell has a stride, which needs a plain conv.
     """
-    cin, c = channels
-    kernel = options.kernel_size[-1:] if kind is nn.Conv1d else options.kernel_size
-    reason = reason_against_conv(conv, kind, options, (4 * c, cin + c, *kernel))
-    if reason is not None and options.stride != (1, 1):
+    shape = None
+    if channels is not None:
+        kernel = spec.kernel_size[-1:] if kind is nn.Conv1d else spec.kernel_size
+        shape = 4 * channels[1], sum(channels), *kernel
+    reason = reason_against_conv(conv, kind, spec, shape)
+    if reason is not None and spec.stride != (1, 1):
         raise ValueError(
             f"conv must be a plain nn.{kind.__name__} without hooks where stride is not 1: {reason}"
         )
-    return {"conv": conv, "reason": reason}
+    if reason is None and fire is None and mem_reset is None:
+        return None
+    return Overrides(None if reason is None else conv, reason, fire, mem_reset)
 
 
 # torch.compiler.is_exporting is younger than the oldest torch that is supported.
@@ -213,105 +230,245 @@ _get_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.
 _PLAIN = {*PLAIN, type(None)}
 
 
-def _reason_against_now(call: Call, traced: bool) -> Path | None:
-    """Why the reference path must run: reasons that may come and go between like calls."""
+# ---- what is static of a call -----------------------------------------------------------------
+
+
+class Entry:
+    """What follows from all that is static of a call, each static check passed.
+
+    Attributes
+    ----------
+    spec : CellSpec
+    fallback : Path or None
+        Why the reference path must run.
+    plan
+        Of the native kernels; None where each step of a half type has a plan of its own.
+    training : bool
+        Whether a result may require a gradient.
+    """
+
+    __slots__ = ("fallback", "plan", "spec", "training")
+
+    def __init__(self, spec: CellSpec, fallback: Path | None, plan: Any, training: bool) -> None:
+        self.spec, self.fallback, self.plan, self.training = spec, fallback, plan, training
+
+
+Entries = dict[Any, Entry]
+"""The calls that a cell has checked, by all that is static of them."""
+
+_MOST = 64  # entries are kept; one more, and all are forgotten
+
+
+def _key(call: Call, spec: CellSpec) -> Any:
+    """The key of a call, with the settings last; None if it has none.
+
+    Tensors of subclasses have none, because their sizes may be symbols, and sparse ones, which have
+    no strides. Neither has a spec with foreign callables, which a table would keep alive.
+    """
+    x, syn, mem, weight, bias, threshold, graded, _, _ = call
+    if not spec.text or not _PLAIN.issuperset(
+        (type(x), type(syn), type(mem), type(weight), type(bias), type(threshold), type(graded))
+    ):
+        return None
+    try:
+        key = key_of(call)
+    except (AttributeError, RuntimeError):  # one is no tensor, or sparse
+        return None
+    return spec, key, _settings(x)
+
+
+def _settings(x: Tensor) -> Any:
+    """The settings of the process that a plan depends on; None without kernels for the device."""
+    backend = None if _native is None else _native.BACKENDS.get(x.device.type)
+    return None if backend is None else backend.settings(get_algorithm())
+
+
+def known_entry(entries: Entries, call: Call, spec: CellSpec) -> Entry | None:
+    """The entry of a call whose tensors need not be checked, because a call like it was."""
+    return entries.get(_key(call, spec))
+
+
+def entry_of(entries: Entries, call: Call, spec: CellSpec) -> Entry:
+    """The entry of a call that was checked, looked up or made."""
+    key = _key(call, spec)
+    entry = entries.get(key)
+    if entry is None:
+        entry = _made_entry(call, spec)
+        if key is not None:
+            if len(entries) >= _MOST:
+                entries.clear()
+            entries[key] = entry
+    return entry
+
+
+def _made_entry(call: Call, spec: CellSpec) -> Entry:
+    training = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in call[:6]
+    )
+    fallback = _static_reason(call, spec, False)
+    if fallback is not None:
+        return Entry(spec, fallback, None, training)
+    assert _native is not None
+    settings, device = _settings(call.x), call.x.device.type
+    if call.x.dtype in HALF_TYPES and not settings[0].half_types:
+        return Entry(spec, None, None, training)
+    operands = _native.operands_of(call, autocast_dtype(device))
+    reason = settings[0].reason_against(_native.Sizes(call, spec, operands))
+    if reason is not None:
+        return Entry(spec, Path("reference", reason, slow=True), None, training)
+    inner = replace(spec, checkpoint=False) if spec.checkpoint else spec
+    return Entry(spec, None, _native.plan_of(call, inner, operands, settings), training)
+
+
+def _static_reason(call: Call, spec: CellSpec, traced: bool) -> Path | None:
+    """Why the reference path must run, for all like calls; None where the kernels can."""
+    device = call.x.device
+    if not traced and not _PLAIN.issuperset(map(type, call[:7])):
+        return Path("reference", "a tensor is of a subclass")
+    if not traced and call.weight.layout is not torch.strided:
+        return Path("reference", "weight is not strided")
+    reason = spec.reason_against_kernels(call.x.dtype)
+    threshold, graded = call.threshold, call.graded
+    if device.type not in ("cpu", "cuda"):
+        return Path("reference", f"there are no kernels for device {device.type}")
+    if call.x.numel() == 0:
+        return Path("reference", "x is empty")
+    if reason is None and threshold is not None and graded is not None:
+        count, shape = threshold.numel(), threshold.shape
+        if count != 1 and not (len(shape) >= 3 and count == shape[-3]):
+            reason = "the threshold varies along the batch or the image"
+        elif graded.numel() != 1:
+            reason = "graded_spikes_factor is not a single number"
+        elif graded.requires_grad:
+            reason = "graded_spikes_factor requires a gradient"
+    if reason is not None:
+        return Path("reference", reason, slow=True)
+    if _native is None:
+        return Path("reference", _MISSING, slow=True, general=True)
+    reason = _native.reason_against_device(device, traced)
+    return None if reason is None else Path("reference", reason, slow=True, general=True)
+
+
+# ---- what may change between like calls ---------------------------------------------------------
+
+
+def _dynamic_reason(call: Call, overrides: Overrides | None, traced: bool) -> Path | None:
+    """Why the reference path must run now; None where nothing speaks against the kernels."""
     if exporting():
         return Path("reference", "an export records plain operators")
-    x, syn, mem, weight, bias, threshold, graded = call[:7]
-    if call.reason is not None:  # a foreign conv has weights of its own
-        weight, bias = x, None
     if torch._C._are_functorch_transforms_active():
         return Path("reference", "a torch.func transform is active")
     if not traced:
-        if not _PLAIN.issuperset(map(type, (x, syn, mem, weight, bias, threshold, graded))):
-            return Path("reference", "a tensor is of a subclass")
         if torch._C._get_tracing_state() is not None or _get_mode(_PROXY) is not None:
             return Path("reference", "tracing records plain operators")
         if forward_ad._current_level >= 0:
             return Path("reference", "forward-mode differentiation is active")
-        if weight.layout is not torch.strided:
-            return Path("reference", "weight is not strided")
-        if x.is_neg() or syn.is_neg() or mem.is_neg() or weight.is_neg():
+        if call.x.is_neg() or call.syn.is_neg() or call.mem.is_neg() or call.weight.is_neg():
             return Path("reference", "a tensor is a lazily negated view")
-    if x.numel() == 0:
-        return Path("reference", "x is empty")
-    if call.fire is not None or call.mem_reset is not None:
+    if overrides is None:
+        return None
+    if overrides.fire is not None or overrides.mem_reset is not None:
         return Path("reference", "fire or mem_reset is overridden", slow=True)
-    if call.reason is not None:
-        general = call.reason in (HOOKS, GLOBAL_HOOKS)
-        return Path("reference", call.reason, slow=True, general=general)
-    if graded.requires_grad:
-        return Path("reference", "graded_spikes_factor requires a gradient", slow=True)
-    return None
+    general = overrides.reason in (HOOKS, GLOBAL_HOOKS)
+    return Path("reference", str(overrides.reason), slow=True, general=general)
 
 
-def _reason_against_options(call: Call) -> str | None:
-    """Why the kernels cannot run a call with these options and shapes; None if they can."""
-    threshold, reason = call.threshold, call.options.reason_against_kernels(call.x.dtype)
-    if reason is not None:
-        return reason
-    count, shape = threshold.numel(), threshold.shape
-    if count != 1 and not (len(shape) >= 3 and count == shape[-3]):
-        return "the threshold varies along the batch or the image"
-    if call.graded.numel() != 1:
-        return "graded_spikes_factor is not a single number"
-    return None
+def _path(static: Path | None, call: Call, overrides: Overrides | None, traced: bool) -> Path:
+    """Which implementation runs a call. The name of a native path says what kind of kernels.
 
-
-def _reason_against_like(call: Call, traced: bool) -> Path | None:
-    """Why the reference path must run: reasons that hold for all like calls."""
-    notes = {} if traced else call.signature.notes
-    if "fallback" not in notes:
-        device, reason = call.x.device.type, _reason_against_options(call)
-        fallback = None if reason is None else Path("reference", reason, slow=True)
-        if device not in ("cpu", "cuda"):
-            fallback = Path("reference", f"there are no kernels for device {device}")
-        notes["fallback"] = fallback
-    return notes["fallback"]
-
-
-def path_of(call: Call) -> Path:
-    """Decide which implementation runs a call.
-
-    The name of a native path says what kind of kernels will run. Which of them ran is known after
-    the call.
+    Which of the kernels ran is known after the call.
     """
-    traced = call.traced
-    now, like = _reason_against_now(call, traced), _reason_against_like(call, traced)
-    if now is not None and (like is None or like.slow or not now.slow):
-        return now
-    if like is not None:
-        return like
-    if _native is None:
-        return Path("reference", _MISSING, slow=True, general=True)
-    path = _path_of_device(call.x.device, traced)
-    # A traced call meets its reason in the operator.
-    reason = _native.reason_against(call) if path.native and not traced else None
-    return path if reason is None else Path("reference", reason, slow=True)
-
-
-def _path_of_device(device: torch.device, traced: bool) -> Path:
-    """The path that the device, its driver and the build of the core allow."""
-    reason = _native.reason_against_device(device, traced)
-    if reason is not None:
-        return Path("reference", reason, slow=True, general=True)
-    return _NATIVE_PATHS[device.type]
+    dynamic = _dynamic_reason(call, overrides, traced)
+    if dynamic is not None and (static is None or static.slow or not dynamic.slow):
+        return dynamic
+    return _NATIVE_PATHS[call.x.device.type] if static is None else static
 
 
 # ---- running ----------------------------------------------------------------------------------
 
 
-def run(call: Call) -> tuple[Tensor, Tensor, Tensor, Path]:
-    """Choose an implementation for a call, and run it: spk, syn and mem, and what ran."""
-    path = path_of(call)
+Results = tuple[Tensor, Tensor, Tensor, Path]
+"""spk, syn and mem, and what ran."""
+
+_inside: Entries = {}
+"""Entries of calls within calls: of the segments of a checkpoint, and of steps in float32."""
+
+
+def run(call: Call, entry: Entry, overrides: Overrides | None = None) -> Results:
+    """Choose an implementation for a call, and run it."""
+    if entry.spec.checkpoint and (entry.training or overrides) and _may_checkpoint():
+        return _in_segments(call, entry.spec, overrides, False)
+    path = _path(entry.fallback, call, overrides, False)
     if not path.native:
-        return (*reference.run(call), path)
-    assert _function is not None
-    spk, syn, mem, name = _function.run(call, get_algorithm())
-    reason = _NATIVE_REASON
-    if call.options.checkpoint == "gates" and call.x.device.type != "cpu":
-        reason = _WHOLE_GATES
-    return spk, syn, mem, path if name is None else _native_path(name, reason)
+        return (*reference.run(call, entry.spec, overrides), path)
+    assert _native is not None
+    if entry.plan is None:
+        spk, syn, mem, path = _native.in_float32(call, lambda step: _run_inside(step, entry.spec))
+        return spk, syn, mem, path
+    spk, syn, mem, name = _native.run(entry.plan, call, entry.training)
+    return spk, syn, mem, _native_path(name)
+
+
+def _run_inside(call: Call, spec: CellSpec, overrides: Overrides | None = None) -> Results:
+    return run(call, entry_of(_inside, call, spec), overrides)
+
+
+def run_traced(call: Call, spec: CellSpec, overrides: Overrides | None = None) -> Results:
+    """The same, while torch.compile traces."""
+    if spec.checkpoint and _may_checkpoint():
+        return _in_segments(call, spec, overrides, True)
+    path = _path(_static_reason(call, spec, True), call, overrides, True)
+    if not path.native:
+        return (*reference.run(call, spec, overrides), path)
+    assert _native is not None
+    return (*_native.run_operator(call, spec, get_algorithm())[:3], path)
+
+
+def _may_checkpoint() -> bool:
+    # torch's checkpoint refuses to run under the transforms of torch.func.
+    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+
+
+def _in_segments(
+    call: Call, spec: CellSpec, overrides: Overrides | None, traced: bool
+) -> Results:
+    """The cell with ``checkpoint=True``: less memory for the backward pass, one more forward pass.
+
+    A sequence is cut into segments of some sqrt(T) steps. Saved for the backward pass are the
+    states between the segments alone; the gates of one segment at a time are computed again, just
+    before their gradients (Chen et al. 2016, "Training deep nets with sublinear memory cost").
+    """
+    inner = replace(spec, checkpoint=False)
+    ran: list[Path] = []
+
+    def segment(x: Tensor, syn: Tensor, mem: Tensor, lengths: Tensor | None) -> Any:
+        part = call._replace(x=x, syn=syn, mem=mem, lengths=lengths)
+        if traced:
+            return run_traced(part, inner, overrides)[:3]
+        *results, path = _run_inside(part, inner, overrides)
+        ran.append(path)
+        return tuple(results)
+
+    # In state-sized tensors a step takes 5, and a boundary 2: the sum is least for these segments.
+    steps = max(1, round((0.4 * call.x.shape[0]) ** 0.5)) if call.sequence else 1
+    pieces = call.x.split(steps) if call.sequence and call.x.shape[0] else (call.x,)
+    syn, mem, results = call.syn, call.mem, []
+    for k, x in enumerate(pieces):
+        lengths = None
+        if call.lengths is not None:
+            lengths = (call.lengths - k * steps).clamp(0, x.shape[0])
+        out = checkpoint(
+            segment, x, syn, mem, lengths, use_reentrant=False, preserve_rng_state=False
+        )
+        results.append(out)
+        syn, mem = (s[-1] for s in out[1:]) if call.record and x.shape[0] else out[1:]
+    path = _path(_static_reason(call, inner, True), call, overrides, True) if traced else ran[-1]
+    if len(results) == 1:
+        return (*results[0], path)
+    spks, syns, mems = zip(*results, strict=True)
+    if call.record:
+        syn, mem = torch.cat(syns), torch.cat(mems)
+    return torch.cat(spks), syn, mem, path
 
 
 _logged: set[str] = set()  # the general reasons that have been logged

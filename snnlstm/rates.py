@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
 
-from .options import a_module
+from .spec import a_module
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Neuron
 

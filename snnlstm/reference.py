@@ -8,19 +8,28 @@ snntorch 1.0.0's ``SConv2dLSTM``, with its defects repaired.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from .call import Call, in_order_of_caller, stateless_call
-from .lengths import active
-from .options import CellOptions
+from .call import Call, active, batch_before_time, stateless_call
+from .spec import CellSpec
 from .surrogate import Surrogate
 
-__all__ = ["fire", "reset_signal", "run", "sconv2dlstm"]
+__all__ = ["Overrides", "fire", "reset_signal", "run", "sconv2dlstm"]
+
+
+class Overrides(NamedTuple):
+    """Foreign code that takes part in a call."""
+
+    conv: Callable[[Tensor], Tensor] | None = None
+    """What is called in the place of the convolution, (N, Cin + C, H, W) to (N, 4C, H, W)."""
+    reason: str | None = None
+    """Why `conv` is called."""
+    fire: Callable[[Tensor], Tensor] | None = None
+    mem_reset: Callable[[Tensor], Tensor] | None = None
 
 
 def _tensor_of(name: str, function: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
@@ -70,108 +79,102 @@ def fire(
     return spk * graded
 
 
-def _gates(call: Call, x: Tensor, mem: Tensor) -> Tensor:
+def _gates(call: Call, spec: CellSpec, conv: Any, x: Tensor, mem: Tensor) -> Tensor:
     """Pre-activations of the gates, (N, 4C, Ho, Wo), of one step."""
-    weight, bias, options = call.weight, call.bias, call.options
-    if options.stride == (1, 1):
+    weight, bias = call.weight, call.bias
+    if spec.stride == (1, 1):
         both = torch.cat([x, mem], 1)
-        if call.conv is not None and call.reason is not None:
-            return call.conv(both)
-        return F.conv2d(both, weight, bias, 1, options.padding, options.dilation)
+        if conv is not None:
+            return conv(both)
+        return F.conv2d(both, weight, bias, 1, spec.padding, spec.dilation)
     # The stride applies to the input alone: the recurrent half keeps the size of the state.
     of_x, of_mem = weight.split([x.shape[1], mem.shape[1]], 1)
-    return F.conv2d(x, of_x, bias, options.stride, options.padding, options.dilation) + F.conv2d(
-        mem, of_mem, None, 1, options.padding, options.dilation
+    return F.conv2d(x, of_x, bias, spec.stride, spec.padding, spec.dilation) + F.conv2d(
+        mem, of_mem, None, 1, spec.padding, spec.dilation
     )
 
 
-def _step(call: Call, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _step(
+    call: Call, spec: CellSpec, overrides: Overrides, x: Tensor, syn: Tensor, mem: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """One time step; returns spk, syn and mem."""
-    threshold, graded, options = call.threshold, call.graded, call.options
-    surrogate, quant = options.surrogate, options.quant
+    threshold: Any = call.threshold
+    graded: Any = call.graded
+    surrogate, quant = spec.surrogate, spec.quant
     reset: Any = None
     # A foreign callable may draw random numbers, so it is called as often as in snnTorch.
-    if call.mem_reset is not None:
-        reset = call.mem_reset(mem)
-    elif options.reset != "none" or type(surrogate) is not Surrogate:
+    if overrides.mem_reset is not None:
+        reset = overrides.mem_reset(mem)
+    elif spec.reset != "none" or type(surrogate) is not Surrogate:
         reset = reset_signal(mem, threshold, surrogate)
 
     # Under autocast the gates come in the autocast dtype; the states stay in theirs.
-    gates = _gates(call, x, mem).to(mem.dtype)
+    gates = _gates(call, spec, overrides.conv, x, mem).to(mem.dtype)
     i, f, o, g = gates.chunk(4, 1)
     syn = torch.sigmoid(f) * syn + torch.sigmoid(i) * torch.tanh(g)
     mem = torch.sigmoid(o) * torch.tanh(syn)
-    if not options.spiking:
-        return (mem if options.sequence else mem.new_empty(0)), syn, mem
+    if not spec.spiking:
+        return (mem if call.sequence else mem.new_empty(0)), syn, mem
 
-    if options.reset == "subtract":
+    if spec.reset == "subtract":
         # A threshold may be infinite where nothing is reset: 0 * inf must not make NaN.
         mem = mem - torch.where(reset.bool(), reset * threshold, 0)
-    elif options.reset == "zero":
+    elif spec.reset == "zero":
         mem = mem * (1 - reset)
     if quant is not None:
         syn, mem = (_tensor_of("state_quant", quant, state) for state in (syn, mem))
 
     pooled = mem
-    if options.pool == "max":
-        pooled = F.max_pool2d(mem, options.pool_size)
-    elif options.pool == "avg":
-        pooled = F.avg_pool2d(mem, options.pool_size)
-    if call.fire is not None:
-        return call.fire(pooled), syn, mem
-    return fire(pooled, threshold, graded, surrogate, quant, options.inhibition), syn, mem
+    if spec.pool == "max":
+        pooled = F.max_pool2d(mem, spec.pool_size)
+    elif spec.pool == "avg":
+        pooled = F.avg_pool2d(mem, spec.pool_size)
+    if overrides.fire is not None:
+        return overrides.fire(pooled), syn, mem
+    return fire(pooled, threshold, graded, surrogate, quant, spec.inhibition), syn, mem
 
 
-def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def run(
+    call: Call, spec: CellSpec, overrides: Overrides | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run one step or a whole sequence; returns spk, syn and mem.
 
-    The call's ``conv``, if there is a reason for it, is called in place of the convolution with
-    weight and bias; this needs a stride of 1. spk is (N, C, Hp, Wp) or (T, N, C, Hp, Wp); syn and
-    mem are (N, C, Ho, Wo), or (T, N, C, Ho, Wo) with ``options.record``. Finished samples take part
-    in the steps, and what these do to them is dropped. The results are tensors of
-    their own, never views.
+    What foreign code overrides is called in its place; a conv needs a stride of 1. spk is
+    (N, C, Hp, Wp) or (T, N, C, Hp, Wp); syn and mem are (N, C, Ho, Wo), or (T, N, C, Ho, Wo) with
+    ``call.record``. Padded samples take part in the steps, and what these do to them is dropped.
+    The results are tensors of their own, never views.
     """
-    x, syn, mem, options = call.x, call.syn, call.mem, call.options
-    step: Callable[..., tuple[Tensor, Tensor, Tensor]] = _step
-    # torch's checkpoint refuses to run under the transforms of torch.func.
-    transformed = torch._C._are_functorch_transforms_active()
-    if options.checkpoint is True and torch.is_grad_enabled() and not transformed:
-        step = _checkpointed_step
-    if not options.sequence:
-        return step(call, x, syn, mem)
+    x, syn, mem = call[:3]
+    overrides = overrides or Overrides()
+    if not call.sequence:
+        return _step(call, spec, overrides, x, syn, mem)
     if x.shape[0] == 0:
-        return _no_steps(x, syn, mem, options)
+        return _no_steps(call, spec)
     spks, syns, mems = [], [], []
-    own = None if call.lengths is None else active(call.lengths, x.shape[0])
-    if own is not None:
-        x = torch.where(own, x, 0)  # whatever the padding holds, no gradient may become NaN
+    live = None if call.lengths is None else active(call.lengths, x.shape[0])
+    if live is not None:
+        x = torch.where(live, x, 0)  # whatever the padding holds, no gradient may become NaN
     for t, x_t in enumerate(x):
         before = syn, mem
-        spk, syn, mem = step(call, x_t, syn, mem)
-        if own is not None:
-            spk = torch.where(own[t], spk, 0)
-            syn, mem = torch.where(own[t], syn, before[0]), torch.where(own[t], mem, before[1])
+        spk, syn, mem = _step(call, spec, overrides, x_t, syn, mem)
+        if live is not None:
+            spk = torch.where(live[t], spk, 0)
+            syn, mem = torch.where(live[t], syn, before[0]), torch.where(live[t], mem, before[1])
         spks.append(spk)
-        if options.record:
+        if call.record:
             syns.append(syn)
             mems.append(mem)
-    if options.record:
+    if call.record:
         return torch.stack(spks), torch.stack(syns), torch.stack(mems)
     return torch.stack(spks), syn, mem
 
 
-def _checkpointed_step(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return checkpoint(_step, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-def _no_steps(
-    x: Tensor, syn: Tensor, mem: Tensor, options: CellOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    (ph, pw), (n, c, h, w) = options.pool_size, mem.shape
-    spk = x.new_empty((0, n, c, h // ph, w // pw))
-    if options.record:
-        return spk, x.new_empty((0, n, c, h, w)), x.new_empty((0, n, c, h, w))
-    return spk, syn.clone(), mem.clone()
+def _no_steps(call: Call, spec: CellSpec) -> tuple[Tensor, Tensor, Tensor]:
+    (ph, pw), (n, c, h, w) = spec.pool_size, call.mem.shape
+    spk = call.x.new_empty((0, n, c, h // ph, w // pw))
+    if call.record:
+        return spk, call.x.new_empty((0, n, c, h, w)), call.x.new_empty((0, n, c, h, w))
+    return spk, call.syn.clone(), call.mem.clone()
 
 
 def sconv2dlstm(
@@ -186,6 +189,5 @@ def sconv2dlstm(
 
     Arguments, results and errors are those of :func:`snnlstm.functional.sconv2dlstm`.
     """
-    call = stateless_call(x, syn, mem, weight, bias, **options)
-    batch_first = options.get("batch_first", False)
-    return in_order_of_caller(call.options, batch_first, *run(call))
+    call, spec = stateless_call(x, syn, mem, weight, bias, **options)
+    return batch_before_time(call, options.get("batch_first", False), *run(call, spec))

@@ -8,23 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import options, reference
+from . import reference, spec
 from .attributes import CellAttributes
-from .call import Call, as_image, checked_call, in_order_of_caller, known_call
-from .checks import channel_broadcast, never_spikes, real_tensor, values
-from .options import CellOptions, Checkpoint
+from .call import (
+    Call,
+    as_image,
+    batch_before_time,
+    channel_broadcast,
+    checked_call,
+    checked_lengths,
+    real_tensor,
+    values,
+)
 from .path import (
+    Entry,
     Path,
+    entry_of,
     exporting,
-    foreign_conv,
+    known_entry,
     like_of,
     log_fallback,
-    reason_against_conv,
+    overrides_of,
     run,
+    run_traced,
 )
+from .reference import Overrides
 from .snntorch import register
+from .spec import CellSpec
 from .state import LastReset, ResetSource, State
-from .warn import warn_of_threshold
+from .warn import never_spikes, warn_of_threshold
 
 __all__ = ["SConv2dLSTM"]
 
@@ -87,10 +99,9 @@ class SConv2dLSTM(CellAttributes):
         Device of the parameters and buffers.
     dtype : torch.dtype, optional
         float32, float64, float16 or bfloat16.
-    checkpoint : bool or "gates", default False
-        How the backward pass gets the gates: they are kept (False), or computed again (True).
-        With "gates" the CPU keeps them as fixed point numbers of half their bits, and gradients
-        have an error of some 2e-5; CUDA and the reference path keep them whole.
+    checkpoint : bool, default False
+        Keep the states of some sqrt(T) steps alone for the backward pass, which computes the gates
+        again: less memory, one more forward pass.
     batch_first : bool, default False
         A sequence x, spk and recorded states are (N, T, ...), not (T, N, ...).
 
@@ -142,28 +153,28 @@ class SConv2dLSTM(CellAttributes):
         dilation: int | tuple[int, int] = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        checkpoint: Checkpoint = False,
+        checkpoint: bool = False,
         batch_first: bool = False,
     ) -> None:
         nn.Module.__init__(self)
-        options.integer("in_channels", in_channels)
-        options.integer("out_channels", out_channels)
-        kernel = options.kernel("kernel_size", kernel_size, self._dims)
-        options.pooling(max_pool, avg_pool, self._dims)
-        bias = options.flag("bias", bias)
-        learn_threshold = options.flag("learn_threshold", learn_threshold)
-        device = options.device_or_none("device", device)
-        dtype = options.dtype_or_none("dtype", dtype) or torch.get_default_dtype()
+        spec.integer("in_channels", in_channels)
+        spec.integer("out_channels", out_channels)
+        kernel = spec.kernel("kernel_size", kernel_size, self._dims)
+        spec.pooling(max_pool, avg_pool, self._dims)
+        bias = spec.flag("bias", bias)
+        learn_threshold = spec.flag("learn_threshold", learn_threshold)
+        device = spec.device_or_none("device", device)
+        dtype = spec.dtype_or_none("dtype", dtype) or torch.get_default_dtype()
         shape = real_tensor("threshold", threshold).shape
         channel_broadcast("threshold", shape, out_channels, self._dims)
 
-        self._options, self._logged = {}, set()
+        self._spec, self._entries, self._logged = None, {}, set()
         self._initial_threshold = (
             threshold.detach().cpu().clone() if isinstance(threshold, Tensor) else threshold
         )
         # snnTorch's cell assigns these before conv: a surrogate or a quantiser that is an nn.Module
         # becomes a submodule, and comes before conv in the state_dict.
-        self.spike_grad = options.surrogate(spike_grad, surrogate_disable)
+        self.spike_grad = spec.surrogate(spike_grad, surrogate_disable)
         self.init_hidden, self.inhibition, self.output = init_hidden, inhibition, output
         self.surrogate_disable, self.state_quant = surrogate_disable, state_quant
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -171,7 +182,7 @@ class SConv2dLSTM(CellAttributes):
         self.max_pool, self.avg_pool = max_pool, avg_pool
         self.stride, self.dilation = stride, dilation
         self.checkpoint, self.batch_first = checkpoint, batch_first
-        self._reset_mechanism = options.reset_name(reset_mechanism)
+        self._reset_mechanism = spec.reset_name(reset_mechanism)
         self.padding = self._describe().padding[-self._dims :]
 
         conv = self._conv_kind(
@@ -189,7 +200,7 @@ class SConv2dLSTM(CellAttributes):
         self.register_buffer("reset_mechanism_val", self._reset_index(conv.weight.device))
         self.conv = conv
         self._state = State(conv.weight)
-        self._remake_options()
+        self._remake_spec()
         register(self)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -270,33 +281,36 @@ class SConv2dLSTM(CellAttributes):
                 raise TypeError("forward takes x or input_, which are one, got both")
             x = input_
         # This is the one place that asks whether torch.compile traces a call.
-        traced = torch.compiler.is_compiling()
-        call = None
-        if not traced and lengths is None:
-            call = self._like_before(x, syn, mem, record)
-        if call is None:
-            call = self._checked(x, syn, mem, record, lengths, traced)
-        spk, syn, mem, path = run(call)
-        if self._dims == 1:
-            fresh = path.native and not traced
-            spk, syn, mem = (_of_length(result, fresh) for result in (spk, syn, mem))
-        self._store(call, spk, syn, mem, path)
-        if self.batch_first:
-            spk, syn, mem = in_order_of_caller(call.options, True, spk, syn, mem)
-        if self.init_hidden and not self.output:
-            return spk
-        return spk, syn, mem
+        if torch.compiler.is_compiling():
+            described, overrides = self._describe(), self._overrides()
+            call = self._checked(x, syn, mem, record, lengths, True)
+            results = run_traced(call, described, overrides)
+        else:
+            call, entry, overrides = self._looked_up(x, syn, mem, record, lengths)
+            described = entry.spec
+            results = run(call, entry, overrides)
+        return self._stored(call, described, overrides, *results)
 
-    def _like_before(self, x: Any, syn: Any, mem: Any, record: Any) -> Call | None:
-        """Return the call, if its arguments are like those of a call that was checked before."""
-        if type(x) is not Tensor or x.layout is not torch.strided or not isinstance(record, bool):
-            return None
-        conv: Any = self._modules.get("conv")
-        sequence = x.dim() == self._dims + 3
-        described = self._options.get((sequence, record))
-        kind = self._conv_kind
-        if described is None or type(conv) is not kind or self._own_methods() != (None, None):
-            return None
+    def _looked_up(
+        self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any
+    ) -> tuple[Call, Entry, Overrides | None]:
+        """Return the call and its entry, and what overrides it, if its arguments are right."""
+        described = self._describe()
+        overrides = self._overrides()
+        if overrides is None:
+            call = self._unchecked(x, syn, mem, record, lengths)
+            entry = None if call is None else known_entry(self._entries, call, described)
+            if call is not None and entry is not None:
+                return call, entry, None
+            overrides = self._overrides((self.in_channels, self.out_channels))
+        call = self._checked(x, syn, mem, record, lengths, False)
+        # A foreign conv may have a weight of another shape: its calls are like no others.
+        entries = self._entries if overrides is None else {}
+        return call, entry_of(entries, call, described), overrides
+
+    def _unchecked(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any) -> Call | None:
+        """Return the call as it came, if nothing in it needs a conversion."""
+        conv: Any = self._modules["conv"]
         threshold: Any = self._buffers.get("threshold")
         if threshold is None:
             threshold = self._parameters.get("threshold")
@@ -306,28 +320,21 @@ class SConv2dLSTM(CellAttributes):
                 return None
             syn = state.syn if syn is None else syn
             mem = state.mem if mem is None else mem
-        if sequence and self.batch_first:
-            x = x.transpose(0, 1)
-        graded: Any = self._buffers.get("graded_spikes_factor")
         try:
-            weight: Any = conv._parameters["weight"]
-            bias: Any = conv._parameters["bias"]
-            given = x, syn, mem, weight, bias, threshold, graded
+            sequence = x.dim() == self._dims + 3
+            if sequence and self.batch_first:
+                x = x.transpose(0, 1)
+            if lengths is not None and sequence:
+                lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, False)
+            weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+            call = Call(
+                x, syn, mem, weight, bias, threshold, self._buffers["graded_spikes_factor"],
+                lengths, record,
+            )  # fmt: skip
             if self._dims == 1:
-                given = *map(as_image, given[:4]), bias, *map(as_image, given[5:])
-            call = known_call(given, described)
+                call = Call(*map(as_image, call[:4]), bias, *map(as_image, call[5:7]), *call[7:])
         except (AttributeError, KeyError, RuntimeError):
             return None  # one of them is no tensor, no parameter, or sparse
-        if (
-            call is None
-            or (bias is not None and bias.layout is not torch.strided)
-            or threshold.layout is not torch.strided
-            or syn.layout is not torch.strided
-            or mem.layout is not torch.strided
-            or weight.shape[0] != 4 * self.out_channels
-            or reason_against_conv(conv, kind, described) is not None
-        ):
-            return None
         return call
 
     def _checked(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, traced: bool) -> Call:
@@ -340,54 +347,86 @@ class SConv2dLSTM(CellAttributes):
 
         return checked_call(
             x, weight, bias, self.threshold, self.graded_spikes_factor,
-            (self.in_channels, self.out_channels), self._describe, state_of, self._foreign,
+            (self.in_channels, self.out_channels), self._describe(), state_of,
             record=record, lengths=lengths, batch_first=self.batch_first, traced=traced,
             dims=self._dims,
         )  # fmt: skip
 
-    def _foreign(self, described: CellOptions) -> dict[str, Any]:
-        """The fields of a call by which foreign code takes part in it."""
-        found = foreign_conv(
-            self.conv, self._conv_kind, described, (self.in_channels, self.out_channels)
-        )
-        fire, mem_reset = self._own_methods()
-        conv = self._on_images(self.conv)
-        return found | {"conv": conv, "fire": fire, "mem_reset": mem_reset}
+    def _overrides(self, channels: tuple[int, int] | None = None) -> Overrides | None:
+        """Return the foreign code that takes part in a call; see :func:`path.overrides_of`."""
+        kind, own = type(self), self.__dict__
+        fire = mem_reset = None
+        if kind.fire is not _FIRE or "fire" in own:
+            fire = self._on_images(self.fire)
+        if kind.mem_reset is not _MEM_RESET or "mem_reset" in own:
+            mem_reset = LastReset(self._on_images(self.mem_reset))
+        conv = self.conv
+        found = overrides_of(conv, self._conv_kind, self._describe(), channels, fire, mem_reset)
+        if found is not None and found.conv is not None:
+            found = found._replace(conv=self._on_images(conv))
+        return found
 
-    def _store(self, call: Call, spk: Tensor, syn: Tensor, mem: Tensor, path: Path) -> None:
-        """Keep the results of a call that succeeded."""
-        if exporting():  # tracers must not outlive the export in the cell
-            return
-        if path.slow and not call.traced:
+    def _stored(
+        self,
+        call: Call,
+        described: CellSpec,
+        overrides: Overrides | None,
+        spk: Tensor,
+        syn: Tensor,
+        mem: Tensor,
+        path: Path,
+    ) -> Any:
+        """Keep the results of a call that succeeded, and return what the caller gets."""
+        traced = torch.compiler.is_compiling()
+        if self._dims == 1:
+            fresh = path.native and not traced
+            spk, syn, mem = (_of_length(result, fresh) for result in (spk, syn, mem))
+        if not exporting():  # tracers must not outlive the export in the cell
+            self._store(call, described, overrides, spk, syn, mem, path, traced)
+        if self.batch_first:
+            spk, syn, mem = batch_before_time(call, True, spk, syn, mem)
+        if self.init_hidden and not self.output:
+            return spk
+        return spk, syn, mem
+
+    def _store(
+        self,
+        call: Call,
+        described: CellSpec,
+        overrides: Overrides | None,
+        spk: Tensor,
+        syn: Tensor,
+        mem: Tensor,
+        path: Path,
+        traced: bool,
+    ) -> None:
+        if path.slow and not traced:
             log_fallback(path, self._logged, self)
-        described, traced = call.options, call.traced
         results: dict[str, Any] = {"_path": path, "spk": spk}
-        if described.sequence and self.batch_first:
+        if call.sequence and self.batch_first:
             results["spk"] = spk.transpose(0, 1)
         # A recorded sequence of no steps has no last states: those before it stay.
-        if not described.record or syn.shape[0] > 0:
-            if described.record:
+        if not call.record or syn.shape[0] > 0:
+            if call.record:
                 # The states are copies: snnTorch detaches states in place, which views refuse.
                 syn, mem = syn[-1].clone(), mem[-1].clone()
             self._state.store(syn, mem, traced)
         source = None
-        if not described.sequence:
-            source = ResetSource(call, None if traced else self._reset_source)
+        if not call.sequence:
+            threshold: Any = call.threshold
+            of_reset = call.mem, threshold, described.surrogate
+            reset, before = None, self._reset_source
+            if overrides is not None and overrides.mem_reset is not None:
+                reset = overrides.mem_reset.reset  # type: ignore[attr-defined]
+            elif traced:
+                reset, before = reference.reset_signal(*of_reset), None
+            source = ResetSource(*of_reset, reset, before)
         results["_reset_source"] = source
         if traced:  # dynamo follows attributes, not dictionaries
             for name, value in results.items():
                 setattr(self, name, value)
         else:  # with setattr nn.Module searches for parameters
             self.__dict__.update(results)
-
-    def _own_methods(self) -> tuple[Any, Any]:
-        """fire and mem_reset, each where it is another than this class's, else None."""
-        kind, own = type(self), self.__dict__
-        fire, mem_reset = kind.fire is not _FIRE, kind.mem_reset is not _MEM_RESET
-        return (
-            self._on_images(self.fire) if fire or "fire" in own else None,
-            LastReset(self._on_images(self.mem_reset)) if mem_reset or "mem_reset" in own else None,
-        )
 
     def _on_images(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Let foreign code that takes what the cell takes be called with images."""
@@ -407,8 +446,8 @@ class SConv2dLSTM(CellAttributes):
 
         mem is quantised, thresholded and multiplied with the graded factor.
         """
-        threshold, graded, o = self.threshold, self.graded_spikes_factor, self._describe()
-        return reference.fire(mem, threshold, graded, o.surrogate, o.quant, o.inhibition)
+        threshold, graded, of = self.threshold, self.graded_spikes_factor, self._describe()
+        return reference.fire(mem, threshold, graded, of.surrogate, of.quant, of.inhibition)
 
     def mem_reset(self, mem: Tensor) -> Tensor:
         """Reset signal of a membrane potential: 1 where it exceeds the threshold, detached."""

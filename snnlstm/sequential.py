@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .gather import Gathered, first_item
 from .layers import CELL, LayerReport, changed, not_per_sample, report_of
-from .lengths import checked, silenced
-from .options import flag
+from .call import checked_lengths as checked, silenced
+from .spec import flag
 from .sconv2dlstm import SConv2dLSTM
 from .together import own, run_together
 

@@ -13,6 +13,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -266,50 +267,35 @@ def alive(kind: type[nn.Module] = nn.Module) -> list[Any]:
     return [cell for cell in cells if isinstance(cell, kind)]
 
 
-class Place(weakref.ref):
-    """A weak reference to a cell that says where in snnTorch's list the cell's entry stands."""
-
-    __slots__ = ("position",)
-
-    position: int
-
-
-_left: deque[Place] = deque()
-"""Places of cells that have gone, whose entries the next cells take.
-
-Python appends to it when a cell goes, in any thread and at any time. A deque needs no lock, which
-a fork or a signal handler could find taken.
-"""
-
-
-class Entry:
+class Entry(weakref.ref):
     """A cell's entry in snnTorch's list, which does not keep the cell alive.
 
     What snnTorch does to the cells of its list reaches the cell as long as the cell lives. A cell
-    may go while another thread walks the list. Its entry then stays in the list until a new cell
-    takes the place, and accepts everything that is done to it.
+    may go while another thread walks the list: the entry then accepts everything that is done to
+    it, where a weakref.proxy would raise.
     """
 
-    place: Place
-
-    def __init__(self, cell: nn.Module) -> None:
-        object.__setattr__(self, "place", Place(cell, _left.append))
+    __slots__ = ()
 
     @property  # type: ignore[misc]  # writable in object
     def __class__(self) -> type:  # what isinstance asks for
-        cell = self.place()
+        cell = self()
         return Entry if cell is None else type(cell)
 
     def __getattr__(self, name: str) -> Any:
-        cell = self.place()
+        cell = self()
         if cell is None and name in ("syn", "mem"):
             return torch.zeros(0, device="cpu")
         return getattr(cell, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        cell = self.place()
+        cell = self()
         if cell is not None:
             setattr(cell, name, value)
+
+
+_vacant: deque[tuple[int, Entry]] = deque()
+"""Positions in snnTorch's list whose cells have gone, with the entries that are there."""
 
 
 def register(cell: nn.Module) -> None:
@@ -319,22 +305,18 @@ def register(cell: nn.Module) -> None:
     the list never becomes shorter, and a new cell takes the place of one that has gone.
     """
     _alive[id(cell)] = cell
-    instances, entry = _instances(), Entry(cell)
-    while _left:
-        try:
-            left = _left.popleft()
-            old = instances[left.position]
-        except IndexError:  # another thread took the place, or the list is a new one
-            continue
-        if type(old) is Entry and old.place is left:
-            entry.place.position = left.position
-            instances[left.position] = entry
-            return
+    instances = _instances()
+    entry = Entry(cell, lambda entry: _vacant.append((position, entry)))
+    while _vacant:
+        with suppress(IndexError):  # another thread took the place, or the list is a new one
+            position, gone = _vacant.popleft()
+            if instances[position] is gone:
+                instances[position] = entry
+                return
     position = len(instances)
     instances.append(entry)
     while instances[position] is not entry:  # another thread appended its cell in between
         position += 1
-    entry.place.position = position
 
 
 def take_out(cells: Collection[nn.Module]) -> None:
@@ -342,12 +324,11 @@ def take_out(cells: Collection[nn.Module]) -> None:
 
     The list keeps its length, because another thread may be walking it by position.
     """
-    gone = {id(cell) for cell in cells}
-    nobody, instances = nn.Module(), _instances()
+    ids, instances = {id(cell) for cell in cells}, _instances()
     for position, entry in enumerate(instances):
-        if id(entry.place() if type(entry) is Entry else entry) in gone:
-            instances[position] = Entry(nobody)  # which goes, so that a new cell takes the place
-            instances[position].place.position = position
+        if id(entry() if type(entry) is Entry else entry) in ids:
+            instances[position] = nobody = Entry(nn.Module())
+            _vacant.append((position, nobody))
 
 
 def clear_registries() -> None:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 
-from .call import Call, version
-from .checks import state_tensor
+from .call import state_tensor, version
 from .reference import reset_signal
 
 __all__ = ["LastReset", "ResetSource", "State", "backward_pass"]
@@ -35,7 +34,7 @@ class State:
     Attributes
     ----------
     restarted : bool
-        Whether syn and mem are the zeros of a reset, which nobody has touched.
+        Whether syn and mem are the zeros of a reset.
     stored_in : int
         The backward pass in which they were stored; -1 outside of one.
     """
@@ -65,10 +64,9 @@ class State:
         return other
 
     def read(self, name: str) -> Tensor:
-        """Return syn or mem to the user, who may edit it in place from now on."""
-        self.restarted = False
-        self.settle()
-        return getattr(self, name)
+        """Return syn or mem to the user."""
+        state = getattr(self, name)
+        return state if torch.compiler.is_compiling() else _without_transforms(state)
 
     def write(self, name: str, value: Any) -> None:
         """Take a state that the user has set."""
@@ -222,20 +220,22 @@ class ResetSource:
     """The reset signal of a step's call, computed when somebody asks for it, which is rare.
 
     Dynamo cannot watch for modifications in place, so under torch.compile the signal is computed at
-    once. While the threshold does not change, the copy of the step `before` serves.
+    once, as it is where a subclass has a mem_reset of its own: `reset`. While the threshold does
+    not change, the copy of the step `before` serves.
     """
 
     __slots__ = ("copy", "mem", "reset", "surrogate", "threshold", "threshold_version", "version")
 
-    def __init__(self, call: Call, before: ResetSource | None = None) -> None:
-        mem, threshold, surrogate = call.mem, call.threshold, call.options.surrogate
-        self.reset: Tensor | None = None
-        self.copy: Tensor | None = None
-        if isinstance(call.mem_reset, LastReset):
-            self.reset = call.mem_reset.reset
-            return
-        if call.traced:
-            self.reset = reset_signal(mem, threshold, surrogate)
+    def __init__(
+        self,
+        mem: Tensor,
+        threshold: Tensor,
+        surrogate: Any,
+        reset: Tensor | None = None,
+        before: ResetSource | None = None,
+    ) -> None:
+        self.reset, self.copy = reset, None
+        if reset is not None:
             return
         self.mem, self.version, self.surrogate = mem, version(mem), surrogate
         # Optimizers, and users, write to a threshold in place.

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial, wraps
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import foreign
-from .checks import never_spikes
-from .options import a_module, flag
+
+from .spec import a_module, flag, pooling
 from .sconv1dlstm import SConv1dLSTM
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import (
@@ -28,6 +28,7 @@ from .snntorch import (
     register,
     take_out,
 )
+from .warn import DOCUMENTATION, never_spikes
 
 __all__ = ["SwapReport", "accelerate", "patch", "restore", "unpatch"]
 
@@ -39,10 +40,15 @@ _SAME = (  # arguments and attributes of both cells
     "in_channels", "out_channels", "kernel_size", "bias", "max_pool", "avg_pool", "init_hidden",
     "inhibition", "output", "surrogate_disable",
 )  # fmt: skip
+_RECOGNISE = {"spike_grad": recognise_surrogate, "state_quant": recognise_quant}
 OURS = {kind: ours for kind, ours in ((Base, SConv2dLSTM), (Base1d, SConv1dLSTM)) if kind}
 """Our class for each class of snnTorch's cells."""
 
 _ALREADY = ("is snnlstm's already", "is snntorch's already")
+_CONVLSTM = (
+    "it looks like a ConvLSTM and stays as it is; how snnlstm.ConvLSTM takes its place: "
+    f"{DOCUMENTATION}convlstm.html"
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,8 +66,6 @@ class SwapReport:
         several places has all of its names here. The name of the model itself is "".
     left : dict of str to str
         Names of the cells and neurons that stay as they were, each with the reason.
-    taken : dict of str to str
-        Names of the swapped ConvLSTMs without spikes, each with what it was taken for.
     surrogates : tuple of str
         Names of snnTorch's other neurons that got picklable surrogates.
     silent : tuple of str
@@ -72,7 +76,6 @@ class SwapReport:
     model: nn.Module
     swapped: tuple[str, ...]
     left: dict[str, str] = field(default_factory=dict)
-    taken: dict[str, str] = field(default_factory=dict)
     surrogates: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
 
@@ -82,10 +85,7 @@ class SwapReport:
         return f"{self.action}: {len(self.swapped)} swapped, {len(self.left)} left"
 
     def __str__(self) -> str:
-        rows = [
-            (name, f"swapped: {self.taken[name]}" if name in self.taken else "swapped")
-            for name in self.swapped
-        ]
+        rows = [(name, "swapped") for name in self.swapped]
         rows += [(name, f"left: {reason}") for name, reason in self.left.items()]
         width = max((len(name or _ITSELF) for name, _ in rows), default=0)
         lines = [self.headline]
@@ -102,22 +102,15 @@ class SwapReport:
 
 
 def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
-    """Make every ``snntorch.SConv2dLSTM`` and every ConvLSTM in a model one of ours, in place.
+    """Make every ``snntorch.SConv2dLSTM`` in a model one of ours, in place.
 
-    Each cell of snnTorch stays the object that it is, with its parameters, buffers, submodules,
-    state and hooks, and changes its class: whatever holds the cell goes on working, such as
-    optimizers, plain lists and ``torch.compile``. Some stay as they are, and the report gives the
-    reason: instances of subclasses and cells whose forward was replaced (they may compute something
-    else), cells that could not run in snnTorch either, such as one with an even kernel, and other
-    neurons. Only modules of the model are found, not cells that a plain list or another object
-    alone holds.
-
-    A ConvLSTM without spikes may be of any class. It needs one ``nn.Conv2d`` from Cin + C to 4C
-    channels and a forward of x and (h, c). A copy of it is called in float64, and its results and
-    gradients must be those of :class:`snnlstm.ConvLSTMCell`. Its class then becomes a subclass of
-    its own class, which overrides forward; attributes, methods, keys and ``isinstance`` stay. A
-    stack of such cells is tried likewise, so that a sequence goes in one call. The report says why
-    others were left, such as cells with peepholes, a norm inside or gates in another order.
+    Each cell stays the object that it is, with its parameters, buffers, submodules, state and
+    hooks, and changes its class: whatever holds the cell goes on working, such as optimizers,
+    plain lists and ``torch.compile``. Some stay as they are, and the report gives the reason:
+    instances of subclasses and cells whose forward was replaced (they may compute something else),
+    cells that could not run in snnTorch either, such as one with an even kernel, and other neurons.
+    Only modules of the model are found, not cells that a plain list or another object alone holds.
+    The report also names modules of other classes that look like a ConvLSTM without spikes.
 
     Two things that snnTorch's cell accepts and ignores take effect: ``inhibition`` and a changed
     ``reset_mechanism``.
@@ -138,16 +131,15 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     Raises
     ------
     ImportError
-        If snntorch is not installed, and the model has no ConvLSTM that can be taken.
+        If snntorch is not installed.
     TypeError
         If `model` is not an nn.Module.
     """
     surrogates = flag("surrogates", surrogates)
-    taken, left = foreign.take(a_module("model", model))
-    report = _swap("accelerate", model, list(OURS), _why_not_ours, _adopt, taken, left)
+    report = _swap("accelerate", model, _as_ours)
     named = list(model.named_modules(remove_duplicate=False))
     for name, module in reversed(named):  # the first of several names stays
-        if type(module) in OURS.values() or isinstance(module, foreign.Taken):
+        if type(module) in OURS.values():
             module._layer_name = name
     changed = {id(m) for _, m in named if surrogates and _take_our_surrogate(m)}
     return replace(
@@ -166,11 +158,10 @@ def _take_our_surrogate(neuron: nn.Module) -> bool:
     return neuron.spike_grad is not theirs
 
 
-def _is_silent(module: nn.Module) -> bool:
+def _is_silent(module: Any) -> bool:
     """Whether no mem of a cell can exceed its threshold."""
     return (
-        isinstance(module, SConv2dLSTM)
-        and type(module) in OURS.values()
+        type(module) in OURS.values()
         and not isinstance(module.threshold, nn.Parameter)
         and not module.state_quant
         and never_spikes(module.threshold)
@@ -185,12 +176,11 @@ def restore(model: nn.Module) -> SwapReport:
     where they were not changed since; otherwise ours stay, which work in snnTorch's cell as well.
     A cell that does what snnTorch's cannot stays as it is, and the report gives the reason:
     ``stride``, ``dilation`` and ``checkpoint``, and, unless the cell came from snnTorch,
-    ``inhibition``, float16 and bfloat16. ConvLSTMs without spikes get their own classes back.
+    ``inhibition``, float16 and bfloat16.
 
     `model`, the report and the errors are those of :func:`snnlstm.accelerate`.
     """
-    taken = foreign.give_back(a_module("model", model))
-    return _swap("restore", model, list(OURS.values()), _why_not_theirs, _give_back, taken, {})
+    return _swap("restore", model, _as_theirs)
 
 
 def _require_snntorch(function: str) -> None:
@@ -202,69 +192,100 @@ def _require_snntorch(function: str) -> None:
 
 
 def _swap(
-    action: str,
-    model: nn.Module,
-    kinds: list[Any],
-    why_not: Callable[[nn.Module], str | None],
-    make: Callable[[Any], nn.Module],
-    taken: dict[int, str],
-    left: dict[int, str],
+    action: str, model: nn.Module, counterpart: Callable[[Any], nn.Module | str | None]
 ) -> SwapReport:
-    """Make cells of one library, of the classes `kinds`, those of the other, and report the rest.
+    """Make cells of one library those of the other, and report the rest.
 
-    `why_not` gives a reason to leave a module, and `make` the new cell. `taken` and `left` have the
-    ids of ConvLSTMs without spikes, with what each was taken for, and why each was left.
+    `counterpart` returns the other library's cell for a module, the reason to leave the module, or
+    None for a module that is no matter of a swap.
     """
-    if not taken:
-        _require_snntorch(action)
+    a_module("model", model)
+    _require_snntorch(action)
     # All new cells are made before the model is changed, so that an error leaves it whole.
-    swapped: dict[int, tuple[nn.Module, nn.Module]] = {}
-    reasons = dict(left)
-    for name, module in model.named_modules() if Base is not nn.Module else ():
-        reason = why_not(module)
-        if reason is None and type(module) in kinds:
-            try:
-                swapped[id(module)] = module, make(module)
-            except (TypeError, ValueError) as error:
-                reason = str(error)
-        if reason is not None:
-            reasons[id(module)] = reason
-            if isinstance(module, tuple(OURS)) and reason not in _ALREADY:
-                logger.warning("%s leaves %s: %s", action, name or "the model itself", reason)
-    named = list(model.named_modules(remove_duplicate=False))
+    counterparts: dict[int, tuple[nn.Module, Any]] = {}
+    for name, module in model.named_modules():
+        try:
+            result = counterpart(module)
+        except (TypeError, ValueError) as error:
+            result = str(error)
+        counterparts[id(module)] = module, result
+        if isinstance(result, str) and isinstance(module, tuple(OURS)) and result not in _ALREADY:
+            logger.warning("%s leaves %s: %s", action, name or "the model itself", result)
+    results = {
+        name: counterparts[id(module)][1]
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
     report = SwapReport(
         action,
         model,
-        tuple(name for name, module in named if id(module) in swapped or id(module) in taken),
-        {name: reasons[id(module)] for name, module in named if id(module) in reasons},
-        {name: taken[id(module)] for name, module in named if id(module) in taken},
+        tuple(name for name, result in results.items() if isinstance(result, nn.Module)),
+        {name: result for name, result in results.items() if isinstance(result, str)},
     )
-    take_out([cell for pair in swapped.values() for cell in pair])
-    for cell, made in swapped.values():
+    pairs = [pair for pair in counterparts.values() if isinstance(pair[1], nn.Module)]
+    take_out([cell for pair in pairs for cell in pair])
+    for cell, made in pairs:
         object.__setattr__(cell, "__class__", type(made))
         object.__setattr__(cell, "__dict__", made.__dict__)
         register(cell)
-    found = swapped or reasons or taken
-    if not found and not any(isinstance(module, tuple(OURS)) for _, module in named):
-        logger.warning("%s found neither an SConv2dLSTM nor a ConvLSTM in the model", action)
+    if not pairs and not any(isinstance(module, tuple(OURS)) for module in model.modules()):
+        logger.warning("%s found no SConv2dLSTM in the model", action)
     logger.info("%s", report.headline)
     return report
 
 
-def _why_not_ours(module: nn.Module) -> str | None:
-    """Why accelerate leaves a cell or neuron; None for what it swaps and for other modules."""
+def _as_ours(module: nn.Module) -> nn.Module | str | None:
+    """Our cell for one of snnTorch's; why other cells, neurons and ConvLSTMs are left, or None."""
+    kind, name = type(module), type(module).__name__
     if isinstance(module, SConv2dLSTM):
         return _ALREADY[0]
-    name = type(module).__name__
-    if type(module) is Base:
-        return _why_not_as_released(module)
-    if type(module) in OURS:
-        return foreign.difference(module, _adopt)
+    if kind in OURS:
+        reason = _why_not_as_released(module) if kind is Base else _difference(module)
+        return _adopt(module) if reason is None else reason
     if isinstance(module, Base):
         return f"{name} is a subclass of snntorch.SConv2dLSTM and may compute something else"
     if Neuron is not None and isinstance(module, Neuron):
         return f"{name} is another neuron; only SConv2dLSTM has a faster one"
-    return None
+    return _CONVLSTM if _looks_like_a_convlstm(module) else None
+
+
+def _looks_like_a_convlstm(module: nn.Module) -> bool:
+    """Whether a class of the user's is named after the LSTM and has a convolution of [x, h]."""
+    package = type(module).__module__.partition(".")[0]
+    if package in ("torch", "snnlstm", "snntorch") or "lstm" not in type(module).__name__.lower():
+        return False
+    convs = [child for child in module.children() if isinstance(child, nn.Conv2d)]
+    return any(c.out_channels % 4 == 0 and c.in_channels > c.out_channels // 4 for c in convs)
+
+
+def _difference(cell: Any) -> str | None:
+    """What three steps of a cell of snnTorch have against ours in its place; None if nothing.
+
+    A copy of the cell and ours are called in float64 on the CPU, on equal random numbers.
+    """
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    fork = torch.random.fork_rng(devices)
+    with fork, torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        try:
+            copied = copy.deepcopy(cell).to("cpu", torch.float64).requires_grad_()
+            theirs, ours = map(_three_steps, (copied, _adopt(copied)))
+        except Exception as error:  # whatever a class of snnTorch's raises
+            return f"a call raises {type(error).__name__}: {error}"
+    # snnTorch's spikes are float32.
+    same = len(theirs) == len(ours) and all(map(partial(torch.allclose, rtol=1e-5), theirs, ours))
+    return None if same else "it computes other things than our cell"
+
+
+def _three_steps(cell: Any) -> list[Tensor]:
+    """The sums of the squares of each result of three steps, and their gradients."""
+    torch.manual_seed(0)  # for x, and for random surrogates
+    length = 8 * pooling(cell.max_pool, cell.avg_pool, dims=1)[1][1]
+    x = torch.rand(3, 2, cell.in_channels, length, dtype=torch.float64)
+    cell.syn = cell.mem = x.new_zeros(2, cell.out_channels, length)
+    steps = [cell(x_t) for x_t in x]
+    results = [result for step in steps for result in (step if type(step) is tuple else (step,))]
+    sums = [result.double().square().sum() for result in results]
+    parameters = list(cell.parameters())
+    return [*sums, *torch.autograd.grad(sum(sums), parameters, materialize_grads=True)]
 
 
 def _why_not_as_released(cell: Any) -> str | None:
@@ -281,8 +302,8 @@ def _why_not_as_released(cell: Any) -> str | None:
     return None
 
 
-def _why_not_theirs(module: nn.Module) -> str | None:
-    """Why restore leaves a cell; None for what it swaps and for other modules."""
+def _as_theirs(module: Any) -> nn.Module | str | None:
+    """snnTorch's cell for one of ours; why other cells are left, or None."""
     name = type(module).__name__
     if not isinstance(module, SConv2dLSTM):
         return _ALREADY[1] if type(module) in OURS else None
@@ -292,10 +313,9 @@ def _why_not_theirs(module: nn.Module) -> str | None:
         return f"{name} is a subclass of snnlstm.SConv2dLSTM and may compute something else"
     if "forward" in module.__dict__:
         return "its forward was replaced"
-    ones = (1,) * module._dims
-    for name, default in (("stride", ones), ("dilation", ones), ("checkpoint", False)):
+    for name in ("stride", "dilation", "checkpoint"):
         value = getattr(module, name)
-        if value != default:
+        if value not in (False, (1,), (1, 1)):
             return f"snntorch's cell has no {name}, and here it is {value}"
     if module._adopted is None:
         if module.inhibition:
@@ -303,7 +323,7 @@ def _why_not_theirs(module: nn.Module) -> str | None:
         dtype = module.graded_spikes_factor.dtype
         if dtype in (torch.float16, torch.bfloat16):
             return f"snntorch's cell cannot start from zeros in {dtype}"
-    return None
+    return _give_back(module)
 
 
 def _adopt(old: Any) -> nn.Module:
@@ -316,12 +336,8 @@ def _adopt(old: Any) -> nn.Module:
         state_quant=old.state_quant,
         device="meta",
     )
-    cell._adopted = {
-        name: getattr(old, name)
-        for name in ("spike_grad", "state_quant")
-        if name not in old._modules
-    }
-    _share(old, cell, {"reset", *_own_methods(old)})
+    cell._adopted = {k: getattr(old, k) for k in _RECOGNISE if k not in old._modules}
+    _share(old, cell, {"reset", *_chosen(old)})
     states = {name: cell._buffers.pop(name) for name in ("syn", "mem")}
     cell._non_persistent_buffers_set -= set(states)
     cell._initial_threshold = cell.threshold.detach().clone()
@@ -332,36 +348,35 @@ def _adopt(old: Any) -> nn.Module:
 
 def _give_back(old: SConv2dLSTM) -> nn.Module:
     """Make a cell of snnTorch that holds everything that one of ours holds."""
-    originals = old._adopted or {}
-    spike_grad, state_quant = old.spike_grad, old.state_quant
-    if "spike_grad" in originals and recognise_surrogate(originals["spike_grad"]) == spike_grad:
-        spike_grad = originals["spike_grad"]
-    if state_quant and recognise_quant(originals.get("state_quant", False)) == state_quant:
-        state_quant = originals["state_quant"]
+    callables = {name: getattr(old, name) for name in _RECOGNISE}
+    for name, original in (old._adopted or {}).items():
+        if _RECOGNISE[name](original) == callables[name]:
+            callables[name] = original
     kind = next(theirs for theirs, ours in OURS.items() if ours is type(old))
     cell = kind.__new__(kind)
     # This cell is tiny and draws no random numbers; its tensors are replaced below.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         (_original_init if kind is Base and _original_init else kind.__init__)(
-            cell, 1, 1, 1, spike_grad=spike_grad, surrogate_disable=old.surrogate_disable,
-            reset_mechanism=old.reset_mechanism, state_quant=state_quant,
+            cell, 1, 1, 1, surrogate_disable=old.surrogate_disable,
+            reset_mechanism=old.reset_mechanism, **callables,
         )  # fmt: skip
     for name in (*_SAME, "padding"):
         setattr(cell, name, getattr(old, name))
     ours = set(vars(type(old)(1, 1, 1, threshold=0.1, device="meta")))
-    ours |= {"_path", "_adopted", "_layer_name"}
+    ours |= {"_path", "_adopted", "_layer_name", "_reset_source"}
     _share(old, cell, ours)
-    for name, method in _own_methods(cell).items():
-        setattr(cell, name, MethodType(method.__func__, old))  # old is to become cell
+    for name in _chosen(cell):
+        setattr(cell, name, MethodType(getattr(cell, name).__func__, old))  # old is to become cell
     cell._buffers.update(syn=old.syn, mem=old.mem)
     cell._non_persistent_buffers_set |= {"syn", "mem"}
     return cell
 
 
-def _own_methods(cell: Any) -> dict[str, MethodType]:
-    """The attributes that are methods of the cell itself, such as the chosen state_function."""
+def _chosen(cell: nn.Module) -> set[str]:
+    """Names of attributes that are methods of the cell's class, such as state_function."""
     methods = {k: v for k, v in cell.__dict__.items() if isinstance(v, MethodType)}
-    return {name: method for name, method in methods.items() if method.__self__ is cell}
+    kind = type(cell)
+    return {k for k, v in methods.items() if v.__func__ is getattr(kind, v.__name__, None)}
 
 
 def _share(old: nn.Module, new: nn.Module, private: set[str]) -> None:
@@ -370,10 +385,8 @@ def _share(old: nn.Module, new: nn.Module, private: set[str]) -> None:
     shared = {key for key in old.__dict__ if "hook" in key} | {"training"}
     extra = set(old.__dict__) - set(new.__dict__) - private
     new.__dict__.update({key: old.__dict__[key] for key in shared | extra})
-    new._parameters = old._parameters.copy()
-    new._modules = old._modules.copy()
-    new._buffers = old._buffers.copy()
-    new._non_persistent_buffers_set = old._non_persistent_buffers_set.copy()
+    for key in ("_parameters", "_modules", "_buffers", "_non_persistent_buffers_set"):
+        new.__dict__[key] = old.__dict__[key].copy()
 
 
 # ---- wherever one is made -----------------------------------------------------------------
@@ -406,20 +419,19 @@ def patch() -> AbstractContextManager[object]:
     global _original_init
     _require_snntorch("patch")
     undo = ExitStack()
-    if _original_init is not None:
-        return undo
-    original = Base.__init__
+    if _original_init is None:
+        _original_init = original = Base.__init__
 
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        if type(self) is Base:
-            self.__class__ = SConv2dLSTM
-            SConv2dLSTM.__init__(self, *args, **kwargs)
-        else:
-            original(self, *args, **kwargs)
+        @wraps(original)
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            if type(self) is Base:
+                self.__class__ = SConv2dLSTM
+                SConv2dLSTM.__init__(self, *args, **kwargs)
+            else:
+                original(self, *args, **kwargs)
 
-    Base.__init__, _original_init = init, original
-    undo.callback(unpatch)
+        Base.__init__ = init
+        undo.callback(unpatch)
     return undo
 
 

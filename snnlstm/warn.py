@@ -8,7 +8,11 @@ from types import CodeType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-__all__ = ["DOCUMENTATION", "warn_of_threshold"]
+from torch import Tensor
+
+from .surrogate import is_number
+
+__all__ = ["DOCUMENTATION", "never_spikes", "warn_of_threshold"]
 
 DOCUMENTATION = "https://OWNER.github.io/snnlstm/"
 
@@ -38,3 +42,10 @@ def warn_of_threshold(threshold: Any) -> None:
         UserWarning,
         stacklevel=level,
     )
+
+
+def never_spikes(threshold: Any) -> bool:
+    """Whether no mem can exceed the threshold: mem = o * tanh(syn) is at most 1."""
+    if isinstance(threshold, Tensor):
+        return not threshold.is_meta and bool((threshold.detach() >= 1).all())
+    return is_number(threshold) and bool(threshold >= 1)

@@ -27,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
 import snnlstm
-from snnlstm.options import CellOptions
+from cases import Options
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "shared"))
 
@@ -90,12 +90,12 @@ class Calls(Kernels):
         # A step of a cell that does not spike has no spk.
         return torch.cat(spks if chosen.spiking or not self._by_steps(chosen) else mems), syn, mem
 
-    def _by_steps(self, chosen: CellOptions) -> bool:
+    def _by_steps(self, chosen: Options) -> bool:
         """Returns whether each call has one step: a ConvLSTMCell takes no more."""
         cell = self.way != "steps" and "cell" in self.way
         return self.way in ("steps", "a cell's calls") or (cell and not chosen.spiking)
 
-    def _functional(self, inputs: Inputs, chosen: CellOptions) -> Callable[..., Any]:
+    def _functional(self, inputs: Inputs, chosen: Options) -> Callable[..., Any]:
         """Returns a function that runs one or several steps from given states."""
         if self.way == "steps":
             step = replace(chosen, sequence=False, record=False)
@@ -105,7 +105,7 @@ class Calls(Kernels):
         recorded = replace(chosen, record=True)
         return lambda x, syn, mem: super(Calls, self).run(x, syn, mem, *inputs[3:], recorded)
 
-    def _cell(self, inputs: Inputs, chosen: CellOptions) -> Callable[..., Any]:
+    def _cell(self, inputs: Inputs, chosen: Options) -> Callable[..., Any]:
         """Returns a function that runs one or several steps by a cell, which keeps the states."""
         x, syn, mem, weight, bias, threshold, graded = inputs
         if not chosen.spiking:
@@ -134,7 +134,7 @@ class Calls(Kernels):
 
         return call
 
-    def _plain_cell(self, inputs: Inputs, chosen: CellOptions) -> Callable[..., Any]:
+    def _plain_cell(self, inputs: Inputs, chosen: Options) -> Callable[..., Any]:
         """Returns a function that runs a step by a cell without spikes."""
         cell = snnlstm.ConvLSTMCell(
             inputs.x.shape[-3], inputs.mem.shape[1], chosen.kernel_size, inputs.bias is not None,
@@ -169,13 +169,13 @@ class Example:
     def script(self) -> str:
         """Returns a program that runs this example alone."""
         chosen = self.case.options
-        parts = [f'CellOptions.from_text("{chosen.text}")']
+        parts = [f'Options.from_text("{chosen.text}")']
         parts += [repr(getattr(self.case, f.name)) for f in fields(Case)[1:]]
         rest = ", ".join(repr(getattr(self, f.name)) for f in fields(self)[1:])
         return (
             "import sys; sys.path[:0] = ['tools', 'tests/shared']\nimport torch\n"
             "from cases import Case\nfrom fuzz import Example, check\n"
-            "from snnlstm.options import CellOptions\n"
+            "from cases import Options\n"
             f"case = Case({', '.join(parts)})\ncheck(Example(case, {rest}))\n"
         )
 

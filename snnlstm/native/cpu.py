@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch  # before the core, which uses the OpenMP runtime that torch has loaded
 from torch import Tensor
 
 from .. import _C
-from ..call import Call, Signature
-from ..options import DTYPES
-from . import memory, tensors
-from .tensors import Gradients, Result, Saved, Shapes, address
+from ..call import Call
+from ..spec import DTYPES, HALF_TYPES, CellSpec
+from . import pool
+from .plan import (
+    NO_SAVED,
+    CommonPlan,
+    Gradients,
+    Result,
+    Saved,
+    Shapes,
+    Sizes,
+    address,
+    address_of_numbers,
+    empty_gradients,
+    gradient_addresses,
+    keep_empty,
+    make_cell,
+    no_memory,
+    saved_addresses,
+    shaped_as,
+    stochastic_noise,
+    view,
+)
 
-__all__ = ["ALGORITHMS", "Backend", "Packed", "look_up", "set_isa"]
+__all__ = ["ALGORITHMS", "Backend", "PackedWeight", "packed_weight", "set_isa"]
 
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/args.h
 
@@ -35,11 +54,17 @@ def set_isa(name: str) -> None:
 
 # ---- packed weights ------------------------------------------------------------------------------
 
-_WEIGHTS = ("weight", "weight_mem", "weight_x")  # the places of the forms, csrc/cpu/api.h: Form
-_MOST = 16  # weights of one storage whose forms are kept, and plans whose addresses a weight knows
+_MOST = 16  # weights of one storage that overlap, and sets of forms of one weight, that are kept
 
 
-class Packed:
+class Forms(NamedTuple):
+    """Forms of a weight that one pass reads."""
+
+    addresses: tuple[int, ...]  # of weight, weight_mem and weight_x; 0 for what is not read
+    tensors: Sequence[Tensor]  # which hold them
+
+
+class PackedWeight:
     """A weight in the forms that the kernels read, and the copy of it that they are made from.
 
     ``most_inputs`` is the side of the largest Winograd tile whose rounding errors stay small over
@@ -50,58 +75,64 @@ class Packed:
     GAINS: ClassVar = {8: 1.5, 6: 3.0}
 
     def __init__(self, weight: Tensor) -> None:
-        self.original = memory.empty(weight.shape, weight.dtype)
-        self.address = self.original.data_ptr()
-        dtype, count = DTYPES.index(weight.dtype), weight.numel()
-        squares = _C.copy_weight(weight.data_ptr(), self.address, dtype, count)
+        self.copy, count = pool.empty(weight.shape, weight.dtype), weight.numel()
+        self.address, self.bytes = self.copy.data_ptr(), self.copy.nbytes
+        if weight.dtype in HALF_TYPES:
+            self.copy.copy_(weight.detach())
+            squares = self.copy.double().square().sum().item()
+        else:
+            dtype = DTYPES.index(weight.dtype)
+            squares = _C.copy_weight(weight.data_ptr(), self.address, dtype, count)
         gain = (squares / max(weight.shape[0], 1)) ** 0.5
         self.most_inputs = max((s for s, most in self.GAINS.items() if gain <= most), default=0)
-        self.bytes = self.original.nbytes
-        self.forms: dict[tuple[int, str], Tensor] = {}
-        self._found: dict[Any, dict[str, int]] = {}  # addresses, by the pass of a plan
+        self._sets: dict[Any, Forms] = {}  # by numbers, names and sizes
+        self._forms: dict[tuple[int, str], Tensor] = {}
 
-    def addresses(self, a_pass: _Pass) -> dict[str, int]:
-        """Addresses of the forms that a pass reads, by the names of the core's arguments.
+    def forms(self, a_pass: Pass) -> Forms:
+        """What a pass reads. Each form is made once for each of the weight's values.
 
-        Each form, told by its number and name, is made once for each of the weight's values.
+        Forms that none of the last sets has are freed, when nobody computes with them.
         """
-        found = self._found.get(a_pass)
-        if found is not None:
-            return found
-        found = {}
+        known = self._sets.get(a_pass.forms)
+        if known is not None:
+            return known
+        if len(self._sets) >= _MOST:
+            self._sets, self._forms = {}, {}
+        forms = self._forms
+        addresses, held = [0, 0, 0], []
+        source: Tensor | None = None
         for number, name, size in a_pass.forms:
-            key = number, name
-            form = self.forms.get(key)
+            form = forms.get((number, name))
             if form is None:
-                form = memory.empty((size,), torch.uint8)
-                a_pass.core.pack(number, self.address, form.data_ptr())
+                if source is None:
+                    half = self.copy.dtype in HALF_TYPES
+                    source = self.copy.float() if half else self.copy
+                form = pool.empty((size,), torch.uint8)
+                a_pass.core.pack(number, source.data_ptr(), form.data_ptr())
                 # Other threads may look, so the form is kept when it is whole; and the first stays,
                 # because another thread may have taken its address meanwhile.
-                form = self.forms.setdefault(key, form)
-            found[_WEIGHTS[number % 3]] = form.data_ptr()
-        if len(self._found) >= _MOST:
-            self._found.clear()
-        self._found[a_pass] = found
-        return found
+                form = forms.setdefault((number, name), form)
+            addresses[number % 3] = form.data_ptr()
+            held.append(form)
+        made = self._sets[a_pass.forms] = Forms(tuple(addresses), held)
+        return made
 
 
 # The packed weights that live, by storage and by place: many weights may lie in one storage.
 # Tensors do not serve as keys, because torch refuses to swap the contents of tensors that have weak
 # references. There is no lock: the worst that two threads do to each other is to pack a weight
 # twice, while a lock could be held across a fork or a signal.
-_packed: WeakKeyDictionary[torch.UntypedStorage, dict[tuple[Any, ...], Packed]] = (
+_packed: WeakKeyDictionary[torch.UntypedStorage, dict[tuple[Any, ...], PackedWeight]] = (
     WeakKeyDictionary()
 )
 
 
-def look_up(weight: Tensor, cell: Any, x: Any = None, lengths: int = 0) -> tuple[Packed, int]:
-    """The packed form of a weight, and the density of x in hundredths; one call of the core.
+def packed_weight(weight: Tensor) -> PackedWeight:
+    """The packed form of a weight, looked up or made.
 
-    `cell` describes x, which is given as its address and five strides; without x the density is
-    100. What lies behind the last step of a sample does not count. Neither addresses nor version
-    counters tell whether the weight's values are those that were packed:
-    ``weight.data.add_(...)`` changes neither of them. So the values are compared byte for byte,
-    which takes one to three hundredths of a step, or more if a wide layer has small images.
+    Neither addresses nor version counters tell whether the weight's values are those that were
+    packed: ``weight.data.add_(...)`` changes neither of them. So the values are compared byte for
+    byte, which takes one to three hundredths of a step, or more if a wide layer has small images.
     """
     contiguous = weight if weight.is_contiguous() else weight.detach().contiguous()
     storage = weight.untyped_storage()
@@ -110,200 +141,189 @@ def look_up(weight: Tensor, cell: Any, x: Any = None, lengths: int = 0) -> tuple
         entries = _packed.setdefault(storage, {})
     place = weight.storage_offset(), weight.shape, weight.stride(), weight.dtype
     packed = entries.get(place)
-    if packed is not None:
-        own = packed.address, packed.bytes
-        percent = _C.inspect(contiguous.data_ptr(), *own, cell, x, lengths)
-        if percent >= 0:
-            return packed, percent
-    entries.pop(place, None)
-    too_many = max(len(entries) - _MOST + 1, 0)
-    for oldest in list(entries)[:too_many]:  # a copy, because other threads drop entries, too
-        entries.pop(oldest, None)
-    packed = entries[place] = Packed(contiguous)
-    return packed, _C.inspect(0, 0, 0, cell, x, lengths)
+    if packed is not None and _C.same(contiguous.data_ptr(), packed.address, packed.bytes):
+        return packed
+    if packed is None and len(entries) >= _MOST:
+        _drop_overlapping(entries, place)
+    packed = entries[place] = PackedWeight(contiguous)
+    return packed
+
+
+def _drop_overlapping(entries: dict[tuple[Any, ...], PackedWeight], place: Any) -> None:
+    """Forget weights that share memory with the one at `place`.
+
+    Those that are left share nothing, so that there are no more of them than a storage holds: all
+    layers of one that keeps a network's parameters in one piece.
+    """
+
+    def ends(place: Any) -> tuple[int, int]:
+        offset, shape, strides, dtype = place
+        last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        return offset * dtype.itemsize, (offset + last + 1) * dtype.itemsize
+
+    begin, end = ends(place)
+    for other in list(entries):  # a copy, because other threads drop entries, too
+        first, last = ends(other)
+        if first < end and begin < last:
+            entries.pop(other, None)
 
 
 # ---- plans ---------------------------------------------------------------------------------------
 
 
-class _Pass:
+class Decided(NamedTuple):
+    """What the values of a call decide of its algorithms."""
+
+    percent: int  # of x's numbers that are not zero
+    most_inputs: int  # PackedWeight's
+
+
+class Pass:
     """One pass of a plan: the core's plan, the forms of the weight that it reads, its workspace."""
 
-    def __init__(
-        self, core: Any, isa: str, workspace: int, backward: bool = False, grad_x: bool = False
-    ) -> None:
-        self.core, self.workspace = core, workspace
+    def __init__(self, core: Any, isa: str, backward: bool, grad_x: bool, weight: bool) -> None:
+        self.core = core
         self.name = f"cpu-{isa}-{core.name}"
+        self.run = core.backward if backward else core.forward
+        self.workspace = core.backward_workspace(weight) if backward else core.forward_workspace
         # The number, the name and the bytes of each form.
-        self.forms = [
+        self.forms = tuple(
             (number, f"{isa}:{name}", size) for number, name, size in core.forms(backward, grad_x)
-        ]
+        )
 
 
-class Plan(tensors.CommonPlan):
-    """The plan of a call on the CPU; see :class:`snnlstm.native.backend.Plan`.
+class Plan(CommonPlan):
+    """The plan of a call on the CPU; see :class:`snnlstm.native.plan.Plan`.
 
-    The density of x and the gain of the weight decide the algorithms of a call. The number that
-    says so is ``16 * percent + most_inputs``.
+    The density of x and the gain of the weight decide the algorithms of a call.
     """
 
-    contiguous = True  # oneDNN's gradients of channels-last images can take ten times as long
-
     def __init__(
-        self, backend: Backend, call: Call, algorithm: str, threads: int, isa: str
+        self, backend: Backend, call: Call, spec: CellSpec, operands: Any, settings: Any
     ) -> None:
-        super().__init__(backend, call)
-        s, o = self.signature, self.signature.options
+        super().__init__(backend, call, spec, operands)
+        _, algorithm, self.threads, self.isa = settings
         self.algorithm = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else 0
-        self.threads, self.isa = threads, isa
-        self.cell = tensors.make_cell(_C, s)
+        self.cell = make_cell(_C, self)
         largest = max(math.prod(shape) * dtype.itemsize for shape, dtype in self.saved_shapes)
-        self.saves_blocks = largest >= memory.SMALLEST  # which are used again, by memory.py
-        itemsize = s.dtype.itemsize
-        self.largest_result = itemsize * max(math.prod(of[0]) for of in (self.spk, self.state))
-        self.levels = None if o.quant is None else o.quant.levels.to(s.dtype).contiguous()
+        self.saves_blocks = largest >= pool.SMALLEST  # which are used again, by pool.py
+        results = math.prod(self.spk_memory[0]), math.prod(self.state_memory[0])
+        self.largest_result = self.dtype.itemsize * max(results)
+        quant = spec.quant
+        self.levels = None if quant is None else quant.levels.to(self.dtype).contiguous()
         self.levels_address = address(self.levels)
         # An x of few channels gains nothing from lists of nonzeros, so its zeros are not counted.
-        self.counts_zeros = s.cin > 2
-        self._cores: dict[int, Any] = {}
-        self._passes: dict[Any, _Pass] = {}
+        self.counts_zeros = self.cin > 2
+        self._cores: dict[Decided, Any] = {}
+        self._passes: dict[Any, Pass] = {}
 
-    def _forward_pass(self, decided: int) -> _Pass:
-        core = self._core(decided)
-        made = _Pass(core, self.isa, core.forward_workspace)
-        self._passes[decided] = made
-        return made
-
-    def _backward_pass(self, decided: int, grad_x: bool, grad_weight: bool) -> _Pass:
-        key = decided, grad_x, grad_weight
-        found = self._passes.get(key)
-        if found is None:
-            core = self._core(decided)
-            workspace = core.backward_workspace(grad_weight)
-            found = _Pass(core, self.isa, workspace, True, grad_x)
-            self._passes[key] = found
-        return found
-
-    def _core(self, decided: int) -> Any:
-        found = self._cores.get(decided)
-        if found is None:
-            percent, most_inputs = divmod(decided, 16)
-            given = self.cell, self.algorithm, percent / 100, most_inputs, self.threads
-            found = _C.CpuPlan(*given)
-            self._cores[decided] = found
-        return found
+    def _pass(self, decided: Decided, backward: bool, grad_x: bool, weight: bool) -> Pass:
+        key = decided, backward, grad_x, weight
+        known = self._passes.get(key)
+        if known is None:
+            core = self._cores.get(decided)
+            if core is None:
+                percent, most = decided
+                given = self.cell, self.algorithm, percent / 100, most, self.threads
+                core = self._cores[decided] = _C.CpuPlan(*given)
+            known = self._passes[key] = Pass(core, self.isa, backward, grad_x, weight)
+        return known
 
     def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Memory for spk, syn and mem; large ones lie in blocks that are used again."""
-        if not self.largest_result >= memory.MAPPED:
+        if self.largest_result < pool.MAPPED:
             return super().empty_results(x)
-        made = (self._empty_result(x, *result) for result in (self.spk, self.state, self.state))
-        return tuple(made)  # type: ignore[return-value]
+        kinds = self.spk_memory, self.state_memory, self.state_memory
+        return tuple(self._empty_result(x, *kind) for kind in kinds)  # type: ignore[return-value]
 
     def _empty_result(self, x: Tensor, shape: Any, strides: Any) -> Tensor:
-        if math.prod(shape) * x.itemsize >= memory.MAPPED:
-            return memory.empty_strided(shape, strides, x.dtype)
+        if math.prod(shape) * x.itemsize >= pool.MAPPED:
+            return pool.empty_strided(shape, strides, x.dtype)
         return x.new_empty_strided(shape, strides)
 
     def empty_saved(self, x: Tensor) -> Saved:
         """What the forward pass saves in training, uninitialised."""
         if self.saves_blocks:
-            return Saved(*(memory.empty(shape, kind) for shape, kind in self.saved_shapes))
+            return Saved(*(pool.empty(shape, kind) for shape, kind in self.saved_shapes))
         return super().empty_saved(x)
-
-    def _decide(self, call: Call) -> tuple[int, Packed]:
-        """The number that says what runs, and the packed weight."""
-        x = (call.x.data_ptr(), self.x5) if self.counts_zeros else None
-        packed, percent = look_up(call.weight, self.cell, x, address(call.lengths))
-        return 16 * percent + packed.most_inputs, packed
 
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
-        x, dtype = call.x, call.x.dtype
-        decided, packed = self._decide(call)
-        a_pass = self._passes.get(decided) or self._forward_pass(decided)
+        x, syn, mem, weight, bias, threshold, graded, lengths, record = call
+        packed, percent = packed_weight(weight), 100
+        order = None if lengths is None else longest_first(lengths)
+        if self.counts_zeros:
+            percent = _C.density(self.cell, (x.data_ptr(), self.x5), address(lengths))
+        decided = Decided(percent, packed.most_inputs)
+        a_pass = self._pass(decided, False, False, False)
+        forms = packed.forms(a_pass)
         spk, new_syn, new_mem = self.empty_results(x)
-        lengths, _held = tensors.by_length(call)
         saved = self.empty_saved(x) if training else None
-        bias = None if call.bias is None else tensors.numbers(call.bias, dtype)
-        threshold = tensors.numbers(call.threshold, dtype)
-        graded = tensors.numbers(call.graded, dtype)
-        at = x.data_ptr(), call.syn.data_ptr(), call.mem.data_ptr(), threshold.data_ptr()
-        at_bias = address(bias)
-        if not all(at) or (bias is not None and not at_bias):
-            names = ("x", "syn", "mem", "bias", "threshold")
-            raise ValueError(tensors.no_memory(**{name: getattr(call, name) for name in names}))
-        workspace = memory.workspace(a_pass.workspace)
-        parameters = {
-            **lengths,
-            "bias": at_bias,
-            "threshold": at[3],
-            "threshold_stride": self.threshold_stride,
-            "graded": graded.data_ptr(),
-            "levels": self.levels_address,
-            "workspace": workspace.data_ptr(),
-        }
-        result = Result(spk, new_syn, new_mem, saved or (), a_pass.name, decided, packed)
-        a_pass.core.forward(
-            **packed.addresses(a_pass),
-            **parameters,
-            record=call.options.record,
-            x=(at[0], self.x5),
-            syn0=(at[1], self.syn5),
-            mem0=(at[2], self.mem5),
-            spk=(spk.data_ptr(), self.spk5) if self.has_spk else None,
-            syn=(new_syn.data_ptr(), self.state5),
-            mem=(new_mem.data_ptr(), self.state5),
-            saved_gates=0 if saved is None else saved.gates.data_ptr(),
-            saved_syn=0 if saved is None else saved.syn.data_ptr(),
-            winner=0 if saved is None else saved.winner.data_ptr(),
-            places=0 if saved is None else saved.places.data_ptr(),
-        )
-        if lengths and not call.options.record:
-            tensors.keep_empty(call, (new_syn, new_mem), (call.syn, call.mem))
-        return result
+        bias_at, _bias = address_of_numbers(bias, self.dtype)
+        threshold_at, _threshold = address_of_numbers(threshold, self.dtype)
+        graded_at, _graded = address_of_numbers(graded, self.dtype)
+        x_at, syn_at, mem_at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
+        if (
+            not (x_at and syn_at and mem_at)
+            or (bias is not None and not bias_at)
+            or (threshold is not None and not threshold_at)
+        ):
+            raise ValueError(no_memory(x=x, syn=syn, mem=mem, bias=bias, threshold=threshold))
+        workspace = pool.workspace(a_pass.workspace)
+        a_pass.run((
+            (x_at, self.x5), (syn_at, self.syn5), (mem_at, self.mem5), *forms.addresses,
+            threshold_at, self.threshold_stride, graded_at, self.levels_address, record,
+            *(NO_SAVED if saved is None else saved_addresses(saved)),
+            0 if lengths is None else lengths.data_ptr(), address(order),
+            workspace.data_ptr(), bias_at, None,
+            (spk.data_ptr(), self.spk5) if self.has_spk else None,
+            (new_syn.data_ptr(), self.state5), (new_mem.data_ptr(), self.state5),
+        ))  # fmt: skip
+        if lengths is not None and not record:
+            keep_empty(call, (new_syn, new_mem), (syn, mem))
+        return Result(spk, new_syn, new_mem, saved or (), a_pass.name, decided, packed)
 
     def backward(
         self,
         call: Call,
-        saved: Saved,
+        saved: Sequence[Tensor],
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
-        decided: int,
-        packed: Packed | None,
+        decided: Sequence[int],
+        packed: PackedWeight | None,
     ) -> Gradients:
         """Run the backward kernels on what :meth:`forward` was given and saved."""
-        x, dtype = call.x, call.x.dtype
-        a_pass = self._backward_pass(decided, wanted[0], wanted[3])
-        lengths, _held = tensors.by_length(call)
-        threshold = tensors.numbers(call.threshold, dtype)
-        graded = tensors.numbers(call.graded, dtype)
-        noise = tensors.stochastic_noise(call.options, grads[0])
-        workspace = memory.workspace(a_pass.workspace)
-        parameters = {
-            **lengths,
-            "threshold": threshold.data_ptr(),
-            "threshold_stride": self.threshold_stride,
-            "graded": graded.data_ptr(),
-            "levels": self.levels_address,
-            "workspace": workspace.data_ptr(),
-        }
-        if packed is None:  # a second backward pass over the same graph, or a compiled one
-            packed, _ = look_up(tensors.saved_weight(call), self.cell)
-        out = tensors.empty_gradients(x, self.signature, wanted)
-        a_pass.core.backward(
-            **packed.addresses(a_pass),
-            **tensors.backward_arguments(call, saved, grads, noise, out),
-            **parameters,
-        )
-        if lengths:
-            into = (None, None) if call.options.record else grads[1:]
-            tensors.keep_empty(call, (out.syn, out.mem), into)
-        return tensors.shaped_as(call.threshold, out)
+        call, restored = self.as_saved(call, saved)
+        lengths = call.lengths
+        order = None if lengths is None else longest_first(lengths)
+        a_pass = self._pass(Decided(*decided), True, wanted[0], wanted[3])
+        if packed is None:  # torch.compile's graph, which keeps tensors alone
+            packed = packed_weight(self.saved_weight(call))
+        forms = packed.forms(a_pass)
+        threshold_at, _threshold = address_of_numbers(call.threshold, self.dtype)
+        graded_at, _graded = address_of_numbers(call.graded, self.dtype)
+        noise = stochastic_noise(self, grads[0])
+        workspace = pool.workspace(a_pass.workspace)
+        out = empty_gradients(call.x, self, wanted)
+        a_pass.run((
+            *map(view, call[:3]), *forms.addresses,
+            threshold_at, self.threshold_stride, graded_at, self.levels_address, call.record,
+            *saved_addresses(restored), address(lengths), address(order),
+            workspace.data_ptr(), *gradient_addresses(grads, noise, out), 0, 0,
+        ))  # fmt: skip
+        if lengths is not None:
+            into = (None, None) if call.record else grads[1:]
+            keep_empty(call, (out.syn, out.mem), into)
+        return shaped_as(call.threshold, out)
+
+
+def longest_first(lengths: Tensor) -> Tensor:
+    """The samples in the order of their numbers of steps, the longest first."""
+    return lengths.argsort(descending=True, stable=True)
 
 
 class Backend:
-    """The CPU backend; see :class:`snnlstm.native.backend.Backend`."""
+    """The CPU backend; see :class:`snnlstm.native.function.Backend`."""
 
     half_types = False
 
@@ -311,29 +331,27 @@ class Backend:
         """Name of the kernels, such as ``"cpu-avx2"``; that of a call's result says more."""
         return f"cpu-{isa}"
 
-    def reason_against(self, signature: Signature) -> str | None:
+    def settings(self, algorithm: str) -> tuple[Any, ...]:
+        """The process's settings that a plan depends on."""
+        return self, algorithm, torch.get_num_threads(), isa
+
+    def plan(self, call: Call, spec: CellSpec, operands: Any, settings: tuple[Any, ...]) -> Plan:
+        """The plan of calls like this one."""
+        return Plan(self, call, spec, operands, settings)
+
+    def reason_against(self, s: Sizes) -> str | None:
         """Why these kernels cannot run a call; None if they can.
 
         Under autocast they compute in float32, and half types come as that (function.run).
         """
-        dtype = signature.dtype
-        return None if dtype in DTYPES else f"there are no CPU kernels for {dtype}"
+        return None if s.dtype in DTYPES else f"there are no CPU kernels for {s.dtype}"
 
-    def settings(self, signature: Signature) -> tuple[Any, ...]:
-        """The process's settings that a plan depends on."""
-        return torch.get_num_threads(), isa
-
-    def plan(self, call: Call, algorithm: str, settings: tuple[Any, ...]) -> Plan:
-        """The plan of calls like this one."""
-        return Plan(self, call, algorithm, *settings)
-
-    def saved_shapes(self, signature: Signature) -> Shapes:
+    def saved_shapes(self, s: Sizes) -> Shapes:
         """Shapes and dtypes of what a forward pass saves."""
-        s = signature
         padded = _C.cpu_padded_channels(DTYPES.index(s.dtype), s.c)
         images = (s.time, s.n, s.ho * s.wo)
         return (
             ((*images, 4 * padded), s.dtype),
             ((*images, padded), s.dtype),
-            *tensors.of_decisions(s, padded),
+            *s.decisions(padded),
         )

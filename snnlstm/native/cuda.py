@@ -18,9 +18,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Call, Signature
-from . import tensors, torch_conv
-from .tensors import Gradients, Pass, Result, Saved, Shapes, address
+from ..call import Call
+from ..spec import CellSpec
+from . import torch_conv
+from .plan import (
+    CommonPlan,
+    Gradients,
+    Result,
+    Saved,
+    Shapes,
+    Sizes,
+    address,
+    address_of_numbers,
+    empty_bytes,
+    empty_gradients,
+    gradient_addresses,
+    keep_empty,
+    make_cell,
+    numbers,
+    saved_addresses,
+    shaped_as,
+    stochastic_noise,
+    view,
+)
+from .torch_conv import BackwardPass, Neurons
 
 __all__ = ["Backend"]
 
@@ -43,7 +64,7 @@ def _tf32_is_allowed() -> bool:
     return _fp32_precision("cuda", "conv") == "tf32"
 
 
-class Plan(tensors.CommonPlan):
+class Plan(CommonPlan):
     """The plan of a call on CUDA: a plan of the core for each pass, estimated or measured.
 
     Nothing depends on values, and each algorithm reads what another one has saved:
@@ -57,24 +78,23 @@ class Plan(tensors.CommonPlan):
     """
 
     def __init__(
-        self, backend: Backend, call: Call, algorithm: str, tf32: bool, benchmark: bool
+        self, backend: Backend, call: Call, spec: CellSpec, operands: Any, settings: Any
     ) -> None:
-        super().__init__(backend, call)
-        s = self.signature
+        super().__init__(backend, call, spec, operands)
+        _, algorithm, tf32, benchmark = settings
         self.backend, self._tf32, self._algorithm = backend, tf32, algorithm
         self._measures = algorithm == "measure" or (benchmark and algorithm == "auto")
-        self._chosen = {False: backend.core_plan(s, tf32, algorithm, False)}
+        self._chosen = {False: backend.core_plan(self, tf32, algorithm, False)}
         # The fastest plans, by pass and gradients that are wanted: 65 at most.
         self._measured: dict[tuple[bool, ...], Any] = {}
         # As far as is known, cuDNN has fast kernels of full float32 for contiguous images alone.
         self.contiguous = (
-            self.work == torch.float32 and backend.device(s.device).compute_capability < 80
+            self.work == torch.float32 and backend.device(self.device).compute_capability < 80
         )
-        self.of_weight = self.work
-        self.real = torch.float64 if s.dtype == torch.float64 else torch.float32
-        quant = s.options.quant
+        self.real = torch.float64 if self.dtype == torch.float64 else torch.float32
         # The levels stay on the host, from where each call brings them to the device.
-        self.levels = None if quant is None else quant.levels.to("cpu", torch.float64).contiguous()
+        levels = None if spec.quant is None else spec.quant.levels
+        self.levels = None if levels is None else levels.to("cpu", torch.float64).contiguous()
 
     @property
     def name(self) -> str:
@@ -101,47 +121,37 @@ class Plan(tensors.CommonPlan):
         key = backward, *wanted
         found = self._measured.get(key)
         if found is None and self._measures and self.backend.may_measure():
-            cores = self.backend.candidates(self.signature, self._tf32, backward)
+            cores = self.backend.candidates(self, self._tf32, backward)
             seconds = [self.backend.seconds(partial(run, core)) for core in cores]
             # Another thread may have been first.
             found = self._measured.setdefault(key, cores[seconds.index(min(seconds))])
         if found is None and backward not in self._chosen:  # that of the first backward pass
-            self._chosen[backward] = self.backend.core_plan(
-                self.signature, self._tf32, self._algorithm, backward
-            )
+            algorithm = self._algorithm
+            self._chosen[backward] = self.backend.core_plan(self, self._tf32, algorithm, backward)
         return self._chosen[backward] if found is None else found
 
     @property
     def stream(self) -> int:
         """The current stream of the call's device."""
-        return self.backend.stream(self.signature.device)
+        return self.backend.stream(self.device)
 
-    def _parameters(self, call: Call) -> tuple[dict[str, int], list[Tensor | None]]:
-        """Arguments of every kernel, and the tensors whose addresses these are."""
-        threshold = graded = levels = None
-        if self.signature.options.spiking:
-            threshold = tensors.numbers(call.threshold, call.x.dtype)
-            graded = tensors.numbers(call.graded, self.real)
+    def _neurons(self, call: Call) -> tuple[Neurons, list[Tensor | None]]:
+        """Addresses of what the neurons read, and the tensors that hold it."""
+        threshold_at, threshold = address_of_numbers(call.threshold, self.dtype)
+        graded_at, graded = address_of_numbers(call.graded, self.real)
+        levels = None
         if self.levels is not None:
             levels = call.x.new_empty(self.levels.numel(), dtype=self.real)
             values = self.levels.data_ptr()
             self._chosen[False].store_levels(values, levels.data_ptr(), self.stream)
-        arguments = {
-            "threshold": address(threshold),
-            "threshold_stride": self.threshold_stride,
-            "graded": address(graded),
-            "levels": address(levels),
-            "lengths": address(call.lengths),
-        }
-        return arguments, [threshold, graded, levels]
+        neurons = threshold_at, self.threshold_stride, graded_at, address(levels)
+        return neurons, [threshold, graded, levels]
 
-    def _memory(
-        self, core: Any, weight: Tensor, dtype: torch.dtype, stream: int
-    ) -> tuple[int, int, Tensor]:
+    def _memory(self, core: Any, weight: Tensor, stream: int) -> tuple[int, int, Tensor]:
         """Addresses of the packed weight and of a workspace, and what holds both."""
-        weight = tensors.numbers(weight, dtype)
+        weight = numbers(weight, self.dtype)
         workspace = -core.packed_bytes // 256 * -256
-        memory = tensors.empty_bytes(workspace + core.workspace, weight.device)
+        memory = empty_bytes(workspace + core.workspace, weight.device)
         packed = memory.data_ptr()
         core.pack(weight.data_ptr(), packed, stream)
         return packed, packed + workspace, memory
@@ -154,88 +164,86 @@ class Plan(tensors.CommonPlan):
             result = Result(*self.empty_results(x), saved or ())
             if call.lengths is not None:
                 result.spk.zero_()  # the host does not know the lengths
-            parameters, alive = self._parameters(call)
-            bias = None if call.bias is None else tensors.numbers(call.bias, x.dtype)
-            parameters["bias"] = address(bias)
+            neurons, held = self._neurons(call)
+            bias_at, bias = address_of_numbers(call.bias, self.dtype)
 
             def run(core: Any) -> None:
-                self._forward(core, call, parameters, result)
+                self._forward(core, call, neurons, bias_at, result)
 
             run(self._fastest(run, False))
-            if call.lengths is not None and not call.options.record:
-                tensors.keep_empty(call, result[1:3], (call.syn, call.mem))
-            del alive  # the kernels are on the stream: what takes their memory comes after them
+            if call.lengths is not None and not call.record:
+                keep_empty(call, result[1:3], (call.syn, call.mem))
+            del held, bias  # the kernels are on the stream: what takes their memory comes after them
         return Result(*result[:4], self.name)
 
-    def _forward(self, core: Any, call: Call, parameters: dict[str, int], result: Result) -> None:
+    def _forward(
+        self, core: Any, call: Call, neurons: Neurons, bias: int, result: Result
+    ) -> None:
         stream = self.stream
+        run = partial(core.forward, stream)
         if core.algorithm == _POINTWISE:
-            torch_conv.forward(self, partial(core.forward, stream), call, parameters, result)
+            torch_conv.forward(self, run, call, neurons, bias, result)
             return
         spk, syn, mem = result[:3]
         saved: Any = result.saved or None
-        packed, workspace, _alive = self._memory(core, call.weight, call.x.dtype, stream)
-        core.forward(
-            stream,
-            record=call.options.record,
-            x=(call.x.data_ptr(), self.x5),
-            syn0=(call.syn.data_ptr(), self.syn5),
-            mem0=(call.mem.data_ptr(), self.mem5),
-            weight=packed,
-            spk=(spk.data_ptr(), self.spk5) if self.has_spk else None,
-            syn=(syn.data_ptr(), self.state5),
-            mem=(mem.data_ptr(), self.state5),
-            saved_gates=0 if saved is None else saved.gates.data_ptr(),
-            saved_syn=0 if saved is None else saved.syn.data_ptr(),
-            winner=0 if saved is None else saved.winner.data_ptr(),
-            places=0 if saved is None else saved.places.data_ptr(),
-            workspace=workspace,
-            **parameters,
-        )
+        packed, workspace, _held = self._memory(core, call.weight, stream)
+        run((
+            (call.x.data_ptr(), self.x5), (call.syn.data_ptr(), self.syn5),
+            (call.mem.data_ptr(), self.mem5), packed, 0, 0, *neurons, call.record,
+            *saved_addresses(saved), address(call.lengths), 0, workspace, bias, None,
+            (spk.data_ptr(), self.spk5) if self.has_spk else None,
+            (syn.data_ptr(), self.state5), (mem.data_ptr(), self.state5),
+        ))  # fmt: skip
 
     def backward(
         self,
         call: Call,
-        saved: Saved,
+        saved: Sequence[Tensor],
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
-        decided: int,
+        decided: Sequence[int],
         packed: None,
     ) -> Gradients:
         """Run the backward kernels on what :meth:`forward` was given and saved."""
+        call, restored = self.as_saved(call, saved)
+        call = call._replace(weight=self.saved_weight(call))
         with self.backend.guard(call.x.device):
-            parameters, alive = self._parameters(call)
-            noise = tensors.stochastic_noise(call.options, grads[0])
-            given = Pass(call, parameters, saved, grads, noise)
+            neurons, held = self._neurons(call)
+            noise = stochastic_noise(self, grads[0])
+            given = BackwardPass(call, neurons, restored, grads, noise)
 
             def run(core: Any) -> Gradients:
                 return self._backward(core, given, wanted)
 
             out = run(self._fastest(run, True, *wanted))
             if call.lengths is not None:
-                into = (None, None) if call.options.record else grads[1:]
-                tensors.keep_empty(call, (out.syn, out.mem), into)
-            del alive
-        return tensors.shaped_as(call.threshold, out)
+                into = (None, None) if call.record else grads[1:]
+                keep_empty(call, (out.syn, out.mem), into)
+            del held
+        return shaped_as(call.threshold, out)
 
-    def _backward(self, core: Any, given: Pass, wanted: Sequence[bool]) -> Gradients:
+    def _backward(self, core: Any, given: BackwardPass, wanted: Sequence[bool]) -> Gradients:
         call, x = given.call, given.call.x
         if core.algorithm not in (_HYBRID, _POINTWISE):
-            out = tensors.empty_gradients(x, self.signature, wanted)
+            out = empty_gradients(x, self, wanted)
             if call.lengths is not None and out.x is not None:
                 out.x.zero_()
             self._run_steps(core, given, out, None, None)
             return out
         if core.algorithm == _HYBRID:
             return torch_conv.backward(self, given, wanted, partial(self._run_steps, core, given))
-        workspace = tensors.empty_bytes(core.workspace, x.device)
-        run, parameters = partial(core.backward, self.stream), {"workspace": address(workspace)}
-        given = given._replace(parameters=given.parameters | parameters)
-        steps = partial(torch_conv.steps_backward, self, run, given)
+        workspace = empty_bytes(core.workspace, x.device)
+        run = partial(core.backward, self.stream)
+        steps = partial(torch_conv.steps_backward, self, run, address(workspace), given)
         return torch_conv.backward(self, given, wanted, steps)
 
     def _run_steps(
-        self, core: Any, given: Pass, out: Gradients, d_gates: Tensor | None, mems: Tensor | None
+        self,
+        core: Any,
+        given: BackwardPass,
+        out: Gradients,
+        d_gates: Tensor | None,
+        mems: Tensor | None,
     ) -> None:
         """The kernels, for the gradients that `out` has memory for.
 
@@ -244,23 +252,18 @@ class Plan(tensors.CommonPlan):
         """
         if d_gates is not None:
             out = out._replace(x=None)
-        call, parameters, saved, grads, noise = given
+        call, neurons, saved, grads, noise = given
         stream = self.stream
-        weight = tensors.saved_weight(call)
-        packed, workspace, _alive = self._memory(core, weight, call.x.dtype, stream)
-        core.backward(
-            stream,
-            **tensors.backward_arguments(call, saved, grads, noise, out),
-            d_gates=address(d_gates),
-            mem_after=0 if mems is None or len(mems) == 1 else mems[1].data_ptr(),
-            weight=packed,
-            workspace=workspace,
-            **parameters,
-        )
+        packed, workspace, _held = self._memory(core, call.weight, stream)
+        core.backward(stream, (
+            *map(view, call[:3]), packed, 0, 0, *neurons, call.record, *saved_addresses(saved),
+            address(call.lengths), 0, workspace, *gradient_addresses(grads, noise, out),
+            address(d_gates), 0 if mems is None or len(mems) == 1 else mems[1].data_ptr(),
+        ))  # fmt: skip
 
 
 class Backend:
-    """The CUDA backend over `core`, a module like snnlstm._C; see :mod:`snnlstm.native.backend`."""
+    """The CUDA backend over `core`, a module like snnlstm._C; see :class:`snnlstm.native.function.Backend`."""
 
     half_types = True
 
@@ -309,49 +312,43 @@ class Backend:
                 self._devices[device] = self.core.cuda_device()
         return self._devices[device]
 
-    def _facts(self, signature: Signature, tf32: bool) -> tuple[Any, Any, int]:
+    def _facts(self, s: Sizes, tf32: bool) -> tuple[Any, Any, int]:
         """The core's cell and device, and the numbers that convolutions multiply."""
-        s = signature
         device, matrix = self.device(s.device), _EXACT
-        if s.options.operands is not None:
-            matrix = _OPERANDS[s.options.operands]
+        if s.operands is not None:
+            matrix = _OPERANDS[s.operands]
         elif s.dtype == torch.float32:
             matrix = _TF32 if tf32 else self.core.cuda_full_precision(device)
-        return tensors.make_cell(self.core, s), device, matrix
+        return make_cell(self.core, s), device, matrix
 
-    def core_plan(self, signature: Signature, tf32: bool, algorithm: str, backward: bool) -> Any:
+    def core_plan(self, s: Sizes, tf32: bool, algorithm: str, backward: bool) -> Any:
         """The core's plan of a pass."""
         number = _ALGORITHMS.index(algorithm) if algorithm in _ALGORITHMS else 0
-        return self.core.CudaPlan(*self._facts(signature, tf32), number, backward)
+        return self.core.CudaPlan(*self._facts(s, tf32), number, backward)
 
-    def candidates(self, signature: Signature, tf32: bool, backward: bool) -> list[Any]:
+    def candidates(self, s: Sizes, tf32: bool, backward: bool) -> list[Any]:
         """The core's plans of a pass that are timed; of equals the first one is taken."""
-        return self.core.CudaPlan.candidates(*self._facts(signature, tf32), backward)
+        return self.core.CudaPlan.candidates(*self._facts(s, tf32), backward)
 
-    def reason_against(self, signature: Signature) -> str | None:
+    def reason_against(self, s: Sizes) -> str | None:
         """Why these kernels cannot run a call; None if they can."""
-        tf32 = _tf32_is_allowed()
-        key = self, tf32
-        if key not in signature.notes:
-            plans = (self.core_plan(signature, tf32, "fused", of) for of in (False, True))
-            signature.notes[key] = next((p.reason_against for p in plans if p.reason_against), None)
-        return signature.notes[key]
+        plans = (self.core_plan(s, _tf32_is_allowed(), "fused", of) for of in (False, True))
+        return next((plan.reason_against for plan in plans if plan.reason_against), None)
 
-    def settings(self, signature: Signature) -> tuple[Any, ...]:
+    def settings(self, algorithm: str) -> tuple[Any, ...]:
         """The process's settings that a plan depends on."""
-        return _tf32_is_allowed(), torch.backends.cudnn.benchmark
+        return self, algorithm, _tf32_is_allowed(), torch.backends.cudnn.benchmark
 
-    def plan(self, call: Call, algorithm: str, settings: tuple[Any, ...]) -> Plan:
+    def plan(self, call: Call, spec: CellSpec, operands: Any, settings: tuple[Any, ...]) -> Plan:
         """The plan of calls like this one."""
-        return Plan(self, call, algorithm, *settings)
+        return Plan(self, call, spec, operands, settings)
 
-    def saved_shapes(self, signature: Signature) -> Shapes:
+    def saved_shapes(self, s: Sizes) -> Shapes:
         """Shapes and dtypes of what a forward pass saves."""
-        s, options = signature, signature.options
         padded = self.core.cuda_padded_channels(s.c)
         pixels = s.ho * s.wo
         return (
-            ((s.time, s.n, pixels, 4 * padded), options.operands or s.dtype),
+            ((s.time, s.n, pixels, 4 * padded), s.operands or s.dtype),
             ((s.time - 1, s.n, pixels, padded), s.dtype),
-            *tensors.of_decisions(s, s.c),
+            *s.decisions(s.c),
         )

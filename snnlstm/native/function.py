@@ -1,152 +1,176 @@
 """The cell over the native kernels: an autograd Function, and operators for torch.compile.
 
-Both run a call by :func:`_forward`, and its backward pass by :func:`_backward`. Saved for the
-backward pass are the arguments, and per time step the activated gates and syn. The backward pass
-computes mem and the reset from these again (the reset rides in a sign bit of the gates). It writes
-to nothing that was saved, so it may be interrupted and run again, and x, states and weights may
-change while it runs.
+Both run the plan of a call. Saved for the backward pass are the arguments, and per time step the
+activated gates and syn. The backward pass computes mem and the reset from these again (the reset
+rides in a sign bit of the gates). It writes to nothing that was saved, so it may be interrupted and
+run again, and x and states may change while it runs.
 
 ``snnlstm::forward`` and ``snnlstm::backward`` are opaque to the compiler: it sees shapes, from the
 fake kernels here, and keeps the calls in its graph. An operator takes tensors, numbers and strings
-only, so options travel as a text.
+only, so a spec travels as a text.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import reference
-from ..call import Call, Signature, make_call, version
-from ..checks import autocast_dtype
-from ..lengths import repeated
-from ..options import CellOptions
-from . import backend, checkpoint, tensors
-from .backend import Plan
-from .tensors import Gradients, Result, as_saved, plain
+from .. import _C, reference
+from ..call import Call, autocast_dtype, repeated, version
+from ..spec import HALF_TYPES, CellSpec
+from . import cpu, cuda, cuda_check
+from .plan import (
+    Gradients,
+    Plan,
+    Result,
+    Saved,
+    Shapes,
+    Sizes,
+    empty_gradients,
+    empty_like_images,
+    plain,
+)
 
-__all__ = ["run"]
+__all__ = ["BACKENDS", "DEVICES", "plan_of", "run", "run_operator"]
 
 # Whether a gradient is one of many at once, as with is_grads_batched=True.
 _is_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
-
-# ---- the two passes ------------------------------------------------------------------------------
-
-
-def _forward(plan: Plan, call: Call, training: bool, algorithm: str) -> Result:
-    """Run the forward kernels; in training the result has what the backward pass needs."""
-    if training and call.options.checkpoint is True:
-        return checkpoint.forward(call, algorithm)
-    return plan.forward(call, training)
+# What torch knows of the backward pass that is running: whether its graph is kept for another.
+_keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 
 
-def _backward(
-    plan: Plan,
-    call: Call,
-    saved: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    wanted: Sequence[bool],
-    algorithm: str,
-    decided: int,
-    packed: Any = None,
-) -> Gradients:
-    """Run the backward kernels.
+# ---- backends and plans --------------------------------------------------------------------------
 
-    Hooks on saved tensors may have brought x, syn, mem and `saved` back in another dtype or other
-    memory. `plan`, `decided` and `packed` are the forward pass's; `packed` may be None.
+
+class Backend(Protocol):
+    """The kernels of a device type."""
+
+    half_types: bool
+    """Whether float16 and bfloat16 run as they are."""
+
+    def name(self) -> str:
+        """Name of the kernels, as a path has it before a call has run."""
+
+    def settings(self, algorithm: str) -> tuple[Any, ...]:
+        """The backend, and the process's settings that a plan depends on."""
+
+    def reason_against(self, s: Sizes) -> str | None:
+        """Why these kernels cannot run a call; None if they can."""
+
+    def plan(self, call: Call, spec: CellSpec, operands: Any, settings: tuple[Any, ...]) -> Plan:
+        """The plan of calls like this one."""
+
+    def saved_shapes(self, s: Sizes) -> Shapes:
+        """Shapes and dtypes of what a forward pass saves."""
+
+
+BACKENDS: dict[str, Backend] = {"cpu": cpu.Backend()}  # by device type
+_NO_CUDA = cuda_check.without_kernels(_C.build_info())
+if _NO_CUDA is None:
+    BACKENDS["cuda"] = cuda.Backend(_C)
+DEVICES = frozenset(BACKENDS)
+
+_MOST = 1024  # plans are kept; one more, and all are forgotten
+_plans: dict[Any, Plan] = {}
+
+
+def reason_against_device(device: torch.device, traced: bool) -> str | None:
+    """Why no kernels can run on a device; None if they can, or if the call is traced."""
+    if device.type == "cpu":
+        return cpu.NO_THREADS
+    if _NO_CUDA or traced:  # dynamo cannot ask; the call itself will say it
+        return _NO_CUDA
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return cuda_check.trouble(index)
+
+
+def operands_of(call: Call, autocast: torch.dtype | None) -> torch.dtype | None:
+    """The convolution's type under autocast, if that is a half type."""
+    narrows = call.x.dtype == torch.float32 and autocast != torch.float32
+    return autocast if narrows else None
+
+
+def plan_of(
+    call: Call, spec: CellSpec, operands: torch.dtype | None, settings: tuple[Any, ...]
+) -> Plan:
+    """The plan of a call, which like cells share, looked up or made.
+
+    `settings` are those of the backend for an algorithm.
     """
-    s, options = call.signature, call.options
-    x, syn, mem = (
-        as_saved(call.x, s.input, s.dtype),
-        as_saved(call.syn, s.state, s.dtype),
-        as_saved(call.mem, s.state, s.dtype),
-    )
-    if x is not call.x or syn is not call.syn or mem is not call.mem:
-        call = call._replace(x=x, syn=syn, mem=mem)
-    grads = [None if grad is None else plain(grad) for grad in grads]
-    if options.checkpoint is True:
-        states = [as_saved(state, s.state, s.dtype) for state in saved]
-        call = call._replace(weight=tensors.saved_weight(call))
-        return checkpoint.backward(call, states, grads, wanted, algorithm)
-    return plan.backward(call, plan.restored(saved), grads, wanted, decided, packed)
+    x, syn, mem, threshold = call.x, call.syn, call.mem, call.threshold
+    key = (
+        spec, operands, settings, call.record, x.shape, x.stride(), x.dtype, x.device,
+        syn.stride(), mem.shape, mem.stride(), None if threshold is None else threshold.numel(),
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MOST:
+            _plans.clear()
+        plan = _plans[key] = settings[0].plan(call, spec, operands, settings)
+    return plan
 
 
-def _in_float32(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]:
-    """A call in a half type: each step in float32, between steps states in the half type."""
-    x, syn, mem, weight, bias, threshold, graded, options = call[:8]
-    dtype = x.dtype
-    weight, threshold, graded = weight.float(), threshold.float(), graded.float()
-    bias = None if bias is None else bias.float()
-    step = replace(options, record=False)
-    out: list[tuple[Tensor, ...]] = []
-    name = lengths = None
-    for t, x_t in enumerate(x.split(1) if options.sequence else [x]):
-        states = syn.float(), mem.float()
-        tensors = x_t.float(), *states, weight, bias, threshold, graded
-        if call.lengths is not None:
-            lengths = (call.lengths - t).clamp(0, 1)
-        if call.traced:
-            wide = Call(*tensors, step, lengths=lengths)
-        else:
-            wide = make_call(tensors, step, lengths=lengths)
-        *results, name = run(wide, algorithm)
-        out.append(tuple(result.to(dtype) for result in results))
-        _, syn, mem = out[-1]
-    if not options.sequence:
-        return (*out[0], name)  # type: ignore[return-value]
-    spks, syns, mems = zip(*out, strict=True)
-    if options.record:
-        syn, mem = torch.stack(syns), torch.stack(mems)
-    return torch.cat(spks), syn, mem, name
+# ---- running -------------------------------------------------------------------------------------
 
 
-def run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]:
+def run(plan: Plan, call: Call, training: bool) -> tuple[Tensor, Tensor, Tensor, str]:
     """Run the native kernels: spk, syn and mem as :func:`snnlstm.reference.run` returns them.
 
-    The backward pass keeps to `algorithm`. The fourth result is the name of what ran, such as
-    ``"cpu-avx2-winograd4-sparse"``; None while torch.compile traces.
+    The fourth result is the name of what ran, such as ``"cpu-avx2-winograd4-sparse"``.
     """
-    spk, syn, mem, name = _run(call, algorithm)
-    if call.lengths is not None and call.options.record:
-        syn, mem = repeated(syn, call.syn, call.lengths), repeated(mem, call.mem, call.lengths)
+    if not training:
+        result = plan.forward(call, False)
+        spk, syn, mem, name = result.spk, result.syn, result.mem, result.name
+    else:
+        if call.x.is_inference():  # autograd refuses to save it
+            call = call._replace(x=call.x.clone())
+        spk, syn, mem, name = _apply(plan, *call)
+    if call.lengths is not None and call.record:
+        syn, mem = _repeated(call, syn, mem)
     return spk, syn, mem, name
 
 
-def _run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None]:
-    """The same, but for recorded states behind a sample's last step, which may be anything."""
-    x, syn, mem, weight, bias, threshold, graded, options = call[:8]
-    narrow = x.dtype in (torch.float16, torch.bfloat16)
-    if narrow and not backend.BACKENDS[x.device.type].half_types:
-        return _in_float32(call, algorithm)
-    if weight.dtype != x.dtype:  # a half precision module under autocast
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        call = call._replace(weight=weight, bias=bias)
-    training = torch.is_grad_enabled() and (
-        weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or mem.requires_grad
-        or syn.requires_grad
-        or x.requires_grad
-        or threshold.requires_grad
-    )
-    if call.traced:
-        return (*_run_operator(call, training, algorithm), None)
-    if training and x.is_inference():  # autograd refuses to save it
-        call = call._replace(x=x.clone())
-    plan = backend.plan_of(call, algorithm)
-    if not training:
-        result = _forward(plan, call, False, algorithm)
-        return result.spk, result.syn, result.mem, result.name
-    with torch.no_grad():
-        result = _forward(plan, call, True, algorithm)
-    given = *call[:7], call.lengths, call.options, call.signature, plan, algorithm, result
-    return (*_apply(*given), result.name)
+def _repeated(call: Call, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tensor]:
+    """Recorded states with each sample's last one behind its last step, where kernels leave any."""
+    return repeated(syn, call.syn, call.lengths), repeated(mem, call.mem, call.lengths)
+
+
+Step = Callable[[Call], tuple[Tensor, Tensor, Tensor, Any]]
+
+
+def in_float32(call: Call, run_step: Step) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """A call in a half type: each step in float32, between steps states in the half type.
+
+    `run_step` runs a call of one step and returns what this returns.
+    """
+    x, syn, mem, weight, bias, threshold, graded, lengths, record = call
+    dtype = x.dtype
+    if call.sequence:  # so that the steps' gradients are added in float32
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    threshold, graded = (None if t is None else t.float() for t in (threshold, graded))
+    results: list[tuple[Tensor, ...]] = []
+    name = of_step = None
+    for t, x_t in enumerate(x.split(1) if call.sequence else [x]):
+        if lengths is not None:
+            of_step = (lengths - t).clamp(0, 1)
+        states = syn.float(), mem.float()
+        *wide, name = run_step(Call(x_t.float(), *states, weight, bias, threshold, graded, of_step))
+        results.append(tuple(result.to(dtype) for result in wide))
+        _, syn, mem = results[-1]
+    if not call.sequence:
+        return (*results[0], name)  # type: ignore[return-value]
+    spks, syns, mems = zip(*results, strict=True)
+    if record:
+        syn, mem = torch.stack(syns), torch.stack(mems)
+        if lengths is not None:
+            syn, mem = _repeated(call, syn, mem)
+    return torch.cat(spks), syn, mem, name
 
 
 # ---- the Function --------------------------------------------------------------------------------
@@ -154,25 +178,25 @@ def _run(call: Call, algorithm: str) -> tuple[Tensor, Tensor, Tensor, str | None
 
 class _SConv2dLSTM(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Take a call's tensors, what is no tensor, and the result of the kernels."""
-        x, syn, mem, weight, bias, threshold, graded, lengths, *others = given
-        options, signature, plan, algorithm, r = others
+    def forward(ctx: Any, plan: Any, *tensors: Any) -> tuple[Tensor, Tensor, Tensor, str]:
+        """Run the kernels on the fields of a :class:`Call`; returns also the name of what ran."""
+        call = Call(*tensors)
+        result = plan.forward(call, True)
         # A threshold may be written to before the backward pass: snnTorch's graph keeps none.
-        ctx.threshold, ctx.version = threshold, version(threshold)
-        if options.spiking:
-            threshold = threshold.clone()
-        ctx.save_for_backward(x, syn, mem, weight, bias, threshold, graded, lengths, *r.saved)
-        ctx.facts = options, signature, plan, algorithm, r.decided
-        ctx.packed = r.packed
+        ctx.threshold = threshold = call.threshold
+        if threshold is not None:
+            ctx.version, threshold = version(threshold), threshold.clone()
+        ctx.save_for_backward(*call[:5], threshold, call.graded, call.lengths, *result.saved)
+        ctx.plan, ctx.record = plan, call.record
+        ctx.decided, ctx.packed = result.decided, result.packed
         ctx.set_materialize_grads(False)
-        if not options.passes_gradient:
-            ctx.mark_non_differentiable(r.spk)
-        return r.spk, r.syn, r.mem
+        if not plan.spec.passes_gradient(plan.sequence):
+            ctx.mark_non_differentiable(result.spk)
+        return result.spk, result.syn, result.mem, result.name
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        return (*_gradients(ctx, grads), *(None,) * 7)
+        return None, *_gradients(ctx, grads[:3]), None, None, None
 
 
 _FORGOTTEN = (
@@ -187,13 +211,14 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
     if grads[0] is grads[1] is grads[2] is None:
         return (None,) * 6
     try:
-        x, syn, mem, weight, bias, threshold, graded, lengths, *saved = ctx.saved_tensors
+        everything = ctx.saved_tensors  # asked once, which torch's checkpoint demands
     except RuntimeError as error:
         if "a second time" in str(error):  # torch's "Trying to backward through the graph ..."
             raise RuntimeError(f"{error} {_FORGOTTEN}") from None
         raise
-    options, signature, plan, algorithm, decided = ctx.facts
-    wanted = ctx.needs_input_grad[:6]
+    *tensors, lengths = everything[:8]
+    saved = everything[8:]
+    wanted = ctx.needs_input_grad[1:7]
     again = torch.is_grad_enabled()
     if again and wanted[5]:
         if version(ctx.threshold) != ctx.version:
@@ -201,13 +226,15 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
                 "the threshold was modified by an inplace operation, and its gradient is to be "
                 "differentiated"
             )
-        threshold = ctx.threshold
-    tensors = x, syn, mem, weight, bias, threshold, graded
-    call = Call(*tensors, options, signature, lengths=lengths)
+        tensors[5] = ctx.threshold
+    call = Call(*tensors, lengths, ctx.record)
     if again or _beyond_kernels(grads):
-        return _in_plain_torch(call, grads, wanted, again)
-    packed, ctx.packed = ctx.packed, None  # a graph that is kept keeps no packed weight alive
-    return _backward(plan, call, saved, grads, wanted, algorithm, decided, packed)
+        return _in_plain_torch(ctx.plan, call, grads, wanted, again)
+    packed = ctx.packed
+    if not _keeps_graph():  # nobody asks again: the packed weight need not live on
+        ctx.packed = None
+    grads = [None if grad is None else plain(grad) for grad in grads]
+    return ctx.plan.backward(call, saved, grads, wanted, ctx.decided, packed)
 
 
 # This is _SConv2dLSTM.apply without its search for torch.func's wrappers among all arguments: a
@@ -225,29 +252,34 @@ def _beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
 
 @torch.enable_grad()
 def _in_plain_torch(
-    call: Call, grads: Sequence[Tensor | None], wanted: Sequence[bool], again: bool
+    plan: Any,
+    call: Call,
+    grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    again: bool,
 ) -> Sequence[Tensor | None]:
     """The same gradients in plain torch; with `again` they can be differentiated in their turn."""
     # The inputs are aliased, because one may have been computed from another one, and that path
     # must not count. An input may have stopped to require a gradient since the forward pass.
-    own: list[Any] = [
+    aliases: list[Any] = [
         t if t is None else t.detach().requires_grad_() if want and not t.requires_grad
         else t.view_as(t)
         for t, want in zip(call[:6], wanted, strict=True)
     ]  # fmt: skip
-    operands = call.signature.options.operands
+    operands = plan.operands
+    x, syn, mem, weight, bias, threshold = aliases
     # The forward pass's autocast counts, not that of the code which asks for the gradients.
-    with torch.autocast(call.signature.device_type, operands, enabled=operands is not None):
-        x, syn, mem, weight, bias, threshold = own
-        tensors = x, syn, mem, weight, bias, threshold, call.graded
-        outputs = reference.run(Call(*tensors, call.options, lengths=call.lengths))
+    with torch.autocast(plan.device.type, operands, enabled=operands is not None):
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        inside = Call(x, syn, mem, weight, bias, threshold, *call[6:])
+        outputs = reference.run(inside, plan.spec)
     pairs = [
         (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
     ]
     if not pairs:
-        return (None,) * len(own)
+        return (None,) * len(aliases)
     ends, given = zip(*pairs, strict=True)
-    sources = [t for t, want in zip(own, wanted, strict=True) if want]
+    sources = [t for t, want in zip(aliases, wanted, strict=True) if want]
     found = torch.autograd.grad(ends, sources, given, create_graph=again, allow_unused=True)
     rest = iter(found)
     return tuple(next(rest) if want else None for want in wanted)
@@ -256,94 +288,98 @@ def _in_plain_torch(
 # ---- the operators -------------------------------------------------------------------------------
 
 _CALL = (
-    "Tensor x, Tensor syn, Tensor mem, Tensor weight, Tensor? bias, Tensor threshold, "
-    "Tensor graded, Tensor? lengths, str options"
+    "Tensor x, Tensor syn, Tensor mem, Tensor weight, Tensor? bias, Tensor? threshold, "
+    "Tensor? graded, Tensor? lengths, bool record, str spec, str algorithm"
 )
+_FIELDS = len(Call._fields)
 
 
 def _results(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})"
 
 
-def _text(options: CellOptions, operands: torch.dtype | None) -> str:
-    # torch.compile keeps graphs on disk. A graph must not serve where another layout is saved.
-    return f"{backend.LAYOUT}|{operands}|{options.text}"
+def layout() -> int:
+    """A number that changes with the shapes of what a forward pass saves.
 
-
-def _options(text: str) -> CellOptions:
-    _, operands, rest = text.split("|", 2)
-    return CellOptions.from_text(rest, getattr(torch, operands.removeprefix("torch."), None))
-
-
-def _call(*given: Any) -> Call:
-    """The call of an operator's first nine arguments."""
-    return make_call(given[:7], _options(given[8]), autocast=False, lengths=given[7])
-
-
-def _fake_call(*given: Any) -> Call:
-    """The call of fake tensors, without levels: among fake tensors they would have no numbers."""
-    x, syn, mem, weight, bias, threshold, graded, lengths, text = given[:9]
-    options = _options(text.rpartition(";")[0] + ";")
-    signature = Signature(x, mem, threshold, options, None)
-    tensors = x, syn, mem, weight, bias, threshold, graded
-    return Call(*tensors, options, signature, lengths=lengths)
-
-
-def _four(x: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What was saved, as four tensors: checkpoint=True saves states, as many as it has segments.
-
-    Nothing is saved in inference.
+    They differ between instruction sets, and may between versions. torch.compile writes graphs
+    that hold them to a cache on disk, which outlives both.
     """
-    if len(saved) == 4 and saved[2].dtype == torch.int64:
-        return tuple(saved)
-    first = torch.stack(list(saved)) if saved else x.new_empty(0)
-    none = [x.new_empty(0, dtype=dtype) for dtype in (x.dtype, torch.int64, torch.uint8)]
-    return first, *none
+    counts = [_C.cpu_padded_channels(dtype, c) for dtype in (0, 1) for c in range(1, 129)]
+    if "cuda" in BACKENDS:
+        counts += map(_C.cuda_padded_channels, range(1, 129))
+    return zlib.crc32(repr((Saved._fields, counts)).encode())
 
 
-def _number(x: Tensor, decided: int) -> Tensor:
+LAYOUT = layout()  # computed here, because dynamo cannot trace a call into the core
+
+
+def _text(spec: CellSpec, operands: torch.dtype | None) -> str:
+    # A graph that torch.compile keeps on disk must not serve where another layout is saved.
+    return f"{LAYOUT}|{operands}|{spec.text}"
+
+
+def _spec(text: str) -> tuple[CellSpec, torch.dtype | None]:
+    _, operands, rest = text.split("|", 2)
+    return CellSpec.from_text(rest), getattr(torch, operands.removeprefix("torch."), None)
+
+
+def _sizes(call: Call, text: str) -> Sizes:
+    """The sizes of a call of fake tensors, among which levels would have no numbers."""
+    spec, operands = _spec(text.rpartition(";")[0] + ";")
+    return Sizes(call, spec, operands)
+
+
+def _plan(call: Call, text: str, algorithm: str) -> Plan:
+    return plan_of(call, *_spec(text), BACKENDS[call.x.device.type].settings(algorithm))
+
+
+def _numbers(x: Tensor, decided: Sequence[int]) -> Tensor:
     """What the forward pass decided by values. CUDA's decides nothing, and a graph of CUDA's
     operators is to have no tensor on the CPU."""
-    count = 1 if x.device.type == "cpu" else 0
-    return torch.full((count,), decided, dtype=torch.int64, device=x.device)
+    return torch.tensor(decided, dtype=torch.int64, device=x.device)
 
 
 @torch.library.custom_op(
-    "snnlstm::forward", mutates_args=(),
-    schema=f"({_CALL}, bool training, str algorithm) -> {_results(8)}",
-)  # fmt: skip
-def _forward_operator(*given: Any) -> tuple[Tensor, ...]:
-    call, (training, algorithm) = _call(*given), given[9:]
-    r = _forward(backend.plan_of(call, algorithm), call, training, algorithm)
-    return r.spk, r.syn, r.mem, *_four(call.x, r.saved), _number(call.x, r.decided)
+    "snnlstm::forward", mutates_args=(), schema=f"({_CALL}, bool training) -> {_results(8)}"
+)
+def _forward_operator(*arguments: Any) -> tuple[Tensor, ...]:
+    call, (text, algorithm, training) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    result = _plan(call, text, algorithm).forward(call, training)
+    return _eight(call.x, result)
+
+
+def _eight(x: Tensor, r: Result) -> tuple[Tensor, ...]:
+    """A forward pass's results, as its operator returns them; nothing is saved in inference."""
+    kinds = x.dtype, x.dtype, torch.int64, torch.uint8
+    saved = r.saved or [x.new_empty(0, dtype=kind) for kind in kinds]
+    return r.spk, r.syn, r.mem, *saved, _numbers(x, r.decided)
 
 
 @_forward_operator.register_fake
-def _(*given):
-    call, training = _fake_call(*given), given[9]
-    saves = training and call.options.checkpoint is not True
-    r = backend.empty_result(call, saves)
-    first, *rest = _four(call.x, r.saved)
-    count = checkpoint.boundary_count(call) if training and not saves else 0
-    if count > 0:
-        first = first.new_empty((count, *call.mem.shape))
-    return r.spk, r.syn, r.mem, first, *rest, _number(call.x, 0)
+def _(*arguments):
+    call, (text, _, training) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    s, x = _sizes(call, text), call.x
+    spk, state = (empty_like_images(x, shape) for shape in s.outputs())
+    shapes = BACKENDS[x.device.type].saved_shapes(s) if training else ()
+    saved = [x.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+    decided = (0,) * len(cpu.Decided._fields) if x.device.type == "cpu" else ()
+    return _eight(x, Result(spk, state, torch.empty_like(state), saved, decided=decided))
 
 
 @torch.library.custom_op(
     "snnlstm::backward", mutates_args=(),
     schema=f"({_CALL}, Tensor saved_gates, Tensor saved_syn, Tensor saved_winner, "
     "Tensor saved_places, Tensor decided, Tensor grad_spk, Tensor grad_syn, Tensor grad_mem, "
-    f"bool[] wanted, str algorithm) -> {_results(6)}",
+    f"bool[] wanted) -> {_results(6)}",
 )  # fmt: skip
-def _backward_operator(*given: Any) -> tuple[Tensor, ...]:
-    saved, decided, grads, (wanted, algorithm) = given[9:13], given[13], given[14:17], given[17:]
+def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
+    call, (text, algorithm, *rest) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    saved, decided, grads, wanted = rest[:4], rest[4], rest[5:8], rest[8]
     dtype = grads[0].dtype
-    call = _call(*(plain(t).to(dtype) for t in given[:4]), *given[4:])
-    if call.options.checkpoint is True:
-        saved = saved[0].unbind() if saved[0].dim() > 1 else ()
-    plan, number = backend.plan_of(call, algorithm), int(decided) if decided.numel() else 0
-    return _six(call.x, _backward(plan, call, saved, grads, wanted, algorithm, number))
+    call = Call(*(plain(t).to(dtype) for t in call[:4]), *call[4:])
+    plan = _plan(call, text, algorithm)
+    found = plan.backward(call, saved, [plain(g) for g in grads], wanted, decided.tolist(), None)
+    return _six(call.x, found)
 
 
 def _six(x: Tensor, out: Gradients) -> tuple[Tensor, ...]:
@@ -351,37 +387,46 @@ def _six(x: Tensor, out: Gradients) -> tuple[Tensor, ...]:
 
 
 @_backward_operator.register_fake
-def _(*given):
-    call, wanted = _fake_call(*given), given[17]
-    out = tensors.empty_gradients(call.x, call.signature, wanted)
+def _(*arguments):
+    call, text, wanted = Call(*arguments[:_FIELDS]), arguments[_FIELDS], arguments[-1]
+    out = empty_gradients(call.x, _sizes(call, text), wanted)
     if wanted[5]:
         out = out._replace(threshold=torch.empty_like(call.threshold))
     return _six(call.x, out)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *saved, options, _training, algorithm = inputs
-    ctx.save_for_backward(*saved, *output[3:])
-    ctx.options, ctx.algorithm = options, algorithm
+    *tensors, ctx.record, ctx.text, ctx.algorithm, _training = inputs
+    ctx.save_for_backward(*tensors, *output[3:])
 
 
 def _backward_of_operator(ctx: Any, *grads: Tensor) -> tuple:
     saved, wanted = ctx.saved_tensors, list(ctx.needs_input_grad[:6])
-    out = _backward_operator(*saved[:8], ctx.options, *saved[8:], *grads[:3], wanted, ctx.algorithm)
-    return (*(g if want else None for g, want in zip(out, wanted, strict=True)), *(None,) * 5)
+    static = ctx.record, ctx.text, ctx.algorithm
+    out = _backward_operator(*saved[:8], *static, *saved[8:], *grads[:3], wanted)
+    return (*(g if want else None for g, want in zip(out, wanted, strict=True)), *(None,) * 6)
 
 
 _forward_operator.register_autograd(_backward_of_operator, setup_context=_setup_context)
 
 
-def _run_operator(call: Call, training: bool, algorithm: str) -> tuple[Tensor, Tensor, Tensor]:
+def run_operator(
+    call: Call, spec: CellSpec, algorithm: str
+) -> tuple[Tensor, Tensor, Tensor, None]:
     """The call's spk, syn and mem, in a form that torch.compile keeps in its graph."""
-    options, narrow = call.options, autocast_dtype(call.x.device.type)
-    if narrow == torch.float32 or call.x.dtype != torch.float32:
-        narrow = None
-    text = _text(options, narrow)
-    given = *call[:7], call.lengths, text, training, algorithm
-    spk, new_syn, new_mem, *_ = _forward_operator(*given)
-    if not options.passes_gradient:
+    x, syn, mem, weight, bias, threshold, graded, lengths, record = call
+    if x.dtype in HALF_TYPES and not BACKENDS[x.device.type].half_types:
+        return in_float32(call, lambda step: run_operator(step, spec, algorithm))
+    if weight.dtype != x.dtype:  # a half precision module under autocast
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    training = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, syn, mem, weight, bias, threshold)
+    )
+    text = _text(spec, operands_of(call, autocast_dtype(x.device.type)))
+    tensors = x, syn, mem, weight, bias, threshold, graded, lengths
+    spk, new_syn, new_mem, *_ = _forward_operator(*tensors, record, text, algorithm, training)
+    if not spec.passes_gradient(call.sequence):
         spk = spk.detach()
-    return spk, new_syn, new_mem
+    if lengths is not None and record:
+        new_syn, new_mem = _repeated(call, new_syn, new_mem)
+    return spk, new_syn, new_mem, None

@@ -295,30 +295,30 @@ def test_a_bias_whose_storage_was_freed_is_named(warm):
 
 
 def test_sizes_are_the_cores_ints():
-    assert snnlstm.options.pair("dilation", 2**31 - 1, 2) == (2**31 - 1, 2**31 - 1)
+    assert snnlstm.spec.pair("dilation", 2**31 - 1, 2) == (2**31 - 1, 2**31 - 1)
 
 
 def test_numbers_are_read_on_the_cpu_and_tensors_where_they_are():
     with torch.device("meta"):
-        assert snnlstm.checks.real_tensor("threshold", [0.5]).device.type == "cpu"
-        assert snnlstm.checks.values(0.5).device.type == "cpu"
-        assert snnlstm.checks.values(torch.ones(2)).device.type == "meta"
-    x, options = X.to("meta"), snnlstm.options.CellOptions((3, 3))
+        assert snnlstm.call.real_tensor("threshold", [0.5]).device.type == "cpu"
+        assert snnlstm.call.values(0.5).device.type == "cpu"
+        assert snnlstm.call.values(torch.ones(2)).device.type == "meta"
+    x, options = X.to("meta"), snnlstm.spec.Options((3, 3))
     for value in (0.5, numpy.full((3, 1, 1), 0.5), torch.tensor(0.5, dtype=torch.float64)):
-        found = snnlstm.checks.scalar_like("threshold", value, x, STATE.shape, options)
+        found = snnlstm.call.scalar_like("threshold", value, x, STATE.shape, options)
         assert (found.device, found.dtype) == (x.device, x.dtype)
 
 
 def test_the_hash_of_options_is_computed_once(monkeypatch):
-    one, other = snnlstm.options.CellOptions((3, 3)), snnlstm.options.CellOptions((3, 5))
+    one, other = snnlstm.spec.Options((3, 3)), snnlstm.spec.Options((3, 5))
     before = hash(one)
     assert before != hash(other)
-    monkeypatch.setattr(snnlstm.options, "fields", None)
+    monkeypatch.setattr(snnlstm.spec, "fields", None)
     assert hash(one) == before
 
 
 def test_options_of_equal_arguments_are_found_again():
-    make, in_time = snnlstm.options.make_options, snnlstm.options.in_time
+    make, in_time = snnlstm.spec.make_options, snnlstm.spec.in_time
 
     def found_again(**arguments):
         one, other = (make([3, 3], stride=[2, 1], **arguments) for _ in range(2))
@@ -354,17 +354,17 @@ def test_a_call_is_known_by_all_that_was_checked(monkeypatch):
 @pytest.mark.parametrize("quant", [None, snnlstm.quant.state_quant(2)], ids=["", "quant"])
 def test_an_operator_reads_options_from_their_text(quant):
     spike = snnlstm.surrogate.SFS(slope=3, B=0.25)
-    one = snnlstm.options.make_options(
+    one = snnlstm.spec.make_options(
         [3, 5], stride=2, spike_grad=spike, state_quant=quant, max_pool=2, checkpoint="gates"
     )
-    assert snnlstm.options.CellOptions.from_text(one.text) == one
-    narrow = snnlstm.options.CellOptions.from_text(one.text, torch.bfloat16)
+    assert snnlstm.spec.Options.from_text(one.text) == one
+    narrow = snnlstm.spec.Options.from_text(one.text, torch.bfloat16)
     assert narrow == dataclasses.replace(one, operands=torch.bfloat16)
 
 
 def test_what_is_not_given_is_the_default():
-    default = snnlstm.options.CellOptions((3, 3), surrogate=snnlstm.surrogate.atan())
-    assert snnlstm.options.make_options(3) == default
+    default = snnlstm.spec.Options((3, 3), surrogate=snnlstm.surrogate.atan())
+    assert snnlstm.spec.make_options(3) == default
 
 
 def test_an_algorithm_is_set_for_a_block():

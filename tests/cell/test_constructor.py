@@ -21,7 +21,7 @@ from helpers import (
 from torch import nn
 
 import snnlstm
-from snnlstm.options import RESETS
+from snnlstm.spec import RESETS
 
 
 def test_positional_arguments_come_in_snntorchs_order():
@@ -205,9 +205,9 @@ def test_its_address_is_the_documentations():
 @pytest.mark.filterwarnings("error")
 def test_a_cell_never_spikes_where_all_of_its_thresholds_are_out_of_reach():
     for threshold in (1, 1.0, 2.5, torch.ones(3, 1, 1), torch.tensor([1.0, 1.5])):
-        assert snnlstm.checks.never_spikes(threshold)
+        assert snnlstm.warn.never_spikes(threshold)
     for threshold in (0.99, torch.tensor([1.0, 0.99]), torch.ones(3, device="meta"), "1"):
-        assert not snnlstm.checks.never_spikes(threshold)
+        assert not snnlstm.warn.never_spikes(threshold)
 
 
 def test_no_warning_where_the_cell_can_spike():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import snnlstm
 from snnlstm.native import cpu
-from snnlstm.options import CellOptions
+from cases import Options
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -188,7 +188,7 @@ def test_weights_of_one_shape_that_are_divided_otherwise():
     x = image()
     for stride in ((1, 1), (2, 2), (1, 3)):
         for dilation in ((1, 1), (2, 1)):
-            options = CellOptions((3, 3), stride, dilation)
+            options = Options((3, 3), stride, dilation)
             state = torch.zeros(2, 8, *options.state_size(6, 7))
             arguments = (x, state, state, weight, None, torch.tensor(0.1), torch.ones(()), options)
             out, expected = flat.run(*arguments), flat.reference(*arguments)

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import snnlstm
 from snnlstm import functional
-from snnlstm.lengths import checked
+from snnlstm.call import checked_lengths as checked
 from snnlstm.native import torch_conv
 
 

@@ -8,7 +8,7 @@ from helpers import close, states, steps
 from torch import Tensor
 
 from snnlstm import functional, reference
-from snnlstm.lengths import active
+from snnlstm.call import active
 
 TIME, LENGTHS = 6, (2, 6, 0, 5, 1, 2, 4)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from snnlstm import surrogate
-from snnlstm.options import CellOptions
+from snnlstm.spec import CellSpec
 from snnlstm.quant import StateQuant, state_quant
 
 SURROGATES = (
@@ -25,6 +25,26 @@ SURROGATES = (
     surrogate.NONE,
 )
 LAYOUTS = ("contiguous", "channels_last", "sliced", "strided", "transposed", "shifted", "expanded")
+
+
+@dataclass(frozen=True)
+class Options(CellSpec):
+    """What a call computes: a cell's spec, and whether the call is of a sequence, and records."""
+
+    sequence: bool = False
+    record: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+
+    def __hash__(self) -> int:
+        return super().__hash__()
+
+    @property
+    def spec(self) -> CellSpec:
+        """Returns the spec alone, as cells have it."""
+        names = (f.name for f in fields(CellSpec) if f.init)
+        return CellSpec(**{name: getattr(self, name) for name in names})
 
 
 class Inputs(NamedTuple):
@@ -80,7 +100,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 class Case:
     """This is one call of the cell; `inputs` and `output_gradients` draw its numbers."""
 
-    options: CellOptions
+    options: Options
     dtype: torch.dtype
     time: int
     batch: int
@@ -161,7 +181,7 @@ class Case:
 
 _FIELDS = {field.name for field in fields(Case)}
 PLAIN = Case(
-    CellOptions((3, 3), sequence=True, record=True, surrogate=surrogate.atan(), reset="subtract"),
+    Options((3, 3), sequence=True, record=True, surrogate=surrogate.atan(), reset="subtract"),
     torch.float32,
     time=3,
     batch=2,
@@ -205,7 +225,7 @@ _QUANTS: tuple[StateQuant | None, ...] = (
 
 
 @st.composite
-def options(draw: Any, height: int, width: int) -> CellOptions:
+def options(draw: Any, height: int, width: int) -> Options:
     """Draws any options that an image of this size allows."""
     plain = draw(st.booleans())  # half of the cases have neither stride nor dilation
     sizes = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -218,7 +238,7 @@ def options(draw: Any, height: int, width: int) -> CellOptions:
     if pool != "none":
         pool_size = draw(st.tuples(st.integers(1, min(3, ho)), st.integers(1, min(3, wo))))
     sequence = draw(st.booleans())
-    drawn = CellOptions(
+    drawn = Options(
         kernel,
         stride,
         dilation,

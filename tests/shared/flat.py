@@ -1,16 +1,16 @@
 """Runs the implementations of the cell on the tensors of :class:`cases.Inputs` and the options."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import snnlstm
 import snnlstm.path
-from snnlstm.call import Call, make_call
+from snnlstm.call import Call, autocast_dtype
 
 _native = snnlstm.path._native
-_function = snnlstm.path._function
 _last = ""
 
 Three = tuple[Tensor, Tensor, Tensor]
@@ -19,22 +19,37 @@ Three = tuple[Tensor, Tensor, Tensor]
 def call_of(arguments: Sequence) -> Call:
     """Makes the call of seven tensors and the options."""
     *tensors, options = arguments
-    traced = torch.compiler.is_compiling()
-    return Call(*tensors, options) if traced else make_call(tuple(tensors), options)
+    if not options.spiking:
+        tensors[5:7] = None, None
+    return Call(*tensors, None, options.record)
+
+
+def plan_of(arguments: Sequence, algorithm: str) -> Any:
+    """Returns the plan of a call of seven tensors and the options."""
+    call, spec = call_of(arguments), arguments[-1].spec
+    operands = _native.operands_of(call, autocast_dtype(call.x.device.type))
+    settings = _native.BACKENDS[call.x.device.type].settings(algorithm)
+    return _native.plan_of(call, spec, operands, settings)
 
 
 def reference(*arguments) -> Three:
     """Returns spk, syn and mem, computed by plain torch."""
-    return snnlstm.reference.run(call_of(arguments))
+    return snnlstm.reference.run(call_of(arguments), arguments[-1].spec)
 
 
 def run(*arguments) -> Three:
     """Returns spk, syn and mem of the kernels; the last argument may be an algorithm."""
     global _last
     *_, algorithm = (*arguments, "auto")[:9]
-    *out, name = _function.run(call_of(arguments[:8]), algorithm)
-    if name is not None:
-        _last = name
+    call, spec = call_of(arguments[:8]), arguments[7].spec
+    with snnlstm.algorithm(algorithm):
+        if torch.compiler.is_compiling():
+            *out, path = snnlstm.path.run_traced(call, spec)
+        else:
+            entry = snnlstm.path.entry_of({}, call, spec)
+            assert entry.fallback is None, entry.fallback
+            *out, path = snnlstm.path.run(call, entry)
+            _last = path.name
     return tuple(out)
 
 
@@ -47,14 +62,13 @@ def forward(*arguments):
     """Runs the forward kernels alone; `training` and the algorithm follow the other arguments."""
     global _last
     *tensors, training, algorithm = arguments
-    call = call_of(tensors)
-    result = _native.plan_of(call, algorithm).forward(call, training)
+    result = plan_of(tensors, algorithm).forward(call_of(tensors), training)
     _last = result.name
     return result
 
 
 def backward(arguments: Sequence, result, grads: Sequence[Tensor | None], wanted, algorithm: str):
     """Runs the backward kernels alone, behind a call of :func:`forward` with this result."""
+    plan = plan_of(arguments, algorithm)
     call = call_of(arguments)
-    plan = _native.plan_of(call, algorithm)
     return plan.backward(call, result.saved, grads, wanted, result.decided, result.packed)

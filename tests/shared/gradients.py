@@ -10,7 +10,7 @@ from cases import Case, Inputs, wanting_gradients
 from oracle import decisions, steps_of
 from torch import Tensor
 
-from snnlstm.options import CellOptions
+from cases import Options
 
 NAMES = ("x", "syn", "mem", "weight", "bias", "threshold")
 OUTPUTS = ("spk", "syn", "mem")
@@ -21,7 +21,7 @@ Run = Callable[..., tuple[Tensor, Tensor, Tensor]]
 def gradients(
     run: Run,
     inputs: Inputs,
-    options: CellOptions,
+    options: Options,
     output_gradients: Sequence[Tensor | None],
     wanted: Sequence[str] = NAMES,
     noise: int = 0,

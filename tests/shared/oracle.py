@@ -17,7 +17,7 @@ from cases import Case, Inputs
 from torch import Tensor
 
 from snnlstm import surrogate
-from snnlstm.options import CellOptions
+from cases import Options
 
 
 def assert_quantised(value: Tensor, exact: Tensor, levels: Tensor, band: float) -> None:
@@ -32,11 +32,11 @@ def assert_quantised(value: Tensor, exact: Tensor, levels: Tensor, band: float) 
     assert excess.max() <= 2 * band, f"a level is not the nearest, by {float(excess.max()):.3g}"
 
 
-def steps_of(tensor: Tensor, options: CellOptions) -> Tensor:
+def steps_of(tensor: Tensor, options: Options) -> Tensor:
     return tensor if options.sequence else tensor.unsqueeze(0)
 
 
-def pooled(mem: Tensor, options: CellOptions) -> Tensor:
+def pooled(mem: Tensor, options: Options) -> Tensor:
     """Returns the potential that the threshold is compared with, before its quantisation."""
     if options.pool == "max":
         return F.max_pool2d(mem, options.pool_size)
@@ -46,7 +46,7 @@ def pooled(mem: Tensor, options: CellOptions) -> Tensor:
 
 
 def check_spikes(
-    spk: Tensor, mem: Tensor, threshold: Tensor, graded: Tensor, options: CellOptions
+    spk: Tensor, mem: Tensor, threshold: Tensor, graded: Tensor, options: Options
 ) -> None:
     """Compares spikes of one step with the mem (N, C, Ho, Wo) that the same kernels returned.
 
@@ -93,7 +93,7 @@ def _just_below(potential: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def exact_steps(
-    inputs: Inputs, syn: Tensor, mem: Tensor, options: CellOptions
+    inputs: Inputs, syn: Tensor, mem: Tensor, options: Options
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the exact syn and mem of each step, before they are quantised.
 

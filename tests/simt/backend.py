@@ -27,7 +27,7 @@ import torch
 from builder import HERE, ROOT, build
 from emulator import EmulationError, Emulator, symbolise
 
-from snnlstm.native import backend as native
+from snnlstm.native import function as native
 from snnlstm.native import cuda
 
 # Programs that import this module without pytest find the modules of tests/shared, too.

@@ -14,7 +14,7 @@ from modes import MODES, PLAIN
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
-from snnlstm.native import backend as native
+from snnlstm.native import function as native
 from snnlstm.native import cuda
 from snnlstm.quant import state_quant
 

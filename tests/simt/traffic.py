@@ -23,9 +23,9 @@ from emulator import Counts  # noqa: E402
 from modes import FORWARD as MODES  # noqa: E402
 from modes import Mode  # noqa: E402
 
-from snnlstm.options import CellOptions  # noqa: E402
+from cases import Options  # noqa: E402
 
-STEP = CellOptions((3, 3))
+STEP = Options((3, 3))
 # The benchmark suite's layers, with as many samples as the emulation can run.
 LAYERS = {
     "mnist": Case(STEP, torch.float32, 1, 4, 1, 8, 28, 28, density=0.1),

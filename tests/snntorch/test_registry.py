@@ -1,6 +1,5 @@
 """snnTorch's list of all neurons, and ours, know every living cell and keep none alive."""
 
-import collections
 import gc
 import sys
 import weakref
@@ -49,19 +48,27 @@ class Counted(list):
 def test_a_new_cell_looks_at_no_more_entries_the_more_there_are(monkeypatch):
     registry = Counted()
     monkeypatch.setattr(snntorch.SpikingNeuron, "instances", registry)
-    monkeypatch.setattr(snnlstm.snntorch, "_left", collections.deque())  # no places of other tests
-    cells = [ours(1, 1, 1) for _ in range(100)]
+    first = ours(1, 1, 1)  # it looks for the places of other tests' cells
+    registry.looks = 0
+    cells = [ours(1, 1, 1) for _ in range(99)]
     assert len(registry) == 100
     assert registry.looks <= 100
-    first, others, cells = cells[0], cells[1:], []
     for _ in range(3):  # the cells that go leave places in the midst of the list
         registry.looks = 0
-        others.clear()
+        cells.clear()
         gc.collect()
-        others += [ours(1, 1, 1) for _ in range(99)]
+        cells += [ours(1, 1, 1) for _ in range(99)]
         assert len(registry) == 100
         assert registry.looks <= 100
-    assert {id(entry.place()) for entry in registry} == {id(cell) for cell in (first, *others)}
+    all_are_reached([first, *cells])
+
+
+def all_are_reached(cells):
+    """Checks that snnTorch's walk over the list reaches each of the cells."""
+    for cell in cells:
+        cell.mem = torch.ones(1)
+    snntorch.SConv2dLSTM.reset_hidden()
+    assert not any(cell.mem.any() for cell in cells)
 
 
 def test_places_in_a_list_that_was_dropped_are_not_used(monkeypatch):
@@ -72,9 +79,27 @@ def test_places_in_a_list_that_was_dropped_are_not_used(monkeypatch):
     kept = [ours(), snntorch.Leaky(beta=0.5), ours()]
     gone.clear()
     kept += [ours(), ours()]
-    registry = snntorch.SpikingNeuron.instances
-    assert [entry if entry is kept[1] else entry.place() for entry in registry] == kept
+    assert len(snntorch.SpikingNeuron.instances) == 5
+    assert snntorch.SpikingNeuron.instances[1] is kept.pop(1)
     assert len(dropped) == 3
+    all_are_reached(kept)
+
+
+def test_the_list_may_be_walked_in_the_midst_of_a_cells_end():
+    """Python clears all weak references to an object, and then calls their callbacks in turn."""
+    walks = []
+
+    def walk(_):
+        snntorch.SConv2dLSTM.reset_hidden()
+        snntorch.SConv2dLSTM.detach_hidden()
+        walks.append(True)
+
+    cell = ours()
+    seen = weakref.ref(cell, walk)
+    del cell
+    gc.collect()
+    assert seen() is None
+    assert walks
 
 
 def test_cells_may_be_made_at_any_line_of_the_search_for_all_of_them():

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from types import MethodType
 
 import pytest
 import snntorch
@@ -153,6 +154,33 @@ def test_accelerate_reports_every_cell_and_neuron_by_name(caplog):
     ]
 
 
+class MyConvLstm(nn.Module):
+    def __init__(self, out_channels=4 * 3):
+        super().__init__()
+        self.gates = nn.Conv2d(2 + 3, out_channels, 3, padding=1)
+
+    def forward(self, *args):
+        raise AssertionError("it is called")
+
+
+class MyBlock(MyConvLstm):
+    pass
+
+
+def test_the_report_names_what_looks_like_a_convlstm_and_nothing_changes():
+    model = nn.ModuleDict({
+        "cell": theirs(), "mine": MyConvLstm(), "odd": MyConvLstm(13), "wide": MyConvLstm(20),
+        "block": MyBlock(), "lstm": nn.LSTM(2, 3), "ours": snnlstm.ConvLSTM(2, 3, 3, 1),
+    })  # fmt: skip
+    report = snnlstm.accelerate(model)
+    assert report.swapped == ("cell",)
+    assert list(report.left) == ["mine"]
+    assert report.left["mine"].endswith(f"{snnlstm.warn.DOCUMENTATION}convlstm.html")
+    assert "  mine  left: it looks like a ConvLSTM and stays as it is" in str(report)
+    assert type(model["mine"]) is MyConvLstm
+    assert not snnlstm.restore(model).left
+
+
 def sequential(how, leaky=True, **options):
     """Makes a network whose neurons are of two classes, or with leaky=False all of one."""
     torch.manual_seed(0)
@@ -261,6 +289,23 @@ def test_restore_undoes_accelerate(options):
         same_gradients(one, other, atol=0)
 
 
+def test_nothing_of_ours_stays_on_a_restored_cell():
+    cell, expected = theirs(), theirs()
+    for swap in (snnlstm.accelerate, snnlstm.restore):
+        swap(nn.ModuleDict({"cell": cell}))
+        cell(X)
+    expected(X)
+    assert set(vars(cell)) == set(vars(expected))
+
+
+def test_a_method_that_was_set_on_a_cell_is_called_both_ways():
+    cell = theirs()
+    cell.fire = MethodType(lambda self, mem: torch.ones_like(mem), cell)
+    for swap in (snnlstm.accelerate, snnlstm.restore):
+        assert swap(cell).swapped == ("",)
+        assert cell(X)[0].all()
+
+
 def double(function):
     return lambda *args: tuple(2 * state for state in function(*args))
 
@@ -323,12 +368,11 @@ def test_both_ways_leave_each_cell_in_snntorchs_registry_once():
     model = sequential("theirs", leaky=False)
     for swap, ours_alive in ((snnlstm.accelerate, True), (snnlstm.restore, False)):
         swap(model)
-        # The list holds entries that do not keep our cells alive.
-        entry, registry = snnlstm.snntorch.Entry, snntorch.SpikingNeuron.instances
-        held = [e.place() if type(e) is entry else e for e in registry]
-        assert sum(isinstance(cell, snntorch.SConv2dLSTM) for cell in held) == 2
+        registry = snntorch.SpikingNeuron.instances
+        convs = [e.conv for e in registry if isinstance(e, snntorch.SConv2dLSTM)]
+        assert len(convs) == 2
         for cell in model:
-            assert sum(cell is one for one in held) == 1
+            assert sum(cell.conv is conv for conv in convs) == 1
             assert (cell in snnlstm.snntorch.alive(snnlstm.SConv2dLSTM)) is ours_alive
         model(X)
         snntorch.SConv2dLSTM.reset_hidden()

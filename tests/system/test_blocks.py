@@ -9,7 +9,7 @@ import torch
 from helpers import HANG, in_threads
 
 import snnlstm
-from snnlstm.native import memory as blocks
+from snnlstm.native import pool as blocks
 
 MIB = 1 << 20
 

@@ -6,7 +6,7 @@ from cpu_kernels import native
 from helpers import ours
 
 from snnlstm import call
-from snnlstm.options import CellOptions
+from cases import Options
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -22,8 +22,8 @@ def test_signatures_are_bounded(monkeypatch):
     monkeypatch.setattr(call, "_signatures", {})
     monkeypatch.setattr(call, "_MOST", 8)
     for width in range(3, 40):
-        made = call.make_call(tensors(width), CellOptions((3, 3)))
-        assert call.make_call(tensors(width), CellOptions((3, 3))).signature is made.signature
+        made = call.make_call(tensors(width), Options((3, 3)))
+        assert call.make_call(tensors(width), Options((3, 3))).signature is made.signature
         assert len(call._signatures) <= 8
 
 
@@ -33,7 +33,7 @@ def test_plans_of_a_signature_are_bounded(monkeypatch):
     x, *others = tensors()
     for stride in range(5, 40):
         padded = torch.ones(1, 2, 5, stride)[..., :5]
-        made = call.make_call((padded, *others), CellOptions((3, 3)))
+        made = call.make_call((padded, *others), Options((3, 3)))
         plan = native.plan_of(made, "auto")
         assert native.plan_of(made, "auto") is plan
         assert len(made.signature.notes) <= 8

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
 from snnlstm.call import make_call
-from snnlstm.native import memory
+from snnlstm.native import pool as memory
 from snnlstm.quant import state_quant
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")

@@ -14,7 +14,7 @@ import pytest
 from cpu_kernels import native
 from helpers import HANG
 
-from snnlstm.native import memory
+from snnlstm.native import pool as memory
 
 pytestmark = [
     pytest.mark.skipif(native is None, reason="the core is not built"),
@@ -127,7 +127,7 @@ print("failed", hung)
 def test_a_lock_that_another_thread_holds_at_a_fork(in_a_process):
     """The child makes a new lock: without one it would run, but keep no blocks."""
     program = """
-from snnlstm.native import memory
+from snnlstm.native import pool as memory
 
 held, done = threading.Event(), threading.Event()
 
@@ -216,7 +216,7 @@ def test_memory_is_found_although_blocks_are_kept_for_later(what, in_a_process):
     """Results and gradients are torch's memory; gates lie in blocks, larger than the free ones."""
     program = f"""
 import mmap, resource
-from snnlstm.native import memory
+from snnlstm.native import pool as memory
 
 cell, what = snnlstm.SConv2dLSTM(2, 16, 3, threshold=0.05), {what!r}
 # 50 MiB of spikes, 6 of gradients; or 100 of gates in 20 steps

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import fresh_inductor_cache as fresh_cache
 
 import snnlstm
-from snnlstm.native import backend as native
+from snnlstm.native import function as native
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

@@ -1,4 +1,4 @@
-"""The options of a cell, and the check of each: what describes a cell besides its tensors.
+"""The spec of a cell, and the check of each option: what describes a cell besides its tensors.
 
 A check returns the argument in its normal form or raises: TypeError for a wrong type, ValueError
 for a wrong value. The message names the argument, what came and what is accepted. Nothing is
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ast import literal_eval
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from numbers import Integral
 from typing import Any, Literal, cast
@@ -22,17 +22,17 @@ from .quant import StateQuant
 from .snntorch import recognise_quant, recognise_surrogate, recognise_traced, refuse_traced
 from .surrogate import NONE, Surrogate, atan, fixed
 
-__all__ = ["CHECKS", "DESCRIBING", "CellOptions", "Pool", "Reset", "make_options"]
+__all__ = ["CHECKS", "DESCRIBING", "CellSpec", "Pool", "Reset", "make_spec"]
 
 Reset = Literal["subtract", "zero", "none"]
 Pool = Literal["none", "max", "avg"]
-Checkpoint = bool | Literal["gates"]
 
 RESETS: tuple[Reset, ...] = ("subtract", "zero", "none")
 """The reset mechanisms; the position is ``reset_mechanism_val`` in a state_dict."""
 POOLS: tuple[Pool, ...] = ("none", "max", "avg")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """The dtypes of weight and states."""
+HALF_TYPES = (torch.float16, torch.bfloat16)
 NAMES_OF_DTYPES = ", ".join(map(str, DTYPES))
 
 
@@ -42,11 +42,11 @@ def are_ours(surrogate: Any, quant: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class CellOptions:
+class CellSpec:
     """What a cell computes, besides its tensors.
 
-    Frozen and hashable, so that it can key a cache; it holds no tensor of the computation.
-    :class:`snnlstm.SConv2dLSTM` documents the arguments that the options come from. Pairs are
+    Frozen and hashable, so that it can key a table; it holds no tensor of the computation.
+    :class:`snnlstm.SConv2dLSTM` documents the arguments that the fields come from. Pairs are
     (height, width). The padding is always ``dilation * (kernel_size - 1) / 2`` and the state of an
     image of H x W is ``ceil(H / stride[0])`` x ``ceil(W / stride[1])``.
     """
@@ -60,38 +60,30 @@ class CellOptions:
     surrogate: Any = NONE  # a callable that is no Surrogate needs the reference path
     quant: Any = None  # a callable that is no StateQuant needs the reference path
     inhibition: bool = False
-    sequence: bool = False  # x is (T, N, Cin, H, W), spk (T, N, C, Hp, Wp); otherwise 4-D
-    record: bool = False  # syn and mem are returned for every step, (T, N, C, Ho, Wo)
-    checkpoint: Checkpoint = False
-    # False: a plain ConvLSTM, without reset, pool or quantiser. In a sequence mem of each step is
-    # what spk else is, and a step call has no spk.
+    checkpoint: bool = False
+    # False: a plain ConvLSTM, without threshold, reset, pool or quantiser. In a sequence mem of
+    # each step stands in the place of spk, and a step call has no spk.
     spiking: bool = True
-    operands: torch.dtype | None = None  # under autocast the convolution's type, if it is a half
-    # All but the operands, as an operator of torch.library takes them: from_text() reads it.
+    padding: tuple[int, int] = field(init=False, repr=False, compare=False)
+    """Zeros on each side that keep the image size, height first."""
+    # All fields, as an operator of torch.library takes them: from_text() reads it.
     text: str = field(default="", init=False, repr=False, compare=False)
 
     def __hash__(self) -> int:
-        # Every call looks its options up, so the hash is computed once.
-        found = self.__dict__.get("_hash")
-        if found is None:
-            found = hash(tuple(getattr(self, f.name) for f in fields(self) if f.compare))
-            object.__setattr__(self, "_hash", found)
-        return found
+        # Every call looks its plan up by this, so the hash is computed once.
+        known = self.__dict__.get("_hash")
+        if known is None:
+            known = hash(tuple(getattr(self, f.name) for f in fields(self) if f.compare))
+            object.__setattr__(self, "_hash", known)
+        return known
 
     def __getstate__(self) -> dict[str, Any]:
         # Hashes of strings differ between processes.
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    @property
-    def padding(self) -> tuple[int, int]:
-        """Zeros on each side that keep the image size, height first."""
-        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
-        return dh * (kh - 1) // 2, dw * (kw - 1) // 2
-
-    @property
-    def passes_gradient(self) -> bool:
-        """Whether spk carries a gradient."""
-        return self.surrogate.kind != 0 if self.spiking else self.sequence
+    def passes_gradient(self, sequence: bool) -> bool:
+        """Whether spk of a sequence, or of a step call, carries a gradient."""
+        return self.surrogate.kind != 0 if self.spiking else sequence
 
     def reason_against_kernels(self, dtype: torch.dtype) -> str | None:
         """Why the kernels cannot run a cell with these options on `dtype`; None if they can."""
@@ -112,25 +104,26 @@ class CellOptions:
         return -(-height // sh), -(-width // sw)
 
     def __post_init__(self) -> None:
+        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
+        object.__setattr__(self, "padding", (dh * (kh - 1) // 2, dw * (kw - 1) // 2))
         # torch.compile may take numbers for symbols, so a cell's text is made before it traces.
         if are_ours(self.surrogate, self.quant):
             spike, quant = self.surrogate, self.quant
-            described = (
+            numbers = (
                 self.kernel_size, self.stride, self.dilation, self.reset, self.pool, self.pool_size,
-                (spike.kind, fixed(spike.p0), fixed(spike.p1)), self.inhibition, self.sequence,
-                self.record, self.checkpoint, self.spiking,
+                (spike.kind, fixed(spike.p0), fixed(spike.p1)), self.inhibition, self.checkpoint,
+                self.spiking,
             )  # fmt: skip
-            text = f"{described};{quant.text if quant else ''}"
-            object.__setattr__(self, "text", text)
+            object.__setattr__(self, "text", f"{numbers};{quant.text if quant else ''}")
 
     @staticmethod
     @lru_cache(maxsize=256)
-    def from_text(text: str, operands: torch.dtype | None = None) -> CellOptions:
-        """The options whose ``text`` this is, with `operands`."""
-        described, _, quant = text.partition(";")
-        values: list[Any] = [*literal_eval(described)]
-        values[6:7] = Surrogate(*values[6]), StateQuant.from_text(quant) if quant else None
-        return replace(CellOptions(*values), operands=operands)
+    def from_text(text: str) -> CellSpec:
+        """The spec whose ``text`` this is."""
+        numbers, _, quant = text.partition(";")
+        *first, surrogate, inhibition, checkpoint, spiking = literal_eval(numbers)
+        levels = StateQuant.from_text(quant) if quant else None
+        return CellSpec(*first, Surrogate(*surrogate), levels, inhibition, checkpoint, spiking)
 
 
 # ---- checks -------------------------------------------------------------------------------------
@@ -230,14 +223,13 @@ def reset_of_number(value: Tensor) -> Reset | None:
     return RESETS[int(value)]
 
 
-def checkpoint_kind(value: Any) -> Checkpoint:
-    """Check `checkpoint`: a yes-or-no argument, or "gates"."""
-    if isinstance(value, str) and value == "gates":
-        return "gates"
-    try:
-        return flag("checkpoint", value)
-    except TypeError:
-        raise TypeError(f"checkpoint must be a bool or 'gates', got {value!r}") from None
+def checkpoint_flag(value: Any) -> bool:
+    """Check `checkpoint`, a yes-or-no argument."""
+    if isinstance(value, str):
+        raise ValueError(
+            f"checkpoint must be a bool, got {value!r}: checkpoint=True takes the least memory"
+        )
+    return flag("checkpoint", value)
 
 
 _DEFAULT = atan()
@@ -299,7 +291,7 @@ def device_or_none(name: str, value: Any) -> torch.device | None:
 CHECKS: dict[str, Callable[[Any, int], Any]] = {
     "spike_grad": lambda value, _: surrogate(value),
     "state_quant": lambda value, _: quantiser(value) or False,
-    "checkpoint": lambda value, _: checkpoint_kind(value),
+    "checkpoint": lambda value, _: checkpoint_flag(value),
     "max_pool": lambda value, dims: pooling(value, 0, dims) and value,
     "avg_pool": lambda value, dims: pooling(0, value, dims) and value,
     "stride": lambda value, dims: pair("stride", value, dims)[-dims:],
@@ -313,7 +305,7 @@ for _name in ("surrogate_disable", "inhibition", "init_hidden", "output", "batch
     CHECKS[_name] = lambda value, _, name=_name: flag(name, value)  # type: ignore[misc]
 
 
-def _make_options(
+def _make_spec(
     kernel_size: Any,
     surrogate: Surrogate | Callable[[Tensor], Tensor],
     quant: StateQuant | Callable[[Tensor], Tensor] | None,
@@ -327,9 +319,9 @@ def _make_options(
     inhibition: Any = False,
     checkpoint: Any = False,
     spiking: bool = True,
-) -> CellOptions:
+) -> CellSpec:
     pool, pool_size = pooling(max_pool, avg_pool, dims)
-    return CellOptions(
+    return CellSpec(
         kernel_size=kernel("kernel_size", kernel_size, dims),
         stride=pair("stride", stride, dims),
         dilation=pair("dilation", dilation, dims),
@@ -339,13 +331,13 @@ def _make_options(
         surrogate=surrogate,
         quant=quant,
         inhibition=flag("inhibition", inhibition),
-        checkpoint=checkpoint_kind(checkpoint),
+        checkpoint=checkpoint_flag(checkpoint),
         spiking=spiking,
     )
 
 
 # The cache is typed, because stride=True, an error, must not find what stride=1 left.
-_cached_options = lru_cache(maxsize=256, typed=True)(_make_options)
+_cached_spec = lru_cache(maxsize=256, typed=True)(_make_spec)
 
 DESCRIBING = (
     "spike_grad", "surrogate_disable", "state_quant", "stride", "dilation", "reset_mechanism",
@@ -354,7 +346,7 @@ DESCRIBING = (
 """The arguments of a cell, beside its kernel size, that say what it computes."""
 
 
-def make_options(
+def make_spec(
     kernel_size: Any,
     *,
     spike_grad: Any = None,
@@ -362,7 +354,7 @@ def make_options(
     state_quant: Any = None,
     traced: bool = False,
     **others: Any,
-) -> CellOptions:
+) -> CellSpec:
     """Check what describes a cell (:data:`DESCRIBING`), and put it into its normal form.
 
     `traced` says whether torch.compile traces. With a `dims` of 1 sizes are lengths. Equal
@@ -374,20 +366,7 @@ def make_options(
         hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in others.items()}
         size = tuple(kernel_size) if isinstance(kernel_size, list) else kernel_size
         try:
-            return _cached_options(size, spike, quant, **hashable)
+            return _cached_spec(size, spike, quant, **hashable)
         except TypeError:  # a wrong type, or one without a hash: the checks below name it
             pass
-    return _make_options(kernel_size, spike, quant, **others)
-
-
-def _in_time(options: CellOptions, sequence: bool, record: bool) -> CellOptions:
-    return replace(options, sequence=sequence, record=record)
-
-
-_cached_in_time = lru_cache(maxsize=256)(_in_time)
-
-
-def in_time(options: CellOptions, sequence: bool, record: bool, traced: bool) -> CellOptions:
-    """The options of a step call (not `sequence`) or of a sequence; like :func:`make_options`."""
-    cached = options.text and not traced
-    return (_cached_in_time if cached else _in_time)(options, sequence, record)
+    return _make_spec(kernel_size, spike, quant, **others)

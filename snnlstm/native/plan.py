@@ -1,4 +1,4 @@
-"""Tensors as the core sees them: addresses and strides, and the memory of results.
+"""What the plans of both devices share: sizes, addresses, results and what is saved.
 
 The core takes raw memory and allocates none; everything it reads and writes is a torch tensor
 that its caller keeps alive while it runs.
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..call import Call, Signature
-from ..options import DTYPES, POOLS, RESETS, CellOptions
-from . import memory
+from ..call import Call
+from ..spec import DTYPES, POOLS, RESETS, CellSpec
+from . import pool
 
-__all__ = ["Gradients", "Result", "Saved"]
+__all__ = ["CommonPlan", "Gradients", "Plan", "Result", "Saved", "Sizes"]
 
 
 Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]
@@ -45,9 +45,9 @@ class Result(NamedTuple):
     spk: Tensor
     syn: Tensor
     mem: Tensor
-    saved: Sequence[Tensor] = ()  # a Saved, in inference nothing; checkpoint=True saves states
+    saved: Sequence[Tensor] = ()  # a Saved; in inference nothing
     name: str = ""  # of what ran, such as "cpu-avx2-winograd4-sparse"
-    decided: int = 0  # what values decided, which the backward pass is told
+    decided: Sequence[int] = ()  # what values decided, which the backward pass is told
     packed: Any = None  # the weight as the kernels read it, if that is kept
 
 
@@ -64,12 +64,6 @@ def as_saved(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor
     return tensor if tensor.dtype is dtype and not tensor.is_neg() else plain(tensor).to(dtype)
 
 
-def saved_weight(call: Call) -> Tensor:
-    """The weight that a backward pass was given, as :func:`as_saved` returns it."""
-    s = call.signature
-    return as_saved(call.weight, (4 * s.c, s.cin + s.c, *s.options.kernel_size), s.dtype)
-
-
 class Gradients(NamedTuple):
     """Gradients of the arguments of a forward pass; None where not wanted."""
 
@@ -81,24 +75,68 @@ class Gradients(NamedTuple):
     threshold: Tensor | None
 
 
-class Pass(NamedTuple):
-    """What a backward pass on CUDA, or behind torch's convolution, is given.
+class Sizes:
+    """All that is known of a call without looking at values: sizes, types, device.
 
-    `parameters` holds the addresses that every kernel takes, by the names of the core's arguments;
-    `grads` the gradients of spk, syn and mem; `noise` the stochastic surrogate's numbers.
+    Attributes
+    ----------
+    spec : CellSpec
+    operands : torch.dtype or None
+        The convolution's type under autocast, if it is a half type.
+    dtype, device
+        Those of the states.
+    sequence, record : bool
+        As of the call.
+    time, n, cin, h, w, c, ho, wo : int
+        Steps (1 for a step call), and the sizes of x and of the states.
+    input : tuple of ints
+        Shape of x.
+    state, state_strides : (int, int, int, int)
+        Shape of syn and mem, and its strides where they are contiguous.
+    thresholds : int
+        How many numbers the threshold has.
     """
 
-    call: Call
-    parameters: dict[str, int]
-    saved: Saved
-    grads: Sequence[Tensor | None]
-    noise: Tensor | None
+    def __init__(self, call: Call, spec: CellSpec, operands: torch.dtype | None) -> None:
+        x = call.x
+        self.spec, self.operands = spec, operands
+        self.dtype, self.device = x.dtype, x.device
+        self.sequence, self.record = call.sequence, call.record
+        self.time = x.shape[0] if call.sequence else 1
+        self.n, self.cin, self.h, self.w = x.shape[-4:]
+        self.input = tuple(x.shape)
+        self.c, self.ho, self.wo = call.mem.shape[1:]
+        pixels = self.ho * self.wo
+        self.state = self.n, self.c, self.ho, self.wo
+        self.state_strides = self.c * pixels, pixels, self.wo, 1
+        self.thresholds = 1 if call.threshold is None else call.threshold.numel()
+
+    def outputs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of spk, and of syn and mem."""
+        ph, pw = self.spec.pool_size
+        time = (self.time,) if self.sequence else ()
+        spk = (*time, self.n, self.c, self.ho // ph, self.wo // pw)
+        if not self.spec.spiking and not time:
+            spk = (0,)
+        return spk, (*(time if self.record else ()), *self.state)
+
+    def decisions(self, channels: int) -> Shapes:
+        """Shapes and dtypes of :class:`Saved`'s winner and places, of images of `channels`."""
+        ph, pw = self.spec.pool_size
+        pixels = (self.time, self.n, (self.ho // ph) * (self.wo // pw), channels)
+        return (
+            ((self.time, self.n) if self.spec.inhibition else (0,), torch.int64),
+            (
+                pixels if self.spec.pool == "max" else (0,),
+                torch.uint8 if ph * pw <= 256 else torch.int32,
+            ),
+        )
 
 
-def make_cell(core: Any, signature: Signature) -> Any:
+def make_cell(core: Any, s: Sizes) -> Any:
     """Describe a call to `core`, a module like snnlstm._C."""
-    s, options = signature, signature.options
-    surrogate = options.surrogate
+    spec = s.spec
+    surrogate = spec.surrogate
     return core.Cell(
         dtype=DTYPES.index(s.dtype),
         T=s.time,
@@ -107,18 +145,18 @@ def make_cell(core: Any, signature: Signature) -> Any:
         C=s.c,
         H=s.h,
         W=s.w,
-        kernel=options.kernel_size,
-        stride=options.stride,
-        dilation=options.dilation,
-        pool=POOLS.index(options.pool),
-        pool_size=options.pool_size,
-        reset=RESETS.index(options.reset),
+        kernel=spec.kernel_size,
+        stride=spec.stride,
+        dilation=spec.dilation,
+        pool=POOLS.index(spec.pool),
+        pool_size=spec.pool_size,
+        reset=RESETS.index(spec.reset),
         surrogate=surrogate.kind,
         p0=surrogate.p0,
         p1=surrogate.p1,
-        inhibition=options.inhibition,
-        num_levels=0 if options.quant is None else options.quant.levels.numel(),
-        spiking=options.spiking,
+        inhibition=spec.inhibition,
+        num_levels=0 if spec.quant is None else spec.quant.levels.numel(),
+        spiking=spec.spiking,
     )
 
 
@@ -160,47 +198,34 @@ def numbers(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return plain(tensor.detach()).to(dtype).contiguous()
 
 
-def backward_arguments(
-    call: Call,
-    saved: Saved,
-    grads: Sequence[Tensor | None],
-    noise: Tensor | None,
-    out: Gradients,
-) -> dict[str, Any]:
-    """What both backends' backward kernels take by name, but weight, neurons and workspace."""
-    grad_spk, grad_syn, grad_mem = grads
-    return {
-        "record": call.options.record,
-        "x": view(call.x),
-        "syn0": view(call.syn),
-        "mem0": view(call.mem),
-        "saved_gates": saved.gates.data_ptr(),
-        "saved_syn": saved.syn.data_ptr(),
-        "winner": saved.winner.data_ptr(),
-        "places": saved.places.data_ptr(),
-        "noise": view(noise),
-        "grad_spk": view(grad_spk),
-        "grad_syn": view(grad_syn),
-        "grad_mem": view(grad_mem),
-        "grad_x": view(out.x),
-        "grad_syn0": view(out.syn),
-        "grad_mem0": view(out.mem),
-        "grad_weight": address(out.weight),
-        "grad_bias": address(out.bias),
-        "grad_threshold": address(out.threshold),
-    }
+def address_of_numbers(tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, Tensor | None]:
+    """Address of :func:`numbers`, and what holds them; 0 and None if there is no tensor."""
+    if tensor is None:
+        return 0, None
+    if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.is_neg():
+        tensor = numbers(tensor, dtype)
+    return tensor.data_ptr(), tensor
 
 
-def by_length(call: Call) -> tuple[dict[str, int], Sequence[Tensor]]:
-    """Addresses of the samples' lengths and of the samples, longest first, and what holds them."""
-    if call.lengths is None:
-        return {}, ()
-    held = call.lengths, call.lengths.argsort(descending=True, stable=True)
-    return dict(zip(("lengths", "order"), map(address, held), strict=True)), held
+NO_SAVED = (0, 0, 0, 0)
+
+
+def saved_addresses(saved: Saved | None) -> tuple[int, ...]:
+    """Addresses of what a forward pass saves; zeros where it saves nothing."""
+    return NO_SAVED if saved is None else tuple(t.data_ptr() for t in saved)
+
+
+def gradient_addresses(
+    grads: Sequence[Tensor | None], noise: Tensor | None, out: Gradients
+) -> tuple[Any, ...]:
+    """The last part of a backward pass's addresses, but d_gates and mem_after."""
+    return (
+        view(noise), *map(view, grads), *map(view, out[:3]), *map(address, out[3:]),
+    )  # fmt: skip
 
 
 def keep_empty(call: Call, outs: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:
-    """Give samples without a step those of `values`, or 0: the kernels leave such samples out."""
+    """Give samples without a step those of `values`, or 0: the kernels skip such samples."""
     assert call.lengths is not None
     empty = (call.lengths == 0)[:, None, None, None]
     if empty.device.type == "cpu" and not empty.any():
@@ -237,54 +262,30 @@ def image_strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-@memory.where_it_fits
+@pool.where_it_fits
 def empty_like_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An output of `shape` ending in (C, H, W), or (0,), uninitialised."""
     return x.new_empty_strided(shape, image_strides(x, shape))
 
 
-def output_shapes(signature: Signature) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of spk, and of syn and mem."""
-    s, (ph, pw) = signature, signature.options.pool_size
-    time = (s.time,) if s.options.sequence else ()
-    spk = (*time, s.n, s.c, s.ho // ph, s.wo // pw)
-    if not s.options.spiking and not time:
-        spk = (0,)
-    return spk, (*(time if s.options.record else ()), s.n, s.c, s.ho, s.wo)
-
-
-@memory.where_it_fits
-def empty_gradients(x: Tensor, signature: Signature, wanted: Sequence[bool]) -> Gradients:
+@pool.where_it_fits
+def empty_gradients(x: Tensor, s: Sizes, wanted: Sequence[bool]) -> Gradients:
     """Memory for the gradients that are wanted; the threshold's is one number a channel, (C,)."""
-    s, gates = signature, 4 * signature.c
-    state, strides = s.state, s.state_strides
+    gates = 4 * s.c
     of_x, of_syn, of_mem, of_weight, of_bias, of_threshold = wanted
     return Gradients(
         empty_like_images(x, tuple(x.shape)) if of_x else None,
-        x.new_empty_strided(state, strides) if of_syn else None,
-        x.new_empty_strided(state, strides) if of_mem else None,
-        x.new_empty((gates, s.cin + s.c, *s.options.kernel_size)) if of_weight else None,
+        x.new_empty_strided(s.state, s.state_strides) if of_syn else None,
+        x.new_empty_strided(s.state, s.state_strides) if of_mem else None,
+        x.new_empty((gates, s.cin + s.c, *s.spec.kernel_size)) if of_weight else None,
         x.new_empty_strided((gates,), (1,)) if of_bias else None,
         x.new_empty_strided((s.c,), (1,)) if of_threshold else None,
     )
 
 
-def of_decisions(signature: Signature, channels: int) -> Shapes:
-    """Shapes and dtypes of :class:`Saved`'s winner and places, of images of so many channels."""
-    s, (ph, pw) = signature, signature.options.pool_size
-    pixels = (s.time, s.n, (s.ho // ph) * (s.wo // pw), channels)
-    return (
-        ((s.time, s.n) if s.options.inhibition else (0,), torch.int64),
-        (
-            pixels if s.options.pool == "max" else (0,),
-            torch.uint8 if ph * pw <= 256 else torch.int32,
-        ),
-    )
-
-
-def shaped_as(threshold: Tensor, out: Gradients) -> Gradients:
+def shaped_as(threshold: Tensor | None, out: Gradients) -> Gradients:
     """The gradients; the threshold's, one number a channel, gets the shape of the threshold."""
-    if out.threshold is None:
+    if out.threshold is None or threshold is None:
         return out
     total = out.threshold.sum() if threshold.numel() == 1 else out.threshold
     return out._replace(threshold=total.reshape(threshold.shape).to(threshold.dtype))
@@ -294,28 +295,58 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
 
 
-class CommonPlan:
-    """All that follows for a call from its signature, its strides and the process's settings.
+class Plan(Protocol):
+    """All that follows for a call from its sizes, its strides and the process's settings.
+
+    It serves all such calls, in any thread.
+    """
+
+    def forward(self, call: Call, training: bool) -> Result:
+        """Run the forward kernels; in training, save what :meth:`backward` needs."""
+
+    def backward(
+        self,
+        call: Call,
+        saved: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        decided: Sequence[int],
+        packed: Any,
+    ) -> Gradients:
+        """Run the backward kernels on what :meth:`forward` was given and saved.
+
+        `grads`, of spk, syn and mem, may have any memory layout, and None stands for zeros.
+        `wanted` says which gradients are computed, in the order of :class:`Gradients`. `decided`
+        and `packed` are the forward pass's result's; `packed` may be None.
+        """
+
+
+class CommonPlan(Sizes):
+    """A plan as far as both devices agree.
 
     Attributes
     ----------
-    spk, state : (shape, strides)
+    spk_memory, state_memory : (shape, strides)
         Those of spk, and those of syn and mem.
     saved_shapes : Shapes
     """
 
-    def __init__(self, backend: Any, call: Call) -> None:
-        s = self.signature = call.signature
-        o = s.options
-        self.work = o.operands or s.dtype  # in which torch convolves
-        self.spk, self.state = ((shape, image_strides(call.x, shape)) for shape in output_shapes(s))
-        self.saved_shapes = (gates, of_gates), (syn, _), *decisions = backend.saved_shapes(s)
+    def __init__(
+        self, backend: Any, call: Call, spec: CellSpec, operands: torch.dtype | None
+    ) -> None:
+        super().__init__(call, spec, operands)
+        self.work = operands or self.dtype  # in which torch convolves
+        spk, state = self.outputs()
+        self.spk_memory, self.state_memory = (
+            (shape, image_strides(call.x, shape)) for shape in (spk, state)
+        )
+        self.saved_shapes = (gates, of_gates), (syn, _), *decisions = backend.saved_shapes(self)
         # Given strides, torch allocates a tensor in two thirds of the time.
         self._gates, self._syn = ((t, _contiguous_strides(t)) for t in (gates, syn))
-        self._of_gates = {} if of_gates is s.dtype else {"dtype": of_gates}
+        self._of_gates = {} if of_gates is self.dtype else {"dtype": of_gates}
         # Of the gate sums where torch forms them, and of their gradient: (T, N, Ho * Wo, 4 Cp).
-        self.of_sums = of_gates if of_gates.is_floating_point else s.dtype
-        self.d_gates = s.time, *syn[1:3], 4 * syn[3]
+        self.of_sums = of_gates
+        self.d_gates = self.time, *syn[1:3], 4 * syn[3]
         with torch.inference_mode(False):  # all calls share what is empty
             self._decisions = [
                 (shape, dtype, None if math.prod(shape) else call.x.new_empty(shape, dtype=dtype))
@@ -325,22 +356,39 @@ class CommonPlan:
         self.x5, self.syn5, self.mem5, self.spk5, self.state5 = (
             five(strides)
             for strides in (
-                call.x.stride(), call.syn.stride(), call.mem.stride(), self.spk[1], self.state[1]
+                call.x.stride(), call.syn.stride(), call.mem.stride(),
+                self.spk_memory[1], self.state_memory[1],
             )
         )  # fmt: skip
-        self.threshold_stride = 0 if s.thresholds == 1 else 1
-        self.has_spk = o.spiking or o.sequence
+        self.threshold_stride = 0 if self.thresholds == 1 else 1
+        self.has_spk = spec.spiking or self.sequence
 
-    @memory.where_it_fits
+    @pool.where_it_fits
     def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Memory for spk, syn and mem."""
         empty = x.new_empty_strided
-        return empty(*self.spk), empty(*self.state), empty(*self.state)
+        return empty(*self.spk_memory), empty(*self.state_memory), empty(*self.state_memory)
 
-    def restored(self, saved: Sequence[Tensor]) -> Saved:
-        """What the forward pass saved, in its dtypes and contiguous again."""
+    def as_saved(self, call: Call, saved: Sequence[Tensor]) -> tuple[Call, Saved]:
+        """The call and what its forward pass saved, in their dtypes and shapes again.
+
+        Hooks on saved tensors may have brought any of them back in other memory.
+        """
+        x, syn, mem = (
+            as_saved(t, shape, self.dtype)
+            for t, shape in zip(call[:3], (self.input, self.state, self.state), strict=True)
+        )
+        if x is not call.x or syn is not call.syn or mem is not call.mem:
+            call = call._replace(x=x, syn=syn, mem=mem)
         pairs = zip(saved, self.saved_shapes, strict=True)
-        return Saved(*(as_saved(t, shape, dtype).contiguous() for t, (shape, dtype) in pairs))
+        return call, Saved(
+            *(as_saved(t, shape, dtype).contiguous() for t, (shape, dtype) in pairs)
+        )
+
+    def saved_weight(self, call: Call) -> Tensor:
+        """The weight that a backward pass was given, as :func:`as_saved` returns it."""
+        shape = 4 * self.c, self.cin + self.c, *self.spec.kernel_size
+        return as_saved(call.weight, shape, self.dtype)
 
     def empty_saved(self, x: Tensor) -> Saved:
         """Memory for what the forward pass saves in training."""
@@ -356,15 +404,15 @@ class CommonPlan:
         return x.new_empty(self.d_gates, dtype=self.of_sums)
 
 
-def stochastic_noise(options: CellOptions, grad_spk: Tensor | None) -> Tensor | None:
+def stochastic_noise(plan: Sizes, grad_spk: Tensor | None) -> Tensor | None:
     """Uniform numbers of the stochastic surrogate, (T, N, C, Hp, Wp), else None.
 
     Drawn one block a step, last step first, each in the order of (N, C, Hp, Wp): as a loop over
     steps in plain torch draws them.
     """
-    if grad_spk is None or options.surrogate.name != "SSO":
+    if grad_spk is None or plan.spec.surrogate.name != "SSO":
         return None
     noise = torch.empty_like(grad_spk, memory_format=torch.contiguous_format)
-    for step in reversed(noise.unbind()) if options.sequence else (noise,):
+    for step in reversed(noise.unbind()) if plan.sequence else (noise,):
         step.uniform_()
     return noise
