@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "MAPPED", "SMALLEST", "empty", "empty_cache", "empty_strided", "free_bytes", "where_it_fits",
-    "workspace",
+    "MAPPED", "SMALLEST", "empty", "empty_cache", "empty_strided", "free_bytes", "let_go",
+    "where_it_fits", "workspace",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -38,7 +38,6 @@ R = TypeVar("R")
 SMALLEST = 256 << 10  # bytes; less comes from torch, that is, from malloc
 MAPPED = 4 << 20  # bytes; malloc gives a block of this size back to the system when it is freed
 LIMIT = 256 << 20  # bytes of free blocks and workspaces in the process
-FITTING = 1.25  # a block is larger than its tensor by this factor at most
 LARGEST_WORKSPACE = 64 << 20  # bytes; a larger one is a block
 SMALL_WORKSPACE = 1 << 20  # bytes; its call may take 30 us, of which free_bytes() would take 2
 
@@ -92,22 +91,8 @@ def empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dty
     return flat.new_empty(0).set_(*of, shape, strides)
 
 
-class Workspace:
-    """Uninitialised memory of one call, which serves another when this object is deleted."""
-
-    __slots__ = ("data_ptr", "memory")
-
-    def __init__(self, memory: Tensor) -> None:
-        self.memory, self.data_ptr = memory, memory.data_ptr
-
-    def __del__(self) -> None:
-        _workspaces.append((next(_ages), self.memory))
-        if self.memory.nbytes > SMALL_WORKSPACE:
-            _drop_oldest()
-
-
-def workspace(count: int) -> Workspace | Tensor:
-    """A workspace of `count` bytes or more, the one used last if it is large enough.
+def workspace(count: int) -> Tensor:
+    """`count` uninitialised bytes or more, for a call that gives them to :func:`let_go` at its end.
 
     So calls one after the other share one workspace, which stays in the processor's caches.
     """
@@ -119,7 +104,16 @@ def workspace(count: int) -> Workspace | Tensor:
     if memory is None or memory.nbytes < count:
         memory = None  # not two at a time
         memory = torch.frombuffer(_allocate(max(count, 1)), dtype=torch.uint8)
-    return Workspace(memory)
+    return memory
+
+
+def let_go(memory: Tensor) -> None:
+    """Let the next call have a workspace."""
+    size = memory.nbytes
+    if size <= LARGEST_WORKSPACE:
+        _workspaces.append((next(_ages), memory))
+        if size > SMALL_WORKSPACE:
+            _drop_oldest()
 
 
 def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
