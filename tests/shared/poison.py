@@ -16,7 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from snnlstm.native import cpu, plan as tensors, pool as memory
+from snnlstm.native import cpu
+from snnlstm.native import plan as tensors
+from snnlstm.native import pool as memory
 
 NAN = 0xFF  # as float32, float64: NaN; as int64: -1
 HUGE = 0x7F  # as float32, float64: 3.4e38, 1.4e306; as int64: 9.2e18
