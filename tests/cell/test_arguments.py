@@ -310,9 +310,7 @@ def test_numbers_are_read_on_the_cpu_and_tensors_where_they_are():
 
 def test_specs_of_equal_arguments_are_found_again():
     def found_again(**arguments):
-        one, other = (
-            snnlstm.spec.make_spec([3, 3], stride=[2, 1], **arguments) for _ in range(2)
-        )
+        one, other = (snnlstm.spec.make_spec([3, 3], stride=[2, 1], **arguments) for _ in range(2))
         assert one == other
         assert hash(one) == hash(other)
         return one is other

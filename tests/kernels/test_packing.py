@@ -14,13 +14,13 @@ import flat
 import numpy
 import pytest
 import torch
+from cases import Options
 from cpu_kernels import ISAS, Kernels, native, use
 from helpers import close, in_threads, same
 from torch import Tensor, nn
 
 import snnlstm
 from snnlstm.native import cpu
-from cases import Options
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from snnlstm.call import make_call
+import snnlstm
 from snnlstm.native import pool
 from snnlstm.quant import state_quant
 
@@ -136,10 +136,11 @@ def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_tim
 def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):
     sizes = set()
     for time in (20, 60, 200):  # shorter sequences have fewer parts of the weight gradient
-        call = make_call(PLAIN.but(time=time).inputs(), PLAIN.options)
-        plan = native.plan_of(call, kernels.algorithm)
+        arguments = *PLAIN.but(time=time).inputs(), PLAIN.options
+        plan = flat.plan_of(arguments, kernels.algorithm)
+        decided = flat.forward(*arguments, True, kernels.algorithm).decided
         counters = 2 * 64 * time  # a step counts its tasks, and the tasks that fold its sums
-        backward = plan._backward_pass(plan.forward(call, True).decided, True, True)
+        backward = plan._pass(decided, True, True, True)
         sizes.add(backward.workspace - counters)
     assert len(sizes) == 1
 
