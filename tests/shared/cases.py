@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from snnlstm import surrogate
-from snnlstm.spec import CellSpec
 from snnlstm.quant import StateQuant, state_quant
+from snnlstm.spec import CellSpec
 
 SURROGATES = (
     surrogate.atan(2.0),
@@ -37,11 +37,12 @@ class Options(CellSpec):
     def __hash__(self) -> int:
         return super().__hash__()
 
-    @property
-    def spec(self) -> CellSpec:
-        """Returns the spec alone, as cells have it."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # torch.compile cannot trace fields(), so the spec alone, as cells have it, is made here.
         names = (f.name for f in fields(CellSpec) if f.init)
-        return CellSpec(**{name: getattr(self, name) for name in names})
+        spec = CellSpec(**{name: getattr(self, name) for name in names})
+        object.__setattr__(self, "spec", spec)
 
 
 class Inputs(NamedTuple):
