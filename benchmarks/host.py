@@ -95,7 +95,7 @@ class _OnTheHost(cuda.Backend):
         return 0
 
 
-# These are what torch convolves by, without its arithmetic.
+# These stand for what torch convolves by, and compute nothing.
 CONVOLUTIONS = {
     "F": SimpleNamespace(conv2d=lambda *_: SUMS, pad=F.pad),
     "conv2d_input": lambda shape, *_: X.new_empty(shape),
@@ -104,7 +104,7 @@ CONVOLUTIONS = {
 
 
 @contextlib.contextmanager
-def stubbed(backend: str, algorithm: str = "direct") -> Iterator[None]:
+def stubbed(backend: str, algorithm: str = "auto") -> Iterator[None]:
     """Within the block, cells on the CPU run a backend whose kernels do nothing."""
     function._plans.clear()
     on_cpu = mock.patch.object(cpu, "_C", _StubbedCpu(_C))

@@ -47,7 +47,7 @@ NONSENSE: dict[str, list[Any]] = {
     "model": [{"nonsense": 1.0}, {"host": "x"}, [1], 7, None],
 }
 Arguments = dict[str, tuple[str, Any]]  # an argument's kind and a valid value, by its name
-# The fields of a pass, in the order of the structs of csrc/args.h: the core takes a tuple of them.
+# The core takes the fields of a pass as one tuple, in the order of the structs of csrc/args.h.
 PASS = (
     "x", "syn0", "mem0", "weight", "weight_mem", "weight_x", "threshold", "threshold_stride",
     "graded", "levels", "record", "saved_gates", "saved_syn", "winner", "places", "lengths",
@@ -106,7 +106,7 @@ class Calls(ABC):
         }  # fmt: skip
 
     def a_pass(self, backward: bool) -> Arguments:
-        """Returns the fields of a pass in their order; those of which nothing is known are 0."""
+        """Returns the fields of a pass in their order; 0 is that of a field that is not given."""
         known = self.fields(backward)
         names = BACKWARD if backward else FORWARD
         assert known.keys() <= set(names), known.keys() - set(names)
@@ -319,10 +319,8 @@ class Cuda(Calls):
         return [plan.packed_bytes, plan.workspace]
 
 
-def no_pass(
-    fields: dict[str, Any],
-) -> tuple[list[Any], dict[str, Any], tuple[type[Exception], ...]]:
-    """Returns arguments that are not one tuple of a pass's fields, and the error they must raise."""
+def no_pass(fields: dict[str, Any]) -> tuple[list[Any], dict[str, Any], tuple[type[Exception]]]:
+    """Returns arguments that are no tuple of a pass's fields, and the error they must raise."""
     values = tuple(fields.values())
     cut = random.randrange(len(values))
     of_length = [(*values[:cut], *values[cut + 1 :]), (*values, 0), ()]

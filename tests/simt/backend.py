@@ -27,8 +27,8 @@ import torch
 from builder import HERE, ROOT, build
 from emulator import EmulationError, Emulator, symbolise
 
-from snnlstm.native import function as native
 from snnlstm.native import cuda
+from snnlstm.native import function as native
 
 # Programs that import this module without pytest find the modules of tests/shared, too.
 sys.path.append(str(HERE.parent / "shared"))
