@@ -250,21 +250,21 @@ for _ in range(2):  # the core has opened it, too; torch needs its own in its pl
     _ctypes.dlclose(empty._handle)
 import torch, snnlstm
 from snnlstm import __main__ as report
-from snnlstm.native import backend
+from snnlstm.native import cpu
 torch.set_num_threads(2)
 cell = snnlstm.SConv2dLSTM(2, 8, 3, threshold=0.1)
 x = torch.rand(4, 2, 2, 16, 16, requires_grad=True)
 spk, _, mem = cell(x)
 (spk.sum() + mem.square().sum()).backward()
 print(cell.path)
-print(backend.BACKENDS["cpu"].settings(None)[0])
+print(2 in cpu.Backend().settings("auto"))
 print(*report.collect()["problems"])
 """,
         tmp_path,
     )
-    path, threads, problem = printed.splitlines()
+    path, two_threads, problem = printed.splitlines()
     assert path.startswith("cpu-")
-    assert threads == "1"
+    assert two_threads == "False"
     assert problem.startswith("no OpenMP runtime of torch's was found")
     assert problem.endswith("every call on the CPU runs on one thread")
 
