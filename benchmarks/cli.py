@@ -78,8 +78,6 @@ HELP = {
     "busy": "keep one core busy with another program, to see how much slower each provider gets",
     "kernels": "profile one run of snnlstm and of snntorch for each shape and mode, and write "
     "the time of each kernel to kernels.csv",
-    "profile": "print the shares of the parts of our CPU kernels in the threads' time: products, "
-    "transforms, pointwise work, copies, waiting for each other",
     "goals": "compare the speed-ups with our goals",
     "out": "directory for rows.csv, rows.json, table.md and the plots (default: "
     "out/bench-DATE-TIME)",
@@ -135,7 +133,6 @@ def parser() -> argparse.ArgumentParser:
     add("memory", choices=("all", "long", "off"))
     add("busy", action="store_true")
     add("kernels", action="store_true")
-    add("profile", action="store_true")
     group = p.add_argument_group("what to show")
     add("goals", action="store_true")
     add("out", type=Path, metavar="DIR")
@@ -152,8 +149,6 @@ def plan_from(args: argparse.Namespace, dtype: str) -> Plan:
         raise ValueError("--device: cuda was asked for, but torch sees no CUDA device")
     if dtype == "tf32" and args.device == "cpu":
         raise ValueError("--dtype: tf32 needs --device cuda")
-    if args.profile and args.device != "cpu":
-        raise ValueError(f"--profile: counts the CPU kernels' time, and --device is {args.device}")
     quick, names = args.quick, args.shapes
     own = [*map(parse_case, args.shape), *random_cases(args.random, args.seed)]
     if names is None and not own:
@@ -175,7 +170,6 @@ def plan_from(args: argparse.Namespace, dtype: str) -> Plan:
         long_steps=(10, 40) if quick else Plan.long_steps,
         deadline=time.monotonic() + args.limit,
         kernels=args.kernels,
-        profile=args.profile,
     )
 
 

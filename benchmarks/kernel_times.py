@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import NamedTuple
 
 import torch
@@ -43,24 +42,3 @@ def kernel_times(row: Row, runner: Runner, device: str) -> list[KernelTime]:
     what = (row.dtype, row.case, row.mode, row.provider)
     found = [KernelTime(*what, e.key, e.count, time, time / total) for e, time in events if time]
     return sorted(found, key=lambda kernel: -kernel.microseconds)
-
-
-def shares(runner: Runner, threads: int, seconds: float = 1.0) -> str:
-    """Returns a line with the share of the threads' time of each part of the CPU kernels.
-
-    "rest" is the kernels' time outside of the parts; "outside" is the time of torch and Python.
-    """
-    from snnlstm.native import cpu
-
-    setup, run = runner
-    wall = 0.0
-    with cpu.profile() as spent:
-        while wall < seconds:
-            setup()
-            begin = time.perf_counter()
-            result = run()
-            wall += time.perf_counter() - begin
-            del result
-    everything = spent.pop("all")
-    spent |= {"rest": everything - sum(spent.values()), "outside": wall * threads - everything}
-    return ", ".join(f"{part} {time / wall / threads:.0%}" for part, time in spent.items())

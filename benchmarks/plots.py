@@ -24,7 +24,6 @@ STYLE = {
     "snnlstm": ("#0072B2", "*", ""),
     "snnlstm-cudagraph": ("#D55E00", "p", "**"),
     "snnlstm-checkpoint": ("#F0E442", "h", "oo"),
-    "snnlstm-gates": ("#CC79A7", "d", "OO"),
     "snntorch-compile-last": ("#009E73", "P", "--"),
     "snntorch-compile-graph": ("#D55E00", "X", "++"),
     "snnlstm-measured": ("#009E73", "<", "||"),

@@ -207,7 +207,7 @@ def memory_table(rows: Iterable[Row], goals: bool) -> str:
         *dict.fromkeys(f"{row.provider}: {row.note}" for row in rows if row.note),
     ]
     if goals:
-        text.append("Goals in training at T=40: snnlstm-gates 0.42, snnlstm-checkpoint 0.22.")
+        text.append("Goal in training at T=40: snnlstm-checkpoint 0.22.")
     return "\n".join(text)
 
 

@@ -14,16 +14,15 @@ from tqdm import tqdm
 
 from benchmarks import agreement, machine, memory
 from benchmarks.cases import LONG_CASE, LONG_STEPS, Case
-from benchmarks.kernel_times import KernelTime, kernel_times, shares
+from benchmarks.kernel_times import KernelTime, kernel_times
 from benchmarks.providers import BASELINE, Provider, Setting, Unavailable
 from benchmarks.providers.base import Runner
 from benchmarks.report import case_block
 from benchmarks.rows import Row
 from benchmarks.timing import Budget, Quantiles, time_interleaved, warm_up
 
-OWN_KERNELS = ("snnlstm-step", "snnlstm")
 PROFILED = (BASELINE, "snnlstm")
-WEIGHED_LONG = (BASELINE, "hoisted", "snnlstm", "snnlstm-gates", "snnlstm-checkpoint")
+WEIGHED_LONG = (BASELINE, "hoisted", "snnlstm", "snnlstm-checkpoint")
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,6 @@ class Plan:
     memory: "all" (each case, and memory against T), "long" (memory against T alone) or "off".
     deadline: no case is begun after this time (of time.monotonic()).
     kernels: whether our kernels and the baseline's are timed one by one, too.
-    profile: whether the suite prints the shares of the parts of our CPU kernels.
     """
 
     cases: list[Any]
@@ -46,7 +44,6 @@ class Plan:
     long_steps: tuple[int, ...] = LONG_STEPS
     deadline: float = math.inf
     kernels: bool = False
-    profile: bool = False
 
 
 class Suite:
@@ -133,9 +130,6 @@ class Suite:
             self.rows += rows
             if rows:
                 tqdm.write(case_block(case, mode, rows))
-            for name, runner in runners.items() if plan.profile else ():
-                if name in OWN_KERNELS:
-                    tqdm.write(f"{name:<13} {shares(runner, plan.threads)}")
             for row in rows if plan.kernels else ():
                 if row.provider in PROFILED:
                     self.kernels += kernel_times(row, runners[row.provider], device)

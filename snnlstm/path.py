@@ -271,8 +271,8 @@ def _key(call: Call, spec: CellSpec | None) -> Any:
     no strides. A cell's entries are those of one spec, which their keys need not name: None.
     """
     x, syn, mem, weight, bias, threshold, graded, _, _ = call
-    types = type(x), type(syn), type(mem), type(weight), type(bias), type(threshold), type(graded)
-    if not _PLAIN.issuperset(types):
+    types = {type(x), type(syn), type(mem), type(weight), type(bias), type(threshold), type(graded)}
+    if not types <= _PLAIN:
         return None
     try:
         return spec, key_of(call), _settings(x)

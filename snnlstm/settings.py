@@ -34,10 +34,8 @@ def set_algorithm(name: str) -> None:
           the shared memory of a block; otherwise it is ``"fused"``.
         - ``"hybrid"`` (CUDA) is ``"fused"`` for the steps, and leaves the gradients of weight, bias
           and x to torch (cuDNN), over all steps at once.
-        - ``"pointwise"`` leaves all convolutions to torch (cuDNN, or oneDNN on the CPU) and runs
-          the kernels behind them. Under ``torch.autocast`` to bfloat16 they are in that type where
-          the processor multiplies it (AMX or AVX512-BF16); else those on the CPU are in the
-          states' type, float32 for half types.
+        - ``"pointwise"`` (CUDA) leaves all convolutions to torch (cuDNN) and runs the kernels
+          behind them.
         - ``"measure"`` (CUDA) times the algorithms when it first meets a shape, forward and
           backward apart, and keeps the fastest for the process. ``"auto"`` does so, too, while
           ``torch.backends.cudnn.benchmark`` is set. While a CUDA graph is being captured, and

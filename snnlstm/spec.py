@@ -335,6 +335,21 @@ def _make_spec(
     )
 
 
+SHOWN: dict[str, Any] = {
+    "stride": 1, "dilation": 1, "max_pool": 0, "avg_pool": 0, "reset_mechanism": "none",
+    "inhibition": False, "init_hidden": False, "checkpoint": False, "batch_first": False,
+}  # fmt: skip
+"""The arguments that a cell's representation shows where they differ from these defaults."""
+
+BEYOND_SNNTORCH = ("stride", "dilation", "checkpoint")
+"""The arguments that change what a cell does, and that snnTorch's cell does not have."""
+
+
+def is_default(name: str, value: Any) -> bool:
+    """Whether an attribute of this name in :data:`SHOWN` has its default, also as a tuple."""
+    return all(item == SHOWN[name] for item in (value if isinstance(value, tuple) else (value,)))
+
+
 # The cache is typed, because stride=True, an error, must not find what stride=1 left.
 _cached_spec = lru_cache(maxsize=256, typed=True)(_make_spec)
 

@@ -84,7 +84,10 @@ CPU, CUDA = ("cpu",), ("cuda", "simt")
 ALGORITHMS = (
     _variant("direct", "direct convolution", "direct", "fma", "mma", algorithm="direct"),
     _variant("winograd", "Winograd", "winograd", algorithm="winograd", devices=CPU),
-    _variant("pointwise", "behind torch's convolution", "pointwise", algorithm="pointwise"),
+    _variant(
+        "pointwise", "behind torch's convolution", "pointwise", algorithm="pointwise",
+        devices=CUDA,
+    ),
     _variant(
         "hybrid", "torch for the gradients of weight and x", "hybrid", algorithm="hybrid",
         devices=CUDA,
@@ -93,7 +96,4 @@ ALGORITHMS = (
         "measured", "the algorithm measured", "measured", algorithm="measure", devices=("cuda",)
     ),
 )  # fmt: skip
-SAVING = (
-    _variant("checkpoint", "checkpoint=True", checkpoint=True),
-    _variant("gates", 'checkpoint="gates"', checkpoint="gates", devices=CPU),
-)
+SAVING = (_variant("checkpoint", "checkpoint=True", checkpoint=True),)

@@ -84,7 +84,7 @@ _plans: dict[Any, Plan] = {}
 def reason_against_device(device: torch.device, traced: bool) -> str | None:
     """Why no kernels can run on a device; None if they can, or if the call is traced."""
     if device.type == "cpu":
-        return cpu.NO_THREADS
+        return None
     if _NO_CUDA or traced:  # dynamo cannot ask; the call itself will say it
         return _NO_CUDA
     index = torch.cuda.current_device() if device.index is None else device.index

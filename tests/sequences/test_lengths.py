@@ -23,8 +23,7 @@ from snnlstm.native import torch_conv
 @pytest.mark.parametrize("record", [False, True], ids=["last", "record"])
 @pytest.mark.parametrize("options", CELLS.values(), ids=CELLS)
 def test_each_sample_is_as_it_is_alone(backend, options, record):
-    dtype = torch.float32 if options.get("checkpoint") == "gates" else torch.float64
-    check(dtype, record, **options)
+    check(torch.float64, record, **options)
 
 
 @pytest.mark.parametrize("sizes", [(4, 16, 12), (1, 9, 3), (24, 8, 5)], ids=str)

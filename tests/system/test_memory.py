@@ -1,10 +1,8 @@
 """Training keeps and inference takes as many bytes as the documentation says."""
 
-import threading
 import weakref
 
 import cases
-import flat
 import pytest
 import torch
 from cases import Case, wanting_gradients
@@ -14,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
-from snnlstm.native import pool as memory
+from snnlstm.native import pool
 from snnlstm.quant import state_quant
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
@@ -110,8 +108,8 @@ def taken_in_inference(kernels, case: Case) -> tuple[int, int]:
     with torch.no_grad():
         kernels.run(*inputs, case.options)  # packs the weight
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(memory, "_thread", threading.local())
-            patch.setattr(memory, "SMALLEST", float("inf"))  # torch allocates all blocks
+            patch.setattr(pool, "SMALLEST", float("inf"))  # torch allocates all blocks
+            patch.setattr(pool, "workspace", lambda count: pool.empty((count,), torch.uint8))
             with Allocations() as taken:
                 out = kernels.run(*inputs, case.options)
     outputs = sum(storage(o)[1] for o in out)
@@ -155,30 +153,6 @@ def test_no_gradient_no_memory(kernels):
         out = kernels.run(*leaves, PLAIN.options)
     assert not saved
     assert all(o.grad_fn is None for o in out)
-
-
-def test_the_workspace_is_kept_between_calls_and_let_go_where_it_is_large(monkeypatch):
-    monkeypatch.setattr(memory, "_thread", threading.local())
-    inputs = PLAIN.inputs()
-    with torch.no_grad():
-        flat.run(*inputs, PLAIN.options)
-        kept = memory.workspace(1)
-        assert kept.numel() > 1
-        flat.run(*inputs, PLAIN.options)
-        assert memory.workspace(1) is kept
-        monkeypatch.setattr(memory, "LARGEST_WORKSPACE", kept.numel())
-        large = PLAIN.but(time=1, height=120, width=130)
-        flat.run(*large.inputs(), PLAIN.options)
-    assert memory.workspace(1) is kept
-
-
-def test_empty_cache_gives_the_workspaces_back(monkeypatch):
-    monkeypatch.setattr(memory, "_thread", threading.local())
-    kept = weakref.ref(memory.workspace(1000))
-    assert kept() is memory.workspace(1000)
-    snnlstm.empty_cache()
-    assert kept() is None
-    assert memory.workspace(1000).numel() >= 1000
 
 
 def test_a_segment_that_is_computed_again_takes_the_memory_of_the_one_before(kernels):

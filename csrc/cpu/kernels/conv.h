@@ -80,13 +80,16 @@ SNNLSTM_INLINE void conv_tile(const typename S::Scalar* in, int64_t pixel_stride
       b += NV * VL;
     }
   }
+  if (start.from)
+#pragma GCC unroll 32
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v)
+        acc[p][v] += S::load(start.from + p * start.pixel_stride + v * VL);
 #pragma GCC unroll 32
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      const typename S::Scalar* from = start.from + p * start.pixel_stride + v * VL;
-      S::store(out + p * out_stride + v * VL, start.from ? S::load(from) + acc[p][v] : acc[p][v]);
-    }
+    for (int v = 0; v < NV; ++v) S::store(out + p * out_stride + v * VL, acc[p][v]);
 }
 
 // A function of its own: in a caller's loops the tiles would have to share the registers.

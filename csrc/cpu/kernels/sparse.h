@@ -270,21 +270,22 @@ class SparseInput {
     using R = typename V::R;
     constexpr int NV = Merged<S, 4>::count, lanes = V::lanes;
     R acc[P][NV];
-    const T* w[P];
+    uintptr_t w[P];  // the address of label 0, which may lie before the weight
     const int32_t* label[P];
     const T* value[P];
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      w[p] = weight - pixels[p].shift;
+      w[p] = reinterpret_cast<uintptr_t>(weight) - pixels[p].shift * sizeof(T);
       label[p] = s.label + pixels[p].begin;
       value[p] = s.value + pixels[p].begin;
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[p][v] = V::load(out + pixels[p].out + v * lanes);
     }
     int64_t k = 0;
-    const auto add = [&](R(&sum)[NV], const T* row, R x) {
+    const auto add = [&](int p, uintptr_t labelled, R x) {
+      const T* row = reinterpret_cast<const T*>(w[p] + labelled * sizeof(T));
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[v] += x * V::load(row + v * lanes);
+      for (int v = 0; v < NV; ++v) acc[p][v] += x * V::load(row + v * lanes);
     };
     for (; k + 4 <= length; k += 4)
 #pragma GCC unroll 4
@@ -292,14 +293,14 @@ class SparseInput {
         uint64_t labels[2];  // one load brings two labels: loads are the bound
         std::memcpy(labels, label[p] + k, sizeof(labels));
         const Quad<V> x(value[p] + k);
-        add(acc[p], w[p] + uint32_t(labels[0]), x.template splat<0>());
-        add(acc[p], w[p] + (labels[0] >> 32), x.template splat<1>());
-        add(acc[p], w[p] + uint32_t(labels[1]), x.template splat<2>());
-        add(acc[p], w[p] + (labels[1] >> 32), x.template splat<3>());
+        add(p, uint32_t(labels[0]), x.template splat<0>());
+        add(p, labels[0] >> 32, x.template splat<1>());
+        add(p, uint32_t(labels[1]), x.template splat<2>());
+        add(p, labels[1] >> 32, x.template splat<3>());
       }
     for (; k < length; ++k)
 #pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) add(acc[p], w[p] + label[p][k], V::splat(value[p][k]));
+      for (int p = 0; p < P; ++p) add(p, uint32_t(label[p][k]), V::splat(value[p][k]));
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4

@@ -136,7 +136,8 @@ class SparseWeightGrad {
             const int64_t y = i * c_.dilation_h - ry, q = j * c_.dilation_w - rq;
             if (y % c_.stride_h != 0 || q % c_.stride_w != 0) continue;
             const int64_t back = (y / c_.stride_h * width_ + q / c_.stride_w) * kGates;
-            taps[count] = {t.d_gates - back, out + (i * c_.kernel_w + j) * c_.Cin * kGates};
+            taps[count] = {reinterpret_cast<uintptr_t>(t.d_gates) - back * sizeof(T),
+                           out + (i * c_.kernel_w + j) * c_.Cin * kGates};
             if (!s.finite)
               add_inside(s, begin, back, taps[count]);
             else if (++count == kTaps)
@@ -150,8 +151,14 @@ class SparseWeightGrad {
   static constexpr int64_t kBytes = 20480;
 
   struct Tap {
-    const T* d_gates;  // of the output pixel that sees input pixel 0 with this tap
-    T* out;            // (Cin, 4, VL)
+    // The address of the output pixel that sees input pixel 0 with this tap, which may lie before
+    // the gathered d gates.
+    uintptr_t d_gates;
+    T* out;  // (Cin, 4, VL)
+
+    const T* at(int64_t place) const {
+      return reinterpret_cast<const T*>(d_gates + place * sizeof(T));
+    }
   };
 
   int64_t entries() const { return rows_ * c_.W * c_.Cin + kListSlack; }
@@ -189,7 +196,7 @@ class SparseWeightGrad {
         const int64_t h = pixel / width_ + top(s), w = pixel % width_ - left_;
         if (h < 0 || h >= l_.Ho || w < 0 || w >= l_.Wo) continue;
         for (int64_t v = 0; v < kGates; ++v)
-          tap.out[ci * kGates + v] += s.value[k] * tap.d_gates[s.place[k] + v];
+          tap.out[ci * kGates + v] += s.value[k] * tap.at(s.place[k])[v];
       }
   }
 
@@ -212,7 +219,7 @@ class SparseWeightGrad {
         for (int j = 0; j < J; ++j)
 #pragma GCC unroll 4
           for (int v = 0; v < kVectors; ++v)
-            acc[j][v] += x * V::load(taps[j].d_gates + place + v * V::lanes);
+            acc[j][v] += x * V::load(taps[j].at(place) + v * V::lanes);
       }
 #pragma GCC unroll 8
       for (int j = 0; j < J; ++j)
