@@ -113,6 +113,7 @@ _TORCHS = {
     kind: (kind.__call__, kind.forward, kind._conv_forward) for kind in (nn.Conv1d, nn.Conv2d)
 }
 _FUNCTIONS = F.conv1d, F.conv2d
+ONES = {1: (1,), 2: (1, 1)}  # by the dimensions of an image
 
 
 def _global_hooks() -> bool:
@@ -166,10 +167,10 @@ def reason_against_conv(
         or (F.conv1d, F.conv2d) != _FUNCTIONS
     ):
         return "conv.forward was replaced"
-    dims = len(own["stride"])
+    dims, padding = len(own["stride"]), own["padding"]
     if (
-        own["stride"] != (1, 1)[-dims:]
-        or own["padding"] not in (spec.padding[-dims:], "same")
+        own["stride"] != ONES[dims]
+        or padding not in (spec.padding[-dims:], "same")
         or own["dilation"] != spec.dilation[-dims:]
         or own["groups"] != 1
         or own["padding_mode"] != "zeros"

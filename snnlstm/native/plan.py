@@ -375,11 +375,14 @@ class CommonPlan(Sizes):
         self.has_spk = spec.spiking or self.sequence
         self.passes_gradient = spec.passes_gradient(self.sequence)
 
-    @pool.where_it_fits
     def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Memory for spk, syn and mem."""
-        empty = x.new_empty_strided
-        return empty(*self.spk_memory), empty(*self.state_memory), empty(*self.state_memory)
+        empty, spk, state = x.new_empty_strided, self.spk_memory, self.state_memory
+        try:
+            return empty(*spk), empty(*state), empty(*state)
+        except RuntimeError as error:
+            pool.make_room(error)
+        return empty(*spk), empty(*state), empty(*state)
 
     def as_saved(self, call: Call, saved: Sequence[Tensor]) -> tuple[Call, Saved]:
         """The call and what its forward pass saved, in their dtypes and shapes again.

@@ -29,7 +29,7 @@ from torch import Tensor
 
 __all__ = [
     "MAPPED", "SMALLEST", "empty", "empty_cache", "empty_strided", "free_bytes", "let_go",
-    "where_it_fits", "workspace",
+    "make_room", "where_it_fits", "workspace",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -116,6 +116,14 @@ def let_go(memory: Tensor) -> None:
             _drop_oldest()
 
 
+def make_room(error: Exception) -> None:
+    """Free what no tensor uses if `error` says that there is no memory; otherwise raise it."""
+    of_torch = isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error)
+    if of_torch or not free_bytes():
+        raise error
+    empty_cache()
+
+
 def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
     """Let a function that only allocates try again without free blocks if there is no memory."""
 
@@ -124,10 +132,7 @@ def where_it_fits(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except (MemoryError, RuntimeError) as error:
-            of_torch = isinstance(error, RuntimeError)
-            if (of_torch and "DefaultCPUAllocator" not in str(error)) or not free_bytes():
-                raise
-        empty_cache()
+            make_room(error)
         return function(*args, **kwargs)
 
     return again
