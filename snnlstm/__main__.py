@@ -75,7 +75,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         **facts_of("numpy", numpy=version),
         **facts_of("snntorch", snntorch=version),
-        **facts_of("snnlstm.native.backend", devices=lambda backend: sorted(backend.DEVICES)),
+        **facts_of("snnlstm.native.function", devices=lambda native: sorted(native.DEVICES)),
         "forced_isa": os.environ.get("SNNLSTM_ISA"),
         "native": facts_of(
             "snnlstm._C",

@@ -99,12 +99,13 @@ def test_what_is_free_is_bounded_and_the_newest_stays(monkeypatch):
     newest = megabytes(8)
     assert newest.data_ptr() == addresses[3]
     assert megabytes(8).data_ptr() == addresses[2]
-    workspaces = [pool.workspace(2 * MIB) for _ in range(4)]
-    assert pool.free_bytes() == 8 * MIB
-    del newest, workspaces
+    for workspace in [pool.workspace(2 * MIB) for _ in range(4)]:
+        pool.let_go(workspace)
     assert pool.free_bytes() == 16 * MIB
-    workspaces = [pool.workspace(6 * MIB) for _ in range(4)]
-    del workspaces
+    del newest
+    assert pool.free_bytes() == 16 * MIB
+    for workspace in [pool.workspace(6 * MIB) for _ in range(4)]:
+        pool.let_go(workspace)
     assert pool.free_bytes() == 18 * MIB
 
 
@@ -112,14 +113,17 @@ def test_calls_one_after_the_other_share_the_largest_workspace(monkeypatch):
     first, at_the_same_time = pool.workspace(500), pool.workspace(500)
     address = first.data_ptr()
     assert address != at_the_same_time.data_ptr()
-    del at_the_same_time, first
+    pool.let_go(first)
     larger = pool.workspace(5000)
-    assert larger.memory.numel() >= 5000
+    assert larger.numel() >= 5000
     address = larger.data_ptr()
-    del larger
+    pool.let_go(larger)
     assert pool.workspace(500).data_ptr() == address
+    pool.let_go(larger)
     monkeypatch.setattr(pool, "LARGEST_WORKSPACE", MIB)
-    assert pool.workspace(MIB + 1).numel() == MIB + 1
+    largest = pool.workspace(MIB + 1)
+    assert largest.numel() == MIB + 1
+    pool.let_go(largest)
     assert pool.workspace(500).data_ptr() == address, "a large workspace took its place"
 
 
@@ -129,10 +133,11 @@ def test_threads(monkeypatch):
     def work(number: int) -> None:
         for k in range(200):
             workspace = pool.workspace(20000 * k + 8)
-            tensors = [workspace.memory, *(megabytes(1 + k % 3).view(-1) for _ in range(3))]
+            tensors = [workspace, *(megabytes(1 + k % 3).view(-1) for _ in range(3))]
             for value, tensor in enumerate(tensors, 4 * number):
                 tensor[:8] = value
             assert all(bool((t[:8] == v).all()) for v, t in enumerate(tensors, 4 * number))
+            pool.let_go(workspace)
 
     in_threads(work)
     assert 0 < pool.free_bytes() <= 8 * MIB

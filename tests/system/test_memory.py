@@ -3,6 +3,7 @@
 import weakref
 
 import cases
+import flat
 import pytest
 import torch
 from cases import Case, wanting_gradients
