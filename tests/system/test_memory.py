@@ -3,6 +3,7 @@
 import weakref
 
 import cases
+import flat
 import pytest
 import torch
 from cases import Case, wanting_gradients
@@ -11,7 +12,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import snnlstm
 from snnlstm.native import pool
 from snnlstm.quant import state_quant
 
