@@ -41,11 +41,12 @@ def run(plain: bool, tensors: list[Tensor]) -> tuple[list[Tensor], str]:
     """Returns mem of every step with the gradients of x and weight, and the path's name."""
     x, weight, bias, grad = tensors
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    call = stateless_call(leaves[0], weight=leaves[1], bias=leaves[2], threshold=0.1, record=True)
+    x, weight, bias = leaves
+    call, spec = stateless_call(x, weight=weight, bias=bias, threshold=0.1, record=True)
     if plain:
-        mem, name = reference.run(call)[2], "reference"
+        mem, name = reference.run(call, spec)[2], "reference"
     else:
-        _, _, mem, path = running.run(call)
+        _, _, mem, path = running.run(call, running.entry_of({}, call, spec))
         name = path.name
     mem.backward(grad)
     return [mem.detach(), leaves[0].grad, leaves[1].grad], name

@@ -27,13 +27,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
 import snnlstm
-from cases import Options
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "shared"))
 
 import drawing  # noqa: F401  (what Hypothesis draws)
 from asking import ASKED, KEPT
-from cases import LAYOUTS, Case, Inputs, cases, options
+from cases import LAYOUTS, Case, Inputs, Options, cases, options
 from checks import check_gradients, check_results
 from cpu_kernels import ISAS, Kernels, native, use
 from gradients import NAMES, OUTPUTS
@@ -169,13 +168,12 @@ class Example:
     def script(self) -> str:
         """Returns a program that runs this example alone."""
         chosen = self.case.options
-        parts = [f'Options.from_text("{chosen.text}")']
+        parts = [f'Options.of("{chosen.text}", {chosen.sequence}, {chosen.record})']
         parts += [repr(getattr(self.case, f.name)) for f in fields(Case)[1:]]
         rest = ", ".join(repr(getattr(self, f.name)) for f in fields(self)[1:])
         return (
             "import sys; sys.path[:0] = ['tools', 'tests/shared']\nimport torch\n"
-            "from cases import Case\nfrom fuzz import Example, check\n"
-            "from cases import Options\n"
+            "from cases import Case, Options\nfrom fuzz import Example, check\n"
             f"case = Case({', '.join(parts)})\ncheck(Example(case, {rest}))\n"
         )
 

@@ -108,8 +108,8 @@ def test_a_reset_state_may_be_edited_in_place(backend, how):
 
 
 def test_an_edited_reset_state_starts_the_first_sequence_of_its_kind():
-    cell, start = ours(), states(2, 3, 6, 23)
-    x = steps(7, 2, 2, 6, 23)  # no other test has this shape, whose arguments are checked anew
+    cell, start = ours(), states(2, 3, 6, 7)
+    x = steps(7, 2, 2, 6, 7)
     cell(x[0])
     edited = cell.reset_mem()
     for state, value in zip(edited, start, strict=True):
@@ -310,6 +310,25 @@ def test_memory_of_the_cell_alone_is_made_anew():
     assert cell.mem.is_meta
     assert cell.conv.weight is weight
     assert not weight.is_meta
+
+
+READ = {
+    "new": lambda cell: None,
+    "called": lambda cell: cell(steps(1, 2, 2, 6, 7)[0]),
+    "reset": lambda cell: cell.reset_mem(),
+    "transformed": lambda cell: torch.func.vmap(cell, randomness="same")(steps(2, 1, 2, 6, 7)),
+}
+
+
+@pytest.mark.parametrize("how", READ)
+def test_reading_a_state_changes_nothing(how):
+    cell = ours()
+    READ[how](cell)
+    state = cell._state
+    before = [getattr(state, name) for name in state.__slots__]
+    for read in (cell.syn, cell.mem, cell.syn):
+        assert read.numel() == (2 * 3 * 6 * 7 if how == "called" else 0)
+    assert all(getattr(state, n) is old for n, old in zip(state.__slots__, before, strict=True))
 
 
 def test_a_state_set_by_hand_is_used(backend):

@@ -140,8 +140,8 @@ def test_messages_are_those_of_the_snapshot(shown):
 
 # messages.txt shows every `raise` of these modules.
 SHOWN = (
-    "call", "convlstm", "lengths", "options", "path", "quant", "sconv2dlstm", "sequential",
-    "settings", "state", "surrogate", "swap",
+    "call", "convlstm", "path", "quant", "sconv2dlstm", "sequential", "settings", "spec", "state",
+    "surrogate", "swap",
 )  # fmt: skip
 
 

@@ -40,9 +40,16 @@ class Options(CellSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         # torch.compile cannot trace fields(), so the spec alone, as cells have it, is made here.
-        names = (f.name for f in fields(CellSpec) if f.init)
-        spec = CellSpec(**{name: getattr(self, name) for name in names})
-        object.__setattr__(self, "spec", spec)
+        object.__setattr__(self, "spec", CellSpec(**_fields_of(self)))
+
+    @classmethod
+    def of(cls, text: str, sequence: bool, record: bool) -> "Options":
+        """Returns the options with the spec of this text."""
+        return cls(**_fields_of(CellSpec.from_text(text)), sequence=sequence, record=record)
+
+
+def _fields_of(spec: CellSpec) -> dict[str, Any]:
+    return {f.name: getattr(spec, f.name) for f in fields(CellSpec) if f.init}
 
 
 class Inputs(NamedTuple):

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import snnlstm
 from snnlstm.native import pool
 from snnlstm.quant import state_quant
 

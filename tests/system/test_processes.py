@@ -254,5 +254,3 @@ cell(torch.rand(5, 2, 2, 64, 64))[0].sum().backward()
 print(len(raised), same, bool(cell.conv.weight.grad.isfinite().all()))
 """
     assert in_a_process(program).split() == ["2", "True", "True"]
-
-
