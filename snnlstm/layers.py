@@ -13,9 +13,23 @@ from .rates import SpikeCount
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Base, Neuron
 
-__all__ = ["CELL", "Frozen", "LayerReport", "changed", "may_write", "not_per_sample", "report_of"]
+__all__ = [
+    "CELL", "PER_SAMPLE", "Frozen", "LayerReport", "changed", "may_write", "not_per_sample",
+    "report_of",
+]  # fmt: skip
 
 CELL = SConv2dLSTM if Base is nn.Module else Base  # the class of our cells and of snnTorch's
+
+LARGEST = 128 << 10
+"""Bytes of a layer's input or output at one step, up to which the CPU gets all steps as one batch.
+
+Larger steps run one by one, as in the loop: each of them goes through several layers while it is in
+the cache, and all steps at once would be slower than the loop (benchmarks/NOTES.md).
+"""
+
+ALONE = "it treats every sample alone"
+LARGE = "one step of its input or output is larger than 128 KiB"
+PER_SAMPLE = ALONE, LARGE  # the reasons of layers that neither mix samples nor keep a state
 
 
 @dataclass(frozen=True)
@@ -29,8 +43,8 @@ class LayerReport:
     layer : str
         Name of its class.
     kind : {"sequence", "fold", "step"}
-        One call with the whole sequence; few calls with many steps as a larger batch each,
-        (T * N, ...); or one call for each step.
+        One call with the whole sequence; one call with all steps as a larger batch, (T * N, ...);
+        or one call for each step.
     reason : str
         Reason, in plain words.
     """
@@ -44,34 +58,43 @@ class LayerReport:
         return f"{self.name} {self.layer}: {self.kind} ({self.reason})"
 
 
-def report_of(name: str, layer: nn.Module, dim: int) -> LayerReport:
-    """How a layer goes through a sequence of which a step has `dim` dimensions."""
-    reason = _reason_for_steps(layer, dim)
-    if reason is not None:
-        kind = "step"
-    elif isinstance(layer, SConv2dLSTM):
-        kind, reason = "sequence", "one call for all steps"
-    else:
-        kind, reason = "fold", "it treats every sample alone"
-    return LayerReport(name, type(layer).__name__, kind, reason)
+# The layers that treat every sample alone, and the number of dimensions, (N, C, ...), from which on
+# the first one of a step is its batch.
+_LEAST_DIM: dict[type[nn.Module], int] = {
+    nn.Conv1d: 3, nn.MaxPool1d: 3, nn.AvgPool1d: 3,
+    nn.Conv2d: 4, nn.MaxPool2d: 4, nn.AvgPool2d: 4, nn.AdaptiveAvgPool2d: 4,
+    nn.Linear: 2, nn.Flatten: 2, nn.Identity: 2, nn.GroupNorm: 2,
+    nn.ReLU: 2, nn.LeakyReLU: 2, nn.Sigmoid: 2, nn.Tanh: 2,
+    nn.BatchNorm1d: 2, nn.BatchNorm2d: 4, nn.Dropout: 2, nn.Dropout2d: 4,
+}  # fmt: skip
 
 
-def _reason_for_steps(layer: nn.Module, dim: int) -> str | None:
-    """Why a layer needs one call for each step; None if it does not."""
-    change = changed(layer)
+def report_of(name: str, layer: nn.Module, dim: int, size: int) -> LayerReport:
+    """How a layer goes through a sequence.
+
+    A step of it has `dim` dimensions and `size` bytes, or 0 where the size does not count.
+    """
+    kind, reason = "step", changed(layer)
     if isinstance(layer, SConv2dLSTM):
-        own = type(layer).forward is not SConv2dLSTM.forward
-        return "its class has a forward of its own" if own else change
-    if isinstance(layer, CELL):
+        if type(layer).forward is not SConv2dLSTM.forward:
+            reason = "its class has a forward of its own"
+        elif reason is None:
+            kind, reason = "sequence", "one call for all steps"
+    elif isinstance(layer, CELL):
         if type(layer) is not CELL:
-            return "its class is a subclass of snntorch.SConv2dLSTM"
-        return change or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
-    if Neuron is not None and isinstance(layer, Neuron):
-        return "it keeps a state from step to step"
-    reason = change or not_per_sample(layer)
-    if reason is None and not _has_batch(layer, dim):
-        reason = f"at a step of {dim} dimensions it may mix samples"
-    return reason
+            reason = "its class is a subclass of snntorch.SConv2dLSTM"
+        reason = reason or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
+    elif Neuron is not None and isinstance(layer, Neuron):
+        reason = "it keeps a state from step to step"
+    else:
+        reason = reason or not_per_sample(layer)
+        if reason is None and not _has_batch(layer, dim):
+            reason = f"at a step of {dim} dimensions it may mix samples"
+        if reason is None and size * _widening(layer) > LARGEST:
+            reason = LARGE
+        if reason is None:
+            kind, reason = "fold", ALONE
+    return LayerReport(name, type(layer).__name__, kind, reason)
 
 
 def changed(layer: nn.Module) -> str | None:
@@ -87,72 +110,38 @@ def changed(layer: nn.Module) -> str | None:
     return None
 
 
-# The number of dimensions of one step, (N, C, ...); an input with one less is a single sample.
-_BY_DIMENSION: dict[type[nn.Module], int] = {
-    getattr(nn, f"{name}{d}d"): d + 2
-    for d in (1, 2, 3)
-    for name in (
-        "Conv", "ConvTranspose", "MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool",
-        "LPPool", "ConstantPad", "ReflectionPad", "ReplicationPad", "ZeroPad", "InstanceNorm",
-    )
-    if hasattr(nn, f"{name}{d}d")
-}  # fmt: skip
-_BY_DIMENSION |= dict.fromkeys((nn.Softmax2d, nn.PixelShuffle, nn.PixelUnshuffle), 4)
-# One step has at least two dimensions, (N, C).
-_BATCHED: set[type[nn.Module]] = {
-    nn.Linear, nn.Flatten, nn.Unflatten, nn.GroupNorm, nn.PReLU, nn.LayerNorm, nn.Upsample,
-    nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.LocalResponseNorm,
-    nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.GLU,
-    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU,
-    nn.Mish, nn.Sigmoid, nn.LogSigmoid, nn.Hardsigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish,
-    nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Softplus, nn.Softsign, nn.Threshold,
-}  # fmt: skip
-_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_DROPOUT = (
-    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
-)  # fmt: skip
-_KNOWN = _BATCHED.union(_BY_DIMENSION, _BATCH_NORM, _DROPOUT)
-
-
 def not_per_sample(layer: nn.Module) -> str | None:
     """Why the result for one sample may depend on other samples, or on the steps before."""
-    kind = type(layer)
-    if kind in _BATCH_NORM:
+    if type(layer) not in _LEAST_DIM:
+        return f"{type(layer).__name__} is not known to treat every sample alone"
+    if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
         own = layer.training or layer.running_mean is None
         return "its statistics are those of one step" if own else None
-    if kind in _DROPOUT:
+    if isinstance(layer, nn.Dropout | nn.Dropout2d):
         return "it draws a new mask for every step" if layer.training and layer.p != 0 else None
-    if getattr(layer, "return_indices", False):
-        return "it returns indices"
-    if layer.training and getattr(layer, "track_running_stats", False):  # an InstanceNorm
-        return "its running statistics follow the steps"
-    if kind in _BY_DIMENSION or kind in _BATCHED:
-        return None
-    return f"{kind.__name__} is not known to treat every sample alone"
+    return "it returns indices" if getattr(layer, "return_indices", False) else None
+
+
+def _has_batch(layer: nn.Module, dim: int) -> bool:
+    """Whether the first of `dim` dimensions is the batch, and the layer leaves it alone."""
+    start = layer.start_dim if isinstance(layer, nn.Flatten) else 1
+    return dim >= _LEAST_DIM[type(layer)] and start % dim != 0
+
+
+def _widening(layer: Any) -> float:
+    """How many times the size of its input the layer's output has, where that is more than 1."""
+    if isinstance(layer, nn.Linear):
+        return max(1, layer.out_features / max(1, layer.in_features))
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        return max(1, layer.out_channels / max(1, layer.in_channels))
+    return 1
 
 
 def may_write(layer: nn.Module) -> bool:
     """Whether a call of the layer may write to its input."""
     kind = type(layer)
-    known = kind in _KNOWN or kind.__module__.partition(".")[0] == "snntorch"
+    known = kind in _LEAST_DIM or kind.__module__.partition(".")[0] == "snntorch"
     return not known or getattr(layer, "inplace", False) or changed(layer) is not None
-
-
-def _has_batch(layer: nn.Module, dim: int) -> bool:
-    """Whether the first of `dim` dimensions is the batch, and the layer leaves it alone."""
-    kind = type(layer)
-    if kind in _BY_DIMENSION:
-        return dim == _BY_DIMENSION[kind]
-    if isinstance(layer, nn.LayerNorm):
-        return dim > len(layer.normalized_shape)
-    if dim < 2:
-        return False
-    first: Any = 1
-    if isinstance(layer, nn.Flatten):
-        first = layer.start_dim
-    elif isinstance(layer, nn.Unflatten | nn.Softmax | nn.LogSoftmax | nn.Softmin | nn.GLU):
-        first = layer.dim
-    return isinstance(first, int) and first % dim != 0
 
 
 class Frozen:
@@ -168,38 +157,39 @@ class Frozen:
         self._returned: Any = None
 
     def __call__(self, x: Tensor) -> Any:
-        own = self._lengths > self._step
+        active = self._lengths > self._step
         before = {id(owner): _kept(owner) for owner in self._layer.modules()}
         out = self._layer(x)
         for owner in self._layer.modules():
             for name, after in _kept(owner).items():
-                if after.dim() > 1 and after.shape[0] == len(own):
-                    setattr(owner, name, _chosen(own, after, before[id(owner)].get(name)))
-        self._step, self._returned = self._step + 1, self._stay(out, self._returned, own, True)
+                if after.dim() > 1 and after.shape[0] == len(active):
+                    setattr(owner, name, _chosen(active, after, before[id(owner)].get(name)))
+        self._step, self._returned = self._step + 1, _stay(active, out, self._returned, True)
         return self._returned
 
-    def _stay(self, out: Any, before: Any, own: Tensor, first: bool) -> Any:
-        if isinstance(out, Tensor):
-            return _chosen(own, out, None if first else before)
-        if not isinstance(out, tuple | list):
-            return out
-        olds = before if isinstance(before, tuple) else (None,) * len(out)
-        pairs = enumerate(zip(out, olds, strict=True))
-        return tuple(self._stay(new, old, own, first and k == 0) for k, (new, old) in pairs)
+
+def _stay(active: Tensor, out: Any, before: Any, first: bool) -> Any:
+    """What a layer returns, with what it returned before for samples behind their last step."""
+    if isinstance(out, Tensor):
+        return _chosen(active, out, None if first else before)
+    if not isinstance(out, tuple | list):
+        return out
+    olds = before if isinstance(before, tuple) else (None,) * len(out)
+    pairs = zip(out, olds, strict=True)
+    return tuple(_stay(active, *pair, first and k == 0) for k, pair in enumerate(pairs))
 
 
-def _chosen(own: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
+def _chosen(active: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
     """Samples of `new` where they are at a step of their own, else of `old`, or 0."""
     if old is None or old.shape != new.shape:
         old = torch.zeros_like(new)
-    return torch.where(own.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
+    return torch.where(active.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
 
 
 def _kept(owner: nn.Module) -> dict[str, Tensor]:
     """The tensors in which a module may keep something from step to step."""
     if isinstance(owner, SConv2dLSTM):
         return {"syn": owner._state.syn, "mem": owner._state.mem}
-    own = {k: v for k, v in owner.__dict__.items() if isinstance(v, Tensor)}
     temporary = owner._non_persistent_buffers_set
-    buffers = {k: v for k, v in owner._buffers.items() if k in temporary and v is not None}
-    return own | buffers
+    tensors = owner.__dict__ | {k: v for k, v in owner._buffers.items() if k in temporary}
+    return {k: v for k, v in tensors.items() if isinstance(v, Tensor)}

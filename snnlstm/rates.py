@@ -44,13 +44,13 @@ class SpikeCount:
         with torch.no_grad():
             while isinstance(output, tuple | list):
                 output = output[0]
-            output = _bare(output)
+            output, mem = _bare(output), getattr(layer, "mem", None)
             self.spikes = _bare(self.spikes + output.count_nonzero())
             self.chances += output.numel()
-            mem = getattr(layer, "mem", None)
             if isinstance(mem, Tensor) and mem.numel():
-                highest, so_far = _bare(mem).detach().max(), self.highest
-                self.highest = _bare(highest if so_far is None else torch.maximum(highest, so_far))
+                highest = _bare(mem).detach().max()
+                before = highest if self.highest is None else self.highest
+                self.highest = _bare(torch.maximum(highest, before))
 
     @property
     def rate(self) -> float:
@@ -60,9 +60,8 @@ class SpikeCount:
 
 def _bare(tensor: Tensor) -> Tensor:
     """The tensor within torch.func's wrappers; under vmap it holds all samples."""
-    if not torch.compiler.is_compiling():
-        while functorch.maybe_get_level(tensor) >= 0:
-            tensor = functorch.get_unwrapped(tensor)
+    while not torch.compiler.is_compiling() and functorch.maybe_get_level(tensor) >= 0:
+        tensor = functorch.get_unwrapped(tensor)
     return tensor
 
 
@@ -71,23 +70,20 @@ class SpikeRates(dict[str, SpikeCount]):
 
     def __init__(self, model: nn.Module, show: bool) -> None:
         super().__init__()
-        self._show = show
+        self._model, self._show = model, show
         self._handles: list[Any] = []
-        kinds = (SConv2dLSTM,) if Neuron is None else (SConv2dLSTM, Neuron)
-        self._layers: list[tuple[str, nn.Module]] = [
-            (name, module) for name, module in model.named_modules() if isinstance(module, kinds)
-        ]
 
     def __enter__(self) -> SpikeRates:
         if self._handles:
             raise RuntimeError(
                 "these spikes are being counted: call spike_rates again for a block in a block"
             )
-        for name, layer in self._layers:
-            threshold = getattr(layer, "threshold", None)
-            lowest = float(threshold.detach().min()) if isinstance(threshold, Tensor) else None
-            self[name] = SpikeCount(type(layer).__name__, lowest)
-            self._handles.append(layer.register_forward_hook(self[name]))
+        for name, layer in self._model.named_modules():
+            if isinstance(layer, SConv2dLSTM if Neuron is None else (SConv2dLSTM, Neuron)):
+                threshold = getattr(layer, "threshold", None)
+                lowest = float(threshold.detach().min()) if isinstance(threshold, Tensor) else None
+                self[name] = SpikeCount(type(layer).__name__, lowest)
+                self._handles.append(layer.register_forward_hook(self[name]))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -107,9 +103,7 @@ class SpikeRates(dict[str, SpikeCount]):
             spikes = str(int(count.spikes))
             rows.append((name or ".", count.layer, rate, spikes, highest, threshold, note))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        line = "  ".join(
-            f"{{:{side}{width}}}" for side, width in zip("<<>>>><", widths, strict=True)
-        )
+        line = "  ".join(f"{{:{side}{n}}}" for side, n in zip("<<>>>><", widths, strict=True))
         return "\n".join(line.format(*row).rstrip() for row in rows)
 
     __repr__ = __str__

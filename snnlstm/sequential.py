@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from .gather import Gathered, first_item
-from .layers import CELL, LayerReport, changed, not_per_sample, report_of
-from .call import checked_lengths as checked, silenced
+from .layers import (
+    CELL,
+    PER_SAMPLE,
+    Frozen,
+    LayerReport,
+    changed,
+    may_write,
+    not_per_sample,
+    report_of,
+)
+from .call import checked_lengths, silenced
+from .native import memory
 from .spec import flag
 from .sconv2dlstm import SConv2dLSTM
-from .together import own, run_together
 
 __all__ = ["LayerReport", "Sequential", "unroll"]
 
@@ -30,17 +39,19 @@ class Sequential(nn.Sequential):
     """Time-distributed ``nn.Sequential``: takes and returns sequences, (T, N, ...).
 
     Equal to a loop over the steps that calls the layers one after the other, gradients and the
-    states at the end included, but each cell gets all steps in one call. The layers between two
-    cells run together: all of them for one step, or for a few steps of small images, then for the
-    next. After a call :attr:`report` shows which of three kinds of calls each layer got:
+    states at the end included, but each cell gets all steps in one call. After a call
+    :attr:`report` shows which of three kinds of calls each layer got:
 
     - *sequence*: :class:`SConv2dLSTM`, one call for all steps;
-    - *fold*: layers of torch that treat every sample alone (convolutions, linear layers,
-      activations, pooling, eval-mode batch norm, ...), a call with as many steps as fit the
-      cache, as one batch;
+    - *fold*: layers of torch that treat every sample alone, one call with all steps as one batch:
+      Conv1d, Conv2d, Linear, Flatten, Identity, ReLU, LeakyReLU, Sigmoid, Tanh, MaxPool1d,
+      MaxPool2d, AvgPool1d, AvgPool2d, AdaptiveAvgPool2d, GroupNorm, and in evaluation BatchNorm1d,
+      BatchNorm2d, Dropout and Dropout2d;
     - *step*: everything else, one call for each step: snnTorch's other neurons, batch norm in
       training (its statistics are those of one step), dropout in training (a new mask for every
-      step), whatever carries hooks, and modules that are not known here.
+      step), whatever carries hooks, modules that are not known here, and on the CPU layers of
+      which one step is larger than 128 KiB. Several such layers run together: all of them for one
+      step, then for the next.
 
     Each layer of a stack within the stack has a kind of its own. If a layer returns a tuple, such
     as ``spk, syn, mem``, the next layer gets its first item. The last layer's tuple is returned,
@@ -54,7 +65,7 @@ class Sequential(nn.Sequential):
 
     Layers that share a state, such as one cell in two places, cannot be run one after the
     other: the steps are then taken one by one, and the log says so. If there are several random
-    layers (dropout), they draw the same random numbers in another order than in the loop.
+    layers (dropout), they may draw the same random numbers in another order than in the loop.
 
     Parameters
     ----------
@@ -201,7 +212,7 @@ def _check_modules(layers: Iterable[Any]) -> None:
 
 
 def _over_time(
-    x: Tensor, modules: Iterable[tuple[str, Any]], batch_first: bool, lengths: Any
+    x: Tensor, modules: Iterable[Named], batch_first: bool, lengths: Any
 ) -> tuple[Any, tuple[LayerReport, ...]]:
     """Run the layers over a sequence; returns their results, and how each layer went."""
     if not isinstance(x, Tensor):
@@ -210,23 +221,23 @@ def _over_time(
         shape = "(N, T, ...)" if batch_first else "(T, N, ...)"
         raise ValueError(f"x must have shape {shape} with at least one step, got {tuple(x.shape)}")
     x = x.transpose(0, 1) if batch_first else x
+    traced = torch.compiler.is_compiling()
     if lengths is not None:
-        traced = torch.compiler.is_compiling()
-        lengths = checked(lengths, x.shape[0], x.shape[1], x.device, traced)
+        lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, traced)
     layers = list(_layers(modules, ""))
-    reports: list[LayerReport] = []
     shared = _shared_state(modules)
     if shared is None:
-        out = _run(layers, x, reports, lengths)
+        out, reports = _run(layers, x, lengths)
     else:  # steps one by one, in each of which the layers have the order of the loop
-        gathered = Gathered(layers[-1][0], x.shape[0])
+        outs = []
         for t, step in enumerate(x.split(1)):
             left = None if lengths is None else (lengths - t).clamp(0, 1)
-            gathered.add(_run(layers, own(step), reports, left), chunk=True)
-        out = gathered.result()
+            out, reports = _run(layers, step, left)
+            outs.append(out)
+        out = _joined(layers[-1][0], outs, torch.cat)
         reason = f"layer {shared} is in several places and may keep a state"
-        reports = [replace(one, kind="step", reason=reason) for one in reports[: len(layers)]]
-    if not torch.compiler.is_compiling():
+        reports = [replace(report, kind="step", reason=reason) for report in reports]
+    if not traced:
         _log_slow(layers, reports)
     return (_exchanged(out) if batch_first else out), tuple(reports)
 
@@ -234,7 +245,7 @@ def _over_time(
 def _layers(modules: Iterable[tuple[str, Any]], prefix: str) -> Iterator[Named]:
     """Yield names and layers in order; the layers of a plain nn.Sequential take its place."""
     for name, layer in modules:
-        if isinstance(layer, nn.Sequential) and _is_stack(layer) and changed(layer) is None:
+        if _is_stack(layer) and changed(layer) is None:
             yield from _layers(layer._modules.items(), f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", layer
@@ -245,11 +256,8 @@ def _is_stack(layer: nn.Module) -> bool:
     return type(layer).forward in (nn.Sequential.forward, Sequential.forward)
 
 
-def _shared_state(modules: Iterable[tuple[str, Any]]) -> str | None:
+def _shared_state(modules: Iterable[Named]) -> str | None:
     """Name of a layer that occurs twice and may keep a state; None if there is none."""
-    found = [*_ids(layer for _, layer in modules)]
-    if len(found) == len(set(found)):
-        return None
     seen: set[int] = set()
     for first, layer in modules:
         for name, module in layer.named_modules(prefix=first, remove_duplicate=False):
@@ -258,15 +266,6 @@ def _shared_state(modules: Iterable[tuple[str, Any]]) -> str | None:
             if again and not _is_stack(module) and (changed(module) or not_per_sample(module)):
                 return name
     return None
-
-
-def _ids(layers: Iterable[nn.Module | None]) -> Iterator[int]:
-    """Yield the ids of layers and of all modules within, as often as they occur."""
-    for layer in layers:
-        if layer is not None:
-            yield id(layer)
-            if layer._modules:
-                yield from _ids(layer._modules.values())
 
 
 _logged: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
@@ -284,37 +283,95 @@ def _log_slow(layers: list[Named], reports: list[LayerReport]) -> None:
             logger.warning(message, name, report.layer, report.reason)
 
 
-def _run(layers: list[Named], x: Tensor, reports: list[LayerReport], lengths: Tensor | None) -> Any:
-    """Run the layers over (T, N, ...), and append each one's report to `reports`."""
-    of_sequences = [_sequence_report(name, layer) for name, layer in layers]
+def _run(layers: list[Named], x: Tensor, lengths: Tensor | None) -> tuple[Any, list[LayerReport]]:
+    """Run the layers over (T, N, ...); returns what the last one returns, and all reports."""
     out: Any = x
-    position = 0
-    while position < len(layers):
-        name, layer = layers[position]
-        report = of_sequences[position]
-        begin, position = position, position + 1
-        if report is not None:
+    reports: list[LayerReport] = []
+    while rest := layers[len(reports) :]:
+        name, layer = rest[0]
+        report = _report_of(name, layer, x[0])
+        if report.kind == "sequence":
             reports.append(report)
-            out = _sequence(name, layer, x, lengths, last=position == len(layers))
+            out = _sequence(name, layer, x, lengths, last=len(rest) == 1)
         else:
-            while position < len(layers) and of_sequences[position] is None:
-                position += 1
-            if lengths is not None and begin == 0:
+            if lengths is not None and not reports:
                 x = silenced(x, lengths)  # whatever the padding holds, no gradient may become NaN
-            out = run_together(layers[begin:position], x, reports, lengths)
-            if lengths is not None and position == len(layers) and reports[-1].kind == "fold":
-                out = silenced(out, lengths)
-        if position < len(layers):
-            x = out = first_item(layers[position - 1][0], out)
-    return out
+            out = _alike(report.kind, rest, x, lengths, reports)
+        if len(reports) < len(layers):
+            x = _first_item(layers[len(reports) - 1][0], out)
+    if lengths is not None and reports and reports[-1].reason in PER_SAMPLE:
+        out = silenced(out, lengths)
+    return out, reports
 
 
-def _sequence_report(name: str, layer: nn.Module) -> LayerReport | None:
-    """The report of a layer that takes sequences; None for any other layer."""
+def _report_of(name: str, layer: nn.Module, x: Tensor, steps: int = 1) -> LayerReport:
+    """How a layer goes through a sequence, of which x (N, ...) is a step, or several as a batch."""
     if isinstance(layer, Sequential):  # a stack that carries hooks
         return LayerReport(name, type(layer).__name__, "sequence", "it takes sequences")
-    report = report_of(name, layer, 0) if isinstance(layer, SConv2dLSTM) else None
-    return report if report is not None and report.kind == "sequence" else None
+    cached = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return report_of(name, layer, x.dim(), x.nbytes // steps if cached else 0)
+
+
+def _alike(
+    kind: str,
+    layers: list[Named],
+    x: Tensor,
+    lengths: Tensor | None,
+    reports: list[LayerReport],
+) -> Any:
+    """Run the first layers over (T, N, ...), up to one that is not of their kind.
+
+    All of them run over all steps as one batch, or for one step, then for the next.
+    """
+    fold = kind == "fold"
+    outs: list[Any] = [x.flatten(0, 1)] if fold else list(_steps_of(x))
+    calls: list[tuple[str, nn.Module, Callable[[Tensor], Any]]] = []
+    before = ""
+    for name, layer in layers:
+        first = _first_item(before, outs[0])
+        report = _report_of(name, layer, first, len(x) if fold else 1)
+        if report.kind != kind:
+            break
+        reports.append(report)
+        function: Callable[[Tensor], Any] = layer
+        if lengths is not None and report.reason not in PER_SAMPLE:
+            function = Frozen(layer, lengths)
+        calls.append((before, layer, function))
+        outs[0], before = function(_own(first, layer)), name
+    for t in range(1, len(outs)):
+        for previous, layer, call in calls:
+            outs[t] = call(_own(_first_item(previous, outs[t]), layer))
+    return outs[0].unflatten(0, x.shape[:2]) if fold else _joined(before, outs, torch.stack)
+
+
+def _own(x: Tensor, layer: nn.Module) -> Tensor:
+    """A copy of a view of a tensor, if the layer may write to it; else x.
+
+    Autograd refuses to let a layer change one of several views in place; without it no copy is
+    made, as in the loop.
+    """
+    view = torch.is_grad_enabled() and (torch.compiler.is_compiling() or x._is_view())
+    return x.clone() if view and may_write(layer) else x
+
+
+def _first_item(name: str, out: Any) -> Tensor:
+    """What the next layer gets of what layer `name` returned: of a tuple, the first item."""
+    while isinstance(out, tuple | list):
+        out = out[0]
+    return out if isinstance(out, Tensor) else _joined(name, [out], torch.stack)
+
+
+def _joined(name: str, outs: Sequence[Any], join: Callable[[Any], Tensor]) -> Any:
+    """What layer `name` returned at all steps as one: tensors joined, tuples item by item."""
+    if all(isinstance(out, Tensor) for out in outs):
+        return join(outs)
+    if all(isinstance(out, tuple | list) for out in outs):
+        return tuple(_joined(name, items, join) for items in zip(*outs, strict=True))
+    odd = next(out for out in outs if not isinstance(out, Tensor))
+    raise TypeError(
+        f"layer {name} must return tensors, or tuples of them, at every step, "
+        f"got {type(odd).__name__}"
+    )
 
 
 def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bool) -> Any:
@@ -337,3 +394,44 @@ def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bo
 def _exchanged(out: Any) -> Any:
     """Every tensor with its first two dimensions exchanged."""
     return out.transpose(0, 1) if isinstance(out, Tensor) else tuple(map(_exchanged, out))
+
+
+# ---- gradients of large sequences -------------------------------------------------------------
+
+MAPPED = 32 << 20
+"""Bytes from which on the system maps and clears each of torch's tensors on the CPU anew."""
+
+
+class _Unbind(torch.autograd.Function):
+    """x.unbind(0), whose gradient lies in memory that is used again (benchmarks/NOTES.md)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
+        return x.unbind(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not _plain(grads[0]):
+            return torch.stack(grads)
+        out = memory.empty((len(grads), *grads[0].shape), grads[0].dtype)
+        return torch.stack(grads, out=out)
+
+
+def _steps_of(x: Tensor) -> Sequence[Tensor]:
+    """The steps of (T, N, ...). The gradient of each x[t] would be as large as x."""
+    graph = torch.is_grad_enabled() and x.requires_grad
+    return _Unbind.apply(x) if graph and _plain(x) and x.nbytes > MAPPED else x.unbind(0)
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether eager torch computes x on the CPU, and no transform or tracer sees what happens."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(x)
+    )

@@ -49,9 +49,9 @@ DIM = 4  # of one step of images
 REASONS = {
     "it keeps a state from step to step": [leaky()],
     "it draws a new mask for every step": [nn.Dropout(0.5), nn.Dropout2d(1.0)],
-    "its running statistics follow the steps": [nn.InstanceNorm2d(2, track_running_stats=True)],
+    "InstanceNorm2d is not known to treat every sample alone": [nn.InstanceNorm2d(2)],
     "it treats every sample alone": [
-        nn.Dropout(0.0), nn.Dropout(0.5).eval(), nn.InstanceNorm2d(2), nn.ReLU(),
+        nn.Dropout(0.0), nn.Dropout(0.5).eval(), nn.GroupNorm(1, 2), nn.ReLU(),
     ],
 }  # fmt: skip
 
@@ -59,12 +59,12 @@ REASONS = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_the_report_says_why(reason):
     for layer in REASONS[reason]:
-        assert snnlstm.layers.report_of("a", layer, DIM).reason == reason
+        assert snnlstm.layers.report_of("a", layer, DIM, 0).reason == reason
 
 
 def test_without_snntorch_its_neurons_are_unknown(monkeypatch):
     monkeypatch.setattr(snnlstm.layers, "Neuron", None)
-    found = snnlstm.layers.report_of("a", leaky(), DIM)
+    found = snnlstm.layers.report_of("a", leaky(), DIM, 0)
     assert found.reason == "Leaky is not known to treat every sample alone"
 
 

@@ -1,6 +1,4 @@
-"""Layers without a form for sequences take turns at every step, and are gathered in place."""
-
-import weakref
+"""Layers that run step by step take turns at every step, and their results are stacked."""
 
 import pytest
 import torch
@@ -8,16 +6,18 @@ from helpers import close, ours, steps
 from torch import nn
 
 import snnlstm
+from snnlstm.native import memory
 
 T, N = 5, 2
 X = steps(T, N, 2, 6, 6)
 
 
-@pytest.fixture(params=["in place", "at the end"], autouse=True)
-def gathered(request, monkeypatch):
-    """Each step goes alone; what comes of the steps is gathered in one way and in the other."""
-    monkeypatch.setattr(snnlstm.together, "FOLD", 1)
-    monkeypatch.setattr(snnlstm.gather, "IN_PLACE", 0 if request.param == "in place" else 1 << 40)
+@pytest.fixture(params=[False, True], ids=["small", "large"])
+def large(request, monkeypatch):
+    """Sequences are small, or so large that their gradient lies in memory that is used again."""
+    if request.param:
+        monkeypatch.setattr(snnlstm.layers, "LARGEST", 0)
+        monkeypatch.setattr(snnlstm.sequential, "MAPPED", 0)
     return request.param
 
 
@@ -33,7 +33,8 @@ class Each(nn.Module):
         return self.function(x, self.step)
 
 
-def test_a_step_goes_through_all_layers_before_the_next(gathered):
+def test_a_step_goes_through_all_layers_before_the_next(monkeypatch):
+    monkeypatch.setattr(snnlstm.layers, "LARGEST", 0)
     order = []
 
     def noted(name):
@@ -44,26 +45,7 @@ def test_a_step_goes_through_all_layers_before_the_next(gathered):
     assert order == [f"{name}{t}" for t in range(T) for name in "ab"] + [f"c{t}" for t in range(T)]
 
 
-def test_a_step_that_was_gathered_in_place_is_let_go_of(gathered):
-    alive, most = weakref.WeakSet(), []
-
-    def watched(x, _):
-        out = x.tanh().mul(2)  # a product with a number saves no tensor
-        alive.add(out)
-        most.append(len(alive))
-        return out
-
-    weight = torch.ones((), requires_grad=True)
-    for x in (X, X * weight):
-        alive.clear()
-        most.clear()
-        snnlstm.unroll(x, Each(watched), ours())
-        assert max(most) <= (2 if gathered == "in place" else T)
-    if gathered == "at the end":
-        assert max(most) == T
-
-
-def test_gradients_of_the_first_and_the_second_order():
+def test_gradients_of_the_first_and_the_second_order(large):
     net = [nn.Conv2d(1, 2, 3, dtype=torch.float64), Each(lambda x, t: torch.tanh(x * (t + 1)))]
     x = torch.rand(3, 1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
 
@@ -103,16 +85,21 @@ def test_tuples_must_come_at_every_step():
         snnlstm.unroll(X, Each(lambda x, t: x * 1 if t == 3 else (x, x)))
 
 
-def test_what_is_gathered_in_place_has_the_order_of_memory_of_the_steps(gathered):
-    if gathered != "in place":
-        pytest.skip("torch.cat chooses the order")
-    x = X.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (T, N))
-    layers = [Each(lambda x, t: x * 2)]
-    expected = torch.stack([step * 2 for step in x])
-    assert snnlstm.unroll(x, *layers).stride() == expected.stride()
+def test_the_gradient_of_a_large_sequence_lies_in_memory_that_is_used_again(monkeypatch, large):
+    shapes, empty = [], memory.empty
+
+    def watched(shape, dtype):
+        shapes.append(shape)
+        return empty(shape, dtype)
+
+    monkeypatch.setattr(memory, "empty", watched)
+    x = X.clone().requires_grad_()
+    snnlstm.unroll(x, Each(lambda x, t: x * (t + 1))).sum().backward()
+    close(x.grad, torch.arange(1.0, T + 1).view(-1, 1, 1, 1, 1).expand_as(X))
+    assert shapes == large * [X.shape]
 
 
-def test_transforms_of_torch_func_and_forward_mode_see_every_step():
+def test_transforms_of_torch_func_and_forward_mode_see_every_step(large):
     layers = [nn.Conv2d(2, 2, 3), Each(lambda x, t: x.sin())]
     x = torch.rand(3, T, N, 2, 5, 5)
     expected = torch.stack([snnlstm.unroll(each, *layers) for each in x])
@@ -124,3 +111,15 @@ def test_transforms_of_torch_func_and_forward_mode_see_every_step():
         lambda each: layers[0](each.flatten(0, 1)).sin().unflatten(0, (T, N)), (x[0],), (tangent,)
     )
     close(found, whole)
+
+
+def test_several_gradients_at_once(large):
+    x = X[:2, :1, :, :2, :2].clone().requires_grad_()
+    out = snnlstm.unroll(x, Each(lambda x, t: x.sin()))
+    vectors = torch.eye(out.numel()).view(-1, *out.shape)
+    expected = torch.diag(x.detach().cos().flatten()).view_as(vectors)
+    for batched in (
+        torch.autograd.grad(out, x, vectors, retain_graph=True, is_grads_batched=True)[0],
+        torch.func.vmap(lambda v: torch.autograd.grad(out, x, v, retain_graph=True)[0])(vectors),
+    ):
+        close(batched, expected)
