@@ -299,8 +299,8 @@ struct RowTasks {
   // steps may be given how many are left of each sample.
   int64_t sample(int64_t image) const { return a_->order ? a_->order[image] : image; }
   int64_t steps(int64_t task) const {
-    const int64_t T = a_->cell.T, own = a_->lengths ? a_->lengths[sample(image(task))] : T;
-    return own < T ? own : T;
+    const int64_t T = a_->cell.T, given = a_->lengths ? a_->lengths[sample(image(task))] : T;
+    return given < T ? given : T;
   }
   int64_t images() const { return count / per_image; }
   // The groups of tasks that share the weights: whole images, or one task each.
