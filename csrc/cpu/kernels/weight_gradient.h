@@ -34,8 +34,7 @@ class WeightGradient {
   };
 
  public:
-  // With by_sample, each split is a task: add_sample() adds its samples, one after the other.
-  WeightGradient(const Layout<T, VL>& l, int threads, bool by_sample)
+  WeightGradient(const Layout<T, VL>& l, int threads)
       : l_(l),
         c_(l.c),
         threads_(threads),
@@ -44,7 +43,7 @@ class WeightGradient {
         mem_runs_(c_, l.along_columns(c_.C), c_.C, l.Wm * l.Cp, l.Cp, l.Kx, kPiece),
         x_groups_(groups(x_runs_)),
         mem_groups_(groups(mem_runs_)),
-        splits_(count_splits(by_sample)),
+        splits_(count_splits()),
         sums_(l, x_in_tiles(), splits_, (c_.N + splits_ - 1) / splits_ * pixel_blocks()) {
     if constexpr (kHasWinograd<T, VL>) {
       inputs_ = InputTransform<S>(l.grad_form);
@@ -77,22 +76,25 @@ class WeightGradient {
   int64_t clear_tasks() const { return sums_.chunks(); }
   void clear(int64_t task) { sums_.clear(task); }
 
-  // Adds a step's part, of its first N images. No other thread uses the tile buffers meanwhile.
-  int64_t tasks() const { return splits_ * slices(); }
+  // Adds a step's part, of its first N images. A task has a split, a piece of K and a channel
+  // block. No other thread uses the tile buffers meanwhile.
+  int64_t tasks() const { return splits_ * pieces() * l_.Cb; }
   void add(const StepImages<T>& step, int64_t N, int64_t task, int thread,
            const TileBuffers<T>& tiles) {
-    scratch_[thread].tiles = tiles;
-    const int64_t split = task / slices();
-    add_slice(step, {split, N * split / splits_, N * (split + 1) / splits_}, task % slices(),
-              thread);
+    WeightScratch& s = scratch_[thread];
+    s.tiles = tiles;
+    const int64_t cb = task % l_.Cb, index = task / l_.Cb % pieces(),
+                  split = task / l_.Cb / pieces();
+    const Images images{split, N * split / splits_, N * (split + 1) / splits_};
+    const bool of_x = index < x_pieces();
+    const int64_t piece = of_x ? index : index - x_pieces();
+    if (of_x && c_.x_algorithm == CpuAlgorithm::sparse)
+      by_lists(step, images, cb, s);
+    else if (of_x ? !x_in_tiles() : !c_.tiled())
+      directly(step, images, cb, of_x, piece, s);
+    else if constexpr (kHasWinograd<T, VL>)
+      by_tiles(step, images, cb, of_x, piece, s);
   }
-  // Adds all of the part of one sample, which is one of the step's images, to a split.
-  void add_sample(const StepImages<T>& step, int64_t split, int64_t image, int thread,
-                  const TileBuffers<T>& tiles) {
-    scratch_[thread].tiles = tiles;
-    for (int64_t k = 0; k < slices(); ++k) add_slice(step, {split, image, image + 1}, k, thread);
-  }
-  int64_t splits() const { return splits_; }
 
   // Says whether the sums are to be folded behind step t. The last step comes first.
   bool due(int64_t t) const { return sums_.due(t); }
@@ -111,27 +113,13 @@ class WeightGradient {
   };
 
   // Returns how many splits give all threads tasks, but no more than pay for their sums.
-  int64_t count_splits(bool by_sample) const {
-    const int64_t tasks = by_sample ? 1 : (l_.Cb + kShared - 1) / kShared * pieces();
+  int64_t count_splits() const {
+    const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
     const int64_t worth = (c_.T * c_.N * l_.pixels + kSplitPixels - 1) / kSplitPixels;
-    int64_t splits = 4 * threads_ / tasks, least = by_sample ? threads_ : 1;
+    int64_t splits = 4 * threads_ / tasks;
     if (splits > worth) splits = worth;
-    if (splits < least) splits = least;
-    return splits < c_.N ? splits : c_.N < 1 ? 1 : c_.N;
-  }
-
-  // The slices of the weight: a channel block and a piece of K each.
-  int64_t slices() const { return l_.Cb * pieces(); }
-  void add_slice(const StepImages<T>& step, const Images& images, int64_t slice, int thread) {
-    const int64_t cb = slice % l_.Cb, index = slice / l_.Cb;
-    const bool of_x = index < x_pieces();
-    const int64_t piece = of_x ? index : index - x_pieces();
-    if (of_x && c_.x_algorithm == CpuAlgorithm::sparse)
-      by_lists(step, images, cb, scratch_[thread]);
-    else if (of_x ? !x_in_tiles() : !c_.tiled())
-      directly(step, images, cb, of_x, piece, scratch_[thread]);
-    else if constexpr (kHasWinograd<T, VL>)
-      by_tiles(step, images, cb, of_x, piece, scratch_[thread]);
+    if (splits > c_.N) splits = c_.N;
+    return splits < 1 ? 1 : splits;
   }
 
   // Returns the blocks in which the weight gradient of mem takes an image.
