@@ -53,7 +53,6 @@ struct Cell {
   int outer_h = 0, outer_w = 0;  // CPU: taps on either side that meet no pixel, beside kernel_h, _w
   int tile_h = 0, tile_w = 0;    // CPU: outputs of a Winograd tile of the recurrent half, or 0
   CpuAlgorithm x_algorithm = CpuAlgorithm::direct;  // CPU: of the input half
-  bool by_columns = false;  // CPU: direct convolution goes along columns of pixels, not rows
 
   int64_t pad_h() const { return int64_t(dilation_h) * (kernel_h - 1) / 2; }
   int64_t pad_w() const { return int64_t(dilation_w) * (kernel_w - 1) / 2; }

@@ -204,7 +204,6 @@ void choose_algorithms(Cell& c, const cpu::Kernels& kernels) {
   if (kernels.has_tiles(c) && c.kernel_h * c.kernel_w > 1 && between(0, 5) > 0)
     c.tile_h = tile(c.kernel_h), c.tile_w = tile(c.kernel_w);
   const bool tiles_of_x = c.tiled() && c.stride_h == 1 && c.stride_w == 1;
-  c.by_columns = one_of({false, true});
   c.x_algorithm = tiles_of_x ? one_of({CpuAlgorithm::direct, CpuAlgorithm::sparse,
                                        CpuAlgorithm::winograd, CpuAlgorithm::winograd})
                              : one_of({CpuAlgorithm::direct, CpuAlgorithm::sparse});

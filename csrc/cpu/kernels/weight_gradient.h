@@ -39,8 +39,8 @@ class WeightGradient {
         c_(l.c),
         threads_(threads),
         sparse_(l),
-        x_runs_(c_, l.along_columns(c_.Cin), c_.Cin, l.Wx * c_.Cin, c_.Cin, 0, kPiece),
-        mem_runs_(c_, l.along_columns(c_.C), c_.C, l.Wm * l.Cp, l.Cp, l.Kx, kPiece),
+        x_runs_(c_, c_.Cin, l.Wx * c_.Cin, c_.Cin, 0, kPiece),
+        mem_runs_(c_, c_.C, l.Wm * l.Cp, l.Cp, l.Kx, kPiece),
         x_groups_(groups(x_runs_)),
         mem_groups_(groups(mem_runs_)),
         splits_(count_splits()),
@@ -244,18 +244,13 @@ class WeightGradient {
 
   // Returns those of the pixels, whose first row is h, from which a run meets the image.
   PixelRows<T> met_by(const Run* run, bool of_x, int64_t h, PixelRows<T> p) const {
-    const RunList& list = of_x ? x_runs_ : mem_runs_;
-    const bool columns = list.by_columns();
-    const int64_t line = list.line(run);
+    const int64_t row = (of_x ? x_runs_ : mem_runs_).row(run);
     const auto meets = [&](int64_t k) {
-      const MetTaps taps = l_.met(columns, k, of_x);
-      return taps.first <= line && line < taps.last;
+      const MetTaps taps = l_.met(k, of_x);
+      return taps.first <= row && row < taps.last;
     };
-    int64_t& lines = columns ? p.pixels : p.rows;
-    int64_t first = columns ? 0 : h;
-    const int64_t in = columns ? p.in_pixel : p.in_row, d = columns ? p.d_pixel : p.d_row;
-    for (; lines > 0 && !meets(first); ++first, --lines) p.in += in, p.d_gates += d;
-    while (lines > 0 && !meets(first + lines - 1)) --lines;
+    for (; p.rows > 0 && !meets(h); ++h, --p.rows) p.in += p.in_row, p.d_gates += p.d_row;
+    while (p.rows > 0 && !meets(h + p.rows - 1)) --p.rows;
     return p;
   }
 
