@@ -31,7 +31,8 @@ enum class Surrogate : int {
   leaky = 10,
 };
 
-// How the CPU kernels sum a convolution. `automatic` leaves that to cpu/choose.cpp.
+// How the CPU kernels sum a convolution: `sparse` is for the input half of the forward pass, and
+// `automatic` leaves that to cpu/choose.cpp.
 enum class CpuAlgorithm : int { automatic = 0, direct = 1, winograd = 2, sparse = 3 };
 
 // The computation, without its data: everything that decides sizes and the choice of kernel.

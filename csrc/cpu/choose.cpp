@@ -105,9 +105,8 @@ Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, boo
     const double cost = tile_cost(c, t, double(c.Cin), backward) - tile_cost(c, t, 0, backward);
     if (forced || cost < best) best = cost, c.x_algorithm = CpuAlgorithm::winograd;
   }
-  if (!forced && density < 1) {
-    const double cost =
-        direct_cost(c, double(c.Cin), backward, kernels().sparse_cost(c, density, backward));
+  if (!backward && !forced && density < 1) {
+    const double cost = direct_cost(c, double(c.Cin), backward, kernels().sparse_cost(c, density));
     if (cost < best) c.x_algorithm = CpuAlgorithm::sparse;
   }
   return c;

@@ -283,6 +283,7 @@ void run(Cell c, const cpu::Kernels& kernels) {
   grad_spk.fill(number), grad_syn.fill(number), grad_mem.fill(number);
   noise.fill([&] { return T(0.25); });
   Tensor<T> grad_x({c.T, c.N, c.Cin, c.H, c.W}), grad_syn0(state), grad_mem0(state);
+  if (c.x_algorithm == CpuAlgorithm::sparse) c.x_algorithm = CpuAlgorithm::direct;
   const Bytes grad_weight(4 * c.C * (c.Cin + c.C) * K * item), grad_bias(4 * c.C * item),
       grad_threshold(c.C * item);
   const auto wanted = [&] { return between(0, 4) > 0; };
