@@ -3,8 +3,9 @@
     python -m benchmarks.host
 
 Prints microseconds a step of a loop of step calls, without gradients and with a backward pass. The
-rows are the CPU backend, the CUDA backend (on CPU tensors, so that no GPU is needed), and a
-Function of torch's that does nothing. The numbers are medians over alternating rounds.
+rows are the CPU backend, the CUDA backend (on CPU tensors, so that no GPU is needed), the same
+where cuDNN convolves (and takes no time), and a Function of torch's that does nothing. The numbers
+are medians over alternating rounds.
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import snnlstm
 from benchmarks.providers.with_snntorch import loop
 from snnlstm import _C
-from snnlstm import call as calls
-from snnlstm.native import backend, cpu, cuda
+from snnlstm.native import cpu, cuda, function, torch_conv
 
 X = torch.rand(16, 1, 2, 15, 17)
 STATE = torch.zeros(1, 12, 15, 17)
+SUMS = torch.zeros(1, 48, 15, 17)
 
 
 class _StubbedCpu:
-    """Stands for the core, or for the plan of a CPU call; its kernels do nothing."""
+    """Stands for the core, or for its plan of a CPU call; its kernels do nothing."""
 
     def __init__(self, of: Any) -> None:
         self._of = of
@@ -43,7 +45,7 @@ class _StubbedCpu:
     def CpuPlan(self, *arguments: Any) -> _StubbedCpu:
         return _StubbedCpu(self._of.CpuPlan(*arguments))
 
-    def forward(self, **_: Any) -> None:
+    def forward(self, _: tuple[Any, ...]) -> None:
         pass
 
     backward = forward
@@ -53,9 +55,12 @@ class _StubbedPlan:
     """Stands for a plan of the core on CUDA; its kernels do nothing."""
 
     name, reason_against = "stub", ""
-    algorithm = packed_bytes = workspace = 1
+    packed_bytes = workspace = 1
 
-    def forward(self, *_: Any, **__: Any) -> None:
+    def __init__(self, algorithm: int) -> None:
+        self.algorithm = algorithm
+
+    def forward(self, *_: Any) -> None:
         pass
 
     backward = pack = store_levels = forward
@@ -66,8 +71,9 @@ class _StubbedCuda:
 
     Cell = _C.Cell
 
-    def CudaPlan(self, *_: Any) -> _StubbedPlan:
-        return _StubbedPlan()
+    def CudaPlan(self, *arguments: Any) -> _StubbedPlan:
+        *_, algorithm, _ = arguments
+        return _StubbedPlan(algorithm)
 
     def cuda_device(self) -> SimpleNamespace:
         return SimpleNamespace(compute_capability=80)
@@ -89,15 +95,27 @@ class _OnTheHost(cuda.Backend):
         return 0
 
 
+# These stand for what torch convolves by, and compute nothing.
+CONVOLUTIONS = {
+    "F": SimpleNamespace(conv2d=lambda *_: SUMS, pad=F.pad),
+    "conv2d_input": lambda shape, *_: X.new_empty(shape),
+    "conv2d_weight": lambda _, shape, *__: X.new_empty(shape),
+}
+
+
 @contextlib.contextmanager
-def stubbed(backend_name: str) -> Iterator[None]:
+def stubbed(backend: str, algorithm: str = "auto") -> Iterator[None]:
     """Within the block, cells on the CPU run a backend whose kernels do nothing."""
-    calls._signatures.clear()
+    function._plans.clear()
     on_cpu = mock.patch.object(cpu, "_C", _StubbedCpu(_C))
-    on_cuda = mock.patch.dict(backend.BACKENDS, {"cpu": _OnTheHost(_StubbedCuda())})
-    with on_cpu if backend_name == "cpu" else on_cuda:
+    on_cuda = mock.patch.dict(function.BACKENDS, {"cpu": _OnTheHost(_StubbedCuda())})
+    with (
+        on_cpu if backend == "cpu" else on_cuda,
+        mock.patch.multiple(torch_conv, **CONVOLUTIONS),
+        snnlstm.algorithm(algorithm),
+    ):
         yield
-    calls._signatures.clear()
+    function._plans.clear()
 
 
 class _Nothing(torch.autograd.Function):
@@ -133,12 +151,12 @@ def main(given: list[str] | None = None) -> None:
     p.add_argument("--rounds", type=int, default=200, help="per row (default: %(default)s)")
     rounds = p.parse_args(given).rounds
     weight = torch.zeros(1, requires_grad=True)
-    names = "cpu", "cuda"
-    cells = {name: snnlstm.SConv2dLSTM(2, 12, 3, threshold=0.1) for name in names}
+    ways = {"cpu": ("cpu",), "cuda": ("cuda",), "cuda, pointwise,": ("cuda", "pointwise")}
+    cells = {name: snnlstm.SConv2dLSTM(2, 12, 3, threshold=0.1) for name in ways}
     times: dict[str, list[tuple[float, float]]] = {}
     for _ in range(rounds // 20):
         for name, cell in cells.items():
-            with stubbed(name):
+            with stubbed(*ways[name]):
                 _measure(cell)
                 found = [_measure(cell) for _ in range(20)]
             times.setdefault(f"snnlstm, {name} stubbed", []).extend(found)
@@ -147,7 +165,7 @@ def main(given: list[str] | None = None) -> None:
     print("Microseconds a step call on the host (without gradients; forward and backward)")
     for name, found in times.items():
         one, both = map(statistics.median, zip(*found, strict=True))
-        print(f"  {name:32} {one:6.1f} {both:8.1f}")
+        print(f"  {name:34} {one:6.1f} {both:8.1f}")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ try:
     from .settings import algorithm, set_algorithm
     from .swap import accelerate, patch, restore, unpatch
 except Exception:
-    # `python -m snnlstm` must tell what is missing or broken, be it torch itself. Python's name for
-    # it is "-m" while the package is imported.
-    if sys.argv[:1] != ["-m"]:
+    # `python -m snnlstm` must tell what is missing or broken, be it torch itself. While the package
+    # is imported, the program's name is "-m", and the module's name stands before the arguments.
+    if sys.argv[:1] != ["-m"] or sys.orig_argv[-len(sys.argv)].removeprefix("-m") != __name__:
         raise
 
 __all__ = [

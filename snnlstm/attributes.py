@@ -123,12 +123,8 @@ class CellAttributes(Base):
     def extra_repr(self) -> str:
         """Arguments that differ from their defaults."""
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
-        ones = (1,) * self._dims
-        defaults = {"stride": ones, "dilation": ones, "max_pool": 0, "avg_pool": 0}
-        defaults |= {"reset_mechanism": "none", "inhibition": False, "init_hidden": False}
-        defaults |= {"checkpoint": False, "batch_first": False}
-        given = {name: getattr(self, name) for name in defaults}
-        parts += [f"{name}={given[name]!r}" for name in given if given[name] != defaults[name]]
+        values = ((name, getattr(self, name)) for name in spec.SHOWN)
+        parts += [f"{name}={value!r}" for name, value in values if not spec.is_default(name, value)]
         if self.threshold.numel() == 1 and not self.threshold.is_meta:
             parts.append(f"threshold={self.threshold.item():g}")
         return ", ".join(parts)

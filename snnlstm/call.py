@@ -62,11 +62,13 @@ def key_of(call: Call) -> tuple[Any, ...]:
         mem.shape, mem.stride(), mem.dtype, mem.get_device(),
         weight.shape, weight.is_contiguous(), weight.dtype, weight.get_device(),
         bias is None
-        or (bias.shape, bias.is_contiguous(), bias.dtype, bias.get_device()),
+        or (bias.shape, bias.dtype, bias.get_device(), bias.is_contiguous(), bias.is_neg()),
         threshold is None
-        or (threshold.shape, threshold.is_contiguous(), threshold.dtype, threshold.get_device()),
+        or (threshold.shape, threshold.dtype, threshold.get_device(),
+            threshold.is_contiguous(), threshold.is_neg()),
         graded is None
-        or (graded.shape, graded.dtype, graded.get_device(), graded.requires_grad),
+        or (graded.shape, graded.dtype, graded.get_device(), graded.is_contiguous(),
+            graded.is_neg(), graded.requires_grad),
         record, lengths is None,
         torch.is_grad_enabled() and (
             x.requires_grad, syn.requires_grad, mem.requires_grad, weight.requires_grad,
@@ -177,6 +179,7 @@ def batch_before_time(
 
 # ---- checks of single tensors -------------------------------------------------------------------
 
+
 def real_tensor(name: str, value: Any) -> Tensor:
     """Check a number, a tensor or what torch.as_tensor takes: real, and not empty."""
     if value is None or isinstance(value, (bool, str)):
@@ -214,9 +217,7 @@ def channel_broadcast(name: str, shape: Sequence[int], channels: int, dims: int)
         )
 
 
-def state_broadcast(
-    name: str, shape: Sequence[int], state: Sequence[int], spec: CellSpec
-) -> None:
+def state_broadcast(name: str, shape: Sequence[int], state: Sequence[int], spec: CellSpec) -> None:
     """Check that a shape broadcasts to that of mem, and to that of the pooled mem."""
     windows = spec.pool_size[4 - len(state) :]
     pooled = (*state[:2], *(size // w for size, w in zip(state[2:], windows, strict=True)))
@@ -330,9 +331,7 @@ def state_tensor(name: str, state: Any, shape: Sequence[int], x: Tensor, weight:
     return _converted(name, state, weight)
 
 
-def scalar_like(
-    name: str, value: Any, x: Tensor, state: Sequence[int], spec: CellSpec
-) -> Tensor:
+def scalar_like(name: str, value: Any, x: Tensor, state: Sequence[int], spec: CellSpec) -> Tensor:
     """Check a threshold or graded factor; returns it in x's dtype and on x's device."""
     if is_number(value):
         return torch.full((), float(value), dtype=x.dtype, device=x.device)
@@ -375,10 +374,12 @@ def weight_tensors(weight: Any, bias: Any) -> tuple[int, int]:
     return weight.shape[1] - channels, channels
 
 
-# ---- lengths: the steps of each sample of a batch -------------------------------------------------
+# ---- lengths: the steps of each sample of a batch ------------------------------------------------
 
 
-def checked_lengths(lengths: Any, time: int, batch: int, device: torch.device, traced: bool) -> Tensor:
+def checked_lengths(
+    lengths: Any, time: int, batch: int, device: torch.device, traced: bool
+) -> Tensor:
     """Check the steps of each sample, ints between 0 and T; returns them as int64, on `device`.
 
     Only numbers that the host has can be checked: on a GPU, and where torch.compile traces or a

@@ -155,7 +155,7 @@ class ConvLSTMCell(nn.Module):
             call = Call(x, c, h, conv.weight, conv.bias, None, None, lengths, record)
             # States that are None, and lengths, are for the checked way.
             if h is not None and c is not None and lengths is None:
-                entry = known_entry(self._entries, call, self._spec)
+                entry = known_entry(self._entries, call)
             if entry is None:
                 overrides = overrides_of(conv, kind, self._spec, (self.input_dim, self.hidden_dim))
         if entry is None:

@@ -93,5 +93,5 @@ def sconv2dlstm(
     if torch.compiler.is_compiling():
         results = run_traced(call, spec)
     else:
-        results = run(call, entry_of(_entries, call, spec))
+        results = run(call, entry_of(_entries, call, spec, spec))
     return batch_before_time(call, batch_first, *results[:3])

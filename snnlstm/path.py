@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,9 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import checkpoint
 
-from . import reference
+from . import reference, settings
 from .call import PLAIN, Call, autocast_dtype, key_of
 from .reference import Overrides
-from .settings import get_algorithm
 from .spec import DTYPES, HALF_TYPES, CellSpec
 
 __all__ = ["LastPath", "Path", "run"]
@@ -114,6 +113,7 @@ _TORCHS = {
     kind: (kind.__call__, kind.forward, kind._conv_forward) for kind in (nn.Conv1d, nn.Conv2d)
 }
 _FUNCTIONS = F.conv1d, F.conv2d
+ONES = {1: (1,), 2: (1, 1)}  # by the dimensions of an image
 
 
 def _global_hooks() -> bool:
@@ -167,10 +167,10 @@ def reason_against_conv(
         or (F.conv1d, F.conv2d) != _FUNCTIONS
     ):
         return "conv.forward was replaced"
-    dims = len(own["stride"])
+    dims, padding = len(own["stride"]), own["padding"]
     if (
-        own["stride"] != (1, 1)[-dims:]
-        or own["padding"] not in (spec.padding[-dims:], "same")
+        own["stride"] != ONES[dims]
+        or padding not in (spec.padding[-dims:], "same")
         or own["dilation"] != spec.dilation[-dims:]
         or own["groups"] != 1
         or own["padding_mode"] != "zeros"
@@ -241,16 +241,22 @@ class Entry:
     spec : CellSpec
     fallback : Path or None
         Why the reference path must run.
-    plan
-        Of the native kernels; None where each step of a half type has a plan of its own.
     training : bool
         Whether a result may require a gradient.
+    in_float32 : bool
+        Whether each step of a half type runs in float32, as a call of its own.
+    plan : Plan or None
+        Of the native kernels, once they have run.
     """
 
-    __slots__ = ("fallback", "plan", "spec", "training")
+    __slots__ = ("fallback", "in_float32", "plan", "spec", "training")
 
-    def __init__(self, spec: CellSpec, fallback: Path | None, plan: Any, training: bool) -> None:
-        self.spec, self.fallback, self.plan, self.training = spec, fallback, plan, training
+    def __init__(
+        self, spec: CellSpec, fallback: Path | None, training: bool, in_float32: bool = False
+    ) -> None:
+        self.spec, self.fallback, self.training = spec, fallback, training
+        self.in_float32 = in_float32
+        self.plan: Any = None
 
 
 Entries = dict[Any, Entry]
@@ -259,38 +265,42 @@ Entries = dict[Any, Entry]
 _MOST = 64  # entries are kept; one more, and all are forgotten
 
 
-def _key(call: Call, spec: CellSpec) -> Any:
+def _key(call: Call, spec: CellSpec | None) -> Any:
     """The key of a call, with the settings last; None if it has none.
 
     Tensors of subclasses have none, because their sizes may be symbols, and sparse ones, which have
-    no strides. Neither has a spec with foreign callables, which a table would keep alive.
+    no strides. A cell's entries are those of one spec, which their keys need not name: None.
     """
     x, syn, mem, weight, bias, threshold, graded, _, _ = call
-    if not spec.text or not _PLAIN.issuperset(
-        (type(x), type(syn), type(mem), type(weight), type(bias), type(threshold), type(graded))
-    ):
+    types = {type(x), type(syn), type(mem), type(weight), type(bias), type(threshold), type(graded)}
+    if not types <= _PLAIN:
         return None
     try:
-        key = key_of(call)
+        return spec, key_of(call), _settings(x)
     except (AttributeError, RuntimeError):  # one is no tensor, or sparse
         return None
-    return spec, key, _settings(x)
 
 
 def _settings(x: Tensor) -> Any:
     """The settings of the process that a plan depends on; None without kernels for the device."""
     backend = None if _native is None else _native.BACKENDS.get(x.device.type)
-    return None if backend is None else backend.settings(get_algorithm())
+    return None if backend is None else backend.settings(settings.current)
 
 
-def known_entry(entries: Entries, call: Call, spec: CellSpec) -> Entry | None:
+def known_entry(entries: Entries, call: Call, spec: CellSpec | None = None) -> Entry | None:
     """The entry of a call whose tensors need not be checked, because a call like it was."""
     return entries.get(_key(call, spec))
 
 
-def entry_of(entries: Entries, call: Call, spec: CellSpec) -> Entry:
-    """The entry of a call that was checked, looked up or made."""
-    key = _key(call, spec)
+def entry_of(
+    entries: Entries, call: Call, spec: CellSpec, of_many: CellSpec | None = None
+) -> Entry:
+    """The entry of a call that was checked, looked up or made.
+
+    `of_many` is the spec again where the entries are those of many.
+    """
+    # A spec with foreign callables has no text, and a table of the process would keep it alive.
+    key = _key(call, of_many) if spec.text else None
     entry = entries.get(key)
     if entry is None:
         entry = _made_entry(call, spec)
@@ -302,22 +312,21 @@ def entry_of(entries: Entries, call: Call, spec: CellSpec) -> Entry:
 
 
 def _made_entry(call: Call, spec: CellSpec) -> Entry:
-    training = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in call[:6]
-    )
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:6])
     fallback = _static_reason(call, spec, False)
     if fallback is not None:
-        return Entry(spec, fallback, None, training)
+        return Entry(spec, fallback, training)
     assert _native is not None
-    settings, device = _settings(call.x), call.x.device.type
-    if call.x.dtype in HALF_TYPES and not settings[0].half_types:
-        return Entry(spec, None, None, training)
-    operands = _native.operands_of(call, autocast_dtype(device))
-    reason = settings[0].reason_against(_native.Sizes(call, spec, operands))
-    if reason is not None:
-        return Entry(spec, Path("reference", reason, slow=True), None, training)
-    inner = replace(spec, checkpoint=False) if spec.checkpoint else spec
-    return Entry(spec, None, _native.plan_of(call, inner, operands, settings), training)
+    backend = _settings(call.x)[0]
+    if call.x.dtype in HALF_TYPES and not backend.half_types:
+        return Entry(spec, None, training, in_float32=True)
+    reason = backend.reason_against(_native.Sizes(call, spec, _operands(call)))
+    return Entry(spec, None if reason is None else Path("reference", reason, slow=True), training)
+
+
+def _operands(call: Call) -> torch.dtype | None:
+    assert _native is not None
+    return _native.operands_of(call, autocast_dtype(call.x.device.type))
 
 
 def _static_reason(call: Call, spec: CellSpec, traced: bool) -> Path | None:
@@ -329,10 +338,10 @@ def _static_reason(call: Call, spec: CellSpec, traced: bool) -> Path | None:
         return Path("reference", "weight is not strided")
     reason = spec.reason_against_kernels(call.x.dtype)
     threshold, graded = call.threshold, call.graded
-    if device.type not in ("cpu", "cuda"):
-        return Path("reference", f"there are no kernels for device {device.type}")
     if call.x.numel() == 0:
         return Path("reference", "x is empty")
+    if device.type not in ("cpu", "cuda"):
+        return Path("reference", f"there are no kernels for device {device.type}")
     if reason is None and threshold is not None and graded is not None:
         count, shape = threshold.numel(), threshold.shape
         if count != 1 and not (len(shape) >= 3 and count == shape[-3]):
@@ -363,7 +372,8 @@ def _dynamic_reason(call: Call, overrides: Overrides | None, traced: bool) -> Pa
             return Path("reference", "tracing records plain operators")
         if forward_ad._current_level >= 0:
             return Path("reference", "forward-mode differentiation is active")
-        if call.x.is_neg() or call.syn.is_neg() or call.mem.is_neg() or call.weight.is_neg():
+        x, syn, mem, weight = call[:4]
+        if x.is_neg() or syn.is_neg() or mem.is_neg() or weight.is_neg():
             return Path("reference", "a tensor is a lazily negated view")
     if overrides is None:
         return None
@@ -373,15 +383,11 @@ def _dynamic_reason(call: Call, overrides: Overrides | None, traced: bool) -> Pa
     return Path("reference", str(overrides.reason), slow=True, general=general)
 
 
-def _path(static: Path | None, call: Call, overrides: Overrides | None, traced: bool) -> Path:
-    """Which implementation runs a call. The name of a native path says what kind of kernels.
-
-    Which of the kernels ran is known after the call.
-    """
-    dynamic = _dynamic_reason(call, overrides, traced)
+def _stronger(static: Path | None, dynamic: Path | None) -> Path | None:
+    """The reason of two for the reference path; None where the kernels run."""
     if dynamic is not None and (static is None or static.slow or not dynamic.slow):
         return dynamic
-    return _NATIVE_PATHS[call.x.device.type] if static is None else static
+    return static
 
 
 # ---- running ----------------------------------------------------------------------------------
@@ -396,32 +402,55 @@ _inside: Entries = {}
 
 def run(call: Call, entry: Entry, overrides: Overrides | None = None) -> Results:
     """Choose an implementation for a call, and run it."""
+    path, dynamic = entry.fallback, _dynamic_reason(call, overrides, False)
+    if path is not None or dynamic is not None:
+        path = _stronger(path, dynamic)
     if entry.spec.checkpoint and (entry.training or overrides) and _may_checkpoint():
-        return _in_segments(call, entry.spec, overrides, False)
-    path = _path(entry.fallback, call, overrides, False)
-    if not path.native:
-        return (*reference.run(call, entry.spec, overrides), path)
+        return _in_segments(call, entry.spec, overrides, path, False)
+    return _run_by(path, call, entry, overrides)
+
+
+def _run_by(
+    fallback: Path | None, call: Call, entry: Entry, overrides: Overrides | None
+) -> Results:
+    """Run a call by the implementation that was chosen."""
+    if fallback is not None:
+        return (*reference.run(call, entry.spec, overrides), fallback)
     assert _native is not None
-    if entry.plan is None:
-        spk, syn, mem, path = _native.in_float32(call, lambda step: _run_inside(step, entry.spec))
-        return spk, syn, mem, path
-    spk, syn, mem, name = _native.run(entry.plan, call, entry.training)
+    if entry.in_float32:
+
+        def step(one: Call) -> Results:
+            return _run_by(None, one, entry_of(_inside, one, entry.spec, entry.spec), None)
+
+        return _native.in_float32(call, step)
+    plan = entry.plan
+    if plan is None:  # not made with the entry, which a transform of torch.func may have asked for
+        spec = replace(entry.spec, checkpoint=False)
+        plan = entry.plan = _native.plan_of(call, spec, _operands(call), _settings(call.x))
+    spk, syn, mem, name = _native.run(plan, call, entry.training)
     return spk, syn, mem, _native_path(name)
 
 
-def _run_inside(call: Call, spec: CellSpec, overrides: Overrides | None = None) -> Results:
-    return run(call, entry_of(_inside, call, spec), overrides)
-
-
 def run_traced(call: Call, spec: CellSpec, overrides: Overrides | None = None) -> Results:
-    """The same, while torch.compile traces."""
+    """The same, while torch.compile traces.
+
+    The name of a native path says what kind of kernels run; which of them is known afterwards.
+    """
+    dynamic = _dynamic_reason(call, overrides, True)
+    path = _stronger(_static_reason(call, spec, True), dynamic)
     if spec.checkpoint and _may_checkpoint():
-        return _in_segments(call, spec, overrides, True)
-    path = _path(_static_reason(call, spec, True), call, overrides, True)
-    if not path.native:
-        return (*reference.run(call, spec, overrides), path)
+        return _in_segments(call, spec, overrides, path, True)
+    results = _run_traced_by(path, call, spec, overrides)
+    return (*results, path or _NATIVE_PATHS[call.x.device.type])
+
+
+def _run_traced_by(
+    fallback: Path | None, call: Call, spec: CellSpec, overrides: Overrides | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if fallback is not None:
+        return reference.run(call, spec, overrides)
     assert _native is not None
-    return (*_native.run_operator(call, spec, get_algorithm())[:3], path)
+    return _native.run_operator(call, spec, settings.current)[:3]
 
 
 def _may_checkpoint() -> bool:
@@ -430,45 +459,61 @@ def _may_checkpoint() -> bool:
 
 
 def _in_segments(
-    call: Call, spec: CellSpec, overrides: Overrides | None, traced: bool
+    call: Call,
+    spec: CellSpec,
+    overrides: Overrides | None,
+    fallback: Path | None,
+    traced: bool,
 ) -> Results:
     """The cell with ``checkpoint=True``: less memory for the backward pass, one more forward pass.
 
     A sequence is cut into segments of some sqrt(T) steps. Saved for the backward pass are the
     states between the segments alone; the gates of one segment at a time are computed again, just
-    before their gradients (Chen et al. 2016, "Training deep nets with sublinear memory cost").
+    before their gradients (Chen et al. 2016, "Training deep nets with sublinear memory cost"), by
+    the implementation that ran before.
     """
     inner = replace(spec, checkpoint=False)
-    ran: list[Path] = []
+    paths, dtypes = (
+        [fallback or _NATIVE_PATHS[call.x.device.type]],
+        [None if t is None else t.dtype for t in call[:8]],
+    )
 
-    def segment(x: Tensor, syn: Tensor, mem: Tensor, lengths: Tensor | None) -> Any:
-        part = call._replace(x=x, syn=syn, mem=mem, lengths=lengths)
+    def segment(*tensors: Any) -> Any:
         if traced:
-            return run_traced(part, inner, overrides)[:3]
-        *results, path = _run_inside(part, inner, overrides)
-        ran.append(path)
+            part = Call._make((*tensors, call.record))
+            return _run_traced_by(fallback, part, inner, overrides)
+        # Hooks on saved tensors may bring them back as lazily negated views, or in another dtype.
+        plain = [
+            t if t is None else t.resolve_neg().to(dtype)
+            for t, dtype in zip(tensors, dtypes, strict=True)
+        ]
+        part = Call._make((*plain, call.record))
+        entry = entry_of(_inside, part, inner, inner)
+        *results, paths[0] = _run_by(fallback, part, entry, overrides)
         return tuple(results)
 
+    weight, bias, threshold, graded, lengths = call[3:8]
+    if threshold is not None:  # it may be written to before the backward pass
+        threshold = threshold.clone()
     # In state-sized tensors a step takes 5, and a boundary 2: the sum is least for these segments.
     steps = max(1, round((0.4 * call.x.shape[0]) ** 0.5)) if call.sequence else 1
     pieces = call.x.split(steps) if call.sequence and call.x.shape[0] else (call.x,)
     syn, mem, results = call.syn, call.mem, []
     for k, x in enumerate(pieces):
-        lengths = None
-        if call.lengths is not None:
-            lengths = (call.lengths - k * steps).clamp(0, x.shape[0])
+        left = None if lengths is None else (lengths - k * steps).clamp(0, x.shape[0])
+        # All tensors are arguments, so that torch notices if one is written to meanwhile.
         out = checkpoint(
-            segment, x, syn, mem, lengths, use_reentrant=False, preserve_rng_state=False
-        )
+            segment, x, syn, mem, weight, bias, threshold, graded, left,
+            use_reentrant=False, preserve_rng_state=False,
+        )  # fmt: skip
         results.append(out)
         syn, mem = (s[-1] for s in out[1:]) if call.record and x.shape[0] else out[1:]
-    path = _path(_static_reason(call, inner, True), call, overrides, True) if traced else ran[-1]
     if len(results) == 1:
-        return (*results[0], path)
+        return (*results[0], paths[0])
     spks, syns, mems = zip(*results, strict=True)
     if call.record:
         syn, mem = torch.cat(syns), torch.cat(mems)
-    return torch.cat(spks), syn, mem, path
+    return torch.cat(spks), syn, mem, paths[0]
 
 
 _logged: set[str] = set()  # the general reasons that have been logged

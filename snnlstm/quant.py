@@ -2,7 +2,8 @@
 
 :func:`state_quant` makes the same levels as ``snntorch.functional.quant.state_quant`` of
 snntorch 1.0.0, and the object works as ``state_quant`` of any neuron of snnTorch. snnTorch's
-needs (elements x levels) of memory, and this one little more than the result.
+needs (elements x levels) of memory, and this one little more than the result, unless torch
+compiles or traces it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,61 +20,24 @@ from .surrogate import finite_number
 
 __all__ = ["StateQuant", "state_quant"]
 
-_BLOCK = 1 << 16  # elements of a block: its temporaries fit a core's cache
+_BLOCK = 1 << 17  # distances of a block: they fit a core's cache
 
 
-def _first_true(predicate: Callable[[Tensor], Tensor], last: Tensor, count: int) -> Tensor:
-    """Binary search: the first index in [0, last] at which a monotone predicate holds.
-
-    `predicate` maps indices to bools, false then true; if it holds nowhere the answer is `last`.
-    `count` is an upper bound of ``last + 1``.
-    """
-    low, high = torch.zeros_like(last), last
-    for _ in range((count - 1).bit_length()):
-        middle = (low + high) // 2
-        holds = predicate(middle)
-        high = torch.where(holds, middle, high)
-        low = torch.where(holds | (low >= high), low, middle + 1)
-    return high
-
-
-def _nearest_sorted(x: Tensor, levels: Tensor) -> Tensor:
-    """Index of the nearest of ascending levels.
-
-    Exactly ``(levels - x[..., None]).abs().min(-1).indices``, rounding of the distances
-    included: rounding is monotone, so on each side of x the distances still ascend, only no
-    longer strictly. The least distance is that of a neighbour of x, and the levels below x
-    that tie with it are found by bisection. Infinite x ties everywhere: index 0.
-    """
-    count = int(levels.numel())  # a tensor while torch.jit traces
-    above = torch.bucketize(x.contiguous(), levels)
-    high, low = above.clamp(max=count - 1), (above - 1).clamp(min=0)
-    least = torch.minimum((levels[high] - x).abs(), (levels[low] - x).abs())
-    index = _first_true(lambda k: (levels[k] - x).abs() <= least, high, count)
-    return torch.where(x.isnan(), 0, index)
-
-
-def _nearest_any(x: Tensor, levels: Tensor) -> Tensor:
-    """As :func:`_nearest_sorted`, for levels in any order, with all distances in memory."""
-    return (levels - x[..., None]).abs().min(-1).indices
-
-
-def _quantise(x: Tensor, levels: Tensor, ascending: bool) -> Tensor:
+def _quantise(x: Tensor, levels: Tensor) -> Tensor:
     """Nearest level of every element, of x's shape and dtype."""
-    nearest = _nearest_sorted if ascending else _nearest_any
-    size = _BLOCK if ascending else max(1, _BLOCK // levels.numel())
-
-    def block(part: Tensor) -> Tensor:
-        # Distances are compared in the wider of both dtypes, as snnTorch does.
-        wide = part.to(torch.promote_types(part.dtype, levels.dtype)).contiguous()
-        return levels[nearest(wide, levels.to(wide.dtype))].to(x.dtype)
-
     levels = levels.to(x.device)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.numel() <= size:
-        return block(x)
+
+    def nearest(part: Tensor) -> Tensor:
+        return levels[(levels - part[..., None]).abs().min(-1).indices].to(x.dtype)
+
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return nearest(x)
+    size = max(1, _BLOCK // levels.numel())
+    if x.numel() <= size:
+        return nearest(x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for part, result in zip(x.reshape(-1).split(size), out.view(-1).split(size), strict=True):
-        result.copy_(block(part))
+        result.copy_(nearest(part))
     return out
 
 
@@ -84,8 +47,8 @@ class _Quantise(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, levels: Tensor, ascending: bool) -> Tensor:
-        return _quantise(x, levels, ascending)
+    def forward(x: Tensor, levels: Tensor) -> Tensor:
+        return _quantise(x, levels)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -93,7 +56,7 @@ class _Quantise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return grad, None, None
+        return grad, None
 
 
 class _QuantiseForwardMode(_Quantise):
@@ -113,7 +76,7 @@ class StateQuant:
     Parameters
     ----------
     levels : Tensor
-        (n,), n >= 1, finite, floating. Copied to the CPU. Ascending levels are fastest.
+        (n,), n >= 1, finite, floating. Copied to the CPU. The kernels take ascending levels alone.
 
     Attributes
     ----------
@@ -155,12 +118,12 @@ class StateQuant:
     def __call__(self, x: Tensor) -> Tensor:
         """Nearest level of each element, of x's shape, dtype and device."""
         if torch.compiler.is_compiling():
-            return _Quantise.apply(x, self.levels, self.ascending)
+            return _Quantise.apply(x, self.levels)
         if torch.jit.is_tracing():  # a trace with a Function of Python in it cannot be saved
             fixed = x.detach()
             straight_through = torch.where(fixed.isfinite(), x - fixed, 0)
-            return _quantise(fixed, self.levels, self.ascending) + straight_through
-        return _QuantiseForwardMode.apply(x, self.levels, self.ascending)
+            return _quantise(fixed, self.levels) + straight_through
+        return _QuantiseForwardMode.apply(x, self.levels)
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.text == other.text

@@ -21,7 +21,6 @@ from .call import (
     values,
 )
 from .path import (
-    Entry,
     Path,
     entry_of,
     exporting,
@@ -282,35 +281,29 @@ class SConv2dLSTM(CellAttributes):
             x = input_
         # This is the one place that asks whether torch.compile traces a call.
         if torch.compiler.is_compiling():
-            described, overrides = self._describe(), self._overrides()
-            call = self._checked(x, syn, mem, record, lengths, True)
-            results = run_traced(call, described, overrides)
-        else:
-            call, entry, overrides = self._looked_up(x, syn, mem, record, lengths)
-            described = entry.spec
-            results = run(call, entry, overrides)
-        return self._stored(call, described, overrides, *results)
-
-    def _looked_up(
-        self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any
-    ) -> tuple[Call, Entry, Overrides | None]:
-        """Return the call and its entry, and what overrides it, if its arguments are right."""
-        described = self._describe()
-        overrides = self._overrides()
+            return self._traced(x, syn, mem, record, lengths)
+        described = self._spec or self._describe()
+        call = entry = None
+        overrides = self._overrides(described)
         if overrides is None:
             call = self._unchecked(x, syn, mem, record, lengths)
-            entry = None if call is None else known_entry(self._entries, call, described)
-            if call is not None and entry is not None:
-                return call, entry, None
-            overrides = self._overrides((self.in_channels, self.out_channels))
-        call = self._checked(x, syn, mem, record, lengths, False)
-        # A foreign conv may have a weight of another shape: its calls are like no others.
-        entries = self._entries if overrides is None else {}
-        return call, entry_of(entries, call, described), overrides
+            if call is not None:
+                entry = known_entry(self._entries, call)
+        if call is None or entry is None:
+            call = self._checked(x, syn, mem, record, lengths, False)
+            overrides = self._overrides(described, (self.in_channels, self.out_channels))
+            # A foreign conv may have a weight of another shape: its calls are like no others.
+            entry = entry_of(self._entries if overrides is None else {}, call, described)
+        spk, syn, mem, path = run(call, entry, overrides)
+        if self._dims == 1:
+            spk, syn, mem = (_of_length(result, path.native) for result in (spk, syn, mem))
+        if not exporting():  # tracers must not outlive the export in the cell
+            self._keep(call, described, overrides, spk, syn, mem, path)
+        return self._returned(call, spk, syn, mem)
 
     def _unchecked(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any) -> Call | None:
         """Return the call as it came, if nothing in it needs a conversion."""
-        conv: Any = self._modules["conv"]
+        conv: Any = self._modules.get("conv")
         threshold: Any = self._buffers.get("threshold")
         if threshold is None:
             threshold = self._parameters.get("threshold")
@@ -327,15 +320,13 @@ class SConv2dLSTM(CellAttributes):
             if lengths is not None and sequence:
                 lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, False)
             weight, bias = conv._parameters["weight"], conv._parameters["bias"]
-            call = Call(
-                x, syn, mem, weight, bias, threshold, self._buffers["graded_spikes_factor"],
-                lengths, record,
-            )  # fmt: skip
+            graded = self._buffers["graded_spikes_factor"]
             if self._dims == 1:
-                call = Call(*map(as_image, call[:4]), bias, *map(as_image, call[5:7]), *call[7:])
+                x, syn, mem, weight = map(as_image, (x, syn, mem, weight))
+                threshold, graded = as_image(threshold), as_image(graded)
         except (AttributeError, KeyError, RuntimeError):
             return None  # one of them is no tensor, no parameter, or sparse
-        return call
+        return Call(x, syn, mem, weight, bias, threshold, graded, lengths, record)
 
     def _checked(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, traced: bool) -> Call:
         """Return the call, after a check of every argument."""
@@ -352,7 +343,9 @@ class SConv2dLSTM(CellAttributes):
             dims=self._dims,
         )  # fmt: skip
 
-    def _overrides(self, channels: tuple[int, int] | None = None) -> Overrides | None:
+    def _overrides(
+        self, described: CellSpec, channels: tuple[int, int] | None = None
+    ) -> Overrides | None:
         """Return the foreign code that takes part in a call; see :func:`path.overrides_of`."""
         kind, own = type(self), self.__dict__
         fire = mem_reset = None
@@ -360,13 +353,38 @@ class SConv2dLSTM(CellAttributes):
             fire = self._on_images(self.fire)
         if kind.mem_reset is not _MEM_RESET or "mem_reset" in own:
             mem_reset = LastReset(self._on_images(self.mem_reset))
-        conv = self.conv
-        found = overrides_of(conv, self._conv_kind, self._describe(), channels, fire, mem_reset)
+        conv: Any = own["_modules"].get("conv") or self.conv  # it may be a plain function
+        found = overrides_of(conv, self._conv_kind, described, channels, fire, mem_reset)
         if found is not None and found.conv is not None:
             found = found._replace(conv=self._on_images(conv))
         return found
 
-    def _stored(
+    def _traced(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any) -> Any:
+        """Run a call while torch.compile traces."""
+        described = self._describe()
+        overrides = self._overrides(described)
+        call = self._checked(x, syn, mem, record, lengths, True)
+        spk, syn, mem, path = run_traced(call, described, overrides)
+        if self._dims == 1:
+            spk, syn, mem = (_of_length(result, False) for result in (spk, syn, mem))
+        if not exporting():
+            self._path = path  # dynamo follows attributes, not dictionaries
+            self.spk = spk.transpose(0, 1) if call.sequence and self.batch_first else spk
+            self._reset_source = None
+            if not call.sequence:
+                if overrides is not None and overrides.mem_reset is not None:
+                    reset = overrides.mem_reset.reset  # type: ignore[attr-defined]
+                else:
+                    threshold: Any = call.threshold
+                    reset = reference.reset_signal(call.mem, threshold, described.surrogate)
+                self._reset_source = ResetSource.of(reset)
+            if call.record:
+                self._keep_recorded(syn, mem, True)
+            else:
+                self._state.store(syn, mem, True)
+        return self._returned(call, spk, syn, mem)
+
+    def _keep(
         self,
         call: Call,
         described: CellSpec,
@@ -375,58 +393,38 @@ class SConv2dLSTM(CellAttributes):
         syn: Tensor,
         mem: Tensor,
         path: Path,
-    ) -> Any:
-        """Keep the results of a call that succeeded, and return what the caller gets."""
-        traced = torch.compiler.is_compiling()
-        if self._dims == 1:
-            fresh = path.native and not traced
-            spk, syn, mem = (_of_length(result, fresh) for result in (spk, syn, mem))
-        if not exporting():  # tracers must not outlive the export in the cell
-            self._store(call, described, overrides, spk, syn, mem, path, traced)
+    ) -> None:
+        """Keep the results of a call that succeeded."""
+        if path.slow:
+            log_fallback(path, self._logged, self)
+        source = None
+        if call.x.dim() == 5:
+            spk = spk.transpose(0, 1) if self.batch_first else spk
+        elif overrides is not None and overrides.mem_reset is not None:
+            source = ResetSource.of(overrides.mem_reset.reset)  # type: ignore[attr-defined]
+        else:
+            before = self._reset_source
+            source = ResetSource(call.mem, call.threshold, described.surrogate, before)
+        # With setattr nn.Module searches for parameters.
+        self.__dict__.update(_path=path, spk=spk, _reset_source=source)
+        if call.record:
+            self._keep_recorded(syn, mem, False)
+        else:
+            self._state.store(syn, mem, False)
+
+    def _keep_recorded(self, syn: Tensor, mem: Tensor, traced: bool) -> None:
+        """Keep the last of recorded states; without a step those before it stay."""
+        if syn.shape[0] > 0:
+            # The states are copies: snnTorch detaches states in place, which views refuse.
+            self._state.store(syn[-1].clone(), mem[-1].clone(), traced)
+
+    def _returned(self, call: Call, spk: Tensor, syn: Tensor, mem: Tensor) -> Any:
+        """Return what the caller gets."""
         if self.batch_first:
             spk, syn, mem = batch_before_time(call, True, spk, syn, mem)
         if self.init_hidden and not self.output:
             return spk
         return spk, syn, mem
-
-    def _store(
-        self,
-        call: Call,
-        described: CellSpec,
-        overrides: Overrides | None,
-        spk: Tensor,
-        syn: Tensor,
-        mem: Tensor,
-        path: Path,
-        traced: bool,
-    ) -> None:
-        if path.slow and not traced:
-            log_fallback(path, self._logged, self)
-        results: dict[str, Any] = {"_path": path, "spk": spk}
-        if call.sequence and self.batch_first:
-            results["spk"] = spk.transpose(0, 1)
-        # A recorded sequence of no steps has no last states: those before it stay.
-        if not call.record or syn.shape[0] > 0:
-            if call.record:
-                # The states are copies: snnTorch detaches states in place, which views refuse.
-                syn, mem = syn[-1].clone(), mem[-1].clone()
-            self._state.store(syn, mem, traced)
-        source = None
-        if not call.sequence:
-            threshold: Any = call.threshold
-            of_reset = call.mem, threshold, described.surrogate
-            reset, before = None, self._reset_source
-            if overrides is not None and overrides.mem_reset is not None:
-                reset = overrides.mem_reset.reset  # type: ignore[attr-defined]
-            elif traced:
-                reset, before = reference.reset_signal(*of_reset), None
-            source = ResetSource(*of_reset, reset, before)
-        results["_reset_source"] = source
-        if traced:  # dynamo follows attributes, not dictionaries
-            for name, value in results.items():
-                setattr(self, name, value)
-        else:  # with setattr nn.Module searches for parameters
-            self.__dict__.update(results)
 
     def _on_images(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Let foreign code that takes what the cell takes be called with images."""

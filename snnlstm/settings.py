@@ -10,7 +10,8 @@ __all__ = ["ALGORITHMS", "algorithm", "get_algorithm", "set_algorithm"]
 ALGORITHMS = (
     "auto", "direct", "winograd", "fused", "resident", "hybrid", "pointwise", "measure",
 )  # fmt: skip
-_algorithm = "auto"
+current = "auto"
+"""The name last given to :func:`set_algorithm`."""
 
 
 def set_algorithm(name: str) -> None:
@@ -45,15 +46,15 @@ def set_algorithm(name: str) -> None:
     ValueError
         If `name` is none of these.
     """
-    global _algorithm
+    global current
     if name not in ALGORITHMS:
         raise ValueError(f"name must be one of {', '.join(ALGORITHMS)}, got {name!r}")
-    _algorithm = name
+    current = name
 
 
 def get_algorithm() -> str:
     """Return the name last given to :func:`snnlstm.set_algorithm`, ``"auto"`` by default."""
-    return _algorithm
+    return current
 
 
 @contextmanager

@@ -123,7 +123,8 @@ class CellSpec:
         numbers, _, quant = text.partition(";")
         *first, surrogate, inhibition, checkpoint, spiking = literal_eval(numbers)
         levels = StateQuant.from_text(quant) if quant else None
-        return CellSpec(*first, Surrogate(*surrogate), levels, inhibition, checkpoint, spiking)
+        values = *first, Surrogate(*surrogate), levels, inhibition, checkpoint, spiking
+        return CellSpec(*values)
 
 
 # ---- checks -------------------------------------------------------------------------------------
@@ -225,10 +226,8 @@ def reset_of_number(value: Tensor) -> Reset | None:
 
 def checkpoint_flag(value: Any) -> bool:
     """Check `checkpoint`, a yes-or-no argument."""
-    if isinstance(value, str):
-        raise ValueError(
-            f"checkpoint must be a bool, got {value!r}: checkpoint=True takes the least memory"
-        )
+    if isinstance(value, str) and value == "gates":
+        raise TypeError("checkpoint must be a bool, got 'gates': True takes less memory")
     return flag("checkpoint", value)
 
 
@@ -334,6 +333,21 @@ def _make_spec(
         checkpoint=checkpoint_flag(checkpoint),
         spiking=spiking,
     )
+
+
+SHOWN: dict[str, Any] = {
+    "stride": 1, "dilation": 1, "max_pool": 0, "avg_pool": 0, "reset_mechanism": "none",
+    "inhibition": False, "init_hidden": False, "checkpoint": False, "batch_first": False,
+}  # fmt: skip
+"""The arguments that a cell's representation shows where they differ from these defaults."""
+
+BEYOND_SNNTORCH = ("stride", "dilation", "checkpoint")
+"""The arguments that change what a cell does, and that snnTorch's cell does not have."""
+
+
+def is_default(name: str, value: Any) -> bool:
+    """Whether an attribute of this name in :data:`SHOWN` has its default, also as a tuple."""
+    return all(item == SHOWN[name] for item in (value if isinstance(value, tuple) else (value,)))
 
 
 # The cache is typed, because stride=True, an error, must not find what stride=1 left.

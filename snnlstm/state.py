@@ -219,24 +219,18 @@ class LastReset:
 class ResetSource:
     """The reset signal of a step's call, computed when somebody asks for it, which is rare.
 
-    Dynamo cannot watch for modifications in place, so under torch.compile the signal is computed at
-    once, as it is where a subclass has a mem_reset of its own: `reset`. While the threshold does
-    not change, the copy of the step `before` serves.
+    While the threshold does not change, the copy of the step `before` serves.
     """
 
     __slots__ = ("copy", "mem", "reset", "surrogate", "threshold", "threshold_version", "version")
 
+    reset: Tensor | None
+    copy: Tensor | None
+
     def __init__(
-        self,
-        mem: Tensor,
-        threshold: Tensor,
-        surrogate: Any,
-        reset: Tensor | None = None,
-        before: ResetSource | None = None,
+        self, mem: Tensor, threshold: Any, surrogate: Any, before: ResetSource | None
     ) -> None:
-        self.reset, self.copy = reset, None
-        if reset is not None:
-            return
+        self.reset = None
         self.mem, self.version, self.surrogate = mem, version(mem), surrogate
         # Optimizers, and users, write to a threshold in place.
         self.threshold, self.threshold_version = threshold, version(threshold)
@@ -249,6 +243,17 @@ class ResetSource:
             self.copy = before.copy
         else:
             self.copy = threshold.detach().clone()
+
+    @classmethod
+    def of(cls, reset: Tensor) -> ResetSource:
+        """Return the source of a signal that is known.
+
+        It is under torch.compile, because dynamo cannot watch for modifications in place, and where
+        a subclass has a mem_reset of its own.
+        """
+        source = cls.__new__(cls)
+        source.reset, source.copy = reset, None
+        return source
 
     def signal(self) -> Tensor:
         """Return the reset signal, of mem's shape; see :attr:`SConv2dLSTM.reset`."""

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-from .spec import a_module, flag, pooling
 from .sconv1dlstm import SConv1dLSTM
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import (
@@ -28,6 +26,7 @@ from .snntorch import (
     register,
     take_out,
 )
+from .spec import BEYOND_SNNTORCH, a_module, flag, is_default, pooling
 from .warn import DOCUMENTATION, never_spikes
 
 __all__ = ["SwapReport", "accelerate", "patch", "restore", "unpatch"]
@@ -313,9 +312,9 @@ def _as_theirs(module: Any) -> nn.Module | str | None:
         return f"{name} is a subclass of snnlstm.SConv2dLSTM and may compute something else"
     if "forward" in module.__dict__:
         return "its forward was replaced"
-    for name in ("stride", "dilation", "checkpoint"):
+    for name in BEYOND_SNNTORCH:
         value = getattr(module, name)
-        if value not in (False, (1,), (1, 1)):
+        if not is_default(name, value):
             return f"snntorch's cell has no {name}, and here it is {value}"
     if module._adopted is None:
         if module.inhibition:

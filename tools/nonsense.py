@@ -47,6 +47,17 @@ NONSENSE: dict[str, list[Any]] = {
     "model": [{"nonsense": 1.0}, {"host": "x"}, [1], 7, None],
 }
 Arguments = dict[str, tuple[str, Any]]  # an argument's kind and a valid value, by its name
+# The core takes the fields of a pass as one tuple, in the order of the structs of csrc/args.h.
+PASS = (
+    "x", "syn0", "mem0", "weight", "weight_mem", "weight_x", "threshold", "threshold_stride",
+    "graded", "levels", "record", "saved_gates", "saved_syn", "winner", "places", "lengths",
+    "order", "workspace",
+)  # fmt: skip
+FORWARD = (*PASS, "bias", "gate_sums", "spk", "syn", "mem")
+BACKWARD = (
+    *PASS, "noise", "grad_spk", "grad_syn", "grad_mem", "grad_x", "grad_syn0", "grad_mem0",
+    "grad_weight", "grad_bias", "grad_threshold", "d_gates", "mem_after",
+)  # fmt: skip
 
 
 class Calls(ABC):
@@ -95,7 +106,14 @@ class Calls(ABC):
         }  # fmt: skip
 
     def a_pass(self, backward: bool) -> Arguments:
-        """Returns the arguments that forward and backward passes of both halves take."""
+        """Returns the fields of a pass in their order; 0 is that of a field that is not given."""
+        known = self.fields(backward)
+        names = BACKWARD if backward else FORWARD
+        assert known.keys() <= set(names), known.keys() - set(names)
+        return {name: known.get(name, ("address", 0)) for name in names}
+
+    def fields(self, backward: bool) -> Arguments:
+        """Returns the fields that forward and backward passes of both halves have."""
         t, n, cin, c, h, w = SIZES.values()
         x, state, spikes = (self.view(*shape) for shape in (
             (t, n, cin, h, w), (1, n, c, h, w), (t, n, c, h, w)))  # fmt: skip
@@ -113,7 +131,7 @@ class Calls(ABC):
         if not backward:
             return found | {
                 "bias": ("address", self.address()), "winner": ("address", winners),
-                "places": (of_places, self.address()),
+                "places": (of_places, self.address()), "gate_sums": ("view?", None),
                 **{name: ("view", self.view(t, n, c, h, w)) for name in ("spk", "syn", "mem")},
             }  # fmt: skip
         of_winner = "memory" if self.facts["inhibition"] else "address"
@@ -125,11 +143,11 @@ class Calls(ABC):
             **dict.fromkeys(("grad_spk", "grad_syn", "grad_mem"), ("view?", spikes)),
             **{name: ("view?", self.view(1, n, c, h, w)) for name in ("grad_syn0", "grad_mem0")},
             **{name: ("address", self.address()) for name in optional},
-            "grad_x": ("view?", self.view(t, n, cin, h, w)), "mem_after": ("address", 0),
+            "grad_x": ("view?", self.view(t, n, cin, h, w)),
         }  # fmt: skip
 
     def behind_torch(self, backward: bool, pointwise: bool, hybrid: bool = False) -> Arguments:
-        """Returns the arguments of a pass that change if torch forms sums or gradients."""
+        """Returns the fields of a pass that change if torch forms sums or gradients."""
         _, n, _, c, h, w = SIZES.values()
         found: Arguments = {"x": ("view?", None)} if pointwise else {}
         if not backward:
@@ -168,14 +186,14 @@ class Cpu(Calls):
             "threads": ("int", 1),
         }  # fmt: skip
 
-    def a_pass(self, backward: bool) -> Arguments:
+    def fields(self, backward: bool) -> Arguments:
         read = {form % 3 for form, *_ in self.plan.forms(backward=backward, grad_x=True)}
         weights = {
             name: ("memory" if k in read else "address", self.address())
             for k, name in enumerate(("weight", "weight_mem", "weight_x"))
         }
         workspace = {"workspace": ("memory", self.workspace(1))}
-        found = super().a_pass(backward) | weights | workspace
+        found = super().fields(backward) | weights | workspace
         return found | self.behind_torch(backward, False)
 
     def calls(self) -> dict[str, tuple[Callable[..., Any], Arguments, int]]:
@@ -186,11 +204,13 @@ class Cpu(Calls):
             "build_info": ({}, 0), "isa_names": ({}, 0), "isa_name": ({}, 0),
             "openmp_library": ({}, 0), "CpuPlan": (self.plan_arguments(), 0),
             "set_isa": ({"name": ("text", random.choice(core.isa_names()))}, 1),
-            "inspect": ({
+            "same": ({
                 "weight": ("memory", address()), "copy": ("memory", address()),
-                "bytes": ("count", 64), "cell": ("object", self.cell), "x": ("view?", x),
-                "lengths": ("address", 0),
-            }, 6),
+                "bytes": ("count", 64),
+            }, 3),
+            "density": ({
+                "cell": ("object", self.cell), "x": ("view", x), "lengths": ("address", 0),
+            }, 3),
             "copy_weight": ({
                 "weight": ("memory", address()), "copy": ("memory", address()),
                 "dtype": ("enum", 0), "count": ("count", 64),
@@ -239,11 +259,11 @@ class Cuda(Calls):
             for backward in (False, True)
         )
 
-    def a_pass(self, backward: bool) -> Arguments:
+    def fields(self, backward: bool) -> Arguments:
         plan = self.backward if backward else self.forward
         pointwise = plan.name == "pointwise"
         kind = "aligned or none" if pointwise else "aligned"
-        found = super().a_pass(backward) | {"weight": (kind, self.address())}
+        found = super().fields(backward) | {"weight": (kind, self.address())}
         found["workspace"] = (
             "aligned" if plan.workspace else "aligned or none",
             self.workspace(16),
@@ -299,6 +319,18 @@ class Cuda(Calls):
         return [plan.packed_bytes, plan.workspace]
 
 
+def no_pass(fields: dict[str, Any]) -> tuple[list[Any], dict[str, Any], tuple[type[Exception]]]:
+    """Returns arguments that are no tuple of a pass's fields, and the error they must raise."""
+    values = tuple(fields.values())
+    cut = random.randrange(len(values))
+    of_length = [(*values[:cut], *values[cut + 1 :]), (*values, 0), ()]
+    of_type = [([list(values)], {}), ([None], {}), ([*values], {}), ([], fields), ([], {}),
+               ([values], {"nonsense": 1})]  # fmt: skip
+    if random.random() < 0.5:
+        return [random.choice(of_length)], {}, (ValueError,)
+    return *random.choice(of_type), (TypeError,)
+
+
 def one(calls: Calls, number: int) -> None:
     """Calls a random function with valid arguments, or with up to three faults among them."""
     functions = calls.calls()
@@ -310,19 +342,26 @@ def one(calls: Calls, number: int) -> None:
         key: calls.nonsense(kind) if key in wrong else value
         for key, (kind, value) in arguments.items()
     }
-    by_name = dict(list(given.items())[places:])
+    values, by_name = list(given.values())[:places], dict(list(given.items())[places:])
+    errors: tuple[type[Exception], ...] = ValueError, TypeError, OverflowError
     needed = [key for key in by_name if arguments[key][0] in ("memory", "aligned", "view")]
-    if needed and random.random() < 0.1:
+    if name.endswith((".forward", ".backward")):
+        if "stream" not in wrong and random.random() < 0.2:
+            wrong.append("the tuple")
+            instead, by_name, errors = no_pass(by_name)
+            values += instead
+        else:
+            values, by_name = [*values, tuple(by_name.values())], {}
+    elif needed and random.random() < 0.1:
         wrong.append(random.choice(needed))
         del by_name[wrong[-1]]
     elif random.random() < 0.05:
         wrong.append("nonsense")
         by_name["nonsense"] = 1
-    values = list(given.values())[:places]
     print(f"{number}: {name}(*{values}, **{by_name}), wrong: {wrong}", flush=True)
     try:
         function(*values, **by_name)
-    except (ValueError, TypeError, OverflowError):
+    except errors:
         if not wrong:
             raise
     else:

@@ -29,6 +29,7 @@ from .plan import (
     keep_empty,
     make_cell,
     no_memory,
+    numbers,
     saved_addresses,
     shaped_as,
     stochastic_noise,
@@ -39,8 +40,8 @@ __all__ = ["ALGORITHMS", "Backend", "PackedWeight", "packed_weight", "set_isa"]
 
 ALGORITHMS = ("auto", "direct", "winograd")  # the numbers of csrc/args.h
 
-NO_THREADS = None if _C.openmp_library() else "no OpenMP runtime of torch's was found"
-"""Why no CPU kernels can run, or None."""
+ONE_THREAD = not _C.openmp_library()
+"""Whether no OpenMP runtime of torch's was found, whose threads the kernels would use."""
 
 isa = _C.isa_name()
 
@@ -181,8 +182,10 @@ class Decided(NamedTuple):
 class Pass:
     """One pass of a plan: the core's plan, the forms of the weight that it reads, its workspace."""
 
-    def __init__(self, core: Any, isa: str, backward: bool, grad_x: bool, weight: bool) -> None:
-        self.core = core
+    def __init__(
+        self, core: Any, isa: str, decided: Decided, backward: bool, grad_x: bool, weight: bool
+    ) -> None:
+        self.core, self.decided = core, decided
         self.name = f"cpu-{isa}-{core.name}"
         self.run = core.backward if backward else core.forward
         self.workspace = core.backward_workspace(weight) if backward else core.forward_workspace
@@ -216,6 +219,7 @@ class Plan(CommonPlan):
         self.counts_zeros = self.cin > 2
         self._cores: dict[Decided, Any] = {}
         self._passes: dict[Any, Pass] = {}
+        self._forward_passes: dict[tuple[int, int], Pass] = {}
 
     def _pass(self, decided: Decided, backward: bool, grad_x: bool, weight: bool) -> Pass:
         key = decided, backward, grad_x, weight
@@ -226,7 +230,10 @@ class Plan(CommonPlan):
                 percent, most = decided
                 given = self.cell, self.algorithm, percent / 100, most, self.threads
                 core = self._cores[decided] = _C.CpuPlan(*given)
-            known = self._passes[key] = Pass(core, self.isa, backward, grad_x, weight)
+            known = Pass(core, self.isa, decided, backward, grad_x, weight)
+            self._passes[key] = known
+            if not backward:
+                self._forward_passes[decided] = known
         return known
 
     def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,18 +257,23 @@ class Plan(CommonPlan):
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
         x, syn, mem, weight, bias, threshold, graded, lengths, record = call
-        packed, percent = packed_weight(weight), 100
-        order = None if lengths is None else longest_first(lengths)
+        packed, percent, lengths_at, order = packed_weight(weight), 100, 0, None
+        if lengths is not None:
+            lengths_at, order = lengths.data_ptr(), longest_first(lengths)
         if self.counts_zeros:
-            percent = _C.density(self.cell, (x.data_ptr(), self.x5), address(lengths))
-        decided = Decided(percent, packed.most_inputs)
-        a_pass = self._pass(decided, False, False, False)
+            percent = _C.density(self.cell, (x.data_ptr(), self.x5), lengths_at)
+        a_pass = self._forward_passes.get((percent, packed.most_inputs))
+        if a_pass is None:
+            a_pass = self._pass(Decided(percent, packed.most_inputs), False, False, False)
         forms = packed.forms(a_pass)
         spk, new_syn, new_mem = self.empty_results(x)
         saved = self.empty_saved(x) if training else None
-        bias_at, _bias = address_of_numbers(bias, self.dtype)
-        threshold_at, _threshold = address_of_numbers(threshold, self.dtype)
-        graded_at, _graded = address_of_numbers(graded, self.dtype)
+        if not self.reads_as_is:
+            bias, threshold, graded = (
+                None if t is None else numbers(t, self.dtype) for t in call[4:7]
+            )
+        bias_at = 0 if bias is None else bias.data_ptr()
+        threshold_at = 0 if threshold is None else threshold.data_ptr()
         x_at, syn_at, mem_at = x.data_ptr(), syn.data_ptr(), mem.data_ptr()
         if (
             not (x_at and syn_at and mem_at)
@@ -270,18 +282,19 @@ class Plan(CommonPlan):
         ):
             raise ValueError(no_memory(x=x, syn=syn, mem=mem, bias=bias, threshold=threshold))
         workspace = pool.workspace(a_pass.workspace)
-        a_pass.run((
+        addresses = (
             (x_at, self.x5), (syn_at, self.syn5), (mem_at, self.mem5), *forms.addresses,
-            threshold_at, self.threshold_stride, graded_at, self.levels_address, record,
-            *(NO_SAVED if saved is None else saved_addresses(saved)),
-            0 if lengths is None else lengths.data_ptr(), address(order),
-            workspace.data_ptr(), bias_at, None,
+            threshold_at, self.threshold_stride, 0 if graded is None else graded.data_ptr(),
+            self.levels_address, record, *(NO_SAVED if saved is None else saved_addresses(saved)),
+            lengths_at, address(order), workspace.data_ptr(), bias_at, None,
             (spk.data_ptr(), self.spk5) if self.has_spk else None,
             (new_syn.data_ptr(), self.state5), (new_mem.data_ptr(), self.state5),
-        ))  # fmt: skip
+        )  # fmt: skip
+        a_pass.run(addresses)
+        pool.let_go(workspace)
         if lengths is not None and not record:
             keep_empty(call, (new_syn, new_mem), (syn, mem))
-        return Result(spk, new_syn, new_mem, saved or (), a_pass.name, decided, packed)
+        return Result(spk, new_syn, new_mem, saved or (), a_pass.name, a_pass.decided, packed)
 
     def backward(
         self,
@@ -305,12 +318,14 @@ class Plan(CommonPlan):
         noise = stochastic_noise(self, grads[0])
         workspace = pool.workspace(a_pass.workspace)
         out = empty_gradients(call.x, self, wanted)
-        a_pass.run((
+        addresses = (
             *map(view, call[:3]), *forms.addresses,
             threshold_at, self.threshold_stride, graded_at, self.levels_address, call.record,
             *saved_addresses(restored), address(lengths), address(order),
             workspace.data_ptr(), *gradient_addresses(grads, noise, out), 0, 0,
-        ))  # fmt: skip
+        )  # fmt: skip
+        a_pass.run(addresses)
+        pool.let_go(workspace)
         if lengths is not None:
             into = (None, None) if call.record else grads[1:]
             keep_empty(call, (out.syn, out.mem), into)
@@ -333,7 +348,7 @@ class Backend:
 
     def settings(self, algorithm: str) -> tuple[Any, ...]:
         """The process's settings that a plan depends on."""
-        return self, algorithm, torch.get_num_threads(), isa
+        return self, algorithm, 1 if ONE_THREAD else torch.get_num_threads(), isa
 
     def plan(self, call: Call, spec: CellSpec, operands: Any, settings: tuple[Any, ...]) -> Plan:
         """The plan of calls like this one."""

@@ -25,7 +25,6 @@ from .plan import (
     CommonPlan,
     Gradients,
     Result,
-    Saved,
     Shapes,
     Sizes,
     address,
@@ -173,12 +172,13 @@ class Plan(CommonPlan):
             run(self._fastest(run, False))
             if call.lengths is not None and not call.record:
                 keep_empty(call, result[1:3], (call.syn, call.mem))
-            del held, bias  # the kernels are on the stream: what takes their memory comes after them
+            del (
+                held,
+                bias,
+            )  # the kernels are on the stream: what takes their memory comes after them
         return Result(*result[:4], self.name)
 
-    def _forward(
-        self, core: Any, call: Call, neurons: Neurons, bias: int, result: Result
-    ) -> None:
+    def _forward(self, core: Any, call: Call, neurons: Neurons, bias: int, result: Result) -> None:
         stream = self.stream
         run = partial(core.forward, stream)
         if core.algorithm == _POINTWISE:
@@ -263,7 +263,10 @@ class Plan(CommonPlan):
 
 
 class Backend:
-    """The CUDA backend over `core`, a module like snnlstm._C; see :class:`snnlstm.native.function.Backend`."""
+    """The CUDA backend over `core`, a module like snnlstm._C.
+
+    See :class:`snnlstm.native.function.Backend`.
+    """
 
     half_types = True
 

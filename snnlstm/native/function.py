@@ -34,6 +34,7 @@ from .plan import (
     empty_gradients,
     empty_like_images,
     plain,
+    reads_as_is,
 )
 
 __all__ = ["BACKENDS", "DEVICES", "plan_of", "run", "run_operator"]
@@ -83,7 +84,7 @@ _plans: dict[Any, Plan] = {}
 def reason_against_device(device: torch.device, traced: bool) -> str | None:
     """Why no kernels can run on a device; None if they can, or if the call is traced."""
     if device.type == "cpu":
-        return cpu.NO_THREADS
+        return None
     if _NO_CUDA or traced:  # dynamo cannot ask; the call itself will say it
         return _NO_CUDA
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -107,6 +108,7 @@ def plan_of(
     key = (
         spec, operands, settings, call.record, x.shape, x.stride(), x.dtype, x.device,
         syn.stride(), mem.shape, mem.stride(), None if threshold is None else threshold.numel(),
+        reads_as_is(call),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
@@ -138,7 +140,8 @@ def run(plan: Plan, call: Call, training: bool) -> tuple[Tensor, Tensor, Tensor,
 
 def _repeated(call: Call, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tensor]:
     """Recorded states with each sample's last one behind its last step, where kernels leave any."""
-    return repeated(syn, call.syn, call.lengths), repeated(mem, call.mem, call.lengths)
+    lengths: Any = call.lengths
+    return repeated(syn, call.syn, lengths), repeated(mem, call.mem, lengths)
 
 
 Step = Callable[[Call], tuple[Tensor, Tensor, Tensor, Any]]
@@ -190,7 +193,7 @@ class _SConv2dLSTM(torch.autograd.Function):
         ctx.plan, ctx.record = plan, call.record
         ctx.decided, ctx.packed = result.decided, result.packed
         ctx.set_materialize_grads(False)
-        if not plan.spec.passes_gradient(plan.sequence):
+        if not plan.passes_gradient:
             ctx.mark_non_differentiable(result.spk)
         return result.spk, result.syn, result.mem, result.name
 
@@ -227,7 +230,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
                 "differentiated"
             )
         tensors[5] = ctx.threshold
-    call = Call(*tensors, lengths, ctx.record)
+    call = Call._make((*tensors, lengths, ctx.record))
     if again or _beyond_kernels(grads):
         return _in_plain_torch(ctx.plan, call, grads, wanted, again)
     packed = ctx.packed
@@ -376,7 +379,8 @@ def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     call, (text, algorithm, *rest) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
     saved, decided, grads, wanted = rest[:4], rest[4], rest[5:8], rest[8]
     dtype = grads[0].dtype
-    call = Call(*(plain(t).to(dtype) for t in call[:4]), *call[4:])
+    x, syn, mem, weight = (plain(t).to(dtype) for t in call[:4])
+    call = call._replace(x=x, syn=syn, mem=mem, weight=weight)
     plan = _plan(call, text, algorithm)
     found = plan.backward(call, saved, [plain(g) for g in grads], wanted, decided.tolist(), None)
     return _six(call.x, found)
@@ -391,7 +395,8 @@ def _(*arguments):
     call, text, wanted = Call(*arguments[:_FIELDS]), arguments[_FIELDS], arguments[-1]
     out = empty_gradients(call.x, _sizes(call, text), wanted)
     if wanted[5]:
-        out = out._replace(threshold=torch.empty_like(call.threshold))
+        of: Any = call.threshold
+        out = out._replace(threshold=torch.empty_like(of))
     return _six(call.x, out)
 
 
@@ -410,9 +415,7 @@ def _backward_of_operator(ctx: Any, *grads: Tensor) -> tuple:
 _forward_operator.register_autograd(_backward_of_operator, setup_context=_setup_context)
 
 
-def run_operator(
-    call: Call, spec: CellSpec, algorithm: str
-) -> tuple[Tensor, Tensor, Tensor, None]:
+def run_operator(call: Call, spec: CellSpec, algorithm: str) -> tuple[Tensor, Tensor, Tensor, None]:
     """The call's spk, syn and mem, in a form that torch.compile keeps in its graph."""
     x, syn, mem, weight, bias, threshold, graded, lengths, record = call
     if x.dtype in HALF_TYPES and not BACKENDS[x.device.type].half_types:

@@ -163,6 +163,11 @@ def make_cell(core: Any, s: Sizes) -> Any:
 # ---- addresses ------------------------------------------------------------------------------
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor's memory holds its numbers one behind the other."""
+    return tensor.is_contiguous() and not tensor.is_neg()
+
+
 def plain(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of a lazily negated one, whose memory holds the negated numbers."""
     return tensor.resolve_neg() if tensor.is_neg() else tensor
@@ -193,18 +198,22 @@ def no_memory(**tensors: Tensor | None) -> str:
 
 def numbers(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor, or a contiguous copy of `dtype` if it is not contiguous or of another dtype."""
-    if tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg():
+    if tensor.dtype == dtype and is_plain(tensor):
         return tensor
     return plain(tensor.detach()).to(dtype).contiguous()
+
+
+def reads_as_is(call: Call) -> bool:
+    """Whether the kernels can read bias, threshold and graded factor where they lie."""
+    return all(t is None or (t.dtype == call.x.dtype and is_plain(t)) for t in call[4:7])
 
 
 def address_of_numbers(tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, Tensor | None]:
     """Address of :func:`numbers`, and what holds them; 0 and None if there is no tensor."""
     if tensor is None:
         return 0, None
-    if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.is_neg():
-        tensor = numbers(tensor, dtype)
-    return tensor.data_ptr(), tensor
+    held = numbers(tensor, dtype)
+    return held.data_ptr(), held
 
 
 NO_SAVED = (0, 0, 0, 0)
@@ -361,13 +370,19 @@ class CommonPlan(Sizes):
             )
         )  # fmt: skip
         self.threshold_stride = 0 if self.thresholds == 1 else 1
+        # Whether bias, threshold and graded factor are as the kernels read them.
+        self.reads_as_is = reads_as_is(call)
         self.has_spk = spec.spiking or self.sequence
+        self.passes_gradient = spec.passes_gradient(self.sequence)
 
-    @pool.where_it_fits
     def empty_results(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Memory for spk, syn and mem."""
-        empty = x.new_empty_strided
-        return empty(*self.spk_memory), empty(*self.state_memory), empty(*self.state_memory)
+        empty, spk, state = x.new_empty_strided, self.spk_memory, self.state_memory
+        try:
+            return empty(*spk), empty(*state), empty(*state)
+        except RuntimeError as error:
+            pool.make_room(error)
+        return empty(*spk), empty(*state), empty(*state)
 
     def as_saved(self, call: Call, saved: Sequence[Tensor]) -> tuple[Call, Saved]:
         """The call and what its forward pass saved, in their dtypes and shapes again.
@@ -381,9 +396,7 @@ class CommonPlan(Sizes):
         if x is not call.x or syn is not call.syn or mem is not call.mem:
             call = call._replace(x=x, syn=syn, mem=mem)
         pairs = zip(saved, self.saved_shapes, strict=True)
-        return call, Saved(
-            *(as_saved(t, shape, dtype).contiguous() for t, (shape, dtype) in pairs)
-        )
+        return call, Saved(*(as_saved(t, shape, dtype).contiguous() for t, (shape, dtype) in pairs))
 
     def saved_weight(self, call: Call) -> Tensor:
         """The weight that a backward pass was given, as :func:`as_saved` returns it."""

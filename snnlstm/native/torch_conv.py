@@ -233,9 +233,7 @@ def _weight_gradient(
         for images, stride in (x, spec.stride), (mem, (1, 1)):
             images = _ordered(plan, images.flatten(0, 1))
             shape = gates, images.shape[1], *spec.kernel_size
-            halves.append(
-                conv2d_weight(images, shape, grads, stride, spec.padding, spec.dilation)
-            )
+            halves.append(conv2d_weight(images, shape, grads, stride, spec.padding, spec.dilation))
         both = torch.cat([halves[0], halves[1][:, :c]], 1)
         d_weight = both.unflatten(0, (4, -1))[:, :c].flatten(0, 1).to(dtype)
     if wanted[1]:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 ROWS = (
     "one step", "reset to zero", "one threshold", "max_pool", "inhibition", "quantised",
     "kernel 5x3", "kernel 9x9", "one column", "stride", "dilation and stride", "no bias",
-    "few spikes", "sparse numbers", "checkpoint", "packed gates", "a tall image",
+    "few spikes", "sparse numbers", "checkpoint", "a tall image",
     "small images, pooled and strided", "many weights, small images", "many channels",
 )  # fmt: skip
 CASES = {name: ALONE[name].but(sequence=True, record=True, time=STEPS) for name in ROWS}

@@ -4,7 +4,6 @@ An error leaves state, weights and random numbers as they were. messages.txt sho
 of each error.
 """
 
-import dataclasses
 import inspect
 import re
 
@@ -303,30 +302,17 @@ def test_numbers_are_read_on_the_cpu_and_tensors_where_they_are():
         assert snnlstm.call.real_tensor("threshold", [0.5]).device.type == "cpu"
         assert snnlstm.call.values(0.5).device.type == "cpu"
         assert snnlstm.call.values(torch.ones(2)).device.type == "meta"
-    x, options = X.to("meta"), snnlstm.spec.Options((3, 3))
+    x, spec = X.to("meta"), snnlstm.spec.CellSpec((3, 3))
     for value in (0.5, numpy.full((3, 1, 1), 0.5), torch.tensor(0.5, dtype=torch.float64)):
-        found = snnlstm.call.scalar_like("threshold", value, x, STATE.shape, options)
+        found = snnlstm.call.scalar_like("threshold", value, x, STATE.shape, spec)
         assert (found.device, found.dtype) == (x.device, x.dtype)
 
 
-def test_the_hash_of_options_is_computed_once(monkeypatch):
-    one, other = snnlstm.spec.Options((3, 3)), snnlstm.spec.Options((3, 5))
-    before = hash(one)
-    assert before != hash(other)
-    monkeypatch.setattr(snnlstm.spec, "fields", None)
-    assert hash(one) == before
-
-
-def test_options_of_equal_arguments_are_found_again():
-    make, in_time = snnlstm.spec.make_options, snnlstm.spec.in_time
-
+def test_specs_of_equal_arguments_are_found_again():
     def found_again(**arguments):
-        one, other = (make([3, 3], stride=[2, 1], **arguments) for _ in range(2))
+        one, other = (snnlstm.spec.make_spec([3, 3], stride=[2, 1], **arguments) for _ in range(2))
         assert one == other
-        assert (in_time(one, True, False, False) is in_time(one, True, False, False)) is bool(
-            one.text
-        )
-        assert in_time(one, True, False, True) is not in_time(one, True, False, True)
+        assert hash(one) == hash(other)
         return one is other
 
     assert found_again()
@@ -337,34 +323,18 @@ def test_options_of_equal_arguments_are_found_again():
     assert not found_again(state_quant=torch.round)
 
 
-def test_a_call_is_known_by_all_that_was_checked(monkeypatch):
-    monkeypatch.setattr(snnlstm.call, "_signatures", {})
-    call = snnlstm.call.stateless_call(X, STATE, STATE, WEIGHT, BIAS)
-    tensors, options = call[:7], call.options
-    assert (call.threshold, call.graded) == (1, 1)  # which are not given
-    assert snnlstm.call.known_call(tensors, options).signature is call.signature
-    for bias in (None, BIAS.double(), BIAS[:3], BIAS.to("meta")):
-        assert snnlstm.call.known_call((*tensors[:4], bias, *tensors[5:]), options) is None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert snnlstm.call.known_call(tensors, options) is None
-        same = snnlstm.call.make_call(tensors, options, autocast=False)
-    assert same.signature is call.signature
-
-
 @pytest.mark.parametrize("quant", [None, snnlstm.quant.state_quant(2)], ids=["", "quant"])
-def test_an_operator_reads_options_from_their_text(quant):
+def test_an_operator_reads_a_spec_from_its_text(quant):
     spike = snnlstm.surrogate.SFS(slope=3, B=0.25)
-    one = snnlstm.spec.make_options(
-        [3, 5], stride=2, spike_grad=spike, state_quant=quant, max_pool=2, checkpoint="gates"
+    one = snnlstm.spec.make_spec(
+        [3, 5], stride=2, spike_grad=spike, state_quant=quant, max_pool=2, checkpoint=True
     )
-    assert snnlstm.spec.Options.from_text(one.text) == one
-    narrow = snnlstm.spec.Options.from_text(one.text, torch.bfloat16)
-    assert narrow == dataclasses.replace(one, operands=torch.bfloat16)
+    assert snnlstm.spec.CellSpec.from_text(one.text) == one
 
 
 def test_what_is_not_given_is_the_default():
-    default = snnlstm.spec.Options((3, 3), surrogate=snnlstm.surrogate.atan())
-    assert snnlstm.spec.make_options(3) == default
+    default = snnlstm.spec.CellSpec((3, 3), surrogate=snnlstm.surrogate.atan())
+    assert snnlstm.spec.make_spec(3) == default
 
 
 def test_an_algorithm_is_set_for_a_block():

@@ -119,7 +119,7 @@ def test_device_and_dtype_keywords_and_cells_without_memory():
         cell = ours()
         assert cell(torch.empty(1, 2, 5, 5))[0].shape == (1, 3, 5, 5)
         cell.reset_mechanism = "zero"
-        assert cell._describe(False, False).reset == "zero"
+        assert cell._describe().reset == "zero"
     assert all(value.is_meta for value in cell.state_dict().values())
 
 
@@ -147,8 +147,8 @@ def test_stride_is_the_inputs_alone_and_dilation_is_both(backend, stride, dilati
 
 
 def test_the_representation_names_what_is_not_as_usual():
-    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1, checkpoint="gates", batch_first=True)
-    expected = "2, 3, kernel_size=3, checkpoint='gates', batch_first=True, threshold=0.1"
+    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1, checkpoint=True, batch_first=True)
+    expected = "2, 3, kernel_size=3, checkpoint=True, batch_first=True, threshold=0.1"
     assert cell.extra_repr() == expected
 
 

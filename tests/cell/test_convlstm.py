@@ -143,11 +143,9 @@ def test_autocast_gives_the_dtypes_of_plain_torch(backend, dtype):
     close(*outs, atol=16 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("checkpoint", [True, "gates"])
-def test_checkpoints(backend, checkpoint):
-    own, other = pair("two layers, batch first", F64, checkpoint=checkpoint)
-    error = 1e-11 if checkpoint is True or backend.name != "cpu" else 1e-8
-    compare(own, other, sequence(own, 2, F64), initial(own, F64), 1e-12, error)
+def test_a_checkpoint(backend):
+    own, other = pair("two layers, batch first", F64, checkpoint=True)
+    compare(own, other, sequence(own, 2, F64), initial(own, F64), 1e-12, 1e-11)
     backend.check(own.cell_list[0].path)
 
 

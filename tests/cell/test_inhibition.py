@@ -32,7 +32,7 @@ def test_only_the_highest_pooled_state_of_each_sample_spikes(backend, pool):
     syn, mem = states(3, 3, 6, 7)
     syn[2] = -9  # no neuron of this sample reaches the threshold
     spk, new_mem = run(cell, steps(1, 3, 2, 6, 7)[0], syn, mem)
-    winner = pooled(new_mem, cell._describe(False, False)).flatten(1).argmax(1)
+    winner = pooled(new_mem, cell._describe()).flatten(1).argmax(1)
     assert spk.sum((1, 2, 3)).tolist() == [1, 1, 0]
     assert all(spk[n].flatten()[winner[n]] == 1 for n in range(2))
     backend.check(cell.path)

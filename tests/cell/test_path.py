@@ -97,7 +97,7 @@ def test_each_part_of_convs_geometry_counts(backend):
     for name, value in (("stride", (2, 2)), ("padding", (0, 0)), ("groups", 2)):
         cell = ours()
         setattr(cell.conv, name, value)
-        found = snnlstm.path.reason_against_conv(cell.conv, nn.Conv2d, cell._options[False, False])
+        found = snnlstm.path.reason_against_conv(cell.conv, nn.Conv2d, cell._describe())
         assert found == "conv has another geometry than the cell", name
     cell = ours()
     cell.conv.padding = "same"
@@ -279,7 +279,7 @@ def test_a_device_without_kernels_is_not_logged(caplog):
 
 @pytest.mark.skipif(native is None, reason="the core is not built")
 def test_a_call_that_the_kernels_refuse_takes_plain_torch(monkeypatch):
-    monkeypatch.setattr(native, "reason_against", lambda call: f"no {call.options.pool}")
+    monkeypatch.setattr(native.cpu.Backend, "reason_against", lambda _, s: f"no {s.spec.pool}")
     cell = ours()
     close(cell(X), theirs()(X))
     assert cell.path == Path("reference", "no none", slow=True)
@@ -287,7 +287,7 @@ def test_a_call_that_the_kernels_refuse_takes_plain_torch(monkeypatch):
 
 @pytest.mark.skipif(native is None, reason="the core is not built")
 def test_the_native_path_says_what_it_is():
-    cell = ours(checkpoint="gates")
+    cell = ours(checkpoint=True)
     assert cell.path is None
     for algorithm in ("direct", "winograd"):
         with snnlstm.algorithm(algorithm):
@@ -391,8 +391,8 @@ PASSING = {
 @pytest.mark.parametrize("reason", PASSING)
 def test_reasons_that_come_and_go(reason, monkeypatch):
     """Some of these calls fail in plain torch, as they do with snnTorch."""
-    seen, decide = [], snnlstm.path.path_of
-    monkeypatch.setattr(snnlstm.path, "path_of", lambda call: seen.append(decide(call)) or seen[-1])
+    seen, decide = [], snnlstm.path._stronger
+    monkeypatch.setattr(snnlstm.path, "_stronger", lambda *of: seen.append(decide(*of)) or seen[-1])
     cell = ours()
     with contextlib.suppress(RuntimeError, NotImplementedError):
         PASSING[reason](cell)
@@ -435,26 +435,31 @@ def test_the_fallback_for_a_missing_core_is_said(monkeypatch, caplog):
     assert record.getMessage().startswith("SConv2dLSTM runs the reference path")
 
 
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """The kernels are asked about GPU 3 in the place of the CPU, on which cells run."""
+    asked, gpu = native.reason_against_device, torch.device("cuda", 3)
+    monkeypatch.setattr(native, "reason_against_device", lambda _, traced: asked(gpu, traced))
+    monkeypatch.setattr(snnlstm.path, "_logged", set())
+
+
 @pytest.mark.skipif(native is None, reason="needs the core")
-def test_a_gpu_that_the_build_does_not_serve_is_said_once(monkeypatch, caplog):
-    """The test passes a CUDA device's name, and needs no GPU."""
+def test_a_gpu_that_the_build_does_not_serve_is_said_once(on_a_gpu, monkeypatch, caplog):
     monkeypatch.setattr(native, "_NO_CUDA", None)
     monkeypatch.setattr(native.cuda_check, "trouble", lambda index: f"GPU {index} is too old")
-    monkeypatch.setattr(snnlstm.path, "_logged", set())
-    path = snnlstm.path._path_of_device(torch.device("cuda", 3), False)
-    assert str(path) == "reference (GPU 3 is too old)"
-    with caplog.at_level(logging.WARNING, logger="snnlstm"):
-        for seen in (set(), set()):  # two modules
-            snnlstm.path.log_fallback(path, seen)
+    for cell in (ours(), ours()):
+        cell(X)
+        assert cell.path == Path("reference", "GPU 3 is too old", slow=True, general=True)
     assert [record.getMessage() for record in caplog.records] == [
         "SConv2dLSTM runs the reference path (plain torch, slower): GPU 3 is too old"
     ]
 
 
 @pytest.mark.skipif(native is None, reason="needs the core")
-def test_a_build_without_cuda_is_said_on_a_gpu(monkeypatch):
+def test_a_build_without_cuda_is_said_on_a_gpu(on_a_gpu, monkeypatch):
     monkeypatch.setattr(native, "_NO_CUDA", native.cuda_check.without_kernels({"cuda": "off"}))
-    path = snnlstm.path._path_of_device(torch.device("cuda", 0), False)
-    assert "no CUDA kernels (off)" in path.reason
-    assert path.slow
-    assert path.general
+    cell = ours()
+    cell(X)
+    assert "no CUDA kernels (off)" in cell.path.reason
+    assert cell.path.slow
+    assert cell.path.general

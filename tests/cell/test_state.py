@@ -346,13 +346,6 @@ def test_reset_after_a_small_change_of_the_threshold_through_data(reset):
         _ = cell.reset
 
 
-def test_reset_of_a_traced_call_is_computed_at_once():
-    x, (syn, mem), weight = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7), ours().conv.weight
-    call = snnlstm.call.stateless_call(x, syn, mem, weight, threshold=0.1)
-    traced = snnlstm.state.ResetSource(call._replace(signature=None))
-    assert torch.equal(traced.reset, snnlstm.state.ResetSource(call).signal())
-
-
 def test_reset_is_what_an_override_returns_while_it_is_there():
     cell, x = ours(reset_mechanism="subtract"), steps(2, 1, 2, 5, 5)
     cell.mem_reset = lambda mem: torch.full_like(mem, 0.5)

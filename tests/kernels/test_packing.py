@@ -8,38 +8,51 @@ import copy
 import gc
 import itertools
 import pickle
-from collections.abc import Iterator
 
 import flat
 import numpy
 import pytest
 import torch
+from cases import Options
 from cpu_kernels import ISAS, Kernels, native, use
 from helpers import close, in_threads, same
 from torch import Tensor, nn
 
 import snnlstm
 from snnlstm.native import cpu
-from cases import Options
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
 
 @pytest.fixture(autouse=True)
-def packings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def packings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Gives a test a cache of its own; returns the numbers of the forms that are packed."""
     packed: list[int] = []
-    addresses = cpu.Packed.addresses
+    forms = cpu.PackedWeight.forms
 
     def noting(self, a_pass):
-        before = set(self.forms)
-        found = addresses(self, a_pass)
-        packed.extend(number for number, _ in set(self.forms) - before)
+        before = set(self._forms)
+        found = forms(self, a_pass)
+        packed.extend(number for number, _ in set(self._forms) - before)
         return found
 
     monkeypatch.setattr(cpu, "_packed", type(cpu._packed)())
-    monkeypatch.setattr(cpu.Packed, "addresses", noting)
+    monkeypatch.setattr(cpu.PackedWeight, "forms", noting)
     return packed
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns the addresses of the weights that are packed, one for each time."""
+    addresses: list[int] = []
+    init = cpu.PackedWeight.__init__
+
+    def noting(self, weight):
+        addresses.append(weight.data_ptr())
+        init(self, weight)
+
+    monkeypatch.setattr(cpu.PackedWeight, "__init__", noting)
+    return addresses
 
 
 def make(channels: int = 16) -> snnlstm.SConv2dLSTM:
@@ -148,6 +161,16 @@ def test_a_weight_changed_between_forward_and_backward():
     torch.testing.assert_close(after, before)
 
 
+def test_a_weight_changed_between_two_backward_passes_over_one_graph():
+    """Both passes read the weight that the forward pass packed."""
+    cell, x = make(), image().requires_grad_()
+    loss = call(cell, x)[2].sum()
+    (before,) = torch.autograd.grad(loss, x, retain_graph=True)
+    cell.conv.weight.data.mul_(2)
+    (after,) = torch.autograd.grad(loss, x)
+    assert torch.equal(after, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_a_module_that_is_cast(dtype):
     cell = make()
@@ -214,10 +237,10 @@ def test_python_threads_that_share_a_weight(packings):
 def test_two_threads_that_pack_at_once_read_one_form():
     """The form that was packed first stays, because another thread may read its address."""
     weight = torch.rand(4, 3, 3, 3)
-    packed, others = cpu.Packed(weight), []
+    packed, others = cpu.PackedWeight(weight), []
 
     class Core:
-        name = "core"
+        name, forward, forward_workspace = "core", None, 0
 
         def forms(self, *_):
             return [(0, "form", 64)]
@@ -225,10 +248,13 @@ def test_two_threads_that_pack_at_once_read_one_form():
         def pack(self, *arguments):
             if not others:  # another thread begins later, and ends first
                 others.append(None)
-                others[0] = packed.addresses(cpu._Pass(Core(), "isa", 0))
+                others[0] = addresses()
 
-    found = packed.addresses(cpu._Pass(Core(), "isa", 0))
-    assert [found, *others] == [{"weight": packed.forms[0, "isa:form"].data_ptr()}] * 2
+    def addresses():
+        return packed.forms(cpu.Pass(Core(), "isa", False, False, False)).addresses
+
+    found = addresses()
+    assert [found, *others] == [(packed._forms[0, "isa:form"].data_ptr(), 0, 0)] * 2
 
 
 def test_an_entry_dies_with_its_weight():
@@ -260,7 +286,7 @@ def test_temporary_weights_leave_nothing_behind():
 
 @torch.no_grad()
 def test_weights_that_are_views_of_one_buffer(packings):
-    """Views that take turns are packed once each; of views that move on, few packings are kept."""
+    """Views that take turns are packed once each; of views that move on, few packings stay."""
     size = 64 * 19 * 9
     buffer, x = torch.randn(size + 20), image()
 
@@ -274,7 +300,28 @@ def test_weights_that_are_views_of_one_buffer(packings):
     for offset in range(20):
         step(offset)
     (places,) = cpu._packed.values()
-    assert len(places) == cpu._MOST
+    assert len(places) <= cpu._MOST
+
+
+@pytest.mark.parametrize("count", [17, 40])
+def test_all_weights_of_one_flat_parameter_are_packed_once_each(copied, count):
+    size, x = 16 * 7 * 9, image()
+    parameter = nn.Parameter(torch.randn(count * size) / 8)
+    for _ in range(3):
+        for part in parameter.split(size):
+            out = snnlstm.functional.sconv2dlstm(x, weight=part.view(16, 7, 3, 3), threshold=0.05)
+            out[2].sum().backward()
+    assert len(copied) == len(set(copied)) == count
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_steps_of_a_half_type_pack_their_weight_once(copied, dtype):
+    cell, x = make().to(dtype), image(dtype)
+    for _ in range(3):
+        call(cell, x)[2].sum().backward()
+        with torch.no_grad():
+            call(cell, x)
+    assert len(copied) == 1
 
 
 def test_an_old_value_is_not_kept():
@@ -284,7 +331,7 @@ def test_an_old_value_is_not_kept():
         cell.conv.weight.data.mul_(1.1)
     (places,) = cpu._packed.values()
     (entry,) = places.values()
-    assert len(entry.forms) <= 6  # three forms for each direction
+    assert len(entry._forms) <= 6  # three forms for each direction
 
 
 def test_packed_weights_are_not_saved():

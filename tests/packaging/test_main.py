@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import types
@@ -17,6 +16,7 @@ from helpers import HANG
 
 import snnlstm
 from snnlstm import __main__ as report
+from snnlstm.native import cuda_check
 
 # This sitecustomize module makes imports of the modules in BLOCK fail.
 BLOCKER = """
@@ -31,68 +31,64 @@ sys.meta_path.insert(0, Blocker())
 
 @pytest.fixture
 def run(tmp_path):
-    """Returns a function that runs `python -m snnlstm` with blocked modules.
-
-    The function returns what the program prints.
-    """
+    """Returns a function that runs `python -m` with arguments, and says how that ended."""
     (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    paths = os.pathsep.join([str(tmp_path), str(Path(snnlstm.__file__).parents[1])])
 
-    def run(*arguments: str, block: str = "", **environment: str) -> str:
-        paths = os.pathsep.join([str(tmp_path), str(Path(snnlstm.__file__).parents[1])])
-        environment = os.environ | {"PYTHONPATH": paths, "BLOCK": block} | environment
-        done = subprocess.run(
-            [sys.executable, "-m", "snnlstm", *arguments],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG,
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=tmp_path, capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": paths} | environment, timeout=HANG,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr
-        return done.stdout
 
     return run
 
 
-def test_table_and_json_tell_the_same(run, capsys):
-    facts = json.loads(run("--json"))
-    assert report.main([]) == 0
-    text = capsys.readouterr().out
-    assert facts["version"] == snnlstm.__version__
-    assert facts["torch"]["version"] == torch.__version__
-    assert facts["native"]["isa"] in facts["native"]["isas"]
-    assert "cpu" in list(facts["devices"])
-    assert facts["problems"] == []
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({}, None),
+        ({"SNNLSTM_ISA": "baseline"}, None),
+        ({"SNNLSTM_ISA": "pentium"}, "no instruction set could be chosen (missing: ValueError: "),
+        ({"BLOCK": "snntorch numpy"}, None),
+        ({"BLOCK": "snnlstm._C"}, "so that every call runs in plain torch, and slower: "),
+        ({"BLOCK": "snnlstm._C numpy snntorch torch"}, "pip install torch"),
+    ],
+    ids=lambda value: " ".join(value.values()) if isinstance(value, dict) else "",
+)
+def test_table_and_json_tell_the_same(run, environment, problem):
+    tables, facts = (run("snnlstm", *option, **environment) for option in ([], ["--json"]))
+    assert (tables.returncode, facts.returncode) == (0, 0)
+    assert "Traceback" not in tables.stderr + facts.stderr
+    table, facts = tables.stdout, json.loads(facts.stdout)
+    native = facts["native"]
     for fact in (
         facts["version"], facts["path"], facts["python"], facts["platform"], facts["numpy"],
-        facts["native"]["core"], facts["native"]["openmp"], facts["native"]["build"]["cuda"],
-        ", ".join(facts["native"]["isas"]),
+        facts["snntorch"], facts["torch"]["version"], native["core"], native["isa"],
+        native["openmp"], *facts["problems"],
     ):  # fmt: skip
-        assert fact in text
-    assert "Nothing is wrong." in text
-    lines = [line for line in text.splitlines() if line]
-    column = lines[0].index(snnlstm.__version__)  # where all values start
-    for line in lines[:-1]:
-        assert line[column - 2 : column] == "  "
-        assert line[column] != " "
+        assert fact in table
+    for module in environment.get("BLOCK", "").split():
+        assert f"blocked: {module}" in table
+    assert ("Nothing is wrong." in table) == (problem is None) == (not facts["problems"])
+    assert problem is None or problem in facts["problems"][-1]
+    if not environment:
+        assert facts["torch"]["version"] == torch.__version__
+        assert native["isa"] in native["isas"]
+        assert "cpu" in facts["devices"]
+        assert native["build"]["cuda"] in table
+    if environment.get("SNNLSTM_ISA") == "baseline":
+        assert "baseline (forced by SNNLSTM_ISA=baseline)" in table
 
 
-def test_a_forced_instruction_set_shows(run):
-    assert "baseline (forced by SNNLSTM_ISA=baseline)" in run(SNNLSTM_ISA="baseline")
-    assert re.search("problem: .*pentium", run(SNNLSTM_ISA="pentium"))
-
-
-@pytest.mark.parametrize("name", ["snnlstm._C", "numpy", "torch", "snntorch"])
-def test_a_module_that_cannot_be_imported(monkeypatch, name):
-    monkeypatch.setitem(sys.modules, name, None)  # makes the import fail
-    facts = report.collect()
-    needed = name != "snntorch"
-    assert any(name in problem for problem in facts["problems"]) == needed
-    assert bool(facts["problems"]) == needed
-    assert f"import of {name} halted" in report.table(facts)
-
-
-def test_everything_missing_at_once(run):
-    text = run(block="snnlstm._C numpy snntorch torch")
-    assert text.count("blocked: ") >= 4
-    assert snnlstm.__version__ in text
+def test_a_broken_import_is_an_error_for_every_other_program(run, tmp_path):
+    """Python's name for a program is "-m" while it imports the packages around it."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("import snnlstm")
+    (tmp_path / "package" / "snnlstm.py").write_text("print('it ran')")
+    done = run("package.snnlstm", BLOCK="torch")
+    assert done.returncode == 1
+    assert "ModuleNotFoundError: blocked: torch" in done.stderr
 
 
 def test_unknown_arguments_are_refused():
@@ -101,77 +97,44 @@ def test_unknown_arguments_are_refused():
     assert caught.value.code == 2
 
 
-def fake_torch(*capabilities: tuple[int, int], error: str = "", warning: str = "", driver=13000):
-    """Makes a torch with GPUs of these compute capabilities, whose driver may fail or warn."""
-
-    def is_available():
-        if error:
-            raise RuntimeError(error)
-        if warning:
-            warnings.warn(warning, stacklevel=1)
-        return bool(capabilities)
-
-    cuda = types.SimpleNamespace(
-        is_available=is_available, device_count=lambda: len(capabilities),
-        get_device_name=lambda i: f"GPU number {i}",
-        get_device_capability=lambda i: capabilities[i],
-    )  # fmt: skip
-    return types.SimpleNamespace(
-        __version__="9.9", version=types.SimpleNamespace(cuda="13.0"), cuda=cuda,
-        get_num_threads=lambda: 3,
-        _C=types.SimpleNamespace(_cuda_getDriverVersion=lambda: driver),
-    )  # fmt: skip
-
-
-def fake_core(archs: str):
-    return types.SimpleNamespace(
-        __file__="_C.so", isa_names=lambda: ["baseline"], isa_name=lambda: "baseline",
-        openmp_library=lambda: "libgomp.so.1",
-        build_info=lambda: {"cuda": "built", "cuda_version": "13.0.88", "cuda_archs": archs},
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
-    ("torch_module", "archs", "problems"),
+    ("capability", "driver", "archs", "said"),
     [
-        (fake_torch((8, 0)), "80 80+ptx", []),
-        (fake_torch((8, 0), (7, 5)), "80 80+ptx", ["GPU number 1 (compute capability 7.5)"]),
-        (fake_torch((8, 0), driver=12040), "80", ["driver is too old: it runs CUDA 12.4"]),
-        (fake_torch((8, 0)), "", ["no CUDA kernels"]),
-        (fake_torch(error="the driver is broken"), "80", ["the driver is broken"]),
+        ((8, 9), 13000, "86 80+ptx", "A GPU (sm_89), machine code of sm_86"),
+        ((12, 0), 13000, "86 80+ptx", "A GPU (sm_120), PTX of compute_80"),
+        ((7, 5), 13000, "80", "A GPU (sm_75), no code"),
+        ((7, 5), 13000, "80", "path: A GPU (compute capability 7.5) is not among the GPUs"),
+        ((8, 0), 12040, "80", "path: the NVIDIA driver is too old: it runs CUDA 12.4"),
+        ((8, 0), 13000, "", "path: this build of snnlstm has no CUDA kernels"),
+        (None, 13000, "80", "problem: torch cannot use the GPU (missing: RuntimeError: broken)"),
+        (None, 13000, "80", "note              the driver is too old"),
     ],
-    ids=["served", "no code", "old driver", "no CUDA", "broken driver"],
 )
-def test_gpus_drivers_and_builds(monkeypatch, torch_module, archs, problems):
-    monkeypatch.setitem(sys.modules, "torch", torch_module)
-    monkeypatch.setitem(sys.modules, "snnlstm._C", fake_core(archs))
+def test_gpus_drivers_and_builds(monkeypatch, capability, driver, archs, said):
+    def is_available() -> bool:
+        if capability is None:
+            warnings.warn("the driver is too old", stacklevel=1)
+            raise RuntimeError("broken")
+        return True
+
+    build = {"cuda": "built", "cuda_version": "13.0.88", "cuda_archs": archs}
+    monkeypatch.setattr(snnlstm._C, "build_info", lambda: build)
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    cuda_check.trouble.cache_clear()
     facts = report.collect()
+    cuda_check.trouble.cache_clear()
     json.dumps(facts)
-    assert report.table(facts)
-    for said, problem in zip(facts["problems"], problems, strict=True):
-        assert problem in said
-
-
-def test_each_gpu_is_named_with_the_code_that_it_runs(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", fake_torch((8, 9), (12, 0), (7, 5)))
-    monkeypatch.setitem(sys.modules, "snnlstm._C", fake_core("86 80+ptx"))
-    said = report.table(report.collect())
-    for words in (
-        "GPU number 0 (sm_89), machine code of sm_86",
-        "GPU number 1 (sm_120), PTX of compute_80",
-        "GPU number 2 (sm_75), no code",
-    ):
-        assert words in said
+    assert said in report.table(facts)
+    assert len(facts["problems"]) == ("sm_" not in said or "no code" in said)
 
 
 def test_a_core_of_another_version(monkeypatch):
     """A core that lacks a function is a problem, not a crash."""
     monkeypatch.setitem(sys.modules, "snnlstm._C", types.SimpleNamespace(__file__="old.so"))
     facts = report.collect()
-    assert any("isa_name" in problem for problem in facts["problems"])
+    assert "isa_name" in facts["problems"][0]
     assert "old.so" in report.table(facts)
-
-
-def test_what_torch_warns_of_is_shown(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", fake_torch(warning="the driver is too old"))
-    assert "the driver is too old" in report.table(report.collect())

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from snnlstm import surrogate
-from snnlstm.spec import CellSpec
 from snnlstm.quant import StateQuant, state_quant
+from snnlstm.spec import CellSpec
 
 SURROGATES = (
     surrogate.atan(2.0),
@@ -34,17 +34,15 @@ class Options(CellSpec):
     sequence: bool = False
     record: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-
     def __hash__(self) -> int:
         return super().__hash__()
 
-    @property
-    def spec(self) -> CellSpec:
-        """Returns the spec alone, as cells have it."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # torch.compile cannot trace fields(), so the spec alone, as cells have it, is made here.
         names = (f.name for f in fields(CellSpec) if f.init)
-        return CellSpec(**{name: getattr(self, name) for name in names})
+        spec = CellSpec(**{name: getattr(self, name) for name in names})
+        object.__setattr__(self, "spec", spec)
 
 
 class Inputs(NamedTuple):
@@ -239,18 +237,18 @@ def options(draw: Any, height: int, width: int) -> Options:
         pool_size = draw(st.tuples(st.integers(1, min(3, ho)), st.integers(1, min(3, wo))))
     sequence = draw(st.booleans())
     drawn = Options(
-        kernel,
-        stride,
-        dilation,
-        draw(st.sampled_from(["none", "subtract", "zero"])),
-        pool,
-        pool_size,
-        draw(st.sampled_from(SURROGATES)),
-        draw(st.sampled_from(_QUANTS)),
-        draw(st.sampled_from([False, False, False, True])),
-        sequence,
-        sequence and draw(st.booleans()),
-        draw(st.booleans()),
+        kernel_size=kernel,
+        stride=stride,
+        dilation=dilation,
+        reset=draw(st.sampled_from(["none", "subtract", "zero"])),
+        pool=pool,
+        pool_size=pool_size,
+        surrogate=draw(st.sampled_from(SURROGATES)),
+        quant=draw(st.sampled_from(_QUANTS)),
+        inhibition=draw(st.sampled_from([False, False, False, True])),
+        sequence=sequence,
+        record=sequence and draw(st.booleans()),
+        checkpoint=draw(st.booleans()),
     )
     return replace(drawn, **SILENT) if draw(st.integers(0, 4)) == 0 else drawn
 

@@ -6,11 +6,9 @@ from typing import Any
 
 import flat
 import torch
-from cases import Case, Inputs, wanting_gradients
+from cases import Case, Inputs, Options, wanting_gradients
 from oracle import decisions, steps_of
 from torch import Tensor
-
-from cases import Options
 
 NAMES = ("x", "syn", "mem", "weight", "bias", "threshold")
 OUTPUTS = ("spk", "syn", "mem")

@@ -13,11 +13,10 @@ from dataclasses import replace
 import flat
 import torch
 import torch.nn.functional as F
-from cases import Case, Inputs
+from cases import Case, Inputs, Options
 from torch import Tensor
 
 from snnlstm import surrogate
-from cases import Options
 
 
 def assert_quantised(value: Tensor, exact: Tensor, levels: Tensor, band: float) -> None:

@@ -1,12 +1,11 @@
 """Fills the outputs and workspaces of the core with a pattern, and puts fences around them.
 
-The core takes all its memory from torch.empty and its relatives, and from memory.empty. Within
+The core takes all its memory from torch.empty and its relatives, and from pool.py. Within
 :func:`poisoned` these return memory that holds a pattern and lies between two fences. A result that
 the core does not write keeps the pattern. A result of memory that nobody wrote is wrong. A write
 past the end changes a fence.
 """
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
@@ -16,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from snnlstm.native import cpu, plan as tensors, pool as memory
+from snnlstm.native import cpu, pool
+from snnlstm.native import plan as tensors
 
 NAN = 0xFF  # as float32, float64: NaN; as int64: -1
 HUGE = 0x7F  # as float32, float64: 3.4e38, 1.4e306; as int64: 9.2e18
@@ -80,10 +80,10 @@ def poisoned(pattern: int) -> Iterator[_Fenced]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (cpu, tensors):
             patch.setattr(module, "torch", Torch())
-        patch.setattr(memory, "empty", lambda shape, dtype: contiguous(shape, dtype=dtype))
+        patch.setattr(pool, "empty", lambda shape, dtype: contiguous(shape, dtype=dtype))
+        patch.setattr(pool, "workspace", lambda count: contiguous(count, dtype=torch.uint8))
         patch.setattr(Tensor, "new_empty", new_empty)
         patch.setattr(Tensor, "new_empty_strided", new_empty_strided)
-        patch.setattr(memory, "_thread", threading.local())  # a workspace of its own
         patch.setattr(cpu, "_packed", WeakKeyDictionary())
         yield fenced
     fenced.check()

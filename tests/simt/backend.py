@@ -27,8 +27,8 @@ import torch
 from builder import HERE, ROOT, build
 from emulator import EmulationError, Emulator, symbolise
 
-from snnlstm.native import function as native
 from snnlstm.native import cuda
+from snnlstm.native import function as native
 
 # Programs that import this module without pytest find the modules of tests/shared, too.
 sys.path.append(str(HERE.parent / "shared"))
@@ -74,11 +74,11 @@ class Emulated(cuda.Backend):
     def may_measure(self) -> bool:
         return True
 
-    def core_plan(self, signature: Any, tf32: bool, algorithm: str, backward: bool) -> Any:
+    def core_plan(self, sizes: Any, tf32: bool, algorithm: str, backward: bool) -> Any:
         demanded = algorithm
         if self.algorithm != "auto" and algorithm in ("auto", "direct", "winograd", "measure"):
             demanded = self.algorithm
-        plan = super().core_plan(signature, tf32, demanded, backward)
+        plan = super().core_plan(sizes, tf32, demanded, backward)
         if self.algorithm == demanded == "resident" and not plan.name.startswith("resident"):
             raise EmulationError("an image and the weights do not fit in a block's shared memory")
         return plan

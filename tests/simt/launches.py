@@ -75,17 +75,18 @@ def calls(core: Core, matrix: int = 1, **facts: Any) -> list[Launch]:
         return ADDRESS, (n * size, size, 1, w * channels, channels)
 
     state, x = images(c), images(facts["Cin"])
-    common = {"x": x, "syn0": state, "mem0": state, "weight": ADDRESS, "threshold": ADDRESS,
-              "graded": ADDRESS, "saved_gates": ADDRESS, "saved_syn": ADDRESS,
-              "places": ADDRESS, "workspace": ADDRESS}  # fmt: skip
+    # In the order of PassArgs (csrc/args.h).
+    common = (
+        x, state, state, ADDRESS, 0, 0, ADDRESS, 0, ADDRESS, 0, True,
+        ADDRESS, ADDRESS, 0, ADDRESS, 0, 0, ADDRESS,
+    )  # fmt: skip
     with core.dry() as launches:
         forward, backward = (plan(core, matrix, of, **facts) for of in (False, True))
         for packed in forward, backward:
             packed.pack(ADDRESS, ADDRESS, 0)
-        forward.forward(0, record=True, spk=state, syn=state, mem=state, **common)
-        backward.backward(0, record=True, grad_spk=state, grad_syn=state, grad_mem=state,
-                          grad_x=x, grad_syn0=state, grad_mem0=state, grad_weight=ADDRESS,
-                          grad_bias=ADDRESS, grad_threshold=ADDRESS, **common)  # fmt: skip
+        forward.forward(0, (*common, 0, None, *(state,) * 3))
+        gradients = *(state,) * 3, x, state, state, *(ADDRESS,) * 3
+        backward.backward(0, (*common, None, *gradients, 0, 0))
     return launches
 
 

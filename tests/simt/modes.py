@@ -43,15 +43,16 @@ class Mode:
         # torch's convolution stands in for cuDNN's; oneDNN 3 with AMX would give wrong sums for
         # bfloat16 images of one column with stride and dilation.
         (enabled, *_) = mkldnn.set_flags(False)
+        autocast = torch.autocast("cpu", self.operands, enabled=self.operands is not None)
         try:
-            with core.installed(), float32_precision(self.precision):
+            with core.installed(), float32_precision(self.precision), autocast:
                 yield
         finally:
             mkldnn.set_flags(enabled)
 
     def of(self, case: Case) -> Case:
-        """The same call in this mode's types."""
-        return case.but(dtype=self.dtype, operands=self.operands)
+        """The same call with states of this mode's type."""
+        return case.but(dtype=self.dtype)
 
     def run(self, *call: Any) -> tuple[torch.Tensor, ...]:
         return flat.run(*call, self.algorithm)

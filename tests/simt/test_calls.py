@@ -14,8 +14,8 @@ from modes import MODES, PLAIN
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
-from snnlstm.native import function as native
 from snnlstm.native import cuda
+from snnlstm.native import function as native
 from snnlstm.quant import state_quant
 
 TRAINED = PLAIN.but(reset="subtract", quant=state_quant(4))
@@ -202,7 +202,7 @@ def test_checkpoint_gives_the_same_gradients(core, algorithm):
 @pytest.mark.parametrize("algorithm", ["direct", "hybrid", "pointwise"])
 @pytest.mark.parametrize("mode", ["float32", "bfloat16 autocast"])
 def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
-    """The fake kernels of ops.py know the sizes of what the CUDA kernels save."""
+    """The fake kernels of function.py know the sizes of what the CUDA kernels save."""
     torch._dynamo.reset()
     case = PLAIN.but(time=2)
 

@@ -108,9 +108,9 @@ def test_a_path_names_the_backward_pass_if_torch_convolves_there(core, monkeypat
     core.device(algorithm="auto")
     plan_of = type(core.kernels).core_plan
 
-    def chosen(kernels, signature, tf32, algorithm, of_backward):
+    def chosen(kernels, sizes, tf32, algorithm, of_backward):
         wanted = backward if of_backward else "fused"
-        return plan_of(kernels, signature, tf32, wanted, of_backward)
+        return plan_of(kernels, sizes, tf32, wanted, of_backward)
 
     monkeypatch.setattr(type(core.kernels), "core_plan", chosen)
     cell, x = snnlstm.SConv2dLSTM(1, 8, 3, threshold=0.1), torch.rand(3, 1, 1, 10, 9)

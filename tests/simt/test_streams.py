@@ -54,7 +54,7 @@ def test_memory_that_is_kept_beside_the_allocator_is_seen(core, monkeypatch):
     def shared(size, device):
         return kept.setdefault(size, torch.empty(size, dtype=torch.uint8, device=device))
 
-    monkeypatch.setattr(cuda.tensors, "empty_bytes", shared)
+    monkeypatch.setattr(cuda, "empty_bytes", shared)
     streams, _ = train(core, "direct", 2)
     assert any(
         "a kernel on stream 2 writes to memory of stream 1" in race for race in streams.races

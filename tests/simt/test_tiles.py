@@ -37,8 +37,8 @@ def test_tiles_of_many_shapes(core, monkeypatch, name, mode, size):
     tiles = {False: set(), True: set()}
     plan_of = core.kernels.__class__.core_plan
 
-    def noting(kernels, signature, tf32, algorithm, backward):
-        plan = plan_of(kernels, signature, tf32, algorithm, backward)
+    def noting(kernels, sizes, tf32, algorithm, backward):
+        plan = plan_of(kernels, sizes, tf32, algorithm, backward)
         tiles[backward].add(plan.tile)
         return plan
 

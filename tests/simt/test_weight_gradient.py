@@ -15,9 +15,8 @@ import torch
 from cases import Case
 from modes import MODES, PLAIN, Mode
 
-import snnlstm.path
 from snnlstm.native import cuda
-from snnlstm.native.tensors import Result, Saved
+from snnlstm.native.plan import Result, Saved
 
 BOTH = (False, False, False, True, True, False)
 
@@ -32,7 +31,7 @@ class Given:
         images = (self.positive(t.shape).to(t.dtype) for t in inputs[:3])
         self.call = (*images, *inputs[3:], self.case.options)
         with mode.running(core):
-            plan = snnlstm.path._native.plan_of(flat.call_of(self.call), "direct")
+            plan = flat.plan_of(self.call, "direct")
         gates, syn, *decisions = plan.saved_shapes
         gates, syn = (self.positive(shape).to(dtype) for shape, dtype in (gates, syn))
         channels = torch.arange(syn.shape[-1]) < case.channels
@@ -54,7 +53,7 @@ class Given:
         """mem before each step, (T, N, Cp, Ho, Wo), and d_gates, (T, N, Ho * Wo, 4, Cp)."""
         found = []
 
-        def note(plan, x, mem, d_gates, own, wanted):
+        def note(plan, x, mem, d_gates, wanted):
             found.extend((mem.double(), d_gates.double().unflatten(-1, (4, -1))))
             return None, None
 

@@ -18,12 +18,10 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from backend import Core, simt_core  # noqa: E402
-from cases import Case, wanting_gradients  # noqa: E402
+from cases import Case, Options, wanting_gradients  # noqa: E402
 from emulator import Counts  # noqa: E402
 from modes import FORWARD as MODES  # noqa: E402
 from modes import Mode  # noqa: E402
-
-from cases import Options  # noqa: E402
 
 STEP = Options((3, 3))
 # The benchmark suite's layers, with as many samples as the emulation can run.

@@ -8,7 +8,6 @@ other random examples are discarded. fuzz.py tests options that only our cell ha
 from dataclasses import dataclass
 from typing import Any
 
-import flat
 import hypothesis.strategies as st
 import pytest
 import snntorch
@@ -24,6 +23,7 @@ from oracle import pooled
 from rounding import gradient_error, state_error
 
 import snnlstm
+from snnlstm.call import Call
 from snnlstm.surrogate import KINDS, triangular
 
 # snnTorch holds the triangle's height in float32.
@@ -128,23 +128,23 @@ class Twins:
 
 def reference_run(cell: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Returns the trajectory in float64 and plain torch."""
-    options = cell._describe(True, True)
     double = [t.double() for t in (*inputs, cell.conv.weight)]
     bias = None if cell.conv.bias is None else cell.conv.bias.double()
     threshold, graded = cell.threshold.double(), cell.graded_spikes_factor.double()
-    return list(flat.reference(*double, bias, threshold, graded, options))
+    call = Call(*double, bias, threshold, graded, record=True)
+    return list(snnlstm.reference.run(call, cell._describe()))
 
 
 @torch.no_grad()
 def margin(case: Twins, cell: Any, inputs: list[torch.Tensor]) -> float:
     """Returns the least distance of the float64 trajectory to anything discontinuous."""
-    options = cell._describe(True, True)
+    spec = cell._describe()
     threshold = cell.threshold.detach().double()
     _, syn, mem = reference_run(cell, inputs)
     before = torch.cat([inputs[2][None].double(), mem[:-1]])
     near = [(before - threshold).abs()]
-    mem = pooled(mem.flatten(0, 1), options)
-    if options.quant is not None:
+    mem = pooled(mem.flatten(0, 1), spec)
+    if spec.quant is not None:
         # The states before their quantisation come from single steps of a cell without quantiser.
         plain = case.make(snnlstm)
         plain.state_quant = False
@@ -152,13 +152,13 @@ def margin(case: Twins, cell: Any, inputs: list[torch.Tensor]) -> float:
         for t in range(case.case.time):
             step = [inputs[0][t : t + 1], starts[0][t], starts[1][t]]
             _, s, m = reference_run(plain, step)
-            near += [between_levels(s, options.quant), between_levels(m, options.quant)]
-        if options.pool == "avg":
-            near.append(between_levels(mem, options.quant))
-        mem = options.quant(mem)
+            near += [between_levels(s, spec.quant), between_levels(m, spec.quant)]
+        if spec.pool == "avg":
+            near.append(between_levels(mem, spec.quant))
+        mem = spec.quant(mem)
     near.append((mem - threshold).abs())
-    if options.surrogate.name == "SFS":
-        near.append((mem - threshold - options.surrogate.p1).abs())
+    if spec.surrogate.name == "SFS":
+        near.append((mem - threshold - spec.surrogate.p1).abs())
     distances = torch.cat([part.flatten() for part in near])
     distances = distances[distances.isfinite()]
     return float(distances.min()) if distances.numel() else 1.0

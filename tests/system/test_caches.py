@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from cases import Options
 from cpu_kernels import native
 from helpers import ours
 
 from snnlstm import call
-from cases import Options
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 

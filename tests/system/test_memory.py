@@ -1,6 +1,5 @@
 """Training keeps and inference takes as many bytes as the documentation says."""
 
-import threading
 import weakref
 
 import cases
@@ -14,8 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
-from snnlstm.call import make_call
-from snnlstm.native import pool as memory
+from snnlstm.native import pool
 from snnlstm.quant import state_quant
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
@@ -111,8 +109,8 @@ def taken_in_inference(kernels, case: Case) -> tuple[int, int]:
     with torch.no_grad():
         kernels.run(*inputs, case.options)  # packs the weight
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(memory, "_thread", threading.local())
-            patch.setattr(memory, "SMALLEST", float("inf"))  # torch allocates all blocks
+            patch.setattr(pool, "SMALLEST", float("inf"))  # torch allocates all blocks
+            patch.setattr(pool, "workspace", lambda count: pool.empty((count,), torch.uint8))
             with Allocations() as taken:
                 out = kernels.run(*inputs, case.options)
     outputs = sum(storage(o)[1] for o in out)
@@ -139,10 +137,11 @@ def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_tim
 def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):
     sizes = set()
     for time in (20, 60, 200):  # shorter sequences have fewer parts of the weight gradient
-        call = make_call(PLAIN.but(time=time).inputs(), PLAIN.options)
-        plan = native.plan_of(call, kernels.algorithm)
+        arguments = *PLAIN.but(time=time).inputs(), PLAIN.options
+        plan = flat.plan_of(arguments, kernels.algorithm)
+        decided = flat.forward(*arguments, True, kernels.algorithm).decided
         counters = 2 * 64 * time  # a step counts its tasks, and the tasks that fold its sums
-        backward = plan._backward_pass(plan.forward(call, True).decided, True, True)
+        backward = plan._pass(decided, True, True, True)
         sizes.add(backward.workspace - counters)
     assert len(sizes) == 1
 
@@ -155,30 +154,6 @@ def test_no_gradient_no_memory(kernels):
         out = kernels.run(*leaves, PLAIN.options)
     assert not saved
     assert all(o.grad_fn is None for o in out)
-
-
-def test_the_workspace_is_kept_between_calls_and_let_go_where_it_is_large(monkeypatch):
-    monkeypatch.setattr(memory, "_thread", threading.local())
-    inputs = PLAIN.inputs()
-    with torch.no_grad():
-        flat.run(*inputs, PLAIN.options)
-        kept = memory.workspace(1)
-        assert kept.numel() > 1
-        flat.run(*inputs, PLAIN.options)
-        assert memory.workspace(1) is kept
-        monkeypatch.setattr(memory, "LARGEST_WORKSPACE", kept.numel())
-        large = PLAIN.but(time=1, height=120, width=130)
-        flat.run(*large.inputs(), PLAIN.options)
-    assert memory.workspace(1) is kept
-
-
-def test_empty_cache_gives_the_workspaces_back(monkeypatch):
-    monkeypatch.setattr(memory, "_thread", threading.local())
-    kept = weakref.ref(memory.workspace(1000))
-    assert kept() is memory.workspace(1000)
-    snnlstm.empty_cache()
-    assert kept() is None
-    assert memory.workspace(1000).numel() >= 1000
 
 
 def test_a_segment_that_is_computed_again_takes_the_memory_of_the_one_before(kernels):

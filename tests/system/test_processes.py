@@ -14,8 +14,6 @@ import pytest
 from cpu_kernels import native
 from helpers import HANG
 
-from snnlstm.native import pool as memory
-
 pytestmark = [
     pytest.mark.skipif(native is None, reason="the core is not built"),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux"),
@@ -124,34 +122,6 @@ print("failed", hung)
     assert in_a_process(program).split() == ["failed", "0"]
 
 
-def test_a_lock_that_another_thread_holds_at_a_fork(in_a_process):
-    """The child makes a new lock: without one it would run, but keep no blocks."""
-    program = """
-from snnlstm.native import pool as memory
-
-held, done = threading.Event(), threading.Event()
-
-def hold():
-    with memory._lock:
-        held.set()
-        done.wait()
-
-thread = threading.Thread(target=hold)
-thread.start()
-held.wait()
-child = os.fork()
-if child == 0:
-    signal.alarm(HANG // 2)
-    train(cell, torch.rand(2, 2, 2, 96, 96))
-    os._exit(0 if memory.free_bytes() else 3)
-status = os.waitpid(child, 0)[1]
-done.set()
-thread.join()
-print(status)
-"""
-    assert in_a_process(program).split() == ["0"]
-
-
 def test_a_signal_handler_that_calls_the_cell_which_is_running(in_a_process):
     program = """
 torch.set_num_threads(1)
@@ -216,7 +186,7 @@ def test_memory_is_found_although_blocks_are_kept_for_later(what, in_a_process):
     """Results and gradients are torch's memory; gates lie in blocks, larger than the free ones."""
     program = f"""
 import mmap, resource
-from snnlstm.native import pool as memory
+from snnlstm.native import pool
 
 cell, what = snnlstm.SConv2dLSTM(2, 16, 3, threshold=0.05), {what!r}
 # 50 MiB of spikes, 6 of gradients; or 100 of gates in 20 steps
@@ -227,14 +197,14 @@ here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (here + (250 << 20),) * 2)
 # for the 10 MiB of their spikes; for states, which torch allocates
 room = mmap.mmap(-1, (20 if what == "gates" else 4) << 20)
-held = [memory.empty((8 << 20,), torch.uint8)]
+held = [pool.empty((8 << 20,), torch.uint8)]
 try:
     while True:
-        held.append(memory.empty((2 << 20,), torch.uint8))
+        held.append(pool.empty((2 << 20,), torch.uint8))
 except MemoryError:
     del held
 room.close()
-assert memory.free_bytes() > 100 << 20
+assert pool.free_bytes() > 100 << 20
 if kept is not None:
     kept.backward()
 else:
@@ -286,35 +256,3 @@ print(len(raised), same, bool(cell.conv.weight.grad.isfinite().all()))
     assert in_a_process(program).split() == ["2", "True", "True"]
 
 
-def test_limits_of_a_container_are_read(tmp_path: Path):
-    (tmp_path / "self").mkdir()
-    groups = tmp_path / "self/cgroup"
-    inner = tmp_path / "cgroup/a/b"
-    inner.mkdir(parents=True)
-    read = memory._limits
-
-    groups.write_text("0::/a/b\n")
-    assert list(read(tmp_path, tmp_path / "cgroup")) == []
-    (inner / "memory.max").write_text("max\n")
-    (inner.parent / "memory.max").write_text("1000\n")
-    (inner.parent.parent / "memory.max").write_text("2000\n")
-    assert list(read(tmp_path, tmp_path / "cgroup")) == [1000, 2000]
-
-    first = tmp_path / "cgroup/memory/c"
-    first.mkdir(parents=True)
-    (first / "memory.limit_in_bytes").write_text("500\n")
-    groups.write_text("4:cpu,memory:/c\n3:cpuset:/a\n0::/\n")
-    assert list(read(tmp_path, tmp_path / "cgroup")) == [500, 2000]
-
-    groups.unlink()
-    assert list(read(tmp_path, tmp_path / "cgroup")) == []
-
-
-@pytest.mark.parametrize(
-    ("limits", "space", "kept"),
-    [([], -1, 1 << 30), ([80 << 20, 1 << 40], -1, 10 << 20), ([80 << 20], 40 << 20, 5 << 20)],
-)
-def test_an_eighth_of_what_the_process_may_use_is_kept(limits, space, kept, monkeypatch):
-    monkeypatch.setattr(memory, "_limits", lambda: limits)
-    monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (space, -1))
-    assert memory._most_kept() == kept
