@@ -31,7 +31,8 @@ enum class Surrogate : int {
   leaky = 10,
 };
 
-// How the CPU kernels sum a convolution. `automatic` leaves that to cpu/choose.cpp.
+// How the CPU kernels sum a convolution: `sparse` is for the input half of the forward pass, and
+// `automatic` leaves that to cpu/choose.cpp.
 enum class CpuAlgorithm : int { automatic = 0, direct = 1, winograd = 2, sparse = 3 };
 
 // The computation, without its data: everything that decides sizes and the choice of kernel.
@@ -53,7 +54,6 @@ struct Cell {
   int outer_h = 0, outer_w = 0;  // CPU: taps on either side that meet no pixel, beside kernel_h, _w
   int tile_h = 0, tile_w = 0;    // CPU: outputs of a Winograd tile of the recurrent half, or 0
   CpuAlgorithm x_algorithm = CpuAlgorithm::direct;  // CPU: of the input half
-  bool by_columns = false;  // CPU: direct convolution goes along columns of pixels, not rows
 
   int64_t pad_h() const { return int64_t(dilation_h) * (kernel_h - 1) / 2; }
   int64_t pad_w() const { return int64_t(dilation_w) * (kernel_w - 1) / 2; }

@@ -70,8 +70,8 @@ void* find_torch() {
 // or none, it is what the process has, or else the system's.
 void* find_openmp(std::string& path) {
   const auto parallel_in = [](void* place) {
-    void* const found = dlsym(place, "GOMP_parallel");
-    return found ? found : dlsym(place, "__kmpc_fork_call");
+    void* const of_gcc = dlsym(place, "GOMP_parallel");
+    return of_gcc ? of_gcc : dlsym(place, "__kmpc_fork_call");
   };
   void* parallel = nullptr;
   if (void* torch = find_torch()) parallel = parallel_in(torch);
@@ -115,8 +115,8 @@ struct Runtime {
   void (*push_num_threads)(Place*, int32_t global_thread, int32_t threads) = nullptr;
 
   Runtime() {
-    std::string found;
-    void* const library = find_openmp(found);
+    std::string library_path;
+    void* const library = find_openmp(library_path);
     if (!library) return;
     const auto set = [&](auto& function, const char* name) {
       function = reinterpret_cast<std::decay_t<decltype(function)>>(address_in(library, name));
@@ -125,7 +125,7 @@ struct Runtime {
     set(parallel, "GOMP_parallel"), set(fork_call, "__kmpc_fork_call");
     set(global_thread_num, "__kmpc_global_thread_num");
     set(push_num_threads, "__kmpc_push_num_threads");
-    if (has_fork_call() || (parallel && thread_num)) path = found;
+    if (has_fork_call() || (parallel && thread_num)) path = library_path;
   }
   bool has_fork_call() const { return fork_call && global_thread_num && push_num_threads; }
   bool serves() const { return !path.empty(); }

@@ -45,9 +45,9 @@ std::string form_name(const Cell& cell, Form form);
 struct Kernels {
   // Says whether there are Winograd kernels for the cell's type and number of channels.
   bool (*has_tiles)(const Cell&);
-  // Returns the cost of a pass's input half from lists of its nonzeros, over its cost in direct
-  // sums, or infinity if the image is too large for lists.
-  double (*sparse_cost)(const Cell&, double density, bool backward);
+  // Returns the cost of the forward pass's input half from lists of its nonzeros, over its cost in
+  // direct sums, or infinity if the image is too large for lists.
+  double (*sparse_cost)(const Cell&, double density);
 
   // These return the bytes that a call needs as its workspace. `weight` says whether the backward
   // pass forms the weight's gradient.

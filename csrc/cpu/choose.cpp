@@ -41,20 +41,18 @@ double met_share(int kernel, int dilation, int64_t n) {
   return n > 0 ? double(met) / (double(n) * kernel) : 1;
 }
 
-// Direct convolution takes one line of pixels after the other, and leaves out the taps that meet
-// only the border beside the line. This returns what that costs, of all taps: a line of one pixel
-// costs twice as much as a longer one.
-double lines_cost(const Cell& c, bool columns) {
-  const int64_t H = c.Ho(), W = c.Wo();
-  return columns ? met_share(c.kernel_w, c.dilation_w, W) * (1 + 1. / double(H > 1 ? H : 1))
-                 : met_share(c.kernel_h, c.dilation_h, H) * (1 + 1. / double(W > 1 ? W : 1));
+// Direct convolution takes one row of pixels after the other, and leaves out the rows of taps that
+// meet only the border. This returns what that costs, of all taps: a row of one pixel costs twice
+// as much as a longer one.
+double rows_cost(const Cell& c) {
+  return met_share(c.kernel_h, c.dilation_h, c.Ho()) * (1 + 1. / double(c.Wo()));
 }
 
 // Returns what direct convolution costs, and if `lists` is not negative what it costs from lists of
 // nonzeros instead, which take that share of the time of all taps.
 double direct_cost(const Cell& c, double channels, bool backward, double lists = -1) {
   const double taps = c.kernel_h * c.kernel_w;
-  const double share = lists < 0 ? lines_cost(c, c.by_columns) : lists;
+  const double share = lists < 0 ? rows_cost(c) : lists;
   const double fetching = 1 / at_once(c, double(c.Ho() * c.Wo()), 64);
   return taps * channels * 4 * share * (1 + fetching) + filter_cost(c, taps, channels, backward);
 }
@@ -107,9 +105,8 @@ Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, boo
     const double cost = tile_cost(c, t, double(c.Cin), backward) - tile_cost(c, t, 0, backward);
     if (forced || cost < best) best = cost, c.x_algorithm = CpuAlgorithm::winograd;
   }
-  if (!forced && density < 1) {
-    const double cost =
-        direct_cost(c, double(c.Cin), backward, kernels().sparse_cost(c, density, backward));
+  if (!backward && !forced && density < 1) {
+    const double cost = direct_cost(c, double(c.Cin), backward, kernels().sparse_cost(c, density));
     if (cost < best) c.x_algorithm = CpuAlgorithm::sparse;
   }
   return c;
@@ -119,8 +116,7 @@ Cell choose(Cell c, CpuAlgorithm algorithm, double density, int most_inputs, boo
 
 Plan make_plan(const Cell& cell, CpuAlgorithm algorithm, double density, int most_inputs,
                int threads) {
-  Cell c = within_image(cell);
-  c.by_columns = lines_cost(c, true) < 0.9 * lines_cost(c, false);
+  const Cell c = within_image(cell);
   return {choose(c, algorithm, density, most_inputs, false),
           choose(c, algorithm, density, most_inputs, true), kernels(), threads};
 }

@@ -204,7 +204,6 @@ void choose_algorithms(Cell& c, const cpu::Kernels& kernels) {
   if (kernels.has_tiles(c) && c.kernel_h * c.kernel_w > 1 && between(0, 5) > 0)
     c.tile_h = tile(c.kernel_h), c.tile_w = tile(c.kernel_w);
   const bool tiles_of_x = c.tiled() && c.stride_h == 1 && c.stride_w == 1;
-  c.by_columns = one_of({false, true});
   c.x_algorithm = tiles_of_x ? one_of({CpuAlgorithm::direct, CpuAlgorithm::sparse,
                                        CpuAlgorithm::winograd, CpuAlgorithm::winograd})
                              : one_of({CpuAlgorithm::direct, CpuAlgorithm::sparse});
@@ -284,6 +283,7 @@ void run(Cell c, const cpu::Kernels& kernels) {
   grad_spk.fill(number), grad_syn.fill(number), grad_mem.fill(number);
   noise.fill([&] { return T(0.25); });
   Tensor<T> grad_x({c.T, c.N, c.Cin, c.H, c.W}), grad_syn0(state), grad_mem0(state);
+  if (c.x_algorithm == CpuAlgorithm::sparse) c.x_algorithm = CpuAlgorithm::direct;
   const Bytes grad_weight(4 * c.C * (c.Cin + c.C) * K * item), grad_bias(4 * c.C * item),
       grad_threshold(c.C * item);
   const auto wanted = [&] { return between(0, 4) > 0; };

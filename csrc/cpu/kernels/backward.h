@@ -4,9 +4,7 @@
 //            pointwise backward of step t - 1 (neuron_backward.h)
 //   inputs   the data gradient of x, if it is wanted (with Winograd the rows tasks form it too)
 //   weights  the part of step t in the weight gradient (weight_gradient.h)
-// The workspace holds two time steps of d gates, mem and x, for any T. In a call of one step of
-// many small samples, a task takes one sample after the other, from the gradients of its outputs to
-// those of its inputs and of the weight, while all of the sample lies in L2.
+// The workspace holds two time steps of d gates, mem and x, for any T.
 #pragma once
 
 #include "data_grad.h"
@@ -31,9 +29,8 @@ class Backward {
         tasks_(l_, args, false),
         to_mem_(l_, l_.Cb, l_.Wo, 1, 1),
         to_x_(l_, l_.x_blocks, args.cell.W, args.cell.stride_h, args.cell.stride_w),
-        by_sample_(goes_by_sample()),
-        neuron_(a_, l_, tasks_, by_sample_),
-        weights_(l_, args.threads, by_sample_) {
+        neuron_(a_, l_, tasks_),
+        weights_(l_, args.threads) {
     const Cell& c = a_.cell;
     if constexpr (kHasWinograd<T, VL>) inputs_ = InputTransform<S>(l_.form);
     x_rows_ = l_.block_rows();
@@ -58,21 +55,11 @@ class Backward {
     const Phases phases(counters_, most_phases());
     neuron_.pack_vectors();
     const int convolutions = 1 + (a_.grad_weight != nullptr) + (a_.grad_x.data != nullptr);
-    parallel(a_.threads, convolutions * l_.step_work(),
-             [&](int thread) { by_sample_ ? samples(phases, thread) : steps(phases, thread); });
+    parallel(a_.threads, convolutions * l_.step_work(), [&](int thread) { steps(phases, thread); });
   }
 
  private:
   int64_t most_phases() const { return 2 * a_.cell.T + 3; }
-
-  // Says whether samples make good tasks: L2 holds one, no thread is idle for long, and the
-  // weight's gradient, which each sample passes over, lies in L2 too.
-  bool goes_by_sample() const {
-    const int64_t N = a_.cell.N, rounds = (N + a_.threads - 1) / a_.threads;
-    const int64_t bytes = 8 * l_.mem_image() * int64_t(sizeof(T));
-    return a_.cell.T == 1 && tasks_.most_together == 1 && !(a_.grad_weight && l_.wide()) &&
-           4 * rounds * a_.threads <= 5 * N && bytes <= 1 << 20;
-  }
 
   // Counts the tasks of the data gradient of x: blocks of rows of all images that belong together.
   int64_t x_tasks(const RowTasks& tasks) const {
@@ -81,10 +68,11 @@ class Backward {
   }
 
   void steps(const Phases& phases, int thread) {
-    const int64_t T_ = a_.cell.T, weight_tasks = a_.grad_weight ? weights_.tasks() : 0;
-    phases.run(0, tasks_.count + clear_tasks(), [&](int64_t task) {
+    const bool of_weight = a_.grad_weight != nullptr;
+    const int64_t T_ = a_.cell.T, weight_tasks = of_weight ? weights_.tasks() : 0;
+    phases.run(0, tasks_.count + (of_weight ? weights_.clear_tasks() : 0), [&](int64_t task) {
       if (task < tasks_.count)
-        neuron_.clear(task, thread);
+        neuron_.clear(task);
       else
         weights_.clear(task - tasks_.count);
     });
@@ -115,51 +103,11 @@ class Backward {
         rows(t, tasks, task - x_count, thread);
       });
       tasks = next;
-      fold(phases, phase, t);
+      if (of_weight && weights_.due(t))
+        phases.run(phase++, weights_.fold_tasks(), [&](int64_t task) { weights_.fold(task, t); });
     }
-    finish(phases, phase, thread);
-  }
-
-  // Does a call of one step, by samples.
-  void samples(const Phases& phases, int thread) {
-    phases.run(0, clear_tasks(), [&](int64_t task) { weights_.clear(task); });
-    const RowTasks tasks = tasks_.at(0);
-    const int64_t N = tasks.images(), count = a_.grad_weight ? weights_.splits() : N;
-    phases.run(1, count + finished(tasks), [&](int64_t task) {
-      if (task >= count) return clear_x(0, N + task - count);
-      for (int64_t n = N * task / count; n < N * (task + 1) / count; ++n) sample(n, task, thread);
-    });
-    int64_t phase = 2;
-    fold(phases, phase, 0);
-    finish(phases, phase, thread);
-  }
-
-  void sample(int64_t n, int64_t split, int thread) {
-    const int64_t first = n * tasks_.per_image, last = first + tasks_.per_image;
-    for (int64_t task = first; task < last; ++task) {
-      neuron_.clear(task, thread);
-      neuron_.start(task, thread);
-      neuron_.rows(0, task, thread, 0);
-    }
-    if (a_.grad_weight)
-      weights_.add_sample(neuron_.images(0), split, neuron_.slot(n, thread), thread,
-                          scratch_[thread].tiles);
-    for (int64_t k = n * x_blocks_; x_tasks(tasks_) > 0 && k < (n + 1) * x_blocks_; ++k)
-      inputs(0, tasks_, k, thread);
-    for (int64_t task = first; task < last; ++task) rows(0, tasks_, task, thread);
-  }
-
-  int64_t clear_tasks() const { return a_.grad_weight ? weights_.clear_tasks() : 0; }
-
-  // Folds the sums of the weight gradient behind step t, if that is due.
-  void fold(const Phases& phases, int64_t& phase, int64_t t) {
-    if (a_.grad_weight && weights_.due(t))
-      phases.run(phase++, weights_.fold_tasks(), [&](int64_t task) { weights_.fold(task, t); });
-  }
-
-  // Writes the gradients that are sums over all samples.
-  void finish(const Phases& phases, int64_t phase, int thread) {
-    phases.run(phase, l_.Cb + (a_.grad_weight ? weights_.write_tasks() : 0), [&](int64_t task) {
+    // The gradients that are sums over all samples.
+    phases.run(phase, l_.Cb + (of_weight ? weights_.write_tasks() : 0), [&](int64_t task) {
       if (task < l_.Cb) return neuron_.reduce(task);
       weights_.write(task - l_.Cb, thread, a_.grad_weight);
     });
@@ -192,7 +140,7 @@ class Backward {
       T* out = mem_wanted ? neuron_.mem_grad(thread, 0) + (h - begin) * l_.Wo * l_.Cp : nullptr;
       if (!a_.cell.tiled())
         to_mem_.rows(
-            together, [&](int64_t k) { return neuron_.d_gates(t, n + k, thread); },
+            together, [&](int64_t k) { return neuron_.d_gates(t, n + k); },
             static_cast<const T*>(a_.weight) + l_.x_blocks * l_.Kg * VL, h, stop, out);
       else if constexpr (kHasWinograd<T, VL>)
         tiled(t, n, together, h, stop, x_wanted, out, thread);
@@ -214,7 +162,7 @@ class Backward {
         tile_block(l_, l_.form, end - begin, 4 * l_.Cp, together, tasks_.most_together);
     const int64_t pixel = 4 * l_.Cp, row = l_.Wm * pixel;
     for (int64_t k = 0; k < together; ++k)
-      inputs_.run(b, neuron_.d_gates(t, n + k, thread) + begin * row, row, pixel,
+      inputs_.run(b, neuron_.d_gates(t, n + k) + begin * row, row, pixel,
                   s.tiles.values + k * b.image_values());
     if (mem_grad)
       to_mem_.tiles(b, s.tiles.values, static_cast<const T*>(a_.weight_mem), s.tiles.products,
@@ -242,7 +190,7 @@ class Backward {
     const int64_t together = several ? tasks.together(index) : 1;
     T* rows = scratch_[thread].x;
     to_x_.rows(
-        together, [&](int64_t k) { return neuron_.d_gates(t, n + k, thread); },
+        together, [&](int64_t k) { return neuron_.d_gates(t, n + k); },
         static_cast<const T*>(a_.weight), begin, end, rows);
     write_x(t, n, together, begin, end, rows);
   }
@@ -258,7 +206,6 @@ class Backward {
   Layout<T, VL> l_;
   RowTasks tasks_;
   DataGrad<T, VL> to_mem_, to_x_;
-  bool by_sample_;
   NeuronBackward<T, VL> neuron_;
   WeightGradient<T, VL> weights_;
   InputTransform<S> inputs_;

@@ -33,7 +33,7 @@ class DataGrad {
     const int64_t pixel = 4 * l.Cp, row = l.Wm * pixel, max_len = chunk();
     const bool few = l.few_channels();  // then only the lanes of channels are summed
     if (sh_ == 1 && sw_ == 1 && !few) {
-      lists_[0].dense(l.c, l.along_columns(pixel), pixel, row, pixel, 0, max_len);
+      lists_[0].dense(l.c, pixel, row, pixel, 0, max_len);
       return;
     }
     for (int a = 0; a < sh_; ++a)
@@ -140,24 +140,19 @@ class DataGrad {
         const int64_t first = begin + ((a - begin) % sh_ + sh_) % sh_;
         const int64_t columns = (width_ - b + sw_ - 1) / sw_;
         if (columns <= 0) continue;
-        const bool by_columns = list.by_columns();
-        const PixelLines p(by_columns, (end - first + sh_ - 1) / sh_, columns, row, pixel,
-                           sh_ * row_size(), sw_ * channels);
-        T* const corner = out + (first - begin) * row_size() + b * channels + block * VL;
+        T* const corner = out + b * channels + block * VL;
         bool add = false;
         const auto add_chunk = [&](const Run* chunk, int size) {
-          for (int64_t line = 0; line < p.lines; ++line) {
+          for (int64_t h = first; h < end; h += sh_) {
             const Run* runs = chunk;
             int number = size;
-            if (list.is_dense())
-              list.limit(runs, number, l_.met(by_columns, by_columns ? line : first + line, false));
+            if (list.is_dense()) list.limit(runs, number, l_.met(h, false));
             if (add && number == 0) continue;
             for (int64_t k = 0; k < images; ++k) {
-              T* o = corner + k * (end - begin) * row_size() + line * p.out_line;
-              conv_row<S, NV>(d_gates(k) + first / sh_ * row + line * p.in_line, p.in_pixel, runs,
-                              number, weight + block * VL * l_.Kg,
-                              add ? Start<T>{o, p.out_pixel} : Start<T>{}, o, p.out_pixel,
-                              p.pixels);
+              T* o = corner + (k * (end - begin) + h - begin) * row_size();
+              conv_row<S, NV>(
+                  d_gates(k) + h / sh_ * row, pixel, runs, number, weight + block * VL * l_.Kg,
+                  add ? Start<T>{o, sw_ * channels} : Start<T>{}, o, sw_ * channels, columns);
             }
           }
           add = true;

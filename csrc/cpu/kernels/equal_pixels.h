@@ -52,13 +52,13 @@ class EqualPixels {
     for (int64_t h = 0; h < seen_rows(rows); ++h)
       for (int64_t w = 0; w < columns_; ++w)
         s.keys[h * columns_ + w] = key(mem + (h * l_.Wm + w) * l_.Cp);
-    auto* const found = reinterpret_cast<uint8_t*>(sums);
-    std::memset(found, 0, rows * columns_);
+    auto* const marks = reinterpret_cast<uint8_t*>(sums);
+    std::memset(marks, 0, rows * columns_);
     bool any = false;
     const int most_h = std::min(c_.pool_h, c_.kernel_h), most_w = std::min(c_.pool_w, c_.kernel_w);
     for (int dh = 0; dh < most_h; ++dh)
       for (int dw = dh == 0 ? 1 : 1 - most_w; dw < most_w; ++dw)
-        any |= look(mem, rows, dh, dw, s, found);
+        any |= look(mem, rows, dh, dw, s, marks);
     if (!any) return rows * l_.Wo;
     decide(rows, sums);
     int64_t left = 0;
@@ -123,7 +123,7 @@ class EqualPixels {
 
   // Marks the pixels all of whose values repeat at the distance (dh, dw). Pixels are numbered row
   // by row, and those behind a row's last do not count. Returns whether there are any.
-  bool look(const T* mem, int64_t rows, int dh, int dw, const Scratch& s, uint8_t* found) const {
+  bool look(const T* mem, int64_t rows, int dh, int dw, const Scratch& s, uint8_t* marks) const {
     const int64_t down = dh * c_.dilation_h, right = dw * c_.dilation_w;
     const int64_t away = down * columns_ + right, seen = seen_rows(rows) * columns_ - away;
     const uint32_t* const keys = s.keys;
@@ -141,7 +141,7 @@ class EqualPixels {
       all_repeat(rows, dh, dw, s);
     }
     const int64_t count = (rows - 1) * columns_ + l_.Wo;
-    for (int64_t k = 0; k < count; ++k) found[k] |= s.places[k] * (kAny | mark);
+    for (int64_t k = 0; k < count; ++k) marks[k] |= s.places[k] * (kAny | mark);
     return true;
   }
 
@@ -170,16 +170,16 @@ class EqualPixels {
   // above are marks yet.
   void decide(int64_t rows, Sums* sums) const {
     const int64_t left = c_.dilation_w, above = c_.dilation_h;
-    auto* const found = reinterpret_cast<uint8_t*>(sums);
+    auto* const marks = reinterpret_cast<uint8_t*>(sums);
     for (int64_t h = rows - 1; h >= 0; --h)
       for (int64_t w = l_.Wo - 1; w >= 0; --w) {
         const int64_t k = h * columns_ + w;
-        if (w >= left && found[k] & found[k - left] & kRow)
+        if (w >= left && marks[k] & marks[k - left] & kRow)
           sums[k] = Sums::as_left;
-        else if (h % strip_ >= above && found[k] & found[k - above * columns_] & kColumn)
+        else if (h % strip_ >= above && marks[k] & marks[k - above * columns_] & kColumn)
           sums[k] = Sums::as_above;
         else
-          sums[k] = found[k] ? Sums::directly : Sums::tiled;
+          sums[k] = marks[k] ? Sums::directly : Sums::tiled;
       }
   }
 

@@ -49,8 +49,8 @@ class Forward {
 
   void run() {
     const Cell& c = a_.cell;
-    x_runs_.dense(c, l_.along_columns(c.Cin), c.Cin, l_.Wx * c.Cin, c.Cin, 0, kChunk);
-    mem_runs_.dense(c, l_.along_columns(c.C), c.C, l_.Wm * l_.Cp, l_.Cp, l_.Kx, kChunk);
+    x_runs_.dense(c, c.Cin, l_.Wx * c.Cin, c.Cin, 0, kChunk);
+    mem_runs_.dense(c, c.C, l_.Wm * l_.Cp, l_.Cp, l_.Kx, kChunk);
     pack_vectors();
     const Phases phases(counters_, c.T + 1);
     parallel(a_.threads, l_.step_work(), [&](int thread) {
@@ -202,19 +202,17 @@ class Forward {
              int64_t cb, const RowBlock* blocks, int64_t count) {
     const RunList& list = of_x ? x_runs_ : mem_runs_;
     const T* w = weight(cb);
-    const PixelLines p(list.by_columns(), rows, l_.Wo, row, pixel, l_.Wr * kGates, kGates);
     list.chunks(kChunk, [&, add = of_x](const Run* chunk, int size) mutable {
-      for (int64_t k = 0; k < p.lines; ++k) {
+      for (int64_t h = 0; h < rows; ++h) {
         const Run* runs = chunk;
         int number = size;
-        list.limit(runs, number,
-                   l_.met(list.by_columns(), list.by_columns() ? k : first + k, of_x));
+        list.limit(runs, number, l_.met(first + h, of_x));
         if (add && number == 0) continue;
         for (const RowBlock* b = blocks; b < blocks + count; ++b) {
-          T* out = b->gates + k * p.out_line;
-          conv_row<S, 4>(in(*b) + k * p.in_line, p.in_pixel, runs, number, w,
-                         add ? Start<T>{out, p.out_pixel} : Start<T>{bias_ + cb * kGates, 0}, out,
-                         p.out_pixel, p.pixels);
+          T* out = b->gates + h * l_.Wr * kGates;
+          conv_row<S, 4>(in(*b) + h * row, pixel, runs, number, w,
+                         add ? Start<T>{out, kGates} : Start<T>{bias_ + cb * kGates, 0}, out,
+                         kGates, l_.Wo);
         }
       }
       add = true;

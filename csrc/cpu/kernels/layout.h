@@ -65,11 +65,11 @@ inline VectorBlock vector_block(int64_t vectors, int64_t v, int bytes) {
   return v < whole + 2 ? VectorBlock{whole, 2} : VectorBlock{whole + 2, 1};
 }
 
-// The taps of a kernel along one axis that meet a pixel, and not only the border.
+// The rows of a kernel's taps that meet a pixel, and not only the border.
 struct MetTaps {
   int64_t first, last;  // the last one is not among them
 
-  // Tap 0 looks at place `begin` of an axis of n pixels, which may lie in the border.
+  // Row 0 of the taps looks at row `begin` of n, which may lie in the border.
   MetTaps(int64_t begin, int kernel, int dilation, int64_t n) {
     const int64_t before = begin < 0 ? (dilation - 1 - begin) / dilation : 0;
     const int64_t until = n > begin ? (n - begin + dilation - 1) / dilation : 0;
@@ -142,17 +142,9 @@ struct Layout {
     return (tap / c.kernel_w + c.outer_h) * all_columns() + tap % c.kernel_w + c.outer_w;
   }
 
-  // Says whether direct convolution of this many channels goes along columns of pixels, and not
-  // along rows. The sum of a line leaves out the taps that meet only the border along the other
-  // axis.
-  bool along_columns(int64_t channels) const { return c.by_columns && channels >= 8; }
-  // Returns the lines of taps that meet the state's image, or x's, from a line of the state's
-  // pixels.
-  MetTaps met(bool columns, int64_t line, bool of_x) const {
-    return columns ? MetTaps(line * (of_x ? c.stride_w : 1) - pw, c.kernel_w, c.dilation_w,
-                             of_x ? c.W : Wo)
-                   : MetTaps(line * (of_x ? c.stride_h : 1) - ph, c.kernel_h, c.dilation_h,
-                             of_x ? c.H : Ho);
+  // Returns the rows of taps that meet the state's image, or x's, from a row of the state's pixels.
+  MetTaps met(int64_t row, bool of_x) const {
+    return MetTaps(row * (of_x ? c.stride_h : 1) - ph, c.kernel_h, c.dilation_h, of_x ? c.H : Ho);
   }
 
   // These count the values that Winograd makes of a kernel.
@@ -299,8 +291,8 @@ struct RowTasks {
   // steps may be given how many are left of each sample.
   int64_t sample(int64_t image) const { return a_->order ? a_->order[image] : image; }
   int64_t steps(int64_t task) const {
-    const int64_t T = a_->cell.T, own = a_->lengths ? a_->lengths[sample(image(task))] : T;
-    return own < T ? own : T;
+    const int64_t T = a_->cell.T, given = a_->lengths ? a_->lengths[sample(image(task))] : T;
+    return given < T ? given : T;
   }
   int64_t images() const { return count / per_image; }
   // The groups of tasks that share the weights: whole images, or one task each.
@@ -336,26 +328,20 @@ class RunList {
   RunList& operator=(const RunList&) = delete;
   ~RunList() { delete[] runs_; }
 
-  // Makes the list of all kernel_h x kernel_w taps of `channels` values each, one
-  // line of taps (a row or, by columns, a column of the kernel) after the other. In the input rows
-  // lie row_stride apart and pixels pixel_stride. weight_row is that of the first tap.
-  void dense(const Cell& c, bool by_columns, int64_t channels, int64_t row_stride,
-             int64_t pixel_stride, int64_t weight_row, int64_t max_len) {
-    const bool whole_rows = !by_columns && c.dilation_w == 1 && pixel_stride == channels;
+  // Makes the list of all kernel_h x kernel_w taps of `channels` values each, row by row. In the
+  // input rows lie row_stride apart and pixels pixel_stride. weight_row is that of the first tap.
+  void dense(const Cell& c, int64_t channels, int64_t row_stride, int64_t pixel_stride,
+             int64_t weight_row, int64_t max_len) {
+    const bool whole_rows = c.dilation_w == 1 && pixel_stride == channels;
     const int64_t pieces = whole_rows ? 1 : c.kernel_w;
     const int64_t len = whole_rows ? c.kernel_w * channels : channels;
-    const int64_t lines = by_columns ? pieces : c.kernel_h,
-                  of_line = by_columns ? c.kernel_h : pieces;
     reserve(c.kernel_h * pieces * (len / max_len + 1));
-    for (int64_t line = 0; line < lines; ++line)
-      for (int64_t k = 0; k < of_line; ++k) {
-        const int64_t i = by_columns ? k : line, j = by_columns ? line : k;
+    for (int64_t i = 0; i < c.kernel_h; ++i)
+      for (int64_t j = 0; j < pieces; ++j)
         add({i * c.dilation_h * row_stride + j * c.dilation_w * pixel_stride,
              weight_row + (i * pieces + j) * len, len},
             max_len);
-      }
-    of_line_ = count_ / int(lines);
-    by_columns_ = by_columns;
+    of_row_ = count_ / c.kernel_h;
   }
   void reserve(int64_t count) {
     delete[] runs_;
@@ -371,14 +357,13 @@ class RunList {
   }
   int count() const { return count_; }
 
-  bool is_dense() const { return of_line_ > 0; }
-  bool by_columns() const { return by_columns_; }
-  // Returns the line of taps that a run of a dense list belongs to.
-  int64_t line(const Run* run) const { return (run - runs_) / of_line_; }
-  // Reduces some neighbouring runs of a dense list to those of the lines [taps.first, taps.last).
+  bool is_dense() const { return of_row_ > 0; }
+  // Returns the row of taps that a run of a dense list belongs to.
+  int64_t row(const Run* run) const { return (run - runs_) / of_row_; }
+  // Reduces some neighbouring runs of a dense list to those of the rows [taps.first, taps.last).
   void limit(const Run*& runs, int& number, const MetTaps& taps) const {
-    const Run *end = runs + number, *first = runs_ + taps.first * of_line_,
-              *last = runs_ + taps.last * of_line_;
+    const Run *end = runs + number, *first = runs_ + taps.first * of_row_,
+              *last = runs_ + taps.last * of_row_;
     if (runs < first) runs = first;
     if (end > last) end = last;
     number = runs < end ? int(end - runs) : 0;
@@ -399,24 +384,7 @@ class RunList {
 
  private:
   Run* runs_ = nullptr;
-  int count_ = 0, of_line_ = 0;
-  bool by_columns_ = false;
-};
-
-// The lines that direct convolution goes along, rows or columns of pixels: how many they are, their
-// pixels, and the strides of the input and the output.
-struct PixelLines {
-  int64_t lines, pixels;
-  int64_t in_line, in_pixel, out_line, out_pixel;
-
-  PixelLines(bool by_columns, int64_t rows, int64_t columns, int64_t in_row, int64_t in_column,
-             int64_t out_row, int64_t out_column)
-      : lines(by_columns ? columns : rows),
-        pixels(by_columns ? rows : columns),
-        in_line(by_columns ? in_column : in_row),
-        in_pixel(by_columns ? in_row : in_column),
-        out_line(by_columns ? out_column : out_row),
-        out_pixel(by_columns ? out_row : out_column) {}
+  int count_ = 0, of_row_ = 0;
 };
 
 // Returns how many values of K have weights (NV * VL each) that fill about 12 KiB.

@@ -19,20 +19,16 @@ class NeuronBackward {
   static constexpr int kGates = 4 * VL;
 
  public:
-  // With by_sample, in a call of one step, each thread has the images of the sample that it works
-  // on. Otherwise there are images of all samples.
-  NeuronBackward(const BackwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks,
-                 bool by_sample)
-      : a_(a), l_(l), tasks_(tasks), by_sample_(by_sample), places_(a, l.Cp), images_(l) {}
+  NeuronBackward(const BackwardArgs& a, const Layout<T, VL>& l, const RowTasks& tasks)
+      : a_(a), l_(l), tasks_(tasks), places_(a, l.Cp), images_(l) {}
 
   void carve(Workspace& workspace) {
-    const int64_t samples = by_sample_ ? a_.threads : a_.cell.N;
-    images_.carve(workspace, a_, samples);
+    images_.carve(workspace, a_);
     threshold_ = workspace.take<T>(l_.Cp);
     threshold_sums_ = workspace.take<T>(tasks_.count * l_.Cp);
     bias_sums_ = workspace.take<T>(tasks_.count * 4 * l_.Cp);
-    syn0_ = workspace.take<T>(samples * l_.state_image());
-    d_syn_ = workspace.take<T>(samples * l_.state_image());
+    syn0_ = workspace.take<T>(a_.cell.N * l_.state_image());
+    d_syn_ = workspace.take<T>(a_.cell.N * l_.state_image());
     scratch_ = workspace.take<NeuronScratch>(a_.threads);
     const int64_t rows = tasks_.most_together * task_size();
     const int64_t some_rows = rows_at_once() * l_.Wo * l_.Cp;
@@ -44,11 +40,7 @@ class NeuronBackward {
   }
 
   StepImages<T> images(int64_t t) const { return images_.images(t); }
-  // Returns the place of an image.
-  int64_t slot(int64_t image, int thread) const { return by_sample_ ? thread : image; }
-  const T* d_gates(int64_t t, int64_t n, int thread) const {
-    return images_.d_gates(t, slot(n, thread));
-  }
+  const T* d_gates(int64_t t, int64_t image) const { return images_.d_gates(t, image); }
   // Returns the rows of a task, which hold the gradient of mem as the next step's convolution gives
   // it. `slot` counts the tasks that a thread works on together.
   T* mem_grad(int thread, int64_t slot) const {
@@ -63,19 +55,19 @@ class NeuronBackward {
   }
 
   // Clears borders and sums, and copies the first syn, channels-last.
-  void clear(int64_t task, int thread) {
-    const Sample p = sample(task, thread);
+  void clear(int64_t task) {
+    const Sample p = sample(task);
     std::memset(threshold_sums_ + task * l_.Cp, 0, l_.Cp * sizeof(T));
     std::memset(bias_sums_ + task * 4 * l_.Cp, 0, 4 * l_.Cp * sizeof(T));
     const int64_t begin = tasks_.begin(task);
     images_.read_rows(a_.syn0, 0, p.n, begin, tasks_.end(task), state_row(syn0_, p, begin),
                       l_.Wo * l_.Cp);
-    if (tasks_.begin(task) == 0) images_.clear_borders(p.slot);
+    if (tasks_.begin(task) == 0) images_.clear_borders(p.image);
   }
 
   // Copies the gradients of the last step's states, or zeros.
   void start(int64_t task, int thread) {
-    const Sample p = sample(task, thread);
+    const Sample p = sample(task);
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task), row = l_.Wo * l_.Cp;
     const auto read = [&](const View& v, T* dst) {
       if (v.data)
@@ -90,10 +82,10 @@ class NeuronBackward {
   void rows(int64_t t, int64_t task, int thread, int64_t slot) {
     NeuronScratch s = scratch_[thread];
     s.mem_grad += slot * task_size();
-    const Sample p = sample(task, thread);
+    const Sample p = sample(task);
     const int64_t begin = tasks_.begin(task), end = tasks_.end(task), row = l_.Wo * l_.Cp;
     const bool last = t == p.steps - 1;
-    if (a_.grad_weight) images_.read_x(a_.x, t, p.n, p.slot, begin, end);
+    if (a_.grad_weight) images_.read_x(a_.x, t, p.n, p.image, begin, end);
     if (a_.record && !last) {
       add_rows(a_.grad_mem, t, p.n, begin, end, s.mem_grad, s);
       add_rows(a_.grad_syn, t, p.n, begin, end, state_row(d_syn_, p, begin), s);
@@ -101,11 +93,11 @@ class NeuronBackward {
     const bool spikes = a_.grad_spk.data && a_.cell.surrogate != Surrogate::none;
     if (!a_.cell.spiking) add_rows(a_.grad_spk, t, p.n, begin, end, s.mem_grad, s);
     for (int64_t h = begin; h < end; ++h) {
-      if (last && spikes) recompute_mem(t, p, h, images_.mem_row(t + 1, p.slot, h));
-      if (t > 0) recompute_mem(t - 1, p, h, images_.mem_row(t, p.slot, h));
+      if (last && spikes) recompute_mem(t, p, h, images_.mem_row(t + 1, p.image, h));
+      if (t > 0) recompute_mem(t - 1, p, h, images_.mem_row(t, p.image, h));
     }
     if (t == 0 && a_.grad_weight)
-      images_.read_rows(a_.mem0, 0, p.n, begin, end, images_.mem_row(t, p.slot, begin),
+      images_.read_rows(a_.mem0, 0, p.n, begin, end, images_.mem_row(t, p.image, begin),
                         l_.Wm * l_.Cp);
     if (spikes) spike(t, p, task, s);
     for (int64_t h = begin; h < end; ++h) step(t, p, h, task, s.mem_grad + (h - begin) * row);
@@ -154,14 +146,14 @@ class NeuronBackward {
   }
 
   struct Sample {
-    int64_t n, slot, steps;
+    int64_t n, image, steps;
   };
-  Sample sample(int64_t task, int thread) const {
+  Sample sample(int64_t task) const {
     const int64_t image = tasks_.image(task);
-    return {tasks_.sample(image), slot(image, thread), tasks_.steps(task)};
+    return {tasks_.sample(image), image, tasks_.steps(task)};
   }
   T* state_row(T* states, const Sample& p, int64_t h) const {
-    return states + p.slot * l_.state_image() + h * l_.Wo * l_.Cp;
+    return states + p.image * l_.state_image() + h * l_.Wo * l_.Cp;
   }
 
   // Returns a row of saved gates, and load_gates() those of one vector of channels of some pixels.
@@ -239,7 +231,7 @@ class NeuronBackward {
       const T* const noises = s.noise_rows + place_in * l_.Wp * l_.Cp;
       if (c.inhibition) keep_winner(a_.winner[t * c.N + p.n], h, grads);
       const int64_t top = (h * c.pool_h - begin) * row;
-      const T* mem_after = images_.mem_row(t + 1, p.slot, h * c.pool_h);
+      const T* mem_after = images_.mem_row(t + 1, p.image, h * c.pool_h);
       const int64_t places = places_.row(t, p.n, h);
       for (int64_t w = 0; w < l_.Wp; ++w)
         for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
@@ -288,7 +280,7 @@ class NeuronBackward {
     const Cell& c = a_.cell;
     const T *gate = gates(t, p.n, h), *syn = syn_after(t, p, h), *syn_prev = syn_after(t - 1, p, h);
     T* d_syn = state_row(d_syn_, p, h);
-    T* out = images_.d_gates_row(t, p.slot, h);
+    T* out = images_.d_gates_row(t, p.image, h);
     T *bias_sums = bias_sums_ + task * 4 * l_.Cp, *threshold_sums = threshold_sums_ + task * l_.Cp;
     for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
       R bias[4] = {R{}, R{}, R{}, R{}}, threshold{};
@@ -321,7 +313,6 @@ class NeuronBackward {
   const BackwardArgs& a_;
   const Layout<T, VL>& l_;
   const RowTasks& tasks_;
-  bool by_sample_;
   Places<M> places_;
   StepBuffers<T, VL> images_;
   T *threshold_ = nullptr, *threshold_sums_ = nullptr, *bias_sums_ = nullptr;

@@ -1,4 +1,4 @@
-// Lists the nonzeros of x, for sparse.h and sparse_grad.h.
+// Lists the nonzeros of x, for sparse.h.
 #pragma once
 
 #if defined(__AVX2__)

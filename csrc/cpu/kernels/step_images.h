@@ -22,13 +22,14 @@ class StepBuffers {
  public:
   explicit StepBuffers(const Layout<T, VL>& l) : l_(l) {}
 
-  // Takes memory for some samples, and for x if the weight gradient is formed.
-  void carve(Workspace& workspace, const BackwardArgs& a, int64_t samples) {
+  // Takes memory for all samples, and for x if the weight gradient is formed.
+  void carve(Workspace& workspace, const BackwardArgs& a) {
+    const int64_t N = l_.c.N;
     with_x_ = a.grad_weight != nullptr;
     for (int k = 0; k < 2; ++k) {
-      d_gates_[k] = workspace.take<T>(k < l_.c.T ? samples * 4 * l_.mem_image() : 0);
-      mem_[k] = workspace.take<T>(samples * l_.mem_image());
-      x_[k] = workspace.take<T>(with_x_ && k < l_.c.T ? samples * l_.x_image() + kReadAhead : 0);
+      d_gates_[k] = workspace.take<T>(k < l_.c.T ? N * 4 * l_.mem_image() : 0);
+      mem_[k] = workspace.take<T>(N * l_.mem_image());
+      x_[k] = workspace.take<T>(with_x_ && k < l_.c.T ? N * l_.x_image() + kReadAhead : 0);
     }
   }
 

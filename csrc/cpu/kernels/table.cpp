@@ -4,7 +4,6 @@
 #include "lanes.h"
 #include "pack.h"
 #include "sparse.h"
-#include "sparse_grad.h"
 
 SNNLSTM_BEGIN_ISA
 
@@ -22,14 +21,11 @@ static bool has_tiles(const Cell& c) {
   });
 }
 
-static double sparse_cost(const Cell& cell, double density, bool backward) {
+static double sparse_cost(const Cell& cell, double density) {
   return with_lanes(cell, [&](auto lanes) {
     const typename decltype(lanes)::template Of<Layout> l(cell);
     const typename decltype(lanes)::template Of<SparseInput> sparse(l, l.strip_rows());
-    const typename decltype(lanes)::template Of<SparseWeightGrad> gradient(l);
-    if (!sparse.fits() || !gradient.fits()) return double(INFINITY);
-    return backward ? gradient.cycles(density) / gradient.direct_cycles()
-                    : sparse.cycles(density) / sparse.direct_cycles();
+    return sparse.fits() ? sparse.cycles(density) / sparse.direct_cycles() : double(INFINITY);
   });
 }
 

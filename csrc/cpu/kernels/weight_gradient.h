@@ -2,7 +2,6 @@
 // owns its part of the sums, so that the result does not depend on the threads' order.
 #pragma once
 
-#include "sparse_grad.h"
 #include "step_images.h"
 #include "threads.h"
 #include "weight_products.h"
@@ -13,7 +12,6 @@ SNNLSTM_BEGIN_ISA
 template <class T, int VL>
 class WeightGradient {
   using S = Simd<T, VL>;
-  using Sparse = SparseWeightGrad<T, VL>;
   static constexpr int kGates = 4 * VL;
   using GateVector = typename Merged<S, 4>::Vector;
   static constexpr int64_t kPiece = 48;      // rows of K in a task
@@ -22,29 +20,24 @@ class WeightGradient {
   // Each split has sums of its own, which are cleared and added up. A split needs this many pixels,
   // of all steps, to pay for that.
   static constexpr int64_t kSplitPixels = 4096;
-  // This many channel blocks share the lists, or the transformed tiles, of the input.
+  // This many channel blocks share the transformed tiles of the input.
   static constexpr int64_t kShared = 4;
 
-  // The memory of one thread.
+  // The memory of one thread, for of_few().
   struct WeightScratch {
-    T *d_gates, *few_sums;  // of_few()
-    TileBuffers<T> tiles;   // the caller's
-    typename Sparse::GradLists lists;
-    typename Sparse::ListScratch listing;
+    T *d_gates, *few_sums;
   };
 
  public:
-  // With by_sample, each split is a task: add_sample() adds its samples, one after the other.
-  WeightGradient(const Layout<T, VL>& l, int threads, bool by_sample)
+  WeightGradient(const Layout<T, VL>& l, int threads)
       : l_(l),
         c_(l.c),
         threads_(threads),
-        sparse_(l),
-        x_runs_(c_, l.along_columns(c_.Cin), c_.Cin, l.Wx * c_.Cin, c_.Cin, 0, kPiece),
-        mem_runs_(c_, l.along_columns(c_.C), c_.C, l.Wm * l.Cp, l.Cp, l.Kx, kPiece),
+        x_runs_(c_, c_.Cin, l.Wx * c_.Cin, c_.Cin, 0, kPiece),
+        mem_runs_(c_, c_.C, l.Wm * l.Cp, l.Cp, l.Kx, kPiece),
         x_groups_(groups(x_runs_)),
         mem_groups_(groups(mem_runs_)),
-        splits_(count_splits(by_sample)),
+        splits_(count_splits()),
         sums_(l, x_in_tiles(), splits_, (c_.N + splits_ - 1) / splits_ * pixel_blocks()) {
     if constexpr (kHasWinograd<T, VL>) {
       inputs_ = InputTransform<S>(l.grad_form);
@@ -66,10 +59,6 @@ class WeightGradient {
       s.d_gates =
           workspace.take<T>(few ? images_together(false) * pixel_block_rows() * l_.Wo * 2 * VL : 0);
       s.few_sums = workspace.take<T>(few ? kPiece * 2 * VL : 0);
-      if (c_.x_algorithm == CpuAlgorithm::sparse) {
-        sparse_.carve(workspace, s.lists);
-        sparse_.carve(workspace, s.listing);
-      }
       if (scratch_) scratch_[k] = s;
     }
   }
@@ -77,22 +66,21 @@ class WeightGradient {
   int64_t clear_tasks() const { return sums_.chunks(); }
   void clear(int64_t task) { sums_.clear(task); }
 
-  // Adds a step's part, of its first N images. No other thread uses the tile buffers meanwhile.
-  int64_t tasks() const { return splits_ * slices(); }
+  // Adds a step's part, of its first N images. A task has a split, a piece of K and a channel
+  // block. No other thread uses the tile buffers meanwhile.
+  int64_t tasks() const { return splits_ * pieces() * l_.Cb; }
   void add(const StepImages<T>& step, int64_t N, int64_t task, int thread,
            const TileBuffers<T>& tiles) {
-    scratch_[thread].tiles = tiles;
-    const int64_t split = task / slices();
-    add_slice(step, {split, N * split / splits_, N * (split + 1) / splits_}, task % slices(),
-              thread);
+    const int64_t cb = task % l_.Cb, index = task / l_.Cb % pieces(),
+                  split = task / l_.Cb / pieces();
+    const Images images{split, N * split / splits_, N * (split + 1) / splits_};
+    const bool of_x = index < x_pieces();
+    const int64_t piece = of_x ? index : index - x_pieces();
+    if (of_x ? !x_in_tiles() : !c_.tiled())
+      directly(step, images, cb, of_x, piece, scratch_[thread]);
+    else if constexpr (kHasWinograd<T, VL>)
+      by_tiles(step, images, cb, of_x, piece, tiles);
   }
-  // Adds all of the part of one sample, which is one of the step's images, to a split.
-  void add_sample(const StepImages<T>& step, int64_t split, int64_t image, int thread,
-                  const TileBuffers<T>& tiles) {
-    scratch_[thread].tiles = tiles;
-    for (int64_t k = 0; k < slices(); ++k) add_slice(step, {split, image, image + 1}, k, thread);
-  }
-  int64_t splits() const { return splits_; }
 
   // Says whether the sums are to be folded behind step t. The last step comes first.
   bool due(int64_t t) const { return sums_.due(t); }
@@ -111,27 +99,13 @@ class WeightGradient {
   };
 
   // Returns how many splits give all threads tasks, but no more than pay for their sums.
-  int64_t count_splits(bool by_sample) const {
-    const int64_t tasks = by_sample ? 1 : (l_.Cb + kShared - 1) / kShared * pieces();
+  int64_t count_splits() const {
+    const int64_t tasks = (l_.Cb + kShared - 1) / kShared * pieces();
     const int64_t worth = (c_.T * c_.N * l_.pixels + kSplitPixels - 1) / kSplitPixels;
-    int64_t splits = 4 * threads_ / tasks, least = by_sample ? threads_ : 1;
+    int64_t splits = 4 * threads_ / tasks;
     if (splits > worth) splits = worth;
-    if (splits < least) splits = least;
-    return splits < c_.N ? splits : c_.N < 1 ? 1 : c_.N;
-  }
-
-  // The slices of the weight: a channel block and a piece of K each.
-  int64_t slices() const { return l_.Cb * pieces(); }
-  void add_slice(const StepImages<T>& step, const Images& images, int64_t slice, int thread) {
-    const int64_t cb = slice % l_.Cb, index = slice / l_.Cb;
-    const bool of_x = index < x_pieces();
-    const int64_t piece = of_x ? index : index - x_pieces();
-    if (of_x && c_.x_algorithm == CpuAlgorithm::sparse)
-      by_lists(step, images, cb, scratch_[thread]);
-    else if (of_x ? !x_in_tiles() : !c_.tiled())
-      directly(step, images, cb, of_x, piece, scratch_[thread]);
-    else if constexpr (kHasWinograd<T, VL>)
-      by_tiles(step, images, cb, of_x, piece, scratch_[thread]);
+    if (splits > c_.N) splits = c_.N;
+    return splits < 1 ? 1 : splits;
   }
 
   // Returns the blocks in which the weight gradient of mem takes an image.
@@ -163,10 +137,7 @@ class WeightGradient {
 
   // These count the pieces of K that weight gradient tasks take.
   static int64_t tile_pieces(int64_t channels) { return (channels + kTilePiece - 1) / kTilePiece; }
-  int64_t x_pieces() const {
-    if (c_.x_algorithm == CpuAlgorithm::sparse) return 1;
-    return x_in_tiles() ? tile_pieces(c_.Cin) : x_groups_;
-  }
+  int64_t x_pieces() const { return x_in_tiles() ? tile_pieces(c_.Cin) : x_groups_; }
   int64_t pieces() const { return x_pieces() + (c_.tiled() ? tile_pieces(c_.C) : mem_groups_); }
   static int64_t groups(const RunList& list) {
     int64_t count = 0;
@@ -174,21 +145,8 @@ class WeightGradient {
     return count;
   }
 
-  // Adds x's part from the lists of its nonzeros. The task of the first of kShared channel blocks
-  // does them all.
-  void by_lists(const StepImages<T>& step, const Images& images, int64_t cb, WeightScratch& s) {
-    if (cb % kShared != 0) return;
-    for (int64_t n = images.first; n < images.last; ++n)
-      for (int64_t block = 0; block < sparse_.blocks(); ++block) {
-        sparse_.build(step.x + n * l_.x_image(), block, s.listing, s.lists);
-        for (int64_t b = cb; b < cb + kShared && b < l_.Cb; ++b)
-          sparse_.run(s.lists, step.d_gates + n * 4 * l_.mem_image() + b * kGates, s.listing,
-                      sums_.rows(images.split, b, true));
-      }
-  }
-
   void by_tiles(const StepImages<T>& step, const Images& all, int64_t cb, bool of_x, int64_t piece,
-                const WeightScratch& s) {
+                const TileBuffers<T>& tiles) {
     if (cb % kShared != 0) return;
     const int64_t channels = of_x ? c_.Cin : c_.C, first = piece * kTilePiece;
     const int64_t len = channels - first < kTilePiece ? channels - first : kTilePiece;
@@ -201,9 +159,9 @@ class WeightGradient {
                                           images, images_together(true));
         for (int64_t k = 0; k < images; ++k)
           inputs_.run(b, p.in + k * p.in_image + first, p.in_row, p.in_pixel,
-                      s.tiles.values + k * b.image_values());
+                      tiles.values + k * b.image_values());
         for (int64_t k = cb; k < cb + kShared && k < l_.Cb; ++k, p.d_gates += kGates)
-          weight_grad_tiles<S>(taps_, p, b, s.tiles.values, len, s.tiles.products,
+          weight_grad_tiles<S>(taps_, p, b, tiles.values, len, tiles.products,
                                sums_.points(all.split, k, of_x) + first * kGates, stride);
       }
     });
@@ -256,18 +214,13 @@ class WeightGradient {
 
   // Returns those of the pixels, whose first row is h, from which a run meets the image.
   PixelRows<T> met_by(const Run* run, bool of_x, int64_t h, PixelRows<T> p) const {
-    const RunList& list = of_x ? x_runs_ : mem_runs_;
-    const bool columns = list.by_columns();
-    const int64_t line = list.line(run);
+    const int64_t row = (of_x ? x_runs_ : mem_runs_).row(run);
     const auto meets = [&](int64_t k) {
-      const MetTaps taps = l_.met(columns, k, of_x);
-      return taps.first <= line && line < taps.last;
+      const MetTaps taps = l_.met(k, of_x);
+      return taps.first <= row && row < taps.last;
     };
-    int64_t& lines = columns ? p.pixels : p.rows;
-    int64_t first = columns ? 0 : h;
-    const int64_t in = columns ? p.in_pixel : p.in_row, d = columns ? p.d_pixel : p.d_row;
-    for (; lines > 0 && !meets(first); ++first, --lines) p.in += in, p.d_gates += d;
-    while (lines > 0 && !meets(first + lines - 1)) --lines;
+    for (; p.rows > 0 && !meets(h); ++h, --p.rows) p.in += p.in_row, p.d_gates += p.d_row;
+    while (p.rows > 0 && !meets(h + p.rows - 1)) --p.rows;
     return p;
   }
 
@@ -329,7 +282,6 @@ class WeightGradient {
   const Layout<T, VL>& l_;
   const Cell& c_;
   int threads_;
-  Sparse sparse_;
   InputTransform<S> inputs_;
   PlaneTransform<GateVector> taps_;
   RunList x_runs_, mem_runs_;

@@ -189,25 +189,25 @@ class AxisTransforms {
  private:
   template <int... compiled>
   static AxisTransform<T> inputs_of(int form) {
-    AxisTransform<T> found = nullptr;
-    ((form == compiled && (found = transform_lines<S, typename Of<compiled>::Inputs>)), ...);
-    return found;
+    AxisTransform<T> lines = nullptr;
+    ((form == compiled && (lines = transform_lines<S, typename Of<compiled>::Inputs>)), ...);
+    return lines;
   }
   template <int... compiled>
   static AxisTransform<T> outputs_of(int form) {
-    AxisTransform<T> found = nullptr;
+    AxisTransform<T> lines = nullptr;
     ((form == compiled &&
-      (found = transform_lines<S, typename Of<compiled / 10>::template Outputs<compiled % 10>>)),
+      (lines = transform_lines<S, typename Of<compiled / 10>::template Outputs<compiled % 10>>)),
      ...);
-    return found;
+    return lines;
   }
   template <int... compiled>
   static AxisTransform<T> taps_of(int form) {
-    AxisTransform<T> found = nullptr;
+    AxisTransform<T> lines = nullptr;
     ((form == compiled &&
-      (found = transform_lines<S, typename Of<compiled / 10>::template Taps<compiled % 10>>)),
+      (lines = transform_lines<S, typename Of<compiled / 10>::template Taps<compiled % 10>>)),
      ...);
-    return found;
+    return lines;
   }
 };
 
