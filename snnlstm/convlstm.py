@@ -20,6 +20,7 @@ from .path import (
     LastPath,
     carries_hooks,
     entry_of,
+    entry_of_foreign,
     exporting,
     global_hooks,
     known_entry,
@@ -160,7 +161,10 @@ class ConvLSTMCell(nn.Module):
                 overrides = overrides_of(conv, kind, self._spec, (self.input_dim, self.hidden_dim))
         if entry is None:
             call = self._checked(x, state, name, lengths, record, False)
-            entry = entry_of(self._entries if overrides is None else {}, call, self._spec)
+            if overrides is None:
+                entry = entry_of(self._entries, call, self._spec)
+            else:
+                entry = entry_of_foreign(call, self._spec, overrides)
         every, c, h, path = run(call, entry, overrides)
         if not exporting():
             self.__dict__["_path"] = path

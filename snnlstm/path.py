@@ -292,6 +292,11 @@ def known_entry(entries: Entries, call: Call, spec: CellSpec | None = None) -> E
     return entries.get(_key(call, spec))
 
 
+def entry_of_foreign(call: Call, spec: CellSpec, overrides: Overrides) -> Entry:
+    """The entry of a call with foreign code, which is like no other: its conv has any weight."""
+    return _made_entry(call if overrides.conv is None else call._replace(weight=call.x), spec)
+
+
 def entry_of(
     entries: Entries, call: Call, spec: CellSpec, of_many: CellSpec | None = None
 ) -> Entry:

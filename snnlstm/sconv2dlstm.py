@@ -23,6 +23,7 @@ from .call import (
 from .path import (
     Path,
     entry_of,
+    entry_of_foreign,
     exporting,
     known_entry,
     like_of,
@@ -292,8 +293,10 @@ class SConv2dLSTM(CellAttributes):
         if call is None or entry is None:
             call = self._checked(x, syn, mem, record, lengths, False)
             overrides = self._overrides(described, (self.in_channels, self.out_channels))
-            # A foreign conv may have a weight of another shape: its calls are like no others.
-            entry = entry_of(self._entries if overrides is None else {}, call, described)
+            if overrides is None:
+                entry = entry_of(self._entries, call, described)
+            else:
+                entry = entry_of_foreign(call, described, overrides)
         spk, syn, mem, path = run(call, entry, overrides)
         if self._dims == 1:
             spk, syn, mem = (_of_length(result, path.native) for result in (spk, syn, mem))

@@ -24,7 +24,7 @@ from .layers import (
     report_of,
 )
 from .call import checked_lengths, silenced
-from .native import memory
+from .native import pool
 from .spec import flag
 from .sconv2dlstm import SConv2dLSTM
 
@@ -413,7 +413,7 @@ class _Unbind(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not _plain(grads[0]):
             return torch.stack(grads)
-        out = memory.empty((len(grads), *grads[0].shape), grads[0].dtype)
+        out = pool.empty((len(grads), *grads[0].shape), grads[0].dtype)
         return torch.stack(grads, out=out)
 
 
