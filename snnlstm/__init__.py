@@ -9,8 +9,7 @@ try:
     from .convlstm import ConvLSTM, ConvLSTMCell
     from .native.pool import empty_cache
     from .rates import spike_rates
-    from .sconv1dlstm import SConv1dLSTM
-    from .sconv2dlstm import SConv2dLSTM
+    from .sconv2dlstm import SConv1dLSTM, SConv2dLSTM
     from .sequential import Sequential, unroll
     from .settings import algorithm, set_algorithm
     from .swap import accelerate, patch, restore, unpatch

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
 
-from .spec import a_module
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import Neuron
+from .spec import a_module
 
 __all__ = ["SpikeCount", "SpikeRates", "spike_rates"]
 

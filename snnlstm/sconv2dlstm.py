@@ -33,12 +33,11 @@ from .path import (
     run_traced,
 )
 from .reference import Overrides
-from .snntorch import register
-from .spec import CellSpec
+from .snntorch import Base1d, register
+from .spec import CellSpec, never_spikes, warn_of_threshold
 from .state import LastReset, ResetSource, State
-from .warn import never_spikes, warn_of_threshold
 
-__all__ = ["SConv2dLSTM"]
+__all__ = ["SConv1dLSTM", "SConv2dLSTM"]
 
 
 class SConv2dLSTM(CellAttributes):
@@ -478,3 +477,19 @@ _NEVER_CALLED = (
     "_base_state_function", "_base_state_reset_zero", "_base_sub", "_base_zero", "_base_int",
 )  # fmt: skip
 _FIRE, _MEM_RESET = SConv2dLSTM.fire, SConv2dLSTM.mem_reset
+
+
+class SConv1dLSTM(SConv2dLSTM, *filter(None, [Base1d])):  # type: ignore[misc]
+    """:class:`SConv2dLSTM` on signals, (N, Cin, L), in the place of images.
+
+    x is (N, Cin, L) for one step or (T, N, Cin, L) for a sequence, and syn and mem are
+    (N, C, ceil(L / stride)). ``conv`` is an nn.Conv1d, whose weight is (4C, Cin + C, k).
+    `kernel_size`, `max_pool`, `avg_pool`, `stride` and `dilation` are an int, or a tuple of one.
+    Everything else is as of that class: arguments, attributes, results and errors.
+    """
+
+    _dims, _conv_kind = 1, nn.Conv1d
+
+    def init_sconv1dlstm(self) -> tuple[Tensor, Tensor]:
+        """Another name of :meth:`reset_mem`, which an open proposal to snnTorch has."""
+        return self.reset_mem()

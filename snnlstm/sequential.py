@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .call import checked_lengths, silenced
 from .layers import (
     CELL,
     PER_SAMPLE,
@@ -23,10 +24,9 @@ from .layers import (
     not_per_sample,
     report_of,
 )
-from .call import checked_lengths, silenced
 from .native import pool
-from .spec import flag
 from .sconv2dlstm import SConv2dLSTM
+from .spec import flag
 
 __all__ = ["LayerReport", "Sequential", "unroll"]
 

@@ -8,19 +8,23 @@ each once (csrc/args.h).
 
 from __future__ import annotations
 
+import sys
+import warnings
 from ast import literal_eval
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from numbers import Integral
+from types import CodeType
 from typing import Any, Literal, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .quant import StateQuant
 from .snntorch import recognise_quant, recognise_surrogate, recognise_traced, refuse_traced
-from .surrogate import NONE, Surrogate, atan, fixed
+from .surrogate import NONE, Surrogate, atan, fixed, is_number
 
 __all__ = ["CHECKS", "DESCRIBING", "CellSpec", "Pool", "Reset", "make_spec"]
 
@@ -384,3 +388,42 @@ def make_spec(
         except TypeError:  # a wrong type, or one without a hash: the checks below name it
             pass
     return _make_spec(kernel_size, spike, quant, **others)
+
+
+# ---- thresholds that no mem exceeds -------------------------------------------------------------
+
+DOCUMENTATION = "https://OWNER.github.io/snnlstm/"
+
+_warned: WeakKeyDictionary[CodeType, list[Any]] = WeakKeyDictionary()
+"""Functions and modules that made a cell which never spikes, and Python's filters at that time."""
+
+
+def warn_of_threshold(threshold: Any) -> None:
+    """Warn of a cell that cannot spike; of several that one function makes, at the first.
+
+    Where the filters of warnings have changed since, or begin with "always" or "error", the
+    warning comes again.
+    """
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+        level, frame = level + 1, frame.f_back
+    filters = list(warnings.filters)
+    each = bool(filters) and filters[0][0] in ("always", "error")
+    if not each and _warned.get(frame.f_code) == filters:
+        return
+    _warned[frame.f_code] = filters
+    warnings.warn(
+        f"threshold={threshold} is never exceeded: mem = o * tanh(syn) is at most 1, so this cell "
+        "never spikes. Use a lower threshold (0.1 and below are usual) or learn_threshold=True. "
+        "snnlstm.spike_rates(net) shows what spikes; see "
+        f"{DOCUMENTATION}quickstart.html#does-it-spike-at-all",
+        UserWarning,
+        stacklevel=level,
+    )
+
+
+def never_spikes(threshold: Any) -> bool:
+    """Whether no mem can exceed the threshold: mem = o * tanh(syn) is at most 1."""
+    if isinstance(threshold, Tensor):
+        return not threshold.is_meta and bool((threshold.detach() >= 1).all())
+    return is_number(threshold) and bool(threshold >= 1)

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sconv1dlstm import SConv1dLSTM
-from .sconv2dlstm import SConv2dLSTM
+from .sconv2dlstm import SConv1dLSTM, SConv2dLSTM
 from .snntorch import (
     METHODS,
     Base,
@@ -26,8 +25,15 @@ from .snntorch import (
     register,
     take_out,
 )
-from .spec import BEYOND_SNNTORCH, a_module, flag, is_default, pooling
-from .warn import DOCUMENTATION, never_spikes
+from .spec import (
+    BEYOND_SNNTORCH,
+    DOCUMENTATION,
+    a_module,
+    flag,
+    is_default,
+    never_spikes,
+    pooling,
+)
 
 __all__ = ["SwapReport", "accelerate", "patch", "restore", "unpatch"]
 

@@ -199,15 +199,15 @@ def test_it_warns_once_for_each_place_of_the_users_code():
 
 def test_its_address_is_the_documentations():
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert f'Documentation = "{snnlstm.warn.DOCUMENTATION}"' in project
+    assert f'Documentation = "{snnlstm.spec.DOCUMENTATION}"' in project
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_cell_never_spikes_where_all_of_its_thresholds_are_out_of_reach():
     for threshold in (1, 1.0, 2.5, torch.ones(3, 1, 1), torch.tensor([1.0, 1.5])):
-        assert snnlstm.warn.never_spikes(threshold)
+        assert snnlstm.spec.never_spikes(threshold)
     for threshold in (0.99, torch.tensor([1.0, 0.99]), torch.ones(3, device="meta"), "1"):
-        assert not snnlstm.warn.never_spikes(threshold)
+        assert not snnlstm.spec.never_spikes(threshold)
 
 
 def test_no_warning_where_the_cell_can_spike():

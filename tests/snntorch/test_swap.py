@@ -175,7 +175,7 @@ def test_the_report_names_what_looks_like_a_convlstm_and_nothing_changes():
     report = snnlstm.accelerate(model)
     assert report.swapped == ("cell",)
     assert list(report.left) == ["mine"]
-    assert report.left["mine"].endswith(f"{snnlstm.warn.DOCUMENTATION}convlstm.html")
+    assert report.left["mine"].endswith(f"{snnlstm.spec.DOCUMENTATION}convlstm.html")
     assert "  mine  left: it looks like a ConvLSTM and stays as it is" in str(report)
     assert type(model["mine"]) is MyConvLstm
     assert not snnlstm.restore(model).left
