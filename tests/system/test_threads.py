@@ -321,14 +321,17 @@ def test_another_number_of_threads_in_the_backward_pass(kernels):
         torch.testing.assert_close(grad, found[0], atol=1e-5 * float(found[0].abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("name", ["inspect", "copy_weight", "pack", "forward", "backward"])
+CORE = ["copy_weight", "same", "density", "pack", "forward", "backward"]
+
+
+@pytest.mark.parametrize("name", CORE)
 def test_no_lock_is_held_while_the_core_works(name, monkeypatch):
     """Other threads, signal handlers and forked children may call the same cell meanwhile."""
-    cell, state, ended = ours(2, 8, 3, threshold=0.05), torch.zeros(2, 8, 9, 9), []
+    cell, state, ended = ours(3, 8, 3, threshold=0.05), torch.zeros(2, 8, 9, 9), []
 
     def train() -> None:
-        _, syn, mem = cell(torch.ones(2, 2, 9, 9), state, state)
-        cell(torch.ones(2, 2, 9, 9), syn, mem)[0].sum().backward()
+        _, syn, mem = cell(torch.ones(2, 3, 9, 9), state, state)
+        cell(torch.ones(2, 3, 9, 9), syn, mem)[0].sum().backward()
 
     holder = snnlstm._C if hasattr(snnlstm._C, name) else snnlstm._C.CpuPlan
     function = getattr(holder, name)
@@ -342,5 +345,6 @@ def test_no_lock_is_held_while_the_core_works(name, monkeypatch):
 
     other = threading.Thread(target=train, daemon=True)
     monkeypatch.setattr(holder, name, meanwhile)
+    monkeypatch.setattr(native, "_plans", {})
     train()
     assert ended == [True]
