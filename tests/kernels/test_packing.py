@@ -251,7 +251,8 @@ def test_two_threads_that_pack_at_once_read_one_form():
                 others[0] = addresses()
 
     def addresses():
-        return packed.forms(cpu.Pass(Core(), "isa", False, False, False)).addresses
+        a_pass = cpu.Pass(Core(), "isa", cpu.Decided(100, 8), False, False, False)
+        return packed.forms(a_pass).addresses
 
     found = addresses()
     assert [found, *others] == [(packed._forms[0, "isa:form"].data_ptr(), 0, 0)] * 2

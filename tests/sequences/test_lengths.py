@@ -1,13 +1,11 @@
 """With lengths= each sample of a batch is as it is alone, and its padding does nothing."""
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import snntorch
 import snntorch.utils
 import torch
-import torch.nn.functional as F
 from by_length import CELLS, LENGTHS, TIME, alone, check, gradients, inputs, own
 from cpu_kernels import native
 from helpers import close, ours, same, steps
@@ -17,7 +15,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import snnlstm
 from snnlstm import functional
 from snnlstm.call import checked_lengths as checked
-from snnlstm.native import torch_conv
 
 
 @pytest.mark.parametrize("record", [False, True], ids=["last", "record"])
@@ -40,30 +37,6 @@ def test_every_algorithm_of_the_cpu_leaves_finished_samples_out(kernels, sizes):
         actual, exact = gradients(out, given), gradients(expected, given)
     for name, grad in exact.items():
         close(actual[name] / grad.abs().max(), grad / grad.abs().max(), atol=2e-4)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_torch_convolves_no_finished_samples_on_the_cpu(monkeypatch, stride):
-    counts = Counter()
-
-    def counting(name, whose):
-        function = getattr(whose, name)
-
-        def count(first, *others, **named):
-            counts[name] += len(first) if isinstance(first, Tensor) else first[0]  # or a shape
-            return function(first, *others, **named)
-
-        monkeypatch.setattr(whose, name, count)
-
-    for whose, names in {F: ["conv2d"], torch_conv: ["conv2d_input", "conv2d_weight"]}.items():
-        for name in names:
-            counting(name, whose)
-    given = inputs(torch.float32, 4, 16, 12, stride)
-    with snnlstm.algorithm("pointwise"):
-        out = functional.sconv2dlstm(**given, lengths=LENGTHS, stride=stride)
-        sum(o.sum() for o in out).backward()
-    assert counts["conv2d"] == sum(LENGTHS) * stride  # stride: one call for x and one for mem
-    assert counts["conv2d_input"] == counts["conv2d_weight"] == 2 * sum(LENGTHS)
 
 
 def cell_and_input(**options: Any) -> tuple[snnlstm.SConv2dLSTM, Tensor]:

@@ -6,7 +6,7 @@ from helpers import close, ours, steps
 from torch import nn
 
 import snnlstm
-from snnlstm.native import memory
+from snnlstm.native import pool
 
 T, N = 5, 2
 X = steps(T, N, 2, 6, 6)
@@ -86,13 +86,13 @@ def test_tuples_must_come_at_every_step():
 
 
 def test_the_gradient_of_a_large_sequence_lies_in_memory_that_is_used_again(monkeypatch, large):
-    shapes, empty = [], memory.empty
+    shapes, empty = [], pool.empty
 
     def watched(shape, dtype):
         shapes.append(shape)
         return empty(shape, dtype)
 
-    monkeypatch.setattr(memory, "empty", watched)
+    monkeypatch.setattr(pool, "empty", watched)
     x = X.clone().requires_grad_()
     snnlstm.unroll(x, Each(lambda x, t: x * (t + 1))).sum().backward()
     close(x.grad, torch.arange(1.0, T + 1).view(-1, 1, 1, 1, 1).expand_as(X))
