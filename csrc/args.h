@@ -50,7 +50,6 @@ struct Cell {
   bool spiking = true;  // false: a plain ConvLSTM; mem stands in the place of spk, and nothing
                         // resets, pools or quantises it
   bool inhibition = false;
-  double forget_bias = 0;  // added to the gate f
   int num_levels = 0;            // of the state quantiser; 0: none
   int outer_h = 0, outer_w = 0;  // CPU: taps on either side that meet no pixel, beside kernel_h, _w
   int tile_h = 0, tile_w = 0;    // CPU: outputs of a Winograd tile of the recurrent half, or 0

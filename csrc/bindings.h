@@ -188,7 +188,7 @@ inline Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, i
                       std::pair<int, int> kernel, std::pair<int, int> stride,
                       std::pair<int, int> dilation, int pool, std::pair<int, int> pool_size,
                       int reset, int surrogate, double p0, double p1, bool inhibition,
-                      double forget_bias, int num_levels, bool spiking) {
+                      int num_levels, bool spiking) {
   Cell c;
   c.dtype = numbered<DType>("dtype", dtype, 4);
   c.T = T, c.N = N, c.Cin = Cin, c.C = C, c.H = H, c.W = W;
@@ -201,7 +201,6 @@ inline Cell make_cell(int dtype, int64_t T, int64_t N, int64_t Cin, int64_t C, i
   c.surrogate = numbered<Surrogate>("surrogate", surrogate, int(Surrogate::leaky) + 1);
   c.surrogate_p0 = p0, c.surrogate_p1 = p1;
   c.inhibition = inhibition;
-  c.forget_bias = forget_bias;
   c.num_levels = num_levels;
   c.spiking = spiking;
   check_sizes(c);
@@ -221,7 +220,7 @@ inline void bind_cell(py::module_& m) {
            py::arg("Cin"), py::arg("C"), py::arg("H"), py::arg("W"), py::arg("kernel"),
            py::arg("stride"), py::arg("dilation"), py::arg("pool"), py::arg("pool_size"),
            py::arg("reset"), py::arg("surrogate"), py::arg("p0"), py::arg("p1"),
-           py::arg("inhibition"), py::arg("forget_bias"), py::arg("num_levels"), py::arg("spiking") = true);
+           py::arg("inhibition"), py::arg("num_levels"), py::arg("spiking") = true);
 }
 
 }  // namespace snnlstm::bindings

@@ -22,7 +22,7 @@ class Cell:
     def __init__(
         self, *, dtype: int, T: int, N: int, Cin: int, C: int, H: int, W: int, kernel: Pair,
         stride: Pair, dilation: Pair, pool: int, pool_size: Pair, reset: int, surrogate: int,
-        p0: float, p1: float, inhibition: bool, forget_bias: float, num_levels: int, spiking: bool = True,
+        p0: float, p1: float, inhibition: bool, num_levels: int, spiking: bool = True,
     ) -> None: ...  # fmt: skip
 
 class CpuPlan:

@@ -34,7 +34,6 @@ def sconv2dlstm(
     inhibition: bool = False,
     stride: int | tuple[int, int] = 1,
     dilation: int | tuple[int, int] = 1,
-    forget_bias: float = 0.0,
     record: bool = False,
     lengths: Any = None,
     checkpoint: bool = False,
@@ -88,7 +87,7 @@ def sconv2dlstm(
         x, syn, mem, weight, bias, threshold=threshold, spike_grad=spike_grad,
         surrogate_disable=surrogate_disable, reset_mechanism=reset_mechanism, max_pool=max_pool,
         avg_pool=avg_pool, state_quant=state_quant, graded_spikes_factor=graded_spikes_factor,
-        inhibition=inhibition, stride=stride, dilation=dilation, forget_bias=forget_bias, record=record, lengths=lengths,
+        inhibition=inhibition, stride=stride, dilation=dilation, record=record, lengths=lengths,
         checkpoint=checkpoint, batch_first=batch_first,
     )  # fmt: skip
     if torch.compiler.is_compiling():

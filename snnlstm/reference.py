@@ -111,7 +111,7 @@ def _step(
     # Under autocast the gates come in the autocast dtype; the states stay in theirs.
     gates = _gates(call, spec, overrides.conv, x, mem).to(mem.dtype)
     i, f, o, g = gates.chunk(4, 1)
-    syn = torch.sigmoid(f + spec.forget_bias) * syn + torch.sigmoid(i) * torch.tanh(g)
+    syn = torch.sigmoid(f) * syn + torch.sigmoid(i) * torch.tanh(g)
     mem = torch.sigmoid(o) * torch.tanh(syn)
     if not spec.spiking:
         return (mem if call.sequence else mem.new_empty(0)), syn, mem

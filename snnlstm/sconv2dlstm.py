@@ -94,8 +94,6 @@ class SConv2dLSTM(CellAttributes):
         Stride of the input's convolution; the states are (N, C, ceil(H / sh), ceil(W / sw)).
     dilation : int or (int, int), default 1
         Dilation of the whole convolution.
-    forget_bias : float, default 0
-        Added to the gate f.
     device : torch.device or str, optional
         Device of the parameters and buffers.
     dtype : torch.dtype, optional
@@ -152,7 +150,6 @@ class SConv2dLSTM(CellAttributes):
         *,
         stride: int | tuple[int, int] = 1,
         dilation: int | tuple[int, int] = 1,
-        forget_bias: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         checkpoint: bool = False,
@@ -182,7 +179,7 @@ class SConv2dLSTM(CellAttributes):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.bias = kernel_size, bias
         self.max_pool, self.avg_pool = max_pool, avg_pool
-        self.stride, self.dilation, self.forget_bias = stride, dilation, forget_bias
+        self.stride, self.dilation = stride, dilation
         self.checkpoint, self.batch_first = checkpoint, batch_first
         self._reset_mechanism = spec.reset_name(reset_mechanism)
         self.padding = self._describe().padding[-self._dims :]

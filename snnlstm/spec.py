@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .quant import StateQuant
 from .snntorch import recognise_quant, recognise_surrogate, recognise_traced, refuse_traced
-from .surrogate import NONE, Surrogate, atan, finite_number, fixed, is_number
+from .surrogate import NONE, Surrogate, atan, fixed, is_number
 
 __all__ = ["CHECKS", "DESCRIBING", "CellSpec", "Pool", "Reset", "make_spec"]
 
@@ -64,7 +64,6 @@ class CellSpec:
     surrogate: Any = NONE  # a callable that is no Surrogate needs the reference path
     quant: Any = None  # a callable that is no StateQuant needs the reference path
     inhibition: bool = False
-    forget_bias: float = 0.0  # added to the gate f
     checkpoint: bool = False
     # False: a plain ConvLSTM, without threshold, reset, pool or quantiser. In a sequence mem of
     # each step stands in the place of spk, and a step call has no spk.
@@ -116,8 +115,7 @@ class CellSpec:
             spike, quant = self.surrogate, self.quant
             numbers = (
                 self.kernel_size, self.stride, self.dilation, self.reset, self.pool, self.pool_size,
-                (spike.kind, fixed(spike.p0), fixed(spike.p1)), self.inhibition, self.forget_bias,
-                self.checkpoint,
+                (spike.kind, fixed(spike.p0), fixed(spike.p1)), self.inhibition, self.checkpoint,
                 self.spiking,
             )  # fmt: skip
             object.__setattr__(self, "text", f"{numbers};{quant.text if quant else ''}")
@@ -127,9 +125,9 @@ class CellSpec:
     def from_text(text: str) -> CellSpec:
         """The spec whose ``text`` this is."""
         numbers, _, quant = text.partition(";")
-        *first, surrogate, inhibition, forget_bias, checkpoint, spiking = literal_eval(numbers)
+        *first, surrogate, inhibition, checkpoint, spiking = literal_eval(numbers)
         levels = StateQuant.from_text(quant) if quant else None
-        values = *first, Surrogate(*surrogate), levels, inhibition, forget_bias, checkpoint, spiking
+        values = *first, Surrogate(*surrogate), levels, inhibition, checkpoint, spiking
         return CellSpec(*values)
 
 
@@ -299,7 +297,6 @@ CHECKS: dict[str, Callable[[Any, int], Any]] = {
     "checkpoint": lambda value, _: checkpoint_flag(value),
     "max_pool": lambda value, dims: pooling(value, 0, dims) and value,
     "avg_pool": lambda value, dims: pooling(0, value, dims) and value,
-    "forget_bias": lambda value, _: finite_number("forget_bias", value),
     "stride": lambda value, dims: pair("stride", value, dims)[-dims:],
     "dilation": lambda value, dims: pair("dilation", value, dims)[-dims:],
 }
@@ -323,7 +320,6 @@ def _make_spec(
     max_pool: Any = 0,
     avg_pool: Any = 0,
     inhibition: Any = False,
-    forget_bias: Any = 0.0,
     checkpoint: Any = False,
     spiking: bool = True,
 ) -> CellSpec:
@@ -338,7 +334,6 @@ def _make_spec(
         surrogate=surrogate,
         quant=quant,
         inhibition=flag("inhibition", inhibition),
-        forget_bias=finite_number("forget_bias", forget_bias),
         checkpoint=checkpoint_flag(checkpoint),
         spiking=spiking,
     )
@@ -346,11 +341,11 @@ def _make_spec(
 
 SHOWN: dict[str, Any] = {
     "stride": 1, "dilation": 1, "max_pool": 0, "avg_pool": 0, "reset_mechanism": "none",
-    "inhibition": False, "forget_bias": 0.0, "init_hidden": False, "checkpoint": False, "batch_first": False,
+    "inhibition": False, "init_hidden": False, "checkpoint": False, "batch_first": False,
 }  # fmt: skip
 """The arguments that a cell's representation shows where they differ from these defaults."""
 
-BEYOND_SNNTORCH = ("stride", "dilation", "forget_bias", "checkpoint")
+BEYOND_SNNTORCH = ("stride", "dilation", "checkpoint")
 """The arguments that change what a cell does, and that snnTorch's cell does not have."""
 
 
@@ -364,7 +359,7 @@ _cached_spec = lru_cache(maxsize=256, typed=True)(_make_spec)
 
 DESCRIBING = (
     "spike_grad", "surrogate_disable", "state_quant", "stride", "dilation", "reset_mechanism",
-    "max_pool", "avg_pool", "inhibition", "forget_bias", "checkpoint",
+    "max_pool", "avg_pool", "inhibition", "checkpoint",
 )  # fmt: skip
 """The arguments of a cell, beside its kernel size, that say what it computes."""
 

@@ -155,7 +155,6 @@ def make_cell(core: Any, s: Sizes) -> Any:
         p0=surrogate.p0,
         p1=surrogate.p1,
         inhibition=spec.inhibition,
-        forget_bias=spec.forget_bias,
         num_levels=0 if spec.quant is None else spec.quant.levels.numel(),
         spiking=spec.spiking,
     )
