@@ -42,8 +42,11 @@ __all__ = ["BACKENDS", "DEVICES", "plan_of", "run", "run_operator"]
 # Whether a gradient is one of many at once, as with is_grads_batched=True.
 _is_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
-# What torch knows of the backward pass that is running: whether its graph is kept for another.
-_keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+# Whether the graph of the backward pass that is running is kept for another one. torch 2.4 does not
+# say; a packed weight then lives as long as the graph's nodes.
+_keeps_graph: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
 
 
 # ---- backends and plans --------------------------------------------------------------------------
