@@ -305,6 +305,8 @@ class SConv2dLSTM(CellAttributes):
 
     def _unchecked(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any) -> Call | None:
         """Return the call as it came, if nothing in it needs a conversion."""
+        if record is not False and record is not True:  # 1.0 and NumPy's True equal True in a key
+            return None
         conv: Any = self._modules.get("conv")
         threshold: Any = self._buffers.get("threshold")
         if threshold is None:

@@ -10,6 +10,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cpu_kernels import native
@@ -247,6 +248,15 @@ def test_a_tensor_of_another_dtype_is_converted_after_like_ones_were_not(which):
     expected = cell(*tensors)
     tensors[which] = tensors[which].bfloat16()
     same(cell(*tensors), expected)
+
+
+def test_a_flag_that_equals_a_bool_is_checked_after_like_ones():
+    cell = ours()
+    expected = cell(X[None], *START, record=True)
+    for flag in (np.True_, 1):
+        same(cell(X[None], *START, record=flag), expected)
+    with pytest.raises(TypeError, match="record must be a bool"):
+        cell(X[None], *START, record=1.0)
 
 
 def test_a_weight_that_gets_another_shape_is_seen():
