@@ -296,7 +296,7 @@ def _run(layers: list[Named], x: Tensor, lengths: Tensor | None) -> tuple[Any, l
         else:
             if lengths is not None and not reports:
                 x = silenced(x, lengths)  # whatever the padding holds, no gradient may become NaN
-            out = _alike(report.kind, rest, x, lengths, reports)
+            out = _run_alike(report, rest, x, lengths, reports)
         if len(reports) < len(layers):
             x = _first_item(layers[len(reports) - 1][0], out)
     if lengths is not None and reports and reports[-1].reason in PER_SAMPLE:
@@ -312,24 +312,25 @@ def _report_of(name: str, layer: nn.Module, x: Tensor, steps: int = 1) -> LayerR
     return report_of(name, layer, x.dim(), x.nbytes // steps if cached else 0)
 
 
-def _alike(
-    kind: str,
+def _run_alike(
+    report: LayerReport,
     layers: list[Named],
     x: Tensor,
     lengths: Tensor | None,
     reports: list[LayerReport],
 ) -> Any:
-    """Run the first layers over (T, N, ...), up to one that is not of their kind.
+    """Run the first layer, and those after it of its kind, over (T, N, ...).
 
     All of them run over all steps as one batch, or for one step, then for the next.
     """
-    fold = kind == "fold"
+    kind, fold = report.kind, report.kind == "fold"
     outs: list[Any] = [x.flatten(0, 1)] if fold else list(_steps_of(x))
     calls: list[tuple[str, nn.Module, Callable[[Tensor], Any]]] = []
     before = ""
     for name, layer in layers:
         first = _first_item(before, outs[0])
-        report = _report_of(name, layer, first, len(x) if fold else 1)
+        if calls:
+            report = _report_of(name, layer, first, len(x) if fold else 1)
         if report.kind != kind:
             break
         reports.append(report)

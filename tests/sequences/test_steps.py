@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import close, ours, steps
 from torch import nn
+from torch.autograd import forward_ad
 
 import snnlstm
 from snnlstm.native import pool
@@ -111,6 +112,9 @@ def test_transforms_of_torch_func_and_forward_mode_see_every_step(large):
         lambda each: layers[0](each.flatten(0, 1)).sin().unflatten(0, (T, N)), (x[0],), (tangent,)
     )
     close(found, whole)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x[0].requires_grad_(), tangent)
+        close(forward_ad.unpack_dual(snnlstm.unroll(dual, *layers)).tangent, whole)
 
 
 def test_several_gradients_at_once(large):
