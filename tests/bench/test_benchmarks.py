@@ -411,6 +411,6 @@ def test_the_convlstms_that_are_timed_compute_the_same():
     x = torch.rand(small.shape)
     expected = convlstm.outputs(small.build(convlstm.Stack), x)
     providers = {n: p for n, p in convlstm.PROVIDERS.items() if "compiled" not in n}
-    assert len(providers) >= 3
+    assert len(providers) >= 2
     for name, build in providers.items():
         torch.testing.assert_close(convlstm.outputs(build(small), x), expected, msg=name)
