@@ -173,7 +173,8 @@ class CellAttributes(Base):
 
         They have the shape of the last call's and may be passed to the next call with an input
         of any size. To start from something else pass it or assign it: under torch.compile
-        an edit in place of what was returned here is seen only where it is passed.
+        an edit in place of what was returned here, or of ``syn`` and ``mem`` as read after a reset,
+        is seen only where the tensor is passed.
         """
         return self._state.reset()
 
