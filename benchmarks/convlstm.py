@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import snnlstm
-from benchmarks.plain_convlstm import Stack
 from benchmarks.timing import Budget, time_interleaved, warm_up
+from tests.shared.plain_convlstm import Stack
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rounding import gradient_error, state_error
 from torch import Tensor, nn
 
 import snnlstm
-from benchmarks.plain_convlstm import Cell, Stack
+from tests.shared.plain_convlstm import Cell, Stack
 
 # Rows have the arguments of both stacks; sizes are odd or prime.
 STACKS = {
