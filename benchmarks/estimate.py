@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import devices
-from benchmarks.cases import CASES, Case, find_cases
-from benchmarks.report import format_table
+from benchmarks.cases import CASES, Case
 
 LAYERS = ("mnist", "dvs", "mid", "big", "dvs64", "wide64")
 # By type: the states' dtype of csrc/args.h, and the matrix of csrc/cuda/plan.h; None is the core's
@@ -136,7 +135,7 @@ def table(gpu: Gpu, cases: list[Case], dtypes: list[str]) -> str:
                     [case.name, dtype, name, plan.name, *(f"{1e6 * t:.0f}" for t in times), ratio]
                 )
     header = ["layer", "type", "mode", "chosen", "ours", "snnTorch", "in a graph", "of the graph"]
-    return format_table(header, cells, left=4)
+    return "\n".join("  ".join(map(str, line)) for line in [header, *cells])
 
 
 def ways(gpu: Gpu, cases: list[Case], dtypes: list[str]) -> str:
@@ -173,7 +172,7 @@ def main(given: list[str] | None = None) -> int:
         f"{card['gigabytes']:.0f} GB/s ({card['source']})\n"
         "Estimates, us a time step: no GPU has been timed.\n"
     )
-    cases = find_cases(list(options.layers))
+    cases = [CASES[name] for name in options.layers]
     print(ways(gpu, cases, dtypes) if options.ways else table(gpu, cases, dtypes))
     return 0
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import snnlstm
 from benchmarks import devices
-from benchmarks.agreement import TOLERANCE
+from benchmarks.run import TOLERANCE
 from snnlstm.reference import sconv2dlstm
 
 OPTIONS: dict[str, dict[str, Any]] = {

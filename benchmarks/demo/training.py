@@ -14,7 +14,6 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -225,15 +224,6 @@ def parse(p: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.N
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("argument --device: cuda was asked for, but torch sees no CUDA device")
     return args
-
-
-def tell(connection: Connection, args: argparse.Namespace) -> None:
-    """Trains, and sends each event to another process."""
-    # Each process imports both libraries, so that both processes start equally large.
-    for library in ("snntorch", "snnlstm"):
-        importlib.import_module(library)
-    for event in run(args):
-        connection.send(event)
 
 
 def main(arguments: list[str] | None = None) -> None:
