@@ -2,13 +2,14 @@
 
 They are written for snnTorch's cell, as users write them: a network class takes the cell's class as
 its first argument, its `forward` is a loop over time, and its `sequence` does the same as
-docs/sequences.md teaches it. ``NETWORKS`` has the example of snnTorch's documentation, networks
-with the structures, sizes and batches of public ones, and small ones for what their code does.
+docs/sequences.md teaches it. ``USERS`` has the example of snnTorch's documentation, and networks
+with the structures, sizes and batches of public ones; ``SMALL`` has some for what their code does.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -53,17 +54,16 @@ SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 class Network:
     """Holds a network with its data and its training step.
 
-    make: makes the network of a cell's class. shape: of a batch as users have it; small: of the
-    batches of tests, which take them in turn. train, infer: a step of (run, net, optimizer, x, y)
-    and inference by (run, net, x), where `run` is `loop` or `sequences`. batch_dim: the dimension
-    of x that is the batch. autocast: whether the network runs under autocast, where our cell and
-    snnTorch's round differently. forms: as FORMS; the first is what the others are compared with.
+    make: makes the network of a cell's class. shapes: of batches, which training takes in turn.
+    train, infer: a step of (run, net, optimizer, x, y) and inference by (run, net, x), where `run`
+    is `loop` or `sequences`. batch_dim: the dimension of x that is the batch. autocast: whether the
+    network runs under autocast, where our cell and snnTorch's round differently. forms: as FORMS;
+    the first is what the others are compared with.
     """
 
     title: str
     make: Callable[[Any], nn.Module]
-    shape: tuple[int, ...]
-    small: tuple[tuple[int, ...], ...]
+    shapes: tuple[tuple[int, ...], ...]
     train: Callable[..., Tensor] = averaged
     infer: Callable[..., Any] = lambda run, net, x: run(net, x)
     optimizer: Callable[..., torch.optim.Optimizer] = ADAM
@@ -73,22 +73,16 @@ class Network:
     autocast: bool = False
     forms: dict[str, tuple[Any, bool]] = field(default_factory=lambda: FORMS)
 
-    def data(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Returns an equal batch at every call: events of density 0.3, and labels."""
+    def batches(self) -> list[tuple[Any, Any]]:
+        """Returns equal batches at every call: events of density 0.3, and labels."""
         generator = torch.Generator("cpu").manual_seed(7)
-        x = torch.rand(shape, generator=generator, device="cpu").lt(0.3)
-        size = (shape[self.batch_dim],)
-        y = torch.randint(3, size, generator=generator, device="cpu")
-        like = torch.zeros(())
-        return x.to(like), y.to(like.device)
-
-    def batch(self) -> tuple[Any, Any]:
-        """Returns a batch as users have it."""
-        return self.data(self.shape)
-
-    def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Returns the small batches of tests."""
-        return [self.data(shape) for shape in self.small]
+        batches, like = [], torch.zeros(())
+        for shape in self.shapes:
+            x = torch.rand(shape, generator=generator, device="cpu").lt(0.3)
+            size = (shape[self.batch_dim],)
+            y = torch.randint(3, size, generator=generator, device="cpu")
+            batches.append((x.to(like), y.to(like.device)))
+        return batches
 
     def step(self, net: Any, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
         """Makes a training step in the loop over time; returns the loss."""
@@ -134,19 +128,23 @@ class Classifier(nn.Module):
         return unroll(x.transpose(0, 1), *self.cells, nn.Flatten(), self.fc, self.lif)[1]
 
 
-def _layers(*channels: int, kernel: Any = 3, threshold: float = 0.1, **options: Any) -> list[dict]:
-    """Returns the arguments of cells with these channels, each of which has the same options."""
+def _layers(*channels: int, threshold: float, kernel: Any = 3, **options: Any) -> list[dict]:
+    """Returns the arguments of cells with these channels and the same options."""
     names = ("in_channels", "out_channels", "kernel_size", "threshold")
     pairs = itertools.pairwise(channels)
     return [dict(zip(names, (*pair, kernel, threshold), strict=True)) | options for pair in pairs]
 
 
-def _classifier(
-    title: str, layers: list[dict], pixels: int, steps: int, batch: int, *image: int
-) -> Network:
-    """Returns a Classifier on images (C, H, W), whose tests take three steps of two samples."""
-    make = functools.partial(Classifier, layers=layers, pixels=pixels)
-    return Network(f"{title}; T={steps} N={batch}", make, (batch, steps, *image), ((2, 3, *image),))
+def _classifier(title: str, layers: list[dict], steps: int, batch: int, *image: int) -> Network:
+    """Returns a Classifier on images (C, H, W)."""
+    _, height, width = image
+    for layer in layers:
+        pool = layer.get("max_pool") or layer["avg_pool"]
+        rows, columns = pool if isinstance(pool, tuple) else (pool, pool)
+        height, width = height // rows, width // columns
+    make = functools.partial(Classifier, layers=layers, pixels=height * width)
+    shape = (batch, steps, *image)
+    return Network(f"{title}; T={steps} N={batch}", make, (shape,), optimizer=torch.optim.Adam)
 
 
 class Camera(nn.Module):
@@ -312,7 +310,7 @@ def _convlstm(hidden: list[int], kernel: int, *shape: int) -> Network:
     layers = "->".join(map(str, (shape[2], *hidden)))
     title = f"ConvLSTM {layers} {kernel}x{kernel} {shape[3]}x{shape[4]}; T={shape[1]} N={shape[0]}"
     forms = {"plain loop": (True, False), "snnlstm": (False, False)}
-    return Network(title, make, shape, (), squared, loop=first, forms=forms)
+    return Network(title, make, (shape,), squared, loop=first, forms=forms)
 
 
 @dataclass(frozen=True)
@@ -321,9 +319,9 @@ class OwnNetwork(Network):
 
     function: Callable[[], tuple[nn.Module, Any]] = NotImplemented
 
-    def batch(self) -> tuple[Any, Any]:
+    def batches(self) -> list[tuple[Any, Any]]:
         _, x = self.function()
-        return (x if isinstance(x, tuple) else (x,)), None
+        return [(x if isinstance(x, tuple) else (x,), None)]
 
 
 def _fresh(net: nn.Module, x: tuple[Any, ...]) -> Any:
@@ -360,7 +358,7 @@ def from_file(place: str) -> Network:
         return report.model
 
     return OwnNetwork(
-        "your own network", make, (), (), squared, loop=_fresh,
+        "your own network", make, (), squared, loop=_fresh,
         optimizer=functools.partial(torch.optim.SGD, lr=0.0), function=function,
         forms={name: form for name, form in FORMS.items() if not form[1]},
     )  # fmt: skip
@@ -368,52 +366,61 @@ def from_file(place: str) -> Network:
 
 # ---- all networks --------------------------------------------------------------------------------
 
-USERS = {
-    "documentation": _classifier(
+_CLASSIFIERS: dict[str, tuple[str, list[dict], int, int, int, int, int]] = {
+    "documentation": (
         "1->8 28x28, max_pool 2, 8->8, avg_pool 2",
-        [*_layers(1, 8, max_pool=2), *_layers(8, 8, avg_pool=2)], 7 * 7, 10, 32, 1, 28, 28,
+        _layers(1, 8, threshold=0.1, max_pool=2) + _layers(8, 8, threshold=0.03, avg_pool=2),
+        10, 32, 1, 28, 28,
     ),
-    "column": _classifier(
+    "column": (
         "22->16->32->64 129x1, max_pool (2, 1)",
-        _layers(22, 16, 32, 64, threshold=0.05, max_pool=(2, 1)), 16, 65, 128, 22, 129, 1,
+        _layers(22, 16, 32, threshold=0.05, max_pool=(2, 1))
+        + _layers(32, 64, threshold=0.02, max_pool=(2, 1)), 65, 128, 22, 129, 1,
     ),
-    "spectrum": _classifier(
+    "spectrum": (
         "1->16 9x9 129x33, max_pool 2",
-        _layers(1, 16, kernel=9, max_pool=2), 64 * 16, 10, 128, 1, 129, 33,
+        _layers(1, 16, threshold=0.03, kernel=9, max_pool=2), 10, 128, 1, 129, 33,
     ),
-    "eeg": _classifier(
+    "eeg": (
         "1->16->32->64 22x128, max_pool 2",
-        _layers(1, 16, 32, 64, threshold=0.05, max_pool=2), 2 * 16, 10, 32, 1, 22, 128,
+        _layers(1, 16, 32, 64, threshold=0.05, max_pool=2), 10, 32, 1, 22, 128,
     ),
-    "audio": _classifier(
+    "audio": (
         "1->16 5x5 33x49, max_pool 2, 16->32->64, avg_pool 2",
-        [*_layers(1, 16, kernel=5, max_pool=2),
-         *_layers(16, 32, 64, threshold=0.02, avg_pool=2)], 4 * 6, 10, 12, 1, 33, 49,
+        _layers(1, 16, threshold=0.03, kernel=5, max_pool=2)
+        + _layers(16, 32, 64, threshold=0.03, avg_pool=2), 10, 12, 1, 33, 49,
     ),
-    "electrodes": _classifier(
+    "electrodes": (
         "1->16 19x3 19x125, 16->64 3x3, max_pool 2",
-        [*_layers(1, 16, kernel=(19, 3), max_pool=2), *_layers(16, 64, max_pool=2)],
-        4 * 31, 23, 16, 1, 19, 125,
-    ),
-    "camera": Network(
-        "convolution, Leaky, 32->1 128x128, learned threshold, autocast; T=18 N=2", Camera,
-        (18, 2, 2, 128, 128), ((10, 2, 2, 12, 12),), truncated, seen, SGD, 1, autocast=True,
+        _layers(1, 16, threshold=0.03, kernel=(19, 3), max_pool=2)
+        + _layers(16, 64, threshold=0.05, max_pool=2), 23, 16, 1, 19, 125,
     ),
 }  # fmt: skip
+_CAMERA = Network(
+    "convolution, Leaky, 32->1 128x128, learned threshold, autocast; T=18 N=2", Camera,
+    ((18, 2, 2, 128, 128),), truncated, seen, SGD, batch_dim=1, autocast=True,
+)  # fmt: skip
+USERS = {name: _classifier(*of) for name, of in _CLASSIFIERS.items()} | {"camera": _CAMERA}
 SMALL = {
-    "spectrogram": Network(
-        "1->4->4 9x9, batch norm between", Spectrogram, (4, 1, 20, 32), ((4, 1, 20, 32),)
-    ),
+    "spectrogram": Network("1->4->4 9x9, batch norm between", Spectrogram, ((4, 1, 20, 32),)),
     "thresholds": Network(
-        "convolution, 4->5->3 8x8, thresholds learned", LearnedThreshold, (4, 4, 3, 8, 8),
-        ((4, 4, 3, 8, 8),), batch_dim=1, optimizer=SGD,
+        "convolution, 4->5->3 8x8, thresholds learned", LearnedThreshold, ((4, 4, 3, 8, 8),),
+        optimizer=SGD, batch_dim=1,
     ),
     "hidden": Network(
-        "2->4->4 8x8 in nn.Sequential", hidden, (5, 4, 2, 8, 8),
-        ((5, 4, 2, 8, 8), (5, 2, 2, 8, 8)), loop=_outside, sequences=_unrolled, batch_dim=1,
+        "2->4->4 8x8 in nn.Sequential", hidden, ((5, 4, 2, 8, 8), (5, 2, 2, 8, 8)),
+        batch_dim=1, loop=_outside, sequences=_unrolled,
     ),
 }  # fmt: skip
-NETWORKS = USERS | SMALL
+NETWORKS = {
+    **{
+        name: _classifier(title, layers, 3, 2, channels, min(height, 16), min(width, 16))
+        for name, (title, layers, _, _, channels, height, width) in _CLASSIFIERS.items()
+    },
+    "camera": dataclasses.replace(_CAMERA, shapes=((10, 2, 2, 12, 12),)),
+    **SMALL,
+}
+"""The same networks with small images and batches, which tests train."""
 CONVLSTMS = {
     "nowcasting": _convlstm([16, 16], 3, 8, 10, 1, 48, 48),
     "video": _convlstm([32], 3, 8, 10, 16, 32, 32),
@@ -434,7 +441,7 @@ def twins(make: Callable[[Any], nn.Module]) -> list[Any]:
 class WholeNetwork:
     """Is a provider of a network: one of its forms, with one library's cell."""
 
-    def __init__(self, network: Network, form: str, setting: Setting, small: bool = False) -> None:
+    def __init__(self, network: Network, form: str, setting: Setting) -> None:
         if setting.dtype not in ("float32", *WIDE):
             raise Unavailable(f"networks run in float32, not in {setting.dtype}")
         self.network, self.setting = network, setting
@@ -444,7 +451,7 @@ class WholeNetwork:
         with setting.torch_device:
             torch.manual_seed(setting.seed)
             self.net = network.make(cell)
-            self.x, self.y = network.batches()[0] if small and network.small else network.batch()
+            self.x, self.y = network.batches()[0]
         self.optimizer = network.optimizer(self.net.parameters())
         self.initial = copy.deepcopy(self.net.state_dict())
 

@@ -133,7 +133,7 @@ def find_case(name: str) -> Case | Network:
     """Returns a built-in layer or network, or the network of "file.py:function"."""
     if ":" in name or name.endswith(".py"):
         return networks.from_file(name)
-    for table in (networks.NETWORKS, *TABLES.values()):
+    for table in TABLES.values():
         if name in table:
             return table[name]
     known = ", ".join([*TABLES, *(case for table in TABLES.values() for case in table)])
@@ -141,11 +141,12 @@ def find_case(name: str) -> Case | Network:
 
 
 def build(case: Case | str, provider: str, setting: Setting, small: bool = False) -> Any:
-    """Returns the provider of a layer, or of the network of a name, for a small batch if asked."""
+    """Returns the provider of a layer or of the network of a name; small: of a small batch."""
     if isinstance(case, Case):
         case = dataclasses.replace(case, steps=2, batch=1) if small else case
         return find_provider(provider)(case, setting)
-    return WholeNetwork(find_case(case), provider, setting, small)
+    network = networks.NETWORKS[case] if small and case in networks.NETWORKS else find_case(case)
+    return WholeNetwork(network, provider, setting)
 
 
 def prepared(case: Case | str, name: str, setting: Setting, mode: str, small: bool) -> Runner:
