@@ -18,7 +18,7 @@ from torch import Tensor
 
 import snnlstm
 from benchmarks import devices
-from benchmarks.run import TOLERANCE
+from benchmarks.providers import TOLERANCE
 from snnlstm.reference import sconv2dlstm
 
 OPTIONS: dict[str, dict[str, Any]] = {

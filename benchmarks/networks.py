@@ -228,35 +228,6 @@ class Spectrogram(nn.Module):
         return self.head(mem.flatten(2))
 
 
-class LearnedThreshold(nn.Module):
-    """Trains thresholds, one for each channel, on channels_last data."""
-
-    def __init__(self, cell: Any) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, padding=1)
-        self.lstm1 = cell(
-            4, 5, 3, threshold=torch.full((5, 1, 1), 0.03), learn_threshold=True, max_pool=2,
-            reset_mechanism="subtract",
-        )  # fmt: skip
-        self.lstm2 = cell(5, 3, 3, threshold=0.02, learn_threshold=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        (syn1, mem1), (syn2, mem2) = self.lstm1.reset_mem(), self.lstm2.reset_mem()
-        out = []
-        for x_t in x:
-            x_t = self.conv(x_t.to(memory_format=torch.channels_last))
-            spk, syn1, mem1 = self.lstm1(x_t, syn1, mem1)
-            spk, syn2, mem2 = self.lstm2(spk, syn2, mem2)
-            out.append(spk.mean((-2, -1)))
-        return torch.stack(out)
-
-    def sequence(self, x: Tensor) -> Tensor:
-        _reset(self.lstm1, self.lstm2)
-        images = x.flatten(0, 1).to(memory_format=torch.channels_last)
-        steps = images.unflatten(0, x.shape[:2])
-        return unroll(steps, self.conv, self.lstm1, self.lstm2)[0].mean((-2, -1))
-
-
 def hidden(cell: Any) -> nn.Module:
     """Makes an nn.Sequential of layers that keep their states."""
     grad = surrogate.atan(alpha=2.0)
@@ -403,10 +374,6 @@ _CAMERA = Network(
 USERS = {name: _classifier(*of) for name, of in _CLASSIFIERS.items()} | {"camera": _CAMERA}
 SMALL = {
     "spectrogram": Network("1->4->4 9x9, batch norm between", Spectrogram, ((4, 1, 20, 32),)),
-    "thresholds": Network(
-        "convolution, 4->5->3 8x8, thresholds learned", LearnedThreshold, ((4, 4, 3, 8, 8),),
-        optimizer=SGD, batch_dim=1,
-    ),
     "hidden": Network(
         "2->4->4 8x8 in nn.Sequential", hidden, ((5, 4, 2, 8, 8), (5, 2, 2, 8, 8)),
         batch_dim=1, loop=_outside, sequences=_unrolled,

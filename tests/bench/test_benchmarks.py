@@ -90,7 +90,7 @@ def test_all_forms_of_every_case_compute_the_same(table, monkeypatch):
         (shape,) = small[name].shapes
         small[name] = dataclasses.replace(small[name], shapes=((2, 3, shape[2], 6, 7),))
     monkeypatch.setattr(run, "find_case", small.get)
-    of = run.Suite(run.Plan(small, list(run.providers.DEFAULT), [], Setting(), 1, 0.1))
+    of = run.Suite(small, list(run.providers.DEFAULT), [], Setting())
     for name, case in small.items():
         assert len(of.checked(name, case)) == (2 if table == "convlstm" else 3), name
     assert not of.wrong

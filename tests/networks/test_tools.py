@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import snnlstm
-from benchmarks.networks import NETWORKS, twins
+from benchmarks.networks import NETWORKS, Spectrogram, twins
 
 
 def torchinfo_(net: nn.Module, x: Tensor) -> Any:
@@ -60,30 +60,30 @@ def test_tools_see_what_they_see_in_snntorchs_cell(
     tool: Callable[..., Any], caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snnlstm.path, "_logged", set())
-    (x, _), *_ = NETWORKS["documentation"].batches()
-    theirs, ours = twins(NETWORKS["documentation"].make)
+    (x, _), *_ = NETWORKS["spectrogram"].batches()
+    theirs, ours = twins(Spectrogram)
     found = tool(ours, x)
-    assert "cells.0.conv" in str(found) or "Conv2d" in str(found)
+    assert "lstm1.conv" in str(found) or "Conv2d" in str(found)
     assert found == tool(theirs, x)
     assert len([r for r in caplog.records if r.name == "snnlstm"]) <= 1
     # The tool runs again when the cells have states with a history; then a call has no hooks.
     ours(x)
-    assert ours.cells[0].path.native
-    assert ours.cells[1].path.native
+    assert ours.lstm1.path.native
+    assert ours.lstm2.path.native
     assert tool(ours, x) == found
     ours(x)
-    assert ours.cells[0].path.native
+    assert ours.lstm1.path.native
     assert len([r for r in caplog.records if r.name == "snnlstm"]) <= 1
 
 
 @pytest.mark.filterwarnings("ignore")  # the trace's, about sizes that become constants
 def test_a_network_with_a_history_is_traced_again() -> None:
     """torch.jit.trace must not keep a state with a history; its own check traces twice."""
-    (x, _), *_ = NETWORKS["documentation"].batches()
-    net = twins(NETWORKS["documentation"].make)[1].eval()
+    (x, _), *_ = NETWORKS["spectrogram"].batches()
+    net = twins(Spectrogram)[1].eval()
     out = net(x)
     for _ in range(2):
         traced = torch.jit.trace(net, x)
         torch.testing.assert_close(traced(x), out)
         torch.testing.assert_close(net(x), out)
-        assert net.cells[0].path.native
+        assert net.lstm1.path.native
