@@ -55,7 +55,7 @@ mutants: $(VENV)/.instruments  ## changes of the code that no test notices (two 
 versions: $(VENV)/.nox  ## the tests with the oldest and newest torch of each Python, in fresh environments (3 GB each)
 	$(VENV)/bin/nox $(ARGS)
 
-bench: $(VENV)/.installed  ## measure every provider on every shape
+bench: $(VENV)/.installed  ## measure networks of users with either library's cell
 	$(RUN) -m benchmarks $(ARGS)
 
 # Needs no network. PYTHON, if given, is the one that has torch with CUDA; else .venv where there is one.
