@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import importlib.util
 import itertools
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -309,16 +309,11 @@ def from_file(place: str) -> Network:
     """
     file, _, name = place.partition(":")
     name = name or "make"
-    path = Path(file).resolve()
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.exists():
-        raise ValueError(f"--network: {file} is no Python file; expected FILE.py:FUNCTION")
-    sys.path.insert(0, str(path.parent))  # where the file finds what it imports
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise ValueError(f"--network: {file} has no function {name}()")
-    function = getattr(module, name)
+    sys.path.insert(0, str(Path(file).resolve().parent))  # where the file finds what it imports
+    try:
+        function = runpy.run_path(file)[name]
+    except (OSError, KeyError) as error:
+        raise ValueError(f"--network: expected FILE.py:FUNCTION, got {place!r}: {error}") from None
 
     def make(cell: Any) -> nn.Module:
         net, _ = function()

@@ -1,14 +1,9 @@
 """Measures peak memory: of this process, as Linux counts it, and of a call in a fresh process.
 
-On the CPU a call runs in a fresh process. The high-water mark of its resident set (VmHWM) is reset
-right before the call and read right after it, and the bytes that were resident before are
-subtracted. The mark counts all memory that is touched: torch's tensors, oneDNN's scratch space, a
-library's own workspace. malloc takes every large block from the system and gives it back at once
-(MALLOC_MMAP_THRESHOLD_), so that the resident set is the memory in use: for snnTorch's cell torch's
-profiler, which sees torch's own allocator alone, gives the same within 1 %. With malloc's defaults
-a process takes more, by fragmentation, which varies from run to run.
-
-On CUDA the peak is torch.cuda.max_memory_allocated, less its value before the call.
+The high-water mark of the resident set (VmHWM) counts all memory that is touched: torch's tensors,
+oneDNN's scratch space, a library's own workspace. In the fresh process malloc gives every large
+block back at once, so that the resident set is the memory in use: for snnTorch's cell torch's
+profiler gives the same within 1 %. With malloc's defaults a process takes more, by fragmentation.
 """
 
 from __future__ import annotations
@@ -28,10 +23,8 @@ from unittest import mock
 import torch
 
 GIVE_BACK = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MALLOC_TOP_PAD_": "0",
-}
+    "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"
+}  # fmt: skip
 MIB = 2**20
 
 
@@ -66,14 +59,12 @@ def _status(field: str) -> int:
     raise Unsupported(f"/proc/self/status has no {field}")
 
 
-Prepare = Callable[..., tuple[Callable[[], Any], Callable[[], Any]]]
-
-
-def measure(prepare: Prepare, *arguments: Any, device: str = "cpu") -> float | str:
-    """Returns the peak of a run in MiB, or the reason why it is missing.
+def measure(prepare: Callable[..., Any], *arguments: Any, device: str = "cpu") -> float | str:
+    """Returns the peak of a run beyond what was there before, in MiB, or why it is missing.
 
     prepare(*arguments, small) returns (setup, run). It is called in the process that is measured,
-    first with True for a small run, which loads code and starts threads, then with False.
+    first with True for a small run, which loads code and starts threads, then with False. On CUDA
+    the peak is that of torch's allocator, in this process.
     """
     threads = torch.get_num_threads()
     if device == "cuda":
@@ -89,7 +80,10 @@ def measure(prepare: Prepare, *arguments: Any, device: str = "cpu") -> float | s
 
 
 def _peak(
-    prepare: Prepare, arguments: tuple[Any, ...], threads: int, peak: Callable[..., float]
+    prepare: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    threads: int,
+    peak: Callable[..., float],
 ) -> float | str:
     torch.set_num_threads(threads)
     try:

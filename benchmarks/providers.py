@@ -10,7 +10,6 @@ from typing import Any
 
 import snntorch
 import torch
-import torch.nn.functional as F
 from snntorch.functional import quant
 from torch import Tensor
 
@@ -25,9 +24,7 @@ Spikes = Tensor | list[Tensor]
 
 MODES = ("inference", "training")
 OPERANDS = {"autocast": torch.bfloat16, "autocast16": torch.float16}
-WIDE = ("tf32", *OPERANDS)
-"""Float32 tensors with other precisions of products."""
-
+WIDE = ("tf32", *OPERANDS)  # float32 tensors with other precisions of products
 
 TOLERANCE = {
     "float64": (1e-10, 1e-8),
@@ -233,45 +230,6 @@ class Compiled(SnnTorch):
         self.step = torch.compile(self.cell, dynamic=False)
 
 
-class Hoisted(SnnTorch):
-    """Computes the cell by plain torch that was rearranged by hand for speed.
-
-    - The input half of the convolution runs once, over T * N images, and the loop has the recurrent
-      half alone. The two halves are added, where snnTorch concatenates x and mem.
-    - The sigmoids of i, f and o run as one operation over adjoining channels.
-    - Pooling, its quantisation and the spikes run once, over all T.
-    """
-
-    title = "plain torch by hand: input convolution over all T at once"
-
-    def sequence(self, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        case, cell = self.case, self.cell
-        weight, padding, quantised = cell.conv.weight, cell.padding, cell.state_quant
-        w_x, w_mem = weight[:, : case.cin], weight[:, case.cin :].contiguous()
-        steps, batch = x.shape[:2]
-        hoisted = F.conv2d(x.flatten(0, 1), w_x, cell.conv.bias, padding=padding)
-        mems = []
-        for gates_x in hoisted.unflatten(0, (steps, batch)).unbind(0):
-            gates = gates_x + F.conv2d(mem, w_mem, None, padding=padding)
-            i, f, o = torch.sigmoid(gates[:, : 3 * case.cout]).chunk(3, dim=1)
-            g = torch.tanh(gates[:, 3 * case.cout :])
-            reset = (mem.detach() > cell.threshold).to(mem.dtype) if case.reset != "none" else 0
-            syn = torch.addcmul(f * syn, i, g)
-            mem = o * torch.tanh(syn)
-            if case.reset == "subtract":
-                mem = mem - reset * cell.threshold
-            elif case.reset == "zero":
-                mem = mem * (1 - reset)
-            if quantised:
-                syn, mem = quantised(syn), quantised(mem)
-            mems.append(mem)
-        pooled = case.pool(torch.stack(mems).flatten(0, 1))
-        if quantised and case.avg_pool:  # without avg_pool the values are levels already
-            pooled = quantised(pooled)
-        spikes = cell.spike_grad(pooled - cell.threshold)
-        return spikes.unflatten(0, (steps, batch)), syn, mem
-
-
 class Snnlstm(Provider):
     """Runs the whole sequence in one call, with the algorithm that the library chooses."""
 
@@ -353,7 +311,6 @@ PROVIDERS: dict[str, type[Provider]] = {
     "snntorch-compile": Compiled,
     "snntorch-cudagraph": _captured(SnnTorch),
     "snntorch-compile-graph": _captured(Compiled),
-    "hoisted": Hoisted,
     "snnlstm-step": SnnlstmStep,
     "snnlstm": Snnlstm,
     "snnlstm-cudagraph": _captured(Snnlstm),

@@ -23,7 +23,7 @@ FEWEST_ROUNDS = 5
 # (https://jfly.uni-koeln.de/color/).
 COLOURS = {
     "snntorch": "#000000", "plain loop": "#000000", "snntorch-compile": "#E69F00",
-    "snntorch-cudagraph": "#CC79A7", "snntorch-compile-graph": "#009E73", "hoisted": "#999999",
+    "snntorch-cudagraph": "#CC79A7", "snntorch-compile-graph": "#009E73",
     "snnlstm-step": "#56B4E9", "snnlstm": "#0072B2", "snnlstm-cudagraph": "#D55E00",
     "snnlstm-checkpoint": "#F0E442",
 }  # fmt: skip

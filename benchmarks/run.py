@@ -283,12 +283,7 @@ providers:
 {chr(10).join(f"  {name:<22} {provider.title}" for name, provider in PROVIDERS.items())}
   snnlstm:ALGORITHM      an algorithm forced, such as snnlstm:direct
 
-examples:
-  python -m benchmarks --threads 1 all
-  python -m benchmarks --network mine.py:make
-  python -m benchmarks --shape "8 4 32 48 30 40 3x5 reset=zero density=0.02"
-  python -m benchmarks --shapes cpu --providers snntorch hoisted snnlstm snnlstm:direct
-  python -m benchmarks --shapes long --memory
+example: python -m benchmarks --shapes cpu --threads 1 all --providers snnlstm snnlstm:direct
 """
 
 

@@ -7,14 +7,11 @@ import importlib
 import json
 import multiprocessing
 import statistics
-import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from benchmarks import machine
 from benchmarks.demo import training
@@ -25,40 +22,19 @@ WINDOW = 30
 COLOURS = {"snntorch": "#E69F00", "snnlstm": "#0072B2"}
 LINES = {
     "accuracy": ("test accuracy", "{:.1%}"),
-    "loss": ("training loss at the end", "{:.3f}"),
     "seconds": ("seconds of training", "{:.1f}"),
     "batch_ms": ("ms per batch, median", "{:.1f}"),
     "peak_mib": ("peak memory, MiB", "{:.0f}"),
     "training_mib": ("  of it for training", "{:.0f}"),
 }
-Result = dict[str, Any]
-"""A result has what `training.run` tells at its start and end, and the losses of all batches."""
+Result = dict[str, Any]  # of training.run
 
 
 def train(network: str, args: argparse.Namespace) -> Result:
-    """Trains in this process, shows the progress, and returns the result."""
-    # Each process imports both libraries, so that both processes start equally large.
+    """Trains in this process, which imports both libraries: both processes start equally large."""
     for library in COLOURS:
         importlib.import_module(library)
-    result: Result = {"network": network, "losses": []}
-    # With disable=None there is no bar without a terminal; a line is printed per epoch instead.
-    with tqdm(desc=f"{network:<8}", unit="batch", disable=None, dynamic_ncols=True) as bar:
-        for event in training.run(argparse.Namespace(**vars(args), network=network)):
-            if event["event"] == "start":
-                result["start"] = event
-                bar.reset(event["steps"])
-            elif event["event"] == "batch":
-                result["losses"].append(event["loss"])
-                recent = statistics.fmean(result["losses"][-WINDOW:])
-                bar.set_postfix_str(f"epoch {event['epoch'] + 1}, loss {recent:.3f}", refresh=False)
-                bar.update()
-            elif event["event"] == "epoch" and bar.disable:
-                of = f"epoch {event['epoch'] + 1}/{result['start']['epochs']}"
-                said = f"loss {event['loss']:.3f}  {event['seconds']:.1f} s"
-                print(f"{network:<8}  {of}  {said}", flush=True)
-            elif event["event"] == "end":
-                result["end"] = event | {"loss": smooth(result["losses"])[-1]}
-    return result
+    return training.run(argparse.Namespace(**vars(args), network=network))
 
 
 def train_alone(network: str, args: argparse.Namespace) -> Result:
@@ -81,27 +57,26 @@ def furthest(reference: Result, ours: Result) -> float:
 
 def same_start(reference: Result, ours: Result) -> bool:
     """Returns whether both trainings had the same initial weights and the same digits in order."""
-    starts = [(r["start"]["weights"], r["end"]["order"]) for r in (reference, ours)]
-    return starts[0] == starts[1]
+    return all(reference[key] == ours[key] for key in ("start", "order"))
 
 
 def table(reference: Result, ours: Result) -> str:
     """Returns accuracy, time and memory side by side, and the distance of the loss curves."""
     text = [f"{'':26}{'snnTorch':>10}{'snnlstm':>10}{'ratio':>8}"]
     for key, (title, form) in LINES.items():
-        one, other = reference["end"][key], ours["end"][key]
+        one, other = reference[key], ours[key]
         compared = key in ("seconds", "batch_ms", "training_mib") and other
         ratio = f"{one / other:.2f}x" if compared else ""
         text.append(f"{title:26}{form.format(one):>10}{form.format(other):>10}{ratio:>8}")
     apart = furthest(reference, ours)
     text += ["", f"Loss curves (means of {WINDOW} batches) are at most {apart:.3f} apart."]
-    start = reference["start"]
-    alike = f"the same {start['parameters']} weights (SHA-256 {start['weights'][:12]}...)"
+    sha = reference["start"][:12]
+    alike = f"the same {reference['parameters']} weights (SHA-256 {sha}...)"
     if same_start(reference, ours):
         text.append(f"Both started from {alike} and saw the same digits in the same order.")
     else:
         text.append("NOT COMPARABLE: the initial weights or the order of the digits differ.")
-    return "\n".join([*text, ours["end"]["path"]])
+    return "\n".join([*text, ours["path"]])
 
 
 def plot(reference: Result, ours: Result, path: Path, caption: str) -> None:
@@ -122,7 +97,7 @@ def plot(reference: Result, ours: Result, path: Path, caption: str) -> None:
     curves.legend(fontsize=9)
     for panel, key in zip(panels, ("accuracy", "seconds", "training_mib"), strict=True):
         title, form = LINES[key]
-        values = [result["end"][key] for result in (reference, ours)]
+        values = [result[key] for result in (reference, ours)]
         bars = panel.bar(list(COLOURS), values, color=list(COLOURS.values()))
         panel.bar_label(bars, [form.format(value) for value in values], fontsize=8, padding=2)
         panel.set_title({"training_mib": "MiB for training"}.get(key, title), fontsize=10)
@@ -145,29 +120,21 @@ def main(arguments: list[str] | None = None) -> int:
     out = "directory for demo.png and demo.json (default: %(default)s)"
     p.add_argument("--out", type=Path, default=Path("out") / "demo", metavar="DIR", help=out)
     args = training.parse(p, arguments)
-    name, workers = machine.device_name(args.device), f"threads: {args.threads}"
+    name = f"{machine.device_name(args.device)}, threads: {args.threads}"
     print(
         f"Digits of {Motion.digit}x{Motion.digit} pixels move over {Motion.canvas}x{Motion.canvas} "
         f"pixels and are seen as ON and OFF events, {Motion.steps} frames each.\n"
-        f"A two-layer spiking ConvLSTM learns to read them on {name}, {workers}."
+        f"A two-layer spiking ConvLSTM learns to read them on {name}.\n",
+        flush=True,
     )
     if args.device == "cpu" and torch.cuda.is_available():
-        print("There is a GPU here: --device cuda runs the demo on it.")
-    print(flush=True)
-    begin = time.perf_counter()
+        print("There is a GPU here: --device cuda runs the demo on it.", flush=True)
     reference, ours = (train_alone(network, args) for network in COLOURS)
     args.out.mkdir(parents=True, exist_ok=True)
-    caption = (
-        f"Two-layer spiking ConvLSTM on moving digits, {ours['start']['epochs']} epochs, seed "
-        f"{args.seed}; {name}, {workers}, torch {torch.__version__}"
-    )
+    epochs = f"{ours['epochs']} epochs, seed {args.seed}"
+    caption = f"Two-layer spiking ConvLSTM, {epochs}; {name}, torch {torch.__version__}"
     plot(reference, ours, args.out / "demo.png", caption)
     results = {"caption": caption, "snntorch": reference, "snnlstm": ours}
     (args.out / "demo.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\n{table(reference, ours)}")
-    seconds = time.perf_counter() - begin
-    print(f"\nwrote demo.png and demo.json to {args.out}; took {seconds:.0f} s")
-    if not same_start(reference, ours):
-        print("not comparable, see above", file=sys.stderr)
-        return 1
-    return 0
+    print(f"\n{table(reference, ours)}\n\nwrote demo.png and demo.json to {args.out}")
+    return 0 if same_start(reference, ours) else 1
