@@ -15,6 +15,7 @@ import itertools
 import runpy
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -410,12 +411,16 @@ class WholeNetwork:
         cell, sequences = network.forms[form]
         self.over_time = network.sequences if sequences else network.loop
         setting.apply_precision()
-        with setting.torch_device:
+        with self.place():
             torch.manual_seed(setting.seed)
             self.net = network.make(cell)
             self.x, self.y = network.batches()[0]
         self.optimizer = network.optimizer(self.net.parameters())
         self.initial = copy.deepcopy(self.net.state_dict())
+
+    def place(self) -> AbstractContextManager[Any]:
+        """Makes a GPU torch's default device; a default device costs time in each call of torch."""
+        return torch.device("cuda") if self.setting.device == "cuda" else nullcontext()
 
     @property
     def path(self) -> str:
@@ -438,7 +443,7 @@ class WholeNetwork:
                         parameter.mul_(factor)
 
         def run() -> object:
-            with self.setting.torch_device, self.setting.context():
+            with self.place(), self.setting.context():
                 if mode == "training":
                     train = self.network.train
                     return train(self.over_time, self.net, self.optimizer, self.x, self.y)
