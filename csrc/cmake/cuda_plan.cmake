@@ -1,0 +1,105 @@
+# Decides whether the CUDA backend is built: sets NVCC, the compiler's path or "", NVCC_ARCHS, the
+# compute capabilities, and CUDA_WHY, the reason in words. SNNLSTM_CUDA and SNNLSTM_CUDA_ARCHS are
+# variables of CMake or of the environment, the others of the environment alone.
+set(OLDEST_NVCC 11.8) # the first with cudaLaunchKernelExC and __grid_constant__
+set(OLDEST_ARCH 75)
+set(ALL_ARCHS 75 80 86 89 90 100 120)
+
+foreach(name SNNLSTM_CUDA SNNLSTM_CUDA_ARCHS)
+  if(NOT DEFINED ${name})
+    set(${name} "$ENV{${name}}")
+  endif()
+endforeach()
+string(TOLOWER "${SNNLSTM_CUDA}" wish)
+if(NOT wish MATCHES "^(on|off|pip|)$")
+  message(FATAL_ERROR "SNNLSTM_CUDA is '${SNNLSTM_CUDA}'; accepted: on, off, pip, or unset (automatic)")
+endif()
+set(tag "$ENV{SNNLSTM_LOCAL_VERSION}") # such as cu13, the CUDA that a wheel is named after
+
+# ---- the compiler: the first that serves ---------------------------------------------------------
+set(candidates "")
+if(wish STREQUAL "off")
+  set(CUDA_WHY "SNNLSTM_CUDA=off")
+elseif(NOT CMAKE_HOST_SYSTEM_NAME STREQUAL "Linux")
+  set(CUDA_WHY "it is built on Linux alone")
+else()
+  set(CUDA_WHY "no CUDA compiler found")
+  foreach(site IN LISTS CMAKE_PREFIX_PATH Python_SITELIB)
+    file(GLOB packages "${site}/nvidia/cu*/bin/nvcc") # of the pip package nvidia-cuda-nvcc
+    list(APPEND candidates ${packages})
+  endforeach()
+  if(CMAKE_CUDA_COMPILER)
+    set(candidates "${CMAKE_CUDA_COMPILER}")
+  elseif(wish STREQUAL "pip")
+  elseif(NOT "$ENV{CUDACXX}" STREQUAL "") # named by hand: another one would be a surprise
+    find_program(named "$ENV{CUDACXX}" NO_CACHE)
+    set(candidates "${named}")
+  else()
+    string(REPLACE ":" "/nvcc;" path "$ENV{PATH}/nvcc")
+    list(PREPEND candidates "$ENV{CUDA_HOME}/bin/nvcc" "$ENV{CUDA_PATH}/bin/nvcc" ${path})
+    if(NOT DEFINED DEFAULT_CUDA)
+      set(DEFAULT_CUDA "/usr/local/cuda")
+    endif()
+    list(APPEND candidates "${DEFAULT_CUDA}/bin/nvcc")
+  endif()
+endif()
+
+set(NVCC "")
+foreach(nvcc IN LISTS candidates)
+  if(NOT EXISTS "${nvcc}")
+    continue()
+  endif()
+  execute_process(COMMAND "${nvcc}" --version RESULT_VARIABLE failed
+                  OUTPUT_VARIABLE text ERROR_VARIABLE text)
+  if(failed OR NOT text MATCHES "release (([0-9]+)[.][0-9]+)")
+    string(STRIP "${text}" text)
+    set(trouble "does not run (${failed}): ${text}")
+  elseif(CMAKE_MATCH_1 VERSION_LESS OLDEST_NVCC)
+    set(trouble "is of CUDA ${CMAKE_MATCH_1}, and the kernels need ${OLDEST_NVCC} or newer")
+  elseif(tag MATCHES "^cu" AND NOT tag STREQUAL "cu${CMAKE_MATCH_2}")
+    set(trouble "is of CUDA ${CMAKE_MATCH_1}, and the wheel is to be named ${tag}")
+  else()
+    set(NVCC "${nvcc}")
+    set(CUDA_WHY "${nvcc}")
+    break()
+  endif()
+  string(APPEND CUDA_WHY "; ${nvcc} ${trouble}")
+endforeach()
+
+# ---- for which GPUs ------------------------------------------------------------------------------
+# All take minutes, so that a plain `pip install .` builds for those of this machine.
+set(NVCC_ARCHS "${SNNLSTM_CUDA_ARCHS}")
+if(NVCC AND wish AND NVCC_ARCHS STREQUAL "")
+  set(NVCC_ARCHS "${ALL_ARCHS}")
+elseif(NVCC AND (NVCC_ARCHS STREQUAL "" OR NVCC_ARCHS STREQUAL "native"))
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+                  RESULT_VARIABLE failed OUTPUT_VARIABLE text ERROR_QUIET)
+  set(NVCC_ARCHS "")
+  string(REGEX MATCHALL "[0-9]+[.][0-9]" gpus "${text}")
+  foreach(gpu IN LISTS gpus)
+    string(REPLACE "." "" arch "${gpu}")
+    if(NOT failed AND NOT arch LESS OLDEST_ARCH)
+      list(APPEND NVCC_ARCHS ${arch})
+    endif()
+  endforeach()
+  list(REMOVE_DUPLICATES NVCC_ARCHS)
+  if(NVCC_ARCHS STREQUAL "" AND SNNLSTM_CUDA_ARCHS)
+    message(FATAL_ERROR "SNNLSTM_CUDA_ARCHS=native, but nvidia-smi shows no GPU of 7.5 or newer; "
+                        "name compute capabilities, such as '${ALL_ARCHS}'")
+  elseif(NVCC_ARCHS STREQUAL "")
+    set(CUDA_WHY "no GPU of 7.5 or newer here; SNNLSTM_CUDA=on builds it for all, with ${NVCC}")
+    set(NVCC "")
+  else()
+    string(APPEND CUDA_WHY ", for the GPUs found here")
+  endif()
+endif()
+
+if(wish MATCHES "on|pip" AND NOT NVCC)
+  message(FATAL_ERROR
+    "SNNLSTM_CUDA=${wish}, but ${CUDA_WHY}.\nLooked at CUDACXX, CUDA_HOME, PATH, the pip package "
+    "nvidia-cuda-nvcc and /usr/local/cuda. Set CUDACXX=/path/to/nvcc, or SNNLSTM_CUDA=pip to have "
+    "pip fetch CUDA 13's compiler for the build (not with --no-build-isolation), or unset "
+    "SNNLSTM_CUDA to build the CPU backend alone.")
+elseif((tag STREQUAL "cpu" AND NVCC) OR (tag MATCHES "^cu" AND NOT NVCC))
+  message(FATAL_ERROR "SNNLSTM_LOCAL_VERSION is ${tag}, and this is the CUDA backend: ${CUDA_WHY}")
+endif()
