@@ -38,6 +38,7 @@ TESTS = {
                  "-k", "not shares_a_function"],  # without optimisation much is not inlined
 }  # fmt: skip
 
+
 def tree(name: str) -> Path:
     """Copies all that is built and tested; unchanged files keep their times."""
     to = TREES / name

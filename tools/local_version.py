@@ -1,4 +1,4 @@
-"""Gives scikit-build-core the version: that of snnlstm/version.py, +SNNLSTM_LOCAL_VERSION if set."""
+"""The version for scikit-build-core: that of snnlstm, with +SNNLSTM_LOCAL_VERSION if it is set."""
 
 import os
 import runpy

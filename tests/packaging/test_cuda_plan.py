@@ -82,7 +82,9 @@ def test_a_compiler_that_does_not_serve_is_passed_over(machine, plan, tmp_path):
         assert plan(**environment) == ("", "", f"no CUDA compiler found; {too_old}")
     assert too_old in plan(SNNLSTM_CUDA="on")[2]
     broken = machine("home/bin/nvcc", "cannot execute cicc", status=1)
-    assert f"{broken} does not run (1): cannot execute cicc" in plan(CUDA_HOME=f"{tmp_path}/home")[2]
+    assert (
+        f"{broken} does not run (1): cannot execute cicc" in plan(CUDA_HOME=f"{tmp_path}/home")[2]
+    )
     newer = machine("default/bin/nvcc", "release 11.8, V11.8.89")
     assert plan(CUDA_HOME=f"{tmp_path}/home")[0] == newer
 
