@@ -42,10 +42,7 @@ def test_table_and_json_tell_the_same(monkeypatch, capsys, absent, problem):
         assert fact in table
     assert ("Nothing is wrong." in table) == (not problem) == (not facts["problems"])
     assert not problem or problem in facts["problems"][-1]
-    if not absent:
-        assert facts["torch"]["version"] == torch.__version__
-        assert native["isa"] in native["isas"]
-        assert native["build"]["cuda"] in table
+    assert absent or native["build"]["cuda"] in table
 
 
 @pytest.mark.parametrize(
