@@ -58,16 +58,16 @@ def key_of(call: Call) -> tuple[Any, ...]:
     device = x.device
     return (
         x.shape, x.stride(), x.dtype, device,
-        syn.shape, syn.stride(), syn.dtype, syn.get_device(),
-        mem.shape, mem.stride(), mem.dtype, mem.get_device(),
-        weight.shape, weight.is_contiguous(), weight.dtype, weight.get_device(),
+        syn.shape, syn.stride(), syn.dtype, syn.device,
+        mem.shape, mem.stride(), mem.dtype, mem.device,
+        weight.shape, weight.is_contiguous(), weight.dtype, weight.device,
         bias is None
-        or (bias.shape, bias.dtype, bias.get_device(), bias.is_contiguous(), bias.is_neg()),
+        or (bias.shape, bias.dtype, bias.device, bias.is_contiguous(), bias.is_neg()),
         threshold is None
-        or (threshold.shape, threshold.dtype, threshold.get_device(),
+        or (threshold.shape, threshold.dtype, threshold.device,
             threshold.is_contiguous(), threshold.is_neg()),
         graded is None
-        or (graded.shape, graded.dtype, graded.get_device(), graded.is_contiguous(),
+        or (graded.shape, graded.dtype, graded.device, graded.is_contiguous(),
             graded.is_neg(), graded.requires_grad),
         record, lengths is None,
         torch.is_grad_enabled() and (

@@ -33,6 +33,7 @@ from .plan import (
     Sizes,
     empty_gradients,
     empty_like_images,
+    gradient_memory,
     plain,
     reads_as_is,
 )
@@ -396,7 +397,7 @@ def _six(x: Tensor, out: Gradients) -> tuple[Tensor, ...]:
 @_backward_operator.register_fake
 def _(*arguments):
     call, text, wanted = Call(*arguments[:_FIELDS]), arguments[_FIELDS], arguments[-1]
-    out = empty_gradients(call.x, _sizes(call, text), wanted)
+    out = empty_gradients(call.x, gradient_memory(call.x, _sizes(call, text)), wanted)
     if wanted[5]:
         of: Any = call.threshold
         out = out._replace(threshold=torch.empty_like(of))
