@@ -120,8 +120,8 @@ class PackedWeight:
                 form = forms.setdefault((number, name), form)
             addresses[number % 3] = form.data_ptr()
             held.append(form)
-        made = self._sets[a_pass.forms] = Forms(tuple(addresses), held)
-        return made
+        read = self._sets[a_pass.forms] = Forms(tuple(addresses), held)
+        return read
 
 
 # The packed weights that live, by storage and by place: many weights may lie in one storage.
@@ -236,8 +236,8 @@ class Plan(CommonPlan):
             core = self._cores.get(decided)
             if core is None:
                 percent, most = decided
-                given = self.cell, self.algorithm, percent / 100, most, self.threads
-                core = self._cores[decided] = _C.CpuPlan(*given)
+                arguments = self.cell, self.algorithm, percent / 100, most, self.threads
+                core = self._cores[decided] = _C.CpuPlan(*arguments)
             known = Pass(core, self.isa, decided, backward, grad_x, weight)
             self._passes[key] = known
             if not backward:
