@@ -123,7 +123,7 @@ struct Packing {
   }
 
   // Calls f(from, lanes, block, place, width, thread number) for every gate channel and vector of
-  // input channels. `from` is the weight of its first lane. The vector belongs to a block of
+  // input channels. `from` points to the weight that goes to lane 0. The vector belongs to a block of
   // `width` channels that begins at channel `block`, and lies at `place` in that block's row of all
   // gates. The vectors of a block follow each other, and fill whole cache lines.
   template <class F>
