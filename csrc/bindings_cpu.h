@@ -71,7 +71,9 @@ bool each_chunk(int64_t count, int64_t chunk, F&& f) {
     task_log->threads = std::max<int64_t>(threads, 1), ++task_log->phase;
     for (int64_t k = 0; k * chunk < count && !stop; ++k)
       task_log->time(
-          [&](int64_t k) { stop = !f(k, k * chunk, k * chunk + std::min(chunk, count - k * chunk)); },
+          [&](int64_t k) {
+            stop = !f(k, k * chunk, k * chunk + std::min(chunk, count - k * chunk));
+          },
           k);
     return !stop;
   }

@@ -1,15 +1,15 @@
 // Finds pixels of one pooling window whose recurrent inputs may be equal, and forms their sums
 // directly. Direct sums of equal inputs have equal bits, so max_pool meets exact ties and takes the
-// first pixel, as snnTorch does. Winograd rounds a pixel's sums by its neighbours in the tile and by
-// its place there, which would decide such ties by chance. Nearly silent layers, as all are when
+// first pixel, as snnTorch does. Winograd rounds a pixel's sums by its neighbours in the tile and
+// by its place there, which would decide such ties by chance. Nearly silent layers, as all are when
 // training begins, consist of ties.
 //
 // Let p and q = p + d be pixels of one window. If both see the same values of mem, then each value
 // that p sees equals the value at distance d from it, as far as p sees that one as well. The search
 // looks for this condition alone: it reads only pixels that a block reads anyway, and its answer
 // for a pixel does not depend on the block. By induction over the steps, p and q stay equal while
-// their inputs do, in a loop of step calls as in a sequence. Distances of a kernel or more cannot be
-// asked for, and distances count taps where the kernel is dilated. Cells with inhibition, which
+// their inputs do, in a loop of step calls as in a sequence. Distances of a kernel or more cannot
+// be asked for, and distances count taps where the kernel is dilated. Cells with inhibition, which
 // choose among all neurons, are summed directly as a whole.
 #pragma once
 
