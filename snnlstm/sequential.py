@@ -179,7 +179,8 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False, lengths: An
     Returns
     -------
     Tensor or tuple of Tensor
-        The last layer's outputs of all steps, stacked.
+        The last layer's outputs of all steps, stacked. A number a step is (T,), also with
+        `batch_first`.
 
     Raises
     ------
@@ -393,8 +394,10 @@ def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bo
 
 
 def _exchanged(out: Any) -> Any:
-    """Every tensor with its first two dimensions exchanged."""
-    return out.transpose(0, 1) if isinstance(out, Tensor) else tuple(map(_exchanged, out))
+    """Every tensor with its first two dimensions exchanged; (T,), a number a step, has no batch."""
+    if isinstance(out, Tensor):
+        return out.transpose(0, 1) if out.dim() > 1 else out
+    return tuple(map(_exchanged, out))
 
 
 # ---- gradients of large sequences -------------------------------------------------------------

@@ -221,6 +221,18 @@ def test_batch_first_is_kept_and_shown():
         net(x[:, :0])
 
 
+class WithItsRate(nn.Module):
+    def forward(self, x):
+        return x, x.mean(), (x.mean((0, 2, 3)),)
+
+
+def test_batch_first_leaves_a_number_a_step_as_it_is():
+    spk, rate, (of_channels,) = snnlstm.unroll(X, WithItsRate())
+    found = snnlstm.unroll(X.transpose(0, 1), WithItsRate(), batch_first=True)
+    close(found, (spk.transpose(0, 1), rate, (of_channels.transpose(0, 1),)))
+    assert rate.shape == (T,)
+
+
 def test_a_sum_and_a_multiple_take_sequences():
     net = snnlstm.Sequential(hidden(2, 2, 3), nn.ReLU(), batch_first=True)
     for made, layers in ((net + nn.Sequential(nn.Flatten()), 3), (net * 2, 4), (2 * net, 4)):
