@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,19 +148,21 @@ def may_write(layer: nn.Module) -> bool:
 class Frozen:
     """Calls a layer step by step, and leaves samples behind their last step as they are.
 
+    `call` is what calls the layer.
+
     The layer computes them, too, but its first result is 0 there. What it keeps of a sample, in
     tensors (N, ...) that are its attributes or buffers of no state_dict, and what it returns
     besides, stays what it was.
     """
 
-    def __init__(self, layer: nn.Module, lengths: Tensor) -> None:
-        self._layer, self._lengths, self._step = layer, lengths, 0
+    def __init__(self, layer: nn.Module, call: Callable[[Tensor], Any], lengths: Tensor) -> None:
+        self._layer, self._call, self._lengths, self._step = layer, call, lengths, 0
         self._returned: Any = None
 
     def __call__(self, x: Tensor) -> Any:
         active = self._lengths > self._step
         before = {id(owner): _kept(owner) for owner in self._layer.modules()}
-        out = self._layer(x)
+        out = self._call(x)
         for owner in self._layer.modules():
             for name, after in _kept(owner).items():
                 if after.dim() > 1 and after.shape[0] == len(active):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -227,17 +227,9 @@ def _over_time(
         lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, traced)
     layers = list(_layers(modules, ""))
     shared = _shared_state(modules)
-    if shared is None:
-        out, reports = _run(layers, x, lengths)
-    else:  # steps one by one, in each of which the layers have the order of the loop
-        outs = []
-        for t, step in enumerate(x.split(1)):
-            left = None if lengths is None else (lengths - t).clamp(0, 1)
-            out, reports = _run(layers, step, left)
-            outs.append(out)
-        out = _joined(layers[-1][0], outs, torch.cat)
-        reason = f"layer {shared} is in several places and may keep a state"
-        reports = [replace(report, kind="step", reason=reason) for report in reports]
+    # Steps are then taken one by one, in each of which the layers have the order of the loop.
+    reason = None if shared is None else f"layer {shared} is in several places and may keep a state"
+    out, reports = _run(layers, x, lengths, reason)
     if not traced:
         _log_slow(layers, reports)
     return (_exchanged(out) if batch_first else out), tuple(reports)
@@ -284,20 +276,25 @@ def _log_slow(layers: list[Named], reports: list[LayerReport]) -> None:
             logger.warning(message, name, report.layer, report.reason)
 
 
-def _run(layers: list[Named], x: Tensor, lengths: Tensor | None) -> tuple[Any, list[LayerReport]]:
-    """Run the layers over (T, N, ...); returns what the last one returns, and all reports."""
+def _run(
+    layers: list[Named], x: Tensor, lengths: Tensor | None, by_step: str | None
+) -> tuple[Any, list[LayerReport]]:
+    """Run the layers over (T, N, ...); returns what the last one returns, and all reports.
+
+    `by_step` is the reason to take all steps one by one, if there is one.
+    """
     out: Any = x
     reports: list[LayerReport] = []
     while rest := layers[len(reports) :]:
         name, layer = rest[0]
-        report = _report_of(name, layer, x[0])
+        report = _report_of(name, layer, x[0], by_step)
         if report.kind == "sequence":
             reports.append(report)
             out = _sequence(name, layer, x, lengths, last=len(rest) == 1)
         else:
             if lengths is not None and not reports:
                 x = silenced(x, lengths)  # whatever the padding holds, no gradient may become NaN
-            out = _run_alike(report, rest, x, lengths, reports)
+            out = _run_alike(report, rest, x, lengths, by_step, reports)
         if len(reports) < len(layers):
             x = _first_item(layers[len(reports) - 1][0], out)
     if lengths is not None and reports and reports[-1].reason in PER_SAMPLE:
@@ -305,8 +302,12 @@ def _run(layers: list[Named], x: Tensor, lengths: Tensor | None) -> tuple[Any, l
     return out, reports
 
 
-def _report_of(name: str, layer: nn.Module, x: Tensor, steps: int = 1) -> LayerReport:
+def _report_of(
+    name: str, layer: nn.Module, x: Tensor, by_step: str | None, steps: int = 1
+) -> LayerReport:
     """How a layer goes through a sequence, of which x (N, ...) is a step, or several as a batch."""
+    if by_step is not None:
+        return LayerReport(name, type(layer).__name__, "step", by_step)
     if isinstance(layer, Sequential):  # a stack that carries hooks
         return LayerReport(name, type(layer).__name__, "sequence", "it takes sequences")
     cached = x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -318,6 +319,7 @@ def _run_alike(
     layers: list[Named],
     x: Tensor,
     lengths: Tensor | None,
+    by_step: str | None,
     reports: list[LayerReport],
 ) -> Any:
     """Run the first layer, and those after it of its kind, over (T, N, ...).
@@ -331,19 +333,31 @@ def _run_alike(
     for name, layer in layers:
         first = _first_item(before, outs[0])
         if calls:
-            report = _report_of(name, layer, first, len(x) if fold else 1)
+            report = _report_of(name, layer, first, by_step, len(x) if fold else 1)
         if report.kind != kind:
             break
         reports.append(report)
         function: Callable[[Tensor], Any] = layer
+        if isinstance(layer, Sequential):
+            function = partial(_one_step, layer)
         if lengths is not None and report.reason not in PER_SAMPLE:
-            function = Frozen(layer, lengths)
+            function = Frozen(layer, function, lengths)
         calls.append((before, layer, function))
         outs[0], before = function(_own(first, layer)), name
     for t in range(1, len(outs)):
         for previous, layer, call in calls:
             outs[t] = call(_own(_first_item(previous, outs[t]), layer))
     return outs[0].unflatten(0, x.shape[:2]) if fold else _joined(before, outs, torch.stack)
+
+
+def _one_step(layer: Sequential, x: Tensor) -> Any:
+    """Call a stack that carries hooks, and so takes sequences, with one step (N, ...)."""
+
+    def step_of(out: Any) -> Any:
+        return out[0] if isinstance(out, Tensor) else tuple(map(step_of, out))
+
+    out = layer(x.unsqueeze(int(layer.batch_first)))
+    return step_of(_exchanged(out) if layer.batch_first else out)
 
 
 def _own(x: Tensor, layer: nn.Module) -> Tensor:
