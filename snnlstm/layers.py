@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .path import global_hooks
 from .rates import SpikeCount
 from .sconv2dlstm import SConv2dLSTM
-from .snntorch import Base, Neuron
+from .snntorch import SEQUENCE_NEURONS, Base, Neuron
 
 __all__ = [
     "CELL", "PER_SAMPLE", "Frozen", "LayerReport", "changed", "may_write", "not_per_sample",
@@ -85,6 +85,8 @@ def report_of(name: str, layer: nn.Module, dim: int, size: int) -> LayerReport:
         if type(layer) is not CELL:
             reason = "its class is a subclass of snntorch.SConv2dLSTM"
         reason = reason or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
+    elif type(layer) in SEQUENCE_NEURONS:
+        kind, reason = "sequence", "it takes sequences"
     elif Neuron is not None and isinstance(layer, Neuron):
         reason = "it keeps a state from step to step"
     else:

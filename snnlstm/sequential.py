@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .call import checked_lengths, silenced
+from .call import SIZES, checked_lengths, repeated, silenced
 from .layers import (
     CELL,
     PER_SAMPLE,
@@ -26,6 +26,7 @@ from .layers import (
 )
 from .native import pool
 from .sconv2dlstm import SConv2dLSTM
+from .snntorch import SEQUENCE_NEURONS
 from .spec import flag
 
 __all__ = ["LayerReport", "Sequential", "unroll"]
@@ -42,7 +43,8 @@ class Sequential(nn.Sequential):
     states at the end included, but each cell gets all steps in one call. After a call
     :attr:`report` shows which of three kinds of calls each layer got:
 
-    - *sequence*: :class:`SConv2dLSTM`, one call for all steps;
+    - *sequence*: :class:`SConv2dLSTM`, and snnTorch's StateLeaky, LinearLeaky, AssociativeLeaky and
+      LeakyParallel, one call for all steps. These neurons keep no state: each call starts anew;
     - *fold*: layers of torch that treat every sample alone, one call with all steps as one batch:
       Conv1d, Conv2d, Linear, Flatten, Identity, ReLU, LeakyReLU, Sigmoid, Tanh, MaxPool1d,
       MaxPool2d, AvgPool1d, AvgPool2d, AdaptiveAvgPool2d, GroupNorm, and in evaluation BatchNorm1d,
@@ -187,7 +189,9 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False, lengths: An
     TypeError
         If x is not a tensor, a layer is not a module, or a layer returns anything but tensors.
     ValueError
-        If x has no step, or is not a sequence for a cell.
+        If x has no step, or is not a sequence for a layer that takes sequences; if a layer returns
+        tensors of another shape at another step, or a neuron that takes sequences stands beside
+        layers that share a state.
 
     Examples
     --------
@@ -253,8 +257,11 @@ def _shared_state(modules: Iterable[Named]) -> str | None:
     """Name of a layer that occurs twice and may keep a state; None if there is none."""
     seen: set[int] = set()
     for first, layer in modules:
+        without: set[int] = set()  # a state
         for name, module in layer.named_modules(prefix=first, remove_duplicate=False):
-            again = id(module) in seen
+            if type(module) in SEQUENCE_NEURONS:
+                without.update(map(id, module.modules()))
+            again = id(module) in seen - without
             seen.add(id(module))
             if again and not _is_stack(module) and (changed(module) or not_per_sample(module)):
                 return name
@@ -307,6 +314,9 @@ def _report_of(
 ) -> LayerReport:
     """How a layer goes through a sequence, of which x (N, ...) is a step, or several as a batch."""
     if by_step is not None:
+        if type(layer) in SEQUENCE_NEURONS:
+            kind = type(layer).__name__
+            raise ValueError(f"layer {name} ({kind}) needs whole sequences, but {by_step}")
         return LayerReport(name, type(layer).__name__, "step", by_step)
     if isinstance(layer, Sequential):  # a stack that carries hooks
         return LayerReport(name, type(layer).__name__, "sequence", "it takes sequences")
@@ -347,7 +357,7 @@ def _run_alike(
     for t in range(1, len(outs)):
         for previous, layer, call in calls:
             outs[t] = call(_own(_first_item(previous, outs[t]), layer))
-    return outs[0].unflatten(0, x.shape[:2]) if fold else _joined(before, outs, torch.stack)
+    return outs[0].unflatten(0, x.shape[:2]) if fold else _joined(before, outs)
 
 
 def _one_step(layer: Sequential, x: Tensor) -> Any:
@@ -372,39 +382,60 @@ def _own(x: Tensor, layer: nn.Module) -> Tensor:
 
 def _first_item(name: str, out: Any) -> Tensor:
     """What the next layer gets of what layer `name` returned: of a tuple, the first item."""
-    while isinstance(out, tuple | list):
+    while isinstance(out, tuple | list) and out:
         out = out[0]
-    return out if isinstance(out, Tensor) else _joined(name, [out], torch.stack)
+    return out if isinstance(out, Tensor) else _joined(name, [out])
 
 
-def _joined(name: str, outs: Sequence[Any], join: Callable[[Any], Tensor]) -> Any:
-    """What layer `name` returned at all steps as one: tensors joined, tuples item by item."""
+def _joined(name: str, outs: list[Any] | tuple[Any, ...]) -> Any:
+    """What layer `name` returned at all steps as one: tensors stacked, tuples item by item."""
+    first = outs[0]
     if all(isinstance(out, Tensor) for out in outs):
-        return join(outs)
-    if all(isinstance(out, tuple | list) for out in outs):
-        return tuple(_joined(name, items, join) for items in zip(*outs, strict=True))
+        for out in outs:
+            if out.shape != first.shape:
+                raise ValueError(
+                    f"layer {name} must return tensors of one shape at every step, "
+                    f"got {tuple(first.shape)} and {tuple(out.shape)}"
+                )
+        return torch.stack(outs)
+    if all(isinstance(out, tuple | list) and len(out) == len(first) > 0 for out in outs):
+        return tuple(_joined(name, items) for items in zip(*outs, strict=True))
     odd = next(out for out in outs if not isinstance(out, Tensor))
     raise TypeError(
-        f"layer {name} must return tensors, or tuples of them, at every step, "
+        f"layer {name} must return tensors, or tuples of as many tensors, at every step, "
         f"got {type(odd).__name__}"
     )
 
 
 def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bool) -> Any:
-    """Call a layer that takes sequences: a cell, or a Sequential that carries hooks."""
+    """Call a layer that takes sequences: a cell, a neuron, or a Sequential that carries hooks."""
     options: dict[str, Any] = {} if lengths is None else {"lengths": lengths}
     if isinstance(layer, SConv2dLSTM):
-        if x.dim() != layer._dims + 3:
-            size = "H, W" if layer._dims == 2 else "L"
-            raise ValueError(
-                f"x must be a sequence of steps (N, {layer.in_channels}, {size}) for layer {name} "
-                f"({type(layer).__name__}), got steps of shape {tuple(x.shape[1:])}"
-            )
+        _check_step(name, layer, x, f"{layer.in_channels}, {SIZES[layer._dims]}", layer._dims + 2)
         # The states of every step are recorded where they are returned.
         options["record"] = last and (layer.output or not layer.init_hidden)
+    elif type(layer) in SEQUENCE_NEURONS:
+        _check_step(name, layer, x, "C", 2)
+        if lengths is None:
+            return layer(x)
+        out = layer(silenced(x, lengths))
+        if isinstance(out, Tensor):
+            return silenced(out, lengths)
+        spk, mem = out
+        wide = repeated(mem[..., None, None], mem.new_zeros(()), lengths)
+        return silenced(spk, lengths), wide[..., 0, 0]
     if layer.batch_first:
         return _exchanged(layer(_exchanged(x), **options))
     return layer(x, **options)
+
+
+def _check_step(name: str, layer: Any, x: Tensor, rest: str, dim: int) -> None:
+    """Check that (T, N, ...) has the dimensions of a sequence for a layer that takes sequences."""
+    if x.dim() != dim + 1:
+        raise ValueError(
+            f"x must be a sequence of steps (N, {rest}) for layer {name} "
+            f"({type(layer).__name__}), got steps of shape {tuple(x.shape[1:])}"
+        )
 
 
 def _exchanged(out: Any) -> Any:

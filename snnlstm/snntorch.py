@@ -238,6 +238,13 @@ def _their_class(name: str) -> Any:
 Neuron: Any = _their_class("SpikingNeuron")
 """snnTorch's base class of all neurons, or None."""
 
+SEQUENCE_NEURONS: tuple[type[nn.Module], ...] = tuple(
+    kind
+    for name in ("StateLeaky", "LinearLeaky", "AssociativeLeaky", "LeakyParallel")
+    if (kind := _their_class(name)) is not None
+)
+"""snnTorch's neurons that take a whole sequence, (T, N, C), and keep nothing of it."""
+
 Base: Any = _their_class("SConv2dLSTM") or nn.Module
 """snnTorch's cell, so that isinstance, utils.reset and BPTT know ours; else nn.Module."""
 
