@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .path import against_device
 from .sconv2dlstm import SConv1dLSTM, SConv2dLSTM
 from .snntorch import (
     METHODS,
@@ -75,6 +76,8 @@ class SwapReport:
         Names of snnTorch's other neurons that got picklable surrogates.
     silent : tuple of str
         Names of the cells whose threshold no mem can exceed, so that they never spike.
+    slow : tuple of str
+        Why swapped cells run in plain torch where they are now, such as a device without kernels.
     """
 
     action: str
@@ -83,6 +86,7 @@ class SwapReport:
     left: dict[str, str] = field(default_factory=dict)
     surrogates: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
 
     @property
     def headline(self) -> str:
@@ -98,6 +102,7 @@ class SwapReport:
             what += "; its surrogate is snnlstm's now" if name in self.surrogates else ""
             what += f"; {_SILENT}" if name in self.silent else ""
             lines.append(f"  {name or _ITSELF:{width}}  {what}")
+        lines += [f"  swapped cells run in plain torch, slower: {reason}" for reason in self.slow]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -151,7 +156,14 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
         report,
         surrogates=tuple(name for name, module in named if id(module) in changed),
         silent=tuple(name for name, module in named if _is_silent(module)),
+        slow=_reasons_of_devices([module for name, module in named if name in report.swapped]),
     )
+
+
+def _reasons_of_devices(cells: list[Any]) -> tuple[str, ...]:
+    """Why no kernels run on the devices of some cells, each reason once."""
+    paths = [against_device(cell.graded_spikes_factor.device) for cell in cells]
+    return tuple(dict.fromkeys(path.reason for path in paths if path is not None))
 
 
 def _take_our_surrogate(neuron: nn.Module) -> bool:
