@@ -115,7 +115,7 @@ class CellSpec:
             spike, quant = self.surrogate, self.quant
             numbers = (
                 self.kernel_size, self.stride, self.dilation, self.reset, self.pool, self.pool_size,
-                (spike.kind, fixed(spike.p0), fixed(spike.p1)), self.inhibition, self.checkpoint,
+                tuple(map(fixed, (spike.kind, spike.p0, spike.p1))), self.inhibition, self.checkpoint,
                 self.spiking,
             )  # fmt: skip
             object.__setattr__(self, "text", f"{numbers};{quant.text if quant else ''}")
