@@ -122,8 +122,8 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     Only modules of the model are found, not cells that a plain list or another object alone holds.
     The report also names modules of other classes that look like a ConvLSTM without spikes.
 
-    Two things that snnTorch's cell accepts and ignores take effect: ``inhibition`` and a changed
-    ``reset_mechanism``.
+    Three things that snnTorch's cell accepts and ignores take effect: ``inhibition``, and a
+    ``reset_mechanism`` or ``surrogate_disable`` that was changed after construction.
 
     Parameters
     ----------
