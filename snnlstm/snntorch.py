@@ -203,7 +203,8 @@ def _import_snntorch() -> types.ModuleType | None:
     return snntorch
 
 
-_snntorch = _import_snntorch()
+library: Any = _import_snntorch()
+"""snnTorch itself, or None."""
 
 
 def _codes(factory: Any) -> list[types.CodeType]:
@@ -212,7 +213,7 @@ def _codes(factory: Any) -> list[types.CodeType]:
     return [constant for constant in constants if isinstance(constant, types.CodeType)]
 
 
-_theirs: Any = getattr(_snntorch, "surrogate", None)
+_theirs: Any = getattr(library, "surrogate", None)
 _CODES = tuple(
     (code, kind)
     for kind in surrogate.KINDS[1:]
@@ -231,7 +232,7 @@ _is_released._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _their_class(name: str) -> Any:
-    found = getattr(_snntorch, name, None)
+    found = getattr(library, name, None)
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 

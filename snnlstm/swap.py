@@ -21,6 +21,7 @@ from .snntorch import (
     Base,
     Base1d,
     Neuron,
+    library,
     recognise_quant,
     recognise_surrogate,
     register,
@@ -410,6 +411,8 @@ def _share(old: nn.Module, new: nn.Module, private: set[str]) -> None:
 
 
 _original_init: Callable[..., None] | None = None
+_OLD_NAME = "SConvLSTM"  # of snnTorch's cell, in versions before its SConv2dLSTM
+_added = ExitStack()  # what takes away again what a patch has added to snnTorch
 
 
 def patch() -> AbstractContextManager[object]:
@@ -420,7 +423,7 @@ def patch() -> AbstractContextManager[object]:
     ``snntorch.utils.reset`` know the cells made before and those made after. Our keyword
     arguments, such as ``stride=``, are accepted. Subclasses of snnTorch's cell stay what they
     are, and so do cells that exist already: see :func:`snnlstm.accelerate`. A second call changes
-    nothing.
+    nothing. The class's old name, ``snntorch.SConvLSTM``, is there for as long as the patch.
 
     Returns
     -------
@@ -448,6 +451,9 @@ def patch() -> AbstractContextManager[object]:
                 original(self, *args, **kwargs)
 
         Base.__init__ = init
+        if not hasattr(library, _OLD_NAME):
+            setattr(library, _OLD_NAME, Base)
+            _added.callback(delattr, library, _OLD_NAME)
         undo.callback(unpatch)
     return undo
 
@@ -460,3 +466,4 @@ def unpatch() -> None:
     global _original_init
     if _original_init is not None:
         Base.__init__, _original_init = _original_init, None
+        _added.close()
