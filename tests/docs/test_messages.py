@@ -32,6 +32,14 @@ class Says(nn.Module):
         return "spikes"
 
 
+class Grows(nn.Module):
+    steps = 0
+
+    def forward(self, x):
+        self.steps += 1
+        return x.expand(self.steps, *x.shape)
+
+
 class Own(nn.Module):
     def forward(self, x):
         return x
@@ -58,6 +66,7 @@ def names():
         "surrogate": snnlstm.surrogate, "quant": snnlstm.quant,
         "cuda_check": snnlstm.native.cuda_check,
         "weight_norm": nn.utils.parametrizations.weight_norm, "Says": Says, "Own": Own,
+        "Grows": Grows, "LeakyParallel": snntorch.LeakyParallel,
         "checkpoint": torch.utils.checkpoint.checkpoint,
         "print_nothing": lambda *_: None, "without_snntorch": without_snntorch,
         "report": lambda stack: print(*stack.report, sep="\n"),

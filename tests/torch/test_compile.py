@@ -138,9 +138,10 @@ SURROGATES = {
 }
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", SURROGATES)
-def test_the_functional_form_recognises_surrogates(name):
-    """A second number is a symbol to the compiler, and is guarded on."""
+def test_the_functional_form_recognises_surrogates(name, dynamic):
+    """A second number is a symbol to the compiler, and is guarded on; all are if it is dynamic."""
     spikes = SURROGATES[name]
     weight, x = torch.randn(12, 5, 3, 3, requires_grad=True) / 9, steps(3, 2, 2, 6, 6)
     codes = []
@@ -154,7 +155,11 @@ def test_the_functional_form_recognises_surrogates(name):
             x, weight=weight, threshold=0.01, spike_grad=spike, **options
         )
 
-    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    def closure_of(spike):
+        return torch.compile(lambda: call(spike), fullgraph=True, backend=backend, dynamic=dynamic)
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic)
+    close(closure_of(spikes[0])(), call(spikes[0]))
     for spike in spikes:
         results = [form(spike) for form in (compiled, call)]
         close(*results)
