@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import hypothesis
 from hypothesis import HealthCheck
-from hypothesis.internal.conjecture import providers
 
 FRESH = os.environ.get("SNNLSTM_EXAMPLES") == "fresh"
 _MORE = 10 if FRESH else 1
@@ -22,12 +21,6 @@ _COMMON = hypothesis.settings(
 hypothesis.settings.register_profile("default", _COMMON, derandomize=True)
 hypothesis.settings.register_profile("fresh", _COMMON, max_examples=100 * _MORE)
 hypothesis.settings.load_profile("fresh" if FRESH else "default")
-
-# Hypothesis mixes numbers into its examples that it finds in the modules which are loaded by then.
-# Examples would depend on the tests that ran before, and on the folder in which the package lies.
-if hasattr(providers, "_get_local_constants"):
-    _no_constants = providers.Constants()
-    providers._get_local_constants = lambda: _no_constants
 
 
 def drawing(count: int, name: str) -> Callable[[Callable], Callable]:
