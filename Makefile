@@ -16,7 +16,7 @@ CXX_CODE := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name 
 HERE      = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHON)),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-simt fuzz sanitize coverage mutants versions bench gpu core lint format docs wheel clean distclean
+.PHONY: help demo test test-all test-simt fuzz sanitize coverage mutants versions bench gpu core lint format docs wheel clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -83,8 +83,7 @@ docs: $(VENV)/.docs  ## build the documentation into out/docs; a warning is an e
 	$(RUN) -m sphinx -W --keep-going -q docs out/docs $(ARGS)
 	@echo "$(CURDIR)/out/docs/index.html"
 
-# PyPI has no nvcc 12, and its nvcc 13 serves where the machine has none. A release builds the wheel for
-# all with 12.9, whose runtime serves drivers from 525 on.
+# PyPI has no nvcc 12; its nvcc 13 serves where the machine has none.
 NVCC     = $(or $(CUDACXX),$(shell nvcc --version 2>/dev/null | grep 'release $(CUDA)'))
 LOCAL   := $(if $(filter 12 13,$(CUDA)),cu)$(CUDA)
 BACKEND  = $(if $(filter cpu,$(CUDA)),off,$(if $(or $(NVCC),$(filter 12,$(CUDA))),on,pip))
@@ -99,9 +98,6 @@ clean:  ## remove what builds and runs have made
 	rm -rf build dist out docs/_generated mutants snnlstm/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	rm -f $(VENV)/.installed
 	find snnlstm tests tools benchmarks docs -name __pycache__ -type d -exec rm -rf {} +
-
-distclean: clean  ## clean, and remove the virtual environment
-	rm -rf $(VENV)
 
 # ---- the virtual environment ---------------------------------------------------------------------
 $(RUN):

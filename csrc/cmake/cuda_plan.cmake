@@ -23,8 +23,8 @@ foreach(site IN LISTS CMAKE_PREFIX_PATH Python_SITELIB)
   file(GLOB packages "${site}/nvidia/cu*/bin/nvcc") # of the pip package nvidia-cuda-nvcc
   list(APPEND candidates ${packages})
 endforeach()
-if(wish STREQUAL "off")
-  set(CUDA_WHY "SNNLSTM_CUDA=off")
+if(wish STREQUAL "off" OR tag STREQUAL "cpu")
+  set(CUDA_WHY "it is switched off by SNNLSTM_CUDA or by a wheel named +cpu")
   set(candidates "")
 elseif(NOT CMAKE_HOST_SYSTEM_NAME STREQUAL "Linux")
   set(CUDA_WHY "it is built on Linux alone")
@@ -88,10 +88,6 @@ endif()
 
 if(NOT NVCC AND (wish MATCHES "on|pip" OR tag MATCHES "^cu[0-9]" OR SNNLSTM_CUDA_ARCHS STREQUAL "native"))
   message(FATAL_ERROR
-    "SNNLSTM_CUDA=${wish}, but ${CUDA_WHY}.\nLooked at CUDACXX, CUDA_HOME, PATH, the pip package "
-    "nvidia-cuda-nvcc and /usr/local/cuda. Set CUDACXX=/path/to/nvcc, or SNNLSTM_CUDA=pip to have "
-    "pip fetch CUDA 13's compiler for the build (not with --no-build-isolation), or unset "
-    "SNNLSTM_CUDA to build the CPU backend alone.")
-elseif(NVCC AND tag STREQUAL "cpu")
-  message(FATAL_ERROR "SNNLSTM_LOCAL_VERSION is cpu, and the CUDA backend is to be built: ${CUDA_WHY}")
+    "SNNLSTM_CUDA=${wish}, but ${CUDA_WHY}.\nSet CUDACXX=/path/to/nvcc, or SNNLSTM_CUDA=pip to have pip "
+    "fetch CUDA 13's compiler for the build (not with --no-build-isolation), or SNNLSTM_CUDA=off.")
 endif()

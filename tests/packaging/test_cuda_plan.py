@@ -12,6 +12,7 @@ import pytest
 PLAN = Path(__file__).resolve().parents[2] / "csrc" / "cmake" / "cuda_plan.cmake"
 CMAKE = shutil.which("cmake")
 pytestmark = pytest.mark.skipif(not (PLAN.exists() and CMAKE), reason="no source tree or no CMake")
+OFF = "it is switched off by SNNLSTM_CUDA or by a wheel named +cpu"
 ALL = "75;80;86;89;90;100;120"
 
 
@@ -64,7 +65,7 @@ def test_the_first_compiler_counts(add, plan, tmp_path):
         assert plan(**environment) == (nvcc, ALL, nvcc)
     nvcc = str(tmp_path / "site/nvidia/cu13/bin/nvcc")
     assert plan(**environment | {"SNNLSTM_CUDA": "pip"}) == (nvcc, ALL, nvcc)
-    assert plan(**environment | {"SNNLSTM_CUDA": "off"}) == ("", "", "SNNLSTM_CUDA=off")
+    assert plan(**environment | {"SNNLSTM_CUDA": "off"}) == ("", "", OFF)
 
 
 def test_a_compiler_that_does_not_serve_is_passed_over(add, plan, tmp_path):
@@ -94,7 +95,7 @@ def test_a_compiler_that_does_not_serve_is_passed_over(add, plan, tmp_path):
         ("", "maybe", "", "", "error", "'maybe'; accepted: on, off, pip"),
         ("", "pip", "", "", "error", "SNNLSTM_CUDA=pip, but no CUDA compiler found"),
         ("", "on", "", "cu12", "error", "is of CUDA 13.0, and the wheel is to be named cu12"),
-        ("", "on", "", "cpu", "error", "SNNLSTM_LOCAL_VERSION is cpu"),
+        ("", "on", "", "cpu", "error", "SNNLSTM_CUDA=on, but it is switched off"),
     ],
 )
 def test_a_build_is_for_the_gpus_that_are_asked_for(

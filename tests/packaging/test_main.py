@@ -15,7 +15,6 @@ from helpers import HANG
 
 import snnlstm
 from snnlstm import __main__ as report
-from snnlstm.native import cuda_check
 
 
 @pytest.mark.parametrize(
@@ -65,31 +64,24 @@ def test_a_broken_torch_is_an_error_for_every_other_program(tmp_path, arguments,
 
 
 @pytest.mark.parametrize(
-    ("capability", "driver", "archs", "said"),
+    ("capability", "said"),
     [
-        ((8, 9), 13000, "86 80+ptx", "A GPU (sm_89), machine code of sm_86"),
-        ((7, 5), 13000, "80", "path: A GPU (compute capability 7.5) is not among the GPUs"),
-        ((8, 0), 12040, "80", "path: the NVIDIA driver is too old: it runs CUDA 12.4"),
-        (None, 13000, "80", "problem: torch cannot use the GPU (missing: RuntimeError: broken)"),
-        (None, 13000, "80", "note              the driver is too old"),
+        ([8, 9], "A GPU (sm_89), machine code of sm_86"),
+        ([12, 0], "A GPU (sm_120), PTX of compute_80"),
+        ([7, 5], "A GPU (sm_75), no code"),
     ],
 )
-def test_gpus_drivers_and_builds(monkeypatch, capability, driver, archs, said):
-    def is_available() -> bool:
-        if capability is None:
-            warnings.warn("the driver is too old", stacklevel=1)
-            raise RuntimeError("broken")
-        return True
+def test_a_gpu_and_the_code_for_it(capability, said):
+    gpu = {"name": "A GPU", "capability": capability}
+    assert report.gpu_and_code({"cuda_archs": "86 80+ptx"}, gpu) == said
 
-    build = {"cuda": "built", "cuda_version": "13.0.88", "cuda_archs": archs}
-    monkeypatch.setattr(snnlstm._C, "build_info", lambda: build)
+
+def test_a_broken_driver_is_part_of_the_report(monkeypatch):
+    def is_available() -> bool:
+        warnings.warn("the driver is too old", stacklevel=1)
+        raise RuntimeError("broken")
+
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
-    cuda_check.trouble.cache_clear()
-    facts = report.collect()
-    cuda_check.trouble.cache_clear()
-    assert said in report.table(facts)
-    assert len(facts["problems"]) == ("sm_" not in said)
+    table = report.table(report.collect())
+    assert "problem: torch cannot use the GPU (missing: RuntimeError: broken)" in table
+    assert "note              the driver is too old" in table

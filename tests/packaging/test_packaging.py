@@ -39,21 +39,6 @@ def test_no_source_includes_a_torch_header():
 
 
 @linux
-def test_no_instruction_set_shares_a_function_with_another():
-    """Of several weak functions of one name the linker keeps any one, which may be AVX-512's."""
-    objects = sorted((ROOT / "build").glob("*/CMakeFiles/kernels_*.dir/**/*.o"))
-    if not objects:
-        pytest.skip("the module was not built here")
-    for path in objects:
-        symbols = output("readelf", "--symbols", "--wide", "--demangle", path)
-        weak = re.findall(r" FUNC +WEAK +\w+ +\d+ (.+)", symbols)
-        own = re.search(r"kernels_(\w+)\.dir", str(path))[1]
-        shared = {name.split(" [")[0] for name in weak if f"snnlstm::{own}" not in name}
-        # Clang's own function ends the process by two calls, without a vector.
-        assert shared <= {"__clang_call_terminate"}, path
-
-
-@linux
 def test_links_the_language_runtime_alone_and_exports_its_entry_point_alone():
     """csrc/platform.cpp looks OpenMP's functions up; symbols of the CUDA runtime stay inside."""
     dynamic = output("readelf", "-d", CORE)
