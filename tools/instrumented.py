@@ -31,7 +31,7 @@ FLAGS = {
 TESTS = {
     "address": ["kernels", "autograd/test_loop.py", "system/test_threads.py",
                 *(f"--ignore=tests/kernels/test_{of}.py" for of in (
-                    "cuda_check", "headers", "math", "measured", "packing")),
+                    "cuda_check", "math", "measured", "packing")),
                 "-k", "not long and not gil"],
     "coverage": ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal",
                  "--ignore=tests/packaging/test_distribution.py",
@@ -44,16 +44,16 @@ TESTS = {
 }  # fmt: skip
 # These tests should notice mutants of the package and of cell.h.
 NOTICE = {
-    "package": ["cell", "autograd", "docs/test_messages.py", "networks/test_loops.py", "sequences",
+    "package": ["cell", "autograd", "networks/test_loops.py", "sequences",
                 "snntorch/test_drop_in.py", "snntorch/test_swap.py", "system/test_caches.py",
                 "torch/test_dtypes.py", "torch/test_training.py"],
     "cell": ["cell/test_quant.py", "cell/test_surrogate.py",
              "kernels/test_kernels.py",
              "snntorch/test_equivalence.py"],
 }  # fmt: skip
-# pytest leaves out tests of the emulator, a test of line numbers, which mutmut changes, and tests
-# of exports and of torch.compile, which cannot look through mutmut's functions.
-LEFT_OUT = "not simt and not every_error_is_shown and not export and not compile and not one_graph"
+# pytest leaves out tests of the emulator, and tests of exports and of torch.compile, which cannot
+# look through mutmut's functions.
+LEFT_OUT = "not simt and not export and not compile and not one_graph"
 MUTMUT = """
 [tool.mutmut]
 source_paths = ["snnlstm"]

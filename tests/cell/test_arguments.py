@@ -1,7 +1,6 @@
 """Every bad argument raises an error that names the argument and the value that came.
 
-An error leaves state, weights and random numbers as they were. messages.txt shows the whole text
-of each error.
+An error leaves state, weights and random numbers as they were.
 """
 
 import inspect
@@ -291,50 +290,6 @@ def test_a_bias_whose_storage_was_freed_is_named(warm):
     cell.conv.bias.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="bias must have memory"):
         cell(X, STATE, STATE)
-
-
-def test_sizes_are_the_cores_ints():
-    assert snnlstm.spec.pair("dilation", 2**31 - 1, 2) == (2**31 - 1, 2**31 - 1)
-
-
-def test_numbers_are_read_on_the_cpu_and_tensors_where_they_are():
-    with torch.device("meta"):
-        assert snnlstm.call.real_tensor("threshold", [0.5]).device.type == "cpu"
-        assert snnlstm.call.values(0.5).device.type == "cpu"
-        assert snnlstm.call.values(torch.ones(2)).device.type == "meta"
-    x, spec = X.to("meta"), snnlstm.spec.CellSpec((3, 3))
-    for value in (0.5, numpy.full((3, 1, 1), 0.5), torch.tensor(0.5, dtype=torch.float64)):
-        found = snnlstm.call.scalar_like("threshold", value, x, STATE.shape, spec)
-        assert (found.device, found.dtype) == (x.device, x.dtype)
-
-
-def test_specs_of_equal_arguments_are_found_again():
-    def found_again(**arguments):
-        one, other = (snnlstm.spec.make_spec([3, 3], stride=[2, 1], **arguments) for _ in range(2))
-        assert one == other
-        assert hash(one) == hash(other)
-        return one is other
-
-    assert found_again()
-    assert found_again(state_quant=snnlstm.quant.state_quant(2))
-    # torch.compile traces no cache, and a cache would keep the callables of others alive.
-    assert not found_again(traced=True)
-    assert not found_again(spike_grad=torch.sigmoid)
-    assert not found_again(state_quant=torch.round)
-
-
-@pytest.mark.parametrize("quant", [None, snnlstm.quant.state_quant(2)], ids=["", "quant"])
-def test_an_operator_reads_a_spec_from_its_text(quant):
-    spike = snnlstm.surrogate.SFS(slope=3, B=0.25)
-    one = snnlstm.spec.make_spec(
-        [3, 5], stride=2, spike_grad=spike, state_quant=quant, max_pool=2, checkpoint=True
-    )
-    assert snnlstm.spec.CellSpec.from_text(one.text) == one
-
-
-def test_what_is_not_given_is_the_default():
-    default = snnlstm.spec.CellSpec((3, 3), surrogate=snnlstm.surrogate.atan())
-    assert snnlstm.spec.make_spec(3) == default
 
 
 def test_an_algorithm_is_set_for_a_block():

@@ -8,6 +8,7 @@ import pickle
 import hypothesis.strategies as st
 import pytest
 import torch
+from cases import drawing
 from helpers import measures_memory, ours, steps, train_alike, twins
 from hypothesis import given
 from snntorch.functional.quant import state_quant as theirs
@@ -81,6 +82,7 @@ def test_levels_are_made_on_the_cpu(uniform):
 
 
 @pytest.mark.drawn
+@drawing(100)
 @given(
     st.lists(st.floats(-8, 8, width=16), min_size=1, max_size=9),
     st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
