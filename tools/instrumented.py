@@ -45,7 +45,7 @@ TESTS = {
 # These tests should notice mutants of the package and of cell.h.
 NOTICE = {
     "package": ["cell", "autograd", "networks/test_loops.py", "sequences",
-                "snntorch/test_drop_in.py", "snntorch/test_swap.py", "system/test_caches.py",
+                "snntorch/test_drop_in.py", "snntorch/test_swap.py", "system/test_kept.py",
                 "torch/test_dtypes.py", "torch/test_training.py"],
     "cell": ["cell/test_quant.py", "cell/test_surrogate.py",
              "kernels/test_kernels.py",
