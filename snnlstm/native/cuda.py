@@ -225,7 +225,7 @@ class Plan(CommonPlan):
     def _backward(self, core: Any, given: BackwardPass, wanted: Sequence[bool]) -> Gradients:
         call, x = given.call, given.call.x
         if core.algorithm not in (_HYBRID, _POINTWISE):
-            out = empty_gradients(x, self, wanted)
+            out = empty_gradients(x, self.gradient_memory, wanted)
             if call.lengths is not None and out.x is not None:
                 out.x.zero_()
             self._run_steps(core, given, out, None, None)

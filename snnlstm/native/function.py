@@ -33,6 +33,7 @@ from .plan import (
     Sizes,
     empty_gradients,
     empty_like_images,
+    gradient_memory,
     plain,
     reads_as_is,
 )
@@ -284,10 +285,12 @@ def _in_plain_torch(
     ]
     if not pairs:
         return (None,) * len(aliases)
-    ends, given = zip(*pairs, strict=True)
+    ends, output_grads = zip(*pairs, strict=True)
     sources = [t for t, want in zip(aliases, wanted, strict=True) if want]
-    found = torch.autograd.grad(ends, sources, given, create_graph=again, allow_unused=True)
-    rest = iter(found)
+    gradients = torch.autograd.grad(
+        ends, sources, output_grads, create_graph=again, allow_unused=True
+    )
+    rest = iter(gradients)
     return tuple(next(rest) if want else None for want in wanted)
 
 
@@ -385,8 +388,8 @@ def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     x, syn, mem, weight = (plain(t).to(dtype) for t in call[:4])
     call = call._replace(x=x, syn=syn, mem=mem, weight=weight)
     plan = _plan(call, text, algorithm)
-    found = plan.backward(call, saved, [plain(g) for g in grads], wanted, decided.tolist(), None)
-    return _six(call.x, found)
+    out = plan.backward(call, saved, [plain(g) for g in grads], wanted, decided.tolist(), None)
+    return _six(call.x, out)
 
 
 def _six(x: Tensor, out: Gradients) -> tuple[Tensor, ...]:
@@ -396,7 +399,7 @@ def _six(x: Tensor, out: Gradients) -> tuple[Tensor, ...]:
 @_backward_operator.register_fake
 def _(*arguments):
     call, text, wanted = Call(*arguments[:_FIELDS]), arguments[_FIELDS], arguments[-1]
-    out = empty_gradients(call.x, _sizes(call, text), wanted)
+    out = empty_gradients(call.x, gradient_memory(call.x, _sizes(call, text)), wanted)
     if wanted[5]:
         of: Any = call.threshold
         out = out._replace(threshold=torch.empty_like(of))

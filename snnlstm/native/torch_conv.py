@@ -128,7 +128,7 @@ def backward(
     of which the first step's is there.
     """
     call, x = given.call, given.call.x
-    out = empty_gradients(x, plan, (*wanted[:3], False, False, wanted[5]))
+    out = empty_gradients(x, plan.gradient_memory, (*wanted[:3], False, False, wanted[5]))
     d_gates = plan.empty_d_gates(x)
     mems = _empty_mems(call, d_gates) if wanted[3] else None
     if call.lengths is not None:

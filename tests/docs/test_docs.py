@@ -79,8 +79,7 @@ def run(page: Path) -> None:
 
 NEEDED = {
     "event_files.md": ["tonic"],
-    "lightning.md": ["lightning"],
-    "onnx.md": ["onnxscript", "onnxruntime"],
+    "ecosystem.md": ["lightning", "onnxscript", "onnxruntime"],
 }
 WITH_PYTHON = [page for page in PAGES if page.exists() and blocks(page, "python")]
 

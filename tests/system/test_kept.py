@@ -157,6 +157,15 @@ def test_a_weight_that_gets_another_shape_is_seen():
     same(cell(X, *START), before)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["syn", "mem"])
+def test_a_tensor_on_another_device_is_refused_also_after_a_like_call(place):
+    cell, given = ours(2, 3, 3), dict(zip(("syn", "mem"), START, strict=True))
+    cell(X, **given)
+    with pytest.raises(ValueError, match=f"{place} must be on weight's device cpu"):
+        cell(X, **given | {place: given[place].to("meta")})
+
+
 # ---- blocks of memory ---------------------------------------------------------------------------
 
 
