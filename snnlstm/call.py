@@ -23,7 +23,10 @@ PLAIN = (Tensor, nn.Parameter)
 # What stands behind the channels in a shape, by the dimensions of an image.
 SIZES = {1: "L", 2: "H, W"}
 
-_INTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INTS = (
+    torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+)  # fmt: skip
 
 
 class Call(NamedTuple):
@@ -393,6 +396,7 @@ def checked_lengths(
             raise TypeError(
                 f"lengths must be ints, one for each sample, got {lengths!r}"
             ) from error
+    check_dense("lengths", given)
     if given.dtype not in _INTS and (given.numel() or given.dtype is torch.bool):
         raise TypeError(f"lengths must be ints, got a tensor of {given.dtype}")
     if tuple(given.shape) != (batch,):
@@ -403,7 +407,8 @@ def checked_lengths(
         raise ValueError(f"lengths must be on the CPU or on x's {device}, got {given.device}")
     hidden = traced or torch._C._are_functorch_transforms_active() or type(given) is not Tensor
     if given.device.type == "cpu" and given.numel() and not hidden:
-        least, most = int(given.min()), int(given.max())
+        numbers = given.tolist()  # torch.min does not take wide unsigned ints
+        least, most = min(numbers), max(numbers)
         if least < 0 or most > time:
             raise ValueError(
                 f"lengths must lie between 0 and x's number of steps, {time}, "

@@ -345,8 +345,9 @@ def _static_reason(call: Call, spec: CellSpec, traced: bool) -> Path | None:
     threshold, graded = call.threshold, call.graded
     if call.x.numel() == 0:
         return Path("reference", "x is empty")
+    against = against_device(device, traced)
     if device.type not in ("cpu", "cuda"):
-        return Path("reference", f"there are no kernels for device {device.type}")
+        return against
     if reason is None and threshold is not None and graded is not None:
         count, shape = threshold.numel(), threshold.shape
         if count != 1 and not (len(shape) >= 3 and count == shape[-3]):
@@ -357,6 +358,14 @@ def _static_reason(call: Call, spec: CellSpec, traced: bool) -> Path | None:
             reason = "graded_spikes_factor requires a gradient"
     if reason is not None:
         return Path("reference", reason, slow=True)
+    return against
+
+
+def against_device(device: torch.device, traced: bool = False) -> Path | None:
+    """Why the reference path runs all calls on a device; None where the kernels can."""
+    if device.type not in ("cpu", "cuda"):
+        also = "; the CPU has native kernels" if device.type == "mps" and _native else ""
+        return Path("reference", f"there are no kernels for device {device.type}{also}", slow=True)
     if _native is None:
         return Path("reference", _MISSING, slow=True, general=True)
     reason = _native.reason_against_device(device, traced)

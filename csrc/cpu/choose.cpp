@@ -22,8 +22,8 @@ double at_once(const Cell& c, double of_image, double wanted) {
 // Returns what it costs to pack `values` values of each filter and, in the backward pass, to clear
 // and write their gradient. All pixels of a call share that, because in training the filters change
 // from call to call. The forward pass counts two steps for any T: a sequence in pieces has the
-// results of the whole. The backward pass of one step is taken to be one of 16 that share the
-// packed filters, but each writes a gradient.
+// results of the whole. The backward pass of a step call is counted as a sixteenth of a loop that
+// packs the filters once, and it writes a gradient of its own.
 double filter_cost(const Cell& c, double values, double channels, bool backward) {
   const double sharing = !backward ? 2 : c.T == 1 ? 16 : double(c.T);
   const double per_pixel = values * 4 * channels / (double(c.N) * double(c.Ho() * c.Wo()));

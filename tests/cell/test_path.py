@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import snnlstm
-from snnlstm.path import Path
+from snnlstm.path import Path, against_device
 
 X, START = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7)
 
@@ -325,13 +325,12 @@ LOGGED = {
     "hooks": (None, lambda: hooked_cell(), ["SConv2dLSTM %s: conv carries hooks"]),
     "core": (without_the_core, ours, [f"SConv2dLSTM %s: {snnlstm.path._MISSING}"]),
     "GPU": (on_an_old_gpu, ours, ["SConv2dLSTM %s: GPU 3 is too old"]),
-    "device": (None, lambda: hooked_cell(device="meta"), []),
     "native": (None, ours, []),
 }  # fmt: skip
 
 
-def hooked_cell(**kwargs):
-    cell = ours(**kwargs)
+def hooked_cell():
+    cell = ours()
     hooked()(cell.conv)
     return cell
 
@@ -362,3 +361,28 @@ def test_the_log_names_the_layer_where_accelerate_knows_it(caplog):
     assert [message.partition(" runs ")[0] for message in caplog.messages] == [
         f"layer inner.{n}, {KNOWN}," for n in (0, 1)
     ]
+
+
+def test_a_device_without_kernels_is_logged_once_per_cell(caplog):
+    path = Path("reference", "there are no kernels for device meta", slow=True)
+    with torch.device("meta"):
+        cells = ours(), snnlstm.SConv1dLSTM(2, 3, 3, threshold=0.1), snnlstm.ConvLSTMCell(2, 3, 3)
+        for cell in cells:
+            cell(torch.empty((1, 2, 5) if cell.conv.weight.dim() == 3 else (1, 2, 5, 5)))
+            assert cell.path == path
+        cells[0](torch.empty(0, 2, 5, 5))
+        assert cells[0].path == Path("reference", "x is empty")
+        cells[0](torch.empty(1, 2, 5, 5))
+        assert cells[0].path == path
+    who = [f"{type(cell).__name__}({cell.extra_repr()})" for cell in cells]
+    said = f" runs the reference path (plain torch, slower): {path.reason}"
+    assert caplog.messages == [name + said for name in who]
+
+
+@pytest.mark.skipif(native is None, reason="the core is not built")
+def test_on_mps_the_reason_names_the_kernels_of_the_cpu():
+    reasons = {kind: against_device(torch.device(kind)) for kind in ("cpu", "mps", "xpu")}
+    assert reasons["cpu"] is None
+    start = "there are no kernels for device "
+    assert reasons["mps"].reason == f"{start}mps; the CPU has native kernels"
+    assert reasons["xpu"].reason == f"{start}xpu"

@@ -354,6 +354,39 @@ def test_second_derivatives_are_those_of_snntorch(backend):
     close(*penalties, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("reset", ["none", "zero", "subtract"])
+def test_a_threshold_that_no_loss_reaches_has_no_gradient(backend, reset, checkpoint):
+    """An optimizer leaves a parameter alone whose gradient is None, and decays it at zeros."""
+    options = {"learn_threshold": True, "reset_mechanism": reset}
+    other, x = theirs(3, 5, 3, **options), steps(3, 2, 3, 8, 8)
+    for of_x in (lambda cell: [cell(x[0])], lambda cell: [*map(cell, x)], lambda cell: [cell(x)]):
+        one = ours(3, 5, 3, checkpoint=checkpoint, **options)
+        of_x(one)[-1][2].sum().backward()
+        assert (one.threshold.grad is None) == (reset != "subtract")
+        assert one.conv.weight.grad.any()
+        one.reset_mem()
+        of_x(one)[-1][0].sum().backward()
+        assert one.threshold.grad is not None
+    other(x[0])[2].sum().backward()
+    assert (other.threshold.grad is None) == (reset != "subtract")
+
+
+@pytest.mark.parametrize("reset", ["none", "zero", "subtract"])
+def test_compiled_code_says_so_where_no_spikes_leave_it(backend, fresh_compiler, reset):
+    def loss_of(*tensors):
+        x, weight, threshold = tensors
+        options = {"threshold": threshold, "reset_mechanism": reset}
+        return snnlstm.functional.sconv2dlstm(x, weight=weight, **options)[2].sum()
+
+    cell, x = ours(3, 5, 3, learn_threshold=True), steps(3, 2, 3, 8, 8)
+    torch.compile(loss_of, fullgraph=True, backend="aot_eager")(
+        x, cell.conv.weight, cell.threshold
+    ).backward()
+    assert (cell.threshold.grad is None) == (reset != "subtract")
+    assert cell.conv.weight.grad.any()
+
+
 def test_inference_mode_and_no_grad(backend):
     x, start = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
     cell = ours(reset_mechanism="subtract")

@@ -85,6 +85,54 @@ def test_quantisers_of_other_names_contents_or_results_stay_foreign(foreign):
     assert recognise_quant(foreign) is foreign
 
 
+class Leaking(torch.autograd.Function):
+    """The operator of snnTorch's LSO, with spikes of its input's dtype and a gradient."""
+
+    @staticmethod
+    def forward(ctx, x, slope):
+        ctx.save_for_backward(x)
+        ctx.slope = slope
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.where(ctx.saved_tensors[0] > 0, grad, ctx.slope * grad), None
+
+
+def leaky_operator(operator):
+    """Makes what LSO() returns after 1.0.0, where it calls the operator of its own."""
+    slope = 0.2
+
+    def inner(x):
+        return operator.apply(x, slope)
+
+    inner.__module__, inner.__qualname__ = "snntorch.surrogate", "LSO.<locals>.inner"
+    return inner
+
+
+@pytest.mark.parametrize("operator", [snntorch.surrogate.LeakySpikeOperator, Leaking])
+def test_LSO_is_recognised_whether_or_not_its_gradient_works(operator):
+    """The operator of 1.0.0, which LSO does not call there, returns too few gradients."""
+    spike, x = leaky_operator(operator), torch.ones(3, requires_grad=True)
+    if operator is not Leaking:
+        with pytest.raises(RuntimeError, match="incorrect number of gradients"):
+            spike(x).sum().backward()
+    cell = ours(spike_grad=spike)
+    assert cell.spike_grad == snnlstm.surrogate.LSO(0.2)
+    train_alike(cell, theirs(spike_grad=leaky_operator(Leaking)), X)
+    assert cell.path.native
+
+
+def test_LSO_that_computes_something_else_stays_foreign():
+    class Steep(Leaking):
+        @staticmethod
+        def backward(ctx, grad):
+            return 3 * grad, None
+
+    spike = leaky_operator(Steep)
+    assert ours(spike_grad=spike).spike_grad is spike
+
+
 def test_reset_functions_of_the_base_class(monkeypatch):
     """The base class chooses them, its setter of the reset mechanism works, reset() walks a net."""
     base, calls = snntorch.SpikingNeuron, []

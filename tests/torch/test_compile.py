@@ -174,8 +174,11 @@ def test_what_changes_after_compiling_is_followed(name):
     assert torch.allclose(actual[2].float(), before, atol=1e-5) != changes_mem
 
 
-def test_a_second_surrogate_of_two_numbers_is_recognised_too():
-    """The second number is a symbol to the compiler, and is guarded on."""
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("library", [surrogate, snnlstm.surrogate], ids=["theirs", "ours"])
+def test_the_functional_form_recognises_surrogates(library, dynamic):
+    """A second number is a symbol to the compiler, and is guarded on; all are if it is dynamic."""
+    weight, x = torch.randn(12, 5, 3, 3, requires_grad=True) / 9, steps(3, 2, 2, 6, 6)
     codes = []
 
     def backend(graph, _):
@@ -185,11 +188,14 @@ def test_a_second_surrogate_of_two_numbers_is_recognised_too():
     def call(spike):
         return snnlstm.functional.sconv2dlstm(x, weight=weight, threshold=0.01, spike_grad=spike)
 
-    weight, x = torch.randn(12, 5, 3, 3, requires_grad=True) / 9, steps(3, 2, 2, 6, 6)
-    compiled = torch.compile(call, fullgraph=True, backend=backend)
-    for spike in (surrogate.atan(), surrogate.atan(3.0), surrogate.SFS(3.0, 0.5)):
-        results = [form(spike) for form in (compiled, call)]
+    compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic)
+    for spike in (library.atan(2), library.atan(3.0), library.SFS(3.0, 0.5)):
+        closure = torch.compile(
+            lambda s=spike: call(s), fullgraph=True, backend=backend, dynamic=dynamic
+        )
+        results = [compiled(spike), call(spike)]
         close(*results)
+        close(closure(), results[1])
         close(*(torch.autograd.grad(spk.sum() + mem.sum(), weight) for spk, _, mem in results))
     assert len(codes) >= 3
     assert all("snnlstm.forward" in code for code in codes)
