@@ -19,7 +19,7 @@ NEEDED = ["pytest>=8", "pytest-xdist>=3", "hypothesis", "scikit-learn", "matplot
 # What has no bearing on versions, or has an environment of its own, takes most of the time.
 LEFT_OUT = ["simt", "bench", "packaging", "kernels/test_kernels.py"]
 # torch.compile and exports are promised, and tested, from torch 2.13 on.
-NEWER = ["torch/test_compile.py", "torch/test_export.py", "docs/test_messages.py"]
+NEWER = ["torch/test_compile.py", "torch/test_export.py"]
 NEWER_NAMES = "compile export one_graph dynamic_shapes hooks_on_saving ecosystem deterministic_mode"
 
 

@@ -2,9 +2,8 @@
 
 import fuzz
 import pytest
-import torch
 from asking import ASKED, KEPT
-from cases import PLAIN, laid_out
+from cases import PLAIN
 from cpu_kernels import ISAS, native
 from gradients import NAMES, OUTPUTS
 from poison import NAN
@@ -45,19 +44,10 @@ def test_a_fault_is_found_and_its_script_shows_it(monkeypatch, capsys):
     monkeypatch.setattr(native.cpu.Plan, "forward", wrong)
     with pytest.raises(AssertionError):
         fuzz.run(200, seed=1)
-    script = capsys.readouterr().err.rpartition("A script that shows it:")[
-        2
-    ]  # the last is smallest
+    script = capsys.readouterr().err.rpartition("A script that shows it:")[2]  # of the smallest
     scope = {}
     with pytest.raises(AssertionError, match="close"):
         exec(script, scope)
     assert scope["case"].options.pool == "max"
     monkeypatch.undo()
     exec(script, scope)
-
-
-def test_overlapping_memory_is_laid_out_as_it_says():
-    values = laid_out(torch.arange(60.0).view(3, 4, 5), "overlapping")
-    assert values.shape == (3, 4, 5)
-    assert values.stride() == (8, 2, 1)
-    assert values[0, 1, 0] == values[0, 0, 2]

@@ -10,7 +10,6 @@ from by_length import CELLS, LENGTHS, TIME, alone, check, gradients, inputs, own
 from cpu_kernels import native
 from helpers import close, ours, same, steps
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import snnlstm
 from snnlstm import functional
@@ -190,22 +189,6 @@ def test_padding_does_not_count_for_the_density_of_x():
         cell(spikes.transpose(3, 4).contiguous().transpose(3, 4), lengths=LENGTHS)
         names.append(cell.path.name)
     assert ["sparse" in name for name in names] == [False, False, True, True, True, True], names
-
-
-@pytest.mark.skipif(native is None, reason="the core is not built")
-def test_compiled_code_takes_other_lengths_without_another_compilation(fresh_compiler):
-    cell, x = cell_and_input(surrogate_disable=False)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(cell, backend=counter, fullgraph=True)
-    for lengths in (torch.tensor(LENGTHS), torch.tensor(LENGTHS[::-1])):
-        results = []
-        for call in (cell, compiled):
-            cell.reset_mem()
-            out = call(x, lengths=lengths, record=True)
-            results.append((*out, *torch.autograd.grad(out[2].sum(), cell.parameters())))
-        close(*results)
-    assert counter.frame_count == 1
-    assert cell.path.native
 
 
 def test_numbers_that_the_host_does_not_see_are_clamped():

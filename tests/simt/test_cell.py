@@ -10,8 +10,7 @@ import re
 import pytest
 import torch
 from backend import SOURCES, float32_precision
-from cases import Case, cases, wanting_gradients
-from drawing import drawing
+from cases import Case, cases, drawing, wanting_gradients
 from emulator import EmulationError
 from hypothesis import given, reject
 from modes import ALL, CASES, FITS, FORWARD, MODES, PLAIN, RESIDENT, Mode, crossed
@@ -85,7 +84,7 @@ def test_the_smoke_test_for_gpus_runs_every_kernel(core):
 @pytest.mark.simt_long
 @pytest.mark.parametrize("mode", FORWARD | RESIDENT)
 def test_forward_of_random_calls(core, mode):
-    @drawing(60, mode)
+    @drawing(60)
     @given(cases((ALL[mode].dtype,)))
     def check_case(case: Case) -> None:
         core.schedule("ahead", case.seed)

@@ -10,8 +10,7 @@ import re
 import flat
 import pytest
 import torch
-from cases import Case, cases
-from drawing import drawing
+from cases import Case, cases, drawing
 from emulator import EmulationError
 from gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
 from hypothesis import given, reject
@@ -104,7 +103,7 @@ def test_gradients_of_random_calls(core, mode):
     subsets = st.sets(st.sampled_from(NAMES), min_size=1).map(lambda s: tuple(sorted(s)))
     resident = mode in RESIDENT
 
-    @drawing(40, mode)
+    @drawing(40)
     @given(cases((ALL[mode].dtype,)), subsets)
     def check_case(case: Case, wanted: tuple) -> None:
         # The oracle's noise depends on type and layout.

@@ -145,7 +145,7 @@ def test_accelerate_reports_every_cell_and_neuron_by_name(caplog):
     assert list(report.left) == list(reasons)
     assert all(report.left[name].startswith(reason) for name, reason in reasons.items())
     assert all(model[name] is before[name] for name in reasons)
-    assert repr(report) == str(report)  # messages.txt shows it
+    assert repr(report) == str(report)
     # The log names the cells that accelerate could be expected to swap and did not.
     said = [message.split(":")[0] for message in caplog.messages]
     assert said == [
