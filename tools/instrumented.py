@@ -26,7 +26,7 @@ FLAGS = {
 TESTS = {
     "address": ["kernels", "autograd/test_loop.py", "system/test_threads.py",
                 *(f"--ignore=tests/kernels/test_{of}.py" for of in (
-                    "cuda_check", "headers", "math", "measured", "packing")),
+                    "cuda_check", "math", "packing")),
                 "-k", "not long and not gil"],
     "coverage": ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal",
                  "--ignore=tests/packaging/test_distribution.py",

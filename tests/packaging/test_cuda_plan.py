@@ -18,7 +18,7 @@ ALL = "75;80;86;89;90;100;120"
 
 @pytest.fixture
 def add(tmp_path):
-    """Returns a function that adds a program to a machine which has neither CUDA nor a GPU."""
+    """Adds a program to a machine which has neither CUDA nor a GPU, and returns its path."""
 
     def add(name: str, prints: str) -> str:
         path = tmp_path / name
@@ -32,7 +32,7 @@ def add(tmp_path):
 
 @pytest.fixture
 def plan(tmp_path):
-    """Returns a function that gives nvcc or "", the compute capabilities, and the reason."""
+    """Returns nvcc or "", the compute capabilities, and the reason."""
     script = tmp_path / "plan.cmake"
     script.write_text(
         f"set(Python_SITELIB {tmp_path}/site)\n"

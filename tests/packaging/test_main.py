@@ -63,17 +63,14 @@ def test_a_broken_torch_is_an_error_for_every_other_program(tmp_path, arguments,
     assert says in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("capability", "said"),
-    [
+def test_gpus_are_shown_with_the_code_for_them():
+    for capability, said in (
         ([8, 9], "A GPU (sm_89), machine code of sm_86"),
         ([12, 0], "A GPU (sm_120), PTX of compute_80"),
         ([7, 5], "A GPU (sm_75), no code"),
-    ],
-)
-def test_a_gpu_and_the_code_for_it(capability, said):
-    gpu = {"name": "A GPU", "capability": capability}
-    assert report.gpu_and_code({"cuda_archs": "86 80+ptx"}, gpu) == said
+    ):
+        gpu = {"name": "A GPU", "capability": capability}
+        assert report.gpu_and_code({"cuda_archs": "86 80+ptx"}, gpu) == said
 
 
 def test_a_broken_driver_is_part_of_the_report(monkeypatch):
