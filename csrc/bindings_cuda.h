@@ -54,7 +54,7 @@ template <class Plan>
 Plan make_cuda_plan(const Cell& cell, const cuda::Device& device, int matrix, int algorithm,
                     bool backward, int shape) {
   return Plan(cell, device, numbered<cuda::Matrix>("matrix", matrix, 5),
-              numbered<cuda::Algorithm>("algorithm", algorithm, 6), backward, shape);
+              numbered<cuda::Algorithm>("algorithm", algorithm, 4), backward, shape);
 }
 
 // Plan: cuda::Plan, or what the tests derive from it to check the memory of each call.

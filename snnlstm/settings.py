@@ -8,8 +8,9 @@ from contextlib import contextmanager
 __all__ = ["ALGORITHMS", "algorithm", "get_algorithm", "set_algorithm"]
 
 ALGORITHMS = (
-    "auto", "direct", "winograd", "fused", "resident", "hybrid", "pointwise", "measure",
+    "auto", "direct", "winograd", "fused", "hybrid", "pointwise", "measure",
 )  # fmt: skip
+_GONE = {"resident": "fused"}  # what to use in the place of names of older versions
 current = "auto"
 """The name last given to :func:`set_algorithm`."""
 
@@ -30,8 +31,6 @@ def set_algorithm(name: str) -> None:
         - ``"winograd"`` (CPU) runs wherever the kernel size allows; it rounds a little more,
           and a NaN or an infinity spreads over the few pixels of the tile in which it lies.
         - ``"fused"`` (CUDA) launches one kernel for each step.
-        - ``"resident"`` (CUDA) runs a sequence in one launch if an image and the weights fit into
-          the shared memory of a block; otherwise it is ``"fused"``.
         - ``"hybrid"`` (CUDA) is ``"fused"`` for the steps, and leaves the gradients of weight, bias
           and x to torch (cuDNN), over all steps at once.
         - ``"pointwise"`` (CUDA) leaves all convolutions to torch (cuDNN) and runs the kernels
@@ -48,7 +47,8 @@ def set_algorithm(name: str) -> None:
     """
     global current
     if name not in ALGORITHMS:
-        raise ValueError(f"name must be one of {', '.join(ALGORITHMS)}, got {name!r}")
+        instead = f", which is now {_GONE[name]!r}" if name in _GONE else ""
+        raise ValueError(f"name must be one of {', '.join(ALGORITHMS)}, got {name!r}{instead}")
     current = name
 
 

@@ -72,11 +72,8 @@ inline const std::map<std::string, double Model::*>& model_constants() {
       {"memory_part", &Model::memory_part},
       {"neuron", &Model::neuron},
       {"neuron_backward", &Model::neuron_backward},
-      {"step", &Model::step},
       {"launch", &Model::launch},
       {"block", &Model::block},
-      {"barrier", &Model::barrier},
-      {"resident", &Model::resident},
       {"host", &Model::host},
   };
   return names;

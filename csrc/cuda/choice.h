@@ -1,8 +1,8 @@
 // Estimates whole passes, by estimate.h, and names what is chosen by it:
 //
-//   resident, fused  a launch for all steps, or one for each; then the gradients
-//   hybrid           the same steps, and cuDNN forms the gradients
-//   pointwise        cuDNN convolves in each step, and forms the gradients
+//   fused      a launch for each step, then the gradients
+//   hybrid     the same steps, and cuDNN forms the gradients
+//   pointwise  cuDNN convolves in each step, and forms the gradients
 //
 // The gradient of x counts from 5 channels on: a network's first layer needs none.
 #pragma once
@@ -52,6 +52,13 @@ struct Cudnn {
   double weight(int64_t channels) const { return seconds(taps() * channels, 4 * c.C, false); }
 };
 
+// Returns the seconds of all steps, each in a launch of its own.
+inline double fused_seconds(const Cell& c, const Device& device, Multiply multiply,
+                            const Work& step) {
+  const Estimate e(device);
+  return double(c.T) * (e.seconds(step, multiply) + e.model.launch);
+}
+
 // Bytes of one time step.
 struct StepBytes {
   double x, state;
@@ -87,8 +94,6 @@ inline double gradient_seconds_of_cudnn(const Cell& c, const Device& device, Mat
 inline double forward_seconds(const Cell& c, const Device& device, const ForwardPass& pass) {
   const Estimate e(device);
   const Work step = forward_work(c, device, pass.step);
-  if (pass.resident)
-    return resident_seconds(c, device, pass.sequence, pass.step, step, e.model.neuron);
   const double firing = pass.step.fires ? 0 : e.model.launch + e.moving(StepBytes(c).state);
   return fused_seconds(c, device, pass.step.multiply, step) + c.T * firing;
 }
@@ -98,11 +103,8 @@ inline double backward_seconds(const Cell& c, const Device& device, Matrix matri
   const Estimate e(device);
   const Work step = data_work(c, device, pass.to_mem, false);
   const Multiply multiply = pass.to_mem.multiply;
-  const double spreading =
-      pass.resident || pass.spreads ? 0 : e.model.launch + e.moving(StepBytes(c).state);
-  const double steps = pass.resident ? resident_seconds(c, device, pass.sequence, pass.to_mem, step,
-                                                        e.model.neuron_backward)
-                                     : fused_seconds(c, device, multiply, step);
+  const double spreading = pass.spreads ? 0 : e.model.launch + e.moving(StepBytes(c).state);
+  const double steps = fused_seconds(c, device, multiply, step);
   return steps + c.T * spreading +
          (pass.hybrid ? gradient_seconds_of_cudnn(c, device, matrix)
                       : gradient_seconds(c, device, pass.to_x, pass.weights));

@@ -25,7 +25,7 @@ struct Work {
   int64_t shared_bytes = 0;
   double products = 0;     // multiply-adds, of padding too
   double cache_bytes = 0;  // read from the level-2 cache
-  double cycles = 0;       // of a multiprocessor, beside the products; as a resident kernel's
+  double cycles = 0;       // of a multiprocessor, beside the products
   double memory = 0;       // bytes of the launch
 };
 
@@ -78,7 +78,7 @@ struct Estimate {
     const double busy = std::min(1.0, double(work.warps * together) / model.warps);
     const double products = work.products * device.multiprocessors / (rate(multiply) * busy);
     const double cache = work.cache_bytes / (model.cache_bytes * rates.cycles);
-    const double block = std::max(products, cache) + model.step * work.cycles / rates.cycles;
+    const double block = std::max(products, cache) + work.cycles / rates.cycles;
     const double rounds = double(ceil_div(blocks, std::max<int64_t>(together, 1)));
     return double(blocks) * block + rounds * model.block;
   }

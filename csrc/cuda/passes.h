@@ -2,7 +2,6 @@
 #pragma once
 
 #include "packed.h"
-#include "resident_plan.h"
 #include "weight_plans.h"
 
 namespace snnlstm::cuda {
@@ -19,12 +18,9 @@ struct PassTypes {
 struct ForwardPass : PassTypes {
   ForwardPlan step;
   PackedForward packed;
-  ResidentPlan sequence;  // planned unless `algorithm` excludes it
-  bool resident;
   int64_t workspace;
 
-  ForwardPass(const Cell& cell, const Device& device, Matrix matrix, Algorithm algorithm,
-              int shape);
+  ForwardPass(const Cell& cell, const Device& device, Matrix matrix, int shape);
   void run(const ForwardArgs& args, void* stream) const;
 };
 
@@ -33,8 +29,6 @@ struct BackwardPass : PassTypes {
   bool spreads = true;  // no pooling window crosses a tile: the step needs no kernel before it
   DataPlan to_mem, to_x;
   PackedBackward packed;
-  ResidentBackwardPlan sequence;  // planned unless `algorithm` excludes it
-  bool resident;
   bool hybrid;  // torch forms the gradients of weight and bias
   WeightPlans weights;
   int bias_splits;

@@ -28,18 +28,18 @@ Matrix full_precision(const Device& device) {
   return tensor_cores_beat_fma(device) ? Matrix::tf32x3 : Matrix::exact;
 }
 
-// Returns what is estimated to be fastest, or direct, which is resident or fused. steps: the
-// forward pass's. found: becomes that algorithm's backward pass, if it has one.
+// Returns what is estimated to be fastest. steps: the forward pass's. found: becomes that
+// algorithm's backward pass, if it has one.
 static Algorithm fastest(const Cell& cell, const Device& device, Matrix matrix,
                          const ForwardPass& steps, bool backward,
                          std::unique_ptr<const BackwardPass>& found) {
   const double behind_torch = pointwise_seconds(cell, device, matrix, backward);
   if (!backward)
     return behind_torch < forward_seconds(cell, device, steps) ? Algorithm::pointwise
-                                                               : Algorithm::direct;
+                                                               : Algorithm::fused;
   Algorithm best = Algorithm::pointwise;
   double least = behind_torch;
-  for (const Algorithm algorithm : {Algorithm::hybrid, Algorithm::direct}) {
+  for (const Algorithm algorithm : {Algorithm::hybrid, Algorithm::fused}) {
     auto pass = std::make_unique<const BackwardPass>(cell, device, matrix, steps.step.multiply,
                                                      algorithm, -1);
     const double time = backward_seconds(cell, device, matrix, *pass);
@@ -52,7 +52,7 @@ Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wante
            int only_shape)
     : cell(of), matrix(numbers), algorithm(wanted), backward(of_backward) {
   reason_against = cuda::reason_against(cell, 0);
-  const ForwardPass steps(cell, device, matrix, wanted, backward ? -1 : only_shape);
+  const ForwardPass steps(cell, device, matrix, backward ? -1 : only_shape);
   if (wanted == Algorithm::automatic)
     algorithm = fastest(cell, device, matrix, steps, backward, backward_);
   int64_t launched = 0;
@@ -64,12 +64,10 @@ Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wante
     workspace = backward ? pointwise_->workspace : 0;
     name = "pointwise";
   } else {
-    bool resident = steps.resident;
     if (backward) {
       if (!backward_)
         backward_ = std::make_unique<BackwardPass>(cell, device, matrix, steps.step.multiply,
                                                    algorithm, only_shape);
-      resident = backward_->resident;
       shape = backward_->to_mem.shape;
       launched = backward_blocks(cell, backward_->to_mem, backward_->to_x);
       packed_bytes = backward_->packed.bytes(), workspace = backward_->workspace;
@@ -79,10 +77,7 @@ Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wante
       launched = forward_blocks(cell, steps.step);
       packed_bytes = steps.packed.bytes(), workspace = steps.workspace;
     }
-    if (algorithm != Algorithm::hybrid)
-      algorithm = resident ? Algorithm::resident : Algorithm::fused;
     name = name_of(steps.step.multiply);
-    if (resident) name = "resident-" + name;
     if (algorithm == Algorithm::hybrid) name = "hybrid-" + name;
     if (only_shape >= 0 && shape >= 0) name += "-" + shapes[shape].name();
   }
@@ -120,8 +115,6 @@ std::vector<Plan> Plan::candidates(const Cell& cell, const Device& device, Matri
     Plan other = plan(Algorithm::fused, row);
     if (other.shape == row) found.push_back(std::move(other));
   }
-  Plan resident = plan(Algorithm::resident);
-  if (resident.algorithm == Algorithm::resident) found.push_back(std::move(resident));
   if (backward) found.push_back(plan(Algorithm::hybrid, first));
   found.push_back(plan(Algorithm::pointwise));
   return found;

@@ -36,14 +36,11 @@ struct Model {
   // 2019, https://arxiv.org/abs/1903.07486).
   double cache_bytes = 20;
   double memory_part = 0.85;  // of the data sheet's bandwidth
-  // Cycles of a multiprocessor for a neuron without its products, in the resident kernels: 200
-  // instructions of a warp forward and 260 backward, counted in PTX, at 3 a cycle. The kernels of
-  // one step take twice as many.
-  double neuron = 2.1, neuron_backward = 2.7, step = 2;
+  // Cycles of a multiprocessor for a neuron without its products: 400 instructions of a warp, 520
+  // backward, counted in PTX, at 3 a cycle.
+  double neuron = 4.2, neuron_backward = 5.4;
   // Seconds. From a kernel's last work to the first of the next one; until a block multiplies.
   double launch = 3.5e-6, block = 1e-6;
-  // Seconds of a step of the resident kernels beside its work, and until its first step.
-  double barrier = 1e-6, resident = 4e-6;
   // Seconds of Python and torch for the forward step that torch convolves, which hide the GPU's if
   // they are longer; a backward step takes half as long again. From the 50 and 75 us of a step
   // call.
@@ -80,13 +77,11 @@ Matrix full_precision(const Device& device);
 // All algorithms give the same results, up to rounding, and each reads what the others have saved.
 enum class Algorithm : int {
   automatic = 0,  // whichever of those below choice.h expects to be fastest
-  direct = 1,     // resident or fused
-  fused = 2,      // a launch for every step, with tensor cores or without
-  resident = 3,   // one launch for all steps; fused if a block's shared memory is too small
+  fused = 1,      // a launch for every step, with tensor cores or without
   // fused, but the backward pass leaves d_gates and mem_after for torch, which forms the gradients
   // of the weight and the bias
-  hybrid = 4,
-  pointwise = 5,  // a step behind torch's own convolution: ForwardArgs::gate_sums, d_gates
+  hybrid = 2,
+  pointwise = 3,  // a step behind torch's own convolution: ForwardArgs::gate_sums, d_gates
 };
 
 // Cp: C rounded up to whole vectors. saved_gates are (T, N, Ho, Wo, 4, Cp), saved_syn
@@ -113,10 +108,10 @@ class Plan {
 
   Cell cell;  // pointwise: of one step, T is 1
   Matrix matrix;
-  Algorithm algorithm;  // neither automatic nor direct
+  Algorithm algorithm;  // not automatic
   bool backward;
   int shape = -1;              // the steps' row; -1 without tensor cores
-  std::string name;            // such as "mma-tf32" or "resident-fma"
+  std::string name;            // such as "mma-tf32" or "hybrid-fma"
   std::string reason_against;  // why no call can run, or ""
   double seconds = 0;          // of the whole pass on the plan's device, estimated
   // Sizes in bytes. A pointwise plan has no packed weight.

@@ -148,7 +148,6 @@ struct ForwardPlan : StepPlan {
 
   int held() const { return mma() ? tiles / 2 : 1; }  // channels that a thread holds
   int channels() const { return mma() ? 2 * tiles * warps_n : columns / 4; }  // of a block
-  int outputs() const { return 4 * channels() * pixels(); }
   int mem_pitch() const { return 32 * warps_m + (tiles == 8 ? 2 : 4); }
 };
 
@@ -278,7 +277,6 @@ inline int64_t forward_blocks(const Cell& c, const ForwardPlan& plan) {
 // The convolution of d_gates with the transposed weights: the gradient of x or of mem.
 struct DataPlan : StepPlan {
   int channels() const { return mma() ? 8 * tiles * warps_n : columns; }  // of a block
-  int outputs() const { return channels() * pixels(); }
 };
 
 // That convolution's source, d_gates; padding is the forward convolution's.

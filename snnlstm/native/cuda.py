@@ -44,8 +44,8 @@ from .torch_conv import BackwardPass, Neurons
 
 __all__ = ["Backend"]
 
-# The numbers of csrc/cuda/plan.h.
-_ALGORITHMS = ("auto", "direct", "fused", "resident", "hybrid", "pointwise")
+# The numbers of csrc/cuda/plan.h; "direct" is "fused".
+_ALGORITHMS = ("auto", "fused", "hybrid", "pointwise")
 _HYBRID, _POINTWISE = _ALGORITHMS.index("hybrid"), _ALGORITHMS.index("pointwise")
 _EXACT, _TF32 = 0, 1
 _OPERANDS = {torch.float16: 3, torch.bfloat16: 4}
@@ -68,7 +68,7 @@ class Plan(CommonPlan):
 
     Nothing depends on values, and each algorithm reads what another one has saved:
 
-    - "fused" and "resident": the kernels do it all, in a launch for each step or in one for all
+    - "fused": the kernels do it all, in a launch for each step
     - "hybrid": the kernels go through the steps, and torch (cuDNN) forms the gradients of weight,
       bias and x over all steps at once
     - "pointwise": torch convolves, and the kernels do the rest of a step
@@ -326,6 +326,7 @@ class Backend:
 
     def core_plan(self, s: Sizes, tf32: bool, algorithm: str, backward: bool) -> Any:
         """The core's plan of a pass."""
+        algorithm = "fused" if algorithm == "direct" else algorithm
         number = _ALGORITHMS.index(algorithm) if algorithm in _ALGORITHMS else 0
         return self.core.CudaPlan(*self._facts(s, tf32), number, backward)
 

@@ -51,8 +51,7 @@ def _readable_reports() -> Iterator[None]:
 class Emulated(cuda.Backend):
     """The CUDA backend without a GPU, of which tests say what the core knows.
 
-    `algorithm` takes the place of what leaves the choice to an estimate, unless it is "auto";
-    "resident" is then demanded.
+    `algorithm` takes the place of what leaves the choice to an estimate, unless it is "auto".
     """
 
     def __init__(self, core: Any, device: Any, algorithm: str) -> None:
@@ -75,13 +74,9 @@ class Emulated(cuda.Backend):
         return True
 
     def core_plan(self, sizes: Any, tf32: bool, algorithm: str, backward: bool) -> Any:
-        demanded = algorithm
         if self.algorithm != "auto" and algorithm in ("auto", "direct", "winograd", "measure"):
-            demanded = self.algorithm
-        plan = super().core_plan(sizes, tf32, demanded, backward)
-        if self.algorithm == demanded == "resident" and not plan.name.startswith("resident"):
-            raise EmulationError("an image and the weights do not fit in a block's shared memory")
-        return plan
+            algorithm = self.algorithm
+        return super().core_plan(sizes, tf32, algorithm, backward)
 
 
 class Core(Emulator):

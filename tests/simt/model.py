@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from benchmarks.cases import Case
-from benchmarks.estimate import TYPES, Gpu, arguments, candidates
+from benchmarks.estimate import TYPES, Gpu, arguments
 
 FIRST_LAYER = 4  # the most channels of x whose gradient nobody wants
 FMA_TIME = {64: 1.0, 32: 817 / 730, 16: 954 / 730}
@@ -39,7 +39,6 @@ class Work(NamedTuple):
     cycles: float
     memory: float
     mma: bool
-    of_image: float = 0  # blocks whose products are those of an image in a resident kernel
 
 
 class Model:
@@ -95,7 +94,7 @@ class Model:
             w.products * self.processors / (self.rate(w.mma) * busy),
             w.cache / (of["cache_bytes"] * self.clock),
         )
-        block += of["step"] * w.cycles / self.clock
+        block += w.cycles / self.clock
         rounds = counted(each, max(together, 1))
         return max(each * block + rounds * of["block"], self.moving(w.memory))
 
@@ -291,14 +290,6 @@ class Model:
 
     # ---- passes ----------------------------------------------------------------------------
 
-    def sequence(self, step: Work, neuron: str) -> float:
-        """All steps in one launch; `step` is what one would do in blocks of its own."""
-        images = counted(self.c.batch, self.processors)
-        image = step.of_image * step.products * self.processors / self.rate(step.mma)
-        image += self.pixels * self.cp * self.of[neuron] / self.clock
-        one = max(images * image, self.moving(step.memory))
-        return self.of["resident"] + self.c.steps * (one + self.of["barrier"])
-
     def pointwise(self, backward: bool) -> float:
         c, of, gates = self.c, self.of, 4 * self.c.cout
         operands = self.moving(5 * self.state if backward else 2 * self.x + 6 * self.state)
@@ -319,9 +310,4 @@ class Model:
         one["fused"] = self.c.steps * each + ours
         if backward:
             one["hybrid"] = self.c.steps * each + self.gradients_of_cudnn()
-        # Whether an image fits into a block is no matter of time: the core says it.
-        plans = candidates(self.gpu, self.c, self.dtype, backward)
-        if any(plan.name.startswith("resident") for plan in plans):
-            neuron = "neuron_backward" if backward else "neuron"
-            one["resident"] = min(self.sequence(step, neuron) for step in steps) + ours
         return one

@@ -132,7 +132,6 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
         ("ieee", 80, torch.float32, torch.float16, "pointwise", "pointwise"),
         ("tf32", 80, torch.float32, None, "hybrid", "hybrid-mma-tf32"),
         ("ieee", 86, torch.float32, None, "hybrid", "hybrid-fma"),
-        ("tf32", 80, torch.float32, None, "resident", "resident-mma-tf32"),
         ("tf32", 80, torch.float32, None, "fused", "mma-tf32"),
     ],
 )
@@ -229,7 +228,7 @@ def test_one_algorithm_reads_what_the_other_saved(core):
     graded = [torch.randn(shape) for shape in PLAIN.output_shapes]
     with MODES["float32"].running(core):
         found = []
-        for first, second in permutations(("direct", "pointwise", "hybrid", "resident"), 2):
+        for first, second in permutations(("direct", "pointwise", "hybrid"), 2):
             call = (*inputs, options)
             result = flat.forward(*call, True, first)
             found.append(flat.backward(call, result, graded, (True,) * 6, second))

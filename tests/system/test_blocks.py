@@ -11,7 +11,7 @@ import torch
 from helpers import in_threads, measures_memory, ours
 
 import snnlstm
-from benchmarks import resident
+from benchmarks import peak_memory
 from snnlstm.native import pool
 
 MIB = 1 << 20
@@ -160,7 +160,7 @@ def test_threads_that_called_leave_nothing_behind(training):
         called.release()
         done.wait()
 
-    resident.watch()  # gives back what other tests left
+    peak_memory.watch()  # gives back what other tests left
     before = resident_bytes()
     threads = [threading.Thread(target=call, args=(cell,), daemon=True) for cell in cells]
     for thread in threads:
