@@ -26,7 +26,7 @@ def set_algorithm(name: str) -> None:
     name : str
         One of these names. On a device that has no such algorithm it means ``"auto"``.
 
-        - ``"auto"``, the default, takes the algorithm that an estimate by shape finds fastest.
+        - ``"auto"``, the default, takes the algorithm that should be fastest by shape and device.
         - ``"direct"`` sums products as they stand.
         - ``"winograd"`` (CPU) runs wherever the kernel size allows; it rounds a little more,
           and a NaN or an infinity spreads over the few pixels of the tile in which it lies.
@@ -38,7 +38,7 @@ def set_algorithm(name: str) -> None:
         - ``"measure"`` (CUDA) times the algorithms when it first meets a shape, forward and
           backward apart, and keeps the fastest for the process. ``"auto"`` does so, too, while
           ``torch.backends.cudnn.benchmark`` is set. While a CUDA graph is being captured, and
-          under ``torch.use_deterministic_algorithms``, nothing is timed and the estimate decides.
+          under ``torch.use_deterministic_algorithms``, nothing is timed, and it is ``"auto"``.
 
     Raises
     ------

@@ -200,20 +200,20 @@ class Backward {
 };
 
 // A tile of whole pooling windows, if there are any.
-DataPlan plan_to_mem(const Cell& c, const Device& device, Multiply multiply, int shape,
-                     bool& spreads) {
-  const auto whole = plan_data(c, device, multiply, false, c.pool != Pool::none, shape);
+DataPlan plan_to_mem(const Cell& c, const Device& device, Multiply multiply,
+                     const BlockChoice& only, bool& spreads) {
+  const auto whole = plan_data(c, device, multiply, false, c.pool != Pool::none, only);
   spreads = whole.has_value();
-  return spreads ? *whole : plan_data(c, device, multiply, false, false, shape).value();
+  return spreads ? *whole : planned(plan_data(c, device, multiply, false, false, only), only);
 }
 
 }  // namespace
 
 BackwardPass::BackwardPass(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
-                           Algorithm algorithm, int shape)
+                           Algorithm algorithm, const BlockChoice& only)
     : PassTypes(cell, matrix),
-      to_mem(plan_to_mem(cell, device, multiply, shape, spreads)),
-      to_x(plan_data(cell, device, multiply, true, false, -1).value()),
+      to_mem(plan_to_mem(cell, device, multiply, only, spreads)),
+      to_x(plan_data(cell, device, multiply, true, false).value()),
       packed(cell, to_x, to_mem),
       hybrid(algorithm == Algorithm::hybrid),
       weights(hybrid ? WeightPlans() : plan_weights(cell, device, multiply)),

@@ -136,8 +136,9 @@ class Forward {
 
 }  // namespace
 
-ForwardPass::ForwardPass(const Cell& cell, const Device& device, Matrix matrix, int shape)
-    : PassTypes(cell, matrix), step(plan_forward(cell, device, matrix, shape)), packed(cell, step) {
+ForwardPass::ForwardPass(const Cell& cell, const Device& device, Matrix matrix,
+                         const BlockChoice& only)
+    : PassTypes(cell, matrix), step(plan_forward(cell, device, matrix, only)), packed(cell, step) {
   workspace = Forward(*this, ForwardArgs(), nullptr).workspace();
 }
 

@@ -20,7 +20,7 @@ struct ForwardPass : PassTypes {
   PackedForward packed;
   int64_t workspace;
 
-  ForwardPass(const Cell& cell, const Device& device, Matrix matrix, int shape);
+  ForwardPass(const Cell& cell, const Device& device, Matrix matrix, const BlockChoice& only);
   void run(const ForwardArgs& args, void* stream) const;
 };
 
@@ -36,7 +36,7 @@ struct BackwardPass : PassTypes {
 
   // multiply: the forward pass's.
   BackwardPass(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
-               Algorithm algorithm, int shape);
+               Algorithm algorithm, const BlockChoice& only);
   void run(const BackwardArgs& args, void* stream) const;
 
   int64_t pixels() const { return s.c.T * s.c.N * s.pixels; }

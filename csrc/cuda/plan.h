@@ -16,43 +16,10 @@
 
 namespace snnlstm::cuda {
 
-// The constants of the estimate (estimate.h). No GPU has been timed: those without a source are
-// guesses.
-struct Model {
-  // The parts of a card's rates that convolutions reach on wide layers. cuDNN's, in whatever it
-  // multiplies with: Luo et al. 2024 measure 60 to 80 % for dense products.
-  double cudnn_part = 0.65;
-  // cuDNN's float32 convolution of 3 x 3 taps, as a multiple of the plain cores' rate: it takes
-  // Winograd's form with 2.25 times fewer products, and a kernel at 93 % of the peak was 1.5 to
-  // 2.65 times as fast (Yan, Wang and Chu 2020, https://doi.org/10.1145/3332466.3374520).
-  double cudnn_winograd = 1.05;
-  double mma_part = 0.75;  // of our kernels, as a part of what mma.sync can reach
-  // Of our kernels on plain cores. The loop of sm_75 has 512 multiply-adds in 730 instructions; a
-  // multiprocessor of 128 lanes has no more load units than one of 64.
-  double fma_part = 0.7, fma_part_of_128 = 0.4;
-  // Warps of a multiprocessor from which its tensor cores, or its plain ones, are kept busy.
-  double warps = 6;
-  // Bytes a cycle that a multiprocessor gets from the level-2 cache: 1270 GB/s on a T4 (Jia et al.
-  // 2019, https://arxiv.org/abs/1903.07486).
-  double cache_bytes = 20;
-  double memory_part = 0.85;  // of the data sheet's bandwidth
-  // Cycles of a multiprocessor for a neuron without its products: 400 instructions of a warp, 520
-  // backward, counted in PTX, at 3 a cycle.
-  double neuron = 4.2, neuron_backward = 5.4;
-  // Seconds. From a kernel's last work to the first of the next one; until a block multiplies.
-  double launch = 3.5e-6, block = 1e-6;
-  // Seconds of Python and torch for the forward step that torch convolves, which hide the GPU's if
-  // they are longer; a backward step takes half as long again. From the 50 and 75 us of a step
-  // call.
-  double host = 40e-6;
-};
-
 struct Device {
   int compute_capability = 80;  // 10 * major + minor
   int multiprocessors = 108;
   int64_t shared_bytes = 163 * 1024;  // the most shared memory of a block
-  double clock = 0, bandwidth = 0;    // Hz, bytes a second; 0: those of cards.h
-  Model model;
 };
 
 // Describes the current device. Throws std::runtime_error if there is none.
@@ -67,16 +34,12 @@ enum class Matrix : int {
   bfloat16 = 4,
 };
 
-// Returns the seconds that cuDNN is estimated to take for the convolutions of one step of a cell in
-// plain torch: forward one, backward both gradients.
-double cudnn_seconds(const Cell& cell, const Device& device, Matrix matrix, bool backward);
-
 // Returns how float32 keeps its full precision: exact, or tf32x3 if that is likely to be faster.
 Matrix full_precision(const Device& device);
 
 // All algorithms give the same results, up to rounding, and each reads what the others have saved.
 enum class Algorithm : int {
-  automatic = 0,  // whichever of those below choice.h expects to be fastest
+  automatic = 0,  // one of those below, by rules.h
   fused = 1,      // a launch for every step, with tensor cores or without
   // fused, but the backward pass leaves d_gates and mem_after for torch, which forms the gradients
   // of the weight and the bias
@@ -88,21 +51,26 @@ enum class Algorithm : int {
 // (T - 1, N, Ho, Wo, Cp) in the states' type.
 int64_t padded_channels(int64_t C);
 
+// The blocks that a step may have: a row of kForwardShapes or kDataShapes, which holds on tensor
+// cores, and tiles of h x w pixels. -1 and 0 leave the choice to rules.h.
+struct BlockChoice {
+  int shape = -1, h = 0, w = 0;
+};
+
 struct ForwardPass;
 struct BackwardPass;
 struct PointwisePass;
 
 class Plan {
  public:
-  // shape: a row of kForwardShapes or kDataShapes, the only blocks on tensor cores that the steps
-  // may have; -1 leaves them to the plan.
   Plan(const Cell& cell, const Device& device, Matrix matrix, Algorithm algorithm, bool backward,
-       int shape = -1);
+       const BlockChoice& only = {});
   Plan(Plan&&) noexcept;
+  Plan& operator=(Plan&&) noexcept;
   ~Plan();
 
-  // Returns the plans of a pass that are worth timing: fused for each kind of block, what an
-  // estimate chooses first, then the other algorithms that can run the cell.
+  // Returns the plans of a pass that are worth timing, what the rules choose first: fused for each
+  // kind of block, and the other algorithms.
   static std::vector<Plan> candidates(const Cell& cell, const Device& device, Matrix matrix,
                                       bool backward);
 
@@ -113,7 +81,6 @@ class Plan {
   int shape = -1;              // the steps' row; -1 without tensor cores
   std::string name;            // such as "mma-tf32" or "hybrid-fma"
   std::string reason_against;  // why no call can run, or ""
-  double seconds = 0;          // of the whole pass on the plan's device, estimated
   // Sizes in bytes. A pointwise plan has no packed weight.
   int64_t packed_bytes = 0, workspace = 0;
 
@@ -124,8 +91,6 @@ class Plan {
 
   // Returns the height and width of a step's tiles.
   std::pair<int, int> tile() const;
-  // Returns the seconds of the whole pass on a device, estimated (choice.h).
-  double seconds_on(const Device& device) const;
 
   // weight: (4C, Cin + C, kernel_h, kernel_w), contiguous, in the cell's dtype.
   void pack(const void* weight, void* packed, void* stream) const;

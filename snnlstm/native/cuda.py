@@ -64,7 +64,7 @@ def _tf32_is_allowed() -> bool:
 
 
 class Plan(CommonPlan):
-    """The plan of a call on CUDA: a plan of the core for each pass, estimated or measured.
+    """The plan of a call on CUDA: a plan of the core for each pass, by rules or measured.
 
     Nothing depends on values, and each algorithm reads what another one has saved:
 
@@ -73,7 +73,7 @@ class Plan(CommonPlan):
       bias and x over all steps at once
     - "pointwise": torch convolves, and the kernels do the rest of a step
 
-    The core's estimate chooses, or a measurement: :func:`snnlstm.set_algorithm`.
+    The core's rules choose, or a measurement: :func:`snnlstm.set_algorithm`.
     """
 
     def __init__(
@@ -99,7 +99,8 @@ class Plan(CommonPlan):
     def name(self) -> str:
         """Name of what runs, as in a path; of measured passes, those that are known by now.
 
-        An estimated backward pass is named, too, if it leaves other convolutions to torch.
+        A backward pass that is not measured is named, too, if it leaves other convolutions to
+        torch.
         """
         by_pass = {key[0]: core.name for key, core in self._measured.items()}
         names = [by_pass[backward] for backward in (False, True) if backward in by_pass]
@@ -324,11 +325,11 @@ class Backend:
             matrix = _TF32 if tf32 else self.core.cuda_full_precision(device)
         return make_cell(self.core, s), device, matrix
 
-    def core_plan(self, s: Sizes, tf32: bool, algorithm: str, backward: bool) -> Any:
-        """The core's plan of a pass."""
+    def core_plan(self, s: Sizes, tf32: bool, algorithm: str, backward: bool, **blocks: Any) -> Any:
+        """The core's plan of a pass. `blocks`: the only ones that a step may have."""
         algorithm = "fused" if algorithm == "direct" else algorithm
         number = _ALGORITHMS.index(algorithm) if algorithm in _ALGORITHMS else 0
-        return self.core.CudaPlan(*self._facts(s, tf32), number, backward)
+        return self.core.CudaPlan(*self._facts(s, tf32), number, backward, **blocks)
 
     def candidates(self, s: Sizes, tf32: bool, backward: bool) -> list[Any]:
         """The core's plans of a pass that are timed; of equals the first one is taken."""

@@ -32,13 +32,13 @@ class Mode:
     algorithm: str = "direct"
     shared_bytes: int = 163 * 1024
     multiprocessors: int = 108
-    model: tuple[tuple[str, float], ...] = ()  # other constants of the estimate
+    tile: tuple[int, int] = (0, 0)  # of the steps; (0, 0): as the rules say
 
     @contextmanager
     def running(self, core):
         """Within the block, the native path for CPU tensors runs in this mode."""
         card = self.compute_capability, self.multiprocessors, self.shared_bytes
-        core.device(*card, model=dict(self.model))
+        core.device(*card, tile=self.tile)
         # torch's convolution stands in for cuDNN's; oneDNN 3 with AMX would give wrong sums for
         # bfloat16 images of one column with stride and dilation.
         (enabled, *_) = mkldnn.set_flags(False)

@@ -64,7 +64,7 @@ def test_forward_and_backward_are_measured_once_and_apart(core):
         assert len(clock.timed) == len(FORWARD)
 
 
-def test_of_equals_the_estimated_one_is_kept(core):
+def test_of_equals_the_rules_choice_is_kept(core):
     with MODES["tf32"].running(core), snnlstm.algorithm("measure"):
         clock = timed_by(core, Clock())
         flat.run(*NARROW.inputs(), NARROW.options, "measure")
@@ -86,7 +86,7 @@ def test_every_algorithm_that_may_be_chosen_is_right(core, best):
     compare(actual, exact, 1e-2, grads)
 
 
-def test_where_nothing_may_be_timed_the_estimate_decides_for_now(core):
+def test_where_nothing_may_be_timed_the_rules_decide_for_now(core):
     inputs = NARROW.inputs()
     with MODES["tf32"].running(core):
         clock = timed_by(core, Clock("pointwise"))
