@@ -28,11 +28,11 @@ void check_pass(const Args& a, const cuda::Plan& plan) {
            {"saved_syn", a.saved_syn},
            {"workspace", a.workspace}});
   if (plan.workspace > 0) needs(a.workspace, "workspace");
-  const bool pointwise = plan.algorithm == cuda::Algorithm::pointwise;
-  if (!pointwise) needs(a.weight, "weight");
+  const bool cudnn = plan.algorithm == cuda::Algorithm::cudnn;
+  if (!cudnn) needs(a.weight, "weight");
   if constexpr (backward) {
     aligned({{"d_gates", a.d_gates}, {"mem_after", a.mem_after}});
-    if (!pointwise) needs(a.mem0.data, "mem0");
+    if (!cudnn) needs(a.mem0.data, "mem0");
     if (plan.leaves_d_gates()) {
       needs(a.d_gates, "d_gates");
       refuse_gradients(a);
@@ -42,7 +42,7 @@ void check_pass(const Args& a, const cuda::Plan& plan) {
     if (a.d_gates == a.saved_gates)
       throw py::value_error(
           "d_gates must not be saved_gates: a backward pass keeps what was saved");
-  } else if (pointwise) {
+  } else if (cudnn) {
     needs(a.gate_sums.data, "gate_sums");
   } else {
     needs(a.x.data, "x");

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 __all__ = ["ALGORITHMS", "algorithm", "get_algorithm", "set_algorithm"]
 
 ALGORITHMS = (
-    "auto", "direct", "winograd", "fused", "hybrid", "pointwise", "measure",
+    "auto", "direct", "winograd", "fused", "hybrid", "cudnn", "measure",
 )  # fmt: skip
-_GONE = {"resident": "fused"}  # what to use in the place of names of older versions
+_GONE = {
+    "resident": "fused",
+    "pointwise": "cudnn",
+}  # what to use in the place of names of older versions
 current = "auto"
 """The name last given to :func:`set_algorithm`."""
 
@@ -33,7 +36,7 @@ def set_algorithm(name: str) -> None:
         - ``"fused"`` (CUDA) launches one kernel for each step.
         - ``"hybrid"`` (CUDA) is ``"fused"`` for the steps, and leaves the gradients of weight, bias
           and x to torch (cuDNN), over all steps at once.
-        - ``"pointwise"`` (CUDA) leaves all convolutions to torch (cuDNN) and runs the kernels
+        - ``"cudnn"`` (CUDA) leaves all convolutions to torch (cuDNN) and runs the kernels
           behind them.
         - ``"measure"`` (CUDA) times the algorithms when it first meets a shape, forward and
           backward apart, and keeps the fastest for the process. ``"auto"`` does so, too, while

@@ -145,16 +145,16 @@ class Calls(ABC):
             "grad_x": ("view?", self.view(t, n, cin, h, w)),
         }  # fmt: skip
 
-    def behind_torch(self, backward: bool, pointwise: bool, hybrid: bool = False) -> Arguments:
+    def behind_torch(self, backward: bool, cudnn: bool, hybrid: bool = False) -> Arguments:
         """Returns the fields of a pass that change if torch forms sums or gradients."""
         _, n, _, c, h, w = SIZES.values()
-        found: Arguments = {"x": ("view?", None)} if pointwise else {}
+        found: Arguments = {"x": ("view?", None)} if cudnn else {}
         if not backward:
             sums = "view", self.view(1, n, 4 * c, h, w)
-            return found | ({"gate_sums": sums} if pointwise else {})
-        if not (pointwise or hybrid):
+            return found | ({"gate_sums": sums} if cudnn else {})
+        if not (cudnn or hybrid):
             return {"d_gates": ("address", 0)}
-        return found | ({"mem0": ("view?", None)} if pointwise else {}) | {
+        return found | ({"mem0": ("view?", None)} if cudnn else {}) | {
             "d_gates": ("memory", self.address()), "mem_after": ("address", self.address()),
             "grad_weight": ("address", 0), "grad_bias": ("address", 0),
         }  # fmt: skip
@@ -260,17 +260,17 @@ class Cuda(Calls):
 
     def fields(self, backward: bool) -> Arguments:
         plan = self.backward if backward else self.forward
-        pointwise = plan.name == "pointwise"
-        kind = "aligned or none" if pointwise else "aligned"
+        cudnn = plan.name == "cudnn"
+        kind = "aligned or none" if cudnn else "aligned"
         found = super().fields(backward) | {"weight": (kind, self.address())}
         found["workspace"] = (
             "aligned" if plan.workspace else "aligned or none",
             self.workspace(16),
         )
-        if pointwise:
+        if cudnn:
             found["saved_syn"] = "address", self.address()
         hybrid = plan.name.startswith("hybrid")
-        return found | self.behind_torch(backward, pointwise, hybrid)
+        return found | self.behind_torch(backward, cudnn, hybrid)
 
     def calls(self) -> dict[str, tuple[Callable[..., Any], Arguments, int]]:
         core, address = self.module, self.address

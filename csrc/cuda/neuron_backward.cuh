@@ -1,4 +1,4 @@
-// The pointwise part of the backward pass of one time step: spike, pooling, reset, LSTM. All
+// The neurons of the backward pass of one time step: spike, pooling, reset, LSTM. All
 // backward kernels share this; they differ in how they form the recurrent gradient of mem. The
 // forward pass has saved the activated gates and syn before the step, from which this part computes
 // mem anew.

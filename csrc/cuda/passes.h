@@ -42,13 +42,13 @@ struct BackwardPass : PassTypes {
   int64_t pixels() const { return s.c.T * s.c.N * s.pixels; }
 };
 
-// pointwise.cu
-struct PointwisePass : PassTypes {
+// neurons.cu
+struct CudnnPass : PassTypes {
   Tiling tiling;
   bool whole_windows;
   int64_t workspace;  // of the backward pass
 
-  PointwisePass(const Cell& cell, Matrix matrix);
+  CudnnPass(const Cell& cell, Matrix matrix);
   void run(const ForwardArgs& args, void* stream) const;
   void run(const BackwardArgs& args, void* stream) const;
 };

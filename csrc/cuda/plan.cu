@@ -39,12 +39,12 @@ Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wante
   if (algorithm == Algorithm::hybrid) name = "hybrid-" + name;
   const BlockShape* shapes = backward ? kDataShapes : kForwardShapes;
   int64_t launched = 0;
-  if (algorithm == Algorithm::pointwise) {
+  if (algorithm == Algorithm::cudnn) {
     cell.T = 1;
-    pointwise_ = std::make_unique<PointwisePass>(of, matrix);
-    launched = pointwise_->tiling.blocks();
-    workspace = backward ? pointwise_->workspace : 0;
-    name = "pointwise";
+    cudnn_ = std::make_unique<CudnnPass>(of, matrix);
+    launched = cudnn_->tiling.blocks();
+    workspace = backward ? cudnn_->workspace : 0;
+    name = "cudnn";
   } else if (backward) {
     backward_ = std::make_unique<BackwardPass>(cell, device, matrix, multiply, algorithm, only);
     shape = backward_->to_mem.shape;
@@ -63,7 +63,7 @@ Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wante
 std::pair<int, int> Plan::tile() const {
   const Tiling& of = forward_    ? forward_->step.tiling
                      : backward_ ? backward_->to_mem.tiling
-                                 : pointwise_->tiling;
+                                 : cudnn_->tiling;
   return {of.h, of.w};
 }
 
@@ -86,7 +86,7 @@ std::vector<Plan> Plan::candidates(const Cell& cell, const Device& device, Matri
     if (other.shape == row) found.push_back(std::move(other));
   }
   if (backward) found.push_back(plan(Algorithm::hybrid, first));
-  found.push_back(plan(Algorithm::pointwise));
+  found.push_back(plan(Algorithm::cudnn));
   const Algorithm chosen = plan(Algorithm::automatic).algorithm;
   const auto its = std::find_if(found.begin(), found.end(),
                                 [&](const Plan& p) { return p.algorithm == chosen; });
@@ -103,12 +103,12 @@ void Plan::pack(const void* weight, void* packed, void* stream) const {
 
 void Plan::run(const ForwardArgs& args, void* stream) const {
   if (!reason_against.empty()) throw std::runtime_error(reason_against);
-  pointwise_ ? pointwise_->run(args, stream) : forward_->run(args, stream);
+  cudnn_ ? cudnn_->run(args, stream) : forward_->run(args, stream);
 }
 
 void Plan::run(const BackwardArgs& args, void* stream) const {
   if (!reason_against.empty()) throw std::runtime_error(reason_against);
-  pointwise_ ? pointwise_->run(args, stream) : backward_->run(args, stream);
+  cudnn_ ? cudnn_->run(args, stream) : backward_->run(args, stream);
 }
 
 #if defined(__CUDACC__)

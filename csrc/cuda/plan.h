@@ -44,7 +44,7 @@ enum class Algorithm : int {
   // fused, but the backward pass leaves d_gates and mem_after for torch, which forms the gradients
   // of the weight and the bias
   hybrid = 2,
-  pointwise = 3,  // a step behind torch's own convolution: ForwardArgs::gate_sums, d_gates
+  cudnn = 3,  // a step behind torch's own convolution: ForwardArgs::gate_sums, d_gates
 };
 
 // Cp: C rounded up to whole vectors. saved_gates are (T, N, Ho, Wo, 4, Cp), saved_syn
@@ -59,7 +59,7 @@ struct BlockChoice {
 
 struct ForwardPass;
 struct BackwardPass;
-struct PointwisePass;
+struct CudnnPass;
 
 class Plan {
  public:
@@ -74,19 +74,19 @@ class Plan {
   static std::vector<Plan> candidates(const Cell& cell, const Device& device, Matrix matrix,
                                       bool backward);
 
-  Cell cell;  // pointwise: of one step, T is 1
+  Cell cell;  // cudnn: of one step, T is 1
   Matrix matrix;
   Algorithm algorithm;  // not automatic
   bool backward;
   int shape = -1;              // the steps' row; -1 without tensor cores
   std::string name;            // such as "mma-tf32" or "hybrid-fma"
   std::string reason_against;  // why no call can run, or ""
-  // Sizes in bytes. A pointwise plan has no packed weight.
+  // Sizes in bytes. A cudnn plan has no packed weight.
   int64_t packed_bytes = 0, workspace = 0;
 
   // Whether the backward pass leaves d_gates, and mem_after if given, and no parameters' gradients.
   bool leaves_d_gates() const {
-    return algorithm == Algorithm::hybrid || algorithm == Algorithm::pointwise;
+    return algorithm == Algorithm::hybrid || algorithm == Algorithm::cudnn;
   }
 
   // Returns the height and width of a step's tiles.
@@ -104,7 +104,7 @@ class Plan {
   // The one that the pass and the algorithm ask for.
   std::unique_ptr<const ForwardPass> forward_;
   std::unique_ptr<const BackwardPass> backward_;
-  std::unique_ptr<const PointwisePass> pointwise_;
+  std::unique_ptr<const CudnnPass> cudnn_;
 };
 
 // Returns the type of saved gates, and of gate sums that torch's convolution writes: the states'

@@ -50,24 +50,24 @@ constexpr double kClearly = 0.85;
 
 // Returns in how many parts the pixels of all steps are summed. blocks: of one part. Of 2 to 8
 // rounds of the multiprocessors it takes the fewest that leave less than a tenth of them without
-// work. A part has 256 pixels or more, beside which the start of a block is short; parts are written
-// and read again, so there are 1024 at most.
+// work. A part has 256 pixels or more, beside which the start of a block is short; parts are
+// written and read again, so there are 1024 at most.
 inline int64_t splits(const Device& device, int64_t blocks, int64_t pixels) {
   const int64_t most = std::clamp<int64_t>(pixels / 256, 1, 1024);
   int64_t best = 1;
   double filled = 0;
   for (int rounds = 2; rounds <= 8 && filled < 0.9; ++rounds) {
     const int64_t parts = std::clamp<int64_t>(rounds * device.multiprocessors / blocks, 1, most);
-    const double part = double(parts * blocks) /
-                        double(round_up(parts * blocks, device.multiprocessors));
+    const double part =
+        double(parts * blocks) / double(round_up(parts * blocks, device.multiprocessors));
     if (part > filled + 0.05) best = parts, filled = part;
   }
   return best;
 }
 
-// Returns which algorithm runs a pass; the same rules hold forward and backward but where `backward`
-// stands. plain: the step kernels multiply without tensor cores; in_parts: in 3xTF32. share: of the
-// pixels that their tiles compute, the part that lies in images.
+// Returns which algorithm runs a pass; the same rules hold forward and backward but where
+// `backward` stands. plain: the step kernels multiply without tensor cores; in_parts: in 3xTF32.
+// share: of the pixels that their tiles compute, the part that lies in images.
 //
 // "hybrid" is chosen nowhere: where the steps are better in our kernels, cuDNN's gradients of the
 // parameters gain nothing that the paper model could tell from its error.
@@ -76,8 +76,8 @@ inline Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, b
   const int capability = device.compute_capability;
   const int64_t channels = c.Cin + c.C;
   const double depth = double(c.kernel_h) * c.kernel_w * double(channels);
-  const double neurons = double(c.N) * double(c.Ho() * c.Wo()) * double(c.C) /
-                         device.multiprocessors;
+  const double neurons =
+      double(c.N) * double(c.Ho() * c.Wo()) * double(c.C) / device.multiprocessors;
   const double products = neurons * 4 * depth;  // of a multiprocessor
 
   // cuDNN has nothing better for float64, nor for bfloat16 before 8.0: plain cores, one by one.
@@ -91,25 +91,25 @@ inline Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, b
 
   // Tiles have 64 pixels or more, and even widths: an image of one column fills a half at most.
   // cuDNN's rows run over images.
-  if (share <= 0.5) return Algorithm::pointwise;
+  if (share <= 0.5) return Algorithm::cudnn;
 
   // Backward a column of the tiles is a channel: 16 at least.
-  if (backward && c.C < 4) return Algorithm::pointwise;
+  if (backward && c.C < 4) return Algorithm::cudnn;
 
   // A block goes through all of K by itself. Where multiprocessors have few neurons each, cuDNN
   // shares a long K among blocks.
-  if (neurons < 2048 && depth >= 800) return Algorithm::pointwise;
+  if (neurons < 2048 && depth >= 800) return Algorithm::cudnn;
 
   // Without tensor cores cuDNN's Winograd form has 2.25 times fewer products forward; it gains
   // nothing by it where x has one channel or two, whose products it pads. Backward it has no such
   // form for our gradients of gates; from 8.6 on, though, a multiprocessor has 128 plain lanes, and
   // our kernels no loads for more than 40 % of them.
-  if (plain && c.Cin > 2 && !(backward && capability < 80)) return Algorithm::pointwise;
+  if (plain && c.Cin > 2 && !(backward && capability < 80)) return Algorithm::cudnn;
 
   // On 9.0 and 10.x mma.sync reaches half to two thirds of the rate that cuDNN has by wgmma and
   // tcgen05. That counts where channels are many; 3xTF32 beats the plain float32 that it has.
   if (capability >= 90 && capability < 120 && channels >= 96 && !plain && !in_parts)
-    return Algorithm::pointwise;
+    return Algorithm::cudnn;
 
   return Algorithm::fused;
 }

@@ -45,8 +45,8 @@ from .torch_conv import BackwardPass, Neurons
 __all__ = ["Backend"]
 
 # The numbers of csrc/cuda/plan.h; "direct" is "fused".
-_ALGORITHMS = ("auto", "fused", "hybrid", "pointwise")
-_HYBRID, _POINTWISE = _ALGORITHMS.index("hybrid"), _ALGORITHMS.index("pointwise")
+_ALGORITHMS = ("auto", "fused", "hybrid", "cudnn")
+_HYBRID, _CUDNN = _ALGORITHMS.index("hybrid"), _ALGORITHMS.index("cudnn")
 _EXACT, _TF32 = 0, 1
 _OPERANDS = {torch.float16: 3, torch.bfloat16: 4}
 
@@ -71,7 +71,7 @@ class Plan(CommonPlan):
     - "fused": the kernels do it all, in a launch for each step
     - "hybrid": the kernels go through the steps, and torch (cuDNN) forms the gradients of weight,
       bias and x over all steps at once
-    - "pointwise": torch convolves, and the kernels do the rest of a step
+    - "cudnn": torch convolves, and the kernels do the rest of a step
 
     The core's rules choose, or a measurement: :func:`snnlstm.set_algorithm`.
     """
@@ -109,7 +109,7 @@ class Plan(CommonPlan):
         forward, backward = self._chosen[False], self._chosen.get(True)
         names = [forward.name]
         if backward is not None and backward.algorithm != forward.algorithm:
-            torch_convolves = {forward.algorithm, backward.algorithm} & {_HYBRID, _POINTWISE}
+            torch_convolves = {forward.algorithm, backward.algorithm} & {_HYBRID, _CUDNN}
             names += [backward.name] if torch_convolves else []
         return f"{self.backend.name()}-{'+'.join(names)}"
 
@@ -182,7 +182,7 @@ class Plan(CommonPlan):
     def _forward(self, core: Any, call: Call, neurons: Neurons, bias: int, result: Result) -> None:
         stream = self.stream
         run = partial(core.forward, stream)
-        if core.algorithm == _POINTWISE:
+        if core.algorithm == _CUDNN:
             torch_conv.forward(self, run, call, neurons, bias, result)
             return
         spk, syn, mem = result[:3]
@@ -225,7 +225,7 @@ class Plan(CommonPlan):
 
     def _backward(self, core: Any, given: BackwardPass, wanted: Sequence[bool]) -> Gradients:
         call, x = given.call, given.call.x
-        if core.algorithm not in (_HYBRID, _POINTWISE):
+        if core.algorithm not in (_HYBRID, _CUDNN):
             out = empty_gradients(x, self, wanted)
             if call.lengths is not None and out.x is not None:
                 out.x.zero_()

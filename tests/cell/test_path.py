@@ -296,6 +296,16 @@ def test_the_native_path_says_what_it_is():
         assert str(cell.path) == f"{cell.path.name} (the native kernels cover this call)"
 
 
+@pytest.mark.skipif(native is None, reason="the core is not built")
+@pytest.mark.parametrize("algorithm", ["fused", "hybrid", "cudnn", "measure"])
+def test_algorithms_of_cuda_alone_are_auto_on_the_cpu(algorithm):
+    auto, cell = ours(), ours()
+    auto(X)
+    with snnlstm.algorithm(algorithm):
+        cell(X)
+    assert cell.path == auto.path
+
+
 def test_a_cell_that_is_being_made_has_no_path():
     assert snnlstm.SConv2dLSTM.__new__(snnlstm.SConv2dLSTM).path is None
 

@@ -82,11 +82,11 @@ MODES = {
     "bfloat16 autocast on sm_75": Mode(F32, 3e-2, 8e-2, operands=BF16, **T4),
 }
 BEHIND_TORCH = {
-    f"{name} behind torch": replace(MODES[name], compute_capability=80, algorithm="pointwise")
+    f"{name} behind torch": replace(MODES[name], compute_capability=80, algorithm="cudnn")
     for name in ("float32", "float64", "bfloat16 states", "bfloat16 autocast")
 }
 BEHIND_TORCH["float32 on sm_75 behind torch"] = replace(
-    MODES["float32 on sm_75"], precision="ieee", algorithm="pointwise"
+    MODES["float32 on sm_75"], precision="ieee", algorithm="cudnn"
 )
 # The kernels go through the steps, and torch forms the gradients of x, weight and bias.
 HYBRID = {

@@ -71,7 +71,7 @@ def test_the_smoke_test_for_gpus_runs_every_kernel(core):
     core.checks(counters=True)
     with core.installed(), float32_precision("ieee"):
         for sizes, *which in (
-            ((2, 1, 3, 9, 4, 6), ("fused", "pointwise"), ("plain", "inhibition")),
+            ((2, 1, 3, 9, 4, 6), ("fused", "cudnn"), ("plain", "inhibition")),
             ((2, 1, 3, 9, 4, 6), ("fused",), ("max_pool, subtract", "quantised")),
             ((1, 1, 2, 3, 11, 12), ("fused",), ("one window",)),
         ):

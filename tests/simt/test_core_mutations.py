@@ -63,7 +63,7 @@ def by_likelihood(near: str):
         return (
             ((check is test_cell_gradients.check) != backward)
             + (("fma" in near) != (mode == "float32"))
-            + (("pointwise" in near) != ("behind torch" in mode))
+            + (("neurons" in near) != ("behind torch" in mode))
         )
 
     return sorted(runs, key=distance)

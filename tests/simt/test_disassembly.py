@@ -39,7 +39,7 @@ EXPECTED = {
         r"weight_gradient_mma<.*1>": ("HMMA.16816.F32 ", "LDGSTS.E.BYPASS.128", "LDSM.16.MT88.4"),
         r"weight_gradient_mma<.*2>": ("HMMA.16816.F32.BF16", "LDSM.16.MT88.4"),
     },
-    "pointwise": {r"pointwise_(forward|backward)<": VECTORS},
+    "neurons": {r"neurons_(forward|backward)<": VECTORS},
 }
 KERNEL_PATTERNS = [(file, p) for file, patterns in EXPECTED.items() for p in patterns]
 

@@ -16,8 +16,8 @@ from snnlstm.native import cuda
 
 NARROW = PLAIN.but(time=2, batch=1, channels=6, height=4, width=6)
 WIDE = NARROW.but(channels=40)
-FORWARD = {"mma-tf32-4x1", "mma-tf32-2x1", "pointwise"}
-BACKWARD = {"mma-tf32-4x1", "mma-tf32-2x1x2", "hybrid-mma-tf32-2x1x2", "pointwise"}
+FORWARD = {"mma-tf32-4x1", "mma-tf32-2x1", "cudnn"}
+BACKWARD = {"mma-tf32-4x1", "mma-tf32-2x1x2", "hybrid-mma-tf32-2x1x2", "cudnn"}
 OF_WIDE = {"mma-tf32-4x2", "mma-tf32-2x2"}
 
 
@@ -89,14 +89,14 @@ def test_every_algorithm_that_may_be_chosen_is_right(core, best):
 def test_where_nothing_may_be_timed_the_rules_decide_for_now(core):
     inputs = NARROW.inputs()
     with MODES["tf32"].running(core):
-        clock = timed_by(core, Clock("pointwise"))
+        clock = timed_by(core, Clock("cudnn"))
         core.kernels.may_measure = lambda: False
         flat.run(*inputs, NARROW.options, "measure")
         assert clock.timed == []
         assert flat.last_name() == "simt-mma-tf32"
         core.kernels.may_measure = lambda: True
         flat.run(*inputs, NARROW.options, "measure")
-        assert flat.last_name() == "simt-measured-pointwise"
+        assert flat.last_name() == "simt-measured-cudnn"
 
 
 def test_torchs_own_switch_measures_too(core, monkeypatch):

@@ -10,7 +10,7 @@ from launches import FACTS
 import snnlstm
 from benchmarks import devices
 
-NAMES = ("auto", "fused", "hybrid", "pointwise")
+NAMES = ("auto", "fused", "hybrid", "cudnn")
 # dtype, by csrc/args.h, and matrix, by csrc/cuda/plan.h; None: full precision.
 TYPES = {"tf32": (0, 1), "float32": (0, None), "fp16": (0, 3), "bf16": (3, 0), "float64": (1, 0)}
 
@@ -39,13 +39,13 @@ CHOSEN = [
     ((16, 32, 64, 16, 16), "t4", "float64", False, "fused"),  # nothing is better for float64
     ((8, 64, 128, 32, 32), "t4", "bf16", False, "fused"),  # nor for bfloat16 on sm_75
     ((1, 2, 16, 16, 16), "t4", "float32", False, "fused"),  # the launches of torch take longer
-    ((8, 32, 64, 32, 32), "t4", "float32", False, "pointwise"),  # Winograd
+    ((8, 32, 64, 32, 32), "t4", "float32", False, "cudnn"),  # Winograd
     ((8, 32, 64, 32, 32), "t4", "float32", True, "fused"),
-    ((8, 32, 64, 32, 32), "4090", "float32", True, "pointwise"),  # loads bind the plain cores
-    ((16, 128, 128, 8, 8), "4090", "tf32", False, "pointwise"),  # few pixels, a long K
-    ((1, 32, 1, 720, 1580), "t4", "float32", True, "pointwise"),  # one channel of 16 columns
-    ((8, 64, 128, 32, 32), "h100", "tf32", True, "pointwise"),  # wgmma
-    ((8, 64, 128, 32, 32), "b200", "bf16", False, "pointwise"),
+    ((8, 32, 64, 32, 32), "4090", "float32", True, "cudnn"),  # loads bind the plain cores
+    ((16, 128, 128, 8, 8), "4090", "tf32", False, "cudnn"),  # few pixels, a long K
+    ((1, 32, 1, 720, 1580), "t4", "float32", True, "cudnn"),  # one channel of 16 columns
+    ((8, 64, 128, 32, 32), "h100", "tf32", True, "cudnn"),  # wgmma
+    ((8, 64, 128, 32, 32), "b200", "bf16", False, "cudnn"),
     ((8, 64, 128, 32, 32), "h100", "float32", False, "fused"),  # 3xTF32
     ((8, 64, 128, 32, 32), "5090", "tf32", False, "fused"),
 ]
@@ -68,7 +68,7 @@ def chosen(core, layer, card: str, dtype: str, backward: bool) -> str:
 @pytest.mark.parametrize(("layer", "card", "dtype", "cudnn", "ours"), PAPER)
 def test_the_rules_choose_what_is_shorter_on_paper(core, layer, card, dtype, cudnn, ours):
     """Within 15 %, the error of the paper, either is right."""
-    names = {"pointwise": cudnn, "fused": ours}
+    names = {"cudnn": cudnn, "fused": ours}
     right = {name for name, time in names.items() if time <= 1.15 * min(cudnn, ours)}
     assert chosen(core, layer, card, dtype, False) in right
 
@@ -100,7 +100,7 @@ def test_blocks_follow_the_rounds(core, card, layer, shape):
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(
-    ("layer", "name"), [((128, 22, 16, 129, 1), "pointwise"), ((1, 2, 16, 16, 16), "mma-tf32")]
+    ("layer", "name"), [((128, 22, 16, 129, 1), "cudnn"), ((1, 2, 16, 16, 16), "mma-tf32")]
 )
 def test_what_the_rules_choose_is_timed_first(core, layer, name, backward):
     facts = facts_of(core, layer, "a100", "tf32")
@@ -109,7 +109,7 @@ def test_what_the_rules_choose_is_timed_first(core, layer, name, backward):
     assert len(set(found)) == len(found)
 
 
-@pytest.mark.parametrize("backward", ["hybrid", "pointwise", "direct"])
+@pytest.mark.parametrize("backward", ["hybrid", "cudnn", "direct"])
 def test_a_path_names_the_backward_pass_if_torch_convolves_there(core, monkeypatch, backward):
     core.device(algorithm="auto")
     plan_of = type(core.kernels).core_plan
@@ -123,5 +123,5 @@ def test_a_path_names_the_backward_pass_if_torch_convolves_there(core, monkeypat
     with core.installed(), float32_precision("tf32"):
         for _ in range(2):
             cell(x, *cell.reset_mem())[0].sum().backward()
-    named = {"hybrid": "+hybrid-mma-tf32", "pointwise": "+pointwise", "direct": ""}
+    named = {"hybrid": "+hybrid-mma-tf32", "cudnn": "+cudnn", "direct": ""}
     assert cell.path.name == f"simt-mma-tf32{named[backward]}"
