@@ -30,7 +30,7 @@ from unittest import mock
 import torch
 
 import snnlstm
-from benchmarks import resident
+from benchmarks import peak_memory
 from benchmarks.cases import Case
 from benchmarks.machine import available_bytes
 from benchmarks.providers import PROVIDERS, Provider, Setting, Unavailable
@@ -146,7 +146,7 @@ def _guarded(job: Job, setting: Setting, peak: Callable[[Provider, str], list[fl
         run()
         del setup, run
         return peak(provider(case, setting), mode)
-    except (Unavailable, resident.Unsupported) as error:
+    except (Unavailable, peak_memory.Unsupported) as error:
         return str(error)
     except (MemoryError, RuntimeError) as error:  # torch's allocator raises RuntimeError
         return f"failed: {str(error).splitlines()[0]}"
@@ -173,10 +173,10 @@ def _resident_peak(provider: Provider, mode: str) -> list[float]:
     setup, run = Provider.prepare(provider, mode)
     setup()
     snnlstm.empty_cache()  # blocks of earlier jobs would be used again, and not be counted
-    before = resident.watch()
+    before = peak_memory.watch()
     with provider.context():
         kept = run()
-    peak = resident.high_water()
+    peak = peak_memory.high_water()
     del kept
     gc.collect()
     return [max(0, peak - before) / MIB]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import resident
+from benchmarks import peak_memory
 from benchmarks.demo.digits import Motion, load_split, moving_digits
 
 CHANNELS = 16
@@ -194,7 +194,7 @@ def watch_memory(device: str) -> Callable[[], tuple[int, int]]:
         torch.cuda.reset_peak_memory_stats()
         before, read = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
-        before, read = resident.watch(), resident.high_water
+        before, read = peak_memory.watch(), peak_memory.high_water
     return lambda: (read(), max(0, read() - before))
 
 

@@ -25,7 +25,7 @@ PROVIDERS: dict[str, type[Provider]] = {
     )
 }
 BASELINE = theirs.SnnTorchEager.name
-DETAILS = ("direct", "winograd", "pointwise", "hybrid", "checkpoint")
+DETAILS = ("direct", "winograd", "cudnn", "hybrid", "checkpoint")
 DETAILS = tuple(f"snnlstm-{name}" for name in DETAILS)
 """The long table shows these providers; the short table and the plots of speed do not."""
 QUICK_PROVIDERS = (BASELINE, "hoisted", "snnlstm-step", "snnlstm")

@@ -85,7 +85,7 @@ ALGORITHMS = (
     _variant("direct", "direct convolution", "direct", "fma", "mma", algorithm="direct"),
     _variant("winograd", "Winograd", "winograd", algorithm="winograd", devices=CPU),
     _variant(
-        "pointwise", "behind torch's convolution", "pointwise", algorithm="pointwise",
+        "cudnn", "behind torch's convolution", "cudnn", algorithm="cudnn",
         devices=CUDA,
     ),
     _variant(
