@@ -94,7 +94,7 @@ def steps(rehearsal: bool) -> tuple[Step, ...]:
 # Each GPU is timed in the types that it has instructions for.
 DTYPES = {75: "float32 autocast16 float16", 80: "tf32 bfloat16 float16"}
 PROVIDERS = (
-    "snntorch-cudagraph", "snnlstm-step", "snnlstm", "snnlstm:pointwise",
+    "snntorch-cudagraph", "snnlstm-step", "snnlstm", "snnlstm:cudnn",
     "snnlstm:hybrid", "snnlstm:measure", "snnlstm-cudagraph",
 )  # fmt: skip
 # torch.compile takes a minute of one core for a layer.

@@ -46,7 +46,6 @@ LINKS = {
     "](docs/": "](",
     "](CONTRIBUTING.md": "](contributing.md",
     "](CHANGELOG.md": "](changelog.md",
-    "](benchmarks/NOTES.md": "](measured.md",
 }
 
 

@@ -182,6 +182,8 @@ class CellAttributes(Base):
         """Deprecated name of :meth:`reset_mem`."""
         return self.reset_mem()
 
+    init_sconvlstm = init_sconv2dlstm  # an older name of it
+
     @classmethod
     def reset_hidden(cls) -> None:
         """Set the stored states of all living cells to zero."""

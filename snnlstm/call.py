@@ -23,7 +23,10 @@ PLAIN = (Tensor, nn.Parameter)
 # What stands behind the channels in a shape, by the dimensions of an image.
 SIZES = {1: "L", 2: "H, W"}
 
-_INTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INTS = (
+    torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+)  # fmt: skip
 
 
 class Call(NamedTuple):
@@ -58,16 +61,16 @@ def key_of(call: Call) -> tuple[Any, ...]:
     device = x.device
     return (
         x.shape, x.stride(), x.dtype, device,
-        syn.shape, syn.stride(), syn.dtype, syn.get_device(),
-        mem.shape, mem.stride(), mem.dtype, mem.get_device(),
-        weight.shape, weight.is_contiguous(), weight.dtype, weight.get_device(),
+        syn.shape, syn.stride(), syn.dtype, syn.device,
+        mem.shape, mem.stride(), mem.dtype, mem.device,
+        weight.shape, weight.is_contiguous(), weight.dtype, weight.device,
         bias is None
-        or (bias.shape, bias.dtype, bias.get_device(), bias.is_contiguous(), bias.is_neg()),
+        or (bias.shape, bias.dtype, bias.device, bias.is_contiguous(), bias.is_neg()),
         threshold is None
-        or (threshold.shape, threshold.dtype, threshold.get_device(),
+        or (threshold.shape, threshold.dtype, threshold.device,
             threshold.is_contiguous(), threshold.is_neg()),
         graded is None
-        or (graded.shape, graded.dtype, graded.get_device(), graded.is_contiguous(),
+        or (graded.shape, graded.dtype, graded.device, graded.is_contiguous(),
             graded.is_neg(), graded.requires_grad),
         record, lengths is None,
         torch.is_grad_enabled() and (
@@ -266,20 +269,20 @@ def input_tensor(
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     check_dense(name, x)
-    given = tuple(x.shape)
+    shape = tuple(x.shape)
     if batch_first and x.dim() == dims + 3:
-        given = (given[1], given[0], *given[2:])
+        shape = (shape[1], shape[0], *shape[2:])
     if x.dim() not in (dims + 2, dims + 3):
         rest = f"{in_channels}, {SIZES[dims]}"
         raise ValueError(
             f"{name} must have shape (N, {rest}) for one step or "
-            f"({'N, T' if batch_first else 'T, N'}, {rest}) for a sequence, got {given}"
+            f"({'N, T' if batch_first else 'T, N'}, {rest}) for a sequence, got {shape}"
         )
     channels = x.shape[-dims - 1]
     if channels != in_channels:
-        raise ValueError(f"{name} must have {in_channels} channels, got {channels}: shape {given}")
+        raise ValueError(f"{name} must have {in_channels} channels, got {channels}: shape {shape}")
     if x.shape[-dims] == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{name} must have at least one pixel, got shape {given}")
+        raise ValueError(f"{name} must have at least one pixel, got shape {shape}")
     return _converted(name, x, weight)
 
 
@@ -393,6 +396,7 @@ def checked_lengths(
             raise TypeError(
                 f"lengths must be ints, one for each sample, got {lengths!r}"
             ) from error
+    check_dense("lengths", given)
     if given.dtype not in _INTS and (given.numel() or given.dtype is torch.bool):
         raise TypeError(f"lengths must be ints, got a tensor of {given.dtype}")
     if tuple(given.shape) != (batch,):
@@ -403,7 +407,8 @@ def checked_lengths(
         raise ValueError(f"lengths must be on the CPU or on x's {device}, got {given.device}")
     hidden = traced or torch._C._are_functorch_transforms_active() or type(given) is not Tensor
     if given.device.type == "cpu" and given.numel() and not hidden:
-        least, most = int(given.min()), int(given.max())
+        numbers = given.tolist()  # torch.min does not take wide unsigned ints
+        least, most = min(numbers), max(numbers)
         if least < 0 or most > time:
             raise ValueError(
                 f"lengths must lie between 0 and x's number of steps, {time}, "
@@ -414,8 +419,8 @@ def checked_lengths(
 
 def active(lengths: Tensor, time: int) -> Tensor:
     """Whether each of `time` steps is one of the sample's own, (T, N, 1, 1, 1)."""
-    own = torch.arange(time, device=lengths.device)[:, None] < lengths
-    return own[..., None, None, None]
+    steps = torch.arange(time, device=lengths.device)[:, None] < lengths
+    return steps[..., None, None, None]
 
 
 def last(recorded: Tensor, before: Tensor, lengths: Tensor) -> Tensor:
@@ -423,17 +428,17 @@ def last(recorded: Tensor, before: Tensor, lengths: Tensor) -> Tensor:
 
     `before` is the state before the first step.
     """
-    found = recorded[(lengths - 1).clamp(min=0), torch.arange(len(lengths), device=lengths.device)]
-    return torch.where(lengths[:, None, None, None] > 0, found, before)
+    state = recorded[(lengths - 1).clamp(min=0), torch.arange(len(lengths), device=lengths.device)]
+    return torch.where(lengths[:, None, None, None] > 0, state, before)
 
 
 def repeated(recorded: Tensor, before: Tensor, lengths: Tensor) -> Tensor:
     """The states of all steps, (T, N, C, H, W), with a sample's last state behind its last step."""
-    own = active(lengths, recorded.shape[0])
-    return torch.where(own, recorded, last(recorded, before, lengths))
+    steps = active(lengths, recorded.shape[0])
+    return torch.where(steps, recorded, last(recorded, before, lengths))
 
 
 def silenced(x: Tensor, lengths: Tensor) -> Tensor:
     """A sequence (T, N, ...), with zeros behind each sample's last step."""
-    own = active(lengths, x.shape[0]).flatten(1)
-    return torch.where(own.reshape(own.shape + (1,) * (x.dim() - 2)), x, 0)
+    steps = active(lengths, x.shape[0]).flatten(1)
+    return torch.where(steps.reshape(steps.shape + (1,) * (x.dim() - 2)), x, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from .path import global_hooks
 from .rates import SpikeCount
 from .sconv2dlstm import SConv2dLSTM
-from .snntorch import Base, Neuron
+from .snntorch import SEQUENCE_NEURONS, Base, Neuron
 
 __all__ = [
     "CELL", "PER_SAMPLE", "Frozen", "LayerReport", "changed", "may_write", "not_per_sample",
@@ -84,6 +85,8 @@ def report_of(name: str, layer: nn.Module, dim: int, size: int) -> LayerReport:
         if type(layer) is not CELL:
             reason = "its class is a subclass of snntorch.SConv2dLSTM"
         reason = reason or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
+    elif type(layer) in SEQUENCE_NEURONS:
+        kind, reason = "sequence", "it takes sequences"
     elif Neuron is not None and isinstance(layer, Neuron):
         reason = "it keeps a state from step to step"
     else:
@@ -147,19 +150,21 @@ def may_write(layer: nn.Module) -> bool:
 class Frozen:
     """Calls a layer step by step, and leaves samples behind their last step as they are.
 
+    `call` is what calls the layer.
+
     The layer computes them, too, but its first result is 0 there. What it keeps of a sample, in
     tensors (N, ...) that are its attributes or buffers of no state_dict, and what it returns
     besides, stays what it was.
     """
 
-    def __init__(self, layer: nn.Module, lengths: Tensor) -> None:
-        self._layer, self._lengths, self._step = layer, lengths, 0
+    def __init__(self, layer: nn.Module, call: Callable[[Tensor], Any], lengths: Tensor) -> None:
+        self._layer, self._call, self._lengths, self._step = layer, call, lengths, 0
         self._returned: Any = None
 
     def __call__(self, x: Tensor) -> Any:
         active = self._lengths > self._step
         before = {id(owner): _kept(owner) for owner in self._layer.modules()}
-        out = self._layer(x)
+        out = self._call(x)
         for owner in self._layer.modules():
             for name, after in _kept(owner).items():
                 if after.dim() > 1 and after.shape[0] == len(active):

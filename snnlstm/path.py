@@ -74,11 +74,11 @@ class LastPath:
         """Return the path of the last call, None before the first."""
         if module is None:
             return None
-        own = module.__dict__
+        attributes = module.__dict__
         for kind in ("_modules", "_parameters", "_buffers"):
-            if "path" in own.get(kind, ()):
-                return own[kind]["path"]
-        return own.get("_path")
+            if "path" in attributes.get(kind, ()):
+                return attributes[kind]["path"]
+        return attributes.get("_path")
 
 
 _MISSING = "the compiled core is missing"
@@ -130,12 +130,12 @@ HOOKS, GLOBAL_HOOKS = "conv carries hooks", "global module hooks are registered"
 
 def carries_hooks(module: nn.Module) -> bool:
     """Whether a call of the module calls hooks of its own."""
-    own = module.__dict__
+    attributes = module.__dict__
     return bool(
-        own["_forward_pre_hooks"]
-        or own["_forward_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
+        attributes["_forward_pre_hooks"]
+        or attributes["_forward_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
     )
 
 
@@ -153,39 +153,39 @@ def reason_against_conv(
     """
     if type(conv) is not kind:
         return f"conv is a {type(conv).__name__}, not a plain nn.{kind.__name__}"
-    own, plain = conv.__dict__, _TORCHS[kind]
+    attributes, plain = conv.__dict__, _TORCHS[kind]
     if carries_hooks(conv):
         return HOOKS
     if global_hooks():
         return GLOBAL_HOOKS
     if (
-        "forward" in own
-        or "_conv_forward" in own
+        "forward" in attributes
+        or "_conv_forward" in attributes
         or kind.__call__ is not plain[0]
         or kind.forward is not plain[1]
         or kind._conv_forward is not plain[2]
         or (F.conv1d, F.conv2d) != _FUNCTIONS
     ):
         return "conv.forward was replaced"
-    dims, padding = len(own["stride"]), own["padding"]
+    dims, padding = len(attributes["stride"]), attributes["padding"]
     if (
-        own["stride"] != ONES[dims]
+        attributes["stride"] != ONES[dims]
         or padding not in (spec.padding[-dims:], "same")
-        or own["dilation"] != spec.dilation[-dims:]
-        or own["groups"] != 1
-        or own["padding_mode"] != "zeros"
+        or attributes["dilation"] != spec.dilation[-dims:]
+        or attributes["groups"] != 1
+        or attributes["padding_mode"] != "zeros"
         or (weight_shape is not None and tuple(conv.weight.shape) != weight_shape)
     ):
         return "conv has another geometry than the cell"
     return None
 
 
-def like_of(conv: Any, x: Any, other: Any) -> Tensor:
-    """A tensor of a foreign conv's dtype and device: a parameter, x, or `other`."""
+def like_of(conv: Any, x: Any, default: Any) -> Tensor:
+    """A tensor of a foreign conv's dtype and device: a parameter, x, or `default`."""
     for parameter in conv.parameters() if isinstance(conv, nn.Module) else ():
         if parameter.dtype in DTYPES:
             return parameter
-    return x if isinstance(x, Tensor) and x.dtype in DTYPES else other
+    return x if isinstance(x, Tensor) and x.dtype in DTYPES else default
 
 
 def overrides_of(
@@ -345,8 +345,9 @@ def _static_reason(call: Call, spec: CellSpec, traced: bool) -> Path | None:
     threshold, graded = call.threshold, call.graded
     if call.x.numel() == 0:
         return Path("reference", "x is empty")
+    against = against_device(device, traced)
     if device.type not in ("cpu", "cuda"):
-        return Path("reference", f"there are no kernels for device {device.type}")
+        return against
     if reason is None and threshold is not None and graded is not None:
         count, shape = threshold.numel(), threshold.shape
         if count != 1 and not (len(shape) >= 3 and count == shape[-3]):
@@ -357,6 +358,14 @@ def _static_reason(call: Call, spec: CellSpec, traced: bool) -> Path | None:
             reason = "graded_spikes_factor requires a gradient"
     if reason is not None:
         return Path("reference", reason, slow=True)
+    return against
+
+
+def against_device(device: torch.device, traced: bool = False) -> Path | None:
+    """Why the reference path runs all calls on a device; None where the kernels can."""
+    if device.type not in ("cpu", "cuda"):
+        also = "; the CPU has native kernels" if device.type == "mps" and _native else ""
+        return Path("reference", f"there are no kernels for device {device.type}{also}", slow=True)
     if _native is None:
         return Path("reference", _MISSING, slow=True, general=True)
     reason = _native.reason_against_device(device, traced)
@@ -424,8 +433,8 @@ def _run_by(
     assert _native is not None
     if entry.in_float32:
 
-        def step(one: Call) -> Results:
-            return _run_by(None, one, entry_of(_inside, one, entry.spec, entry.spec), None)
+        def step(call: Call) -> Results:
+            return _run_by(None, call, entry_of(_inside, call, entry.spec, entry.spec), None)
 
         return _native.in_float32(call, step)
     plan = entry.plan

@@ -335,10 +335,10 @@ class SConv2dLSTM(CellAttributes):
     def _checked(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any, traced: bool) -> Call:
         """Return the call, after a check of every argument."""
         weight, bias = self._parameters_of_conv(x)
-        given = {"syn": syn, "mem": mem}
+        passed = {"syn": syn, "mem": mem}
 
         def state_of(name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
-            return self._state.before(name, given[name], shape, x, weight, traced)
+            return self._state.before(name, passed[name], shape, x, weight, traced)
 
         return checked_call(
             x, weight, bias, self.threshold, self.graded_spikes_factor,
@@ -351,17 +351,17 @@ class SConv2dLSTM(CellAttributes):
         self, described: CellSpec, channels: tuple[int, int] | None = None
     ) -> Overrides | None:
         """Return the foreign code that takes part in a call; see :func:`path.overrides_of`."""
-        kind, own = type(self), self.__dict__
+        kind, attributes = type(self), self.__dict__
         fire = mem_reset = None
-        if kind.fire is not _FIRE or "fire" in own:
+        if kind.fire is not _FIRE or "fire" in attributes:
             fire = self._on_images(self.fire)
-        if kind.mem_reset is not _MEM_RESET or "mem_reset" in own:
+        if kind.mem_reset is not _MEM_RESET or "mem_reset" in attributes:
             mem_reset = LastReset(self._on_images(self.mem_reset))
-        conv: Any = own["_modules"].get("conv") or self.conv  # it may be a plain function
-        found = overrides_of(conv, self._conv_kind, described, channels, fire, mem_reset)
-        if found is not None and found.conv is not None:
-            found = found._replace(conv=self._on_images(conv))
-        return found
+        conv: Any = attributes["_modules"].get("conv") or self.conv  # it may be a plain function
+        overrides = overrides_of(conv, self._conv_kind, described, channels, fire, mem_reset)
+        if overrides is not None and overrides.conv is not None:
+            overrides = overrides._replace(conv=self._on_images(conv))
+        return overrides
 
     def _traced(self, x: Any, syn: Any, mem: Any, record: Any, lengths: Any) -> Any:
         """Run a call while torch.compile traces."""

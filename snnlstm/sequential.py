@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .call import checked_lengths, silenced
+from .call import SIZES, checked_lengths, repeated, silenced
 from .layers import (
     CELL,
     PER_SAMPLE,
@@ -26,6 +26,7 @@ from .layers import (
 )
 from .native import pool
 from .sconv2dlstm import SConv2dLSTM
+from .snntorch import SEQUENCE_NEURONS
 from .spec import flag
 
 __all__ = ["LayerReport", "Sequential", "unroll"]
@@ -42,7 +43,8 @@ class Sequential(nn.Sequential):
     states at the end included, but each cell gets all steps in one call. After a call
     :attr:`report` shows which of three kinds of calls each layer got:
 
-    - *sequence*: :class:`SConv2dLSTM`, one call for all steps;
+    - *sequence*: :class:`SConv2dLSTM`, and snnTorch's StateLeaky, LinearLeaky, AssociativeLeaky and
+      LeakyParallel, one call for all steps. These neurons keep no state: each call starts anew;
     - *fold*: layers of torch that treat every sample alone, one call with all steps as one batch:
       Conv1d, Conv2d, Linear, Flatten, Identity, ReLU, LeakyReLU, Sigmoid, Tanh, MaxPool1d,
       MaxPool2d, AvgPool1d, AvgPool2d, AdaptiveAvgPool2d, GroupNorm, and in evaluation BatchNorm1d,
@@ -179,14 +181,17 @@ def unroll(x: Tensor, *layers: nn.Module, batch_first: bool = False, lengths: An
     Returns
     -------
     Tensor or tuple of Tensor
-        The last layer's outputs of all steps, stacked.
+        The last layer's outputs of all steps, stacked. A number a step is (T,), also with
+        `batch_first`.
 
     Raises
     ------
     TypeError
         If x is not a tensor, a layer is not a module, or a layer returns anything but tensors.
     ValueError
-        If x has no step, or is not a sequence for a cell.
+        If x has no step, or is not a sequence for a layer that takes sequences; if a layer returns
+        tensors of another shape at another step, or a neuron that takes sequences stands beside
+        layers that share a state.
 
     Examples
     --------
@@ -226,17 +231,9 @@ def _over_time(
         lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, traced)
     layers = list(_layers(modules, ""))
     shared = _shared_state(modules)
-    if shared is None:
-        out, reports = _run(layers, x, lengths)
-    else:  # steps one by one, in each of which the layers have the order of the loop
-        outs = []
-        for t, step in enumerate(x.split(1)):
-            left = None if lengths is None else (lengths - t).clamp(0, 1)
-            out, reports = _run(layers, step, left)
-            outs.append(out)
-        out = _joined(layers[-1][0], outs, torch.cat)
-        reason = f"layer {shared} is in several places and may keep a state"
-        reports = [replace(report, kind="step", reason=reason) for report in reports]
+    # Steps are then taken one by one, in each of which the layers have the order of the loop.
+    reason = None if shared is None else f"layer {shared} is in several places and may keep a state"
+    out, reports = _run(layers, x, lengths, reason)
     if not traced:
         _log_slow(layers, reports)
     return (_exchanged(out) if batch_first else out), tuple(reports)
@@ -260,8 +257,11 @@ def _shared_state(modules: Iterable[Named]) -> str | None:
     """Name of a layer that occurs twice and may keep a state; None if there is none."""
     seen: set[int] = set()
     for first, layer in modules:
+        without: set[int] = set()  # a state
         for name, module in layer.named_modules(prefix=first, remove_duplicate=False):
-            again = id(module) in seen
+            if type(module) in SEQUENCE_NEURONS:
+                without.update(map(id, module.modules()))
+            again = id(module) in seen - without
             seen.add(id(module))
             if again and not _is_stack(module) and (changed(module) or not_per_sample(module)):
                 return name
@@ -283,20 +283,25 @@ def _log_slow(layers: list[Named], reports: list[LayerReport]) -> None:
             logger.warning(message, name, report.layer, report.reason)
 
 
-def _run(layers: list[Named], x: Tensor, lengths: Tensor | None) -> tuple[Any, list[LayerReport]]:
-    """Run the layers over (T, N, ...); returns what the last one returns, and all reports."""
+def _run(
+    layers: list[Named], x: Tensor, lengths: Tensor | None, by_step: str | None
+) -> tuple[Any, list[LayerReport]]:
+    """Run the layers over (T, N, ...); returns what the last one returns, and all reports.
+
+    `by_step` is the reason to take all steps one by one, if there is one.
+    """
     out: Any = x
     reports: list[LayerReport] = []
     while rest := layers[len(reports) :]:
         name, layer = rest[0]
-        report = _report_of(name, layer, x[0])
+        report = _report_of(name, layer, x[0], by_step)
         if report.kind == "sequence":
             reports.append(report)
             out = _sequence(name, layer, x, lengths, last=len(rest) == 1)
         else:
             if lengths is not None and not reports:
                 x = silenced(x, lengths)  # whatever the padding holds, no gradient may become NaN
-            out = _run_alike(report, rest, x, lengths, reports)
+            out = _run_alike(report, rest, x, lengths, by_step, reports)
         if len(reports) < len(layers):
             x = _first_item(layers[len(reports) - 1][0], out)
     if lengths is not None and reports and reports[-1].reason in PER_SAMPLE:
@@ -304,8 +309,15 @@ def _run(layers: list[Named], x: Tensor, lengths: Tensor | None) -> tuple[Any, l
     return out, reports
 
 
-def _report_of(name: str, layer: nn.Module, x: Tensor, steps: int = 1) -> LayerReport:
+def _report_of(
+    name: str, layer: nn.Module, x: Tensor, by_step: str | None, steps: int = 1
+) -> LayerReport:
     """How a layer goes through a sequence, of which x (N, ...) is a step, or several as a batch."""
+    if by_step is not None:
+        if type(layer) in SEQUENCE_NEURONS:
+            kind = type(layer).__name__
+            raise ValueError(f"layer {name} ({kind}) needs whole sequences, but {by_step}")
+        return LayerReport(name, type(layer).__name__, "step", by_step)
     if isinstance(layer, Sequential):  # a stack that carries hooks
         return LayerReport(name, type(layer).__name__, "sequence", "it takes sequences")
     cached = x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -317,6 +329,7 @@ def _run_alike(
     layers: list[Named],
     x: Tensor,
     lengths: Tensor | None,
+    by_step: str | None,
     reports: list[LayerReport],
 ) -> Any:
     """Run the first layer, and those after it of its kind, over (T, N, ...).
@@ -330,19 +343,31 @@ def _run_alike(
     for name, layer in layers:
         first = _first_item(before, outs[0])
         if calls:
-            report = _report_of(name, layer, first, len(x) if fold else 1)
+            report = _report_of(name, layer, first, by_step, len(x) if fold else 1)
         if report.kind != kind:
             break
         reports.append(report)
         function: Callable[[Tensor], Any] = layer
+        if isinstance(layer, Sequential):
+            function = partial(_one_step, layer)
         if lengths is not None and report.reason not in PER_SAMPLE:
-            function = Frozen(layer, lengths)
+            function = Frozen(layer, function, lengths)
         calls.append((before, layer, function))
         outs[0], before = function(_own(first, layer)), name
     for t in range(1, len(outs)):
         for previous, layer, call in calls:
             outs[t] = call(_own(_first_item(previous, outs[t]), layer))
-    return outs[0].unflatten(0, x.shape[:2]) if fold else _joined(before, outs, torch.stack)
+    return outs[0].unflatten(0, x.shape[:2]) if fold else _joined(before, outs)
+
+
+def _one_step(layer: Sequential, x: Tensor) -> Any:
+    """Call a stack that carries hooks, and so takes sequences, with one step (N, ...)."""
+
+    def step_of(out: Any) -> Any:
+        return out[0] if isinstance(out, Tensor) else tuple(map(step_of, out))
+
+    out = layer(x.unsqueeze(int(layer.batch_first)))
+    return step_of(_exchanged(out) if layer.batch_first else out)
 
 
 def _own(x: Tensor, layer: nn.Module) -> Tensor:
@@ -357,44 +382,67 @@ def _own(x: Tensor, layer: nn.Module) -> Tensor:
 
 def _first_item(name: str, out: Any) -> Tensor:
     """What the next layer gets of what layer `name` returned: of a tuple, the first item."""
-    while isinstance(out, tuple | list):
+    while isinstance(out, tuple | list) and out:
         out = out[0]
-    return out if isinstance(out, Tensor) else _joined(name, [out], torch.stack)
+    return out if isinstance(out, Tensor) else _joined(name, [out])
 
 
-def _joined(name: str, outs: Sequence[Any], join: Callable[[Any], Tensor]) -> Any:
-    """What layer `name` returned at all steps as one: tensors joined, tuples item by item."""
+def _joined(name: str, outs: list[Any] | tuple[Any, ...]) -> Any:
+    """What layer `name` returned at all steps as one: tensors stacked, tuples item by item."""
+    first = outs[0]
     if all(isinstance(out, Tensor) for out in outs):
-        return join(outs)
-    if all(isinstance(out, tuple | list) for out in outs):
-        return tuple(_joined(name, items, join) for items in zip(*outs, strict=True))
+        for out in outs:
+            if out.shape != first.shape:
+                raise ValueError(
+                    f"layer {name} must return tensors of one shape at every step, "
+                    f"got {tuple(first.shape)} and {tuple(out.shape)}"
+                )
+        return torch.stack(outs)
+    if all(isinstance(out, tuple | list) and len(out) == len(first) > 0 for out in outs):
+        return tuple(_joined(name, items) for items in zip(*outs, strict=True))
     odd = next(out for out in outs if not isinstance(out, Tensor))
     raise TypeError(
-        f"layer {name} must return tensors, or tuples of them, at every step, "
+        f"layer {name} must return tensors, or tuples of as many tensors, at every step, "
         f"got {type(odd).__name__}"
     )
 
 
 def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bool) -> Any:
-    """Call a layer that takes sequences: a cell, or a Sequential that carries hooks."""
+    """Call a layer that takes sequences: a cell, a neuron, or a Sequential that carries hooks."""
     options: dict[str, Any] = {} if lengths is None else {"lengths": lengths}
     if isinstance(layer, SConv2dLSTM):
-        if x.dim() != layer._dims + 3:
-            size = "H, W" if layer._dims == 2 else "L"
-            raise ValueError(
-                f"x must be a sequence of steps (N, {layer.in_channels}, {size}) for layer {name} "
-                f"({type(layer).__name__}), got steps of shape {tuple(x.shape[1:])}"
-            )
+        _check_step(name, layer, x, f"{layer.in_channels}, {SIZES[layer._dims]}", layer._dims + 2)
         # The states of every step are recorded where they are returned.
         options["record"] = last and (layer.output or not layer.init_hidden)
+    elif type(layer) in SEQUENCE_NEURONS:
+        _check_step(name, layer, x, "C", 2)
+        if lengths is None:
+            return layer(x)
+        out = layer(silenced(x, lengths))
+        if isinstance(out, Tensor):
+            return silenced(out, lengths)
+        spk, mem = out
+        wide = repeated(mem[..., None, None], mem.new_zeros(()), lengths)
+        return silenced(spk, lengths), wide[..., 0, 0]
     if layer.batch_first:
         return _exchanged(layer(_exchanged(x), **options))
     return layer(x, **options)
 
 
+def _check_step(name: str, layer: Any, x: Tensor, rest: str, dim: int) -> None:
+    """Check that (T, N, ...) has the dimensions of a sequence for a layer that takes sequences."""
+    if x.dim() != dim + 1:
+        raise ValueError(
+            f"x must be a sequence of steps (N, {rest}) for layer {name} "
+            f"({type(layer).__name__}), got steps of shape {tuple(x.shape[1:])}"
+        )
+
+
 def _exchanged(out: Any) -> Any:
-    """Every tensor with its first two dimensions exchanged."""
-    return out.transpose(0, 1) if isinstance(out, Tensor) else tuple(map(_exchanged, out))
+    """Every tensor with its first two dimensions exchanged; (T,), a number a step, has no batch."""
+    if isinstance(out, Tensor):
+        return out.transpose(0, 1) if out.dim() > 1 else out
+    return tuple(map(_exchanged, out))
 
 
 # ---- gradients of large sequences -------------------------------------------------------------

@@ -113,10 +113,10 @@ class CellSpec:
         # torch.compile may take numbers for symbols, so a cell's text is made before it traces.
         if are_ours(self.surrogate, self.quant):
             spike, quant = self.surrogate, self.quant
+            surrogate = tuple(map(fixed, (spike.kind, spike.p0, spike.p1)))
             numbers = (
                 self.kernel_size, self.stride, self.dilation, self.reset, self.pool, self.pool_size,
-                (spike.kind, fixed(spike.p0), fixed(spike.p1)), self.inhibition, self.checkpoint,
-                self.spiking,
+                surrogate, self.inhibition, self.checkpoint, self.spiking,
             )  # fmt: skip
             object.__setattr__(self, "text", f"{numbers};{quant.text if quant else ''}")
 

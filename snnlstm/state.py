@@ -57,11 +57,11 @@ class State:
             self.stored_in = backward_pass()
 
     def shared(self) -> State:
-        """Return another owner of the same tensors; what it stores is not stored here."""
-        other = State.__new__(State)
+        """Return a replica with the same tensors; what it stores is not stored here."""
+        replica = State.__new__(State)
         for name in self.__slots__:
-            setattr(other, name, getattr(self, name))
-        return other
+            setattr(replica, name, getattr(self, name))
+        return replica
 
     def read(self, name: str) -> Tensor:
         """Return syn or mem to the user."""
@@ -131,22 +131,28 @@ class State:
         return self.readable() and level(self.syn) == _NO_LEVEL and level(self.mem) == _NO_LEVEL
 
     def before(
-        self, name: str, given: Any, shape: tuple[int, ...], x: Tensor, weight: Tensor, traced: bool
+        self,
+        name: str,
+        passed: Any,
+        shape: tuple[int, ...],
+        x: Tensor,
+        weight: Tensor,
+        traced: bool,
     ) -> Tensor:
-        """Return the state that a call starts from: what the caller gave, checked, or the stored.
+        """Return the state that a call starts from: the one that was passed, or the stored one.
 
-        What reset_mem returned has the shape of the last input, and means zeros for any input, also
-        when it was read, copied or used before.
+        The states that reset_mem returned have the shape of the last input. They mean zeros for an
+        input of any shape, and so do their copies.
         """
-        if given is None:
+        if passed is None:
             return self._stored(name, shape, x, traced)
-        fits = isinstance(given, Tensor) and given.shape == shape
+        fits = isinstance(passed, Tensor) and passed.shape == shape
         # The order matters: torch.compile compiles again when the answer to a question changes.
-        if not fits and self.restarted and given is getattr(self, name):
+        if not fits and self.restarted and passed is getattr(self, name):
             return x.new_zeros(shape)
-        if not fits and not traced and _as_of_a_reset(given, shape):
+        if not fits and not traced and _as_of_a_reset(passed, shape):
             return x.new_zeros(shape)
-        return state_tensor(name, given, shape, x, weight)
+        return state_tensor(name, passed, shape, x, weight)
 
     def _stored(self, name: str, shape: tuple[int, ...], x: Tensor, traced: bool) -> Tensor:
         """Return the stored state if it fits `shape`, else zeros; in x's dtype, on its device."""

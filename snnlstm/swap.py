@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .path import against_device
 from .sconv2dlstm import SConv1dLSTM, SConv2dLSTM
 from .snntorch import (
     METHODS,
     Base,
     Base1d,
     Neuron,
+    library,
     recognise_quant,
     recognise_surrogate,
     register,
@@ -75,6 +77,8 @@ class SwapReport:
         Names of snnTorch's other neurons that got picklable surrogates.
     silent : tuple of str
         Names of the cells whose threshold no mem can exceed, so that they never spike.
+    slow : tuple of str
+        Why swapped cells run in plain torch where they are now, such as a device without kernels.
     """
 
     action: str
@@ -83,6 +87,7 @@ class SwapReport:
     left: dict[str, str] = field(default_factory=dict)
     surrogates: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
 
     @property
     def headline(self) -> str:
@@ -98,6 +103,7 @@ class SwapReport:
             what += "; its surrogate is snnlstm's now" if name in self.surrogates else ""
             what += f"; {_SILENT}" if name in self.silent else ""
             lines.append(f"  {name or _ITSELF:{width}}  {what}")
+        lines += [f"  swapped cells run in plain torch, slower: {reason}" for reason in self.slow]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -117,8 +123,8 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
     Only modules of the model are found, not cells that a plain list or another object alone holds.
     The report also names modules of other classes that look like a ConvLSTM without spikes.
 
-    Two things that snnTorch's cell accepts and ignores take effect: ``inhibition`` and a changed
-    ``reset_mechanism``.
+    Three things that snnTorch's cell accepts and ignores take effect: ``inhibition``, and a
+    ``reset_mechanism`` or ``surrogate_disable`` that was changed after construction.
 
     Parameters
     ----------
@@ -151,7 +157,14 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
         report,
         surrogates=tuple(name for name, module in named if id(module) in changed),
         silent=tuple(name for name, module in named if _is_silent(module)),
+        slow=_reasons_of_devices([module for name, module in named if name in report.swapped]),
     )
+
+
+def _reasons_of_devices(cells: list[Any]) -> tuple[str, ...]:
+    """Why no kernels run on the devices of some cells, each reason once."""
+    paths = [against_device(cell.graded_spikes_factor.device) for cell in cells]
+    return tuple(dict.fromkeys(path.reason for path in paths if path is not None))
 
 
 def _take_our_surrogate(neuron: nn.Module) -> bool:
@@ -398,6 +411,8 @@ def _share(old: nn.Module, new: nn.Module, private: set[str]) -> None:
 
 
 _original_init: Callable[..., None] | None = None
+_OLD_NAME = "SConvLSTM"  # of snnTorch's cell, in versions before its SConv2dLSTM
+_added = ExitStack()  # what takes away again what a patch has added to snnTorch
 
 
 def patch() -> AbstractContextManager[object]:
@@ -408,7 +423,7 @@ def patch() -> AbstractContextManager[object]:
     ``snntorch.utils.reset`` know the cells made before and those made after. Our keyword
     arguments, such as ``stride=``, are accepted. Subclasses of snnTorch's cell stay what they
     are, and so do cells that exist already: see :func:`snnlstm.accelerate`. A second call changes
-    nothing.
+    nothing. The class's old name, ``snntorch.SConvLSTM``, is there for as long as the patch.
 
     Returns
     -------
@@ -436,6 +451,9 @@ def patch() -> AbstractContextManager[object]:
                 original(self, *args, **kwargs)
 
         Base.__init__ = init
+        if not hasattr(library, _OLD_NAME):
+            setattr(library, _OLD_NAME, Base)
+            _added.callback(delattr, library, _OLD_NAME)
         undo.callback(unpatch)
     return undo
 
@@ -448,3 +466,4 @@ def unpatch() -> None:
     global _original_init
     if _original_init is not None:
         Base.__init__, _original_init = _original_init, None
+        _added.close()

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import drawing  # noqa: F401  (what Hypothesis draws)
 import pytest
 import snntorch
 import torch

@@ -20,7 +20,7 @@ from typing import Any
 
 import hypothesis
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -30,9 +30,8 @@ import snnlstm
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "shared"))
 
-import drawing  # noqa: F401  (what Hypothesis draws)
 from asking import ASKED, KEPT
-from cases import LAYOUTS, Case, Inputs, Options, cases, options
+from cases import LAYOUTS, Case, Inputs, Options, cases, drawing, options
 from checks import check_gradients, check_results
 from cpu_kernels import ISAS, Kernels, native, use
 from gradients import NAMES, OUTPUTS
@@ -277,11 +276,8 @@ def run(count: int, seed: int | None = None) -> Counter[str]:
     """Checks `count` random examples; returns how many of each kind were compared."""
     done: Counter[str] = Counter()
 
-    @settings(
-        max_examples=count,
-        report_multiple_bugs=False,  # so that one script is printed, and its exception raised
-        suppress_health_check=list(HealthCheck),
-    )
+    # One bug alone is reported, so that one script is printed, and its exception raised.
+    @settings(drawing(count), report_multiple_bugs=False)
     @given(examples())
     def check_example(example: Example) -> None:
         try:

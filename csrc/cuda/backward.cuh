@@ -1,5 +1,5 @@
 // The kernels of one step of the backward pass. A convolution of the next step's d_gates with the
-// transposed weights gives the gradient of mem; the pointwise backward pass of the step follows in
+// transposed weights gives the gradient of mem; the neurons' backward pass of the step follows in
 // the same kernel. The convolution alone (data_gradient_*) gives the gradients of x and of the
 // first mem.
 //

@@ -44,20 +44,6 @@ struct Tile {
   SNNLSTM_DEVICE static int warp() { return int(threadIdx.x) / 32; }
 };
 
-// The instructions of a thread for 512 multiply-adds, counted in machine code for sm_75: the fewer
-// the columns, the more elements of A are gathered for each of them.
-struct TileCost {
-  int columns;
-  double time;
-};
-constexpr TileCost kTiles[] = {{64, 730}, {32, 817}, {16, 954}};
-// The time of so many columns, over that of 64.
-inline double time_of(int columns) {
-  for (const TileCost& tile : kTiles)
-    if (tile.columns == columns) return tile.time / kTiles[0].time;
-  return 1;
-}
-
 template <class R, class T>
 struct GemmShared {
   R vectors[5 * T::kColumns / 4];  // for the epilogue: 5 for a channel, or 1 for a column

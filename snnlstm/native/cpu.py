@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch  # before the core, which uses the OpenMP runtime that torch has loaded
 from torch import Tensor
@@ -89,6 +89,11 @@ class PackedWeight:
         self._sets: dict[Any, Forms] = {}  # by numbers, names and sizes
         self._forms: dict[tuple[int, str], Tensor] = {}
 
+    def holds(self, weight: Tensor) -> bool:
+        """Whether these are the values of a contiguous weight of this shape."""
+        same = weight.dtype is self.copy.dtype
+        return same and _C.same(weight.data_ptr(), self.address, self.bytes)
+
     def forms(self, a_pass: Pass) -> Forms:
         """What a pass reads. Each form is made once for each of the weight's values.
 
@@ -115,8 +120,8 @@ class PackedWeight:
                 form = forms.setdefault((number, name), form)
             addresses[number % 3] = form.data_ptr()
             held.append(form)
-        made = self._sets[a_pass.forms] = Forms(tuple(addresses), held)
-        return made
+        read = self._sets[a_pass.forms] = Forms(tuple(addresses), held)
+        return read
 
 
 # The packed weights that live, by storage and by place: many weights may lie in one storage.
@@ -128,21 +133,23 @@ _packed: WeakKeyDictionary[torch.UntypedStorage, dict[tuple[Any, ...], PackedWei
 )
 
 
-def packed_weight(weight: Tensor) -> PackedWeight:
-    """The packed form of a weight, looked up or made.
+def packed_weight(weight: Tensor, last: PackedWeight | None = None) -> PackedWeight:
+    """The packed form of a weight, looked up or made; `last` is a guess, which saves the look-up.
 
     Neither addresses nor version counters tell whether the weight's values are those that were
     packed: ``weight.data.add_(...)`` changes neither of them. So the values are compared byte for
     byte, which takes one to three hundredths of a step, or more if a wide layer has small images.
     """
     contiguous = weight if weight.is_contiguous() else weight.detach().contiguous()
+    if last is not None and last.holds(contiguous):
+        return last
     storage = weight.untyped_storage()
     entries = _packed.get(storage)
     if entries is None:
         entries = _packed.setdefault(storage, {})
     place = weight.storage_offset(), weight.shape, weight.stride(), weight.dtype
     packed = entries.get(place)
-    if packed is not None and _C.same(contiguous.data_ptr(), packed.address, packed.bytes):
+    if packed is not None and packed.holds(contiguous):
         return packed
     if packed is None and len(entries) >= _MOST:
         _drop_overlapping(entries, place)
@@ -217,6 +224,7 @@ class Plan(CommonPlan):
         self.levels_address = address(self.levels)
         # An x of few channels gains nothing from lists of nonzeros, so its zeros are not counted.
         self.counts_zeros = self.cin > 2
+        self._last_packed: Callable[[], PackedWeight | None] = lambda: None
         self._cores: dict[Decided, Any] = {}
         self._passes: dict[Any, Pass] = {}
         self._forward_passes: dict[tuple[int, int], Pass] = {}
@@ -228,8 +236,8 @@ class Plan(CommonPlan):
             core = self._cores.get(decided)
             if core is None:
                 percent, most = decided
-                given = self.cell, self.algorithm, percent / 100, most, self.threads
-                core = self._cores[decided] = _C.CpuPlan(*given)
+                arguments = self.cell, self.algorithm, percent / 100, most, self.threads
+                core = self._cores[decided] = _C.CpuPlan(*arguments)
             known = Pass(core, self.isa, decided, backward, grad_x, weight)
             self._passes[key] = known
             if not backward:
@@ -257,7 +265,10 @@ class Plan(CommonPlan):
     def forward(self, call: Call, training: bool) -> Result:
         """Run the forward kernels; in training, save what :meth:`backward` needs."""
         x, syn, mem, weight, bias, threshold, graded, lengths, record = call
-        packed, percent, lengths_at, order = packed_weight(weight), 100, 0, None
+        packed = packed_weight(weight, self._last_packed())
+        if packed is not self._last_packed():
+            self._last_packed = ref(packed)
+        percent, lengths_at, order = 100, 0, None
         if lengths is not None:
             lengths_at, order = lengths.data_ptr(), longest_first(lengths)
         if self.counts_zeros:
@@ -317,7 +328,7 @@ class Plan(CommonPlan):
         graded_at, _graded = address_of_numbers(call.graded, self.dtype)
         noise = stochastic_noise(self, grads[0])
         workspace = pool.workspace(a_pass.workspace)
-        out = empty_gradients(call.x, self, wanted)
+        out = empty_gradients(call.x, self.gradient_memory, wanted)
         addresses = (
             *map(view, call[:3]), *forms.addresses,
             threshold_at, self.threshold_stride, graded_at, self.levels_address, call.record,

@@ -33,6 +33,7 @@ from .plan import (
     Sizes,
     empty_gradients,
     empty_like_images,
+    gradient_memory,
     plain,
     reads_as_is,
 )
@@ -224,7 +225,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
         raise
     *tensors, lengths = everything[:8]
     saved = everything[8:]
-    wanted = ctx.needs_input_grad[1:7]
+    wanted = _reached(ctx.needs_input_grad[1:7], ctx.plan.spec, grads)
     again = torch.is_grad_enabled()
     if again and wanted[5]:
         if version(ctx.threshold) != ctx.version:
@@ -241,6 +242,14 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | No
         ctx.packed = None
     grads = [None if grad is None else plain(grad) for grad in grads]
     return ctx.plan.backward(call, saved, grads, wanted, ctx.decided, packed)
+
+
+def _reached(
+    wanted: Sequence[bool], spec: CellSpec, grads: Sequence[Tensor | None]
+) -> Sequence[bool]:
+    """Which gradients are wanted and exist: a threshold gets one from spk and "subtract" alone."""
+    reached = grads[0] is not None or spec.reset == "subtract"
+    return (*wanted[:5], wanted[5] and reached)
 
 
 # This is _SConv2dLSTM.apply without its search for torch.func's wrappers among all arguments: a
@@ -284,10 +293,12 @@ def _in_plain_torch(
     ]
     if not pairs:
         return (None,) * len(aliases)
-    ends, given = zip(*pairs, strict=True)
+    ends, output_grads = zip(*pairs, strict=True)
     sources = [t for t, want in zip(aliases, wanted, strict=True) if want]
-    found = torch.autograd.grad(ends, sources, given, create_graph=again, allow_unused=True)
-    rest = iter(found)
+    gradients = torch.autograd.grad(
+        ends, sources, output_grads, create_graph=again, allow_unused=True
+    )
+    rest = iter(gradients)
     return tuple(next(rest) if want else None for want in wanted)
 
 
@@ -329,10 +340,14 @@ def _spec(text: str) -> tuple[CellSpec, torch.dtype | None]:
     return CellSpec.from_text(rest), getattr(torch, operands.removeprefix("torch."), None)
 
 
+def _traced_spec(text: str) -> tuple[CellSpec, torch.dtype | None]:
+    """The spec without a quantiser, whose levels would have no numbers among fake tensors."""
+    return _spec(text.rpartition(";")[0] + ";")
+
+
 def _sizes(call: Call, text: str) -> Sizes:
-    """The sizes of a call of fake tensors, among which levels would have no numbers."""
-    spec, operands = _spec(text.rpartition(";")[0] + ";")
-    return Sizes(call, spec, operands)
+    """The sizes of a call of fake tensors."""
+    return Sizes(call, *_traced_spec(text))
 
 
 def _plan(call: Call, text: str, algorithm: str) -> Plan:
@@ -375,18 +390,19 @@ def _(*arguments):
 @torch.library.custom_op(
     "snnlstm::backward", mutates_args=(),
     schema=f"({_CALL}, Tensor saved_gates, Tensor saved_syn, Tensor saved_winner, "
-    "Tensor saved_places, Tensor decided, Tensor grad_spk, Tensor grad_syn, Tensor grad_mem, "
+    "Tensor saved_places, Tensor decided, Tensor? grad_spk, Tensor? grad_syn, Tensor? grad_mem, "
     f"bool[] wanted) -> {_results(6)}",
 )  # fmt: skip
 def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     call, (text, algorithm, *rest) = Call(*arguments[:_FIELDS]), arguments[_FIELDS:]
     saved, decided, grads, wanted = rest[:4], rest[4], rest[5:8], rest[8]
-    dtype = grads[0].dtype
+    dtype = next(grad.dtype for grad in grads if grad is not None)
     x, syn, mem, weight = (plain(t).to(dtype) for t in call[:4])
     call = call._replace(x=x, syn=syn, mem=mem, weight=weight)
     plan = _plan(call, text, algorithm)
-    found = plan.backward(call, saved, [plain(g) for g in grads], wanted, decided.tolist(), None)
-    return _six(call.x, found)
+    grads = [None if grad is None else plain(grad) for grad in grads]
+    out = plan.backward(call, saved, grads, wanted, decided.tolist(), None)
+    return _six(call.x, out)
 
 
 def _six(x: Tensor, out: Gradients) -> tuple[Tensor, ...]:
@@ -396,7 +412,7 @@ def _six(x: Tensor, out: Gradients) -> tuple[Tensor, ...]:
 @_backward_operator.register_fake
 def _(*arguments):
     call, text, wanted = Call(*arguments[:_FIELDS]), arguments[_FIELDS], arguments[-1]
-    out = empty_gradients(call.x, _sizes(call, text), wanted)
+    out = empty_gradients(call.x, gradient_memory(call.x, _sizes(call, text)), wanted)
     if wanted[5]:
         of: Any = call.threshold
         out = out._replace(threshold=torch.empty_like(of))
@@ -406,10 +422,14 @@ def _(*arguments):
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.record, ctx.text, ctx.algorithm, _training = inputs
     ctx.save_for_backward(*tensors, *output[3:])
+    ctx.set_materialize_grads(False)
 
 
-def _backward_of_operator(ctx: Any, *grads: Tensor) -> tuple:
-    saved, wanted = ctx.saved_tensors, list(ctx.needs_input_grad[:6])
+def _backward_of_operator(ctx: Any, *grads: Tensor | None) -> tuple:
+    if grads[0] is grads[1] is grads[2] is None:
+        return (None,) * len(ctx.needs_input_grad)
+    spec, saved = _traced_spec(ctx.text)[0], ctx.saved_tensors
+    wanted = list(_reached(ctx.needs_input_grad[:6], spec, grads))
     static = ctx.record, ctx.text, ctx.algorithm
     out = _backward_operator(*saved[:8], *static, *saved[8:], *grads[:3], wanted)
     return (*(g if want else None for g, want in zip(out, wanted, strict=True)), *(None,) * 6)

@@ -89,8 +89,6 @@ class Sizes:
         As of the call.
     time, n, cin, h, w, c, ho, wo : int
         Steps (1 for a step call), and the sizes of x and of the states.
-    input : tuple of ints
-        Shape of x.
     state, state_strides : (int, int, int, int)
         Shape of syn and mem, and its strides where they are contiguous.
     thresholds : int
@@ -104,7 +102,6 @@ class Sizes:
         self.sequence, self.record = call.sequence, call.record
         self.time = x.shape[0] if call.sequence else 1
         self.n, self.cin, self.h, self.w = x.shape[-4:]
-        self.input = tuple(x.shape)
         self.c, self.ho, self.wo = call.mem.shape[1:]
         pixels = self.ho * self.wo
         self.state = self.n, self.c, self.ho, self.wo
@@ -228,9 +225,7 @@ def gradient_addresses(
     grads: Sequence[Tensor | None], noise: Tensor | None, out: Gradients
 ) -> tuple[Any, ...]:
     """The last part of a backward pass's addresses, but d_gates and mem_after."""
-    return (
-        view(noise), *map(view, grads), *map(view, out[:3]), *map(address, out[3:]),
-    )  # fmt: skip
+    return view(noise), *map(view, (*grads, *out[:3])), *map(address, out[3:])
 
 
 def keep_empty(call: Call, outs: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:
@@ -277,18 +272,25 @@ def empty_like_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.new_empty_strided(shape, image_strides(x, shape))
 
 
-@pool.where_it_fits
-def empty_gradients(x: Tensor, s: Sizes, wanted: Sequence[bool]) -> Gradients:
-    """Memory for the gradients that are wanted; the threshold's is one number a channel, (C,)."""
+def gradient_memory(x: Tensor, s: Sizes) -> Sequence[tuple[Any, Any]]:
+    """Shapes and strides of :class:`Gradients`; the threshold's is one number a channel, (C,)."""
     gates = 4 * s.c
-    of_x, of_syn, of_mem, of_weight, of_bias, of_threshold = wanted
-    return Gradients(
-        empty_like_images(x, tuple(x.shape)) if of_x else None,
-        x.new_empty_strided(s.state, s.state_strides) if of_syn else None,
-        x.new_empty_strided(s.state, s.state_strides) if of_mem else None,
-        x.new_empty((gates, s.cin + s.c, *s.spec.kernel_size)) if of_weight else None,
-        x.new_empty_strided((gates,), (1,)) if of_bias else None,
-        x.new_empty_strided((s.c,), (1,)) if of_threshold else None,
+    state = s.state, s.state_strides
+    weight = gates, s.cin + s.c, *s.spec.kernel_size
+    return (
+        (tuple(x.shape), image_strides(x, tuple(x.shape))), state, state,
+        (weight, _contiguous_strides(weight)), ((gates,), (1,)), ((s.c,), (1,)),
+    )  # fmt: skip
+
+
+@pool.where_it_fits
+def empty_gradients(
+    x: Tensor, memory: Sequence[tuple[Any, Any]], wanted: Sequence[bool]
+) -> Gradients:
+    """Memory for the gradients that are wanted, of the shapes of :func:`gradient_memory`."""
+    empty = x.new_empty_strided
+    return Gradients._make(
+        [empty(*of) if want else None for of, want in zip(memory, wanted, strict=True)]
     )
 
 
@@ -356,7 +358,7 @@ class CommonPlan(Sizes):
         # Of the gate sums where torch forms them, and of their gradient: (T, N, Ho * Wo, 4 Cp).
         self.of_sums = of_gates
         self.d_gates = self.time, *syn[1:3], 4 * syn[3]
-        with torch.inference_mode(False):  # all calls share what is empty
+        with torch.inference_mode(False):  # all calls share the empty tensors
             self._decisions = [
                 (shape, dtype, None if math.prod(shape) else call.x.new_empty(shape, dtype=dtype))
                 for shape, dtype in decisions
@@ -369,6 +371,14 @@ class CommonPlan(Sizes):
                 self.spk_memory[1], self.state_memory[1],
             )
         )  # fmt: skip
+        self._saved_as = [
+            (shape, strides, dtype, False)
+            for shape, strides, dtype in (
+                *((t.shape, t.stride(), self.dtype) for t in call[:3]),
+                *((shape, _contiguous_strides(shape), dtype) for shape, dtype in self.saved_shapes),
+            )
+        ]
+        self.gradient_memory = gradient_memory(call.x, self)
         self.threshold_stride = 0 if self.thresholds == 1 else 1
         # Whether bias, threshold and graded factor are as the kernels read them.
         self.reads_as_is = reads_as_is(call)
@@ -389,14 +399,14 @@ class CommonPlan(Sizes):
 
         Hooks on saved tensors may have brought any of them back in other memory.
         """
-        x, syn, mem = (
-            as_saved(t, shape, self.dtype)
-            for t, shape in zip(call[:3], (self.input, self.state, self.state), strict=True)
+        tensors = (*call[:3], *saved)
+        if [(t.shape, t.stride(), t.dtype, t.is_neg()) for t in tensors] == self._saved_as:
+            return call, Saved(*saved)
+        x, syn, mem, *saved = (
+            as_saved(t, shape, dtype)
+            for t, (shape, _, dtype, _) in zip(tensors, self._saved_as, strict=True)
         )
-        if x is not call.x or syn is not call.syn or mem is not call.mem:
-            call = call._replace(x=x, syn=syn, mem=mem)
-        pairs = zip(saved, self.saved_shapes, strict=True)
-        return call, Saved(*(as_saved(t, shape, dtype).contiguous() for t, (shape, dtype) in pairs))
+        return call._replace(x=x, syn=syn, mem=mem), Saved(*(t.contiguous() for t in saved))
 
     def saved_weight(self, call: Call) -> Tensor:
         """The weight that a backward pass was given, as :func:`as_saved` returns it."""

@@ -1,6 +1,6 @@
 """What cuDNN convolves of the cell on CUDA, in the place of the kernels.
 
-"pointwise": cuDNN convolves, and the kernels do what is of the neurons alone, step by step.
+"cudnn": cuDNN convolves, and the kernels do what is of the neurons alone, step by step.
 "hybrid": the kernels go through the steps, and cuDNN forms the gradients of x, weight and bias over
 all steps at once. Results and what is saved are laid out as those of the kernels. So is the
 gradient of the gate sums:
@@ -128,7 +128,7 @@ def backward(
     of which the first step's is there.
     """
     call, x = given.call, given.call.x
-    out = empty_gradients(x, plan, (*wanted[:3], False, False, wanted[5]))
+    out = empty_gradients(x, plan.gradient_memory, (*wanted[:3], False, False, wanted[5]))
     d_gates = plan.empty_d_gates(x)
     mems = _empty_mems(call, d_gates) if wanted[3] else None
     if call.lengths is not None:

@@ -10,7 +10,7 @@ import flat
 import pytest
 import torch
 from alone import ALONE, LEVELS
-from cases import LAYOUTS, PLAIN, SURROGATES, Inputs, wanting_gradients
+from cases import LAYOUTS, PLAIN, SURROGATES, Inputs
 from checks import check_gradients, check_results, infer
 from cpu_kernels import Kernels, native, one_thread
 from gradients import NAMES, OUTPUTS, compare, gradients
@@ -46,34 +46,6 @@ def test_outputs_are_channels_last_where_x_is(kernels):
         case = PLAIN.but(layouts=("channels_last",) * 4, **options)
         for tensor in infer(kernels, case, case.inputs()):
             assert tensor.flatten(0, -4).is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("kernel", [(3, 3), (5, 3)], ids=str)
-def test_pixels_that_see_the_same_have_the_same_bits_directly(isa, kernel):
-    """With equal bits max_pool chooses as torch does on a blank background."""
-    for dtype in (torch.float32, torch.float64):
-        case = PLAIN.but(kernel_size=kernel, dtype=dtype, time=2, channels=17)
-        case = case.but(height=23, width=29)
-        inputs = case.inputs()
-        for one in (inputs.x, inputs.syn, inputs.mem):  # two equal parts, with zeros around them
-            one[..., 12:23, 15:29] = one[..., :11, :14].clone()
-            one[..., 11, :], one[..., 14] = 0, 0
-        mem = infer(Kernels(isa, "direct"), case, inputs)[2]
-        margin = 2 * case.time  # pixels within this margin depend on pixels beyond their part
-        inner = slice(margin, 11 - margin), slice(margin, 14 - margin)
-        first, second = mem[..., :11, :14], mem[..., 12:23, 15:29]
-        assert torch.equal(first[..., inner[0], inner[1]], second[..., inner[0], inner[1]])
-
-
-def test_inhibition_lets_the_lowest_of_equal_neurons_win(kernels):
-    """All potentials are equal, so neuron (0, 0, 0) wins in every sample and step."""
-    case = PLAIN.but(height=40, width=30, bias=False, reset="none", inhibition=True)
-    inputs = case.inputs()
-    inputs.weight.zero_()
-    inputs.threshold.fill_(0.01)
-    spk = infer(kernels, case, inputs._replace(syn=torch.ones_like(inputs.syn)))[0]
-    assert (spk.flatten(2).argmax(-1) == 0).all()
-    assert (spk.flatten(2).sum(-1) == 1).all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
@@ -318,22 +290,3 @@ def test_weights_of_silent_channels_have_a_gradient_of_exactly_zero(kernels, ker
         exact = gradients(flat.reference, inputs.double(), case.options, grads)
     assert torch.equal(actual["weight"] == 0, exact["weight"] == 0)
     compare(actual, exact, kernels.gradient_error(case.dtype), grads)
-
-
-@pytest.mark.parametrize(
-    "chosen", [surrogate.NONE, surrogate.atan(), surrogate.sigmoid(5)], ids=lambda s: s.name
-)
-def test_second_order_gradients_are_those_of_the_reference(chosen):
-    case = DOUBLE.but(surrogate=chosen, time=2, batch=1, height=4, width=5)
-    second = []
-    for run in (flat.run, flat.reference):
-        inputs = wanting_gradients(case.inputs())
-        used = [out for out in run(*inputs, case.options) if out.requires_grad]
-        grads = [g.requires_grad_() for g in case.output_gradients()[-len(used) :]]
-        leaves = inputs[:6]
-        first = torch.autograd.grad(used, leaves, grads, create_graph=True)
-        penalty = sum((g**2).sum() for g in first)
-        second.append((first, torch.autograd.grad(penalty, [*leaves, *grads])))
-    for own, other in zip(*second, strict=True):
-        for one, exact in zip(own, other, strict=True):
-            torch.testing.assert_close(one, exact, atol=1e-9, rtol=1e-9)

@@ -189,6 +189,19 @@ def test_steps_of_shared_layers_may_be_written_to():
     close(*grads)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_sequential_with_hooks_among_layers_that_share_a_state(batch_first):
+    cell = hidden(2, 2, 3)
+    inner = snnlstm.Sequential(ours(2, 2, 3), leaky(), batch_first=batch_first)
+    one, calls = snnlstm.Sequential(cell, inner, cell), []
+    other = copy.deepcopy(one)
+    other[1].register_forward_hook(lambda module, args, out: calls.append(args[0].shape[:2]))
+    close(other(X), one(X))
+    assert calls == T * [(N, 1) if batch_first else (1, N)]
+    assert [len(net.report) for net in (one, other)] == [4, 3]
+    assert {layer.kind for layer in (*one.report, *other.report)} == {"step"}
+
+
 def test_layers_without_a_state_may_be_in_several_places():
     relu, conv = nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1)
     equals_the_loop(nn.Sequential(conv, relu, hidden(2, 2, 3), conv, relu), X,
@@ -219,6 +232,18 @@ def test_batch_first_is_kept_and_shown():
     close(net(x), snnlstm.unroll(x, *other, batch_first=True), atol=1e-5)
     with pytest.raises(ValueError, match=r"\(N, T, ...\) with at least one step, got \(3, 0"):
         net(x[:, :0])
+
+
+class WithItsRate(nn.Module):
+    def forward(self, x):
+        return x, x.mean(), (x.mean((0, 2, 3)),)
+
+
+def test_batch_first_leaves_a_number_a_step_as_it_is():
+    spk, rate, (of_channels,) = snnlstm.unroll(X, WithItsRate())
+    found = snnlstm.unroll(X.transpose(0, 1), WithItsRate(), batch_first=True)
+    close(found, (spk.transpose(0, 1), rate, (of_channels.transpose(0, 1),)))
+    assert rate.shape == (T,)
 
 
 def test_a_sum_and_a_multiple_take_sequences():

@@ -74,16 +74,21 @@ def test_steps_of_several_dtypes_become_one_as_in_the_loop():
 
 
 def test_steps_of_several_shapes_are_an_error():
-    with pytest.raises(RuntimeError, match=r"must match|equal size"):
-        snnlstm.unroll(X, Each(lambda x, t: x[:, :1] if t == 3 else x * 1))
+    said = r"layer 1 must return tensors of one shape at every step, got \(2, 2, 6.* and \(2, 1, 6"
+    with pytest.raises(ValueError, match=said):
+        snnlstm.unroll(X, nn.Tanh(), Each(lambda x, t: x[:, :1] if t == 3 else x * 1))
 
 
 def test_tuples_must_come_at_every_step():
-    for odd in (lambda x: (x, x), lambda x: "a text"):
-        with pytest.raises(TypeError, match="layer 0 must return tensors, or tuples of them, at"):
-            snnlstm.unroll(X, Each(lambda x, t, odd=odd: odd(x) if t == 3 else x * 1))
-    with pytest.raises(TypeError, match="layer 0 must return tensors, or tuples of them, at"):
-        snnlstm.unroll(X, Each(lambda x, t: x * 1 if t == 3 else (x, x)))
+    said = "layer 0 must return tensors, or tuples of as many tensors, at every step, got "
+    for odd in ("a text", None, ()):
+        with pytest.raises(TypeError, match=said):
+            snnlstm.unroll(X, Each(lambda x, t, odd=odd: odd if t == 3 else x * 1))
+        with pytest.raises(TypeError, match=said):
+            snnlstm.unroll(X, Each(lambda x, t, odd=odd: odd), nn.BatchNorm2d(2))
+    for few in (lambda x: x * 1, lambda x: (x,)):
+        with pytest.raises(TypeError, match=said):
+            snnlstm.unroll(X, Each(lambda x, t, few=few: few(x) if t == 3 else (x, x)))
 
 
 def test_the_gradient_of_a_large_sequence_lies_in_memory_that_is_used_again(monkeypatch, large):

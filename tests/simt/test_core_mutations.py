@@ -29,9 +29,6 @@ RUNS = {
     "float32 behind torch": ("plain", "max pool"),
     "tf32 on sm_90": ("plain",),
     "float64 on sm_90": ("plain",),
-    "resident tf32": ("odd sizes",),
-    "resident float32": ("max pool", "pooled inhibition"),
-    "resident tf32x3": ("quantised",),
 }
 BACKWARD_RUNS = {
     "float32": ("plain", "max pool", "inhibition"),
@@ -39,8 +36,6 @@ BACKWARD_RUNS = {
     "bfloat16 states": ("channels last", "short chunks"),
     "float32 behind torch": ("max pool",),
     "float64 on sm_90": ("plain",),
-    "resident tf32x3": ("plain",),
-    "resident float32": ("max pool",),
 }
 
 
@@ -68,8 +63,7 @@ def by_likelihood(near: str):
         return (
             ((check is test_cell_gradients.check) != backward)
             + (("fma" in near) != (mode == "float32"))
-            + (("pointwise" in near) != ("behind torch" in mode))
-            + 2 * (("resident" in near) != ("resident" in mode))
+            + (("neurons" in near) != ("behind torch" in mode))
         )
 
     return sorted(runs, key=distance)

@@ -10,7 +10,7 @@ import snnlstm
 core = simt_core()
 
 
-@pytest.mark.parametrize("algorithm", ["fused", "resident", "hybrid", "pointwise"])
+@pytest.mark.parametrize("algorithm", ["fused", "hybrid", "cudnn"])
 @pytest.mark.parametrize("name", ["plain", "pool-reset", "odd-pool", "inhibition", "segments"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_each_sample_is_as_it_is_alone(algorithm, name, dtype):

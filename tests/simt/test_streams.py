@@ -8,7 +8,7 @@ from streams import Streams
 import snnlstm
 from snnlstm.native import cuda
 
-ALGORITHMS = ["direct", "hybrid", "pointwise"]
+ALGORITHMS = ["direct", "hybrid", "cudnn"]
 TIME = 3
 
 

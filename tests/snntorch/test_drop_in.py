@@ -156,6 +156,27 @@ def test_patched_the_old_cells_and_subclasses_stay_what_they_are():
         assert type(snnlstm.restore(model[1]).model) is snntorch.SConv2dLSTM
 
 
+def test_patched_code_with_the_old_names_runs():
+    assert not hasattr(snntorch, "SConvLSTM")
+    for _ in range(2):
+        with snnlstm.patch(), snnlstm.patch():
+            from snntorch import SConvLSTM
+
+            cell = SConvLSTM(2, 3, 3, threshold=0.1)
+            assert SConvLSTM is snntorch.SConv2dLSTM
+            assert type(cell) is snnlstm.SConv2dLSTM
+            syn, mem = cell.init_sconvlstm()
+            close(cell(X, syn, mem), cell(X, *cell.reset_mem()))
+        assert not hasattr(snntorch, "SConvLSTM")
+
+
+def test_patch_leaves_a_name_alone_that_is_there(monkeypatch):
+    monkeypatch.setattr(snntorch, "SConvLSTM", Mine, raising=False)
+    with snnlstm.patch():
+        assert snntorch.SConvLSTM is Mine
+    assert snntorch.SConvLSTM is Mine
+
+
 def test_patched_the_warning_about_the_threshold_names_the_line_that_makes_the_cell(patched):
     with pytest.warns(UserWarning, match="never spikes") as caught:
         snntorch.SConv2dLSTM(2, 3, 3)

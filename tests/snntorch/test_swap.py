@@ -145,7 +145,7 @@ def test_accelerate_reports_every_cell_and_neuron_by_name(caplog):
     assert list(report.left) == list(reasons)
     assert all(report.left[name].startswith(reason) for name, reason in reasons.items())
     assert all(model[name] is before[name] for name in reasons)
-    assert repr(report) == str(report)  # messages.txt shows it
+    assert repr(report) == str(report)
     # The log names the cells that accelerate could be expected to swap and did not.
     said = [message.split(":")[0] for message in caplog.messages]
     assert said == [
@@ -467,3 +467,18 @@ def test_the_report_names_the_cells_that_never_spike():
     lines = str(report).splitlines()
     assert [line.split()[0] for line in lines if "NEVER SPIKES" in line] == [*report.silent]
     assert lines[1].startswith("  silent   swapped; NEVER SPIKES: no mem exceeds its threshold")
+
+
+def test_the_report_and_the_log_name_a_device_without_kernels(caplog):
+    model = nn.Sequential(theirs(), theirs(3, 2, 3), nn.Flatten()).to("meta")
+    report = snnlstm.accelerate(model)
+    assert report.slow == ("there are no kernels for device meta",)
+    assert str(report).splitlines()[3:] == [
+        "  swapped cells run in plain torch, slower: there are no kernels for device meta"
+    ]
+    assert not caplog.records  # the cells that a swap makes are on meta, too
+    model[0](torch.empty(1, 2, 6, 6, device="meta"))
+    (said,) = caplog.messages
+    assert said.startswith("layer 0, SConv2dLSTM(2, 3")
+    assert said.endswith("there are no kernels for device meta")
+    assert snnlstm.accelerate(nn.Sequential(theirs())).slow == ()

@@ -1,6 +1,6 @@
 """Memory does not grow over many steps, iterations and cells, and long sequences stay accurate.
 
-``make test-long`` runs ten times as many iterations.
+``make test-all`` runs ten times as many iterations.
 """
 
 import os

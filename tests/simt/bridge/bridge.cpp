@@ -136,7 +136,7 @@ struct CheckedPlan : cuda::Plan {
   using cuda::Plan::Plan;
   explicit CheckedPlan(cuda::Plan&& plan) : cuda::Plan(std::move(plan)) {}
 
-  bool behind_torch() const { return algorithm == cuda::Algorithm::pointwise; }
+  bool behind_torch() const { return algorithm == cuda::Algorithm::cudnn; }
 
   template <class Args>
   void add_inputs(Arrays& arrays, Args& a, const Extents& e) const {
