@@ -39,7 +39,7 @@ TESTS = {
                  # These files test the emulator itself, or build much more than other tests do.
                  *(f"--ignore=tests/simt/test_{of}.py" for of in (
                      "asan", "compiles", "core_counters", "core_mutations", "counters", "detectors",
-                     "disassembly", "fragments", "mutations")),
+                     "disassembly", "fragments")),
                  "-k", "not shares_a_function"],  # without optimisation much is not inlined
 }  # fmt: skip
 # These tests should notice mutants of the package and of cell.h.
