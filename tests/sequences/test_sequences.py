@@ -104,15 +104,6 @@ def test_the_functional_forms(backend):
         close(form(x, record=True, batch_first=True, **kept), [turned(a) for a in plain])
 
 
-@pytest.mark.parametrize("record", [False, True])
-def test_results_lie_in_memory_as_they_are_seen(record):
-    """The kernels write contiguous results, so that a layer that folds N and T copies nothing."""
-    _, cell = both_orders()
-    with torch.no_grad():
-        spk, _, mem = cell(events(), record=record)
-    assert cell.path.name == "reference" or (spk.is_contiguous() and mem.is_contiguous())
-
-
 def test_errors_speak_of_the_shape_that_came():
     for cell in both_orders():
         with pytest.raises(ValueError, match=r"shape \(2, 3, 1, 7, 6\)"):

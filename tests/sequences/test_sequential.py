@@ -191,20 +191,6 @@ def test_large_steps_run_one_by_one(name, limit, monkeypatch):
     equals_the_loop(nn.Sequential(*make()), X, kinds, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("layer", "times"),
-    [(nn.Tanh(), 1), (nn.Conv2d(2, 6, 3), 3), (nn.Linear(6, 9), 1.5), (nn.Conv2d(2, 1, 1), 1)],
-    ids=str,
-)
-def test_a_step_is_as_large_as_the_input_or_the_output(layer, times, monkeypatch):
-    net, size = snnlstm.Sequential(nn.Identity(), layer), int(X[0].nbytes * times)
-    for limit, kind in ((size, "fold"), (size - 1, "step")):
-        monkeypatch.setattr(snnlstm.layers, "LARGEST", limit)
-        close(net(X), loop(net, X))
-        assert net.report[1].kind == kind
-    assert net.report[1].reason == "one step of its input or output is larger than 128 KiB"
-
-
 IN_EVALUATION = {
     "batch norm": "sequence fold sequence",
     "dropout": "sequence fold sequence",
