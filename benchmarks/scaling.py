@@ -93,6 +93,8 @@ class Layer:
         self.x = (torch.rand(steps, batch, cin, height, width) < 0.1).float()
         self.x.requires_grad_(training and cin > 4)
         self.training = training
+        # The gradients that come from the next layer, whose time is not the cell's.
+        self.grads = [torch.ones(steps, *self._state(batch)), torch.ones(self._state(batch))]
         state = batch * channels * height * width * 4
         # spk is written, and x read; training writes the gates and syn, and reads them again.
         self.bytes = steps * (state + self.x[0].nbytes) + (10 * steps * state if training else 0)
@@ -103,7 +105,10 @@ class Layer:
         with torch.set_grad_enabled(self.training):
             spk, _, mem = self.cell(self.x)
             if self.training:
-                torch.autograd.backward([spk, mem], [torch.ones_like(spk), torch.ones_like(mem)])
+                torch.autograd.backward([spk, mem], self.grads)
+
+    def _state(self, batch: int) -> tuple[int, ...]:
+        return batch, self.cell.out_channels, *self.x.shape[-2:]
 
     def seconds(self, repeats: int) -> float:
         """Returns the shortest time of a call."""

@@ -41,7 +41,7 @@ double met_share(int kernel, int dilation, int64_t n) {
   return n > 0 ? double(met) / (double(n) * kernel) : 1;
 }
 
-// Direct convolution takes one row of pixels after the other, and leaves out the rows of taps that
+// Direct convolution takes one row of pixels after the other, and skips the rows of taps that
 // meet only the border. This returns what that costs, of all taps: a row of one pixel costs twice
 // as much as a longer one.
 double rows_cost(const Cell& c) {
