@@ -39,7 +39,7 @@ test-long: $(VENV)/.installed $(VENV)/.zig  ## growth of memory over ten times a
 
 fuzz: $(VENV)/.installed  ## fresh examples for the tests that draw some; then random calls for MINUTES=10
 	SNNLSTM_EXAMPLES=fresh $(PYTEST) -m drawn
-	$(RUN) tools/fuzz.py --minutes $(MINUTES) $(ARGS)
+	$(RUN) -m tools.fuzz --minutes $(MINUTES) $(ARGS)
 
 sanitize: $(VENV)/.installed  ## the CPU kernels under the address, undefined-behaviour and thread sanitizers
 	$(RUN) tools/sanitizers/run.py address --isa all

@@ -7,14 +7,11 @@ run there. Nothing on it takes the time that it would take on a GPU.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-SIMT = Path(__file__).resolve().parents[1] / "tests" / "simt"
 # Cards of csrc/cuda/cards.h, with their compute capabilities.
 EMULATED = {"t4": 75, "2080ti": 75, "a100": 80, "3090": 86, "4090": 89, "l4": 89, "h100": 90}
 DEVICES = ("cpu", "cuda", *(f"simt-{name}" for name in EMULATED))
@@ -46,9 +43,7 @@ def name(device: str) -> str:
 
 def emulator() -> Any:
     """Returns the emulator; the first call builds it, in about a minute."""
-    if str(SIMT) not in sys.path:
-        sys.path.append(str(SIMT))
-    from backend import simt_core
+    from tests.simt.backend import simt_core
 
     return simt_core()
 

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_kernels import native
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import snnlstm
 from snnlstm import surrogate
 from snnlstm.functional import sconv2dlstm
+from tests.shared.cpu_kernels import native
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 

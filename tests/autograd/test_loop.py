@@ -9,13 +9,23 @@ from functools import partial
 
 import pytest
 import torch
-from cpu_kernels import native
-from helpers import close, in_threads, measures_memory, ours, same, steps
-from loops import STEPS, assert_same, both, cells, events, gradients, loss_of, unroll, zeros
 from torch import nn
 
 import snnlstm
 from benchmarks import resident
+from tests.autograd.loops import (
+    STEPS,
+    assert_same,
+    both,
+    cells,
+    events,
+    gradients,
+    loss_of,
+    unroll,
+    zeros,
+)
+from tests.shared.cpu_kernels import native
+from tests.shared.helpers import close, in_threads, measures_memory, ours, same, steps
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 

@@ -8,9 +8,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import cells, events, zeros
 
 import snnlstm
+from tests.autograd.loops import cells, events, zeros
 
 
 def test_a_jacobian_of_one_backward_pass():

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import HANG, measures_memory
+
+from tests.shared.helpers import HANG, measures_memory
 
 pytest.importorskip("matplotlib")
 

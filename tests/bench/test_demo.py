@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import HANG
+
+from tests.shared.helpers import HANG
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import test_benchmarks
 import torch
-from helpers import HANG
 from test_benchmarks import SMALL
 
 import snnlstm
@@ -23,6 +22,7 @@ from benchmarks import cli, compare, gpu, gpu_goals, gpu_needs, gpu_smoke
 from benchmarks.kernel_times import kernel_times
 from benchmarks.providers import PROVIDERS, Setting
 from benchmarks.rows import BEGIN, END, Row, read_rows, to_text
+from tests.shared.helpers import HANG
 
 ROW = dataclasses.replace(test_benchmarks.ROW, case="small", dtype="tf32", mode="forward")
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close, same_gradients
+
+from tests.shared.helpers import close, same_gradients
 
 pytest.importorskip("matplotlib")
 

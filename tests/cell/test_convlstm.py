@@ -4,12 +4,12 @@ import logging
 
 import pytest
 import torch
-from helpers import close
-from oracle import float32_error
 from torch import Tensor, nn
 
 import snnlstm
 from benchmarks.plain_convlstm import Cell, Stack
+from tests.shared.helpers import close
+from tests.shared.oracle import float32_error
 
 # Rows have the arguments of both stacks; sizes are odd or prime.
 STACKS = {

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cross
 import pytest
-from sanitizers.run import CSRC, isas_here, run
 from test_packaging import wide_instructions_outside
+
+from tools import cross
+from tools.sanitizers.run import CSRC, isas_here, run
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import HANG
 
 import snnlstm
 from snnlstm import __main__ as report
 from snnlstm.native import cuda_check
+from tests.shared.helpers import HANG
 
 # This sitecustomize module makes imports of the modules in BLOCK fail.
 BLOCKER = """

@@ -7,12 +7,12 @@ from collections import OrderedDict
 import pytest
 import snntorch
 import torch
-from helpers import close, ours, theirs
 from snntorch import utils
-from test_sequential import N, T, X, equals_the_loop, hidden, leaky, loop, total
 from torch import nn
 
 import snnlstm
+from tests.sequences.stacks import N, T, X, equals_the_loop, hidden, leaky, loop, total
+from tests.shared.helpers import close, ours, theirs
 
 
 def test_layers_that_change_under_way_take_effect():

@@ -6,13 +6,13 @@ import pytest
 import snntorch
 import snntorch.utils
 import torch
-from by_length import CELLS, LENGTHS, TIME, alone, check, gradients, inputs, own
-from helpers import close, ours, same, steps
 from torch import Tensor, nn
 
 import snnlstm
 from snnlstm import functional
 from snnlstm.call import checked_lengths as checked
+from tests.sequences.by_length import CELLS, LENGTHS, TIME, alone, check, gradients, inputs, own
+from tests.shared.helpers import close, ours, same, steps
 
 
 @pytest.mark.parametrize("record", [False, True], ids=["last", "record"])

@@ -6,11 +6,11 @@ import math
 import pytest
 import snntorch
 import torch
-from helpers import close, ours, quietly, steps, theirs
 from torch import nn
 
 import snnlstm
 from snnlstm.rates import SpikeCount
+from tests.shared.helpers import close, ours, quietly, steps, theirs
 
 X = steps(4, 2, 2, 6, 6)
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import close, ours, same, steps, twins
 from torch import Tensor
 
 import snnlstm
 from snnlstm.functional import sconv2dlstm
+from tests.shared.helpers import close, ours, same, steps, twins
 
 
 def test_states_are_carried_from_sequences_to_steps_and_back(backend):

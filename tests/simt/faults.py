@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from builder import ROOT
+from tests.simt.builder import ROOT
 
 HEADER = ROOT / "csrc" / "cuda" / "fault.cuh"
 

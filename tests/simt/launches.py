@@ -1,6 +1,6 @@
-"""Counts on paper what a GPU does for the layers of the suite: `python tests/simt/launches.py`.
+"""Counts on paper what a GPU does for the layers of the suite: `python -m tests.simt.launches`.
 
-    python tests/simt/launches.py [--gpu t4] [--layers mid big] [--modes tf32] [--kernels]
+    python -m tests.simt.launches [--gpu t4] [--layers mid big] [--modes tf32] [--kernels]
 
 Nothing runs: the launchers choose for a card of csrc/cuda/cards.h, and the emulator notes the
 launches. For each kernel of a sequence's forward and backward pass the table says how many warps a
@@ -14,23 +14,19 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "tools")]
+import torch
 
-import gpu_tools  # noqa: E402
-import torch  # noqa: E402
-from backend import Core, simt_core  # noqa: E402
-from builder import ROOT  # noqa: E402
-from emulator import Launch  # noqa: E402
-
-from benchmarks.cases import CPU_CASES, GPU_CASES  # noqa: E402
-from benchmarks.cases import Case as Layer  # noqa: E402
-from benchmarks.estimate import FACTS, facts_of  # noqa: E402
+from benchmarks.cases import CPU_CASES, GPU_CASES
+from benchmarks.cases import Case as Layer
+from benchmarks.estimate import FACTS, facts_of
+from tests.simt import gpu_tools
+from tests.simt.backend import Core, simt_core
+from tests.simt.builder import ROOT
+from tests.simt.emulator import Launch
 
 H100 = {"compute_capability": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024}
 # Threads and blocks that a multiprocessor holds at most, by compute capability: table "Technical
@@ -141,7 +137,7 @@ class Compiled(NamedTuple):
 
 def compiled(source: Path, arch: int) -> dict[str, Compiled]:
     """The kernels of a source by name, as they are compiled for an architecture."""
-    import machine_code
+    from tools import machine_code
 
     _, log = gpu_tools.compile_fatbin(source, gpu_tools.known_architectures())
     resources = {r.kernel: r for r in gpu_tools.resources_of_log(log) if r.arch == arch}

@@ -17,9 +17,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from backend import Core
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from tests.simt.backend import Core
 
 Span = tuple[int, int]
 Clock = Counter[int]  # by stream: how many of its launches are over

@@ -9,14 +9,14 @@ import re
 
 import pytest
 import torch
-from backend import SOURCES, float32_precision
-from cases import Case, cases, drawing, wanting_gradients
-from emulator import EmulationError
 from hypothesis import given, reject
-from modes import ALL, CASES, FITS, FORWARD, MODES, PLAIN, RESIDENT, Mode, crossed
-from oracle import check_steps
 
 from benchmarks import gpu_smoke
+from tests.shared.cases import Case, cases, drawing, wanting_gradients
+from tests.shared.oracle import check_steps
+from tests.simt.backend import SOURCES, float32_precision
+from tests.simt.emulator import EmulationError
+from tests.simt.modes import ALL, CASES, FITS, FORWARD, MODES, PLAIN, RESIDENT, Mode, crossed
 
 
 def check(core, case: Case, mode: Mode) -> None:

@@ -7,15 +7,16 @@ tried on calls without such decisions.
 
 import re
 
-import flat
 import pytest
 import torch
-from cases import Case, cases, drawing
-from emulator import EmulationError
-from gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
 from hypothesis import given, reject
 from hypothesis import strategies as st
-from modes import (
+
+from tests.shared import flat
+from tests.shared.cases import Case, cases, drawing
+from tests.shared.gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
+from tests.simt.emulator import EmulationError
+from tests.simt.modes import (
     ALL,
     BACKWARD,
     CASES,

@@ -10,11 +10,12 @@ import pytest
 import test_cell
 import test_cell_gradients
 import torch
-from backend import SOURCES, simt_core
-from builder import ROOT
-from emulator import EmulationError
-from faults import fault_numbers, placed_faults
-from modes import ALL, CASES
+
+from tests.simt.backend import SOURCES, simt_core
+from tests.simt.builder import ROOT
+from tests.simt.emulator import EmulationError
+from tests.simt.faults import fault_numbers, placed_faults
+from tests.simt.modes import ALL, CASES
 
 CUDA = ROOT / "csrc" / "cuda"
 NUMBERS = fault_numbers()

@@ -8,12 +8,12 @@ import re
 
 import pytest
 import torch
-from backend import float32_precision
-from model import Model
 
 import snnlstm
 from benchmarks import devices, estimate
 from benchmarks.cases import CASES
+from tests.simt.backend import float32_precision
+from tests.simt.model import Model
 
 CARDS = (*devices.EMULATED, "b200", "5090")
 LAYERS = ("tiny", "mnist", "dvs", "mid", "big", "k5", "wide64", "small")

@@ -5,11 +5,12 @@ results alone: the race detector and the schedule "ahead" exist because others d
 """
 
 import numpy as np
-import own
 import pytest
-from emulator import SCHEDULES, EmulationError
-from faults import fault_numbers, placed_faults
-from own import own_kernels
+
+from tests.simt import own
+from tests.simt.emulator import SCHEDULES, EmulationError
+from tests.simt.faults import fault_numbers, placed_faults
+from tests.simt.own import own_kernels
 
 NUMBERS = fault_numbers()
 # By name and place of the fault: what the checked build says of it.

@@ -2,14 +2,15 @@
 
 from dataclasses import replace
 
-import flat
 import pytest
 import torch
-from backend import float32_precision
-from cases import wanting_gradients
-from emulator import EmulationError
-from launches import FACTS
-from modes import FITS, MODES, PLAIN, RESIDENT
+
+from tests.shared import flat
+from tests.shared.cases import wanting_gradients
+from tests.simt.backend import float32_precision
+from tests.simt.emulator import EmulationError
+from tests.simt.launches import FACTS
+from tests.simt.modes import FITS, MODES, PLAIN, RESIDENT
 
 TF32, DIRECT = 1, 1  # the numbers of csrc/cuda/plan.h
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from modes import MODES
-from streams import Streams
 
 import snnlstm
 from snnlstm.native import cuda
+from tests.simt.modes import MODES
+from tests.simt.streams import Streams
 
 ALGORITHMS = ["direct", "hybrid", "pointwise"]
 TIME = 3

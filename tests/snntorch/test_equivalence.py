@@ -13,16 +13,16 @@ import pytest
 import snntorch
 import snntorch.functional.quant
 import torch
-from cases import PLAIN, Case, cases, drawing
-from cases import SURROGATES as ALL
-from helpers import close, ours, quietly, states, steps, theirs
-from helpers import twins as cells
 from hypothesis import assume, example, given
-from oracle import float32_error, pooled
 
 import snnlstm
 from snnlstm.call import Call
 from snnlstm.surrogate import KINDS, triangular
+from tests.shared.cases import PLAIN, Case, cases, drawing
+from tests.shared.cases import SURROGATES as ALL
+from tests.shared.helpers import close, ours, quietly, states, steps, theirs
+from tests.shared.helpers import twins as cells
+from tests.shared.oracle import float32_error, pooled
 
 # snnTorch holds the triangle's height in float32.
 SURROGATES = (*ALL[:4], triangular(0.5), *ALL[5:8])

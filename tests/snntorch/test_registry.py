@@ -7,10 +7,10 @@ import pytest
 import snntorch
 import snntorch.functional.quant
 import torch
-from helpers import described, ours
 from torch import nn
 
 import snnlstm
+from tests.shared.helpers import described, ours
 
 
 def test_cells_are_not_kept_alive():

@@ -8,12 +8,21 @@ from types import MethodType
 import pytest
 import snntorch
 import torch
-from helpers import THRESHOLD, close, described, ours, same_gradients, states, steps, theirs
 from snntorch import functional, utils
 from snntorch.functional.quant import state_quant
 from torch import nn
 
 import snnlstm
+from tests.shared.helpers import (
+    THRESHOLD,
+    close,
+    described,
+    ours,
+    same_gradients,
+    states,
+    steps,
+    theirs,
+)
 
 X, START = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
 

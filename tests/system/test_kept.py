@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cpu_kernels import native
-from helpers import in_threads, measures_memory, ours, same, states, steps
 
 import snnlstm
 from benchmarks import resident
 from snnlstm.native import pool
+from tests.shared.cpu_kernels import native
+from tests.shared.helpers import in_threads, measures_memory, ours, same, states, steps
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
