@@ -102,8 +102,7 @@ class MmaPipeline {
   }
   SNNLSTM_DEVICE void end_chunk() {
     if (loading_) {
-      source_.end(next());
-      source_.template finish<1>(next());  // brings what had no turn
+      source_.template finish<1>(next());
       more_ = advance(loaded_);
     }
     working_ = advance(at_);
