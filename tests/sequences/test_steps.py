@@ -7,7 +7,6 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import snnlstm
-from snnlstm.native import pool
 
 T, N = 5, 2
 X = steps(T, N, 2, 6, 6)
@@ -15,10 +14,9 @@ X = steps(T, N, 2, 6, 6)
 
 @pytest.fixture(params=[False, True], ids=["small", "large"])
 def large(request, monkeypatch):
-    """Sequences are small, or so large that their gradient lies in memory that is used again."""
+    """Steps are small, or so large that they run one by one."""
     if request.param:
-        monkeypatch.setattr(snnlstm.layers, "LARGEST", 0)
-        monkeypatch.setattr(snnlstm.sequential, "MAPPED", 0)
+        monkeypatch.setattr(snnlstm.sequential, "LARGEST", 0)
     return request.param
 
 
@@ -35,7 +33,7 @@ class Each(nn.Module):
 
 
 def test_a_step_goes_through_all_layers_before_the_next(monkeypatch):
-    monkeypatch.setattr(snnlstm.layers, "LARGEST", 0)
+    monkeypatch.setattr(snnlstm.sequential, "LARGEST", 0)
     order = []
 
     def noted(name):
@@ -89,20 +87,6 @@ def test_tuples_must_come_at_every_step():
     for few in (lambda x: x * 1, lambda x: (x,)):
         with pytest.raises(TypeError, match=said):
             snnlstm.unroll(X, Each(lambda x, t, few=few: few(x) if t == 3 else (x, x)))
-
-
-def test_the_gradient_of_a_large_sequence_lies_in_memory_that_is_used_again(monkeypatch, large):
-    shapes, empty = [], pool.empty
-
-    def watched(shape, dtype):
-        shapes.append(shape)
-        return empty(shape, dtype)
-
-    monkeypatch.setattr(pool, "empty", watched)
-    x = X.clone().requires_grad_()
-    snnlstm.unroll(x, Each(lambda x, t: x * (t + 1))).sum().backward()
-    close(x.grad, torch.arange(1.0, T + 1).view(-1, 1, 1, 1, 1).expand_as(X))
-    assert shapes == large * [X.shape]
 
 
 def test_transforms_of_torch_func_and_forward_mode_see_every_step(large):
