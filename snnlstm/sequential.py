@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,10 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from .call import SIZES, checked_lengths, repeated, silenced
-from .path import global_hooks
-from .rates import SpikeCount
+from .layers import (
+    CELL,
+    PER_SAMPLE,
+    TAKES,
+    LayerReport,
+    changed,
+    may_write,
+    not_per_sample,
+    report_of,
+)
 from .sconv2dlstm import SConv2dLSTM
-from .snntorch import SEQUENCE_NEURONS, Base, Neuron
+from .snntorch import SEQUENCE_NEURONS
 from .spec import flag
 
 __all__ = ["LayerReport", "Sequential", "unroll"]
@@ -27,148 +34,6 @@ logger = logging.getLogger("snnlstm")
 Named = tuple[str, nn.Module]  # a layer and its name
 
 # ---- how a layer goes through a sequence --------------------------------------------------------
-
-
-CELL = SConv2dLSTM if Base is nn.Module else Base  # the class of our cells and of snnTorch's
-
-LARGEST = 128 << 10
-"""Bytes of a layer's input or output at one step, up to which the CPU gets all steps as one batch.
-
-Larger steps run one by one, as in the loop: each of them goes through several layers while it is in
-the cache, and all steps at once would be slower than the loop (benchmarks/NOTES.md).
-"""
-
-ALONE = "it treats every sample alone"
-LARGE = "one step of its input or output is larger than 128 KiB"
-PER_SAMPLE = ALONE, LARGE  # the reasons of layers that neither mix samples nor keep a state
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """How one layer went through a sequence.
-
-    Parameters
-    ----------
-    name : str
-        Name of the layer, as ``named_modules()`` gives it.
-    layer : str
-        Name of its class.
-    kind : {"sequence", "fold", "step"}
-        One call with the whole sequence; one call with all steps as a larger batch, (T * N, ...);
-        or one call for each step.
-    reason : str
-        Reason, in plain words.
-    """
-
-    name: str
-    layer: str
-    kind: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.layer}: {self.kind} ({self.reason})"
-
-
-# The layers that treat every sample alone, and the number of dimensions, (N, C, ...), from which on
-# the first one of a step is its batch.
-_LEAST_DIM: dict[type[nn.Module], int] = {
-    nn.Conv1d: 3, nn.MaxPool1d: 3, nn.AvgPool1d: 3,
-    nn.Conv2d: 4, nn.MaxPool2d: 4, nn.AvgPool2d: 4, nn.AdaptiveAvgPool2d: 4,
-    nn.Linear: 2, nn.Flatten: 2, nn.Identity: 2, nn.GroupNorm: 2,
-    nn.ReLU: 2, nn.LeakyReLU: 2, nn.Sigmoid: 2, nn.Tanh: 2,
-    nn.BatchNorm1d: 2, nn.BatchNorm2d: 4, nn.Dropout: 2, nn.Dropout2d: 4,
-}  # fmt: skip
-
-
-def report_of(
-    name: str, layer: nn.Module, dim: int, size: int, by_step: str | None = None
-) -> LayerReport:
-    """How a layer goes through a sequence.
-
-    A step of it has `dim` dimensions and `size` bytes, or 0 where the size does not count.
-    `by_step` is the reason to take all steps one by one, if there is one.
-    """
-    kind, reason = "step", changed(layer)
-    if by_step is not None:
-        reason = by_step
-        if type(layer) in SEQUENCE_NEURONS:
-            raise ValueError(
-                f"layer {name} ({type(layer).__name__}) needs whole sequences, but {by_step}"
-            )
-    elif isinstance(layer, Sequential):  # a stack that carries hooks
-        kind, reason = "sequence", "it takes sequences"
-    elif isinstance(layer, SConv2dLSTM):
-        if type(layer).forward is not SConv2dLSTM.forward:
-            reason = "its class has a forward of its own"
-        elif reason is None:
-            kind, reason = "sequence", "one call for all steps"
-    elif isinstance(layer, CELL):
-        if type(layer) is not CELL:
-            reason = "its class is a subclass of snntorch.SConv2dLSTM"
-        reason = reason or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
-    elif type(layer) in SEQUENCE_NEURONS:
-        kind, reason = "sequence", "it takes sequences"
-    elif Neuron is not None and isinstance(layer, Neuron):
-        reason = "it keeps a state from step to step"
-    else:
-        reason = reason or not_per_sample(layer)
-        if reason is None and not _has_batch(layer, dim):
-            reason = f"at a step of {dim} dimensions it may mix samples"
-        if reason is None and size * _widening(layer) > LARGEST:
-            reason = LARGE
-        if reason is None:
-            kind, reason = "fold", ALONE
-    return LayerReport(name, type(layer).__name__, kind, reason)
-
-
-def changed(layer: nn.Module) -> str | None:
-    """What makes a call of the layer more than its class's forward; None if nothing does."""
-    others = layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    counts = all(isinstance(hook, SpikeCount) for hook in layer._forward_hooks.values())
-    if any(others) or not counts:
-        return "it carries hooks"
-    if global_hooks():
-        return "global module hooks are registered"
-    if "forward" in layer.__dict__:
-        return "its forward was replaced"
-    return None
-
-
-def not_per_sample(layer: nn.Module) -> str | None:
-    """Why the result for one sample may depend on other samples, or on the steps before."""
-    if type(layer) not in _LEAST_DIM:
-        return f"{type(layer).__name__} is not known to treat every sample alone"
-    if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-        own = layer.training or layer.running_mean is None
-        return "its statistics are those of one step" if own else None
-    if isinstance(layer, nn.Dropout | nn.Dropout2d):
-        return "it draws a new mask for every step" if layer.training and layer.p != 0 else None
-    return "it returns indices" if getattr(layer, "return_indices", False) else None
-
-
-def _has_batch(layer: nn.Module, dim: int) -> bool:
-    """Whether the first of `dim` dimensions is the batch, and the layer leaves it alone."""
-    start = layer.start_dim if isinstance(layer, nn.Flatten) else 1
-    return dim >= _LEAST_DIM[type(layer)] and start % dim != 0
-
-
-def _widening(layer: Any) -> float:
-    """How many times the size of its input the layer's output has, where that is more than 1."""
-    if isinstance(layer, nn.Linear):
-        return max(1, layer.out_features / max(1, layer.in_features))
-    if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        return max(1, layer.out_channels / max(1, layer.in_channels))
-    return 1
-
-
-def may_write(layer: nn.Module) -> bool:
-    """Whether a call of the layer may write to its input."""
-    kind = type(layer)
-    known = kind in _LEAST_DIM or kind.__module__.partition(".")[0] == "snntorch"
-    return not known or getattr(layer, "inplace", False) or changed(layer) is not None
-
-
-# ---- stacks -------------------------------------------------------------------------------------
 
 
 class Sequential(nn.Sequential):
@@ -373,7 +238,7 @@ def _over_time(
     while rest := layers[len(reports) :]:
         name, layer = rest[0]
         x = _first_item(before, out)
-        report = report_of(name, layer, x.dim() - (folded is None), _size(x, time), by_step)
+        report = _report_of(name, layer, x, x.dim() - (folded is None), time, by_step)
         if lengths is not None and not reports and report.kind != "sequence":
             x = silenced(x, lengths)  # whatever the padding holds, no gradient may become NaN
         if folded is not None and report.kind != "fold":
@@ -441,10 +306,22 @@ def _log_slow(layers: list[Named], reports: list[LayerReport]) -> None:
                 logger.warning(message, name, report.layer, report.reason)
 
 
-def _size(x: Tensor, steps: int) -> int:
-    """Bytes of one of the steps in x; 0 where the size does not count."""
-    cached = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return x.nbytes // steps if cached else 0
+def _report_of(
+    name: str, layer: nn.Module, x: Tensor, dim: int, steps: int, by_step: str | None
+) -> LayerReport:
+    """How a layer goes through a sequence; x has `steps` of its steps, each of `dim` dimensions.
+
+    `by_step` is the reason to take all steps one by one, if there is one.
+    """
+    if by_step is None and isinstance(layer, Sequential):  # a stack that carries hooks
+        return LayerReport(name, type(layer).__name__, "sequence", TAKES)
+    if by_step is None:
+        counts = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        return report_of(name, layer, dim, x.nbytes // steps if counts else 0)
+    if type(layer) in SEQUENCE_NEURONS:
+        kind = type(layer).__name__
+        raise ValueError(f"layer {name} ({kind}) needs whole sequences, but {by_step}")
+    return LayerReport(name, type(layer).__name__, "step", by_step)
 
 
 def _step_by_step(
@@ -463,7 +340,7 @@ def _step_by_step(
     before = ""
     for name, layer in layers:
         first = _first_item(before, outs[0])
-        report = report_of(name, layer, first.dim(), _size(first, 1), by_step)
+        report = _report_of(name, layer, first, first.dim(), 1, by_step)
         if report.kind != "step":
             break
         reports.append(report)

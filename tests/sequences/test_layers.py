@@ -59,12 +59,12 @@ REASONS = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_the_report_says_why(reason):
     for layer in REASONS[reason]:
-        assert snnlstm.sequential.report_of("a", layer, DIM, 0).reason == reason
+        assert snnlstm.layers.report_of("a", layer, DIM, 0).reason == reason
 
 
 def test_without_snntorch_its_neurons_are_unknown(monkeypatch):
-    monkeypatch.setattr(snnlstm.sequential, "Neuron", None)
-    found = snnlstm.sequential.report_of("a", leaky(), DIM, 0)
+    monkeypatch.setattr(snnlstm.layers, "Neuron", None)
+    found = snnlstm.layers.report_of("a", leaky(), DIM, 0)
     assert found.reason == "Leaky is not known to treat every sample alone"
 
 
@@ -77,7 +77,7 @@ def test_layers_that_write_to_no_input_need_no_copy_of_it():
     layers[True][-1].register_forward_hook(lambda *_: None)
     for expected, those in layers.items():
         for layer in those:
-            assert bool(snnlstm.sequential.may_write(layer)) is expected, layer
+            assert bool(snnlstm.layers.may_write(layer)) is expected, layer
 
 
 class Keeps(nn.Module):

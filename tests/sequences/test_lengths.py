@@ -168,7 +168,7 @@ def test_a_stack_is_for_each_sample_as_it_is_alone(shared):
 def test_a_stack_that_ends_without_a_neuron_returns_zeros_behind_the_last_step(
     largest, monkeypatch
 ):
-    monkeypatch.setattr(snnlstm.sequential, "LARGEST", largest)
+    monkeypatch.setattr(snnlstm.layers, "LARGEST", largest)
     x = steps(TIME, len(LENGTHS), 2, 6, 7).masked_fill_(~own(), torch.nan)
     flat = snnlstm.unroll(x, ours(init_hidden=True), nn.Flatten(), lengths=LENGTHS)
     net = snnlstm.Sequential(ours(init_hidden=True), nn.Flatten(), nn.Linear(126, 3))

@@ -10,7 +10,7 @@ from helpers import close, ours, quietly, steps, theirs
 from torch import nn
 
 import snnlstm
-from snnlstm.rates import SpikeCount
+from snnlstm.layers import SpikeCount
 
 X = steps(4, 2, 2, 6, 6)
 
@@ -78,7 +78,7 @@ def test_the_table_names_what_never_spiked_and_what_was_not_called(capsys):
 
 
 def test_the_table_is_the_documented_one():
-    table = snnlstm.rates.SpikeRates(nn.Identity(), show=False)
+    table = snnlstm.layers.SpikeRates(nn.Identity(), show=False)
     table["lstm1"] = SpikeCount("SConv2dLSTM", 0.1, torch.tensor(1203), 22656, torch.tensor(0.192))
     table["lstm2"] = SpikeCount("SConv2dLSTM", 1.0, torch.tensor(0), 11328, torch.tensor(0.0871))
     for line in str(table).splitlines():
@@ -113,7 +113,7 @@ def test_neurons_without_mem_or_threshold_are_counted():
 
 
 def test_without_snntorch_our_cells_are_counted(monkeypatch):
-    monkeypatch.setattr(snnlstm.rates, "Neuron", None)
+    monkeypatch.setattr(snnlstm.layers, "Neuron", None)
     assert list(snnlstm.spike_rates(network(), show=False).__enter__()) == ["0", "1"]
 
 

@@ -185,7 +185,7 @@ def test_it_equals_the_loop_in_training(name, form):
 @pytest.mark.parametrize("name", NETS)
 def test_large_steps_run_one_by_one(name, limit, monkeypatch):
     make, kinds = NETS[name]
-    monkeypatch.setattr(snnlstm.sequential, "LARGEST", limit)  # a step of X has 864 bytes
+    monkeypatch.setattr(snnlstm.layers, "LARGEST", limit)  # a step of X has 864 bytes
     torch.manual_seed(0)
     kinds = kinds.replace("fold", "step") if limit == 0 else None
     equals_the_loop(nn.Sequential(*make()), X, kinds, atol=1e-5)
@@ -199,7 +199,7 @@ def test_large_steps_run_one_by_one(name, limit, monkeypatch):
 def test_a_step_is_as_large_as_the_input_or_the_output(layer, times, monkeypatch):
     net, size = snnlstm.Sequential(nn.Identity(), layer), int(X[0].nbytes * times)
     for limit, kind in ((size, "fold"), (size - 1, "step")):
-        monkeypatch.setattr(snnlstm.sequential, "LARGEST", limit)
+        monkeypatch.setattr(snnlstm.layers, "LARGEST", limit)
         close(net(X), loop(net, X))
         assert net.report[1].kind == kind
     assert net.report[1].reason == "one step of its input or output is larger than 128 KiB"

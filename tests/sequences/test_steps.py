@@ -16,7 +16,7 @@ X = steps(T, N, 2, 6, 6)
 def large(request, monkeypatch):
     """Steps are small, or so large that they run one by one."""
     if request.param:
-        monkeypatch.setattr(snnlstm.sequential, "LARGEST", 0)
+        monkeypatch.setattr(snnlstm.layers, "LARGEST", 0)
     return request.param
 
 
@@ -33,7 +33,7 @@ class Each(nn.Module):
 
 
 def test_a_step_goes_through_all_layers_before_the_next(monkeypatch):
-    monkeypatch.setattr(snnlstm.sequential, "LARGEST", 0)
+    monkeypatch.setattr(snnlstm.layers, "LARGEST", 0)
     order = []
 
     def noted(name):

@@ -1,0 +1,281 @@
+"""Layers of a network: how each goes through a sequence, and how often it spikes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch as functorch
+
+from .path import global_hooks
+from .sconv2dlstm import SConv2dLSTM
+from .snntorch import SEQUENCE_NEURONS, Base, Neuron
+from .spec import a_module
+
+__all__ = [
+    "CELL", "PER_SAMPLE", "TAKES", "LayerReport", "SpikeCount", "SpikeRates", "changed",
+    "may_write", "not_per_sample", "report_of", "spike_rates",
+]  # fmt: skip
+
+# ---- through a sequence -------------------------------------------------------------------------
+
+CELL = SConv2dLSTM if Base is nn.Module else Base  # the class of our cells and of snnTorch's
+
+LARGEST = 128 << 10
+"""Bytes of a layer's input or output at one step, up to which the CPU gets all steps as one batch.
+
+Larger steps run one by one, as in the loop: each of them goes through several layers while it is in
+the cache, and all steps at once would be slower than the loop (benchmarks/NOTES.md).
+"""
+
+ALONE = "it treats every sample alone"
+LARGE = "one step of its input or output is larger than 128 KiB"
+TAKES = "it takes sequences"
+PER_SAMPLE = ALONE, LARGE  # the reasons of layers that neither mix samples nor keep a state
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How one layer went through a sequence.
+
+    Parameters
+    ----------
+    name : str
+        Name of the layer, as ``named_modules()`` gives it.
+    layer : str
+        Name of its class.
+    kind : {"sequence", "fold", "step"}
+        One call with the whole sequence; one call with all steps as a larger batch, (T * N, ...);
+        or one call for each step.
+    reason : str
+        Reason, in plain words.
+    """
+
+    name: str
+    layer: str
+    kind: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.layer}: {self.kind} ({self.reason})"
+
+
+# The layers that treat every sample alone, and the number of dimensions, (N, C, ...), from which on
+# the first one of a step is its batch.
+_LEAST_DIM: dict[type[nn.Module], int] = {
+    nn.Conv1d: 3, nn.MaxPool1d: 3, nn.AvgPool1d: 3,
+    nn.Conv2d: 4, nn.MaxPool2d: 4, nn.AvgPool2d: 4, nn.AdaptiveAvgPool2d: 4,
+    nn.Linear: 2, nn.Flatten: 2, nn.Identity: 2, nn.GroupNorm: 2,
+    nn.ReLU: 2, nn.LeakyReLU: 2, nn.Sigmoid: 2, nn.Tanh: 2,
+    nn.BatchNorm1d: 2, nn.BatchNorm2d: 4, nn.Dropout: 2, nn.Dropout2d: 4,
+}  # fmt: skip
+
+
+def report_of(name: str, layer: nn.Module, dim: int, size: int) -> LayerReport:
+    """How a layer goes through a sequence.
+
+    A step of it has `dim` dimensions and `size` bytes, or 0 where the size does not count.
+    """
+    kind, reason = "step", changed(layer)
+    if isinstance(layer, SConv2dLSTM):
+        if type(layer).forward is not SConv2dLSTM.forward:
+            reason = "its class has a forward of its own"
+        elif reason is None:
+            kind, reason = "sequence", "one call for all steps"
+    elif isinstance(layer, CELL):
+        if type(layer) is not CELL:
+            reason = "its class is a subclass of snntorch.SConv2dLSTM"
+        reason = reason or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
+    elif type(layer) in SEQUENCE_NEURONS:
+        kind, reason = "sequence", TAKES
+    elif Neuron is not None and isinstance(layer, Neuron):
+        reason = "it keeps a state from step to step"
+    else:
+        reason = reason or not_per_sample(layer)
+        if reason is None and not _has_batch(layer, dim):
+            reason = f"at a step of {dim} dimensions it may mix samples"
+        if reason is None and size * _widening(layer) > LARGEST:
+            reason = LARGE
+        if reason is None:
+            kind, reason = "fold", ALONE
+    return LayerReport(name, type(layer).__name__, kind, reason)
+
+
+def changed(layer: nn.Module) -> str | None:
+    """What makes a call of the layer more than its class's forward; None if nothing does."""
+    others = layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    counts = all(isinstance(hook, SpikeCount) for hook in layer._forward_hooks.values())
+    if any(others) or not counts:
+        return "it carries hooks"
+    if global_hooks():
+        return "global module hooks are registered"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced"
+    return None
+
+
+def not_per_sample(layer: nn.Module) -> str | None:
+    """Why the result for one sample may depend on other samples, or on the steps before."""
+    if type(layer) not in _LEAST_DIM:
+        return f"{type(layer).__name__} is not known to treat every sample alone"
+    if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        own = layer.training or layer.running_mean is None
+        return "its statistics are those of one step" if own else None
+    if isinstance(layer, nn.Dropout | nn.Dropout2d):
+        return "it draws a new mask for every step" if layer.training and layer.p != 0 else None
+    return "it returns indices" if getattr(layer, "return_indices", False) else None
+
+
+def _has_batch(layer: nn.Module, dim: int) -> bool:
+    """Whether the first of `dim` dimensions is the batch, and the layer leaves it alone."""
+    start = layer.start_dim if isinstance(layer, nn.Flatten) else 1
+    return dim >= _LEAST_DIM[type(layer)] and start % dim != 0
+
+
+def _widening(layer: Any) -> float:
+    """How many times the size of its input the layer's output has, where that is more than 1."""
+    if isinstance(layer, nn.Linear):
+        return max(1, layer.out_features / max(1, layer.in_features))
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        return max(1, layer.out_channels / max(1, layer.in_channels))
+    return 1
+
+
+def may_write(layer: nn.Module) -> bool:
+    """Whether a call of the layer may write to its input."""
+    kind = type(layer)
+    known = kind in _LEAST_DIM or kind.__module__.partition(".")[0] == "snntorch"
+    return not known or getattr(layer, "inplace", False) or changed(layer) is not None
+
+
+# ---- spikes -------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class SpikeCount:
+    """The spikes of one neuron layer, counted by this object as a forward hook of the layer.
+
+    Parameters
+    ----------
+    layer : str
+        Name of its class.
+    threshold : float or None
+        Its lowest threshold.
+    spikes : Tensor
+        Number of spikes, a scalar.
+    chances : int
+        Number of neurons, times samples, times steps.
+    highest : Tensor or None
+        The highest mem at the end of a call, a scalar; None without one.
+    """
+
+    layer: str
+    threshold: float | None
+    spikes: Tensor | int = 0
+    chances: int = 0
+    highest: Tensor | None = None
+
+    def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        with torch.no_grad():
+            while isinstance(output, tuple | list):
+                output = output[0]
+            output, mem = _bare(output), getattr(layer, "mem", None)
+            self.spikes = _bare(self.spikes + output.count_nonzero())
+            self.chances += output.numel()
+            if isinstance(mem, Tensor) and mem.numel():
+                highest = _bare(mem).detach().max()
+                before = highest if self.highest is None else self.highest
+                self.highest = _bare(torch.maximum(highest, before))
+
+    @property
+    def rate(self) -> float:
+        """Spikes per neuron and step; NaN if the layer was not called."""
+        return float(self.spikes) / self.chances if self.chances else float("nan")
+
+
+def _bare(tensor: Tensor) -> Tensor:
+    """The tensor within torch.func's wrappers; under vmap it holds all samples."""
+    while not torch.compiler.is_compiling() and functorch.maybe_get_level(tensor) >= 0:
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+class SpikeRates(dict[str, SpikeCount]):
+    """What :func:`snnlstm.spike_rates` counts, by name of the layer. Printed, it is a table."""
+
+    def __init__(self, model: nn.Module, show: bool) -> None:
+        super().__init__()
+        self._model, self._show = model, show
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> SpikeRates:
+        if self._handles:
+            raise RuntimeError(
+                "these spikes are being counted: call spike_rates again for a block in a block"
+            )
+        for name, layer in self._model.named_modules():
+            if isinstance(layer, SConv2dLSTM if Neuron is None else (SConv2dLSTM, Neuron)):
+                threshold = getattr(layer, "threshold", None)
+                lowest = float(threshold.detach().min()) if isinstance(threshold, Tensor) else None
+                self[name] = SpikeCount(type(layer).__name__, lowest)
+                self._handles.append(layer.register_forward_hook(self[name]))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        if self._show and kind is None:
+            print(self)
+
+    def __str__(self) -> str:
+        rows = [("layer", "", "rate", "spikes", "mem up to", "threshold", "")]
+        for name, count in self.items():
+            rate, note = f"{count.rate:.2%}", "" if count.spikes else "never spiked"
+            if not count.chances:
+                rate, note = "", "not called, or compiled before"
+            numbers = (count.highest, count.threshold)
+            highest, threshold = ("" if n is None else f"{float(n):.3g}" for n in numbers)
+            spikes = str(int(count.spikes))
+            rows.append((name or ".", count.layer, rate, spikes, highest, threshold, note))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        line = "  ".join(f"{{:{side}{n}}}" for side, n in zip("<<>>>><", widths, strict=True))
+        return "\n".join(line.format(*row).rstrip() for row in rows)
+
+    __repr__ = __str__
+
+
+def spike_rates(model: nn.Module, show: bool = True) -> SpikeRates:
+    """Count the spikes of every neuron layer of a network within a ``with`` block.
+
+    The layers are our cells, snnTorch's cells and its other neurons. Counting changes neither what
+    they compute nor the kernels that run. Code that torch.compile compiled before the block does
+    not count: compile within the block, or call the network that is not compiled. ::
+
+        with snnlstm.spike_rates(net):
+            net(x)
+
+    prints, at the end of the block::
+
+        layer                rate  spikes  mem up to  threshold
+        lstm1  SConv2dLSTM  5.31%    1203      0.192        0.1
+        lstm2  SConv2dLSTM  0.00%       0     0.0871          1  never spiked
+
+    Parameters
+    ----------
+    model : nn.Module
+    show : bool, default True
+        Print the table when the block ends.
+
+    Returns
+    -------
+    SpikeRates
+        A dictionary: ``rates["lstm1"].rate`` is the number of spikes per neuron and step.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not an nn.Module.
+    """
+    return SpikeRates(a_module("model", model), show)
