@@ -7,8 +7,8 @@ from .version import __version__
 try:
     from . import functional, quant, reference, surrogate
     from .convlstm import ConvLSTM, ConvLSTMCell
+    from .layers import spike_rates
     from .native.pool import empty_cache
-    from .rates import spike_rates
     from .sconv2dlstm import SConv1dLSTM, SConv2dLSTM
     from .sequential import Sequential, unroll
     from .settings import algorithm, set_algorithm

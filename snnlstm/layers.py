@@ -1,23 +1,25 @@
-"""How a layer goes through a sequence: all steps at once, as a larger batch, or one by one."""
+"""Layers of a network: how each goes through a sequence, and how often it spikes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch as functorch
 
 from .path import global_hooks
-from .rates import SpikeCount
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import SEQUENCE_NEURONS, Base, Neuron
+from .spec import a_module
 
 __all__ = [
-    "CELL", "PER_SAMPLE", "Frozen", "LayerReport", "changed", "may_write", "not_per_sample",
-    "report_of",
+    "CELL", "PER_SAMPLE", "TAKES", "LayerReport", "SpikeCount", "SpikeRates", "changed",
+    "may_write", "not_per_sample", "report_of", "spike_rates",
 ]  # fmt: skip
+
+# ---- through a sequence -------------------------------------------------------------------------
 
 CELL = SConv2dLSTM if Base is nn.Module else Base  # the class of our cells and of snnTorch's
 
@@ -30,6 +32,7 @@ the cache, and all steps at once would be slower than the loop (benchmarks/NOTES
 
 ALONE = "it treats every sample alone"
 LARGE = "one step of its input or output is larger than 128 KiB"
+TAKES = "it takes sequences"
 PER_SAMPLE = ALONE, LARGE  # the reasons of layers that neither mix samples nor keep a state
 
 
@@ -86,7 +89,7 @@ def report_of(name: str, layer: nn.Module, dim: int, size: int) -> LayerReport:
             reason = "its class is a subclass of snntorch.SConv2dLSTM"
         reason = reason or "it is snntorch's, and snnlstm.accelerate(net) makes it ours"
     elif type(layer) in SEQUENCE_NEURONS:
-        kind, reason = "sequence", "it takes sequences"
+        kind, reason = "sequence", TAKES
     elif Neuron is not None and isinstance(layer, Neuron):
         reason = "it keeps a state from step to step"
     else:
@@ -147,54 +150,132 @@ def may_write(layer: nn.Module) -> bool:
     return not known or getattr(layer, "inplace", False) or changed(layer) is not None
 
 
-class Frozen:
-    """Calls a layer step by step, and leaves samples behind their last step as they are.
+# ---- spikes -------------------------------------------------------------------------------------
 
-    `call` is what calls the layer.
 
-    The layer computes them, too, but its first result is 0 there. What it keeps of a sample, in
-    tensors (N, ...) that are its attributes or buffers of no state_dict, and what it returns
-    besides, stays what it was.
+@dataclass(eq=False)
+class SpikeCount:
+    """The spikes of one neuron layer, counted by this object as a forward hook of the layer.
+
+    Parameters
+    ----------
+    layer : str
+        Name of its class.
+    threshold : float or None
+        Its lowest threshold.
+    spikes : Tensor
+        Number of spikes, a scalar.
+    chances : int
+        Number of neurons, times samples, times steps.
+    highest : Tensor or None
+        The highest mem at the end of a call, a scalar; None without one.
     """
 
-    def __init__(self, layer: nn.Module, call: Callable[[Tensor], Any], lengths: Tensor) -> None:
-        self._layer, self._call, self._lengths, self._step = layer, call, lengths, 0
-        self._returned: Any = None
+    layer: str
+    threshold: float | None
+    spikes: Tensor | int = 0
+    chances: int = 0
+    highest: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Any:
-        active = self._lengths > self._step
-        before = {id(owner): _kept(owner) for owner in self._layer.modules()}
-        out = self._call(x)
-        for owner in self._layer.modules():
-            for name, after in _kept(owner).items():
-                if after.dim() > 1 and after.shape[0] == len(active):
-                    setattr(owner, name, _chosen(active, after, before[id(owner)].get(name)))
-        self._step, self._returned = self._step + 1, _stay(active, out, self._returned, True)
-        return self._returned
+    def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        with torch.no_grad():
+            while isinstance(output, tuple | list):
+                output = output[0]
+            output, mem = _bare(output), getattr(layer, "mem", None)
+            self.spikes = _bare(self.spikes + output.count_nonzero())
+            self.chances += output.numel()
+            if isinstance(mem, Tensor) and mem.numel():
+                highest = _bare(mem).detach().max()
+                before = highest if self.highest is None else self.highest
+                self.highest = _bare(torch.maximum(highest, before))
 
-
-def _stay(active: Tensor, out: Any, before: Any, first: bool) -> Any:
-    """What a layer returns, with what it returned before for samples behind their last step."""
-    if isinstance(out, Tensor):
-        return _chosen(active, out, None if first else before)
-    if not isinstance(out, tuple | list):
-        return out
-    olds = before if isinstance(before, tuple) else (None,) * len(out)
-    pairs = zip(out, olds, strict=True)
-    return tuple(_stay(active, *pair, first and k == 0) for k, pair in enumerate(pairs))
+    @property
+    def rate(self) -> float:
+        """Spikes per neuron and step; NaN if the layer was not called."""
+        return float(self.spikes) / self.chances if self.chances else float("nan")
 
 
-def _chosen(active: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
-    """Samples of `new` where they are at a step of their own, else of `old`, or 0."""
-    if old is None or old.shape != new.shape:
-        old = torch.zeros_like(new)
-    return torch.where(active.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
+def _bare(tensor: Tensor) -> Tensor:
+    """The tensor within torch.func's wrappers; under vmap it holds all samples."""
+    while not torch.compiler.is_compiling() and functorch.maybe_get_level(tensor) >= 0:
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
-def _kept(owner: nn.Module) -> dict[str, Tensor]:
-    """The tensors in which a module may keep something from step to step."""
-    if isinstance(owner, SConv2dLSTM):
-        return {"syn": owner._state.syn, "mem": owner._state.mem}
-    temporary = owner._non_persistent_buffers_set
-    tensors = owner.__dict__ | {k: v for k, v in owner._buffers.items() if k in temporary}
-    return {k: v for k, v in tensors.items() if isinstance(v, Tensor)}
+class SpikeRates(dict[str, SpikeCount]):
+    """What :func:`snnlstm.spike_rates` counts, by name of the layer. Printed, it is a table."""
+
+    def __init__(self, model: nn.Module, show: bool) -> None:
+        super().__init__()
+        self._model, self._show = model, show
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> SpikeRates:
+        if self._handles:
+            raise RuntimeError(
+                "these spikes are being counted: call spike_rates again for a block in a block"
+            )
+        for name, layer in self._model.named_modules():
+            if isinstance(layer, SConv2dLSTM if Neuron is None else (SConv2dLSTM, Neuron)):
+                threshold = getattr(layer, "threshold", None)
+                lowest = float(threshold.detach().min()) if isinstance(threshold, Tensor) else None
+                self[name] = SpikeCount(type(layer).__name__, lowest)
+                self._handles.append(layer.register_forward_hook(self[name]))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        if self._show and kind is None:
+            print(self)
+
+    def __str__(self) -> str:
+        rows = [("layer", "", "rate", "spikes", "mem up to", "threshold", "")]
+        for name, count in self.items():
+            rate, note = f"{count.rate:.2%}", "" if count.spikes else "never spiked"
+            if not count.chances:
+                rate, note = "", "not called, or compiled before"
+            numbers = (count.highest, count.threshold)
+            highest, threshold = ("" if n is None else f"{float(n):.3g}" for n in numbers)
+            spikes = str(int(count.spikes))
+            rows.append((name or ".", count.layer, rate, spikes, highest, threshold, note))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        line = "  ".join(f"{{:{side}{n}}}" for side, n in zip("<<>>>><", widths, strict=True))
+        return "\n".join(line.format(*row).rstrip() for row in rows)
+
+    __repr__ = __str__
+
+
+def spike_rates(model: nn.Module, show: bool = True) -> SpikeRates:
+    """Count the spikes of every neuron layer of a network within a ``with`` block.
+
+    The layers are our cells, snnTorch's cells and its other neurons. Counting changes neither what
+    they compute nor the kernels that run. Code that torch.compile compiled before the block does
+    not count: compile within the block, or call the network that is not compiled. ::
+
+        with snnlstm.spike_rates(net):
+            net(x)
+
+    prints, at the end of the block::
+
+        layer                rate  spikes  mem up to  threshold
+        lstm1  SConv2dLSTM  5.31%    1203      0.192        0.1
+        lstm2  SConv2dLSTM  0.00%       0     0.0871          1  never spiked
+
+    Parameters
+    ----------
+    model : nn.Module
+    show : bool, default True
+        Print the table when the block ends.
+
+    Returns
+    -------
+    SpikeRates
+        A dictionary: ``rates["lstm1"].rate`` is the number of spikes per neuron and step.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not an nn.Module.
+    """
+    return SpikeRates(a_module("model", model), show)

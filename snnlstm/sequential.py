@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from .call import SIZES, checked_lengths, repeated, silenced
 from .layers import (
     CELL,
     PER_SAMPLE,
-    Frozen,
+    TAKES,
     LayerReport,
     changed,
     may_write,
     not_per_sample,
     report_of,
 )
-from .native import pool
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import SEQUENCE_NEURONS
 from .spec import flag
@@ -34,6 +32,8 @@ __all__ = ["LayerReport", "Sequential", "unroll"]
 logger = logging.getLogger("snnlstm")
 
 Named = tuple[str, nn.Module]  # a layer and its name
+
+# ---- how a layer goes through a sequence --------------------------------------------------------
 
 
 class Sequential(nn.Sequential):
@@ -229,11 +229,35 @@ def _over_time(
     traced = torch.compiler.is_compiling()
     if lengths is not None:
         lengths = checked_lengths(lengths, x.shape[0], x.shape[1], x.device, traced)
-    layers = list(_layers(modules, ""))
-    shared = _shared_state(modules)
-    # Steps are then taken one by one, in each of which the layers have the order of the loop.
-    reason = None if shared is None else f"layer {shared} is in several places and may keep a state"
-    out, reports = _run(layers, x, lengths, reason)
+    layers, shared = list(_layers(modules, "")), _shared_state(modules)
+    # In each step such layers have the order of the loop.
+    by_step = shared and f"layer {shared} is in several places and may keep a state"
+    time, out, before = x.shape[0], x, ""
+    folded: torch.Size | None = None  # (T, N) while `out` has all steps as one batch
+    reports: list[LayerReport] = []
+    while rest := layers[len(reports) :]:
+        name, layer = rest[0]
+        x = _first_item(before, out)
+        report = _report_of(name, layer, x, x.dim() - (folded is None), time, by_step)
+        if lengths is not None and not reports and report.kind != "sequence":
+            x = silenced(x, lengths)  # whatever the padding holds, no gradient may become NaN
+        if folded is not None and report.kind != "fold":
+            x, folded = x.unflatten(0, folded), None
+        if report.kind == "step":
+            out = _step_by_step(rest, x, lengths, by_step, reports)
+        elif report.kind == "sequence":
+            out = _sequence(name, layer, x, lengths, last=len(rest) == 1)
+            reports.append(report)
+        else:
+            if folded is None:
+                x, folded = x.flatten(0, 1), x.shape[:2]
+            out = layer(_unshared(x, layer))
+            reports.append(report)
+        before = reports[-1].name
+    if folded is not None:
+        out = out.unflatten(0, folded)
+    if lengths is not None and reports and reports[-1].reason in PER_SAMPLE:
+        out = silenced(out, lengths)
     if not traced:
         _log_slow(layers, reports)
     return (_exchanged(out) if batch_first else out), tuple(reports)
@@ -274,103 +298,66 @@ _logged: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 def _log_slow(layers: list[Named], reports: list[LayerReport]) -> None:
     """Log, once for each cell and reason, that a cell goes step by step."""
     for (name, layer), report in zip(layers, reports, strict=True):
-        if report.kind != "step" or not isinstance(layer, CELL):
-            continue
-        seen = _logged.setdefault(layer, set())
-        if report.reason not in seen:
-            seen.add(report.reason)
-            message = "Sequential runs layer %s (%s) step by step: %s"
-            logger.warning(message, name, report.layer, report.reason)
-
-
-def _run(
-    layers: list[Named], x: Tensor, lengths: Tensor | None, by_step: str | None
-) -> tuple[Any, list[LayerReport]]:
-    """Run the layers over (T, N, ...); returns what the last one returns, and all reports.
-
-    `by_step` is the reason to take all steps one by one, if there is one.
-    """
-    out: Any = x
-    reports: list[LayerReport] = []
-    while rest := layers[len(reports) :]:
-        name, layer = rest[0]
-        report = _report_of(name, layer, x[0], by_step)
-        if report.kind == "sequence":
-            reports.append(report)
-            out = _sequence(name, layer, x, lengths, last=len(rest) == 1)
-        else:
-            if lengths is not None and not reports:
-                x = silenced(x, lengths)  # whatever the padding holds, no gradient may become NaN
-            out = _run_alike(report, rest, x, lengths, by_step, reports)
-        if len(reports) < len(layers):
-            x = _first_item(layers[len(reports) - 1][0], out)
-    if lengths is not None and reports and reports[-1].reason in PER_SAMPLE:
-        out = silenced(out, lengths)
-    return out, reports
+        if report.kind == "step" and isinstance(layer, CELL):
+            seen = _logged.setdefault(layer, set())
+            if report.reason not in seen:
+                seen.add(report.reason)
+                message = "Sequential runs layer %s (%s) step by step: %s"
+                logger.warning(message, name, report.layer, report.reason)
 
 
 def _report_of(
-    name: str, layer: nn.Module, x: Tensor, by_step: str | None, steps: int = 1
+    name: str, layer: nn.Module, x: Tensor, dim: int, steps: int, by_step: str | None
 ) -> LayerReport:
-    """How a layer goes through a sequence, of which x (N, ...) is a step, or several as a batch."""
-    if by_step is not None:
-        if type(layer) in SEQUENCE_NEURONS:
-            kind = type(layer).__name__
-            raise ValueError(f"layer {name} ({kind}) needs whole sequences, but {by_step}")
-        return LayerReport(name, type(layer).__name__, "step", by_step)
-    if isinstance(layer, Sequential):  # a stack that carries hooks
-        return LayerReport(name, type(layer).__name__, "sequence", "it takes sequences")
-    cached = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return report_of(name, layer, x.dim(), x.nbytes // steps if cached else 0)
+    """How a layer goes through a sequence; x has `steps` of its steps, each of `dim` dimensions.
+
+    `by_step` is the reason to take all steps one by one, if there is one.
+    """
+    if by_step is None and isinstance(layer, Sequential):  # a stack that carries hooks
+        return LayerReport(name, type(layer).__name__, "sequence", TAKES)
+    if by_step is None:
+        counts = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        return report_of(name, layer, dim, x.nbytes // steps if counts else 0)
+    if type(layer) in SEQUENCE_NEURONS:
+        kind = type(layer).__name__
+        raise ValueError(f"layer {name} ({kind}) needs whole sequences, but {by_step}")
+    return LayerReport(name, type(layer).__name__, "step", by_step)
 
 
-def _run_alike(
-    report: LayerReport,
+def _step_by_step(
     layers: list[Named],
     x: Tensor,
     lengths: Tensor | None,
     by_step: str | None,
     reports: list[LayerReport],
 ) -> Any:
-    """Run the first layer, and those after it of its kind, over (T, N, ...).
+    """Run the first layers, as many as go step by step, over (T, N, ...).
 
-    All of them run over all steps as one batch, or for one step, then for the next.
+    All of them run for one step, then for the next.
     """
-    kind, fold = report.kind, report.kind == "fold"
-    outs: list[Any] = [x.flatten(0, 1)] if fold else list(_steps_of(x))
+    outs: list[Any] = list(x.unbind(0))  # the gradient of each x[t] would be as large as x
     calls: list[tuple[str, nn.Module, Callable[[Tensor], Any]]] = []
     before = ""
     for name, layer in layers:
         first = _first_item(before, outs[0])
-        if calls:
-            report = _report_of(name, layer, first, by_step, len(x) if fold else 1)
-        if report.kind != kind:
+        report = _report_of(name, layer, first, first.dim(), 1, by_step)
+        if report.kind != "step":
             break
         reports.append(report)
-        function: Callable[[Tensor], Any] = layer
+        call: Callable[[Tensor], Any] = layer
         if isinstance(layer, Sequential):
-            function = partial(_one_step, layer)
+            call = partial(_one_step, layer)
         if lengths is not None and report.reason not in PER_SAMPLE:
-            function = Frozen(layer, function, lengths)
-        calls.append((before, layer, function))
-        outs[0], before = function(_own(first, layer)), name
+            call = _Frozen(layer, call, lengths)
+        calls.append((before, layer, call))
+        outs[0], before = call(_unshared(first, layer)), name
     for t in range(1, len(outs)):
         for previous, layer, call in calls:
-            outs[t] = call(_own(_first_item(previous, outs[t]), layer))
-    return outs[0].unflatten(0, x.shape[:2]) if fold else _joined(before, outs)
+            outs[t] = call(_unshared(_first_item(previous, outs[t]), layer))
+    return _joined(before, outs)
 
 
-def _one_step(layer: Sequential, x: Tensor) -> Any:
-    """Call a stack that carries hooks, and so takes sequences, with one step (N, ...)."""
-
-    def step_of(out: Any) -> Any:
-        return out[0] if isinstance(out, Tensor) else tuple(map(step_of, out))
-
-    out = layer(x.unsqueeze(int(layer.batch_first)))
-    return step_of(_exchanged(out) if layer.batch_first else out)
-
-
-def _own(x: Tensor, layer: nn.Module) -> Tensor:
+def _unshared(x: Tensor, layer: nn.Module) -> Tensor:
     """A copy of a view of a tensor, if the layer may write to it; else x.
 
     Autograd refuses to let a layer change one of several views in place; without it no copy is
@@ -378,33 +365,6 @@ def _own(x: Tensor, layer: nn.Module) -> Tensor:
     """
     view = torch.is_grad_enabled() and (torch.compiler.is_compiling() or x._is_view())
     return x.clone() if view and may_write(layer) else x
-
-
-def _first_item(name: str, out: Any) -> Tensor:
-    """What the next layer gets of what layer `name` returned: of a tuple, the first item."""
-    while isinstance(out, tuple | list) and out:
-        out = out[0]
-    return out if isinstance(out, Tensor) else _joined(name, [out])
-
-
-def _joined(name: str, outs: list[Any] | tuple[Any, ...]) -> Any:
-    """What layer `name` returned at all steps as one: tensors stacked, tuples item by item."""
-    first = outs[0]
-    if all(isinstance(out, Tensor) for out in outs):
-        for out in outs:
-            if out.shape != first.shape:
-                raise ValueError(
-                    f"layer {name} must return tensors of one shape at every step, "
-                    f"got {tuple(first.shape)} and {tuple(out.shape)}"
-                )
-        return torch.stack(outs)
-    if all(isinstance(out, tuple | list) and len(out) == len(first) > 0 for out in outs):
-        return tuple(_joined(name, items) for items in zip(*outs, strict=True))
-    odd = next(out for out in outs if not isinstance(out, Tensor))
-    raise TypeError(
-        f"layer {name} must return tensors, or tuples of as many tensors, at every step, "
-        f"got {type(odd).__name__}"
-    )
 
 
 def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bool) -> Any:
@@ -438,49 +398,102 @@ def _check_step(name: str, layer: Any, x: Tensor, rest: str, dim: int) -> None:
         )
 
 
+def _one_step(layer: Sequential, x: Tensor) -> Any:
+    """Call a stack that carries hooks, and so takes sequences, with one step (N, ...)."""
+    out = layer(x.unsqueeze(int(layer.batch_first)))
+    return _mapped(lambda item: item[0], _exchanged(out) if layer.batch_first else out)
+
+
+# ---- what layers return -----------------------------------------------------------------------
+
+
+def _first_item(name: str, out: Any) -> Tensor:
+    """What the next layer gets of what layer `name` returned: of a tuple, the first item."""
+    while isinstance(out, tuple | list) and out:
+        out = out[0]
+    return out if isinstance(out, Tensor) else _joined(name, [out])
+
+
+def _joined(name: str, outs: list[Any] | tuple[Any, ...]) -> Any:
+    """What layer `name` returned at all steps as one: tensors stacked, tuples item by item."""
+    first = outs[0]
+    if all(isinstance(out, Tensor) for out in outs):
+        for out in outs:
+            if out.shape != first.shape:
+                raise ValueError(
+                    f"layer {name} must return tensors of one shape at every step, "
+                    f"got {tuple(first.shape)} and {tuple(out.shape)}"
+                )
+        return torch.stack(outs)
+    if all(isinstance(out, tuple | list) and len(out) == len(first) > 0 for out in outs):
+        return tuple(_joined(name, items) for items in zip(*outs, strict=True))
+    odd = next(out for out in outs if not isinstance(out, Tensor))
+    raise TypeError(
+        f"layer {name} must return tensors, or tuples of as many tensors, at every step, "
+        f"got {type(odd).__name__}"
+    )
+
+
+def _mapped(function: Callable[[Tensor], Tensor], out: Any) -> Any:
+    """Apply a function to a tensor, or to each tensor in tuples."""
+    if isinstance(out, Tensor):
+        return function(out)
+    return tuple(_mapped(function, item) for item in out)
+
+
 def _exchanged(out: Any) -> Any:
     """Every tensor with its first two dimensions exchanged; (T,), a number a step, has no batch."""
-    if isinstance(out, Tensor):
-        return out.transpose(0, 1) if out.dim() > 1 else out
-    return tuple(map(_exchanged, out))
+    return _mapped(lambda item: item.transpose(0, 1) if item.dim() > 1 else item, out)
 
 
-# ---- gradients of large sequences -------------------------------------------------------------
-
-MAPPED = 32 << 20
-"""Bytes from which on the system maps and clears each of torch's tensors on the CPU anew."""
+# ---- samples behind their last step -------------------------------------------------------------
 
 
-class _Unbind(torch.autograd.Function):
-    """x.unbind(0), whose gradient lies in memory that is used again (benchmarks/NOTES.md)."""
+class _Frozen:
+    """Calls a layer step by step, and leaves samples behind their last step as they are.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
-        return x.unbind(0)
+    `call` is what calls the layer. The layer computes them, too, but its first result is 0 there.
+    What it keeps of a sample, in tensors (N, ...) that are its attributes or buffers of no
+    state_dict, and what it returns besides, stays what it was.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not _plain(grads[0]):
-            return torch.stack(grads)
-        out = pool.empty((len(grads), *grads[0].shape), grads[0].dtype)
-        return torch.stack(grads, out=out)
+    def __init__(self, layer: nn.Module, call: Callable[[Tensor], Any], lengths: Tensor) -> None:
+        self._layer, self._call, self._lengths, self._step = layer, call, lengths, 0
+        self._returned: Any = None
+
+    def __call__(self, x: Tensor) -> Any:
+        active = self._lengths > self._step
+        before = {id(owner): _kept(owner) for owner in self._layer.modules()}
+        out = self._call(x)
+        for owner in self._layer.modules():
+            for name, after in _kept(owner).items():
+                if after.dim() > 1 and after.shape[0] == len(active):
+                    old = before[id(owner)].get(name)
+                    setattr(owner, name, _stay(active, after, old, first=False))
+        self._step, self._returned = self._step + 1, _stay(active, out, self._returned, True)
+        return self._returned
 
 
-def _steps_of(x: Tensor) -> Sequence[Tensor]:
-    """The steps of (T, N, ...). The gradient of each x[t] would be as large as x."""
-    graph = torch.is_grad_enabled() and x.requires_grad
-    return _Unbind.apply(x) if graph and _plain(x) and x.nbytes > MAPPED else x.unbind(0)
+def _stay(active: Tensor, new: Any, old: Any, first: bool) -> Any:
+    """What is new of samples at a step of their own, else what is old, or 0.
+
+    Of tuples this is so item by item, but that of the first item nothing old remains.
+    """
+    if isinstance(new, tuple | list):
+        olds = old if isinstance(old, tuple) else (None,) * len(new)
+        pairs = enumerate(zip(new, olds, strict=True))
+        return tuple(_stay(active, *pair, first and k == 0) for k, pair in pairs)
+    if not isinstance(new, Tensor):
+        return new
+    if first or old is None or old.shape != new.shape:
+        old = torch.zeros_like(new)
+    return torch.where(active.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
 
 
-def _plain(x: Tensor) -> bool:
-    """Whether eager torch computes x on the CPU, and no transform or tracer sees what happens."""
-    return (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._functorch.is_legacy_batchedtensor(x)
-    )
+def _kept(owner: nn.Module) -> dict[str, Tensor]:
+    """The tensors in which a module may keep something from step to step."""
+    if isinstance(owner, SConv2dLSTM):
+        return {"syn": owner._state.syn, "mem": owner._state.mem}
+    temporary = owner._non_persistent_buffers_set
+    tensors = owner.__dict__ | {k: v for k, v in owner._buffers.items() if k in temporary}
+    return {k: v for k, v in tensors.items() if isinstance(v, Tensor)}

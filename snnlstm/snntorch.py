@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,15 +48,15 @@ def recognise_surrogate(
     if kind is None:
         return spike_grad
     try:
+        value: Callable[[str], Any] = partial(getattr, spike_grad)
         if isinstance(spike_grad, types.FunctionType):
-            held = _captured(spike_grad)
-            parameters = {name: held[name] for name in kind.parameters}
-        else:
-            parameters = {name: getattr(spike_grad, name) for name in kind.parameters}
-        made = surrogate.make(kind.name, **parameters)
+            value = _captured(spike_grad).__getitem__
+        made = surrogate.make(kind.name, **{name: value(name) for name in kind.parameters})
     except (AttributeError, KeyError, TypeError, ValueError):  # one is missing, or no finite number
         return spike_grad
-    return made if _agree(spike_grad, made) else spike_grad
+    points = torch.linspace(-2.9, 3.1, 21, dtype=torch.float64, device="cpu")
+    points[7] = 0
+    return made if _agree(spike_grad, made, points) else spike_grad
 
 
 def recognise_traced(
@@ -72,12 +73,9 @@ def recognise_traced(
     for code, kind in _CODES:
         if spike_grad.__code__ is code and _is_released(kind.name):
             try:
-                cells = spike_grad.__closure__ or ()
+                held = _captured(spike_grad)
             except AttributeError:
                 return spike_grad
-            held = {
-                name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)
-            }
             if not all(map(surrogate.is_number, held.values())):
                 raise TypeError(
                     f"under torch.compile snntorch.surrogate.{kind.name} must hold numbers alone: "
@@ -120,30 +118,28 @@ def _kind(function: object) -> surrogate.Kind | None:
     return _KINDS.get(_plain(named.__qualname__.partition(".")[0]))
 
 
-def _agree(theirs: Callable[[Tensor], Tensor], ours: surrogate.Surrogate) -> bool:
-    """Whether two surrogates give the same spikes and gradients at some points.
+def _agree(theirs: Callable[[Tensor], Tensor], ours: Any, points: Tensor) -> bool:
+    """Whether two functions give the same values and gradients at some points, (n,).
 
-    Two defects of snnTorch's do not count: its sigmoid is NaN for very negative inputs, and its LSO
-    cannot be called (1.0.0), or has no gradient (its pull request 418).
+    Two defects of snnTorch's surrogates do not count: its sigmoid is NaN for very negative inputs,
+    and its LSO cannot be called (1.0.0), or has no gradient (its pull request 418).
     """
+    found = []
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        points = torch.linspace(-2.9, 3.1, 21, dtype=torch.float64, device="cpu")
-        points[7] = 0
-        weights = torch.linspace(0.5, 1.5, 21, dtype=torch.float64, device="cpu")
-        found = []
-        for spike in (theirs, ours):
+        weights = torch.linspace(0.5, 1.5, len(points), dtype=torch.float64, device="cpu")
+        for function in (theirs, ours):
             torch.default_generator.manual_seed(0)  # SSO is random
             x = points.clone().requires_grad_()
             try:
-                spk = spike(x)
-                (gradient,) = torch.autograd.grad(spk, x, weights.to(spk.dtype))
-                found.append((spk.double(), gradient))
+                out = function(x)
+                (gradient,) = torch.autograd.grad(out, x, weights.to(out.dtype))
+                found.append((out.double(), gradient))
             except Exception as error:  # whatever a foreign callable raises
-                return ours.name == "LSO" and type(error) in (TypeError, RuntimeError)
-        (spk, gradient), (expected_spk, expected) = found
-        gradient = torch.where(gradient.isnan(), expected, gradient)
-        close = torch.allclose(gradient, expected, rtol=1e-4, atol=1e-9)
-        return torch.equal(spk, expected_spk) and close
+                broken = getattr(ours, "name", "") == "LSO"
+                return broken and type(error) in (TypeError, RuntimeError)
+    (out, gradient), (expected, exact) = found
+    gradient = torch.where(gradient.isnan(), exact, gradient)
+    return torch.equal(out, expected) and torch.allclose(gradient, exact, rtol=1e-4, atol=1e-9)
 
 
 def recognise_quant(
@@ -169,23 +165,10 @@ def recognise_quant(
         made = StateQuant(*tensors)
     except (KeyError, TypeError, ValueError):
         return state_quant
-    return made if _agree_on_levels(state_quant, made) else state_quant
-
-
-def _agree_on_levels(theirs: Callable[[Tensor], Tensor], ours: StateQuant) -> bool:
-    """Whether two quantisers give the same values and gradients around some of the levels."""
-    with torch.inference_mode(False), torch.enable_grad():
-        some = ours.levels[:: max(1, ours.levels.numel() // 64)].float()
-        ends = torch.stack([ours.levels.min() - 1, ours.levels.max() + 1]).float()
-        middles = (some[1:] + some[:-1]) / 2
-        x = torch.cat([some, middles, middles * 0.999 + 1e-4, ends]).requires_grad_()
-        weights = torch.linspace(0.5, 1.5, len(x), device="cpu")
-        try:
-            out = theirs(x)
-            (gradient,) = torch.autograd.grad(out, x, weights.to(out.dtype))
-        except Exception:  # whatever a foreign callable raises
-            return False
-        return torch.equal(out.float(), ours(x).float()) and torch.equal(gradient, weights)
+    some = made.levels[:: max(1, made.levels.numel() // 64)].float()
+    middles, ends = (some[1:] + some[:-1]) / 2, torch.stack([some.min() - 1, some.max() + 1])
+    points = torch.cat([some, middles, middles * 0.999 + 1e-4, ends])
+    return made if _agree(state_quant, made, points) else state_quant
 
 
 # ---- base class and registry --------------------------------------------------------------
@@ -205,18 +188,15 @@ library: Any = _import_snntorch()
 """snnTorch itself, or None."""
 
 
-def _codes(factory: Any) -> list[types.CodeType]:
-    """The code of the closures that a function of snnTorch makes."""
-    constants = factory.__code__.co_consts if isinstance(factory, types.FunctionType) else ()
-    return [constant for constant in constants if isinstance(constant, types.CodeType)]
-
-
 _theirs: Any = getattr(library, "surrogate", None)
 _CODES = tuple(
     (code, kind)
     for kind in surrogate.KINDS[1:]
-    for code in _codes(getattr(_theirs, kind.name, None))
+    if isinstance(factory := getattr(_theirs, kind.name, None), types.FunctionType)
+    for code in factory.__code__.co_consts
+    if isinstance(code, types.CodeType)
 )
+"""The code of each closure that a function of snnTorch makes, and its kind."""
 
 
 def _is_released(name: str) -> bool:

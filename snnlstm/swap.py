@@ -220,32 +220,32 @@ def _swap(
     a_module("model", model)
     _require_snntorch(action)
     # All new cells are made before the model is changed, so that an error leaves it whole.
-    counterparts: dict[int, tuple[nn.Module, Any]] = {}
-    for name, module in model.named_modules():
-        try:
-            result = counterpart(module)
-        except (TypeError, ValueError) as error:
-            result = str(error)
-        counterparts[id(module)] = module, result
-        if isinstance(result, str) and isinstance(module, tuple(OURS)) and result not in _ALREADY:
-            logger.warning("%s leaves %s: %s", action, name or "the model itself", result)
-    results = {
-        name: counterparts[id(module)][1]
-        for name, module in model.named_modules(remove_duplicate=False)
-    }
+    results: dict[str, Any] = {}
+    pairs: dict[nn.Module, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module not in pairs:
+            try:
+                result = counterpart(module)
+            except (TypeError, ValueError) as error:
+                result = str(error)
+            pairs[module] = result
+            theirs = isinstance(module, tuple(OURS))
+            if isinstance(result, str) and theirs and result not in _ALREADY:
+                logger.warning("%s leaves %s: %s", action, name or "the model itself", result)
+        results[name] = pairs[module]
     report = SwapReport(
         action,
         model,
         tuple(name for name, result in results.items() if isinstance(result, nn.Module)),
         {name: result for name, result in results.items() if isinstance(result, str)},
     )
-    pairs = [pair for pair in counterparts.values() if isinstance(pair[1], nn.Module)]
-    take_out([cell for pair in pairs for cell in pair])
-    for cell, made in pairs:
+    swapped = [pair for pair in pairs.items() if isinstance(pair[1], nn.Module)]
+    take_out([cell for pair in swapped for cell in pair])
+    for cell, made in swapped:
         object.__setattr__(cell, "__class__", type(made))
         object.__setattr__(cell, "__dict__", made.__dict__)
         register(cell)
-    if not pairs and not any(isinstance(module, tuple(OURS)) for module in model.modules()):
+    if not swapped and not any(isinstance(module, tuple(OURS)) for module in pairs):
         logger.warning("%s found no SConv2dLSTM in the model", action)
     logger.info("%s", report.headline)
     return report
@@ -371,13 +371,14 @@ def _give_back(old: SConv2dLSTM) -> nn.Module:
         if _RECOGNISE[name](original) == callables[name]:
             callables[name] = original
     kind = next(theirs for theirs, ours in OURS.items() if ours is type(old))
-    cell = kind.__new__(kind)
-    # This cell is tiny and draws no random numbers; its tensors are replaced below.
+    # This cell is tiny and draws no random numbers; its tensors are replaced below. patch() lets
+    # the constructor of subclasses be.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        (_original_init if kind is Base and _original_init else kind.__init__)(
-            cell, 1, 1, 1, surrogate_disable=old.surrogate_disable,
-            reset_mechanism=old.reset_mechanism, **callables,
+        cell = type(kind.__name__, (kind,), {})(
+            1, 1, 1, surrogate_disable=old.surrogate_disable, reset_mechanism=old.reset_mechanism,
+            **callables,
         )  # fmt: skip
+    object.__setattr__(cell, "__class__", kind)
     for name in (*_SAME, "padding"):
         setattr(cell, name, getattr(old, name))
     ours = set(vars(type(old)(1, 1, 1, threshold=0.1, device="meta")))
@@ -410,9 +411,8 @@ def _share(old: nn.Module, new: nn.Module, private: set[str]) -> None:
 # ---- wherever one is made -----------------------------------------------------------------
 
 
-_original_init: Callable[..., None] | None = None
 _OLD_NAME = "SConvLSTM"  # of snnTorch's cell, in versions before its SConv2dLSTM
-_added = ExitStack()  # what takes away again what a patch has added to snnTorch
+_patch: ExitStack | None = None  # what undoes the patch that is in force
 
 
 def patch() -> AbstractContextManager[object]:
@@ -436,25 +436,26 @@ def patch() -> AbstractContextManager[object]:
     ImportError
         If snntorch is not installed.
     """
-    global _original_init
+    global _patch
     _require_snntorch("patch")
-    undo = ExitStack()
-    if _original_init is None:
-        _original_init = original = Base.__init__
+    undo, original = ExitStack(), Base.__init__
+    if _patch is not None:
+        return undo
 
-        @wraps(original)
-        def init(self: Any, *args: Any, **kwargs: Any) -> None:
-            if type(self) is Base:
-                self.__class__ = SConv2dLSTM
-                SConv2dLSTM.__init__(self, *args, **kwargs)
-            else:
-                original(self, *args, **kwargs)
+    @wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if type(self) is Base:
+            self.__class__ = SConv2dLSTM
+            SConv2dLSTM.__init__(self, *args, **kwargs)
+        else:
+            original(self, *args, **kwargs)
 
-        Base.__init__ = init
-        if not hasattr(library, _OLD_NAME):
-            setattr(library, _OLD_NAME, Base)
-            _added.callback(delattr, library, _OLD_NAME)
-        undo.callback(unpatch)
+    Base.__init__, _patch = init, ExitStack()
+    _patch.callback(setattr, Base, "__init__", original)
+    if not hasattr(library, _OLD_NAME):
+        setattr(library, _OLD_NAME, Base)
+        _patch.callback(delattr, library, _OLD_NAME)
+    undo.callback(unpatch)
     return undo
 
 
@@ -463,7 +464,7 @@ def unpatch() -> None:
 
     Cells that were made meanwhile stay ours: see :func:`snnlstm.restore`.
     """
-    global _original_init
-    if _original_init is not None:
-        Base.__init__, _original_init = _original_init, None
-        _added.close()
+    global _patch
+    if _patch is not None:
+        _patch.close()
+    _patch = None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import snnlstm
-from snnlstm.rates import SpikeCount
+from snnlstm.layers import SpikeCount
 from tests.shared.helpers import close, ours, quietly, steps, theirs
 
 X = steps(4, 2, 2, 6, 6)
@@ -69,7 +69,7 @@ def test_the_table_is_printed_as_documented_and_names_what_never_spiked(capsys):
     assert printed == f"{rates}\n"
     ends = [line.rpartition("  ")[2] for line in printed.splitlines()[2:]]
     assert ends == ["never spiked", "not called, or compiled before"]
-    table = snnlstm.rates.SpikeRates(nn.Identity(), show=False)
+    table = snnlstm.layers.SpikeRates(nn.Identity(), show=False)
     table["lstm1"] = SpikeCount("SConv2dLSTM", 0.1, torch.tensor(1203), 22656, torch.tensor(0.192))
     table["lstm2"] = SpikeCount("SConv2dLSTM", 1.0, torch.tensor(0), 11328, torch.tensor(0.0871))
     assert math.isnan(rates["c"].rate)

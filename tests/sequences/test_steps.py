@@ -14,10 +14,9 @@ X = steps(T, N, 2, 6, 6)
 
 @pytest.fixture(params=[False, True], ids=["small", "large"])
 def large(request, monkeypatch):
-    """Sequences are small, or so large that their gradient lies in memory that is used again."""
+    """Steps are small, or so large that they run one by one."""
     if request.param:
         monkeypatch.setattr(snnlstm.layers, "LARGEST", 0)
-        monkeypatch.setattr(snnlstm.sequential, "MAPPED", 0)
     return request.param
 
 
