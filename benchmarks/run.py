@@ -292,7 +292,10 @@ example: python -m benchmarks --shapes cpu --threads 1 all --providers snnlstm s
 
 def threads(text: str) -> int:
     """Reads a number of threads; "all" is torch's default."""
-    return torch.get_num_threads() if text == "all" else int(text)
+    count = torch.get_num_threads() if text == "all" else int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f'must be a positive number or "all", got {text!r}')
+    return count
 
 
 # fmt: off

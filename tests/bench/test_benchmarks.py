@@ -158,6 +158,7 @@ def test_peak_memory_is_the_memory_that_is_used(tmp_path):
         (["--shape", "8 8 4 8 9 9 4"], "--shape"),
         (["--providers", "snnlstm:fft"], "--providers"),
         (["--dtype", "tf32"], "--dtype"),
+        (["--threads", "0"], "--threads"),
         (["--compare", "nowhere", "else"], "nowhere"),
     ],
 )
