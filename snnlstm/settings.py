@@ -10,10 +10,8 @@ __all__ = ["ALGORITHMS", "algorithm", "get_algorithm", "set_algorithm"]
 ALGORITHMS = (
     "auto", "direct", "winograd", "fused", "hybrid", "cudnn", "measure",
 )  # fmt: skip
-_GONE = {
-    "resident": "fused",
-    "pointwise": "cudnn",
-}  # what to use in the place of names of older versions
+# What takes the place of names of older versions.
+_GONE = {"resident": "fused", "pointwise": "cudnn"}
 current = "auto"
 """The name last given to :func:`set_algorithm`."""
 

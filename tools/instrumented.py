@@ -34,7 +34,7 @@ TESTS = {
                  # These files test the emulator itself, or build much more than other tests do.
                  *(f"--ignore=tests/simt/test_{of}.py" for of in (
                      "asan", "compiles", "core_counters", "core_mutations", "counters", "detectors",
-                     "disassembly", "fragments", "mutations"))],
+                     "disassembly", "fragments"))],
 }  # fmt: skip
 
 

@@ -19,8 +19,10 @@ set(tag "$ENV{SNNLSTM_LOCAL_VERSION}") # such as cu13, the CUDA that a wheel is 
 # ---- the compiler: the first that serves ---------------------------------------------------------
 set(CUDA_WHY "no CUDA compiler found")
 set(candidates "")
-foreach(site IN LISTS CMAKE_PREFIX_PATH Python_SITELIB)
-  file(GLOB packages "${site}/nvidia/cu*/bin/nvcc") # of the pip package nvidia-cuda-nvcc
+execute_process(COMMAND "${Python_EXECUTABLE}" -c "import nvidia; print(*nvidia.__path__, sep=';')"
+                OUTPUT_VARIABLE sites ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)
+foreach(site IN LISTS sites)
+  file(GLOB packages "${site}/cu*/bin/nvcc") # of the pip package nvidia-cuda-nvcc
   list(APPEND candidates ${packages})
 endforeach()
 if(wish STREQUAL "off" OR tag STREQUAL "cpu")

@@ -94,9 +94,9 @@ __global__ void __launch_bounds__(kFireThreads, 2) fire_winner(const __grid_cons
   for (int lanes = 16; lanes > 0; lanes /= 2)
     highest = higher(highest, __shfl_xor_sync(full_warp, highest, lanes));
   if (threadIdx.x % 32 == 0) shared.mem[warp] = highest;
-  if (!fault(Fault::missing_barrier_read, 5)) __syncthreads();
+  if (!fault(Fault::no_highest_barrier)) __syncthreads();
   for (int k = 0; k < warps; ++k) highest = higher(highest, shared.mem[k]);
-  if (!fault(Fault::missing_barrier_overwrite, 5)) __syncthreads();
+  if (!fault(Fault::no_highest_reuse_barrier)) __syncthreads();
 
   const R unit = last_place(f.spk.type, highest);
   Winner<R> best;
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kFireThreads, 2) fire_winner(const __grid_cons
     best.take({__shfl_xor_sync(full_warp, best.mem, lanes),
                __shfl_xor_sync(full_warp, best.index, lanes)});
   if (threadIdx.x % 32 == 0) shared.mem[warp] = best.mem, shared.index[warp] = best.index;
-  if (!fault(Fault::missing_barrier_read, 8)) __syncthreads();
+  if (!fault(Fault::no_winner_barrier)) __syncthreads();
   if (threadIdx.x > 0) return;
   for (int k = 1; k < warps; ++k) best.take({shared.mem[k], shared.index[k]});
   if (p.winner != nullptr) p.winner[n] = best.index;

@@ -97,7 +97,7 @@ class Gemm {
     locate(s, 1);
     for (int chunk = -1; chunk < chunks; ++chunk) {
       const int buffer = chunk & 1;
-      if (!fault(Fault::missing_barrier_read)) __syncthreads();
+      if (!fault(Fault::no_fma_chunk_barrier)) __syncthreads();
       const bool more = chunk + 1 < chunks;
       if (more) {
         fetch_weights(weight + int64_t(chunk + 1) * T::kDepth * T::kColumns);
@@ -107,7 +107,7 @@ class Gemm {
         multiply<T>(shared_.a[buffer], shared_.b[buffer], acc);
         locate(s, buffer);
       }
-      if (more) put(fault(Fault::missing_barrier_overwrite) ? buffer : buffer ^ 1);
+      if (more) put(fault(Fault::wrong_fma_buffer) ? buffer : buffer ^ 1);
     }
   }
 
@@ -126,7 +126,7 @@ class Gemm {
   SNNLSTM_DEVICE void locate(const Segment& s, int buffer) {
     if (tid_ >= T::kDepth) return;
     while (channel_ >= s.channels && tap_ < s.taps()) channel_ -= s.channels, ++tap_;
-    const int shift = fault(Fault::wrong_halo) ? 1 : 0;
+    const int shift = fault(Fault::wrong_fma_halo) ? 1 : 0;
     const int y = tap_ / s.taps_w * s.dilation_h - s.pad_h;
     const int x = tap_ % s.taps_w * s.dilation_w - s.pad_w + shift;
     const int4 nowhere = make_int4(kNowhere, kNowhere, 0, 0);

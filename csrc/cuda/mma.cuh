@@ -190,7 +190,7 @@ class MmaGemm {
     y = unsigned(m < pixels ? m : m & 1);
     x = int(tiling_.by_w.split(y));
     return int(y) * seg.step_h * seg.pitch + x * seg.step_w + seg.lead +
-           (fault(Fault::wrong_halo, 2) ? 1 : 0);
+           (fault(Fault::wrong_mma_halo) ? 1 : 0);
   }
 
   // Returns the place of what the lane reads of a pixel of the neighbourhood.

@@ -209,7 +209,7 @@ class BackwardTile {
     for (int phase = gathers() ? 0 : 1; phase < 2; ++phase) {
       patches(phase == 0);
       if (phase == 0) {
-        if (!fault(Fault::missing_barrier_read, 31)) __syncthreads();
+        if (!fault(Fault::no_gather_barrier)) __syncthreads();
         spread(tile);
         __syncthreads();
       }

@@ -218,7 +218,7 @@ class ForwardTile {
     const PixelPair at = pixel_pair(tiling_, block_, m, p_.Ho, p_.Wo);
     R syn[2][CH], mem[2][CH] = {};
     load_patch(p_.syn_in, at, c0, syn);
-    const bool resets = p_.reset != Reset::none && !fault(Fault::missing_reset);
+    const bool resets = p_.reset != Reset::none && !fault(Fault::no_reset);
     if (resets) load_patch(p_.mem_in, at, c0, mem);
     R threshold[CH];
     unrolled<CH>([&](int ch) {

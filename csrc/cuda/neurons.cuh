@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(neurons::kThreads, neurons::kBlocks<R>)
   const PixelPair at = pixel_pair(p.tiling, block, neurons::pixel(), p.neuron.Ho, p.neuron.Wo);
   R sum[4][2][4];
   unrolled<4>([&](int gate) { load_patch(p.sums[gate], at, c0 + neurons::channel(), sum[gate]); });
-  if (!fault(Fault::missing_barrier_read, 4)) __syncthreads();
+  if (!fault(Fault::no_vectors_barrier)) __syncthreads();
   tile.patch(neurons::pixel(), neurons::channel(), sum, mem_tile);
   __syncthreads();
   tile.finish(mem_tile);

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import measures_memory
+
+from tests.shared.helpers import measures_memory
 
 pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,14 +36,16 @@ def plan(tmp_path):
     """Returns nvcc or "", the compute capabilities, and the reason."""
     script = tmp_path / "plan.cmake"
     script.write_text(
-        f"set(Python_SITELIB {tmp_path}/site)\n"
+        f"set(Python_EXECUTABLE {sys.executable})\n"
         + PLAN.read_text().replace("/usr/local/cuda/", f"{tmp_path}/default/")
         + 'message("${NVCC}|${NVCC_ARCHS}|${CUDA_WHY}")\n'
     )
     known = {k: v for k, v in os.environ.items() if "SNNLSTM" not in k and "CUDA" not in k}
 
     def plan(**environment: str) -> tuple[str, str, str]:
-        environment = known | {"PATH": str(tmp_path / "path")} | environment
+        environment = (
+            known | {"PATH": f"{tmp_path}/path", "PYTHONPATH": f"{tmp_path}/site"} | environment
+        )
         done = subprocess.run(
             [CMAKE, "-P", script], env=environment, capture_output=True, text=True
         )

@@ -9,13 +9,13 @@ import re
 
 import pytest
 import torch
-from backend import SOURCES, float32_precision
-from cases import Case, cases, drawing, wanting_gradients
 from hypothesis import given
-from modes import ALL, CASES, FORWARD, MODES, PLAIN, Mode, crossed
-from oracle import check_steps
 
 from benchmarks import gpu_smoke
+from tests.shared.cases import Case, cases, drawing, wanting_gradients
+from tests.shared.oracle import check_steps
+from tests.simt.backend import SOURCES, float32_precision
+from tests.simt.modes import ALL, CASES, FORWARD, MODES, PLAIN, Mode, crossed
 
 
 def check(core, case: Case, mode: Mode) -> None:
