@@ -33,15 +33,7 @@ from tqdm import tqdm
 from benchmarks import cases, devices, machine, networks, peak_memory, providers, report
 from benchmarks.cases import Case
 from benchmarks.networks import Network
-from benchmarks.providers import (
-    FORMS,
-    TOLERANCE,
-    Form,
-    Provider,
-    Runner,
-    Setting,
-    find_form,
-)
+from benchmarks.providers import FORMS, TOLERANCE, Form, Provider, Runner, Setting, find_form
 
 MOST_LOAD, MOST_DRIFT = 0.3, 0.1
 CLOCKS = {"processor": time.process_time, "wall": benchmark.timer}
@@ -226,9 +218,10 @@ class Suite:
         runners = {}
         for provider, one in built.items():
             try:
-                runners[provider] = one.prepare(mode)
-                runners[provider][0]()
-                runners[provider][1]()
+                setup, run = one.prepare(mode)
+                setup()
+                run()
+                runners[provider] = setup, run
             except (MemoryError, RuntimeError) as error:
                 self.skip(provider, name, error)
 
