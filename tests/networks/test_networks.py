@@ -145,8 +145,7 @@ def test_ten_training_steps_stay_together(network, float64):
 
 
 def saved_and_loaded(net: nn.Module) -> Any:
-    file = io.BytesIO()
-    torch.save(net, file)
+    torch.save(net, file := io.BytesIO())
     file.seek(0)
     return torch.load(file, weights_only=False)
 

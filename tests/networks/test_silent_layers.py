@@ -24,23 +24,17 @@ STACKS = {  # arguments of the cells, and the shape of an input
     "three": ([(2, 8, 3, 2)] + 2 * [(8, 8, 3, 2)], (2, 2, 32, 32)),
     "large windows": ([(1, 16, 3, 4), (16, 8, 3, 4)], (4, 1, 48, 48)),
 }
-# The name of the stack, the threshold, the density of the input and its seed. With few seeds two
-# states of a window lie as near as rounding errors, so that chance decides between them.
+# The stack, the threshold, the density of the input and its seed. With few seeds two states of a
+# window lie as near as rounding errors, so that chance decides between them.
 NETWORKS = {
-    "28x28, silent": ("28x28", 0.99, 0.1, 0),
-    "28x28, half": ("28x28", 0.05, 0.05, 0),
-    "28x28, more than half": ("28x28", 0.05, 0.3, 0),
-    "5x5, silent": ("5x5", 0.99, 0.1, 0),
-    "5x5, half": ("5x5", 0.05, 0.05, 0),
-    "5x5, more than half": ("5x5", 0.05, 0.3, 0),
-    "electrodes, silent": ("electrodes", 0.99, 0.1, 0),
-    "electrodes, half": ("electrodes", 0.05, 0.05, 0),
-    "electrodes, more than half": ("electrodes", 0.05, 0.3, 1),
-    "three, silent": ("three", 0.99, 0.3, 0),
-    "three, half": ("three", 0.05, 0.05, 0),
-    "three, more than half": ("three", 0.05, 0.3, 0),
-    "large windows, silent": ("large windows", 0.99, 0.1, 0),
-    "large windows, half": ("large windows", 0.05, 0.05, 0),
+    f"{stack}, {name}": (stack, threshold, density, seed)
+    for stack in STACKS
+    for name, threshold, density, seed in (
+        ("silent", 0.99, 0.3 if stack == "three" else 0.1, 0),
+        ("half", 0.05, 0.05, 0),
+        ("more than half", 0.05, 0.3, int(stack == "electrodes")),
+    )
+    if (stack, name) != ("large windows", "more than half")
 }
 ALGORITHMS = ("auto", "direct", "winograd")
 

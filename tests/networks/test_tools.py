@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,16 +73,3 @@ def test_tools_see_what_they_see_in_snntorchs_cell(
     ours(x)
     assert ours.lstm1.path.native
     assert len([r for r in caplog.records if r.name == "snnlstm"]) <= 1
-
-
-@pytest.mark.filterwarnings("ignore")  # the trace's, about sizes that become constants
-def test_a_network_with_a_history_is_traced_again() -> None:
-    """torch.jit.trace must not keep a state with a history; its own check traces twice."""
-    (x, _), *_ = NETWORKS["explicit"].batches()
-    net = twins(ExplicitStates)[1].eval()
-    out = net(x)
-    for _ in range(2):
-        traced = torch.jit.trace(net, x)
-        torch.testing.assert_close(traced(x), out)
-        torch.testing.assert_close(net(x), out)
-        assert net.lstm1.path.native
