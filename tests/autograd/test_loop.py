@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import snnlstm
-from benchmarks import resident
+from benchmarks import peak_memory
 from tests.autograd.loops import (
     STEPS,
     assert_same,
@@ -310,7 +310,7 @@ def test_the_pass_of_a_long_loop_needs_no_more_memory_than_that_of_a_short_one()
             spk, *state = cell(x_t, *state)
             spks.append(spk)
         loss = sum(spk.sum() for spk in spks)
-        before = resident.watch()
+        before = peak_memory.watch()
         loss.backward()
-        grown.append(resident.high_water() - before)
+        grown.append(peak_memory.high_water() - before)
     assert grown[2] < grown[1] + (4 << 20), [f"{g / 2**20:.1f} MiB" for g in grown]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import snnlstm
-from benchmarks.plain_convlstm import Cell, Stack
 from tests.shared.helpers import close
 from tests.shared.oracle import float32_error
+from tests.shared.plain_convlstm import Cell, Stack
 
 # Rows have the arguments of both stacks; sizes are odd or prime.
 STACKS = {

@@ -209,6 +209,16 @@ def test_the_native_path_says_what_it_is():
         assert str(cell.path) == f"{cell.path.name} (the native kernels cover this call)"
 
 
+@pytest.mark.skipif(native is None, reason="the core is not built")
+@pytest.mark.parametrize("algorithm", ["fused", "hybrid", "cudnn", "measure"])
+def test_algorithms_of_cuda_alone_are_auto_on_the_cpu(algorithm):
+    auto, cell = ours(), ours()
+    auto(X)
+    with snnlstm.algorithm(algorithm):
+        cell(X)
+    assert cell.path == auto.path
+
+
 def test_a_path_that_the_user_sets_stays():
     """An accelerated cell may have a tensor of this name; torch adds none to a new cell."""
     accelerated = theirs()

@@ -9,7 +9,7 @@ from hypothesis import given
 from snntorch.functional.quant import state_quant as theirs
 
 import snnlstm
-from benchmarks import resident
+from benchmarks import peak_memory
 from snnlstm.quant import StateQuant, state_quant
 from snnlstm.snntorch import recognise_quant
 from tests.shared.cases import drawing
@@ -134,9 +134,9 @@ def test_memory_is_not_elements_times_levels():
     """snnTorch needs 6 GiB for this tensor of 32 x 64 x 32 x 32 at 8 bits."""
     quant, x = state_quant(8), torch.randn(32, 64, 32, 32)
     quant(x[:1])
-    before = resident.watch()
+    before = peak_memory.watch()
     quant(x)
-    assert resident.high_water() - before < 3 * x.nbytes
+    assert peak_memory.high_water() - before < 3 * x.nbytes
 
 
 def test_any_other_callable_works(backend):

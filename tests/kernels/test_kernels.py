@@ -9,6 +9,7 @@ import itertools
 import pytest
 import torch
 
+import snnlstm
 from snnlstm import surrogate
 from snnlstm.quant import state_quant
 from tests.kernels.alone import ALONE, LEVELS
@@ -17,7 +18,7 @@ from tests.shared.cases import LAYOUTS, PLAIN, SURROGATES, Inputs
 from tests.shared.checks import check_gradients, check_results, infer
 from tests.shared.cpu_kernels import Kernels, native, one_thread
 from tests.shared.gradients import NAMES, OUTPUTS, compare, gradients
-from tests.shared.helpers import same
+from tests.shared.helpers import same, steps, twins
 from tests.shared.oracle import check_steps
 from tests.shared.poison import HUGE, NAN, poisoned
 
@@ -91,6 +92,54 @@ def test_nan_spoils_no_other_sample(kernels):
             assert torch.equal(one[0], other[0])  # an earlier step stays as it is, too
             assert torch.equal(one[:, 0], other[:, 0])
             assert torch.equal(one[:, 2:], other[:, 2:])
+
+
+def _nan_gradients(cell, x, states, whole):
+    """Runs a cell; returns where gradients of x, syn, mem and bias, and of weight, are NaN."""
+    leaves = [t.clone().requires_grad_() for t in (x, *states)]
+    if whole:
+        spk, _, mem = cell(*leaves)
+    else:
+        steps, syn, mem = leaves
+        for x in steps:
+            spk, syn, mem = cell(x, syn, mem)
+    (spk.sum() + mem.sum()).backward()
+    *others, weight = (t.grad.isnan() for t in (*leaves, cell.conv.bias, cell.conv.weight))
+    cell.zero_grad()
+    return torch.cat([t.flatten() for t in others]), weight
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("channels", [3, 5, 13])
+def test_gradients_are_nan_where_those_of_snntorch_are(isa, channels, value):
+    """Neither the lanes that fill up a vector nor the border make NaN of zero times infinity."""
+    calls = (1, 3), (3, 1), (3, 3)  # kernel and steps
+    for dtype, (kernel, time) in itertools.product((torch.float32, torch.float64), calls):
+        cell, other = (c.to(dtype) for c in twins(3, channels, kernel, threshold=0.05))
+        for spoiled, at in itertools.product(range(3), ((4, 4), (0, 7))):
+            x = torch.randn(time, 2, 3, 8, 8, dtype=dtype)
+            states = torch.zeros(2, 2, channels, 8, 8, dtype=dtype)
+            (x[-1], *states)[spoiled][0, 0][at] = value
+            with one_thread():
+                exact, exact_weight = _nan_gradients(other, x, states, whole=False)
+            for whole in (True, False):
+                with snnlstm.algorithm("direct"):
+                    found, weight = _nan_gradients(cell, x, states, whole)
+                assert torch.equal(found, exact)
+                assert not (weight & ~exact_weight).any()  # torch multiplies borders in float64
+
+
+def test_skipped_and_tiled_inputs_make_no_nan_of_infinity(isa):
+    cell, other = twins(8, 13, 3, threshold=0.05)
+    x, states = steps(3, 2, 8, 16, 16, density=0.05), torch.zeros(2, 2, 13, 16, 16)
+    x[-1, 0, 0, 4, 4] = torch.inf
+    for found, exact in zip(
+        _nan_gradients(cell, x, states, whole=True),
+        _nan_gradients(other, x, states, whole=False),
+        strict=True,
+    ):
+        assert torch.equal(found, exact)
+    assert cell.path.name == f"cpu-{isa}-winograd4-sparse"
 
 
 def test_the_cases_reach_every_kernel(isa):

@@ -2,7 +2,7 @@
 
     python -m tests.simt.launches [--gpu t4] [--layers mid big] [--modes tf32] [--kernels]
 
-Nothing runs: the launchers choose for a card of csrc/cuda/cards.h, and the emulator notes the
+Nothing runs: the launchers choose for a card of benchmarks/devices.py, and the emulator notes the
 launches. For each kernel of a sequence's forward and backward pass the table says how many warps a
 multiprocessor holds, in how many rounds the blocks run, and which part of the last round's
 multiprocessors has work. If there is nvcc, registers count too. --kernels lists each kernel, as
@@ -20,14 +20,20 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import devices
 from benchmarks.cases import CPU_CASES, GPU_CASES
 from benchmarks.cases import Case as Layer
-from benchmarks.estimate import FACTS, facts_of
 from tests.simt import gpu_tools
 from tests.simt.backend import Core, simt_core
 from tests.simt.builder import ROOT
 from tests.simt.emulator import Launch
 
+# The fields of the core's Cell, which is a small layer.
+FACTS: dict[str, Any] = {
+    "dtype": 0, "T": 1, "N": 1, "Cin": 1, "C": 8, "H": 8, "W": 8, "kernel": (3, 3),
+    "stride": (1, 1), "dilation": (1, 1), "pool": 0, "pool_size": (1, 1), "reset": 2,
+    "surrogate": 1, "p0": 2.0, "p1": 0.0, "inhibition": False, "num_levels": 0,
+}  # fmt: skip
 H100 = {"compute_capability": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024}
 # Threads and blocks that a multiprocessor holds at most, by compute capability: table "Technical
 # Specifications per Compute Capability" of NVIDIA's CUDA C++ Programming Guide.
@@ -51,8 +57,18 @@ KERNELS = {
     "backward step (mma)": ("backward_mma", "backward"),
     "weight gradient (mma)": ("weight_gradient_mma", "weight_gradient"),
 }
-FUSED = 2  # of csrc/cuda/plan.h
+FUSED = 1  # of csrc/cuda/plan.h
 ADDRESS = 1 << 20  # of memory that nobody touches
+
+
+def facts_of(layer: Layer, dtype: int = 0) -> dict[str, Any]:
+    """The fields of the core's Cell for a layer of the suite."""
+    pool, size = (1, layer.max_pool) if layer.max_pool else (2, layer.avg_pool)
+    pooling = {"pool": pool, "pool_size": (size, size)} if size else {}
+    return FACTS | pooling | {
+        "dtype": dtype, "T": layer.steps, "N": layer.batch, "Cin": layer.cin, "C": layer.cout,
+        "H": layer.height, "W": layer.width, "kernel": layer.kernel,
+    }  # fmt: skip
 
 
 def plan(core: Core, matrix: int = 1, backward: bool = False, **facts: Any) -> Any:
@@ -152,14 +168,10 @@ def compiled(source: Path, arch: int) -> dict[str, Compiled]:
     return found
 
 
-def card_of(core: Core, name: str) -> dict[str, int]:
-    """What the launchers are told of a card of csrc/cuda/cards.h."""
-    (card,) = (c for c in core.module.cuda_cards() if c["name"] == name)
-    return {
-        "compute_capability": card["capability"],
-        "multiprocessors": card["multiprocessors"],
-        "shared_bytes": 1024 * card["shared_kib"],
-    }
+def card_of(name: str) -> dict[str, int]:
+    """What the launchers are told of a card."""
+    names = ("compute_capability", "multiprocessors", "shared_bytes")
+    return dict(zip(names, devices.EMULATED[name], strict=True))
 
 
 def print_launches(core: Core, device: dict[str, int], layers: list[str], modes: list[str]) -> None:
@@ -193,14 +205,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--gpu", default="h100", choices=[c["name"] for c in core.module.cuda_cards()]
-    )
+    parser.add_argument("--gpu", default="h100", choices=devices.EMULATED)
     parser.add_argument("--layers", nargs="*", default=list(LAYERS), choices=LAYERS)
     parser.add_argument("--modes", nargs="*", choices=MODES)
     parser.add_argument("--kernels", action="store_true")
     args = parser.parse_args()
-    device = card_of(core, args.gpu)
+    device = card_of(args.gpu)
     core.device(**device)
     new = device["compute_capability"] >= 80
     modes = args.modes or (["tf32", "bf16"] if new else ["float32", "fp16"])

@@ -142,6 +142,27 @@ def test_an_array_beside_another_hides_no_access_beside_it(emulator, name):
     assert out[0] != 64
 
 
+@pytest.mark.parametrize("variant", ["plain"])
+def test_a_schedule_repeats_itself(emulator):
+    """Two threads write one element, which the plain build does not see: the last one wins."""
+
+    def run(seed):
+        emulator.schedule("ahead", seed)
+        out = np.zeros(64, np.float32)
+        run_case(emulator, "same_element", bad=True, out=out)
+        return out[0]
+
+    assert {run(seed) for seed in range(8)} == {0, 32}
+    for seed in range(8):
+        assert run(seed) == run(seed)
+
+
+@pytest.mark.parametrize("variant", ["checked"])
+def test_without_cp_async_copies_are_done_at_once(emulator):
+    emulator.settings.compute_capability = 75
+    assert violate(emulator, "read_before_wait", True) == ""
+
+
 def test_overlapping_arrays_are_refused():
     x = np.zeros(8, np.float32)
     emulator = own_kernels("plain")

@@ -8,7 +8,7 @@ from tests.sequences.by_length import CELLS, LENGTHS, check
 from tests.simt.backend import float32_precision
 
 
-@pytest.mark.parametrize("algorithm", ["fused", "resident", "hybrid", "pointwise"])
+@pytest.mark.parametrize("algorithm", ["fused", "hybrid", "cudnn"])
 @pytest.mark.parametrize("name", ["plain", "pool-reset", "odd-pool", "inhibition", "segments"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_each_sample_is_as_it_is_alone(core, algorithm, name, dtype):

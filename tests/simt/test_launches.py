@@ -51,7 +51,7 @@ EVEN = {"forward step": 0.7, "backward step": 0.5, "weight gradient (mma)": 0.75
 
 @pytest.mark.parametrize("name", devices.EMULATED)
 def test_blocks_fill_the_rounds_of_every_card(core, name):
-    device = card_of(core, name)
+    device = card_of(name)
     core.device(**device)
     modes = ("tf32", "bf16") if device["compute_capability"] >= 80 else ("float32", "fp16")
     for layer, mode in itertools.product(WIDE, modes):

@@ -274,6 +274,36 @@ def test_nan_infinity_and_huge_states_go_where_snntorch_lets_them(backend):
     check()
 
 
+@pytest.mark.parametrize("mechanism", ["none", "subtract", "zero"])
+def test_nan_gradients_go_where_snntorch_lets_them(backend, mechanism):
+    """They pass a neuron that was reset, at which "zero" ends others."""
+    found = []
+    for cell in cells(reset_mechanism=mechanism):
+        x, state = steps(1, 1, 2, 5, 5)[0], states(1, 3, 5, 5)
+        state[1][0, 0, 2, 2] = 1  # which is above the threshold
+        leaves = [t.requires_grad_() for t in (x, *state)]
+        with snnlstm.algorithm("direct"):
+            mem = cell(*leaves)[2]
+        grad = torch.ones_like(mem)
+        grad[0, 0, 2, 2] = torch.nan
+        mem.backward(grad)
+        found.append([t.grad.isnan() for t in (*leaves, *cell.conv.parameters())])
+    assert found[1][0].sum() == 18
+    close(*found)
+
+
+def test_a_nan_counts_as_no_reset(backend):
+    """It does not in the gradient of the threshold, which is the number of resets."""
+    found = []
+    for cell in cells(reset_mechanism="subtract", learn_threshold=True):
+        x, state = steps(1, 1, 2, 5, 5)[0], states(1, 3, 5, 5)
+        x[0, 0, 2, 2] = torch.nan
+        with snnlstm.algorithm("direct"):
+            cell(x, *state)[2].sum().backward()
+        found.append(cell.threshold.grad)
+    close(*found)
+
+
 def test_the_oracle_is_snntorch_1_0_0():
     assert snntorch.__version__ == "1.0.0"
 

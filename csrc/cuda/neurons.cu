@@ -1,7 +1,7 @@
 // Runs the neurons of one step, behind torch's own convolution.
 #include "launchers.h"
+#include "neurons.cuh"
 #include "passes.h"
-#include "pointwise.cuh"
 
 namespace snnlstm::cuda {
 
@@ -15,13 +15,13 @@ Tensor gate_of(const View& all, DType type, const Cell& c, int k) {
 }
 
 // The backward pass's memory. sums: the threshold's gradient, (tiles, channels of all blocks).
-struct PointwiseWorkspace {
+struct NeuronsWorkspace {
   void *sums, *spikes;
   int64_t bytes, pitch;
 
-  PointwiseWorkspace(const PointwisePass& plan, void* base) {
+  NeuronsWorkspace(const CudnnPass& plan, void* base) {
     Arena arena(base);
-    pitch = int64_t(plan.tiling.by_columns.value) * pointwise::kChannels;
+    pitch = int64_t(plan.tiling.by_columns.value) * neurons::kChannels;
     sums = arena.take(plan.tiling.tiles() * pitch * bytes_of(plan.real));
     spikes = plan.whole_windows ? nullptr : arena.take(plan.s.state() * bytes_of(plan.real));
     bytes = arena.bytes();
@@ -30,20 +30,20 @@ struct PointwiseWorkspace {
 
 }  // namespace
 
-PointwisePass::PointwisePass(const Cell& c, Matrix matrix) : PassTypes(c, matrix) {
+CudnnPass::CudnnPass(const Cell& c, Matrix matrix) : PassTypes(c, matrix) {
   const auto sizes = [&](bool windows) {
-    return tile_sizes(c, c.Ho(), c.Wo(), pointwise::kPixels, windows);
+    return tile_sizes(c, c.Ho(), c.Wo(), neurons::kPixels, windows);
   };
   const std::vector<TileSize> whole = sizes(c.pool != Pool::none);
   whole_windows = !whole.empty();
   cut(tiling, c, c.Ho(), c.Wo(), whole_windows ? whole[0] : sizes(false)[0]);
-  cover(tiling, c, c.N, c.C, pointwise::kChannels);
-  workspace = PointwiseWorkspace(*this, nullptr).bytes;
+  cover(tiling, c, c.N, c.C, neurons::kChannels);
+  workspace = NeuronsWorkspace(*this, nullptr).bytes;
 }
 
-void PointwisePass::run(const ForwardArgs& args, void* stream) const {
+void CudnnPass::run(const ForwardArgs& args, void* stream) const {
   const Cell& c = s.c;
-  PointwiseForward p;
+  ForwardNeurons p;
   p.tiling = tiling;
   for (int k = 0; k < 4; ++k) p.sums[k] = gate_of(args.gate_sums, gates, c, k);
   p.neuron = neuron_forward(args, 0, 4);
@@ -52,19 +52,19 @@ void PointwisePass::run(const ForwardArgs& args, void* stream) const {
   if (args.saved_gates) p.neuron.gates_out = image(args.saved_gates, s, gates, 4);
   with_real(c.dtype, [&](auto real) {
     using R = decltype(real);
-    const Launch how{"pointwise forward", p.tiling.blocks(), pointwise::kThreads,
-                     sizeof(pointwise::PatchShared<R>), stream};
-    launch(how, &pointwise_forward<R>, p);
+    const Launch how{"neurons forward", p.tiling.blocks(), neurons::kThreads,
+                     sizeof(neurons::PatchShared<R>), stream};
+    launch(how, &neurons_forward<R>, p);
   });
   if (p.neuron.fires) return;
   const FireStep fire{p.neuron.fire, p.neuron.mem_out, int(c.N), args.winner};
   launch_fire(fire, c.inhibition, stream);
 }
 
-void PointwisePass::run(const BackwardArgs& args, void* stream) const {
+void CudnnPass::run(const BackwardArgs& args, void* stream) const {
   const Cell& c = s.c;
-  const PointwiseWorkspace space(*this, args.workspace);
-  PointwiseBackward p;
+  const NeuronsWorkspace space(*this, args.workspace);
+  BackwardNeurons p;
   p.tiling = tiling;
   NeuronBackward& n = p.neuron;
   n = neuron_backward(args, 0);
@@ -80,9 +80,9 @@ void PointwisePass::run(const BackwardArgs& args, void* stream) const {
   }
   with_real(c.dtype, [&](auto zero) {
     using R = decltype(zero);
-    const Launch how{"pointwise backward", p.tiling.blocks(), pointwise::kThreads,
-                     sizeof(pointwise::PatchShared<R>), stream};
-    launch(how, &pointwise_backward<R>, p);
+    const Launch how{"neurons backward", p.tiling.blocks(), neurons::kThreads,
+                     sizeof(neurons::PatchShared<R>), stream};
+    launch(how, &neurons_backward<R>, p);
   });
   if (!args.grad_threshold) return;
   AddGradients add;

@@ -1,4 +1,4 @@
-"""A ConvLSTM in plain torch, written from the formulas: a provider, and the oracle of the tests.
+"""A ConvLSTM in plain torch, written from the formulas: the oracle of the ConvLSTM's tests.
 
 It has the constructor and the results that ConvLSTMs for torch commonly have.
 """
