@@ -32,7 +32,7 @@ test-simt: $(VENV)/.installed  ## the emulated CUDA kernels at length: more shap
 
 fuzz: $(VENV)/.installed  ## fresh examples for the tests that draw some; then random calls for MINUTES=10
 	SNNLSTM_EXAMPLES=fresh $(PYTEST) -m drawn
-	$(RUN) tools/fuzz.py --minutes $(MINUTES) $(ARGS)
+	$(RUN) -m tools.fuzz --minutes $(MINUTES) $(ARGS)
 
 sanitize: $(VENV)/.installed  ## the CPU kernels under the address, undefined-behaviour and thread sanitizers
 	$(RUN) tools/sanitizers/run.py address --isa all

@@ -7,14 +7,11 @@ run there. Nothing on it takes the time that it would take on a GPU.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-SIMT = Path(__file__).resolve().parents[1] / "tests" / "simt"
 # Compute capability, multiprocessors, and the most bytes of shared memory that a block may have: by
 # NVIDIA's data sheets, and by the table "Technical Specifications per Compute Capability" of the
 # CUDA C++ Programming Guide.
@@ -58,9 +55,7 @@ def name(device: str) -> str:
 
 def emulator() -> Any:
     """Returns the emulator; the first call builds it, in about a minute."""
-    if str(SIMT) not in sys.path:
-        sys.path.append(str(SIMT))
-    from backend import simt_core
+    from tests.simt.backend import simt_core
 
     return simt_core()
 

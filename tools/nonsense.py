@@ -413,8 +413,8 @@ def main(core: str, count: int, seed: int) -> None:
     kind: type[Calls] = Cpu if core == "cpu" else Cuda
     module = _C
     if core == "simt":
-        sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "simt"))
-        from backend import simt_core
+        sys.path.append(str(Path(__file__).resolve().parents[1]))
+        from tests.simt.backend import simt_core
 
         module = simt_core("plain").module
     block = torch.zeros(

@@ -2,14 +2,8 @@
 
 from collections.abc import Callable
 
-import cases
-import flat
 import pytest
 import torch
-from asking import KEPT
-from cases import Case, wanting_gradients
-from cpu_kernels import native
-from helpers import close
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.library import opcheck
@@ -17,6 +11,11 @@ from torch.library import opcheck
 from snnlstm import surrogate
 from snnlstm.native import function
 from snnlstm.quant import state_quant
+from tests.shared import cases, flat
+from tests.shared.cases import Case, wanting_gradients
+from tests.shared.cpu_kernels import native
+from tests.shared.gradients import KEPT
+from tests.shared.helpers import close
 
 pytestmark = [
     pytest.mark.skipif(native is None, reason="the core is not built"),

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import measures_memory
+
+from tests.shared.helpers import measures_memory
 
 pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
@@ -179,4 +180,6 @@ def test_the_other_commands_print_their_tables(capsys, monkeypatch):
     monkeypatch.setattr(accuracy, "SCALES", (1,))
     accuracy.main()
     assert capsys.readouterr().out.count("\n| ") == len(accuracy.LAYERS)
-    assert len(gpu_smoke.run("cpu", algorithms=("direct",))) == 2 * len(gpu_smoke.OPTIONS)
+    lines = list(gpu_smoke.run("cpu", algorithms=("direct",)))
+    assert len(lines) == 2 * len(gpu_smoke.OPTIONS)
+    assert all(right for _, right in lines)

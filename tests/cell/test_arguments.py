@@ -10,12 +10,12 @@ import re
 import numpy
 import pytest
 import torch
-from helpers import close, ours, states, steps
 from torch import nn
 
 import snnlstm
 from snnlstm.functional import sconv2dlstm
 from snnlstm.quant import StateQuant, state_quant
+from tests.shared.helpers import close, ours, states, steps
 
 X, STATE = torch.zeros(1, 2, 5, 5), torch.zeros(1, 3, 5, 5)
 WEIGHT, BIAS = torch.zeros(12, 5, 3, 3), torch.zeros(12)

@@ -6,11 +6,21 @@ import warnings
 import pytest
 import snntorch
 import torch
-from helpers import close, ours, quietly, same, states, steps, theirs, train_alike, twins
 from torch import nn
 
 import snnlstm
 from snnlstm.spec import RESETS
+from tests.shared.helpers import (
+    close,
+    ours,
+    quietly,
+    same,
+    states,
+    steps,
+    theirs,
+    train_alike,
+    twins,
+)
 
 
 def test_positional_arguments_come_in_snntorchs_order():

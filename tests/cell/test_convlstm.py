@@ -4,11 +4,11 @@ import logging
 
 import pytest
 import torch
-from helpers import close
-from oracle import float32_error
 from torch import Tensor, nn
 
 import snnlstm
+from tests.shared.helpers import close
+from tests.shared.oracle import float32_error
 from tests.shared.plain_convlstm import Cell, Stack
 
 # Rows have the arguments of both stacks; sizes are odd or prime.

@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from helpers import ours, same, steps, theirs
 from torch import nn
 
 import snnlstm
 from snnlstm import surrogate
 from snnlstm.quant import StateQuant, state_quant
+from tests.shared.helpers import ours, same, steps, theirs
 
 OPTIONS = {
     "spike_grad": surrogate.fast_sigmoid(5), "state_quant": state_quant(3), "dilation": 2,

@@ -8,11 +8,11 @@ from types import MethodType
 import pytest
 import snntorch
 import torch
-from helpers import close, described, ours, steps, theirs, train_alike, twins
 
 import snnlstm
 from snnlstm.quant import StateQuant
 from snnlstm.surrogate import Surrogate
+from tests.shared.helpers import close, described, ours, steps, theirs, train_alike, twins
 
 X = steps(4, 2, 2, 6, 7)
 

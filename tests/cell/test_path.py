@@ -4,13 +4,13 @@ import re
 
 import pytest
 import torch
-from cpu_kernels import native
-from helpers import close, described, ours, states, steps, theirs, twins
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import snnlstm
 from snnlstm.path import Path, against_device
+from tests.shared.cpu_kernels import native
+from tests.shared.helpers import close, described, ours, states, steps, theirs, twins
 
 X, START = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7)
 

@@ -5,8 +5,6 @@ import inspect
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import drawing
-from helpers import measures_memory, ours, steps, train_alike, twins
 from hypothesis import given
 from snntorch.functional.quant import state_quant as theirs
 
@@ -14,6 +12,8 @@ import snnlstm
 from benchmarks import peak_memory
 from snnlstm.quant import StateQuant, state_quant
 from snnlstm.snntorch import recognise_quant
+from tests.shared.cases import drawing
+from tests.shared.helpers import measures_memory, ours, steps, train_alike, twins
 
 
 def plainly(x, levels):

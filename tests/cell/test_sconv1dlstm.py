@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close, same, states, steps
 from torch import Tensor, nn
 
 import snnlstm
 from snnlstm import surrogate
+from tests.shared.helpers import close, same, states, steps
 
 WITH_STRIDE = {"stride": 2, "dilation": 2, "avg_pool": 2, "bias": False}
 OPTIONS = ({}, {"max_pool": 2, "reset_mechanism": "subtract"}, WITH_STRIDE)

@@ -6,13 +6,13 @@ import hypothesis.strategies as st
 import pytest
 import snntorch
 import torch
-from cases import drawing
-from helpers import close, ours, states, steps, twins
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import nn
 
 import snnlstm
 from snnlstm.spec import RESETS
+from tests.shared.cases import drawing
+from tests.shared.helpers import close, ours, states, steps, twins
 
 SHAPES = st.sampled_from([(2, 5, 6), (3, 5, 6), (1, 4, 4)])  # N, H and W
 SEEDS = st.integers(0, 9)

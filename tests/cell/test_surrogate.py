@@ -7,12 +7,12 @@ import snntorch
 import snntorch.surrogate as theirs
 import snntorch.utils
 import torch
-from helpers import close, ours, states, steps, train_alike, twins
-from helpers import theirs as cell_of_snntorch
 
 import snnlstm
 from snnlstm import surrogate
 from snnlstm.snntorch import recognise_surrogate
+from tests.shared.helpers import close, ours, states, steps, train_alike, twins
+from tests.shared.helpers import theirs as cell_of_snntorch
 
 # A row has a surrogate's name, and parameters that are not its defaults.
 ROWS = {

@@ -8,13 +8,13 @@ documentation promises; its cell warns and ignores the argument.
 
 import pytest
 import torch
-from helpers import close, ours, states, steps
-from oracle import pooled
 from torch import Tensor
 from torch.nn import functional as F
 
 import snnlstm
 from snnlstm.quant import StateQuant
+from tests.shared.helpers import close, ours, states, steps
+from tests.shared.oracle import pooled
 
 
 def open_cell(**kwargs) -> snnlstm.SConv2dLSTM:

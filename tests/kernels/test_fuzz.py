@@ -1,12 +1,12 @@
 """Random calls such as those of ``make fuzz`` pass, and a fault in the kernels is found."""
 
-import fuzz
 import pytest
-from asking import ASKED, KEPT
-from cases import PLAIN
-from cpu_kernels import ISAS, native
-from gradients import NAMES, OUTPUTS
-from poison import NAN
+
+from tests.shared.cases import PLAIN
+from tests.shared.cpu_kernels import ISAS, native
+from tests.shared.gradients import ASKED, KEPT, NAMES, OUTPUTS
+from tests.shared.poison import NAN
+from tools import fuzz
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 

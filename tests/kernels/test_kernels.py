@@ -6,21 +6,21 @@ combinations of all options.
 
 import itertools
 
-import flat
 import pytest
 import torch
-from alone import ALONE, LEVELS
-from cases import LAYOUTS, PLAIN, SURROGATES, Inputs
-from checks import check_gradients, check_results, infer
-from cpu_kernels import Kernels, native, one_thread
-from gradients import NAMES, OUTPUTS, compare, gradients
-from helpers import same, steps, twins
-from oracle import check_steps
-from poison import HUGE, NAN, poisoned
 
 import snnlstm
 from snnlstm import surrogate
 from snnlstm.quant import state_quant
+from tests.kernels.alone import ALONE, LEVELS
+from tests.shared import flat
+from tests.shared.cases import LAYOUTS, PLAIN, SURROGATES, Inputs
+from tests.shared.checks import check_gradients, check_results, infer
+from tests.shared.cpu_kernels import Kernels, native, one_thread
+from tests.shared.gradients import NAMES, OUTPUTS, compare, gradients
+from tests.shared.helpers import same, steps, twins
+from tests.shared.oracle import check_steps
+from tests.shared.poison import HUGE, NAN, poisoned
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 

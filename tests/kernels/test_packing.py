@@ -11,12 +11,12 @@ import pickle
 import numpy
 import pytest
 import torch
-from cpu_kernels import ISAS, Kernels, native, use
-from helpers import close, in_threads, same
 from torch import Tensor, nn
 
 import snnlstm
 from snnlstm.native import cpu
+from tests.shared.cpu_kernels import ISAS, Kernels, native, use
+from tests.shared.helpers import close, in_threads, same
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close, ours, same_gradients, steps
 from torch import Tensor, nn
 from torch.nn.parallel import replicate
 from torch.utils.data import DataLoader
 
 import snnlstm
 from benchmarks.networks import NETWORKS, Spectrogram, twins
+from tests.shared.helpers import close, ours, same_gradients, steps
 
 
 def data(name: str) -> list[tuple[Tensor, Tensor]]:

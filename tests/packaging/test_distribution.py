@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import HANG
+
+from tests.shared.helpers import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import HANG
 
 import snnlstm
 from snnlstm import __main__ as report
+from tests.shared.helpers import HANG
 
 
 @pytest.mark.parametrize(

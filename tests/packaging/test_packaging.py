@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import HANG
 
 import snnlstm
 from snnlstm import _C
+from tests.shared.helpers import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = Path(_C.__file__)

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from helpers import close, ours, steps
 from torch import nn
 from torch.autograd import forward_ad
 
 import snnlstm
-from snnlstm.native import pool
+from tests.shared.helpers import close, ours, steps
 
 T, N = 5, 2
 X = steps(T, N, 2, 6, 6)
@@ -89,20 +88,6 @@ def test_tuples_must_come_at_every_step():
     for few in (lambda x: x * 1, lambda x: (x,)):
         with pytest.raises(TypeError, match=said):
             snnlstm.unroll(X, Each(lambda x, t, few=few: few(x) if t == 3 else (x, x)))
-
-
-def test_the_gradient_of_a_large_sequence_lies_in_memory_that_is_used_again(monkeypatch, large):
-    shapes, empty = [], pool.empty
-
-    def watched(shape, dtype):
-        shapes.append(shape)
-        return empty(shape, dtype)
-
-    monkeypatch.setattr(pool, "empty", watched)
-    x = X.clone().requires_grad_()
-    snnlstm.unroll(x, Each(lambda x, t: x * (t + 1))).sum().backward()
-    close(x.grad, torch.arange(1.0, T + 1).view(-1, 1, 1, 1, 1).expand_as(X))
-    assert shapes == large * [X.shape]
 
 
 def test_transforms_of_torch_func_and_forward_mode_see_every_step(large):

@@ -10,13 +10,13 @@ functions of their inputs. The spikes are compared with the potential that the k
 from collections.abc import Iterator
 from dataclasses import replace
 
-import flat
 import torch
 import torch.nn.functional as F
-from cases import Case, Inputs, Options
 from torch import Tensor
 
 from snnlstm import surrogate
+from tests.shared import flat
+from tests.shared.cases import Case, Inputs, Options
 
 
 def assert_quantised(value: Tensor, exact: Tensor, levels: Tensor, band: float) -> None:

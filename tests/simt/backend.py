@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -24,14 +23,11 @@ from typing import Any
 
 import pybind11
 import torch
-from builder import HERE, ROOT, build
-from emulator import EmulationError, Emulator, symbolise
 
 from snnlstm.native import cuda
 from snnlstm.native import function as native
-
-# Programs that import this module without pytest find the modules of tests/shared, too.
-sys.path.append(str(HERE.parent / "shared"))
+from tests.simt.builder import HERE, ROOT, build
+from tests.simt.emulator import EmulationError, Emulator, symbolise
 
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 BRIDGE = HERE / "bridge" / "bridge.cpp"

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from faults import fault_numbers
+
+from tests.simt.faults import fault_numbers
 
 SCHEDULES = ("in_order", "shuffled", "ahead")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from builder import ROOT
+from tests.simt.builder import ROOT
 
 CUDA = ROOT / "csrc" / "cuda"
 

@@ -1,6 +1,6 @@
-"""Counts on paper what a GPU does for the layers of the suite: `python tests/simt/launches.py`.
+"""Counts on paper what a GPU does for the layers of the suite: `python -m tests.simt.launches`.
 
-    python tests/simt/launches.py [--gpu t4] [--layers mid big] [--modes tf32] [--kernels]
+    python -m tests.simt.launches [--gpu t4] [--layers mid big] [--modes tf32] [--kernels]
 
 Nothing runs: the launchers choose for a card of benchmarks/devices.py, and the emulator notes the
 launches. For each kernel of a sequence's forward and backward pass the table says how many warps a
@@ -14,23 +14,19 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "tools")]
+import gpu_tools
+import torch
 
-import gpu_tools  # noqa: E402
-import torch  # noqa: E402
-from backend import Core, simt_core  # noqa: E402
-from builder import ROOT  # noqa: E402
-from emulator import Launch  # noqa: E402
-
-from benchmarks import devices  # noqa: E402
-from benchmarks.cases import CPU_CASES, GPU_CASES  # noqa: E402
-from benchmarks.cases import Case as Layer  # noqa: E402
+from benchmarks import devices
+from benchmarks.cases import CPU_CASES, GPU_CASES
+from benchmarks.cases import Case as Layer
+from tests.simt.backend import Core, simt_core
+from tests.simt.builder import ROOT
+from tests.simt.emulator import Launch
 
 # The fields of the core's Cell, which is a small layer.
 FACTS: dict[str, Any] = {
@@ -157,7 +153,7 @@ class Compiled(NamedTuple):
 
 def compiled(source: Path, arch: int) -> dict[str, Compiled]:
     """The kernels of a source by name, as they are compiled for an architecture."""
-    import machine_code
+    from tools import machine_code
 
     _, log = gpu_tools.compile_fatbin(source, gpu_tools.known_architectures())
     resources = {r.kernel: r for r in gpu_tools.resources_of_log(log) if r.arch == arch}

@@ -4,17 +4,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import alone
-import cases
-import flat
 import pytest
 import torch
-from backend import float32_precision
-from cases import SILENT, Case
 from torch.backends import mkldnn
 
 from snnlstm import surrogate
 from snnlstm.quant import state_quant
+from tests.kernels import alone
+from tests.shared import cases, flat
+from tests.shared.cases import SILENT, Case
+from tests.simt.backend import float32_precision
 
 SCHEDULES = [("in_order", 0), ("shuffled", 1), ("ahead", 1)]
 

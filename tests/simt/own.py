@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from builder import KERNELS, build
-from emulator import Emulator
+
+from tests.simt.builder import KERNELS, build
+from tests.simt.emulator import Emulator
 
 SOURCES = sorted(KERNELS.glob("*.cu"))
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 from itertools import permutations
 
-import flat
 import pytest
 import torch
-from backend import float32_precision
-from cases import wanting_gradients
-from modes import MODES, PLAIN
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
 from snnlstm.native import cuda
 from snnlstm.native import function as native
 from snnlstm.quant import state_quant
+from tests.shared import flat
+from tests.shared.cases import wanting_gradients
+from tests.simt.backend import float32_precision
+from tests.simt.modes import MODES, PLAIN
 
 TRAINED = PLAIN.but(reset="subtract", quant=state_quant(4))
 WAITING = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero")

@@ -5,14 +5,15 @@ levels) agree with the reference's. Coarser products would decide otherwise here
 tried on calls without such decisions.
 """
 
-import flat
 import pytest
 import torch
-from cases import Case, cases, drawing
-from gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
 from hypothesis import given
 from hypothesis import strategies as st
-from modes import (
+
+from tests.shared import flat
+from tests.shared.cases import Case, cases, drawing
+from tests.shared.gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
+from tests.simt.modes import (
     ALL,
     BACKWARD,
     CASES,

@@ -10,10 +10,11 @@ import pytest
 import test_cell
 import test_cell_gradients
 import torch
-from backend import simt_core
-from emulator import EmulationError
-from faults import fault_numbers, placed_faults
-from modes import ALL, CASES
+
+from tests.simt.backend import simt_core
+from tests.simt.emulator import EmulationError
+from tests.simt.faults import fault_numbers, placed_faults
+from tests.simt.modes import ALL, CASES
 
 RUNS = {
     "float32": ("plain", "wide", "max pool", "kernel 5x1", "odd sizes"),

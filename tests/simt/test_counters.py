@@ -1,10 +1,11 @@
 """Counts access patterns whose cost on a GPU is known."""
 
 import numpy as np
-import own
 import pytest
-from own import own_kernels
-from traffic import table
+
+from tests.simt import own
+from tests.simt.own import own_kernels
+from tests.simt.traffic import table
 
 
 @pytest.fixture

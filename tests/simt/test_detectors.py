@@ -4,8 +4,9 @@ import re
 
 import numpy as np
 import pytest
-from emulator import EmulationError
-from own import own_kernels, run_case
+
+from tests.simt.emulator import EmulationError
+from tests.simt.own import own_kernels, run_case
 
 WAIT = r" it at .*, before its wait_for_launch_before\(\)"
 # By kernel: what the report says, and whether the plain build has a report, too.

@@ -3,11 +3,12 @@ asynchronous copies (LDGSTS), fragment loads (LDSM) and 128-bit accesses to glob
 
 import re
 
-import gpu_tools
-import machine_code
 import pytest
-from builder import ROOT
 from test_compiles import compiled, installed_module, needs_cuobjdump, needs_nvcc
+
+from tests.simt import gpu_tools
+from tests.simt.builder import ROOT
+from tools import machine_code
 
 pytestmark = needs_cuobjdump
 

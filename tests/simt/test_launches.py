@@ -8,13 +8,23 @@ import itertools
 
 import pytest
 import torch
-from launches import H100, LAYERS, balance, calls, card_of, compiled, of_layer, plan, warps
-from modes import MODES, PLAIN
 from test_cell_gradients import check
 from test_compiles import SOURCES, needs_nvcc
 from test_disassembly import kind_of
 
 from benchmarks import devices
+from tests.simt.launches import (
+    H100,
+    LAYERS,
+    balance,
+    calls,
+    card_of,
+    compiled,
+    of_layer,
+    plan,
+    warps,
+)
+from tests.simt.modes import MODES, PLAIN
 
 WIDE = ("mid", "big", "wide64")
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import flat
 import pytest
 import torch
-from cases import wanting_gradients
-from gradients import compare, gradients, of_outputs
-from modes import MODES, PLAIN
 
 import snnlstm
 from snnlstm.native import cuda
+from tests.shared import flat
+from tests.shared.cases import wanting_gradients
+from tests.shared.gradients import compare, gradients, of_outputs
+from tests.simt.modes import MODES, PLAIN
 
 NARROW = PLAIN.but(time=2, batch=1, channels=6, height=4, width=6)
 WIDE = NARROW.but(channels=40)

@@ -5,12 +5,13 @@ import pytest
 import test_cell
 import test_cell_gradients
 import torch
-from backend import float32_precision
-from by_length import CELLS
-from by_length import check as check_lengths
-from emulator import EmulationError
-from launches import calls
-from modes import CASES, OVERLAPPING, PLAIN, SMOOTH
+
+from tests.sequences.by_length import CELLS
+from tests.sequences.by_length import check as check_lengths
+from tests.simt.backend import float32_precision
+from tests.simt.emulator import EmulationError
+from tests.simt.launches import calls
+from tests.simt.modes import CASES, OVERLAPPING, PLAIN, SMOOTH
 
 CALLS = ("plain", "wide", "channels last", "max pool", "uneven average pool", "inhibition")
 

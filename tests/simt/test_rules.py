@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backend import float32_precision
-from launches import FACTS
 
 import snnlstm
 from benchmarks import devices
+from tests.simt.backend import float32_precision
+from tests.simt.launches import FACTS
 
 NAMES = ("auto", "fused", "hybrid", "cudnn")
 # dtype, by csrc/args.h, and matrix, by csrc/cuda/plan.h; None: full precision.

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import test_cell
 import test_cell_gradients
-from modes import MODES, PLAIN
+
+from tests.simt.modes import MODES, PLAIN
 
 SIZES = ((23, 29), (17, 40), (40, 11), (31, 6))
 CASES = {

@@ -13,16 +13,16 @@ import pytest
 import snntorch
 import snntorch.functional.quant
 import torch
-from cases import PLAIN, Case, cases, drawing
-from cases import SURROGATES as ALL
-from helpers import close, ours, quietly, states, steps, theirs
-from helpers import twins as cells
 from hypothesis import assume, example, given
-from oracle import float32_error, pooled
 
 import snnlstm
 from snnlstm.call import Call
 from snnlstm.surrogate import KINDS, triangular
+from tests.shared.cases import PLAIN, Case, cases, drawing
+from tests.shared.cases import SURROGATES as ALL
+from tests.shared.helpers import close, ours, quietly, states, steps, theirs
+from tests.shared.helpers import twins as cells
+from tests.shared.oracle import float32_error, pooled
 
 # snnTorch holds the triangle's height in float32.
 SURROGATES = (*ALL[:4], triangular(0.5), *ALL[5:8])
@@ -326,17 +326,6 @@ def test_the_oracle_is_snntorch_1_0_0():
     assert snntorch.__version__ == "1.0.0"
 
 
-def test_zero_reset_needs_one_convolution(backend):
-    cell, other = cells(reset_mechanism="zero")
-    calls = []
-    handle = cell.conv.register_forward_hook(lambda *_: calls.append(1))
-    syn, mem = states(2, 3, 6, 7)
-    x = steps(1, 2, 2, 6, 7)[0]
-    close(cell(x, syn, mem), other(x, syn, mem))
-    assert len(calls) == 1
-    handle.remove()
-
-
 @pytest.mark.parametrize("learn", [False, True])
 def test_state_dicts_are_interchangeable_both_ways(learn):
     one, other = ours(learn_threshold=learn), theirs(learn_threshold=learn, seed=5)
@@ -419,11 +408,9 @@ def test_compiled_code_says_so_where_no_spikes_leave_it(backend, fresh_compiler,
 
 def test_inference_mode_and_no_grad(backend):
     x, start = steps(1, 2, 2, 6, 6)[0], states(2, 3, 6, 6)
-    cell = ours(reset_mechanism="subtract")
-    expected = ours(reset_mechanism="subtract")(x, *start)
+    cell, other = cells(reset_mechanism="subtract")
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
-            close(cell(x, *start), expected)
-            assert cell.reset.shape == (2, 3, 6, 6)
-            close(cell(x), theirs(reset_mechanism="subtract")(x, *expected[1:]))
+            close(cell(x, *start), other(x, *start))
+            close(cell(x), other(x))
         backend.check(cell.path)

@@ -3,7 +3,6 @@
 import pytest
 import snntorch
 import torch
-from helpers import close, ours, steps, theirs, train_alike
 from snntorch import utils
 from torch import nn
 
@@ -11,6 +10,7 @@ import snnlstm
 from snnlstm import swap
 from snnlstm.quant import StateQuant, state_quant
 from snnlstm.snntorch import recognise_quant
+from tests.shared.helpers import close, ours, steps, theirs, train_alike
 
 X = steps(4, 3, 2, 6, 6)
 LEVELS = state_quant(4).levels

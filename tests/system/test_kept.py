@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cpu_kernels import native
-from helpers import in_threads, measures_memory, ours, same, states, steps
 
 import snnlstm
-from benchmarks import resident
+from benchmarks import peak_memory
 from snnlstm.native import pool
+from tests.shared.cpu_kernels import native
+from tests.shared.helpers import in_threads, measures_memory, ours, same, states, steps
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -242,7 +242,7 @@ def test_threads_that_called_leave_nothing_behind(training):
         done.wait()
 
     snnlstm.empty_cache()
-    resident.watch()  # gives back what other tests left
+    peak_memory.watch()  # gives back what other tests left
     before = resident_bytes()
     threads = [threading.Thread(target=call, args=(cell,), daemon=True) for cell in cells]
     for thread in threads:

@@ -8,11 +8,11 @@ import os
 import pytest
 import snntorch
 import torch
-from cpu_kernels import native
-from helpers import measures_memory, ours
 
 import snnlstm
 from benchmarks import peak_memory
+from tests.shared.cpu_kernels import native
+from tests.shared.helpers import measures_memory, ours
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from helpers import close, described, ours, same_gradients, states, steps, theirs
 from snntorch import surrogate
 from snntorch.functional.quant import state_quant
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch._inductor.utils import fresh_inductor_cache as fresh_cache
 
 import snnlstm
 from snnlstm.native import function as native
+from tests.shared.helpers import close, described, ours, same_gradients, states, steps, theirs
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

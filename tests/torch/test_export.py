@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close, ours, same_gradients, states, steps
 from torch import Tensor
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import snnlstm
+from tests.shared.helpers import close, ours, same_gradients, states, steps
 
 CELLS = {
     "pooled": {"max_pool": 2, "reset_mechanism": "subtract"},

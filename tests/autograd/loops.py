@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from helpers import close, steps, twins
 from torch import Tensor, nn
+
+from tests.shared.helpers import close, steps, twins
 
 STEPS = 5
 

@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-from gradients import NAMES
-from helpers import close, states, steps
 from torch import Tensor
 
 from snnlstm import functional, reference
 from snnlstm.call import active
+from tests.shared.gradients import NAMES
+from tests.shared.helpers import close, states, steps
 
 TIME, LENGTHS = 6, (2, 6, 0, 5, 1, 2, 4)
 

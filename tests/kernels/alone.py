@@ -5,9 +5,9 @@ The tests of the emulated CUDA kernels take rows by their names.
 """
 
 import torch
-from cases import PLAIN, SILENT
 
 from snnlstm.quant import StateQuant, state_quant
+from tests.shared.cases import PLAIN, SILENT
 
 ALONE = {
     "plain": PLAIN,
