@@ -83,7 +83,7 @@ wheel: $(VENV)/.build  ## build the wheel for all into dist/ (CUDA=cpu|12|13: th
 	$(if $(filter-out cpu 12 13,$(CUDA)),$(error CUDA is '$(CUDA)'; accepted: cpu, 12, 13, or nothing))
 	rm -rf build/wheel
 	SNNLSTM_CUDA=$(BACKEND) SNNLSTM_LOCAL_VERSION=$(LOCAL) $(RUN) -m build --outdir build/wheel --wheel .
-	$(RUN) -m auditwheel repair --wheel-dir dist build/wheel/*.whl
+	PATH=$(VENV)/bin:$$PATH $(RUN) -m auditwheel repair --wheel-dir dist build/wheel/*.whl
 	$(if $(CUDA),,$(RUN) -m build --outdir dist --sdist .)
 
 clean:  ## remove what builds and runs have made
