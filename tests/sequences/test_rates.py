@@ -129,23 +129,3 @@ def test_blocks_within_blocks_count_each_for_itself():
     with outer:  # a block after the block starts anew
         cell(X[0])
     assert outer[""].chances == inner[""].chances
-
-
-@pytest.mark.parametrize("transform", ["vmap", "grad", "vmap of grad"])
-def test_calls_under_transforms_of_torch_func_are_counted(transform):
-    cell = ours(reset_mechanism="subtract")
-
-    def total(x):
-        return sum(o.sum() for o in cell(x, torch.zeros(0), torch.zeros(0)))
-
-    with snnlstm.spike_rates(cell, show=False) as expected:
-        for x in X:
-            total(x)
-    with snnlstm.spike_rates(cell, show=False) as rates:
-        if transform == "grad":
-            for x in X:
-                torch.func.grad(total)(x)
-        else:
-            torch.func.vmap(total if transform == "vmap" else torch.func.grad(total))(X)
-    assert str(rates) == str(expected)
-    assert rates[""].rate == expected[""].rate > 0

@@ -1,7 +1,5 @@
 """Training keeps and inference takes as many bytes as the documentation says."""
 
-import weakref
-
 import pytest
 import torch
 from torch import Tensor
@@ -140,24 +138,3 @@ def test_no_gradient_no_memory(kernels):
         out = kernels.run(*leaves, PLAIN.options)
     assert not saved
     assert all(o.grad_fn is None for o in out)
-
-
-def test_a_segment_that_is_computed_again_takes_the_memory_of_the_one_before(kernels):
-    """With checkpoint=True the backward pass never holds the gates of two segments."""
-    case = PLAIN.but(time=40, batch=4, height=24, width=24)
-    case = case.but(checkpoint=True)
-    held: list[list[weakref.ref[Tensor]]] = []
-
-    def watched(*args, **kwargs):
-        alive = [r for segment in held for r in segment if r() is not None]
-        assert not alive, "the segment before is still held"
-        result = forward(*args, **kwargs)
-        held.append([weakref.ref(result.saved.gates), weakref.ref(result.saved.syn)])
-        return result
-
-    out = kernels.run(*wanting_gradients(case.inputs()), case.options)
-    forward = native.cpu.Plan.forward
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native.cpu.Plan, "forward", watched)
-        out[0].sum().backward()
-    assert len(held) > 5
