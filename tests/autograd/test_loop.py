@@ -86,19 +86,6 @@ def test_a_weight_whose_data_is_replaced_before_the_backward_pass():
     close(*found, atol=1e-11, rtol=1e-10)
 
 
-def test_threads_with_graphs_of_their_own_on_one_cell():
-    _, alone = both(lambda cell: loss_of(unroll(cell, events())).backward())
-    _, ours = cells()
-
-    def work(_: int) -> None:
-        for _ in range(5):
-            loss = loss_of(unroll(ours, events()))
-            out = torch.autograd.grad(loss, [*ours.parameters()])
-            close(out, gradients(alone), atol=1e-11, rtol=1e-10)
-
-    in_threads(work)
-
-
 def test_two_backward_passes_over_one_kept_graph_at_once():
     _, ours = cells()
     loss = loss_of(unroll(ours, events(20)))

@@ -77,25 +77,6 @@ def test_the_table_is_printed_as_documented_and_names_what_never_spiked(capsys):
         assert line in snnlstm.spike_rates.__doc__
 
 
-class Bare(snntorch.SpikingNeuron):
-    """This neuron has neither mem nor a threshold."""
-
-    def __init__(self):
-        super().__init__()
-        del self.threshold
-
-    def forward(self, x):
-        return (x > 0).float()
-
-
-def test_neurons_without_mem_or_threshold_are_counted():
-    net = nn.Sequential(Bare(), ours(init_hidden=True))
-    with snnlstm.spike_rates(net, show=False) as rates:
-        net(X[0])
-    assert (rates["0"].threshold, rates["0"].highest) == (None, None)
-    assert rates["0"].spikes == X[0].count_nonzero()
-
-
 def test_a_model_without_neurons_and_what_is_no_model():
     with snnlstm.spike_rates(nn.Linear(2, 2), show=False) as rates:
         assert rates == {}

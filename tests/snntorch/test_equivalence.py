@@ -314,19 +314,6 @@ def test_attributes_that_users_touch(backend):
     close(one.mem_reset(one.mem), other.mem_reset(other.mem))
 
 
-def test_second_derivatives_are_those_of_snntorch(backend):
-    """A penalty on gradients is differentiated through the states and through the surrogate."""
-    penalties = []
-    for cell in (ours(reset_mechanism="zero"), theirs(reset_mechanism="zero")):
-        x = steps(2, 1, 2, 5, 5).requires_grad_()
-        cell(x[0])
-        spk, _, mem = cell(x[1])
-        (grad,) = torch.autograd.grad(spk.sum() + mem.square().sum(), x, create_graph=True)
-        grad.square().sum().backward()
-        penalties.append((x.grad, cell.conv.weight.grad))
-    close(*penalties, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("reset", ["none", "zero", "subtract"])
 def test_a_threshold_that_no_loss_reaches_has_no_gradient(backend, reset, checkpoint):

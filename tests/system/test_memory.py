@@ -128,13 +128,3 @@ def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_tim
     assert len(set(sizes.values())) == 1, sizes
     # The workspace holds a few states, and for each thread as many tiles as fit into its L2 cache.
     assert sizes[2] < 16 * state_bytes(case) + torch.get_num_threads() * (512 << 10)
-
-
-def test_no_gradient_no_memory(kernels):
-    """Without grad mode nothing is kept, although the weight requires a gradient."""
-    leaves = wanting_gradients(PLAIN.inputs())
-    saved = []
-    with saved_tensors_hooks(saved.append, lambda t: t), torch.no_grad():
-        out = kernels.run(*leaves, PLAIN.options)
-    assert not saved
-    assert all(o.grad_fn is None for o in out)
