@@ -1,12 +1,7 @@
-"""Defines the layers that the suite times: built-in shapes, and shapes from the command line.
-
-Counts of floating-point operations are those of direct convolution. An algorithm with fewer
-operations can therefore show an effective rate above the machine's peak.
-"""
+"""Defines the layers that the suite times: built-in shapes, and shapes from the command line."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import random
@@ -17,9 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-MODES = ("forward", "backward", "both")
-"""forward is inference; backward is the pass alone, after an untimed forward; both is training."""
-
 
 @dataclass(frozen=True)
 class Case:
@@ -27,8 +19,7 @@ class Case:
 
     density: the share of ones in a binary x; None draws x from a normal distribution.
     threshold: 0.1 by default, because no mem exceeds the cell's default of 1.0.
-    goals: (forward, training) speed-ups over snnTorch eager that the project aims at, or None.
-    goals_of: the provider that the goals are for.
+    lengths: sample n of N has steps * (n + 1) / N steps, at least one; snnTorch's cell runs all.
     """
 
     name: str
@@ -45,8 +36,7 @@ class Case:
     quant_bits: int = 0
     threshold: float = 0.1
     density: float | None = 0.1
-    goals: tuple[float, float] | None = None
-    goals_of: str = "snnlstm"
+    lengths: bool = False
 
     @property
     def grad_x(self) -> bool:
@@ -71,34 +61,37 @@ class Case:
         return F.avg_pool2d(mem, self.avg_pool) if self.avg_pool else mem
 
     @property
-    def options(self) -> str:
-        """Returns the options that differ from their defaults, as `parse_case` reads them."""
-        told = []
+    def steps_of_samples(self) -> torch.Tensor:
+        """Returns the number of steps of each sample, (N,)."""
+        samples = torch.arange(1, self.batch + 1)
+        shorter = (samples * self.steps // self.batch).clamp(min=1)
+        return shorter if self.lengths else torch.full_like(samples, self.steps)
+
+    def without_padding(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns x (T, N, ...) with zeros behind each sample's last step."""
+        if not self.lengths:
+            return x
+        running = torch.arange(x.shape[0])[:, None] < self.steps_of_samples
+        return x * running.to(x).view(*x.shape[:2], *[1] * (x.dim() - 2))
+
+    @property
+    def shape(self) -> str:
+        """Returns the shape and the options that differ from their defaults, as `--shape` does."""
+        kernel = "x".join(map(str, dict.fromkeys(self.kernel)))
+        sizes = (self.steps, self.batch, self.cin, self.cout, self.height, self.width, kernel)
+        words = [*map(str, sizes)]
         for option, (field, *_) in OPTIONS.items():
             value = getattr(self, field)
-            if field not in ("name", "density") and value != getattr(Case, field):
-                told.append(f"{option}={value}")
-        return " ".join(told)
-
-    def columns(self) -> dict[str, Any]:
-        """Returns the case's fields of a row of results."""
-        names = ("steps", "batch", "cin", "cout", "height", "width", "options", "density")
-        kernel = "x".join(map(str, self.kernel))
-        return {"case": self.name, "kernel": kernel, **{n: getattr(self, n) for n in names}}
+            if field != "name" and value != getattr(Case, field):
+                words.append(f"{option}={'dense' if value is None else value}")
+        return " ".join(words)
 
     @property
     def title(self) -> str:
         """Returns shape and options in one line."""
-        kernel = "x".join(map(str, dict.fromkeys(self.kernel)))
-        x = "dense x" if self.density is None else f"{self.density:.0%} x"
-        shape = f"T={self.steps} N={self.batch} {self.cin}->{self.cout} {self.height}x{self.width}"
-        return f"{shape} k{kernel}, {x}" + (f", {self.options}" if self.options else "")
-
-    def goal(self, mode: str) -> float | None:
-        """Returns the goal in `mode`, or None; there is no goal for backward alone."""
-        if self.goals is None or mode == "backward":
-            return None
-        return self.goals[0 if mode == "forward" else 1]
+        _, _, _, _, _, _, kernel, *options = self.shape.split(" ")
+        layer = f"{self.cin}->{self.cout} {self.height}x{self.width}, k{kernel}"
+        return ", ".join([f"{layer}, T={self.steps} N={self.batch}", *options])
 
     def make_input(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
         """Draws x (steps, batch, cin, height, width) on the CPU, so that all devices get one x."""
@@ -111,58 +104,38 @@ class Case:
         return x.to(device, dtype)
 
     def flops(self, mode: str) -> int:
-        """Counts the floating-point operations of the convolutions of one time step."""
-        of_channel = 2 * 4 * math.prod(self.state_shape) * math.prod(self.kernel)
+        """Counts the floating-point operations of the convolutions of all time steps.
+
+        The counts are those of direct convolution. An algorithm with fewer operations can therefore
+        show an effective rate above the machine's peak.
+        """
+        of_channel = 2 * 4 * self.steps * math.prod(self.state_shape) * math.prod(self.kernel)
         forward = of_channel * (self.cin + self.cout)
         data = of_channel * (self.cout + self.cin * self.grad_x)
-        backward = data + forward  # the weight gradient costs what the forward pass costs
-        return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
-
-    def fewest_bytes(self, mode: str, element: int) -> int:
-        """Counts the bytes of all values that one time step reads or writes, of `element` bytes.
-
-        A forward step reads x, syn, mem and the weights, and writes syn, mem and spk. Training also
-        writes four activated gates, and reads them back with both states and spk's gradient.
-        """
-        state, spikes = math.prod(self.state_shape), math.prod(self.spike_shape[1:])
-        x = state // self.cout * self.cin
-        weights = 4 * self.cout * (self.cin + self.cout) * math.prod(self.kernel)
-        forward = x + 4 * state + spikes + weights
-        backward = 4 * state + x * (1 + self.grad_x) + 6 * state + spikes + 2 * weights
-        both = forward + 4 * state + backward
-        return element * {"forward": forward, "backward": backward, "both": both}[mode]
+        # The weight gradient costs what the forward pass costs.
+        return forward if mode == "inference" else 2 * forward + data
 
 
-def _named(*cases: Case, **fields: Any) -> dict[str, Case]:
-    """Returns cases by name, after setting common fields."""
-    return {case.name: dataclasses.replace(case, **fields) for case in cases}
+def _named(*cases: Case) -> dict[str, Case]:
+    return {case.name: case for case in cases}
 
 
-_MID = Case("mid", 8, 8, 32, 64, 32, 32, goals=(5, 4.5))
-_BIG = Case("big", 4, 8, 64, 128, 32, 32, goals=(5, 5))
+_MID = Case("mid", 8, 8, 32, 64, 32, 32)
+_BIG = Case("big", 4, 8, 64, 128, 32, 32)
 
 CPU_CASES = _named(
-    Case("tiny", 20, 1, 2, 16, 16, 16, goals=(12, 9)),
-    Case("mnist", 10, 32, 1, 8, 28, 28, goals=(4.5, 4.5)),
-    Case("doc2", 10, 32, 8, 8, 14, 14, avg_pool=2, goals=(4, 4)),
-    Case("audio", 20, 8, 1, 16, 129, 33, max_pool=2, goals=(4, 4)),
-    Case("dvs", 10, 16, 2, 32, 32, 32, goals=(5, 4.5)),
+    Case("tiny", 20, 1, 2, 16, 16, 16),
+    Case("mnist", 10, 32, 1, 8, 28, 28),
+    Case("doc2", 10, 32, 8, 8, 14, 14, avg_pool=2),
+    Case("audio", 20, 8, 1, 16, 129, 33, max_pool=2),
+    Case("dvs", 10, 16, 2, 32, 32, 32),
     _MID,
     _BIG,
-    Case("k5", 8, 8, 16, 32, 32, 32, kernel=(5, 5), goals=(3, 3)),
-    dataclasses.replace(_MID, name="zero", reset="zero", goals=(8, 7)),
-    dataclasses.replace(_MID, name="quant", quant_bits=8, goals=(100, 50)),
-    dataclasses.replace(_MID, name="mid-dense", density=None, goals=(3.5, 3.5)),
-    dataclasses.replace(_BIG, name="big-dense", density=None, goals=(3.5, 3.5)),
-)
-
-# Networks call their cells once per step, so the goals of these layers are for step calls.
-LOOP_CASES = _named(
-    Case("loop1", 16, 1, 2, 12, 15, 17, goals=(6, 4)),
-    Case("loop2", 8, 24, 1, 8, 28, 28, max_pool=2, goals=(5, 4)),
-    Case("loop3", 8, 12, 2, 24, 34, 34, goals=(3.5, 2.8)),
-    Case("loop4", 6, 10, 24, 40, 30, 26, goals=(3.3, 2.4)),
-    goals_of="snnlstm-step",
+    Case("k5", 8, 8, 16, 32, 32, 32, kernel=(5, 5)),
+    dataclasses.replace(_MID, name="zero", reset="zero"),
+    dataclasses.replace(_MID, name="quant", quant_bits=8),
+    dataclasses.replace(_MID, name="mid-dense", density=None),
+    dataclasses.replace(_BIG, name="big-dense", density=None),
 )
 
 # Users have such layers for spectrograms, EEG (channels by time, or one column), events, images.
@@ -179,8 +152,6 @@ USERS_CASES = _named(
     Case("eeg3", 8, 8, 32, 64, 5, 32, max_pool=2),
     Case("frame", 2, 1, 32, 1, 720, 1580),
     Case("small", 10, 16, 16, 12, 8, 8),
-    goals=(3, 2.5),
-    goals_of="snnlstm-step",
 )
 
 # Networks on DVS128 Gesture have such layers: 2 polarities in, 64 or 128 pixels a side.
@@ -191,43 +162,25 @@ GPU_CASES = _named(
     Case("wide128", 16, 16, 64, 128, 128, 128),
 )
 
-LONG_CASE = Case("long", 40, 8, 16, 32, 32, 32)
-"""A long sequence, for memory: measured at each of LONG_STEPS."""
-LONG_STEPS = (5, 10, 20, 40)
+_FULL = (
+    Case("full1", 16, 16, 1, 8, 28, 28),
+    Case("full2", 16, 16, 2, 16, 16, 16),
+    Case("full3", 16, 16, 16, 32, 32, 32),
+)
+_PADDED = (
+    dataclasses.replace(c, name=c.name.replace("full", "padded"), lengths=True) for c in _FULL
+)
+# Sample n has n steps, 53 % of all: that share of the full batch's time is the least that it costs.
+LENGTHS_CASES = _named(*_FULL, *_PADDED)
 
-QUICK_CASES = ("tiny", "mnist", "doc2", "dvs", "mid", "k5")
+# One layer at several lengths, for memory: `--shapes long --memory`.
+LONG_CASES = _named(*(Case(f"long{steps}", steps, 8, 16, 32, 32, 32) for steps in (5, 10, 20, 40)))
 
-TABLES = {"cpu": CPU_CASES, "loops": LOOP_CASES, "users": USERS_CASES, "gpu": GPU_CASES}
-
-CASES = CPU_CASES | LOOP_CASES | USERS_CASES | GPU_CASES | {LONG_CASE.name: LONG_CASE}
-
-
-def find_cases(names: list[str]) -> list[Any]:
-    """Returns built-in cases by name; "cpu", "loops", "users" and "gpu" stand for a whole table.
-
-    So do "networks" and "fronts", which are cases of benchmarks/whole.py. Raises ValueError that
-    names an unknown shape.
-    """
-    found: dict[str, Any] = {}
-    for name in names:
-        if name in TABLES:
-            found |= TABLES[name]
-        elif name in CASES:
-            found[name] = CASES[name]
-        else:
-            found |= _networks(name)
-    return list(found.values())
-
-
-def _networks(name: str) -> dict[str, Any]:
-    """Returns the networks of a table, or one network."""
-    from benchmarks.whole import TABLES as NETWORKS  # which imports what networks are made of
-
-    each = {key: case for table in NETWORKS.values() for key, case in table.items()}
-    if name not in NETWORKS and name not in each:
-        known = ", ".join([*CASES, *TABLES, *NETWORKS, *each])
-        raise ValueError(f"--shapes: no shape is called {name!r}; known: {known}")
-    return NETWORKS[name] if name in NETWORKS else {name: each[name]}
+TABLES = {
+    "cpu": CPU_CASES, "users": USERS_CASES, "gpu": GPU_CASES, "lengths": LENGTHS_CASES,
+    "long": LONG_CASES,
+}  # fmt: skip
+CASES = {name: case for table in TABLES.values() for name, case in table.items()}
 
 
 def random_cases(count: int, seed: int) -> list[Case]:
@@ -255,9 +208,22 @@ def random_cases(count: int, seed: int) -> list[Case]:
         case = Case(
             f"random{len(cases)}", *layer, kernel=(side, other), reset=reset, density=density
         )
-        if case.flops("forward") < 4e9:
+        if case.flops("inference") < 4e9 * case.steps:
             cases.append(dataclasses.replace(case, **{kind: pool}))
     return cases
+
+
+OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "max_pool": ("max_pool", int),
+    "avg_pool": ("avg_pool", int),
+    "reset": ("reset", str),
+    "quant": ("quant_bits", int),
+    "threshold": ("threshold", float),
+    "density": ("density", lambda text: None if text == "dense" else float(text)),
+    "lengths": ("lengths", lambda text: text == "True"),
+    "name": ("name", str),
+}
+"""An option of a shape has a field of Case, and reads its value."""
 
 
 def parse_case(text: str) -> Case:
@@ -267,64 +233,33 @@ def parse_case(text: str) -> Case:
     """
     words = text.replace(",", " ").split()
     numbers = [word for word in words if "=" not in word]
-    if len(numbers) != 7:
-        form = '"T N Cin Cout H W k [option=value ...]"'
-        raise ValueError(f"--shape: expected {form}, got {len(numbers)} numbers in {text!r}")
-    labels = ("T", "N", "Cin", "Cout", "H", "W")
-    sizes = [_value(label, word) for label, word in zip(labels, numbers[:6], strict=True)]
-    kernel = [_value("k", side) for side in numbers[6].lower().split("x")]
-    if len(kernel) > 2 or any(side % 2 == 0 for side in kernel):
-        raise ValueError(f"--shape: k must be odd, as 3 or 3x5, got {numbers[6]!r}")
-    given: dict[str, Any] = {"name": "own-" + "-".join(numbers)}
-    for key, value in (word.split("=", 1) for word in words if "=" in word):
-        if key not in OPTIONS:
-            known = ", ".join(OPTIONS)
-            raise ValueError(f"--shape: unknown option {key}={value!r}; known: {known}")
-        field, *accepted = OPTIONS[key]
-        given[field] = _value(key, value, *accepted)
-    case = Case(given.pop("name"), *sizes, (kernel[0], kernel[-1]), **given)
-    if case.max_pool and case.avg_pool:
-        raise ValueError("--shape: only one of max_pool and avg_pool may be given, got both")
-    if min(case.spike_shape) < 1:
-        raise ValueError(f"--shape: the pool is larger than the image in {text!r}")
+    options = dict(word.split("=", 1) for word in words if "=" in word)
+    try:
+        *sizes, kernel = numbers
+        sides = [int(side) for side in kernel.split("x")]
+        fields = {"name": "own-" + "-".join(numbers), "kernel": (sides[0], sides[-1])}
+        for option, value in options.items():
+            field, read = OPTIONS[option]
+            fields[field] = read(value)
+        names = ("steps", "batch", "cin", "cout", "height", "width")
+        case = Case(**dict(zip(names, map(int, sizes), strict=True)), **fields)
+        right = (
+            min(*case.state_shape, *case.spike_shape, case.cin, *sides) > 0
+            and all(side % 2 for side in sides)
+            and case.reset in ("none", "subtract", "zero")
+            and 0 <= case.quant_bits <= 16
+            and (case.density is None or 0 <= case.density <= 1)
+            and not (case.max_pool and case.avg_pool)
+        )
+    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"--shape: {_FORM}, got {text!r}: {error}") from None
+    if not right:
+        raise ValueError(f"--shape: {_FORM}, got {text!r}")
     return case
 
 
-def _value(
-    label: str,
-    word: str,
-    what: str = "a positive whole number",
-    kind: Callable[[str], Any] = int,
-    accepted: Callable[[Any], bool] = lambda value: value > 0,
-) -> Any:
-    try:
-        value = kind(word)
-        if accepted(value):
-            return value
-    except ValueError:
-        pass
-    raise ValueError(f"--shape: {label} must be {what}, got {word!r}")
-
-
-_RESETS = ("none", "subtract", "zero")
-_SHARE = 'a share from 0 to 1 or "dense"'
-OPTIONS: dict[str, tuple[Any, ...]] = {
-    "max_pool": ("max_pool",),
-    "avg_pool": ("avg_pool",),
-    "reset": ("reset", "none, subtract or zero", str, _RESETS.__contains__),
-    "quant": ("quant_bits", "a positive whole number up to 16", int, range(1, 17).__contains__),
-    "threshold": ("threshold", "a number", float, lambda value: True),
-    "density": ("density", _SHARE, lambda text: parse_density(text), lambda value: True),
-    "name": ("name", "a name", str, bool),
-}
-"""An option of a shape has a field of Case, and arguments of :func:`_value` for its value."""
-
-
-def parse_density(text: str) -> float | None:
-    """Reads a share of ones in 0..1, or "dense", which gives None: a normally distributed x."""
-    if text == "dense":
-        return None
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise ValueError(f"--density must be {_SHARE}, got {text!r}")
+_FORM = (
+    'expected "T N Cin Cout H W k", positive, k odd as 3 or 3x5, and options of max_pool=2 or '
+    "avg_pool=2 (not larger than the image), reset=none, subtract or zero, quant=1 to 16, "
+    "threshold=0.1, density=0 to 1 or dense, lengths=True, name=mine"
+)

@@ -7,16 +7,25 @@ run there. Nothing on it takes the time that it would take on a GPU.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-SIMT = Path(__file__).resolve().parents[1] / "tests" / "simt"
-# Cards of csrc/cuda/cards.h, with their compute capabilities.
-EMULATED = {"t4": 75, "2080ti": 75, "a100": 80, "3090": 86, "4090": 89, "l4": 89, "h100": 90}
+# Compute capability, multiprocessors, and the most bytes of shared memory that a block may have: by
+# NVIDIA's data sheets, and by the table "Technical Specifications per Compute Capability" of the
+# CUDA C++ Programming Guide.
+EMULATED = {
+    "t4": (75, 40, 64 * 1024),
+    "2080ti": (75, 68, 64 * 1024),
+    "a100": (80, 108, 163 * 1024),
+    "3090": (86, 82, 99 * 1024),
+    "4090": (89, 128, 99 * 1024),
+    "l4": (89, 58, 99 * 1024),
+    "h100": (90, 132, 227 * 1024),
+    "b200": (100, 148, 227 * 1024),
+    "5090": (120, 170, 99 * 1024),
+}
 DEVICES = ("cpu", "cuda", *(f"simt-{name}" for name in EMULATED))
 
 
@@ -35,7 +44,7 @@ def capability(device: str) -> int:
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         return 10 * major + minor
-    return EMULATED[device.removeprefix("simt-")]
+    return EMULATED[device.removeprefix("simt-")][0]
 
 
 def name(device: str) -> str:
@@ -46,18 +55,9 @@ def name(device: str) -> str:
 
 def emulator() -> Any:
     """Returns the emulator; the first call builds it, in about a minute."""
-    if str(SIMT) not in sys.path:
-        sys.path.append(str(SIMT))
-    from backend import simt_core
+    from tests.simt.backend import simt_core
 
     return simt_core()
-
-
-def planner() -> Any:
-    """Returns the module that plans for CUDA: this build's core, or without CUDA the emulator's."""
-    from snnlstm import _C
-
-    return _C if hasattr(_C, "CudaPlan") else emulator().module
 
 
 @contextlib.contextmanager
@@ -67,11 +67,8 @@ def running(device: str) -> Iterator[None]:
         yield
         return
     core = emulator()
-    (card,) = (c for c in core.module.cuda_cards() if c["name"] == device.removeprefix("simt-"))
     core.checks(races=False)
-    core.device(
-        card["capability"], card["multiprocessors"], 1024 * card["shared_kib"], algorithm="auto"
-    )
+    core.device(*EMULATED[device.removeprefix("simt-")], algorithm="auto")
     try:
         with core.installed():
             yield

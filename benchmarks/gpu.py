@@ -10,8 +10,8 @@ fails or is stopped, unless all other steps need it.
 
 --rehearse goes through the same steps without a GPU, on one that tests/simt emulates, with tiny
 layers; the report is marked as a rehearsal, and its times mean nothing. Two files are written anew
-after each step: DIR/report.md has everything, and DIR/send.txt the block of text to send, which
-`python -m benchmarks.compare` reads. The build goes to out/gpu-build and is kept for the next run.
+after each step: DIR/report.md has everything, and DIR/rows.csv all rows, which
+`python -m benchmarks --compare` reads. The build goes to out/gpu-build and is kept for later runs.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ SANITIZE = "{sanitizer} --error-exitcode=9 --launch-timeout=60 --kernel-name "
 SANITIZE += "kernel_substring=snnlstm --tool="
 UNCACHED = ("PYTORCH_NO_CUDA_MEMORY_CACHING=1",)
 SMOKE = "{python} -m benchmarks.gpu_smoke --device {device}"
-BENCH = "{python} -m benchmarks --device {device} --mode forward both --memory off --no-plots "
-BENCH += "--goals --kernels --dtype {dtypes} --providers {providers} --out {out}/"
+BENCH = "{python} -m benchmarks --device {device} --no-plots --threads all --dtype {dtypes} "
+BENCH += "--providers {providers} --out {out}/"
 # Layers of users' networks, the smallest first, then those of the suite's own table for GPUs.
 LAYERS = "--shapes mnist dvs mid big --seconds 1.5 --limit {left}"
 LARGE = "--shapes tiny audio dvs64 wide64 dvs128 wide128 --seconds 1.5 --limit {left}"
@@ -94,11 +94,11 @@ def steps(rehearsal: bool) -> tuple[Step, ...]:
 # Each GPU is timed in the types that it has instructions for.
 DTYPES = {75: "float32 autocast16 float16", 80: "tf32 bfloat16 float16"}
 PROVIDERS = (
-    "snntorch-cudagraph", "hoisted", "snnlstm-step", "snnlstm", "snnlstm-pointwise",
-    "snnlstm-hybrid", "snnlstm-measured", "snnlstm-cudagraph",
+    "snntorch-cudagraph", "snnlstm-step", "snnlstm", "snnlstm:cudnn",
+    "snnlstm:hybrid", "snnlstm:measure", "snnlstm-cudagraph",
 )  # fmt: skip
 # torch.compile takes a minute of one core for a layer.
-COMPILED = ("snntorch-compile", "snntorch-compile-last", "snntorch-compile-graph")
+COMPILED = ("snntorch-compile", "snntorch-compile-graph")
 CORES_TO_COMPILE = 8
 
 
@@ -197,7 +197,7 @@ def run_all(place: Place, planned: Sequence[Step], seconds: float) -> list[Outco
         print(f"{outcome.verdict} ({outcome.seconds:.0f} s)", flush=True)
         taken = time.monotonic() - begin
         (place.out / "report.md").write_text(report(about, outcomes, taken))
-        (place.out / "send.txt").write_text(to_send(about, outcomes, taken, place.out))
+        gather(place.out)
     return outcomes
 
 
@@ -242,18 +242,12 @@ def report(about: dict[str, str], outcomes: Sequence[Outcome], seconds: float) -
     return "\n".join(lines) + "\n"
 
 
-def to_send(about: dict[str, str], outcomes: Sequence[Outcome], seconds: float, out: Path) -> str:
-    """Returns the block of text to send: machine, outcomes, the ends of failures, and all rows."""
-    from benchmarks.rows import read_rows, to_text
-
-    lines = [f"{name}: {value}" for name, value in about.items()]
-    lines += [f"{o.step.name}: {o.verdict}, {o.seconds:.0f} s" for o in outcomes]
-    lines.append(f"all: {summary(outcomes)}, {seconds:.0f} s")
-    for outcome in outcomes:
-        if outcome.verdict.startswith("failed"):
-            lines += ["", f"{outcome.step.name}:", *outcome.output.splitlines()[-20:]]
-    rows = [row for file in sorted(out.glob("*/rows.json")) for row in read_rows(file)]
-    return "\n".join([*lines, "", to_text(rows)]) + "\n"
+def gather(out: Path) -> None:
+    """Writes the rows of all steps into one rows.csv."""
+    tables = [file.read_text().splitlines() for file in sorted(out.glob("*/rows.csv"))]
+    tables = [table for table in tables if table]
+    lines = [line for table in tables for line in table[1:]]
+    (out / "rows.csv").write_text("\n".join([*(t[0] for t in tables[:1]), *lines, ""]))
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
@@ -311,8 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     arch = arch_of(options.rehearse, capability)
     place = Place(device, capability, arch, out, options.build.resolve())
     outcomes = run_all(place, planned, 60 * options.minutes)
-    print(f"{summary(outcomes)}; wrote {out / 'report.md'}")
-    print(f"to send: {out / 'send.txt'}")
+    print(f"{summary(outcomes)}; to send: {out / 'report.md'} and {out / 'rows.csv'}")
     good = ("passed", "left out")
     return 0 if all(outcome.verdict.startswith(good) for outcome in outcomes) else 1
 

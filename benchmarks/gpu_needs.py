@@ -20,7 +20,7 @@ from pathlib import Path
 # alone (gpu_build.py), and so with any setuptools, or none.
 NEEDED = {
     "pybind11": "pybind11>=2.13", "pytest": "pytest>=8", "hypothesis": "hypothesis>=6.100",
-    "numpy": "numpy", "snntorch": "snntorch==1.0.0", "tqdm": "tqdm",
+    "numpy": "numpy", "pandas": "pandas>=2", "snntorch": "snntorch==1.0.0", "tqdm": "tqdm",
 }  # fmt: skip
 PROGRAMS = {"cmake": "cmake>=3.24", "ninja": "ninja"}
 NVCC = '"nvidia-cuda-nvcc==13.*" "nvidia-cuda-runtime==13.*" "nvidia-cuda-cccl==13.*"'

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import snnlstm
 from benchmarks import devices
-from benchmarks.agreement import TOLERANCE
+from benchmarks.providers import TOLERANCE
 from snnlstm.reference import sconv2dlstm
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -35,7 +35,7 @@ SIZES = (2, 3, 6, 21, 13, 19)
 """The sizes T, N, Cin, C, H, W are no multiples of a tile's."""
 EXACT = ("float64", "float32")
 # Under compute-sanitizer, where the start alone takes half a minute.
-FEW = ("fused", "resident", "pointwise"), ("plain", "max_pool, subtract")
+FEW = ("fused", "cudnn"), ("plain", "max_pool, subtract")
 ALGORITHMS = snnlstm.settings.ALGORITHMS[:-1]
 SMOOTH = ("plain", "stride, dilation", "one window")
 """No decision of these options depends on rounding; coarse precisions run these options alone."""

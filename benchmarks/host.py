@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import snnlstm
-from benchmarks.providers.with_snntorch import loop
+from benchmarks.providers import loop
 from snnlstm import _C
 from snnlstm.native import cpu, cuda, function, torch_conv
 
@@ -151,7 +151,7 @@ def main(given: list[str] | None = None) -> None:
     p.add_argument("--rounds", type=int, default=200, help="per row (default: %(default)s)")
     rounds = p.parse_args(given).rounds
     weight = torch.zeros(1, requires_grad=True)
-    ways = {"cpu": ("cpu",), "cuda": ("cuda",), "cuda, pointwise,": ("cuda", "pointwise")}
+    ways = {"cpu": ("cpu",), "cuda": ("cuda",), "cuda, cudnn,": ("cuda", "cudnn")}
     cells = {name: snnlstm.SConv2dLSTM(2, 12, 3, threshold=0.1) for name in ways}
     times: dict[str, list[tuple[float, float]]] = {}
     for _ in range(rounds // 20):

@@ -1,14 +1,23 @@
-"""Defines eight small networks, each with the structure, shapes and habits of one kind of users.
+"""Defines the networks that the suite times and that tests train.
 
-The networks are written for snnTorch's cell, as their users would. ``NETWORKS`` lists them. A
-network class takes the cell's class as its first argument.
+They are written for snnTorch's cell, as users write them: a network class takes the cell's class as
+its first argument, its `forward` is a loop over time, and its `sequence` does the same as
+docs/sequences.md teaches it. ``USERS`` has the example of snnTorch's documentation, and networks
+with the structures, sizes and batches of public ones; ``SMALL`` has some for what their code does.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
+import itertools
+import runpy
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import snntorch as snn
@@ -18,65 +27,180 @@ from snntorch import surrogate, utils
 from torch import Tensor, nn
 
 import snnlstm
+from benchmarks.providers import WIDE, Runner, Setting, Unavailable, path_of
+from snnlstm import unroll
 
-try:
-    from lightning import LightningModule
-except ImportError:
-    LightningModule = nn.Module
-
-
-@dataclass(frozen=True)
-class Network:
-    """Holds a network, its data and its training loop."""
-
-    make: Callable[[Any], nn.Module]  # makes the network of a cell's class
-    data: tuple[tuple[int, ...], ...]  # shapes of batches, which the loop takes in turn
-    step: Callable[..., Tensor]  # makes a training step of (network, optimizer, x, y)
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
-    batch_dim: int = 0  # the dimension of x that is the batch
-    autocast: bool = False  # under autocast our cell and snnTorch's round differently
-    infer: Callable[[Any, Tensor], Any] = lambda net, x: net(x)
-
-    def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Returns equal batches at every call: events of density 0.3, and labels."""
-        generator = torch.Generator("cpu").manual_seed(7)
-        made = []
-        for shape in self.data:
-            x = torch.rand(shape, generator=generator, device="cpu").lt(0.3)
-            size = (shape[self.batch_dim],)
-            y = torch.randint(3, size, generator=generator, device="cpu")
-            like = torch.zeros(())
-            made.append((x.to(like), y.to(like.device)))
-        return made
+FORMS: dict[str, tuple[Any, bool]] = {
+    "snntorch": (snn.SConv2dLSTM, False),
+    "snnlstm-step": (snnlstm.SConv2dLSTM, False),
+    "snnlstm": (snnlstm.SConv2dLSTM, True),
+}
+"""A provider of a network has a cell's class, and says whether sequences take the loop's place."""
 
 
-def plain_step(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
-    """Averages the logits of all steps, (T, N, classes), as tutorials do."""
+def averaged(run: Callable[..., Tensor], net: nn.Module, optimizer: Any, x: Tensor, y: Tensor):
+    """Trains on the average of the logits of all steps, (T, N, classes), as tutorials do."""
     optimizer.zero_grad()
-    loss = F.cross_entropy(net(x).mean(0), y)
+    loss = F.cross_entropy(run(net, x).mean(0), y)
     loss.backward()
     optimizer.step()
     return loss
 
 
-class ExplicitStates(nn.Module):
-    """Carries states of reset_mem by hand; data is batch-first, and the last batch is smaller."""
+ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
+SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Holds a network with its data and its training step.
+
+    make: makes the network of a cell's class. shapes: of batches, which training takes in turn.
+    train, infer: a step of (run, net, optimizer, x, y) and inference by (run, net, x), where `run`
+    is `loop` or `sequences`. batch_dim: the dimension of x that is the batch. autocast: whether the
+    network runs under autocast, where our cell and snnTorch's round differently. forms: as FORMS;
+    the first is what the others are compared with.
+    """
+
+    title: str
+    make: Callable[[Any], nn.Module]
+    shapes: tuple[tuple[int, ...], ...]
+    train: Callable[..., Tensor] = averaged
+    infer: Callable[..., Any] = lambda run, net, x: run(net, x)
+    optimizer: Callable[..., torch.optim.Optimizer] = ADAM
+    batch_dim: int = 0
+    loop: Callable[..., Any] = lambda net, *args: net(*args)
+    sequences: Callable[..., Any] = lambda net, *args: net.sequence(*args)
+    autocast: bool = False
+    forms: dict[str, tuple[Any, bool]] = field(default_factory=lambda: FORMS)
+
+    def batches(self) -> list[tuple[Any, Any]]:
+        """Returns equal batches at every call: events of density 0.3, and labels."""
+        generator = torch.Generator("cpu").manual_seed(7)
+        batches, like = [], torch.zeros(())
+        for shape in self.shapes:
+            x = torch.rand(shape, generator=generator, device="cpu").lt(0.3)
+            size = (shape[self.batch_dim],)
+            y = torch.randint(3, size, generator=generator, device="cpu")
+            batches.append((x.to(like), y.to(like.device)))
+        return batches
+
+    def step(self, net: Any, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
+        """Makes a training step in the loop over time; returns the loss."""
+        return self.train(self.loop, net, optimizer, x, y)
+
+
+def _reset(*layers: Any) -> None:
+    for layer in layers:
+        layer.reset_mem()
+
+
+# ---- networks as people have them ----------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """Has the structure of the example in snnTorch's documentation of the cell; x (N, T, C, H, W).
+
+    Cells carry states of reset_mem, then come a linear layer and Leaky. layers: arguments of each
+    cell. pixels: the pixels of an image that reach the linear layer.
+    """
+
+    def __init__(self, cell: Any, layers: list[dict], pixels: int, classes: int = 10) -> None:
+        super().__init__()
+        grad = surrogate.straight_through_estimator()
+        self.cells = nn.ModuleList(cell(spike_grad=grad, **layer) for layer in layers)
+        self.fc = nn.Linear(layers[-1]["out_channels"] * pixels, classes)
+        self.lif = snn.Leaky(beta=0.5, spike_grad=surrogate.fast_sigmoid(slope=5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = [cell.reset_mem() for cell in self.cells]
+        mem = self.lif.reset_mem()
+        out = []
+        for t in range(x.size(1)):
+            spk = x[:, t]
+            for k, cell in enumerate(self.cells):
+                spk, *states[k] = cell(spk, *states[k])
+            _, mem = self.lif(self.fc(spk.flatten(1)), mem)
+            out.append(mem)
+        return torch.stack(out)
+
+    def sequence(self, x: Tensor) -> Tensor:
+        _reset(*self.cells, self.lif)
+        return unroll(x.transpose(0, 1), *self.cells, nn.Flatten(), self.fc, self.lif)[1]
+
+
+def _layers(*channels: int, threshold: float, kernel: Any = 3, **options: Any) -> list[dict]:
+    """Returns the arguments of cells with these channels and the same options."""
+    names = ("in_channels", "out_channels", "kernel_size", "threshold")
+    pairs = itertools.pairwise(channels)
+    return [dict(zip(names, (*pair, kernel, threshold), strict=True)) | options for pair in pairs]
+
+
+def _classifier(title: str, layers: list[dict], steps: int, batch: int, *image: int) -> Network:
+    """Returns a Classifier on images (C, H, W)."""
+    _, height, width = image
+    for layer in layers:
+        pool = layer.get("max_pool") or layer["avg_pool"]
+        rows, columns = pool if isinstance(pool, tuple) else (pool, pool)
+        height, width = height // rows, width // columns
+    make = functools.partial(Classifier, layers=layers, pixels=height * width)
+    shape = (batch, steps, *image)
+    return Network(f"{title}; T={steps} N={batch}", make, (shape,), optimizer=torch.optim.Adam)
+
+
+class Camera(nn.Module):
+    """Sees events (T, N, 2, H, W) by a convolution, Leaky and a cell with a learned threshold."""
 
     def __init__(self, cell: Any) -> None:
         super().__init__()
-        self.lstm1 = cell(2, 4, 3, threshold=0.1, max_pool=2)
-        self.lstm2 = cell(4, 4, 3, threshold=0.05, avg_pool=2)
-        self.fc = nn.Linear(4 * 2 * 2, 3)
+        grad = surrogate.fast_sigmoid(slope=5)
+        self.conv = nn.Conv2d(2, 32, 3, padding=1)
+        self.lif = snn.Leaky(beta=0.9, threshold=0.2, spike_grad=grad)
+        self.lstm = cell(32, 1, 3, threshold=0.02, learn_threshold=True, spike_grad=grad)
 
-    def forward(self, x: Tensor) -> Tensor:
-        syn1, mem1 = self.lstm1.reset_mem()
-        syn2, mem2 = self.lstm2.reset_mem()
+    def start(self) -> tuple[Tensor, ...]:
+        return (self.lif.reset_mem(), *self.lstm.reset_mem())
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         out = []
-        for t in range(x.size(1)):  # (N, T, C, H, W)
-            spk1, syn1, mem1 = self.lstm1(x[:, t], syn1, mem1)
-            spk2, syn2, mem2 = self.lstm2(spk1, syn2, mem2)
-            out.append(self.fc(spk2.flatten(1)))
-        return torch.stack(out)
+        for x_t in x:
+            spk, mem = self.lif(self.conv(x_t), state[0])
+            spk, *cell_state = self.lstm(spk, *state[1:])
+            state = (mem, *cell_state)
+            out.append(spk)
+        return torch.stack(out), state
+
+    def sequence(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        mem, *cell_state = state
+        spikes = []
+        for x_t in x:
+            spk, mem = self.lif(self.conv(x_t), mem)
+            spikes.append(spk)
+        spk, *cell_state = self.lstm(torch.stack(spikes), *cell_state)
+        return spk, (mem, *cell_state)
+
+
+def truncated(run: Callable[..., Any], net: Any, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Trains by truncated BPTT of nine steps, and calls backward under autocast, too."""
+    state, losses = net.start(), []
+    for chunk in x.split(9):
+        optimizer.zero_grad()
+        with torch.autocast(x.device.type, torch.bfloat16):
+            spk, state = run(net, chunk, state)
+            loss = (spk - chunk.amax(2, keepdim=True)).square().mean()
+            loss.backward()
+        optimizer.step()
+        state = [s.detach() for s in state]
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()
+
+
+def seen(run: Callable[..., Any], net: Any, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, torch.bfloat16):
+        return run(net, x, net.start())[0]
+
+
+# ---- what small networks do in their code --------------------------------------------------------
 
 
 class Spectrogram(nn.Module):
@@ -90,8 +214,7 @@ class Spectrogram(nn.Module):
         self.head = nn.Linear(4 * 10 * 4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.lstm1.reset_mem()
-        self.lstm2.reset_mem()
+        _reset(self.lstm1, self.lstm2)
         out = []
         for frame in x.split(8, dim=-1):  # (N, 1, mels, frames * 8)
             spk = self.norm(self.lstm1(frame))
@@ -99,123 +222,11 @@ class Spectrogram(nn.Module):
             out.append(self.head(mem.flatten(1)))  # the head reads the membrane potential
         return torch.stack(out)
 
-
-class Columns(nn.Module):
-    """Reads a spectrogram column by column, 129x1 pixels, with states of torch.zeros, no bias."""
-
-    def __init__(self, cell: Any) -> None:
-        super().__init__()
-        self.lstm = cell(1, 4, [3, 3], bias=False, threshold=0.02, reset_mechanism="zero")
-        self.fc = nn.Linear(4 * 129, 3)
-        self.out = snn.Synaptic(alpha=0.9, beta=0.8, threshold=0.5, init_hidden=True, output=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mem = torch.zeros(x.shape[0], 4, 129, 1)
-        syn = torch.zeros_like(mem)
-        utils.reset(self)
-        mem_rec = []
-        for t in range(x.shape[-1]):
-            spk, syn, mem = self.lstm(x[:, None, :, t : t + 1], syn, mem)
-            _, _, mem_out = self.out(self.fc(torch.flatten(spk, 1)))
-            mem_rec.append(mem_out)
-        return torch.stack(mem_rec)
-
-
-class Truncated(nn.Module):
-    """Takes one step at a time; the training loop keeps the states."""
-
-    def __init__(self, cell: Any) -> None:
-        super().__init__()
-        self.lstm = cell(2, 5, 3, threshold=0.05)
-        self.fc = nn.Linear(5 * 6 * 6, 3)
-
-    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        spk, *state = self.lstm(x, *state)
-        return self.fc(spk.flatten(1)), state
-
-
-def truncated_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Trains by truncated BPTT under autocast, and calls backward under autocast, too."""
-    state = net.lstm.reset_mem()
-    losses = []
-    for chunk in x.split(3):  # (T, N, C, H, W)
-        optimizer.zero_grad()
-        with torch.autocast(x.device.type, torch.bfloat16):
-            out = 0
-            for x_t in chunk:
-                logits, state = net(x_t, state)
-                out = out + logits
-            loss = F.cross_entropy(out, y)
-            loss.backward()
-        optimizer.step()
-        state = [s.detach() for s in state]
-        losses.append(loss.detach())
-    return torch.stack(losses).mean()
-
-
-def truncated_infer(net: Any, x: Tensor) -> Tensor:
-    """Carries the states through all steps, (T, N, C, H, W)."""
-    state = net.lstm.reset_mem()
-    out = []
-    for x_t in x:
-        logits, state = net(x_t, state)
-        out.append(logits)
-    return torch.stack(out)
-
-
-class Recurrent(nn.Module):
-    """Has the whole loop in forward, for DataParallel; data is batch-first."""
-
-    def __init__(self, cell: Any) -> None:
-        super().__init__()
-        self.features = nn.Conv2d(2, 4, 3, stride=2, padding=1)
-        self.lstm1 = cell(4, 4, 3, threshold=0.02, init_hidden=True)
-        self.lstm2 = cell(4, 4, 5, threshold=0.02, init_hidden=True)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.lstm1.reset_mem()
-        self.lstm2.reset_mem()
-        spikes = [
-            self.lstm2(self.lstm1(torch.relu(self.features(x_t)))) for x_t in x.transpose(0, 1)
-        ]
-        return self.head(torch.stack(spikes).mean((-2, -1)))
-
-
-class LearnedThreshold(nn.Module):
-    """Trains thresholds, one for each channel, on channels_last data, with clipped gradients."""
-
-    def __init__(self, cell: Any) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, padding=1)
-        self.lstm1 = cell(
-            4, 5, 3, threshold=torch.full((5, 1, 1), 0.03), learn_threshold=True, max_pool=2,
-            reset_mechanism="subtract",
-        )  # fmt: skip
-        self.lstm2 = cell(5, 3, 3, threshold=0.02, learn_threshold=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        (syn1, mem1), (syn2, mem2) = self.lstm1.reset_mem(), self.lstm2.reset_mem()
-        out = []
-        for x_t in x:
-            x_t = self.conv(x_t.to(memory_format=torch.channels_last))
-            spk, syn1, mem1 = self.lstm1(x_t, syn1, mem1)
-            spk, syn2, mem2 = self.lstm2(spk, syn2, mem2)
-            out.append(spk.mean((-2, -1)))
-        return torch.stack(out)
-
-
-def clipped_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Accumulates the gradients of two halves of the batch, then clips them."""
-    optimizer.zero_grad()
-    loss = torch.zeros(())
-    for x_half, y_half in zip(x.chunk(2, dim=1), y.chunk(2), strict=True):
-        part = F.cross_entropy(net(x_half).mean(0), y_half) / 2
-        part.backward()
-        loss = loss + part.detach()
-    nn.utils.clip_grad_norm_(net.parameters(), 0.5)
-    optimizer.step()
-    return loss
+    def sequence(self, x: Tensor) -> Tensor:
+        _reset(self.lstm1, self.lstm2)
+        frames = torch.stack(x.split(8, dim=-1))
+        _, _, mem = unroll(frames, self.lstm1, self.norm, self.lstm2)
+        return self.head(mem.flatten(2))
 
 
 def hidden(cell: Any) -> nn.Module:
@@ -230,87 +241,155 @@ def hidden(cell: Any) -> nn.Module:
     )
 
 
-def hidden_infer(net: nn.Module, x: Tensor) -> Tensor:
+def _outside(net: nn.Module, x: Tensor) -> Tensor:
     """Loops over time outside of the network, (T, N, C, H, W)."""
     utils.reset(net)
     return torch.stack([net(x_t)[1] for x_t in x])
 
 
-def hidden_step(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Resets before each batch, and loops over time outside of the network."""
+def _unrolled(net: nn.Sequential, x: Tensor) -> Tensor:
     utils.reset(net)
-    net.train()
-    spk_rec, mem_rec = [], []
-    for step in range(x.size(0)):
-        spk, mem = net(x[step])
-        spk_rec.append(spk)
-        mem_rec.append(mem)
-    loss = torch.zeros(1)
-    for mem in mem_rec:
-        loss += nn.CrossEntropyLoss()(mem, y)
+    return unroll(x, *net)[1]
+
+
+# ---- the ConvLSTM without spikes, and one's own network ------------------------------------------
+
+
+def squared(run: Callable[..., Any], net: nn.Module, optimizer: Any, x: Tensor, y: Tensor):
+    """Trains on the mean square of all that the network returns."""
     optimizer.zero_grad()
+    found = torch.utils._pytree.tree_leaves(run(net, x))
+    outputs = [out for out in found if torch.is_tensor(out) and out.requires_grad]
+    loss = torch.stack([out.float().square().mean() for out in outputs]).sum()
     loss.backward()
     optimizer.step()
     return loss
 
 
-class Lit(LightningModule):
-    """Is a module for Lightning's Trainer, or a plain module without Lightning."""
+def _convlstm(hidden: list[int], kernel: int, *shape: int) -> Network:
+    """Returns a stack of ConvLSTMs on (N, T, C, H, W), beside the plain loop of the tests."""
 
-    def __init__(self, cell: Any) -> None:
-        super().__init__()
-        self.lstm = cell(2, 4, 3, threshold=0.05, spike_grad=surrogate.straight_through_estimator())
-        self.head = nn.Linear(4 * 6 * 6, 3)
+    def make(plain: bool) -> nn.Module:
+        from tests.shared.plain_convlstm import Stack
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.lstm.reset_mem()
-        return torch.stack([self.head(self.lstm(x_t)[0].flatten(1)) for x_t in x.unbind(1)])
+        kind: Any = Stack if plain else snnlstm.ConvLSTM
+        return kind(shape[2], hidden, (kernel, kernel), len(hidden), batch_first=True)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
-        return F.cross_entropy(self(x).mean(0), y)
+    def first(net: nn.Module, x: Tensor) -> Tensor:
+        out = net(x)
+        return out[0][0] if isinstance(out, tuple) else out
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-
-def lit_step(net: Any, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Makes the training step of a Trainer."""
-    loss = net.training_step((x, y), 0)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss
+    layers = "->".join(map(str, (shape[2], *hidden)))
+    title = f"ConvLSTM {layers} {kernel}x{kernel} {shape[3]}x{shape[4]}; T={shape[1]} N={shape[0]}"
+    forms = {"plain loop": (True, False), "snnlstm": (False, False)}
+    return Network(title, make, (shape,), squared, loop=first, forms=forms)
 
 
-_sgd = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-_adam = functools.partial(torch.optim.Adam, lr=1e-2)
-NETWORKS = {
-    "explicit": Network(
-        ExplicitStates, ((4, 5, 2, 8, 8), (3, 5, 2, 8, 8)), plain_step, optimizer=_adam
+@dataclass(frozen=True)
+class OwnNetwork(Network):
+    """Is the network that a user's function returns with its input."""
+
+    function: Callable[[], tuple[nn.Module, Any]] = NotImplemented
+
+    def batches(self) -> list[tuple[Any, Any]]:
+        _, x = self.function()
+        return [(x if isinstance(x, tuple) else (x,), None)]
+
+
+def _fresh(net: nn.Module, x: tuple[Any, ...]) -> Any:
+    utils.reset(net)
+    return net(*x)
+
+
+def from_file(place: str) -> Network:
+    """Returns the network of "file.py:function"; the function is "make" where no name is given.
+
+    The function takes nothing and returns a network and its input, a tensor or a tuple of
+    arguments. The network has snnTorch's cells or ours: either take the place of the other. Its
+    loss is the mean square of what it returns. Raises ValueError that names what is missing.
+    """
+    file, _, name = place.partition(":")
+    name = name or "make"
+    sys.path.insert(0, str(Path(file).resolve().parent))  # where the file finds what it imports
+    try:
+        function = runpy.run_path(file)[name]
+    except (OSError, KeyError) as error:
+        raise ValueError(f"--network: expected FILE.py:FUNCTION, got {place!r}: {error}") from None
+
+    def make(cell: Any) -> nn.Module:
+        net, _ = function()
+        swap = snnlstm.accelerate if cell is snnlstm.SConv2dLSTM else snnlstm.restore
+        report = swap(net)
+        if not any(type(module) is cell for module in report.model.modules()):
+            raise ValueError(f"--network: {name}() returns no network with an SConv2dLSTM")
+        return report.model
+
+    return OwnNetwork(
+        "your own network", make, (), squared, loop=_fresh,
+        optimizer=functools.partial(torch.optim.SGD, lr=0.0), function=function,
+        forms={name: form for name, form in FORMS.items() if not form[1]},
+    )  # fmt: skip
+
+
+# ---- all networks --------------------------------------------------------------------------------
+
+_CLASSIFIERS: dict[str, tuple[str, list[dict], int, int, int, int, int]] = {
+    "documentation": (
+        "1->8 28x28, max_pool 2, 8->8, avg_pool 2",
+        _layers(1, 8, threshold=0.1, max_pool=2) + _layers(8, 8, threshold=0.03, avg_pool=2),
+        10, 32, 1, 28, 28,
     ),
-    "spectrogram": Network(Spectrogram, ((4, 1, 20, 32),), plain_step, optimizer=_adam),
-    "columns": Network(Columns, ((2, 129, 5),), plain_step, optimizer=_adam),
-    "truncated": Network(
-        Truncated,
-        ((6, 3, 2, 6, 6),),
-        truncated_step,
-        optimizer=_sgd,
-        batch_dim=1,
-        autocast=True,
-        infer=truncated_infer,
+    "column": (
+        "22->16->32->64 129x1, max_pool (2, 1)",
+        _layers(22, 16, 32, threshold=0.05, max_pool=(2, 1))
+        + _layers(32, 64, threshold=0.02, max_pool=(2, 1)), 65, 128, 22, 129, 1,
     ),
-    "parallel": Network(
-        lambda cell: nn.DataParallel(Recurrent(cell)), ((4, 4, 2, 12, 12),), plain_step
+    "spectrum": (
+        "1->16 9x9 129x33, max_pool 2",
+        _layers(1, 16, threshold=0.03, kernel=9, max_pool=2), 10, 128, 1, 129, 33,
     ),
-    "thresholds": Network(
-        LearnedThreshold, ((4, 4, 3, 8, 8),), clipped_step, optimizer=_sgd, batch_dim=1
+    "eeg": (
+        "1->16->32->64 22x128, max_pool 2",
+        _layers(1, 16, 32, 64, threshold=0.05, max_pool=2), 10, 32, 1, 22, 128,
     ),
+    "audio": (
+        "1->16 5x5 33x49, max_pool 2, 16->32->64, avg_pool 2",
+        _layers(1, 16, threshold=0.03, kernel=5, max_pool=2)
+        + _layers(16, 32, 64, threshold=0.03, avg_pool=2), 10, 12, 1, 33, 49,
+    ),
+    "electrodes": (
+        "1->16 19x3 19x125, 16->64 3x3, max_pool 2",
+        _layers(1, 16, threshold=0.03, kernel=(19, 3), max_pool=2)
+        + _layers(16, 64, threshold=0.05, max_pool=2), 23, 16, 1, 19, 125,
+    ),
+}  # fmt: skip
+_CAMERA = Network(
+    "convolution, Leaky, 32->1 128x128, learned threshold, autocast; T=18 N=2", Camera,
+    ((18, 2, 2, 128, 128),), truncated, seen, SGD, batch_dim=1, autocast=True,
+)  # fmt: skip
+USERS = {name: _classifier(*of) for name, of in _CLASSIFIERS.items()} | {"camera": _CAMERA}
+SMALL = {
+    "spectrogram": Network("1->4->4 9x9, batch norm between", Spectrogram, ((4, 1, 20, 32),)),
     "hidden": Network(
-        hidden, ((5, 4, 2, 8, 8), (5, 2, 2, 8, 8)), hidden_step, batch_dim=1, infer=hidden_infer
+        "2->4->4 8x8 in nn.Sequential", hidden, ((5, 4, 2, 8, 8), (5, 2, 2, 8, 8)),
+        batch_dim=1, loop=_outside, sequences=_unrolled,
     ),
-    "lit": Network(Lit, ((4, 3, 2, 6, 6),), lit_step, optimizer=_adam),
+}  # fmt: skip
+NETWORKS = {
+    **{
+        name: _classifier(title, layers, 3, 2, channels, min(height, 16), min(width, 16))
+        for name, (title, layers, _, _, channels, height, width) in _CLASSIFIERS.items()
+    },
+    "camera": dataclasses.replace(_CAMERA, shapes=((10, 2, 2, 12, 12),)),
+    **SMALL,
 }
+"""The same networks with small images and batches, which tests train."""
+CONVLSTMS = {
+    "nowcasting": _convlstm([16, 16], 3, 8, 10, 1, 48, 48),
+    "video": _convlstm([32], 3, 8, 10, 16, 32, 32),
+    "convlstm5x5": _convlstm([16], 5, 8, 10, 8, 40, 40),
+}
+TABLES = {"networks": USERS, "small-networks": SMALL, "convlstm": CONVLSTMS}
 
 
 def twins(make: Callable[[Any], nn.Module]) -> list[Any]:
@@ -320,3 +399,63 @@ def twins(make: Callable[[Any], nn.Module]) -> list[Any]:
         torch.manual_seed(0)
         nets.append(make(cell))
     return nets
+
+
+class WholeNetwork:
+    """Is a provider of a network: one of its forms, with one library's cell."""
+
+    def __init__(self, network: Network, form: str, setting: Setting) -> None:
+        if setting.dtype not in ("float32", *WIDE):
+            raise Unavailable(f"networks run in float32, not in {setting.dtype}")
+        self.network, self.setting = network, setting
+        cell, sequences = network.forms[form]
+        self.over_time = network.sequences if sequences else network.loop
+        setting.apply_precision()
+        with self.place():
+            torch.manual_seed(setting.seed)
+            self.net = network.make(cell)
+            self.x, self.y = network.batches()[0]
+        self.optimizer = network.optimizer(self.net.parameters())
+        self.initial = copy.deepcopy(self.net.state_dict())
+
+    def place(self) -> AbstractContextManager[Any]:
+        """Makes a GPU torch's default device; a default device costs time in each call of torch."""
+        return torch.device("cuda") if self.setting.device == "cuda" else nullcontext()
+
+    @property
+    def path(self) -> str:
+        """Returns the paths of our cells."""
+        return path_of(*(m for m in self.net.modules() if isinstance(m, snnlstm.SConv2dLSTM)))
+
+    def prepare(self, mode: str) -> Runner:
+        """Returns (setup, run), as every provider.
+
+        Each training step begins with the same weights but for a rounding error.
+        """
+        factors = itertools.cycle((1 + 1e-6, 1.0))
+
+        def setup() -> None:
+            if mode == "training":
+                self.net.load_state_dict(self.initial)
+                factor = next(factors)
+                with torch.no_grad():
+                    for parameter in self.net.parameters():
+                        parameter.mul_(factor)
+
+        def run() -> object:
+            with self.place(), self.setting.context():
+                if mode == "training":
+                    train = self.network.train
+                    return train(self.over_time, self.net, self.optimizer, self.x, self.y)
+                with torch.no_grad():
+                    return self.network.infer(self.over_time, self.net, self.x)
+
+        return setup, run
+
+    def results(self) -> dict[str, Tensor]:
+        """Returns the loss of a first training step."""
+        setup, run = self.prepare("training")
+        setup()
+        torch.manual_seed(1)  # dropout
+        loss: Any = run()
+        return {"loss": loss.detach().double().cpu()}

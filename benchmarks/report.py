@@ -1,230 +1,225 @@
-"""Formats the suite's tables."""
+"""Shows the rows of a run: tables, pictures, and the comparison of two runs.
+
+Rows are a pandas table, one row for each case, mode and provider; times are milliseconds of all
+time steps. `speedup` is the median of the case's first provider, timed in the same rounds, over
+this median; it is missing where the machine was too busy for ratios.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
-from benchmarks.cases import MODES, Case
-from benchmarks.machine import Peak
-from benchmarks.providers import BASELINE, DETAILS, PROVIDERS
-from benchmarks.rows import Row
+import pandas as pd
 
-MODE_TITLES = {
-    "forward": "forward (inference)",
-    "backward": "backward alone",
-    "both": "forward + backward (training)",
-}
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Formats columns as wide as their longest cell; the first `left` columns are aligned left.
-
-    A heading may have several lines, separated by "\\n".
-    """
-    depth = max(cell.count("\n") for cell in header) + 1
-    heads = [["", "", *cell.split("\n")][-depth:] for cell in header]
-    table = [*zip(*heads, strict=True), *rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-        for cells in table
-    ]
-    lines.insert(depth, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+RUN = ["threads", "dtype"]
+CASE = [*RUN, "case", "mode"]
+TEXTS = ["path", "note", "shape"]
+KEY = [*CASE, "title", "provider"]  # what is the same measurement in two runs
+SMALLEST_CHANGE = 0.03
+"""Clocks and the placement of pages make medians of equal programs differ by up to this share."""
+FEWEST_ROUNDS = 5
+# The colours are Okabe and Ito's, which differ for any kind of colour vision
+# (https://jfly.uni-koeln.de/color/).
+COLOURS = {
+    "snntorch": "#000000", "plain loop": "#000000", "snntorch-compile": "#E69F00",
+    "snntorch-cudagraph": "#CC79A7", "snntorch-compile-graph": "#009E73",
+    "snnlstm-step": "#56B4E9", "snnlstm": "#0072B2", "snnlstm-cudagraph": "#D55E00",
+    "snnlstm-checkpoint": "#F0E442",
+}  # fmt: skip
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """Formats a value with this many significant digits and no exponent; None gives no text."""
-    if value is None:
-        return ""
-    text = f"{value:.{digits}g}"
-    return f"{float(text):.0f}" if "e" in text and value >= 1 else text
+def read(path: Path) -> pd.DataFrame:
+    """Reads rows.csv, or that of a directory; raises ValueError that names a file without rows."""
+    path = path / "rows.csv" if path.is_dir() else path
+    try:
+        rows = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str))
+        return rows.assign(**{name: rows[name].fillna("") for name in TEXTS})
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} does not hold rows of this suite: {error}") from None
 
 
-def ratio(value: float | None) -> str:
-    """Formats a speed-up; None gives no text."""
-    return "" if value is None else f"{value:.2f}x"
+def number(value: Any, unit: str = "") -> str:
+    """Formats a value with three significant digits and no exponent; "-" if it is missing."""
+    if value is None or pd.isna(value):
+        return "-"
+    text = f"{value:.3g}"
+    return (f"{float(text):.0f}" if "e" in text and value >= 1 else text) + unit
 
 
-def percent(share: float | None) -> str:
-    """Formats a share; None gives no text."""
-    return "" if share is None else f"{share:.0%}"
+def heading(rows: pd.DataFrame) -> str:
+    """Says with how many threads, in which type and in which time the rows were measured."""
+    row = rows.iloc[0].to_dict()
+    plural = "s" if row["threads"] > 1 else ""
+    time = "processor time" if row["clock"] == "processor" else "time"
+    return f"{row['threads']} thread{plural}, {row['dtype']}, ms of {time}"
 
 
-def timed_rows(rows: Iterable[Row]) -> tuple[list[Row], list[str]]:
-    """Returns the rows that are timed against the baseline, and their providers' names."""
-    timed = [row for row in rows if row.speedup is not None]
-    return timed, [name for name in PROVIDERS if any(row.provider == name for row in timed)]
-
-
-def case_block(case: Case, mode: str, rows: Sequence[Row]) -> str:
-    """Formats one case in one mode, with a line per provider."""
-    header = ["provider", "p20", "p50", "p80", "speed-up", "GFLOP/s", "of peak", "live MiB"]
-    network = any(row.not_cell is not None for row in rows)
-    cells = []
-    for row in rows:
-        share = row.gflops / row.peak_gflops if row.gflops and row.peak_gflops else None
-        cells.append(
-            [
-                row.provider,
-                *map(number, (row.p20_ms, row.p50_ms, row.p80_ms)),
-                ratio(row.speedup),
-                number(row.gflops),
-                "" if share is None else f"{share:.0%}",
-                *map(number, (row.live_mib, row.resident_mib)),
-                str(row.rounds),
-                *([percent(row.not_cell)] if network else []),
-            ]
-        )
-    notes = [f"  {row.provider}: {row.note}" for row in rows if row.note]
-    for path in dict.fromkeys(row.path for row in rows if row.path):
-        notes.append(f"  {path}: {', '.join(row.provider for row in rows if row.path == path)}")
-    title = f"{case.name}  {MODE_TITLES[mode]}  [{case.title}], ms per time step"
-    columns = [*header, "resident", "rounds", *(["not the cell"] if network else [])]
-    table = format_table(columns, cells)
+def block(rows: pd.DataFrame) -> str:
+    """Formats one case in one mode, with a line for each provider."""
+    units = {"p20": "", "ms": "", "p80": "", "speedup": "x", "gflops": "", "mib": ""}
+    shown = rows[["provider", *units, "rounds", "path"]].copy()
+    for name, unit in units.items():
+        shown[name] = [number(value, unit) for value in rows[name]]
+    notes = [f"{row.provider}: {row.note}\n" for row in rows.itertuples() if row.note]
+    row = rows.iloc[0].to_dict()
+    title = f"{row['case']}, {row['mode']}  [{row['title']}], {heading(rows)}"
+    table = shown.loc[:, (shown != "-").any()].to_string(index=False)
     return "\n".join([title, table, *notes, ""])
 
 
-def summary(rows: Iterable[Row], goals: bool) -> str:
-    """Formats the speed-ups of all cases, with a line per case and mode."""
-    timed, names = timed_rows(rows)
-    if not timed:
-        return "Nothing was timed against the baseline."
-    names.remove(BASELINE)
-    loops = {"snnlstm", "snnlstm-step"} <= set(names)
-    header = ["case", "mode", f"{BASELINE}\nms", *map(_in_lines, names)]
-    header += ["step loop\n/ sequence"] if loops else []
-    header += ["goal", ""] if goals else []
-    lines, verdicts = [], []
-    for case, mode in dict.fromkeys((row.case, row.mode) for row in timed):
-        found = {row.provider: row for row in timed if (row.case, row.mode) == (case, mode)}
-        cells = [case, mode, number(found[BASELINE].p50_ms)]
-        cells += [ratio(found[name].speedup) if name in found else "-" for name in names]
-        if loops:
-            both = [found[name].p50_ms for name in ("snnlstm-step", "snnlstm") if name in found]
-            cells.append(f"{both[0] / both[1]:.2f}" if len(both) == 2 else "-")
-        if goals:
-            ours = next((row for row in found.values() if row.goal), None)
-            verdicts += [ours.speedup >= ours.goal] if ours else []
-            met = "met" if ours and verdicts[-1] else "missed"
-            cells += [f"{ours.goal:g}x", met] if ours else ["-", ""]
-        lines.append(cells)
-    text = [
-        f"Speed-up over {BASELINE} (ratio of medians of interleaved rounds)",
-        format_table(header, lines, left=2),
-    ]
-    if verdicts:
-        of = " and ".join(sorted({row.provider for row in timed if row.goal}))
-        text.append(f"{sum(verdicts)} of {len(verdicts)} goals met (the goals are for {of}).")
-    return "\n".join(text)
+def markdown(rows: pd.DataFrame) -> str:
+    """Formats speed-ups as tables for a README, inference / training, one for each thread count."""
+    lines = []
+    first = set(rows.groupby(CASE, sort=False).provider.first())
+    for _, part in rows.groupby(RUN, sort=False):
+        others = [name for name in part.provider.unique() if name not in first]
+        head = ["network or layer", f"{' or '.join(first)}, ms", *others]
+        cells = [head, ["---"] * len(head)]
+        for case, of in part.groupby("case", sort=False):
+            line = [f"**{case}**: {of.title.iloc[0]}", _pair(of, of.provider.iloc[0], "ms")]
+            cells.append([*line, *(_pair(of, name, "speedup", "x") for name in others)])
+        lines += [f"{heading(part)}, {' / '.join(part['mode'].unique())}:", ""]
+        lines += [f"| {' | '.join(line)} |" for line in cells] + [""]
+    return "\n".join(lines)
 
 
-WORST = 10
+def _pair(rows: pd.DataFrame, provider: str, column: str, unit: str = "") -> str:
+    of = rows[rows.provider == provider].set_index("mode")[column]
+    return " / ".join(number(of.get(mode), unit) for mode in rows["mode"].unique())
 
 
-def ranking(rows: Iterable[Row]) -> str:
+def ranking(rows: pd.DataFrame, worst: int = 10) -> str:
     """Lists our speed-ups over random shapes in order, and the shapes of the lowest."""
     text = []
-    timed = [row for row in timed_rows(rows)[0] if row.case.startswith("random")]
-    for mode in MODES:
-        for name in ("snnlstm", "snnlstm-step"):
-            found = [row for row in timed if (row.mode, row.provider) == (mode, name)]
-            found.sort(key=lambda row: row.speedup or 0)
-            if found:
-                ratios = " ".join(f"{row.speedup:.2f}" for row in found)
-                text.append(f"\n{name}, {MODE_TITLES[mode]}, {len(found)} random shapes: {ratios}")
-                text += [f"  {ratio(row.speedup)}  {_shape(row)}" for row in found[:WORST]]
+    drawn = rows[rows.case.str.startswith("random") & rows.provider.str.startswith("snnlstm")]
+    for group, of in drawn.dropna(subset="speedup").groupby([*RUN, "provider", "mode"]):
+        of = of.sort_values("speedup")
+        ratios = " ".join(f"{ratio:.2f}" for ratio in of.speedup)
+        text.append(f"{group}, {len(of)} random shapes: {ratios}")
+        lowest = of.head(worst).itertuples()
+        text += [f'  {row.speedup:.2f}x  --shape "{row.shape}"  {row.path}' for row in lowest]
     return "\n".join(text)
 
 
-def _shape(row: Row) -> str:
-    """Returns a row's layer as `--shape` takes it, and the path."""
-    density = "dense" if row.density is None else f"{row.density:g}"
-    shape = f"{row.steps} {row.batch} {row.cin} {row.cout} {row.height} {row.width} {row.kernel}"
-    return f'"{shape} density={density} {row.options}"  {row.path}'
+def compare(before: pd.DataFrame, after: pd.DataFrame) -> str:
+    """Says which rows changed between two runs, and which differ by noise.
 
-
-def markdown(rows: Sequence[Row]) -> str:
-    """Formats speed-ups as a table for a README, inference / training, or an empty text."""
-    timed, names = timed_rows(row for row in rows if row.mode != "backward")
-    names = [name for name in names if name not in (BASELINE, *DETAILS)]
-    if not names:
-        return ""
-    modes = [mode for mode in MODES if any(row.mode == mode for row in timed)]
-    network = any(row.not_cell is not None for row in timed)
-    head = ["network or layer" if network else "layer", f"{BASELINE}, ms a step", *names]
-    head += ["not the cell"] if network else []
-    lines = [head, ["---"] * len(head)]
-    for case in dict.fromkeys(row.case for row in timed):
-        found = {(row.provider, row.mode): row for row in timed if row.case == case}
-        row = next(iter(found.values()))
-        x = "dense x" if row.density is None else f"{row.density:.0%} of x"
-        layer = f"**{case}** T={row.steps} N={row.batch}"
-        if row.kernel:
-            layer += f" {row.cin}→{row.cout} {row.height}x{row.width}, {row.kernel}, {x}"
-        cells = [f"{layer}, {row.options}" if row.options else layer]
-        times = [found.get((BASELINE, mode)) for mode in modes]
-        cells.append(" / ".join(number(row.p50_ms) if row else "-" for row in times))
-        for name in names:
-            ratios = [found.get((name, mode)) for mode in modes]
-            cells.append(" / ".join(f"{number(row.speedup)}x" if row else "-" for row in ratios))
-        if network:
-            shares = [found.get((names[-1], mode)) for mode in modes]
-            told = [percent(row.not_cell) for row in shares if row and row.not_cell is not None]
-            cells.append(" / ".join(told))
-        lines.append(cells)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def _in_lines(name: str) -> str:
-    """Makes a heading of two lines of a provider's name."""
-    return name.replace("-", "\n", 1)
-
-
-def memory_table(rows: Iterable[Row], goals: bool) -> str:
-    """Formats peak memory of the long sequence against T, or an empty text."""
-    rows = [row for row in rows if row.case == "long" and row.p50_ms is None]
-    if not rows:
-        return ""
-    names = [name for name in PROVIDERS if any(row.provider == name for row in rows)]
-    lines = []
-    order = sorted({(MODES.index(row.mode), row.steps) for row in rows})
-    for mode, steps in ((MODES[index], steps) for index, steps in order):
-        found = {row.provider: row for row in rows if (row.mode, row.steps) == (mode, steps)}
-        for field in ("live", "resident"):
-            peaks = {name: getattr(row, f"{field}_mib") for name, row in found.items()}
-            cells = [_of_baseline(peaks.get(name), peaks.get(BASELINE)) for name in names]
-            lines.append([mode, str(steps), field, *cells])
-    first = rows[0]
-    text = [
-        f"Peak memory in MiB (and as a share of {BASELINE}'s), N={first.batch} "
-        f"{first.cin}->{first.cout} {first.height}x{first.width}, beyond weights and x.\n"
-        "live: in use; resident: taken from the system, fragmentation included.",
-        format_table(["mode", "T", "", *map(_in_lines, names)], lines, left=3),
-        *dict.fromkeys(f"{row.provider}: {row.note}" for row in rows if row.note),
-    ]
-    if goals:
-        text.append("Goal in training at T=40: snnlstm-checkpoint 0.22.")
+    A row counts as changed only if the bands between the 20th and the 80th percentile of both runs
+    do not touch, and the medians lie more than SMALLEST_CHANGE apart. A row with too few rounds
+    for percentiles, or of a machine that was too busy for ratios, gets no verdict.
+    """
+    both = before.merge(after, on=KEY, suffixes=(" A", " B"))
+    if both.empty:
+        return "The two runs have no row in common."
+    both["change"] = both["ms B"] / both["ms A"] - 1
+    both["verdict"] = [_verdict(row) for row in both.to_dict("records")]
+    text = []
+    for name in ("version", "commit", "date", "device", "torch", "snntorch", "python"):
+        one, other = before.iloc[0][name], after.iloc[0][name]
+        text.append(f"{name}: {one}" if one == other else f"{name}: A {one}, B {other}")
+    shown = both[[*CASE, "provider"]].copy()
+    for name, unit in (("ms", ""), ("speedup", "x"), ("mib", "")):
+        for run in ("A", "B"):
+            shown[f"{name} {run}"] = [number(value, unit) for value in both[f"{name} {run}"]]
+    shown = shown.loc[:, (shown != "-").any()]
+    shown["change"] = both.change.map("{:+.1%}".format)
+    shown["verdict"] = both.verdict
+    drift = both.groupby(CASE).change.first().median()
+    counts = ", ".join(f"{count} {name}" for name, count in both.verdict.value_counts().items())
+    alone = len(before) + len(after) - 2 * len(both)
+    text += ["", shown.to_string(index=False), "", f"{counts}; {alone} rows are in one run only."]
+    text.append(f"The baseline, the same code in both runs, changed by {drift:+.1%} in the median.")
     return "\n".join(text)
 
 
-def _of_baseline(peak: float | None, baseline: float | None) -> str:
-    if peak is None:
-        return "-"
-    return f"{peak:.1f} ({peak / baseline:.2f})" if baseline else f"{peak:.1f}"
+def _verdict(row: dict[str, Any]) -> str:
+    if not (row["quiet A"] and row["quiet B"]):
+        return "busy"
+    if min(row["rounds A"], row["rounds B"]) < FEWEST_ROUNDS:
+        return "too few rounds"
+    if abs(row["change"]) > SMALLEST_CHANGE and row["p80 B"] < row["p20 A"]:
+        return "faster"
+    if abs(row["change"]) > SMALLEST_CHANGE and row["p20 B"] > row["p80 A"]:
+        return "slower"
+    return "noise"
 
 
-def peaks_line(peaks: Sequence[Peak]) -> str:
-    """Says the machine's peaks before and after the run, and warns if they differ much."""
-    first, last = peaks[0], peaks[-1]
-    text = (
-        f"Machine's peak, measured in this run: matrix product {number(first.gflops)} GFLOP/s, "
-        f"copy {number(first.gbytes)} GB/s; after the run {number(last.gflops)} and "
-        f"{number(last.gbytes)}."
-    )
-    if abs(last.gflops / first.gflops - 1) > 0.1:
-        text += "\nThey differ by more than 10 %: something else ran meanwhile. Do not trust ms."
-    return text
+def write(rows: pd.DataFrame, out: Path, plots: bool) -> None:
+    """Writes rows.csv, table.md and pictures, and prints the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows.to_csv(out / "rows.csv", index=False)
+    print(f"wrote {out / 'rows.csv'}")
+    if rows.empty:
+        return
+    (out / "table.md").write_text(markdown(rows))
+    print("", markdown(rows), ranking(rows), sep="\n")
+    for path in draw(rows, out) if plots else ():
+        print(f"wrote {path}")
+
+
+def draw(rows: pd.DataFrame, directory: Path) -> list[Path]:
+    """Draws bars of speed-up and, of a layer at several lengths, memory; returns the files."""
+    drawn = []
+    for (threads, dtype), part in rows.groupby(RUN):
+        plots = {
+            "speedup": (_speedup, part[part.speedup.notna() & (part.speedup != 1)]),
+            "memory": (_memory, part[part.case.str.startswith("long") & part.mib.notna()]),
+        }
+        for name, (plot, shown) in plots.items():
+            if len(shown):
+                figure = plot(shown)
+                row = part.iloc[0]
+                origin = f"{row.device}, torch {row.torch}, snnlstm {row.version} ({row.commit})"
+                figure.suptitle(f"{origin}, {heading(part)}", fontsize=8)
+                drawn.append(directory / f"{name}-{threads}-{dtype}.png")
+                figure.savefig(drawn[-1], dpi=150)
+    return drawn
+
+
+def _panels(rows: pd.DataFrame, values: str, height: float) -> tuple[Any, list[Any]]:
+    """Returns a figure, and a panel with a table of `values` for each mode."""
+    from matplotlib.figure import Figure  # which draws to files alone
+
+    index = "case" if values == "speedup" else "steps"
+    modes = rows["mode"].unique()
+    figure = Figure(figsize=(1.2 + 4.2 * len(modes), height), layout="constrained")
+    panels = figure.subplots(1, len(modes), sharey=index == "case", squeeze=False)[0]
+    pairs = []
+    for mode, panel in zip(modes, panels, strict=True):
+        table = rows[rows["mode"] == mode].pivot(index=index, columns="provider", values=values)
+        panel.set_title(mode, fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+        names = [name for name in rows.provider.unique() if name in table]
+        pairs.append((panel, table.reindex(rows[index].unique())[names]))
+    return figure, pairs
+
+
+def _colours(table: pd.DataFrame) -> list[str]:
+    return [COLOURS.get(name, "#555555") for name in table]
+
+
+def _speedup(rows: pd.DataFrame) -> Any:
+    lines = rows.case.nunique() * (rows.provider.nunique() + 1)
+    figure, pairs = _panels(rows, "speedup", 1.6 + 0.14 * lines)
+    low, high = min(1, rows.speedup.min()), rows.speedup.max()
+    ticks = [tick for tick in (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
+    for panel, table in pairs:
+        table.plot.barh(ax=panel, logx=True, color=_colours(table), width=0.8, legend=False)
+        for bars in panel.containers:
+            panel.bar_label(bars, fmt="%.3gx", fontsize=7, padding=2)
+        panel.axvline(1, color="black", linewidth=1)
+        panel.set(xlabel="speed-up over snnTorch eager", ylabel="", xlim=(0.8 * low, 1.6 * high))
+        panel.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+        panel.minorticks_off()
+    pairs[0][0].invert_yaxis()
+    figure.legend(*pairs[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def _memory(rows: pd.DataFrame) -> Any:
+    figure, pairs = _panels(rows, "mib", 4.0)
+    for panel, table in pairs:
+        table.plot(ax=panel, marker="o", color=_colours(table))
+        panel.set(xlabel="time steps T", ylabel="peak memory beyond weights and x (MiB)", ylim=0)
+    return figure

@@ -104,7 +104,7 @@ struct PassArgs {
 
 struct ForwardArgs : PassArgs {
   const void* bias = nullptr;  // (4C,), contiguous
-  // CUDA, pointwise: torch's convolution of cat[x, mem], (1, N, 4C, Ho, Wo) of the gate type,
+  // CUDA, cudnn: torch's convolution of cat[x, mem], (1, N, 4C, Ho, Wo) of the gate type,
   // for which x and weight are unused. bias is null if the sums hold it already.
   View gate_sums;
   View spk;       // (T, N, C, Hp, Wp); absent in a single step of a cell that does not spike
@@ -122,7 +122,7 @@ struct BackwardArgs : PassArgs {
   void* grad_weight = nullptr;     // (4C, Cin + C, kernel_h, kernel_w), contiguous
   void* grad_bias = nullptr;       // (4C,)
   void* grad_threshold = nullptr;  // (C,): summed over everything but the channels
-  // CUDA, hybrid and pointwise: the gradient of the gate sums of every step is left in d_gates,
+  // CUDA, hybrid and cudnn: the gradient of the gate sums of every step is left in d_gates,
   // (T, N, Ho, Wo, 4, Cp) of the gate type, and if mem_after is given, mem after every step but the
   // last there, (T - 1, N, Ho, Wo, Cp) of that type.
   void* d_gates = nullptr;

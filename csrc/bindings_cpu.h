@@ -66,6 +66,18 @@ bool each_chunk(int64_t count, int64_t chunk, F&& f) {
         return __atomic_store_n(&stop, true, __ATOMIC_RELAXED);
   };
   const int64_t threads = std::min<int64_t>(most_threads(), count / (4 * chunk));
+#if SNNLSTM_TESTING
+  if (task_log) {
+    task_log->threads = std::max<int64_t>(threads, 1), ++task_log->phase;
+    for (int64_t k = 0; k * chunk < count && !stop; ++k)
+      task_log->time(
+          [&](int64_t k) {
+            stop = !f(k, k * chunk, k * chunk + std::min(chunk, count - k * chunk));
+          },
+          k);
+    return !stop;
+  }
+#endif
   run_team(int(std::max<int64_t>(threads, 1)), work);
   return !stop;
 }

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "bindings.h"
-#include "cuda/cards.h"
+#include "cuda/plan.h"
 
 namespace snnlstm::bindings {
 
@@ -28,11 +28,11 @@ void check_pass(const Args& a, const cuda::Plan& plan) {
            {"saved_syn", a.saved_syn},
            {"workspace", a.workspace}});
   if (plan.workspace > 0) needs(a.workspace, "workspace");
-  const bool pointwise = plan.algorithm == cuda::Algorithm::pointwise;
-  if (!pointwise) needs(a.weight, "weight");
+  const bool cudnn = plan.algorithm == cuda::Algorithm::cudnn;
+  if (!cudnn) needs(a.weight, "weight");
   if constexpr (backward) {
     aligned({{"d_gates", a.d_gates}, {"mem_after", a.mem_after}});
-    if (!pointwise) needs(a.mem0.data, "mem0");
+    if (!cudnn) needs(a.mem0.data, "mem0");
     if (plan.leaves_d_gates()) {
       needs(a.d_gates, "d_gates");
       refuse_gradients(a);
@@ -42,7 +42,7 @@ void check_pass(const Args& a, const cuda::Plan& plan) {
     if (a.d_gates == a.saved_gates)
       throw py::value_error(
           "d_gates must not be saved_gates: a backward pass keeps what was saved");
-  } else if (pointwise) {
+  } else if (cudnn) {
     needs(a.gate_sums.data, "gate_sums");
   } else {
     needs(a.x.data, "x");
@@ -52,63 +52,24 @@ void check_pass(const Args& a, const cuda::Plan& plan) {
 // matrix and algorithm: the numbers of cuda::Matrix and cuda::Algorithm.
 template <class Plan>
 Plan make_cuda_plan(const Cell& cell, const cuda::Device& device, int matrix, int algorithm,
-                    bool backward, int shape) {
+                    bool backward, int shape, std::pair<int, int> tile) {
+  const auto [h, w] = tile;
   return Plan(cell, device, numbered<cuda::Matrix>("matrix", matrix, 5),
-              numbered<cuda::Algorithm>("algorithm", algorithm, 6), backward, shape);
+              numbered<cuda::Algorithm>("algorithm", algorithm, 4), backward, {shape, h, w});
 }
 
 // Plan: cuda::Plan, or what the tests derive from it to check the memory of each call.
 template <class Plan = cuda::Plan>
 void bind_cuda(py::module_& m) {
   py::class_<cuda::Device>(m, "CudaDevice", py::module_local())
-      .def(py::init([](int compute_capability, int multiprocessors, int64_t shared_bytes,
-                       const std::map<std::string, double>& model) {
+      .def(py::init([](int compute_capability, int multiprocessors, int64_t shared_bytes) {
              counted("compute_capability", compute_capability, 1);
              counted("multiprocessors", multiprocessors, 1);
              counted("shared_bytes", shared_bytes, 48 * 1024);
-             cuda::Device device;
-             device.compute_capability = compute_capability;
-             device.multiprocessors = multiprocessors;
-             device.shared_bytes = shared_bytes;
-             for (const auto& [name, value] : model) {
-               const auto found = cuda::model_constants().find(name);
-               if (found == cuda::model_constants().end() || !(value > 0))
-                 throw py::value_error("model must have positive numbers by the names of " +
-                                       std::string("cuda_model(), got ") + name);
-               device.model.*found->second = value;
-             }
-             return device;
+             return cuda::Device{compute_capability, multiprocessors, shared_bytes};
            }),
-           py::arg("compute_capability"), py::arg("multiprocessors"), py::arg("shared_bytes"),
-           py::arg("model") = std::map<std::string, double>())
+           py::arg("compute_capability"), py::arg("multiprocessors"), py::arg("shared_bytes"))
       .def_readonly("compute_capability", &cuda::Device::compute_capability);
-
-  // The seconds that the estimate gives cuDNN for the convolutions of one step in plain torch.
-  m.def(
-      "cuda_cudnn_seconds",
-      [](const Cell& cell, const cuda::Device& device, int matrix, bool backward) {
-        const auto numbers = numbered<cuda::Matrix>("matrix", matrix, 5);
-        return cuda::cudnn_seconds(cell, device, numbers, backward);
-      },
-      py::arg("cell"), py::arg("device"), py::arg("matrix"), py::arg("backward"));
-  // The constants of the estimate, by name, and the table of cards.
-  m.def("cuda_model", [] {
-    std::map<std::string, double> found;
-    for (const auto& [name, member] : cuda::model_constants()) found[name] = cuda::Model().*member;
-    return found;
-  });
-  m.def("cuda_cards", [] {
-    std::vector<py::dict> found;
-    for (const cuda::Card& c : cuda::kCards) {
-      using namespace py::literals;
-      found.push_back(
-          py::dict("name"_a = c.name, "title"_a = c.title, "capability"_a = c.compute_capability,
-                   "multiprocessors"_a = c.multiprocessors, "shared_kib"_a = c.shared_kib,
-                   "gigahertz"_a = c.gigahertz, "gigabytes"_a = c.gigabytes, "fp32"_a = c.fp32,
-                   "half"_a = c.half, "tf32"_a = c.tf32, "source"_a = c.source));
-    }
-    return found;
-  });
 
   m.def("cuda_full_precision",
         [](const cuda::Device& device) { return int(cuda::full_precision(device)); });
@@ -119,8 +80,9 @@ void bind_cuda(py::module_& m) {
 
   py::class_<Plan>(m, "CudaPlan", py::module_local())
       .def(py::init(&make_cuda_plan<Plan>), py::arg("cell"), py::arg("device"), py::arg("matrix"),
-           py::arg("algorithm"), py::arg("backward"), py::arg("shape") = -1)
-      // The plans of a pass that are worth timing, the estimate's choice first.
+           py::arg("algorithm"), py::arg("backward"), py::arg("shape") = -1,
+           py::arg("tile") = std::pair(0, 0))
+      // The plans of a pass that are worth timing, the rules' choice first.
       .def_static(
           "candidates",
           [](const Cell& cell, const cuda::Device& device, int matrix, bool backward) {
@@ -133,9 +95,7 @@ void bind_cuda(py::module_& m) {
           py::arg("cell"), py::arg("device"), py::arg("matrix"), py::arg("backward"))
       .def_property_readonly("name", [](const Plan& p) { return p.name; })
       .def_property_readonly("algorithm", [](const Plan& p) { return int(p.algorithm); })
-      .def_property_readonly("seconds", [](const Plan& p) { return p.seconds; })
       .def_property_readonly("tile", &Plan::tile)
-      .def("seconds_on", &Plan::seconds_on, py::arg("device"))
       .def_property_readonly("reason_against", [](const Plan& p) { return p.reason_against; })
       .def_property_readonly("packed_bytes", [](const Plan& p) { return p.packed_bytes; })
       .def_property_readonly("workspace", [](const Plan& p) { return p.workspace; })

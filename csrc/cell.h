@@ -68,12 +68,12 @@ struct Neuron {
 
   // mem_grad: with respect to mem after reset and quantisation (which passes gradients straight
   // through), the spike's and the later steps' parts included; syn_grad: likewise for syn.
-  // a: activated gates. With Reset::zero a neuron that was reset passes nothing on.
+  // a: activated gates. With Reset::zero a neuron that was reset passes nothing on but NaN.
   template <class Mask>
   static SNNLSTM_HD NeuronGrad<R> backward(Reset mechanism, const Gates<R>& a, R syn_prev,
                                            R tanh_syn, Mask reset, R mem_grad, R syn_grad) {
     const R one = M::splat(1);
-    if (mechanism == Reset::zero) mem_grad = M::where(reset, M::splat(0), mem_grad);
+    if (mechanism == Reset::zero) mem_grad = M::where(reset, mem_grad - mem_grad, mem_grad);
     const R ds = syn_grad + mem_grad * a.o * (one - tanh_syn * tanh_syn);
     NeuronGrad<R> d;
     d.pre.i = ds * a.g * a.i * (one - a.i);

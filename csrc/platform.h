@@ -31,4 +31,29 @@ const char* openmp_library();
 // Lets another thread have this core, where one waits for it.
 void yield_core();
 
+#if SNNLSTM_TESTING
+// The times of the tasks of calls, for benchmarks/scaling.py. While `task_log` is set each team has
+// one thread, and each task adds an entry.
+struct TaskLog {
+  struct Entry {
+    int64_t phase;        // the tasks of one phase may run at the same time
+    int64_t threads;      // of the team that the call would have
+    int64_t nanoseconds;  // of the thread's processor time
+  };
+  Entry* entries;
+  int64_t capacity, count, phase, threads;
+
+  // Calls f(task), and adds its time.
+  template <class F>
+  void time(F&& f, int64_t task) {
+    const int64_t begin = now();
+    f(task);
+    if (count < capacity) entries[count] = {phase, threads, now() - begin};
+    ++count;
+  }
+  static int64_t now();
+};
+extern TaskLog* task_log;
+#endif
+
 }  // namespace snnlstm

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 __all__ = ["ALGORITHMS", "algorithm", "get_algorithm", "set_algorithm"]
 
 ALGORITHMS = (
-    "auto", "direct", "winograd", "fused", "resident", "hybrid", "pointwise", "measure",
+    "auto", "direct", "winograd", "fused", "hybrid", "cudnn", "measure",
 )  # fmt: skip
+# What takes the place of names of older versions.
+_GONE = {"resident": "fused", "pointwise": "cudnn"}
 current = "auto"
 """The name last given to :func:`set_algorithm`."""
 
@@ -25,21 +27,19 @@ def set_algorithm(name: str) -> None:
     name : str
         One of these names. On a device that has no such algorithm it means ``"auto"``.
 
-        - ``"auto"``, the default, takes the algorithm that an estimate by shape finds fastest.
+        - ``"auto"``, the default, takes the algorithm that should be fastest by shape and device.
         - ``"direct"`` sums products as they stand.
         - ``"winograd"`` (CPU) runs wherever the kernel size allows; it rounds a little more,
           and a NaN or an infinity spreads over the few pixels of the tile in which it lies.
         - ``"fused"`` (CUDA) launches one kernel for each step.
-        - ``"resident"`` (CUDA) runs a sequence in one launch if an image and the weights fit into
-          the shared memory of a block; otherwise it is ``"fused"``.
         - ``"hybrid"`` (CUDA) is ``"fused"`` for the steps, and leaves the gradients of weight, bias
           and x to torch (cuDNN), over all steps at once.
-        - ``"pointwise"`` (CUDA) leaves all convolutions to torch (cuDNN) and runs the kernels
+        - ``"cudnn"`` (CUDA) leaves all convolutions to torch (cuDNN) and runs the kernels
           behind them.
         - ``"measure"`` (CUDA) times the algorithms when it first meets a shape, forward and
           backward apart, and keeps the fastest for the process. ``"auto"`` does so, too, while
           ``torch.backends.cudnn.benchmark`` is set. While a CUDA graph is being captured, and
-          under ``torch.use_deterministic_algorithms``, nothing is timed and the estimate decides.
+          under ``torch.use_deterministic_algorithms``, nothing is timed, and it is ``"auto"``.
 
     Raises
     ------
@@ -48,7 +48,8 @@ def set_algorithm(name: str) -> None:
     """
     global current
     if name not in ALGORITHMS:
-        raise ValueError(f"name must be one of {', '.join(ALGORITHMS)}, got {name!r}")
+        instead = f", which is now {_GONE[name]!r}" if name in _GONE else ""
+        raise ValueError(f"name must be one of {', '.join(ALGORITHMS)}, got {name!r}{instead}")
     current = name
 
 

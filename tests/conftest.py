@@ -6,22 +6,19 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import drawing  # noqa: F401  (what Hypothesis draws)
 import pytest
 import snntorch
 import torch
-from cpu_kernels import isa, kernels, native  # noqa: F401  (fixtures for every test)
 
 import snnlstm.path
+from tests.shared.cpu_kernels import isa, kernels, native  # noqa: F401  (fixtures for every test)
 
-SIMT = Path(__file__).parent / "simt"
-sys.path.append(str(SIMT))
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,23 +27,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Runs slow tests first, so that workers end together; skips simt_long unless -m names it."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    if wanted := config.getoption("--backend"):
+    """Runs slow tests first, so that workers end together; has simt_long only if -m names it."""
+    wanted, long = config.getoption("--backend"), "simt_long" in (config.getoption("-m") or "")
 
-        def taken(item: pytest.Item) -> bool:
-            parameters = getattr(item, "callspec", None)
-            values = parameters.params.values() if parameters else ()
-            return any(wanted in (getattr(v, "name", None), str(v)) for v in values)
+    def taken(item: pytest.Item) -> bool:
+        if item.get_closest_marker("simt_long") and not long:
+            return False
+        parameters = getattr(item, "callspec", None)
+        values = parameters.params.values() if parameters else ()
+        return not wanted or any(wanted in (getattr(v, "name", None), str(v)) for v in values)
 
-        config.hook.pytest_deselected(items=[item for item in items if not taken(item)])
-        items[:] = filter(taken, items)
-    if "simt_long" in (config.getoption("-m") or ""):
-        return
-    skip = pytest.mark.skip(reason="long: run `make test-simt`")
-    for item in items:
-        if item.get_closest_marker("simt_long"):
-            item.add_marker(skip)
+    config.hook.pytest_deselected(items=[item for item in items if not taken(item)])
+    items[:] = sorted(filter(taken, items), key=lambda item: not item.get_closest_marker("slow"))
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,9 @@ class Backend:
                 patch.setattr(snnlstm.path, "_native", None)
                 yield
         elif self.name == "simt":
-            from backend import emulated  # the first import builds the emulator in half a minute
+            from tests.simt.backend import (
+                emulated,  # the first import builds the emulator in half a minute
+            )
 
             with emulated():
                 yield
@@ -92,7 +86,7 @@ def _backends() -> list[Backend]:
     if native is not None:
         backends.append(Backend("cpu", torch.device("cpu"), native=True))
         # The emulator compiles csrc, which the tests of a wheel do not have.
-        if (SIMT.parents[1] / "csrc").exists() and shutil.which(os.environ.get("CXX", "g++")):
+        if (ROOT / "csrc").exists() and shutil.which(os.environ.get("CXX", "g++")):
             backends.append(Backend("simt", torch.device("cpu"), native=True))
     if native is not None and torch.cuda.is_available() and "cuda" in native.DEVICES:
         backends.append(Backend("cuda", torch.device("cuda"), native=True))

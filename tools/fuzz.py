@@ -6,7 +6,7 @@ asked for in unusual ways (ASKED), and hooks bring saved tensors back in other m
 checks run on poisoned memory (checks.py). Hypothesis shrinks a failure, and a script that repeats
 the failure is printed.
 
-    python tools/fuzz.py --minutes 10 --seed 0
+    python -m tools.fuzz --minutes 10 --seed 0
 """
 
 import argparse
@@ -15,29 +15,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import hypothesis
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
 import snnlstm
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "shared"))
-
-import drawing  # noqa: F401  (what Hypothesis draws)
-from asking import ASKED, KEPT
-from cases import LAYOUTS, Case, Inputs, Options, cases, options
-from checks import check_gradients, check_results
-from cpu_kernels import ISAS, Kernels, native, use
-from gradients import NAMES, OUTPUTS
-from helpers import quietly
-from poison import HUGE, NAN
+from tests.shared.cases import LAYOUTS, Case, Inputs, Options, cases, drawing, options
+from tests.shared.checks import check_gradients, check_results
+from tests.shared.cpu_kernels import ISAS, Kernels, native, use
+from tests.shared.gradients import ASKED, KEPT, NAMES, OUTPUTS
+from tests.shared.helpers import quietly
+from tests.shared.poison import HUGE, NAN
 
 WAYS = ("one call", "steps", "chunks", "a cell's calls", "a cell's chunks")
 _MOST_WORK = 3_000_000  # multiply-adds of a gate, over all steps
@@ -172,8 +166,8 @@ class Example:
         parts += [repr(getattr(self.case, f.name)) for f in fields(Case)[1:]]
         rest = ", ".join(repr(getattr(self, f.name)) for f in fields(self)[1:])
         return (
-            "import sys; sys.path[:0] = ['tools', 'tests/shared']\nimport torch\n"
-            "from cases import Case, Options\nfrom fuzz import Example, check\n"
+            "import torch\nfrom tests.shared.cases import Case, Options\n"
+            "from tools.fuzz import Example, check\n"
             f"case = Case({', '.join(parts)})\ncheck(Example(case, {rest}))\n"
         )
 
@@ -263,25 +257,20 @@ def _mostly_first(names: Iterable[str]) -> st.SearchStrategy[str]:
 
 
 def examples() -> st.SearchStrategy[Example]:
-    drawn = st.builds(
+    return st.builds(
         Example, st.one_of(cases(), large_cases()), _ANY_ISA,
         st.sampled_from(native.cpu.ALGORITHMS), st.sampled_from(WAYS), st.integers(2, 5),
         _subsets(OUTPUTS), _subsets(NAMES), st.sampled_from([NAN, HUGE]), _mostly_first(ASKED),
         _mostly_first(KEPT),
     )  # fmt: skip
-    # torch.func.vmap raises an error at the random numbers of the stochastic surrogate.
-    return drawn.filter(lambda e: e.asked != "batched" or e.case.options.surrogate.name != "SSO")
 
 
 def run(count: int, seed: int | None = None) -> Counter[str]:
     """Checks `count` random examples; returns how many of each kind were compared."""
     done: Counter[str] = Counter()
 
-    @settings(
-        max_examples=count,
-        report_multiple_bugs=False,  # so that one script is printed, and its exception raised
-        suppress_health_check=list(HealthCheck),
-    )
+    # One bug alone is reported, so that one script is printed, and its exception raised.
+    @settings(drawing(count), report_multiple_bugs=False)
     @given(examples())
     def check_example(example: Example) -> None:
         try:

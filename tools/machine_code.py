@@ -4,23 +4,20 @@ A loop is the code between a branch backwards and its target. In an innermost lo
 issues one way over and over: the one with the most HMMA, and of those the shortest. Other ways, on
 which elements are fetched one by one, are taken rarely or by few threads.
 
-    python tools/machine_code.py [--arch 90] [pattern of kernel names]
+    python -m tools.machine_code [--arch 90] [pattern of kernel names]
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import networkx as nx  # torch wants it, too
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "simt"))
-
-import gpu_tools
-from builder import ROOT
+from tests.simt import gpu_tools
+from tests.simt.builder import ROOT
 
 ENDS = ("BRA", "EXIT", "RET", "BRX")  # only a branch reaches what comes behind
 # Divisions (by way of a reciprocal), calls and local memory.

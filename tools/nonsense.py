@@ -44,7 +44,6 @@ NONSENSE: dict[str, list[Any]] = {
     "stride": [2, -1, *HUGE, "x", 1.5, None],
     "text": ["", "nonsense", 7, None],
     "object": [7, None, "x"],
-    "model": [{"nonsense": 1.0}, {"host": "x"}, [1], 7, None],
 }
 Arguments = dict[str, tuple[str, Any]]  # an argument's kind and a valid value, by its name
 # The core takes the fields of a pass as one tuple, in the order of the structs of csrc/args.h.
@@ -146,16 +145,16 @@ class Calls(ABC):
             "grad_x": ("view?", self.view(t, n, cin, h, w)),
         }  # fmt: skip
 
-    def behind_torch(self, backward: bool, pointwise: bool, hybrid: bool = False) -> Arguments:
+    def behind_torch(self, backward: bool, cudnn: bool, hybrid: bool = False) -> Arguments:
         """Returns the fields of a pass that change if torch forms sums or gradients."""
         _, n, _, c, h, w = SIZES.values()
-        found: Arguments = {"x": ("view?", None)} if pointwise else {}
+        found: Arguments = {"x": ("view?", None)} if cudnn else {}
         if not backward:
             sums = "view", self.view(1, n, 4 * c, h, w)
-            return found | ({"gate_sums": sums} if pointwise else {})
-        if not (pointwise or hybrid):
+            return found | ({"gate_sums": sums} if cudnn else {})
+        if not (cudnn or hybrid):
             return {"d_gates": ("address", 0)}
-        return found | ({"mem0": ("view?", None)} if pointwise else {}) | {
+        return found | ({"mem0": ("view?", None)} if cudnn else {}) | {
             "d_gates": ("memory", self.address()), "mem_after": ("address", self.address()),
             "grad_weight": ("address", 0), "grad_bias": ("address", 0),
         }  # fmt: skip
@@ -253,7 +252,7 @@ class Cuda(Calls):
     def __init__(self, module: Any, block: int) -> None:
         super().__init__(module, block)
         self.device = module.CudaDevice(80, 108, 163 * 1024)
-        algorithm = random.randrange(6)
+        algorithm = random.randrange(4)
         self.forward, self.backward = (
             module.CudaPlan(self.cell, self.device, 1, algorithm, backward)
             for backward in (False, True)
@@ -261,17 +260,17 @@ class Cuda(Calls):
 
     def fields(self, backward: bool) -> Arguments:
         plan = self.backward if backward else self.forward
-        pointwise = plan.name == "pointwise"
-        kind = "aligned or none" if pointwise else "aligned"
+        cudnn = plan.name == "cudnn"
+        kind = "aligned or none" if cudnn else "aligned"
         found = super().fields(backward) | {"weight": (kind, self.address())}
         found["workspace"] = (
             "aligned" if plan.workspace else "aligned or none",
             self.workspace(16),
         )
-        if pointwise:
+        if cudnn:
             found["saved_syn"] = "address", self.address()
         hybrid = plan.name.startswith("hybrid")
-        return found | self.behind_torch(backward, pointwise, hybrid)
+        return found | self.behind_torch(backward, cudnn, hybrid)
 
     def calls(self) -> dict[str, tuple[Callable[..., Any], Arguments, int]]:
         core, address = self.module, self.address
@@ -281,23 +280,19 @@ class Cuda(Calls):
         levels = ("memory" if self.facts["num_levels"] else "address", address())
         of_device = {
             "compute_capability": ("size", 80), "multiprocessors": ("size", 108),
-            "shared_bytes": ("size", 1 << 17), "model": ("model", {}),
+            "shared_bytes": ("size", 1 << 17),
         }  # fmt: skip
         packed = "memory" if self.forward.packed_bytes else "address"
         weight = {"weight": ("memory", address()), "packed": (packed, address())}
         found: dict[str, tuple[Callable[..., Any] | None, Arguments, int]] = {
             "cuda_device": (getattr(core, "cuda_device", None), {}, 0),
             "cuda_full_precision": (core.cuda_full_precision, device, 1),
-            "cuda_model": (core.cuda_model, {}, 0),
-            "cuda_cards": (core.cuda_cards, {}, 0),
-            "cuda_cudnn_seconds": (core.cuda_cudnn_seconds, facts | backward, 4),
             "cuda_padded_channels": (core.cuda_padded_channels, {"C": ("size", 5)}, 1),
             "CudaDevice": (core.CudaDevice, of_device, 0),
             "CudaPlan": (
-                core.CudaPlan, facts | {"algorithm": ("enum", random.randrange(6))} | backward, 0
+                core.CudaPlan, facts | {"algorithm": ("enum", random.randrange(4))} | backward, 0
             ),
             "CudaPlan.candidates": (core.CudaPlan.candidates, facts | backward, 0),
-            "CudaPlan.seconds_on": (self.forward.seconds_on, device, 1),
             "CudaPlan.pack": (self.forward.pack, weight | stream, 0),
             "CudaPlan.store_levels": (
                 self.forward.store_levels, {"values": levels, "levels": levels} | stream, 0
@@ -314,7 +309,7 @@ class Cuda(Calls):
     def sizes(self, cell: Any) -> list[int]:
         device, matrix = self.device, random.randrange(5)
         plan = self.module.CudaPlan(
-            cell, device, matrix, random.randrange(6), random.random() < 0.5
+            cell, device, matrix, random.randrange(4), random.random() < 0.5
         )
         return [plan.packed_bytes, plan.workspace]
 
@@ -418,8 +413,8 @@ def main(core: str, count: int, seed: int) -> None:
     kind: type[Calls] = Cpu if core == "cpu" else Cuda
     module = _C
     if core == "simt":
-        sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "simt"))
-        from backend import simt_core
+        sys.path.append(str(Path(__file__).resolve().parents[1]))
+        from tests.simt.backend import simt_core
 
         module = simt_core("plain").module
     block = torch.zeros(

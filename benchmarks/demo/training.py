@@ -14,14 +14,14 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from benchmarks import resident
+from benchmarks import peak_memory
 from benchmarks.demo.digits import Motion, load_split, moving_digits
 
 CHANNELS = 16
@@ -112,11 +112,11 @@ def accuracy(model: nn.Module, data: Data, device: str) -> float:
     return float((torch.cat(found) == data.test_labels).double().mean())
 
 
-def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Trains and tests a network; `args` are the arguments of :func:`main`.
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains and tests a network, shows the progress, and returns the results.
 
-    Yields an event "start", a "batch" for each batch, an "epoch" for each epoch, and an "end" with
-    the results.
+    `args` are the arguments of :func:`main`. Without a terminal there is no bar, but a line for
+    each epoch.
     """
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False  # both networks in full float32
@@ -124,42 +124,41 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     epochs = 1 if args.quick else args.epochs
     torch.manual_seed(args.seed)
     model = Network(args.network).to(args.device)
+    start = digest(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, eps=EPSILON)
-    steps = epochs * -(-len(data.images) // BATCH)
+    batches = -(-len(data.images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE, total_steps=steps, pct_start=0.1, div_factor=5
+        optimizer, RATE, total_steps=epochs * batches, pct_start=0.1, div_factor=5
     )
-    yield {
-        "event": "start",
-        "weights": digest(model),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "epochs": epochs,
-        "steps": steps,
-    }
     peaks = watch_memory(args.device)
     seconds, losses = [], []
-    for epoch in range(epochs):
-        model.train()
-        for batch in data.epoch(epoch):
-            events, labels = (tensor.to(args.device) for tensor in batch)
-            begin = time.perf_counter()
-            # The graph ends with `learn`, so that none is kept while the next graph is built.
-            losses.append(learn(model, optimizer, events, labels))
-            schedule.step()
-            seconds.append(time.perf_counter() - begin)
-            yield {"event": "batch", "epoch": epoch, "loss": losses[-1]}
-        mean = statistics.fmean(losses[-steps // epochs :])
-        yield {"event": "epoch", "epoch": epoch, "loss": mean, "seconds": sum(seconds)}
+    with tqdm(desc=args.network, total=epochs * batches, unit="batch", disable=None) as bar:
+        for epoch in range(epochs):
+            model.train()
+            for batch in data.epoch(epoch):
+                events, labels = (tensor.to(args.device) for tensor in batch)
+                begin = time.perf_counter()
+                # The graph ends with `learn`, so that none is kept while the next graph is built.
+                losses.append(learn(model, optimizer, events, labels))
+                schedule.step()
+                seconds.append(time.perf_counter() - begin)
+                bar.update()
+            mean = statistics.fmean(losses[-batches:])
+            said = f"epoch {epoch + 1}/{epochs}  loss {mean:.3f}  {sum(seconds):.1f} s"
+            tqdm.write(f"{args.network:<8}  {said}")
     peak, beyond = peaks()
-    yield {
-        "event": "end",
+    return {
+        "network": args.network,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "start": start,
+        "order": data.seen.hexdigest(),
+        "epochs": epochs,
+        "losses": losses,
         "accuracy": accuracy(model, data, args.device),
         "seconds": sum(seconds),
         "batch_ms": 1000 * statistics.median(seconds),
         "peak_mib": peak / MIB,
         "training_mib": beyond / MIB,
-        "weights": digest(model),
-        "order": data.seen.hexdigest(),
         "path": model.path,
     }
 
@@ -194,7 +193,7 @@ def watch_memory(device: str) -> Callable[[], tuple[int, int]]:
         torch.cuda.reset_peak_memory_stats()
         before, read = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
-        before, read = resident.watch(), resident.high_water
+        before, read = peak_memory.watch(), peak_memory.high_water
     return lambda: (read(), max(0, read() - before))
 
 
@@ -227,25 +226,13 @@ def parse(p: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.N
     return args
 
 
-def tell(connection: Connection, args: argparse.Namespace) -> None:
-    """Trains, and sends each event to another process."""
-    # Each process imports both libraries, so that both processes start equally large.
-    for library in ("snntorch", "snnlstm"):
-        importlib.import_module(library)
-    for event in run(args):
-        connection.send(event)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.demo.training", description=__doc__)
     p.add_argument("--network", choices=("snnlstm", "snntorch"), default="snnlstm")
     add_common(p)
-    for event in run(parse(p, arguments)):
-        if event["event"] == "epoch":
-            print(f"epoch {event['epoch'] + 1}  loss {event['loss']:.3f}  {event['seconds']:.1f} s")
-        elif event["event"] == "end":
-            print(f"test accuracy {event['accuracy']:.1%}; {event['path']}")
+    result = run(parse(p, arguments))
+    print(f"test accuracy {result['accuracy']:.1%}; {result['path']}")
 
 
 if __name__ == "__main__":

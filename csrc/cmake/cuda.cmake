@@ -1,15 +1,12 @@
-# The CUDA kernels: machine code for every supported GPU that the compiler knows, and PTX for those
-# to come. Sets WITH_CUDA, CUDA_VERSION, CUDA_ARCHS, CUDA_STATUS, CUDA_OBJECTS and
-# CUDA_LIBRARIES.
-set(SNNLSTM_CUDA_ARCHS "75;80;86;89;90;100;120"
-    CACHE STRING "compute capabilities; those that the compiler does not know are left to the PTX")
+# The CUDA kernels: machine code for those of the GPUs NVCC_ARCHS that NVCC knows, and PTX for those
+# to come. Sets WITH_CUDA, CUDA_VERSION, CUDA_ARCHS, CUDA_STATUS, CUDA_OBJECTS and CUDA_LIBRARIES.
 
 # nvcc may be a wrapper script in a folder of its own, or a pip package, whose libraries lie in
 # lib and not in lib64: ask nvcc itself where things are.
-execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch
+execute_process(COMMAND ${NVCC} --list-gpu-arch
                 OUTPUT_VARIABLE known RESULT_VARIABLE failed ERROR_VARIABLE trouble)
 if(failed)
-  message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} --list-gpu-arch failed:\n${trouble}")
+  message(FATAL_ERROR "${NVCC} --list-gpu-arch failed:\n${trouble}")
 endif()
 # Translating C++ to PTX is two thirds of nvcc's time. So there is one PTX for all GPUs without
 # cp.async, one for those with it, and one for those on which launches overlap (griddepcontrol, from
@@ -18,11 +15,7 @@ endif()
 string(REGEX MATCHALL "[0-9]+" known "${known}")
 list(SORT known COMPARE NATURAL)
 list(GET known -1 newest)
-set(archs "")
-set(code75 "")
-set(code80 "")
-set(code90 "")
-foreach(arch IN LISTS SNNLSTM_CUDA_ARCHS)
+foreach(arch IN LISTS NVCC_ARCHS)
   if(arch IN_LIST known)
     list(APPEND archs ${arch})
     if(arch LESS 80)
@@ -43,18 +36,16 @@ elseif(code90)
 elseif(code75 AND NOT ptx)
   set(ptx 75)
 elseif(NOT ptx)
-  list(JOIN known " " known)
-  message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} knows none of the GPUs ${SNNLSTM_CUDA_ARCHS}; "
-                      "it knows: ${known}")
+  message(FATAL_ERROR "${NVCC} knows none of the GPUs ${NVCC_ARCHS}; it knows: ${known}")
 endif()
 list(APPEND code${ptx} compute_${ptx})
-set(GENCODE "")
 foreach(arch 75 80 90)
   if(code${arch})
     list(JOIN code${arch} "," code)
     list(APPEND GENCODE "-gencode=arch=compute_${arch},code=[${code}]")
   endif()
 endforeach()
+set(CMAKE_CUDA_COMPILER ${NVCC})
 set(CMAKE_CUDA_ARCHITECTURES OFF)
 
 set(CMAKE_CUDA_STANDARD 17)
@@ -79,6 +70,6 @@ set(WITH_CUDA 1)
 set(CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})
 list(JOIN archs " " CUDA_ARCHS)
 string(STRIP "${CUDA_ARCHS} ${ptx}+ptx" CUDA_ARCHS)
-set(CUDA_STATUS "built with nvcc ${CUDA_VERSION} for sm_${CUDA_ARCHS} (${SNNLSTM_CUDA_WHY})")
+set(CUDA_STATUS "built with nvcc ${CUDA_VERSION} for sm_${CUDA_ARCHS} (${CUDA_WHY})")
 set(CUDA_OBJECTS $<TARGET_OBJECTS:kernels_cuda>)
 set(CUDA_LIBRARIES ${CUDART_STATIC} Threads::Threads rt)

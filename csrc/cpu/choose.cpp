@@ -22,8 +22,8 @@ double at_once(const Cell& c, double of_image, double wanted) {
 // Returns what it costs to pack `values` values of each filter and, in the backward pass, to clear
 // and write their gradient. All pixels of a call share that, because in training the filters change
 // from call to call. The forward pass counts two steps for any T: a sequence in pieces has the
-// results of the whole. The backward pass of one step is taken to be one of 16 that share the
-// packed filters, but each writes a gradient.
+// results of the whole. The backward pass of a step call is counted as a sixteenth of a loop that
+// packs the filters once, and it writes a gradient of its own.
 double filter_cost(const Cell& c, double values, double channels, bool backward) {
   const double sharing = !backward ? 2 : c.T == 1 ? 16 : double(c.T);
   const double per_pixel = values * 4 * channels / (double(c.N) * double(c.Ho() * c.Wo()));
@@ -41,7 +41,7 @@ double met_share(int kernel, int dilation, int64_t n) {
   return n > 0 ? double(met) / (double(n) * kernel) : 1;
 }
 
-// Direct convolution takes one row of pixels after the other, and leaves out the rows of taps that
+// Direct convolution takes one row of pixels after the other, and skips the rows of taps that
 // meet only the border. This returns what that costs, of all taps: a row of one pixel costs twice
 // as much as a longer one.
 double rows_cost(const Cell& c) {

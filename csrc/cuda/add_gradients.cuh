@@ -44,11 +44,11 @@ SNNLSTM_DEVICE void reduce_weight(const ReduceWeights& p, int index) {
   const int64_t part = int64_t(h.part_rows) * h.part_columns;
   for (int i = int(threadIdx.x); i < p.taps * p.chunk; i += kReduceThreads) {
     const int tap = i / p.chunk, ci = i % p.chunk;
-    const int tap_stride = fault(Fault::wrong_stride) ? h.channels : h.tap_stride;
+    const int tap_stride = fault(Fault::wrong_tap_stride) ? h.channels : h.tap_stride;
     if (ci >= channels) continue;
     R sum = 0;
 #pragma unroll 4
-    for (int k = fault(Fault::wrong_split_k) ? 1 : 0; k < h.splits; ++k)
+    for (int k = fault(Fault::lost_part) ? 1 : 0; k < h.splits; ++k)
       sum += parts[k * part + tap * tap_stride + ci];
     sums[ci * p.pitch() + tap] = sum;
   }

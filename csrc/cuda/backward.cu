@@ -1,6 +1,6 @@
 // Launches the kernels of a sequence's backward pass, last step first, and lays out their memory:
-// one launch for every step, or one for all steps (resident_backward.cu), then one for the
-// gradients of x and of the first mem, and a few for those of the parameters.
+// one launch for every step, then one for the gradients of x and of the first mem, and a few for
+// those of the parameters.
 //
 // mem before the first step lies apart from mem before the others, as in forward.cu.
 #include "launchers.h"
@@ -17,9 +17,9 @@ class Backward {
     const auto state = [&](DType type, int64_t count) {
       return arena_.take(count * s_.state() * bytes_of(type));
     };
-    if (!plan.resident) d_syn_ = state(plan.real, 1);
+    d_syn_ = state(plan.real, 1);
     sums_ = arena_.take(threshold_blocks() * threshold_pitch() * bytes_of(plan.real));
-    if (!plan.resident && !plan.spreads) spikes_ = state(plan.real, 1);
+    if (!plan.spreads) spikes_ = state(plan.real, 1);
     from_.d_gates = args.d_gates, mem_ = args.mem_after, from_.lengths = args.lengths;
     if (plan.hybrid) return;
     from_.d_gates = state(plan.gates, 4 * s_.c.T);
@@ -34,12 +34,7 @@ class Backward {
 
   void run() {
     const Cell& c = s_.c;
-    if (plan_.resident) {
-      resident_backward(plan_, a_, {from_.d_gates, own_mem(), a_.grad_threshold ? sums_ : nullptr},
-                        stream_);
-    } else {
-      for (int64_t t = c.T - 1; t >= 0; --t) step(t);
-    }
+    for (int64_t t = c.T - 1; t >= 0; --t) step(t);
     data_gradients();
     from_.x = tensor(a_.x, plan_.type, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
     from_.mem = state_tensor(c, a_.mem0, 0, 4);
@@ -52,10 +47,9 @@ class Backward {
   }
 
  private:
-  int64_t threshold_blocks() const { return plan_.resident ? s_.c.N : plan_.to_mem.tiling.tiles(); }
+  int64_t threshold_blocks() const { return plan_.to_mem.tiling.tiles(); }
   int64_t threshold_pitch() const {
-    return plan_.resident ? plan_.sequence.channels()
-                          : plan_.to_mem.tiling.by_columns.value * plan_.to_mem.channels();
+    return plan_.to_mem.tiling.by_columns.value * plan_.to_mem.channels();
   }
 
   // The memory for mem after each step, or null if nobody wants that.
@@ -183,8 +177,7 @@ class Backward {
     };
     const Tensor x = tensor(a_.grad_x, plan_.type, 0, {c.T, c.N, c.Cin, c.H, c.W}, 4);
     add(0, plan_.to_x, plan_.packed.to_x, x, c.H, c.W);
-    if (!plan_.resident)
-      add(1, plan_.to_mem, plan_.packed.to_mem, state_tensor(c, a_.grad_mem0, 0, 4), s_.Ho, s_.Wo);
+    add(1, plan_.to_mem, plan_.packed.to_mem, state_tensor(c, a_.grad_mem0, 0, 4), s_.Ho, s_.Wo);
     const auto blocks = [](const auto& jobs) { return jobs.job[0].blocks + jobs.job[1].blocks; };
     with_real(plan_.type, [&](auto real) {
       using R = decltype(real);
@@ -207,29 +200,21 @@ class Backward {
 };
 
 // A tile of whole pooling windows, if there are any.
-DataPlan plan_to_mem(const Cell& c, const Device& device, Multiply multiply, int shape,
-                     bool& spreads) {
-  const auto whole = plan_data(c, device, multiply, false, c.pool != Pool::none, shape);
+DataPlan plan_to_mem(const Cell& c, const Device& device, Multiply multiply,
+                     const BlockChoice& only, bool& spreads) {
+  const auto whole = plan_data(c, device, multiply, false, c.pool != Pool::none, only);
   spreads = whole.has_value();
-  return spreads ? *whole : plan_data(c, device, multiply, false, false, shape).value();
+  return spreads ? *whole : planned(plan_data(c, device, multiply, false, false, only), only);
 }
 
 }  // namespace
 
 BackwardPass::BackwardPass(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
-                           Algorithm algorithm, int shape)
+                           Algorithm algorithm, const BlockChoice& only)
     : PassTypes(cell, matrix),
-      to_mem(plan_to_mem(cell, device, multiply, shape, spreads)),
-      to_x(plan_data(cell, device, multiply, true, false, -1).value()),
+      to_mem(plan_to_mem(cell, device, multiply, only, spreads)),
+      to_x(plan_data(cell, device, multiply, true, false).value()),
       packed(cell, to_x, to_mem),
-      sequence(may_be_resident(cell, algorithm)
-                   ? plan_resident_backward(cell, device, to_mem, packed.to_mem)
-                   : ResidentBackwardPlan()),
-      resident(algorithm == Algorithm::resident
-                   ? sequence.fits
-                   : resident_pays(cell, device, sequence, to_mem,
-                                   data_work(cell, device, to_mem, false),
-                                   device.model.neuron_backward)),
       hybrid(algorithm == Algorithm::hybrid),
       weights(hybrid ? WeightPlans() : plan_weights(cell, device, multiply)),
       bias_splits(int(std::clamp<int64_t>(pixels() / 1024, 1, 4 * device.multiprocessors))) {

@@ -1,5 +1,5 @@
 // The kernels of one step of the backward pass. A convolution of the next step's d_gates with the
-// transposed weights gives the gradient of mem; the pointwise backward pass of the step follows in
+// transposed weights gives the gradient of mem; the neurons' backward pass of the step follows in
 // the same kernel. The convolution alone (data_gradient_*) gives the gradients of x and of the
 // first mem.
 //
@@ -62,7 +62,7 @@ class BackwardSums {
     });
     if (conv.k_groups == 1) return;
     first_mi = last_mi = group;
-    if (!fault(Fault::missing_barrier_read, 7)) __syncthreads();
+    if (!fault(Fault::no_k_groups_barrier)) __syncthreads();
     unrolled<NT / 2, 2>([&](int pair, int px) {
       float* sum = parked_ + (4 * pair + 2 * group + px) * stride;
       float4 v = load<float4>(sum);
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
   tile.load_vectors();
   fma::Gemm<R, T> gemm(shared.gemm, p.tiling, block);
   R acc[4][2][4] = {};
-  if (!fault(Fault::missing_wait, 7)) wait_for_launch_before();
+  if (!fault(Fault::no_launch_wait_backward_fma)) wait_for_launch_before();
   gemm.add(p.d_gates, acc);
   __syncthreads();
 

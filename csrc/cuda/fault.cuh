@@ -1,46 +1,69 @@
 // Seeded faults: the tests break a kernel at such a place on purpose, and must notice it.
 //
-//   if (!fault(Fault::missing_wait)) cp_async_wait<0>();
-//   const int row = y + dy - pad + (fault(Fault::wrong_halo) ? 1 : 0);
+//   if (!fault(Fault::no_stage_wait)) cp_async_wait<0>();
+//   const int row = y + dy - pad + (fault(Fault::wrong_mma_halo) ? 1 : 0);
 //
 // fault() is the constant `false` in every build but the emulation's with -DSNNLSTM_FAULT_SWITCH,
-// which chooses one fault at run time; so it stands in `if` and `?:`, not in `if constexpr`. The
-// places of one kind of fault are numbered: fault(Fault::missing_wait, 1).
+// which chooses one fault at run time; so it stands in `if` and `?:`, not in `if constexpr`. Each
+// fault has one place.
 #pragma once
 
 namespace snnlstm::cuda {
 
 enum class Fault : int {
-  none = 0,
-  missing_wait = 1,               // data is used before the wait for its cp.async or its launch
-  missing_barrier_read = 2,       // no barrier between a write of shared memory and others' reads
-  missing_barrier_overwrite = 3,  // no barrier between reads and the next overwrite
-  missing_syncwarp = 4,           // lanes of a warp exchange data without __syncwarp
-  wrong_halo = 5,                 // an index into the neighbourhood off by one
-  wrong_tail_mask = 6,            // the mask of the last, partial tile is off by one
-  swapped_gates = 7,              // two of the four gates change places
-  wrong_fragment_row = 8,         // an accumulator is taken for that of another row
-  missing_zero_fill = 9,          // padding is left as it was
-  wrong_split_k = 10,             // a part of the split sum is dropped or counted twice
-  wrong_stride = 11,              // a stride of another dimension
-  missing_reset = 12,             // the reset of the membrane potential is left out
+  none,
+  // Data is used before the wait for its copy.
+  no_chunk_wait,
+  no_stage_wait,
+  no_weight_tile_wait,
+  // Mem or d_gates are read before the wait for the launch that writes them.
+  no_launch_wait_mma,
+  no_launch_wait_forward_fma,
+  no_launch_wait_backward_fma,
+  // No barrier stands between a write of shared memory and others' reads.
+  no_stage_barrier,
+  no_weight_tile_barrier,
+  no_fma_chunk_barrier,
+  no_k_groups_barrier,
+  no_vectors_barrier,
+  no_gather_barrier,
+  no_bias_barrier,
+  no_highest_barrier,
+  no_winner_barrier,
+  // Nothing stands between reads and the next overwrite.
+  no_chunk_barrier,
+  no_highest_reuse_barrier,
+  wrong_fma_buffer,
+  // An index is off by one, or of another dimension.
+  wrong_mma_halo,
+  wrong_source_halo,
+  wrong_fma_halo,
+  wrong_fragment_row,
+  wrong_tail_mask,
+  wrong_row_stride,
+  wrong_tap_stride,
+  // Something is left out, or changes places.
+  no_border_zeros,
+  no_reset,
+  swapped_gates,
+  lost_carried_pieces,
+  lost_part,
+  lost_totals,
+  lost_bias_row,
 };
 
 #if defined(SNNLSTM_FAULT_SWITCH) && !defined(__CUDACC__)
 
-// Defined by the emulation.
-extern int chosen_fault, chosen_fault_place;
+extern int chosen_fault;  // defined by the emulation
 
-inline bool fault(Fault which, int place = 0) {
-  return int(which) == chosen_fault && place == chosen_fault_place;
-}
+inline bool fault(Fault which) { return int(which) == chosen_fault; }
 
 #else
 
 #if defined(__CUDACC__)
 __host__ __device__
 #endif
-    constexpr bool fault(Fault, int = 0) {
+    constexpr bool fault(Fault) {
   return false;
 }
 

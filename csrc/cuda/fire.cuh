@@ -74,62 +74,51 @@ struct WinnerShared {
   int index[kFireThreads / 32];
 };
 
-// Writes the spikes of a sample; the whole block calls this. mem_of(PooledIndex): the mem that the
-// threshold looks at. mems, indices: (warps,) in shared memory. number: gets the winner's index, or
-// is null.
-template <class R, class MemOf>
-SNNLSTM_DEVICE void fire_winner_of(const Fire& f, void* spk, MemOf&& mem_of, R* mems, int* indices,
-                                   int64_t* number) {
-  const int warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32;
+// A block has one sample.
+template <class R>
+__global__ void __launch_bounds__(kFireThreads, 2) fire_winner(const __grid_constant__ FireStep p) {
+  auto& shared = shared_memory<WinnerShared<R>>();
+  const Fire& f = p.fire;
+  const int n = int(blockIdx.x), warp = int(threadIdx.x) / 32, warps = kFireThreads / 32;
+  if (f.is_finished(n)) return;
+  void* spk = image_of(f.spk, 0, n);
   const auto higher = [](R a, R b) { return b > a || b != b ? b : a; };
   R highest = -R(INFINITY);
 #pragma unroll 1
-  for (int i = int(threadIdx.x); i < neurons_of_sample(f); i += int(blockDim.x)) {
+  for (int i = int(threadIdx.x); i < neurons_of_sample(f); i += kFireThreads) {
     const PooledIndex at(f, i);
-    highest = higher(highest, mem_of(at));
+    highest = higher(highest, thresholded_mem<R>(p, n, at));
     write(spk, f.spk.type, offset(f.spk, at.c, at.y, at.x), R(0) * graded_of<R>(f));
   }
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2)
     highest = higher(highest, __shfl_xor_sync(full_warp, highest, lanes));
-  if (threadIdx.x % 32 == 0) mems[warp] = highest;
-  if (!fault(Fault::missing_barrier_read, 5)) __syncthreads();
-  for (int k = 0; k < warps; ++k) highest = higher(highest, mems[k]);
-  if (!fault(Fault::missing_barrier_overwrite, 5)) __syncthreads();
+  if (threadIdx.x % 32 == 0) shared.mem[warp] = highest;
+  if (!fault(Fault::no_highest_barrier)) __syncthreads();
+  for (int k = 0; k < warps; ++k) highest = higher(highest, shared.mem[k]);
+  if (!fault(Fault::no_highest_reuse_barrier)) __syncthreads();
 
   const R unit = last_place(f.spk.type, highest);
   Winner<R> best;
 #pragma unroll 1
-  for (int i = int(threadIdx.x); i < neurons_of_sample(f); i += int(blockDim.x)) {
+  for (int i = int(threadIdx.x); i < neurons_of_sample(f); i += kFireThreads) {
     const PooledIndex at(f, i);
-    const R mem = mem_of(at);
+    const R mem = thresholded_mem<R>(p, n, at);
     if (is_largest(mem, highest, unit)) best.take({mem, f.flat(at.c, at.y, at.x)});
   }
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2)
     best.take({__shfl_xor_sync(full_warp, best.mem, lanes),
                __shfl_xor_sync(full_warp, best.index, lanes)});
-  if (threadIdx.x % 32 == 0) mems[warp] = best.mem, indices[warp] = best.index;
-  if (!fault(Fault::missing_barrier_read, 8)) __syncthreads();
+  if (threadIdx.x % 32 == 0) shared.mem[warp] = best.mem, shared.index[warp] = best.index;
+  if (!fault(Fault::no_winner_barrier)) __syncthreads();
   if (threadIdx.x > 0) return;
-  for (int k = 1; k < warps; ++k) best.take({mems[k], indices[k]});
-  if (number != nullptr) *number = best.index;
+  for (int k = 1; k < warps; ++k) best.take({shared.mem[k], shared.index[k]});
+  if (p.winner != nullptr) p.winner[n] = best.index;
   if (best.index < 0) return;
   const int c = best.index / (f.Hp * f.Wp), y = best.index / f.Wp % f.Hp;
   write(spk, f.spk.type, offset(f.spk, c, y, best.index % f.Wp),
         spike_of(f, best.mem, threshold_of<R>(f, c)));
-}
-
-// A block has one sample.
-template <class R>
-__global__ void __launch_bounds__(kFireThreads, 2) fire_winner(const __grid_constant__ FireStep p) {
-  auto& shared = shared_memory<WinnerShared<R>>();
-  const int n = int(blockIdx.x);
-  if (p.fire.is_finished(n)) return;
-  fire_winner_of(
-      p.fire, image_of(p.fire.spk, 0, n),
-      [&](const PooledIndex& at) { return thresholded_mem<R>(p, n, at); }, shared.mem, shared.index,
-      p.winner == nullptr ? nullptr : p.winner + n);
 }
 
 // ---- the backward pass --------------------------------------------------------------------------

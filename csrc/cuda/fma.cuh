@@ -44,20 +44,6 @@ struct Tile {
   SNNLSTM_DEVICE static int warp() { return int(threadIdx.x) / 32; }
 };
 
-// The instructions of a thread for 512 multiply-adds, counted in machine code for sm_75: the fewer
-// the columns, the more elements of A are gathered for each of them.
-struct TileCost {
-  int columns;
-  double time;
-};
-constexpr TileCost kTiles[] = {{64, 730}, {32, 817}, {16, 954}};
-// The time of so many columns, over that of 64.
-inline double time_of(int columns) {
-  for (const TileCost& tile : kTiles)
-    if (tile.columns == columns) return tile.time / kTiles[0].time;
-  return 1;
-}
-
 template <class R, class T>
 struct GemmShared {
   R vectors[5 * T::kColumns / 4];  // for the epilogue: 5 for a channel, or 1 for a column
@@ -111,7 +97,7 @@ class Gemm {
     locate(s, 1);
     for (int chunk = -1; chunk < chunks; ++chunk) {
       const int buffer = chunk & 1;
-      if (!fault(Fault::missing_barrier_read)) __syncthreads();
+      if (!fault(Fault::no_fma_chunk_barrier)) __syncthreads();
       const bool more = chunk + 1 < chunks;
       if (more) {
         fetch_weights(weight + int64_t(chunk + 1) * T::kDepth * T::kColumns);
@@ -121,7 +107,7 @@ class Gemm {
         multiply<T>(shared_.a[buffer], shared_.b[buffer], acc);
         locate(s, buffer);
       }
-      if (more) put(fault(Fault::missing_barrier_overwrite) ? buffer : buffer ^ 1);
+      if (more) put(fault(Fault::wrong_fma_buffer) ? buffer : buffer ^ 1);
     }
   }
 
@@ -140,7 +126,7 @@ class Gemm {
   SNNLSTM_DEVICE void locate(const Segment& s, int buffer) {
     if (tid_ >= T::kDepth) return;
     while (channel_ >= s.channels && tap_ < s.taps()) channel_ -= s.channels, ++tap_;
-    const int shift = fault(Fault::wrong_halo) ? 1 : 0;
+    const int shift = fault(Fault::wrong_fma_halo) ? 1 : 0;
     const int y = tap_ / s.taps_w * s.dilation_h - s.pad_h;
     const int x = tap_ % s.taps_w * s.dilation_w - s.pad_w + shift;
     const int4 nowhere = make_int4(kNowhere, kNowhere, 0, 0);

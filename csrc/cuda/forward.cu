@@ -1,6 +1,5 @@
-// Launches the kernels of a sequence's forward pass, and lays out their memory. Small images take
-// one launch (resident_forward.cu), others one for every step, and a second if the spikes need a
-// whole sample or windows that cross tiles.
+// Launches the kernels of a sequence's forward pass, and lays out their memory: one launch for
+// every step, and a second if the spikes need a whole sample or windows that cross tiles.
 //
 // The states before the first step lie apart from the others, in the caller's layout: with them in
 // front of our own images, the first step would be as the next ones, but for a copy in each call.
@@ -137,22 +136,14 @@ class Forward {
 
 }  // namespace
 
-ForwardPass::ForwardPass(const Cell& cell, const Device& device, Matrix matrix, Algorithm algorithm,
-                         int shape)
-    : PassTypes(cell, matrix),
-      step(plan_forward(cell, device, matrix, shape)),
-      packed(cell, step),
-      sequence(may_be_resident(cell, algorithm) ? plan_resident(cell, device, step, packed)
-                                                : ResidentPlan()),
-      resident(algorithm == Algorithm::resident
-                   ? sequence.fits
-                   : resident_pays(cell, device, sequence, step, forward_work(cell, device, step),
-                                   device.model.neuron)) {
-  workspace = resident ? 0 : Forward(*this, ForwardArgs(), nullptr).workspace();
+ForwardPass::ForwardPass(const Cell& cell, const Device& device, Matrix matrix,
+                         const BlockChoice& only)
+    : PassTypes(cell, matrix), step(plan_forward(cell, device, matrix, only)), packed(cell, step) {
+  workspace = Forward(*this, ForwardArgs(), nullptr).workspace();
 }
 
 void ForwardPass::run(const ForwardArgs& args, void* stream) const {
-  resident ? resident_forward(*this, args, stream) : Forward(*this, args, stream).run();
+  Forward(*this, args, stream).run();
 }
 
 }  // namespace snnlstm::cuda

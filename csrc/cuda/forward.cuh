@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
   fma::Gemm<R, T> gemm(shared, p.tiling, block);
   R acc[4][2][4] = {};
   gemm.add(p.x, acc);
-  if (!fault(Fault::missing_wait, 6)) wait_for_launch_before();
+  if (!fault(Fault::no_launch_wait_forward_fma)) wait_for_launch_before();
   gemm.add(p.mem, acc);
   __syncthreads();  // shared memory becomes the mem tile
 

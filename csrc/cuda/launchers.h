@@ -38,17 +38,6 @@ void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* we
 // type: of the sums.
 void launch_add_gradients(AddGradients p, DType type, void* stream);
 
-// Runs the whole sequence in one launch.
-void resident_forward(const ForwardPass& plan, const ForwardArgs& args, void* stream);
-
-// What the steps of the backward pass leave behind. mem and sums are null if nobody wants them.
-struct ResidentGradients {
-  void *d_gates = nullptr, *mem = nullptr, *sums = nullptr;
-};
-// Runs all steps, and forms the gradients of the first states.
-void resident_backward(const BackwardPass& plan, const BackwardArgs& args,
-                       const ResidentGradients& to, void* stream);
-
 // Calls f(E{}), E the type of elements that tensor core kernels are compiled for.
 template <class F>
 void with_element(Multiply multiply, F&& f) {
@@ -65,11 +54,11 @@ void with_real(DType type, F&& f) {
 
 // ---- the caller's arguments as the neurons' kernels take them -----------------------------------
 //
-// The kernels run `steps` time steps from t on: 1, or all. held: channels that a thread holds. spk:
-// spikes forward, their gradient backward.
+// t: the launch's step. held: channels that a thread holds. spk: spikes forward, their gradient
+// backward.
 
 template <class Args>
-Fire fire_of(const Args& a, const View& spk, int64_t t, int held, int64_t steps = 1) {
+Fire fire_of(const Args& a, const View& spk, int64_t t, int held) {
   const Cell& c = a.cell;
   Fire f;
   f.spiking = c.spiking;
@@ -79,55 +68,55 @@ Fire fire_of(const Args& a, const View& spk, int64_t t, int held, int64_t steps 
   f.threshold = a.threshold, f.threshold_stride = a.threshold_stride;
   f.graded = a.graded_factor;
   f.lengths = a.lengths, f.step = int(t);
-  f.spk = tensor(spk, c.dtype, t, {steps, c.N, c.C, c.Hp(), c.Wp()}, held);
+  f.spk = tensor(spk, c.dtype, t, {1, c.N, c.C, c.Hp(), c.Wp()}, held);
   if (a.places && c.pool == Pool::max)
     f.places = static_cast<char*>(a.places) + t * c.N * c.C * c.Hp() * c.Wp() * c.place_bytes();
   return f;
 }
 
 template <class Neuron, class Args>
-Neuron neuron_of_steps(const Args& a, const View& spk, int64_t t, int held, int64_t steps = 1) {
+Neuron neuron_of_step(const Args& a, const View& spk, int64_t t, int held) {
   const Cell& c = a.cell;
   Neuron n;
   n.C = int(c.C), n.Cp = int(Shape(c).Cp), n.Ho = int(c.Ho()), n.Wo = int(c.Wo());
   n.reset = c.reset;
-  n.fire = fire_of(a, spk, t, held, steps);
+  n.fire = fire_of(a, spk, t, held);
   return n;
 }
 
-inline Tensor state_tensor(const Cell& c, const View& v, int64_t t, int held, int64_t steps = 1) {
-  return tensor(v, c.dtype, t, {steps, c.N, c.C, c.Ho(), c.Wo()}, held);
+inline Tensor state_tensor(const Cell& c, const View& v, int64_t t, int held) {
+  return tensor(v, c.dtype, t, {1, c.N, c.C, c.Ho(), c.Wo()}, held);
 }
 
-// The states, or their gradients, that the caller has of the steps: all, the last, or none. If
-// samples have lengths, each step may be the last of some.
+// The states, or their gradients, that the caller has of step t, if any. If samples have lengths,
+// each step may be the last of some.
 template <class Args>
-Tensor states_of_steps(const Args& a, const View& v, int64_t t, int held, int64_t steps) {
-  if (a.record) return state_tensor(a.cell, v, t, held, steps);
-  return t + steps == a.cell.T || a.lengths ? state_tensor(a.cell, v, 0, held) : Tensor();
+Tensor states_of_step(const Args& a, const View& v, int64_t t, int held) {
+  if (a.record) return state_tensor(a.cell, v, t, held);
+  return t + 1 == a.cell.T || a.lengths ? state_tensor(a.cell, v, 0, held) : Tensor();
 }
 
-// Has the states before the first step, and those after the steps that the caller wants.
-inline NeuronForward neuron_forward(const ForwardArgs& a, int64_t t, int held, int64_t steps = 1) {
+// Has the states before the first step, and those after step t that the caller wants.
+inline NeuronForward neuron_forward(const ForwardArgs& a, int64_t t, int held) {
   const Cell& c = a.cell;
-  auto n = neuron_of_steps<NeuronForward>(a, a.spk, t, held, steps);
+  auto n = neuron_of_step<NeuronForward>(a, a.spk, t, held);
   n.bias = a.bias;
   n.syn_in = state_tensor(c, a.syn0, 0, held), n.mem_in = state_tensor(c, a.mem0, 0, held);
-  n.syn_out = states_of_steps(a, a.syn, t, held, steps);
-  n.mem_out = states_of_steps(a, a.mem, t, held, steps);
+  n.syn_out = states_of_step(a, a.syn, t, held);
+  n.mem_out = states_of_step(a, a.mem, t, held);
   return n;
 }
 
-// Has syn before the first step, and the caller's gradients of the steps.
-inline NeuronBackward neuron_backward(const BackwardArgs& a, int64_t t, int64_t steps = 1) {
+// Has syn before the first step, and the caller's gradients of step t.
+inline NeuronBackward neuron_backward(const BackwardArgs& a, int64_t t) {
   const Cell& c = a.cell;
-  auto n = neuron_of_steps<NeuronBackward>(a, a.grad_spk, t, 4, steps);
+  auto n = neuron_of_step<NeuronBackward>(a, a.grad_spk, t, 4);
   n.surrogate = c.surrogate, n.p0 = c.surrogate_p0, n.p1 = c.surrogate_p1;
-  n.noise = tensor(a.noise, c.dtype, t, {steps, c.N, c.C, c.Hp(), c.Wp()}, 4);
+  n.noise = tensor(a.noise, c.dtype, t, {1, c.N, c.C, c.Hp(), c.Wp()}, 4);
   n.winner = c.inhibition ? a.winner + t * c.N : nullptr;
   n.syn_prev = state_tensor(c, a.syn0, 0, 4);
-  n.grad_syn = states_of_steps(a, a.grad_syn, t, 4, steps);
-  n.grad_mem = states_of_steps(a, a.grad_mem, t, 4, steps);
+  n.grad_syn = states_of_step(a, a.grad_syn, t, 4);
+  n.grad_mem = states_of_step(a, a.grad_mem, t, 4);
   n.at_ends = a.lengths != nullptr && !a.record;
   return n;
 }

@@ -99,32 +99,6 @@ class MmaGemm {
   SNNLSTM_DEVICE int k_group() const { return k_group_; }
   SNNLSTM_DEVICE static int quad() { return int(threadIdx.x) % 4; }
 
-  // Adds a b to acc for one k-step. a: fragments of two m16 tiles, which change. b: the lane's B
-  // fragments; pairs are kPairBytes apart.
-  SNNLSTM_DEVICE static void product(Multiply multiply, uint32_t (&a)[2][4], SharedPlace b,
-                                     Accumulators& acc) {
-    if constexpr (kParts)
-      multiply_in_parts(a, b, acc);
-    else if constexpr (!kHalf)
-      multiply_with<tf32>(a, b, acc);
-    else if constexpr (std::is_same_v<Element, fp16_sm75>)
-      multiply_with<fp16_sm75>(a, b, acc);
-    else if (multiply == Multiply::bf16)
-      multiply_with<bf16>(a, b, acc);
-    else
-      multiply_with<fp16>(a, b, acc);
-  }
-
-  // Adds a w to acc for one pair of n-tiles. Both operands are tf32 numbers.
-  SNNLSTM_DEVICE static void add_pair(Accumulators& acc, int pair, const uint32_t (&a)[2][4],
-                                      const uint4& w) {
-    const uint32_t w0[2] = {w.x, w.y}, w1[2] = {w.z, w.w};
-    unrolled<2>([&](int mi) {
-      mma<tf32>(acc[mi][2 * pair], a[mi], w0);
-      mma<tf32>(acc[mi][2 * pair + 1], a[mi], w1);
-    });
-  }
-
   // Tensor cores truncate their sums. In parts each k-step adds three times, therefore a chunk's
   // sums are added to totals, which round to nearest.
   SNNLSTM_DEVICE void run(Accumulators& acc) {
@@ -216,7 +190,7 @@ class MmaGemm {
     y = unsigned(m < pixels ? m : m & 1);
     x = int(tiling_.by_w.split(y));
     return int(y) * seg.step_h * seg.pitch + x * seg.step_w + seg.lead +
-           (fault(Fault::wrong_halo, 2) ? 1 : 0);
+           (fault(Fault::wrong_mma_halo) ? 1 : 0);
   }
 
   // Returns the place of what the lane reads of a pixel of the neighbourhood.
@@ -242,23 +216,39 @@ class MmaGemm {
     return real ? row_of(p) : shared_place(pipeline_.zeros());
   }
 
+  // Adds the products of one k-step to acc. Pairs of n-tiles are kPairBytes apart.
   SNNLSTM_DEVICE void multiply(const SharedPlace (&row)[2], int at, Accumulators& acc) const {
     uint32_t a[2][4];
     unrolled<2>([&](int mi) { ldmatrix(a[mi], row[mi] + at); });
-    product(p_.multiply, a, fragments_ + pipeline_.weights(), acc);
+    const SharedPlace b = fragments_ + pipeline_.weights();
+    if constexpr (kParts)
+      multiply_in_parts(a, b, acc);
+    else if constexpr (!kHalf)
+      multiply_with<tf32>(a, b, acc);
+    else if constexpr (std::is_same_v<Element, fp16_sm75>)
+      multiply_with<fp16_sm75>(a, b, acc);
+    else if (p_.multiply == Multiply::bf16)
+      multiply_with<bf16>(a, b, acc);
+    else
+      multiply_with<fp16>(a, b, acc);
   }
 
   template <class T>
   SNNLSTM_DEVICE static void multiply_with(uint32_t (&a)[2][4], SharedPlace b, Accumulators& acc) {
     if constexpr (!kHalf)
       unrolled<2, 4>([&](int mi, int r) { a[mi][r] = mma_gemm::rounds_to_tf32(a[mi][r]); });
-    unrolled<NT / 2>([&](int pair) {
-      const uint4 w = load<uint4>(b + pair * kPairBytes);
-      const uint32_t w0[2] = {w.x, w.y}, w1[2] = {w.z, w.w};
-      unrolled<2>([&](int mi) {
-        mma<T>(acc[mi][2 * pair], a[mi], w0);
-        mma<T>(acc[mi][2 * pair + 1], a[mi], w1);
-      });
+    unrolled<NT / 2>(
+        [&](int pair) { add_pair<T>(acc, pair, a, load<uint4>(b + pair * kPairBytes)); });
+  }
+
+  // Adds a w to acc for one pair of n-tiles.
+  template <class T>
+  SNNLSTM_DEVICE static void add_pair(Accumulators& acc, int pair, const uint32_t (&a)[2][4],
+                                      const uint4& w) {
+    const uint32_t w0[2] = {w.x, w.y}, w1[2] = {w.z, w.w};
+    unrolled<2>([&](int mi) {
+      mma<T>(acc[mi][2 * pair], a[mi], w0);
+      mma<T>(acc[mi][2 * pair + 1], a[mi], w1);
     });
   }
 
@@ -274,9 +264,9 @@ class MmaGemm {
     const bool both = !AnyFeed || __any_sync(full_warp, (seen << 1) != 0);
     unrolled<NT / 2>([&](int pair) {
       const uint4 w = load<uint4>(b + pair * kPairBytes);
-      if (both) add_pair(acc, pair, low, w);
-      add_pair(acc, pair, a, load<uint4>(b + pair * kPairBytes + mma_gemm::kPairBytes));
-      add_pair(acc, pair, a, w);
+      if (both) add_pair<tf32>(acc, pair, low, w);
+      add_pair<tf32>(acc, pair, a, load<uint4>(b + pair * kPairBytes + mma_gemm::kPairBytes));
+      add_pair<tf32>(acc, pair, a, w);
     });
   }
 

@@ -83,7 +83,7 @@ class MmaPipeline {
   // Waits until all threads may read the chunk and nobody reads the other buffer, to which the next
   // chunk begins to come. (The second chunk is there from the start.)
   SNNLSTM_DEVICE void begin_chunk() {
-    if (!fault(Fault::missing_wait, 2)) {
+    if (!fault(Fault::no_chunk_wait)) {
       if (first_) {
         cp_async_wait<mma_gemm::kStages - 2>();
       } else if (stages_since_load_ < mma_gemm::kStages) {
@@ -92,7 +92,7 @@ class MmaPipeline {
         cp_async_wait<0>();
       }
     }
-    if (!fault(Fault::missing_barrier_overwrite, 1)) __syncthreads();
+    if (!fault(Fault::no_chunk_barrier)) __syncthreads();
     loading_ = !first_ && more_;
     stages_since_load_ = loading_ ? 0 : mma_gemm::kStages;
     if (loading_) load_chunk(buffer_ ^ 1, loaded_.chunk < 2);
@@ -156,7 +156,7 @@ class MmaPipeline {
   // Begins to load the next chunk to a buffer.
   SNNLSTM_DEVICE void load_chunk(int buffer, bool border) {
     const bool first_of_last = loaded_.segment + 1 == p_.segments && loaded_.chunk == 0;
-    if (first_of_last && !fault(Fault::missing_wait, 5)) wait_for_launch_before();
+    if (first_of_last && !fault(Fault::no_launch_wait_mma)) wait_for_launch_before();
     source_.start(next(), loaded_.chunk, buffer_at(buffer), border);
   }
 
@@ -185,15 +185,15 @@ class MmaPipeline {
   // Returns the place of the k-th piece of a stage that the thread carries.
   SNNLSTM_DEVICE static int piece(int k) { return 16 * (k * int(blockDim.x) + int(threadIdx.x)); }
   SNNLSTM_DEVICE void lay_down() const {
-    const int late = fault(Fault::missing_wait, 4) ? 16 : 0;
+    const int late = fault(Fault::lost_carried_pieces) ? 16 : 0;
     unrolled<mma_gemm::kCarried>([&](int k) {
       if (piece(k) < carried_bytes_ - late) store(carried_to_ + piece(k), carried_[k]);
     });
   }
 
   SNNLSTM_DEVICE void next_stage() {
-    if (!fault(Fault::missing_wait, 1)) cp_async_wait<mma_gemm::kStages - 2>();
-    if (!fault(Fault::missing_barrier_read, 1)) __syncthreads();
+    if (!fault(Fault::no_stage_wait)) cp_async_wait<mma_gemm::kStages - 2>();
+    if (!fault(Fault::no_stage_barrier)) __syncthreads();
     copy_stage();
     cp_async_commit();
     if (weights_at_ == mma_gemm::kStages * p_.stage_bytes()) weights_at_ = 0;

@@ -286,14 +286,14 @@ class MmaSource {
     const int y = origin_h(s) + int(row), x = origin_w(s) + col;
     const int c = chunk * kPerChunk + group * kPerGroup;
     const bool real = inside(y, s.height) && inside(x, s.width) && c < s.channels;
-    const int shift = fault(Fault::wrong_halo, 1) && x + 1 < s.width ? 1 : 0;
+    const int shift = fault(Fault::wrong_source_halo) && x + 1 < s.width ? 1 : 0;
     return {mma_tile::row_offset(int(row) * seg.pitch + seg.lead + col) + group * 16,
             real ? offset(s.src, c, y, x + shift) : 0, real};
   }
 
   // Writes the zeros around the image. (copy_async() writes its own.)
   SNNLSTM_DEVICE void fill_border(const MmaSegment& seg, unsigned char* buffer) const {
-    if (fault(Fault::missing_zero_fill)) return;
+    if (fault(Fault::no_border_zeros)) return;
     const Segment& s = seg.s;
     const int top = origin_h(s), left = origin_w(s);
     for (int i = int(threadIdx.x); i < seg.halo_h * seg.halo_w; i += int(blockDim.x)) {

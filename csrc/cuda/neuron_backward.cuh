@@ -1,4 +1,4 @@
-// The pointwise part of the backward pass of one time step: spike, pooling, reset, LSTM. All
+// The neurons of the backward pass of one time step: spike, pooling, reset, LSTM. All
 // backward kernels share this; they differ in how they form the recurrent gradient of mem. The
 // forward pass has saved the activated gates and syn before the step, from which this part computes
 // mem anew.
@@ -15,8 +15,8 @@ struct NeuronBackward : NeuronStep {
   bool spreads = true;  // false: a kernel before this one has written spikes_in
   Surrogate surrogate = Surrogate::none;
   double p0 = 0, p1 = 0;
-  Tensor noise;                     // (T, N, C, Hp, Wp)
-  const int64_t* winner = nullptr;  // (T, N) from the launch's first step on; null: no inhibition
+  Tensor noise;                     // (1, N, C, Hp, Wp)
+  const int64_t* winner = nullptr;  // (N,), of the step; null: no inhibition
   Image gates;                      // as the forward pass has saved them
   Tensor syn_prev;
   Tensor grad_syn, grad_mem;  // the caller's, for the states after this step
@@ -29,18 +29,6 @@ struct NeuronBackward : NeuronStep {
   // pixels and over the launches so far. Null: nobody wants it.
   void* sums = nullptr;
   bool first_sums = true;  // the launch sets the sums, and does not add to them
-};
-
-// Which arguments a step uses. A kernel of many steps decides anew in each.
-template <class R>
-struct BackwardStep {
-  const Tensor* syn_prev = nullptr;  // in the place of the arguments'
-  bool states = true;                // grad_syn and grad_mem
-  bool own_mem = true;               // own_mem
-  bool first = true;                 // grad_syn0, if present, gets what d_syn would
-  // The thread's gradients of syn, pixel k at d_syn + k * stride, for d_syn_in and d_syn_out.
-  R* d_syn = nullptr;
-  int stride = 0;
 };
 
 // Loads the recurrent gradients of a patch: pixel k has them at `from` + k * stride.
@@ -76,7 +64,7 @@ class BackwardTile {
   // Says whether the block's step lies behind its sample's last one. Then the gradients are left
   // out, but a launch that sets the threshold's sums sets them to 0.
   SNNLSTM_DEVICE bool is_finished() const {
-    const bool finished = p_.fire.left(block_.n, block_.t) <= 0;
+    const bool finished = p_.fire.is_finished(block_.n);
     if (finished && p_.first_sums) write_sums(nullptr, 0);
     return finished;
   }
@@ -96,8 +84,7 @@ class BackwardTile {
     if (p_.noise.present())
       noise =
           read<R>(image_of(p_.noise, block_.t, block_.n), p_.noise.type, offset(p_.noise, c, y, x));
-    if (p_.winner != nullptr && p_.winner[image_number(tiling_, block_)] != f.flat(c, y, x))
-      return 0;
+    if (p_.winner != nullptr && p_.winner[block_.n] != f.flat(c, y, x)) return 0;
     return N::surrogate_gradient(p_.surrogate, u, R(p_.p0), R(p_.p1), noise) *
            (grad * graded_of<R>(f));
   }
@@ -122,17 +109,16 @@ class BackwardTile {
   // recurrent(d_mem) writes the thread's gradients of mem, d_mem[pixel][channel], which are 0
   // before. row_sums, (channels,) in shared memory for each row of warps, gets the threshold's
   // gradient, summed over the lanes that differ in the three bits from `bit` on; set: it does not
-  // add to what is there. keep(pixels, channel, d_gates) is called, too.
-  template <class Recurrent, class Keep = NothingElse>
+  // add to what is there.
+  template <class Recurrent>
   SNNLSTM_DEVICE void patch(int m, int first, bool gather, Recurrent&& recurrent, MemTile<R> tile,
-                            R* row_sums, int bit, bool set, const BackwardStep<R>& step = {},
-                            Keep&& keep = {}) const {
+                            R* row_sums, int bit, bool set) const {
     const PixelPair at = pixel_pair(tiling_, block_, m, p_.Ho, p_.Wo);
     const int c0 = c0_ + first;
     R gate[4][2][4];
     unrolled<4>([&](int k) { load_patch(p_.gates, at, c0, gate[k], k); });
     R syn_prev[2][4];
-    load_patch(step.syn_prev != nullptr ? *step.syn_prev : p_.syn_prev, at, c0, syn_prev);
+    load_patch(p_.syn_prev, at, c0, syn_prev);
     R threshold[4], tanh_syn[2][4], mem[2][4];
     load_vector(vectors_ + first, threshold);
     unrolled<4, 2>([&](int ch, int px) {
@@ -146,15 +132,12 @@ class BackwardTile {
       for_each_value(mem, [&](R x, int, int) { return quantised(p_.fire, x); });
     unrolled<2, 4>([&](int px, int ch) { mem[px][ch] = rounded(type, mem[px][ch]); });
     if (gather) return tile.put(m, first, mem);
-    if (step.own_mem && p_.own_mem.present()) store_patch(p_.own_mem, at, c0, mem);
-    const bool starts = p_.fire.left(block_.n, block_.t) == 1;  // nothing comes from later steps
+    if (p_.own_mem.present()) store_patch(p_.own_mem, at, c0, mem);
+    const bool starts = p_.fire.is_last(block_.n);  // nothing comes from later steps
     R d_syn[2][4] = {}, d_mem[2][4] = {}, spike[2][4] = {};
-    if (step.d_syn != nullptr)
-      unrolled<2>([&](int px) { load_vector(step.d_syn + px * step.stride, d_syn[px]); });
-    else if (p_.d_syn_in.present() && !starts)
-      load_patch(p_.d_syn_in, at, c0, d_syn);
+    if (p_.d_syn_in.present() && !starts) load_patch(p_.d_syn_in, at, c0, d_syn);
     if (!starts) recurrent(d_mem);
-    if (step.states && (starts || !p_.at_ends))
+    if (starts || !p_.at_ends)
       add_patch(p_.grad_mem, at, c0, d_mem), add_patch(p_.grad_syn, at, c0, d_syn);
     if (!p_.fire.spiking) add_patch(p_.fire.spk, at, c0, d_mem);
     const bool direct = spikes() && p_.fire.pool == Pool::none;
@@ -208,11 +191,8 @@ class BackwardTile {
     });
     if (p_.d_gates.present())
       unrolled<4>([&](int k) { store_patch(p_.d_gates, at, c0, gate[k], k); });
-    keep(at, c0, gate);
-    if (step.first && p_.grad_syn0.present())
+    if (p_.grad_syn0.present())
       store_patch(p_.grad_syn0, at, c0, d_syn);
-    else if (step.d_syn != nullptr)
-      unrolled<2>([&](int px) { store_vector(step.d_syn + px * step.stride, d_syn[px]); });
     else if (p_.d_syn_out.present())
       store_patch(p_.d_syn_out, at, c0, d_syn);
     if (p_.sums == nullptr) return;
@@ -229,7 +209,7 @@ class BackwardTile {
     for (int phase = gathers() ? 0 : 1; phase < 2; ++phase) {
       patches(phase == 0);
       if (phase == 0) {
-        if (!fault(Fault::missing_barrier_read, 31)) __syncthreads();
+        if (!fault(Fault::no_gather_barrier)) __syncthreads();
         spread(tile);
         __syncthreads();
       }
@@ -246,7 +226,7 @@ class BackwardTile {
     if (f.pool == Pool::avg) {
       mem = mean_of_window<R>(f, at);
     } else {
-      const int64_t place = f.place_at(image_number(tiling_, block_), c, y, x);
+      const int64_t place = f.place_at(block_.n, c, y, x);
       where = f.wide_places() ? static_cast<const int32_t*>(f.places)[place]
                               : static_cast<const uint8_t*>(f.places)[place];
       for_each_element(f, [&](int i, int j, int number) {

@@ -22,19 +22,17 @@ struct Fire {
   const void* threshold = nullptr;  // (C,) or, with stride 0, one number
   int64_t threshold_stride = 0;
   const void* graded = nullptr;  // one number in the compute type
-  Tensor spk;                    // (T, N, C, Hp, Wp); threshold and bias have the same type
-  // max pooling in training: PassArgs::places, (T, N, C, Hp, Wp) from the launch's first step on
-  void* places = nullptr;
+  Tensor spk;                    // (1, N, C, Hp, Wp); threshold and bias have the same type
+  void* places = nullptr;  // max pooling in training: PassArgs::places of the step, (N, C, Hp, Wp)
   const int64_t* lengths = nullptr;  // (N,) steps of each sample, or null
-  int step = 0;                      // number of the launch's first step
+  int step = 0;                      // number of the step
 
-  // Returns how many steps sample n has from step t of the launch on: 0 or less if it is finished.
-  SNNLSTM_DEVICE int left(int n, int t) const {
-    return lengths == nullptr ? 1 << 30 : int(lengths[n]) - step - t;
-  }
-  // Says whether sample n is finished at the launch's first step.
+  // Says whether the step lies behind sample n's last one, and whether it is the last one itself.
   SNNLSTM_DEVICE bool is_finished(int n) const {
     return lengths != nullptr && int(lengths[n]) <= step;
+  }
+  SNNLSTM_DEVICE bool is_last(int n) const {
+    return lengths != nullptr && int(lengths[n]) == step + 1;
   }
   SNNLSTM_DEVICE int flat(int c, int y, int x) const { return (c * Hp + y) * Wp + x; }
   SNNLSTM_DEVICE int64_t place_at(int64_t image, int c, int y, int x) const {
@@ -144,11 +142,6 @@ SNNLSTM_DEVICE R thresholded(const Fire& f, int64_t place, At&& at) {
   return quantised(f, largest);
 }
 
-// Returns the number of the block's sample among those of all steps.
-SNNLSTM_DEVICE int64_t image_number(const Tiling& tiling, const BlockPlace& block) {
-  return block.t * int64_t(tiling.by_batch.value) + block.n;
-}
-
 // A whole pooling window of a tile.
 struct Window {
   int channel, c;  // in the block; among all
@@ -193,11 +186,6 @@ struct MemTile {
   }
 };
 
-// What a step writes besides spikes and gates. A kernel of many steps decides anew in each.
-struct StepOutputs {
-  bool states = true, own_syn = true;
-};
-
 // The block's channels are c0 ... c0 + channels - 1, channels a power of two.
 template <class R>
 class ForwardTile {
@@ -230,21 +218,8 @@ class ForwardTile {
     const PixelPair at = pixel_pair(tiling_, block_, m, p_.Ho, p_.Wo);
     R syn[2][CH], mem[2][CH] = {};
     load_patch(p_.syn_in, at, c0, syn);
-    const bool resets = p_.reset != Reset::none && !fault(Fault::missing_reset);
+    const bool resets = p_.reset != Reset::none && !fault(Fault::no_reset);
     if (resets) load_patch(p_.mem_in, at, c0, mem);
-    update(
-        at, m, first, sum, syn, mem,
-        [&](int px, int ch, R threshold) { return resets && N::fires(mem[px][ch], threshold); },
-        mem_tile);
-  }
-
-  // Runs the step from the gate sums and syn on; syn and mem become those after the step.
-  // reset_of(pixel, channel, threshold): whether the neuron is reset.
-  template <int CH, class ResetOf>
-  SNNLSTM_DEVICE void update(const PixelPair& at, int m, int first, R (&sum)[4][2][CH],
-                             R (&syn)[2][CH], R (&mem)[2][CH], ResetOf&& reset_of,
-                             MemTile<R> mem_tile, StepOutputs outputs = {}) const {
-    const int c0 = c0_ + first;
     R threshold[CH];
     unrolled<CH>([&](int ch) {
       const R* vector = vectors_ + first + ch;
@@ -255,7 +230,7 @@ class ForwardTile {
         const int i = fault(Fault::swapped_gates) ? 1 : 0;
         const Gates<R> a = N::activate({sum[i][px][ch] + bias.i, sum[1 - i][px][ch] + bias.f,
                                         sum[2][px][ch] + bias.o, sum[3][px][ch] + bias.g});
-        const bool reset = reset_of(px, ch, threshold[ch]);
+        const bool reset = resets && N::fires(mem[px][ch], threshold[ch]);
         syn[px][ch] = N::next_syn(a, syn[px][ch]);
         mem[px][ch] = N::after_reset(p_.reset, N::next_mem(a.o, Math<R>::tanh(syn[px][ch])), reset,
                                      threshold[ch]);
@@ -274,12 +249,12 @@ class ForwardTile {
     }
     const DType type = p_.fire.spk.type;
     unrolled<2, CH>([&](int px, int ch) { mem[px][ch] = rounded(type, mem[px][ch]); });
-    if (outputs.own_syn && p_.own_syn.present()) store_patch(p_.own_syn, at, c0, syn);
+    if (p_.own_syn.present()) store_patch(p_.own_syn, at, c0, syn);
     if (p_.own_mem.present()) store_patch(p_.own_mem, at, c0, mem);
     const bool pools = p_.fire.pool != Pool::none;
     if (p_.fires && pools) mem_tile.put(m, first, mem);
-    if (outputs.states && p_.syn_out.present()) store_patch(p_.syn_out, at, c0, syn);
-    if (outputs.states && p_.mem_out.present()) store_patch(p_.mem_out, at, c0, mem);
+    if (p_.syn_out.present()) store_patch(p_.syn_out, at, c0, syn);
+    if (p_.mem_out.present()) store_patch(p_.mem_out, at, c0, mem);
     if (!p_.fires || pools) return;
     if (!p_.fire.spiking) {
       if (p_.fire.spk.present()) store_patch(p_.fire.spk, at, c0, mem);
@@ -296,10 +271,9 @@ class ForwardTile {
     const Fire& f = p_.fire;
     if (!p_.fires || f.pool == Pool::none) return;
     void* spk = image_of(f.spk, block_.t, block_.n);
-    const int64_t image = image_number(tiling_, block_);
     for_each_window(f, tiling_, block_, c0_, channels_, [&](const Window& w) {
       const auto at = [&](int i, int j) { return mem_tile.at(w.channel, w.m + i * tiling_.w + j); };
-      const R mem = thresholded<R>(f, f.place_at(image, w.c, w.y, w.x), at);
+      const R mem = thresholded<R>(f, f.place_at(block_.n, w.c, w.y, w.x), at);
       write(spk, f.spk.type, offset(f.spk, w.c, w.y, w.x),
             spike_of(f, mem, vectors_[4 * channels_ + w.channel]));
     });

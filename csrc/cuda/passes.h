@@ -2,7 +2,6 @@
 #pragma once
 
 #include "packed.h"
-#include "resident_plan.h"
 #include "weight_plans.h"
 
 namespace snnlstm::cuda {
@@ -19,12 +18,9 @@ struct PassTypes {
 struct ForwardPass : PassTypes {
   ForwardPlan step;
   PackedForward packed;
-  ResidentPlan sequence;  // planned unless `algorithm` excludes it
-  bool resident;
   int64_t workspace;
 
-  ForwardPass(const Cell& cell, const Device& device, Matrix matrix, Algorithm algorithm,
-              int shape);
+  ForwardPass(const Cell& cell, const Device& device, Matrix matrix, const BlockChoice& only);
   void run(const ForwardArgs& args, void* stream) const;
 };
 
@@ -33,8 +29,6 @@ struct BackwardPass : PassTypes {
   bool spreads = true;  // no pooling window crosses a tile: the step needs no kernel before it
   DataPlan to_mem, to_x;
   PackedBackward packed;
-  ResidentBackwardPlan sequence;  // planned unless `algorithm` excludes it
-  bool resident;
   bool hybrid;  // torch forms the gradients of weight and bias
   WeightPlans weights;
   int bias_splits;
@@ -42,19 +36,19 @@ struct BackwardPass : PassTypes {
 
   // multiply: the forward pass's.
   BackwardPass(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
-               Algorithm algorithm, int shape);
+               Algorithm algorithm, const BlockChoice& only);
   void run(const BackwardArgs& args, void* stream) const;
 
   int64_t pixels() const { return s.c.T * s.c.N * s.pixels; }
 };
 
-// pointwise.cu
-struct PointwisePass : PassTypes {
+// neurons.cu
+struct CudnnPass : PassTypes {
   Tiling tiling;
   bool whole_windows;
   int64_t workspace;  // of the backward pass
 
-  PointwisePass(const Cell& cell, Matrix matrix);
+  CudnnPass(const Cell& cell, Matrix matrix);
   void run(const ForwardArgs& args, void* stream) const;
   void run(const BackwardArgs& args, void* stream) const;
 };

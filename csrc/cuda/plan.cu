@@ -1,4 +1,3 @@
-#include "choice.h"
 #include "launchers.h"
 #include "passes.h"
 #include "plan.h"
@@ -18,99 +17,65 @@ int64_t padded_channels(int64_t C) {
   return Shape(cell).Cp;
 }
 
-double cudnn_seconds(const Cell& cell, const Device& device, Matrix matrix, bool backward) {
-  const Cudnn cudnn(cell, device, matrix);
-  const int64_t inputs = cell.Cin + cell.C;
-  return backward ? cudnn.data(inputs) + cudnn.weight(inputs) : cudnn.forward();
-}
-
 Matrix full_precision(const Device& device) {
-  return tensor_cores_beat_fma(device) ? Matrix::tf32x3 : Matrix::exact;
-}
-
-// Returns what is estimated to be fastest, or direct, which is resident or fused. steps: the
-// forward pass's. found: becomes that algorithm's backward pass, if it has one.
-static Algorithm fastest(const Cell& cell, const Device& device, Matrix matrix,
-                         const ForwardPass& steps, bool backward,
-                         std::unique_ptr<const BackwardPass>& found) {
-  const double behind_torch = pointwise_seconds(cell, device, matrix, backward);
-  if (!backward)
-    return behind_torch < forward_seconds(cell, device, steps) ? Algorithm::pointwise
-                                                               : Algorithm::direct;
-  Algorithm best = Algorithm::pointwise;
-  double least = behind_torch;
-  for (const Algorithm algorithm : {Algorithm::hybrid, Algorithm::direct}) {
-    auto pass = std::make_unique<const BackwardPass>(cell, device, matrix, steps.step.multiply,
-                                                     algorithm, -1);
-    const double time = backward_seconds(cell, device, matrix, *pass);
-    if (time <= least) best = algorithm, least = time, found = std::move(pass);
-  }
-  return best;
+  return rules::three_products_beat_one(device.compute_capability) ? Matrix::tf32x3 : Matrix::exact;
 }
 
 Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wanted, bool of_backward,
-           int only_shape)
+           const BlockChoice& only)
     : cell(of), matrix(numbers), algorithm(wanted), backward(of_backward) {
   reason_against = cuda::reason_against(cell, 0);
-  const ForwardPass steps(cell, device, matrix, wanted, backward ? -1 : only_shape);
-  if (wanted == Algorithm::automatic)
-    algorithm = fastest(cell, device, matrix, steps, backward, backward_);
-  int64_t launched = 0;
-  const BlockShape* shapes = backward ? kDataShapes : kForwardShapes;
-  if (algorithm == Algorithm::pointwise) {
-    cell.T = 1;
-    pointwise_ = std::make_unique<PointwisePass>(of, matrix);
-    launched = pointwise_->tiling.blocks();
-    workspace = backward ? pointwise_->workspace : 0;
-    name = "pointwise";
-  } else {
-    bool resident = steps.resident;
-    if (backward) {
-      if (!backward_)
-        backward_ = std::make_unique<BackwardPass>(cell, device, matrix, steps.step.multiply,
-                                                   algorithm, only_shape);
-      resident = backward_->resident;
-      shape = backward_->to_mem.shape;
-      launched = backward_blocks(cell, backward_->to_mem, backward_->to_x);
-      packed_bytes = backward_->packed.bytes(), workspace = backward_->workspace;
-    } else {
-      forward_ = std::make_unique<ForwardPass>(steps);
-      shape = steps.step.shape;
-      launched = forward_blocks(cell, steps.step);
-      packed_bytes = steps.packed.bytes(), workspace = steps.workspace;
-    }
-    if (algorithm != Algorithm::hybrid)
-      algorithm = resident ? Algorithm::resident : Algorithm::fused;
-    name = name_of(steps.step.multiply);
-    if (resident) name = "resident-" + name;
-    if (algorithm == Algorithm::hybrid) name = "hybrid-" + name;
-    if (only_shape >= 0 && shape >= 0) name += "-" + shapes[shape].name();
+  auto steps = std::make_unique<ForwardPass>(cell, device, matrix, backward ? BlockChoice() : only);
+  const Multiply multiply = steps->step.multiply;
+  if (wanted == Algorithm::automatic) {
+    const Tiling& tiling = steps->step.tiling;
+    const double computed =
+        double(tiling.by_rows.value) * tiling.by_cols.value * steps->step.pixels();
+    algorithm = rules::algorithm(cell, device, matrix, multiply == Multiply::fma,
+                                 multiply == Multiply::tf32x3,
+                                 double(cell.Ho() * cell.Wo()) / computed, backward);
   }
+  name = name_of(multiply);
+  if (algorithm == Algorithm::hybrid) name = "hybrid-" + name;
+  const BlockShape* shapes = backward ? kDataShapes : kForwardShapes;
+  int64_t launched = 0;
+  if (algorithm == Algorithm::cudnn) {
+    cell.T = 1;
+    cudnn_ = std::make_unique<CudnnPass>(of, matrix);
+    launched = cudnn_->tiling.blocks();
+    workspace = backward ? cudnn_->workspace : 0;
+    name = "cudnn";
+  } else if (backward) {
+    backward_ = std::make_unique<BackwardPass>(cell, device, matrix, multiply, algorithm, only);
+    shape = backward_->to_mem.shape;
+    launched = backward_blocks(cell, backward_->to_mem, backward_->to_x);
+    packed_bytes = backward_->packed.bytes(), workspace = backward_->workspace;
+  } else {
+    forward_ = std::move(steps);
+    shape = forward_->step.shape;
+    launched = forward_blocks(cell, forward_->step);
+    packed_bytes = forward_->packed.bytes(), workspace = forward_->workspace;
+  }
+  if (only.shape >= 0 && shape >= 0) name += "-" + shapes[shape].name();
   if (reason_against.empty()) reason_against = cuda::reason_against(cell, launched);
-  seconds = seconds_on(device);
 }
 
 std::pair<int, int> Plan::tile() const {
   const Tiling& of = forward_    ? forward_->step.tiling
                      : backward_ ? backward_->to_mem.tiling
-                                 : pointwise_->tiling;
+                                 : cudnn_->tiling;
   return {of.h, of.w};
 }
 
-double Plan::seconds_on(const Device& device) const {
-  if (forward_) return forward_seconds(cell, device, *forward_);
-  if (backward_) return backward_seconds(cell, device, matrix, *backward_);
-  return pointwise_seconds(pointwise_->s.c, device, matrix, backward);
-}
-
 Plan::Plan(Plan&&) noexcept = default;
+Plan& Plan::operator=(Plan&&) noexcept = default;
 Plan::~Plan() = default;
 
 std::vector<Plan> Plan::candidates(const Cell& cell, const Device& device, Matrix matrix,
                                    bool backward) {
   std::vector<Plan> found;
   const auto plan = [&](Algorithm algorithm, int shape = -1) {
-    return Plan(cell, device, matrix, algorithm, backward, shape);
+    return Plan(cell, device, matrix, algorithm, backward, {shape});
   };
   const int first = plan(Algorithm::fused).shape;
   found.push_back(plan(Algorithm::fused, first));
@@ -120,10 +85,12 @@ std::vector<Plan> Plan::candidates(const Cell& cell, const Device& device, Matri
     Plan other = plan(Algorithm::fused, row);
     if (other.shape == row) found.push_back(std::move(other));
   }
-  Plan resident = plan(Algorithm::resident);
-  if (resident.algorithm == Algorithm::resident) found.push_back(std::move(resident));
   if (backward) found.push_back(plan(Algorithm::hybrid, first));
-  found.push_back(plan(Algorithm::pointwise));
+  found.push_back(plan(Algorithm::cudnn));
+  const Algorithm chosen = plan(Algorithm::automatic).algorithm;
+  const auto its = std::find_if(found.begin(), found.end(),
+                                [&](const Plan& p) { return p.algorithm == chosen; });
+  std::rotate(found.begin(), its, its + 1);
   return found;
 }
 
@@ -136,12 +103,12 @@ void Plan::pack(const void* weight, void* packed, void* stream) const {
 
 void Plan::run(const ForwardArgs& args, void* stream) const {
   if (!reason_against.empty()) throw std::runtime_error(reason_against);
-  pointwise_ ? pointwise_->run(args, stream) : forward_->run(args, stream);
+  cudnn_ ? cudnn_->run(args, stream) : forward_->run(args, stream);
 }
 
 void Plan::run(const BackwardArgs& args, void* stream) const {
   if (!reason_against.empty()) throw std::runtime_error(reason_against);
-  pointwise_ ? pointwise_->run(args, stream) : backward_->run(args, stream);
+  cudnn_ ? cudnn_->run(args, stream) : backward_->run(args, stream);
 }
 
 #if defined(__CUDACC__)
@@ -160,10 +127,6 @@ Device current_device() {
                              attribute(cudaDevAttrComputeCapabilityMinor);
   found.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   found.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  // In kHz, with two transfers a cycle, and in bits.
-  found.clock = 1e3 * attribute(cudaDevAttrClockRate);
-  found.bandwidth =
-      2e3 * attribute(cudaDevAttrMemoryClockRate) * attribute(cudaDevAttrGlobalMemoryBusWidth) / 8;
   return found;
 }
 

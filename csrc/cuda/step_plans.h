@@ -8,10 +8,9 @@
 #include <vector>
 
 #include "backward.cuh"
-#include "estimate.h"
 #include "forward.cuh"
 #include "mma_segments.h"
-#include "plan.h"
+#include "rules.h"
 
 namespace snnlstm::cuda {
 
@@ -44,9 +43,9 @@ struct TileSize {
 // Returns tiles of at most `pixels` pixels, and with `windows` those of whole pooling windows, of
 // which there may be none; the least cost comes first, and none has twice that. The width is even,
 // since threads hold pairs of pixels. Of the tiles that are as many along an axis it takes the
-// smallest, and those of 16 columns or a multiple.
+// smallest, and those of 16 columns or a multiple. only: the one tile that is wanted, if any.
 inline std::vector<TileSize> tile_sizes(const Cell& c, int64_t height, int64_t width, int pixels,
-                                        bool windows) {
+                                        bool windows, const BlockChoice& only = {}) {
   const int64_t unit_h = windows ? c.pool_h : 1;
   const int64_t unit_w = windows && c.pool_w % 2 ? 2 * int64_t(c.pool_w) : windows ? c.pool_w : 2;
   const int64_t halo = std::min<int64_t>(2 * c.pad_h(), 1 << 16);
@@ -54,6 +53,11 @@ inline std::vector<TileSize> tile_sizes(const Cell& c, int64_t height, int64_t w
     return ceil_div(std::max<int64_t>(all, 1), of);
   };
   std::vector<TileSize> found;
+  if (only.h > 0) {
+    if (only.h * only.w <= pixels && only.h % unit_h == 0 && only.w % unit_w == 0)
+      found.push_back({only.h, only.w, 0});
+    return found;
+  }
   for (int64_t w = unit_w; unit_h * w <= pixels; w += unit_w) {
     const int64_t columns = count(width, w);
     const bool fits_banks = w % 16 == 0 && w < width;
@@ -84,17 +88,24 @@ inline void cut(Tiling& tiling, const Cell& c, int64_t height, int64_t width,
   tiling.by_windows = SmallDivisor(std::max<int64_t>(h / c.pool_h * (w / c.pool_w), 1));
 }
 
-// The plan of the least time so far. A plan that is less than 2 % faster changes nothing: the
-// estimate does not see that well, and those that come first have larger blocks, or read less.
+// The best plan so far, by rules::busiest().
 template <class Plan>
-struct Fastest {
+struct Best {
   std::optional<Plan> plan;
-  double seconds = 0;
+  double load = 0;
 
-  void offer(const Plan& other, double time) {
-    if (!plan || time < 0.98 * seconds) plan = other, seconds = time;
+  void offer(const Device& device, const Plan& other) {
+    const double its = rules::busiest(device, other);
+    if (!plan || its < rules::kClearly * load) plan = other, load = its;
   }
 };
+
+template <class Step>
+Step planned(const std::optional<Step>& best, const BlockChoice& only) {
+  if (best) return *best;
+  throw std::runtime_error("no block has tiles of " + std::to_string(only.h) + "x" +
+                           std::to_string(only.w) + " pixels");
+}
 
 // The two halves of the gates' convolution, of x and of mem, without their data.
 inline Segment x_segment(const Cell& c) {
@@ -148,7 +159,6 @@ struct ForwardPlan : StepPlan {
 
   int held() const { return mma() ? tiles / 2 : 1; }  // channels that a thread holds
   int channels() const { return mma() ? 2 * tiles * warps_n : columns / 4; }  // of a block
-  int outputs() const { return 4 * channels() * pixels(); }
   int mem_pitch() const { return 32 * warps_m + (tiles == 8 ? 2 : 4); }
 };
 
@@ -172,80 +182,44 @@ inline void cover(Tiling& tiling, const Cell& c, int64_t images, int64_t columns
   tiling.by_columns = Divisor(ceil_div(columns, channels));
 }
 
-// Offers every tile of the plan's blocks that fits. fits(any) and seconds() are of the plan. any:
-// whether rows may meet the same banks, which the estimate does not see; that is asked if none
-// fits.
-template <class Step, class Fits, class Seconds>
-void offer_tiles(Fastest<Step>& best, Step& plan, const std::vector<TileSize>& sizes, const Cell& c,
-                 int64_t height, int64_t width, Fits&& fits, Seconds&& seconds) {
+// Offers every tile of the plan's blocks that fits. fits(any) is of the plan. any: whether rows may
+// meet the same banks; that is asked if none fits.
+template <class Step, class Fits>
+void offer_tiles(Best<Step>& best, const Device& device, Step& plan,
+                 const std::vector<TileSize>& sizes, const Cell& c, int64_t height, int64_t width,
+                 Fits&& fits) {
   bool found = false;
   for (const bool any : {false, true}) {
     for (const TileSize& size : sizes) {
       cut(plan.tiling, c, height, width, size);
       if (!fits(any)) continue;
-      best.offer(plan, seconds());
+      best.offer(device, plan);
       found = true;
     }
     if (found) return;
   }
 }
 
-// Adds what a block of a step does for one segment, with `depth` on tensor cores.
-inline void add_segment(Work& work, const StepPlan& plan, const Segment& s, const MmaDepth& depth,
-                        int columns) {
-  const MmaType type(plan.multiply);
-  const double k = plan.mma() ? double(depth.units() * type.per_step())
-                              : double(round_up(s.taps() * s.channels, fma::kDepthUnit));
-  const int pixels = plan.pixels();
-  const int element = plan.mma() ? type.element : 4;
-  const auto reach = [](int64_t tile, int64_t step, int64_t taps, int64_t dilation, int64_t up) {
-    return double((tile - 1) * step + (taps - 1) * dilation) / double(up) + 1;
-  };
-  work.products += k * pixels * columns * (plan.mma() ? 1 : fma::time_of(plan.columns));
-  work.cache_bytes += k * columns * element * (plan.multiply == Multiply::tf32x3 ? 2 : 1);
-  work.cache_bytes += reach(plan.tiling.h, s.step_h, s.taps_h, s.dilation_h, s.up_h.value) *
-                      reach(plan.tiling.w, s.step_w, s.taps_w, s.dilation_w, s.up_w.value) *
-                      s.channels * element;
-}
-
-// What a step does. Its memory: x, both states before and after, and the spikes.
-inline Work forward_work(const Cell& c, const Device& device, const ForwardPlan& plan) {
-  Work work;
-  const int columns = 4 * plan.channels();
-  const Segment x = x_segment(c), mem = mem_segment(c);
-  const bool mma = plan.mma();
-  add_segment(work, plan, x, mma ? x_depth(c, plan.multiply) : MmaDepth(), columns);
-  add_segment(work, plan, mem, mma ? mem_depth(c, plan.multiply) : MmaDepth(), columns);
-  work.blocks = plan.tiling.blocks(), work.warps = plan.threads() / 32;
-  work.shared_bytes = plan.shared_bytes;
-  work.cycles = device.model.neuron * plan.channels() * plan.pixels();
-  const double state = double(c.N) * c.C * c.Ho() * c.Wo();
-  work.memory = (double(c.N) * c.Cin * c.H * c.W + 5 * state) * bytes_of(c.dtype);
-  return work;
-}
-
-// Plans a step: of all blocks and tiles those that are estimated to take the least time. shape: the
-// only row of kForwardShapes that may be chosen, or -1.
-inline ForwardPlan plan_forward(const Cell& c, const Device& device, Matrix matrix, int shape) {
-  const Estimate estimate(device);
+// Plans a step. only: the blocks that may be chosen.
+inline ForwardPlan plan_forward(const Cell& c, const Device& device, Matrix matrix,
+                                const BlockChoice& only) {
   const bool pools = c.pool != Pool::none;
   ForwardPlan plan;
-  Fastest<ForwardPlan> best;
+  Best<ForwardPlan> best;
   const auto offer = [&](auto&& fits) {
     std::vector<TileSize> sizes;
-    if (!c.inhibition) sizes = tile_sizes(c, c.Ho(), c.Wo(), plan.pixels(), pools);
+    if (!c.inhibition) sizes = tile_sizes(c, c.Ho(), c.Wo(), plan.pixels(), pools, only);
     plan.fires = !sizes.empty();
-    if (!plan.fires) sizes = tile_sizes(c, c.Ho(), c.Wo(), plan.pixels(), false);
+    if (!plan.fires) sizes = tile_sizes(c, c.Ho(), c.Wo(), plan.pixels(), false, only);
     cover(plan.tiling, c, c.N, c.C, plan.channels());
-    offer_tiles(best, plan, sizes, c, c.Ho(), c.Wo(), fits,
-                [&] { return estimate.seconds(forward_work(c, device, plan), plan.multiply); });
+    offer_tiles(best, device, plan, sizes, c, c.Ho(), c.Wo(), fits);
   };
   plan.multiply = wanted_multiply(c, device, matrix);
   if (plan.mma()) {
     plan.tiles = c.C <= 8 ? 4 : 8;
     for (const BlockShape& of : kForwardShapes) {
       plan.shape = int(&of - kForwardShapes);
-      if ((shape >= 0 && shape != plan.shape) || (of.n == 2 && c.C <= 16)) continue;
+      if ((only.shape >= 0 && only.shape != plan.shape) || (of.n == 2 && c.C <= 16)) continue;
       plan.warps_m = of.m, plan.warps_n = of.n, plan.k_groups = of.k;
       offer([&](bool any) {
         MmaBuilder builder = plan.builder();
@@ -260,12 +234,12 @@ inline ForwardPlan plan_forward(const Cell& c, const Device& device, Matrix matr
     if (best.plan) return *best.plan;
     plan = ForwardPlan();
   }
-  for (const fma::TileCost& tile : fma::kTiles) {
-    if (tile.columns < (c.dtype == DType::float64 ? 64 : 32)) continue;
-    plan.columns = tile.columns;
+  for (const int columns : {64, 32}) {
+    if (c.dtype == DType::float64 && columns < 64) continue;
+    plan.columns = columns;
     offer([](bool) { return true; });
   }
-  return *best.plan;
+  return planned(best.plan, only);
 }
 
 // Blocks of the largest launch of the forward pass.
@@ -278,7 +252,6 @@ inline int64_t forward_blocks(const Cell& c, const ForwardPlan& plan) {
 // The convolution of d_gates with the transposed weights: the gradient of x or of mem.
 struct DataPlan : StepPlan {
   int channels() const { return mma() ? 8 * tiles * warps_n : columns; }  // of a block
-  int outputs() const { return channels() * pixels(); }
 };
 
 // That convolution's source, d_gates; padding is the forward convolution's.
@@ -305,39 +278,19 @@ struct BackwardLayout {
   }
 };
 
-// What the gradient of mem of a step does with the neurons' derivatives, or that of x over all
-// steps. Its memory: for mem, saved gates and syn, the gradients of spikes and states, d_gates out
-// and in, each about once.
-inline Work data_work(const Cell& c, const Device& device, const DataPlan& plan, bool of_x) {
-  Work work;
-  const Segment gates = gates_segment(c, of_x);
-  const int columns = plan.channels();
-  add_segment(work, plan, gates, plan.mma() ? MmaDepth(MmaType(plan.multiply), gates) : MmaDepth(),
-              columns);
-  work.blocks = plan.tiling.blocks(), work.warps = plan.threads() / 32;
-  work.shared_bytes = plan.shared_bytes;
-  const double state = double(c.N) * c.C * c.Ho() * c.Wo();
-  const double x = double(c.N) * c.Cin * c.H * c.W;
-  if (!of_x) work.cycles = device.model.neuron_backward * columns * plan.pixels();
-  work.memory = (of_x ? c.T * (4 * state + x) : 19 * state) * bytes_of(c.dtype);
-  return work;
-}
-
 // Plans the gradient of x or of mem like a forward step, and with `windows` in tiles of whole
 // pooling windows; returns nothing if there are none. multiply: the forward pass's, which decides
-// the gates' type. shape: the only row of kDataShapes that may be chosen, or -1.
+// the gates' type. only: the blocks that may be chosen.
 inline std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Multiply multiply,
-                                         bool of_x, bool windows, int shape) {
+                                         bool of_x, bool windows, const BlockChoice& only = {}) {
   const int64_t height = of_x ? c.H : c.Ho(), width = of_x ? c.W : c.Wo();
   const int64_t columns = of_x ? c.Cin : c.C, images = of_x ? c.T * c.N : c.N;
-  const Estimate estimate(device);
   DataPlan plan;
-  Fastest<DataPlan> best;
+  Best<DataPlan> best;
   const auto offer = [&](auto&& fits) {
     cover(plan.tiling, c, images, columns, plan.channels());
-    offer_tiles(best, plan, tile_sizes(c, height, width, plan.pixels(), windows), c, height, width,
-                fits,
-                [&] { return estimate.seconds(data_work(c, device, plan, of_x), plan.multiply); });
+    offer_tiles(best, device, plan, tile_sizes(c, height, width, plan.pixels(), windows, only), c,
+                height, width, fits);
   };
   plan.multiply = multiply;
   if (plan.mma()) {
@@ -345,7 +298,8 @@ inline std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Mu
     const Segment segment = gates_segment(c, of_x);
     for (const BlockShape& of : kDataShapes) {
       plan.shape = int(&of - kDataShapes);
-      if ((shape >= 0 && shape != plan.shape) || (of.n == 2) != (columns > 16 && columns <= 32))
+      if ((only.shape >= 0 && only.shape != plan.shape) ||
+          (of.n == 2) != (columns > 16 && columns <= 32))
         continue;
       plan.warps_m = of.m, plan.warps_n = of.n, plan.k_groups = of.k;
       offer([&](bool any) {
@@ -359,9 +313,9 @@ inline std::optional<DataPlan> plan_data(const Cell& c, const Device& device, Mu
     if (best.plan) return best.plan;
     plan = DataPlan();
   }
-  for (const fma::TileCost& tile : fma::kTiles) {
-    if (tile.columns < (c.dtype == DType::float64 ? 64 : 16)) continue;
-    plan.columns = tile.columns;
+  for (const int of_tile : {64, 32, 16}) {
+    if (c.dtype == DType::float64 && of_tile < 64) continue;
+    plan.columns = of_tile;
     with_tile<16>(c.dtype, plan.columns, [&](auto real, auto size) {
       plan.shared_bytes = int64_t(fma::StepShared<decltype(real), decltype(size)>::bytes(windows));
     });

@@ -44,7 +44,7 @@ SNNLSTM_DEVICE void* image_of(const Tensor& a, int t, int n) {
   return static_cast<char*>(a.data) + (t * a.t + n * a.n) * bytes_of(a.type);
 }
 SNNLSTM_DEVICE int offset(const Tensor& a, int c, int y, int x) {
-  return c * a.c + y * (fault(Fault::wrong_stride, 1) ? a.w : a.h) + x * a.w;
+  return c * a.c + y * (fault(Fault::wrong_row_stride) ? a.w : a.h) + x * a.w;
 }
 
 // Images of ours, (T, N, H, width, planes, Cp), in which the vectors of every pixel are aligned.

@@ -73,11 +73,11 @@ SNNLSTM_DEVICE void sum_gates(const SumGates& p, int index) {
     unrolled<4>([&](int k) { sum[k] += v[k]; });
   }
   store_vector(&shared.sum[row][column], sum);
-  if (!fault(Fault::missing_barrier_read, 6)) __syncthreads();
+  if (!fault(Fault::no_bias_barrier)) __syncthreads();
   const int own = int(threadIdx.x);
   if (own >= 32) return;
   R total = 0;
-  for (int i = fault(Fault::wrong_split_k, 1) ? 1 : 0; i < rows; ++i) total += shared.sum[i][own];
+  for (int i = fault(Fault::lost_bias_row) ? 1 : 0; i < rows; ++i) total += shared.sum[i][own];
   static_cast<R*>(p.parts)[int64_t(split) * p.columns + first + own] = total;
 }
 

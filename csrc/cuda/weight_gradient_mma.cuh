@@ -90,8 +90,8 @@ class WeightGemm {
 #pragma unroll 1
     for (int round = -1;; ++round) {  // computes a tile, and fetches the next one
       const int buffer = round & 1;
-      if (!fault(Fault::missing_wait, 3)) cp_async_wait<0>();
-      if (!fault(Fault::missing_barrier_read, 3)) __syncthreads();
+      if (!fault(Fault::no_weight_tile_wait)) cp_async_wait<0>();
+      if (!fault(Fault::no_weight_tile_barrier)) __syncthreads();
       const bool more = fetched < end, computes = round >= 0;
       const BlockPlace at = block_of(p_.grad.tiling, unsigned(fetched));
       const MmaSegment& next = p_.source[more && at.t > 0 && p_.grad.later.present() ? 1 : 0];
@@ -201,7 +201,7 @@ class WeightGemm {
       float v[4];
       load_vector(total(i), v);
       unrolled<4>([&](int k) {
-        if (!fault(Fault::wrong_split_k, 2)) v[k] += acc[4 * i + k];
+        if (!fault(Fault::lost_totals)) v[k] += acc[4 * i + k];
         acc[4 * i + k] = 0;
       });
       store_vector(total(i), v);

@@ -97,96 +97,36 @@ inline WeightPlan weight_fma(const Cell& c, int columns) {
   return w;
 }
 
-// What a launch for both halves of the weight does: a block of the larger half decides. Its memory:
-// x, mem and d_gates of all steps, and the parts, which are written and read again.
-inline Work weight_work(const Cell& c, const WeightPlans& plans) {
-  Work work;
-  const double state = double(c.N) * c.C * double(c.Ho() * c.Wo());
-  const double x = double(c.N) * c.Cin * double(c.H * c.W);
-  work.memory = double(c.T) * (x + 5 * state) * bytes_of(c.dtype);
-  for (const WeightPlan* w : {&plans.x, &plans.mem}) {
-    const bool mma = w->mma();
-    const int64_t rows = mma ? 32 * w->warp_rows : w->columns;
-    const int64_t taps = mma ? weight_tile::kTaps * w->tap_groups : 1;
-    const int64_t columns = mma ? weight_tile::kChannels : 4096 / w->columns;
-    const int64_t pixels = w->share * (mma ? weight_tile::kPixels : 1);
-    const double time = mma ? 1 : fma::time_of(w->columns);
-    work.blocks += w->blocks() * w->splits;
-    work.warps = mma ? w->threads() / 32 : fma::kThreads / 32;
-    work.products = std::max(work.products, double(rows * columns * taps) * double(pixels) * time);
-    work.cache_bytes = std::max(work.cache_bytes, 4.0 * double(rows + columns) * double(pixels));
-    work.memory += 2.0 * double(w->part_bytes(DType::float32));
-    if (plans.side_by_side()) break;
-  }
-  work.shared_bytes = plans.mem.mma() ? plans.shared_bytes() : 0;
-  return work;
-}
-
-// Offers the numbers of splits that fill whole rounds of the multiprocessors. A split has 256
-// pixels or more, beside which a block's start is short. If memory takes more time than the
-// products, fewer splits are better; where both take as long is found by halving.
-inline void offer_splits(Fastest<WeightPlans>& best, WeightPlans& plans, const Cell& c,
-                         const Device& device) {
-  const Estimate estimate(device);
-  const int64_t blocks = plans.x.blocks() + (plans.side_by_side() ? 0 : plans.mem.blocks());
-  const int64_t pixels = plans.x.mma() ? weight_tile::kPixels : fma::kDepthUnit;
-  const int64_t most = std::clamp<int64_t>(plans.x.units() * pixels / 256, 1, 1024);
-  Work work;
-  // Takes so many splits at most; returns whether memory takes more time.
-  const auto split = [&](int64_t splits) {
-    for (WeightPlan* w : {&plans.x, &plans.mem}) w->split(splits);
-    work = weight_work(c, plans);
-    return estimate.moving(work.memory) > estimate.working(work, plans.x.multiply);
-  };
-  const auto offer = [&] { best.offer(plans, estimate.seconds(work, plans.x.multiply)); };
-  int64_t before = 0;
-  for (int rounds = 1; rounds <= 8; ++rounds) {
-    const int64_t splits = std::clamp<int64_t>(rounds * device.multiprocessors / blocks, 1, most);
-    if (splits == before) continue;
-    const bool moves = split(splits);
-    offer();
-    if (moves) {
-      int64_t low = before, high = splits;  // in `high` splits memory takes more time
-      while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        (split(middle) ? high : low) = middle;
-      }
-      for (const int64_t of : {high, low})
-        if (of > before) split(of), offer();
-      return;
-    }
-    before = splits;
-  }
-}
-
-// Plans both halves of the weight for one launch.
+// Plans both halves of the weight for one launch: the most rows and the tile that fit first, on
+// tensor cores if there are any, with rows that meet the same banks only if no others fit.
 inline WeightPlans plan_weights(const Cell& c, const Device& device, Multiply multiply) {
-  Fastest<WeightPlans> best;
+  const auto with_splits = [&](WeightPlans plans) {
+    const int64_t blocks = plans.x.blocks() + (plans.side_by_side() ? 0 : plans.mem.blocks());
+    const int64_t pixels = plans.x.mma() ? weight_tile::kPixels : fma::kDepthUnit;
+    const int64_t splits = rules::splits(device, blocks, plans.x.units() * pixels);
+    for (WeightPlan* w : {&plans.x, &plans.mem}) w->split(splits);
+    return plans;
+  };
   const auto sizes = tile_sizes(c, c.Ho(), c.Wo(), weight_tile::kPixels, false);
-  for (const bool any : {false, true}) {  // as offer_tiles()
-    if (multiply == Multiply::fma) break;
-    for (const TileSize& size : sizes) {
-      WeightPlans plans;
+  for (const bool any : {false, true})
+    for (const TileSize& size : sizes)
       for (const int most_rows : {4, 2, 1}) {
-        if (std::max(plans.x.warp_rows, plans.mem.warp_rows) == most_rows) continue;  // as before
-        plans = {weight_tiles(c, multiply, true, most_rows, size),
-                 weight_tiles(c, multiply, false, most_rows, size)};
-        if (plans.shared_bytes() > device.shared_bytes || plans.x.total >= int64_t(1) << 30)
-          continue;
-        if (any || (plans.x.fits_banks && plans.mem.fits_banks))
-          offer_splits(best, plans, c, device);
+        if (multiply == Multiply::fma) break;
+        const WeightPlans plans = {weight_tiles(c, multiply, true, most_rows, size),
+                                   weight_tiles(c, multiply, false, most_rows, size)};
+        if (plans.shared_bytes() <= device.shared_bytes && plans.x.total < int64_t(1) << 30 &&
+            (any || (plans.x.fits_banks && plans.mem.fits_banks)))
+          return with_splits(plans);
       }
-    }
-    if (best.plan) return *best.plan;
+  // The fewest rows and columns that the tiles add: of equals the widest.
+  std::optional<WeightPlan> best;
+  for (const int columns : {64, 32}) {
+    const WeightPlan w = weight_fma(c, columns);
+    if (!best || (c.dtype != DType::float64 && w.blocks() < best->blocks())) best = w;
   }
-  for (const fma::TileCost& tile : fma::kTiles) {
-    if (tile.columns < (c.dtype == DType::float64 ? 64 : 32)) continue;
-    const WeightPlan w = weight_fma(c, tile.columns);
-    WeightPlans plans = {w, w};
-    plans.x.tap_stride = int(c.Cin), plans.mem.tap_stride = int(c.C);
-    offer_splits(best, plans, c, device);
-  }
-  return *best.plan;
+  WeightPlans plans = {*best, *best};
+  plans.x.tap_stride = int(c.Cin), plans.mem.tap_stride = int(c.C);
+  return with_splits(plans);
 }
 
 }  // namespace snnlstm::cuda

@@ -1,9 +1,13 @@
-// What a build for tests has besides: cpu_evaluate(), and the instruction set `wide`, which is
-// AVX-512's tiles in AVX2's instructions: slow, but it lets the tiles be tested without AVX-512.
+// What a build for tests has besides: cpu_evaluate(), time_tasks(), and the instruction set `wide`,
+// which is AVX-512's tiles in AVX2's instructions: slow, but it lets the tiles be tested without
+// AVX-512.
 #pragma once
+
+#include <memory>
 
 #include "../bindings.h"
 #include "../cpu/api.h"
+#include "../platform.h"
 
 namespace snnlstm {
 
@@ -36,7 +40,31 @@ inline void evaluate(const std::string& function, int dtype, Address in, Address
     throw py::value_error("function must be exp, sigmoid or tanh, got '" + function + "'");
 }
 
-inline void bind_testing(py::module_& m) { m.def("cpu_evaluate", &evaluate); }
+// Calls `function`, and returns (phase, threads, nanoseconds) of each task of its calls.
+inline py::list time_tasks(const py::function& function) {
+  constexpr int64_t kMost = 1 << 20;
+  const std::unique_ptr<TaskLog::Entry[]> entries(new TaskLog::Entry[kMost]);  // not cleared
+  TaskLog log{entries.get(), kMost, 0, 0, 1};
+  task_log = &log;
+  try {
+    function();
+  } catch (...) {
+    task_log = nullptr;
+    throw;
+  }
+  task_log = nullptr;
+  if (log.count > log.capacity) throw py::value_error("function must have fewer than 2^20 tasks");
+  py::list found;
+  for (int64_t k = 0; k < log.count; ++k)
+    found.append(py::make_tuple(entries[size_t(k)].phase, entries[size_t(k)].threads,
+                                entries[size_t(k)].nanoseconds));
+  return found;
+}
+
+inline void bind_testing(py::module_& m) {
+  m.def("cpu_evaluate", &evaluate);
+  m.def("time_tasks", &time_tasks);
+}
 
 }  // namespace bindings
 }  // namespace snnlstm

@@ -44,9 +44,9 @@ from .torch_conv import BackwardPass, Neurons
 
 __all__ = ["Backend"]
 
-# The numbers of csrc/cuda/plan.h.
-_ALGORITHMS = ("auto", "direct", "fused", "resident", "hybrid", "pointwise")
-_HYBRID, _POINTWISE = _ALGORITHMS.index("hybrid"), _ALGORITHMS.index("pointwise")
+# The numbers of csrc/cuda/plan.h; "direct" is "fused".
+_ALGORITHMS = ("auto", "fused", "hybrid", "cudnn")
+_HYBRID, _CUDNN = _ALGORITHMS.index("hybrid"), _ALGORITHMS.index("cudnn")
 _EXACT, _TF32 = 0, 1
 _OPERANDS = {torch.float16: 3, torch.bfloat16: 4}
 
@@ -64,16 +64,16 @@ def _tf32_is_allowed() -> bool:
 
 
 class Plan(CommonPlan):
-    """The plan of a call on CUDA: a plan of the core for each pass, estimated or measured.
+    """The plan of a call on CUDA: a plan of the core for each pass, by rules or measured.
 
     Nothing depends on values, and each algorithm reads what another one has saved:
 
-    - "fused" and "resident": the kernels do it all, in a launch for each step or in one for all
+    - "fused": the kernels do it all, in a launch for each step
     - "hybrid": the kernels go through the steps, and torch (cuDNN) forms the gradients of weight,
       bias and x over all steps at once
-    - "pointwise": torch convolves, and the kernels do the rest of a step
+    - "cudnn": torch convolves, and the kernels do the rest of a step
 
-    The core's estimate chooses, or a measurement: :func:`snnlstm.set_algorithm`.
+    The core's rules choose, or a measurement: :func:`snnlstm.set_algorithm`.
     """
 
     def __init__(
@@ -99,7 +99,8 @@ class Plan(CommonPlan):
     def name(self) -> str:
         """Name of what runs, as in a path; of measured passes, those that are known by now.
 
-        An estimated backward pass is named, too, if it leaves other convolutions to torch.
+        A backward pass that is not measured is named, too, if it leaves other convolutions to
+        torch.
         """
         by_pass = {key[0]: core.name for key, core in self._measured.items()}
         names = [by_pass[backward] for backward in (False, True) if backward in by_pass]
@@ -108,7 +109,7 @@ class Plan(CommonPlan):
         forward, backward = self._chosen[False], self._chosen.get(True)
         names = [forward.name]
         if backward is not None and backward.algorithm != forward.algorithm:
-            torch_convolves = {forward.algorithm, backward.algorithm} & {_HYBRID, _POINTWISE}
+            torch_convolves = {forward.algorithm, backward.algorithm} & {_HYBRID, _CUDNN}
             names += [backward.name] if torch_convolves else []
         return f"{self.backend.name()}-{'+'.join(names)}"
 
@@ -181,7 +182,7 @@ class Plan(CommonPlan):
     def _forward(self, core: Any, call: Call, neurons: Neurons, bias: int, result: Result) -> None:
         stream = self.stream
         run = partial(core.forward, stream)
-        if core.algorithm == _POINTWISE:
+        if core.algorithm == _CUDNN:
             torch_conv.forward(self, run, call, neurons, bias, result)
             return
         spk, syn, mem = result[:3]
@@ -224,7 +225,7 @@ class Plan(CommonPlan):
 
     def _backward(self, core: Any, given: BackwardPass, wanted: Sequence[bool]) -> Gradients:
         call, x = given.call, given.call.x
-        if core.algorithm not in (_HYBRID, _POINTWISE):
+        if core.algorithm not in (_HYBRID, _CUDNN):
             out = empty_gradients(x, self.gradient_memory, wanted)
             if call.lengths is not None and out.x is not None:
                 out.x.zero_()
@@ -324,10 +325,11 @@ class Backend:
             matrix = _TF32 if tf32 else self.core.cuda_full_precision(device)
         return make_cell(self.core, s), device, matrix
 
-    def core_plan(self, s: Sizes, tf32: bool, algorithm: str, backward: bool) -> Any:
-        """The core's plan of a pass."""
+    def core_plan(self, s: Sizes, tf32: bool, algorithm: str, backward: bool, **blocks: Any) -> Any:
+        """The core's plan of a pass. `blocks`: the only ones that a step may have."""
+        algorithm = "fused" if algorithm == "direct" else algorithm
         number = _ALGORITHMS.index(algorithm) if algorithm in _ALGORITHMS else 0
-        return self.core.CudaPlan(*self._facts(s, tf32), number, backward)
+        return self.core.CudaPlan(*self._facts(s, tf32), number, backward, **blocks)
 
     def candidates(self, s: Sizes, tf32: bool, backward: bool) -> list[Any]:
         """The core's plans of a pass that are timed; of equals the first one is taken."""

@@ -358,7 +358,7 @@ class CommonPlan(Sizes):
         # Of the gate sums where torch forms them, and of their gradient: (T, N, Ho * Wo, 4 Cp).
         self.of_sums = of_gates
         self.d_gates = self.time, *syn[1:3], 4 * syn[3]
-        with torch.inference_mode(False):  # all calls share what is empty
+        with torch.inference_mode(False):  # all calls share the empty tensors
             self._decisions = [
                 (shape, dtype, None if math.prod(shape) else call.x.new_empty(shape, dtype=dtype))
                 for shape, dtype in decisions

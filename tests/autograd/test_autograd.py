@@ -3,14 +3,15 @@
 import gc
 import weakref
 
-import flat
 import pytest
 import torch
-from cases import PLAIN, Inputs, wanting_gradients
-from cpu_kernels import native
-from gradients import NAMES, OUTPUTS, gradients, leaves_and_gradients, total
-from helpers import ours, same, steps
-from poison import NAN, poisoned
+
+from tests.shared import flat
+from tests.shared.cases import PLAIN, Inputs, wanting_gradients
+from tests.shared.cpu_kernels import native
+from tests.shared.gradients import NAMES, OUTPUTS, gradients, leaves_and_gradients, total
+from tests.shared.helpers import ours, same, steps
+from tests.shared.poison import NAN, poisoned
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 

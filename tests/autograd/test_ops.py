@@ -1,21 +1,21 @@
 """The torch.library operators of the kernels pass torch's checks, and compile."""
 
-import cases
-import flat
+from collections.abc import Callable
+
 import pytest
 import torch
-from asking import KEPT
-from cases import Case, wanting_gradients
-from cpu_kernels import native
-from helpers import close, same
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 from torch.autograd.graph import saved_tensors_hooks
 from torch.library import opcheck
 
 from snnlstm import surrogate
 from snnlstm.native import function
 from snnlstm.quant import state_quant
+from tests.shared import cases, flat
+from tests.shared.cases import Case, wanting_gradients
+from tests.shared.cpu_kernels import native
+from tests.shared.gradients import KEPT
+from tests.shared.helpers import close
 
 pytestmark = [
     pytest.mark.skipif(native is None, reason="the core is not built"),
@@ -29,7 +29,6 @@ CASES = {
     "recorded": PLAIN.but(record=True),
     "pooled": PLAIN.but(pool="max", pool_size=(2, 3)),
     "averaged": PLAIN.but(pool="avg", pool_size=(3, 2)),
-    "checkpoint": PLAIN.but(checkpoint=True),
     "inhibition": PLAIN.but(inhibition=True),
     "quantised": PLAIN.but(quant=state_quant(4)),
     "strided": PLAIN.but(stride=(2, 1), dilation=(1, 2)),
@@ -59,7 +58,7 @@ FAST = ("test_schema", "test_autograd_registration", "test_faketensor")
 ALL = (*FAST, "test_aot_dispatch_dynamic")
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "checkpoint"])
+@pytest.mark.parametrize("name", CASES)
 def test_opcheck(name, calls):
     """torch checks schema, registration, fake kernels and their strides, dynamic shapes."""
     case = CASES[name]
@@ -75,74 +74,20 @@ def test_opcheck(name, calls):
     opcheck(torch.ops.snnlstm.backward.default, arguments, test_utils=checks)
 
 
-def step(case: Case, run, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+def step(case: Case, run: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Returns the outputs of `run` and all gradients."""
-    leaves = wanting_gradients(type(case.inputs())(*inputs))
+    leaves = wanting_gradients(case.inputs())
     out = run(*leaves, case.options)
-    used = [o for o in out if o.requires_grad]
-    loss = sum((o * o.detach().cos()).sum() for o in used)
-    return (
-        *out,
-        *torch.autograd.grad(loss, [t for t in leaves if t is not None and t.requires_grad]),
-    )
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_compiled_calls_equal_plain_ones(name):
-    case = CASES[name]
-    # The choice between lists of nonzeros and direct sums is the forward pass's in both.
-    near = 1e-6
-    compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")
-    for seed in range(2):
-        inputs = case.but(seed=seed).inputs()
-        for one, other in zip(
-            step(case, compiled, *inputs), step(case, flat.run, *inputs), strict=True
-        ):
-            torch.testing.assert_close(one, other, atol=near, rtol=near)
-            assert (one.stride(), one.requires_grad) == (other.stride(), other.requires_grad)
-
-
-@pytest.mark.parametrize("density", [0.02, 1.0])
-def test_the_compiled_backward_pass_keeps_the_forward_passs_choice(monkeypatch, density):
-    """The operators hand on what the values of x and weight decided."""
-    case, decided = PLAIN.but(in_channels=4, density=density), []
-    forward, backward = native.cpu.Plan.forward, native.cpu.Plan.backward
-
-    def noted(plan, *args):
-        result = forward(plan, *args)
-        decided.append(tuple(result.decided))
-        return result
-
-    monkeypatch.setattr(native.cpu.Plan, "forward", noted)
-    monkeypatch.setattr(
-        native.cpu.Plan, "backward", lambda *a: decided.append(tuple(a[5])) or backward(*a)
-    )
-    compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")
-    step(case, compiled, *case.inputs())
-    first, *others = decided
-    assert first[0] < 10 if density < 0.1 else first[0] > 90  # percent of x
-    assert set(others) == {first}
+    loss = sum((o * o.detach().cos()).sum() for o in out)
+    return *out, *torch.autograd.grad(loss, [t for t in leaves if t.requires_grad])
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_compiled_calls_bear_hooks_that_bring_saved_tensors_back_otherwise(checkpoint):
     case = PLAIN.but(checkpoint=checkpoint)
     compiled = torch.compile(flat.run, fullgraph=True, backend="aot_eager")
-    expected = step(case, flat.run, *case.inputs())
+    expected = step(case, flat.run)
     for back in KEPT.values():
         with saved_tensors_hooks(lambda t: t, back or (lambda t: t)):
-            found = step(case, compiled, *case.inputs())
+            found = step(case, compiled)
         close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_one_graph_serves_all_sizes():
-    counter = CompileCounter()
-    compiled = torch.compile(flat.run, fullgraph=True, backend=counter, dynamic=True)
-    for time, batch, height, width in ((3, 2, 6, 8), (4, 3, 7, 9), (5, 4, 8, 11), (2, 5, 12, 6)):
-        case = PLAIN.but(time=time, batch=batch, height=height, width=width)
-        inputs = case.inputs()
-        with torch.no_grad():
-            out = compiled(*inputs, case.options)
-            expected = flat.run(*inputs, case.options)
-        same(out, expected)
-    assert counter.frame_count <= 2

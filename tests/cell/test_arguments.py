@@ -1,19 +1,21 @@
 """Every bad argument raises an error that names the argument and the value that came.
 
-An error leaves state, weights and random numbers as they were. messages.txt shows the whole text
-of each error.
+An error leaves state, weights and random numbers as they were.
 """
 
+import functools
 import inspect
 import re
 
 import numpy
 import pytest
 import torch
-from helpers import close, ours, states, steps
+from torch import nn
 
 import snnlstm
 from snnlstm.functional import sconv2dlstm
+from snnlstm.quant import StateQuant, state_quant
+from tests.shared.helpers import close, ours, states, steps
 
 X, STATE = torch.zeros(1, 2, 5, 5), torch.zeros(1, 3, 5, 5)
 WEIGHT, BIAS = torch.zeros(12, 5, 3, 3), torch.zeros(12)
@@ -255,86 +257,139 @@ def test_an_input_without_channels():
     assert found[1].any()
 
 
-NO_MEMORY = torch._efficientzerotensor(1, 3, 5, 5)
+def freed(tensor):
+    """Frees the storage, as sharded training does with parameters between their uses."""
+    tensor.untyped_storage().resize_(0)
+    return tensor
 
 
+UNREADABLE = [
+    *((n, lambda s: s.to_sparse(), "must be dense") for n in ("syn", "mem")),
+    ("mem", lambda s: s.to_mkldnn(), "must be dense"),
+    *((n, lambda s: torch._efficientzerotensor(1, 3, 5, 5), "must have memory")
+      for n in ("syn", "mem")),
+    ("bias", freed, "must have memory"),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(snnlstm.path._native is None, reason="plain torch reads what has no memory")
 @pytest.mark.parametrize("warm", [False, True], ids=["first call", "known call"])
-@pytest.mark.parametrize("name", ["syn", "mem"])
-@pytest.mark.parametrize(
-    ("make", "error", "text"),
-    [
-        (lambda state: state.to_sparse(), TypeError, "must be dense"),
-        (lambda state: state.to_mkldnn(), TypeError, "must be dense"),
-        (lambda state: NO_MEMORY, ValueError, "must have memory"),
-    ],
-    ids=["sparse", "mkldnn", "without memory"],
-)
-def test_states_that_no_kernel_can_read_are_named(name, make, error, text, warm):
-    if snnlstm.path._native is None and error is ValueError:
-        pytest.skip("plain torch reads tensors without memory")
+@pytest.mark.parametrize(("name", "change", "message"), UNREADABLE, ids=range(6))
+def test_tensors_that_no_kernel_can_read_are_named(name, change, message, warm):
     cell, given = ours(), {"syn": STATE, "mem": STATE}
     if warm:
         cell(X, **given)
-    with pytest.raises(error, match=f"{name} {text}"):
-        cell(X, **given | {name: make(STATE)})
-    cell(X, **given)
+    if name == "bias":
+        change(cell.conv.bias)
+    else:
+        given[name] = change(STATE.clone())
+    with pytest.raises((TypeError, ValueError), match=f"{name} {message}"):
+        cell(X, **given)
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["first call", "known call"])
-def test_a_bias_whose_storage_was_freed_is_named(warm):
-    """Sharded training frees the storages of parameters between their uses."""
-    if snnlstm.path._native is None:
-        pytest.skip("plain torch reads freed memory")
-    cell = ours()
-    if warm:
-        cell(X, STATE, STATE)
-    cell.conv.bias.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="bias must have memory"):
-        cell(X, STATE, STATE)
+def signals(*args, **kwargs):
+    return snnlstm.SConv1dLSTM(*(args or (2, 3, 5)), **{"threshold": 0.1} | kwargs)
 
 
-def test_sizes_are_the_cores_ints():
-    assert snnlstm.spec.pair("dilation", 2**31 - 1, 2) == (2**31 - 1, 2**31 - 1)
+def without_snntorch(function, *args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snnlstm.swap, "Base", nn.Module)
+        function(*args)
 
 
-def test_numbers_are_read_on_the_cpu_and_tensors_where_they_are():
-    with torch.device("meta"):
-        assert snnlstm.call.real_tensor("threshold", [0.5]).device.type == "cpu"
-        assert snnlstm.call.values(0.5).device.type == "cpu"
-        assert snnlstm.call.values(torch.ones(2)).device.type == "meta"
-    x, spec = X.to("meta"), snnlstm.spec.CellSpec((3, 3))
-    for value in (0.5, numpy.full((3, 1, 1), 0.5), torch.tensor(0.5, dtype=torch.float64)):
-        found = snnlstm.call.scalar_like("threshold", value, x, STATE.shape, spec)
-        assert (found.device, found.dtype) == (x.device, x.dtype)
+EVENTS, STEP, FILLED = torch.ones(4, 1, 2, 5, 5), torch.ones(1, 2, 5), torch.ones(1, 3, 5, 5)
+STACK = functools.partial(snnlstm.ConvLSTM, 2)
+WITHOUT = r"needs snntorch, which is not installed or has no SConv2dLSTM: pip install snntorch"
+# What other public functions say, by the rule that a message names what came and what is accepted.
+SAID = {
+    "forward takes x, syn and mem, and others by name": lambda: ours()(X, STATE, STATE, True),
+    "forward takes x or input_, which are one, got both": lambda: ours()(X, input_=X),
+    "max_pool must not be larger than the state, got (6, 6)": lambda: ours(max_pool=6)(X),
+    "conv must be a plain nn.Conv2d without hooks where stride is not 1": lambda: with_norm(
+        ours(stride=2)
+    )(X),
+    "Wrong overrides _base_sub, which": lambda: type(
+        "Wrong", (snnlstm.SConv2dLSTM,), {"_base_sub": None}
+    ),
+    "reset_mechanism_val must be 0, 1 or 2, got 7": lambda: ours().load_state_dict(
+        ours().state_dict() | {"reset_mechanism_val": torch.tensor(7)}
+    ),
+    "spike_grad must return a tensor, got NoneType": lambda: ours(spike_grad=lambda u: None)(X),
+    # surrogates, quantisers, settings
+    "alpha of atan must be a number, got '2'": lambda: snnlstm.surrogate.atan("2"),
+    "alpha of atan must be finite, got inf": lambda: snnlstm.surrogate.atan(float("inf")),
+    "function must be a callable f(x, grad, spk), got 3": lambda: (
+        snnlstm.surrogate.custom_surrogate(3)
+    ),
+    "levels must be a floating point tensor, got [0.0]": lambda: StateQuant([0.0]),
+    "levels must have shape (n,) with n >= 1, got (0,)": lambda: StateQuant(torch.zeros(0)),
+    "levels must be finite, got nan": lambda: StateQuant(torch.tensor([0.0, torch.nan])),
+    "num_bits must be an int, got 8.0": lambda: state_quant(8.0),
+    "num_bits must lie between 1 and 16, got 17": lambda: state_quant(17),
+    "threshold must be a number, got '1'": lambda: state_quant(4, threshold="1"),
+    "must leave a range around": lambda: state_quant(4, uniform=False, threshold=0),
+    "name must be one of auto, direct": lambda: snnlstm.set_algorithm("fft"),
+    # signals
+    "kernel_size must be an int or a tuple of one int": lambda: signals(2, 3, (3, 3)),
+    "kernel_size must be odd, got 4": lambda: signals(2, 3, 4),
+    "threshold must broadcast to mem's shape (N, 3, L), got": lambda: signals(
+        threshold=torch.zeros(4, 1)
+    ),
+    "threshold must broadcast to mem's shape (3, 3, 5), got": lambda: signals(
+        threshold=torch.zeros(2, 1, 1)
+    )(torch.ones(3, 2, 5)),
+    "x must have shape (N, 2, L) for one step or (T, N, 2, L)": lambda: signals()(STEP[0]),
+    "x of shape (T, N, Cin, L), got one": lambda: signals()(STEP, record=True),
+    "syn must have shape (1, 3, 5)": lambda: signals()(STEP, FILLED),
+    "got (6,) for a state of 5": lambda: signals(avg_pool=6)(STEP),
+    "x must be a sequence of steps (N, 2, L) for layer 0": lambda: snnlstm.unroll(
+        EVENTS, signals()
+    ),
+    # the ConvLSTM
+    "hidden_dim must have one entry for each of 3 layers": lambda: STACK([3, 4], 3, 3),
+    "input_tensor must be a tensor, got str": lambda: STACK(3, 3, 1)("events"),
+    "a sequence of a step or more, (T, N, 2, H, W), got": lambda: STACK(3, 3, 1)(EVENTS[:0]),
+    "hidden_state must have h and c of 2 layers, got 1": lambda: STACK(3, 3, 2)(EVENTS, [None]),
+    "hidden_state[0] must be h and c, (Tensor, Tensor), or None, got 1 items": lambda: STACK(
+        3, 3, 1
+    )(EVENTS, [STATE]),
+    "input_tensor must be one step, (N, 2, H, W), got": lambda: plain_cell()(EVENTS),
+    "input_tensor must have 2 channels, got 1": lambda: plain_cell()(X[:, :1]),
+    "h of cur_state must have shape (1, 3, 5, 5)": lambda: plain_cell()(X, (FILLED[:, 1:], STATE)),
+    "c of cur_state must be of torch.float32": lambda: plain_cell()(X, (STATE, STATE.double())),
+    # stacks
+    "net must be an nn.Sequential, got list": lambda: snnlstm.Sequential.of([ours()]),
+    "layers must be modules, such as nn.ReLU() in the place of torch.relu, got": lambda: (
+        snnlstm.unroll(EVENTS, torch.relu)
+    ),
+    "x must be a tensor, got list": lambda: snnlstm.Sequential(ours())([X]),
+    "(T, N, ...) with at least one step, got (0,": lambda: snnlstm.Sequential(ours())(EVENTS[:0]),
+    "(N, 2, H, W) for layer 0.1 (SConv2dLSTM), got steps of shape (1, 50)": lambda: (
+        snnlstm.Sequential(nn.Sequential(nn.Flatten(), ours()))(EVENTS)
+    ),
+    # in the place of snnTorch's cell
+    "model must be an nn.Module, got list": lambda: snnlstm.accelerate([]),
+    "model must be an nn.Module, got int": lambda: snnlstm.restore(3),
+    "surrogates must be a bool, got 'all'": lambda: snnlstm.accelerate(ours(), surrogates="all"),
+    f"accelerate() {WITHOUT}": lambda: without_snntorch(snnlstm.accelerate, ours()),
+    f"restore() {WITHOUT}": lambda: without_snntorch(snnlstm.restore, ours()),
+    f"patch() {WITHOUT}": lambda: without_snntorch(snnlstm.patch),
+}
 
 
-def test_specs_of_equal_arguments_are_found_again():
-    def found_again(**arguments):
-        one, other = (snnlstm.spec.make_spec([3, 3], stride=[2, 1], **arguments) for _ in range(2))
-        assert one == other
-        assert hash(one) == hash(other)
-        return one is other
-
-    assert found_again()
-    assert found_again(state_quant=snnlstm.quant.state_quant(2))
-    # torch.compile traces no cache, and a cache would keep the callables of others alive.
-    assert not found_again(traced=True)
-    assert not found_again(spike_grad=torch.sigmoid)
-    assert not found_again(state_quant=torch.round)
+def with_norm(cell):
+    nn.utils.parametrizations.weight_norm(cell.conv)
+    return cell
 
 
-@pytest.mark.parametrize("quant", [None, snnlstm.quant.state_quant(2)], ids=["", "quant"])
-def test_an_operator_reads_a_spec_from_its_text(quant):
-    spike = snnlstm.surrogate.SFS(slope=3, B=0.25)
-    one = snnlstm.spec.make_spec(
-        [3, 5], stride=2, spike_grad=spike, state_quant=quant, max_pool=2, checkpoint=True
-    )
-    assert snnlstm.spec.CellSpec.from_text(one.text) == one
+def plain_cell():
+    return snnlstm.ConvLSTMCell(2, 3, 3)
 
 
-def test_what_is_not_given_is_the_default():
-    default = snnlstm.spec.CellSpec((3, 3), surrogate=snnlstm.surrogate.atan())
-    assert snnlstm.spec.make_spec(3) == default
+@pytest.mark.parametrize("message", SAID)
+def test_errors_name_what_came_and_what_is_accepted(message):
+    with pytest.raises(Exception, match=re.escape(message)):
+        SAID[message]()
 
 
 def test_an_algorithm_is_set_for_a_block():

@@ -2,12 +2,15 @@
 
 import inspect
 import warnings
-from pathlib import Path
 
 import pytest
 import snntorch
 import torch
-from helpers import (
+from torch import nn
+
+import snnlstm
+from snnlstm.spec import RESETS
+from tests.shared.helpers import (
     close,
     ours,
     quietly,
@@ -18,10 +21,6 @@ from helpers import (
     train_alike,
     twins,
 )
-from torch import nn
-
-import snnlstm
-from snnlstm.spec import RESETS
 
 
 def test_positional_arguments_come_in_snntorchs_order():
@@ -123,33 +122,27 @@ def test_device_and_dtype_keywords_and_cells_without_memory():
     assert all(value.is_meta for value in cell.state_dict().values())
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3, (1, 2), (3, 1)], ids=str)
-@pytest.mark.parametrize("dilation", [1, 2, (1, 3)], ids=str)
-@pytest.mark.parametrize("size", [(7, 8), (1, 1), (6, 5)], ids=str)
+@pytest.mark.parametrize("size", [(7, 8), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("stride", "dilation"),
+    [(1, 2), (2, 1), (3, (1, 3)), ((1, 2), 2), ((3, 1), (1, 3))],
+    ids=str,
+)
 def test_stride_is_the_inputs_alone_and_dilation_is_both(backend, stride, dilation, size):
     """The expected states come from two of torch's convolutions, as the definition says."""
     cell = ours(stride=stride, dilation=dilation, dtype=torch.float64)
-    sh, sw = cell.stride
-    shape = (2, 3, -(-size[0] // sh), -(-size[1] // sw))
+    shape = (2, 3, *(-(-n // s) for n, s in zip(size, cell.stride, strict=True)))
     syn, mem = (state.double() for state in states(*shape))
     x = steps(1, 2, 2, *size)[0].double()
     _, new_syn, new_mem = cell(x, syn, mem)
-    assert new_syn.shape == shape
     weight, bias = cell.conv.weight, cell.conv.bias
     padding = tuple(d * (k - 1) // 2 for d, k in zip(cell.dilation, (3, 3), strict=True))
     gates = nn.functional.conv2d(x, weight[:, :2], bias, stride, padding, dilation)
     gates = gates + nn.functional.conv2d(mem, weight[:, 2:], None, 1, padding, dilation)
     i, f, o, g = gates.chunk(4, 1)
     expected = f.sigmoid() * syn + i.sigmoid() * g.tanh()
-    close(new_syn, expected, atol=1e-12)
-    close(new_mem, o.sigmoid() * expected.tanh(), atol=1e-12)
+    close((new_syn, new_mem), (expected, o.sigmoid() * expected.tanh()), atol=1e-12)
     backend.check(cell.path)
-
-
-def test_the_representation_names_what_is_not_as_usual():
-    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1, checkpoint=True, batch_first=True)
-    expected = "2, 3, kernel_size=3, checkpoint=True, batch_first=True, threshold=0.1"
-    assert cell.extra_repr() == expected
 
 
 def test_an_infinite_threshold_with_subtract_makes_no_nan(backend):
@@ -197,25 +190,19 @@ def test_it_warns_once_for_each_place_of_the_users_code():
     assert lines("default") == [2, 7]  # after the filters have changed
 
 
-def test_its_address_is_the_documentations():
-    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert f'Documentation = "{snnlstm.spec.DOCUMENTATION}"' in project
-
-
 @pytest.mark.filterwarnings("error")
-def test_a_cell_never_spikes_where_all_of_its_thresholds_are_out_of_reach():
-    for threshold in (1, 1.0, 2.5, torch.ones(3, 1, 1), torch.tensor([1.0, 1.5])):
-        assert snnlstm.spec.never_spikes(threshold)
-    for threshold in (0.99, torch.tensor([1.0, 0.99]), torch.ones(3, device="meta"), "1"):
-        assert not snnlstm.spec.never_spikes(threshold)
-
-
-def test_no_warning_where_the_cell_can_spike():
-    snnlstm.SConv2dLSTM(2, 3, 3, learn_threshold=True)
-    snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.9)
-    snnlstm.SConv2dLSTM(2, 3, 3, threshold=torch.tensor([0.5, 1, 2]).view(3, 1, 1))
-    # The levels reach 1.2, so the quantiser can round a mem near 1 up to more than 1.
-    snnlstm.SConv2dLSTM(2, 3, 3, state_quant=snnlstm.quant.state_quant(4))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learn_threshold": True}, {"threshold": 0.9},
+        {"threshold": torch.tensor([0.5, 1, 2]).view(3, 1, 1)},
+        # The levels reach 1.2, so the quantiser can round a mem near 1 up to more than 1.
+        {"state_quant": snnlstm.quant.state_quant(4)},
+    ],
+    ids=range(4),
+)  # fmt: skip
+def test_no_warning_where_the_cell_may_spike(options):
+    snnlstm.SConv2dLSTM(2, 3, 3, **options)
 
 
 def test_conv_is_a_plain_conv2d_with_its_initial_values_bit_for_bit():

@@ -1,18 +1,16 @@
 """The cell runs the kernels or the reference as it should; cell.path and the log name which."""
 
-import contextlib
-import logging
 import re
 
 import pytest
 import torch
-from cpu_kernels import native
-from helpers import close, described, ours, states, steps, theirs, twins
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import snnlstm
 from snnlstm.path import Path, against_device
+from tests.shared.cpu_kernels import native
+from tests.shared.helpers import close, described, ours, states, steps, theirs, twins
 
 X, START = steps(1, 2, 2, 6, 7)[0], states(2, 3, 6, 7)
 
@@ -47,6 +45,11 @@ def with_plain_bias(conv):
     return conv
 
 
+def with_same_padding(conv):
+    conv.padding = "same"
+    return conv
+
+
 def dilated(conv):
     conv.dilation, conv.padding = (2, 2), (2, 2)
     return conv
@@ -77,6 +80,7 @@ CHANGES = {
     "old spectral_norm": (nn.utils.spectral_norm, "conv carries hooks"),
     "pruned": (lambda conv: prune.l1_unstructured(conv, "weight", 0.3), "conv carries hooks"),
     "plain bias": (with_plain_bias, "the native kernels"),
+    "same padding": (with_same_padding, "the native kernels"),
     "low rank": (LowRank, "conv is a LowRank"),
     "swapped": (
         lambda conv: nn.Sequential(nn.Conv2d(5, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 12, 1)),
@@ -91,18 +95,6 @@ CHANGES = {
     "replaced forward": (replaced("forward"), "conv.forward was replaced"),
     "replaced _conv_forward": (replaced("_conv_forward"), "conv.forward was replaced"),
 }
-
-
-def test_each_part_of_convs_geometry_counts(backend):
-    for name, value in (("stride", (2, 2)), ("padding", (0, 0)), ("groups", 2)):
-        cell = ours()
-        setattr(cell.conv, name, value)
-        found = snnlstm.path.reason_against_conv(cell.conv, nn.Conv2d, cell._describe())
-        assert found == "conv has another geometry than the cell", name
-    cell = ours()
-    cell.conv.padding = "same"
-    close(cell(X, *START), ours()(X, *START))
-    backend.check(cell.path)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
@@ -135,18 +127,8 @@ def test_what_changes_conv_takes_effect_and_trains_as_with_snntorch(name, reset)
     assert curves[0][2] != pytest.approx(curves[0][0], rel=1e-5)
     close(*starts, atol=1e-4, rtol=1e-4)
     close(cells[0].state_dict(), cells[1].state_dict(), atol=1e-4)
-    assert cells[0].path.native == (name == "plain bias")
+    assert cells[0].path.native == (name in ("plain bias", "same padding"))
     assert cells[0].path.reason.startswith(reason)
-
-
-@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
-def test_hooks_of_all_modules_are_seen_with_any_torch(kind):
-    """torch 2.4 has no function that tells of global hooks."""
-    seen = (snnlstm.path.global_hooks, snnlstm.path._global_hooks)
-    assert not any(see() for see in seen)
-    register = getattr(nn.modules.module, f"register_module_{kind}_hook")
-    with register(lambda *args: None):
-        assert all(see() for see in seen)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +136,8 @@ def test_hooks_of_all_modules_are_seen_with_any_torch(kind):
     [
         ({"dilation": 2}, "must match the size"),
         ({"kernel_size": 1}, "must match the size"),
+        ({"stride": 2}, "must match the size"),
+        ({"padding": 0}, "must match the size"),
         ({"in_channels": 4}, "to have 4 channels"),
     ],
     ids=described,
@@ -165,15 +149,6 @@ def test_a_conv_that_does_not_fit_fails_as_it_does_there_each_time(change, messa
         for _ in range(3):
             with pytest.raises(RuntimeError, match=message):
                 cell(X, *START)
-
-
-def test_a_foreign_conv_has_the_dtype_of_its_parameters_or_of_x():
-    like, other = snnlstm.path.like_of, torch.zeros(1)
-    coded = nn.Linear(1, 1)
-    coded.weight = nn.Parameter(torch.zeros(1, dtype=torch.int8), requires_grad=False)
-    assert like(coded, X, other) is coded.bias
-    assert like(len, X, other) is like(nn.Identity(), X, other) is X
-    assert like(len, X.int(), other) is like(len, "events", other) is other
 
 
 def test_a_function_in_the_place_of_conv():
@@ -195,13 +170,10 @@ def test_a_function_in_the_place_of_conv():
     ],
     ids=["__call__", "forward", "_conv_forward", "conv2d"],
 )  # fmt: skip
-@pytest.mark.parametrize("called", [False, True])
-def test_what_is_patched_for_all_convolutions_takes_effect(holder, name, called, monkeypatch):
-    cells = twins()
-    if called:
-        for cell in cells:
-            cell(X, *START)
-    before = getattr(holder, name)
+def test_what_is_patched_for_all_convolutions_takes_effect(holder, name, monkeypatch):
+    cells, before = twins(), getattr(holder, name)
+    for cell in cells:
+        cell(X, *START)
 
     def louder(*args, **kwargs):
         out = before(*args, **kwargs)
@@ -226,77 +198,6 @@ def test_global_hooks_take_effect():
     assert not torch.equal(doubled[1], cell(X, *START)[1])
 
 
-def test_a_fallback_is_logged_once_per_cell(caplog):
-    with caplog.at_level(logging.WARNING, logger="snnlstm"):
-        cells = [ours(spike_grad=lambda u: u.sigmoid()) for _ in range(2)]
-        for cell in cells * 3:
-            cell(X)
-        cells[0].fire = lambda mem: mem
-        cells[0](X)
-        assert "overridden" in cells[0].path.reason
-    said = [record.message for record in caplog.records]
-    cell = "SConv2dLSTM(2, 3, kernel_size=3, threshold=0.1)"
-    log = f"{cell} runs the reference path (plain torch, slower): %s"
-    assert said == [log % "spike_grad is unknown to the kernels"] * 2
-
-
-def test_hooks_on_every_conv_are_logged_once_for_all_cells(caplog, monkeypatch):
-    """Tools that print summaries or count operations set hooks on every module."""
-    monkeypatch.setattr(snnlstm.path, "_logged", set())
-    cells = [ours() for _ in range(3)]
-    for cell in cells:
-        hooked()(cell.conv)
-        cell(X)
-    (record,) = caplog.records
-    assert record.getMessage().endswith("(plain torch, slower): conv carries hooks")
-
-
-def test_the_log_names_the_layer_where_accelerate_knows_it(caplog):
-    with snnlstm.patch():
-        patched = theirs()  # the cell is not yet in a network, so it has no name
-    net = torch.nn.ModuleDict({"inner": torch.nn.Sequential(theirs(), patched)})
-    snnlstm.accelerate(net)
-    for cell in net["inner"]:
-        cell.spike_grad = torch.sigmoid
-        cell(X)
-    assert [record.getMessage().partition(" runs ")[0] for record in caplog.records] == [
-        f"layer inner.{n}, SConv2dLSTM(2, 3, kernel_size=3, threshold=0.1)," for n in (0, 1)
-    ]
-
-
-def test_a_device_without_kernels_is_logged_once_per_cell(caplog):
-    path = Path("reference", "there are no kernels for device meta", slow=True)
-    with torch.device("meta"):
-        cells = ours(), snnlstm.SConv1dLSTM(2, 3, 3, threshold=0.1), snnlstm.ConvLSTMCell(2, 3, 3)
-        for cell in cells:
-            cell(torch.empty((1, 2, 5) if cell.conv.weight.dim() == 3 else (1, 2, 5, 5)))
-            assert cell.path == path
-        cells[0](torch.empty(0, 2, 5, 5))
-        assert cells[0].path == Path("reference", "x is empty")
-        cells[0](torch.empty(1, 2, 5, 5))
-        assert cells[0].path == path
-    who = [f"{type(cell).__name__}({cell.extra_repr()})" for cell in cells]
-    said = f" runs the reference path (plain torch, slower): {path.reason}"
-    assert caplog.messages == [name + said for name in who]
-
-
-@pytest.mark.skipif(native is None, reason="the core is not built")
-def test_on_mps_the_reason_names_the_kernels_of_the_cpu():
-    reasons = {kind: against_device(torch.device(kind)) for kind in ("cpu", "mps", "xpu")}
-    assert reasons["cpu"] is None
-    start = "there are no kernels for device "
-    assert reasons["mps"].reason == f"{start}mps; the CPU has native kernels"
-    assert reasons["xpu"].reason == f"{start}xpu"
-
-
-@pytest.mark.skipif(native is None, reason="the core is not built")
-def test_a_call_that_the_kernels_refuse_takes_plain_torch(monkeypatch):
-    monkeypatch.setattr(native.cpu.Backend, "reason_against", lambda _, s: f"no {s.spec.pool}")
-    cell = ours()
-    close(cell(X), theirs()(X))
-    assert cell.path == Path("reference", "no none", slow=True)
-
-
 @pytest.mark.skipif(native is None, reason="the core is not built")
 def test_the_native_path_says_what_it_is():
     cell = ours(checkpoint=True)
@@ -308,8 +209,14 @@ def test_the_native_path_says_what_it_is():
         assert str(cell.path) == f"{cell.path.name} (the native kernels cover this call)"
 
 
-def test_a_cell_that_is_being_made_has_no_path():
-    assert snnlstm.SConv2dLSTM.__new__(snnlstm.SConv2dLSTM).path is None
+@pytest.mark.skipif(native is None, reason="the core is not built")
+@pytest.mark.parametrize("algorithm", ["fused", "hybrid", "cudnn", "measure"])
+def test_algorithms_of_cuda_alone_are_auto_on_the_cpu(algorithm):
+    auto, cell = ours(), ours()
+    auto(X)
+    with snnlstm.algorithm(algorithm):
+        cell(X)
+    assert cell.path == auto.path
 
 
 @pytest.mark.parametrize("value", ["a/file", nn.Identity(), nn.Parameter(X), X], ids=type)
@@ -384,10 +291,6 @@ def with_a_sparse_weight(cell):
 
 
 PASSING = {
-    "an export records plain operators": lambda cell: torch.export.export(cell, (X, *START)),
-    "tracing records plain operators": lambda cell: torch.jit.trace(
-        cell, (X, *START), check_trace=False
-    ),
     "a torch.func transform is active": lambda cell: torch.func.vmap(cell, randomness="same")(
         X[:, None]
     ),
@@ -398,80 +301,98 @@ PASSING = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("reason", PASSING)
-def test_reasons_that_come_and_go(reason, monkeypatch):
-    """Some of these calls fail in plain torch, as they do with snnTorch."""
-    seen, decide = [], snnlstm.path._stronger
-    monkeypatch.setattr(snnlstm.path, "_stronger", lambda *of: seen.append(decide(*of)) or seen[-1])
+def test_reasons_that_come_and_go(reason):
     cell = ours()
-    with contextlib.suppress(RuntimeError, NotImplementedError):
+    try:
         PASSING[reason](cell)
-    assert seen == [Path("reference", reason)] * len(seen)
-    assert seen
+    except (RuntimeError, NotImplementedError):  # plain torch convolves with no sparse weight
+        assert reason == "weight is not strided"
+    else:
+        assert cell.path == Path("reference", reason)
 
 
-def test_torch_func_transforms_and_forward_mode():
-    cell, x = ours(), X.double()
-    cell.double()
-    start = [state.double() for state in START]
-    params = dict(cell.named_parameters())
-
-    def loss(params):
-        return torch.func.functional_call(cell, params, (x, *start))[2].square().sum()
-
-    grads = torch.func.grad(loss)(params)
-    expected = ours().double()
-    expected(x, *start)[2].square().sum().backward()
-    close(grads["conv.weight"], expected.conv.weight.grad, atol=1e-9)
-
-    tangents = {name: torch.randn_like(value) for name, value in params.items()}
-    _, jvp = torch.func.jvp(loss, (params,), (tangents,))
-    close(jvp, sum((grads[name] * tangents[name]).sum() for name in params), atol=1e-9)
-
-    each = torch.func.vmap(lambda row: cell(row, start[0][:1], start[1][:1])[1])(x[:, None])
-    close(each[0], ours().double()(x[:1], start[0][:1], start[1][:1])[1], atol=1e-12)
-    cell.reset_mem()  # the stored state died with the transform
-    close(cell(x)[1], ours().double()(x)[1], atol=1e-12)
+# ---- the log -----------------------------------------------------------------------------------
 
 
-def test_the_fallback_for_a_missing_core_is_said(monkeypatch, caplog):
+def without_the_core(monkeypatch):
     monkeypatch.setattr(snnlstm.path, "_native", None)
-    monkeypatch.setattr(snnlstm.path, "_logged", set())
-    with caplog.at_level(logging.WARNING, logger="snnlstm"):
-        for cell in (ours(), ours()):
-            cell(X)
-    assert str(cell.path) == f"reference ({snnlstm.path._MISSING})"
-    (record,) = caplog.records  # the fallback is logged once per process, not once per cell
-    assert record.getMessage().startswith("SConv2dLSTM runs the reference path")
 
 
-@pytest.fixture
-def on_a_gpu(monkeypatch):
+def on_an_old_gpu(monkeypatch):
     """The kernels are asked about GPU 3 in the place of the CPU, on which cells run."""
     asked, gpu = native.reason_against_device, torch.device("cuda", 3)
     monkeypatch.setattr(native, "reason_against_device", lambda _, traced: asked(gpu, traced))
-    monkeypatch.setattr(snnlstm.path, "_logged", set())
-
-
-@pytest.mark.skipif(native is None, reason="needs the core")
-def test_a_gpu_that_the_build_does_not_serve_is_said_once(on_a_gpu, monkeypatch, caplog):
     monkeypatch.setattr(native, "_NO_CUDA", None)
     monkeypatch.setattr(native.cuda_check, "trouble", lambda index: f"GPU {index} is too old")
-    for cell in (ours(), ours()):
+
+
+# What is unusual, how cells are made, and what is logged of three calls of each of two cells.
+KNOWN = "SConv2dLSTM(2, 3, kernel_size=3, threshold=0.1)"
+LOGGED = {
+    "each cell": (None, lambda: ours(spike_grad=torch.sigmoid),
+                  [f"{KNOWN} %s: spike_grad is unknown to the kernels"] * 2),
+    "hooks": (None, lambda: hooked_cell(), ["SConv2dLSTM %s: conv carries hooks"]),
+    "core": (without_the_core, ours, [f"SConv2dLSTM %s: {snnlstm.path._MISSING}"]),
+    "GPU": (on_an_old_gpu, ours, ["SConv2dLSTM %s: GPU 3 is too old"]),
+    "native": (None, ours, []),
+}  # fmt: skip
+
+
+def hooked_cell():
+    cell = ours()
+    hooked()(cell.conv)
+    return cell
+
+
+@pytest.mark.skipif(native is None, reason="the core is not built")
+@pytest.mark.parametrize("name", LOGGED)
+def test_a_fallback_is_logged_once(name, monkeypatch, caplog):
+    """Tools that print summaries or count operations set hooks on every module."""
+    change, make, expected = LOGGED[name]
+    monkeypatch.setattr(snnlstm.path, "_logged", set())
+    if change is not None:
+        change(monkeypatch)
+    for cell in [make(), make()] * 3:
+        cell(X.to(cell.conv.weight.device))
+    start = "runs the reference path (plain torch, slower)"
+    assert caplog.messages == [message % start for message in expected]
+    assert cell.path.slow == bool(expected)
+
+
+def test_the_log_names_the_layer_where_accelerate_knows_it(caplog):
+    with snnlstm.patch():
+        patched = theirs()  # the cell is not yet in a network, so it has no name
+    net = torch.nn.ModuleDict({"inner": torch.nn.Sequential(theirs(), patched)})
+    snnlstm.accelerate(net)
+    for cell in net["inner"]:
+        cell.spike_grad = torch.sigmoid
         cell(X)
-        assert cell.path == Path("reference", "GPU 3 is too old", slow=True, general=True)
-    assert [record.getMessage() for record in caplog.records] == [
-        "SConv2dLSTM runs the reference path (plain torch, slower): GPU 3 is too old"
+    assert [message.partition(" runs ")[0] for message in caplog.messages] == [
+        f"layer inner.{n}, {KNOWN}," for n in (0, 1)
     ]
 
 
-@pytest.mark.skipif(native is None, reason="needs the core")
-def test_a_build_without_cuda_is_said_on_a_gpu(on_a_gpu, monkeypatch):
-    monkeypatch.setattr(native, "_NO_CUDA", native.cuda_check.without_kernels({"cuda": "off"}))
-    cell = ours()
-    cell(X)
-    assert "no CUDA kernels (off)" in cell.path.reason
-    assert cell.path.slow
-    assert cell.path.general
+def test_a_device_without_kernels_is_logged_once_per_cell(caplog):
+    path = Path("reference", "there are no kernels for device meta", slow=True)
+    with torch.device("meta"):
+        cells = ours(), snnlstm.SConv1dLSTM(2, 3, 3, threshold=0.1), snnlstm.ConvLSTMCell(2, 3, 3)
+        for cell in cells:
+            cell(torch.empty((1, 2, 5) if cell.conv.weight.dim() == 3 else (1, 2, 5, 5)))
+            assert cell.path == path
+        cells[0](torch.empty(0, 2, 5, 5))
+        assert cells[0].path == Path("reference", "x is empty")
+        cells[0](torch.empty(1, 2, 5, 5))
+        assert cells[0].path == path
+    who = [f"{type(cell).__name__}({cell.extra_repr()})" for cell in cells]
+    said = f" runs the reference path (plain torch, slower): {path.reason}"
+    assert caplog.messages == [name + said for name in who]
+
+
+@pytest.mark.skipif(native is None, reason="the core is not built")
+def test_on_mps_the_reason_names_the_kernels_of_the_cpu():
+    reasons = {kind: against_device(torch.device(kind)) for kind in ("cpu", "mps", "xpu")}
+    assert reasons["cpu"] is None
+    start = "there are no kernels for device "
+    assert reasons["mps"].reason == f"{start}mps; the CPU has native kernels"
+    assert reasons["xpu"].reason == f"{start}xpu"

@@ -1,16 +1,13 @@
 """The cell on signals is the cell on images of height 1, with shapes of its own."""
 
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
-from cpu_kernels import native
-from helpers import close, quietly, same, states, steps
 from torch import Tensor, nn
 
 import snnlstm
 from snnlstm import surrogate
+from tests.shared.helpers import close, same, states, steps
 
 WITH_STRIDE = {"stride": 2, "dilation": 2, "avg_pool": 2, "bias": False}
 OPTIONS = ({}, {"max_pool": 2, "reset_mechanism": "subtract"}, WITH_STRIDE)
@@ -68,33 +65,13 @@ def test_every_option_does_what_it_does_on_images(backend, kwargs, batch_first):
         found = cell(x, record=record)
         backend.check(cell.path)
         same(found, (t.squeeze(-2) for t in twin(x.unsqueeze(-2), record=record)))
-        same(
-            (cell.spk, cell.syn, cell.mem), (found[0], *(t.squeeze(-2) for t in twin_states(twin)))
-        )
+        states_of_twin = (t.squeeze(-2) for t in (twin.syn, twin.mem))
+        same((cell.spk, cell.syn, cell.mem), (found[0], *states_of_twin))
+    for state in (cell.syn, cell.mem):
+        state.detach_()  # as snnTorch does, which views refuse
     for _ in range(2):
         same(cell(x[0][:, :, :9]), (t.squeeze(-2) for t in twin(x[0][:, :, None, :9])))
         assert torch.equal(cell.reset, twin.reset.squeeze(-2))
-
-
-def twin_states(twin: snnlstm.SConv2dLSTM) -> tuple[Tensor, Tensor]:
-    return twin.syn, twin.mem
-
-
-def test_states_can_be_passed_set_detached_in_place_and_reset(backend):
-    cell, x = signal_cell(), steps(2, 2, 2, 7)
-    spk, syn, mem = cell(x[0])
-    for state in (spk, syn, mem, cell.syn):
-        state.detach_()  # as snnTorch does, which views refuse
-    cell.mem = mem.clone()
-    again = cell(x[1])
-    cell.reset_mem()
-    cell(x[0], *cell.init_sconv1dlstm())
-    same(cell(x[1]), again)
-    cell.detach_hidden()
-    assert cell.mem.grad_fn is None
-    assert not any(state.any() for state in cell.reset_mem())
-    cell(steps(2, 3, 2, 6)[0], *cell.reset_mem())  # zeros of another size
-    cell(steps(2, 2, 2, 9)[0], torch.zeros(3, 3, 6), torch.zeros(3, 3, 6))
 
 
 class Own(snnlstm.SConv1dLSTM):
@@ -126,57 +103,6 @@ def test_foreign_methods_and_a_foreign_conv_get_signals():
     assert plain_one.path.reason == "conv is a Sequential, not a plain nn.Conv1d"
 
 
-@pytest.mark.skipif(native is None, reason="the core is not built")
-def test_a_patched_conv1d_takes_effect(monkeypatch):
-    cell, x = signal_cell(), steps(2, 2, 2, 9)
-    cell(x)
-    assert cell.path.native
-    monkeypatch.setattr(F, "conv1d", lambda *args: torch.conv1d(*args))
-    cell(x)
-    assert cell.path.reason == "conv.forward was replaced"
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: signal_cell(2, 3, (3, 3)), "kernel_size must be an int or a tuple of one int"),
-        (lambda: signal_cell(2, 3, 4), "kernel_size must be odd, got 4"),
-        (lambda: signal_cell(max_pool=(2, 2)), "max_pool must be an int or a tuple of one int"),
-        (lambda: setattr(signal_cell(), "stride", (1, 1)), "stride must be an int or a tuple of"),
-        (
-            lambda: signal_cell(threshold=torch.ones(4, 1)),
-            r"threshold must broadcast to mem's shape \(N, 3, L\), got shape \(4, 1\)",
-        ),
-        (
-            lambda: signal_cell(threshold=torch.ones(2, 1, 1) / 9)(torch.ones(3, 2, 5)),
-            r"threshold must broadcast to mem's shape \(3, 3, 5\), got shape \(2, 1, 1\)",
-        ),
-        (
-            lambda: signal_cell()(torch.ones(2, 5)),
-            r"x must have shape \(N, 2, L\) for one step or \(T, N, 2, L\) for a sequence, got",
-        ),
-        (lambda: signal_cell()(torch.ones(1, 3, 5)), "x must have 2 channels, got 3"),
-        (lambda: signal_cell()(torch.ones(1, 2, 0)), "x must have at least one pixel"),
-        (lambda: signal_cell()(torch.ones(1, 2, 5), record=True), r"\(T, N, Cin, L\), got one"),
-        (
-            lambda: signal_cell()(torch.ones(1, 2, 5), torch.ones(1, 3, 1, 5)),
-            r"syn must have shape \(1, 3, 5\)",
-        ),
-        (
-            lambda: signal_cell(avg_pool=6)(torch.ones(1, 2, 5)),
-            r"avg_pool must not be larger than the state, got \(6,\) for a state of 5",
-        ),
-        (
-            lambda: snnlstm.unroll(torch.ones(2, 1, 2, 3, 5), signal_cell()),
-            r"x must be a sequence of steps \(N, 2, L\) for layer 0",
-        ),
-    ],
-)
-def test_errors_speak_of_lengths(call, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        quietly(call)
-
-
 def test_a_stack_goes_layer_by_layer_and_counts_its_spikes():
     net = nn.Sequential(nn.Conv1d(1, 2, 3), signal_cell(init_hidden=True), nn.Flatten())
     x = torch.rand(4, 2, 1, 12)
@@ -188,25 +114,3 @@ def test_a_stack_goes_layer_by_layer_and_counts_its_spikes():
     with snnlstm.spike_rates(net) as rates:
         net(x[0])
     assert "SConv1dLSTM" in str(rates)
-
-
-def test_it_is_saved_copied_and_printed():
-    cell, x = signal_cell(max_pool=2, stride=(2,)), steps(3, 2, 2, 9)
-    assert [tuple(t.shape) for t in cell.conv.parameters()] == [(12, 5, 5), (12,)]
-    assert repr(cell).startswith("SConv1dLSTM(\n  2, 3, kernel_size=5, stride=(2,), max_pool=2")
-    copy = pickle.loads(pickle.dumps(cell))
-    same(copy(x), cell(x))
-    assert snnlstm.restore(cell).left == {"": "snntorch has no SConv1dLSTM"}
-
-
-@pytest.mark.skipif(native is None, reason="the core is not built")
-def test_torch_compile_and_torch_export_take_it(fresh_compiler):
-    cell, x = signal_cell(max_pool=2, surrogate_disable=True), steps(3, 2, 2, 9)
-    expected = cell(x)
-    cell.reset_mem()
-    compiled = torch.compile(cell, fullgraph=True)
-    close(compiled(x), expected)
-    assert cell.path.native
-    cell.reset_mem()
-    exported = torch.export.export(cell, (x, *states(2, 3, 9)))
-    close(exported.module()(x, *states(2, 3, 9)), cell(x, *states(2, 3, 9)))

@@ -30,12 +30,13 @@ PAGES = [
     README,
     ROOT / "CONTRIBUTING.md",
     ROOT / "benchmarks" / "NOTES.md",
+    ROOT / "tests" / "simt" / "README.md",
     *sorted(DOCS.glob("*.md")),
 ]
 
 pytestmark = pytest.mark.skipif(not README.exists(), reason="not in a source tree")
 every_page = pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.exists()], ids=lambda page: page.name
+    "page", [page for page in PAGES if page.exists()], ids=lambda page: str(page.relative_to(ROOT))
 )
 
 
@@ -85,11 +86,11 @@ WITH_PYTHON = [page for page in PAGES if page.exists() and blocks(page, "python"
 
 
 @pytest.mark.usefixtures("_settings")
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run_in_order(page, recwarn, capsys, monkeypatch):
     for needed in NEEDED.get(page.name, ()):
         pytest.importorskip(needed, reason=f"pip install {needed}")
-    if page.name == "simt.md" and not (snnlstm.path._native and shutil.which("g++")):
+    if page.parent.name == "simt" and not (snnlstm.path._native and shutil.which("g++")):
         pytest.skip("no compiler, or no core")
     monkeypatch.chdir(ROOT)
     run(page)
@@ -104,7 +105,7 @@ def test_python_blocks_run_in_order(page, recwarn, capsys, monkeypatch):
 
 def test_the_pages_with_examples_are_found():
     names = {page.name for page in WITH_PYTHON}
-    assert names >= {"README.md", "quickstart.md", "migrating.md", "sequences.md", "simt.md"}
+    assert names >= {"README.md", "quickstart.md", "migrating.md", "sequences.md"}
 
 
 def test_examples_of_docstrings():

@@ -55,20 +55,6 @@ def test_what_the_cpu_kernels_do_not_take(changed):
         _C.CpuPlan(_C.Cell(**FACTS | changed), 0, 1.0, 8, 1)
 
 
-def test_a_step_alone_pays_for_its_gradient_of_the_weight():
-    """Winograd makes more values of a filter than it has: a wide layer of few pixels sums directly.
-
-    Many steps share the gradient of a sequence.
-    """
-
-    def algorithm(**changed):
-        facts = {"N": 5, "Cin": 15, "C": 123, "H": 2, "W": 14} | changed
-        return _C.CpuPlan(_C.Cell(**FACTS | facts), 0, 1.0, 8, 1).backward_name
-
-    assert algorithm() == "direct"
-    assert "winograd" in algorithm(T=100)
-
-
 def test_an_image_too_large_for_lists_of_nonzeros_has_none():
     """Places in such an image exceed the lists' 32 bits: a call would read and write elsewhere."""
 

@@ -67,47 +67,34 @@ def test_what_is_said_of_a_machine(machine, build, driver, capability, words):
     assert bool(asked) == (words not in (OLD, NO_KERNELS))
 
 
-# Machine code for 8.0 runs on 8.9, and PTX on all that is newer.
-@pytest.mark.parametrize(
-    ("capability", "archs", "covered"),
-    [
-        ((8, 0), "80 80+ptx", True),
-        ((8, 9), "80 90 90+ptx", True),
-        ((7, 5), "80 90 90+ptx", False),
-        ((10, 3), "80 90 90+ptx", True),
-        ((7, 5), "75", True),
-        ((9, 0), "80 86", False),
-        ((8, 0), "86 86+ptx", False),
-        ((8, 9), "86", True),
-        ((7, 5), "75 75+ptx", True),
-        ((8, 0), "75 75+ptx", False),  # PTX of 7.5 has no kernels for tensor cores
-        ((9, 0), "75 75+ptx", False),
-        ((8, 7), "86", False),  # neither way between Jetson's GPUs and others
-        ((8, 9), "87", False),
-        ((8, 7), "87", True),
-        ((8, 7), "86 80+ptx", True),
-    ],
-)
-def test_a_gpu_that_the_build_has_no_code_for(capability, archs, covered):
-    said = cuda_check.device_trouble({"cuda_archs": archs}, "A card", capability)
-    assert (said is None) == covered
-    if said:
-        assert f"A card (compute capability {capability[0]}.{capability[1]})" in said
-        assert archs in said
-
-
+# A GPU's compute capability, what a build has code for, and what the GPU runs: machine code for 8.0
+# runs on 8.9, PTX on all that is newer, and neither goes between Jetson's GPUs and others.
 @pytest.mark.parametrize(
     ("capability", "archs", "code"),
     [
+        ((8, 0), "80 80+ptx", ("machine code", 80)),
         ((8, 9), "80 86 80+ptx", ("machine code", 86)),
-        ((8, 7), "80 86 80+ptx", ("PTX", 80)),
-        ((12, 1), "75 90 80+ptx", ("PTX", 80)),
+        ((8, 9), "86", ("machine code", 86)),
         ((7, 5), "75 80 80+ptx", ("machine code", 75)),
-        ((7, 5), "80 80+ptx", None),
+        ((7, 5), "75 75+ptx", ("machine code", 75)),
+        ((10, 3), "80 90 90+ptx", ("PTX", 90)),
+        ((8, 7), "86 80+ptx", ("PTX", 80)),
+        ((8, 7), "87", ("machine code", 87)),
+        ((7, 5), "80 90 90+ptx", None),
+        ((9, 0), "80 86", None),
+        ((8, 0), "86 86+ptx", None),
+        ((8, 0), "75 75+ptx", None),  # PTX of 7.5 has no kernels for tensor cores
+        ((8, 7), "86", None),
+        ((8, 9), "87", None),
     ],
 )
-def test_whether_a_gpu_runs_machine_code_or_ptx(capability, archs, code):
+def test_what_a_gpu_runs_of_a_build(capability, archs, code):
     assert cuda_check.code_for({"cuda_archs": archs}, capability) == code
+    said = cuda_check.device_trouble({"cuda_archs": archs}, "A card", capability)
+    assert (said is None) == (code is not None)
+    if said:
+        assert f"A card (compute capability {capability[0]}.{capability[1]})" in said
+        assert archs in said
 
 
 @pytest.mark.parametrize(
@@ -137,9 +124,3 @@ def test_each_gpu_is_judged_by_itself_and_asked_once(machine):
         assert cuda_check.trouble(0) is None
         assert "GPU 1" in cuda_check.trouble(1)
     assert len(asked) == 2
-
-
-def test_a_torch_without_cuda_knows_no_driver():
-    if torch.version.cuda:
-        pytest.skip("this torch has CUDA")
-    assert cuda_check.driver_version() is None

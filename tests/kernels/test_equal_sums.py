@@ -7,10 +7,10 @@ the next one of its line sees, unless the border is near.
 
 import pytest
 import torch
-from cpu_kernels import one_thread
 from torch import Tensor
 
 import snnlstm
+from tests.shared.cpu_kernels import one_thread
 
 STEPS, SIZE = 4, (27, 30)
 DIRECTIONS = [(0, 1), (1, 0), (1, 1), (1, -1)]

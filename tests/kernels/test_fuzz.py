@@ -1,18 +1,12 @@
 """Random calls such as those of ``make fuzz`` pass, and a fault in the kernels is found."""
 
-import importlib
-
-import fuzz
 import pytest
-import torch
-from asking import ASKED, KEPT
-from cases import PLAIN, laid_out
-from cpu_kernels import ISAS, native
-from drawing import FRESH, drawing
-from gradients import NAMES, OUTPUTS
-from hypothesis import given
-from hypothesis import strategies as st
-from poison import NAN
+
+from tests.shared.cases import PLAIN
+from tests.shared.cpu_kernels import ISAS, native
+from tests.shared.gradients import ASKED, KEPT, NAMES, OUTPUTS
+from tests.shared.poison import NAN
+from tools import fuzz
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -50,41 +44,10 @@ def test_a_fault_is_found_and_its_script_shows_it(monkeypatch, capsys):
     monkeypatch.setattr(native.cpu.Plan, "forward", wrong)
     with pytest.raises(AssertionError):
         fuzz.run(200, seed=1)
-    script = capsys.readouterr().err.rpartition("A script that shows it:")[
-        2
-    ]  # the last is smallest
+    script = capsys.readouterr().err.rpartition("A script that shows it:")[2]  # of the smallest
     scope = {}
     with pytest.raises(AssertionError, match="close"):
         exec(script, scope)
     assert scope["case"].options.pool == "max"
     monkeypatch.undo()
     exec(script, scope)
-
-
-@pytest.mark.skipif(FRESH, reason="examples are fresh")
-def test_examples_do_not_depend_on_the_modules_that_are_loaded(tmp_path, monkeypatch):
-    """Hypothesis looks for interesting numbers in them."""
-
-    def drawn(name: str) -> list[int]:
-        found = []
-
-        @drawing(100, name)
-        @given(st.integers(0, 2**16))
-        def keep(number: int) -> None:
-            found.append(number)
-
-        keep()
-        return found
-
-    first = drawn("a name")
-    (tmp_path / "many_numbers.py").write_text(f"NUMBERS = {list(range(1000, 1300))}\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.import_module("many_numbers")
-    assert drawn("a name") == first != drawn("another name")
-
-
-def test_overlapping_memory_is_laid_out_as_it_says():
-    values = laid_out(torch.arange(60.0).view(3, 4, 5), "overlapping")
-    assert values.shape == (3, 4, 5)
-    assert values.stride() == (8, 2, 1)
-    assert values[0, 1, 0] == values[0, 0, 2]

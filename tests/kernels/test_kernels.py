@@ -6,20 +6,21 @@ combinations of all options.
 
 import itertools
 
-import flat
 import pytest
 import torch
-from alone import ALONE, LEVELS
-from cases import LAYOUTS, PLAIN, SURROGATES, Inputs, wanting_gradients
-from checks import check_gradients, check_results, infer
-from cpu_kernels import Kernels, native, one_thread
-from gradients import NAMES, OUTPUTS, compare, gradients
-from helpers import same
-from oracle import check_steps
-from poison import HUGE, NAN, poisoned
 
+import snnlstm
 from snnlstm import surrogate
 from snnlstm.quant import state_quant
+from tests.kernels.alone import ALONE, LEVELS
+from tests.shared import flat
+from tests.shared.cases import LAYOUTS, PLAIN, SURROGATES, Inputs
+from tests.shared.checks import check_gradients, check_results, infer
+from tests.shared.cpu_kernels import Kernels, native, one_thread
+from tests.shared.gradients import NAMES, OUTPUTS, compare, gradients
+from tests.shared.helpers import same, steps, twins
+from tests.shared.oracle import check_steps
+from tests.shared.poison import HUGE, NAN, poisoned
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -46,34 +47,6 @@ def test_outputs_are_channels_last_where_x_is(kernels):
         case = PLAIN.but(layouts=("channels_last",) * 4, **options)
         for tensor in infer(kernels, case, case.inputs()):
             assert tensor.flatten(0, -4).is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("kernel", [(3, 3), (5, 3)], ids=str)
-def test_pixels_that_see_the_same_have_the_same_bits_directly(isa, kernel):
-    """With equal bits max_pool chooses as torch does on a blank background."""
-    for dtype in (torch.float32, torch.float64):
-        case = PLAIN.but(kernel_size=kernel, dtype=dtype, time=2, channels=17)
-        case = case.but(height=23, width=29)
-        inputs = case.inputs()
-        for one in (inputs.x, inputs.syn, inputs.mem):  # two equal parts, with zeros around them
-            one[..., 12:23, 15:29] = one[..., :11, :14].clone()
-            one[..., 11, :], one[..., 14] = 0, 0
-        mem = infer(Kernels(isa, "direct"), case, inputs)[2]
-        margin = 2 * case.time  # pixels within this margin depend on pixels beyond their part
-        inner = slice(margin, 11 - margin), slice(margin, 14 - margin)
-        first, second = mem[..., :11, :14], mem[..., 12:23, 15:29]
-        assert torch.equal(first[..., inner[0], inner[1]], second[..., inner[0], inner[1]])
-
-
-def test_inhibition_lets_the_lowest_of_equal_neurons_win(kernels):
-    """All potentials are equal, so neuron (0, 0, 0) wins in every sample and step."""
-    case = PLAIN.but(height=40, width=30, bias=False, reset="none", inhibition=True)
-    inputs = case.inputs()
-    inputs.weight.zero_()
-    inputs.threshold.fill_(0.01)
-    spk = infer(kernels, case, inputs._replace(syn=torch.ones_like(inputs.syn)))[0]
-    assert (spk.flatten(2).argmax(-1) == 0).all()
-    assert (spk.flatten(2).sum(-1) == 1).all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
@@ -119,6 +92,54 @@ def test_nan_spoils_no_other_sample(kernels):
             assert torch.equal(one[0], other[0])  # an earlier step stays as it is, too
             assert torch.equal(one[:, 0], other[:, 0])
             assert torch.equal(one[:, 2:], other[:, 2:])
+
+
+def _nan_gradients(cell, x, states, whole):
+    """Runs a cell; returns where gradients of x, syn, mem and bias, and of weight, are NaN."""
+    leaves = [t.clone().requires_grad_() for t in (x, *states)]
+    if whole:
+        spk, _, mem = cell(*leaves)
+    else:
+        steps, syn, mem = leaves
+        for x in steps:
+            spk, syn, mem = cell(x, syn, mem)
+    (spk.sum() + mem.sum()).backward()
+    *others, weight = (t.grad.isnan() for t in (*leaves, cell.conv.bias, cell.conv.weight))
+    cell.zero_grad()
+    return torch.cat([t.flatten() for t in others]), weight
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("channels", [3, 5, 13])
+def test_gradients_are_nan_where_those_of_snntorch_are(isa, channels, value):
+    """Neither the lanes that fill up a vector nor the border make NaN of zero times infinity."""
+    calls = (1, 3), (3, 1), (3, 3)  # kernel and steps
+    for dtype, (kernel, time) in itertools.product((torch.float32, torch.float64), calls):
+        cell, other = (c.to(dtype) for c in twins(3, channels, kernel, threshold=0.05))
+        for spoiled, at in itertools.product(range(3), ((4, 4), (0, 7))):
+            x = torch.randn(time, 2, 3, 8, 8, dtype=dtype)
+            states = torch.zeros(2, 2, channels, 8, 8, dtype=dtype)
+            (x[-1], *states)[spoiled][0, 0][at] = value
+            with one_thread():
+                exact, exact_weight = _nan_gradients(other, x, states, whole=False)
+            for whole in (True, False):
+                with snnlstm.algorithm("direct"):
+                    found, weight = _nan_gradients(cell, x, states, whole)
+                assert torch.equal(found, exact)
+                assert not (weight & ~exact_weight).any()  # torch multiplies borders in float64
+
+
+def test_skipped_and_tiled_inputs_make_no_nan_of_infinity(isa):
+    cell, other = twins(8, 13, 3, threshold=0.05)
+    x, states = steps(3, 2, 8, 16, 16, density=0.05), torch.zeros(2, 2, 13, 16, 16)
+    x[-1, 0, 0, 4, 4] = torch.inf
+    for found, exact in zip(
+        _nan_gradients(cell, x, states, whole=True),
+        _nan_gradients(other, x, states, whole=False),
+        strict=True,
+    ):
+        assert torch.equal(found, exact)
+    assert cell.path.name == f"cpu-{isa}-winograd4-sparse"
 
 
 def test_the_cases_reach_every_kernel(isa):
@@ -318,22 +339,3 @@ def test_weights_of_silent_channels_have_a_gradient_of_exactly_zero(kernels, ker
         exact = gradients(flat.reference, inputs.double(), case.options, grads)
     assert torch.equal(actual["weight"] == 0, exact["weight"] == 0)
     compare(actual, exact, kernels.gradient_error(case.dtype), grads)
-
-
-@pytest.mark.parametrize(
-    "chosen", [surrogate.NONE, surrogate.atan(), surrogate.sigmoid(5)], ids=lambda s: s.name
-)
-def test_second_order_gradients_are_those_of_the_reference(chosen):
-    case = DOUBLE.but(surrogate=chosen, time=2, batch=1, height=4, width=5)
-    second = []
-    for run in (flat.run, flat.reference):
-        inputs = wanting_gradients(case.inputs())
-        used = [out for out in run(*inputs, case.options) if out.requires_grad]
-        grads = [g.requires_grad_() for g in case.output_gradients()[-len(used) :]]
-        leaves = inputs[:6]
-        first = torch.autograd.grad(used, leaves, grads, create_graph=True)
-        penalty = sum((g**2).sum() for g in first)
-        second.append((first, torch.autograd.grad(penalty, [*leaves, *grads])))
-    for own, other in zip(*second, strict=True):
-        for one, exact in zip(own, other, strict=True):
-            torch.testing.assert_close(one, exact, atol=1e-9, rtol=1e-9)

@@ -4,22 +4,19 @@ Neither the address nor the version counter of a tensor tells of all changes of 
 ``weight.data.add_(...)`` and ``torch._foreach_add_`` on ``.data`` change neither.
 """
 
-import copy
 import gc
 import itertools
 import pickle
 
-import flat
 import numpy
 import pytest
 import torch
-from cases import Options
-from cpu_kernels import ISAS, Kernels, native, use
-from helpers import close, in_threads, same
 from torch import Tensor, nn
 
 import snnlstm
 from snnlstm.native import cpu
+from tests.shared.cpu_kernels import ISAS, Kernels, native, use
+from tests.shared.helpers import close, in_threads, same
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -39,20 +36,6 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(cpu, "_packed", type(cpu._packed)())
     monkeypatch.setattr(cpu.PackedWeight, "forms", noting)
     return packed
-
-
-@pytest.fixture
-def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Returns the addresses of the weights that are packed, one for each time."""
-    addresses: list[int] = []
-    init = cpu.PackedWeight.__init__
-
-    def noting(self, weight):
-        addresses.append(weight.data_ptr())
-        init(self, weight)
-
-    monkeypatch.setattr(cpu.PackedWeight, "__init__", noting)
-    return addresses
 
 
 def make(channels: int = 16) -> snnlstm.SConv2dLSTM:
@@ -171,19 +154,6 @@ def test_a_weight_changed_between_two_backward_passes_over_one_graph():
     assert torch.equal(after, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_a_module_that_is_cast(dtype):
-    cell = make()
-    call(cell, image())
-    cell.double()
-    torch.testing.assert_close(
-        call(cell, image(torch.float64))[1:], exact(cell, image(torch.float64))[1:]
-    )
-    cell.to(dtype).float()
-    cell.conv.weight.data.add_(0.1)
-    torch.testing.assert_close(call(cell, image())[1:], exact(cell, image())[1:], atol=1e-5, rtol=0)
-
-
 def test_a_weight_is_packed_once_for_each_of_its_values(kernels, packings):
     cell, x = make(), image()
     for value in range(3):
@@ -205,33 +175,20 @@ def test_each_instruction_set_and_algorithm_has_forms_of_its_own():
             close(call(cell, x)[1:], expected[1:], atol=2e-5)
 
 
-def test_weights_of_one_shape_that_are_divided_otherwise():
-    """Calls of one weight with other strides and dilations share its packing, and are right."""
-    weight = torch.randn(32, 11, 3, 3) / 10
-    x = image()
-    for stride in ((1, 1), (2, 2), (1, 3)):
-        for dilation in ((1, 1), (2, 1)):
-            options = Options((3, 3), stride, dilation)
-            state = torch.zeros(2, 8, *options.state_size(6, 7))
-            arguments = (x, state, state, weight, None, torch.tensor(0.1), torch.ones(()), options)
-            out, expected = flat.run(*arguments), flat.reference(*arguments)
-            torch.testing.assert_close(out[1:], expected[1:], atol=2e-5, rtol=0)
+@pytest.mark.parametrize("cells", [1, 20])
+def test_threads_that_share_a_weight_or_a_storage_of_more_weights_than_are_kept(cells):
+    """Twenty cells have views of one buffer as weights."""
+    made = [make(4) for _ in range(cells)]
+    buffer = torch.stack([cell.conv.weight.detach() for cell in made])
+    expected = [call(cell, image()) for cell in made]
+    for cell, view in zip(made, buffer, strict=True):
+        cell.conv.weight.data = view
 
+    def work(k: int) -> None:
+        for _ in range(5):
+            same(call(made[k % cells], image()), expected[k % cells])
 
-def test_python_threads_that_share_a_weight(packings):
-    cell, x = make(), image()
-    expected = exact(cell, x)
-
-    def work(_: int) -> None:
-        with torch.no_grad():
-            for _ in range(20):
-                out = snnlstm.functional.sconv2dlstm(
-                    x, weight=cell.conv.weight, bias=cell.conv.bias, threshold=0.05
-                )
-                close(out[1], expected[1], atol=2e-5)
-
-    in_threads(work, 4)
-    assert len(packings) <= 4 * len(set(packings))  # four threads may pack at the same time
+    in_threads(work, 20)
 
 
 def test_two_threads_that_pack_at_once_read_one_form():
@@ -258,82 +215,30 @@ def test_two_threads_that_pack_at_once_read_one_form():
     assert [found, *others] == [(packed._forms[0, "isa:form"].data_ptr(), 0, 0)] * 2
 
 
-def test_an_entry_dies_with_its_weight():
+def test_what_is_packed_dies_with_its_weight():
     cell, x = make(), image()
-    call(cell, x)
-    assert len(cpu._packed) == 1
-    conv = cell.conv
-    cell.conv = copy.deepcopy(conv)
-    cell.conv.weight.data.mul_(1.1)  # equal weights share what is packed
-    call(cell, x)
-    assert len(cpu._packed) == 2
-    del conv
-    gc.collect()
-    assert len(cpu._packed) == 1
-    del cell
-    gc.collect()
-    assert len(cpu._packed) == 0
-
-
-def test_temporary_weights_leave_nothing_behind():
-    cell, x = make(), image()
-    mask = torch.ones_like(cell.conv.weight)
-    for _ in range(5):
-        out = snnlstm.functional.sconv2dlstm(x, weight=cell.conv.weight * mask, threshold=0.05)
+    for _ in range(3):
+        call(cell, x)[2].sum().backward()
+        cell.conv.weight.data.mul_(1.1)  # an old value is not kept, either
+        out = snnlstm.functional.sconv2dlstm(x, weight=cell.conv.weight * 1, threshold=0.05)
         out[2].sum().backward()
-    del out
+    (places,) = (cpu._packed[key] for key in list(cpu._packed))
+    (entry,) = places.values()
+    assert len(entry._forms) <= 6  # three forms for each direction
+    del out, cell, places, entry
     gc.collect()
     assert len(cpu._packed) == 0
 
 
 @torch.no_grad()
-def test_weights_that_are_views_of_one_buffer(packings):
-    """Views that take turns are packed once each; of views that move on, few packings stay."""
+def test_of_views_that_move_over_a_buffer_few_packings_stay():
     size = 64 * 19 * 9
     buffer, x = torch.randn(size + 20), image()
-
-    def step(offset):
+    for offset in (0, 1, 0, 1, *range(20)):
         weight = buffer[offset : offset + size].view(64, 19, 3, 3)
         snnlstm.functional.sconv2dlstm(x, weight=weight, threshold=0.05)
-
-    for offset in (0, 1, 0, 1):
-        step(offset)
-    assert len(packings) == 2 * len(set(packings))
-    for offset in range(20):
-        step(offset)
     (places,) = cpu._packed.values()
     assert len(places) <= cpu._MOST
-
-
-@pytest.mark.parametrize("count", [17, 40])
-def test_all_weights_of_one_flat_parameter_are_packed_once_each(copied, count):
-    size, x = 16 * 7 * 9, image()
-    parameter = nn.Parameter(torch.randn(count * size) / 8)
-    for _ in range(3):
-        for part in parameter.split(size):
-            out = snnlstm.functional.sconv2dlstm(x, weight=part.view(16, 7, 3, 3), threshold=0.05)
-            out[2].sum().backward()
-    assert len(copied) == len(set(copied)) == count
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_steps_of_a_half_type_pack_their_weight_once(copied, dtype):
-    cell, x = make().to(dtype), image(dtype)
-    for _ in range(3):
-        call(cell, x)[2].sum().backward()
-        with torch.no_grad():
-            call(cell, x)
-    assert len(copied) == 1
-
-
-def test_an_old_value_is_not_kept():
-    cell, x = make(), image()
-    for _ in range(3):
-        call(cell, x)[2].sum().backward()
-        cell.conv.weight.data.mul_(1.1)
-    (places,) = cpu._packed.values()
-    (entry,) = places.values()
-    assert len(entry._forms) <= 6  # three forms for each direction
 
 
 def test_packed_weights_are_not_saved():
@@ -345,21 +250,3 @@ def test_packed_weights_are_not_saved():
         call(cell, x)
     weight = cell.conv.weight.numel() * 4
     assert all(two - one < weight / 4 for one, two in zip(*sizes, strict=True)), sizes
-
-
-def test_threads_with_more_weights_of_one_storage_than_are_kept():
-    """Each thread runs a cell of its own, whose weight is a view of one buffer."""
-    count = 20
-    cells = [make(4) for _ in range(count)]
-    buffer = torch.stack([cell.conv.weight.detach() for cell in cells])
-    expected = [call(cell, image()) for cell in cells]
-    for cell, view in zip(cells, buffer, strict=True):
-        cell.conv.weight.data = view
-        cell.reset_mem()
-
-    def work(k: int) -> None:
-        for _ in range(5):
-            cells[k].reset_mem()
-            same(call(cells[k], image()), expected[k])
-
-    in_threads(work, count)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close, ours, same_gradients, steps
 from torch import Tensor, nn
 from torch.nn.parallel import replicate
 from torch.utils.data import DataLoader
 
 import snnlstm
-from benchmarks.networks import NETWORKS, ExplicitStates, Lit, Recurrent, twins
+from benchmarks.networks import NETWORKS, Spectrogram, twins
+from tests.shared.helpers import close, ours, same_gradients, steps
 
 
 def data(name: str) -> list[tuple[Tensor, Tensor]]:
@@ -30,7 +30,20 @@ def same_weights(one: nn.Module, other: nn.Module) -> None:
 
 def test_lightnings_trainer(tmp_path):
     lightning = pytest.importorskip("lightning", reason="pip install lightning")
-    nets = twins(Lit)
+
+    class Lit(lightning.LightningModule):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            x, y = batch
+            return F.cross_entropy(self.net(x).mean(0), y)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    nets = [Lit(net) for net in twins(NETWORKS["documentation"].make)]
     for net in nets:
         before = copy.deepcopy(net.state_dict())
         trainer = lightning.Trainer(
@@ -38,9 +51,9 @@ def test_lightnings_trainer(tmp_path):
             enable_model_summary=True, default_root_dir=tmp_path, gradient_clip_val=0.5,
             accumulate_grad_batches=2,
         )  # fmt: skip
-        trainer.fit(net, DataLoader(data("lit"), batch_size=2))
-        assert not torch.equal(net.head.weight, before["head.weight"])
-    assert nets[1].lstm.path.native
+        trainer.fit(net, DataLoader(data("documentation"), batch_size=2))
+        assert not torch.equal(net.net.fc.weight, before["net.fc.weight"])
+    assert nets[1].net.cells[0].path.native
     same_weights(*nets)
     saved = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=True)
     nets[0].load_state_dict(saved["state_dict"])
@@ -48,11 +61,11 @@ def test_lightnings_trainer(tmp_path):
 
 def test_accelerates_loop():
     accelerate = pytest.importorskip("accelerate", reason="pip install accelerate")
-    nets = twins(ExplicitStates)
+    nets = twins(NETWORKS["documentation"].make)
     for net in nets:
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-        loader = DataLoader(data("explicit"), batch_size=2)
+        loader = DataLoader(data("documentation"), batch_size=2)
         model, optimizer, loader = accelerator.prepare(net, optimizer, loader)
         for x, y in [*loader] * 2:
             with accelerator.accumulate(model):
@@ -60,7 +73,7 @@ def test_accelerates_loop():
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-    assert nets[1].lstm1.path.native
+    assert nets[1].cells[0].path.native
     same_weights(*nets)
 
 
@@ -73,8 +86,8 @@ def test_data_parallels_replicas(monkeypatch):
 
     monkeypatch.setattr(module, "_broadcast_coalesced_reshape", broadcast)
     monkeypatch.setattr(module, "_get_device_index", lambda device, allow: device)
-    net, whole = twins(Recurrent)[1], twins(Recurrent)[1]
-    x = steps(4, 4, 2, 12, 12)  # (N, T, C, H, W)
+    net, whole = (twins(Spectrogram)[1].eval() for _ in range(2))  # batch norm takes no statistics
+    x = steps(4, 1, 20, 32)  # (N, 1, mels, columns)
     net(x[:1])  # the module then has a state of another batch
     for _ in range(2):
         replicas = replicate(net, [0, 1])

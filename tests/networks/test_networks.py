@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import snntorch
 import torch
-from helpers import close
 from torch import Tensor, nn
 
 import snnlstm
 from benchmarks.networks import NETWORKS, Network
+from tests.shared.helpers import close
 
 STEPS = 10
 every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)

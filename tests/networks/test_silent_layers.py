@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import snntorch
 import torch
-from cpu_kernels import ISAS, Kernels, use
 from torch import Tensor
 
 import snnlstm
 import snnlstm.path
+from tests.shared.cpu_kernels import ISAS, Kernels, use
 
 STACKS = {  # arguments of the cells, and the shape of an input
     "28x28": ([(1, 8, 3, 2), (8, 16, 3, 2)], (4, 1, 28, 28)),

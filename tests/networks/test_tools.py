@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import snnlstm
-from benchmarks.networks import NETWORKS, ExplicitStates, twins
+from benchmarks.networks import NETWORKS, Spectrogram, twins
 
 
 def torchinfo_(net: nn.Module, x: Tensor) -> Any:
@@ -60,8 +60,8 @@ def test_tools_see_what_they_see_in_snntorchs_cell(
     tool: Callable[..., Any], caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snnlstm.path, "_logged", set())
-    (x, _), *_ = NETWORKS["explicit"].batches()
-    theirs, ours = twins(ExplicitStates)
+    (x, _), *_ = NETWORKS["spectrogram"].batches()
+    theirs, ours = twins(Spectrogram)
     found = tool(ours, x)
     assert "lstm1.conv" in str(found) or "Conv2d" in str(found)
     assert found == tool(theirs, x)
@@ -79,8 +79,8 @@ def test_tools_see_what_they_see_in_snntorchs_cell(
 @pytest.mark.filterwarnings("ignore")  # the trace's, about sizes that become constants
 def test_a_network_with_a_history_is_traced_again() -> None:
     """torch.jit.trace must not keep a state with a history; its own check traces twice."""
-    (x, _), *_ = NETWORKS["explicit"].batches()
-    net = twins(ExplicitStates)[1].eval()
+    (x, _), *_ = NETWORKS["spectrogram"].batches()
+    net = twins(Spectrogram)[1].eval()
     out = net(x)
     for _ in range(2):
         traced = torch.jit.trace(net, x)

@@ -7,12 +7,12 @@ from collections import OrderedDict
 import pytest
 import snntorch
 import torch
-from helpers import close, ours, theirs
 from snntorch import utils
-from test_sequential import N, T, X, equals_the_loop, hidden, leaky, loop, total
 from torch import nn
 
 import snnlstm
+from tests.sequences.stacks import N, T, X, equals_the_loop, hidden, leaky, loop, total
+from tests.shared.helpers import close, ours, theirs
 
 
 def test_layers_that_change_under_way_take_effect():
@@ -45,7 +45,6 @@ def test_global_hooks_are_called_at_every_step():
     assert net.report[0].reason == "global module hooks are registered"
 
 
-DIM = 4  # of one step of images
 REASONS = {
     "it keeps a state from step to step": [leaky()],
     "it draws a new mask for every step": [nn.Dropout(0.5), nn.Dropout2d(1.0)],
@@ -59,25 +58,9 @@ REASONS = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_the_report_says_why(reason):
     for layer in REASONS[reason]:
-        assert snnlstm.layers.report_of("a", layer, DIM, 0).reason == reason
-
-
-def test_without_snntorch_its_neurons_are_unknown(monkeypatch):
-    monkeypatch.setattr(snnlstm.layers, "Neuron", None)
-    found = snnlstm.layers.report_of("a", leaky(), DIM, 0)
-    assert found.reason == "Leaky is not known to treat every sample alone"
-
-
-def test_layers_that_write_to_no_input_need_no_copy_of_it():
-    layers = {
-        False: [nn.Tanh(), nn.ReLU(), nn.Dropout(), nn.BatchNorm2d(2), leaky(), theirs()],
-        True: [nn.ReLU(inplace=True), nn.Dropout(inplace=True), Residual(), nn.Sequential()],
-    }
-    layers[True].append(nn.Tanh())
-    layers[True][-1].register_forward_hook(lambda *_: None)
-    for expected, those in layers.items():
-        for layer in those:
-            assert bool(snnlstm.layers.may_write(layer)) is expected, layer
+        net = snnlstm.Sequential(layer)
+        net(X)
+        assert net.report[0].reason == reason
 
 
 class Keeps(nn.Module):

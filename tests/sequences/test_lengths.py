@@ -6,15 +6,13 @@ import pytest
 import snntorch
 import snntorch.utils
 import torch
-from by_length import CELLS, LENGTHS, TIME, alone, check, gradients, inputs, own
-from cpu_kernels import native
-from helpers import close, ours, same, steps
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import snnlstm
 from snnlstm import functional
 from snnlstm.call import checked_lengths as checked
+from tests.sequences.by_length import CELLS, LENGTHS, TIME, alone, check, gradients, inputs, own
+from tests.shared.helpers import close, ours, same, steps
 
 
 @pytest.mark.parametrize("record", [False, True], ids=["last", "record"])
@@ -179,35 +177,6 @@ def test_a_stack_that_ends_without_a_neuron_returns_zeros_behind_the_last_step(
     assert not flat.isnan().any()
 
 
-@pytest.mark.skipif(native is None, reason="the core is not built")
-def test_padding_does_not_count_for_the_density_of_x():
-    cell, x = ours(16, 32, 3), torch.rand(TIME, len(LENGTHS), 16, 12, 12)
-    names = []
-    for density, padding in (1, 0), (0.05, 0), (0.05, 1):
-        spikes = (x < density).float().masked_fill_(~own(), padding)
-        cell(spikes, lengths=LENGTHS)
-        names.append(cell.path.name)
-        cell(spikes.transpose(3, 4).contiguous().transpose(3, 4), lengths=LENGTHS)
-        names.append(cell.path.name)
-    assert ["sparse" in name for name in names] == [False, False, True, True, True, True], names
-
-
-@pytest.mark.skipif(native is None, reason="the core is not built")
-def test_compiled_code_takes_other_lengths_without_another_compilation(fresh_compiler):
-    cell, x = cell_and_input(surrogate_disable=False)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(cell, backend=counter, fullgraph=True)
-    for lengths in (torch.tensor(LENGTHS), torch.tensor(LENGTHS[::-1])):
-        results = []
-        for call in (cell, compiled):
-            cell.reset_mem()
-            out = call(x, lengths=lengths, record=True)
-            results.append((*out, *torch.autograd.grad(out[2].sum(), cell.parameters())))
-        close(*results)
-    assert counter.frame_count == 1
-    assert cell.path.native
-
-
 def test_numbers_that_the_host_does_not_see_are_clamped():
     given, found = torch.tensor([9, -3]), []
     cpu = torch.device("cpu")
@@ -248,36 +217,24 @@ def test_a_convlstm_is_for_each_sample_as_it_is_alone(backend, hooked):
         net(x, lengths=[7] * 7)
 
 
-def after_each_step(cell: snnlstm.ConvLSTMCell, x: Tensor, lengths: list[int] | None):
-    """Returns h and c after each step, (N, T, C, H, W) each, by calls of one step."""
-    state = cell.init_hidden(x.shape[1], tuple(x.shape[-2:]))
-    states = []
-    for t, x_t in enumerate(x):
-        after = cell(x_t, state)
-        if lengths is not None:
-            going = (torch.tensor(lengths) > t)[:, None, None, None]
-            after = [torch.where(going, *pair) for pair in zip(after, state, strict=True)]
-        state = after
-        states.append(state)
-    return [torch.stack(of_all, 1) for of_all in zip(*states, strict=True)]
-
-
 @pytest.mark.parametrize("hooked", [False, True], ids=["sequence", "steps"])
 def test_a_convlstm_records_the_states_of_every_step(backend, hooked):
+    """A sample's states after its own last step are those of that step."""
     net, x = convlstm_and_input(hooked)
-    results = []
     for lengths in (None, LENGTHS):
         outs, states = net(x, lengths=lengths, record=True)
-        expected = [after_each_step(net.cell_list[0], x, lengths)]
-        expected.append(after_each_step(net.cell_list[1], expected[0][0].transpose(0, 1), lengths))
-        close(states, expected)
-        close(outs, [h if lengths is None else torch.where(own().transpose(0, 1), h, 0)
-                     for h, _ in states])  # fmt: skip
-        for found in (states, expected):
-            every = [s for pair in found for s in pair]
-            ends = [(s * torch.linspace(1, 2, s.numel()).view_as(s)).sum() for s in every]
-            results.append(torch.autograd.grad(sum(ends), list(net.parameters())))
-        close(*results[-2:], atol=1e-9)
+        for cell, input_, out, (h, c) in zip(
+            net.cell_list, (x, states[0][0].transpose(0, 1)), outs, states, strict=True
+        ):
+            state, every = cell.init_hidden(len(LENGTHS), (6, 7)), []
+            for t, x_t in enumerate(input_):
+                after = cell(x_t, state)
+                going = True if lengths is None else own()[t]
+                state = [torch.where(torch.as_tensor(going), *pair)
+                         for pair in zip(after, state, strict=True)]  # fmt: skip
+                every.append(state)
+            close([h, c], [torch.stack(of_all, 1) for of_all in zip(*every, strict=True)])
+            close(out, h if lengths is None else torch.where(own().transpose(0, 1), h, 0))
     backend.check(net.cell_list[1].path)
     with pytest.raises(TypeError, match="record must be a bool, got 2"):
         net(x, record=2)

@@ -5,12 +5,12 @@ import copy
 import pytest
 import snntorch
 import torch
-from by_length import LENGTHS, TIME
-from helpers import close, ours, steps
-from test_sequential import equals_the_loop
 from torch import nn
 
 import snnlstm
+from tests.sequences.by_length import LENGTHS, TIME
+from tests.sequences.stacks import equals_the_loop
+from tests.shared.helpers import close, ours, steps
 
 N = len(LENGTHS)
 X = steps(TIME, N, 2, 6, 6)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import close, ours, same, steps, twins
 from torch import Tensor
 
 import snnlstm
 from snnlstm.functional import sconv2dlstm
+from tests.shared.helpers import close, ours, same, steps, twins
 
 
 def test_states_are_carried_from_sequences_to_steps_and_back(backend):
@@ -102,15 +102,6 @@ def test_the_functional_forms(backend):
     for form in (sconv2dlstm, snnlstm.reference.sconv2dlstm):
         plain = form(turned(x), record=True, **kept)
         close(form(x, record=True, batch_first=True, **kept), [turned(a) for a in plain])
-
-
-@pytest.mark.parametrize("record", [False, True])
-def test_results_lie_in_memory_as_they_are_seen(record):
-    """The kernels write contiguous results, so that a layer that folds N and T copies nothing."""
-    _, cell = both_orders()
-    with torch.no_grad():
-        spk, _, mem = cell(events(), record=record)
-    assert cell.path.name == "reference" or (spk.is_contiguous() and mem.is_contiguous())
 
 
 def test_errors_speak_of_the_shape_that_came():

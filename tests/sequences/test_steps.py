@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import close, ours, steps
 from torch import nn
 from torch.autograd import forward_ad
 
 import snnlstm
+from tests.shared.helpers import close, ours, steps
 
 T, N = 5, 2
 X = steps(T, N, 2, 6, 6)

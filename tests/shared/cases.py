@@ -1,9 +1,11 @@
 """Describes calls of the cell: options, shapes, memory layouts, numbers; hypothesis draws some."""
 
+import os
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -287,3 +289,16 @@ def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.flo
         (draw(layout), draw(layout), draw(layout), draw(layout)),
         draw(st.integers(0, 2**16)),
     )
+
+
+def drawing(count: int) -> settings:
+    """Returns a decorator of functions with ``@given``, which then draw `count` examples.
+
+    The examples are equal for everybody, and no clock decides. With SNNLSTM_EXAMPLES=fresh, as in
+    ``make fuzz``, they are fresh and ten times as many. A failure prints the code that repeats it.
+    """
+    fresh = os.environ.get("SNNLSTM_EXAMPLES") == "fresh"
+    return settings(
+        max_examples=10 * count if fresh else count, derandomize=not fresh, database=None,
+        deadline=None, print_blob=True, suppress_health_check=list(HealthCheck),
+    )  # fmt: skip

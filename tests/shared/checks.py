@@ -5,15 +5,24 @@ Both checks run the kernels on poisoned and fenced memory (poison.py).
 
 from collections.abc import Callable, Sequence
 
-import flat
 import torch
-from cases import Case, Inputs, wanting_gradients
-from cpu_kernels import Kernels, one_thread
-from gradients import NAMES, OUTPUTS, agrees, compare, from_states, gradients, of_outputs
-from helpers import same
-from oracle import check_steps, is_clear
-from poison import HUGE, NAN, poisoned
 from torch import Tensor
+
+from tests.shared import flat
+from tests.shared.cases import Case, Inputs, wanting_gradients
+from tests.shared.cpu_kernels import Kernels, one_thread
+from tests.shared.gradients import (
+    NAMES,
+    OUTPUTS,
+    agrees,
+    compare,
+    from_states,
+    gradients,
+    of_outputs,
+)
+from tests.shared.helpers import same
+from tests.shared.oracle import check_steps, is_clear
+from tests.shared.poison import HUGE, NAN, poisoned
 
 
 def infer(

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import flat
 import pytest
 import torch
 from torch import Tensor
 
 import snnlstm
 import snnlstm.path
+from tests.shared import flat
 
 native = snnlstm.path._native
 ISAS: list[str] = snnlstm._C.isa_names() if native else []

@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import flat
 import torch
-from cases import Case, Inputs, Options, wanting_gradients
-from oracle import decisions, steps_of
 from torch import Tensor
+
+from tests.shared import flat
+from tests.shared.cases import Case, Inputs, Options, wanting_gradients
+from tests.shared.oracle import decisions, steps_of
 
 NAMES = ("x", "syn", "mem", "weight", "bias", "threshold")
 OUTPUTS = ("spk", "syn", "mem")
@@ -123,3 +124,40 @@ def leaves_and_gradients(case: Case) -> tuple[Inputs, tuple[Tensor, ...]]:
 
 def total(out: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
     return sum((o * g).sum() for o, g in zip(out, grads, strict=True))
+
+
+# ---- unusual ways ----------------------------------------------------------------------------
+
+
+def _negated(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
+    """Asks with output gradients whose sign is a flag of the tensor."""
+    return torch.autograd.grad(outputs, sources, [torch._neg_view(-g) for g in grads], **rest)
+
+
+def _hooked(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
+    """Asks with half of the output gradients, which hooks on the outputs then double."""
+    for output in outputs:
+        output.register_hook(lambda grad: 2 * grad)
+    return torch.autograd.grad(outputs, sources, [0.5 * g for g in grads], **rest)
+
+
+def _twice(outputs: Any, sources: Any, grads: Any, **rest: Any) -> Any:
+    """Asks twice, and returns what the second pass over the kept graph gives."""
+    torch.manual_seed(0)
+    torch.autograd.grad(outputs, sources, grads, retain_graph=True, **rest)
+    torch.manual_seed(0)
+    return torch.autograd.grad(outputs, sources, grads, **rest)
+
+
+# Each function takes the arguments of torch.autograd.grad, and returns what that returns.
+ASKED = {
+    "plain": torch.autograd.grad, "negated": _negated, "hooked": _hooked, "twice": _twice,
+}  # fmt: skip
+# Each hook unpacks a saved tensor to equal numbers in another form.
+KEPT = {
+    "as it is": None,
+    "copied": torch.clone,
+    "widened": lambda t: t.double() if t.is_floating_point() else t,
+    "negated": lambda t: torch._neg_view(-t) if t.is_floating_point() else t,
+    "strided": lambda t: t.detach().repeat_interleave(2, -1)[..., ::2] if t.dim() else t,
+}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -24,14 +23,11 @@ from typing import Any
 
 import pybind11
 import torch
-from builder import HERE, ROOT, build
-from emulator import EmulationError, Emulator, symbolise
 
 from snnlstm.native import cuda
 from snnlstm.native import function as native
-
-# Programs that import this module without pytest find the modules of tests/shared, too.
-sys.path.append(str(HERE.parent / "shared"))
+from tests.simt.builder import HERE, ROOT, build
+from tests.simt.emulator import EmulationError, Emulator, symbolise
 
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 BRIDGE = HERE / "bridge" / "bridge.cpp"
@@ -51,13 +47,13 @@ def _readable_reports() -> Iterator[None]:
 class Emulated(cuda.Backend):
     """The CUDA backend without a GPU, of which tests say what the core knows.
 
-    `algorithm` takes the place of what leaves the choice to an estimate, unless it is "auto";
-    "resident" is then demanded.
+    `algorithm` takes the place of what leaves the choice to rules, unless it is "auto"; `tile`, if
+    it is not (0, 0), that of the steps' tiles.
     """
 
-    def __init__(self, core: Any, device: Any, algorithm: str) -> None:
+    def __init__(self, core: Any, device: Any, algorithm: str, tile: tuple[int, int]) -> None:
         super().__init__(core)
-        self._device, self.algorithm, self.now = device, algorithm, 0
+        self._device, self.algorithm, self.tile = device, algorithm, tile
 
     def guard(self, device: torch.device) -> AbstractContextManager:
         return _readable_reports()
@@ -66,7 +62,7 @@ class Emulated(cuda.Backend):
         return self._device
 
     def stream(self, device: torch.device) -> int:
-        return self.now
+        return 0
 
     def name(self) -> str:
         return "simt"
@@ -74,14 +70,12 @@ class Emulated(cuda.Backend):
     def may_measure(self) -> bool:
         return True
 
-    def core_plan(self, sizes: Any, tf32: bool, algorithm: str, backward: bool) -> Any:
-        demanded = algorithm
+    def core_plan(
+        self, sizes: Any, tf32: bool, algorithm: str, backward: bool, **blocks: Any
+    ) -> Any:
         if self.algorithm != "auto" and algorithm in ("auto", "direct", "winograd", "measure"):
-            demanded = self.algorithm
-        plan = super().core_plan(sizes, tf32, demanded, backward)
-        if self.algorithm == demanded == "resident" and not plan.name.startswith("resident"):
-            raise EmulationError("an image and the weights do not fit in a block's shared memory")
-        return plan
+            algorithm = self.algorithm
+        return super().core_plan(sizes, tf32, algorithm, backward, tile=self.tile)
 
 
 class Core(Emulator):
@@ -101,16 +95,12 @@ class Core(Emulator):
         multiprocessors: int = 108,
         shared_bytes: int = 163 * 1024,
         algorithm: str = "fused",
-        model: dict[str, float] | None = None,
+        tile: tuple[int, int] = (0, 0),
     ) -> None:
-        """Sets what the launchers are told of the device, and which kernels they must use.
-
-        `model` has other constants for the estimate.
-        """
+        """Sets what the launchers are told of the device, and which kernels they must use."""
         self.settings.compute_capability = compute_capability
-        of = compute_capability, multiprocessors, shared_bytes
-        device = self.module.CudaDevice(*of, model or {})
-        self.kernels = Emulated(self.module, device, algorithm)
+        device = self.module.CudaDevice(compute_capability, multiprocessors, shared_bytes)
+        self.kernels = Emulated(self.module, device, algorithm, tile)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 import pytest
-from backend import simt_core
+
+from tests.simt.backend import simt_core
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 emulator = Emulator(build("kernels", [...], "checked"))
 emulator.schedule("ahead", seed=3)
 with emulator.arrays(a=a, out=(out, "w")):
-    emulator.call("run_gemm", a, out, 64, 64, 64)
+    emulator.call("run", a, out, 64)
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from tests.simt.faults import fault_numbers
 
 SCHEDULES = ("in_order", "shuffled", "ahead")
 
@@ -92,7 +94,7 @@ class Emulator:
     def reset(self) -> None:
         """Sets the defaults: threads in order, all checks, no counters, no fault, sm_80."""
         ctypes.memmove(ctypes.byref(self.settings), self._defaults, len(self._defaults))
-        self.fault(0)
+        self.fault("none")
         self.reset_counters()
 
     def schedule(self, policy: str, seed: int = 0) -> None:
@@ -101,9 +103,9 @@ class Emulator:
     def checks(self, races: bool = True, counters: bool = False) -> None:
         self.settings.races, self.settings.counters = races, counters
 
-    def fault(self, number: int, place: int = 0) -> None:
-        """Switches one seeded fault on, in the variant "checked"; number 0 is no fault."""
-        self.lib.simt_fault(number, place)
+    def fault(self, name: str) -> None:
+        """Switches one seeded fault of fault.cuh on, in the variant "checked"."""
+        self.lib.simt_fault(fault_numbers()[name])
 
     def _rows(self, what: str) -> list[list]:
         """The fields of each line of an answer; numbers become int."""

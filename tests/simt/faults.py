@@ -1,29 +1,26 @@
-"""Finds the names and numbers of seeded faults in fault.cuh, and their places in kernels."""
+"""Finds the names of seeded faults in fault.cuh, and their places in kernels."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from pathlib import Path
 
-from builder import ROOT
+from tests.simt.builder import ROOT
 
-HEADER = ROOT / "csrc" / "cuda" / "fault.cuh"
+CUDA = ROOT / "csrc" / "cuda"
 
 
 def fault_numbers() -> dict[str, int]:
-    """``{"missing_wait": 1, ...}``, as in fault.cuh."""
-    body = re.search(r"enum class Fault : int \{(.*?)\};", HEADER.read_text(), re.DOTALL)[1]
-    return {name: int(n) for name, n in re.findall(r"(\w+) = (\d+)", body) if n != "0"}
+    """The faults by name; "none" is 0."""
+    text = re.sub(r"//[^\n]*", "", (CUDA / "fault.cuh").read_text())
+    body = re.search(r"enum class Fault : int \{(.*?)\};", text, re.DOTALL)
+    assert body is not None
+    return {name: number for number, name in enumerate(re.findall(r"\w+", body[1]))}
 
 
-def placed_faults(paths: Iterable[Path]) -> dict[tuple[str, int], str]:
-    """The file of every ``fault(Fault::name, place)`` in these sources, by name and place."""
-    found = {}
-    for path in paths:
-        if path.name in ("fault.cuh", "primitives.cuh"):
-            continue
+def placed_faults() -> list[tuple[str, str]]:
+    """Name and file of every ``fault(Fault::name)`` in the kernels."""
+    found = []
+    for path in sorted(CUDA.glob("*.cu*")):
         code = re.sub(r"//[^\n]*", "", path.read_text())
-        for name, place in re.findall(r"\bfault\(\s*Fault::(\w+)\s*(?:,\s*(\d+)\s*)?\)", code):
-            found[name, int(place or 0)] = path.name
-    return dict(sorted(found.items()))
+        found += [(name, path.name) for name in re.findall(r"\bfault\(Fault::(\w+)\)", code)]
+    return found

@@ -19,7 +19,7 @@ from hashlib import sha1
 from itertools import groupby
 from pathlib import Path
 
-from builder import CACHE, ROOT
+from tests.simt.builder import CACHE, ROOT
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 

@@ -1,8 +1,8 @@
-"""Counts on paper what a GPU does for the layers of the suite: `python tests/simt/launches.py`.
+"""Counts on paper what a GPU does for the layers of the suite: `python -m tests.simt.launches`.
 
-    python tests/simt/launches.py [--gpu t4] [--layers mid big] [--modes tf32] [--kernels]
+    python -m tests.simt.launches [--gpu t4] [--layers mid big] [--modes tf32] [--kernels]
 
-Nothing runs: the launchers choose for a card of csrc/cuda/cards.h, and the emulator notes the
+Nothing runs: the launchers choose for a card of benchmarks/devices.py, and the emulator notes the
 launches. For each kernel of a sequence's forward and backward pass the table says how many warps a
 multiprocessor holds, in how many rounds the blocks run, and which part of the last round's
 multiprocessors has work. If there is nvcc, registers count too. --kernels lists each kernel, as
@@ -14,24 +14,26 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "tools")]
+import gpu_tools
+import torch
 
-import gpu_tools  # noqa: E402
-import torch  # noqa: E402
-from backend import Core, simt_core  # noqa: E402
-from builder import ROOT  # noqa: E402
-from emulator import Launch  # noqa: E402
+from benchmarks import devices
+from benchmarks.cases import CPU_CASES, GPU_CASES
+from benchmarks.cases import Case as Layer
+from tests.simt.backend import Core, simt_core
+from tests.simt.builder import ROOT
+from tests.simt.emulator import Launch
 
-from benchmarks.cases import CPU_CASES, GPU_CASES  # noqa: E402
-from benchmarks.cases import Case as Layer  # noqa: E402
-from benchmarks.estimate import FACTS, facts_of  # noqa: E402
-
+# The fields of the core's Cell, which is a small layer.
+FACTS: dict[str, Any] = {
+    "dtype": 0, "T": 1, "N": 1, "Cin": 1, "C": 8, "H": 8, "W": 8, "kernel": (3, 3),
+    "stride": (1, 1), "dilation": (1, 1), "pool": 0, "pool_size": (1, 1), "reset": 2,
+    "surrogate": 1, "p0": 2.0, "p1": 0.0, "inhibition": False, "num_levels": 0,
+}  # fmt: skip
 H100 = {"compute_capability": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024}
 # Threads and blocks that a multiprocessor holds at most, by compute capability: table "Technical
 # Specifications per Compute Capability" of NVIDIA's CUDA C++ Programming Guide.
@@ -55,8 +57,18 @@ KERNELS = {
     "backward step (mma)": ("backward_mma", "backward"),
     "weight gradient (mma)": ("weight_gradient_mma", "weight_gradient"),
 }
-FUSED = 2  # of csrc/cuda/plan.h
+FUSED = 1  # of csrc/cuda/plan.h
 ADDRESS = 1 << 20  # of memory that nobody touches
+
+
+def facts_of(layer: Layer, dtype: int = 0) -> dict[str, Any]:
+    """The fields of the core's Cell for a layer of the suite."""
+    pool, size = (1, layer.max_pool) if layer.max_pool else (2, layer.avg_pool)
+    pooling = {"pool": pool, "pool_size": (size, size)} if size else {}
+    return FACTS | pooling | {
+        "dtype": dtype, "T": layer.steps, "N": layer.batch, "Cin": layer.cin, "C": layer.cout,
+        "H": layer.height, "W": layer.width, "kernel": layer.kernel,
+    }  # fmt: skip
 
 
 def plan(core: Core, matrix: int = 1, backward: bool = False, **facts: Any) -> Any:
@@ -141,7 +153,7 @@ class Compiled(NamedTuple):
 
 def compiled(source: Path, arch: int) -> dict[str, Compiled]:
     """The kernels of a source by name, as they are compiled for an architecture."""
-    import machine_code
+    from tools import machine_code
 
     _, log = gpu_tools.compile_fatbin(source, gpu_tools.known_architectures())
     resources = {r.kernel: r for r in gpu_tools.resources_of_log(log) if r.arch == arch}
@@ -156,14 +168,10 @@ def compiled(source: Path, arch: int) -> dict[str, Compiled]:
     return found
 
 
-def card_of(core: Core, name: str) -> dict[str, int]:
-    """What the launchers are told of a card of csrc/cuda/cards.h."""
-    (card,) = (c for c in core.module.cuda_cards() if c["name"] == name)
-    return {
-        "compute_capability": card["capability"],
-        "multiprocessors": card["multiprocessors"],
-        "shared_bytes": 1024 * card["shared_kib"],
-    }
+def card_of(name: str) -> dict[str, int]:
+    """What the launchers are told of a card."""
+    names = ("compute_capability", "multiprocessors", "shared_bytes")
+    return dict(zip(names, devices.EMULATED[name], strict=True))
 
 
 def print_launches(core: Core, device: dict[str, int], layers: list[str], modes: list[str]) -> None:
@@ -197,14 +205,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--gpu", default="h100", choices=[c["name"] for c in core.module.cuda_cards()]
-    )
+    parser.add_argument("--gpu", default="h100", choices=devices.EMULATED)
     parser.add_argument("--layers", nargs="*", default=list(LAYERS), choices=LAYERS)
     parser.add_argument("--modes", nargs="*", choices=MODES)
     parser.add_argument("--kernels", action="store_true")
     args = parser.parse_args()
-    device = card_of(core, args.gpu)
+    device = card_of(args.gpu)
     core.device(**device)
     new = device["compute_capability"] >= 80
     modes = args.modes or (["tf32", "bf16"] if new else ["float32", "fp16"])

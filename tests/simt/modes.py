@@ -4,17 +4,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import alone
-import cases
-import flat
 import pytest
 import torch
-from backend import float32_precision
-from cases import SILENT, Case
 from torch.backends import mkldnn
 
 from snnlstm import surrogate
 from snnlstm.quant import state_quant
+from tests.kernels import alone
+from tests.shared import cases, flat
+from tests.shared.cases import SILENT, Case
+from tests.simt.backend import float32_precision
 
 SCHEDULES = [("in_order", 0), ("shuffled", 1), ("ahead", 1)]
 
@@ -30,16 +29,15 @@ class Mode:
     operands: torch.dtype | None = None  # under autocast
     compute_capability: int = 80
     algorithm: str = "direct"
-    kernels: str = "fused"  # see backend.Emulated
     shared_bytes: int = 163 * 1024
     multiprocessors: int = 108
-    model: tuple[tuple[str, float], ...] = ()  # other constants of the estimate
+    tile: tuple[int, int] = (0, 0)  # of the steps; (0, 0): as the rules say
 
     @contextmanager
     def running(self, core):
         """Within the block, the native path for CPU tensors runs in this mode."""
         card = self.compute_capability, self.multiprocessors, self.shared_bytes
-        core.device(*card, self.kernels, dict(self.model))
+        core.device(*card, tile=self.tile)
         # torch's convolution stands in for cuDNN's; oneDNN 3 with AMX would give wrong sums for
         # bfloat16 images of one column with stride and dilation.
         (enabled, *_) = mkldnn.set_flags(False)
@@ -82,17 +80,12 @@ MODES = {
     "bfloat16 on sm_75": Mode(BF16, 3e-2, 1.2e-1, **T4),
     "bfloat16 autocast on sm_75": Mode(F32, 3e-2, 8e-2, operands=BF16, **T4),
 }
-# A sequence is one launch, on a GPU with as much shared memory as an H100.
-RESIDENT = {
-    f"resident {name}": replace(mode, kernels="resident", shared_bytes=227 * 1024)
-    for name, mode in MODES.items()
-}
 BEHIND_TORCH = {
-    f"{name} behind torch": replace(MODES[name], compute_capability=80, algorithm="pointwise")
+    f"{name} behind torch": replace(MODES[name], compute_capability=80, algorithm="cudnn")
     for name in ("float32", "float64", "bfloat16 states", "bfloat16 autocast")
 }
 BEHIND_TORCH["float32 on sm_75 behind torch"] = replace(
-    MODES["float32 on sm_75"], precision="ieee", algorithm="pointwise"
+    MODES["float32 on sm_75"], precision="ieee", algorithm="cudnn"
 )
 # The kernels go through the steps, and torch forms the gradients of x, weight and bias.
 HYBRID = {
@@ -106,7 +99,7 @@ OVERLAPPING = {
 }
 FORWARD = MODES | BEHIND_TORCH
 BACKWARD = FORWARD | HYBRID
-ALL = BACKWARD | RESIDENT | OVERLAPPING
+ALL = BACKWARD | OVERLAPPING
 
 # Without reset, since coarse modes would decide some resets otherwise, and then differ.
 PLAIN = cases.PLAIN.but(reset="none", threshold="number")
@@ -167,26 +160,9 @@ JUMPING = CASES | {
 }
 
 
-def fitting(table: dict[str, Case]) -> dict[str, Case]:
-    """The calls of a table whose images and weights fit into the shared memory of one block."""
-    return {n: c for n, c in table.items() if n not in ("wide", "short chunks", "kernel 5x5")}
-
-
-FITS = fitting(CASES) | {
-    "wide": PLAIN.but(kernel_size=(3, 1), in_channels=8, channels=20, height=11, width=12),
-    "few channels, stride": PLAIN.but(stride=(2, 3), dilation=(2, 1), in_channels=3),
-    "many units": PLAIN.but(batch=1, in_channels=1, channels=8, height=23, width=29),
-    "long": PLAIN.but(time=7, batch=3, channels=3, height=5, width=6),
-    "last states": PLAIN.but(record=False),
-    "subtract": PLAIN.but(reset="subtract"),
-    "kernel 5x5": PLAIN.but(kernel_size=(5, 5), time=2, batch=1, channels=3),
-}
-JUMPING_FITS = fitting(JUMPING) | FITS
-
-
-def crossed(*tables):
-    """Mode, case and schedule, for every mode and case of each pair of tables. Short runs have a
-    seventh of them, with each mode and each case."""
+def crossed(modes, calls):
+    """Every mode and case, with a schedule. Short runs have a seventh of them, with each mode and
+    each case."""
     return [
         pytest.param(
             mode,
@@ -197,7 +173,6 @@ def crossed(*tables):
             if (i + j) % 7 == 0 or name in ("plain", "one step")
             else pytest.mark.simt_long,
         )
-        for modes, calls in tables
         for i, mode in enumerate(modes)
         for j, (name, case) in enumerate(calls.items())
     ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from builder import KERNELS, build
-from emulator import Emulator
+
+from tests.simt.builder import KERNELS, build
+from tests.simt.emulator import Emulator
 
 SOURCES = sorted(KERNELS.glob("*.cu"))
 
@@ -38,15 +39,3 @@ def run_case(emulator: Emulator, name: str, bad: bool = False, given=None, out=N
     out = np.zeros(64, np.float32) if out is None else out
     with emulator.arrays(**{"in": given, "out": (out, "w")}):
         emulator.call("run_case", name, int(bad), given, out)
-
-
-def gemm(emulator: Emulator, M: int = 70, N: int = 40, K: int = 136, splits: int = 2):
-    """Runs a product of bf16 matrices; returns (result, expected), float32 (M, N)."""
-    rng = np.random.default_rng(M + N + K)
-    a = to_bf16(rng.standard_normal((M, K)))
-    b = to_bf16(rng.standard_normal((K, N)))
-    parts = np.full((splits, M, N), np.nan, np.float32)
-    d = np.full((M, N), np.nan, np.float32)
-    with emulator.arrays(a=a, b=b, parts=(parts, "w"), d=(d, "w")):
-        emulator.call("run_gemm", a, b, parts, d, M, N, K, splits)
-    return d, from_bf16(a).astype(np.float64) @ from_bf16(b)

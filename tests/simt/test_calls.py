@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 from itertools import permutations
 
-import flat
 import pytest
 import torch
-from backend import float32_precision
-from cases import wanting_gradients
-from modes import MODES, PLAIN
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnlstm
 from snnlstm.native import cuda
 from snnlstm.native import function as native
 from snnlstm.quant import state_quant
+from tests.shared import flat
+from tests.shared.cases import wanting_gradients
+from tests.simt.backend import float32_precision
+from tests.simt.modes import MODES, PLAIN
 
 TRAINED = PLAIN.but(reset="subtract", quant=state_quant(4))
 WAITING = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero")
@@ -44,7 +44,7 @@ class Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "pointwise"])
+@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn"])
 def test_nothing_waits_for_the_device(core, algorithm):
     """Therefore a CUDA graph can capture a call, forward and backward."""
     inputs = TRAINED.inputs()
@@ -75,7 +75,7 @@ class Noting:
         return noted
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "pointwise"])
+@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn"])
 def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypatch, algorithm):
     guarded: list[torch.device] = []
 
@@ -102,7 +102,7 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
     monkeypatch.setattr(core.module, "cuda_device", device, raising=False)
     monkeypatch.setitem(native.BACKENDS, "cpu", Noted(core.module))
     train(TRAINED, TRAINED.inputs(), algorithm)
-    packed = set() if algorithm == "pointwise" else {"pack"}
+    packed = set() if algorithm == "cudnn" else {"pack"}
     assert {name for name, *_ in calls} == {"forward", "backward", "store_levels"} | packed
     assert asked == [[torch.device("cpu")]]
     for name, within, stream in calls:
@@ -129,10 +129,9 @@ def test_kernels_run_on_the_tensors_device_and_its_current_stream(core, monkeypa
         ("ieee", 80, torch.float32, torch.bfloat16, "direct", "mma-bf16"),
         ("ieee", 80, torch.float32, torch.float16, "direct", "mma-fp16"),
         ("ieee", 80, torch.float64, torch.float16, "direct", "fma"),
-        ("ieee", 80, torch.float32, torch.float16, "pointwise", "pointwise"),
+        ("ieee", 80, torch.float32, torch.float16, "cudnn", "cudnn"),
         ("tf32", 80, torch.float32, None, "hybrid", "hybrid-mma-tf32"),
         ("ieee", 86, torch.float32, None, "hybrid", "hybrid-fma"),
-        ("tf32", 80, torch.float32, None, "resident", "resident-mma-tf32"),
         ("tf32", 80, torch.float32, None, "fused", "mma-tf32"),
     ],
 )
@@ -149,7 +148,7 @@ def test_what_multiplies_follows_torch(
     assert {spk.dtype, syn.dtype, mem.dtype} == {dtype}
 
 
-@pytest.mark.parametrize("algorithm", ["hybrid", "pointwise"])
+@pytest.mark.parametrize("algorithm", ["hybrid", "cudnn"])
 @pytest.mark.parametrize(("capability", "contiguous"), [(75, True), (80, False)])
 def test_float32_without_tensor_cores_is_convolved_in_contiguous_images(
     core, monkeypatch, algorithm, capability, contiguous
@@ -189,7 +188,7 @@ def test_every_new_value_of_a_weight_is_seen(core):
     assert not torch.equal(before[1], after[1])
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "pointwise"])
+@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn"])
 def test_checkpoint_gives_the_same_gradients(core, algorithm):
     case = TRAINED.but(time=5, record=False)
     with MODES["float32"].running(core):
@@ -199,7 +198,7 @@ def test_checkpoint_gives_the_same_gradients(core, algorithm):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "pointwise"])
+@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn"])
 @pytest.mark.parametrize("mode", ["float32", "bfloat16 autocast"])
 def test_compiled_calls_equal_plain_ones(core, mode, algorithm):
     """The fake kernels of function.py know the sizes of what the CUDA kernels save."""
@@ -229,7 +228,7 @@ def test_one_algorithm_reads_what_the_other_saved(core):
     graded = [torch.randn(shape) for shape in PLAIN.output_shapes]
     with MODES["float32"].running(core):
         found = []
-        for first, second in permutations(("direct", "pointwise", "hybrid", "resident"), 2):
+        for first, second in permutations(("direct", "cudnn", "hybrid"), 2):
             call = (*inputs, options)
             result = flat.forward(*call, True, first)
             found.append(flat.backward(call, result, graded, (True,) * 6, second))
@@ -238,7 +237,7 @@ def test_one_algorithm_reads_what_the_other_saved(core):
             torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "pointwise", "measure"])
+@pytest.mark.parametrize("algorithm", ["direct", "hybrid", "cudnn", "measure"])
 def test_a_loop_of_steps_has_the_gradients_of_the_sequence(core, algorithm):
     cell = snnlstm.SConv2dLSTM(2, 5, 3, threshold=0.1)
     x = torch.rand(4, 2, 2, 7, 6)

@@ -9,15 +9,13 @@ import re
 
 import pytest
 import torch
-from backend import SOURCES, float32_precision
-from cases import Case, cases, wanting_gradients
-from drawing import drawing
-from emulator import EmulationError
-from hypothesis import given, reject
-from modes import ALL, CASES, FITS, FORWARD, MODES, PLAIN, RESIDENT, Mode, crossed
-from oracle import check_steps
+from hypothesis import given
 
 from benchmarks import gpu_smoke
+from tests.shared.cases import Case, cases, drawing, wanting_gradients
+from tests.shared.oracle import check_steps
+from tests.simt.backend import SOURCES, float32_precision
+from tests.simt.modes import ALL, CASES, FORWARD, MODES, PLAIN, Mode, crossed
 
 
 def check(core, case: Case, mode: Mode) -> None:
@@ -36,7 +34,7 @@ def check(core, case: Case, mode: Mode) -> None:
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("mode", "case", "schedule"), crossed((FORWARD, CASES), (RESIDENT, FITS)))
+@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(FORWARD, CASES))
 def test_forward(core, mode, case, schedule):
     core.schedule(*schedule)
     check(core, case, ALL[mode])
@@ -72,7 +70,7 @@ def test_the_smoke_test_for_gpus_runs_every_kernel(core):
     core.checks(counters=True)
     with core.installed(), float32_precision("ieee"):
         for sizes, *which in (
-            ((2, 1, 3, 9, 4, 6), ("fused", "resident", "pointwise"), ("plain", "inhibition")),
+            ((2, 1, 3, 9, 4, 6), ("fused", "cudnn"), ("plain", "inhibition")),
             ((2, 1, 3, 9, 4, 6), ("fused",), ("max_pool, subtract", "quantised")),
             ((1, 1, 2, 3, 11, 12), ("fused",), ("one window",)),
         ):
@@ -83,18 +81,13 @@ def test_the_smoke_test_for_gpus_runs_every_kernel(core):
 
 @pytest.mark.drawn
 @pytest.mark.simt_long
-@pytest.mark.parametrize("mode", FORWARD | RESIDENT)
+@pytest.mark.parametrize("mode", FORWARD)
 def test_forward_of_random_calls(core, mode):
-    @drawing(60, mode)
+    @drawing(60)
     @given(cases((ALL[mode].dtype,)))
     def check_case(case: Case) -> None:
         core.schedule("ahead", case.seed)
-        try:
-            check(core, case, ALL[mode])
-        except EmulationError as error:
-            if "do not fit" not in str(error) or mode not in RESIDENT:
-                raise
-            reject()
+        check(core, case, ALL[mode])
 
     check_case()
 

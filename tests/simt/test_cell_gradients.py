@@ -5,32 +5,25 @@ levels) agree with the reference's. Coarser products would decide otherwise here
 tried on calls without such decisions.
 """
 
-import re
-
-import flat
 import pytest
 import torch
-from cases import Case, cases
-from drawing import drawing
-from emulator import EmulationError
-from gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
-from hypothesis import given, reject
+from hypothesis import given
 from hypothesis import strategies as st
-from modes import (
+
+from tests.shared import flat
+from tests.shared.cases import Case, cases, drawing
+from tests.shared.gradients import NAMES, OUTPUTS, agrees, compare, gradients, of_outputs
+from tests.simt.modes import (
     ALL,
     BACKWARD,
     CASES,
-    FITS,
     JUMPING,
-    JUMPING_FITS,
     MODES,
     PLAIN,
-    RESIDENT,
     SCHEDULES,
     SMOOTH,
     Mode,
     crossed,
-    fitting,
     of,
 )
 
@@ -49,24 +42,16 @@ def check(core, case: Case, mode: Mode, outputs=OUTPUTS, wanted=NAMES) -> bool:
     return True
 
 
-@pytest.mark.parametrize(
-    ("mode", "case", "schedule"),
-    crossed((of(BACKWARD, True), JUMPING), (of(RESIDENT, True), JUMPING_FITS)),
-)
+@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(of(BACKWARD, True), JUMPING))
 def test_exact_gradients(core, mode, case, schedule):
     double = ALL[mode].dtype == torch.float64
     if case is JUMPING["stochastic"] and not double:
         pytest.skip("the oracle draws the same noise in float64 alone")
-    if double and mode in RESIDENT and (case is FITS["wide"] or case is FITS["many units"]):
-        pytest.skip("in float64 it does not fit")
     core.schedule(*schedule)
-    assert check(core, case, ALL[mode]) or mode in RESIDENT, "choose another seed"
+    assert check(core, case, ALL[mode]), "choose another seed"
 
 
-@pytest.mark.parametrize(
-    ("mode", "case", "schedule"),
-    crossed((of(BACKWARD, False), SMOOTH), (of(RESIDENT, False), fitting(SMOOTH))),
-)
+@pytest.mark.parametrize(("mode", "case", "schedule"), crossed(of(BACKWARD, False), SMOOTH))
 def test_coarse_gradients(core, mode, case, schedule):
     core.schedule(*schedule)
     assert check(core, case, ALL[mode])
@@ -78,14 +63,10 @@ def test_only_what_is_wanted(core, mode, wanted):
     assert check(core, PLAIN, ALL[mode], wanted=wanted)
 
 
-@pytest.mark.parametrize(
-    ("mode", "case"),
-    [(MODES["tf32"], CASES["channels last"]), (RESIDENT["resident tf32"], FITS["long"])],
-    ids=["fused", "resident"],
-)
-def test_results_are_the_same_under_every_schedule(core, mode, case):
+def test_results_are_the_same_under_every_schedule(core):
     """Bit for bit: torch.use_deterministic_algorithms has nothing to change."""
-    case = mode.of(case)
+    mode = MODES["tf32"]
+    case = mode.of(CASES["channels last"])
     inputs, grads = case.inputs(), of_outputs(case)
     seen = []
     for schedule in (*SCHEDULES, ("ahead", 2)):
@@ -99,23 +80,17 @@ def test_results_are_the_same_under_every_schedule(core, mode, case):
 
 @pytest.mark.drawn
 @pytest.mark.simt_long
-@pytest.mark.parametrize("mode", of(BACKWARD, True) + of(RESIDENT, True))
+@pytest.mark.parametrize("mode", of(BACKWARD, True))
 def test_gradients_of_random_calls(core, mode):
     subsets = st.sets(st.sampled_from(NAMES), min_size=1).map(lambda s: tuple(sorted(s)))
-    resident = mode in RESIDENT
 
-    @drawing(40, mode)
+    @drawing(40)
     @given(cases((ALL[mode].dtype,)), subsets)
     def check_case(case: Case, wanted: tuple) -> None:
         # The oracle's noise depends on type and layout.
-        if case.options.surrogate.name == "SSO" and (resident or case.dtype != torch.float64):
+        if case.options.surrogate.name == "SSO" and case.dtype != torch.float64:
             return
         core.schedule("ahead", case.seed)
-        try:
-            check(core, case, ALL[mode], wanted=wanted)
-        except EmulationError as problem:
-            if not resident or not re.search("do not fit|at most 32 channels", str(problem)):
-                raise
-            reject()
+        check(core, case, ALL[mode], wanted=wanted)
 
     check_case()

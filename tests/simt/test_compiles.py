@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-import gpu_tools
 import pytest
-from builder import ROOT
+
+from tests.simt import gpu_tools
+from tests.simt.builder import ROOT
 
 needs_nvcc = pytest.mark.skipif(gpu_tools.find("nvcc") is None, reason="there is no nvcc")
 needs_cuobjdump = pytest.mark.skipif(

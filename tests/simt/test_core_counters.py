@@ -5,8 +5,9 @@ memory; tensor core instructions, for wide layers.
 """
 
 import pytest
-from modes import MODES
-from traffic import LAYERS, cost, fewest_mma, measure, total
+
+from tests.simt.modes import MODES
+from tests.simt.traffic import LAYERS, cost, fewest_mma, measure, total
 
 GOALS = {"bytes": 1.15, "sectors": 1.10, "banks": 1.05, "mma": 1.10}
 WIDE = ("mid", "big")

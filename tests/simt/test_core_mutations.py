@@ -10,15 +10,12 @@ import pytest
 import test_cell
 import test_cell_gradients
 import torch
-from backend import SOURCES, simt_core
-from builder import ROOT
-from emulator import EmulationError
-from faults import fault_numbers, placed_faults
-from modes import ALL, CASES
 
-CUDA = ROOT / "csrc" / "cuda"
-NUMBERS = fault_numbers()
-PLACED = placed_faults([*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *SOURCES])
+from tests.simt.backend import simt_core
+from tests.simt.emulator import EmulationError
+from tests.simt.faults import fault_numbers, placed_faults
+from tests.simt.modes import ALL, CASES
+
 RUNS = {
     "float32": ("plain", "wide", "max pool", "kernel 5x1", "odd sizes"),
     "tf32": ("wide", "max pool", "one channel", "inhibition", "odd sizes"),
@@ -29,9 +26,6 @@ RUNS = {
     "float32 behind torch": ("plain", "max pool"),
     "tf32 on sm_90": ("plain",),
     "float64 on sm_90": ("plain",),
-    "resident tf32": ("odd sizes",),
-    "resident float32": ("max pool", "pooled inhibition"),
-    "resident tf32x3": ("quantised",),
 }
 BACKWARD_RUNS = {
     "float32": ("plain", "max pool", "inhibition"),
@@ -39,8 +33,6 @@ BACKWARD_RUNS = {
     "bfloat16 states": ("channels last", "short chunks"),
     "float32 behind torch": ("max pool",),
     "float64 on sm_90": ("plain",),
-    "resident tf32x3": ("plain",),
-    "resident float32": ("max pool",),
 }
 
 
@@ -68,8 +60,7 @@ def by_likelihood(near: str):
         return (
             ((check is test_cell_gradients.check) != backward)
             + (("fma" in near) != (mode == "float32"))
-            + (("pointwise" in near) != ("behind torch" in mode))
-            + 2 * (("resident" in near) != ("resident" in mode))
+            + (("neurons" in near) != ("behind torch" in mode))
         )
 
     return sorted(runs, key=distance)
@@ -80,17 +71,17 @@ def without_a_fault(*run) -> str:
     return report_of(simt_core(), *run)
 
 
-@pytest.mark.parametrize(("name", "place"), PLACED, ids=[f"{n}-{p}" for n, p in PLACED])
-def test_a_fault_is_caught(core, name, place):
+@pytest.mark.parametrize(("name", "file"), placed_faults())
+def test_a_fault_is_caught(core, name, file):
     """A run must notice it, and pass without it."""
-    core.fault(NUMBERS[name], place)
+    core.fault(name)
     core.schedule("ahead", 1)
-    for run in by_likelihood(PLACED[name, place]):
+    for run in by_likelihood(file):
         if report_of(core, *run):
-            core.fault(0)
+            core.fault("none")
             assert without_a_fault(*run) == ""
             return
-    pytest.fail(f"no run notices {name}, place {place}")
+    pytest.fail(f"no run notices {name}")
 
 
 def test_a_tensor_beside_another_hides_no_access_beside_it(core):
@@ -99,7 +90,7 @@ def test_a_tensor_beside_another_hides_no_access_beside_it(core):
     inputs = mode.of(case).inputs()
     parts = torch.cat([t.reshape(-1) for t in inputs]).split([t.numel() for t in inputs])
     inputs = [part.view(t.shape) for part, t in zip(parts, inputs, strict=True)]
-    core.fault(NUMBERS["wrong_tail_mask"])
+    core.fault("wrong_tail_mask")
     core.schedule("ahead", 1)
     with (
         mode.running(core),
@@ -109,7 +100,5 @@ def test_a_tensor_beside_another_hides_no_access_beside_it(core):
         mode.run(*inputs, case.options)
 
 
-def test_every_kind_of_fault_is_placed():
-    """Except missing_syncwarp: no lanes exchange data through memory. A __syncwarp() in the kernels
-    brings lanes together again that have gone different ways."""
-    assert {name for name, _ in PLACED} == set(NUMBERS) - {"missing_syncwarp"}
+def test_every_fault_has_one_place():
+    assert sorted(name for name, _ in placed_faults()) == sorted(set(fault_numbers()) - {"none"})

@@ -1,10 +1,11 @@
 """Counts access patterns whose cost on a GPU is known."""
 
 import numpy as np
-import own
 import pytest
-from own import own_kernels
-from traffic import table
+
+from tests.simt import own
+from tests.simt.own import own_kernels
+from tests.simt.traffic import table
 
 
 @pytest.fixture
@@ -78,26 +79,17 @@ def test_mma(emulator):
     assert (c["mma_fp16"], c["mma_bf16"], c["mma_tf32"]) == (0, 2, 1)
 
 
-def test_a_product_by_kernel(emulator):
-    """64 x 32 x 96 in tiles of 32 x 32: 2 blocks of 4 warps, 3 steps of 2 x 2 mma."""
-    own.gemm(emulator, 64, 32, 96, 1)
-    seen = emulator.counters()
-    assert list(seen) == ["gemm"]
-    c = seen["gemm"]
-    assert (c["launches"], c["blocks"], c["threads"]) == (1, 2, 128)
-    assert c.mma == 2 * 4 * 3 * 2 * 2
-    assert c["bytes_read"] == 2 * (64 * 96 + 96 * 32)
-    assert c["bytes_written"] == 4 * 64 * 32
-    # b is read by both blocks.
-    assert c["bytes_requested"] == c["bytes_read"] + 2 * 96 * 32 + c["bytes_written"]
-    assert "gemm" in table(seen)
-    own.gemm(emulator, 64, 32, 96, 1)
-    assert emulator.counters()["gemm"].mma == 2 * c.mma
+def test_counts_of_launches_add_up(emulator):
+    one = count(emulator, "three_mma")
+    own.run_case(emulator, "three_mma", given=np.zeros(512, np.float32))
+    both = emulator.counters()["three_mma"]
+    assert "three_mma" in table(emulator.counters())
+    assert (both["launches"], both.mma) == (2, 2 * one.mma)
 
 
 def test_without_counters_nothing_is_counted(emulator):
     emulator.checks(counters=False)
-    own.gemm(emulator, 64, 32, 96, 1)
+    own.run_case(emulator, "three_mma", given=np.zeros(512, np.float32))
     assert emulator.counters() == {}
 
 

@@ -4,8 +4,9 @@ import re
 
 import numpy as np
 import pytest
-from emulator import EmulationError
-from own import own_kernels, run_case
+
+from tests.simt.emulator import EmulationError
+from tests.simt.own import own_kernels, run_case
 
 WAIT = r" it at .*, before its wait_for_launch_before\(\)"
 # By kernel: what the report says, and whether the plain build has a report, too.
@@ -139,6 +140,27 @@ def test_an_array_beside_another_hides_no_access_beside_it(emulator, name):
         run_case(emulator, name, True, given, out)
     run_case(emulator, name, False, given, out)
     assert out[0] != 64
+
+
+@pytest.mark.parametrize("variant", ["plain"])
+def test_a_schedule_repeats_itself(emulator):
+    """Two threads write one element, which the plain build does not see: the last one wins."""
+
+    def run(seed):
+        emulator.schedule("ahead", seed)
+        out = np.zeros(64, np.float32)
+        run_case(emulator, "same_element", bad=True, out=out)
+        return out[0]
+
+    assert {run(seed) for seed in range(8)} == {0, 32}
+    for seed in range(8):
+        assert run(seed) == run(seed)
+
+
+@pytest.mark.parametrize("variant", ["checked"])
+def test_without_cp_async_copies_are_done_at_once(emulator):
+    emulator.settings.compute_capability = 75
+    assert violate(emulator, "read_before_wait", True) == ""
 
 
 def test_overlapping_arrays_are_refused():

@@ -3,11 +3,12 @@ asynchronous copies (LDGSTS), fragment loads (LDSM) and 128-bit accesses to glob
 
 import re
 
-import gpu_tools
-import machine_code
 import pytest
-from builder import ROOT
 from test_compiles import compiled, installed_module, needs_cuobjdump, needs_nvcc
+
+from tests.simt import gpu_tools
+from tests.simt.builder import ROOT
+from tools import machine_code
 
 pytestmark = needs_cuobjdump
 
@@ -30,15 +31,6 @@ EXPECTED = {
         r"forward_mma<unsigned short, \d>": (*BOTH_HALVES, "LDG.E.128"),
         r"forward_mma<(?!.*fp16_sm75).*, 2>": VECTORS,
     },
-    "resident_forward": {
-        r"resident_forward_mma<float, \d>": TF32,
-        r"resident_forward_mma<unsigned short, \d>": BOTH_HALVES,
-        r"resident_forward_mma<(?!.*fp16_sm75).*, 2>": VECTORS,
-    },
-    "resident_backward": {
-        r"resident_backward_mma<float>": (*TF32, *VECTORS),
-        r"resident_backward_mma<unsigned short>": (*BOTH_HALVES, *VECTORS),
-    },
     "backward": {
         r"backward_mma<float, \d>": (*TF32, *VECTORS),
         r"backward_mma<unsigned short, \d>": (*BOTH_HALVES, *VECTORS),
@@ -48,7 +40,7 @@ EXPECTED = {
         r"weight_gradient_mma<.*1>": ("HMMA.16816.F32 ", "LDGSTS.E.BYPASS.128", "LDSM.16.MT88.4"),
         r"weight_gradient_mma<.*2>": ("HMMA.16816.F32.BF16", "LDSM.16.MT88.4"),
     },
-    "pointwise": {r"pointwise_(forward|backward)<": VECTORS},
+    "neurons": {r"neurons_(forward|backward)<": VECTORS},
 }
 KERNEL_PATTERNS = [(file, p) for file, patterns in EXPECTED.items() for p in patterns]
 
@@ -97,11 +89,8 @@ def test_kernels_compiled_anew(file, pattern, arch):
 MOST = {"half": 8, "tf32": 10, "parts": 14}
 # Loops that are above for now, with their bounds, by file, kind and HMMA of the loop. In the
 # narrow data gradient a warp has only 4 products in a k-step, and tests in each whether the
-# convolution has a stride. An input of few channels comes to the sequence kernel number by number.
-ABOVE = {
-    ("backward", "parts", 12): 14.5,
-    ("resident_forward", "half", 8): 12,
-}
+# convolution has a stride.
+ABOVE = {("backward", "parts", 12): 14.5}
 # On sm_75 a product takes two HMMA, and threads carry what is copied elsewhere.
 MOST_ON_SM75 = 8
 
@@ -115,7 +104,7 @@ def kind_of(kernel: str) -> str:
 @needs_nvcc
 @pytest.mark.parametrize(
     "file",
-    ["forward", "backward", "weight_gradient", "resident_forward", "resident_backward"],
+    ["forward", "backward", "weight_gradient"],
 )
 def test_inner_loops_do_little_beside_multiplying(file):
     source = CUDA / f"{file}.cu"

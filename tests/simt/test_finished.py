@@ -2,25 +2,23 @@
 
 import pytest
 import torch
-from backend import float32_precision, simt_core
-from by_length import CELLS, LENGTHS, check
 
 import snnlstm
+from tests.sequences.by_length import CELLS, LENGTHS, check
+from tests.simt.backend import float32_precision
 
-core = simt_core()
 
-
-@pytest.mark.parametrize("algorithm", ["fused", "resident", "hybrid", "pointwise"])
+@pytest.mark.parametrize("algorithm", ["fused", "hybrid", "cudnn"])
 @pytest.mark.parametrize("name", ["plain", "pool-reset", "odd-pool", "inhibition", "segments"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_each_sample_is_as_it_is_alone(algorithm, name, dtype):
+def test_each_sample_is_as_it_is_alone(core, algorithm, name, dtype):
     core.schedule("ahead", seed=2)
     core.device(compute_capability=80, algorithm=algorithm)
     with core.installed(), float32_precision("ieee"):
         check(dtype, name == "plain", **CELLS[name])
 
 
-def test_a_batch_without_steps_keeps_its_states_and_gives_no_gradient():
+def test_a_batch_without_steps_keeps_its_states_and_gives_no_gradient(core):
     core.schedule("in_order")
     core.device(compute_capability=80)
     cell, x = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1), torch.ones(3, len(LENGTHS), 2, 5, 5)

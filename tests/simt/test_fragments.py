@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from own import from_bf16, own_kernels, to_bf16, to_tf32
+
+from tests.simt.own import from_bf16, own_kernels, to_bf16, to_tf32
 
 # The position of element v that a lane holds: PTX ISA, "Matrix Fragments for mma.m16n8k16 with
 # floating point type" and "... for mma.m16n8k8".

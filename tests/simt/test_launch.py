@@ -2,7 +2,7 @@
 
 import subprocess
 
-from builder import HERE, ROOT, compiler
+from tests.simt.builder import HERE, ROOT, compiler
 
 
 def test_launches(tmp_path):

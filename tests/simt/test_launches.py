@@ -8,13 +8,23 @@ import itertools
 
 import pytest
 import torch
-from launches import H100, LAYERS, balance, calls, card_of, compiled, of_layer, plan, warps
-from modes import MODES, PLAIN
 from test_cell_gradients import check
 from test_compiles import SOURCES, needs_nvcc
 from test_disassembly import kind_of
 
 from benchmarks import devices
+from tests.simt.launches import (
+    H100,
+    LAYERS,
+    balance,
+    calls,
+    card_of,
+    compiled,
+    of_layer,
+    plan,
+    warps,
+)
+from tests.simt.modes import MODES, PLAIN
 
 WIDE = ("mid", "big", "wide64")
 
@@ -41,7 +51,7 @@ EVEN = {"forward step": 0.7, "backward step": 0.5, "weight gradient (mma)": 0.75
 
 @pytest.mark.parametrize("name", devices.EMULATED)
 def test_blocks_fill_the_rounds_of_every_card(core, name):
-    device = card_of(core, name)
+    device = card_of(name)
     core.device(**device)
     modes = ("tf32", "bf16") if device["compute_capability"] >= 80 else ("float32", "fp16")
     for layer, mode in itertools.product(WIDE, modes):

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import flat
 import pytest
 import torch
-from cases import wanting_gradients
-from gradients import compare, gradients, of_outputs
-from modes import MODES, PLAIN
 
 import snnlstm
 from snnlstm.native import cuda
+from tests.shared import flat
+from tests.shared.cases import wanting_gradients
+from tests.shared.gradients import compare, gradients, of_outputs
+from tests.simt.modes import MODES, PLAIN
 
 NARROW = PLAIN.but(time=2, batch=1, channels=6, height=4, width=6)
 WIDE = NARROW.but(channels=40)
-FORWARD = {"mma-tf32-4x1", "mma-tf32-2x1", "resident-mma-tf32", "pointwise"}
-BACKWARD = {
-    "mma-tf32-4x1", "mma-tf32-2x1x2", "hybrid-mma-tf32-2x1x2", "resident-mma-tf32", "pointwise",
-}  # fmt: skip
+FORWARD = {"mma-tf32-4x1", "mma-tf32-2x1", "cudnn"}
+BACKWARD = {"mma-tf32-4x1", "mma-tf32-2x1x2", "hybrid-mma-tf32-2x1x2", "cudnn"}
 OF_WIDE = {"mma-tf32-4x2", "mma-tf32-2x2"}
 
 
@@ -50,10 +48,10 @@ def run(cell, x):
 def test_forward_and_backward_are_measured_once_and_apart(core):
     cell, x = snnlstm.SConv2dLSTM(2, 6, 3, threshold=0.1), torch.rand(2, 1, 2, 4, 6)
     with MODES["tf32"].running(core), snnlstm.algorithm("measure"):
-        clock = timed_by(core, Clock("resident-mma-tf32"))
+        clock = timed_by(core, Clock("mma-tf32-2x1"))
         spk, syn, mem = cell(x, *cell.reset_mem())
         assert set(clock.timed) == FORWARD
-        assert cell.path.name == "simt-measured-resident-mma-tf32"
+        assert cell.path.name == "simt-measured-mma-tf32-2x1"
         clock.timed.clear()
         clock.best = "hybrid-mma-tf32-2x1x2"
         spk.sum().backward()
@@ -61,12 +59,12 @@ def test_forward_and_backward_are_measured_once_and_apart(core):
         clock.timed.clear()
         run(cell, x)
         assert clock.timed == []
-        assert cell.path.name == "simt-measured-resident-mma-tf32+hybrid-mma-tf32-2x1x2"
+        assert cell.path.name == "simt-measured-mma-tf32-2x1+hybrid-mma-tf32-2x1x2"
         cell(x[:1], *cell.reset_mem())  # another shape
         assert len(clock.timed) == len(FORWARD)
 
 
-def test_of_equals_the_estimated_one_is_kept(core):
+def test_of_equals_the_rules_choice_is_kept(core):
     with MODES["tf32"].running(core), snnlstm.algorithm("measure"):
         clock = timed_by(core, Clock())
         flat.run(*NARROW.inputs(), NARROW.options, "measure")
@@ -88,17 +86,17 @@ def test_every_algorithm_that_may_be_chosen_is_right(core, best):
     compare(actual, exact, 1e-2, grads)
 
 
-def test_where_nothing_may_be_timed_the_estimate_decides_for_now(core):
+def test_where_nothing_may_be_timed_the_rules_decide_for_now(core):
     inputs = NARROW.inputs()
     with MODES["tf32"].running(core):
-        clock = timed_by(core, Clock("pointwise"))
+        clock = timed_by(core, Clock("cudnn"))
         core.kernels.may_measure = lambda: False
         flat.run(*inputs, NARROW.options, "measure")
         assert clock.timed == []
         assert flat.last_name() == "simt-mma-tf32"
         core.kernels.may_measure = lambda: True
         flat.run(*inputs, NARROW.options, "measure")
-        assert flat.last_name() == "simt-measured-pointwise"
+        assert flat.last_name() == "simt-measured-cudnn"
 
 
 def test_torchs_own_switch_measures_too(core, monkeypatch):

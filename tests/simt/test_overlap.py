@@ -5,13 +5,13 @@ import pytest
 import test_cell
 import test_cell_gradients
 import torch
-from backend import float32_precision
-from by_length import CELLS
-from by_length import check as check_lengths
-from emulator import EmulationError
-from faults import fault_numbers
-from launches import calls
-from modes import CASES, OVERLAPPING, PLAIN, SMOOTH
+
+from tests.sequences.by_length import CELLS
+from tests.sequences.by_length import check as check_lengths
+from tests.simt.backend import float32_precision
+from tests.simt.emulator import EmulationError
+from tests.simt.launches import calls
+from tests.simt.modes import CASES, OVERLAPPING, PLAIN, SMOOTH
 
 CALLS = ("plain", "wide", "channels last", "max pool", "uneven average pool", "inhibition")
 
@@ -41,15 +41,15 @@ def test_each_step_but_the_first_overlaps(core, matrix):
 
 
 @pytest.mark.parametrize(
-    ("place", "mode", "check"),
+    ("name", "mode", "check"),
     [
-        (5, "tf32 on sm_90", test_cell.check),
-        (6, "float64 on sm_90", test_cell.check),
-        (7, "float64 on sm_90", test_cell_gradients.check),
+        ("no_launch_wait_mma", "tf32 on sm_90", test_cell.check),
+        ("no_launch_wait_forward_fma", "float64 on sm_90", test_cell.check),
+        ("no_launch_wait_backward_fma", "float64 on sm_90", test_cell_gradients.check),
     ],
 )
-def test_a_read_of_the_step_before_without_a_wait_is_found(core, place, mode, check):
-    core.fault(fault_numbers()["missing_wait"], place)
+def test_a_read_of_the_step_before_without_a_wait_is_found(core, name, mode, check):
+    core.fault(name)
     race = r"race: .* reads .*of the launch before writes it at .*wait_for_launch_before\(\)"
     with pytest.raises(EmulationError, match=race):
         check(core, PLAIN, OVERLAPPING[mode])

@@ -1,4 +1,4 @@
-"""Tiles of many shapes, which other cards and other constants of the estimate choose.
+"""Tiles of many shapes, which the rules choose for other images and cards.
 
 The first sizes of images are odd, and no tile divides them.
 """
@@ -8,19 +8,16 @@ from dataclasses import replace
 import pytest
 import test_cell
 import test_cell_gradients
-from modes import MODES, PLAIN
+
+from tests.simt.modes import MODES, PLAIN
 
 SIZES = ((23, 29), (17, 40), (40, 11), (31, 6))
-CARDS = (
-    (1, ()),
-    (8, ()),
-    (2, (("cache_bytes", 0.5),)),
-    (5, (("warps", 16.0),)),
-)
 CASES = {
-    "plain": (PLAIN.but(time=2, batch=1, in_channels=3, channels=9), 3),
-    "pool": (PLAIN.but(time=2, batch=1, channels=9, pool="avg", pool_size=(3, 2)), 2),
-}
+    "plain": (PLAIN.but(time=2, batch=1, in_channels=3, channels=9), ((2, 32), (6, 10), (13, 4))),
+    "pool": (
+        PLAIN.but(time=2, batch=1, channels=9, pool="avg", pool_size=(3, 2)), ((3, 20), (9, 6))
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -31,22 +28,25 @@ CASES = {
 )
 @pytest.mark.parametrize("name", CASES)
 def test_tiles_of_many_shapes(core, monkeypatch, name, mode, size):
-    """The cards choose some tiles for the steps forward, and some backward."""
-    case, least = CASES[name]
+    case, tiles = CASES[name]
     case = case.but(height=size[0], width=size[1])
-    tiles = {False: set(), True: set()}
-    plan_of = core.kernels.__class__.core_plan
+    seen = set()
+    plan_of = type(core.kernels).core_plan
 
-    def noting(kernels, sizes, tf32, algorithm, backward):
-        plan = plan_of(kernels, sizes, tf32, algorithm, backward)
-        tiles[backward].add(plan.tile)
+    def noting(kernels, sizes, tf32, algorithm, backward, **blocks):
+        plan = plan_of(kernels, sizes, tf32, algorithm, backward, **blocks)
+        seen.add((backward, plan.tile))
         return plan
 
-    monkeypatch.setattr(core.kernels.__class__, "core_plan", noting)
-    for number, (multiprocessors, model) in enumerate(CARDS):
+    monkeypatch.setattr(type(core.kernels), "core_plan", noting)
+    for number, tile in enumerate(tiles):
         core.schedule("ahead", number)
-        card = replace(MODES[mode], multiprocessors=multiprocessors, model=model)
-        test_cell.check(core, case, card)
-        assert test_cell_gradients.check(core, case, card), "choose another seed"
-    if size == SIZES[0]:
-        assert len(tiles[False] | tiles[True]) >= least, tiles
+        forced = replace(MODES[mode], tile=tile)
+        test_cell.check(core, case, forced)
+        assert test_cell_gradients.check(core, case, forced), "choose another seed"
+    assert seen == {(backward, tile) for backward in (False, True) for tile in tiles}
+
+
+def test_a_tile_that_no_block_has_is_refused(core):
+    with pytest.raises(RuntimeError, match="no block has tiles of 1000x1000 pixels"):
+        test_cell.check(core, PLAIN, replace(MODES["tf32"], tile=(1000, 1000)))

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import flat
 import pytest
 import torch
-from cases import Case
-from modes import MODES, PLAIN, Mode
 
 from snnlstm.native import cuda
 from snnlstm.native.plan import Result, Saved
+from tests.shared import flat
+from tests.shared.cases import Case
+from tests.simt.modes import MODES, PLAIN, Mode
 
 BOTH = (False, False, False, True, True, False)
 

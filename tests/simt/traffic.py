@@ -1,4 +1,4 @@
-"""Counts in the emulation what a step of a layer costs on a GPU: `python tests/simt/traffic.py`.
+"""Counts in the emulation what a step of a layer costs on a GPU: `python -m tests.simt.traffic`.
 
 Costs are compared with the least possible: each byte of the arguments is read once, each byte of
 the results written once; sectors have just the bytes that are asked for; shared memory has no bank
@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
-from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
-
-from backend import Core, simt_core  # noqa: E402
-from cases import Case, Options, wanting_gradients  # noqa: E402
-from emulator import Counts  # noqa: E402
-from modes import FORWARD as MODES  # noqa: E402
-from modes import Mode  # noqa: E402
+from tests.shared.cases import Case, Options, wanting_gradients
+from tests.simt.backend import Core, simt_core
+from tests.simt.emulator import Counts
+from tests.simt.modes import FORWARD as MODES
+from tests.simt.modes import Mode
 
 STEP = Options((3, 3))
 # The benchmark suite's layers, with as many samples as the emulation can run.

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import snntorch
 import torch
-from helpers import close, ours, quietly, steps, theirs
 from snntorch import utils
 from snntorch.functional import probe
 from torch import nn
 
 import snnlstm
+from tests.shared.helpers import close, ours, quietly, steps, theirs
 
 X = steps(1, 2, 2, 6, 6)[0]
 # shared/data/make_checkpoints.py wrote the files of earlier releases.

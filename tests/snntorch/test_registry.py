@@ -1,17 +1,16 @@
 """snnTorch's list of all neurons, and ours, know every living cell and keep none alive."""
 
 import gc
-import sys
 import weakref
 
 import pytest
 import snntorch
 import snntorch.functional.quant
 import torch
-from helpers import described, ours
 from torch import nn
 
 import snnlstm
+from tests.shared.helpers import described, ours
 
 
 def test_cells_are_not_kept_alive():
@@ -26,41 +25,6 @@ def test_cells_are_not_kept_alive():
     for _ in range(5):
         ours()
     assert len(snntorch.SpikingNeuron.instances) == entries, "a dead cell's place is not reused"
-
-
-class Counted(list):
-    """A list that counts how often one of its entries is looked at."""
-
-    looks = 0
-
-    def __getitem__(self, position):
-        self.looks += 1
-        return super().__getitem__(position)
-
-    def __iter__(self):
-        return (self[position] for position in range(len(self)))
-
-    def index(self, *args):
-        self.looks += len(self)
-        return super().index(*args)
-
-
-def test_a_new_cell_looks_at_no_more_entries_the_more_there_are(monkeypatch):
-    registry = Counted()
-    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", registry)
-    first = ours(1, 1, 1)  # it looks for the places of other tests' cells
-    registry.looks = 0
-    cells = [ours(1, 1, 1) for _ in range(99)]
-    assert len(registry) == 100
-    assert registry.looks <= 100
-    for _ in range(3):  # the cells that go leave places in the midst of the list
-        registry.looks = 0
-        cells.clear()
-        gc.collect()
-        cells += [ours(1, 1, 1) for _ in range(99)]
-        assert len(registry) == 100
-        assert registry.looks <= 100
-    all_are_reached([first, *cells])
 
 
 def all_are_reached(cells):
@@ -100,23 +64,6 @@ def test_the_list_may_be_walked_in_the_midst_of_a_cells_end():
     gc.collect()
     assert seen() is None
     assert walks
-
-
-def test_cells_may_be_made_at_any_line_of_the_search_for_all_of_them():
-    """A signal handler or another thread makes them."""
-    cells, before = [ours(1, 1, 1) for _ in range(3)], sys.gettrace()
-
-    def make(*_):
-        cells.append(ours(1, 1, 1))
-        return make
-
-    sys.settrace(make)
-    try:
-        found = snnlstm.snntorch.alive()
-    finally:
-        sys.settrace(before)
-    assert len(cells) > 3
-    assert set(cells[:3]) <= set(found)
 
 
 @pytest.mark.parametrize("library", [snnlstm.SConv2dLSTM, snntorch.SConv2dLSTM])

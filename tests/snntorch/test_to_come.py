@@ -1,10 +1,8 @@
-"""What snnTorch is about to change meets our cell: stubs have the forms of its coming releases."""
+"""The open proposals to snnTorch that accelerate relies on: stubs have their interfaces."""
 
 import pytest
 import snntorch
-import snntorch.functional.quant as their_quant
 import torch
-from helpers import close, ours, steps, theirs, train_alike
 from snntorch import utils
 from torch import nn
 
@@ -12,12 +10,14 @@ import snnlstm
 from snnlstm import swap
 from snnlstm.quant import StateQuant, state_quant
 from snnlstm.snntorch import recognise_quant
+from tests.shared.helpers import close, ours, steps, theirs, train_alike
 
 X = steps(4, 3, 2, 6, 6)
+LEVELS = state_quant(4).levels
 
 
 class Cast(torch.autograd.Function):
-    """Casts the levels to the input's dtype before it compares, as snnTorch after 1.0.0."""
+    """Casts the levels to the input's dtype before it compares, as is proposed."""
 
     @staticmethod
     def forward(ctx, x, levels):
@@ -38,98 +38,51 @@ def closure(levels, work=Cast.apply):
     return inner
 
 
-def instance(name="StateQuantizer", module="snntorch.functional.quant", work=None, **held):
-    levels = held.get("levels", state_quant(4).levels)
-    call = work or (lambda self, x: Cast.apply(x, levels))
-    made = type(name, (), {"__module__": module, "__call__": call})()
+def instance(name="StateQuantizer", module="snntorch.functional.quant", work=Cast.apply, **held):
+    call = {"__module__": module, "__call__": lambda self, x: work(x, LEVELS)}
+    made = type(name, (), call)()
     vars(made).update(held)
     return made
 
 
-LEVELS = state_quant(4).levels
 ARGUMENTS = {
     "num_bits": 4, "uniform": True, "thr_centered": True, "threshold": 1, "lower_limit": 0,
     "upper_limit": 0.2, "multiplier": None,
 }  # fmt: skip
 FORMS = {
-    "closure": lambda: closure(LEVELS),
-    "levels": lambda: instance(levels=LEVELS),
-    "arguments": lambda: instance(**ARGUMENTS),
-    "both": lambda: instance(levels=LEVELS, **ARGUMENTS),
+    "closure": closure(LEVELS),
+    "levels": instance(levels=LEVELS),
+    "arguments": instance(**ARGUMENTS),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_quantisers_of_any_form_take_the_kernels(form):
-    theirs_ = FORMS[form]()
-    assert recognise_quant(theirs_) == state_quant(4)
-    cell = ours(state_quant=theirs_)
+    cell = ours(state_quant=FORMS[form])
+    assert cell.state_quant == state_quant(4)
     assert type(cell.state_quant) is StateQuant
-    train_alike(cell, theirs(state_quant=theirs_), X)
+    train_alike(cell, theirs(state_quant=FORMS[form]), X)
     assert cell.path.native
-    x = torch.linspace(-2, 2, 101, dtype=torch.float64)
-    close(cell.state_quant(x), theirs_(x), atol=0)  # their levels are cast to the wider type
 
 
-def _halves(x, levels):
-    return Cast.apply(x / 2, levels)
+def of_gradient_zero(x, levels):
+    return levels[(levels - x[..., None]).abs().min(-1).indices] + 0 * x
 
 
-def _down(x, levels):
-    return levels[torch.bucketize(x.detach(), levels).clamp(max=len(levels) - 1)] + 0 * x
-
-
-def _no_gradient(x, levels):
-    return levels[(levels - x[..., None]).abs().min(-1).indices]
-
-
-@pytest.mark.parametrize("work", [_halves, _down, _no_gradient, lambda x, levels: 1 / 0])
-def test_quantisers_that_compute_something_else_stay_foreign(work):
-    held = instance(levels=LEVELS, work=lambda self, x: work(x, LEVELS))
-    for foreign in (closure(LEVELS, work), held):
-        assert recognise_quant(foreign) is foreign
-
-
-def test_quantisers_of_other_names_or_contents_stay_foreign():
-    for foreign in (
-        instance("Levels", levels=LEVELS),
-        instance(module="mine.quant", levels=LEVELS),
-        instance(levels=LEVELS, scale=torch.ones(1)),
-        instance(num_bits=4),
-        instance(),
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        closure(LEVELS, lambda x, levels: Cast.apply(x / 2, levels)),
+        closure(LEVELS, of_gradient_zero), closure(LEVELS, lambda x, levels: 1 / 0),
         closure("levels"),
-    ):
-        assert recognise_quant(foreign) is foreign
-
-
-def gaussian(name="GaussianSurrogate"):
-    """Makes a surrogate that the kernels do not know, as an object of snnTorch's."""
-
-    class Gaussian(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return (x > 0).to(x.dtype)
-
-        @staticmethod
-        def backward(ctx, grad):
-            (x,) = ctx.saved_tensors
-            return grad * torch.exp(-x.square() / 0.18)
-
-    call = {"__module__": "snntorch.surrogate", "__call__": lambda self, x: Gaussian.apply(x)}
-    made = type(name, (), call)()
-    made.sigma = 0.3
-    return made
-
-
-@pytest.mark.parametrize("name", ["GaussianSurrogate", "SmoothedHeavisideSurrogate"])
-def test_new_surrogates_work_in_plain_torch_and_the_path_says_so(name):
-    spike = gaussian(name)
-    cell, other = ours(spike_grad=spike), theirs(spike_grad=spike)
-    train_alike(cell, other, X)
-    assert cell.spike_grad is spike
-    assert not cell.path.native
-    assert "surrogate" in cell.path.reason or "spike_grad" in cell.path.reason
+        instance(levels=LEVELS, work=of_gradient_zero), instance("Levels", levels=LEVELS),
+        instance(module="mine.quant", levels=LEVELS), instance(num_bits=4), instance(),
+        instance(levels=LEVELS, scale=torch.ones(1)),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_quantisers_of_other_names_contents_or_results_stay_foreign(foreign):
+    assert recognise_quant(foreign) is foreign
 
 
 class Leaking(torch.autograd.Function):
@@ -180,90 +133,46 @@ def test_LSO_that_computes_something_else_stays_foreign():
     assert ours(spike_grad=spike).spike_grad is spike
 
 
-@pytest.fixture
-def next_base(monkeypatch):
-    """Gives snnTorch's base class reset functions, a setter that works, and zeros() in place."""
+def test_reset_functions_of_the_base_class(monkeypatch):
+    """The base class chooses them, its setter of the reset mechanism works, reset() walks a net."""
     base, calls = snntorch.SpikingNeuron, []
 
     def setter(self, value):
         self._reset_mechanism = value
         self.reset_mechanism_val = torch.as_tensor(self.reset_dict[value])
-        self._set_reset_function()
-
-    def set_reset_function(self):
         calls.append(type(self))
         chosen = {"subtract": self._base_sub, "zero": self._base_zero, "none": self._base_int}
-        self.state_function = self.reset_function = chosen[self._reset_mechanism]
+        self.state_function = self.reset_function = chosen[value]
 
-    def zeros(*args):
-        for state in args:
-            state.zero_()
-
-    def reset(net):
-        for module in net.modules():
-            if isinstance(module, base):
-                module.reset_mem()
-
-    has = {"reset_dict": {"subtract": 0, "zero": 1, "none": 2, "subtract_beta": 3}}
-    has |= {"_set_reset_function": set_reset_function, "zeros": staticmethod(zeros)}
-    has["reset_mechanism"] = property(lambda self: self._reset_mechanism, setter)
-    for name, value in has.items():
-        monkeypatch.setattr(base, name, value, raising=False)
-    monkeypatch.setattr(utils, "reset", reset)
-    return calls
-
-
-def test_reset_functions_of_the_base_class(next_base):
+    reset_dict = {"subtract": 0, "zero": 1, "none": 2}
+    monkeypatch.setattr(base, "reset_dict", reset_dict, raising=False)
+    monkeypatch.setattr(
+        base, "reset_mechanism", property(lambda self: self._reset_mechanism, setter)
+    )
     old = theirs()
     old.reset_mechanism = "zero"
-    assert next_base == [snntorch.SConv2dLSTM]
     net = nn.Sequential(nn.Sequential(old))
     expected = [old(x) for x in X]
-    utils.reset(net)
     assert snnlstm.accelerate(net).swapped == ("0.0",)
     cell = net[0][0]
-    assert "reset_function" not in vars(cell)
-    assert cell.reset_mechanism == "zero"
+    cell.reset_mem()
     close([cell(x) for x in X], expected)
-    assert cell.path.native
-    utils.reset(net)  # which walks nested modules
-    assert not cell.mem.any()
     cell.reset_mechanism = "subtract"
-    assert int(cell.reset_mechanism_val) == 0
-    subtracting = theirs(reset_mechanism="subtract")
-    expected = [subtracting(x) for x in X]
-    close([cell(x) for x in X], expected)
-    assert len(next_base) == 1  # ours needs no function of the base class
+    assert cell.reset_mechanism_val == 0
+    assert calls == [snntorch.SConv2dLSTM]  # ours needs no function of the base class
+    cell.reset_mem()
+    expected = [cell(x) for x in X]
     assert snnlstm.restore(net).swapped == ("0.0",)
-    assert net[0][0] is old
     assert old.state_function.__self__ is old
     old.reset_mem()
     close([old(x) for x in X], expected)
-
-
-def test_a_cell_without_a_state_function(next_base):
-    """A release may choose by another attribute; what is there is compared, and no more."""
-    old = theirs()
-    del old.state_function
-    assert snnlstm.accelerate(old).swapped == ("",)
-
-
-def test_zeros_in_place(next_base):
-    for kind in (snntorch.SConv2dLSTM, snnlstm.SConv2dLSTM):
-        state = torch.ones(3)
-        kind.zeros(state)
-        assert not state.any()
-
-
-def test_the_functions_of_snntorch_1_0_are_recognised_too():
-    assert recognise_quant(their_quant.state_quant(4)) == state_quant(4)
 
 
 # ---- the cell on signals ------------------------------------------------------------------
 
 
 class Proposed(snntorch.SpikingNeuron):
-    """A cell of one dimension with the names of the one that is proposed to snnTorch."""
+    """A cell of one dimension with the names of the one that is proposed."""
 
     gates = "ifog"
 
@@ -296,36 +205,33 @@ class Proposed(snntorch.SpikingNeuron):
             self.mem = self.mem - self.reset * self.threshold
         pooled = nn.functional.max_pool1d(self.mem, self.max_pool) if self.max_pool else self.mem
         self.spk = self.fire(pooled)
-        alone = self.init_hidden and not self.output
-        return self.spk if alone else (self.spk, self.syn, self.mem)
+        return (self.spk, self.syn, self.mem) if self.output else self.spk
 
 
 class InAnotherOrder(Proposed):
     gates = "fiog"
 
 
-def signal_net(kind, **kwargs):
+class Fails(Proposed):
+    def forward(self, input_, syn, mem):
+        return super().forward(input_, syn, mem)
+
+
+def signal_net(kind):
     torch.manual_seed(3)
-    common = {"threshold": 0.05, "init_hidden": True} | kwargs
+    common = {"threshold": 0.05, "init_hidden": True}
     return nn.Sequential(
         kind(2, 3, 5, max_pool=2, **common),
         kind(3, 4, 3, reset_mechanism="subtract", learn_threshold=True, output=True, **common),
     )
 
 
-@pytest.mark.parametrize("kind", [Proposed, InAnotherOrder])
-def test_their_cell_on_signals_is_taken_once_it_exists(monkeypatch, kind):
-    monkeypatch.setitem(swap.OURS, kind, snnlstm.SConv1dLSTM)
-    model, expected = signal_net(kind), signal_net(kind)
-    random = torch.get_rng_state()
-    report = snnlstm.accelerate(model)
+def test_their_cell_on_signals_is_swapped_both_ways_once_it_exists(monkeypatch):
+    monkeypatch.setitem(swap.OURS, Proposed, snnlstm.SConv1dLSTM)
+    model, expected = signal_net(Proposed), signal_net(Proposed)
+    random, parameters = torch.get_rng_state(), list(model.parameters())
+    assert snnlstm.accelerate(model).swapped == ("0", "1")
     assert torch.equal(torch.get_rng_state(), random)
-    if kind is InAnotherOrder:
-        assert set(report.left.values()) == {"it computes other things than our cell"}
-        return
-    assert report.swapped == ("0", "1")
-    assert not report.left
-    parameters = list(model.parameters())
     for net in (model, expected):
         utils.reset(net)
     for step in steps(4, 3, 2, 12):
@@ -337,16 +243,20 @@ def test_their_cell_on_signals_is_taken_once_it_exists(monkeypatch, kind):
     close(*(torch.autograd.grad(out[0].sum(), list(net.parameters())) for out, net in pairs),
           atol=2e-5)  # fmt: skip
     assert snnlstm.restore(model).swapped == ("0", "1")
-    assert all(type(cell) is kind for cell in model)
+    assert all(type(cell) is Proposed for cell in model)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     close(model(steps(1, 3, 2, 12)[0]), expected(steps(1, 3, 2, 12)[0]))
 
 
-def test_no_cell_on_signals_is_taken_that_fails(monkeypatch):
-    class Fails(Proposed):
-        def forward(self, input_, syn, mem):
-            return super().forward(input_, syn, mem)
-
-    monkeypatch.setitem(swap.OURS, Fails, snnlstm.SConv1dLSTM)
-    (reason,) = snnlstm.accelerate(Fails(2, 3, 5)).left.values()
-    assert reason.startswith("a call raises TypeError: ")
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (InAnotherOrder, "it computes other things than our cell"),
+        (Fails, "a call raises TypeError: "),
+    ],
+)
+def test_no_cell_on_signals_is_taken_that_computes_something_else(monkeypatch, kind, reason):
+    monkeypatch.setitem(swap.OURS, kind, snnlstm.SConv1dLSTM)
+    left = snnlstm.accelerate(signal_net(kind)).left
+    assert all(said.startswith(reason) for said in left.values())
+    assert len(left) == 2

@@ -1,6 +1,6 @@
 """Memory does not grow over many steps, iterations and cells, and long sequences stay accurate.
 
-``make test-long`` runs ten times as many iterations.
+``make test-all`` runs ten times as many iterations.
 """
 
 import os
@@ -8,11 +8,11 @@ import os
 import pytest
 import snntorch
 import torch
-from cpu_kernels import native
-from helpers import measures_memory, ours
 
 import snnlstm
-from benchmarks import resident
+from benchmarks import peak_memory
+from tests.shared.cpu_kernels import native
+from tests.shared.helpers import measures_memory, ours
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -56,10 +56,10 @@ def test_memory_does_not_grow(work, count):
     cell = ours(2, 16, 3)
     work(cell, count // 4)
     snnlstm.empty_cache()
-    before = resident.watch()
+    before = peak_memory.watch()
     work(cell, count * TIMES)
     snnlstm.empty_cache()
-    grown = resident.watch() - before
+    grown = peak_memory.watch() - before
     assert grown < MOST, f"{grown / MIB:.1f} MiB more"
     assert len(snntorch.SpikingNeuron.instances) < 10
 
@@ -69,11 +69,11 @@ def test_a_leak_would_be_seen():
     """The measurement shows a leak that keeps the state of every step."""
     kept = []
     cell = ours(2, 16, 3)
-    before = resident.watch()
+    before = peak_memory.watch()
     for _ in range(500):
         steps(cell, 1)
         kept.append(cell.mem)
-    assert resident.watch() - before > MOST
+    assert peak_memory.watch() - before > MOST
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "auto"])

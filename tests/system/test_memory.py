@@ -2,18 +2,17 @@
 
 import weakref
 
-import cases
-import flat
 import pytest
 import torch
-from cases import Case, wanting_gradients
-from cpu_kernels import native
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from snnlstm.native import pool
 from snnlstm.quant import state_quant
+from tests.shared import cases, flat
+from tests.shared.cases import Case, wanting_gradients
+from tests.shared.cpu_kernels import native
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 

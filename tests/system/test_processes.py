@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cpu_kernels import native
-from helpers import HANG
+
+from tests.shared.cpu_kernels import native
+from tests.shared.helpers import HANG
 
 pytestmark = [
     pytest.mark.skipif(native is None, reason="the core is not built"),

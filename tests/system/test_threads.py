@@ -15,17 +15,17 @@ import time
 import warnings
 from pathlib import Path
 
-import flat
 import pytest
 import snntorch
 import torch
-from cases import PLAIN, Case, wanting_gradients
-from cpu_kernels import Kernels, native
-from gradients import leaves_and_gradients, total
-from helpers import HANG, close, in_threads, ours, same
 from torch import Tensor
 
 import snnlstm
+from tests.shared import flat
+from tests.shared.cases import PLAIN, Case, wanting_gradients
+from tests.shared.cpu_kernels import Kernels, native
+from tests.shared.gradients import leaves_and_gradients, total
+from tests.shared.helpers import HANG, close, in_threads, ours, same
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 

@@ -1,11 +1,9 @@
 """Compiled cells and networks compute eager's numbers, without graph breaks and recompilations."""
 
 import copy
-import itertools
 
 import pytest
 import torch
-from helpers import close, described, ours, same_gradients, states, steps, theirs
 from snntorch import surrogate
 from snntorch.functional.quant import state_quant
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ from torch._inductor.utils import fresh_inductor_cache as fresh_cache
 
 import snnlstm
 from snnlstm.native import function as native
+from tests.shared.helpers import close, described, ours, same_gradients, states, steps, theirs
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -29,58 +28,102 @@ def count_graphs(module: nn.Module, **kwargs):
     return torch.compile(module, fullgraph=True, backend=counter, **kwargs), counter
 
 
-OPTIONS = [
-    {},
-    {"max_pool": 2, "reset_mechanism": "subtract"},
-    {"avg_pool": 2, "reset_mechanism": "zero", "learn_threshold": True},
-    {"state_quant": snnlstm.quant.state_quant(4)},
-    {"inhibition": True},
-    {"stride": 2, "dilation": 2},
-    {"surrogate_disable": True},
-    {"checkpoint": True},
-    {"spike_grad": torch.sigmoid},
-]
+def step_calls(count=3, *, shape=(2, 2, 6, 6), **kwargs):
+    """Returns the arguments of calls of one step; the states are the stored ones."""
+    return [((x,), kwargs) for x in steps(count, *shape)]
 
 
-@pytest.mark.parametrize(
-    ("hidden", "options"),
-    [(False, options) for options in OPTIONS] + [(True, options) for options in OPTIONS[:2]],
-    ids=described,
-)
-def test_steps_have_no_graph_break_and_equal_eager_ones(options, hidden):
-    cells = [ours(init_hidden=hidden, output=True, **options) for _ in range(2)]
-    step = torch.compile(cells[0], fullgraph=True, backend="aot_eager")
-    x = steps(3, 2, 2, 6, 6)
-    start = () if hidden else states(2, 3, *((3, 3) if "stride" in options else (6, 6)))
-    results = []
-    for cell, call in zip(cells, (step, cells[1]), strict=True):
-        state, loss = start, 0
-        for t in range(3):
-            spk, *state = call(x[t], *state)
-            loss = loss + spk.sum() * (t + 1) + state[1].sum()
-            state = [] if hidden else state
-        loss.backward()
-        results.append((spk, cell.syn, cell.mem, cell.reset, cell.spk))
-    close(*results)
-    same_gradients(*cells)
+def whole(*shape, **kwargs):
+    """Returns the arguments of two calls of a sequence."""
+    return [((steps(3, *(shape or (2, 2, 6, 6)), seed=seed),), kwargs) for seed in (1, 2)]
 
 
-@pytest.mark.parametrize("form", ["last", "record", "channels_last step"])
-def test_sequences_and_strides_equal_eager_ones(form):
+class Functional(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.weight, self.options = nn.Parameter(torch.randn(12, 5, 3, 3) / 9), options
+
+    def forward(self, x):
+        return snnlstm.functional.sconv2dlstm(x, weight=self.weight, threshold=0.01, **self.options)
+
+
+class Alone(nn.Module):
+    """A surrogate or a quantiser, of numbers that are parameters."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.numbers = nn.Parameter(torch.cat([torch.linspace(-3, 3, 101), torch.zeros(1)]))
+
+    def forward(self):
+        return self.function(self.numbers)
+
+
+CHANNELS_LAST = [((steps(1, 2, 2, 6, 6)[0].to(memory_format=torch.channels_last),), {})] * 2
+PAIR = torch.rand(2, 3, 5, 6), torch.rand(2, 3, 5, 6)
+ATAN = snnlstm.surrogate.atan
+# What is compiled, and its calls.
+OBJECTS = {
+    **{
+        f"steps, {described(options) or 'plain'}": (lambda options=options: ours(**options),
+                                                    step_calls())
+        for options in (
+            {}, {"max_pool": 2, "reset_mechanism": "subtract", "init_hidden": True},
+            {"avg_pool": 2, "reset_mechanism": "zero", "learn_threshold": True, "output": True},
+            {"state_quant": snnlstm.quant.state_quant(4)}, {"inhibition": True},
+            {"stride": 2, "dilation": 2}, {"surrogate_disable": True}, {"checkpoint": True},
+            {"spike_grad": torch.sigmoid}, {"dtype": torch.float64}, {"bias": False},
+        )
+    },
+    "a sequence": (lambda: ours(reset_mechanism="subtract"), whole()),
+    "recorded": (lambda: ours(batch_first=True), whole(record=True)),
+    "channels_last": (ours, CHANNELS_LAST),
+    "lengths": (ours, [whole(lengths=torch.tensor(of), record=True)[0] for of in ([3, 1], [0, 2])]),
+    "signals": (lambda: snnlstm.SConv1dLSTM(2, 3, 5, threshold=0.05, max_pool=2), whole(2, 2, 9)),
+    "ConvLSTM": (lambda: snnlstm.ConvLSTM(2, [5, 3], 3, 2, True), whole(2, 2, 5, 6)),
+    "ConvLSTM, stride": (lambda: snnlstm.ConvLSTM(2, 3, 3, 2, stride=2), whole(2, 2, 5, 6)),
+    "ConvLSTMCell": (
+        lambda: snnlstm.ConvLSTMCell(2, 3, 3), step_calls(shape=(2, 2, 5, 6), cur_state=PAIR),
+    ),
+    "Sequential": (
+        lambda: snnlstm.Sequential(ours(init_hidden=True), nn.BatchNorm2d(3), nn.Flatten()),
+        whole(),
+    ),
+    "functional": (lambda: Functional(spike_grad=ATAN(2)), whole()),
+    "functional, step": (lambda: Functional(spike_grad=ATAN(2), stride=2), step_calls(1)),
+    "functional, made within": (lambda: Functional(spike_grad=None), whole()),
+    "quantiser": (lambda: Alone(snnlstm.quant.state_quant(4)), [((), {})]),
+    **{
+        kind.name: (lambda kind=kind: Alone(getattr(snnlstm.surrogate, kind.name)()), [((), {})])
+        for kind in snnlstm.surrogate.KINDS[1:] if kind.name != "SSO"  # it draws other numbers
+    },
+}  # fmt: skip
+
+
+def flat(out):
+    return [out] if isinstance(out, Tensor) else [t for part in out for t in flat(part)]
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_what_is_compiled_has_no_graph_break_and_equals_eager(name):
     """The operators tell the compiler the strides that the kernels give their outputs."""
-    one, other = ours(reset_mechanism="subtract"), ours(reset_mechanism="subtract")
-    x, record = steps(3, 2, 2, 6, 6), form == "record"
-    if "step" in form:
-        x = x[0].to(memory_format=torch.channels_last)
-    compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
+    make, calls = OBJECTS[name]
+    modules, results = [], []
     for _ in range(2):
-        actual, expected = compiled(x, record=record), other(x, record=record)
-        close(actual, expected)
-        close((one.syn, one.mem), (other.syn, other.mem))
-        assert [out.stride() for out in actual] == [out.stride() for out in expected]
-    for out in (actual, expected):
-        (out[0].sum() + out[2].square().sum()).backward()
-    same_gradients(one, other)
+        torch.manual_seed(0)
+        modules.append(make())
+    compiled = torch.compile(modules[0], fullgraph=True, backend="aot_eager")
+    for module, call in zip(modules, (compiled, modules[1]), strict=True):
+        dtype = next(module.parameters()).dtype
+        outs = [t for args, kwargs in calls
+                for t in flat(call(*(a.to(dtype) for a in args), **kwargs))]  # fmt: skip
+        kept = [getattr(module, n, None) for n in ("syn", "mem", "spk", "reset")]
+        results.append([*outs, *(t for t in kept if t is not None)])
+        if outs[0].requires_grad or len(outs) > 1:
+            sum((o * (k + 1)).square().sum() for k, o in enumerate(outs)).backward()
+    close(*results)
+    assert [out.stride() for out in results[0]] == [out.stride() for out in results[1]]
+    same_gradients(*modules)
 
 
 def test_under_autocast(backend):
@@ -131,18 +174,10 @@ def test_what_changes_after_compiling_is_followed(name):
     assert torch.allclose(actual[2].float(), before, atol=1e-5) != changes_mem
 
 
-SURROGATES = {
-    "theirs": (surrogate.atan(), surrogate.atan(3.0)),
-    "of two numbers": (surrogate.SFS(3.0, 0.5), surrogate.spike_rate_escape(2)),
-    "ours": (snnlstm.surrogate.atan(2), snnlstm.surrogate.atan(3.0)),
-}
-
-
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("name", SURROGATES)
-def test_the_functional_form_recognises_surrogates(name, dynamic):
+@pytest.mark.parametrize("library", [surrogate, snnlstm.surrogate], ids=["theirs", "ours"])
+def test_the_functional_form_recognises_surrogates(library, dynamic):
     """A second number is a symbol to the compiler, and is guarded on; all are if it is dynamic."""
-    spikes = SURROGATES[name]
     weight, x = torch.randn(12, 5, 3, 3, requires_grad=True) / 9, steps(3, 2, 2, 6, 6)
     codes = []
 
@@ -150,22 +185,18 @@ def test_the_functional_form_recognises_surrogates(name, dynamic):
         codes.append(graph.code)
         return graph
 
-    def call(spike, **options):
-        return snnlstm.functional.sconv2dlstm(
-            x, weight=weight, threshold=0.01, spike_grad=spike, **options
-        )
-
-    def closure_of(spike):
-        return torch.compile(lambda: call(spike), fullgraph=True, backend=backend, dynamic=dynamic)
+    def call(spike):
+        return snnlstm.functional.sconv2dlstm(x, weight=weight, threshold=0.01, spike_grad=spike)
 
     compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic)
-    close(closure_of(spikes[0])(), call(spikes[0]))
-    for spike in spikes:
-        results = [form(spike) for form in (compiled, call)]
+    for spike in (library.atan(2), library.atan(3.0), library.SFS(3.0, 0.5)):
+        closure = torch.compile(
+            lambda s=spike: call(s), fullgraph=True, backend=backend, dynamic=dynamic
+        )
+        results = [compiled(spike), call(spike)]
         close(*results)
+        close(closure(), results[1])
         close(*(torch.autograd.grad(spk.sum() + mem.sum(), weight) for spk, _, mem in results))
-    for stride in (1, 2):
-        close(compiled(spikes[0], stride=stride), call(spikes[0], stride=stride))
     assert len(codes) >= 3
     assert all("snnlstm.forward" in code for code in codes)
 
@@ -269,73 +300,49 @@ def test_a_graph_cached_on_disk_by_another_instruction_set_is_not_used(monkeypat
             native.cpu.set_isa(before)
 
 
-def test_the_mode_reduce_overhead_works():
-    """On a GPU this mode uses CUDA graphs; on a CPU it is the default mode."""
-    one, other = ours(reset_mechanism="subtract"), ours(reset_mechanism="subtract")
-    compiled = torch.compile(one, fullgraph=True, mode="reduce-overhead")
-    start = states(2, 3, 6, 6)
-    for x in steps(2, 2, 2, 6, 6):
-        close(compiled(x, *start), other(x, *start))
+T, F = True, False
+# How states are kept; batches, each with whether it trains; and the graphs after each batch. Dynamo
+# gives up above 8 graphs, and fullgraph=True raises. Passed states take a graph for a new cell's, a
+# reset cell's and a step's.
+GRAPHS = {
+    "hidden": ("hidden", [(2, T)] * 3, [2, 2, 2]),
+    "hidden, inference": ("hidden", [(2, F)] * 3, [2, 2, 2]),
+    "stored": ("stored", [(2, T)] * 3, [2, 2, 2]),
+    "passed": ("passed", [(2, T)] * 3, [2, 3, 3]),
+    "sequence": ("sequence", [(2, T)] * 3, [1, 1, 1]),
+    "sequence, inference": ("sequence", [(2, F)] * 3, [1, 1, 1]),
+    "last batches": ("hidden", [(4, T), (4, T), (3, T), (6, F), (1, F)] * 2,
+                     [2, 2, 4, 6, 8, *[8] * 5]),
+    "last batches, sequence": ("sequence", [(4, T), (4, T), (3, T), (6, F), (1, F)] * 2,
+                               [1, 1, 2, 3, 4, *[4] * 5]),
+    "any size": ("stored", [(2, T), (3, T), (5, T), (2, T), (7, T)], [2, 4, 4, 4, 4]),
+    "any size, passed": ("passed", [(3, T), (2, T), (4, T), (3, T)], [2, 4, 4, 4]),
+}  # fmt: skip
 
 
 @counted
-@pytest.mark.parametrize(
-    ("state", "training"),
-    [*itertools.product(("hidden", "stored"), (True, False)), ("passed", True)],
-)
-def test_states_take_one_graph_to_start_and_one_to_go_on(state, training):
-    """Passed states take three graphs: for a new cell's, a reset cell's, and a step's states."""
-    cell = ours(init_hidden=state == "hidden")
-    compiled, counter = count_graphs(cell)
-    seen = []
-    with torch.set_grad_enabled(training):
-        for x in (steps(4, 2, 2, 6, 6, seed=s) for s in range(3)):
-            zeros = cell.reset_mem()
-            passed = zeros if state == "passed" else ()
-            for x_t in x:
-                out = compiled(x_t, *passed)
-                passed = out[1:] if state == "passed" else ()
-                seen.append(counter.frame_count)
-            if training:
-                (out if state == "hidden" else out[2]).sum().backward()
-    passed_in_all = [1, 2, 2, 2] + [3] * 8
-    assert seen == (passed_in_all if state == "passed" else [1] + [2] * 11)
-
-
-@counted
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("explicit", [False, True])
-def test_a_sequence_takes_one_graph(explicit, training):
-    cell = ours()
-    compiled, counter = count_graphs(cell)
-    for seed in range(3):
-        if not explicit:
-            cell.reset_mem()
+@pytest.mark.parametrize("name", GRAPHS)
+def test_how_many_graphs_are_compiled(name):
+    """The start and the rest of a sequence take a graph for one size, and then one for all."""
+    mode, batches, expected = GRAPHS[name]
+    cells = [ours(init_hidden=mode == "hidden", output=True) for _ in range(2)]
+    compiled, counter = count_graphs(cells[0])
+    counts = []
+    for batch, training in batches:
+        passed = [cell.reset_mem() if mode == "passed" else () for cell in cells]
         with torch.set_grad_enabled(training):
-            mem = compiled(steps(4, 2, 2, 6, 6, seed=seed), *states(2, 3, 6, 6)[: 2 * explicit])[2]
-        if training:
-            mem.sum().backward()
-        cell(steps(2, 2, 2, 6, 6), record=True)  # an eager call of another kind comes between
-    assert counter.frame_count == 1
-
-
-@counted
-@pytest.mark.parametrize("sequence", [False, True])
-def test_training_and_validation_with_smaller_last_batches_stay_under_dynamos_limit(sequence):
-    """Dynamo gives up above 8 graphs, and fullgraph=True raises."""
-    cell = ours(init_hidden=True)
-    compiled, counter = count_graphs(cell)
-    after = []
-    for _ in range(3):
-        for batch, training in ((4, True), (4, True), (3, True), (6, False), (1, False)):
             x = steps(3, batch, 2, 6, 6)
+            for x_t in [x] if mode == "sequence" else x:
+                pairs = zip((compiled, cells[1]), passed, strict=True)
+                outs = [call(x_t, *state) for call, state in pairs]
+                close(*outs, atol=0, rtol=0)
+                passed = [out[1:] if mode == "passed" else () for out in outs]
+        if training:
+            outs[0][2].sum().backward()
+        for cell in cells:
             cell.reset_mem()
-            with torch.set_grad_enabled(training):
-                out = compiled(x) if sequence else [compiled(x_t) for x_t in x][-1]
-            if training:
-                out.sum().backward()
-        after.append(counter.frame_count)
-    assert after == [4 if sequence else 8] * 3
+        counts.append(counter.frame_count)
+    assert counts == expected
 
 
 @counted
@@ -390,27 +397,6 @@ def test_a_loop_within_a_graph_that_serves_all_sizes():
     compiled = torch.compile(one, backend="eager", dynamic=True)
     for x in (steps(8, 4, 2, 6, 6), steps(8, 3, 2, 5, 7)):
         close(compiled(x), other(x), atol=0, rtol=0)
-
-
-@counted
-@pytest.mark.parametrize(
-    ("passed", "counts"),
-    [(False, ((2, 2), (3, 4), (5, 4), (2, 4), (7, 4))), (True, ((3, 2), (2, 4), (4, 4), (3, 4)))],
-    ids=["stored", "passed"],
-)
-def test_batches_of_any_size(passed, counts):
-    """The start and the rest of a sequence take a graph for one size and then one for all."""
-    cell, other = ours(), ours()
-    compiled, counter = count_graphs(cell)
-    for batch, graphs in counts:
-        states_ = [one.reset_mem() if passed else () for one in (cell, other)]
-        for x in steps(3, batch, 2, 6, 6):
-            out = [call(x, *own) for call, own in zip((compiled, other), states_, strict=True)]
-            states_ = [o[1:] if passed else () for o in out]
-            close(*out, atol=0, rtol=0)
-        for one in (cell, other):
-            one.reset_mem()
-        assert counter.frame_count == graphs
 
 
 def test_a_state_that_is_assigned_after_a_reset_is_used():

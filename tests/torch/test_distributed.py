@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cpu_kernels import native
-from helpers import HANG, THRESHOLD, close, ours, steps
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import snnlstm
+from tests.shared.cpu_kernels import native
+from tests.shared.helpers import HANG, THRESHOLD, close, ours, steps
 
 try:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

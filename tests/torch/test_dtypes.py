@@ -9,11 +9,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from cpu_kernels import native
-from helpers import close, ours, states, steps, theirs
 from torch import Tensor
 
 import snnlstm
+from tests.shared.cpu_kernels import native
+from tests.shared.helpers import close, ours, states, steps, theirs
 
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 half = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)

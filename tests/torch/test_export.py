@@ -6,15 +6,16 @@ The cells were never called before. The exported programs run with other sizes o
 import inspect
 import io
 import warnings
+from typing import Any
 
 import pytest
 import torch
-from helpers import close, ours, same_gradients, states, steps
 from torch import Tensor
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import snnlstm
+from tests.shared.helpers import close, ours, same_gradients, states, steps
 
 CELLS = {
     "pooled": {"max_pool": 2, "reset_mechanism": "subtract"},
@@ -24,26 +25,47 @@ CELLS = {
         "avg_pool": 2,
         "reset_mechanism": "zero",
     },
+    "no surrogate": {"surrogate_disable": True, "reset_mechanism": "zero"},
+    "hidden": {"init_hidden": True},
 }
 
 
+def make(name: str, **more: Any) -> torch.nn.Module:
+    if name == "ConvLSTM":
+        torch.manual_seed(0)
+        return snnlstm.ConvLSTM(2, [5, 3], 3, 2, return_all_layers=True)
+    if name == "signals":
+        torch.manual_seed(0)
+        return snnlstm.SConv1dLSTM(2, 3, 5, threshold=0.1, max_pool=2, **more)
+    return ours(**more | CELLS[name])
+
+
 def inputs(name: str, batch: int, sequence: bool) -> tuple[Tensor, ...]:
-    """Returns x, syn and mem; equal sizes give equal numbers."""
-    size = (3, 3) if name == "strided" else (6, 6)
-    x = steps(3, batch, 2, 6, 6)
-    return (x if sequence else x[0], *states(batch, 3, *size))
+    """Returns x, and syn and mem if they are passed; equal sizes give equal numbers."""
+    sequence = sequence or name in ("ConvLSTM", "hidden")
+    x = steps(3, batch, 2, *((6,) if name == "signals" else (6, 6)))
+    x = x if sequence else x[0]
+    if name in ("ConvLSTM", "hidden"):
+        return (x,)
+    return (x, *states(batch, 3, *{"strided": (3, 3), "signals": (6,)}.get(name, (6, 6))))
 
 
-def any_batch(sequence: bool) -> dict[str, dict[int, Dim]]:
+def any_batch(name: str, sequence: bool) -> Any:
     """Returns the sizes that may change, by argument and dimension."""
     batch = Dim("batch", min=1, max=64)
+    if name in ("ConvLSTM", "hidden"):
+        return {"x" if name == "hidden" else "input_tensor": {1: batch}}
     return {"x": {int(sequence): batch}, "syn": {0: batch}, "mem": {0: batch}}
+
+
+def flat(out: Any) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else [t for part in out for t in flat(part)]
 
 
 @pytest.mark.parametrize("mode", ["real", "symbolic"])
 def test_a_graph_of_make_fx(mode):
     """It is recorded while tensors have numbers: what the kernels do would not be in it."""
-    cell = ours(**CELLS["pooled"]).requires_grad_(False)
+    cell = make("pooled").requires_grad_(False)
     first, second = inputs("pooled", 2, False), inputs("pooled", 3, False)
 
     def call(buffers, *args):
@@ -51,7 +73,7 @@ def test_a_graph_of_make_fx(mode):
 
     graph = make_fx(call, tracing_mode=mode)(cell.state_dict(), *first)
     other = second if mode == "symbolic" else (first[0].flip(0), *first[1:])
-    close(graph(cell.state_dict(), *other), ours(**CELLS["pooled"])(*other))
+    close(graph(cell.state_dict(), *other), make("pooled")(*other))
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
@@ -59,51 +81,33 @@ def test_a_graph_of_make_fx(mode):
     ("name", "sequence", "strict"),
     [
         *(("pooled", sequence, strict) for sequence in (False, True) for strict in (False, True)),
-        ("strided", True, True),
-        ("quantised", False, False),
+        ("strided", True, True), ("quantised", False, False), ("no surrogate", True, False),
+        ("hidden", True, False), ("hidden", True, True), ("signals", True, False),
+        ("ConvLSTM", True, False), ("ConvLSTM", True, True),
     ],
-)
-def test_an_exported_program_takes_batches_of_any_size(name, sequence, strict):
-    cell = ours(**CELLS[name])
+)  # fmt: skip
+def test_an_exported_program_takes_batches_of_any_size_and_can_be_saved(name, sequence, strict):
+    """It holds torch's operators alone, and without a surrogate it runs without snnlstm."""
+    module = make(name)
     program = torch.export.export(
-        cell, inputs(name, 2, sequence), dynamic_shapes=any_batch(sequence), strict=strict
+        module, inputs(name, 2, sequence), dynamic_shapes=any_batch(name, sequence), strict=strict
     )
     targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     symbolic = {t for t in targets if t.startswith(("<built-in function", "_operator"))}
     assert all(t.startswith("aten.") for t in targets - symbolic - {"wrap_with_set_grad_enabled"})
-    assert cell.syn.shape == (0,)  # tracing leaves no state behind
-    assert cell.path is None
+    if name != "ConvLSTM":
+        assert module.syn.shape == (0,)  # tracing leaves no state behind
+        assert module.path is None
+    if name in ("no surrogate", "ConvLSTM"):
+        torch.export.save(program, file := io.BytesIO())
+        file.seek(0)
+        program = torch.export.load(file)
     for batch in (1, 2, 5):
-        given = inputs(name, batch, sequence)
-        close(program.module()(*given), ours(**CELLS[name])(*given))
+        arguments = inputs(name, batch, sequence)
+        close(flat(program.module()(*arguments)), flat(make(name)(*arguments)))
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
-def test_an_exported_cell_with_hidden_states_starts_from_zeros(strict):
-    x = steps(3, 2, 2, 6, 6)
-    batch = Dim("batch", min=1, max=64)
-    program = torch.export.export(
-        ours(init_hidden=True), (x,), dynamic_shapes={"x": {1: batch}}, strict=strict
-    )
-    for size in (2, 4):
-        x = steps(3, size, 2, 6, 6)
-        close(program.module()(x), ours(init_hidden=True)(x))
-
-
-def test_an_exported_program_can_be_saved_and_loaded():
-    """A program without a surrogate holds torch's operators alone, and runs without snnlstm."""
-    cell = ours(surrogate_disable=True, reset_mechanism="zero")
-    program = torch.export.export(
-        cell, inputs("", 2, True), dynamic_shapes=any_batch(True), strict=False
-    )
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    buffer.seek(0)
-    loaded = torch.export.load(buffer).module()
-    close(loaded(*inputs("", 3, True)), cell(*inputs("", 3, True)))
-
-
-def run_onnx(path: str, given: tuple[Tensor, ...]) -> list[Tensor]:
+def run_onnx(path: str, arguments: tuple[Tensor, ...]) -> list[Tensor]:
     """Runs a file by onnxruntime, or else by the reference evaluator of onnx."""
     try:
         import onnxruntime
@@ -113,57 +117,57 @@ def run_onnx(path: str, given: tuple[Tensor, ...]) -> list[Tensor]:
     else:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         names = [entry.name for entry in session.get_inputs()]
-    feed = dict(zip(names, (tensor.numpy() for tensor in given), strict=True))
+    feed = dict(zip(names, (tensor.numpy() for tensor in arguments), strict=True))
     return [torch.from_numpy(out) for out in session.run(None, feed)]
 
 
-def export_onnx(cell: snnlstm.SConv2dLSTM, given: tuple, path: str, **kwargs) -> None:
+def check_onnx(name: str, sequence: bool, path: str, batches: tuple[int, ...], **how: Any) -> None:
+    """Exports a module without a surrogate, and compares the program's results."""
+    disabled = {} if name == "ConvLSTM" else {"surrogate_disable": True}
     with warnings.catch_warnings():  # the exporters warn about themselves
         warnings.simplefilter("ignore")
-        torch.onnx.export(cell, given, path, verbose=False, **kwargs)
+        torch.onnx.export(
+            make(name, **disabled).eval(), inputs(name, 2, sequence), path, verbose=False, **how
+        )
+    for batch in batches:
+        arguments = inputs(name, batch, sequence)
+        expected = flat(make(name, **disabled)(*arguments))
+        close(run_onnx(path, arguments), [out.detach() for out in expected], atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "sequence"), [("strided", True), ("quantised", False)])
-def test_onnx_of_a_fresh_cell_gives_the_same_numbers_for_every_batch_size(tmp_path, name, sequence):
+@pytest.mark.parametrize(
+    ("name", "sequence"), [("strided", True), ("quantised", False), ("ConvLSTM", True)]
+)
+def test_onnx_gives_the_same_numbers_for_every_batch_size(tmp_path, name, sequence):
     pytest.importorskip("onnxscript")
     if "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters:
         pytest.skip("before torch 2.5")
+    shapes = any_batch(name, sequence)
     path = str(tmp_path / "cell.onnx")
-    options = {"surrogate_disable": True, **CELLS[name]}
-    export_onnx(
-        ours(**options).eval(), inputs(name, 2, sequence), path,
-        dynamo=True, dynamic_shapes=any_batch(sequence),
-    )  # fmt: skip
-    for batch in (1, 2, 5):
-        given = inputs(name, batch, sequence)
-        close(run_onnx(path, given), [out.detach() for out in ours(**options)(*given)])
+    check_onnx(name, sequence, path, (1, 2, 5), dynamo=True, dynamic_shapes=shapes)
 
 
 def test_onnx_by_the_older_exporter(tmp_path):
     """The older exporter is built on torch.jit.trace, and fixes the sizes."""
     pytest.importorskip("onnx")
-    cell = ours(surrogate_disable=True, **CELLS["pooled"]).eval()
-    given, path = inputs("pooled", 2, False), str(tmp_path / "cell.onnx")
-    export_onnx(cell, given, path, dynamo=False)
-    close(run_onnx(path, given), [out.detach() for out in cell(*given)])
+    check_onnx("pooled", False, str(tmp_path / "cell.onnx"), (2,), dynamo=False)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("sequence", [False, True], ids=["step", "sequence"])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", ["pooled", "strided", "quantised"])
 def test_a_trace_can_be_saved_and_loaded_and_takes_other_numbers(name, sequence):
-    cell = ours(surrogate_disable=True, **CELLS[name])
-    buffer = io.BytesIO()
+    cell = make(name, surrogate_disable=True)
     traced = torch.jit.trace(cell, inputs(name, 2, sequence), check_trace=False)
     assert str(cell.path) == "reference (tracing records plain operators)"
-    torch.jit.save(traced, buffer)
-    buffer.seek(0)
-    loaded = torch.jit.load(buffer)
+    torch.jit.save(traced, file := io.BytesIO())
+    file.seek(0)
+    loaded = torch.jit.load(file)
     x, syn, mem = inputs(name, 2, sequence)
-    for given in ((x, syn, mem), (1 - x, syn / 2, -mem)):
-        close(loaded(*given), cell(*given))
-    one, other = (ours(**CELLS[name]) for _ in range(2))
+    for arguments in ((x, syn, mem), (1 - x, syn / 2, -mem)):
+        close(loaded(*arguments), cell(*arguments))
+    one, other = make(name), make(name)
     for call in (torch.jit.trace(one, (x, syn, mem)), other):
         spk, _, mem_after = call(x, syn, mem)
         (spk.sum() + mem_after.square().sum()).backward()

@@ -5,12 +5,12 @@ import copy
 import pytest
 import snntorch
 import torch
-from helpers import close, ours, same_gradients, states, steps, theirs
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import snnlstm
+from tests.shared.helpers import close, ours, same_gradients, states, steps, theirs
 
 
 @pytest.fixture(autouse=True)

@@ -90,7 +90,7 @@ class Backward {
       const int64_t all = groups + weight_tasks + x_count,
                     with_next = all + next.count - tasks.count;
       // The largest tasks come first, so that no thread begins one last of all.
-      phases.run(phase++, with_next + finished(tasks), [&](int64_t task) {
+      phases.run(phase++, with_next + padded(tasks), [&](int64_t task) {
         if (task >= with_next) return clear_x(t, tasks.images() + task - with_next);
         if (task >= all) return start(t - 1, tasks.count + task - all);
         if (task < groups_first) return rows(t, tasks, task, thread);
@@ -173,8 +173,8 @@ class Backward {
     write_x(t, n, together, begin, end, s.x);
   }
 
-  // Counts the samples that are finished at a step, and have zeros for its gradient of x.
-  int64_t finished(const RowTasks& tasks) const {
+  // Counts the samples that are padded at a step: their gradient of x is zero.
+  int64_t padded(const RowTasks& tasks) const {
     return a_.grad_x.data ? a_.cell.N - tasks.images() : 0;
   }
   void clear_x(int64_t t, int64_t image) {

@@ -1,14 +1,16 @@
-// Pixels of one pooling window that see the same get the same states, bit for bit, so that max_pool
-// has exact ties, of which it takes the first. Direct sums do that. Winograd rounds a pixel's sums
-// by its neighbours in the tile and by its place there. So the sums of all pixels that may have an
-// equal in their window are formed directly.
+// Finds pixels of one pooling window whose recurrent inputs may be equal, and forms their sums
+// directly. Direct sums of equal inputs have equal bits, so max_pool meets exact ties and takes the
+// first pixel, as snnTorch does. Winograd rounds a pixel's sums by its neighbours in the tile and
+// by its place there, which would decide such ties by chance. Nearly silent layers, as all are when
+// training begins, consist of ties.
 //
-// Let q = p + d be two pixels of a window. If q sees in mem what p sees, then each value that p
-// sees equals the one at the distance d from it, as far as p sees that one too; and so do those
-// that q sees. The search asks for no more. So it needs no other pixels than a block sees anyway,
-// and its answer for a pixel is the same in every block. By induction over the steps, p and q then
-// stay equal as long as their inputs do. At distances of a kernel or more nothing can be asked, and
-// nothing is. In a dilated kernel, distances count taps.
+// Let p and q = p + d be pixels of one window. If both see the same values of mem, then each value
+// that p sees equals the value at distance d from it, as far as p sees that one as well. The search
+// looks for this condition alone: it reads only pixels that a block reads anyway, and its answer
+// for a pixel does not depend on the block. By induction over the steps, p and q stay equal while
+// their inputs do, in a loop of step calls as in a sequence. Distances of a kernel or more cannot
+// be asked for, and distances count taps where the kernel is dilated. Cells with inhibition, which
+// choose among all neurons, are summed directly as a whole.
 #pragma once
 
 #include "layout.h"

@@ -262,7 +262,7 @@ struct Layout {
 
 // The tasks are blocks of rows of all N images. The last block of an image takes the rows that no
 // pooling window covers, too. An image is a sample's; if samples have lengths, the longest has the
-// first image, so that those which are not finished at a step are the first ones.
+// first image, so the samples that are not padded at a step are the first ones.
 struct RowTasks {
   int64_t rows, per_image, count;
   int64_t most_together;  // tasks of a group
@@ -275,7 +275,7 @@ struct RowTasks {
     most_together = per_image == 1 ? l.images_together(a.threads, even) : 1;
     image_rows_ = l.Ho;
   }
-  // Returns the tasks of the images that are not finished at step t.
+  // Returns the tasks of the images that are not padded at step t.
   RowTasks at(int64_t t) const {
     RowTasks some = *this;
     if (!a_->lengths) return some;

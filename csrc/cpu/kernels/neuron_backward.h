@@ -101,6 +101,8 @@ class NeuronBackward {
                         l_.Wm * l_.Cp);
     if (spikes) spike(t, p, task, s);
     for (int64_t h = begin; h < end; ++h) step(t, p, h, task, s.mem_grad + (h - begin) * row);
+    if (!are_finite(bias_sums_ + task * 4 * l_.Cp, 4 * l_.Cp))
+      images_.not_finite(t, p.image, begin, end);
     if (t == 0 && a_.grad_syn0.data) write_rows(a_.grad_syn0, task, state_row(d_syn_, p, begin));
   }
 
@@ -154,6 +156,16 @@ class NeuronBackward {
   }
   T* state_row(T* states, const Sample& p, int64_t h) const {
     return states + p.image * l_.state_image() + h * l_.Wo * l_.Cp;
+  }
+
+  // Looks at `count` values, of whole vectors.
+  static bool are_finite(const T* values, int64_t count) {
+    R differences{};
+    for (int64_t k = 0; k < count; k += VL)
+      differences += S::load(values + k) - S::load(values + k);
+    T sum = 0;
+    for (int lane = 0; lane < VL; ++lane) sum += differences[lane];
+    return sum == 0;
   }
 
   // Returns a row of saved gates, and load_gates() those of one vector of channels of some pixels.

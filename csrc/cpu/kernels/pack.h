@@ -123,9 +123,9 @@ struct Packing {
   }
 
   // Calls f(from, lanes, block, place, width, thread number) for every gate channel and vector of
-  // input channels. `from` is the weight of its first lane. The vector belongs to a block of
-  // `width` channels that begins at channel `block`, and lies at `place` in that block's row of all
-  // gates. The vectors of a block follow each other, and fill whole cache lines.
+  // input channels. `from` points to the weight that goes to lane 0. The vector belongs to a block
+  // of `width` channels that begins at channel `block`, and lies at `place` in that block's row of
+  // all gates. The vectors of a block follow each other, and fill whole cache lines.
   template <class F>
   static void each_backward(const L& l, int threads, const T* weight, int64_t first, int64_t count,
                             int64_t vectors, int64_t values, F&& f) {

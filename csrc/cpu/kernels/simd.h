@@ -101,9 +101,9 @@ struct Simd {
   }
   static SNNLSTM_INLINE Mask sign_bit() { return reinterpret_cast<Mask>(splat(T(-0.0))); }
 
-  // Puts a flag into the sign of a number that is never negative.
+  // Puts a flag into the sign of a number that is never negative. NaN may have a sign.
   static SNNLSTM_INLINE R flag(R v, Mask m) {
-    return reinterpret_cast<R>(reinterpret_cast<Mask>(v) | (m & sign_bit()));
+    return reinterpret_cast<R>(reinterpret_cast<Mask>(abs(v)) | (m & sign_bit()));
   }
   static SNNLSTM_INLINE Mask flagged(R v) { return reinterpret_cast<Mask>(v) < Mask{}; }
 

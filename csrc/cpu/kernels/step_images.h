@@ -9,10 +9,11 @@
 SNNLSTM_BEGIN_ISA
 
 // The images of all samples that the weight gradient of a step reads. d_gates is the first pixel
-// behind the border.
+// behind the border. If `finite`, so are all d gates.
 template <class T>
 struct StepImages {
   const T *d_gates, *mem, *x;
+  bool finite;
 };
 
 template <class T, int VL>
@@ -33,7 +34,9 @@ class StepBuffers {
     }
   }
 
-  StepImages<T> images(int64_t t) const { return {d_gates_row(t, 0, 0), mem(t, 0), x(t, 0)}; }
+  StepImages<T> images(int64_t t) const {
+    return {d_gates_row(t, 0, 0), mem(t, 0), x(t, 0), __atomic_load_n(&finite_, __ATOMIC_RELAXED)};
+  }
 
   // These return the images of step t and sample n, each with its border.
   T* d_gates(int64_t t, int64_t n) const { return d_gates_[t & 1] + n * 4 * l_.mem_image(); }
@@ -56,6 +59,19 @@ class StepBuffers {
       clear_border(d_gates(k, n), l_.Hm, l_.Wm, l_.Ho, l_.Wo, 4 * l_.Cp);
       if (with_x_) clear_border(x(k, n), l_.Hx, l_.Wx, c.H, c.W, c.Cin);
     }
+  }
+
+  // Is told that d gates of rows [begin, end) may not be finite. This clears their lanes without a
+  // channel, whose weights are zero: there the forward pass has made NaN of infinity times zero.
+  void not_finite(int64_t t, int64_t n, int64_t begin, int64_t end) {
+    __atomic_store_n(&finite_, false, __ATOMIC_RELAXED);
+    const int64_t lanes = l_.Cp - l_.c.C;
+    for (int64_t h = begin; h < end; ++h)
+      for (int64_t w = 1; w <= l_.Wo; ++w)
+        for (int64_t gate = 0; gate < 4; ++gate) {
+          T* const behind = d_gates_row(t, n, h) + w * 4 * l_.Cp - gate * VL;
+          std::memset(behind - lanes, 0, lanes * sizeof(T));
+        }
   }
 
   // Reads the input rows of step t and sample n that belong to state rows [begin, end), into an
@@ -96,7 +112,7 @@ class StepBuffers {
   T* d_gates_[2] = {nullptr, nullptr};
   T* mem_[2] = {nullptr, nullptr};
   T* x_[2] = {nullptr, nullptr};
-  bool with_x_ = false;
+  bool with_x_ = false, finite_ = true;
 };
 
 SNNLSTM_END_ISA

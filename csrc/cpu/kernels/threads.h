@@ -22,6 +22,13 @@ class Phases {
   // Calls f(task) for every task of the phase, and returns when all threads' tasks are done.
   template <class F>
   void run(int64_t phase, int64_t tasks, F&& f) const {
+#if SNNLSTM_TESTING
+    if (task_log) {
+      ++task_log->phase;
+      for (int64_t task = 0; task < tasks; ++task) task_log->time(f, task);
+      return;
+    }
+#endif
     Counter& c = counters_[phase];
     for (;;) {
       const int64_t task = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED);
@@ -46,6 +53,12 @@ template <class F>
 void parallel(int threads, double multiply_adds_per_step, F&& body) {
   const double worth = multiply_adds_per_step / 2e5;
   if (worth < threads) threads = worth < 1 ? 1 : int(worth);
+#if SNNLSTM_TESTING
+  if (task_log) {
+    task_log->threads = threads, ++task_log->phase;
+    return body(0);
+  }
+#endif
   if (threads <= 1) return body(0);
   run_team(threads, body);
 }
@@ -55,7 +68,15 @@ template <class F>
 void parallel_for(int threads, int64_t count, int64_t operations, F&& f) {
   int64_t next = 0;
   parallel(threads, double(count) * double(operations), [&](int thread) {
-    for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) f(k, thread);
+    for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) {
+#if SNNLSTM_TESTING
+      if (task_log) {
+        task_log->time([&](int64_t task) { f(task, thread); }, k);
+        continue;
+      }
+#endif
+      f(k, thread);
+    }
   });
 }
 

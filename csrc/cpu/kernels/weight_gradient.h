@@ -206,10 +206,36 @@ class WeightGradient {
       if (l_.closes_up()) return of_few(step, images, of_x, runs, count, s, out);
       each_pixel_block(step, images, cb, of_x, [&](int64_t h, PixelRows<T> p) {
         for (int r = 0; r < count; ++r)
-          weight_grad_run<S>(met_by(runs + r, of_x, h, p), runs[r].in, runs[r].len,
-                             out + runs[r].w * kGates);
+          add_run<4>(step.finite, runs[r], of_x, met_by(runs + r, of_x, h, p),
+                     out + runs[r].w * kGates);
       });
     });
+  }
+
+  // Adds the products of a run. If not all d gates are finite, each tap leaves out the pixels from
+  // which it meets the border, because zero times infinity is NaN.
+  template <int NV>
+  void add_run(bool finite, const Run& run, bool of_x, const PixelRows<T>& p, T* out) const {
+    if (finite) return weight_grad_run<S, NV>(p, run.in, run.len, out);
+    const int64_t channels = of_x ? c_.Cin : c_.C, first = run.w - (of_x ? 0 : l_.Kx);
+    for (int64_t k = first, n; k < first + run.len; k += n, out += n * NV * VL) {
+      n = std::min(channels - k % channels, first + run.len - k);
+      weight_grad_run<S, NV>(met_by(k / channels % c_.kernel_w, of_x, p), run.in + k - first, n,
+                             out);
+    }
+  }
+
+  // Returns those of the pixels, which are whole rows, from which a column of taps meets the image.
+  PixelRows<T> met_by(int64_t column, bool of_x, PixelRows<T> p) const {
+    const int64_t first = column * c_.dilation_w - l_.pw, width = of_x ? c_.W : l_.Wo;
+    const auto meets = [&](int64_t w) {
+      const int64_t at = first + w * (of_x ? c_.stride_w : 1);
+      return 0 <= at && at < width;
+    };
+    int64_t w = 0;
+    for (; p.pixels > 0 && !meets(w); ++w, --p.pixels) p.in += p.in_pixel, p.d_gates += p.d_pixel;
+    while (p.pixels > 0 && !meets(w + p.pixels - 1)) --p.pixels;
+    return p;
   }
 
   // Returns those of the pixels, whose first row is h, from which a run meets the image.
@@ -248,9 +274,9 @@ class WeightGradient {
       for (int r = 0; r < count; to += runs[r++].len * width) {
         const PixelRows<T> met = met_by(runs + r, of_x, h, p);
         if (vectors == 1)
-          weight_grad_run<S, 1>(met, runs[r].in, runs[r].len, to);
+          add_run<1>(step.finite, runs[r], of_x, met, to);
         else
-          weight_grad_run<S, 2>(met, runs[r].in, runs[r].len, to);
+          add_run<2>(step.finite, runs[r], of_x, met, to);
       }
     });
     const T* from = sums;

@@ -16,8 +16,6 @@ namespace py = pybind11;
 
 namespace {
 
-py::object& watcher = *new py::object;  // outlives the interpreter
-
 // What a call does to an array: it overwrites it, or reads and writes it (updates).
 enum Does { reads, writes, updates };
 
@@ -36,8 +34,7 @@ class Arrays {
     if (simt::simt_settings.dry || p == nullptr || bytes <= 0) return;
     const char* c = reinterpret_cast<const char*>(p);
     auto** pointer = const_cast<std::remove_const_t<T>**>(&p);
-    items_.push_back(
-        {c, c + bytes, name, does != writes, does != reads, reinterpret_cast<void**>(pointer)});
+    items_.push_back({c, c + bytes, name, does != reads, reinterpret_cast<void**>(pointer)});
     if (does == writes) std::memset(const_cast<char*>(c), 0xff, size_t(bytes));
   }
 
@@ -51,12 +48,10 @@ class Arrays {
     const int64_t size = cuda::bytes_of(type);
     if (does != writes) return add(name, v.data, (last + 1) * size, does);
     add(name, v.data, (last + 1) * size, updates);
-    items_.back().readable = false;
     poison(static_cast<char*>(v.data), v, extent, size, 0);
   }
 
-  void commit(void* stream) {
-    report(stream);
+  void commit() {
     std::sort(items_.begin(), items_.end(),
               [](const Item& a, const Item& b) { return a.start < b.start; });
     for (size_t i = 0; i < items_.size();) {
@@ -77,18 +72,9 @@ class Arrays {
   struct Item {
     const char *start, *end;
     std::string name;
-    bool readable, writable;
+    bool writable;
     void** pointer;  // of the call
   };
-  // Tells the watcher of each array, before those that overlap become one.
-  void report(void* stream) const {
-    const py::gil_scoped_acquire acquire;
-    if (!watcher || watcher.is_none()) return;
-    std::vector<std::tuple<uintptr_t, uintptr_t, bool, bool>> seen;
-    for (const Item& i : items_)
-      seen.emplace_back(uintptr_t(i.start), uintptr_t(i.end), i.readable, i.writable);
-    watcher(uintptr_t(stream), seen);
-  }
   std::vector<Item> items_;
   std::vector<const char*> registered_;
 
@@ -136,7 +122,7 @@ struct CheckedPlan : cuda::Plan {
   using cuda::Plan::Plan;
   explicit CheckedPlan(cuda::Plan&& plan) : cuda::Plan(std::move(plan)) {}
 
-  bool behind_torch() const { return algorithm == cuda::Algorithm::pointwise; }
+  bool behind_torch() const { return algorithm == cuda::Algorithm::cudnn; }
 
   template <class Args>
   void add_inputs(Arrays& arrays, Args& a, const Extents& e) const {
@@ -166,7 +152,7 @@ struct CheckedPlan : cuda::Plan {
     arrays.add("saved syn", a.saved_syn, e.saved_syn(behind_torch()), writes);
     arrays.add("winner", a.winner, c.T * c.N * 8, writes);
     arrays.add("places", a.places, e.places, writes);
-    arrays.commit(stream);
+    arrays.commit();
     cuda::Plan::run(a, stream);
   }
 
@@ -193,7 +179,7 @@ struct CheckedPlan : cuda::Plan {
     arrays.add("grad_weight", a.grad_weight, e.weight, writes);
     arrays.add("grad_bias", a.grad_bias, 4 * c.C * e.size, writes);
     arrays.add("grad_threshold", a.grad_threshold, c.C * e.size, writes);
-    arrays.commit(stream);
+    arrays.commit();
     cuda::Plan::run(a, stream);
   }
 
@@ -201,14 +187,14 @@ struct CheckedPlan : cuda::Plan {
     Arrays arrays;
     arrays.add("weight", weight, Extents(*this).weight, reads);
     arrays.add("packed weight", packed, packed_bytes, writes);
-    arrays.commit(stream);
+    arrays.commit();
     cuda::Plan::pack(weight, packed, stream);
   }
 
   void store_levels(const double* values, void* levels, void* stream) const {
     Arrays arrays;
     arrays.add("levels", levels, cell.num_levels * Extents(*this).real, writes);
-    arrays.commit(stream);
+    arrays.commit();
     cuda::Plan::store_levels(values, levels, stream);
   }
 };
@@ -218,7 +204,4 @@ struct CheckedPlan : cuda::Plan {
 PYBIND11_MODULE(snnlstm_simt, m) {
   bindings::bind_cell(m);
   bindings::bind_cuda<CheckedPlan>(m);
-  // watcher(stream, [(start, end, whether it is read, whether it is written), ...]) is told of each
-  // call's arrays. None: nobody is.
-  m.def("watch", [](const py::object& seen) { watcher = seen; });
 }

@@ -8,17 +8,14 @@
 #define SIMT_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace snnlstm::cuda {
-int chosen_fault = 0, chosen_fault_place = 0;
+int chosen_fault = 0;
 }
 
 namespace {
 std::string answer;  // to the last call
 }
 
-SIMT_EXPORT void simt_fault(int which, int place) {
-  snnlstm::cuda::chosen_fault = which;
-  snnlstm::cuda::chosen_fault_place = place;
-}
+SIMT_EXPORT void simt_fault(int which) { snnlstm::cuda::chosen_fault = which; }
 
 // Returns lines of fields with tabs between, for the dry runs since the last call: kernel, blocks,
 // threads, bytes of shared memory, whether it overlaps the launch before.

@@ -1,0 +1,208 @@
+"""Predicts how the time of a call falls with the number of threads, on a machine that has few.
+
+    python -m benchmarks.scaling
+    python -m benchmarks.scaling --shapes "10 32 1 16 28 28 3x3" --threads 1 8 64 --training
+
+For each number of threads N a plan for N threads is made, whose tasks depend on N. One thread runs
+its tasks and notes the processor time of each. Then the tasks are handed out as the kernels do it:
+the next task to the next free thread, and a barrier behind each phase. What is no task (Python,
+packing, searches) stays serial. The cost of a barrier, of a team's start and the memory's
+bandwidth are parameters. `--check` runs N threads as well, N at most the machine's cores, and
+prints the measured time beside the predicted one. It needs a build for tests (an editable one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+import snnlstm
+from snnlstm import _C
+
+LAYERS = {
+    "documentation": "10 32 1 8 28 28 3x3",
+    "columns": "65 128 22 16 129 1 3x3",
+    "spectrogram": "10 128 1 16 129 33 9x9",
+    "audio": "10 32 16 32 11 64 3x3",
+    "wide": "8 8 32 64 32 32 3x3",
+    "deep": "8 32 128 256 8 8 3x3",
+    "camera": "9 2 32 1 128 128 3x3",
+    "one sample": "20 1 2 16 64 64 3x3",
+}
+"""T N Cin C H W k of layers of users' networks, and of the two extremes."""
+
+
+class Phase(NamedTuple):
+    """Tasks that may run at the same time: their threads at most, and their seconds."""
+
+    threads: int
+    tasks: Sequence[float]
+
+
+class Call(NamedTuple):
+    """What was noted of a call with one thread."""
+
+    phases: Sequence[Phase]
+    serial: float  # seconds that are no task
+    bytes: int  # that the call reads and writes at least
+
+
+class Costs(NamedTuple):
+    """What one thread cannot show, in seconds and bytes a second."""
+
+    barrier: float
+    team: float
+    bandwidth: float
+
+
+def makespan(tasks: Sequence[float], threads: int) -> float:
+    """Returns when the last task ends, if each goes to the thread that is free first."""
+    free = [0.0] * min(threads, len(tasks))
+    for task in tasks:
+        heapq.heappush(free, heapq.heappop(free) + task)
+    return max(free, default=0.0)
+
+
+def predicted(call: Call, threads: int, costs: Costs) -> float:
+    """Returns the seconds of the call on that many threads."""
+    total = call.serial
+    for phase in call.phases:
+        n = min(threads, phase.threads)
+        total += makespan(phase.tasks, n) + (costs.barrier if n > 1 else 0)
+    total += costs.team if any(phase.threads > 1 for phase in call.phases) and threads > 1 else 0
+    return max(total, call.bytes / costs.bandwidth)
+
+
+class Layer:
+    """A layer with its input, as T N Cin C H W k gives it; a tenth of x is set."""
+
+    def __init__(self, shape: str, training: bool) -> None:
+        *sizes, kernel = shape.split()
+        steps, batch, cin, channels, height, width = map(int, sizes)
+        torch.manual_seed(0)
+        rows, columns = (int(k) for k in kernel.split("x"))
+        self.cell = snnlstm.SConv2dLSTM(cin, channels, (rows, columns), threshold=0.1)
+        self.x = (torch.rand(steps, batch, cin, height, width) < 0.1).float()
+        self.x.requires_grad_(training and cin > 4)
+        self.training = training
+        # The gradients that come from the next layer, whose time is not the cell's.
+        self.grads = [torch.ones(steps, *self._state(batch)), torch.ones(self._state(batch))]
+        state = batch * channels * height * width * 4
+        # spk is written, and x read; training writes the gates and syn, and reads them again.
+        self.bytes = steps * (state + self.x[0].nbytes) + (10 * steps * state if training else 0)
+
+    def __call__(self) -> None:
+        self.cell.reset_mem()
+        self.cell.zero_grad()
+        with torch.set_grad_enabled(self.training):
+            spk, _, mem = self.cell(self.x)
+            if self.training:
+                torch.autograd.backward([spk, mem], self.grads)
+
+    def _state(self, batch: int) -> tuple[int, ...]:
+        return batch, self.cell.out_channels, *self.x.shape[-2:]
+
+    def seconds(self, repeats: int) -> float:
+        """Returns the shortest time of a call."""
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            self()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    def noted(self, threads: int, repeats: int) -> Call:
+        """Returns the tasks of a call whose plan is for that many threads."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            self()
+            runs, totals = [], []
+            for _ in range(repeats):
+                begin = time.thread_time()
+                runs.append(_C.time_tasks(self))
+                totals.append(time.thread_time() - begin)
+        finally:
+            torch.set_num_threads(before)
+        best = [min(entries, key=lambda e: e[2]) for entries in zip(*runs, strict=True)]
+        phases = [
+            Phase(group[0][1], [nanoseconds / 1e9 for _, _, nanoseconds in group])
+            for _, entries in itertools.groupby(best, key=lambda e: e[0])
+            if (group := list(entries))
+        ]
+        # Each task reads the clock twice, and the list of entries takes time, too.
+        clock = clock_seconds()
+        spent = min(
+            total - sum(e[2] for e in run) / 1e9 - len(run) * clock
+            for run, total in zip(runs, totals, strict=True)
+        )
+        return Call(phases, max(spent, 0.0), self.bytes)
+
+
+def clock_seconds() -> float:
+    """Returns what noting a task costs, but for what it notes."""
+    count, begin = 2000, time.thread_time()
+    for _ in range(count):
+        time.thread_time_ns()
+    return (time.thread_time() - begin) / count * 2
+
+
+def main(given: list[str] | None = None) -> None:
+    """Prints the table."""
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--shapes", nargs="+", default=list(LAYERS), help="names, or 'T N Cin C H W k'")
+    p.add_argument("--threads", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
+    p.add_argument("--training", action="store_true", help="forward and backward")
+    p.add_argument("--barrier", type=float, default=1.0, help="us a phase (default: %(default)s)")
+    p.add_argument("--team", type=float, default=5.0, help="us a call (default: %(default)s)")
+    p.add_argument("--bandwidth", type=float, default=100.0, help="GB/s (default: %(default)s)")
+    p.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
+    p.add_argument("--check", action="store_true", help="measure as well, as far as cores go")
+    args = p.parse_args(given)
+    costs = Costs(args.barrier / 1e6, args.team / 1e6, args.bandwidth * 1e9)
+    print(
+        f"{'training' if args.training else 'inference'}, {_C.isa_name()}; barrier {args.barrier} "
+        f"us, team {args.team} us, memory {args.bandwidth} GB/s"
+    )
+    errors = []
+    for name in args.shapes:
+        layer = Layer(LAYERS.get(name, name), args.training)
+        alone = None
+        print(f"{name}: {LAYERS.get(name, name)}")
+        for threads in args.threads:
+            call = layer.noted(threads, args.repeats)
+            seconds = predicted(call, threads, costs)
+            alone = alone or seconds * threads
+            work = sum(sum(phase.tasks) for phase in call.phases)
+            most = max((phase.threads for phase in call.phases), default=1)
+            line = (
+                f"  {threads:3} threads {seconds * 1e3:9.3f} ms, {alone / seconds / threads:5.0%} "
+                f"(work {work * 1e3:.3f}, serial {call.serial * 1e3:.3f}, {len(call.phases)} "
+                f"phases, at most {most} threads)"
+            )
+            if args.check and threads <= (os.cpu_count() or 1):
+                before = torch.get_num_threads()
+                torch.set_num_threads(threads)
+                measured = layer.seconds(4 * args.repeats)
+                torch.set_num_threads(before)
+                errors.append(abs(seconds / measured - 1))
+                line += f", measured {measured * 1e3:.3f} ms"
+            print(line, flush=True)
+    if errors:
+        print(f"predicted and measured differ by {statistics.median(errors):.0%} in the median")
+
+
+if __name__ == "__main__":
+    main()

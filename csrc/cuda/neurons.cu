@@ -1,0 +1,94 @@
+// Runs the neurons of one step, behind torch's own convolution.
+#include "launchers.h"
+#include "neurons.cuh"
+#include "passes.h"
+
+namespace snnlstm::cuda {
+
+namespace {
+
+// Returns gate k of a tensor (1, N, 4C, Ho, Wo).
+Tensor gate_of(const View& all, DType type, const Cell& c, int k) {
+  View v = all;
+  v.data = static_cast<char*>(all.data) + k * c.C * all.stride[2] * bytes_of(type);
+  return tensor(v, type, 0, {1, c.N, c.C, c.Ho(), c.Wo()}, 4);
+}
+
+// The backward pass's memory. sums: the threshold's gradient, (tiles, channels of all blocks).
+struct NeuronsWorkspace {
+  void *sums, *spikes;
+  int64_t bytes, pitch;
+
+  NeuronsWorkspace(const CudnnPass& plan, void* base) {
+    Arena arena(base);
+    pitch = int64_t(plan.tiling.by_columns.value) * neurons::kChannels;
+    sums = arena.take(plan.tiling.tiles() * pitch * bytes_of(plan.real));
+    spikes = plan.whole_windows ? nullptr : arena.take(plan.s.state() * bytes_of(plan.real));
+    bytes = arena.bytes();
+  }
+};
+
+}  // namespace
+
+CudnnPass::CudnnPass(const Cell& c, Matrix matrix) : PassTypes(c, matrix) {
+  const auto sizes = [&](bool windows) {
+    return tile_sizes(c, c.Ho(), c.Wo(), neurons::kPixels, windows);
+  };
+  const std::vector<TileSize> whole = sizes(c.pool != Pool::none);
+  whole_windows = !whole.empty();
+  cut(tiling, c, c.Ho(), c.Wo(), whole_windows ? whole[0] : sizes(false)[0]);
+  cover(tiling, c, c.N, c.C, neurons::kChannels);
+  workspace = NeuronsWorkspace(*this, nullptr).bytes;
+}
+
+void CudnnPass::run(const ForwardArgs& args, void* stream) const {
+  const Cell& c = s.c;
+  ForwardNeurons p;
+  p.tiling = tiling;
+  for (int k = 0; k < 4; ++k) p.sums[k] = gate_of(args.gate_sums, gates, c, k);
+  p.neuron = neuron_forward(args, 0, 4);
+  p.neuron.fires = whole_windows && !c.inhibition;
+  if (args.saved_syn) p.neuron.own_syn = image(args.saved_syn, s, type);
+  if (args.saved_gates) p.neuron.gates_out = image(args.saved_gates, s, gates, 4);
+  with_real(c.dtype, [&](auto real) {
+    using R = decltype(real);
+    const Launch how{"neurons forward", p.tiling.blocks(), neurons::kThreads,
+                     sizeof(neurons::PatchShared<R>), stream};
+    launch(how, &neurons_forward<R>, p);
+  });
+  if (p.neuron.fires) return;
+  const FireStep fire{p.neuron.fire, p.neuron.mem_out, int(c.N), args.winner};
+  launch_fire(fire, c.inhibition, stream);
+}
+
+void CudnnPass::run(const BackwardArgs& args, void* stream) const {
+  const Cell& c = s.c;
+  const NeuronsWorkspace space(*this, args.workspace);
+  BackwardNeurons p;
+  p.tiling = tiling;
+  NeuronBackward& n = p.neuron;
+  n = neuron_backward(args, 0);
+  n.gates = image(args.saved_gates, s, gates, 4);
+  n.d_gates = image(args.d_gates, s, gates, 4);
+  if (args.mem_after) n.own_mem = image(args.mem_after, s, gates);
+  n.grad_syn0 = tensor(args.grad_syn0, c.dtype, 0, {1, c.N, c.C, s.Ho, s.Wo}, 4);
+  n.spreads = whole_windows;
+  if (args.grad_threshold) n.sums = space.sums;
+  if (!n.spreads && n.fire.spk.present() && n.surrogate != Surrogate::none) {
+    n.spikes_in = image(space.spikes, s, real);
+    launch_spread(n, c.N, stream);
+  }
+  with_real(c.dtype, [&](auto zero) {
+    using R = decltype(zero);
+    const Launch how{"neurons backward", p.tiling.blocks(), neurons::kThreads,
+                     sizeof(neurons::PatchShared<R>), stream};
+    launch(how, &neurons_backward<R>, p);
+  });
+  if (!args.grad_threshold) return;
+  AddGradients add;
+  add.sums[1] = {space.sums, tiling.tiles(),      1,   int(space.pitch),
+                 int(c.C),   args.grad_threshold, type};
+  launch_add_gradients(add, real, stream);
+}
+
+}  // namespace snnlstm::cuda

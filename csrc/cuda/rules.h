@@ -1,0 +1,119 @@
+// Written rules: what multiplies float32 at full precision, which algorithm runs a pass, which
+// blocks and tiles a step has, and in how many parts the weight's gradient is summed.
+//
+// No GPU has been timed. The rules come from counts (of PTX, machine code, rounds of blocks) and
+// from a paper model of nine cards, whose choices they keep within some 15 %, that model's own
+// error. "measure" times the candidates on the GPU at hand, the choice of these rules first.
+// tests/simt/test_rules.py has the layers that decided.
+#pragma once
+
+#include <algorithm>
+
+#include "plan.h"
+
+namespace snnlstm::cuda {
+
+namespace rules {
+
+// Returns how float32 keeps its full precision on tensor cores of 8.0 and newer. The large chips
+// (8.0, 9.0, 10.x, 11.x) multiply tf32 at 4 to 8 times the rate of plain float32, so three products
+// are faster than one. The others (8.6, 8.7, 8.9, 12.x) multiply tf32 as fast as float32 or twice
+// as fast.
+inline bool three_products_beat_one(int compute_capability) {
+  const int major = compute_capability / 10;
+  return compute_capability == 80 || (major >= 9 && major <= 11);
+}
+
+// Returns the outputs (pixels x channels) that the busiest multiprocessor computes, in the place of
+// a time. Blocks come in rounds: the multiprocessor with the most blocks decides. A warp computes
+// as many outputs in every kind of block, and six warps keep the units of a multiprocessor busy;
+// with fewer the products take longer, while the neurons behind them take what they take, about as
+// long. So outputs count once for the neurons, and once or more for the products.
+template <class Step>
+double busiest(const Device& device, const Step& plan) {
+  constexpr int64_t kWarpsAtOnce = 16;  // each thread has 128 registers
+  constexpr double kBusy = 6;
+  const int64_t blocks = ceil_div(plan.tiling.blocks(), device.multiprocessors);
+  // From 8.0 on the system keeps a KiB of shared memory for each block, and one of all.
+  const int64_t kept = device.compute_capability >= 80 ? 1024 : 0;
+  const int64_t warps = plan.threads() / 32;
+  const int64_t by_shared =
+      (device.shared_bytes + kept) / std::max<int64_t>(plan.shared_bytes + kept, 1);
+  const int64_t at_once = std::min({blocks, by_shared, kWarpsAtOnce / warps});
+  const double waiting = std::max(1.0, kBusy / double(std::max<int64_t>(at_once, 1) * warps));
+  return double(blocks * plan.pixels() * plan.channels()) * (1 + waiting);
+}
+
+// Blocks and tiles come with the largest blocks, and those that read the least, first. Another is
+// taken if it leaves the busiest multiprocessor 15 % less: smaller blocks read more weights.
+constexpr double kClearly = 0.85;
+
+// Returns in how many parts the pixels of all steps are summed. blocks: of one part. Of 2 to 8
+// rounds of the multiprocessors it takes the fewest that leave less than a tenth of them without
+// work. A part has 256 pixels or more, beside which the start of a block is short; parts are
+// written and read again, so there are 1024 at most.
+inline int64_t splits(const Device& device, int64_t blocks, int64_t pixels) {
+  const int64_t most = std::clamp<int64_t>(pixels / 256, 1, 1024);
+  int64_t best = 1;
+  double filled = 0;
+  for (int rounds = 2; rounds <= 8 && filled < 0.9; ++rounds) {
+    const int64_t parts = std::clamp<int64_t>(rounds * device.multiprocessors / blocks, 1, most);
+    const double part =
+        double(parts * blocks) / double(round_up(parts * blocks, device.multiprocessors));
+    if (part > filled + 0.05) best = parts, filled = part;
+  }
+  return best;
+}
+
+// Returns which algorithm runs a pass; the same rules hold forward and backward but where
+// `backward` stands. plain: the step kernels multiply without tensor cores; in_parts: in 3xTF32.
+// share: of the pixels that their tiles compute, the part that lies in images.
+//
+// "hybrid" is chosen nowhere: where the steps are better in our kernels, cuDNN's gradients of the
+// parameters gain nothing that the paper model could tell from its error.
+inline Algorithm algorithm(const Cell& c, const Device& device, Matrix matrix, bool plain,
+                           bool in_parts, double share, bool backward) {
+  const int capability = device.compute_capability;
+  const int64_t channels = c.Cin + c.C;
+  const double depth = double(c.kernel_h) * c.kernel_w * double(channels);
+  const double neurons =
+      double(c.N) * double(c.Ho() * c.Wo()) * double(c.C) / device.multiprocessors;
+  const double products = neurons * 4 * depth;  // of a multiprocessor
+
+  // cuDNN has nothing better for float64, nor for bfloat16 before 8.0: plain cores, one by one.
+  const bool bfloat16 = c.dtype == DType::bfloat16 || matrix == Matrix::bfloat16;
+  if (c.dtype == DType::float64 || (plain && bfloat16)) return Algorithm::fused;
+
+  // Behind cuDNN Python and torch take some 40 us a step, 60 backward, unless a graph replays them.
+  // Our steps take fewer than these up to about so many products.
+  const bool large_chip = capability == 75 || three_products_beat_one(capability);
+  if (products < (plain || !large_chip ? 1e6 : 2e6)) return Algorithm::fused;
+
+  // Tiles have 64 pixels or more, and even widths: an image of one column fills a half at most.
+  // cuDNN's rows run over images.
+  if (share <= 0.5) return Algorithm::cudnn;
+
+  // Backward a column of the tiles is a channel: 16 at least.
+  if (backward && c.C < 4) return Algorithm::cudnn;
+
+  // A block goes through all of K by itself. Where multiprocessors have few neurons each, cuDNN
+  // shares a long K among blocks.
+  if (neurons < 2048 && depth >= 800) return Algorithm::cudnn;
+
+  // Without tensor cores cuDNN's Winograd form has 2.25 times fewer products forward; it gains
+  // nothing by it where x has one channel or two, whose products it pads. Backward it has no such
+  // form for our gradients of gates; from 8.6 on, though, a multiprocessor has 128 plain lanes, and
+  // our kernels no loads for more than 40 % of them.
+  if (plain && c.Cin > 2 && !(backward && capability < 80)) return Algorithm::cudnn;
+
+  // On 9.0 and 10.x mma.sync reaches half to two thirds of the rate that cuDNN has by wgmma and
+  // tcgen05. That counts where channels are many; 3xTF32 beats the plain float32 that it has.
+  if (capability >= 90 && capability < 120 && channels >= 96 && !plain && !in_parts)
+    return Algorithm::cudnn;
+
+  return Algorithm::fused;
+}
+
+}  // namespace rules
+
+}  // namespace snnlstm::cuda

@@ -1,0 +1,1 @@
+"""The tests of snnlstm, by subject; helpers are imported by their whole names."""

@@ -1,0 +1,100 @@
+"""torch's own checks of first and second derivatives, of the functional form in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import snnlstm
+from snnlstm import surrogate
+from snnlstm.functional import sconv2dlstm
+from tests.shared.cpu_kernels import native
+
+pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
+
+# Options, and whether the call is one step. Quantisers and some surrogates jump, as no numerical
+# derivative does; tests/kernels compares those with the reference.
+CASES: dict[str, tuple[dict[str, Any], bool]] = {
+    "step": ({"reset_mechanism": "subtract"}, True),
+    "sequence": ({"reset_mechanism": "zero"}, False),
+    "recorded": ({"reset_mechanism": "subtract", "record": True}, False),
+    "max_pool": ({"max_pool": 2, "reset_mechanism": "subtract"}, False),
+    "avg_pool": ({"avg_pool": (2, 1), "spike_grad": surrogate.sigmoid(3)}, False),
+    "inhibition": ({"inhibition": True}, False),
+    "stride": ({"stride": (2, 1), "dilation": (1, 2)}, False),
+    "checkpoint": ({"checkpoint": True}, False),
+    "lengths": ({"lengths": [2, 1], "record": True}, False),
+    "no surrogate": ({"surrogate_disable": True}, False),
+}
+
+
+def inputs(options: dict[str, Any], step: bool) -> tuple[Tensor, ...]:
+    """Returns x, syn, mem, weight, bias and a threshold for each channel."""
+    size = (2, 5) if "stride" in options else (4, 5)
+    shapes = ((2, 2, 1, 4, 5)[step:], (2, 2, *size), (2, 2, *size), (8, 3, 3, 3), (8,), (2, 1, 1))
+    generator = torch.Generator().manual_seed(1)
+    return tuple(
+        (torch.randn(shape, generator=generator, dtype=torch.float64) / 3).requires_grad_()
+        for shape in shapes
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_first_and_second_derivatives_pass_torchs_checks(name):
+    """Output gradients come alone, in batches, and with tangents."""
+    options, step = CASES[name]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        *first, threshold = tensors
+        return sconv2dlstm(*first, threshold=threshold, **options)
+
+    tensors = inputs(options, step)
+    # Spikes jump where they have a surrogate's gradient, whose own derivative is checked below.
+    assert gradcheck(
+        lambda *tensors: run(*tensors)[1:], tensors, check_batched_grad=True, fast_mode=True
+    )
+    spiking = (lambda *t: run(*t)[1:]) if "surrogate_disable" in options else run
+    assert gradgradcheck(
+        spiking, tensors, check_fwd_over_rev=True, check_batched_grad=True, fast_mode=True
+    )
+
+
+def test_a_convlstm_passes_torchs_checks():
+    cell = snnlstm.ConvLSTMCell(1, 2, 3, dtype=torch.float64)
+    x, c, h, *_ = inputs({}, True)
+    for check in (gradcheck, gradgradcheck):
+        assert check(lambda x, h, c: cell(x, (h, c)), (x, h, c), fast_mode=True)
+
+
+class Wrapper(Tensor):
+    """This tensor subclass has no memory of its own: `inner` does every operation."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        def inner(value):
+            return value.inner if isinstance(value, Wrapper) else value
+
+        def outer(value):
+            return Wrapper(value) if isinstance(value, Tensor) else value
+
+        args, kwargs = torch.utils._pytree.tree_map(inner, (args, kwargs or {}))
+        return torch.utils._pytree.tree_map(outer, function(*args, **kwargs))
+
+
+def test_output_gradients_of_a_subclass_give_gradients_of_the_subclass():
+    *first, threshold = inputs({}, False)
+    out = sconv2dlstm(*first, threshold=threshold)
+    grads = [torch.randn_like(o) for o in out]
+    expected = torch.autograd.grad(out, first, grads, retain_graph=True)
+    found = torch.autograd.grad(out, first, [Wrapper(g) for g in grads])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.inner, other, atol=1e-12, rtol=1e-12)

@@ -1,0 +1,125 @@
+"""All that is public can be copied, pickled, saved and printed, also when it is in use."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import snnlstm
+from snnlstm import surrogate
+from snnlstm.quant import StateQuant, state_quant
+from tests.shared.helpers import ours, same, steps, theirs
+
+OPTIONS = {
+    "spike_grad": surrogate.fast_sigmoid(5), "state_quant": state_quant(3), "dilation": 2,
+    "reset_mechanism": "zero", "checkpoint": True, "batch_first": True, "output": True,
+}  # fmt: skip
+# A function that makes each object, and the shape of an input.
+MODULES = {
+    "cell": (lambda: ours(**OPTIONS), (1, 2, 5, 6)),
+    "signals": (lambda: snnlstm.SConv1dLSTM(2, 3, 5, threshold=0.1, stride=(2,)), (1, 2, 9)),
+    "accelerated": (lambda: snnlstm.accelerate(theirs()).model, (1, 2, 5, 6)),
+    "ConvLSTMCell": (lambda: snnlstm.ConvLSTMCell(2, 3, 3, stride=2), (1, 2, 5, 6)),
+    "ConvLSTM": (lambda: snnlstm.ConvLSTM(2, [3, 4], 3, 2, True, stride=2), (1, 3, 2, 5, 6)),
+    "Sequential": (
+        lambda: snnlstm.Sequential(ours(init_hidden=True), nn.Flatten(), batch_first=True),
+        (1, 3, 2, 5, 6),
+    ),
+}
+VALUES = [
+    *(getattr(surrogate, kind.name)() for kind in surrogate.KINDS[1:]),
+    surrogate.SFS(slope=5, B=0.125), surrogate.NONE, state_quant(4),
+    StateQuant(torch.tensor([1.0, -0.5], dtype=torch.float64)),
+]  # fmt: skip
+
+
+def saved(one):
+    torch.save(one, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda one: pickle.loads(pickle.dumps(one)),
+    "save": saved,
+}
+
+
+def results(module, x):
+    """Returns the tensors that a call gives, in a list."""
+
+    def flat(out):
+        return [out] if isinstance(out, torch.Tensor) else [t for part in out for t in flat(part)]
+
+    return flat(module(x))
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("name", MODULES)
+def test_a_copy_of_a_module_in_use_goes_on_as_it_does(name, how):
+    if (name, how) == ("Sequential", "copy"):
+        pytest.skip("its cells, and their states, are the same objects")
+    make, shape = MODULES[name]
+    module, x = make(), steps(2, *shape)
+    results(module, x[0])  # in grad mode, with a state whose history can be neither copied nor kept
+    copied = COPIES[how](module)
+    assert repr(copied) == repr(module)
+    assert all(type(one) is type(other) for one, other in
+               zip(copied.modules(), module.modules(), strict=True))  # fmt: skip
+    expected = results(module, x[1])
+    same(results(copied, x[1]), expected)
+    sum(out.sum() for out in results(copied, x[1])).backward()
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_a_cell_has_a_state_of_its_own(how):
+    cell = ours(**OPTIONS)
+    cell(steps(1, 1, 2, 5, 6)[0])
+    copied = COPIES[how](cell)
+    assert copied.spk is None
+    assert not copied.mem.requires_grad
+    assert copied.spike_grad == cell.spike_grad
+    copied.reset_mem()
+    assert cell.mem.any()
+    copied(steps(1, 1, 2, 5, 6)[0])
+    snnlstm.SConv2dLSTM.reset_hidden()  # the class knows the copy
+    assert not copied.mem.any()
+
+
+def test_a_replica_of_data_parallel_goes_on_from_the_modules_state():
+    """As in snnTorch, states do not come back from replicas: each call starts from one state."""
+    for cell, state in ((ours(), ()), (snnlstm.ConvLSTMCell(2, 3, 3), (None,))):
+        x = steps(2, 2, 2, 6, 6)
+        cell(x[0], *state)
+        before, expected = getattr(cell, "mem", None), copy.deepcopy(cell)(x[1], *state)
+        replica = cell._replicate_for_data_parallel()
+        replica._parameters, replica._buffers = dict(cell._parameters), dict(cell._buffers)
+        replica._modules = dict(cell._modules)
+        same(replica(x[1], *state), expected)
+        assert getattr(cell, "mem", None) is before
+
+
+@pytest.mark.parametrize("value", VALUES, ids=str)
+def test_values_are_equal_to_their_copies_and_cannot_be_changed(value):
+    assert copy.deepcopy(value) == pickle.loads(pickle.dumps(value)) == value
+    assert len({value, copy.deepcopy(value)}) == 1
+    assert sum(value == other for other in VALUES) == 1
+    if isinstance(value, surrogate.Surrogate):
+        assert value is surrogate.NONE or eval(repr(value), vars(surrogate)) == value
+        with pytest.raises(AttributeError):
+            value.p0 = 3.0
+
+
+def test_representations_name_what_is_not_as_usual():
+    cell = snnlstm.SConv2dLSTM(2, 3, 3, threshold=0.1, checkpoint=True, batch_first=True)
+    expected = "2, 3, kernel_size=3, checkpoint=True, batch_first=True, threshold=0.1"
+    assert cell.extra_repr() == expected
+    signals = snnlstm.SConv1dLSTM(2, 3, 5, threshold=0.05, stride=(2,), max_pool=2)
+    assert repr(signals).startswith("SConv1dLSTM(\n  2, 3, kernel_size=5, stride=(2,), max_pool=2")
+    assert "stride=(2, 2)" in repr(snnlstm.ConvLSTM(2, 3, 3, 1, stride=2))
+    assert repr(state_quant(4)) == "StateQuant(16 levels, -1 to 1.2)"

@@ -1,0 +1,171 @@
+"""Max pooling and inhibition choose among nearly equal states as exact sums would.
+
+Where a layer is nearly silent, many states are equal but for rounding. The maximum decides the
+spike. The gradient goes to the first state that is within one unit of the maximum's last place.
+With inhibition=True only the neuron with the highest state of each sample may spike, as snnTorch's
+documentation promises; its cell warns and ignores the argument.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import snnlstm
+from snnlstm.quant import StateQuant
+from tests.shared.helpers import close, ours, states, steps
+from tests.shared.oracle import pooled
+
+
+def open_cell(**kwargs) -> snnlstm.SConv2dLSTM:
+    """Returns a cell of one channel whose mem is tanh(syn), whatever its input is."""
+    cell = ours(1, 1, 1, **kwargs)
+    with torch.no_grad():
+        cell.conv.weight.zero_()
+        cell.conv.bias.copy_(torch.tensor([-99.0, 99, 99, 0]))  # i, f, o, g
+    return cell
+
+
+def run(cell, syn: Tensor) -> tuple[Tensor, Tensor]:
+    spk, _, mem = cell(torch.zeros_like(syn[:, :1]), syn, torch.zeros_like(syn))
+    return spk, mem
+
+
+def image(dtype: torch.dtype, below: list[int], width: int) -> Tensor:
+    """Returns syn of one image of this width, whose mem lies `below` units below a number."""
+    unit = torch.finfo(dtype).eps / 4  # of numbers from 1/4 to 1/2
+    syn = 0.4 + torch.arange(64, dtype=dtype) * unit
+    mem = run(open_cell().to(dtype), syn.view(1, 1, 1, -1))[1].flatten()
+    units = ((mem - mem[0]) / unit).round().tolist()  # tanh leaves some numbers out
+    first = next(n for n in reversed(units) if {n - 1, n - 2} <= set(units))
+    values = [syn[units.index(first - count)] for count in range(3)]
+    return torch.stack([values[count] for count in below]).view(1, 1, -1, width)
+
+
+def chosen_by(cell, syn: Tensor) -> list[int]:
+    """Returns which pixels get a gradient."""
+    syn = syn.clone().requires_grad_()
+    spk, _ = run(cell, syn)
+    return torch.autograd.grad(spk.sum(), syn)[0].flatten().nonzero().flatten().tolist()
+
+
+def skip_plain_torch(backend) -> None:
+    if backend.name == "reference":
+        pytest.skip("plain torch chooses as torch does")
+
+
+WINDOWS = {  # units below the maximum, row by row, and the pixel that is chosen
+    "equal": ([0, 0, 0, 0], 0),
+    "one unit": ([2, 1, 0, 1], 1),
+    "two units": ([2, 2, 2, 0], 3),
+    "the first": ([1, 2, 0, 0], 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_the_first_pixel_within_a_unit_of_the_maximum_gets_the_gradient(
+    backend, dtype, window, checkpoint
+):
+    skip_plain_torch(backend)
+    below, expected = WINDOWS[window]
+    cell = open_cell(max_pool=2, checkpoint=checkpoint).to(dtype)
+    assert chosen_by(cell, image(dtype, below, 2)) == [expected]
+    backend.check(cell.path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types_choose_the_first_that_equals_the_maximum(backend, dtype):
+    if backend.name in ("reference", "cpu"):
+        pytest.skip("the CPU computes half types in float32")
+    cell = open_cell(max_pool=2).to(dtype)
+    for below, expected in ([2, 1, 0, 0], 2), ([1, 1, 1, 0], 3), ([0, 1, 0, 0], 0):
+        assert chosen_by(cell, image(dtype, below, 2)) == [expected]
+
+
+def test_the_maximum_decides_the_spike(backend):
+    """The first pixel within a unit does not reach the threshold."""
+    skip_plain_torch(backend)
+    syn = image(torch.float32, [1, 0, 2, 2], 2)
+    mem = run(open_cell(), syn)[1].flatten()
+    for threshold, spike in ((mem[0].item(), 1), (mem[1].item(), 0)):
+        assert run(open_cell(max_pool=2, threshold=threshold), syn)[0].item() == spike
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_first_neuron_within_a_unit_of_the_highest_wins(backend, dtype):
+    skip_plain_torch(backend)
+    below = [2] * 3 + [1] + [2] * 300 + [0] + [2] * 7
+    cell = open_cell(inhibition=True).to(dtype)
+    spk, _ = run(cell, image(dtype, below, 8))
+    assert spk.flatten().nonzero().flatten().tolist() == [3]
+    backend.check(cell.path)
+
+
+def test_a_nan_is_the_maximum_and_does_not_spike(backend):
+    syn = image(torch.float32, [0, 2, 0, 0], 2)
+    syn[0, 0, 1, 0] = torch.nan
+    for cell in (open_cell(max_pool=2), open_cell(inhibition=True)):
+        assert not run(cell, syn)[0].any()
+    assert chosen_by(open_cell(max_pool=2), syn) == [2]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 17), (1, 300)], ids=str)
+def test_every_pixel_of_a_large_window_can_be_chosen(backend, size):
+    for expected in (0, size[0] * size[1] // 2, size[0] * size[1] - 1):
+        syn = torch.zeros(1, 1, *size)
+        syn.view(-1)[expected] = 0.5
+        assert chosen_by(open_cell(max_pool=size), syn) == [expected]
+
+
+# ---- inhibition -----------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("pool", [{}, {"max_pool": 2}, {"avg_pool": (2, 3)}], ids=str)
+def test_only_the_highest_pooled_state_of_each_sample_spikes(backend, pool):
+    """Suppressed neurons are reset as spiking neurons are."""
+    options = {"reset_mechanism": "subtract", **pool}
+    cell, free = ours(inhibition=True, **options), ours(**options)
+    x, (syn, mem) = steps(1, 3, 2, 6, 7)[0], states(3, 3, 6, 7)
+    syn[2] = -9  # no neuron of this sample reaches the threshold
+    spk, *new = cell(x, syn, mem)
+    winner = pooled(new[1], cell._describe()).flatten(1).argmax(1)
+    assert spk.sum((1, 2, 3)).tolist() == [1, 1, 0]
+    assert all(spk[n].flatten()[winner[n]] == 1 for n in range(2))
+    close(new, free(x, syn, mem)[1:])
+    backend.check(cell.path)
+
+
+def test_the_highest_state_counts_not_the_distance_to_the_threshold(backend):
+    cell = ours(1, 2, 1, inhibition=True, threshold=torch.tensor([0.7, 0.1]).view(2, 1, 1))
+    with torch.no_grad():
+        cell.conv.weight.zero_()
+        cell.conv.bias.copy_(torch.tensor([9.0, 9, 0, 0, 9, 9, 9, 0.8]))
+    spk, mem = run(cell, torch.zeros(1, 2, 1, 1))
+    assert 0.7 < mem[0, 0] < 0.9
+    assert mem[0, 0] > mem[0, 1] > 0.1
+    assert spk.flatten().tolist() == [1, 0]
+
+
+def test_the_winner_is_that_of_the_quantised_state(backend):
+    """Of two states that round to one level, the first wins."""
+    cell = open_cell(inhibition=True, state_quant=StateQuant(torch.tensor([0.0, 0.5, 1.0])))
+    spk, mem = run(cell, torch.tensor([[[[0.5, 0.55], [0.6, 0.0]]]]))
+    assert mem.flatten().tolist() == [0.5, 0.5, 0.5, 0]
+    assert spk.flatten().tolist() == [1, 0, 0, 0]
+
+
+def test_no_gradient_flows_through_the_suppressed(backend):
+    """The gradient is that of a cell without inhibition, if the loss reads the winners alone."""
+    one, other = ours(inhibition=True, max_pool=2), ours(max_pool=2)
+    given = steps(1, 2, 2, 6, 8)[0], *states(2, 3, 6, 8)
+    weights = torch.rand(2, 3, 3, 4)
+    spk, _, new_mem = one(*given)
+    winner = F.max_pool2d(new_mem, 2).flatten(1).argmax(1)
+    (spk * weights).sum().backward()
+    mask = F.one_hot(winner, 36).view(2, 3, 3, 4)
+    (other(*given)[0] * weights * mask).sum().backward()
+    close(one.conv.weight.grad, other.conv.weight.grad)
+    assert one.conv.weight.grad.any()
