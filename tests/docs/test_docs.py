@@ -161,6 +161,8 @@ def test_our_programs_accept_the_arguments(page, monkeypatch, capsys):
     for words in commands(page):
         words = behind_make(words)
         program = words[words.index("-m") + 1 :] if "-m" in words else words[1:]
+        if program == ["snnlstm"]:  # it takes none
+            continue
         if program and program[0].split(".")[0] in ("snnlstm", "benchmarks"):
             start = functools.partial(runpy.run_module, program[0], run_name="__main__")
         elif words[:1] == ["python"] and program[:1] and program[0].endswith(".py"):
