@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import snntorch
 import torch
-import torch.nn.functional as F
+from snntorch.functional import quant
+from torch import Tensor
+
+import snnlstm
+
+
+def loop(step: Callable, x: Tensor, syn: Tensor, mem: Tensor) -> tuple[list, Tensor, Tensor]:
+    """Calls `step` once a time step; returns the list of spikes and the last states."""
+    spikes = []
+    # The backward pass of x[t] in the place of unbind would fill one whole x of zeros per step.
+    for x_t in x.unbind(0):
+        spk, syn, mem = step(x_t, syn, mem)
+        spikes.append(spk)
+    return spikes, syn, mem
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,11 @@ class Case:
     density: float | None = 0.1
     lengths: bool = False
 
+    dtypes = torch.float64, torch.bfloat16, torch.float16  # besides float32
+    autocast = False
+    optimizer = functools.partial(torch.optim.SGD, lr=0.0)
+    loop = staticmethod(loop)
+
     @property
     def grad_x(self) -> bool:
         """Returns whether training counts the gradient of x: a network's first layer needs none."""
@@ -54,25 +74,84 @@ class Case:
         pool = self.max_pool or self.avg_pool or 1
         return self.steps, self.batch, self.cout, self.height // pool, self.width // pool
 
-    def pool(self, mem: torch.Tensor) -> torch.Tensor:
-        """Pools mem (N, C, H, W) as the case does, if it does."""
-        if self.max_pool:
-            return F.max_pool2d(mem, self.max_pool)
-        return F.avg_pool2d(mem, self.avg_pool) if self.avg_pool else mem
+    def make(self, cell: Any) -> torch.nn.Module:
+        """Makes a cell of snnTorch's class or of ours."""
+        ours = cell is snnlstm.SConv2dLSTM
+        quantise = snnlstm.quant.state_quant if ours else quant.state_quant
+        made = cell(
+            self.cin, self.cout, self.kernel, max_pool=self.max_pool, avg_pool=self.avg_pool,
+            threshold=self.threshold, reset_mechanism=self.reset,
+            state_quant=quantise(self.quant_bits) if self.quant_bits else False,
+        )  # fmt: skip
+        # The list would keep every cell and its last state for ever.
+        snntorch._neurons.neurons.SpikingNeuron.instances.clear()
+        return made
+
+    def batches(self, seed: int, dtype: torch.dtype) -> list[tuple[Any, Tensor]]:
+        """Draws x and zero states, and the gradient (T, N, C, Ho, Wo) that training sends back."""
+        draw = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
+        size = (self.steps, self.batch, self.cin, self.height, self.width)
+        if self.density is None:
+            x = torch.randn(size, **draw)
+        else:
+            x = (torch.rand(size, **draw) < self.density).float()
+        gradient = self.without_padding(torch.randn(self.spike_shape, **draw))
+        syn = torch.zeros(self.state_shape, dtype=dtype)
+        x = x.to(syn).requires_grad_(self.grad_x)
+        # For one tensor in two places torch.compile would compile a graph of its own.
+        return [((x, syn, torch.zeros_like(syn)), gradient.to(syn.device))]
 
     @property
-    def steps_of_samples(self) -> torch.Tensor:
+    def lengths_of_samples(self) -> Tensor:
         """Returns the number of steps of each sample, (N,)."""
-        samples = torch.arange(1, self.batch + 1)
-        shorter = (samples * self.steps // self.batch).clamp(min=1)
-        return shorter if self.lengths else torch.full_like(samples, self.steps)
+        samples = torch.arange(1, self.batch + 1, device="cpu")
+        return (samples * self.steps // self.batch).clamp(min=1)
 
-    def without_padding(self, x: torch.Tensor) -> torch.Tensor:
+    def without_padding(self, x: Tensor) -> Tensor:
         """Returns x (T, N, ...) with zeros behind each sample's last step."""
         if not self.lengths:
             return x
-        running = torch.arange(x.shape[0])[:, None] < self.steps_of_samples
+        running = torch.arange(len(x), device="cpu")[:, None] < self.lengths_of_samples
         return x * running.to(x).view(*x.shape[:2], *[1] * (x.dim() - 2))
+
+    def sequences(self, cell: Any, x: Tensor, syn: Tensor, mem: Tensor) -> Any:
+        """Calls the cell once; returns spikes and the last states."""
+        if not self.lengths:
+            return cell(x, syn, mem)
+        lengths = self.lengths_of_samples.clamp(max=len(x)).to(x.device)
+        return cell(x, syn, mem, lengths=lengths)
+
+    def infer(self, run: Callable[..., Any], cell: Any, x: tuple[Tensor, ...]) -> Any:
+        """Runs all steps."""
+        return run(cell, *x)
+
+    def train(self, run: Callable[..., Any], cell: Any, _: Any, x: Any, y: Tensor) -> None:
+        """Runs all steps forward and backward, without an optimizer's step."""
+        spikes = run(cell, *x)[0]
+        # A list of spikes is not stacked, so that snnTorch's loop does not pay for a copy.
+        spikes = spikes if isinstance(spikes, list) else [spikes]
+        gradients = [y] if len(spikes) == 1 else y.unbind()
+        # snntorch 1.0.0 returns float32 spikes from a cell of any type.
+        pairs = zip(spikes, gradients, strict=True)
+        torch.autograd.backward(spikes, [g.to(s.dtype).view_as(s) for s, g in pairs])
+
+    def results(self, run: Callable[..., Any], cell: Any, _: Any, x: Any, y: Tensor) -> Any:
+        """Returns three steps' spikes, last states, and the gradients of weight and x.
+
+        States and gradients pass from step to step twice. With lengths there are no last states to
+        compare: snnTorch's cell runs on behind a sample's last step.
+        """
+        steps = x[0][:3]
+        wanted = [cell.conv.weight, *([steps] if self.grad_x else [])]
+        spikes, syn, mem = run(cell, steps, *x[1:])
+        spikes = self.without_padding(torch.stack(spikes) if isinstance(spikes, list) else spikes)
+        loss, results = (spikes * y[:3]).sum(), {"spikes": spikes}
+        if not self.lengths:
+            results |= {"syn": syn, "mem": mem}
+            loss = loss + mem.square().sum() + syn.sum()
+        gradients = torch.autograd.grad(loss, wanted)
+        names = "gradient of weight", "gradient of x"
+        return results | dict(zip(names, gradients, strict=False))
 
     @property
     def shape(self) -> str:
@@ -92,16 +171,6 @@ class Case:
         _, _, _, _, _, _, kernel, *options = self.shape.split(" ")
         layer = f"{self.cin}->{self.cout} {self.height}x{self.width}, k{kernel}"
         return ", ".join([f"{layer}, T={self.steps} N={self.batch}", *options])
-
-    def make_input(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-        """Draws x (steps, batch, cin, height, width) on the CPU, so that all devices get one x."""
-        generator = torch.Generator().manual_seed(seed)
-        shape = (self.steps, self.batch, self.cin, self.height, self.width)
-        if self.density is None:
-            x = torch.randn(shape, generator=generator)
-        else:
-            x = (torch.rand(shape, generator=generator) < self.density).float()
-        return x.to(device, dtype)
 
     def flops(self, mode: str) -> int:
         """Counts the floating-point operations of the convolutions of all time steps.

@@ -1,17 +1,19 @@
-"""`make gpu` builds, tests, checks and measures on a GPU in nine minutes, and writes one report.
+"""`make gpu` says what is right and what is slow on a GPU, and writes one report.
 
-    python -m benchmarks.gpu [--out DIR] [--minutes 9] [--steps NAME ...]
-    python -m benchmarks.gpu --rehearse [--device simt-t4]
+    python -m benchmarks.gpu [--quick] [--minutes M] [--steps NAME ...] [--core PATH] [--out DIR]
+    python -m benchmarks.gpu --rehearse [--quick]
 
 The command says first all that is missing here, with the line that installs it; until then it
-imports Python's own modules alone. It needs no network. Each step has a time by which it must end,
-so later steps get the time that earlier steps leave over. The command goes on after a step that
-fails or is stopped, unless all other steps need it.
+imports Python's own modules alone. It needs no network. The build has no limit of time, or --core
+takes a core that was built elsewhere. The clock starts behind it: --quick has two minutes for the
+comparison with float64, every algorithm and block of both passes, and layers beside snnTorch's;
+without it nine minutes have the tests, the sanitizers and large layers as well. Each step has a
+time by which it must end, and later steps get what earlier ones leave over. A step that fails or is
+stopped ends no other.
 
 --rehearse goes through the same steps without a GPU, on one that tests/simt emulates, with tiny
-layers; the report is marked as a rehearsal, and its times mean nothing. Two files are written anew
-after each step: DIR/report.md has everything, and DIR/rows.csv all rows, which
-`python -m benchmarks --compare` reads. The build goes to out/gpu-build and is kept for later runs.
+layers; its times mean nothing. DIR gets four files, written anew after each step: report.md,
+rows.csv, algorithms.csv, and logs.zip. The build goes to out/gpu-build and is kept.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -41,9 +44,9 @@ LAST = 30.0  # seconds that a shape of the benchmark may take after it was begun
 class Step(NamedTuple):
     """A step is one command with placeholders, which `words` fills in.
 
-    until: the share of the whole time after which the step is stopped. tail: the number of lines of
-    its output that the report shows. needed: whether all later steps need it. optional: whether the
-    step is left out where its program is not installed.
+    until: the share of the time behind the build after which the step is stopped; 0 means no limit.
+    tail: the number of lines of its output that the report shows. optional: whether the step is
+    skipped where its program is not installed.
     """
 
     name: str
@@ -51,50 +54,61 @@ class Step(NamedTuple):
     command: str
     environment: Sequence[str] = ()
     tail: int = 60
-    needed: bool = False
     optional: bool = False
 
 
-BUILDING = "{python} -m benchmarks.gpu_build {build} {arch}"
+BUILDING = "{python} -m benchmarks.gpu_build {build} {core}"
 # The sanitizer checks our own kernels alone, because torch's would take minutes.
 SANITIZE = "{sanitizer} --error-exitcode=9 --launch-timeout=60 --kernel-name "
 SANITIZE += "kernel_substring=snnlstm --tool="
 UNCACHED = ("PYTORCH_NO_CUDA_MEMORY_CACHING=1",)
-SMOKE = "{python} -m benchmarks.gpu_smoke --device {device}"
+SMOKE = "{python} -m benchmarks.gpu_smoke --device {device} --algorithms "
+TIMED = "{python} -m benchmarks.gpu_algorithms --device {device} --limit {left} --out {work}/"
 BENCH = "{python} -m benchmarks --device {device} --no-plots --threads all --dtype {dtypes} "
-BENCH += "--providers {providers} --out {out}/"
-# Layers of users' networks, the smallest first, then those of the suite's own table for GPUs.
-LAYERS = "--shapes mnist dvs mid big --seconds 1.5 --limit {left}"
-LARGE = "--shapes tiny audio dvs64 wide64 dvs128 wide128 --seconds 1.5 --limit {left}"
-TINY = '--shape "2 1 2 8 6 6 3 name=tiny" --shape "2 1 8 16 4 6 3 max_pool=2 name=pooled"'
-SMALL = "--sizes 2 1 3 5 6 7"
+BENCH += "--out {work}/"
+SHORT = "--providers snntorch snntorch-cudagraph snnlstm-step snnlstm snnlstm-cudagraph "
+LAYERS = "--shapes mnist dvs column1 column3 eeg1 tiny mid --seconds 0.6 --limit {left}"
+LARGE = "--shapes audio dvs64 wide64 dvs128 wide128 big --seconds 1.5 --limit {left}"
+TINY = '"2 1 2 8 6 6 3 name=tiny"'
 # The tests on one backend; pytest fails if it finds none.
 TESTS = "{python} -m pytest -q --backend {backend} --maxfail=50 {workers} -p no:cacheprovider "
 CHECKED = "tests/cell tests/sequences tests/autograd tests/networks tests/torch tests/system"
 
 
-def steps(rehearsal: bool) -> tuple[Step, ...]:
+def steps(quick: bool, rehearsal: bool) -> tuple[Step, ...]:
     """Returns the steps, with tiny layers and few tests in a rehearsal."""
-    small, few = (f" {SMALL}", f" --few {SMALL}") if rehearsal else ("", " --few")
-    build, built = (" --emulator", 0.4) if rehearsal else ("", 0.3)
-    tests = "tests/cell/test_quant.py" if rehearsal else CHECKED
-    first, rest = (f"{TINY} --seconds 0.2",) * 2 if rehearsal else (LAYERS, LARGE)
-    return (
-        Step("build", built, f"{BUILDING}{build}", needed=True),
-        Step("what is there", built + 0.02, "{python} -m snnlstm"),
-        Step("smoke", built + 0.12, f"{SMOKE}{small}", tail=200, needed=True),
-        Step("tests", 0.56, f"{TESTS}{tests}"),
-        Step("memcheck", 0.66, f"{SANITIZE}memcheck {SMOKE}{few}", UNCACHED, optional=True),
-        Step("racecheck", 0.77, f"{SANITIZE}racecheck {SMOKE}{few}", optional=True),
-        Step("layers", 0.9, f"{BENCH}layers {first}", tail=600),
-        Step("large layers", 0.98, f"{BENCH}large {rest}", tail=600),
-    )
+    small = " --few --sizes 2 1 3 5 6 7" if rehearsal else ""
+    layers = f" --layers {TINY}" if rehearsal else ""
+    first, large = (f"--shape {TINY} --seconds 0.2",) * 2 if rehearsal else (LAYERS, LARGE)
+    at = (0.1, 0.2, 0.3, 0.6, 0.65, 0.97) if quick else (0.05, 0.08, 0.1, 0.2, 0.22, 0.4)
+    fused, hybrid, cudnn, algorithms, apart, beside = at
+    found = [
+        Step("build", 0, f"{BUILDING}{' --emulator' if rehearsal else ''}"),
+        Step("smoke fused", fused, f"{SMOKE}fused{small}", tail=200),
+        Step("smoke hybrid", hybrid, f"{SMOKE}hybrid{small}", tail=200),
+        Step("smoke cudnn", cudnn, f"{SMOKE}cudnn{small}", tail=200),
+        Step("algorithms", algorithms, f"{TIMED}algorithms.csv{layers}", tail=600),
+        # Launches that do not overlap (programmatic dependent launch, from 9.0 on).
+        Step("algorithms apart", apart, f"{TIMED}apart.csv{layers or ' --layers mnist dvs'}",
+             ("SNNLSTM_PDL=0",), tail=600),
+        Step("layers", beside, f"{BENCH}layers {SHORT}{first}", tail=600),
+    ]  # fmt: skip
+    if not quick:
+        tests = "tests/cell/test_quant.py" if rehearsal else CHECKED
+        few = small or " --few"
+        found += [
+            Step("tests", 0.6, f"{TESTS}{tests}"),
+            Step("memcheck", 0.7, f"{SANITIZE}memcheck {SMOKE}fused{few}", UNCACHED, optional=True),
+            Step("racecheck", 0.8, f"{SANITIZE}racecheck {SMOKE}fused{few}", optional=True),
+            Step("large layers", 0.98, f"{BENCH}large --providers {{providers}} {large}", tail=600),
+        ]
+    return tuple(found)
 
 
 # Each GPU is timed in the types that it has instructions for.
 DTYPES = {75: "float32 autocast16 float16", 80: "tf32 bfloat16 float16"}
 PROVIDERS = (
-    "snntorch-cudagraph", "snnlstm-step", "snnlstm", "snnlstm:cudnn",
+    "snntorch", "snntorch-cudagraph", "snnlstm-step", "snnlstm", "snnlstm:cudnn",
     "snnlstm:hybrid", "snnlstm:measure", "snnlstm-cudagraph",
 )  # fmt: skip
 # torch.compile takes a minute of one core for a layer.
@@ -115,14 +129,18 @@ class Outcome(NamedTuple):
 class Place(NamedTuple):
     """Says where a run goes: the device, its compute capability, and the folder of results.
 
-    arch: what the core is compiled for; None builds the CPU kernels alone.
+    core: how gpu_build gets the core. work: the folder of logs and rows, which `out` gets packed.
     """
 
     device: str
     capability: int
-    arch: int | None
+    core: str
     out: Path
     build: Path
+
+    @property
+    def work(self) -> Path:
+        return self.build / "work"
 
     def words(self, step: Step, left: float) -> list[str]:
         """Returns the words of the step's command."""
@@ -133,10 +151,10 @@ class Place(NamedTuple):
             "python": sys.executable,
             "device": self.device,
             "backend": self.device.split("-")[0],
-            "arch": f"--arch {self.arch}" if self.arch else "",
+            "core": self.core,
             "dtypes": DTYPES[max(of for of in DTYPES if of <= self.capability)],
             "providers": " ".join((*PROVIDERS, *compiled)),
-            "out": shlex.quote(str(self.out)),
+            "work": shlex.quote(str(self.work)),
             "build": shlex.quote(str(self.build)),
             "sanitizer": gpu_needs.find("compute-sanitizer") or "compute-sanitizer",
             "workers": f"-n{workers}" if importlib.util.find_spec("xdist") else "",
@@ -155,10 +173,11 @@ class Place(NamedTuple):
         if left <= 0:
             return Outcome(step, "not begun: no time was left", command=said)
         if not shutil.which(command[0]) and step.optional:
-            return Outcome(step, f"left out: {command[0]} is not installed", command=said)
+            return Outcome(step, f"skipped: {command[0]} is not installed", command=said)
         if not shutil.which(command[0]):
             return Outcome(step, f"failed: no such program: {command[0]}", command=said)
-        stopping = ("timeout", "--signal=INT", "--kill-after=10", f"{left:.1f}")
+        limit = ("timeout", "--signal=INT", "--kill-after=10", f"{left:.1f}")
+        stopping = limit if step.until else ()
         # The build copies the sources to this tree; steps that start there import that copy.
         tree = self.build / "tree"
         here = ROOT if step.command.startswith(BUILDING) or not tree.exists() else tree
@@ -169,7 +188,7 @@ class Place(NamedTuple):
         # Children of a background job inherit it.
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        log = self.out / f"{step.name.replace(' ', '-')}.log"
+        log = self.work / f"{step.name.replace(' ', '-')}.log"
         with log.open("w") as file:
             status = subprocess.run(
                 (*stopping, *command), cwd=here, env=os.environ | environment,
@@ -184,20 +203,22 @@ class Place(NamedTuple):
 
 def run_all(place: Place, planned: Sequence[Step], seconds: float) -> list[Outcome]:
     """Runs the steps and writes the report after each."""
-    begin, about = time.monotonic(), facts(place)
-    outcomes: list[Outcome] = []
+    start = begin = time.monotonic()
+    about, outcomes = facts(place), list[Outcome]()
     for step in planned:
         print(f"{step.name} ...", end=" ", flush=True)
-        lost = [o.step.name for o in outcomes if o.step.needed and o.verdict != "passed"]
-        if lost:
-            outcome = Outcome(step, f"not begun: {lost[0]} did not pass")
+        if outcomes and outcomes[0].step.name == "build" and outcomes[0].verdict != "passed":
+            outcome = Outcome(step, "not begun: there is no core")
         else:
-            outcome = place.run(step, begin + step.until * seconds - time.monotonic())
+            left = begin + step.until * seconds - time.monotonic() if step.until else float("inf")
+            outcome = place.run(step, left)
+        if not step.until:
+            begin = time.monotonic()
         outcomes.append(outcome)
         print(f"{outcome.verdict} ({outcome.seconds:.0f} s)", flush=True)
-        taken = time.monotonic() - begin
+        taken = time.monotonic() - start
         (place.out / "report.md").write_text(report(about, outcomes, taken))
-        gather(place.out)
+        gather(place)
     return outcomes
 
 
@@ -209,18 +230,12 @@ def facts(place: Place) -> dict[str, str]:
     from benchmarks.providers import Setting
 
     cuda = place.device == "cuda"
-    rehearsal = {} if cuda else {"REHEARSAL": "no GPU: no time below is a GPU's"}
-    driver = gpu_needs.said(
-        "nvidia-smi",
-        "--query-gpu=driver_version,clocks.max.sm,power.limit",
-        "--format=csv,noheader",
-    )
-    compiler = gpu_needs.nvcc()
+    query = "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"
     return {
-        **rehearsal,
+        **({} if cuda else {"REHEARSAL": "no GPU: no time below is a GPU's"}),
         "GPU": devices.name(place.device),
-        "driver, highest clock, power": driver if cuda else "none",
-        "nvcc": gpu_needs.said(compiler, "--version") if compiler and place.arch else "none",
+        "driver, highest clock, power": gpu_needs.said("nvidia-smi", *query) if cuda else "none",
+        "nvcc": gpu_needs.said(gpu_needs.nvcc() or "nvcc", "--version"),
         "CUDA of torch": str(torch.version.cuda),
         "machine": f"{platform.platform()}, {machine.device_name('cpu')}",
         **machine.describe(Setting("cuda" if cuda else "cpu")),
@@ -242,19 +257,22 @@ def report(about: dict[str, str], outcomes: Sequence[Outcome], seconds: float) -
     return "\n".join(lines) + "\n"
 
 
-def gather(out: Path) -> None:
-    """Writes the rows of all steps into one rows.csv."""
-    tables = [file.read_text().splitlines() for file in sorted(out.glob("*/rows.csv"))]
-    tables = [table for table in tables if table]
-    lines = [line for table in tables for line in table[1:]]
-    (out / "rows.csv").write_text("\n".join([*(t[0] for t in tables[:1]), *lines, ""]))
+def gather(place: Place) -> None:
+    """Writes the rows of all steps into one rows.csv, and packs the logs."""
+    for name, files in (("rows.csv", "*/rows.csv"), ("algorithms.csv", "a*.csv")):
+        tables = [file.read_text().splitlines() for file in sorted(place.work.glob(files))]
+        lines = [line for table in tables for line in table[1:]]
+        (place.out / name).write_text("\n".join([*(t[0] for t in tables[:1] if t), *lines, ""]))
+    with zipfile.ZipFile(place.out / "logs.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(place.work.rglob("*.*")):
+            archive.write(file, file.relative_to(place.work))
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
     """Returns a text that says how many steps passed."""
     passed = sum(outcome.verdict == "passed" for outcome in outcomes)
-    left_out = sum(outcome.verdict.startswith("left out") for outcome in outcomes)
-    return f"{passed} of {len(outcomes)} passed" + (f", {left_out} left out" if left_out else "")
+    skipped = sum(outcome.verdict.startswith("skipped") for outcome in outcomes)
+    return f"{passed} of {len(outcomes)} passed" + (f", {skipped} skipped" if skipped else "")
 
 
 def chosen(names: Iterable[str] | None, planned: Sequence[Step]) -> list[Step]:
@@ -266,10 +284,12 @@ def chosen(names: Iterable[str] | None, planned: Sequence[Step]) -> list[Step]:
     return [step for step in planned if not names or step.name in names]
 
 
-def arch_of(rehearsal: bool, capability: int) -> int | None:
-    """Returns what to compile for; a rehearsal compiles what it finds a compiler for."""
+def core_of(options: argparse.Namespace, capability: int) -> str:
+    """Returns how gpu_build gets the core; a rehearsal compiles what it finds a compiler for."""
+    if options.core:
+        return f"--core {shlex.quote(str(options.core.resolve()))}"
     off = os.environ.get("SNNLSTM_CUDA", "").strip().lower() == "off" or gpu_needs.nvcc() is None
-    return None if rehearsal and off else capability
+    return "" if options.rehearse and off else f"--arch {capability}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -279,7 +299,9 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: 9)")
+    parser.add_argument("--quick", action="store_true", help="right or wrong, and where time goes")
+    parser.add_argument("--minutes", type=float, help="behind the build (default: 9, --quick: 2)")
+    parser.add_argument("--core", type=Path, metavar="PATH", help="take this core, and build none")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/gpu-DATE-TIME")
     parser.add_argument("--build", type=Path, metavar="DIR", default=BUILD, help="of the core")
     parser.add_argument("--steps", nargs="+", metavar="NAME", help="of the report; default: all")
@@ -287,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="simt-t4", help="of a rehearsal (default: simt-t4)")
     options = parser.parse_args(arguments)
     try:
-        planned = chosen(options.steps, steps(options.rehearse))
+        planned = chosen(options.steps, steps(options.quick, options.rehearse))
     except ValueError as error:
         parser.error(str(error))
     if trouble := gpu_needs.lacking(options.rehearse):
@@ -302,11 +324,12 @@ def main(arguments: list[str] | None = None) -> int:
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     capability = devices.capability(device)
-    arch = arch_of(options.rehearse, capability)
-    place = Place(device, capability, arch, out, options.build.resolve())
-    outcomes = run_all(place, planned, 60 * options.minutes)
-    print(f"{summary(outcomes)}; to send: {out / 'report.md'} and {out / 'rows.csv'}")
-    good = ("passed", "left out")
+    place = Place(device, capability, core_of(options, capability), out, options.build.resolve())
+    shutil.rmtree(place.work, ignore_errors=True)
+    place.work.mkdir(parents=True)
+    outcomes = run_all(place, planned, 60 * (options.minutes or (2 if options.quick else 9)))
+    print(f"{summary(outcomes)}; to send: the four files in {out}")
+    good = ("passed", "skipped")
     return 0 if all(outcome.verdict.startswith(good) for outcome in outcomes) else 1
 
 

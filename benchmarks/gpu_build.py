@@ -1,6 +1,6 @@
 """Builds the core for one GPU in a folder of its own, and goes on where an earlier build stopped.
 
-    python -m benchmarks.gpu_build FOLDER --arch 75
+    python -m benchmarks.gpu_build FOLDER --arch 75 (or: --core PATH, a core built elsewhere)
 
 CMake compiles csrc for this GPU, and of the CPU kernels the baseline alone: of the time that a
 release takes, a tenth. Neither the checkout nor this Python's packages change. `FOLDER/tree` gets a
@@ -80,11 +80,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_build", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arch", type=int, help="as 75; without it, the CPU kernels alone")
+    parser.add_argument("--core", type=Path, metavar="PATH", help="take this one, and build none")
     parser.add_argument("--emulator", action="store_true", help="build tests/simt, too")
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
     try:
-        print(f"built {build_core(folder, options.arch)}")
+        if options.core:
+            copy_sources(folder / "tree")
+            print(f"copied {shutil.copy2(options.core, folder / 'tree' / 'snnlstm')}")
+        else:
+            print(f"built {build_core(folder, options.arch)}")
         if options.emulator:
             tree = folder / "tree"
             code = "from benchmarks.devices import emulator; print('built', emulator().path)"

@@ -6,7 +6,6 @@ This file imports Python's own modules alone, so that a machine with nothing get
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -17,7 +16,7 @@ import sysconfig
 from pathlib import Path
 
 # The modules and programs that the steps need, as pip installs them. The core is built with CMake
-# alone (gpu_build.py), and so with any setuptools, or none.
+# alone (gpu_build.py), which says by itself if it is too old.
 NEEDED = {
     "pybind11": "pybind11>=2.13", "pytest": "pytest>=8", "hypothesis": "hypothesis>=6.100",
     "numpy": "numpy", "pandas": "pandas>=2", "snntorch": "snntorch==1.0.0", "tqdm": "tqdm",
@@ -33,8 +32,8 @@ def lacking(rehearsal: bool = False) -> str | None:
         return f"no torch: {sys.executable} has none; make gpu PYTHON=... takes another Python"
     if not rehearsal and (no_gpu := without_gpu()):
         return no_gpu
-    missing = [pinned for name, pinned in NEEDED.items() if module_is_old(name, pinned)]
-    missing += [pinned for name, pinned in PROGRAMS.items() if program_is_old(name, pinned)]
+    missing = [pinned for name, pinned in NEEDED.items() if not importlib.util.find_spec(name)]
+    missing += [pinned for name, pinned in PROGRAMS.items() if not find(name)]
     line = " ".join(f'"{pinned}"' if ">" in pinned else pinned for pinned in missing)
     others = []
     if not os.environ.get("CXX") and not any(map(find, COMPILERS)):
@@ -48,17 +47,10 @@ def lacking(rehearsal: bool = False) -> str | None:
             others.append(trouble)
     if not line and not others:
         return None
-    text = "missing or too old:"
+    text = "missing:"
     if line:
         text += f"\n  {sys.executable} -m pip install {line}"
     text += "".join(f"\n  {other}" for other in others)
-    owned = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists()
-    if line and owned and sys.prefix == sys.base_prefix:
-        text += (
-            "\npip installs nothing into this Python (PEP 668). First:\n"
-            f"  {sys.executable} -m venv --system-site-packages .venv\n"
-            "and then the line above with .venv/bin/python."
-        )
     return text
 
 
@@ -73,31 +65,6 @@ def without_gpu() -> str | None:
         f"no GPU: torch {torch.__version__} ({built}) of {sys.executable} sees none; "
         'ARGS="--rehearse" goes through the steps without one'
     )
-
-
-def module_is_old(name: str, pinned: str) -> bool:
-    """Returns whether a module is missing, or older than `pinned` asks for."""
-    if not importlib.util.find_spec(name):
-        return True
-    try:
-        return older(importlib.metadata.version(name), pinned)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-def program_is_old(name: str, pinned: str) -> bool:
-    """Returns whether a program is missing, or older than `pinned` asks for."""
-    path = find(name)
-    return path is None or older(said(path, "--version"), pinned)
-
-
-def older(version: str, pinned: str) -> bool:
-    """Returns whether the first number with a point in `version` is below that after ">="."""
-    _, _, least = pinned.partition(">=")
-    found = re.search(r"(\d+)\.(\d+)", version)
-    if not least or not found:
-        return False
-    return [int(found[1]), int(found[2])] < [int(n) for n in least.split(".")]
 
 
 def before(variable: str, folder: Path) -> str:
@@ -128,7 +95,12 @@ def nvcc_trouble() -> str | None:
             f"nvcc of CUDA 12, since the driver runs CUDA {newest} and PyPI has nvcc from 13 on: "
             "apt-get install nvidia-cuda-toolkit, or NVIDIA's installer of CUDA 12"
         )
-    release = re.search(r"release (\d+)\.", subprocess_text(compiler, "--version"))
+    release = re.search(r"release (\d+)\.(\d+)", subprocess_text(compiler, "--version"))
+    if release and (int(release[1]), int(release[2])) < (11, 8):
+        return (
+            f"nvcc 11.8 or newer: {compiler} is of CUDA {release[1]}.{release[2]}; CUDACXX=... or "
+            "CUDA_HOME=... names another nvcc"
+        )
     if driver and release and int(release[1]) > driver // 1000:
         return (
             f"an older nvcc, or a newer driver: {compiler} is of CUDA {release[1]}, and the driver "

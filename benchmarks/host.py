@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import snnlstm
-from benchmarks.providers import loop
+from benchmarks.cases import loop
 from snnlstm import _C
 from snnlstm.native import cpu, cuda, function, torch_conv
 

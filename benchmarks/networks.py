@@ -8,14 +8,12 @@ with the structures, sizes and batches of public ones; ``SMALL`` has some for wh
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import itertools
 import runpy
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,15 +25,8 @@ from snntorch import surrogate, utils
 from torch import Tensor, nn
 
 import snnlstm
-from benchmarks.providers import WIDE, Runner, Setting, Unavailable, path_of
+from benchmarks.providers import FORMS, Form
 from snnlstm import unroll
-
-FORMS: dict[str, tuple[Any, bool]] = {
-    "snntorch": (snn.SConv2dLSTM, False),
-    "snnlstm-step": (snnlstm.SConv2dLSTM, False),
-    "snnlstm": (snnlstm.SConv2dLSTM, True),
-}
-"""A provider of a network has a cell's class, and says whether sequences take the loop's place."""
 
 
 def averaged(run: Callable[..., Tensor], net: nn.Module, optimizer: Any, x: Tensor, y: Tensor):
@@ -58,8 +49,8 @@ class Network:
     make: makes the network of a cell's class. shapes: of batches, which training takes in turn.
     train, infer: a step of (run, net, optimizer, x, y) and inference by (run, net, x), where `run`
     is `loop` or `sequences`. batch_dim: the dimension of x that is the batch. autocast: whether the
-    network runs under autocast, where our cell and snnTorch's round differently. forms: as FORMS;
-    the first is what the others are compared with.
+    network runs under autocast, where our cell and snnTorch's round differently. forms: providers
+    of its own, the first of which is what the others are compared with.
     """
 
     title: str
@@ -72,9 +63,10 @@ class Network:
     loop: Callable[..., Any] = lambda net, *args: net(*args)
     sequences: Callable[..., Any] = lambda net, *args: net.sequence(*args)
     autocast: bool = False
-    forms: dict[str, tuple[Any, bool]] = field(default_factory=lambda: FORMS)
+    forms: dict[str, Form] = field(default_factory=dict)
+    dtypes = ()  # besides float32
 
-    def batches(self) -> list[tuple[Any, Any]]:
+    def batches(self, *_: Any) -> list[tuple[Any, Any]]:
         """Returns equal batches at every call: events of density 0.3, and labels."""
         generator = torch.Generator("cpu").manual_seed(7)
         batches, like = [], torch.zeros(())
@@ -88,6 +80,10 @@ class Network:
     def step(self, net: Any, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
         """Makes a training step in the loop over time; returns the loss."""
         return self.train(self.loop, net, optimizer, x, y)
+
+    def results(self, *step: Any) -> dict[str, Tensor]:
+        """Returns the loss of a first training step."""
+        return {"loss": self.train(*step)}
 
 
 def _reset(*layers: Any) -> None:
@@ -281,7 +277,7 @@ def _convlstm(hidden: list[int], kernel: int, *shape: int) -> Network:
 
     layers = "->".join(map(str, (shape[2], *hidden)))
     title = f"ConvLSTM {layers} {kernel}x{kernel} {shape[3]}x{shape[4]}; T={shape[1]} N={shape[0]}"
-    forms = {"plain loop": (True, False), "snnlstm": (False, False)}
+    forms = {"plain loop": Form("a loop", cell=True), "snnlstm": Form("ours", cell=False)}
     return Network(title, make, (shape,), squared, loop=first, forms=forms)
 
 
@@ -291,7 +287,7 @@ class OwnNetwork(Network):
 
     function: Callable[[], tuple[nn.Module, Any]] = NotImplemented
 
-    def batches(self) -> list[tuple[Any, Any]]:
+    def batches(self, *_: Any) -> list[tuple[Any, Any]]:
         _, x = self.function()
         return [(x if isinstance(x, tuple) else (x,), None)]
 
@@ -327,7 +323,7 @@ def from_file(place: str) -> Network:
     return OwnNetwork(
         "your own network", make, (), squared, loop=_fresh,
         optimizer=functools.partial(torch.optim.SGD, lr=0.0), function=function,
-        forms={name: form for name, form in FORMS.items() if not form[1]},
+        forms={name: form for name, form in FORMS.items() if not form.sequences},
     )  # fmt: skip
 
 
@@ -399,63 +395,3 @@ def twins(make: Callable[[Any], nn.Module]) -> list[Any]:
         torch.manual_seed(0)
         nets.append(make(cell))
     return nets
-
-
-class WholeNetwork:
-    """Is a provider of a network: one of its forms, with one library's cell."""
-
-    def __init__(self, network: Network, form: str, setting: Setting) -> None:
-        if setting.dtype not in ("float32", *WIDE):
-            raise Unavailable(f"networks run in float32, not in {setting.dtype}")
-        self.network, self.setting = network, setting
-        cell, sequences = network.forms[form]
-        self.over_time = network.sequences if sequences else network.loop
-        setting.apply_precision()
-        with self.place():
-            torch.manual_seed(setting.seed)
-            self.net = network.make(cell)
-            self.x, self.y = network.batches()[0]
-        self.optimizer = network.optimizer(self.net.parameters())
-        self.initial = copy.deepcopy(self.net.state_dict())
-
-    def place(self) -> AbstractContextManager[Any]:
-        """Makes a GPU torch's default device; a default device costs time in each call of torch."""
-        return torch.device("cuda") if self.setting.device == "cuda" else nullcontext()
-
-    @property
-    def path(self) -> str:
-        """Returns the paths of our cells."""
-        return path_of(*(m for m in self.net.modules() if isinstance(m, snnlstm.SConv2dLSTM)))
-
-    def prepare(self, mode: str) -> Runner:
-        """Returns (setup, run), as every provider.
-
-        Each training step begins with the same weights but for a rounding error.
-        """
-        factors = itertools.cycle((1 + 1e-6, 1.0))
-
-        def setup() -> None:
-            if mode == "training":
-                self.net.load_state_dict(self.initial)
-                factor = next(factors)
-                with torch.no_grad():
-                    for parameter in self.net.parameters():
-                        parameter.mul_(factor)
-
-        def run() -> object:
-            with self.place(), self.setting.context():
-                if mode == "training":
-                    train = self.network.train
-                    return train(self.over_time, self.net, self.optimizer, self.x, self.y)
-                with torch.no_grad():
-                    return self.network.infer(self.over_time, self.net, self.x)
-
-        return setup, run
-
-    def results(self) -> dict[str, Tensor]:
-        """Returns the loss of a first training step."""
-        setup, run = self.prepare("training")
-        setup()
-        torch.manual_seed(1)  # dropout
-        loss: Any = run()
-        return {"loss": loss.detach().double().cpu()}

@@ -32,15 +32,8 @@ from tqdm import tqdm
 
 from benchmarks import cases, devices, machine, networks, peak_memory, providers, report
 from benchmarks.cases import Case
-from benchmarks.networks import Network, WholeNetwork
-from benchmarks.providers import (
-    PROVIDERS,
-    TOLERANCE,
-    Runner,
-    Setting,
-    Unavailable,
-    find_provider,
-)
+from benchmarks.networks import Network
+from benchmarks.providers import FORMS, TOLERANCE, Form, Provider, Runner, Setting, find_form
 
 MOST_LOAD, MOST_DRIFT = 0.3, 0.1
 CLOCKS = {"processor": time.process_time, "wall": benchmark.timer}
@@ -129,18 +122,13 @@ def find_case(name: str) -> Case | Network:
     raise ValueError(f"--shapes: no shape is called {name!r}; known: {known}")
 
 
-def build(case: Case | str, provider: str, setting: Setting, small: bool = False) -> Any:
-    """Returns the provider of a layer or of the network of a name; small: of a small batch."""
+def prepared(case: Case | str, name: str, setting: Setting, mode: str, small: bool) -> Runner:
+    """Returns what :func:`peak_memory.measure` runs; the network of a name is found anew."""
     if isinstance(case, Case):
         case = dataclasses.replace(case, steps=2, batch=1) if small else case
-        return find_provider(provider)(case, setting)
+        return Provider(case, find_form(name), setting).prepare(mode)
     network = networks.NETWORKS[case] if small and case in networks.NETWORKS else find_case(case)
-    return WholeNetwork(network, provider, setting)
-
-
-def prepared(case: Case | str, name: str, setting: Setting, mode: str, small: bool) -> Runner:
-    """Returns what :func:`peak_memory.measure` runs."""
-    return build(case, name, setting, small).prepare(mode)
+    return Provider(network, network.forms.get(name) or find_form(name), setting).prepare(mode)
 
 
 @dataclass
@@ -191,21 +179,29 @@ class Suite:
                     self.bar.set_description_str(f"{name}, {mode}")
                     self.measure(name, case, mode, built)
 
-    def checked(self, name: str, case: Case | Network) -> dict[str, Any]:
+    def forms(self, case: Any) -> dict[str, Form]:
+        """Returns the providers of a case, with the baseline first."""
+        own = getattr(case, "forms", {})
+        if not own:
+            return {name: find_form(name) for name in self.providers}
+        first = next(iter(own))
+        return {name: own[name] for name in own if name in (first, *self.providers)}
+
+    def checked(self, name: str, case: Case | Network) -> dict[str, Provider]:
         """Returns the providers that can run a case and compute what the first computes."""
-        setting, built, expected = self.setting, {}, None
-        first, *others = getattr(case, "forms", self.providers)
-        for provider in (first, *(name for name in others if name in self.providers)):
+        built: dict[str, Provider] = {}
+        expected: dict[str, Tensor] = {}
+        for provider, form in self.forms(case).items():
             try:
-                one = build(case if isinstance(case, Case) else name, provider, setting)
+                one = Provider(case, form, self.setting)
                 actual = one.results()
-                if provider == first:
-                    expected = actual
-                elif expected:
-                    compare(case, setting.dtype, expected, actual)
-                built[provider] = one
+                if built:
+                    compare(case, self.setting.dtype, expected, actual)
+                expected, built[provider] = expected or actual, one
             except Exception as error:  # a provider that fails must not end the run
                 self.skip(provider, name, error)
+                if not built:  # there is no baseline
+                    break
         return built
 
     def skip(self, provider: str, case: str, error: Exception) -> None:
@@ -222,10 +218,11 @@ class Suite:
         runners = {}
         for provider, one in built.items():
             try:
-                runners[provider] = one.prepare(mode)
-                runners[provider][0]()
-                runners[provider][1]()
-            except (MemoryError, RuntimeError, Unavailable) as error:
+                setup, run = one.prepare(mode)
+                setup()
+                run()
+                runners[provider] = setup, run
+            except (MemoryError, RuntimeError) as error:
                 self.skip(provider, name, error)
 
         def tick(share: float) -> None:
@@ -237,7 +234,8 @@ class Suite:
         beside, drift = load.beside(), abs(self.peak / before - 1)
         quiet = self.clock == "processor" or (beside <= MOST_LOAD and drift <= MOST_DRIFT)
         ratios = quiet or self.busy_anyway or self.setting.device != "cpu"
-        rows, baseline = [], math.nan
+        rows: list[dict[str, Any]] = []
+        first = next(iter(built), None)
         for provider, times in samples.items():
             p20, p50, p80 = (1e3 * pd.Series(times).quantile([0.2, 0.5, 0.8])).tolist()
             row = self.origin | {
@@ -247,10 +245,8 @@ class Suite:
                 "p80": p80, "speedup": None, "gflops": None, "mib": None, "note": "",
                 "beside": beside, "peak": before, "peak_after": self.peak, "quiet": quiet,
             }  # fmt: skip
-            if provider == next(iter(getattr(case, "forms", self.providers))):
-                baseline = p50
-            if ratios:
-                row["speedup"] = baseline / p50
+            if ratios and first in samples:
+                row["speedup"] = (rows[0]["ms"] if rows else p50) / p50
             if isinstance(case, Case):
                 row["gflops"] = case.flops(mode) / p50 / 1e6
             if self.memory:
@@ -280,7 +276,7 @@ networks, and layers as T N Cin Cout H W k:
 {chr(10).join(f"  {n:<13} {c.title}" for table in TABLES.values() for n, c in table.items())}
 
 providers:
-{chr(10).join(f"  {name:<22} {provider.title}" for name, provider in PROVIDERS.items())}
+{chr(10).join(f"  {name:<22} {form.title}" for name, form in FORMS.items())}
   snnlstm:ALGORITHM      an algorithm forced, such as snnlstm:direct
 
 example: python -m benchmarks --shapes cpu --threads 1 all --providers snnlstm snnlstm:direct
@@ -289,7 +285,10 @@ example: python -m benchmarks --shapes cpu --threads 1 all --providers snnlstm s
 
 def threads(text: str) -> int:
     """Reads a number of threads; "all" is torch's default."""
-    return torch.get_num_threads() if text == "all" else int(text)
+    count = torch.get_num_threads() if text == "all" else int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f'must be a positive number or "all", got {text!r}')
+    return count
 
 
 # fmt: off
@@ -353,7 +352,7 @@ def suites_from(args: argparse.Namespace) -> list[Suite]:
     asked = {name: find_case(name) for name in listed} | {case.name: case for case in own}
     wanted = list(dict.fromkeys([providers.BASELINE, *args.providers]))
     for name in wanted:
-        find_provider(name)
+        find_form(name)
     return [
         Suite(
             asked, wanted, args.mode, Setting(args.device, dtype, args.seed), count,

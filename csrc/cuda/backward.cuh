@@ -41,8 +41,9 @@ constexpr int kBackwardThreads = 128;
 template <class Element>
 constexpr int kBackwardBlocks = std::is_same_v<Element, mma_gemm::Parts> ? 2 : 3;
 
-// Puts a block's sums into shared memory, in patches of 2 pixels x 4 channels. If there are two
-// groups of warps, each sums over one half of K, and then goes on with one of the m16 tiles.
+// A block's sums of a convolution in shared memory, in patches of 2 pixels x 4 channels. If there
+// are two groups of warps, each sums over one half of K, and then goes on with one of the m16
+// tiles.
 template <class Element, int NT, bool Strided>
 class BackwardSums {
  public:
@@ -50,23 +51,28 @@ class BackwardSums {
                               const BlockPlace& block)
       : gemm_(conv, shared, tiling, block) {
     const int group = gemm_.k_group(), threads = int(blockDim.x) / conv.k_groups;
+    parked_ = reinterpret_cast<float*>(shared) + 4 * (int(threadIdx.x) - group * threads);
+    stride = 4 * threads;
+    if (conv.k_groups > 1) first_mi = last_mi = group;
+  }
+
+  // Runs the convolution, and parks the sums.
+  SNNLSTM_DEVICE void run() {
     float acc[2][NT][4];
     gemm_.run(acc);
-    parked_ = reinterpret_cast<float*>(shared) + 4 * (int(threadIdx.x) - group * threads);
-    float* own = parked_ + group * 8 * NT * threads;
-    stride = 4 * threads;
+    const int group = gemm_.k_group();
+    float* own = parked_ + group * 2 * NT * stride;
     unrolled<NT / 2, 2>([&](int pair, int mi) {
       const auto &a = acc[mi][2 * pair], &b = acc[mi][2 * pair + 1];
       store(own + (4 * pair + 2 * mi) * stride, make_float4(a[0], a[1], b[0], b[1]));
       store(own + (4 * pair + 2 * mi + 1) * stride, make_float4(a[2], a[3], b[2], b[3]));
     });
-    if (conv.k_groups == 1) return;
-    first_mi = last_mi = group;
+    if (gemm_.k_groups() == 1) return;
     if (!fault(Fault::no_k_groups_barrier)) __syncthreads();
     unrolled<NT / 2, 2>([&](int pair, int px) {
       float* sum = parked_ + (4 * pair + 2 * group + px) * stride;
       float4 v = load<float4>(sum);
-      const float4 w = load<float4>(sum + 8 * NT * threads);
+      const float4 w = load<float4>(sum + 2 * NT * stride);
       v.x += w.x, v.y += w.y, v.z += w.z, v.w += w.w;
       store(sum, v);
     });
@@ -82,8 +88,8 @@ class BackwardSums {
     return gemm_.warp_column() * 8 * NT + 16 * pair + 4 * gemm_.quad();
   }
   // The warp's number among all warps, of all groups, that have its channels.
-  SNNLSTM_DEVICE int row() const { return gemm_.k_group() * rows_of_group() + gemm_.warp_row(); }
-  SNNLSTM_DEVICE int rows_of_group() const { return gemm_.rows(); }
+  SNNLSTM_DEVICE int row() const { return gemm_.k_group() * gemm_.rows() + gemm_.warp_row(); }
+  SNNLSTM_DEVICE int rows() const { return gemm_.k_groups() * gemm_.rows(); }
 
   int stride;
   int first_mi = 0, last_mi = 1;
@@ -104,7 +110,8 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
                                    reinterpret_cast<float*>(shared + p.vectors));
     if (tile.is_finished()) return wait_for_launch_before();
     tile.load_vectors();
-    const BackwardSums<Element, NT, false> sums(p.conv, shared, p.tiling, block);
+    BackwardSums<Element, NT, false> sums(p.conv, shared, p.tiling, block);
+    sums.run();
     const MemTile<float> mem_tile{reinterpret_cast<float*>(shared + p.mem_tile), p.mem_pitch};
     auto* row_sums = reinterpret_cast<float*>(shared + p.row_sums);
     tile.in_phases(mem_tile, [&](bool gather) {
@@ -114,10 +121,10 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Element>)
         for (int mi = sums.first_mi; mi <= sums.last_mi; ++mi)
           tile.patch(sums.pixel(mi), sums.channel(pair), gather,
                      FromShared<float>{sums.patch(pair, mi), sums.stride}, mem_tile,
-                     row_sums + sums.row() * channels, 4, mi == sums.first_mi);
+                     {row_sums + sums.row() * channels, 4, mi == sums.first_mi});
     });
     __syncthreads();
-    tile.write_sums(row_sums, p.conv.k_groups * sums.rows_of_group());
+    tile.write_sums(row_sums, sums.rows());
   } else {
     trap_without_mma();
   }
@@ -127,8 +134,8 @@ template <class Element, int NT>
 SNNLSTM_DEVICE void data_gradient(const DataGradientMma& p, unsigned index) {
   const BlockPlace block = block_of(p.tiling, index);
   if (is_finished(p.lengths, block)) return;
-  const BackwardSums<Element, NT, true> sums(p.conv, &shared_memory<unsigned char>(), p.tiling,
-                                             block);
+  BackwardSums<Element, NT, true> sums(p.conv, &shared_memory<unsigned char>(), p.tiling, block);
+  sums.run();
   const int c0 = block.column * p.conv.warp_columns * 8 * NT;
 #pragma unroll 1
   for (int pair = 0; pair < NT / 2; ++pair)
@@ -213,7 +220,7 @@ __global__ void __launch_bounds__(fma::kThreads, fma::kBlocks<R>)
       const auto recurrent = [&](R(&d_mem)[2][4]) {
         unrolled<2, 4>([&](int px, int ch) { d_mem[px][ch] = acc[0][px][ch]; });
       };
-      tile.patch(T::pixel(i), T::column(), gather, recurrent, mem_tile, row_sums, 1, i == 0);
+      tile.patch(T::pixel(i), T::column(), gather, recurrent, mem_tile, {row_sums, 1, i == 0});
       if (!gather)
         unrolled<3, 8>([&](int k, int j) { acc[k][j / 4][j % 4] = acc[k + 1][j / 4][j % 4]; });
     }

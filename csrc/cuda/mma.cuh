@@ -97,6 +97,7 @@ class MmaGemm {
     return int(blockDim.x) / 32 / p_.warp_columns / p_.k_groups;
   }
   SNNLSTM_DEVICE int k_group() const { return k_group_; }
+  SNNLSTM_DEVICE int k_groups() const { return p_.k_groups; }
   SNNLSTM_DEVICE static int quad() { return int(threadIdx.x) % 4; }
 
   // Tensor cores truncate their sums. In parts each k-step adds three times, therefore a chunk's

@@ -95,12 +95,14 @@ class MmaPipeline {
     if (!fault(Fault::no_chunk_barrier)) __syncthreads();
     loading_ = !first_ && more_;
     stages_since_load_ = loading_ ? 0 : mma_gemm::kStages;
-    if (loading_) load_chunk(buffer_ ^ 1, loaded_.chunk < 2);
+    if (loading_) {
+      load_chunk(buffer_ ^ 1, loaded_.chunk < 2);
+      __syncwarp();  // lanes have gone different ways
+    }
   }
   SNNLSTM_DEVICE void end_chunk() {
     if (loading_) {
-      source_.end(next());
-      source_.template finish<1>(next());  // brings what had no turn
+      source_.template finish<1>(next());
       more_ = advance(loaded_);
     }
     working_ = advance(at_);

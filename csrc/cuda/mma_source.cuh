@@ -66,8 +66,11 @@ template <class Element>
 constexpr bool kCarries = std::is_same_v<Element, fp16_sm75>;
 
 // Element: of shared memory, float (which tf32 rounds when it is read), the bits of an fp16 or
-// bf16, or fp16_sm75. AnyFeed: false if all sources are our own images (Feed::async).
-template <class Element, bool AnyFeed>
+// bf16, or fp16_sm75. AnyFeed: false if all sources are our own images (Feed::async). Chunks: so
+// many come at once, to buffers side by side.
+//
+// Its users call start(), then turn() now and then between their products, and finish().
+template <class Element, bool AnyFeed, int Chunks = 1>
 class MmaSource {
  public:
   static constexpr bool kHalf = sizeof(Element) == 2;
@@ -93,36 +96,22 @@ class MmaSource {
     return origin(at_.x0, s.step_w, s.pad_w, s.up_w);
   }
 
-  // Begins to load a chunk. cp_async brings it if feed is async; else calls of turn() and then
-  // end(), or finish() bring it. border: the zeros around the image are written, too; they stay
-  // while other chunks of the same tile come to the buffer.
-  SNNLSTM_DEVICE void start(const MmaSegment& seg, int chunk, unsigned char* buffer, bool border) {
-    chunk_ = chunk, buffer_ = buffer;
+  // Begins to load the chunks from `chunk` on. cp_async brings them if feed is async; else calls of
+  // turn() and then finish() bring them. border: the zeros around the image are written, too; they
+  // stay while other chunks of the same tile come to the buffer. pitch: bytes from one buffer to
+  // the next.
+  SNNLSTM_DEVICE void start(const MmaSegment& seg, int chunk, unsigned char* buffer, bool border,
+                            int pitch = 0) {
+    chunk_ = chunk, last_ = chunk + Chunks - 1, buffer_ = buffer, pitch_ = pitch;
     in_flight_.target = -1;
     next_item_ = int(threadIdx.x), items_ = 0;
-    if (!AnyFeed || seg.feed == Feed::async) {
-      if constexpr (kCarries<Element>)
-        items_ = items(seg, chunk);
-      else
-        copy_async(seg, chunk, buffer);
-    } else if (seg.feed != Feed::patches) {
-      if (border) fill_border(seg, buffer);
+    if (kCarries<Element> || (AnyFeed && seg.feed != Feed::async)) {
+      if (AnyFeed && seg.feed == Feed::patches) return;
       items_ = items(seg, chunk);
-    }
-  }
-
-  // Loads the rest of the chunk at once, Count loads at a time; patches always come like this.
-  template <int Count>
-  SNNLSTM_DEVICE void finish(const MmaSegment& seg) {
-    if constexpr (kTurns) {
-      if (AnyFeed && seg.feed == Feed::patches) return lay_out(seg, chunk_, buffer_);
-#pragma unroll 1
-      for (; next_item_ < items_; next_item_ += Count * int(blockDim.x)) {
-        Item item[Count];
-        unrolled<Count>(
-            [&](int k) { fetch(seg, chunk_, next_item_ + k * int(blockDim.x), item[k]); });
-        unrolled<Count>([&](int k) { put(seg, item[k], buffer_); });
-      }
+      if (!border || (kCarries<Element> && seg.feed == Feed::async)) return;
+      unrolled<Chunks>([&](int k) { fill_border(seg, buffer + k * pitch); });
+    } else {
+      unrolled<Chunks>([&](int k) { copy_async(seg, chunk + k, buffer + k * pitch); });
     }
   }
 
@@ -133,13 +122,32 @@ class MmaSource {
       for (int k = 0; k < seg.turns; ++k) {
         put(seg, in_flight_, buffer_);
         in_flight_.target = -1;
+        if (next_item_ >= items_) next_chunk(seg);
         if (next_item_ < items_) fetch(seg, chunk_, next_item_, in_flight_);
         next_item_ += int(blockDim.x);
       }
     }
   }
-  SNNLSTM_DEVICE void end(const MmaSegment& seg) const {
-    if constexpr (kTurns) put(seg, in_flight_, buffer_);
+
+  // Ends the loads, and brings at once what had no turn, Count elements at a time; patches always
+  // come like this.
+  template <int Count>
+  SNNLSTM_DEVICE void finish(const MmaSegment& seg) {
+    if constexpr (kTurns) {
+      if (AnyFeed && seg.feed == Feed::patches) {
+        unrolled<Chunks>([&](int k) { lay_out(seg, chunk_ + k, buffer_ + k * pitch_); });
+        return;
+      }
+      put(seg, in_flight_, buffer_);
+      in_flight_.target = -1;
+#pragma unroll 1
+      for (; next_item_ < items_ || next_chunk(seg); next_item_ += Count * int(blockDim.x)) {
+        Item item[Count];
+        unrolled<Count>(
+            [&](int k) { fetch(seg, chunk_, next_item_ + k * int(blockDim.x), item[k]); });
+        unrolled<Count>([&](int k) { put(seg, item[k], buffer_); });
+      }
+    }
   }
 
  private:
@@ -152,6 +160,14 @@ class MmaSource {
     return groups(seg, chunk) * (seg.feed == Feed::async     ? pixels
                                  : seg.feed == Feed::vectors ? kPerGroup / 4 * pixels
                                                              : int(seg.by_run.value));
+  }
+
+  // Goes on to the next chunk, if there is one.
+  SNNLSTM_DEVICE bool next_chunk(const MmaSegment& seg) {
+    if (Chunks == 1 || items_ == 0 || chunk_ == last_) return false;
+    ++chunk_, buffer_ += pitch_;
+    next_item_ = int(threadIdx.x), items_ = items(seg, chunk_);
+    return next_item_ < items_;
   }
 
   // What one turn brings: 16 bytes of one pixel, or 4 channels of Feed::vectors. What cp_async()
@@ -309,7 +325,7 @@ class MmaSource {
   Multiply multiply_;
   const Tiling& tiling_;
   BlockPlace at_;
-  int chunk_ = 0, next_item_ = 0, items_ = 0;  // of the load that is under way
+  int chunk_ = 0, last_ = 0, next_item_ = 0, items_ = 0, pitch_ = 0;  // of what is under way
   unsigned char* buffer_ = nullptr;
   Item in_flight_;
 };

@@ -41,9 +41,13 @@ struct FromShared {
   }
 };
 
-struct NothingElse {
-  template <class... Args>
-  SNNLSTM_DEVICE void operator()(const Args&...) const {}
+// Where the threshold's gradient of a row of warps is summed: (channels,) in shared memory, over
+// the lanes that differ in the three bits from `bit` on. set: it does not add to what is there.
+template <class R>
+struct RowSums {
+  R* sums;
+  int bit;
+  bool set;
 };
 
 template <class R>
@@ -107,98 +111,28 @@ class BackwardTile {
   // Runs the step backward for pixels m, m + 1 and 4 of the block's channels, from `first` on.
   // gather: only mem is computed, and written into the tile.
   // recurrent(d_mem) writes the thread's gradients of mem, d_mem[pixel][channel], which are 0
-  // before. row_sums, (channels,) in shared memory for each row of warps, gets the threshold's
-  // gradient, summed over the lanes that differ in the three bits from `bit` on; set: it does not
-  // add to what is there.
+  // before.
   template <class Recurrent>
   SNNLSTM_DEVICE void patch(int m, int first, bool gather, Recurrent&& recurrent, MemTile<R> tile,
-                            R* row_sums, int bit, bool set) const {
-    const PixelPair at = pixel_pair(tiling_, block_, m, p_.Ho, p_.Wo);
-    const int c0 = c0_ + first;
-    R gate[4][2][4];
-    unrolled<4>([&](int k) { load_patch(p_.gates, at, c0, gate[k], k); });
-    R syn_prev[2][4];
-    load_patch(p_.syn_prev, at, c0, syn_prev);
-    R threshold[4], tanh_syn[2][4], mem[2][4];
-    load_vector(vectors_ + first, threshold);
-    unrolled<4, 2>([&](int ch, int px) {
-      const Gates<R> a = activated(gate, px, ch);
-      tanh_syn[px][ch] = Math<R>::tanh(N::next_syn(a, syn_prev[px][ch]));
-      mem[px][ch] = N::after_reset(p_.reset, N::next_mem(a.o, tanh_syn[px][ch]),
-                                   is_flagged(gate[2][px][ch]), threshold[ch]);
-    });
-    const DType type = p_.syn_prev.type;
-    if (p_.fire.num_levels > 0)
-      for_each_value(mem, [&](R x, int, int) { return quantised(p_.fire, x); });
-    unrolled<2, 4>([&](int px, int ch) { mem[px][ch] = rounded(type, mem[px][ch]); });
-    if (gather) return tile.put(m, first, mem);
-    if (p_.own_mem.present()) store_patch(p_.own_mem, at, c0, mem);
-    const bool starts = p_.fire.is_last(block_.n);  // nothing comes from later steps
-    R d_syn[2][4] = {}, d_mem[2][4] = {}, spike[2][4] = {};
-    if (p_.d_syn_in.present() && !starts) load_patch(p_.d_syn_in, at, c0, d_syn);
-    if (!starts) recurrent(d_mem);
-    if (starts || !p_.at_ends)
-      add_patch(p_.grad_mem, at, c0, d_mem), add_patch(p_.grad_syn, at, c0, d_syn);
-    if (!p_.fire.spiking) add_patch(p_.fire.spk, at, c0, d_mem);
-    const bool direct = spikes() && p_.fire.pool == Pool::none;
-    if (direct) {
-      unrolled<2, 4>([&](int px, int ch) { mem[px][ch] -= threshold[ch]; });
-      load_patch(p_.fire.spk, at, c0, spike);
-      if (p_.surrogate == Surrogate::atan && p_.winner == nullptr) {
-        const R graded = graded_of<R>(p_.fire);
-        unrolled<2, 4>([&](int px, int ch) {
-          spike[px][ch] =
-              N::surrogate_gradient(Surrogate::atan, mem[px][ch], R(p_.p0), R(p_.p1), R(0)) *
-              (spike[px][ch] * graded);
-        });
-      } else {
-        const auto gradient = [&](R grad, int px, int ch, R u) {
-          const bool real = (px ? at.valid[1] : at.valid[0]) && c0 + ch < p_.C;
-          return real ? spike_gradient(c0 + ch, px ? at.y[1] : at.y[0], px ? at.x[1] : at.x[0], u,
-                                       grad)
-                      : R(0);
-        };
-        for_each_value(spike, gradient, mem);
-      }
-    } else if (p_.spikes_in.present()) {
-      load_patch(p_.spikes_in, at, c0, spike);
-    } else if (gathers()) {
-      unrolled<4>([&](int ch) {
-        R pair[2];
-        load_vector(&tile.at(first + ch, m), pair);
-        spike[0][ch] = pair[0], spike[1][ch] = pair[1];
-      });
-    }
-    R of_threshold[2][4];
-    unrolled<2>([&](int px) {
-      // Pixels behind the last whole window are in no window.
-      const bool pooled = p_.fire.pool == Pool::none || (at.y[px] < p_.fire.Hp * p_.fire.pool_h &&
-                                                         at.x[px] < p_.fire.Wp * p_.fire.pool_w);
-      unrolled<4>([&](int ch) {
-        const bool real = pooled && at.valid[px] && c0 + ch < p_.C;
-        const R through_spike = real ? spike[px][ch] : R(0);
-        const R grad = at.valid[px] ? d_mem[px][ch] + through_spike : R(0);
-        const Gates<R> a = activated(gate, px, ch);
-        const bool reset = is_flagged(gate[2][px][ch]);
-        const NeuronGrad<R> d = N::backward(p_.reset, a, syn_prev[px][ch], tanh_syn[px][ch], reset,
-                                            grad, d_syn[px][ch]);
-        d_syn[px][ch] = d.syn_prev;
-        gate[0][px][ch] = d.pre.i, gate[1][px][ch] = d.pre.f;
-        gate[2][px][ch] = d.pre.o, gate[3][px][ch] = d.pre.g;
-        of_threshold[px][ch] =
-            -through_spike - (p_.reset == Reset::subtract && reset ? grad : R(0));
-      });
-    });
+                            const RowSums<R>& sums) const {
+    Patch p;
+    load(p, m, first);
+    if (gather) return tile.put(m, first, p.mem);
+    if (p_.own_mem.present()) store_patch(p_.own_mem, p.at, p.c0, p.mem);
+    R d_syn[2][4] = {}, d_mem[2][4] = {}, spike[2][4] = {}, of_threshold[2][4];
+    from_later(p, recurrent, d_syn, d_mem);
+    from_spikes(p, m, first, tile, spike);
+    differentiate(p, spike, d_mem, d_syn, of_threshold);
     if (p_.d_gates.present())
-      unrolled<4>([&](int k) { store_patch(p_.d_gates, at, c0, gate[k], k); });
+      unrolled<4>([&](int k) { store_patch(p_.d_gates, p.at, p.c0, p.gate[k], k); });
     if (p_.grad_syn0.present())
-      store_patch(p_.grad_syn0, at, c0, d_syn);
+      store_patch(p_.grad_syn0, p.at, p.c0, d_syn);
     else if (p_.d_syn_out.present())
-      store_patch(p_.d_syn_out, at, c0, d_syn);
+      store_patch(p_.d_syn_out, p.at, p.c0, d_syn);
     if (p_.sums == nullptr) return;
     R sum[4];
     unrolled<4>([&](int ch) { sum[ch] = of_threshold[0][ch] + of_threshold[1][ch]; });
-    reduce(sum, first, bit, row_sums, set);
+    reduce(sum, first, sums);
   }
 
   // Calls patches(gather), which goes over all patches that the thread holds. If the gradients need
@@ -255,6 +189,101 @@ class BackwardTile {
   }
 
  private:
+  // What a thread holds of the step: 2 pixels x 4 channels, from channel c0 of all.
+  struct Patch {
+    PixelPair at;
+    int c0;
+    R gate[4][2][4], syn_prev[2][4], tanh_syn[2][4], mem[2][4], threshold[4];
+  };
+
+  // Loads what was saved, and computes mem after the step from it.
+  SNNLSTM_DEVICE void load(Patch& p, int m, int first) const {
+    p.at = pixel_pair(tiling_, block_, m, p_.Ho, p_.Wo);
+    p.c0 = c0_ + first;
+    unrolled<4>([&](int k) { load_patch(p_.gates, p.at, p.c0, p.gate[k], k); });
+    load_patch(p_.syn_prev, p.at, p.c0, p.syn_prev);
+    load_vector(vectors_ + first, p.threshold);
+    unrolled<4, 2>([&](int ch, int px) {
+      const Gates<R> a = activated(p.gate, px, ch);
+      p.tanh_syn[px][ch] = Math<R>::tanh(N::next_syn(a, p.syn_prev[px][ch]));
+      p.mem[px][ch] = N::after_reset(p_.reset, N::next_mem(a.o, p.tanh_syn[px][ch]),
+                                     is_flagged(p.gate[2][px][ch]), p.threshold[ch]);
+    });
+    const DType type = p_.syn_prev.type;
+    if (p_.fire.num_levels > 0)
+      for_each_value(p.mem, [&](R x, int, int) { return quantised(p_.fire, x); });
+    unrolled<2, 4>([&](int px, int ch) { p.mem[px][ch] = rounded(type, p.mem[px][ch]); });
+  }
+
+  // Adds the gradients of syn and mem from the next step, and from the caller.
+  template <class Recurrent>
+  SNNLSTM_DEVICE void from_later(const Patch& p, Recurrent&& recurrent, R (&d_syn)[2][4],
+                                 R (&d_mem)[2][4]) const {
+    const bool starts = p_.fire.is_last(block_.n);  // nothing comes from later steps
+    if (p_.d_syn_in.present() && !starts) load_patch(p_.d_syn_in, p.at, p.c0, d_syn);
+    if (!starts) recurrent(d_mem);
+    if (starts || !p_.at_ends)
+      add_patch(p_.grad_mem, p.at, p.c0, d_mem), add_patch(p_.grad_syn, p.at, p.c0, d_syn);
+    if (!p_.fire.spiking) add_patch(p_.fire.spk, p.at, p.c0, d_mem);
+  }
+
+  // Writes the gradients of mem through the spikes. Without pooling p.mem becomes mem - threshold.
+  SNNLSTM_DEVICE void from_spikes(Patch& p, int m, int first, MemTile<R> tile,
+                                  R (&spike)[2][4]) const {
+    if (spikes() && p_.fire.pool == Pool::none) {
+      unrolled<2, 4>([&](int px, int ch) { p.mem[px][ch] -= p.threshold[ch]; });
+      load_patch(p_.fire.spk, p.at, p.c0, spike);
+      if (p_.surrogate == Surrogate::atan && p_.winner == nullptr) {
+        const R graded = graded_of<R>(p_.fire);
+        unrolled<2, 4>([&](int px, int ch) {
+          spike[px][ch] =
+              N::surrogate_gradient(Surrogate::atan, p.mem[px][ch], R(p_.p0), R(p_.p1), R(0)) *
+              (spike[px][ch] * graded);
+        });
+      } else {
+        const auto gradient = [&](R grad, int px, int ch, R u) {
+          const bool real = (px ? p.at.valid[1] : p.at.valid[0]) && p.c0 + ch < p_.C;
+          const int y = px ? p.at.y[1] : p.at.y[0], x = px ? p.at.x[1] : p.at.x[0];
+          return real ? spike_gradient(p.c0 + ch, y, x, u, grad) : R(0);
+        };
+        for_each_value(spike, gradient, p.mem);
+      }
+    } else if (p_.spikes_in.present()) {
+      load_patch(p_.spikes_in, p.at, p.c0, spike);
+    } else if (gathers()) {
+      unrolled<4>([&](int ch) {
+        R pair[2];
+        load_vector(&tile.at(first + ch, m), pair);
+        spike[0][ch] = pair[0], spike[1][ch] = pair[1];
+      });
+    }
+  }
+
+  // p.gate becomes the gradients of the gates before activation, d_syn those of syn before the
+  // step.
+  SNNLSTM_DEVICE void differentiate(Patch& p, const R (&spike)[2][4], const R (&d_mem)[2][4],
+                                    R (&d_syn)[2][4], R (&of_threshold)[2][4]) const {
+    unrolled<2>([&](int px) {
+      // Pixels behind the last whole window are in no window.
+      const bool pooled = p_.fire.pool == Pool::none || (p.at.y[px] < p_.fire.Hp * p_.fire.pool_h &&
+                                                         p.at.x[px] < p_.fire.Wp * p_.fire.pool_w);
+      unrolled<4>([&](int ch) {
+        const bool real = pooled && p.at.valid[px] && p.c0 + ch < p_.C;
+        const R through_spike = real ? spike[px][ch] : R(0);
+        const R grad = p.at.valid[px] ? d_mem[px][ch] + through_spike : R(0);
+        const Gates<R> a = activated(p.gate, px, ch);
+        const bool reset = is_flagged(p.gate[2][px][ch]);
+        const NeuronGrad<R> d = N::backward(p_.reset, a, p.syn_prev[px][ch], p.tanh_syn[px][ch],
+                                            reset, grad, d_syn[px][ch]);
+        d_syn[px][ch] = d.syn_prev;
+        p.gate[0][px][ch] = d.pre.i, p.gate[1][px][ch] = d.pre.f;
+        p.gate[2][px][ch] = d.pre.o, p.gate[3][px][ch] = d.pre.g;
+        of_threshold[px][ch] =
+            -through_spike - (p_.reset == Reset::subtract && reset ? grad : R(0));
+      });
+    });
+  }
+
   // Replaces the mem of each window in the tile by the gradient that it gets through its spike.
   SNNLSTM_DEVICE void spread(MemTile<R> tile) const {
     for_each_window(p_.fire, tiling_, block_, c0_, channels_, [&](const Window& w) {
@@ -266,7 +295,8 @@ class BackwardTile {
     });
   }
   // Sums over 8 lanes. The first two exchanges each halve the channels that a lane goes on with.
-  SNNLSTM_DEVICE void reduce(const R (&sum)[4], int first, int bit, R* row_sums, bool set) const {
+  SNNLSTM_DEVICE void reduce(const R (&sum)[4], int first, const RowSums<R>& to) const {
+    const int bit = to.bit;
     const bool upper = (int(threadIdx.x) & bit) != 0, odd = (int(threadIdx.x) & 2 * bit) != 0;
     R two[2];
     unrolled<2>([&](int ch) {
@@ -277,8 +307,8 @@ class BackwardTile {
     R one = mine + __shfl_xor_sync(full_warp, other, 2 * bit);
     one += __shfl_xor_sync(full_warp, one, 4 * bit);
     if ((int(threadIdx.x) & 4 * bit) != 0) return;
-    R& out = row_sums[first + (upper ? 2 : 0) + (odd ? 1 : 0)];
-    out = set ? one : out + one;
+    R& out = to.sums[first + (upper ? 2 : 0) + (odd ? 1 : 0)];
+    out = to.set ? one : out + one;
   }
   // Adds the caller's tensor to v, if there is one.
   SNNLSTM_DEVICE static void add_patch(const Tensor& a, const PixelPair& at, int c0, R (&v)[2][4]) {

@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(neurons::kThreads, neurons::kBlocks<R>)
   __syncthreads();
   R* row_sums = shared.sums + int(threadIdx.x) / 32 * neurons::kChannels;
   tile.in_phases(mem_tile, [&](bool gather) {
-    tile.patch(neurons::pixel(), neurons::channel(), gather, NothingElse(), mem_tile, row_sums, 4,
-               true);
+    tile.patch(neurons::pixel(), neurons::channel(), gather, [](auto&) {}, mem_tile,
+               {row_sums, 4, true});
   });
   __syncthreads();
   tile.write_sums(shared.sums, neurons::kThreads / 32);

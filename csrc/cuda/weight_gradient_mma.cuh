@@ -85,63 +85,28 @@ class WeightGemm {
     const bool by_turns = p_.grad.lengths != nullptr;
     const int all = int(p_.grad.total), first = split_ * int(p_.grad.share);
     const int end = by_turns ? all : min(first + int(p_.grad.share), all);
+    int tile = running_tile(by_turns ? split_ : first, end);
     int folded = 0;  // tiles since the last fold
-    int fetched = running_tile(by_turns ? split_ : first, end);
 #pragma unroll 1
     for (int round = -1;; ++round) {  // computes a tile, and fetches the next one
       const int buffer = round & 1;
       if (!fault(Fault::no_weight_tile_wait)) cp_async_wait<0>();
       if (!fault(Fault::no_weight_tile_barrier)) __syncthreads();
-      const bool more = fetched < end, computes = round >= 0;
-      const BlockPlace at = block_of(p_.grad.tiling, unsigned(fetched));
+      const bool more = tile < end;
+      const BlockPlace at = block_of(p_.grad.tiling, unsigned(tile));
       const MmaSegment& next = p_.source[more && at.t > 0 && p_.grad.later.present() ? 1 : 0];
-      // Gathered elements come a few at a time, while the tensor cores work.
-      const bool in_turns = more && computes &&
-                            (next.feed == Feed::gather || next.feed == Feed::vectors ||
-                             (kSm75 && next.feed == Feed::async));
-      if (more) {
-        copy_gates(at, buffer ^ 1);
-        source_.move_to({p_.grad.source_time(at.t), at.n, at.y0, at.x0, 0, 0});
-#pragma unroll 1
-        for (int chunk = 0; chunk < (in_turns ? 1 : kChunks); ++chunk) {
-          start(next, buffer ^ 1, chunk);
-          if (!in_turns) source_.template finish<kHalf ? 1 : 2>(next);
-        }
-        cp_async_commit();
-      }
-      if (computes) {
-        Place a = place(gates(buffer) + a_offset_), b = place(neighbourhood(buffer, 0) + b_offset_);
-        __syncwarp();  // lanes have gone different ways
-        unrolled<weight_tile::kTaps>([&](int tap) {
-          const int2 shift = load<int2>(&shifts_[tap][0]);
-          shift_[tap][0] = !kHalf || lane_ / 8 % 2 == 0 ? shift.x : shift.y;
-          if constexpr (!kHalf) shift_[tap][1] = shift.y;
-        });
-#pragma unroll 1
-        for (int turn = 0; turn < kTurns; ++turn) {
-          if (in_turns) {
-            if (turn > 0 && turn % (kTurns / kChunks) == 0) {
-              source_.end(next);
-              start(next, buffer ^ 1, turn / (kTurns / kChunks));
-            }
-            source_.turn(next);
-            __syncwarp();
-          }
-          if (taps_ >= weight_tile::kTaps)
-            multiply<true>(a, b, turn);
-          else if (taps_ > 0)
-            multiply<false>(a, b, turn);
-          a = a + mma_tile::row_offset(16);
-        }
-        if (in_turns) source_.end(next);
+      if (more) fetch(next, at, buffer ^ 1);
+      if (round >= 0) {
+        multiply_tile(next, more, buffer);
         if (++folded == kFold) folded = 0, fold();
       }
+      if (more) source_.template finish<kHalf ? 1 : 2>(next);
       if constexpr (kCarries<Element>) {
         if (more) lay_down(buffer ^ 1);
       }
       shifts_ = first_shifts_ + next.lead * (weight_tile::kMostGroups * weight_tile::kTaps);
       if (!more) break;
-      fetched = running_tile(fetched + (p_.grad.lengths != nullptr ? p_.splits : 1), end);
+      tile = running_tile(tile + (by_turns ? p_.splits : 1), end);
     }
     fold();
   }
@@ -211,14 +176,41 @@ class WeightGemm {
   SNNLSTM_DEVICE unsigned char* gates(int buffer) const {
     return shared_ + buffer * weight_tile::stage_bytes(p_.planes, kChunks, p_.buffer_bytes);
   }
-  SNNLSTM_DEVICE unsigned char* neighbourhood(int buffer, int chunk) const {
-    return gates(buffer) + p_.planes * weight_tile::kPlaneBytes + chunk * p_.buffer_bytes;
+  SNNLSTM_DEVICE unsigned char* neighbourhood(int buffer) const {
+    return gates(buffer) + p_.planes * weight_tile::kPlaneBytes;
   }
 
-  SNNLSTM_DEVICE void start(const MmaSegment& seg, int buffer, int chunk) {
-    const int number = channels_ * kChunks + chunk;
-    source_.start(seg, number, neighbourhood(buffer, chunk), true);
+  // Begins to bring a tile. Gathered elements of its source come while another is multiplied.
+  SNNLSTM_DEVICE void fetch(const MmaSegment& next, const BlockPlace& at, int buffer) {
+    copy_gates(at, buffer);
+    source_.move_to({p_.grad.source_time(at.t), at.n, at.y0, at.x0, 0, 0});
+    source_.start(next, channels_ * kChunks, neighbourhood(buffer), true, p_.buffer_bytes);
+    cp_async_commit();
   }
+
+  // Multiplies the tile in a buffer. more: another one is on its way, from `next`.
+  SNNLSTM_DEVICE void multiply_tile(const MmaSegment& next, bool more, int buffer) {
+    Place a = place(gates(buffer) + a_offset_), b = place(neighbourhood(buffer) + b_offset_);
+    __syncwarp();  // lanes have gone different ways
+    unrolled<weight_tile::kTaps>([&](int tap) {
+      const int2 shift = load<int2>(&shifts_[tap][0]);
+      shift_[tap][0] = !kHalf || lane_ / 8 % 2 == 0 ? shift.x : shift.y;
+      if constexpr (!kHalf) shift_[tap][1] = shift.y;
+    });
+#pragma unroll 1
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if (more) {
+        source_.turn(next);
+        __syncwarp();
+      }
+      if (taps_ >= weight_tile::kTaps)
+        multiply<true>(a, b, turn);
+      else if (taps_ > 0)
+        multiply<false>(a, b, turn);
+      a = a + mma_tile::row_offset(16);
+    }
+  }
+
   // Begins to copy the tile's d_gates of the block's rows, with zeros outside of the image and
   // behind the last row. A thread that carries takes its pieces, and lay_down() ends that.
   SNNLSTM_DEVICE void copy_gates(const BlockPlace& at, int buffer) {
@@ -414,7 +406,7 @@ class WeightGemm {
   const WeightGradientMma& p_;
   weight_tile::Tables& tables_;
   unsigned char* shared_;
-  MmaSource<Element, true> source_;
+  MmaSource<Element, true, kChunks> source_;
   int lane_, warp_row_, warp_column_, channels_, row_, split_;
   int taps_, first_tap_;     // taps from the warp's first one on; that tap
   int a_offset_, b_offset_;  // the lane's

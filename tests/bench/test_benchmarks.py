@@ -15,9 +15,10 @@ pytest.importorskip("matplotlib")
 
 import pandas as pd
 
+import snnlstm
 from benchmarks import accuracy, gpu_smoke, host, machine, networks, peak_memory, report, run
 from benchmarks.cases import Case, parse_case
-from benchmarks.providers import MODES, PROVIDERS, Setting, Snnlstm, find_provider
+from benchmarks.providers import FORMS, MODES, Provider, Setting
 
 SMALL = Case("small", 3, 2, 5, 4, 6, 7, threshold=0.02, density=0.3)
 TINY = ["--shape", "2 1 2 4 6 6 3 name=small", "--seconds", "0.01"]
@@ -40,10 +41,8 @@ def test_the_suite_writes_rows_a_table_and_a_picture(tmp_path, capsys):
     asked = ["--shapes", "hidden", "--random", "2", "--providers", *providers]
     status, rows = suite(tmp_path, *TINY, *asked)
     assert status == 0
-    expected = {
-        (c, m, p) for c in ("small", "random0", "random1") for m in MODES for p in providers
-    }
-    expected |= {("hidden", mode, "snntorch") for mode in MODES}
+    cases = ("small", "hidden", "random0", "random1")
+    expected = {(case, mode, name) for case in cases for mode in MODES for name in providers}
     assert {*zip(rows.case, rows["mode"], rows.provider, strict=True)} == expected
     assert ((rows.p20 <= rows.ms) & (rows.ms <= rows.p80)).all()
     assert set(rows["clock"]) == {"processor"}
@@ -119,16 +118,13 @@ def test_a_busy_machine_gets_no_ratios_of_several_threads(
     assert ("NO RATIOS" in capsys.readouterr().err) == (status == 3)
 
 
-class Louder(Snnlstm):
-    """A provider that computes something else."""
-
-    def sequence(self, *args):
-        spk, syn, mem = super().sequence(*args)
-        return spk, syn, 1.01 * mem
-
-
 def test_a_wrong_provider_is_refused(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(PROVIDERS, "snnlstm", Louder)
+    class Louder(snnlstm.SConv2dLSTM):
+        def forward(self, *args, **kwargs):
+            spk, syn, mem = super().forward(*args, **kwargs)
+            return spk, syn, 1.01 * mem
+
+    monkeypatch.setitem(FORMS, "snnlstm", FORMS["snnlstm"]._replace(cell=Louder))
     status, rows = suite(tmp_path, *TINY, "--mode", "inference")
     assert status == 1
     assert set(rows.provider) == {"snntorch", "snnlstm-step"}
@@ -137,8 +133,8 @@ def test_a_wrong_provider_is_refused(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("result", ["spikes", "syn", "mem", "gradient of weight", "gradient of x"])
 def test_agreement_notices_a_difference_in_each_result(result):
-    expected = find_provider("snntorch")(SMALL, Setting()).results()
-    actual = find_provider("snnlstm")(SMALL, Setting()).results()
+    expected = Provider(SMALL, FORMS["snntorch"], Setting()).results()
+    actual = Provider(SMALL, FORMS["snnlstm"], Setting()).results()
     run.compare(SMALL, "float32", expected, actual)
     right = actual[result].clone()
     for wrong in (right + 0.1 * right.norm(), right * float("nan")):
@@ -163,6 +159,7 @@ def test_peak_memory_is_the_memory_that_is_used(tmp_path):
         (["--shape", "8 8 4 8 9 9 4"], "--shape"),
         (["--providers", "snnlstm:fft"], "--providers"),
         (["--dtype", "tf32"], "--dtype"),
+        (["--threads", "0"], "--threads"),
         (["--compare", "nowhere", "else"], "nowhere"),
     ],
 )
@@ -180,4 +177,6 @@ def test_the_other_commands_print_their_tables(capsys, monkeypatch):
     monkeypatch.setattr(accuracy, "SCALES", (1,))
     accuracy.main()
     assert capsys.readouterr().out.count("\n| ") == len(accuracy.LAYERS)
-    assert len(gpu_smoke.run("cpu", algorithms=("direct",))) == 2 * len(gpu_smoke.OPTIONS)
+    lines = list(gpu_smoke.run("cpu", algorithms=("direct",)))
+    assert len(lines) == 2 * len(gpu_smoke.OPTIONS)
+    assert all(right for _, right in lines)

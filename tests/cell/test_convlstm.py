@@ -138,16 +138,6 @@ def test_gradients_reach_through_one_result_alone(backend):
             close(one.grad, exact.grad, atol=1e-11)
 
 
-def test_layouts_and_empty_batches(backend):
-    own, other = pair("two layers, batch first", F64)
-    x = sequence(own, 2, F64)
-    for laid in (
-        x.movedim(2, -1).contiguous().movedim(-1, 2), x.mT.contiguous().mT, x[:, :, :, ::2],
-    ):  # fmt: skip
-        close(flat(own(laid)), flat(other(laid)), atol=1e-12)
-    assert [o.shape[0] for o in flat(own(x[:0]))] == [0, 0, 0]
-
-
 # ---- what people have ----------------------------------------------------------------------------
 
 

@@ -62,11 +62,6 @@ def test_it_spikes_and_differentiates_as_snntorchs(name, kwargs):
     close(gradient(getattr(surrogate, name)(**kwargs), x, weights), expected, atol=1e-6)
 
 
-def test_snntorchs_LSO_is_broken():
-    with pytest.raises(TypeError):
-        theirs.LSO()(torch.ones(1))
-
-
 class _Spike(torch.autograd.Function):
     """Spikes in the input's dtype, as on snnTorch's master, with the gradient `factor`."""
 
@@ -106,53 +101,32 @@ def test_snntorchs_closures_and_objects_are_recognised(name, kwargs):
         assert ours(spike_grad=theirs_).spike_grad == spike
 
 
-def test_recognising_leaves_no_trace():
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    with torch.inference_mode(), torch.device("meta"):
-        assert recognise_surrogate(theirs.SSO()) == surrogate.SSO()
-    assert torch.equal(torch.rand(3), expected)
-
-
 @each
 def test_what_computes_something_else_stays_foreign(name, kwargs):
     spike = getattr(surrogate, name)(**kwargs)
-    attributes, class_name = parameters_of(spike), name
+    attributes = parameters_of(spike)
     for change in (lambda x: 1.001 * x, torch.zeros_like, lambda x: x + 1e-3):
-        changed = stand_in(class_name, spike, change=change, **attributes)
-        # At its default SFS is zero nearly everywhere, but not for x > 1.
+        changed = stand_in(name, spike, change=change, **attributes)
         assert recognise_surrogate(changed) is changed
-    at_zero = stand_in(class_name, spike, **attributes)
-    type(at_zero).__call__ = lambda self, x: _Spike.apply(x, spike.factor) + (x == 0)
-    broken = stand_in(class_name, spike, **attributes)
+    broken = stand_in(name, spike, **attributes)
     type(broken).__call__ = lambda self, x: 1 / 0
-    elsewhere = stand_in(class_name, spike, module="mine.surrogate", **attributes)
-    for foreign in (at_zero, broken, elsewhere):
+    elsewhere = stand_in(name, spike, module="mine.surrogate", **attributes)
+    for foreign in (broken, elsewhere):
         assert recognise_surrogate(foreign) is foreign
 
 
-def test_what_has_other_parameters_stays_foreign():
+def test_what_has_other_parameters_or_another_name_stays_foreign():
     spike = surrogate.atan()
-    tensor_slope = theirs.fast_sigmoid(torch.tensor(25.0))  # a user may learn the slope
     for foreign in (
-        tensor_slope,
+        theirs.fast_sigmoid(torch.tensor(25.0)),  # a user may learn the slope
         theirs.atan(math.nan),
         stand_in("ATanSurrogate", spike, slope=2.0),
-        stand_in("ATanSurrogate", spike, alpha="2"),
         stand_in("ATanSurrogate", spike, alpha=3.0),
         stand_in("GaussianSurrogate", spike, alpha=2.0),
+        theirs.custom_surrogate(lambda x, grad, spk: grad),
+        torch.nn.ReLU(),
+        len,
     ):
-        assert recognise_surrogate(foreign) is foreign
-
-
-def test_what_is_not_of_snntorch_stays_what_it_is():
-    def inner(x):
-        return x
-
-    inner.__module__, inner.__qualname__ = "snntorch.surrogate", "atan.<locals>.inner"
-    custom = theirs.custom_surrogate(lambda x, grad, spk: grad)
-    for foreign in (inner, custom, torch.nn.ReLU(), len, torch.sigmoid):
         assert recognise_surrogate(foreign) is foreign
 
 

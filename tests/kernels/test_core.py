@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(("core", "count"), [("cpu", 2000), ("cuda", 2000), ("simt", 500)])
 def test_random_calls_with_nonsense_among_the_arguments(core, count):
     """nonsense.py runs as a process, whose last line of output names the call that went wrong."""
-    if core == "cuda" and not (hasattr(_C, "cuda_target") and torch.cuda.is_available()):
+    if core == "cuda" and not (hasattr(_C, "CudaPlan") and torch.cuda.is_available()):
         pytest.skip("no GPU")
     if core == "simt" and not ((ROOT / "csrc").exists() and shutil.which("g++")):
         pytest.skip("no sources or no compiler for the emulator")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import snnlstm
 from benchmarks.networks import NETWORKS, Spectrogram, twins
-from tests.shared.helpers import close, ours, same_gradients, steps
+from tests.shared.helpers import close, same_gradients, steps
 
 
 def data(name: str) -> list[tuple[Tensor, Tensor]]:
@@ -100,17 +100,3 @@ def test_data_parallels_replicas(monkeypatch):
     same_gradients(net, whole)
     assert net.lstm1.mem.shape[0] == 1  # a replica's states are its own
     assert type(snnlstm.accelerate(nn.DataParallel(net)).model.module.lstm1) is type(net.lstm1)
-
-
-def test_replicas_that_go_on_from_a_state_start_from_the_modules():
-    """As in snnTorch, states do not come back from replicas: each call starts from one state."""
-    cell = ours()
-    x = steps(2, 2, 2, 6, 6)
-    cell(x[0])
-    before = cell.mem
-    replica = cell._replicate_for_data_parallel()
-    replica._parameters, replica._buffers = dict(cell._parameters), dict(cell._buffers)
-    replica._modules = dict(cell._modules)
-    _, _, mem = replica(x[1])
-    assert cell.mem is before
-    close(mem, copy.deepcopy(cell)(x[1])[2])

@@ -1,7 +1,6 @@
 """Computes the gradients of a case, and compares gradients."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from tests.shared import flat
 from tests.shared.cases import Case, Inputs, Options, wanting_gradients
-from tests.shared.oracle import decisions, steps_of
+from tests.shared.oracle import decisions
 
 NAMES = ("x", "syn", "mem", "weight", "bias", "threshold")
 OUTPUTS = ("spk", "syn", "mem")
@@ -87,26 +86,6 @@ def agrees(run: Run, case: Case, inputs: Inputs) -> bool:
         exact = flat.reference(*inputs.double(), options)
     pairs = zip(decisions(case, inputs, *own[1:]), decisions(case, inputs, *exact[1:]), strict=True)
     return all(torch.equal(one, other) for one, other in pairs)
-
-
-def from_states(syn: Tensor, mem: Tensor) -> Run:
-    """Returns a form of the reference whose steps end in these states, with its own gradients."""
-
-    def run(x: Tensor, *states_and_rest: Any) -> tuple[Tensor, ...]:
-        *states, weight, bias, threshold, graded, options = states_and_rest
-        step = replace(options, sequence=False, record=False, checkpoint=False)
-        out = []
-        for x_t, *given in zip(*(steps_of(t, options) for t in (x, syn, mem)), strict=True):
-            spk, *found = flat.reference(x_t, *states, weight, bias, threshold, graded, step)
-            states = [f + (g - f).detach() for f, g in zip(found, given, strict=True)]
-            in_sequence = options.sequence and not options.spiking
-            out.append((states[1] if in_sequence else spk, *states))
-        if not options.sequence:
-            return out[0]
-        spks, *every = (torch.stack(of) for of in zip(*out, strict=True))
-        return spks, *(every if options.record else states)
-
-    return run
 
 
 def of_outputs(case: Case, outputs: Sequence[str] = OUTPUTS) -> list[Tensor | None]:

@@ -137,40 +137,6 @@ def check_steps(
         check_spikes(spk, mem, inputs.threshold.detach(), inputs.graded, options)
 
 
-def is_clear(case: Case, inputs: Inputs, syn: Tensor, mem: Tensor, band: float) -> bool:
-    """Returns whether errors of mem up to `band` leave all derivatives of a recorded run alone.
-
-    An error changes derivatives if it leads to another level, another place of the largest in a
-    pooling window, another winner, or the other side of a surrogate's jump.
-    """
-    options = case.options
-    if not options.spiking:
-        return True
-    jumps = {"triangular": 0.0, "heaviside": 0.0, "LSO": 0.0, "SFS": options.surrogate.p1}
-    jump = inputs.threshold.detach().double() + jumps.get(options.surrogate.name, torch.inf)
-    for _, exact in exact_steps(inputs, syn, mem, options):
-        if options.quant is not None:
-            if not torch.equal(options.quant(exact - band), options.quant(exact + band)):
-                return False
-            continue
-        (ph, pw), potential = options.pool_size, pooled(exact, options)
-        windows = exact.unfold(2, ph, ph).unfold(3, pw, pw).flatten(-2)
-        if options.pool == "max" and _least_lead(windows) <= 2 * band:
-            return False
-        if options.inhibition and _least_lead(potential.flatten(1)) <= 2 * band:
-            return False
-        if ((potential - jump).abs() <= band).any():
-            return False
-    return True
-
-
-def _least_lead(values: Tensor) -> float:
-    """Returns the least distance between the largest and the second largest in any row."""
-    if values.shape[-1] == 1:
-        return torch.inf
-    return float(values.topk(2).values.diff().abs().min())
-
-
 def decisions(case: Case, inputs: Inputs, syn: Tensor, mem: Tensor) -> list[Tensor]:
     """Returns every decision of a recorded run: runs with equal decisions have equal derivatives.
 

@@ -18,12 +18,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gpu_tools
 import torch
 
 from benchmarks import devices
 from benchmarks.cases import CPU_CASES, GPU_CASES
 from benchmarks.cases import Case as Layer
+from tests.simt import gpu_tools
 from tests.simt.backend import Core, simt_core
 from tests.simt.builder import ROOT
 from tests.simt.emulator import Launch

@@ -196,11 +196,6 @@ def compare(
         close(grad / scale, wanted / scale, atol=error, rtol=0)
 
 
-def some(backend):
-    """Draws few examples for the emulated kernels."""
-    return drawing(8 if backend.name == "simt" else 60)
-
-
 def judge(case: Twins, backend: Any) -> tuple[torch.Tensor, ...] | None:
     """Compares both libraries' cells; returns spk, syn and mem of ours.
 
@@ -241,22 +236,9 @@ def test_a_combination_of_options_equals_snntorch(backend, name):
     assert judge(PINNED[name], backend) is not None
 
 
-POOLS = [("none", (1, 1)), *((pool, size) for pool in ("max", "avg") for size in ((2, 2), (2, 3)))]
-
-
-@pytest.mark.parametrize(("pool", "size"), POOLS, ids=str)
-@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
-def test_each_reset_and_pool_equals_snntorch(backend, reset, pool, size):
-    """No gradient flows through the reset, and the returned mem is not pooled."""
-    case = SMALL.but(dtype=torch.float32, time=2, reset=reset, pool=pool, pool_size=size)
-    spk, *_ = judge(Twins(case), backend)
-    assert spk.any()
-    assert not spk.all()
-
-
 @pytest.mark.drawn
 def test_any_combination_of_options_equals_snntorch(backend):
-    @some(backend)
+    @drawing(8 if backend.name == "simt" else 60)
     @given(twins())
     def check(case):
         assume(judge(case, backend) is not None)
@@ -266,7 +248,7 @@ def test_any_combination_of_options_equals_snntorch(backend):
 
 @pytest.mark.drawn
 def test_nan_infinity_and_huge_states_go_where_snntorch_lets_them(backend):
-    @some(backend)
+    @drawing(8 if backend.name == "simt" else 60)
     @given(
         twins(),
         st.sampled_from([torch.nan, torch.inf, -torch.inf, 1e30]),

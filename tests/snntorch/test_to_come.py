@@ -38,99 +38,32 @@ def closure(levels, work=Cast.apply):
     return inner
 
 
-def instance(name="StateQuantizer", module="snntorch.functional.quant", work=Cast.apply, **held):
-    call = {"__module__": module, "__call__": lambda self, x: work(x, LEVELS)}
-    made = type(name, (), call)()
-    vars(made).update(held)
+def instance(levels, work=Cast.apply):
+    call = {"__module__": "snntorch.functional.quant", "__call__": lambda self, x: work(x, LEVELS)}
+    made = type("StateQuantizer", (), call)()
+    made.levels = levels
     return made
 
 
-ARGUMENTS = {
-    "num_bits": 4, "uniform": True, "thr_centered": True, "threshold": 1, "lower_limit": 0,
-    "upper_limit": 0.2, "multiplier": None,
-}  # fmt: skip
-FORMS = {
-    "closure": closure(LEVELS),
-    "levels": instance(levels=LEVELS),
-    "arguments": instance(**ARGUMENTS),
-}
+FORMS = {"closure": closure, "object": instance}
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_quantisers_of_any_form_take_the_kernels(form):
-    cell = ours(state_quant=FORMS[form])
-    assert cell.state_quant == state_quant(4)
+def test_quantisers_are_recognised_by_what_they_compute(form):
+    make = FORMS[form]
+    cell = ours(state_quant=make(LEVELS))
     assert type(cell.state_quant) is StateQuant
-    train_alike(cell, theirs(state_quant=FORMS[form]), X)
+    assert cell.state_quant == state_quant(4)
+    train_alike(cell, theirs(state_quant=make(LEVELS)), X)
     assert cell.path.native
 
+    def of_gradient_zero(x, levels):
+        return levels[(levels - x[..., None]).abs().min(-1).indices] + 0 * x
 
-def of_gradient_zero(x, levels):
-    return levels[(levels - x[..., None]).abs().min(-1).indices] + 0 * x
-
-
-@pytest.mark.parametrize(
-    "foreign",
-    [
-        closure(LEVELS, lambda x, levels: Cast.apply(x / 2, levels)),
-        closure(LEVELS, of_gradient_zero), closure(LEVELS, lambda x, levels: 1 / 0),
-        closure("levels"),
-        instance(levels=LEVELS, work=of_gradient_zero), instance("Levels", levels=LEVELS),
-        instance(module="mine.quant", levels=LEVELS), instance(num_bits=4), instance(),
-        instance(levels=LEVELS, scale=torch.ones(1)),
-    ],
-    ids=range(10),
-)  # fmt: skip
-def test_quantisers_of_other_names_contents_or_results_stay_foreign(foreign):
-    assert recognise_quant(foreign) is foreign
-
-
-class Leaking(torch.autograd.Function):
-    """The operator of snnTorch's LSO, with spikes of its input's dtype and a gradient."""
-
-    @staticmethod
-    def forward(ctx, x, slope):
-        ctx.save_for_backward(x)
-        ctx.slope = slope
-        return (x > 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return torch.where(ctx.saved_tensors[0] > 0, grad, ctx.slope * grad), None
-
-
-def leaky_operator(operator):
-    """Makes what LSO() returns after 1.0.0, where it calls the operator of its own."""
-    slope = 0.2
-
-    def inner(x):
-        return operator.apply(x, slope)
-
-    inner.__module__, inner.__qualname__ = "snntorch.surrogate", "LSO.<locals>.inner"
-    return inner
-
-
-@pytest.mark.parametrize("operator", [snntorch.surrogate.LeakySpikeOperator, Leaking])
-def test_LSO_is_recognised_whether_or_not_its_gradient_works(operator):
-    """The operator of 1.0.0, which LSO does not call there, returns too few gradients."""
-    spike, x = leaky_operator(operator), torch.ones(3, requires_grad=True)
-    if operator is not Leaking:
-        with pytest.raises(RuntimeError, match="incorrect number of gradients"):
-            spike(x).sum().backward()
-    cell = ours(spike_grad=spike)
-    assert cell.spike_grad == snnlstm.surrogate.LSO(0.2)
-    train_alike(cell, theirs(spike_grad=leaky_operator(Leaking)), X)
-    assert cell.path.native
-
-
-def test_LSO_that_computes_something_else_stays_foreign():
-    class Steep(Leaking):
-        @staticmethod
-        def backward(ctx, grad):
-            return 3 * grad, None
-
-    spike = leaky_operator(Steep)
-    assert ours(spike_grad=spike).spike_grad is spike
+    halves = make(LEVELS, lambda x, levels: Cast.apply(x / 2, levels))
+    broken = make(LEVELS, lambda x, levels: 1 / 0)
+    for foreign in (halves, make(LEVELS, of_gradient_zero), broken, make("levels")):
+        assert recognise_quant(foreign) is foreign
 
 
 def test_reset_functions_of_the_base_class(monkeypatch):

@@ -64,18 +64,6 @@ def test_memory_does_not_grow(work, count):
     assert len(snntorch.SpikingNeuron.instances) < 10
 
 
-@measures_memory
-def test_a_leak_would_be_seen():
-    """The measurement shows a leak that keeps the state of every step."""
-    kept = []
-    cell = ours(2, 16, 3)
-    before = peak_memory.watch()
-    for _ in range(500):
-        steps(cell, 1)
-        kept.append(cell.mem)
-    assert peak_memory.watch() - before > MOST
-
-
 @pytest.mark.parametrize("algorithm", ["direct", "auto"])
 @pytest.mark.parametrize("reset", ["none", "subtract"])
 def test_two_thousand_steps_stay_close_to_float64(reset, algorithm):

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from snnlstm.native import pool
 from snnlstm.quant import state_quant
-from tests.shared import cases, flat
+from tests.shared import cases
 from tests.shared.cases import Case, wanting_gradients
 from tests.shared.cpu_kernels import native
 
@@ -130,18 +130,6 @@ def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_tim
     assert len(set(sizes.values())) == 1, sizes
     # The workspace holds a few states, and for each thread as many tiles as fit into its L2 cache.
     assert sizes[2] < 16 * state_bytes(case) + torch.get_num_threads() * (512 << 10)
-
-
-def test_the_workspace_of_the_backward_pass_does_not_grow_with_time(kernels):
-    sizes = set()
-    for time in (20, 60, 200):  # shorter sequences have fewer parts of the weight gradient
-        arguments = *PLAIN.but(time=time).inputs(), PLAIN.options
-        plan = flat.plan_of(arguments, kernels.algorithm)
-        decided = flat.forward(*arguments, True, kernels.algorithm).decided
-        counters = 2 * 64 * time  # a step counts its tasks, and the tasks that fold its sums
-        backward = plan._pass(decided, True, True, True)
-        sizes.add(backward.workspace - counters)
-    assert len(sizes) == 1
 
 
 def test_no_gradient_no_memory(kernels):

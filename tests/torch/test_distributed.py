@@ -135,17 +135,6 @@ def static_graphs_and_unused_parameters(rank: int, world: int) -> None:
 
 
 @check
-def accumulated_gradients(rank: int, world: int) -> None:
-    parts = [whole_batch(world, seed) for seed in (1, 2)]
-    parallel = parallel_of(net())
-    for last, x in enumerate(parts):
-        with contextlib.nullcontext() if last else parallel.no_sync():
-            loss_of(parallel, own_part(x, rank)).backward()
-    expected = [sum(pair) for pair in zip(*map(of_one_process, parts), strict=True)]
-    close(gradients(parallel), expected, atol=1e-5, rtol=1e-4)
-
-
-@check
 def ranks_with_more_batches_than_others(rank: int, world: int) -> None:
     """Under torch's Join, ranks that are done take part in what other ranks communicate."""
     parallel = parallel_of(net(learn_threshold=True))
@@ -217,15 +206,6 @@ def sharded_in_mixed_precision(rank: int, world: int) -> None:
     assert model[1].mem.dtype == torch.bfloat16
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     close(gradients(model), of_one_process(x), atol=2e-2, rtol=0.3)
-
-
-@check
-def a_threshold_of_one_number_cannot_be_sharded(rank: int, world: int) -> None:
-    """FSDP2 splits the first dimension, so a learned threshold must have a dimension."""
-    mesh = init_device_mesh("cpu", (world,))
-    with pytest.raises(ValueError, match="scalar"):
-        fully_shard(net(learn_threshold=True)[1], mesh=mesh)
-    fully_shard(net(learn_threshold=True, threshold=torch.tensor([THRESHOLD]))[1], mesh=mesh)
 
 
 def _run_checks(rank: int, world: int, folder: str) -> None:

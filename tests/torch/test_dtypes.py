@@ -71,17 +71,6 @@ def test_thresholds_of_another_dtype_are_converted(backend):
     assert double.grad.all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("asked", [torch.bfloat16, torch.float16, None], ids=str)
-@pytest.mark.skipif(native is None, reason="the core is not built")
-def test_autocast_asks_half_types_of_float32_alone(dtype, asked):
-    x, weight = torch.zeros(1, 2, 5, 5, dtype=dtype), torch.zeros(12, 5, 3, 3, dtype=dtype)
-    call, _ = snnlstm.call.stateless_call(x, weight=weight)
-    with torch.autocast("cpu", asked, enabled=asked is not None):
-        operands = native.operands_of(call, snnlstm.call.autocast_dtype("cpu"))
-    assert operands is (asked if dtype is torch.float32 else None)
-
-
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.float8_e5m2], ids=str)
 def test_inputs_of_dtypes_that_torch_does_not_promote(dtype):
     cell, x = ours(), steps(1, 2, 2, 6, 7)[0]
@@ -169,16 +158,11 @@ def test_a_cell_without_memory_gets_it_by_to_empty():
     cell.reset_parameters()
     other = ours(threshold=0.3)
     close(cell(steps(2, 1, 2, 5, 5)), other(steps(2, 1, 2, 5, 5)), atol=0, rtol=0)
-
-
-def test_a_cell_without_memory_takes_that_of_a_state_dict():
-    good = ours(reset_mechanism="zero")
     with torch.device("meta"):
-        cell = ours()
-    cell.load_state_dict(good.state_dict(), assign=True)
-    assert cell.conv.weight.data_ptr() == good.conv.weight.data_ptr()
-    assert cell.reset_mechanism == "zero"
-    close(cell(steps(2, 1, 2, 5, 5)), good(steps(2, 1, 2, 5, 5)), atol=0, rtol=0)
+        assigned = ours()
+    assigned.load_state_dict(ours(reset_mechanism="zero").state_dict(), assign=True)
+    assert assigned.reset_mechanism == "zero"
+    assert assigned(steps(2, 1, 2, 5, 5))[0].device.type == "cpu"
 
 
 # ---- autocast -------------------------------------------------------------------------------

@@ -173,24 +173,14 @@ def test_checkpointing_steps_of_stored_states_is_an_error(reentrant, between):
     close(cell(x), ours(init_hidden=True)(x))  # the cell still works after the error
 
 
-# ---- other weights in the place of conv's ----------------------------------------------------
-
-
 def test_functional_call_uses_the_weights_that_it_is_given(backend):
     cell, other = ours(learn_threshold=True), ours(seed=3, learn_threshold=True)
-    given = {name: value.detach().clone().requires_grad_() for name, value
-             in other.named_parameters()}  # fmt: skip
-    before = {name: value.detach().clone() for name, value in cell.named_parameters()}
-
-    def call(*args: Tensor):
-        return torch.func.functional_call(cell, given, args)
-
-    loop(call, *data()).backward()
+    given = {name: p.detach().clone().requires_grad_() for name, p in other.named_parameters()}
+    loop(lambda *args: torch.func.functional_call(cell, given, args), *data()).backward()
     backend.check(cell.path)
     loop(other, *data()).backward()
     for name, value in given.items():
         close(value.grad, other.get_parameter(name).grad, atol=2e-5, rtol=1e-4)
-    close(dict(cell.named_parameters()), before, atol=0, rtol=0)
     assert all(parameter.grad is None for parameter in cell.parameters())
 
 
@@ -203,18 +193,15 @@ def _method(module: nn.Module, name: str):
 
 
 def test_hooks_on_saving_and_loading_are_called_as_with_snntorch():
-    """The hooks lie on a cell within a network; they add, rename and scale entries."""
-    saved, loaded = [], []
+    """The hooks lie on a cell within a network; they add and scale entries."""
+    seen = []
     for make in (ours, theirs):
-        model = nn.Sequential(nn.Identity(), make(learn_threshold=True))
-        cell, calls = model[1], []
+        model, calls = nn.Sequential(nn.Identity(), make(learn_threshold=True)), []
+        cell = model[1]
 
         def after(module, state, prefix, metadata, calls=calls):
             calls.append(("saved", prefix))
             state[prefix + "note"] = state[prefix + "conv.weight"] * 2
-
-        def before(module, prefix, keep_vars, calls=calls):
-            calls.append(("saving", prefix))
 
         def on_load(module, state, prefix, *rest, calls=calls):
             calls.append(("loading", prefix))
@@ -224,16 +211,12 @@ def test_hooks_on_saving_and_loading_are_called_as_with_snntorch():
             calls.append(("loaded", len(keys.missing_keys), len(keys.unexpected_keys)))
 
         _method(cell, "register_state_dict_post_hook")(after)
-        cell.register_state_dict_pre_hook(before)
         _method(cell, "register_load_state_dict_pre_hook")(on_load)
         cell.register_load_state_dict_post_hook(when_loaded)
-        state = copy.deepcopy(dict(model.state_dict()))
         weight = cell.conv.weight.detach().clone()
+        state = copy.deepcopy(dict(model.state_dict()))
         model.load_state_dict(state)
         close(cell.conv.weight.detach(), weight / 2)
-        saved.append((list(state), calls))
-        x, syn, mem = data()
-        loaded.append(cell(x[0], syn, mem)[1:])
-    assert saved[0] == saved[1]
-    assert len(saved[0][1]) == 4
-    close(*loaded)
+        seen.append((list(state), calls))
+    assert seen[0] == seen[1]
+    assert len(seen[0][1]) == 3

@@ -1,0 +1,139 @@
+"""Times every algorithm and block of both passes on a GPU, beside what the rules choose.
+
+    python -m benchmarks.gpu_algorithms [--device cuda] [--out FILE.csv] [--layers NAME ...]
+
+Each pass is captured in a CUDA graph and replayed, so Python takes no time. A star marks what the
+rules of csrc/cuda/rules.h choose. Each row is printed, and written to FILE.csv, as it comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import devices
+from benchmarks.cases import CASES, USERS_CASES, Case, parse_case
+from benchmarks.providers import Setting, find_provider
+from snnlstm.call import autocast_dtype, stateless_call
+from snnlstm.native import function
+
+
+def _of_users(name: str, batch: int) -> Case:
+    return dataclasses.replace(USERS_CASES[name], name=f"{name}-n{batch}", batch=batch)
+
+
+# The suite's own layers, users' layers at their batches, and all kinds of users' layers.
+LAYERS = {name: CASES[name] for name in ("tiny", "mnist", "dvs", "mid", "big")}
+LAYERS |= {
+    case.name: case
+    for case in (_of_users("column1", 128), _of_users("column3", 128), _of_users("eeg1", 32))
+}
+LAYERS |= USERS_CASES
+DTYPES = {75: ("float32", "float16"), 80: ("tf32", "bfloat16")}
+FIELDS = ("layer", "dtype", "pass", "name", "tile", "chosen", "us_a_step", "error")
+
+
+def seconds(run: Callable[[], object], on_gpu: bool) -> float:
+    """Returns how long a run takes at best: replays of its graph, or one run without a GPU."""
+    if not on_gpu:
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    run()  # loads kernels, which a capture may not allow
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    found, count = [], 1
+    for _ in range(4):
+        start.record()
+        for _ in range(count):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) / 1e3 / count)
+        count = max(1, min(200, int(0.02 / found[-1])))
+    return min(found[1:])
+
+
+def passes(case: Case, setting: Setting) -> list[dict[str, Any]]:
+    """Returns a row for each candidate of both passes of a layer, and prints it."""
+    cell = find_provider("snnlstm")(case, setting).cell
+    x = case.make_input(setting.torch_device, setting.torch_dtype)
+    with setting.context():
+        call, spec = stateless_call(
+            x, weight=cell.conv.weight.detach(), bias=cell.conv.bias.detach(),
+            threshold=case.threshold, max_pool=case.max_pool, avg_pool=case.avg_pool,
+            reset_mechanism=case.reset,
+        )  # fmt: skip
+        backend = function.BACKENDS[x.device.type]
+        settings = backend.settings("auto")
+        operands = function.operands_of(call, autocast_dtype(x.device.type))
+        plan: Any = backend.plan(call, spec, operands, settings)
+    result = plan.forward(call, True)
+    grads = torch.ones_like(result.spk), None, torch.ones_like(result.mem)
+    wanted = case.grad_x, True, True, True, True, False
+    ways = (
+        partial(plan.forward, call, True),
+        partial(plan.backward, call, result.saved, grads, wanted, result.decided, None),
+    )
+    rows = []
+    for backward, run in enumerate(ways):
+        candidates = plan.backend.candidates(plan, settings[2], bool(backward))
+        for number, core in enumerate(candidates):
+            plan._chosen[bool(backward)] = core
+            row = {
+                "layer": case.name, "dtype": setting.dtype,
+                "pass": ("forward", "backward")[backward], "name": core.name,
+                "tile": "x".join(map(str, core.tile)), "chosen": "*" if number == 0 else "",
+            }  # fmt: skip
+            try:
+                taken = seconds(run, setting.device == "cuda")
+                row["us_a_step"] = f"{1e6 * taken / case.steps:.2f}"
+            except RuntimeError as error:
+                row["error"] = str(error).splitlines()[0]
+            print(*row.values(), flush=True)
+            rows.append(row)
+        plan._chosen[bool(backward)] = candidates[0]
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns 1 if a candidate failed."""
+    name = "python -m benchmarks.gpu_algorithms"
+    parser = argparse.ArgumentParser(prog=name, description=__doc__)
+    parser.add_argument("--device", choices=devices.DEVICES, default="cuda")
+    parser.add_argument("--layers", nargs="+", default=list(LAYERS), help="names, or shapes")
+    parser.add_argument("--out", default="algorithms.csv", metavar="FILE.csv")
+    parser.add_argument("--limit", type=float, default=1e9, help="begin no layer after so many s")
+    options = parser.parse_args(arguments)
+    begin, failed = time.monotonic(), False
+    capability = devices.capability(options.device)
+    dtypes = DTYPES[max(of for of in DTYPES if of <= capability)]
+    with devices.running(options.device), open(options.out, "w", newline="") as file:
+        table = csv.DictWriter(file, FIELDS, restval="")
+        table.writeheader()
+        for name in options.layers:
+            case = LAYERS[name] if name in LAYERS else parse_case(name)
+            for dtype in dtypes:
+                if time.monotonic() - begin > options.limit:
+                    print(f"no time left for {case.name}, {dtype}", flush=True)
+                    continue
+                rows = passes(case, Setting(options.device, dtype))
+                failed |= any("error" in row for row in rows)
+                table.writerows(rows)
+                file.flush()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
