@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import spec
-from .call import Call, active, checked_call, checked_lengths, state_tensor
+from .call import active, checked_call, checked_lengths, state_tensor
 from .path import (
     Entries,
     LastPath,
@@ -23,7 +23,6 @@ from .path import (
     entry_of_foreign,
     exporting,
     global_hooks,
-    known_entry,
     like_of,
     log_fallback,
     overrides_of,
@@ -127,10 +126,10 @@ class ConvLSTMCell(nn.Module):
                 f"input_tensor must be one step, (N, {self.input_dim}, H, W), got "
                 f"{tuple(input_tensor.shape)}: snnlstm.ConvLSTM takes sequences"
             )
-        _, h, c = self._over_time(input_tensor, cur_state, "cur_state")
+        _, h, c = self._run(input_tensor, cur_state, "cur_state")
         return h, c
 
-    def _over_time(
+    def _run(
         self, x: Any, state: Any, name: str, lengths: Any = None, record: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return h of every step, which is empty if x is one step, and the last h and c.
@@ -142,49 +141,29 @@ class ConvLSTMCell(nn.Module):
         if not isinstance(state, (tuple, list)) or len(state) != 2:
             got = f"{len(state)} items" if hasattr(state, "__len__") else type(state).__name__
             raise TypeError(f"{name} must be h and c, (Tensor, Tensor), or None, got {got}")
-        conv, kind = self.conv, nn.Conv2d
-        if torch.compiler.is_compiling():
-            overrides = overrides_of(conv, kind, self._spec)
-            call = self._checked(x, state, name, lengths, record, True)
-            every, c, h, path = run_traced(call, self._spec, overrides)
-            if not exporting():
-                self._path = path  # dynamo follows attributes
-            return every, h, c
-        overrides, entry = overrides_of(conv, kind, self._spec), None
-        if overrides is None:
-            h, c = state
-            call = Call(x, c, h, conv.weight, conv.bias, None, None, lengths, record)
-            # States that are None, and lengths, are for the checked way.
-            if h is not None and c is not None and lengths is None:
-                entry = known_entry(self._entries, call)
-            if entry is None:
-                overrides = overrides_of(conv, kind, self._spec, (self.input_dim, self.hidden_dim))
-        if entry is None:
-            call = self._checked(x, state, name, lengths, record, False)
-            if overrides is None:
-                entry = entry_of(self._entries, call, self._spec)
-            else:
-                entry = entry_of_foreign(call, self._spec, overrides)
-        every, c, h, path = run(call, entry, overrides)
-        if not exporting():
-            self.__dict__["_path"] = path
-            if path.slow:
-                log_fallback(path, self._logged, self)
-        return every, h, c
-
-    def _checked(
-        self, x: Any, state: Any, name: str, lengths: Any, record: bool, traced: bool
-    ) -> Call:
-        """Return the call, after a check of every argument."""
-        conv = self.conv
+        conv, traced = self.conv, torch.compiler.is_compiling()
+        channels = self.input_dim, self.hidden_dim
+        overrides = overrides_of(conv, nn.Conv2d, self._spec, None if traced else channels)
         plain = type(conv) is nn.Conv2d
         weight, bias = (conv.weight, conv.bias) if plain else (like_of(conv, x, x), None)
-        given = {"mem": (f"h of {name}", state[0]), "syn": (f"c of {name}", state[1])}
-        return checked_call(
-            x, weight, bias, None, None, (self.input_dim, self.hidden_dim), self._spec,
-            lambda name, shape, x: state_tensor(*given[name], shape, x, weight),
+        passed = {"mem": (f"h of {name}", state[0]), "syn": (f"c of {name}", state[1])}
+        call = checked_call(
+            x, weight, bias, None, None, channels, self._spec,
+            lambda name, shape, x: state_tensor(*passed[name], shape, x, weight),
             record=record, lengths=lengths, traced=traced, name="input_tensor",
         )  # fmt: skip
+        if traced:
+            every, c, h, path = run_traced(call, self._spec, overrides)
+        elif overrides is None:
+            every, c, h, path = run(call, entry_of(self._entries, call, self._spec))
+        else:
+            entry = entry_of_foreign(call, self._spec, overrides)
+            every, c, h, path = run(call, entry, overrides)
+        if not exporting():
+            object.__setattr__(self, "_path", path)  # nn.Module's would search for parameters
+            if path.slow and not traced:
+                log_fallback(path, self._logged, self)
+        return every, h, c
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_entries": {}, "_logged": set()}
@@ -319,7 +298,7 @@ class ConvLSTM(nn.Module):
             )
         outputs, last = [], []
         for k, (cell, state) in enumerate(zip(self.cell_list, states, strict=True)):
-            x, *after = _over_time(cell, x, state, k, lengths, record)
+            x, *after = _run_layer(cell, x, state, k, lengths, record)
             outputs.append(x)
             last.append([s.transpose(0, 1).contiguous() for s in after] if record else after)
         if not self.return_all_layers:
@@ -327,13 +306,13 @@ class ConvLSTM(nn.Module):
         return [out.transpose(0, 1).contiguous() for out in outputs], last
 
 
-def _over_time(
+def _run_layer(
     cell: Any, x: Tensor, state: Any, layer: int, lengths: Tensor | None, record: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a cell over x (T, N, Cin, H, W): h of every step, and the last h and c or all."""
     plain = type(cell).forward is ConvLSTMCell.forward and "forward" not in cell.__dict__
     if plain and not carries_hooks(cell) and not global_hooks():
-        return cell._over_time(x, state, f"hidden_state[{layer}]", lengths, record)
+        return cell._run(x, state, f"hidden_state[{layer}]", lengths, record)
     if not torch.compiler.is_compiling() and not cell.__dict__.get("_says_steps"):
         cell.__dict__["_says_steps"] = True
         text = "ConvLSTM calls layer %d step by step: its %s has hooks or a forward of its own"
