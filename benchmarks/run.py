@@ -34,6 +34,7 @@ from benchmarks import cases, devices, machine, networks, peak_memory, providers
 from benchmarks.cases import Case
 from benchmarks.networks import Network
 from benchmarks.providers import FORMS, TOLERANCE, Form, Provider, Runner, Setting, find_form
+from snnlstm import path
 
 MOST_LOAD, MOST_DRIFT = 0.3, 0.1
 CLOCKS = {"processor": time.process_time, "wall": benchmark.timer}
@@ -325,6 +326,7 @@ def parser() -> argparse.ArgumentParser:
         help="for one case in one mode, all providers together (default: 12; --quick: 1.5)")
     p.add_argument("--limit", type=float, default=math.inf, metavar="S",
         help="begin no case after S seconds")
+    p.add_argument("--without-core", action="store_true", help="time plain torch where it is all")
     p.add_argument("--busy-anyway", action="store_true",
         help="print ratios of several threads in any case")
     p.add_argument("--out", type=Path, metavar="DIR",
@@ -379,6 +381,8 @@ def main(arguments: list[str] | None = None) -> int:
             out = args.plot if args.plot.is_dir() else args.plot.parent
             report.write(report.read(args.plot), out, plots=True)
             return 0
+        if path._native is None and not args.without_core:
+            p.error("the core is not built: `pip install -e .` builds it, --without-core goes on")
         suites = suites_from(args)
     except ValueError as error:
         p.error(str(error))

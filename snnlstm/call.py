@@ -326,9 +326,11 @@ def state_tensor(name: str, state: Any, shape: Sequence[int], x: Tensor, weight:
     if state is None or (state.dim() == 1 and state.shape[0] == 0):
         return x.new_zeros(shape)
     if tuple(state.shape) != tuple(shape):
+        sequence = x.dim() > len(shape) and tuple(state.shape) == (x.shape[0], *shape[1:])
         raise ValueError(
             f"{name} must have shape {tuple(shape)} (or (0,), which means zeros), "
             f"got {tuple(state.shape)}"
+            + ("; x is read as (T, N, ...): for (N, T, ...) there is batch_first" * sequence)
         )
     check_dense(name, state)
     return _converted(name, state, weight)

@@ -230,6 +230,8 @@ class SpikeRates(dict[str, SpikeCount]):
             print(self)
 
     def __str__(self) -> str:
+        if not self:
+            return "spike_rates: the model has no spiking neurons"
         rows = [("layer", "", "rate", "spikes", "mem up to", "threshold", "")]
         for name, count in self.items():
             rate, note = f"{count.rate:.2%}", "" if count.spikes else "never spiked"

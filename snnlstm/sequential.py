@@ -208,9 +208,10 @@ def _check_modules(layers: Iterable[Any]) -> None:
     for layer in layers:
         if not isinstance(layer, nn.Module):
             name = getattr(layer, "__name__", type(layer).__name__)
-            raise TypeError(
-                f"layers must be modules, such as nn.ReLU() in the place of torch.relu, got {name}"
-            )
+            hint = "such as nn.ReLU() in the place of torch.relu"
+            if isinstance(layer, (list, tuple)):
+                hint = "each an argument of its own: a * in front of the list unpacks it"
+            raise TypeError(f"layers must be modules, {hint}; got {name}")
 
 
 # ---- running ----------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ def _log_slow(layers: list[Named], reports: list[LayerReport]) -> None:
             seen = _logged.setdefault(layer, set())
             if report.reason not in seen:
                 seen.add(report.reason)
-                message = "Sequential runs layer %s (%s) step by step: %s"
+                message = "layer %s (%s) of a stack runs step by step: %s"
                 logger.warning(message, name, report.layer, report.reason)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .quant import StateQuant
 from .snntorch import recognise_quant, recognise_surrogate, recognise_traced, refuse_traced
-from .surrogate import NONE, Surrogate, atan, fixed, is_number
+from .surrogate import MAKERS, NONE, Surrogate, atan, fixed, is_number
 
 __all__ = ["CHECKS", "DESCRIBING", "CellSpec", "Pool", "Reset", "make_spec"]
 
@@ -236,6 +236,7 @@ def checkpoint_flag(value: Any) -> bool:
 
 
 _DEFAULT = atan()
+_OF_MAKERS = ("snnlstm.surrogate", "snntorch.surrogate")
 
 
 def surrogate(
@@ -247,6 +248,9 @@ def surrogate(
             "spike_grad must be a callable such as snnlstm.surrogate.atan(), or None, "
             f"got {spike_grad!r}"
         )
+    name = getattr(spike_grad, "__name__", "")
+    if name in MAKERS and getattr(spike_grad, "__module__", "") in _OF_MAKERS:
+        raise TypeError(f"spike_grad must be a surrogate, got a function: call it, as in {name}()")
     if disable:
         return NONE
     if spike_grad is None:
@@ -288,7 +292,9 @@ def device_or_none(name: str, value: Any) -> torch.device | None:
         return torch.device(value)
     except (TypeError, RuntimeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name} must be a torch.device or its name, got {value!r}") from error
+        raise kind(
+            f"{name} must be a torch.device or its name, such as 'cpu' or 'cuda:0', got {value!r}"
+        ) from error
 
 
 CHECKS: dict[str, Callable[[Any, int], Any]] = {
@@ -392,8 +398,6 @@ def make_spec(
 
 # ---- thresholds that no mem exceeds -------------------------------------------------------------
 
-DOCUMENTATION = "https://OWNER.github.io/snnlstm/"
-
 _warned: WeakKeyDictionary[CodeType, list[Any]] = WeakKeyDictionary()
 """Functions and modules that made a cell which never spikes, and Python's filters at that time."""
 
@@ -416,7 +420,7 @@ def warn_of_threshold(threshold: Any) -> None:
         f"threshold={threshold} is never exceeded: mem = o * tanh(syn) is at most 1, so this cell "
         "never spikes. Use a lower threshold (0.1 and below are usual) or learn_threshold=True. "
         "snnlstm.spike_rates(net) shows what spikes; see "
-        f"{DOCUMENTATION}quickstart.html#does-it-spike-at-all",
+        "the documentation's Quick start, 'Does it spike at all?'",
         UserWarning,
         stacklevel=level,
     )

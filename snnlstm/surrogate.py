@@ -78,7 +78,7 @@ def _noise(x: Tensor, mean: float) -> Tensor:
     return torch.rand_like(x, memory_format=torch.contiguous_format) - 0.5 + mean
 
 
-# The position in this tuple is the number of the kind in csrc/cell.h.
+# The position in this tuple is the number of the kind in csrc/args.h.
 KINDS: tuple[Kind, ...] = (
     Kind("none", (), lambda x, *_: torch.zeros_like(x)),
     Kind("atan", ("alpha",), lambda x, a, _: a / 2 / (1 + (math.pi / 2 * a * x) ** 2)),
@@ -97,6 +97,8 @@ KINDS: tuple[Kind, ...] = (
 )
 
 _NUMBERS = {kind.name: number for number, kind in enumerate(KINDS)}
+MAKERS = frozenset(_NUMBERS)
+"""The names of the functions here that make a surrogate when they are called."""
 
 
 class _Spike(torch.autograd.Function):

@@ -29,7 +29,6 @@ from .snntorch import (
 )
 from .spec import (
     BEYOND_SNNTORCH,
-    DOCUMENTATION,
     a_module,
     flag,
     is_default,
@@ -53,8 +52,8 @@ OURS = {kind: ours for kind, ours in ((Base, SConv2dLSTM), (Base1d, SConv1dLSTM)
 
 _ALREADY = ("is snnlstm's already", "is snntorch's already")
 _CONVLSTM = (
-    "it looks like a ConvLSTM and stays as it is; how snnlstm.ConvLSTM takes its place: "
-    f"{DOCUMENTATION}convlstm.html"
+    "it looks like a ConvLSTM and stays as it is; the documentation's page ConvLSTM says how "
+    "snnlstm.ConvLSTM takes its place"
 )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.demo import training
-from benchmarks.demo.digits import Motion
+from benchmarks.demo.training import Motion
 
 WINDOW = 30
 """A point of the smooth loss curve is the mean of this many batches."""

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+import snnlstm
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from benchmarks.demo import comparison as demo
 from benchmarks.demo import training
-from benchmarks.demo.digits import Motion, load_split, moving_digits, render, trajectories
+from benchmarks.demo.training import Motion, load_split, moving_digits, render, trajectories
 
 
 def test_events_are_the_changes_between_consecutive_frames():
@@ -45,6 +51,7 @@ def _few_digits(monkeypatch):
     """Gives the training 40 digits and 20 test digits, in this process."""
     few = [digits[:n] for digits, n in zip(load_split(0), (40, 40, 20, 20), strict=True)]
     monkeypatch.setattr(training, "load_split", lambda seed: few)
+    monkeypatch.setattr(training, "EVERY", float("inf"))  # no line depends on the clock
     monkeypatch.setattr(demo, "train_alone", demo.train)
 
 
@@ -74,3 +81,17 @@ def test_errors_name_the_argument(capsys):
         assert left.value.code == 2
         said = "argument --epochs: must be a whole number, at least 1, got '0'"
         assert said in capsys.readouterr().err
+
+
+def test_a_copy_of_the_training_runs_alone(tmp_path):
+    copy = str(shutil.copy2(training.__file__, tmp_path))
+    root = str(Path(snnlstm.__file__).parents[1])  # where the tests have the package from
+    code = (
+        f"import runpy, sys; sys.path.append({root!r}); sys.modules['benchmarks'] = None\n"
+        f"sys.argv = [{copy!r}, '--quick', '--threads', '1']\n"
+        f"runpy.run_path({copy!r}, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout

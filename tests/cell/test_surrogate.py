@@ -274,3 +274,9 @@ def test_it_works_in_forward_mode_and_under_vmap(name, kwargs):
     if name != "SSO":  # vmap allows no random numbers
         batched = torch.func.vmap(torch.func.grad(lambda row: spike(row).sum()))(x.view(15, 7))
         close(batched.flatten(), gradient(spike, x)[1])
+
+
+@pytest.mark.parametrize("module", [surrogate, snntorch.surrogate], ids=["ours", "snnTorch's"])
+def test_a_surrogate_that_was_not_called_is_refused(module):
+    with pytest.raises(TypeError, match=r"call it, as in atan\(\)"):
+        snnlstm.SConv2dLSTM(2, 3, 3, spike_grad=module.atan)

@@ -156,7 +156,7 @@ def test_layers_that_share_a_state_are_run_step_by_step(tied, name, caplog):
     reason = f"layer {name} is in several places and may keep a state"
     assert {layer.reason for layer in one.report} == {reason}
     where = "0" if tied == "cell" else "0.1"
-    said = f"Sequential runs layer {where} (SConv2dLSTM) step by step: {reason}"
+    said = f"layer {where} (SConv2dLSTM) of a stack runs step by step: {reason}"
     assert caplog.messages[0] == said
 
 
@@ -271,7 +271,7 @@ def test_the_log_names_what_accelerate_cannot_mend(caplog):
     subclass, replaced = Theirs(2, 3, 3, threshold=0.1), theirs(3, 2, 3)
     replaced.forward = replaced.forward
     snnlstm.Sequential(subclass, replaced)(X)
-    start = "Sequential runs layer {} ({}) step by step: {}"
+    start = "layer {} ({}) of a stack runs step by step: {}"
     assert caplog.messages == [
         start.format(0, "Theirs", "its class is a subclass of snntorch.SConv2dLSTM"),
         start.format(1, "SConv2dLSTM", "its forward was replaced"),
@@ -284,9 +284,9 @@ def test_accelerate_works_on_it_and_fallbacks_of_cells_are_logged_once(caplog):
     for _ in range(2):
         net(X)
     assert caplog.messages == [
-        "Sequential runs layer 0 (SConv2dLSTM) step by step: it is snntorch's, and "
+        "layer 0 (SConv2dLSTM) of a stack runs step by step: it is snntorch's, and "
         "snnlstm.accelerate(net) makes it ours",
-        "Sequential runs layer 2 (SConv2dLSTM) step by step: it carries hooks",
+        "layer 2 (SConv2dLSTM) of a stack runs step by step: it carries hooks",
     ]
     before = net(X)
     utils.reset(net)
