@@ -51,7 +51,6 @@ bench: $(VENV)/.installed  ## measure networks of users with either library's ce
 gpu:  ## on a machine with a GPU: build, test, check and measure within 9 minutes, and write a report
 	$(HERE) -m benchmarks.gpu $(ARGS)
 
-# Without pip: the build folder is kept, and a build compiles only what changed.
 FOR  = $(shell command -v $(HERE))
 CORE = build/core-$(shell $(FOR) -c 'import sys; print(sys.implementation.cache_tag)')
 core: export PATH := $(dir $(FOR)):$(PATH)
@@ -75,7 +74,6 @@ format: $(VENV)/.linters  ## let ruff and clang-format rewrite the code
 docs: $(VENV)/.docs  ## build the documentation into out/docs; a warning is an error
 	$(RUN) -m sphinx -W --keep-going -q docs out/docs $(ARGS)
 
-# PyPI has no nvcc 12; its nvcc 13 serves where the machine has none.
 NVCC     = $(or $(CUDACXX),$(shell nvcc --version 2>/dev/null | grep 'release $(CUDA)'))
 LOCAL   := $(if $(filter 12 13,$(CUDA)),cu)$(CUDA)
 BACKEND  = $(if $(filter cpu,$(CUDA)),off,$(if $(or $(NVCC),$(filter 12,$(CUDA))),on,pip))
