@@ -244,20 +244,6 @@ def test_second_derivatives_within_autocast_of_a_pass_without():
     close(*found, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["conv.weight", "conv.bias", "threshold", "x"])
-def test_second_derivatives_of_what_needs_no_gradient_any_more(name):
-    found = []
-    for cell in cells(learn_threshold=True, threshold=0.0625):
-        x = events(2).requires_grad_()
-        loss = loss_of(unroll(cell, x))
-        leaves = {"x": x, **dict(cell.named_parameters())}
-        leaves[name].requires_grad_(False)
-        rest = [leaf for key, leaf in leaves.items() if key != name]
-        first = torch.autograd.grad(loss, rest, create_graph=True)
-        found.append([grad.detach() for grad in first])
-    close(*found, atol=1e-5, rtol=1e-7)  # snnTorch multiplies threshold and reset in float32
-
-
 @measures_memory
 def test_the_pass_of_a_long_loop_needs_no_more_memory_than_that_of_a_short_one():
     """Autograd adds up the steps' gradients as it goes, and gives back what a step has saved."""

@@ -84,18 +84,3 @@ def test_spikes_formed_from_mem_send_their_gradients_through_it(pool):
         found.append((of_mem, mem.grad, cell.conv.weight.grad))
     torch.testing.assert_close(*found, atol=1e-10, rtol=1e-9)
     assert found[0][0].any()
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("transform", ["grad", "jvp"])
-def test_transforms_within_what_torch_compile_compiles(transform):
-    x, weight = events(2), torch.linspace(-0.1, 0.1, 540).double().view(12, 5, 3, 3)
-
-    def total(weight):
-        return snnlstm.functional.sconv2dlstm(x, weight=weight)[2].square().sum()
-
-    call = {
-        "grad": torch.func.grad(total),
-        "jvp": lambda weight: torch.func.jvp(total, (weight,), (weight,))[1],
-    }[transform]
-    torch.testing.assert_close(torch.compile(call, backend="aot_eager")(weight), call(weight))

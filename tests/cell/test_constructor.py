@@ -11,6 +11,7 @@ import snnlstm
 from snnlstm.spec import RESETS
 from tests.shared.helpers import (
     close,
+    described,
     ours,
     same,
     states,
@@ -168,7 +169,7 @@ def test_the_default_threshold_never_spikes_and_warns_once():
         # The levels reach 1.2, so the quantiser can round a mem near 1 up to more than 1.
         {"state_quant": snnlstm.quant.state_quant(4)},
     ],
-    ids=range(4),
+    ids=described,
 )  # fmt: skip
 def test_no_warning_where_the_cell_may_spike(options):
     snnlstm.SConv2dLSTM(2, 3, 3, **options)

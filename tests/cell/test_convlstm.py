@@ -98,16 +98,6 @@ def test_a_stack_computes_what_plain_torch_does(backend, name, dtype):
     close([o.double() for o in flat(own(x))], flat(other(x.double())), atol=error, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_autocast_gives_the_dtypes_of_plain_torch(backend, dtype):
-    own, other = pair("all layers")
-    x = sequence(own, 3)
-    with torch.autocast(x.device.type, dtype):
-        outs = flat(own(x)), flat(other.float()(x))
-    assert [o.dtype for o in outs[0]] == [o.dtype for o in outs[1]]
-    close(*outs, atol=16 * torch.finfo(dtype).eps)
-
-
 # ---- what people have ----------------------------------------------------------------------------
 
 

@@ -33,10 +33,7 @@ ALONE = {
     ),
     "kernel 1x1": PLAIN.but(kernel_size=(1, 1)),
     "kernel 5x5": PLAIN.but(kernel_size=(5, 5)),
-    "kernel 5x5, two rows": PLAIN.but(kernel_size=(5, 5), height=2),
     "kernel 7x7": PLAIN.but(kernel_size=(7, 7)),
-    "kernel 7x7, sparse x": PLAIN.but(kernel_size=(7, 7), density=0.1, in_channels=9),
-    "kernel 1x7": PLAIN.but(kernel_size=(1, 7)),
     "kernel 5x3": PLAIN.but(kernel_size=(5, 3)),
     "kernel 9x9": PLAIN.but(kernel_size=(9, 9), height=13, width=11),
     "kernel 19x3": PLAIN.but(kernel_size=(19, 3), height=19, width=23),
@@ -45,21 +42,17 @@ ALONE = {
     "stride": PLAIN.but(stride=(2, 3)),
     "a stride beyond the kernel": PLAIN.but(kernel_size=(1, 1), stride=(3, 2)),
     "dilation": PLAIN.but(dilation=(2, 3)),
-    "dilation, several tiles": PLAIN.but(kernel_size=(3, 5), dilation=(2, 3), height=19, width=29),
     "dilation, a kernel in parts": PLAIN.but(
         kernel_size=(9, 3), dilation=(2, 1), height=23, width=19
     ),
     "dilation and stride": PLAIN.but(kernel_size=(5, 3), dilation=(3, 2), stride=(2, 2)),
     "no bias": PLAIN.but(bias=False),
     "graded": PLAIN.but(graded=0.3),
-    "graded by less than nothing": PLAIN.but(graded=-1.5),
     "checkpoint": PLAIN.but(checkpoint=True, time=7),
     "checkpoint, last states": PLAIN.but(checkpoint=True, record=False, reset="zero"),
-    "checkpoint, inhibition": PLAIN.but(checkpoint=True, inhibition=True),
     "inhibition, last states": PLAIN.but(record=False, reset="zero", inhibition=True, channels=17),
     "no spikes": PLAIN.but(**SILENT),
     "no spikes, last states": PLAIN.but(**SILENT, record=False),
-    "no spikes, one step": PLAIN.but(**SILENT, sequence=False, record=False),
     "no spikes, checkpoint": PLAIN.but(**SILENT, record=False, checkpoint=True, time=7),
     "no spikes, many samples": PLAIN.but(**SILENT, record=False, batch=9),
     "no spikes, stride and dilation": PLAIN.but(
@@ -71,7 +64,6 @@ ALONE = {
     ),
     "many spikes": PLAIN.but(density=0.6, spikes=True),
     "sparse numbers": PLAIN.but(density=0.1, in_channels=9, channels=5, height=11),
-    "sparse numbers, 5x5": PLAIN.but(kernel_size=(5, 5), density=0.1, in_channels=9),
     "nothing": PLAIN.but(density=0.0),
     "one pixel": PLAIN.but(height=1, width=1),
     "one row": PLAIN.but(height=1, width=29),
@@ -89,9 +81,6 @@ ALONE = {
     "small images, sparse x": PLAIN.but(
         time=2, batch=8, height=4, width=4, in_channels=17, density=0.05, spikes=True
     ),
-    "small images, a kernel in parts": PLAIN.but(
-        time=2, batch=9, kernel_size=(9, 7), height=5, width=7
-    ),
     "small images, pooled and strided": PLAIN.but(
         time=2, batch=10, height=7, width=9, stride=(2, 1), pool="max", pool_size=(2, 2)
     ),
@@ -99,9 +88,6 @@ ALONE = {
     "small images, one step": PLAIN.but(sequence=False, record=False, batch=9, height=3, width=3),
     # These weights do not stay in a thread's L2 cache.
     "many weights": PLAIN.but(time=2, batch=3, in_channels=43, channels=40, height=7, width=17),
-    "many weights, small images": PLAIN.but(
-        time=2, batch=5, in_channels=43, channels=40, height=3, width=5
-    ),
     # 24 channels are three vectors of 8 lanes, in x and in mem.
     "three vectors": PLAIN.but(time=2, batch=1, in_channels=24, channels=24, height=5),
     # x and mem have more channels than one chunk of weights holds.

@@ -206,17 +206,6 @@ def test_what_is_packed_dies_with_its_weight():
     assert len(cpu._packed) == 0
 
 
-@torch.no_grad()
-def test_of_views_that_move_over_a_buffer_few_packings_stay():
-    size = 64 * 19 * 9
-    buffer, x = torch.randn(size + 20), image()
-    for offset in (0, 1, 0, 1, *range(20)):
-        weight = buffer[offset : offset + size].view(64, 19, 3, 3)
-        snnlstm.functional.sconv2dlstm(x, weight=weight, threshold=0.05)
-    (places,) = cpu._packed.values()
-    assert len(places) <= cpu._MOST
-
-
 def test_packed_weights_are_not_saved():
     cell, x = make(), image()
     sizes = []

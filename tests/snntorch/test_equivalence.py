@@ -11,7 +11,6 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import snntorch
-import snntorch.functional.quant
 import torch
 from hypothesis import assume, given
 
@@ -34,7 +33,6 @@ class Twins:
     """Holds a case, and the way in which both libraries' cells run and differentiate it."""
 
     case: Case = SMALL
-    quant: int = 0  # bits
     learn: bool = False
     explicit: bool = True  # the caller passes states, else the cell has stored states
     whole: bool = False  # our cell runs the sequence by one call
@@ -42,8 +40,8 @@ class Twins:
 
     @property
     def exact(self) -> bool:
-        """Whether all is float64; snnTorch's spikes and quantised states never are."""
-        return self.dtype == torch.float64 and not self.quant
+        """Whether all but snnTorch's spikes is float64."""
+        return self.dtype == torch.float64
 
     def error(self, path: str) -> float:
         """Returns by how much states may differ if our cell takes the path of this name."""
@@ -74,7 +72,6 @@ class Twins:
             learn_threshold=self.learn,
             spike_grad=spike_grad(**dict(zip(KINDS[kind].parameters, parameters, strict=False))),
             reset_mechanism=options.reset,
-            state_quant=self.quant and snntorch.functional.quant.state_quant(self.quant),
             **({} if options.pool == "none" else {f"{options.pool}_pool": options.pool_size}),
         ).to(self.dtype)
         with torch.no_grad():
@@ -134,18 +131,6 @@ def margin(case: Twins, cell: Any, inputs: list[torch.Tensor]) -> float:
     before = torch.cat([inputs[2][None].double(), mem[:-1]])
     near = [(before - threshold).abs()]
     mem = pooled(mem.flatten(0, 1), spec)
-    if spec.quant is not None:
-        # The states before their quantisation come from single steps of a cell without quantiser.
-        plain = case.make(snnlstm)
-        plain.state_quant = False
-        starts = torch.cat([inputs[1][None].double(), syn[:-1]]), before
-        for t in range(case.case.time):
-            step = [inputs[0][t : t + 1], starts[0][t], starts[1][t]]
-            _, s, m = reference_run(plain, step)
-            near += [between_levels(s, spec.quant), between_levels(m, spec.quant)]
-        if spec.pool == "avg":
-            near.append(between_levels(mem, spec.quant))
-        mem = spec.quant(mem)
     near.append((mem - threshold).abs())
     if spec.surrogate.name == "SFS":
         near.append((mem - threshold - spec.surrogate.p1).abs())
@@ -154,28 +139,21 @@ def margin(case: Twins, cell: Any, inputs: list[torch.Tensor]) -> float:
     return float(distances.min()) if distances.numel() else 1.0
 
 
-def between_levels(x: torch.Tensor, quant: Any) -> torch.Tensor:
-    levels = quant.levels.double()
-    return ((levels[1:] + levels[:-1]) / 2 - x[..., None]).abs().amin(-1)
-
-
 @st.composite
 def twins(draw: Any) -> Twins:
     """Draws small cases of what snnTorch can do, so that few come near a discontinuity."""
-    case, quant = draw(cases()), draw(st.sampled_from([0, 0, 2, 4]))
+    case = draw(cases())
     case = case.but(
         kernel_size=tuple(min(k, 5) for k in case.options.kernel_size),
         sequence=True, record=True, stride=(1, 1), dilation=(1, 1), inhibition=False,
         checkpoint=False, quant=None, graded=1.0, surrogate=draw(st.sampled_from(SURROGATES)),
-        # Some float32 state always lies within rounding of the middle between two levels.
-        dtype=torch.float64 if quant else case.dtype,
         time=draw(st.integers(1, 4)), batch=draw(st.sampled_from([1, 1, 2, 3, 0])),
         in_channels=min(case.in_channels, 4), channels=min(case.channels, 9),
         height=min(case.height, 11), width=min(case.width, 11),
         layouts=(case.layouts[0], *["contiguous"] * 3),
     )  # fmt: skip
     return Twins(
-        case, quant, *(draw(st.booleans()) for _ in range(3)),
+        case, *(draw(st.booleans()) for _ in range(3)),
         through=draw(st.sampled_from(["spikes", "states", "both"])),
     )  # fmt: skip
 
@@ -216,10 +194,8 @@ def judge(case: Twins, backend: Any) -> tuple[torch.Tensor, ...] | None:
 PINNED = {
     "one pixel": Twins(SMALL.but(height=1, width=1, kernel_size=(5, 5), channels=1, reset="zero")),
     "no sample": Twins(SMALL.but(batch=0, reset="subtract", pool="max", pool_size=(2, 2))),
-    "max pool, 2 bits": Twins(
-        SMALL.but(reset="subtract", pool="max", pool_size=(2, 3)), quant=2, whole=True
-    ),
-    "average pool, 4 bits": Twins(SMALL.but(reset="zero", pool="avg", pool_size=(1, 3)), quant=4),
+    "max pool": Twins(SMALL.but(reset="subtract", pool="max", pool_size=(2, 3)), whole=True),
+    "average pool": Twins(SMALL.but(reset="zero", pool="avg", pool_size=(1, 3))),
     "float32": Twins(SMALL.but(dtype=torch.float32, channels=16), learn=True),
     # With tiles of 8x8 inputs the states differ by 7.3e-6, and by 5e-7 with direct convolution.
     "large tiles": Twins(

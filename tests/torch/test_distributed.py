@@ -153,26 +153,6 @@ def sharded_gradients_are_those_of_one_process(rank: int, world: int) -> None:
         assert unit != "conv" or "conv is a FSDPConv2d" in cell.path.reason
 
 
-@check
-def a_sharded_network_trains_and_gives_its_state_dict_back(rank: int, world: int) -> None:
-    mesh = init_device_mesh("cpu", (world,))
-    sharded, alone = net(), net()
-    fully_shard(sharded[1], mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    for model, part in ((sharded, lambda x: own_part(x, rank)), (alone, lambda x: x)):
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        for seed in range(3):
-            optimizer.zero_grad()
-            loss_of(model, part(whole_batch(world, seed))).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            optimizer.step()
-    whole = {
-        name: value.full_tensor() if hasattr(value, "full_tensor") else value
-        for name, value in sharded.state_dict().items()
-    }
-    close(whole, dict(alone.state_dict()), atol=1e-4)
-
-
 def _run_checks(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.export import Dim
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import snnlstm
 from tests.shared.helpers import close, ours, same_gradients, states, steps
@@ -60,20 +59,6 @@ def any_batch(name: str, sequence: bool) -> Any:
 
 def flat(out: Any) -> list[Tensor]:
     return [out] if isinstance(out, Tensor) else [t for part in out for t in flat(part)]
-
-
-@pytest.mark.parametrize("mode", ["real", "symbolic"])
-def test_a_graph_of_make_fx(mode):
-    """It is recorded while tensors have numbers: what the kernels do would not be in it."""
-    cell = make("pooled").requires_grad_(False)
-    first, second = inputs("pooled", 2, False), inputs("pooled", 3, False)
-
-    def call(buffers, *args):
-        return torch.func.functional_call(cell, buffers, args)
-
-    graph = make_fx(call, tracing_mode=mode)(cell.state_dict(), *first)
-    other = second if mode == "symbolic" else (first[0].flip(0), *first[1:])
-    close(graph(cell.state_dict(), *other), make("pooled")(*other))
 
 
 @pytest.mark.filterwarnings("error::UserWarning")

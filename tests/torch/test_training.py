@@ -6,7 +6,6 @@ import pytest
 import snntorch
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import snnlstm
@@ -30,27 +29,6 @@ def loop(call, x: Tensor, syn: Tensor, mem: Tensor) -> Tensor:
         spk, syn, mem = call(x_t, syn, mem)
         loss = loss + spk.sum() + mem.sum()
     return loss
-
-
-@pytest.mark.parametrize(
-    "how", [{"avg_fn": get_ema_avg_fn(0.7)}, {"multi_avg_fn": get_ema_multi_avg_fn(0.7)}],
-    ids=["one by one", "foreach"],
-)  # fmt: skip
-def test_averaged_models_use_their_own_weights_at_once(how):
-    cell, x = ours(), data()[0]
-    cell(x)  # the copy is made from a cell in use
-    average, found = AveragedModel(cell, **how), []
-    for _ in range(3):
-        with torch.no_grad():
-            cell.conv.weight.mul_(2)
-            average.update_parameters(cell)
-            average.module.reset_mem()
-            fresh = ours()
-            fresh.load_state_dict(average.module.state_dict())
-            found.append(average(x))
-            close(found[-1], fresh(x), atol=0, rtol=0)
-    assert not torch.allclose(found[0][2], found[2][2], atol=1e-3)
-    assert not torch.equal(average.module.conv.weight, cell.conv.weight)
 
 
 # ---- truncated backpropagation through time -------------------------------------------------
