@@ -13,7 +13,6 @@ CXX_CODE := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name 
 # That of .venv, unless the caller names one.
 HERE      = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHON)),$(PYTHON))
 
-.DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-simt fuzz sanitize coverage versions bench gpu core lint format docs wheel clean
 
 help:  ## print this list
@@ -75,7 +74,6 @@ format: $(VENV)/.linters  ## let ruff and clang-format rewrite the code
 
 docs: $(VENV)/.docs  ## build the documentation into out/docs; a warning is an error
 	$(RUN) -m sphinx -W --keep-going -q docs out/docs $(ARGS)
-	@echo "$(CURDIR)/out/docs/index.html"
 
 # PyPI has no nvcc 12; its nvcc 13 serves where the machine has none.
 NVCC     = $(or $(CUDACXX),$(shell nvcc --version 2>/dev/null | grep 'release $(CUDA)'))
@@ -85,7 +83,7 @@ wheel: $(VENV)/.build  ## build the wheel for all into dist/ (CUDA=cpu|12|13: th
 	$(if $(filter-out cpu 12 13,$(CUDA)),$(error CUDA is '$(CUDA)'; accepted: cpu, 12, 13, or nothing))
 	rm -rf build/wheel
 	SNNLSTM_CUDA=$(BACKEND) SNNLSTM_LOCAL_VERSION=$(LOCAL) $(RUN) -m build --outdir build/wheel --wheel .
-	$(RUN) -m auditwheel repair --wheel-dir dist build/wheel/*.whl
+	PATH=$(VENV)/bin:$$PATH $(RUN) -m auditwheel repair --wheel-dir dist build/wheel/*.whl
 	$(if $(CUDA),,$(RUN) -m build --outdir dist --sdist .)
 
 clean:  ## remove what builds and runs have made

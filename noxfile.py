@@ -23,7 +23,6 @@ NEWER_NAMES = "compile export one_graph dynamic_shapes hooks_on_saving ecosystem
 
 
 def _run(session: nox.Session, packages: list[str], *arguments: str) -> None:
-    """Installs, tests, and removes the environment."""
     core = {"SNNLSTM_CORE": "on", "SNNLSTM_CUDA": "off"}
     session.install(*NEEDED, *packages, env=core)
     session.run("python", "-m", "snnlstm")

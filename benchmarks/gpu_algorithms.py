@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import devices
 from benchmarks.cases import CASES, USERS_CASES, Case, parse_case
-from benchmarks.providers import Setting, find_provider
+from benchmarks.providers import FORMS, Provider, Setting
 from snnlstm.call import autocast_dtype, stateless_call
 from snnlstm.native import function
 
@@ -67,8 +67,8 @@ def seconds(run: Callable[[], object], on_gpu: bool) -> float:
 
 def passes(case: Case, setting: Setting) -> list[dict[str, Any]]:
     """Returns a row for each candidate of both passes of a layer, and prints it."""
-    cell = find_provider("snnlstm")(case, setting).cell
-    x = case.make_input(setting.torch_device, setting.torch_dtype)
+    provider = Provider(case, FORMS["snnlstm"], setting)
+    cell, x = provider.net, provider.x[0].detach()
     with setting.context():
         call, spec = stateless_call(
             x, weight=cell.conv.weight.detach(), bias=cell.conv.bias.detach(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,17 +69,10 @@ class Setting:
         torch.backends.cuda.matmul.allow_tf32 = self.dtype in WIDE
 
     def context(self) -> AbstractContextManager[Any]:
-        """Makes a GPU torch's default device, and turns autocast on.
-
-        A default device costs time in each call of torch, so the CPU is none.
-        """
-        stack = ExitStack()
-        if self.device == "cuda":
-            stack.enter_context(torch.device("cuda"))
+        """Returns the context in which a provider runs, forward and backward."""
         if self.dtype in OPERANDS:
-            operands = OPERANDS[self.dtype]
-            stack.enter_context(torch.autocast(self.torch_device.type, operands))
-        return stack
+            return torch.autocast(self.torch_device.type, OPERANDS[self.dtype])
+        return nullcontext()
 
 
 class Form(NamedTuple):
@@ -138,7 +131,8 @@ class Provider:
         self.over_time = case.sequences if form.sequences else case.loop
         setting.apply_precision()
         torch._dynamo.reset()  # graphs of the case before would count towards the recompile limit
-        with setting.context():
+        # In a run a default device would cost time in each call of torch.
+        with torch.device("cuda") if setting.device == "cuda" else nullcontext():
             torch.manual_seed(setting.seed)
             self.net = case.make(form.cell).to(setting.torch_dtype)
             self.x, self.y = case.batches(setting.seed, setting.torch_dtype)[0]

@@ -8,6 +8,7 @@
 // is double for float64 and float for all others.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace snnlstm {
@@ -51,7 +52,7 @@ struct Cell {
                         // resets, pools or quantises it
   bool inhibition = false;
   int num_levels = 0;            // of the state quantiser; 0: none
-  int outer_h = 0, outer_w = 0;  // CPU: taps on either side that meet no pixel, beside kernel_h, _w
+  int outer_h = 0, outer_w = 0;  // taps on either side that meet no pixel, beside kernel_h, _w
   int tile_h = 0, tile_w = 0;    // CPU: outputs of a Winograd tile of the recurrent half, or 0
   CpuAlgorithm x_algorithm = CpuAlgorithm::direct;  // CPU: of the input half
 
@@ -68,6 +69,23 @@ struct Cell {
   int64_t Hp() const { return Ho() / pool_h; }
   int64_t Wp() const { return Wo() / pool_w; }
 };
+
+// Returns the cell without the taps that only ever meet the border, which are further from the
+// middle than one end of the image is from the other. The rest of the kernel is never wider than
+// twice the image, and the stride leads no further than the image reaches.
+inline Cell within_image(const Cell& cell) {
+  Cell c = cell;
+  const auto trim = [](int64_t size, int& kernel, int& stride, int& dilation, int& outer) {
+    const int64_t reach = size > 1 ? (size - 1) / dilation : 0, most = (kernel - 1) / 2;
+    outer = int(most > reach ? most - reach : 0);
+    kernel -= 2 * outer;
+    if (kernel == 1) dilation = 1;
+    stride = int(std::min<int64_t>(stride, size));
+  };
+  trim(c.H, c.kernel_h, c.stride_h, c.dilation_h, c.outer_h);
+  trim(c.W, c.kernel_w, c.stride_w, c.dilation_w, c.outer_w);
+  return c;
+}
 
 // A tensor of the caller's, with up to five dimensions: time, batch, channel, row, column.
 // A tensor without a time axis has stride[0] = 0.

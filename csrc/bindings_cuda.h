@@ -96,6 +96,17 @@ void bind_cuda(py::module_& m) {
       .def_property_readonly("name", [](const Plan& p) { return p.name; })
       .def_property_readonly("algorithm", [](const Plan& p) { return int(p.algorithm); })
       .def_property_readonly("tile", &Plan::tile)
+      // What torch convolves: kernel, stride, dilation and padding without the taps that only meet
+      // the border, and how many of those lie on either side.
+      .def_property_readonly("geometry",
+                             [](const Plan& p) {
+                               const Cell c = within_image(p.cell);
+                               using Pair = std::pair<int64_t, int64_t>;
+                               return std::tuple<Pair, Pair, Pair, Pair, Pair>(
+                                   {c.kernel_h, c.kernel_w}, {c.stride_h, c.stride_w},
+                                   {c.dilation_h, c.dilation_w}, {c.pad_h(), c.pad_w()},
+                                   {c.outer_h, c.outer_w});
+                             })
       .def_property_readonly("reason_against", [](const Plan& p) { return p.reason_against; })
       .def_property_readonly("packed_bytes", [](const Plan& p) { return p.packed_bytes; })
       .def_property_readonly("workspace", [](const Plan& p) { return p.workspace; })

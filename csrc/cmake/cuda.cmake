@@ -1,6 +1,5 @@
 # The CUDA kernels: machine code for those of the GPUs NVCC_ARCHS that NVCC knows, and PTX for those
 # to come. Sets WITH_CUDA, CUDA_VERSION, CUDA_ARCHS, CUDA_STATUS, CUDA_OBJECTS and CUDA_LIBRARIES.
-
 # nvcc may be a wrapper script in a folder of its own, or a pip package, whose libraries lie in
 # lib and not in lib64: ask nvcc itself where things are.
 execute_process(COMMAND ${NVCC} --list-gpu-arch
@@ -47,7 +46,6 @@ foreach(arch 75 80 90)
 endforeach()
 set(CMAKE_CUDA_COMPILER ${NVCC})
 set(CMAKE_CUDA_ARCHITECTURES OFF)
-
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)

@@ -1,5 +1,4 @@
-// The taps that meet an image, and Winograd's tiles along its two axes, which are independent of
-// each other.
+// Winograd's tiles along the two axes of an image, which are independent of each other.
 #pragma once
 
 #include <algorithm>
@@ -47,23 +46,6 @@ inline TileForm grad_tiling(const Cell& c) {
     return a.inputs() <= 6 ? a : axis(kernel, kernel == 5 ? 2 : 3);
   };
   return {smaller(c.kernel_h, c.tile_h), smaller(c.kernel_w, c.tile_w)};
-}
-
-// Returns the cell without the taps that only ever meet the border, which are further from the
-// middle than one end of the image is from the other. The rest of the kernel is never wider than
-// twice the image, and the stride leads no further than the image reaches.
-inline Cell within_image(const Cell& cell) {
-  Cell c = cell;
-  const auto trim = [](int64_t size, int& kernel, int& stride, int& dilation, int& outer) {
-    const int64_t reach = size > 1 ? (size - 1) / dilation : 0, most = (kernel - 1) / 2;
-    outer = int(most > reach ? most - reach : 0);
-    kernel -= 2 * outer;
-    if (kernel == 1) dilation = 1;
-    stride = int(std::min<int64_t>(stride, size));
-  };
-  trim(c.H, c.kernel_h, c.stride_h, c.dilation_h, c.outer_h);
-  trim(c.W, c.kernel_w, c.stride_w, c.dilation_w, c.outer_w);
-  return c;
 }
 
 }  // namespace snnlstm::cpu

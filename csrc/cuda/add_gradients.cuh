@@ -2,7 +2,7 @@
 // threshold, in one launch.
 #pragma once
 
-#include "tile.cuh"
+#include "images.h"
 
 namespace snnlstm::cuda {
 
@@ -21,7 +21,8 @@ struct ReduceWeights {
   int C = 0, Cp = 0, taps = 1;
   int all_channels = 0;  // Cin + C
   int chunk = 32;        // input channels that a block takes
-  void* grad = nullptr;  // (4C, all_channels, taps)
+  KernelTaps places;
+  void* grad = nullptr;  // (4C, all_channels, places.all)
   DType type = DType::float32;
 
   SNNLSTM_BOTH int pitch() const { return taps | 1; }  // of a channel in shared memory
@@ -53,9 +54,17 @@ SNNLSTM_DEVICE void reduce_weight(const ReduceWeights& p, int index) {
     sums[ci * p.pitch() + tap] = sum;
   }
   __syncthreads();
-  const int64_t out = (int64_t(row) * p.all_channels + h.first_channel + c0) * p.taps;
-  for (int i = int(threadIdx.x); i < channels * p.taps; i += kReduceThreads)
-    write(p.grad, p.type, out + i, sums[i / p.taps * p.pitch() + i % p.taps]);
+  const int64_t out = (int64_t(row) * p.all_channels + h.first_channel + c0) * p.places.all;
+  if (p.places.all == p.taps) {
+    for (int i = int(threadIdx.x); i < channels * p.taps; i += kReduceThreads)
+      write(p.grad, p.type, out + i, sums[i / p.taps * p.pitch() + i % p.taps]);
+    return;
+  }
+  for (int64_t i = threadIdx.x; i < channels * p.places.all; i += kReduceThreads) {
+    const int tap = p.places.tap(i % p.places.all);
+    const R sum = tap < 0 ? R(0) : sums[i / p.places.all * p.pitch() + tap];
+    write(p.grad, p.type, out + i, sum);
+  }
 }
 
 // out[k * columns + c] = sum over blocks b of parts[b][k][c].

@@ -212,11 +212,11 @@ DataPlan plan_to_mem(const Cell& c, const Device& device, Multiply multiply,
 BackwardPass::BackwardPass(const Cell& cell, const Device& device, Matrix matrix, Multiply multiply,
                            Algorithm algorithm, const BlockChoice& only)
     : PassTypes(cell, matrix),
-      to_mem(plan_to_mem(cell, device, multiply, only, spreads)),
-      to_x(plan_data(cell, device, multiply, true, false).value()),
-      packed(cell, to_x, to_mem),
+      to_mem(plan_to_mem(s.c, device, multiply, only, spreads)),
+      to_x(plan_data(s.c, device, multiply, true, false).value()),
+      packed(s.c, to_x, to_mem),
       hybrid(algorithm == Algorithm::hybrid),
-      weights(hybrid ? WeightPlans() : plan_weights(cell, device, multiply)),
+      weights(hybrid ? WeightPlans() : plan_weights(s.c, device, multiply)),
       bias_splits(int(std::clamp<int64_t>(pixels() / 1024, 1, 4 * device.multiprocessors))) {
   workspace = Backward(*this, BackwardArgs(), nullptr).workspace();
 }

@@ -138,7 +138,7 @@ class Forward {
 
 ForwardPass::ForwardPass(const Cell& cell, const Device& device, Matrix matrix,
                          const BlockChoice& only)
-    : PassTypes(cell, matrix), step(plan_forward(cell, device, matrix, only)), packed(cell, step) {
+    : PassTypes(cell, matrix), step(plan_forward(s.c, device, matrix, only)), packed(s.c, step) {
   workspace = Forward(*this, ForwardArgs(), nullptr).workspace();
 }
 

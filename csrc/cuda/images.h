@@ -3,11 +3,12 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
-#include "tensor.cuh"
+#include "tile.cuh"
 
 namespace snnlstm::cuda {
 
@@ -18,6 +19,61 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline DType real_of(DType states) {
   return states == DType::float64 ? DType::float64 : DType::float32;
 }
+
+// Returns the cell as the kernels run it: without taps that only ever meet the border, and with an
+// image of one column as one row, since tiles have even widths. Pixels keep their order.
+inline Cell as_run(const Cell& cell) {
+  Cell c = within_image(cell);
+  if (c.W > 1) return c;
+  std::swap(c.H, c.W), std::swap(c.kernel_h, c.kernel_w);
+  std::swap(c.stride_h, c.stride_w), std::swap(c.dilation_h, c.dilation_w);
+  std::swap(c.pool_h, c.pool_w), std::swap(c.outer_h, c.outer_w);
+  return c;
+}
+
+inline void turn(std::initializer_list<View*> views) {
+  for (View* v : views) std::swap(v->stride[3], v->stride[4]);
+}
+inline ForwardArgs as_run(ForwardArgs a, const Cell& cell) {
+  if (a.cell.W <= 1) turn({&a.x, &a.syn0, &a.mem0, &a.gate_sums, &a.spk, &a.syn, &a.mem});
+  a.cell = cell;
+  return a;
+}
+inline BackwardArgs as_run(BackwardArgs a, const Cell& cell) {
+  if (a.cell.W <= 1)
+    turn({&a.x, &a.syn0, &a.mem0, &a.noise, &a.grad_spk, &a.grad_syn, &a.grad_mem, &a.grad_x,
+          &a.grad_syn0, &a.grad_mem0});
+  a.cell = cell;
+  return a;
+}
+
+// Where the taps of the kernels lie in the caller's kernel, which has rows and columns of other
+// taps around them.
+struct KernelTaps {
+  int height = 1, outer_h = 0, outer_w = 0;
+  SmallDivisor by_width, by_all_width;
+  int64_t all = 1;
+
+  KernelTaps() = default;
+  explicit KernelTaps(const Cell& of) {
+    const Cell c = within_image(of);
+    height = c.kernel_h, outer_h = c.outer_h, outer_w = c.outer_w;
+    by_width = SmallDivisor(c.kernel_w), by_all_width = SmallDivisor(of.kernel_w);
+    all = int64_t(of.kernel_h) * of.kernel_w;
+  }
+  // Returns the place of a tap in the caller's kernel.
+  SNNLSTM_BOTH int64_t place(unsigned tap) const {
+    const int column = int(by_width.split(tap));
+    return int64_t(int(tap) + outer_h) * by_all_width.value + column + outer_w;
+  }
+  // Returns which of the kernels' taps lies at a place, or -1.
+  SNNLSTM_BOTH int tap(int64_t place) const {
+    const int width = int(by_width.value), all_width = int(by_all_width.value);
+    const int64_t row = place / all_width - outer_h;
+    const int column = int(place % all_width) - outer_w;
+    return row >= 0 && row < height && inside(column, width) ? int(row) * width + column : -1;
+  }
+};
 
 struct Shape {
   explicit Shape(const Cell& cell)

@@ -10,12 +10,12 @@
 namespace snnlstm::cuda {
 
 struct PackedPart;
-struct ForwardPass;
+struct PassTypes;
 struct BackwardPass;
 
 // Packs the parts, which lie in `packed`.
-void pack_weight(const Cell& cell, const PackedPart (&parts)[2], const void* weight, void* packed,
-                 void* stream);
+void pack_weight(const PassTypes& pass, const PackedPart (&parts)[2], const void* weight,
+                 void* packed, void* stream);
 
 void launch_fire(const FireStep& p, bool inhibition, void* stream);
 

@@ -30,7 +30,8 @@ struct NeuronsWorkspace {
 
 }  // namespace
 
-CudnnPass::CudnnPass(const Cell& c, Matrix matrix) : PassTypes(c, matrix) {
+CudnnPass::CudnnPass(const Cell& of, Matrix matrix) : PassTypes(of, matrix) {
+  const Cell& c = s.c;
   const auto sizes = [&](bool windows) {
     return tile_sizes(c, c.Ho(), c.Wo(), neurons::kPixels, windows);
   };

@@ -2,29 +2,32 @@
 // others read.
 #include "launchers.h"
 #include "pack.cuh"
+#include "passes.h"
 
 namespace snnlstm::cuda {
 
 namespace {
 
-WeightMap map_of(const Cell& c, const void* weight, Use use) {
-  const Shape s(c);
-  return {weight, c.dtype, int(c.C), int(s.Cp), int(c.Cin), int(s.taps), use};
+WeightMap map_of(const PassTypes& pass, const void* weight, Use use) {
+  const Shape& s = pass.s;
+  return {weight, s.c.dtype, int(s.c.C), int(s.Cp), int(s.c.Cin), int(s.taps), pass.taps, use};
 }
 
-FmaPacking fma_packing_of(const Cell& c, const PackedPart& part, const void* weight, void* packed) {
+FmaPacking fma_packing_of(const PassTypes& pass, const PackedPart& part, const void* weight,
+                          void* packed) {
   FmaPacking p;
-  p.map = map_of(c, weight, part.use);
+  p.map = map_of(pass, weight, part.use);
   p.packed = static_cast<char*>(packed) + part.start;
   p.columns = part.columns;
-  p.chunks = int(part.pitch / (fma::kDepthUnit * part.columns * bytes_of(real_of(c.dtype))));
+  p.chunks = int(part.pitch / (fma::kDepthUnit * part.columns * bytes_of(pass.real)));
   p.blocks = int(part.blocks) * p.chunks;
   return p;
 }
 
-MmaPacking packing_of(const Cell& c, const PackedPart& part, const void* weight, void* packed) {
+MmaPacking packing_of(const PassTypes& pass, const PackedPart& part, const void* weight,
+                      void* packed) {
   MmaPacking p;
-  p.map = map_of(c, weight, part.use);
+  p.map = map_of(pass, weight, part.use);
   p.part = part;
   p.pairs = int(part.blocks * part.warps_n * (part.tiles / 2));
   p.packed = reinterpret_cast<uint32_t*>(static_cast<char*>(packed) + part.start);
@@ -33,18 +36,18 @@ MmaPacking packing_of(const Cell& c, const PackedPart& part, const void* weight,
 
 }  // namespace
 
-void pack_weight(const Cell& cell, const PackedPart (&parts)[2], const void* weight, void* packed,
-                 void* stream) {
+void pack_weight(const PassTypes& pass, const PackedPart (&parts)[2], const void* weight,
+                 void* packed, void* stream) {
   Jobs<MmaPacking> jobs;
   Jobs<FmaPacking> on_fma;
   int count = 0, fma_count = 0;
   for (const PackedPart& part : parts) {
     if (part.mma())
-      jobs.job[count++] = packing_of(cell, part, weight, packed);
+      jobs.job[count++] = packing_of(pass, part, weight, packed);
     else
-      on_fma.job[fma_count++] = fma_packing_of(cell, part, weight, packed);
+      on_fma.job[fma_count++] = fma_packing_of(pass, part, weight, packed);
   }
-  with_real(cell.dtype, [&](auto real) {
+  with_real(pass.type, [&](auto real) {
     const Launch how{"pack weight (fma)", on_fma.job[0].blocks + on_fma.job[1].blocks,
                      fma::kThreads, 0, stream};
     launch(how, &pack_fma<decltype(real)>, on_fma);

@@ -30,9 +30,10 @@ enum class Use : int {
 };
 
 struct WeightMap {
-  const void* weight;  // (4C, Cin + C, kernel_h, kernel_w), contiguous
+  const void* weight;  // (4C, Cin + C, places.all), contiguous
   DType type;
   int C, Cp, Cin, taps;
+  KernelTaps places;
   Use use;
 
   SNNLSTM_BOTH bool forward() const { return use == Use::x_to_gates || use == Use::mem_to_gates; }
@@ -51,7 +52,8 @@ SNNLSTM_DEVICE R weight_at(const WeightMap& map, int gate, int c, int input, int
   if (c >= map.C || input >= (mem ? map.C : map.Cin) || tap >= map.taps) return 0;
   const int64_t row = int64_t(gate) * map.C + c;
   const int64_t in = input + (mem ? map.Cin : 0);
-  return read<R>(map.weight, map.type, (row * (map.Cin + map.C) + in) * map.taps + tap);
+  const int64_t first = (row * (map.Cin + map.C) + in) * map.places.all;
+  return read<R>(map.weight, map.type, first + map.places.place(unsigned(tap)));
 }
 
 // One segment, for the kernel that packs it as (column blocks, K, columns of a block): fma.cuh.

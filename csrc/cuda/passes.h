@@ -7,11 +7,13 @@
 namespace snnlstm::cuda {
 
 struct PassTypes {
-  Shape s;
+  Shape s;  // of the cell as the kernels run it
+  KernelTaps taps;
   DType type, real, gates;  // of the states, of sums, of gates
 
+  // c: the caller's.
   PassTypes(const Cell& c, Matrix matrix)
-      : s(c), type(c.dtype), real(real_of(type)), gates(gate_type(type, matrix)) {}
+      : s(as_run(c)), taps(c), type(c.dtype), real(real_of(type)), gates(gate_type(type, matrix)) {}
 };
 
 // forward.cu

@@ -24,16 +24,17 @@ Matrix full_precision(const Device& device) {
 Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wanted, bool of_backward,
            const BlockChoice& only)
     : cell(of), matrix(numbers), algorithm(wanted), backward(of_backward) {
-  reason_against = cuda::reason_against(cell, 0);
   auto steps = std::make_unique<ForwardPass>(cell, device, matrix, backward ? BlockChoice() : only);
+  const Cell& c = steps->s.c;
+  reason_against = cuda::reason_against(c, 0);
   const Multiply multiply = steps->step.multiply;
   if (wanted == Algorithm::automatic) {
     const Tiling& tiling = steps->step.tiling;
     const double computed =
         double(tiling.by_rows.value) * tiling.by_cols.value * steps->step.pixels();
-    algorithm = rules::algorithm(cell, device, matrix, multiply == Multiply::fma,
-                                 multiply == Multiply::tf32x3,
-                                 double(cell.Ho() * cell.Wo()) / computed, backward);
+    algorithm =
+        rules::algorithm(c, device, matrix, multiply == Multiply::fma, multiply == Multiply::tf32x3,
+                         double(c.Ho() * c.Wo()) / computed, backward);
   }
   name = name_of(multiply);
   if (algorithm == Algorithm::hybrid) name = "hybrid-" + name;
@@ -41,19 +42,19 @@ Plan::Plan(const Cell& of, const Device& device, Matrix numbers, Algorithm wante
   int64_t launched = 0;
   if (algorithm == Algorithm::cudnn) {
     cell.T = 1;
-    cudnn_ = std::make_unique<CudnnPass>(of, matrix);
+    cudnn_ = std::make_unique<CudnnPass>(cell, matrix);
     launched = cudnn_->tiling.blocks();
     workspace = backward ? cudnn_->workspace : 0;
     name = "cudnn";
   } else if (backward) {
     backward_ = std::make_unique<BackwardPass>(cell, device, matrix, multiply, algorithm, only);
     shape = backward_->to_mem.shape;
-    launched = backward_blocks(cell, backward_->to_mem, backward_->to_x);
+    launched = backward_blocks(c, backward_->to_mem, backward_->to_x);
     packed_bytes = backward_->packed.bytes(), workspace = backward_->workspace;
   } else {
+    shape = steps->step.shape;
+    launched = forward_blocks(c, steps->step);
     forward_ = std::move(steps);
-    shape = forward_->step.shape;
-    launched = forward_blocks(cell, forward_->step);
     packed_bytes = forward_->packed.bytes(), workspace = forward_->workspace;
   }
   if (only.shape >= 0 && shape >= 0) name += "-" + shapes[shape].name();
@@ -96,19 +97,22 @@ std::vector<Plan> Plan::candidates(const Cell& cell, const Device& device, Matri
 
 void Plan::pack(const void* weight, void* packed, void* stream) const {
   if (forward_)
-    pack_weight(cell, {forward_->packed.x, forward_->packed.mem}, weight, packed, stream);
+    pack_weight(*forward_, {forward_->packed.x, forward_->packed.mem}, weight, packed, stream);
   if (backward_)
-    pack_weight(cell, {backward_->packed.to_x, backward_->packed.to_mem}, weight, packed, stream);
+    pack_weight(*backward_, {backward_->packed.to_x, backward_->packed.to_mem}, weight, packed,
+                stream);
 }
 
 void Plan::run(const ForwardArgs& args, void* stream) const {
   if (!reason_against.empty()) throw std::runtime_error(reason_against);
-  cudnn_ ? cudnn_->run(args, stream) : forward_->run(args, stream);
+  cudnn_ ? cudnn_->run(as_run(args, cudnn_->s.c), stream)
+         : forward_->run(as_run(args, forward_->s.c), stream);
 }
 
 void Plan::run(const BackwardArgs& args, void* stream) const {
   if (!reason_against.empty()) throw std::runtime_error(reason_against);
-  cudnn_ ? cudnn_->run(args, stream) : backward_->run(args, stream);
+  cudnn_ ? cudnn_->run(as_run(args, cudnn_->s.c), stream)
+         : backward_->run(as_run(args, backward_->s.c), stream);
 }
 
 #if defined(__CUDACC__)

@@ -120,7 +120,7 @@ void weight_gradient(const BackwardPass& plan, const WeightSources& of, void* we
     h.channels = g.in.channels, h.tap_stride = part.tap_stride;
     h.first_channel = k == 0 ? 0 : int(c.Cin);
   }
-  r.C = int(c.C), r.Cp = int(s.Cp), r.taps = int(s.taps);
+  r.C = int(c.C), r.Cp = int(s.Cp), r.taps = int(s.taps), r.places = plan.taps;
   r.all_channels = int(c.Cin + c.C);
   r.grad = weight, r.type = plan.type;
   const WeightPlan& x = plan.weights.x;

@@ -40,7 +40,7 @@ from .plan import (
     stochastic_noise,
     view,
 )
-from .torch_conv import BackwardPass, Neurons
+from .torch_conv import BackwardPass, Geometry, Neurons
 
 __all__ = ["Backend"]
 
@@ -86,6 +86,7 @@ class Plan(CommonPlan):
         self._chosen = {False: backend.core_plan(self, tf32, algorithm, False)}
         # The fastest plans, by pass and gradients that are wanted: 65 at most.
         self._measured: dict[tuple[bool, ...], Any] = {}
+        self.geometry = Geometry(*self._chosen[False].geometry)
         # As far as is known, cuDNN has fast kernels of full float32 for contiguous images alone.
         self.contiguous = (
             self.work == torch.float32 and backend.device(self.device).compute_capability < 80

@@ -29,7 +29,7 @@ from .plan import NO_SAVED, Gradients, Result, Saved, address, empty_gradients, 
 
 __all__ = ["BackwardPass", "backward", "forward", "steps_backward"]
 
-# A plan.CommonPlan with the attribute `contiguous`.
+# A plan.CommonPlan with the attributes `contiguous` and `geometry`.
 Plan = Any
 Neurons = tuple[int, int, int, int]
 """Addresses of threshold, its stride, graded factor and levels."""
@@ -43,6 +43,30 @@ class BackwardPass(NamedTuple):
     saved: Saved
     grads: Sequence[Tensor | None]
     noise: Tensor | None  # the stochastic surrogate's numbers
+
+
+class Geometry(NamedTuple):
+    """What torch convolves: the kernel without `outer` taps on either side, rows and columns of
+    which only ever meet the border."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, int]
+    outer: tuple[int, int]
+
+    def inner(self, weight: Tensor) -> Tensor:
+        """The weight of the kernel."""
+        if self.outer == (0, 0):
+            return weight
+        for axis, outer, size in zip((2, 3), self.outer, self.kernel, strict=True):
+            weight = weight.narrow(axis, outer, size)
+        return weight.contiguous()
+
+    def whole(self, grad: Tensor) -> Tensor:
+        """The gradient of the whole weight."""
+        h, w = self.outer
+        return grad if (h, w) == (0, 0) else F.pad(grad, (w, w, h, h))
 
 
 def _steps(tensor: Tensor, sequence: bool) -> Tensor:
@@ -63,7 +87,7 @@ def _ordered(plan: Plan, images: Tensor) -> Tensor:
 
 def _part(plan: Plan, weight: Tensor, d_gates: Tensor) -> Tensor:
     """Weight (4C, ...) with zeros for the padding between gates, as d_gates have it."""
-    weight = weight.detach().to(plan.work).contiguous()
+    weight = plan.geometry.inner(weight.detach().to(plan.work)).contiguous()
     padding = (d_gates.shape[-1] - weight.shape[0]) // 4
     if padding == 0:
         return weight
@@ -87,7 +111,7 @@ def forward(
     """cuDNN convolves, the kernels do the rest of each step by `run`, of one step."""
     saved: Any = result.saved or None
     syn, mem = call.syn, call.mem
-    weight = call.weight.detach().to(plan.work)
+    weight = plan.geometry.inner(call.weight.detach().to(plan.work))
     spks, last = _steps(result.spk, call.sequence), plan.time - 1
     for t, x in enumerate(_steps(call.x, call.sequence)):
         spk: Tensor | None = spks[t]
@@ -187,8 +211,8 @@ def steps_backward(
         into_syn, before, into_mem = d_syn, into_mem, None
         if t > 0 or out.mem is not None:
             of_sums = _ordered(plan, images_of(d_gates[t], mem))
-            spec, shape = plan.spec, mem.shape
-            into_mem = conv2d_input(shape, of_mem, of_sums, 1, spec.padding, spec.dilation)
+            of, shape = plan.geometry, mem.shape
+            into_mem = conv2d_input(shape, of_mem, of_sums, 1, of.padding, of.dilation)
             into_mem = into_mem.to(mem.dtype)
         if live is not None and into_mem is not None:
             into_mem = torch.where(live[t], into_mem, 0 if before is None else before)
@@ -209,10 +233,10 @@ def _empty_mems(call: Call, d_gates: Tensor) -> Tensor:
 
 def _data_gradient(plan: Plan, call: Call, d_gates: Tensor, out: Tensor) -> None:
     """The gradient of x at all steps, from that of the gate sums."""
-    spec, x = plan.spec, _steps(call.x, call.sequence)
+    of, x = plan.geometry, _steps(call.x, call.sequence)
     of_x = _part(plan, call.weight[:, : x.shape[2]], d_gates)
     grads = images_of(d_gates.flatten(0, 1), call.mem)
-    shape, geometry = (len(grads), *x.shape[2:]), (spec.stride, spec.padding, spec.dilation)
+    shape, geometry = (len(grads), *x.shape[2:]), (of.stride, of.padding, of.dilation)
     out.copy_(conv2d_input(shape, of_x, _ordered(plan, grads), *geometry).view_as(out))
 
 
@@ -224,17 +248,17 @@ def _weight_gradient(
     x is (T, N, Cin, H, W), and `mem`, (T, N, C or more, Ho, Wo), is that before each step, which
     only the weight's gradient needs.
     """
-    spec, gates, c, dtype = plan.spec, d_gates.shape[-1], plan.c, plan.dtype
+    of, gates, c, dtype = plan.geometry, d_gates.shape[-1], plan.c, plan.dtype
     d_weight = d_bias = None
     if wanted[0]:
         assert mem is not None
         grads = _ordered(plan, images_of(d_gates, mem).flatten(0, 1))
         halves = []
-        for images, stride in (x, spec.stride), (mem, (1, 1)):
+        for images, stride in (x, of.stride), (mem, (1, 1)):
             images = _ordered(plan, images.flatten(0, 1))
-            shape = gates, images.shape[1], *spec.kernel_size
-            halves.append(conv2d_weight(images, shape, grads, stride, spec.padding, spec.dilation))
-        both = torch.cat([halves[0], halves[1][:, :c]], 1)
+            shape = gates, images.shape[1], *of.kernel
+            halves.append(conv2d_weight(images, shape, grads, stride, of.padding, of.dilation))
+        both = of.whole(torch.cat([halves[0], halves[1][:, :c]], 1))
         d_weight = both.unflatten(0, (4, -1))[:, :c].flatten(0, 1).to(dtype)
     if wanted[1]:
         sums = d_gates.sum((0, 1, 2), dtype=torch.promote_types(torch.float32, dtype))
@@ -251,14 +275,14 @@ def _sum(carried: Tensor | None, recorded: Tensor | None, step: int) -> Tensor |
 
 def _convolve(plan: Plan, x: Tensor, mem: Tensor, weight: Tensor) -> Tensor:
     """The gate sums, without the bias, which the kernels add."""
-    spec = plan.spec
+    of = plan.geometry
 
     def convolve(images: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
         if images.device.type == "cpu":  # emulated: equal numbers in any layout have equal sums
             images, weight = images.contiguous(), weight.contiguous()
-        return F.conv2d(images, weight, None, stride, spec.padding, spec.dilation)
+        return F.conv2d(images, weight, None, stride, of.padding, of.dilation)
 
-    if spec.stride == (1, 1):
+    if of.stride == (1, 1):
         return convolve(torch.cat([x, mem], 1), weight, (1, 1))
     of_x, of_mem = weight.split([x.shape[1], mem.shape[1]], 1)
-    return convolve(x, of_x, spec.stride).add_(convolve(mem, of_mem, (1, 1)))
+    return convolve(x, of_x, of.stride).add_(convolve(mem, of_mem, (1, 1)))

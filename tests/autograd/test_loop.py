@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-import snnlstm
 from benchmarks import peak_memory
 from tests.autograd.loops import (
     STEPS,
@@ -28,17 +27,6 @@ from tests.shared.cpu_kernels import native
 from tests.shared.helpers import close, in_threads, measures_memory, ours, same, steps
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_a_loop_equals_snntorchs_and_one_call_for_the_sequence(steps, batch):
-    x = events(steps, batch)
-    _, ours = both(lambda cell: loss_of(unroll(cell, x)).backward())
-    _, whole = cells()
-    spk, syn, mem = whole(x, *zeros(batch), record=True)
-    loss_of(list(zip(spk, syn, mem, strict=True))).backward()
-    assert_same(whole, ours)
 
 
 @pytest.mark.parametrize(
@@ -96,19 +84,6 @@ def test_a_weight_whose_data_is_replaced_before_the_backward_pass():
             cell.conv.weight.data = torch.zeros(3)
         found += torch.autograd.grad(loss, cell.conv.bias)
     close(*found, atol=1e-11, rtol=1e-10)
-
-
-def test_threads_with_graphs_of_their_own_on_one_cell():
-    _, alone = both(lambda cell: loss_of(unroll(cell, events())).backward())
-    _, ours = cells()
-
-    def work(_: int) -> None:
-        for _ in range(5):
-            loss = loss_of(unroll(ours, events()))
-            out = torch.autograd.grad(loss, [*ours.parameters()])
-            close(out, gradients(alone), atol=1e-11, rtol=1e-10)
-
-    in_threads(work)
 
 
 def test_two_backward_passes_over_one_kept_graph_at_once():
@@ -244,20 +219,6 @@ def test_failed_passes_leave_nothing_behind():
     ours._reset_source = None  # the reset signal of the last step is computed from its mem
     gc.collect()
     assert not [reference for reference in gone if reference() is not None]
-
-
-def test_a_pass_under_compiled_autograd():
-    compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd")
-
-    def work(cell):
-        loss = loss_of(unroll(cell, events()))
-        if isinstance(cell, snnlstm.SConv2dLSTM):
-            with compiled_autograd._enable(torch.compile(backend="eager")):
-                loss.backward()
-        else:
-            loss.backward()
-
-    both(work)
 
 
 def test_hooks_that_bring_back_another_shape_are_refused():

@@ -13,22 +13,6 @@ import snnlstm
 from tests.autograd.loops import cells, events, zeros
 
 
-def test_a_jacobian_of_one_backward_pass():
-    x = events(1)[0][:1]
-    found = []
-    for cell in cells():
-        for vectorize in (False, True):
-            found.append(
-                torch.autograd.functional.jacobian(
-                    lambda x, cell=cell: cell(x, *zeros(1))[2].sum((0, 2, 3)),
-                    x,
-                    vectorize=vectorize,
-                )
-            )
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], atol=1e-10, rtol=1e-9)
-
-
 def vmap(cell, x):
     torch.func.vmap(lambda row: cell(row[None], *zeros(1))[0])(x)
 

@@ -17,8 +17,7 @@ from benchmarks.demo.digits import Motion, load_split, moving_digits, render, tr
 
 def test_events_are_the_changes_between_consecutive_frames():
     images, motion = load_split(0)[0][:6], Motion(steps=5)
-    corners = trajectories(6, motion, torch.Generator().manual_seed(3))
-    frames = render(images, corners, motion)
+    frames = render(images, trajectories(6, motion, torch.Generator().manual_seed(3)), motion)
     events = moving_digits(images, motion, seed=3)
     change = (frames[:, 1:] - frames[:, :-1]).transpose(0, 1)
     assert torch.equal(events[:, :, 0], (change > motion.contrast).float())

@@ -239,13 +239,6 @@ def test_a_number_is_read_in_the_dtype_of_x():
     close(sconv2dlstm(**given, **numbers), sconv2dlstm(**given, **exact), atol=0, rtol=0)
 
 
-def test_a_threshold_of_each_row_with_pooled_columns():
-    x, threshold = steps(1, 2, 2, 6, 9)[0], torch.linspace(0, 0.2, 6)[:, None]
-    weight = ours().conv.weight
-    spk = sconv2dlstm(x, weight=weight, threshold=threshold, max_pool=(1, 3))[0]
-    assert spk.shape == (2, 3, 6, 3)
-
-
 def test_an_input_without_channels():
     x, weight = torch.zeros(2, 0, 6, 7), torch.randn(12, 3, 3, 3)
     state = states(2, 3, 6, 7)

@@ -1,7 +1,6 @@
 """The constructor and its attributes take what those of snntorch 1.0.0 take, and more."""
 
 import inspect
-import warnings
 
 import pytest
 import snntorch
@@ -158,30 +157,6 @@ def test_the_default_threshold_never_spikes_and_warns_once():
     assert not cell(torch.full((1, 2, 5, 5), 100.0))[0].any()
     with pytest.warns(UserWarning, match="threshold"):
         snnlstm.SConv2dLSTM(2, 3, 3, threshold=torch.full((3, 1, 1), 2.0))
-
-
-def test_it_warns_once_for_each_place_of_the_users_code():
-    def network():
-        return [
-            snnlstm.SConv2dLSTM(2, 3, 3),
-            snnlstm.SConv2dLSTM(3, 3, 3),
-        ]
-
-    def other():
-        return snnlstm.SConv2dLSTM(2, 3, 3)
-
-    def lines(action):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter(action)
-            for make in (network, other, network):
-                make()
-        assert {warning.filename for warning in caught} == {__file__}
-        first = network.__code__.co_firstlineno
-        return [warning.lineno - first for warning in caught]
-
-    assert lines("default") == [2, 7]
-    assert lines("always") == [2, 3, 7, 2, 3]
-    assert lines("default") == [2, 7]  # after the filters have changed
 
 
 @pytest.mark.filterwarnings("error")

@@ -98,24 +98,6 @@ def test_a_stack_computes_what_plain_torch_does(backend, name, dtype):
     close([o.double() for o in flat(own(x))], flat(other(x.double())), atol=error, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["one layer", "two layers, batch first", "stride"])
-def test_a_loop_of_steps_is_the_sequence(backend, name):
-    own, _ = pair(name, F64)
-    x = sequence(own, STACKS[name][0][0], F64)
-    cell, state, every = own.cell_list[0], None, []
-    one, other = wanting(x), wanting(x)
-    for x_t in one.transpose(0, 1) if own.batch_first else one:
-        state = cell(x_t, state)
-        every.append(state[0])
-    backend.check(cell.path)
-    own.cell_list, own.num_layers = own.cell_list[:1], 1
-    outputs, [[h, c]] = own(other)
-    close((torch.stack(every, 1), *state), (outputs[0], h, c), atol=1e-13)
-    (every[1].sum() + (state[1] * state[0]).sum()).backward()
-    (outputs[0][:, 1].sum() + (c * h).sum()).backward()
-    close(one.grad, other.grad, atol=1e-12)
-
-
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_autocast_gives_the_dtypes_of_plain_torch(backend, dtype):
     own, other = pair("all layers")
@@ -124,18 +106,6 @@ def test_autocast_gives_the_dtypes_of_plain_torch(backend, dtype):
         outs = flat(own(x)), flat(other.float()(x))
     assert [o.dtype for o in outs[0]] == [o.dtype for o in outs[1]]
     close(*outs, atol=16 * torch.finfo(dtype).eps)
-
-
-def test_gradients_reach_through_one_result_alone(backend):
-    """What nobody uses adds nothing: h of each step, the last h and the last c have their own."""
-    own, other = pair("two layers, batch first", F64)
-    x = sequence(own, 2, F64)
-    for which in range(3):
-        for stack in (own, other):
-            stack.zero_grad()
-            flat(stack(x))[which].square().sum().backward()
-        for one, exact in zip(own.parameters(), other.parameters(), strict=True):
-            close(one.grad, exact.grad, atol=1e-11)
 
 
 # ---- what people have ----------------------------------------------------------------------------

@@ -101,16 +101,3 @@ def test_foreign_methods_and_a_foreign_conv_get_signals():
     plain_one.conv = nn.Sequential(plain_one.conv)
     close(plain_one(x), expected)
     assert plain_one.path.reason == "conv is a Sequential, not a plain nn.Conv1d"
-
-
-def test_a_stack_goes_layer_by_layer_and_counts_its_spikes():
-    net = nn.Sequential(nn.Conv1d(1, 2, 3), signal_cell(init_hidden=True), nn.Flatten())
-    x = torch.rand(4, 2, 1, 12)
-    expected = torch.stack([net(step) for step in x])
-    snnlstm.SConv1dLSTM.reset_hidden()
-    stack = snnlstm.Sequential.of(net)
-    close(stack(x), expected)
-    assert [one.kind for one in stack.report] == ["fold", "sequence", "fold"]
-    with snnlstm.spike_rates(net) as rates:
-        net(x[0])
-    assert "SConv1dLSTM" in str(rates)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import snnlstm
-from tests.shared.cpu_kernels import one_thread
 
 STEPS, SIZE = 4, (27, 30)
 DIRECTIONS = [(0, 1), (1, 0), (1, 1), (1, -1)]
@@ -62,20 +61,6 @@ def test_pixels_that_see_the_same_have_the_same_bits(kernels, name, direction):
         first = inner[..., : inner.shape[-2] - down, max(-right, 0) : columns - max(right, 0)]
         second = inner[..., down:, max(right, 0) : columns + min(right, 0)]
         assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("name", CELLS)
-def test_the_bits_depend_on_neither_threads_nor_calls(kernels, name):
-    x = lines(name, (1, 0))
-    x[..., 9, 11] += 1  # a neighbourhood like no other, some tiles of which are Winograd's
-    with one_thread():
-        expected = make(name)(x, record=True)
-    found = make(name)(x, record=True)
-    assert all(map(torch.equal, found, expected))
-    cell = make(name)
-    for step, (_, syn, mem) in zip(x, zip(*expected, strict=True), strict=True):
-        _, *states = cell(step)
-        assert all(map(torch.equal, states, (syn, mem)))
 
 
 def test_inhibition_chooses_the_first_of_equal_neurons(kernels):

@@ -20,7 +20,7 @@ from tests.shared.cpu_kernels import Kernels, native, one_thread
 from tests.shared.gradients import NAMES, OUTPUTS, compare, gradients
 from tests.shared.helpers import same, steps, twins
 from tests.shared.oracle import check_steps
-from tests.shared.poison import HUGE, NAN, poisoned
+from tests.shared.poison import HUGE, poisoned
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -237,26 +237,6 @@ def test_every_size_of_image_up_to_13(isa, kernel):
             compare(actual, exact, kernels.gradient_error(sized.dtype), grads)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"channels": 2},
-        {"channels": 12, "density": 0.1},
-        {"channels": 8, "stride": (2, 1)},
-        {"channels": 40, "kernel_size": (5, 5)},  # its weights exceed a thread's cache
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("wanted", [NAMES, ("x", "mem", "weight"), ("syn", "weight"), ("mem",)])
-def test_one_step_of_many_samples(kernels, changes, wanted):
-    """A task takes one sample after the other, with its part of the weight's gradient."""
-    for dtype in kernels.dtypes:
-        case = PLAIN.but(time=1, batch=9, dtype=dtype, **changes)
-        assert any(
-            check_gradients(kernels, case.but(seed=seed), wanted=wanted) for seed in range(3)
-        )
-
-
 def test_a_hundred_steps_stay_accurate(kernels):
     """Relative errors in norm stay below the documented 5e-6 of mem and 2e-5 of gradients."""
     case = PLAIN.but(reset="none", time=100, batch=1, in_channels=4, channels=16)
@@ -291,38 +271,6 @@ def test_long_sums_round_no_more_than_torchs(isa):
         *((actual[name], torchs[name], exact[name]) for name in ("x", "mem")),
     ]:
         assert (ours - right).norm() < 1.5 * (theirs - right).norm()
-
-
-@pytest.mark.parametrize(
-    ("size", "kernel", "dilation", "left"),
-    [
-        ((9, 1), (3, 3), (1, 1), (3, 1)),
-        ((1, 9), (5, 7), (1, 1), (1, 7)),
-        ((1, 1), (3, 3), (1, 1), (1, 1)),
-        ((4, 5), (9, 11), (1, 2), (7, 5)),
-        ((4, 5), (3, 3), (2**28, 2**28), (1, 1)),
-    ],
-    ids=str,
-)
-def test_taps_that_never_meet_the_image_are_left_out(kernels, size, kernel, dilation, left):
-    """The kernel's middle alone gives equal bits, and the gradient of other taps is zero."""
-    case = PLAIN.but(height=size[0], width=size[1], kernel_size=kernel)
-    case = case.but(dilation=dilation)
-    small = case.but(kernel_size=left, dilation=tuple(d if d < 4 else 1 for d in dilation))
-    inputs, grads = case.inputs(), case.output_gradients()
-    top, side = (kernel[0] - left[0]) // 2, (kernel[1] - left[1]) // 2
-    middle = (..., slice(top, top + left[0]), slice(side, side + left[1]))
-    trimmed = inputs._replace(weight=inputs.weight[middle].contiguous())
-    same(kernels.run(*inputs, case.options), kernels.run(*trimmed, small.options))
-    with poisoned(NAN):
-        whole = gradients(kernels.run, inputs, case.options, grads)
-    part = gradients(kernels.run, trimmed, small.options, grads)
-    around = torch.zeros_like(whole["weight"])
-    around[middle] = part["weight"]
-    assert torch.equal(whole.pop("weight"), around)
-    part.pop("weight")
-    for name, grad in whole.items():
-        assert torch.equal(grad, part[name]), name
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (3, 1), (9, 3)], ids=str)

@@ -191,30 +191,6 @@ def test_threads_that_share_a_weight_or_a_storage_of_more_weights_than_are_kept(
     in_threads(work, 20)
 
 
-def test_two_threads_that_pack_at_once_read_one_form():
-    """The form that was packed first stays, because another thread may read its address."""
-    weight = torch.rand(4, 3, 3, 3)
-    packed, others = cpu.PackedWeight(weight), []
-
-    class Core:
-        name, forward, forward_workspace = "core", None, 0
-
-        def forms(self, *_):
-            return [(0, "form", 64)]
-
-        def pack(self, *arguments):
-            if not others:  # another thread begins later, and ends first
-                others.append(None)
-                others[0] = addresses()
-
-    def addresses():
-        a_pass = cpu.Pass(Core(), "isa", cpu.Decided(100, 8), False, False, False)
-        return packed.forms(a_pass).addresses
-
-    found = addresses()
-    assert [found, *others] == [(packed._forms[0, "isa:form"].data_ptr(), 0, 0)] * 2
-
-
 def test_what_is_packed_dies_with_its_weight():
     cell, x = make(), image()
     for _ in range(3):

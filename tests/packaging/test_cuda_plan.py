@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -40,15 +39,11 @@ def plan(tmp_path):
         + PLAN.read_text().replace("/usr/local/cuda/", f"{tmp_path}/default/")
         + 'message("${NVCC}|${NVCC_ARCHS}|${CUDA_WHY}")\n'
     )
-    known = {k: v for k, v in os.environ.items() if "SNNLSTM" not in k and "CUDA" not in k}
 
     def plan(**environment: str) -> tuple[str, str, str]:
-        environment = (
-            known | {"PATH": f"{tmp_path}/path", "PYTHONPATH": f"{tmp_path}/site"} | environment
-        )
-        done = subprocess.run(
-            [CMAKE, "-P", script], env=environment, capture_output=True, text=True
-        )
+        environment |= {"PATH": f"{tmp_path}/path", "PYTHONPATH": f"{tmp_path}/site"}
+        command = [CMAKE, "-P", script]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         text = " ".join(done.stderr.split())
         return ("error", "", text) if done.returncode else tuple(text.split("|"))
 
@@ -89,7 +84,6 @@ def test_a_compiler_that_does_not_serve_is_passed_over(add, plan, tmp_path):
     ("gpus", "cuda", "archs", "tag", "planned", "why"),
     [
         ("", "", "", "", "", "no GPU of 7.5 or newer; SNNLSTM_CUDA=on builds it for all"),
-        ("6.1", "", "", "", "", "no GPU of 7.5 or newer"),
         ("9.0\n12.0\n9.0\n7.0", "", "", "", "90;120", "nvcc"),
         ("9.0", "on", "", "cu13", ALL, "nvcc"),
         ("", "", "80;86", "", "80;86", "nvcc"),

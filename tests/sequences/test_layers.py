@@ -263,10 +263,6 @@ def test_of_keeps_names_and_mode():
     assert [layer.name for layer in one.report] == ["cell", "relu", "flat", "again"]
 
 
-def test_an_empty_one_returns_its_input():
-    assert snnlstm.Sequential()(X) is X
-
-
 class Theirs(snntorch.SConv2dLSTM):
     pass
 

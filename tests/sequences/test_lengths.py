@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import snnlstm
 from snnlstm import functional
-from snnlstm.call import checked_lengths as checked
 from tests.sequences.by_length import CELLS, LENGTHS, TIME, alone, check, gradients, inputs, own
 from tests.shared.helpers import close, ours, same, steps
 
@@ -175,16 +174,6 @@ def test_a_stack_that_ends_without_a_neuron_returns_zeros_behind_the_last_step(
     assert out.masked_select(own().flatten(2)).all()
     close(out.masked_fill(~own().flatten(2), 0), out)
     assert not flat.isnan().any()
-
-
-def test_numbers_that_the_host_does_not_see_are_clamped():
-    given, found = torch.tensor([9, -3]), []
-    cpu = torch.device("cpu")
-    torch.func.grad(lambda x: (found.append(checked(given, 4, 2, cpu, False)), x)[1])(
-        torch.ones(())
-    )
-    found.append(checked(given, 4, 2, cpu, True))  # as torch.compile traces it
-    assert [lengths.tolist() for lengths in found] == [[4, 0], [4, 0]]
 
 
 def convlstm_and_input(hooked: bool) -> tuple[snnlstm.ConvLSTM, Tensor]:

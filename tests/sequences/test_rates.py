@@ -77,25 +77,6 @@ def test_the_table_is_printed_as_documented_and_names_what_never_spiked(capsys):
         assert line in snnlstm.spike_rates.__doc__
 
 
-class Bare(snntorch.SpikingNeuron):
-    """This neuron has neither mem nor a threshold."""
-
-    def __init__(self):
-        super().__init__()
-        del self.threshold
-
-    def forward(self, x):
-        return (x > 0).float()
-
-
-def test_neurons_without_mem_or_threshold_are_counted():
-    net = nn.Sequential(Bare(), ours(init_hidden=True))
-    with snnlstm.spike_rates(net, show=False) as rates:
-        net(X[0])
-    assert (rates["0"].threshold, rates["0"].highest) == (None, None)
-    assert rates["0"].spikes == X[0].count_nonzero()
-
-
 def test_a_model_without_neurons_and_what_is_no_model():
     with snnlstm.spike_rates(nn.Linear(2, 2), show=False) as rates:
         assert rates == {}
@@ -129,23 +110,3 @@ def test_blocks_within_blocks_count_each_for_itself():
     with outer:  # a block after the block starts anew
         cell(X[0])
     assert outer[""].chances == inner[""].chances
-
-
-@pytest.mark.parametrize("transform", ["vmap", "grad", "vmap of grad"])
-def test_calls_under_transforms_of_torch_func_are_counted(transform):
-    cell = ours(reset_mechanism="subtract")
-
-    def total(x):
-        return sum(o.sum() for o in cell(x, torch.zeros(0), torch.zeros(0)))
-
-    with snnlstm.spike_rates(cell, show=False) as expected:
-        for x in X:
-            total(x)
-    with snnlstm.spike_rates(cell, show=False) as rates:
-        if transform == "grad":
-            for x in X:
-                torch.func.grad(total)(x)
-        else:
-            torch.func.vmap(total if transform == "vmap" else torch.func.grad(total))(X)
-    assert str(rates) == str(expected)
-    assert rates[""].rate == expected[""].rate > 0

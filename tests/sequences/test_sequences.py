@@ -112,12 +112,3 @@ def test_errors_speak_of_the_shape_that_came():
         sconv2dlstm(torch.zeros(2, 3, 1, 7, 6), weight=cell.conv.weight, threshold=0.05)
     with pytest.raises(ValueError, match=r"\(N, T, 2, H, W\) for a sequence, got \(7, 6\)"):
         cell(torch.zeros(7, 6))
-
-
-def test_a_stack_has_an_order_of_its_own():
-    one, other = both_orders(init_hidden=True)
-    x = events()
-    expected = snnlstm.Sequential(one)(turned(x))
-    assert torch.equal(snnlstm.Sequential(other)(turned(x)), expected)
-    other.reset_mem()
-    assert torch.equal(snnlstm.Sequential(other, batch_first=True)(x), turned(expected))

@@ -104,15 +104,3 @@ def test_transforms_of_torch_func_and_forward_mode_see_every_step(large):
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x[0].requires_grad_(), tangent)
         close(forward_ad.unpack_dual(snnlstm.unroll(dual, *layers)).tangent, whole)
-
-
-def test_several_gradients_at_once(large):
-    x = X[:2, :1, :, :2, :2].clone().requires_grad_()
-    out = snnlstm.unroll(x, Each(lambda x, t: x.sin()))
-    vectors = torch.eye(out.numel()).view(-1, *out.shape)
-    expected = torch.diag(x.detach().cos().flatten()).view_as(vectors)
-    for batched in (
-        torch.autograd.grad(out, x, vectors, retain_graph=True, is_grads_batched=True)[0],
-        torch.func.vmap(lambda v: torch.autograd.grad(out, x, v, retain_graph=True)[0])(vectors),
-    ):
-        close(batched, expected)

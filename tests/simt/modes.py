@@ -136,6 +136,10 @@ CASES = {
     ),
     "threshold per channel": PLAIN.but(threshold="column", bias=False, graded=0.7),
     "kernel 5x5": PLAIN.but(kernel_size=(5, 5), time=1, batch=1),
+    # Taps that only ever meet the border, and images of one column, which run as one row.
+    "one column": PLAIN.but(height=13, width=1, reset="subtract"),
+    "pooled column": PLAIN.but(height=14, width=1, pool="max", pool_size=(3, 1), stride=(1, 3)),
+    "kernel 9x7": PLAIN.but(kernel_size=(9, 7), height=3, width=4, dilation=(1, 2)),
     "no spikes": PLAIN.but(**SILENT, record=False),
     "no spikes, one step": PLAIN.but(**SILENT, sequence=False, record=False),
 }
@@ -147,7 +151,8 @@ SMOOTH = {
         name: CASES[name]
         for name in (
             "plain", "one step", "wide", "channels last", "short chunks", "stride, dilation",
-            "one pixel", "threshold per channel", "no spikes", "no spikes, one step",
+            "one pixel", "one column", "kernel 9x7", "threshold per channel", "no spikes",
+            "no spikes, one step",
         )
     },
 }  # fmt: skip

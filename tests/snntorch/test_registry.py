@@ -7,7 +7,6 @@ import pytest
 import snntorch
 import snntorch.functional.quant
 import torch
-from torch import nn
 
 import snnlstm
 from tests.shared.helpers import described, ours
@@ -25,28 +24,6 @@ def test_cells_are_not_kept_alive():
     for _ in range(5):
         ours()
     assert len(snntorch.SpikingNeuron.instances) == entries, "a dead cell's place is not reused"
-
-
-def all_are_reached(cells):
-    """Checks that snnTorch's walk over the list reaches each of the cells."""
-    for cell in cells:
-        cell.mem = torch.ones(1)
-    snntorch.SConv2dLSTM.reset_hidden()
-    assert not any(cell.mem.any() for cell in cells)
-
-
-def test_places_in_a_list_that_was_dropped_are_not_used(monkeypatch):
-    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", [])
-    gone, dropped = [ours(), ours(), ours()], snntorch.SpikingNeuron.instances
-    gone.pop()
-    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", [])
-    kept = [ours(), snntorch.Leaky(beta=0.5), ours()]
-    gone.clear()
-    kept += [ours(), ours()]
-    assert len(snntorch.SpikingNeuron.instances) == 5
-    assert snntorch.SpikingNeuron.instances[1] is kept.pop(1)
-    assert len(dropped) == 3
-    all_are_reached(kept)
 
 
 def test_the_list_may_be_walked_in_the_midst_of_a_cells_end():
@@ -119,14 +96,3 @@ def test_the_registries_survive_being_cleared(monkeypatch):
     snnlstm.SConv2dLSTM.reset_hidden()
     assert after.mem.any()
     assert snntorch.SpikingNeuron.instances == []
-
-
-def test_detach_hidden_leaves_parameters_and_views_alone():
-    cell = ours()
-    parameter = nn.Parameter(torch.ones(1, 3, 5, 5))
-    cell.syn = parameter
-    cell.mem = (parameter * 2)[:]
-    snnlstm.SConv2dLSTM.detach_hidden()
-    assert parameter.requires_grad
-    assert not cell.syn.requires_grad
-    assert not cell.mem.requires_grad

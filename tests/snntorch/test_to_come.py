@@ -66,41 +66,6 @@ def test_quantisers_are_recognised_by_what_they_compute(form):
         assert recognise_quant(foreign) is foreign
 
 
-def test_reset_functions_of_the_base_class(monkeypatch):
-    """The base class chooses them, its setter of the reset mechanism works, reset() walks a net."""
-    base, calls = snntorch.SpikingNeuron, []
-
-    def setter(self, value):
-        self._reset_mechanism = value
-        self.reset_mechanism_val = torch.as_tensor(self.reset_dict[value])
-        calls.append(type(self))
-        chosen = {"subtract": self._base_sub, "zero": self._base_zero, "none": self._base_int}
-        self.state_function = self.reset_function = chosen[value]
-
-    reset_dict = {"subtract": 0, "zero": 1, "none": 2}
-    monkeypatch.setattr(base, "reset_dict", reset_dict, raising=False)
-    monkeypatch.setattr(
-        base, "reset_mechanism", property(lambda self: self._reset_mechanism, setter)
-    )
-    old = theirs()
-    old.reset_mechanism = "zero"
-    net = nn.Sequential(nn.Sequential(old))
-    expected = [old(x) for x in X]
-    assert snnlstm.accelerate(net).swapped == ("0.0",)
-    cell = net[0][0]
-    cell.reset_mem()
-    close([cell(x) for x in X], expected)
-    cell.reset_mechanism = "subtract"
-    assert cell.reset_mechanism_val == 0
-    assert calls == [snntorch.SConv2dLSTM]  # ours needs no function of the base class
-    cell.reset_mem()
-    expected = [cell(x) for x in X]
-    assert snnlstm.restore(net).swapped == ("0.0",)
-    assert old.state_function.__self__ is old
-    old.reset_mem()
-    close([old(x) for x in X], expected)
-
-
 # ---- the cell on signals ------------------------------------------------------------------
 
 

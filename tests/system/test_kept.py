@@ -6,7 +6,6 @@ again.
 
 import gc
 import sys
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import pytest
 import torch
 
 import snnlstm
-from benchmarks import peak_memory
 from snnlstm.native import pool
 from tests.shared.cpu_kernels import native
 from tests.shared.helpers import in_threads, measures_memory, ours, same, states, steps
@@ -222,37 +220,3 @@ def test_threads_that_take_blocks_at_the_same_time(monkeypatch):
 
     in_threads(work)
     assert 0 < pool.free_bytes() <= 8 * MIB
-
-
-@measures_memory
-@pytest.mark.parametrize("training", [False, True])
-def test_threads_that_called_leave_nothing_behind(training):
-    cells, x = [ours(2, 32, 3) for _ in range(24)], torch.rand(5, 8, 2, 32, 32)
-    called, done = threading.Semaphore(0), threading.Event()
-
-    def call(cell: torch.nn.Module) -> None:
-        with torch.set_grad_enabled(training):
-            spk, _, mem = cell(x)
-        if training:
-            (spk.sum() + mem.sum()).backward()
-        cell.reset_mem()
-        cell.spk = None
-        del spk, mem
-        called.release()
-        done.wait()
-
-    snnlstm.empty_cache()
-    peak_memory.watch()  # gives back what other tests left
-    before = resident_bytes()
-    threads = [threading.Thread(target=call, args=(cell,), daemon=True) for cell in cells]
-    for thread in threads:
-        thread.start()
-    for _ in threads:
-        called.acquire()
-    free = pool.free_bytes()
-    snnlstm.empty_cache()
-    left = resident_bytes() - before
-    done.set()
-    assert 50 * MIB < free <= pool.LIMIT
-    assert pool.free_bytes() == 0
-    assert left < 128 * MIB  # torch's small tensors, in malloc's memory of each thread

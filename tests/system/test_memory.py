@@ -1,7 +1,5 @@
 """Training keeps and inference takes as many bytes as the documentation says."""
 
-import weakref
-
 import pytest
 import torch
 from torch import Tensor
@@ -130,34 +128,3 @@ def test_inference_takes_its_outputs_and_a_workspace_that_does_not_grow_with_tim
     assert len(set(sizes.values())) == 1, sizes
     # The workspace holds a few states, and for each thread as many tiles as fit into its L2 cache.
     assert sizes[2] < 16 * state_bytes(case) + torch.get_num_threads() * (512 << 10)
-
-
-def test_no_gradient_no_memory(kernels):
-    """Without grad mode nothing is kept, although the weight requires a gradient."""
-    leaves = wanting_gradients(PLAIN.inputs())
-    saved = []
-    with saved_tensors_hooks(saved.append, lambda t: t), torch.no_grad():
-        out = kernels.run(*leaves, PLAIN.options)
-    assert not saved
-    assert all(o.grad_fn is None for o in out)
-
-
-def test_a_segment_that_is_computed_again_takes_the_memory_of_the_one_before(kernels):
-    """With checkpoint=True the backward pass never holds the gates of two segments."""
-    case = PLAIN.but(time=40, batch=4, height=24, width=24)
-    case = case.but(checkpoint=True)
-    held: list[list[weakref.ref[Tensor]]] = []
-
-    def watched(*args, **kwargs):
-        alive = [r for segment in held for r in segment if r() is not None]
-        assert not alive, "the segment before is still held"
-        result = forward(*args, **kwargs)
-        held.append([weakref.ref(result.saved.gates), weakref.ref(result.saved.syn)])
-        return result
-
-    out = kernels.run(*wanting_gradients(case.inputs()), case.options)
-    forward = native.cpu.Plan.forward
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native.cpu.Plan, "forward", watched)
-        out[0].sum().backward()
-    assert len(held) > 5

@@ -182,34 +182,6 @@ if __name__ == "__main__":
     assert in_a_process(program).split() == ["True"]
 
 
-@pytest.mark.parametrize("what", ["results", "gates"])
-def test_memory_is_found_although_blocks_are_kept_for_later(what, in_a_process):
-    """Results are torch's memory; gates lie in blocks, larger than the free ones."""
-    program = f"""
-import mmap, resource
-from snnlstm.native import pool
-
-cell, training = snnlstm.SConv2dLSTM(2, 16, 3, threshold=0.05), {what == "gates"}
-x = torch.rand(20 if training else 100, 2, 2, 64, 64)  # 50 MiB of spikes, or 100 of gates
-here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (here + (250 << 20),) * 2)
-# for the 10 MiB of their spikes; for states, which torch allocates
-room = mmap.mmap(-1, (20 if training else 4) << 20)
-held = [pool.empty((8 << 20,), torch.uint8)]
-try:
-    while True:
-        held.append(pool.empty((2 << 20,), torch.uint8))
-except MemoryError:
-    del held
-room.close()
-assert pool.free_bytes() > 100 << 20
-with torch.set_grad_enabled(training):
-    cell(x)
-print("passed")
-"""
-    assert in_a_process(program).split() == ["passed"]
-
-
 def test_memory_that_runs_out_leaves_state_and_weights_as_they_were(in_a_process):
     program = """
 import resource

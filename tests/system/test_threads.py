@@ -24,7 +24,7 @@ from tests.shared import flat
 from tests.shared.cases import PLAIN, Case, wanting_gradients
 from tests.shared.cpu_kernels import Kernels, native
 from tests.shared.gradients import leaves_and_gradients, total
-from tests.shared.helpers import HANG, in_threads, ours, same
+from tests.shared.helpers import HANG, ours, same
 
 pytestmark = pytest.mark.skipif(native is None, reason="the core is not built")
 
@@ -78,21 +78,6 @@ def test_many_runs_are_equal(kernels):
     for _ in range(30):
         again = train(kernels, case)
         same(out + grads, again[0] + again[1])
-
-
-def test_callers_at_the_same_time(kernels):
-    """Python threads have inputs of their own, and each uses several threads."""
-    torch.set_num_threads(2)
-    cases = [LARGE.but(batch=1, seed=seed, channels=4 + seed) for seed in range(4)]
-    expected = [train(kernels, case) for case in cases]
-
-    def work(number: int) -> None:
-        torch.set_num_threads(2)
-        for _ in range(5):
-            out, grads = train(kernels, cases[number])
-            same(out + grads, [*expected[number][0], *expected[number][1]])
-
-    in_threads(work, len(cases))
 
 
 def hashes() -> dict[str, str]:

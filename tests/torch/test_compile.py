@@ -1,7 +1,5 @@
 """Compiled cells and networks compute eager's numbers, without graph breaks and recompilations."""
 
-import copy
-
 import pytest
 import torch
 from snntorch import surrogate
@@ -12,7 +10,7 @@ from torch._inductor.utils import fresh_inductor_cache as fresh_cache
 
 import snnlstm
 from snnlstm.native import function as native
-from tests.shared.helpers import close, described, ours, same_gradients, states, steps, theirs
+from tests.shared.helpers import close, described, ours, same_gradients, states, steps
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -224,21 +222,6 @@ def test_the_functional_form_names_what_torch_compile_cannot_take():
     close(torch.compile(call, backend="aot_eager")(slope), call(slope))
 
 
-def test_truncated_backpropagation_and_a_stack():
-    """A Sequential trains in chunks, the last of which is shorter; states are detached between."""
-    grads = []
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        cell, relu = ours(init_hidden=True), nn.ReLU(inplace=True)
-        stack = snnlstm.Sequential(nn.Conv2d(2, 2, 1), cell, relu, nn.Flatten(), nn.Linear(108, 2))
-        call = torch.compile(stack, fullgraph=True, backend="aot_eager") if compiled else stack
-        for x in steps(8, 2, 2, 6, 6).split(3):
-            call(x).square().sum().backward()
-            snnlstm.SConv2dLSTM.detach_hidden()
-        grads.append([parameter.grad for parameter in stack.parameters()])
-    close(*grads, atol=2e-5)
-
-
 class Net(nn.Module):
     """This network has a stem, two cells, and a readout of mean rate and last potential."""
 
@@ -357,46 +340,6 @@ def test_one_graph_serves_all_batch_sizes(marked):
                 torch._dynamo.mark_dynamic(tensor, 0)
         close(compiled(*inputs), other(*inputs), atol=0, rtol=0)
     assert counter.frame_count == 1
-
-
-FRESH = {
-    "new": lambda cell: cell,
-    "moved": lambda cell: cell.to(torch.float64).to(torch.float32),
-    "loaded": lambda cell: cell.load_state_dict(ours(reset_mechanism="zero").state_dict()) and cell,
-    "copied": copy.deepcopy,
-    "set": lambda cell: setattr(cell, "max_pool", 3) or cell,
-    "accelerated": lambda _: snnlstm.accelerate(theirs(reset_mechanism="subtract")).model,
-}
-
-
-@pytest.mark.parametrize("name", FRESH)
-def test_a_cell_that_was_not_called_before_compiles_for_all_sizes(name):
-    """The options' text is made before torch.compile traces, and takes numbers for symbols."""
-    warm = ours(reset_mechanism="subtract", max_pool=2)
-    warm(steps(1, 4, 2, 6, 6)[0])
-    cell = FRESH[name](warm)
-    compiled = torch.compile(copy.deepcopy(cell), fullgraph=True, dynamic=True, backend="eager")
-    cell.reset_mem()
-    for batch in (4, 3, 5):
-        inputs = [steps(1, batch, 2, 6, 6)[0], *states(batch, 3, 6, 6)]
-        close(compiled(*inputs), cell(*inputs), atol=0, rtol=0)
-
-
-class Loop(nn.Module):
-    def __init__(self, cell: nn.Module) -> None:
-        super().__init__()
-        self.cell = cell
-
-    def forward(self, x):
-        self.cell.reset_mem()
-        return torch.stack([self.cell(x_t)[0] for x_t in x])
-
-
-def test_a_loop_within_a_graph_that_serves_all_sizes():
-    one, other = (Loop(ours(reset_mechanism="subtract")) for _ in range(2))
-    compiled = torch.compile(one, backend="eager", dynamic=True)
-    for x in (steps(8, 4, 2, 6, 6), steps(8, 3, 2, 5, 7)):
-        close(compiled(x), other(x), atol=0, rtol=0)
 
 
 def test_a_state_that_is_assigned_after_a_reset_is_used():

@@ -28,7 +28,7 @@ from tests.shared.cpu_kernels import native
 from tests.shared.helpers import HANG, THRESHOLD, close, ours, steps
 
 try:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 except ImportError:  # before torch 2.6
     fully_shard = None
 if not hasattr(torch.cpu.Stream(), "record_event"):  # torch 2.6 has FSDP2 for GPUs alone
@@ -113,28 +113,6 @@ def gradients_are_those_of_one_process_on_the_whole_batch(rank: int, world: int)
 
 
 @check
-def static_graphs_and_unused_parameters(rank: int, world: int) -> None:
-    class Whole(nn.Module):
-        """This model loops over the steps in its forward, as static_graph needs it."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.unused = net(), nn.Linear(1, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return loss_of(self.net, x)
-
-    x = whole_batch(world)
-    for kwargs in ({"static_graph": True}, {"find_unused_parameters": True}):
-        model = parallel_of(Whole(), **kwargs)
-        for seed in (1, 2):
-            model.zero_grad()
-            model(own_part(whole_batch(world, seed), rank)).backward()
-        x = whole_batch(world, 2)
-        close(gradients(model.module.net), of_one_process(x), atol=1e-5, rtol=1e-4)
-
-
-@check
 def ranks_with_more_batches_than_others(rank: int, world: int) -> None:
     """Under torch's Join, ranks that are done take part in what other ranks communicate."""
     parallel = parallel_of(net(learn_threshold=True))
@@ -193,19 +171,6 @@ def a_sharded_network_trains_and_gives_its_state_dict_back(rank: int, world: int
         for name, value in sharded.state_dict().items()
     }
     close(whole, dict(alone.state_dict()), atol=1e-4)
-
-
-@check
-def sharded_in_mixed_precision(rank: int, world: int) -> None:
-    mesh = init_device_mesh("cpu", (world,))
-    model = net()
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    x = whole_batch(world)
-    loss_of(model, own_part(x, rank)).backward()
-    assert model[1].mem.dtype == torch.bfloat16
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    close(gradients(model), of_one_process(x), atol=2e-2, rtol=0.3)
 
 
 def _run_checks(rank: int, world: int, folder: str) -> None:

@@ -206,51 +206,6 @@ def test_states_spikes_and_gradients_stay_float32(backend, dtype, form):
         backend.check(cell.path)
 
 
-@half
-@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_on_the_cpu_results_have_snntorchs_types_and_are_closer_to_float64(dtype, input_dtype):
-    cell, other, exact = ours(), theirs(), ours().double()
-    x, start = steps(1, 2, 2, 6, 7)[0].to(input_dtype), states(2, 3, 6, 7)
-    with torch.autocast("cpu", dtype=dtype):
-        out, reference = cell(x, *start), other(x.float(), *start)
-    wanted = exact(x.double(), *(s.double() for s in start))
-    for one, theirs_, right in zip(out, reference, wanted, strict=True):
-        assert one.dtype == theirs_.dtype == torch.float32
-        assert (one - right).norm() <= (theirs_ - right).norm()
-    assert (out[2] - wanted[2]).norm() < 0.01 * (reference[2] - wanted[2]).norm()
-    assert native is None or cell.path.native
-
-
-@half
-def test_autocast_that_is_switched_off_inside_leaves_the_kernels_as_they_were(backend, dtype):
-    cell, exact = ours(), ours()
-    x = steps(3, 2, 2, 6, 7)
-    with torch.autocast(backend.device.type, dtype=dtype):
-        cell(x[0])
-        cell.reset_mem()
-        with torch.autocast(backend.device.type, enabled=False):
-            close(cell(x), exact(x), atol=0, rtol=0)
-            backend.check(cell.path)
-    _, syn, mem = cell(x[1], *states(2, 3, 6, 7))
-    close((syn, mem), exact(x[1], *states(2, 3, 6, 7))[1:], atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_states_stay_float32_across_the_border_of_autocast_and_of_a_half_module(backend, dtype):
-    cell, exact = ours(reset_mechanism="zero").to(dtype), ours(reset_mechanism="zero")
-    for t, x in enumerate(steps(4, 2, 2, 6, 7)):
-        inside = t % 2 == 0 or dtype != torch.float32
-        with torch.autocast(backend.device.type, dtype=torch.bfloat16, enabled=inside):
-            out = cell(x.to(dtype))
-        exact(x)
-        assert {o.dtype for o in out} == {torch.float32}
-    out[2].sum().backward()
-    exact.mem.sum().backward()
-    grad, expected = cell.conv.weight.grad, exact.conv.weight.grad
-    assert grad.dtype == dtype
-    assert (grad - expected).norm() < 0.1 * expected.norm()
-
-
 def scaled_step(cell, x, optimizer, scaler, device: str, factor: float = 1.0) -> Tensor:
     """Runs a training step in float16 and returns the gradient after unscaling."""
     optimizer.zero_grad()

@@ -144,20 +144,6 @@ def test_activation_checkpointing_of_parts_of_a_loop(backend, reentrant):
     close(*([t.grad for t in own] for own in inputs), atol=1e-5)
 
 
-def test_a_checkpointed_sequence_that_starts_by_a_reset():
-    """The reset gives the recomputation the initial states of the first pass."""
-    one, other = (ours(init_hidden=True, reset_mechanism="zero") for _ in range(2))
-
-    def run(cell: snnlstm.SConv2dLSTM, x: Tensor) -> Tensor:
-        cell.reset_mem()
-        return sum(cell(x_t).sum() * t for t, x_t in enumerate(x))
-
-    x, _, _ = data()
-    checkpoint(run, one, x, use_reentrant=False).backward()
-    run(other, x).backward()
-    same_gradients(one, other)
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("between", ["nothing", "a reset"])
 def test_checkpointing_steps_of_stored_states_is_an_error(reentrant, between):
