@@ -16,7 +16,7 @@ from .spec import a_module
 
 __all__ = [
     "CELL", "PER_SAMPLE", "TAKES", "LayerReport", "SpikeCount", "SpikeRates", "changed",
-    "may_write", "not_per_sample", "report_of", "spike_rates",
+    "not_per_sample", "report_of", "spike_rates", "unshared",
 ]  # fmt: skip
 
 # ---- through a sequence -------------------------------------------------------------------------
@@ -143,11 +143,17 @@ def _widening(layer: Any) -> float:
     return 1
 
 
-def may_write(layer: nn.Module) -> bool:
-    """Whether a call of the layer may write to its input."""
-    kind = type(layer)
-    known = kind in _LEAST_DIM or kind.__module__.partition(".")[0] == "snntorch"
-    return not known or getattr(layer, "inplace", False) or changed(layer) is not None
+def unshared(x: Tensor, layer: nn.Module) -> Tensor:
+    """A copy of a view of a tensor, if the layer may write to it; else x.
+
+    Autograd refuses to let a layer change one of several views in place; without it no copy is
+    made, as in the loop.
+    """
+    if not torch.is_grad_enabled() or not (torch.compiler.is_compiling() or x._is_view()):
+        return x
+    known = type(layer) in _LEAST_DIM or type(layer).__module__.startswith("snntorch.")
+    safe = known and not getattr(layer, "inplace", False) and changed(layer) is None
+    return x if safe else x.clone()
 
 
 # ---- spikes -------------------------------------------------------------------------------------

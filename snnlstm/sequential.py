@@ -19,9 +19,9 @@ from .layers import (
     TAKES,
     LayerReport,
     changed,
-    may_write,
     not_per_sample,
     report_of,
+    unshared,
 )
 from .sconv2dlstm import SConv2dLSTM
 from .snntorch import SEQUENCE_NEURONS
@@ -252,7 +252,7 @@ def _over_time(
         else:
             if folded is None:
                 x, folded = x.flatten(0, 1), x.shape[:2]
-            out = layer(_unshared(x, layer))
+            out = layer(unshared(x, layer))
             reports.append(report)
         before = reports[-1].name
     if folded is not None:
@@ -351,52 +351,30 @@ def _step_by_step(
         if lengths is not None and report.reason not in PER_SAMPLE:
             call = _Frozen(layer, call, lengths)
         calls.append((before, layer, call))
-        outs[0], before = call(_unshared(first, layer)), name
+        outs[0], before = call(unshared(first, layer)), name
     for t in range(1, len(outs)):
         for previous, layer, call in calls:
-            outs[t] = call(_unshared(_first_item(previous, outs[t]), layer))
+            outs[t] = call(unshared(_first_item(previous, outs[t]), layer))
     return _joined(before, outs)
-
-
-def _unshared(x: Tensor, layer: nn.Module) -> Tensor:
-    """A copy of a view of a tensor, if the layer may write to it; else x.
-
-    Autograd refuses to let a layer change one of several views in place; without it no copy is
-    made, as in the loop.
-    """
-    view = torch.is_grad_enabled() and (torch.compiler.is_compiling() or x._is_view())
-    return x.clone() if view and may_write(layer) else x
 
 
 def _sequence(name: str, layer: Any, x: Tensor, lengths: Tensor | None, last: bool) -> Any:
     """Call a layer that takes sequences: a cell, a neuron, or a Sequential that carries hooks."""
+    cell, neuron = isinstance(layer, SConv2dLSTM), type(layer) in SEQUENCE_NEURONS
+    step = f"{layer.in_channels}, {SIZES[layer._dims]}" if cell else "C"  # without its N
+    if (cell or neuron) and x.dim() != step.count(",") + 3:
+        raise ValueError(
+            f"x must be a sequence of steps (N, {step}) for layer {name} "
+            f"({type(layer).__name__}), got steps of shape {tuple(x.shape[1:])}"
+        )
+    if neuron:
+        return layer(x) if lengths is None else _padded(layer(silenced(x, lengths)), lengths)
     options: dict[str, Any] = {} if lengths is None else {"lengths": lengths}
-    if isinstance(layer, SConv2dLSTM):
-        _check_step(name, layer, x, f"{layer.in_channels}, {SIZES[layer._dims]}", layer._dims + 2)
-        # The states of every step are recorded where they are returned.
+    if cell:  # the states of every step are recorded where they are returned
         options["record"] = last and (layer.output or not layer.init_hidden)
-    elif type(layer) in SEQUENCE_NEURONS:
-        _check_step(name, layer, x, "C", 2)
-        if lengths is None:
-            return layer(x)
-        out = layer(silenced(x, lengths))
-        if isinstance(out, Tensor):
-            return silenced(out, lengths)
-        spk, mem = out
-        wide = repeated(mem[..., None, None], mem.new_zeros(()), lengths)
-        return silenced(spk, lengths), wide[..., 0, 0]
     if layer.batch_first:
         return _exchanged(layer(_exchanged(x), **options))
     return layer(x, **options)
-
-
-def _check_step(name: str, layer: Any, x: Tensor, rest: str, dim: int) -> None:
-    """Check that (T, N, ...) has the dimensions of a sequence for a layer that takes sequences."""
-    if x.dim() != dim + 1:
-        raise ValueError(
-            f"x must be a sequence of steps (N, {rest}) for layer {name} "
-            f"({type(layer).__name__}), got steps of shape {tuple(x.shape[1:])}"
-        )
 
 
 def _one_step(layer: Sequential, x: Tensor) -> Any:
@@ -448,6 +426,15 @@ def _exchanged(out: Any) -> Any:
 
 
 # ---- samples behind their last step -------------------------------------------------------------
+
+
+def _padded(out: Any, lengths: Tensor) -> Any:
+    """What a neuron returned of all steps, spk or spk and mem, as steps with :class:`_Frozen`."""
+    if isinstance(out, Tensor):
+        return silenced(out, lengths)
+    spk, mem = out
+    mem = repeated(mem[..., None, None], mem.new_zeros(()), lengths)[..., 0, 0]
+    return silenced(spk, lengths), mem
 
 
 class _Frozen:

@@ -152,18 +152,14 @@ def accelerate(model: nn.Module, surrogates: bool = False) -> SwapReport:
         if type(module) in OURS.values():
             module._layer_name = name
     changed = {id(m) for _, m in named if surrogates and _take_our_surrogate(m)}
+    cells = [module for name, module in named if name in report.swapped]
+    paths = [against_device(cell.graded_spikes_factor.device) for cell in cells]
     return replace(
         report,
         surrogates=tuple(name for name, module in named if id(module) in changed),
         silent=tuple(name for name, module in named if _is_silent(module)),
-        slow=_reasons_of_devices([module for name, module in named if name in report.swapped]),
+        slow=tuple(dict.fromkeys(path.reason for path in paths if path is not None)),
     )
-
-
-def _reasons_of_devices(cells: list[Any]) -> tuple[str, ...]:
-    """Why no kernels run on the devices of some cells, each reason once."""
-    paths = [against_device(cell.graded_spikes_factor.device) for cell in cells]
-    return tuple(dict.fromkeys(path.reason for path in paths if path is not None))
 
 
 def _take_our_surrogate(neuron: nn.Module) -> bool:
