@@ -111,11 +111,11 @@ class EqualPixels {
 
   // Returns a number that differs for nearly all different pixels.
   uint32_t key(const T* pixel) const {
-    constexpr int words = VL * sizeof(T) / sizeof(uint64_t);
+    constexpr int words = (VL * sizeof(T) + 7) / sizeof(uint64_t);
     uint64_t mixed = 0;
     for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
-      uint64_t word[words];
-      std::memcpy(word, pixel + ch, sizeof(word));
+      uint64_t word[words] = {};
+      std::memcpy(word, pixel + ch, VL * sizeof(T));
 #pragma GCC unroll 8
       for (int k = 0; k < words; ++k)
         mixed = (mixed ^ word[k]) * 0x9E3779B97F4A7C15;  // the golden ratio, as random as any

@@ -22,8 +22,8 @@ inline bool narrow_is_better(int64_t channels, int64_t narrow, int64_t wide) {
   return channels <= narrow || (kNarrowBytes >= 32 && padded(narrow) < padded(wide));
 }
 
-// With AVX-512 the four gates of so few channels are one vector.
-constexpr int kFewChannels = kNativeBytes >= 64 ? 4 : 0;
+// With AVX the four float32 gates of so few channels are one vector.
+constexpr int kFewChannels = kNativeBytes >= 32 ? kNativeBytes / 16 : 0;
 
 // Calls f(Lanes<T, VL>) with the vectors in which a cell is computed.
 template <class F>

@@ -175,11 +175,10 @@ class NeuronBackward {
   }
   template <class N>
   Gates<typename N::R> load_gates(const T* from, typename N::Mask& reset) const {
-    const int64_t pixel = 4 * l_.Cp;
-    const typename N::R o = N::load(from + 2 * VL, pixel);
-    reset = N::flagged(o);
-    return {N::load(from, pixel), N::load(from + VL, pixel), N::abs(o),
-            N::load(from + 3 * VL, pixel)};
+    Gates<typename N::R> gates = N::load_gates(from, 4 * l_.Cp);
+    reset = N::flagged(gates.o);
+    gates.o = N::abs(gates.o);
+    return gates;
   }
   const T* syn_after(int64_t t, const Sample& p, int64_t h) const {  // t = -1: the first syn
     if (t < 0) return state_row(syn0_, p, h);
@@ -218,7 +217,7 @@ class NeuronBackward {
         const auto act = load_gates<N>(gate + 4 * k, reset);
         auto mem =
             Neuron<N>::next_mem(act.o, tanh_syn<N>(act, syn + k, N::load(syn_prev + k, l_.Cp)));
-        mem = Neuron<N>::after_reset(c.reset, mem, reset, N::load(threshold_ + ch, 0));
+        mem = Neuron<N>::after_reset(c.reset, mem, reset, N::repeat(threshold_ + ch));
         N::store(out + k, l_.Cp, quantised<N>(mem, a_));
       }
     });
@@ -229,7 +228,6 @@ class NeuronBackward {
     const Cell& c = a_.cell;
     const int64_t begin = tasks_.begin(task), row = l_.Wo * l_.Cp;
     T* sums = threshold_sums_ + task * l_.Cp;
-    const R p0 = S::splat(T(c.surrogate_p0)), p1 = S::splat(T(c.surrogate_p1));
     const T graded = *static_cast<const T*>(a_.graded_factor);
     const int64_t first = begin / c.pool_h, last = tasks_.end(task) / c.pool_h;
     for (int64_t h = first; h < last; ++h) {
@@ -245,22 +243,36 @@ class NeuronBackward {
       const int64_t top = (h * c.pool_h - begin) * row;
       const T* mem_after = images_.mem_row(t + 1, p.image, h * c.pool_h);
       const int64_t places = places_.row(t, p.n, h);
-      for (int64_t w = 0; w < l_.Wp; ++w)
+      const auto add = [&](int64_t w, auto count) __attribute__((always_inline)) {
+        using N = Neighbours<T, VL, decltype(count)::value>;
+        using W = typename N::R;
         for (int64_t ch = 0; ch < l_.Cp; ch += VL) {
+          const int64_t k = w * l_.Cp + ch, column = w * c.pool_w * l_.Cp + ch;
+          T* const out = s.mem_grad + top + column;
           Mask where{};
-          const int64_t column = w * c.pool_w * l_.Cp + ch, place = top + column;
-          if (c.pool == Pool::max) where = places_.get(places + w * l_.Cp + ch);
-          const R mem = pooled_mem(mem_after + column, where);
-          const R noise = a_.noise.data ? S::load(noises + w * l_.Cp + ch) : R{};
-          const R slope = Neuron<M>::surrogate_gradient(c.surrogate, mem - S::load(threshold_ + ch),
-                                                        p0, p1, noise);
-          const R grad = slope * (S::load(grads + w * l_.Cp + ch) * graded);
-          S::store(sums + ch, S::load(sums + ch) - grad);
+          W mem;
+          if constexpr (decltype(count)::value > 1) {
+            mem = N::load(mem_after + column, l_.Cp);
+          } else {
+            if (c.pool == Pool::max) where = places_.get(places + k);
+            mem = pooled_mem(mem_after + column, where);
+          }
+          const W noise = a_.noise.data ? N::load(noises + k, l_.Cp) : W{};
+          const W slope = Neuron<N>::surrogate_gradient(
+              c.surrogate, mem - N::repeat(threshold_ + ch), N::splat(T(c.surrogate_p0)),
+              N::splat(T(c.surrogate_p1)), noise);
+          const W grad = slope * (N::load(grads + k, l_.Cp) * graded);
+          S::store(sums + ch, S::load(sums + ch) - N::sum(grad));
           if (c.pool == Pool::none)
-            S::store(s.mem_grad + place, S::load(s.mem_grad + place) + grad);
-          else
-            PoolWindow<M>::spread(c, grad, where, s.mem_grad + place, row, l_.Cp);
+            N::store(out, l_.Cp, N::load(out, l_.Cp) + grad);
+          else if constexpr (decltype(count)::value == 1)
+            PoolWindow<M>::spread(c, grad, where, out, row, l_.Cp);
         }
+      };
+      if (c.pool == Pool::none)
+        each_neighbours<T, VL>(l_.Wp, add);
+      else
+        for (int64_t w = 0; w < l_.Wp; ++w) add(w, Count<1>());
     }
   }
 
@@ -308,11 +320,9 @@ class NeuronBackward {
                                 grad, N::load(d_syn + k, l_.Cp));
         if (c.reset == Reset::subtract) threshold -= N::sum(N::where(reset, grad, W{}));
         N::store(d_syn + k, l_.Cp, d.syn_prev);
+        N::store_gates(out + 4 * k, 4 * l_.Cp, d.pre);
         const W pre[4] = {d.pre.i, d.pre.f, d.pre.o, d.pre.g};
-        for (int v = 0; v < 4; ++v) {
-          N::store(out + 4 * k + v * VL, 4 * l_.Cp, pre[v]);
-          bias[v] += N::sum(pre[v]);
-        }
+        for (int v = 0; v < 4; ++v) bias[v] += N::sum(pre[v]);
       });
       for (int v = 0; v < 4; ++v) {
         T* sum = bias_sums + 4 * ch + v * VL;

@@ -52,28 +52,22 @@ class NeuronForward {
     each_neighbours<T, VL>(l_.Wo, [&](int64_t w, auto count) __attribute__((always_inline)) {
       using N = Neighbours<T, VL, decltype(count)::value>;
       T* g = gates + w * kGates;
-      const Gates<typename N::R> act =
-          Neuron<N>::activate({N::load(g, kGates), N::load(g + VL, kGates),
-                               N::load(g + 2 * VL, kGates), N::load(g + 3 * VL, kGates)});
-      N::store(g, kGates, Neuron<N>::next_syn(act, N::load(syn_in + w * Cp, Cp)));
-      N::store(g + 2 * VL, kGates, act.o);
-      if (!saved) return;
-      N::store(saved + w * pixel, pixel, act.i);
-      N::store(saved + w * pixel + VL, pixel, act.f);
-      N::store(saved + w * pixel + 3 * VL, pixel, act.g);
+      Gates<typename N::R> act = Neuron<N>::activate(N::load_gates(g, kGates));
+      N::M::store(g, Neuron<N>::next_syn(act, N::load(syn_in + w * Cp, Cp)));
+      typename N::Mask reset{};
+      if (resets) reset = Neuron<N>::fires(N::load(mem_in + w * Cp, Cp), N::repeat(threshold));
+      act.o = N::flag(act.o, reset);
+      N::M::store(g + N::lanes, act.o);
+      if (saved) N::store_gates(saved + w * pixel, pixel, act);
     });
     each_neighbours<T, VL>(l_.Wo, [&](int64_t w, auto count) __attribute__((always_inline)) {
       using N = Neighbours<T, VL, decltype(count)::value>;
       const T* g = gates + w * kGates;
-      const typename N::R syn = N::load(g, kGates), o = N::load(g + 2 * VL, kGates),
-                          limit = N::load(threshold, 0);
-      typename N::Mask reset{};
-      if (resets) reset = Neuron<N>::fires(N::load(mem_in + w * Cp, Cp), limit);
-      typename N::R mem = Neuron<N>::next_mem(o, N::tanh(syn));
-      mem = Neuron<N>::after_reset(c.reset, mem, reset, limit);
+      const typename N::R syn = N::M::load(g), o = N::M::load(g + N::lanes);
+      typename N::R mem = Neuron<N>::next_mem(N::abs(o), N::tanh(syn));
+      mem = Neuron<N>::after_reset(c.reset, mem, N::flagged(o), N::repeat(threshold));
       N::store(syn_out + w * Cp, Cp, quantised<N>(syn, a_));
       N::store(mem_out + w * Cp, Cp, quantised<N>(mem, a_));
-      if (saved) N::store(saved + w * pixel + 2 * VL, pixel, N::flag(o, reset));
     });
   }
 

@@ -142,7 +142,7 @@ void load_rows(const View& v, int64_t t, int64_t n, int64_t first, int64_t rows,
 // Stores the first `count` lanes, at least one.
 template <class S, class T = typename S::Scalar>
 SNNLSTM_INLINE void store_some(T* dst, typename S::R v, int64_t count) {
-  constexpr int half = S::lanes / 2;
+  constexpr int half = S::lanes > 1 ? S::lanes / 2 : 1;
   using Half = Simd<T, half>;
   alignas(64) T lanes[S::lanes];
   S::store(lanes, v);

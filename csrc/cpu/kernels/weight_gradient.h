@@ -55,10 +55,9 @@ class WeightGradient {
     scratch_ = workspace.take<WeightScratch>(threads_);
     for (int k = 0; k < threads_; ++k) {
       WeightScratch s;
-      const bool few = l_.closes_up();
-      s.d_gates =
-          workspace.take<T>(few ? images_together(false) * pixel_block_rows() * l_.Wo * 2 * VL : 0);
-      s.few_sums = workspace.take<T>(few ? kPiece * 2 * VL : 0);
+      const int64_t pixels = images_together(false) * pixel_block_rows() * l_.Wo;
+      s.d_gates = workspace.take<T>(pixels * kGates);
+      s.few_sums = workspace.take<T>(l_.closes_up() ? kPiece * 2 * VL : 0);
       if (scratch_) scratch_[k] = s;
     }
   }
@@ -135,13 +134,17 @@ class WeightGradient {
   // round less.
   bool x_in_tiles() const { return c_.x_algorithm == CpuAlgorithm::winograd && c_.Cin > 4; }
 
+  // Returns how many rows of K a task has: more where many tasks are left, which then close up d
+  // gates less often.
+  int64_t piece_rows() const { return l_.Cb < 8 ? kPiece : 4 * kPiece; }
+
   // These count the pieces of K that weight gradient tasks take.
   static int64_t tile_pieces(int64_t channels) { return (channels + kTilePiece - 1) / kTilePiece; }
   int64_t x_pieces() const { return x_in_tiles() ? tile_pieces(c_.Cin) : x_groups_; }
   int64_t pieces() const { return x_pieces() + (c_.tiled() ? tile_pieces(c_.C) : mem_groups_); }
-  static int64_t groups(const RunList& list) {
+  int64_t groups(const RunList& list) const {
     int64_t count = 0;
-    list.chunks(kPiece, [&](const Run*, int) { ++count; });
+    list.chunks(piece_rows(), [&](const Run*, int) { ++count; });
     return count;
   }
 
@@ -201,10 +204,11 @@ class WeightGradient {
   void directly(const StepImages<T>& step, const Images& images, int64_t cb, bool of_x,
                 int64_t piece, const WeightScratch& s) {
     T* out = sums_.rows(images.split, cb, of_x);
-    (of_x ? x_runs_ : mem_runs_).chunks(kPiece, [&](const Run* runs, int count) {
+    (of_x ? x_runs_ : mem_runs_).chunks(piece_rows(), [&](const Run* runs, int count) {
       if (piece-- != 0) return;
       if (l_.closes_up()) return of_few(step, images, of_x, runs, count, s, out);
       each_pixel_block(step, images, cb, of_x, [&](int64_t h, PixelRows<T> p) {
+        if (l_.Cb > 1) close_up(p, s.d_gates);
         for (int r = 0; r < count; ++r)
           add_run<4>(step.finite, runs[r], of_x, met_by(runs + r, of_x, h, p),
                      out + runs[r].w * kGates);
@@ -259,6 +263,21 @@ class WeightGradient {
       for (int64_t h = 0; h < l_.Ho; h += block)
         f(h, pixel_rows(step, n, images, h, h + block < l_.Ho ? block : l_.Ho - h, cb, of_x));
     });
+  }
+
+  // Puts the d gates of all pixels in a row.
+  void close_up(PixelRows<T>& p, T* to) const {
+    T* dst = to;
+    for (int64_t n = 0; n < p.images; ++n)
+      for (int64_t h = 0; h < p.rows; ++h)
+        for (int64_t w = 0; w < p.pixels; ++w, dst += kGates) {
+          const T* d = p.d_gates + n * p.d_image + h * p.d_row + w * p.d_pixel;
+          for (int k = 0; k < kGates; k += VL) S::store(dst + k, S::load(d + k));
+        }
+    p.d_gates = to;
+    p.d_pixel = kGates;
+    p.d_row = p.pixels * kGates;
+    p.d_image = p.rows * p.d_row;
   }
 
   // Sums without the lanes that are zero, where these are most: the gates of the other lanes close

@@ -23,16 +23,20 @@ template <class S, int NV, int KB, class T = typename S::Scalar>
 SNNLSTM_INLINE void weight_grad_tile(const PixelRows<T>& p, int64_t in_offset, T* out) {
   using R = typename S::R;
   constexpr int VL = S::lanes;
-  R acc[KB][NV];
-#pragma GCC unroll 8
-  for (int k = 0; k < KB; ++k)
+  // Few sums would wait for each other, so neighbouring pixels have sums of their own.
+  constexpr int side = KB * NV <= 2 ? 4 : KB * NV <= 4 ? 2 : 1;
+  R acc[side][KB][NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[k][v] = R{};  // small sums, rounded less than on top of `out`
+  for (int s = 0; s < side; ++s)
+#pragma GCC unroll 8
+    for (int k = 0; k < KB; ++k)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[s][k][v] = R{};  // rounded less than on top of `out`
   for (int64_t row = 0; row < p.images * p.rows; ++row) {
     const int64_t n = p.images > 1 ? row / p.rows : 0, h = row - n * p.rows;
     const T* a = p.in + in_offset + n * p.in_image + h * p.in_row;
     const T* d = p.d_gates + n * p.d_image + h * p.d_row;
-    for (int64_t w = 0; w < p.pixels; ++w, a += p.in_pixel, d += p.d_pixel) {
+    const auto pixel = [&](R(&sums)[KB][NV]) __attribute__((always_inline)) {
       R x[KB];
 #pragma GCC unroll 8
       for (int k = 0; k < KB; ++k) x[k] = S::splat(a[k]);
@@ -40,16 +44,25 @@ SNNLSTM_INLINE void weight_grad_tile(const PixelRows<T>& p, int64_t in_offset, T
       for (int v = 0; v < NV; ++v) {
         const R g = S::load(d + v * VL);
 #pragma GCC unroll 8
-        for (int k = 0; k < KB; ++k) acc[k][v] += x[k] * g;
+        for (int k = 0; k < KB; ++k) sums[k][v] += x[k] * g;
       }
-    }
+      a += p.in_pixel, d += p.d_pixel;
+    };
+    int64_t w = 0;
+    for (; w + side <= p.pixels; w += side)
+#pragma GCC unroll 4
+      for (int s = 0; s < side; ++s) pixel(acc[s]);
+    for (; w < p.pixels; ++w) pixel(acc[0]);
   }
 #pragma GCC unroll 8
   for (int k = 0; k < KB; ++k)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       T* p = out + (k * NV + v) * VL;
-      S::store(p, S::load(p) + acc[k][v]);
+      R sum = acc[0][k][v];
+#pragma GCC unroll 4
+      for (int s = 1; s < side; ++s) sum += acc[s][k][v];
+      S::store(p, S::load(p) + sum);
     }
 }
 
