@@ -271,6 +271,14 @@ def random_cases(count: int, seed: int) -> list[Case]:
         pool = draw.choice((0, 0, 2, 3))
         pool = pool if pool <= min(image) else 0
         layer = (draw.randint(1, 8), draw.randint(1, 16), size(160), size(160), *image)
+        # Sizes at the ends, which independent draws meet too seldom.
+        extreme = draw.choice(("none", "none", "one channel", "1x1 kernel", "deep 4x4"))
+        if extreme == "one channel":
+            layer = (*layer[:2], 1, 1, *image)
+        elif extreme == "1x1 kernel":
+            side = other = 1
+        elif extreme == "deep 4x4":
+            layer, pool = (*layer[:2], 16, 512, 4, 4), 0
         kind = "max_pool" if draw.random() < 0.5 else "avg_pool"
         reset = draw.choice(("none", "subtract", "zero"))
         density = draw.choice((None, 0.01, 0.03, 0.1, 0.3))
