@@ -7,6 +7,7 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -76,7 +77,9 @@ inline cudaError_t prepare(const void* kernel, bool& may_overlap) {
   if (status == cudaSuccess) status = cudaFuncGetAttributes(&code, kernel);
   if (status == cudaSuccess) status = cudaDriverGetVersion(&driver);
   if (status != cudaSuccess) return status;
-  may_overlap = prepared[{kernel, device}] = code.ptxVersion >= 90 && driver >= 12030;
+  const char* const wish = std::getenv("SNNLSTM_PDL");  // 0 switches it off
+  const bool off = wish && *wish == '0';
+  may_overlap = prepared[{kernel, device}] = code.ptxVersion >= 90 && driver >= 12030 && !off;
   return cudaSuccess;
 }
 

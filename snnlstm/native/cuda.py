@@ -9,6 +9,7 @@ without waiting for the GPU, and neither version counters nor addresses tell of 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -43,6 +44,8 @@ from .plan import (
 from .torch_conv import BackwardPass, Geometry, Neurons
 
 __all__ = ["Backend"]
+
+logger = logging.getLogger("snnlstm")
 
 # The numbers of csrc/cuda/plan.h; "direct" is "fused".
 _ALGORITHMS = ("auto", "fused", "hybrid", "cudnn")
@@ -307,6 +310,9 @@ class Backend:
                 end.synchronize()
                 times.append(start.elapsed_time(end) / 1e3)
         except torch.cuda.OutOfMemoryError:
+            return math.inf
+        except RuntimeError as error:  # of a kernel or of cuDNN: the others may run
+            logger.warning("a candidate is not timed: %s", error)
             return math.inf
         return min(times)
 

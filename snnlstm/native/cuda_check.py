@@ -101,6 +101,8 @@ def trouble(index: int) -> str | None:
 
     from .. import _C
 
+    if torch.version.hip:
+        return f"torch is built for ROCm {torch.version.hip}, for which there are no kernels"
     build = _C.build_info()
     if missing := without_kernels(build):
         return missing

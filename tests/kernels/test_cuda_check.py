@@ -118,6 +118,14 @@ def test_a_driver_that_must_translate_knows_the_minor_version_too(capability, dr
             assert words in said
 
 
+def test_a_gpu_of_rocm_has_no_kernels(machine, monkeypatch):
+    machine(BUILD, 13000, (9, 0))
+    monkeypatch.setattr(torch.version, "hip", "6.2", raising=False)
+    cuda_check.trouble.cache_clear()
+    assert cuda_check.trouble(0).startswith("torch is built for ROCm 6.2")
+    cuda_check.trouble.cache_clear()
+
+
 def test_each_gpu_is_judged_by_itself_and_asked_once(machine):
     asked = machine(BUILD, 13000, (9, 0), (7, 0))
     for _ in range(2):

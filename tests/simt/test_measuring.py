@@ -158,6 +158,16 @@ def test_an_algorithm_that_does_not_fit_into_memory_is_not_taken(monkeypatch):
     assert cuda.Backend(None).seconds(run) == float("inf")
 
 
+def test_a_candidate_that_fails_is_dropped_and_logged(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: None)
+
+    def run() -> None:
+        raise RuntimeError("no kernel image")
+
+    assert cuda.Backend(None).seconds(run) == float("inf")
+    assert caplog.messages == ["a candidate is not timed: no kernel image"]
+
+
 def test_nothing_is_timed_in_a_capture_nor_where_runs_must_be_the_same(monkeypatch):
     capturing = SimpleNamespace(now=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing.now)
