@@ -56,6 +56,7 @@ class _StubbedPlan:
 
     name, reason_against = "stub", ""
     packed_bytes = workspace = 1
+    geometry = (3, 3), (1, 1), (1, 1), (1, 1), (0, 0)
 
     def __init__(self, algorithm: int) -> None:
         self.algorithm = algorithm

@@ -211,7 +211,7 @@ def _check_modules(layers: Iterable[Any]) -> None:
             hint = "such as nn.ReLU() in the place of torch.relu"
             if isinstance(layer, (list, tuple)):
                 hint = "each an argument of its own: a * in front of the list unpacks it"
-            raise TypeError(f"layers must be modules, {hint}; got {name}")
+            raise TypeError(f"layers must be modules, {hint}, got {name}")
 
 
 # ---- running ----------------------------------------------------------------------------------

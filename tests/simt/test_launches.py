@@ -63,7 +63,7 @@ def test_blocks_fill_the_rounds_of_every_card(core, name):
 # Of nvcc's output: instructions of PTX per mma in inner loops, where parts have three mma for one
 # product; barriers of a kernel.
 MOST_PER_MMA = {"half": 10, "tf32": 13, "parts": 8}
-MOST_BARRIERS = 10
+MOST_BARRIERS = 12  # the data gradient has a walk for each width of its tiles
 
 
 @needs_nvcc
@@ -178,7 +178,9 @@ def test_the_limit_of_each_size(core, fits, over, subject):
 @pytest.mark.parametrize("matrix", [0, 1, 2])
 def test_neighbourhoods_beyond_any_shared_memory(core, matrix, dilation):
     """Counted in 31 bits, that of a tile would wrap around and seem to fit."""
-    launches = calls(core, matrix, dilation=dilation, Cin=8, T=2)
+    # In a smaller image no tap but the middle one would meet a pixel, and the others are skipped.
+    image = {"H": dilation[0] + 1, "W": dilation[1] + 1}
+    launches = calls(core, matrix, dilation=dilation, Cin=8, T=2, **image)
     assert all(launch.shared_bytes <= 163 * 1024 for launch in launches)
     if max(dilation) >= 3000:
         assert not any("step (mma)" in launch.kernel for launch in launches)
