@@ -174,7 +174,7 @@ def test_the_limit_of_each_size(core, fits, over, subject):
         calls(core, **over)
 
 
-@pytest.mark.parametrize("dilation", [(700, 1), (1, 5000), (3000, 4001), (40000, 30000)])
+@pytest.mark.parametrize("dilation", [(700, 1), (1, 5000), (3000, 4001), (8000, 8000)])
 @pytest.mark.parametrize("matrix", [0, 1, 2])
 def test_neighbourhoods_beyond_any_shared_memory(core, matrix, dilation):
     """Counted in 31 bits, that of a tile would wrap around and seem to fit."""
